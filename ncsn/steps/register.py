@@ -35,7 +35,7 @@ from ncsn.tracking.client import open_client, shown, tracking_uri
 from ncsn.tracking.gate import Evidence, Measurement, Memorization, not_finite
 from ncsn.tracking.mlflow_runs import StepRun
 from ncsn.tracking.promotion import pass_gate
-from ncsn.tracking.versions import aliases_of, has_version, registry_errors
+from ncsn.tracking.versions import registry_errors
 
 # Name -> what it shows, of the pictures of the card.
 PICTURES = {"grid.png": "samples", "neighbours.png": "samples and their nearest training images"}
@@ -90,7 +90,7 @@ def _is_registered(config: Config, result: RegisterResult) -> bool:
     """Whether the version is still in the registry."""
     client, uri = open_client(config)
     with registry_errors(uri):
-        return has_version(client, result.model, result.version)
+        return bool(client.search_model_versions(f"name = '{result.model}' and version_number = {result.version}"))
 
 
 def _require_own_samples(measured: dict[str, Any], loaded: SamplingCheckpoint) -> None:
@@ -210,7 +210,7 @@ def _decide(tracked: StepRun, name: str, version: str, evidence: Evidence) -> Re
     result = RegisterResult(
         model=name,
         version=version,
-        aliases=aliases_of(tracked.client, name, version),
+        aliases=sorted(tracked.client.get_model_version(name, version).aliases),
         promoted=decision.promoted,
         reason=decision.reason,
         uri=f"models:/{name}/{version}",

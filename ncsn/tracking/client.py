@@ -66,35 +66,28 @@ def tracking_uri(config: Config) -> str:
 
 def server_uri(named: str | None, *, root: str) -> str:
     """`tracking_uri` for these values of `tracking.uri` and `storage.root`."""
-    uri = named or os.environ.get("MLFLOW_TRACKING_URI")
-    root = storage.absolute(root)
-    if not uri and not storage.is_local(root):
-        raise TrackingError(
-            "tracking.uri",
-            f"not set, and storage.root = {root} cannot hold MLflow's database",
-            hint="set it or MLFLOW_TRACKING_URI to a tracking server",
-        )
-    uri = uri or f"{SQLITE}{root}/mlflow.db"
+    uri, root = named or os.environ.get("MLFLOW_TRACKING_URI"), storage.absolute(root)
     key = "tracking.uri" if named else "MLFLOW_TRACKING_URI"
+    if not uri:
+        if storage.is_local(root):
+            return f"{SQLITE}{root}/mlflow.db"
+        hint = "set it or MLFLOW_TRACKING_URI to a tracking server"
+        raise TrackingError(
+            "tracking.uri", f"not set, and storage.root = {root} cannot hold MLflow's database", hint=hint
+        )
     try:
         password = named and urlsplit(named).password
         _ = uri.startswith(REMOTE) and urlsplit(uri).port
     except ValueError as error:
         raise TrackingError(key, f"not an address: {error}", hint=_EXAMPLES) from None
     if password:
-        raise TrackingError(
-            "tracking.uri",
+        reason, hint = (
             "contains a password, and the config is recorded with every run",
-            hint="set MLFLOW_TRACKING_URI in the environment instead",
-            value=shown(uri),
+            "set MLFLOW_TRACKING_URI instead",
         )
+        raise TrackingError(key, reason, hint=hint, value=shown(uri))
     if not uri.startswith(SERVERS):
-        raise TrackingError(
-            key,
-            "not a server or database",
-            hint=_EXAMPLES,
-            value=shown(uri),
-        )
+        raise TrackingError(key, "not a server or database", hint=_EXAMPLES, value=shown(uri))
     if uri.startswith(SQLITE):
         # A Ray worker has another working folder, so a relative file would become another database there.
         return f"{SQLITE}{Path(uri.removeprefix(SQLITE)).absolute()}"
@@ -138,9 +131,7 @@ def server_command(config: Config, *, host: str = "127.0.0.1", port: int = 5000)
     """The command that serves MLflow's pages for a local database."""
     uri = tracking_uri(config)
     if uri.startswith((*REMOTE, "databricks")):
-        raise TrackingError(
-            "tracking.uri", "already a server with its own pages", hint=f"open {shown(uri)}", value=shown(uri)
-        )
+        raise TrackingError("tracking.uri", "a server with its own pages", hint=f"open {shown(uri)}", value=shown(uri))
     command = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", uri]
     if uri.startswith(SQLITE):
@@ -249,21 +240,16 @@ def _probe(uri: str) -> None:
             raise_on_status=False,
         )
     except MlflowException as error:
-        raise ServerAwayError(
-            shown(uri),
-            "the tracking server does not answer",
-            hint="start it, or set tracking.uri or MLFLOW_TRACKING_URI",
-        ) from error
+        hint = "start it, or set tracking.uri or MLFLOW_TRACKING_URI"
+        raise ServerAwayError(shown(uri), "the tracking server does not answer", hint=hint) from error
     if response.status_code in (401, 403):
+        hint = "check MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
         raise TrackingError(
-            shown(uri),
-            f"the tracking server refuses the request (HTTP {response.status_code})",
-            hint="check MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN",
+            shown(uri), f"the tracking server refuses the request (HTTP {response.status_code})", hint=hint
         )
     if response.status_code >= 500:
-        raise ServerAwayError(
-            shown(uri), f"the tracking server answers with HTTP {response.status_code}", hint="check its log"
-        )
+        reason = f"the tracking server answers with HTTP {response.status_code}"
+        raise ServerAwayError(shown(uri), reason, hint="check its log")
 
 
 BATCH = 100  # parameters per request: MLflow's limit

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
-
-from ncsn.errors import UserError
 
 COPY_ERRORS = 3  # standard errors by which the share of copies may exceed that of real images
-
-
-class FingerprintMismatchError(UserError):
-    """Two measurements cannot be compared."""
 
 
 @dataclass(frozen=True)
@@ -39,25 +33,22 @@ class Measurement:
         """Standard deviation of the difference of two independent measurements."""
         return math.hypot(self.uncertainty, other.uncertainty)
 
-    def better_than(self, other: Measurement) -> bool:
-        """Whether this one is better by more than the combined uncertainty; NaN is never better.
-
-        Raises:
-            FingerprintMismatchError: The two were not measured in the same way.
-        """
+    def differs_from(self, other: Measurement) -> str:
+        """Why the two cannot be compared; empty if they can."""
         if (self.name, self.num_images) != (other.name, other.num_images):
-            raise FingerprintMismatchError(
-                self.name,
-                f"over {self.num_images} images cannot be compared with {other.name} over {other.num_images}",
-                hint="evaluate both with one extractor and the same number of images",
+            return (
+                f"{self.name} over {self.num_images} images, not {other.name} over {other.num_images}; evaluate both "
+                "with one extractor and the same number of images"
             )
         if self.fingerprint != other.fingerprint:
-            raise FingerprintMismatchError(
-                self.name,
+            return (
                 f"fingerprints {self.fingerprint[:12]} and {other.fingerprint[:12]} differ (extractor, weights or "
-                "reference images)",
-                hint="evaluate both again with one extractor and dataset",
+                "reference images); evaluate both again with one extractor and dataset"
             )
+        return ""
+
+    def better_than(self, other: Measurement) -> bool:
+        """Whether this one is better by more than the combined uncertainty; NaN is never better."""
         gain = other.value - self.value if self.lower_is_better else self.value - other.value
         return gain > self.combined_uncertainty(other)
 
@@ -104,12 +95,6 @@ class Evidence:
     memorisation: Memorization
     not_finite: tuple[str, ...] = ()  # metrics and weights that hold NaN or infinity
 
-    @classmethod
-    def from_plain(cls, values: Mapping[str, Any]) -> Evidence:
-        """Inverse of `dataclasses.asdict`."""
-        measurement, memorisation = Measurement(**values["measurement"]), Memorization(**values["memorisation"])
-        return cls(measurement, memorisation, tuple(values["not_finite"]))
-
     def objection(self) -> str:
         """Why the version may not be champion, whatever the present one is; empty if it may."""
         if not self.measurement.is_finite:
@@ -130,9 +115,13 @@ class Decision:
     number: int = 0  # of the promotion; 0 if not promoted
 
     @classmethod
-    def from_plain(cls, values: Mapping[str, Any]) -> Decision:
-        """Inverse of `dataclasses.asdict`."""
-        return cls(**{**values, "evidence": values["evidence"] and Evidence.from_plain(values["evidence"])})
+    def from_json(cls, text: str) -> Decision:
+        """Inverse of `json.dumps(asdict(...))`."""
+        values = json.loads(text)
+        if of := values["evidence"]:
+            measured, memorisation = Measurement(**of["measurement"]), Memorization(**of["memorisation"])
+            values["evidence"] = Evidence(measured, memorisation, tuple(of["not_finite"]))
+        return cls(**values)
 
 
 def not_finite(values: Mapping[str, float]) -> list[str]:
@@ -159,10 +148,9 @@ def decide(evidence: Evidence, *, version: str, champion: str, of_champion: Evid
             "evaluate and register its run again",
         )
     other = of_champion.measurement
-    try:
-        better = measured.better_than(other)
-    except FingerprintMismatchError as mismatch:
+    if mismatch := measured.differs_from(other):
         return replace(decision, reason=f"not comparable with champion version {champion}: {mismatch}")
+    better = measured.better_than(other)
     combined = f"the combined uncertainty {measured.combined_uncertainty(other):.2g}"
     verdict = f"is {'' if better else 'not '}better by more than {combined} than"
     return replace(decision, promoted=better, reason=f"{shown} {verdict} {other} of champion version {champion}")

@@ -8,7 +8,7 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -58,7 +58,6 @@ MADE = (
     ("evaluation", ("evaluate",), ("evaluation.uri",), {"samples": "samples.uri", "fingerprint": "eval.fingerprint"}),
     ("report", ("report",), ("report.uri",), {}),
 )
-_DIGEST_PREFIX = re.compile(r"[0-9a-f]{8,64}")
 _RUN_FOLDER = re.compile(r"(?P<root>.+)/runs/(?P<run>[^/]+)(/.*)?")
 
 
@@ -81,45 +80,15 @@ def trace(client: MlflowClient, identifier: str) -> list[Link]:
         names = {f"models:/{version.name}/{version.version}"}
         found = [client.get_run(version.run_id)] if version.run_id else []
     else:
+        experiments = [experiment.experiment_id for experiment in client.search_experiments()]
         # By the first kind of name that finds any.
-        found = next(filter(None, (_search(client, query) for query in _queries(identifier))), [])
+        found = next(filter(None, (client.search_runs(experiments, query) for query in _queries(identifier))), [])
     tops = {top.info.run_id: top for top in (_top(client, run) for run in found)}
     if not tops:
         uri = shown(client.tracking_uri)
         raise UserError(identifier, f"MLflow at {uri} has no such run, dataset or model", hint=f"give {ACCEPTED}")
-    tops |= _relatives(client, tops, _sources) | _relatives(client, tops, _heirs)
     ordered = sorted(tops.values(), key=lambda run: int(run.info.start_time))
     return [_marked(_chain(client, top), names) for top in ordered]
-
-
-def _relatives(
-    client: MlflowClient, tops: dict[str, Run], next_to: Callable[[MlflowClient, Run], Iterable[Run]]
-) -> dict[str, Run]:
-    """The runs of whole pipelines that are reached from some by steps of `next_to`, which takes the run of a step."""
-    found: dict[str, Run] = {}
-    waiting = list(tops.values())
-    while waiting:
-        for step in _children(client, waiting.pop()):
-            near = [_top(client, run) for run in next_to(client, step)]
-            new = {run.info.run_id: run for run in near if run.info.run_id not in found | tops}
-            found |= new
-            waiting += new.values()
-    return found
-
-
-def _sources(client: MlflowClient, step: Run) -> Iterator[Run]:
-    """Runs that made the weights that a step started from."""
-    uri, _, digest = step.data.tags.get(INIT_FROM, "").rpartition("/")
-    if digest:
-        yield from _search(client, tag_filter({"checkpoint.digest": digest}))
-        yield from _search(client, tag_filter({"checkpoint.uri": uri}))
-
-
-def _heirs(client: MlflowClient, step: Run) -> Iterator[Run]:
-    """Runs that started from the weights of a step."""
-    for tag, pattern in (("checkpoint.digest", "%/{}"), ("checkpoint.uri", "{}/%")):
-        if value := step.data.tags.get(tag):
-            yield from _search(client, f"tags.`{INIT_FROM}` LIKE {quoted(pattern.format(value))}")
 
 
 def _queries(identifier: str) -> Iterator[str]:
@@ -128,7 +97,7 @@ def _queries(identifier: str) -> Iterator[str]:
     for tag in IDS:
         yield tag_filter({tag: identifier})
     yield f"attributes.run_name = {quoted(identifier)}"
-    if _DIGEST_PREFIX.fullmatch(identifier):
+    if re.fullmatch(r"[0-9a-f]{8,64}", identifier):  # the beginning of a digest
         for tag in ("dataset.digest", "checkpoint.digest"):
             yield f"tags.`{tag}` LIKE '{identifier}%'"
     if "/" in identifier and ("://" not in identifier or identifier.startswith((storage.S3_SCHEME, "file://"))):
@@ -137,11 +106,6 @@ def _queries(identifier: str) -> Iterator[str]:
             yield tag_filter({tag: uri})
         if place := _RUN_FOLDER.fullmatch(uri):
             yield tag_filter({"ncsn.root": place["root"], "ncsn.run": place["run"]})
-
-
-def _search(client: MlflowClient, query: str) -> list[Run]:
-    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    return list(client.search_runs(experiments, query, order_by=["attributes.start_time ASC"]))
 
 
 def _top(client: MlflowClient, run: Run) -> Run:
@@ -193,24 +157,21 @@ def _steps(client: MlflowClient, parent: Run) -> Iterator[Link]:
 
 def _version(version: ModelVersion, run_tags: Mapping[str, str]) -> Link:
     tags = version.tags
+    decision = {"true": "promoted", "false": "not promoted"}.get(tags.get("gate.promoted", ""))
     facts = _known(
         aliases=", ".join(sorted(version.aliases)) or None,
         files=str(version.source),
         checkpoint=tags.get("ncsn.checkpoint_uri"),
         digest=tags.get("ncsn.checkpoint"),
         evaluation=run_tags.get("evaluation.uri"),
-    )
-    decision = _known(
-        reason=tags.get("gate.reason"),
+        decision=decision and f"{decision}: {tags['gate.reason']}",
         decided=tags.get("gate.decided_at"),
         promoted_by=tags.get("promoted_by"),
         promoted=tags.get("promoted_at"),
         in_place_of=tags.get("promoted_from") or None,
         rolled_back=tags.get("rolled_back_at"),
     )
-    words = "promoted" if tags.get("gate.promoted") == "true" else "not promoted"
-    links = (Link("decision", words, decision),) if "gate.promoted" in tags else ()
-    return Link("model version", f"models:/{version.name}/{version.version}", facts, links)
+    return Link("model version", f"models:/{version.name}/{version.version}", facts)
 
 
 def _circumstances(run: Run) -> dict[str, str]:
@@ -235,21 +196,17 @@ def _marked(link: Link, names: set[str]) -> Link:
     return replace(link, asked=asked, links=tuple(_marked(below, names) for below in link.links))
 
 
-VERSIONS = ("ncsn", "torch", "ray", "kfp", "mlflow")
-UNKNOWN = "unknown"  # the commit of an image that was built without one
-
-
 def provenance(command: str) -> dict[str, str]:
     """The tags of a run that `command` opened."""
     tags = {"mlflow.source.name": command, "mlflow.source.type": "LOCAL", "python.version": platform.python_version()}
-    for package in VERSIONS:
+    for package in ("ncsn", "torch", "ray", "kfp", "mlflow"):
         with suppress(importlib.metadata.PackageNotFoundError):
             tags[f"{package}.version"] = importlib.metadata.version(package)
     tags |= kfp_run()
     if image := container_image():
         tags["mlflow.docker.image.uri"] = image
     commit = os.environ.get("NCSN_COMMIT") or _git_commit()
-    if commit not in (None, UNKNOWN):
+    if commit and commit != "unknown":  # of an image that was built without one
         tags["mlflow.source.git.commit"] = commit
     try:
         tags["mlflow.user"] = getpass.getuser()

@@ -18,15 +18,7 @@ from typing import TYPE_CHECKING
 from ncsn.errors import UserError
 from ncsn.process import utc_now
 from ncsn.tracking.gate import Decision, Evidence, decide
-from ncsn.tracking.versions import (
-    CHALLENGER,
-    CHAMPION,
-    aliased_version,
-    require_model,
-    require_version,
-    set_alias,
-    tag_version,
-)
+from ncsn.tracking.versions import CHALLENGER, CHAMPION, aliased_version, named, set_alias, tag_version
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -59,7 +51,7 @@ class Promotions:
     def decision(self, version: str) -> Decision | None:
         """The gate's last decision about a version."""
         written = self.tags[version].get(DECISION) if version else None
-        return Decision.from_plain(json.loads(written)) if written else None
+        return Decision.from_json(written) if written else None
 
     def evidence(self, version: str) -> Evidence | None:
         """What the gate knows about a version."""
@@ -83,19 +75,14 @@ def read_promotions(client: MlflowClient, name: str) -> Promotions:
     return Promotions({str(version.version): version.tags for version in found})
 
 
-def champion_version(client: MlflowClient, name: str) -> str:
-    """The version that the alias points to; empty if there is none."""
-    version = aliased_version(client, name, CHAMPION)
-    return "" if version is None else str(version.version)
-
-
 def settle(client: MlflowClient, name: str) -> Promotions:
     """Decide between promotions that did not see each other, and let the alias point to the champion."""
     while True:
         promotions = read_promotions(client, name)
         if contested := promotions.contested():
             late, champion = contested
-            by, decision = promotions.tags[late]["promoted_by"], _recorded(promotions, late)
+            by, decision = promotions.tags[late]["promoted_by"], promotions.decision(late)
+            assert decision is not None, "it is written before the promotion"
             if by == "hand" or decision.evidence is None:
                 decision = replace(decision, champion_version=champion)
             else:
@@ -104,16 +91,10 @@ def settle(client: MlflowClient, name: str) -> Promotions:
             _write(client, name, promotions, late, decision, by=by)
             if not decision.promoted:
                 client.delete_model_version_tag(name, late, PROMOTION)
-        elif promotions.champion in ("", champion_version(client, name)):
+        elif promotions.champion in ("", aliased_version(client, name, CHAMPION)):
             return promotions
         else:
             set_alias(client, name=name, alias=CHAMPION, version=promotions.champion)
-
-
-def _recorded(promotions: Promotions, version: str) -> Decision:
-    decision = promotions.decision(version)
-    assert decision is not None, "it is written before the promotion"
-    return decision
 
 
 def _write(
@@ -156,7 +137,7 @@ def pass_gate(client: MlflowClient, *, name: str, version: str, evidence: Eviden
     if champion == version:
         decision = replace(decision, number=promotions.number(version))
     _write(client, name, promotions, version, decision, by="" if champion == version else "gate")
-    return _recorded(settle(client, name), version)
+    return settle(client, name).decision(version) or decision
 
 
 @dataclass(frozen=True)
@@ -178,9 +159,15 @@ def promote_version(
 
     With `force` it becomes champion whatever the gate says.
     """
-    require_model(client, name)
-    chosen = version or _challenger(client, name)
-    require_version(client, name, chosen)
+    chosen = version or aliased_version(client, name, CHALLENGER)
+    if not chosen:
+        raise UserError(
+            f"models:/{name}@{CHALLENGER}",
+            "there is no challenger",
+            hint=f"name the version: `ncsn promote {name} --version N`",
+        )
+    with named(f"models:/{name}/{chosen}"):
+        client.get_model_version(name, chosen)
     promotions = read_promotions(client, name) if dry_run else settle(client, name)
     champion = promotions.champion
     if champion == chosen:
@@ -201,7 +188,7 @@ def promote_version(
     if not dry_run:
         _write(client, name, promotions, chosen, decision, by=by)
         promotions = settle(client, name)
-        decision = _recorded(promotions, chosen)
+        decision = promotions.decision(chosen) or decision
         if not decision.promoted:
             raise UserError(f"models:/{name}/{chosen}", f"not promoted: {decision.reason}")
     return AliasChange(name, chosen, champion, decision.reason, changed=True, dry_run=dry_run)
@@ -209,8 +196,9 @@ def promote_version(
 
 def roll_back(client: MlflowClient, name: str, *, dry_run: bool = False) -> AliasChange:
     """Make the champion before the present one champion again; completes a rollback that was interrupted."""
-    require_model(client, name)
-    replaced = champion_version(client, name)
+    with named(f"models:/{name}"):
+        client.get_registered_model(name)
+    replaced = aliased_version(client, name, CHAMPION)
     promotions = read_promotions(client, name) if dry_run else settle(client, name)
     if ROLLED_BACK in promotions.tags.get(replaced, {}):
         champion = promotions.champion
@@ -229,14 +217,3 @@ def roll_back(client: MlflowClient, name: str, *, dry_run: bool = False) -> Alia
             champion = settle(client, name).champion
     reason = f"rolled back from version {replaced}"
     return AliasChange(name, champion, replaced, reason, changed=True, dry_run=dry_run)
-
-
-def _challenger(client: MlflowClient, name: str) -> str:
-    found = aliased_version(client, name, CHALLENGER)
-    if found is None:
-        raise UserError(
-            f"models:/{name}@{CHALLENGER}",
-            "there is no challenger",
-            hint=f"name the version: `ncsn promote {name} --version N`",
-        )
-    return str(found.version)

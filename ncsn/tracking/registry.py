@@ -21,7 +21,7 @@ from ncsn.model.trained import TRAINED_CONFIG, save_trained
 from ncsn.process import now_ms
 from ncsn.tracking.client import TrackingError, one_line, open_client, open_client_at, shown
 from ncsn.tracking.mlflow_runs import StepRun
-from ncsn.tracking.versions import SCHEME, ensure_model, registry_errors, require_model_name, resolve_version
+from ncsn.tracking.versions import SCHEME, registry_errors, resolve_version
 
 if TYPE_CHECKING:
     from mlflow.entities import LoggedModel
@@ -134,9 +134,14 @@ def deciding(trained: TrainedNetwork) -> dict[str, Any]:
 
 def register(tracked: StepRun, candidate: Candidate) -> ModelVersion:
     """The version of this candidate; a new one if there is none."""
-    require_model_name(candidate.name)
+    from mlflow.exceptions import MlflowException
+
     client = tracked.client
-    ensure_model(client, candidate.name, description="Images from a noise conditional score network.")
+    try:
+        client.create_registered_model(candidate.name, description="Images from a noise conditional score network.")
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
     found = find_version(client, candidate.name, digest=candidate.digest)
     if found is not None:
         return found

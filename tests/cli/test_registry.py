@@ -60,12 +60,12 @@ def test_rollback_and_promote_say_what_they_did_and_dry_runs_what_they_would(ncs
 @pytest.mark.parametrize(
     ("args", "key"),
     [
-        (["promote", "nothing"], "models:/nothing"),
-        (["promote", "my model"], "models:/my model"),
+        (["promote", "nothing"], "models:/nothing@challenger"),
+        (["promote", "my model"], "models:/my model@challenger"),
         (["promote", "digits", "--version", "17"], "models:/digits/17"),
         (["promote", "nothing", "--rollback"], "models:/nothing"),
         (["promote", "digits", "--rollback", "--force"], "--rollback"),
-        (["trace", "models:/digits@latest"], "models:/digits@latest"),
+        (["trace", "models:/digits@best"], "models:/digits@best"),
         (["trace", "whatever"], "whatever"),
     ],
 )

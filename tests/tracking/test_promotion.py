@@ -23,8 +23,8 @@ from mlflow.tracking import MlflowClient
 from refused import refused
 
 from ncsn.tracking.client import connect, open_client_at
-from ncsn.tracking.promotion import champion_version, pass_gate, promote_version, read_promotions, roll_back
-from ncsn.tracking.versions import aliases_of, set_alias, tag_version
+from ncsn.tracking.promotion import pass_gate, promote_version, read_promotions, roll_back
+from ncsn.tracking.versions import aliased_version, set_alias, tag_version
 
 CHANGES = ("set_registered_model_alias", "set_model_version_tag", "delete_model_version_tag")
 
@@ -32,6 +32,14 @@ CHANGES = ("set_registered_model_alias", "set_model_version_tag", "delete_model_
 @pytest.fixture(scope="module")
 def client(config) -> MlflowClient:
     return connect(config).client
+
+
+def champion_version(client: MlflowClient, name: str) -> str:
+    return aliased_version(client, name, "champion")
+
+
+def aliases_of(client: MlflowClient, name: str, version: str) -> list[str]:
+    return sorted(client.get_model_version(name, version).aliases)
 
 
 def register(client: MlflowClient, name: str, *values: float) -> list[str]:
@@ -337,11 +345,12 @@ def test_commands_name_what_is_unknown(client):
     empty_versions(client, "known", 1)
     for key, call in {
         "models:/unknown": lambda: roll_back(client, "unknown"),
+        "models:/unknown/1": lambda: promote_version(client, "unknown", version="1"),
         "models:/known@champion": lambda: roll_back(client, "known"),
         "models:/known/7": lambda: promote_version(client, "known", version="7"),
         "models:/known@challenger": lambda: promote_version(client, "known"),
         "models:/known/1": lambda: promote_version(client, "known", version="1"),
-        "models:/my model": lambda: promote_version(client, "my model"),
+        "models:/my model@challenger": lambda: promote_version(client, "my model"),
     }.items():
         with refused(key):
             call()
