@@ -20,12 +20,13 @@ def sample_model(
     """Generate the images that are missing in the model's folder; hand on a config and a run to measure them with."""
     from components import publish, publish_metrics, publish_pictures
     from ncsn.config import to_json
+    from ncsn.progress import Progress
     from ncsn.storage import read_bytes
     from ncsn.tools import models
     from ncsn.tracking.client import server_uri
 
     server = server_uri(registry or None, root=root)
-    result = models.sample_model(model, registry=server, root=root, overrides=overrides, progress=lambda *_: None)
+    result = models.sample_model(model, registry=server, root=root, overrides=overrides, progress=Progress())
     publish(samples, result, display_name=f"{result.num_images:,} images", uri=result.uri, model=result.model)
     publish_pictures(pictures, {"samples": read_bytes(result.grid)})
     publish_metrics(metrics, {"sample/num_images": result.num_images, "sample/nfe": result.nfe})

@@ -12,9 +12,10 @@ from types import TracebackType
 from typing import TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
 
-from ncsn.runs.progress import StepProgress
+from ncsn.progress import Progress
 
 _LINE_EVERY_SECONDS = 30.0
 _LINE_EVERY_SHARE = 0.25
@@ -27,7 +28,7 @@ class ProgressView:
         self._console = console
         self._tasks: dict[str, TaskID] = {}
         self._lines = _LineThrottle()
-        self._bars = Progress(
+        self._bars = Bars(
             SpinnerColumn(finished_text="[green]✓[/]"),
             TextColumn("{task.description:<9}"),
             BarColumn(bar_width=30),
@@ -59,11 +60,11 @@ class ProgressView:
             self._console.print(f"{step:<9} starting", highlight=False)
         self._lines = _LineThrottle()
 
-    def update(self, step: str, progress: StepProgress) -> None:
+    def update(self, step: str, progress: Progress) -> None:
         """Show the progress that a step published."""
         text = f"{progress.done:,} / {progress.total:,} {progress.unit}"
-        if progress.note:
-            text += f"   {progress.note}"
+        if progress.text:
+            text += f"   {progress.text}"
         if self._console.is_terminal:
             self._bars.update(
                 self._tasks[step], completed=progress.done, total=progress.total or None, text=text, refresh=True
@@ -80,6 +81,17 @@ class ProgressView:
         self._console.print(f"{mark}{step:<9} {text}", highlight=False, soft_wrap=True)
 
 
+class ShownProgress(Progress):
+    """The progress of a step in this process."""
+
+    def __init__(self, view: ProgressView, step: str) -> None:
+        super().__init__()
+        self._view, self._step = view, step
+
+    def changed(self) -> None:
+        self._view.update(self._step, self)
+
+
 class _LineThrottle:
     """Passes a line at every quarter of a step and every half minute; never one for work repeated after a failure."""
 
@@ -88,7 +100,7 @@ class _LineThrottle:
         self._share = 0.0
         self._time = time.monotonic()
 
-    def due(self, progress: StepProgress) -> bool:
+    def due(self, progress: Progress) -> bool:
         if progress.done <= self._done:
             return False
         share = progress.done / progress.total if progress.total else 0.0

@@ -106,8 +106,7 @@ def model_options(command: Decorated) -> Decorated:
 
 def sample_from_model(experiment: Experiment, given: Mapping[str, str | None], *, as_json: bool) -> None:
     """`ncsn sample --model`: generate images from a registered model and print where they are."""
-    from ncsn.cli.console import ProgressView, quiet_libraries
-    from ncsn.runs.progress import StepProgress
+    from ncsn.cli.console import ProgressView, ShownProgress, quiet_libraries
     from ncsn.tools import models
 
     address = given.get("model")
@@ -127,7 +126,7 @@ def sample_from_model(experiment: Experiment, given: Mapping[str, str | None], *
             root=experiment.store_root,
             out=given.get("out"),
             overrides=experiment.overrides,
-            progress=lambda done, total: view.update("sample", StepProgress(done, total, "images")),
+            progress=ShownProgress(view, "sample"),
         )
         view.finish("sample", f"done in {result.seconds:,.1f} s")
     text = f"""sample: {result.num_images:,} images of {result.model}, {result.nfe:,} network evaluations per image

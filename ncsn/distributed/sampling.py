@@ -27,6 +27,7 @@ from ncsn.evaluation.reference import open_evaluator
 from ncsn.model.checkpoint import TrainedNetwork
 from ncsn.model.generate import generate, image_labels, image_shape, level_images
 from ncsn.model.trained import load_for_generation
+from ncsn.progress import Progress
 
 Features = NDArray[np.float32]
 
@@ -107,23 +108,22 @@ def make_shards(
     config: Config,
     shards: Sequence[Shard],
     *,
-    progress: Callable[[int, int], None],
+    progress: Progress,
     on_features: Callable[[int, Features], None] | None = None,
 ) -> int:
     """Make the planned shards on the connected Ray cluster, or here if there is none, and return how many images.
 
-    `progress` is called with (images that exist, images in all), and `on_features` with the index of a first image and
-    the features [n, D] of n images, in any order.
+    `on_features` is called with the index of a first image and the features [n, D] of n images, in any order.
     """
     compute, total = config.compute, config.sampling.num_images
     made = sum(shard.count for shard in shards if not shard.exists)
-    existing = total - made
+    progress.start(total, "images")
+    progress.advance(total - made)
     # Features come from the task that made the shard: separate tasks would queue behind all remaining shards.
     for shard, features in run_tasks(_sample_shard, shards, cpus=compute.cpus_per_worker, gpu=compute.use_gpu):
         if on_features is not None and features is not None:
             on_features(shard.first, features)
-        existing += 0 if shard.exists else shard.count
-        progress(existing, total)
+        progress.advance(0 if shard.exists else shard.count)
     return made
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
 from typing import Any
 
 from ncsn import storage
@@ -15,24 +14,14 @@ from ncsn.storage.retry import limited
 _LAST_SECONDS = 5.0  # longest wait for the last progress to be written
 
 
-@dataclass(frozen=True)
-class StepProgress:
-    """How much of its work a step has done, and its note."""
-
-    done: int
-    total: int
-    unit: str
-    note: str = ""
-
-
-def read_progress(folder: RunFolder, step: str) -> StepProgress | None:
+def read_progress(folder: RunFolder, step: str) -> Progress | None:
     """The last progress of `step`; None if there is none, or the store does not answer at once."""
     try:
         with limited(0):
             record = storage.find_json(folder.step(step, "progress.json"))
     except OSError:
         return None
-    return None if record is None else StepProgress(**record)
+    return None if record is None else Progress(**record)
 
 
 class PublishedProgress(Progress):
@@ -52,25 +41,20 @@ class PublishedProgress(Progress):
         self._writer: threading.Thread | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        count = {"done": self.done, "total": self.total, "unit": self.unit, "text": self.text}
-        return _restored, (self._uri, self._lease.uri if self._lease else None, self._interval, count)
+        return _restored, (self._uri, self._lease.uri if self._lease else None, self._interval, self._count())
+
+    def _count(self) -> dict[str, Any]:
+        return {"done": self.done, "total": self.total, "unit": self.unit, "text": self.text}
 
     def advance(self, n: int = 1) -> None:
         super().advance(n)
-        self._require_launcher()
-
-    def __call__(self, done: int, total: int) -> None:
-        super().__call__(done, total)
-        self._require_launcher()
-
-    def _require_launcher(self) -> None:
         if self._lease is not None and self.done < self.total:
             self._lease.require(f"{self.done:,} of {self.total:,} {self.unit} are done and stay")
 
-    def _changed(self) -> None:
+    def changed(self) -> None:
         if not self.total:
             return
-        record = {"done": self.done, "total": self.total, "unit": self.unit, "note": self.text}
+        record = self._count()
         with self._news:
             self._record = record
             if self._writer is None:

@@ -51,7 +51,7 @@ class ReportResult:
 
 def run(config: Config, *, run: str, evaluation: str) -> ReportResult:
     """Write `<run>/report/report.html` from the results of the run's other steps; some of them may be missing."""
-    step = Step.claim("report", config, run, ReportResult, unit="images")
+    step = Step.claim("report", config, run, ReportResult)
     sources = Sources.read(config, step.folder, storage.absolute(evaluation))
     inputs = {
         "evaluation": sources.evaluation,

@@ -62,7 +62,7 @@ def run(
     With the URI of a dataset as `score`, the Fréchet distance so far to its training images is published meanwhile.
     When the launcher's heartbeat at the URI `lease` stops, sampling ends and keeps the finished shards.
     """
-    step = Step.claim("sample", config, run, SampleResult, unit="images")
+    step = Step.claim("sample", config, run, SampleResult)
     checkpoint = sampled_checkpoint(checkpoint, config)
     trained = checkpoints.load_for_sampling(checkpoint)
     config = checkpoints.require_same_training(trained.config, config, origin=checkpoint)

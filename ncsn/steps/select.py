@@ -59,7 +59,7 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> 
 
     When the launcher's heartbeat at the URI `lease` stops, the step ends; the scores that are known stay.
     """
-    step = Step.claim("select", config, run, SelectResult, unit="candidates")
+    step = Step.claim("select", config, run, SelectResult)
     manifest = load_manifest(dataset)
     config = settle_guide(step.settle_noise(config, manifest), near=step.folder.uri)
     found = find_weights(step.folder.uri)

@@ -40,18 +40,18 @@ class Work:
 
 
 class Step(Generic[R]):
-    """One step of a run. `result` is a frozen dataclass of plain values, and `unit` what the progress counts."""
+    """One step of a run. `result` is a frozen dataclass of plain values."""
 
-    def __init__(self, name: str, folder: RunFolder, result: type[R], *, unit: str) -> None:
+    def __init__(self, name: str, folder: RunFolder, result: type[R]) -> None:
         self.name, self.folder = name, folder
-        self._type, self._unit = result, unit
+        self._type = result
         self._inputs: dict[str, Any] = {}
         self._started = 0.0
 
     @classmethod
-    def claim(cls, name: str, config: Config, run: str, result: type[R], *, unit: str) -> Step[R]:
+    def claim(cls, name: str, config: Config, run: str, result: type[R]) -> Step[R]:
         """The step of a run, whose name belongs to this config from now on; `ForeignRun` if it is another's."""
-        return cls(name, claim_run(config, run), result, unit=unit)
+        return cls(name, claim_run(config, run), result)
 
     def settle_noise(self, config: Config, manifest: Manifest) -> Config:
         """The config with the levels that `noise: auto` stands for, which the run keeps from now on."""
@@ -106,9 +106,7 @@ class Step(Generic[R]):
         self._started = time.time()
         update_step(self.folder, self.name, state="RUNNING")
         try:
-            progress = PublishedProgress(self.folder.step(self.name, "progress.json"), lease=lease)
-            progress.unit = self._unit
-            yield progress
+            yield PublishedProgress(self.folder.step(self.name, "progress.json"), lease=lease)
         finally:
             add_seconds(self.folder, self.name, time.time() - self._started)
 

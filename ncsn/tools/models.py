@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from ncsn.model.classes import require_label
 from ncsn.model.generate import evaluations_per_image
 from ncsn.model.guidance import guide_of, sampling_facts
 from ncsn.model.trained import TRAINED_CONFIG, load_trained
+from ncsn.progress import Progress
 from ncsn.steps.sample import samples_grid
 from ncsn.tracking.client import open_client_at, shown
 from ncsn.tracking.registry import fetch_weights, settle_guide
@@ -48,7 +49,7 @@ def sample_model(
     root: str,  # without `out`, the images go to `<root>/generated/<name>/<version>/<settings>`
     out: str | None = None,
     overrides: Sequence[str] = (),  # of the sampling and compute sections of the registered config
-    progress: Callable[[int, int], None],  # called with (existing images, wanted images)
+    progress: Progress,
 ) -> ModelSamples:
     """Generate the images of `models:/NAME@ALIAS` or `models:/NAME/VERSION` that are missing in the folder."""
     with registry_errors(registry):
@@ -108,7 +109,7 @@ def _claim(folder: str, source: dict[str, Any]) -> None:
             )
 
 
-def _sample(config: Config, folder: str, *, model: str, progress: Callable[[int, int], None]) -> ModelSamples:
+def _sample(config: Config, folder: str, *, model: str, progress: Progress) -> ModelSamples:
     sampling = config.sampling
     shards = plan_shards(config, checkpoint=storage.join(folder, MODEL_FOLDER), folder=folder)
     started = time.perf_counter()

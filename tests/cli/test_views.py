@@ -19,8 +19,8 @@ from ncsn.cli.doctor import Finding, report
 from ncsn.cli.target import Experiment
 from ncsn.cli.views import describe_result, print_plan, print_summary
 from ncsn.config import Config, flatten, from_yaml
+from ncsn.progress import Progress
 from ncsn.runs.folder import RunFolder
-from ncsn.runs.progress import StepProgress
 from ncsn.runs.records import StepRecord
 from ncsn.tools.draft import documented_yaml
 
@@ -132,7 +132,7 @@ def progress(*, terminal: bool, done: Iterable[int], total: int = 1000) -> str:
     with ProgressView(console) as view:
         view.start("train")
         for images in done:
-            view.update("train", StepProgress(images, total, "images"))
+            view.update("train", Progress(images, total, "images"))
         view.finish("train", "done in 2.0 s")
     return stream.getvalue()
 

@@ -78,7 +78,7 @@ def test_levels_that_do_not_fit_the_sampler_are_refused_before_training(dataset:
 def test_the_run_gets_the_levels_that_were_chosen(dataset: str, tmp_path: Path) -> None:
     manifest, config = load_manifest(dataset), auto(tmp_path)
     folder = claim_run(config, "mine")
-    step = Step("train", folder, TrainResult, unit="images")
+    step = Step("train", folder, TrainResult)
     settled = step.settle_noise(config, manifest)
     assert from_yaml(storage.read_text(folder.config)) == settled
     assert claim_run(config, "mine") == claim_run(settled, "mine") == folder

@@ -198,7 +198,7 @@ def test_progress_reaches_the_total_and_never_goes_back(tmp_path, images, config
     seen = []
 
     class Watched(Progress):
-        def _changed(self) -> None:
+        def changed(self) -> None:
             seen.append((self.done, self.total))
 
     write_dataset(source_of(images), str(tmp_path), name="noise", data=config, progress=Watched())

@@ -144,7 +144,7 @@ def test_one_process_goes_on_where_it_was(tmp_path, monkeypatch):
         return write_dataset(source, folder, name="image_folder", data=data, fingerprint="x", progress=progress)
 
     class Stop(Progress):
-        def _changed(self) -> None:
+        def changed(self) -> None:
             if self.done > 45:
                 raise KeyboardInterrupt
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
@@ -29,8 +29,10 @@ from ncsn.data.format import Rows, from_table, to_table
 from ncsn.distributed import trainer
 from ncsn.distributed.cluster import cluster_for, ray_tags, require_resources
 from ncsn.distributed.sampling import LEVELS, make_shards, plan_shards
+from ncsn.distributed.tasks import runner_of
 from ncsn.model.index import CheckpointError
-from ncsn.steps.evaluate import evaluate
+from ncsn.progress import Progress
+from ncsn.steps.evaluate import EvaluateResult, evaluate
 from ncsn.training.loop import TrainingJob
 
 HELPERS = Path(__file__).parents[1] / "helpers"
@@ -212,11 +214,13 @@ def test_the_score_is_known_while_images_are_made(
     assert [score.num_images for score in scores] == [256, 300]
     assert there[0] < 300
     folder = tmp_path / "evaluation"
-    after = evaluate(
-        config, samples=str(tmp_path), dataset=dataset, folder=str(folder), progress=lambda done, total: None
-    )
+    after = evaluate(config, samples=str(tmp_path), dataset=dataset, folder=str(folder), progress=Progress())
     for score, point in zip(scores, after.running, strict=True):
         assert asdict(score) == pytest.approx(point, rel=1e-5)
+
+
+def by_tasks(config: Config, **given: Any) -> EvaluateResult:
+    return evaluate(config, **given, runner=runner_of(config.compute))
 
 
 def test_an_evaluation_by_tasks_has_the_figures_of_one_process(
@@ -231,24 +235,22 @@ def test_an_evaluation_by_tasks_has_the_figures_of_one_process(
         pq.write_table(to_table(Rows(part, np.full(700, -1))), samples / f"shard-{first:09d}-{first + 700:09d}.parquet")
     overrides = ["sampling.num_images=2100", "evaluation={classifier_epochs: 1, num_splits: 2, batch_size: 64}"]
     config = from_yaml(tiny, overrides=overrides)
-    noted: list[str] = []
     alone = evaluate(
         config,
         samples=str(samples),
         dataset=dataset,
         folder=str(tmp_path / "alone"),
-        progress=lambda done, total: None,
-        on_score=lambda score: noted.append(str(score)),
+        progress=Progress(),
     )
     copy = tmp_path / "copy"
     shutil.copytree(dataset, copy, ignore=shutil.ignore_patterns("reference"))
     shared, told = cluster.driver(
-        with_progress, evaluate, config, samples=str(samples), dataset=str(copy), folder=str(tmp_path / "shared")
+        with_progress, by_tasks, config, samples=str(samples), dataset=str(copy), folder=str(tmp_path / "shared")
     )
     assert shared.metrics == pytest.approx(alone.metrics, rel=1e-5)
     assert shared.real_metrics == pytest.approx(alone.real_metrics, rel=1e-5)
     assert (shared.fingerprint, shared.num_real_images) == (alone.fingerprint, alone.num_real_images)
-    assert len(noted) == len(alone.running) == len(shared.running)
+    assert len(alone.running) == len(shared.running)
     assert [done for done, _ in told] == sorted(done for done, _ in told)
     assert told[-1][0] == told[-1][1]
     assert len([done for done, _ in told]) > 5, "piece by piece"
@@ -268,7 +270,7 @@ def test_a_single_shard_is_the_same_without_a_cluster(
     torch.set_num_threads(before + 1)
     with cluster_for(config, tasks=1):
         assert ray_tags() == {}  # of no cluster
-        assert make_shards(config, [shard], progress=lambda done, total: None) == 10
+        assert make_shards(config, [shard], progress=Progress()) == 10
     after = torch.get_num_threads()
     torch.set_num_threads(before)
     assert after == before + 1

@@ -20,7 +20,7 @@ class KillsWorker(Progress):
         super().__init__()
         self.at, self.killed, self.cut = at, killed, cut
 
-    def _changed(self) -> None:
+    def changed(self) -> None:
         if self.done < self.at or self.killed.exists():
             return
         if self.cut is not None:

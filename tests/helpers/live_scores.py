@@ -9,6 +9,7 @@ from ncsn.distributed.sampling import make_shards, plan_shards
 from ncsn.distributed.tasks import runner_of
 from ncsn.evaluation.frechet import RunningDistance, RunningScore
 from ncsn.evaluation.reference import open_evaluator
+from ncsn.progress import Progress
 
 
 def live_scores(config: Config, dataset: str, *, checkpoint: str, folder: str) -> tuple[list[RunningScore], list[int]]:
@@ -19,17 +20,13 @@ def live_scores(config: Config, dataset: str, *, checkpoint: str, folder: str) -
     )
     scores: list[RunningScore] = []
     there: list[int] = []
-    latest = 0
 
     def take(first: int, features: np.ndarray) -> None:
         due = running.add(first, features)
         scores.extend(due)
-        there.extend(latest for _ in due)
+        there.extend(progress.done for _ in due)
 
-    def progress(done: int, _total: int) -> None:
-        nonlocal latest
-        latest = done
-
+    progress = Progress()
     shards = plan_shards(config, checkpoint=checkpoint, folder=folder, dataset=dataset)
     make_shards(config, shards, progress=progress, on_features=take)
     return scores, there

@@ -13,6 +13,7 @@ from unittest.mock import patch
 
 from ncsn.config import Config
 from ncsn.distributed.cluster import ray_cluster
+from ncsn.progress import Progress
 
 import ray  # isort: skip  # after ncsn.distributed, which sets its environment
 
@@ -55,9 +56,14 @@ def _join(config: Config, *, dashboard: bool) -> dict[str, str]:
 
 
 def with_progress(function: Callable[..., R], *args: Any, **kwargs: Any) -> tuple[R, list[tuple[int, int]]]:
-    """The result of a function and its calls of `progress`."""
+    """The result of a function, and what its `progress` counted to of what."""
     told: list[tuple[int, int]] = []
-    return function(*args, progress=lambda done, total: told.append((done, total)), **kwargs), told
+
+    class Told(Progress):
+        def changed(self) -> None:
+            told.append((self.done, self.total))
+
+    return function(*args, progress=Told(), **kwargs), told
 
 
 def with_environment(environment: dict[str, str], function: Callable[[], R]) -> R:

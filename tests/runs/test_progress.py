@@ -29,11 +29,11 @@ def test_it_is_published_and_throttled(tmp_path: Path) -> None:
         assert time.monotonic() < deadline
         time.sleep(0.01)
     progress.advance(2)
-    assert json.loads(file.read_text()) == {"done": 0, "total": 10, "unit": "images", "note": ""}
+    assert json.loads(file.read_text()) == {"done": 0, "total": 10, "unit": "images", "text": ""}
     progress.advance(8)
     assert json.loads(file.read_text())["done"] == 10
     progress.note("and that is that")
-    assert json.loads(file.read_text())["note"] == "and that is that"
+    assert json.loads(file.read_text())["text"] == "and that is that"
 
 
 def test_the_work_does_not_wait_for_a_slow_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,7 +61,7 @@ def test_a_copy_in_another_process_goes_on_from_the_same_count(tmp_path: Path) -
     progress.note("on the way")
     pickle.loads(pickle.dumps(progress)).advance(2)
     published = json.loads((tmp_path / "progress.json").read_text())
-    assert published == {"done": 5, "total": 5, "unit": "images", "note": "on the way"}
+    assert published == {"done": 5, "total": 5, "unit": "images", "text": "on the way"}
     assert progress.done == 3
 
 
