@@ -10,13 +10,22 @@ import tarfile
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from ncsn.config.schema import DataConfig
+
+
+class _Python2(pickle._Pickler):
+    dispatch: ClassVar[dict[Any, Any]] = dict(pickle._Pickler.dispatch)
+
+    def _save(self, text: bytes) -> None:
+        self.write(pickle.BINSTRING + struct.pack("<i", len(text)) + text)
+
+    dispatch[bytes] = _save
 
 
 class Formats:
@@ -28,16 +37,16 @@ class Formats:
         return struct.pack(f">{1 + array.ndim}I", 0x0800 + array.ndim, *array.shape) + array.tobytes()
 
     @staticmethod
-    def cifar_pickle(images: np.ndarray, labels: np.ndarray) -> bytes:
-        """A batch as the published archive pickles it: protocol 2, keys of bytes."""
-        names = [b"x.png"] * len(images)
-        batch = {b"batch_label": b"a batch", b"labels": labels.tolist(), b"data": images, b"filenames": names}
-        return pickle.dumps(batch, protocol=2)
+    def pickle_of_python_2(value: Any) -> bytes:
+        """What Python 2 writes, whose strings are bytes."""
+        buffer = io.BytesIO()
+        _Python2(buffer, 2).dump(value)
+        return buffer.getvalue()
 
     @staticmethod
-    def cifar_binary(images: np.ndarray, labels: np.ndarray) -> bytes:
-        """A batch of the binary version."""
-        return np.concatenate([labels.astype(np.uint8)[:, None], images], axis=1).tobytes()
+    def cifar_pickle(images: np.ndarray, labels: np.ndarray) -> bytes:
+        """A batch as the published archive pickles it."""
+        return Formats.pickle_of_python_2({b"labels": labels.tolist(), b"data": images})
 
     @staticmethod
     def tar(members: Mapping[str, bytes], mode: str = "w:") -> bytes:

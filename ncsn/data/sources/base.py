@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import ClassVar, NamedTuple, Protocol
 
@@ -13,6 +13,7 @@ import numpy as np
 
 from ncsn.config.schema import DataConfig
 from ncsn.data.format import SkippedImage
+from ncsn.data.pixels import Fit
 from ncsn.errors import UserError
 
 
@@ -37,6 +38,33 @@ class Split(Protocol):
 
     def stream(self, *, cores: int | None = None) -> Iterator[Example | SkippedImage]:
         """Each image, or why it cannot be used; read on `cores` cores, None = all of this machine."""
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """A split that is in memory."""
+
+    images: np.ndarray  # uint8 [N, H, W, C], of any size
+    labels: np.ndarray  # [N]
+    fit: Fit
+    in_tasks: ClassVar[bool] = False
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def section(self, first: int, last: int) -> Arrays:
+        """Images `first .. last`."""
+        return replace(self, images=self.images[first:last], labels=self.labels[first:last])
+
+    def stream(self, *, cores: int | None = None) -> Iterator[Example]:  # noqa: ARG002
+        """Each image; see `Split`."""
+        labels = self.labels.tolist()
+        if self.fit.keeps(self.images.shape[1:]):
+            return map(Example, self.images, labels)
+        return (
+            Example(fitted.image, label, fitted.conversions)
+            for fitted, label in zip(map(self.fit.array, self.images), labels, strict=True)
+        )
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ from typing import NamedTuple
 from ncsn.config.schema import DataConfig
 from ncsn.data.format import part_images
 from ncsn.data.sources.base import Source, image_shape
-from ncsn.data.sources.cifar10 import locate_cifar10, open_cifar10
 from ncsn.data.sources.image_folder import locate_celeba, locate_images, open_celeba, open_image_folder
 from ncsn.data.sources.listing import DOWNLOADED
 from ncsn.data.sources.published.source import locate_files, open_parquet
-from ncsn.data.sources.small_sets import locate_idx, locate_package, open_digits, open_idx, open_photos
+from ncsn.data.sources.sklearn_sets import locate_package, open_digits, open_photos
+from ncsn.data.sources.torchvision_sets import locate_torchvision, open_torchvision
 from ncsn.errors import NotFound
 
 
@@ -30,9 +30,9 @@ class _Known(NamedTuple):
 _SOURCES = {
     "sklearn_digits": _Known(open_digits, locate_package),
     "sklearn_photos": _Known(open_photos, locate_package),
-    "fashion_mnist": _Known(open_idx, locate_idx),
-    "mnist": _Known(open_idx, locate_idx),
-    "cifar10": _Known(open_cifar10, locate_cifar10),
+    "fashion_mnist": _Known(open_torchvision, locate_torchvision),
+    "mnist": _Known(open_torchvision, locate_torchvision),
+    "cifar10": _Known(open_torchvision, locate_torchvision),
     "celeba": _Known(open_celeba, locate_celeba),
     "image_folder": _Known(open_image_folder, locate_images),
     "parquet": _Known(open_parquet, locate_files),

@@ -1,0 +1,187 @@
+"""MNIST, Fashion-MNIST and CIFAR-10 from files that the tests write."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+from refused import refused
+from torchvision.datasets import CIFAR10
+
+from ncsn.data.sources.known import open_source
+from ncsn.errors import NotFound
+
+TRAIN_IMAGES, TRAIN_LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
+CIFAR = {"image_size": 32, "channels": 3}
+
+
+def read(source, split):
+    examples = list(source.splits[split].stream())
+    assert len(examples) == len(source.splits[split])
+    return np.stack([example.image for example in examples]), np.array([example.label for example in examples])
+
+
+@pytest.mark.parametrize("compress", [False, True])
+@pytest.mark.parametrize(
+    ("source", "folder"), [("mnist", "x"), ("mnist", "x/raw"), ("fashion_mnist", "x/FashionMNIST/raw")]
+)
+def test_idx_images_and_labels_come_in_order(idx_folder, data_config, tmp_path, source, folder, compress):
+    _, arrays = idx_folder(folder=folder, compress=compress)
+    opened = open_source(data_config(source, tmp_path / "x"))
+    for split, prefix in (("train", "train"), ("test", "t10k")):
+        for _ in range(2):  # a split can be read again
+            images, labels = read(opened, split)
+            assert np.array_equal(images[..., 0], arrays[f"{prefix}-images-idx3-ubyte"])
+            assert np.array_equal(labels, arrays[f"{prefix}-labels-idx1-ubyte"])
+    assert len(opened.class_names) == 10
+
+
+def test_each_idx_set_has_its_torchvision_folder(idx_folder, data_config, tmp_path):
+    idx_folder(folder="x/MNIST/raw")
+    assert open_source(data_config("mnist", tmp_path / "x")).class_names == tuple("0123456789")
+    with refused("data.root", error=NotFound):
+        open_source(data_config("fashion_mnist", tmp_path / "x"))
+
+
+def test_idx_names_with_a_dot_are_found(idx_folder, data_config):
+    folder, _ = idx_folder()
+    for path in folder.iterdir():
+        path.rename(folder / path.name.replace("-idx", ".idx"))
+    assert len(open_source(data_config("mnist", folder)).splits["train"]) == 12
+
+
+def test_images_are_limited_resized_and_converted(idx_folder, data_config):
+    folder, arrays = idx_folder()
+    few = open_source(data_config("mnist", folder, max_images=7))
+    assert np.array_equal(read(few, "train")[0][..., 0], arrays[TRAIN_IMAGES][:7])
+    assert [len(few.splits[split]) for split in ("train", "test")] == [7, 5]
+    assert read(open_source(data_config("mnist", folder, image_size=14)), "train")[0].shape == (12, 14, 14, 1)
+    converted = open_source(data_config("mnist", folder, channels=3))
+    assert next(converted.splits["train"].stream()).image.shape == (8, 8, 3)
+
+
+IDX_DAMAGE = {  # how the 16 + 768 bytes of the train images change
+    "truncated": lambda content: content[:-1],
+    "too long": lambda content: content + b"x",
+    "empty": lambda _: b"",
+    "labels": lambda content: struct.pack(">2I", 0x801, 12) + content[16:],
+    "a web page": lambda _: b"<!DOCTYPE html><html>",
+    "absurd sizes": lambda content: struct.pack(">4I", 0x803, 12, 2**31, 2**31) + content[16:],
+    "no sizes": lambda _: struct.pack(">4I", 0x803, 12, 0, 0),
+}
+
+
+@pytest.mark.parametrize("damage", IDX_DAMAGE)
+def test_damaged_idx_files_are_refused(idx_folder, data_config, damage):
+    folder, _ = idx_folder()
+    path = folder / TRAIN_IMAGES
+    path.write_bytes(IDX_DAMAGE[damage](path.read_bytes()))
+    with refused(str(folder)):
+        open_source(data_config("mnist", folder))
+
+
+@pytest.mark.parametrize("damage", [lambda whole: whole[:600], lambda whole: whole[:400] + bytes(100) + whole[500:]])
+def test_damaged_gzip_files_are_refused(idx_folder, data_config, damage):
+    folder, _ = idx_folder(compress=True)
+    path = folder / f"{TRAIN_IMAGES}.gz"
+    path.write_bytes(damage(path.read_bytes()))
+    with refused(str(path)):
+        open_source(data_config("mnist", folder))
+
+
+def test_idx_labels_must_fit_the_images_and_the_classes(idx_folder, data_config, formats):
+    folder, arrays = idx_folder()
+    labels = arrays[TRAIN_LABELS].copy()
+    labels[4] = 10
+    for wrong in (labels[:-1], labels):
+        (folder / TRAIN_LABELS).write_bytes(formats.idx(wrong))
+        with refused(str(folder)):
+            open_source(data_config("mnist", folder))
+    (folder / TRAIN_LABELS).unlink()
+    with refused("data.root", error=NotFound) as caught:
+        open_source(data_config("mnist", folder))
+    assert TRAIN_LABELS in caught.value.problems[0].reason
+
+
+def test_download_leaves_files_that_are_there_alone(idx_folder, data_config):
+    folder, _ = idx_folder()
+    before = sorted(path.name for path in folder.rglob("*"))
+    assert len(open_source(data_config("mnist", folder, download=True)).splits["train"]) == 12
+    assert sorted(path.name for path in folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize(("source", "shape"), [("mnist", {}), ("cifar10", CIFAR)])
+def test_a_download_without_a_network_is_one_clear_line(data_config, tmp_path, monkeypatch, source, shape):
+    for name in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # the discard port: nothing listens
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    # urllib keeps the proxies that it saw first, so this test has its own opener and later ones theirs.
+    monkeypatch.setattr(urllib.request, "_opener", None)
+    with pytest.raises(ConnectionError) as failure:
+        open_source(data_config(source, tmp_path / "new", download=True, **shape))
+    assert "\n" not in str(failure.value)
+
+
+@pytest.fixture
+def cifar_root(tmp_path, formats, cifar_batches, monkeypatch):
+    """Writes batches in one of the published shapes, and gives torchvision their digests."""
+
+    def make(shape: str) -> Path:
+        batches = {name: formats.cifar_pickle(*batch) for name, batch in cifar_batches.items()}
+        meta = formats.pickle_of_python_2({b"label_names": [b"airplane", *(b"class %d" % n for n in range(1, 10))]})
+        files = {**batches, "batches.meta": meta}
+        names = [[name, md5(content)] for name, content in batches.items()]
+        monkeypatch.setattr(CIFAR10, "train_list", names[:5])
+        monkeypatch.setattr(CIFAR10, "test_list", names[5:])
+        monkeypatch.setattr(CIFAR10, "meta", {**CIFAR10.meta, "md5": md5(meta)})
+        folder = tmp_path / "cifar-10-batches-py"
+        if "tar" in shape:
+            content = formats.tar({f"{folder.name}/{name}": file for name, file in files.items()}, "w:gz")
+            monkeypatch.setattr(CIFAR10, "tgz_md5", md5(content))
+            archive = tmp_path / "cifar-10-python.tar.gz"
+            archive.write_bytes(content)
+            return archive if "path" in shape else tmp_path
+        folder.mkdir()
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
+        return folder if "path" in shape else tmp_path
+
+    return make
+
+
+def md5(content: bytes) -> str:
+    return hashlib.md5(content, usedforsecurity=False).hexdigest()
+
+
+@pytest.mark.parametrize("shape", ["py", "py path", "tar", "tar path"])
+def test_every_shape_of_cifar_gives_the_same_images(cifar_root, cifar_batches, data_config, shape):
+    source = open_source(data_config("cifar10", cifar_root(shape), **CIFAR))
+    for split, names in (("train", [f"data_batch_{number}" for number in range(1, 6)]), ("test", ["test_batch"])):
+        images, labels = read(source, split)
+        planes = np.concatenate([cifar_batches[name][0] for name in names]).reshape(-1, 3, 32, 32)
+        assert np.array_equal(images, planes.transpose(0, 2, 3, 1))
+        assert labels.tolist() == np.concatenate([cifar_batches[name][1] for name in names]).tolist()
+    assert source.class_names[0] == "airplane"
+
+
+def test_nothing_but_the_published_files_is_unpickled(cifar_root, data_config, formats):
+    folder = cifar_root("py path")
+    config = data_config("cifar10", folder, **CIFAR)
+    (folder / "data_batch_2").write_bytes((folder / "data_batch_2").read_bytes()[:-1])
+    with refused(str(folder)):
+        open_source(config)
+    (folder / "data_batch_2").unlink()
+    with refused(str(folder)):
+        open_source(config)
+    archive = cifar_root("tar path")
+    for content in (archive.read_bytes()[:-20], formats.tar({"../../data_batch_1": b"x"}, "w:gz"), b"<html>"):
+        archive.write_bytes(content)
+        with refused(str(archive)):
+            open_source(data_config("cifar10", archive, **CIFAR))
+    with refused("data.root", error=NotFound):
+        open_source(data_config("cifar10", folder.parent / "nothing", **CIFAR))
