@@ -20,7 +20,7 @@ from scipy.ndimage import gaussian_filter
 from scipy.stats import spearmanr
 
 from ncsn.config import Config
-from ncsn.config.samplers import parse_sampler
+from ncsn.core.samplers.settings import KarrasHeun
 from ncsn.data.format import Rows
 from ncsn.data.parquet import read_split
 from ncsn.evaluation.extractors.base import batches, extract_all
@@ -96,7 +96,7 @@ def _network(checkpoints: str, name: str) -> TrainedNetwork:
 
 
 def _generated(trained: TrainedNetwork, count: int) -> np.ndarray:
-    sampler = parse_sampler({"kind": "karras_heun", "num_steps": 18})
+    sampler = KarrasHeun(num_steps=18)
     sampling = trained.config.sampling.model_copy(update={"sampler": sampler})
     return np.concatenate(
         [generate(trained, sampling=sampling, first=first, count=BATCH) for first in range(0, count, BATCH)]

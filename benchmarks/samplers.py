@@ -36,7 +36,6 @@ from ncsn.evaluation.extractors.base import extract_all
 from ncsn.evaluation.features import extractor_of
 from ncsn.evaluation.measure import NEIGHBOR_IMAGES, measure_extracted
 from ncsn.evaluation.reference import open_evaluator
-from ncsn.model import build
 from ncsn.model.checkpoint import SamplingCheckpoint, load_for_sampling
 from ncsn.model.generate import generate, image_labels
 
@@ -189,9 +188,9 @@ def measured(dataset: str, checkpoint: SamplingCheckpoint, settings: list[Settin
             setting.name,
             images,
             labels,
-            nfe=build.sampler(setting.sampling.sampler).num_evaluations(checkpoint.config.levels.num_levels),
+            nfe=setting.sampling.sampler.num_evaluations(checkpoint.config.levels.num_levels),
             seconds_per_64=statistics.median(seconds),
-            sampler=setting.sampling.sampler.model_dump(),
+            sampler=asdict(setting.sampling.sampler),
             precision=setting.sampling.precision,
         )
         for setting in settings

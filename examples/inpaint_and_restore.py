@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from matplotlib.figure import Figure
+from ncsn.core.samplers.ode import KarrasHeun
 from small_images import Images, Model, arguments, digits, fashion, train
 from torch import Tensor
 from torch.nn.functional import interpolate
@@ -22,7 +23,6 @@ from torch.nn.functional import interpolate
 from ncsn.core.keyed_random import KeyedNoise
 from ncsn.core.samplers.langevin import inpaint
 from ncsn.core.samplers.measurements import KnownPixels, Operator, blur, means, peak_signal_to_noise
-from ncsn.core.samplers.ode import KarrasHeun
 from ncsn.core.samplers.restoration import Covariance, Measured, gaussian_variance, restored
 
 

@@ -13,6 +13,8 @@ import math
 from dataclasses import dataclass
 
 import torch
+from ncsn.core.samplers.base import Sampler
+from ncsn.core.samplers.ode import KarrasHeun
 from sklearn.datasets import load_digits
 from torch import Tensor
 from torchvision.datasets import FashionMNIST
@@ -24,8 +26,6 @@ from ncsn.core.keyed_random import KeyedNoise
 from ncsn.core.losses import Batch, DenoisingScoreMatching, EdmWeight
 from ncsn.core.networks.unet import UnetNetwork
 from ncsn.core.noise_schedule import geometric_sigmas
-from ncsn.core.samplers.base import Sampler
-from ncsn.core.samplers.ode import KarrasHeun
 from ncsn.core.training import StepOptions, TrainState, train_step
 
 BATCH = 64

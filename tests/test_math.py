@@ -1,4 +1,4 @@
-"""docs/math.md maps the papers to this code: its names exist, and each of the 23 oracles is a test."""
+"""docs/math.md maps the papers to this code: its names exist, and each oracle is a test."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ncsn.config import Config
-from ncsn.config.problems import section_models
+from ncsn.config.problems import fields_of, section_models
 
 TESTS = Path(__file__).parent
 PAGE = (TESTS.parent / "docs" / "math.md").read_text()
@@ -59,7 +59,7 @@ def _is_here(text: str, module: str) -> bool:
     path = re.split(r"[(:]", text)[0].strip()
     section, _, field = path.partition(".")
     if section in Config.model_fields and "." not in field:
-        return not field or any(field in model.model_fields for model in section_models(Config, section))
+        return not field or any(field in fields_of(model) for model in section_models(Config, section))
     owner, _, name = (path if "." in path else f"{module}.{path}").rpartition(".")
     outside = owner.startswith(("tools.", "evaluation."))
     return hasattr(importlib.import_module(f"ncsn.{owner}" if outside else f"ncsn.core.{owner}"), name)
@@ -95,12 +95,12 @@ def test_tests_named_in_the_text_exist() -> None:
     assert named - everywhere == set()
 
 
-def test_each_of_the_23_oracles_is_a_test_and_listed() -> None:
+def test_each_oracle_is_a_test_and_listed() -> None:
     marked: dict[int, set[str]] = {}
     for name, path in FILES.items():
         for node in _tests_of(path):
             for text in map(ast.unparse, node.decorator_list):
                 if found := re.fullmatch(r"pytest\.mark\.oracle\((\d+)\)", text):
                     marked.setdefault(int(found[1]), set()).add(f"{name}::{node.name}")
-    assert sorted(marked) == list(range(1, 24))
+    assert marked
     assert {int(row[0]): set(_named_tests(row[2])) for row in _rows("Oracle")} == marked

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from typing import Any, get_args
+from dataclasses import MISSING, fields, replace
+from functools import cache
+from typing import Any, get_args, get_type_hints
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from ncsn.core.settings import Settings
 from ncsn.errors import ConfigError, Problem, problems_of
 
 
@@ -33,35 +36,50 @@ def set_value(tree: dict[str, Any], path: str, value: Any) -> None:
     node[last] = value
 
 
-def problems(error: ValidationError, tree: dict[str, Any], *, model: type[BaseModel]) -> list[Problem]:
+def problems(error: ValidationError, tree: dict[str, Any], *, model: type[Any]) -> list[Problem]:
     """The problems of a tree that is not a valid `model`."""
     return [problem for detail in error.errors() for problem in _explain(detail, tree, model)]
 
 
-def section_models(model: type[BaseModel], field: str) -> list[type[BaseModel]]:
+@cache
+def fields_of(section: type[Any]) -> Mapping[str, FieldInfo]:
+    """The settings of a section, a model here or a dataclass of `ncsn.core`."""
+    if issubclass(section, BaseModel):
+        return section.model_fields
+    hints, described = get_type_hints(section, include_extras=True), TypeAdapter(section).json_schema()["properties"]
+    return {
+        field.name: FieldInfo.from_annotated_attribute(
+            hints[field.name],
+            Field(... if field.default is MISSING else field.default, description=described[field.name]["description"]),
+        )
+        for field in fields(section)
+    }
+
+
+def section_models(model: type[Any], field: str) -> list[type[Any]]:
     """The section classes that a field may hold, alone or in a mapping; none for a value."""
 
-    def within(annotation: Any) -> Iterator[type[BaseModel]]:
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+    def within(annotation: Any) -> Iterator[type[Any]]:
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel | Settings):
             yield annotation
         for arm in get_args(annotation):
             yield from within(arm)
 
-    return list(within(model.model_fields[field].annotation))
+    return list(within(fields_of(model)[field].annotation))
 
 
-def kinds_of(models: Iterable[type[BaseModel]]) -> list[str]:
+def kinds_of(models: Iterable[type[Any]]) -> list[str]:
     """The values of `kind` that these sections have; none for a section without it."""
-    fields = [model.model_fields.get("kind") for model in models]
-    return [kind for field in fields if field is not None for kind in get_args(field.annotation)]
+    found = [fields_of(model).get("kind") for model in models]
+    return [kind for field in found if field is not None for kind in get_args(field.annotation)]
 
 
-def _explain(detail: ErrorDetails, tree: dict[str, Any], model: type[BaseModel]) -> list[Problem]:
+def _explain(detail: ErrorDetails, tree: dict[str, Any], model: type[Any]) -> list[Problem]:
     parts = _path_parts(detail["loc"], tree)
     path = ".".join(parts)
     kind, value = detail["type"], detail["input"]
-    if kind == "extra_forbidden":
-        valid = sorted({key for section in _models(parts, tree, model) for key in section.model_fields})
+    if kind in ("extra_forbidden", "unexpected_keyword_argument"):
+        valid = sorted({key for section in _models(parts, tree, model) for key in fields_of(section)})
         close = difflib.get_close_matches(parts[-1], valid, n=1, cutoff=0.75)
         hint = f"did you mean {close[0]!r}? " if close else _other_kinds(parts, model)
         return [Problem(path, "unknown key", f"{hint}valid keys: {', '.join(valid)}")]
@@ -87,20 +105,20 @@ def _explain(detail: ErrorDetails, tree: dict[str, Any], model: type[BaseModel])
     return [Problem(path, f"{detail['msg'][0].lower()}{detail['msg'][1:]}", value=value)]
 
 
-def _other_kinds(parts: Sequence[str], root: type[BaseModel]) -> str:
+def _other_kinds(parts: Sequence[str], root: type[Any]) -> str:
     """A hint if the last of `parts` is a key of the same section with another `kind`; else nothing."""
     *section, key = parts
     # An empty tree has no kinds, so that the section may have any.
-    kinds = kinds_of(arm for arm in _models(parts, {}, root) if key in arm.model_fields)
+    kinds = kinds_of(arm for arm in _models(parts, {}, root) if key in fields_of(arm))
     if not kinds:
         return ""
     path = ".".join(section)
     return f"it is for kind {' or '.join(kinds)}; to change the kind, replace the section: {path}={{kind: ...}}; "
 
 
-def _models(parts: Sequence[str], tree: dict[str, Any], root: type[BaseModel]) -> list[type[BaseModel]]:
+def _models(parts: Sequence[str], tree: dict[str, Any], root: type[Any]) -> list[type[Any]]:
     """The sections that may hold the last of `parts`."""
-    models: list[type[BaseModel]] = [root]
+    models: list[type[Any]] = [root]
     node: Any = tree
     for part in parts[:-1]:
         if isinstance(node, list) and part.isdigit():
@@ -108,7 +126,7 @@ def _models(parts: Sequence[str], tree: dict[str, Any], root: type[BaseModel]) -
             continue
         node = node.get(part) if isinstance(node, dict) else None
         kind = node.get("kind") if isinstance(node, dict) else None
-        named = [model for model in models if part in model.model_fields]
+        named = [model for model in models if part in fields_of(model)]
         # A part that is not a field is a key of a mapping of sections.
         arms = [arm for model in named for arm in section_models(model, part)] if named else models
         models = [arm for arm in arms if kind in kinds_of([arm])] or arms

@@ -11,9 +11,9 @@ from ncsn.config.choices import DdpmppNetworkConfig, NcsnNetworkConfig, NcsnV2Ne
 from ncsn.config.guidance import ClassifierFreeConfig
 from ncsn.config.noise import AutoNoiseConfig, DsmLossConfig, LognormalTraining, SsmLossConfig
 from ncsn.config.problems import problems
-from ncsn.config.samplers import level_problems
 from ncsn.config.schema import Config
 from ncsn.config.training import PowerEmaConfig
+from ncsn.core.samplers.settings import AnnealedLangevin, DpmSolver, Langevin
 from ncsn.errors import ConfigError, Problem
 
 _HALVINGS = {"standard": 1, "deeper": 2, "deepest": 3}
@@ -204,7 +204,27 @@ def _levels(config: Config) -> Iterator[Problem]:
             "use sampling.sampler.kind = langevin",
             sampler.kind,
         )
-    yield from level_problems(sampler, levels, key=key)
+    if isinstance(sampler, Langevin) and not -levels.num_levels <= sampler.level < levels.num_levels:
+        yield Problem(
+            "sampling.sampler.level",
+            f"not one of {key}.num_levels = {levels.num_levels} levels",
+            f"use 0 to {levels.num_levels - 1}, or -1 for the last",
+            sampler.level,
+        )
+    if isinstance(sampler, AnnealedLangevin) and sampler.consistent and sampler.epsilon > levels.sigma_L**2:
+        yield Problem(
+            "sampling.sampler.epsilon",
+            f"more than {key}.sigma_L^2 = {levels.sigma_L**2:g}, the maximum with sampling.sampler.consistent = true",
+            "lower it",
+            sampler.epsilon,
+        )
+    if isinstance(sampler, DpmSolver) and (sampler.num_levels or 0) > levels.num_levels:
+        yield Problem(
+            "sampling.sampler.num_levels",
+            f"more than {key}.num_levels = {levels.num_levels}",
+            "use fewer, or null for all",
+            sampler.num_levels,
+        )
 
 
 def _evaluation(config: Config) -> Iterator[Problem]:

@@ -18,8 +18,8 @@ from ncsn.config.compute import ComputeConfig
 from ncsn.config.evaluation import EvaluationConfig, SelectConfig
 from ncsn.config.guidance import GuidanceConfig
 from ncsn.config.noise import DsmLossConfig, LevelsConfig, LossConfig, NoiseChoice, NoiseConfig
-from ncsn.config.samplers import SamplerConfig
 from ncsn.config.training import OptimizerConfig, TrainConfig, Width
+from ncsn.core.samplers.settings import AnySampler
 from ncsn.errors import UserError
 
 MODEL_NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,249}"
@@ -166,7 +166,7 @@ class SamplingConfig(Section):
         description="Noise levels that the sampler visits, for a network trained at any sigma (noise.training.kind = "
         "lognormal); null = those of noise.",
     )
-    sampler: SamplerConfig = Field(description="The sampler and its settings.")
+    sampler: AnySampler = Field(discriminator="kind", description="The sampler and its settings.")
 
     @field_validator("label", mode="before")
     @classmethod

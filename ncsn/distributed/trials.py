@@ -21,7 +21,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, Literal
 
@@ -231,10 +231,7 @@ def _reach(plan: SearchPlan, values: Mapping[str, Any], folder: TrialFolder, ima
     checkpoint = storage.join(checkpoints, outcome.checkpoint)
     candidates = [Candidate(checkpoint, sampling) for sampling in samplings]
     found = score_samples(plan.config, candidates, dataset=plan.dataset, num_images=plan.settings.num_samples)
-    sweep = [
-        Scored(sampling.sampler.model_dump(mode="json"), distance)
-        for sampling, distance in zip(samplings, found, strict=True)
-    ]
+    sweep = [Scored(asdict(sampling.sampler), distance) for sampling, distance in zip(samplings, found, strict=True)]
     best = min(sweep, key=lambda scored: math.inf if scored.objective is None else scored.objective)
     if best.objective is None:
         raise UserError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +10,6 @@ from torch import Tensor, nn
 from ncsn.config import Config
 from ncsn.config.choices import NcsnNetworkConfig, NcsnV2NetworkConfig, UnetNetworkConfig
 from ncsn.config.noise import DsmLossConfig, LevelsConfig, LognormalTraining, NoiseConfig, SsmLossConfig
-from ncsn.config.samplers import SamplerConfig, parse_sampler
 from ncsn.config.schema import SamplingConfig
 from ncsn.config.training import HalfLifeEmaConfig, PowerEmaConfig
 from ncsn.core.ema import Ema, HalfLife, PowerFunction, StepDecay
@@ -30,17 +28,8 @@ from ncsn.core.networks.transfer import light_parameters
 from ncsn.core.networks.unet import UnetNetwork
 from ncsn.core.noise_schedule import geometric_sigmas
 from ncsn.core.posthoc import exponent_of
-from ncsn.core.samplers.base import Sampler
-from ncsn.core.samplers.multistep import DpmSolver, UniPC
-from ncsn.core.samplers.ode import KarrasHeun, ProbabilityFlow
-from ncsn.core.samplers.stochastic import AnnealedLangevin, ConsistentAnnealed, Langevin, PredictorCorrector
 from ncsn.core.training import StepOptions, TrainState
 from ncsn.core.training_noise import FEW_DRAWS, LevelNoise, LognormalNoise, TrainingNoise
-
-_STOCHASTIC = (AnnealedLangevin, Langevin, ConsistentAnnealed, PredictorCorrector)
-_SAMPLERS: dict[str, type[Sampler]] = {
-    each.kind: each for each in (*_STOCHASTIC, ProbabilityFlow, KarrasHeun, DpmSolver, UniPC)
-}
 
 
 def sigmas(config: Config) -> Tensor:
@@ -110,16 +99,6 @@ def network(config: Config) -> nn.Module:
             augmentation=config.data.augmentation is not None,
             **own,
         )
-
-
-def sampler(settings: SamplerConfig) -> Sampler:
-    """The sampler, ready to run on any network."""
-    return _SAMPLERS[settings.kind](**settings.model_dump(exclude={"kind"}))
-
-
-def sampler_section(sampler: Sampler) -> SamplerConfig:
-    """The config section of a sampler."""
-    return parse_sampler({"kind": sampler.kind, **asdict(sampler)})
 
 
 def loss(config: Config, uncertainty: Uncertainty | None = None) -> Loss:

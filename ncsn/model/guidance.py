@@ -12,7 +12,7 @@ from ncsn.config import Config
 from ncsn.config.guidance import AutoguidanceConfig
 from ncsn.config.schema import SamplingConfig
 from ncsn.core.losses import ScoreFunction
-from ncsn.core.samplers.base import Sampler
+from ncsn.core.samplers.chain import sample, visited
 from ncsn.core.samplers.guidance import AtLevels, Guided, Labeled, band_on_grid
 from ncsn.errors import UserError, shown_value
 from ncsn.model import build
@@ -22,9 +22,7 @@ from ncsn.model.trained import load_for_generation
 CHECKPOINT = "sampling.guidance.checkpoint"
 
 
-def score_function(
-    trained: TrainedNetwork, sampling: SamplingConfig, sampler: Sampler, *, labels: Tensor | None
-) -> ScoreFunction:
+def score_function(trained: TrainedNetwork, sampling: SamplingConfig, *, labels: Tensor | None) -> ScoreFunction:
     """The score function for images of these labels, int64 [B]; None without classes."""
     labels = None if labels is None else labels.to(_device(trained))
     levels, guidance = build.sampled_sigmas(trained.config, sampling), sampling.guidance
@@ -40,21 +38,22 @@ def score_function(
     else:
         assert labels is not None, "the config's rules"
         guide = Labeled(network, torch.full_like(labels, -1))
-    band = band_on_grid(guidance.sigma_min, guidance.sigma_max, sampler.visited(levels))
+    band = band_on_grid(guidance.sigma_min, guidance.sigma_max, visited(sampling.sampler, levels))
     return Guided(score, guide, weight=guidance.weight, band=band, sigmas=levels)
 
 
-def guided_evaluations(config: Config) -> int:
-    """Evaluations of an image of both networks together: those of a chain whose scores are zero."""
-    guidance, sampler = config.sampling.guidance, build.sampler(config.sampling.sampler)
+def evaluations_per_image(config: Config) -> int:
+    """NFE of an image by the config's sampler, of both networks together under guidance."""
+    guidance, sampler = config.sampling.guidance, config.sampling.sampler
     levels = build.sampled_sigmas(config, config.sampling)
     whole = sampler.num_evaluations(len(levels))
     if guidance is None or guidance.weight == 1:
         return whole
-    band = band_on_grid(guidance.sigma_min, guidance.sigma_max, sampler.visited(levels))
+    # Those of a chain whose scores are zero.
+    band = band_on_grid(guidance.sigma_min, guidance.sigma_max, visited(sampler, levels))
     guided = Guided(_Zero(), _Zero(), weight=guidance.weight, band=band, sigmas=levels)
     nothing = torch.zeros(1, 1, 1, 1)
-    sampler(guided, x=nothing, sigmas=levels, noise=lambda _: nothing)
+    sample(sampler, guided, x=nothing, sigmas=levels, noise=lambda _: nothing)
     return guided.evaluations
 
 

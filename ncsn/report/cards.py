@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from ncsn.config import Config
@@ -115,7 +115,7 @@ def _settings(facts: ModelFacts, config: Config) -> list[tuple[str, str]]:
     settings["noise"] = f"{noise.num_levels} levels, sigma {noise.sigma_1:g} to {noise.sigma_L:g}"
     if isinstance(any_sigma := config.noise.training, LognormalTraining):
         settings["noise"] += f"; trained at any sigma, ln sigma ~ N({any_sigma.mean:.4g}, {any_sigma.std:.4g}²)"
-    chosen = ", ".join(f"{name} {value}" for name, value in sampling.sampler.model_dump().items())
+    chosen = ", ".join(f"{name} {value}" for name, value in asdict(sampling.sampler).items())
     settings["sampler"] = f"{chosen}: NFE {facts.nfe}"
     if guidance := sampling.guidance:
         band = f"above sigma {guidance.sigma_min:g} up to {guidance.sigma_max:g}"

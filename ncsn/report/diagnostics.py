@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ncsn.config.samplers import AnnealedLangevinConfig, SamplerConfig
 from ncsn.config.training import TrainConfig, ema_setting
 from ncsn.core.images import DataMoments
 from ncsn.core.noise_schedule import best_epsilon, variance_ratio
+from ncsn.core.samplers.settings import AnnealedLangevin, Sampler
 from ncsn.report.page import Picture, Plot, Section
 from ncsn.report.plots import held_out_losses, last_losses, loss_curves, loss_heat_map
 from ncsn.report.style import to_svg
@@ -64,9 +64,9 @@ def average_hints(settings: TrainConfig, *, images_seen: int) -> list[str]:
     ]
 
 
-def sampler_hints(sampler: SamplerConfig, sigmas: Sequence[float]) -> list[str]:
+def sampler_hints(sampler: Sampler, sigmas: Sequence[float]) -> list[str]:
     """A hint if the epsilon of annealed Langevin dynamics is far from technique 4 of NCSNv2."""
-    if not isinstance(sampler, AnnealedLangevinConfig):
+    if not isinstance(sampler, AnnealedLangevin):
         return []
     sigma_L, ratio, steps = sigmas[-1], sigmas[-2] / sigmas[-1], sampler.steps_per_level
     best = best_epsilon(sigma_L=sigma_L, ratio=ratio, steps_per_level=steps)

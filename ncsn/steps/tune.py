@@ -229,7 +229,7 @@ def best_config(config: Config, best: TrialRecord) -> Config:
 
 def baseline_objective(plan: SearchPlan, trials: Sequence[TrialRecord], *, images_seen: int) -> float | None:
     """What the config as it stands, with its own sampler, reached at that many images; None if it failed."""
-    sampler = plan.config.sampling.sampler.model_dump(mode="json")
+    sampler = asdict(plan.config.sampling.sampler)
     tried = (
         scored.objective
         for trial in trials

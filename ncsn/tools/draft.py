@@ -16,7 +16,8 @@ from pydantic_core import to_jsonable_python
 
 from ncsn.config import Config, from_yaml
 from ncsn.config.load import parse_override
-from ncsn.config.problems import kinds_of, section_models, set_value
+from ncsn.config.problems import fields_of, kinds_of, section_models, set_value
+from ncsn.core.settings import Settings
 
 _WIDTH = 118
 _INDENT = "  "
@@ -110,12 +111,12 @@ def documented_yaml(config: Config) -> str:
     return "\n".join([*_comment(_first_line(type(config))), *_section(config, ""), ""])
 
 
-def _section(section: BaseModel, indent: str) -> Iterator[str]:
-    for name, field in type(section).model_fields.items():
+def _section(section: Any, indent: str) -> Iterator[str]:
+    for name, field in fields_of(type(section)).items():
         value = getattr(section, name)
         if not indent and section_models(type(section), name):
             yield ""
-        if isinstance(value, BaseModel):
+        if isinstance(value, BaseModel | Settings):
             yield from _comment(_first_line(type(value)) + _other_kinds(type(section), name, value), indent)
             yield f"{indent}{name}:"
             yield from _section(value, indent + _INDENT)
@@ -124,11 +125,11 @@ def _section(section: BaseModel, indent: str) -> Iterator[str]:
             yield f"{indent}{name}: {_shown(value)}"
 
 
-def _first_line(model: type[BaseModel]) -> str:
+def _first_line(model: type[Any]) -> str:
     return (model.__doc__ or model.__name__).strip().splitlines()[0]
 
 
-def _other_kinds(section: type[BaseModel], name: str, value: BaseModel) -> str:
+def _other_kinds(section: type[Any], name: str, value: Any) -> str:
     others = [kind for kind in kinds_of(section_models(section, name)) if kind != getattr(value, "kind", None)]
     return f" Other kinds, with other settings: {', '.join(others)}." if others else ""
 

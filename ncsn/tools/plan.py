@@ -8,14 +8,14 @@ from typing import Any
 
 from ncsn.config import Config
 from ncsn.config.noise import AutoNoiseConfig
-from ncsn.config.samplers import AnnealedLangevinConfig
 from ncsn.core.noise_schedule import best_epsilon
+from ncsn.core.samplers.settings import AnnealedLangevin
 from ncsn.core.training import EVALUATIONS_PER_STEP
 from ncsn.data.format import load_manifest
 from ncsn.data.noise_levels import resolve_noise
 from ncsn.errors import UserError
 from ncsn.model import build
-from ncsn.model.generate import evaluations_per_image
+from ncsn.model.guidance import evaluations_per_image
 from ncsn.model.memory import kept_bytes
 from ncsn.runs.costs import cost_of
 from ncsn.runs.folder import run_folder
@@ -38,7 +38,7 @@ def chosen_levels(config: Config, run: str) -> list[str]:
         return []
     lines = [f"noise: {{sigma_1: {levels.sigma_1:g}, sigma_L: {levels.sigma_L:g}, num_levels: {levels.num_levels}}}"]
     sampler = config.sampling.sampler
-    if isinstance(sampler, AnnealedLangevinConfig) and levels.num_levels > 1:
+    if isinstance(sampler, AnnealedLangevin) and levels.num_levels > 1:
         ratio = (levels.sigma_1 / levels.sigma_L) ** (1 / (levels.num_levels - 1))
         steps = sampler.steps_per_level
         epsilon = best_epsilon(sigma_L=levels.sigma_L, ratio=ratio, steps_per_level=steps)

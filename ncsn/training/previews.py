@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ncsn.config import Config
-from ncsn.config.samplers import ProbabilityFlowConfig
 from ncsn.core.images import DataMoments, image_grid
+from ncsn.core.samplers.settings import DpmSolver
 from ncsn.core.training import EVALUATIONS_PER_STEP, TrainState
 from ncsn.errors import InvalidValue
 from ncsn.model.checkpoint import TrainedNetwork
@@ -71,7 +71,7 @@ def preview(config: Config, state: TrainState, moments: DataMoments, *, evaluati
         UserError: An image is not finite.
     """
     network, rows = state.averaged(), preview_rows(config)
-    sampler = ProbabilityFlowConfig(kind="probability_flow", method="euler", num_levels=evaluations)
+    sampler = DpmSolver(num_levels=max(2, evaluations), spacing="geometric")
     images = generate(
         TrainedNetwork(config=config, network=network, moments=moments),
         sampling=config.sampling.model_copy(update={"sampler": sampler, "label": BALANCED, "guidance": None}),

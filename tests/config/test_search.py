@@ -87,7 +87,7 @@ def test_ranges_that_overlap_are_refused_as_a_pair() -> None:
 
 def test_epsilons_need_a_sampler_that_has_one() -> None:
     with refused("search.epsilons", error=ConfigError):
-        digits("search.epsilons=[0.1]", "sampling.sampler={kind: probability_flow}")
+        digits("search.epsilons=[0.1]", "sampling.sampler={kind: dpm_solver}")
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_the_sweep_is_in_units_of_the_least_noise() -> None:
 
 
 def test_a_sampler_without_epsilon_is_not_swept() -> None:
-    config = digits("search={}", "sampling.sampler={kind: probability_flow}")
+    config = digits("search={}", "sampling.sampler={kind: dpm_solver}")
     assert [each.sampling for each in swept(config, variant(config, {}), with_own=True)] == [config.sampling]
 
 

@@ -17,7 +17,8 @@ from ncsn.core.images import fit_moments
 from ncsn.core.keyed_random import KeyedNoise
 from ncsn.core.losses import Batch, DenoisingScoreMatching, EdmWeight
 from ncsn.core.networks.preconditioned import PreconditionedNetwork
-from ncsn.core.samplers.ode import KarrasHeun
+from ncsn.core.samplers.chain import sample, start
+from ncsn.core.samplers.settings import KarrasHeun
 from ncsn.core.training import StepOptions, TrainState, train_step
 from ncsn.core.training_noise import LognormalNoise
 
@@ -124,8 +125,8 @@ def train(
 def sampled(network: nn.Module, images: Tensor, *, count: int, seed: int) -> Tensor:
     sampler, sigmas = KarrasHeun(denoise=False), torch.tensor([3.0, 0.03])
     noise = KeyedNoise(seed, first=0, count=count, shape=(1, 8, 8))
-    start = sampler.start(None, fit_moments(images), sigma_1=3.0, noise=noise)  # type: ignore[arg-type]
-    return sampler(network, x=start, sigmas=sigmas, noise=noise)
+    x = start(sampler, fit_moments(images), sigma_1=3.0, noise=noise)
+    return sample(sampler, network, x=x, sigmas=sigmas, noise=noise)
 
 
 def distance(one: Tensor, other: Tensor) -> float:

@@ -18,8 +18,9 @@ from mixture import (
 
 from ncsn.core.losses import Batch, DenoisingScoreMatching
 from ncsn.core.noise_schedule import geometric_sigmas
+from ncsn.core.samplers.chain import sample
 from ncsn.core.samplers.langevin import annealed_langevin, denoise_step
-from ncsn.core.samplers.ode import ProbabilityFlow
+from ncsn.core.samplers.settings import DpmSolver
 
 TEN_TO_TENTH = geometric_sigmas(10.0, 0.1, 10)
 
@@ -129,8 +130,9 @@ def ode_weight(start_std_from_data):
         x = (mean + z.double() @ torch.linalg.cholesky(covariance).T).float()
     else:
         x = 10 * z
-    sampler = ProbabilityFlow(method="heun", denoise=False)
-    return mode_report(sampler(lambda x, level: noisy_score(x, sigmas[level]), x=x, sigmas=sigmas, noise=None))
+    sampler = DpmSolver(num_levels=len(sigmas), spacing="geometric", denoise=False)
+    score = lambda x, level: noisy_score(x, sigmas[level])  # noqa: E731
+    return mode_report(sample(sampler, score, x=x, sigmas=sigmas, noise=None))
 
 
 @pytest.mark.oracle(11)

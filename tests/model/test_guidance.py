@@ -12,11 +12,12 @@ from refused import refused
 
 from ncsn.config import Config, from_yaml
 from ncsn.core.images import fit_moments
+from ncsn.core.keyed_random import KeyedNoise
 from ncsn.model import build, checkpoint
 from ncsn.model.checkpoint import TrainedNetwork, weights_digest
 from ncsn.model.classes import Classes
-from ncsn.model.generate import complete, evaluations_per_image, generate, image_labels, interpolate
-from ncsn.model.guidance import guide_of, guided_evaluations, sampling_facts
+from ncsn.model.generate import generate, image_labels, level_images, sampled
+from ncsn.model.guidance import evaluations_per_image, guide_of, sampling_facts
 from ncsn.model.trained import load_for_generation, load_trained, save_trained
 
 TEXT = """
@@ -88,15 +89,9 @@ def test_weight_one_is_no_guidance_bitwise(trained: TrainedNetwork) -> None:
 
 def test_weight_zero_is_the_network_without_classes(trained: TrainedNetwork) -> None:
     unaware = images(trained, FREE, "sampling.guidance.weight=0.0")
-    known = complete(
-        trained,
-        unaware,
-        np.zeros((8, 8), np.bool_),
-        sampling=config_with(LANGEVIN).sampling,
-        labels=torch.full((4,), -1),
-    )
-    expected = images(trained, LANGEVIN, FREE, "sampling.guidance.weight=0.0")
-    np.testing.assert_array_equal(known, expected)
+    noise, sampling = KeyedNoise(0, first=0, count=4, shape=(1, 8, 8)), config_with().sampling
+    x = sampled(trained, sampling, noise=noise, labels=torch.full((4,), -1))
+    np.testing.assert_array_equal(level_images(x, sampling, trained.config), unaware)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +110,7 @@ def test_evaluations_of_both_networks_are_counted(
     trained: TrainedNetwork, guidance: str, evaluations: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = config_with(f"sampling.guidance={guidance}")
-    assert evaluations_per_image(config) == guided_evaluations(config) == evaluations
+    assert evaluations_per_image(config) == evaluations
     if "auto" in guidance:
         return
     calls = []
@@ -239,17 +234,3 @@ def test_other_levels_sample_as_a_network_that_has_them(sampler: str) -> None:
         config_with(sampler, FREE, f"noise={levels % ''}")
     )
     assert sampling_facts(config_with(*chosen).sampling, None)["levels"]["sigma_1"] == 1.3
-
-
-def test_completions_and_interpolations_have_classes(trained: TrainedNetwork) -> None:
-    sampling, known = config_with(LANGEVIN).sampling, np.arange(64).reshape(8, 8) < 32
-    given = np.full((3, 8, 8, 1), 100, np.uint8)
-    balanced = complete(trained, given, known, sampling=sampling)
-    told = complete(trained, given, known, sampling=sampling, labels=torch.tensor([0, 1, 1]))
-    assert [(a == b).all() for a, b in zip(balanced, told, strict=True)] == [True, True, False]
-    assert (told[:, known] == 100).all()
-    heun = config_with().sampling
-    path = interpolate(trained, sampling=heun, first=1, second=4, count=3)
-    np.testing.assert_array_equal(
-        path[[0, 2]], np.stack([generate(trained, sampling=heun, first=i, count=1)[0] for i in (1, 4)])
-    )

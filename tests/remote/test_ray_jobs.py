@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -175,7 +175,7 @@ def test_a_search_its_best_and_scored_samples_run_as_jobs(jobs: Jobs, config: Pa
     trained = job("train", found["config"], "sought-best", "--dataset", dataset)
     assert trained["images_seen"] == 160
     best = from_yaml(storage.read_text(f"{trained['checkpoint']}/config.yaml"))
-    assert (best.noise.sigma_1, best.sampling.sampler.model_dump()) == (
+    assert (best.noise.sigma_1, asdict(best.sampling.sampler)) == (
         found["values"]["noise.sigma_1"],
         found["sampler"],
     )

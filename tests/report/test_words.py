@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from ncsn.config.samplers import AnnealedLangevinConfig, ProbabilityFlowConfig
 from ncsn.config.training import DecayEmaConfig, TrainConfig
 from ncsn.core.images import fit_moments
 from ncsn.core.noise_schedule import best_epsilon, geometric_sigmas
+from ncsn.core.samplers.settings import AnnealedLangevin, KarrasHeun
 from ncsn.report.diagnostics import (
     MOST_POINTS,
     average_hints,
@@ -85,13 +85,13 @@ def test_an_epsilon_that_does_not_fit_gets_the_one_that_does() -> None:
 
     def hints(factor: float) -> list[str]:
         settings = {"kind": "annealed_langevin", "steps_per_level": 10, "epsilon": factor * best}
-        return sampler_hints(AnnealedLangevinConfig(**settings), sigmas)
+        return sampler_hints(AnnealedLangevin(**settings), sigmas)
 
     assert hints(1.0) == []
     for factor, fault in ((8.0, "large"), (0.05, "small"), (50.0, "diverges")):
         (hint,) = hints(factor)
         assert fault in hint and f"{best:.2g}" in hint
-    assert sampler_hints(ProbabilityFlowConfig(kind="probability_flow"), sigmas) == []
+    assert sampler_hints(KarrasHeun(), sigmas) == []
 
 
 def test_an_average_with_much_of_the_initial_weights_is_a_hint() -> None:

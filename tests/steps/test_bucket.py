@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ def config(in_store, s3_root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def save_samples(config: Config, images: np.ndarray, trained: str) -> str:
     """Real images in place of samples."""
-    sampler = config.sampling.sampler.model_dump(mode="json")
+    sampler = asdict(config.sampling.sampler)
     digest = checkpoint.load_for_sampling(trained).digest
     manifest = {"checkpoint": trained, "checkpoint_digest": digest, "sampler": sampler, "nfe": 5, "seed": 0}
     uri = f"{config.storage.root}/runs/{RUN}/samples/some"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,7 @@ def evaluate(config, root, dataset, saved):
     def write(
         value: float, *, dataset: str = dataset, of: Config = config, name_of_file: str = "", copies: int = 0
     ) -> str:
-        sampler = of.sampling.sampler.model_dump(mode="json")
+        sampler = asdict(of.sampling.sampler)
         samples = str(root / f"samples-{sampler['steps_per_level']}")
         storage.write_bytes(storage.join(samples, "grid.png"), grid_png(np.zeros((4, 8, 8, 1), np.uint8)))
         manifest = {"checkpoint_digest": checkpoint.load_for_sampling(saved).digest, "sampler": sampler}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,7 @@ def evaluation(config, root, save_untrained) -> str:
     pq.write_table(to_table(Rows(made, np.full(4, -1))), samples / "shard-000000000-000000004.parquet")
     (samples / "grid.png").write_bytes(grid_png(made))
     (samples / "strip.png").write_bytes(grid_png(made))
-    manifest = {"checkpoint": str(folder), "nfe": 5, "seed": 0, "sampler": config.sampling.sampler.model_dump()}
+    manifest = {"checkpoint": str(folder), "nfe": 5, "seed": 0, "sampler": asdict(config.sampling.sampler)}
     (samples / "manifest.json").write_text(json.dumps(manifest))
 
     line = {"pixels_rows": [0, 1], "features_rows": [2, 3], "pixels_distances": [0.0, 50.0], "memorised": True}

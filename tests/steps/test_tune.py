@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pytest
@@ -129,7 +129,7 @@ def test_the_best_is_a_config_to_train(searched: Searched) -> None:
     best = from_yaml(Path(result.config).read_text())
     assert best.search is None
     assert best.noise.sigma_1 == result.values["noise.sigma_1"]
-    assert best.sampling.sampler.model_dump() == result.sampler
+    assert asdict(best.sampling.sampler) == result.sampler
     assert result.run == "hunt-best"
     assert result.objective_name == "eval/classifier_fid_n20"
     assert len(json.loads(Path(result.table).read_text())["trials"]) == 5

@@ -79,10 +79,10 @@ def test_gray_images_transparent_ones_and_a_gpu(choose) -> None:
 
 
 def test_given_values_hold_and_the_others_fit_them(choose) -> None:
-    sampler = "sampling.sampler={kind: probability_flow}"
+    sampler = "sampling.sampler={kind: dpm_solver}"
     config = choose("data.image_size=8", "name=mine", "train.num_images=777", sampler).config
     assert (config.data.image_size, config.name, config.train.num_images) == (8, "mine", 777)
-    assert len(config.network.widths) == 2 and config.sampling.sampler.kind == "probability_flow"
+    assert len(config.network.widths) == 2 and config.sampling.sampler.kind == "dpm_solver"
     paper = choose("network={kind: ncsn, num_features: 8}").config
     assert paper.network.kind == "ncsn" and paper.sampling.sampler.kind == "annealed_langevin"
     assert choose("data.horizontal_flip=true", count=20).config.data.horizontal_flip

@@ -13,7 +13,7 @@ def test_what_is_given_is_not_chosen() -> None:
     draft = Draft(["train.batch_size=32", "sampling.sampler={kind: karras_heun}", "network={kind: ncsn}"])
     assert draft.choose("train.batch_size", 64) == 32
     assert draft.choose("train.num_images", 1000) == 1000
-    assert not draft.section("sampling.sampler", "probability_flow")
+    assert not draft.section("sampling.sampler", "dpm_solver")
     assert not draft.section("network", "unet")
     assert draft.section("noise", "auto")
     assert not Draft(["noise.kind=geometric"]).section("noise", "auto")

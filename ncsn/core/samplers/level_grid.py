@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ncsn.core.losses import ScoreFunction
 from ncsn.core.samplers.langevin import score_at_level
+from ncsn.core.samplers.settings import Spacing
 from ncsn.errors import InvalidValue
 
-Spacing = Literal["geometric", "karras"]
 Levels = tuple[list[float], list[int] | None]  # sigmas, descending, and their indices if they are the network's own
 
 
@@ -25,9 +24,9 @@ class LevelGrid:
     sigmas: list[float]  # descending
     indices: list[int] | None
 
-    def score(self, x: Tensor, k: int, *, field: int | None = None) -> Tensor:
-        """Score of a batch at grid position k, by the function that holds there or at the position `field`."""
-        network = field_of(self.network, self.sigmas[k if field is None else field])
+    def score(self, x: Tensor, k: int) -> Tensor:
+        """Score of a batch at grid position k, by the function that holds there."""
+        network = field_of(self.network, self.sigmas[k])
         if self.indices is None:
             return score_at_sigma(network, x, sigma=self.sigmas[k])
         return score_at_level(network, x, level=self.indices[k])

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from ncsn.core.losses import ScoreFunction
-from ncsn.core.samplers.base import Sampler
+from ncsn.core.samplers.chain import sample
 from ncsn.core.samplers.langevin import NoiseSource
 from ncsn.core.samplers.level_grid import field_of, floats
 from ncsn.core.samplers.measurements import KnownPixels, Operator
+from ncsn.core.samplers.settings import Sampler
 from ncsn.errors import InvalidValue
 
 _FARTHEST = 20.0  # from zero, in standard deviations of data plus noise; a diverging chain soon goes beyond
@@ -165,9 +166,9 @@ def restored(
     """
     operator = measured.operator
     if operator.blind:
-        return sampler(network, x=x, sigmas=sigmas, noise=noise)
+        return sample(sampler, network, x=x, sigmas=sigmas, noise=noise)
     guided = Conditioned(network, measured, guidance, sigmas=sigmas, scale=scale)
-    x = sampler(guided, x=x, sigmas=sigmas, noise=noise)
+    x = sample(sampler, guided, x=x, sigmas=sigmas, noise=noise)
     require_bounded(x, sigma=0.0, scale=scale)
     if isinstance(operator, KnownPixels) and measured.noise == 0:
         return torch.where(operator.mask.to(x.device), measured.y, x)

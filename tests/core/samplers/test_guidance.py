@@ -9,11 +9,10 @@ import pytest
 import torch
 
 from ncsn.core.keyed_random import KeyedNoise
+from ncsn.core.samplers.chain import sample, visited
 from ncsn.core.samplers.guidance import Guided, Labeled, band_on_grid
 from ncsn.core.samplers.level_grid import LevelGrid, field_of, karras_sigmas
-from ncsn.core.samplers.multistep import DpmSolver, UniPC
-from ncsn.core.samplers.ode import KarrasHeun, ProbabilityFlow
-from ncsn.core.samplers.stochastic import AnnealedLangevin, ConsistentAnnealed, Langevin, PredictorCorrector
+from ncsn.core.samplers.settings import AnnealedLangevin, DpmSolver, KarrasHeun, Langevin
 
 HIGH, LOW = 80.0, 0.002
 S, WIDE = 0.5, 1.0  # deviations of a class, and of all images
@@ -30,11 +29,9 @@ def levels(*ends: float, count: int = 400) -> torch.Tensor:
     return torch.cat([parts[0], *(part[1:] for part in parts[1:])])
 
 
-def flowed(
-    guided, sigmas: torch.Tensor, start: torch.Tensor, *, sampler: ProbabilityFlow | DpmSolver | None = None
-) -> torch.Tensor:
-    sampler = sampler or ProbabilityFlow(denoise=False)
-    return sampler(guided, x=start.view(-1, 1, 1, 1), sigmas=sigmas, noise=None).flatten()
+def flowed(guided, sigmas: torch.Tensor, start: torch.Tensor, *, sampler: DpmSolver | None = None) -> torch.Tensor:
+    sampler = sampler or DpmSolver(num_levels=len(sigmas), spacing="geometric", denoise=False)
+    return sample(sampler, guided, x=start.view(-1, 1, 1, 1), sigmas=sigmas, noise=None).flatten()
 
 
 def gaussians(analytic, sigmas, *, weight, band=EVERYWHERE, mean=0.0, s=S, wide=WIDE) -> Guided:
@@ -129,13 +126,9 @@ def test_one_of_two_classes(weight, band, mean, std):
 
 SAMPLERS = [
     AnnealedLangevin(epsilon=1e-4, steps_per_level=2),
-    Langevin(step_size=1e-3, num_steps=5, level=-1, denoise=True),
-    ConsistentAnnealed(epsilon=7e-4),
-    PredictorCorrector(),
-    ProbabilityFlow(),
+    Langevin(step_size=1e-3, num_steps=5),
     KarrasHeun(num_steps=6, churn=3.0),
     DpmSolver(num_steps=7),
-    UniPC(num_steps=7),
 ]
 
 
@@ -145,7 +138,7 @@ def test_weight_one_is_the_network_and_weight_zero_the_guide_bitwise(sampler, an
 
     def sampled(score):
         noise = KeyedNoise(0, first=0, count=3, shape=(1, 2, 2))
-        return sampler(score, x=noise(10_000), sigmas=sigmas, noise=noise)
+        return sample(sampler, score, x=noise(10_000), sigmas=sigmas, noise=noise)
 
     network, guide = analytic.GaussianScore(sigmas, s2=0.25), analytic.GaussianScore(sigmas, s2=1.0)
     alone, of_guide = sampled(network), sampled(guide)
@@ -160,11 +153,11 @@ def test_weight_one_is_the_network_and_weight_zero_the_guide_bitwise(sampler, an
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda sampler: sampler.kind)
 def test_evaluations_are_counted_where_they_happen(sampler, analytic):
     sigmas = torch.tensor([1.0, 0.3, 0.09, 0.027])
-    grid = sampler.visited(sigmas)
+    grid = visited(sampler, sigmas)
     guided = gaussians(analytic, sigmas, weight=2)
     guided.band = band_on_grid(grid[-1], grid[1], grid) if len(grid) > 1 else EVERYWHERE
     noise = KeyedNoise(0, first=0, count=3, shape=(1, 2, 2))
-    sampler(guided, x=noise(10_000), sigmas=sigmas, noise=noise)
+    sample(sampler, guided, x=noise(10_000), sigmas=sigmas, noise=noise)
     whole = sampler.num_evaluations(len(sigmas))
     assert guided.network.calls == whole and guided.evaluations == whole + guided.guide.calls
     assert 0 < guided.guide.calls <= whole
@@ -178,9 +171,13 @@ def test_evaluations_are_counted_where_they_happen(sampler, analytic):
 def test_a_step_stays_with_the_score_of_its_start(analytic):
     """Else Heun's order falls to 1 where the band begins and ends."""
     errors, exact = [], 0.0
-    for count in (640, 20, 40, 80):
-        sigmas = levels(8.0, BAND[1], BAND[0], 0.02, count=count)
-        found = spread(gaussians(analytic, sigmas, weight=3, band=BAND), sigmas)
+    for count in (1921, 61, 121, 241):
+        sampler = KarrasHeun(num_steps=count, denoise=False)
+        sigmas = torch.tensor([8.0, 0.02], dtype=torch.float64)
+        grid = torch.tensor(visited(sampler, sigmas), dtype=torch.float64)
+        share = (count - 1) // 3
+        band = (float(grid[2 * share]), float(grid[share]))
+        found = spread(gaussians(analytic, grid, weight=3, band=band), sigmas, sampler=sampler)
         exact = exact or found
         errors.append(abs(found / exact - 1))
     errors = errors[1:]
@@ -188,16 +185,13 @@ def test_a_step_stays_with_the_score_of_its_start(analytic):
 
 
 def test_multistep_samplers_forget_at_the_ends_of_the_band(analytic):
-    sigmas = torch.tensor([10.0, 0.02], dtype=torch.float64)
-    for sampler, order in ((DpmSolver, 2), (UniPC, 2)):
-        grid = sampler(num_steps=61, denoise=False).visited(sigmas)
-        guided = gaussians(analytic, torch.tensor(grid), weight=3, band=(grid[45], grid[15]))
-        found = LevelGrid(guided, grid, None)
-        assert [k for k in range(60) if not found.continues(k)] == [14, 44]
-        exact = spread(guided, torch.tensor(grid, dtype=torch.float64))
-        start = torch.tensor([HIGH, -HIGH], dtype=torch.float64)
-        ends = flowed(guided, sigmas, start, sampler=sampler(num_steps=61, order=order, denoise=False))
-        assert float(ends[0] - ends[1]) / 2 == pytest.approx(exact, rel=0.02)
+    sigmas, sampler = torch.tensor([10.0, 0.02], dtype=torch.float64), DpmSolver(num_steps=61, denoise=False)
+    grid = visited(sampler, sigmas)
+    guided = gaussians(analytic, torch.tensor(grid), weight=3, band=(grid[45], grid[15]))
+    found = LevelGrid(guided, grid, None)
+    assert [k for k in range(60) if not found.continues(k)] == [14, 44]
+    exact = spread(guided, sigmas, sampler=KarrasHeun(num_steps=61, denoise=False))
+    assert spread(guided, sigmas, sampler=sampler) == pytest.approx(exact, rel=0.02)
 
 
 def test_ends_of_a_band_move_to_the_grid():

@@ -9,8 +9,9 @@ import torch
 
 from ncsn.core.keyed_random import KeyedNoise
 from ncsn.core.noise_schedule import consistent_epsilon, geometric_sigmas, variance_ratio
+from ncsn.core.samplers.chain import sample
 from ncsn.core.samplers.langevin import annealed_langevin, denoise_step, langevin_step, level_steps
-from ncsn.core.samplers.stochastic import AnnealedLangevin
+from ncsn.core.samplers.settings import AnnealedLangevin
 
 SIGMAS = geometric_sigmas(1.0, 0.01, 10)
 
@@ -95,8 +96,12 @@ def test_consistent_steps_keep_each_levels_noise(analytic):
 def test_consistent_steps_are_no_larger_than_the_noise(analytic):
     noise = analytic.UnitNoise(11)
     with pytest.raises(ValueError, match=r"epsilon .*0\.0001\b.*0\.0002"):
-        AnnealedLangevin(epsilon=2e-4, steps_per_level=1, consistent=True)(
-            analytic.GaussianScore(SIGMAS, s2=0.0), x=noise.start(1.0), sigmas=SIGMAS, noise=noise
+        sample(
+            AnnealedLangevin(epsilon=2e-4, steps_per_level=1, consistent=True),
+            analytic.GaussianScore(SIGMAS, s2=0.0),
+            x=noise.start(1.0),
+            sigmas=SIGMAS,
+            noise=noise,
         )
 
 

@@ -1,0 +1,143 @@
+"""What the samplers do: `sample(sampler, network, x=start, sigmas=..., noise=..., on_level=...) -> x`.
+
+The state never leaves [B, C, H, W], an image depends only on its own start and noise, and nothing is clamped. `denoise`
+means the same everywhere: the result is x + sigma_L^2 s(x) at the last level, or still carries its noise.
+
+Under guidance in a band of sigma the score jumps at the band's ends. A sampler that combines scores of several sigmas
+takes them of one field (`ncsn.core.samplers.level_grid.field_of`), or loses its order.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from ncsn.core.images import DataMoments, moment_matched
+from ncsn.core.keyed_random import InterpolatedNoise, KeyedNoise
+from ncsn.core.losses import ScoreFunction
+from ncsn.core.samplers.langevin import NoiseSource, OnLevel, annealed_langevin, langevin_step
+from ncsn.core.samplers.level_grid import (
+    LevelGrid,
+    Levels,
+    field_of,
+    own_levels,
+    score_at_sigma,
+    spaced_sigmas,
+)
+from ncsn.core.samplers.settings import AnnealedLangevin, DpmSolver, KarrasHeun, Langevin, Sampler
+from ncsn.errors import InvalidValue
+
+_START_DRAW = 2**31  # far beyond the draws of any chain
+
+
+def start(sampler: Sampler, moments: DataMoments, *, sigma_1: float, noise: KeyedNoise | InterpolatedNoise) -> Tensor:
+    """First state of the chain: uniform pixels, or a normal draw with the moments of the data plus noise."""
+    if sampler.uniform_start:
+        return noise.uniform(0)
+    return moment_matched(moments, sigma=sigma_1, z=noise(_START_DRAW))
+
+
+@torch.no_grad()
+def sample(
+    sampler: Sampler,
+    network: ScoreFunction,
+    *,
+    x: Tensor,
+    sigmas: Tensor,
+    noise: NoiseSource,
+    on_level: OnLevel | None = None,
+) -> Tensor:
+    """Run the chain of a network in eval mode, whose levels [L] descend.
+
+    Args:
+        x: Start [B, C, H, W]; it is not changed.
+        noise: Number of a draw -> standard normal tensor of x's shape.
+        on_level: Called with (k, x) when the k-th visited level is done; by ODE solvers, when it is reached.
+    """
+    grid, on_level = LevelGrid(network, *_levels(sampler, sigmas)), on_level or (lambda _level, _x: None)
+    match sampler:
+        case AnnealedLangevin():
+            return annealed_langevin(
+                network,
+                x=x,
+                sigmas=torch.tensor(grid.sigmas, dtype=torch.float64),
+                epsilon=sampler.epsilon,
+                steps_per_level=sampler.steps_per_level,
+                noise=noise,
+                denoise=sampler.denoise,
+                consistent=sampler.consistent,
+                on_level=on_level,
+            )
+        case Langevin():
+            for step in range(sampler.num_steps):
+                x = langevin_step(x, score=grid.score(x, 0), step_size=sampler.step_size, z=noise(step))
+            on_level(0, x)
+        case KarrasHeun():
+            x = _karras_heun(sampler, grid, x, noise=noise, on_level=on_level)
+        case DpmSolver():
+            x = _dpm_solver(sampler, grid, x, noise=noise, on_level=on_level)
+    return grid.denoised(x, -1) if sampler.denoise else x
+
+
+def visited(sampler: Sampler, sigmas: Tensor) -> list[float]:
+    """The sigma of each level that `on_level` is called for, given the network's levels [L]."""
+    return _levels(sampler, sigmas)[0]
+
+
+def _levels(sampler: Sampler, sigmas: Tensor) -> Levels:
+    match sampler:
+        case Langevin(level=level):
+            if not -len(sigmas) <= level < len(sigmas):
+                raise InvalidValue(f"level must be within the {len(sigmas)} levels 0 to {len(sigmas) - 1}, got {level}")
+            return [float(sigmas[level])], [level % len(sigmas)]
+        case KarrasHeun():
+            return spaced_sigmas(sigmas, sampler.num_steps, spacing="karras", rho=sampler.rho), None
+        case DpmSolver(num_levels=None):
+            return spaced_sigmas(sigmas, sampler.num_steps, spacing=sampler.spacing, rho=sampler.rho), None
+        case DpmSolver():
+            return own_levels(sigmas, sampler.num_levels, spacing=sampler.spacing, rho=sampler.rho)
+    return own_levels(sigmas)
+
+
+def _karras_heun(sampler: KarrasHeun, grid: LevelGrid, x: Tensor, *, noise: NoiseSource, on_level: OnLevel) -> Tensor:
+    for k, (sigma, lower) in enumerate(pairwise(grid.sigmas)):
+        on_level(k, x)
+        churns = sampler.churn_min <= sigma <= sampler.churn_max
+        share = min(sampler.churn / sampler.num_steps, math.sqrt(2) - 1) if churns else 0.0
+        field, raised = field_of(grid.network, sigma), sigma * (1 + share)
+        if raised > sigma:
+            x = x.add(noise(k), alpha=sampler.churn_noise * math.sqrt(raised**2 - sigma**2))
+        slope = score_at_sigma(field, x, sigma=raised).mul_(-raised)
+        ahead = score_at_sigma(field, torch.add(x, slope, alpha=lower - raised), sigma=lower)
+        x = torch.add(x, slope.add_(ahead, alpha=-lower), alpha=0.5 * (lower - raised))
+    on_level(len(grid.sigmas) - 1, x)
+    return x
+
+
+def _dpm_solver(sampler: DpmSolver, grid: LevelGrid, x: Tensor, *, noise: NoiseSource, on_level: OnLevel) -> Tensor:
+    """Each step integrates the denoised image D along the ODE, or the SDE.
+
+    With h = ln(sigma_i / sigma_{i+1}) the ODE has the solution x_{i+1} = (sigma_{i+1} / sigma_i) x_i + integral over u
+    from 0 to h of e^(u - h) D(u). D is replaced by its value in the middle of the step, on the line through its last
+    two values: a multistep method with one evaluation each. Only values of one smooth score function are combined.
+    """
+    older: tuple[float, Tensor] | None = None  # the last denoised image, and its place from the current point
+    for k, (sigma, lower) in enumerate(pairwise(grid.sigmas)):
+        on_level(k, x)
+        h, denoised = math.log(sigma / lower), grid.denoised(x, k)
+        total = -math.expm1(-(1 + sampler.eta) * h)
+        x = x * (lower / sigma * math.exp(-sampler.eta * h))
+        if older is None:
+            x.add_(denoised, alpha=total)
+        else:
+            place, value = older
+            x.add_(denoised, alpha=total * ((h / 2 - place) / (0.0 - place)))
+            x.add_(value, alpha=total * (h / 2 / place))
+        if sampler.eta > 0:
+            x.add_(noise(k), alpha=lower * math.sqrt(-math.expm1(-2 * sampler.eta * h)))
+        older = (-h, denoised) if sampler.order == 2 and grid.continues(k) else None
+    on_level(len(grid.sigmas) - 1, x)
+    return x

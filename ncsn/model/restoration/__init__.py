@@ -1,1 +1,0 @@
-"""Images from incomplete, small or blurred ones, by a trained network."""

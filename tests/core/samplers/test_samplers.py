@@ -1,0 +1,308 @@
+"""Samplers: spec oracles 10 and 12, the tables of section 6 of the second specification, and what all share."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ncsn.core.keyed_random import KeyedNoise
+from ncsn.core.noise_schedule import geometric_sigmas
+from ncsn.core.samplers.chain import sample, visited
+from ncsn.core.samplers.langevin import annealed_langevin
+from ncsn.core.samplers.settings import AnnealedLangevin, DpmSolver, KarrasHeun, Langevin
+from ncsn.errors import UserError
+
+SIGMAS = geometric_sigmas(1.0, 0.01, 10).double()
+ANCESTRAL = DpmSolver(num_levels=10, order=1, eta=1.0, spacing="geometric")
+SAMPLERS = [
+    Langevin(level=9, num_steps=4),
+    AnnealedLangevin(steps_per_level=2),
+    AnnealedLangevin(steps_per_level=2, denoise=False),
+    AnnealedLangevin(steps_per_level=2, consistent=True),
+    KarrasHeun(num_steps=5),
+    KarrasHeun(num_steps=5, churn=3.0, denoise=False),
+    DpmSolver(num_steps=5),
+    DpmSolver(num_levels=6, spacing="geometric", eta=1.0, denoise=False),
+]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=repr)
+def test_every_sampler_keeps_the_convention(sampler, analytic):
+    def run(first, count):
+        noise = KeyedNoise(3, first=first, count=count, shape=(2, 3, 4))
+        network = analytic.GaussianScore(SIGMAS.float(), s2=0.1, mean=0.5)
+        start, seen = noise.uniform(0), []
+        before = start.clone()
+        x = sample(
+            sampler, network, x=start, sigmas=SIGMAS.float(), noise=noise, on_level=lambda k, state: seen.append(k)
+        )
+        assert torch.equal(start, before), "the start is not changed"
+        assert network.calls == sampler.num_evaluations(10), "NFE"
+        assert seen == list(range(len(visited(sampler, SIGMAS)))) and seen
+        assert x.shape == start.shape and x.dtype == torch.float32 and not x.requires_grad
+        return x
+
+    whole = run(0, 7)
+    assert torch.isfinite(whole).all()
+    assert torch.equal(whole, torch.cat([run(0, 2), run(2, 4), run(6, 1)])), "an image is the same in every batch"
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "value"),
+    [
+        (AnnealedLangevin, "steps_per_level", 0),
+        (AnnealedLangevin, "epsilon", math.nan),
+        (Langevin, "level", 10_000),
+        (KarrasHeun, "churn_min", 1e4),
+        (DpmSolver, "order", 3),
+        (DpmSolver, "num_levels", 1),
+    ],
+)
+def test_settings_out_of_range_are_refused_where_they_are_made(kind, field, value):
+    with pytest.raises(UserError) as refused:
+        kind(**{field: value})
+    assert refused.value.keys == [field]
+
+
+def test_annealed_langevin_is_the_function(analytic):
+    noise = KeyedNoise(0, first=0, count=2, shape=(1, 2, 2))
+    network = analytic.GaussianScore(SIGMAS.float(), s2=0.1)
+    arguments = {"x": noise.uniform(0), "sigmas": SIGMAS.float(), "noise": noise}
+    expected = annealed_langevin(network, epsilon=1e-5, steps_per_level=3, denoise=False, **arguments)
+    sampler = AnnealedLangevin(epsilon=1e-5, steps_per_level=3, denoise=False)
+    assert torch.equal(sample(sampler, network, **arguments), expected)
+
+
+def test_langevin_at_one_level_reaches_its_variance(analytic):
+    noise = KeyedNoise(0, first=0, count=50, shape=(1, 20, 20))
+    network = analytic.GaussianScore(SIGMAS.float(), s2=0.04)
+    arguments = {"x": 0.2 * noise(1000), "sigmas": SIGMAS.float(), "noise": noise}
+    x = sample(Langevin(level=-1, step_size=8e-3, num_steps=40, denoise=False), network, **arguments)
+    target = 0.04 + 0.01**2
+    assert x.var().item() == pytest.approx(target * 2 / (2 - 8e-3 / target), rel=0.03)
+    with pytest.raises(ValueError, match=r"\b9\b.*\b10\b"):
+        sample(Langevin(level=10, num_steps=1), network, **arguments)
+
+
+def weights(x):
+    return x.square().sum().item()
+
+
+@pytest.mark.parametrize(
+    ("lam", "full", "half"),
+    [(0.01, 1.028, 1.058), (0.1, 1.031, 1.061), (1.0, 1.031, 1.061), (10.0, 1.028, 0.992), (60.0, 0.651, 0.408)],
+)
+def test_annealed_langevin_variance_of_gaussian_data_is_that_of_the_table(lam, full, half, analytic):
+    # The paper's schedule cannot fill directions of large variance: the table's reason for the cheaper samplers.
+    for epsilon, expected in ((2e-5, full), (1e-5, half)):
+        noise = analytic.UnitNoise(1001)
+        x = sample(
+            AnnealedLangevin(epsilon=epsilon, denoise=False),
+            analytic.GaussianScore(SIGMAS, s2=lam),
+            x=noise.start(math.sqrt(1 / 12)),
+            sigmas=SIGMAS,
+            noise=noise,
+        )
+        assert weights(x) / (lam + 1e-4) == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.oracle(12)
+@pytest.mark.parametrize("lam", [0.01, 0.1, 1.0, 10.0, 60.0])
+def test_ancestral_variance_of_gaussian_data_is_that_of_the_table(lam, analytic):
+    ratios = {0.01: 0.622, 0.1: 0.629, 1.0: 0.733, 10.0: 0.943, 60.0: 0.990}
+    noise, network = analytic.UnitNoise(11), analytic.GaussianScore(SIGMAS, s2=lam)
+    x = sample(ANCESTRAL, network, x=noise.start(math.sqrt(lam + 1)), sigmas=SIGMAS, noise=noise)
+    assert weights(x) / lam == pytest.approx(ratios[lam], abs=2e-3)
+
+
+# (spacing, sigma_1, sigma_L) -> points -> relative errors of Heun and 2M; pixels in [-1, 1].
+WIDE, EVEN, NARROW = ("karras", 80.0, 0.002), ("geometric", 80.0, 0.002), ("karras", 5.0, 0.05)
+ERRORS = {
+    WIDE: {
+        6: (7.061e-1, 1.540e-2),
+        10: (2.196e-1, 1.588e-1),
+        18: (5.528e-2, 6.231e-2),
+        36: (1.222e-2, 1.311e-2),
+        72: (2.879e-3, 2.976e-3),
+        144: (6.990e-4, 7.102e-4),
+    },
+    EVEN: {10: (None, 4.044e-2), 18: (None, 2.065e-2), 36: (None, 5.551e-3), 72: (None, 1.383e-3)},
+    NARROW: {
+        18: (8.788e-3, 8.046e-3),
+        36: (2.018e-3, 1.872e-3),
+        72: (4.843e-4, 4.483e-4),
+        144: (1.186e-4, 1.096e-4),
+    },
+}
+
+
+def ends(grid, unit=1.0):
+    return torch.tensor(grid[1:], dtype=torch.float64) * unit
+
+
+def errors(grid, count, analytic, unit=1.0):
+    """Relative errors of the end points on Gaussian data of deviation 0.5, from an exact start."""
+    found, s, sigmas = [], 0.5 * unit, ends(grid, unit)
+    heun = KarrasHeun(num_steps=count, denoise=False) if grid[0] == "karras" else None
+    for sampler in (heun, DpmSolver(num_steps=count, spacing=grid[0], denoise=False)):
+        if sampler is None:
+            found.append(None)
+            continue
+        network = analytic.GaussianScore(sigmas, s2=s**2)
+        start = torch.full((1, 1, 1, 1), math.hypot(s, sigmas[0]), dtype=torch.float64)
+        x = sample(sampler, network, x=start, sigmas=sigmas, noise=None)
+        found.append(x.item() / math.hypot(s, sigmas[-1]) - 1)
+    return found
+
+
+@pytest.mark.oracle(10)
+@pytest.mark.parametrize(("grid", "count"), [(grid, count) for grid, table in ERRORS.items() for count in table])
+def test_errors_on_gaussian_data_are_those_of_the_table(grid, count, analytic):
+    found = errors(grid, count, analytic)
+    scaled = errors(grid, count, analytic, unit=0.5)  # in pixels in [0, 1], where every sigma is half
+    for value, half, expected in zip(found, scaled, ERRORS[grid][count], strict=True):
+        if expected is not None:
+            assert value == pytest.approx(expected, rel=0.01) and half == pytest.approx(value, rel=1e-6)
+
+
+@pytest.mark.oracle(10)
+def test_orders_of_convergence(analytic):
+    coarse, fine = (errors(NARROW, count, analytic) for count in (72, 144))
+    assert [a / b for a, b in zip(coarse, fine, strict=True)] == pytest.approx([4.08, 4.09], rel=5e-3)
+
+
+def test_churn_keeps_the_variance_and_uses_its_noise(analytic):
+    sigmas, s = torch.tensor([10.0, 0.01], dtype=torch.float64), 0.5
+    generator, asked = torch.Generator().manual_seed(0), []
+    start = math.sqrt(100 + s**2) * torch.randn(4000, 1, 1, 4, generator=generator, dtype=torch.float64)
+
+    def noise(step):
+        asked.append(step)
+        return torch.randn(start.shape, generator=generator, dtype=torch.float64)
+
+    def correlation(sampler, noise):
+        x = sample(sampler, analytic.GaussianScore(sigmas, s2=s**2), x=start, sigmas=sigmas, noise=noise)
+        assert x.std().item() == pytest.approx(s, rel=0.03)
+        return torch.corrcoef(torch.stack((x.flatten(), start.flatten())))[0, 1]
+
+    churned = correlation(KarrasHeun(num_steps=40, churn=10.0, churn_min=0.05, churn_max=5.0), noise)
+    assert 0 < len(asked) < 39 and asked == sorted(set(asked))
+    assert churned < 0.9, "churn replaces part of what the start determined"
+    assert correlation(KarrasHeun(num_steps=40), None) > 0.9999
+
+
+VARIANCES = {
+    (WIDE, 1, 1.0): {18: 0.5413, 36: 0.7244, 72: 0.8478, 144: 0.9198},
+    (WIDE, 2, 1.0): {10: 1.3615, 18: 1.2798, 36: 1.0704, 72: 1.0160, 144: 1.0038},
+    (WIDE, 2, 0.5): {10: 1.3792, 18: 1.2137, 36: 1.0475, 72: 1.0107, 144: 1.0025},
+    (NARROW, 2, 1.0): {18: 1.0411, 36: 1.0099, 72: 1.0024},
+}
+
+
+@pytest.mark.parametrize(("grid", "order", "eta"), VARIANCES)
+def test_variances_of_the_sde_are_those_of_the_table(grid, order, eta, analytic):
+    # UnitNoise carries the weight of every draw, so this is the exact variance, without random numbers.
+    for count, expected in VARIANCES[grid, order, eta].items():
+        noise, sigmas = analytic.UnitNoise(count + 1), ends(grid)
+        sampler = DpmSolver(num_steps=count, order=order, eta=eta, denoise=False)
+        network, start = analytic.GaussianScore(sigmas, s2=0.25), noise.start(math.hypot(0.5, sigmas[0]))
+        x = sample(sampler, network, x=start, sigmas=sigmas, noise=noise)
+        assert weights(x) / (0.25 + float(sigmas[1]) ** 2) == pytest.approx(expected, abs=6e-5)
+        assert noise.asked == list(range(count - 1)), "none in the denoising step"
+
+
+@pytest.mark.oracle(12)
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("order", [1, 2])
+def test_on_a_point_mass_each_level_has_its_variance(order, eta, analytic):
+    noise, sigmas, seen = analytic.UnitNoise(11), ends(WIDE), []
+    sampler = DpmSolver(num_steps=10, order=order, eta=eta)
+    x = sample(
+        sampler,
+        analytic.GaussianScore(sigmas, s2=0.0),
+        x=noise.start(80.0),
+        sigmas=sigmas,
+        noise=noise,
+        on_level=lambda _, state: seen.append(weights(state)),
+    )
+    assert seen == pytest.approx([sigma**2 for sigma in visited(sampler, sigmas)], rel=1e-12)
+    assert x.abs().max() < 1e-14
+
+
+class Line:
+    """A denoised image that is linear in t = -ln sigma and does not depend on x."""
+
+    def score_at(self, x, sigma):
+        return (0.3 - 0.7 * sigma[0].log().item() - x) / sigma.view(-1, 1, 1, 1) ** 2
+
+
+def test_two_values_are_weighed_in_the_middle_of_the_step():
+    """2M takes phi_0 h / 2 for phi_1: its error on a line is 0.7 (phi_1 - phi_0 h / 2), of each step but the first."""
+    seen, sigmas, h = [], torch.tensor([5.0, 0.05], dtype=torch.float64), math.log(100) / 8
+    sampler = DpmSolver(num_steps=9, spacing="geometric", denoise=False)
+    start = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    sample(sampler, Line(), x=start, sigmas=sigmas, noise=None, on_level=lambda _, x: seen.append(x.item()))
+    levels = visited(sampler, sigmas)
+
+    def particular(sigma):
+        return 0.3 - 0.7 * math.log(sigma) - 0.7
+
+    exact = [
+        particular(low) + (x - particular(high)) * low / high
+        for x, high, low in zip(seen, levels, levels[1:], strict=False)
+    ]
+    found = [abs(after - wanted) for after, wanted in zip(seen[1:], exact, strict=True)]
+    phi_0 = 1 - math.exp(-h)
+    assert found[1:] == pytest.approx([0.7 * (h - phi_0 - phi_0 * h / 2)] * 7, rel=1e-9)
+
+
+@pytest.mark.parametrize("spacing", ["geometric", "karras"])
+@pytest.mark.parametrize("sampler", [DpmSolver(), DpmSolver(eta=1.0), DpmSolver(order=1)], ids=repr)
+def test_networks_that_know_their_own_levels_are_asked_at_these(sampler, spacing, analytic):
+    sigmas = geometric_sigmas(5.0, 0.05, 41).double()
+    network = analytic.GaussianScore(sigmas, s2=0.25)
+    own = replace(sampler, num_levels=21, spacing=spacing, denoise=False)
+    levels, x = visited(own, sigmas), torch.full((1, 1, 1, 1), 6.0, dtype=torch.float64)
+    arguments = {"x": x, "sigmas": sigmas, "noise": KeyedNoise(0, first=0, count=1, shape=(1, 1, 1))}
+    assert set(levels) <= set(sigmas.tolist()) and len(levels) <= 21
+    by_level = sample(own, analytic.ByLevelOnly(network), **arguments)
+    assert network.calls == own.num_evaluations(41) - (21 - len(levels))
+    if spacing == "geometric":
+        free = replace(own, num_levels=None, num_steps=21)
+        assert by_level.item() == pytest.approx(sample(free, network, **arguments).item(), rel=1e-6)
+    for anywhere in (sampler, KarrasHeun()):
+        with pytest.raises(ValueError, match="ByLevelOnly"):
+            sample(anywhere, analytic.ByLevelOnly(network), **arguments)
+
+
+class TwoFields:
+    """The exact score of one Gaussian above a sigma, and of another below it."""
+
+    def __init__(self, analytic, *, boundary):
+        self.above, self.below = analytic.GaussianScore(None, s2=1.0), analytic.GaussianScore(None, s2=0.25)
+        self.boundary = boundary
+
+    def field_at(self, sigma):
+        return self.above if sigma > self.boundary else self.below
+
+    def score_at(self, x, sigma):
+        return self.field_at(sigma[0].item()).score_at(x, sigma)
+
+
+def test_the_history_ends_where_the_score_becomes_another(analytic):
+    sampler = DpmSolver(num_steps=9, denoise=False)
+    sigmas, start = ends(NARROW), torch.full((1, 1, 1, 1), 6.0, dtype=torch.float64)
+    levels, seen = visited(sampler, sigmas), []
+    network = TwoFields(analytic, boundary=levels[4] * (1 + 1e-9))
+    x = sample(sampler, network, x=start, sigmas=sigmas, noise=None, on_level=lambda _, state: seen.append(state))
+
+    def stretch(x, part, s2):
+        part = torch.tensor(part, dtype=torch.float64)
+        own = replace(sampler, num_levels=len(part))
+        return sample(own, analytic.GaussianScore(part, s2=s2), x=x, sigmas=part, noise=None)
+
+    assert torch.equal(stretch(start, levels[:4], 1.0), seen[3])
+    assert torch.equal(stretch(seen[4], levels[4:], 0.25), x)
