@@ -15,15 +15,16 @@ from dataclasses import dataclass
 
 import torch
 from matplotlib.figure import Figure
-from ncsn.core.samplers.ode import KarrasHeun
 from small_images import Images, Model, arguments, digits, fashion, train
 from torch import Tensor
 from torch.nn.functional import interpolate
 
 from ncsn.core.keyed_random import KeyedNoise
+from ncsn.core.samplers.chain import start
 from ncsn.core.samplers.langevin import inpaint
 from ncsn.core.samplers.measurements import KnownPixels, Operator, blur, means, peak_signal_to_noise
 from ncsn.core.samplers.restoration import Covariance, Measured, gaussian_variance, restored
+from ncsn.core.samplers.settings import KarrasHeun
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def restore(model: Model, y: Tensor, operator: Operator, *, sigma_y: float, step
         Measured(operator, y, noise=sigma_y),
         Covariance(gaussian_variance(model.network.sigma_data)),
         sampler=sampler,
-        x=sampler.start(model.moments, sigma_1=float(sigmas[0]), noise=noise),
+        x=start(sampler, model.moments, sigma_1=float(sigmas[0]), noise=noise),
         sigmas=sigmas,
         noise=noise,
         scale=1.0,

@@ -15,11 +15,11 @@ from __future__ import annotations
 import copy
 
 from matplotlib.figure import Figure
-from ncsn.core.samplers.ode import KarrasHeun
 from small_images import Images, Model, arguments, digits, train
 from torch import Tensor
 
 from ncsn.core.extrapolation import extrapolated, lowest_point
+from ncsn.core.samplers.settings import KarrasHeun
 from ncsn.evaluation.frechet import FrechetStatistics, frechet_distance
 
 FEW_STEPS = KarrasHeun(num_steps=5)

@@ -14,14 +14,11 @@ from statistics import mean, stdev
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from ncsn.core.samplers.base import Sampler
-from ncsn.core.samplers.multistep import DpmSolver
-from ncsn.core.samplers.ode import KarrasHeun
-from ncsn.core.samplers.stochastic import AnnealedLangevin
 from small_images import Images, Model, arguments, digits, train
 from torch import Tensor
 
 from ncsn.core.keyed_random import InterpolatedNoise, KeyedNoise
+from ncsn.core.samplers.settings import AnnealedLangevin, DpmSolver, KarrasHeun, Sampler
 from ncsn.evaluation.frechet import FrechetStatistics, frechet_distance
 
 HEUN = KarrasHeun(num_steps=18)

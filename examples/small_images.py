@@ -13,8 +13,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-from ncsn.core.samplers.base import Sampler
-from ncsn.core.samplers.ode import KarrasHeun
 from sklearn.datasets import load_digits
 from torch import Tensor
 from torchvision.datasets import FashionMNIST
@@ -26,6 +24,8 @@ from ncsn.core.keyed_random import KeyedNoise
 from ncsn.core.losses import Batch, DenoisingScoreMatching, EdmWeight
 from ncsn.core.networks.unet import UnetNetwork
 from ncsn.core.noise_schedule import geometric_sigmas
+from ncsn.core.samplers.chain import sample, start
+from ncsn.core.samplers.settings import KarrasHeun, Sampler
 from ncsn.core.training import StepOptions, TrainState, train_step
 
 BATCH = 64
@@ -56,8 +56,8 @@ class Model:
         sampler = sampler or KarrasHeun(num_steps=18, churn=5.0)
         noise = KeyedNoise(seed, first=0, count=count, shape=self.moments.mean.shape)
         sigmas = self.network.sigmas
-        x = sampler.start(self.moments, sigma_1=float(sigmas[0]), noise=noise)
-        return sampler(self.network, x=x, sigmas=sigmas, noise=noise)
+        x = start(sampler, self.moments, sigma_1=float(sigmas[0]), noise=noise)
+        return sample(sampler, self.network, x=x, sigmas=sigmas, noise=noise)
 
 
 def digits() -> Images:

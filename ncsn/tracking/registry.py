@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 MODEL_FILE = Path(__file__).with_name("model.py")
 # The requirements of this project that generating images needs: no Ray, no KFP.
-NEEDED = ("annotated-types", "mlflow", "numpy", "pyarrow", "pydantic", "pyyaml", "safetensors", "torch")
+NEEDED = ("mlflow", "numpy", "pyarrow", "pydantic", "pyyaml", "safetensors", "torch")
 EXAMPLE_IMAGES = 2
 
 

@@ -8,7 +8,10 @@ import toy
 from toy import LEARNED_SIGMAS, MIXTURE, GaussianMixture, share_of_heavy_mode
 
 from ncsn.core.losses import Batch, DenoisingScoreMatching
+from ncsn.core.noise_schedule import geometric_sigmas
+from ncsn.core.samplers.chain import sample
 from ncsn.core.samplers.langevin import annealed_langevin, denoise_step
+from ncsn.core.samplers.settings import DpmSolver
 
 
 def seeded(seed=0):
@@ -91,6 +94,28 @@ def test_more_steps_per_level_bring_the_weight_nearer():
 
     # Measured at 30,000 points (the spec's .616, .702 and .775 are of fewer); the standard error at 6,000 is 0.006.
     assert [weight(steps) for steps in (5, 20, 100)] == pytest.approx([0.612, 0.693, 0.773], abs=0.02)
+
+
+def flow(*, matched):
+    """The points of the ODE from a normal start, with the mean and covariance of the data or without."""
+    sigmas, x = geometric_sigmas(10.0, 0.1, 20), 10 * torch.randn(10_000, 2, generator=seeded())
+    if matched:
+        mean = MIXTURE.weights @ MIXTURE.means
+        spread = MIXTURE.means - mean
+        covariance = (1 + 10.0**2) * torch.eye(2) + (MIXTURE.weights[:, None] * spread).T @ spread
+        x = mean + x / 10 @ torch.linalg.cholesky(covariance).T
+    sampler = DpmSolver(num_levels=len(sigmas), spacing="geometric", denoise=False)
+    score = lambda x, level: MIXTURE.score(x, sigma=float(sigmas[level][0]))  # noqa: E731
+    return sample(sampler, score, x=x, sigmas=sigmas, noise=None)
+
+
+@pytest.mark.oracle(11)
+def test_the_flow_needs_the_moment_matched_start():
+    points = flow(matched=True)
+    at_mode = points[(points - MIXTURE.means[1]).norm(dim=1) < (points - MIXTURE.means[0]).norm(dim=1)]
+    assert 0.78 <= share_of_heavy_mode(points) <= 0.82 and share_of_heavy_mode(flow(matched=False)) < 0.75
+    assert at_mode.mean().item() == pytest.approx(4.985, abs=0.05)
+    assert at_mode.var(dim=0).mean().item() == pytest.approx(1.08, abs=0.06)
 
 
 def relative_errors(network, *, count=8000):
