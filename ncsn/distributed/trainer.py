@@ -39,7 +39,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ncsn import storage
 from ncsn.data.format import load_manifest
 from ncsn.distributed.cluster import require_resources
-from ncsn.distributed.tasks import run_task
+from ncsn.distributed.tasks import ANYWHERE, result_of
 from ncsn.errors import InvalidValue, NotFound
 from ncsn.model.checkpoint_store import CHECKPOINTS, NEWEST, CheckpointStore
 from ncsn.model.index import DamagedError
@@ -101,15 +101,16 @@ def train_single_worker(job: TrainingJob, *, checkpoints: str) -> TrainOutcome:
     """Train with one worker on the connected Ray cluster; the same folder `checkpoints` resumes from the newest."""
     compute = job.config.compute
     assert compute.num_workers == 1, "several workers are Ray Train's"
-    return run_task(
-        _train,
-        job,
-        checkpoints,
-        cpus=compute.cpus_per_worker,
-        gpu=compute.use_gpu,
-        retries=compute.max_failures,
-        retry_on=_TRANSIENT,
-    )
+    task: Any = ray.remote(
+        num_cpus=compute.cpus_per_worker,
+        num_gpus=int(compute.use_gpu),
+        max_calls=int(compute.use_gpu),  # its process would keep a CUDA context on the GPU
+        max_retries=compute.max_failures,
+        **ANYWHERE,
+    )(_train)
+    reference = task.options(retry_exceptions=list(_TRANSIENT)).remote(job, checkpoints)
+    outcome: TrainOutcome = result_of(lambda: ray.get(reference))
+    return outcome
 
 
 def _fit(trainer: TorchTrainer, *, max_failures: int) -> TrainOutcome | InvalidValue | LeaseExpired:

@@ -50,12 +50,6 @@ def test_a_limit_holds(driver: RayDriver) -> None:
     assert len(cards_of(driver(gpu_calls.places, [0.05] * 4, use_gpu=True, at_once=1))) == 1
 
 
-def test_a_single_call_on_a_gpu_ends_its_process(driver: RayDriver) -> None:
-    places = driver(gpu_calls.places_one_by_one, 2)
-    assert len({process for process, _ in places}) == 2
-    assert all(len(cards) == 1 for _, cards in places)
-
-
 def test_calls_on_cpus_share_processes_and_have_no_gpu(driver: RayDriver) -> None:
     places = driver(gpu_calls.places, [0.01] * 20, use_gpu=False)
     assert len(places) == 20
@@ -69,12 +63,6 @@ def test_what_a_lost_process_had_is_done_by_another(driver: RayDriver, tmp_path:
     done = driver(gpu_calls.survivors, files, retries=1)
     assert sorted(name for name, _ in done) == ["0", "1", "2"]
     assert driver(gpu_calls.gpus_left, 120.0) == 2
-
-
-def test_a_call_is_made_again_after_an_error_of_the_given_kind_alone(driver: RayDriver, tmp_path: Path) -> None:
-    assert driver(gpu_calls.misses, tmp_path / "again", FileExistsError) == 2
-    with pytest.raises(ValueError, match="once"):
-        driver(gpu_calls.misses, tmp_path / "once", ValueError)
 
 
 def test_a_call_that_kills_every_process_is_an_error(driver: RayDriver, tmp_path: Path) -> None:

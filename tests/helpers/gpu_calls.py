@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import os
 import secrets
+import signal
 import time
 from pathlib import Path
 
 from ncsn.distributed import tasks
-from ncsn.distributed.tasks import run_task, run_tasks
+from ncsn.distributed.tasks import run_tasks
 
 import ray  # isort: skip  # after ncsn.distributed, which sets its environment
 
@@ -49,16 +50,11 @@ def meetings(folder: Path, count: int) -> list[Place]:
     return [found for _, found in run_tasks(meet, [folder] * count, cpus=1, gpu=True)]
 
 
-def places_one_by_one(count: int) -> list[Place]:
-    """The places of `count` single calls."""
-    return [run_task(place, 0.0, cpus=1, gpu=True) for _ in range(count)]
-
-
 def die_once(file: Path) -> int:
     """Kill this process; in a second call, return its id."""
     if file.name == "fatal" or not file.exists():
         file.touch()
-        os._exit(1)
+        os.kill(os.getpid(), signal.SIGKILL)
     return os.getpid()
 
 
@@ -66,19 +62,6 @@ def survivors(files: list[Path], *, retries: int) -> list[tuple[str, int]]:
     """Name of each file and the process of its last call."""
     tasks.RETRIES = retries
     return [(file.name, pid) for file, pid in run_tasks(die_once, files, cpus=1, gpu=True)]
-
-
-def miss_once(file: Path, kind: type[Exception]) -> int:
-    """Raise in the first call; in the second, return 2."""
-    if not file.exists():
-        file.touch()
-        raise kind(str(file))
-    return 2
-
-
-def misses(file: Path, kind: type[Exception]) -> int:
-    """The result of a call that is made again after an error of one kind."""
-    return run_task(miss_once, file, kind, cpus=1, gpu=False, retry_on=(FileExistsError,))
 
 
 def refuse(number: int) -> int:
