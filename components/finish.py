@@ -21,10 +21,10 @@ def finish(
     settings, name = experiment(config, run)
     from ncsn.process import this_kfp_run
     from ncsn.steps import finish
-    from ncsn.steps.run import forget
+    from ncsn.steps.janitor import forget_this_run
 
     result = finish.run(settings, run=name, state=status.state, message=status.error_message or "", kfp=this_kfp_run())
     publish(outcome, result, status=result.status)
     Path(page.path).write_text(result.page)
     if result.status != "KILLED":  # else the janitor looks once more, when the pods have had time to end
-        forget()
+        forget_this_run()

@@ -103,4 +103,4 @@ def _place(executor: dict[str, Any], compute: ComputeConfig) -> None:
     if settings.node_selector:
         executor["nodeSelector"] = {"labels": dict(settings.node_selector)}
     if settings.tolerations:
-        executor["tolerations"] = [toleration.model_dump(exclude_none=True) for toleration in settings.tolerations]
+        executor["tolerations"] = list(settings.tolerations)

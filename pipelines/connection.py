@@ -38,16 +38,6 @@ class KfpRefusalError(KfpError):
 
 
 @dataclass(frozen=True)
-class Credentials:
-    """At most one of token, cookie and token file."""
-
-    source: str  # for messages
-    token: str | None = None
-    cookie: str | None = None  # of a session in the browser
-    token_path: Path | None = None  # Kubernetes renews its content
-
-
-@dataclass(frozen=True)
 class Connection:
     """A client whose server has answered."""
 
@@ -61,53 +51,15 @@ class Connection:
         return f"{os.environ.get(UI_ENDPOINT, self.host).rstrip('/')}/#/{kind}/details/{run_id}"
 
 
-def endpoint(host: str | None) -> str:
-    """The address of the API: `host`, else the environment's."""
-    address = (host or os.environ.get(ENDPOINT, "")).rstrip("/")
-    if not address:
-        raise KfpError(
-            "--host",
-            "no Kubeflow given",
-            hint=f"pass it or set {ENDPOINT}, for example http://localhost:8080 after "
-            "`kubectl port-forward -n kubeflow svc/ml-pipeline-ui 8080:80`",
-        )
-    try:
-        parts = urlsplit(address if "://" in address else f"https://{address}")
-    except ValueError as error:
-        raise KfpError("--host" if host else ENDPOINT, f"not an address: {error}", value=address) from None
-    if parts.username or parts.password:
-        raise KfpError(
-            "--host" if host else ENDPOINT,
-            "contains a user or a password",
-            hint=f"leave them out, and set {TOKEN} or {COOKIE} in the environment",
-            value=urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])),
-        )
-    return urlunsplit(parts)
-
-
-def credentials() -> Credentials:
-    """A token, a cookie or a token file from the environment, else the token of a pod."""
-    if token := os.environ.get(TOKEN):
-        return Credentials(TOKEN, token=token)
-    if cookie := os.environ.get(COOKIE):
-        return Credentials(COOKIE, cookie=cookie)
-    if named := os.environ.get(TOKEN_PATH):
-        if not os.access(named, os.R_OK):
-            hint = "mount the token of the service account there"
-            raise KfpError(TOKEN_PATH, "cannot be read", hint=hint, value=named)
-        return Credentials(TOKEN_PATH, token_path=Path(named))
-    if os.access(POD_TOKEN, os.R_OK):
-        return Credentials(str(POD_TOKEN), token_path=POD_TOKEN)
-    return Credentials("no credentials")
-
-
 def connect(host: str | None, *, namespace: str | None = None) -> Connection:
     """A client of the server at `host`, None = KF_PIPELINES_ENDPOINT, after it has answered.
 
     A Kubeflow of several users needs a namespace; None = that of this pod.
     """
-    address, who = endpoint(host), credentials()
-    health = _health(address, who)
+    address, (source, token, cookie, file) = _endpoint(host), _credentials()
+    bearer = token or (file.read_text().strip() if file else None)
+    headers = {"Authorization": f"Bearer {bearer}"} if bearer else {"Cookie": cookie} if cookie else {}
+    health = _health(address, headers, source)
     if health.get("multi_user"):
         namespace = namespace or (POD_NAMESPACE.read_text().strip() if POD_NAMESPACE.exists() else None)
         if namespace is None:
@@ -120,12 +72,45 @@ def connect(host: str | None, *, namespace: str | None = None) -> Connection:
         client = Client(
             host=address,
             namespace=namespace or "kubeflow",
-            existing_token=who.token,
-            cookies=who.cookie,
-            credentials=ServiceAccountTokenVolumeCredentials(str(who.token_path)) if who.token_path else None,
+            existing_token=token,
+            cookies=cookie,
+            credentials=ServiceAccountTokenVolumeCredentials(str(file)) if file else None,
         )
     version = health.get("tag_name") or health.get("apiServerTagName")  # the latter through ml-pipeline-ui
     return Connection(client, address, namespace, str(version or "unknown version"))
+
+
+def _credentials() -> tuple[str, str | None, str | None, Path | None]:
+    """Where they come from, and a token, the cookie of a session in the browser, or a file, which is renewed."""
+    if token := os.environ.get(TOKEN):
+        return TOKEN, token, None, None
+    if cookie := os.environ.get(COOKIE):
+        return COOKIE, None, cookie, None
+    if named := os.environ.get(TOKEN_PATH):
+        if not os.access(named, os.R_OK):
+            hint = "mount the token of the service account there"
+            raise KfpError(TOKEN_PATH, "cannot be read", hint=hint, value=named)
+        return TOKEN_PATH, None, None, Path(named)
+    if os.access(POD_TOKEN, os.R_OK):
+        return str(POD_TOKEN), None, None, POD_TOKEN
+    return "no credentials", None, None, None
+
+
+def _endpoint(host: str | None) -> str:
+    """The address of the API: `host`, else the environment's."""
+    address, name = (host or os.environ.get(ENDPOINT, "")).rstrip("/"), "--host" if host else ENDPOINT
+    if not address:
+        example = "http://localhost:8080 after `kubectl port-forward -n kubeflow svc/ml-pipeline-ui 8080:80`"
+        raise KfpError("--host", "no Kubeflow given", hint=f"pass it or set {ENDPOINT}, for example {example}")
+    try:
+        parts = urlsplit(address if "://" in address else f"https://{address}")
+    except ValueError as error:
+        raise KfpError(name, f"not an address: {error}", value=address) from None
+    if parts.username or parts.password:
+        shown = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+        hint = f"leave them out, and set {TOKEN} or {COOKIE} in the environment"
+        raise KfpError(name, "contains a user or a password", hint=hint, value=shown)
+    return urlunsplit(parts)
 
 
 def reason_of(error: Exception) -> str:
@@ -135,34 +120,27 @@ def reason_of(error: Exception) -> str:
     return f"{message_of(error)} ({error.status})"
 
 
-def _health(address: str, who: Credentials) -> dict[str, object]:
+def _health(address: str, headers: dict[str, str], source: str) -> dict[str, object]:
     """The server's answer to healthz. KFP's client asks too, but for half a minute and without a message."""
     url = f"{address}/apis/v2beta1/healthz"
-    token = who.token or (who.token_path.read_text().strip() if who.token_path else None)
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
-    headers |= {"Cookie": who.cookie} if who.cookie else {}
     try:
         response = urllib3.request("GET", url, headers=headers, timeout=TIMEOUT_SECONDS, retries=False, redirect=False)
     except urllib3.exceptions.HTTPError as error:
-        reason = str(error).rpartition(": ")[2]
-        raise KfpError(
-            address,
-            f"does not answer ({reason})",
-            hint=f"check --host or {ENDPOINT}, and that a port-forward is still running",
-        ) from None
+        hint = f"check --host or {ENDPOINT}, and that a port-forward is still running"
+        raise KfpError(address, f"does not answer ({str(error).rpartition(': ')[2]})", hint=hint) from None
     except ValueError:
-        raise KfpError(who.source, "holds what no header of a request may hold", hint="set it again") from None
-    set_one = f"set {TOKEN} or {COOKIE} in the environment, or {TOKEN_PATH} inside a cluster"
-    if response.status in (401, 403):
-        raise KfpRefusalError(address, f"refuses {who.source} (HTTP {response.status})", hint=set_one)
-    if 300 <= response.status < 400:
-        raise KfpRefusalError(address, f"sends {who.source} to a login page (HTTP {response.status})", hint=set_one)
+        raise KfpError(source, "holds what no header of a request may hold", hint="set it again") from None
+    status = response.status
+    if status in (401, 403) or 300 <= status < 400:
+        what = "refuses" if status > 400 else "sends to a login page:"
+        hint = f"set {TOKEN} or {COOKIE} in the environment, or {TOKEN_PATH} inside a cluster"
+        raise KfpRefusalError(address, f"{what} {source} (HTTP {status})", hint=hint)
     try:
-        answer = json.loads(response.data) if response.status == 200 else None
+        answer = json.loads(response.data) if status == 200 else None
     except ValueError:
         answer = None
     if not isinstance(answer, dict):
-        said = f"HTTP {response.status} {response.headers.get('Content-Type', '')}"
+        said = f"HTTP {status} {response.headers.get('Content-Type', '')}"
         reason = f"not a Kubeflow Pipelines API: {url} answers {said}"
         raise KfpError(address, reason, hint="check the address and its path")
     if answer.get("apiServerReady") is False:  # what ml-pipeline-ui says of the API behind it, with status 200

@@ -15,7 +15,8 @@ import urllib3
 from ncsn.errors import UserError
 from ncsn.remote.checks import STANDALONE
 from ncsn.remote.kubernetes import KubernetesApi
-from ncsn.remote.orphans import has_workflow, troubles_of_run
+from ncsn.remote.launcher import RUN_ID_LABEL
+from ncsn.remote.pods import troubles_of_run
 from ncsn.storage.retry import Retry
 from pipelines.connection import Connection, KfpError, reason_of
 
@@ -48,32 +49,37 @@ def wait(
     Raises:
         RunFailed: It failed, its Workflow was deleted, or a pod will never start. Then the run is terminated.
     """
-    pods = _Pods(connection, run_id, say)
-    retry = Retry("Kubeflow Pipelines", PATIENCE_SECONDS, _unavailable, pauses=(poll_seconds, poll_seconds), say=say)
-    shown: dict[str, str] = {}
+    page, pods, shown = connection.run_url(run_id), _Pods(connection, run_id, say), dict[str, str]()
+    retry = Retry("Kubeflow Pipelines", PATIENCE_SECONDS, pauses=(poll_seconds, poll_seconds), say=say)
     while True:
-        run = _ask(connection, run_id, retry)
+        try:
+            run = retry(partial(connection.client.get_run, run_id))
+        except (kfp_server_api.ApiException, urllib3.exceptions.HTTPError) as error:
+            hint = "it may still be running; look at that page"
+            raise KfpError(page, f"cannot watch this run any longer: {reason_of(error)}", hint=hint) from None
         titles = _titles(run)
-        for name, state in {**_tasks(run, titles), "": run.state or "PENDING"}.items():
+        states = _states(run, titles)
+        for name, state in {**states, "": run.state or "PENDING"}.items():
             if shown.get(name) != state:
                 shown[name] = state
                 say(f"{titles[name]}: {state}" if name else state)
         if run.state in SUCCEEDED:
             return
         if run.state in ENDED:
-            failed = [titles[name] for name, state in _tasks(run, titles).items() if state == "FAILED"]
+            failed = ", ".join(titles[name] for name, state in states.items() if state == "FAILED")
             said = run.error.message if run.error and run.error.message else ""
-            raise RunFailed(_words(connection, run, failed, why() or " ".join(said.split())))
-        hopeless = pods.look(titles)
-        if hopeless:
+            reason = why() or " ".join(said.split())
+            about = (f" ({failed})" if failed else "") + (f": {reason}" if reason else "")
+            raise RunFailed(f"run {run_id} ended {run.state}{about}; see {page}")
+        if hopeless := pods.look(titles):
             how = "was terminated"
             try:
                 connection.client.terminate_run(run_id)
             except (kfp_server_api.ApiException, urllib3.exceptions.HTTPError) as error:
                 how = f"cannot go on and could not be terminated ({reason_of(error)})"
-            raise RunFailed(f"run {run_id} {how}: {hopeless}; see {connection.run_url(run_id)}")
-        if pods.deleted:
-            raise RunFailed(_words(connection, run, [], why() or "its Workflow was deleted from the cluster"))
+            raise RunFailed(f"run {run_id} {how}: {hopeless}; see {page}")
+        if pods.absent >= 2:  # KFP does not notice it
+            raise RunFailed(f"run {run_id} is over: {why() or 'its Workflow was deleted from the cluster'}; see {page}")
         time.sleep(poll_seconds)
 
 
@@ -81,11 +87,11 @@ class _Pods:
     """The pods of a run, if the cluster can be reached from here."""
 
     def __init__(self, connection: Connection, run_id: str, say: Callable[[str], None]) -> None:
-        self._run_id, self._say = run_id, say
+        self._labels, self._run_id, self._say = f"{RUN_ID_LABEL}={run_id}", run_id, say
         self._shown: dict[str, str] = {}
         self._final: set[str] = set()
-        self._absent: int | None = None  # looks in a row without the Workflow, once it was seen
-        self._next = 0.0
+        self._next, self._was_there = 0.0, False
+        self.absent = 0  # looks in a row without the Workflow, once it was seen
         try:
             self._api: KubernetesApi | None = KubernetesApi(connection.namespace or STANDALONE, patience=LOOK_SECONDS)
         except UserError as error:
@@ -101,7 +107,10 @@ class _Pods:
         except (OSError, UserError) as error:
             self._give_up(error)
             return ""
-        self._look_for_workflow()
+        with suppress(OSError, UserError):  # pods may be read by more accounts than Workflows
+            there = bool(self._api.find("workflows", labels=self._labels))
+            self._was_there = self._was_there or there
+            self.absent = 0 if there or not self._was_there else self.absent + 1
         before, self._final = self._final, {task for task, trouble in troubles.items() if trouble.final}
         for task, trouble in troubles.items():
             text = f"{titles.get(task, task)} cannot start: {trouble}"
@@ -112,39 +121,9 @@ class _Pods:
                 return text
         return ""
 
-    @property
-    def deleted(self) -> bool:
-        """Whether the run's Workflow was there and is gone, in two looks. KFP does not notice it."""
-        return (self._absent or 0) >= 2
-
-    def _look_for_workflow(self) -> None:
-        assert self._api is not None
-        with suppress(OSError, UserError):  # pods may be read by more accounts than Workflows
-            if has_workflow(self._api, self._run_id):
-                self._absent = 0
-            elif self._absent is not None:
-                self._absent += 1
-
     def _give_up(self, error: Exception) -> None:
         self._api = None
         self._say(f"cannot read the pods of this run, so why one does not start is not shown: {error}")
-
-
-def _ask(connection: Connection, run_id: str, retry: Retry) -> Any:
-    try:
-        return retry(partial(connection.client.get_run, run_id))
-    except (kfp_server_api.ApiException, urllib3.exceptions.HTTPError) as error:
-        raise KfpError(
-            connection.run_url(run_id),
-            f"cannot watch this run any longer: {reason_of(error)}",
-            hint="it may still be running; look at that page",
-        ) from None
-
-
-def _unavailable(error: Exception) -> str | None:
-    refused = isinstance(error, kfp_server_api.ApiException) and 400 <= (error.status or 0) < 500
-    failed = isinstance(error, (kfp_server_api.ApiException, urllib3.exceptions.HTTPError))
-    return reason_of(error) if failed and not refused else None
 
 
 def _titles(run: Any) -> dict[str, str]:
@@ -152,15 +131,15 @@ def _titles(run: Any) -> dict[str, str]:
     document = run.pipeline_spec or {}
     spec = document.get("pipeline_spec", document)
     graphs = [each["dag"]["tasks"] for each in (spec["root"], *spec["components"].values()) if "dag" in each]
-    tasks = {name: task for graph in graphs for name, task in graph.items()}
     return {
         name: task.get("taskInfo", {}).get("name", name)
-        for name, task in tasks.items()
+        for graph in graphs
+        for name, task in graph.items()
         if "executorLabel" in spec["components"][task["componentRef"]["name"]]
     }
 
 
-def _tasks(run: Any, titles: Mapping[str, str]) -> dict[str, str]:
+def _states(run: Any, titles: Mapping[str, str]) -> dict[str, str]:
     """Task -> state. KFP lists Argo's nodes: each task once as itself and once for each try, as `train(0)`."""
     details = (run.run_details.task_details if run.run_details else None) or []
     order = {"FAILED": 2, "RUNNING": 1}
@@ -169,9 +148,3 @@ def _tasks(run: Any, titles: Mapping[str, str]) -> dict[str, str]:
         if name in titles and state and order.get(state, 0) >= order.get(found.get(name, ""), 0):
             found[name] = state
     return found
-
-
-def _words(connection: Connection, run: Any, failed: list[str], reason: str) -> str:
-    tasks = f" ({', '.join(failed)})" if failed else ""
-    how = f"ended {run.state}" if run.state in ENDED else "is over"
-    return f"run {run.run_id} {how}{tasks}{f': {reason}' if reason else ''}; see " + connection.run_url(run.run_id)

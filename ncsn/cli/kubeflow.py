@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,8 +24,6 @@ if TYPE_CHECKING:
     from ncsn.cli.target import Experiment
 
 _PATIENCE_SECONDS = 30.0
-_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-_TIME = re.compile(r"(\d+(?:\.\d+)?)([smhd]?)")
 
 
 @click.command("submit", cls=ReportingCommand, short_help="Start a pipeline on a Kubeflow cluster.")
@@ -123,21 +120,11 @@ def doctor_command(
     metavar="NAME",
     help="Namespace of the RayJobs; default: that of this pod, or of the current kubeconfig context.",
 )
-@click.option("--run", metavar="NAME", help="Only what belongs to this run.")
-@click.option(
-    "--older-than",
-    default="2h",
-    show_default=True,
-    metavar="TIME",
-    help="How long the launcher must have been silent, such as 30m or 2h; 0 includes live launchers.",
-)
-@click.option("--at-work", is_flag=True, help="Keep failed RayJobs, for inspection.")
+@click.option("--run", metavar="NAME", help="Only what belongs to this run, and its RayJobs even if it goes on.")
 @click.option("--dry-run", is_flag=True, help="Print what would be done, and change nothing.")
 @click.pass_context
-def cleanup_command(
-    ctx: click.Context, *, namespace: str | None, run: str | None, older_than: str, at_work: bool, dry_run: bool
-) -> None:
-    """Delete RayJobs whose launcher is silent or whose pipeline run has ended, and close their runs.
+def cleanup_command(ctx: click.Context, /, *, namespace: str | None, run: str | None, dry_run: bool) -> None:
+    """Delete RayJobs whose pipeline run has ended, and close the runs that it left open.
 
     The store and MLflow then record how the pipeline run ended, or KILLED. The CronJob ncsn-janitor of
     infra/base/janitor does this every minute.
@@ -145,23 +132,16 @@ def cleanup_command(
     from ncsn.remote.kubernetes import KubernetesApi
     from ncsn.steps.janitor import clean_up
 
-    api, well, actions = KubernetesApi(namespace, patience=_PATIENCE_SECONDS), True, 0
-    for action in clean_up(api, older_than=_seconds(older_than), run=run, running=at_work, dry_run=dry_run):
-        actions += 1
+    api = KubernetesApi(namespace, patience=_PATIENCE_SECONDS)
+    actions = []
+    for action in clean_up(api, run=run, dry_run=dry_run):
+        actions.append(action)
         if action.error is None:
             click.echo(f"would {action.verb} {action.what}" if dry_run else f"{action.verb}d {action.what}")
         else:
-            well = False
             why = "; ".join(describe(action.error).lines)
             click.echo(f"error: could not {action.verb} {action.what}: {why}", err=True)
     if not actions:
         click.echo(f"nothing to do in {api.namespace}")
-    if not well:
+    if any(action.error for action in actions):
         ctx.exit(FAILURE)
-
-
-def _seconds(text: str) -> float:
-    match = _TIME.fullmatch(text)
-    if match is None:
-        raise UserError("--older-than", "not a duration", hint="use one such as 30m, 2h or 1d", value=text)
-    return float(match[1]) * _UNITS[match[2] or "s"]

@@ -114,6 +114,11 @@ class ReportingCommand(click.Command):
             click.echo(f"interrupted{_CONTINUES if self.name in CONTINUING else ''}", err=True)
             ctx.exit(INTERRUPTED)
         except Exception as error:  # noqa: BLE001 - the one place where every error becomes a line and a code
+            from ncsn.storage.heartbeat import LeaseExpired
+
+            if isinstance(error, LeaseExpired):  # recorded; with exit code 0, no cluster starts the command again
+                click.echo(str(error), err=True)
+                ctx.exit(0)
             as_json = bool(ctx.params.get("as_json"))
             ctx.exit(_report(error, with_traceback=ctx.meta.get(_TRACEBACK_KEY, False), as_json=as_json))
 

@@ -23,17 +23,6 @@ def bytes_of(quantity: str) -> float:
     return float(number) * _UNITS[quantity.removeprefix(number)]
 
 
-class Toleration(Section):
-    """A node taint that the worker pods tolerate."""
-
-    key: str = Field(min_length=1, description="Key of the taint, for example nvidia.com/gpu.")
-    operator: Literal["Exists", "Equal"] = Field("Exists", description="Equal compares the value too.")
-    value: str | None = Field(None, description="Value of the taint, for operator Equal.")
-    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = Field(
-        None, description="Effect of the taint; null = every effect."
-    )
-
-
 class KubeRayConfig(Section):
     """The RayJob of a step, for compute.backend: kuberay."""
 
@@ -45,7 +34,9 @@ class KubeRayConfig(Section):
     )
     queue: str | None = Field(None, min_length=1, description="Kueue LocalQueue that admits the RayJobs; null = none.")
     node_selector: dict[str, str] = Field({}, description="Labels of the nodes that worker pods run on.")
-    tolerations: tuple[Toleration, ...] = Field((), description="Node taints that the worker pods tolerate.")
+    tolerations: tuple[dict[str, Any], ...] = Field(
+        (), description="Tolerations of the worker pods, as Kubernetes has them: key, operator, value, effect."
+    )
     workers_per_pod: int = Field(
         1,
         ge=1,
@@ -59,7 +50,6 @@ class KubeRayConfig(Section):
         description="Memory of each worker, including its /dev/shm, for example 512Mi or 8Gi; null = an estimate from "
         f"network, batch and extractor, at least {LEAST_MEMORY}.",
     )
-    shm_per_worker: str = Field("1Gi", description="Share of /dev/shm for each worker, for Ray's object store.")
     head_cpus: int | None = Field(
         None,
         ge=1,
@@ -74,11 +64,8 @@ class KubeRayConfig(Section):
         description="Minutes that the cluster may take to start, counted from its admission by the queue.",
     )
     max_hours: float = Field(24.0, gt=0, le=8760, description="Hours after which the step is stopped, finished or not.")
-    keep_failed_minutes: float = Field(
-        10.0, ge=1, le=10080, description="Minutes to keep the head pod of a failed RayJob for inspection."
-    )
 
-    @field_validator("memory_per_worker", "shm_per_worker", "head_memory")
+    @field_validator("memory_per_worker", "head_memory")
     @classmethod
     def _is_quantity(cls, value: str | None) -> str | None:
         if value is not None and not _QUANTITY.fullmatch(value):

@@ -16,6 +16,7 @@ _UNIT = 2**29  # estimates are rounded up to 0.5 GiB
 _MARGIN = 1.25
 _PROCESS = 0.7e9  # with Python, torch and Ray (measured: 670 MiB)
 _NODE = 0.5e9  # Ray's other processes on a node
+_SHM = 2**30  # of /dev/shm, which counts as memory: what the RayJob template gives each worker
 _CUDA = 3e9  # CUDA's libraries and context in the host's memory
 _STATE, _SNAPSHOT = 5, 6  # copies of the weights: gradients, moments and average included; for a checkpoint
 _SAMPLING_SHARE = 1 / 6  # of training's feature maps, alive at once while sampling (measured: 8 to 11 %)
@@ -35,7 +36,7 @@ def worker_memory(config: Config, step: str, *, reference_images: int = 0) -> in
     need = _PROCESS + (_CUDA if config.compute.use_gpu else 0.0)
     need += 0.0 if step == "evaluate" else _network(config, step)
     need += _evaluation(config, reference_images) if step in ("evaluate", "select", "tune") else 0.0
-    whole = _MARGIN * (need + _NODE) + bytes_of(config.compute.kuberay.shm_per_worker)
+    whole = _MARGIN * (need + _NODE) + _SHM
     return max(round(bytes_of(LEAST_MEMORY)), math.ceil(whole / _UNIT) * _UNIT)
 
 

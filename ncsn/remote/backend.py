@@ -12,24 +12,38 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from ncsn import storage
 from ncsn.errors import UserError
-from ncsn.storage.retry import Retry
+from ncsn.process import KFP_RUN_ID
+from ncsn.storage.retry import Retry, unavailable
 
 TERMINATED = 128 + signal.SIGTERM
 MAX_NAME = 47  # KubeRay adds up to 6 characters to a RayJob's name, and a name has at most 53
 CHECK_SECONDS = 5.0  # a person waits for `ncsn doctor`
 PATIENCE_SECONDS = 900.0  # a head node or an API server is replaced within this time
+
+# They join the steps to an MLflow run that KFP opened. Addresses and names; a token is in the Secret of the Ray pods.
+_FORWARDED = (
+    "MLFLOW_TRACKING_URI",
+    "MLFLOW_RUN_ID",
+    "MLFLOW_EXPERIMENT_ID",
+    "MLFLOW_EXPERIMENT_NAME",
+    "MLFLOW_WORKSPACE",
+    "MLFLOW_TRACKING_AUTH",
+    KFP_RUN_ID,
+)
+_LOOPBACK = re.compile(r"https?://(localhost|127(\.\d+){3}|\[::1\])(:|/|$)")
 
 T = TypeVar("T")
 
@@ -51,9 +65,27 @@ class RemoteStep:
         return storage.join(self.uri, "lease")
 
     @property
+    def log(self) -> str:
+        """Where the backend stores the driver's output."""
+        return storage.join(self.uri, "log.txt")
+
+    @property
     def leased_command(self) -> tuple[str, ...]:
         """The command to run. Without its lease, the step would be refused: this process has locked it."""
         return (*self.command, "--lease", self.lease)
+
+    @property
+    def job_name(self) -> str:
+        """`ncsn-<run>-<step>-<digest>`, a DNS-1035 label of at most 47 characters; the same for every attempt."""
+        digest = hashlib.sha256(self.uri.encode()).hexdigest()[:8]
+        readable = re.sub(r"[^a-z0-9]+", "-", self.run.lower()).strip("-")
+        room = MAX_NAME - len(f"ncsn--{self.step}-{digest}")
+        return f"ncsn-{readable[:room].strip('-')}-{self.step}-{digest}"
+
+    @property
+    def request(self) -> str:
+        """Tells another attempt at the same work from other work under the same name."""
+        return hashlib.sha256("\0".join(self.command).encode()).hexdigest()[:16]
 
 
 class Conflict(Exception):
@@ -106,56 +138,22 @@ class Backend(Protocol):
         """What the backend needs."""
 
 
-@dataclass(frozen=True)
-class Found(Generic[T]):
-    """Work that has the name of a step."""
-
-    kind: str
-    name: str
-    state: str
-    request: str  # digest of its command
-    attachable: bool
-    running: bool  # then other work must not take its place
-    attach: Callable[[], T]
-    clear: Callable[[], None]  # makes room for the next attempt
-    how_to_end: str  # a command
+def refuse_other_work(kind: str, name: str, how_to_end: str) -> UserError:
+    """The error for work under the step's name that is running and is not the step's."""
+    return UserError(
+        name, f"this {kind} runs the same step on other inputs", hint=f"wait for it, or end it: {how_to_end}"
+    )
 
 
-def attach_or_start(request: str, *, start: Callable[[], T], find: Callable[[], Found[T] | None]) -> T:
-    """Start the work, or attach to what an earlier attempt left, or to what a request whose answer was lost started.
-
-    `start` raises `Conflict` if the name is taken.
-    """
-    while True:
-        with suppress(Conflict):
-            return start()
-        found = find()
-        if found is None:
-            continue
-        if found.attachable and found.request == request:
-            handle = found.attach()
-            say(f"attached to {found.kind} {found.name}, which is {found.state}")
-            return handle
-        if found.running:
-            raise UserError(
-                found.name,
-                f"this {found.kind} runs the same step on other inputs",
-                hint=f"wait for it, or end it: {found.how_to_end}",
-            )
-        found.clear()
+def forwarded_environment() -> dict[str, str]:
+    """Variables of this process that the job needs, without an address that contains a password."""
+    values = {name: os.environ[name] for name in _FORWARDED if os.environ.get(name)}
+    return {name: value for name, value in values.items() if "@" not in value}
 
 
-def job_name(run: str, step: str, uri: str) -> str:
-    """`ncsn-<run>-<step>-<digest>`, a DNS-1035 label of at most 47 characters; the same for every attempt."""
-    digest = hashlib.sha256(uri.encode()).hexdigest()[:8]
-    readable = re.sub(r"[^a-z0-9]+", "-", run.lower()).strip("-")
-    room = MAX_NAME - len(f"ncsn--{step}-{digest}")
-    return f"ncsn-{readable[:room].strip('-')}-{step}-{digest}"
-
-
-def command_digest(command: tuple[str, ...]) -> str:
-    """Distinguishes another attempt at the same work from other work under the same name."""
-    return hashlib.sha256("\0".join(command).encode()).hexdigest()[:16]
+def environment_for_pods() -> dict[str, str]:
+    """The same without addresses of this machine: a pod cannot use a port-forward, and has a ConfigMap."""
+    return {name: value for name, value in forwarded_environment().items() if not _LOOPBACK.match(value)}
 
 
 @contextmanager
@@ -200,22 +198,17 @@ def message_of(error: Any) -> str:
     return " ".join(str(message).split())
 
 
-class Unavailable(ConnectionError):
-    """A server that may answer the next request; the message is the reason."""
-
-
 def keep_asking(call: Callable[[], T], *, server: str, seconds: float) -> T:
-    """The result of `call`, repeated while it raises `Unavailable`; a `ConnectionError` after `seconds`."""
-
-    def reason(error: Exception) -> str | None:
-        return str(error) if isinstance(error, Unavailable) else None
-
+    """The result of `call`, repeated while the server is unavailable; a `ConnectionError` after `seconds`."""
     try:
-        return Retry(server, seconds, reason, say=say)(call)
-    except Unavailable as error:
+        return Retry(server, seconds, say=say)(call)
+    except Exception as error:
+        reason = unavailable(error)
+        if reason is None:
+            raise
         if not seconds:
-            raise ConnectionError(f"{server} does not answer ({error})") from None
+            raise ConnectionError(f"{server} does not answer ({reason})") from None
         raise ConnectionError(
-            f"{server} has not answered for {seconds:g} s ({error}); what runs there continues for a while, and the "
+            f"{server} has not answered for {seconds:g} s ({reason}); what runs there continues for a while, and the "
             "same command attaches to it again"
         ) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator, Mapping
 
@@ -9,20 +10,18 @@ from ncsn.config.compute import ComputeConfig
 from ncsn.errors import UserError
 from ncsn.process import IMAGE_VARIABLE
 from ncsn.remote.backend import CHECK_SECONDS, Check, NotConfigured
-from ncsn.remote.kubernetes import KubernetesApi, Resource
-from ncsn.remote.manifest import GPU, TEMPLATE_VARIABLE, fit_to_schema, load_template
+from ncsn.remote.kubernetes import INSTALL_KUBERAY, KubernetesApi
+from ncsn.remote.manifest import GPU, TEMPLATE_VARIABLE, load_template
 
 STANDALONE = "kubeflow"  # namespace of the runs where Kubeflow Pipelines serves one user
 NEEDED = (  # what infra/base/rbac/launcher-role.yaml grants
-    *((verb, "rayjobs.ray.io") for verb in ("create", "get", "list", "watch", "patch", "delete")),
+    *((verb, "rayjobs.ray.io") for verb in ("create", "get", "list", "watch", "delete")),
     *((verb, "pods") for verb in ("get", "list")),
     ("get", "pods/log"),
     ("list", "events"),
     ("get", "workflows.argoproj.io"),
     *((verb, "configmaps") for verb in ("create", "delete")),
 )
-
-_IN_WORDS = {"authOptions": "token auth"}
 
 
 def kuberay_checks(compute: ComputeConfig) -> Iterator[Check]:
@@ -34,13 +33,12 @@ def kuberay_checks(compute: ComputeConfig) -> Iterator[Check]:
         yield Check("kubernetes", lambda: KubernetesApi(settings.namespace).server, "export KUBECONFIG=FILE")
         return
     grant = f"kubectl apply --kustomize infra/{'base/rbac' if api.namespace == STANDALONE else 'overlays/multi-user'}"
-    operator = "helm install kuberay-operator kuberay/kuberay-operator --version 1.7.0"
     unreachable: Mapping[type[Exception], str] = {ConnectionError: "kubectl cluster-info"}
     image = settings.image or os.environ.get(IMAGE_VARIABLE)
     yield Check("kubernetes", lambda: f"{api.server}, namespace {api.namespace!r}", "")
     yield Check("rights", lambda: check_rights(api), grant, unreachable)
     for_crd = {**unreachable, FileNotFoundError: f"unset {TEMPLATE_VARIABLE}"}
-    yield Check("kuberay", lambda: check_crd(api), operator, for_crd)
+    yield Check("kuberay", lambda: check_crd(api), INSTALL_KUBERAY, for_crd)
     yield Check("pod image", lambda: check_image(api, image), f"export {IMAGE_VARIABLE}=REGISTRY/ncsn-python:TAG")
     yield Check("gpus", lambda: check_gpus(api, compute), "kubectl describe nodes | grep nvidia.com/gpu")
     yield Check("queue", lambda: check_queue(api, settings.queue), f"kubectl get localqueues -n {api.namespace}")
@@ -55,15 +53,11 @@ def check_rights(api: KubernetesApi) -> str:
 
 
 def check_crd(api: KubernetesApi) -> str:
-    """The RayJob that is installed, by the fields that it has."""
-    schema = api.rayjob_schema()
-    _, unknown = fit_to_schema(load_template(), schema)
-    known = schema.get("properties", {}).get("spec", {}).get("properties", {})
-    since = {"preRunningDeadlineSeconds": "1.6", "deletionStrategy": "1.5"}
-    release = next((version for name, version in since.items() if name in known), None)
-    missing = [_IN_WORDS.get(name.rpartition(".")[2], name) for name in sorted(unknown)]
-    left_out = f"; without {', '.join(missing)}" if missing else ""
-    return f"RayJob ray.io/v1, KubeRay {f'{release} or later' if release else 'before 1.5'}{left_out}"
+    """The RayJob that is installed. KubeRay 1.6 brought one of its fields, and needs no gate for deletion rules."""
+    load_template()
+    if "preRunningDeadlineSeconds" not in api.rayjob_fields():
+        raise UserError("KubeRay", "before 1.6; it lacks fields of the RayJob")
+    return "RayJob ray.io/v1, KubeRay 1.6 or later"
 
 
 def check_image(api: KubernetesApi, image: str | None) -> str:
@@ -74,8 +68,11 @@ def check_image(api: KubernetesApi, image: str | None) -> str:
         )
     if not api.allowed("list", "nodes"):
         return f"{image}, not looked for: this account may not list nodes"
-    nodes = api.nodes()
-    having = sum(_has_image(node, image) for node in nodes)  # a node lists its 50 largest images at most
+    nodes = api.find("nodes")
+    # A node lists its 50 largest images at most, perhaps with the registry that a short name stands for.
+    names = {image, f"docker.io/{image}", f"docker.io/library/{image}"}
+    images = ([each.get("names") or [] for each in node.get("status", {}).get("images", [])] for node in nodes)
+    having = sum(not names.isdisjoint(itertools.chain(*listed)) for listed in images)
     unknown = "" if having == len(nodes) else "; whether the others can pull it was not checked"
     return f"{image} is on {having} of {len(nodes)} nodes{unknown}"
 
@@ -87,7 +84,7 @@ def check_gpus(api: KubernetesApi, compute: ComputeConfig) -> str:
     if not api.allowed("list", "nodes"):
         raise NotConfigured("this account may not list nodes")
     wanted = compute.kuberay.node_selector.items()
-    nodes = [node for node in api.nodes() if wanted <= node["metadata"].get("labels", {}).items()]
+    nodes = [node for node in api.find("nodes") if wanted <= node["metadata"].get("labels", {}).items()]
     usable = [node.get("status", {}) for node in nodes if not node.get("spec", {}).get("unschedulable")]
     each = [int(status.get("allocatable", {}).get(GPU, 0)) for status in usable]
     have, size = sum(each), compute.kuberay.workers_per_pod
@@ -106,7 +103,7 @@ def check_queue(api: KubernetesApi, name: str | None) -> str:
     """Kueue's LocalQueue, active."""
     if name is None:
         raise NotConfigured("compute.kuberay.queue is null")
-    queue = api.local_queue(name)
+    queue = api.get("localqueues", name)
     if queue is None:
         raise UserError("compute.kuberay.queue", f"no such LocalQueue in namespace {api.namespace}", value=name)
     conditions = queue.get("status", {}).get("conditions", [])
@@ -115,9 +112,3 @@ def check_queue(api: KubernetesApi, name: str | None) -> str:
         reason = active.get("message") or active.get("reason", "")
         raise UserError("compute.kuberay.queue", f"this LocalQueue is not active: {reason}", value=name)
     return f"LocalQueue {name!r} of ClusterQueue {queue['spec']['clusterQueue']!r}"
-
-
-def _has_image(node: Resource, image: str) -> bool:
-    """Whether the node lists the image, perhaps with the registry that a short name stands for."""
-    names = {name for each in node.get("status", {}).get("images", []) for name in each.get("names") or []}
-    return not names.isdisjoint({image, f"docker.io/{image}", f"docker.io/library/{image}"})

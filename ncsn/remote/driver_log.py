@@ -98,6 +98,8 @@ class DriverLog(ABC):
 
     def _content(self) -> bytes:
         with self._lock:
+            if self._file.closed:
+                return b""
             self._file.seek(0)
             return self._file.read()
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import os
-import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from datetime import UTC, datetime
+from dataclasses import dataclass
 from functools import cached_property
 
-from ncsn import storage
 from ncsn.config.compute import ComputeConfig
 from ncsn.errors import UserError
 from ncsn.process import CONTAINER_IMAGE, IMAGE_VARIABLE
@@ -19,37 +16,71 @@ from ncsn.remote.backend import (
     PATIENCE_SECONDS,
     Check,
     Conflict,
-    Found,
     RemoteFailure,
     RemoteLost,
     RemoteStep,
-    attach_or_start,
     ended_on_sigterm,
+    environment_for_pods,
+    refuse_other_work,
     say,
 )
 from ncsn.remote.checks import kuberay_checks
 from ncsn.remote.kubernetes import KubernetesApi, Resource
-from ncsn.remote.launcher import Launcher, environment_for_pods, find_launcher, is_ending, workflow_of
-from ncsn.remote.manifest import (
-    ATTEMPT_LABEL,
-    RENEWED_ANNOTATION,
-    REQUEST_ANNOTATION,
-    JobRequest,
-    fit_to_schema,
-    load_template,
-    render,
-    selector,
-    task_config,
-    with_task_config,
-)
+from ncsn.remote.launcher import Launcher, find_launcher, is_ending, workflow_of
+from ncsn.remote.manifest import ATTEMPT_LABEL, REQUEST_ANNOTATION, render, selector
 from ncsn.remote.pods import PodLog, PodWatch
-from ncsn.remote.rayjob_state import JobState, state_of
 from ncsn.storage.heartbeat import RENEW_SECONDS, Heartbeat
 
 WATCH_SECONDS = 15.0
 DELETE_SECONDS = 30.0  # patience of a deletion while a person waits
 
-_AT_ONCE = (2.0, 3.0)
+_AT_ONCE = (2.0, 3.0)  # seconds to connect and to answer, for a process that is being killed
+_FINAL = {"Complete", "Failed", "ValidationFailed"}  # KubeRay's own helper lacks the last, and would wait forever
+
+
+@dataclass(frozen=True)
+class JobState:
+    """The status of a RayJob, and what it means for the step."""
+
+    deployment: str = ""  # jobDeploymentStatus: what the operator does
+    job: str = ""  # jobStatus: what the Ray job does
+    reason: str = ""
+    message: str = ""
+    failed: int = 0  # attempts
+
+    @classmethod
+    def of(cls, rayjob: Resource) -> JobState:
+        """The state of a RayJob as the API server returned it."""
+        names = ("jobDeploymentStatus", "jobStatus", "reason", "message", "failed")
+        status, defaults = rayjob.get("status", {}), ("", "", "", "", 0)
+        return cls(*(status.get(name, default) for name, default in zip(names, defaults, strict=True)))
+
+    @property
+    def finished(self) -> bool:
+        """Whether the status is final."""
+        return self.deployment in _FINAL
+
+    @property
+    def starting(self) -> bool:
+        """Whether its cluster starts."""
+        return self.deployment in {"", "Initializing"}
+
+    @property
+    def succeeded(self) -> bool:
+        """Whether the step did its work; of a failed job, Complete says only that the operator is done."""
+        return self.deployment == "Complete" and self.job == "SUCCEEDED"
+
+    @property
+    def kept(self) -> bool:
+        """Whether it stays for inspection, because the operator has rules to delete it later."""
+        return self.deployment == "Failed" or (self.deployment == "Complete" and self.job == "FAILED")
+
+    def __str__(self) -> str:
+        return " / ".join(word for word in (self.deployment or "created", self.job) if word)
+
+    def explain(self) -> str:
+        """Why it failed."""
+        return ": ".join(filter(None, (self.reason or str(self), " ".join(self.message.split()))))
 
 
 class KubeRay:
@@ -66,7 +97,7 @@ class KubeRay:
         self._compute, self._patience, self._renew_seconds = compute, patience, renew_seconds
         self._namespace = compute.kuberay.namespace or namespace
         self._launcher = Launcher()
-        self._ours = False
+        self._ours = False  # whether this process created the RayJob or attached to it
 
     @cached_property
     def _api(self) -> KubernetesApi:
@@ -80,36 +111,34 @@ class KubeRay:
         """Run the step as a RayJob, or attach to the one that an earlier attempt left; return when it has ended.
 
         Ctrl-C deletes the RayJob. So does SIGTERM, unless it is meant for the pod of this process and not for its
-        pipeline; then the next attempt attaches. A RayJob that failed stays for `compute.kuberay.keep_failed_minutes`.
+        pipeline; then the next attempt attaches. A RayJob that failed stays for as long as the template says.
         """
-        # Separate clients, made now: the signal handler must not wait for a lock of the client that it interrupts.
-        self._heart = KubernetesApi(self._api.namespace, patience=0)
-        self._impatient = KubernetesApi(self._api.namespace, patience=0, timeouts=_AT_ONCE)
-        self._home = KubernetesApi(self._api.own_namespace, patience=0, timeouts=_AT_ONCE)
         self._launcher = find_launcher(self._api)
-        manifest = self._manifest(step)
-        name, request = manifest["metadata"]["name"], manifest["metadata"]["annotations"][REQUEST_ANNOTATION]
-        beat = Heartbeat(step.lease, also=lambda: self._annotate(name), every=self._renew_seconds)
-        with ended_on_sigterm(lambda: self._end_at_once(name)), beat:
-            with self._deleted_if_left(name):
-                attempt = attach_or_start(request, start=lambda: self._create(manifest), find=lambda: self._find(name))
-                pods = PodWatch(self._api, f"{ATTEMPT_LABEL}={attempt}")
-                with PodLog(self._api, name, attempt=attempt, uri=storage.join(step.uri, "log.txt")) as log:
-                    state = self._watch(name, step, pods)
-                    log.finish()
-                    cause = _cause(state, pods, log)
-            if not (state.kept and "deletionStrategy" in manifest["spec"]):
-                self._api.delete_rayjob(name)
-            if not state.succeeded:
-                how = state.reason or state.describe()
-                raise RemoteFailure(f"RayJob {name} failed ({how}): {cause}; log {log.uri}")
+        manifest, name = self._manifest(step), step.job_name
+        with (
+            ended_on_sigterm(lambda: self._end_at_once(name)),
+            Heartbeat(step.lease, every=self._renew_seconds),
+            self._deleted_if_left(name),
+        ):
+            attempt = self._start(step, manifest)
+            pods = PodWatch(self._api, f"{ATTEMPT_LABEL}={attempt}")
+            with PodLog(self._api, name, attempt=attempt, uri=step.log) as log:
+                state = self._watch(step, pods)
+                log.finish()
+                cause = log.first_error() or pods.cause or state.explain()
+                if state.reason.endswith("Exceeded") or state.deployment == "ValidationFailed":  # ended by the operator
+                    cause = "; ".join(filter(None, (" ".join(state.message.split()), pods.cause)))
+        if not (state.kept and "deletionStrategy" in manifest["spec"]):
+            self._api.delete("rayjobs", name)
+        if not state.succeeded:
+            raise RemoteFailure(f"RayJob {name} failed ({state.reason or state}): {cause}; log {step.log}")
 
     def stop(self, *, run: str | None, kfp_run: str | None) -> list[str]:
         """Delete the running RayJobs of a run, or of a run of KFP; their names. What failed stays for inspection."""
-        rayjobs = self._api.list_rayjobs(selector(run=run, kfp_run=kfp_run))
-        names = [rayjob["metadata"]["name"] for rayjob in rayjobs if not state_of(rayjob).finished]
+        rayjobs = self._api.find("rayjobs", labels=selector(run=run, kfp_run=kfp_run))
+        names = [rayjob["metadata"]["name"] for rayjob in rayjobs if not JobState.of(rayjob).finished]
         for name in names:
-            self._api.delete_rayjob(name)
+            self._api.delete("rayjobs", name)
         return names
 
     def checks(self) -> Iterator[Check]:
@@ -119,69 +148,49 @@ class KubeRay:
     def _manifest(self, step: RemoteStep) -> Resource:
         image = self._compute.kuberay.image or self._launcher.image or os.environ.get(IMAGE_VARIABLE)
         if image is None:
-            raise UserError(
-                "compute.kuberay.image",
-                "no image for the Ray pods",
-                hint=f"set it or {IMAGE_VARIABLE} to the image that `make image` builds",
-            )
-        request = JobRequest(
-            run=step.run,
-            step=step.step,
-            uri=step.uri,
-            entrypoint=step.leased_command,
+            hint = f"set it or {IMAGE_VARIABLE} to the image that `make image` builds"
+            raise UserError("compute.kuberay.image", "no image for the Ray pods", hint=hint)
+        return render(
+            step,
+            self._compute,
+            namespace=self._api.namespace,
             image=image,
             env=environment_for_pods() | {CONTAINER_IMAGE: image},
             labels={ATTEMPT_LABEL: uuid.uuid4().hex, **self._launcher.labels},
             owner=self._launcher.owner,
         )
-        manifest = render(load_template(), request, compute=self._compute, namespace=self._api.namespace)
-        manifest = with_task_config(manifest, task_config())
-        manifest["metadata"]["annotations"][RENEWED_ANNOTATION] = _now()
-        fitted, unknown = fit_to_schema(manifest, self._api.rayjob_schema())
-        if unknown:
-            say(f"not in the RayJob, because this cluster's KubeRay does not have it: {', '.join(unknown)}")
-        return fitted
 
-    def _create(self, manifest: Resource) -> str:
-        """Create the RayJob; the label of its pods, because those of an earlier one of this name may still end."""
-        name = manifest["metadata"]["name"]
-        self._ours = True  # before it exists, because this process may be killed meanwhile
-        try:
-            self._api.create_rayjob(manifest)
-        except (Conflict, PermissionError, UserError):
-            self._ours = False
-            raise
-        say(f"RayJob {name} created in namespace {self._api.namespace}")
-        return str(manifest["metadata"]["labels"][ATTEMPT_LABEL])
-
-    def _find(self, name: str) -> Found[str] | None:
-        rayjob = self._api.rayjob(name)
-        if rayjob is None:
-            return None
-        state, metadata = state_of(rayjob), rayjob["metadata"]
-        going = "deletionTimestamp" in metadata or self._belongs_to_ended_pipeline(rayjob)
-
-        def attach() -> str:
-            self._ours = True
-            self._annotate(name)
-            return str(metadata["labels"][ATTEMPT_LABEL])
-
-        def clear() -> None:
-            self._api.delete_rayjob(name)
-            while (left := self._api.rayjob(name)) is not None:
+    def _start(self, step: RemoteStep, manifest: Resource) -> str:
+        """Create the RayJob, or attach to one; the label of its pods, since those of an earlier one may still end."""
+        name = step.job_name
+        while True:
+            self._ours = True  # before it exists, because this process may be killed meanwhile
+            try:
+                self._api.create("rayjobs", manifest)
+            except Conflict:
+                self._ours = False
+            except (PermissionError, UserError):
+                self._ours = False
+                raise
+            else:
+                say(f"RayJob {name} created in namespace {self._api.namespace}")
+                return str(manifest["metadata"]["labels"][ATTEMPT_LABEL])
+            found = self._api.get("rayjobs", name)
+            if found is None:
+                continue
+            state, metadata = JobState.of(found), found["metadata"]
+            going = "deletionTimestamp" in metadata or self._belongs_to_ended_pipeline(found)
+            if not going and (state.succeeded or not state.finished):
+                if metadata.get("annotations", {}).get(REQUEST_ANNOTATION) == step.request:
+                    self._ours = True
+                    say(f"attached to RayJob {name}, which is {state}")
+                    return str(metadata["labels"][ATTEMPT_LABEL])
+                if not state.finished:
+                    how = f"kubectl delete rayjob {name} --namespace {self._api.namespace}"
+                    raise refuse_other_work("RayJob", name, how)
+            self._api.delete("rayjobs", name)
+            while (left := self._api.get("rayjobs", name)) is not None:
                 self._api.wait_for_change(left, seconds=WATCH_SECONDS)
-
-        return Found(
-            kind="RayJob",
-            name=name,
-            state=state.describe(),
-            request=metadata.get("annotations", {}).get(REQUEST_ANNOTATION, ""),
-            attachable=not going and (state.succeeded or not state.finished),
-            running=not going and not state.finished,
-            attach=attach,
-            clear=clear,
-            how_to_end=f"kubectl delete rayjob {name} --namespace {self._api.namespace}",
-        )
 
     def _belongs_to_ended_pipeline(self, rayjob: Resource) -> bool:
         """Whether its pipeline run has ended: then the janitor deletes it, or Kubernetes with its owner."""
@@ -189,44 +198,40 @@ class KubeRay:
         if workflow is None or workflow == self._launcher.workflow:
             return False
         with suppress(PermissionError):
-            return is_ending(self._api.workflow(workflow))
+            return is_ending(self._api.get("workflows", workflow))
         return False
 
-    def _watch(self, name: str, step: RemoteStep, pods: PodWatch) -> JobState:
+    def _watch(self, step: RemoteStep, pods: PodWatch) -> JobState:
         """Wait for the end of the RayJob: its status is read, not derived from events."""
-        shown, start, queue = "", _Start(self._compute.kuberay.max_start_minutes), self._compute.kuberay.queue
+        name, shown, queue = step.job_name, "", self._compute.kuberay.queue
         while True:
-            found = self._api.rayjob(name)
+            found = self._api.get("rayjobs", name)
             if found is None:
                 raise RemoteLost(f"RayJob {name} was deleted while it ran")
-            state = state_of(found)
-            if state.describe() != shown:
-                shown = state.describe()
+            state = JobState.of(found)
+            if str(state) != shown:
+                shown = str(state)
                 suspended = queue and state.deployment == "Suspended"
                 say(f"RayJob {name}: {shown}" + (f", waiting for quota in Kueue's queue {queue}" if suspended else ""))
             if state.finished:
                 return state
             if state.failed and step.mistaken():
                 raise RemoteFailure(f"RayJob {name} failed, and another attempt would only repeat the mistake")
-            if start.has_failed(state):  # KubeRay would try again for the same time
+            if state.reason == "PreRunningDeadlineExceeded":  # KubeRay would try again for the same time
                 raise RemoteFailure(f"RayJob {name} did not start in time: {pods.cause or state.explain()}")
             hopeless = pods.look(found)
             if hopeless and state.starting:
                 raise RemoteFailure(f"RayJob {name} cannot start: {hopeless}")
             self._api.wait_for_change(found, seconds=WATCH_SECONDS)
 
-    def _annotate(self, name: str) -> None:
-        """Renew the lease in the cluster too, where `ncsn cleanup` looks."""
-        with suppress(ConnectionError, PermissionError, UserError):
-            self._heart.annotate_rayjob(name, {RENEWED_ANNOTATION: _now()})
-
     def _end_at_once(self, name: str) -> None:
         if not self._ours:
             return
-        if not self._launcher.is_told_to_end(self._home):
+        # New clients: a signal handler must not wait for a lock of the client that it interrupts.
+        if self._launcher.is_told_to_end(KubernetesApi(self._api.own_namespace, patience=0, timeouts=_AT_ONCE)):
+            self._delete(name, KubernetesApi(self._api.namespace, patience=0, timeouts=_AT_ONCE))
+        else:
             say(f"RayJob {name} keeps running: the next attempt attaches to it; with none, it ends with its lease")
-            return
-        self._delete(name, self._impatient)
 
     @contextmanager
     def _deleted_if_left(self, name: str) -> Iterator[None]:
@@ -245,46 +250,12 @@ class KubeRay:
 
     def _delete(self, name: str, api: KubernetesApi) -> None:
         try:
-            api.delete_rayjob(name)
-        except BaseException as error:
-            why = f"{type(error).__name__}: {error}".partition(";")[0]
+            api.delete("rayjobs", name)
+        except (ConnectionError, PermissionError, UserError) as error:
+            why = str(error).partition(";")[0]
             say(
                 f"RayJob {name} could not be deleted ({why}); its driver ends when its lease expires; to end it now: "
                 f"kubectl delete rayjob {name} --namespace {api.namespace}"
             )
-            if not isinstance(error, (ConnectionError, PermissionError, UserError)):
-                raise
         else:
             say(f"RayJob {name} deleted")
-
-
-def _cause(state: JobState, pods: PodWatch, log: PodLog) -> str:
-    """The driver's error, unless the operator ended it."""
-    if state.ended_by_operator:
-        return "; ".join(filter(None, (" ".join(state.message.split()), pods.cause)))
-    return log.first_error() or pods.cause or state.explain()
-
-
-class _Start:
-    """Notices that a cluster did not start in time. KubeRay reports it only for a moment, which a poll may miss."""
-
-    def __init__(self, minutes: float) -> None:
-        self._enough = 0.9 * 60 * minutes
-        self._failed: int | None = None
-        self._began = math.inf
-
-    def has_failed(self, state: JobState) -> bool:
-        if state.reason == "PreRunningDeadlineExceeded":
-            return True
-        now, another = time.monotonic(), self._failed is not None and state.failed > self._failed
-        late = another and now - self._began > self._enough
-        if not state.starting:
-            self._began = math.inf
-        elif another or self._began == math.inf:
-            self._began = now
-        self._failed = state.failed
-        return late
-
-
-def _now() -> str:
-    return datetime.fromtimestamp(time.time(), UTC).isoformat(timespec="seconds")

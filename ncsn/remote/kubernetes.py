@@ -1,4 +1,4 @@
-"""The Kubernetes API as this package uses it: RayJobs, their pods, and what the caller may do.
+"""The Kubernetes API as this package uses it: JSON of a few kinds of objects, logs, and what the caller may do.
 
 A call is repeated while the API server is unreachable; a refusal is an error of one line.
 """
@@ -8,27 +8,32 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import urllib3
 import yaml
-from kubernetes import client, config, watch
+from kubernetes import client, config
 from kubernetes.client.exceptions import ApiException
 
 from ncsn.errors import UserError
-from ncsn.remote.backend import PATIENCE_SECONDS, Conflict, Unavailable, keep_asking, message_of
+from ncsn.remote.backend import PATIENCE_SECONDS, Conflict, keep_asking, message_of
 
 Resource = dict[str, Any]
 
-GROUP, VERSION, RAYJOBS = "ray.io", "v1", "rayjobs"
-KUEUE_VERSIONS = ("v1beta2", "v1beta1")
-TIMEOUTS = (5, 30)
+INSTALL_KUBERAY = "helm install kuberay-operator kuberay/kuberay-operator --version 1.7.0"
 
+# Resource -> its API. The client's own models are not used: they refuse what they do not expect.
+_APIS = {
+    "rayjobs": "apis/ray.io/v1",
+    "workflows": "apis/argoproj.io/v1alpha1",
+    "localqueues": "apis/kueue.x-k8s.io/v1beta2",
+}
+_CORE = "api/v1"
 _IN_CLUSTER_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
-_UNAVAILABLE = {429, 500, 502, 503, 504}
 _LOST_LOG = "unable to retrieve container logs"  # what the kubelet answers for one that is gone
 
 
@@ -43,59 +48,57 @@ class KubernetesApi:
         namespace: str | None = None,
         *,
         patience: float = PATIENCE_SECONDS,
-        timeouts: tuple[float, float] = TIMEOUTS,
+        timeouts: tuple[float, float] = (5, 30),
     ) -> None:
-        configuration, default_namespace = _load_configuration()
+        configuration, self.own_namespace = _load_configuration()
         configuration.retries = False
         self.server: str = configuration.host
-        self.namespace = namespace or default_namespace
-        self.own_namespace = default_namespace
-        self.patience, self._timeouts = patience, timeouts
+        self.namespace = namespace or self.own_namespace
+        self._patience, self._timeouts = patience, timeouts
         self._client = client.ApiClient(configuration)
-        self._custom = client.CustomObjectsApi(self._client)
-        self._core = client.CoreV1Api(self._client)
-        self._authorization = client.AuthorizationV1Api(self._client)
-        self._rayjobs = (GROUP, VERSION, self.namespace, RAYJOBS)
-        self._workflows = ("argoproj.io", "v1alpha1", self.namespace, "workflows")
 
-    def rayjob_schema(self) -> Resource:
-        """OpenAPI schema of the RayJob that is installed, which every authenticated user may read."""
-        path = f"/openapi/v3/apis/{GROUP}/{VERSION}"
-        document = self._call("get", path, self._raw, path, "GET", missing=None)
-        for schema in (document or {}).get("components", {}).get("schemas", {}).values():
-            kinds = schema.get("x-kubernetes-group-version-kind", [])
-            if {"group": GROUP, "version": VERSION, "kind": "RayJob"} in kinds:
-                return cast("Resource", schema)
-        raise UserError(
-            self.server,
-            f"the cluster knows no RayJob {GROUP}/{VERSION}",
-            hint="install the KubeRay operator: helm install kuberay-operator kuberay/kuberay-operator --version 1.7.0",
-        )
+    def get(self, resource: str, name: str) -> Resource | None:
+        """The object, or None."""
+        found: Resource | None = self._read("get", resource, "GET", self._path(resource, name), missing=None)
+        return found
 
-    def create_rayjob(self, manifest: Resource) -> None:
-        """Create it; raises `Conflict` if there is one of that name."""
-        self._call("create", RAYJOBS, self._custom.create_namespaced_custom_object, *self._rayjobs, manifest)
+    def find(self, resource: str, *, labels: str = "", fields: str = "") -> list[Resource]:
+        """The objects with these labels and fields, oldest first; none where the cluster knows no such resource."""
+        query = {"labelSelector": labels, "fieldSelector": fields}
+        listed = self._read("list", resource, "GET", self._path(resource), query=query, missing={"items": []})
+        return sorted(listed["items"], key=lambda found: str(found["metadata"].get("creationTimestamp", "")))
 
-    def rayjob(self, name: str) -> Resource | None:
-        """The RayJob, or None."""
-        return self._get(RAYJOBS, self._custom.get_namespaced_custom_object, *self._rayjobs, name)
+    def create(self, resource: str, manifest: Resource) -> None:
+        """Create the object; raises `Conflict` if there is one of that name."""
+        self._read("create", resource, "POST", self._path(resource), body=manifest)
 
-    def list_rayjobs(self, labels: str) -> list[Resource]:
-        """The RayJobs with these labels; none in a cluster without KubeRay."""
-        list_all = self._custom.list_namespaced_custom_object
-        return self._list(RAYJOBS, list_all, *self._rayjobs, label_selector=labels, missing=None)
+    def delete(self, resource: str, name: str) -> None:
+        """Delete the object and, in the background, what it owns; without effect if it is gone."""
+        body = {"propagationPolicy": "Background"}
+        self._read("delete", resource, "DELETE", self._path(resource, name), body=body, missing=None)
 
-    def annotate_rayjob(self, name: str, annotations: dict[str, str]) -> None:
-        """Set annotations; without effect if it is gone."""
-        path = f"/apis/{GROUP}/{VERSION}/namespaces/{self.namespace}/{RAYJOBS}/{name}"
-        body = {"metadata": {"annotations": annotations}}
-        self._call("patch", RAYJOBS, self._raw, path, "PATCH", body, missing=None)
+    def events(self, name: str) -> list[Resource]:
+        """The events of the object of this name, oldest first."""
+        return sorted(self.find("events", fields=f"involvedObject.name={name}"), key=time_of_event)
 
-    def delete_rayjob(self, name: str) -> None:
-        """Delete it and, in the background, its cluster; without effect if it is gone."""
-        body = client.V1DeleteOptions(propagation_policy="Background")
-        delete = self._custom.delete_namespaced_custom_object
-        self._call("delete", RAYJOBS, delete, *self._rayjobs, name, body=body, missing=None)
+    def rayjob_fields(self) -> Resource:
+        """The schema of `spec` of the RayJob that is installed, by field; every authenticated user may read it."""
+        document = self._read("get", "rayjobs", "GET", "/openapi/v3/apis/ray.io/v1", missing={})
+        for schema in document.get("components", {}).get("schemas", {}).values():
+            kinds = [kind["kind"] for kind in schema.get("x-kubernetes-group-version-kind", [])]
+            if "RayJob" in kinds:
+                fields: Resource = schema.get("properties", {}).get("spec", {}).get("properties", {})
+                return fields
+        raise UserError(self.server, "the cluster knows no RayJob ray.io/v1", hint=INSTALL_KUBERAY)
+
+    def allowed(self, verb: str, resource: str) -> bool:
+        """Whether the caller may do this here, for example `create` on `rayjobs.ray.io` or `get` on `pods/log`."""
+        name, _, group = resource.partition(".")
+        plural, _, subresource = name.partition("/")
+        attributes = {"namespace": self.namespace, "verb": verb, "group": group, "resource": plural}
+        body = {"spec": {"resourceAttributes": attributes | ({"subresource": subresource} if subresource else {})}}
+        path = "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"
+        return bool(self._read("create", "selfsubjectaccessreviews", "POST", path, body=body)["status"]["allowed"])
 
     def wait_for_change(self, rayjob: Resource, *, seconds: float) -> None:
         """Return when the RayJob is no longer as it was read, and after `seconds` at the latest.
@@ -104,150 +107,91 @@ class KubernetesApi:
         the server cuts, and a server that is unavailable are not handled here.
         """
         started = time.monotonic()
+        query = {
+            "watch": "true",
+            "fieldSelector": f"metadata.name={rayjob['metadata']['name']}",
+            "resourceVersion": rayjob["metadata"]["resourceVersion"],
+            "timeoutSeconds": str(max(1, round(seconds))),
+        }
         try:
-            events = watch.Watch().stream(
-                self._custom.list_namespaced_custom_object,
-                *self._rayjobs,
-                field_selector=f"metadata.name={rayjob['metadata']['name']}",
-                resource_version=rayjob["metadata"]["resourceVersion"],
-                timeout_seconds=max(1, round(seconds)),
-                _request_timeout=(self._timeouts[0], seconds + 5),
-            )
-            with closing(events):  # not by a finalizer, where Python drops the exit of a signal's handler
-                next(events, None)
-        except (ApiException, urllib3.exceptions.HTTPError, json.JSONDecodeError):
-            time.sleep(max(0.0, min(1.0, seconds) - (time.monotonic() - started)))
-
-    def pods(self, labels: str) -> list[Resource]:
-        """The pods with these labels, oldest first."""
-        pods = self._list("pods", self._core.list_namespaced_pod, self.namespace, label_selector=labels)
-        return sorted(pods, key=lambda pod: str(pod["metadata"].get("creationTimestamp", "")))
-
-    def pod(self, name: str) -> Resource | None:
-        """The pod, or None."""
-        return self._get("pods", self._core.read_namespaced_pod, name, self.namespace)
-
-    def workflow(self, name: str) -> Resource | None:
-        """The Argo Workflow that runs a KFP run, or None."""
-        get = self._custom.get_namespaced_custom_object
-        return self._get("workflows.argoproj.io", get, *self._workflows, name)
-
-    def workflows(self, labels: str) -> list[Resource]:
-        """The Argo Workflows with these labels."""
-        list_all = self._custom.list_namespaced_custom_object
-        return self._list("workflows.argoproj.io", list_all, *self._workflows, label_selector=labels)
-
-    def events(self, name: str) -> list[Resource]:
-        """The events of the object of this name, oldest first."""
-        where = f"involvedObject.name={name}"
-        events = self._list("events", self._core.list_namespaced_event, self.namespace, field_selector=where)
-        return sorted(events, key=time_of_event)
-
-    def create_config_map(self, manifest: Resource) -> None:
-        """Create it; raises `Conflict` if there is one of that name."""
-        self._call("create", "configmaps", self._core.create_namespaced_config_map, self.namespace, manifest)
-
-    def config_maps(self, labels: str) -> list[Resource]:
-        """The ConfigMaps with these labels."""
-        return self._list("configmaps", self._core.list_namespaced_config_map, self.namespace, label_selector=labels)
-
-    def delete_config_map(self, name: str) -> None:
-        """Delete it; without effect if it is gone."""
-        self._call("delete", "configmaps", self._core.delete_namespaced_config_map, name, self.namespace, missing=None)
-
-    def nodes(self) -> list[Resource]:
-        """The cluster's nodes, which an account of one namespace seldom may see."""
-        return self._list("nodes", self._core.list_node)
-
-    def local_queue(self, name: str) -> Resource | None:
-        """Kueue's LocalQueue of this namespace, or None, by the newest API version that the cluster serves."""
-        get = self._custom.get_namespaced_custom_object
-        for version in KUEUE_VERSIONS:
-            where = ("kueue.x-k8s.io", version, self.namespace, "localqueues", name)
-            if (found := self._get("localqueues.kueue.x-k8s.io", get, *where)) is not None:
-                return found
-        return None
+            timeouts = (self._timeouts[0], seconds + 5)
+            # Closed here, and not by a finalizer, where Python drops the exit of a signal's handler.
+            with closing(self._request("GET", self._path("rayjobs"), query=query, timeouts=timeouts)) as response:
+                if b'"ERROR"' not in next(response.stream(amt=None), b""):
+                    return
+        except (ApiException, urllib3.exceptions.HTTPError):
+            pass
+        time.sleep(max(0.0, min(1.0, seconds) - (time.monotonic() - started)))
 
     @contextmanager
     def follow_log(self, pod: str, *, since_seconds: int | None) -> Iterator[Iterator[bytes]]:
         """Pieces of the pod's log, each line with its time, until the container ends or the stream is cut."""
-        options: dict[str, Any] = {"follow": True, "timestamps": True, "_preload_content": False}
-        options |= {"_request_timeout": (self._timeouts[0], 300)}
-        options |= {} if since_seconds is None else {"since_seconds": since_seconds}
-        read = self._core.read_namespaced_pod_log
-        response = self._call("get", "pods/log", read, pod, self.namespace, **options)
-        try:
+        query = {"follow": "true", "timestamps": "true"}
+        query |= {} if since_seconds is None else {"sinceSeconds": str(since_seconds)}
+        path, timeouts = self._path("pods", pod, "log"), (self._timeouts[0], 300.0)
+        ask = partial(self._request, "GET", path, query=query, timeouts=timeouts)
+        with closing(self._call("get", "pods/log", ask)) as response:
             yield response.stream(amt=None, decode_content=True)
-        finally:
-            response.close()
 
     def last_words(self, pod: str, container: str, *, lines: int) -> list[str]:
-        """The last lines of a container that has ended; empty if its log is gone."""
-        read = self._core.read_namespaced_pod_log
-        options = {"container": container, "tail_lines": lines}
+        """The last lines of a container that has ended; empty if its log is gone or it has not started (HTTP 400)."""
+        query = {"container": container, "tailLines": str(lines)}
         try:
-            text = self._call("get", "pods/log", read, pod, self.namespace, **options, missing="")
-        except UserError:  # HTTP 400: it has not started
+            ask = partial(self._request, "GET", self._path("pods", pod, "log"), query=query)
+            answer = self._call("get", "pods/log", ask, missing=None)
+        except UserError:
             return []
-        return [line for line in str(text).splitlines() if not line.startswith(_LOST_LOG)]
+        text = answer.data.decode(errors="replace") if answer else ""
+        return [line for line in text.splitlines() if not line.startswith(_LOST_LOG)]
 
-    def allowed(self, verb: str, resource: str) -> bool:
-        """Whether the caller may do this here, for example `create` on `rayjobs.ray.io` or `get` on `pods/log`."""
-        name, _, group = resource.partition(".")
-        plural, _, subresource = name.partition("/")
-        attributes = {"namespace": self.namespace, "verb": verb, "group": group, "resource": plural}
-        body = {"spec": {"resourceAttributes": attributes | ({"subresource": subresource} if subresource else {})}}
-        create = self._authorization.create_self_subject_access_review
-        return bool(self._call("create", "selfsubjectaccessreviews", create, body).status.allowed)
+    def _path(self, resource: str, *below: str) -> str:
+        place = "" if resource == "nodes" else f"namespaces/{self.namespace}/"
+        return "/".join((f"/{_APIS.get(resource, _CORE)}/{place}{resource}", *below))
 
-    def _raw(self, path: str, method: str, body: Any = None, **options: Any) -> Any:
-        headers = {"Accept": "application/json", "Content-Type": "application/merge-patch+json"}
+    def _read(self, verb: str, resource: str, method: str, path: str, **options: Any) -> Any:
+        call = {name: options.pop(name) for name in ("body", "query") if name in options}
+
+        def read() -> Any:
+            content = self._request(method, path, **call).data
+            try:
+                return json.loads(content)
+            except json.JSONDecodeError:
+                raise ConnectionError("an answer that is cut") from None
+
+        return self._call(verb, resource, read, **options)
+
+    def _request(
+        self,
+        method: str,
+        path: str,
+        *,
+        body: Any = None,
+        query: Mapping[str, str] | None = None,
+        timeouts: tuple[float, float] | None = None,
+    ) -> Any:
+        """One request; the answer as urllib3 has it."""
         return self._client.call_api(
             path,
             method,
-            header_params=headers,
+            query_params=[(name, value) for name, value in (query or {}).items() if value],
+            header_params={"Accept": "application/json", "Content-Type": "application/json"},
             body=body,
-            response_type="object",
             auth_settings=["BearerToken"],
             _return_http_data_only=True,
-            **options,
+            _preload_content=False,
+            _request_timeout=timeouts or self._timeouts,
         )
 
-    def _get(self, resource: str, function: Callable[..., Any], *args: Any) -> Resource | None:
-        return cast("Resource | None", self._read("get", resource, function, *args, missing=None))
-
-    def _list(self, resource: str, function: Callable[..., Any], *args: Any, **options: Any) -> list[Resource]:
-        listed = self._read("list", resource, function, *args, **options)
-        return cast("list[Resource]", listed["items"] if listed else [])
-
-    def _read(self, verb: str, resource: str, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
-        """The JSON of the answer: the client's own models refuse what they do not expect."""
-
-        def read(*args: Any, **options: Any) -> Any:
-            return json.loads(function(*args, _preload_content=False, **options).data)
-
-        return self._call(verb, resource, read, *args, **options)
-
-    def _call(self, verb: str, resource: str, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    def _call(self, verb: str, resource: str, call: Callable[[], Any], **options: Any) -> Any:
         """Call until the API server answers. With `missing` given, that stands for 404."""
-        has_missing, missing = "missing" in options, options.pop("missing", None)
-        options.setdefault("_request_timeout", self._timeouts)
-
-        def call() -> Any:
-            try:
-                return function(*args, **options)
-            except ApiException as error:
-                if error.status == 404 and has_missing:
-                    return missing
-                if error.status == 409 and verb == "create":
-                    raise Conflict from None
-                if error.status not in _UNAVAILABLE:
-                    raise self._refusal(verb, resource, error) from None
-                raise Unavailable(f"HTTP {error.status}") from None
-            except (urllib3.exceptions.HTTPError, json.JSONDecodeError) as error:  # the second is a cut answer
-                raise Unavailable(type(error).__name__) from None
-
-        return keep_asking(call, server=f"the Kubernetes API at {self.server}", seconds=self.patience)
+        try:
+            return keep_asking(call, server=f"the Kubernetes API at {self.server}", seconds=self._patience)
+        except ApiException as error:
+            if error.status == 404 and "missing" in options:
+                return options["missing"]
+            if error.status == 409 and verb == "create":
+                raise Conflict from None
+            raise self._refusal(verb, resource, error) from None
 
     def _refusal(self, verb: str, resource: str, error: ApiException) -> Exception:
         message = message_of(error)
@@ -259,9 +203,9 @@ class KubernetesApi:
             )
         if error.status == 401:
             return PermissionError(f"the Kubernetes API at {self.server} does not accept the credentials: {message}")
-        return UserError(
-            self.server, f"the Kubernetes API refuses to {verb} {resource} (HTTP {error.status}): {message}"
-        )
+        hint = INSTALL_KUBERAY if error.status == 404 and resource == "rayjobs" else ""
+        reason = f"the Kubernetes API refuses to {verb} {resource} (HTTP {error.status}): {message}"
+        return UserError(self.server, reason, hint=hint)
 
 
 def _load_configuration() -> tuple[client.Configuration, str]:

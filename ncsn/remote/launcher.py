@@ -1,34 +1,17 @@
-"""What a job takes over from the process that starts it: image, pipeline run, addresses."""
+"""What a RayJob takes over from the pod that starts it, and the Argo Workflow of that pod."""
 
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from ncsn.errors import UserError
-from ncsn.process import KFP_RUN_ID
+from ncsn.remote.kubernetes import KubernetesApi, Resource
 from ncsn.remote.manifest import KFP_RUN_LABEL
-
-if TYPE_CHECKING:
-    from ncsn.remote.kubernetes import KubernetesApi, Resource
 
 RUN_ID_LABEL = "pipeline/runid"  # KFP's, of a run's Workflow and of its pods
 
-_POD_VARIABLE = "KFP_POD_NAME"
-# They join the steps to an MLflow run that KFP opened. Addresses and names; a token is in the Secret of the Ray pods.
-_FORWARDED = (
-    "MLFLOW_TRACKING_URI",
-    "MLFLOW_RUN_ID",
-    "MLFLOW_EXPERIMENT_ID",
-    "MLFLOW_EXPERIMENT_NAME",
-    "MLFLOW_WORKSPACE",
-    "MLFLOW_TRACKING_AUTH",
-    KFP_RUN_ID,
-)
-_LOOPBACK = re.compile(r"https?://(localhost|127(\.\d+){3}|\[::1\])(:|/|$)")
 _ENDED = {"Succeeded", "Failed", "Error"}
 
 
@@ -50,25 +33,26 @@ class Launcher:
         if self.workflow is None:
             return True
         try:
-            return is_ending(home.workflow(self.workflow))
+            return is_ending(home.get("workflows", self.workflow))
         except (ConnectionError, PermissionError, UserError):
             return False
 
 
 def find_launcher(api: KubernetesApi) -> Launcher:
     """What is known of the pod of this process. `api` is for the namespace of the RayJobs."""
-    name, at_home = os.environ.get(_POD_VARIABLE), api.namespace == api.own_namespace
-    pod = (api if at_home else type(api)(api.own_namespace)).pod(name) if name else None
+    name, at_home = os.environ.get("KFP_POD_NAME"), api.namespace == api.own_namespace
+    pod = (api if at_home else KubernetesApi(api.own_namespace)).get("pods", name) if name else None
     if pod is None:
         return Launcher()
     owner, run = _owner(pod), pod["metadata"].get("labels", {}).get(RUN_ID_LABEL)
+    reference = None
+    if owner and at_home:
+        # Blocking needs a right on the Workflow's finalizers that the launcher does not have.
+        named = {key: owner[key] for key in ("apiVersion", "kind", "name", "uid")}
+        reference = named | {"controller": False, "blockOwnerDeletion": False}
     images = (container["image"] for container in pod["spec"]["containers"] if container["name"] == "main")
-    return Launcher(
-        image=next(images, None),
-        workflow=workflow_of(pod),
-        owner=_reference(owner) if owner and at_home else None,
-        labels={KFP_RUN_LABEL: run} if run else {},
-    )
+    labels = {KFP_RUN_LABEL: run} if run else {}
+    return Launcher(image=next(images, None), workflow=workflow_of(pod), owner=reference, labels=labels)
 
 
 def workflow_of(owned: Resource) -> str | None:
@@ -97,23 +81,6 @@ def is_ending(workflow: Resource | None) -> bool:
     return is_over(workflow) or was_stopped(workflow)
 
 
-def forwarded_environment() -> dict[str, str]:
-    """Variables of this process that the job needs, without an address that contains a password."""
-    values = {name: os.environ[name] for name in _FORWARDED if os.environ.get(name)}
-    return {name: value for name, value in values.items() if "@" not in value}
-
-
-def environment_for_pods() -> dict[str, str]:
-    """The same without addresses of this machine: a pod cannot use a port-forward, and has a ConfigMap."""
-    return {name: value for name, value in forwarded_environment().items() if not _LOOPBACK.match(value)}
-
-
 def _owner(owned: Resource) -> Resource | None:
     owners = owned["metadata"].get("ownerReferences", [])
     return next((owner for owner in owners if owner["kind"] == "Workflow"), None)
-
-
-def _reference(owner: Resource) -> Resource:
-    named = {key: owner[key] for key in ("apiVersion", "kind", "name", "uid")}
-    # Blocking needs a right on the Workflow's finalizers that the launcher does not have.
-    return named | {"controller": False, "blockOwnerDeletion": False}

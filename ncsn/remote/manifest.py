@@ -10,12 +10,10 @@ the work happens and nothing about its result.
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import shlex
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from importlib import metadata
 from pathlib import Path
@@ -24,9 +22,9 @@ from typing import Any, cast
 import yaml
 
 from ncsn.config import NOT_YAML
-from ncsn.config.compute import LEAST_MEMORY, ComputeConfig, KubeRayConfig, bytes_of
+from ncsn.config.compute import LEAST_MEMORY, ComputeConfig, bytes_of
 from ncsn.errors import NotFound, UserError
-from ncsn.remote.backend import command_digest, job_name
+from ncsn.remote.backend import RemoteStep
 
 Manifest = dict[str, Any]
 
@@ -39,38 +37,9 @@ KFP_RUN_LABEL = "ncsn.dev/kfp-run-id"
 ATTEMPT_LABEL = "ncsn.dev/attempt"  # of a RayJob and its pods; another RayJob of the same name has another value
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 REQUEST_ANNOTATION = "ncsn.dev/request"
-RENEWED_ANNOTATION = "ncsn.dev/renewed-at"
 TASK_CONFIG = "NCSN_TASK_CONFIG"  # variable with KFP's parts as JSON; the keys are the fields of kfp.dsl.TaskConfig
 
-# Where one of these is unknown, there are no deletion rules, or (KubeRay 1.5) they are behind a gate that is closed and
-# the operator refuses a RayJob that has them. 1.6 opened the gate and brought preRunningDeadlineSeconds.
-_WITHOUT_RULES = {"spec.deletionStrategy", "spec.deletionStrategy.deletionRules", "spec.preRunningDeadlineSeconds"}
 _OBJECT_STORE_SHARE, _SMALLEST_STORE = 0.9, 75 * 2**20
-_RAY_AUTH = "RAY_AUTH_"
-
-
-@dataclass(frozen=True)
-class JobRequest:
-    """What one RayJob runs."""
-
-    run: str
-    step: str
-    uri: str  # folder of the step in the store; with run and step it decides the name
-    entrypoint: tuple[str, ...]
-    image: str
-    env: Mapping[str, str] = field(default_factory=dict)  # addresses for the Ray pods; never a secret
-    labels: Mapping[str, str] = field(default_factory=dict)
-    owner: Manifest | None = None  # reference to the Workflow that started the step
-
-    @property
-    def name(self) -> str:
-        """The same for every attempt."""
-        return job_name(self.run, self.step, self.uri)
-
-    @property
-    def digest(self) -> str:
-        """Tells another attempt at the same work from other work under the same name."""
-        return command_digest(self.entrypoint)
 
 
 def selector(*, run: str | None = None, kfp_run: str | None = None) -> str:
@@ -94,78 +63,74 @@ def load_template() -> Manifest:
     return template
 
 
-def render(template: Manifest, request: JobRequest, *, compute: ComputeConfig, namespace: str) -> Manifest:
-    """The RayJob of `request`: the template with the named fields filled, and a limit on everything."""
-    manifest = copy.deepcopy(template)
-    settings = compute.kuberay
-    labels = {RUN_LABEL: request.run, STEP_LABEL: request.step, **request.labels}
-    node = manifest["metadata"]
-    node |= {"name": request.name, "namespace": namespace, "labels": node.get("labels", {}) | labels}
-    node.setdefault("annotations", {})[REQUEST_ANNOTATION] = request.digest
-    if request.owner is not None:
-        node["ownerReferences"] = [request.owner]
-    spec = manifest["spec"]
-    spec["entrypoint"] = shlex.join(request.entrypoint)
+def task_config() -> dict[str, Any]:
+    """The parts of a pod that KFP holds for this task; empty outside of KFP."""
+    return cast("dict[str, Any]", json.loads(os.environ.get(TASK_CONFIG) or "{}"))
+
+
+def render(
+    step: RemoteStep,
+    compute: ComputeConfig,
+    *,
+    namespace: str,
+    image: str,
+    env: Mapping[str, str],
+    labels: Mapping[str, str],
+    owner: Manifest | None = None,
+) -> Manifest:
+    """The RayJob of a step: the template with the fields filled that it names, and the parts of `task_config`.
+
+    `env` has addresses for the Ray pods, never a secret; `owner` refers to the Workflow that started the step.
+    """
+    manifest, settings = load_template(), compute.kuberay
+    labels = {RUN_LABEL: step.run, STEP_LABEL: step.step, **labels}
+    node, spec = manifest["metadata"], manifest["spec"]
+    node |= {"name": step.job_name, "namespace": namespace, "labels": node.get("labels", {}) | labels}
+    node.setdefault("annotations", {})[REQUEST_ANNOTATION] = step.request
+    if owner is not None:
+        node["ownerReferences"] = [owner]
+    spec["entrypoint"] = shlex.join(step.leased_command)
     spec["activeDeadlineSeconds"] = max(1, round(settings.max_hours * 3600))
     spec["preRunningDeadlineSeconds"] = max(1, round(settings.max_start_minutes * 60))
-    for rule in spec["deletionStrategy"]["deletionRules"]:
-        if rule["policy"] == "DeleteSelf" and rule["condition"].get("jobStatus") != "SUCCEEDED":
-            rule["condition"]["ttlSeconds"] = round(settings.keep_failed_minutes * 60)
     cluster = spec["rayClusterSpec"]
     cluster["rayVersion"] = metadata.version("ray")
     (workers,) = cluster["workerGroupSpecs"]
     workers |= {"replicas": compute.max_pods, "minReplicas": compute.min_pods, "maxReplicas": compute.max_pods}
-    head, submitter = cluster["headGroupSpec"]["template"], spec["submitterPodTemplate"]
-    for pod in (head, workers["template"], submitter):
+    head, worker, submitter = cluster["headGroupSpec"]["template"], workers["template"], spec["submitterPodTemplate"]
+    for pod in (head, worker, submitter):
         pod["metadata"]["labels"] |= labels
-        (container,) = pod["spec"]["containers"]
-        container["image"] = request.image
-        if pod is not submitter:
-            container["env"] += [{"name": name, "value": value} for name, value in sorted(request.env.items())]
-    _fill_head_pod(head["spec"], settings)
-    _fill_worker_pod(workers["template"]["spec"], compute)
-    # Ray would take 30 % of the pod's memory, and a folder on disk where /dev/shm has less.
-    shm = settings.workers_per_pod * bytes_of(settings.shm_per_worker)
-    store = max(_SMALLEST_STORE, int(shm * _OBJECT_STORE_SHARE))
+        pod["spec"]["containers"][0]["image"] = image
+    size = {"cpu": settings.head_cpus and str(settings.head_cpus), "memory": settings.head_memory}
+    for amounts in head["spec"]["containers"][0]["resources"].values():
+        amounts |= {name: amount for name, amount in size.items() if amount is not None}
+    store = _fill_worker(worker["spec"], compute)
     workers["rayStartParams"]["object-store-memory"] = str(store)
+    _take_over(task_config(), head["spec"], worker["spec"], [{"name": key, "value": env[key]} for key in sorted(env)])
     if settings.queue is not None:
-        manifest["metadata"]["labels"][QUEUE_LABEL] = settings.queue
-        _shut_down_by_time(spec)
+        node["labels"][QUEUE_LABEL] = settings.queue
+        # Kueue insists on the older pair of fields in place of the deletion rules.
+        rules = spec.pop("deletionStrategy")["deletionRules"]
+        waits = [rule["condition"]["ttlSeconds"] for rule in rules if rule["policy"] == "DeleteSelf"]
+        spec["shutdownAfterJobFinishes"], spec["ttlSecondsAfterFinished"] = True, max(waits)
     return manifest
 
 
-def fit_to_schema(manifest: Manifest, schema: Manifest) -> tuple[Manifest, list[str]]:
-    """The manifest without fields that the OpenAPI schema of the installed RayJob lacks, and their dotted paths."""
-    unknown: list[str] = []
-    fitted = _known_part(manifest, schema, "", unknown)
-    if "deletionStrategy" in manifest["spec"] and not _WITHOUT_RULES.isdisjoint(unknown):
-        fitted["spec"]["deletionStrategy"] = manifest["spec"]["deletionStrategy"]
-        _shut_down_by_time(fitted["spec"])
-        unknown = [path for path in unknown if not path.startswith("spec.deletionStrategy")] + ["spec.deletionStrategy"]
-    return fitted, unknown
-
-
-def _fill_head_pod(pod: Manifest, settings: KubeRayConfig) -> None:
-    size = {"cpu": settings.head_cpus and str(settings.head_cpus), "memory": settings.head_memory}
-    resources = pod["containers"][0]["resources"]
-    for kind in ("requests", "limits"):
-        resources[kind] |= {name: amount for name, amount in size.items() if amount is not None}
-
-
-def _fill_worker_pod(pod: Manifest, compute: ComputeConfig) -> None:
+def _fill_worker(pod: Manifest, compute: ComputeConfig) -> int:
+    """Size and place of a worker pod; bytes for its object store."""
     settings = compute.kuberay
     number, memory = settings.workers_per_pod, settings.memory_per_worker or LEAST_MEMORY
     resources = {"cpu": str(number * compute.cpus_per_worker), "memory": _times(number, memory)}
     if compute.use_gpu:
         resources[GPU] = str(number)
     pod["containers"][0]["resources"] = {"requests": dict(resources), "limits": dict(resources)}
-    (shm,) = (volume for volume in pod["volumes"] if volume["name"] == "shm")
-    shm["emptyDir"]["sizeLimit"] = _times(number, settings.shm_per_worker)
+    (shm,) = (volume["emptyDir"] for volume in pod["volumes"] if volume["name"] == "shm")
+    shm["sizeLimit"] = _times(number, shm["sizeLimit"])
     if settings.node_selector:
         pod["nodeSelector"] = pod.get("nodeSelector", {}) | settings.node_selector
     if settings.tolerations:
-        more = [toleration.model_dump(exclude_none=True) for toleration in settings.tolerations]
-        pod["tolerations"] = [*pod.get("tolerations", []), *more]
+        pod["tolerations"] = [*pod.get("tolerations", []), *settings.tolerations]
+    # Ray would take 30 % of the pod's memory, and a folder on disk where /dev/shm has less.
+    return max(_SMALLEST_STORE, int(bytes_of(shm["sizeLimit"]) * _OBJECT_STORE_SHARE))
 
 
 def _times(count: int, quantity: str) -> str:
@@ -173,67 +138,26 @@ def _times(count: int, quantity: str) -> str:
     return f"{(count * Decimal(number)).normalize():f}{quantity.removeprefix(number)}"
 
 
-def _shut_down_by_time(spec: Manifest) -> None:
-    """Replace the deletion rules by the older pair of fields, which Kueue insists on."""
-    rules = spec.pop("deletionStrategy")["deletionRules"]
-    waits = [rule["condition"]["ttlSeconds"] for rule in rules if rule["policy"] == "DeleteSelf"]
-    spec["shutdownAfterJobFinishes"], spec["ttlSecondsAfterFinished"] = True, max(waits)
+def _take_over(task: Mapping[str, Any], head: Manifest, worker: Manifest, env: Sequence[Manifest]) -> None:
+    """Environment and volumes go to both, where a name that the pod has keeps its meaning; the rest to the workers.
 
-
-def _known_part(node: Any, schema: Manifest, path: str, unknown: list[str]) -> Any:
-    if isinstance(node, list):
-        items = schema.get("items", {})
-        return [_known_part(item, items, f"{path}[{index}]", unknown) for index, item in enumerate(node)]
-    known = schema.get("properties")
-    if not isinstance(node, dict) or known is None or schema.get("x-kubernetes-preserve-unknown-fields"):
-        return node
-    fitted = {}
-    for key, value in node.items():
-        below = f"{path}.{key}" if path else key
-        if key in known:
-            fitted[key] = _known_part(value, known[key], below, unknown)
-        else:
-            unknown.append(below)
-    return fitted
-
-
-def task_config() -> dict[str, Any]:
-    """The parts of a pod that KFP holds for this task; empty outside of KFP."""
-    return cast("dict[str, Any]", json.loads(os.environ.get(TASK_CONFIG) or "{}"))
-
-
-def with_task_config(manifest: Manifest, task: Mapping[str, Any]) -> Manifest:
-    """A copy of the RayJob with the parts of `task_config` on its pods.
-
-    The environment and the volumes go to head and workers, where a name that the pod already has keeps its meaning. The
-    rest goes to the workers: the task's values replace the config's, key by key; tolerations add up.
+    There the task's values replace the config's, key by key; tolerations add up.
     """
-    changed = copy.deepcopy(manifest)
     # A new cluster has its own token. KubeRay (1.6.2, 1.7.0) leaves it out of a pod that already names the variable,
     # and a head without a token does not start.
-    env = [each for each in task.get("env") or [] if not each["name"].startswith(_RAY_AUTH)]
-    cluster = changed["spec"]["rayClusterSpec"]
-    workers = [group["template"]["spec"] for group in cluster["workerGroupSpecs"]]
-    for pod in (cluster["headGroupSpec"]["template"]["spec"], *workers):
-        _add_new(pod, "volumes", task.get("volumes"), key="name")
-        for container in pod["containers"]:
-            _add_new(container, "env", env, key="name")
-            _add_new(container, "volumeMounts", task.get("volume_mounts"), key="mountPath")
-    for pod in workers:
-        _place(pod, task)
-    return changed
-
-
-def _place(pod: Manifest, task: Mapping[str, Any]) -> None:
+    env = [*env, *(each for each in task.get("env") or [] if not each["name"].startswith("RAY_AUTH_"))]
+    for pod in (head, worker):
+        _add_new(pod, "volumes", task.get("volumes") or [], key="name")
+        _add_new(pod["containers"][0], "env", env, key="name")
+        _add_new(pod["containers"][0], "volumeMounts", task.get("volume_mounts") or [], key="mountPath")
     for place, key in (("nodeSelector", "node_selector"), ("affinity", "affinity")):
         if task.get(key):
-            pod[place] = pod.get(place, {}) | task[key]
+            worker[place] = worker.get(place, {}) | task[key]
     if tolerations := task.get("tolerations"):
-        pod["tolerations"] = [*pod.get("tolerations", []), *tolerations]
+        worker["tolerations"] = [*worker.get("tolerations", []), *tolerations]
 
 
-def _add_new(node: Manifest, field: str, items: list[Manifest] | None, *, key: str) -> None:
-    present = node.get(field, [])
-    known = {item[key] for item in present}
-    if new := [item for item in items or [] if item[key] not in known]:
-        node[field] = [*present, *new]
+def _add_new(node: Manifest, field: str, items: Sequence[Manifest], *, key: str) -> None:
+    for item in items:
+        if item[key] not in {each[key] for each in node.get(field, [])}:
+            node.setdefault(field, []).append(item)

@@ -1,13 +1,14 @@
-"""The pods of a RayJob: the driver's log, and why a pod does not run."""
+"""Pods: why one does not run, those of a RayJob while it is watched, its driver's log, and those of a pipeline run."""
 
 from __future__ import annotations
 
 import itertools
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import urllib3
 
@@ -15,7 +16,11 @@ from ncsn.errors import UserError
 from ncsn.remote.backend import say
 from ncsn.remote.driver_log import DriverLog, first_error
 from ncsn.remote.kubernetes import KubernetesApi, Resource, time_of_event
+from ncsn.remote.launcher import RUN_ID_LABEL
 from ncsn.remote.manifest import ATTEMPT_LABEL
+
+# Trouble that waiting does not cure must last for this long: a Secret, say, may come a moment after its pod.
+CONFIRM_SECONDS = 20.0
 
 _IMAGE = {"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "ImageInspectError"}
 _CONFIG = {"CreateContainerConfigError", "CreateContainerError", "RunContainerError"}
@@ -25,7 +30,6 @@ _REFUSED_IMAGE = re.compile(
 )
 _REPEATED_NAME = re.compile(r'failed to (pull and unpack image|resolve reference) "[^"]*": ')  # containerd's
 _CRASHES_THAT_TELL = 3
-_STATUSES = {"initContainers": "initContainerStatuses", "containers": "containerStatuses"}
 _VOLUMES_AND_SANDBOX = {"FailedMount", "FailedAttachVolume", "FailedCreatePodSandBox"}
 _REFUSED_POD = re.compile(r"^Failed(Create$|ToCreate(Head|Worker)Pod$)")
 _CREATED_POD = re.compile(r"^(SuccessfulCreate|Created(Head|Worker)Pod)$")
@@ -34,6 +38,11 @@ _PASSING_REFUSAL = re.compile(
     r"exceeded quota|time(d )?out|deadline exceeded|try again|connection refused|no endpoints available|internal error",
     re.IGNORECASE,
 )
+_LAST_LINES = 10
+_SECONDS = len("2026-01-01T00:00:00")  # some times have fractions of a second, some have not
+_MOST_EVENTS = 5  # pods per look whose events are read: many workers wait for the same reason
+_OVERLAP_SECONDS = 10
+_NODE_SUFFIX = re.compile(r"\(\d+\)$")
 
 
 @dataclass(frozen=True)
@@ -51,13 +60,23 @@ class Trouble:
 
 def trouble_of(pod: Resource, events: Sequence[Resource]) -> Trouble | None:
     """What is wrong with a pod, by its status and its events, oldest first; None if it starts, runs or succeeded."""
-    status = pod.get("status", {})
-    if status.get("phase") == "Failed" and status.get("reason"):
+    status, phase = pod.get("status", {}), pod.get("status", {}).get("phase", "Pending")
+    if phase == "Failed" and status.get("reason"):
         return Trouble(status["reason"], _message(status), final=True)
-    for container in (each for kind in _STATUSES.values() for each in status.get(kind, [])):
-        if trouble := _trouble_of_container(container, pod["spec"], events):
+    for container in (*status.get("initContainerStatuses", []), *status.get("containerStatuses", [])):
+        if trouble := _trouble_of_container(container, pod["spec"]):
             return trouble
-    return _trouble_of_pending(status, events) if status.get("phase", "Pending") == "Pending" else None
+    if phase != "Pending":
+        return None
+    for condition in status.get("conditions", []):
+        if condition["type"] == "PodScheduled" and condition["status"] == "False":
+            if condition.get("reason") == "SchedulingGated":  # a queue holds it back on purpose
+                return None
+            return Trouble(condition.get("reason", "Unschedulable"), _message(condition), final=False)
+    warnings = [event for event in events if event.get("type") == "Warning"]
+    if warnings and warnings[-1].get("reason") in _VOLUMES_AND_SANDBOX:
+        return Trouble(warnings[-1]["reason"], _message(warnings[-1]), final=False)
+    return None
 
 
 def trouble_of_owner(events: Sequence[Resource]) -> Trouble | None:
@@ -72,75 +91,40 @@ def trouble_of_owner(events: Sequence[Resource]) -> Trouble | None:
     return None
 
 
-def _trouble_of_container(container: Resource, spec: Resource, events: Sequence[Resource]) -> Trouble | None:
-    name = container["name"]
-    image = next(each["image"] for kind in _STATUSES for each in spec.get(kind, []) if each["name"] == name)
-    waiting = container.get("state", {}).get("waiting", {})
+def _trouble_of_container(container: Resource, spec: Resource) -> Trouble | None:
+    name, restarts, state = container["name"], container.get("restartCount", 0), container.get("state", {})
+    waiting, ended = state.get("waiting", {}), state.get("terminated", {})
     reason, said = waiting.get("reason", ""), _message(waiting)
     if reason in _IMAGE:
-        why = _REPEATED_NAME.sub("", _pull_failure(said, events))
+        containers = (*spec.get("initContainers", []), *spec["containers"])
+        image = next(each["image"] for each in containers if each["name"] == name)
+        why = _REPEATED_NAME.sub("", said.partition("ErrImagePull: ")[2] or said)
         # ErrImagePull is the first try; the back-off means that it failed again.
         refused = reason != "ErrImagePull" and _REFUSED_IMAGE.search(why) is not None
         final = refused or reason in {"InvalidImageName", "ErrImageNeverPull"}
-        return Trouble(reason, f"image {image}: {why}" if why else f"image {image}", final=final)
+        return Trouble(reason, f"image {image}: {why}", final=final)
     if reason in _CONFIG:
         final = reason == "CreateContainerConfigError"
         return Trouble(reason, f"container {name}: {said}", final=final, container=name)
-    ended = container.get("state", {}).get("terminated", {})
-    if ended.get("exitCode", 0) != 0:
-        return _trouble_of_end(name, ended, restarts=0, final=spec.get("restartPolicy") == "Never")
-    ended = container.get("lastState", {}).get("terminated", {})
-    if reason == "CrashLoopBackOff":
-        restarts = container.get("restartCount", 0)
-        return _trouble_of_end(name, ended, restarts=restarts, final=restarts >= _CRASHES_THAT_TELL)
-    return None
-
-
-def _trouble_of_end(name: str, ended: Resource, *, restarts: int, final: bool) -> Trouble:
+    crash_loop = reason == "CrashLoopBackOff"
+    if crash_loop:
+        ended = container.get("lastState", {}).get("terminated", {})
+    elif ended.get("exitCode", 0) == 0:
+        return None
     reason = ended.get("reason", "Error")
     how = f"container {name} ended with exit code {ended.get('exitCode')}"
-    if restarts:
-        how += f" and was restarted {restarts} times"
-    if reason == "OOMKilled":
-        how += "; it needs more memory than its limit"
-    if message := _message(ended):
-        how += f": {message}"
-    crash_loop = restarts and reason in {"Error", "Completed"}
-    return Trouble("CrashLoopBackOff" if crash_loop else reason, how, final=final, container=name)
-
-
-def _trouble_of_pending(status: Resource, events: Sequence[Resource]) -> Trouble | None:
-    for condition in status.get("conditions", []):
-        if condition["type"] == "PodScheduled" and condition["status"] == "False":
-            if condition.get("reason") == "SchedulingGated":  # a queue holds it back on purpose
-                return None
-            return Trouble(condition.get("reason", "Unschedulable"), _message(condition), final=False)
-    warnings = [event for event in events if event.get("type") == "Warning"]
-    if warnings and warnings[-1].get("reason") in _VOLUMES_AND_SANDBOX:
-        return Trouble(warnings[-1]["reason"], _message(warnings[-1]), final=False)
-    return None
-
-
-def _pull_failure(said: str, events: Sequence[Resource]) -> str:
-    """The registry's message. Before Kubernetes 1.32 a back-off does not repeat it, and only an event has it."""
-    if "Back-off" not in said or "Err" in said:
-        return said.partition("ErrImagePull: ")[2] or said
-    failures = [_message(event) for event in reversed(events) if event.get("reason") == "Failed"]
-    return next((failure for failure in failures if failure.startswith("Failed to pull image")), said)
+    how += f" and was restarted {restarts} times" if crash_loop else ""
+    how += "; it needs more memory than its limit" if reason == "OOMKilled" else ""
+    how += f": {_message(ended)}" if _message(ended) else ""
+    final = restarts >= _CRASHES_THAT_TELL if crash_loop else spec.get("restartPolicy") == "Never"
+    if crash_loop and reason in {"Error", "Completed"}:
+        reason = "CrashLoopBackOff"
+    return Trouble(reason, how, final=final, container=name)
 
 
 def _message(said: Resource) -> str:
     """The message of an event, a status or a state, in one line."""
     return " ".join(said.get("message", "").split())
-
-
-# Trouble that waiting does not cure must last for this long: a Secret, say, may come a moment after its pod.
-CONFIRM_SECONDS = 20.0
-
-_LAST_LINES = 10
-_SECONDS = len("2026-01-01T00:00:00")  # some times have fractions of a second, some have not
-_MOST_EVENTS = 5  # pods per look whose events are read: many workers wait for the same reason
-_GROUP_LABEL, _SUBMITTER_LABEL = "ray.io/group", "job-name"
 
 
 class PodWatch:
@@ -155,22 +139,22 @@ class PodWatch:
     def look(self, rayjob: Resource) -> str | None:
         """Print what is new and set `cause`; the cause if waiting does not help, else None."""
         try:
-            pods = self._api.pods(self._labels)
+            pods = self._api.find("pods", labels=self._labels)
             troubles = dict(self._troubles(pods, rayjob))
         except (ConnectionError, PermissionError) as error:
             self._say_once("", type(error).__name__, f"cannot read the pods: {error}")
             return None
-        groups = {_group(pod) for pod, _ in troubles.values()}
-        self._said = {(group, reason) for group, reason in self._said if group in groups}
         now, hopeless = time.monotonic(), dict[str, float]()
         if pods or troubles:  # pods that are gone were deleted for what they waited for
             self.cause = None
         for name, (pod, trouble) in troubles.items():
             cause = self._tell(name, pod, trouble)
             self.cause = self.cause or cause  # the oldest pod, which is the head: others wait for it
-            if name in self._hopeless_since or _is_hopeless(pod, trouble):
+            # The owner of a pod in phase Failed replaces it, perhaps on a better node.
+            final = trouble.final and pod.get("status", {}).get("phase") != "Failed"
+            if final or name in self._hopeless_since:
                 hopeless[name] = self._hopeless_since.get(name, now)
-                if _is_hopeless(pod, trouble) and now - hopeless[name] >= CONFIRM_SECONDS:
+                if final and now - hopeless[name] >= CONFIRM_SECONDS:
                     return cause
         self._hopeless_since = hopeless
         return None
@@ -178,9 +162,10 @@ class PodWatch:
     def _troubles(self, pods: list[Resource], rayjob: Resource) -> Iterator[tuple[str, tuple[Resource, Trouble]]]:
         budget = _MOST_EVENTS
         for pod in pods:
-            if "deletionTimestamp" in pod["metadata"] or _is_finished_submitter(pod):
-                continue
             name, waits = pod["metadata"]["name"], pod["status"].get("phase") == "Pending"
+            over = "job-name" in pod["metadata"]["labels"] and not waits  # a submitter, whose log is shown
+            if over or "deletionTimestamp" in pod["metadata"]:
+                continue
             events = self._events(name) if waits and budget > 0 else []
             budget -= waits
             if trouble := trouble_of(pod, events):
@@ -193,7 +178,7 @@ class PodWatch:
                 yield owner, ({}, trouble)
 
     def _events(self, name: str) -> list[Resource]:
-        with suppress(PermissionError):  # an older Role lacks this verb
+        with suppress(PermissionError):  # a Role may lack this verb
             return self._api.events(name)
         return []
 
@@ -205,7 +190,8 @@ class PodWatch:
                 words = self._api.last_words(name, trouble.container, lines=_LAST_LINES)
         # The kubelet alternates between these two for one cause.
         reason = trouble.reason.replace("ErrImagePull", "ImagePullBackOff")
-        self._say_once(_group(pod), reason, "\n  | ".join([cause, *words]))
+        group = str(pod.get("metadata", {}).get("labels", {}).get("ray.io/group", ""))
+        self._say_once(group, reason, "\n  | ".join([cause, *words]))
         said = first_error(words) or next((line.strip() for line in reversed(words) if line.strip()), None)
         return f"{cause}: {said}" if said else cause
 
@@ -213,23 +199,6 @@ class PodWatch:
         if (group, reason) not in self._said:
             self._said.add((group, reason))
             say(line)
-
-
-def _group(pod: Resource) -> str:
-    return str(pod.get("metadata", {}).get("labels", {}).get(_GROUP_LABEL, ""))
-
-
-def _is_hopeless(pod: Resource, trouble: Trouble) -> bool:
-    """The owner of a pod in phase Failed replaces it, perhaps on a better node."""
-    return trouble.final and pod.get("status", {}).get("phase") != "Failed"
-
-
-def _is_finished_submitter(pod: Resource) -> bool:
-    """Its log is shown, and Kubernetes creates another."""
-    return _SUBMITTER_LABEL in pod["metadata"]["labels"] and pod["status"].get("phase") != "Pending"
-
-
-_OVERLAP_SECONDS = 10
 
 
 class PodLog(DriverLog):
@@ -252,28 +221,46 @@ class PodLog(DriverLog):
 
     def follow(self) -> bool:
         """Take what is new of the latest pod's log."""
+        before, rest = self._last_time, b""
         try:
-            pods = [pod for pod in self._api.pods(self._labels) if "deletionTimestamp" not in pod["metadata"]]
-            if not pods:
+            pods = self._api.find("pods", labels=self._labels)
+            names = [pod["metadata"]["name"] for pod in pods if "deletionTimestamp" not in pod["metadata"]]
+            if not names:
                 return False
-            if (name := pods[-1]["metadata"]["name"]) != self._pod:
-                self._pod, self._begins, self._last_time = name, sum(1 for _ in self.lines()), b""
-            before, silent = self._last_time, time.monotonic() - self._last_read
-            self._read(name, since_seconds=round(silent) + _OVERLAP_SECONDS if before else None)
+            if names[-1] != self._pod:
+                self._pod, self._begins = names[-1], sum(1 for _ in self.lines())
+                before = self._last_time = b""
+            silent = round(time.monotonic() - self._last_read)
+            since = silent + _OVERLAP_SECONDS if self._last_time else None
+            with self._api.follow_log(self._pod, since_seconds=since) as pieces:
+                for piece in pieces:
+                    *complete, rest = (rest + piece).split(b"\n")
+                    for line in complete:
+                        self._take_new(line)
         except (UserError, urllib3.exceptions.HTTPError) as error:  # not started yet, or cut
             raise ConnectionError(str(error)) from error
         return self._last_time != before
-
-    def _read(self, pod: str, *, since_seconds: int | None) -> None:
-        rest = b""
-        with self._api.follow_log(pod, since_seconds=since_seconds) as pieces:
-            for piece in pieces:
-                *complete, rest = (rest + piece).split(b"\n")
-                for line in complete:
-                    self._take_new(line)
 
     def _take_new(self, line: bytes) -> None:
         at, _, text = line.partition(b" ")
         if at > self._last_time:
             self._last_time, self._last_read = at, time.monotonic()
             self.take(text)
+
+
+def troubles_of_run(api: KubernetesApi, run_id: str, *, pending: bool = False) -> Mapping[str, Trouble]:
+    """Task of KFP's run -> what keeps its last pod from running, or ended it; `pending`: only what has not started."""
+    found = {}
+    pods = {_task_of(pod): pod for pod in api.find("pods", labels=f"{RUN_ID_LABEL}={run_id}")}
+    for task, pod in pods.items():
+        if task and (not pending or pod["status"].get("phase") == "Pending"):
+            found[task] = trouble_of(pod, api.events(pod["metadata"]["name"]))
+    return {task: trouble for task, trouble in found.items() if trouble is not None}
+
+
+def _task_of(pod: Resource) -> str:
+    """The pipeline's name of the task that the pod executes; empty for a driver of KFP."""
+    annotations: dict[str, Any] = pod["metadata"].get("annotations") or {}
+    node = annotations.get("workflows.argoproj.io/node-name", "")
+    *path, last = [_NODE_SUFFIX.sub("", part) for part in node.split(".")]
+    return path[-1] if path and last == "executor" else ""

@@ -1,4 +1,7 @@
-"""Steps as jobs on a running Ray cluster: submit a job or attach to it, watch it to its end, show its log."""
+"""Steps as jobs on a running Ray cluster: submit a job or attach to it, watch it to its end, show its log.
+
+Ray's client does the talking. It is imported late, because it imports Ray.
+"""
 
 from __future__ import annotations
 
@@ -7,62 +10,90 @@ import os
 import re
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import cached_property
+from importlib import metadata
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from ncsn import storage
 from ncsn.config.compute import ComputeConfig
+from ncsn.errors import UserError
 from ncsn.process import KFP_RUN_ID, PYTHON, python_version
 from ncsn.remote.backend import (
     CHECK_SECONDS,
+    PATIENCE_SECONDS,
     Check,
-    Conflict,
-    Found,
     RemoteFailure,
     RemoteLost,
     RemoteStep,
-    attach_or_start,
-    command_digest,
     ended_on_sigterm,
-    job_name,
+    forwarded_environment,
+    keep_asking,
+    refuse_other_work,
     say,
 )
 from ncsn.remote.driver_log import DriverLog, first_error
-from ncsn.remote.jobs_api import Job, JobsApi, NoSuchJob
-from ncsn.remote.launcher import forwarded_environment
 from ncsn.storage.heartbeat import RENEW_SECONDS, Heartbeat
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobDetails, JobSubmissionClient
+
+T = TypeVar("T")
 
 # Keys in the metadata of a job.
 RUN, STEP, REQUEST, KFP_RUN = "ncsn.run", "ncsn.step", "ncsn.request", "ncsn.kfp_run"
+FIRST_PATIENCE_SECONDS = 10.0  # for the first answer: a wrong address is more likely than an outage
 NOT_FOUND = 127  # a shell's exit code for an unknown command
 STOP_SECONDS = 30  # for a driver that is asked to stop: it records that in the store and in MLflow
 
+_KEY, _VARIABLES = "compute.ray_jobs.address", ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+_TIMEOUTS = (5, 60)  # to connect and to answer: Ray's client alone waits forever
+_UNAVAILABLE = {429, 502, 503, 504}
+_NO_AGENT = "No available agent"  # with HTTP 500, while the head starts
 _POLL_SECONDS = (0.5, 2.0)
 _SILENT_SECONDS = 300.0
 _STOP_WAIT_SECONDS = 10.0
+
+
+class Refused(RuntimeError):
+    """The dashboard refuses a request."""
+
+    def __init__(self, address: str, status: int, message: str) -> None:
+        super().__init__(f"the Ray cluster at {address} refuses (HTTP {status}): {message}")
+        self.status = status
 
 
 class RayJobs:
     """The backend `ray-jobs`. `renew_seconds` is the period of the lease's renewal."""
 
     def __init__(self, compute: ComputeConfig, *, renew_seconds: float = RENEW_SECONDS) -> None:
-        self._address = compute.ray_jobs.address
+        self._given = compute.ray_jobs.address
         self._renew_seconds = renew_seconds
         self._running: str | None = None  # the job that this process started or attached to
 
     @cached_property
-    def _api(self) -> JobsApi:
-        return JobsApi(self._address)
+    def address(self) -> str:
+        """That of the config, or of the environment, as Ray's client reads it."""
+        variable = next((name for name in _VARIABLES if os.environ.get(name)), _VARIABLES[0])
+        found = os.environ.get(variable)
+        if self._given and found and found.rstrip("/") != self._given.rstrip("/"):
+            raise UserError(variable, f"Ray would take it in place of {self._given}", hint="unset it", value=found)
+        address, key = self._given or found, _KEY if self._given else variable
+        if not address:
+            hint = f"pass --address http://HEAD:8265, or set it or {variable}"
+            raise UserError(_KEY, "no Ray cluster given", hint=hint)
+        if not address.startswith(("http://", "https://")):
+            hint = "use an address such as http://HEAD:8265"
+            raise UserError(key, "not the address of a Ray dashboard", hint=hint, value=address)
+        return address.rstrip("/")
 
     @cached_property
-    def _impatient(self) -> JobsApi:
-        """For the log, and for a process that is being killed: neither waits for a head node that is unreachable."""
-        return self._api.impatient()
+    def _client(self) -> JobSubmissionClient:
+        return self._connect(FIRST_PATIENCE_SECONDS)
 
     def connect(self) -> None:
         """Ask the cluster for its version."""
-        _ = self._api
+        _ = self._client
 
     def execute(self, step: RemoteStep) -> None:
         """Run the step as a job, or attach to the one that an earlier attempt left; return when it has ended.
@@ -70,17 +101,14 @@ class RayJobs:
         SIGTERM and Ctrl-C stop the job. If this process is killed or cut off, the job ends when the lease is stale,
         unless the same command is given again before.
         """
-        base, request = job_name(step.run, step.step, step.uri), command_digest(step.command)
-        beat = Heartbeat(step.lease, every=self._renew_seconds)
-        with beat, ended_on_sigterm(self._stop_running):
+        self.connect()
+        with Heartbeat(step.lease, every=self._renew_seconds), ended_on_sigterm(self._stop_running):
             try:
-                name = attach_or_start(
-                    request, start=lambda: self._submit(step, base, request), find=lambda: self._find(base)
-                )
-                with JobLog(self._impatient, name, uri=storage.join(step.uri, "log.txt")) as log:
+                name = self._start(step)
+                with JobLog(self._client, name, uri=step.log) as log:
                     job = self._watch(name)
                     log.finish()
-                    _require_success(job, log)
+                    _require_success(job, name, log)
             except (KeyboardInterrupt, SystemExit):
                 self._stop_running()
                 self._wait_for_end()
@@ -91,9 +119,11 @@ class RayJobs:
         wanted = {key: value for key, value in ((RUN, run), (KFP_RUN, kfp_run)) if value}
         if not wanted:
             return []
-        names = [job.name for job in self._api.jobs() if wanted.items() <= job.metadata.items() and not job.ended]
+        names = [
+            name for name, job in self._jobs() if wanted.items() <= (job.metadata or {}).items() and not _ended(job)
+        ]
         for name in names:
-            self._api.stop(name)
+            self._ask(lambda name=name: self._client.stop_job(name))  # type: ignore[misc]
         return names
 
     def checks(self) -> Iterator[Check]:
@@ -102,75 +132,126 @@ class RayJobs:
         yield Check("ray jobs", self._describe, fix)
 
     def _describe(self) -> str:
-        api = JobsApi(self._address, patience=CHECK_SECONDS)
-        running = sum(not job.ended for job in api.jobs())
-        return f"{api.address}: Ray {api.ray_version}, as here, {running} running jobs"
+        jobs = self._connect(CHECK_SECONDS).list_jobs()
+        running = sum(job.submission_id is not None and not _ended(job) for job in jobs)
+        return f"{self.address}: Ray {metadata.version('ray')}, as here, {running} running jobs"
 
-    def _submit(self, step: RemoteStep, base: str, request: str) -> str:
-        """Start the next attempt. Ray never takes a name twice, so each attempt has a number.
+    def _connect(self, patience: float) -> JobSubmissionClient:
+        """Ray's client, of a cluster that has answered and has the same Ray."""
+        if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
+            os.environ.setdefault("RAY_AUTH_MODE", "token")  # else Ray would not send it
+        import requests
+        from ray.exceptions import AuthenticationError
+        from ray.job_submission import JobSubmissionClient
 
-        Two launchers that try at once choose the same number: Ray refuses the second, which attaches.
+        class Client(JobSubmissionClient):
+            def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
+                response = super()._do_request(method, endpoint, timeout=_TIMEOUTS, **options)
+                status, text = response.status_code, response.text
+                if status in _UNAVAILABLE or (status == 500 and _NO_AGENT in text):
+                    raise ConnectionError(f"HTTP {status}: {_last_line(text)}")
+                return response
+
+            def _raise_error(self, response: Any) -> None:
+                raise Refused(self._address, response.status_code, _last_line(response.text))
+
+        try:
+            client = keep_asking(
+                lambda: Client(self.address), server=f"the Ray cluster at {self.address}", seconds=patience
+            )
+            there = client._server_ray_version
+        except AuthenticationError as error:
+            raise PermissionError(
+                f"the Ray cluster at {self.address} does not let us in ({_first_line(error)}); set RAY_AUTH_MODE=token "
+                "and RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH, to the cluster's own"
+            ) from None
+        except (requests.exceptions.InvalidHeader, UnicodeError):  # their messages repeat the token
+            reason = "the token holds what no header of a request may hold"
+            raise UserError(
+                "RAY_AUTH_TOKEN", reason, hint="set it, or the file of RAY_AUTH_TOKEN_PATH, again"
+            ) from None
+        except (requests.RequestException, RuntimeError, KeyError, TypeError, ValueError) as error:
+            raise UserError(self.address, f"no Ray dashboard ({_first_line(error)})") from None
+        if there != (here := metadata.version("ray")):
+            raise UserError(
+                self.address,
+                f"the cluster has Ray {there}, but this environment has Ray {here}",
+                hint=f"install ray=={there} here, or submit from the image that the cluster runs",
+            )
+        return client
+
+    def _ask(self, call: Callable[[], T], *, patience: float = PATIENCE_SECONDS) -> T:
+        return keep_asking(call, server=f"the Ray cluster at {self.address}", seconds=patience)
+
+    def _jobs(self) -> list[tuple[str, JobDetails]]:
+        """All submitted jobs that the cluster remembers, oldest first, by name."""
+        jobs = [job for job in self._ask(self._client.list_jobs) if job.submission_id is not None]
+        return [(str(job.submission_id), job) for job in sorted(jobs, key=lambda job: job.start_time or 0)]
+
+    def _start(self, step: RemoteStep) -> str:
+        """The name of the job that does the step: a new one, or one that an earlier attempt left.
+
+        Ray never takes a name twice, so each attempt has a number.
         """
-        number, latest = self._latest(base)
-        if latest is not None and not latest.ended:
-            raise Conflict
-        name = base if number == 0 else f"{base}-{number + 1}"
+        attempt = re.compile(rf"{re.escape(step.job_name)}(?:-(\d+))?")
+        while True:
+            jobs = {int(match[1] or 1): job for name, job in self._jobs() if (match := attempt.fullmatch(name))}
+            last = jobs.get(max(jobs, default=0))
+            if last is not None and not _ended(last):
+                name = str(last.submission_id)
+                if (last.metadata or {}).get(REQUEST) != step.request:
+                    raise refuse_other_work("Ray job", name, f"ray job stop {name} --address {self.address}")
+                self._running = name
+                say(f"attached to Ray job {name}, which is {last.status.value}")
+                return name
+            name = f"{step.job_name}-{max(jobs) + 1}" if jobs else step.job_name
+            if self._submit(step, name):
+                say(f"Ray job {name} submitted to {self.address}")
+                return name
+
+    def _submit(self, step: RemoteStep, name: str) -> bool:
+        """Start a job with the code that is installed there; False if another launcher took the name."""
         kfp_run = os.environ.get(KFP_RUN_ID)
+        about = {"job_name": step.job_name, RUN: step.run, STEP: step.step, REQUEST: step.request}
+        about |= {PYTHON: python_version(), **step.facts, **({KFP_RUN: kfp_run} if kfp_run else {})}
+        env = {**forwarded_environment(), "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)}
         self._running = name  # before it may run, because this process may be killed meanwhile
         try:
-            self._api.submit(
-                name,
-                entrypoint=shlex.join(step.leased_command),
-                metadata={"job_name": base, RUN: step.run, STEP: step.step, REQUEST: request}
-                | {PYTHON: python_version(), **step.facts}
-                | ({KFP_RUN: kfp_run} if kfp_run else {}),
-                env={**forwarded_environment(), "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)},
+            self._ask(
+                lambda: self._client.submit_job(
+                    submission_id=name,
+                    entrypoint=shlex.join(step.leased_command),
+                    metadata=about,
+                    runtime_env={"env_vars": env},
+                )
             )
-        except Conflict:
+        except Refused:
+            # A name that is taken, by another launcher or by a request of ours whose answer was lost. Of two
+            # submissions at the same moment Ray may refuse one without the reason.
             self._running = None
-            raise
-        say(f"Ray job {name} submitted to {self._api.address}")
-        return name
+            if self._job(name) is None:
+                raise
+            return False
+        return True
 
-    def _find(self, base: str) -> Found[str] | None:
-        _, job = self._latest(base)
-        if job is None:
+    def _job(self, name: str, *, patience: float = PATIENCE_SECONDS) -> JobDetails | None:
+        try:
+            return self._ask(lambda: self._client.get_job_info(name), patience=patience)
+        except Refused as refusal:
+            if refusal.status != 404:
+                raise
             return None
 
-        def attach() -> str:
-            self._running = job.name
-            return job.name
-
-        return Found(
-            kind="Ray job",
-            name=job.name,
-            state=job.status,
-            request=job.metadata.get(REQUEST, ""),
-            attachable=not job.ended,
-            running=not job.ended,
-            attach=attach,
-            clear=lambda: None,  # the next attempt has another name
-            how_to_end=f"ray job stop {job.name} --address {self._api.address}",
-        )
-
-    def _latest(self, base: str) -> tuple[int, Job | None]:
-        """The number of the last attempt, 0 = none, and its job."""
-        attempt = re.compile(rf"{re.escape(base)}(?:-(\d+))?")
-        jobs = {int(match[1] or 1): job for job in self._api.jobs() if (match := attempt.fullmatch(job.name))}
-        number = max(jobs, default=0)
-        return number, jobs.get(number)
-
-    def _watch(self, name: str) -> Job:
+    def _watch(self, name: str) -> JobDetails:
         shown, pause = "", _POLL_SECONDS[0]
         while True:
-            try:
-                job = self._api.job(name)
-            except NoSuchJob:
-                raise RemoteLost(f"the cluster no longer knows Ray job {name}: its head was restarted") from None
-            if job.status != shown:
-                shown = job.status
+            job = self._job(name)
+            if job is None:
+                raise RemoteLost(f"the cluster no longer knows Ray job {name}: its head was restarted")
+            if job.status.value != shown:
+                shown = job.status.value
                 say(f"Ray job {name}: {shown}")
-            if job.ended:
+            if _ended(job):
                 return job
             time.sleep(pause)
             pause = min(1.2 * pause, _POLL_SECONDS[1])
@@ -179,33 +260,38 @@ class RayJobs:
         if self._running is None:
             return
         try:
-            self._impatient.stop(self._running)
+            self._client.stop_job(self._running)
         except (OSError, RuntimeError) as error:
             say(f"Ray job {self._running} could not be stopped ({error}); its driver ends when its lease expires")
 
     def _wait_for_end(self) -> None:
         """Wait, so that the same command, given again at once, does not attach to a job that is ending."""
         ends = time.monotonic() + _STOP_WAIT_SECONDS
-        with suppress(OSError, RuntimeError, NoSuchJob):
-            while self._running and time.monotonic() < ends and not self._impatient.job(self._running).ended:
+        with suppress(OSError, RuntimeError):
+            while self._running and time.monotonic() < ends:
+                job = self._job(self._running, patience=0)
+                if job is None or _ended(job):
+                    return
                 time.sleep(_POLL_SECONDS[0])
 
 
 class JobLog(DriverLog):
     """The log of a job. After a broken connection it comes again from its beginning; what was shown is skipped."""
 
-    def __init__(self, api: JobsApi, name: str, *, uri: str) -> None:
+    def __init__(self, client: JobSubmissionClient, name: str, *, uri: str) -> None:
         super().__init__(uri)
-        self._api, self._name = api, name
+        self._client, self._name = client, name
         self._taken, self._rest = 0, ""
 
     def follow(self) -> bool:
         """Take what is new until the job ends or the connection breaks."""
+        import aiohttp
+
         before = self._taken
         try:
             asyncio.run(self._tail())
-        except TimeoutError as error:
-            raise ConnectionError(f"silent for {_SILENT_SECONDS:g} s") from error
+        except (aiohttp.ClientError, OSError, RuntimeError) as error:
+            raise ConnectionError(str(error)) from error
         return self._taken != before
 
     def flush(self) -> None:
@@ -214,7 +300,7 @@ class JobLog(DriverLog):
             self.take(self._rest.encode())
 
     async def _tail(self) -> None:
-        place, pieces = 0, self._api.tail(self._name)
+        place, pieces = 0, self._client.tail_job_logs(self._name)
         while True:
             try:
                 piece = await asyncio.wait_for(anext(pieces), _SILENT_SECONDS)
@@ -228,17 +314,30 @@ class JobLog(DriverLog):
                 self.take(line.encode())
 
 
-def _require_success(job: Job, log: JobLog) -> None:
+def _ended(job: JobDetails) -> bool:
+    return bool(job.status.is_terminal())
+
+
+def _last_line(text: str) -> str:
+    """The reason, at the end of a traceback or a message."""
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "no reason given")
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _require_success(job: JobDetails, name: str, log: JobLog) -> None:
     """The exit code of the driver counts; Ray derives the job's status from it."""
     if job.status == "SUCCEEDED":
         return
     if job.status == "STOPPED":
-        raise RemoteFailure(f"Ray job {job.name} was stopped; the same command resumes; log {log.uri}")
-    if job.exit_code == NOT_FOUND:
+        raise RemoteFailure(f"Ray job {name} was stopped; the same command resumes; log {log.uri}")
+    if job.driver_exit_code == NOT_FOUND:
         raise RemoteFailure(
-            f"Ray job {job.name} failed: the cluster has no command `ncsn`; install this package in the environment "
+            f"Ray job {name} failed: the cluster has no command `ncsn`; install this package in the environment "
             f"that `ray start` runs in, and put its bin folder on that PATH; log {log.uri}"
         )
-    how = "no exit code" if job.exit_code is None else f"exit code {job.exit_code}"
-    cause = first_error(log.lines()) or " ".join(job.message.split())
-    raise RemoteFailure(f"Ray job {job.name} failed ({how}): {cause}; log {log.uri}")
+    how = "no exit code" if job.driver_exit_code is None else f"exit code {job.driver_exit_code}"
+    cause = first_error(log.lines()) or " ".join((job.message or "").split())
+    raise RemoteFailure(f"Ray job {name} failed ({how}): {cause}; log {log.uri}")

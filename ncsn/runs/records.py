@@ -105,13 +105,13 @@ def recorded(config: Config, run: str, step: str) -> Iterator[RunFolder]:
             now = read_step(folder, step)
             # What the driver elsewhere wrote says more than what its launcher saw.
             if now.error is None and now.finished_at == before.finished_at:
-                update_step(folder, step, state=_state_after(error), error=_as_record(error))
+                update_step(folder, step, state=state_after(error), error=_as_record(error))
         except OSError as failure:  # a full disk must not hide the first error
             error.add_note(f"(the error could not be recorded in the store: {failure})")
         raise
 
 
-def _state_after(error: BaseException) -> State:
+def state_after(error: BaseException) -> State:
     return "FAILED" if isinstance(error, Exception) and not isinstance(error, LeaseExpired) else "KILLED"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -13,21 +13,19 @@ from ncsn.process import KFP_RUN_ID, KfpRun
 from ncsn.remote import open_backend
 from ncsn.report.cards import run_page
 from ncsn.runs.folder import ForeignRun, RunFolder, claim_run
-from ncsn.runs.records import Outcome, StepError, folders_of, read_result, read_step, write_outcome
+from ncsn.runs.records import Outcome, StepError, folders_of, read_step, write_outcome
 from ncsn.runs.steps import SEARCH, STEPS
 from ncsn.tracking.lineage import container_image, kfp_run
-from ncsn.tracking.mlflow_runs import RecordedRun, close_run
+from ncsn.tracking.mlflow_runs import close_run
 
 if TYPE_CHECKING:
     from ncsn.remote.pods import Trouble
 
 # States of the steps together that mean success: of `kfp.local`, and of KFP 2.17's backend, which uses MLMD's.
 SUCCEEDED = ("SUCCEEDED", "COMPLETE", "CACHED")
-_STOPPED = ("KeyboardInterrupt", "SystemExit")
 # In Argo's message about a terminated step: Argo terminates a step by a zero deadline.
 _DEADLINE = "exceeded its deadline"
 _LOOK_SECONDS = 30.0
-_UNKNOWN = "no reason is known; look at the log of the task"
 
 
 @dataclass(frozen=True)
@@ -54,135 +52,108 @@ def run(
     why a step left no error; only its jobs are canceled then, because another pipeline run may have resumed the run. If
     the cluster cannot be asked, the error is raised after store and MLflow are updated.
     """
+    backend = open_backend(config.compute, namespace=namespace)
+    ours, canceled, notes = kfp.id if kfp else None, list[str](), list[str]()
+    steps, places = dict[str, str](), {"image": container_image(), "KFP run": ours or ""}
     try:
         folders = folders_of(claim_run(config, run), config)
-    except ForeignRun as refusal:
-        return _refused(config, run, str(refusal), kfp, namespace)
-    runs = {folder.run: folder for folder in folders.values()}
-    succeeded = state.upper() in SUCCEEDED
-    seen = _Seen() if succeeded or kfp is None else _look(kfp, namespace)
-    outcome = Outcome("FINISHED") if succeeded else _outcome(folders, state, message, kfp, seen)
-    tags = kfp_run()
-    try:
-        ours = kfp.id if kfp else None
-        canceled = [name for each in runs for name in _cancel(config, namespace, run=each, kfp_run=ours)]
-    finally:
-        for folder in runs.values():
-            write_outcome(folder, outcome)
-        closed = [close_run(config, run=each, status=outcome.status, tags=tags) for each in runs]
-    decision = _result(folders["register"], "register")
-    gate = [f"The gate: {decision['reason']}"] if decision else []
-    page = run_page(
-        run,
-        status=outcome.status,
-        reason=str(outcome),
-        steps={step: _standing(folder, step, outcome.failed_step) for step, folder in folders.items()},
-        places=_places(folders, [tracked for tracked in closed if tracked]),
-        notes=[*gate, *seen.notes, *_stopped(canceled)],
-    )
+    except ForeignRun as refusal:  # its store and MLflow run stay as they are
+        outcome = Outcome("FAILED", str(refusal))
+        canceled += backend.stop(run=None, kfp_run=ours) if backend and ours else []
+    else:
+        runs = {folder.run: folder for folder in folders.values()}
+        if state.upper() in SUCCEEDED:
+            outcome = Outcome("FINISHED")
+        else:
+            terminated, troubles = _look(kfp, namespace, notes)
+            terminated = terminated or state.upper().startswith("CANCEL") or _DEADLINE in message
+            looked = kfp is not None and not notes
+            outcome = _outcome(folders, ours, message, troubles, terminated=terminated, looked=looked)
+        try:
+            for each in runs if backend else ():
+                canceled += backend.stop(run=each, kfp_run=ours)  # type: ignore[union-attr]
+        finally:
+            tags = kfp_run()
+            for folder in runs.values():
+                write_outcome(folder, outcome)
+            closed = [close_run(config, run=each, status=outcome.status, tags=tags) for each in runs]
+        tracked = [found[0] for found in closed if found]
+        if tracked:
+            places |= {"MLflow run": tracked[-1].place, "MLflow run id": tracked[-1].run_id}
+        places |= _places(folders)
+        for step, folder in folders.items():
+            record = read_step(folder, step)
+            done = f"done in {record.seconds:,.1f} s, {record.finished_at}" if record.result else "not done"
+            steps[step] = "failed" if step == outcome.failed_step else done
+        if gate := _result(folders, "register").get("reason"):
+            notes.insert(0, f"The gate: {gate}")
+    notes += [f"{name} was still running on the cluster and has been stopped." for name in canceled]
+    page = run_page(run, status=outcome.status, reason=str(outcome), steps=steps, places=places, notes=notes)
     return FinishResult(outcome.status, outcome.reason, outcome.failed_step, canceled, page)
 
 
-def _refused(config: Config, run: str, reason: str, kfp: KfpRun | None, namespace: str | None) -> FinishResult:
-    """End a pipeline run whose run name belongs to another config: store and MLflow run stay as they are."""
-    canceled = _cancel(config, namespace, kfp_run=kfp.id) if kfp else []
-    places = {"KFP run": kfp.id if kfp else "", "image": container_image()}
-    page = run_page(run, status="FAILED", reason=reason, steps={}, places=places, notes=_stopped(canceled))
-    return FinishResult("FAILED", reason, None, canceled, page)
-
-
-@dataclass(frozen=True)
-class _Seen:
-    """What the cluster says about a pipeline run."""
-
-    stopped: bool = False  # by a user
-    troubles: Mapping[str, Trouble] = field(default_factory=dict)  # step -> what happened to its pod
-    notes: Sequence[str] = ()  # sentences for the reader
-
-
-def _look(kfp: KfpRun, namespace: str | None) -> _Seen:
+def _look(kfp: KfpRun | None, namespace: str | None, notes: list[str]) -> tuple[bool, Mapping[str, Trouble]]:
+    """Whether a person stopped the pipeline run, and what happened to the pods of its steps."""
+    if kfp is None:
+        return False, {}
     from ncsn.remote.kubernetes import KubernetesApi
     from ncsn.remote.launcher import was_stopped
-    from ncsn.remote.orphans import troubles_of_run
+    from ncsn.remote.pods import troubles_of_run
 
     try:
         api = KubernetesApi(namespace, patience=_LOOK_SECONDS)
-        stopped, troubles = was_stopped(api.workflow(kfp.workflow)), troubles_of_run(api, kfp.id)
-        return _Seen(stopped, {task: trouble for task, trouble in troubles.items() if task in (*STEPS, SEARCH)})
+        stopped, troubles = was_stopped(api.get("workflows", kfp.workflow)), troubles_of_run(api, kfp.id)
     except (OSError, UserError) as error:
-        return _Seen(notes=[f"The cluster could not be asked for the reason: {error}"])
+        notes.append(f"The cluster could not be asked for the reason: {error}")
+        return False, {}
+    return stopped, {task: trouble for task, trouble in troubles.items() if task in (*STEPS, SEARCH)}
 
 
-def _cancel(config: Config, namespace: str | None, *, run: str | None = None, kfp_run: str | None = None) -> list[str]:
-    """End the running jobs of a run or of a pipeline run; a RayJob that failed stays for a while, for inspection."""
-    backend = open_backend(config.compute, namespace=namespace)
-    return backend.stop(run=run, kfp_run=kfp_run) if backend else []
-
-
-def _outcome(folders: Mapping[str, RunFolder], state: str, message: str, kfp: KfpRun | None, seen: _Seen) -> Outcome:
+def _outcome(
+    folders: Mapping[str, RunFolder],
+    kfp_run_id: str | None,
+    message: str,
+    troubles: Mapping[str, Trouble],
+    *,
+    terminated: bool,
+    looked: bool,
+) -> Outcome:
     """What stopped the run: the first step that has an error or no result, or a pod that was lost."""
-    step, error = _first_open(folders, kfp)
-    lost = ""
-    if error is not None and error.kind == "SystemExit" and kfp is not None and not seen.notes and not seen.stopped:
+    step, error = _first_open(folders, kfp_run_id or os.environ.get(KFP_RUN_ID, ""))
+    if error is not None and error.kind == "SystemExit" and looked and not terminated:
         error = None  # an evicted pod gets SIGTERM too, and its state says more
-    if not error and seen.troubles:
-        step, trouble = next(iter(seen.troubles.items()))
+    lost = ""
+    if not error and troubles:
+        step, trouble = next(iter(troubles.items()))
         lost = str(trouble)
-    terminated = seen.stopped or state.upper().startswith("CANCEL") or _DEADLINE in message
-    if terminated or (error is not None and error.kind in _STOPPED):
+    if terminated or (error is not None and error.kind in ("KeyboardInterrupt", "SystemExit")):
         return Outcome("KILLED", "terminated", step)
-    reason = (error.message if error else "") or lost or message or _UNKNOWN
-    return Outcome("FAILED", str(reason), step)
+    reason = (error.message if error else "") or lost or message or "no reason is known; look at the log of the task"
+    return Outcome("FAILED", reason, step)
 
 
-def _first_open(folders: Mapping[str, RunFolder], kfp: KfpRun | None) -> tuple[str | None, StepError | None]:
-    ours = kfp.id if kfp else os.environ.get(KFP_RUN_ID, "")
+def _first_open(folders: Mapping[str, RunFolder], kfp_run_id: str) -> tuple[str | None, StepError | None]:
     for step, folder in folders.items():
         record = read_step(folder, step)
-        if record.error is not None and record.error.kfp_run == ours:
+        if record.error is not None and record.error.kfp_run == kfp_run_id:
             return step, record.error
         if not record.result:
             return step, None
     return None, None
 
 
-def _stopped(jobs: Sequence[str]) -> list[str]:
-    return [f"{name} was still running on the cluster and has been stopped." for name in jobs]
-
-
-def _standing(folder: RunFolder, step: str, failed_step: str | None) -> str:
-    if step == failed_step:
-        return "failed"
-    record = read_result(folder, step)
-    return f"done in {record.seconds:,.1f} s, {record.finished_at}" if record else "not done"
-
-
-def _places(
-    folders: Mapping[str, RunFolder], closed: list[tuple[RecordedRun, Mapping[str, RecordedRun]]]
-) -> dict[str, str]:
+def _places(folders: Mapping[str, RunFolder]) -> dict[str, str]:
     """Links of the page, for the steps that ran."""
-    recorded = {step: run.tags for _, steps in closed for step, run in steps.items()}
-    tags = {**recorded.get("sample", {}), **recorded.get("train", {})}
-    job = tags.get("ray.submission_id", "")  # none for a step with its own cluster: its pages end with it
-    steps = ("ingest", "train", "register", "report")
-    ingested, trained, registered, reported = (_result(folders[step], step) for step in steps)
+    ingested = _result(folders, "ingest")
     return {
-        "MLflow run": closed[-1][0].place if closed else "",
-        "MLflow run id": closed[-1][0].run_id if closed else "",
-        "Ray job": job,
-        "Ray dashboard": tags.get("ray.dashboard_url", "") if job else "",
         "dataset": ingested.get("uri", ""),
         "dataset digest": ingested.get("digest", ""),
-        "checkpoint": trained.get("checkpoint", ""),
-        "model": registered.get("uri", ""),
-        "report": reported.get("uri", ""),
-        "commit": tags.get("mlflow.source.git.commit", ""),
-        "image": container_image(),
-        "KFP run": kfp_run().get("kfp.pipeline_run_id", ""),
+        "checkpoint": _result(folders, "train").get("checkpoint", ""),
+        "model": _result(folders, "register").get("uri", ""),
+        "report": _result(folders, "report").get("uri", ""),
         "store": folders["register"].uri,
     }
 
 
-def _result(folder: RunFolder, step: str) -> dict[str, Any]:
-    record = read_result(folder, step)
-    return dict(record.result) if record else {}
+def _result(folders: Mapping[str, RunFolder], step: str) -> Mapping[str, Any]:
+    return read_step(folders[step], step).result

@@ -1,26 +1,36 @@
-"""Delete RayJobs without a launcher, and close the runs of pipelines that ended without closing them.
+"""The janitor: ends and closes what pipeline runs leave behind that ended without a word.
 
 The tasks of a terminated or deleted pipeline run have less than a second to stop, and its exit handler may never start.
-So a RayJob may still run and an MLflow run be open, and the janitor looks for both at intervals.
+So a RayJob without a driver may wait for its quota and an MLflow run be open, and the janitor looks for both at
+intervals. (A driver ends by its lease, a RayJob by its limits of time.)
+
+A task notes its run in a ConfigMap. Neither Argo's Workflow, which may be deleted at any time, nor a RayJob, which not
+every run has, tells the janitor later which run of which store to close.
 """
 
 from __future__ import annotations
 
-import json
+import shlex
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 from ncsn import storage
-from ncsn.config import Config, from_json, from_yaml
-from ncsn.process import KfpRun
+from ncsn.config import Config, from_json, from_yaml, to_json
+from ncsn.errors import UserError
+from ncsn.process import KfpRun, this_kfp_run
+from ncsn.remote.backend import Conflict, say
+from ncsn.remote.kuberay import JobState
 from ncsn.remote.kubernetes import KubernetesApi, Resource
-from ncsn.remote.launcher import is_ending, is_over
-from ncsn.remote.orphans import NotedRun, Orphan, find_orphans, forget_run, noted_runs, state_of_run
+from ncsn.remote.launcher import is_ending, is_over, was_stopped, workflow_of
+from ncsn.remote.manifest import KFP_RUN_LABEL, MANAGED_BY, RUN_LABEL, STEP_LABEL, selector
 from ncsn.runs.folder import RunFolder, run_folder
 from ncsn.runs.records import read_outcome
 from ncsn.storage.retry import limited
 
 _STORE_SECONDS = 20.0
+_NOTE_SECONDS = 10.0
+_STORE_SETTING = "storage.root="  # of a RayJob's command
 
 
 @dataclass(frozen=True)
@@ -32,13 +42,53 @@ class Action:
     error: Exception | None = None  # why it could not be done
 
 
-def clean_up(
-    api: KubernetesApi, *, older_than: float, run: str | None = None, running: bool = False, dry_run: bool = False
-) -> Iterator[Action]:
-    """Delete RayJobs whose launcher is silent for `older_than` seconds, and close runs that their pipeline left open.
+@dataclass(frozen=True)
+class NotedRun(KfpRun):
+    """A pipeline run that a task noted: the run in the store, and the experiment as canonical JSON."""
 
-    Only what belongs to `run`, if it is given; with `running`, RayJobs that have ended stay. An action that fails does
-    not stop the others.
+    run: str
+    config: str
+
+
+def note_run(config: Config, run: str) -> None:
+    """Tell the janitor which run to close if this pipeline is stopped. The note of the first task stays."""
+    here = this_kfp_run()
+    if here is not None:
+        labels = {MANAGED_BY: "ncsn", KFP_RUN_LABEL: here.id, "app.kubernetes.io/part-of": "ncsn"}
+        data = {"workflow": here.workflow, "run": run, "config": to_json(config)}
+        note = {"metadata": {"name": _name(here), "labels": labels}, "data": data}
+        with suppress(Conflict):
+            _tell(lambda api: api.create("configmaps", note))
+
+
+def forget_this_run() -> None:
+    """Tell the janitor that the run is closed."""
+    here = this_kfp_run()
+    if here is not None:
+        _tell(lambda api: _forget(api, here))
+
+
+def _tell(call: Callable[[KubernetesApi], None]) -> None:
+    """Call the cluster; without an answer or the right, only say so."""
+    try:
+        call(KubernetesApi(patience=_NOTE_SECONDS))
+    except (OSError, UserError) as error:
+        say(f"could not register this run with the janitor: {error}")
+
+
+def _name(run: KfpRun) -> str:
+    return f"ncsn-run-{run.id}"
+
+
+def _forget(api: KubernetesApi, run: KfpRun) -> None:
+    api.delete("configmaps", _name(run))
+
+
+def clean_up(api: KubernetesApi, *, run: str | None = None, dry_run: bool = False) -> Iterator[Action]:
+    """Delete running RayJobs whose pipeline run has ended, and close the runs that pipeline runs left open.
+
+    With `run` only what belongs to it, and its RayJobs also if their launcher lives. An action that fails does not stop
+    the others.
     """
 
     def do(verb: str, what: str, action: Callable[[], None]) -> Action:
@@ -49,42 +99,58 @@ def clean_up(
             return Action(verb, what, error)
         return Action(verb, what)
 
-    notes = noted_runs(api)
-    workflows = {each.id: api.workflow(each.workflow) for each in notes}
+    listed = api.find("configmaps", labels=f"{MANAGED_BY}=ncsn,{KFP_RUN_LABEL}")
+    notes = [NotedRun(id=each["metadata"]["labels"][KFP_RUN_LABEL], **each["data"]) for each in listed]
+    workflows = {each.id: api.get("workflows", each.workflow) for each in notes}
     resumed = {_place(each) for each in notes if not is_ending(workflows[each.id])}
-    noted = {each.id: each for each in notes if run in (None, each.run)}
-    for orphan in find_orphans(api, older_than=older_than, run=run, running=running):
-        yield do("delete", orphan.describe(), lambda name=orphan.name: api.delete_rayjob(name))  # type: ignore[misc]
-        if orphan.settings and not orphan.finished and orphan.kfp_run not in noted:
-            yield do("close", f"run {orphan.run}: KILLED", lambda each=orphan: _close_orphan(each))  # type: ignore[misc]
-    for each in noted.values():
-        workflow = workflows[each.id]
-        if not is_ending(workflow):
+    mine = [each for each in notes if run in (None, each.run)]
+    for rayjob in api.find("rayjobs", labels=selector(run=run)):
+        state, workflow, metadata = JobState.of(rayjob), workflow_of(rayjob), rayjob["metadata"]
+        ended = workflow is not None and is_ending(api.get("workflows", workflow))
+        if state.finished or not (ended or run):
+            continue
+        name, labels = metadata["name"], metadata["labels"]
+        what = f"{name}: run {labels[RUN_LABEL]}, step {labels.get(STEP_LABEL)}, {state}"
+        yield do("delete", what, lambda name=name: api.delete("rayjobs", name))  # type: ignore[misc]
+        if labels[RUN_LABEL] not in {each.run for each in mine}:
+            what = f"run {labels[RUN_LABEL]}: KILLED"
+            yield do("close", what, lambda rayjob=rayjob: _close_run_of(rayjob))  # type: ignore[misc]
+    for each in mine:
+        workflow_object = workflows[each.id]
+        if not is_ending(workflow_object):
             continue
         if _place(each) in resumed:  # the records belong to the pipeline run that continues it
             what = f"run {each.run} of {each.id}: another pipeline run continues it"
-            yield do("ignore", what, lambda each=each: forget_run(api, each))  # type: ignore[misc]
+            yield do("ignore", what, lambda each=each: _forget(api, each))  # type: ignore[misc]
         else:
-            what = f"run {each.run}: pipeline run {each.id}: {state_of_run(workflow)}"
-            yield do("close", what, lambda each=each, workflow=workflow: _close(api, each, workflow))  # type: ignore[misc]
+            state_word = _state_of(workflow_object)
+            what = f"run {each.run}: pipeline run {each.id}: {state_word}"
+            close = lambda each=each, workflow=workflow_object: _close(api, each, workflow)  # noqa: E731
+            yield do("close", what, close)
 
 
-def _place(noted: NotedRun) -> tuple[str, str]:
-    """Name and store of the run: equal for pipeline runs that work on the same one."""
-    return noted.run, json.loads(noted.config).get("storage", {}).get("root", "")
+def _place(noted: NotedRun) -> RunFolder:
+    """Equal for pipeline runs that work on the same run."""
+    return run_folder(from_json(noted.config), noted.run)
+
+
+def _state_of(workflow: Resource | None) -> str:
+    """How an ended Workflow ended."""
+    if workflow is None or was_stopped(workflow):
+        return "CANCELED"
+    return "SUCCEEDED" if workflow.get("status", {}).get("phase") == "Succeeded" else "FAILED"
 
 
 def _close(api: KubernetesApi, noted: NotedRun, workflow: Resource | None) -> None:
     """Close the run, and forget it unless something may still run and change its MLflow run later."""
-    config, state = from_json(noted.config), state_of_run(workflow)
+    config, state = from_json(noted.config), _state_of(workflow)
     if workflow is None:  # deleted, perhaps long after its end
         with limited(_STORE_SECONDS):
             outcome = read_outcome(run_folder(config, noted.run))
-        if outcome is not None and outcome.status == "FINISHED":
-            state = "SUCCEEDED"
-        elif outcome is not None and outcome.status == "FAILED":
-            forget_run(api, noted)
+        if outcome is not None and outcome.status == "FAILED":
+            _forget(api, noted)
             return
+        state = "SUCCEEDED" if outcome is not None and outcome.status == "FINISHED" else state
     try:
         canceled = _finish(config, noted.run, state, kfp=KfpRun(noted.id, noted.workflow), namespace=api.namespace)
     except PermissionError:
@@ -92,14 +158,19 @@ def _close(api: KubernetesApi, noted: NotedRun, workflow: Resource | None) -> No
             raise
         canceled = []  # RayJobs of another namespace end by that one's janitor or by their lease
     if is_over(workflow) and not canceled:
-        forget_run(api, noted)
+        _forget(api, noted)
 
 
-def _close_orphan(orphan: Orphan) -> None:
-    uri = RunFolder(orphan.settings[0].removeprefix("storage.root="), orphan.run).config
+def _close_run_of(rayjob: Resource) -> None:
+    """Close the run of a RayJob that nobody noted; its command says which store has it."""
+    words, run = shlex.split(rayjob["spec"]["entrypoint"]), rayjob["metadata"]["labels"][RUN_LABEL]
+    root = next(word.removeprefix(_STORE_SETTING) for word in words if word.startswith(_STORE_SETTING))
+    folder = RunFolder(root, run)
     with limited(_STORE_SECONDS):
-        config = from_yaml(storage.read_text(uri), overrides=orphan.settings, origin=uri)
-    _finish(config, orphan.run, "CANCELED")
+        config = from_yaml(
+            storage.read_text(folder.config), overrides=[f"{_STORE_SETTING}{root}"], origin=folder.config
+        )
+    _finish(config, run, "CANCELED")
 
 
 def _finish(

@@ -6,10 +6,10 @@ import importlib
 import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ncsn import storage
-from ncsn.config import Config, to_json
+from ncsn.config import Config
 from ncsn.config.search import require_search
 from ncsn.errors import UserError
 from ncsn.process import KFP_RUN_ID, require_same_python, this_kfp_run
@@ -20,12 +20,8 @@ from ncsn.runs.steps import PIPELINE, SEARCH, STEPS, STEPS_ELSEWHERE
 from ncsn.storage.heartbeat import Lease
 from ncsn.tracking.client import tracking_uri
 
-if TYPE_CHECKING:
-    from ncsn.remote.kubernetes import KubernetesApi
-
 # Variable of KFP's: how often this task was tried before. KFP's own Retry counts from 0 again.
 _TRY = "KFP_RETRY_INDEX"
-_NOTE_SECONDS = 10.0
 # Gets step, folder and inputs: what the caller has around the work of a step, such as a lock or a console.
 Around = Callable[[str, RunFolder, Mapping[str, str]], AbstractContextManager[object]]
 
@@ -104,7 +100,10 @@ def run_task(step: str, config: Config, *, run: str, given: Mapping[str, str], l
     with recorded(config, run, step) as folder:
         if mistake is not None:
             raise mistake
-        _note(config, run)
+        if this_kfp_run() is not None:  # then there is a cluster, whose client takes a while to import
+            from ncsn.steps.janitor import note_run
+
+            note_run(config, run)
         clear_outcome(folder)
         try:
             result = run_step(step, config, run=run, given=given)
@@ -124,32 +123,3 @@ def _mistake_before(folder: RunFolder, step: str) -> UserError | None:
     error = read_step(folder, step).error
     same_run = error is not None and error.kfp_run == os.environ.get(KFP_RUN_ID)
     return read_mistake(folder, step) if same_run else None
-
-
-def _note(config: Config, run: str) -> None:
-    """Tell the janitor which run to close if this pipeline is stopped."""
-    here = this_kfp_run()
-    if here is not None:
-        from ncsn.remote.orphans import NotedRun, note_run
-
-        _tell(lambda api: note_run(api, NotedRun(here.id, here.workflow, run=run, config=to_json(config))))
-
-
-def forget() -> None:
-    """Tell the janitor that the run is closed."""
-    here = this_kfp_run()
-    if here is not None:
-        from ncsn.remote.orphans import forget_run
-
-        _tell(lambda api: forget_run(api, here))
-
-
-def _tell(call: Callable[[KubernetesApi], None]) -> None:
-    """Call the cluster; without an answer or the right, only say so."""
-    from ncsn.remote.backend import say
-    from ncsn.remote.kubernetes import KubernetesApi
-
-    try:
-        call(KubernetesApi(patience=_NOTE_SECONDS))
-    except (OSError, UserError) as error:
-        say(f"could not register this run with the janitor: {error}")

@@ -19,7 +19,7 @@ from ncsn.config import Config, from_yaml, overrides_between, to_json, to_yaml
 from ncsn.data.format import Manifest, load_manifest
 from ncsn.process import utc_now
 from ncsn.remote import open_backend
-from ncsn.remote.backend import RemoteFailure, RemoteLost, RemoteStep
+from ncsn.remote.backend import RemoteFailure, RemoteLost, RemoteStep, say
 from ncsn.runs.folder import RunFolder, claim_run, require_owner
 from ncsn.runs.progress import PublishedProgress
 from ncsn.runs.records import add_seconds, clear_outcome, read_mistake, read_result, read_step, update_step
@@ -27,6 +27,8 @@ from ncsn.runs.steps import STEPS_ELSEWHERE
 
 if TYPE_CHECKING:
     from ncsn.tracking.mlflow_runs import StepRun
+
+MOST_STARTS = 10  # of a driver that gives its launcher up
 
 R = TypeVar("R")
 
@@ -158,16 +160,21 @@ class Step(Generic[R]):
             },
             mistaken=lambda: read_mistake(folder, step) is not None,
         )
-        try:
-            backend.execute(remote)
-        except RemoteLost:
-            if self._stored() is None:
-                raise
-        except RemoteFailure as failure:
-            mistake = read_mistake(folder, step)
-            if mistake is None:
-                raise
-            raise mistake from failure
+        for _ in range(MOST_STARTS):
+            try:
+                backend.execute(remote)
+            except RemoteLost:
+                if self._stored() is None:
+                    raise
+            except RemoteFailure as failure:
+                mistake = read_mistake(folder, step)
+                if mistake is None:
+                    raise
+                raise mistake from failure
+            if read_step(folder, step).state != "KILLED":
+                return
+            # The store was away from here for longer than the lease, and the driver gave this process up.
+            say(f"the step {step} ended without this launcher; it starts again where it was")
 
 
 def _sized(config: Config, step: str, inputs: Mapping[str, str]) -> Config:

@@ -22,7 +22,7 @@ from ncsn.config import Config, flatten, to_yaml
 from ncsn.process import now_ms
 from ncsn.runs.costs import cost_of
 from ncsn.runs.folder import RunFolder
-from ncsn.runs.records import update_step
+from ncsn.runs.records import state_after, update_step
 from ncsn.tracking.client import (
     Connection,
     TrackingError,
@@ -162,7 +162,7 @@ def step_run(config: Config, *, run: str, step: str) -> Iterator[StepRun]:
     try:
         yield tracked
     except BaseException as error:
-        _end(tracked, config, step, "FAILED" if isinstance(error, Exception) else "KILLED")
+        _end(tracked, config, step, state_after(error))
         if isinstance(error, MlflowException):
             raise TrackingError(
                 shown(connection.uri), one_line(error), hint="repeat the command to continue from here"

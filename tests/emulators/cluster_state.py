@@ -136,17 +136,6 @@ class Refusal(Exception):
         self.status = {"kind": "Status", "code": code, "reason": reason, "message": message, "status": "Failure"}
 
 
-def merge(target: Resource, patch: Resource) -> None:
-    """RFC 7386."""
-    for key, value in patch.items():
-        if value is None:
-            target.pop(key, None)
-        elif isinstance(value, dict) and isinstance(target.get(key), dict):
-            merge(target[key], value)
-        else:
-            target[key] = value
-
-
 def rules_of(path: Path) -> list[Resource]:
     """The rules of a Role in a file."""
     rules: list[Resource] = yaml.safe_load(path.read_text())["rules"]

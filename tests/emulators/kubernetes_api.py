@@ -2,7 +2,7 @@
 reading nodes, events, Argo's Workflows and Kueue's older LocalQueues.
 
 Reads and writes behave as the real server's do for one namespace: 409 for a name that exists, resource versions,
-watches that start after a version or answer 410 if it is gone, merge patches, finalizers, RBAC with the real wording of
+watches that start after a version or answer 410 if it is gone, finalizers, RBAC with the real wording of
 a refusal. The switches of `Cluster` make it fail as real ones do. `kuberay_operator` plays the operator behind it.
 """
 
@@ -20,7 +20,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import yaml
-from cluster_state import Cluster, Refusal, merge
+from cluster_state import Cluster, Refusal
 from kuberay_rules import fill_defaults, schema_errors
 
 NAMESPACE = "kubeflow"
@@ -69,9 +69,6 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         self._answer("create")
 
-    def do_PATCH(self) -> None:
-        self._answer("patch")
-
     def do_DELETE(self) -> None:
         self._answer("delete")
 
@@ -104,7 +101,7 @@ class _Handler(BaseHTTPRequestHandler):
             case ["api", "v1", "nodes"]:
                 self._authorize("list", "", "nodes")
                 self._send_found("nodes", [], query)
-            case ["apis", "kueue.x-k8s.io", "v1beta1", "namespaces", _, "localqueues", name]:
+            case ["apis", "kueue.x-k8s.io", "v1beta2", "namespaces", _, "localqueues", name]:
                 self._authorize("get", "kueue.x-k8s.io", "localqueues")
                 self._send_found("localqueues", [name], query)
             case ["api", "v1", "namespaces", _, *rest]:
@@ -143,9 +140,6 @@ class _Handler(BaseHTTPRequestHandler):
             created = cluster.create("rayjobs", body)
             cluster.on_create(body["metadata"]["name"])
             self._send(created, 201)
-        elif verb == "patch":
-            assert self.headers["Content-Type"] == "application/merge-patch+json"
-            self._send(cluster.update("rayjobs", name[0], lambda resource: merge(resource, body)))
         elif verb == "delete":
             self._send(cluster.delete("rayjobs", name[0]))
         else:
@@ -190,7 +184,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _send_schema(self) -> None:
         if not self.cluster.installed:
             raise Refusal(404, "NotFound", "the server could not find the requested resource")
-        schema = self.cluster.schema or {"type": "object", "x-kubernetes-preserve-unknown-fields": True}
+        known = {"preRunningDeadlineSeconds": {"type": "integer"}}
+        schema = self.cluster.schema or {"properties": {"spec": {"properties": known}}}
         schemas = {"io.ray.v1.RayJob": schema | {"x-kubernetes-group-version-kind": [RAYJOB_KIND]}}
         self._send({"openapi": "3.0.0", "components": {"schemas": schemas}})
 

@@ -29,7 +29,6 @@ SMALL = {
     "compute.num_workers": 1,
     "compute.kuberay.head_memory": "3Gi",
     "compute.kuberay.memory_per_worker": "2Gi",
-    "compute.kuberay.shm_per_worker": "512Mi",
 }
 
 

@@ -19,7 +19,11 @@ LARGE = {
     "num_workers": [2, 4],
     "cpus_per_worker": 8,
     "use_gpu": True,
-    "kuberay": {"memory_per_worker": "16Gi", "node_selector": {"pool": "a100"}, "tolerations": [{"key": GPU}]},
+    "kuberay": {
+        "memory_per_worker": "16Gi",
+        "node_selector": {"pool": "a100"},
+        "tolerations": [{"key": GPU, "operator": "Exists"}],
+    },
 }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,8 @@ from click.testing import CliRunner
 from cluster_state import pairs, rules_of
 from mlflow.tracking import MlflowClient
 
-from ncsn import storage
 from ncsn.cli import app
-from ncsn.config import Config, from_yaml, to_json, to_yaml
+from ncsn.config import Config, from_yaml, to_json
 from ncsn.process import KFP_RUN_ID, KFP_WORKFLOW
 from ncsn.remote.kubernetes import KubernetesApi
 from ncsn.runs.folder import run_folder
@@ -27,7 +25,7 @@ from ncsn.tracking.mlflow_runs import step_run
 INFRA = Path(__file__).parents[2] / "infra" / "base"
 DIGITS = (Path(__file__).parents[2] / "configs" / "digits.yaml").read_text()
 WORKFLOW = "ncsn-train-sd9mr"
-LONG_AGO = "2026-01-01T00:00:00+00:00"
+OWNER = {"apiVersion": "argoproj.io/v1alpha1", "kind": "Workflow", "name": WORKFLOW, "uid": "0c9d"}
 
 
 @pytest.fixture
@@ -41,7 +39,7 @@ def janitor(emulation: Any) -> Callable[[], list[str]]:
 
     def call() -> list[str]:
         emulation.cluster.rules = rules_of(INFRA / "janitor" / "role.yaml")
-        actions = list(clean_up(KubernetesApi(), older_than=600, running=True))
+        actions = list(clean_up(KubernetesApi()))
         assert [action.error for action in actions] == [None] * len(actions)
         return [f"{action.verb} {action.what}" for action in actions]
 
@@ -66,14 +64,12 @@ def workflow(emulation: Any, phase: str, **spec: Any) -> None:
 
 def rayjob(emulation: Any, name: str, *, root: str = "", **metadata: Any) -> None:
     labels = {"app.kubernetes.io/managed-by": "ncsn", "ncsn.dev/run": "mine", "ncsn.dev/step": "train"}
-    emulation.cluster.create(
-        "rayjobs",
-        {
-            "metadata": {"name": name, "labels": labels, **metadata},
-            "spec": {"entrypoint": f"ncsn train --run mine --set storage.root={root} --json" if root else "ncsn train"},
-            "status": {"jobDeploymentStatus": "Running", "jobStatus": "RUNNING"},
-        },
-    )
+    manifest = {
+        "metadata": {"name": name, "labels": labels, **metadata},
+        "spec": {"entrypoint": f"ncsn train --run mine --set storage.root={root} --json"},
+        "status": {"jobDeploymentStatus": "Running", "jobStatus": "RUNNING"},
+    }
+    emulation.cluster.create("rayjobs", manifest)
 
 
 def statuses(config: Config) -> dict[str, str]:
@@ -112,8 +108,7 @@ def test_a_running_pipeline_is_left_alone(
 ) -> None:
     begin(config, monkeypatch)
     workflow(emulation, "Running")
-    owner = {"apiVersion": "argoproj.io/v1alpha1", "kind": "Workflow", "name": WORKFLOW, "uid": "0c9d"}
-    rayjob(emulation, "working", ownerReferences=[owner])
+    rayjob(emulation, "working", ownerReferences=[OWNER])
     assert janitor() == []
     assert (outcome(config), len(notes(emulation)), len(emulation.jobs)) == (None, 1, 1)
     emulation.cluster.delete("rayjobs", "working")
@@ -124,8 +119,7 @@ def test_a_rayjob_goes_with_its_pipeline_and_the_last_word_comes_later(
 ) -> None:
     begin(config, monkeypatch)
     workflow(emulation, "Running", activeDeadlineSeconds=0)
-    owner = {"apiVersion": "argoproj.io/v1alpha1", "kind": "Workflow", "name": WORKFLOW, "uid": "0c9d"}
-    rayjob(emulation, "working", ownerReferences=[owner])
+    rayjob(emulation, "working", ownerReferences=[OWNER])
     janitor()
     eventually(lambda: not emulation.jobs, "the RayJob is gone")
     assert statuses(config)["run"] == "KILLED"
@@ -147,9 +141,6 @@ def test_a_run_that_another_pipeline_run_goes_on_with_is_left_to_it(
     emulation.cluster.rules = rules_of(INFRA / "rbac" / "launcher-role.yaml")
     emulation.cluster.create("configmaps", {"metadata": {"name": "ncsn-run-77aa", "labels": labels}, "data": data})
     rayjob(emulation, "working")
-    emulation.cluster.update(
-        "rayjobs", "working", lambda each: each["metadata"].update(creationTimestamp="2999-01-01T00:00:00Z")
-    )
     assert [action.split()[0] for action in janitor()] == ["ignore"]
     assert [each["metadata"]["name"] for each in notes(emulation)] == ["ncsn-run-77aa"]
     assert (outcome(config), statuses(config)["run"], len(emulation.jobs)) == (None, "RUNNING", 1)
@@ -212,37 +203,6 @@ def test_the_pod_tells_what_the_step_could_not(
     emulation.cluster.delete("pods", f"{WORKFLOW}-system-container-impl-1")
 
 
-def test_a_silent_launchers_rayjob_is_ended_and_its_run_closed(
-    emulation: Any, config: Config, janitor: Any, tmp_path: Path, eventually: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    begin(config, monkeypatch)
-    workflow(emulation, "Running")
-    emulation.cluster.delete("configmaps", notes(emulation)[0]["metadata"]["name"])  # a person's run has none
-    storage.write_text(str(tmp_path / "config.yaml"), to_yaml(config))
-    rayjob(emulation, "silent", root=config.storage.root, annotations={"ncsn.dev/renewed-at": LONG_AGO})
-    actions = janitor()
-    assert [action.split()[0] for action in actions] == ["delete", "close"]
-    eventually(lambda: not emulation.jobs, "the RayJob is gone")
-    assert outcome(config) == Outcome("KILLED", "terminated", "train")
-    assert statuses(config)["run"] == "KILLED"
-
-
-def test_a_store_that_is_away_keeps_the_note_and_nothing_else(
-    emulation: Any, config: Config, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    away = config.model_copy(update={"tracking": config.tracking.model_copy(update={"uri": "http://127.0.0.1:9"})})
-    begin(config, monkeypatch)
-    data = {"workflow": "gone", "run": "mine", "config": to_json(away)}
-    labels = {"app.kubernetes.io/managed-by": "ncsn", "ncsn.dev/kfp-run-id": "0000"}
-    emulation.cluster.rules = rules_of(INFRA / "janitor" / "role.yaml")
-    emulation.cluster.create("configmaps", {"metadata": {"name": "ncsn-run-0000", "labels": labels}, "data": data})
-    told = CliRunner().invoke(app, ["cleanup", "--older-than", "10m", "--at-work"])
-    assert told.exit_code == 1
-    assert [each["metadata"]["name"] for each in notes(emulation)] == ["ncsn-run-0000"]
-    assert "run mine" in told.stdout and "run mine" in told.stderr
-    emulation.cluster.delete("configmaps", "ncsn-run-0000")
-
-
 def test_a_run_whose_rayjobs_are_in_a_namespace_of_others_is_closed(
     emulation: Any, config: Config, janitor: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -260,24 +220,10 @@ def test_a_run_whose_rayjobs_are_in_a_namespace_of_others_is_closed(
     def refuse(*_: Any, **__: Any) -> list[str]:
         raise PermissionError("forbidden in namespace 'elsewhere'")
 
-    monkeypatch.setattr("ncsn.steps.finish._cancel", refuse)
+    monkeypatch.setattr("ncsn.remote.kuberay.KubeRay.stop", refuse)
     janitor()
     assert statuses(there)["run"] == "FAILED"
     assert notes(emulation) == []
-
-
-def test_cleanup_says_what_it_would_do_and_does_not(
-    emulation: Any, config: Config, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    begin(config, monkeypatch)
-    emulation.cluster.rules = rules_of(INFRA / "janitor" / "role.yaml")
-    nothing = CliRunner().invoke(app, ["cleanup", "--run", "another"])
-    assert (nothing.exit_code, nothing.stdout.count("\n")) == (0, 1)
-    assert CliRunner().invoke(app, ["cleanup", "--older-than", "2 hours"]).exit_code == 2
-    planned = CliRunner().invoke(app, ["cleanup", "--dry-run"])
-    assert planned.exit_code == 0 and "run mine" in planned.stdout
-    assert (outcome(config), len(notes(emulation))) == (None, 1)
-    emulation.cluster.delete("configmaps", notes(emulation)[0]["metadata"]["name"])
 
 
 def test_a_run_that_cannot_be_noted_works_nevertheless(
@@ -294,7 +240,7 @@ def test_its_role_has_what_is_needed_and_no_more(
 ) -> None:
     begin(config, monkeypatch)
     workflow(emulation, "Failed")
-    rayjob(emulation, "silent", annotations={"ncsn.dev/renewed-at": LONG_AGO})
+    rayjob(emulation, "left", ownerReferences=[OWNER])
     pod = {"name": "p", "labels": {"pipeline/runid": "5f3a"}, "annotations": {}}
     pod["annotations"] = {"workflows.argoproj.io/node-name": f"{WORKFLOW}.root.train.executor"}
     spec = {"containers": [{"name": "main", "image": "ours:1"}]}
@@ -305,13 +251,44 @@ def test_its_role_has_what_is_needed_and_no_more(
     assert set(emulation.cluster.requests) == set(pairs(rules_of(INFRA / "janitor" / "role.yaml")))
 
 
-def test_the_cron_job_calls_it_by_options_that_exist() -> None:
+def cleanup(*options: str) -> Any:
+    return CliRunner().invoke(app, ["cleanup", *options])
+
+
+def test_a_person_ends_a_run_by_name_and_may_look_first(
+    emulation: Any, config: Config, eventually: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin(config, monkeypatch)
+    emulation.cluster.rules = rules_of(INFRA / "janitor" / "role.yaml")
+    emulation.cluster.delete("configmaps", notes(emulation)[0]["metadata"]["name"])  # a person's run has none
+    rayjob(emulation, "working", root=config.storage.root)
+    assert cleanup("--run", "another").stdout.count("\n") == 1
+    assert cleanup("--run", "mine", "--dry-run").stdout.count("\n") == 2
+    assert (outcome(config), len(emulation.jobs)) == (None, 1)
+    done = cleanup("--run", "mine")
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["deleted", "closed"]
+    eventually(lambda: not emulation.jobs, "the RayJob is gone")
+    assert outcome(config) == Outcome("KILLED", "terminated", "train")
+    assert statuses(config)["run"] == "KILLED"
+
+
+def test_an_mlflow_that_is_away_keeps_the_note_and_nothing_else(
+    emulation: Any, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    away = config.model_copy(update={"tracking": config.tracking.model_copy(update={"uri": "http://127.0.0.1:9"})})
+    begin(config, monkeypatch)
+    data = {"workflow": "gone", "run": "mine", "config": to_json(away)}
+    labels = {"app.kubernetes.io/managed-by": "ncsn", "ncsn.dev/kfp-run-id": "0000"}
+    emulation.cluster.rules = rules_of(INFRA / "janitor" / "role.yaml")
+    emulation.cluster.create("configmaps", {"metadata": {"name": "ncsn-run-0000", "labels": labels}, "data": data})
+    done = cleanup()
+    assert done.exit_code == 1 and "run mine" in done.stdout and "run mine" in done.stderr
+    assert [each["metadata"]["name"] for each in notes(emulation)] == ["ncsn-run-0000"]
+    emulation.cluster.delete("configmaps", "ncsn-run-0000")
+
+
+def test_the_cron_job_calls_a_command_that_exists() -> None:
     cron = yaml.safe_load((INFRA / "janitor" / "cron-job.yaml").read_text())["spec"]
     (container,) = cron["jobTemplate"]["spec"]["template"]["spec"]["containers"]
-    from ncsn.cli.app import app
-
-    _, name, *options = (*container["command"], *container["args"])
-    context = app.commands[name].make_context(name, list(options))
-    assert context.params["at_work"] is True
-    assert json.dumps(context.params["older_than"]) == '"10m"'
+    assert container["command"][0] == "ncsn" and container["command"][1] in app.commands and "args" not in container
     assert (cron["concurrencyPolicy"], cron["jobTemplate"]["spec"]["backoffLimit"]) == ("Forbid", 0)

@@ -10,19 +10,21 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import yaml
 from cluster_state import pairs
 from kuberay_rules import load_schemas, schema_errors
 from pod_states import unschedulable
 from refused import refused
 
+from ncsn.config import from_yaml
 from ncsn.config.compute import ComputeConfig
+from ncsn.process import KFP_RUN_ID, KFP_WORKFLOW
 from ncsn.remote.backend import RemoteFailure
 from ncsn.remote.kuberay import KubeRay
 from ncsn.remote.kubernetes import KubernetesApi
-from ncsn.remote.manifest import load_template
-from ncsn.remote.orphans import NotedRun, Orphan, find_orphans, forget_run, note_run, troubles_of_run
+from ncsn.remote.pods import troubles_of_run
+from ncsn.steps.janitor import forget_this_run, note_run
 
+DIGITS = Path(__file__).parents[2] / "configs" / "digits.yaml"
 HELLO = "print('first'); print('second'); print('third')"
 SLEEP = "import time; print('running', flush=True); time.sleep(60)"
 BOOM = "import sys; print('starting'); raise ValueError('no such data')"
@@ -117,7 +119,7 @@ def test_a_store_that_is_unavailable_leaves_the_work_running(emulation, eventual
         KubeRay(ComputeConfig(), renew_seconds=0.2).execute(step)
     (job,) = emulation.jobs
     assert "deletionTimestamp" not in job["metadata"]
-    KubernetesApi().delete_rayjob(job["metadata"]["name"])
+    KubernetesApi().delete("rayjobs", job["metadata"]["name"])
     eventually(lambda: not emulation.jobs, "the RayJob is gone")
 
 
@@ -126,17 +128,6 @@ def test_complete_is_not_success(emulation, status: str) -> None:
     emulation.operator.ends = status
     with pytest.raises(RemoteFailure, match=f"Complete / {status}"):
         emulation.execute(HELLO)
-
-
-def test_validation_failed_is_the_end(emulation, eventually, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    template = load_template()
-    template["spec"]["shutdownAfterJobFinishes"] = True
-    (tmp_path / "wrong.yaml").write_text(yaml.safe_dump(template))
-    monkeypatch.setenv("NCSN_RAYJOB_TEMPLATE", str(tmp_path / "wrong.yaml"))
-    with pytest.raises(RemoteFailure, match=r"ValidationFailed.*deletionStrategy"):
-        emulation.execute(HELLO)
-    eventually(lambda: not emulation.jobs, "the RayJob is gone")
-    assert emulation.operator.started == []
 
 
 def test_a_deadline_ends_it_and_its_workers(emulation, eventually) -> None:
@@ -180,13 +171,6 @@ def test_versions_that_are_gone_are_read_again(emulation) -> None:
     assert emulation.log == "done\n"
 
 
-def test_an_operator_that_is_down_is_waited_for(emulation) -> None:
-    emulation.operator.silent = True
-    threading.Timer(1, setattr, (emulation.operator, "silent", False)).start()
-    emulation.execute(HELLO)
-    assert emulation.log == "first\nsecond\nthird\n"
-
-
 def test_an_api_server_that_stays_away_is_one_line(emulation) -> None:
     emulation.cluster.away = True
     with pytest.raises(ConnectionError, match=r"\b1 s\b") as caught:
@@ -196,7 +180,11 @@ def test_an_api_server_that_stays_away_is_one_line(emulation) -> None:
 
 
 def test_an_answer_that_is_cut_is_asked_for_again(emulation, capsys: pytest.CaptureFixture[str]) -> None:
-    for ask in (lambda api: api.pods(""), lambda api: api.list_rayjobs(""), lambda api: api.workflow("gone")):
+    for ask in (
+        lambda api: api.find("pods"),
+        lambda api: api.find("rayjobs"),
+        lambda api: api.get("workflows", "gone"),
+    ):
         emulation.cluster.cut_answers = 1
         assert not ask(KubernetesApi())
         assert "unavailable" in capsys.readouterr().err
@@ -222,15 +210,15 @@ def test_without_the_right_to_read_logs_the_step_runs(emulation, capsys: pytest.
 
 def test_the_launchers_role_has_what_is_needed_and_no_more(emulation, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KFP_POD_NAME", "nobody")
-    while_it_runs = {("watch", "rayjobs"), ("patch", "rayjobs"), ("list", "pods"), ("list", "events")}
+    monkeypatch.setenv(KFP_RUN_ID, "5f3a")
+    monkeypatch.setenv(KFP_WORKFLOW, "of-a-pipeline")
+    while_it_runs = {("watch", "rayjobs"), ("list", "pods"), ("list", "events")}
     emulation.execute_until(lambda: while_it_runs <= set(emulation.cluster.requests))
-    find_orphans(KubernetesApi(), older_than=0)
-    KubernetesApi().workflow("of-a-pipeline")
-    noted = NotedRun("5f3a", "of-a-pipeline", run="mine", config="{}")
-    note_run(KubernetesApi(), noted)
-    forget_run(KubernetesApi(), noted)
+    note_run(from_yaml(DIGITS.read_text()), "mine")
+    forget_this_run()
+    KubernetesApi().find("rayjobs")
+    KubernetesApi().get("workflows", "of-a-pipeline")
     assert list(troubles_of_run(KubernetesApi(), "5f3a")) == []
-    KubernetesApi().events("nobody")
     granted = set(pairs(emulation.cluster.rules))
     assert set(emulation.cluster.requests) == granted
     api = KubernetesApi()
@@ -278,19 +266,6 @@ def test_a_cluster_without_kuberay_is_told_apart(emulation) -> None:
     emulation.cluster.installed = True
 
 
-def test_an_older_crd_is_served_with_what_it_knows(emulation, eventually, capsys: pytest.CaptureFixture[str]) -> None:
-    schemas = load_schemas("RayJob")
-    if not schemas:
-        pytest.skip("no CRD schemas: NCSN_CRD_SCHEMAS names none and ../shared/crds is not there")
-    emulation.cluster.schema = next(iter(schemas.values()))
-    spec = emulation.cluster.schema["properties"]["spec"]["properties"]
-    del spec["preRunningDeadlineSeconds"], spec["deletionStrategy"]
-    with pytest.raises(RemoteFailure, match="no such data"):
-        emulation.execute(BOOM)
-    assert "spec.preRunningDeadlineSeconds, spec.deletionStrategy" in capsys.readouterr().err
-    eventually(lambda: not emulation.jobs, "the launcher deletes what no rule would")
-
-
 def test_a_queue_is_waited_for(emulation, eventually, said) -> None:
     def admit() -> None:
         eventually(lambda: any("Suspended" in line and "research" in line for line in said), "it says why it waits")
@@ -301,34 +276,6 @@ def test_a_queue_is_waited_for(emulation, eventually, said) -> None:
     emulation.execute(HELLO, kuberay={"queue": "research"})
     thread.join()
     assert emulation.log == "first\nsecond\nthird\n"
-
-
-def test_a_silent_launcher_leaves_an_orphan(emulation, eventually) -> None:
-    launcher = emulation.launch(SLEEP)
-    eventually(lambda: [job.get("status", {}).get("jobStatus") for job in emulation.jobs] == ["RUNNING"], "it runs")
-    api, (job,) = KubernetesApi(), emulation.jobs
-    silent = {"ncsn.dev/renewed-at": "2026-01-01T00:00:00+00:00"}
-
-    def silence() -> None:
-        name = job["metadata"]["name"]
-        emulation.cluster.update("rayjobs", name, lambda found: found["metadata"]["annotations"].update(silent))
-
-    silence()
-    eventually(lambda: find_orphans(api, older_than=7200) == [], "its launcher lives")
-    assert find_orphans(api, older_than=0, run="another") == []
-    launcher.kill()
-    launcher.communicate()
-    found: list[Orphan] = []
-
-    def find() -> bool:
-        silence()  # again, because the server may still have a renewal that was sent before
-        found[:] = find_orphans(api, older_than=7200)
-        return bool(found)
-
-    eventually(find, "it is found")
-    (orphan,) = found
-    assert (orphan.run, orphan.step, orphan.state) == ("mine", "train", "Running / RUNNING")
-    assert orphan.silent_seconds > 7200
 
 
 def test_no_cluster_at_all_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -15,9 +15,7 @@ from pod_states import crash_loop, unpullable, unschedulable
 
 from ncsn.remote import kuberay, pods
 from ncsn.remote.backend import RemoteFailure
-from ncsn.remote.kubernetes import KubernetesApi
 from ncsn.remote.manifest import TASK_CONFIG
-from ncsn.remote.pods import PodLog
 
 HELLO = "print('done')"
 SLEEP = "import time; print('running', flush=True); time.sleep(60)"
@@ -194,22 +192,3 @@ def test_the_log_of_an_attempt_is_that_attempts(emulation, capsys) -> None:
         emulation.execute("import time; time.sleep(2); raise ValueError('the new error')")
     assert "the old error" not in capsys.readouterr().err
     assert "the old error" not in emulation.log
-
-
-def test_the_last_pod_says_what_failed(emulation, tmp_path: Path) -> None:
-    """The first attempt failed for a reason that the second one got over."""
-    mark = tmp_path / "mark"
-    code = (
-        f"import pathlib\nmark = pathlib.Path({str(mark)!r})\n"
-        "if mark.exists(): raise ValueError('of the second cluster')\n"
-        "mark.touch(); raise ValueError('of the first cluster')"
-    )
-    emulation.operator.retry_seconds = 3
-    with pytest.raises(RemoteFailure, match="of the second cluster"):
-        emulation.execute(code)
-
-
-def test_a_log_that_cannot_be_read_before_a_container_runs_is_empty(emulation) -> None:
-    api = KubernetesApi()
-    assert api.last_words("none", "ray-head", lines=5) == []
-    assert PodLog(api, "none", attempt="none", uri="none").first_error() is None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ncsn.remote.launcher import environment_for_pods, forwarded_environment
+from ncsn.remote.backend import environment_for_pods, forwarded_environment
 
 NAMES = ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_NAME")
 

@@ -54,12 +54,6 @@ def test_an_image_that_cannot_be_pulled_is_named(reason: str, message: str, *, f
     assert trouble.message.startswith(f"image {IMAGE}: ")
 
 
-def test_an_older_kubelet_leaves_the_registrys_words_to_an_event() -> None:
-    state = waiting("ImagePullBackOff", f'Back-off pulling image "{IMAGE}"')
-    trouble = trouble_of(pod(state), [event("Failed", f'Failed to pull image "{IMAGE}": {REFUSAL}')])
-    assert trouble is not None and trouble.final and "pull access denied" in trouble.message
-
-
 @pytest.mark.parametrize(("restarts", "final"), [(1, False), (3, True)])
 def test_a_crash_loop_has_its_exit_code(restarts: int, *, final: bool) -> None:
     state = waiting("CrashLoopBackOff", "back-off 10s", restartCount=restarts, lastState=ended(7))

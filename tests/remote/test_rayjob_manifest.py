@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 import re
 import shutil
 import subprocess
@@ -14,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from kuberay_rules import fill_defaults, house_errors, load_schemas, operator_errors, schema_errors
 from refused import refused
 
 from ncsn.config.compute import ComputeConfig
 from ncsn.errors import NotFound
-from ncsn.remote.manifest import JobRequest, fit_to_schema, load_template, render
+from ncsn.remote.backend import RemoteStep
+from ncsn.remote.manifest import TASK_CONFIG, load_template, render
 
 ROOT = Path(__file__).parents[2]
 TEMPLATE = ROOT / "infra" / "base" / "kuberay" / "rayjob.yaml"
@@ -36,21 +39,18 @@ OWNER = {
 }
 
 
-def request(run: str = "digits-0a1b2c3d", **changes: Any) -> JobRequest:
-    values: dict[str, Any] = {
-        "run": run,
-        "step": "train",
-        "uri": f"s3://bucket/ncsn/runs/{run}/steps/train",
-        "entrypoint": ("ncsn", "train", "--run", run),
-        "image": "registry.example/ncsn-python:0.1.0",
-    }
-    return JobRequest(**values | changes)
+def step(run: str = "digits-0a1b2c3d", **changes: Any) -> RemoteStep:
+    uri = f"s3://bucket/ncsn/runs/{run}/steps/train"
+    values = {"run": run, "step": "train", "uri": uri, "command": ("ncsn", "train", "--run", run)}
+    return RemoteStep(**values | changes)
 
 
-def rendered(*, request_: JobRequest | None = None, **compute: Any) -> dict[str, Any]:
-    return render(
-        load_template(), request_ or request(), compute=ComputeConfig.model_validate(compute), namespace="kubeflow"
-    )
+def rendered(
+    *, env: dict[str, str] | None = None, owner: dict[str, Any] | None = None, **compute: Any
+) -> dict[str, Any]:
+    settings, image = ComputeConfig.model_validate(compute), "registry.example/ncsn-python:0.1.0"
+    labels = {"ncsn.dev/kfp-run-id": "5f3a", "ncsn.dev/attempt": "77aa"}
+    return render(step(), settings, namespace="kubeflow", image=image, env=env or {}, labels=labels, owner=owner)
 
 
 VARIANTS = {
@@ -64,10 +64,8 @@ VARIANTS = {
             "tolerations": [{"key": "nvidia.com/gpu", "effect": "NoSchedule"}],
         },
     ),
-    "owned, with variables": rendered(
-        request_=request(owner=OWNER, env={"MLFLOW_RUN_ID": "abc"}, labels={"ncsn.dev/kfp-run-id": "5f3a"})
-    ),
-    "hardly kept": rendered(kuberay={"keep_failed_minutes": 1, "max_hours": 0.0001}),
+    "owned, with variables": rendered(owner=OWNER, env={"MLFLOW_RUN_ID": "abc"}),
+    "short": rendered(kuberay={"max_hours": 0.0001}),
 }
 
 
@@ -80,10 +78,10 @@ def test_the_operator_and_the_house_accept_it(name: str) -> None:
 @needs_schemas
 @pytest.mark.parametrize(("name", "version"), list(itertools.product(VARIANTS, SCHEMAS or ["none"])))
 def test_the_api_server_accepts_it(name: str, version: str) -> None:
-    fitted, unknown = fit_to_schema(VARIANTS[name], SCHEMAS[version])
-    assert unknown == [], "this version of the CRD knows every field"
-    assert fitted == VARIANTS[name]
-    assert schema_errors(fitted, SCHEMAS[version]) == []
+    assert schema_errors(VARIANTS[name], SCHEMAS[version]) == []
+    wrong = copy.deepcopy(VARIANTS[name])
+    wrong["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["maxReplica"] = 1
+    assert "maxReplica" in schema_errors(wrong, SCHEMAS[version])[0]
 
 
 @needs_schemas
@@ -96,23 +94,6 @@ def test_the_emulated_api_server_fills_in_the_defaults_of_the_crds(version: str)
     (workers,) = filled["spec"].pop("rayClusterSpec")["workerGroupSpecs"]
     for values, schema in ((filled["spec"], spec), (workers, group)):
         assert values and all(schema["properties"][name]["default"] == value for name, value in values.items())
-
-
-@pytest.mark.parametrize("name", VARIANTS)
-def test_no_default_decides_how_many_workers_there_are(name: str) -> None:
-    filled = copy.deepcopy(VARIANTS[name])
-    fill_defaults(filled)
-    (workers,), (asked,) = (each["spec"]["rayClusterSpec"]["workerGroupSpecs"] for each in (filled, VARIANTS[name]))
-    assert {key: value for key, value in workers.items() if key != "numOfHosts"} == asked
-    assert operator_errors(filled) == house_errors(filled) == []
-
-
-@needs_schemas
-def test_the_schemas_refuse_what_they_do_not_know() -> None:
-    """Else the test above could not fail."""
-    wrong = copy.deepcopy(VARIANTS["plain"])
-    wrong["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["maxReplica"] = 1
-    assert all("maxReplica" in schema_errors(wrong, schema)[0] for schema in SCHEMAS.values())
 
 
 BREAKS = {
@@ -148,42 +129,41 @@ def test_the_rules_refuse_what_is_wrong(case: str) -> None:
     "run", ["a", "digits-0a1b2c3d", "x" * 63, "2024.with_every-sign", "9" * 20, "tail-" + "-" * 30 + "x"]
 )
 def test_names_are_valid_and_the_same_for_every_attempt(run: str) -> None:
-    for step in ("train", "sample", "evaluate"):
-        name = request(run, step=step).name
+    for kind in ("train", "sample", "evaluate"):
+        name = step(run, step=kind).job_name
         assert re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name) and len(name) <= 47
-        assert name == request(run, step=step, image="another").name
-        assert f"-{step}-" in name
+        assert name == step(run, step=kind, command=("another",)).job_name
+        assert f"-{kind}-" in name
 
 
 def test_names_of_other_runs_and_stores_differ() -> None:
     long = "an-experiment-with-a-name-of-many-words-"
-    requests = [request(f"{long}1"), request(f"{long}2"), request(f"{long}1", uri="s3://other/steps/train")]
-    assert len({each.name for each in requests}) == 3
+    steps = [step(f"{long}1"), step(f"{long}2"), step(f"{long}1", uri="s3://other/steps/train")]
+    assert len({each.job_name for each in steps}) == 3
 
 
-def test_only_named_fields_are_filled() -> None:
+def test_only_named_fields_are_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The template decides the rest: a change that a reviewer makes there arrives in the cluster."""
     template = load_template()
     template["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["priorityClassName"] = "reviewed"
     template["spec"]["backoffLimit"] = 3
-    manifest = render(template, request(), compute=ComputeConfig(), namespace="kubeflow")
-    assert manifest["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["priorityClassName"] == "reviewed"
-    assert manifest["spec"]["backoffLimit"] == 3
-    assert template["metadata"]["name"] == "ncsn-template", "rendering changes its own copy"
+    (tmp_path / "rayjob.yaml").write_text(yaml.safe_dump(template))
+    monkeypatch.setenv("NCSN_RAYJOB_TEMPLATE", str(tmp_path / "rayjob.yaml"))
+    spec = rendered()["spec"]
+    assert spec["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["priorityClassName"] == "reviewed"
+    assert spec["backoffLimit"] == 3
 
 
 def test_the_fields_say_what_was_asked() -> None:
-    manifest = rendered(
-        num_workers=3, cpus_per_worker=4, use_gpu=True, kuberay={"max_hours": 2, "shm_per_worker": "3Gi"}
-    )
+    manifest = rendered(num_workers=3, cpus_per_worker=4, use_gpu=True, kuberay={"max_hours": 2})
     spec, (workers,) = manifest["spec"], manifest["spec"]["rayClusterSpec"]["workerGroupSpecs"]
-    assert spec["entrypoint"] == "ncsn train --run digits-0a1b2c3d"
+    assert spec["entrypoint"].startswith("ncsn train --run digits-0a1b2c3d --lease s3://bucket/")
     assert spec["activeDeadlineSeconds"] == 7200
     assert spec["rayClusterSpec"]["rayVersion"] == metadata.version("ray")
     assert [workers[key] for key in ("replicas", "minReplicas", "maxReplicas")] == [3, 3, 3]
     (container,) = workers["template"]["spec"]["containers"]
     assert container["resources"]["limits"] == {"cpu": "4", "memory": "4Gi", "nvidia.com/gpu": "1"}
-    assert workers["template"]["spec"]["volumes"][0]["emptyDir"] == {"medium": "Memory", "sizeLimit": "3Gi"}
+    assert workers["template"]["spec"]["volumes"][0]["emptyDir"] == {"medium": "Memory", "sizeLimit": "1Gi"}
     assert manifest["metadata"]["labels"]["ncsn.dev/run"] == "digits-0a1b2c3d"
 
 
@@ -198,12 +178,12 @@ def test_the_head_is_as_large_as_asked_else_as_the_template_says() -> None:
 
 
 def test_every_pod_is_found_by_its_labels() -> None:
-    spec = rendered(request_=request(labels={"ncsn.dev/attempt": "5f3a"}))["spec"]
+    spec = rendered()["spec"]
     cluster = spec["rayClusterSpec"]
     pods = [cluster["headGroupSpec"]["template"], cluster["workerGroupSpecs"][0]["template"]]
     for pod in (*pods, spec["submitterPodTemplate"]):
         labels = pod["metadata"]["labels"]
-        assert (labels["ncsn.dev/attempt"], labels["ncsn.dev/run"]) == ("5f3a", "digits-0a1b2c3d")
+        assert (labels["ncsn.dev/attempt"], labels["ncsn.dev/run"]) == ("77aa", "digits-0a1b2c3d")
 
 
 def test_workers_go_at_once_however_it_failed() -> None:
@@ -222,15 +202,15 @@ def test_an_elastic_step_asks_for_the_most_and_names_the_least() -> None:
 @pytest.mark.parametrize("queue", [None, "research"])
 def test_a_pod_holds_several_workers(queue: str | None) -> None:
     """Kueue and a ResourceQuota count what the pods ask for, so that both see the same GPUs as with one worker each."""
-    pods = {"workers_per_pod": 4, "memory_per_worker": "1.5Gi", "shm_per_worker": "512Mi", "queue": queue}
+    pods = {"workers_per_pod": 4, "memory_per_worker": "1.5Gi", "queue": queue}
     manifest = rendered(num_workers=[4, 8], cpus_per_worker=2, use_gpu=True, kuberay=pods)
     (workers,) = manifest["spec"]["rayClusterSpec"]["workerGroupSpecs"]
     assert [workers[key] for key in ("replicas", "minReplicas", "maxReplicas")] == [2, 1, 2]
     (container,) = workers["template"]["spec"]["containers"]
     assert container["resources"]["limits"] == {"cpu": "8", "memory": "6Gi", "nvidia.com/gpu": "4"}
     assert container["resources"]["requests"] == container["resources"]["limits"]
-    assert workers["template"]["spec"]["volumes"][0]["emptyDir"]["sizeLimit"] == "2048Mi"
-    assert workers["rayStartParams"] == {"object-store-memory": str(int(0.9 * 2 * 2**30))}
+    assert workers["template"]["spec"]["volumes"][0]["emptyDir"]["sizeLimit"] == "4Gi"
+    assert workers["rayStartParams"] == {"object-store-memory": str(int(0.9 * 4 * 2**30))}
 
 
 def test_a_queue_replaces_the_deletion_rules() -> None:
@@ -239,47 +219,52 @@ def test_a_queue_replaces_the_deletion_rules() -> None:
     assert (spec["shutdownAfterJobFinishes"], spec["ttlSecondsAfterFinished"]) == (True, 600)
 
 
-@needs_schemas
-def test_an_operator_whose_gate_for_rules_is_closed_gets_none() -> None:
-    """KubeRay 1.5.1: its CRD has rules, without jobDeploymentStatus, and its operator refuses a RayJob with them."""
-    schema = copy.deepcopy(next(iter(SCHEMAS.values())))
-    spec = schema["properties"]["spec"]["properties"]
-    del spec["preRunningDeadlineSeconds"]
-    rule = spec["deletionStrategy"]["properties"]["deletionRules"]["items"]["properties"]
-    del rule["condition"]["properties"]["jobDeploymentStatus"]
-    fitted, unknown = fit_to_schema(VARIANTS["plain"], schema)
-    assert unknown == ["spec.preRunningDeadlineSeconds", "spec.deletionStrategy"]
-    assert "deletionStrategy" not in fitted["spec"]
-    assert (fitted["spec"]["shutdownAfterJobFinishes"], fitted["spec"]["ttlSecondsAfterFinished"]) == (True, 600)
+TASK: dict[str, Any] = {
+    "node_selector": {"pool": "big"},
+    "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}],
+    "affinity": {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": []}}},
+    "env": [
+        {"name": "FROM_THE_TASK", "value": "1"},
+        {"name": "A_KEY", "valueFrom": {"secretKeyRef": {"name": "ncsn-credentials", "key": "A_KEY"}}},
+        {"name": "MLFLOW_RUN_ID", "value": "of the task"},
+        {
+            "name": "RAY_AUTH_TOKEN",
+            "valueFrom": {"secretKeyRef": {"name": "ncsn-credentials", "key": "RAY_AUTH_TOKEN"}},
+        },
+    ],
+    "volumes": [{"name": "images", "persistentVolumeClaim": {"claimName": "images"}}],
+    "volume_mounts": [{"name": "images", "mountPath": "/mnt/images"}],
+}
 
 
-@pytest.mark.parametrize(("shm", "store"), [("1Gi", 966367641), ("2G", 1800000000), ("64Mi", 75 * 2**20)])
-def test_rays_object_store_fits_into_shared_memory(shm: str, store: int) -> None:
-    """Ray's own choice is 30 % of the pod's memory: with 4Gi more than the default /dev/shm holds."""
-    (workers,) = rendered(kuberay={"shm_per_worker": shm})["spec"]["rayClusterSpec"]["workerGroupSpecs"]
-    assert workers["rayStartParams"] == {"object-store-memory": str(store)}
+def test_what_is_set_on_a_kfp_task_reaches_the_pods_and_keeps_all_rules(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings: dict[str, Any] = {"env": {"MLFLOW_RUN_ID": "abc"}, "kuberay": {"node_selector": {"zone": "a"}}}
+    before = rendered(**settings)
+    monkeypatch.setenv(TASK_CONFIG, json.dumps(TASK))
+    manifest = rendered(**settings)
+    head, worker = ray_pods(manifest)
+    assert worker["nodeSelector"] == {"zone": "a", "pool": "big"}
+    assert (worker["tolerations"], worker["affinity"]) == (TASK["tolerations"], TASK["affinity"])
+    assert not head.keys() & {"nodeSelector", "tolerations", "affinity"}
+    assert head["containers"][0]["resources"] == ray_pods(before)[0]["containers"][0]["resources"]
+    for pod in (head, worker):
+        (container,) = pod["containers"]
+        env = {variable["name"]: variable for variable in container["env"]}
+        assert env["FROM_THE_TASK"]["value"] == "1"
+        assert env["A_KEY"] == TASK["env"][1], "a secret stays a reference"
+        assert env["MLFLOW_RUN_ID"]["value"] == "abc"
+        assert "RAY_AUTH_TOKEN" not in env, "KubeRay gives the new cluster a token of its own"
+        assert TASK["volume_mounts"][0] in container["volumeMounts"]
+        assert TASK["volumes"][0] in pod["volumes"]
+    assert operator_errors(manifest) == house_errors(manifest) == []
+    assert all(schema_errors(manifest, schema) == [] for schema in SCHEMAS.values())
 
 
-def _older(schema: dict[str, Any], *, rules: bool) -> dict[str, Any]:
-    """The schema as it was before token auth, the deadline before running and, maybe, deletion rules."""
-    old = copy.deepcopy(schema)
-    spec = old["properties"]["spec"]["properties"]
-    del spec["preRunningDeadlineSeconds"], spec["rayClusterSpec"]["properties"]["authOptions"]
-    if rules:
-        del spec["deletionStrategy"]["properties"]["deletionRules"]
-    else:
-        del spec["deletionStrategy"]
-    return old
-
-
-@needs_schemas
-@pytest.mark.parametrize("rules", [True, False], ids=["no rules yet", "no strategy yet"])
-def test_an_older_crd_gets_no_field_that_it_does_not_know(*, rules: bool) -> None:
-    schema = _older(next(iter(SCHEMAS.values())), rules=rules)
-    fitted, unknown = fit_to_schema(VARIANTS["plain"], schema)
-    assert {"spec.preRunningDeadlineSeconds", "spec.rayClusterSpec.authOptions"} < set(unknown)
-    assert (fitted["spec"]["shutdownAfterJobFinishes"], fitted["spec"]["ttlSecondsAfterFinished"]) == (True, 600)
-    assert schema_errors(fitted, schema) == operator_errors(fitted) == house_errors(fitted) == []
+def ray_pods(manifest: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The head's and the workers'."""
+    cluster = manifest["spec"]["rayClusterSpec"]
+    (workers,) = cluster["workerGroupSpecs"]
+    return cluster["headGroupSpec"]["template"]["spec"], workers["template"]["spec"]
 
 
 def test_a_template_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow.tracking import MlflowClient
 from refused import refused
 
 from ncsn import storage
@@ -128,9 +129,9 @@ def test_the_whole_pipeline_runs_with_rayjobs(emulation, on_s3: Config, tmp_path
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_driver_without_a_launcher_saves_and_ends(emulation, on_s3: Config, tmp_path: Path, monkeypatch) -> None:
-    """The launcher stops renewing its lease, as when its node is lost: the pod ends by itself, with a checkpoint.
+    """The launcher stops renewing its lease, as when its store is away: the driver saves, says KILLED, and ends well.
 
-    KubeRay starts the driver once more, on a new cluster. That one ends before it trains.
+    KubeRay starts no second cluster for it. The launcher, which is back, starts the step again where it was.
     """
     (tmp_path / "pod").mkdir()
     (tmp_path / "pod" / "sitecustomize.py").write_text(
@@ -142,8 +143,13 @@ def test_a_driver_without_a_launcher_saves_and_ends(emulation, on_s3: Config, tm
     config = on_s3.model_copy(update={"train": on_s3.train.model_copy(update=settings)})
     dataset = ingest.run(config, run="orphan").uri
     monkeypatch.setattr("ncsn.steps.step.open_backend", partial(KubeRay, renew_seconds=1000))
-    with pytest.raises(RemoteFailure, match="LeaseExpired: "):
+    monkeypatch.setattr("ncsn.steps.step.MOST_STARTS", 2)
+    with pytest.raises(RuntimeError, match="without a result"):
         train.run(config, run="orphan", dataset=dataset)
-    assert len(emulation.operator.started) == 2
+    assert len(emulation.operator.started) == len(emulation.operator.clusters) == 2
+    record = step_file(config, "orphan", "train/step.json")
+    assert (record["state"], record["error"]["kind"]) == ("KILLED", "LeaseExpired")
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    assert client.get_run(record["mlflow"]["run_id"]).info.status == "KILLED"
     saved = storage.list_names(f"{config.storage.root}/runs/orphan/checkpoints")
-    assert len([name for name in saved if name.startswith("images-")]) == 1
+    assert len([name for name in saved if name.startswith("images-")]) == 2
