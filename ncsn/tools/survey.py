@@ -22,7 +22,7 @@ from ncsn.data.sources.base import BadImages, Example, Source, Split
 from ncsn.data.sources.image_files import ARCHIVE_SUFFIXES, COMPRESSED_SUFFIXES, IMAGE_SUFFIXES
 from ncsn.data.sources.known import open_source
 from ncsn.data.sources.listing import list_files
-from ncsn.data.sources.published.source import SUFFIX
+from ncsn.data.sources.published import SUFFIX
 from ncsn.errors import UserError
 from ncsn.tools.draft import any_config
 

@@ -22,8 +22,7 @@ from ncsn.data.dataset import write_dataset
 from ncsn.data.format import SkippedImage
 from ncsn.data.parquet import read_split
 from ncsn.data.sources.known import open_source
-from ncsn.data.sources.published import files
-from ncsn.data.sources.published.source import place_of
+from ncsn.data.sources.published import place_of
 from ncsn.errors import NotFound
 
 PICTURE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -251,7 +250,7 @@ def test_a_section_reads_only_its_row_groups(tmp_path, source_of, monkeypatch):
         read.extend((group, columns) for group in row_groups)
         return batches(self, *arguments, row_groups=row_groups, columns=columns, **settings)
 
-    monkeypatch.setattr(files.pq.ParquetFile, "iter_batches", iter_batches)
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", iter_batches)
     section = source_of(tmp_path).splits["train"].section(43, 56)
     assert [int(row.image[0, 0, 0]) for row in section.stream()] == list(range(43, 56))
     assert read == [(group, ["image.bytes"]) for group in (8, 9, 0, 1)]

@@ -14,7 +14,7 @@ from ncsn.data.format import part_images
 from ncsn.data.sources.base import Source, image_shape
 from ncsn.data.sources.image_folder import locate_celeba, locate_images, open_celeba, open_image_folder
 from ncsn.data.sources.listing import DOWNLOADED
-from ncsn.data.sources.published.source import locate_files, open_parquet
+from ncsn.data.sources.published import locate_files, open_parquet
 from ncsn.data.sources.sklearn_sets import locate_package, open_digits, open_photos
 from ncsn.data.sources.torchvision_sets import locate_torchvision, open_torchvision
 from ncsn.errors import NotFound

@@ -1,1 +1,0 @@
-"""Datasets that others publish as Parquet files of encoded images."""
