@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -113,6 +113,8 @@ def _execute(config: Config, folder: RunFolder) -> None:
     def around(step: str, of: RunFolder, inputs: Mapping[str, str]) -> Iterator[None]:
         nonlocal working_on
         working_on = step
+        if step != STEPS[0]:
+            ray_started()
         if step == "sample":
             _say_if_selected(console, of, inputs["checkpoint"])
         with nullcontext() if of == folder else _alone(of, step), _shown(step, of, view):
@@ -121,8 +123,7 @@ def _execute(config: Config, folder: RunFolder) -> None:
     with quiet_libraries(log) as console, ProgressView(console) as view:
         console.print(f"run    {folder.uri}\nlog    {log}", soft_wrap=True)
         try:
-            with _interruption_by_ray(), _cluster(config) as address:
-                console.print(f"ray    {address}", soft_wrap=True)
+            with _interruption_by_ray(), _cluster(config) as ray_started:
                 run_all(config, run=folder.run, around=around)
         except Exception as error:
             traceback.print_exc()
@@ -171,13 +172,13 @@ def _circumstances(folder: RunFolder, config: Config) -> dict[str, str]:
     return known
 
 
-def _cluster(config: Config) -> AbstractContextManager[str]:
-    """The Ray cluster of all steps; none where each step is a job."""
+def _cluster(config: Config) -> AbstractContextManager[Callable[[], str]]:
+    """The Ray cluster of all steps, which starts during the first; none where each step is a job."""
     if config.compute.backend != "local":
-        return nullcontext(f"one job per step ({config.compute.backend})")
-    from ncsn.distributed.cluster import ray_cluster
+        return nullcontext(lambda: "")
+    from ncsn.distributed.cluster import ray_cluster_meanwhile
 
-    return ray_cluster(config)
+    return ray_cluster_meanwhile(config)
 
 
 @contextmanager

@@ -8,8 +8,9 @@ import secrets
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager
 
 import ray
 
@@ -22,6 +23,8 @@ JOIN_SECONDS = 180.0  # how long nodes may still join a cluster that another pro
 
 _OWN = "NCSN_OWN_RAY"
 _POLL_SECONDS = 1.0
+
+_CONNECTING = threading.RLock()
 
 _logger = logging.getLogger(__name__)
 
@@ -41,6 +44,38 @@ def ray_cluster(config: Config) -> Iterator[str]:
     The config decides the size of a cluster that is started.
     Yields the address of the cluster.
     """
+    with ExitStack() as stack:
+        with _CONNECTING:
+            address = stack.enter_context(_connected(config))
+        yield address
+
+
+@contextmanager
+def ray_cluster_meanwhile(config: Config) -> Iterator[Callable[[], str]]:
+    """The same cluster, which starts while the block begins; the function that it yields waits for the address."""
+    started, ended = Future[str](), threading.Event()
+
+    def hold() -> None:
+        try:
+            with ray_cluster(config) as address:
+                started.set_result(address)
+                # The kernel ends Ray's processes with the thread that started them.
+                ended.wait()
+        except BaseException as error:  # noqa: BLE001 - whoever waits raises it
+            if not started.done():
+                started.set_exception(error)
+
+    thread = threading.Thread(target=hold, name="ray")
+    thread.start()
+    try:
+        yield started.result
+    finally:
+        ended.set()
+        thread.join()
+
+
+@contextmanager
+def _connected(config: Config) -> Iterator[str]:
     if ray.is_initialized():
         yield ray.get_runtime_context().gcs_address
     elif address := os.environ.get("RAY_ADDRESS"):

@@ -50,7 +50,7 @@ def test_the_terminal_shows_steps_and_not_the_chatter(workplace, finished) -> No
     assert f"log    {workplace.folder(RUN)}/log.txt" in lines
     for step in STEPS:
         assert f"{step:<9} starting" in lines
-    assert all(line.startswith((*STEPS, "run ", "log ", "ray ")) for line in lines), finished.stderr
+    assert all(line.startswith((*STEPS, "run ", "log ")) for line in lines), finished.stderr
 
 
 def test_the_store_has_the_agreed_layout(workplace, finished) -> None:

@@ -8,9 +8,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from sklearn.cluster import KMeans
-from sklearn.decomposition import PCA
-from sklearn.exceptions import ConvergenceWarning
 
 from ncsn.evaluation.extractors.base import Images, batches
 
@@ -33,6 +30,11 @@ def cluster_labels(images: Images, *, count: int, seed: int) -> npt.NDArray[np.i
     Components and centers are those of at most 10,000 images [N, H, W, C] uint8, which the seed chooses, as it does the
     first centers. Some clusters are empty if fewer images differ.
     """
+    # Here, since few runs have clusters, and every process on Ray would load a second longer.
+    from sklearn.cluster import KMeans
+    from sklearn.decomposition import PCA
+    from sklearn.exceptions import ConvergenceWarning
+
     generator = np.random.default_rng(seed)
     fitted = np.sort(generator.permutation(len(images))[:_FITTED_IMAGES])
     size = max(1, _BATCH_VALUES // images[0].size)
