@@ -76,7 +76,6 @@ def run(config: Config, *, run: str, checkpoint: str, evaluation: str) -> Regist
         return result
     with step.work(config) as work, registry_errors(work.tracked.uri):
         work.progress.start(3, "stages")
-        work.progress.start(3, "stages")
         candidate = _candidate(work.tracked, loaded, measured, run=run, checkpoint=checkpoint)
         work.progress.advance()
         version = registry.register(work.tracked, candidate)
@@ -135,7 +134,7 @@ def _candidate(
         relative_width=None if loaded.average is None else loaded.average["relative_width"],
     )
     card = model_card(facts, config=loaded.config, manifest=manifest, evaluation=measured)
-    tracked.log_text(card, "model_card.md")
+    tracked.log_bytes(card.encode(), "model_card.md")
     for file, content in files.items():
         tracked.log_bytes(content, file)
     return registry.Candidate(

@@ -160,8 +160,7 @@ class _Follower:
 
     def _log(self, trial: TrialRecord) -> StepRun:
         if trial.uri not in self._runs:
-            run = self._work.tracked.nested(f"trial-{trial.number:03d}", key=trial.uri)
-            run.log_params(trial.values)
+            run = self._work.tracked.nested(f"trial-{trial.number:03d}", key=trial.uri, params=trial.values)
             self._runs[trial.uri], self._logged[trial.uri] = run, run.steps_of(self.objective)
         run, logged = self._runs[trial.uri], self._logged[trial.uri]
         for rung in trial.rungs:

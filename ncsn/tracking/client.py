@@ -109,7 +109,6 @@ def open_client(config: Config, *, patience: float = 0.0) -> tuple[MlflowClient,
 
 
 def open_client_at(uri: str) -> MlflowClient:
-    """`open_client` for a known server."""
     if uri.startswith(REMOTE):
         _probe(uri)
     return client_at(uri)
@@ -179,15 +178,14 @@ def mlflow_errors(uri: str, prefix: str = "") -> Iterator[None]:
 def _experiment_id(client: MlflowClient, uri: str, name: str) -> str:
     from mlflow.exceptions import MlflowException
 
-    experiment = client.get_experiment_by_name(name)
-    if experiment is None:
-        location = _artifacts_uri(Path(uri.removeprefix(SQLITE))) if uri.startswith(SQLITE) else None
-        try:
+    location = _artifacts_uri(Path(uri.removeprefix(SQLITE))) if uri.startswith(SQLITE) else None
+    try:
+        if client.get_experiment_by_name(name) is None:
             return client.create_experiment(name, artifact_location=location)
-        except MlflowException:
-            experiment = client.get_experiment_by_name(name)  # by another process meanwhile
-            if experiment is None:
-                raise
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another process has created it meanwhile
+            raise
+    experiment = client.get_experiment_by_name(name)
     if experiment.lifecycle_stage != "active":
         raise TrackingError(
             "tracking.experiment", "deleted in MLflow", hint="restore it or choose another name", value=name
@@ -261,7 +259,6 @@ def tag_filter(tags: Mapping[str, str]) -> str:
 
 
 def quoted(value: str) -> str:
-    """A text in a search expression."""
     return f'"{value}"' if "'" in value else f"'{value}'"
 
 
@@ -275,7 +272,6 @@ def log_params(client: MlflowClient, run_id: str, params: Mapping[str, Any]) -> 
 
 
 def set_tags(client: MlflowClient, run_id: str, tags: Mapping[str, str]) -> None:
-    """Set tags."""
     from mlflow.entities import RunTag
 
     client.log_batch(run_id, tags=[RunTag(key, str(value)) for key, value in tags.items()], synchronous=True)

@@ -10,7 +10,7 @@ import re
 import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,11 +19,10 @@ from ncsn import storage
 from ncsn.errors import UserError
 from ncsn.process import CONTAINER_IMAGE, IMAGE_VARIABLE, KFP_RUN_ID
 from ncsn.tracking.client import quoted, shown, tag_filter
-from ncsn.tracking.versions import is_model_address, resolve_version
+from ncsn.tracking.versions import SCHEME, is_model_address, resolve_version
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
-    from mlflow.entities.model_registry import ModelVersion
     from mlflow.tracking import MlflowClient
 
 
@@ -45,18 +44,11 @@ ACCEPTED = (
     "an MLflow run id, the name of a run, a KFP run id, a Ray job or submission id, a model version "
     "(models:/NAME/3, models:/NAME@champion), a dataset digest, or the URI of a checkpoint"
 )
-# What a step worked on or made: its kind, the steps it is of (all if empty), tags with its id, tags with facts.
-MADE = (
-    (
-        "Ray job",
-        (),
-        ("ray.submission_id", "ray.job_id"),
-        {"name": "ray.job_name", "session": "ray.session", "dashboard": "ray.dashboard_url"},
-    ),
-    ("checkpoint", ("train",), ("checkpoint.uri",), {"images_seen": "checkpoint.images_seen"}),
-    ("samples", ("sample",), ("samples.uri",), {"checkpoint": "checkpoint.uri", "digest": "checkpoint.digest"}),
-    ("evaluation", ("evaluate",), ("evaluation.uri",), {"samples": "samples.uri", "fingerprint": "eval.fingerprint"}),
-    ("report", ("report",), ("report.uri",), {}),
+# How the tags begin that are shown.
+SHOWN = (
+    *("ncsn.run", "ncsn.root", "ncsn.changed", "ncsn.checkpoint", INIT_FROM, "kfp.", "ray.", "mlflow.user"),
+    *("dataset.", "checkpoint.", "samples.", "evaluation.", "eval.", "report.", "tune.", "gate.promoted"),
+    *("gate.reason", "promot", "rolled_back", "mlflow.source.git", "mlflow.docker"),
 )
 _RUN_FOLDER = re.compile(r"(?P<root>.+)/runs/(?P<run>[^/]+)(/.*)?")
 
@@ -65,7 +57,7 @@ _RUN_FOLDER = re.compile(r"(?P<root>.+)/runs/(?P<run>[^/]+)(/.*)?")
 class Link:
     """One thing in the chain."""
 
-    kind: str  # KFP run, MLflow run, step, Ray job, config, dataset, checkpoint, samples, model version, ...
+    kind: str  # run, step and its name, model version
     id: str
     facts: Mapping[str, str] = field(default_factory=dict)
     links: tuple[Link, ...] = ()  # what it led to
@@ -77,7 +69,7 @@ def trace(client: MlflowClient, identifier: str) -> list[Link]:
     names = {identifier}
     if is_model_address(identifier):
         version = resolve_version(client, identifier)
-        names = {f"models:/{version.name}/{version.version}"}
+        names = {f"{SCHEME}{version.name}/{version.version}"}
         found = [client.get_run(version.run_id)] if version.run_id else []
     else:
         experiments = [experiment.experiment_id for experiment in client.search_experiments()]
@@ -88,7 +80,7 @@ def trace(client: MlflowClient, identifier: str) -> list[Link]:
         uri = shown(client.tracking_uri)
         raise UserError(identifier, f"MLflow at {uri} has no such run, dataset or model", hint=f"give {ACCEPTED}")
     ordered = sorted(tops.values(), key=lambda run: int(run.info.start_time))
-    return [_marked(_chain(client, top), names) for top in ordered]
+    return [_chain(client, top, names, {}) for top in ordered]
 
 
 def _queries(identifier: str) -> Iterator[str]:
@@ -115,85 +107,28 @@ def _top(client: MlflowClient, run: Run) -> Run:
     return run
 
 
-def _chain(client: MlflowClient, top: Run) -> Link:
-    tags, params = top.data.tags, top.data.params
-    experiment = client.get_experiment(top.info.experiment_id).name
-    inputs = []
-    if "ncsn.root" in tags and "ncsn.run" in tags:
-        uri = storage.join(tags["ncsn.root"], "runs", tags["ncsn.run"], "config.yaml")
-        inputs.append(Link("config", uri, _known(experiment=params.get("name"), seed=params.get("seed"))))
-    if "dataset.digest" in tags:
-        facts = _known(source=params.get("data.source"), uri=tags.get("dataset.uri"))
-        inputs.append(Link("dataset", tags["dataset.digest"], facts))
-    facts = {"name": str(top.info.run_name), "experiment": experiment, **_circumstances(top)}
-    run = Link("MLflow run", top.info.run_id, facts, (*inputs, *_steps(client, top)))
-    if "kfp.pipeline_run_id" not in tags:
-        return run
-    return Link("KFP run", tags["kfp.pipeline_run_id"], _known(url=tags.get("kfp.pipeline_run_url")), (run,))
+def _chain(client: MlflowClient, run: Run, names: set[str], above: Mapping[str, str]) -> Link:
+    """A run with those below it, and the tags in which it differs from the run above."""
+    tags, run_id = run.data.tags, run.info.run_id
+    started = datetime.fromtimestamp(run.info.start_time / 1000, UTC).isoformat(timespec="seconds")
+    facts = {"name": str(run.info.run_name), "status": run.info.status, "started": started, **_shown(tags)}
+    query, order = tag_filter({PARENT: run_id}), ["attributes.start_time ASC"]
+    below = client.search_runs([run.info.experiment_id], query, order_by=order)
+    links = [_chain(client, child, names, facts) for child in below]
+    if tags.get("ncsn.step") == "register":
+        for found in client.search_model_versions(f"run_id = '{run_id}'"):
+            version = client.get_model_version(found.name, found.version)
+            address, aliases = f"{SCHEME}{version.name}/{version.version}", ", ".join(sorted(version.aliases))
+            known = {"aliases": aliases, "files": str(version.source), **_shown(version.tags)}
+            links.append(Link("model version", address, known, asked=address in names))
+    asked = not names.isdisjoint({run_id, *facts.values()} - {*above.values()})
+    facts = {name: value for name, value in facts.items() if above.get(name) != value}
+    kind = f"step {tags['ncsn.step']}" if "ncsn.step" in tags else "run"
+    return Link(kind, run_id, facts, tuple(links), asked)
 
 
-def _children(client: MlflowClient, parent: Run) -> list[Run]:
-    query, order = tag_filter({PARENT: parent.info.run_id}), ["attributes.start_time ASC"]
-    return list(client.search_runs([parent.info.experiment_id], query, order_by=order))
-
-
-def _steps(client: MlflowClient, parent: Run) -> Iterator[Link]:
-    same = _circumstances(parent) | {"status": ""}
-    for child in _children(client, parent):
-        tags = child.data.tags
-        facts = {"run": child.info.run_id, **_circumstances(child), **_known(start=tags.get(INIT_FROM))}
-        facts = {key: value for key, value in facts.items() if same.get(key) != value}
-        step = tags.get("ncsn.step", str(child.info.run_name))
-        made = []
-        for kind, steps, ids, of in MADE:
-            found = [tags[tag] for tag in ids if tag in tags]
-            if found and (not steps or step in steps):
-                made.append(Link(kind, found[0], _known(**{name: tags.get(tag) for name, tag in of.items()})))
-        if step == "register":
-            versions = client.search_model_versions(f"run_id = '{child.info.run_id}'")
-            made += [_version(client.get_model_version(each.name, each.version), tags) for each in versions]
-        yield Link("step", step, facts, (*made, *_steps(client, child)))
-
-
-def _version(version: ModelVersion, run_tags: Mapping[str, str]) -> Link:
-    tags = version.tags
-    decision = {"true": "promoted", "false": "not promoted"}.get(tags.get("gate.promoted", ""))
-    facts = _known(
-        aliases=", ".join(sorted(version.aliases)) or None,
-        files=str(version.source),
-        checkpoint=tags.get("ncsn.checkpoint_uri"),
-        digest=tags.get("ncsn.checkpoint"),
-        evaluation=run_tags.get("evaluation.uri"),
-        decision=decision and f"{decision}: {tags['gate.reason']}",
-        decided=tags.get("gate.decided_at"),
-        promoted_by=tags.get("promoted_by"),
-        promoted=tags.get("promoted_at"),
-        in_place_of=tags.get("promoted_from") or None,
-        rolled_back=tags.get("rolled_back_at"),
-    )
-    return Link("model version", f"models:/{version.name}/{version.version}", facts)
-
-
-def _circumstances(run: Run) -> dict[str, str]:
-    tags = run.data.tags
-    return _known(
-        status=run.info.status,
-        started=datetime.fromtimestamp(run.info.start_time / 1000, UTC).isoformat(timespec="seconds"),
-        commit=tags.get("mlflow.source.git.commit"),
-        image=tags.get("mlflow.docker.image.uri"),
-        user=tags.get("mlflow.user"),
-    )
-
-
-def _known(**facts: str | None) -> dict[str, str]:
-    return {name: value for name, value in facts.items() if value is not None}
-
-
-def _marked(link: Link, names: set[str]) -> Link:
-    """The same tree with `asked` set."""
-    values = {link.id, *link.facts.values()}
-    asked = not names.isdisjoint(values if link.kind in ("MLflow run", "step", "Ray job") else {link.id})
-    return replace(link, asked=asked, links=tuple(_marked(below, names) for below in link.links))
+def _shown(tags: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in sorted(tags.items()) if name.startswith(SHOWN)}
 
 
 def provenance(command: str) -> dict[str, str]:

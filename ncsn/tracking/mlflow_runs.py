@@ -49,6 +49,7 @@ TAG_LENGTH = 5000
 PARAM_LENGTH = 6000
 DIGEST_LENGTH = 36
 FIRST_STEP = "ingest"
+ADOPTED = "MLFLOW_RUN_ID"  # variable with the run of the whole pipeline, if others have opened it
 CURVES = "train"  # the step that has curves and previews
 PLACES = ("compute", "storage", "tracking")  # sections of the config that do not change a result
 # Sections that a step does not use.
@@ -71,10 +72,6 @@ class StepRun(Connection):
     parent_run_id: str
     folder: RunFolder
 
-    def log_params(self, params: Mapping[str, Any]) -> None:
-        """Record settings; MLflow's parameters do not change."""
-        log_params(self.client, self.run_id, params)
-
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
         """Record results, `area/what` -> number; the step is in images seen, where these are counted."""
         values = {name: float(value) for name, value in metrics.items()}
@@ -84,27 +81,20 @@ class StepRun(Connection):
         """A picklable sender of this run's metrics for a training loop, perhaps in another process."""
         return LiveMetrics(self.uri, self.run_id)
 
-    def log_file(self, uri: str, folder: str | None = None, *, to_parent: bool = False) -> None:
-        """Copy a file of the store to the run's artifacts, or to those of the parent, below `folder`."""
-        run_id = self.parent_run_id if to_parent else self.run_id
-        if storage.is_local(uri):
-            self.client.log_artifact(run_id, uri, folder)
-        else:
-            self.log_bytes(storage.read_bytes(uri), uri.rsplit("/", 1)[-1], run_id=run_id, folder=folder)
+    def log_file(self, uri: str, *, to_parent: bool = False) -> None:
+        """Copy a file of the store to the run's artifacts, or to those of the parent."""
+        content, name = storage.read_bytes(uri), uri.rpartition("/")[2]
+        self.log_bytes(content, name, run_id=self.parent_run_id if to_parent else None)
 
-    def log_bytes(self, content: bytes, name: str, *, run_id: str | None = None, folder: str | None = None) -> None:
-        """Record the artifact `name`, below `folder`; of this run, unless `run_id` names another."""
+    def log_bytes(self, content: bytes, name: str, *, run_id: str | None = None) -> None:
+        """Record the artifact `name` of this run, unless `run_id` names another."""
         with tempfile.TemporaryDirectory(prefix="ncsn-") as temporary:
             local = Path(temporary) / name
             local.write_bytes(content)
-            self.client.log_artifact(run_id or self.run_id, str(local), folder)
-
-    def log_text(self, text: str, name: str) -> None:
-        """Record the artifact `name`."""
-        self.client.log_text(self.run_id, text, name)
+            self.client.log_artifact(run_id or self.run_id, str(local))
 
     def log_dataset(
-        self, name: str, *, digest: str, uri: str, context: str = "training", profile: Mapping[str, Any] | None = None
+        self, name: str, *, digest: str, uri: str, context: str = "training", profile: Mapping[str, int] | None = None
     ) -> None:
         """Record which data the step read, as MLflow's "datasets used" and as tags; `profile` has plain numbers."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
@@ -122,20 +112,18 @@ class StepRun(Connection):
             set_tags(self.client, run_id, {"dataset.digest": digest, "dataset.uri": uri})
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
-        """Set tags."""
         set_tags(self.client, self.run_id, tags)
 
-    def nested(self, name: str, *, key: str) -> StepRun:
+    def nested(self, name: str, *, key: str, params: Mapping[str, Any]) -> StepRun:
         """The run below this one with this `key`, for example of a trial; a new one if there is none."""
         found = _open(self, {PARENT: self.run_id, "ncsn.key": key}, tags={}, name=name)
+        log_params(self.client, found.info.run_id, params)
         return replace(self, run_id=found.info.run_id, parent_run_id=self.run_id)
 
     def steps_of(self, metric: str) -> set[int]:
-        """The steps at which the run has the metric."""
         return {entry.step for entry in self.client.get_metric_history(self.run_id, metric)}
 
     def end(self, status: Literal["FINISHED", "FAILED"]) -> None:
-        """Close a nested run."""
         self.client.set_terminated(self.run_id, status)
 
 
@@ -193,16 +181,11 @@ def _end(
         for run_id, cost in zip((tracked.run_id, tracked.parent_run_id), costs, strict=True):
             # One point per call of the step; its place in the series is the end of the call in seconds since 1970.
             send(client, run_id, [Entry(ended // 1000, ended, cost)])
-        for run_id in (tracked.run_id,) if _adopted() else (tracked.run_id, tracked.parent_run_id):
+        for run_id in (tracked.run_id,) if os.environ.get(ADOPTED) else (tracked.run_id, tracked.parent_run_id):
             client.set_terminated(run_id, status, end_time=ended)
     except (MlflowException, TrackingError, OSError) as error:  # the work itself is done, and the run folder has it
         where = shown(tracked.uri)
         _logger.warning("the run of the step %s at %s is not complete: %s", step, where, one_line(error))
-
-
-def _adopted() -> str | None:
-    """The run of the whole pipeline, if others have opened it."""
-    return os.environ.get("MLFLOW_RUN_ID")
 
 
 def _parent(connection: Connection, config: Config, folder: RunFolder) -> Run:
@@ -210,12 +193,12 @@ def _parent(connection: Connection, config: Config, folder: RunFolder) -> Run:
     from mlflow.exceptions import MlflowException
 
     client = connection.client
-    if adopted := _adopted():
+    if adopted := os.environ.get(ADOPTED):
         try:
             found = client.get_run(adopted)
         except MlflowException as error:
             where = shown(connection.uri)
-            raise TrackingError("MLFLOW_RUN_ID", f"{one_line(error)} (at {where})", value=adopted) from error
+            raise TrackingError(ADOPTED, f"{one_line(error)} (at {where})", value=adopted) from error
         set_tags(client, adopted, _identity(folder))
         return found
     identity = {**_identity(folder), "ncsn.part": "run"}
@@ -301,7 +284,7 @@ def close_run(
     client, uri = open_client(config)
     folder = RunFolder(storage.absolute(config.storage.root), run)
     with mlflow_errors(uri):
-        if adopted := _adopted():
+        if adopted := os.environ.get(ADOPTED):
             parent = client.get_run(adopted)
         else:
             experiment = client.get_experiment_by_name(config.tracking.experiment)

@@ -58,6 +58,10 @@ class Promotions:
         decision = self.decision(version)
         return decision and decision.evidence
 
+    def decide(self, evidence: Evidence, version: str, champion: str) -> Decision:
+        """The gate's decision about a version with this evidence."""
+        return decide(evidence, version=version, champion=champion, of_champion=self.evidence(champion))
+
     def contested(self) -> tuple[str, str] | None:
         """A version that did not see another promotion, and the champion that it is to be compared with."""
         champions = self.champions
@@ -86,8 +90,7 @@ def settle(client: MlflowClient, name: str) -> Promotions:
             if by == "hand" or decision.evidence is None:
                 decision = replace(decision, champion_version=champion)
             else:
-                of_champion = promotions.evidence(champion)
-                decision = decide(decision.evidence, version=late, champion=champion, of_champion=of_champion)
+                decision = promotions.decide(decision.evidence, late, champion)
             _write(client, name, promotions, late, decision, by=by)
             if not decision.promoted:
                 client.delete_model_version_tag(name, late, PROMOTION)
@@ -127,16 +130,15 @@ def pass_gate(client: MlflowClient, *, name: str, version: str, evidence: Eviden
     promotions = settle(client, name)
     recorded = promotions.decision(version)
     if recorded is not None and recorded.evidence == evidence:
-        written = not recorded.promoted or recorded.number == promotions.number(version)
-        if written:
+        complete = not recorded.promoted or recorded.number == promotions.number(version)
+        if complete:
             return recorded
     set_alias(client, name=name, alias=CHALLENGER, version=version)
-    champion = promotions.champion
-    of_champion = promotions.evidence(champion)
-    decision = decide(evidence, version=version, champion=champion, of_champion=of_champion)
-    if champion == version:
-        decision = replace(decision, number=promotions.number(version))
-    _write(client, name, promotions, version, decision, by="" if champion == version else "gate")
+    decision = promotions.decide(evidence, version, promotions.champion)
+    if promotions.champion == version:
+        _write(client, name, promotions, version, replace(decision, number=promotions.number(version)), by="")
+    else:
+        _write(client, name, promotions, version, decision, by="gate")
     return settle(client, name).decision(version) or decision
 
 
@@ -161,36 +163,28 @@ def promote_version(
     """
     chosen = version or aliased_version(client, name, CHALLENGER)
     if not chosen:
-        raise UserError(
-            f"models:/{name}@{CHALLENGER}",
-            "there is no challenger",
-            hint=f"name the version: `ncsn promote {name} --version N`",
-        )
+        raise UserError(f"models:/{name}@{CHALLENGER}", "there is no challenger", hint="name the version: --version N")
     with named(f"models:/{name}/{chosen}"):
         client.get_model_version(name, chosen)
     promotions = read_promotions(client, name) if dry_run else settle(client, name)
     champion = promotions.champion
     if champion == chosen:
         return AliasChange(name, chosen, chosen, "it is the champion already", changed=False, dry_run=dry_run)
-    evidence, of_champion = promotions.evidence(chosen), promotions.evidence(champion)
-    if evidence is None:
+    if (evidence := promotions.evidence(chosen)) is not None:
+        decision = promotions.decide(evidence, chosen, champion)
+    else:
         reason = "it has no measurement with an uncertainty on record; evaluate and register its run again"
         decision = Decision(False, reason, None, champion)
-    else:
-        decision = decide(evidence, version=chosen, champion=champion, of_champion=of_champion)
-    by = "gate" if decision.promoted else "hand"
-    if not decision.promoted:
-        if not force:
-            raise UserError(
-                f"models:/{name}/{chosen}", f"not promoted: {decision.reason}", hint="--force promotes it anyway"
-            )
+    by = "gate"
+    if force and not decision.promoted:
+        by = "hand"
         decision = replace(decision, promoted=True, reason=f"promoted by hand although {decision.reason}")
-    if not dry_run:
+    if decision.promoted and not dry_run:
         _write(client, name, promotions, chosen, decision, by=by)
-        promotions = settle(client, name)
-        decision = promotions.decision(chosen) or decision
-        if not decision.promoted:
-            raise UserError(f"models:/{name}/{chosen}", f"not promoted: {decision.reason}")
+        decision = settle(client, name).decision(chosen) or decision
+    if not decision.promoted:
+        reason, hint = f"not promoted: {decision.reason}", "--force promotes it anyway"
+        raise UserError(f"models:/{name}/{chosen}", reason, hint=hint)
     return AliasChange(name, chosen, champion, decision.reason, changed=True, dry_run=dry_run)
 
 
@@ -206,11 +200,8 @@ def roll_back(client: MlflowClient, name: str, *, dry_run: bool = False) -> Alia
         *earlier, replaced = promotions.champions or [""]
         if not earlier:
             what = f"version {replaced} is the first champion" if replaced else "there is no champion"
-            raise UserError(
-                f"models:/{name}@{CHAMPION}",
-                f"{what}, so there is none to go back to",
-                hint=f"choose one with `ncsn promote {name} --version N`",
-            )
+            hint = f"choose one with `ncsn promote {name} --version N`"
+            raise UserError(f"models:/{name}@{CHAMPION}", f"{what}, so there is none to go back to", hint=hint)
         champion = earlier[-1]
         if not dry_run:
             tag_version(client, name, replaced, {ROLLED_BACK: utc_now()})

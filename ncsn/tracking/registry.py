@@ -19,7 +19,7 @@ from ncsn.model.checkpoint import SamplingCheckpoint, TrainedNetwork
 from ncsn.model.guidance import sampling_facts
 from ncsn.model.trained import TRAINED_CONFIG, save_trained
 from ncsn.process import now_ms
-from ncsn.tracking.client import TrackingError, one_line, open_client, open_client_at, shown
+from ncsn.tracking.client import TrackingError, open_client, open_client_at, shown
 from ncsn.tracking.mlflow_runs import StepRun
 from ncsn.tracking.versions import SCHEME, registry_errors, resolve_version
 
@@ -103,7 +103,6 @@ DESCRIPTION_LENGTH = 5000  # longest description that MLflow's database keeps
 
 # Relative, so that it works at any address of the page.
 _FILES = "ajax-api/2.0/mlflow/logged-models/{model_id}/artifacts/files?artifact_file_path="
-_HEADINGS = ("The following failures occurred", "#####")
 
 
 DECIDING = ("sampler", "label", "guidance")
@@ -146,6 +145,9 @@ def register(tracked: StepRun, candidate: Candidate) -> ModelVersion:
     if found is not None:
         return found
     logged = _log_model(tracked, candidate)
+    card = candidate.card
+    for name in candidate.files:  # pictures by the address of the logged model's files, which MLflow's page needs
+        card = card.replace(f"]({name})", f"]({_FILES.format(model_id=logged.model_id)}{name})")
     images_seen = candidate.checkpoint.images_seen
     identity = {"ncsn.model": candidate.digest, "ncsn.checkpoint": candidate.checkpoint.digest}
     created = client.create_model_version(
@@ -154,7 +156,7 @@ def register(tracked: StepRun, candidate: Candidate) -> ModelVersion:
         logged.artifact_location,
         run_id=tracked.run_id,
         tags={**candidate.tags, **identity, "ncsn.images_seen": str(images_seen)},
-        description=_description(candidate, logged.model_id),
+        description=card[:DESCRIPTION_LENGTH],
         model_id=logged.model_id,
     )
     first = find_version(client, candidate.name, digest=candidate.digest) or created
@@ -162,14 +164,6 @@ def register(tracked: StepRun, candidate: Candidate) -> ModelVersion:
         # Another process registered the same at the same moment; the lower number stays.
         client.delete_model_version(candidate.name, created.version)
     return first
-
-
-def _description(candidate: Candidate, model_id: str) -> str:
-    """The card, with pictures by the address of the logged model's files, which MLflow's page needs."""
-    text = candidate.card
-    for name in candidate.files:
-        text = text.replace(f"]({name})", f"]({_FILES.format(model_id=model_id)}{name})")
-    return text[:DESCRIPTION_LENGTH]
 
 
 def find_version(client: MlflowClient, name: str, *, digest: str) -> ModelVersion | None:
@@ -215,12 +209,10 @@ def fetch_weights(uri: str, version: ModelVersion, into: Path) -> Path:
         folder = Path(download_artifacts(source, dst_path=str(into), tracking_uri=uri))
         cause = "" if (folder / TRAINED_CONFIG).is_file() else f"there is no {TRAINED_CONFIG}"
     except (MlflowException, OSError) as error:
-        # The reason for the first file; MLflow puts headings before it.
-        lines = (line.strip() for line in str(error).splitlines())
-        cause = next((line for line in lines if line and not line.startswith(_HEADINGS)), one_line(error))
+        cause = " ".join(str(error).split())
     if cause:
         raise TrackingError(
-            f"models:/{version.name}/{version.version}",
+            f"{SCHEME}{version.name}/{version.version}",
             f"{shown(uri)} gives no weights and config of ncsn at {version.source}: {cause}",
             hint="was it registered by `ncsn register`?",
         )
@@ -235,20 +227,16 @@ def settle_guide(config: Config, *, near: str, registry: str | None = None) -> C
     guidance = config.sampling.guidance
     if not isinstance(guidance, AutoguidanceConfig):
         return config
-    address = guidance.checkpoint
-    uri = _copied(config, address, near, registry) if address.startswith(SCHEME) else storage.absolute(address)
-    settled = config.sampling.model_copy(update={"guidance": guidance.model_copy(update={"checkpoint": uri})})
+    place = storage.absolute(guidance.checkpoint) if not guidance.checkpoint.startswith(SCHEME) else ""
+    if not place:
+        client, uri = open_client(config) if registry is None else (open_client_at(registry), registry)
+        with registry_errors(uri):
+            version = resolve_version(client, guidance.checkpoint)
+            folder = storage.join(near, "guides")
+            place = storage.join(folder, f"{version.name}-{version.version}")
+            if not storage.exists(storage.join(place, TRAINED_CONFIG)):
+                with storage.scratch_folder(folder) as scratch:
+                    weights = fetch_weights(uri, version, scratch)
+                    storage.publish_folder(weights, place, marker=TRAINED_CONFIG)
+    settled = config.sampling.model_copy(update={"guidance": guidance.model_copy(update={"checkpoint": place})})
     return config.model_copy(update={"sampling": settled})
-
-
-def _copied(config: Config, address: str, near: str, registry: str | None) -> str:
-    client, uri = open_client(config) if registry is None else (open_client_at(registry), registry)
-    with registry_errors(uri):
-        version = resolve_version(client, address)
-        folder = storage.join(near, "guides")
-        place = storage.join(folder, f"{version.name}-{version.version}")
-        if not storage.exists(storage.join(place, TRAINED_CONFIG)):
-            with storage.scratch_folder(folder) as scratch:
-                weights = fetch_weights(uri, version, scratch)
-                storage.publish_folder(weights, place, marker=TRAINED_CONFIG)
-    return place

@@ -65,7 +65,6 @@ def aliased_version(client: MlflowClient, name: str, alias: str) -> str:
 
 
 def set_alias(client: MlflowClient, *, name: str, alias: str, version: str) -> None:
-    """Point an alias at a version."""
     insert_or_find(lambda: client.set_registered_model_alias(name, alias, version))
 
 

@@ -151,18 +151,17 @@ def test_trace_prints_every_link_of_the_model(workplace, finished) -> None:
     assert done.exit_code == 0, done.stderr
     (chain,) = json.loads(done.stdout)["chains"]
     results = {step: workplace.result(RUN, step) for step in STEPS}
-    steps = {link["id"]: {made["kind"]: made for made in link["links"]} for link in chain["links"]}
-    assert set(STEPS) <= set(steps)
-    dataset = next(link for link in chain["links"] if link["kind"] == "dataset")
-    assert (dataset["id"], dataset["facts"]["uri"]) == (results["ingest"]["digest"], results["ingest"]["uri"])
-    assert steps["train"]["checkpoint"]["id"] == results["train"]["checkpoint"]
-    assert steps["sample"]["samples"]["id"] == results["sample"]["uri"]
-    assert steps["evaluate"]["evaluation"]["id"] == results["evaluate"]["uri"]
-    assert steps["register"]["model version"]["id"] == results["register"]["uri"]
-    assert steps["register"]["model version"]["asked"]
-    assert steps["register"]["model version"]["links"][0]["facts"]["reason"] == results["register"]["reason"]
-    assert steps["report"]["report"]["id"] == results["report"]["uri"]
-    assert steps["train"]["Ray job"]["facts"]["session"]
+    facts = {link["kind"].removeprefix("step "): link["facts"] for link in chain["links"]}
+    assert set(STEPS) <= set(facts)
+    assert chain["facts"]["dataset.digest"] == results["ingest"]["digest"]
+    assert facts["train"]["checkpoint.uri"] == results["train"]["checkpoint"]
+    assert facts["train"]["ray.session"]
+    assert facts["sample"]["samples.uri"] == results["sample"]["uri"]
+    assert facts["evaluate"]["evaluation.uri"] == results["evaluate"]["uri"]
+    assert facts["report"]["report.uri"] == results["report"]["uri"]
+    (version,) = next(link for link in chain["links"] if link["kind"] == "step register")["links"]
+    assert (version["id"], version["asked"]) == (results["register"]["uri"], True)
+    assert version["facts"]["gate.reason"] == results["register"]["reason"]
 
 
 def test_images_and_weights_come_from_the_registry_alone(workplace, finished, tmp_path) -> None:

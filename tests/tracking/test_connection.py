@@ -16,7 +16,7 @@ from refused import refused
 
 from ncsn.errors import MISSING
 from ncsn.tracking import client
-from ncsn.tracking.client import ServerAwayError, TrackingError, client_at, connect, server_command, shown, tracking_uri
+from ncsn.tracking.client import ServerAwayError, TrackingError, client_at, connect, server_command, tracking_uri
 
 BOTH_START = """
 import sys
@@ -71,25 +71,12 @@ def test_an_address_that_no_database_has_is_named_without_secrets():
     assert "secret" not in str(caught.value)
 
 
-def test_shown_drops_credentials():
-    assert shown("http://me:secret@host:5000/a") == "http://host:5000/a"
-    assert shown("sqlite:////folder/with@sign/mlflow.db") == "sqlite:////folder/with@sign/mlflow.db"
-
-
 def test_closed_port_is_named_at_once(make_config):
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
         port = bound.getsockname()[1]
     with refused(f"http://127.0.0.1:{port}", error=ServerAwayError):
         connect(make_config(f"tracking.uri=http://127.0.0.1:{port}"))
-
-
-def test_server_that_accepts_and_says_nothing_is_given_up(make_config, monkeypatch):
-    monkeypatch.setattr(client, "PROBE_SECONDS", 1)
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        port = silent.getsockname()[1]
-        with refused(f"http://127.0.0.1:{port}", error=ServerAwayError):
-            connect(make_config(f"tracking.uri=http://127.0.0.1:{port}"))
 
 
 @pytest.mark.parametrize(("status", "error"), [(401, TrackingError), (500, ServerAwayError)])
@@ -107,11 +94,6 @@ def test_deleted_experiment_is_not_written_to(make_config):
     with refused("tracking.experiment", error=TrackingError) as caught:
         connect(config)
     assert caught.value.problems[0].value == "thrown-away"
-
-
-def test_artifacts_lie_beside_a_local_database(config, root):
-    opened = connect(config)
-    assert opened.client.get_experiment(opened.experiment_id).artifact_location == (root / "mlartifacts").as_uri()
 
 
 def test_two_processes_that_start_at_once_share_one_database(make_config, tmp_path):

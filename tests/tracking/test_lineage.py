@@ -58,71 +58,51 @@ def walk(link: Link) -> Iterator[Link]:
         yield from walk(below)
 
 
-def test_the_chain_has_every_link(config, chain):
+def test_the_chain_has_every_link_with_what_is_new_in_it(config, chain):
     (whole,) = trace(connect(config).client, "models:/traced-model@champion")
     found = {link.kind: link for link in walk(whole)}
-    assert list(found) == [
-        "KFP run",
-        "MLflow run",
-        "config",
-        "dataset",
-        "step",
-        "Ray job",
-        "checkpoint",
-        "samples",
-        "evaluation",
-        "model version",
-        "report",
-    ]
-    assert found["report"].id == "/store/report.html"
-    assert (whole.id, whole.facts["url"]) == ("kfp-run-1", "http://kfp/#/runs/details/kfp-run-1")
-    run = found["MLflow run"]
-    assert (run.id, run.facts["name"], run.facts["image"]) == (chain, "traced", "registry/ncsn@sha256:1")
-    assert len(run.facts["commit"]) == 40
-    assert [link.id for link in run.links if link.kind == "step"] == [
-        "train",
-        "sample",
-        "evaluate",
-        "register",
-        "report",
-    ]
-    assert (found["dataset"].id, found["dataset"].facts["source"]) == (DIGEST, "sklearn_digits")
-    assert (found["Ray job"].id, found["Ray job"].facts["dashboard"]) == ("raysubmit_7", "http://ray")
-    assert found["checkpoint"].id == found["samples"].facts["checkpoint"] == SAMPLES["checkpoint.uri"]
-    assert found["evaluation"].facts == {"samples": "/store/samples"}
-    assert found["model version"].facts["aliases"] == "champion"
-    assert [link.id for link in walk(whole) if link.kind == "model version"] == ["models:/traced-model/1"]
-    assert found["model version"].facts["decision"] == "promoted: there was no champion"
+    steps = ["step train", "step sample", "step evaluate", "step register"]
+    assert list(found) == ["run", *steps, "model version", "step report"]
+    assert (whole.id, whole.facts["name"], whole.facts["dataset.digest"]) == (chain, "traced", DIGEST)
+    assert (whole.facts["kfp.pipeline_run_id"], len(whole.facts["mlflow.source.git.commit"])) == ("kfp-run-1", 40)
+    train = found["step train"].facts
+    assert (train["ray.submission_id"], train["ray.dashboard_url"]) == ("raysubmit_7", "http://ray")
+    assert train["checkpoint.uri"] == SAMPLES["checkpoint.uri"]
+    assert "dataset.digest" not in train, "as above"
+    assert SAMPLES.items() <= found["step sample"].facts.items()
+    assert found["step report"].facts["report.uri"] == "/store/report.html"
+    version = found["model version"]
+    assert (version.id, version.asked) == ("models:/traced-model/1", True)
+    assert (version.facts["aliases"], version.facts["gate.reason"]) == ("champion", "there was no champion")
 
 
 @pytest.mark.parametrize(
     ("identifier", "kind"),
     [
-        ("traced", "MLflow run"),
-        ("kfp-run-1", "KFP run"),
-        ("raysubmit_7", "Ray job"),
-        (DIGEST, "dataset"),
-        (SAMPLES["checkpoint.uri"], "checkpoint"),
+        ("traced", "run"),
+        ("kfp-run-1", "run"),
+        (DIGEST, "run"),
+        ("raysubmit_7", "step train"),
+        (SAMPLES["checkpoint.uri"], "step train"),
         ("file:///store/checkpoints/images-8", None),
         (DIGEST[:12], None),
-        (SAMPLES["checkpoint.digest"], None),
-        ("/store/samples", "samples"),
+        (SAMPLES["checkpoint.digest"], "step sample"),
+        ("/store/samples", "step sample"),
         ("models:/traced-model/1", "model version"),
-        ("traced-model/1", "model version"),
         ("traced-model@champion", "model version"),
     ],
 )
 def test_any_name_leads_to_the_same_chain_and_is_marked(config, chain, identifier, kind):
     (found,) = trace(connect(config).client, identifier)
-    assert found.id == "kfp-run-1"
+    assert found.id == chain
     assert [link.kind for link in walk(found) if link.asked][:1] == ([kind] if kind else [])
 
 
 def test_the_ids_of_mlflow_and_a_place_in_the_store(config, chain):
     client = connect(config).client
     (whole,) = trace(client, chain)
-    register = next(link for link in walk(whole) if link.id == "register")
-    assert trace(client, register.facts["run"])[0].id == whole.id
+    register = next(link for link in walk(whole) if link.kind == "step register")
+    assert trace(client, register.id)[0].id == whole.id
     assert trace(client, f"{config.storage.root}/runs/traced/checkpoints/images-000000004")[0].id == whole.id
 
 

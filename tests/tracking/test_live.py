@@ -225,9 +225,3 @@ def test_close_gives_up():
     started = time.monotonic()
     sink.close(seconds=1)
     assert time.monotonic() - started < 30
-
-
-def test_nothing_logged_nothing_started():
-    sink = LiveMetrics(DEAD, "0" * 32)
-    sink.close()
-    assert sink._thread is None

@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import random
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import gated
 import pytest
 from gated import DiesAt, Killed, empty_versions, evidence
 from mlflow.exceptions import INVALID_PARAMETER_VALUE, MlflowException
@@ -211,55 +206,6 @@ def test_two_registrations_in_any_order_of_requests_end_with_the_better_one(valu
         for version in "23":
             promoted = json.loads(registry.tags[version]["gate.decision"])["promoted"]
             assert promoted is ("promotion" in registry.tags[version]), (turns, killed)
-
-
-PIPELINE = """
-import json, sys, time
-sys.path.insert(0, sys.argv[5])
-from dataclasses import asdict
-from pathlib import Path
-from mlflow.tracking import MlflowClient
-from gated import evidence
-from ncsn.tracking.promotion import pass_gate
-
-uri, version, value, meeting = sys.argv[1], sys.argv[2], float(sys.argv[3]), Path(sys.argv[4])
-
-class Meets(MlflowClient):
-    def set_model_version_tag(self, *args, **kwargs):
-        # Both have decided to promote; neither has yet.
-        (meeting / version).touch()
-        give_up = time.monotonic() + 60
-        while len(list(meeting.iterdir())) < 2:
-            assert time.monotonic() < give_up, "the other process never came"
-            time.sleep(0.01)
-        return super().set_model_version_tag(*args, **kwargs)
-
-pass_gate(Meets(uri, uri), name="contested", version=version, evidence=evidence(value))
-"""
-
-
-def test_of_two_processes_that_promote_at_once_one_wins_and_the_other_says_why(server, tmp_path):
-    client = open_client_at(server.url)
-    client.create_registered_model("contested")
-    for _ in range(2):
-        client.create_model_version("contested", "s3://nowhere/model")
-    meeting = tmp_path / "meeting"
-    meeting.mkdir()
-    helpers = str(Path(gated.__file__).parent)
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", PIPELINE, server.url, version, value, str(meeting), helpers],
-            stderr=subprocess.PIPE,
-            env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"},
-        )
-        for version, value in (("1", "8.0"), ("2", "8.1"))
-    ]
-    errors = [process.communicate(timeout=240)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], errors
-    promotions = read_promotions(client, "contested")
-    assert promotions.champions == ["1"] == [champion_version(client, "contested")]
-    refusal = promotions.decision("2")
-    assert (refusal.promoted, refusal.champion_version) == (False, "1")
 
 
 def test_of_many_that_set_one_tag_and_one_alias_at_once_none_is_refused(server):

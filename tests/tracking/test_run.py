@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -15,27 +14,10 @@ from refused import refused
 
 from ncsn.config import flatten, from_yaml
 from ncsn.runs.folder import RunFolder
+from ncsn.runs.records import read_step
 from ncsn.tracking.client import TrackingError, client_at, connect, tracking_uri
 from ncsn.tracking.lineage import provenance
 from ncsn.tracking.mlflow_runs import StepRun, step_run
-
-
-def test_steps_of_a_run_are_children_of_one_parent(config):
-    with step_run(config, run="family", step="ingest") as ingest:
-        pass
-    with step_run(config, run="family", step="train") as train:
-        train.set_tags({"ray.submission_id": "raysubmit_1"})
-    assert ingest.parent_run_id == train.parent_run_id
-    assert ingest.run_id != train.run_id
-    child = train.client.get_run(train.run_id)
-    assert child.data.tags["mlflow.parentRunId"] == train.parent_run_id
-    assert child.data.tags["ncsn.run"] == "family"
-    assert child.data.tags["ray.submission_id"] == "raysubmit_1"
-    assert child.info.run_name == "train"
-    parent = train.client.get_run(train.parent_run_id)
-    assert parent.info.run_name == "family"
-    assert "mlflow.parentRunId" not in parent.data.tags
-    assert [child.info.status, parent.info.status] == ["FINISHED", "FINISHED"]
 
 
 def test_parameters_are_the_flattened_config_and_the_yaml_is_an_artifact(config, tmp_path):
@@ -48,35 +30,26 @@ def test_parameters_are_the_flattened_config_and_the_yaml_is_an_artifact(config,
     assert from_yaml(text) == config
 
 
-def test_versions_and_commit_are_tags(config):
-    with step_run(config, run="tags", step="train") as tracked:
-        pass
-    tags = tracked.client.get_run(tracked.run_id).data.tags
-    assert {"python.version", "torch.version", "ray.version", "mlflow.version", "mlflow.user"} <= tags.keys()
-    checkout = Path(__file__).parents[2]
-    if (checkout / ".git").exists():
-        head = subprocess.run(["git", "-C", checkout, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
-        assert tags["mlflow.source.git.commit"] == head.stdout.strip()
-
-
-def test_retried_step_goes_on_in_its_run_and_says_how_it_ended(config):
-    with pytest.raises(RuntimeError, match="lost a worker"), step_run(config, run="retry", step="train") as first:
-        raise RuntimeError("lost a worker")
+@pytest.mark.parametrize(("error", "status"), [(RuntimeError, "FAILED"), (KeyboardInterrupt, "KILLED")])
+def test_retried_step_goes_on_in_its_run_below_the_parent_and_says_how_it_ended(config, error, status):
+    with pytest.raises(error), step_run(config, run=f"retry-{status}", step="train") as first:
+        raise error
     ids = (first.run_id, first.parent_run_id)
-    assert [first.client.get_run(run_id).info.status for run_id in ids] == ["FAILED", "FAILED"]
-    with step_run(config, run="retry", step="train") as second:
+    assert [first.client.get_run(run_id).info.status for run_id in ids] == [status, status]
+    assert read_step(first.folder, "train").mlflow == {"run_id": ids[0], "parent_run_id": ids[1]}
+    with step_run(config, run=f"retry-{status}", step="train") as second:
         assert second.client.get_run(second.run_id).info.status == "RUNNING"
-        second.log_params({"seed": 0, "new": 2})
-    assert (second.run_id, second.parent_run_id) == ids
-    run = second.client.get_run(second.run_id)
-    assert run.info.status == "FINISHED"
-    assert (run.data.params["seed"], run.data.params["new"]) == ("0", "2")
-
-
-def test_interrupted_step_is_killed_not_failed(config):
-    with pytest.raises(KeyboardInterrupt), step_run(config, run="interrupt", step="train") as tracked:
-        raise KeyboardInterrupt
-    assert tracked.client.get_run(tracked.run_id).info.status == "KILLED"
+    with step_run(config, run=f"retry-{status}", step="sample") as sample:
+        pass
+    assert (second.run_id, second.parent_run_id, sample.parent_run_id) == (*ids, ids[1])
+    child, parent = (second.client.get_run(run_id) for run_id in ids)
+    assert (child.info.status, child.info.run_name, child.data.tags["mlflow.parentRunId"]) == (
+        "FINISHED",
+        "train",
+        ids[1],
+    )
+    assert (parent.info.status, parent.info.run_name) == ("FINISHED", f"retry-{status}")
+    assert {"python.version", "torch.version", "mlflow.user", "mlflow.source.git.commit"} <= child.data.tags.keys()
 
 
 def test_other_settings_are_another_run_another_place_is_not(make_config):
@@ -202,10 +175,10 @@ def test_dataset_is_an_input_with_its_digest(config):
 def test_files_and_metrics_arrive(config, tmp_path):
     (tmp_path / "notes.txt").write_text("hello")
     with step_run(config, run="artifacts", step="sample") as tracked:
-        tracked.log_file(str(tmp_path / "notes.txt"), "texts")
+        tracked.log_file(str(tmp_path / "notes.txt"))
         tracked.log_metrics({"sample/nfe": 5, "sample/broken": float("nan")}, step=3)
     client, run_id = tracked.client, tracked.run_id
-    assert Path(client.download_artifacts(run_id, "texts/notes.txt", str(tmp_path))).read_text() == "hello"
+    assert Path(client.download_artifacts(run_id, "notes.txt", str(tmp_path))).read_text() == "hello"
     metrics = client.get_run(run_id).data.metrics
     assert metrics["sample/nfe"] == 5
     assert np.isnan(metrics["sample/broken"])
@@ -236,6 +209,6 @@ def test_over_a_server(make_config, server, tmp_path):
     config = make_config(f"tracking.uri={server.url}")
     for _ in range(2):
         with step_run(config, run="over-http", step="train") as tracked:
-            tracked.log_text("hello", "a.txt")
+            tracked.log_bytes(b"hello", "a.txt")
     assert Path(tracked.client.download_artifacts(tracked.run_id, "a.txt", str(tmp_path))).read_text() == "hello"
     assert len(tracked.client.search_runs([tracked.experiment_id], "tags.`ncsn.run` = 'over-http'")) == 2
