@@ -33,11 +33,6 @@ _CRASHES_THAT_TELL = 3
 _VOLUMES_AND_SANDBOX = {"FailedMount", "FailedAttachVolume", "FailedCreatePodSandBox"}
 _REFUSED_POD = re.compile(r"^Failed(Create$|ToCreate(Head|Worker)Pod$)")
 _CREATED_POD = re.compile(r"^(SuccessfulCreate|Created(Head|Worker)Pod)$")
-_UNUSED_QUOTA = re.compile(r"exceeded quota.* used: (\S+,)?[^,\s]+=0[,\s]")  # no other pod makes room by its end
-_PASSING_REFUSAL = re.compile(
-    r"exceeded quota|time(d )?out|deadline exceeded|try again|connection refused|no endpoints available|internal error",
-    re.IGNORECASE,
-)
 _LAST_LINES = 10
 _SECONDS = len("2026-01-01T00:00:00")  # some times have fractions of a second, some have not
 _MOST_EVENTS = 5  # pods per look whose events are read: many workers wait for the same reason
@@ -86,8 +81,7 @@ def trouble_of_owner(events: Sequence[Resource]) -> Trouble | None:
             return None
         if _REFUSED_POD.match(event.get("reason", "")):
             message = _message(event)
-            passing = _PASSING_REFUSAL.search(message) and not _UNUSED_QUOTA.search(message)
-            return Trouble(event["reason"], message, final=not passing)
+            return Trouble(event["reason"], message, final="forbidden" in message and "exceeded quota" not in message)
     return None
 
 
@@ -144,7 +138,7 @@ class PodWatch:
         except (ConnectionError, PermissionError) as error:
             self._say_once("", type(error).__name__, f"cannot read the pods: {error}")
             return None
-        now, hopeless = time.monotonic(), dict[str, float]()
+        now, before, self._hopeless_since = time.monotonic(), self._hopeless_since, {}
         if pods or troubles:  # pods that are gone were deleted for what they waited for
             self.cause = None
         for name, (pod, trouble) in troubles.items():
@@ -152,11 +146,10 @@ class PodWatch:
             self.cause = self.cause or cause  # the oldest pod, which is the head: others wait for it
             # The owner of a pod in phase Failed replaces it, perhaps on a better node.
             final = trouble.final and pod.get("status", {}).get("phase") != "Failed"
-            if final or name in self._hopeless_since:
-                hopeless[name] = self._hopeless_since.get(name, now)
-                if final and now - hopeless[name] >= CONFIRM_SECONDS:
+            if final or name in before:
+                since = self._hopeless_since[name] = before.get(name, now)
+                if final and now - since >= CONFIRM_SECONDS:
                     return cause
-        self._hopeless_since = hopeless
         return None
 
     def _troubles(self, pods: list[Resource], rayjob: Resource) -> Iterator[tuple[str, tuple[Resource, Trouble]]]:

@@ -90,16 +90,10 @@ def test_a_template_that_is_not_there_is_no_matter_of_the_operator(
     assert (finding["state"], finding["fix"]) == ("failed", "unset NCSN_RAYJOB_TEMPLATE")
 
 
-def test_the_image_is_looked_for_on_the_nodes(emulation: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_image_must_be_named(emulation: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert examine(tmp_path)["pod image"] == ("ok", "registry.example/ncsn-python:0.1.0")
     monkeypatch.delenv("NCSN_IMAGE", raising=False)
     assert examine(tmp_path)["pod image"][0] == "failed"
-    monkeypatch.setenv("NCSN_IMAGE", "ncsn-python:1")
-    state, detail = examine(tmp_path)["pod image"]
-    assert state == "ok" and detail.startswith("ncsn-python:1, ")
-    emulation.cluster.rules = [*emulation.cluster.rules, *GPUS]
-    for name, images in (("a", ["docker.io/library/ncsn-python:1"]), ("b", ["docker.io/library/ncsn-python:2"])):
-        emulation.cluster.create("nodes", {"metadata": {"name": name}, "status": {"images": [{"names": images}]}})
-    assert "1 of 2 nodes" in examine(tmp_path)["pod image"][1]
 
 
 def test_gpus_are_counted_on_the_nodes_that_the_workers_may_use(emulation: Any, tmp_path: Path) -> None:

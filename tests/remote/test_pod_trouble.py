@@ -134,12 +134,3 @@ def test_pods_that_are_refused_are_told_by_their_owners_events() -> None:
     refused = trouble_of_owner([quota, policy])
     assert refused is not None and refused.final and refused.reason == "FailedToCreateHeadPod"
     assert trouble_of_owner([quota, event("SuccessfulCreate", "Created pod: x", "Normal")]) is None
-
-
-@pytest.mark.parametrize(
-    ("used", "final"), [("limits.memory=0,requests.memory=0", True), ("requests.memory=3Gi", False)]
-)
-def test_a_pod_above_a_quota_that_nobody_uses_is_refused_for_good(used: str, *, final: bool) -> None:
-    words = f'pods "x" is forbidden: exceeded quota: small, requested: requests.memory=6Gi, used: {used}, limited: y'
-    trouble = trouble_of_owner([event("FailedToCreateHeadPod", words)])
-    assert trouble is not None and trouble.final == final
