@@ -41,11 +41,15 @@ def problems(error: ValidationError, tree: dict[str, Any], *, model: type[Any]) 
     return [problem for detail in error.errors() for problem in _explain(detail, tree, model)]
 
 
-@cache
 def fields_of(section: type[Any]) -> Mapping[str, FieldInfo]:
     """The settings of a section, a model here or a dataclass of `ncsn.core`."""
     if issubclass(section, BaseModel):
         return section.model_fields
+    return _dataclass_fields(section)  # type: ignore[arg-type] # mypy: no class is hashable
+
+
+@cache
+def _dataclass_fields(section: type[Any]) -> Mapping[str, FieldInfo]:
     hints, described = get_type_hints(section, include_extras=True), TypeAdapter(section).json_schema()["properties"]
     return {
         field.name: FieldInfo.from_annotated_attribute(

@@ -31,7 +31,7 @@ class Settings:
     }
 
     def __post_init__(self) -> None:
-        for name, (base, bounds) in _ranges(type(self)).items():
+        for name, (base, bounds) in _ranges(type(self)).items():  # type: ignore[arg-type] # mypy: no class is hashable
             value = getattr(self, name)
             if get_origin(base) is Literal and value not in get_args(base):
                 raise UserError(name, f"must be one of {', '.join(map(str, get_args(base)))}", value=value)

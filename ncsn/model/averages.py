@@ -10,10 +10,10 @@ Buffers are not averaged: they come from the config.
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from safetensors.torch import load, save_file
@@ -26,32 +26,23 @@ from ncsn.core.posthoc import Profile, Reconstruction, exponent_of, reconstructi
 from ncsn.core.training import TrainState
 from ncsn.errors import UserError
 from ncsn.model.checkpoint import FOLDER_NAME, folder_name, images_seen_at
-from ncsn.model.index import INDEX, DamagedError, verify, write_derived, write_index
+from ncsn.model.index import INDEX, SAMPLING_FILES, DamagedError, verify, write_index
 
 WIDTHS = "widths"
 MOST_FLOAT16 = 6e4  # of a weight; float16 ends at 65,504
+_KEY = "sampling.relative_width"
 POOR = 0.1  # relative error of a weight profile from which on the average is another one than was asked for
 
 _logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class BuiltAverage:
-    """An average of the weights that was put together after training."""
-
-    uri: str  # a checkpoint to sample from
-    relative_width: float
-    images_seen: int
-    error: float  # relative L2 error of its weight profile
-    coefficients: Mapping[str, float]  # of each snapshot, `<folder>/<file>`
-
-
 def snapshot(config: Config, state: TrainState) -> dict[str, dict[str, Tensor]]:
     """Copies of both averages by file, on the CPU, so that training can go on while they are written."""
-    widths = _settings(config, key="train.ema").relative_widths
+    settings = config.train.averaging
+    assert isinstance(settings, PowerEmaConfig)
     return {
         _file(width): {name: _compact(tensor) for name, tensor in ema.weights.items()}
-        for width, ema in zip(widths, state.averages, strict=True)
+        for width, ema in zip(settings.relative_widths, state.averages, strict=True)
     }
 
 
@@ -75,43 +66,36 @@ def snapshots(uri: str) -> list[int]:
 
 def sampled_checkpoint(checkpoint: str, config: Config) -> str:
     """The checkpoint that the config samples from: the one at the URI, or one with the average of another width."""
-    width, key = config.sampling.relative_width, "sampling.relative_width"
+    width = config.sampling.relative_width
     if width is None:
         return checkpoint
     if not checkpoint.rpartition("/")[0].endswith(f"/{WIDTHS}"):
-        return build_average(checkpoint, config, relative_width=width, key=key).uri
-    built = _described(checkpoint)
-    if built.relative_width != width:
-        raise UserError(key, f"{checkpoint} has {built.relative_width:g}", hint="leave one of them out", value=width)
+        return build_average(checkpoint, config, relative_width=width)
+    if (built := _width(checkpoint)) != width:
+        raise UserError(_KEY, f"{checkpoint} has {built:g}", hint="leave one of them out", value=width)
     return checkpoint
 
 
-def build_average(
-    checkpoint: str, config: Config, *, relative_width: float, at_images: int | None = None, key: str
-) -> BuiltAverage:
-    """Put the average of a relative width together from the snapshots of a run, unless it is there already.
+def build_average(checkpoint: str, config: Config, *, relative_width: float) -> str:
+    """URI of a checkpoint with the average of a relative width, put together from the snapshots of the run.
 
-    It ends at `at_images` training images, or at those of the checkpoint, which gives everything but the weights.
-    `key` is the setting to name in errors.
+    It ends at the checkpoint's images and has all but the weights from there. It is made once.
     """
-    settings = _settings(config, key=key)
+    settings = config.train.averaging
+    assert isinstance(settings, PowerEmaConfig), "the config's rules"
     run, _, name = checkpoint.rpartition("/")
-    seen = at_images or images_seen_at(name)
-    folder = storage.join(run.rpartition("/")[0], "ema")
-    target = storage.join(folder, WIDTHS, f"{relative_width:g}-{folder_name(seen)}")
+    seen, folder = images_seen_at(name), storage.join(run.rpartition("/")[0], "ema")
+    target = storage.join(folder, WIDTHS, f"{relative_width:g}-{name}")
     if storage.exists(storage.join(target, INDEX)):
-        return _described(target)
+        return target
     times = snapshots(folder)
-    if not times:
-        raise UserError(
-            key, f"there are no snapshots of the averages in {folder}", hint="train with train.ema.kind: power"
-        )
     if seen not in times:
-        nearest = min(times, key=lambda time: abs(time - seen))
+        near = f"; the nearest is at {min(times, key=lambda time: abs(time - seen)):,}" if times else ""
         raise UserError(
-            "--at-images" if at_images else key,
-            f"there is no snapshot at {seen:,} images",
-            hint=f"the nearest is at {nearest:,}",
+            _KEY,
+            f"there is no snapshot of the averages at {seen:,} images in {folder}{near}",
+            hint="sample a checkpoint that has one",
+            value=relative_width,
         )
     stored = list(_whole(folder, [time for time in times if time <= seen], settings.relative_widths))
     found = reconstruction(
@@ -122,33 +106,32 @@ def build_average(
             "the snapshots of %s give the relative width %g only to %.0f %%: its weights over time are others",
             folder, relative_width, 100 * found.error,
         )  # fmt: skip
-    weights = _combined(folder, stored, found)
     parts = [f"{folder_name(time)}/{_file(width)}" for time, width in stored]
-    facts = {
+    average = {
         "relative_width": relative_width,
         "error": found.error,
         "coefficients": dict(zip(parts, found.coefficients.tolist(), strict=True)),
     }
-    write_derived(target, checkpoint, weights, images_seen=seen, facts={"average": facts})
-    return _described(target)
+    with storage.local_copy(checkpoint) as source, storage.staged_folder(target, marker=INDEX) as made:
+        for file in ("moments.safetensors", "config.yaml"):
+            (made / file).write_bytes((source / file).read_bytes())
+        known = json.loads((source / "state.json").read_text())
+        kept = {name: known[name] for name in ("dataset_digest", "classes", "images_seen") if name in known}
+        (made / "state.json").write_text(json.dumps({**kept, "average": average}))
+        save_file(_combined(folder, stored, found), made / "ema.safetensors")
+        write_index(made, SAMPLING_FILES)
+    return target
 
 
-def built_averages(folder: str) -> list[BuiltAverage]:
-    """All averages that were put together below the folder of snapshots, by width and images."""
+def built_averages(folder: str) -> list[tuple[str, float]]:
+    """URI and relative width of all averages that were put together below the folder of snapshots."""
     places = [storage.join(folder, WIDTHS, name) for name in storage.list_names(storage.join(folder, WIDTHS))]
-    found = [_described(place) for place in places if storage.exists(storage.join(place, INDEX))]
-    return sorted(found, key=lambda built: (built.relative_width, built.images_seen))
+    return [(place, _width(place)) for place in places if storage.exists(storage.join(place, INDEX))]
 
 
-def _settings(config: Config, *, key: str) -> PowerEmaConfig:
-    settings = config.train.averaging
-    if not isinstance(settings, PowerEmaConfig):
-        raise UserError(
-            key,
-            f"needs snapshots of two averages, which train.ema.kind = {settings.kind} does not store",
-            hint="train with train.ema.kind: power",
-        )
-    return settings
+def _width(checkpoint: str) -> float:
+    """Of an average that was put together."""
+    return float(checkpoint.rpartition("/")[2].partition("-")[0])
 
 
 def _file(width: float) -> str:
@@ -183,8 +166,3 @@ def _combined(folder: str, stored: Sequence[tuple[int, float]], found: Reconstru
     if not all(math.isfinite(float(tensor.sum())) for tensor in weights.values()):
         raise DamagedError(folder, "a snapshot has weights that are not finite")
     return weights
-
-
-def _described(uri: str) -> BuiltAverage:
-    facts = storage.read_json(storage.join(uri, "state.json"))
-    return BuiltAverage(uri=uri, images_seen=facts["images_seen"], **facts["average"])

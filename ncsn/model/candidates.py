@@ -35,7 +35,10 @@ def find_weights(run: str) -> list[Weights]:
         for name in storage.list_names(storage.join(run, place))
         if FOLDER_NAME.fullmatch(name)
     ]
-    built = [(each.uri, each.images_seen, each.relative_width) for each in built_averages(storage.join(run, "ema"))]
+    built = [
+        (uri, images_seen_at(uri.rpartition("/")[2].partition("-")[2]), width)
+        for uri, width in built_averages(storage.join(run, "ema"))
+    ]
     found: dict[str, Weights] = {}
     for uri, images_seen, width in (*places, *built):
         index = storage.find_json(storage.join(uri, INDEX))

@@ -7,18 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
-
-from safetensors.torch import save_file
-from torch import Tensor
 
 from ncsn import storage
 from ncsn.errors import UserError
 
-FORMAT_VERSION = 2
-READ_VERSIONS = (1, 2)  # version 1 has all of `FILES` and nothing else
+FORMAT_VERSION = 1
 INDEX = "checkpoint.json"
 SECOND_EMA = "ema_2.safetensors"  # of a training with two averages
 SAMPLING_FILES = ("ema.safetensors", "moments.safetensors", "state.json", "config.yaml")
@@ -41,23 +37,6 @@ def write_index(folder: Path, names: Iterable[str]) -> None:
     """Make the checkpoint with these files in a local folder complete."""
     index = {"version": FORMAT_VERSION, "sha256": {name: sha256(folder / name) for name in names}}
     (folder / INDEX).write_text(json.dumps(index, indent=1))
-
-
-def write_derived(
-    target: str, checkpoint: str, weights: Mapping[str, Tensor], *, images_seen: int, facts: Mapping[str, Any]
-) -> None:
-    """Publish a checkpoint at the URI `target` to sample from, with all but the weights from the one at `checkpoint`.
-
-    The weights, float32 on the CPU, were computed after training; `facts` say how, by a name in `state.json`.
-    """
-    with storage.local_copy(checkpoint) as source, storage.staged_folder(target, marker=INDEX) as folder:
-        for name in ("moments.safetensors", "config.yaml"):
-            (folder / name).write_bytes((source / name).read_bytes())
-        known = json.loads((source / "state.json").read_text())
-        kept = {name: known[name] for name in ("dataset_digest", "classes") if name in known}
-        (folder / "state.json").write_text(json.dumps({**kept, "images_seen": images_seen, **facts}))
-        save_file(dict(weights), folder / "ema.safetensors")
-        write_index(folder, SAMPLING_FILES)
 
 
 def verify(folder: Path, *, needs: Iterable[str] = SAMPLING_FILES) -> None:
@@ -104,10 +83,8 @@ def _listed(folder: Path) -> dict[str, Any]:
         index = json.loads((folder / INDEX).read_text())
     except ValueError:  # no text, or no JSON
         raise DamagedError(str(folder), f"{INDEX} is not valid JSON") from None
-    if index.get("version") not in READ_VERSIONS:
-        raise CheckpointError(
-            str(folder),
-            f"has format version {index.get('version')!r}; this program reads {' and '.join(map(str, READ_VERSIONS))}",
-        )
+    if index.get("version") != FORMAT_VERSION:
+        found = index.get("version")
+        raise CheckpointError(str(folder), f"has format version {found!r}; this program reads {FORMAT_VERSION}")
     listed: dict[str, Any] = index["sha256"]
     return listed

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from ncsn.config import from_yaml
 from ncsn.model.averages import build_average, snapshots
+from ncsn.model.checkpoint import load_for_sampling
 from ncsn.model.checkpoint_store import CheckpointStore
 from ncsn.training.context import LocalContext
 from ncsn.training.loop import TrainingJob, train_loop
@@ -44,8 +45,8 @@ def test_a_resumed_training_has_the_same_averages_and_snapshots(tiny: str, datas
         one, other = (load_file(place / file) for place in places)
         assert all(one[name].equal(other[name]) for name in one)
     assert [snapshots(str(run / "ema")) for run in runs] == [[48, 96, 144, 160]] * 2
-    built = build_average(str(places[0]), config, relative_width=0.1, key="sampling.relative_width")
-    assert built.images_seen == 160 and len(built.coefficients) == 8
+    built = load_for_sampling(build_average(str(places[0]), config, relative_width=0.1))
+    assert built.images_seen == 160 and built.average is not None and len(built.average["coefficients"]) == 8
 
 
 def test_snapshots_are_a_sixteenth_apart_and_decide_no_weights(tiny: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,6 @@ from safetensors.torch import load_file
 
 from ncsn import storage
 from ncsn.config import Config, from_yaml
-from ncsn.config.training import DecayEmaConfig
 from ncsn.core.ema import Ema, PowerFunction
 from ncsn.core.images import fit_moments
 from ncsn.core.posthoc import exponent_of
@@ -91,27 +89,26 @@ def test_an_average_of_another_width_is_near_the_one_that_was_not_stored(
     config: Config, trained: tuple[Path, dict[str, torch.Tensor]]
 ) -> None:
     folder, wanted = trained
-    built = build_average(str(folder), config, relative_width=0.15, key=KEY)
-    assert built.error == pytest.approx(0.0331, abs=1e-3) and built.images_seen == 800
-    assert sum(built.coefficients.values()) == pytest.approx(1, abs=1e-9) and len(built.coefficients) == 16
-    loaded = checkpoint.load_for_sampling(built.uri)
+    built = build_average(str(folder), config, relative_width=0.15)
+    loaded = checkpoint.load_for_sampling(built)
     assert loaded.average is not None and loaded.average["relative_width"] == 0.15
+    coefficients = loaded.average["coefficients"].values()
+    assert loaded.average["error"] == pytest.approx(0.0331, abs=1e-3)
+    assert sum(coefficients) == pytest.approx(1, abs=1e-9) and len(coefficients) == 16
     assert (loaded.config, loaded.images_seen, loaded.dataset_digest) == (config, 800, "d1")
     weights = dict(loaded.network.named_parameters())
     assert worst({name: weights[name] for name in wanted}, wanted) < 0.02
     assert loaded.digest != checkpoint.load_for_sampling(str(folder)).digest
-    assert build_average(str(folder), config, relative_width=0.15, key=KEY) == built
-    assert [each.relative_width for each in averages.built_averages(str(folder.parents[1] / "ema"))] == [0.15]
+    assert build_average(str(folder), config, relative_width=0.15) == built
+    assert averages.built_averages(str(folder.parents[1] / "ema")) == [(built, 0.15)]
 
 
 def test_a_stored_average_comes_back(config: Config, trained: tuple[Path, dict[str, torch.Tensor]]) -> None:
     folder, _ = trained
-    built = build_average(str(folder), config, relative_width=0.1, key=KEY)
-    weights = dict(checkpoint.load_for_sampling(built.uri).network.named_parameters())
+    built = build_average(str(folder), config, relative_width=0.1)
+    weights = dict(checkpoint.load_for_sampling(built).network.named_parameters())
     exact = load_file(folder / "ema_2.safetensors")
     assert all(torch.equal(weights[name].half(), tensor.half()) for name, tensor in exact.items())
-    earlier = build_average(str(folder), config, relative_width=0.1, at_images=300, key=KEY)
-    assert earlier.images_seen == 300 and len(earlier.coefficients) == 6
 
 
 def test_the_config_chooses_the_average(config: Config, trained: tuple[Path, dict[str, torch.Tensor]]) -> None:
@@ -134,37 +131,25 @@ def test_the_others_do_without_a_lost_or_damaged_snapshot(config: Config, tmp_pa
     checkpoint.snapshot(config=config, state=state, moments=MOMENTS, dataset_digest="d1").write(folder)
     storage.delete_folder(str(tmp_path / "ema" / checkpoint.folder_name(200)))
     (tmp_path / "ema" / checkpoint.folder_name(400) / "0.050.safetensors").write_bytes(b"torn")
-    built = build_average(str(folder), config, relative_width=0.06, key=KEY)
-    assert len(built.coefficients) == 4 and sum(built.coefficients.values()) == pytest.approx(1, abs=1e-9)
+    built = build_average(str(folder), config, relative_width=0.06)
+    average = checkpoint.load_for_sampling(built).average
+    assert average is not None and len(average["coefficients"]) == 4
+    assert sum(average["coefficients"].values()) == pytest.approx(1, abs=1e-9)
 
 
 def test_what_cannot_be_built_is_refused(
     config: Config, trained: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path
 ) -> None:
     folder, _ = trained
-    with refused("--at-images"):
-        build_average(str(folder), config, relative_width=0.1, at_images=250, key=KEY)
-    with refused(KEY):
-        build_average(str(tmp_path / "checkpoints" / "images-000000800"), config, relative_width=0.1, key=KEY)
-    plain = config.model_copy(update={"train": config.train.model_copy(update={"ema": DecayEmaConfig(kind="decay")})})
-    with refused("--relative-width"):
-        build_average(str(folder), plain, relative_width=0.1, key="--relative-width")
+    (folder.parents[1] / "checkpoints" / "images-000000250").mkdir()
+    for missing in (folder.with_name("images-000000250"), tmp_path / "checkpoints" / "images-000000800"):
+        with refused(KEY):
+            build_average(str(missing), config, relative_width=0.1)
     with refused(KEY):
         from_yaml(TEXT, overrides=["sampling.relative_width=0.1", "train.ema={kind: decay}"])
     for widths, key in (("[0.05, 0.055]", ""), ("[0.05, 0.3]", ".1"), ("[0.05]", ".1")):
         with refused(f"train.ema.relative_widths{key}"):
             from_yaml(TEXT, overrides=[f"train.ema={{kind: power, relative_widths: {widths}}}"])
-
-
-def test_a_checkpoint_of_version_1_is_read(config: Config, tmp_path: Path) -> None:
-    plain = config.model_copy(update={"train": config.train.model_copy(update={"ema": DecayEmaConfig(kind="decay")})})
-    state = build.train_state(plain)
-    checkpoint.snapshot(config=plain, state=state, moments=MOMENTS, dataset_digest="d1").write(tmp_path)
-    written = json.loads((tmp_path / index.INDEX).read_text())
-    assert written["version"] == 2 and "ema_2.safetensors" not in written["sha256"]
-    (tmp_path / index.INDEX).write_text(json.dumps(written | {"version": 1}))
-    checkpoint.load(tmp_path, config=plain, state=build.train_state(plain), dataset_digest="d1")
-    assert checkpoint.load_for_sampling(str(tmp_path)).average is None
 
 
 def test_a_checkpoint_without_the_second_average_is_damaged(

@@ -66,9 +66,7 @@ def trained(config: Config, dataset: str) -> RunFolder:
     job = TrainingJob(config=alone, dataset=dataset, averages=folder.averages)
     outcome = train_loop(job, LocalContext(), _checkpoint_store(job, folder.checkpoints))
     for width in (0.08, 0.15):
-        build_average(
-            storage.join(folder.checkpoints, outcome.checkpoint), config, relative_width=width, key="--relative-width"
-        )
+        build_average(storage.join(folder.checkpoints, outcome.checkpoint), config, relative_width=width)
     return folder
 
 
