@@ -43,7 +43,7 @@ LIGHT = (
     "ncsn.remote.manifest",
     "ncsn.report.cards",
     "ncsn.report.facts",
-    "ncsn.report.words",
+    "ncsn.report.scores",
     "ncsn.tracking.client",
     "ncsn.tracking.gate",
     "ncsn.tracking.lineage",

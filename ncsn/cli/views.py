@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
@@ -14,7 +13,7 @@ from ncsn import storage
 from ncsn.cli.target import DEFAULT_ROOT
 from ncsn.config import Config
 from ncsn.report.facts import duration, result_line
-from ncsn.report.words import score_rows
+from ncsn.report.scores import SCORES_HEAD, score_lines
 from ncsn.runs.folder import RunFolder
 from ncsn.runs.records import StepRecord
 
@@ -36,10 +35,10 @@ def print_summary(
         when = "  [dim](earlier)[/]" if step in earlier else ""
         steps.add_row(step, f"{record.seconds:,.1f}", f"{result_line(step, record.result)}{when}")
     steps.add_row("[bold]all", f"[bold]{sum(record.seconds for record in records.values()):,.1f}", "")
-    scores = Table("score", *(Column(name, justify="right") for name in ("samples", "real images")), box=SIMPLE_HEAD)
-    evaluated = records["evaluate"].result
-    for row in itertools.chain(*score_rows(evaluated["metrics"], evaluated["real_metrics"])):
-        scores.add_row(row.name, row.value, row.real)
+    first, *others = SCORES_HEAD
+    scores = Table(first, *(Column(name, justify="right") for name in others), box=SIMPLE_HEAD)
+    for line in score_lines(records["evaluate"].result):
+        scores.add_row(*line)
     console.print(steps, scores)
     for note in (note for record in records.values() for note in record.result.get("notes", ())):
         console.print(f"note: {note}", soft_wrap=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,16 @@ from typing import TYPE_CHECKING, Any
 from ncsn.config import Config
 from ncsn.config.noise import LognormalTraining
 from ncsn.config.training import ema_setting
-from ncsn.report.words import ERRORS, read_metrics
+from ncsn.report.scores import (
+    CLASSES_HEAD,
+    SCORES_HEAD,
+    candidate_lines,
+    candidates_head,
+    class_lines,
+    few_samples,
+    markdown_table,
+    score_lines,
+)
 
 if TYPE_CHECKING:
     from ncsn.data.format import Manifest
@@ -62,9 +70,9 @@ def model_card(facts: ModelFacts, *, config: Config, manifest: Manifest, evaluat
         "## Data",
         _data(manifest),
         "## Settings",
-        _table(("", ""), _settings(facts, config)),
+        markdown_table(("", ""), _settings(facts, config)),
         "## Scores",
-        _scores(evaluation, num_splits=config.evaluation.num_splits),
+        _scores(evaluation),
         *_selection(facts.selection),
         *_classes(evaluation.get("classes"), manifest),
         "## Limits",
@@ -83,12 +91,12 @@ def _selection(result: Mapping[str, Any] | None) -> list[str]:
     """How the checkpoint was chosen: the best candidates, and what that says."""
     if result is None:
         return []
-    rows, more = candidate_rows(result["candidates"], most=MOST_CANDIDATES)
+    lines = candidate_lines(result["candidates"], most=MOST_CANDIDATES)
     return [
         "## Choice of the checkpoint",
-        _table(("images seen", "relative width", f"`{result['figure']}`", "weights"), rows),
-        f"The best of {len(rows) + more} candidates. This score is optimistic because it was selected; the scores "
-        f"above use new samples. {few_samples(result['figure'])}",
+        markdown_table(candidates_head(f"`{result['figure']}`"), lines),
+        f"The best of {len(result['candidates'])} candidates. This score is optimistic because it was selected; the "
+        f"scores above use new samples. {few_samples(result['figure'])}",
     ]
 
 
@@ -126,50 +134,10 @@ def _settings(facts: ModelFacts, config: Config) -> list[tuple[str, str]]:
     return [*settings.items(), *([("cost", facts.cost)] if facts.cost else [])]
 
 
-def _scores(evaluation: Mapping[str, Any], *, num_splits: int) -> str:
-    metrics: Mapping[str, float] = evaluation["metrics"]
-    real = {
-        name.replace("/real_", "/").rpartition("_n")[0]: f"{value:.4g} ({name.rpartition('_')[2]})"
-        for name, value in evaluation["real_metrics"].items()
-    }
-    rows = [
-        (f"`{name}`", f"{value:.4g}", _interval(metrics, name, num_splits), real.get(name.rpartition("_n")[0], ""))
-        for name, value in metrics.items()
-        if not name.rpartition("_n")[0].endswith(ERRORS)
-    ]
-    notes = "".join(f"\n- {note}" for note in (*evaluation["notes"], f"fingerprint `{evaluation['fingerprint']}`"))
-    other = "test" if evaluation.get("reference_split", "train") == "train" else "train"
-    return f"{_table(('metric', 'this model', '95 % interval', f'real {other} images'), rows)}\n{notes}"
-
-
-def candidate_rows(candidates: Sequence[Mapping[str, Any]], *, most: int) -> tuple[list[tuple[str, ...]], int]:
-    """Images seen, relative width, value and digest of the best candidates, and how many more there are."""
-    ranked = sorted(candidates, key=lambda row: (row["value"] is None, row["value"] or 0.0, row["images_seen"]))
-    rows: list[tuple[str, ...]] = [
-        (
-            f"{row['images_seen']:,}",
-            "" if row["relative_width"] is None else f"{row['relative_width']:g}",
-            "not finite" if row["value"] is None else f"{row['value']:.4g}",
-            row["digest"],
-        )
-        for row in ranked[:most]
-    ]
-    return rows, len(ranked) - len(rows)
-
-
-ENOUGH_IMAGES = 10_000  # for a Fréchet distance to compare models of different diversity
-
-
-def few_samples(metric: str) -> str:
-    """What this metric cannot compare, in a sentence, if it is a Fréchet distance of few samples; else empty."""
-    kind, reading = read_metrics({metric: 0.0}).popitem()
-    if kind != "fid" or reading.num_images >= ENOUGH_IMAGES:
-        return ""
-    return (
-        f"The Fréchet distance of {reading.num_images:,} samples favors models of little diversity. It may rank "
-        "checkpoints of one run, but not what changes diversity: guidance, churn, or the length of the EMA. For "
-        f"these use {ENOUGH_IMAGES:,} samples or more, or the kernel distance."
-    )
+def _scores(evaluation: Mapping[str, Any]) -> str:
+    notes = [*evaluation["notes"], "± is a standard deviation", f"fingerprint `{evaluation['fingerprint']}`"]
+    lines = [(f"`{name}`", value, real) for name, value, real in score_lines(evaluation)]
+    return "\n".join([markdown_table(SCORES_HEAD, lines), "", *(f"- {note}" for note in notes)])
 
 
 def _classes(classes: Mapping[str, Any] | None, manifest: Manifest) -> list[str]:
@@ -178,53 +146,13 @@ def _classes(classes: Mapping[str, Any] | None, manifest: Manifest) -> list[str]
         return []
     names = ", ".join(f"`{name}`" for name in manifest.class_names[:MOST_NAMES])
     more = f" and {len(manifest.class_names) - MOST_NAMES} more" if len(manifest.class_names) > MOST_NAMES else ""
-    table = _table(CLASS_HEAD, class_rows(classes, most=MOST_ROWS))
+    table = markdown_table(CLASSES_HEAD, class_lines(classes, most=MOST_ROWS))
     return ["## Classes", f"It makes images of these on demand: {names}{more}.", table]
-
-
-CLASS_HEAD = ("class", "images", "classified as requested", "real test images", "kernel distance")
-
-
-def class_rows(classes: Mapping[str, Any], *, most: int) -> list[list[str]]:
-    """A row for each class of the `classes` of an evaluation, or for the `most` that agree least; see `CLASS_HEAD`."""
-
-    def shown(value: float | None, form: str) -> str:
-        return "" if value is None else format(value, form)
-
-    lines = list(zip(classes["table"], classes["real_table"], strict=True))
-    if len(lines) > most:
-        lines = sorted(lines, key=lambda pair: (pair[0]["agreement"] is None, pair[0]["agreement"] or 0.0))[:most]
-    return [
-        [
-            line["name"].replace("|", "/")[:30],
-            f"{line['num_images']:,}",
-            shown(line["agreement"], ".1%"),
-            shown(real["agreement"], ".1%"),
-            shown(line["kid"], ".4g"),
-        ]
-        for line, real in lines
-    ]
 
 
 def _params(config: Config, manifest: Manifest) -> str:
     label = "" if config.data.num_classes is None else f', "label": "{manifest.class_names[0]}"'
     return f'"n_images": 16, "seed": 1{label}'
-
-
-def _interval(metrics: Mapping[str, float], name: str, num_splits: int) -> str:
-    """Where the metric of other samples would be: by the jackknife for distances, by the splits for scores."""
-    stem, _, count = name.rpartition("_n")
-    deviation = next((metrics[of] for of in (f"{stem}{error}_n{count}" for error in ERRORS) if of in metrics), None)
-    # The subsets of the kernel distance share images, so their deviation is not that of the mean.
-    if deviation is None or stem.endswith("_kid"):
-        return ""
-    error = 1.96 * (deviation / math.sqrt(num_splits) if stem.endswith("_score") else deviation)
-    return f"{metrics[name] - error:.4g} to {metrics[name] + error:.4g}"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 def run_page(

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from ncsn.report.page import Fact
-from ncsn.report.words import read_metrics
 from ncsn.runs.costs import Cost, total
 
 MINUTE, HOUR, DAY = 60, 3600, 86400
+
+
+class Fact(NamedTuple):
+    """A line of a list: a name, and an ID, an address or a version."""
+
+    label: str
+    value: str
+    link: str = ""
 
 
 def duration(seconds: float) -> str:
@@ -59,28 +65,12 @@ def result_line(step: str, result: Mapping[str, Any]) -> str:
         case "sample":
             return f"{result['num_images']:,} images, {result['nfe']:,} network evaluations per image"
         case "evaluate":
-            return f"{result['gate']['name']} = {result['gate']['value']:.4g}{_further_distances(result['metrics'])}"
+            return f"{result['gate']['name']} = {result['gate']['value']:.4g}"
         case "register":
             aliases = ", ".join(result["aliases"]) or "no alias"
             return f"{result['model']} version {result['version']} ({aliases})"
         case "report":
-            return f"{result['size'] / 1000:,.0f} kB, {len(result['sections'])} sections"
-    return _line_of_command(step, result)
-
-
-def _further_distances(metrics: Mapping[str, float]) -> str:
-    known = read_metrics(metrics)
-    found = ""
-    if "fid_mean" in known:
-        least, largest = known["fid_min"].value, known["fid_max"].value
-        found += f", over seeds {known['fid_mean'].value:.4g} ({least:.4g} to {largest:.4g})"
-    if "fid_infinity" in known:
-        found += f", without bias {known['fid_infinity'].value:.4g}"
-    return found
-
-
-def _line_of_command(step: str, result: Mapping[str, Any]) -> str:
-    match step:
+            return f"{result['size'] / 1000:,.0f} kB"
         case "select":
             best = f"{result['figure']} = {result['value']:.4g} at {result['images_seen']:,} images"
             return f"{best}, the best of {len(result['candidates'])}"

@@ -6,14 +6,16 @@ whatever its texts contain.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from ncsn.errors import InvalidValue
-from ncsn.report.page import Page
+from ncsn.report.facts import result_line
 
 TEMPLATES = Path(__file__).with_name("templates")
 MAX_BYTES = 5_000_000  # MLflow and KFP load the page as a whole
@@ -25,8 +27,8 @@ def look() -> str:
     return hashlib.sha256(b"\0".join(contents)).hexdigest()[:16]
 
 
-def render(page: Page) -> str:
-    """The page as HTML of at most `MAX_BYTES`."""
+def render(**records: Any) -> str:
+    """The page of these records, which `templates/report.html.j2` names, as HTML of at most `MAX_BYTES`."""
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -34,12 +36,14 @@ def render(page: Page) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["svg"] = lambda plot: Markup(plot.svg)  # noqa: S704  (drawn by our own plots)
-    text = environment.get_template("report.html.j2").render(
-        page=page,
-        style=Markup((TEMPLATES / "report.css").read_text()),  # noqa: S704  (our own file)
-    )
+    environment.filters |= {
+        "data_uri": lambda png: f"data:image/png;base64,{base64.b64encode(png).decode()}",
+        "count": lambda number: f"{number:,.0f}",
+        "svg": Markup,  # drawn by our own plots
+    }
+    style = Markup((TEMPLATES / "report.css").read_text())  # noqa: S704  (our own file)
+    text = environment.get_template("report.html.j2").render(style=style, result_line=result_line, **records)
     size = len(text.encode())
     if size > MAX_BYTES:
-        raise InvalidValue(f"the report of run {page.run!r} has {size:,} bytes, more than {MAX_BYTES:,}")
+        raise InvalidValue(f"the report of run {records['run']!r} has {size:,} bytes, more than {MAX_BYTES:,}")
     return text

@@ -13,32 +13,18 @@ from matplotlib.axis import Axis
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
+from matplotlib.ticker import EngFormatter, FuncFormatter
 from numpy.typing import ArrayLike, NDArray
 
 from ncsn.report.style import HEAT, INK, LEVEL_COLORS, PALETTE, bare, new_figure, styled
 
 Array = NDArray[np.float64]
 
-UNDER_TRAINED = 1.25  # loss of a level over the loss that its neighbors suggest
+MOST_POINTS = 150  # of a curve; more are not visible and make the page large
+MOST_CLASSES = 20  # with names beside the matrix
 LOSS_LABEL = "normalized loss (1: predicting zero)"
 SEEN_LABEL = "images seen"
 SIGMA_LABEL = "sigma (pixels in [0, 1])"
-
-
-def under_trained_levels(losses: ArrayLike) -> list[int]:
-    """Levels whose normalized loss [L], most noise first, is well above what its neighbors suggest; NaN is unknown."""
-    values = np.asarray(losses, np.float64)
-    if len(values) < 3:
-        return []
-    # The loss rises smoothly as sigma falls, so a level is expected at the mean of its neighbors. The last level is
-    # expected on the line through the two before it, but not below the one before.
-    expected = np.empty_like(values)
-    expected[1:-1] = (values[:-2] + values[2:]) / 2
-    expected[0] = values[1]
-    expected[-1] = max(values[-2], 2 * values[-2] - values[-3])
-    above: list[int] = np.flatnonzero(values > UNDER_TRAINED * expected).tolist()
-    return above
 
 
 def last_losses(losses: ArrayLike) -> Array:
@@ -55,7 +41,8 @@ def loss_curves(images_seen: ArrayLike, losses: ArrayLike, *, sigmas: ArrayLike)
 
     `losses` are [P, L] at P >= 1 points, NaN where no image had that level; `sigmas` [L] descend.
     """
-    seen, values, levels = (np.asarray(part, np.float64) for part in (images_seen, losses, sigmas))
+    seen, values = _thinned(np.asarray(images_seen, np.float64), np.asarray(losses, np.float64))
+    levels = np.asarray(sigmas, np.float64)
     figure = new_figure(7, 3.6)
     axes = figure.subplots()
     norm = LogNorm(levels[-1], levels[0]) if levels[0] > levels[-1] else Normalize(levels[0] - 1, levels[0] + 1)
@@ -72,32 +59,14 @@ def loss_curves(images_seen: ArrayLike, losses: ArrayLike, *, sigmas: ArrayLike)
     return figure
 
 
-@styled
-def loss_heat_map(images_seen: ArrayLike, losses: ArrayLike, *, sigmas: ArrayLike) -> Figure:
-    """The same losses as a map, one row per bin, with an arrow at each undertrained one."""
-    seen, values, levels = (np.asarray(part, np.float64) for part in (images_seen, losses, sigmas))
-    figure = new_figure(7, 3.6)
-    axes = figure.subplots()
-    edges = np.concatenate([[0.0], seen])
-    finite = values[np.isfinite(values) & (values > 0)]
-    norm = LogNorm(finite.min(), max(finite.max(), finite.min() * 1.01))
-    rows = np.arange(len(levels) + 1) - 0.5
-    mesh = axes.pcolormesh(edges, rows, values.T, norm=norm, cmap=HEAT, linewidth=0, rasterized=True)
-    axes.invert_yaxis()
-    axes.grid(visible=False)
-    axes.yaxis.set_major_locator(MaxNLocator(8, integer=True))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda level, _: _level_name(level, levels)))
-    axes.set(xlabel=SEEN_LABEL, ylabel="bin: sigma")
-    _count_axis(axes)
-    under_trained = under_trained_levels(last_losses(values))
-    for level in under_trained:
-        at = {"xycoords": axes.get_yaxis_transform(), "va": "center", "annotation_clip": False}
-        axes.annotate("◀", (1.01, level), color=PALETTE[1], fontsize=9, **at)  # type: ignore[arg-type]
-    bar = figure.colorbar(mesh, ax=axes, label=LOSS_LABEL, pad=0.06)
-    bar.outline.set_visible(False)
-    if under_trained:
-        axes.set_title("◀ well above its neighbors: train longer", color=PALETTE[1], loc="right", fontsize=8)
-    return figure
+def _thinned(seen: Array, losses: Array) -> tuple[Array, Array]:
+    """At most `MOST_POINTS` points: each is the mean of neighboring points, at the last of them."""
+    parts = np.array_split(np.arange(len(seen)), min(len(seen), MOST_POINTS))
+    known = np.isfinite(losses)
+    sums = np.stack([np.where(known, losses, 0)[part].sum(axis=0) for part in parts])
+    counts = np.stack([known[part].sum(axis=0) for part in parts])
+    means = np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+    return seen[[part[-1] for part in parts]], means
 
 
 @styled
@@ -136,9 +105,44 @@ def _count_axis(axes: Axes) -> None:
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 
-def _level_name(level: float, sigmas: Array) -> str:
-    index = int(level)
-    return f"{index}: {sigmas[index]:.3g}" if index == level and 0 <= index < len(sigmas) else ""
+@styled
+def confusion_matrix(classes: Mapping[str, Any]) -> Figure:
+    """Shares of the images of each class, rows, that are classified as each class, columns."""
+    counts, names = np.array(classes["confusion"], np.float64), [line["name"] for line in classes["table"]]
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    side = 2.2 + 0.3 * min(len(names), MOST_CLASSES)
+    figure = new_figure(side + 0.8, side)
+    axes = bare(figure.subplots())
+    image = axes.imshow(shares, vmin=0, vmax=1, cmap=HEAT, interpolation="none")
+    figure.colorbar(image, ax=axes, shrink=0.7, label="share of the images")
+    axes.set(xlabel="predicted class", ylabel="requested class")
+    if len(names) <= MOST_CLASSES:
+        short = [name if len(name) <= 14 else f"{name[:13]}…" for name in names]
+        axes.set_xticks(range(len(names)), short, rotation=60, ha="right")
+        axes.set_yticks(range(len(names)), short)
+    return figure
+
+
+@styled
+def selection_figure(rows: Sequence[Mapping[str, Any]], *, metric: str) -> Figure:
+    """The `metric` of each candidate over images seen, and over the relative widths of those that have one."""
+    scored = [row for row in rows if row["value"] is not None]
+    best = min(scored, key=lambda row: row["value"])
+    plain = [row for row in scored if row["relative_width"] is None]
+    built = [row for row in scored if row["relative_width"] is not None]
+    panels = [(each, key) for each, key in ((plain, "images_seen"), (built, "relative_width")) if each]
+    drawn = new_figure(7 if len(panels) > 1 else 5, 3.2)
+    for axes, (points, key) in zip(np.atleast_1d(drawn.subplots(1, len(panels), sharey=True)), panels, strict=True):
+        for seen in sorted({row["images_seen"] for row in points}) if key == "relative_width" else [None]:
+            line = sorted((row[key], row["value"]) for row in points if seen is None or row["images_seen"] == seen)
+            axes.plot(*zip(*line, strict=True), marker="o", markersize=4, label=None if seen is None else f"{seen:,}")
+        if best in points:
+            axes.plot(best[key], best["value"], marker="*", markersize=13, color=PALETTE[1], markeredgecolor=INK)
+        axes.set(xlabel=SEEN_LABEL if key == "images_seen" else "relative width")
+        if key == "relative_width":
+            axes.legend(title=SEEN_LABEL, fontsize=7)
+    drawn.axes[0].set(ylabel=metric.removeprefix("eval/"))
+    return drawn
 
 
 LOGARITHMIC = 30.0  # numbers that spread over more than this factor are placed by their logarithm

@@ -1,103 +1,250 @@
-"""Sections about scores, with their plots: by class, and of the candidates that the checkpoint is chosen from."""
+"""The scores of an evaluation as rows, for the page, the model card, the command line and KFP alike.
+
+Imports no torch, because the command line uses it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
-import numpy as np
-from matplotlib.figure import Figure
+from ncsn.config.evaluation import VERSUS
 
-from ncsn.report.cards import CLASS_HEAD, candidate_rows, class_rows, few_samples
-from ncsn.report.page import Plot, Section
-from ncsn.report.plots import SEEN_LABEL
-from ncsn.report.style import HEAT, INK, PALETTE, bare, new_figure, styled, to_png, to_svg
-from ncsn.report.words import read_metrics
-
-MOST_CLASSES = 20  # in the table, and with names beside the matrix
+REAL = "eval/real_"
+GENERATED = "eval/"
+ENOUGH_IMAGES = 10_000  # for a Fréchet distance to compare models of different diversity
 
 
-def classes_section(classes: Mapping[str, Any]) -> Section:
-    """The section of an evaluation's `classes`."""
-    table = class_rows(classes, most=MOST_CLASSES)
-    agreement, real = classes["agreement"], classes["real_agreement"]
-    compared = "" if real is None else f" Of the real test images it classifies {real:.1%} correctly."
-    observer = "A linear probe of the extractor's features" if classes["by_probe"] else "The classifier"
-    asked, total = sum(line["num_images"] > 0 for line in classes["table"]), len(classes["table"])
-    some = f"{total} classes" if asked == total else f"{asked} of its {total} classes"
-    shown = f" The table has the {len(table)} of them that agree least." if len(table) < total else ""
-    return Section(
-        heading="Classes",
-        text=f"The model generated images of {some}. {observer} "
-        f"assigns {agreement:.1%} of them to the requested class.{compared} The kernel distance is to the training "
-        f"images of the class: near zero, or negative, where they are alike.{shown}",
-        plots=[Plot(to_svg(confusion_matrix(classes), salt="classes"), alt="Requested and predicted classes")],
-        table=[CLASS_HEAD, *table],
+class Meaning(NamedTuple):
+    """What a metric says."""
+
+    label: str
+    text: str
+    better: Literal["higher", "lower", ""]
+
+
+# In the order in which they are shown.
+MEANINGS: Mapping[str, Meaning] = {
+    "score": Meaning(
+        "Score",
+        "The Inception Score formula: high when each image clearly shows one class and all classes occur. Ranges from "
+        "1 to the number of classes.",
+        "higher",
+    ),
+    "fid": Meaning(
+        "Fréchet distance",
+        "Distance between the features of these images and those of {reference}. Fewer images give a larger value.",
+        "lower",
+    ),
+    "class_agreement": Meaning("Class agreement", "Share of the images classified as the requested class.", "higher"),
+    "precision": Meaning(
+        "Precision", "Share of these images whose features fall among those of the real images.", "higher"
+    ),
+    "recall": Meaning("Recall", "Share of the real images whose features fall among those of these images.", "higher"),
+    "memorised": Meaning("Copies", "Share of these images that copy a training image, by pixel distance.", "lower"),
+    "kid": Meaning(
+        "Kernel distance",
+        "Distance to {reference} that does not depend on the number of images. It averages zero for real "
+        "images and can be negative.",
+        "lower",
+    ),
+    "density": Meaning(
+        "Density",
+        "How densely real images surround these in feature space; about 1 for real images. Like precision, but less "
+        "sensitive to outliers.",
+        "higher",
+    ),
+    "coverage": Meaning(
+        "Coverage",
+        "Share of the real images that have one of these images nearby in feature space. Like recall, but less "
+        "sensitive to outliers.",
+        "higher",
+    ),
+    "class_kid": Meaning("Kernel distance by class", "Its mean over the classes, each to its own images.", "lower"),
+    "class_tv": Meaning(
+        "Class imbalance",
+        "Total variation distance between the class frequencies here and in {reference}, from 0 to 1.",
+        "lower",
+    ),
+    "confidence": Meaning("Confidence", "Mean probability of the most likely class of an image.", "higher"),
+    "nn_distance": Meaning(
+        "Distance to the nearest training image",
+        "Median Euclidean distance over all pixel values (0 to 255). Copies make it much smaller than for real images.",
+        "",
+    ),
+}
+MAIN = ("score", "fid", "class_agreement", "precision", "recall", "memorised")  # the page folds the others
+ERROR = "_std"  # after the name of a metric: its standard deviation
+# Longest first, because `score_std` also ends like `std` would.
+_KNOWN = sorted((f"{metric}{error}" for metric in MEANINGS for error in ("", ERROR)), key=len, reverse=True)
+
+
+class Reading(NamedTuple):
+    """A metric, read from its name: `eval/classifier_fid_n512` is the fid of 512 images by the classifier."""
+
+    name: str
+    extractor: str
+    num_images: int
+    value: float
+    split: str = "train"  # of the images that it compares with
+
+
+def read_metrics(metrics: Mapping[str, float]) -> dict[str, Reading]:
+    """The metrics named `eval/[real_]<extractor>_<metric>_n<count>`, by `<metric>`; others are left out."""
+    readings = {}
+    for name, value in metrics.items():
+        stem, _, count = name.removeprefix(REAL).removeprefix(GENERATED).rpartition("_n")
+        metric = next((known for known in _KNOWN if f"_{stem}".endswith(f"_{known}")), None)
+        if metric is not None and count.isdigit():
+            extractor, _, split = stem.removesuffix(metric).removesuffix("_").partition(VERSUS)
+            readings[metric] = Reading(name, extractor, int(count), float(value), split or "train")
+    return readings
+
+
+class Score(NamedTuple):
+    """A metric of the samples next to that of real images."""
+
+    metric: str
+    name: str  # in MLflow
+    meaning: Meaning
+    value: float
+    error: float | None  # standard deviation: over other samples for distances, over parts of these for the others
+    real: float | None
+    real_error: float | None
+
+    @property
+    def text(self) -> str:
+        """The value with its deviation."""
+        return with_error(self.value, self.error)
+
+    @property
+    def real_text(self) -> str:
+        """The same of the real images; empty if there is none."""
+        return "" if self.real is None else with_error(self.real, self.real_error)
+
+    @property
+    def bars(self) -> tuple[float, float] | None:
+        """Length of a bar of both values in percent; None if one is negative or unknown, or both are zero."""
+        if self.real is None or min(self.value, self.real) < 0 or self.value + self.real == 0:
+            return None
+        scale = 1.1 * max(self.value, self.real)
+        return round(100 * self.value / scale, 1), round(100 * self.real / scale, 1)
+
+
+def with_error(value: float, error: float | None) -> str:
+    """`14.2 ± 1.1`."""
+    return f"{value:.4g}" + ("" if error is None else f" ±\u00a0{error:.2g}")
+
+
+def score_rows(evaluation: Mapping[str, Any]) -> list[Score]:
+    """A row for each metric with a meaning, from the result of an evaluation."""
+    generated, real = read_metrics(evaluation["metrics"]), read_metrics(evaluation["real_metrics"])
+
+    def value(readings: Mapping[str, Reading], metric: str) -> float | None:
+        return readings[metric].value if metric in readings else None
+
+    rows = []
+    for metric, meaning in MEANINGS.items():
+        if metric in generated:
+            own = generated[metric]
+            text = meaning.text.format(reference=reference_images(own.split))
+            error = value(generated, metric + ERROR)
+            of_real = value(real, metric), value(real, metric + ERROR)
+            rows.append(Score(metric, own.name, meaning._replace(text=text), own.value, error, *of_real))
+    return rows
+
+
+SCORES_HEAD = ("score", "generated", "real images")
+
+
+def score_lines(evaluation: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """The same as text, for tables with `SCORES_HEAD`."""
+    return [(row.name, row.text, row.real_text) for row in score_rows(evaluation)]
+
+
+def reference_images(split: str) -> str:
+    """What samples are compared with, in words."""
+    return "the training images" if split == "train" else f"the {split} images"
+
+
+def real_images(split: str) -> str:
+    """The real images that are measured beside them, in words."""
+    return "real images that the model has not seen" if split == "train" else "real training images"
+
+
+def copies_sentence(memorized: Reading) -> str:
+    """How many of the generated images copy a training image."""
+    copies = round(memorized.value * memorized.num_images)
+    found = {0: "none is a copy", 1: "one is a copy"}.get(copies, f"{copies:,} are copies")
+    return f"Of {memorized.num_images:,} generated images compared with every training image, {found}."
+
+
+def extractor_phrase(extractor: str) -> str:
+    """The extractor, as the subject of a sentence."""
+    return {
+        "classifier": "A classifier trained on the same labeled images",
+        "clusters": "A network trained to tell clusters of similar training images apart",
+        "inception": "The 2015 Inception network, which published scores use,",
+        "dinov2": "DINOv2 ViT-L/14, which published FD-DINOv2 values use,",
+    }[extractor]
+
+
+def few_samples(metric: str) -> str:
+    """What this metric cannot compare, in a sentence, if it is a Fréchet distance of few samples; else empty."""
+    kind, reading = read_metrics({metric: 0.0}).popitem()
+    if kind != "fid" or reading.num_images >= ENOUGH_IMAGES:
+        return ""
+    return (
+        f"The Fréchet distance of {reading.num_images:,} samples favors models of little diversity. It may rank "
+        "checkpoints of one run, but not what changes diversity: guidance, churn, or the length of the EMA. For "
+        f"these use {ENOUGH_IMAGES:,} samples or more, or the kernel distance."
     )
 
 
-@styled
-def confusion_matrix(classes: Mapping[str, Any]) -> Figure:
-    """Shares of the images of each class, rows, that are classified as each class, columns."""
-    counts, names = np.array(classes["confusion"], np.float64), [line["name"] for line in classes["table"]]
-    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    side = 2.2 + 0.3 * min(len(names), MOST_CLASSES)
-    figure = new_figure(side + 0.8, side)
-    axes = bare(figure.subplots())
-    image = axes.imshow(shares, vmin=0, vmax=1, cmap=HEAT, interpolation="none")
-    figure.colorbar(image, ax=axes, shrink=0.7, label="share of the images")
-    axes.set(xlabel="predicted class", ylabel="requested class")
-    if len(names) <= MOST_CLASSES:
-        short = [name if len(name) <= 14 else f"{name[:13]}…" for name in names]
-        axes.set_xticks(range(len(names)), short, rotation=60, ha="right")
-        axes.set_yticks(range(len(names)), short)
-    return figure
+CLASSES_HEAD = ("class", "images", "classified as requested", "real test images", "kernel distance")
 
 
-MOST_ROWS = 20
+def class_lines(classes: Mapping[str, Any], *, most: int) -> list[tuple[str, ...]]:
+    """Text for each class of the `classes` of an evaluation, or for the `most` that agree least."""
 
-Rows = Sequence[Mapping[str, Any]]
+    def shown(value: float | None, form: str) -> str:
+        return "" if value is None else format(value, form)
 
-
-@styled
-def selection_figure(rows: Rows, *, metric: str) -> Figure:
-    """The `metric` of each candidate over images seen, and over the relative widths of those that have one."""
-    scored = [row for row in rows if row["value"] is not None]
-    best = min(scored, key=lambda row: row["value"])
-    plain = [row for row in scored if row["relative_width"] is None]
-    built = [row for row in scored if row["relative_width"] is not None]
-    panels = [(each, key) for each, key in ((plain, "images_seen"), (built, "relative_width")) if each]
-    drawn = new_figure(7 if len(panels) > 1 else 5, 3.2)
-    for axes, (points, key) in zip(np.atleast_1d(drawn.subplots(1, len(panels), sharey=True)), panels, strict=True):
-        for seen in sorted({row["images_seen"] for row in points}) if key == "relative_width" else [None]:
-            line = sorted((row[key], row["value"]) for row in points if seen is None or row["images_seen"] == seen)
-            axes.plot(*zip(*line, strict=True), marker="o", markersize=4, label=None if seen is None else f"{seen:,}")
-        if best in points:
-            axes.plot(best[key], best["value"], marker="*", markersize=13, color=PALETTE[1], markeredgecolor=INK)
-        axes.set(xlabel=SEEN_LABEL if key == "images_seen" else "relative width")
-        if key == "relative_width":
-            axes.legend(title=SEEN_LABEL, fontsize=7)
-    drawn.axes[0].set(ylabel=metric.removeprefix("eval/"))
-    return drawn
+    lines = list(zip(classes["table"], classes["real_table"], strict=True))
+    if len(lines) > most:
+        lines = sorted(lines, key=lambda pair: (pair[0]["agreement"] is None, pair[0]["agreement"] or 0.0))[:most]
+    return [
+        (
+            line["name"].replace("|", "/")[:30],
+            f"{line['num_images']:,}",
+            shown(line["agreement"], ".1%"),
+            shown(real["agreement"], ".1%"),
+            shown(line["kid"], ".4g"),
+        )
+        for line, real in lines
+    ]
 
 
-def selection_png(rows: Rows, *, metric: str) -> bytes:
-    """The same as a PNG file."""
-    return to_png(selection_figure(rows, metric=metric))
+def candidates_head(metric: str) -> tuple[str, ...]:
+    """Of the table of `candidate_lines`."""
+    return ("images seen", "relative width", metric, "weights")
 
 
-def selection_section(result: Mapping[str, Any]) -> Section:
-    """The candidates, by the result of the step select."""
-    rows, metric = result["candidates"], result["figure"]
-    reading = next(iter(read_metrics({metric: result["value"]}).values()))
-    table, more = candidate_rows(rows, most=MOST_ROWS)
-    left = f" The table has the best {MOST_ROWS}; {more} more are in {result['uri']}." if more else ""
-    return Section(
-        heading="Choice of the checkpoint",
-        text=f"Each of {len(rows)} candidates generated {reading.num_images:,} images from the same noise, and the one "
-        f"with the lowest {metric} was chosen. Its score here is optimistic because it was selected; the scores "
-        f"above use new samples.{left}",
-        plots=[Plot(to_svg(selection_figure(rows, metric=metric), salt="selection"), alt="Candidates and scores")],
-        hints=[few] if (few := few_samples(metric)) else [],
-        table=[("images seen", "relative width", metric, "checkpoint"), *table],
-    )
+def candidate_lines(candidates: Sequence[Mapping[str, Any]], *, most: int) -> list[tuple[str, ...]]:
+    """Text for each of the best candidates of `ncsn select`."""
+    ranked = sorted(candidates, key=lambda row: (row["value"] is None, row["value"] or 0.0, row["images_seen"]))
+    return [
+        (
+            f"{row['images_seen']:,}",
+            "" if row["relative_width"] is None else f"{row['relative_width']:g}",
+            "not finite" if row["value"] is None else f"{row['value']:.4g}",
+            row["digest"],
+        )
+        for row in ranked[:most]
+    ]
+
+
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Head and rows in Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)

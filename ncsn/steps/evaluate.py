@@ -12,6 +12,7 @@ from ncsn import storage
 from ncsn.config import Config
 from ncsn.data.format import MANIFEST, Manifest, load_manifest
 from ncsn.data.samples import samples_shape
+from ncsn.data.training_images import open_cache
 from ncsn.distributed.cluster import cluster_for, on_this_machine, ray_tags
 from ncsn.distributed.tasks import runner_of
 from ncsn.errors import NotFound, UserError
@@ -23,8 +24,9 @@ from ncsn.evaluation.measure import Measured, Metric, measure_sets, metric_name
 from ncsn.evaluation.reference import images_to_prepare, open_evaluator
 from ncsn.model.classes import require_same_classes
 from ncsn.progress import Progress
-from ncsn.report.cards import few_samples
-from ncsn.report.scores import confusion_matrix
+from ncsn.report.images import neighbors_png
+from ncsn.report.plots import confusion_matrix
+from ncsn.report.scores import few_samples
 from ncsn.report.style import to_png
 from ncsn.steps.step import Step
 from ncsn.tracking.gate import Measurement, Memorization
@@ -54,6 +56,8 @@ class EvaluateResult:
     # Of a model of classes: `agreement` and `real_agreement`, a line for each class in `table` and `real_table`, see
     # `ncsn.evaluation.classes`, the matrix `confusion`, and whether a probe saw the classes (`by_probe`).
     classes: dict[str, Any] | None
+    neighbors: str  # URI of a PNG of samples and their nearest training images
+    confusion: str | None  # URI of a PNG of the matrix
 
 
 def run(config: Config, *, run: str, samples: str, dataset: str, lease: str | None = None) -> EvaluateResult:
@@ -73,7 +77,7 @@ def run(config: Config, *, run: str, samples: str, dataset: str, lease: str | No
         "num_images": config.sampling.num_images,
         "evaluation": evaluation.model_dump(mode="json"),
     }
-    if result := step.found(inputs, needs=lambda result: [result.uri]):
+    if result := step.found(inputs, needs=lambda result: [result.uri, result.neighbors]):
         return result
     if result := step.dispatched(config, {"samples": samples, "dataset": dataset}):
         return result
@@ -121,8 +125,10 @@ def evaluate(
         generated.metrics["score_ratio"] = Metric(generated.value("score") / real.value("score"), count)
     name, fingerprint, extractor = evaluator.name, evaluator.reference.fingerprint, evaluator.extractor.name
     copies, real_copies = generated.metrics["memorised"], real.metrics["memorised"]
+    place = storage.join(folder, f"{name}-n{count}-{fingerprint_of(samples=samples)[:12]}")
+    classes = _classes(generated, real, manifest, by_probe=extractor != "classifier")
     result = EvaluateResult(
-        uri=storage.join(folder, f"{name}-n{count}-{fingerprint_of(samples=samples)[:12]}.json"),
+        uri=f"{place}.json",
         metrics=evaluator.facts | generated.named(name),
         real_metrics=real.named(name, real=True),
         fingerprint=fingerprint,
@@ -148,8 +154,15 @@ def evaluate(
         ),
         running=[asdict(score) for score in generated.running],
         notes=list(_notes(count, num_real, extractor=extractor, real_split=evaluation.other_split)),
-        classes=_classes(generated, real, manifest, by_probe=extractor != "classifier"),
+        classes=classes,
+        neighbors=f"{place}-neighbors.png",
+        confusion=None if classes is None else f"{place}-classes.png",
     )
+    if classes is not None:
+        storage.write_bytes(f"{place}-classes.png", to_png(confusion_matrix(classes)))
+    shown = sets[0].read(0, len(generated.nearest))
+    training = open_cache(dataset, "train").images
+    storage.write_bytes(result.neighbors, neighbors_png(generated.nearest, samples=shown, training_images=training))
     evidence = {"reference_split": evaluation.reference_split, "nearest_training_images": generated.nearest}
     storage.write_json(result.uri, asdict(result) | {"samples": samples, "dataset": dataset} | evidence, indent=1)
     return result
@@ -216,12 +229,13 @@ def _log(tracked: StepRun, result: EvaluateResult, *, samples: str, extractor: s
     tracked.log_metrics({**result.metrics, **result.real_metrics})
     if result.classes is not None:
         tracked.log_metrics(_by_class(result.classes, extractor))
-        tracked.log_bytes(to_png(confusion_matrix(result.classes)), "confusion.png")
+    for uri in (result.uri, result.neighbors, result.confusion):
+        if uri is not None:
+            tracked.log_file(uri)
     for point in result.running:
         score = RunningScore(**point)
         tracked.log_metrics(score.named("eval", extractor=extractor), step=score.num_images)
     tracked.set_tags({"eval.fingerprint": result.fingerprint, "samples.uri": samples, "evaluation.uri": result.uri})
-    tracked.log_file(result.uri)
 
 
 def _by_class(classes: dict[str, Any], extractor: str) -> dict[str, float]:

@@ -6,23 +6,18 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from ncsn import storage
 from ncsn.config import Config
 from ncsn.data.format import load_manifest
-from ncsn.data.samples import read_samples
-from ncsn.data.training_images import open_cache
 from ncsn.errors import UserError, shown_value
 from ncsn.model import checkpoint as checkpoints
 from ncsn.model.averages import sampled_checkpoint
 from ncsn.model.checkpoint import SamplingCheckpoint, weights_digest
 from ncsn.model.guidance import evaluations_per_image, guide_of
 from ncsn.report.cards import ModelFacts, model_card
-from ncsn.report.diagnostics import copying_hints, overfitting_hints
 from ncsn.report.facts import cost_line
-from ncsn.report.images import neighbors_png
-from ncsn.report.words import read_metrics
+from ncsn.report.hints import copying_hints, overfitting_hints
+from ncsn.report.scores import read_metrics
 from ncsn.runs.costs import spent
 from ncsn.runs.curves import held_out_curves
 from ncsn.runs.folder import run_folder
@@ -38,7 +33,6 @@ from ncsn.tracking.versions import registry_errors
 
 # Name -> what it shows, of the pictures of the card.
 PICTURES = {"grid.png": "samples", "neighbours.png": "samples and their nearest training images"}
-CARD_NEIGHBORS = 8
 
 
 @dataclass(frozen=True)
@@ -160,18 +154,13 @@ def _pictures(measured: dict[str, Any]) -> dict[str, bytes]:
     grid = storage.join(measured["samples"], "grid.png")
     if storage.exists(grid):
         files["grid.png"] = storage.read_bytes(grid)
-    table = measured.get("nearest_training_images", [])[:CARD_NEIGHBORS]
-    if table:
-        count = 1 + max(line["image"] for line in table)
-        samples = np.concatenate(list(read_samples(measured["samples"], num_images=count, batch_size=count)))
-        training = open_cache(measured["dataset"], "train").images
-        files["neighbours.png"] = neighbors_png(table, samples=samples, training_images=training)
+    files["neighbours.png"] = storage.read_bytes(measured["neighbors"])
     return files
 
 
 def copies_beyond_chance(measured: Mapping[str, Any]) -> str:
     """Numbers of the samples that copy training images, if an evaluation has more than chance explains; else empty."""
-    return Memorization(**measured["memorisation"]).objection if "memorisation" in measured else ""
+    return Memorization(**measured["memorisation"]).objection
 
 
 def selection_of(config: Config, run: str, checkpoint: str) -> Mapping[str, Any] | None:
@@ -195,9 +184,7 @@ def _warnings(measured: Mapping[str, Any], config: Config, run: str) -> list[str
 
 
 def _evidence(measured: dict[str, Any], loaded: SamplingCheckpoint) -> Evidence:
-    """What the gate needs; refuses an evaluation of a version without uncertainties."""
-    if "memorisation" not in measured:
-        raise UserError(measured["uri"], "written by an earlier version of ncsn", hint="run `ncsn evaluate` again")
+    """What the gate needs."""
     weights = {name: float(tensor.abs().max()) for name, tensor in loaded.network.named_parameters()}
     broken = not_finite({**measured["metrics"], **measured["real_metrics"], **weights})
     return Evidence(Measurement(**measured["gate"]), Memorization(**measured["memorisation"]), tuple(broken))

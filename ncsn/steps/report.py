@@ -4,26 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
-
-import numpy as np
 
 from ncsn import storage
 from ncsn.config import Config, to_yaml
 from ncsn.data.format import Manifest, load_manifest
-from ncsn.data.samples import read_samples
-from ncsn.data.training_images import open_cache
 from ncsn.model import build
 from ncsn.model import checkpoint as checkpoints
 from ncsn.model.checkpoint import SamplingCheckpoint
 from ncsn.model.classes import AS_DATA, BALANCED
-from ncsn.report import diagnostics, facts, words
-from ncsn.report.diagnostics import copying_hints, held_out_section
+from ncsn.report import hints, plots, scores
+from ncsn.report.facts import Fact, cost_facts, tag_facts
 from ncsn.report.html import look, render
-from ncsn.report.images import GRID_CLASSES, neighbors
-from ncsn.report.page import Fact, Neighbor, Page, Picture, Scores, Section, Timing
-from ncsn.report.scores import classes_section, selection_section
+from ncsn.report.images import GRID_CLASSES
+from ncsn.report.style import to_svg
 from ncsn.runs.costs import spent
 from ncsn.runs.curves import held_out_curves, loss_names
 from ncsn.runs.folder import RunFolder
@@ -35,42 +29,16 @@ from ncsn.steps.step import Step
 from ncsn.tracking.mlflow_runs import StepRun, recorded_runs
 from ncsn.tracking.registry import settle_guide
 
-REPORT = "report"
-FILE = "report.html"
 BEST = "-best"  # ends the name of a run with the best settings of the search in the run without it
+MOST_LINES = 20  # of a table
 
 
 @dataclass(frozen=True)
 class ReportResult:
-    """The HTML file of a report, its bytes, and the names of its sections."""
+    """The HTML file of a report, and its bytes."""
 
     uri: str
     size: int
-    sections: list[str]
-
-
-def run(config: Config, *, run: str, evaluation: str) -> ReportResult:
-    """Write `<run>/report/report.html` from the results of the run's other steps; some of them may be missing."""
-    step = Step.claim("report", config, run, ReportResult)
-    sources = Sources.read(config, step.folder, storage.absolute(evaluation))
-    inputs = {
-        "evaluation": sources.evaluation,
-        "steps": {name: record.finished_at for name, record in sources.records.items()},
-        "config": config.model_dump(mode="json"),
-        "look": look(),
-    }
-    if (selection := read_result(step.folder, "select")) is not None:
-        inputs["selection"] = selection.finished_at
-    if result := step.found(inputs, needs=lambda result: [result.uri]):
-        return result
-    with step.work(config) as work:
-        page = collect(sources, work.tracked)
-        text = render(page)
-        uri = storage.join(step.folder.report, FILE)
-        storage.write_text(uri, text)
-        work.tracked.log_file(uri, to_parent=True)
-        work.tracked.set_tags({"report.uri": uri})
-    return step.done(ReportResult(uri=uri, size=len(text.encode()), sections=page.headings))
 
 
 @dataclass(frozen=True)
@@ -85,182 +53,63 @@ class Sources:
     manifest: Manifest  # of the dataset
     records: Mapping[str, StepRecord]  # of the other steps
 
-    @classmethod
-    def read(cls, config: Config, folder: RunFolder, evaluation: str) -> Sources:
-        """Read everything but the images."""
-        scores = storage.read_json(evaluation)
-        samples = storage.read_json(storage.join(scores["samples"], "manifest.json"))
-        loaded = checkpoints.load_for_sampling(samples["checkpoint"])
-        config = checkpoints.require_same_training(loaded.config, config, origin=samples["checkpoint"])
-        return cls(
-            config=settle_guide(config, near=folder.uri),
-            folder=folder,
-            checkpoint=loaded,
-            evaluation=scores,
-            samples=samples,
-            manifest=load_manifest(scores["dataset"]),
-            records=read_results({step: folder for step in STEPS if step != REPORT}),
+
+def run(config: Config, *, run: str, evaluation: str) -> ReportResult:
+    """Write `<run>/report/report.html` from the results of the run's other steps; some of them may be missing."""
+    step = Step.claim("report", config, run, ReportResult)
+    measured = storage.read_json(storage.absolute(evaluation))
+    samples = storage.read_json(storage.join(measured["samples"], "manifest.json"))
+    loaded = checkpoints.load_for_sampling(samples["checkpoint"])
+    config = checkpoints.require_same_training(loaded.config, config, origin=samples["checkpoint"])
+    sources = Sources(
+        config=settle_guide(config, near=step.folder.uri),
+        folder=step.folder,
+        checkpoint=loaded,
+        evaluation=measured,
+        samples=samples,
+        manifest=load_manifest(measured["dataset"]),
+        records=read_results({name: step.folder for name in STEPS if name != "report"}),
+    )
+    selection = selection_of(config, run, samples["checkpoint"])
+    inputs = {
+        "evaluation": measured,
+        "steps": {name: record.finished_at for name, record in sources.records.items()},
+        "config": config.model_dump(mode="json"),
+        "look": look(),
+        "selection": selection,
+    }
+    if result := step.found(inputs, needs=lambda result: [result.uri]):
+        return result
+    with step.work(config) as work:
+        text = render(
+            **_facts(sources, work.tracked), **_scores(sources), **_choices(sources, selection), **_training(sources)
         )
-
-    def result(self, step: str) -> Mapping[str, Any] | None:
-        """The result of another step, if there is one."""
-        return self.records[step].result if step in self.records else None
-
-    @cached_property
-    def sigmas(self) -> list[float]:
-        """The levels that the sampler visits."""
-        levels: list[float] = build.sampled_sigmas(self.config, self.config.sampling).tolist()
-        return levels
+        uri = storage.join(step.folder.report, "report.html")
+        storage.write_text(uri, text)
+        work.tracked.log_file(uri, to_parent=True)
+        work.tracked.set_tags({"report.uri": uri})
+    return step.done(ReportResult(uri=uri, size=len(text.encode())))
 
 
-def collect(sources: Sources, tracked: StepRun) -> Page:
-    """The whole report."""
+def _facts(sources: Sources, tracked: StepRun) -> dict[str, Any]:
+    """What was made of what, in which time."""
     config, records = sources.config, sources.records
-    generated = words.read_metrics(sources.evaluation["metrics"])
-    real = words.read_metrics(sources.evaluation["real_metrics"])
-    decision, sampled = sources.result("register"), sources.result("sample")
-    seconds = sum(record.seconds for record in records.values())
-    costs = spent(config, run=sources.folder.run)
-    return Page(
-        title=config.name,
-        run=sources.folder.run,
-        finished_at=max((record.finished_at for record in records.values()), default="")[:16].replace("T", " "),
-        verdict="" if decision is None else ("champion" if decision["promoted"] else "not promoted"),
-        lead=words.lead(
-            manifest=sources.manifest,
-            num_levels=len(sources.sigmas) if config.noise.training.kind == "levels" else None,
-            images_seen=sources.checkpoint.images_seen,
-            nfe=sources.samples["nfe"],
-            generated=generated,
-            real=real,
-            decision=decision,
-        ),
-        tiles=words.tiles(sources.samples["nfe"], generated, real),
-        samples=_grid(sources),
-        strip=_strip(sources),
-        scores=_scores(sources, generated),
-        neighbors=_neighbors(sources),
-        neighbors_text=_neighbors_text(generated),
-        neighbors_hints=copying_hints(generated, real, copies=copies_beyond_chance(sources.evaluation)),
-        sections=list(_sections(sources)),
-        timings=_timings(records),
-        total=f"{seconds:,.1f} s" if records else "",
-        costs=list(facts.cost_facts(costs, num_images=0 if sampled is None else sampled["num_images"])),
-        lineage=list(_lineage(sources, tracked)),
-        config=to_yaml(config),
-    )
-
-
-def _grid(sources: Sources) -> Picture | None:
-    uri = storage.join(sources.evaluation["samples"], "grid.png")
-    if not storage.exists(uri):
-        return None
-    caption = f"The first images that the model generated with seed {sources.samples['seed']}, not hand-picked."
-    if names := sources.samples.get("classes"):
-        label = sources.samples.get("label", BALANCED)
-        several = label in (BALANCED, AS_DATA)
-        shown = ", ".join(names[:GRID_CLASSES]) if several else label if label in names else names[int(label)]
-        caption += f" A row for each class: {shown}." if several else f" All are of the class {shown}."
-    return Picture(storage.read_bytes(uri), alt="a grid of generated images", caption=caption)
-
-
-def _strip(sources: Sources) -> Picture | None:
-    uri = storage.join(sources.evaluation["samples"], "strip.png")
-    if not storage.exists(uri):
-        return None
-    caption = "One image in each row: at the start, after some of the noise levels, and finished."
-    return Picture(storage.read_bytes(uri), alt="images on their way from noise", caption=caption)
-
-
-def _scores(sources: Sources, generated: Mapping[str, words.Reading]) -> Scores:
-    evaluation = sources.evaluation
-    first = next(iter(generated.values()), words.Reading("", "", 0, 0.0))
-    accuracy = evaluation["metrics"].get("eval/classifier_test_accuracy")
-    accurate = f"; its accuracy on real test images is {accuracy:.1%}" if accuracy is not None else ""
-    rows, more = words.score_rows(evaluation["metrics"], evaluation["real_metrics"])
-    return Scores(
-        rows=rows,
-        more=more,
-        measured=f"{words.extractor_phrase(first.extractor)} extracts the features{accurate}. The "
-        f"scores compare {evaluation['num_images']:,} generated images and {evaluation['num_real_images']:,} "
-        f"{words.real_images(first.split)} with {words.reference_images(first.split)}. Judge each score by that of the "
-        "real images. Scores are comparable with published ones only if the extractor is the 2015 Inception network, "
-        "or DINOv2 for FD-DINOv2.",
-        fingerprint=evaluation["fingerprint"],
-        real=words.real_images(first.split),
-        notes=evaluation["notes"],
-    )
-
-
-def _neighbors(sources: Sources) -> list[Neighbor]:
-    table = sources.evaluation["nearest_training_images"]
-    if not table:
-        return []
-    count = len(table)
-    images = np.concatenate(list(read_samples(sources.evaluation["samples"], num_images=count, batch_size=count)))
-    training = open_cache(sources.evaluation["dataset"], "train").images
-    return neighbors(table, samples=images, training_images=training)
-
-
-def _neighbors_text(generated: Mapping[str, words.Reading]) -> str:
-    found = generated.get("memorised")
-    by_features = found is None or found.split == "train"  # else the features of the training images are not known
-    shown = ", and the one nearest in the extractor's features" if by_features else ""
-    text = (
-        f"Each picture shows a sample and the training image nearest to it in pixels{shown}. A model that repeats its "
-        "training images shows the same image again. The numbers are the pixel distances to the nearest and "
-        "second-nearest training images. A sample counts as a copy if the first is less than a third of the second."
-    )
-    return text if found is None else f"{text} {words.copies_sentence(found)}"
-
-
-def _sections(sources: Sources) -> Iterator[Section]:
-    if (classes := sources.evaluation.get("classes")) is not None:
-        yield classes_section(classes)
-    if (chosen := selection_of(sources.config, sources.folder.run, sources.samples["checkpoint"])) is not None:
-        yield selection_section(chosen)
-    if (search := _search(sources.folder)) is not None:
-        yield search
-    history, config = load_history(sources.folder.history), sources.config
-    if (held_out := held_out_curves(history)) is not None:
-        yield held_out_section(held_out)
-    if history.images_seen:
-        noise = build.training_noise(config)
-        bins = noise.bins.tolist()
-        linear = diagnostics.linear_loss(sources.checkpoint.moments, noise.spread(16).flatten().tolist())
-        yield diagnostics.training_section(
-            history.images_seen,
-            history.losses(loss_names(bins)),
-            sigmas=bins,
-            linear=linear.reshape(len(bins), -1).mean(axis=1),
-            hints=[
-                *diagnostics.average_hints(config.train, images_seen=sources.checkpoint.images_seen),
-                *diagnostics.sampler_hints(config.sampling.sampler, sources.sigmas),
-            ],
-        )
-
-
-def _search(folder: RunFolder) -> Section | None:
-    """The search in this run, or in the one whose best settings this run trains."""
-    for run in (folder.run, folder.run.removesuffix(BEST)):
-        record = read_result(RunFolder(folder.root, run), "tune")
-        if record is not None:
-            plots = [storage.read_bytes(plot) for plot in record.result["plots"]]
-            return diagnostics.search_section(record.result, plots)
-    return None
-
-
-def _timings(records: Mapping[str, StepRecord]) -> list[Timing]:
-    longest = max((record.seconds for record in records.values()), default=0) or 1
-    return [
-        Timing(
-            step=step,
-            seconds=f"{record.seconds:,.1f} s",
-            result=facts.result_line(step, record.result),
-            share=round(100 * record.seconds / longest, 1),
-        )
-        for step, record in records.items()
-    ]
+    sampled = records["sample"].result["num_images"] if "sample" in records else 0
+    levels = config.noise.training.kind == "levels"
+    return {
+        "title": config.name,
+        "run": sources.folder.run,
+        "finished_at": max((record.finished_at for record in records.values()), default="")[:16].replace("T", " "),
+        "decision": records["register"].result if "register" in records else None,
+        "manifest": sources.manifest,
+        "samples": sources.samples,
+        "images_seen": sources.checkpoint.images_seen,
+        "strengths": f"{config.levels.num_levels} strengths" if levels else "any strength",
+        "records": records,
+        "costs": list(cost_facts(spent(config, run=sources.folder.run), num_images=sampled)),
+        "lineage": list(_lineage(sources, tracked)),
+        "config": to_yaml(config),
+    }
 
 
 def _lineage(sources: Sources, tracked: StepRun) -> Iterator[Fact]:
@@ -275,9 +124,89 @@ def _lineage(sources: Sources, tracked: StepRun) -> Iterator[Fact]:
         yield Fact("Training started from", start)
     yield Fact("Samples", sources.evaluation["samples"])
     yield Fact("Evaluation", sources.evaluation["uri"])
-    if registered := sources.result("register"):
+    if "register" in sources.records:
+        registered = sources.records["register"].result
         yield Fact("Registered model", f"{registered['uri']} ({', '.join(registered['aliases']) or 'no alias'})")
-        yield Fact("Decision", registered["reason"])
     yield Fact("MLflow run", whole.run_id, link=whole.place if whole.place.startswith("http") else "")
     yield Fact("MLflow runs by step", " · ".join(f"{step} {run.run_id}" for step, run in steps.items()))
-    yield from facts.tag_facts([whole.tags, *(run.tags for run in steps.values())])
+    yield from tag_facts([whole.tags, *(run.tags for run in steps.values())])
+
+
+def _scores(sources: Sources) -> dict[str, Any]:
+    """The samples and how they compare with real images."""
+    evaluation = sources.evaluation
+    generated, real = (scores.read_metrics(evaluation[name]) for name in ("metrics", "real_metrics"))
+    first, copies, classes = next(iter(generated.values())), generated["memorised"], evaluation["classes"]
+    return {
+        "grid": _picture(evaluation["samples"], "grid.png"),
+        "grid_caption": _grid_caption(sources.samples),
+        "strip": _picture(evaluation["samples"], "strip.png"),
+        "evaluation": evaluation,
+        "scores": scores.score_rows(evaluation),
+        "main_scores": scores.MAIN,
+        "extractor": scores.extractor_phrase(first.extractor),
+        "accuracy": evaluation["metrics"].get("eval/classifier_test_accuracy"),
+        "real_images": scores.real_images(first.split),
+        "reference_images": scores.reference_images(first.split),
+        "copies": copies,
+        "copies_sentence": scores.copies_sentence(copies),
+        "copying_hints": hints.copying_hints(generated, real, copies=copies_beyond_chance(evaluation)),
+        "by_features": first.split == "train",  # else the features of the training images are not known
+        "neighbors": storage.read_bytes(evaluation["neighbors"]),
+        "confusion": None if classes is None else storage.read_bytes(evaluation["confusion"]),
+        "classes_head": scores.CLASSES_HEAD,
+        "class_lines": [] if classes is None else scores.class_lines(classes, most=MOST_LINES),
+    }
+
+
+def _picture(folder: str, name: str) -> bytes | None:
+    uri = storage.join(folder, name)
+    return storage.read_bytes(uri) if storage.exists(uri) else None
+
+
+def _grid_caption(samples: Mapping[str, Any]) -> str:
+    caption = f"The first images that the model generated with seed {samples['seed']}, not hand-picked."
+    names, label = samples.get("classes"), samples.get("label", BALANCED)
+    if not names:
+        return caption
+    if label in (BALANCED, AS_DATA):
+        return f"{caption} A row for each class: {', '.join(names[:GRID_CLASSES])}."
+    return f"{caption} All are of the class {label if label in names else names[int(label)]}."
+
+
+def _choices(sources: Sources, selection: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The choice among checkpoints, and the search in this run or in the one whose best settings this run trains."""
+    folder = sources.folder
+    runs = (RunFolder(folder.root, name) for name in (folder.run, folder.run.removesuffix(BEST)))
+    search = next((record.result for run in runs if (record := read_result(run, "tune")) is not None), None)
+    chosen = selection or {"candidates": [], "figure": ""}
+    return {
+        "selection": selection,
+        "selection_plot": None if selection is None else storage.read_bytes(selection["plot"]),
+        "candidates_head": scores.candidates_head(chosen["figure"]),
+        "candidate_lines": scores.candidate_lines(chosen["candidates"], most=MOST_LINES),
+        "search": search,
+        "search_plots": [] if search is None else [storage.read_bytes(plot) for plot in search["plots"]],
+    }
+
+
+def _training(sources: Sources) -> dict[str, Any]:
+    """The loss over training, and what it says."""
+    config, history = sources.config, load_history(sources.folder.history)
+    found, loss_plot, held_out_plot = list[str](), "", ""
+    if (held_out := held_out_curves(history)) is not None:
+        figure = plots.held_out_losses(held_out.images_seen, held_out.loss, held_out.loss - held_out.gap)
+        held_out_plot = to_svg(figure, salt="held-out")
+        found += hints.overfitting_hints(held_out)
+    if history.images_seen:
+        noise = build.training_noise(config)
+        sigmas = noise.bins.tolist()
+        losses = history.losses(loss_names(sigmas))
+        linear = hints.linear_loss(sources.checkpoint.moments, noise.spread(16).flatten().tolist())
+        linear = linear.reshape(len(sigmas), -1).mean(axis=1)
+        levels = build.sampled_sigmas(config, config.sampling).tolist()
+        loss_plot = to_svg(plots.loss_curves(history.images_seen, losses, sigmas=sigmas), salt="lines")
+        found += hints.training_hints(plots.last_losses(losses), linear=linear, sigmas=sigmas)
+        found += hints.average_hints(config.train, images_seen=sources.checkpoint.images_seen)
+        found += hints.sampler_hints(config.sampling.sampler, levels)
+    return {"loss_plot": loss_plot, "held_out_plot": held_out_plot, "training_hints": found}

@@ -28,8 +28,9 @@ from ncsn.evaluation.measure import metric_name
 from ncsn.evaluation.reference import Evaluator, open_evaluator
 from ncsn.evaluation.scores import kernel_distance
 from ncsn.model.candidates import Weights, find_weights, keep_copy, parabola_minimum
-from ncsn.report.cards import few_samples
-from ncsn.report.scores import selection_png
+from ncsn.report.plots import selection_figure
+from ncsn.report.scores import few_samples
+from ncsn.report.style import to_png
 from ncsn.runs.folder import RunFolder
 from ncsn.steps.step import Step
 from ncsn.storage.heartbeat import Lease
@@ -156,7 +157,7 @@ def conclude(
         notes=_notes(rows, metric),
     )
     storage.write_json(result.uri, asdict(result), indent=1)
-    storage.write_bytes(result.plot, selection_png(rows, metric=metric))
+    storage.write_bytes(result.plot, to_png(selection_figure(rows, metric=metric)))
     return result
 
 

@@ -52,7 +52,7 @@ RESULTS: dict[str, dict[str, Any]] = {
         "reason": "12.5 is worse than 11",
         "uri": "models:/ncsn-tiny/3",
     },
-    "report": {"uri": "/r/report.html", "size": 123_456, "sections": ["scores", "config"]},
+    "report": {"uri": "/r/report.html", "size": 123_456},
 }
 
 

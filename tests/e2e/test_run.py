@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from pathlib import Path
 
@@ -93,9 +94,9 @@ def test_the_pictures_show_every_image_and_level(workplace, finished) -> None:
 
 def test_the_report_tells_of_every_step(workplace, client) -> None:
     result = workplace.result(RUN, "report")
-    about_images = ["samples", "strip", "scores", "neighbours"]
-    assert result["sections"] == [*about_images, "training", "timings", "lineage", "config"]
     text = Path(result["uri"]).read_text()
+    sections = ["strip", "scores", "neighbors", "training", "timings", "lineage", "config"]
+    assert re.findall(r'<section id="(\w+)"', text) == sections
     for step in set(STEPS) - {"report"}:
         assert f"<strong>{step}</strong>" in text
     registered = workplace.result(RUN, "register")

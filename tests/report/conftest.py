@@ -2,31 +2,38 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 
-from ncsn.report.diagnostics import held_out_section, training_section
-from ncsn.report.images import grid_png, neighbors, strip_png
-from ncsn.report.page import Fact, Page, Picture, Scores, Section, Tile, Timing
-from ncsn.report.words import score_rows
-from ncsn.runs.curves import HeldOutCurves
+from ncsn.report import plots, scores
+from ncsn.report.facts import Fact
+from ncsn.report.images import grid_png, neighbors_png, strip_png
+from ncsn.report.style import to_png, to_svg
 
-METRICS = {
-    "eval/classifier_score_n64": 1.23,
-    "eval/classifier_score_std_n64": 0.00123,
-    "eval/classifier_fid_n64": 14.0,
-    "eval/classifier_kid_n64": -0.00123,
-    "eval/classifier_kid_std_n64": 0.00123,
-    "eval/classifier_memorised_n64": 1 / 64,
-    "eval/classifier_test_accuracy": 0.97,
-}
-REAL_METRICS = {
-    "eval/real_classifier_score_n60": 1.24,
-    "eval/real_classifier_score_std_n60": 0.00345,
-    "eval/real_classifier_fid_n60": 7.0,
-    "eval/real_classifier_kid_n60": -0.00421,
-    "eval/real_classifier_kid_std_n60": 0.00882,
-    "eval/real_classifier_memorised_n60": 0.0,
+EVALUATION = {
+    "metrics": {
+        "eval/classifier_score_n64": 1.23,
+        "eval/classifier_score_std_n64": 0.00123,
+        "eval/classifier_fid_n64": 14.0,
+        "eval/classifier_kid_n64": -0.00123,
+        "eval/classifier_kid_std_n64": 0.00123,
+        "eval/classifier_memorised_n64": 1 / 64,
+        "eval/classifier_test_accuracy": 0.97,
+    },
+    "real_metrics": {
+        "eval/real_classifier_score_n60": 1.24,
+        "eval/real_classifier_score_std_n60": 0.00345,
+        "eval/real_classifier_fid_n60": 7.0,
+        "eval/real_classifier_kid_n60": -0.00421,
+        "eval/real_classifier_memorised_n60": 0.0,
+    },
+    "num_images": 64,
+    "num_real_images": 60,
+    "fingerprint": "f" * 64,
+    "notes": ["only 60 real images"],
 }
 
 
@@ -36,53 +43,60 @@ def images() -> np.ndarray:
 
 
 @pytest.fixture(scope="session")
-def page(images: np.ndarray) -> Page:
-    """Every part of a report, with a long URI."""
-    sigmas = [1.0, 0.3, 0.1, 0.03]
-    line = {
-        "image": 0,
-        "memorised": True,
-        "pixels_rows": [3, 4],
-        "features_rows": [5, 6],
-        "pixels_distances": [10.0, 99.0],
-    }
-    rows, more = score_rows(METRICS, REAL_METRICS)
+def page(images: np.ndarray) -> dict[str, Any]:
+    """The records of a page with every part, with a long URI."""
+    sigmas, seen = [1.0, 0.3, 0.1, 0.03], np.arange(100, 1300, 100)
     losses = np.linspace(0.9, 0.2, 12)[:, None] * np.array([0.1, 0.3, 0.6, 1.0])
-    training = training_section(range(100, 1300, 100), losses, sigmas=sigmas, linear=np.full(4, 0.1))
-    seen = np.arange(300.0, 1300, 300)
-    overfit = HeldOutCurves(seen, np.array([0.7, 0.4, 0.45, 0.5]), seen / 5000)
-    inpainting = Picture(grid_png(images[:16]), alt="completions", caption="Half of each image was given.")
-    return Page(
-        title="digits",
-        run="digits-0123abcd",
-        finished_at="2026-01-01 12:00",
-        verdict="champion",
-        lead=["The model was trained.", "It is version 1 of a-model."],
-        tiles=[Tile("score", "96%", "of the score of real images"), Tile("copies", "1", "among 64 samples")],
-        samples=Picture(grid_png(images), alt="a grid of generated images", caption="The first images."),
-        scores=Scores(
-            rows,
-            more,
-            measured="By a classifier.",
-            fingerprint="f" * 64,
-            real="real images",
-            notes=["only 60 real images"],
-        ),
-        strip=Picture(strip_png(np.stack([images[:8]] * 5)), alt="a strip"),
-        neighbors=neighbors([line, {**line, "image": 1, "memorised": False}], samples=images, training_images=images),
-        neighbors_text="The numbers are pixel distances.",
-        neighbors_hints=["The generated images are nearer to the training images than held-out images are."],
-        sections=[
-            held_out_section(overfit),
-            training,
-            Section("Inpainting", "", pictures=[inpainting], table=[("NFE", "FID"), ("10", "14")]),
-        ],
-        timings=[Timing("train", "100.0 s", "1,000 images", 100.0), Timing("sample", "5.0 s", "64 images", 5.0)],
-        total="105.0 s",
-        costs=[Fact("Reserved", "6.0 min · 0.2 CPU hours")],
-        lineage=[
+    lines = [{"image": row, "pixels_rows": [row + 3], "features_rows": [row + 5]} for row in range(4)]
+    counts, names = [[50, 1], [7, 44]], ("zero", "one")
+    table = [{"name": name, "num_images": 51, "agreement": 0.9, "kid": 0.01} for name in names]
+    classes = {"agreement": 0.92, "real_agreement": 0.95, "table": table, "real_table": table, "confusion": counts}
+    candidate = {"images_seen": 1000, "relative_width": None, "value": 14.0, "digest": "0" * 16}
+    selection = {"candidates": [candidate], "figure": "eval/classifier_fid_n64", "uri": "u", "notes": ["optimistic"]}
+    search = {"trials": [{}], "objective_name": "fid", "objective": 12.0, "baseline": 15.5, "images_seen": 4096}
+    plot = to_png(plots.selection_figure([candidate], metric="fid"))
+    result = {"uri": "u", "num_images": 64, "nfe": 5}
+    return {
+        "title": "digits",
+        "run": "digits-0123abcd",
+        "finished_at": "2026-01-01 12:00",
+        "decision": {"promoted": True, "version": "1", "model": "a-model", "reason": "there was none"},
+        "manifest": SimpleNamespace(channels=1, image_size=8, source="Digits.", count=lambda _: 1000),
+        "samples": {"nfe": 5},
+        "images_seen": 1200,
+        "strengths": "any strength",
+        "records": {"sample": SimpleNamespace(seconds=5.0, result=result)},
+        "costs": [Fact("Reserved", "3 s")],
+        "lineage": [
             Fact("Checkpoint", "s3://bucket/" + "a-long-prefix/" * 8 + "checkpoints/images-000001000"),
             Fact("MLflow run", "0123", link="http://127.0.0.1:5000/#/experiments/1/runs/0123"),
         ],
-        config="name: digits\nseed: 0\n",
-    )
+        "config": "name: digits\nseed: 0\n",
+        "grid": grid_png(images),
+        "grid_caption": "The first images.",
+        "strip": strip_png(np.stack([images[:8]] * 5)),
+        "evaluation": EVALUATION | {"classes": classes | {"by_probe": False}},
+        "scores": scores.score_rows(EVALUATION),
+        "main_scores": scores.MAIN,
+        "extractor": scores.extractor_phrase("classifier"),
+        "accuracy": 0.97,
+        "real_images": "real images",
+        "reference_images": "the training images",
+        "copies": scores.read_metrics(EVALUATION["metrics"])["memorised"],
+        "copies_sentence": "One is a copy.",
+        "copying_hints": ["They are near."],
+        "by_features": True,
+        "neighbors": neighbors_png(lines, samples=images, training_images=images),
+        "confusion": to_png(plots.confusion_matrix(classes)),
+        "classes_head": scores.CLASSES_HEAD,
+        "class_lines": scores.class_lines(classes, most=20),
+        "selection": selection,
+        "selection_plot": plot,
+        "candidates_head": scores.candidates_head("fid"),
+        "candidate_lines": scores.candidate_lines(selection["candidates"], most=20),
+        "search": search | {"values": {"optimizer.learning_rate": 0.002}},
+        "search_plots": [plot],
+        "loss_plot": to_svg(plots.loss_curves(seen, losses, sigmas=sigmas), salt="lines"),
+        "held_out_plot": to_svg(plots.held_out_losses(seen, losses[:, 3], losses[:, 2]), salt="held-out"),
+        "training_hints": ["Train longer."],
+    }

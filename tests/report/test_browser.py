@@ -10,7 +10,6 @@ import pytest
 from playwright.sync_api import Browser, Frame
 
 from ncsn.report.html import render
-from ncsn.report.page import Page
 
 SCREENSHOTS = "NCSN_SCREENSHOTS"  # folder for the screenshots; the default is pytest's own
 SIZES = {"desktop": (1280, 800), "phone": (360, 740)}
@@ -26,10 +25,10 @@ class Visit:
 
 
 @pytest.fixture(scope="module")
-def folder(page: Page, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(page, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The report, and a page that shows it as KFP does."""
     folder = tmp_path_factory.mktemp("report")
-    (folder / "report.html").write_text(render(page))
+    (folder / "report.html").write_text(render(**page))
     (folder / "viewer.html").write_text(VIEWER)
     return folder
 
@@ -69,13 +68,13 @@ def visit(request: pytest.FixtureRequest, browser: Browser, folder: Path, tmp_pa
 
 
 @pytest.mark.parametrize("name", ["report.html", "viewer.html"])
-def test_pictures_are_shown_and_nothing_is_requested(visit, folder: Path, page: Page, name: str) -> None:
+def test_pictures_are_shown_and_nothing_is_requested(visit, folder: Path, page, name: str) -> None:
     seen = visit(name)
     widths = seen.frame.evaluate("[...document.images].map(image => image.naturalWidth)")
-    assert len(widths) == 5, "grid, strip, two neighbors, inpainting"
+    assert len(widths) == 6, "grid, strip, neighbors, classes, selection, search"
     assert min(widths) > 0
     plots = seen.frame.evaluate("[...document.querySelectorAll('.plot svg')].map(s => s.getBoundingClientRect().width)")
-    assert len(plots) == 3 and min(plots) > 300
+    assert len(plots) == 2 and min(plots) > 300
     outside = {url for url in seen.requests if not url.startswith("data:")}
     assert outside <= {(folder / "report.html").as_uri(), (folder / "viewer.html").as_uri()}
     assert seen.complaints == []

@@ -10,7 +10,6 @@ import numpy as np
 from ncsn.config import from_yaml
 from ncsn.data.format import Manifest
 from ncsn.report.cards import ModelFacts, model_card, run_page
-from ncsn.report.scores import classes_section
 from ncsn.tracking.registry import DESCRIPTION_LENGTH
 
 CONFIG = """
@@ -98,11 +97,8 @@ def test_the_card_names_the_average_the_start_and_the_class() -> None:
 
 def test_scores_are_next_to_those_of_real_images_with_their_counts() -> None:
     text = card()
-    # 8.765 +- 1.96 * 0.5 / sqrt(25)
-    assert "| `eval/classifier_score_n512` | 8.765 | 8.569 to 8.961 | 9.25 (n539) |" in text
-    assert "| `eval/classifier_fid_n512` | 14 | 12.04 to 15.96 |  |" in text
-    assert "| `eval/classifier_kid_n512` | 0.1 |  |  |" in text
-    assert "| `eval/classifier_test_accuracy` | 0.97 |  |  |" in text
+    assert "| `eval/classifier_score_n512` | 8.765 ±\u00a00.5 | 9.25 |" in text
+    assert "| `eval/classifier_fid_n512` | 14 ±\u00a01 |  |" in text
     assert "_std_" not in text
     assert "f" * 64 in text and EVALUATION["notes"][0] in text
 
@@ -179,14 +175,3 @@ def test_classes_are_named_with_their_scores() -> None:
     many = card("data.num_classes=1000", manifest=replace(MANIFEST, class_names=names), classes=by_class(names))
     assert len(many) < DESCRIPTION_LENGTH and "980 more" in many
     assert "`a long name of class 999`" not in many and "| a long name of class 999 | 51 |" in many
-
-
-def test_the_section_of_classes_has_their_matrix_and_those_that_agree_least() -> None:
-    for count in (10, 200):
-        section = classes_section(by_class([f"c{number}" for number in range(count)]))
-        assert len(section.table) == 1 + min(count, 20) and "75.0%" in section.text and "87.5%" in section.text
-        assert section.table[-1][0] == ("c9" if count == 10 else "c180")
-        assert "<svg" in section.plots[0].svg
-    one = by_class([f"c{number}" for number in range(10)])
-    one["table"] = [line | {"num_images": 51 * (line["name"] == "c3")} for line in one["table"]]
-    assert "1 of its 10 classes" in classes_section(one).text

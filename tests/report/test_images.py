@@ -2,15 +2,36 @@
 
 from __future__ import annotations
 
+import io
+
 import numpy as np
+from PIL import Image
 
-from ncsn.report.images import (
-    rows_by_class,
-)
+from ncsn.report.images import neighbors_png, rows_by_class, strip_png
 
 
-def images(*shape: int) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+def pixels(png: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(png)))
+
+
+def test_each_sample_is_beside_its_nearest_training_images() -> None:
+    samples, training = np.full((3, 8, 8, 1), 10, np.uint8), np.arange(9, dtype=np.uint8).repeat(64).reshape(9, 8, 8, 1)
+    table = [{"image": row, "pixels_rows": [row, 8], "features_rows": [row + 4, 8]} for row in range(3)]
+    picture = pixels(neighbors_png(table, samples=samples, training_images=training))
+    cell = picture.shape[1] * 9 // 55
+    found = [[picture[int((row + 0.5) * cell), int((column + 0.5) * cell)] for column in range(6)] for row in range(2)]
+    assert found == [[10, 0, 4, 10, 1, 5], [10, 2, 6, 0, 0, 0]]
+    wide = np.zeros((9, 512, 512, 3), np.uint8)
+    large = neighbors_png(table, samples=wide, training_images=wide)
+    assert pixels(large).shape[0] < 600, "two samples, in one row"
+
+
+def test_a_strip_has_a_row_for_each_image() -> None:
+    frames = np.arange(6, dtype=np.uint8).repeat(64).reshape(3, 2, 8, 8, 1)
+    picture = pixels(strip_png(frames))
+    cell = picture.shape[0] * 9 // 19
+    found = [[picture[int((row + 0.5) * cell), int((stage + 0.5) * cell)] for stage in range(3)] for row in range(2)]
+    assert found == [[0, 2, 4], [1, 3, 5]]
 
 
 def test_a_grid_has_a_row_for_each_of_the_first_classes() -> None:

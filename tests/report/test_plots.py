@@ -12,10 +12,9 @@ from PIL import Image
 
 from ncsn.report.plots import (
     epsilon_versus_quality,
+    held_out_losses,
     loss_curves,
-    loss_heat_map,
     search_coordinates,
-    under_trained_levels,
 )
 from ncsn.report.style import INK, LEVEL_COLORS, PALETTE, to_png, to_svg
 
@@ -44,18 +43,6 @@ def test_ink_and_colors_are_legible_on_a_light_and_on_a_dark_page(page) -> None:
     assert min(contrast(color, page) for color in colors) >= 3
 
 
-def test_a_perfect_network_is_not_under_trained() -> None:
-    assert under_trained_levels(MINIMUM) == []
-    assert under_trained_levels([0.1, 0.9]) == [], "two levels have no neighbors to compare with"
-
-
-@pytest.mark.parametrize("level", range(10))
-def test_each_level_well_above_its_neighbors_is_found(level) -> None:
-    losses = MINIMUM.copy()
-    losses[level] *= 2 if level else 4  # the first level is expected below the second
-    assert under_trained_levels(losses) == [level]
-
-
 def test_loss_curves_hold_the_numbers() -> None:
     losses = LOSSES.copy()
     losses[1, 4] = np.nan
@@ -66,17 +53,22 @@ def test_loss_curves_hold_the_numbers() -> None:
         np.testing.assert_array_equal(line.get_xydata(), np.column_stack([SEEN, losses[:, level]])[known])
 
 
-def test_heat_map_points_at_the_under_trained_level() -> None:
-    losses = LOSSES.copy()
-    losses[-1, 6] *= 2
-    axes = loss_heat_map(SEEN, losses, sigmas=SIGMAS).axes[0]
-    assert [(text.get_text(), text.xy[1]) for text in axes.texts] == [("◀", 6)]
-    assert not loss_heat_map(SEEN, LOSSES, sigmas=SIGMAS).axes[0].texts
-
-
 def test_one_point_and_one_level_are_drawn() -> None:
-    for plot in (loss_curves, loss_heat_map):
-        assert to_png(plot([1000], [[0.5]], sigmas=[0.1]))
+    assert to_png(loss_curves([1000], [[0.5]], sigmas=[0.1]))
+
+
+def test_long_curves_are_thinned_to_means() -> None:
+    losses = np.full((1000, 2), np.nan)
+    losses[::2, 0], losses[1::2, 0] = 0.0, 1.0
+    curve, unknown = loss_curves(np.arange(1.0, 1001.0), losses, sigmas=[1.0, 0.1]).axes[0].get_lines()[:2]
+    assert len(curve.get_xdata()) == 150 and curve.get_xdata()[-1] == 1000
+    assert curve.get_ydata() == pytest.approx(0.5, abs=0.08) and len(unknown.get_xdata()) == 0
+
+
+def test_the_plot_holds_both_losses() -> None:
+    (axes,) = held_out_losses([1000, 2000], [0.5, 0.4], [0.4, 0.2]).axes
+    lines = {line.get_label(): line.get_ydata().tolist() for line in axes.get_lines()}
+    assert lines == {"training images": [0.4, 0.2], "held-out images": [0.5, 0.4]}
 
 
 def test_a_diverged_epsilon_is_marked_apart() -> None:

@@ -234,7 +234,8 @@ def test_images_are_judged_by_the_classes_that_they_were_asked_for(store: Path, 
     ]
     counted = int(found["table"][3]["num_images"])
     assert run.data.metrics[f"eval/classifier_class_agreement_n{counted}/3-3"] == found["table"][3]["agreement"]
-    assert "confusion.png" in {file.path for file in connection.client.list_artifacts(run.info.run_id)}
+    pictures = {Path(uri).name for uri in (result.neighbors, result.confusion)}
+    assert pictures <= {file.path for file in connection.client.list_artifacts(run.info.run_id)}
 
 
 def test_classes_are_compared_with_the_images_of_the_reference(store: Path, dataset: str, tmp_path: Path) -> None:

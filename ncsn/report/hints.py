@@ -1,9 +1,8 @@
-"""Sections that explain a run: training, held-out loss, quality against cost, search; and hints about its settings."""
+"""Hints about a run: signs of too little training, of memorization, and of settings that do not fit."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,10 +11,7 @@ from ncsn.config.training import TrainConfig, ema_setting
 from ncsn.core.images import DataMoments
 from ncsn.core.noise_schedule import best_epsilon, variance_ratio
 from ncsn.core.samplers.settings import AnnealedLangevin, Sampler
-from ncsn.report.page import Picture, Plot, Section
-from ncsn.report.plots import held_out_losses, last_losses, loss_curves, loss_heat_map
-from ncsn.report.style import to_svg
-from ncsn.report.words import Reading
+from ncsn.report.scores import Reading
 from ncsn.runs.curves import HeldOutCurves
 
 Array = NDArray[np.float64]
@@ -45,11 +41,11 @@ def training_hints(losses: Array, *, linear: Array, sigmas: Sequence[float]) -> 
     if not len(behind):
         return []
     worst = behind[np.argmax(losses[behind] / linear[behind])]
-    which = f"{_numbered('bin', behind.tolist())} {'is' if len(behind) == 1 else 'are'}"
+    where = ", ".join(f"{sigmas[number]:.3g}" for number in behind)
     return [
-        f"{which} undertrained: the best linear denoiser of the training images has a lower loss, most clearly at "
-        f"sigma {sigmas[worst]:.3g} ({linear[worst]:.3g} versus {losses[worst]:.3g}). Increase train.num_images or the "
-        "width of the network."
+        f"Undertrained at sigma {where}: the best linear denoiser of the training images has a lower loss, most "
+        f"clearly at {sigmas[worst]:.3g} ({linear[worst]:.3g} versus {losses[worst]:.3g}). Increase train.num_images "
+        "or the width of the network."
     ]
 
 
@@ -87,57 +83,6 @@ def sampler_hints(sampler: Sampler, sigmas: Sequence[float]) -> list[str]:
     ]
 
 
-def _numbered(unit: str, numbers: Sequence[int]) -> str:
-    """`Level 3`, `Levels 0 to 4`, `Levels 1, 3 and 7`."""
-    name, first, last = unit.capitalize(), numbers[0], numbers[-1]
-    if len(numbers) == 1:
-        return f"{name} {first}"
-    if last - first == len(numbers) - 1:
-        return f"{name}s {first} to {last}"
-    return f"{name}s {', '.join(map(str, numbers[:-1]))} and {last}"
-
-
-MOST_POINTS = 150  # of a curve; more are not visible and make the page large
-
-
-def training_section(
-    images_seen: Sequence[int],
-    level_losses: Array,
-    *,
-    sigmas: Sequence[float],
-    linear: Array,
-    hints: Sequence[str] = (),
-) -> Section:
-    """The normalized losses of training [P, L], P >= 1, NaN where no image had that level; `hints` join its own.
-
-    `sigmas` [L] are the middles of bins, descending; `linear` [L] is the loss there of the best linear denoiser.
-    """
-    seen, losses = thinned(np.asarray(images_seen, np.float64), level_losses)
-    heat_map = loss_heat_map(seen, losses, sigmas=sigmas)
-    curves = loss_curves(seen, losses, sigmas=sigmas)
-    return Section(
-        heading="Training",
-        text="The loss at a noise level is the share of the added noise that the network fails to predict: 0 is "
-        "perfect, and 1 means a network that always predicts zero. Strong noise is easy to tell from an image. Noise "
-        "weaker than the detail of the images cannot be predicted, so the loss stays near 1 there.",
-        plots=[
-            Plot(to_svg(heat_map, salt="heat"), alt="Loss of each bin of noise over training, as a map"),
-            Plot(to_svg(curves, salt="lines"), alt="Loss of each bin of noise over training, as curves"),
-        ],
-        hints=[*training_hints(last_losses(level_losses), linear=linear, sigmas=sigmas), *hints],
-    )
-
-
-def thinned(seen: Array, losses: Array) -> tuple[Array, Array]:
-    """At most `MOST_POINTS` points: each is the mean of neighboring points, at the last of them."""
-    parts = np.array_split(np.arange(len(seen)), min(len(seen), MOST_POINTS))
-    known = np.isfinite(losses)
-    sums = np.stack([np.where(known, losses, 0)[part].sum(axis=0) for part in parts])
-    counts = np.stack([known[part].sum(axis=0) for part in parts])
-    means = np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
-    return seen[[part[-1] for part in parts]], means
-
-
 # Of the median distance to the nearest training image, generated over real. Images of a good model are a little nearer
 # than real ones, because they lack rare detail.
 NEAR = 0.7
@@ -170,31 +115,3 @@ def copying_hints(generated: Mapping[str, Reading], real: Mapping[str, Reading],
                 f"to the nearest one is {own:,.0f}, and {others:,.0f} for held-out images."
             )
     return hints
-
-
-def held_out_section(curves: HeldOutCurves) -> Section:
-    """The curves of both losses."""
-    figure = held_out_losses(curves.images_seen, curves.loss, curves.loss - curves.gap)
-    return Section(
-        heading="Held-out loss",
-        text="The loss on test images, which training never uses, and on training images, both with the EMA weights "
-        "and without augmentation. A model of the distribution has the same loss on both. One that memorizes its "
-        "training images has a growing gap between the two, and in the end its held-out loss rises.",
-        plots=[Plot(to_svg(figure, salt="held-out"), alt="Loss of held-out and of training images over training")],
-        hints=overfitting_hints(curves),
-    )
-
-
-def search_section(result: Mapping[str, Any], plots: Sequence[bytes]) -> Section:
-    """The search that the settings of a run come from: the result of its tune step, and its plots as PNG files."""
-    best, baseline = result["objective"], result["baseline"]
-    before = "" if baseline is None else f"; the original settings reached {baseline:.4g}"
-    finished = sum(trial["status"] == "finished" for trial in result["trials"])
-    return Section(
-        heading="Search",
-        text=f"The search started {len(result['trials'])} trials, and {finished} of them ran to the end. The best one "
-        f"reached {result['objective_name']} = {best:.4g} after {result['images_seen']:,} images{before}. "
-        "Lower is better.",
-        pictures=[Picture(plot, alt="the trials of the search", width=820, pixelated=False) for plot in plots],
-        table=[("setting", "best"), *((path, f"{value}") for path, value in result["values"].items())],
-    )

@@ -1,0 +1,70 @@
+"""Scores next to those of real images, costs and lineage, as all pages show them."""
+
+from __future__ import annotations
+
+import pytest
+
+from ncsn.report.facts import cost_facts, cost_line, tag_facts
+from ncsn.report.scores import candidate_lines, class_lines, read_metrics, score_lines, score_rows
+from ncsn.runs.costs import Cost
+
+EVALUATION = {
+    "metrics": {
+        "eval/classifier_score_n512": 8.0,
+        "eval/classifier_score_std_n512": 0.25,
+        "eval/classifier_kid_n512": 0.5,
+        "eval/classifier_class_tv_n512": 0.1,
+        "eval/classifier_test_accuracy": 0.97,
+    },
+    "real_metrics": {"eval/real_classifier_score_n500": 10.0, "eval/real_classifier_kid_n500": -0.1},
+}
+
+
+def test_metrics_are_read_from_their_names() -> None:
+    readings = read_metrics(EVALUATION["metrics"])
+    assert set(readings) == {"score", "score_std", "kid", "class_tv"}
+    assert (readings["class_tv"].extractor, readings["class_tv"].num_images) == ("classifier", 512)
+    assert read_metrics(EVALUATION["real_metrics"])["kid"].value == -0.1
+    against = read_metrics({"eval/dinov2_vs_test_fid_std_n20": 1.0})["fid_std"]
+    assert (against.extractor, against.split) == ("dinov2", "test")
+
+
+def test_scores_are_next_to_the_real_ones() -> None:
+    score, kid, class_tv = score_rows(EVALUATION)
+    assert (score.text, score.real_text, score.meaning.better) == ("8 ±\u00a00.25", "10", "higher")
+    assert score.bars[0] == pytest.approx(0.8 * score.bars[1], abs=0.1)
+    assert kid.bars is None, "a negative number has no bar"
+    assert (class_tv.real_text, class_tv.bars) == ("", None)
+    assert score_lines(EVALUATION)[1] == ("eval/classifier_kid_n512", "0.5", "-0.1")
+
+
+def test_of_many_classes_those_that_agree_least_are_shown() -> None:
+    table = [{"name": f"c{n}", "num_images": 51, "agreement": 1 - n / 400, "kid": None} for n in range(200)]
+    classes = {"table": table, "real_table": table}
+    lines = class_lines(classes, most=20)
+    assert len(lines) == 20 and lines[0] == ("c199", "51", "50.2%", "50.2%", "") and lines[-1][0] == "c180"
+    assert len(class_lines({"table": table[:10], "real_table": table[:10]}, most=20)) == 10
+
+
+def test_candidates_that_are_not_finite_come_last() -> None:
+    rows = [{"images_seen": 1000, "relative_width": 0.1, "value": value, "digest": "x"} for value in (None, 3.0, 2.0)]
+    assert [line[2] for line in candidate_lines(rows, most=3)] == ["2", "3", "not finite"]
+
+
+def test_costs_are_summed_and_scaled() -> None:
+    spent = {step: Cost(360.0, 0.2, 0.0) for step in ("train", "sample")}
+    whole, thousand = cost_facts(spent, num_images=500)
+    assert whole.value == cost_line(spent) == "12.0 min · 0.4 CPU hours"
+    assert thousand.value == "12.0 min · 0.4 CPU hours"
+    assert (cost_line({}), list(cost_facts({}, num_images=500))) == ("", [])
+
+
+def test_lineage_has_each_value_once_and_links_pages_only() -> None:
+    whole = {"kfp.pipeline_run_id": "1", "kfp.pipeline_run_url": "javascript:alert(1)", "torch.version": "2.6"}
+    steps = [{"ray.job_id": "01", "torch.version": "2.6"}, {"ray.job_id": "02", "torch.version": "2.7"}]
+    facts = {fact.label: fact for fact in tag_facts([whole, *steps])}
+    assert facts["Ray job"].value == "01, 02"
+    assert facts["Versions"].value == "torch 2.6, 2.7"
+    assert (facts["KFP run"].value, facts["KFP run"].link) == ("1", "")
+    linked = tag_facts([{**whole, "kfp.pipeline_run_url": "https://kfp.example/runs/1"}])
+    assert linked[0].link == "https://kfp.example/runs/1"
