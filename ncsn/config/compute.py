@@ -26,44 +26,30 @@ def bytes_of(quantity: str) -> float:
 class KubeRayConfig(Section):
     """The RayJob of a step, for compute.backend: kuberay."""
 
-    namespace: str | None = Field(
-        None, description="Namespace of the RayJobs; null = this pod's, or that of the current kubeconfig context."
-    )
-    image: str | None = Field(
-        None, description="Image of all pods; null = this pod's, or outside a pod that of NCSN_IMAGE."
-    )
-    queue: str | None = Field(None, min_length=1, description="Kueue LocalQueue that admits the RayJobs; null = none.")
-    node_selector: dict[str, str] = Field({}, description="Labels of the nodes that worker pods run on.")
-    tolerations: tuple[dict[str, Any], ...] = Field(
-        (), description="Tolerations of the worker pods, as Kubernetes has them: key, operator, value, effect."
-    )
-    workers_per_pod: int = Field(
-        1,
-        ge=1,
-        le=64,
-        description="Workers per pod; each adds its CPUs, memory, /dev/shm and GPU to the pod. Use the number of GPUs "
-        "in a node, since workers in different pods cannot use NVLink. compute.num_workers, or both ends of its range, "
-        "must be a multiple.",
-    )
-    memory_per_worker: str | None = Field(
-        None,
-        description="Memory of each worker, including its /dev/shm, for example 512Mi or 8Gi; null = an estimate from "
-        f"network, batch and extractor, at least {LEAST_MEMORY}.",
-    )
-    head_cpus: int | None = Field(
-        None,
-        ge=1,
-        le=1024,
-        description="CPU cores of the head pod, which runs the driver; null = 2, as in the template.",
-    )
-    head_memory: str | None = Field(None, description="Memory of the head pod; null = 6Gi, as in the template.")
-    max_start_minutes: float = Field(
-        30.0,
-        gt=0,
-        le=10080,
-        description="Minutes that the cluster may take to start, counted from its admission by the queue.",
-    )
-    max_hours: float = Field(24.0, gt=0, le=8760, description="Hours after which the step is stopped, finished or not.")
+    namespace: str | None = None
+    """Namespace of the RayJobs; null = this pod's, or that of the current kubeconfig context."""
+    image: str | None = None
+    """Image of all pods; null = this pod's, or outside a pod that of NCSN_IMAGE."""
+    queue: str | None = Field(None, min_length=1)
+    """Kueue LocalQueue that admits the RayJobs; null = none."""
+    node_selector: dict[str, str] = Field({})
+    """Labels of the nodes that worker pods run on."""
+    tolerations: tuple[dict[str, Any], ...] = ()
+    """Tolerations of the worker pods, as Kubernetes has them: key, operator, value, effect."""
+    workers_per_pod: int = Field(1, ge=1, le=64)
+    """Workers per pod; each adds its CPUs, memory, /dev/shm and GPU to the pod. Use the number of GPUs in a node, since
+    workers in different pods cannot use NVLink. compute.num_workers, or both ends of its range, must be a multiple."""
+    memory_per_worker: str | None = None
+    """Memory of each worker, including its /dev/shm, for example 512Mi or 8Gi; null = an estimate from network, batch
+    and extractor, at least 4Gi."""
+    head_cpus: int | None = Field(None, ge=1, le=1024)
+    """CPU cores of the head pod, which runs the driver; null = 2, as in the template."""
+    head_memory: str | None = None
+    """Memory of the head pod; null = 6Gi, as in the template."""
+    max_start_minutes: float = Field(30.0, gt=0, le=10080)
+    """Minutes that the cluster may take to start, counted from its admission by the queue."""
+    max_hours: float = Field(24.0, gt=0, le=8760)
+    """Hours after which the step is stopped, finished or not."""
 
     @field_validator("memory_per_worker", "head_memory")
     @classmethod
@@ -76,51 +62,36 @@ class KubeRayConfig(Section):
 class RayJobsConfig(Section):
     """The Ray cluster that a step is submitted to, for compute.backend: ray-jobs."""
 
-    address: str | None = Field(
-        None,
-        pattern=r"^https?://[^\s@]+$",
-        description="URL of the cluster's dashboard, for example http://head:8265; null = RAY_API_SERVER_ADDRESS or "
-        "RAY_ADDRESS. The token comes from the environment.",
-    )
+    address: str | None = Field(None, pattern=r"^https?://[^\s@]+$")
+    """URL of the cluster's dashboard, for example http://head:8265; null = RAY_API_SERVER_ADDRESS or RAY_ADDRESS. The
+    token comes from the environment."""
 
 
 class ComputeConfig(Section):
     """Where steps run, and on how many workers. Changes speed, not results."""
 
-    backend: Literal["local", "ray-jobs", "kuberay"] = Field(
-        "local",
-        description="Where tune, train, select, sample and evaluate run: local = in this process, on a Ray "
-        "cluster that it starts or, with RAY_ADDRESS, joins; ray-jobs = as a job on an existing Ray cluster; kuberay = "
-        "as a RayJob on Kubernetes. The last two need storage.root in S3; for ray-jobs a folder that the cluster "
-        "shares works too.",
-    )
-    num_workers: int | tuple[int, int] = Field(
-        1,
-        description="Number of Ray Train workers, 1 to 4096, and of concurrent Ray tasks for sampling. [min, max] = "
-        "elastic: training starts with as many workers as the cluster has room for, continues with fewer when it loses "
-        "a node, and grows again; the result is the same except for rounding. Trials of a search use min.",
-    )
-    cpus_per_worker: int = Field(1, ge=1, le=1024, description="CPU cores (and torch threads) per worker.")
-    use_gpu: bool = Field(False, description="Give each worker one GPU.")
-    microbatch: int | None = Field(
-        None,
-        ge=1,
-        description="Images per pass of a worker through the network; it accumulates gradients over its share of "
-        "train.batch_size. null = the whole share. Fewer need less memory; the result is the same except for rounding.",
-    )
-    channels_last: bool = Field(
-        False, description="Keep images and weights in channels-last order, which is faster for convolutions on GPUs."
-    )
-    compile: bool = Field(
-        False,
-        description="Compile the network when training starts (torch.compile). This takes minutes, then steps are "
-        "faster. Needs a C++ compiler on the workers. Checkpoints do not depend on it.",
-    )
-    max_failures: int = Field(
-        3,
-        ge=0,
-        description="How many times training restarts from its last checkpoint after losing a worker or a node.",
-    )
+    backend: Literal["local", "ray-jobs", "kuberay"] = "local"
+    """Where tune, train, select, sample and evaluate run: local = in this process, on a Ray cluster that it starts or,
+    with RAY_ADDRESS, joins; ray-jobs = as a job on an existing Ray cluster; kuberay = as a RayJob on Kubernetes. The
+    last two need storage.root in S3; for ray-jobs a folder that the cluster shares works too."""
+    num_workers: int | tuple[int, int] = 1
+    """Number of Ray Train workers, 1 to 4096, and of concurrent Ray tasks for sampling. [min, max] = elastic: training
+    starts with as many workers as the cluster has room for, continues with fewer when it loses a node, and grows again;
+    the result is the same except for rounding. Trials of a search use min."""
+    cpus_per_worker: int = Field(1, ge=1, le=1024)
+    """CPU cores (and torch threads) per worker."""
+    use_gpu: bool = False
+    """Give each worker one GPU."""
+    microbatch: int | None = Field(None, ge=1)
+    """Images per pass of a worker through the network; it accumulates gradients over its share of train.batch_size.
+    null = the whole share. Fewer need less memory; the result is the same except for rounding."""
+    channels_last: bool = False
+    """Keep images and weights in channels-last order, which is faster for convolutions on GPUs."""
+    compile: bool = False
+    """Compile the network when training starts (torch.compile). This takes minutes, then steps are faster. Needs a C++
+    compiler on the workers. Checkpoints do not depend on it."""
+    max_failures: int = Field(3, ge=0)
+    """How many times training restarts from its last checkpoint after losing a worker or a node."""
     ray_jobs: RayJobsConfig = RayJobsConfig()
     kuberay: KubeRayConfig = KubeRayConfig()
 

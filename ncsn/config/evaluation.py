@@ -22,32 +22,24 @@ PUBLISHED_SHA256 = {
 class EvaluationConfig(Section):
     """How the samples are evaluated."""
 
-    extractor: Literal["auto", "classifier", "clusters", "inception", "dinov2"] = Field(
-        "auto",
-        description="Feature extractor: classifier = a small network trained on the dataset's labels; clusters = the "
-        "same network trained to tell clusters of similar images apart, for images without labels; inception = the "
-        "2015 Inception graph; dinov2 = DINOv2 ViT-L/14, which is slow without a GPU. auto = inception if weights are "
-        "set, else classifier if the images have at least two classes, else clusters.",
-    )
+    extractor: Literal["auto", "classifier", "clusters", "inception", "dinov2"] = "auto"
+    """Feature extractor: classifier = a small network trained on the dataset's labels; clusters = the same network
+    trained to tell clusters of similar images apart, for images without labels; inception = the 2015 Inception graph;
+    dinov2 = DINOv2 ViT-L/14, which is slow without a GPU. auto = inception if weights are set, else classifier if the
+    images have at least two classes, else clusters."""
     weights: str | None = Field(
         None,
         description="Weights of inception or dinov2: local path, http(s) URL (cached) or S3 URI of the published file, "
         f"{PUBLISHED_FILES['inception']} or {PUBLISHED_FILES['dinov2']}. Other files are refused.",
     )
-    classifier_epochs: int = Field(
-        10, ge=1, le=1000, description="Epochs of training for the classifier or the clusters network."
-    )
-    num_splits: int = Field(
-        10,
-        ge=1,
-        le=100,
-        description="Consecutive splits of the samples, for the mean and standard deviation of the score.",
-    )
-    batch_size: int = Field(256, ge=1, le=65536, description="Images per pass of the extractor.")
-    reference_split: Literal["train", "test"] = Field(
-        "train",
-        description="Split that the samples are compared with. Metrics against test images say so in their names.",
-    )
+    classifier_epochs: int = Field(10, ge=1, le=1000)
+    """Epochs of training for the classifier or the clusters network."""
+    num_splits: int = Field(10, ge=1, le=100)
+    """Consecutive splits of the samples, for the mean and standard deviation of the score."""
+    batch_size: int = Field(256, ge=1, le=65536)
+    """Images per pass of the extractor."""
+    reference_split: Literal["train", "test"] = "train"
+    """Split that the samples are compared with. Metrics against test images say so in their names."""
 
     @property
     def other_split(self) -> Literal["train", "test"]:
@@ -87,19 +79,11 @@ class EvaluationConfig(Section):
 class SelectConfig(Section):
     """How `ncsn select` chooses among the checkpoints of a run."""
 
-    num_images: int = Field(1000, ge=2, description="Samples per candidate, all from the same noise.")
-    figure: Literal["fid", "kid"] = Field(
-        "fid",
-        description="What decides: fid = the Fréchet distance, as in the 2019 paper; kid = the kernel distance, which "
-        "does not favor candidates of little diversity when there are few samples.",
-    )
-    seed: int = Field(
-        1,
-        ge=0,
-        lt=2**63,
-        description="Seed of the candidates' samples. It should differ from sampling.seed, so that the final metrics "
-        "are of samples that the choice has not seen.",
-    )
-    keep: int = Field(
-        3, ge=1, description="How many of the best candidates keep their EMA weights, in the run's folder selected/."
-    )
+    num_images: int = Field(1000, ge=2)
+    """Samples per candidate, all from the same noise."""
+    figure: Literal["fid", "kid"] = "fid"
+    """What decides: fid = the Fréchet distance, as in the 2019 paper; kid = the kernel distance, which does not favor
+    candidates of little diversity when there are few samples."""
+    seed: int = Field(1, ge=0, lt=2**63)
+    """Seed of the candidates' samples. It should differ from sampling.seed, so that the final metrics are of samples
+    that the choice has not seen."""

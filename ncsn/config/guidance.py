@@ -15,21 +15,12 @@ MOST_WEIGHT = 100
 class _Guidance(Section):
     """Weight and band of noise levels."""
 
-    weight: float = Field(
-        1.5,
-        ge=0,
-        le=MOST_WEIGHT,
-        description="The score is s_0 + weight (s_1 - s_0); 1 = no guidance. The weight of Ho & Salimans is this one "
-        "minus 1.",
-    )
-    sigma_min: float = Field(
-        0.0,
-        ge=0,
-        description="No guidance at or below this sigma, rounded to the sampler's nearest noise level.",
-    )
-    sigma_max: float = Field(
-        1e4, gt=0, description="No guidance above this sigma, rounded to the sampler's nearest noise level."
-    )
+    weight: float = Field(1.5, ge=0, le=MOST_WEIGHT)
+    """The score is s_0 + weight (s_1 - s_0); 1 = no guidance. The weight of Ho & Salimans is this one minus 1."""
+    sigma_min: float = Field(0.0, ge=0)
+    """No guidance at or below this sigma, rounded to the sampler's nearest noise level."""
+    sigma_max: float = Field(1e4, gt=0)
+    """No guidance above this sigma, rounded to the sampler's nearest noise level."""
 
     @model_validator(mode="after")
     def _somewhere(self) -> _Guidance:
@@ -41,22 +32,18 @@ class _Guidance(Section):
 class ClassifierFreeConfig(_Guidance):
     """Away from the images of all classes (Ho & Salimans 2022)."""
 
-    kind: Literal["classifier_free"] = Field(
-        description="s_1 knows the class and s_0 does not; needs data.num_classes and train.label_dropout."
-    )
+    kind: Literal["classifier_free"]
+    """s_1 knows the class and s_0 does not; needs data.num_classes and train.label_dropout."""
 
 
 class AutoguidanceConfig(_Guidance):
     """Away from the images of a worse network (Karras et al. 2024)."""
 
-    kind: Literal["autoguidance"] = Field(
-        description="s_1 is the network and s_0 a smaller one, or one with less training; with or without classes."
-    )
-    checkpoint: str = Field(
-        min_length=1,
-        description="The worse network: the URI of a checkpoint, for example an early one of the same run, or a "
-        "registered model, models:/NAME@ALIAS or models:/NAME/VERSION.",
-    )
+    kind: Literal["autoguidance"]
+    """s_1 is the network and s_0 a smaller one, or one with less training; with or without classes."""
+    checkpoint: str = Field(min_length=1)
+    """The worse network: the URI of a checkpoint, for example an early one of the same run, or a registered model,
+    models:/NAME@ALIAS or models:/NAME/VERSION."""
 
 
 GuidanceConfig = Annotated[ClassifierFreeConfig | AutoguidanceConfig, Field(discriminator="kind")]

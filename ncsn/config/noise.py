@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, ClassVar, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import Field, model_validator
 
@@ -14,7 +14,8 @@ from ncsn.errors import UserError
 class LevelsTraining(Section):
     """Training at the noise levels that samplers visit, all equally often (paper, eq. 6)."""
 
-    kind: Literal["levels"] = Field("levels", description="The noise levels, all equally often.")
+    kind: Literal["levels"] = "levels"
+    """The noise levels, all equally often."""
 
 
 _EDM_MEAN, _EDM_SIGMA_DATA = -1.893147, 0.25  # of Karras et al. 2022: -1.2 and 0.5 for pixels in [-1, 1]
@@ -28,19 +29,13 @@ def edm_mean(sigma_data: float) -> float:
 class LognormalTraining(Section):
     """Training at any sigma, ln sigma ~ N(mean, std^2) (Karras et al. 2022); the noise levels are for samplers only."""
 
-    kind: Literal["lognormal"] = Field(description="Any sigma; ln sigma is normally distributed.")
-    mean: float = Field(
-        _EDM_MEAN,
-        ge=-15,
-        le=10,
-        description="Mean of ln sigma, sigma in units of pixels in [0, 1]. The default is that of Karras et al. for "
-        "photographs, -1.2 in units of [-1, 1]; for other images add ln(network.sigma_data / 0.25).",
-    )
-    std: float = Field(1.2, gt=0, le=5, description="Standard deviation of ln sigma.")
-    stratified: bool = Field(
-        True,
-        description="Spread every 64 consecutive draws evenly over the distribution, for less noise in the gradient.",
-    )
+    kind: Literal["lognormal"]
+    """Any sigma; ln sigma is normally distributed."""
+    mean: float = Field(_EDM_MEAN, ge=-15, le=10)
+    """Mean of ln sigma, sigma in units of pixels in [0, 1]. The default is that of Karras et al. for photographs, -1.2
+    in units of [-1, 1]; for other images add ln(network.sigma_data / 0.25)."""
+    std: float = Field(1.2, gt=0, le=5)
+    """Standard deviation of ln sigma."""
 
 
 TrainingNoise = Annotated[LevelsTraining | LognormalTraining, Field(discriminator="kind")]
@@ -71,9 +66,8 @@ def _descending(levels: L) -> L:
 class NoiseConfig(Section):
     """The noise levels sigma_1 > ... > sigma_L, a geometric sequence (paper section 4.1)."""
 
-    ADDED: ClassVar[frozenset[str]] = frozenset({"training"})
-
-    kind: Literal["geometric"] = Field("geometric", description="Levels given by the settings below.")
+    kind: Literal["geometric"] = "geometric"
+    """Levels given by the settings below."""
     sigma_1: float = _SIGMA_1
     sigma_L: float = _SIGMA_L
     num_levels: int = _NUM_LEVELS
@@ -95,15 +89,10 @@ class LevelsConfig(Section):
 class AutoNoiseConfig(Section):
     """Levels chosen from the training images when training starts (NCSNv2, techniques 1 and 2); `noise: auto`."""
 
-    ADDED: ClassVar[frozenset[str]] = frozenset({"training"})
-
-    kind: Literal["auto"] = Field(description="sigma_1 is the largest distance between two images.")
-    sigma_L: float = Field(
-        0.01, gt=0, le=1e3, description="Smallest noise standard deviation, in units of pixels in [0, 1]."
-    )
-    overlap: float = Field(
-        0.5, gt=0, lt=0.99, description="Overlap C of neighboring levels; the published settings of NCSNv2 have 0.567."
-    )
+    kind: Literal["auto"]
+    """sigma_1 is the largest distance between two images."""
+    sigma_L: float = Field(0.01, gt=0, le=1e3)
+    """Smallest noise standard deviation, in units of pixels in [0, 1]."""
     training: TrainingNoise = _TRAINING
 
 
@@ -115,24 +104,21 @@ _ANNEAL_POWER = Field(2.0, ge=0, le=4, description="The weight at sigma is sigma
 class DsmLossConfig(Section):
     """Denoising score matching (paper eq. 5 and 6)."""
 
-    ADDED: ClassVar[frozenset[str]] = frozenset({"weighting"})
-
-    kind: Literal["dsm"] = Field("dsm", description="The loss of the 2019 paper.")
-    weighting: Literal["power", "edm", "learned"] = Field(
-        "power",
-        description="Weight of the loss at sigma: power = sigma ** anneal_power; edm = sigma^2 + sigma^4 / "
-        "network.sigma_data^2 (Karras et al. 2022); learned = edm divided by the loss that a linear layer learns to "
-        "predict (Karras et al. 2024).",
-    )
+    kind: Literal["dsm"] = "dsm"
+    """The loss of the 2019 paper."""
+    weighting: Literal["power", "edm", "learned"] = "power"
+    """Weight of the loss at sigma: power = sigma ** anneal_power; edm = sigma^2 + sigma^4 / network.sigma_data^2
+    (Karras et al. 2022); learned = edm divided by the loss that a linear layer learns to predict (Karras et al. 2024).
+    """
     anneal_power: float = _ANNEAL_POWER
 
 
 class SsmLossConfig(Section):
     """Sliced score matching with variance reduction (paper eq. 3), at each noise level."""
 
-    kind: Literal["ssm"] = Field(description="Does not need to know the noise; costs two to four times as much as dsm.")
+    kind: Literal["ssm"]
+    """Does not need to know the noise; costs two to four times as much as dsm."""
     anneal_power: float = _ANNEAL_POWER
-    num_projections: int = Field(1, ge=1, le=64, description="Random directions v per image; the loss is their mean.")
 
 
 LossConfig = Annotated[DsmLossConfig | SsmLossConfig, Field(discriminator="kind")]

@@ -9,7 +9,7 @@ or epochs, so that a schedule does not depend on batch size and number of worker
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -30,14 +30,11 @@ NAME_PATTERN = r"^[a-z0-9]([a-z0-9_-]{0,38}[a-z0-9])?$"
 class AugmentationConfig(Section):
     """Random flips, scalings, rotations and translations of training images, of which the network is told."""
 
-    probability: float = Field(
-        0.12,
-        gt=0,
-        le=1,
-        description="Probability of each transform except mirroring, which has 1/2. Karras et al. use 0.12 for "
-        "CIFAR-10 and 0.15 for faces.",
-    )
-    y_flip: bool = Field(True, description="Also turn images upside down, with half of the probability.")
+    probability: float = Field(0.12, gt=0, le=1)
+    """Probability of each transform except mirroring, which has 1/2. Karras et al. use 0.12 for CIFAR-10 and 0.15 for
+    faces."""
+    y_flip: bool = True
+    """Also turn images upside down, with half of the probability."""
 
 
 class DataConfig(Section):
@@ -45,66 +42,44 @@ class DataConfig(Section):
 
     source: Literal[
         "sklearn_digits", "sklearn_photos", "fashion_mnist", "mnist", "cifar10", "celeba", "image_folder", "parquet"
-    ] = Field(description="Source of the images. All but sklearn_digits and sklearn_photos read files in data.root.")
-    root: str | None = Field(
-        None,
-        description="Local folder with the files of the source, the zip of CelebA, or the archive of CIFAR-10; for "
-        "image_folder and parquet also s3://bucket/prefix, and a .tar, .zip or .parquet file.",
-    )
-    download: bool = Field(
-        False, description="Download fashion_mnist, mnist or cifar10 into data.root with torchvision."
-    )
-    image_column: str | None = Field(
-        None, description="Column of the images in parquet files; null = found by its type or a common name."
-    )
-    label_column: str | None = Field(
-        None,
-        description="Column of the labels in parquet files; none = no labels, null = found by its type or a common "
-        "name.",
-    )
-    image_size: int = Field(ge=8, le=1024, description="Height and width in pixels, after center crop and resize.")
-    channels: Literal[1, 3] = Field(
-        description="1 = gray, 3 = RGB. Images with other channels are converted, and the manifest counts them."
-    )
-    fit: Literal["crop", "pad", "stretch"] = Field(
-        "crop",
-        description="How an image becomes square: crop = keep its center; pad = add borders in the color of "
-        "background, or black; stretch = change the aspect ratio.",
-    )
-    crop: int | None = Field(
-        None,
-        ge=8,
-        description="Side in pixels of the square that fit: crop keeps; null = the shorter side, or 140 for celeba, "
-        "which keeps the face.",
-    )
-    background: Literal["none", "white", "black"] | tuple[int, int, int] = Field(
-        "none",
-        description="Color behind transparent pixels: white, black or [r, g, b]; none = an image with such pixels is "
-        "a bad one.",
-    )
-    test_fraction: float = Field(
-        0.1, gt=0, lt=1, description="Share of the images to hold out as test split, for sources without one."
-    )
-    max_images: int | None = Field(None, ge=2, description="Keep only the first N images of each split; null = all.")
-    on_bad_image: Literal["fail", "skip"] = Field(
-        "fail",
-        description="What to do with an image that cannot be used: fail = stop and name it, skip = leave it out and "
-        "count it.",
-    )
-    num_classes: int | None = Field(
-        None,
-        ge=1,
-        le=100_000,
-        description="Number of classes of a class-conditional network, which must be that of the images; null = "
-        "unconditional.",
-    )
-    dequantize: bool = Field(True, description="Add uniform noise of less than one gray level, new at each use.")
-    horizontal_flip: bool = Field(False, description="Mirror each training image with probability 1/2.")
-    augmentation: AugmentationConfig | None = Field(
-        None,
-        description="Augment training images and tell the network how, so that its samples are not augmented (Karras "
-        "et al. 2022). This reduces memorization where each image is seen a hundred times or more. null = off.",
-    )
+    ]
+    """Source of the images. All but sklearn_digits and sklearn_photos read files in data.root."""
+    root: str | None = None
+    """Local folder with the files of the source, the zip of CelebA, or the archive of CIFAR-10; for image_folder and
+    parquet also s3://bucket/prefix, and a .tar, .zip or .parquet file."""
+    download: bool = False
+    """Download fashion_mnist, mnist or cifar10 into data.root with torchvision."""
+    image_column: str | None = None
+    """Column of the images in parquet files; null = found by its type or a common name."""
+    label_column: str | None = None
+    """Column of the labels in parquet files; none = no labels, null = found by its type or a common name."""
+    image_size: int = Field(ge=8, le=1024)
+    """Height and width in pixels, after center crop and resize."""
+    channels: Literal[1, 3]
+    """1 = gray, 3 = RGB. Images with other channels are converted, and the manifest counts them."""
+    fit: Literal["crop", "pad", "stretch"] = "crop"
+    """How an image becomes square: crop = keep its center; pad = add borders in the color of background, or black;
+    stretch = change the aspect ratio."""
+    crop: int | None = Field(None, ge=8)
+    """Side in pixels of the square that fit: crop keeps; null = the shorter side, or 140 for celeba, which keeps the
+    face."""
+    background: Literal["none", "white", "black"] | tuple[int, int, int] = "none"
+    """Color behind transparent pixels: white, black or [r, g, b]; none = an image with such pixels is a bad one."""
+    test_fraction: float = Field(0.1, gt=0, lt=1)
+    """Share of the images to hold out as test split, for sources without one."""
+    max_images: int | None = Field(None, ge=2)
+    """Keep only the first N images of each split; null = all."""
+    on_bad_image: Literal["fail", "skip"] = "fail"
+    """What to do with an image that cannot be used: fail = stop and name it, skip = leave it out and count it."""
+    num_classes: int | None = Field(None, ge=1, le=100_000)
+    """Number of classes of a class-conditional network, which must be that of the images; null = unconditional."""
+    dequantize: bool = True
+    """Add uniform noise of less than one gray level, new at each use."""
+    horizontal_flip: bool = False
+    """Mirror each training image with probability 1/2."""
+    augmentation: AugmentationConfig | None = None
+    """Augment training images and tell the network how, so that its samples are not augmented (Karras et al. 2022).
+    This reduces memorization where each image is seen a hundred times or more. null = off."""
 
     @field_validator("background", mode="before")
     @classmethod
@@ -131,42 +106,30 @@ class DataConfig(Section):
 class SamplingConfig(Section):
     """How images are generated with the EMA weights."""
 
-    ADDED: ClassVar[frozenset[str]] = frozenset({"grays", "guidance", "label", "levels", "relative_width"})
-
-    num_images: int = Field(512, ge=1, description="Number of images to generate.")
-    batch_size: int = Field(
-        64, ge=1, le=65536, description="Images per network evaluation; does not change the result."
-    )
-    seed: int = Field(0, ge=0, lt=2**63, description="Seed of the noise; image i depends only on (seed, i).")
-    grays: Literal["nearest", "exact"] = Field(
-        "nearest",
-        description="How a pixel becomes a gray value: nearest = the nearest of 0, 1/255, ..., 1, as in the papers; "
-        "exact = the inverse of what training saw: with data.dequantize, gray value k is anything from k/256 to "
-        "(k + 1)/256.",
-    )
-    precision: Literal["float32", "bfloat16"] = Field(
-        "float32", description="Precision of the network's convolutions; the images themselves use float32."
-    )
-    label: str = Field(
-        "balanced",
-        min_length=1,
-        description="Classes of the images, with data.num_classes: balanced = in turn; data = drawn as often as in the "
-        "training images; or the name or number of one class.",
-    )
-    guidance: GuidanceConfig | None = Field(
-        None, description="Guidance of the samples away from those of a worse score; null = none."
-    )
-    relative_width: Width | None = Field(
-        None,
-        description="Sample with the average of the weights of this relative width, computed from the snapshots of "
-        "train.ema.kind: power; eight or more snapshots give 0.03 to 0.2. null = the EMA of the checkpoint.",
-    )
-    levels: LevelsConfig | None = Field(
-        None,
-        description="Noise levels that the sampler visits, for a network trained at any sigma (noise.training.kind = "
-        "lognormal); null = those of noise.",
-    )
-    sampler: AnySampler = Field(discriminator="kind", description="The sampler and its settings.")
+    num_images: int = Field(512, ge=1)
+    """Number of images to generate."""
+    batch_size: int = Field(64, ge=1, le=65536)
+    """Images per network evaluation; does not change the result."""
+    seed: int = Field(0, ge=0, lt=2**63)
+    """Seed of the noise; image i depends only on (seed, i)."""
+    grays: Literal["nearest", "exact"] = "nearest"
+    """How a pixel becomes a gray value: nearest = the nearest of 0, 1/255, ..., 1, as in the papers; exact = the
+    inverse of what training saw: with data.dequantize, gray value k is anything from k/256 to (k + 1)/256."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the network's convolutions; the images themselves use float32."""
+    label: str = Field("balanced", min_length=1)
+    """Classes of the images, with data.num_classes: balanced = in turn; data = drawn as often as in the training
+    images; or the name or number of one class."""
+    guidance: GuidanceConfig | None = None
+    """Guidance of the samples away from those of a worse score; null = none."""
+    relative_width: Width | None = None
+    """Sample with the average of the weights of this relative width, computed from the snapshots of train.ema.kind:
+    power; eight or more snapshots give 0.03 to 0.2. null = the EMA of the checkpoint."""
+    levels: LevelsConfig | None = None
+    """Noise levels that the sampler visits, for a network trained at any sigma (noise.training.kind = lognormal); null
+    = those of noise."""
+    sampler: AnySampler = Field(discriminator="kind")
+    """The sampler and its settings."""
 
     @field_validator("label", mode="before")
     @classmethod
@@ -177,64 +140,46 @@ class SamplingConfig(Section):
 class SearchConfig(Section):
     """A search for better settings, judged by samples, since losses at different noise levels are not comparable."""
 
-    space: dict[str, Domain] | None = Field(
-        None,
-        description="Dotted path of a setting -> {kind: log, low, high}, {kind: uniform, low, high} or "
-        "{kind: choice, values}. null = noise.sigma_1 and noise.sigma_L, each from a third to three times its value "
-        "(with noise: auto, the value that the images suggest).",
-    )
-    epsilons: tuple[Annotated[float, Field(gt=0, le=10)], ...] | None = Field(
-        None,
-        min_length=1,
-        description="Step sizes to sample every checkpoint with, as epsilon / sigma_L ** 2; trying them needs no "
-        "training. null = half, one and two times the config's. For samplers with an epsilon.",
-    )
-    num_trials: int = Field(
-        16, ge=1, le=10000, description="Number of trials. The first one is the unchanged config, trained to the end."
-    )
-    seed: int = Field(
-        1,
-        ge=0,
-        lt=2**32,
-        description="Seed of the trials and their samples. It should differ from sampling.seed, so that the final "
-        "metrics are of samples that the search has not seen.",
-    )
-    reduction_factor: int = Field(
-        4,
-        ge=2,
-        le=100,
-        description="About one in this many trials continues after a rung (asynchronous successive halving). The "
-        "rungs are at train.num_images / reduction_factor ** 2, train.num_images / reduction_factor, and the end.",
-    )
-    num_samples: int = Field(512, ge=2, le=1_000_000, description="Images to generate at each rung for each epsilon.")
-    max_concurrent: int | None = Field(
-        None, ge=1, description="Maximum number of trials at a time; null = as many as the cluster has room for."
-    )
+    space: dict[str, Domain] | None = None
+    """Dotted path of a setting -> {kind: log, low, high}, {kind: uniform, low, high} or {kind: choice, values}. null =
+    noise.sigma_1 and noise.sigma_L, each from a third to three times its value (with noise: auto, the value that the
+    images suggest)."""
+    epsilons: tuple[Annotated[float, Field(gt=0, le=10)], ...] | None = Field(None, min_length=1)
+    """Step sizes to sample every checkpoint with, as epsilon / sigma_L ** 2; trying them needs no training. null =
+    half, one and two times the config's. For samplers with an epsilon."""
+    num_trials: int = Field(16, ge=1, le=10000)
+    """Number of trials. The first one is the unchanged config, trained to the end."""
+    seed: int = Field(1, ge=0, lt=2**32)
+    """Seed of the trials and their samples. It should differ from sampling.seed, so that the final metrics are of
+    samples that the search has not seen."""
+    reduction_factor: int = Field(4, ge=2, le=100)
+    """About one in this many trials continues after a rung (asynchronous successive halving). The rungs are at
+    train.num_images / reduction_factor ** 2, train.num_images / reduction_factor, and the end."""
+    num_samples: int = Field(512, ge=2, le=1_000_000)
+    """Images to generate at each rung for each epsilon."""
+    max_concurrent: int | None = Field(None, ge=1)
+    """Maximum number of trials at a time; null = as many as the cluster has room for."""
 
 
 class StorageConfig(Section):
     """Where datasets and runs are stored."""
 
-    root: str = Field(".ncsn", min_length=1, description="Local folder or s3://bucket/prefix.")
+    root: str = Field(".ncsn", min_length=1)
+    """Local folder or s3://bucket/prefix."""
 
 
 class TrackingConfig(Section):
     """MLflow's experiment and model registry."""
 
-    uri: str | None = Field(
-        None, description="Tracking server; null = MLFLOW_TRACKING_URI, else a SQLite file in a local storage.root."
-    )
-    experiment: str = Field("ncsn", min_length=1, description="Name of the MLflow experiment.")
-    preview_images: int = Field(
-        16,
-        ge=0,
-        le=256,
-        description="Images to generate at each checkpoint for MLflow; 0 = none. They are skipped where they would "
-        "take more than 1 % of the time.",
-    )
-    registered_model: str | None = Field(
-        None, description="Name in the model registry: letters, digits, '.', '-' and '_'; null = ncsn-<name>."
-    )
+    uri: str | None = None
+    """Tracking server; null = MLFLOW_TRACKING_URI, else a SQLite file in a local storage.root."""
+    experiment: str = Field("ncsn", min_length=1)
+    """Name of the MLflow experiment."""
+    preview_images: int = Field(16, ge=0, le=256)
+    """Images to generate at each checkpoint for MLflow; 0 = none. They are skipped where they would take more than 1 %
+    of the time."""
+    registered_model: str | None = None
+    """Name in the model registry: letters, digits, '.', '-' and '_'; null = ncsn-<name>."""
 
     @field_validator("registered_model")
     @classmethod
@@ -252,12 +197,10 @@ class TrackingConfig(Section):
 class Config(Section):
     """One complete experiment."""
 
-    ADDED: ClassVar[frozenset[str]] = frozenset({"select"})
-
-    name: str = Field(description="Name of the experiment: lower-case letters, digits, '-' and '_'.")
-    seed: int = Field(
-        0, ge=0, lt=2**63, description="Seed of the weights, the order of images, the noise and the levels."
-    )
+    name: str
+    """Name of the experiment: lower-case letters, digits, '-' and '_'."""
+    seed: int = Field(0, ge=0, lt=2**63)
+    """Seed of the weights, the order of images, the noise and the levels."""
     data: DataConfig
     noise: NoiseChoice = NoiseConfig()
     network: NetworkConfig
@@ -267,7 +210,8 @@ class Config(Section):
     sampling: SamplingConfig
     evaluation: EvaluationConfig = EvaluationConfig()
     select: SelectConfig = SelectConfig()
-    search: SearchConfig | None = Field(None, description="A search for better settings; null = none.")
+    search: SearchConfig | None = None
+    """A search for better settings; null = none."""
     compute: ComputeConfig = ComputeConfig()
     storage: StorageConfig = StorageConfig()
     tracking: TrackingConfig = TrackingConfig()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -14,20 +14,14 @@ from ncsn.errors import UserError
 class OptimizerConfig(Section):
     """Adam and its learning-rate schedule."""
 
-    learning_rate: float = Field(1e-3, gt=0, le=1, description="Peak learning rate.")
-    beta_1: float = Field(0.9, ge=0, lt=1, description="Decay of Adam's first moment.")
-    beta_2: float = Field(0.999, ge=0, lt=1, description="Decay of Adam's second moment.")
-    eps: float = Field(1e-8, gt=0, le=1e-2, description="Term added to Adam's denominator.")
-    weight_decay: float = Field(0.0, ge=0, le=1, description="L2 penalty added to the gradient.")
-    grad_clip_norm: float | None = Field(
-        None, gt=0, description="Clip the global norm of the gradient to this value; null = off."
-    )
-    warmup_images: int = Field(
-        0, ge=0, description="Training images over which the learning rate rises linearly from zero."
-    )
-    decay: Literal["constant", "linear", "cosine"] = Field(
-        "constant", description="How the learning rate falls to zero at train.num_images; constant = it does not."
-    )
+    learning_rate: float = Field(1e-3, gt=0, le=1)
+    """Peak learning rate."""
+    grad_clip_norm: float | None = Field(None, gt=0)
+    """Clip the global norm of the gradient to this value; null = off."""
+    warmup_images: int = Field(0, ge=0)
+    """Training images over which the learning rate rises linearly from zero."""
+    decay: Literal["constant", "linear", "cosine"] = "constant"
+    """How the learning rate falls to zero at train.num_images; constant = it does not."""
 
 
 SNAPSHOTS = 16  # of the averages over a training
@@ -39,8 +33,10 @@ Width = Annotated[float, Field(gt=0, le=WIDEST)]
 class DecayEmaConfig(Section):
     """An average that forgets the same share at each step."""
 
-    kind: Literal["decay"] = Field(description="The same decay at each step, so it depends on the batch size.")
-    per_step: float = Field(0.999, ge=0, lt=1, description="Factor of the average at each step.")
+    kind: Literal["decay"]
+    """The same decay at each step, so it depends on the batch size."""
+    per_step: float = Field(0.999, ge=0, lt=1)
+    """Factor of the average at each step."""
 
     def untrained_share(self, images_seen: int, *, batch_size: int) -> float:
         """Share in [0, 1] of the initial weights in the average after training on this many images."""
@@ -50,17 +46,12 @@ class DecayEmaConfig(Section):
 class HalfLifeEmaConfig(Section):
     """An average that forgets half over a number of training images (Karras et al. 2022)."""
 
-    kind: Literal["half_life"] = Field(
-        description="Half is forgotten over a number of images, whatever the batch size.",
-    )
-    images: int = Field(500_000, ge=1, description="Training images over which the average forgets half.")
-    ramp_up: float | None = Field(
-        0.05,
-        gt=0,
-        le=1,
-        description="Upper limit of images, as a share of the images seen so far; null = off, as it always is with "
-        "train.init_from.",
-    )
+    kind: Literal["half_life"]
+    """Half is forgotten over a number of images, whatever the batch size."""
+    images: int = Field(500_000, ge=1)
+    """Training images over which the average forgets half."""
+    ramp_up: float | None = Field(0.05, gt=0, le=1)
+    """Upper limit of images, as a share of the images seen so far; null = off, as it always is with train.init_from."""
 
     def untrained_share(self, images_seen: int, *, batch_size: int) -> float:
         """Share in [0, 1] of the initial weights in the average after training on this many images, about."""
@@ -74,17 +65,13 @@ class HalfLifeEmaConfig(Section):
 class PowerEmaConfig(Section):
     """Two averages whose memory grows with training, stored as it goes on (Karras et al. 2024)."""
 
-    kind: Literal["power"] = Field(
-        description="Two averages whose snapshots give one of any width after training; see sampling.relative_width."
-    )
-    relative_widths: tuple[Width, Width] = Field(
-        (0.05, 0.1),
-        description="Standard deviation of each average's weights over time, as a share of the training so far; the "
-        "first one generates images.",
-    )
-    keep_every_images: int | None = Field(
-        None, ge=1, description="Training images between snapshots; null = train.num_images / 16."
-    )
+    kind: Literal["power"]
+    """Two averages whose snapshots give one of any width after training; see sampling.relative_width."""
+    relative_widths: tuple[Width, Width] = (0.05, 0.1)
+    """Standard deviation of each average's weights over time, as a share of the training so far; the first one
+    generates images."""
+    keep_every_images: int | None = Field(None, ge=1)
+    """Training images between snapshots; null = train.num_images / 16."""
 
     @model_validator(mode="after")
     def _two(self) -> PowerEmaConfig:
@@ -110,48 +97,30 @@ EmaConfig = Annotated[EmaSettings, Field(discriminator="kind")]
 class TrainConfig(Section):
     """The length of training and its checkpoints."""
 
-    ADDED: ClassVar[frozenset[str]] = frozenset({"ema", "init_from", "label_dropout", "trainable", "keep_every_images"})
-
-    batch_size: int = Field(128, ge=1, le=65536, description="Images per optimizer step, over all workers.")
-    num_images: int = Field(ge=1, description="Length of training in images, not epochs.")
-    ema: EmaConfig = Field(
-        DecayEmaConfig(kind="decay"), description="The moving average of the weights, which generates the images."
-    )
-    label_dropout: float = Field(
-        0.0,
-        ge=0,
-        lt=1,
-        description="Probability that the network is not told the class of an image, so that it also learns the "
-        "unconditional score, which sampling.guidance.kind = classifier_free needs. 0.1 is usual.",
-    )
-    init_from: str | None = Field(
-        None,
-        min_length=1,
-        description="Start from the EMA weights of this checkpoint (a URI) or registered model (models:/NAME@ALIAS or "
-        "models:/NAME/VERSION); null = from random weights. Use a fifth to a tenth of its learning rate. Both "
-        "networks must have the same kind and size; classes, augmentation and gray or RGB may differ.",
-    )
-    trainable: Literal["all", "light"] = Field(
-        "all",
-        description="With init_from, what training changes: all = the whole network; light = norms, shifts, embeddings "
-        "and attention, for fewer than about 1,000 images.",
-    )
-    precision: Literal["float32", "bfloat16"] = Field(
-        "float32", description="Precision of the network's convolutions; norms, loss and optimizer use float32."
-    )
-    checkpoint_every_images: int = Field(
-        ge=1, description="Training images between checkpoints; the last one is at the end."
-    )
-    report_every_images: int = Field(ge=1, description="Training images between points of the loss curves.")
-    keep_checkpoints: Annotated[int, Field(ge=1)] | Literal["all"] = Field(
-        3, description="How many of the latest checkpoints to keep; all = also the EMA weights of all older ones."
-    )
-    keep_every_images: int | None = Field(
-        None,
-        ge=1,
-        description="Of the older checkpoints, keep the EMA weights of the first one after every N training images, "
-        "for `ncsn select`; null = none.",
-    )
+    batch_size: int = Field(128, ge=1, le=65536)
+    """Images per optimizer step, over all workers."""
+    num_images: int = Field(ge=1)
+    """Length of training in images, not epochs."""
+    ema: EmaConfig = DecayEmaConfig(kind="decay")
+    """The moving average of the weights, which generates the images."""
+    label_dropout: float = Field(0.0, ge=0, lt=1)
+    """Probability that the network is not told the class of an image, so that it also learns the unconditional score,
+    which sampling.guidance.kind = classifier_free needs. 0.1 is usual."""
+    init_from: str | None = Field(None, min_length=1)
+    """Start from the EMA weights of this checkpoint (a URI) or registered model (models:/NAME@ALIAS or
+    models:/NAME/VERSION); null = from random weights. Use a fifth to a tenth of its learning rate. Both networks must
+    have the same kind and size; classes, augmentation and gray or RGB may differ."""
+    trainable: Literal["all", "light"] = "all"
+    """With init_from, what training changes: all = the whole network; light = norms, shifts, embeddings and attention,
+    for fewer than about 1,000 images."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the network's convolutions; norms, loss and optimizer use float32."""
+    checkpoint_every_images: int = Field(ge=1)
+    """Training images between checkpoints; the last one is at the end."""
+    report_every_images: int = Field(ge=1)
+    """Training images between points of the loss curves."""
+    keep_checkpoints: Annotated[int, Field(ge=1)] | Literal["all"] = 3
+    """How many of the latest checkpoints to keep; all = also the EMA weights of all older ones."""
 
     @property
     def averaging(self) -> EmaSettings:

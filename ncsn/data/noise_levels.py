@@ -98,7 +98,7 @@ def resolve_noise(config: Config, manifest: Manifest) -> Config:
     if not isinstance(noise, AutoNoiseConfig):
         return config
     distances, dimension = _distances(config, manifest), math.prod(manifest.shape)
-    suggestion = suggest_noise(distances, dimension=dimension, sigma_L=noise.sigma_L, overlap=noise.overlap)
+    suggestion = suggest_noise(distances, dimension=dimension, sigma_L=noise.sigma_L)
     training = noise.training.model_dump(mode="json")
     tree = config.model_dump(mode="json") | {"noise": {**noise_section(suggestion), "training": training}}
     return from_yaml(json.dumps(tree), origin="the config with the levels of noise: auto")

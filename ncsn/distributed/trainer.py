@@ -154,8 +154,7 @@ def _train(job: TrainingJob, checkpoints: str) -> TrainOutcome:
 def _checkpoint_store(job: TrainingJob, uri: str) -> CheckpointStore:
     settings = job.config.train
     whole = NEWEST if settings.keep_checkpoints == "all" else settings.keep_checkpoints
-    every = 1 if settings.keep_checkpoints == "all" else settings.keep_every_images
-    return CheckpointStore(uri, keep=whole, thin_every=every)
+    return CheckpointStore(uri, keep=whole, thin_every=1 if settings.keep_checkpoints == "all" else None)
 
 
 class RayContext(WorkerContext):

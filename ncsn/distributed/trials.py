@@ -188,7 +188,7 @@ class SearchPlan:
     def trial_config(self, values: Mapping[str, Any]) -> Config:
         """The experiment of one trial."""
         changed = variant(self.config, values)
-        train = changed.train.model_copy(update={"keep_checkpoints": 1, "keep_every_images": None})
+        train = changed.train.model_copy(update={"keep_checkpoints": 1})
         return changed.model_copy(update={"train": train})
 
     def samplings(self, values: Mapping[str, Any]) -> list[SamplingConfig]:

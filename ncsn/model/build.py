@@ -55,7 +55,7 @@ def training_noise(config: Config) -> TrainingNoise:
     """How much noise training adds to its images."""
     settings = config.noise.training
     if isinstance(settings, LognormalTraining):
-        return LognormalNoise(settings.mean, settings.std, settings.stratified)
+        return LognormalNoise(settings.mean, settings.std)
     return LevelNoise(sigmas(config))
 
 
@@ -105,7 +105,7 @@ def loss(config: Config, uncertainty: Uncertainty | None = None) -> Loss:
     """The training loss, with the `TrainState.uncertainty` that it learns."""
     settings = config.loss
     if isinstance(settings, SsmLossConfig):
-        return SlicedScoreMatching(anneal_power=settings.anneal_power, num_projections=settings.num_projections)
+        return SlicedScoreMatching(anneal_power=settings.anneal_power)
     return DenoisingScoreMatching(loss_weight(config), uncertainty)
 
 
@@ -142,9 +142,6 @@ def optimizer(config: Config, *modules: nn.Module) -> torch.optim.Adam:
     return torch.optim.Adam(
         [parameter for module in modules for parameter in module.parameters()],
         lr=settings.learning_rate,
-        betas=(settings.beta_1, settings.beta_2),
-        eps=settings.eps,
-        weight_decay=settings.weight_decay,
         fused=True,
     )
 

@@ -38,6 +38,8 @@ from ncsn.tracking.registry import settle_guide
 
 LEAST_OF_A_PARABOLA = 5  # points
 
+KEPT = 3  # of the best candidates, in the run's folder selected/
+
 
 @dataclass(frozen=True)
 class SelectResult:
@@ -69,7 +71,6 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> 
     inputs = {
         "weights": [each.digest for each in found],
         "scored": _scored_by(config, manifest),
-        "keep": config.select.keep,
     }
     if result := step.found(inputs, needs=lambda result: [result.uri, result.plot, *result.kept]):
         return result
@@ -96,7 +97,7 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> 
 def _scored_by(config: Config, manifest: Manifest) -> dict[str, Any]:
     """What decides the score of some weights."""
     return {
-        "select": config.select.model_dump(mode="json", exclude={"keep"}),
+        "select": config.select.model_dump(mode="json"),
         "sampling": config.sampling.model_dump(
             mode="json", exclude={"num_images", "batch_size", "seed", "relative_width"}
         ),
@@ -143,7 +144,7 @@ def conclude(
         wrong = f"all {len(rows)} candidates give images that are not finite"
         raise UserError("sampling.sampler", wrong, hint="lower its step size")
     metric = metric_name(settings.figure, extractor=extractor, num_images=settings.num_images)
-    kept = [keep_copy(row["uri"], folder.selected) for row in ranked[: settings.keep]]
+    kept = [keep_copy(row["uri"], folder.selected) for row in ranked[:KEPT]]
     result = SelectResult(
         uri=storage.join(folder.selection, "candidates.json"),
         plot=storage.join(folder.selection, "candidates.png"),

@@ -51,9 +51,9 @@ def test_auto_is_the_largest_distance_and_the_overlap(dataset: str, tmp_path: Pa
     levels = resolve_noise(auto(tmp_path), manifest).levels
     assert levels.sigma_1 == pytest.approx(largest, rel=1e-3) and levels.sigma_L == 0.01
     assert levels.num_levels == num_levels_for(levels.sigma_1, 0.01, ratio=ratio_for_overlap(64))
-    wider = resolve_noise(auto(tmp_path, "noise={kind: auto, sigma_L: 0.1, overlap: 0.2}"), manifest).levels
+    wider = resolve_noise(auto(tmp_path, "noise={kind: auto, sigma_L: 0.1}"), manifest).levels
     assert wider.sigma_L == 0.1
-    assert wider.num_levels == num_levels_for(levels.sigma_1, 0.1, ratio=ratio_for_overlap(64, overlap=0.2))
+    assert wider.num_levels == num_levels_for(levels.sigma_1, 0.1, ratio=ratio_for_overlap(64))
     mirrored = resolve_noise(auto(tmp_path, "data.horizontal_flip=true"), manifest).levels
     assert mirrored.sigma_1 >= levels.sigma_1
     assert manifest.suggested_noise is not None and manifest.suggested_noise["plain"]["distances"]["exact"]
@@ -87,7 +87,7 @@ def test_the_run_gets_the_levels_that_were_chosen(dataset: str, tmp_path: Path) 
     with pytest.raises(ValueError, match=r"noise\.num_levels"):
         step.settle_noise(auto(tmp_path, "noise={num_levels: 3}"), manifest)
     with pytest.raises(ValueError, match=r"noise\.num_levels"):
-        step.settle_noise(auto(tmp_path, "noise={kind: auto, overlap: 0.2}"), manifest)
+        step.settle_noise(auto(tmp_path, "noise={kind: auto, sigma_L: 0.02}"), manifest)
 
 
 def test_images_that_are_all_alike_have_no_levels(dataset: str, tmp_path: Path) -> None:

@@ -25,12 +25,12 @@ NCSN = {"channels", "num_levels"}
 @pytest.mark.parametrize(
     ("section", "built", "others"),
     [
-        (noise.LognormalTraining, LognormalNoise, set()),
-        (noise.SsmLossConfig, SlicedScoreMatching, set()),
+        (noise.LognormalTraining, LognormalNoise, {"stratified"}),
+        (noise.SsmLossConfig, SlicedScoreMatching, {"num_projections"}),
         (choices.NcsnNetworkConfig, NcsnNetwork, NCSN),
         (choices.NcsnV2NetworkConfig, NcsnV2Network, OTHERS),
         (choices.UnetNetworkConfig, UnetNetwork, OTHERS),
-        (choices.DdpmppNetworkConfig, DdpmppNetwork, OTHERS),
+        (choices.DdpmppNetworkConfig, DdpmppNetwork, OTHERS | {"embedding_multiplier"}),
     ],
 )
 def test_a_section_has_the_settings_and_defaults_of_its_class(

@@ -39,7 +39,7 @@ train: {{batch_size: 16, num_images: 160, checkpoint_every_images: 32, report_ev
   ema: {{kind: power, keep_every_images: 32}}}}
 sampling: {{num_images: 20, batch_size: 16, sampler: {{kind: annealed_langevin, steps_per_level: 1}}}}
 evaluation: {{classifier_epochs: 1, num_splits: 2}}
-select: {{num_images: 24, keep: 2}}
+select: {{num_images: 24}}
 compute: {{num_workers: 2}}
 storage: {{root: {root}}}
 """

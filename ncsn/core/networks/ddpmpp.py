@@ -184,7 +184,7 @@ class DdpmppNetwork(PreconditionedNetwork):
         multipliers: Sequence[int],
         blocks_per_resolution: int,
         attention_sizes: Sequence[int],
-        embedding_multiplier: int,
+        embedding_multiplier: int = 4,
         dropout: float,
         sigma_data: float,
         num_classes: int | None = None,
