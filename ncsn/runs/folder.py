@@ -82,10 +82,9 @@ def run_folder(config: Config, run: str) -> RunFolder:
 
 def claim_run(config: Config, run: str) -> RunFolder:
     """Claim the name of the run for this config; `ForeignRun` if it belongs to one that trains other weights."""
-    folder = run_folder(config, run)
-    if storage.publish_once(folder.config, to_yaml(config).encode()):
-        return folder
-    require_owner(from_yaml(storage.read_text(folder.config), origin=folder.config), config, run)
+    folder, text = run_folder(config, run), to_yaml(config)
+    if not storage.publish_once(folder.config, text.encode()) and (owner := storage.read_text(folder.config)) != text:
+        require_owner(from_yaml(owner, origin=folder.config), config, run)
     return folder
 
 

@@ -184,7 +184,6 @@ def _warnings(measured: Mapping[str, Any], config: Config, run: str) -> list[str
 
 
 def _evidence(measured: dict[str, Any], loaded: SamplingCheckpoint) -> Evidence:
-    """What the gate needs."""
     weights = {name: float(tensor.abs().max()) for name, tensor in loaded.network.named_parameters()}
     broken = not_finite({**measured["metrics"], **measured["real_metrics"], **weights})
     return Evidence(Measurement(**measured["gate"]), Memorization(**measured["memorisation"]), tuple(broken))

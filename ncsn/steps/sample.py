@@ -77,10 +77,7 @@ def run(
     if result := step.dispatched(config, options):
         return result
     shards = plan_shards(config, checkpoint=checkpoint, folder=uri, dataset=score)
-    with (
-        step.work(config, lease=lease) as work,
-        cluster_for(config, tasks=len(shards)),
-    ):
+    with step.work(config, lease=lease) as work, cluster_for(config, tasks=len(shards)):
         work.tracked.set_tags(ray_tags())
         scores = _Scores(config, score, work.progress) if score else None
         started = time.perf_counter()

@@ -33,7 +33,6 @@ from ncsn.report.scores import few_samples
 from ncsn.report.style import to_png
 from ncsn.runs.folder import RunFolder
 from ncsn.steps.step import Step
-from ncsn.storage.heartbeat import Lease
 from ncsn.tracking.registry import settle_guide
 
 LEAST_OF_A_PARABOLA = 5  # points
@@ -80,8 +79,6 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> 
     with step.work(config, lease=lease) as work, cluster_for(config, tasks=tasks):
         work.tracked.set_tags({**ray_tags(), "dataset.digest": manifest.digest, "dataset.uri": dataset})
         evaluator = open_evaluator(config, dataset, runner=runner_of(config.compute))
-        if lease:
-            Lease(lease).require("nothing was started")
         values = {}
         work.progress.start(len(found), "candidates")
         for weights, value in scores(config, found, evaluator, folder=step.folder, dataset=dataset):

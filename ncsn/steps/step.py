@@ -57,6 +57,8 @@ class Step(Generic[R]):
 
     def settle_noise(self, config: Config, manifest: Manifest) -> Config:
         """The config with the levels that `noise: auto` stands for, which the run keeps from now on."""
+        if config.noise.kind != "auto" and storage.read_text(self.folder.config) == to_yaml(config):
+            return config
         from ncsn.data.noise_levels import resolve_noise
 
         settled, owner = resolve_noise(config, manifest), self._owner()

@@ -46,10 +46,7 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> 
     start = start_of(config, step.folder, manifest)
     if result := step.dispatched(config, {"dataset": dataset}):
         return result
-    with (
-        step.work(config) as work,
-        ray_cluster(config),
-    ):
+    with step.work(config) as work, ray_cluster(config):
         tracked = work.tracked
         tracked.set_tags({**ray_tags(), **start.tags})
         tracked.log_dataset(manifest.name, digest=manifest.digest, uri=dataset, profile=manifest.counts)

@@ -202,3 +202,18 @@ def test_a_step_runs_by_hand_on_what_the_pipeline_left(workplace, finished) -> N
     ours, pipelines = json.loads(done.stdout), json.loads(finished.stdout)["steps"]["evaluate"]
     assert ours["metrics"]["eval/classifier_fid_n16"] == pipelines["metrics"]["eval/classifier_fid_n16"]
     assert ours["fingerprint"] == pipelines["fingerprint"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_config_with_a_search_trains_what_it_finds(workplace) -> None:
+    search = "{space: {noise.sigma_1: {kind: log, low: 0.5, high: 2}}, num_trials: 2, num_samples: 20}"
+    done = workplace.run("run", "--run", "searched", "--json", "--set", f"search={search}")
+    assert done.returncode == 0, done.stderr
+    steps = json.loads(done.stdout)["steps"]
+    assert list(steps) == ["ingest", "tune", *STEPS[1:]]
+    assert steps["train"]["checkpoint"].startswith(f"{workplace.folder('searched-best')}/")
+    found = from_yaml((workplace.folder("searched-best") / "config.yaml").read_text())
+    assert found.search is None and found.levels.sigma_1 == steps["tune"]["values"].get("noise.sigma_1", 1.0)
+    again = workplace.run("run", "--run", "searched", "--json", "--set", f"search={search}")
+    assert again.stdout == done.stdout
