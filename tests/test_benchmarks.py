@@ -16,8 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import __main__ as main
-from benchmarks import gpu, training_step
+from benchmarks import __main__ as main, gpu, training_step
 from benchmarks.edm_loss import held_out_losses
 from benchmarks.measure import Clock, Row, in_turns, own_process, ratio, table
 from benchmarks.scale import Machines, Work, step_on

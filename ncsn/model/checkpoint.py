@@ -24,8 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from safetensors.torch import save as tensors_to_bytes
+from safetensors.torch import load_file, save as tensors_to_bytes, save_file
 from torch import Tensor, nn
 
 from ncsn import storage

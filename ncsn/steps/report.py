@@ -9,8 +9,7 @@ from typing import Any
 from ncsn import storage
 from ncsn.config import Config, to_yaml
 from ncsn.data.format import Manifest, load_manifest
-from ncsn.model import build
-from ncsn.model import checkpoint as checkpoints
+from ncsn.model import build, checkpoint as checkpoints
 from ncsn.model.checkpoint import SamplingCheckpoint
 from ncsn.model.classes import AS_DATA, BALANCED
 from ncsn.report import hints, plots, scores

@@ -18,8 +18,7 @@ from ncsn.distributed.tasks import runner_of
 from ncsn.evaluation.choice import classes_in_turn, extractor_name
 from ncsn.evaluation.frechet import RunningDistance, RunningScore
 from ncsn.evaluation.reference import open_evaluator
-from ncsn.model import build
-from ncsn.model import checkpoint as checkpoints
+from ncsn.model import build, checkpoint as checkpoints
 from ncsn.model.averages import sampled_checkpoint
 from ncsn.model.classes import require_label
 from ncsn.model.guidance import evaluations_per_image, guide_of, sampling_facts

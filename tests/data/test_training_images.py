@@ -12,8 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from generated_split import GeneratedSplit
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from refused import refused
 
 from ncsn import storage
