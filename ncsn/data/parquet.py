@@ -81,16 +81,11 @@ def block_rows(shape: Sequence[int]) -> int:
     return max(1, _BLOCK_BYTES // math.prod(shape))
 
 
-def read_part(uri: str, part: Part, *, shape: tuple[int, int, int], rows: range | None = None) -> Iterator[Rows]:
-    """The rows of a part of the dataset at `uri`, or a range of them, row group by row group."""
+def read_part(uri: str, part: Part, *, shape: tuple[int, int, int]) -> Iterator[Rows]:
+    """The rows of a part of the dataset at `uri`, row group by row group."""
     with _open_part(uri, part, shape=shape) as file:
-        wanted = range(part.rows) if rows is None else rows
-        place = 0
-        for group, count in enumerate(group_lengths(file)):
-            low, high = max(wanted.start - place, 0), min(wanted.stop - place, count)
-            if low < high:
-                yield from_table(file.read_row_group(group).slice(low, high - low))
-            place += count
+        for group in range(file.num_row_groups):
+            yield from_table(file.read_row_group(group))
 
 
 @contextmanager
@@ -131,30 +126,18 @@ def _open(part_uri: str) -> pq.ParquetFile:
     return pq.ParquetFile(path, filesystem=filesystem, pre_buffer=True)
 
 
-def read_blocks(uri: str, split: str, *, rows: range | None = None, manifest: Manifest | None = None) -> Iterator[Rows]:
-    """The rows of a split in their order, or a range of them, a few megabytes at a time."""
-    manifest = manifest or load_manifest(uri)
-    wanted = range(manifest.count(split)) if rows is None else rows
-    place = 0
+def read_blocks(uri: str, split: str) -> Iterator[Rows]:
+    """The rows of a split in their order, a few megabytes at a time."""
+    manifest = load_manifest(uri)
     for part in manifest.parts[split]:
-        low, high = max(wanted.start - place, 0), min(wanted.stop - place, part.rows)
-        if low < high:
-            yield from read_part(uri, part, shape=manifest.shape, rows=range(low, high))
-        place += part.rows
+        yield from read_part(uri, part, shape=manifest.shape)
 
 
-def read_split(uri: str, split: str, *, rows: range | None = None, manifest: Manifest | None = None) -> Rows:
-    """The rows of a split, or a range of them, as arrays."""
-    manifest = manifest or load_manifest(uri)
+def read_split(uri: str, split: str, *, rows: range | None = None) -> Rows:
+    """The rows of a split, or a range of them."""
+    manifest = load_manifest(uri)
     every = range(manifest.count(split))
-    count = len(every if rows is None else every[rows.start : rows.stop])
-    images, labels = np.empty((count, *manifest.shape), np.uint8), np.empty(count, np.int64)
-    first = 0
-    for block in read_blocks(uri, split, rows=rows, manifest=manifest):
-        last = first + len(block)
-        images[first:last], labels[first:last] = block.images, block.labels
-        first = last
-    return Rows(images, labels)
+    return read_rows(uri, split, np.array(every if rows is None else every[rows.start : rows.stop]), manifest=manifest)
 
 
 def read_rows(uri: str, split: str, rows: np.ndarray, *, manifest: Manifest) -> Rows:

@@ -14,7 +14,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -31,22 +30,6 @@ WINDOW_BYTES = 4 << 30
 CHUNKS_PER_WINDOW = 16
 
 _IMAGES, _LABELS = "images.npy", "labels.npy"
-
-
-class TrainingImages(Protocol):
-    """A split in the endless order of training."""
-
-    def __len__(self) -> int:
-        """Images of the split."""
-
-    def ordered(self, seed: int, *, first: int, count: int) -> Rows:
-        """The images at places `first .. first + count` of the order of `seed`, with their labels."""
-
-    def head(self, count: int) -> np.ndarray:
-        """The first `count` images as they are stored, or all if there are fewer."""
-
-    def rows(self, indices: np.ndarray) -> Rows:
-        """The images that are stored at `indices` [N], with their labels."""
 
 
 def open_training_images(dataset_uri: str, split: str = "train") -> TrainingImages:
@@ -75,33 +58,30 @@ class CachedSplit:
         return len(self.labels)
 
     def ordered(self, seed: int, *, first: int, count: int) -> Rows:
-        """See `TrainingImages`."""
+        """The images at places `first .. first + count` of the order of `seed`, with their labels."""
         return self.rows(image_indices(seed, first=first, count=count, size=len(self)))
 
     def head(self, count: int) -> np.ndarray:
-        """See `TrainingImages`."""
+        """The first `count` images as they are stored, or all if there are fewer."""
         return self.images[:count]
 
     def rows(self, indices: np.ndarray) -> Rows:
-        """See `TrainingImages`."""
+        """The images that are stored at `indices` [N], with their labels."""
         return Rows(self.images[indices], self.labels[indices])
 
 
 def open_cache(dataset_uri: str, split: str) -> CachedSplit:
     """The node's copy of a split. The first process that asks makes it, others wait."""
     manifest = load_manifest(dataset_uri)
-    manifest.count(split)
+    count = manifest.count(split)
     folder = cache_folder() / manifest.digest / split
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_suffix(".lock")):
             if not folder.exists():
-                _fill(folder, dataset_uri, split, manifest)
-    return _open(folder, split, manifest)
-
-
-def _open(folder: Path, split: str, manifest: Manifest) -> CachedSplit:
-    count = manifest.count(split)
+                with storage.scratch_folder(str(folder.parent)) as temporary:
+                    _copy(temporary, dataset_uri, split, manifest)
+                    temporary.rename(folder)
     try:
         images, labels = (mapped(folder / name) for name in (_IMAGES, _LABELS))
         intact = images.shape == (count, *manifest.shape) and labels.shape == (count,)
@@ -112,19 +92,13 @@ def _open(folder: Path, split: str, manifest: Manifest) -> CachedSplit:
     return CachedSplit(images, labels)
 
 
-def _fill(folder: Path, dataset_uri: str, split: str, manifest: Manifest) -> None:
-    with storage.scratch_folder(str(folder.parent)) as temporary:
-        _write_arrays(temporary, dataset_uri, split, manifest)
-        temporary.rename(folder)
-
-
-def _write_arrays(folder: Path, dataset_uri: str, split: str, manifest: Manifest) -> None:
+def _copy(folder: Path, dataset_uri: str, split: str, manifest: Manifest) -> None:
     count, digest = manifest.count(split), SplitDigest()
     # Not through a memory map: there a full disk would kill the process.
     with (folder / _IMAGES).open("wb") as images, (folder / _LABELS).open("wb") as labels:
         for file, shape, kind in ((images, (count, *manifest.shape), "|u1"), (labels, (count,), "<i8")):
             np.lib.format.write_array_header_1_0(file, {"descr": kind, "fortran_order": False, "shape": shape})
-        for block in read_blocks(dataset_uri, split, manifest=manifest):
+        for block in read_blocks(dataset_uri, split):
             digest.update(block)
             images.write(block.images.tobytes())
             labels.write(block.labels.astype("<i8").tobytes())
@@ -226,15 +200,15 @@ class StreamedSplit:
         return self._size
 
     def head(self, count: int) -> np.ndarray:
-        """See `TrainingImages`."""
-        return read_split(self._uri, self._split, rows=range(count), manifest=self._manifest).images
+        """The first `count` images as they are stored, or all if there are fewer."""
+        return read_split(self._uri, self._split, rows=range(count)).images
 
     def rows(self, indices: np.ndarray) -> Rows:
-        """See `TrainingImages`; reads each row group that holds one of them."""
+        """The images that are stored at `indices` [N], with their labels; reads each row group that holds one."""
         return read_rows(self._uri, self._split, indices, manifest=self._manifest)
 
     def ordered(self, seed: int, *, first: int, count: int) -> Rows:
-        """See `TrainingImages`; fast where `first` grows from call to call."""
+        """The images at places `first .. first + count` of the order of `seed`; fast where `first` grows."""
         images, labels = np.empty((count, *self._manifest.shape), np.uint8), np.empty(count, np.int64)
         chunk_rows, filled = rows_per_chunk(self._window_images), 0
         while filled < count:
@@ -306,8 +280,11 @@ class StreamedSplit:
                 return
             rows = rows_per_chunk(self._window_images)
             wanted = range(chunk * rows, min((chunk + 1) * rows, self._size))
-            read = read_split(self._uri, self._split, rows=wanted, manifest=self._manifest)
+            read = read_split(self._uri, self._split, rows=wanted)
             chunk_rows = np.empty(len(read), [("image", np.uint8, self._manifest.shape), ("label", np.int64)])
             chunk_rows["image"], chunk_rows["label"] = read.images, read.labels
             with storage.local_file(file) as temporary, temporary.open("wb") as stream:
                 np.save(stream, chunk_rows)
+
+
+TrainingImages = CachedSplit | StreamedSplit

@@ -70,9 +70,9 @@ def test_the_copy_is_made_once_from_a_bucket(s3_root, tmp_path, data_config, mon
 
 def test_of_workers_that_ask_at_once_one_makes_the_copy(dataset, tmp_path, monkeypatch):
     made = []
-    fill = training_images._fill
+    fill = training_images._copy
     monkeypatch.setattr(
-        training_images, "_fill", lambda *arguments: (made.append(threading.get_ident()), fill(*arguments))
+        training_images, "_copy", lambda *arguments: (made.append(threading.get_ident()), fill(*arguments))
     )
     barrier = threading.Barrier(6)
 

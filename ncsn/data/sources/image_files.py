@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import lzma
 import os
 import struct
 import tarfile
@@ -51,24 +52,13 @@ _WAITING_PER_THREAD = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Zipped:
-    """How a zip archive stores a member."""
-
-    method: int
-    flags: int
-    packed: int  # bytes
-    size: int  # bytes once unpacked
-    crc: int  # CRC-32 of these
-
-
-@dataclass(frozen=True, slots=True)
 class Member:
     """One file of an archive."""
 
     path: str
     offset: int  # of its first byte, in a zip archive of its header
     span: int  # bytes from there on that hold it
-    zipped: Zipped | None = None  # None in a tar archive
+    zipped: zipfile.ZipInfo | None = None  # how it is packed; None in a tar archive
 
 
 class Index(NamedTuple):
@@ -102,7 +92,7 @@ def index_archive(uri: str) -> Index:
 
 def read_member(stream: Any, member: Member) -> bytes:
     """The bytes of a member; `BadImageError` if they are damaged or packed in a way that is not supported."""
-    if member.span > _LARGEST_IMAGE or (member.zipped and member.zipped.size > _LARGEST_IMAGE):
+    if member.span > _LARGEST_IMAGE or (member.zipped and member.zipped.file_size > _LARGEST_IMAGE):
         raise BadImageError(_TOO_LARGE)
     data: bytes = stream.read_at(member.span, member.offset)
     if len(data) < member.span:
@@ -143,30 +133,25 @@ def _zip_members(stream: Any, uri: str) -> Iterator[Member]:
     ends = [info.header_offset for info in infos[1:]] + [end]
     for info, last in zip(infos, ends, strict=True):
         if not info.is_dir():
-            zipped = Zipped(info.compress_type, info.flag_bits, info.compress_size, info.file_size, info.CRC)
             span = min(last - info.header_offset, _LONGEST_ZIP_HEADER + info.compress_size)
-            yield Member(info.filename, info.header_offset, span, zipped)
+            yield Member(info.filename, info.header_offset, span, info)
 
 
-def _unzip(data: bytes, zipped: Zipped) -> bytes:
-    if zipped.flags & _ENCRYPTED:
+def _unzip(data: bytes, info: zipfile.ZipInfo) -> bytes:
+    if info.flag_bits & _ENCRYPTED:
         raise BadImageError("is encrypted")
     if len(data) < _ZIP_HEADER.size or not data.startswith(b"PK\x03\x04"):
         raise BadImageError("has no zip header where the archive's directory says")
     *_, name_length, extra_length = _ZIP_HEADER.unpack_from(data)
-    first = _ZIP_HEADER.size + name_length + extra_length
-    packed = data[first : first + zipped.packed]
-    if zipped.method == zipfile.ZIP_STORED:
-        content = packed
-    elif zipped.method == zipfile.ZIP_DEFLATED:
-        try:
-            content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(packed, zipped.size + 1)
-        except zlib.error as error:
-            raise BadImageError(str(error)) from error
-    else:
-        raise BadImageError(f"is packed by method {zipped.method}, neither stored nor deflated")
-    if len(content) != zipped.size or zlib.crc32(content) != zipped.crc:
-        raise BadImageError("Bad CRC-32: the archive is damaged")
+    packed = io.BytesIO(data)
+    packed.seek(_ZIP_HEADER.size + name_length + extra_length)
+    try:
+        with zipfile.ZipExtFile(packed, "r", info) as file:  # checks the CRC
+            content = file.read()
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, NotImplementedError) as error:
+        raise BadImageError(str(error) or "its data ends early") from error
+    if len(content) != info.file_size:
+        raise BadImageError("its data ends early")
     return content
 
 
