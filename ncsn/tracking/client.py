@@ -186,6 +186,7 @@ def _experiment_id(client: MlflowClient, uri: str, name: str) -> str:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another process has created it meanwhile
             raise
     experiment = client.get_experiment_by_name(name)
+    assert experiment is not None
     if experiment.lifecycle_stage != "active":
         raise TrackingError(
             "tracking.experiment", "deleted in MLflow", hint="restore it or choose another name", value=name

@@ -56,7 +56,7 @@ class Promotions:
     def evidence(self, version: str) -> Evidence | None:
         """What the gate knows about a version."""
         decision = self.decision(version)
-        return decision and decision.evidence
+        return None if decision is None else decision.evidence
 
     def decide(self, evidence: Evidence, version: str, champion: str) -> Decision:
         """The gate's decision about a version with this evidence."""
