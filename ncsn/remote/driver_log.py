@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-import tempfile
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Self
 
 from ncsn import storage
@@ -50,9 +49,8 @@ class DriverLog(ABC):
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - __exit__ closes it
+        self.lines: list[str] = []
         self._job_over = threading.Event()
-        self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._follow_all, name="driver-log", daemon=True)
 
     def __enter__(self) -> Self:
@@ -61,20 +59,13 @@ class DriverLog(ABC):
 
     def __exit__(self, *_error: object) -> None:
         self._job_over.set()
-        with self._lock:
-            self._file.close()
 
     def finish(self) -> None:
         """Read the rest and publish all of it."""
         self._job_over.set()
         self._thread.join(_LAST_READ_SECONDS)
-        self.flush()
-        if content := self._content():
-            storage.write_bytes(self.uri, content)
-
-    def lines(self) -> Iterator[str]:
-        """The lines so far."""
-        yield from self._content().decode(errors="replace").splitlines()
+        if self.lines:
+            storage.write_text(self.uri, "\n".join([*self.lines, ""]))
 
     @abstractmethod
     def follow(self) -> bool:
@@ -85,23 +76,10 @@ class DriverLog(ABC):
             ConnectionError: The stream has not started, or was cut.
         """
 
-    def flush(self) -> None:  # noqa: B027 - most streams have nothing to flush
-        """Take a last line that has no end."""
-
-    def take(self, line: bytes) -> None:
+    def take(self, line: str) -> None:
         """Show one line and keep it."""
-        with self._lock:
-            if not self._file.closed:
-                self._file.seek(0, 2)
-                self._file.write(line + b"\n")
-        say(line.decode(errors="replace"))
-
-    def _content(self) -> bytes:
-        with self._lock:
-            if self._file.closed:
-                return b""
-            self._file.seek(0)
-            return self._file.read()
+        self.lines.append(line)
+        say(line)
 
     def _follow_all(self) -> None:
         pause = _PAUSES[0]

@@ -50,19 +50,16 @@ class JobState:
 
     @classmethod
     def of(cls, rayjob: Resource) -> JobState:
-        """The state of a RayJob as the API server returned it."""
-        names = ("jobDeploymentStatus", "jobStatus", "reason", "message", "failed")
-        status, defaults = rayjob.get("status", {}), ("", "", "", "", 0)
-        return cls(*(status.get(name, default) for name, default in zip(names, defaults, strict=True)))
+        status = rayjob.get("status", {})
+        names = ("jobDeploymentStatus", "jobStatus", "reason", "message")
+        return cls(*(status.get(name, "") for name in names), status.get("failed", 0))
 
     @property
     def finished(self) -> bool:
-        """Whether the status is final."""
         return self.deployment in _FINAL
 
     @property
     def starting(self) -> bool:
-        """Whether its cluster starts."""
         return self.deployment in {"", "Initializing"}
 
     @property
@@ -79,7 +76,6 @@ class JobState:
         return " / ".join(word for word in (self.deployment or "created", self.job) if word)
 
     def explain(self) -> str:
-        """Why it failed."""
         return ": ".join(filter(None, (self.reason or str(self), " ".join(self.message.split()))))
 
 
@@ -104,7 +100,6 @@ class KubeRay:
         return KubernetesApi(self._namespace, patience=self._patience)
 
     def connect(self) -> None:
-        """Find the cluster in the environment."""
         _ = self._api
 
     def execute(self, step: RemoteStep) -> None:
@@ -142,7 +137,6 @@ class KubeRay:
         return names
 
     def checks(self) -> Iterator[Check]:
-        """What a RayJob needs."""
         return kuberay_checks(self._compute)
 
     def _manifest(self, step: RemoteStep) -> Resource:

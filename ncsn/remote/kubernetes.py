@@ -58,7 +58,6 @@ class KubernetesApi:
         self._client = client.ApiClient(configuration)
 
     def get(self, resource: str, name: str) -> Resource | None:
-        """The object, or None."""
         found: Resource | None = self._read("get", resource, "GET", self._path(resource, name), missing=None)
         return found
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -209,8 +208,7 @@ class PodLog(DriverLog):
 
     def first_error(self) -> str | None:
         """What failed in the latest pod; if its log does not say, in those before."""
-        latest = itertools.islice(self.lines(), self._begins, None)
-        return first_error(latest) or first_error(self.lines())
+        return first_error(self.lines[self._begins :]) or first_error(self.lines)
 
     def follow(self) -> bool:
         """Take what is new of the latest pod's log."""
@@ -221,7 +219,7 @@ class PodLog(DriverLog):
             if not names:
                 return False
             if names[-1] != self._pod:
-                self._pod, self._begins = names[-1], sum(1 for _ in self.lines())
+                self._pod, self._begins = names[-1], len(self.lines)
                 before = self._last_time = b""
             silent = round(time.monotonic() - self._last_read)
             since = silent + _OVERLAP_SECONDS if self._last_time else None
@@ -238,7 +236,7 @@ class PodLog(DriverLog):
         at, _, text = line.partition(b" ")
         if at > self._last_time:
             self._last_time, self._last_read = at, time.monotonic()
-            self.take(text)
+            self.take(text.decode(errors="replace"))
 
 
 def troubles_of_run(api: KubernetesApi, run_id: str, *, pending: bool = False) -> Mapping[str, Trouble]:

@@ -16,6 +16,9 @@ from functools import cached_property
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import aiohttp
+import requests
+
 from ncsn.config.compute import ComputeConfig
 from ncsn.errors import UserError
 from ncsn.process import KFP_RUN_ID, PYTHON, python_version
@@ -140,7 +143,6 @@ class RayJobs:
         """Ray's client, of a cluster that has answered and has the same Ray."""
         if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
             os.environ.setdefault("RAY_AUTH_MODE", "token")  # else Ray would not send it
-        import requests
         from ray.exceptions import AuthenticationError
         from ray.job_submission import JobSubmissionClient
 
@@ -285,8 +287,6 @@ class JobLog(DriverLog):
 
     def follow(self) -> bool:
         """Take what is new until the job ends or the connection breaks."""
-        import aiohttp
-
         before = self._taken
         try:
             asyncio.run(self._tail())
@@ -294,24 +294,22 @@ class JobLog(DriverLog):
             raise ConnectionError(str(error)) from error
         return self._taken != before
 
-    def flush(self) -> None:
-        """Take a last line that has no end."""
-        if self._rest:
-            self.take(self._rest.encode())
-
     async def _tail(self) -> None:
         place, pieces = 0, self._client.tail_job_logs(self._name)
         while True:
             try:
                 piece = await asyncio.wait_for(anext(pieces), _SILENT_SECONDS)
             except StopAsyncIteration:
+                if self._rest:  # a last line that has no end
+                    self.take(self._rest)
+                    self._rest = ""
                 return
             new = piece[max(0, self._taken - place) :]
             place += len(piece)
             self._taken = max(self._taken, place)
             *complete, self._rest = (self._rest + new).split("\n")
             for line in complete:
-                self.take(line.encode())
+                self.take(line)
 
 
 def _ended(job: JobDetails) -> bool:
@@ -339,5 +337,5 @@ def _require_success(job: JobDetails, name: str, log: JobLog) -> None:
             f"that `ray start` runs in, and put its bin folder on that PATH; log {log.uri}"
         )
     how = "no exit code" if job.driver_exit_code is None else f"exit code {job.driver_exit_code}"
-    cause = first_error(log.lines()) or " ".join((job.message or "").split())
+    cause = first_error(log.lines) or " ".join((job.message or "").split())
     raise RemoteFailure(f"Ray job {name} failed ({how}): {cause}; log {log.uri}")

@@ -203,29 +203,6 @@ def test_the_pod_tells_what_the_step_could_not(
     emulation.cluster.delete("pods", f"{WORKFLOW}-system-container-impl-1")
 
 
-def test_a_run_whose_rayjobs_are_in_a_namespace_of_others_is_closed(
-    emulation: Any, config: Config, janitor: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The emulator has one namespace, so the refusal is made here."""
-    compute = config.compute.model_copy(
-        update={
-            "backend": "kuberay",
-            "kuberay": config.compute.kuberay.model_copy(update={"namespace": "elsewhere"}),
-        }
-    )
-    there = config.model_copy(update={"compute": compute})
-    begin(there, monkeypatch)
-    workflow(emulation, "Failed")
-
-    def refuse(*_: Any, **__: Any) -> list[str]:
-        raise PermissionError("forbidden in namespace 'elsewhere'")
-
-    monkeypatch.setattr("ncsn.remote.kuberay.KubeRay.stop", refuse)
-    janitor()
-    assert statuses(there)["run"] == "FAILED"
-    assert notes(emulation) == []
-
-
 def test_a_run_that_cannot_be_noted_works_nevertheless(
     emulation: Any, config: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -39,17 +39,6 @@ def wait_for_file(path: Path) -> str:
     )
 
 
-def test_a_step_runs_shows_its_log_and_leaves_nothing(
-    emulation, eventually, capsys: pytest.CaptureFixture[str]
-) -> None:
-    emulation.execute(HELLO)
-    eventually(lambda: not emulation.jobs, "the RayJob is gone")
-    assert emulation.log == "first\nsecond\nthird\n"
-    shown = capsys.readouterr().err.splitlines()
-    assert [line for line in shown if line in {"first", "second", "third"}] == ["first", "second", "third"]
-    assert any(line.endswith("Complete / SUCCEEDED") for line in shown)
-
-
 def test_the_pod_has_what_the_manifest_refers_to_and_no_more(emulation, monkeypatch: pytest.MonkeyPatch) -> None:
     emulation.operator.references = {"ncsn-environment": {"WHERE": "here"}, "ncsn-credentials": {"A_KEY": "secret"}}
     monkeypatch.setenv("OF_THE_LAUNCHER", "1")
@@ -104,22 +93,6 @@ def test_a_mistake_is_not_tried_again(emulation, tmp_path: Path, eventually) -> 
     with pytest.raises(RemoteFailure, match=r"ncsn-mine-train-\w{8} "):
         KubeRay(ComputeConfig(), renew_seconds=0.2).execute(step)
     assert len(emulation.operator.started) == 1
-    eventually(lambda: not emulation.jobs, "the RayJob is gone")
-
-
-def test_a_store_that_is_unavailable_leaves_the_work_running(emulation, eventually) -> None:
-    """A launcher that cannot see whether the driver made a mistake must not end the next attempt."""
-
-    def unreachable() -> bool:
-        raise OSError("the store is unreachable")
-
-    step = replace(emulation.step("import sys; sys.exit(1)"), mistaken=unreachable)
-    emulation.operator.retry_seconds = 240
-    with pytest.raises(OSError, match="the store is unreachable"):
-        KubeRay(ComputeConfig(), renew_seconds=0.2).execute(step)
-    (job,) = emulation.jobs
-    assert "deletionTimestamp" not in job["metadata"]
-    KubernetesApi().delete("rayjobs", job["metadata"]["name"])
     eventually(lambda: not emulation.jobs, "the RayJob is gone")
 
 
@@ -200,12 +173,6 @@ def test_a_missing_right_is_named(emulation, verb: str) -> None:
     with pytest.raises(PermissionError, match=rf"'{verb}' on rayjobs in namespace 'kubeflow'"):
         emulation.execute(HELLO)
     rules[0]["verbs"].append(verb)
-
-
-def test_without_the_right_to_read_logs_the_step_runs(emulation, capsys: pytest.CaptureFixture[str]) -> None:
-    emulation.cluster.rules = [rule for rule in emulation.cluster.rules if "pods/log" not in rule["resources"]]
-    emulation.execute(HELLO)
-    assert "'get' on pods/log" in capsys.readouterr().err
 
 
 def test_the_launchers_role_has_what_is_needed_and_no_more(emulation, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import signal
 import subprocess
 import time
@@ -11,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pod_states import crash_loop, unpullable, unschedulable
+from pod_states import crash_loop, unpullable
 
 from ncsn.remote import kuberay, pods
 from ncsn.remote.backend import RemoteFailure
-from ncsn.remote.manifest import TASK_CONFIG
 
 HELLO = "print('done')"
 SLEEP = "import time; print('running', flush=True); time.sleep(60)"
@@ -86,17 +84,6 @@ def test_a_crash_loop_shows_its_last_lines(emulation, eventually, capsys) -> Non
 
 
 @pytest.mark.usefixtures("hasty")
-def test_a_full_cluster_is_waited_for_with_the_schedulers_words(emulation, said) -> None:
-    """It may get better: a node may come, or another job may end."""
-    emulation.operator.head = unschedulable
-    emulation.operator.seen = lambda: any("Insufficient memory" in line for line in said)
-    with pytest.raises(RemoteFailure, match="1 Insufficient memory"):
-        emulation.execute(HELLO, kuberay={"max_start_minutes": 3 / 60})
-    told = [line for line in said if "Insufficient memory" in line]
-    assert len(told) == 1
-
-
-@pytest.mark.usefixtures("hasty")
 def test_a_quota_is_named_though_there_is_no_pod(emulation, capsys) -> None:
     quota = 'Failed to create head Pod, pods "x" is forbidden: exceeded quota: small, requested: requests.memory=6Gi'
     start = emulation.cluster.on_create
@@ -113,22 +100,6 @@ def test_a_quota_is_named_though_there_is_no_pod(emulation, capsys) -> None:
     emulation.execute_until(lambda: ("watch", "rayjobs") in emulation.cluster.requests)  # comes after the first look
     told = [line for line in capsys.readouterr().err.splitlines() if "exceeded quota: small" in line]
     assert len(told) == 1
-
-
-@pytest.mark.usefixtures("hasty")
-def test_without_the_right_to_see_events_the_step_runs(emulation) -> None:
-    emulation.cluster.rules = [rule for rule in emulation.cluster.rules if "events" not in rule["resources"]]
-    emulation.execute_until(lambda: ("list", "events") in emulation.cluster.requests, "print('done')")
-    assert emulation.log == "done\n"
-
-
-def test_the_token_of_a_task_is_not_for_the_new_cluster(emulation, monkeypatch: pytest.MonkeyPatch) -> None:
-    """KubeRay 1.7.0 leaves its own token out of a pod that names the variable, and the head does not start."""
-    reference = {"secretKeyRef": {"name": "ncsn-credentials", "key": "RAY_AUTH_TOKEN", "optional": True}}
-    task = {"env": [{"name": "RAY_AUTH_TOKEN", "valueFrom": reference}, {"name": "KEPT", "value": "1"}]}
-    monkeypatch.setenv(TASK_CONFIG, json.dumps(task))
-    emulation.execute("import os; print(os.environ['KEPT'])", kuberay={"max_start_minutes": 5 / 60})
-    assert emulation.log == "1\n"
 
 
 def test_ctrl_c_waits_for_an_api_server_that_is_away(emulation, eventually) -> None:
@@ -170,16 +141,6 @@ def test_an_evicted_launcher_leaves_the_rayjob_to_the_next_attempt(pipeline, eve
     pipeline.execute(code)
     assert pipeline.log == "done\n"
     assert len(pipeline.operator.started) == 1, "a second cluster was started"
-
-
-def test_without_the_right_to_see_workflows_sigterm_leaves_the_rayjob(pipeline, eventually) -> None:
-    """The lease and the janitor end it, if nobody attaches."""
-    pipeline.cluster.rules = [rule for rule in pipeline.cluster.rules if "workflows" not in rule["resources"]]
-    launcher = pipeline.launch(SLEEP)
-    eventually(lambda: pipeline.operator.started, "the entrypoint runs")
-    terminated(launcher)
-    (job,) = pipeline.jobs
-    assert "deletionTimestamp" not in job["metadata"]
 
 
 def test_the_log_of_an_attempt_is_that_attempts(emulation, capsys) -> None:

@@ -83,15 +83,6 @@ def test_the_end_of_a_container_is_final_where_it_is_not_started_again(policy: s
     assert trouble is not None and (trouble.reason, trouble.final) == ("Error", final)
 
 
-def test_an_init_container_counts_too() -> None:
-    init = {"name": "first", "restartCount": 0, **waiting("CreateContainerConfigError", 'secret "keys" not found')}
-    stuck = pod(waiting("PodInitializing"), initContainerStatuses=[init])
-    stuck["spec"]["initContainers"] = [{"name": "first", "image": IMAGE}]
-    trouble = trouble_of(stuck, [])
-    assert trouble is not None and trouble.reason == "CreateContainerConfigError"
-    assert 'container first: secret "keys" not found' in trouble.message
-
-
 def test_the_schedulers_words_are_kept() -> None:
     words = "0/1 nodes are available: 1 Insufficient memory."
     condition = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": words}

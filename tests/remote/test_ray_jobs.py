@@ -223,13 +223,6 @@ def test_a_cluster_without_the_command_is_named(jobs: Jobs) -> None:
     assert job["submission_id"] in failure and "`ncsn`" in failure
 
 
-@slow
-def test_doctor_knows_the_cluster(jobs: Jobs, config: Path) -> None:
-    done = jobs.ncsn("doctor", "--config", str(config), "--address", jobs.dashboard, "--json")
-    (finding,) = [each for each in json.loads(done.stdout) if each["check"] == "ray jobs"]
-    assert finding["state"] == "ok" and jobs.dashboard in finding["detail"], finding
-
-
 def client_of(address: str | None) -> RayJobs:
     return RayJobs(ComputeConfig.model_validate({"backend": "ray-jobs", "ray_jobs": {"address": address}}))
 

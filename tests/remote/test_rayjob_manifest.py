@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import yaml
-from kuberay_rules import fill_defaults, house_errors, load_schemas, operator_errors, schema_errors
+from kuberay_rules import house_errors, load_schemas, operator_errors, schema_errors
 from refused import refused
 
 from ncsn.config.compute import ComputeConfig
@@ -84,33 +84,13 @@ def test_the_api_server_accepts_it(name: str, version: str) -> None:
     assert "maxReplica" in schema_errors(wrong, SCHEMAS[version])[0]
 
 
-@needs_schemas
-@pytest.mark.parametrize("version", list(SCHEMAS))
-def test_the_emulated_api_server_fills_in_the_defaults_of_the_crds(version: str) -> None:
-    spec = SCHEMAS[version]["properties"]["spec"]
-    group = spec["properties"]["rayClusterSpec"]["properties"]["workerGroupSpecs"]["items"]
-    filled: dict[str, Any] = {"spec": {"rayClusterSpec": {"workerGroupSpecs": [{}]}}}
-    fill_defaults(filled)
-    (workers,) = filled["spec"].pop("rayClusterSpec")["workerGroupSpecs"]
-    for values, schema in ((filled["spec"], spec), (workers, group)):
-        assert values and all(schema["properties"][name]["default"] == value for name, value in values.items())
-
-
 BREAKS = {
     "name": (("metadata", "name"), "Upper", "DNS-1035"),
-    "long name": (("metadata", "name"), "a" * 48, "at most 47"),
-    "ttl alone": (("spec", "ttlSecondsAfterFinished"), 5, "needs shutdownAfterJobFinishes"),
     "both deletions": (("spec", "shutdownAfterJobFinishes"), True, "deletionStrategy excludes"),
-    "selector": (("spec", "clusterSelector"), {"a": "b"}, "exactly one of"),
-    "sidecar": (("spec", "submissionMode"), "SidecarMode", "SidecarMode takes no"),
-    "old ray": (("spec", "rayClusterSpec", "rayVersion"), "2.51.1", "2.52 or later"),
     "unbounded": (("spec", "rayClusterSpec", "workerGroupSpecs", 0, "maxReplicas"), 2147483647, "is unbounded"),
-    "empty": (("spec", "rayClusterSpec", "workerGroupSpecs", 0, "maxReplicas"), 0, "replicas outside"),
     "head": (("spec", "rayClusterSpec", "headGroupSpec", "rayStartParams", "num-cpus"), "2", "the head computes"),
     "token": (("spec", "submitterPodTemplate", "spec", "automountServiceAccountToken"), True, "token is mounted"),
     "queue": (("metadata", "labels", "kueue.x-k8s.io/queue-name"), "q", "Kueue needs shutdown"),
-    "deadline": (("spec", "activeDeadlineSeconds"), 0, "must be positive"),
-    "early": (("spec", "deletionStrategy", "deletionRules", 1, "condition", "ttlSeconds"), 9000, "shorter ttlSeconds"),
 }
 
 
@@ -134,12 +114,6 @@ def test_names_are_valid_and_the_same_for_every_attempt(run: str) -> None:
         assert re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name) and len(name) <= 47
         assert name == step(run, step=kind, command=("another",)).job_name
         assert f"-{kind}-" in name
-
-
-def test_names_of_other_runs_and_stores_differ() -> None:
-    long = "an-experiment-with-a-name-of-many-words-"
-    steps = [step(f"{long}1"), step(f"{long}2"), step(f"{long}1", uri="s3://other/steps/train")]
-    assert len({each.job_name for each in steps}) == 3
 
 
 def test_only_named_fields_are_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,26 +151,12 @@ def test_the_head_is_as_large_as_asked_else_as_the_template_says() -> None:
         assert head["containers"][0]["resources"] == {"requests": size, "limits": size}
 
 
-def test_every_pod_is_found_by_its_labels() -> None:
-    spec = rendered()["spec"]
-    cluster = spec["rayClusterSpec"]
-    pods = [cluster["headGroupSpec"]["template"], cluster["workerGroupSpecs"][0]["template"]]
-    for pod in (*pods, spec["submitterPodTemplate"]):
-        labels = pod["metadata"]["labels"]
-        assert (labels["ncsn.dev/attempt"], labels["ncsn.dev/run"]) == ("77aa", "digits-0a1b2c3d")
-
-
 def test_workers_go_at_once_however_it_failed() -> None:
     """After activeDeadlineSeconds jobStatus stays RUNNING, so a rule for it alone keeps the GPUs (KubeRay 1.7.0)."""
     rules = rendered()["spec"]["deletionStrategy"]["deletionRules"]
     at_once = [rule["condition"] for rule in rules if rule["policy"] == "DeleteWorkers"]
     assert {"jobStatus": "FAILED", "ttlSeconds": 0} in at_once
     assert {"jobDeploymentStatus": "Failed", "ttlSeconds": 0} in at_once
-
-
-def test_an_elastic_step_asks_for_the_most_and_names_the_least() -> None:
-    (workers,) = rendered(num_workers=[2, 5])["spec"]["rayClusterSpec"]["workerGroupSpecs"]
-    assert [workers[key] for key in ("replicas", "minReplicas", "maxReplicas")] == [5, 2, 5]
 
 
 @pytest.mark.parametrize("queue", [None, "research"])

@@ -105,13 +105,6 @@ def test_without_a_cluster_the_store_is_left_alone(
     assert not storage.list_names(f"{on_s3.storage.root}/runs/mine/steps/train")
 
 
-def test_a_store_that_pods_cannot_reach_is_refused(emulation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = from_yaml(TINY.format(root=tmp_path / "store"))
-    dataset = ingest.run(config, run="mine").uri
-    with refused("storage.root"):
-        train.run(config, run="mine", dataset=dataset)
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_whole_pipeline_runs_with_rayjobs(emulation, on_s3: Config, tmp_path: Path, eventually) -> None:
