@@ -56,9 +56,8 @@ def test_the_work_does_not_wait_for_a_slow_store(tmp_path: Path, monkeypatch: py
 
 
 def test_a_copy_in_another_process_goes_on_from_the_same_count(tmp_path: Path) -> None:
-    progress = started(PublishedProgress(str(tmp_path / "progress.json")), 5)
-    progress.advance(3)
-    progress.note("on the way")
+    progress = PublishedProgress(str(tmp_path / "progress.json"))
+    progress.done, progress.total, progress.unit, progress.text = 3, 5, "images", "on the way"
     pickle.loads(pickle.dumps(progress)).advance(2)
     published = json.loads((tmp_path / "progress.json").read_text())
     assert published == {"done": 5, "total": 5, "unit": "images", "text": "on the way"}
