@@ -49,16 +49,6 @@ def config(root: Path) -> Config:
 
 
 @pytest.fixture(scope="session")
-def in_store() -> Callable[..., Config]:
-    """The config of these tests with another store, and with changes like `a.b=value`."""
-
-    def changed(root: str, *changes: str) -> Config:
-        return from_yaml(EXPERIMENT, overrides=[f"storage.root={root}", *changes])
-
-    return changed
-
-
-@pytest.fixture(scope="session")
 def save_untrained() -> SaveUntrained:
     """Writes a checkpoint of a network that was never trained: config, URI of the dataset, folder."""
 
