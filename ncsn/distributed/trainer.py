@@ -1,11 +1,9 @@
-"""Ray Train, or one Ray task, around the training loop.
+"""Ray Train around the training loop, or one Ray task for a single worker of this machine.
 
 Ray Train starts the workers, and starts them again when one is lost. It gets no checkpoints: a new group of workers
-finds the newest one in the store, as any other process would.
-
-Ray Train starts half a dozen processes around its workers, 15 CPU seconds or more each time. That is nothing for a
-training, and most of a short trial of a search. One worker needs none of them: the loop is the same, the weights are
-the same to the last bit, and a lost task is started again and resumes from the checkpoints in the store.
+finds the newest one in the store, as any other process would. It also starts half a dozen processes around its workers,
+15 CPU seconds or more each time, which is much for a short training. One worker needs none of them: loop, weights and
+resume are the same to the last bit.
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ import ray.train
 import ray.train.torch
 import torch
 import torch.distributed
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayError, RayTaskError, WorkerCrashedError
 from ray.train import (
     FailureConfig,
     LoggingConfig,
@@ -37,9 +35,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ncsn import storage
+from ncsn.config import Config
 from ncsn.data.format import load_manifest
-from ncsn.distributed.cluster import require_resources
-from ncsn.distributed.tasks import ANYWHERE, result_of
+from ncsn.distributed.cluster import on_this_machine, require_resources
+from ncsn.distributed.tasks import ANYWHERE
 from ncsn.errors import InvalidValue, NotFound
 from ncsn.model.checkpoint_store import CHECKPOINTS, NEWEST, CheckpointStore
 from ncsn.model.index import DamagedError
@@ -71,6 +70,8 @@ def train(job: TrainingJob, *, run_uri: str) -> TrainOutcome:
     """
     require_resources(job.config)
     compute = job.config.compute
+    if compute.num_workers == 1 and on_this_machine():  # which is not preempted
+        return train_alone(job, run_uri=run_uri)
     with tempfile.TemporaryDirectory(prefix="ncsn-") as folder:
         trainer = TorchTrainer(
             _worker,
@@ -97,19 +98,29 @@ def train(job: TrainingJob, *, run_uri: str) -> TrainOutcome:
     return outcome
 
 
-def train_single_worker(job: TrainingJob, *, checkpoints: str) -> TrainOutcome:
-    """Train with one worker on the connected Ray cluster; the same folder `checkpoints` resumes from the newest."""
+def train_alone(job: TrainingJob, *, run_uri: str) -> TrainOutcome:
+    """The same with one worker, in a Ray task, which is not told of preemptions."""
     compute = job.config.compute
     assert compute.num_workers == 1, "several workers are Ray Train's"
     task: Any = ray.remote(
         num_cpus=compute.cpus_per_worker,
         num_gpus=int(compute.use_gpu),
         max_calls=int(compute.use_gpu),  # its process would keep a CUDA context on the GPU
-        max_retries=compute.max_failures,
+        max_retries=0,  # here, with a word
         **ANYWHERE,
-    )(_train)
-    reference = task.options(retry_exceptions=list(_TRANSIENT)).remote(job, checkpoints)
-    outcome: TrainOutcome = result_of(lambda: ray.get(reference))
+    )(_alone)
+    lost = LostWorkers(run_uri, max_failures=compute.max_failures)
+    while True:
+        try:
+            outcome: TrainOutcome | InvalidValue | LeaseExpired = ray.get(task.remote(job, run_uri))
+        except RayError as error:
+            lost.after_exception(None, {0: error})
+            if lost.left < 0:
+                raise RuntimeError(f"{describe({0: error})}; compute.max_failures = {compute.max_failures}") from error
+        else:
+            break
+    if isinstance(outcome, Exception):
+        raise outcome
     return outcome
 
 
@@ -136,25 +147,27 @@ def _timeout(dataset: str) -> int:
 
 
 def _worker(arguments: dict[str, Any]) -> TrainOutcome | InvalidValue | LeaseExpired:
-    job, run_uri = arguments["job"], arguments["run_uri"]
-    checkpoints = _checkpoint_store(job, storage.join(run_uri, CHECKPOINTS))
-    # Ray Train retries what a worker raises, so a mistake that would only repeat, and an order to end, is returned.
+    return _attempt(arguments["job"], RayContext(), arguments["run_uri"])
+
+
+def _alone(job: TrainingJob, run_uri: str) -> TrainOutcome | InvalidValue | LeaseExpired:
+    return _attempt(job, LocalContext(job.config.compute.device), run_uri)
+
+
+def _attempt(job: TrainingJob, context: WorkerContext, run_uri: str) -> TrainOutcome | InvalidValue | LeaseExpired:
+    # What a worker raises is retried, so a mistake that would only repeat, and an order to end, is returned.
     try:
-        return train_loop(job, RayContext(), checkpoints)
+        return train_loop(job, context, checkpoint_store(job.config, run_uri))
     except _TRANSIENT:
         raise
     except (InvalidValue, LeaseExpired) as end:
         return end
 
 
-def _train(job: TrainingJob, checkpoints: str) -> TrainOutcome:
-    return train_loop(job, LocalContext(job.config.compute.device), _checkpoint_store(job, checkpoints))
-
-
-def _checkpoint_store(job: TrainingJob, uri: str) -> CheckpointStore:
-    settings = job.config.train
-    whole = NEWEST if settings.keep_checkpoints == "all" else settings.keep_checkpoints
-    return CheckpointStore(uri, keep=whole, thin_every=1 if settings.keep_checkpoints == "all" else None)
+def checkpoint_store(config: Config, run_uri: str) -> CheckpointStore:
+    """The checkpoints of a run, of which as many stay as the config says."""
+    uri, keep = storage.join(run_uri, CHECKPOINTS), config.train.keep_checkpoints
+    return CheckpointStore(uri, keep=NEWEST, thin_every=1) if keep == "all" else CheckpointStore(uri, keep=keep)
 
 
 class RayContext(WorkerContext):
@@ -204,13 +217,13 @@ class LostWorkers(UserCallback):  # type: ignore[misc]
     """Logs what failed and where training resumes, as long as Ray Train starts the workers again."""
 
     def __init__(self, run_uri: str, *, max_failures: int) -> None:
-        self._run_uri, self._left = run_uri, max_failures
+        self._run_uri, self.left = run_uri, max_failures
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:  # noqa: ARG002 - Ray's
         """Called in the controller before it decides; see `UserCallback`."""
         if not any(getattr(_cause(error), "preempted", False) for error in worker_exceptions.values()):
-            self._left -= 1  # Ray Train does not count preemptions
-        if self._left >= 0:
+            self.left -= 1  # Ray Train does not count preemptions
+        if self.left >= 0:
             _logger.warning(
                 "%s, training resumes from %s", describe(worker_exceptions), _newest_checkpoint(self._run_uri)
             )
@@ -218,9 +231,9 @@ class LostWorkers(UserCallback):  # type: ignore[misc]
 
 def describe(errors: Mapping[int, Exception]) -> str:
     """Why the workers of these ranks failed. A lost one makes the others fail too, so it goes first."""
-    if any(isinstance(_cause(error), RayActorError) for error in errors.values()):
+    if any(isinstance(_cause(error), (RayActorError, WorkerCrashedError)) for error in errors.values()):
         return "worker lost"
-    rank, error = min(errors.items())
+    rank, error = min((rank, _cause(error)) for rank, error in errors.items())
     first = next(iter(str(error).strip().splitlines()), "")
     return f"worker {rank} failed with {type(error).__name__}: {first}"
 
@@ -234,8 +247,8 @@ def reason(failure: TrainingFailedError) -> str:
 
 
 def _cause(error: Exception) -> Exception:
-    # A worker that does not answer is reported inside a failed health check.
-    cause: Exception = getattr(error, "health_check_failure", error)
+    # A worker that does not answer is reported inside a failed health check, and a task's error inside Ray's.
+    cause: Exception = error.cause if isinstance(error, RayTaskError) else getattr(error, "health_check_failure", error)
     return cause
 
 

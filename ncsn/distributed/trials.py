@@ -34,7 +34,7 @@ from ncsn.distributed.sampling import Candidate, score_samples
 from ncsn.errors import InvalidValue, NotFound, UserError
 from ncsn.model.checkpoint_store import CHECKPOINTS
 from ncsn.model.index import CheckpointError
-from ncsn.training.loop import TrainingJob, TrainOutcome
+from ncsn.training.loop import TrainingJob
 
 FAILED = 1e12  # objective of a trial that cannot go on: a number, so that the search learns to keep away
 
@@ -227,7 +227,9 @@ def _reach(plan: SearchPlan, values: Mapping[str, Any], folder: TrialFolder, ima
     started = time.monotonic()
     samplings = plan.samplings(values)
     checkpoints = storage.join(folder.uri, CHECKPOINTS)
-    outcome = _train(plan, values, folder, checkpoints, images)
+    job = TrainingJob(config=plan.trial_config(values), dataset=plan.dataset, start=plan.start, stop_at=images)
+    train = trainer.train_alone if job.config.compute.num_workers == 1 else trainer.train
+    outcome = train(job, run_uri=folder.uri)
     checkpoint = storage.join(checkpoints, outcome.checkpoint)
     candidates = [Candidate(checkpoint, sampling) for sampling in samplings]
     found = score_samples(plan.config, candidates, dataset=plan.dataset, num_images=plan.settings.num_samples)
@@ -247,12 +249,3 @@ def _reach(plan: SearchPlan, values: Mapping[str, Any], folder: TrialFolder, ima
         seconds=round(time.monotonic() - started, 1),
         checkpoint=outcome.checkpoint,
     )
-
-
-def _train(
-    plan: SearchPlan, values: Mapping[str, Any], folder: TrialFolder, checkpoints: str, images: int
-) -> TrainOutcome:
-    job = TrainingJob(config=plan.trial_config(values), dataset=plan.dataset, start=plan.start, stop_at=images)
-    if job.config.compute.num_workers == 1:
-        return trainer.train_single_worker(job, checkpoints=checkpoints)
-    return trainer.train(job, run_uri=folder.uri)

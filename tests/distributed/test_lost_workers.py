@@ -80,8 +80,8 @@ def test_ray_train_repeats_what_a_worker_raises_but_not_a_mistake(
 
     monkeypatch.setattr(trainer, "train_loop", fail)
     monkeypatch.setattr(trainer, "RayContext", lambda: None)
-    monkeypatch.setattr(trainer, "_checkpoint_store", lambda *_: None)
-    arguments = {"job": None, "run_uri": "/runs/mine"}
+    monkeypatch.setattr(trainer, "checkpoint_store", lambda *_: None)
+    arguments = {"job": SimpleNamespace(config=None), "run_uri": "/runs/mine"}
     if returned:
         assert trainer._worker(arguments) is error
     else:

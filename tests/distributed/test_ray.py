@@ -124,18 +124,24 @@ def test_the_same_run_resumes_and_has_nothing_left_to_do(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
 def test_a_killed_worker_and_a_damaged_checkpoint_change_nothing(
-    cluster: Cluster, trained: Path, tiny: str, dataset: str, tmp_path: Path
+    cluster: Cluster, trained: Path, tiny: str, dataset: str, tmp_path: Path, workers: int
 ) -> None:
     """Bit for bit the weights, EMA and optimizer of the run that nothing disturbed."""
-    kill = KillsWorker(128, tmp_path / "killed", cut=tmp_path / "checkpoints")
-    job = TrainingJob(config=two_workers(tiny, "train.checkpoint_every_images=48"), dataset=dataset, progress=kill)
-    outcome = cluster.driver(trainer.train, job, run_uri=str(tmp_path))
+    last, run = "images-000000160", tmp_path / "run"
+    kill = KillsWorker(128, tmp_path / "killed", cut=run / "checkpoints")
+    config = from_yaml(tiny, overrides=[f"compute.num_workers={workers}", "train.checkpoint_every_images=48"])
+    job = TrainingJob(config=config, dataset=dataset, progress=kill)
+    outcome = cluster.driver(trainer.train, job, run_uri=str(run))
     (note,) = outcome.notes
     assert all(name in note for name in ("images-000000096", "weights.safetensors", "images-000000048"))
     assert kill.killed.exists()
-    assert_same_tensors(*(run / "checkpoints" / "images-000000160" for run in (trained, tmp_path)))
-    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    if workers == 1:
+        train_locally(TrainingJob(config=config, dataset=dataset), tmp_path / "whole")
+    whole = trained / "checkpoints" if workers == 2 else tmp_path / "whole"
+    assert_same_tensors(whole / last, run / "checkpoints" / last)
+    names = sorted(path.name for path in (run / "checkpoints").iterdir())
     assert names == [f"images-{seen:09d}" for seen in (48, 96, 144, 160)]
 
 
