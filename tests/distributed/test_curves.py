@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +10,7 @@ import torch
 from local_training import Recorder, train_for_tensors
 
 from ncsn.config import from_yaml
-from ncsn.model.checkpoint_store import CheckpointStore
-from ncsn.runs.history import TrainingHistory, load_history
 from ncsn.training import previews
-from ncsn.training.context import LocalContext
-from ncsn.training.loop import TrainingJob, train_loop
 
 NAMES = ["train/loss_sigma_1", "train/loss_sigma_0.215", "train/loss_sigma_0.0464", "train/loss_sigma_0.01"]
 
@@ -80,29 +74,3 @@ def test_curves_have_a_point_per_report_and_checkpoint(tiny: str, dataset: str, 
         levels = [point[key] for key in point if key.startswith("train/loss_sigma_")]
         assert levels and min(levels) <= point["train/loss"] <= max(levels)
     assert sink.points[0][1]["train/loss"] == pytest.approx(1.0, abs=0.25)  # a fresh U-Net gives a score near zero
-
-
-def test_history_of_a_resumed_run_is_that_of_a_whole_one(tiny: str, dataset: str, tmp_path: Path) -> None:
-    def history(folder: Path, store: type[CheckpointStore] = CheckpointStore) -> TrainingHistory:
-        uri = str(folder / "history.json")
-        with suppress(KeyboardInterrupt):
-            train_loop(
-                TrainingJob(config=from_yaml(tiny), dataset=dataset, history=uri), LocalContext(), store(str(folder))
-            )
-        return load_history(uri)
-
-    class DiesBeforeSecondCheckpoint(CheckpointStore):
-        def publish(self, write: Callable[[Path], None], *, name: str) -> None:
-            if name > "images-000000080":
-                raise KeyboardInterrupt
-            super().publish(write, name=name)
-
-    whole = history(tmp_path / "whole")
-    assert whole.images_seen == [32, 64, 80, 96, 128, 160]
-    cut = history(tmp_path / "cut", DiesBeforeSecondCheckpoint)
-    assert cut.images_seen == whole.images_seen  # published, though the checkpoint that goes with it was not
-    resumed = history(tmp_path / "cut")
-    assert resumed.images_seen == whole.images_seen
-    np.testing.assert_array_equal(resumed.losses(NAMES), whole.losses(NAMES))
-    np.testing.assert_array_equal(resumed.curve("train/loss"), whole.curve("train/loss"))
-    assert np.nanmin(whole.losses(NAMES)) > 0

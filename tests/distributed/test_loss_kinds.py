@@ -9,12 +9,10 @@ import pytest
 import torch
 from local_training import assert_same_tensors, train_locally
 
-from ncsn.config import changed_settings, from_json, from_yaml, to_json
-from ncsn.config.schema import SamplingConfig
+from ncsn.config import from_yaml
 from ncsn.data.training_images import open_cache
-from ncsn.model import build, checkpoint
+from ncsn.model import build
 from ncsn.model.checkpoint_store import CheckpointStore
-from ncsn.model.generate import generate
 from ncsn.training.batches import augmented, draw_batch
 from ncsn.training.context import LocalContext
 from ncsn.training.loop import TrainingJob, train_loop
@@ -113,28 +111,3 @@ def test_augmentation_belongs_to_the_image_and_moves_no_other_draw(tiny: str, da
     changed = (whole.x != plain.x).flatten(1).any(dim=1)
     assert torch.equal(changed, told.any(dim=1)) and changed.any() and not changed.all()
     assert torch.equal(whole[2:5].inputs["augmentation"], told[2:5])
-
-
-def test_the_negative_control_is_trained_and_sampled_at_its_one_sigma(tiny: str, dataset: str, tmp_path: Path) -> None:
-    folder = checkpoint_after(tiny, dataset, tmp_path, *ONE_SIGMA)
-    trained = checkpoint.load_for_sampling(str(folder))
-    assert build.sigmas(trained.config).tolist() == [pytest.approx(0.1)]
-    sampling: SamplingConfig = trained.config.sampling
-    images = generate(trained, sampling=sampling, first=0, count=2)
-    assert images.shape == (2, 8, 8, 1)
-    assert not (images[0] == images[1]).all()
-
-
-def test_the_loss_is_part_of_the_runs_identity(tiny: str) -> None:
-    plain = from_yaml(tiny)
-    assert changed_settings(plain, from_yaml(tiny, overrides=["loss={anneal_power: 2.0}"])) == {}
-    assert changed_settings(plain, from_yaml(tiny, overrides=["loss={anneal_power: 1}"])) == {
-        "loss.anneal_power": (2.0, 1.0)
-    }
-    assert "loss.kind" in changed_settings(plain, from_yaml(tiny, overrides=["loss={kind: ssm}"]))
-
-
-def test_augmentation_is_part_of_the_runs_identity_only_where_it_is_on(tiny: str) -> None:
-    assert to_json(from_yaml(tiny, overrides=["data.augmentation=null"])) == to_json(from_yaml(tiny))
-    on = from_yaml(tiny, overrides=AUGMENTED)
-    assert from_json(to_json(on)) == on and on.data.augmentation is not None and on.data.augmentation.y_flip

@@ -115,14 +115,6 @@ def test_a_checkpoint_that_cannot_be_stored_is_tried_again_from_the_one_before(
     assert_same_tensors(tmp_path / "run" / "checkpoints" / last, tmp_path / "whole" / last)
 
 
-def test_the_same_run_resumes_and_has_nothing_left_to_do(
-    cluster: Cluster, trained: Path, tiny: str, dataset: str
-) -> None:
-    job = TrainingJob(config=two_workers(tiny), dataset=dataset)
-    again = cluster.driver(trainer.train, job, run_uri=str(trained))
-    assert (again.images_seen, again.loss, again.checkpoint) == (160, None, "images-000000160")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_killed_worker_and_a_damaged_checkpoint_change_nothing(
