@@ -48,8 +48,6 @@ def shaping_settings(data: DataConfig) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A dataset in the store."""
-
     uri: str  # its folder, `<folder>/<digest>`
     manifest: Manifest
     created: bool  # False if it was there already and nothing was written
@@ -57,8 +55,6 @@ class Dataset:
 
 @dataclass(frozen=True)
 class PartTask:
-    """A part to write."""
-
     images: Split
     uri: str
     near: str  # folder on the same disk for scratch files

@@ -39,8 +39,6 @@ PARQUET_OPTIONS = {"compression": "zstd", "use_dictionary": False, "write_statis
 
 @dataclass(frozen=True)
 class Rows:
-    """Images of a dataset, with their labels."""
-
     images: np.ndarray  # uint8 [N, H, W, C], 0..255
     labels: np.ndarray  # int64 [N], index into the class names, or -1 for none
 
@@ -49,7 +47,6 @@ class Rows:
 
 
 def schema(height: int, width: int, channels: int) -> pa.Schema:
-    """The Parquet columns of images of this size."""
     shape = {_SHAPE: json.dumps([height, width, channels])}
     pixels = pa.field(IMAGE, pa.binary(height * width * channels), nullable=False, metadata=shape)
     return pa.schema([pixels, pa.field(LABEL, pa.int64(), nullable=False)])
@@ -64,7 +61,6 @@ def schema_words(height: int, width: int, channels: int) -> dict[str, str]:
 
 
 def part_images(shape: Sequence[int]) -> int:
-    """Images of this shape in a part."""
     return min(PART_IMAGES, max(1, PART_BYTES // math.prod(shape)))
 
 
@@ -86,7 +82,6 @@ def image_shape_of(columns: pa.Schema) -> tuple[int, ...]:
 
 
 def to_table(rows: Rows) -> pa.Table:
-    """Rows as an Arrow table with the dataset's schema."""
     columns = schema(*rows.images.shape[1:])
     buffers = [None, pa.py_buffer(np.ascontiguousarray(rows.images))]
     pixels = pa.FixedSizeBinaryArray.from_buffers(columns.field(IMAGE).type, len(rows), buffers)
@@ -106,7 +101,6 @@ def from_table(table: pa.Table) -> Rows:
 
 
 def group_lengths(file: pq.ParquetFile) -> list[int]:
-    """Rows of each row group of an open file."""
     return [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
 
 
@@ -133,13 +127,11 @@ class SplitDigest:
     _labels: Any = field(default_factory=hashlib.sha256, repr=False)
 
     def update(self, rows: Rows) -> None:
-        """Append rows."""
         self.count += len(rows)
         self._images.update(np.ascontiguousarray(rows.images, np.uint8))
         self._labels.update(np.ascontiguousarray(rows.labels, "<i8"))
 
     def hexdigest(self) -> str:
-        """Digest of the rows so far."""
         return hashlib.sha256(self._images.digest() + self._labels.digest()).hexdigest()
 
 
@@ -199,11 +191,9 @@ class Manifest:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(H, W, C) of an image."""
         return self.image_size, self.image_size, self.channels
 
     def to_json(self) -> str:
-        """The text of `manifest.json`."""
         return json.dumps({"format_version": FORMAT_VERSION, **asdict(self)}, indent=1) + "\n"
 
     def count(self, split: str) -> int:

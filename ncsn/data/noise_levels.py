@@ -56,7 +56,6 @@ class ImageSample:
 
     @property
     def complete(self) -> bool:
-        """Whether the sample is all images."""
         return self.count == len(self._places)
 
     @property
@@ -105,7 +104,6 @@ def resolve_noise(config: Config, manifest: Manifest) -> Config:
 
 
 def noise_section(suggestion: NoiseSuggestion) -> Mapping[str, Any]:
-    """The config's section `noise` for a suggestion."""
     return {"sigma_1": suggestion.sigma_1, "sigma_L": suggestion.sigma_L, "num_levels": suggestion.num_levels}
 
 

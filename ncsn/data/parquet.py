@@ -58,7 +58,6 @@ class PartWriter:
             self._writer.close()
 
     def write(self, rows: Rows) -> None:
-        """Append a block."""
         self._settle()
         self._pending = self._thread.submit(self._writer.write_table, to_table(rows), row_group_size=len(rows))
         self.rows += len(rows)
@@ -134,7 +133,6 @@ def read_blocks(uri: str, split: str) -> Iterator[Rows]:
 
 
 def read_split(uri: str, split: str, *, rows: range | None = None) -> Rows:
-    """The rows of a split, or a range of them."""
     manifest = load_manifest(uri)
     every = range(manifest.count(split))
     return read_rows(uri, split, np.array(every if rows is None else every[rows.start : rows.stop]), manifest=manifest)

@@ -45,8 +45,6 @@ class BadImageError(InvalidValue):
 
 
 class Picture(NamedTuple):
-    """A decoded image."""
-
     image: Image.Image
     conversions: tuple[str, ...] = ()  # what it was: 16-bit, animated, CMYK, YCbCr, float, transparent, gray or RGB
     scale: int = 1  # it was decoded this many times smaller
@@ -54,7 +52,6 @@ class Picture(NamedTuple):
 
     @property
     def size(self) -> tuple[int, int]:
-        """Width and height as stored."""
         return self.stored or (self.image.width * self.scale, self.image.height * self.scale)
 
 
@@ -96,7 +93,6 @@ class Fit:
         return shape == (self.image_size, self.image_size, self.channels) and self.crop is None
 
     def array(self, image: np.ndarray) -> Fitted:
-        """Fit a uint8 array [H, W, C] with C = 1 or 3."""
         if self.keeps(image.shape):
             return Fitted(image, ())
         return self.picture(Picture(Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)))

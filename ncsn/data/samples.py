@@ -25,7 +25,6 @@ _NAME = re.compile(r"shard-(\d{9})-(\d{9})\.parquet")
 
 
 def shard_name(first: int, last: int) -> str:
-    """File name of the shard of images [first, last)."""
     return f"shard-{first:09d}-{last:09d}.parquet"
 
 

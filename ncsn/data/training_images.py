@@ -42,7 +42,6 @@ def open_training_images(dataset_uri: str, split: str = "train") -> TrainingImag
 
 
 def mapped(path: Path) -> np.ndarray:
-    """The array of an .npy file, memory-mapped and read-only."""
     array: np.memmap = np.load(path, mmap_mode="r")
     return array.view(np.ndarray)  # gathering a batch from an `np.memmap` is slower
 
@@ -66,7 +65,6 @@ class CachedSplit:
         return self.images[:count]
 
     def rows(self, indices: np.ndarray) -> Rows:
-        """The images that are stored at `indices` [N], with their labels."""
         return Rows(self.images[indices], self.labels[indices])
 
 
@@ -146,7 +144,6 @@ class Window:
 
     @property
     def last(self) -> int:
-        """The place after it."""
         return self.first + len(self.rows)
 
 

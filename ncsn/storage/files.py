@@ -57,7 +57,6 @@ def join(uri: str, *parts: str) -> str:
 
 
 def is_local(uri: str) -> bool:
-    """Whether `uri` is a path on this machine's disk."""
     return not uri.startswith(S3_SCHEME)
 
 
@@ -73,20 +72,17 @@ _s3_filesystem = functools.cache(s3_filesystem)
 
 
 def exists(uri: str) -> bool:
-    """Whether there is a file or folder at `uri`."""
     filesystem_, path = filesystem(uri)
     found: bool = filesystem_.get_file_info(path).type != fs.FileType.NotFound
     return found
 
 
 def is_file(uri: str) -> bool:
-    """Whether there is a file at `uri`."""
     filesystem_, path = filesystem(uri)
     return bool(filesystem_.get_file_info(path).is_file)
 
 
 def list_names(uri: str) -> list[str]:
-    """Sorted names directly below the folder `uri`; empty if there is no folder."""
     filesystem_, path = filesystem(uri)
     selector = fs.FileSelector(path, allow_not_found=True)
     return sorted(info.base_name for info in filesystem_.get_file_info(selector))
@@ -101,7 +97,6 @@ def read_bytes(uri: str) -> bytes:
 
 
 def read_text(uri: str) -> str:
-    """The whole file as UTF-8 text."""
     return read_bytes(uri).decode()
 
 
@@ -138,17 +133,14 @@ def write_bytes(uri: str, data: bytes) -> None:
 
 
 def write_text(uri: str, text: str) -> None:
-    """Publish a UTF-8 file atomically."""
     write_bytes(uri, text.encode())
 
 
 def write_json(uri: str, values: Any, *, indent: int | None = None) -> None:
-    """Publish plain values as a JSON file atomically."""
     write_text(uri, json.dumps(values, indent=indent))
 
 
 def write_array(uri: str, array: npt.NDArray[Any]) -> None:
-    """Publish an array of numbers as a `.npy` file atomically."""
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=False)
     write_bytes(uri, buffer.getvalue())

@@ -30,7 +30,6 @@ T = TypeVar("T")
 
 
 def s3_filesystem(bucket: str) -> fs.FileSystem:
-    """The file system of a bucket; the environment says where it is."""
     # from_uri honors AWS_ENDPOINT_URL and finds a bucket's region; only the constructor can turn off writes in the
     # background, for which Arrow takes the same few threads that wait for them when several files are copied.
     endpoint = _endpoint()
@@ -181,7 +180,6 @@ def _upload(uri: str, file: IO[bytes]) -> None:
 
 
 def put(uri: str, data: bytes) -> None:
-    """Write an object, in place of an older one."""
     _request(uri, partial(_upload, uri, io.BytesIO(data)))
 
 

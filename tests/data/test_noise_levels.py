@@ -11,7 +11,7 @@ import torch
 from refused import refused
 
 from ncsn import storage
-from ncsn.config import Config, ConfigError, changed_settings, from_yaml, to_yaml
+from ncsn.config import Config, ConfigError, changed_settings, from_yaml
 from ncsn.core.noise_schedule import num_levels_for, pair_distances, ratio_for_overlap
 from ncsn.data.dataset import write_dataset
 from ncsn.data.format import load_manifest
@@ -105,8 +105,3 @@ def test_a_sample_says_that_it_is_one() -> None:
     found = suggestions(sample)["plain"].distances
     assert (found.num_images, found.exact) == (20, False)
     assert found.maximum == pytest.approx(pair_distances(torch.from_numpy(sample.images)).maximum, rel=1e-6)
-
-
-def test_yaml_keeps_auto(tmp_path: Path) -> None:
-    assert "noise:\n  kind: auto\n" in to_yaml(auto(tmp_path))
-    assert from_yaml(to_yaml(auto(tmp_path))) == auto(tmp_path)

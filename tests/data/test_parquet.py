@@ -20,7 +20,7 @@ from refused import refused
 
 from ncsn import storage
 from ncsn.data.dataset import write_dataset
-from ncsn.data.format import Rows, SkippedImage, SplitDigest, from_table, load_manifest, schema, to_table
+from ncsn.data.format import Rows, SkippedImage, from_table, load_manifest, schema, to_table
 from ncsn.data.noise_levels import ImageSample
 from ncsn.data.parquet import read_blocks, read_split
 from ncsn.data.sources.base import Example, Source
@@ -107,14 +107,6 @@ def test_the_manifest_describes_the_dataset(tmp_path, images, config, monkeypatc
     assert text["schema"]["image"] == "192 bytes: uint8 [8, 8, 3], row by row"
 
 
-def test_any_parquet_reader_sees_the_bytes(tmp_path, images, config):
-    dataset = write(images, tmp_path, config)
-    table = pq.read_table(Path(dataset.uri) / "train" / "part-00000.parquet")
-    assert table.schema.field("image").type == pa.binary(8 * 8 * 3)
-    rows = [np.frombuffer(value, np.uint8).reshape(8, 8, 3) for value in table.column("image").to_pylist()]
-    assert np.array_equal(rows, images["train"].images[: len(rows)])
-
-
 def test_the_digest_is_of_the_content_and_not_of_its_storage(tmp_path, images, config, monkeypatch):
     digests = set()
     for rows in (1, 7, 50, 16384):
@@ -146,17 +138,6 @@ def test_any_change_of_the_content_changes_the_digest(tmp_path, images, config):
     digests = {write(variant, tmp_path, config).manifest.digest for variant in variants}
     digests.add(write(images, tmp_path, config, class_names=("a", "b", "d")).manifest.digest)
     assert len(digests) == 7
-
-
-def test_the_same_input_writes_the_same_bytes(tmp_path, images, config):
-    one, other = (Path(write(images, tmp_path / name, config).uri) for name in ("one", "other"))
-    assert (
-        files_below(one)
-        == files_below(other)
-        == ["manifest.json", "test/part-00000.parquet", "train/part-00000.parquet"]
-    )
-    for name in files_below(one):
-        assert (one / name).read_bytes() == (other / name).read_bytes()
 
 
 def test_blocks_stay_small(tmp_path, images, config, monkeypatch):
@@ -220,18 +201,6 @@ def test_images_that_do_not_decode_are_named_or_stop_it(tmp_path, images, config
     skipping = config.model_copy(update={"on_bad_image": "skip"})
     manifest = load_manifest(write_dataset(source, str(tmp_path), name="noise", data=skipping).uri)
     assert (manifest.skipped, manifest.counts) == ([bad], {"train": 50, "test": 20})
-
-
-def test_a_source_that_fails_half_way_leaves_nothing(tmp_path, images, config):
-    def broken():
-        yield Example(images["test"].images[0], 0)
-        raise ValueError("image 1 is damaged")
-
-    source = source_of(images)
-    source = dataclasses.replace(source, splits={**source.splits, "test": GeneratedSplit(20, broken)})
-    with pytest.raises(ValueError, match="image 1 "):
-        write_dataset(source, str(tmp_path), name="noise", data=config)
-    assert files_below(tmp_path) == []
 
 
 @pytest.mark.parametrize("count", [0, 1])
@@ -311,16 +280,6 @@ def test_rows_make_the_round_trip_through_arrow(images):
     assert np.array_equal(back.images, images["train"].images)
     assert np.array_equal(back.labels, images["train"].labels)
     assert from_table(table.slice(0, 0)).images.shape == (0, 8, 8, 3)
-
-
-def test_a_split_digest_does_not_depend_on_the_blocks(images):
-    rows, whole, pieces = images["train"], SplitDigest(), SplitDigest()
-    whole.update(rows)
-    for first in (0, 1, 30):
-        last = {0: 1, 1: 30, 30: 50}[first]
-        pieces.update(Rows(rows.images[first:last], rows.labels[first:last]))
-    assert pieces.hexdigest() == whole.hexdigest()
-    assert pieces.count == 50
 
 
 def test_a_small_image_sample_is_a_function_of_the_order_alone():

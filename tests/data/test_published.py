@@ -141,13 +141,6 @@ def test_however_rows_are_cut_they_are_the_same_dataset(tmp_path, s3_root, data_
     assert digest(f"{s3_root}/cut") != digest(whole)
 
 
-def test_each_class_gives_its_share(tmp_path, source_of):
-    rows = rows_of(source_of(published(tmp_path / "x.parquet", range(60))))
-    assert sorted(rows["train"] + rows["test"]) == labeled(range(60))
-    assert np.bincount([label for _, label in rows["test"]]).tolist() == [5, 5, 5]
-    assert rows["train"] == sorted(rows["train"])
-
-
 @pytest.mark.parametrize("kind", ["binary", "large_binary", "struct", "large_struct", "jpeg"])
 def test_images_are_found_by_their_type(tmp_path, source_of, kind):
     values = [8 * number for number in range(12)]
@@ -338,10 +331,3 @@ def test_damage_between_good_ends_is_named(tmp_path, source_of):
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
     with refused(str(path)):
         list(split.stream())
-
-
-def test_links_are_followed_as_in_a_snapshot_of_the_hub(tmp_path, source_of):
-    blob = published(tmp_path / "blobs" / "0a1b", range(12))
-    (tmp_path / "snapshot").mkdir()
-    (tmp_path / "snapshot" / "train.parquet").symlink_to(blob)
-    assert sum(map(len, rows_of(source_of(tmp_path / "snapshot")).values())) == 12

@@ -86,15 +86,6 @@ def test_of_workers_that_ask_at_once_one_makes_the_copy(dataset, tmp_path, monke
     assert sums == {int(read_split(dataset, "train").images.sum())}
 
 
-def test_the_environment_names_the_folder(dataset, tmp_path, monkeypatch):
-    monkeypatch.setenv("NCSN_CACHE_DIR", str(tmp_path / "from-environment"))
-    open_cache(dataset, "test")
-    assert [name for name in files_below(tmp_path / "from-environment") if name.endswith(".npy")] == [
-        f"{Path(dataset).name}/test/images.npy",
-        f"{Path(dataset).name}/test/labels.npy",
-    ]
-
-
 def test_a_dataset_of_other_content_is_noticed_and_not_kept(dataset, tmp_path):
     part = Path(dataset) / "train" / "part-00001.parquet"
     part.write_bytes((Path(dataset) / "train" / "part-00000.parquet").read_bytes())  # whole, but the wrong rows
@@ -141,10 +132,6 @@ def test_the_order_does_not_depend_on_the_batches(size, cuts, start):
     assert whole.dtype == np.int64
 
 
-def test_a_batch_larger_than_the_dataset_wraps_around():
-    assert np.bincount(image_indices(0, first=0, count=25, size=10), minlength=10).min() >= 2
-
-
 @pytest.mark.parametrize(("size", "window"), [(1000, 160), (1007, 160), (100, 160), (33, 16), (7, 64)])
 def test_each_epoch_of_windows_has_every_image_once(size, window):
     orders = []
@@ -161,20 +148,6 @@ def test_each_epoch_of_windows_has_every_image_once(size, window):
         orders.append(rows)
     assert len({tuple(order) for order in orders}) == 3
     assert window_at(6, 0, size=size, window_images=window).rows.tolist() != orders[0][: min(size, window)]
-
-
-def test_any_place_of_a_window_finds_it():
-    for place in (0, 159, 160, 999, 1006, 1007, 1500):
-        found = window_at(1, place, size=1007, window_images=160)
-        assert found.first <= place < found.last
-        again = window_at(1, found.first, size=1007, window_images=160)
-        assert (again.first, again.rows.tolist()) == (found.first, found.rows.tolist())
-
-
-def test_a_window_mixes_places_of_the_whole_split():
-    rows = window_at(0, 0, size=100_000, window_images=1600).rows
-    assert np.unique(rows // 100).size == 16
-    assert np.ptp(rows) > 50_000
 
 
 @pytest.fixture

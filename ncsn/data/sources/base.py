@@ -42,8 +42,6 @@ class Split(Protocol):
 
 @dataclass(frozen=True)
 class Arrays:
-    """A split that is in memory."""
-
     images: np.ndarray  # uint8 [N, H, W, C], of any size
     labels: np.ndarray  # [N]
     fit: Fit
@@ -53,11 +51,9 @@ class Arrays:
         return len(self.labels)
 
     def section(self, first: int, last: int) -> Arrays:
-        """Images `first .. last`."""
         return replace(self, images=self.images[first:last], labels=self.labels[first:last])
 
     def stream(self, *, cores: int | None = None) -> Iterator[Example]:  # noqa: ARG002
-        """Each image; see `Split`."""
         labels = self.labels.tolist()
         if self.fit.keeps(self.images.shape[1:]):
             return map(Example, self.images, labels)
@@ -69,8 +65,6 @@ class Arrays:
 
 @dataclass(frozen=True)
 class Source:
-    """An opened source."""
-
     description: str
     license: str
     class_names: tuple[str, ...]  # of label 0, 1, ...; empty if there are no labels
@@ -86,7 +80,6 @@ class BadImages:
     conversions: Counter[str] = field(default_factory=Counter)
 
     def filter(self, rows: Iterable[Example | SkippedImage]) -> Iterator[Example]:
-        """The images that can be used."""
         for row in rows:
             if isinstance(row, Example):
                 if row.conversions:
@@ -103,7 +96,6 @@ class BadImages:
 
 
 def image_shape(data: DataConfig) -> tuple[int, int, int]:
-    """(H, W, C) of every image of the dataset."""
     return data.image_size, data.image_size, data.channels
 
 

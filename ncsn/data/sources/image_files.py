@@ -53,8 +53,6 @@ _WAITING_PER_THREAD = 2
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One file of an archive."""
-
     path: str
     offset: int  # of its first byte, in a zip archive of its header
     span: int  # bytes from there on that hold it
@@ -62,8 +60,6 @@ class Member:
 
 
 class Index(NamedTuple):
-    """What an archive holds."""
-
     images: list[tuple[Member, str | None]]  # in its order, and their labels from `x.cls` or `x.json` next to `x.png`
     tables: dict[str, bytes]  # its label tables, path -> content
 
@@ -179,8 +175,6 @@ def _word(member: Member, stream: Any, uri: str) -> str:
 
 
 class ImageFile(NamedTuple):
-    """One image: a file, or a member of an archive."""
-
     file: str  # path of the file or archive below the root; empty for the root itself
     member: Member | None = None
 
@@ -199,11 +193,9 @@ class EncodedImages:
         return len(self.images)
 
     def section(self, first: int, last: int) -> EncodedImages:
-        """Images `first .. last`."""
         return replace(self, images=self.images[first:last], labels=self.labels[first:last])
 
     def stream(self, *, cores: int | None = None) -> Iterator[Example | SkippedImage]:
-        """Each image; see `Split`."""
         # A bucket is asked for several images at a time on any number of cores.
         cores = cores if storage.is_local(self.root) else _LARGEST_POOL
         with _Reader() as reader:
@@ -265,8 +257,6 @@ def _read_file(uri: str) -> bytes:
 
 
 class Encoded(NamedTuple):
-    """An image that is still to be decoded."""
-
     name: str
     label: int
     load: Callable[[], Picture]  # called in another thread

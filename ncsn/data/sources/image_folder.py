@@ -199,7 +199,6 @@ def open_celeba(data: DataConfig) -> Source:
 
 
 def locate_celeba(data: DataConfig) -> str:
-    """The zip."""
     return str(_celeba_archive(data))
 
 

@@ -21,8 +21,6 @@ from ncsn.errors import NotFound
 
 
 class _Known(NamedTuple):
-    """What can be done with a source."""
-
     open: Callable[[DataConfig], Source]
     locate: Callable[[DataConfig], str]  # as `locate_source` does
 
@@ -40,7 +38,6 @@ _SOURCES = {
 
 
 def open_source(data: DataConfig) -> Source:
-    """Find and check the files of the configured source."""
     source = _SOURCES[data.source].open(data)
     if data.max_images is None:
         return source

@@ -21,8 +21,6 @@ _NO_LABEL = ("", "-1")
 
 @dataclass(frozen=True)
 class LabelTable:
-    """The content of a label table."""
-
     origin: str  # its URI, for an archive's member with `:` and its path
     archive: str  # the archive that holds it, by its path below the root; empty for none
     folder: str  # what the names in it are relative to: its folder in the archive or below the root

@@ -60,13 +60,10 @@ class ParquetFile:
     rows: int = 0  # until it is opened
 
     def name(self, row: int) -> str:
-        """A row, counted from 0, for messages."""
         return f"{self.uri}:row {row}"
 
 
 class Columns(NamedTuple):
-    """What is read of a file."""
-
     image: str
     kind: ImageKind  # encoded, in a struct with them, or the pixels of a dataset of ours
     label: str | None  # None for images without labels
@@ -122,7 +119,6 @@ def open_parquet(data: DataConfig) -> Source:
 
 
 def locate_files(data: DataConfig) -> str:
-    """The folder and a file in it, or the file."""
     root = storage.absolute(required_root(data))
     path = first_file(root, (SUFFIX,))
     if path is None:
@@ -355,11 +351,9 @@ class ParquetImages:
         return len(self.rows)
 
     def section(self, first: int, last: int) -> ParquetImages:
-        """Images `first .. last`."""
         return replace(self, rows=self.rows[first:last], labels=self.labels[first:last])
 
     def stream(self, *, cores: int | None = None) -> Iterator[Example | SkippedImage]:
-        """Each image; see `Split`."""
         return fit_in_order(self._encoded(), self.fit, cores=cores)
 
     def _encoded(self) -> Iterator[Encoded]:

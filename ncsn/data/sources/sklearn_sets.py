@@ -21,8 +21,6 @@ _SCALES = (1, 2, 4)  # sides of the patches over data.image_size
 
 
 class Patch(NamedTuple):
-    """A square of a photograph, in pixels."""
-
     photograph: int  # which one, which is also the label
     side: int
     top: int
@@ -42,11 +40,9 @@ class Patches:
         return len(self.patches)
 
     def section(self, first: int, last: int) -> Patches:
-        """Patches `first .. last`."""
         return replace(self, patches=self.patches[first:last])
 
     def stream(self, *, cores: int | None = None) -> Iterator[Example]:  # noqa: ARG002
-        """Each patch; see `Split`."""
         for photograph, side, top, left in self.patches:
             pixels = self.photographs[photograph][top : top + side, left : left + side]
             fitted = self.fit.array(pixels)
@@ -54,7 +50,6 @@ class Patches:
 
 
 def locate_package(_data: DataConfig) -> str:
-    """The package that the images come with."""
     return f"comes with scikit-learn {metadata.version('scikit-learn')}"
 
 
