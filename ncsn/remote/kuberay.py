@@ -161,27 +161,25 @@ class KubeRay:
             self._ours = True  # before it exists, because this process may be killed meanwhile
             try:
                 self._api.create("rayjobs", manifest)
+                say(f"RayJob {name} created in namespace {self._api.namespace}")
+                return str(manifest["metadata"]["labels"][ATTEMPT_LABEL])
             except Conflict:
                 self._ours = False
             except (PermissionError, UserError):
                 self._ours = False
                 raise
-            else:
-                say(f"RayJob {name} created in namespace {self._api.namespace}")
-                return str(manifest["metadata"]["labels"][ATTEMPT_LABEL])
             found = self._api.get("rayjobs", name)
             if found is None:
                 continue
             state, metadata = JobState.of(found), found["metadata"]
             going = "deletionTimestamp" in metadata or self._belongs_to_ended_pipeline(found)
-            if not going and (state.succeeded or not state.finished):
-                if metadata.get("annotations", {}).get(REQUEST_ANNOTATION) == step.request:
-                    self._ours = True
-                    say(f"attached to RayJob {name}, which is {state}")
-                    return str(metadata["labels"][ATTEMPT_LABEL])
-                if not state.finished:
+            if not going and not state.finished:  # of one that has finished, the step's result was looked for
+                if metadata.get("annotations", {}).get(REQUEST_ANNOTATION) != step.request:
                     how = f"kubectl delete rayjob {name} --namespace {self._api.namespace}"
                     raise refuse_other_work("RayJob", name, how)
+                self._ours = True
+                say(f"attached to RayJob {name}, which is {state}")
+                return str(metadata["labels"][ATTEMPT_LABEL])
             self._api.delete("rayjobs", name)
             while (left := self._api.get("rayjobs", name)) is not None:
                 self._api.wait_for_change(left, seconds=WATCH_SECONDS)

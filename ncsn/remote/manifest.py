@@ -55,8 +55,8 @@ def load_template() -> Manifest:
         raise NotFound(TEMPLATE_VARIABLE, "no such file", hint="set it to a copy of rayjob.yaml", value=str(file))
     try:
         template = yaml.safe_load(file.read_text())
-    except NOT_YAML as error:
-        raise UserError(TEMPLATE_VARIABLE, f"not valid YAML: {error}", value=str(file)) from None
+    except NOT_YAML:
+        template = None
     if not isinstance(template, dict) or template.get("kind") != "RayJob":
         hint = "set it to a copy of infra/base/kuberay/rayjob.yaml"
         raise UserError(TEMPLATE_VARIABLE, "not a RayJob", hint=hint, value=str(file))

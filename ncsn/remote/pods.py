@@ -125,7 +125,7 @@ class PodWatch:
 
     def __init__(self, api: KubernetesApi, labels: str) -> None:
         self._api, self._labels = api, labels
-        self._said: set[tuple[str, str]] = set()
+        self._said: set[str] = set()
         self._hopeless_since: dict[str, float] = {}
         self.cause: str | None = None
 
@@ -135,13 +135,13 @@ class PodWatch:
             pods = self._api.find("pods", labels=self._labels)
             troubles = dict(self._troubles(pods, rayjob))
         except (ConnectionError, PermissionError) as error:
-            self._say_once("", type(error).__name__, f"cannot read the pods: {error}")
+            self._say_once(type(error).__name__, f"cannot read the pods: {error}")
             return None
         now, before, self._hopeless_since = time.monotonic(), self._hopeless_since, {}
         if pods or troubles:  # pods that are gone were deleted for what they waited for
             self.cause = None
         for name, (pod, trouble) in troubles.items():
-            cause = self._tell(name, pod, trouble)
+            cause = self._tell(name, trouble)
             self.cause = self.cause or cause  # the oldest pod, which is the head: others wait for it
             # The owner of a pod in phase Failed replaces it, perhaps on a better node.
             final = trouble.final and pod.get("status", {}).get("phase") != "Failed"
@@ -174,22 +174,20 @@ class PodWatch:
             return self._api.events(name)
         return []
 
-    def _tell(self, name: str, pod: Resource, trouble: Trouble) -> str:
+    def _tell(self, name: str, trouble: Trouble) -> str:
         """Print the trouble with the container's last lines; the cause with its error."""
         cause, words = f"{name}: {trouble}", list[str]()
         if trouble.container:
             with suppress(PermissionError):
                 words = self._api.last_words(name, trouble.container, lines=_LAST_LINES)
         # The kubelet alternates between these two for one cause.
-        reason = trouble.reason.replace("ErrImagePull", "ImagePullBackOff")
-        group = str(pod.get("metadata", {}).get("labels", {}).get("ray.io/group", ""))
-        self._say_once(group, reason, "\n  | ".join([cause, *words]))
+        self._say_once(trouble.reason.replace("ErrImagePull", "ImagePullBackOff"), "\n  | ".join([cause, *words]))
         said = first_error(words) or next((line.strip() for line in reversed(words) if line.strip()), None)
         return f"{cause}: {said}" if said else cause
 
-    def _say_once(self, group: str, reason: str, line: str) -> None:
-        if (group, reason) not in self._said:
-            self._said.add((group, reason))
+    def _say_once(self, reason: str, line: str) -> None:
+        if reason not in self._said:
+            self._said.add(reason)
             say(line)
 
 

@@ -141,6 +141,7 @@ class RayJobs:
 
     def _connect(self, patience: float) -> JobSubmissionClient:
         """Ray's client, of a cluster that has answered and has the same Ray."""
+        address = self.address
         if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
             os.environ.setdefault("RAY_AUTH_MODE", "token")  # else Ray would not send it
         from ray.exceptions import AuthenticationError
@@ -158,13 +159,11 @@ class RayJobs:
                 raise Refused(self._address, response.status_code, _last_line(response.text))
 
         try:
-            client = keep_asking(
-                lambda: Client(self.address), server=f"the Ray cluster at {self.address}", seconds=patience
-            )
+            client = self._ask(lambda: Client(address), patience=patience)
             there = client._server_ray_version
         except AuthenticationError as error:
             raise PermissionError(
-                f"the Ray cluster at {self.address} does not let us in ({_first_line(error)}); set RAY_AUTH_MODE=token "
+                f"the Ray cluster at {address} does not let us in ({_first_line(error)}); set RAY_AUTH_MODE=token "
                 "and RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH, to the cluster's own"
             ) from None
         except (requests.exceptions.InvalidHeader, UnicodeError):  # their messages repeat the token
@@ -173,10 +172,10 @@ class RayJobs:
                 "RAY_AUTH_TOKEN", reason, hint="set it, or the file of RAY_AUTH_TOKEN_PATH, again"
             ) from None
         except (requests.RequestException, RuntimeError, KeyError, TypeError, ValueError) as error:
-            raise UserError(self.address, f"no Ray dashboard ({_first_line(error)})") from None
+            raise UserError(address, f"no Ray dashboard ({_first_line(error)})") from None
         if there != (here := metadata.version("ray")):
             raise UserError(
-                self.address,
+                address,
                 f"the cluster has Ray {there}, but this environment has Ray {here}",
                 hint=f"install ray=={there} here, or submit from the image that the cluster runs",
             )
