@@ -27,7 +27,6 @@ class StepDecay:
     per_step: float
 
     def decay(self, *, images_seen: int, batch: int) -> float:  # noqa: ARG002
-        """See `EmaProfile`."""
         return self.per_step
 
 
@@ -42,7 +41,6 @@ class HalfLife:
     ramp_up: float | None  # r; None for h = H
 
     def decay(self, *, images_seen: int, batch: int) -> float:
-        """See `EmaProfile`."""
         half_life = self.images if self.ramp_up is None else min(self.images, self.ramp_up * images_seen)
         decay: float = 0.5 ** (batch / half_life)
         return decay
@@ -58,7 +56,6 @@ class PowerFunction:
     exponent: float
 
     def decay(self, *, images_seen: int, batch: int) -> float:
-        """See `EmaProfile`."""
         decay: float = (1 - batch / images_seen) ** (self.exponent + 1)
         return decay
 

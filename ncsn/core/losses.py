@@ -153,7 +153,6 @@ class DenoisingScoreMatching:
     num_projections: ClassVar[int] = 0
 
     def __call__(self, network: ScoreFunction, batch: Batch) -> LossValue:
-        """See `Loss`."""
         sigma = batch.sigma.to(batch.x.dtype)
         batch = replace(batch, sigma=sigma)
         scale = _per_pixel(sigma, batch.x)
@@ -180,7 +179,6 @@ class SlicedScoreMatching:
     num_projections: int = 1
 
     def __call__(self, network: ScoreFunction, batch: Batch) -> LossValue:
-        """See `Loss`."""
         assert batch.v is not None
         x = batch.x
         sigma = batch.sigma.to(x.dtype)

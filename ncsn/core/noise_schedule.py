@@ -211,16 +211,6 @@ def best_epsilon(*, sigma_L: float, ratio: float, steps_per_level: int) -> float
     return float(r[np.argmin(np.abs(ratios - 1))]) * sigma_L**2
 
 
-def consistent_epsilon(*, sigma_L: float, ratio: float, steps_per_level: int) -> float:
-    """Epsilon after whose consistent steps a level has a variance of 1.001 sigma^2, for a point mass.
-
-    The variance starts at ratio^2, and each step multiplies its excess over 1 by (1 - r)^2, r = epsilon / sigma_L^2. A
-    larger epsilon leaves less excess, and takes spread from directions in which the data has much.
-    """
-    share = min(1.0, 1e-3 / (ratio**2 - 1))
-    return sigma_L**2 * (1 - math.pow(share, 0.5 / steps_per_level))
-
-
 @dataclass(frozen=True)
 class NoiseSuggestion:
     """Noise levels and Langevin step for a dataset."""

@@ -57,10 +57,10 @@ class Reconstruction:
     error: float  # relative L2 error of the weight profile
 
 
-def reconstruction(stored: Sequence[Profile], target: Profile, *, sum_to_one: bool = True) -> Reconstruction:
+def reconstruction(stored: Sequence[Profile], target: Profile) -> Reconstruction:
     """The combination of stored averages whose profile is nearest to that of `target` in the least-squares sense.
 
-    With `sum_to_one` the coefficients are held to a sum of one, so that weights which do not change are kept. Karras
+    The coefficients are held to a sum of one, so that weights which do not change are kept. Karras
     et al. do not hold them, which with few snapshots makes smooth weights a few percent too small.
     """
     count = len(stored)
@@ -69,9 +69,8 @@ def reconstruction(stored: Sequence[Profile], target: Profile, *, sum_to_one: bo
     norm = inner_product(target, target)
     # In units of the target's own norm, so that the row of the sum has a like size.
     matrix, sides = gram / norm, right / norm
-    if sum_to_one:
-        matrix = np.block([[matrix, np.ones((count, 1))], [np.ones((1, count)), np.zeros((1, 1))]])
-        sides = np.append(sides, 1.0)
+    matrix = np.block([[matrix, np.ones((count, 1))], [np.ones((1, count)), np.zeros((1, 1))]])
+    sides = np.append(sides, 1.0)
     found: Array = np.asarray(np.linalg.solve(matrix, sides)[:count], np.float64)
     square = (found @ gram @ found - 2 * found @ right) / norm + 1
     return Reconstruction(found, math.sqrt(max(square, 0.0)))

@@ -59,14 +59,12 @@ class LevelNoise:
         return self.sigmas[edges[:-1, None] + place.long()]
 
     def draw(self, seed: int, *, first: int, count: int) -> NoiseDraw:
-        """See `TrainingNoise`."""
         last = len(self.sigmas) - 1
         u = keyed_uniform(seed, stream=Stream.LEVEL, first=first, count=count, size=1)[:, 0]
         level = (u * (last + 1)).long().clamp_(max=last)
         return NoiseDraw(self.sigmas[level], level)
 
     def bin_of(self, batch: Batch) -> Tensor:
-        """See `TrainingNoise`."""
         assert batch.level is not None
         return batch.level * min(BINS, len(self.sigmas)) // len(self.sigmas)
 
@@ -108,7 +106,6 @@ class LognormalNoise:
         return NoiseDraw(self.quantile(u).float(), None)
 
     def bin_of(self, batch: Batch) -> Tensor:
-        """See `TrainingNoise`."""
         edges = self.quantile(torch.arange(1, BINS) / BINS).float()
         return BINS - 1 - torch.bucketize(batch.sigma, edges.to(batch.sigma.device))
 

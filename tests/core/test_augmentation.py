@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ncsn.core.augmentation import NUM_LABELS, augmentation_labels, draw_transforms, inverse_maps, sampled, transform
-from ncsn.core.networks.ddpmpp import DdpmppNetwork
+from ncsn.core.augmentation import augmentation_labels, draw_transforms, inverse_maps, sampled, transform
 
 P = 0.12
 SIZE = 32
@@ -152,45 +151,3 @@ def test_labels_say_what_was_done_with_its_sign() -> None:
     assert moved(a5=1.0) == pytest.approx(((2**0.2 - 1) * spot[0], (2**-0.2 - 1) * spot[1]), abs=5e-3)
     assert moved(a0=1.0) == pytest.approx((-2 * spot[0], 0), abs=5e-3)
     assert moved(a1=1.0) == pytest.approx((0, -2 * spot[1]), abs=5e-3)
-
-
-def test_a_trained_network_moves_what_it_draws_by_what_it_is_told() -> None:
-    torch.manual_seed(0)
-    size, batch = 8, 16
-    network = DdpmppNetwork(
-        channels=1,
-        image_size=size,
-        sigmas=torch.tensor([1.0, 0.1]),
-        base_width=16,
-        multipliers=(1, 1),
-        blocks_per_resolution=1,
-        attention_sizes=(),
-        embedding_multiplier=2,
-        dropout=0.0,
-        sigma_data=0.25,
-        augmentation=True,
-    )
-    optimizer = torch.optim.Adam(network.parameters(), lr=4e-3)
-    image = blob(0.0, 0.0, size=size).float()
-    x = image.expand(batch, 1, size, size)
-    for step in range(200):
-        a = draw_transforms(0, first=batch * step, count=batch, probability=0.5, y_flip=True)
-        a[:, 2:6] = 0
-        clean, z = transform(x, a), torch.randn(x.shape)
-        sigma = (0.5 * torch.randn(batch) - 0.5).exp()
-        noisy = clean + sigma[:, None, None, None] * z
-        residual = sigma[:, None, None, None] * network(noisy, sigma=sigma, augmentation=augmentation_labels(a)) + z
-        optimizer.zero_grad()
-        residual.square().mean().backward()
-        optimizer.step()
-    sigma = torch.tensor([2.0])
-    with torch.no_grad():
-        noisy = image + 2 * torch.randn(64, 1, size, size)
-        places = []
-        for number in (None, "a6", "a7"):
-            told = augmentation_labels(one() if number is None else one(**{number: 1.0})).expand(64, NUM_LABELS)
-            denoised = noisy + 4 * network.eval()(noisy, sigma=sigma.expand(64), augmentation=told)
-            places.append(torch.tensor(center(denoised.mean(0, keepdim=True).clamp(min=0.1) - 0.1)) * size / 2)
-    assert places[0].abs().max() < 0.5
-    torch.testing.assert_close(places[1], torch.tensor([size / 8, 0.0]), rtol=0, atol=0.5)
-    torch.testing.assert_close(places[2], torch.tensor([0.0, size / 8]), rtol=0, atol=0.5)

@@ -12,7 +12,6 @@ from scipy import stats
 
 from ncsn.core.keyed_random import InterpolatedNoise, KeyedNoise, Stream, keyed_normal, keyed_permutation, keyed_uniform
 from ncsn.core.noise_schedule import geometric_sigmas
-from ncsn.core.samplers.langevin import annealed_langevin
 
 MASK = 2**64 - 1
 
@@ -166,29 +165,6 @@ def test_mixture_runs_from_one_noise_to_the_other_on_the_circle():
     p, q = source(0)(4)[0], source(1)(4)[0]
     assert torch.equal(z[0], p) and torch.equal(z[2], q)
     torch.testing.assert_close(z[1], (p + q) / math.sqrt(2))
-
-
-def test_every_mixture_is_standard_normal():
-    z = InterpolatedNoise(source(0, (1, 200, 200)), source(1, (1, 200, 200)), count=5)(0)
-    for image in z:
-        assert abs(image.mean().item()) < 0.02 and image.var().item() == pytest.approx(1, abs=0.03)
-
-
-def test_ends_of_the_interpolation_are_the_images_themselves():
-    def run(noise, x):
-        return annealed_langevin(
-            lambda x, level: torch.sin(4 * x) - x / SIGMAS[level].view(-1, 1, 1, 1) ** 2,
-            x=x,
-            sigmas=SIGMAS,
-            epsilon=2e-5,
-            steps_per_level=2,
-            noise=noise,
-            denoise=True,
-        )
-
-    start = source(0).uniform(0)
-    path = run(InterpolatedNoise(source(0), source(1), count=4), start.expand(4, 1, 3, 3))
-    assert torch.equal(path[:1], run(source(0), start)) and torch.equal(path[-1:], run(source(1), start))
 
 
 def test_uniform_draws_are_shared():

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from torch import Tensor
 
 from ncsn.core.keyed_random import keyed_permutations
 from ncsn.core.losses import Batch, DenoisingScoreMatching, EdmWeight, Uncertainty
-from ncsn.core.networks.unet import UnetNetwork
 from ncsn.core.noise_schedule import geometric_sigmas
 from ncsn.core.training_noise import STRATA, LevelNoise, LognormalNoise
 
@@ -93,51 +90,6 @@ def test_permutations_are_those_of_their_numbers() -> None:
     assert len({tuple(row) for row in whole.tolist()}) == 6
 
 
-def test_strata_make_the_gradient_less_noisy() -> None:
-    """The same mean over 2,000 batches of 64, and less than a quarter of the deviation where sigma alone varies."""
-
-    def batches(noise: LognormalNoise, function: object) -> Tensor:
-        sigma = noise.draw(0, first=0, count=2000 * 64).sigma.double()
-        values: Tensor = function(sigma)  # type: ignore[operator]
-        return values.view(2000, 64).mean(dim=1)
-
-    def gradient(sigma: Tensor) -> Tensor:
-        """Of each image's loss by the factor of an almost optimal score of Gaussian data."""
-        factor = torch.full_like(sigma, 0.9).requires_grad_()
-        x, z = SIGMA_DATA * normal(len(sigma), 1, seed=1), normal(len(sigma), 1, seed=2)
-
-        def network(noisy: Tensor, sigma: Tensor) -> Tensor:
-            return (-factor / (SIGMA_DATA**2 + sigma**2))[:, None] * noisy
-
-        torch.autograd.backward(LOSS(network, Batch(x, sigma, z)).loss)
-        assert factor.grad is not None
-        return factor.grad * len(sigma)
-
-    plain, stratified = batches(PLAIN, gradient), batches(STRATIFIED, gradient)
-    error = math.hypot(plain.std().item(), stratified.std().item()) / 2000**0.5
-    assert stratified.mean().item() == pytest.approx(plain.mean().item(), abs=4 * error)
-
-    def of_sigma(sigma: Tensor) -> Tensor:
-        return WEIGHT(sigma) * 0.1**2 / (0.1**2 + sigma**2)  # the best loss for images of deviation 0.1
-
-    plain, stratified = batches(PLAIN, of_sigma), batches(STRATIFIED, of_sigma)
-    assert stratified.std() < 0.25 * plain.std()
-    assert stratified.mean().item() == pytest.approx(plain.mean().item(), abs=4 * plain.std().item() / 2000**0.5)
-
-
-def test_preconditioning_has_unit_variances_and_weight_one() -> None:
-    sigma = torch.tensor([0.001, 0.05, 0.25, 1, 40], dtype=torch.float64)
-    variance = sigma**2 + SIGMA_DATA**2
-    skip, out, into = SIGMA_DATA**2 / variance, sigma * SIGMA_DATA / variance.sqrt(), variance.rsqrt()
-    torch.testing.assert_close(skip + out**2 / SIGMA_DATA**2, torch.ones_like(sigma), rtol=1e-12, atol=0)
-    assert skip.tolist() == pytest.approx([0.999984000, 0.961538462, 0.5, 0.058823529, 0.0000390610], rel=1e-5)
-    assert out.tolist() == pytest.approx([0.000999992, 0.049029034, 0.176776695, 0.242535625, 0.249995117], rel=1e-6)
-    assert into.tolist() == pytest.approx([3.999968, 3.922323, 2.828427, 0.970142500, 0.0249995117], rel=1e-6)
-    assert WEIGHT(sigma).tolist() == pytest.approx([1.000016, 1.04, 2, 17, 25601], rel=1e-12)
-    # The weight of |F - target|^2: D = skip x + out F, so |D - y|^2 has out^2, and sigma s + z = (D - y) / sigma.
-    torch.testing.assert_close(WEIGHT(sigma) * (out / sigma) ** 2, torch.ones_like(sigma), rtol=1e-12, atol=0)
-
-
 def test_the_weight_is_that_of_the_denoiser() -> None:
     sigma, y, z = quantiles(50), normal(50, seed=0), normal(50, seed=1)
     denoised = normal(50, seed=2)
@@ -151,19 +103,6 @@ def mean_loss(score: object, x: Tensor, *, seed: int = 0) -> float:
     sigma = quantiles(len(x))[torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))]
     value = LOSS(score, Batch(x, sigma, normal(*x.shape, seed=seed + 1)))  # type: ignore[arg-type]
     return 2 * value.loss.item() / x.shape[1]
-
-
-def test_a_zero_score_has_the_mean_weight_as_loss() -> None:
-    t = torch.linspace(-10, 12, 200_001, dtype=torch.float64)
-    density = torch.exp(-(t**2) / 2) / (2 * math.pi) ** 0.5
-    mean = torch.trapezoid(density * WEIGHT(torch.exp(MEAN + STD * t)), t).item()
-    assert mean == pytest.approx(7.464298, abs=2e-5)
-    assert mean == pytest.approx(1 + math.exp(2 * MEAN + 2 * STD**2) / SIGMA_DATA**2, rel=1e-9)
-    sigma = torch.full((1000,), 0.5)
-    batch = Batch(torch.zeros(1000, 64), sigma, normal(1000, 64, seed=0).float())
-    value = LOSS(lambda noisy, **_: torch.zeros_like(noisy), batch)
-    assert 2 * value.loss.item() / 64 == pytest.approx(WEIGHT(sigma)[0].item(), rel=0.02)
-    assert value.per_image.mean().item() == pytest.approx(1, rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -186,54 +125,6 @@ def test_losses_of_known_scores(spread: float, best: float, fresh: float) -> Non
     assert exact.mean().item() == pytest.approx(best, abs=2e-5)
     start = (sigma**2 * spread**2 / 0.25 + 0.25) / (sigma**2 + 0.25)
     assert start.mean().item() == pytest.approx(fresh, abs=2e-5)
-
-
-def test_the_loss_of_two_points() -> None:
-    """Points at -0.5 and 0.5 in units of [-1, 1]."""
-    x = 0.25 * normal(400_000, 1, seed=0).sign()
-
-    def score(noisy: Tensor, sigma: Tensor) -> Tensor:
-        variance = sigma[:, None] ** 2
-        return (0.25 * torch.tanh(0.25 * noisy / variance) - noisy) / variance
-
-    assert mean_loss(score, x) == pytest.approx(0.501946, rel=0.01)
-    z = normal(400_000, 1, seed=5)
-    for sigma2x, expected in ((0.1, 2.232e-7), (0.25, 0.0171494), (0.5, 0.1123999), (1.0, 0.1989864), (2.0, 0.2352635)):
-        sigma = torch.full((len(x),), sigma2x / 2, dtype=torch.float64)
-        per_image = LOSS(score, Batch(x, sigma, z)).per_image
-        error = 4 * (sigma2x / 2) ** 2 * per_image  # of D in their units
-        assert error.mean().item() == pytest.approx(expected, abs=4 * error.std().item() / len(x) ** 0.5 + 1e-9)
-
-
-@pytest.mark.parametrize(
-    ("second_moment", "sigma_data", "expected"),
-    [
-        (0.25, 0.25, 1.0),
-        ((2 * 0.4128) ** 2, 0.25, 1.6320),
-        ((2 * 0.4128) ** 2, 0.35, 1.1113),
-        ((2 * 0.4809) ** 2, 0.25, 1.9887),
-        ((2 * 0.4809) ** 2, 0.35, 1.2529),
-        ((2 * 0.2530) ** 2, 0.25, 1.00876),
-    ],
-)
-def test_the_loss_of_a_fresh_network(second_moment: float, sigma_data: float, expected: float) -> None:
-    network = UnetNetwork(
-        channels=1,
-        image_size=8,
-        sigmas=geometric_sigmas(8, 0.01, 4),
-        widths=(4,),
-        blocks_per_resolution=1,
-        embedding_features=8,
-        attention_sizes=(),
-        dropout=0.0,
-        sigma_data=sigma_data,
-    ).double()
-    x = 0.5 + 0.5 * second_moment**0.5 * normal(8000, 1, 8, 8, seed=3)
-    sigma = quantiles(8000)[torch.randperm(8000, generator=torch.Generator().manual_seed(0))]
-    batch = Batch(x, sigma, normal(8000, 1, 8, 8, seed=4))
-    with torch.no_grad():
-        loss = DenoisingScoreMatching(EdmWeight(sigma_data))(network, batch).loss.item()
-    assert 2 * loss / 64 == pytest.approx(expected, rel=5e-3)
 
 
 @pytest.mark.parametrize(("images", "sigma"), [(200e6, 30.2), (50e6, 20.8), (5e6, 10.5), (0.8e6, 5.67)])

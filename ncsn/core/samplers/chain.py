@@ -27,13 +27,15 @@ from ncsn.core.samplers.level_grid import (
     score_at_sigma,
     spaced_sigmas,
 )
-from ncsn.core.samplers.settings import AnnealedLangevin, DpmSolver, KarrasHeun, Langevin, Sampler
+from ncsn.core.samplers.settings import AnnealedLangevin, AnySampler, DpmSolver, KarrasHeun, Langevin
 from ncsn.errors import InvalidValue
 
 _START_DRAW = 2**31  # far beyond the draws of any chain
 
 
-def start(sampler: Sampler, moments: DataMoments, *, sigma_1: float, noise: KeyedNoise | InterpolatedNoise) -> Tensor:
+def start(
+    sampler: AnySampler, moments: DataMoments, *, sigma_1: float, noise: KeyedNoise | InterpolatedNoise
+) -> Tensor:
     """First state of the chain: uniform pixels, or a normal draw with the moments of the data plus noise."""
     if sampler.uniform_start:
         return noise.uniform(0)
@@ -42,7 +44,7 @@ def start(sampler: Sampler, moments: DataMoments, *, sigma_1: float, noise: Keye
 
 @torch.no_grad()
 def sample(
-    sampler: Sampler,
+    sampler: AnySampler,
     network: ScoreFunction,
     *,
     x: Tensor,
@@ -82,12 +84,12 @@ def sample(
     return grid.denoised(x, -1) if sampler.denoise else x
 
 
-def visited(sampler: Sampler, sigmas: Tensor) -> list[float]:
+def visited(sampler: AnySampler, sigmas: Tensor) -> list[float]:
     """The sigma of each level that `on_level` is called for, given the network's levels [L]."""
     return _levels(sampler, sigmas)[0]
 
 
-def _levels(sampler: Sampler, sigmas: Tensor) -> Levels:
+def _levels(sampler: AnySampler, sigmas: Tensor) -> Levels:
     match sampler:
         case Langevin(level=level):
             if not -len(sigmas) <= level < len(sigmas):

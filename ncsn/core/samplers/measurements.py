@@ -42,19 +42,15 @@ class KnownPixels:
 
     @property
     def blind(self) -> bool:
-        """See `Operator`."""
         return not bool(self.mask.any())
 
     def apply(self, x: Tensor) -> Tensor:
-        """See `Operator`."""
         return torch.where(self.mask.to(x.device), x, 0.0)
 
     def adjoint(self, y: Tensor) -> Tensor:
-        """See `Operator`."""
         return torch.where(self.mask.to(y.device), y, 0.0)
 
     def explain(self, residual: Tensor, *, noise: float, spread: float) -> Tensor:
-        """See `Operator`."""
         return self.adjoint(residual) / (noise + spread)
 
 
@@ -67,15 +63,12 @@ class Separable:
         self._matrix, self._svd = matrix, torch.linalg.svd(matrix.double(), full_matrices=False)
 
     def apply(self, x: Tensor) -> Tensor:
-        """See `Operator`."""
         return self._matrix.to(x) @ x @ self._matrix.to(x).T
 
     def adjoint(self, y: Tensor) -> Tensor:
-        """See `Operator`."""
         return self._matrix.to(y).T @ y @ self._matrix.to(y)
 
     def explain(self, residual: Tensor, *, noise: float, spread: float) -> Tensor:
-        """See `Operator`."""
         u, s, v = self._svd
         gains = s[:, None] * s
         factors = (gains / (noise + spread * gains.square())).to(residual)

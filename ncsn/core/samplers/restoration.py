@@ -1,19 +1,15 @@
 """Images given a measurement y = A x + sigma_y n: any sampler, with a score that the measurement guides.
 
 To the score of x at sigma is added J^T v with J = dD/dx, the derivative of the denoised image, by one
-vector-Jacobian product through the network. v depends on the method:
-
-- `Covariance`: v = A^T (sigma_y^2 I + r^2 A A^T)^-1 (y - A D), the gradient of the log density of y where an image
-  given x has variance r^2 around D (pseudo-inverse guidance, Song et al. 2023). r = 0 is stiff and diverges.
-- `Residual`: a step zeta (1 + 4 sigma^2) against the gradient of |y - A D| (diffusion posterior sampling, Chung et al.
-  2023). The paper's x is ours, with pixels in [-1, 1], divided by the root of 1 + 4 sigma^2; its step zeta is so here.
+vector-Jacobian product through the network, and v = A^T (sigma_y^2 I + r^2 A A^T)^-1 (y - A D): the gradient of the log
+density of y where an image given x has variance r^2 around D (pseudo-inverse guidance, Song et al. 2023). r = 0 is
+stiff and diverges.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -23,7 +19,7 @@ from ncsn.core.samplers.chain import sample
 from ncsn.core.samplers.langevin import NoiseSource
 from ncsn.core.samplers.level_grid import field_of, floats
 from ncsn.core.samplers.measurements import KnownPixels, Operator
-from ncsn.core.samplers.settings import Sampler
+from ncsn.core.samplers.settings import AnySampler
 from ncsn.errors import InvalidValue
 
 _FARTHEST = 20.0  # from zero, in standard deviations of data plus noise; a diverging chain soon goes beyond
@@ -46,42 +42,17 @@ class Measured:
         return self.y - self.operator.apply(denoised)
 
 
-class Guidance(Protocol):
-    """A method."""
-
-    def pull(self, measured: Measured, denoised: Tensor, *, sigma: float) -> Tensor:
-        """v, in the shape of the images."""
-
-
 @dataclass(frozen=True)
 class Covariance:
-    """See the module."""
+    """The guidance, whose r^2 depends on sigma."""
 
     variance: Callable[[float], float]  # r^2 at sigma, see `gaussian_variance`
 
     def pull(self, measured: Measured, denoised: Tensor, *, sigma: float) -> Tensor:
-        """See `Guidance`."""
         spread = self.variance(sigma)
         if not spread + measured.noise > 0:
             raise Diverged("r^2 and sigma_y are both 0")
         return measured.operator.explain(measured.residual(denoised), noise=measured.noise**2, spread=spread)
-
-
-@dataclass(frozen=True)
-class Residual:
-    """See the module; made for the ancestral sampler, `DpmSolver(order=1, eta=1.0)`."""
-
-    step: float  # zeta
-    sigmas: Sequence[float]  # that the sampler visits, descending
-
-    def pull(self, measured: Measured, denoised: Tensor, *, sigma: float) -> Tensor:
-        """See `Guidance`."""
-        residual = measured.residual(denoised)
-        length = residual.flatten(1).norm(dim=1).clamp(min=torch.finfo(residual.dtype).tiny)
-        direction = measured.operator.adjoint(residual / length.view(-1, *[1] * (residual.ndim - 1)))
-        # The sampler gives the denoised image this weight, which sigma^2 v moves.
-        lower = max((other for other in self.sigmas if other < sigma * (1 - 1e-5)), default=0.0)
-        return direction * (self.step * (1 + 4 * sigma**2) / (sigma**2 - lower**2))
 
 
 def gaussian_variance(sigma_data: float) -> Callable[[float], float]:
@@ -96,7 +67,7 @@ class Conditioned:
     """
 
     def __init__(
-        self, network: ScoreFunction, measured: Measured, guidance: Guidance, *, sigmas: Tensor, scale: float
+        self, network: ScoreFunction, measured: Measured, guidance: Covariance, *, sigmas: Tensor, scale: float
     ) -> None:
         self._network, self._measured, self._guidance = network, measured, guidance
         self._sigmas, self._scale = sigmas, scale
@@ -143,9 +114,9 @@ def require_bounded(x: Tensor, *, sigma: float, scale: float) -> None:
 def restored(
     network: ScoreFunction,
     measured: Measured,
-    guidance: Guidance,
+    guidance: Covariance,
     *,
-    sampler: Sampler,
+    sampler: AnySampler,
     x: Tensor,
     sigmas: Tensor,
     noise: NoiseSource,

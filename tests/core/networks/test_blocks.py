@@ -10,11 +10,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional
 
 from ncsn.core.networks.blocks import (
-    ChainedResidualPooling,
     MultiScaleFusion,
-    RefineBlock,
-    ResidualBlock,
-    ResidualConvUnit,
     average_pool,
     elu,
     max_pool,
@@ -48,53 +44,6 @@ def test_max_pool_takes_the_maximum_and_ignores_the_padding():
     assert pooled[2, 2] == -1 and pooled[0, 3] == -2 and pooled[5, 5] == -2
 
 
-@pytest.mark.parametrize("dilation", [None, 2])
-def test_plain_residual_block(dilation):
-    block = ResidualBlock(4, 4, norm=NORM, dilation=dilation)
-    x, d = torch.randn(2, 4, 6, 6), dilation or 1
-    h = functional.elu(block.normalize1(x, LEVEL))
-    h = functional.conv2d(h, block.conv1.weight, block.conv1.bias, padding=d, dilation=d)
-    h = functional.elu(block.normalize2(h, LEVEL))
-    h = functional.conv2d(h, block.conv2.weight, block.conv2.bias, padding=d, dilation=d)
-    torch.testing.assert_close(block(x, LEVEL), x + h)
-
-
-def test_halving_block_pools_after_the_convolutions():
-    block = ResidualBlock(4, 6, norm=NORM, down=True)
-    x = torch.randn(2, 4, 6, 6)
-    h = functional.elu(block.normalize1(x, LEVEL))
-    h = block.conv1(h)
-    assert h.shape == (2, 4, 6, 6)
-    h = functional.elu(block.normalize2(h, LEVEL))
-    full = functional.conv2d(h, block.conv2.conv.weight, block.conv2.conv.bias, padding=1)
-    full = full + functional.conv2d(x, block.shortcut.conv.weight, block.shortcut.conv.bias)
-    phases = [full[:, :, i::2, j::2] for i in (0, 1) for j in (0, 1)]
-    torch.testing.assert_close(block(x, LEVEL), sum(phases) / 4)
-
-
-def test_dilated_down_block_keeps_the_size_and_has_a_dilated_shortcut():
-    block = ResidualBlock(4, 6, norm=NORM, down=True, dilation=2)
-    x = torch.randn(2, 4, 6, 6)
-    assert block(x, LEVEL).shape == (2, 6, 6, 6)
-    with torch.no_grad():
-        block.conv2.weight.zero_()
-        block.conv2.bias.zero_()
-    expected = functional.conv2d(x, block.shortcut.weight, block.shortcut.bias, padding=2, dilation=2)
-    torch.testing.assert_close(block(x, LEVEL), expected)
-
-
-def test_residual_conv_unit_adds_each_block_to_its_input():
-    unit = ResidualConvUnit(4, num_blocks=2, norm=NORM)
-    x = y = torch.randn(2, 4, 5, 5)
-    for block in ("1", "2"):
-        h = y
-        for stage in ("1", "2"):
-            norm, conv = unit.get_submodule(f"{block}_{stage}_norm"), unit.get_submodule(f"{block}_{stage}_conv")
-            h = functional.conv2d(functional.elu(norm(h, LEVEL)), conv.weight, padding=1)
-        y = h + y
-    torch.testing.assert_close(unit(x, LEVEL), y)
-
-
 def test_fusion_interpolates_with_aligned_corners():
     fusion = MultiScaleFusion([2, 3], 1, norm=None)
     with torch.no_grad():
@@ -106,22 +55,6 @@ def test_fusion_interpolates_with_aligned_corners():
     low[0, 0] = torch.tensor([[0.0, 3.0], [0.0, 3.0]])
     fused = fusion([torch.randn(1, 2, 4, 4), low], torch.zeros(1, dtype=torch.int64), torch.Size([4, 4]))
     torch.testing.assert_close(fused[0, 0], torch.tensor([0.0, 1.0, 2.0, 3.0]).expand(4, 4))
-
-
-def test_chained_pooling_pools_the_first_stages_output():
-    pooling = ChainedResidualPooling(4, norm=NORM, pool=average_pool)
-    x = torch.randn(2, 4, 6, 6)
-    start = functional.elu(x)
-    first = pooling.convs[0](average_pool(pooling.norms[0](start, LEVEL)))
-    second = pooling.convs[1](average_pool(pooling.norms[1](first, LEVEL)))
-    torch.testing.assert_close(pooling(x, LEVEL), start + first + second)
-
-
-def test_refine_block_takes_the_size_of_the_first_input():
-    block = RefineBlock([4, 6], 5, norm=None, pool=max_pool, end=True)
-    assert block([torch.randn(2, 4, 8, 8), torch.randn(2, 6, 4, 4)], LEVEL).shape == (2, 5, 8, 8)
-    assert block.output_convs.num_blocks == 3
-    assert not any("norm" in name for name in block.state_dict())
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [(average_pool, mean_pool_5), (max_pool, max_pool_5)])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from ncsn.core.networks.ddpmpp import Block, DdpmppNetwork, Place, SelfAttention, double, halve
+from ncsn.core.networks.ddpmpp import Block, DdpmppNetwork, Place, SelfAttention
 
 SIGMAS = torch.logspace(0, -2, 10)
 
@@ -123,12 +123,6 @@ def test_names_sizes_and_skips_are_those_of_the_published_network() -> None:
     assert joined == [512] * 14 + [384]
 
 
-def test_features_of_the_noise_are_cosines_and_sines_of_64_frequencies() -> None:
-    network = make_network(base_width=128)
-    expected = torch.tensor([10000 ** (-j / 63) for j in range(64)])
-    torch.testing.assert_close(network.frequencies, expected)
-
-
 def plain_block(block: Block, x: Tensor, e: Tensor) -> Tensor:
     """The formulas, by plain functions."""
 
@@ -176,38 +170,6 @@ def test_a_block_is_that_of_the_formulas(in_width: int, place: Place, projected:
     torch.testing.assert_close(block(x, e, None), plain_block(block, x, e))
 
 
-class Unit(nn.Module):
-    """Standard normal maps, whatever comes in."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.randn_like(x)
-
-
-@pytest.mark.parametrize("attention", [False, True])
-def test_a_block_keeps_unit_variance(attention: bool) -> None:
-    torch.manual_seed(0)
-    block = Block(16, Place("", 16, attention=attention), embedding_features=4, dropout=0.0)
-    block.conv1 = Unit()  # type: ignore[assignment]
-    if attention:
-        block.attention.output = Unit()
-    y = block(torch.randn(64, 16, 16, 16), torch.randn(64, 4), None)
-    assert abs(float(y.var()) - 1) < 0.01
-
-
-@pytest.mark.parametrize("channels", [1, 5])
-def test_halving_and_doubling_are_means_and_repetition(channels: int) -> None:
-    x = torch.randn(2, channels, 4, 6, dtype=torch.float64, requires_grad=True)
-    for ours, theirs in (
-        (halve, lambda x: functional.avg_pool2d(x, 2)),
-        (double, lambda x: x.repeat_interleave(2, 2).repeat_interleave(2, 3)),
-    ):
-        torch.testing.assert_close(ours(x), theirs(x))
-        weights = torch.randn_like(ours(x))
-        (gradient,) = torch.autograd.grad((ours(x) * weights).sum(), x)
-        (expected,) = torch.autograd.grad((theirs(x) * weights).sum(), x)
-        torch.testing.assert_close(gradient, expected)
-
-
 def test_a_fresh_network_predicts_zero_before_preconditioning() -> None:
     network = make_network(**DIGITS, augmentation=True)
     x, level = random_batch(batch=10)
@@ -217,22 +179,6 @@ def test_a_fresh_network_predicts_zero_before_preconditioning() -> None:
     denoised = x + sigma.square() * network(x, level)
     c_skip = 0.25**2 / (sigma.square() + 0.25**2)
     torch.testing.assert_close(denoised - 0.5, c_skip * (x - 0.5), rtol=0, atol=1e-3)
-
-
-def test_a_fresh_network_has_the_loss_of_a_zero_network() -> None:
-    """Per pixel (sigma'^2 m2 / sd'^2 + sd'^2) / (sigma'^2 + sd'^2) with the weight of Karras et al."""
-    network = make_network(**DIGITS, augmentation=True)
-    draw = torch.Generator().manual_seed(0)
-    m2, sd = 0.4**2, 0.25  # of pixels in [0, 1] around 1/2
-    x = 0.5 + math.sqrt(m2) * (2 * torch.randint(2, (10, 1, 8, 8), generator=draw) - 1)
-    z = 2.0 * torch.randint(2, x.shape, generator=draw) - 1
-    sigma = SIGMAS[:, None, None, None]
-    # Over z and -z the products with x cancel, so the mean is exact.
-    residuals = [sigma * network(x + sigma * sign * z, sigma=SIGMAS) + sign * z for sign in (1, -1)]
-    squares = torch.stack(residuals).square().mean(dim=(0, 2, 3, 4))
-    loss = (1 + (SIGMAS / sd).square()) * squares
-    expected = (SIGMAS.square() * m2 / sd**2 + sd**2) / (SIGMAS.square() + sd**2)
-    torch.testing.assert_close(loss, expected, rtol=1e-3, atol=0)
 
 
 def test_every_parameter_of_a_fresh_network_has_a_gradient() -> None:

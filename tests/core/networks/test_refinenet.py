@@ -141,14 +141,6 @@ def test_output_depends_on_the_level_and_not_on_the_batch_or_mode(name, x, reque
     assert torch.equal(network.train()(x, level), network.eval()(x, level))
 
 
-def test_double_precision_agrees(network, x):
-    level = torch.tensor([0, 2, 4])
-    exact = NcsnNetwork(8, channels=2, num_levels=5).double()
-    exact.load_state_dict(network.state_dict())
-    error = (network(x, level) - exact(x.double(), level)).abs().max() / exact(x.double(), level).abs().max()
-    assert error < 1e-5
-
-
 @pytest.mark.oracle(15)
 @pytest.mark.parametrize(
     ("kind", "levels"), [(NcsnNetwork, {"num_levels": 5}), (NcsnV2Network, {"sigmas": torch.ones(5)})]
@@ -185,13 +177,6 @@ def test_sizes_that_do_not_halve_are_refused(network, depth, size):
         network(torch.zeros(1, 2, *size), torch.zeros(1, dtype=torch.int64))
 
 
-def test_images_in_unit_range_are_centered_and_logits_are_not(network, x):
-    level = torch.tensor([0, 2, 4])
-    logits = NcsnNetwork(8, channels=2, num_levels=5, rescale=False)
-    logits.load_state_dict(network.state_dict())
-    assert torch.equal(network(x, level), logits(2 * x - 1, level))
-
-
 @pytest.mark.oracle(15)
 @pytest.mark.parametrize(
     ("n", "channels", "size", "depth", "parameters", "entries", "flops"),
@@ -226,14 +211,6 @@ def test_names_are_those_of_the_2019_network_without_the_refine_norms():
             for part in ("alpha", "gamma", "beta"):
                 expected[name.replace("embed.weight", part)] = (tensor.shape[1] // 3,)
     assert list(expected.items()) == [(name, tuple(tensor.shape)) for name, tensor in second.items()]
-
-
-@pytest.mark.parametrize(("depth", "extra"), [("deeper", []), ("deepest", ["31"])])
-def test_registration_order_of_the_deeper_networks(depth, extra):
-    network = NcsnV2Network(4, channels=1, sigmas=torch.ones(2), depth=depth)
-    stages = ["1", "2", "3", *extra, "4", "5"]
-    expected = ["begin_conv", "normalizer", "end_conv", *(f"res{s}" for s in stages), *(f"refine{s}" for s in stages)]
-    assert [name for name, _ in network.named_children()] == expected
 
 
 @pytest.mark.parametrize(

@@ -138,13 +138,6 @@ def test_known_pixels_keep_one_noise_through_a_level():
             torch.testing.assert_close(seen[call], expected[..., :2])
 
 
-def test_masks_differ_by_image_and_channel():
-    mask = torch.rand(3, 2, 4, 5, generator=torch.Generator().manual_seed(0)) < 0.5
-    x, arguments = images(mask)
-    assert torch.equal(x[mask], arguments["reference"][mask])
-    assert not torch.isclose(x[~mask], arguments["reference"][~mask]).all()
-
-
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
@@ -161,8 +154,3 @@ def test_masks_differ_by_image_and_channel():
 def test_masks_of_the_wrong_shape_or_type_are_refused(mask, message):
     with pytest.raises(ValueError, match=message):
         images(mask)
-
-
-def test_references_of_another_shape_are_refused():
-    with pytest.raises(ValueError, match="reference"):
-        images(torch.ones(4, 5, dtype=torch.bool), reference=torch.zeros(1, 2, 4, 5))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ncsn.core.keyed_random import KeyedNoise
-from ncsn.core.noise_schedule import consistent_epsilon, geometric_sigmas, variance_ratio
+from ncsn.core.noise_schedule import geometric_sigmas, variance_ratio
 from ncsn.core.samplers.chain import sample
 from ncsn.core.samplers.langevin import annealed_langevin, denoise_step, langevin_step, level_steps
 from ncsn.core.samplers.settings import AnnealedLangevin
@@ -75,7 +75,8 @@ def test_point_mass_tells_the_full_step_from_the_half_step(epsilon, ratio, analy
 def test_consistent_steps_keep_each_levels_noise(analytic):
     noise, sigmas, seen = analytic.UnitNoise(51), SIGMAS.double(), []
     ratio = float(sigmas[0] / sigmas[1])
-    epsilon = consistent_epsilon(sigma_L=float(sigmas[-1]), ratio=ratio, steps_per_level=5)
+    # So that the excess of a level's variance over sigma^2, which each step multiplies by (1 - r)^2, falls to 1/1000.
+    epsilon = float(sigmas[-1]) ** 2 * (1 - (1e-3 / (ratio**2 - 1)) ** (0.5 / 5))
     annealed_langevin(
         analytic.GaussianScore(sigmas, s2=0.0),
         x=noise.start(ratio * float(sigmas[0])),

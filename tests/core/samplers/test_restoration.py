@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import pytest
@@ -10,11 +9,11 @@ import torch
 from torch import Tensor
 
 from ncsn.core.keyed_random import KeyedNoise
-from ncsn.core.samplers.chain import sample, visited
+from ncsn.core.samplers.chain import sample
 from ncsn.core.samplers.guidance import Guided
 from ncsn.core.samplers.level_grid import karras_sigmas
 from ncsn.core.samplers.measurements import KnownPixels, means
-from ncsn.core.samplers.restoration import Covariance, Diverged, Measured, Residual, gaussian_variance, restored
+from ncsn.core.samplers.restoration import Covariance, Diverged, Measured, gaussian_variance, restored
 from ncsn.core.samplers.settings import DpmSolver, KarrasHeun, Sampler
 
 RHO, KNOWN, HIGH, LOW = 0.8, 1.3, 40.0, 0.002
@@ -97,29 +96,6 @@ def test_a_likelihood_without_the_variance_of_the_image_diverges(noise: float, s
     assert given(start, exact_variance, noise=noise, sampler=KarrasHeun(num_steps=steps)).abs().max() < 10
 
 
-@pytest.mark.parametrize("sampler", [DpmSolver(num_steps=72), KarrasHeun(num_steps=72), DpmSolver(num_levels=72)])
-def test_each_sampler_reaches_the_same_images(sampler: Sampler) -> None:
-    """At any sigma, and at levels alone."""
-    start = HIGH * KeyedNoise(0, first=0, count=4, shape=(1, 1, 2))(0).double()
-    levels = torch.tensor(karras_sigmas(HIGH, LOW, 72), dtype=torch.float64)
-    network = Pair()
-    by_level = lambda x, level: network.score_at(x, levels[level])  # noqa: E731
-    knows_all = isinstance(sampler, KarrasHeun) or (isinstance(sampler, DpmSolver) and sampler.num_levels is None)
-    x = restored(
-        network if knows_all else by_level,
-        Measured(FIRST, torch.tensor([KNOWN, 0.0]).double().expand_as(start), 0.1),
-        Covariance(exact_variance),
-        sampler=sampler,
-        x=start,
-        sigmas=levels,
-        noise=lambda _: torch.zeros_like(start),
-        scale=1.0,
-    )
-    torch.testing.assert_close(
-        x, given(start, exact_variance, noise=0.1, sampler=KarrasHeun(num_steps=288)), atol=0.03, rtol=0
-    )
-
-
 class Curved:
     """A score that is no linear function of x."""
 
@@ -129,18 +105,16 @@ class Curved:
 
 
 @pytest.mark.parametrize("sampler", [KarrasHeun(num_steps=6), DpmSolver(num_steps=6), DpmSolver(num_steps=6, eta=1.0)])
-@pytest.mark.parametrize("method", ["covariance", "residual"])
-def test_all_or_nothing_known(sampler: Sampler, method: str) -> None:
+def test_all_or_nothing_known(sampler: Sampler) -> None:
     noise = KeyedNoise(0, first=0, count=3, shape=(2, 4, 4))
     start, images = HIGH * noise(7), noise(8)
-    guidance = Covariance(gaussian_variance(1.0)) if method == "covariance" else Residual(0.1, visited(sampler, SIGMAS))
 
     def with_mask(known: bool) -> Tensor:
         operator = KnownPixels(torch.full((4, 4), known))
         return restored(
             Curved(),
             Measured(operator, operator.apply(images)),
-            guidance,
+            Covariance(gaussian_variance(1.0)),
             sampler=sampler,
             x=start,
             sigmas=SIGMAS.float(),
@@ -182,29 +156,6 @@ def test_means_of_independent_pixels_are_met(noise: float) -> None:
         assert float(error.square().mean()) == pytest.approx(share * noise**2, rel=0.15)
     within = x - operator.adjoint(found) * 4
     assert float(within.square().mean()) == pytest.approx(0.75 * s**2, rel=0.05)
-
-
-def test_the_step_against_the_residual_is_that_of_the_method() -> None:
-    """One ancestral step by hand."""
-    sampler = DpmSolver(num_steps=2, order=1, eta=1.0, denoise=False)
-    start = torch.tensor([[1.5, -0.3]], dtype=torch.float64).view(1, 1, 1, 2)
-    sigmas = torch.tensor([2.0, 1.0], dtype=torch.float64)
-    y = torch.tensor([KNOWN, 0.0]).double().view_as(start)
-    x = restored(
-        Pair(),
-        Measured(FIRST, y),
-        Residual(0.25, visited(sampler, sigmas)),
-        sampler=sampler,
-        x=start,
-        sigmas=sigmas,
-        noise=lambda _: torch.zeros_like(start),
-        scale=1.0,
-    )
-    jacobian = COVARIANCE @ torch.linalg.inv(COVARIANCE + 4.0 * torch.eye(2))
-    denoised = jacobian @ start.flatten()
-    gradient = -math.copysign(1.0, KNOWN - float(denoised[0])) * jacobian[0]
-    expected = start.flatten() / 4 + 0.75 * denoised - 0.25 * (1 + 4 * 4) * gradient
-    assert x.flatten()[1] == pytest.approx(float(expected[1]), abs=1e-12)  # x1 is restored exactly
 
 
 def test_guidance_by_classes_holds_in_its_band(analytic) -> None:
