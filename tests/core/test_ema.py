@@ -102,13 +102,6 @@ def test_the_ramp_is_the_power_function_average() -> None:
     assert averages(HalfLife(HALF, 0.05), 64)[1] == pytest.approx((gamma + 1) / (gamma + 2), abs=5e-5)
 
 
-@pytest.mark.parametrize(("decay", "half_life"), [(0.999, 88_678), (0.9999, 887_184), (0.9995, 709_605)])
-def test_decays_per_step_as_half_lives(decay: float, half_life: int) -> None:
-    batch = 512 if decay == 0.9995 else 128
-    assert HalfLife(half_life, None).decay(images_seen=batch, batch=batch) == pytest.approx(decay, abs=1e-8)
-    assert HalfLife(HALF, None).decay(images_seen=512, batch=512) == pytest.approx(0.99929047, abs=1e-8)
-
-
 def test_the_average_of_a_network_follows_its_profile() -> None:
     ema, module = Ema(constant(0.0).double(), HalfLife(1000, 0.5)), constant(1.0).double()
     left = 1.0

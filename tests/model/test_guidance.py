@@ -207,13 +207,6 @@ def test_a_registered_model_has_its_guide_and_classes_with_it(trained: TrainedNe
     ]
 
 
-def test_facts_of_old_settings_are_what_they_were(trained: TrainedNetwork) -> None:
-    facts = sampling_facts(config_with().sampling, None)
-    assert facts.keys() == {"sampler", "seed", "precision"}
-    chosen = config_with(FREE, "sampling.label=dog", "sampling.grays=exact").sampling
-    assert sampling_facts(chosen, None).keys() == facts.keys() | {"label", "guidance", "grays"}
-
-
 @pytest.mark.parametrize(
     "sampler",
     [

@@ -208,20 +208,3 @@ def test_dropout_acts_in_training_only() -> None:
     network = shaken(make_network(dropout=0.5))
     x, level = random_batch()
     assert not torch.allclose(network.train()(x, level), network.eval()(x, level))
-
-
-def test_bfloat16_autocast_returns_float32_near_float32() -> None:
-    network = shaken(make_network(augmentation=True))
-    x, level = random_batch()
-    exact = network(x, level)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        rounded = network(x, level)
-    assert rounded.dtype == torch.float32
-    assert not torch.equal(rounded, exact)
-    assert (rounded - exact).norm() < 0.02 * exact.norm()
-
-
-@pytest.mark.parametrize("changes", [{"multipliers": (1, 1, 1, 1, 1)}, {"attention_sizes": (8, 2)}])
-def test_refuses_sizes_that_do_not_occur(changes: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"5 resolutions|\[2\]"):
-        make_network(**changes)

@@ -18,7 +18,6 @@ from ncsn.core.networks.normalization import (
     image_keys,
     instance_norm_plus,
 )
-from ncsn.core.networks.unet import UnetNetwork
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -70,13 +69,6 @@ def test_one_constant_on_all_channels_changes_nothing():
         )
 
 
-def test_single_precision_holds_where_the_mean_dwarfs_the_deviation():
-    x = 1000 + random(1, 3, 8, 8)
-    one = torch.ones(3)
-    exact = instance_norm_plus(x.double(), gamma=one.double(), alpha=one.double(), beta=one.double())
-    torch.testing.assert_close(instance_norm_plus(x, gamma=one, alpha=one, beta=one).double(), exact, rtol=0, atol=2e-3)
-
-
 def test_low_precision_input_is_normalized_in_float32():
     x = random(2, 3, 4, 4).bfloat16()
     norm = InstanceNormPlus(3)
@@ -112,14 +104,6 @@ def test_conditional_table_is_gamma_alpha_beta_by_level():
     x, level = random(2, 64, 3, 3), torch.tensor([7, 41])
     expected = instance_norm_plus(x, gamma=gamma[level], alpha=alpha[level], beta=beta[level])
     assert torch.equal(norm(x, level), expected)
-
-
-def test_unconditional_starts_like_the_conditional_one():
-    torch.manual_seed(0)
-    norm = InstanceNormPlus(4000)
-    assert abs(norm.gamma.mean() - 1) < 4 * 0.02 / math.sqrt(4000) and abs(norm.alpha.std() - 0.02) < 1e-3
-    assert norm.beta.eq(0).all()
-    assert list(dict(norm.named_parameters())) == ["alpha", "gamma", "beta"]
 
 
 P = 0.3
@@ -169,19 +153,3 @@ def test_a_mask_does_not_depend_on_the_batch_or_on_the_order_in_memory() -> None
     whole = masks(x)
     assert torch.equal(whole, torch.cat([masks(x[:1]), masks(x[1:4]), masks(x[4:])]))
     assert torch.equal(whole, masks(x.contiguous(memory_format=torch.channels_last)))
-
-
-def test_the_network_drops_in_training_only() -> None:
-    settings = {"widths": (8, 8), "blocks_per_resolution": 1, "embedding_features": 8, "attention_sizes": ()}
-    network = UnetNetwork(
-        channels=3, image_size=8, sigmas=torch.tensor([1.0, 0.1]), dropout=0.5, sigma_data=0.25, **settings
-    )
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.add_(0.1)
-    layers = [each.layer for each in network.modules() if isinstance(each, KeyedDropout)]
-    assert layers == [0, 1, 2, 3]
-    x, level = images(6), torch.tensor([0, 1, 0, 1, 0, 1])
-    trained = network(x, level)
-    torch.testing.assert_close(trained, torch.cat([network(x[:2], level[:2]), network(x[2:], level[2:])]))
-    assert not torch.allclose(trained, network.eval()(x, level))

@@ -169,14 +169,6 @@ def test_autocast_keeps_feature_maps_in_bfloat16_and_norm_tables_in_float32(netw
     assert (low.float() - full).norm() < 0.05 * full.norm()
 
 
-@pytest.mark.parametrize(("depth", "size"), [(None, (7, 8)), ("deepest", (12, 16))])
-def test_sizes_that_do_not_halve_are_refused(network, depth, size):
-    if depth is not None:
-        network = NcsnV2Network(4, channels=2, sigmas=torch.ones(2), depth=depth)
-    with pytest.raises(ValueError, match=rf"\b{size[0]}\b.*\b{size[1]}\b"):
-        network(torch.zeros(1, 2, *size), torch.zeros(1, dtype=torch.int64))
-
-
 @pytest.mark.oracle(15)
 @pytest.mark.parametrize(
     ("n", "channels", "size", "depth", "parameters", "entries", "flops"),

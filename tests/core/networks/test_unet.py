@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from ncsn.core.networks.unet import FilmGroupNorm, UnetNetwork, Upsample
+from ncsn.core.networks.unet import UnetNetwork, Upsample
 
 SIGMAS = torch.logspace(0, -2, 10)
 
@@ -130,23 +129,6 @@ def test_bfloat16_autocast_returns_float32_near_float32() -> None:
     assert (rounded - exact).norm() < 0.02 * exact.norm()
 
 
-def test_memory_format_does_not_change_the_score() -> None:
-    network = make_network(attention_sizes=(4,))
-    randomize(network)
-    x, level = random_batch()
-    expected = network(x, level)
-    actual = network.to(memory_format=torch.channels_last)(x.contiguous(memory_format=torch.channels_last), level)
-    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
-
-
-def test_film_group_norm_is_group_norm_then_scale_and_shift() -> None:
-    norm = FilmGroupNorm(12, embedding_features=5)
-    x, embedding = torch.randn(4, 12, 3, 3), torch.randn(4, 5)
-    scale, shift = norm.affine(embedding)[:, :, None, None].chunk(2, dim=1)
-    expected = functional.group_norm(x, norm.num_groups) * (1 + scale) + shift
-    torch.testing.assert_close(norm(x, embedding), expected)
-
-
 def test_upsample_repeats_pixels() -> None:
     upsample = Upsample(3, out_width=2)
     x = torch.randn(2, 3, 4, 4)
@@ -168,13 +150,3 @@ def test_sizes_from_compact_to_large() -> None:
         )
     assert sum(p.numel() for p in compact.parameters()) == 534_881
     assert sum(p.numel() for p in large.parameters()) == 60_767_875
-
-
-def test_refuses_too_many_widths() -> None:
-    with pytest.raises(ValueError, match=r"\b8\b.*\b3\b.*\b4\b"):
-        make_network(widths=(8, 8, 8, 8, 8))
-
-
-def test_refuses_attention_at_a_size_that_does_not_occur() -> None:
-    with pytest.raises(ValueError, match=r"attention_sizes = \[6\] .*\[8, 4\]"):
-        make_network(attention_sizes=(4, 6))

@@ -54,18 +54,6 @@ def test_deviation_of_a_guided_gaussian(analytic, weight, band, expected):
     assert spread(gaussians(analytic, sigmas, weight=weight, band=band), sigmas) == pytest.approx(expected, abs=2e-5)
 
 
-def test_deviation_in_closed_form():
-    """Over each stretch from sigma b to a the flow of the score multiplies by these powers."""
-
-    def factor(high, low, weight):
-        own, wide = ((s**2 + high**2) / (s**2 + low**2) for s in (S, WIDE))
-        return own ** (-weight / 2) * wide ** (-(1 - weight) / 2)
-
-    low, high = BAND
-    whole = HIGH * factor(HIGH, high, 1) * factor(high, low, 2) * factor(low, LOW, 1)
-    assert whole == pytest.approx(0.295378, abs=2e-6)
-
-
 def test_guidance_overshoots_the_mean_of_the_class(analytic):
     sigmas = levels(HIGH, BAND[1], BAND[0], LOW)
     cases = [(1, EVERYWHERE, 0.860613), (2, EVERYWHERE, 1.189855), (3, EVERYWHERE, 1.294984), (2, BAND, 1.063987)]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ncsn.core.noise_schedule import geometric_sigmas
-from ncsn.core.samplers.level_grid import LevelGrid, choose_levels, karras_sigmas, score_at_sigma, spaced_sigmas
+from ncsn.core.samplers.level_grid import choose_levels, karras_sigmas, score_at_sigma
 
 V2 = geometric_sigmas(50.0, 0.01, 232)
 
@@ -53,13 +53,6 @@ def test_karras_subset_moves_to_trained_levels_and_drops_duplicates():
 def test_one_level_is_too_few():
     with pytest.raises(ValueError, match="num_levels = 1"):
         choose_levels(V2, 1)
-
-
-def test_refined_grid_keeps_the_old_levels(analytic):
-    sigmas = geometric_sigmas(1.0, 0.01, 5).double()
-    grid = LevelGrid(analytic.GaussianScore(sigmas, s2=0.3), spaced_sigmas(sigmas, 17, spacing="geometric"), None)
-    assert len(grid.sigmas) == 17
-    torch.testing.assert_close(torch.tensor(grid.sigmas[::4], dtype=torch.float64), sigmas, rtol=1e-6, atol=0)
 
 
 def test_a_network_of_levels_refuses_a_sigma(analytic):
