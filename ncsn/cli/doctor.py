@@ -77,7 +77,7 @@ def _base_checks(config: Config, host: str | None, namespace: str | None) -> Ite
     yield Check("store", lambda: _check_store(root), f"mkdir -p {root}" if storage.is_local(root) else keys)
     yield Check("mlflow", lambda: _check_mlflow(config), "export MLFLOW_TRACKING_URI=http://HOST:PORT")
     yield Check("ray", _check_ray, "unset RAY_ADDRESS")
-    yield Check("data", lambda: _check_data(config, host), *_data_fixes(config, keys))
+    yield Check("data", lambda: _check_data(config, host), "--set data.root=FOLDER, or --set data.download=true")
     forward = "kubectl port-forward -n kubeflow svc/ml-pipeline-ui 8080:80"
     away = f"{forward} & export {ENDPOINT}=http://localhost:8080"
     yield Check("kfp", lambda: _check_kfp(host, namespace), away, {KfpRefusalError: f"export {TOKEN}=..."})
@@ -124,17 +124,6 @@ def _check_ray() -> str:
         with socket.create_connection((host, int(port)), timeout=CHECK_SECONDS):
             pass
     return f"Ray {version}, joins {address}"
-
-
-def _data_fixes(config: Config, keys: str) -> tuple[str, dict[type[Exception], str]]:
-    from ncsn.data.sources.listing import DOWNLOADED
-
-    root, source = config.data.root, config.data.source
-    if source.startswith("sklearn_"):
-        return "pip install scikit-learn", {}
-    elsewhere = f"--set data.root=FOLDER{' --set data.download=true' if source in DOWNLOADED else ''}"
-    in_bucket = root is not None and not storage.is_local(root)
-    return keys if in_bucket else elsewhere, {NotFound: elsewhere}
 
 
 def _check_data(config: Config, host: str | None) -> str:

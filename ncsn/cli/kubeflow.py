@@ -72,7 +72,7 @@ def submit_command(
     `--pipeline sample --param model=models:/NAME@champion` generates images from a registered model; --set storage.root
     names their store, and any other --set changes the model's config. `--param evaluated=true` measures them too.
     """
-    from ncsn.cli.submission import explain_cache, prepare, why_it_failed
+    from ncsn.cli.submission import prepare, why_it_failed
     from pipelines.connection import connect
     from pipelines.submit import package, schedule, submit
 
@@ -84,7 +84,6 @@ def submit_command(
             compile_only.write_bytes(file.read_bytes())
         click.echo(compile_only)
         return
-    click.echo(f"cache: {explain_cache(submission)}", err=True)
     connection = connect(host, namespace=namespace)
     started = schedule(connection, submission, every=every) if every else submit(connection, submission)
     click.echo(json.dumps(asdict(started)) if as_json else started.url)

@@ -79,17 +79,6 @@ def why_it_failed(submission: Submission) -> str:
     return str(outcome or "")
 
 
-def explain_cache(submission: Submission) -> str:
-    """What KFP may take from its cache, and why not more."""
-    if not submission.cache:
-        return "not used; every task runs"
-    if submission.known:
-        return "used for tasks of an earlier run with the same config, run name, images and container image"
-    if "model" in submission.arguments:
-        return "not used, because the model of an alias may have changed"
-    return "not used for ingest and the tasks that depend on it, because data.root cannot be read from here"
-
-
 def _given(params: Sequence[str]) -> dict[str, str]:
     given = {}
     for param in params:

@@ -27,11 +27,9 @@ class EvaluationConfig(Section):
     trained to tell clusters of similar images apart, for images without labels; inception = the 2015 Inception graph;
     dinov2 = DINOv2 ViT-L/14, which is slow without a GPU. auto = inception if weights are set, else classifier if the
     images have at least two classes, else clusters."""
-    weights: str | None = Field(
-        None,
-        description="Weights of inception or dinov2: local path, http(s) URL (cached) or S3 URI of the published file, "
-        f"{PUBLISHED_FILES['inception']} or {PUBLISHED_FILES['dinov2']}. Other files are refused.",
-    )
+    weights: str | None = None
+    """Weights of inception or dinov2: local path, http(s) URL (cached) or S3 URI of the published file,
+    weights-inception-2015-12-05-6726825d.pth or dinov2_vitl14_pretrain.pth. Other files are refused."""
     classifier_epochs: int = Field(10, ge=1, le=1000)
     """Epochs of training for the classifier or the clusters network."""
     num_splits: int = Field(10, ge=1, le=100)

@@ -41,9 +41,7 @@ NO_SPACE = "OSError: [Errno 28] No space left on device: '/x'"
         (InvalidValue("bad value"), 2, ("bad value",)),
         (InvalidValue("one\ntwo"), 2, ("one", "two")),
         (ValueError("a bug"), 1, ("ValueError: a bug",)),
-        (FileNotFoundError("no file at /x"), 1, ("FileNotFoundError: no file at /x",)),
         (RuntimeError("first\nsecond"), 1, ("RuntimeError: first",)),
-        (KeyError("missing"), 1, ("KeyError: 'missing'",)),
         (TimeoutError(), 1, ("TimeoutError",)),
         (step_failed(RuntimeError("lost")), 1, ("step train: RuntimeError: lost",)),
         (step_failed(InvalidValue("no folder")), 2, ("step train: no folder",)),
@@ -71,8 +69,6 @@ def command_that_raises(error: BaseException, *, name: str = "fail") -> click.Co
 @pytest.mark.parametrize(
     ("error", "code", "text"),
     [
-        (InvalidValue("bad value"), 2, "error: bad value\n"),
-        (ValueError("a bug"), 1, f"error: ValueError: a bug\n{SHOWS_WHERE}"),
         (RuntimeError("broke"), 1, f"error: RuntimeError: broke\n{SHOWS_WHERE}"),
         (step_failed(InvalidValue("x")), 2, "error: step train: x\n(/p.log says more)\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),

@@ -54,7 +54,6 @@ def test_submit_sends_the_resolved_config_and_prints_the_page(submit, server: Kf
     assert run["service_account"] == "mine"
     assert only(server.experiments)["display_name"] == "ncsn"
     assert cached_tasks(run) == {"ingest", "tune", "train"}
-    assert done.stderr.startswith("cache: ")
 
 
 def test_no_cache_reaches_every_task(submit, server: KfpServer) -> None:
@@ -64,7 +63,6 @@ def test_no_cache_reaches_every_task(submit, server: KfpServer) -> None:
     assert json.loads(done.stdout)["id"] == run["run_id"]
     assert run["display_name"] == "again"
     assert cached_tasks(run) == set()
-    assert done.stderr.startswith("cache: ")
 
 
 def test_every_makes_a_schedule_whose_runs_name_themselves(submit, server: KfpServer) -> None:
@@ -81,7 +79,6 @@ def test_images_that_cannot_be_read_from_here_are_not_cached(submit, server: Kfp
     elsewhere = ("--set", "data.source=fashion_mnist", "--set", "data.root=/mnt/of/the/cluster")
     done = submit(*elsewhere)
     assert done.exit_code == 0, done.output
-    assert "data.root" in done.stderr
     assert "ingest" not in cached_tasks(only(server.runs))
     assert "content" not in only(server.runs)["runtime_config"]["parameters"]
 

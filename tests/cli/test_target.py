@@ -17,7 +17,6 @@ from ncsn.config.compute import ComputeConfig
 from ncsn.errors import ConfigError, NotFound
 from ncsn.runs.folder import RUN_PATTERN, RunFolder, claim_run
 from ncsn.runs.inputs import find_inputs
-from ncsn.runs.progress import read_progress
 from ncsn.runs.records import update_step
 from ncsn.runs.steps import STEPS
 
@@ -164,9 +163,3 @@ def test_a_run_is_complete_only_for_its_config_results_and_outputs(config: Confi
     assert complete_records(folder, config) is not None
     Path(output).unlink()
     assert complete_records(folder, config) is None
-
-
-@pytest.mark.parametrize("damaged", ["", '{"done": 1, "to'])
-def test_progress_that_does_not_parse_is_skipped(folder: RunFolder, damaged: str) -> None:
-    storage.write_text(folder.step("train", "progress.json"), damaged)
-    assert read_progress(folder, "train") is None
