@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -40,50 +40,35 @@ class LognormalTraining(Section):
 
 TrainingNoise = Annotated[LevelsTraining | LognormalTraining, Field(discriminator="kind")]
 _TRAINING = Field(LevelsTraining(), description="The noise that training adds to its images.")
-_SIGMA_1 = Field(1.0, gt=0, le=1e4, description="Largest noise standard deviation, in units of pixels in [0, 1].")
-_SIGMA_L = Field(0.01, gt=0, le=1e3, description="Smallest noise standard deviation, same unit.")
-_NUM_LEVELS = Field(
-    10, ge=1, le=10000, description="Number of levels L. One level, with sigma_1 = sigma_L, means no annealing."
-)
-
-L = TypeVar("L", "NoiseConfig", "LevelsConfig")
-
-
-def _descending(levels: L) -> L:
-    if levels.num_levels == 1 and levels.sigma_1 != levels.sigma_L:
-        raise UserError(
-            "sigma_1", f"num_levels = 1 needs sigma_1 = sigma_L, which is {levels.sigma_L}", value=levels.sigma_1
-        )
-    if levels.num_levels > 1 and levels.sigma_1 <= levels.sigma_L:
-        raise UserError(
-            "sigma_1",
-            f"must be larger than sigma_L = {levels.sigma_L}, since the levels go from most to least noise",
-            value=levels.sigma_1,
-        )
-    return levels
-
-
-class NoiseConfig(Section):
-    """The noise levels sigma_1 > ... > sigma_L, a geometric sequence (paper section 4.1)."""
-
-    kind: Literal["geometric"] = "geometric"
-    """Levels given by the settings below."""
-    sigma_1: float = _SIGMA_1
-    sigma_L: float = _SIGMA_L
-    num_levels: int = _NUM_LEVELS
-    training: TrainingNoise = _TRAINING
-
-    _in_order = model_validator(mode="after")(_descending)
 
 
 class LevelsConfig(Section):
-    """Other levels for the sampler than those of `noise`, a geometric sequence."""
+    """Noise levels sigma_1 > ... > sigma_L, a geometric sequence."""
 
-    sigma_1: float = _SIGMA_1
-    sigma_L: float = _SIGMA_L
-    num_levels: int = _NUM_LEVELS
+    sigma_1: float = Field(1.0, gt=0, le=1e4)
+    """Largest noise standard deviation, in units of pixels in [0, 1]."""
+    sigma_L: float = Field(0.01, gt=0, le=1e3)
+    """Smallest noise standard deviation, same unit."""
+    num_levels: int = Field(10, ge=1, le=10000)
+    """Number of levels L. One level, with sigma_1 = sigma_L, means no annealing."""
 
-    _in_order = model_validator(mode="after")(_descending)
+    @model_validator(mode="after")
+    def _descending(self) -> Self:
+        if self.num_levels == 1 and self.sigma_1 != self.sigma_L:
+            reason = f"num_levels = 1 needs sigma_1 = sigma_L, which is {self.sigma_L}"
+            raise UserError("sigma_1", reason, value=self.sigma_1)
+        if self.num_levels > 1 and self.sigma_1 <= self.sigma_L:
+            reason = f"must be larger than sigma_L = {self.sigma_L}, since the levels go from most to least noise"
+            raise UserError("sigma_1", reason, value=self.sigma_1)
+        return self
+
+
+class NoiseConfig(LevelsConfig):
+    """The noise levels sigma_1 > ... > sigma_L, a geometric sequence (paper section 4.1)."""
+
+    kind: Literal["geometric"] = "geometric"
+    """Levels given by the other settings."""
+    training: TrainingNoise = _TRAINING
 
 
 class AutoNoiseConfig(Section):

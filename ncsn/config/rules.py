@@ -40,22 +40,11 @@ def check(config: Config) -> list[Problem]:
 def _images(config: Config) -> Iterator[Problem]:
     data, network = config.data, config.network
     told = isinstance(network, UnetNetworkConfig | DdpmppNetworkConfig)
-    if data.num_classes is not None and not told:
-        yield Problem(
-            "data.num_classes",
-            f"needs a network that takes classes, but network.kind = {network.kind} does not",
-            "use network.kind = unet or ddpmpp, or null",
-            data.num_classes,
-        )
-    if data.augmentation is None:
-        return
-    if not told:
-        yield Problem(
-            "data.augmentation",
-            f"needs a network that takes it as an input, but network.kind = {network.kind} does not",
-            "use network.kind = unet or ddpmpp, or null",
-        )
-    if data.horizontal_flip:
+    given = {"data.num_classes": data.num_classes is not None, "data.augmentation": data.augmentation is not None}
+    for key in (key for key, is_given in given.items() if is_given and not told):
+        reason = f"needs a network that is told about it, but network.kind = {network.kind} is not"
+        yield Problem(key, reason, "use network.kind = unet or ddpmpp, or null")
+    if data.augmentation is not None and data.horizontal_flip:
         yield Problem(
             "data.horizontal_flip",
             "mirrors images without telling the network, but data.augmentation mirrors them and tells it",
@@ -66,47 +55,31 @@ def _images(config: Config) -> Iterator[Problem]:
 
 def _network_size(config: Config) -> Iterator[Problem]:
     network, size = config.network, config.data.image_size
-    if isinstance(network, UnetNetworkConfig):
-        sizes = [size]
-        while len(sizes) < len(network.widths):
-            sizes.append((sizes[-1] + 1) // 2)
-        if sizes[:-1].count(1):
-            yield Problem(
-                "network.widths",
-                f"too many: data.image_size = {size} can be halved only {sizes.index(1)} times",
-                f"use at most {sizes.index(1) + 1} widths",
-                list(network.widths),
-            )
+    if isinstance(network, UnetNetworkConfig | DdpmppNetworkConfig):
+        if isinstance(network, UnetNetworkConfig):
+            key, given, halved, sizes = "widths", network.widths, "halved", [size]
+            while len(sizes) < len(given):
+                sizes.append((sizes[-1] + 1) // 2)
+            most = sizes.index(1) + 1 if sizes[:-1].count(1) else len(sizes)
         else:
-            yield from _attention_sizes(network, sizes)
-    elif isinstance(network, DdpmppNetworkConfig):
-        sizes = [size >> depth for depth in range(len(network.multipliers))]
-        most = (size & -size).bit_length()
+            key, given, halved = "multipliers", network.multipliers, "divided by 2"
+            sizes, most = [size >> depth for depth in range(len(given))], (size & -size).bit_length()
         if len(sizes) > most:
+            reason = f"too many: data.image_size = {size} can be {halved} only {most - 1} times"
+            yield Problem(f"network.{key}", reason, f"use at most {most} {key}", list(given))
+        elif missing := sorted(set(network.attention_sizes) - set(sizes)):
             yield Problem(
-                "network.multipliers",
-                f"too many: data.image_size = {size} can be divided by 2 only {most - 1} times",
-                f"use at most {most} multipliers",
-                list(network.multipliers),
+                "network.attention_sizes",
+                f"no feature map has size {missing}; with data.image_size = {size} and {len(sizes)} resolutions they "
+                f"have sizes {sizes}",
+                "use some of these",
             )
-        else:
-            yield from _attention_sizes(network, sizes)
     elif size % (step := 2 ** (_HALVINGS[network.depth] if isinstance(network, NcsnV2NetworkConfig) else 1)):
         yield Problem(
             "data.image_size",
             f"not divisible by {step}, which network.kind = {network.kind} needs",
             f"use {size - size % step} or {size + step - size % step}",
             size,
-        )
-
-
-def _attention_sizes(network: UnetNetworkConfig | DdpmppNetworkConfig, sizes: list[int]) -> Iterator[Problem]:
-    if missing := sorted(set(network.attention_sizes) - set(sizes)):
-        yield Problem(
-            "network.attention_sizes",
-            f"no feature map has size {missing}; with data.image_size = {sizes[0]} and {len(sizes)} resolutions they "
-            f"have sizes {sizes}",
-            "use some of these",
         )
 
 
@@ -127,12 +100,8 @@ def _noise(config: Config) -> Iterator[Problem]:
 def _training(config: Config) -> Iterator[Problem]:
     train, workers = config.train, config.compute.max_workers
     if train.batch_size < workers:
-        yield Problem(
-            "train.batch_size",
-            f"less than one image for each of compute.num_workers = {workers}",
-            "raise it, or lower compute.num_workers",
-            train.batch_size,
-        )
+        reason = f"less than one image for each of compute.num_workers = {workers}"
+        yield Problem("train.batch_size", reason, "raise it, or lower compute.num_workers", train.batch_size)
     if train.trainable == "light" and train.init_from is None:
         yield Problem(
             "train.trainable",

@@ -185,12 +185,8 @@ class TrackingConfig(Section):
     @classmethod
     def _addressable(cls, name: str | None) -> str | None:
         if name is not None and not re.fullmatch(MODEL_NAME_PATTERN, name):
-            raise UserError(
-                "",
-                "not valid in an address such as models:/NAME@champion",
-                hint="use letters, digits, '.', '-' and '_'",
-                value=name,
-            )
+            reason = "not valid in an address such as models:/NAME@champion"
+            raise UserError("", reason, hint="use letters, digits, '.', '-' and '_'", value=name)
         return name
 
 
@@ -220,21 +216,16 @@ class Config(Section):
     @classmethod
     def _is_name(cls, name: str) -> str:
         if not re.fullmatch(NAME_PATTERN, name):
-            raise UserError(
-                "",
-                "not a valid name",
-                hint="use 1 to 40 lower-case letters, digits, '-' and '_', starting and ending with a letter or digit",
-                value=name,
-            )
+            hint = "use 1 to 40 lower-case letters, digits, '-' and '_', starting and ending with a letter or digit"
+            raise UserError("", "not a valid name", hint=hint, value=name)
         return name
 
     @property
     def levels(self) -> NoiseConfig:
         """The noise levels; `UserError` before training has chosen them."""
         if self.noise.kind == "auto":
-            raise UserError(
-                "noise", "has no levels until training has chosen them", hint="run `ncsn train` first", value="auto"
-            )
+            reason = "has no levels until training has chosen them"
+            raise UserError("noise", reason, hint="run `ncsn train` first", value="auto")
         return self.noise
 
     @property

@@ -77,12 +77,8 @@ class PowerEmaConfig(Section):
     def _two(self) -> PowerEmaConfig:
         one, other = self.relative_widths
         if abs(one - other) < ALIKE:
-            raise UserError(
-                "relative_widths",
-                f"two that are nearly the same add little; they must differ by {ALIKE:g}",
-                hint="use [0.05, 0.1]",
-                value=[one, other],
-            )
+            reason = f"two that are nearly the same add little; they must differ by {ALIKE:g}"
+            raise UserError("relative_widths", reason, hint="use [0.05, 0.1]", value=[one, other])
         return self
 
     def untrained_share(self, images_seen: int, *, batch_size: int) -> float:  # noqa: ARG002 - that of the others
@@ -139,12 +135,8 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _reach_one_step(self) -> TrainConfig:
         if self.num_images < self.batch_size:
-            raise UserError(
-                "num_images",
-                f"less than one batch: batch_size = {self.batch_size}",
-                hint="raise it",
-                value=self.num_images,
-            )
+            reason = f"less than one batch: batch_size = {self.batch_size}"
+            raise UserError("num_images", reason, hint="raise it", value=self.num_images)
         return self
 
 
