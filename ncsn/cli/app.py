@@ -217,7 +217,8 @@ def select_command(*, experiment: Experiment, only_choose: bool, as_json: bool, 
     select_best(experiment.resolve(), given=given, as_json=as_json, only_choose=only_choose)
 
 
-for _command in (kubeflow.submit_command, kubeflow.doctor_command, kubeflow.cleanup_command):
-    app.add_command(_command)
-for _command in (registry.promote_command, registry.trace_command):
+for _command in (
+    *(kubeflow.submit_command, kubeflow.doctor_command, kubeflow.cleanup_command),
+    *(registry.promote_command, registry.trace_command),
+):
     app.add_command(_command)

@@ -34,7 +34,7 @@ class ProgressView:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._tasks: dict[str, TaskID] = {}
-        self._lines = _LineThrottle()
+        self._shown = 0, 0.0, 0.0  # units, their share, and the time of the last line
         self._bars = Bars(
             SpinnerColumn(finished_text="[green]✓[/]"),
             TextColumn("{task.description:<9}"),
@@ -65,7 +65,7 @@ class ProgressView:
             self._tasks[step] = self._bars.add_task(step, total=None, text="starting")
         else:
             self._console.print(f"{step:<9} starting", highlight=False)
-        self._lines = _LineThrottle()
+        self._shown = -1, 0.0, time.monotonic()
 
     def update(self, step: str, progress: Progress) -> None:
         """Show the progress that a step published."""
@@ -76,7 +76,12 @@ class ProgressView:
             self._bars.update(
                 self._tasks[step], completed=progress.done, total=progress.total or None, text=text, refresh=True
             )
-        elif self._lines.due(progress):
+            return
+        # A line at every quarter of a step and every half minute; never one for work repeated after a failure.
+        done, share, then = self._shown
+        now, reached = time.monotonic(), progress.done / progress.total if progress.total else 0.0
+        if progress.done > done and (reached >= share + _LINE_EVERY_SHARE or now >= then + _LINE_EVERY_SECONDS):
+            self._shown = progress.done, reached - reached % _LINE_EVERY_SHARE, now
             self._console.print(f"{step:<9} {text}", highlight=False)
 
     def finish(self, step: str, text: str) -> None:
@@ -97,27 +102,6 @@ class ShownProgress(Progress):
 
     def changed(self) -> None:
         self._view.update(self._step, self)
-
-
-class _LineThrottle:
-    """Passes a line at every quarter of a step and every half minute; never one for work repeated after a failure."""
-
-    def __init__(self) -> None:
-        self._done = -1
-        self._share = 0.0
-        self._time = time.monotonic()
-
-    def due(self, progress: Progress) -> bool:
-        if progress.done <= self._done:
-            return False
-        share = progress.done / progress.total if progress.total else 0.0
-        now = time.monotonic()
-        if share < self._share + _LINE_EVERY_SHARE and now < self._time + _LINE_EVERY_SECONDS:
-            return False
-        self._done = progress.done
-        self._share = share - share % _LINE_EVERY_SHARE
-        self._time = now
-        return True
 
 
 _PLAIN_WIDTH = 120

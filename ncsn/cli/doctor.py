@@ -93,12 +93,8 @@ def _check_store(root: str) -> str:
         finally:
             storage.delete_file(probe)
     if not first or second or content != b"first":
-        raise UserError(
-            "storage.root",
-            "lets a second writer replace what the first one published",
-            hint="use a store that supports If-None-Match",
-            value=root,
-        )
+        reason, hint = "lets a second writer replace what the first published", "use one that supports If-None-Match"
+        raise UserError("storage.root", reason, hint=hint, value=root)
     return f"{root}: read, written and deleted"
 
 

@@ -195,12 +195,11 @@ registry_options = partial(experiment_options, run_help="Use the registry of thi
 
 def backend_options(command: Decorated) -> Decorated:
     """`--backend` and `--address`, which `experiment_options` above this takes."""
-    decorated = click.option(
-        "--address", metavar="URL", help="Dashboard of the Ray cluster to submit to, such as http://HEAD:8265."
-    )(command)
-    return click.option(
-        "--backend", type=click.Choice(list(BACKENDS)), help="Where the work runs; short for --set compute.backend=..."
-    )(decorated)
+    words = "Where the work runs; short for --set compute.backend=..."
+    place = click.option("--backend", type=click.Choice(list(BACKENDS)), help=words)
+    return place(
+        click.option("--address", metavar="URL", help="Dashboard of the Ray cluster, http://HEAD:8265.")(command)
+    )
 
 
 def _place_overrides(backend: str | None, address: str | None) -> tuple[str, ...]:

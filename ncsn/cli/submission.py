@@ -35,12 +35,8 @@ def prepare(
 ) -> Submission:
     """What to submit; refuses now what a task would refuse later."""
     if not os.environ.get(IMAGE_VARIABLE):
-        raise UserError(
-            IMAGE_VARIABLE,
-            "not set",
-            hint=f"export {IMAGE_VARIABLE}=REGISTRY/ncsn-python:TAG, an image built by `make image` and pushed to that "
-            "registry",
-        )
+        hint = f"export {IMAGE_VARIABLE}=REGISTRY/ncsn-python:TAG, built by `make image` and pushed there"
+        raise UserError(IMAGE_VARIABLE, "not set", hint=hint)
     given = _given(params)
     config = None
     if pipeline == "sample":
@@ -92,16 +88,12 @@ def _given(params: Sequence[str]) -> dict[str, str]:
 def _sample_arguments(experiment: Experiment) -> dict[str, Any]:
     """Parameters of the sample pipeline, whose config is the registered one with the overrides."""
     if experiment.config_uri is not None:
-        raise UserError(
-            "--config", "a registered model brings its own config", hint="leave it out, and change values with --set"
-        )
+        hint = "leave it out, and change values with --set"
+        raise UserError("--config", "a registered model brings its own config", hint=hint)
     root = experiment.override("storage.root")
     if root is None:
-        raise UserError(
-            "storage.root",
-            "not set, and a registered model has no place for images",
-            hint="pass --set storage.root=s3://BUCKET/PREFIX",
-        )
+        reason = "not set, and a registered model has no place for images"
+        raise UserError("storage.root", reason, hint="pass --set storage.root=s3://BUCKET/PREFIX")
     _require_shared_store(root)
     return {"root": root, "overrides": list(experiment.overrides)}
 
@@ -121,24 +113,16 @@ def _experiment_arguments(target: Target, *, given_run: str | None, scheduled: b
 
 def _require_shared_store(root: str) -> None:
     if storage.is_local(root) and not Path(root).is_absolute():
-        raise UserError(
-            "storage.root",
-            "a folder of this machine, and the tasks of a cluster share no disk",
-            hint="use s3://BUCKET/PREFIX, or the absolute path of a volume that every pod mounts",
-            value=root,
-        )
+        hint = "use s3://BUCKET/PREFIX, or the absolute path of a volume that every pod mounts"
+        raise UserError("storage.root", "a folder of this machine, not of the cluster", hint=hint, value=root)
 
 
 def _require_readable_weights(config: Config) -> None:
     """Otherwise the evaluation fails, after all of training."""
     weights = config.evaluation.weights
     if weights is not None and "://" not in weights and not Path(weights).is_absolute():
-        raise UserError(
-            "evaluation.weights",
-            "a file of this machine, which the tasks of a cluster cannot read",
-            hint="use https://..., s3://BUCKET/..., or the absolute path of a volume that every pod mounts",
-            value=weights,
-        )
+        hint = "use https://..., s3://BUCKET/..., or the absolute path of a volume that every pod mounts"
+        raise UserError("evaluation.weights", "a file of this machine, not of the cluster", hint=hint, value=weights)
 
 
 def _require_own_run(target: Target) -> None:

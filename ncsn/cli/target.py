@@ -43,7 +43,9 @@ class Experiment:
             config = from_yaml(_read(origin), overrides=overrides, origin=origin)
         elif self.run is not None:
             origin = storage.join(self.store_root, "runs", self.run, "config.yaml")
-            config = from_yaml(_read_of_run(origin, self.run), overrides=overrides, origin=origin)
+            if not storage.exists(origin):
+                raise NotFound("--run", f"no file at {origin}", hint=_ANOTHER_STORE, value=self.run)
+            config = from_yaml(_read(origin), overrides=overrides, origin=origin)
         else:
             raise UserError("--config", "no experiment given", hint="pass --config PATH-or-URI, or --run NAME of a run")
         run = self.run
@@ -99,13 +101,6 @@ def _read(uri: str) -> str:
         return storage.read_text(absolute)
     except UnicodeDecodeError:
         raise ConfigError(uri, "is not a text file; expected YAML") from None
-
-
-def _read_of_run(origin: str, run: str) -> str:
-    try:
-        return _read(origin)
-    except FileNotFoundError:
-        raise NotFound("--run", f"no file at {origin}", hint=_ANOTHER_STORE, value=run) from None
 
 
 def _run_of_checkpoint(checkpoint: str, config: Config) -> str | None:

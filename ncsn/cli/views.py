@@ -20,7 +20,9 @@ from ncsn.runs.records import StepRecord
 
 def describe_result(step: str, result: Mapping[str, Any]) -> str:
     """The result of one step in a few lines."""
-    lines = [f"{step}: {result_line(step, result)}", *(f"{key}: {value}" for key, value in _places(result))]
+    places = ("uri", "config", "table", "grid", "strip", "checkpoint")
+    lines = [f"{step}: {result_line(step, result)}"]
+    lines += [f"{key}: {result[key]}" for key in places if isinstance(result.get(key), str)]
     if step == "tune":
         lines = [_trials_table(result), *lines, f"next: ncsn run --config {result['config']}"]
     return "\n".join([*lines, *(f"note: {note}" for note in result.get("notes", ()))])
@@ -69,12 +71,6 @@ def _trials_table(result: Mapping[str, Any]) -> str:
     with console.capture() as captured:
         console.print(table)
     return captured.get().rstrip()
-
-
-def _places(result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    for key in ("uri", "config", "table", "grid", "strip", "checkpoint"):
-        if isinstance(result.get(key), str):
-            yield key, result[key]
 
 
 def _outputs(folder: RunFolder, config: Config, records: Mapping[str, StepRecord]) -> Iterator[tuple[str, str]]:

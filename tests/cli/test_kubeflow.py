@@ -83,14 +83,6 @@ def test_images_that_cannot_be_read_from_here_are_not_cached(submit, server: Kfp
     assert "content" not in only(server.runs)["runtime_config"]["parameters"]
 
 
-def test_weights_that_a_pod_can_read(submit, server: KfpServer) -> None:
-    for weights in ("https://example.com/inception.pth", "s3://ncsn/inception.pth", "/mnt/inception.pth"):
-        assert (
-            submit("--set", "evaluation.extractor=inception", "--set", f"evaluation.weights={weights}").exit_code == 0
-        )
-    assert len(server.runs) == 3
-
-
 def test_a_registered_model_is_sampled_by_its_own_config(run_in_process, server: KfpServer, tmp_path: Path) -> None:
     settings = [f"storage.root={tmp_path}", "sampling.num_images=8"]
     options = [part for setting in settings for part in ("--set", setting)]

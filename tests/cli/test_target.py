@@ -11,11 +11,11 @@ from refused import refused
 from ncsn import storage
 from ncsn.cli.execute import complete_records, mark_complete
 from ncsn.cli.options import BACKENDS
-from ncsn.cli.target import Experiment, default_run
+from ncsn.cli.target import Experiment
 from ncsn.config import Config, from_yaml
 from ncsn.config.compute import ComputeConfig
 from ncsn.errors import ConfigError, NotFound
-from ncsn.runs.folder import RUN_PATTERN, RunFolder, claim_run
+from ncsn.runs.folder import RunFolder, claim_run
 from ncsn.runs.inputs import find_inputs
 from ncsn.runs.records import update_step
 from ncsn.runs.steps import STEPS
@@ -48,11 +48,6 @@ def test_the_run_name_depends_on_what_decides_the_weights(config_file: Path, ove
     run = Experiment(str(config_file)).resolve().run
     assert run.startswith("tiny-")
     assert (Experiment(str(config_file), (override,)).resolve().run == run) is same
-
-
-def test_the_longest_experiment_name_makes_a_valid_run_name(config_file: Path) -> None:
-    config = from_yaml(config_file.read_text(), overrides=[f"name={'n' * 40}"])
-    assert RUN_PATTERN.fullmatch(default_run(config))
 
 
 def test_a_run_brings_its_config(config_file: Path, store: Path) -> None:

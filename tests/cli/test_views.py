@@ -17,7 +17,7 @@ from ncsn.cli import app
 from ncsn.cli.console import ProgressView
 from ncsn.cli.doctor import Finding, report
 from ncsn.cli.target import Experiment
-from ncsn.cli.views import describe_result, print_plan, print_summary
+from ncsn.cli.views import print_plan, print_summary
 from ncsn.config import Config, flatten, from_yaml
 from ncsn.progress import Progress
 from ncsn.runs.folder import RunFolder
@@ -78,26 +78,6 @@ def test_a_summary_has_scores_next_to_real_images_and_what_comes_next(config_fil
     assert re.search(r"classifier_fid_n512 +12\.5 +2\.5", text) and re.search(r"9 ±\s0\.25 +10 ±\s0\.5", text)
     for part in ("60.0", "only 539 real images", "12.5 is worse than 11", "/r/report.html", "ncsn ui --run mine"):
         assert part in text
-
-
-def test_the_result_of_a_search_has_the_best_trial_first() -> None:
-    def trial(number: int, images: int, objective: float | None, status: str, reason: str = "") -> dict[str, Any]:
-        sampler = {"epsilon": 1e-4} if objective else None
-        values = {"noise.sigma_1": 1.0 + number, "train.batch_size": 64}
-        row = {"trial": number, "values": values, "sampler": sampler, "images_seen": images, "seconds": 1234.5}
-        return row | {"objective": objective, "status": status, "reason": reason}
-
-    trials = [
-        trial(0, 70000, 84.31, "finished"),
-        trial(1, 70000, 45.62, "finished"),
-        trial(2, 8000, 238.0, "stopped"),
-        trial(3, 0, None, "failed", "loss is NaN"),
-    ]
-    found = {"values": {"noise.sigma_1": 2.0, "train.batch_size": 64}, "sampler": {"epsilon": 1e-4}, "trials": trials}
-    found |= {"objective_name": "eval/classifier_fid_n128", "objective": 45.62, "baseline": 84.31}
-    text = describe_result("tune", found | {"config": "/search/best.yaml", "table": "/search"})
-    assert re.findall(r"^ +(\d) ", text, flags=re.MULTILINE) == ["1", "0", "2", "3"]
-    assert "failed: loss is NaN" in text and "/search/best.yaml" in text
 
 
 def test_a_plan_has_money_where_there_is_a_price() -> None:
