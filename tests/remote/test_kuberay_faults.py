@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -128,7 +129,7 @@ def test_sigterm_of_a_run_that_is_being_ended_deletes_the_rayjob(pipeline, event
     eventually(lambda: not pipeline.jobs, "the RayJob is gone")
 
 
-def test_an_evicted_launcher_leaves_the_rayjob_to_the_next_attempt(pipeline, eventually, tmp_path: Path) -> None:
+def test_an_evicted_launcher_leaves_the_rayjob_to_the_next_attempt(pipeline, eventually, said, tmp_path: Path) -> None:
     go = tmp_path / "go"
     code = f"import pathlib, time\nwhile not pathlib.Path({str(go)!r}).exists(): time.sleep(0.02)\nprint('done')"
     launcher = pipeline.launch(code)
@@ -137,8 +138,15 @@ def test_an_evicted_launcher_leaves_the_rayjob_to_the_next_attempt(pipeline, eve
     assert launcher.returncode == 143
     (job,) = pipeline.jobs
     assert "deletionTimestamp" not in job["metadata"]
-    go.touch()
+
+    def let_it_end() -> None:
+        eventually(lambda: any("attached" in line for line in said), "the next attempt attaches")
+        go.touch()
+
+    thread = threading.Thread(target=let_it_end)
+    thread.start()
     pipeline.execute(code)
+    thread.join()
     assert pipeline.log == "done\n"
     assert len(pipeline.operator.started) == 1, "a second cluster was started"
 
