@@ -9,13 +9,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from refused import refused
 
 from ncsn.config import Config, from_yaml
 from ncsn.core.images import fit_moments
 from ncsn.core.keyed_random import InterpolatedNoise, KeyedNoise
 from ncsn.core.samplers.chain import visited
-from ncsn.errors import ConfigError
 from ncsn.model import build
 from ncsn.model.checkpoint import TrainedNetwork
 from ncsn.model.generate import generate, sampled
@@ -106,35 +104,6 @@ def test_nfe_is_what_the_network_is_asked(kind: str, nfe: int) -> None:
     network.network.forward = lambda x, level: counted(x, network.network.sigmas[level])  # type: ignore[assignment,index]
     generate(network, sampling=config.sampling, first=0, count=1)
     assert calls == nfe == evaluations_per_image(config)
-
-
-def test_stages_begin_with_the_start() -> None:
-    config = config_with("annealed_langevin")
-    stages: list[int] = []
-    generate(trained(config), sampling=config.sampling, first=0, count=1, on_level=lambda k, _: stages.append(k))
-    assert stages == list(range(7))
-
-
-def test_a_sampler_for_continuous_networks_refuses_the_2019_network() -> None:
-    tree = yaml.safe_load(TEXT)
-    tree["network"] = {"kind": "ncsn", "num_features": 4}
-    tree["sampling"]["sampler"] = {"kind": "karras_heun", "num_steps": 3}
-    with refused("sampling.sampler.kind", error=ConfigError):
-        from_yaml(yaml.safe_dump(tree))
-
-
-@pytest.mark.parametrize("depth", ["standard", "deeper", "deepest"])
-def test_the_2020_network_is_built_in_each_depth(depth: str) -> None:
-    tree = yaml.safe_load(TEXT)
-    tree["network"] = {"kind": "ncsnv2", "num_features": 4, "depth": depth}
-    tree["data"]["image_size"] = 16
-    config = from_yaml(yaml.safe_dump(tree))
-    network = build.network(config)
-    x = torch.rand(2, 1, 16, 16)
-    score = network(x, torch.tensor([0, 5]))
-    assert score.shape == x.shape
-    same = network(x[:1].expand(2, -1, -1, -1), torch.tensor([0, 5])) * build.sigmas(config)[[0, 5], None, None, None]
-    assert torch.allclose(same[0], same[1], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", SAMPLERS)
