@@ -41,7 +41,7 @@ def s3_filesystem(bucket: str) -> fs.FileSystem:
     return fs.PyFileSystem(_Retrying(fs.S3FileSystem(region=found.region, background_writes=False, **where)))
 
 
-# Arrow's own retries know no limit in seconds, warn of nothing, and leave no place for a simulated outage.
+# Arrow's own retries know no limit in seconds, and warn of nothing.
 class _Retrying(fs.FileSystemHandler):  # type: ignore[misc]
     def __init__(self, filesystem: fs.FileSystem) -> None:
         self._fs = filesystem
