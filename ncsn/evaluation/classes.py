@@ -93,7 +93,8 @@ def class_scores(extracted: Extracted, asked: AskedClasses, *, reference: Featur
     if asked.own:
         seen = extracted.log_probabilities.argmax(axis=1)
     else:
-        seen = LinearProbe.fitted(reference, asked.reference, num_classes=size).predict(extracted.features)
+        probe = fit_probe(reference, asked.reference, num_classes=size)
+        seen = classes_by_probe(probe, extracted.features)
     confusion = np.zeros((size, size), np.int64)
     np.add.at(confusion, (labels, seen[known]), 1)
     kids = np.full(size, np.nan)
@@ -111,35 +112,26 @@ def class_scores(extracted: Extracted, asked: AskedClasses, *, reference: Featur
     )
 
 
-@dataclass(frozen=True)
-class LinearProbe:
-    """Ridge regression of features on one-hot labels."""
+def fit_probe(features: Features, labels: Labels, *, num_classes: int) -> npt.NDArray[np.float64]:
+    """Ridge regression of features [M, D] on one-hot labels [M] without those of -1: [D + 1, K], the shift last."""
+    size = features.shape[1] + 1
+    squares, targets = np.zeros((size, size)), np.zeros((size, num_classes))
+    for first in range(0, len(features), BLOCK):
+        own = labels[first : first + BLOCK]
+        x = _with_one(features[first : first + BLOCK][own >= 0])
+        squares += x.T @ x
+        np.add.at(targets.T, own[own >= 0], x)
+    count = squares[-1, -1]
+    variances = np.diagonal(squares)[:-1] / count - (squares[-1, :-1] / count) ** 2
+    # So that the penalty does not depend on the scale of a feature, and the shift has none.
+    penalty = np.append(RIDGE * count * np.maximum(variances, 1e-12 * (1 + variances.max())), 0.0)
+    return np.linalg.solve(squares + np.diag(penalty), targets)
 
-    weights: npt.NDArray[np.float64]  # [D + 1, K]; the last row is the shift
 
-    @classmethod
-    def fitted(cls, features: Features, labels: Labels, *, num_classes: int) -> LinearProbe:
-        """Fit to features [M, D] with labels [M]; those of label -1 are left out."""
-        size = features.shape[1] + 1
-        squares, targets = np.zeros((size, size)), np.zeros((size, num_classes))
-        for first in range(0, len(features), BLOCK):
-            own = labels[first : first + BLOCK]
-            x = _with_one(features[first : first + BLOCK][own >= 0])
-            squares += x.T @ x
-            np.add.at(targets.T, own[own >= 0], x)
-        count = squares[-1, -1]
-        variances = np.diagonal(squares)[:-1] / count - (squares[-1, :-1] / count) ** 2
-        # So that the penalty does not depend on the scale of a feature, and the shift has none.
-        penalty = np.append(RIDGE * count * np.maximum(variances, 1e-12 * (1 + variances.max())), 0.0)
-        return cls(np.linalg.solve(squares + np.diag(penalty), targets))
-
-    def predict(self, features: Features) -> Labels:
-        """The class of each of [N, D], int64 [N]."""
-        parts = [
-            (_with_one(features[first : first + BLOCK]) @ self.weights).argmax(axis=1)
-            for first in range(0, len(features), BLOCK)
-        ]
-        return np.concatenate(parts)
+def classes_by_probe(probe: npt.NDArray[np.float64], features: Features) -> Labels:
+    """The class of each of [N, D], int64 [N]."""
+    parts = range(0, len(features), BLOCK)
+    return np.concatenate([(_with_one(features[at : at + BLOCK]) @ probe).argmax(axis=1) for at in parts])
 
 
 def _with_one(features: Features) -> npt.NDArray[np.float64]:

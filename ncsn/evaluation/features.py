@@ -20,7 +20,7 @@ from ncsn.data.format import Manifest, load_manifest
 from ncsn.data.samples import batch_starts, read_labels, read_samples
 from ncsn.data.training_images import open_cache
 from ncsn.evaluation.choice import evaluation_of
-from ncsn.evaluation.extractors import classifier_store, dinov2, inception
+from ncsn.evaluation.extractors import classifier, dinov2, inception
 from ncsn.evaluation.extractors.base import Extracted, Extractor, Images, joined
 from ncsn.evaluation.extractors.classifier import ClassifierRecipe
 from ncsn.evaluation.extractors.clusters import num_clusters
@@ -75,16 +75,13 @@ class SplitSet:
     drawn: bool = False
 
     def starts(self, batch_size: int) -> list[int]:
-        """See `SampleSet`."""
         return list(range(0, self.count, batch_size))
 
     def read(self, first: int, last: int) -> Images:
-        """See `SampleSet`."""
         images = open_cache(self.dataset, self.split).images
         return np.asarray(images[self._rows(len(images))[first:last] if self.drawn else slice(first, last)])
 
     def labels(self) -> NDArray[np.int64]:
-        """See `SampleSet`."""
         labels = open_cache(self.dataset, self.split).labels
         return np.asarray(labels[self._rows(len(labels)) if self.drawn else slice(None)][: self.count])
 
@@ -137,8 +134,8 @@ def _extractor(config_json: str, dataset: str) -> Extractor:
         kinds: dict[str, Any] = {"inception": inception.InceptionExtractor, "dinov2": dinov2.Dinov2Extractor}
         extractor: Extractor = kinds[settings.pretrained](settings.weights, device=device_of(config))
         return extractor
-    uri = classifier_store.classifier_uri(dataset, recipe_of(config, load_manifest(dataset)))
-    return classifier_store.load_classifier(uri, device=device_of(config))
+    uri = classifier.classifier_uri(dataset, recipe_of(config, load_manifest(dataset)))
+    return classifier.load_classifier(uri, device=device_of(config))
 
 
 def device_of(config: Config) -> str:

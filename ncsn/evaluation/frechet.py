@@ -30,8 +30,6 @@ class FrechetStatistics:
     def of(cls, features: npt.ArrayLike) -> FrechetStatistics:
         """Statistics of finite features [N, D] with N >= 1."""
         values = np.asarray(features, dtype=np.float64)
-        if values.ndim != 2 or len(values) == 0:
-            raise ValueError(f"features must be [images, dimensions] with at least one image, got {list(values.shape)}")
         bad = int((~np.isfinite(values)).any(axis=1).sum())
         if bad:
             raise InvalidValue(
@@ -43,7 +41,6 @@ class FrechetStatistics:
 
     def merge(self, other: FrechetStatistics) -> FrechetStatistics:
         """Statistics of the union of two disjoint sets (the pairwise update of Chan et al. 1979)."""
-        _require_same_dimension(self, other)
         count = self.count + other.count
         shift = other.mean - self.mean
         return FrechetStatistics(
@@ -54,7 +51,6 @@ class FrechetStatistics:
 
     def without(self, part: FrechetStatistics) -> FrechetStatistics:
         """Statistics of the set less a subset of it: the inverse of `merge`."""
-        _require_same_dimension(self, part)
         count = self.count - part.count
         mean = (self.count * self.mean - part.count * part.mean) / count
         shift = part.mean - mean
@@ -79,7 +75,8 @@ def frechet_distance(a: FrechetStatistics, b: FrechetStatistics) -> float:
 
     Biased upwards by about 1/N for N images, so compare only distances of equal counts.
     """
-    _require_same_dimension(a, b)
+    if a.mean.shape != b.mean.shape:
+        raise InvalidValue(f"features of {a.mean.shape[0]} and {b.mean.shape[0]} dimensions cannot be compared")
     return frechet_distance_of_gaussians(a.mean, a.covariance, b.mean, b.covariance)
 
 
@@ -128,14 +125,6 @@ def factor(matrix: Array) -> Array:
 def _trace_of_root(matrix: Array) -> float:
     """Tr M^(1/2) of a symmetric positive semi-definite matrix."""
     return float(np.sqrt(np.clip(np.linalg.eigvalsh(matrix), 0.0, None)).sum())
-
-
-def _require_same_dimension(a: FrechetStatistics, b: FrechetStatistics) -> None:
-    if a.mean.shape != b.mean.shape:
-        raise InvalidValue(
-            f"features of {a.mean.shape[0]} and {b.mean.shape[0]} dimensions cannot be compared; "
-            "use one extractor for both"
-        )
 
 
 @dataclass(frozen=True)

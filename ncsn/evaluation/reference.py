@@ -20,7 +20,7 @@ from ncsn.config import Config
 from ncsn.data.format import Manifest, load_manifest
 from ncsn.data.training_images import open_cache
 from ncsn.evaluation.choice import named_in_metrics, pretrained_identity, require_test_images
-from ncsn.evaluation.extractors import classifier_store
+from ncsn.evaluation.extractors import classifier
 from ncsn.evaluation.extractors.base import Extracted, Identity, batches, fingerprint_of
 from ncsn.evaluation.features import Runner, SplitSet, device_of, extract_set, here, recipe_of
 from ncsn.evaluation.frechet import FrechetStatistics, frechet_distance, merged
@@ -160,7 +160,7 @@ def _identify(config: Config, dataset: str, manifest: Manifest) -> tuple[Identit
     known = pretrained_identity(config.evaluation)
     if known is not None:
         return known, {}
-    stored = classifier_store.describe_classifier(classifier_store.classifier_uri(dataset, recipe_of(config, manifest)))
+    stored = classifier.describe_classifier(classifier.classifier_uri(dataset, recipe_of(config, manifest)))
     if stored is None:
         return None
     accuracy = stored.test_accuracy
@@ -170,7 +170,7 @@ def _identify(config: Config, dataset: str, manifest: Manifest) -> tuple[Identit
 def _train_classifier(work: tuple[Config, str, Progress]) -> None:
     config, dataset, progress = work
     keep_freed_memory()
-    classifier_store.ensure_classifier(
+    classifier.ensure_classifier(
         dataset,
         recipe_of(config, load_manifest(dataset)),
         train=open_cache(dataset, "train"),

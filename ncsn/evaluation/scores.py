@@ -43,8 +43,6 @@ def nearest_neighbors(queries: Vectors, reference: Vectors, *, k: int = 2, block
         reference: [N, ...] with N >= k; a memory map is read one block at a time.
         block_size: Reference vectors in memory at a time; None = about 64 MB of them.
     """
-    if queries.shape[1:] != reference.shape[1:]:
-        raise ValueError(f"queries of shape {list(queries.shape[1:])} have no distance to {list(reference.shape[1:])}")
     if not 2 <= k <= len(reference):
         raise InvalidValue(f"k = {k} neighbors among {len(reference)}; use 2 to {len(reference)}")
     flat = _rows(queries)
@@ -109,8 +107,14 @@ def inception_score(log_probabilities: npt.ArrayLike, *, num_splits: int = 10) -
         num_splits: contiguous splits of the N rows, equal to within one row; order matters.
     """
     log_p = np.asarray(log_probabilities, dtype=np.float64)
-    _check(log_p, num_splits)
     count = len(log_p)
+    if count < num_splits:
+        raise UserError(
+            "sampling.num_images",
+            f"does not fill {num_splits} splits",
+            hint=f"generate at least {num_splits} images or lower evaluation.num_splits",
+            value=count,
+        )
     # Split by split, so that of a memory map no more than a split is in memory.
     splits = [log_p[split * count // num_splits : (split + 1) * count // num_splits] for split in range(num_splits)]
     if missing := sum(int(np.isnan(rows).any(axis=1).sum()) for rows in splits):
@@ -131,20 +135,6 @@ def _score_of_split(log_p: npt.NDArray[np.float64]) -> float:
     return float(np.clip(np.exp(entropy - conditional), 1.0, log_p.shape[1]))
 
 
-def _check(log_p: npt.NDArray[np.float64], num_splits: int) -> None:
-    if log_p.ndim != 2 or log_p.shape[1] < 1:
-        raise ValueError(f"log probabilities must be [images, classes], got shape {list(log_p.shape)}")
-    if num_splits < 1:
-        raise InvalidValue(f"num_splits = {num_splits}; use 1 or more")
-    if len(log_p) < num_splits:
-        raise UserError(
-            "sampling.num_images",
-            f"does not fill {num_splits} splits",
-            hint=f"generate at least {num_splits} images or lower evaluation.num_splits",
-            value=len(log_p),
-        )
-
-
 def kernel_distance(
     a: Features, b: Features, *, num_subsets: int = 100, subset_size: int = 1000, seed: int = 0
 ) -> Estimate:
@@ -158,8 +148,6 @@ def kernel_distance(
         num_subsets: Pairs of subsets, each drawn without replacement.
         subset_size: Feature vectors per subset; fewer if N or M is smaller.
     """
-    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
-        raise ValueError(f"features must be [N, D] and [M, D], got {list(a.shape)} and {list(b.shape)}")
     size = min(subset_size, len(a), len(b))
     if size < 2 or num_subsets < 1:
         raise InvalidValue(
@@ -221,15 +209,8 @@ def precision_recall(
     [M, D]. `neighborhood` is the k of precision and recall, `density_neighborhood` that of density and coverage.
     """
     largest = max(neighborhood, density_neighborhood)
-    if generated.ndim != 2 or real.ndim != 2 or generated.shape[1] != real.shape[1]:
-        raise ValueError(f"features must be [N, D] and [M, D], got {list(generated.shape)} and {list(real.shape)}")
-    if min(len(generated), len(real)) <= largest:
-        raise UserError(
-            "images",
-            f"too few for balls of {largest} neighbors",
-            hint=f"use at least {largest + 1}",
-            value=min(len(generated), len(real)),
-        )
+    if (fewest := min(len(generated), len(real))) <= largest:
+        raise InvalidValue(f"{fewest} images are too few for balls of {largest} neighbors")
     real_radii = nearest_distances(real, k=largest, block_size=block_size)
     generated_radii = nearest_distances(generated, k=neighborhood, block_size=block_size)[:, neighborhood - 1]
     small, large = real_radii[:, neighborhood - 1], real_radii[:, density_neighborhood - 1]

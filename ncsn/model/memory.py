@@ -23,6 +23,7 @@ _SAMPLING_SHARE = 1 / 6  # of training's feature maps, alive at once while sampl
 _FLOAT, _DOUBLE = 4, 8
 # Extractor -> bytes to load its weights (measured: 1.86 GB), bytes of an image in it.
 _PRETRAINED = {"inception": (0.0, 20e6), "dinov2": (1.9e9, 20e6)}
+_CLASSES = 1008  # of Inception; DINOv2 has none
 _GROUPS = 20 + 10  # [D, D] matrices of the Fréchet distance's jackknife
 
 
@@ -72,12 +73,13 @@ def _network(config: Config, step: str) -> float:
 
 
 def _evaluation(config: Config, reference_images: int) -> float:
-    # The extractor on a batch, or afterwards the metrics; the samples' features are on disk.
+    # The extractor on a batch, or afterwards the metrics.
     kind = config.evaluation.pretrained
     if kind is None:
         return 1e9
     features, (weights, image) = config.evaluation.num_features, _PRETRAINED[kind]
     extracting = weights + (0.0 if config.compute.use_gpu else image * config.evaluation.batch_size)
-    metrics = 2 * _FLOAT * features * reference_images + _DOUBLE * features**2 * _GROUPS
+    samples = (_FLOAT * features + _DOUBLE * _CLASSES) * config.sampling.num_images
+    metrics = 2 * _FLOAT * features * reference_images + samples + _DOUBLE * features**2 * _GROUPS
     balls = 2 * _DOUBLE * 10_000 * (features + 2 * 1024)
     return max(extracting, metrics + balls)

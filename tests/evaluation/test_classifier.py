@@ -11,19 +11,17 @@ from refused import refused
 from ncsn.data.format import Rows
 from ncsn.errors import NotFound
 from ncsn.evaluation.extractors.classifier import (
+    DESCRIPTION,
+    WEIGHTS,
     ClassifierExtractor,
     ClassifierNetwork,
     ClassifierRecipe,
     accuracy,
-    identity,
-    train_classifier,
-)
-from ncsn.evaluation.extractors.classifier_store import (
-    DESCRIPTION,
-    WEIGHTS,
     describe_classifier,
     ensure_classifier,
+    identity,
     load_classifier,
+    train_classifier,
 )
 from ncsn.evaluation.extractors.clusters import cluster_labels, num_clusters
 from ncsn.progress import Progress

@@ -148,18 +148,15 @@ def test_finite_sample_bias_falls_as_one_over_n() -> None:
         assert distance == pytest.approx(expected, rel=0.1)
 
 
-@pytest.mark.parametrize("features", [np.array([[0.0, np.nan], [1.0, 2.0]]), np.zeros(4), np.zeros((0, 4))])
-def test_bad_features_are_refused(features: np.ndarray) -> None:
-    with pytest.raises(ValueError, match="feature"):
-        FrechetStatistics.of(features)
+def test_features_that_are_not_finite_are_refused() -> None:
+    with pytest.raises(ValueError, match="1 of 2"):
+        FrechetStatistics.of(np.array([[0.0, np.nan], [1.0, 2.0]]))
 
 
 def test_what_cannot_be_compared_is_refused() -> None:
     one, two = FrechetStatistics.of(np.zeros((3, 4))), FrechetStatistics.of(np.zeros((3, 5)))
     with pytest.raises(ValueError, match="4 and 5"):
         frechet_distance(one, two)
-    with pytest.raises(ValueError, match="4 and 5"):
-        one.merge(two)
     with refused("images"):
         frechet_distance(FrechetStatistics.of(np.zeros((1, 4))), one)
 

@@ -4,7 +4,6 @@ import math
 
 import numpy as np
 import pytest
-from refused import refused
 
 from ncsn.data.format import Rows
 from ncsn.evaluation.scores import (
@@ -74,10 +73,8 @@ def test_every_row_counts_when_splits_do_not_divide() -> None:
         (np.full((9, 10), -math.log(10)), 10),
         (np.full((20, 10), np.nan), 10),
         (np.zeros((20, 10)), 10),
-        (np.zeros(20), 10),
-        (np.full((20, 10), -math.log(10)), 0),
     ],
-    ids=["fewer than splits", "NaN", "no distribution", "no classes", "no splits"],
+    ids=["fewer than splits", "NaN", "no distribution"],
 )
 def test_bad_probabilities_are_refused(rows: np.ndarray, splits: int) -> None:
     with pytest.raises(ValueError, match=r"probabilities|splits"):
@@ -200,15 +197,11 @@ def test_blocks_do_not_matter() -> None:
 
 def test_bad_features_are_refused() -> None:
     zeros = np.zeros((5, 4))
-    for scores in (kernel_distance, precision_recall, nearest_neighbors):
-        with pytest.raises(ValueError, match=r"features|shape"):
-            scores(zeros, np.zeros((5, 3)))
     with pytest.raises(ValueError, match="subset"):
         kernel_distance(zeros, zeros[:1])
     with pytest.raises(ValueError, match="NaN"):
         kernel_distance(zeros, np.full((5, 4), np.nan))
     with pytest.raises(ValueError, match="k = 6"):
         nearest_neighbors(zeros, zeros, k=6)
-    with refused("images") as caught:
+    with pytest.raises(ValueError, match="5 images"):
         precision_recall(zeros, np.zeros((9, 4)))
-    assert caught.value.problems[0].value == 5

@@ -2,21 +2,30 @@
 
 Its softmax gives the classifier score and its last hidden layer the features of the classifier's Fréchet distance.
 Neither compares with values from the 2015 Inception graph. Images without labels take clusters for classes: then only
-the features count.
+the features count. Trained classifiers are in the store, next to their dataset.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load as load_tensors, save as save_tensors
 from torch import Tensor, nn
 
+from ncsn import storage
+from ncsn.data.format import Rows
+from ncsn.data.training_images import CachedSplit
 from ncsn.errors import InvalidValue, UserError
 from ncsn.evaluation.extractors.base import (
     Extracted,
@@ -27,9 +36,14 @@ from ncsn.evaluation.extractors.base import (
     full_float32,
     require_images,
 )
+from ncsn.evaluation.extractors.clusters import cluster_labels
 from ncsn.progress import Progress
 
 Labels = npt.NDArray[np.int64]
+LabeledImages = CachedSplit | Rows
+
+WEIGHTS = "weights.safetensors"
+DESCRIPTION = "classifier.json"
 
 RECIPE_VERSION = 1
 NUM_FEATURES = 128
@@ -201,19 +215,12 @@ def accuracy(network: ClassifierNetwork, *, images: Images, labels: Labels, batc
 def _labeled(labels: Labels, *, num_classes: int) -> Labels:
     """Indices of the images that have a label."""
     indices = np.flatnonzero(np.asarray(labels) >= 0)
-    if len(indices) == 0:
-        raise UserError(
-            "data.source",
-            "the dataset has no labels (all are -1), so no classifier can be trained on it",
-            hint="use a source with classes, such as one subfolder per class",
-        )
-    if num_classes < 2:
-        raise UserError(
-            "data.source", f"a classifier needs images of at least 2 classes, but the dataset has {num_classes}"
-        )
-    largest = int(labels[indices].max())
-    if largest >= num_classes:
-        raise InvalidValue(f"label {largest} is out of range for {num_classes} classes (0 to {num_classes - 1})")
+    found = num_classes if len(indices) else 0
+    if found < 2:
+        reason = f"a classifier needs labeled images of at least 2 classes, but the dataset has {found}"
+        raise UserError("data.source", reason, hint="use a source with classes, such as one subfolder per class")
+    if (largest := int(labels[indices].max())) >= num_classes:
+        raise InvalidValue(f"label {largest} is out of range for {num_classes} classes")
     return indices
 
 
@@ -247,3 +254,78 @@ def _threads(*, small: bool) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@dataclass(frozen=True)
+class StoredClassifier:
+    """A classifier in the store, without its weights."""
+
+    identity: Identity
+    test_accuracy: float | None  # share of the labeled test images, in [0, 1]; None if there is none, or for clusters
+
+
+def classifier_uri(dataset_uri: str, recipe: ClassifierRecipe) -> str:
+    """Folder of the classifier of a recipe for a dataset."""
+    return storage.join(dataset_uri, "classifier", recipe.key)
+
+
+def describe_classifier(uri: str) -> StoredClassifier | None:
+    """The classifier in the folder `uri`; None if there is none."""
+    description = storage.find_json(storage.join(uri, DESCRIPTION))
+    if description is None:
+        return None
+    recipe = ClassifierRecipe(**description["recipe"])
+    return StoredClassifier(
+        identity=identity(recipe, weights_sha256=description["weights_sha256"]),
+        test_accuracy=description["test_accuracy"],
+    )
+
+
+def ensure_classifier(
+    dataset_uri: str,
+    recipe: ClassifierRecipe,
+    *,
+    train: LabeledImages,
+    test: LabeledImages,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> str:
+    """Train and store the classifier of `recipe` for a dataset unless it is stored already; its folder's URI."""
+    uri = classifier_uri(dataset_uri, recipe)
+    if storage.exists(storage.join(uri, DESCRIPTION)):
+        return uri
+    started = time.monotonic()
+    labels = train.labels
+    if recipe.clustered:
+        labels = cluster_labels(train.images, count=recipe.num_classes, seed=recipe.seed)
+    network = train_classifier(recipe, images=train.images, labels=labels, device=device, progress=progress)
+    test_accuracy = math.nan if recipe.clustered else accuracy(network, images=test.images, labels=test.labels)
+    weights = save_tensors({name: tensor.cpu().contiguous() for name, tensor in network.state_dict().items()})
+    description = {
+        "recipe": asdict(recipe),
+        "weights_sha256": hashlib.sha256(weights).hexdigest(),
+        "test_accuracy": None if math.isnan(test_accuracy) else test_accuracy,
+        "training_seconds": round(time.monotonic() - started, 2),
+    }
+    # The first of two writers wins.
+    with storage.staged_folder(uri, marker=DESCRIPTION) as folder:
+        (folder / WEIGHTS).write_bytes(weights)
+        (folder / DESCRIPTION).write_text(json.dumps(description, indent=1))
+    return uri
+
+
+def load_classifier(uri: str, *, device: str = "cpu") -> ClassifierExtractor:
+    """The extractor of a stored classifier."""
+    description: dict[str, Any] = storage.read_json(storage.join(uri, DESCRIPTION))
+    weights = storage.read_bytes(storage.join(uri, WEIGHTS))
+    digest = hashlib.sha256(weights).hexdigest()
+    if digest != description["weights_sha256"]:
+        raise UserError(
+            f"{uri}/{WEIGHTS}",
+            f"is damaged: its SHA-256 is {digest[:12]}, expected {description['weights_sha256'][:12]}",
+            hint="delete the folder to train the classifier again",
+        )
+    recipe = ClassifierRecipe(**description["recipe"])
+    network = ClassifierNetwork(recipe)
+    network.load_state_dict(load_tensors(weights))
+    return ClassifierExtractor(network.to(device))
