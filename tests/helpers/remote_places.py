@@ -31,6 +31,8 @@ try:
         print(json.dumps(backend.stop(run=sys.argv[3], kfp_run=None)))
     else:
         backend.execute(RemoteStep(**step | {"command": tuple(step["command"])}))
+except KeyboardInterrupt:  # as `ncsn` does; of a bare Python that has imported Ray, the exit code is 1
+    sys.exit(130)
 except (RemoteFailure, ValueError) as error:
     sys.exit(f"{type(error).__name__}: {error}")
 """
