@@ -123,14 +123,21 @@ def _check_ray() -> str:
 
 
 def _check_data(config: Config, host: str | None) -> str:
-    from ncsn.data.sources.known import locate_source
+    from ncsn.data.sources.listing import list_files, required_root
     from pipelines.connection import ENDPOINT
 
+    source, root = config.data.source, config.data.root
+    if source.startswith("sklearn_"):
+        return f"{source}: comes with scikit-learn {metadata.version('scikit-learn')}"
     try:
         with limited(CHECK_SECONDS):
-            return locate_source(config.data)
+            files = list_files(storage.absolute(required_root(config.data)))
+        if files:
+            return f"{source}: {root} with {len(files)} file{'s' * (len(files) > 1)}, such as {files[0].path}"
+        raise UserError("data.root", "is empty", value=root)
     except NotFound as missing:
-        root = config.data.root
+        if config.data.download:
+            return f"{source}: not in {root} yet, where ingest downloads it to"
         if root is not None and storage.is_local(root) and (host or os.environ.get(ENDPOINT)):
             raise NotConfigured(f"{missing.problems[0].statement}; on Kubeflow a pod reads it") from None
         raise

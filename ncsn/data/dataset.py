@@ -18,18 +18,19 @@ from PIL import Image
 from ncsn import storage
 from ncsn.config.schema import DataConfig
 from ncsn.data.format import (
+    DIGEST_LENGTH,
+    DIGEST_VERSION,
     MANIFEST,
     Manifest,
     Part,
     Rows,
     SplitDigest,
-    dataset_digest,
     load_manifest,
     part_images,
     schema_words,
 )
 from ncsn.data.noise_levels import ImageSample, sample_size, suggestions
-from ncsn.data.parquet import PartWriter, block_rows, inspect_part, read_part
+from ncsn.data.parquet import block_rows, inspect_part, part_writer, read_part
 from ncsn.data.pixels import PIXELS_VERSION
 from ncsn.data.sources.base import BadImages, Source, Split, image_shape
 from ncsn.errors import UserError
@@ -67,13 +68,12 @@ class PartTask:
         examples = bad.filter(self.images.stream(cores=cores))
         with storage.scratch_folder(self.near) as scratch:
             file = scratch / "part.parquet"
-            with PartWriter(file, shape) as writer:
+            with part_writer(file, shape, bad) as write:
                 while rows := list(itertools.islice(examples, block_rows(shape))):
                     images = np.stack([example.image for example in rows])
                     block = Rows(images, np.array([example.label for example in rows], np.int64))
-                    writer.write(block)
+                    write(block)
                     yield block
-                writer.note(bad)
             storage.publish_file(file, self.uri)
 
 
@@ -167,8 +167,8 @@ def _write(
             )
         counts[split], class_counts[split], content[split] = digest.count, labeled.tolist(), digest.hexdigest()
     progress.advance(total - sum(counts.values()))
-    dataset = dataset_digest(shape=shape, class_names=source.class_names, splits=content)
-    uri = storage.join(folder, dataset)
+    identity = {"version": DIGEST_VERSION, "shape": shape, "class_names": source.class_names, "splits": content}
+    uri = storage.join(folder, dataset := storage.digest(identity, DIGEST_LENGTH))
     if storage.exists(storage.join(uri, MANIFEST)):
         return Dataset(uri, load_manifest(uri), created=False)
     manifest = Manifest(

@@ -135,12 +135,6 @@ class SplitDigest:
         return hashlib.sha256(self._images.digest() + self._labels.digest()).hexdigest()
 
 
-def dataset_digest(*, shape: Sequence[int], class_names: Sequence[str], splits: Mapping[str, str]) -> str:
-    """Digest of a dataset's content, given the `SplitDigest.hexdigest()` of each split."""
-    content = {"version": DIGEST_VERSION, "shape": shape, "class_names": class_names, "splits": splits}
-    return storage.digest(content, DIGEST_LENGTH)
-
-
 @dataclass(frozen=True)
 class Part:
     """One Parquet file, by its path below the dataset's folder."""

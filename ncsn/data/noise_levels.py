@@ -5,9 +5,7 @@ from __future__ import annotations
 import heapq
 import json
 import math
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -96,24 +94,17 @@ def resolve_noise(config: Config, manifest: Manifest) -> Config:
     noise = config.noise
     if not isinstance(noise, AutoNoiseConfig):
         return config
-    distances, dimension = _distances(config, manifest), math.prod(manifest.shape)
-    suggestion = suggest_noise(distances, dimension=dimension, sigma_L=noise.sigma_L)
-    training = noise.training.model_dump(mode="json")
-    tree = config.model_dump(mode="json") | {"noise": {**noise_section(suggestion), "training": training}}
-    return from_yaml(json.dumps(tree), origin="the config with the levels of noise: auto")
-
-
-def noise_section(suggestion: NoiseSuggestion) -> Mapping[str, Any]:
-    return {"sigma_1": suggestion.sigma_1, "sigma_L": suggestion.sigma_L, "num_levels": suggestion.num_levels}
-
-
-def _distances(config: Config, manifest: Manifest) -> PairDistances:
-    found = manifest.suggested_noise
-    if not found:
+    if not manifest.suggested_noise:
         raise UserError(
             "noise",
             f"finds no levels: the images of {manifest.name}/{manifest.digest} are all alike",
             hint="give noise.sigma_1, noise.sigma_L and noise.num_levels",
             value="auto",
         )
-    return PairDistances(**found["mirrored" if config.data.horizontal_flip else "plain"]["distances"])
+    suggested = manifest.suggested_noise["mirrored" if config.data.horizontal_flip else "plain"]
+    distances, dimension = PairDistances(**suggested["distances"]), math.prod(manifest.shape)
+    chosen = suggest_noise(distances, dimension=dimension, sigma_L=noise.sigma_L)
+    levels = {name: getattr(chosen, name) for name in ("sigma_1", "sigma_L", "num_levels")}
+    section = {**levels, "training": noise.training.model_dump(mode="json")}
+    tree = config.model_dump(mode="json") | {"noise": section}
+    return from_yaml(json.dumps(tree), origin="the config with the levels of noise: auto")

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -38,41 +37,41 @@ _SKIPPED = b"ncsn.skipped"
 _CONVERSIONS = b"ncsn.conversions"
 
 
-class PartWriter:
-    """Writes blocks of rows to a local Parquet file, each while the caller makes the next. A context manager."""
+@contextmanager
+def part_writer(path: Path, shape: tuple[int, int, int], bad: BadImages) -> Iterator[Callable[[Rows], None]]:
+    """Gives what writes a block of rows to a local file, which records in the end what of its range is `bad`."""
+    with pq.ParquetWriter(path, schema(*shape), **PARQUET_OPTIONS) as writer:
+        yield lambda rows: writer.write_table(to_table(rows), row_group_size=len(rows))
+        skipped = json.dumps([asdict(image) for image in bad.skipped])
+        writer.add_key_value_metadata({_SKIPPED: skipped, _CONVERSIONS: json.dumps(bad.conversions)})
 
-    def __init__(self, path: Path, shape: tuple[int, int, int]) -> None:
-        self.rows = 0
-        self._writer = pq.ParquetWriter(path, schema(*shape), **PARQUET_OPTIONS)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="parquet")
-        self._pending: Future[None] | None = None
 
-    def __enter__(self) -> PartWriter:
-        return self
+def inspect_part(part_uri: str) -> tuple[int, BadImages]:
+    """Rows of a part, and the images that were left out of it or converted."""
+    with _open(part_uri) as file:
+        rows, notes = file.metadata.num_rows, file.metadata.metadata
+    skipped = [SkippedImage(**image) for image in json.loads(notes[_SKIPPED])]
+    return rows, BadImages(skip=True, skipped=skipped, conversions=Counter(json.loads(notes[_CONVERSIONS])))
 
-    def __exit__(self, *_: object) -> None:
-        try:
-            self._settle()
-        finally:
-            self._thread.shutdown()
-            self._writer.close()
 
-    def write(self, rows: Rows) -> None:
-        self._settle()
-        self._pending = self._thread.submit(self._writer.write_table, to_table(rows), row_group_size=len(rows))
-        self.rows += len(rows)
+def _open(part_uri: str) -> pq.ParquetFile:
+    filesystem, path = storage.filesystem(part_uri)
+    return pq.ParquetFile(path, filesystem=filesystem, pre_buffer=True)
 
-    def note(self, bad: BadImages) -> None:
-        """Record in the file which images of its range of the source it does not hold, and which it converted."""
-        notes = {_SKIPPED: [asdict(image) for image in bad.skipped], _CONVERSIONS: bad.conversions}
-        if kept := {key: json.dumps(value) for key, value in notes.items() if value}:
-            self._settle()
-            self._writer.add_key_value_metadata(kept)
 
-    def _settle(self) -> None:
-        if self._pending is not None:
-            pending, self._pending = self._pending, None
-            pending.result()
+@contextmanager
+def _open_part(uri: str, part: Part, *, shape: tuple[int, int, int]) -> Iterator[pq.ParquetFile]:
+    part_uri, again = storage.join(uri, part.path), f"delete {uri} and ingest again"
+    try:
+        with _open(part_uri) as file:
+            found = file.metadata.num_rows, image_shape_of(file.schema_arrow)
+            if found != (part.rows, shape):
+                raise InvalidValue(f"it holds {found[0]} images of {found[1]}, not {part.rows} of {shape}")
+            yield file
+    except FileNotFoundError:
+        raise NotFound(part_uri, "no file here", hint=again) from None
+    except (pa.ArrowInvalid, InvalidValue) as error:
+        raise UserError(part_uri, f"is not the Parquet file that was ingested: {error}", hint=again) from error
 
 
 def block_rows(shape: Sequence[int]) -> int:
@@ -85,44 +84,6 @@ def read_part(uri: str, part: Part, *, shape: tuple[int, int, int]) -> Iterator[
     with _open_part(uri, part, shape=shape) as file:
         for group in range(file.num_row_groups):
             yield from_table(file.read_row_group(group))
-
-
-@contextmanager
-def _open_part(uri: str, part: Part, *, shape: tuple[int, int, int]) -> Iterator[pq.ParquetFile]:
-    part_uri, again = storage.join(uri, part.path), f"delete {uri} and ingest again"
-    try:
-        with _open(part_uri) as file:
-            try:
-                found = image_shape_of(file.schema_arrow)
-            except InvalidValue as error:
-                raise UserError(part_uri, str(error), hint=again) from error
-            if (file.metadata.num_rows, found) != (part.rows, shape):
-                raise UserError(
-                    part_uri,
-                    f"holds {file.metadata.num_rows} images of {found}, but the manifest says {part.rows} of {shape}",
-                    hint=again,
-                )
-            yield file
-    except FileNotFoundError:
-        raise NotFound(part_uri, "no file here", hint=again) from None
-    except pa.ArrowInvalid as error:
-        raise UserError(part_uri, f"is not a whole Parquet file: {str(error)[:200]}", hint=again) from error
-
-
-def inspect_part(part_uri: str) -> tuple[int, BadImages]:
-    """Rows of a part, and the images that were left out of it or converted."""
-    with _open(part_uri) as file:
-        notes = file.metadata.metadata or {}
-        return file.metadata.num_rows, BadImages(
-            skip=True,
-            skipped=[SkippedImage(**image) for image in json.loads(notes.get(_SKIPPED, b"[]"))],
-            conversions=Counter(json.loads(notes.get(_CONVERSIONS, b"{}"))),
-        )
-
-
-def _open(part_uri: str) -> pq.ParquetFile:
-    filesystem, path = storage.filesystem(part_uri)
-    return pq.ParquetFile(path, filesystem=filesystem, pre_buffer=True)
 
 
 def read_blocks(uri: str, split: str) -> Iterator[Rows]:

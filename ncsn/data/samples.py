@@ -48,8 +48,8 @@ def missing_ranges(names: Sequence[str], *, num_images: int) -> list[tuple[int, 
 
 def samples_shape(uri: str, *, num_images: int) -> tuple[int, ...]:
     """(H, W, C) of the images in the folder `uri`, which must hold images `0 .. num_images`."""
-    _, _, name = _shards(uri, num_images=num_images)[0]
-    with _open_shard(storage.join(uri, name)) as shard:
+    first, last, name = _shards(uri, num_images=num_images)[0]
+    with _open_shard(storage.join(uri, name), count=last - first) as shard:
         return image_shape_of(shard.schema_arrow)
 
 
@@ -58,26 +58,25 @@ def read_samples(uri: str, *, num_images: int, batch_size: int, start: int = 0) 
 
     Shards may overlap. No batch holds images of two shards.
     """
-    position = start
-    for first, last, name in _shards(uri, num_images=num_images, start=start):
-        with _open_shard(storage.join(uri, name), count=last - first) as shard:
-            images = from_table(shard.read([IMAGE, LABEL])).images
-        wanted = images[position - first : num_images - first]
-        for offset in range(0, len(wanted), batch_size):
-            yield wanted[offset : offset + batch_size]
-        position += len(wanted)
+    for table in _tables(uri, [IMAGE, LABEL], num_images=num_images, start=start):
+        images = from_table(table).images
+        for offset in range(0, len(images), batch_size):
+            yield images[offset : offset + batch_size]
 
 
 def read_labels(uri: str, *, num_images: int) -> NDArray[np.int64]:
     """Class of each of images `0 .. num_images` of the folder `uri`, int64 [num_images], -1 for none."""
-    labels, position = np.empty(num_images, np.int64), 0
-    for first, last, name in _shards(uri, num_images=num_images):
+    return np.concatenate([table.column(LABEL).to_numpy() for table in _tables(uri, [LABEL], num_images=num_images)])
+
+
+def _tables(uri: str, columns: list[str], *, num_images: int, start: int = 0) -> Iterator[pa.Table]:
+    """Rows `start .. num_images`, shard by shard."""
+    position = start
+    for first, last, name in _shards(uri, num_images=num_images, start=start):
         with _open_shard(storage.join(uri, name), count=last - first) as shard:
-            column = shard.read([LABEL]).column(LABEL).to_numpy()
-        held = column[position - first : num_images - first]
-        labels[position : position + len(held)] = held
-        position += len(held)
-    return labels
+            table = shard.read(columns)
+        yield table.slice(position - first, min(num_images, last) - position)
+        position = last
 
 
 def batch_starts(uri: str, *, num_images: int, batch_size: int) -> list[int]:
@@ -113,17 +112,13 @@ def _shards(uri: str, *, num_images: int, start: int = 0) -> list[tuple[int, int
 
 
 @contextmanager
-def _open_shard(uri: str, *, count: int | None = None) -> Iterator[pq.ParquetFile]:
+def _open_shard(uri: str, *, count: int) -> Iterator[pq.ParquetFile]:
     filesystem, path = storage.filesystem(uri)
     try:
         with pq.ParquetFile(path, filesystem=filesystem, pre_buffer=True) as shard:
-            found = shard.metadata.num_rows
-            if count not in (None, found):
-                raise UserError(uri, f"holds {found} images, its name says {count}", hint="delete it and sample again")
+            image_shape_of(shard.schema_arrow)
+            if shard.metadata.num_rows != count:
+                raise InvalidValue(f"it holds {shard.metadata.num_rows} images, and its name says {count}")
             yield shard
-    except UserError:
-        raise
-    except (KeyError, pa.ArrowInvalid, InvalidValue) as error:
-        raise UserError(
-            uri, f"is not a readable shard of samples: {error}", hint="delete it and sample again"
-        ) from None
+    except (pa.ArrowInvalid, InvalidValue) as error:
+        raise UserError(uri, f"is not a whole shard of samples: {error}", hint="delete it and sample again") from None

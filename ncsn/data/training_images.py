@@ -257,14 +257,12 @@ class StreamedSplit:
     def _open(self, chunk: int) -> np.ndarray:
         while True:
             try:
-                array = mapped(self._file(chunk))
+                return mapped(self._file(chunk))
             except FileNotFoundError:
                 self._make(chunk, timeout=-1)
             except ValueError:
                 hint = "delete that file"
                 raise UserError(str(self._file(chunk)), "this local copy of images is damaged", hint=hint) from None
-            else:
-                return array
 
     def _file(self, chunk: int) -> Path:
         return self._folder / f"{chunk:07d}.npy"

@@ -16,7 +16,6 @@ from ncsn.storage.files import (
     list_names as list_names,
     local_copy as local_copy,
     local_file as local_file,
-    new_scratch as new_scratch,
     publish_file as publish_file,
     publish_folder as publish_folder,
     publish_once as publish_once,

@@ -209,20 +209,15 @@ def staged_folder(uri: str, *, marker: str) -> Iterator[Path]:
 @contextmanager
 def scratch_folder(near: str) -> Iterator[Path]:
     """A temporary local folder, removed when the block ends; on the same disk as `near` if that is local."""
-    scratch = new_scratch(near)
+    if is_local(near):
+        scratch = Path(near) / f"{_SCRATCH}{uuid.uuid4().hex[:8]}"
+        scratch.mkdir(parents=True)
+    else:
+        scratch = Path(tempfile.mkdtemp(prefix="ncsn-"))
     try:
         yield scratch
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-def new_scratch(near: str) -> Path:
-    """A temporary local folder that the caller removes; on the same disk as `near` if that is local."""
-    if not is_local(near):
-        return Path(tempfile.mkdtemp(prefix="ncsn-"))
-    scratch = Path(near) / f"{_SCRATCH}{uuid.uuid4().hex[:8]}"
-    scratch.mkdir(parents=True)
-    return scratch
 
 
 def remove_scratch(near: str) -> None:
@@ -246,19 +241,16 @@ def publish_folder(folder: Path | str, uri: str, *, marker: str, replace: bool =
                 os.rename(uri, old / "old")
         else:
             delete_file(join(uri, marker))
-    if not is_local(str(folder)):
-        (remote, source), (_, target) = filesystem(str(folder)), filesystem(uri)
-        for info in remote.get_file_info(fs.FileSelector(source, recursive=True)):
-            if info.type == fs.FileType.File and info.path != join(source, marker):
-                remote.copy_file(info.path, join(target, info.path.removeprefix(source)))
-        return publish_once(join(uri, marker), read_bytes(join(str(folder), marker)))
-    folder = Path(folder)
     if not is_local(uri):
-        for file in sorted(folder.rglob("*")):
-            if file.is_file() and file != folder / marker:
-                s3.put_file(join(uri, file.relative_to(folder).as_posix()), file)
-        return publish_once(join(uri, marker), (folder / marker).read_bytes())
-    for file in folder.rglob("*"):
+        (there, source), (_, target) = filesystem(str(folder)), filesystem(uri)
+        for info in there.get_file_info(fs.FileSelector(source, recursive=True)):
+            name = info.path.removeprefix(f"{source}/")
+            if info.type == fs.FileType.File and name != marker and is_local(str(folder)):
+                s3.put_file(join(uri, name), Path(info.path))
+            elif info.type == fs.FileType.File and name != marker:
+                there.copy_file(info.path, join(target, name))
+        return publish_once(join(uri, marker), read_bytes(join(str(folder), marker)))
+    for file in Path(folder).rglob("*"):
         if file.is_file():
             _flush_to_disk(file)
     try:
@@ -273,17 +265,15 @@ def publish_folder(folder: Path | str, uri: str, *, marker: str, replace: bool =
 @contextmanager
 def local_copy(uri: str) -> Iterator[Path]:
     """The folder `uri` as a local folder: itself if it is local, else a temporary download."""
+    if not (Path(uri).is_dir() if is_local(uri) else list_names(uri)):
+        raise NotFound(uri, "no such folder")
     if is_local(uri):
-        if not Path(uri).is_dir():
-            raise NotFound(uri, "no such folder")
         yield Path(uri)
         return
-    if not list_names(uri):
-        raise NotFound(uri, "no such folder")
-    with tempfile.TemporaryDirectory(prefix="ncsn-") as name:
+    with scratch_folder(uri) as folder:
         filesystem_, path = filesystem(uri)
-        fs.copy_files(path, name, source_filesystem=filesystem_, destination_filesystem=fs.LocalFileSystem())
-        yield Path(name)
+        fs.copy_files(path, str(folder), source_filesystem=filesystem_, destination_filesystem=fs.LocalFileSystem())
+        yield folder
 
 
 def _flush_to_disk(file: Path) -> None:

@@ -12,7 +12,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import IO, Any, TypeVar
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import urlsplit
 
 import pyarrow as pa
 from pyarrow import fs
@@ -30,15 +30,13 @@ T = TypeVar("T")
 
 
 def s3_filesystem(bucket: str) -> fs.FileSystem:
-    # from_uri honors AWS_ENDPOINT_URL and finds a bucket's region; only the constructor can turn off writes in the
-    # background, for which Arrow takes the same few threads that wait for them when several files are copied.
-    endpoint = _endpoint()
+    # from_uri honors AWS_ENDPOINT_URL and finds a bucket's region.
+    _require_address()
     try:
         found = call_store(partial(fs.FileSystem.from_uri, f"{SCHEME}{bucket}"))[0]
     except pa.ArrowInvalid as error:
         raise UserError(f"{SCHEME}{bucket}", f"names no bucket: {error}", hint="use s3://bucket/prefix") from None
-    where = {"endpoint_override": endpoint.netloc, "scheme": endpoint.scheme} if endpoint else {}
-    return fs.PyFileSystem(_Retrying(fs.S3FileSystem(region=found.region, background_writes=False, **where)))
+    return fs.PyFileSystem(_Retrying(found))
 
 
 # Arrow's own retries know no limit in seconds, and warn of nothing.
@@ -61,23 +59,11 @@ class _Retrying(fs.FileSystemHandler):  # type: ignore[misc]
     def get_file_info_selector(self, selector: fs.FileSelector) -> list[fs.FileInfo]:
         return call_store(partial(self._fs.get_file_info, selector))
 
-    def create_dir(self, path: str, recursive: bool) -> None:  # noqa: FBT001 - Arrow's order
-        call_store(partial(self._fs.create_dir, path, recursive=recursive))
-
     def delete_dir(self, path: str) -> None:
         call_store(partial(self._fs.delete_dir, path))
 
-    def delete_dir_contents(self, path: str, missing_dir_ok: bool = False) -> None:  # noqa: FBT001, FBT002
-        call_store(partial(self._fs.delete_dir_contents, path, missing_dir_ok=missing_dir_ok))
-
-    def delete_root_dir_contents(self) -> None:
-        raise NotImplementedError("a whole store is never emptied")
-
     def delete_file(self, path: str) -> None:
         call_store(partial(self._fs.delete_file, path))
-
-    def move(self, src: str, dest: str) -> None:
-        call_store(partial(self._fs.move, src, dest))
 
     def copy_file(self, src: str, dest: str) -> None:
         call_store(partial(self._fs.copy_file, src, dest))
@@ -91,8 +77,10 @@ class _Retrying(fs.FileSystemHandler):  # type: ignore[misc]
     def open_output_stream(self, path: str, metadata: dict[str, str]) -> pa.NativeFile:  # noqa: ARG002 - Arrow's
         return pa.PythonFile(_Writer(f"{SCHEME}{path}"), mode="w")
 
-    def open_append_stream(self, path: str, metadata: dict[str, str]) -> pa.NativeFile:
-        raise NotImplementedError("S3 cannot append")
+    def _unused(self, *_: object, **__: object) -> Any:
+        raise NotImplementedError("nothing in this project asks for it")
+
+    create_dir = delete_dir_contents = delete_root_dir_contents = move = open_append_stream = _unused
 
 
 # After an error the file is opened again at the same place.
@@ -223,7 +211,7 @@ def client() -> Any:
         read_timeout=_ANSWER_SECONDS,
         request_checksum_calculation="when_required",  # some servers refuse parts with one that the upload did not name
     )
-    _endpoint()  # so that both clients refuse the same addresses
+    _require_address()  # so that both clients refuse the same ones
     region = os.environ.get("AWS_REGION")
     try:
         # boto3's shared session must not make clients in two threads at once, so this is new.
@@ -234,20 +222,17 @@ def client() -> Any:
         raise UserError("AWS_ENDPOINT_URL", f"cannot be used: {error}", hint=_AN_ADDRESS) from None
 
 
-def _endpoint() -> SplitResult | None:
-    """The address of the server in the environment; None for Amazon's."""
+def _require_address() -> None:
+    """Refuse an address of a server in the environment that is none."""
     variable = "AWS_ENDPOINT_URL_S3" if os.environ.get("AWS_ENDPOINT_URL_S3") else "AWS_ENDPOINT_URL"
     given = os.environ.get(variable)
-    if not given:
-        return None
     try:
-        parts = urlsplit(given)
+        parts = urlsplit(given or "http://amazon")
         known = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:
         known = False
     if not known:
         raise UserError(variable, "not an address", hint=_AN_ADDRESS, value=given)
-    return parts
 
 
 def _place(uri: str) -> tuple[str, str]:

@@ -132,14 +132,6 @@ def test_images_without_a_label_beside_others_are_kept_and_counted(tmp_path, ima
     assert write_dataset(source, str(tmp_path / "store"), name="x", data=data).manifest.unlabeled == 4
 
 
-def test_images_of_which_none_has_a_label_stay(tmp_path, data_config, formats):
-    files = {f"{n}.png": formats.image(np.full((8, 8), n, np.uint8)) for n in range(COUNT)}
-    data = data_config("image_folder", put(tmp_path / "images", files))
-    source = open_source(data)
-    assert sorted_rows(source) == [(n, -1) for n in range(COUNT)] and source.class_names == ()
-    assert write_dataset(source, str(tmp_path / "store"), name="x", data=data).manifest.unlabeled == 0
-
-
 @pytest.mark.parametrize("classes", [0, 1, 2])
 def test_training_is_refused_where_the_classifier_would_be(tmp_path, data_config, formats, classes):
     files = {f"{n}.png": formats.image(np.full((8, 8), n, np.uint8)) for n in range(COUNT)}

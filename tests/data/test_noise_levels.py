@@ -11,7 +11,7 @@ import torch
 from refused import refused
 
 from ncsn import storage
-from ncsn.config import Config, ConfigError, changed_settings, from_yaml
+from ncsn.config import Config, changed_settings, from_yaml
 from ncsn.core.noise_schedule import num_levels_for, pair_distances, ratio_for_overlap
 from ncsn.data.dataset import write_dataset
 from ncsn.data.format import load_manifest
@@ -57,22 +57,6 @@ def test_auto_is_the_largest_distance_and_the_overlap(dataset: str, tmp_path: Pa
     mirrored = resolve_noise(auto(tmp_path, "data.horizontal_flip=true"), manifest).levels
     assert mirrored.sigma_1 >= levels.sigma_1
     assert manifest.suggested_noise is not None and manifest.suggested_noise["plain"]["distances"]["exact"]
-
-
-def test_given_levels_stay(dataset: str, tmp_path: Path) -> None:
-    given = auto(tmp_path, "noise={num_levels: 3}")
-    assert resolve_noise(given, load_manifest(dataset)) is given
-
-
-def test_auto_has_no_levels_before_it_is_resolved(tmp_path: Path) -> None:
-    with refused("noise"):
-        _ = auto(tmp_path).levels
-
-
-def test_levels_that_do_not_fit_the_sampler_are_refused_before_training(dataset: str, tmp_path: Path) -> None:
-    config = auto(tmp_path, "sampling.sampler={kind: langevin, level: 500}")
-    with refused("sampling.sampler.level", error=ConfigError):
-        resolve_noise(config, load_manifest(dataset))
 
 
 def test_the_run_gets_the_levels_that_were_chosen(dataset: str, tmp_path: Path) -> None:

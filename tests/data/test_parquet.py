@@ -20,9 +20,8 @@ from refused import refused
 
 from ncsn import storage
 from ncsn.data.dataset import write_dataset
-from ncsn.data.format import Rows, SkippedImage, from_table, load_manifest, schema, to_table
-from ncsn.data.noise_levels import ImageSample
-from ncsn.data.parquet import read_blocks, read_split
+from ncsn.data.format import Rows, SkippedImage, load_manifest, to_table
+from ncsn.data.parquet import read_split
 from ncsn.data.sources.base import Example, Source
 from ncsn.errors import InvalidValue, NotFound
 from ncsn.progress import Progress
@@ -138,14 +137,6 @@ def test_any_change_of_the_content_changes_the_digest(tmp_path, images, config):
     digests = {write(variant, tmp_path, config).manifest.digest for variant in variants}
     digests.add(write(images, tmp_path, config, class_names=("a", "b", "d")).manifest.digest)
     assert len(digests) == 7
-
-
-def test_blocks_stay_small(tmp_path, images, config, monkeypatch):
-    monkeypatch.setattr("ncsn.data.parquet._BLOCK_BYTES", 20 * 192)
-    dataset = write(images, tmp_path, config)
-    blocks = list(read_blocks(dataset.uri, "train"))
-    assert [len(block) for block in blocks] == [20, 20, 10]
-    assert np.array_equal(np.concatenate([block.images for block in blocks]), images["train"].images)
 
 
 def test_memory_does_not_grow_with_the_dataset(tmp_path, data_config, monkeypatch):
@@ -271,24 +262,3 @@ def test_of_processes_that_write_at_once_one_creates(tmp_path):
     (uri,) = {uri for _, uri in results}
     assert [path.name for path in tmp_path.iterdir()] == [Path(uri).name]
     assert len(read_split(uri, "train")) == 100
-
-
-def test_rows_make_the_round_trip_through_arrow(images):
-    table = to_table(images["train"])
-    assert table.schema == schema(8, 8, 3)
-    back = from_table(pa.concat_tables([table.slice(0, 13), table.slice(13)]))
-    assert np.array_equal(back.images, images["train"].images)
-    assert np.array_equal(back.labels, images["train"].labels)
-    assert from_table(table.slice(0, 0)).images.shape == (0, 8, 8, 3)
-
-
-def test_a_small_image_sample_is_a_function_of_the_order_alone():
-    images = np.random.default_rng(0).integers(0, 256, (300, 2, 2, 1), np.uint8)
-    samples = []
-    for size in (1, 7, 300):
-        sample = ImageSample(40)
-        for first in range(0, 300, size):
-            sample.update(images[first : first + size])
-        samples.append({image.tobytes() for image in sample.images})
-        assert not sample.complete and len(sample.some(10)) == 10
-    assert samples[0] == samples[1] == samples[2] and len(samples[0]) == 40

@@ -14,11 +14,6 @@ from ncsn.data.pixels import BadImageError, Fit, decode
 from ncsn.errors import UserError
 
 
-def test_an_image_of_the_right_size_keeps_its_pixels(rng):
-    image = rng.integers(0, 256, (8, 8, 3), np.uint8)
-    assert np.array_equal(Fit(8, 3).array(image).image, image)
-
-
 def test_the_center_of_a_wide_and_of_a_tall_image_is_kept():
     wide = np.zeros((8, 14, 1), np.uint8)
     wide[:, 3:11] = 200
@@ -220,27 +215,6 @@ def test_a_large_jpeg_is_decoded_smaller_and_looks_the_same(formats, method, wid
     assert (small.scale, small.size, whole.scale) == (scale, whole.image.size, 1)
     difference = fit.picture(small).image.astype(int) - fit.picture(whole).image
     assert np.abs(difference).max() <= (6 if scale > 1 else 0)
-
-
-def test_other_images_and_the_papers_crop_are_decoded_whole(formats):
-    for kind in ("PNG", "WEBP", "TIFF"):
-        assert decode(formats.image(waves(64, 64), kind), least_side=8).image.size == (64, 64)
-    assert Fit(8, 3, crop=140).least_side is None
-
-
-@pytest.mark.parametrize("mode", ["L", "CMYK"])
-def test_jpegs_of_other_modes_are_decoded_smaller_too(formats, mode):
-    fit = Fit(8, 3)
-    stored = formats.image(Image.fromarray(waves(65, 71)).convert(mode), "JPEG", quality=95)
-    small = decode(stored, least_side=fit.least_side)
-    difference = fit.picture(small).image.astype(int) - fit.picture(decode(stored)).image
-    assert small.image.size == (17, 18) and np.abs(difference).max() <= 6
-
-
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF"])
-def test_usual_formats_decode(formats, kind):
-    pixels, conversions = fitted(formats.image(np.full((8, 8, 3), 128, np.uint8), kind))
-    assert np.abs(pixels.astype(int) - 128).max() <= 2 and conversions == ()
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF"])

@@ -107,12 +107,6 @@ def test_names_tell_the_splits(path, split):
     assert place_of(path)[1] == split
 
 
-def test_validation_stands_in_for_a_test_split(tmp_path, source_of):
-    published(tmp_path / "train" / "0000.parquet", range(10))
-    published(tmp_path / "valid" / "0000.parquet", range(10, 15))
-    assert rows_of(source_of(tmp_path)) == {"train": labeled(range(10)), "test": labeled(range(10, 15))}
-
-
 def test_folds_are_refused_and_one_of_them_is_not(tmp_path, source_of):
     """The test images of one fold train another."""
     for fold, held in ((0, range(5)), (1, range(5, 10))):

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
-from image_folders import put
 from refused import refused
 
-from ncsn.config.schema import DataConfig
-from ncsn.data.format import SkippedImage
 from ncsn.data.sources import known
-from ncsn.data.sources.base import BadImages, Example, hold_out
+from ncsn.data.sources.base import hold_out
 from ncsn.data.sources.listing import list_files, safe_member
 from ncsn.errors import NotFound
 
@@ -43,77 +40,22 @@ def test_the_choice_goes_with_the_name_and_not_with_the_place():
     assert chosen != set(names[:10])
 
 
-def test_bad_images_stop_or_are_left_out():
-    rows = [Example(np.zeros((1, 1, 1), np.uint8), 0), SkippedImage("a.png", "cut")]
-    with refused("a.png"):
-        list(BadImages(skip=False).filter(rows))
-    bad = BadImages(skip=True)
-    assert list(bad.filter(rows)) == rows[:1]
-    assert bad.skipped == rows[1:]
-
-
 @pytest.mark.parametrize("name", ["/etc/passwd", "../x.png", "a/../../x", "C:\\x.png", "..\\x.png", "\\x"])
 def test_names_that_leave_the_archive_are_refused(name):
     with refused("a.zip"):
         safe_member(name, archive=Path("a.zip"))
 
 
-@pytest.mark.parametrize("find", [known.open_source, known.locate_source])
 @pytest.mark.parametrize("source", ["image_folder", "parquet", "cifar10", "celeba", "mnist", "fashion_mnist"])
-def test_no_root_a_missing_and_an_empty_one_are_refused(tmp_path, data_config, source, find):
+def test_no_root_a_missing_and_an_empty_one_are_refused(tmp_path, data_config, source):
     with refused("data.root") as caught:
-        find(data_config(source))
+        known.open_source(data_config(source))
     assert ("data.download" in caught.value.problems[0].hint) == (source not in ("image_folder", "parquet", "celeba"))
     with refused("data.root", error=NotFound) as caught:
-        find(data_config(source, tmp_path / "nowhere"))
+        known.open_source(data_config(source, tmp_path / "nowhere"))
     assert caught.value.problems[0].value == str(tmp_path / "nowhere")
     with refused("data.root"):
-        find(data_config(source, tmp_path))
-
-
-IDX = [f"{split}-{kind}-ubyte" for split in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
-
-
-@pytest.mark.parametrize(
-    ("source", "files", "below", "found"),
-    [
-        ("mnist", [f"MNIST/raw/{name}" for name in IDX], "", "{root}/MNIST/raw"),
-        ("cifar10", ["cifar-10-python.tar.gz"], "", "{root}/cifar-10-python.tar.gz"),
-        ("celeba", ["img_align_celeba.zip"], "", "{root}/img_align_celeba.zip"),
-        ("celeba", ["x.zip"], "/x.zip", "{root}/x.zip"),
-        ("image_folder", ["notes.txt", "cat/1.png"], "", "{root}, such as cat/1.png"),
-        ("image_folder", ["x.tar"], "", "{root}, such as x.tar"),
-        ("image_folder", ["x.tar"], "/x.tar", "{root}/x.tar"),
-        ("parquet", ["data/train.parquet"], "", "{root}, such as data/train.parquet"),
-        ("parquet", ["train.parquet"], "/train.parquet", "{root}/train.parquet"),
-    ],
-)
-def test_where_images_are_is_known_without_a_read(tmp_path, data_config, source, files, below, found):
-    root = put(tmp_path / "root", dict.fromkeys(files, b""))
-    assert known.locate_source(data_config(source, f"{root}{below}")) == f"{source}: {found.format(root=root)}"
-
-
-def test_images_that_come_with_a_package_or_are_downloaded_later(tmp_path, data_config):
-    assert "scikit-learn 1." in known.locate_source(data_config("sklearn_digits"))
-    for source in ("mnist", "cifar10"):
-        assert "not in" in known.locate_source(data_config(source, tmp_path / "new", download=True))
-    with refused("data.root"):
-        known.locate_source(data_config("image_folder", f"{put(tmp_path, {'a.png': b''})}/a.png"))
-
-
-def test_a_bucket_is_looked_at_folder_by_folder(s3_root, data_config):
-    def find() -> str:
-        return known.locate_source(data_config("image_folder", s3_root))
-
-    with refused("data.root"):
-        find()
-    with refused("data.root", error=NotFound):
-        known.locate_source(data_config("image_folder", "s3://no-such-bucket-here/x"))
-    put(s3_root, {"a/notes.txt": b"x", ".hidden/1.png": b"x"})
-    with refused("data.root"):
-        find()
-    put(s3_root, {"a/b/1.PNG": b"x"})
-    assert find() == f"image_folder: {s3_root}, such as a/b/1.PNG"
+        known.open_source(data_config(source, tmp_path))
 
 
 def test_a_folder_that_cannot_be_read_is_refused(tmp_path, monkeypatch):
@@ -146,7 +88,3 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
     (tmp_path / "root" / "cat" / "up").symlink_to(tmp_path / "root")
     (tmp_path / "root" / "broken").symlink_to(tmp_path / "nowhere")
     assert [file.path for file in list_files(str(tmp_path / "root"))] == ["cat/1.png", "dog/2.png", "tom/1.png"]
-
-
-def test_every_source_of_the_config_can_be_opened():
-    assert set(known._SOURCES) == set(get_args(DataConfig.model_fields["source"].annotation))

@@ -40,30 +40,6 @@ def test_idx_images_and_labels_come_in_order(idx_folder, data_config, tmp_path, 
     assert len(opened.class_names) == 10
 
 
-def test_each_idx_set_has_its_torchvision_folder(idx_folder, data_config, tmp_path):
-    idx_folder(folder="x/MNIST/raw")
-    assert open_source(data_config("mnist", tmp_path / "x")).class_names == tuple("0123456789")
-    with refused("data.root", error=NotFound):
-        open_source(data_config("fashion_mnist", tmp_path / "x"))
-
-
-def test_idx_names_with_a_dot_are_found(idx_folder, data_config):
-    folder, _ = idx_folder()
-    for path in folder.iterdir():
-        path.rename(folder / path.name.replace("-idx", ".idx"))
-    assert len(open_source(data_config("mnist", folder)).splits["train"]) == 12
-
-
-def test_images_are_limited_resized_and_converted(idx_folder, data_config):
-    folder, arrays = idx_folder()
-    few = open_source(data_config("mnist", folder, max_images=7))
-    assert np.array_equal(read(few, "train")[0][..., 0], arrays[TRAIN_IMAGES][:7])
-    assert [len(few.splits[split]) for split in ("train", "test")] == [7, 5]
-    assert read(open_source(data_config("mnist", folder, image_size=14)), "train")[0].shape == (12, 14, 14, 1)
-    converted = open_source(data_config("mnist", folder, channels=3))
-    assert next(converted.splits["train"].stream()).image.shape == (8, 8, 3)
-
-
 IDX_DAMAGE = {  # how the 16 + 768 bytes of the train images change
     "truncated": lambda content: content[:-1],
     "too long": lambda content: content + b"x",

@@ -47,18 +47,6 @@ def files_below(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
-def test_the_copy_equals_the_dataset(dataset, tmp_path):
-    for split in ("train", "test"):
-        copy, rows = open_cache(dataset, split), read_split(dataset, split)
-        assert type(copy.images) is np.ndarray and isinstance(copy.images.base, np.memmap)
-        assert (copy.images.dtype, copy.labels.dtype) == (np.uint8, np.int64)
-        assert np.array_equal(copy.images, rows.images)
-        assert np.array_equal(copy.labels, rows.labels)
-        assert len(copy) == len(rows)
-        with pytest.raises(ValueError, match="read-only"):
-            copy.images[0] = 0
-
-
 def test_the_copy_is_made_once_from_a_bucket(s3_root, tmp_path, data_config, monkeypatch):
     config = data_config("sklearn_digits", max_images=50)
     uri = write_dataset(open_source(config), f"{s3_root}/digits", name="digits", data=config).uri
@@ -111,14 +99,6 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(small_disk, tmp_path, data_c
         open_cache(uri, "train")
     assert failure.value.errno == small_disk.full
     assert [name for name in files_below(small_disk.folder) if not name.endswith(".lock")] == []
-
-
-def test_each_epoch_visits_every_image_once_in_an_order_of_its_own():
-    epochs = image_indices(7, first=0, count=300, size=100).reshape(3, 100)
-    assert all(np.array_equal(np.sort(epoch), np.arange(100)) for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) == 3
-    assert not np.array_equal(epochs[0], np.arange(100))
-    assert not np.array_equal(image_indices(8, first=0, count=100, size=100), epochs[0])
 
 
 @given(size=st.integers(1, 40), cuts=st.lists(st.integers(0, 30), min_size=1, max_size=8), start=st.integers(0, 1000))
@@ -174,15 +154,6 @@ def numbered(tmp_path, data_config, monkeypatch):
 
 def numbers(images: np.ndarray) -> list[int]:
     return (images[:, 0, 0, 0].astype(int) * 256 + images[:, 0, 1, 0]).tolist()
-
-
-def test_a_range_of_rows_is_read_over_parts_and_row_groups(numbered, monkeypatch):
-    monkeypatch.setattr("ncsn.data.parquet._BLOCK_BYTES", 7 * 64)
-    uri = numbered(30)
-    for first, count in ((0, 500), (0, 1), (29, 2), (13, 100), (499, 1)):
-        rows = read_split(uri, "train", rows=range(first, first + count))
-        assert numbers(rows.images) == list(range(first, first + count))
-        assert rows.labels.tolist() == [number % 10 for number in range(first, first + count)]
 
 
 def test_workers_resumes_and_part_files_change_nothing(numbered, tmp_path, monkeypatch):
@@ -253,19 +224,6 @@ def test_a_chunk_that_somebody_deleted_is_fetched_again(numbered, tmp_path):
     assert read + numbers(stream.ordered(0, first=32, count=168).images) == whole
 
 
-def test_a_chunk_on_a_full_disk_is_an_error(small_disk, tmp_path, data_config, rng, monkeypatch):
-    monkeypatch.setenv("NCSN_CACHE_DIR", str(small_disk.folder))
-    noise = rng.integers(0, 256, (400, 64, 64, 3), np.uint8)  # a chunk of 3 MB
-    splits = {name: GeneratedSplit(400, lambda: (Example(image, 0) for image in noise)) for name in ("train", "test")}
-    data = data_config("image_folder", image_size=64, channels=3)
-    uri = write_dataset(Source("noise", "none", ("a",), splits), str(tmp_path), name="noise", data=data).uri
-    disk_with(monkeypatch, 1 << 40)
-    stream = StreamedSplit(uri, "train", window_images=4096)
-    with pytest.raises(OSError, match=r"No space left|File too large|requested and .* written"):
-        stream.ordered(0, first=0, count=1)
-    assert not list(small_disk.folder.rglob("*.tmp-*"))
-
-
 READER = """
 import sys
 import numpy as np
@@ -283,3 +241,15 @@ def test_processes_of_a_node_share_the_chunks(numbered, tmp_path):
     outputs = [process.communicate(timeout=120)[0].split() for process in processes]
     assert outputs == [[str(2 * sum(range(500))), "256"]] * 2
     assert not list(Path(tmp_path / "cache").rglob("*.tmp-*"))
+
+
+def test_the_copy_equals_the_dataset(dataset, tmp_path):
+    for split in ("train", "test"):
+        copy, rows = open_cache(dataset, split), read_split(dataset, split)
+        assert type(copy.images) is np.ndarray and isinstance(copy.images.base, np.memmap)
+        assert (copy.images.dtype, copy.labels.dtype) == (np.uint8, np.int64)
+        assert np.array_equal(copy.images, rows.images)
+        assert np.array_equal(copy.labels, rows.labels)
+        assert len(copy) == len(rows)
+        with pytest.raises(ValueError, match="read-only"):
+            copy.images[0] = 0

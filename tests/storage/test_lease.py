@@ -59,13 +59,6 @@ def test_a_store_that_cannot_be_read_says_nothing(tmp_path: Path, clock: Clock) 
     assert not lease.expired()
 
 
-def test_half_a_beat_is_a_sign_of_life(tmp_path: Path) -> None:
-    """A read that meets a write may bring a part of the object."""
-    path = tmp_path / "lease.json"
-    path.write_text('{"renewed_at": 17')
-    assert not Lease(str(path), check_seconds=0).expired()
-
-
 def test_the_heart_beats_until_the_block_ends(tmp_path: Path) -> None:
     path, seen = tmp_path / "lease", set[float]()
     with Heartbeat(str(path), every=0.05):

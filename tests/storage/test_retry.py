@@ -18,7 +18,7 @@ from tcp_proxy import TcpProxy
 
 from ncsn import storage
 from ncsn.storage import files, retry, s3
-from ncsn.storage.retry import STORE_VARIABLE, Retry, call_store, limited, unavailable
+from ncsn.storage.retry import STORE_VARIABLE, Retry, limited, unavailable
 
 
 class Flaky:
@@ -147,12 +147,3 @@ def test_the_store_is_given_up_after_the_limit_or_the_variable(
     monkeypatch.setenv(STORE_VARIABLE, "long")
     with refused(STORE_VARIABLE):
         storage.exists(f"{s3_root}/a")
-
-
-def test_what_waiting_does_not_change_is_raised_at_once(s3_root: str) -> None:
-    call = Flaky(PermissionError())
-    with pytest.raises(PermissionError):
-        call_store(call)
-    assert call.calls == 1
-    with pytest.raises(FileNotFoundError):
-        storage.read_bytes(f"{s3_root}/nothing")

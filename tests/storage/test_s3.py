@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -38,11 +37,6 @@ def test_a_variable_that_leads_to_no_server_is_named(monkeypatch, variable, valu
     s3.client.cache_clear()
 
 
-def test_a_name_that_no_bucket_has_is_refused():
-    with refused("s3://no bucket!"):
-        files.exists("s3://no bucket!/file")
-
-
 def test_the_marker_is_published_last(s3_root, monkeypatch):
     seen = []
     publish_once = files.publish_once
@@ -56,14 +50,6 @@ def test_the_marker_is_published_last(s3_root, monkeypatch):
         for name in ("a-marker", "b", "z"):
             (folder / name).write_text(name)
     assert seen == [(f"{s3_root}/dataset/a-marker", ["b", "z"])]
-
-
-def test_a_large_file_reaches_the_bucket_whole(s3_root, tmp_path):
-    content = os.urandom(12 << 20)  # above the size from which uploads go in several parts
-    with files.staged_folder(f"{s3_root}/dataset", marker="done") as folder:
-        (folder / "part").write_bytes(content)
-        (folder / "done").write_text("")
-    assert files.read_bytes(f"{s3_root}/dataset/part") == content
 
 
 def test_wrong_keys_are_an_error_and_not_an_absent_file(s3_root, monkeypatch):

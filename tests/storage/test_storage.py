@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -73,19 +72,6 @@ def test_json_that_does_not_parse_is_no_mistake_of_the_user(root, damaged):
     assert not isinstance(failure.value, (ValueError, FileNotFoundError))
 
 
-@pytest.mark.parametrize("damaged", [b"", b"no array", b"\x93NUMPY\x01\x00"])
-def test_an_array_that_does_not_parse_is_no_mistake_of_the_user(root, damaged):
-    files.write_bytes(files.join(root, "a.npy"), damaged)
-    with pytest.raises(files.UnreadableError):
-        files.read_array(files.join(root, "a.npy"))
-
-
-def test_a_digest_does_not_depend_on_the_order_of_keys():
-    whole = hashlib.sha256(b'{"a": [1, null], "b": {"c": 0.5, "d": "x"}}').hexdigest()
-    assert files.digest({"b": {"d": "x", "c": 0.5}, "a": (1, None)}, 64) == whole
-    assert files.digest({"a": [1, None], "b": {"c": 0.5, "d": "x"}}, 12) == whole[:12]
-
-
 def test_a_local_file_appears_whole_or_not_at_all(tmp_path):
     file = tmp_path / "folder" / "file"
     with files.local_file(file) as temporary:
@@ -103,28 +89,12 @@ def test_a_local_file_appears_whole_or_not_at_all(tmp_path):
     assert names_below(tmp_path) == ["folder", "folder/file"]
 
 
-def test_deleting_is_idempotent_and_leaves_the_neighbors(root):
-    for name in ("a", "b"):
-        files.write_text(files.join(root, name), name)
-    files.delete_file(files.join(root, "a"))
-    files.delete_file(files.join(root, "a"))
-    assert files.list_names(root) == ["b"]
-
-
 def test_list_names_is_sorted_direct_and_empty_for_nothing(root):
     assert files.list_names(files.join(root, "nowhere")) == []
     for name in ("b/1", "b/2", "a", "c/d/e"):
         files.write_text(files.join(root, *name.split("/")), name)
     assert files.list_names(root) == ["a", "b", "c"]
     assert files.list_names(files.join(root, "b")) == ["1", "2"]
-
-
-def test_publish_once_keeps_the_first(root):
-    uri = files.join(root, "claim")
-    assert files.publish_once(uri, b"first") is True
-    assert files.publish_once(uri, b"second") is False
-    assert files.read_bytes(uri) == b"first"
-    assert files.list_names(root) == ["claim"]
 
 
 def test_of_many_writers_at_once_exactly_one_publishes(root):
@@ -200,12 +170,6 @@ def test_local_copy_brings_every_file(root):
     with files.local_copy(uri) as folder:
         assert names_below(folder) == ["a", "b", "b/c"]
         assert (folder / "b" / "c").read_text() == "b/c"
-
-
-def test_local_copy_names_a_missing_folder(root):
-    uri = files.join(root, "nowhere")
-    with refused(uri, error=NotFound), files.local_copy(uri):
-        pass
 
 
 def test_a_write_that_fails_keeps_the_old_file(small_disk):

@@ -79,10 +79,14 @@ def index_archive(uri: str) -> Index:
             if name.suffix.lower() in IMAGE_SUFFIXES:
                 require_utf8(member.path, key=uri)
                 images.append(member)
-            elif name.name in LABEL_TABLES:
-                tables[member.path] = _read_table(member, stream, uri)
-            elif suffix in _LABEL_SUFFIXES:
-                words[_key(member.path)] = _word(member, stream, uri)
+                continue
+            try:
+                if name.name in LABEL_TABLES:
+                    tables[member.path] = read_member(stream, member)
+                elif suffix in _LABEL_SUFFIXES:
+                    words[_key(member.path)] = _word(member, stream)
+            except ValueError as error:
+                raise UserError(f"{uri}:{member.path}", f"is not a label: {error}") from error
     return Index([(member, words.get(_key(member.path))) for member in images], tables)
 
 
@@ -102,6 +106,18 @@ def _key(path: str) -> str:
     return folder + slash + name.partition(".")[0]
 
 
+def _word(member: Member, stream: Any) -> str:
+    """The label in a `.cls` file, or under `cls` or `label` in a `.json` file; empty for JSON that has neither."""
+    if member.span > _LONGEST_LABEL:
+        raise ValueError(f"it is {member.span} bytes long")
+    text = read_member(stream, member).decode()
+    if member.path.endswith(".cls"):
+        return text.strip()
+    fields = json.loads(text)
+    values = [fields[key] for key in _LABEL_KEYS if key in fields] if isinstance(fields, dict) else []
+    return str(values[0]) if values else ""
+
+
 def _tar_members(stream: Any, uri: str) -> Iterator[Member]:
     try:
         # Headers are between the images: buffered, a header and the small images after it are one read of a bucket.
@@ -114,9 +130,8 @@ def _tar_members(stream: Any, uri: str) -> Iterator[Member]:
                     stream.seek(place)  # a local file of Arrow loses it where the member is read meanwhile
                 tar.members = []  # type: ignore[attr-defined]  # tarfile would keep them all
     except (tarfile.TarError, EOFError) as error:
-        raise UserError(
-            uri, f"is not a whole tar archive ({error})", hint="fetch it again, and decompress it if it is compressed"
-        ) from error
+        hint = "fetch it again, and decompress it if it is compressed"
+        raise UserError(uri, f"is not a whole tar archive ({error})", hint=hint) from error
 
 
 def _zip_members(stream: Any, uri: str) -> Iterator[Member]:
@@ -149,29 +164,6 @@ def _unzip(data: bytes, info: zipfile.ZipInfo) -> bytes:
     if len(content) != info.file_size:
         raise BadImageError("its data ends early")
     return content
-
-
-def _read_table(member: Member, stream: Any, uri: str) -> bytes:
-    try:
-        return read_member(stream, member)
-    except BadImageError as error:
-        raise UserError(f"{uri}:{member.path}", str(error)) from error
-
-
-def _word(member: Member, stream: Any, uri: str) -> str:
-    """The label in a `.cls` file, or under `cls` or `label` in a `.json` file; empty for JSON that has neither."""
-    name = f"{uri}:{member.path}"
-    if member.span > _LONGEST_LABEL:
-        raise UserError(name, f"is {member.span} bytes long, too long for a label")
-    try:
-        text = read_member(stream, member).decode()
-        if member.path.endswith(".cls"):
-            return text.strip()
-        fields = json.loads(text)
-    except ValueError as error:
-        raise UserError(name, f"is not a label: {error}") from error
-    values = [fields[key] for key in _LABEL_KEYS if key in fields] if isinstance(fields, dict) else []
-    return str(values[0]) if values else ""
 
 
 class ImageFile(NamedTuple):
@@ -223,16 +215,13 @@ class _Reader(ExitStack):
         if member is None:
             return _read_file(uri)
         if storage.is_local(uri):
-            return read_member(self._archive(uri), member)
+            with self._lock:
+                if uri not in self._archives:
+                    self._archives[uri] = self.enter_context(_opened(uri))
+            return read_member(self._archives[uri], member)
         # An open S3 file has one position, so threads cannot share it.
         with _opened(uri) as stream:
             return read_member(stream, member)
-
-    def _archive(self, uri: str) -> Any:
-        with self._lock:
-            if uri not in self._archives:
-                self._archives[uri] = self.enter_context(_opened(uri))
-            return self._archives[uri]
 
 
 def _opened(uri: str) -> Any:
@@ -241,18 +230,14 @@ def _opened(uri: str) -> Any:
 
 
 def _read_file(uri: str) -> bytes:
+    if not storage.is_local(uri):
+        return storage.read_bytes(uri)
     try:
-        if not storage.is_local(uri):
-            return storage.read_bytes(uri)
         with open(uri, "rb") as file:  # noqa: PTH123  # pathlib would take a tenth of what a small JPEG does
             if os.fstat(file.fileno()).st_size > _LARGEST_IMAGE:
                 raise BadImageError(_TOO_LARGE)
             return file.read()
-    except FileNotFoundError:
-        raise UserError(
-            uri, "was deleted while data.root was read", hint="run this again once nothing changes there"
-        ) from None
-    except PermissionError as error:
+    except (FileNotFoundError, PermissionError) as error:
         raise UserError(uri, f"cannot be read: {error.strerror}", hint="make it readable, or remove it") from None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +22,7 @@ from ncsn.data.sources.image_files import (
     index_archive,
 )
 from ncsn.data.sources.labels import LABEL_TABLES, LabelTable, read_table, words_of
-from ncsn.data.sources.listing import first_file, list_files, required_root, root_of
+from ncsn.data.sources.listing import list_files, required_root, root_of
 from ncsn.errors import NotFound, UserError
 
 _INDEX_THREADS = 16
@@ -67,56 +67,35 @@ def open_image_folder(data: DataConfig) -> Source:
     )
 
 
-def locate_images(data: DataConfig) -> str:
-    """The folder and an image or archive in it, or the archive."""
-    root = storage.absolute(required_root(data))
-    path = first_file(root, (*IMAGE_SUFFIXES, *ARCHIVE_SUFFIXES))
-    alone = storage.is_file(root)
-    if path is None or (alone and not root.lower().endswith(ARCHIVE_SUFFIXES)):
-        _find(root)  # says what is wrong
-    return root if alone else f"{root}, such as {path}"
-
-
 def _find(root: str) -> tuple[Sequence[_Found], bool]:
     """All images, and whether tables label them. Archives count only where no image is outside of them."""
-    files = [listed.path for listed in list_files(root)]
-    images = [path for path in files if path.lower().endswith(IMAGE_SUFFIXES)]
+    files, alone = [listed.path for listed in list_files(root)], storage.is_file(root)
+    images = [] if alone else [path for path in files if path.lower().endswith(IMAGE_SUFFIXES)]
     archives = [path for path in files if path.lower().endswith(ARCHIVE_SUFFIXES)]
-    alone = len(files) == 1 and root.rpartition("/")[2] == files[0] and storage.is_file(root)
-    if alone and not archives and not root.lower().endswith(COMPRESSED_SUFFIXES):
-        kinds = " or ".join(ARCHIVE_SUFFIXES)
-        raise UserError(
-            "data.root", "is a file", hint=f"data.source image_folder needs a folder of images, a {kinds}", value=root
-        )
-    tables = [
-        read_table(storage.read_bytes(uri := storage.join(root, path)), origin=uri, path=path)
-        for path in files
-        if path.rpartition("/")[2] in LABEL_TABLES
-    ]
-    if images:
-        return _with_tables([_Found(path, ImageFile(path), None) for path in images], tables)
-    if archives:
+    tables, found = list[LabelTable | None](), [_Found(path, ImageFile(path), None) for path in images]
+    if not alone:
+        for path in files:
+            if path.rpartition("/")[2] in LABEL_TABLES:
+                uri = storage.join(root, path)
+                tables.append(read_table(storage.read_bytes(uri), origin=uri, path=path))
+    if archives and not images:
         found, inside = _in_archives(root, [""] if alone else archives)
-        return _with_tables(found, [*tables, *inside])
-    compressed = next((path for path in files if path.lower().endswith(COMPRESSED_SUFFIXES)), None)
-    if compressed:
+        tables += inside
+    if not found:
+        compressed = any(path.lower().endswith(COMPRESSED_SUFFIXES) for path in files)
         raise UserError(
             "data.root",
-            f"holds {compressed!r}, which is compressed as a whole, so that no image of it can be read alone",
-            hint="decompress it to a .tar (its images are compressed already)",
+            f"holds no image that ends in {', '.join(IMAGE_SUFFIXES)}, in none of its {len(files)} files",
+            hint="decompress the archive to a .tar (its images are compressed already)"
+            if compressed
+            else f"set it to a folder of images, or a {' or '.join(ARCHIVE_SUFFIXES)}",
             value=root,
         )
-    held = f"holds {len(files)} other files (such as {files[0]!r}) but" if files else "is empty:"
-    raise UserError("data.root", f"{held} no image that ends in {', '.join(IMAGE_SUFFIXES)}", value=root)
-
-
-def _with_tables(found: list[_Found], tables: Iterable[LabelTable | None]) -> tuple[list[_Found], bool]:
     used = [table for table in tables if table is not None]
     if not used:
         return found, False
     places = [(one.path, one.image.file, one.image.member.path if one.image.member else "") for one in found]
-    words = words_of(used, places)
-    return [one._replace(word=word) for one, word in zip(found, words, strict=True)], True
+    return [one._replace(word=word) for one, word in zip(found, words_of(used, places), strict=True)], True
 
 
 def _in_archives(root: str, archives: Sequence[str]) -> tuple[list[_Found], list[LabelTable | None]]:
@@ -124,10 +103,6 @@ def _in_archives(root: str, archives: Sequence[str]) -> tuple[list[_Found], list
     uris = [storage.join(root, archive) if archive else root for archive in archives]
     with ThreadPoolExecutor(min(_INDEX_THREADS, len(uris))) as pool:
         indices = list(pool.map(index_archive, uris))
-    if not any(index.images for index in indices):
-        raise UserError(
-            uris[0], f"holds no image that ends in {', '.join(IMAGE_SUFFIXES)}; nor has any other of data.root"
-        )
     times = Counter(member.path for index in indices for member, _ in index.images)
     found, tables = [], []
     for archive, uri, index in zip(archives, uris, indices, strict=True):
@@ -136,10 +111,8 @@ def _in_archives(root: str, archives: Sequence[str]) -> tuple[list[_Found], list
             # Shards that all number their images from 0 hold different images under one name.
             inside = f"{member.path}@{archive}" if times[member.path] > 1 else member.path
             found.append(_Found(f"{folder}/{inside}" if folder else inside, ImageFile(archive, member), word))
-        tables += [
-            read_table(content, origin=f"{uri}:{path}", path=path, archive=archive)
-            for path, content in index.tables.items()
-        ]
+        for path, content in index.tables.items():
+            tables.append(read_table(content, origin=f"{uri}:{path}", path=path, archive=archive))
     return found, tables
 
 
@@ -174,7 +147,11 @@ def class_names_of(words: set[str], *, numbers: bool) -> tuple[str, ...]:
 
 def open_celeba(data: DataConfig) -> Source:
     """CelebA from data.root, the zip or its folder; `list_eval_partition.txt` decides the splits if it is there."""
-    archive = _celeba_archive(data)
+    root = root_of(data)
+    archive = root / _CELEBA if root.is_dir() else root
+    if not archive.is_file():
+        hint = "put it there (CelebA is not downloaded)"
+        raise NotFound("data.root", f"has no {_CELEBA}", hint=hint, value=data.root)
     members = {member.path: member for member, _ in index_archive(str(archive)).images}
     if not members:
         raise UserError(str(archive), f"holds no .jpg or .png images; it is not {_CELEBA}")
@@ -184,45 +161,23 @@ def open_celeba(data: DataConfig) -> Source:
     else:
         rows = hold_out(names, [NO_LABEL] * len(names), data.test_fraction)
         chosen = {split: [names[row] for row in rows[split]] for split in SPLITS}
-    fit = Fit.of(data, crop=_CROP)
+    fit, images = Fit.of(data, crop=_CROP), {name: ImageFile("", member) for name, member in members.items()}
     return Source(
         description="CelebA aligned and cropped faces, Z. Liu, P. Luo, X. Wang and X. Tang 2015, RGB",
         license="non-commercial research only (CelebA agreement)",
         class_names=(),
         splits={
-            split: EncodedImages(
-                str(archive), [ImageFile("", members[name]) for name in taken], [NO_LABEL] * len(taken), fit
-            )
+            split: EncodedImages(str(archive), [images[name] for name in taken], [NO_LABEL] * len(taken), fit)
             for split, taken in chosen.items()
         },
     )
 
 
-def locate_celeba(data: DataConfig) -> str:
-    return str(_celeba_archive(data))
-
-
-def _celeba_archive(data: DataConfig) -> Path:
-    root = root_of(data)
-    archive = root / _CELEBA if root.is_dir() else root
-    if not archive.is_file():
-        raise NotFound(
-            "data.root", f"has no {_CELEBA}", hint="put it there (CelebA is not downloaded)", value=data.root
-        )
-    return archive
-
-
-def _official_splits(names: Sequence[str], partition: Path) -> Mapping[str, list[str]]:
-    numbers = {}
-    for number, line in enumerate(partition.read_text(errors="replace").splitlines(), start=1):
-        words = line.split()
-        if len(words) != 2 or words[1] not in ("0", "1", "2"):
-            raise UserError(f"{partition}:{number}", "expected a file name and 0, 1 or 2", value=line)
-        numbers[words[0]] = int(words[1])
-    missing = next((name for name in names if Path(name).name not in numbers), None)
-    if missing:
-        raise UserError(str(partition), f"does not list {Path(missing).name}; it belongs to another archive")
-    return {
-        split: [name for name in names if numbers[Path(name).name] == number]
-        for split, number in _PARTITION_NUMBERS.items()
-    }
+def _official_splits(names: Sequence[str], partition: Path) -> dict[str, list[str]]:
+    """The split of a line `NAME 0` is train, and of `NAME 2` test."""
+    try:
+        numbers = {name: int(number) for name, number in map(str.split, partition.read_text().splitlines())}
+        found = [(name, numbers[Path(name).name]) for name in names]
+    except (ValueError, KeyError) as error:
+        raise UserError(str(partition), f"does not say the split of each image: {error}") from error
+    return {split: [name for name, given in found if given == number] for split, number in _PARTITION_NUMBERS.items()}

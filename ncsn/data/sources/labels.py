@@ -100,14 +100,10 @@ def _edm(text: str) -> _Rows:
     content = json.loads(text)
     pairs = content.get("labels") if isinstance(content, dict) else None
     # StyleGAN's tools also write vectors there, which are no classes.
-    return pairs if isinstance(pairs, list) and all(map(_is_pair, pairs)) else None
-
-
-def _is_pair(pair: Any) -> bool:
-    if not isinstance(pair, list) or len(pair) != 2:
-        return False
-    file, label = pair
-    return isinstance(file, str) and (label is None or type(label) is int)
+    whole = isinstance(pairs, list) and all(
+        isinstance(pair, list) and list(map(type, pair)) in ([str, int], [str, type(None)]) for pair in pairs
+    )
+    return pairs if whole else None
 
 
 _ROWS = {"metadata.jsonl": _json_lines, "metadata.csv": _csv, "dataset.json": _edm, "labels.csv": _csv}

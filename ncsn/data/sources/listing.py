@@ -7,7 +7,6 @@ import hashlib
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -16,9 +15,9 @@ from pyarrow import fs
 from ncsn import storage
 from ncsn.config.schema import DataConfig
 from ncsn.errors import NotFound, UserError
+from ncsn.storage.retry import unavailable
 
 DOWNLOADED = ("fashion_mnist", "mnist", "cifar10")  # what data.download fetches
-_REFUSED = ("ACCESS_DENIED", "INVALID_ACCESS_KEY", "SIGNATURE", "CREDENTIALS", "FORBIDDEN")
 
 
 def required_root(data: DataConfig) -> str:
@@ -34,7 +33,6 @@ def required_root(data: DataConfig) -> str:
 
 
 def root_of(data: DataConfig) -> Path:
-    """The existing local file or folder that holds the source."""
     root = Path(required_root(data)).expanduser()
     if not root.exists():
         raise _missing(data.root)
@@ -73,12 +71,6 @@ def list_files(root: str) -> list[Listed]:
     return sorted(_local_files(Path(root)) if storage.is_local(root) else _objects(root))
 
 
-def first_file(root: str, suffixes: tuple[str, ...]) -> str | None:
-    """The path of one of the files of `list_files` with such an ending, without listing all; None if there is none."""
-    files = _local_files(Path(root)) if storage.is_local(root) else _objects(root, at_once=False)
-    return next((file.path for file in files if file.path.lower().endswith(suffixes)), None)
-
-
 def source_fingerprint(data: DataConfig) -> str:
     """Digest of the names, sizes and dates of the source's files: it changes when the images may have changed."""
     try:
@@ -93,102 +85,61 @@ def _local_files(root: Path) -> Iterator[Listed]:
     if not root.exists():
         raise _missing(root)
     if root.is_file():
-        yield _listed(root.name, root.stat())
+        yield Listed(root.name, root.stat().st_size, root.stat().st_mtime_ns)
     else:
-        yield from _files_below(str(root), "", above=())
+        status = root.stat()
+        yield from _files_below(str(root), "", above=frozenset({(status.st_dev, status.st_ino)}))
 
 
-def _files_below(folder: str, prefix: str, *, above: tuple[tuple[int, int], ...]) -> Iterator[Listed]:
+def _files_below(folder: str, prefix: str, *, above: frozenset[tuple[int, int]]) -> Iterator[Listed]:
     """The files of `folder` and of its folders, `prefix` before each name.
 
     A link to a folder that it is in, one of `above`, is not followed.
     """
     folders = []
     try:
-        above = (*above, _identity(Path(folder).stat()))
         with os.scandir(folder) as entries:
             for entry in entries:
                 if entry.name.startswith(".") or entry.name == "lost+found":  # the latter is root's on each ext4 volume
                     continue
-                status = _status(entry)
-                if status is not None and stat.S_ISREG(status.st_mode):
-                    yield _listed(prefix + entry.name, status)
-                elif status is not None and stat.S_ISDIR(status.st_mode) and _identity(status) not in above:
-                    folders.append(entry)
+                try:
+                    status = entry.stat()
+                except OSError as error:
+                    if error.errno in (errno.ENOENT, errno.ELOOP):  # deleted meanwhile, or a link to nothing or itself
+                        continue
+                    raise
+                identity = status.st_dev, status.st_ino
+                if stat.S_ISREG(status.st_mode):
+                    require_utf8(prefix + entry.name, key="data.root")
+                    yield Listed(prefix + entry.name, status.st_size, status.st_mtime_ns)
+                elif stat.S_ISDIR(status.st_mode) and identity not in above:
+                    folders.append((entry, above | {identity}))
     except OSError as error:
-        raise UserError(
-            "data.root", f"cannot be read: {error.strerror}", hint="make it readable, or remove it", value=folder
-        ) from error
-    for entry in folders:
-        yield from _files_below(entry.path, f"{prefix}{entry.name}/", above=above)
+        reason, hint = f"cannot be read: {error.strerror}", "make it readable, or remove it"
+        raise UserError("data.root", reason, hint=hint, value=folder) from error
+    for entry, above_it in folders:
+        yield from _files_below(entry.path, f"{prefix}{entry.name}/", above=above_it)
 
 
-def _identity(status: os.stat_result) -> tuple[int, int]:
-    return status.st_dev, status.st_ino
-
-
-def _status(entry: os.DirEntry[str]) -> os.stat_result | None:
-    """Status of what an entry of a folder links to; None if it is deleted meanwhile, or links to nothing or itself."""
+def _objects(root: str) -> Iterator[Listed]:
     try:
-        return entry.stat()
-    except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ELOOP):
-            return None
-        raise
-
-
-def _listed(name: str, status: os.stat_result) -> Listed:
-    require_utf8(name, key="data.root")
-    return Listed(name, status.st_size, status.st_mtime_ns)
-
-
-def _objects(root: str, *, at_once: bool = True) -> Iterator[Listed]:
-    """The objects, asked for at once, which takes the fewest requests, or folder by folder."""
-    with _told(root):
         filesystem, path = storage.filesystem(root)
         (info,) = filesystem.get_file_info([path])
-    if info.type == fs.FileType.File:
-        yield Listed(info.base_name, info.size, info.mtime_ns or 0)
-        return
-    folders = [path]
-    while folders:
-        with _told(root):
-            infos = filesystem.get_file_info(fs.FileSelector(folders.pop(), recursive=at_once))
-        for info in infos:
-            name = info.path.removeprefix(f"{path}/")
-            if any(part.startswith(".") for part in name.split("/")):
-                continue
-            if info.type == fs.FileType.File:
-                yield Listed(name, info.size, info.mtime_ns or 0)
-            elif not at_once:
-                folders.append(info.path)
-
-
-@contextmanager
-def _told(root: str) -> Iterator[None]:
-    """Say in the words of data.root what a bucket answers."""
-    try:
-        yield
+        alone = info.type == fs.FileType.File
+        infos = [info] if alone else filesystem.get_file_info(fs.FileSelector(path, recursive=True))
     except FileNotFoundError:
         raise _missing(root) from None
     except OSError as error:
-        raise _unreadable(root, error) from error
+        if unavailable(error):
+            raise
+        hint = "set AWS_ENDPOINT_URL, and AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY to keys that may read it"
+        raise UserError("data.root", f"cannot be read: {' '.join(str(error).split())}", hint=hint, value=root) from None
+    for info in infos:
+        name = info.base_name if alone else info.path.removeprefix(f"{path}/")
+        hidden = any(part.startswith(".") for part in name.split("/"))
+        if info.type == fs.FileType.File and not hidden:
+            yield Listed(name, info.size, info.mtime_ns or 0)
 
 
 def _missing(root: object) -> NotFound:
     return NotFound("data.root", "does not exist", hint="set it to where the images are", value=str(root))
-
-
-def _unreadable(root: str, error: OSError) -> Exception:
-    reason = " ".join(str(error).split())
-    if "NO_SUCH_BUCKET" in reason:
-        return NotFound("data.root", "names a bucket that does not exist", value=root)
-    if any(word in reason.upper() for word in _REFUSED):
-        return UserError(
-            "data.root",
-            f"is refused by its server ({reason[:200]})",
-            hint="set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY to keys that may read it, and "
-            "AWS_ENDPOINT_URL to the server if it is not Amazon's",
-            value=root,
-        )
-    return OSError(f"data.root {root!r} cannot be read: {reason[:300]}")

@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image
@@ -28,7 +29,7 @@ from ncsn.data.pixels import BadImageError, Fit, Picture, decode
 from ncsn.data.sources.base import Example, Source, hold_out
 from ncsn.data.sources.image_files import Encoded, fit_in_order
 from ncsn.data.sources.image_folder import class_names_of
-from ncsn.data.sources.listing import Listed, first_file, list_files, required_root
+from ncsn.data.sources.listing import Listed, list_files, required_root
 from ncsn.errors import UserError
 
 SUFFIX = ".parquet"
@@ -43,12 +44,13 @@ _NO_LABELS = "none"  # data.label_column of images without labels
 _IMAGE_NAMES = ("image", "img", "picture", "photo", "png", "jpg", "jpeg", "webp")
 _LABEL_NAMES = ("label", "labels", "class", "category", "target", "cls")
 _OTHER_MEDIA = ("Audio", "Video", "Pdf", "Nifti")  # the Hub's features that are `{bytes, path}` too
+_BYTES = (pa.binary(), pa.large_binary(), pa.binary_view())
+_WORDS = (pa.string(), pa.large_string(), pa.string_view())
 _BATCH_ROWS = 32  # values in memory at a time, of a page that may hold more
 _BUFFER = 8 << 20  # bytes of one read
 _NO_SUCH = "AWS Error"  # what Arrow says when a bucket fails, and not the file
 
 ImageKind = Literal["bytes", "struct", "pixels"]
-Features = Mapping[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,7 @@ class _Found(NamedTuple):
 
     file: ParquetFile
     columns: Columns
-    words: list[str]  # its labels as they are there, all different; numbers in decimals
-    places: NDArray[np.int64]  # row -> place in `words`, -1 for none
+    words: pa.StringArray  # the label of each row, numbers in decimals; null for none
 
 
 def open_parquet(data: DataConfig) -> Source:
@@ -86,20 +87,21 @@ def open_parquet(data: DataConfig) -> Source:
     Without a test split the validation images are it, and without these data.test_fraction of each class is held out.
     """
     root = storage.absolute(required_root(data))
-    files = _find(root)
+    alone = storage.is_file(root)
+    files = {
+        one.path: ParquetFile(root if alone else storage.join(root, one.path), one)
+        for one in list_files(root)
+        if one.path.lower().endswith(SUFFIX)
+    }
+    if not files:
+        raise UserError("data.root", f"holds no file that ends in {SUFFIX}", value=root)
     with ThreadPoolExecutor(min(_THREADS, len(files))) as pool:
-        found = list(pool.map(partial(_survey, data=data), files.values()))
-    first = found[0]
-    for one in found:
+        found = dict(zip(files, pool.map(partial(_survey, data=data), files.values()), strict=True))
+    first, *others = found.values()
+    for one in others:
         if one.columns != first.columns:
-            mine, its = first.columns, one.columns
-            what = "column of labels" if mine[:2] == its[:2] else "column of images"
-            what = what if mine[:4] != its[:4] else "list of class names"
-            raise UserError(
-                one.file.uri,
-                f"has another {what} than {first.file.uri}",
-                hint="set data.root to the files of one dataset",
-            )
+            reason = f"has other columns of images and labels, or other class names, than {first.file.uri}"
+            raise UserError(one.file.uri, reason, hint="set data.root to the files of one dataset")
     class_names, terms = first.columns.class_names, "as the owner of the images says"
     if first.columns.kind == "pixels":
         try:  # files of a store of ours do not name the classes
@@ -107,36 +109,15 @@ def open_parquet(data: DataConfig) -> Source:
             class_names, terms = tuple(manifest.class_names), manifest.license
         except FileNotFoundError:
             pass
-    if class_names is None and first.columns.label is not None:
-        words = {word for one in found for word in one.words}
-        class_names = class_names_of(words - {_nothing(first.columns)}, numbers=True)
+    if class_names is None:
+        words = {word for one in found.values() for word in one.words.unique().drop_null().to_pylist()}
+        class_names = class_names_of(words, numbers=True)
     return Source(
         description=f"Parquet files of images, resized to {data.image_size}x{data.image_size}",
         license=terms,
-        class_names=class_names or (),
-        splits=_splits(dict(zip(files, found, strict=True)), class_names or (), data),
+        class_names=class_names,
+        splits=_splits(found, class_names, data),
     )
-
-
-def locate_files(data: DataConfig) -> str:
-    root = storage.absolute(required_root(data))
-    path = first_file(root, (SUFFIX,))
-    if path is None:
-        _find(root)  # says what is wrong
-    return root if storage.is_file(root) else f"{root}, such as {path}"
-
-
-def _find(root: str) -> dict[str, ParquetFile]:
-    """Path below the root -> file, in the order of the paths."""
-    listed = list_files(root)
-    if root.lower().endswith(SUFFIX) and storage.is_file(root):
-        return {one.path: ParquetFile(root, one) for one in listed}
-    files = {one.path: ParquetFile(storage.join(root, one.path), one) for one in listed}
-    parquet = {path: file for path, file in files.items() if path.lower().endswith(SUFFIX)}
-    if not parquet:
-        held = f"holds {len(files)} other files (such as {next(iter(files))!r}) but" if files else "is empty:"
-        raise UserError("data.root", f"{held} no file that ends in {SUFFIX}", value=root)
-    return parquet
 
 
 def _survey(file: ParquetFile, *, data: DataConfig) -> _Found:
@@ -144,11 +125,11 @@ def _survey(file: ParquetFile, *, data: DataConfig) -> _Found:
         file = replace(file, rows=parquet.metadata.num_rows)
         columns = choose_columns(parquet.schema_arrow, data, uri=file.uri)
         if columns.label is None:
-            return _Found(file, columns, [], np.full(file.rows, NO_LABEL, np.int64))
-        encoded = parquet.read(columns=[columns.label]).column(0).cast(pa.string()).combine_chunks().dictionary_encode()
-        encoded.dictionary.validate(full=True)  # that it is UTF-8
-        places = encoded.indices.fill_null(NO_LABEL).to_numpy(zero_copy_only=False)
-        return _Found(file, columns, encoded.dictionary.to_pylist(), places.astype(np.int64))
+            return _Found(file, columns, pa.nulls(file.rows, pa.string()))
+        words = parquet.read(columns=[columns.label]).column(0).cast(pa.string()).combine_chunks()
+        words.validate(full=True)  # that it is UTF-8
+        none = str(NO_LABEL) if columns.numbers else ""  # -1 as the Hub writes it
+        return _Found(file, columns, pc.if_else(pc.equal(words, none), None, words))
 
 
 def choose_columns(schema: pa.Schema, data: DataConfig, *, uri: str) -> Columns:
@@ -158,22 +139,21 @@ def choose_columns(schema: pa.Schema, data: DataConfig, *, uri: str) -> Columns:
         features = {name: feature for name, feature in features.items() if isinstance(feature, dict)}
     except (ValueError, LookupError, TypeError, AttributeError):
         features = {}
+    types = {name: feature.get("_type") for name, feature in features.items()}
+    held = f"{uri}, which has {', '.join(f'{one.name} ({one.type})' for one in schema)[:300] or 'no columns'}"
     kinds = {field.name: kind for field in schema if (kind := _image_kind(field))}
-    marked = [name for name in kinds if features.get(name, {}).get("_type") == "Image"]
-    others = [name for name in kinds if features.get(name, {}).get("_type") not in _OTHER_MEDIA]
-    image = _choose(data.image_column, list(kinds), marked or others, _IMAGE_NAMES, schema, "data.image_column", uri)
+    marked = [name for name in kinds if types.get(name) == "Image"]
+    others = [name for name in kinds if types.get(name) not in _OTHER_MEDIA]
+    image = _choose("data.image_column", data.image_column, list(kinds), marked or others, _IMAGE_NAMES, held)
     if image is None:
-        raise UserError(
-            uri,
-            f"has no column of images: {_shown(schema)}",
-            hint="expected encoded images as binary or as {bytes, path}",
-        )
+        hint = "expected encoded images as binary or as {bytes, path}"
+        raise UserError(uri, f"has no column of images: {held}", hint=hint)
     if data.label_column == _NO_LABELS:
         return Columns(image, kinds[image], None, numbers=False, class_names=None)
     possible = [field.name for field in schema if _is_label(field.type)]
-    marked = [name for name in possible if features.get(name, {}).get("_type") == "ClassLabel"]
+    marked = [name for name in possible if types.get(name) == "ClassLabel"]
     others = [name for name in possible if name.lower() in _LABEL_NAMES]
-    label = _choose(data.label_column, possible, marked or others, _LABEL_NAMES, schema, "data.label_column", uri)
+    label = _choose("data.label_column", data.label_column, possible, marked or others, _LABEL_NAMES, held)
     names = features.get(label, {}).get("names") if label else None
     return Columns(
         image,
@@ -185,66 +165,44 @@ def choose_columns(schema: pa.Schema, data: DataConfig, *, uri: str) -> Columns:
 
 
 def _choose(
-    given: str | None,
-    possible: Sequence[str],
-    found: Sequence[str],
-    usual: Sequence[str],
-    schema: pa.Schema,
-    key: str,
-    uri: str,
+    key: str, given: str | None, possible: Sequence[str], found: Sequence[str], usual: Sequence[str], held: str
 ) -> str | None:
     """The column that the config gives, else the only one found, else the only one of these with a usual name."""
     if given is not None:
         if given not in possible:
-            raise UserError(key, f"is not such a column of {uri}, which has {_shown(schema)}", value=given)
+            raise UserError(key, f"is not such a column of {held}", value=given)
         return given
-    named = [name for name in found if name.lower() in usual]
-    if len(found) > 1 and len(named) != 1:
-        raise UserError(key, f"is not set, and {uri} has several such columns", hint=f"set it to {' or '.join(found)}")
-    return (found if len(found) == 1 else named or [None])[0]
-
-
-def _shown(schema: pa.Schema) -> str:
-    return ", ".join(f"{field.name} ({field.type})" for field in schema)[:300] or "no columns"
+    chosen = found if len(found) == 1 else [name for name in found if name.lower() in usual]
+    if len(found) > 1 and len(chosen) != 1:
+        raise UserError(key, f"is not set, and several may be meant in {held}", hint=f"set it to {' or '.join(found)}")
+    return chosen[0] if chosen else None
 
 
 def _is_label(kind: pa.DataType) -> bool:
-    types, value = pa.types, kind.value_type if pa.types.is_dictionary(kind) else kind
-    checks = (types.is_integer, types.is_string, types.is_large_string, types.is_string_view)
-    return any(check(value) for check in checks)
+    value = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return value in _WORDS or bool(pa.types.is_integer(value))
 
 
 def _image_kind(field: pa.Field) -> ImageKind | None:
     kind = field.type
-    if _is_bytes(kind):
+    if kind in _BYTES:
         return "bytes"
-    if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 and _is_bytes(kind.field("bytes").type):
+    if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 and kind.field("bytes").type in _BYTES:
         return "struct"
     shape = pixel_shape(field)
-    return "pixels" if shape is not None and len(shape) == 3 and shape[2] in (1, 3) else None
-
-
-def _is_bytes(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
-
-
-def _nothing(columns: Columns) -> str:
-    """The word for no label; -1 as the Hub writes it."""
-    return str(NO_LABEL) if columns.numbers else ""
+    return "pixels" if shape is not None and shape[2] in (1, 3) else None
 
 
 def _labels_of(one: _Found, class_names: Sequence[str]) -> NDArray[np.int64]:
     """The label of each row of a file; -1 for none."""
-    if one.columns.label is None:
-        return one.places
-    classes = map(str, range(len(class_names))) if one.columns.numbers else class_names
-    labels = {name: number for number, name in enumerate(classes)} | {_nothing(one.columns): NO_LABEL}
-    for place, word in enumerate(one.words):
-        if word not in labels:
-            name = one.file.name(int(np.flatnonzero(one.places == place)[0]))
-            raise UserError(name, f"has the label {word!r}, which is none of the {len(class_names)} classes")
-    table = np.array([*(labels[word] for word in one.words), NO_LABEL], np.int64)
-    return table[one.places]  # place -1 is the last
+    classes = list(map(str, range(len(class_names))) if one.columns.numbers else class_names)
+    labels = pc.index_in(one.words, value_set=pa.array(classes, pa.string()))
+    wrong = pc.and_(labels.is_null(), one.words.is_valid()).index(pa.scalar(value=True)).as_py()
+    if wrong >= 0:
+        reason = f"has the label {one.words[wrong].as_py()!r}, which is none of the {len(class_names)} classes"
+        raise UserError(one.file.name(wrong), reason)
+    places: NDArray[np.int64] = labels.fill_null(NO_LABEL).to_numpy(zero_copy_only=False).astype(np.int64)
+    return places
 
 
 def _splits(found: Mapping[str, _Found], class_names: Sequence[str], data: DataConfig) -> dict[str, ParquetImages]:
@@ -255,39 +213,29 @@ def _splits(found: Mapping[str, _Found], class_names: Sequence[str], data: DataC
         return ParquetImages(files, columns.image, columns.kind, np.arange(len(labels)), labels, Fit.of(data))
 
     named: dict[str | None, list[_Found]] = {}
-    places: dict[str, dict[str | None, ParquetFile]] = {}
+    places: dict[str, dict[str | None, str]] = {}
     for path, one in found.items():
         place, split = place_of(path)
         named.setdefault(split, []).append(one)
-        places.setdefault(place, {})[split] = one.file
+        places.setdefault(place, {})[split] = one.file.uri
     if len(named) == 1:
         every = images(found.values())
         # Named by their places, so that the choice does not depend on how the rows are cut into files.
         chosen = hold_out([f"row {row}" for row in range(len(every))], every.labels.tolist(), data.test_fraction)
-        return {
-            split: replace(every, rows=every.rows[rows], labels=every.labels[rows]) for split, rows in chosen.items()
-        }
+        parts = {split: (every.rows[rows], every.labels[rows]) for split, rows in chosen.items()}
+        return {split: replace(every, rows=rows, labels=labels) for split, (rows, labels) in parts.items()}
     if None in named:
-        other = next(files[0].file.uri for split, files in named.items() if split is not None)
-        raise UserError(
-            named[None][0].file.uri,
-            f"names no split, unlike {other}",
-            hint="put train or test into its name or that of its folder, or remove it",
-        )
+        hint = "put train or test into its name or that of its folder, or remove it"
+        raise UserError(named[None][0].file.uri, "names no split, unlike others", hint=hint)
     if "train" not in named:
-        raise UserError(
-            named["test"][0].file.uri,
-            "is of the test split, and there are files of the validation split but none of the train split",
-            hint="add them, or point data.root at one of the splits",
-        )
+        hint = "add them, or point data.root at one of the splits"
+        raise UserError(named["test"][0].file.uri, "is of the test split; no file is of the train split", hint=hint)
     # Several configurations or folds share images: one's test images would train another.
     whole = [place for place, splits in places.items() if len(splits) > 1]
     if len(whole) > 1:
-        raise UserError(
-            next(iter(places[whole[1]].values())).uri,
-            f"is of another dataset than those in {whole[0] or 'the folder itself'!r}: both have splits",
-            hint="set data.root to the folder of one of them",
-        )
+        reason = f"is of another dataset than those in {whole[0] or 'the folder itself'!r}: both have splits"
+        hint = "set data.root to the folder of one of them"
+        raise UserError(next(iter(places[whole[1]].values())), reason, hint=hint)
     return {"train": images(named["train"]), "test": images(named.get("test") or named["validation"])}
 
 

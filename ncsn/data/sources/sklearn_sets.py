@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from importlib import metadata
 from typing import ClassVar, NamedTuple
 
 import numpy as np
@@ -47,10 +46,6 @@ class Patches:
             pixels = self.photographs[photograph][top : top + side, left : left + side]
             fitted = self.fit.array(pixels)
             yield Example(fitted.image, photograph, fitted.conversions)
-
-
-def locate_package(_data: DataConfig) -> str:
-    return f"comes with scikit-learn {metadata.version('scikit-learn')}"
 
 
 def open_digits(data: DataConfig) -> Source:

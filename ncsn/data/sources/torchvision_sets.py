@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,24 +25,19 @@ class _Set(NamedTuple):
     name: str  # of its class in torchvision
     description: str
     license: str
-    files: str  # for messages
 
 
 _SETS = {
-    "mnist": _Set(
-        "MNIST", "MNIST handwritten digits, Y. LeCun, C. Cortes and C. Burges, 28x28 gray", "CC BY-SA 3.0", "IDX files"
-    ),
+    "mnist": _Set("MNIST", "MNIST handwritten digits, Y. LeCun, C. Cortes and C. Burges, 28x28 gray", "CC BY-SA 3.0"),
     "fashion_mnist": _Set(
         "FashionMNIST",
         "Fashion-MNIST articles of clothing, H. Xiao, K. Rasul and R. Vollgraf 2017, 28x28 gray",
         "MIT",
-        "IDX files",
     ),
     "cifar10": _Set(
         "CIFAR10",
         "CIFAR-10, A. Krizhevsky 2009, 32x32 RGB",
         "no licence stated by its authors; collected from the web",
-        "cifar-10-python.tar.gz",
     ),
 }
 _IDX_FILES = [f"{split}-{kind}" for split in ("train", "t10k") for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")]
@@ -65,9 +60,7 @@ def open_torchvision(data: DataConfig) -> Source:
                 found = kind(str(folder), train=split == "train")
                 images, labels = np.asarray(found.data), np.asarray(found.targets, np.int64)
                 if len(images) != len(labels) or labels.min() < 0 or labels.max() >= len(class_names):
-                    raise ValueError(
-                        f"{len(images)} images, {len(labels)} labels from {labels.min()} to {labels.max()}"
-                    )
+                    raise ValueError(f"{len(images)} images, {len(labels)} labels up to {labels.max()}")
             except (RuntimeError, ValueError, TypeError, LookupError, AssertionError) as error:
                 reason = " ".join(str(error).split()) or type(error).__name__
                 raise UserError(
@@ -79,12 +72,8 @@ def open_torchvision(data: DataConfig) -> Source:
     return Source(this.description, this.license, class_names, splits)
 
 
-def locate_torchvision(data: DataConfig) -> str:
-    """The folder of the IDX files; of CIFAR-10 the archive, or the unpacked folder."""
-    return str(_place(data))
-
-
 def _place(data: DataConfig) -> Path:
+    """The folder of the IDX files; of CIFAR-10 the archive, or the unpacked folder."""
     root = root_of(data)
     if data.source == "cifar10":
         places = [root] if root.is_file() else [root, root / _CIFAR_FOLDER, root / _CIFAR_ARCHIVE]
@@ -95,9 +84,8 @@ def _place(data: DataConfig) -> Path:
         found = next((place for place in places if all(_idx_file(place, name) for name in _IDX_FILES)), None)
         wanted = f"{', '.join(_IDX_FILES)} (or .gz)"
     if found is None:
-        raise NotFound(
-            "data.root", f"has no {wanted}", hint="put them there, or set data.download to true", value=data.root
-        )
+        hint = "put them there, or set data.download to true"
+        raise NotFound("data.root", f"has no {wanted}", hint=hint, value=data.root)
     return found
 
 
@@ -117,9 +105,7 @@ def _laid_out(place: Path, this: _Set, kind: Any) -> Iterator[Path]:
             from torchvision.datasets.utils import check_integrity, extract_archive
 
             if not check_integrity(str(place), kind.tgz_md5):
-                raise UserError(
-                    str(place), "is damaged, or another archive than the published one", hint="fetch it again"
-                )
+                raise UserError(str(place), "is not the published archive, or damaged", hint="fetch it again")
             extract_archive(str(place), name)
         else:
             raw = folder / this.name / "raw"
@@ -140,17 +126,12 @@ def _laid_out(place: Path, this: _Set, kind: Any) -> Iterator[Path]:
 
 def _download(data: DataConfig, this: _Set, kind: Any) -> None:
     """Download what is not there, with its digest verified."""
+    with suppress(NotFound):
+        _place(data)
+        return
     root = Path(str(data.root)).expanduser()
-    try:
-        if root.exists():
-            _place(data)
-            return
-    except NotFound:
-        pass
     try:
         kind(str(root), download=True)
     except (OSError, RuntimeError) as error:
         reason = " ".join(str(error).split())
-        raise ConnectionError(
-            f"torchvision could not download {this.name} into {root}: {reason}; put its {this.files} there by hand"
-        ) from error
+        raise ConnectionError(f"torchvision could not download {this.name} into {root}: {reason}") from error
