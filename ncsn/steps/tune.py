@@ -30,9 +30,6 @@ from ncsn.steps.train import require_classes
 from ncsn.tracking.mlflow_runs import StepRun
 from ncsn.tracking.registry import settle_guide
 
-# Share of untrained weights in the running average from which on a rung says little about the trial.
-_MUCH = 0.1
-
 _logger = logging.getLogger(__name__)
 
 
@@ -82,7 +79,15 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> 
     start = start_of(config, step.folder, manifest)
     plan = SearchPlan(config=config, dataset=dataset, trials=folder, start=start.uri)
     plan.samplings(plan.baseline)  # raises now what every trial would find
-    _warn_of_untrained_weights(config)
+    untrained = config.train.averaging.untrained_share(plan.rungs[0], batch_size=config.train.batch_size)
+    if untrained > 0.1 and not config.train.init_from:
+        _logger.warning(
+            "at the first rung, %d images, the running average is still %.0f %% untrained weights, so it says little; "
+            "lower %s, or raise train.num_images",
+            plan.rungs[0],
+            100 * untrained,
+            ema_setting(config.train),
+        )
     inputs = {"trials": plan.trials, "search": plan.settings.model_dump(mode="json", exclude={"max_concurrent"})}
     if result := step.found(inputs, needs=lambda result: [result.config, result.table, *result.plots]):
         return result
@@ -95,10 +100,7 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> 
         objective = metric_name("fid", extractor=evaluator.name, num_images=plan.settings.num_samples)
         follower = _Follower(work, plan, objective)
         search(plan, follower)
-        trials = read_trials(plan.trials, last_rung=plan.rungs[-1])
-        for trial in trials:
-            follower.close(trial)  # also those of earlier attempts, which may have been killed in between
-        result = _conclude(plan, trials, step.folder.search, follower, run=best_run)
+        result = _conclude(plan, step.folder.search, follower, run=best_run)
         work.tracked.log_metrics({objective: result.objective}, result.images_seen)
         for uri in (result.config, result.table, *result.plots):
             work.tracked.log_file(uri)
@@ -111,37 +113,21 @@ def trainable(result: TuneResult, config: Config) -> Config:
     return best.model_copy(update={"compute": config.compute})
 
 
-def _warn_of_untrained_weights(config: Config) -> None:
-    first = rungs(config)[0]
-    share = config.train.averaging.untrained_share(first, batch_size=config.train.batch_size)
-    if share > _MUCH and not config.train.init_from:
-        _logger.warning(
-            "at the first rung, %d images, the running average is still %.0f %% untrained weights, so it says little; "
-            "lower %s, or raise train.num_images",
-            first,
-            100 * share,
-            ema_setting(config.train),
-        )
-
-
 class _Follower:
     """Brings what happens in a search to MLflow, each trial as a run below the step's, and to the progress."""
 
     def __init__(self, work: Work, plan: SearchPlan, objective: str) -> None:
         self._work, self._plan, self.objective = work, plan, objective
-        self._runs: dict[str, StepRun] = {}
-        self._logged: dict[str, set[int]] = {}  # rungs, by the trial's URI
+        self._runs: dict[str, tuple[StepRun, set[int]]] = {}  # run and its logged rungs, by the trial's URI
         self._closed: set[str] = set()
         self.accidents: dict[str, str] = {}  # what ended a trial from outside, by its URI
         work.progress.start(plan.settings.num_trials, "trials")
 
     def updated(self, trial: TrialRecord) -> None:
-        """Log new rungs."""
         self._log(trial)
         self._work.progress.advance(0)  # ends the search if its launcher is gone
 
     def ended(self, trial: TrialRecord, error: str | None) -> None:
-        """Close the trial's run."""
         if error is not None:
             self.accidents[trial.uri] = error
         self.close(trial)
@@ -150,7 +136,6 @@ class _Follower:
         self._work.progress.advance(over - self._work.progress.done)
 
     def close(self, trial: TrialRecord) -> None:
-        """Log what is missing and close the trial's run, unless it is closed."""
         run = self._log(trial)
         if trial.uri not in self._closed:
             reason = trial.failure or self.accidents.get(trial.uri)
@@ -161,34 +146,33 @@ class _Follower:
     def _log(self, trial: TrialRecord) -> StepRun:
         if trial.uri not in self._runs:
             run = self._work.tracked.nested(f"trial-{trial.number:03d}", key=trial.uri, params=trial.values)
-            self._runs[trial.uri], self._logged[trial.uri] = run, run.steps_of(self.objective)
-        run, logged = self._runs[trial.uri], self._logged[trial.uri]
+            self._runs[trial.uri] = run, run.steps_of(self.objective)
+        run, logged = self._runs[trial.uri]
         for rung in trial.rungs:
             if rung.images_seen not in logged:
-                known = {"train/loss": rung.loss, "sample/epsilon": rung.sampler.get("epsilon")}
-                metrics = {name: value for name, value in known.items() if value is not None}
-                run.log_metrics({**metrics, self.objective: rung.objective}, rung.images_seen)
+                found = {"train/loss": rung.loss, "sample/epsilon": rung.sampler.get("epsilon")}
+                found[self.objective] = rung.objective
+                run.log_metrics({name: each for name, each in found.items() if each is not None}, rung.images_seen)
                 logged.add(rung.images_seen)
         return run
 
 
-def _conclude(
-    plan: SearchPlan, trials: Sequence[TrialRecord], uri: str, follower: _Follower, *, run: str
-) -> TuneResult:
+def _conclude(plan: SearchPlan, uri: str, follower: _Follower, *, run: str) -> TuneResult:
     accidents, objective = follower.accidents, follower.objective
+    trials = read_trials(plan.trials, last_rung=plan.rungs[-1])
+    for trial in trials:
+        follower.close(trial)  # also those of earlier attempts, which may have been killed in between
     best = best_trial(trials, accidents=accidents)
     rung = best.rungs[-1]
-    pictures = {"coordinates.png": coordinates_png(trials, objective=objective)}
-    if "epsilon" in rung.sampler:
-        pictures["epsilon.png"] = epsilon_png(best, objective=objective)
-    for name, picture in pictures.items():
-        storage.write_bytes(storage.join(uri, name), picture)
+    plots = {storage.join(uri, name): png for name, png in pictures(trials, best, objective).items()}
+    for place, png in plots.items():
+        storage.write_bytes(place, png)
     result = TuneResult(
         uri=uri,
         config=storage.join(uri, "best.yaml"),
         run=run,
         table=storage.join(uri, "trials.json"),
-        plots=[storage.join(uri, name) for name in pictures],
+        plots=list(plots),
         objective_name=objective,
         objective=rung.objective,
         baseline=baseline_objective(plan, trials, images_seen=rung.images_seen),
@@ -201,8 +185,8 @@ def _conclude(
     storage.write_json(result.table, everything, indent=1)
     before = "" if result.baseline is None else f"; the config it started from: {result.baseline:.4g}"
     header = (
-        f"# Trial {best.number} of {len(result.trials)} found by `ncsn tune`: {result.objective_name} = "
-        f"{result.objective:.4g} at {result.images_seen:,} training images{before}\n"
+        f"# Trial {best.number} of {len(trials)} found by `ncsn tune`: {objective} = "
+        f"{rung.objective:.4g} at {rung.images_seen:,} training images{before}\n"
     )
     storage.write_text(result.config, header + to_yaml(best_config(plan.config, best)))
     return result
@@ -241,44 +225,40 @@ def baseline_objective(plan: SearchPlan, trials: Sequence[TrialRecord], *, image
 
 def table(trials: Sequence[TrialRecord], *, accidents: Mapping[str, str]) -> list[dict[str, Any]]:
     """One row of plain values per trial, in the order in which they were started."""
-    rows = []
-    for trial in trials:
-        rung = trial.rungs[-1] if trial.rungs else None
-        rows.append(
-            {
-                "trial": trial.number,
-                "values": trial.values,
-                "status": trial.status,
-                "images_seen": rung.images_seen if rung else 0,
-                "objective": rung.objective if rung else None,
-                "sampler": rung.sampler if rung else None,
-                "seconds": round(sum(rung.seconds for rung in trial.rungs), 1),
-                "reason": trial.failure or accidents.get(trial.uri, ""),
-            }
-        )
-    return rows
-
-
-def coordinates_png(trials: Sequence[TrialRecord], *, objective: str) -> bytes:
-    """Every trial's settings, how far it got and what it reached there, as parallel coordinates."""
-    settings = {path: [trial.values[path] for trial in trials] for path in trials[0].values}
     last = [trial.rungs[-1] if trial.rungs else None for trial in trials]
-    if any(rung and "epsilon" in rung.sampler for rung in last):
+    return [
+        {
+            "trial": trial.number,
+            "values": trial.values,
+            "status": trial.status,
+            "images_seen": rung.images_seen if rung else 0,
+            "objective": rung.objective if rung else None,
+            "sampler": rung.sampler if rung else None,
+            "seconds": round(sum(rung.seconds for rung in trial.rungs), 1),
+            "reason": trial.failure or accidents.get(trial.uri, ""),
+        }
+        for trial, rung in zip(trials, last, strict=True)
+    ]
+
+
+def pictures(trials: Sequence[TrialRecord], best: TrialRecord, objective: str) -> dict[str, bytes]:
+    """All trials as parallel coordinates: settings, how far, how good; and of the best what each epsilon reached."""
+    settings = {path: [trial.values[path] for trial in trials] for path in best.values}
+    last = [trial.rungs[-1] if trial.rungs else None for trial in trials]
+    has_epsilon = "epsilon" in best.rungs[-1].sampler
+    if has_epsilon:
         settings[EPSILON] = [rung.sampler["epsilon"] if rung else math.nan for rung in last]
     settings["images seen"] = [rung.images_seen if rung else math.nan for rung in last]
     quality = [
         rung.objective if rung and trial.failure is None else math.nan for trial, rung in zip(trials, last, strict=True)
     ]
-    return to_png(search_coordinates(settings, quality, quality_label=objective))
-
-
-def epsilon_png(best: TrialRecord, *, objective: str) -> bytes:
-    """What each epsilon reached on the best trial's last checkpoint."""
-    rung = best.rungs[-1]
-    figure = epsilon_versus_quality(
-        [scored.sampler["epsilon"] for scored in rung.sweep],
-        [math.nan if scored.objective is None else scored.objective for scored in rung.sweep],
-        quality_label=objective,
-        chosen=rung.sampler["epsilon"],
-    )
-    return to_png(figure)
+    found = {"coordinates.png": to_png(search_coordinates(settings, quality, quality_label=objective))}
+    if has_epsilon:
+        figure = epsilon_versus_quality(
+            [scored.sampler["epsilon"] for scored in best.rungs[-1].sweep],
+            [math.nan if scored.objective is None else scored.objective for scored in best.rungs[-1].sweep],
+            quality_label=objective,
+            chosen=best.rungs[-1].sampler["epsilon"],
+        )
+        found["epsilon.png"] = to_png(figure)
+    return found

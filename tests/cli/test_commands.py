@@ -61,20 +61,6 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
 
 
 @pytest.mark.parametrize(
-    ("args", "subject"),
-    [
-        (["ingest", "--set", "data.source=fashion_mnist", "--set", "data.root=/no/folder"], "data.root = '/no/folder'"),
-    ],
-)
-def test_a_mistake_that_the_step_finds(
-    run_command, require_mistake, config_file: Path, store: Path, args: list[str], subject: str
-) -> None:
-    require_mistake(run_command(*args, "--config", str(config_file), "--run", "mine"), subject)
-    assert not (store / "datasets").exists()
-    assert args[0] == "ingest" or not (store / "runs" / "mine" / "config.yaml").exists()
-
-
-@pytest.mark.parametrize(
     "args",
     [
         ["submit", "--pipeline", "cook"],

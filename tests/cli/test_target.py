@@ -74,13 +74,9 @@ def test_a_config_that_is_not_there(config_file: Path, store: Path, tmp_path: Pa
         Experiment(None, (f"storage.root={store}",), "gone").resolve()
     assert f"{store}/runs/gone/config.yaml" in str(caught.value)
     (tmp_path / "image.yaml").write_bytes(b"\x89PNG\xff")
-    for path, error in (
-        (tmp_path / "absent.yaml", NotFound),
-        (tmp_path, ConfigError),
-        (tmp_path / "image.yaml", ConfigError),
-    ):
-        with refused(str(path), error=error):
-            Experiment(str(path)).resolve()
+    for name, error in (("absent.yaml", NotFound), ("", ConfigError), ("image.yaml", ConfigError)):
+        with refused(str(tmp_path / name), error=error):
+            Experiment(str(tmp_path / name)).resolve()
 
 
 def test_any_run_of_a_store(config: Config, store: Path) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from click.testing import CliRunner
 from rich.console import Console
 
@@ -18,7 +17,7 @@ from ncsn.cli.console import ProgressView
 from ncsn.cli.doctor import Finding, report
 from ncsn.cli.target import Experiment
 from ncsn.cli.views import print_plan, print_summary
-from ncsn.config import Config, flatten, from_yaml
+from ncsn.config import flatten, from_yaml
 from ncsn.progress import Progress
 from ncsn.runs.folder import RunFolder
 from ncsn.runs.records import StepRecord
@@ -137,24 +136,12 @@ def test_documented_config_is_the_config(path: Path) -> None:
     assert from_yaml(documented_yaml(config)) == config
 
 
-def comment_above(text: str, line_start: str) -> str:
-    lines = text.splitlines()
-    end = next(index for index, line in enumerate(lines) if line.strip().startswith(line_start))
-    start = end
-    while lines[start - 1].strip().startswith("#"):
-        start -= 1
-    return " ".join(line.strip().removeprefix("# ") for line in lines[start:end])
-
-
-def test_documented_config_has_meaning_range_and_default(config_file: Path) -> None:
+def test_a_documented_config_has_meaning_range_and_default_above_each_setting(config_file: Path) -> None:
     config = from_yaml(config_file.read_text())
-    text = documented_yaml(config)
-    assert yaml.safe_load(text).keys() == Config.model_fields.keys()
+    lines = [line.strip() for line in documented_yaml(config).splitlines()]
     for path in flatten(config):
-        assert comment_above(text, f"{path.split('.')[-1]}:")
-    assert Config.model_fields["seed"].description
-    assert comment_above(text, "seed:").startswith(Config.model_fields["seed"].description)
-    assert comment_above(text, "per_step:").endswith("[>= 0; < 1; default 0.999]")
-    assert comment_above(text, "decay:").endswith("[one of constant, linear, cosine; default constant]")
-    assert comment_above(text, "channels:").endswith("[one of 1, 3]")
-    assert comment_above(text, "network:").endswith("ncsn, ncsnv2, ddpmpp.")
+        at = next(index for index, line in enumerate(lines) if line.startswith(f"{path.split('.')[-1]}:"))
+        assert lines[at - 1].startswith("# "), path
+    text = " ".join(line.removeprefix("# ") for line in lines)
+    for limits in ("[>= 0; < 1; default 0.999] per_step:", "[one of 1, 3] channels:"):
+        assert limits in text

@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-from local_training import assert_same_tensors, train_locally
+from local_training import assert_same_tensors, train_locally, train_until_killed
 from safetensors.torch import load_file
 
 from ncsn.config import from_yaml
 from ncsn.model.averages import build_average, snapshots
 from ncsn.model.checkpoint import load_for_sampling
-from ncsn.model.checkpoint_store import CheckpointStore
-from ncsn.training.context import LocalContext
-from ncsn.training.loop import TrainingJob, train_loop
+from ncsn.training.loop import TrainingJob
 
 POWER = ["train.ema={kind: power, relative_widths: [0.05, 0.2], keep_every_images: 48}", "train.keep_checkpoints=1"]
-
-
-class Killed(Exception):
-    pass
-
-
-class DiesAfterFirstCheckpoint(CheckpointStore):
-    def publish(self, write: Callable[[Path], None], *, name: str) -> None:
-        super().publish(write, name=name)
-        self.wait()
-        raise Killed
 
 
 def test_a_resumed_training_has_the_same_averages_and_snapshots(tiny: str, dataset: str, tmp_path: Path) -> None:
@@ -35,8 +20,7 @@ def test_a_resumed_training_has_the_same_averages_and_snapshots(tiny: str, datas
     runs = [tmp_path / name for name in ("whole", "halves")]
     whole, halves = (TrainingJob(config=config, dataset=dataset, averages=str(run / "ema")) for run in runs)
     outcome = train_locally(whole, runs[0] / "checkpoints")
-    with pytest.raises(Killed):
-        train_loop(halves, LocalContext(), DiesAfterFirstCheckpoint(str(runs[1] / "checkpoints")))
+    train_until_killed(halves, runs[1] / "checkpoints")
     assert snapshots(halves.averages or "") == [48]
     train_locally(halves, runs[1] / "checkpoints")
     places = [run / "checkpoints" / outcome.checkpoint for run in runs]

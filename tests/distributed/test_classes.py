@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from local_training import assert_same_tensors, tensors, train_locally
+from local_training import tensors, train_locally
 from refused import refused
 
 from ncsn.config import Config, from_yaml
-from ncsn.core.keyed_random import Stream, keyed_uniform
 from ncsn.data.format import load_manifest
-from ncsn.data.training_images import image_indices, open_cache, open_training_images
+from ncsn.data.training_images import open_training_images
 from ncsn.model import build, checkpoint
 from ncsn.model.classes import Classes
 from ncsn.steps import train as train_step
 from ncsn.training import held_out
-from ncsn.training.batches import draw_batch
 from ncsn.training.context import LocalContext
 from ncsn.training.held_out import open_probe
 from ncsn.training.loop import TrainingJob
@@ -31,35 +28,12 @@ def config(tiny: str) -> Config:
     return from_yaml(tiny, overrides=CLASSES)
 
 
-def test_a_label_belongs_to_the_place_of_its_image(config: Config, dataset: str) -> None:
-    split = open_cache(dataset, "train")
-    whole = draw_batch(config, split, first=1250, count=64)
-    parts = [draw_batch(config, split, first=1250 + 16 * rank, count=16) for rank in range(4)]
-    labels = whole.conditions["labels"]
-    assert torch.equal(labels, torch.cat([part.conditions["labels"] for part in parts]))
-    assert torch.equal(whole[3:7].inputs["labels"], labels[3:7])
-    rows = image_indices(config.seed, first=1250, count=64, size=len(split))
-    hidden = keyed_uniform(config.seed, stream=Stream.LABEL, first=1250, count=64, size=1)[:, 0].numpy() < 0.3
-    np.testing.assert_array_equal(labels, np.where(hidden, -1, split.labels[rows]))
-    assert 0 < hidden.sum() < 64
-
-
-@pytest.mark.parametrize("window", [64 * 64, 1 << 30], ids=["windows", "whole"])
-def test_a_resumed_training_is_the_same(
-    tiny: str, dataset: str, tmp_path: Path, window: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("ncsn.data.training_images.WINDOW_BYTES", window)
-    config = from_yaml(tiny, overrides=CLASSES)
-    job = TrainingJob(config=config, dataset=dataset)
-    train_locally(job, tmp_path / "whole")
-    train_locally(TrainingJob(config=config, dataset=dataset, stop_at=80), tmp_path / "halves")
-    train_locally(job, tmp_path / "halves")
-    last = "images-000000160"
-    assert_same_tensors(tmp_path / "whole" / last, tmp_path / "halves" / last)
-    found = checkpoint.load_for_sampling(str(tmp_path / "whole" / last))
+def test_the_network_learns_from_every_class(config: Config, dataset: str, tmp_path: Path) -> None:
+    train_locally(TrainingJob(config=config, dataset=dataset), tmp_path)
+    start, end = (tensors(tmp_path / name) for name in ("images-000000080", "images-000000160"))
     manifest = load_manifest(dataset)
+    found = checkpoint.load_for_sampling(str(tmp_path / "images-000000160"))
     assert found.classes == Classes(tuple(manifest.class_names), tuple(manifest.class_counts["train"]))
-    start, end = (tensors(tmp_path / "whole" / name) for name in ("images-000000080", last))
     (weight,) = (name for name in end if name.startswith("weights:") and name.endswith("map_label.weight"))
     # Adam moves each weight that has a gradient.
     assert (start[weight] != end[weight]).any(dim=0).all()
@@ -80,12 +54,6 @@ def test_the_held_out_loss_tells_the_network_the_classes(
     probe.measure(state, dtype=None)
     labels = torch.cat(seen)
     assert set(labels.tolist()) == set(range(10))
-
-
-def test_old_configs_train_networks_without_classes(tiny: str, dataset: str) -> None:
-    config = from_yaml(tiny)
-    assert draw_batch(config, open_cache(dataset, "train"), first=0, count=4).conditions == {}
-    assert not [name for name, _ in build.network(config).named_parameters() if "label" in name]
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,11 @@ from local_training import assert_same_tensors, train_locally
 
 from ncsn.config import Config, from_yaml
 from ncsn.config.noise import DsmLossConfig
-from ncsn.data.training_images import open_cache
 from ncsn.model import build, checkpoint
 from ncsn.model.generate import generate
 from ncsn.runs.curves import EDM_LOSS, HELD_OUT_EDM, loss_names
 from ncsn.runs.history import TrainingHistory, load_history
 from ncsn.training import held_out
-from ncsn.training.batches import draw_batch
 from ncsn.training.loop import TrainingJob
 
 CONTINUOUS = (
@@ -61,14 +59,6 @@ def test_curves_are_by_bin_and_a_resumed_training_is_the_same(
     assert_same_tensors(*places)
     model = checkpoint.load_for_sampling(str(places[0]))
     assert generate(model, sampling=model.config.sampling, first=0, count=2).shape == (2, 8, 8, 1)
-
-
-def test_a_sigma_belongs_to_the_place_of_its_image(config: Config, dataset: str) -> None:
-    split = open_cache(dataset, "train")
-    whole = draw_batch(config, split, first=1250, count=16)
-    parts = [draw_batch(config, split, first=1250 + 4 * rank, count=4) for rank in range(4)]
-    assert whole.level is None and torch.equal(whole.sigma, torch.cat([part.sigma for part in parts]))
-    assert torch.equal(whole[3:7].sigma, whole.sigma[3:7])
 
 
 @pytest.mark.parametrize("overrides", [["loss={kind: ssm}"], ["network={kind: ncsnv2, num_features: 4}", "loss={}"]])

@@ -22,7 +22,6 @@ from PIL import Image
 
 from ncsn import storage
 from ncsn.config import from_yaml
-from ncsn.config.schema import DataConfig
 from ncsn.data.dataset import write_dataset
 from ncsn.data.format import load_manifest
 from ncsn.data.parquet import read_split
@@ -162,21 +161,6 @@ def test_one_process_goes_on_where_it_was(tmp_path, monkeypatch):
     assert sum(part.rows for part in dataset.manifest.parts["train"]) == dataset.manifest.counts["train"]
     again = ingest(None)
     assert (again.uri, again.created) == (dataset.uri, False)
-
-
-def test_another_crop_is_another_dataset(tmp_path):
-    (tmp_path / "images").mkdir()
-    for number in range(12):
-        (tmp_path / "images" / f"{number}.png").write_bytes(png(number, side=24))
-    text = EXPERIMENT.format(source="image_folder", root=tmp_path / "images", store=tmp_path)
-    whole = from_yaml(text).data
-
-    def digest(data: DataConfig) -> str:
-        source = open_source(data)
-        dataset = write_dataset(source, str(tmp_path / "store"), name="image_folder", data=data, fingerprint="x")
-        return dataset.manifest.digest
-
-    assert digest(whole) != digest(whole.model_copy(update={"crop": 12}))
 
 
 @pytest.mark.slow

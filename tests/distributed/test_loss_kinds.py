@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from local_training import assert_same_tensors, train_locally
+from local_training import assert_same_tensors, train_locally, train_until_killed
 
 from ncsn.config import from_yaml
 from ncsn.data.training_images import open_cache
 from ncsn.model import build
-from ncsn.model.checkpoint_store import CheckpointStore
-from ncsn.training.batches import augmented, draw_batch
-from ncsn.training.context import LocalContext
-from ncsn.training.loop import TrainingJob, train_loop
+from ncsn.training.batches import draw_batch
+from ncsn.training.loop import TrainingJob
 
 SSM = "loss={kind: ssm}"
 ONE_SIGMA = (
@@ -34,6 +31,7 @@ AUGMENTED = (
     "loss={weighting: edm}",
     "compute.microbatch=5",
 )
+CLASSES = ("data.num_classes=10", "train.label_dropout=0.3", "network.dropout=0.1")
 
 
 def checkpoint_after(tiny: str, dataset: str, folder: Path, *overrides: str) -> Path:
@@ -42,27 +40,19 @@ def checkpoint_after(tiny: str, dataset: str, folder: Path, *overrides: str) -> 
 
 
 @pytest.mark.parametrize(
-    "overrides",
-    [(SSM,), ONE_SIGMA, AUGMENTED],
-    ids=["ssm", "one", "augmented"],
+    "overrides", [(SSM,), ONE_SIGMA, AUGMENTED, CLASSES], ids=["ssm", "one", "augmented", "classes"]
 )
-def test_resume_is_bitwise(overrides: tuple[str, ...], tiny: str, dataset: str, tmp_path: Path) -> None:
-    """6 steps = 3 + resume + 3, for each loss."""
+@pytest.mark.parametrize("window", [64 * 64, 1 << 30], ids=["streamed", "whole"])
+def test_resume_is_bitwise(
+    overrides: tuple[str, ...], window: int, tiny: str, dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """6 steps = 3 + resume + 3, for each loss and each way to read the images."""
+    monkeypatch.setattr("ncsn.data.training_images.WINDOW_BYTES", window)
     short = ("train.num_images=96", "optimizer.decay=constant")
     whole = checkpoint_after(tiny, dataset, tmp_path / "whole", *overrides, *short)
 
-    class DiesAfterFirstCheckpoint(CheckpointStore):
-        def publish(self, write: Callable[[Path], None], *, name: str) -> None:
-            super().publish(write, name=name)
-            raise KeyboardInterrupt
-
     halves = from_yaml(tiny, overrides=[*overrides, *short, "train.checkpoint_every_images=48"])
-    with pytest.raises(KeyboardInterrupt):
-        train_loop(
-            TrainingJob(config=halves, dataset=dataset),
-            LocalContext(),
-            DiesAfterFirstCheckpoint(str(tmp_path / "halves")),
-        )
+    train_until_killed(TrainingJob(config=halves, dataset=dataset), tmp_path / "halves")
     second = checkpoint_after(tiny, dataset, tmp_path / "halves", *overrides, *short)
     assert (tmp_path / "halves" / "images-000000048").is_dir()
     assert_same_tensors(whole, second)
@@ -88,26 +78,3 @@ def test_sliced_score_matching_differentiates_every_network_twice(network: str, 
     torch.autograd.backward(loss)
     gradients = [parameter.grad for parameter in state.network.parameters()]
     assert all(gradient is not None and torch.isfinite(gradient).all() for gradient in gradients)
-
-
-def test_projections_belong_to_the_image_and_not_to_the_batch(tiny: str, dataset: str) -> None:
-    config, split = from_yaml(tiny, overrides=[SSM]), open_cache(dataset, "train")
-    whole = draw_batch(config, split, first=1250, count=8)
-    parts = [draw_batch(config, split, first=1250 + 4 * rank, count=4) for rank in range(2)]
-    assert whole.v is not None and whole.v.shape == (1, 8, 1, 8, 8)
-    assert torch.equal(whole.v, torch.cat([part.v for part in parts if part.v is not None], dim=1))
-    assert not torch.equal(whole.v[0], whole.z)
-
-
-def test_augmentation_belongs_to_the_image_and_moves_no_other_draw(tiny: str, dataset: str) -> None:
-    config, split = from_yaml(tiny, overrides=AUGMENTED), open_cache(dataset, "train")
-    plain = draw_batch(from_yaml(tiny, overrides=[*AUGMENTED, "data.augmentation=null"]), split, first=1250, count=8)
-    whole = augmented(config, draw_batch(config, split, first=1250, count=8), first=1250)
-    parts = [augmented(config, draw_batch(config, split, first=first, count=4), first=first) for first in (1250, 1254)]
-    assert torch.equal(whole.z, plain.z) and torch.equal(whole.sigma, plain.sigma)
-    told = whole.conditions["augmentation"]
-    assert told.shape == (8, 9) and torch.equal(told, torch.cat([part.conditions["augmentation"] for part in parts]))
-    torch.testing.assert_close(whole.x, torch.cat([part.x for part in parts]))
-    changed = (whole.x != plain.x).flatten(1).any(dim=1)
-    assert torch.equal(changed, told.any(dim=1)) and changed.any() and not changed.all()
-    assert torch.equal(whole[2:5].inputs["augmentation"], told[2:5])

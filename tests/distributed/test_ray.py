@@ -17,10 +17,8 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
-from kills_worker import KillsWorker
-from live_scores import live_scores
 from local_training import assert_same_tensors, tensors, train_locally
-from obstacle import Obstacle
+from on_ray import KillsWorker, evaluate_by_tasks, live_scores
 from ray_driver import RayDriver, ray_driver, with_environment, with_progress
 from refused import refused
 
@@ -29,10 +27,9 @@ from ncsn.data.format import Rows, from_table, to_table
 from ncsn.distributed import trainer
 from ncsn.distributed.cluster import cluster_for, ray_tags, require_resources
 from ncsn.distributed.sampling import LEVELS, make_shards, plan_shards
-from ncsn.distributed.tasks import runner_of
 from ncsn.model.index import CheckpointError
 from ncsn.progress import Progress
-from ncsn.steps.evaluate import EvaluateResult, evaluate
+from ncsn.steps.evaluate import evaluate
 from ncsn.training.loop import TrainingJob
 
 HELPERS = Path(__file__).parents[1] / "helpers"
@@ -97,22 +94,6 @@ def test_two_workers_follow_one(trained: Path, tiny: str, dataset: str, tmp_path
         for name in one:
             if not name.startswith("optimizer:"):
                 assert torch.allclose(one[name], two[name], rtol=1e-4, atol=1e-5), name
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_a_checkpoint_that_cannot_be_stored_is_tried_again_from_the_one_before(
-    cluster: Cluster, tiny: str, dataset: str, tmp_path: Path
-) -> None:
-    """The upload runs beside the training, and its error still ends the attempt, not the run."""
-    config = from_yaml(tiny)
-    sink = Obstacle(tmp_path / "run" / "checkpoints" / "images-000000160")
-    job = TrainingJob(config=config, dataset=dataset, sink=sink)
-    outcome = cluster.driver(trainer.train, job, run_uri=str(tmp_path / "run"))
-    assert (outcome.images_seen, outcome.checkpoint) == (160, "images-000000160")
-    train_locally(TrainingJob(config=config, dataset=dataset), tmp_path / "whole")
-    last = "images-000000160"
-    assert_same_tensors(tmp_path / "run" / "checkpoints" / last, tmp_path / "whole" / last)
 
 
 @pytest.mark.slow
@@ -217,10 +198,6 @@ def test_the_score_is_known_while_images_are_made(
         assert asdict(score) == pytest.approx(point, rel=1e-5)
 
 
-def by_tasks(config: Config, **given: Any) -> EvaluateResult:
-    return evaluate(config, **given, runner=runner_of(config.compute))
-
-
 def test_an_evaluation_by_tasks_has_the_figures_of_one_process(
     cluster: Cluster, tiny: str, dataset: str, tmp_path: Path
 ) -> None:
@@ -233,17 +210,12 @@ def test_an_evaluation_by_tasks_has_the_figures_of_one_process(
         pq.write_table(to_table(Rows(part, np.full(700, -1))), samples / f"shard-{first:09d}-{first + 700:09d}.parquet")
     overrides = ["sampling.num_images=2100", "evaluation={classifier_epochs: 1, num_splits: 2, batch_size: 64}"]
     config = from_yaml(tiny, overrides=overrides)
-    alone = evaluate(
-        config,
-        samples=str(samples),
-        dataset=dataset,
-        folder=str(tmp_path / "alone"),
-        progress=Progress(),
-    )
+    given: dict[str, Any] = {"samples": str(samples)}
+    alone = evaluate(config, **given, dataset=dataset, folder=str(tmp_path / "alone"), progress=Progress())
     copy = tmp_path / "copy"
     shutil.copytree(dataset, copy, ignore=shutil.ignore_patterns("reference"))
     shared, told = cluster.driver(
-        with_progress, by_tasks, config, samples=str(samples), dataset=str(copy), folder=str(tmp_path / "shared")
+        with_progress, evaluate_by_tasks, config, **given, dataset=str(copy), folder=str(tmp_path / "shared")
     )
     assert shared.metrics == pytest.approx(alone.metrics, rel=1e-5)
     assert shared.real_metrics == pytest.approx(alone.real_metrics, rel=1e-5)

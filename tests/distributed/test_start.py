@@ -18,12 +18,9 @@ from ncsn.model import build
 from ncsn.model.checkpoint import load_for_sampling
 from ncsn.model.checkpoint_store import CheckpointStore
 from ncsn.model.generate import generate
-from ncsn.runs.curves import HELD_OUT_EDM
 from ncsn.runs.folder import run_folder
-from ncsn.runs.history import load_history
 from ncsn.steps import train
 from ncsn.steps.start import require_start, start_of
-from ncsn.training import held_out
 from ncsn.training.context import LocalContext
 from ncsn.training.loop import Training, TrainingJob
 
@@ -130,28 +127,3 @@ def test_an_unfit_source_is_refused(tiny: str, dataset: str, source: str, tmp_pa
     assert not (tmp_path / "runs").exists(), "the name is free for the corrected command"
     with refused("train.init_from"):
         train.run(config, run="tuned", dataset=dataset)
-
-
-@pytest.mark.slow
-def test_going_on_with_the_same_images_keeps_the_held_out_loss(
-    tiny: str, dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(held_out, "SHARE", 1.0)
-    settings = (
-        "noise={sigma_1: 8.0, sigma_L: 0.01, num_levels: 18, training: {kind: lognormal, mean: -1.37}}",
-        "loss={kind: dsm, weighting: edm}",
-        "network={kind: unet, widths: [16], blocks_per_resolution: 1, embedding_features: 16, sigma_data: 0.42}",
-        "data.horizontal_flip=false",
-        "optimizer={learning_rate: 2.0e-3}",
-        "train={batch_size: 64, num_images: 60000, ema: {kind: half_life, images: 500000}, "
-        "checkpoint_every_images: 60000, report_every_images: 60000}",
-        f"storage.root={tmp_path}",
-    )
-    first = TrainingJob(from_yaml(tiny, overrides=settings), dataset, history=str(tmp_path / "first.json"))
-    uri = f"{tmp_path}/first/{train_locally(first, tmp_path / 'first').checkpoint}"
-    going_on = (f"train.init_from={uri}", "train.num_images=50000", "optimizer.learning_rate=2.0e-4")
-    config = from_yaml(tiny, overrides=[*settings, *going_on, "train.ema={kind: half_life, images: 2500}"])
-    second = TrainingJob(config, dataset, history=str(tmp_path / "second.json"), start=start(config, dataset))
-    train_locally(second, tmp_path / "second")
-    losses = [load_history(str(job.history)).curve(HELD_OUT_EDM)[-1] for job in (first, second)]
-    assert losses[1] == pytest.approx(losses[0], rel=0.01)

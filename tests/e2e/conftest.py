@@ -36,16 +36,11 @@ PATIENCE_SECONDS = 600
 
 @dataclass
 class Workplace:
-    """A store with an experiment, and the commands run on it.
-
-    Attributes:
-        root: The store.
-        config: The experiment's file.
-        mark: In the environment of every process that the commands start.
-    """
+    """A store with an experiment, and the commands run on it."""
 
     root: Path
     config: Path
+    # In the environment of every process that the commands start.
     mark: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def start(self, *args: str, **options: Any) -> subprocess.Popen[str]:
@@ -80,14 +75,12 @@ class Workplace:
         return found
 
     def wait_until(self, condition: Callable[[], object], *, what: str, seconds: float = PATIENCE_SECONDS) -> None:
-        """Poll until the condition holds; fail if it never does."""
         deadline = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < deadline, f"waited in vain until {what}; alive: {self.processes()}"
             time.sleep(0.1)
 
     def wait_for_silence(self) -> None:
-        """Wait until no process of the commands is left."""
         self.wait_until(lambda: not self.processes(), what="every process of the run has ended")
 
     def folder(self, run: str) -> Path:

@@ -23,25 +23,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KfpServer]:
         yield server
 
 
-def submit(workplace: Any, server: KfpServer, *args: str) -> subprocess.CompletedProcess[str]:
-    command = [
-        sys.executable,
-        "-m",
-        "ncsn",
-        "submit",
-        "--config",
-        str(workplace.config),
-        "--host",
-        server.url,
-        "--wait",
-    ]
-    return subprocess.run(
-        [*command, *args],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=600,
-    )
+def submit(server: KfpServer, *args: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "ncsn", "submit", "--host", server.url, "--wait", *args]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
 
 
 def outputs(server: KfpServer, name: str) -> list[str]:
@@ -50,7 +34,7 @@ def outputs(server: KfpServer, name: str) -> list[str]:
 
 @pytest.mark.timeout(700)
 def test_the_train_pipeline_runs_to_a_registered_model(workplace: Any, server: KfpServer) -> None:
-    done = submit(workplace, server, "--run", "submitted")
+    done = submit(server, "--config", str(workplace.config), "--run", "submitted")
     assert done.returncode == 0, done.stderr + "".join(outputs(server, "log.txt"))
     assert done.stdout.startswith(f"{server.url}/#/runs/details/")
     assert done.stderr.splitlines()[-1] == "submitted: SUCCEEDED"
@@ -65,9 +49,8 @@ def test_the_train_pipeline_runs_to_a_registered_model(workplace: Any, server: K
 
 @pytest.mark.timeout(700)
 def test_a_failed_run_is_told_with_its_reason(workplace: Any, server: KfpServer) -> None:
-    done = submit(
-        workplace, server, "--run", "mistaken", "--set", "data.source=image_folder", "--set", "data.root=/nowhere"
-    )
+    mistake = ("--set", "data.source=image_folder", "--set", "data.root=/nowhere")
+    done = submit(server, "--config", str(workplace.config), "--run", "mistaken", *mistake)
     assert done.returncode == 1
     assert "FAILED (Ingest images)" in done.stderr
     status = json.loads(Path(workplace.folder("mistaken"), "status.json").read_text())
@@ -79,9 +62,8 @@ def test_a_failed_run_is_told_with_its_reason(workplace: Any, server: KfpServer)
 def test_the_registered_model_is_sampled_and_measured(workplace: Any, server: KfpServer) -> None:
     settings = (f"storage.root={workplace.root}", "sampling.num_images=8", "evaluation.num_splits=2")
     options = [part for setting in settings for part in ("--set", setting)]
-    command = [sys.executable, "-m", "ncsn", "submit", "--pipeline", "sample", "--host", server.url, "--wait", *options]
     params = ("--param", "model=models:/ncsn-tiny@champion", "--param", "evaluated=true")
-    done = subprocess.run([*command, *params], capture_output=True, text=True, check=False, timeout=600)
+    done = submit(server, "--pipeline", "sample", *options, *params)
     assert done.returncode == 0, done.stderr + "".join(outputs(server, "log.txt"))
     (images,) = (workplace.root / "generated" / "ncsn-tiny" / "1").iterdir()
     assert list(images.glob("shard-*.parquet"))

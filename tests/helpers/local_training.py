@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 from safetensors.torch import load
 from torch import Tensor
@@ -39,6 +41,26 @@ class Recorder:
 def train_locally(job: TrainingJob, folder: Path | str) -> TrainOutcome:
     """Train, with checkpoints in `folder`."""
     return train_loop(job, LocalContext(), CheckpointStore(str(folder)))
+
+
+class Killed(BaseException):
+    """Nothing after it happens."""
+
+
+def train_until_killed(
+    job: TrainingJob, folder: Path | str, *, at: str = "", context: LocalContext | None = None
+) -> None:
+    """Train until a checkpoint is stored: the first, or the one with the name `at`."""
+
+    class Dies(CheckpointStore):
+        def publish(self, write: Callable[[Path], None], *, name: str) -> None:
+            super().publish(write, name=name)
+            self.wait()
+            if at in name:
+                raise Killed
+
+    with pytest.raises(Killed):
+        train_loop(job, context or LocalContext(), Dies(str(folder)))
 
 
 def tensors(checkpoint: Path | str) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from refused import refused
 
 from ncsn.config import Config, changed_settings, from_yaml
 from ncsn.distributed.trials import Rung, Scored, SearchPlan, TrialRecord
-from ncsn.steps.tune import baseline_objective, best_config, best_trial, coordinates_png, epsilon_png, table
+from ncsn.steps.tune import baseline_objective, best_config, best_trial, pictures, table
 
 DIGITS = (Path(__file__).parents[2] / "configs" / "digits.yaml").read_text()
 OBJECTIVE = "eval/classifier_fid_n256"
@@ -105,6 +105,7 @@ def test_the_table_has_a_row_per_trial() -> None:
 
 def test_plots_are_drawn_also_with_trials_that_failed() -> None:
     trials = [trial(0, (10, 5.0), (40, 3.0)), trial(1, (10, 9.0), sigma_1=3.0), trial(2, failure="no", sigma_1=9.0)]
-    for png in (coordinates_png(trials, objective=OBJECTIVE), epsilon_png(trials[0], objective=OBJECTIVE)):
-        assert png is not None
+    drawn = pictures(trials, trials[0], OBJECTIVE)
+    assert set(drawn) == {"coordinates.png", "epsilon.png"}
+    for png in drawn.values():
         assert np.asarray(Image.open(io.BytesIO(png)).convert("RGBA")).std() > 0

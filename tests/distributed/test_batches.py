@@ -1,0 +1,115 @@
+"""Batches: what a worker draws for an image depends on the place of the image alone, and parts average to the whole."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from ncsn.config import from_yaml
+from ncsn.core.keyed_random import Stream, keyed_uniform
+from ncsn.core.losses import Batch
+from ncsn.core.training import StepOptions, train_step
+from ncsn.data import training_images
+from ncsn.data.training_images import StreamedSplit, image_indices, open_cache, open_training_images
+from ncsn.model import build
+from ncsn.training.batches import augmented, draw_batch, image_moments
+from ncsn.training.context import LocalContext
+
+CLASSES = ("data.num_classes=10", "train.label_dropout=0.3")
+DRAWS = {
+    "levels": (),
+    "any sigma": ("noise={training: {kind: lognormal}}",),
+    "classes": CLASSES,
+    "projections": ("loss={kind: ssm}",),
+    "augmentation": (
+        "data.horizontal_flip=false",
+        "data.augmentation={probability: 0.5}",
+        "network={kind: ddpmpp, base_width: 8, multipliers: [1], blocks_per_resolution: 1, attention_sizes: []}",
+    ),
+}
+
+
+def tensors(batch: Batch) -> dict[str, torch.Tensor]:
+    """Everything that was drawn, the images first."""
+    found = {"x": batch.x, "z": batch.z, "sigma": batch.sigma, "level": batch.level, **batch.conditions}
+    found["v"] = None if batch.v is None else batch.v.transpose(0, 1)
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+
+@pytest.mark.parametrize("window", [64 * 64, 1 << 30], ids=["streamed", "whole"])
+@pytest.mark.parametrize("overrides", DRAWS.values(), ids=DRAWS)
+def test_parts_of_a_batch_are_the_batch(
+    overrides: tuple[str, ...], window: int, tiny: str, dataset: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training_images, "WINDOW_BYTES", window)
+    config, split = from_yaml(tiny, overrides=overrides), open_training_images(dataset)
+    assert isinstance(split, StreamedSplit) == (window == 64 * 64)
+
+    def draw(first: int, count: int) -> Batch:  # over the end of the first epoch of 1258
+        return augmented(config, draw_batch(config, split, first=first, count=count), first=first)
+
+    whole, parts = tensors(draw(1250, 16)), [tensors(draw(1250 + 4 * rank, 4)) for rank in range(4)]
+    for name, tensor in whole.items():
+        torch.testing.assert_close(torch.cat([part[name] for part in parts]), tensor, rtol=0, atol=0)
+    inside = draw(1250, 16)[3:7]
+    assert all(torch.equal(part, whole[name][3:7]) for name, part in tensors(inside).items())
+    # Every split draws the same images, however it is read.
+    cached = augmented(config, draw_batch(config, open_cache(dataset, "train"), first=1250, count=16), first=1250)
+    assert torch.equal(cached.x, whole["x"])
+    assert torch.equal(image_moments(config, split).mean, image_moments(config, open_cache(dataset, "train")).mean)
+
+
+def test_a_share_of_the_labels_is_hidden(tiny: str, dataset: str) -> None:
+    config, split = from_yaml(tiny, overrides=CLASSES), open_cache(dataset, "train")
+    labels = draw_batch(config, split, first=1250, count=64).conditions["labels"]
+    rows = image_indices(config.seed, first=1250, count=64, size=len(split))
+    hidden = keyed_uniform(config.seed, stream=Stream.LABEL, first=1250, count=64, size=1)[:, 0].numpy() < 0.3
+    np.testing.assert_array_equal(labels, np.where(hidden, -1, split.labels[rows]))
+    assert 0 < hidden.sum() < 64
+
+
+def test_augmentation_moves_no_other_draw(tiny: str, dataset: str) -> None:
+    config, split = from_yaml(tiny, overrides=DRAWS["augmentation"]), open_cache(dataset, "train")
+    plain = draw_batch(config, split, first=1250, count=8)
+    whole = augmented(config, plain, first=1250)
+    assert torch.equal(whole.z, plain.z) and torch.equal(whole.sigma, plain.sigma)
+    told = whole.conditions["augmentation"]
+    changed = (whole.x != plain.x).flatten(1).any(dim=1)
+    assert told.shape == (8, 9)
+    assert torch.equal(changed, told.any(dim=1)) and changed.any() and not changed.all()
+
+
+@pytest.mark.parametrize(("workers", "dropout"), [(2, 0.0), (3, 0.0), (3, 0.3)])
+def test_gradients_of_parts_average_to_the_gradient_of_the_batch(
+    tiny: str, dataset: str, workers: int, dropout: float
+) -> None:
+    """1 worker x batch 8, 2 workers x batch 4, and 3 workers with 2, 3 and 3, give the same gradients (1e-6)."""
+    config, split = from_yaml(tiny, overrides=[f"network.dropout={dropout}"]), open_cache(dataset, "train")
+
+    def gradients(first: int, count: int, workers: int = 1) -> list[torch.Tensor]:
+        state = build.train_state(config)
+        with torch.no_grad():
+            for parameter in state.network.parameters():
+                parameter.add_(0.1)  # the output layer starts at zero and would hide most gradients
+        state.optimizer = torch.optim.SGD(state.network.parameters(), lr=0.0)
+        train_step(
+            state.network,
+            draw_batch(config, split, first=first, count=count),
+            state=state,
+            loss=build.loss(config),
+            options=StepOptions(batch_size=8, world_size=workers),
+        )
+        return [parameter.grad for parameter in state.network.parameters() if parameter.grad is not None]
+
+    class Worker(LocalContext):
+        def __init__(self, rank: int) -> None:
+            super().__init__()
+            self.rank, self.world_size = rank, workers
+
+    shares = [Worker(rank).share(8) for rank in range(workers)]
+    assert [place for share in shares for place in share] == list(range(8))
+    parts = [gradients(share.start, len(share), workers) for share in shares]
+    for together, *each in zip(gradients(0, 8), *parts, strict=True):
+        average = torch.stack(each).mean(dim=0)
+        assert torch.allclose(together, average, rtol=1e-5, atol=1e-6 * float(together.abs().max() + 1))

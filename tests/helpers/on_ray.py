@@ -1,0 +1,60 @@
+"""What tests send to a Ray driver and to its workers, in a module that they can import."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ncsn.config import Config
+from ncsn.distributed.sampling import make_shards, plan_shards
+from ncsn.distributed.tasks import runner_of
+from ncsn.evaluation.frechet import RunningDistance, RunningScore
+from ncsn.evaluation.reference import open_evaluator
+from ncsn.model.checkpoint_store import CheckpointStore
+from ncsn.progress import Progress
+from ncsn.steps.evaluate import EvaluateResult, evaluate
+
+
+class KillsWorker(Progress):
+    """Once, when training has seen that many images, makes the file `killed` and kills its process, that of rank 0.
+
+    The newest checkpoint in the folder `cut` loses half of its weights first.
+    """
+
+    def __init__(self, at: int, killed: Path, *, cut: Path) -> None:
+        super().__init__()
+        self.at, self.killed, self.cut = at, killed, cut
+
+    def changed(self) -> None:
+        if self.done < self.at or self.killed.exists():
+            return
+        weights = self.cut / next(CheckpointStore(str(self.cut)).names()) / "weights.safetensors"
+        os.truncate(weights, weights.stat().st_size // 2)
+        self.killed.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def evaluate_by_tasks(config: Config, **given: Any) -> EvaluateResult:
+    return evaluate(config, **given, runner=runner_of(config.compute))
+
+
+def live_scores(config: Config, dataset: str, *, checkpoint: str, folder: str) -> tuple[list[RunningScore], list[int]]:
+    """The running scores of the images of a config, and how many images were there when each was due."""
+    evaluator = open_evaluator(config, dataset, runner=runner_of(config.compute))
+    running = RunningDistance(evaluator.reference.statistics, count=config.sampling.num_images)
+    scores: list[RunningScore] = []
+    there: list[int] = []
+
+    def take(first: int, features: np.ndarray) -> None:
+        due = running.add(first, features)
+        scores.extend(due)
+        there.extend(progress.done for _ in due)
+
+    progress = Progress()
+    shards = plan_shards(config, checkpoint=checkpoint, folder=folder, dataset=dataset)
+    make_shards(config, shards, progress=progress, on_features=take)
+    return scores, there
