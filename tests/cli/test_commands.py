@@ -76,12 +76,6 @@ def test_options_that_do_not_go_together_are_refused(run_in_process, args: list[
     assert done.stderr.startswith("Usage: ")
 
 
-def test_a_config_without_its_option_is_recognized(run_in_process) -> None:
-    done = run_in_process("run", "configs/digits.yaml")
-    assert (done.exit_code, done.stdout) == (2, "")
-    assert done.stderr.endswith("; did you mean --config configs/digits.yaml?\n")
-
-
 def test_pages_on_a_busy_port_are_refused(
     run_in_process, require_mistake, config_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

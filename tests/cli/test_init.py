@@ -6,8 +6,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -82,7 +80,6 @@ def test_examples(place, run_in_process) -> None:
         (("{place}", "--set", "train.batchsize=3"), "--set: train.batchsize"),
         (("{place}", "--out", "absent/x.yaml"), "--out 'absent/x.yaml'"),
         (("{place}", "--minutes", "nan"), "--minutes nan"),
-        (("{place}", "--out", "x.png"), "--out 'x.png'"),
         (("{place}/0.png",), "PLACE = '{place}/0.png'"),
         (("digits", "--set", "seed=3"), "--set"),
     ],
@@ -101,12 +98,3 @@ def test_a_file_without_images_is_told_in_the_words_of_the_command(place, run_in
     assert result.exit_code == 2 and str(place / name) in result.stderr
     assert "data." not in result.stderr
     assert ("a .tar, a .zip, a .parquet" in result.stderr) == (name in ("x.npz", "x.csv"))
-
-
-def test_hints_about_the_place_name_it(place, run_in_process) -> None:
-    for file in place.glob("*.png"):
-        file.unlink()
-    pq.write_table(pa.table({"image": [b"x"]}), place / "validation.parquet")
-    pq.write_table(pa.table({"image": [b"x"]}), place / "test.parquet")
-    result = run_in_process("init", str(place))
-    assert result.exit_code == 2 and "point PLACE at one of the splits" in result.stderr

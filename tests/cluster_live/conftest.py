@@ -15,12 +15,11 @@ from pathlib import Path
 
 import pytest
 from cluster_evidence import save_evidence
-from cluster_versions import describe_versions
 from installed_infra import ENVIRONMENT, Infra, image_under_test, reached
 from kubeflow_pipelines import NAMESPACE, Kubeflow, find_kubeflow
 from live_place import Place
 from ncsn_commands import ROOT, Commands
-from real_cluster import PATIENCE, Namespace, exists, kubectl, new_namespace, require_cluster
+from real_cluster import PATIENCE, Namespace, describe_versions, exists, kubectl, new_namespace, require_cluster
 
 EVIDENCE = Path(os.environ.get("NCSN_EVIDENCE", ROOT / "cluster-evidence"))
 FAILED = pytest.StashKey[bool]()

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from local_training import assert_same_tensors, train_locally
 
 from ncsn.config import Config, from_yaml
@@ -69,21 +68,3 @@ def test_other_losses_and_networks_train_at_any_sigma(
     history = trained(config, dataset, tmp_path)
     assert np.isfinite(history.curve("train/loss")).all()
     assert np.isfinite(history.curve(EDM_LOSS)).all() == hasattr(config.network, "sigma_data")
-
-
-@pytest.mark.slow
-def test_a_compiled_network_is_one_graph_for_levels_and_for_any_sigma(config: Config) -> None:
-    torch._dynamo.reset()
-    network = build.network(config).train()
-    graphs: list[object] = []
-
-    def backend(graph: torch.fx.GraphModule, _inputs: list[torch.Tensor]) -> object:
-        graphs.append(graph)
-        return graph.forward
-
-    compiled = torch.compile(network, backend=backend, fullgraph=True)
-    x, sigma, level = torch.rand(3, 1, 8, 8), torch.tensor([0.1, 1.0, 3.0]), torch.tensor([0, 2, 5])
-    torch.testing.assert_close(compiled(x, sigma=sigma), network(x, sigma=sigma))
-    assert len(graphs) == 1
-    torch.testing.assert_close(compiled(x, level=level), network(x, level=level))
-    assert len(graphs) == 2

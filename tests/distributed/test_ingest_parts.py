@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import pickle
 import signal
 import subprocess
 import sys
@@ -15,8 +14,6 @@ from pathlib import Path
 
 import boto3
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -106,27 +103,6 @@ def test_shards_in_a_bucket_become_the_dataset_of_one_pass(s3_root, tmp_path, co
     assert np.array_equal(read_split(result["uri"], "test").images, read_split(expected.uri, "test").images)
     objects = boto3.client("s3").list_objects_v2(Bucket=s3_root.removeprefix("s3://"), Prefix="store/datasets/")
     assert not [entry["Key"] for entry in objects["Contents"] if "/.parts-" in entry["Key"]]
-
-
-def test_parquet_files_in_a_bucket_become_the_dataset_of_one_pass(s3_root, tmp_path, monkeypatch):
-    """From a copy of the source, as a Ray task gets it."""
-    monkeypatch.setattr("ncsn.data.format.PART_IMAGES", 50)
-    for number in range(3):
-        rows = range(60 * number, 60 * number + 60)
-        images = [{"bytes": b"broken" if row == 7 else png(row), "path": None} for row in rows]
-        table = pa.table({"image": images, "label": [row % 3 for row in rows]})
-        pq.write_table(table, tmp_path / "shard.parquet", row_group_size=25)
-        storage.write_bytes(f"{s3_root}/hub/data/{number}.parquet", (tmp_path / "shard.parquet").read_bytes())
-    root, store = f"{s3_root}/hub", f"{s3_root}/store"
-    text = EXPERIMENT.format(source="parquet", root=root, store=store)
-    data = from_yaml(text).data
-    source = pickle.loads(pickle.dumps(open_source(data)))
-    made = write_dataset(source, f"{store}/packed", name="packed", data=data, fingerprint="x")
-    assert made.manifest.digest == in_one_pass(text, tmp_path / "one-pass").manifest.digest
-    manifest = load_manifest(made.uri)
-    assert [image.name for image in manifest.skipped] == [f"{root}/data/0.parquet:row 7"]
-    assert manifest.counts == {"train": 143, "test": 36}
-    assert len(manifest.parts["train"]) == 3  # of 144 images offered, 50 to a part
 
 
 def test_one_process_goes_on_where_it_was(tmp_path, monkeypatch):

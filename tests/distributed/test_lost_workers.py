@@ -28,39 +28,26 @@ class _HealthCheckFailed(Exception):
         self.health_check_failure = failure
 
 
-@pytest.fixture
-def run_uri(tmp_path: Path) -> str:
+def test_a_lost_worker_is_one_line_until_training_ends(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for name, file in (("images-000070016", "checkpoint.json"), ("images-000080000", "weights.safetensors")):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
         (tmp_path / "checkpoints" / name / file).touch()
-    return str(tmp_path)
+    lost = LostWorkers(str(tmp_path), max_failures=1)
 
+    def said(*errors: Exception) -> list[str]:
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            lost.after_exception(SimpleNamespace(), dict(enumerate(errors)))
+        return [record.getMessage() for record in caplog.records]
 
-def said(lost: LostWorkers, *errors: Exception, caplog: pytest.LogCaptureFixture) -> list[str]:
-    caplog.clear()
-    with caplog.at_level(logging.WARNING):
-        lost.after_exception(SimpleNamespace(), dict(enumerate(errors)))
-    return [record.getMessage() for record in caplog.records]
-
-
-def test_a_lost_worker_is_one_line_until_training_ends(run_uri: str, caplog: pytest.LogCaptureFixture) -> None:
-    lost = LostWorkers(run_uri, max_failures=1)
-    (line,) = said(lost, RuntimeError("connection closed by peer"), died(), caplog=caplog)
+    errors = {0: RuntimeError("closed by peer\nthen more"), 1: died()}
+    (line,) = said(*errors.values())
     assert line.endswith("images-000070016")
-    assert said(lost, died(preempted=True), caplog=caplog) == [line], "Ray Train counts these apart"
-    assert said(lost, died(), caplog=caplog) == []
-
-
-def test_what_a_worker_raised_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    error = RuntimeError("CUDA out of memory\nTried to allocate 2 GiB")
-    (line,) = said(LostWorkers(str(tmp_path), max_failures=3), error, caplog=caplog)
-    assert "worker 0 " in line and "RuntimeError: CUDA out of memory" in line
-
-
-def test_why_training_failed_is_one_line() -> None:
-    errors = {1: RuntimeError("connection closed by peer"), 0: ValueError()}
-    assert reason(WorkerGroupError("[Rank 0 Error Snippet]: ...", errors)) == describe(errors)
-    assert "\n" not in describe({0: died()})
+    assert said(died(preempted=True)) == [line], "Ray Train counts these apart"
+    assert said(died()) == []
+    why = reason(WorkerGroupError("[Rank 0 Error Snippet]: ...", errors))
+    assert why == describe(errors) and "\n" not in why
+    assert "worker 0 " in describe({0: errors[0]}) and "RuntimeError: closed by peer" in describe({0: errors[0]})
 
 
 @pytest.mark.parametrize(

@@ -24,18 +24,11 @@ _SERVICE = re.compile(r"(?P<name>[a-z0-9-]+)\.(?P<namespace>[a-z0-9-]+)(\.svc(\.
 
 @dataclass(frozen=True)
 class Infra:
-    """`infra/` under other names: a copy, which kubectl applies.
+    """`infra/` under other names: a copy, which kubectl applies."""
 
-    Attributes:
-        folder: An empty folder for the copy.
-        system: Namespace of the servers, in place of `ncsn-system`.
-        pipelines: Namespace of the pipelines, in place of `kubeflow`.
-        keys: Access key and secret key of the object store.
-    """
-
-    folder: Path
-    system: str
-    pipelines: str
+    folder: Path  # empty, for the copy
+    system: str  # namespace of the servers, in place of `ncsn-system`
+    pipelines: str  # namespace of the pipelines, in place of `kubeflow`
     keys: tuple[str, str] = field(default_factory=lambda: (secrets.token_hex(10), secrets.token_hex(20)))
 
     def __post_init__(self) -> None:
@@ -107,12 +100,7 @@ class Infra:
 
 @contextlib.contextmanager
 def reached(namespace: str) -> Iterator[dict[str, str]]:
-    """The variables that a process on this machine needs to use the servers of the pods in this namespace.
-
-    Args:
-        namespace: One with `ncsn-environment` and `ncsn-credentials`. An address in the former that names a Service is
-            reached through a forwarded port.
-    """
+    """The variables that a process on this machine needs to use the servers of the pods in this namespace."""
     data = get("configmap", ENVIRONMENT, "--namespace", namespace)["data"]
     secret = get("secret", CREDENTIALS, "--namespace", namespace)["data"]
     variables = data | {name: base64.b64decode(value).decode() for name, value in secret.items()}
@@ -127,11 +115,7 @@ def reached(namespace: str) -> Iterator[dict[str, str]]:
 
 
 def image_under_test() -> str:
-    """The image of all pods.
-
-    Raises:
-        ValueError: if NCSN_IMAGE names none, or one without a tag.
-    """
+    """The image of all pods."""
     image = os.environ.get("NCSN_IMAGE", "")
     if ":" not in image.rpartition("/")[2]:
         raise ValueError(

@@ -20,11 +20,7 @@ _HTTP = urllib3.PoolManager(retries=urllib3.Retry(3, backoff_factor=1), timeout=
 
 @dataclass(frozen=True)
 class Kubeflow:
-    """Kubeflow Pipelines without users, whose runs are in the namespace `kubeflow`.
-
-    Attributes:
-        endpoint: URL of the API server.
-    """
+    """Kubeflow Pipelines without users, whose runs are in the namespace `kubeflow`."""
 
     endpoint: str
 

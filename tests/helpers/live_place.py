@@ -34,13 +34,7 @@ SMALL = {
 
 @dataclass(frozen=True)
 class Place:
-    """A namespace that is ready for pipelines, and what uses it from this machine.
-
-    Attributes:
-        namespace: It.
-        environment: Variables with the way to its store and MLflow.
-        commands: `ncsn` with those variables.
-    """
+    """A namespace that is ready for pipelines, and what uses it from this machine."""
 
     namespace: Namespace
     environment: dict[str, str]
@@ -72,11 +66,7 @@ class Place:
             raise
 
     def wait_for_checkpoint(self, run: str, command: Command, *, seconds: float = 420) -> int:
-        """Images of the newest checkpoint, once training has made one.
-
-        Raises:
-            AssertionError: if the command ends before, or it takes longer.
-        """
+        """Images of the newest checkpoint, once training has made one."""
         eventually(lambda: self.checkpoints(run) or command.ended, "there is a checkpoint", seconds=seconds)
         assert not command.ended, command.said[-3000:]
         return max(int(name.removeprefix("images-")) for name in self.checkpoints(run))

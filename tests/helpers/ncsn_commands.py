@@ -22,24 +22,14 @@ ROOT = Path(__file__).parents[2]
 
 @dataclass
 class Command:
-    """A running command.
-
-    Attributes:
-        process: It.
-        out: File with its standard output.
-        err: File with its standard error.
-    """
+    """A running command."""
 
     process: subprocess.Popen[bytes]
     out: Path
     err: Path
 
     def wait(self, seconds: float) -> int:
-        """Its exit code, within `seconds` times `PATIENCE`.
-
-        Raises:
-            AssertionError: if it takes longer.
-        """
+        """Its exit code, within `seconds` times `PATIENCE`."""
         try:
             return self.process.wait(seconds * PATIENCE)
         except subprocess.TimeoutExpired:
@@ -68,12 +58,7 @@ class Command:
 
 @dataclass(frozen=True)
 class Commands:
-    """Runs commands.
-
-    Attributes:
-        folder: Where their output is kept.
-        environment: Variables, in addition to those of this process.
-    """
+    """Runs commands."""
 
     folder: Path
     environment: Mapping[str, str]
@@ -101,11 +86,7 @@ class Commands:
                 process.wait()
 
     def run(self, *arguments: str, seconds: float, code: int = 0) -> Command:
-        """A command that has ended.
-
-        Raises:
-            AssertionError: if it ends with another code, or takes longer than `seconds`.
-        """
+        """A command that has ended."""
         with self.running(*arguments) as command:
             ended = command.wait(seconds)
         assert ended == code, f"ncsn {arguments[0]} exited with {ended}: {command.said[-3000:]}"

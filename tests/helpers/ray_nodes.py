@@ -25,29 +25,16 @@ HEALTH_CHECK = {"RAY_health_check_period_ms": "1000", "RAY_health_check_failure_
 
 @dataclass(frozen=True)
 class RayNode:
-    """One node.
+    """One node."""
 
-    Attributes:
-        id: Ray's name for it.
-        pid: Its raylet.
-        cache: Its `NCSN_CACHE_DIR`, which no other node has.
-    """
-
-    id: str
-    pid: int
-    cache: Path
+    id: str  # Ray's name for it
+    pid: int  # of its raylet
+    cache: Path  # its NCSN_CACHE_DIR, which no other node has
 
 
 @dataclass
 class RayNodes:
-    """A cluster that runs while the context is open. The first node is the head.
-
-    Args:
-        folder: Where the nodes' caches are.
-        count: Number of nodes.
-        cpus: CPUs that each node says it has.
-        environment: For all processes of the cluster, in addition to this process's.
-    """
+    """A cluster that runs while the context is open. The first node is the head."""
 
     folder: Path
     count: int = 2

@@ -27,16 +27,7 @@ class KubectlFailed(AssertionError):
 
 
 def kubectl(*arguments: str, stdin: str | None = None, seconds: float = 60) -> str:
-    """Its standard output.
-
-    Args:
-        arguments: Of kubectl.
-        stdin: What it reads.
-        seconds: How long it may take, times `PATIENCE`.
-
-    Raises:
-        KubectlFailed: if it exits with another code than 0, or takes longer.
-    """
+    """Its standard output."""
     limit = seconds * PATIENCE
     try:
         done = subprocess.run(
@@ -71,19 +62,7 @@ def apply(*resources: Resource) -> None:
 
 
 def eventually(condition: Callable[[], object], what: str, *, seconds: float) -> float:
-    """Wait until a condition holds.
-
-    Args:
-        condition: Called every second.
-        what: What it waits for, in words.
-        seconds: How long, times `PATIENCE`.
-
-    Returns:
-        Seconds that it took.
-
-    Raises:
-        AssertionError: if it does not hold in time.
-    """
+    """Wait until a condition holds."""
     started, limit = time.monotonic(), seconds * PATIENCE
     while True:
         failure = ""
@@ -177,11 +156,7 @@ def forwarded(namespace: str, service: str, port: int) -> Iterator[str]:
 
 
 def require_cluster() -> str:
-    """Address of the cluster.
-
-    Raises:
-        ValueError: if there is none that answers.
-    """
+    """Address of the cluster."""
     try:
         kubectl("get", "--raw", "/readyz", seconds=30)
         view = json.loads(kubectl("config", "view", "--minify", "--output", "json"))
@@ -189,6 +164,17 @@ def require_cluster() -> str:
         where = os.environ.get("KUBECONFIG", "~/.kube/config")
         raise ValueError(f"no cluster: {error}; set KUBECONFIG (now {where}) to that of a cluster") from None
     return str(view["clusters"][0]["cluster"]["server"])
+
+
+def describe_versions() -> list[str]:
+    """Lines on the servers of the cluster, for the header of a test report."""
+    version = json.loads(kubectl("version", "--output", "json"))["serverVersion"]["gitVersion"]
+    found = [f"Kubernetes: {version}, {len(get('nodes')['items'])} nodes"]
+    for name, labels in (("KubeRay", "app.kubernetes.io/component=kuberay-operator"), ("KFP", "app=ml-pipeline")):
+        servers = get("deployments", "--all-namespaces", "--selector", labels)["items"]
+        images = {server["spec"]["template"]["spec"]["containers"][0]["image"] for server in servers}
+        found.append(f"{name}: {', '.join(sorted(images)) or 'not in a Deployment'}")
+    return found
 
 
 def _accepts(port: int) -> bool:

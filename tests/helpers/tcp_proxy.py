@@ -9,11 +9,7 @@ from urllib.parse import urlsplit
 
 
 class TcpProxy:
-    """A context. While it is cut, open connections are reset and new ones closed at once.
-
-    Args:
-        url: Of the server.
-    """
+    """A context. While it is cut, open connections are reset and new ones closed at once."""
 
     def __init__(self, url: str) -> None:
         parts = urlsplit(url)
