@@ -10,7 +10,6 @@ import contextlib
 import os
 import secrets
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -132,11 +131,10 @@ def prepared(
 @pytest.fixture
 def pipelines(prepared: None, kubeflow: Kubeflow, request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
     """The namespace of Kubeflow's runs."""
-    began = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     with _place(NAMESPACE, tmp_path, KF_PIPELINES_ENDPOINT=kubeflow.endpoint) as place:
         yield place
         if request.node.stash.get(FAILED, False):
-            _save(request.node.name, place, since=began)
+            _save(request.node.name, place)
         kubeflow.terminate_all(place.folder)
 
 
@@ -148,8 +146,8 @@ def _place(namespace: str, folder: Path, **variables: str) -> Iterator[Place]:
         yield Place(Namespace(namespace), environment, commands)
 
 
-def _save(test: str, place: Place, *others: str, since: str = "") -> None:
+def _save(test: str, place: Place, *others: str) -> None:
     folder = EVIDENCE / test
     for namespace in (place.namespace.name, *others):
-        save_evidence(folder, namespace, since=since)
+        save_evidence(folder, namespace)
     place.commands.copy_to(folder / "commands")

@@ -42,7 +42,6 @@ class TornCopy(CheckpointStore):
 
 @contextmanager
 def group(rank: int, world_size: int, folder: str) -> Iterator[None]:
-    """The processes that meet in `folder`."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     meeting = f"file://{folder}/meeting"
     torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world_size)
@@ -51,7 +50,6 @@ def group(rank: int, world_size: int, folder: str) -> Iterator[None]:
 
 
 def work(rank: int, world_size: int, job: TrainingJob, folder: str) -> None:
-    """One of `world_size` processes."""
     with group(rank, world_size, folder):
         train_loop(job, GlooContext(rank, world_size), CheckpointStore(f"{folder}/checkpoints"))
 

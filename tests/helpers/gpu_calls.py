@@ -20,19 +20,16 @@ Place = tuple[int, tuple[int, ...]]  # process and the numbers of its GPUs
 
 
 def start(gpus: int) -> None:
-    """Start a cluster for this process that claims to have GPUs."""
     os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     ray.init(address="local", num_cpus=gpus, num_gpus=gpus, include_dashboard=False, logging_level="WARNING")
 
 
 def place(seconds: float) -> Place:
-    """The place of this call, after a while."""
     time.sleep(seconds)
     return os.getpid(), tuple(ray.get_gpu_ids())
 
 
 def places(durations: list[float], *, use_gpu: bool, at_once: int | None = None) -> list[Place]:
-    """The place of a call for each duration."""
     return [found for _, found in run_tasks(place, durations, cpus=1, gpu=use_gpu, in_flight=at_once)]
 
 
@@ -46,7 +43,6 @@ def meet(folder: Path) -> Place:
 
 
 def meetings(folder: Path, count: int) -> list[Place]:
-    """The places of `count` calls by two processes."""
     return [found for _, found in run_tasks(meet, [folder] * count, cpus=1, gpu=True)]
 
 
@@ -59,20 +55,17 @@ def die_once(file: Path) -> int:
 
 
 def survivors(files: list[Path], *, retries: int) -> list[tuple[str, int]]:
-    """Name of each file and the process of its last call."""
     tasks.RETRIES = retries
     return [(file.name, pid) for file, pid in run_tasks(die_once, files, cpus=1, gpu=True)]
 
 
 def refuse(number: int) -> int:
-    """A mistake for one number."""
     if number == 2:
         raise ValueError("not 2")
     return number
 
 
 def refused(numbers: list[int]) -> list[int]:
-    """The results of numbers, one of which raises."""
     return [result for _, result in run_tasks(refuse, numbers, cpus=1, gpu=True)]
 
 

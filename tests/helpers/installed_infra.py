@@ -45,7 +45,6 @@ class Infra:
 
     @property
     def servers(self) -> Namespace:
-        """Where the servers are."""
         return Namespace(self.system)
 
     def for_namespace(self, pipelines: str, folder: Path) -> Infra:
@@ -68,7 +67,6 @@ class Infra:
         )
 
     def apply(self, overlay: str) -> str:
-        """What kubectl says."""
         return kubectl("apply", "--kustomize", str(self.folder / "overlays" / overlay))
 
     def apply_without_servers(self) -> None:
@@ -82,13 +80,11 @@ class Infra:
         self.apply("without-servers")
 
     def remove_without_servers(self) -> None:
-        """What `apply_without_servers` made."""
         overlay = str(self.folder / "overlays" / "without-servers")
         kubectl("delete", "--kustomize", overlay, "--ignore-not-found", "--wait=false")
         kubectl("delete", "secret", CREDENTIALS, "--namespace", self.pipelines, "--ignore-not-found")
 
     def wait_for_servers(self) -> None:
-        """Until all are ready."""
         for item in self.servers.get("statefulsets,deployments")["items"]:
             name = f"{item['kind'].lower()}/{item['metadata']['name']}"
             kubectl("rollout", "status", name, "--namespace", self.system, "--timeout=10m", seconds=620)
@@ -115,7 +111,6 @@ def reached(namespace: str) -> Iterator[dict[str, str]]:
 
 
 def image_under_test() -> str:
-    """The image of all pods."""
     image = os.environ.get("NCSN_IMAGE", "")
     if ":" not in image.rpartition("/")[2]:
         raise ValueError(

@@ -25,7 +25,6 @@ class Kubeflow:
     endpoint: str
 
     def run(self, run_id: str) -> Resource:
-        """A run, as the API has it."""
         return self._ask("GET", f"runs/{run_id}")
 
     def terminate(self, run_id: str) -> None:
@@ -41,7 +40,6 @@ class Kubeflow:
         return at_work
 
     def workflow(self, run_id: str) -> Resource:
-        """The Workflow of a run."""
         selector = f"pipeline/runid={run_id}"
         (found,) = get("workflows.argoproj.io", "--namespace", NAMESPACE, "--selector", selector)["items"]
         workflow: Resource = found

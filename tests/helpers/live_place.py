@@ -46,7 +46,6 @@ class Place:
         return self.commands.folder.name
 
     def options(self, settings: Mapping[str, Any] | None = None) -> tuple[str, ...]:
-        """Options of the small experiment with backend kuberay, here, with other settings."""
         here = {
             "storage.root": f"s3://{BUCKET}/{self.folder}",
             "compute.backend": "kuberay",
@@ -72,7 +71,6 @@ class Place:
         return max(int(name.removeprefix("images-")) for name in self.checkpoints(run))
 
     def checkpoints(self, run: str) -> set[str]:
-        """Names of the complete checkpoints of a run."""
         files = self.files(f"runs/{run}/checkpoints")
         return {name.partition("/")[0] for name in files if name.endswith("/checkpoint.json")}
 
@@ -88,7 +86,6 @@ class Place:
         return {each["Key"].removeprefix(prefix): each["LastModified"] for each in found}
 
     def text(self, path: str) -> str:
-        """The text at a path of `storage.root`."""
         body: bytes = self._s3().get_object(Bucket=BUCKET, Key=f"{self.folder}/{path}")["Body"].read()
         return body.decode()
 

@@ -57,7 +57,6 @@ def killed(program: str, *arguments: object) -> None:
 
 
 def history(tracked: StepRun, name: str = LOSS) -> list[tuple[int, float]]:
-    """Steps and values of a curve."""
     return [(metric.step, metric.value) for metric in tracked.client.get_metric_history(tracked.run_id, name)]
 
 

@@ -22,8 +22,6 @@ from ncsn.training.loop import TrainingJob, TrainOutcome, train_loop
 
 @dataclass
 class Recorder:
-    """A sink that remembers."""
-
     points: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     pictures: list[tuple[str, int, np.ndarray]] = field(default_factory=list)
     closed: bool = False
@@ -39,7 +37,6 @@ class Recorder:
 
 
 def train_locally(job: TrainingJob, folder: Path | str) -> TrainOutcome:
-    """Train, with checkpoints in `folder`."""
     return train_loop(job, LocalContext(), CheckpointStore(str(folder)))
 
 

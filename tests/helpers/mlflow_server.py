@@ -45,7 +45,6 @@ class Server:
         self.kill()
 
     def start(self, *, seconds: float = 240.0) -> None:
-        """Start it, and wait until it answers."""
         # `mlflow models serve` looks for uvicorn on the PATH.
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         environment = os.environ | {"PATH": path, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
@@ -86,7 +85,6 @@ class Server:
             os.killpg(self._process.pid, signal.SIGCONT)
 
     def kill(self) -> None:
-        """Kill it and its workers, if it runs."""
         if self._process is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)

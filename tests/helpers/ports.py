@@ -23,6 +23,5 @@ def free_ports(count: int) -> list[int]:
 
 
 def free_port() -> int:
-    """One of them."""
     (port,) = free_ports(1)
     return port

@@ -67,6 +67,5 @@ def with_progress(function: Callable[..., R], *args: Any, **kwargs: Any) -> tupl
 
 
 def with_environment(environment: dict[str, str], function: Callable[[], R]) -> R:
-    """What a function returns while these variables are set."""
     with patch.dict(os.environ, environment):
         return function()

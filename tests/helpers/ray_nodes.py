@@ -25,8 +25,6 @@ HEALTH_CHECK = {"RAY_health_check_period_ms": "1000", "RAY_health_check_failure_
 
 @dataclass(frozen=True)
 class RayNode:
-    """One node."""
-
     id: str  # Ray's name for it
     pid: int  # of its raylet
     cache: Path  # its NCSN_CACHE_DIR, which no other node has
@@ -48,7 +46,6 @@ class RayNodes:
 
     @property
     def client(self) -> dict[str, str]:
-        """The environment of a command that joins the cluster."""
         token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token}
         return os.environ | dict(self.environment) | token | {"RAY_ADDRESS": self.address}
 
@@ -97,7 +94,6 @@ class RayNodes:
         self._temporary.cleanup()
 
     def add(self) -> RayNode:
-        """One more node, alive."""
         cache = self.folder / f"cache-{len(self.nodes)}"
         told = self._ask("add", {"num_cpus": self.cpus, "env_vars": {CACHE_DIR: str(cache)}})
         self.address, self.dashboard = told["address"], f"http://{told['dashboard']}"
@@ -111,7 +107,6 @@ class RayNodes:
     def run(
         self, command: Sequence[str], *, seconds: float = 240, **variables: str
     ) -> subprocess.CompletedProcess[str]:
-        """Run a command on the cluster to its end."""
         return subprocess.run(
             command,
             env=self.client | variables,

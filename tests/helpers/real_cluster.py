@@ -41,7 +41,6 @@ def kubectl(*arguments: str, stdin: str | None = None, seconds: float = 60) -> s
 
 
 def get(*arguments: str) -> Resource:
-    """What `kubectl get` finds, as JSON."""
     found: Resource = json.loads(kubectl("get", *arguments, "--output", "json"))
     return found
 
@@ -57,12 +56,10 @@ def exists(*arguments: str) -> bool:
 
 
 def apply(*resources: Resource) -> None:
-    """Create or update the objects."""
     kubectl("apply", "--filename", "-", stdin=json.dumps({"apiVersion": "v1", "kind": "List", "items": resources}))
 
 
 def eventually(condition: Callable[[], object], what: str, *, seconds: float) -> float:
-    """Wait until a condition holds."""
     started, limit = time.monotonic(), seconds * PATIENCE
     while True:
         failure = ""
@@ -93,7 +90,6 @@ class Namespace:
     name: str
 
     def get(self, *arguments: str) -> Resource:
-        """What `kubectl get` finds here."""
         return get(*arguments, "--namespace", self.name)
 
     def pods(self, selector: str) -> list[Resource]:
@@ -107,7 +103,6 @@ class Namespace:
         return [pod["metadata"]["name"] for pod in items if pod["status"]["phase"] in {"Pending", "Running"}]
 
     def rayjobs(self) -> list[Resource]:
-        """The RayJobs."""
         found: list[Resource] = self.get("rayjobs.ray.io")["items"]
         return found
 
@@ -156,7 +151,6 @@ def forwarded(namespace: str, service: str, port: int) -> Iterator[str]:
 
 
 def require_cluster() -> str:
-    """Address of the cluster."""
     try:
         kubectl("get", "--raw", "/readyz", seconds=30)
         view = json.loads(kubectl("config", "view", "--minify", "--output", "json"))

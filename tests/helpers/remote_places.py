@@ -52,11 +52,9 @@ class Launched(subprocess.Popen[str]):
         self.said: list[str] = []
 
     def until(self, line: str) -> None:
-        """Wait until it says the line."""
         self._read_until(lambda said: said == line, line)
 
     def until_about(self, word: str) -> None:
-        """Wait until it says a line with the word."""
         self._read_until(lambda said: word in said, word)
 
     def _read_until(self, is_it: Callable[[str], bool], what: str) -> None:
@@ -68,7 +66,6 @@ class Launched(subprocess.Popen[str]):
         raise AssertionError(f"it ended without {what!r}: {self.said}")
 
     def ended(self) -> int:
-        """Its exit code."""
         _, rest = self.communicate(timeout=240)
         self.said += rest.splitlines()
         return self.returncode
@@ -83,12 +80,10 @@ class Place(ABC):
     compute: dict[str, Any]
 
     def launch(self, run: str, code: str, **changes: Any) -> Launched:
-        """A launcher of the step `train` of the run."""
         step = {"run": run, "step": "train", "uri": str(self.step_folder(run)), "command": ("python", "-c", code)}
         return Launched(json.dumps(self.compute), json.dumps(step | changes), env=self.environment)
 
     def stop(self, run: str) -> list[str]:
-        """Call the backend's `stop`."""
         stopping = Launched(json.dumps(self.compute), "null", run, env=self.environment)
         out, err = stopping.communicate(timeout=240)
         assert stopping.returncode == 0, err
@@ -136,7 +131,6 @@ class RayHead(Place):
         return {name: text for name, text in self.nodes.client.items() if name not in ("RAY_ADDRESS", "RAY_AUTH_MODE")}
 
     def of(self, run: str) -> list[dict[str, Any]]:
-        """The jobs of a run, oldest first."""
         mine = [job for job in self.nodes.get("/api/jobs/") if (job["metadata"] or {}).get("ncsn.run") == run]
         return sorted(mine, key=lambda job: job["start_time"])
 

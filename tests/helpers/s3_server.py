@@ -19,15 +19,12 @@ from ports import free_ports
 
 @dataclass
 class S3Server:
-    """A real S3 server (SeaweedFS) on loopback."""
-
     endpoint: str
     access_key: str
     secret_key: str
     process: subprocess.Popen[bytes]
 
     def stop(self) -> None:
-        """Kill it; its data stays on disk."""
         self.process.kill()
         self.process.wait()
 
@@ -41,7 +38,6 @@ class S3Server:
 
     @property
     def environment(self) -> dict[str, str]:
-        """The environment of its clients."""
         return {
             "AWS_ENDPOINT_URL": self.endpoint,
             "AWS_ACCESS_KEY_ID": self.access_key,
@@ -108,7 +104,6 @@ def _weed_command(folder: Path, s3_port: int, others: list[int]) -> list[str]:
 
 
 def _wait_for(server: S3Server) -> bool:
-    """Whether the server accepts a bucket within a minute."""
     import boto3
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError, ClientError

@@ -24,7 +24,6 @@ def assert_same_training(whole: str, disturbed: str) -> None:
 
 
 def checkpoints(run: str) -> list[str]:
-    """Names of the checkpoints that a run has."""
     return [name for name in storage.list_names(storage.join(run, "checkpoints")) if name.startswith("images-")]
 
 

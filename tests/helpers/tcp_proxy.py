@@ -29,7 +29,6 @@ class TcpProxy:
         self.cut()
 
     def cut(self) -> None:
-        """Break all connections."""
         with self._lock:
             self._is_cut = True
             for each in self._open:
@@ -38,7 +37,6 @@ class TcpProxy:
             self._open.clear()
 
     def restore(self) -> None:
-        """Let connections through again."""
         self._is_cut = False
 
     def _accept(self) -> None:
