@@ -11,7 +11,7 @@ import torch
 from local_training import assert_same_tensors, tensors, train_locally
 from refused import refused
 
-from ncsn.config import Config, ConfigError, from_yaml, to_yaml, training_settings
+from ncsn.config import Config, ConfigError, changed_settings, from_yaml, to_yaml
 from ncsn.core.networks.transfer import light_parameters
 from ncsn.data.format import load_manifest
 from ncsn.model import build
@@ -90,7 +90,7 @@ def test_the_average_of_a_trained_network_has_no_ramp(tiny: str, source: str, tm
     for config, share in ((ours, 0.5 ** (16 / 4000)), (other, 0.5 ** (16 / (0.05 * 16)))):
         average, _ = build.running_averages(config, build.network(config))
         assert average.profile.decay(images_seen=16, batch=16) == pytest.approx(share)
-    assert "train.init_from" in training_settings(ours) and "train.init_from" not in training_settings(other)
+    assert "train.init_from" in changed_settings(ours, other)
     with refused("train.trainable", error=ConfigError):
         from_yaml(tiny, overrides=["train.trainable=light"])
 

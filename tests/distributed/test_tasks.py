@@ -35,7 +35,7 @@ def cards_of(places: list[gpu_calls.Place]) -> dict[int, set[tuple[int, ...]]]:
 
 
 def test_a_process_has_one_gpu_and_makes_call_after_call(driver: RayDriver, tmp_path: Path) -> None:
-    places = driver(gpu_calls.meetings, tmp_path, 10)
+    places = driver(gpu_calls.results, gpu_calls.meet, [tmp_path] * 10)
     cards = cards_of(places)
     assert len(places) == 10
     assert len(cards) == 2
@@ -43,15 +43,15 @@ def test_a_process_has_one_gpu_and_makes_call_after_call(driver: RayDriver, tmp_
     assert os.getpid() not in cards
     assert driver(gpu_calls.gpus_left, 120.0) == 2
     # Another round has other processes, so that no context stays on a card that is lent to another job by then.
-    assert not cards.keys() & cards_of(driver(gpu_calls.places, [0.05] * 4, use_gpu=True)).keys()
+    assert not cards.keys() & cards_of(driver(gpu_calls.results, gpu_calls.place, [0.05] * 4)).keys()
 
 
 def test_a_limit_holds(driver: RayDriver) -> None:
-    assert len(cards_of(driver(gpu_calls.places, [0.05] * 4, use_gpu=True, at_once=1))) == 1
+    assert len(cards_of(driver(gpu_calls.results, gpu_calls.place, [0.05] * 4, at_once=1))) == 1
 
 
 def test_calls_on_cpus_share_processes_and_have_no_gpu(driver: RayDriver) -> None:
-    places = driver(gpu_calls.places, [0.01] * 20, use_gpu=False)
+    places = driver(gpu_calls.results, gpu_calls.place, [0.01] * 20, gpu=False)
     assert len(places) == 20
     assert {cards for _, cards in places} == {()}
     assert len({process for process, _ in places}) <= 4
@@ -60,18 +60,17 @@ def test_calls_on_cpus_share_processes_and_have_no_gpu(driver: RayDriver) -> Non
 def test_what_a_lost_process_had_is_done_by_another(driver: RayDriver, tmp_path: Path) -> None:
     files = [tmp_path / str(number) for number in range(3)]
     files[2].touch()  # is not lost
-    done = driver(gpu_calls.survivors, files, retries=1)
-    assert sorted(name for name, _ in done) == ["0", "1", "2"]
+    assert sorted(driver(gpu_calls.results, gpu_calls.die_once, files)) == ["0", "1", "2"]
     assert driver(gpu_calls.gpus_left, 120.0) == 2
 
 
 def test_a_call_that_kills_every_process_is_an_error(driver: RayDriver, tmp_path: Path) -> None:
     with pytest.raises(Exception, match="actor") as caught:
-        driver(gpu_calls.survivors, [tmp_path / "fatal"], retries=1)
+        driver(gpu_calls.results, gpu_calls.die_once, [tmp_path / "fatal"])
     assert not isinstance(caught.value, ValueError)
 
 
 def test_a_mistake_is_raised_as_one_and_frees_the_gpus(driver: RayDriver) -> None:
     with pytest.raises(ValueError, match="not 2"):
-        driver(gpu_calls.refused, [0, 1, 2, 3, 4, 5])
+        driver(gpu_calls.results, gpu_calls.refuse, [0, 1, 2, 3, 4, 5])
     assert driver(gpu_calls.gpus_left, 120.0) == 2

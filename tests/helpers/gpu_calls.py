@@ -9,13 +9,16 @@ import os
 import secrets
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
 from ncsn.distributed import tasks
 from ncsn.distributed.tasks import run_tasks
 
 import ray  # isort: skip  # after ncsn.distributed, which sets its environment
 
+T = TypeVar("T")
 Place = tuple[int, tuple[int, ...]]  # process and the numbers of its GPUs
 
 
@@ -29,10 +32,6 @@ def place(seconds: float) -> Place:
     return os.getpid(), tuple(ray.get_gpu_ids())
 
 
-def places(durations: list[float], *, use_gpu: bool, at_once: int | None = None) -> list[Place]:
-    return [found for _, found in run_tasks(place, durations, cpus=1, gpu=use_gpu, in_flight=at_once)]
-
-
 def meet(folder: Path) -> Place:
     """The place of this call, which waits until two processes have made calls."""
     (folder / str(os.getpid())).touch()
@@ -42,21 +41,12 @@ def meet(folder: Path) -> Place:
     return place(0.0)
 
 
-def meetings(folder: Path, count: int) -> list[Place]:
-    return [found for _, found in run_tasks(meet, [folder] * count, cpus=1, gpu=True)]
-
-
-def die_once(file: Path) -> int:
-    """Kill this process; in a second call, return its id."""
+def die_once(file: Path) -> str:
+    """Kill this process; in a second call, return the name."""
     if file.name == "fatal" or not file.exists():
         file.touch()
         os.kill(os.getpid(), signal.SIGKILL)
-    return os.getpid()
-
-
-def survivors(files: list[Path], *, retries: int) -> list[tuple[str, int]]:
-    tasks.RETRIES = retries
-    return [(file.name, pid) for file, pid in run_tasks(die_once, files, cpus=1, gpu=True)]
+    return file.name
 
 
 def refuse(number: int) -> int:
@@ -65,8 +55,10 @@ def refuse(number: int) -> int:
     return number
 
 
-def refused(numbers: list[int]) -> list[int]:
-    return [result for _, result in run_tasks(refuse, numbers, cpus=1, gpu=True)]
+def results(function: Callable[[Any], T], each: list[Any], *, gpu: bool = True, at_once: int | None = None) -> list[T]:
+    """What the calls return, one of which is tried again at most once."""
+    tasks.RETRIES = 1
+    return [found for _, found in run_tasks(function, each, cpus=1, gpu=gpu, in_flight=at_once)]
 
 
 def gpus_left(seconds: float) -> float:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,18 +53,13 @@ class Launched(subprocess.Popen[str]):
         self.said: list[str] = []
 
     def until(self, line: str) -> None:
-        self._read_until(lambda said: said == line, line)
-
-    def until_about(self, word: str) -> None:
-        self._read_until(lambda said: word in said, word)
-
-    def _read_until(self, is_it: Callable[[str], bool], what: str) -> None:
+        """Wait until it says a line that the pattern matches."""
         assert self.stderr is not None
         for each in self.stderr:
             self.said.append(each.rstrip("\n"))
-            if is_it(self.said[-1]):
+            if re.fullmatch(line, self.said[-1]):
                 return
-        raise AssertionError(f"it ended without {what!r}: {self.said}")
+        raise AssertionError(f"it ended without {line!r}: {self.said}")
 
     def ended(self) -> int:
         _, rest = self.communicate(timeout=240)

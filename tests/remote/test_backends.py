@@ -140,7 +140,7 @@ def test_an_outage_stops_nothing_and_the_log_is_shown_once_and_whole(
     launcher.until("running")
     lease = place.step_folder(run) / "lease"
     with place.outage():
-        launcher.until_about("unavailable")
+        launcher.until(".*unavailable.*")
         before = json.loads(lease.read_text())
         eventually(lambda: json.loads(lease.read_text()) != before, "the lease in the store is renewed all the same")
     go.touch()
