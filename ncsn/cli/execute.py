@@ -28,12 +28,11 @@ from ncsn.cli.target import Target
 from ncsn.cli.views import describe_result, print_summary
 from ncsn.config import Config, to_json
 from ncsn.errors import UserError
-from ncsn.runs.folder import RunFolder, claim_run
-from ncsn.runs.inputs import default_checkpoint
+from ncsn.runs.folder import RunFolder, claim_run, run_folder
 from ncsn.runs.progress import read_progress
-from ncsn.runs.records import StepRecord, folders_of, read_result, read_results, read_step
-from ncsn.runs.steps import CONTINUING, STEPS, STEPS_ELSEWHERE
-from ncsn.steps.run import preflight_all, run_all, run_step
+from ncsn.runs.records import StepRecord, default_checkpoint, folders_of, read_result, read_results, read_step
+from ncsn.runs.steps import CONTINUING, PIPELINE, STEPS, STEPS_ELSEWHERE
+from ncsn.steps.run import preflight, run_all, run_step
 
 _POLL_SECONDS = 0.5
 
@@ -88,7 +87,8 @@ def _say_if_selected(console: Console, folder: RunFolder, checkpoint: str | None
 def run_pipeline(target: Target, *, as_json: bool) -> None:
     """Run the steps that are not done, on one Ray cluster, and print the summary."""
     config = target.config
-    preflight_all(config, run=target.run)
+    for step in STEPS if config.search is None else PIPELINE:
+        preflight(step, config, run_folder(config, target.run))
     folder = claim_run(config, target.run)
     before = read_results(folders_of(folder, config))
     records = complete_records(folder, config)

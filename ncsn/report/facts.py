@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ncsn.runs.costs import Cost, total
+from ncsn.runs.records import Cost, total
 
 MINUTE, HOUR, DAY = 60, 3600, 86400
 

@@ -12,7 +12,7 @@ from ncsn.core.images import DataMoments
 from ncsn.core.noise_schedule import best_epsilon, variance_ratio
 from ncsn.core.samplers.settings import AnnealedLangevin, Sampler
 from ncsn.report.scores import Reading
-from ncsn.runs.curves import HeldOutCurves
+from ncsn.runs.history import HeldOutCurves
 
 Array = NDArray[np.float64]
 

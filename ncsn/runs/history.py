@@ -1,4 +1,4 @@
-"""The history of a training: its curves, with the load of the machine."""
+"""The history of a training: its curves and their names, with the load of the machine."""
 
 from __future__ import annotations
 
@@ -10,6 +10,15 @@ from numpy.typing import NDArray
 
 from ncsn import storage
 from ncsn.process import now_ms
+
+Array = NDArray[np.float64]
+
+EDM_LOSS = "train/loss_edm"  # mean of the weight of Karras et al. times the normalized loss
+LOSS, GAP = "val/loss", "val/gap"  # means over the noise levels, weighted as in training
+HELD_OUT_EDM = "val/loss_edm"  # their mean with the weight of Karras et al.: that objective on held-out images
+PREVIEW = "train/preview"  # no curve but a series of images that training made of itself
+
+RISE = 0.01  # of the held-out loss over its lowest value; less may be the noise of the weights
 
 
 @dataclass
@@ -38,12 +47,12 @@ class TrainingHistory:
         stored = {"images_seen": self.images_seen, "points": self.points, "system": self.system, "times": self.times}
         storage.write_json(self.uri, stored)
 
-    def curve(self, name: str) -> NDArray[np.float64]:
+    def curve(self, name: str) -> Array:
         """Values [P] of one curve, NaN where a point lacks it."""
         pairs = zip(self.points, self.system, strict=True)
         return np.array([point.get(name, system.get(name, np.nan)) for point, system in pairs])
 
-    def losses(self, names: Sequence[str]) -> NDArray[np.float64]:
+    def losses(self, names: Sequence[str]) -> Array:
         """Values [P, S] of several curves, such as those of the levels; NaN where no image had that level."""
         return np.stack([self.curve(name) for name in names], axis=1)
 
@@ -57,7 +66,40 @@ def load_history(uri: str, *, until: int | None = None) -> TrainingHistory:
         uri,
         stored["images_seen"][:count],
         stored["points"][:count],
-        # Earlier versions did not keep these.
-        stored.get("system", [{}] * count)[:count],
-        stored.get("times", [now_ms()] * count)[:count],
+        stored["system"][:count],
+        stored["times"][:count],
     )
+
+
+def loss_names(sigmas: Sequence[float]) -> list[str]:
+    """Names of the curves of the bins with these sigmas [S], with three digits or as many as tell all apart."""
+    for digits in range(3, 9):
+        texts = [f"{sigma:.{digits}g}" for sigma in sigmas]
+        if len(set(texts)) == len(texts):
+            break
+    return [f"train/loss_sigma_{text}" for text in texts]
+
+
+@dataclass(frozen=True)
+class HeldOutCurves:
+    """The held-out loss over training."""
+
+    images_seen: Array  # of each measurement [P], P >= 1
+    loss: Array  # mean over the noise levels [P]
+    gap: Array  # by how much it exceeds that of training images [P]
+
+    @property
+    def lowest_at(self) -> int | None:
+        """Images seen where the loss was lowest, if it has risen since."""
+        lowest = int(np.argmin(self.loss))
+        return int(self.images_seen[lowest]) if self.loss[-1] > (1 + RISE) * self.loss[lowest] else None
+
+
+def held_out_curves(history: TrainingHistory) -> HeldOutCurves | None:
+    """The curves in the history of a run; None if the held-out loss was never measured."""
+    found = [
+        (seen, point[LOSS], point[GAP])
+        for seen, point in zip(history.images_seen, history.points, strict=True)
+        if {LOSS, GAP} <= point.keys()
+    ]
+    return HeldOutCurves(*np.array(found, np.float64).T) if found else None

@@ -1,4 +1,4 @@
-"""What the store knows of a run's steps and of its end.
+"""What the store knows of a run's steps, the inputs that they get from each other, what they cost, and its end.
 
 A step may run in another process or on another machine than the command that waits for it, so all of this travels
 through the store. Each step has one record, `step.json`. One process writes it at a time: the driver of the step while
@@ -8,8 +8,8 @@ it works, else its launcher.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
@@ -17,8 +17,8 @@ from ncsn import storage
 from ncsn.config import Config
 from ncsn.errors import Problem, UserError, problems_of
 from ncsn.process import KFP_RUN_ID, utc_now
-from ncsn.runs.folder import RunFolder, claim_run
-from ncsn.runs.steps import SEARCH, STEPS
+from ncsn.runs.folder import RunFolder, claim_run, run_folder
+from ncsn.runs.steps import OWN, SEARCH, STEP_INFO, STEPS, STEPS_BY_WORKERS
 from ncsn.storage.heartbeat import LeaseExpired
 
 State = Literal["", "RUNNING", "FINISHED", "FAILED", "KILLED"]  # as in MLflow; empty before the first attempt
@@ -105,7 +105,9 @@ def recorded(config: Config, run: str, step: str) -> Iterator[RunFolder]:
             now = read_step(folder, step)
             # What the driver elsewhere wrote says more than what its launcher saw.
             if now.error is None and now.finished_at == before.finished_at:
-                update_step(folder, step, state=state_after(error), error=_as_record(error))
+                problems, kfp_run = problems_of(error), os.environ.get(KFP_RUN_ID, "")
+                record = StepError(type(error).__name__, str(error), bool(problems), problems, kfp_run)
+                update_step(folder, step, state=state_after(error), error=record)
         except OSError as failure:  # a full disk must not hide the first error
             error.add_note(f"(the error could not be recorded in the store: {failure})")
         raise
@@ -113,17 +115,6 @@ def recorded(config: Config, run: str, step: str) -> Iterator[RunFolder]:
 
 def state_after(error: BaseException) -> State:
     return "FAILED" if isinstance(error, Exception) and not isinstance(error, LeaseExpired) else "KILLED"
-
-
-def _as_record(error: BaseException) -> StepError:
-    problems = problems_of(error)
-    return StepError(type(error).__name__, str(error), bool(problems), problems, os.environ.get(KFP_RUN_ID, ""))
-
-
-def add_seconds(folder: RunFolder, step: str, seconds: float) -> None:
-    """Add the seconds of an attempt of `step`."""
-    with suppress(OSError):  # a full disk must not hide the first error
-        update_step(folder, step, seconds=round(read_step(folder, step).seconds + seconds, 3))
 
 
 @dataclass(frozen=True)
@@ -140,8 +131,7 @@ class Outcome:
 
 def write_outcome(folder: RunFolder, outcome: Outcome) -> None:
     """Publish how the run ended."""
-    record = asdict(outcome) | {"finished_at": utc_now()}
-    storage.write_json(folder.status, record, indent=1)
+    storage.write_json(folder.status, asdict(outcome) | {"finished_at": utc_now()}, indent=1)
 
 
 def clear_outcome(folder: RunFolder) -> None:
@@ -153,3 +143,68 @@ def read_outcome(folder: RunFolder) -> Outcome | None:
     """How the run ended; None if it has not ended or never started."""
     record = storage.find_json(folder.status)
     return None if record is None else Outcome(record["status"], record["reason"], record["failed_step"])
+
+
+def find_inputs(folder: RunFolder, step: str, given: Mapping[str, str | None], *, config: Config) -> dict[str, str]:
+    """URIs of the inputs of a step: as given, else from the run; those on demand only if given."""
+    info = STEP_INFO[step]
+    asked = {name: source for name, source in info.on_demand.items() if given.get(name)}
+    found = {}
+    for name, source in {**info.inputs, **asked}.items():
+        uri = given.get(name)
+        if uri and uri != OWN:
+            found[name] = storage.absolute(uri)
+            continue
+        record = read_result(folder, source.step)
+        if record is None:
+            raise UserError(
+                f"--{name}",
+                f"{step} needs the {source.what}, and run {folder.run!r} has none yet",
+                hint=f"run `ncsn {source.step}` with the same options first, or pass --{name} URI",
+            )
+        found[name] = str(record.result[source.field])
+        if source.selectable and not uri:
+            found[name] = default_checkpoint(folder, config, last=found[name])
+    return found
+
+
+def default_checkpoint(folder: RunFolder, config: Config, *, last: str) -> str:
+    """The checkpoint that `ncsn select` chose since training reached the `last` one of the run, else that one."""
+    trained, chosen = read_result(folder, "train"), read_result(folder, "select")
+    if trained is None or chosen is None or config.sampling.relative_width is not None:  # which asks for an average
+        return last
+    uri = str(chosen.result["checkpoint"])
+    current = trained.result["checkpoint"] == last and trained.finished_at <= chosen.finished_at
+    return uri if current and storage.exists(uri) else last
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Some seconds on reserved cores and GPUs."""
+
+    seconds: float
+    cpu_hours: float
+    gpu_hours: float
+
+    def times(self, factor: float) -> Cost:
+        return Cost(factor * self.seconds, factor * self.cpu_hours, factor * self.gpu_hours)
+
+
+def cost_of(config: Config, step: str, seconds: float) -> Cost:
+    """The cost of `seconds` of a step."""
+    compute = config.compute
+    workers = compute.max_workers if step in STEPS_BY_WORKERS else 1
+    gpus = workers if compute.use_gpu and step in STEPS_BY_WORKERS else 0
+    hours = seconds / 3600
+    return Cost(seconds, workers * compute.cpus_per_worker * hours, gpus * hours)
+
+
+def total(costs: Iterable[Cost]) -> Cost:
+    costs = list(costs)
+    return Cost(*(sum(getattr(cost, name) for cost in costs) for name in ("seconds", "cpu_hours", "gpu_hours")))
+
+
+def spent(config: Config, *, run: str) -> dict[str, Cost]:
+    """The cost of each step of a run so far, failed attempts included."""
+    seconds = {step: read_step(run_folder(config, run), step).seconds for step in STEPS}
+    return {step: cost_of(config, step, value) for step, value in seconds.items() if value}

@@ -18,11 +18,9 @@ from ncsn.report.cards import ModelFacts, model_card
 from ncsn.report.facts import cost_line
 from ncsn.report.hints import copying_hints, overfitting_hints
 from ncsn.report.scores import read_metrics
-from ncsn.runs.costs import spent
-from ncsn.runs.curves import held_out_curves
 from ncsn.runs.folder import run_folder
-from ncsn.runs.history import load_history
-from ncsn.runs.records import read_result
+from ncsn.runs.history import held_out_curves, load_history
+from ncsn.runs.records import read_result, spent
 from ncsn.steps.step import Step
 from ncsn.tracking import registry
 from ncsn.tracking.client import open_client, shown, tracking_uri

@@ -17,11 +17,9 @@ from ncsn.report.facts import Fact, cost_facts, tag_facts
 from ncsn.report.html import look, render
 from ncsn.report.images import GRID_CLASSES
 from ncsn.report.style import to_svg
-from ncsn.runs.costs import spent
-from ncsn.runs.curves import held_out_curves, loss_names
 from ncsn.runs.folder import RunFolder
-from ncsn.runs.history import load_history
-from ncsn.runs.records import StepRecord, read_result, read_results
+from ncsn.runs.history import held_out_curves, load_history, loss_names
+from ncsn.runs.records import StepRecord, read_result, read_results, spent
 from ncsn.runs.steps import STEPS
 from ncsn.steps.register import copies_beyond_chance, selection_of
 from ncsn.steps.step import Step

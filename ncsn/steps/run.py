@@ -14,9 +14,8 @@ from ncsn.config.search import require_search
 from ncsn.errors import UserError
 from ncsn.process import KFP_RUN_ID, require_same_python, this_kfp_run
 from ncsn.runs.folder import RunFolder, run_folder
-from ncsn.runs.inputs import find_inputs
-from ncsn.runs.records import Outcome, clear_outcome, read_mistake, read_step, recorded, write_outcome
-from ncsn.runs.steps import PIPELINE, SEARCH, STEPS, STEPS_ELSEWHERE
+from ncsn.runs.records import Outcome, clear_outcome, find_inputs, read_mistake, read_step, recorded, write_outcome
+from ncsn.runs.steps import SEARCH, STEPS, STEPS_ELSEWHERE
 from ncsn.storage.heartbeat import Lease
 from ncsn.tracking.client import tracking_uri
 
@@ -87,16 +86,12 @@ def preflight(step: str, config: Config, folder: RunFolder) -> None:
         require_start(config, folder)
 
 
-def preflight_all(config: Config, *, run: str) -> None:
-    """The same for all steps of a run."""
-    for step in STEPS if config.search is None else PIPELINE:
-        preflight(step, config, run_folder(config, run))
-
-
 def run_task(step: str, config: Config, *, run: str, given: Mapping[str, str], last: bool = False) -> Any:
     """The result of a task's step; its failure, or the end of the `last` step, becomes the outcome of the run."""
     # The exit handler writes the same outcome again, but after KFP's Retry there is none.
-    mistake = _mistake_before(run_folder(config, run), step)
+    before = read_step(run_folder(config, run), step).error
+    tried = bool(int(os.environ.get(_TRY) or 0)) and before is not None and before.kfp_run == os.environ.get(KFP_RUN_ID)
+    mistake = read_mistake(run_folder(config, run), step) if tried else None  # another try would only repeat it
     with recorded(config, run, step) as folder:
         if mistake is not None:
             raise mistake
@@ -114,12 +109,3 @@ def run_task(step: str, config: Config, *, run: str, given: Mapping[str, str], l
         if last:
             write_outcome(folder, Outcome("FINISHED"))
         return result
-
-
-def _mistake_before(folder: RunFolder, step: str) -> UserError | None:
-    """The mistake that another try would only repeat."""
-    if not int(os.environ.get(_TRY) or 0):
-        return None
-    error = read_step(folder, step).error
-    same_run = error is not None and error.kfp_run == os.environ.get(KFP_RUN_ID)
-    return read_mistake(folder, step) if same_run else None

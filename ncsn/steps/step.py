@@ -10,7 +10,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -22,7 +22,7 @@ from ncsn.remote import open_backend
 from ncsn.remote.backend import RemoteFailure, RemoteLost, RemoteStep, say
 from ncsn.runs.folder import RunFolder, claim_run, require_owner
 from ncsn.runs.progress import PublishedProgress
-from ncsn.runs.records import add_seconds, clear_outcome, read_mistake, read_result, read_step, update_step
+from ncsn.runs.records import clear_outcome, read_mistake, read_result, read_step, update_step
 from ncsn.runs.steps import STEPS_ELSEWHERE
 
 if TYPE_CHECKING:
@@ -48,7 +48,6 @@ class Step(Generic[R]):
         self.name, self.folder = name, folder
         self._type = result
         self._inputs: dict[str, Any] = {}
-        self._started = 0.0
 
     @classmethod
     def claim(cls, name: str, config: Config, run: str, result: type[R]) -> Step[R]:
@@ -105,22 +104,22 @@ class Step(Generic[R]):
         return self._type(**stored)
 
     @contextmanager
-    def timed(self, *, lease: str | None = None) -> Iterator[PublishedProgress]:
-        """Publish progress, which ends the work without the launcher of `lease`; add the seconds to the step's."""
-        self._started = time.time()
-        update_step(self.folder, self.name, state="RUNNING")
-        try:
-            yield PublishedProgress(self.folder.step(self.name, "progress.json"), lease=lease)
-        finally:
-            add_seconds(self.folder, self.name, time.time() - self._started)
-
-    @contextmanager
     def work(self, config: Config, *, lease: str | None = None) -> Iterator[Work]:
-        """As `timed`, with the step's MLflow run, which ends with the block."""
+        """The MLflow run of the step, which ends with the block, and its progress.
+
+        That ends the work when the launcher of `lease` is gone. The seconds are added to those of the step.
+        """
         from ncsn.tracking.mlflow_runs import step_run
 
-        with self.timed(lease=lease) as progress, step_run(config, run=self.folder.run, step=self.name) as tracked:
-            yield Work(progress, tracked)
+        folder, started = self.folder, time.time()
+        update_step(folder, self.name, state="RUNNING")
+        try:
+            with step_run(config, run=folder.run, step=self.name) as tracked:
+                yield Work(PublishedProgress(folder.step(self.name, "progress.json"), lease=lease), tracked)
+        finally:
+            with suppress(OSError):  # a full disk must not hide the first error
+                seconds = read_step(folder, self.name).seconds + time.time() - started
+                update_step(folder, self.name, seconds=round(seconds, 3))
 
     def done(self, result: R) -> R:
         """Store the result, which makes the step complete."""

@@ -17,9 +17,8 @@ from ncsn.errors import UserError
 from ncsn.model import build
 from ncsn.model.guidance import evaluations_per_image
 from ncsn.model.memory import kept_bytes
-from ncsn.runs.costs import cost_of
 from ncsn.runs.folder import run_folder
-from ncsn.runs.records import read_result
+from ncsn.runs.records import cost_of, read_result
 from ncsn.tools.speed import Machine, Speed, forward_flop, measure_speed
 
 _STATE_BYTES = 5 * 4  # per parameter in float32: weights, their average, gradients, and Adam's two moments

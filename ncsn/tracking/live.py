@@ -21,9 +21,8 @@ from PIL import Image
 
 from ncsn import storage
 from ncsn.process import now_ms
-from ncsn.runs.curves import PREVIEW
 from ncsn.runs.folder import RunFolder
-from ncsn.runs.history import load_history
+from ncsn.runs.history import PREVIEW, load_history
 from ncsn.tracking.client import client_at, one_line, set_tags, shown
 
 if TYPE_CHECKING:

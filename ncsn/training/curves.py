@@ -12,7 +12,7 @@ from ncsn.config import Config
 from ncsn.core.losses import Batch, bin_sums
 from ncsn.core.training import StepReport
 from ncsn.model import build
-from ncsn.runs.curves import EDM_LOSS, loss_names
+from ncsn.runs.history import EDM_LOSS, loss_names
 from ncsn.training.context import WorkerContext
 
 

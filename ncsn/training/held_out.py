@@ -19,7 +19,7 @@ from ncsn.core.training_noise import LevelNoise
 from ncsn.data.format import Rows, load_manifest
 from ncsn.data.training_images import TrainingImages, open_training_images
 from ncsn.model import build
-from ncsn.runs.curves import GAP, HELD_OUT_EDM, LOSS, Array
+from ncsn.runs.history import GAP, HELD_OUT_EDM, LOSS, Array
 from ncsn.training.batches import encoded
 from ncsn.training.context import WorkerContext
 

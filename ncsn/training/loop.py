@@ -28,8 +28,7 @@ from ncsn.model.checkpoint_store import CheckpointStore
 from ncsn.model.start import start_from
 from ncsn.process import keep_freed_memory, now_ms
 from ncsn.progress import Progress
-from ncsn.runs.curves import PREVIEW
-from ncsn.runs.history import load_history
+from ncsn.runs.history import PREVIEW, load_history
 from ncsn.storage.heartbeat import Lease, LeaseExpired
 from ncsn.training.batches import augmented, classes_of, draw_batch, image_moments
 from ncsn.training.context import StepTimer, WorkerContext, compile_network

@@ -16,8 +16,7 @@ from ncsn.config import Config, from_yaml
 from ncsn.config.compute import ComputeConfig
 from ncsn.errors import ConfigError, NotFound
 from ncsn.runs.folder import RunFolder, claim_run
-from ncsn.runs.inputs import find_inputs
-from ncsn.runs.records import update_step
+from ncsn.runs.records import find_inputs, update_step
 from ncsn.runs.steps import STEPS
 
 

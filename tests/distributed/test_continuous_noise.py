@@ -12,8 +12,7 @@ from ncsn.config import Config, from_yaml
 from ncsn.config.noise import DsmLossConfig
 from ncsn.model import build, checkpoint
 from ncsn.model.generate import generate
-from ncsn.runs.curves import EDM_LOSS, HELD_OUT_EDM, loss_names
-from ncsn.runs.history import TrainingHistory, load_history
+from ncsn.runs.history import EDM_LOSS, HELD_OUT_EDM, TrainingHistory, load_history, loss_names
 from ncsn.training import held_out
 from ncsn.training.loop import TrainingJob
 

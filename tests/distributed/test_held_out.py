@@ -13,8 +13,7 @@ from ncsn.config import Config, from_yaml
 from ncsn.data.parquet import read_split
 from ncsn.data.training_images import StreamedSplit, open_training_images
 from ncsn.model import build
-from ncsn.runs.curves import held_out_curves
-from ncsn.runs.history import TrainingHistory, load_history
+from ncsn.runs.history import TrainingHistory, held_out_curves, load_history
 from ncsn.training import held_out
 from ncsn.training.context import LocalContext
 from ncsn.training.held_out import Effort, effort_of, open_probe

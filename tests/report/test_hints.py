@@ -20,7 +20,7 @@ from ncsn.report.hints import (
     training_hints,
 )
 from ncsn.report.scores import read_metrics
-from ncsn.runs.curves import HeldOutCurves
+from ncsn.runs.history import HeldOutCurves
 
 
 def test_linear_loss_is_that_of_the_best_linear_denoiser() -> None:

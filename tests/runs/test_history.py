@@ -3,8 +3,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 
-from ncsn.runs.history import TrainingHistory, load_history
+from ncsn.runs.history import GAP, LOSS, TrainingHistory, held_out_curves, load_history, loss_names
 
 
 def test_points_come_back_up_to_a_place(tmp_path: Path) -> None:
@@ -25,3 +26,23 @@ def test_level_losses_are_by_level_and_nan_where_unknown() -> None:
     assert losses.shape == (1, 11)
     assert (losses[0, 0], losses[0, 10]) == (0.5, 0.25)
     assert np.isnan(losses[0, 1:10]).all()
+
+
+@pytest.mark.parametrize(
+    ("losses", "lowest_at"), [([0.5, 0.4, 0.45], 200), ([0.5, 0.4, 0.403], None), ([0.5, 0.4, 0.3], None)]
+)
+def test_the_held_out_loss_says_from_where_training_memorizes(losses: list[float], lowest_at: int | None) -> None:
+    history = TrainingHistory("nowhere")
+    assert held_out_curves(history) is None
+    history.add({"train/loss": 0.2}, 50)
+    for number, loss in enumerate(losses, 1):
+        history.add({LOSS: loss, GAP: loss / 2}, 100 * number)
+    curves = held_out_curves(history)
+    assert curves is not None and curves.lowest_at == lowest_at
+    assert curves.images_seen.tolist() == [100, 200, 300]
+    assert (curves.loss.tolist(), curves.gap.tolist()) == (losses, [loss / 2 for loss in losses])
+
+
+@pytest.mark.parametrize("sigmas", [[0.5, 0.49999, 0.49998], [50.0, 0.151, 1e-5]])
+def test_each_sigma_has_a_curve(sigmas: list[float]) -> None:
+    assert len(set(loss_names(sigmas))) == 3

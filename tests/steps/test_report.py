@@ -17,9 +17,8 @@ from ncsn.data.parquet import read_split
 from ncsn.errors import NotFound
 from ncsn.model import build
 from ncsn.report.images import grid_png
-from ncsn.runs.curves import GAP, LOSS, loss_names
 from ncsn.runs.folder import run_folder
-from ncsn.runs.history import TrainingHistory
+from ncsn.runs.history import GAP, LOSS, TrainingHistory, loss_names
 from ncsn.runs.records import update_step
 from ncsn.steps import ingest, report
 from ncsn.tracking.client import connect

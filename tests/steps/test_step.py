@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from ncsn.remote.backend import RemoteLost, RemoteStep
 from ncsn.runs.folder import ForeignRun, claim_run, run_folder
 from ncsn.runs.records import StepRecord, read_mistake, read_result, read_step, recorded
 from ncsn.steps.step import Step
+from ncsn.tracking import mlflow_runs
 
 DIGITS = (Path(__file__).parents[2] / "configs" / "digits.yaml").read_text()
 
@@ -26,6 +27,11 @@ DIGITS = (Path(__file__).parents[2] / "configs" / "digits.yaml").read_text()
 class Made:
     uri: str
     number: int
+
+
+@pytest.fixture(autouse=True)
+def _untracked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mlflow_runs, "step_run", lambda *_, **__: nullcontext())
 
 
 def config_at(root: Path, *overrides: str) -> Config:
@@ -37,9 +43,9 @@ def make(config: Config, run: str, *, inputs: dict[str, object], number: int = 1
     if result := step.found(inputs, needs=lambda result: [result.uri]):
         return result
     target = storage.join(step.folder.uri, "made.txt")
-    with step.timed() as progress:
-        progress.start(1, "files")
-        progress.advance()
+    with step.work(config) as work:
+        work.progress.start(1, "files")
+        work.progress.advance()
         storage.write_text(target, str(number))
     return step.done(Made(uri=target, number=number))
 
@@ -172,7 +178,7 @@ def test_a_stopped_attempt_with_other_inputs_keeps_the_result(tmp_path: Path) ->
     made = make(config, "kept", inputs={"a": 1})
 
     def start() -> None:
-        with Step.claim("train", config, "kept", Made).timed():
+        with Step.claim("train", config, "kept", Made).work(config):
             assert read_step(run_folder(config, "kept"), "train").state == "RUNNING"
 
     assert recorded_attempt(config, "kept", start).state == "KILLED"

@@ -16,8 +16,7 @@ from ncsn import storage
 from ncsn.config import to_yaml
 from ncsn.data.dataset import write_dataset
 from ncsn.data.sources.known import open_source
-from ncsn.runs.curves import PREVIEW
-from ncsn.runs.history import load_history
+from ncsn.runs.history import PREVIEW, load_history
 from ncsn.tracking import live, mlflow_runs
 from ncsn.tracking.client import connect
 from ncsn.tracking.live import LiveMetrics
