@@ -59,6 +59,9 @@ class _Retrying(fs.FileSystemHandler):  # type: ignore[misc]
     def get_file_info_selector(self, selector: fs.FileSelector) -> list[fs.FileInfo]:
         return call_store(partial(self._fs.get_file_info, selector))
 
+    def create_dir(self, path: str, recursive: bool) -> None:  # noqa: FBT001 - Arrow's order
+        call_store(partial(self._fs.create_dir, path, recursive=recursive))
+
     def delete_dir(self, path: str) -> None:
         call_store(partial(self._fs.delete_dir, path))
 
@@ -78,9 +81,9 @@ class _Retrying(fs.FileSystemHandler):  # type: ignore[misc]
         return pa.PythonFile(_Writer(f"{SCHEME}{path}"), mode="w")
 
     def _unused(self, *_: object, **__: object) -> Any:
-        raise NotImplementedError("nothing in this project asks for it")
+        raise NotImplementedError("neither this project nor Ray Tune asks for it")
 
-    create_dir = delete_dir_contents = delete_root_dir_contents = move = open_append_stream = _unused
+    delete_dir_contents = delete_root_dir_contents = move = open_append_stream = _unused
 
 
 # After an error the file is opened again at the same place.
