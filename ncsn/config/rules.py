@@ -7,8 +7,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ncsn.config.choices import DdpmppNetworkConfig, NcsnNetworkConfig, NcsnV2NetworkConfig, UnetNetworkConfig
-from ncsn.config.guidance import ClassifierFreeConfig
+from ncsn.config.choices import (
+    ClassifierFreeConfig,
+    DdpmppNetworkConfig,
+    NcsnNetworkConfig,
+    NcsnV2NetworkConfig,
+    UnetNetworkConfig,
+)
 from ncsn.config.noise import AutoNoiseConfig, DsmLossConfig, LognormalTraining, SsmLossConfig
 from ncsn.config.problems import problems
 from ncsn.config.schema import Config

@@ -13,10 +13,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from ncsn.config.choices import Domain, NetworkConfig, Section
+from ncsn.config.choices import Domain, GuidanceConfig, NetworkConfig, Section
 from ncsn.config.compute import ComputeConfig
 from ncsn.config.evaluation import EvaluationConfig, SelectConfig
-from ncsn.config.guidance import GuidanceConfig
 from ncsn.config.noise import DsmLossConfig, LevelsConfig, LossConfig, NoiseChoice, NoiseConfig
 from ncsn.config.training import OptimizerConfig, TrainConfig, Width
 from ncsn.core.samplers.settings import AnySampler

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Protocol
 
@@ -11,8 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ncsn.core.keyed_random import keyed_normal
+
 # A score network, called as `ncsn.core.networks.entry` says.
 ScoreFunction = Callable[..., Tensor]
+
+HELD_OUT_SEED = 0  # of `losses_at`; the same for all experiments, so that all runs on a dataset are paired
 
 
 @dataclass(frozen=True)
@@ -204,3 +208,35 @@ def bin_sums(values: Tensor, *, bins: Tensor, num_bins: int) -> Tensor:
 def _per_pixel(values: Tensor, x: Tensor) -> Tensor:
     """Values [B] in a shape that broadcasts over images x [B, ...]."""
     return values.view(-1, *[1] * (x.ndim - 1))
+
+
+def losses_at(
+    network: ScoreFunction,
+    x: Tensor,
+    *,
+    first: int,
+    sigmas: Tensor,
+    levels: Sequence[int] | None,
+    stream: int,
+    labels: Tensor | None = None,
+) -> Tensor:
+    """Normalized denoising loss of each image at each sigma, float32 [S, B]; a zero network reads 1.
+
+    A network that fits the distribution has the same loss on images that training does not use. One that repeats its
+    training images has a lower loss on these: the gap. All random draws are functions of (image, noise level), so the
+    losses of two networks, or of one at two times, are paired.
+
+    Args:
+        x: Clean images [B, C, H, W] in the network's space, numbers `first .. first + B` of their set.
+        sigmas: Noise standard deviations to measure at [S].
+        levels: Their numbers in the network's schedule; None for a network that takes any sigma.
+        stream: Of the noise at the first sigma; each further one has the next.
+        labels: Class of each image, int64 [B]; None for a network without classes.
+    """
+    loss, size = DenoisingScoreMatching(), x[0].numel()
+    conditions, rows = {} if labels is None else {"labels": labels}, []
+    for number, sigma in enumerate(sigmas.to(x.device)):
+        z = keyed_normal(HELD_OUT_SEED, stream=stream + number, first=first, count=len(x), size=size).view(x.shape)
+        level = None if levels is None else torch.full((len(x),), levels[number], device=x.device)
+        rows.append(loss(network, Batch(x, sigma.expand(len(x)), z.to(x), level, conditions=conditions)).per_image)
+    return torch.stack(rows)

@@ -23,7 +23,7 @@ from ncsn.core.keyed_random import keyed_permutation
 from ncsn.data.format import Manifest, Rows, SplitDigest, load_manifest
 from ncsn.data.parquet import read_blocks, read_rows, read_split
 from ncsn.errors import UserError
-from ncsn.storage.cache import CACHE_DIR_VARIABLE, cache_folder
+from ncsn.storage.files import CACHE_DIR_VARIABLE, cache_folder
 
 # A split with more bytes of pixels than this is read in windows of so many, which shuffle less; see `window_at`.
 WINDOW_BYTES = 4 << 30

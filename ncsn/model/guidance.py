@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ncsn.config import Config
-from ncsn.config.guidance import AutoguidanceConfig
+from ncsn.config.choices import AutoguidanceConfig
 from ncsn.config.schema import SamplingConfig
 from ncsn.core.losses import ScoreFunction
 from ncsn.core.samplers.chain import sample, visited

@@ -16,8 +16,7 @@ from ncsn.data.format import Manifest
 from ncsn.errors import UserError
 from ncsn.model import build
 from ncsn.model.checkpoint import TrainedNetwork, load_for_sampling
-from ncsn.model.start import adapted, start_notes
-from ncsn.model.trained import TRAINED_CONFIG, load_for_generation, save_trained
+from ncsn.model.trained import TRAINED_CONFIG, adapted, load_for_generation, save_trained, start_notes
 from ncsn.runs.folder import RunFolder
 from ncsn.tracking.client import open_client
 from ncsn.tracking.lineage import INIT_FROM

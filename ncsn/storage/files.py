@@ -30,6 +30,7 @@ from ncsn.storage import s3
 from ncsn.storage.s3 import s3_filesystem
 
 S3_SCHEME = s3.SCHEME
+CACHE_DIR_VARIABLE = "NCSN_CACHE_DIR"
 
 _SCRATCH = ".tmp-"
 
@@ -298,3 +299,8 @@ def _temporary_sibling(path: Path) -> Iterator[Path]:
         yield temporary
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def cache_folder() -> Path:
+    """This node's folder for what can be made again: `NCSN_CACHE_DIR`, else `~/.cache/ncsn`."""
+    return Path(os.environ.get(CACHE_DIR_VARIABLE) or "~/.cache/ncsn").expanduser()

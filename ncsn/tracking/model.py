@@ -16,7 +16,7 @@ from mlflow.pyfunc.model import PythonModel, PythonModelContext
 from numpy.typing import NDArray
 
 from ncsn.config import Config
-from ncsn.config.guidance import MOST_WEIGHT, ClassifierFreeConfig
+from ncsn.config.choices import MOST_WEIGHT, ClassifierFreeConfig
 from ncsn.config.load import with_sampler
 from ncsn.errors import InvalidValue, UserError
 from ncsn.model.classes import require_label

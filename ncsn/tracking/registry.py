@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import ncsn
 from ncsn import storage
 from ncsn.config import Config
-from ncsn.config.guidance import AutoguidanceConfig
+from ncsn.config.choices import AutoguidanceConfig
 from ncsn.model.checkpoint import SamplingCheckpoint, TrainedNetwork
 from ncsn.model.guidance import sampling_facts
 from ncsn.model.trained import TRAINED_CONFIG, save_trained

@@ -25,16 +25,15 @@ from ncsn.data.training_images import open_training_images
 from ncsn.errors import UserError
 from ncsn.model import averages, build, checkpoint
 from ncsn.model.checkpoint_store import CheckpointStore
-from ncsn.model.start import start_from
+from ncsn.model.trained import start_from
 from ncsn.process import keep_freed_memory, now_ms
 from ncsn.progress import Progress
 from ncsn.runs.history import PREVIEW, load_history
 from ncsn.storage.heartbeat import Lease, LeaseExpired
 from ncsn.training.batches import augmented, classes_of, draw_batch, image_moments
 from ncsn.training.context import StepTimer, WorkerContext, compile_network
-from ncsn.training.curves import Curves
+from ncsn.training.curves import Curves, LiveSink, MachineUsage
 from ncsn.training.held_out import open_probe
-from ncsn.training.live import LiveSink, MachineUsage
 from ncsn.training.previews import preview_png
 
 

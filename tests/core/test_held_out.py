@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ncsn.core.held_out import losses_at
 from ncsn.core.keyed_random import Stream
+from ncsn.core.losses import losses_at
 
 SIGMAS = torch.tensor([2, 1, 0.5, 0.25, 0.1, 0.03], dtype=torch.float64)
 SPREAD, SIDE = 0.25, 8  # standard deviation of a pixel, and pixels of a side

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from ncsn import storage
 from ncsn.errors import NotFound, UserError
-from ncsn.storage.cache import cache_folder
+from ncsn.storage.files import cache_folder
 
 # What torch.load raises for a file that is no checkpoint of tensors.
 NOT_A_CHECKPOINT = (RuntimeError, pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError)
