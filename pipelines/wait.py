@@ -13,7 +13,7 @@ import kfp_server_api
 import urllib3
 
 from ncsn.errors import UserError
-from ncsn.remote.checks import STANDALONE
+from ncsn.remote.kuberay import STANDALONE
 from ncsn.remote.kubernetes import KubernetesApi
 from ncsn.remote.launcher import RUN_ID_LABEL
 from ncsn.remote.pods import troubles_of_run

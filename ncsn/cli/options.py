@@ -24,7 +24,7 @@ from ncsn.runs.steps import CONTINUING, OWN, STEP_INFO
 BACKENDS = {
     "local": (),
     "ray-jobs": ("ray jobs",),
-    "kuberay": ("kubernetes", "rights", "kuberay", "pod image", "gpus", "queue"),
+    "kuberay": ("kubernetes", "rights", "kuberay", "pod image"),
 }
 FAILURE = 1
 MISTAKE = 2  # the user's

@@ -66,7 +66,6 @@ class RemoteStep:
 
     @property
     def log(self) -> str:
-        """Where the backend stores the driver's output."""
         return storage.join(self.uri, "log.txt")
 
     @property
@@ -138,22 +137,21 @@ class Backend(Protocol):
         """What the backend needs."""
 
 
-def refuse_other_work(kind: str, name: str, how_to_end: str) -> UserError:
-    """The error for work under the step's name that is running and is not the step's."""
-    return UserError(
-        name, f"this {kind} runs the same step on other inputs", hint=f"wait for it, or end it: {how_to_end}"
-    )
+def refuse_other_work(name: str, how_to_end: str) -> UserError:
+    """The error for a running job of the step's name that is not the step's."""
+    reason = "this job runs the same step on other inputs"
+    return UserError(name, reason, hint=f"wait for it, or end it: {how_to_end}")
 
 
-def forwarded_environment() -> dict[str, str]:
-    """Variables of this process that the job needs, without an address that contains a password."""
+def forwarded_environment(*, to_pods: bool = False) -> dict[str, str]:
+    """Variables of this process that the job needs, without an address that contains a password.
+
+    Pods have a ConfigMap, and get no address of this machine, such as a port-forward's.
+    """
     values = {name: os.environ[name] for name in _FORWARDED if os.environ.get(name)}
-    return {name: value for name, value in values.items() if "@" not in value}
-
-
-def environment_for_pods() -> dict[str, str]:
-    """The same without addresses of this machine: a pod cannot use a port-forward, and has a ConfigMap."""
-    return {name: value for name, value in forwarded_environment().items() if not _LOOPBACK.match(value)}
+    return {
+        name: value for name, value in values.items() if "@" not in value and not (to_pods and _LOOPBACK.match(value))
+    }
 
 
 @contextmanager
@@ -206,8 +204,6 @@ def keep_asking(call: Callable[[], T], *, server: str, seconds: float) -> T:
         reason = unavailable(error)
         if reason is None:
             raise
-        if not seconds:
-            raise ConnectionError(f"{server} does not answer ({reason})") from None
         raise ConnectionError(
             f"{server} has not answered for {seconds:g} s ({reason}); what runs there continues for a while, and the "
             "same command attaches to it again"

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import cached_property
 
 from ncsn.config.compute import ComputeConfig
 from ncsn.errors import UserError
 from ncsn.process import CONTAINER_IMAGE, IMAGE_VARIABLE
 from ncsn.remote.backend import (
+    CHECK_SECONDS,
     PATIENCE_SECONDS,
     Check,
     Conflict,
@@ -20,17 +20,32 @@ from ncsn.remote.backend import (
     RemoteLost,
     RemoteStep,
     ended_on_sigterm,
-    environment_for_pods,
+    forwarded_environment,
     refuse_other_work,
     say,
 )
-from ncsn.remote.checks import kuberay_checks
-from ncsn.remote.kubernetes import KubernetesApi, Resource
+from ncsn.remote.kubernetes import INSTALL_KUBERAY, KubernetesApi, Resource
 from ncsn.remote.launcher import Launcher, find_launcher, is_ending, workflow_of
-from ncsn.remote.manifest import ATTEMPT_LABEL, REQUEST_ANNOTATION, render, selector
+from ncsn.remote.manifest import (
+    ATTEMPT_LABEL,
+    REQUEST_ANNOTATION,
+    TEMPLATE_VARIABLE,
+    load_template,
+    render,
+    selector,
+)
 from ncsn.remote.pods import PodLog, PodWatch
 from ncsn.storage.heartbeat import RENEW_SECONDS, Heartbeat
 
+STANDALONE = "kubeflow"  # namespace of the runs where Kubeflow Pipelines serves one user
+NEEDED = (  # what infra/base/rbac/launcher-role.yaml grants
+    *((verb, "rayjobs.ray.io") for verb in ("create", "get", "list", "watch", "delete")),
+    *((verb, "pods") for verb in ("get", "list")),
+    ("get", "pods/log"),
+    ("list", "events"),
+    ("get", "workflows.argoproj.io"),
+    *((verb, "configmaps") for verb in ("create", "delete")),
+)
 WATCH_SECONDS = 15.0
 DELETE_SECONDS = 30.0  # patience of a deletion while a person waits
 
@@ -38,45 +53,27 @@ _AT_ONCE = (2.0, 3.0)  # seconds to connect and to answer, for a process that is
 _FINAL = {"Complete", "Failed", "ValidationFailed"}  # KubeRay's own helper lacks the last, and would wait forever
 
 
-@dataclass(frozen=True)
 class JobState:
     """The status of a RayJob, and what it means for the step."""
 
-    deployment: str = ""  # jobDeploymentStatus: what the operator does
-    job: str = ""  # jobStatus: what the Ray job does
-    reason: str = ""
-    message: str = ""
-    failed: int = 0  # attempts
-
-    @classmethod
-    def of(cls, rayjob: Resource) -> JobState:
+    def __init__(self, rayjob: Resource) -> None:
         status = rayjob.get("status", {})
-        names = ("jobDeploymentStatus", "jobStatus", "reason", "message")
-        return cls(*(status.get(name, "") for name in names), status.get("failed", 0))
-
-    @property
-    def finished(self) -> bool:
-        return self.deployment in _FINAL
-
-    @property
-    def starting(self) -> bool:
-        return self.deployment in {"", "Initializing"}
-
-    @property
-    def succeeded(self) -> bool:
-        """Whether the step did its work; of a failed job, Complete says only that the operator is done."""
-        return self.deployment == "Complete" and self.job == "SUCCEEDED"
-
-    @property
-    def kept(self) -> bool:
-        """Whether it stays for inspection, because the operator has rules to delete it later."""
-        return self.deployment == "Failed" or (self.deployment == "Complete" and self.job == "FAILED")
+        self.deployment: str = status.get("jobDeploymentStatus", "")  # what the operator does
+        self.job: str = status.get("jobStatus", "")  # what the Ray job does
+        self.reason: str = status.get("reason", "")
+        self.message = " ".join(status.get("message", "").split())
+        self.failed: int = status.get("failed", 0)  # attempts
+        self.finished = self.deployment in _FINAL
+        # Of a failed job, Complete says only that the operator is done.
+        self.succeeded = (self.deployment, self.job) == ("Complete", "SUCCEEDED")
+        # It stays for inspection: the operator has rules to delete it later.
+        self.kept = self.deployment == "Failed" or (self.deployment, self.job) == ("Complete", "FAILED")
 
     def __str__(self) -> str:
         return " / ".join(word for word in (self.deployment or "created", self.job) if word)
 
     def explain(self) -> str:
-        return ": ".join(filter(None, (self.reason or str(self), " ".join(self.message.split()))))
+        return ": ".join(filter(None, (self.reason or str(self), self.message)))
 
 
 class KubeRay:
@@ -122,7 +119,7 @@ class KubeRay:
                 log.finish()
                 cause = log.first_error() or pods.cause or state.explain()
                 if state.reason.endswith("Exceeded") or state.deployment == "ValidationFailed":  # ended by the operator
-                    cause = "; ".join(filter(None, (" ".join(state.message.split()), pods.cause)))
+                    cause = "; ".join(filter(None, (state.message, pods.cause)))
         if not (state.kept and "deletionStrategy" in manifest["spec"]):
             self._api.delete("rayjobs", name)
         if not state.succeeded:
@@ -131,25 +128,42 @@ class KubeRay:
     def stop(self, *, run: str | None, kfp_run: str | None) -> list[str]:
         """Delete the running RayJobs of a run, or of a run of KFP; their names. What failed stays for inspection."""
         rayjobs = self._api.find("rayjobs", labels=selector(run=run, kfp_run=kfp_run))
-        names = [rayjob["metadata"]["name"] for rayjob in rayjobs if not JobState.of(rayjob).finished]
+        names = [rayjob["metadata"]["name"] for rayjob in rayjobs if not JobState(rayjob).finished]
         for name in names:
             self._api.delete("rayjobs", name)
         return names
 
     def checks(self) -> Iterator[Check]:
-        return kuberay_checks(self._compute)
+        """What a RayJob will need of the cluster; only the first check if no cluster is configured."""
+        try:
+            api = KubernetesApi(self._namespace, patience=CHECK_SECONDS)
+        except UserError:
+            yield Check("kubernetes", lambda: KubernetesApi(self._namespace).server, "export KUBECONFIG=FILE")
+            return
+        folder = "base/rbac" if api.namespace == STANDALONE else "overlays/multi-user"
+        unreachable: Mapping[type[Exception], str] = {ConnectionError: "kubectl cluster-info"}
+        for_crd = {**unreachable, FileNotFoundError: f"unset {TEMPLATE_VARIABLE}"}
+        yield Check("kubernetes", lambda: f"{api.server}, namespace {api.namespace!r}", "")
+        yield Check("rights", lambda: _check_rights(api), f"kubectl apply --kustomize infra/{folder}", unreachable)
+        yield Check("kuberay", lambda: _check_crd(api), INSTALL_KUBERAY, for_crd)
+        yield Check("pod image", self._image, f"export {IMAGE_VARIABLE}=REGISTRY/ncsn-python:TAG")
 
-    def _manifest(self, step: RemoteStep) -> Resource:
+    def _image(self) -> str:
+        """The image of the Ray pods. Only a pod can find out whether it can be pulled."""
         image = self._compute.kuberay.image or self._launcher.image or os.environ.get(IMAGE_VARIABLE)
         if image is None:
             hint = f"set it or {IMAGE_VARIABLE} to the image that `make image` builds"
             raise UserError("compute.kuberay.image", "no image for the Ray pods", hint=hint)
+        return image
+
+    def _manifest(self, step: RemoteStep) -> Resource:
+        image = self._image()
         return render(
             step,
             self._compute,
             namespace=self._api.namespace,
             image=image,
-            env=environment_for_pods() | {CONTAINER_IMAGE: image},
+            env=forwarded_environment(to_pods=True) | {CONTAINER_IMAGE: image},
             labels={ATTEMPT_LABEL: uuid.uuid4().hex, **self._launcher.labels},
             owner=self._launcher.owner,
         )
@@ -171,12 +185,12 @@ class KubeRay:
             found = self._api.get("rayjobs", name)
             if found is None:
                 continue
-            state, metadata = JobState.of(found), found["metadata"]
+            state, metadata = JobState(found), found["metadata"]
             going = "deletionTimestamp" in metadata or self._belongs_to_ended_pipeline(found)
             if not going and not state.finished:  # of one that has finished, the step's result was looked for
                 if metadata.get("annotations", {}).get(REQUEST_ANNOTATION) != step.request:
                     how = f"kubectl delete rayjob {name} --namespace {self._api.namespace}"
-                    raise refuse_other_work("RayJob", name, how)
+                    raise refuse_other_work(name, how)
                 self._ours = True
                 say(f"attached to RayJob {name}, which is {state}")
                 return str(metadata["labels"][ATTEMPT_LABEL])
@@ -200,7 +214,7 @@ class KubeRay:
             found = self._api.get("rayjobs", name)
             if found is None:
                 raise RemoteLost(f"RayJob {name} was deleted while it ran")
-            state = JobState.of(found)
+            state = JobState(found)
             if str(state) != shown:
                 shown = str(state)
                 suspended = queue and state.deployment == "Suspended"
@@ -212,7 +226,7 @@ class KubeRay:
             if state.reason == "PreRunningDeadlineExceeded":  # KubeRay would try again for the same time
                 raise RemoteFailure(f"RayJob {name} did not start in time: {pods.cause or state.explain()}")
             hopeless = pods.look(found)
-            if hopeless and state.starting:
+            if hopeless and state.deployment in ("", "Initializing"):
                 raise RemoteFailure(f"RayJob {name} cannot start: {hopeless}")
             self._api.wait_for_change(found, seconds=WATCH_SECONDS)
 
@@ -251,3 +265,18 @@ class KubeRay:
             )
         else:
             say(f"RayJob {name} deleted")
+
+
+def _check_rights(api: KubernetesApi) -> str:
+    missing = [f"{verb} {resource}" for verb, resource in NEEDED if not api.allowed(verb, resource)]
+    if missing:
+        raise PermissionError(f"this account may not {', '.join(missing)} in namespace {api.namespace!r}")
+    return f"{len(NEEDED)} verbs in namespace {api.namespace!r}"
+
+
+def _check_crd(api: KubernetesApi) -> str:
+    """KubeRay 1.6 brought one of the fields that the template uses, and needs no gate for deletion rules."""
+    load_template()
+    if "preRunningDeadlineSeconds" not in api.rayjob_fields():
+        raise UserError("KubeRay", "before 1.6; it lacks fields of the RayJob")
+    return "RayJob ray.io/v1, KubeRay 1.6 or later"

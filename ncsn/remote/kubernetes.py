@@ -30,7 +30,6 @@ INSTALL_KUBERAY = "helm install kuberay-operator kuberay/kuberay-operator --vers
 _APIS = {
     "rayjobs": "apis/ray.io/v1",
     "workflows": "apis/argoproj.io/v1alpha1",
-    "localqueues": "apis/kueue.x-k8s.io/v1beta2",
 }
 _CORE = "api/v1"
 _IN_CLUSTER_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
@@ -144,8 +143,7 @@ class KubernetesApi:
         return [line for line in text.splitlines() if not line.startswith(_LOST_LOG)]
 
     def _path(self, resource: str, *below: str) -> str:
-        place = "" if resource == "nodes" else f"namespaces/{self.namespace}/"
-        return "/".join((f"/{_APIS.get(resource, _CORE)}/{place}{resource}", *below))
+        return "/".join((f"/{_APIS.get(resource, _CORE)}/namespaces/{self.namespace}/{resource}", *below))
 
     def _read(self, verb: str, resource: str, method: str, path: str, **options: Any) -> Any:
         call = {name: options.pop(name) for name in ("body", "query") if name in options}

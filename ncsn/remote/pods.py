@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,10 +54,11 @@ class Trouble:
 def trouble_of(pod: Resource, events: Sequence[Resource]) -> Trouble | None:
     """What is wrong with a pod, by its status and its events, oldest first; None if it starts, runs or succeeded."""
     status, phase = pod.get("status", {}), pod.get("status", {}).get("phase", "Pending")
-    if phase == "Failed" and status.get("reason"):
-        return Trouble(status["reason"], _message(status), final=True)
+    replaced = phase == "Failed"  # by its owner, perhaps on a better node
+    if replaced and status.get("reason"):
+        return Trouble(status["reason"], _message(status), final=False)
     for container in (*status.get("initContainerStatuses", []), *status.get("containerStatuses", [])):
-        if trouble := _trouble_of_container(container, pod["spec"]):
+        if trouble := _trouble_of_container(container, pod["spec"], replaced=replaced):
             return trouble
     if phase != "Pending":
         return None
@@ -84,7 +84,7 @@ def trouble_of_owner(events: Sequence[Resource]) -> Trouble | None:
     return None
 
 
-def _trouble_of_container(container: Resource, spec: Resource) -> Trouble | None:
+def _trouble_of_container(container: Resource, spec: Resource, *, replaced: bool) -> Trouble | None:
     name, restarts, state = container["name"], container.get("restartCount", 0), container.get("state", {})
     waiting, ended = state.get("waiting", {}), state.get("terminated", {})
     reason, said = waiting.get("reason", ""), _message(waiting)
@@ -109,7 +109,8 @@ def _trouble_of_container(container: Resource, spec: Resource) -> Trouble | None
     how += f" and was restarted {restarts} times" if crash_loop else ""
     how += "; it needs more memory than its limit" if reason == "OOMKilled" else ""
     how += f": {_message(ended)}" if _message(ended) else ""
-    final = restarts >= _CRASHES_THAT_TELL if crash_loop else spec.get("restartPolicy") == "Never"
+    never = spec.get("restartPolicy") == "Never" and not replaced
+    final = restarts >= _CRASHES_THAT_TELL if crash_loop else never
     if crash_loop and reason in {"Error", "Completed"}:
         reason = "CrashLoopBackOff"
     return Trouble(reason, how, final=final, container=name)
@@ -133,53 +134,42 @@ class PodWatch:
         """Print what is new and set `cause`; the cause if waiting does not help, else None."""
         try:
             pods = self._api.find("pods", labels=self._labels)
-            troubles = dict(self._troubles(pods, rayjob))
+            causes = {name: (trouble, self._tell(name, trouble)) for name, trouble in self._troubles(pods, rayjob)}
         except (ConnectionError, PermissionError) as error:
             self._say_once(type(error).__name__, f"cannot read the pods: {error}")
             return None
         now, before, self._hopeless_since = time.monotonic(), self._hopeless_since, {}
-        if pods or troubles:  # pods that are gone were deleted for what they waited for
-            self.cause = None
-        for name, (pod, trouble) in troubles.items():
-            cause = self._tell(name, trouble)
-            self.cause = self.cause or cause  # the oldest pod, which is the head: others wait for it
-            # The owner of a pod in phase Failed replaces it, perhaps on a better node.
-            final = trouble.final and pod.get("status", {}).get("phase") != "Failed"
-            if final or name in before:
+        if pods or causes:  # pods that are gone were deleted for what they waited for
+            self.cause = next((cause for _, cause in causes.values()), None)  # the head's: other pods wait for it
+        for name, (trouble, cause) in causes.items():
+            if trouble.final or name in before:
                 since = self._hopeless_since[name] = before.get(name, now)
-                if final and now - since >= CONFIRM_SECONDS:
+                if trouble.final and now - since >= CONFIRM_SECONDS:
                     return cause
         return None
 
-    def _troubles(self, pods: list[Resource], rayjob: Resource) -> Iterator[tuple[str, tuple[Resource, Trouble]]]:
+    def _troubles(self, pods: list[Resource], rayjob: Resource) -> Iterator[tuple[str, Trouble]]:
         budget = _MOST_EVENTS
         for pod in pods:
             name, waits = pod["metadata"]["name"], pod["status"].get("phase") == "Pending"
             over = "job-name" in pod["metadata"]["labels"] and not waits  # a submitter, whose log is shown
             if over or "deletionTimestamp" in pod["metadata"]:
                 continue
-            events = self._events(name) if waits and budget > 0 else []
+            events = self._api.events(name) if waits and budget > 0 else []
             budget -= waits
             if trouble := trouble_of(pod, events):
-                yield name, (pod, trouble)
+                yield name, trouble
         made = rayjob["metadata"].get("creationTimestamp", "")[:_SECONDS]
         for owner in (rayjob["metadata"]["name"], rayjob.get("status", {}).get("rayClusterName")):
             # Events outlive what they are about: an earlier RayJob of this name may have left some.
-            events = [each for each in self._events(owner) if time_of_event(each)[:_SECONDS] >= made] if owner else []
-            if trouble := trouble_of_owner(events):
-                yield owner, ({}, trouble)
-
-    def _events(self, name: str) -> list[Resource]:
-        with suppress(PermissionError):  # a Role may lack this verb
-            return self._api.events(name)
-        return []
+            events = self._api.events(owner) if owner else []
+            if trouble := trouble_of_owner([each for each in events if time_of_event(each)[:_SECONDS] >= made]):
+                yield owner, trouble
 
     def _tell(self, name: str, trouble: Trouble) -> str:
         """Print the trouble with the container's last lines; the cause with its error."""
-        cause, words = f"{name}: {trouble}", list[str]()
-        if trouble.container:
-            with suppress(PermissionError):
-                words = self._api.last_words(name, trouble.container, lines=_LAST_LINES)
+        cause, container = f"{name}: {trouble}", trouble.container
+        words = self._api.last_words(name, container, lines=_LAST_LINES) if container else []
         # The kubelet alternates between these two for one cause.
         self._say_once(trouble.reason.replace("ErrImagePull", "ImagePullBackOff"), "\n  | ".join([cause, *words]))
         said = first_error(words) or next((line.strip() for line in reversed(words) if line.strip()), None)
@@ -209,7 +199,6 @@ class PodLog(DriverLog):
         return first_error(self.lines[self._begins :]) or first_error(self.lines)
 
     def follow(self) -> bool:
-        """Take what is new of the latest pod's log."""
         before, rest = self._last_time, b""
         try:
             pods = self._api.find("pods", labels=self._labels)

@@ -61,8 +61,8 @@ _STOP_WAIT_SECONDS = 10.0
 class Refused(RuntimeError):
     """The dashboard refuses a request."""
 
-    def __init__(self, address: str, status: int, message: str) -> None:
-        super().__init__(f"the Ray cluster at {address} refuses (HTTP {status}): {message}")
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
         self.status = status
 
 
@@ -95,14 +95,12 @@ class RayJobs:
         return self._connect(FIRST_PATIENCE_SECONDS)
 
     def connect(self) -> None:
-        """Ask the cluster for its version."""
         _ = self._client
 
     def execute(self, step: RemoteStep) -> None:
         """Run the step as a job, or attach to the one that an earlier attempt left; return when it has ended.
 
-        SIGTERM and Ctrl-C stop the job. If this process is killed or cut off, the job ends when the lease is stale,
-        unless the same command is given again before.
+        SIGTERM and Ctrl-C stop the job.
         """
         self.connect()
         with Heartbeat(step.lease, every=self._renew_seconds), ended_on_sigterm(self._stop_running):
@@ -118,13 +116,11 @@ class RayJobs:
                 raise
 
     def stop(self, *, run: str | None, kfp_run: str | None) -> list[str]:
-        """Stop the running jobs of a run, or of a run of KFP; their names."""
         wanted = {key: value for key, value in ((RUN, run), (KFP_RUN, kfp_run)) if value}
         if not wanted:
             return []
-        names = [
-            name for name, job in self._jobs() if wanted.items() <= (job.metadata or {}).items() and not _ended(job)
-        ]
+        mine = [(name, job) for name, job in self._jobs() if wanted.items() <= (job.metadata or {}).items()]
+        names = [name for name, job in mine if not job.status.is_terminal()]
         for name in names:
             self._ask(lambda name=name: self._client.stop_job(name))  # type: ignore[misc]
         return names
@@ -135,9 +131,8 @@ class RayJobs:
         yield Check("ray jobs", self._describe, fix)
 
     def _describe(self) -> str:
-        jobs = self._connect(CHECK_SECONDS).list_jobs()
-        running = sum(job.submission_id is not None and not _ended(job) for job in jobs)
-        return f"{self.address}: Ray {metadata.version('ray')}, as here, {running} running jobs"
+        self._connect(CHECK_SECONDS).list_jobs()
+        return f"{self.address}: Ray {metadata.version('ray')}, as here"
 
     def _connect(self, patience: float) -> JobSubmissionClient:
         """Ray's client, of a cluster that has answered and has the same Ray."""
@@ -156,29 +151,24 @@ class RayJobs:
                 return response
 
             def _raise_error(self, response: Any) -> None:
-                raise Refused(self._address, response.status_code, _last_line(response.text))
+                status, reason = response.status_code, _last_line(response.text)
+                raise Refused(f"the Ray cluster at {address} refuses (HTTP {status}): {reason}", status)
 
         try:
             client = self._ask(lambda: Client(address), patience=patience)
             there = client._server_ray_version
         except AuthenticationError as error:
             raise PermissionError(
-                f"the Ray cluster at {address} does not let us in ({_first_line(error)}); set RAY_AUTH_MODE=token "
-                "and RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH, to the cluster's own"
+                f"the Ray cluster at {address} does not let us in ({_first_line(error)}); set RAY_AUTH_TOKEN or "
+                "RAY_AUTH_TOKEN_PATH to the cluster's own"
             ) from None
         except (requests.exceptions.InvalidHeader, UnicodeError):  # their messages repeat the token
-            reason = "the token holds what no header of a request may hold"
-            raise UserError(
-                "RAY_AUTH_TOKEN", reason, hint="set it, or the file of RAY_AUTH_TOKEN_PATH, again"
-            ) from None
+            raise UserError("RAY_AUTH_TOKEN", "holds what no header may hold", hint="set the token again") from None
         except (requests.RequestException, RuntimeError, KeyError, TypeError, ValueError) as error:
             raise UserError(address, f"no Ray dashboard ({_first_line(error)})") from None
         if there != (here := metadata.version("ray")):
-            raise UserError(
-                address,
-                f"the cluster has Ray {there}, but this environment has Ray {here}",
-                hint=f"install ray=={there} here, or submit from the image that the cluster runs",
-            )
+            hint = f"install ray=={there} here, or submit from the image that the cluster runs"
+            raise UserError(address, f"the cluster has Ray {there}, but this environment has Ray {here}", hint=hint)
         return client
 
     def _ask(self, call: Callable[[], T], *, patience: float = PATIENCE_SECONDS) -> T:
@@ -198,10 +188,10 @@ class RayJobs:
         while True:
             jobs = {int(match[1] or 1): job for name, job in self._jobs() if (match := attempt.fullmatch(name))}
             last = jobs.get(max(jobs, default=0))
-            if last is not None and not _ended(last):
+            if last is not None and not last.status.is_terminal():
                 name = str(last.submission_id)
                 if (last.metadata or {}).get(REQUEST) != step.request:
-                    raise refuse_other_work("Ray job", name, f"ray job stop {name} --address {self.address}")
+                    raise refuse_other_work(name, f"ray job stop {name} --address {self.address}")
                 self._running = name
                 say(f"attached to Ray job {name}, which is {last.status.value}")
                 return name
@@ -252,7 +242,7 @@ class RayJobs:
             if job.status.value != shown:
                 shown = job.status.value
                 say(f"Ray job {name}: {shown}")
-            if _ended(job):
+            if job.status.is_terminal():
                 return job
             time.sleep(pause)
             pause = min(1.2 * pause, _POLL_SECONDS[1])
@@ -271,7 +261,7 @@ class RayJobs:
         with suppress(OSError, RuntimeError):
             while self._running and time.monotonic() < ends:
                 job = self._job(self._running, patience=0)
-                if job is None or _ended(job):
+                if job is None or job.status.is_terminal():
                     return
                 time.sleep(_POLL_SECONDS[0])
 
@@ -285,7 +275,6 @@ class JobLog(DriverLog):
         self._taken, self._rest = 0, ""
 
     def follow(self) -> bool:
-        """Take what is new until the job ends or the connection breaks."""
         before = self._taken
         try:
             asyncio.run(self._tail())
@@ -309,10 +298,6 @@ class JobLog(DriverLog):
             *complete, self._rest = (self._rest + new).split("\n")
             for line in complete:
                 self.take(line)
-
-
-def _ended(job: JobDetails) -> bool:
-    return bool(job.status.is_terminal())
 
 
 def _last_line(text: str) -> str:

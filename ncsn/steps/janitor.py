@@ -105,7 +105,7 @@ def clean_up(api: KubernetesApi, *, run: str | None = None, dry_run: bool = Fals
     resumed = {_place(each) for each in notes if not is_ending(workflows[each.id])}
     mine = [each for each in notes if run in (None, each.run)]
     for rayjob in api.find("rayjobs", labels=selector(run=run)):
-        state, workflow, metadata = JobState.of(rayjob), workflow_of(rayjob), rayjob["metadata"]
+        state, workflow, metadata = JobState(rayjob), workflow_of(rayjob), rayjob["metadata"]
         ended = workflow is not None and is_ending(api.get("workflows", workflow))
         if state.finished or not (ended or run):
             continue

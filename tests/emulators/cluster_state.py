@@ -36,7 +36,7 @@ class Cluster:
 
     Attributes:
         rules: RBAC rules of the caller.
-        schema: JSON schema of the RayJob that is installed; None for one that allows every field.
+        fields: Those of `spec` in the RayJob that is installed.
         installed: Whether there is a RayJob CRD at all.
         away: Drop every connection.
         cut_answers: How many answers to break off in the middle of their body.
@@ -48,7 +48,7 @@ class Cluster:
     """
 
     rules: list[Resource]
-    schema: Resource | None = None
+    fields: tuple[str, ...] = ("entrypoint", "preRunningDeadlineSeconds")
     installed: bool = True
     away: bool = False
     cut_answers: int = 0

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import secrets
 import signal
 import subprocess
 import sys
@@ -20,19 +19,62 @@ import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
-from email.parser import BytesParser
 from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-import yaml
-from kfp_api_checks import Refusal, check_arguments, check_spec
+from google.protobuf import json_format
+from kfp.pipeline_spec import pipeline_spec_pb2
 
 Json = dict[str, Any]
 ENDED = ("SUCCEEDED", "FAILED", "CANCELED")
 _CRON_FIELDS = 6
+
+
+class Refusal(Exception):
+    """An answer other than 200."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+def check_spec(document: Json) -> pipeline_spec_pb2.PipelineSpec:
+    """The pipeline, if the server would take it: known fields only, and nothing refers to what is not there."""
+    try:
+        spec = json_format.ParseDict(document.get("pipeline_spec", document), pipeline_spec_pb2.PipelineSpec())
+        json_format.ParseDict(document.get("platform_spec", {}), pipeline_spec_pb2.PlatformSpec())
+    except json_format.ParseError as error:
+        raise Refusal(400, f"Failed to parse the pipeline spec: {error}") from None
+    if not re.fullmatch(r"2\.\d+\.\d+", spec.schema_version) or not spec.pipeline_info.name:
+        raise Refusal(400, "pipeline spec is invalid: schemaVersion 2.x.x and pipelineInfo.name are needed")
+    executors = dict(spec.deployment_spec["executors"].items())
+    for label, component in spec.components.items():
+        if component.WhichOneof("implementation") == "executor_label" and component.executor_label not in executors:
+            raise Refusal(400, f"{label}: no executor {component.executor_label!r}")
+    for component in (spec.root, *spec.components.values()):
+        for name, task in component.dag.tasks.items():
+            if task.component_ref.name not in spec.components:
+                raise Refusal(400, f"{name}: no component {task.component_ref.name!r}")
+            if lost := set(task.dependent_tasks) - set(component.dag.tasks):
+                raise Refusal(400, f"{name}: waits for unknown tasks {sorted(lost)}")
+    return spec
+
+
+def check_arguments(spec: pipeline_spec_pb2.PipelineSpec, arguments: Json) -> None:
+    """Refuse a missing or an unknown parameter, or a value of another type, in the server's words."""
+    known = spec.root.input_definitions.parameters
+    types = pipeline_spec_pb2.ParameterType.ParameterTypeEnum
+    wanted = {types.STRING: str, types.NUMBER_INTEGER: int, types.BOOLEAN: bool, types.LIST: list, types.STRUCT: dict}
+    for name, parameter in known.items():
+        if name not in arguments and not parameter.HasField("default_value") and not parameter.is_optional:
+            raise Refusal(400, f"parameter {name} is required but not found in the runtime config")
+        if name in arguments and not isinstance(arguments[name], wanted.get(parameter.parameter_type, object)):
+            raise Refusal(400, f"input parameter {name} is of another type")
+    if unknown := set(arguments) - set(known):
+        raise Refusal(400, f"runtime config has unknown parameters {sorted(unknown)}")
 
 
 class KfpServer:
@@ -62,8 +104,6 @@ class KfpServer:
         self.behind_ui = False
         self.ready = True
         self.experiments: dict[str, Json] = {}
-        self.pipelines: dict[str, Json] = {}
-        self.versions: dict[str, Json] = {}
         self.runs: dict[str, Json] = {}
         self.recurring_runs: dict[str, Json] = {}
         self.requests: list[str] = []
@@ -87,10 +127,7 @@ class KfpServer:
 
     def create_run(self, body: Json) -> Json:
         """Check the pipeline and its arguments, and execute it in the background."""
-        spec = body.get("pipeline_spec")
-        if spec is None:
-            reference = body["pipeline_version_reference"]
-            spec = _known(self.versions, reference["pipeline_version_id"])["pipeline_spec"]
+        spec = body["pipeline_spec"]
         arguments = body.get("runtime_config", {}).get("parameters", {})
         check_arguments(check_spec(spec), arguments)
         self._check_experiment(body)
@@ -114,12 +151,6 @@ class KfpServer:
         self.recurring_runs[recurring["recurring_run_id"]] = recurring
         return recurring
 
-    def fire(self, recurring_run_id: str) -> Json:
-        """Start the run of a schedule now, as the clock would."""
-        recurring = _known(self.recurring_runs, recurring_run_id)
-        kept = ("display_name", "experiment_id", "pipeline_spec", "runtime_config", "service_account")
-        return self.create_run({key: recurring[key] for key in kept if key in recurring})
-
     def terminate(self, run_id: str) -> Json:
         """End a run's processes."""
         process = self._processes.get(run_id)
@@ -128,27 +159,6 @@ class KfpServer:
             with suppress(ProcessLookupError):  # it ended by itself
                 os.killpg(process.pid, signal.SIGKILL)
         return {}
-
-    def upload(self, name: str, content: bytes, pipeline_id: str | None) -> Json:
-        """Keep a pipeline, or another version of one."""
-        spec, *platforms = yaml.safe_load_all(content)
-        check_spec(spec)
-        known = [pipeline for pipeline in self.pipelines.values() if pipeline["display_name"] == name]
-        if pipeline_id is None and known:
-            raise Refusal(409, f"Already exist error: a pipeline with the name {name} exists")
-        if platforms:
-            spec = {"pipeline_spec": spec, "platform_spec": platforms[0]}
-        made = {
-            "created_at": _now(),
-            "display_name": name,
-            "name": name,
-            "pipeline_id": pipeline_id or secrets.token_hex(8),
-        }
-        if pipeline_id is None:
-            self.pipelines[made["pipeline_id"]] = made
-        version = {**made, "pipeline_version_id": secrets.token_hex(8), "pipeline_spec": spec}
-        self.versions[version["pipeline_version_id"]] = version
-        return made if pipeline_id is None else version
 
     def _check_experiment(self, body: Json) -> None:
         _known(self.experiments, body.get("experiment_id", ""))
@@ -234,7 +244,7 @@ def _handler_of(server: KfpServer) -> type[BaseHTTPRequestHandler]:
             server.requests.append(f"{self.command} {self.path}")
             try:
                 self._require_credentials()
-                status, body = 200, _route(server, self.command, self.path, self.headers.get("Content-Type"), content)
+                status, body = 200, _route(server, self.command, self.path, content)
             except Refusal as refusal:
                 status, body = refusal.status, {"code": 3, "message": str(refusal), "details": []}
             data = json.dumps(body).encode()
@@ -246,7 +256,7 @@ def _handler_of(server: KfpServer) -> type[BaseHTTPRequestHandler]:
             self.end_headers()
             self.wfile.write(data)
 
-        do_GET = do_POST = do_DELETE = _answer
+        do_GET = do_POST = _answer
 
         def _require_credentials(self) -> None:
             if server.away:
@@ -262,7 +272,7 @@ def _handler_of(server: KfpServer) -> type[BaseHTTPRequestHandler]:
     return Handler
 
 
-def _route(server: KfpServer, method: str, target: str, content_type: str | None, content: bytes) -> Json:
+def _route(server: KfpServer, method: str, target: str, content: bytes) -> Json:
     parts = urlsplit(target)
     query = {key: values[0] for key, values in parse_qs(parts.query).items()}
     path = parts.path.removeprefix("/apis/v2beta1/")
@@ -271,29 +281,19 @@ def _route(server: KfpServer, method: str, target: str, content_type: str | None
             return {"apiServerReady": False, "frontendTagName": "2.17.0-emulator"}
         version = "apiServerTagName" if server.behind_ui else "tag_name"
         return {"commit_sha": "0", version: "2.17.0-emulator", "multi_user": server.multi_user}
-    if path in ("pipelines/upload", "pipelines/upload_version"):
-        return server.upload(query["name"], _file_in(content_type or "", content), query.get("pipelineid"))
     kind, _, rest = path.partition("/")
     key, _, verb = rest.partition(":")
-    stores = {"experiments": server.experiments, "pipelines": server.pipelines, "runs": server.runs}
-    stores |= {"recurringruns": server.recurring_runs}
+    stores = {"experiments": server.experiments, "runs": server.runs, "recurringruns": server.recurring_runs}
     if kind not in stores:
         raise Refusal(404, f"Not Found: {path}")
-    if method == "GET" and not key:
-        return _listed(stores[kind], {"recurringruns": "recurringRuns"}.get(kind, kind), query)
     if method == "GET":
-        return _known(stores[kind], key)
-    if method == "DELETE":
-        return _known(stores[kind], key) and stores[kind].pop(key) and {}
+        return _known(stores[kind], key) if key else _listed(stores[kind], kind, query)
     return _post(server, kind, key, verb, json.loads(content or b"{}"))
 
 
 def _post(server: KfpServer, kind: str, key: str, verb: str, body: Json) -> Json:
     if (kind, verb) == ("runs", "terminate"):
         return server.terminate(key)
-    if kind == "recurringruns" and verb in ("enable", "disable"):
-        _known(server.recurring_runs, key)["status"] = f"{verb.upper()}D"
-        return {}
     creators: dict[str, Callable[[Json], Json]] = {
         "runs": server.create_run,
         "recurringruns": server.create_recurring_run,
@@ -310,11 +310,3 @@ def _create_experiment(server: KfpServer, body: Json) -> Json:
     experiment = {**body, "experiment_id": str(uuid.uuid4()), "created_at": _now()}
     server.experiments[experiment["experiment_id"]] = experiment
     return experiment
-
-
-def _file_in(content_type: str, content: bytes) -> bytes:
-    message = BytesParser().parsebytes(f"Content-Type: {content_type}\r\n\r\n".encode() + content)
-    for part in message.walk():
-        if part.get_filename():
-            return bytes(part.get_payload(decode=True))
-    raise Refusal(400, "no file in the request")

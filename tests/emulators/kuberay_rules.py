@@ -1,7 +1,7 @@
 """What KubeRay and Kueue refuse although the CRD's schema allows it, and what this project asks of every Ray pod.
 
 Written once: the tests hold every manifest against it, and the emulated operator answers with it. Leaves out what
-concerns RayService, GCS fault tolerance and autoscaling beyond their being off.
+concerns fields that no manifest of this project sets.
 """
 
 from __future__ import annotations
@@ -22,17 +22,11 @@ UNBOUNDED = 2147483647
 SECRET_NAME = re.compile(r"SECRET|TOKEN|PASSWORD|KEY|CREDENTIAL", re.IGNORECASE)
 
 
-def schema_folder() -> Path | None:
-    """Folder of the CRD schemas: NCSN_CRD_SCHEMAS, else `shared/crds` beside the checkout; None if there is none."""
+def load_schemas(kind: str) -> dict[str, Manifest]:
+    """KubeRay version -> JSON schema of `kind`, in NCSN_CRD_SCHEMAS or beside the checkout; empty where is none."""
     named = os.environ.get("NCSN_CRD_SCHEMAS")
     folder = Path(named) if named else Path(__file__).parents[2].parent / "shared" / "crds"
-    return folder if folder.is_dir() else None
-
-
-def load_schemas(kind: str) -> dict[str, Manifest]:
-    """KubeRay version -> JSON schema of `kind`; empty where there are none."""
-    folder = schema_folder()
-    files = sorted(folder.glob(f"{kind.lower()}-v*.json")) if folder else []
+    files = sorted(folder.glob(f"{kind.lower()}-v*.json"))
     return {file.stem.partition("-v")[2]: json.loads(file.read_text()) for file in files}
 
 
@@ -40,19 +34,6 @@ def schema_errors(manifest: Manifest, schema: Manifest) -> list[str]:
     """What the API server would refuse, one line each."""
     validator = jsonschema.Draft202012Validator(schema)
     return [f"{error.json_path}: {error.message}" for error in validator.iter_errors(manifest)]
-
-
-def fill_defaults(job: Manifest) -> None:
-    """What the API server adds to a RayJob, by the defaults of the CRDs of KubeRay 1.6.2 and 1.7.0."""
-    spec = job["spec"]
-    spec.setdefault("submissionMode", "K8sJobMode")
-    spec.setdefault("backoffLimit", 0)
-    spec.setdefault("ttlSecondsAfterFinished", 0)
-    for rule in spec.get("deletionStrategy", {}).get("deletionRules", []):
-        rule["condition"].setdefault("ttlSeconds", 0)
-    for group in spec.get("rayClusterSpec", {}).get("workerGroupSpecs", []):
-        for name, value in {"replicas": 0, "minReplicas": 0, "maxReplicas": UNBOUNDED, "numOfHosts": 1}.items():
-            group.setdefault(name, value)
 
 
 def operator_errors(job: Manifest) -> list[str]:
@@ -69,87 +50,24 @@ def _operator_errors(metadata: Manifest, spec: Manifest) -> Iterator[str]:
     if len(metadata["name"]) > 47 or not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", metadata["name"]):
         yield f"metadata.name {metadata['name']!r} is no DNS-1035 label of at most 47 characters"
     shutdown, ttl = spec.get("shutdownAfterJobFinishes", False), spec.get("ttlSecondsAfterFinished", 0)
-    selector, cluster = spec.get("clusterSelector"), spec.get("rayClusterSpec")
-    mode = spec.get("submissionMode", "K8sJobMode")
-    if bool(selector) == bool(cluster):
-        yield "exactly one of rayClusterSpec and clusterSelector must be set"
     if ttl and not shutdown:
         yield "ttlSecondsAfterFinished needs shutdownAfterJobFinishes"
-    if spec.get("suspend") and (not shutdown or selector):
-        yield "suspend needs shutdownAfterJobFinishes and no clusterSelector"
-    if spec.get("backoffLimit") and (selector or mode == "InteractiveMode"):
-        yield "backoffLimit goes with neither clusterSelector nor InteractiveMode"
-    if mode == "SidecarMode" and {"clusterSelector", "submitterPodTemplate", "submitterConfig"} & spec.keys():
-        yield "SidecarMode takes no clusterSelector, submitterPodTemplate or submitterConfig"
     if not spec.get("entrypoint"):
         yield "entrypoint is empty"
     for field in ("activeDeadlineSeconds", "preRunningDeadlineSeconds"):
         if field in spec and spec[field] <= 0:
             yield f"{field} must be positive"
-    yield from _deletion_errors(spec, cluster or {})
-    yield from _cluster_errors(cluster or {})
-    yield from _queue_errors(metadata, spec, cluster or {})
-
-
-def _deletion_errors(spec: Manifest, cluster: Manifest) -> Iterator[str]:
-    strategy = spec.get("deletionStrategy")
-    if strategy is None:
-        return
-    if spec.get("shutdownAfterJobFinishes") or spec.get("ttlSecondsAfterFinished"):
+    if "deletionStrategy" in spec and (shutdown or ttl):
         yield "deletionStrategy excludes shutdownAfterJobFinishes and ttlSecondsAfterFinished"
-    rules = strategy.get("deletionRules", [])
-    if rules and {"onSuccess", "onFailure"} & strategy.keys():
-        yield "deletionRules exclude onSuccess and onFailure"
-    if cluster.get("enableInTreeAutoscaling") and any(rule["policy"] == "DeleteWorkers" for rule in rules):
-        yield "DeleteWorkers does not go with autoscaling"
-    yield from _stage_errors(rules)
-
-
-def _stage_errors(rules: list[Manifest]) -> Iterator[str]:
-    order = {"DeleteWorkers": 0, "DeleteCluster": 1, "DeleteSelf": 2}
-    stages: dict[str, list[tuple[int, int]]] = {}
-    for rule in rules:
-        when = {key: value for key, value in rule["condition"].items() if key != "ttlSeconds"}
-        if len(when) != 1:
+    for rule in spec.get("deletionStrategy", {}).get("deletionRules", []):
+        if len(rule["condition"].keys() - {"ttlSeconds"}) != 1:
             yield "a deletion rule needs exactly one of jobStatus and jobDeploymentStatus"
-        if rule["policy"] in order:
-            stage = (order[rule["policy"]], rule["condition"].get("ttlSeconds", 0))
-            stages.setdefault(json.dumps(when), []).append(stage)
-    for policies in map(sorted, stages.values()):
-        if len({policy for policy, _ in policies}) < len(policies):
-            yield "a deletion policy stands twice under one condition"
-        if [ttl for _, ttl in policies] != sorted(ttl for _, ttl in policies):
-            yield "a later deletion has a shorter ttlSeconds than an earlier one"
-
-
-def _cluster_errors(cluster: Manifest) -> Iterator[str]:
-    auth = cluster.get("authOptions", {})
-    version = tuple(map(int, re.findall(r"\d+", cluster.get("rayVersion", ""))[:2]))
-    if auth.get("mode") == "token" and version < (2, 52):
-        yield f"authOptions.mode token needs rayVersion 2.52 or later, not {cluster.get('rayVersion')!r}"
-    if auth.get("enableK8sTokenAuth"):
-        yield "enableK8sTokenAuth is not for RayJobs"
-    names = [group["groupName"] for group in cluster.get("workerGroupSpecs", [])]
-    if len(set(names)) < len(names):
-        yield f"worker groups share a name: {names}"
-    for group in cluster.get("workerGroupSpecs", []):
+    if QUEUE_LABEL in metadata.get("labels", {}) and not shutdown:
+        yield "Kueue needs shutdownAfterJobFinishes: true"
+    for group in spec["rayClusterSpec"]["workerGroupSpecs"]:
         least, most = group.get("minReplicas", 0), group.get("maxReplicas", UNBOUNDED)
         if not least <= group.get("replicas", 0) <= most:
             yield f"worker group {group['groupName']}: replicas outside minReplicas {least} and maxReplicas {most}"
-
-
-def _queue_errors(metadata: Manifest, spec: Manifest, cluster: Manifest) -> Iterator[str]:
-    if QUEUE_LABEL not in metadata.get("labels", {}):
-        return
-    if not spec.get("shutdownAfterJobFinishes"):
-        yield "Kueue needs shutdownAfterJobFinishes: true"
-    if spec.get("clusterSelector"):
-        yield "Kueue takes no clusterSelector"
-    if len(cluster.get("workerGroupSpecs", [])) > 17:
-        yield "Kueue takes at most 17 worker groups"
-    elastic = metadata.get("annotations", {}).get("kueue.x-k8s.io/elastic-job") == "true"
-    if cluster.get("enableInTreeAutoscaling") and not elastic:
-        yield "Kueue takes an autoscaling cluster only with the annotation kueue.x-k8s.io/elastic-job"
 
 
 def _house_errors(spec: Manifest) -> Iterator[str]:

@@ -1,5 +1,5 @@
-"""Kubernetes API over real HTTP. Leaves out TLS, tokens, webhooks, pagination and all but RayJobs, pods, logs, and for
-reading nodes, events, Argo's Workflows and Kueue's older LocalQueues.
+"""Kubernetes API over real HTTP. Leaves out TLS, tokens, webhooks, pagination and all but RayJobs, ConfigMaps, pods,
+logs, events and Argo's Workflows.
 
 Reads and writes behave as the real server's do for one namespace: 409 for a name that exists, resource versions,
 watches that start after a version or answer 410 if it is gone, finalizers, RBAC with the real wording of
@@ -21,7 +21,6 @@ from urllib.parse import parse_qs, urlsplit
 
 import yaml
 from cluster_state import Cluster, Refusal
-from kuberay_rules import fill_defaults, schema_errors
 
 NAMESPACE = "kubeflow"
 USER = f"system:serviceaccount:{NAMESPACE}:pipeline-runner"
@@ -98,12 +97,6 @@ class _Handler(BaseHTTPRequestHandler):
             case ["apis", "argoproj.io", "v1alpha1", "namespaces", _, "workflows", *name]:
                 self._authorize("get" if name else "list", "argoproj.io", "workflows")
                 self._send_found("workflows", name, query)
-            case ["api", "v1", "nodes"]:
-                self._authorize("list", "", "nodes")
-                self._send_found("nodes", [], query)
-            case ["apis", "kueue.x-k8s.io", "v1beta2", "namespaces", _, "localqueues", name]:
-                self._authorize("get", "kueue.x-k8s.io", "localqueues")
-                self._send_found("localqueues", [name], query)
             case ["api", "v1", "namespaces", _, *rest]:
                 self._route_core(verb, rest, query, body)
             case _:
@@ -134,9 +127,6 @@ class _Handler(BaseHTTPRequestHandler):
         if verb == "watch":
             self._send_events(query)
         elif verb == "create":
-            if cluster.schema and (errors := schema_errors(body, cluster.schema)):
-                raise Refusal(422, "Invalid", f"RayJob is invalid: {errors[0]}")
-            fill_defaults(body)
             created = cluster.create("rayjobs", body)
             cluster.on_create(body["metadata"]["name"])
             self._send(created, 201)
@@ -184,8 +174,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _send_schema(self) -> None:
         if not self.cluster.installed:
             raise Refusal(404, "NotFound", "the server could not find the requested resource")
-        known = {"preRunningDeadlineSeconds": {"type": "integer"}}
-        schema = self.cluster.schema or {"properties": {"spec": {"properties": known}}}
+        schema = {"properties": {"spec": {"properties": {name: {} for name in self.cluster.fields}}}}
         schemas = {"io.ray.v1.RayJob": schema | {"x-kubernetes-group-version-kind": [RAYJOB_KIND]}}
         self._send({"openapi": "3.0.0", "components": {"schemas": schemas}})
 

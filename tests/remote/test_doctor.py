@@ -15,8 +15,6 @@ from ncsn.config import from_yaml
 from ncsn.remote import open_backend
 
 DIGITS = Path(__file__).parents[2] / "configs" / "digits.yaml"
-GPUS = [{"apiGroups": [""], "resources": ["nodes"], "verbs": ["list"]}]
-KUEUE = [{"apiGroups": ["kueue.x-k8s.io"], "resources": ["localqueues"], "verbs": ["get"]}]
 
 
 def examine(folder: Path, *overrides: str) -> dict[str, tuple[str, str]]:
@@ -37,8 +35,6 @@ def test_a_cluster_that_is_well(emulation: Any, tmp_path: Path) -> None:
     seen = examine(tmp_path)
     assert seen["kubernetes"][0] == seen["rights"][0] == seen["kuberay"][0] == "ok"
     assert seen["rights"][1].startswith("12 ") and "kubeflow" in seen["rights"][1]
-    for check, setting in (("gpus", "compute.use_gpu"), ("queue", "compute.kuberay.queue")):
-        assert seen[check][0] == "not configured" and setting in seen[check][1]
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -76,7 +72,7 @@ def test_a_cluster_without_kuberay(emulation: Any, tmp_path: Path) -> None:
 
 
 def test_an_old_kuberay_is_refused(emulation: Any, tmp_path: Path) -> None:
-    emulation.cluster.schema = {"type": "object", "properties": {"spec": {"properties": {"entrypoint": {}}}}}
+    emulation.cluster.fields = ("entrypoint",)
     state, detail = examine(tmp_path)["kuberay"]
     assert state == "failed" and "1.6" in detail
 
@@ -94,43 +90,6 @@ def test_the_image_must_be_named(emulation: Any, tmp_path: Path, monkeypatch: py
     assert examine(tmp_path)["pod image"] == ("ok", "registry.example/ncsn-python:0.1.0")
     monkeypatch.delenv("NCSN_IMAGE", raising=False)
     assert examine(tmp_path)["pod image"][0] == "failed"
-
-
-def test_gpus_are_counted_on_the_nodes_that_the_workers_may_use(emulation: Any, tmp_path: Path) -> None:
-    gpu = ("compute.use_gpu=true", "compute.num_workers=2", "compute.kuberay.node_selector={pool: big}")
-    assert examine(tmp_path, *gpu)["gpus"][0] == "not configured"
-    emulation.cluster.rules = [*emulation.cluster.rules, *GPUS]
-    for name, labels, count in (("a", {"pool": "big"}, "1"), ("b", {"pool": "small"}, "8")):
-        node = {"metadata": {"name": name, "labels": labels}, "status": {"allocatable": {"nvidia.com/gpu": count}}}
-        emulation.cluster.create("nodes", node)
-    state, detail = examine(tmp_path, *gpu)["gpus"]
-    assert state == "failed" and detail.startswith("compute.num_workers = 2: ")
-    assert examine(tmp_path, *gpu, "compute.num_workers=1")["gpus"][0] == "ok"
-
-
-def test_a_pod_needs_all_its_gpus_on_one_node(emulation: Any, tmp_path: Path) -> None:
-    emulation.cluster.rules = [*emulation.cluster.rules, *GPUS]
-    for name, count in (("a", "8"), ("b", "4"), ("c", "4")):
-        node = {"metadata": {"name": name, "labels": {}}, "status": {"allocatable": {"nvidia.com/gpu": count}}}
-        emulation.cluster.create("nodes", node)
-    gpu = ("compute.use_gpu=true", "compute.num_workers=16")
-    found = {size: examine(tmp_path, *gpu, f"compute.kuberay.workers_per_pod={size}")["gpus"][0] for size in (1, 4, 8)}
-    assert found == {1: "ok", 4: "ok", 8: "failed"}
-
-
-def test_the_queue_must_be_there_and_active(emulation: Any, tmp_path: Path) -> None:
-    emulation.cluster.rules = [*emulation.cluster.rules, *KUEUE]
-    asked = ("compute.kuberay.queue=research",)
-    state, detail = examine(tmp_path, *asked)["queue"]
-    assert state == "failed" and detail.startswith("compute.kuberay.queue = 'research': ")
-    queue = {"metadata": {"name": "research"}, "spec": {"clusterQueue": "all"}}
-    emulation.cluster.create("localqueues", queue)
-    state, detail = examine(tmp_path, *asked)["queue"]
-    assert state == "ok" and "'research'" in detail and "'all'" in detail
-    stopped = {"type": "Active", "status": "False", "message": "ClusterQueue is stopped"}
-    emulation.cluster.update("localqueues", "research", lambda it: it.update(status={"conditions": [stopped]}))
-    state, detail = examine(tmp_path, *asked)["queue"]
-    assert state == "failed" and "ClusterQueue is stopped" in detail
 
 
 def test_no_cluster_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

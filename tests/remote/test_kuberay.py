@@ -18,7 +18,7 @@ from refused import refused
 from ncsn.config import from_yaml
 from ncsn.config.compute import ComputeConfig
 from ncsn.process import KFP_RUN_ID, KFP_WORKFLOW
-from ncsn.remote.backend import RemoteFailure
+from ncsn.remote.backend import RemoteFailure, forwarded_environment
 from ncsn.remote.kuberay import KubeRay
 from ncsn.remote.kubernetes import KubernetesApi
 from ncsn.remote.pods import troubles_of_run
@@ -47,6 +47,21 @@ def test_the_pod_has_what_the_manifest_refers_to_and_no_more(emulation, monkeypa
     names = ("WHERE", "A_KEY", "OF_THE_LAUNCHER", "MLFLOW_RUN_ID", "MLFLOW_TRACKING_URI")
     emulation.execute(f"import os; print([os.environ.get(name) for name in {names}])")
     assert emulation.log == "['here', 'secret', None, 'abc', None]\n"
+
+
+@pytest.mark.parametrize(
+    ("address", "reaches"),
+    [
+        ("http://mlflow.ncsn-system:5000", True),
+        ("https://localhost.example.com", True),
+        ("http://localhost:5000", False),
+        ("http://[::1]:5000", False),
+    ],
+)
+def test_a_port_forward_is_not_handed_to_pods(monkeypatch: pytest.MonkeyPatch, address: str, *, reaches: bool) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    assert ("MLFLOW_TRACKING_URI" in forwarded_environment(to_pods=True)) == reaches
+    assert forwarded_environment()["MLFLOW_TRACKING_URI"] == address
 
 
 def test_a_failed_worker_is_named_and_its_cluster_kept_for_a_while(emulation, eventually) -> None:

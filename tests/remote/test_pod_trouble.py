@@ -94,7 +94,7 @@ def test_the_schedulers_words_are_kept() -> None:
 
 def test_an_evicted_pod_is_over() -> None:
     trouble = trouble_of(pod(phase="Failed", reason="Evicted", message="The node was low on resource: memory."), [])
-    assert trouble is not None and trouble.final
+    assert trouble is not None and not trouble.final, "its owner makes another"
     assert (trouble.reason, trouble.message) == ("Evicted", "The node was low on resource: memory.")
 
 
