@@ -15,6 +15,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from ncsn.config.schema import DataConfig
+from ncsn.data.format import NO_LABEL
 from ncsn.errors import InvalidValue
 
 # Pillow widens its filters when it shrinks, so this resize is antialiased. The paper's code uses the same one.
@@ -50,16 +51,22 @@ class Picture(NamedTuple):
     scale: int = 1  # it was decoded this many times smaller
     stored: tuple[int, int] | None = None  # width and height before that, where the scale does not divide them
 
+    @classmethod
+    def of(cls, pixels: np.ndarray) -> Picture:
+        """Of uint8 [H, W, C]."""
+        return cls(Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels))
+
     @property
     def size(self) -> tuple[int, int]:
         return self.stored or (self.image.width * self.scale, self.image.height * self.scale)
 
 
-class Fitted(NamedTuple):
+class Example(NamedTuple):
     """An image as a row of the dataset."""
 
     image: np.ndarray  # uint8 [image_size, image_size, channels]
-    conversions: tuple[str, ...]  # as of `Picture`
+    label: int  # -1 for none
+    conversions: tuple[str, ...] = ()  # as of `Picture`
 
 
 @dataclass(frozen=True)
@@ -75,29 +82,20 @@ class Fit:
     @classmethod
     def of(cls, data: DataConfig, *, crop: int | None = None) -> Fit:
         """The conversion that the config asks for; `crop` if it names none."""
-        return cls(
-            data.image_size,
-            data.channels,
-            crop=data.crop or crop,
-            method=data.fit,
-            background=data.background_color,
-        )
+        return cls(data.image_size, data.channels, data.crop or crop, data.fit, data.background_color)
 
     @property
     def least_side(self) -> int | None:
         """Pixels that suffice of the shorter side of a JPEG; None if all are needed, as for the paper's crop."""
         return None if self.crop else _SPARE * self.image_size
 
-    def keeps(self, shape: tuple[int, ...]) -> bool:
-        """Whether arrays [H, W, C] of this shape stay as they are."""
-        return shape == (self.image_size, self.image_size, self.channels) and self.crop is None
+    def array(self, image: np.ndarray, label: int = NO_LABEL) -> Example:
+        if image.shape == (self.image_size, self.image_size, self.channels) and self.crop is None:
+            return Example(image, label)
+        return self.picture(Picture.of(image), label=label)
 
-    def array(self, image: np.ndarray) -> Fitted:
-        if self.keeps(image.shape):
-            return Fitted(image, ())
-        return self.picture(Picture(Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)))
-
-    def picture(self, picture: Picture, *, name: str = "") -> Fitted:  # noqa: ARG002 - `ncsn init` notes it
+    # `ncsn init` notes the name.
+    def picture(self, picture: Picture, *, label: int = NO_LABEL, name: str = "") -> Example:  # noqa: ARG002
         """Fit a decoded image; `BadImageError` for pixels of a kind that is not accepted, or too few for the crop."""
         plain = self._plain(picture)
         if len(plain.image.getbands()) != self.channels:  # to gray by ITU-R 601 luma
@@ -105,7 +103,7 @@ class Fit:
             plain = plain._replace(image=plain.image.convert(_MODES[self.channels]), conversions=conversions)
         square = self._square(plain)
         pixels = np.asarray(square, np.uint8).reshape(self.image_size, self.image_size, self.channels)
-        return Fitted(pixels, plain.conversions)
+        return Example(pixels, label, plain.conversions)
 
     def _plain(self, picture: Picture) -> Picture:
         """As mode L or RGB; palettes are looked up, and opaque alpha is dropped."""

@@ -17,8 +17,8 @@ from PIL import Image
 from ncsn import storage
 from ncsn.config.schema import DataConfig
 from ncsn.data.format import NO_LABEL, SPLITS, SkippedImage
-from ncsn.data.pixels import BadImageError, Fit, Fitted, Picture
-from ncsn.data.sources.base import BadImages, Example, Source, Split
+from ncsn.data.pixels import BadImageError, Example, Fit, Picture
+from ncsn.data.sources.base import BadImages, Source, Split
 from ncsn.data.sources.image_files import ARCHIVE_SUFFIXES, COMPRESSED_SUFFIXES, IMAGE_SUFFIXES
 from ncsn.data.sources.known import open_source
 from ncsn.data.sources.listing import list_files
@@ -74,10 +74,9 @@ class Look:
         least = min(self.thumbnail.size)
         small = replace(fit, crop=max(1, round(fit.crop * least / side))) if fit.crop else fit
         try:
-            fitted = small.picture(Picture(self.thumbnail), name=self.name)
+            return small.picture(Picture(self.thumbnail))
         except BadImageError as error:
             return SkippedImage(self.name, str(error))
-        return Example(fitted.image, NO_LABEL)
 
 
 @dataclass(frozen=True)
@@ -151,7 +150,7 @@ class _Looking(Fit):
 
     looks: list[Look] = field(default_factory=list)
 
-    def picture(self, picture: Picture, *, name: str = "") -> Fitted:
+    def picture(self, picture: Picture, *, label: int = NO_LABEL, name: str = "") -> Example:
         """Note the image; called in several threads."""
         image, conversions = picture.image, picture.conversions
         kind = image.format or ""
@@ -165,7 +164,7 @@ class _Looking(Fit):
         thumbnail.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.BILINEAR)
         look = Look(name, kind, picture.size, thumbnail, 1 if gray else 3, conversions)
         self.looks.append(look)
-        return Fitted(np.zeros((1, 1, 1), np.uint8), conversions)
+        return Example(np.zeros((1, 1, 1), np.uint8), label, conversions)
 
 
 def survey(place: str, *, overrides: Sequence[str] = ()) -> Survey:

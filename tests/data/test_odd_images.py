@@ -95,13 +95,6 @@ def test_a_file_that_goes_and_one_that_may_not_be_read_are_refused(tmp_path, mem
         rows_of(open_source(data_config("image_folder", Path(root, "cat"), on_bad_image="skip")))
 
 
-def test_a_huge_file_is_bad_and_never_read(tmp_path, members, data_config):
-    root = put(tmp_path / "images", members)
-    with Path(root, "cat", "00.png").open("r+b") as file:
-        file.truncate(1 << 40)  # sparse
-    assert skipped_of(open_source(data_config("image_folder", root))) == [f"{root}/cat/00.png"]
-
-
 @pytest.mark.parametrize("side", [1, 30])
 def test_equal_images_of_one_color_and_of_one_pixel_are_a_dataset_without_noise_levels(
     tmp_path, formats, data_config, side

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 import subprocess
@@ -20,7 +19,7 @@ from refused import refused
 
 from ncsn import storage
 from ncsn.data.dataset import write_dataset
-from ncsn.data.format import Rows, SkippedImage, load_manifest, to_table
+from ncsn.data.format import Rows, load_manifest, to_table
 from ncsn.data.parquet import read_split
 from ncsn.data.sources.base import Example, Source
 from ncsn.errors import InvalidValue, NotFound
@@ -178,20 +177,6 @@ def test_progress_reaches_the_total_and_never_goes_back(tmp_path, images, config
     assert seen[-1] == (70, 70)
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
     assert len(seen) > 4
-
-
-def test_images_that_do_not_decode_are_named_or_stop_it(tmp_path, images, config):
-    bad = SkippedImage("a/b.png", "cut short")
-    source = source_of(images)
-    test = source.splits["test"]
-    splits = {**source.splits, "test": GeneratedSplit(len(test) + 1, lambda: [bad, *test.stream()])}
-    source = dataclasses.replace(source, splits=splits)
-    with refused("a/b.png"):
-        write_dataset(source, str(tmp_path), name="noise", data=config)
-    assert files_below(tmp_path) == []
-    skipping = config.model_copy(update={"on_bad_image": "skip"})
-    manifest = load_manifest(write_dataset(source, str(tmp_path), name="noise", data=skipping).uri)
-    assert (manifest.skipped, manifest.counts) == ([bad], {"train": 50, "test": 20})
 
 
 @pytest.mark.parametrize("count", [0, 1])

@@ -83,13 +83,6 @@ def test_idx_labels_must_fit_the_images_and_the_classes(idx_folder, data_config,
     assert TRAIN_LABELS in caught.value.problems[0].reason
 
 
-def test_download_leaves_files_that_are_there_alone(idx_folder, data_config):
-    folder, _ = idx_folder()
-    before = sorted(path.name for path in folder.rglob("*"))
-    assert len(open_source(data_config("mnist", folder, download=True)).splits["train"]) == 12
-    assert sorted(path.name for path in folder.rglob("*")) == before
-
-
 @pytest.mark.parametrize(("source", "shape"), [("mnist", {}), ("cifar10", CIFAR)])
 def test_a_download_without_a_network_is_one_clear_line(data_config, tmp_path, monkeypatch, source, shape):
     for name in ("http_proxy", "https_proxy"):

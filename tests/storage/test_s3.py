@@ -6,13 +6,10 @@ import gc
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 
 import pytest
-from botocore.exceptions import ClientError
 from refused import refused
 
-from ncsn.errors import NotFound
 from ncsn.storage import files, s3
 
 
@@ -59,19 +56,6 @@ def test_wrong_keys_are_an_error_and_not_an_absent_file(s3_root, monkeypatch):
     s3.client.cache_clear()
     with pytest.raises(OSError, match=r"(?i)access|signature|forbidden"):
         files.exists(f"{s3_root}/file")
-
-
-def test_a_bucket_that_does_not_exist_is_named(monkeypatch):
-    """The test server makes a bucket with the first file; Amazon's refuses."""
-
-    def refuse(**request):
-        raise ClientError({"Error": {"Code": "NoSuchBucket"}}, "PutObject")
-
-    monkeypatch.setattr(s3, "client", lambda: SimpleNamespace(put_object=refuse, get_object=refuse))
-    uri = "s3://bucket/file"
-    for call in (files.read_bytes, lambda uri: files.write_bytes(uri, b""), lambda uri: files.publish_once(uri, b"")):
-        with refused(uri, error=NotFound):
-            call(uri)
 
 
 def test_a_reader_sees_whole_objects_during_writes(s3_root):

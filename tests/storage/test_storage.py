@@ -72,31 +72,6 @@ def test_json_that_does_not_parse_is_no_mistake_of_the_user(root, damaged):
     assert not isinstance(failure.value, (ValueError, FileNotFoundError))
 
 
-def test_a_local_file_appears_whole_or_not_at_all(tmp_path):
-    file = tmp_path / "folder" / "file"
-    with files.local_file(file) as temporary:
-        temporary.write_text("first")
-        assert not file.exists()
-
-    def fail_half_way() -> None:
-        with files.local_file(file) as temporary:
-            temporary.write_text("second")
-            raise RuntimeError
-
-    with pytest.raises(RuntimeError):
-        fail_half_way()
-    assert file.read_text() == "first"
-    assert names_below(tmp_path) == ["folder", "folder/file"]
-
-
-def test_list_names_is_sorted_direct_and_empty_for_nothing(root):
-    assert files.list_names(files.join(root, "nowhere")) == []
-    for name in ("b/1", "b/2", "a", "c/d/e"):
-        files.write_text(files.join(root, *name.split("/")), name)
-    assert files.list_names(root) == ["a", "b", "c"]
-    assert files.list_names(files.join(root, "b")) == ["1", "2"]
-
-
 def test_of_many_writers_at_once_exactly_one_publishes(root):
     writers = 4
     barrier = threading.Barrier(writers)
@@ -124,17 +99,6 @@ def test_a_staged_folder_appears_whole(root):
     assert files.list_names(root) == ["dataset"]
     assert files.list_names(uri) == ["done.json", "train"]
     assert files.read_bytes(files.join(uri, "train", "part")) == b"rows"
-
-
-def test_a_staged_folder_that_fails_leaves_nothing(root):
-    def fail_half_way() -> None:
-        with files.staged_folder(files.join(root, "dataset"), marker="done.json") as folder:
-            (folder / "done.json").write_text("{}")
-            raise RuntimeError("half way")
-
-    with pytest.raises(RuntimeError):
-        fail_half_way()
-    assert files.list_names(root) == []
 
 
 @pytest.mark.parametrize(

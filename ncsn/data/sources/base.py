@@ -7,22 +7,14 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from typing import ClassVar, NamedTuple, Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 
 from ncsn.config.schema import DataConfig
 from ncsn.data.format import SkippedImage
-from ncsn.data.pixels import Fit
+from ncsn.data.pixels import Example as Example, Fit
 from ncsn.errors import UserError
-
-
-class Example(NamedTuple):
-    """One image, uint8 [H, W, C], and its label, -1 for none."""
-
-    image: np.ndarray
-    label: int
-    conversions: tuple[str, ...] = ()  # as of `Picture`
 
 
 class Split(Protocol):
@@ -54,13 +46,7 @@ class Arrays:
         return replace(self, images=self.images[first:last], labels=self.labels[first:last])
 
     def stream(self, *, cores: int | None = None) -> Iterator[Example]:  # noqa: ARG002
-        labels = self.labels.tolist()
-        if self.fit.keeps(self.images.shape[1:]):
-            return map(Example, self.images, labels)
-        return (
-            Example(fitted.image, label, fitted.conversions)
-            for fitted, label in zip(map(self.fit.array, self.images), labels, strict=True)
-        )
+        return map(self.fit.array, self.images, self.labels.tolist())
 
 
 @dataclass(frozen=True)

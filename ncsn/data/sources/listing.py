@@ -7,7 +7,7 @@ import hashlib
 import os
 import stat
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple
 
 from pyarrow import fs
@@ -37,17 +37,6 @@ def root_of(data: DataConfig) -> Path:
     if not root.exists():
         raise _missing(data.root)
     return root
-
-
-def safe_member(name: str, *, archive: Path | str) -> PurePosixPath:
-    """The path of an archive's member, which must not be absolute or hold `..`.
-
-    Nothing is unpacked here, but an archive with such a name was made to do harm, so none of it is trusted.
-    """
-    path = PurePosixPath(name.replace("\\", "/"))
-    if path.is_absolute() or ".." in path.parts or (path.parts[:1] and path.parts[0].endswith(":")):
-        raise UserError(str(archive), f"is refused: its member {name!r} points outside of it")
-    return path
 
 
 def require_utf8(name: str, *, key: str) -> None:

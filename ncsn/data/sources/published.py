@@ -20,16 +20,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from PIL import Image
 
 from ncsn import storage
 from ncsn.config.schema import DataConfig
 from ncsn.data.format import NO_LABEL, SkippedImage, group_lengths, load_manifest, pieces_of, pixel_shape
-from ncsn.data.pixels import BadImageError, Fit, Picture, decode
-from ncsn.data.sources.base import Example, Source, hold_out
+from ncsn.data.pixels import BadImageError, Example, Fit, Picture, decode
+from ncsn.data.sources.base import Source, hold_out
 from ncsn.data.sources.image_files import Encoded, fit_in_order
 from ncsn.data.sources.image_folder import class_names_of
-from ncsn.data.sources.listing import Listed, list_files, required_root
+from ncsn.data.sources.listing import list_files, required_root
 from ncsn.errors import UserError
 
 SUFFIX = ".parquet"
@@ -55,11 +54,8 @@ ImageKind = Literal["bytes", "struct", "pixels"]
 
 @dataclass(frozen=True)
 class ParquetFile:
-    """A file as it was when the source was opened."""
-
     uri: str
-    listed: Listed
-    rows: int = 0  # until it is opened
+    rows: int
 
     def name(self, row: int) -> str:
         return f"{self.uri}:row {row}"
@@ -88,15 +84,12 @@ def open_parquet(data: DataConfig) -> Source:
     """
     root = storage.absolute(required_root(data))
     alone = storage.is_file(root)
-    files = {
-        one.path: ParquetFile(root if alone else storage.join(root, one.path), one)
-        for one in list_files(root)
-        if one.path.lower().endswith(SUFFIX)
-    }
-    if not files:
+    paths = [one.path for one in list_files(root) if one.path.lower().endswith(SUFFIX)]
+    if not paths:
         raise UserError("data.root", f"holds no file that ends in {SUFFIX}", value=root)
-    with ThreadPoolExecutor(min(_THREADS, len(files))) as pool:
-        found = dict(zip(files, pool.map(partial(_survey, data=data), files.values()), strict=True))
+    uris = [root if alone else storage.join(root, path) for path in paths]
+    with ThreadPoolExecutor(min(_THREADS, len(uris))) as pool:
+        found = dict(zip(paths, pool.map(partial(_survey, data=data), uris), strict=True))
     first, *others = found.values()
     for one in others:
         if one.columns != first.columns:
@@ -120,10 +113,10 @@ def open_parquet(data: DataConfig) -> Source:
     )
 
 
-def _survey(file: ParquetFile, *, data: DataConfig) -> _Found:
-    with opened(file, ahead=True) as parquet:
-        file = replace(file, rows=parquet.metadata.num_rows)
-        columns = choose_columns(parquet.schema_arrow, data, uri=file.uri)
+def _survey(uri: str, *, data: DataConfig) -> _Found:
+    with opened(uri, ahead=True) as parquet:
+        file = ParquetFile(uri, parquet.metadata.num_rows)
+        columns = choose_columns(parquet.schema_arrow, data, uri=uri)
         if columns.label is None:
             return _Found(file, columns, pa.nulls(file.rows, pa.string()))
         words = parquet.read(columns=[columns.label]).column(0).cast(pa.string()).combine_chunks()
@@ -251,13 +244,9 @@ def place_of(path: str) -> tuple[str, str | None]:
 
 
 @contextmanager
-def opened(file: ParquetFile, *, ahead: bool = False) -> Iterator[pq.ParquetFile]:
-    """The open file; until the block ends it must stay the one that was listed.
-
-    With `ahead`, all that a call reads is asked for at once, and kept; else it is read and forgotten piece by piece.
-    """
-    filesystem, path = storage.filesystem(file.uri)
-    _require_unchanged(file)
+def opened(uri: str, *, ahead: bool = False) -> Iterator[pq.ParquetFile]:
+    """The open file. With `ahead`, all that a call reads is asked for at once, and kept; else it is read in pieces."""
+    filesystem, path = storage.filesystem(uri)
     buffer = 0 if ahead else _BUFFER
     try:
         with pq.ParquetFile(
@@ -265,22 +254,10 @@ def opened(file: ParquetFile, *, ahead: bool = False) -> Iterator[pq.ParquetFile
         ) as parquet:
             yield parquet
     except (pa.ArrowException, OSError) as error:
-        _require_unchanged(file)
         if isinstance(error, OSError) and (error.errno is not None or _NO_SUCH in str(error)):
             raise  # the disk or the bucket failed
-        raise UserError(
-            file.uri,
-            f"is not a whole Parquet file: {str(error)[:200]}",
-            hint="fetch it again; in a clone of a repository with `git lfs pull`",
-        ) from error
-    _require_unchanged(file)
-
-
-def _require_unchanged(file: ParquetFile) -> None:
-    filesystem, path = storage.filesystem(file.uri)
-    info = filesystem.get_file_info(path)
-    if not info.is_file or (info.size, info.mtime_ns or 0) != (file.listed.size, file.listed.changed):
-        raise UserError(file.uri, "changed while it was read", hint="ingest again when nothing writes there")
+        hint = "fetch it again; in a clone of a repository with `git lfs pull`"
+        raise UserError(uri, f"is not a whole Parquet file: {str(error)[:200]}", hint=hint) from error
 
 
 @dataclass(frozen=True)
@@ -308,7 +285,11 @@ class ParquetImages:
         labels = iter(self.labels.tolist())
         for number, _, rows in pieces_of(self.rows, (file.rows for file in self.files)):
             file = self.files[number]
-            with opened(file) as parquet:
+            with opened(file.uri) as parquet:
+                if parquet.metadata.num_rows != file.rows:
+                    raise UserError(
+                        file.uri, "changed while it was read", hint="ingest again when nothing writes there"
+                    )
                 for group, of_group, within in pieces_of(rows, group_lengths(parquet)):  # others are not read
                     values = self._group(parquet, group, within)
                     for row, value in zip(rows[of_group].tolist(), values, strict=True):
@@ -338,4 +319,4 @@ def _load(value: bytes | NDArray[np.uint8] | None, fit: Fit) -> Picture:
         raise BadImageError("there is no image in this row")
     if isinstance(value, bytes):
         return decode(value, least_side=fit.least_side)
-    return Picture(Image.fromarray(value[..., 0] if value.shape[2] == 1 else value))
+    return Picture.of(value)

@@ -9,8 +9,8 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 
 from ncsn.config.schema import DataConfig
-from ncsn.data.pixels import Fit
-from ncsn.data.sources.base import Arrays, Example, Source, hold_out, name_hash
+from ncsn.data.pixels import Example, Fit
+from ncsn.data.sources.base import Arrays, Source, hold_out, name_hash
 from ncsn.errors import UserError
 
 # What share of a photograph's training columns is left of its test strip, so that the strip has its share of sky, roof,
@@ -44,8 +44,7 @@ class Patches:
     def stream(self, *, cores: int | None = None) -> Iterator[Example]:  # noqa: ARG002
         for photograph, side, top, left in self.patches:
             pixels = self.photographs[photograph][top : top + side, left : left + side]
-            fitted = self.fit.array(pixels)
-            yield Example(fitted.image, photograph, fitted.conversions)
+            yield self.fit.array(pixels, photograph)
 
 
 def open_digits(data: DataConfig) -> Source:
