@@ -1,19 +1,63 @@
-"""Compiles the pipelines to the YAML that KFP runs: `python -m pipelines.compile [FOLDER]`."""
+"""Compiles the pipelines to the YAML that KFP runs: `python -m pipelines.compile [FOLDER]`.
+
+Sizes and retries of pods are set in the YAML and not on the tasks: `kfp.local`, which runs the same pipelines on one
+machine, knows no sizes and would retry a mistake.
+"""
 
 import itertools
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 from kfp import compiler
 
 from ncsn.config import Config
-from pipelines.cluster_fit import fit
+from ncsn.config.compute import ComputeConfig, bytes_of
+from ncsn.remote.manifest import GPU
 from pipelines.sample_pipeline import sample_pipeline
 from pipelines.train_pipeline import train_pipeline
 
 COMPILED = Path(__file__).parent / "compiled"
 PIPELINES = {"train_pipeline": train_pipeline, "sample_pipeline": sample_pipeline}
+
+# For pods that are evicted or lost. KFP leaves it to Argo's configuration what else is retried; a mistake, which the
+# task finds recorded, costs seconds.
+RETRIES = {
+    "maxRetryCount": 2,
+    "backoffDuration": "10s",
+    "backoffFactor": 2.0,
+    # Argo counts from the start of the first try, and the next may take no longer: above compute.kuberay.max_hours.
+    "backoffMaxDuration": "34560000s",
+}
+
+
+def _size(request: tuple[str, str], limit: tuple[str, str], *, gpus: int = 0) -> dict[str, Any]:
+    """What one pod asks for and may use, CPUs and memory, in the form of a KFP container's spec."""
+    resources: dict[str, Any] = {
+        "resourceCpuRequest": request[0],
+        "resourceMemoryRequest": request[1],
+        "resourceCpuLimit": limit[0],
+        "resourceMemoryLimit": limit[1],
+    }
+    if gpus:
+        resources["accelerator"] = {"resourceType": GPU, "resourceCount": str(gpus)}
+    return resources
+
+
+# Of tasks that always work in their own pods.
+SIZES = {
+    "ingest": _size(("500m", "1Gi"), ("4", "8Gi")),
+    "register": _size(("200m", "1Gi"), ("2", "4Gi")),
+    "report": _size(("200m", "1Gi"), ("2", "4Gi")),
+    "finish": _size(("100m", "512Mi"), ("1", "2Gi")),
+}
+# Of a task that waits for the cluster that does its step, or has nothing to search.
+LAUNCHER = _size(("100m", "512Mi"), ("1", "2Gi"))
+# Of a task that may work in its own pod, by a config that is not known yet.
+UNKNOWN = _size(("1", "2Gi"), ("8", "16Gi"))
+REFERENCE_IMAGES = 50_000  # of a dataset that is not ingested yet: as many as the larger published ones have
 
 
 def compile_all(folder: Path = COMPILED, config: Config | None = None) -> list[Path]:
@@ -35,6 +79,52 @@ def compile_one(name: str, folder: Path, config: Config | None = None) -> Path:
     heading = "".join(itertools.takewhile(lambda line: line.startswith("#"), text.splitlines(keepends=True)))
     path.write_text(heading + yaml.safe_dump_all([spec, *platforms], sort_keys=True))
     return path
+
+
+def fit(spec: dict[str, Any], platforms: Sequence[dict[str, Any]], config: Config | None) -> None:
+    """Set size and retries of every task of a compiled pipeline, in place.
+
+    `platforms` are its documents for Kubernetes, if any; `config` is the experiment, None if it is not known yet.
+    """
+    for component in (spec["root"], *spec["components"].values()):
+        for task in component.get("dag", {}).get("tasks", {}).values():
+            if "executorLabel" in spec["components"][task["componentRef"]["name"]]:
+                task["retryPolicy"] = dict(RETRIES)
+    for component in spec["components"].values():
+        if "executorLabel" not in component:
+            continue
+        label = component["executorLabel"]
+        container = spec["deploymentSpec"]["executors"][label]["container"]
+        step = label.removeprefix("exec-")
+        container["resources"] = dict(SIZES.get(step) or _size_of(step, config))
+        if step not in SIZES and config is not None and config.compute.backend == "local":
+            # The task's own pod computes: it goes where the config wants the workers, and passes nothing on.
+            component.pop("taskConfigPassthroughs", None)
+            for platform in platforms:
+                _place(platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"][label], config.compute)
+
+
+def _size_of(step: str, config: Config | None) -> dict[str, Any]:
+    if config is None:
+        return UNKNOWN
+    compute, idle = config.compute, step == "tune" and config.search is None
+    if idle or compute.backend != "local":
+        return LAUNCHER
+    from ncsn.model.memory import worker_memory
+
+    # One CPU and 2 GiB more, for the driver, Ray and MLflow's client.
+    workers, given = compute.max_workers, compute.kuberay.memory_per_worker
+    memory = bytes_of(given) if given else worker_memory(config, step, reference_images=REFERENCE_IMAGES)
+    amount = (str(workers * compute.cpus_per_worker + 1), f"{round(workers * memory / 2**20) + 2048}Mi")
+    return _size(amount, amount, gpus=workers if compute.use_gpu else 0)
+
+
+def _place(executor: dict[str, Any], compute: ComputeConfig) -> None:
+    settings = compute.kuberay
+    if settings.node_selector:
+        executor["nodeSelector"] = {"labels": dict(settings.node_selector)}
+    if settings.tolerations:
+        executor["tolerations"] = list(settings.tolerations)
 
 
 if __name__ == "__main__":

@@ -138,7 +138,9 @@ def _add_step_command(step: str) -> None:
         decorated = score_option(decorated)
     decorated = input_options(step)(decorated)
     if step == "sample":
-        decorated = registry.model_options(decorated)
+        decorated = click.option("--out", metavar="FOLDER", help="With --model: where the images go.")(decorated)
+        words = "A registered model instead of a run: models:/NAME@champion."
+        decorated = click.option("--model", metavar="URI", help=words)(decorated)
     app.command(step, cls=ReportingCommand, help=info.summary)(experiment_options(decorated))
 
 

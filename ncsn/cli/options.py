@@ -88,7 +88,7 @@ class ReportingCommand(click.Command):
                 is_flag=True,
                 envvar=TRACEBACK_VARIABLE,
                 expose_value=False,
-                callback=_remember_traceback,
+                callback=lambda ctx, _, value: ctx.meta.update({_TRACEBACK_KEY: value}),
                 help="Show the full traceback of an error.",
             )
         )
@@ -140,7 +140,9 @@ def _report(error: Exception, *, with_traceback: bool, as_json: bool) -> int:
     if with_traceback:
         traceback.print_exception(error)
     if as_json and failure.code == MISTAKE:
-        click.echo(json.dumps({"error": _as_json(error)}, indent=1))
+        cause = error.error if isinstance(error, StepFailed) else error
+        problems = [problem.to_json() for problem in problems_of(cause)]
+        click.echo(json.dumps({"error": {"type": type(cause).__name__, "problems": problems}}, indent=1))
     for problem in failure.problems:
         hint = click.style(str(problem).removeprefix(problem.statement), dim=True) if problem.hint else ""
         click.echo(f"error: {problem.statement}{hint}", err=True)
@@ -149,15 +151,6 @@ def _report(error: Exception, *, with_traceback: bool, as_json: bool) -> int:
     elif failure.code == FAILURE and not with_traceback:
         click.echo(f"(--traceback or {TRACEBACK_VARIABLE}=1 shows where)", err=True)
     return failure.code
-
-
-def _as_json(error: Exception) -> dict[str, Any]:
-    cause = error.error if isinstance(error, StepFailed) else error
-    return {"type": type(cause).__name__, "problems": [problem.to_json() for problem in problems_of(cause)]}
-
-
-def _remember_traceback(ctx: click.Context, _parameter: click.Parameter, value: bool) -> None:  # noqa: FBT001 - click's order
-    ctx.meta[_TRACEBACK_KEY] = value
 
 
 Decorated = Callable[..., Any]
@@ -179,7 +172,12 @@ def experiment_options(command: Decorated, *, run_help: str = _NEW_RUN) -> Decor
     ) -> Any:
         from ncsn.cli.target import Experiment
 
-        place = _place_overrides(backend, address)
+        if address is not None and backend not in (None, "ray-jobs"):
+            why = f"needs --backend ray-jobs, not {backend}"
+            raise UserError("--address", why, hint="leave one out", value=address)
+        place = () if backend is None else (f"compute.backend={backend}",)
+        if address is not None:
+            place = ("compute.backend=ray-jobs", f"compute.ray_jobs.address={address}")
         return command(experiment=Experiment(config_uri, overrides, run_name, place), **others)
 
     decorated = click.option("--run", "run_name", metavar="NAME", help=run_help)(with_experiment)
@@ -200,14 +198,6 @@ def backend_options(command: Decorated) -> Decorated:
     return place(
         click.option("--address", metavar="URL", help="Dashboard of the Ray cluster, http://HEAD:8265.")(command)
     )
-
-
-def _place_overrides(backend: str | None, address: str | None) -> tuple[str, ...]:
-    if address is not None and backend not in (None, "ray-jobs"):
-        raise UserError("--address", f"needs --backend ray-jobs, not {backend}", hint="leave one out", value=address)
-    if address is not None:
-        return ("compute.backend=ray-jobs", f"compute.ray_jobs.address={address}")
-    return () if backend is None else (f"compute.backend={backend}",)
 
 
 def input_options(step: str) -> Callable[[Decorated], Decorated]:

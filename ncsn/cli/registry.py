@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ncsn.cli.options import Decorated, ReportingCommand, json_option, registry_options
+from ncsn.cli.options import ReportingCommand, json_option, registry_options
 from ncsn.errors import UserError
 
 if TYPE_CHECKING:
@@ -95,13 +95,6 @@ def _tree(link: Link) -> Tree:
     for below in link.links:
         tree.children.append(_tree(below))
     return tree
-
-
-def model_options(command: Decorated) -> Decorated:
-    """`--model` and `--out` of `ncsn sample`."""
-    out = click.option("--out", metavar="FOLDER", help="With --model: where the images go.")
-    model = click.option("--model", metavar="URI", help="A registered model instead of a run: models:/NAME@champion.")
-    return model(out(command))
 
 
 def sample_from_model(experiment: Experiment, given: Mapping[str, str | None], *, as_json: bool) -> None:

@@ -51,7 +51,8 @@ class Experiment:
         run = self.run
         if run is None and checkpoint is not None:
             run = _run_of_checkpoint(checkpoint, config)
-        return Target(config, run or default_run(config))
+        # A hash of what decides the weights: the same experiment resumes, another one starts.
+        return Target(config, run or f"{config.name}-{storage.digest(training_settings(config), 8)}")
 
     def resolve_any(self) -> Target:
         """The same, or any run in the store: for commands that only need to find the MLflow server."""
@@ -86,11 +87,6 @@ class Experiment:
         """The value that --set gives to `path`; the last one wins."""
         values = [value for name, _, value in (text.partition("=") for text in self.overrides) if name == path]
         return values[-1] if values else None
-
-
-def default_run(config: Config) -> str:
-    """`<name>-<8 hex digits>` of what decides the weights: the same experiment resumes, another one starts."""
-    return f"{config.name}-{storage.digest(training_settings(config), 8)}"
 
 
 def _read(uri: str) -> str:

@@ -60,6 +60,7 @@ class ModelFacts:
 def model_card(facts: ModelFacts, *, config: Config, manifest: Manifest, evaluation: Mapping[str, Any]) -> str:
     """Markdown below 5000 characters, which fits a registry description; `evaluation` is the result of that step."""
     shape = " x ".join(map(str, manifest.shape))
+    label = "" if config.data.num_classes is None else f', "label": "{manifest.class_names[0]}"'
     parts = [
         f"# {facts.name}",
         f"Generates {shape} images: a noise conditional score network (Song & Ermon 2019), trained on "
@@ -82,7 +83,7 @@ def model_card(facts: ModelFacts, *, config: Config, manifest: Manifest, evaluat
         "## Use",
         "```python\nimport mlflow\n\n"
         f'model = mlflow.pyfunc.load_model("models:/{facts.name}@champion")\n'
-        f"images = model.predict(None, params={{{_params(config, manifest)}}})  # uint8 [16, H, W, C]\n```",
+        f'images = model.predict(None, params={{"n_images": 16, "seed": 1{label}}})  # uint8 [16, H, W, C]\n```',
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -148,11 +149,6 @@ def _classes(classes: Mapping[str, Any] | None, manifest: Manifest) -> list[str]
     more = f" and {len(manifest.class_names) - MOST_NAMES} more" if len(manifest.class_names) > MOST_NAMES else ""
     table = markdown_table(CLASSES_HEAD, class_lines(classes, most=MOST_ROWS))
     return ["## Classes", f"It makes images of these on demand: {names}{more}.", table]
-
-
-def _params(config: Config, manifest: Manifest) -> str:
-    label = "" if config.data.num_classes is None else f', "label": "{manifest.class_names[0]}"'
-    return f'"n_images": 16, "seed": 1{label}'
 
 
 def run_page(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
 from typing import Any
 
 from ncsn import storage
@@ -33,15 +34,16 @@ class PublishedProgress(Progress):
     # A thread writes, so that the work waits for the store only at the end, and then not for long. An error of the
     # store stops nothing.
 
-    def __init__(self, uri: str, *, lease: str | None = None, interval: float = 1.0) -> None:
-        super().__init__()
+    def __init__(self, uri: str, *, lease: str | None = None, interval: float = 1.0, **count: Any) -> None:
+        super().__init__(**count)
         self._uri, self._lease, self._interval = uri, Lease(lease) if lease else None, interval
         self._record: dict[str, Any] | None = None
         self._news = threading.Condition()
         self._writer: threading.Thread | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _restored, (self._uri, self._lease.uri if self._lease else None, self._interval, self._count())
+        lease = self._lease.uri if self._lease else None
+        return partial(PublishedProgress, self._uri, lease=lease, interval=self._interval, **self._count()), ()
 
     def _count(self) -> dict[str, Any]:
         return {"done": self.done, "total": self.total, "unit": self.unit, "text": self.text}
@@ -87,9 +89,3 @@ class PublishedProgress(Progress):
 
 def _is_last(record: dict[str, Any] | None) -> bool:
     return record is not None and record["done"] >= record["total"]
-
-
-def _restored(uri: str, lease: str | None, interval: float, count: dict[str, Any]) -> PublishedProgress:
-    progress = PublishedProgress(uri, lease=lease, interval=interval)
-    progress.__dict__.update(count)
-    return progress

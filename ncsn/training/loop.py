@@ -96,7 +96,12 @@ class Training:
             self.state = build.train_state(self.config, device=context.device)
             self.loss = build.loss(self.config, self.state.uncertainty)
             if newest is not None:
-                self._resume(newest)
+                with self.checkpoints.open(newest) as folder:
+                    digest = self.manifest.digest
+                    unreported = checkpoint.load(folder, config=self.config, state=self.state, dataset_digest=digest)
+                if unreported is not None:
+                    self.curves.restore(unreported)
+                self.saved = newest
             elif job.start is not None:
                 start_from(job.start, state=self.state, config=self.config, classes=self.classes)
             kept = job.history if context.rank == 0 else None
@@ -131,14 +136,6 @@ class Training:
                 seen = -1 if newest is None else checkpoint.images_seen_at(newest)
         shared = int(context.sum_over_workers(torch.tensor([seen], device=context.device)))
         return None if shared < 0 else checkpoint.folder_name(shared)
-
-    def _resume(self, name: str) -> None:
-        with self.checkpoints.open(name) as folder:
-            digest = self.manifest.digest
-            curves = checkpoint.load(folder, config=self.config, state=self.state, dataset_digest=digest)
-        if curves is not None:
-            self.curves.restore(curves)
-        self.saved = name
 
     @cached_property
     def moments(self) -> DataMoments:

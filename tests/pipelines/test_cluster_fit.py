@@ -10,8 +10,7 @@ import yaml
 
 from ncsn.config import from_yaml
 from ncsn.config.compute import ComputeConfig
-from pipelines.cluster_fit import GPU, LAUNCHER, UNKNOWN
-from pipelines.compile import PIPELINES, compile_one
+from pipelines.compile import GPU, LAUNCHER, PIPELINES, UNKNOWN, compile_one
 
 DIGITS = (Path(__file__).parents[2] / "configs" / "digits.yaml").read_text()
 COMPUTING = ("train", "sample", "tune")
@@ -66,7 +65,7 @@ def test_a_launcher_is_small(tmp_path: Path) -> None:
     for backend in ("kuberay", "ray-jobs"):
         spec, _ = fitted(tmp_path, compute=ComputeConfig.model_validate(LARGE | {"backend": backend}))
         for task in COMPUTING:
-            assert resources(spec)[task] == LAUNCHER.as_resources()
+            assert resources(spec)[task] == LAUNCHER
             assert spec["components"][f"comp-{task}"]["taskConfigPassthroughs"]
 
 
@@ -86,10 +85,10 @@ def test_a_task_that_works_itself_is_as_large_as_its_workers(tmp_path: Path) -> 
 
 def test_a_search_that_nobody_asks_for_reserves_nothing(tmp_path: Path) -> None:
     spec, _ = fitted(tmp_path, compute=ComputeConfig.model_validate(LARGE), searching=False)
-    assert resources(spec)["tune"] == LAUNCHER.as_resources()
+    assert resources(spec)["tune"] == LAUNCHER
     assert "accelerator" in resources(spec)["train"]
 
 
 def test_a_config_that_is_not_known_leaves_room(tmp_path: Path) -> None:
     spec, _ = fitted(tmp_path)
-    assert resources(spec)["train"] == UNKNOWN.as_resources()
+    assert resources(spec)["train"] == UNKNOWN

@@ -44,7 +44,10 @@ class ContinuousNetwork(nn.Module):
             check_levels(level, batch=len(x), num_levels=len(self.sigmas))
             sigma = self.sigmas[level]
         assert sigma is not None
-        check_sigmas(sigma, batch=len(x))
+        if sigma.shape != (len(x),) or not sigma.is_floating_point():
+            raise ValueError(
+                f"sigma must be floats of shape [{len(x)}], got {sigma.dtype} of shape {list(sigma.shape)}"
+            )
         return self.score_at(x, sigma, **conditions)
 
     def score_at(self, x: Tensor, sigma: Tensor) -> Tensor:
@@ -69,9 +72,3 @@ def check_levels(level: Tensor, *, batch: int, num_levels: int) -> None:
         raise ValueError(
             f"levels run from 0 (most noise) to {num_levels - 1}, got {int(level.min())} to {int(level.max())}"
         )
-
-
-def check_sigmas(sigma: Tensor, *, batch: int) -> None:
-    """Raise ValueError unless `sigma` holds [batch] numbers, one for each image."""
-    if sigma.shape != (batch,) or not sigma.is_floating_point():
-        raise ValueError(f"sigma must be floats of shape [{batch}], got {sigma.dtype} of shape {list(sigma.shape)}")
