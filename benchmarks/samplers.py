@@ -164,7 +164,7 @@ def _load(uri: str) -> SamplingCheckpoint:
 def measured(dataset: str, checkpoint: SamplingCheckpoint, settings: list[Setting], *, num_images: int) -> list[Row]:
     """Quality and speed of the images, and the quality of as many real test images."""
     train, test = open_cache(dataset, "train"), open_cache(dataset, "test")
-    names = load_manifest(dataset).class_names
+    num_classes = len(load_manifest(dataset).class_names)
     own = checkpoint.config.evaluation.extractor == "classifier"
     reference = open_evaluator(checkpoint.config, dataset).reference
     extractor = extractor_of(checkpoint.config, dataset)
@@ -177,7 +177,7 @@ def measured(dataset: str, checkpoint: SamplingCheckpoint, settings: list[Settin
             training_images=train.images,
             num_splits=10,
             seed=0,
-            asked=AskedClasses(labels, train.labels, names, own=own),
+            asked=AskedClasses(labels, train.labels, num_classes, own=own),
         ).metrics
         values = {key: figures[key].value for key in ("fid", "kid", "score", "recall")}
         values["agreement"] = figures["class_agreement"].value if "class_agreement" in figures else None

@@ -15,10 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ncsn.config import Config
-from ncsn.data.format import load_manifest
 from ncsn.data.training_images import open_cache
 from ncsn.evaluation.extractors.base import Extracted
-from ncsn.evaluation.features import ImageSet
+from ncsn.evaluation.features import ImageSet, SplitSet
 from ncsn.evaluation.scores import kernel_distance
 
 Labels = npt.NDArray[np.int64]
@@ -37,25 +36,31 @@ class AskedClasses:
 
     labels: Labels  # [N] that were asked for, -1 for none
     reference: Labels  # [M] of the reference images, -1 for none
-    names: Sequence[str]
+    num_classes: int
     own: bool  # whether the extractor's probabilities are those of these classes
 
 
 @dataclass(frozen=True)
 class ClassScores:
-    """Agreement with the classes that were asked for, over the N images that have one."""
+    """Agreement with the K classes that were asked for, over the images that have one."""
 
-    count: int  # N
-    agreement: float  # share of the images that are classified as the requested class
-    kid: float  # mean over the classes of their kernel distance to training images of the class; NaN if there is none
     confusion: npt.NDArray[np.int64]  # [K, K] images by the class asked for and the class seen
-    kids: npt.NDArray[np.float64]  # [K], NaN for a class with too few images
+    kids: npt.NDArray[np.float64]  # [K] kernel distance to training images of the class, NaN for too few images
+
+    @property
+    def count(self) -> int:
+        return int(self.confusion.sum())
+
+    @property
+    def agreement(self) -> float:
+        """Share of the images that are classified as the requested class."""
+        return float(np.trace(self.confusion) / self.count)
 
     @property
     def metrics(self) -> dict[str, float]:
-        """`class_agreement`, and `class_kid` if there is one."""
-        known = {} if math.isnan(self.kid) else {"class_kid": self.kid}
-        return {"class_agreement": self.agreement, **known}
+        """`class_agreement`, and the mean `class_kid` over the classes that have one."""
+        kid = {"class_kid": float(np.nanmean(self.kids))} if np.isfinite(self.kids).any() else {}
+        return {"class_agreement": self.agreement, **kid}
 
     def table(self, names: Sequence[str]) -> list[dict[str, Any]]:
         """A line of plain values for each class: `name`, `num_images`, `agreement` and `kid`, None where unknown."""
@@ -77,39 +82,30 @@ def asked_classes(config: Config, dataset: str, images: ImageSet, *, extractor: 
 
     The extractor has seen those of training images, so they say nothing beside the samples.
     """
-    if config.data.num_classes is None or getattr(images, "split", None) == "train":
+    if config.data.num_classes is None or (isinstance(images, SplitSet) and images.split == "train"):
         return None
-    names = load_manifest(dataset).class_names
     reference = open_cache(dataset, config.evaluation.reference_split).labels
-    return AskedClasses(images.labels(), reference, names, own=extractor == "classifier")
+    return AskedClasses(images.labels(), reference, config.data.num_classes, own=extractor == "classifier")
 
 
 def class_scores(extracted: Extracted, asked: AskedClasses, *, reference: Features, seed: int) -> ClassScores | None:
     """The scores of images [N] beside the features of the reference images [M, D]; None if none has a class."""
-    known = np.flatnonzero(asked.labels >= 0)
+    known, size = np.flatnonzero(asked.labels >= 0), asked.num_classes
     if not len(known):
         return None
-    size, labels = len(asked.names), asked.labels[known]
     if asked.own:
         seen = extracted.log_probabilities.argmax(axis=1)
     else:
-        probe = fit_probe(reference, asked.reference, num_classes=size)
-        seen = classes_by_probe(probe, extracted.features)
+        seen = classes_by_probe(fit_probe(reference, asked.reference, num_classes=size), extracted.features)
     confusion = np.zeros((size, size), np.int64)
-    np.add.at(confusion, (labels, seen[known]), 1)
+    np.add.at(confusion, (asked.labels[known], seen[known]), 1)
     kids = np.full(size, np.nan)
     for label in range(size):
         own, others = np.flatnonzero(asked.labels == label), np.flatnonzero(asked.reference == label)
         if min(len(own), len(others)) >= FEWEST_IMAGES:
             found = kernel_distance(extracted.features[own], reference[others], num_subsets=NUM_SUBSETS, seed=seed)
             kids[label] = found.mean
-    return ClassScores(
-        count=len(known),
-        agreement=float(np.trace(confusion) / len(known)),
-        kid=float(np.nanmean(kids)) if np.isfinite(kids).any() else math.nan,
-        confusion=confusion,
-        kids=kids,
-    )
+    return ClassScores(confusion, kids)
 
 
 def fit_probe(features: Features, labels: Labels, *, num_classes: int) -> npt.NDArray[np.float64]:

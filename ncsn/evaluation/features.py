@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -92,31 +92,25 @@ class SplitSet:
 ImageSet = SampleSet | SplitSet
 
 
-@dataclass(frozen=True)
-class _Batch:
-    """Images `first .. last` of a set, and how their features are made."""
-
-    config: Config  # its evaluation section names the extractor
-    dataset: str  # URI of the dataset whose folder holds the extractor
-    images: ImageSet
-    first: int
-    last: int
+# The first and last image of a batch of a set; config and dataset say what extracts them.
+_Batch = tuple[Config, str, ImageSet, int, int]
 
 
 def extract_set(config: Config, dataset: str, images: ImageSet, *, runner: Runner, progress: Progress) -> Extracted:
     """Features and probabilities of all images of a set, in order; `progress` counts the images."""
     starts = images.starts(config.evaluation.batch_size)
     ends = [*starts[1:], images.count]
-    batches = [_Batch(config, dataset, images, first, last) for first, last in zip(starts, ends, strict=True)]
+    batches: list[_Batch] = [(config, dataset, images, first, last) for first, last in zip(starts, ends, strict=True)]
     found: dict[int, Extracted] = {}
-    for batch, extracted in runner(_extract, batches, gpu=True):
-        found[batch.first] = extracted
-        progress.advance(batch.last - batch.first)
+    for (*_, first, last), extracted in runner(_extract, batches, gpu=True):
+        found[first] = extracted
+        progress.advance(last - first)
     return joined([found.pop(first) for first in starts])
 
 
 def _extract(batch: _Batch) -> Extracted:
-    return extractor_of(batch.config, batch.dataset).extract(batch.images.read(batch.first, batch.last))
+    config, dataset, images, first, last = batch
+    return extractor_of(config, dataset).extract(images.read(first, last))
 
 
 def extractor_of(config: Config, dataset: str) -> Extractor:
@@ -128,14 +122,14 @@ def extractor_of(config: Config, dataset: str) -> Extractor:
 def _extractor(config_json: str, dataset: str) -> Extractor:
     keep_freed_memory()
     config = from_json(config_json)
-    settings = config.evaluation
-    if settings.pretrained is not None:
-        assert settings.weights is not None, "the schema asks for weights"
-        kinds: dict[str, Any] = {"inception": inception.InceptionExtractor, "dinov2": dinov2.Dinov2Extractor}
-        extractor: Extractor = kinds[settings.pretrained](settings.weights, device=device_of(config))
-        return extractor
-    uri = classifier.classifier_uri(dataset, recipe_of(config, load_manifest(dataset)))
-    return classifier.load_classifier(uri, device=device_of(config))
+    settings, device = config.evaluation, device_of(config)
+    if settings.pretrained is None:
+        uri = classifier.classifier_uri(dataset, recipe_of(config, load_manifest(dataset)))
+        return classifier.load_classifier(uri, device=device)
+    assert settings.weights is not None, "the schema asks for weights"
+    if settings.pretrained == "inception":
+        return inception.InceptionExtractor(settings.weights, device=device)
+    return dinov2.Dinov2Extractor(settings.weights, device=device)
 
 
 def device_of(config: Config) -> str:

@@ -25,7 +25,7 @@ from ncsn.evaluation.frechet import (
     merged,
 )
 from ncsn.evaluation.reference import Evaluator, Reference, class_histogram, load_reference
-from ncsn.evaluation.scores import Neighbors, inception_score, kernel_distance, nearest_neighbors, precision_recall
+from ncsn.evaluation.scores import inception_score, kernel_distance, nearest_neighbors, precision_recall
 from ncsn.progress import Progress
 
 # Images for precision, recall, density and coverage; the cost grows with the square.
@@ -47,7 +47,7 @@ class Measured:
     """One set of images, measured."""
 
     metrics: dict[str, Metric]  # by short name
-    nearest: list[dict[str, Any]]  # training images of the first 16 images, as `_neighbor_table` lists them
+    nearest: list[dict[str, Any]]  # rows of the train split that are nearest to the first 16 images
     running: list[RunningScore]
     classes: ClassScores | None = None  # of images with classes that were asked for
 
@@ -83,6 +83,12 @@ def measure_extracted(
 ) -> Measured:
     """All metrics of images, given their features.
 
+    Beside those of `feature_metrics`, `class_metrics` and `ClassScores`:
+
+    - `memorised`: share of the first images that copy a training image.
+    - `nn_distance`: median distance of these to the nearest training image, in pixel units of 0..255. A value well
+      below that of real test images means that the model repeats its training images.
+
     Args:
         extracted: Features and probabilities of the images, in order.
         first_images: The first 256 of them, or all if there are fewer, [n, H, W, C] uint8; for training images as
@@ -103,11 +109,22 @@ def measure_extracted(
     found = None if asked is None else class_scores(extracted, asked, reference=reference.features, seed=seed)
     if found is not None:
         metrics |= {name: Metric(value, found.count) for name, value in found.metrics.items()}
-    spaces = {"pixels": pixel_neighbors(first_images, training_images)}
+    pixels = nearest_neighbors(first_images, training_images)
+    metrics["memorised"] = Metric(float(pixels.memorized.mean()), len(first_images))
+    metrics["nn_distance"] = Metric(float(np.median(pixels.distances[:, 0])), len(first_images))
+    spaces = {"pixels": pixels}
     if by_features:
-        spaces["features"] = nearest_neighbors(extracted.features[:SHOWN_NEIGHBORS], reference.features, k=2)
-    metrics |= _neighbor_metrics(spaces["pixels"])
-    return Measured(metrics=metrics, nearest=_neighbor_table(spaces), running=scores, classes=found)
+        spaces["features"] = nearest_neighbors(extracted.features[:SHOWN_NEIGHBORS], reference.features)
+    nearest = [
+        {
+            "image": row,
+            "memorised": bool(pixels.memorized[row]),
+            **{f"{name}_rows": near.indices[row].tolist() for name, near in spaces.items()},
+            **{f"{name}_distances": near.distances[row].round(3).tolist() for name, near in spaces.items()},
+        }
+        for row in range(min(SHOWN_NEIGHBORS, len(pixels.indices)))
+    ]
+    return Measured(metrics=metrics, nearest=nearest, running=scores, classes=found)
 
 
 def feature_metrics(
@@ -155,38 +172,6 @@ def class_metrics(
         "confidence": float(np.exp(log_probabilities.max(axis=1)).mean()),
     }
     return {name: Metric(value, len(log_probabilities)) for name, value in values.items()}
-
-
-def pixel_neighbors(images: Images, training_images: Images) -> Neighbors:
-    """The two nearest training images, by Euclidean distance of pixels in 0..255, of at most 256 images."""
-    return nearest_neighbors(images[:NEIGHBOR_IMAGES], training_images, k=2)
-
-
-def _neighbor_metrics(neighbors: Neighbors) -> dict[str, Metric]:
-    """`memorised`, the share of images that copy a training image, and `nn_distance`.
-
-    `nn_distance` is the median distance to the nearest training image in pixel units of 0..255. A value well below that
-    of real test images means that the model repeats its training images.
-    """
-    count = len(neighbors.distances)
-    return {
-        "memorised": Metric(float(neighbors.memorized.mean()), count),
-        "nn_distance": Metric(float(np.median(neighbors.distances[:, 0])), count),
-    }
-
-
-def _neighbor_table(spaces: dict[str, Neighbors]) -> list[dict[str, Any]]:
-    """Of the first 16 images: the nearest rows of the train split by pixels and, if known, by features."""
-    pixels = spaces["pixels"]
-    return [
-        {
-            "image": row,
-            "memorised": bool(pixels.memorized[row]),
-            **{f"{name}_rows": found.indices[row].tolist() for name, found in spaces.items()},
-            **{f"{name}_distances": found.distances[row].round(3).tolist() for name, found in spaces.items()},
-        }
-        for row in range(min(SHOWN_NEIGHBORS, len(pixels.indices)))
-    ]
 
 
 @dataclass(frozen=True)

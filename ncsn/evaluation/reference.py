@@ -19,8 +19,8 @@ from ncsn import storage
 from ncsn.config import Config
 from ncsn.data.format import Manifest, load_manifest
 from ncsn.data.training_images import open_cache
-from ncsn.evaluation.choice import named_in_metrics, pretrained_identity, require_test_images
-from ncsn.evaluation.extractors import classifier
+from ncsn.evaluation.choice import extractor_name, require_test_images
+from ncsn.evaluation.extractors import classifier, dinov2, inception
 from ncsn.evaluation.extractors.base import Extracted, Identity, batches, fingerprint_of
 from ncsn.evaluation.features import Runner, SplitSet, device_of, extract_set, here, recipe_of
 from ncsn.evaluation.frechet import FrechetStatistics, frechet_distance, merged
@@ -59,12 +59,8 @@ def load_reference(dataset_uri: str, fingerprint: str) -> Reference | None:
     if description is None:
         return None
     tensors = load(storage.read_bytes(storage.join(uri, STATISTICS)))
-    return Reference(
-        uri=uri,
-        statistics=FrechetStatistics(count=description["images"], mean=tensors["mean"], scatter=tensors["scatter"]),
-        class_histogram=tensors["class_histogram"],
-        fingerprint=fingerprint,
-    )
+    statistics = FrechetStatistics(description["images"], tensors["mean"], tensors["scatter"])
+    return Reference(uri, statistics, tensors["class_histogram"], fingerprint)
 
 
 def publish_reference(
@@ -119,52 +115,45 @@ def open_evaluator(
     `progress` advances by `images_to_prepare`.
     """
     progress = progress or Progress()
-    manifest = load_manifest(dataset)
+    manifest, before, settings = load_manifest(dataset), progress.done, config.evaluation
     require_test_images(config, manifest)
-    before, settings = progress.done, config.evaluation
     found = _identify(config, dataset, manifest)
     if found is None:
-        for _ in runner(_train_classifier, [(config, dataset, progress)], gpu=True):
-            # The copy of another process has advanced instead of this one.
-            progress.advance(before + _images_of_training(config, manifest) - progress.done)
+        list(runner(_train_classifier, [(config, dataset, progress)], gpu=True))
         found = _identify(config, dataset, manifest)
         assert found is not None, "its description is in the store"
-    identity, facts = found
-    fingerprint = fingerprint_of(
-        extractor=identity.fingerprint, dataset=manifest.digest, split=settings.reference_split
-    )
+    identity, accuracy = found
+    split = settings.reference_split
+    fingerprint = fingerprint_of(extractor=identity.fingerprint, dataset=manifest.digest, split=split)
     reference = load_reference(dataset, fingerprint)
     if reference is None:
-        images = SplitSet(dataset, settings.reference_split, manifest.count(settings.reference_split))
+        images = SplitSet(dataset, split, manifest.count(split))
         extracted = extract_set(config, dataset, images, runner=runner, progress=progress)
-        origin = {"extractor": identity.name, "dataset": manifest.digest, "split": settings.reference_split}
+        origin = {"extractor": identity.name, "dataset": manifest.digest, "split": split}
         publish_reference(dataset, fingerprint, extracted, batch_size=settings.batch_size, origin=origin)
         reference = load_reference(dataset, fingerprint)
         assert reference is not None, "it was made now, or by another process"
+    # What the store had, and what another process has trained with its own copy of the progress.
     progress.advance(before + images_to_prepare(config, manifest) - progress.done)
-    return Evaluator(named_in_metrics(identity.name, config), identity, reference, facts)
+    facts = {} if accuracy is None else {"eval/classifier_test_accuracy": accuracy}
+    return Evaluator(extractor_name(config, manifest), identity, reference, facts)
 
 
 def images_to_prepare(config: Config, manifest: Manifest) -> int:
     """Images that are processed to train the extractor, if it is trained, and to make the reference."""
-    return _images_of_training(config, manifest) + manifest.count(config.evaluation.reference_split)
-
-
-def _images_of_training(config: Config, manifest: Manifest) -> int:
     settings = config.evaluation
-    return 0 if settings.pretrained else settings.classifier_epochs * manifest.count("train")
+    trained = 0 if settings.pretrained else settings.classifier_epochs * manifest.count("train")
+    return trained + manifest.count(settings.reference_split)
 
 
-def _identify(config: Config, dataset: str, manifest: Manifest) -> tuple[Identity, dict[str, float]] | None:
-    """Which extractor it is, and its quality as metrics; None for a classifier that is not trained yet."""
-    known = pretrained_identity(config.evaluation)
-    if known is not None:
-        return known, {}
-    stored = classifier.describe_classifier(classifier.classifier_uri(dataset, recipe_of(config, manifest)))
-    if stored is None:
-        return None
-    accuracy = stored.test_accuracy
-    return stored.identity, {} if accuracy is None else {"eval/classifier_test_accuracy": accuracy}
+def _identify(config: Config, dataset: str, manifest: Manifest) -> tuple[Identity, float | None] | None:
+    """Which extractor it is, and its accuracy; None for a classifier that is not trained yet."""
+    match config.evaluation.pretrained:
+        case "inception":
+            return inception.identity(), None
+        case "dinov2":
+            return dinov2.identity(), None
+    return classifier.describe_classifier(classifier.classifier_uri(dataset, recipe_of(config, manifest)))
 
 
 def _train_classifier(work: tuple[Config, str, Progress]) -> None:

@@ -40,7 +40,7 @@ def training_hints(losses: Array, *, linear: Array, sigmas: Sequence[float]) -> 
     behind = np.flatnonzero(losses > LINEAR_MARGIN * linear)
     if not len(behind):
         return []
-    worst = behind[np.argmax(losses[behind] / linear[behind])]
+    worst = int(behind[np.argmax(losses[behind] / linear[behind])])
     where = ", ".join(f"{sigmas[number]:.3g}" for number in behind)
     return [
         f"Undertrained at sigma {where}: the best linear denoiser of the training images has a lower loss, most "

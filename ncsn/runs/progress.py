@@ -51,7 +51,7 @@ class PublishedProgress(Progress):
     def advance(self, n: int = 1) -> None:
         super().advance(n)
         if self._lease is not None and self.done < self.total:
-            self._lease.require(f"{self.done:,} of {self.total:,} {self.unit} are done and stay")
+            self._lease.require(f"{self.done:,} of {self.total:,} {self.unit} were done")
 
     def changed(self) -> None:
         if not self.total:

@@ -50,10 +50,10 @@ class Lease:
             self._seen, self._changed_at = content, now
         return now - self._changed_at > LEASE_SECONDS
 
-    def require(self, kept: str) -> None:
-        """Raise `LeaseExpired` if it has expired; `kept` says in the message what is saved."""
+    def require(self, done: str) -> None:
+        """Raise `LeaseExpired` if it has expired; `done` says in the message how far the work is."""
         if self.expired():
-            raise LeaseExpired(f"the launcher has not renewed {self.uri} for {LEASE_SECONDS:g} s: stopped; {kept}")
+            raise LeaseExpired(f"the launcher has not renewed {self.uri} for {LEASE_SECONDS:g} s: stopped; {done}")
 
 
 class Heartbeat:

@@ -8,8 +8,6 @@ import numpy as np
 import pytest
 from scipy.integrate import quad
 
-from ncsn.config.evaluation import EvaluationConfig
-from ncsn.evaluation.extractors import classifier, dinov2, inception
 from ncsn.evaluation.frechet import FrechetStatistics, frechet_distance
 
 
@@ -72,16 +70,3 @@ def test_with_fewer_samples_than_features_a_model_of_little_diversity_is_far_ahe
     count: int, variance: float, simulated: float
 ) -> None:
     assert mean_distance(64, count, variance=variance, repeats=60) == pytest.approx(simulated, rel=0.02)
-
-
-@pytest.mark.parametrize(
-    ("extractor", "count"),
-    [
-        ("classifier", classifier.NUM_FEATURES),
-        ("inception", inception.NUM_FEATURES),
-        ("dinov2", dinov2.VIT_L.width),
-    ],
-)
-def test_the_config_knows_how_many_features_there_are(extractor: str, count: int) -> None:
-    weights = None if extractor == "classifier" else "w.pth"
-    assert EvaluationConfig(extractor=extractor, weights=weights).num_features == count

@@ -12,7 +12,6 @@ import numpy.typing as npt
 import torch
 
 from ncsn import storage
-from ncsn.errors import InvalidValue
 
 Images = npt.NDArray[np.uint8]
 
@@ -42,8 +41,11 @@ class Identity:
 
     name: str  # prefix of metric names: `classifier`, `clusters`, `inception` or `dinov2`
     fingerprint: str  # hash of kind, weights, resize and preprocessing: if equal, features compare
-    num_features: int
-    knows_classes: bool = True  # whether the classes of its probabilities mean something, so that there is a score
+
+    @property
+    def knows_classes(self) -> bool:
+        """Whether the classes of its probabilities mean something, so that there is a score."""
+        return self.name in ("classifier", "inception")
 
 
 class Extractor(Protocol):
@@ -75,15 +77,3 @@ def batches(rows: npt.NDArray[Any], *, batch_size: int) -> Iterator[npt.NDArray[
     """Consecutive slices of at most `batch_size` rows; a memory map is read one slice at a time."""
     for first in range(0, len(rows), batch_size):
         yield rows[first : first + batch_size]
-
-
-def require_images(images: Images, *, height: int | None, width: int | None, channels: int) -> None:
-    """Refuse images that are not uint8 [N, H, W, C] of the expected size (None = any)."""
-    if images.dtype != np.uint8:
-        raise ValueError(f"images must be uint8 in 0..255, got {images.dtype}; quantize them with core.images.to_uint8")
-    expected = [height or "H", width or "W", channels]
-    fits = images.ndim == 4 and all(
-        want in (None, got) for want, got in zip((height, width, channels), images.shape[1:], strict=True)
-    )
-    if not fits:
-        raise InvalidValue(f"images must be {['N', *expected]}, got {list(images.shape)}".replace("'", ""))

@@ -9,12 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,16 +23,8 @@ from torch import Tensor, nn
 from ncsn import storage
 from ncsn.data.format import Rows
 from ncsn.data.training_images import CachedSplit
-from ncsn.errors import InvalidValue, UserError
-from ncsn.evaluation.extractors.base import (
-    Extracted,
-    Identity,
-    Images,
-    batches,
-    fingerprint_of,
-    full_float32,
-    require_images,
-)
+from ncsn.errors import UserError
+from ncsn.evaluation.extractors.base import Extracted, Identity, Images, batches, fingerprint_of, full_float32
 from ncsn.evaluation.extractors.clusters import cluster_labels
 from ncsn.progress import Progress
 
@@ -66,19 +55,15 @@ class ClassifierRecipe:
     seed: int  # of weights, order, dropout and clusters
     clustered: bool = False  # whether the classes are clusters instead of labels
 
-    @property
-    def key(self) -> str:
-        """Folder name of this recipe's classifier, 16 hex digits."""
-        return fingerprint_of(version=RECIPE_VERSION, **asdict(self))[:16]
-
-    @property
-    def name(self) -> str:
-        """The extractor's name."""
-        return "clusters" if self.clustered else "classifier"
+    def identity(self, weights_sha256: str) -> Identity:
+        """The extractor of this recipe with these weights."""
+        kind, reduction = "clusters" if self.clustered else "classifier", _reduction(self.image_size)
+        fingerprint = fingerprint_of(kind=kind, version=RECIPE_VERSION, weights=weights_sha256, reduction=reduction)
+        return Identity(kind, fingerprint)
 
 
 class ClassifierNetwork(nn.Module):
-    """conv32 - conv64 - maxpool - fc128 - fc K on pixels normalized by the training images' mean and deviation.
+    """An `Extractor`: conv32 - conv64 - maxpool - fc128 - fc K on pixels normalized by their mean and deviation.
 
     Images larger than 32 pixels are first averaged down by a whole factor.
     """
@@ -88,10 +73,8 @@ class ClassifierNetwork(nn.Module):
 
     def __init__(self, recipe: ClassifierRecipe) -> None:
         super().__init__()
-        image_size, channels = recipe.image_size, recipe.channels
-        self.image_size, self.channels = image_size, channels
-        self.reduction = _reduction(image_size)
-        side = image_size // self.reduction
+        channels, self.reduction = recipe.channels, _reduction(recipe.image_size)
+        side = recipe.image_size // self.reduction
         kernel, stride = (5, 2) if side >= 16 else (3, 1)  # stride 2 makes the network four times cheaper
         pooled = ((side - 1) // stride + 1) // 2
         self.register_buffer("pixel_mean", torch.zeros(channels))
@@ -121,35 +104,11 @@ class ClassifierNetwork(nn.Module):
         """[B, K] logits of [B, C, H, W] pixels in [0, 255]."""
         return self.logits(self.features(images))
 
-
-def identity(recipe: ClassifierRecipe, *, weights_sha256: str) -> Identity:
-    """The extractor of the recipe with these weights."""
-    return Identity(
-        name=recipe.name,
-        fingerprint=fingerprint_of(
-            kind=recipe.name,
-            version=RECIPE_VERSION,
-            weights=weights_sha256,
-            reduction=_reduction(recipe.image_size),
-        ),
-        num_features=NUM_FEATURES,
-        knows_classes=not recipe.clustered,
-    )
-
-
-class ClassifierExtractor:
-    """The classifier as an `Extractor`."""
-
-    def __init__(self, network: ClassifierNetwork) -> None:
-        self.network = network.eval()
-
     def extract(self, images: Images) -> Extracted:
         """Features [N, 128] and log probabilities [N, K] of uint8 [N, H, W, C] images."""
-        size = self.network.image_size
-        require_images(images, height=size, width=size, channels=self.network.channels)
         with torch.inference_mode(), full_float32():
-            features = self.network.features(_to_network(images, self.network.pixel_mean.device))
-            log_probabilities = F.log_softmax(self.network.logits(features).double(), dim=1)
+            features = self.features(_to_network(images, self.pixel_mean.device))
+            log_probabilities = F.log_softmax(self.logits(features).double(), dim=1)
         return Extracted(features=features.float().cpu().numpy(), log_probabilities=log_probabilities.cpu().numpy())
 
 
@@ -168,8 +127,11 @@ def train_classifier(
         labels: [N] class of each image; images of label -1 (no label) are left out.
         progress: Advances by the images of each step.
     """
-    require_images(images, height=recipe.image_size, width=recipe.image_size, channels=recipe.channels)
-    labeled = _labeled(labels, num_classes=recipe.num_classes)
+    progress = progress or Progress()
+    labeled = np.flatnonzero(np.asarray(labels) >= 0)
+    if (found := recipe.num_classes if len(labeled) else 0) < 2:
+        reason = f"a classifier needs labeled images of at least 2 classes, but the dataset has {found}"
+        raise UserError("data.source", reason, hint="use a source with classes, such as one subfolder per class")
     # Small sets need small batches to take enough steps in a few passes.
     batch_size = 32 if len(labeled) < SMALL_SET else 128
     steps = recipe.epochs * -(-len(labeled) // batch_size)
@@ -194,34 +156,16 @@ def train_classifier(
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
                 schedule.step()
-                if progress is not None:
-                    progress.advance(len(chosen))
+                progress.advance(len(chosen))
     return network.eval()
 
 
-def accuracy(network: ClassifierNetwork, *, images: Images, labels: Labels, batch_size: int = 500) -> float:
-    """Share of the labeled images that get their label, in [0, 1]; NaN if none has a label."""
-    right = total = 0
-    network.eval()
+def accuracy(network: ClassifierNetwork, *, images: Images, labels: Labels) -> float | None:
+    """Share of the labeled images that get their label, in [0, 1]; None if none has a label."""
+    known, device = np.asarray(labels) >= 0, network.pixel_mean.device
     with torch.inference_mode():
-        for first, batch in enumerate(batches(images, batch_size=batch_size)):
-            target = labels[first * batch_size : first * batch_size + len(batch)]
-            predicted = network(_to_network(batch, network.pixel_mean.device)).argmax(dim=1).cpu().numpy()
-            right += int((predicted == target)[target >= 0].sum())
-            total += int((target >= 0).sum())
-    return right / total if total else float("nan")
-
-
-def _labeled(labels: Labels, *, num_classes: int) -> Labels:
-    """Indices of the images that have a label."""
-    indices = np.flatnonzero(np.asarray(labels) >= 0)
-    found = num_classes if len(indices) else 0
-    if found < 2:
-        reason = f"a classifier needs labeled images of at least 2 classes, but the dataset has {found}"
-        raise UserError("data.source", reason, hint="use a source with classes, such as one subfolder per class")
-    if (largest := int(labels[indices].max())) >= num_classes:
-        raise InvalidValue(f"label {largest} is out of range for {num_classes} classes")
-    return indices
+        parts = [network(_to_network(batch, device)).argmax(dim=1).cpu() for batch in batches(images, batch_size=500)]
+    return float((torch.cat(parts).numpy() == labels)[known].mean()) if known.any() else None
 
 
 def _reduction(image_size: int) -> int:
@@ -235,9 +179,10 @@ def _to_network(images: Images, device: torch.device | str) -> Tensor:
 
 
 def _set_pixel_statistics(network: ClassifierNetwork, images: Images) -> None:
-    count, total, squares = 0, np.zeros(network.channels), np.zeros(network.channels)
+    channels = images.shape[-1]
+    count, total, squares = 0, np.zeros(channels), np.zeros(channels)
     for batch in batches(images, batch_size=max(1, min(4096, _BATCH_VALUES // images[0].size))):
-        pixels = batch.reshape(-1, network.channels).astype(np.float64)
+        pixels = batch.reshape(-1, channels).astype(np.float64)
         count, total, squares = count + len(pixels), total + pixels.sum(0), squares + (pixels**2).sum(0)
     mean = total / count
     std = np.sqrt(np.maximum(squares / count - mean**2, 1.0))
@@ -256,29 +201,18 @@ def _threads(*, small: bool) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-@dataclass(frozen=True)
-class StoredClassifier:
-    """A classifier in the store, without its weights."""
-
-    identity: Identity
-    test_accuracy: float | None  # share of the labeled test images, in [0, 1]; None if there is none, or for clusters
-
-
 def classifier_uri(dataset_uri: str, recipe: ClassifierRecipe) -> str:
     """Folder of the classifier of a recipe for a dataset."""
-    return storage.join(dataset_uri, "classifier", recipe.key)
+    return storage.join(dataset_uri, "classifier", fingerprint_of(version=RECIPE_VERSION, **asdict(recipe))[:16])
 
 
-def describe_classifier(uri: str) -> StoredClassifier | None:
-    """The classifier in the folder `uri`; None if there is none."""
+def describe_classifier(uri: str) -> tuple[Identity, float | None] | None:
+    """The classifier in the folder `uri` with its test accuracy (None if unknown, or for clusters), if it is there."""
     description = storage.find_json(storage.join(uri, DESCRIPTION))
     if description is None:
         return None
     recipe = ClassifierRecipe(**description["recipe"])
-    return StoredClassifier(
-        identity=identity(recipe, weights_sha256=description["weights_sha256"]),
-        test_accuracy=description["test_accuracy"],
-    )
+    return recipe.identity(description["weights_sha256"]), description["test_accuracy"]
 
 
 def ensure_classifier(
@@ -294,18 +228,15 @@ def ensure_classifier(
     uri = classifier_uri(dataset_uri, recipe)
     if storage.exists(storage.join(uri, DESCRIPTION)):
         return uri
-    started = time.monotonic()
     labels = train.labels
     if recipe.clustered:
         labels = cluster_labels(train.images, count=recipe.num_classes, seed=recipe.seed)
     network = train_classifier(recipe, images=train.images, labels=labels, device=device, progress=progress)
-    test_accuracy = math.nan if recipe.clustered else accuracy(network, images=test.images, labels=test.labels)
     weights = save_tensors({name: tensor.cpu().contiguous() for name, tensor in network.state_dict().items()})
     description = {
         "recipe": asdict(recipe),
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
-        "test_accuracy": None if math.isnan(test_accuracy) else test_accuracy,
-        "training_seconds": round(time.monotonic() - started, 2),
+        "test_accuracy": None if recipe.clustered else accuracy(network, images=test.images, labels=test.labels),
     }
     # The first of two writers wins.
     with storage.staged_folder(uri, marker=DESCRIPTION) as folder:
@@ -314,18 +245,8 @@ def ensure_classifier(
     return uri
 
 
-def load_classifier(uri: str, *, device: str = "cpu") -> ClassifierExtractor:
+def load_classifier(uri: str, *, device: str = "cpu") -> ClassifierNetwork:
     """The extractor of a stored classifier."""
-    description: dict[str, Any] = storage.read_json(storage.join(uri, DESCRIPTION))
-    weights = storage.read_bytes(storage.join(uri, WEIGHTS))
-    digest = hashlib.sha256(weights).hexdigest()
-    if digest != description["weights_sha256"]:
-        raise UserError(
-            f"{uri}/{WEIGHTS}",
-            f"is damaged: its SHA-256 is {digest[:12]}, expected {description['weights_sha256'][:12]}",
-            hint="delete the folder to train the classifier again",
-        )
-    recipe = ClassifierRecipe(**description["recipe"])
-    network = ClassifierNetwork(recipe)
-    network.load_state_dict(load_tensors(weights))
-    return ClassifierExtractor(network.to(device))
+    network = ClassifierNetwork(ClassifierRecipe(**storage.read_json(storage.join(uri, DESCRIPTION))["recipe"]))
+    network.load_state_dict(load_tensors(storage.read_bytes(storage.join(uri, WEIGHTS))))
+    return network.to(device).eval()

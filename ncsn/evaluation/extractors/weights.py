@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import pickle
 import shutil
 import urllib.error
 import urllib.request
@@ -16,16 +15,12 @@ from ncsn import storage
 from ncsn.errors import NotFound, UserError
 from ncsn.storage.files import cache_folder
 
-# What torch.load raises for a file that is no checkpoint of tensors.
-NOT_A_CHECKPOINT = (RuntimeError, pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError)
-
 TIMEOUT_SECONDS = 60
 
 
 def obtain_weights(source: str, *, sha256: str) -> Path:
     """A local file with the weights at `source`: a local path, an http(s) URL or an s3 URI."""
-    remote = source.startswith(("http://", "https://", storage.S3_SCHEME))
-    if not remote:
+    if not source.startswith(("http://", "https://", storage.S3_SCHEME)):
         path = Path(storage.absolute(source))
         if not path.is_file():
             raise NotFound("evaluation.weights", "no file here", value=str(path))
@@ -33,31 +28,24 @@ def obtain_weights(source: str, *, sha256: str) -> Path:
         return path
     cached = cache_folder() / "weights" / sha256
     if not cached.is_file():
-        _fetch(source, cached, sha256)
+        with storage.local_file(cached) as temporary:
+            with _open(source) as stream, temporary.open("wb") as file:
+                shutil.copyfileobj(stream, file, 1 << 20)
+            _check(temporary, source, sha256)
     return cached
 
 
-def _fetch(source: str, cached: Path, sha256: str) -> None:
-    with storage.local_file(cached) as temporary:
-        with _open(source) as stream, temporary.open("wb") as file:
-            shutil.copyfileobj(stream, file, 1 << 20)
-        _check(temporary, source, sha256)
-
-
 def _open(source: str) -> BinaryIO:
-    if source.startswith(storage.S3_SCHEME):
-        filesystem, path = storage.filesystem(source)
-        try:
-            return cast("BinaryIO", filesystem.open_input_stream(path))
-        except FileNotFoundError:
-            raise NotFound("evaluation.weights", "no file here", value=source) from None
-        except pa.ArrowException as error:
-            raise OSError(f"evaluation.weights: cannot read {source}: {error}") from None
     try:
+        if source.startswith(storage.S3_SCHEME):
+            filesystem, path = storage.filesystem(source)
+            return cast("BinaryIO", filesystem.open_input_stream(path))
         # Scheme and source come from the config, which the user of this machine wrote.
         return cast("BinaryIO", urllib.request.urlopen(source, timeout=TIMEOUT_SECONDS))  # noqa: S310
-    except urllib.error.URLError as error:
-        raise OSError(f"evaluation.weights: cannot fetch {source}: {error.reason}") from None
+    except FileNotFoundError:
+        raise NotFound("evaluation.weights", "no file here", value=source) from None
+    except (urllib.error.URLError, pa.ArrowException) as error:
+        raise OSError(f"evaluation.weights: cannot read {source}: {error}") from None
     except ValueError as error:
         raise UserError("evaluation.weights", f"not an address: {error}", value=source) from None
 
@@ -66,9 +54,5 @@ def _check(path: Path, source: str, sha256: str) -> None:
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != sha256:
-        raise UserError(
-            "evaluation.weights",
-            f"has SHA-256 {found}, expected {sha256}",
-            hint="get the published file",
-            value=source,
-        )
+        reason = f"has SHA-256 {found}, expected {sha256}"
+        raise UserError("evaluation.weights", reason, hint="get the published file", value=source)
