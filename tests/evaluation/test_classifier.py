@@ -30,7 +30,7 @@ Splits = tuple[Rows, Rows]
 
 def test_reads_real_digits_and_is_stored_once_with_its_accuracy(digits: Splits, tmp_path: Path) -> None:
     train, test = digits
-    progress = Progress()
+    progress = Progress(total=20_000)
 
     def ensure(recipe: ClassifierRecipe) -> str:
         return ensure_classifier(str(tmp_path), recipe, train=train, test=test, progress=progress)
@@ -111,7 +111,7 @@ def test_unlabelled_images_are_left_out(digits: Splits) -> None:
     train, test = digits
     labels = train.labels.copy()
     labels[:600] = -1
-    progress = Progress()
+    progress = Progress(total=20_000)
     network = train_classifier(QUICK, images=train.images, labels=labels, progress=progress)
     assert progress.done == 657
     half = np.where(np.arange(540) < 270, test.labels, -1)

@@ -16,7 +16,7 @@ from ncsn import storage
 from ncsn.config import Config, from_yaml
 from ncsn.data.dataset import write_dataset
 from ncsn.data.sources.known import open_source
-from ncsn.distributed.trainer import _checkpoint_store
+from ncsn.distributed.trainer import checkpoint_store
 from ncsn.errors import NotFound
 from ncsn.evaluation.extractors.base import Identity
 from ncsn.evaluation.frechet import FrechetStatistics
@@ -62,7 +62,7 @@ def trained(config: Config, dataset: str) -> RunFolder:
     folder = run_folder(config, "mine")
     alone = config.model_copy(update={"compute": config.compute.model_copy(update={"num_workers": 1})})
     job = TrainingJob(config=alone, dataset=dataset, averages=folder.averages)
-    outcome = train_loop(job, LocalContext(), _checkpoint_store(job, folder.checkpoints))
+    outcome = train_loop(job, LocalContext(), checkpoint_store(alone, folder.uri))
     for width in (0.08, 0.15):
         build_average(storage.join(folder.checkpoints, outcome.checkpoint), config, relative_width=width)
     return folder
