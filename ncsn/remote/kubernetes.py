@@ -32,6 +32,7 @@ _APIS = {
     "workflows": "apis/argoproj.io/v1alpha1",
 }
 _CORE = "api/v1"
+_METHODS = {"create": "POST", "delete": "DELETE"}  # of a verb; the others read
 _IN_CLUSTER_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 _LOST_LOG = "unable to retrieve container logs"  # what the kubelet answers for one that is gone
 
@@ -57,23 +58,23 @@ class KubernetesApi:
         self._client = client.ApiClient(configuration)
 
     def get(self, resource: str, name: str) -> Resource | None:
-        found: Resource | None = self._read("get", resource, "GET", self._path(resource, name), missing=None)
+        found: Resource | None = self._read("get", resource, self._path(resource, name), missing=None)
         return found
 
     def find(self, resource: str, *, labels: str = "", fields: str = "") -> list[Resource]:
         """The objects with these labels and fields, oldest first; none where the cluster knows no such resource."""
         query = {"labelSelector": labels, "fieldSelector": fields}
-        listed = self._read("list", resource, "GET", self._path(resource), query=query, missing={"items": []})
+        listed = self._read("list", resource, self._path(resource), query=query, missing={"items": []})
         return sorted(listed["items"], key=lambda found: str(found["metadata"].get("creationTimestamp", "")))
 
     def create(self, resource: str, manifest: Resource) -> None:
         """Create the object; raises `Conflict` if there is one of that name."""
-        self._read("create", resource, "POST", self._path(resource), body=manifest)
+        self._read("create", resource, self._path(resource), body=manifest)
 
     def delete(self, resource: str, name: str) -> None:
         """Delete the object and, in the background, what it owns; without effect if it is gone."""
         body = {"propagationPolicy": "Background"}
-        self._read("delete", resource, "DELETE", self._path(resource, name), body=body, missing=None)
+        self._read("delete", resource, self._path(resource, name), body=body, missing=None)
 
     def events(self, name: str) -> list[Resource]:
         """The events of the object of this name, oldest first."""
@@ -81,10 +82,9 @@ class KubernetesApi:
 
     def rayjob_fields(self) -> Resource:
         """The schema of `spec` of the RayJob that is installed, by field; every authenticated user may read it."""
-        document = self._read("get", "rayjobs", "GET", "/openapi/v3/apis/ray.io/v1", missing={})
+        document = self._read("get", "rayjobs", "/openapi/v3/apis/ray.io/v1", missing={})
         for schema in document.get("components", {}).get("schemas", {}).values():
-            kinds = [kind["kind"] for kind in schema.get("x-kubernetes-group-version-kind", [])]
-            if "RayJob" in kinds:
+            if "RayJob" in [kind["kind"] for kind in schema.get("x-kubernetes-group-version-kind", [])]:
                 fields: Resource = schema.get("properties", {}).get("spec", {}).get("properties", {})
                 return fields
         raise UserError(self.server, "the cluster knows no RayJob ray.io/v1", hint=INSTALL_KUBERAY)
@@ -96,7 +96,7 @@ class KubernetesApi:
         attributes = {"namespace": self.namespace, "verb": verb, "group": group, "resource": plural}
         body = {"spec": {"resourceAttributes": attributes | ({"subresource": subresource} if subresource else {})}}
         path = "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"
-        return bool(self._read("create", "selfsubjectaccessreviews", "POST", path, body=body)["status"]["allowed"])
+        return bool(self._read("create", "selfsubjectaccessreviews", path, body=body)["status"]["allowed"])
 
     def wait_for_change(self, rayjob: Resource, *, seconds: float) -> None:
         """Return when the RayJob is no longer as it was read, and after `seconds` at the latest.
@@ -124,38 +124,43 @@ class KubernetesApi:
     @contextmanager
     def follow_log(self, pod: str, *, since_seconds: int | None) -> Iterator[Iterator[bytes]]:
         """Pieces of the pod's log, each line with its time, until the container ends or the stream is cut."""
-        query = {"follow": "true", "timestamps": "true"}
-        query |= {} if since_seconds is None else {"sinceSeconds": str(since_seconds)}
-        path, timeouts = self._path("pods", pod, "log"), (self._timeouts[0], 300.0)
-        ask = partial(self._request, "GET", path, query=query, timeouts=timeouts)
+        query = {"follow": "true", "timestamps": "true", "sinceSeconds": str(since_seconds or "")}
+        timeouts = (self._timeouts[0], 300.0)
+        ask = partial(self._request, "GET", self._path("pods", pod, "log"), query=query, timeouts=timeouts)
         with closing(self._call("get", "pods/log", ask)) as response:
             yield response.stream(amt=None, decode_content=True)
 
     def last_words(self, pod: str, container: str, *, lines: int) -> list[str]:
         """The last lines of a container that has ended; empty if its log is gone or it has not started (HTTP 400)."""
         query = {"container": container, "tailLines": str(lines)}
+        ask = partial(self._request, "GET", self._path("pods", pod, "log"), query=query)
         try:
-            ask = partial(self._request, "GET", self._path("pods", pod, "log"), query=query)
-            answer = self._call("get", "pods/log", ask, missing=None)
+            text = self._call("get", "pods/log", ask).data.decode(errors="replace")
         except UserError:
             return []
-        text = answer.data.decode(errors="replace") if answer else ""
         return [line for line in text.splitlines() if not line.startswith(_LOST_LOG)]
 
     def _path(self, resource: str, *below: str) -> str:
         return "/".join((f"/{_APIS.get(resource, _CORE)}/namespaces/{self.namespace}/{resource}", *below))
 
-    def _read(self, verb: str, resource: str, method: str, path: str, **options: Any) -> Any:
-        call = {name: options.pop(name) for name in ("body", "query") if name in options}
-
+    def _read(
+        self,
+        verb: str,
+        resource: str,
+        path: str,
+        *,
+        body: Any = None,
+        query: Mapping[str, str] | None = None,
+        **missing: Any,
+    ) -> Any:
         def read() -> Any:
-            content = self._request(method, path, **call).data
+            content = self._request(_METHODS.get(verb, "GET"), path, body=body, query=query or {}).data
             try:
                 return json.loads(content)
             except json.JSONDecodeError:
                 raise ConnectionError("an answer that is cut") from None
 
-        return self._call(verb, resource, read, **options)
+        return self._call(verb, resource, read, **missing)
 
     def _request(
         self,
@@ -163,14 +168,14 @@ class KubernetesApi:
         path: str,
         *,
         body: Any = None,
-        query: Mapping[str, str] | None = None,
+        query: Mapping[str, str],
         timeouts: tuple[float, float] | None = None,
     ) -> Any:
         """One request; the answer as urllib3 has it."""
         return self._client.call_api(
             path,
             method,
-            query_params=[(name, value) for name, value in (query or {}).items() if value],
+            query_params=[(name, value) for name, value in query.items() if value],
             header_params={"Accept": "application/json", "Content-Type": "application/json"},
             body=body,
             auth_settings=["BearerToken"],
@@ -179,30 +184,25 @@ class KubernetesApi:
             _request_timeout=timeouts or self._timeouts,
         )
 
-    def _call(self, verb: str, resource: str, call: Callable[[], Any], **options: Any) -> Any:
+    def _call(self, verb: str, resource: str, call: Callable[[], Any], **missing: Any) -> Any:
         """Call until the API server answers. With `missing` given, that stands for 404."""
         try:
             return keep_asking(call, server=f"the Kubernetes API at {self.server}", seconds=self._patience)
         except ApiException as error:
-            if error.status == 404 and "missing" in options:
-                return options["missing"]
-            if error.status == 409 and verb == "create":
-                raise Conflict from None
-            raise self._refusal(verb, resource, error) from None
-
-    def _refusal(self, verb: str, resource: str, error: ApiException) -> Exception:
-        message = message_of(error)
-        if error.status == 403:
-            return PermissionError(
-                f"forbidden: this account lacks the verb {verb!r} on {resource} in namespace {self.namespace!r}; "
-                "`kubectl apply --kustomize infra/base/rbac` grants it, in a profile infra/overlays/multi-user "
-                f"({message})"
+            status, message = error.status, message_of(error)
+        if status == 404 and missing:
+            return missing["missing"]
+        if status == 409 and verb == "create":
+            raise Conflict
+        if status == 403:
+            raise PermissionError(
+                f"this account lacks the verb {verb!r} on {resource} in namespace {self.namespace!r}; `kubectl apply "
+                f"--kustomize infra/base/rbac` grants it, in a profile infra/overlays/multi-user ({message})"
             )
-        if error.status == 401:
-            return PermissionError(f"the Kubernetes API at {self.server} does not accept the credentials: {message}")
-        hint = INSTALL_KUBERAY if error.status == 404 and resource == "rayjobs" else ""
-        reason = f"the Kubernetes API refuses to {verb} {resource} (HTTP {error.status}): {message}"
-        return UserError(self.server, reason, hint=hint)
+        if status == 401:
+            raise PermissionError(f"the Kubernetes API at {self.server} does not accept the credentials: {message}")
+        hint = INSTALL_KUBERAY if status == 404 and resource == "rayjobs" else ""
+        raise UserError(self.server, f"refuses to {verb} {resource} (HTTP {status}): {message}", hint=hint)
 
 
 def _load_configuration() -> tuple[client.Configuration, str]:
@@ -216,12 +216,9 @@ def _load_configuration() -> tuple[client.Configuration, str]:
         config.load_kube_config(config_file=file, client_configuration=configuration)
         _, context = config.list_kube_config_contexts(config_file=file)
     except (config.ConfigException, yaml.YAMLError, ValueError) as error:
-        raise UserError(
-            "KUBECONFIG",
-            f"no Kubernetes cluster: this is not a pod, and the kubeconfig is not usable ({error})",
-            hint="set it to the kubeconfig of a cluster",
-            value=file or "~/.kube/config",
-        ) from None
+        reason = f"no Kubernetes cluster: this is not a pod, and the kubeconfig is not usable ({error})"
+        hint = "set it to the kubeconfig of a cluster"
+        raise UserError("KUBECONFIG", reason, hint=hint, value=file or "~/.kube/config") from None
     return configuration, context["context"].get("namespace", "default")
 
 

@@ -82,12 +82,9 @@ class RayJobs:
         if self._given and found and found.rstrip("/") != self._given.rstrip("/"):
             raise UserError(variable, f"Ray would take it in place of {self._given}", hint="unset it", value=found)
         address, key = self._given or found, _KEY if self._given else variable
-        if not address:
+        if not address or not address.startswith(("http://", "https://")):
             hint = f"pass --address http://HEAD:8265, or set it or {variable}"
-            raise UserError(_KEY, "no Ray cluster given", hint=hint)
-        if not address.startswith(("http://", "https://")):
-            hint = "use an address such as http://HEAD:8265"
-            raise UserError(key, "not the address of a Ray dashboard", hint=hint, value=address)
+            raise UserError(key if address else _KEY, "not the address of a Ray dashboard", hint=hint, value=address)
         return address.rstrip("/")
 
     @cached_property
@@ -315,11 +312,7 @@ def _require_success(job: JobDetails, name: str, log: JobLog) -> None:
         return
     if job.status == "STOPPED":
         raise RemoteFailure(f"Ray job {name} was stopped; the same command resumes; log {log.uri}")
-    if job.driver_exit_code == NOT_FOUND:
-        raise RemoteFailure(
-            f"Ray job {name} failed: the cluster has no command `ncsn`; install this package in the environment "
-            f"that `ray start` runs in, and put its bin folder on that PATH; log {log.uri}"
-        )
-    how = "no exit code" if job.driver_exit_code is None else f"exit code {job.driver_exit_code}"
     cause = first_error(log.lines) or " ".join((job.message or "").split())
-    raise RemoteFailure(f"Ray job {name} failed ({how}): {cause}; log {log.uri}")
+    if job.driver_exit_code == NOT_FOUND:
+        cause = "the cluster has no command `ncsn`; install this package in the environment of `ray start`"
+    raise RemoteFailure(f"Ray job {name} failed (exit code {job.driver_exit_code}): {cause}; log {log.uri}")

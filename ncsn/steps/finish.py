@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ncsn.config import Config
 from ncsn.errors import UserError
@@ -23,6 +23,13 @@ if TYPE_CHECKING:
 
 # States of the steps together that mean success: of `kfp.local`, and of KFP 2.17's backend, which uses MLMD's.
 SUCCEEDED = ("SUCCEEDED", "COMPLETE", "CACHED")
+PLACES = (  # on the page, if they are known: name, step, field of its result
+    ("dataset", "ingest", "uri"),
+    ("dataset digest", "ingest", "digest"),
+    ("checkpoint", "train", "checkpoint"),
+    ("model", "register", "uri"),
+    ("report", "report", "uri"),
+)
 # In Argo's message about a terminated step: Argo terminates a step by a zero deadline.
 _DEADLINE = "exceeded its deadline"
 _LOOK_SECONDS = 30.0
@@ -77,15 +84,16 @@ def run(
             for folder in runs.values():
                 write_outcome(folder, outcome)
             closed = [close_run(config, run=each, status=outcome.status, tags=tags) for each in runs]
-        tracked = [found[0] for found in closed if found]
-        if tracked:
+        if tracked := [found[0] for found in closed if found]:
             places |= {"MLflow run": tracked[-1].place, "MLflow run id": tracked[-1].run_id}
-        places |= _places(folders)
-        for step, folder in folders.items():
-            record = read_step(folder, step)
+        records = {step: read_step(folder, step) for step, folder in folders.items()}
+        for name, step, key in PLACES:
+            places[name] = records[step].result.get(key, "")
+        places["store"] = folders["register"].uri
+        for step, record in records.items():
             done = f"done in {record.seconds:,.1f} s, {record.finished_at}" if record.result else "not done"
             steps[step] = "failed" if step == outcome.failed_step else done
-        if gate := _result(folders, "register").get("reason"):
+        if gate := records["register"].result.get("reason"):
             notes.insert(0, f"The gate: {gate}")
     notes += [f"{name} was still running on the cluster and has been stopped." for name in canceled]
     page = run_page(run, status=outcome.status, reason=str(outcome), steps=steps, places=places, notes=notes)
@@ -122,14 +130,13 @@ def _outcome(
     step, error = _first_open(folders, kfp_run_id or os.environ.get(KFP_RUN_ID, ""))
     if error is not None and error.kind == "SystemExit" and looked and not terminated:
         error = None  # an evicted pod gets SIGTERM too, and its state says more
-    lost = ""
+    lost = None
     if not error and troubles:
-        step, trouble = next(iter(troubles.items()))
-        lost = str(trouble)
+        step, lost = next(iter(troubles.items()))
     if terminated or (error is not None and error.kind in ("KeyboardInterrupt", "SystemExit")):
         return Outcome("KILLED", "terminated", step)
-    reason = (error.message if error else "") or lost or message or "no reason is known; look at the log of the task"
-    return Outcome("FAILED", reason, step)
+    reason = (error.message if error else str(lost or "")) or message
+    return Outcome("FAILED", reason or "no reason is known; look at the log of the task", step)
 
 
 def _first_open(folders: Mapping[str, RunFolder], kfp_run_id: str) -> tuple[str | None, StepError | None]:
@@ -140,20 +147,3 @@ def _first_open(folders: Mapping[str, RunFolder], kfp_run_id: str) -> tuple[str 
         if not record.result:
             return step, None
     return None, None
-
-
-def _places(folders: Mapping[str, RunFolder]) -> dict[str, str]:
-    """Links of the page, for the steps that ran."""
-    ingested = _result(folders, "ingest")
-    return {
-        "dataset": ingested.get("uri", ""),
-        "dataset digest": ingested.get("digest", ""),
-        "checkpoint": _result(folders, "train").get("checkpoint", ""),
-        "model": _result(folders, "register").get("uri", ""),
-        "report": _result(folders, "report").get("uri", ""),
-        "store": folders["register"].uri,
-    }
-
-
-def _result(folders: Mapping[str, RunFolder], step: str) -> Mapping[str, Any]:
-    return read_step(folders[step], step).result

@@ -14,6 +14,7 @@ import shlex
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 from ncsn import storage
 from ncsn.config import Config, from_json, from_yaml, to_json
@@ -28,6 +29,7 @@ from ncsn.runs.folder import RunFolder, run_folder
 from ncsn.runs.records import read_outcome
 from ncsn.storage.retry import limited
 
+_NAME = "ncsn-run-{}"  # of the ConfigMap
 _STORE_SECONDS = 20.0
 _NOTE_SECONDS = 10.0
 _STORE_SETTING = "storage.root="  # of a RayJob's command
@@ -49,6 +51,11 @@ class NotedRun(KfpRun):
     run: str
     config: str
 
+    @property
+    def folder(self) -> RunFolder:
+        """Equal for pipeline runs that work on the same run."""
+        return run_folder(from_json(self.config), self.run)
+
 
 def note_run(config: Config, run: str) -> None:
     """Tell the janitor which run to close if this pipeline is stopped. The note of the first task stays."""
@@ -56,13 +63,12 @@ def note_run(config: Config, run: str) -> None:
     if here is not None:
         labels = {MANAGED_BY: "ncsn", KFP_RUN_LABEL: here.id, "app.kubernetes.io/part-of": "ncsn"}
         data = {"workflow": here.workflow, "run": run, "config": to_json(config)}
-        note = {"metadata": {"name": _name(here), "labels": labels}, "data": data}
+        note = {"metadata": {"name": _NAME.format(here.id), "labels": labels}, "data": data}
         with suppress(Conflict):
             _tell(lambda api: api.create("configmaps", note))
 
 
 def forget_this_run() -> None:
-    """Tell the janitor that the run is closed."""
     here = this_kfp_run()
     if here is not None:
         _tell(lambda api: _forget(api, here))
@@ -76,12 +82,8 @@ def _tell(call: Callable[[KubernetesApi], None]) -> None:
         say(f"could not register this run with the janitor: {error}")
 
 
-def _name(run: KfpRun) -> str:
-    return f"ncsn-run-{run.id}"
-
-
 def _forget(api: KubernetesApi, run: KfpRun) -> None:
-    api.delete("configmaps", _name(run))
+    api.delete("configmaps", _NAME.format(run.id))
 
 
 def clean_up(api: KubernetesApi, *, run: str | None = None, dry_run: bool = False) -> Iterator[Action]:
@@ -102,7 +104,7 @@ def clean_up(api: KubernetesApi, *, run: str | None = None, dry_run: bool = Fals
     listed = api.find("configmaps", labels=f"{MANAGED_BY}=ncsn,{KFP_RUN_LABEL}")
     notes = [NotedRun(id=each["metadata"]["labels"][KFP_RUN_LABEL], **each["data"]) for each in listed]
     workflows = {each.id: api.get("workflows", each.workflow) for each in notes}
-    resumed = {_place(each) for each in notes if not is_ending(workflows[each.id])}
+    resumed = {each.folder for each in notes if not is_ending(workflows[each.id])}
     mine = [each for each in notes if run in (None, each.run)]
     for rayjob in api.find("rayjobs", labels=selector(run=run)):
         state, workflow, metadata = JobState(rayjob), workflow_of(rayjob), rayjob["metadata"]
@@ -111,27 +113,19 @@ def clean_up(api: KubernetesApi, *, run: str | None = None, dry_run: bool = Fals
             continue
         name, labels = metadata["name"], metadata["labels"]
         what = f"{name}: run {labels[RUN_LABEL]}, step {labels.get(STEP_LABEL)}, {state}"
-        yield do("delete", what, lambda name=name: api.delete("rayjobs", name))  # type: ignore[misc]
+        yield do("delete", what, partial(api.delete, "rayjobs", name))
         if labels[RUN_LABEL] not in {each.run for each in mine}:
-            what = f"run {labels[RUN_LABEL]}: KILLED"
-            yield do("close", what, lambda rayjob=rayjob: _close_run_of(rayjob))  # type: ignore[misc]
+            yield do("close", f"run {labels[RUN_LABEL]}: KILLED", partial(_close_run_of, rayjob))
     for each in mine:
-        workflow_object = workflows[each.id]
-        if not is_ending(workflow_object):
+        ended_workflow = workflows[each.id]
+        if not is_ending(ended_workflow):
             continue
-        if _place(each) in resumed:  # the records belong to the pipeline run that continues it
+        if each.folder in resumed:  # the records belong to the pipeline run that continues it
             what = f"run {each.run} of {each.id}: another pipeline run continues it"
-            yield do("ignore", what, lambda each=each: _forget(api, each))  # type: ignore[misc]
+            yield do("ignore", what, partial(_forget, api, each))
         else:
-            state_word = _state_of(workflow_object)
-            what = f"run {each.run}: pipeline run {each.id}: {state_word}"
-            close = lambda each=each, workflow=workflow_object: _close(api, each, workflow)  # noqa: E731
-            yield do("close", what, close)
-
-
-def _place(noted: NotedRun) -> RunFolder:
-    """Equal for pipeline runs that work on the same run."""
-    return run_folder(from_json(noted.config), noted.run)
+            what = f"run {each.run}: pipeline run {each.id}: {_state_of(ended_workflow)}"
+            yield do("close", what, partial(_close, api, each, ended_workflow))
 
 
 def _state_of(workflow: Resource | None) -> str:
@@ -167,10 +161,8 @@ def _close_run_of(rayjob: Resource) -> None:
     root = next(word.removeprefix(_STORE_SETTING) for word in words if word.startswith(_STORE_SETTING))
     folder = RunFolder(root, run)
     with limited(_STORE_SECONDS):
-        config = from_yaml(
-            storage.read_text(folder.config), overrides=[f"{_STORE_SETTING}{root}"], origin=folder.config
-        )
-    _finish(config, run, "CANCELED")
+        text = storage.read_text(folder.config)
+    _finish(from_yaml(text, overrides=[f"{_STORE_SETTING}{root}"], origin=folder.config), run, "CANCELED")
 
 
 def _finish(

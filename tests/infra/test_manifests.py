@@ -124,13 +124,14 @@ def test_pods_are_limited_unprivileged_and_hold_no_secret(path: Path) -> None:
 
 def test_the_janitor_is_small_unprivileged_and_never_twice_at_work() -> None:
     cron = load(INFRA / "base" / "janitor" / "cron-job.yaml")["spec"]
-    assert cron["concurrencyPolicy"] == "Forbid"
+    assert (cron["concurrencyPolicy"], cron["jobTemplate"]["spec"]["backoffLimit"]) == ("Forbid", 0)
     assert max(cron["successfulJobsHistoryLimit"], cron["failedJobsHistoryLimit"]) <= 3
     pod = cron["jobTemplate"]["spec"]["template"]["spec"]
     assert pod["serviceAccountName"] == load(INFRA / "base" / "janitor" / "service-account.yaml")["metadata"]["name"]
     assert pod["securityContext"]["runAsNonRoot"] is True
     assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
     (container,) = pod["containers"]
+    assert container["command"] == ["ncsn", "cleanup"] and "args" not in container
     assert container["resources"]["requests"].keys() == container["resources"]["limits"].keys() == {"cpu", "memory"}
     assert container["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
 

@@ -124,17 +124,3 @@ def eventually() -> Callable[..., None]:
             time.sleep(0.02)
 
     return wait
-
-
-@pytest.fixture
-def alive() -> Callable[[int], bool]:
-    """Whether a process exists and is no zombie."""
-
-    def check(pid: int) -> bool:
-        try:
-            os.kill(pid, 0)
-            return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
-        except (ProcessLookupError, FileNotFoundError):
-            return False
-
-    return check

@@ -90,10 +90,3 @@ def test_the_image_must_be_named(emulation: Any, tmp_path: Path, monkeypatch: py
     assert examine(tmp_path)["pod image"] == ("ok", "registry.example/ncsn-python:0.1.0")
     monkeypatch.delenv("NCSN_IMAGE", raising=False)
     assert examine(tmp_path)["pod image"][0] == "failed"
-
-
-def test_no_cluster_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "nowhere"))
-    state, detail = examine(tmp_path)["kubernetes"]
-    assert state == "failed"
-    assert detail.startswith("KUBECONFIG = ")

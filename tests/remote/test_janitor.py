@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from click.testing import CliRunner
 from cluster_state import pairs, rules_of
 from mlflow.tracking import MlflowClient
@@ -262,10 +261,3 @@ def test_an_mlflow_that_is_away_keeps_the_note_and_nothing_else(
     assert done.exit_code == 1 and "run mine" in done.stdout and "run mine" in done.stderr
     assert [each["metadata"]["name"] for each in notes(emulation)] == ["ncsn-run-0000"]
     emulation.cluster.delete("configmaps", "ncsn-run-0000")
-
-
-def test_the_cron_job_calls_a_command_that_exists() -> None:
-    cron = yaml.safe_load((INFRA / "janitor" / "cron-job.yaml").read_text())["spec"]
-    (container,) = cron["jobTemplate"]["spec"]["template"]["spec"]["containers"]
-    assert container["command"][0] == "ncsn" and container["command"][1] in app.commands and "args" not in container
-    assert (cron["concurrencyPolicy"], cron["jobTemplate"]["spec"]["backoffLimit"]) == ("Forbid", 0)

@@ -234,20 +234,6 @@ def test_a_kfp_task_hands_over_its_image_its_workflow_and_its_run(emulation, mon
         assert schema_errors(job, schema) == []
 
 
-def test_without_an_image_it_says_what_to_set(emulation, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("NCSN_IMAGE")
-    with refused("compute.kuberay.image"):
-        emulation.execute(HELLO)
-
-
-def test_a_cluster_without_kuberay_is_told_apart(emulation) -> None:
-    emulation.cluster.installed = False
-    with refused(KubernetesApi().server) as caught:
-        emulation.execute(HELLO)
-    assert "helm install" in caught.value.problems[0].hint
-    emulation.cluster.installed = True
-
-
 def test_a_queue_is_waited_for(emulation, eventually, said) -> None:
     def admit() -> None:
         eventually(lambda: any("Suspended" in line and "research" in line for line in said), "it says why it waits")

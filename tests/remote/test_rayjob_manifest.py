@@ -84,27 +84,6 @@ def test_the_api_server_accepts_it(name: str, version: str) -> None:
     assert "maxReplica" in schema_errors(wrong, SCHEMAS[version])[0]
 
 
-BREAKS = {
-    "name": (("metadata", "name"), "Upper", "DNS-1035"),
-    "both deletions": (("spec", "shutdownAfterJobFinishes"), True, "deletionStrategy excludes"),
-    "unbounded": (("spec", "rayClusterSpec", "workerGroupSpecs", 0, "maxReplicas"), 2147483647, "is unbounded"),
-    "head": (("spec", "rayClusterSpec", "headGroupSpec", "rayStartParams", "num-cpus"), "2", "the head computes"),
-    "token": (("spec", "submitterPodTemplate", "spec", "automountServiceAccountToken"), True, "token is mounted"),
-    "queue": (("metadata", "labels", "kueue.x-k8s.io/queue-name"), "q", "Kueue needs shutdown"),
-}
-
-
-@pytest.mark.parametrize("case", BREAKS)
-def test_the_rules_refuse_what_is_wrong(case: str) -> None:
-    (*path, last), value, message = BREAKS[case]
-    wrong = copy.deepcopy(VARIANTS["plain"])
-    node: Any = wrong
-    for key in path:
-        node = node[key]
-    node[last] = value
-    assert any(message in error for error in operator_errors(wrong) + house_errors(wrong))
-
-
 @pytest.mark.parametrize(
     "run", ["a", "digits-0a1b2c3d", "x" * 63, "2024.with_every-sign", "9" * 20, "tail-" + "-" * 30 + "x"]
 )
@@ -187,10 +166,7 @@ TASK: dict[str, Any] = {
         {"name": "FROM_THE_TASK", "value": "1"},
         {"name": "A_KEY", "valueFrom": {"secretKeyRef": {"name": "ncsn-credentials", "key": "A_KEY"}}},
         {"name": "MLFLOW_RUN_ID", "value": "of the task"},
-        {
-            "name": "RAY_AUTH_TOKEN",
-            "valueFrom": {"secretKeyRef": {"name": "ncsn-credentials", "key": "RAY_AUTH_TOKEN"}},
-        },
+        {"name": "RAY_AUTH_TOKEN", "value": "of another cluster"},
     ],
     "volumes": [{"name": "images", "persistentVolumeClaim": {"claimName": "images"}}],
     "volume_mounts": [{"name": "images", "mountPath": "/mnt/images"}],
@@ -248,17 +224,8 @@ def test_a_wheel_carries_the_template(tmp_path: Path) -> None:
         if name.startswith(("ncsn/", "components/", "pipelines/", "infra/", "pyproject", "README", "LICENSE")):
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / name, source / name, follow_symlinks=False)
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--no-deps",
-        "--no-build-isolation",
-        "--wheel-dir",
-        tmp_path,
-        source,
-    ]
+    options = ("--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path)
+    command = [sys.executable, "-m", "pip", "wheel", *options, source]
     subprocess.run(command, check=True, capture_output=True, timeout=240)
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:

@@ -16,7 +16,6 @@ from refused import refused
 
 from ncsn import storage
 from ncsn.config import Config, from_yaml, to_yaml
-from ncsn.remote.backend import RemoteFailure
 from ncsn.remote.kuberay import KubeRay
 from ncsn.steps import ingest, train
 
@@ -65,17 +64,6 @@ def test_training_runs_as_a_rayjob(emulation, on_s3: Config, eventually) -> None
 
     assert train.run(on_s3, run="mine", dataset=dataset) == result
     assert len(emulation.operator.started) == 1, "a result that is there needs no cluster"
-
-
-def test_a_pod_that_cannot_reach_the_store_is_a_failure(emulation, on_s3: Config) -> None:
-    dataset = ingest.run(on_s3, run="mine").uri
-    emulation.operator.ray = False
-    emulation.operator.references["ncsn-environment"] |= {
-        "AWS_ENDPOINT_URL": "http://127.0.0.1:9",
-        "NCSN_STORE_PATIENCE": "0",
-    }
-    with pytest.raises(RemoteFailure, match=r"ncsn-mine-train-\w+ .*AppFailed.*log\.txt"):
-        train.run(on_s3, run="mine", dataset=dataset)
 
 
 def test_a_mistake_that_the_pod_finds_is_told_as_one(emulation, on_s3: Config) -> None:
