@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-
-import numpy as np
 
 from ncsn import storage
 from ncsn.model.averages import WIDTHS, built_averages
@@ -14,7 +11,6 @@ from ncsn.model.index import INDEX, SAMPLING_FILES, write_index
 
 # Folders of a run with checkpoints; of the same weights the first is taken.
 _PLACES = ("checkpoints", "selected")
-_POINTS = 5  # of a parabola, about the best one
 
 
 @dataclass(frozen=True)
@@ -63,12 +59,3 @@ def keep_copy(uri: str, folder: str) -> str:
         write_index(copy, SAMPLING_FILES)
         storage.publish_folder(copy, target, marker=INDEX, replace=True)
     return target
-
-
-def parabola_minimum(places: Sequence[float], values: Sequence[float]) -> float | None:
-    """Where the parabola through the five points about the least value has its minimum; None if it has none."""
-    order = np.argsort(places)
-    x, y = np.asarray(places, np.float64)[order], np.asarray(values, np.float64)[order]
-    first = int(np.clip(np.argmin(y) - _POINTS // 2, 0, max(0, len(x) - _POINTS)))
-    square, slope, _ = np.polyfit(x[first : first + _POINTS], y[first : first + _POINTS], 2)
-    return float(-slope / (2 * square)) if square > 0 else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ncsn.runs.records import Cost, total
+from ncsn.runs.records import Cost
 
 MINUTE, HOUR, DAY = 60, 3600, 86400
 
@@ -29,7 +29,7 @@ def duration(seconds: float) -> str:
 
 def cost_line(spent: Mapping[str, Cost]) -> str:
     """What the steps of a run reserved, together; empty if none has recorded its time."""
-    return _cost(total(spent.values())) if spent else ""
+    return _cost(Cost(*map(sum, zip(*spent.values(), strict=True)))) if spent else ""
 
 
 def cost_facts(spent: Mapping[str, Cost], *, num_images: int) -> Iterator[Fact]:
@@ -39,7 +39,7 @@ def cost_facts(spent: Mapping[str, Cost], *, num_images: int) -> Iterator[Fact]:
     # The times of the steps above are those of their last attempt, without its startup.
     yield Fact("Reserved, with startup and earlier attempts", cost_line(spent))
     if "sample" in spent and num_images:
-        yield Fact("Per 1,000 images", _cost(spent["sample"].times(1000 / num_images)))
+        yield Fact("Per 1,000 images", _cost(Cost(*(1000 / num_images * amount for amount in spent["sample"]))))
 
 
 def _cost(cost: Cost) -> str:

@@ -8,10 +8,10 @@ it works, else its launcher.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from ncsn import storage
 from ncsn.config import Config
@@ -178,16 +178,12 @@ def default_checkpoint(folder: RunFolder, config: Config, *, last: str) -> str:
     return uri if current and storage.exists(uri) else last
 
 
-@dataclass(frozen=True)
-class Cost:
+class Cost(NamedTuple):
     """Some seconds on reserved cores and GPUs."""
 
     seconds: float
     cpu_hours: float
     gpu_hours: float
-
-    def times(self, factor: float) -> Cost:
-        return Cost(factor * self.seconds, factor * self.cpu_hours, factor * self.gpu_hours)
 
 
 def cost_of(config: Config, step: str, seconds: float) -> Cost:
@@ -197,11 +193,6 @@ def cost_of(config: Config, step: str, seconds: float) -> Cost:
     gpus = workers if compute.use_gpu and step in STEPS_BY_WORKERS else 0
     hours = seconds / 3600
     return Cost(seconds, workers * compute.cpus_per_worker * hours, gpus * hours)
-
-
-def total(costs: Iterable[Cost]) -> Cost:
-    costs = list(costs)
-    return Cost(*(sum(getattr(cost, name) for cost in costs) for name in ("seconds", "cpu_hours", "gpu_hours")))
 
 
 def spent(config: Config, *, run: str) -> dict[str, Cost]:

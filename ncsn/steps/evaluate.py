@@ -65,7 +65,7 @@ def run(config: Config, *, run: str, samples: str, dataset: str, lease: str | No
 
     When the launcher's heartbeat at the URI `lease` stops, evaluation ends.
     """
-    step = Step.claim("evaluate", config, run, EvaluateResult)
+    step = Step("evaluate", config, run, EvaluateResult)
     samples, dataset = storage.absolute(samples), storage.absolute(dataset)
     manifest = load_manifest(dataset)
     if not storage.exists(samples):

@@ -28,7 +28,7 @@ class IngestResult:
 
 def run(config: Config, *, run: str) -> IngestResult:
     """Bring the source's images to one shape and publish them under the digest of their content."""
-    step = Step.claim("ingest", config, run, IngestResult)
+    step = Step("ingest", config, run, IngestResult)
     fingerprint = source_fingerprint(config.data)
     inputs = {"data": config.data.model_dump(mode="json"), "files": fingerprint}
     if result := step.found(inputs, needs=lambda result: [storage.join(result.uri, MANIFEST)]):

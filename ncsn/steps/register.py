@@ -47,7 +47,7 @@ class RegisterResult:
 
 def run(config: Config, *, run: str, checkpoint: str, evaluation: str) -> RegisterResult:
     """Register the checkpoint at the URI `checkpoint` once, judged by the `evaluation` of its samples."""
-    step = Step.claim("register", config, run, RegisterResult)
+    step = Step("register", config, run, RegisterResult)
     checkpoint = sampled_checkpoint(checkpoint, config)
     loaded = checkpoints.load_for_sampling(checkpoint)
     config = checkpoints.require_same_training(loaded.config, config, origin=checkpoint)

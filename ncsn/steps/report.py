@@ -53,7 +53,7 @@ class Sources:
 
 def run(config: Config, *, run: str, evaluation: str) -> ReportResult:
     """Write `<run>/report/report.html` from the results of the run's other steps; some of them may be missing."""
-    step = Step.claim("report", config, run, ReportResult)
+    step = Step("report", config, run, ReportResult)
     measured = storage.read_json(storage.absolute(evaluation))
     samples = storage.read_json(storage.join(measured["samples"], "manifest.json"))
     loaded = checkpoints.load_for_sampling(samples["checkpoint"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
@@ -60,7 +59,7 @@ def run(
     With the URI of a dataset as `score`, the Fréchet distance so far to its training images is published meanwhile.
     When the launcher's heartbeat at the URI `lease` stops, sampling ends and keeps the finished shards.
     """
-    step = Step.claim("sample", config, run, SampleResult)
+    step = Step("sample", config, run, SampleResult)
     checkpoint = sampled_checkpoint(checkpoint, config)
     trained = checkpoints.load_for_sampling(checkpoint)
     config = checkpoints.require_same_training(trained.config, config, origin=checkpoint)
@@ -96,8 +95,21 @@ def run(
         )
         storage.write_bytes(result.grid, samples_grid(uri, config))
         storage.write_bytes(result.strip, strip_png(storage.read_array(storage.join(uri, LEVELS))))
-        _publish_manifest(result, facts, trained)
-        _log(work.tracked, result, trained)
+        manifest = {
+            "checkpoint": checkpoint,
+            "checkpoint_digest": trained.digest,
+            "num_images": result.num_images,
+            "nfe": result.nfe,
+            **facts,
+            **({} if trained.classes is None else {"classes": trained.classes.names}),
+        }
+        storage.write_json(storage.join(uri, "manifest.json"), manifest, indent=1)
+        origin = {"checkpoint.uri": checkpoint, "checkpoint.digest": trained.digest}
+        work.tracked.set_tags({**origin, "dataset.digest": trained.dataset_digest, "samples.uri": uri})
+        rate = {} if result.images_per_second is None else {"sample/images_per_second": result.images_per_second}
+        work.tracked.log_metrics({"sample/nfe": result.nfe, **rate})
+        for picture in (result.grid, result.strip):
+            work.tracked.log_file(picture)
         if scores is not None:
             scores.log(work.tracked)
     return step.done(result)
@@ -138,25 +150,3 @@ def samples_grid(uri: str, config: Config) -> bytes:
     rows = rows_by_class(read_labels(uri, num_images=min(total, MOST_LABELS)))
     images = np.concatenate(list(read_samples(uri, num_images=1 + int(rows.max()), batch_size=1 + int(rows.max()))))
     return grid_png(images[rows.flatten()], columns=rows.shape[1])
-
-
-def _publish_manifest(result: SampleResult, facts: dict[str, Any], trained: checkpoints.SamplingCheckpoint) -> None:
-    manifest = {
-        "checkpoint": result.checkpoint,
-        "checkpoint_digest": trained.digest,
-        "num_images": result.num_images,
-        "nfe": result.nfe,
-        **facts,
-        **({} if trained.classes is None else {"classes": trained.classes.names}),
-    }
-    storage.write_json(storage.join(result.uri, "manifest.json"), manifest, indent=1)
-
-
-def _log(tracked: StepRun, result: SampleResult, trained: checkpoints.SamplingCheckpoint) -> None:
-    origin = {"checkpoint.uri": result.checkpoint, "checkpoint.digest": trained.digest}
-    tracked.set_tags({**origin, "dataset.digest": trained.dataset_digest, "samples.uri": result.uri})
-    tracked.log_metrics({"sample/nfe": result.nfe})
-    if result.images_per_second is not None:
-        tracked.log_metrics({"sample/images_per_second": result.images_per_second})
-    for picture in (result.grid, result.strip):
-        tracked.log_file(picture)

@@ -16,7 +16,6 @@ from typing import Any
 
 from ncsn import storage
 from ncsn.config import Config
-from ncsn.config.training import WIDEST
 from ncsn.data.format import Manifest, load_manifest
 from ncsn.distributed.cluster import cluster_for, ray_tags
 from ncsn.distributed.sampling import Candidate, sample_features
@@ -27,15 +26,13 @@ from ncsn.evaluation.features import SEED
 from ncsn.evaluation.measure import metric_name
 from ncsn.evaluation.reference import Evaluator, open_evaluator
 from ncsn.evaluation.scores import kernel_distance
-from ncsn.model.candidates import Weights, find_weights, keep_copy, parabola_minimum
+from ncsn.model.candidates import Weights, find_weights, keep_copy
 from ncsn.report.plots import selection_figure
 from ncsn.report.scores import few_samples
 from ncsn.report.style import to_png
 from ncsn.runs.folder import RunFolder
 from ncsn.steps.step import Step
 from ncsn.tracking.registry import settle_guide
-
-LEAST_OF_A_PARABOLA = 5  # points
 
 KEPT = 3  # of the best candidates, in the run's folder selected/
 
@@ -61,7 +58,7 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> 
 
     When the launcher's heartbeat at the URI `lease` stops, the step ends; the scores that are known stay.
     """
-    step = Step.claim("select", config, run, SelectResult)
+    step = Step("select", config, run, SelectResult)
     manifest = load_manifest(dataset)
     config = settle_guide(step.settle_noise(config, manifest), near=step.folder.uri)
     found = find_weights(step.folder.uri)
@@ -142,6 +139,9 @@ def conclude(
         raise UserError("sampling.sampler", wrong, hint="lower its step size")
     metric = metric_name(settings.figure, extractor=extractor, num_images=settings.num_images)
     kept = [keep_copy(row["uri"], folder.selected) for row in ranked[:KEPT]]
+    optimistic = (
+        f"{metric} chose among {len(rows)} candidates, so the winning score is optimistic; the metrics use new samples"
+    )
     result = SelectResult(
         uri=storage.join(folder.selection, "candidates.json"),
         plot=storage.join(folder.selection, "candidates.png"),
@@ -152,29 +152,8 @@ def conclude(
         relative_width=ranked[0]["relative_width"],
         candidates=rows,
         kept=kept,
-        notes=_notes(rows, metric),
+        notes=[optimistic, *filter(None, [few_samples(metric)])],
     )
     storage.write_json(result.uri, asdict(result), indent=1)
     storage.write_bytes(result.plot, to_png(selection_figure(rows, metric=metric)))
     return result
-
-
-def _notes(rows: Sequence[dict[str, Any]], metric: str) -> list[str]:
-    notes = [
-        f"{metric} chose among {len(rows)} candidates, so the winning score is optimistic; the metrics use new samples"
-    ]
-    if few := few_samples(metric):
-        notes.append(few)
-    last = max(row["images_seen"] for row in rows)
-    widths = [
-        (row["relative_width"], row["value"])
-        for row in rows
-        if row["relative_width"] is not None and row["images_seen"] == last and row["value"] is not None
-    ]
-    if len(widths) >= LEAST_OF_A_PARABOLA:
-        least = parabola_minimum(*zip(*widths, strict=True))
-        if least is not None and 0 < least <= WIDEST:
-            notes.append(
-                f"a parabola through {LEAST_OF_A_PARABOLA} widths has its least at a relative width of {least:.3g}"
-            )
-    return notes

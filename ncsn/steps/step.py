@@ -20,7 +20,7 @@ from ncsn.data.format import Manifest, load_manifest
 from ncsn.process import utc_now
 from ncsn.remote import open_backend
 from ncsn.remote.backend import RemoteFailure, RemoteLost, RemoteStep, say
-from ncsn.runs.folder import RunFolder, claim_run, require_owner
+from ncsn.runs.folder import claim_run, require_owner
 from ncsn.runs.progress import PublishedProgress
 from ncsn.runs.records import clear_outcome, read_mistake, read_result, read_step, update_step
 from ncsn.runs.steps import STEPS_ELSEWHERE
@@ -42,17 +42,15 @@ class Work:
 
 
 class Step(Generic[R]):
-    """One step of a run. `result` is a frozen dataclass of plain values."""
+    """One step of a run, whose name belongs to its config from now on; `ForeignRun` if it is another's.
 
-    def __init__(self, name: str, folder: RunFolder, result: type[R]) -> None:
-        self.name, self.folder = name, folder
+    `result` is a frozen dataclass of plain values.
+    """
+
+    def __init__(self, name: str, config: Config, run: str, result: type[R]) -> None:
+        self.name, self.folder = name, claim_run(config, run)
         self._type = result
         self._inputs: dict[str, Any] = {}
-
-    @classmethod
-    def claim(cls, name: str, config: Config, run: str, result: type[R]) -> Step[R]:
-        """The step of a run, whose name belongs to this config from now on; `ForeignRun` if it is another's."""
-        return cls(name, claim_run(config, run), result)
 
     def settle_noise(self, config: Config, manifest: Manifest) -> Config:
         """The config with the levels that `noise: auto` stands for, which the run keeps from now on."""

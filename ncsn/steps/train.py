@@ -36,7 +36,7 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> 
 
     `lease` is the URI of the launcher's heartbeat; when it stops, training saves a checkpoint and ends.
     """
-    step = Step.claim("train", config, run, TrainResult)
+    step = Step("train", config, run, TrainResult)
     manifest = load_manifest(dataset)
     config = step.settle_noise(config, manifest)
     _require_trainable(config, manifest, dataset)

@@ -58,7 +58,7 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> 
     a trial is scored, the search ends; its results so far are kept.
     """
     require_search(config)
-    step = Step.claim("tune", config, run, TuneResult)
+    step = Step("tune", config, run, TuneResult)
     best_run = run_folder(config, f"{run}-best").run  # a run name belongs to one config, and the best one is another
     manifest = load_manifest(dataset)
     config = step.settle_noise(config, manifest)

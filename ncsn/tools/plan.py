@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
 from typing import Any
 
 from ncsn.config import Config
@@ -71,7 +70,7 @@ def plan(config: Config, run: str, *, tflops: float | None, price_per_hour: floa
     }
     together = compute.microbatch or math.ceil(train.batch_size / compute.max_workers)
     maps = kept_bytes(network, config) * together / (1 if train.precision == "float32" else 2)
-    steps = {step: asdict(cost_of(config, step, seconds)) for step, seconds in taken.items()}
+    steps = {step: cost_of(config, step, seconds)._asdict() for step, seconds in taken.items()}
     if price_per_hour is not None:
         steps = {step: {**cost, "money": price_per_hour * taken[step] / 3600} for step, cost in steps.items()}
     return {

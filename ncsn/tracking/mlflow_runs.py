@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -156,7 +156,7 @@ def step_run(config: Config, *, run: str, step: str) -> Iterator[StepRun]:
             ) from error
         raise
     cost = cost_of(config, step, time.monotonic() - started)
-    costs = {f"cost/{name}": value for name, value in asdict(cost).items()}, {f"cost/{step}_seconds": cost.seconds}
+    costs = {f"cost/{name}": value for name, value in cost._asdict().items()}, {f"cost/{step}_seconds": cost.seconds}
     _end(tracked, config, step, "FINISHED", costs, patience=OUTAGE_SECONDS)
 
 

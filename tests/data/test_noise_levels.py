@@ -62,7 +62,7 @@ def test_auto_is_the_largest_distance_and_the_overlap(dataset: str, tmp_path: Pa
 def test_the_run_gets_the_levels_that_were_chosen(dataset: str, tmp_path: Path) -> None:
     manifest, config = load_manifest(dataset), auto(tmp_path)
     folder = claim_run(config, "mine")
-    step = Step("train", folder, TrainResult)
+    step = Step("train", config, "mine", TrainResult)
     settled = step.settle_noise(config, manifest)
     assert from_yaml(storage.read_text(folder.config)) == settled
     assert claim_run(config, "mine") == claim_run(settled, "mine") == folder

@@ -22,7 +22,7 @@ from ncsn.evaluation.extractors.base import Identity
 from ncsn.evaluation.frechet import FrechetStatistics
 from ncsn.evaluation.reference import Evaluator, Reference
 from ncsn.model.averages import build_average
-from ncsn.model.candidates import Weights, find_weights, parabola_minimum
+from ncsn.model.candidates import Weights, find_weights
 from ncsn.model.checkpoint import load_for_sampling
 from ncsn.runs.folder import RunFolder, run_folder
 from ncsn.steps import select
@@ -159,9 +159,3 @@ def test_nothing_to_choose_from_is_refused(config: Config, dataset: str, tmp_pat
     fakes = Fakes([0.0])
     with refused("sampling.sampler"):
         select.conclude(config, fakes.weights, {"0" * 16: None}, folder=RunFolder(str(tmp_path), "x"), extractor="c")
-
-
-def test_the_minimum_of_a_parabola() -> None:
-    widths = np.array([0.2, 0.05, 0.1, 0.075, 0.15, 0.03])
-    assert parabola_minimum(widths.tolist(), ((widths - 0.11) ** 2 + 3).tolist()) == pytest.approx(0.11)
-    assert parabola_minimum([0.0, 1.0, 2.0, 3.0, 4.0], [0.0, 1.0, 1.5, 1.2, 0.0]) is None

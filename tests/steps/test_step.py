@@ -39,7 +39,7 @@ def config_at(root: Path, *overrides: str) -> Config:
 
 
 def make(config: Config, run: str, *, inputs: dict[str, object], number: int = 1) -> Made:
-    step = Step.claim("train", config, run, Made)
+    step = Step("train", config, run, Made)
     if result := step.found(inputs, needs=lambda result: [result.uri]):
         return result
     target = storage.join(step.folder.uri, "made.txt")
@@ -100,7 +100,7 @@ def test_a_lost_step_counts_only_with_a_result_of_the_same_inputs(
 ) -> None:
     config = config_at(tmp_path, "compute.backend=ray-jobs")
     make(config, "lost", inputs={"a": 1})
-    step = Step.claim("train", config, "lost", Made)
+    step = Step("train", config, "lost", Made)
     assert step.found({"a": 2}, needs=lambda result: [result.uri]) is None
     monkeypatch.setattr("ncsn.steps.step.open_backend", lambda _compute: LosingBackend(lambda: None))
     with pytest.raises(RemoteLost):
@@ -178,7 +178,7 @@ def test_a_stopped_attempt_with_other_inputs_keeps_the_result(tmp_path: Path) ->
     made = make(config, "kept", inputs={"a": 1})
 
     def start() -> None:
-        with Step.claim("train", config, "kept", Made).work(config):
+        with Step("train", config, "kept", Made).work(config):
             assert read_step(run_folder(config, "kept"), "train").state == "RUNNING"
 
     assert recorded_attempt(config, "kept", start).state == "KILLED"
