@@ -18,7 +18,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from torch_fidelity.utils import get_featuresdict_from_dataset
 
 from benchmarks.measure import Row, in_turns, own_process, ratio
-from ncsn.config.evaluation import PUBLISHED_SHA256
+from ncsn.config.schema import PUBLISHED_SHA256
 from ncsn.evaluation.extractors.base import extract_all
 from ncsn.evaluation.extractors.inception import InceptionExtractor
 from ncsn.evaluation.frechet import FrechetStatistics, frechet_distance

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ncsn.config import Config
-from ncsn.config.evaluation import VERSUS, EvaluationConfig
+from ncsn.config.schema import VERSUS, EvaluationConfig
 from ncsn.data.format import Manifest
 from ncsn.errors import UserError
 from ncsn.model.classes import BALANCED

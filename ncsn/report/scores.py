@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-from ncsn.config.evaluation import VERSUS
+from ncsn.config.schema import VERSUS
 
 REAL = "eval/real_"
 GENERATED = "eval/"

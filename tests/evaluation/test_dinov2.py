@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from ncsn.config import Config, from_yaml
-from ncsn.config.evaluation import PUBLISHED_SHA256
+from ncsn.config.schema import PUBLISHED_SHA256
 from ncsn.data.dataset import write_dataset
 from ncsn.data.format import to_table
 from ncsn.data.parquet import read_split

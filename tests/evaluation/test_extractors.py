@@ -24,7 +24,7 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 
 from ncsn import storage
 from ncsn.config import Config
-from ncsn.config.evaluation import PUBLISHED_SHA256
+from ncsn.config.schema import PUBLISHED_SHA256
 from ncsn.data.dataset import write_dataset
 from ncsn.data.format import to_table
 from ncsn.data.parquet import read_split

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ncsn.config.evaluation import PUBLISHED_SHA256
+from ncsn.config.schema import PUBLISHED_SHA256
 from ncsn.evaluation.extractors.base import Extracted, Identity, Images, fingerprint_of, full_float32
 from ncsn.evaluation.extractors.weights import obtain_weights
 

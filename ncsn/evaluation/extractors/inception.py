@@ -6,7 +6,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ncsn.config.evaluation import PUBLISHED_SHA256
+from ncsn.config.schema import PUBLISHED_SHA256
 from ncsn.errors import UserError
 from ncsn.evaluation.extractors.base import Extracted, Identity, Images, fingerprint_of, full_float32
 from ncsn.evaluation.extractors.weights import obtain_weights
