@@ -142,6 +142,7 @@ def _write(
     progress: Progress,
 ) -> Dataset:
     shape, total = image_shape(data), sum(map(len, source.splits.values()))
+    most, near = part_images(shape), folder if storage.is_local(folder) else staging
     progress.start(total, "images")
     bad, sample = BadImages(skip=True), ImageSample(sample_size(math.prod(shape)))
     histogram = np.zeros((data.channels, _GRAYS), np.int64)
@@ -149,13 +150,21 @@ def _write(
     for split, images in source.splits.items():
         digest, labeled = SplitDigest(), np.zeros(len(source.class_names), np.int64)
         parts[split] = list[Part]()
-        tasks = _tasks(images, folder, staging, split, data)
+        tasks = {
+            (path := f"{split}/part-{number:05d}.parquet"): PartTask(
+                images.section(first, first + most), storage.join(staging, path), near, data
+            )
+            for number, first in enumerate(range(0, len(images), most))
+        }
         for rows in _rows_of(tasks, staging, split, parts[split], bad, write_parts):
             digest.update(rows)
             labeled += np.bincount(rows.labels[rows.labels >= 0], minlength=len(labeled))
             if split == "train":
                 sample.update(rows.images)
-                _count_grays(histogram, rows.images)
+                for channel, grays in enumerate(histogram):
+                    plane = np.ascontiguousarray(rows.images[..., channel]).reshape(1, -1)
+                    # Pillow counts bytes; np.bincount makes an int64 of each first, which takes six times as long.
+                    grays += np.array(Image.fromarray(plane).histogram(), np.int64)
             progress.advance(len(rows))
         if digest.count < LEAST_IMAGES:
             skipped = f" ({len(bad.skipped)} could not be used)" if bad.skipped else ""
@@ -171,6 +180,9 @@ def _write(
     uri = storage.join(folder, dataset := storage.digest(identity, DIGEST_LENGTH))
     if storage.exists(storage.join(uri, MANIFEST)):
         return Dataset(uri, load_manifest(uri), created=False)
+    values = np.arange(_GRAYS, dtype=np.float64) / (_GRAYS - 1)
+    pixels, found = histogram.sum(axis=1), np.flatnonzero(histogram.sum(axis=0))
+    mean = histogram @ values / pixels
     manifest = Manifest(
         name=name,
         digest=dataset,
@@ -179,7 +191,10 @@ def _write(
         counts=counts,
         class_names=list(source.class_names),
         class_counts=class_counts,
-        **_pixel_facts(histogram),
+        mean=mean.tolist(),
+        std=np.sqrt(np.maximum(histogram @ values**2 / pixels - mean**2, 0.0)).tolist(),
+        minimum=int(found[0]),
+        maximum=int(found[-1]),
         skipped=list(bad.skipped),
         parts=parts,
         content=content,
@@ -193,17 +208,6 @@ def _write(
     storage.write_text(storage.join(staging, MANIFEST), manifest.to_json())
     created = storage.publish_folder(staging, uri, marker=MANIFEST)
     return Dataset(uri, manifest if created else load_manifest(uri), created)
-
-
-def _tasks(images: Split, folder: str, staging: str, split: str, data: DataConfig) -> dict[str, PartTask]:
-    """Path below `staging` -> what writes it, in their order."""
-    most, near = part_images(image_shape(data)), folder if storage.is_local(folder) else staging
-    return {
-        (path := f"{split}/part-{number:05d}.parquet"): PartTask(
-            images.section(first, first + most), storage.join(staging, path), near, data
-        )
-        for number, first in enumerate(range(0, len(images), most))
-    }
 
 
 def _rows_of(
@@ -233,20 +237,3 @@ def _rows_of(
             parts.append(Part(path, rows))
         else:
             storage.delete_file(task.uri)
-
-
-def _count_grays(histogram: np.ndarray, images: np.ndarray) -> None:
-    """Add the pixels of uint8 images [N, H, W, C] to the counts [C, 256] of each value."""
-    for channel, counts in enumerate(histogram):
-        plane = np.ascontiguousarray(images[..., channel]).reshape(1, -1)
-        # Pillow counts bytes as they are; np.bincount makes an int64 of each first, which takes six times as long.
-        counts += np.array(Image.fromarray(plane).histogram(), np.int64)
-
-
-def _pixel_facts(histogram: np.ndarray) -> dict[str, Any]:
-    """Fields of a manifest; `std` is the standard deviation of the population."""
-    values = np.arange(_GRAYS, dtype=np.float64) / (_GRAYS - 1)
-    pixels, found = histogram.sum(axis=1), np.flatnonzero(histogram.sum(axis=0))
-    mean = histogram @ values / pixels
-    std = np.sqrt(np.maximum(histogram @ values**2 / pixels - mean**2, 0.0))
-    return {"mean": mean.tolist(), "std": std.tolist(), "minimum": int(found[0]), "maximum": int(found[-1])}

@@ -8,7 +8,6 @@ import struct
 import warnings
 import zlib
 from dataclasses import dataclass
-from functools import cache
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -120,7 +119,12 @@ class Fit:
             # The upper byte, which is what Pillow keeps of 16-bit color.
             return Picture(Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)), conversions)
         if image.mode == "F":
-            return Picture(_from_floats(np.asarray(image)), (*conversions, "float"))
+            values = np.asarray(image)
+            low, high = float(values.min()), float(values.max())
+            if not (low >= 0 and high <= 1):  # or NaN
+                raise BadImageError(f"has floating-point pixels from {low:g} to {high:g}; only 0 to 1 are accepted")
+            pixels = np.floor(values * 255 + 0.5).astype(np.uint8)
+            return Picture(Image.fromarray(pixels), (*conversions, "float"))
         raise BadImageError(f"has pixels of kind {image.mode!r}")
 
     def _opaque(self, picture: Picture) -> Picture:
@@ -180,7 +184,7 @@ def decode(data: bytes, *, least_side: int | None = None) -> Picture:
     be decoded.
     """
     try:
-        image = Image.open(io.BytesIO(data), formats=_formats())
+        image = Image.open(io.BytesIO(data), formats=_FORMATS)
         stored = image.size
         scale = _shrink(image, least_side) if least_side and image.format in ("JPEG", "MPO") else 1
         conversions = []
@@ -195,7 +199,7 @@ def decode(data: bytes, *, least_side: int | None = None) -> Picture:
         return Picture(image, tuple(conversions), scale, None if whole else stored)
     except _NOT_DECODED as error:
         unknown = isinstance(error, OSError) and "cannot identify" in str(error)
-        reason = f"not one of {', '.join(_formats())}" if unknown else str(error) or type(error).__name__
+        reason = f"not one of {', '.join(_FORMATS)}" if unknown else str(error) or type(error).__name__
         raise BadImageError(" ".join(reason.split())) from error
 
 
@@ -208,16 +212,3 @@ def _shrink(image: Image.Image, least_side: int) -> int:
         return 1
     drafted = image.draft(None, (least_side, least_side))
     return 1 if drafted is None else round(width / drafted[1][2])
-
-
-@cache
-def _formats() -> tuple[str, ...]:
-    Image.init()
-    return tuple(name for name in _FORMATS if name in Image.OPEN)  # older releases of Pillow lack AVIF
-
-
-def _from_floats(values: np.ndarray) -> Image.Image:
-    low, high = float(values.min()), float(values.max())
-    if not (low >= 0 and high <= 1):  # or NaN
-        raise BadImageError(f"has floating-point pixels from {low:g} to {high:g}; only 0 to 1 are accepted")
-    return Image.fromarray(np.floor(values * 255 + 0.5).astype(np.uint8))

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import gzip
 import io
-import pickle
 import struct
 import tarfile
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,34 +18,10 @@ from PIL import Image
 from ncsn.config.schema import DataConfig
 
 
-class _Python2(pickle._Pickler):
-    dispatch: ClassVar[dict[Any, Any]] = dict(pickle._Pickler.dispatch)
-
-    def _save(self, text: bytes) -> None:
-        self.write(pickle.BINSTRING + struct.pack("<i", len(text)) + text)
-
-    dispatch[bytes] = _save
-
-
 class Formats:
-    """Bytes in the formats of the sources."""
-
     @staticmethod
     def idx(array: np.ndarray) -> bytes:
-        """An IDX file of uint8."""
         return struct.pack(f">{1 + array.ndim}I", 0x0800 + array.ndim, *array.shape) + array.tobytes()
-
-    @staticmethod
-    def pickle_of_python_2(value: Any) -> bytes:
-        """What Python 2 writes, whose strings are bytes."""
-        buffer = io.BytesIO()
-        _Python2(buffer, 2).dump(value)
-        return buffer.getvalue()
-
-    @staticmethod
-    def cifar_pickle(images: np.ndarray, labels: np.ndarray) -> bytes:
-        """A batch as the published archive pickles it."""
-        return Formats.pickle_of_python_2({b"labels": labels.tolist(), b"data": images})
 
     @staticmethod
     def tar(members: Mapping[str, bytes], mode: str = "w:") -> bytes:
@@ -61,7 +36,6 @@ class Formats:
 
     @staticmethod
     def zip(members: Mapping[str, bytes], compression: int = zipfile.ZIP_DEFLATED) -> bytes:
-        """A zip archive."""
         buffer = io.BytesIO()
         with zipfile.ZipFile(buffer, "w", compression) as archive:
             for name, content in members.items():
@@ -131,10 +105,8 @@ def idx_folder(tmp_path, rng) -> Callable[..., tuple[Path, dict[str, np.ndarray]
     return make
 
 
-CIFAR_BATCHES = (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch")
-
-
 @pytest.fixture
 def cifar_batches(rng) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Batch -> uint8 [3, 3072] and labels."""
-    return {name: (rng.integers(0, 256, (3, 3072), np.uint8), rng.integers(0, 10, 3)) for name in CIFAR_BATCHES}
+    names = (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch")
+    return {name: (rng.integers(0, 256, (3, 3072), np.uint8), rng.integers(0, 10, 3)) for name in names}

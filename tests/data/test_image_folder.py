@@ -137,13 +137,6 @@ def test_bad_images_are_named_and_the_others_stay(tmp_path, members, data_config
     assert sum(map(len, rows_of(source).values())) == 38
 
 
-def test_damage_to_a_zip_is_noticed_by_its_checksum(tmp_path, members, data_config, formats):
-    content = bytearray(formats.zip(members, zipfile.ZIP_STORED))
-    content[content.index(b"IDAT") + 5] ^= 1
-    source = open_source(data_config("image_folder", put(tmp_path, {"x.zip": bytes(content)})))
-    assert skipped_of(source) == [f"{tmp_path}/x.zip:cat/00.png"]
-
-
 def test_roots_that_cannot_be_used_are_named(tmp_path, members, data_config, formats):
     def refuse(files: dict[str, bytes], key: str, *, error: type[UserError] = UserError, below: str = "") -> None:
         root = put(tmp_path / str(len(list(tmp_path.iterdir()))), files)
@@ -252,3 +245,10 @@ def test_a_flat_folder_has_no_labels(folder, data_config):
     assert sorted(rows["train"] + rows["test"]) == [(10 * number, -1) for number in range(8)]
     assert (len(rows["train"]), len(rows["test"])) == (6, 2)
     assert source.class_names == ()
+
+
+def test_damage_to_a_zip_is_noticed_by_its_checksum(tmp_path, members, data_config, formats):
+    content = bytearray(formats.zip(members, zipfile.ZIP_STORED))
+    content[content.index(b"IDAT") + 5] ^= 1
+    source = open_source(data_config("image_folder", put(tmp_path, {"x.zip": bytes(content)})))
+    assert skipped_of(source) == [f"{tmp_path}/x.zip:cat/00.png"]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
-import subprocess
-import sys
+import threading
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,11 @@ from generated_split import GeneratedSplit
 from refused import refused
 
 from ncsn import storage
-from ncsn.data.dataset import write_dataset
+from ncsn.data.dataset import Dataset, write_dataset
 from ncsn.data.format import Rows, load_manifest, to_table
 from ncsn.data.parquet import read_split
 from ncsn.data.sources.base import Example, Source
 from ncsn.errors import InvalidValue, NotFound
-from ncsn.progress import Progress
 
 
 @pytest.fixture
@@ -164,27 +163,11 @@ def test_memory_does_not_grow_with_the_dataset(tmp_path, data_config, monkeypatc
     assert many < 1500 * image.nbytes / 2
 
 
-def test_progress_reaches_the_total_and_never_goes_back(tmp_path, images, config, monkeypatch):
-    monkeypatch.setattr("ncsn.data.parquet._BLOCK_BYTES", 16 * 192)
-    seen = []
-
-    class Watched(Progress):
-        def changed(self) -> None:
-            seen.append((self.done, self.total))
-
-    write_dataset(source_of(images), str(tmp_path), name="noise", data=config, progress=Watched())
-    assert seen[0] == (0, 70)
-    assert seen[-1] == (70, 70)
-    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
-    assert len(seen) > 4
-
-
 @pytest.mark.parametrize("count", [0, 1])
 def test_too_few_images_are_refused(tmp_path, images, config, count):
     few = {**images, "test": Rows(images["test"].images[:count], images["test"].labels[:count])}
-    with refused("data.source") as caught:
+    with refused("data.source"):
         write(few, tmp_path, config)
-    assert f"{count} image" in caught.value.problems[0].reason
     assert files_below(tmp_path) == []
 
 
@@ -219,31 +202,16 @@ def test_datasets_that_cannot_be_read_are_named(tmp_path, images, config):
         load_manifest(uri)
 
 
-WRITER = """
-import sys
-from ncsn.config.schema import DataConfig
-from ncsn.data.dataset import write_dataset
-from ncsn.data.sources.known import open_source
+def test_of_writers_at_once_one_creates(tmp_path, images, config):
+    barrier = threading.Barrier(2)
 
-config = DataConfig(source="sklearn_digits", image_size=8, channels=1, max_images=100)
-source = open_source(config)
-print("ready", flush=True)
-sys.stdin.readline()
-dataset = write_dataset(source, sys.argv[1], name="digits", data=config)
-print(dataset.created, dataset.uri)
-"""
+    def wait_and_write(_: int) -> Dataset:
+        barrier.wait()
+        return write(images, tmp_path, config)
 
-
-def test_of_processes_that_write_at_once_one_creates(tmp_path):
-    pipe = subprocess.PIPE
-    command = [sys.executable, "-c", WRITER, str(tmp_path)]
-    processes = [subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) for _ in range(2)]
-    assert [process.stdout.readline() for process in processes] == ["ready\n"] * 2
-    for process in processes:
-        process.stdin.write("go\n")
-        process.stdin.flush()
-    results = sorted(process.communicate(timeout=60)[0].split() for process in processes)
-    assert [created for created, _ in results] == ["False", "True"]
-    (uri,) = {uri for _, uri in results}
+    with ThreadPoolExecutor(2) as pool:
+        made = list(pool.map(wait_and_write, range(2)))
+    assert sorted(dataset.created for dataset in made) == [False, True]
+    (uri,) = {dataset.uri for dataset in made}
     assert [path.name for path in tmp_path.iterdir()] == [Path(uri).name]
-    assert len(read_split(uri, "train")) == 100
+    assert np.array_equal(read_split(uri, "train").images, images["train"].images)

@@ -82,7 +82,6 @@ def test_files_of_the_hub_need_no_settings(request, tmp_path, source_of, place):
     source = source_of(root)
     assert source.class_names == tuple(NAMES)
     assert rows_of(source) == {"train": labeled(range(50)), "test": labeled(range(60, 70))}
-    (tmp_path / "x").mkdir()
     assert [row.label for row in source.splits["train"].section(18, 23).stream(cores=1)] == [0, 1, 2, 0, 1]
 
 

@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from refused import refused
 
@@ -24,12 +23,6 @@ def test_the_share_is_exact(count, fraction, expected):
     chosen = hold_out([str(index) for index in range(count)], [0] * count, fraction)
     assert len(chosen["test"]) == expected
     assert sorted(chosen["train"] + chosen["test"]) == list(range(count))
-
-
-def test_each_class_gives_its_share(rng):
-    labels = rng.permutation(np.repeat(np.arange(10), 40))
-    chosen = hold_out([str(index) for index in range(400)], labels.tolist(), 0.25)
-    assert np.bincount(labels[chosen["test"]], minlength=10).tolist() == [10] * 10
 
 
 def test_the_choice_goes_with_the_name_and_not_with_the_place():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import pickle
 import struct
 import urllib.request
 from pathlib import Path
@@ -101,8 +102,11 @@ def cifar_root(tmp_path, formats, cifar_batches, monkeypatch):
     """Writes batches in one of the published shapes, and gives torchvision their digests."""
 
     def make(shape: str) -> Path:
-        batches = {name: formats.cifar_pickle(*batch) for name, batch in cifar_batches.items()}
-        meta = formats.pickle_of_python_2({b"label_names": [b"airplane", *(b"class %d" % n for n in range(1, 10))]})
+        batches = {
+            name: pickle.dumps({"labels": labels.tolist(), "data": images})
+            for name, (images, labels) in cifar_batches.items()
+        }
+        meta = pickle.dumps({"label_names": ["airplane", *(f"class {n}" for n in range(1, 10))]})
         files = {**batches, "batches.meta": meta}
         names = [[name, md5(content)] for name, content in batches.items()]
         monkeypatch.setattr(CIFAR10, "train_list", names[:5])

@@ -51,14 +51,11 @@ def test_a_written_file_reads_back_and_is_replaced(root):
     assert files.list_names(files.join(root, "a")) == ["file.txt"]
 
 
-def test_an_empty_file_is_a_file_and_a_missing_one_is_named(root):
-    uri = files.join(root, "empty")
+def test_a_missing_file_is_named(root):
+    uri = files.join(root, "missing")
     with refused(uri, error=NotFound):
         files.read_bytes(uri)
     assert files.find_json(uri) is None
-    files.write_bytes(uri, b"")
-    assert files.exists(uri)
-    assert files.read_bytes(uri) == b""
 
 
 @pytest.mark.parametrize("damaged", [b"", b'{"done": 1', b'{"done": 1}\x00\x00', b"\xff"])

@@ -56,13 +56,11 @@ class Member:
     zipped: zipfile.ZipInfo | None = None  # how it is packed; None in a tar archive
 
 
-class Index(NamedTuple):
-    images: list[tuple[Member, str | None]]  # in its order, and their labels from `x.cls` or `x.json` next to `x.png`
-    tables: dict[str, bytes]  # its label tables, path -> content
+def index_archive(uri: str) -> tuple[list[tuple[Member, str | None]], dict[str, bytes]]:
+    """The images of a `.tar` or `.zip` in its order, and its label tables, path -> content. Hidden files do not count.
 
-
-def index_archive(uri: str) -> Index:
-    """The images and labels of a `.tar` or `.zip`. Hidden files do not count."""
+    An image comes with its label where `x.cls` or `x.json` is next to `x.png`.
+    """
     with _opened(uri) as stream:
         found = _zip_members(stream, uri) if uri.lower().endswith(".zip") else _tar_members(stream, uri)
         images: list[Member] = []
@@ -84,7 +82,7 @@ def index_archive(uri: str) -> Index:
                     words[_key(member.path)] = _word(member, stream)
             except ValueError as error:
                 raise UserError(f"{uri}:{member.path}", f"is not a label: {error}") from error
-    return Index([(member, words.get(_key(member.path))) for member in images], tables)
+    return [(member, words.get(_key(member.path))) for member in images], tables
 
 
 def read_member(stream: Any, member: Member) -> bytes:

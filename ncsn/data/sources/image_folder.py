@@ -103,15 +103,15 @@ def _in_archives(root: str, archives: Sequence[str]) -> tuple[list[_Found], list
     uris = [storage.join(root, archive) if archive else root for archive in archives]
     with ThreadPoolExecutor(min(_INDEX_THREADS, len(uris))) as pool:
         indices = list(pool.map(index_archive, uris))
-    times = Counter(member.path for index in indices for member, _ in index.images)
+    times = Counter(member.path for images, _ in indices for member, _ in images)
     found, tables = [], []
-    for archive, uri, index in zip(archives, uris, indices, strict=True):
+    for archive, uri, (images, contents) in zip(archives, uris, indices, strict=True):
         folder = archive.rpartition("/")[0]
-        for member, word in index.images:
+        for member, word in images:
             # Shards that all number their images from 0 hold different images under one name.
             inside = f"{member.path}@{archive}" if times[member.path] > 1 else member.path
             found.append(_Found(f"{folder}/{inside}" if folder else inside, ImageFile(archive, member), word))
-        for path, content in index.tables.items():
+        for path, content in contents.items():
             tables.append(read_table(content, origin=f"{uri}:{path}", path=path, archive=archive))
     return found, tables
 
@@ -152,7 +152,7 @@ def open_celeba(data: DataConfig) -> Source:
     if not archive.is_file():
         hint = "put it there (CelebA is not downloaded)"
         raise NotFound("data.root", f"has no {_CELEBA}", hint=hint, value=data.root)
-    members = {member.path: member for member, _ in index_archive(str(archive)).images}
+    members = {member.path: member for member, _ in index_archive(str(archive))[0]}
     if not members:
         raise UserError(str(archive), f"holds no .jpg or .png images; it is not {_CELEBA}")
     names, partition = sorted(members), archive.with_name(_PARTITION)
