@@ -15,6 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from ncsn.errors import InvalidValue
+from ncsn.report import scores
 from ncsn.report.facts import result_line
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -41,8 +42,9 @@ def render(**records: Any) -> str:
         "count": lambda number: f"{number:,.0f}",
         "svg": Markup,  # drawn by our own plots
     }
+    environment.globals |= {"result_line": result_line, "words": scores}
     style = Markup((TEMPLATES / "report.css").read_text())  # noqa: S704  (our own file)
-    text = environment.get_template("report.html.j2").render(style=style, result_line=result_line, **records)
+    text = environment.get_template("report.html.j2").render(style=style, **records)
     size = len(text.encode())
     if size > MAX_BYTES:
         raise InvalidValue(f"the report of run {records['run']!r} has {size:,} bytes, more than {MAX_BYTES:,}")

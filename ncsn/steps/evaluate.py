@@ -71,21 +71,17 @@ def run(config: Config, *, run: str, samples: str, dataset: str, lease: str | No
     if not storage.exists(samples):
         raise NotFound(samples, "no samples", hint="run `ncsn sample` first")
     evaluation = evaluation_of(config, manifest)
-    inputs = {
-        "samples": samples,
-        "dataset": dataset,
-        "num_images": config.sampling.num_images,
-        "evaluation": evaluation.model_dump(mode="json"),
-    }
-    if result := step.found(inputs, needs=lambda result: [result.uri, result.neighbors]):
+    places = {"samples": samples, "dataset": dataset}
+    settings = {"num_images": config.sampling.num_images, "evaluation": evaluation.model_dump(mode="json")}
+    if result := step.found(places | settings, needs=lambda result: [result.uri, result.neighbors]):
         return result
-    if result := step.dispatched(config, {"samples": samples, "dataset": dataset}):
+    if result := step.dispatched(config, places):
         return result
-    tasks, join = _tasks(config, manifest), lease is not None or not on_this_machine()  # the head has no cores
-    with (
-        step.work(config, lease=lease) as work,
-        cluster_for(config, tasks=tasks, join=join),
-    ):
+    join = lease is not None or not on_this_machine()  # the head has no cores
+    # Alone, this process has all cores: starting Ray would take longer than most evaluations.
+    alone = config.compute.max_workers == 1 or (on_this_machine() and not config.compute.use_gpu)
+    tasks = 1 if alone else math.ceil(max(manifest.count("train"), config.sampling.num_images) / TASK_IMAGES)
+    with step.work(config, lease=lease) as work, cluster_for(config, tasks=tasks, join=join):
         work.tracked.set_tags(ray_tags())
         if evaluation.extractor == "dinov2" and not config.compute.use_gpu:
             work.progress.note("DINOv2 takes about two seconds per image and core without a GPU")
@@ -93,19 +89,10 @@ def run(config: Config, *, run: str, samples: str, dataset: str, lease: str | No
             manifest.name, digest=manifest.digest, uri=dataset, context="evaluation", profile=manifest.counts
         )
         runner = runner_of(config.compute) if tasks > 1 or join else here
-        what = {"samples": samples, "dataset": dataset, "folder": step.folder.evaluation}
-        result = evaluate(config, **what, progress=work.progress, runner=runner)
+        result = evaluate(config, **places, folder=step.folder.evaluation, progress=work.progress, runner=runner)
         work.progress.note(str(RunningScore(**result.running[-1])))
         _log(work.tracked, result, samples=samples, extractor=extractor_name(config, manifest))
     return step.done(result)
-
-
-def _tasks(config: Config, manifest: Manifest) -> int:
-    """Number of tasks, if there are workers to share them."""
-    if on_this_machine() and not config.compute.use_gpu:
-        return 1  # this process has all cores: starting Ray would take longer than most evaluations
-    images = max(manifest.count("train"), config.sampling.num_images)
-    return 1 if config.compute.max_workers == 1 else math.ceil(images / TASK_IMAGES)
 
 
 def evaluate(
@@ -124,9 +111,23 @@ def evaluate(
     if "score" in generated.metrics:
         generated.metrics["score_ratio"] = Metric(generated.value("score") / real.value("score"), count)
     name, fingerprint, extractor = evaluator.name, evaluator.reference.fingerprint, evaluator.extractor.name
-    copies, real_copies = generated.metrics["memorised"], real.metrics["memorised"]
     place = storage.join(folder, f"{name}-n{count}-{fingerprint_of(samples=samples)[:12]}")
     classes = _classes(generated, real, manifest, by_probe=extractor != "classifier")
+    gate = Measurement(
+        name=metric_name("fid", extractor=name, num_images=count),
+        value=generated.value("fid"),
+        uncertainty=generated.value("fid_std"),
+        num_images=count,
+        fingerprint=fingerprint,
+        lower_is_better=True,
+    )
+    copies, real_copies = generated.metrics["memorised"], real.metrics["memorised"]
+    memorization = Memorization(
+        copies=round(copies.value * copies.num_images),
+        num_images=copies.num_images,
+        real_copies=round(real_copies.value * real_copies.num_images),
+        num_real_images=real_copies.num_images,
+    )
     result = EvaluateResult(
         uri=f"{place}.json",
         metrics=evaluator.facts | generated.named(name),
@@ -134,24 +135,8 @@ def evaluate(
         fingerprint=fingerprint,
         num_images=count,
         num_real_images=num_real,
-        gate=asdict(
-            Measurement(
-                name=metric_name("fid", extractor=name, num_images=count),
-                value=generated.value("fid"),
-                uncertainty=generated.value("fid_std"),
-                num_images=count,
-                fingerprint=fingerprint,
-                lower_is_better=True,
-            )
-        ),
-        memorisation=asdict(
-            Memorization(
-                copies=round(copies.value * copies.num_images),
-                num_images=copies.num_images,
-                real_copies=round(real_copies.value * real_copies.num_images),
-                num_real_images=real_copies.num_images,
-            )
-        ),
+        gate=asdict(gate),
+        memorisation=asdict(memorization),
         running=[asdict(score) for score in generated.running],
         notes=list(_notes(count, num_real, extractor=extractor, real_split=evaluation.other_split)),
         classes=classes,
@@ -160,8 +145,7 @@ def evaluate(
     )
     if classes is not None:
         storage.write_bytes(f"{place}-classes.png", to_png(confusion_matrix(classes)))
-    shown = sets[0].read(0, len(generated.nearest))
-    training = open_cache(dataset, "train").images
+    shown, training = sets[0].read(0, len(generated.nearest)), open_cache(dataset, "train").images
     storage.write_bytes(result.neighbors, neighbors_png(generated.nearest, samples=shown, training_images=training))
     evidence = {"reference_split": evaluation.reference_split, "nearest_training_images": generated.nearest}
     storage.write_json(result.uri, asdict(result) | {"samples": samples, "dataset": dataset} | evidence, indent=1)
@@ -180,22 +164,18 @@ def _require_same_kind(config: Config, samples: str, manifest: Manifest) -> None
     require_same_classes(config.data.num_classes, manifest.class_names, where=f"the dataset {manifest.name}")
     known = (storage.find_json(storage.join(samples, MANIFEST)) or {}).get("classes")
     if known is not None and known != list(manifest.class_names):
-        changed = next(pair for pair in zip(known, manifest.class_names, strict=True) if pair[0] != pair[1])
-        raise UserError(
-            "data.num_classes",
-            f"the samples {samples} have other classes than the dataset {manifest.name}, such as {changed[0]!r} "
-            f"instead of {changed[1]!r}",
-            hint=hint,
-            value=config.data.num_classes,
+        changed = next(
+            f"{old!r} instead of {new!r}" for old, new in zip(known, manifest.class_names, strict=True) if old != new
         )
+        reason = f"the samples {samples} have other classes than the dataset {manifest.name}, such as {changed}"
+        raise UserError("data.num_classes", reason, hint=hint, value=config.data.num_classes)
 
 
 def _classes(generated: Measured, real: Measured, manifest: Manifest, *, by_probe: bool) -> dict[str, Any] | None:
     """The scores by class as plain values; None without classes."""
     if generated.classes is None:
         return None
-    names = manifest.class_names
-    of_real = real.classes
+    names, of_real = manifest.class_names, real.classes
     return {
         "agreement": generated.classes.agreement,
         "real_agreement": None if of_real is None else of_real.agreement,
@@ -227,24 +207,14 @@ def _notes(num_images: int, num_real: int, *, extractor: str, real_split: str) -
 
 def _log(tracked: StepRun, result: EvaluateResult, *, samples: str, extractor: str) -> None:
     tracked.log_metrics({**result.metrics, **result.real_metrics})
-    if result.classes is not None:
-        tracked.log_metrics(_by_class(result.classes, extractor))
-    for uri in (result.uri, result.neighbors, result.confusion):
-        if uri is not None:
-            tracked.log_file(uri)
-    for point in result.running:
-        score = RunningScore(**point)
+    by_class = {}  # `eval/classifier_class_agreement_n51/3-dress`
+    for number, line in enumerate(result.classes["table"][:MOST_CLASSES] if result.classes else []):
+        for metric in ("agreement", "kid"):
+            full = metric_name(f"class_{metric}", extractor=extractor, num_images=line["num_images"])
+            by_class[f"{full}/{number}-{re.sub(r'[^A-Za-z0-9]+', '-', line['name'])[:40]}"] = line[metric]
+    tracked.log_metrics({name: value for name, value in by_class.items() if value is not None})
+    for uri in filter(None, (result.uri, result.neighbors, result.confusion)):
+        tracked.log_file(uri)
+    for score in (RunningScore(**point) for point in result.running):
         tracked.log_metrics(score.named("eval", extractor=extractor), step=score.num_images)
     tracked.set_tags({"eval.fingerprint": result.fingerprint, "samples.uri": samples, "evaluation.uri": result.uri})
-
-
-def _by_class(classes: dict[str, Any], extractor: str) -> dict[str, float]:
-    """Metrics of at most 100 classes: `eval/classifier_class_agreement_n51/3-dress`."""
-    found = {}
-    for number, line in enumerate(classes["table"][:MOST_CLASSES]):
-        name = f"{number}-{re.sub(r'[^A-Za-z0-9]+', '-', line['name'])[:40]}"
-        for metric in ("agreement", "kid"):
-            if line[metric] is not None:
-                full = metric_name(f"class_{metric}", extractor=extractor, num_images=line["num_images"])
-                found[f"{full}/{name}"] = line[metric]
-    return found

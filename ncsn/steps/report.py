@@ -12,10 +12,11 @@ from ncsn.data.format import Manifest, load_manifest
 from ncsn.model import build, checkpoint as checkpoints
 from ncsn.model.checkpoint import SamplingCheckpoint
 from ncsn.model.classes import AS_DATA, BALANCED
-from ncsn.report import hints, plots, scores
+from ncsn.report import hints, plots
 from ncsn.report.facts import Fact, cost_facts, tag_facts
 from ncsn.report.html import look, render
 from ncsn.report.images import GRID_CLASSES
+from ncsn.report.scores import read_metrics
 from ncsn.report.style import to_svg
 from ncsn.runs.folder import RunFolder
 from ncsn.runs.history import held_out_curves, load_history, loss_names
@@ -27,7 +28,6 @@ from ncsn.tracking.mlflow_runs import StepRun, recorded_runs
 from ncsn.tracking.registry import settle_guide
 
 BEST = "-best"  # ends the name of a run with the best settings of the search in the run without it
-MOST_LINES = 20  # of a table
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def run(config: Config, *, run: str, evaluation: str) -> ReportResult:
         return result
     with step.work(config) as work:
         text = render(
-            **_facts(sources, work.tracked), **_scores(sources), **_choices(sources, selection), **_training(sources)
+            **_facts(sources, work.tracked), **_images(sources), **_choices(sources, selection), **_training(sources)
         )
         uri = storage.join(step.folder.report, "report.html")
         storage.write_text(uri, text)
@@ -129,30 +129,18 @@ def _lineage(sources: Sources, tracked: StepRun) -> Iterator[Fact]:
     yield from tag_facts([whole.tags, *(run.tags for run in steps.values())])
 
 
-def _scores(sources: Sources) -> dict[str, Any]:
+def _images(sources: Sources) -> dict[str, Any]:
     """The samples and how they compare with real images."""
     evaluation = sources.evaluation
-    generated, real = (scores.read_metrics(evaluation[name]) for name in ("metrics", "real_metrics"))
-    first, copies, classes = next(iter(generated.values())), generated["memorised"], evaluation["classes"]
+    generated, real = (read_metrics(evaluation[name]) for name in ("metrics", "real_metrics"))
     return {
         "grid": _picture(evaluation["samples"], "grid.png"),
         "grid_caption": _grid_caption(sources.samples),
         "strip": _picture(evaluation["samples"], "strip.png"),
         "evaluation": evaluation,
-        "scores": scores.score_rows(evaluation),
-        "main_scores": scores.MAIN,
-        "extractor": scores.extractor_phrase(first.extractor),
-        "accuracy": evaluation["metrics"].get("eval/classifier_test_accuracy"),
-        "real_images": scores.real_images(first.split),
-        "reference_images": scores.reference_images(first.split),
-        "copies": copies,
-        "copies_sentence": scores.copies_sentence(copies),
         "copying_hints": hints.copying_hints(generated, real, copies=copies_beyond_chance(evaluation)),
-        "by_features": first.split == "train",  # else the features of the training images are not known
         "neighbors": storage.read_bytes(evaluation["neighbors"]),
-        "confusion": None if classes is None else storage.read_bytes(evaluation["confusion"]),
-        "classes_head": scores.CLASSES_HEAD,
-        "class_lines": [] if classes is None else scores.class_lines(classes, most=MOST_LINES),
+        "confusion": storage.read_bytes(evaluation["confusion"]) if evaluation["confusion"] else None,
     }
 
 
@@ -176,12 +164,9 @@ def _choices(sources: Sources, selection: Mapping[str, Any] | None) -> dict[str,
     folder = sources.folder
     runs = (RunFolder(folder.root, name) for name in (folder.run, folder.run.removesuffix(BEST)))
     search = next((record.result for run in runs if (record := read_result(run, "tune")) is not None), None)
-    chosen = selection or {"candidates": [], "figure": ""}
     return {
         "selection": selection,
         "selection_plot": None if selection is None else storage.read_bytes(selection["plot"]),
-        "candidates_head": scores.candidates_head(chosen["figure"]),
-        "candidate_lines": scores.candidate_lines(chosen["candidates"], most=MOST_LINES),
         "search": search,
         "search_plots": [] if search is None else [storage.read_bytes(plot) for plot in search["plots"]],
     }

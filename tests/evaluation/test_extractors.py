@@ -188,16 +188,12 @@ def url(tmp_path: Path) -> Iterator[str]:
         server.shutdown()
 
 
-def test_a_local_file_is_used_in_place(tmp_path: Path, cache: Path) -> None:
-    path = tmp_path / "weights.pth"
-    path.write_bytes(CONTENT)
+def test_a_local_file_is_used_in_place_and_a_url_is_fetched_once(url: str, tmp_path: Path, cache: Path) -> None:
+    path = tmp_path / "www" / "weights.pth"
     assert obtain_weights(str(path), sha256=SHA256) == path
     assert not cache.exists()
-
-
-def test_a_url_is_fetched_once(url: str, tmp_path: Path, cache: Path) -> None:
     assert obtain_weights(url, sha256=SHA256).read_bytes() == CONTENT
-    (tmp_path / "www" / "weights.pth").unlink()
+    path.unlink()
     assert obtain_weights(url, sha256=SHA256) == cache / SHA256
 
 

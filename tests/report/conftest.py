@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ncsn.report import plots, scores
+from ncsn.report import plots
 from ncsn.report.facts import Fact
 from ncsn.report.images import grid_png, neighbors_png, strip_png
 from ncsn.report.style import to_png, to_svg
@@ -76,24 +76,11 @@ def page(images: np.ndarray) -> dict[str, Any]:
         "grid_caption": "The first images.",
         "strip": strip_png(np.stack([images[:8]] * 5)),
         "evaluation": EVALUATION | {"classes": classes | {"by_probe": False}},
-        "scores": scores.score_rows(EVALUATION),
-        "main_scores": scores.MAIN,
-        "extractor": scores.extractor_phrase("classifier"),
-        "accuracy": 0.97,
-        "real_images": "real images",
-        "reference_images": "the training images",
-        "copies": scores.read_metrics(EVALUATION["metrics"])["memorised"],
-        "copies_sentence": "One is a copy.",
         "copying_hints": ["They are near."],
-        "by_features": True,
         "neighbors": neighbors_png(lines, samples=images, training_images=images),
         "confusion": to_png(plots.confusion_matrix(classes)),
-        "classes_head": scores.CLASSES_HEAD,
-        "class_lines": scores.class_lines(classes, most=20),
         "selection": selection,
         "selection_plot": plot,
-        "candidates_head": scores.candidates_head("fid"),
-        "candidate_lines": scores.candidate_lines(selection["candidates"], most=20),
         "search": search | {"values": {"optimizer.learning_rate": 0.002}},
         "search_plots": [plot],
         "loss_plot": to_svg(plots.loss_curves(seen, losses, sigmas=sigmas), salt="lines"),

@@ -34,14 +34,13 @@ def test_hostile_names_stay_text(page) -> None:
         "config": HOSTILE,
         "manifest": SimpleNamespace(channels=1, image_size=8, source=HOSTILE, count=lambda _: 1000),
         "decision": page["decision"] | {"reason": HOSTILE},
-        "class_lines": [(HOSTILE, "", "", "", "")],
         "records": {HOSTILE: page["records"]["sample"]} | page["records"],
     }
     hostile["records"].pop(HOSTILE)
     text, harmless = render(**page | hostile), render(**page)
     assert text.count("<script>") == 0
     assert text.count("<img") == harmless.count("<img")
-    assert text.count("{{ 7 * 7 }}") == text.count("&lt;script&gt;alert(1)") > 6
+    assert text.count("{{ 7 * 7 }}") == text.count("&lt;script&gt;alert(1)") > 5
 
 
 def test_missing_parts_have_no_section(page) -> None:

@@ -81,7 +81,7 @@ def test_real_images_as_samples_reach_the_real_figures(store: Path, dataset: str
     assert last["high"] - last["fid"] == pytest.approx(1.96 * metrics["eval/classifier_fid_std_n500"])
     assert 0 <= last["low"] < last["fid"]
     progress = json.loads((store / "runs" / "real" / "steps" / "evaluate" / "progress.json").read_text())
-    assert progress["note"] == str(RunningScore(**last))
+    assert progress["text"] == str(RunningScore(**last))
     gate = Measurement(**result.gate)
     assert gate.name == "eval/classifier_fid_n500"
     assert gate.value == metrics[gate.name]

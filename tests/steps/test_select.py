@@ -89,7 +89,7 @@ def test_the_best_of_a_run_is_chosen_on_a_cluster_kept_and_logged(
     assert len(values) == 7 and result.value == min(values) and result.figure == "eval/classifier_fid_n24"
     best = result.candidates[values.index(min(values))]
     assert (result.images_seen, result.relative_width) == (best["images_seen"], best["relative_width"])
-    assert load_for_sampling(result.checkpoint).digest == best["digest"] and len(result.kept) == 2
+    assert load_for_sampling(result.checkpoint).digest == best["digest"] and len(result.kept) == select.KEPT
     assert json.loads(Path(result.uri).read_text())["candidates"] == result.candidates
     # Samples of the checkpoint that was copied are samples of the choice; those of others are not.
     chosen = {row["uri"] for row in result.candidates if selection_of(config, "mine", row["uri"])}
@@ -147,7 +147,7 @@ def test_the_nearest_of_five_candidates_is_chosen_and_all_are_recorded(
     found = [row["value"] for row in result.candidates]
     assert found[:4] == pytest.approx([4 * 0.9**2, 4 * 0.4**2, 4 * 0.15**2, 4 * 0.3**2], abs=0.15)
     assert found[4] is None
-    assert result.kept == ["/c/2", "/c/3"] and len(result.notes) == 2
+    assert result.kept == ["/c/2", "/c/3", "/c/1"] and len(result.notes) == 2
     unbiased = config.model_copy(update={"select": config.select.model_copy(update={"figure": "kid"})})
     chosen = select.conclude(unbiased, fakes.weights, values, folder=folder, extractor="classifier")
     assert len(chosen.notes) == 1
