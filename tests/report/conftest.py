@@ -19,13 +19,11 @@ EVALUATION = {
         "eval/classifier_score_std_n64": 0.00123,
         "eval/classifier_fid_n64": 14.0,
         "eval/classifier_kid_n64": -0.00123,
-        "eval/classifier_kid_std_n64": 0.00123,
         "eval/classifier_memorised_n64": 1 / 64,
         "eval/classifier_test_accuracy": 0.97,
     },
     "real_metrics": {
         "eval/real_classifier_score_n60": 1.24,
-        "eval/real_classifier_score_std_n60": 0.00345,
         "eval/real_classifier_fid_n60": 7.0,
         "eval/real_classifier_kid_n60": -0.00421,
         "eval/real_classifier_memorised_n60": 0.0,
@@ -48,14 +46,13 @@ def page(images: np.ndarray) -> dict[str, Any]:
     sigmas, seen = [1.0, 0.3, 0.1, 0.03], np.arange(100, 1300, 100)
     losses = np.linspace(0.9, 0.2, 12)[:, None] * np.array([0.1, 0.3, 0.6, 1.0])
     lines = [{"image": row, "pixels_rows": [row + 3], "features_rows": [row + 5]} for row in range(4)]
-    counts, names = [[50, 1], [7, 44]], ("zero", "one")
-    table = [{"name": name, "num_images": 51, "agreement": 0.9, "kid": 0.01} for name in names]
-    classes = {"agreement": 0.92, "real_agreement": 0.95, "table": table, "real_table": table, "confusion": counts}
+    table = [{"name": name, "num_images": 51, "agreement": 0.9, "kid": 0.01} for name in ("zero", "one")]
+    classes = {"agreement": 0.92, "real_agreement": 0.95, "table": table, "real_table": table, "by_probe": False}
+    classes["confusion"] = [[50, 1], [7, 44]]
     candidate = {"images_seen": 1000, "relative_width": None, "value": 14.0, "digest": "0" * 16}
     selection = {"candidates": [candidate], "figure": "eval/classifier_fid_n64", "uri": "u", "notes": ["optimistic"]}
     search = {"trials": [{}], "objective_name": "fid", "objective": 12.0, "baseline": 15.5, "images_seen": 4096}
     plot = to_png(plots.selection_figure([candidate], metric="fid"))
-    result = {"uri": "u", "num_images": 64, "nfe": 5}
     return {
         "title": "digits",
         "run": "digits-0123abcd",
@@ -65,7 +62,7 @@ def page(images: np.ndarray) -> dict[str, Any]:
         "samples": {"nfe": 5},
         "images_seen": 1200,
         "strengths": "any strength",
-        "records": {"sample": SimpleNamespace(seconds=5.0, result=result)},
+        "records": {"sample": SimpleNamespace(seconds=5.0, result={"num_images": 64, "nfe": 5})},
         "costs": [Fact("Reserved", "3 s")],
         "lineage": [
             Fact("Checkpoint", "s3://bucket/" + "a-long-prefix/" * 8 + "checkpoints/images-000001000"),
@@ -75,7 +72,7 @@ def page(images: np.ndarray) -> dict[str, Any]:
         "grid": grid_png(images),
         "grid_caption": "The first images.",
         "strip": strip_png(np.stack([images[:8]] * 5)),
-        "evaluation": EVALUATION | {"classes": classes | {"by_probe": False}},
+        "evaluation": EVALUATION | {"classes": classes},
         "copying_hints": ["They are near."],
         "neighbors": neighbors_png(lines, samples=images, training_images=images),
         "confusion": to_png(plots.confusion_matrix(classes)),

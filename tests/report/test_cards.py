@@ -86,8 +86,7 @@ def test_the_card_says_where_the_model_comes_from_and_how_to_use_it() -> None:
     assert [fact for fact in facts if fact not in text] == []
     assert "![samples](grid.png) ![neighbors](neighbours.png)" in text
     assert "| cost | 3.1 min · 0.1 CPU hours |" in text and "## Limits\n\n- The model overfits.\n- " in text
-    assert 'load_model("models:/ncsn-tiny@champion")' in text
-    assert len(text) < DESCRIPTION_LENGTH
+    assert 'load_model("models:/ncsn-tiny@champion")' in text and len(text) < DESCRIPTION_LENGTH
     assert "![" not in card() and "| cost |" not in card()
 
 
@@ -100,8 +99,7 @@ def test_the_run_page_links_addresses_and_escapes_the_rest() -> None:
         places={"MLflow run": "http://mlflow/#/runs/1", "dataset digest": "abc", "image": ""},
         notes=["The gate: better"],
     )
-    assert "| MLflow run | <http://mlflow/#/runs/1> |" in page
-    assert "| dataset digest | `abc` |" in page
+    assert "| MLflow run | <http://mlflow/#/runs/1> |" in page and "| dataset digest | `abc` |" in page
     assert "image" not in page, "an empty place is left out"
     assert page.startswith("# mine: FAILED\n\n> train: a &lt;b>bad&lt;/b> thing\n> second line\n")
     assert "| train | failed \\| late |" in page

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ncsn.report.facts import cost_facts, cost_line, tag_facts
-from ncsn.report.scores import candidate_lines, class_lines, read_metrics, score_lines, score_rows
+from ncsn.report.scores import class_lines, read_metrics, score_lines, score_rows
 from ncsn.runs.records import Cost
 
 EVALUATION = {
@@ -44,11 +44,6 @@ def test_of_many_classes_those_that_agree_least_are_shown() -> None:
     lines = class_lines(classes, most=20)
     assert len(lines) == 20 and lines[0] == ("c199", "51", "50.2%", "50.2%", "") and lines[-1][0] == "c180"
     assert len(class_lines({"table": table[:10], "real_table": table[:10]}, most=20)) == 10
-
-
-def test_candidates_that_are_not_finite_come_last() -> None:
-    rows = [{"images_seen": 1000, "relative_width": 0.1, "value": value, "digest": "x"} for value in (None, 3.0, 2.0)]
-    assert [line[2] for line in candidate_lines(rows, most=3)] == ["2", "3", "not finite"]
 
 
 def test_costs_are_summed_and_scaled() -> None:
