@@ -46,6 +46,10 @@ class Connection:
     namespace: str | None  # the user's; None where the server knows no users
     version: str
 
+    def experiment_id(self, name: str) -> str:
+        """That of KFP's experiment, which is made if there is none."""
+        return str(self.client.create_experiment(name, namespace=self.namespace).experiment_id)
+
     def run_url(self, run_id: str, *, kind: str = "runs") -> str:
         """The page of a run, or of a schedule, whose `kind` is `recurringrun`."""
         return f"{os.environ.get(UI_ENDPOINT, self.host).rstrip('/')}/#/{kind}/details/{run_id}"

@@ -24,8 +24,6 @@ _FIELDS = 5  # of a schedule as people write it: minute, hour, day, month, weekd
 
 @dataclass(frozen=True)
 class Submission:
-    """What to start."""
-
     pipeline: str  # `train`, or another of `PIPELINES` without its ending
     name: str  # of the run, on KFP's page
     arguments: Mapping[str, Any]  # text is read as YAML for a parameter that is no string
@@ -55,7 +53,7 @@ def submit(connection: Connection, submission: Submission) -> Submitted:
     """Start one run."""
     with package(submission) as (file, arguments), _refusals(connection, f"start {submission.name!r}"):
         run = connection.client.run_pipeline(
-            experiment_id=_experiment(connection, submission.experiment),
+            experiment_id=connection.experiment_id(submission.experiment),
             job_name=submission.name,
             pipeline_package_path=str(file),
             params=arguments,
@@ -69,7 +67,7 @@ def schedule(connection: Connection, submission: Submission, *, every: str) -> S
     cron = f"0 {every.strip()}" if len(every.split()) == _FIELDS else every  # KFP's first field is the second
     with package(submission) as (file, arguments), _refusals(connection, f"schedule {submission.name!r} by {every!r}"):
         recurring = connection.client.create_recurring_run(
-            experiment_id=_experiment(connection, submission.experiment),
+            experiment_id=connection.experiment_id(submission.experiment),
             job_name=submission.name,
             cron_expression=cron,
             max_concurrency=1,
@@ -123,10 +121,6 @@ def _set_caching(spec: dict[str, Any], *, cache: bool, known: Sequence[str]) -> 
                 task["cachingOptions"] = {}
             elif name in known:
                 task["cachingOptions"] = {"enableCache": True}
-
-
-def _experiment(connection: Connection, name: str) -> str:
-    return str(connection.client.create_experiment(name, namespace=connection.namespace).experiment_id)
 
 
 @contextlib.contextmanager

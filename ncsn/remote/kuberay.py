@@ -103,7 +103,7 @@ class KubeRay:
         """Run the step as a RayJob, or attach to the one that an earlier attempt left; return when it has ended.
 
         Ctrl-C deletes the RayJob. So does SIGTERM, unless it is meant for the pod of this process and not for its
-        pipeline; then the next attempt attaches. A RayJob that failed stays for as long as the template says.
+        pipeline. A RayJob that failed stays for as long as the template says.
         """
         self._launcher = find_launcher(self._api)
         manifest, name = self._manifest(step), step.job_name
@@ -126,7 +126,6 @@ class KubeRay:
             raise RemoteFailure(f"RayJob {name} failed ({state.reason or state}): {cause}; log {step.log}")
 
     def stop(self, *, run: str | None, kfp_run: str | None) -> list[str]:
-        """Delete the running RayJobs of a run, or of a run of KFP; their names. What failed stays for inspection."""
         rayjobs = self._api.find("rayjobs", labels=selector(run=run, kfp_run=kfp_run))
         names = [rayjob["metadata"]["name"] for rayjob in rayjobs if not JobState(rayjob).finished]
         for name in names:
@@ -201,10 +200,9 @@ class KubeRay:
     def _belongs_to_ended_pipeline(self, rayjob: Resource) -> bool:
         """Whether its pipeline run has ended: then the janitor deletes it, or Kubernetes with its owner."""
         workflow = workflow_of(rayjob)
-        if workflow is None or workflow == self._launcher.workflow:
-            return False
         with suppress(PermissionError):
-            return is_ending(self._api.get("workflows", workflow))
+            other = workflow is not None and workflow != self._launcher.workflow
+            return other and is_ending(self._api.get("workflows", str(workflow)))
         return False
 
     def _watch(self, step: RemoteStep, pods: PodWatch) -> JobState:
@@ -257,14 +255,10 @@ class KubeRay:
     def _delete(self, name: str, api: KubernetesApi) -> None:
         try:
             api.delete("rayjobs", name)
-        except (ConnectionError, PermissionError, UserError) as error:
-            why = str(error).partition(";")[0]
-            say(
-                f"RayJob {name} could not be deleted ({why}); its driver ends when its lease expires; to end it now: "
-                f"kubectl delete rayjob {name} --namespace {api.namespace}"
-            )
-        else:
             say(f"RayJob {name} deleted")
+        except (ConnectionError, PermissionError, UserError) as error:
+            how = f"to end it before its lease does: kubectl delete rayjob {name} --namespace {api.namespace}"
+            say(f"RayJob {name} could not be deleted ({error}); {how}")
 
 
 def _check_rights(api: KubernetesApi) -> str:

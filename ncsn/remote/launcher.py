@@ -17,7 +17,7 @@ _ENDED = {"Succeeded", "Failed", "Error"}
 
 @dataclass(frozen=True)
 class Launcher:
-    """What a RayJob takes over from the pod that starts it; empty outside of KFP."""
+    """Empty outside of KFP."""
 
     image: str | None = None
     workflow: str | None = None  # name of the pod's Argo Workflow
@@ -45,19 +45,16 @@ def find_launcher(api: KubernetesApi) -> Launcher:
     if pod is None:
         return Launcher()
     owner, run = _owner(pod), pod["metadata"].get("labels", {}).get(RUN_ID_LABEL)
-    reference = None
-    if owner and at_home:
-        # Blocking needs a right on the Workflow's finalizers that the launcher does not have.
-        named = {key: owner[key] for key in ("apiVersion", "kind", "name", "uid")}
-        reference = named | {"controller": False, "blockOwnerDeletion": False}
+    # Blocking needs a right on the Workflow's finalizers that the launcher does not have.
+    reference = owner | {"controller": False, "blockOwnerDeletion": False} if owner and at_home else None
     images = (container["image"] for container in pod["spec"]["containers"] if container["name"] == "main")
     labels = {KFP_RUN_LABEL: run} if run else {}
-    return Launcher(image=next(images, None), workflow=workflow_of(pod), owner=reference, labels=labels)
+    return Launcher(image=next(images, None), workflow=owner.get("name"), owner=reference, labels=labels)
 
 
 def workflow_of(owned: Resource) -> str | None:
     """Name of the Argo Workflow that owns it."""
-    return (_owner(owned) or {}).get("name")
+    return _owner(owned).get("name")
 
 
 def was_stopped(workflow: Resource | None) -> bool:
@@ -81,6 +78,7 @@ def is_ending(workflow: Resource | None) -> bool:
     return is_over(workflow) or was_stopped(workflow)
 
 
-def _owner(owned: Resource) -> Resource | None:
+def _owner(owned: Resource) -> Resource:
+    """The reference to the Workflow that owns it; empty without."""
     owners = owned["metadata"].get("ownerReferences", [])
-    return next((owner for owner in owners if owner["kind"] == "Workflow"), None)
+    return next((owner for owner in owners if owner["kind"] == "Workflow"), {})

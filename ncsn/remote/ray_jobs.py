@@ -12,7 +12,7 @@ import shlex
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from functools import cached_property
+from functools import cached_property, partial
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -67,7 +67,7 @@ class Refused(RuntimeError):
 
 
 class RayJobs:
-    """The backend `ray-jobs`. `renew_seconds` is the period of the lease's renewal."""
+    """The backend `ray-jobs`."""
 
     def __init__(self, compute: ComputeConfig, *, renew_seconds: float = RENEW_SECONDS) -> None:
         self._given = compute.ray_jobs.address
@@ -116,14 +116,13 @@ class RayJobs:
         wanted = {key: value for key, value in ((RUN, run), (KFP_RUN, kfp_run)) if value}
         if not wanted:
             return []
-        mine = [(name, job) for name, job in self._jobs() if wanted.items() <= (job.metadata or {}).items()]
-        names = [name for name, job in mine if not job.status.is_terminal()]
+        running = {name: job for name, job in self._jobs().items() if not job.status.is_terminal()}
+        names = [name for name, job in running.items() if wanted.items() <= (job.metadata or {}).items()]
         for name in names:
-            self._ask(lambda name=name: self._client.stop_job(name))  # type: ignore[misc]
+            self._ask(partial(self._client.stop_job, name))
         return names
 
     def checks(self) -> Iterator[Check]:
-        """That the cluster answers, takes the token, and has the same Ray."""
         fix = "export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=FILE  # and --address http://HEAD:8265"
         yield Check("ray jobs", self._describe, fix)
 
@@ -171,19 +170,16 @@ class RayJobs:
     def _ask(self, call: Callable[[], T], *, patience: float = PATIENCE_SECONDS) -> T:
         return keep_asking(call, server=f"the Ray cluster at {self.address}", seconds=patience)
 
-    def _jobs(self) -> list[tuple[str, JobDetails]]:
-        """All submitted jobs that the cluster remembers, oldest first, by name."""
-        jobs = [job for job in self._ask(self._client.list_jobs) if job.submission_id is not None]
-        return [(str(job.submission_id), job) for job in sorted(jobs, key=lambda job: job.start_time or 0)]
+    def _jobs(self) -> dict[str, JobDetails]:
+        """The submitted jobs that the cluster remembers, by name, oldest first."""
+        jobs = sorted(self._ask(self._client.list_jobs), key=lambda job: job.start_time or 0)
+        return {job.submission_id: job for job in jobs if job.submission_id is not None}
 
     def _start(self, step: RemoteStep) -> str:
-        """The name of the job that does the step: a new one, or one that an earlier attempt left.
-
-        Ray never takes a name twice, so each attempt has a number.
-        """
+        """The name of the job that does the step. Ray never takes a name twice, so each attempt has a number."""
         attempt = re.compile(rf"{re.escape(step.job_name)}(?:-(\d+))?")
         while True:
-            jobs = {int(match[1] or 1): job for name, job in self._jobs() if (match := attempt.fullmatch(name))}
+            jobs = {int(match[1] or 1): job for name, job in self._jobs().items() if (match := attempt.fullmatch(name))}
             last = jobs.get(max(jobs, default=0))
             if last is not None and not last.status.is_terminal():
                 name = str(last.submission_id)
@@ -205,14 +201,9 @@ class RayJobs:
         env = {**forwarded_environment(), "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)}
         self._running = name  # before it may run, because this process may be killed meanwhile
         try:
-            self._ask(
-                lambda: self._client.submit_job(
-                    submission_id=name,
-                    entrypoint=shlex.join(step.leased_command),
-                    metadata=about,
-                    runtime_env={"env_vars": env},
-                )
-            )
+            options: dict[str, Any] = {"submission_id": name, "metadata": about, "runtime_env": {"env_vars": env}}
+            entrypoint = shlex.join(step.leased_command)
+            self._ask(lambda: self._client.submit_job(entrypoint=entrypoint, **options))
         except Refused:
             # A name that is taken, by another launcher or by a request of ours whose answer was lost. Of two
             # submissions at the same moment Ray may refuse one without the reason.
@@ -224,7 +215,7 @@ class RayJobs:
 
     def _job(self, name: str, *, patience: float = PATIENCE_SECONDS) -> JobDetails | None:
         try:
-            return self._ask(lambda: self._client.get_job_info(name), patience=patience)
+            return self._ask(partial(self._client.get_job_info, name), patience=patience)
         except Refused as refusal:
             if refusal.status != 404:
                 raise

@@ -139,7 +139,7 @@ class KfpServer:
         return run
 
     def create_recurring_run(self, body: Json) -> Json:
-        """Keep a schedule; only `fire` starts its runs."""
+        """Keep a schedule; it starts no runs."""
         check_arguments(check_spec(body["pipeline_spec"]), body.get("runtime_config", {}).get("parameters", {}))
         self._check_experiment(body)
         cron = body["trigger"].get("cron_schedule", {}).get("cron", "")

@@ -58,7 +58,6 @@ class Operator:
         seen: Whether somebody has looked at such a head: only then its time to start begins.
         last_words: What the head's container writes before it ends, where it crashes.
         linger: Seconds for which the pods of a deleted RayJob are still there.
-        silent: Don't touch anything: an operator that is down.
         clusters: Names of the RayClusters, one for each attempt.
         deleted: Deletion policies that were carried out, but for DeleteSelf.
     """
@@ -74,7 +73,6 @@ class Operator:
     seen: Callable[[], bool] = lambda: True
     last_words: list[str] = field(default_factory=list)
     linger: float = 0
-    silent: bool = False
     clusters: list[str] = field(default_factory=list)
     deleted: list[str] = field(default_factory=list)
     processes: dict[str, subprocess.Popen[str]] = field(default_factory=dict)
@@ -100,8 +98,6 @@ class Operator:
 
     def _reconcile(self, name: str) -> None:
         try:
-            while self.silent:
-                self._pause(name)
             job = self.cluster.get("rayjobs", name)
             assert job is not None
             if errors := operator_errors(job):
@@ -123,7 +119,10 @@ class Operator:
         """As KubeRay 1.6.2 and 1.7.0 do: a failure is Retrying at once, with its reason until the cluster is gone."""
         spec = job["spec"]
         deadline = time.monotonic() + spec.get("activeDeadlineSeconds", 1e9)
-        self._wait_in_queue(name, job)
+        if QUEUE_LABEL in job["metadata"]["labels"]:
+            self._set(name, jobDeploymentStatus="Suspended")
+            while not self.admitted.is_set():
+                self._pause(name)
         for attempt in range(spec.get("backoffLimit", 0) + 1):
             failure = self._run_attempt(name, spec, deadline)
             if failure is None:
@@ -134,7 +133,8 @@ class Operator:
             self._set(name, failed=attempt + 1, **failure)
             if not again:
                 return
-            self._delete_pods(name)
+            for pod in self._pods.pop(name, []):
+                self.cluster.delete("pods", pod)
             self._sleep(name, self.retry_seconds)
             self._set(name, jobDeploymentStatus="", jobStatus="", rayClusterName="", reason="", message="")
 
@@ -253,16 +253,6 @@ class Operator:
         self.cluster.create("pods", content)
         self._pods.setdefault(job, []).append(pod)
         return pod
-
-    def _delete_pods(self, name: str) -> None:
-        for pod in self._pods.pop(name, []):
-            self.cluster.delete("pods", pod)
-
-    def _wait_in_queue(self, name: str, job: Resource) -> None:
-        if QUEUE_LABEL in job["metadata"]["labels"]:
-            self._set(name, jobDeploymentStatus="Suspended")
-            while not self.admitted.is_set():
-                self._pause(name)
 
     def _clean_up(self, name: str, spec: Resource) -> None:
         status, began = (self.cluster.get("rayjobs", name) or {}).get("status", {}), time.monotonic()

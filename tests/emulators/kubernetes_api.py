@@ -97,22 +97,18 @@ class _Handler(BaseHTTPRequestHandler):
             case ["apis", "argoproj.io", "v1alpha1", "namespaces", _, "workflows", *name]:
                 self._authorize("get" if name else "list", "argoproj.io", "workflows")
                 self._send_found("workflows", name, query)
-            case ["api", "v1", "namespaces", _, *rest]:
-                self._route_core(verb, rest, query, body)
-            case _:
-                raise Refusal(404, "NotFound", f"the emulator has no {self.path}")
-
-    def _route_core(self, verb: str, path: list[str], query: dict[str, str], body: Any) -> None:
-        match path:
-            case ["pods", name, "log"]:
+            case ["api", "v1", "namespaces", _, "pods", name, "log"]:
                 self._authorize(verb, "", "pods/log")
                 self._send_log(name, query)
-            case ["pods", *name]:
+            case ["api", "v1", "namespaces", _, "pods", *name]:
                 self._authorize("get" if name else "list", "", "pods")
                 self._send_found("pods", name, query)
-            case ["events"]:
-                self._send_events_of(query)
-            case ["configmaps", *name]:
+            case ["api", "v1", "namespaces", _, "events"]:
+                self._authorize("list", "", "events")
+                about = query["fieldSelector"].removeprefix("involvedObject.name=")
+                found = [each for each in self.cluster.list("events") if each["involvedObject"]["name"] == about]
+                self._send({"metadata": {}, "items": found})
+            case ["api", "v1", "namespaces", _, "configmaps", *name]:
                 self._config_maps(verb, name, query, body)
             case _:
                 raise Refusal(404, "NotFound", f"the emulator has no {self.path}")
@@ -134,12 +130,6 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(cluster.delete("rayjobs", name[0]))
         else:
             self._send_found("rayjobs", name, query)
-
-    def _send_events_of(self, query: dict[str, str]) -> None:
-        self._authorize("list", "", "events")
-        about = query["fieldSelector"].removeprefix("involvedObject.name=")
-        found = [each for each in self.cluster.list("events") if each["involvedObject"]["name"] == about]
-        self._send({"metadata": {}, "items": found})
 
     def _config_maps(self, verb: str, name: list[str], query: dict[str, str], body: Any) -> None:
         self._authorize("list" if verb == "get" and not name else verb, "", "configmaps")
@@ -194,8 +184,11 @@ class _Handler(BaseHTTPRequestHandler):
                 time.sleep(POLL_SECONDS)
 
     def _send_log(self, pod: str, query: dict[str, str]) -> None:
-        if "tailLines" in query:
-            self._send_last_words(pod, int(query["tailLines"]))
+        words = self.cluster.last_words.get(pod)
+        if "tailLines" in query and words is not None:
+            with self._stream("text/plain") as send:
+                for word in words[-int(query["tailLines"]) :]:
+                    send(f"{word}\n".encode())
             return
         log = self.cluster.logs.get(pod)
         if log is None:
@@ -220,14 +213,6 @@ class _Handler(BaseHTTPRequestHandler):
                     return
                 time.sleep(POLL_SECONDS)
             raise ConnectionAbortedError
-
-    def _send_last_words(self, pod: str, lines: int) -> None:
-        words = self.cluster.last_words.get(pod)
-        if words is None:
-            raise Refusal(400, "BadRequest", f'container "ray-head" in pod "{pod}" is waiting to start: trying to pull')
-        with self._stream("text/plain") as send:
-            for word in words[-lines:]:
-                send(f"{word}\n".encode())
 
     def _stream(self, kind: str) -> _Chunked:
         self.send_response(200)

@@ -18,6 +18,18 @@ from typing import Any
 from ray_nodes import RayNodes
 from tcp_proxy import TcpProxy
 
+TINY = """
+name: tiny
+data: {{source: sklearn_digits, image_size: 8, channels: 1, test_fraction: 0.3, max_images: 128}}
+noise: {{num_levels: 4}}
+network: {{kind: unet, widths: [8], blocks_per_resolution: 1, embedding_features: 8}}
+train: {{batch_size: 32, num_images: 320, ema: {{kind: decay, per_step: 0.9}},
+  checkpoint_every_images: 160, report_every_images: 160}}
+sampling: {{num_images: 8, batch_size: 8, sampler: {{kind: annealed_langevin, steps_per_level: 1}}}}
+evaluation: {{classifier_epochs: 1, num_splits: 2}}
+storage: {{root: "{root}"}}
+"""
+
 _LAUNCHER = """
 import json, sys
 from ncsn.config.compute import ComputeConfig

@@ -89,7 +89,6 @@ def emulation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emula
         monkeypatch.delenv(name, raising=False)
     yield Emulation(cluster, operator, server, tmp_path)
     cluster.away = False
-    operator.silent = False
     operator.close()
     server.close()
     assert cluster.list("rayjobs") == [] and cluster.list("pods") == []

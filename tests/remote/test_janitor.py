@@ -45,8 +45,9 @@ def janitor(emulation: Any) -> Callable[[], list[str]]:
     return call
 
 
-def begin(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first task of a pipeline run, which notes it, and leaves an MLflow run open as a killed process does."""
+@pytest.fixture
+def begun(emulation: Any, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first task of a pipeline run has noted it, and left an MLflow run open as a killed process does."""
     with monkeypatch.context() as patch:
         patch.setenv(KFP_RUN_ID, "5f3a")
         patch.setenv(KFP_WORKFLOW, WORKFLOW)
@@ -87,25 +88,35 @@ def outcome(config: Config) -> Outcome | None:
     return read_outcome(run_folder(config, "mine"))
 
 
-@pytest.mark.parametrize("spec", [{"activeDeadlineSeconds": 0}, {"shutdown": "Terminate"}, None], ids=str)
-def test_a_terminated_or_deleted_run_is_killed(
-    emulation: Any, config: Config, janitor: Any, monkeypatch: pytest.MonkeyPatch, spec: dict[str, Any] | None
+@pytest.mark.parametrize(
+    ("phase", "spec", "status"),
+    [
+        ("Failed", {"activeDeadlineSeconds": 0}, "KILLED"),  # KFP 2.17.0's Terminate
+        ("Failed", {"shutdown": "Terminate"}, "KILLED"),
+        (None, {}, "KILLED"),  # deleting a recurring run deletes the Workflow
+        ("Succeeded", {}, "FINISHED"),  # after KFP's Retry an exit handler that has run is not run again
+        ("Failed", {}, "FAILED"),
+        ("Error", {}, "FAILED"),
+    ],
+)
+@pytest.mark.usefixtures("begun")
+def test_a_run_without_its_exit_handler_is_closed_as_it_ended(
+    emulation: Any, config: Config, janitor: Any, phase: str | None, spec: dict[str, Any], status: str
 ) -> None:
-    """KFP 2.17.0's Terminate sets a deadline of 0 s; deleting a recurring run deletes the Workflow."""
-    begin(config, monkeypatch)
-    if spec is not None:
-        workflow(emulation, "Failed", **spec)
+    if phase is not None:
+        workflow(emulation, phase, **spec)
     janitor()
-    assert outcome(config) == Outcome("KILLED", "terminated", "train")
-    assert statuses(config) == {"run": "KILLED", "ingest": "FINISHED", "train": "KILLED"}
+    found = outcome(config)
+    assert found is not None and found.status == status == statuses(config)["run"]
+    if status == "KILLED":
+        assert found == Outcome("KILLED", "terminated", "train")
+        assert statuses(config) == {"run": "KILLED", "ingest": "FINISHED", "train": "KILLED"}
     assert notes(emulation) == []
     assert janitor() == []
 
 
-def test_a_running_pipeline_is_left_alone(
-    emulation: Any, config: Config, janitor: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    begin(config, monkeypatch)
+@pytest.mark.usefixtures("begun")
+def test_a_running_pipeline_is_left_alone(emulation: Any, config: Config, janitor: Any) -> None:
     workflow(emulation, "Running")
     rayjob(emulation, "working", ownerReferences=[OWNER])
     assert janitor() == []
@@ -113,10 +124,10 @@ def test_a_running_pipeline_is_left_alone(
     emulation.cluster.delete("rayjobs", "working")
 
 
+@pytest.mark.usefixtures("begun")
 def test_a_rayjob_goes_with_its_pipeline_and_the_last_word_comes_later(
-    emulation: Any, config: Config, janitor: Any, monkeypatch: pytest.MonkeyPatch, eventually: Any
+    emulation: Any, config: Config, janitor: Any, eventually: Any
 ) -> None:
-    begin(config, monkeypatch)
     workflow(emulation, "Running", activeDeadlineSeconds=0)
     rayjob(emulation, "working", ownerReferences=[OWNER])
     janitor()
@@ -128,11 +139,11 @@ def test_a_rayjob_goes_with_its_pipeline_and_the_last_word_comes_later(
     assert notes(emulation) == []
 
 
+@pytest.mark.usefixtures("begun")
 def test_a_run_that_another_pipeline_run_goes_on_with_is_left_to_it(
-    emulation: Any, config: Config, janitor: Any, monkeypatch: pytest.MonkeyPatch
+    emulation: Any, config: Config, janitor: Any
 ) -> None:
     """Terminate, then submit again under the same name: the records and RayJobs are the second run's by then."""
-    begin(config, monkeypatch)
     workflow(emulation, "Failed", activeDeadlineSeconds=0)
     emulation.cluster.create("workflows", {"metadata": {"name": "second"}, "spec": {}, "status": {"phase": "Running"}})
     labels = {"app.kubernetes.io/managed-by": "ncsn", "ncsn.dev/kfp-run-id": "77aa"}
@@ -147,10 +158,8 @@ def test_a_run_that_another_pipeline_run_goes_on_with_is_left_to_it(
     emulation.cluster.delete("configmaps", "ncsn-run-77aa")
 
 
-def test_a_run_whose_workflow_is_gone_keeps_the_end_that_is_known(
-    emulation: Any, config: Config, janitor: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    begin(config, monkeypatch)
+@pytest.mark.usefixtures("begun")
+def test_a_run_whose_workflow_is_gone_keeps_the_end_that_is_known(emulation: Any, config: Config, janitor: Any) -> None:
     write_outcome(run_folder(config, "mine"), Outcome("FINISHED"))
     janitor()
     assert outcome(config) == Outcome("FINISHED")
@@ -158,26 +167,9 @@ def test_a_run_whose_workflow_is_gone_keeps_the_end_that_is_known(
     assert notes(emulation) == []
 
 
-@pytest.mark.parametrize(
-    ("phase", "status"), [("Succeeded", "FINISHED"), ("Failed", "FAILED"), ("Error", "FAILED")], ids=str
-)
-def test_a_run_without_its_exit_handler_is_closed_as_it_ended(
-    emulation: Any, config: Config, janitor: Any, monkeypatch: pytest.MonkeyPatch, phase: str, status: str
-) -> None:
-    """After KFP's Retry an exit handler that has run is not run again (2.17.0)."""
-    begin(config, monkeypatch)
-    workflow(emulation, phase)
-    janitor()
-    found = outcome(config)
-    assert found is not None and found.status == status == statuses(config)["run"]
-    assert notes(emulation) == []
-
-
-def test_the_pod_tells_what_the_step_could_not(
-    emulation: Any, config: Config, janitor: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("begun")
+def test_the_pod_tells_what_the_step_could_not(emulation: Any, config: Config, janitor: Any) -> None:
     """The names of pods and nodes are those of KFP 2.17.0 on Argo 4.0.5."""
-    begin(config, monkeypatch)
     workflow(emulation, "Failed")
     killed = {"name": "main", "state": {"terminated": {"exitCode": 137, "reason": "OOMKilled"}}}
     node = f"{WORKFLOW}(0).root(0).exit-handler-1(0).train(0).executor(0)"
@@ -203,18 +195,16 @@ def test_the_pod_tells_what_the_step_could_not(
 
 
 def test_a_run_that_cannot_be_noted_works_nevertheless(
-    emulation: Any, config: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    emulation: Any, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
 ) -> None:
     emulation.cluster.rules = []
-    begin(config, monkeypatch)
+    request.getfixturevalue("begun")
     assert notes(emulation) == []
     assert "'create' on configmaps" in capsys.readouterr().err
 
 
-def test_its_role_has_what_is_needed_and_no_more(
-    emulation: Any, config: Config, janitor: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    begin(config, monkeypatch)
+@pytest.mark.usefixtures("begun")
+def test_its_role_has_what_is_needed_and_no_more(emulation: Any, config: Config, janitor: Any) -> None:
     workflow(emulation, "Failed")
     rayjob(emulation, "left", ownerReferences=[OWNER])
     pod = {"name": "p", "labels": {"pipeline/runid": "5f3a"}, "annotations": {}}
@@ -231,10 +221,8 @@ def cleanup(*options: str) -> Any:
     return CliRunner().invoke(app, ["cleanup", *options])
 
 
-def test_a_person_ends_a_run_by_name_and_may_look_first(
-    emulation: Any, config: Config, eventually: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    begin(config, monkeypatch)
+@pytest.mark.usefixtures("begun")
+def test_a_person_ends_a_run_by_name_and_may_look_first(emulation: Any, config: Config, eventually: Any) -> None:
     emulation.cluster.rules = rules_of(INFRA / "janitor" / "role.yaml")
     emulation.cluster.delete("configmaps", notes(emulation)[0]["metadata"]["name"])  # a person's run has none
     rayjob(emulation, "working", root=config.storage.root)
@@ -248,11 +236,9 @@ def test_a_person_ends_a_run_by_name_and_may_look_first(
     assert statuses(config)["run"] == "KILLED"
 
 
-def test_an_mlflow_that_is_away_keeps_the_note_and_nothing_else(
-    emulation: Any, config: Config, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("begun")
+def test_an_mlflow_that_is_away_keeps_the_note_and_nothing_else(emulation: Any, config: Config) -> None:
     away = config.model_copy(update={"tracking": config.tracking.model_copy(update={"uri": "http://127.0.0.1:9"})})
-    begin(config, monkeypatch)
     data = {"workflow": "gone", "run": "mine", "config": to_json(away)}
     labels = {"app.kubernetes.io/managed-by": "ncsn", "ncsn.dev/kfp-run-id": "0000"}
     emulation.cluster.rules = rules_of(INFRA / "janitor" / "role.yaml")

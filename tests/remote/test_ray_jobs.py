@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from ray_nodes import RayNodes
 from refused import refused
-from remote_places import RayHead
+from remote_places import TINY, RayHead
 from tcp_proxy import TcpProxy
 
 from ncsn import storage
@@ -34,18 +34,6 @@ from ncsn.steps import ingest
 
 pytestmark = pytest.mark.timeout(900)
 slow = pytest.mark.slow
-
-TINY = """
-name: tiny
-data: {{source: sklearn_digits, image_size: 8, channels: 1, test_fraction: 0.3, max_images: 128}}
-noise: {{num_levels: 4}}
-network: {{kind: unet, widths: [8], blocks_per_resolution: 1, embedding_features: 8}}
-train: {{batch_size: 32, num_images: 160, ema: {{kind: decay, per_step: 0.9}},
-  checkpoint_every_images: 160, report_every_images: 32}}
-sampling: {{num_images: 8, batch_size: 8, sampler: {{kind: annealed_langevin, steps_per_level: 1}}}}
-evaluation: {{classifier_epochs: 1, num_splits: 2}}
-storage: {{root: "{root}"}}
-"""
 
 
 @dataclass
@@ -85,7 +73,7 @@ def test_training_runs_as_a_job(jobs: Jobs, config: Path) -> None:
     done = jobs.ncsn(*arguments)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    assert result["images_seen"] == 160
+    assert result["images_seen"] == 320
     assert storage.exists(f"{result['checkpoint']}/config.yaml")
     (job,) = jobs.head.of("mine")
     name = job["submission_id"]
@@ -155,7 +143,7 @@ def test_plain_ray_job_submit_trains_from_a_config_in_s3(jobs: Jobs, config: Pat
     assert (job["status"], job["driver_exit_code"]) == ("SUCCEEDED", 0)
     assert job["metadata"]["mlflow.run_name"] == "plain/train"
     result = json.loads(storage.read_text(f"{s3_root}/runs/plain/steps/train/step.json"))["result"]
-    assert result["images_seen"] == 160
+    assert result["images_seen"] == 320
 
 
 @slow
@@ -178,7 +166,7 @@ def test_a_search_its_best_and_scored_samples_run_as_jobs(jobs: Jobs, config: Pa
     assert [row["trial"] for row in found["trials"]] == [0, 1, 2]
     assert found["objective"] <= found["baseline"]
     trained = job("train", found["config"], "sought-best", "--dataset", dataset)
-    assert trained["images_seen"] == 160
+    assert trained["images_seen"] == 320
     best = from_yaml(storage.read_text(f"{trained['checkpoint']}/config.yaml"))
     assert (best.noise.sigma_1, asdict(best.sampling.sampler)) == (
         found["values"]["noise.sigma_1"],

@@ -13,24 +13,12 @@ from typing import Any
 import pytest
 from mlflow.tracking import MlflowClient
 from refused import refused
+from remote_places import TINY
 
 from ncsn import storage
 from ncsn.config import Config, from_yaml, to_yaml
 from ncsn.remote.kuberay import KubeRay
 from ncsn.steps import ingest, train
-
-TINY = """
-name: tiny
-data: {{source: sklearn_digits, image_size: 8, channels: 1, test_fraction: 0.3, max_images: 128}}
-noise: {{num_levels: 4}}
-network: {{kind: unet, widths: [8], blocks_per_resolution: 1, embedding_features: 8}}
-train: {{batch_size: 32, num_images: 320, ema: {{kind: decay, per_step: 0.9}},
-  checkpoint_every_images: 160, report_every_images: 160}}
-sampling: {{num_images: 8, batch_size: 8, sampler: {{kind: annealed_langevin, steps_per_level: 1}}}}
-evaluation: {{classifier_epochs: 1, num_splits: 2}}
-compute: {{backend: kuberay, num_workers: 1}}
-storage: {{root: {root}}}
-"""
 
 
 @pytest.fixture
@@ -44,7 +32,7 @@ def on_s3(emulation, s3_server, s3_root: str, tmp_path: Path, monkeypatch: pytes
         "ncsn-environment": {name: value for name, value in environment.items() if name not in keys},
         "ncsn-credentials": {name: value for name, value in environment.items() if name in keys},
     }
-    return from_yaml(TINY.format(root=s3_root))
+    return from_yaml(TINY.format(root=s3_root), overrides=["compute={backend: kuberay, num_workers: 1}"])
 
 
 def step_file(config: Config, run: str, name: str) -> Any:
