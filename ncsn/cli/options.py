@@ -175,7 +175,7 @@ def experiment_options(command: Decorated, *, run_help: str = _NEW_RUN) -> Decor
         if address is not None and backend not in (None, "ray-jobs"):
             why = f"needs --backend ray-jobs, not {backend}"
             raise UserError("--address", why, hint="leave one out", value=address)
-        place = () if backend is None else (f"compute.backend={backend}",)
+        place: tuple[str, ...] = () if backend is None else (f"compute.backend={backend}",)
         if address is not None:
             place = ("compute.backend=ray-jobs", f"compute.ray_jobs.address={address}")
         return command(experiment=Experiment(config_uri, overrides, run_name, place), **others)

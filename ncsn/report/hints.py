@@ -41,7 +41,7 @@ def training_hints(losses: Array, *, linear: Array, sigmas: Sequence[float]) -> 
     if not len(behind):
         return []
     worst = int(behind[np.argmax(losses[behind] / linear[behind])])
-    where = ", ".join(f"{sigmas[number]:.3g}" for number in behind)
+    where = ", ".join(f"{sigmas[number]:.3g}" for number in behind.tolist())
     return [
         f"Undertrained at sigma {where}: the best linear denoiser of the training images has a lower loss, most "
         f"clearly at {sigmas[worst]:.3g} ({linear[worst]:.3g} versus {losses[worst]:.3g}). Increase train.num_images "
