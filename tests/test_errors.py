@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import pickle
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import click
 import pytest
 from click.testing import CliRunner
-from refused import fail, refused
+from refused import refused
 
 from ncsn.cli.options import ReportingCommand, StepFailed, describe
 from ncsn.errors import ConfigError, InvalidValue, NotFound, Problem, UserError, problems_of
@@ -79,15 +77,6 @@ def test_an_error_travels_whole(error: UserError) -> None:
     assert sent.__dict__ == error.__dict__
 
 
-def test_an_error_leaves_another_process_whole() -> None:
-    with (
-        # Not by fork, whose child has the locks that threads of this process hold.
-        ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool,
-        refused(*(problem.key for problem in TWO), error=NotFound),
-    ):
-        pool.submit(fail, NotFound.of(TWO)).result()
-
-
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
 def test_an_error_leaves_a_ray_task_whole(error: UserError) -> None:
     from ray.exceptions import RayTaskError
@@ -149,8 +138,3 @@ def test_the_command_line_says_a_line_for_each_and_the_problems_as_json(error: E
 def test_a_failure_prints_no_json() -> None:
     asked = CliRunner().invoke(_command(RuntimeError("broke")), ["--json"])
     assert (asked.exit_code, asked.stdout) == (1, "")
-
-
-def test_the_hint_is_dimmed_on_a_terminal() -> None:
-    colored = CliRunner().invoke(_command(ConfigError.of(TWO)), color=True)
-    assert "is less than 1\x1b[2m; raise it\x1b[0m\n" in colored.stderr

@@ -17,7 +17,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
-from local_training import assert_same_tensors, tensors, train_locally
+from local_training import assert_close_tensors, assert_same_tensors, train_locally
 from on_ray import KillsWorker, evaluate_by_tasks, live_scores
 from ray_driver import RayDriver, ray_driver, with_environment, with_progress
 from refused import refused
@@ -89,11 +89,7 @@ def test_two_workers_follow_one(trained: Path, tiny: str, dataset: str, tmp_path
     """The same images, levels and noise whatever the worker count: equal weights to rounding."""
     train_locally(TrainingJob(config=from_yaml(tiny), dataset=dataset), tmp_path)
     for step in ("images-000000080", "images-000000160"):
-        one, two = tensors(tmp_path / step), tensors(trained / "checkpoints" / step)
-        assert one.keys() == two.keys()
-        for name in one:
-            if not name.startswith("optimizer:"):
-                assert torch.allclose(one[name], two[name], rtol=1e-4, atol=1e-5), name
+        assert_close_tensors(tmp_path / step, trained / "checkpoints" / step)
 
 
 @pytest.mark.slow
@@ -130,29 +126,23 @@ def test_more_workers_than_the_cluster_has_are_refused(cluster: Cluster, tiny: s
         cluster.driver(require_resources, from_yaml(tiny, overrides=["compute.num_workers=8", "train.batch_size=16"]))
 
 
-class Sampled(NamedTuple):
-    """A folder of ten images, all of them, and how many were made in the call."""
-
-    made: int
-    images: np.ndarray
-
-
-Sample = Callable[..., Sampled]
+Sample = Callable[..., tuple[int, np.ndarray]]
 
 
 @pytest.fixture
 def sample(cluster: Cluster, trained: Path) -> Sample:
-    return partial(sample_ten, cluster, trained)
+    """Makes a folder of ten images: how many were made in the call, and all of them."""
 
+    def sample_ten(folder: Path, config: Config, *, batch: int) -> tuple[int, np.ndarray]:
+        ten = config.sampling.model_copy(update={"batch_size": batch, "num_images": 10})
+        config = config.model_copy(update={"sampling": ten})
+        planned = plan_shards(config, checkpoint=checkpoint_of(trained), folder=str(folder))
+        made, told = cluster.driver(with_progress, make_shards, config, planned)
+        assert not told or told[-1] == (10, 10)
+        tables = [pq.read_table(path) for path in sorted(folder.glob("shard-*.parquet"))]
+        return made, np.concatenate([from_table(table).images for table in tables])
 
-def sample_ten(cluster: Cluster, trained: Path, folder: Path, config: Config, *, batch: int) -> Sampled:
-    ten = config.sampling.model_copy(update={"batch_size": batch, "num_images": 10})
-    config = config.model_copy(update={"sampling": ten})
-    planned = plan_shards(config, checkpoint=checkpoint_of(trained), folder=str(folder))
-    made, told = cluster.driver(with_progress, make_shards, config, planned)
-    assert not told or told[-1] == (10, 10)
-    tables = [pq.read_table(path) for path in sorted(folder.glob("shard-*.parquet"))]
-    return Sampled(made, np.concatenate([from_table(table).images for table in tables]))
+    return sample_ten
 
 
 def checkpoint_of(trained: Path) -> str:

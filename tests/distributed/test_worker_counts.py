@@ -10,8 +10,7 @@ import pytest
 import torch
 import torch.multiprocessing
 from gloo_workers import resume_from_a_torn_copy, work
-from local_training import train_locally
-from safetensors.torch import load_file
+from local_training import assert_close_tensors, train_locally
 
 from ncsn.config import from_yaml
 from ncsn.model.checkpoint_store import CheckpointStore
@@ -28,7 +27,6 @@ def test_any_number_of_workers_follows_the_same_curve(tiny: str, dataset: str, t
 
     train_locally(job(tmp_path / "1"), tmp_path / "1" / "checkpoints")
     one = load_history(str(tmp_path / "1" / "history.json"))
-    last = load_file(tmp_path / "1" / "checkpoints" / "images-000000160" / "ema.safetensors")
     for workers, overrides in ((2, ["compute.microbatch=3"]), (3, []), (4, [])):
         folder = tmp_path / str(workers)
         torch.multiprocessing.spawn(work, (workers, job(folder, *overrides), str(folder)), nprocs=workers)
@@ -38,8 +36,7 @@ def test_any_number_of_workers_follows_the_same_curve(tiny: str, dataset: str, t
             np.testing.assert_allclose(many.curve(name), one.curve(name), rtol=1e-5)
         names = [name for name in one.points[-1] if name.startswith("train/loss_sigma_")]
         np.testing.assert_allclose(many.losses(names), one.losses(names), rtol=1e-4)
-        ema = load_file(folder / "checkpoints" / "images-000000160" / "ema.safetensors")
-        assert all(torch.allclose(ema[key], last[key], rtol=1e-4, atol=1e-5) for key in last), workers
+        assert_close_tensors(*(place / "checkpoints" / "images-000000160" for place in (tmp_path / "1", folder)))
 
 
 @pytest.mark.slow
@@ -56,8 +53,7 @@ def test_two_workers_learn_the_weight_of_one(tiny: str, dataset: str, tmp_path: 
     learned, same = (json.loads((place / "state.json").read_text())["uncertainty"]["weight"] for place in (one, two))
     assert max(map(abs, learned)) > 1e-4
     np.testing.assert_allclose(same, learned, rtol=1e-3, atol=1e-6)
-    averages = [load_file(place / "ema.safetensors") for place in (one, two)]
-    assert all(torch.allclose(averages[1][key], averages[0][key], rtol=1e-4, atol=1e-5) for key in averages[0])
+    assert_close_tensors(one, two)
 
 
 @pytest.mark.slow

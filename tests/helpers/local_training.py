@@ -80,3 +80,12 @@ def assert_same_tensors(one: Path | str, other: Path | str) -> None:
     left, right = tensors(one), tensors(other)
     assert left.keys() == right.keys()
     assert all(left[name].equal(right[name]) for name in left)
+
+
+def assert_close_tensors(one: Path | str, other: Path | str, *, rtol: float = 1e-4) -> None:
+    """Weights and EMA of two checkpoints are equal to rounding."""
+    left, right = tensors(one), tensors(other)
+    assert left.keys() == right.keys()
+    for name in left:
+        if not name.startswith("optimizer:"):
+            assert left[name].allclose(right[name], rtol=rtol, atol=1e-5), name

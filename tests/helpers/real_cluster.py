@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ports import free_port
+
 Resource = dict[str, Any]
 
 PURPOSE = {"app.kubernetes.io/part-of": "ncsn-test-cluster"}  # label of every namespace that the tests make
@@ -123,7 +125,7 @@ def forwarded(namespace: str, service: str, port: int) -> Iterator[str]:
 
     A `kubectl port-forward` ends when the pod behind it does, so it is started again until the block ends.
     """
-    local = _free_port()
+    local = free_port()
     command = ["kubectl", "port-forward", "--namespace", namespace, f"service/{service}", f"{local}:{port}"]
     ended = threading.Event()
     running: list[subprocess.Popen[bytes]] = []
@@ -175,9 +177,3 @@ def _accepts(port: int) -> bool:
     with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=2):
         return True
     return False
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])

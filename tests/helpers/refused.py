@@ -18,8 +18,3 @@ def refused(*keys: str, error: type[UserError] = UserError) -> Iterator[pytest.E
     problems = caught.value.problems
     assert [problem.key for problem in problems] == list(keys), str(caught.value)
     assert len(str(caught.value).splitlines()) == len(problems)
-
-
-def fail(error: UserError) -> None:
-    """Raise the error, in a module that another process can import."""
-    raise error
