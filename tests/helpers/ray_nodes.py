@@ -26,7 +26,6 @@ HEALTH_CHECK = {"RAY_health_check_period_ms": "1000", "RAY_health_check_failure_
 @dataclass(frozen=True)
 class RayNode:
     id: str  # Ray's name for it
-    pid: int  # of its raylet
     cache: Path  # its NCSN_CACHE_DIR, which no other node has
 
 
@@ -35,8 +34,8 @@ class RayNodes:
     """A cluster that runs while the context is open. The first node is the head."""
 
     folder: Path
-    count: int = 2
-    cpus: int = 1
+    count: int
+    cpus: int
     environment: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -93,28 +92,21 @@ class RayNodes:
             self._process.wait()
         self._temporary.cleanup()
 
-    def add(self) -> RayNode:
+    def add(self) -> None:
+        """Start one more node, and wait until it is alive."""
+        assert self._process.stdin is not None and self._process.stdout is not None
         cache = self.folder / f"cache-{len(self.nodes)}"
-        told = self._ask("add", {"num_cpus": self.cpus, "env_vars": {CACHE_DIR: str(cache)}})
-        self.address, self.dashboard = told["address"], f"http://{told['dashboard']}"
-        self.nodes.append(RayNode(told["id"], told["pid"], cache))
-        return self.nodes[-1]
+        self._process.stdin.write(json.dumps({"num_cpus": self.cpus, "env_vars": {CACHE_DIR: str(cache)}}) + "\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        assert answer, f"the cluster's process has ended:\n{(self.folder / 'cluster.log').read_text()[-3000:]}"
+        node, self.address, dashboard = json.loads(answer)
+        self.dashboard = f"http://{dashboard}"
+        self.nodes.append(RayNode(node, cache))
 
-    def kill(self, number: int) -> None:
-        """Take a node's power: its raylet and its workers get SIGKILL. The cluster notices some seconds later."""
-        self._ask("kill", {"number": number})
-
-    def run(
-        self, command: Sequence[str], *, seconds: float = 240, **variables: str
-    ) -> subprocess.CompletedProcess[str]:
+    def run(self, command: Sequence[str], *, seconds: float) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            command,
-            env=self.client | variables,
-            cwd=self.folder,
-            capture_output=True,
-            text=True,
-            timeout=seconds,
-            check=False,
+            command, env=self.client, cwd=self.folder, capture_output=True, text=True, timeout=seconds, check=False
         )
 
     def listed(self, kind: str) -> list[dict[str, Any]]:
@@ -129,43 +121,22 @@ class RayNodes:
         with urllib.request.urlopen(request, timeout=60) as response:
             return json.load(response)
 
-    def _ask(self, what: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(json.dumps([what, arguments]) + "\n")
-        self._process.stdin.flush()
-        answer = self._process.stdout.readline()
-        assert answer, f"the cluster's process has ended:\n{(self.folder / 'cluster.log').read_text()[-3000:]}"
-        told: dict[str, Any] = json.loads(answer)
-        return told
-
 
 def _serve() -> None:
-    """Do what stdin says, and end with it. Ray writes to stdout as well, so that the answers have their own copy."""
+    """Add a node for each line of stdin, and end with it. Ray writes to stdout as well: the answers have a copy."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    import psutil
     from ray.cluster_utils import Cluster
 
     # Any free port for each server: another Ray on this machine may have taken the usual ones.
     ports = {"dashboard_port": 0, "dashboard_agent_listen_port": 0}
-    cluster, nodes = Cluster(), []
+    head = {"include_dashboard": True, "dashboard_host": "127.0.0.1"} | ports
+    cluster = Cluster()
     try:
         for line in sys.stdin:
-            what, arguments = json.loads(line)
-            told: dict[str, Any] = {}
-            if what == "add":
-                head = {} if nodes else {"include_dashboard": True, "dashboard_host": "127.0.0.1"} | ports
-                nodes.append(cluster.add_node(wait=False, **arguments, **head))
-                cluster._wait_for_node(nodes[-1], timeout=300)  # `add_node` would give up after 30 s
-                told = {"address": cluster.address, "dashboard": cluster.webui_url, "id": nodes[-1].node_id}
-                told["pid"] = nodes[-1].all_processes["raylet"][0].process.pid
-            else:
-                node = nodes[arguments["number"]]
-                raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
-                for process in (raylet, *raylet.children(recursive=True)):
-                    process.kill()
-                cluster.remove_node(node, allow_graceful=False)
-            answers.write(json.dumps(told) + "\n")
+            node, head = cluster.add_node(wait=False, **json.loads(line), **head), {}
+            cluster._wait_for_node(node, timeout=300)  # `add_node` would give up after 30 s
+            answers.write(json.dumps([node.node_id, cluster.address, cluster.webui_url]) + "\n")
             answers.flush()
     finally:
         cluster.shutdown()
