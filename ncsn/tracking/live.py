@@ -84,14 +84,18 @@ class LiveMetrics:
             self._thread.start()
 
     def _run(self) -> None:
-        client, last = None, False
+        client, known, last = None, set[int](), False
         while not last:
             last = self._closing.wait(SEND_EVERY)
             with self._lock:
                 entries, self._waiting = self._waiting, []
             try:
-                client = client or client_at(self.uri)
-                send(client, self.run_id, entries)
+                if client is None:
+                    server = client_at(self.uri)
+                    # An attempt that was killed came further than the checkpoint from which this one repeats its steps.
+                    known = {metric.step for metric in server.get_metric_history(self.run_id, MARK)}
+                    client = server
+                send(client, self.run_id, [entry for entry in entries if entry.png or entry.step not in known])
             except Exception as error:  # noqa: BLE001  (whatever the server does, training goes on)
                 where = shown(self.uri)
                 _logger.warning("%s lacks metrics until the step ends: %s", where, one_line(error))

@@ -96,6 +96,9 @@ def test_killed_server_and_killed_worker_lose_nothing_and_double_nothing(make_co
         third.save()
         third.sink.close(seconds=60)
         assert [step for step, _ in history(tracked)] == [*range(5), *range(8, 13)]
+        fourth = Worker(tracked.live_metrics(), tracked.folder, since=8)  # as if the third had been killed
+        fourth.train(range(8, 13))
+        fourth.sink.close(seconds=60)
     assert_once(tracked, 13, previews={4, 7, 12})
 
 
