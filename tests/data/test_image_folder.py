@@ -104,18 +104,6 @@ def test_labels_next_to_the_images_are_the_classes(tmp_path, formats, data_confi
     assert source.class_names == ("0", "1", "2")
 
 
-def test_labels_in_words_are_sorted(tmp_path, formats, data_config):
-    image = formats.image(np.zeros((8, 8), np.uint8))
-    members = {"a.png": image, "a.cls": b"wolf\n", "b.png": image, "b.cls": b"bear"}
-    root = put(tmp_path / "labels", {"x.tar": formats.tar(members)})
-    assert open_source(data_config("image_folder", root)).class_names == ("bear", "wolf")
-    put(root, {"x.tar": formats.tar({**members, "c.png": image})})
-    mixed = put(tmp_path / "folders", {"cat/1.png": image, "c.png": image})
-    for stray in (root, mixed):
-        source = open_source(data_config("image_folder", stray))
-        assert [label for split in source.splits.values() for label in split.labels].count(-1) == 1
-
-
 def test_shards_that_repeat_names_hold_different_images(tmp_path, formats, data_config):
     shards = {
         f"{shard}.tar": formats.tar(

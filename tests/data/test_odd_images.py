@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 from image_folders import put, rows_of, skipped_of
 from PIL import Image
 from refused import refused
@@ -93,14 +92,3 @@ def test_a_file_that_goes_and_one_that_may_not_be_read_are_refused(tmp_path, mem
     monkeypatch.setattr(image_files, "open", locked, raising=False)
     with refused(f"{root}/cat/04.png"):
         rows_of(open_source(data_config("image_folder", Path(root, "cat"), on_bad_image="skip")))
-
-
-@pytest.mark.parametrize("side", [1, 30])
-def test_equal_images_of_one_color_and_of_one_pixel_are_a_dataset_without_noise_levels(
-    tmp_path, formats, data_config, side
-):
-    image = formats.image(np.full((side, side), 50, np.uint8))
-    data = data_config("image_folder", put(tmp_path / "images", {f"{number}.png": image for number in range(8)}))
-    manifest = write_dataset(open_source(data), str(tmp_path / "store"), name="x", data=data).manifest
-    assert (manifest.counts, manifest.minimum, manifest.maximum) == ({"train": 6, "test": 2}, 50, 50)
-    assert manifest.suggested_noise == {}

@@ -211,16 +211,6 @@ def test_the_size_of_the_split_decides_how_it_is_read(numbered, monkeypatch):
     assert isinstance(open_training_images(uri, "test"), CachedSplit)
 
 
-def test_a_chunk_that_somebody_deleted_is_fetched_again(numbered, tmp_path):
-    stream = StreamedSplit(numbered(30), "train", window_images=64)
-    whole = numbers(stream.ordered(0, first=0, count=200).images)
-    stream = StreamedSplit(numbered(30), "train", window_images=64)
-    read = numbers(stream.ordered(0, first=0, count=32).images)
-    for file in (tmp_path / "cache").rglob("*.npy"):
-        file.unlink()
-    assert read + numbers(stream.ordered(0, first=32, count=168).images) == whole
-
-
 def test_the_copy_equals_the_dataset(dataset, tmp_path):
     for split in ("train", "test"):
         copy, rows = open_cache(dataset, split), read_split(dataset, split)
