@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
@@ -38,9 +37,9 @@ class Start:
 
 def start_of(config: Config, folder: RunFolder, manifest: Manifest) -> Start:
     """What `train.init_from` names, kept in the run's folder, so that training can start there anywhere."""
-    uri = folder.start
     if config.train.init_from is None:
         return Start()
+    uri = folder.start
     source = _source(config, config.train.init_from, uri)
     with torch.device("meta"):
         network = build.network(config)
@@ -77,7 +76,11 @@ def _fetch(config: Config, address: str, uri: str) -> None:
     """Publish the trained network at an address below `uri`, with where it is from."""
     with storage.scratch_folder(uri.rpartition("/")[0]) as scratch:
         if address.startswith(SCHEME):
-            folder, source, digest = _registered(config, address, scratch)
+            client, registry = open_client(config)
+            with registry_errors(registry):
+                version = resolve_version(client, address)
+                folder = fetch_weights(registry, version, scratch)
+            source, digest = f"{SCHEME}{version.name}/{version.version}", version.tags["ncsn.checkpoint"]
         else:
             folder, source = scratch / "trained", storage.absolute(address)
             folder.mkdir()
@@ -86,12 +89,3 @@ def _fetch(config: Config, address: str, uri: str) -> None:
             digest = trained.digest
         (folder / _SOURCE).write_text(json.dumps({"source": source, "digest": digest}))
         storage.publish_folder(folder, uri, marker=TRAINED_CONFIG)
-
-
-def _registered(config: Config, address: str, scratch: Path) -> tuple[Path, str, str]:
-    """Folder, address by number and digest of the weights of a registered model."""
-    client, registry = open_client(config)
-    with registry_errors(registry):
-        version = resolve_version(client, address)
-        folder = fetch_weights(registry, version, scratch)
-    return folder, f"{SCHEME}{version.name}/{version.version}", version.tags["ncsn.checkpoint"]
