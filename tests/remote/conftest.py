@@ -46,8 +46,8 @@ class Emulation:
         settings = ComputeConfig.model_validate(compute)
         KubeRay(settings, patience=patience, renew_seconds=0.2).execute(self.step(code))
 
-    def execute_until(self, condition: Callable[[], object], code: str = "", **compute: Any) -> None:
-        """Run the code as a RayJob, in this process, once the condition holds."""
+    def execute_until(self, condition: Callable[[], object], code: str = "", *, first: str = "") -> None:
+        """Run `first`, and once the condition holds `code`, as a RayJob, in this process."""
         go = self.folder / "go-on"
         waiting = f"import pathlib, time\nwhile not pathlib.Path({str(go)!r}).exists(): time.sleep(0.02)\n"
 
@@ -59,7 +59,7 @@ class Emulation:
 
         releasing = threading.Thread(target=release)
         releasing.start()
-        self.execute(waiting + code, **compute)
+        self.execute(f"{first}\n{waiting}{code}")
         releasing.join()
         assert condition()
 

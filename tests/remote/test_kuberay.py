@@ -57,15 +57,6 @@ def pipeline(emulation: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     emulation.cluster.delete("pods", "task")
 
 
-def wait_for_file(path: Path) -> str:
-    """Code that says it works, waits until the file is there, and counts to nine."""
-    return (
-        "import pathlib, time\nprint('running', flush=True)\n"
-        f"while not pathlib.Path({str(path)!r}).exists(): time.sleep(0.02)\n"
-        "for n in range(10): print('line', n, flush=True)"
-    )
-
-
 def test_the_pod_has_what_the_manifest_refers_to_and_no_more(emulation, monkeypatch: pytest.MonkeyPatch) -> None:
     emulation.operator.references = {"ncsn-environment": {"WHERE": "here"}, "ncsn-credentials": {"A_KEY": "secret"}}
     monkeypatch.setenv("OF_THE_LAUNCHER", "1")
@@ -163,21 +154,11 @@ def test_a_cluster_that_finds_no_room_is_given_up_once(emulation, eventually, sa
     assert (len(emulation.operator.clusters), emulation.operator.started) == (1, [])
 
 
-def test_a_cut_log_is_shown_once_and_whole(emulation, eventually, tmp_path: Path) -> None:
+def test_a_cut_log_is_shown_once_and_whole(emulation) -> None:
     emulation.cluster.cut_logs = 3
-    go, end = tmp_path / "go", tmp_path / "end"
-    go.touch()
-    waiting = f"\nwhile not pathlib.Path({str(end)!r}).exists(): time.sleep(0.02)"
-
-    def let_it_end() -> None:
-        eventually(lambda: emulation.cluster.cut_logs == 0, "the log was cut three times")
-        end.touch()
-
-    thread = threading.Thread(target=let_it_end)
-    thread.start()
-    emulation.execute(wait_for_file(go) + waiting)
-    thread.join()
-    assert emulation.log.splitlines() == ["running", *(f"line {n}" for n in range(10))]
+    counting = "for n in range(10): print('line', n, flush=True)"
+    emulation.execute_until(lambda: emulation.cluster.cut_logs == 0, first=counting)
+    assert emulation.log.splitlines() == [f"line {n}" for n in range(10)]
 
 
 def test_versions_that_are_gone_are_read_again(emulation) -> None:

@@ -15,12 +15,15 @@ REFUSAL = (
 )
 
 
-def pod(container: dict[str, Any] | None = None, **status: Any) -> dict[str, Any]:
-    """A pod with one container in this state."""
+def pod(
+    container: dict[str, Any] | None = None, *, policy: str = "Always", events: Any = (), **status: Any
+) -> dict[str, Any]:
+    """A pod with one container in this state, and its events."""
     statuses = {"containerStatuses": [{"name": "main", "restartCount": 0, **container}]} if container else {}
     return {
         "metadata": {"name": "task"},
-        "spec": {"restartPolicy": "Always", "containers": [{"name": "main", "image": IMAGE}]},
+        "events": events,
+        "spec": {"restartPolicy": policy, "containers": [{"name": "main", "image": IMAGE}]},
         "status": {"phase": "Pending", **statuses, **status},
     }
 
@@ -37,71 +40,41 @@ def event(reason: str, message: str, kind: str = "Warning") -> dict[str, Any]:
     return {"type": kind, "reason": reason, "message": message}
 
 
+BACK_OFF = f'Back-off pulling image "{IMAGE}": ErrImagePull: '
+NO_ROOM = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/1 nodes are available"}
+MOUNT = event("FailedMount", 'MountVolume.SetUp failed for volume "images"')
+
+
 @pytest.mark.parametrize(
-    ("reason", "message", "final"),
+    ("pod", "reason", "final", "words"),
     [
-        ("ErrImagePull", REFUSAL, False),
-        ("ImagePullBackOff", f'Back-off pulling image "{IMAGE}": ErrImagePull: {REFUSAL}', True),
-        ("ImagePullBackOff", f'Back-off pulling image "{IMAGE}": ErrImagePull: dial tcp: i/o timeout', False),
-        ("InvalidImageName", f'Failed to apply default image tag "{IMAGE}": invalid reference format', True),
-        ("ErrImageNeverPull", f'Container image "{IMAGE}" is not present with pull policy of Never', True),
+        (pod(waiting("ErrImagePull", REFUSAL)), "ErrImagePull", False, f"image {IMAGE}: "),
+        (pod(waiting("ImagePullBackOff", BACK_OFF + REFUSAL)), "ImagePullBackOff", True, "pull access denied"),
+        (pod(waiting("ImagePullBackOff", f"{BACK_OFF}i/o timeout")), "ImagePullBackOff", False, "i/o timeout"),
+        (pod(waiting("InvalidImageName", "invalid reference format")), "InvalidImageName", True, IMAGE),
+        (pod(waiting("ErrImageNeverPull", "not present")), "ErrImageNeverPull", True, IMAGE),
+        (pod(waiting("CrashLoopBackOff", restartCount=1, lastState=ended(7))), "CrashLoopBackOff", False, " 7 "),
+        (pod(waiting("CrashLoopBackOff", restartCount=3, lastState=ended(7))), "CrashLoopBackOff", True, " 7 "),
+        (
+            pod(waiting("CrashLoopBackOff", restartCount=2, lastState=ended(137, "OOMKilled"))),
+            "OOMKilled",
+            False,
+            "137",
+        ),
+        (pod({"state": ended(137, "OOMKilled")}, phase="Running"), "OOMKilled", False, "137"),
+        (pod({"state": ended(1)}, phase="Running"), "Error", False, "1"),
+        (pod({"state": ended(1)}, phase="Running", policy="Never"), "Error", True, "1"),
+        (pod({"state": ended(1)}, phase="Failed", policy="Never"), "Error", False, "1"),
+        (pod(conditions=[NO_ROOM]), "Unschedulable", False, "0/1 nodes are available"),
+        (pod(phase="Failed", reason="Evicted", message="low on memory"), "Evicted", False, "low on memory"),
+        (pod(waiting("ContainerCreating"), events=[event("Scheduled", "", "Normal"), MOUNT]), "FailedMount", False, ""),
     ],
 )
-def test_an_image_that_cannot_be_pulled_is_named(reason: str, message: str, *, final: bool) -> None:
-    trouble = trouble_of(pod(waiting(reason, message)), [])
+def test_what_keeps_a_pod_from_running_is_named(pod: Any, reason: str, *, final: bool, words: str) -> None:
+    trouble = trouble_of(pod, pod["events"])
     assert trouble is not None
     assert (trouble.reason, trouble.final) == (reason, final)
-    assert trouble.message.startswith(f"image {IMAGE}: ")
-
-
-@pytest.mark.parametrize(("restarts", "final"), [(1, False), (3, True)])
-def test_a_crash_loop_has_its_exit_code(restarts: int, *, final: bool) -> None:
-    state = waiting("CrashLoopBackOff", "back-off 10s", restartCount=restarts, lastState=ended(7))
-    trouble = trouble_of(pod(state, phase="Running"), [])
-    assert trouble is not None
-    assert (trouble.reason, trouble.container, trouble.final) == ("CrashLoopBackOff", "main", final)
-    assert "7" in trouble.message.split()
-
-
-@pytest.mark.parametrize(
-    "container",
-    [
-        {"state": ended(137, "OOMKilled")},
-        waiting("CrashLoopBackOff", restartCount=2, lastState=ended(137, "OOMKilled")),
-    ],
-)
-def test_a_container_that_was_killed_for_memory_says_so(container: dict[str, Any]) -> None:
-    trouble = trouble_of(pod(container, phase="Running"), [])
-    assert trouble is not None and trouble.reason == "OOMKilled" and "137" in trouble.message
-
-
-@pytest.mark.parametrize(("policy", "final"), [("Never", True), ("Always", False)])
-def test_the_end_of_a_container_is_final_where_it_is_not_started_again(policy: str, *, final: bool) -> None:
-    over = pod({"state": ended(1)}, phase="Running")
-    over["spec"]["restartPolicy"] = policy
-    trouble = trouble_of(over, [])
-    assert trouble is not None and (trouble.reason, trouble.final) == ("Error", final)
-
-
-def test_the_schedulers_words_are_kept() -> None:
-    words = "0/1 nodes are available: 1 Insufficient memory."
-    condition = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": words}
-    trouble = trouble_of(pod(conditions=[condition]), [])
-    assert trouble is not None and not trouble.final
-    assert (trouble.reason, trouble.message) == ("Unschedulable", words)
-    assert trouble_of(pod(conditions=[condition | {"reason": "SchedulingGated"}]), []) is None
-
-
-def test_an_evicted_pod_is_over() -> None:
-    trouble = trouble_of(pod(phase="Failed", reason="Evicted", message="The node was low on resource: memory."), [])
-    assert trouble is not None and not trouble.final, "its owner makes another"
-    assert (trouble.reason, trouble.message) == ("Evicted", "The node was low on resource: memory.")
-
-
-def test_a_volume_that_does_not_mount_is_told_by_an_event() -> None:
-    mount = event("FailedMount", 'MountVolume.SetUp failed for volume "images"')
-    trouble = trouble_of(pod(waiting("ContainerCreating")), [event("Scheduled", "", "Normal"), mount])
-    assert trouble is not None and trouble.reason == "FailedMount" and not trouble.final
+    assert words in trouble.message
 
 
 @pytest.mark.parametrize(
@@ -110,6 +83,7 @@ def test_a_volume_that_does_not_mount_is_told_by_an_event() -> None:
         pod(waiting("ContainerCreating")),
         pod({"state": {"running": {}}, "lastState": ended(1)}, phase="Running"),
         pod({"state": ended(0, "Completed")}, phase="Succeeded"),
+        pod(conditions=[NO_ROOM | {"reason": "SchedulingGated"}]),
         pod(),
     ],
 )
