@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,7 +60,7 @@ def augmented(config: Config, batch: Batch, *, first: int) -> Batch:
 
 def image_moments(config: Config, split: TrainingImages) -> DataMoments:
     """Mean and covariance of the first `MOMENT_IMAGES` training images in the network's space."""
-    images = torch.tensor(split.head(MOMENT_IMAGES))  # a copy, because the file is mapped read-only
+    images = torch.from_numpy(split.rows(np.arange(min(MOMENT_IMAGES, len(split)))).images)
     return fit_moments(encoded(config, images, seed=config.seed, stream=Stream.DEQUANTIZE, first=0))
 
 
