@@ -1,7 +1,7 @@
 """The REST API of Kubeflow Pipelines v2beta1, without a cluster: no Argo, no caching, no artifacts in a browser, no
 users but one token or cookie, no pages beyond the first, and only equality in filters.
 
-It speaks HTTP to the real `kfp.Client`, checks an uploaded pipeline as the server does, and executes a run for real
+It speaks HTTP to the real `kfp.Client`, checks a pipeline as the server does, and executes a run for real
 with `kfp.local` in a process of its own. What it says of a run is what KFP 2.17.0 on Argo 4.0.5 says: its tasks are
 Argo's nodes, without messages, and a run that somebody terminated has FAILED.
 """

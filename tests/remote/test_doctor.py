@@ -64,17 +64,15 @@ def test_the_rights_come_from_a_folder_for_that_namespace(
     assert (DIGITS.parents[1] / folder / "kustomization.yaml").is_file()
 
 
-def test_a_cluster_without_kuberay(emulation: Any, tmp_path: Path) -> None:
-    emulation.cluster.installed = False
+@pytest.mark.parametrize(
+    ("switch", "value", "word"), [("installed", False, "ray.io/v1"), ("fields", ("entrypoint",), "1.6")]
+)
+def test_a_cluster_without_kuberay_or_with_an_old_one(
+    emulation: Any, tmp_path: Path, switch: str, value: Any, word: str
+) -> None:
+    setattr(emulation.cluster, switch, value)
     state, detail = examine(tmp_path)["kuberay"]
-    assert state == "failed"
-    assert "ray.io/v1" in detail
-
-
-def test_an_old_kuberay_is_refused(emulation: Any, tmp_path: Path) -> None:
-    emulation.cluster.fields = ("entrypoint",)
-    state, detail = examine(tmp_path)["kuberay"]
-    assert state == "failed" and "1.6" in detail
+    assert state == "failed" and word in detail
 
 
 def test_a_template_that_is_not_there_is_no_matter_of_the_operator(
