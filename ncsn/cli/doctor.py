@@ -99,13 +99,12 @@ def _check_store(root: str) -> str:
 
 
 def _check_mlflow(config: Config) -> str:
-    from ncsn.tracking.client import SQLITE, open_client, shown, tracking_uri
+    from ncsn.tracking.client import SQLITE, client_at, shown, tracking_uri
 
     uri = tracking_uri(config)
     if uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).exists():
         return f"{uri}, which the first run creates"
-    client, uri = open_client(config)
-    known = client.get_experiment_by_name(config.tracking.experiment)
+    known = client_at(uri).get_experiment_by_name(config.tracking.experiment)
     return f"{shown(uri)}, experiment {config.tracking.experiment!r}{'' if known else ', which the first run creates'}"
 
 

@@ -243,11 +243,11 @@ def _alone(folder: RunFolder, step: str) -> Iterator[None]:
 
 def serve_ui(config: Config, *, host: str, port: int) -> None:
     """Replace this process by the MLflow server."""
-    from ncsn.tracking.client import runs_page, server_command
+    from ncsn.tracking.client import server_command
 
     command = server_command(config, host=host, port=port)
     _require_free(host, port)  # MLflow's server exits with 0 if it cannot listen
-    click.echo(runs_page(config, served=f"http://{host}:{port}"), err=True)
+    click.echo(f"http://{host}:{port}", err=True)
     os.execv(command[0], command)  # noqa: S606
 
 

@@ -39,21 +39,21 @@ def promote_command(
     as_json: bool,
 ) -> None:
     """Make a version of MODEL the champion, if its recorded metric passes the gate against the current champion."""
-    from ncsn.tracking.client import open_client_at
+    from ncsn.tracking.client import client_at, mlflow_errors
     from ncsn.tracking.promotion import promote_version, roll_back
-    from ncsn.tracking.versions import registry_errors
 
     if rollback and (version is not None or force):
         raise UserError("--rollback", "takes neither --version nor --force", hint="leave them out")
     uri = experiment.registry
-    with registry_errors(uri):
-        client = open_client_at(uri)
+    with mlflow_errors(uri):
+        client = client_at(uri)
         if rollback:
             done = roll_back(client, model, dry_run=dry_run)
         else:
             done = promote_version(client, model, version=version, force=force, dry_run=dry_run)
-    verb = "would become" if done.dry_run and done.changed else "is"
-    instead = f" in place of version {done.replaced}" if done.changed and done.replaced else ""
+    changed = done.version != done.replaced
+    verb = "would become" if dry_run and changed else "is"
+    instead = f" in place of version {done.replaced}" if changed and done.replaced else ""
     text = f"{done.model} version {done.version} {verb} champion{instead}: {done.reason}"
     click.echo(json.dumps(asdict(done), indent=1) if as_json else text)
 
@@ -69,13 +69,12 @@ def trace_command(*, identifier: str, experiment: Experiment, as_json: bool) -> 
     (models:/NAME/3 or models:/NAME@champion), a dataset digest or its beginning, or the URI of a checkpoint.
     """
     from ncsn.cli.console import console_on
-    from ncsn.tracking.client import open_client_at
+    from ncsn.tracking.client import client_at, mlflow_errors
     from ncsn.tracking.lineage import trace
-    from ncsn.tracking.versions import registry_errors
 
     uri = experiment.registry
-    with registry_errors(uri):
-        chains = trace(open_client_at(uri), identifier)
+    with mlflow_errors(uri):
+        chains = trace(client_at(uri), identifier)
     if as_json:
         click.echo(json.dumps({"id": identifier, "chains": [asdict(chain) for chain in chains]}, indent=1))
         return
@@ -88,8 +87,7 @@ def _tree(link: Link) -> Tree:
     from rich.markup import escape
     from rich.tree import Tree
 
-    mark = "  [bold]<- asked for[/]" if link.asked else ""
-    tree = Tree(f"[bold]{link.kind}[/] {escape(link.id)}{mark}")
+    tree = Tree(f"[bold]{link.kind}[/] {escape(link.id)}")
     for name, value in link.facts.items():
         tree.add(f"[dim]{name.replace('_', ' ')}:[/] {escape(value)}")
     for below in link.links:

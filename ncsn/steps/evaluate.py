@@ -85,9 +85,7 @@ def run(config: Config, *, run: str, samples: str, dataset: str, lease: str | No
         work.tracked.set_tags(ray_tags())
         if evaluation.extractor == "dinov2" and not config.compute.use_gpu:
             work.progress.note("DINOv2 takes about two seconds per image and core without a GPU")
-        work.tracked.log_dataset(
-            manifest.name, digest=manifest.digest, uri=dataset, context="evaluation", profile=manifest.counts
-        )
+        work.tracked.log_dataset(manifest.name, digest=manifest.digest, uri=dataset, context="evaluation")
         runner = runner_of(config.compute) if tasks > 1 or join else here
         result = evaluate(config, **places, folder=step.folder.evaluation, progress=work.progress, runner=runner)
         work.progress.note(str(RunningScore(**result.running[-1])))

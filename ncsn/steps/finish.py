@@ -83,9 +83,8 @@ def run(
             tags = kfp_run()
             for folder in runs.values():
                 write_outcome(folder, outcome)
-            closed = [close_run(config, run=each, status=outcome.status, tags=tags) for each in runs]
-        if tracked := [found[0] for found in closed if found]:
-            places |= {"MLflow run": tracked[-1].place, "MLflow run id": tracked[-1].run_id}
+            for each in runs:
+                places |= close_run(config, run=each, status=outcome.status, tags=tags)
         records = {step: read_step(folder, step) for step, folder in folders.items()}
         for name, step, key in PLACES:
             places[name] = records[step].result.get(key, "")

@@ -38,7 +38,7 @@ def run(config: Config, *, run: str) -> IngestResult:
         datasets = storage.join(step.folder.root, "datasets", config.data.source)
         dataset = write_images(config, datasets, fingerprint=fingerprint, progress=work.progress)
         manifest = dataset.manifest
-        work.tracked.log_dataset(manifest.name, digest=manifest.digest, uri=dataset.uri, profile=manifest.counts)
+        work.tracked.log_dataset(manifest.name, digest=manifest.digest, uri=dataset.uri)
         work.tracked.log_metrics({f"ingest/{split}_images": count for split, count in manifest.counts.items()})
     counts = dict(manifest.counts)
     return step.done(IngestResult(dataset.uri, manifest.digest, counts, dataset.created, _notes(manifest)))

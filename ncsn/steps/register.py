@@ -23,11 +23,10 @@ from ncsn.runs.history import held_out_curves, load_history
 from ncsn.runs.records import read_result, spent
 from ncsn.steps.step import Step
 from ncsn.tracking import registry
-from ncsn.tracking.client import open_client, shown, tracking_uri
+from ncsn.tracking.client import client_at, mlflow_errors, shown, tracking_uri
 from ncsn.tracking.gate import Evidence, Measurement, Memorization, not_finite
 from ncsn.tracking.mlflow_runs import StepRun
 from ncsn.tracking.promotion import pass_gate
-from ncsn.tracking.versions import registry_errors
 
 # Name -> what it shows, of the pictures of the card.
 PICTURES = {"grid.png": "samples", "neighbours.png": "samples and their nearest training images"}
@@ -66,7 +65,7 @@ def run(config: Config, *, run: str, checkpoint: str, evaluation: str) -> Regist
     }
     if (result := step.found(inputs, needs=lambda _: [])) and _is_registered(config, result):
         return result
-    with step.work(config) as work, registry_errors(work.tracked.uri):
+    with step.work(config) as work:
         work.progress.start(3, "stages")
         candidate = _candidate(work.tracked, loaded, measured, run=run, checkpoint=checkpoint)
         work.progress.advance()
@@ -78,9 +77,11 @@ def run(config: Config, *, run: str, checkpoint: str, evaluation: str) -> Regist
 
 def _is_registered(config: Config, result: RegisterResult) -> bool:
     """Whether the version is still in the registry."""
-    client, uri = open_client(config)
-    with registry_errors(uri):
-        return bool(client.search_model_versions(f"name = '{result.model}' and version_number = {result.version}"))
+    uri = tracking_uri(config)
+    with mlflow_errors(uri):
+        return bool(
+            client_at(uri).search_model_versions(f"name = '{result.model}' and version_number = {result.version}")
+        )
 
 
 def _require_own_samples(measured: dict[str, Any], loaded: SamplingCheckpoint) -> None:
@@ -108,7 +109,7 @@ def _candidate(
             f"measures against the dataset {manifest.digest}, but {checkpoint} was trained on {loaded.dataset_digest}",
             hint="evaluate with the dataset that it was trained on",
         )
-    tracked.log_dataset(manifest.name, digest=manifest.digest, uri=measured["dataset"], profile=dict(manifest.counts))
+    tracked.log_dataset(manifest.name, digest=manifest.digest, uri=measured["dataset"])
     origin = {"checkpoint.uri": checkpoint, "checkpoint.digest": loaded.digest}
     tracked.set_tags({**origin, "samples.uri": measured["samples"], "evaluation.uri": measured["uri"]})
     files = _pictures(measured)

@@ -24,7 +24,8 @@ from ncsn.runs.records import StepRecord, read_result, read_results, spent
 from ncsn.runs.steps import STEPS
 from ncsn.steps.register import copies_beyond_chance, selection_of
 from ncsn.steps.step import Step
-from ncsn.tracking.mlflow_runs import StepRun, recorded_runs
+from ncsn.tracking.client import page
+from ncsn.tracking.mlflow_runs import StepRun, steps_of_run
 from ncsn.tracking.registry import settle_guide
 
 BEST = "-best"  # ends the name of a run with the best settings of the search in the run without it
@@ -110,7 +111,8 @@ def _facts(sources: Sources, tracked: StepRun) -> dict[str, Any]:
 
 
 def _lineage(sources: Sources, tracked: StepRun) -> Iterator[Fact]:
-    whole, steps = recorded_runs(tracked.client, tracked.uri, tracked.client.get_run(tracked.parent_run_id))
+    whole = tracked.client.get_run(tracked.parent_run_id)
+    steps = steps_of_run(tracked.client, whole)
     yield Fact("Run", sources.folder.uri)
     yield Fact("Dataset", sources.evaluation["dataset"])
     yield Fact("Dataset digest", sources.manifest.digest)
@@ -124,9 +126,10 @@ def _lineage(sources: Sources, tracked: StepRun) -> Iterator[Fact]:
     if "register" in sources.records:
         registered = sources.records["register"].result
         yield Fact("Registered model", f"{registered['uri']} ({', '.join(registered['aliases']) or 'no alias'})")
-    yield Fact("MLflow run", whole.run_id, link=whole.place if whole.place.startswith("http") else "")
-    yield Fact("MLflow runs by step", " · ".join(f"{step} {run.run_id}" for step, run in steps.items()))
-    yield from tag_facts([whole.tags, *(run.tags for run in steps.values())])
+    run_id = whole.info.run_id
+    yield Fact("MLflow run", run_id, link=page(tracked.uri, whole.info.experiment_id, run_id))
+    yield Fact("MLflow runs by step", " · ".join(f"{step} {run.info.run_id}" for step, run in steps.items()))
+    yield from tag_facts([whole.data.tags, *(run.data.tags for run in steps.values())])
 
 
 def _images(sources: Sources) -> dict[str, Any]:

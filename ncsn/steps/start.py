@@ -17,10 +17,10 @@ from ncsn.model import build
 from ncsn.model.checkpoint import TrainedNetwork, load_for_sampling
 from ncsn.model.trained import TRAINED_CONFIG, adapted, load_for_generation, save_trained, start_notes
 from ncsn.runs.folder import RunFolder
-from ncsn.tracking.client import open_client
+from ncsn.tracking.client import client_at, mlflow_errors, tracking_uri
 from ncsn.tracking.lineage import INIT_FROM
+from ncsn.tracking.promotion import SCHEME, resolve_version
 from ncsn.tracking.registry import fetch_weights
-from ncsn.tracking.versions import SCHEME, registry_errors, resolve_version
 from ncsn.training.batches import classes_of
 
 _SOURCE = "source.json"  # in the folder of the network: where it is from
@@ -76,9 +76,9 @@ def _fetch(config: Config, address: str, uri: str) -> None:
     """Publish the trained network at an address below `uri`, with where it is from."""
     with storage.scratch_folder(uri.rpartition("/")[0]) as scratch:
         if address.startswith(SCHEME):
-            client, registry = open_client(config)
-            with registry_errors(registry):
-                version = resolve_version(client, address)
+            registry = tracking_uri(config)
+            with mlflow_errors(registry):
+                version = resolve_version(client_at(registry), address)
                 folder = fetch_weights(registry, version, scratch)
             source, digest = f"{SCHEME}{version.name}/{version.version}", version.tags["ncsn.checkpoint"]
         else:

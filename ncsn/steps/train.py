@@ -49,7 +49,7 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> 
     with step.work(config) as work, ray_cluster(config):
         tracked = work.tracked
         tracked.set_tags({**ray_tags(), **start.tags})
-        tracked.log_dataset(manifest.name, digest=manifest.digest, uri=dataset, profile=manifest.counts)
+        tracked.log_dataset(manifest.name, digest=manifest.digest, uri=dataset)
         job = TrainingJob(
             config=config,
             dataset=dataset,

@@ -21,9 +21,9 @@ from ncsn.model.guidance import evaluations_per_image, guide_of, sampling_facts
 from ncsn.model.trained import TRAINED_CONFIG, load_trained
 from ncsn.progress import Progress
 from ncsn.steps.sample import samples_grid
-from ncsn.tracking.client import open_client_at, shown
+from ncsn.tracking.client import client_at, mlflow_errors, shown
+from ncsn.tracking.promotion import resolve_version
 from ncsn.tracking.registry import fetch_weights, settle_guide
-from ncsn.tracking.versions import registry_errors, resolve_version
 
 MANIFEST = "manifest.json"
 MODEL_FOLDER = "model"
@@ -51,8 +51,8 @@ def sample_model(
     progress: Progress,
 ) -> ModelSamples:
     """Generate the images of `models:/NAME@ALIAS` or `models:/NAME/VERSION` that are missing in the folder."""
-    with registry_errors(registry):
-        version = resolve_version(open_client_at(registry), address)
+    with mlflow_errors(registry):
+        version = resolve_version(client_at(registry), address)
     model = f"models:/{version.name}/{version.version}"
     near = storage.absolute(out).rpartition("/")[0] if out else storage.absolute(root)
     with storage.scratch_folder(near) as scratch:

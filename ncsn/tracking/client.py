@@ -10,11 +10,11 @@ import shutil
 import sqlite3
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit, urlunsplit
 
 from filelock import FileLock
@@ -67,24 +67,18 @@ def tracking_uri(config: Config) -> str:
 def server_uri(named: str | None, *, root: str) -> str:
     """`tracking_uri` for these values of `tracking.uri` and `storage.root`."""
     uri, root = named or os.environ.get("MLFLOW_TRACKING_URI"), storage.absolute(root)
-    key = "tracking.uri" if named else "MLFLOW_TRACKING_URI"
     if not uri:
         if storage.is_local(root):
             return f"{SQLITE}{root}/mlflow.db"
-        hint = "set it or MLFLOW_TRACKING_URI to a tracking server"
-        raise TrackingError(
-            "tracking.uri", f"not set, and storage.root = {root} cannot hold MLflow's database", hint=hint
-        )
+        reason = f"not set, and storage.root = {root} cannot hold MLflow's database"
+        raise TrackingError("tracking.uri", reason, hint="set it or MLFLOW_TRACKING_URI to a tracking server")
+    key = "tracking.uri" if named else "MLFLOW_TRACKING_URI"
     try:
-        password = named and urlsplit(named).password
-        _ = uri.startswith(REMOTE) and urlsplit(uri).port
+        password, _ = urlsplit(uri).password, urlsplit(uri).port
     except ValueError as error:
         raise TrackingError(key, f"not an address: {error}", hint=_EXAMPLES) from None
-    if password:
-        reason, hint = (
-            "contains a password, and the config is recorded with every run",
-            "set MLFLOW_TRACKING_URI instead",
-        )
+    if named and password:
+        reason, hint = "contains a password, and every run records the config", "set MLFLOW_TRACKING_URI instead"
         raise TrackingError(key, reason, hint=hint, value=shown(uri))
     if not uri.startswith(SERVERS):
         raise TrackingError(key, "not a server or database", hint=_EXAMPLES, value=shown(uri))
@@ -96,34 +90,27 @@ def server_uri(named: str | None, *, root: str) -> str:
 
 def connect(config: Config, *, patience: float = 0.0) -> Connection:
     """A client of a server that has answered within `patience` seconds, and the experiment, created if it is new."""
-    client, uri = open_client(config, patience=patience)
+    uri, name, location = tracking_uri(config), config.tracking.experiment, None
+    client = client_at(uri, patience=patience)
+    if uri.startswith(SQLITE):
+        location = _artifacts_uri(Path(uri.removeprefix(SQLITE)))
     with mlflow_errors(uri):
-        return Connection(client, uri, _experiment_id(client, uri, config.tracking.experiment))
+        while (experiment := client.get_experiment_by_name(name)) is None:
+            with suppress_exists():
+                client.create_experiment(name, artifact_location=location)
+    return Connection(client, uri, str(experiment.experiment_id))
 
 
-def open_client(config: Config, *, patience: float = 0.0) -> tuple[MlflowClient, str]:
-    """A client for reading, and its server's URI; creates no experiment."""
-    uri = tracking_uri(config)
-    retry = Retry("MLflow", patience, lambda error: str(error) if isinstance(error, ServerAwayError) else None)
-    return retry(lambda: open_client_at(uri)), uri
-
-
-def open_client_at(uri: str) -> MlflowClient:
-    if uri.startswith(REMOTE):
-        _probe(uri)
-    return client_at(uri)
-
-
-def client_at(uri: str) -> MlflowClient:
-    """A client of this server for both tracking and registry; a new SQLite file gets its tables first."""
+def client_at(uri: str, *, patience: float = 0.0) -> MlflowClient:
+    """A client for tracking and registry of a server that has answered; a new SQLite file gets its tables first."""
     from mlflow.tracking import MlflowClient
 
+    if uri.startswith(REMOTE):
+        retry = Retry("MLflow", patience, lambda error: str(error) if isinstance(error, ServerAwayError) else None)
+        retry(lambda: _probe(uri))
     if uri.startswith(SQLITE):
         _create_database(Path(uri.removeprefix(SQLITE)))
-    try:
-        return MlflowClient(tracking_uri=uri, registry_uri=uri)
-    except ValueError as error:
-        raise TrackingError(shown(uri), f"not the address of a database: {error}", hint=_EXAMPLES) from None
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
 def server_command(config: Config, *, host: str = "127.0.0.1", port: int = 5000) -> list[str]:
@@ -146,12 +133,6 @@ def page(uri: str, experiment_id: str, run_id: str) -> str:
     return f"{served.rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}{_VIEW}" if served else ""
 
 
-def runs_page(config: Config, *, served: str) -> str:
-    """The address of the experiment's runs in the pages at `served`; the start page if there are none yet."""
-    experiment = client_at(tracking_uri(config)).get_experiment_by_name(config.tracking.experiment)
-    return f"{served}/#/experiments/{experiment.experiment_id}/runs{_VIEW}" if experiment else served
-
-
 def shown(uri: str) -> str:
     """The URI without user name and password."""
     parts = urlsplit(uri)
@@ -165,33 +146,26 @@ def one_line(error: Exception) -> str:
 
 
 @contextmanager
-def mlflow_errors(uri: str, prefix: str = "") -> Iterator[None]:
+def suppress_exists() -> Iterator[None]:
+    """Let the block create what is there already, perhaps from another process."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+@contextmanager
+def mlflow_errors(uri: str) -> Iterator[None]:
     """Turn an error of MLflow in the block into a `TrackingError` that names the server."""
     from mlflow.exceptions import MlflowException
 
     try:
         yield
     except MlflowException as error:
-        raise TrackingError(shown(uri), f"{prefix}{one_line(error)}") from error
-
-
-def _experiment_id(client: MlflowClient, uri: str, name: str) -> str:
-    from mlflow.exceptions import MlflowException
-
-    location = _artifacts_uri(Path(uri.removeprefix(SQLITE))) if uri.startswith(SQLITE) else None
-    try:
-        if client.get_experiment_by_name(name) is None:
-            return client.create_experiment(name, artifact_location=location)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another process has created it meanwhile
-            raise
-    experiment = client.get_experiment_by_name(name)
-    assert experiment is not None
-    if experiment.lifecycle_stage != "active":
-        raise TrackingError(
-            "tracking.experiment", "deleted in MLflow", hint="restore it or choose another name", value=name
-        )
-    return str(experiment.experiment_id)
+        raise TrackingError(shown(uri), one_line(error)) from error
 
 
 def _artifacts_uri(database: Path) -> str:
@@ -222,36 +196,18 @@ def _create_database(path: Path) -> None:
 
 
 def _probe(uri: str) -> None:
-    from mlflow.exceptions import MlflowException
+    """Ask a server once; MLflow's own requests wait two minutes for one that is not there."""
+    import requests
     from mlflow.utils.credentials import get_default_host_creds
-    from mlflow.utils.rest_utils import http_request
 
+    verify = get_default_host_creds(uri).verify  # type: ignore[no-untyped-call]
     try:
-        response = http_request(  # type: ignore[no-untyped-call]
-            get_default_host_creds(uri),  # type: ignore[no-untyped-call]
-            "/api/2.0/mlflow/experiments/get-by-name",
-            "GET",
-            params={"experiment_name": "Default"},
-            max_retries=1,
-            backoff_factor=0,
-            backoff_jitter=0.0,
-            timeout=PROBE_SECONDS,
-            raise_on_status=False,
-        )
-    except MlflowException as error:
+        status = requests.get(f"{uri.rstrip('/')}/health", timeout=PROBE_SECONDS, verify=verify).status_code
+    except requests.RequestException as error:
         hint = "start it, or set tracking.uri or MLFLOW_TRACKING_URI"
         raise ServerAwayError(shown(uri), "the tracking server does not answer", hint=hint) from error
-    if response.status_code in (401, 403):
-        hint = "check MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
-        raise TrackingError(
-            shown(uri), f"the tracking server refuses the request (HTTP {response.status_code})", hint=hint
-        )
-    if response.status_code >= 500:
-        reason = f"the tracking server answers with HTTP {response.status_code}"
-        raise ServerAwayError(shown(uri), reason, hint="check its log")
-
-
-BATCH = 100  # parameters per request: MLflow's limit
+    if status >= 500:
+        raise ServerAwayError(shown(uri), f"the tracking server answers with HTTP {status}", hint="check its log")
 
 
 def tag_filter(tags: Mapping[str, str]) -> str:
@@ -263,32 +219,7 @@ def quoted(value: str) -> str:
     return f'"{value}"' if "'" in value else f"'{value}'"
 
 
-def log_params(client: MlflowClient, run_id: str, params: Mapping[str, Any]) -> None:
-    """Record parameters; MLflow's do not change."""
-    from mlflow.entities import Param
-
-    entries = [Param(key, str(value)) for key, value in params.items()]
-    for first in range(0, len(entries), BATCH):
-        client.log_batch(run_id, params=entries[first : first + BATCH], synchronous=True)
-
-
 def set_tags(client: MlflowClient, run_id: str, tags: Mapping[str, str]) -> None:
     from mlflow.entities import RunTag
 
-    client.log_batch(run_id, tags=[RunTag(key, str(value)) for key, value in tags.items()], synchronous=True)
-
-
-def insert_or_find(write: Callable[[], object]) -> None:
-    """Repeat a write that another process makes at the same time: the second insert finds the first one's row."""
-    # MLflow looks first and inserts what it did not find; of two that did not, the database refuses the second
-    # (BAD_REQUEST).
-    from mlflow.exceptions import MlflowException
-
-    for attempts_left in (2, 1, 0):
-        try:
-            write()
-        except MlflowException as error:
-            if error.error_code != "BAD_REQUEST" or not attempts_left:
-                raise
-        else:
-            return
+    client.log_batch(run_id, tags=[RunTag(key, str(value)) for key, value in tags.items()])

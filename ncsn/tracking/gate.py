@@ -24,11 +24,6 @@ class Measurement:
     def __str__(self) -> str:
         return f"{self.value:.4g} \u00b1 {self.uncertainty:.2g}"
 
-    @property
-    def is_finite(self) -> bool:
-        """Whether value and uncertainty are finite."""
-        return math.isfinite(self.value) and math.isfinite(self.uncertainty)
-
     def combined_uncertainty(self, other: Measurement) -> float:
         """Standard deviation of the difference of two independent measurements."""
         return math.hypot(self.uncertainty, other.uncertainty)
@@ -63,27 +58,17 @@ class Memorization:
     num_real_images: int
 
     @property
-    def limit(self) -> float:
-        """Largest share of copies that chance explains: that of real images plus three standard errors."""
-        # Of the difference of two equal shares, estimated from both sets together.
-        pooled = (self.copies + self.real_copies) / (self.num_images + self.num_real_images)
-        error = math.sqrt(pooled * (1 - pooled) * (1 / self.num_images + 1 / self.num_real_images))
-        return self.real_copies / self.num_real_images + COPY_ERRORS * error
-
-    @property
-    def passed(self) -> bool:
-        """Whether the samples copy no more than chance explains."""
-        return self.copies / self.num_images <= self.limit
-
-    @property
     def objection(self) -> str:
         """The numbers, if the samples copy more than chance explains; else empty."""
-        return "" if self.passed else f"{self}: more than chance explains (up to {self.limit:.1%})"
-
-    def __str__(self) -> str:
+        # The standard error of the difference of two equal shares, estimated from both sets together.
+        pooled = (self.copies + self.real_copies) / (self.num_images + self.num_real_images)
+        error = math.sqrt(pooled * (1 - pooled) * (1 / self.num_images + 1 / self.num_real_images))
+        limit = self.real_copies / self.num_real_images + COPY_ERRORS * error
+        if self.copies / self.num_images <= limit:
+            return ""
         return (
-            f"{self.copies} of {self.num_images} samples copy a training image, "
-            f"{self.real_copies} of {self.num_real_images} real ones do"
+            f"{self.copies} of {self.num_images} samples copy a training image, {self.real_copies} of "
+            f"{self.num_real_images} real ones do: more than chance explains (up to {limit:.1%})"
         )
 
 
@@ -97,8 +82,9 @@ class Evidence:
 
     def objection(self) -> str:
         """Why the version may not be champion, whatever the present one is; empty if it may."""
-        if not self.measurement.is_finite:
-            return f"{self.measurement.name} = {self.measurement} is not a finite number"
+        measured = self.measurement
+        if not (math.isfinite(measured.value) and math.isfinite(measured.uncertainty)):
+            return f"{measured.name} = {measured} is not a finite number"
         if self.not_finite:
             return f"{', '.join(self.not_finite[:3])} hold NaN or infinity"
         return self.memorisation.objection

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ncsn import storage
+from ncsn.config.schema import MODEL_NAME_PATTERN
 from ncsn.errors import UserError
 from ncsn.process import CONTAINER_IMAGE, IMAGE_VARIABLE, KFP_RUN_ID
 from ncsn.tracking.client import quoted, shown, tag_filter
-from ncsn.tracking.versions import SCHEME, is_model_address, resolve_version
+from ncsn.tracking.promotion import SCHEME, resolve_version
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -30,15 +31,10 @@ PARENT = "mlflow.parentRunId"
 INIT_FROM = "ncsn.init_from"  # weights that training started from: models:/NAME/VERSION/DIGEST, or URI/DIGEST
 # Tags whose value names a run or one of its results.
 IDS = (
-    "ncsn.run",
-    "kfp.pipeline_run_id",
-    "kfp.pipeline_run_url",
-    "ray.submission_id",
-    "ray.job_name",
-    "ray.job_id",
-    "dataset.digest",
-    "checkpoint.digest",
+    *("ncsn.run", "kfp.pipeline_run_id", "kfp.pipeline_run_url"),
+    *("ray.submission_id", "ray.job_name", "ray.job_id"),
 )
+DIGESTS = ("dataset.digest", "checkpoint.digest")
 URIS = ("checkpoint.uri", "samples.uri", "evaluation.uri", "dataset.uri")
 ACCEPTED = (
     "an MLflow run id, the name of a run, a KFP run id, a Ray job or submission id, a model version "
@@ -46,7 +42,7 @@ ACCEPTED = (
 )
 # How the tags begin that are shown.
 SHOWN = (
-    *("ncsn.run", "ncsn.root", "ncsn.changed", "ncsn.checkpoint", INIT_FROM, "kfp.", "ray.", "mlflow.user"),
+    *("ncsn.run", "ncsn.root", "ncsn.checkpoint", INIT_FROM, "kfp.", "ray.", "mlflow.user"),
     *("dataset.", "checkpoint.", "samples.", "evaluation.", "eval.", "report.", "tune.", "gate.promoted"),
     *("gate.reason", "promot", "rolled_back", "mlflow.source.git", "mlflow.docker"),
 )
@@ -61,26 +57,27 @@ class Link:
     id: str
     facts: Mapping[str, str] = field(default_factory=dict)
     links: tuple[Link, ...] = ()  # what it led to
-    asked: bool = False  # whether the question named it
 
 
 def trace(client: MlflowClient, identifier: str) -> list[Link]:
     """The chains that something is part of, oldest first: several where runs share a dataset or a name."""
-    names = {identifier}
-    if is_model_address(identifier):
+    if identifier.startswith(SCHEME) or re.fullmatch(rf"{MODEL_NAME_PATTERN}(/\d+|@[^/@:]+)", identifier):
         version = resolve_version(client, identifier)
-        names = {f"{SCHEME}{version.name}/{version.version}"}
         found = [client.get_run(version.run_id)] if version.run_id else []
     else:
         experiments = [experiment.experiment_id for experiment in client.search_experiments()]
         # By the first kind of name that finds any.
         found = next(filter(None, (client.search_runs(experiments, query) for query in _queries(identifier))), [])
-    tops = {top.info.run_id: top for top in (_top(client, run) for run in found)}
+    tops: dict[str, Run] = {}
+    for run in found:
+        while parent := run.data.tags.get(PARENT):
+            run = client.get_run(parent)
+        tops[run.info.run_id] = run
     if not tops:
         uri = shown(client.tracking_uri)
         raise UserError(identifier, f"MLflow at {uri} has no such run, dataset or model", hint=f"give {ACCEPTED}")
     ordered = sorted(tops.values(), key=lambda run: int(run.info.start_time))
-    return [_chain(client, top, names, {}) for top in ordered]
+    return [_chain(client, top, {}) for top in ordered]
 
 
 def _queries(identifier: str) -> Iterator[str]:
@@ -89,9 +86,8 @@ def _queries(identifier: str) -> Iterator[str]:
     for tag in IDS:
         yield tag_filter({tag: identifier})
     yield f"attributes.run_name = {quoted(identifier)}"
-    if re.fullmatch(r"[0-9a-f]{8,64}", identifier):  # the beginning of a digest
-        for tag in ("dataset.digest", "checkpoint.digest"):
-            yield f"tags.`{tag}` LIKE '{identifier}%'"
+    if re.fullmatch(r"[0-9a-f]{8,64}", identifier):  # or the beginning of one
+        yield from (f"tags.`{tag}` LIKE '{identifier}%'" for tag in DIGESTS)
     if "/" in identifier and ("://" not in identifier or identifier.startswith((storage.S3_SCHEME, "file://"))):
         uri = storage.absolute(identifier)
         for tag in URIS:
@@ -100,31 +96,23 @@ def _queries(identifier: str) -> Iterator[str]:
             yield tag_filter({"ncsn.root": place["root"], "ncsn.run": place["run"]})
 
 
-def _top(client: MlflowClient, run: Run) -> Run:
-    """The run of the whole pipeline that a step, or a trial of a step, belongs to."""
-    while parent := run.data.tags.get(PARENT):
-        run = client.get_run(parent)
-    return run
-
-
-def _chain(client: MlflowClient, run: Run, names: set[str], above: Mapping[str, str]) -> Link:
+def _chain(client: MlflowClient, run: Run, above: Mapping[str, str]) -> Link:
     """A run with those below it, and the tags in which it differs from the run above."""
     tags, run_id = run.data.tags, run.info.run_id
     started = datetime.fromtimestamp(run.info.start_time / 1000, UTC).isoformat(timespec="seconds")
     facts = {"name": str(run.info.run_name), "status": run.info.status, "started": started, **_shown(tags)}
     query, order = tag_filter({PARENT: run_id}), ["attributes.start_time ASC"]
     below = client.search_runs([run.info.experiment_id], query, order_by=order)
-    links = [_chain(client, child, names, facts) for child in below]
+    links = [_chain(client, child, facts) for child in below]
     if tags.get("ncsn.step") == "register":
         for found in client.search_model_versions(f"run_id = '{run_id}'"):
             version = client.get_model_version(found.name, found.version)
             address, aliases = f"{SCHEME}{version.name}/{version.version}", ", ".join(sorted(version.aliases))
             known = {"aliases": aliases, "files": str(version.source), **_shown(version.tags)}
-            links.append(Link("model version", address, known, asked=address in names))
-    asked = not names.isdisjoint({run_id, *facts.values()} - {*above.values()})
+            links.append(Link("model version", address, known))
     facts = {name: value for name, value in facts.items() if above.get(name) != value}
     kind = f"step {tags['ncsn.step']}" if "ncsn.step" in tags else "run"
-    return Link(kind, run_id, facts, tuple(links), asked)
+    return Link(kind, run_id, facts, tuple(links))
 
 
 def _shown(tags: Mapping[str, str]) -> dict[str, str]:
@@ -140,7 +128,11 @@ def provenance(command: str) -> dict[str, str]:
     tags |= kfp_run()
     if image := container_image():
         tags["mlflow.docker.image.uri"] = image
-    commit = os.environ.get("NCSN_COMMIT") or _git_commit()
+    commit, checkout = os.environ.get("NCSN_COMMIT", ""), Path(__file__).parents[2]
+    if not commit and (checkout / ".git").exists():
+        ask = ["git", "-C", str(checkout), "rev-parse", "HEAD"]
+        with suppress(OSError):  # there is no git
+            commit = subprocess.run(ask, capture_output=True, text=True, check=False).stdout.strip()  # noqa: S603
     if commit and commit != "unknown":  # of an image that was built without one
         tags["mlflow.source.git.commit"] = commit
     try:
@@ -166,16 +158,3 @@ def kfp_run() -> dict[str, str]:
         return {}
     page = {"kfp.pipeline_run_url": f"{pages.rstrip('/')}/#/runs/details/{run}"} if pages else {}
     return {"kfp.pipeline_run_id": run} | page
-
-
-def _git_commit() -> str | None:
-    """Commit of the checkout that this code runs from; None for an installed package."""
-    checkout = Path(__file__).parents[2]
-    if not (checkout / ".git").exists():
-        return None
-    try:
-        command = ["git", "-C", str(checkout), "rev-parse", "HEAD"]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)  # noqa: S603
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 SEND_EVERY = 2.0  # seconds between requests, so that the metrics of several steps share one
-BATCH = 1000  # metrics per request: MLflow's limit
 THUMBNAIL = 256  # side in pixels of the small copy of a picture that MLflow shows in a series
 MARK = "train/loss"  # a metric of every point, sent last: a run that has it at a step has the whole point
 
@@ -97,8 +96,7 @@ class LiveMetrics:
                     client = server
                 send(client, self.run_id, [entry for entry in entries if entry.png or entry.step not in known])
             except Exception as error:  # noqa: BLE001  (whatever the server does, training goes on)
-                where = shown(self.uri)
-                _logger.warning("%s lacks metrics until the step ends: %s", where, one_line(error))
+                _logger.warning("%s lacks metrics until the step ends: %s", shown(self.uri), one_line(error))
 
 
 def send(client: MlflowClient, run_id: str, entries: Iterable[Entry]) -> None:
@@ -111,8 +109,7 @@ def send(client: MlflowClient, run_id: str, entries: Iterable[Entry]) -> None:
         for entry in entries
         for name, value in sorted(entry.metrics.items(), key=lambda metric: metric[0] == MARK)
     ]
-    for first in range(0, len(metrics), BATCH):
-        client.log_batch(run_id, metrics=metrics[first : first + BATCH], synchronous=True)
+    client.log_batch(run_id, metrics=metrics)
     for entry in entries:
         if entry.png:
             _send_picture(client, run_id, entry)

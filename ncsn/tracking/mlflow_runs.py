@@ -11,7 +11,7 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,20 +21,19 @@ from ncsn import storage
 from ncsn.config import Config, flatten, to_yaml
 from ncsn.process import now_ms
 from ncsn.runs.folder import RunFolder
-from ncsn.runs.records import cost_of, state_after, update_step
+from ncsn.runs.records import Cost, cost_of, state_after, update_step
 from ncsn.tracking.client import (
     Connection,
     TrackingError,
+    client_at,
     connect,
-    insert_or_find,
-    log_params,
     mlflow_errors,
     one_line,
-    open_client,
     page,
     set_tags,
     shown,
     tag_filter,
+    tracking_uri,
 )
 from ncsn.tracking.lineage import PARENT, provenance
 from ncsn.tracking.live import Entry, LiveMetrics, send, send_missing
@@ -44,9 +43,7 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 
-TAG_LENGTH = 5000
-PARAM_LENGTH = 6000
-DIGEST_LENGTH = 36
+PARAM_LENGTH, DIGEST_LENGTH = 6000, 36  # MLflow's limits
 FIRST_STEP = "ingest"
 ADOPTED = "MLFLOW_RUN_ID"  # variable with the run of the whole pipeline, if others have opened it
 CURVES = "train"  # the step that has curves and previews
@@ -82,31 +79,23 @@ class StepRun(Connection):
 
     def log_file(self, uri: str, *, to_parent: bool = False) -> None:
         """Copy a file of the store to the run's artifacts, or to those of the parent."""
-        content, name = storage.read_bytes(uri), uri.rpartition("/")[2]
-        self.log_bytes(content, name, run_id=self.parent_run_id if to_parent else None)
+        self.log_bytes(storage.read_bytes(uri), uri.rpartition("/")[2], to_parent=to_parent)
 
-    def log_bytes(self, content: bytes, name: str, *, run_id: str | None = None) -> None:
-        """Record the artifact `name` of this run, unless `run_id` names another."""
+    def log_bytes(self, content: bytes, name: str, *, to_parent: bool = False) -> None:
+        """Record the artifact `name`."""
         with tempfile.TemporaryDirectory(prefix="ncsn-") as temporary:
             local = Path(temporary) / name
             local.write_bytes(content)
-            self.client.log_artifact(run_id or self.run_id, str(local))
+            self.client.log_artifact(self.parent_run_id if to_parent else self.run_id, str(local))
 
-    def log_dataset(
-        self, name: str, *, digest: str, uri: str, context: str = "training", profile: Mapping[str, int] | None = None
-    ) -> None:
-        """Record which data the step read, as MLflow's "datasets used" and as tags; `profile` has plain numbers."""
+    def log_dataset(self, name: str, *, digest: str, uri: str, context: str = "training") -> None:
+        """Record which data the step read, as MLflow's "datasets used" and as tags."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
-        dataset = Dataset(
-            name=name,
-            digest=digest[:DIGEST_LENGTH],  # the tag has all of it
-            source_type="local" if storage.is_local(uri) else "s3",
-            source=json.dumps({"uri": uri}),
-            profile=json.dumps(profile) if profile else None,
-        )
+        source_type = "local" if storage.is_local(uri) else "s3"
+        dataset = Dataset(name, digest[:DIGEST_LENGTH], source_type, json.dumps({"uri": uri}))
         read = [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])]
-        insert_or_find(lambda: self.client.log_inputs(self.run_id, read))
+        self.client.log_inputs(self.run_id, read)
         for run_id in (self.run_id, self.parent_run_id):
             set_tags(self.client, run_id, {"dataset.digest": digest, "dataset.uri": uri})
 
@@ -115,8 +104,7 @@ class StepRun(Connection):
 
     def nested(self, name: str, *, key: str, params: Mapping[str, Any]) -> StepRun:
         """The run below this one with this `key`, for example of a trial; a new one if there is none."""
-        found = _open(self, {PARENT: self.run_id, "ncsn.key": key}, tags={}, name=name)
-        log_params(self.client, found.info.run_id, params)
+        found = _open(self, {PARENT: self.run_id, "ncsn.key": key}, name=name, params=params)
         return replace(self, run_id=found.info.run_id, parent_run_id=self.run_id)
 
     def steps_of(self, metric: str) -> set[int]:
@@ -133,13 +121,22 @@ def step_run(config: Config, *, run: str, step: str) -> Iterator[StepRun]:
     It is identified by `storage.root`, the name of the pipeline run, the step, and the settings that the step uses. If
     `MLFLOW_RUN_ID` is set, as KFP's MLflow plugin does, that run is the parent, which stays open.
     """
-    from mlflow.exceptions import MlflowException
-
     connection = connect(config, patience=0 if step == FIRST_STEP else OUTAGE_SECONDS)
     client, folder = connection.client, RunFolder(storage.absolute(config.storage.root), run)
     with mlflow_errors(connection.uri):
-        parent = _parent(connection, config, folder)
-        child = _child(connection, parent, config, folder, step)
+        params, parent = flatten(config), _adopted(client)
+        if parent is None:
+            parent = _open(connection, _whole(folder), name=run, params=params, tags=provenance("ncsn run"))
+        set_tags(client, parent.info.run_id, _identity(folder))
+        # A digest of what can change a result: other settings are another run, another machine is not.
+        unused = {*PLACES, *UNUSED_SECTIONS.get(step, ("search", "select"))}
+        digest = storage.digest(config.model_dump(mode="json", exclude=unused), 16)
+        identity = {**_identity(folder), "ncsn.step": step, "ncsn.config": digest}
+        tags = {PARENT: parent.info.run_id, **provenance(f"ncsn {step}")}
+        connection = replace(connection, experiment_id=parent.info.experiment_id)
+        child = _open(connection, identity, name=step, params=params, tags=tags)
+        for each in (parent, child):
+            client.log_text(each.info.run_id, to_yaml(config), "config.yaml")
         place = client, connection.uri, child.info.experiment_id
         tracked = StepRun(*place, child.info.run_id, parent.info.run_id, folder)
         update_step(folder, step, mlflow={"run_id": tracked.run_id, "parent_run_id": tracked.parent_run_id})
@@ -147,39 +144,27 @@ def step_run(config: Config, *, run: str, step: str) -> Iterator[StepRun]:
             send_missing(client, tracked.run_id, folder)  # of an attempt that was killed
     started = time.monotonic()
     try:
-        yield tracked
+        with mlflow_errors(connection.uri):
+            yield tracked
     except BaseException as error:
         _end(tracked, config, step, state_after(error))
-        if isinstance(error, MlflowException):
-            raise TrackingError(
-                shown(connection.uri), one_line(error), hint="repeat the command to continue from here"
-            ) from error
         raise
-    cost = cost_of(config, step, time.monotonic() - started)
-    costs = {f"cost/{name}": value for name, value in cost._asdict().items()}, {f"cost/{step}_seconds": cost.seconds}
-    _end(tracked, config, step, "FINISHED", costs, patience=OUTAGE_SECONDS)
+    _end(tracked, config, step, "FINISHED", cost_of(config, step, time.monotonic() - started))
 
 
-def _end(
-    tracked: StepRun,
-    config: Config,
-    step: str,
-    status: str,
-    costs: Sequence[Mapping[str, float]] = ({}, {}),
-    *,
-    patience: float = 0.0,
-) -> None:
+def _end(tracked: StepRun, config: Config, step: str, status: str, cost: Cost | None = None) -> None:
     """Send what the step's run lacks, and end it and, unless others have opened it, the parent."""
     from mlflow.exceptions import MlflowException
 
     ended = now_ms()
     try:
-        client = connect(config, patience=patience).client
+        client = connect(config, patience=OUTAGE_SECONDS if status == "FINISHED" else 0).client
         if step == CURVES:
             send_missing(client, tracked.run_id, tracked.folder)
-        for run_id, cost in zip((tracked.run_id, tracked.parent_run_id), costs, strict=True):
+        if cost is not None:
             # One point per call of the step; its place in the series is the end of the call in seconds since 1970.
-            send(client, run_id, [Entry(ended // 1000, ended, cost)])
+            values = {f"cost/{name}": value for name, value in cost._asdict().items()}
+            send(client, tracked.run_id, [Entry(ended // 1000, ended, values)])
         for run_id in (tracked.run_id,) if os.environ.get(ADOPTED) else (tracked.run_id, tracked.parent_run_id):
             client.set_terminated(run_id, status, end_time=ended)
     except (MlflowException, TrackingError, OSError) as error:  # the work itself is done, and the run folder has it
@@ -187,35 +172,16 @@ def _end(
         _logger.warning("the run of the step %s at %s is not complete: %s", step, where, one_line(error))
 
 
-def _parent(connection: Connection, config: Config, folder: RunFolder) -> Run:
-    """The run of the whole pipeline."""
+def _adopted(client: MlflowClient) -> Run | None:
+    """The run that others, for example KFP's MLflow plugin, have opened for the whole pipeline."""
     from mlflow.exceptions import MlflowException
 
-    client = connection.client
-    if adopted := os.environ.get(ADOPTED):
-        try:
-            found = client.get_run(adopted)
-        except MlflowException as error:
-            where = shown(connection.uri)
-            raise TrackingError(ADOPTED, f"{one_line(error)} (at {where})", value=adopted) from error
-        set_tags(client, adopted, _identity(folder))
-        return found
-    identity = {**_identity(folder), "ncsn.part": "run"}
-    parent = _open(connection, identity, tags=provenance("ncsn run"), name=folder.run)
-    _describe(client, parent, config)
-    return parent
-
-
-def _child(connection: Connection, parent: Run, config: Config, folder: RunFolder, step: str) -> Run:
-    connection = replace(connection, experiment_id=parent.info.experiment_id)
-    # A digest of what can change a result: other settings are another run, another machine is not.
-    unused = {*PLACES, *UNUSED_SECTIONS.get(step, ("search", "select"))}
-    digest = storage.digest(config.model_dump(mode="json", exclude=unused), 16)
-    identity = {**_identity(folder), "ncsn.step": step, "ncsn.config": digest}
-    tags = {PARENT: parent.info.run_id, **provenance(f"ncsn {step}")}
-    child = _open(connection, identity, tags=tags, name=step)
-    _describe(connection.client, child, config)
-    return child
+    if not (run_id := os.environ.get(ADOPTED)):
+        return None
+    try:
+        return client.get_run(run_id)
+    except MlflowException as error:
+        raise TrackingError(ADOPTED, f"{one_line(error)} (at {shown(client.tracking_uri)})", value=run_id) from error
 
 
 def _identity(folder: RunFolder) -> dict[str, str]:
@@ -223,15 +189,33 @@ def _identity(folder: RunFolder) -> dict[str, str]:
     return {"ncsn.run": folder.run, "ncsn.root": folder.root}
 
 
-def _open(connection: Connection, identity: Mapping[str, str], *, tags: Mapping[str, str], name: str) -> Run:
-    """The first run with the tags `identity`, set to running, or a new one."""
-    client = connection.client
-    found = search_runs(client, connection.experiment_id, identity)
-    if not found:
-        return client.create_run(connection.experiment_id, run_name=name, tags={**identity, **tags})
-    set_tags(client, found[0].info.run_id, tags)
-    client.update_run(found[0].info.run_id, status="RUNNING")
-    return found[0]
+def _whole(folder: RunFolder) -> dict[str, str]:
+    """The tags of the run of the whole pipeline, if we open it."""
+    return {**_identity(folder), "ncsn.part": "run"}
+
+
+def _open(
+    connection: Connection,
+    identity: Mapping[str, str],
+    *,
+    name: str,
+    params: Mapping[str, Any],
+    tags: Mapping[str, str] = {},
+) -> Run:
+    """The first run with the tags `identity`, set to running, or a new one; with those of the parameters it lacks."""
+    from mlflow.entities import Param
+
+    client, found = connection.client, search_runs(connection.client, connection.experiment_id, identity)
+    if found:
+        run = found[0]
+        set_tags(client, run.info.run_id, tags)
+        client.update_run(run.info.run_id, status="RUNNING")
+    else:
+        run = client.create_run(connection.experiment_id, run_name=name, tags={**identity, **tags})
+    # MLflow's parameters do not change.
+    new = [Param(key, str(value)[:PARAM_LENGTH]) for key, value in params.items() if key not in run.data.params]
+    client.log_batch(run.info.run_id, params=new)
+    return run
 
 
 def search_runs(client: MlflowClient, experiment_id: str, tags: Mapping[str, str]) -> list[Run]:
@@ -239,65 +223,34 @@ def search_runs(client: MlflowClient, experiment_id: str, tags: Mapping[str, str
     return list(client.search_runs([experiment_id], tag_filter(tags), order_by=["attributes.start_time ASC"]))
 
 
-def _describe(client: MlflowClient, run: Run, config: Config) -> None:
-    """Record YAML and parameters of the config, unless an earlier attempt has; what differs then is a tag."""
-    params = {path: str(value)[:PARAM_LENGTH] for path, value in flatten(config).items()}
-    known = run.data.params
-    if not known:
-        client.log_text(run.info.run_id, to_yaml(config), "config.yaml")
-    log_params(client, run.info.run_id, {path: value for path, value in params.items() if path not in known})
-    changed = [f"{path}: {known[path]} -> {value}" for path, value in params.items() if known.get(path, value) != value]
-    if changed:
-        set_tags(client, run.info.run_id, {"ncsn.changed": "; ".join(changed)[:TAG_LENGTH]})
+def steps_of_run(client: MlflowClient, parent: Run) -> dict[str, Run]:
+    """The latest run of each step below the run of a whole pipeline."""
+    below = search_runs(client, parent.info.experiment_id, {PARENT: parent.info.run_id})
+    return {run.data.tags["ncsn.step"]: run for run in below if "ncsn.step" in run.data.tags}
 
 
-@dataclass(frozen=True)
-class RecordedRun:
-    """One run in MLflow."""
+def close_run(config: Config, *, run: str, status: str, tags: Mapping[str, str]) -> dict[str, str]:
+    """Give the run, and steps that ended without reporting, a status of MLflow; the run's page and id.
 
-    run_id: str
-    tags: Mapping[str, str]
-    place: str  # the address of its page; the tracking URI if the runs are not on a server
-
-
-def recorded_runs(client: MlflowClient, uri: str, parent: Run) -> tuple[RecordedRun, dict[str, RecordedRun]]:
-    """The run of a whole pipeline, and the latest run of each step."""
-
-    def recorded(run: Run) -> RecordedRun:
-        place = page(uri, run.info.experiment_id, run.info.run_id) or shown(uri)
-        return RecordedRun(run.info.run_id, dict(run.data.tags), place)
-
-    steps = search_runs(client, parent.info.experiment_id, {PARENT: parent.info.run_id})
-    return recorded(parent), {
-        run.data.tags["ncsn.step"]: recorded(run) for run in steps if "ncsn.step" in run.data.tags
-    }
-
-
-def close_run(
-    config: Config, *, run: str, status: str, tags: Mapping[str, str]
-) -> tuple[RecordedRun, dict[str, RecordedRun]] | None:
-    """Give the run, and steps that ended without reporting, a status of MLflow; the run and its steps.
-
-    None if MLflow has no such run. A run that others have opened, for example KFP's MLflow plugin, stays open.
+    Empty if MLflow has no such run. A run that others have opened, for example KFP's MLflow plugin, stays open.
     """
-    client, uri = open_client(config)
-    folder = RunFolder(storage.absolute(config.storage.root), run)
+    uri = tracking_uri(config)
+    client, folder = client_at(uri), RunFolder(storage.absolute(config.storage.root), run)
     with mlflow_errors(uri):
-        if adopted := os.environ.get(ADOPTED):
-            parent = client.get_run(adopted)
-        else:
-            experiment = client.get_experiment_by_name(config.tracking.experiment)
-            identity = {**_identity(folder), "ncsn.part": "run"}
-            found = search_runs(client, experiment.experiment_id, identity) if experiment else []
-            if not found:
-                return None
-            parent = found[0]
-        set_tags(client, parent.info.run_id, tags)
-        for step in search_runs(client, parent.info.experiment_id, {PARENT: parent.info.run_id}):
+        adopted = _adopted(client)
+        whole = adopted
+        if whole is None and (experiment := client.get_experiment_by_name(config.tracking.experiment)):
+            whole = next(iter(search_runs(client, experiment.experiment_id, _whole(folder))), None)
+        if whole is None:
+            return {}
+        parent = whole.info
+        set_tags(client, parent.run_id, tags)
+        for step in search_runs(client, parent.experiment_id, {PARENT: parent.run_id}):
             if step.info.status == "RUNNING":
                 if step.data.tags.get("ncsn.step") == CURVES:
                     send_missing(client, step.info.run_id, folder)
                 client.set_terminated(step.info.run_id, "KILLED" if status == "FINISHED" else status)
         if not adopted:
-            client.set_terminated(parent.info.run_id, status)
-        return recorded_runs(client, uri, parent)
+            client.set_terminated(parent.run_id, status)
+    place = page(uri, parent.experiment_id, parent.run_id) or shown(uri)
+    return {"MLflow run": place, "MLflow run id": parent.run_id}

@@ -42,21 +42,13 @@ class ScoreModel(PythonModel):
         model_input: np.ndarray,  # noqa: ARG002  (MLflow warns of any other type, though it may be None)
         params: dict[str, Any] | None = None,
     ) -> NDArray[np.uint8]:
-        """Generate images.
+        """Images, uint8 [n_images, H, W, C]; params that are missing or empty are those of the experiment.
 
-        Args:
-            context: Not used.
-            model_input: Not used; `None` or an empty list.
-            params: Missing or empty ones are those of the experiment.
-
-                - `n_images`: how many images.
-                - `seed`: image i is a function of (seed, i) and the same as the sample step's.
-                - `sampler`: a kind such as `dpm_solver`, or `{kind: ..., ...}` with its settings.
-                - `label`: the name or number of a class, `balanced` or `data`, see `sampling.label`.
-                - `guidance`: its weight, 1 for none; away from the images of all classes if none is configured.
-
-        Returns:
-            uint8 [n_images, H, W, C]
+        - `n_images`: how many images.
+        - `seed`: image i is a function of (seed, i) and the same as the sample step's.
+        - `sampler`: a kind such as `dpm_solver`, or `{kind: ..., ...}` with its settings.
+        - `label`: the name or number of a class, `balanced` or `data`, see `sampling.label`.
+        - `guidance`: its weight, 1 for none; away from the images of all classes if none is configured.
         """
         try:
             return self._predict(params or {})

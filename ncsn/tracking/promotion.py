@@ -1,4 +1,4 @@
-"""Which version is champion: the gate, promotion and rollback by hand.
+"""Versions of a registered model: their addresses, and which one is champion, by the gate or by hand.
 
 MLflow cannot move an alias on condition that it still points where one has looked. So the tags of the versions are the
 record, and the alias follows them. A promotion writes into the tag `promotion` the number after the highest that it has
@@ -10,19 +10,24 @@ its tag goes. Whoever looks next does that, so nothing is lost with a process th
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from ncsn.errors import UserError
 from ncsn.process import utc_now
+from ncsn.tracking.client import one_line
 from ncsn.tracking.gate import Decision, Evidence, decide
-from ncsn.tracking.versions import CHALLENGER, CHAMPION, aliased_version, named, set_alias, tag_version
 
 if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion
     from mlflow.tracking import MlflowClient
 
+SCHEME = "models:/"
+CHAMPION, CHALLENGER = "champion", "challenger"
 PROMOTION, PROMOTED_FROM, ROLLED_BACK = "promotion", "promoted_from", "rolled_back_at"
 DECISION = "gate.decision"
 
@@ -53,14 +58,10 @@ class Promotions:
         written = self.tags[version].get(DECISION) if version else None
         return Decision.from_json(written) if written else None
 
-    def evidence(self, version: str) -> Evidence | None:
-        """What the gate knows about a version."""
-        decision = self.decision(version)
-        return None if decision is None else decision.evidence
-
     def decide(self, evidence: Evidence, version: str, champion: str) -> Decision:
         """The gate's decision about a version with this evidence."""
-        return decide(evidence, version=version, champion=champion, of_champion=self.evidence(champion))
+        known = self.decision(champion)
+        return decide(evidence, version=version, champion=champion, of_champion=known.evidence if known else None)
 
     def contested(self) -> tuple[str, str] | None:
         """A version that did not see another promotion, and the champion that it is to be compared with."""
@@ -97,7 +98,7 @@ def settle(client: MlflowClient, name: str) -> Promotions:
         elif promotions.champion in ("", aliased_version(client, name, CHAMPION)):
             return promotions
         else:
-            set_alias(client, name=name, alias=CHAMPION, version=promotions.champion)
+            client.set_registered_model_alias(name, CHAMPION, promotions.champion)
 
 
 def _write(
@@ -116,7 +117,6 @@ def _write(
         DECISION: json.dumps(asdict(decision)),
         "gate.promoted": str(decision.promoted).lower(),
         "gate.reason": decision.reason,
-        "gate.decided_at": utc_now(),
     }
     tag_version(client, name, version, gate | tags)
 
@@ -129,11 +129,13 @@ def pass_gate(client: MlflowClient, *, name: str, version: str, evidence: Eviden
     """
     promotions = settle(client, name)
     recorded = promotions.decision(version)
-    if recorded is not None and recorded.evidence == evidence:
-        complete = not recorded.promoted or recorded.number == promotions.number(version)
-        if complete:
-            return recorded
-    set_alias(client, name=name, alias=CHALLENGER, version=version)
+    if (
+        recorded is not None
+        and recorded.evidence == evidence
+        and (not recorded.promoted or recorded.number == promotions.number(version))  # else it was interrupted
+    ):
+        return recorded
+    client.set_registered_model_alias(name, CHALLENGER, version)
     decision = promotions.decide(evidence, version, promotions.champion)
     if promotions.champion == version:
         _write(client, name, promotions, version, replace(decision, number=promotions.number(version)), by="")
@@ -148,10 +150,8 @@ class AliasChange:
 
     model: str
     version: str  # the champion now
-    replaced: str  # the champion before; empty if there was none
+    replaced: str  # the champion before, perhaps the same; empty if there was none
     reason: str
-    changed: bool  # whether the alias moved
-    dry_run: bool
 
 
 def promote_version(
@@ -161,17 +161,20 @@ def promote_version(
 
     With `force` it becomes champion whatever the gate says.
     """
-    chosen = version or aliased_version(client, name, CHALLENGER)
+    with named(f"models:/{name}"):
+        challenger = aliased_version(client, name, CHALLENGER)
+    chosen = version or challenger
     if not chosen:
         raise UserError(f"models:/{name}@{CHALLENGER}", "there is no challenger", hint="name the version: --version N")
-    with named(f"models:/{name}/{chosen}"):
-        client.get_model_version(name, chosen)
     promotions = read_promotions(client, name) if dry_run else settle(client, name)
+    if chosen not in promotions.tags:
+        raise UserError(f"models:/{name}/{chosen}", "there is no such version")
     champion = promotions.champion
     if champion == chosen:
-        return AliasChange(name, chosen, chosen, "it is the champion already", changed=False, dry_run=dry_run)
-    if (evidence := promotions.evidence(chosen)) is not None:
-        decision = promotions.decide(evidence, chosen, champion)
+        return AliasChange(name, chosen, chosen, "it is the champion already")
+    recorded = promotions.decision(chosen)
+    if recorded is not None and recorded.evidence is not None:
+        decision = promotions.decide(recorded.evidence, chosen, champion)
     else:
         reason = "it has no measurement with an uncertainty on record; evaluate and register its run again"
         decision = Decision(False, reason, None, champion)
@@ -185,14 +188,13 @@ def promote_version(
     if not decision.promoted:
         reason, hint = f"not promoted: {decision.reason}", "--force promotes it anyway"
         raise UserError(f"models:/{name}/{chosen}", reason, hint=hint)
-    return AliasChange(name, chosen, champion, decision.reason, changed=True, dry_run=dry_run)
+    return AliasChange(name, chosen, champion, decision.reason)
 
 
 def roll_back(client: MlflowClient, name: str, *, dry_run: bool = False) -> AliasChange:
     """Make the champion before the present one champion again; completes a rollback that was interrupted."""
     with named(f"models:/{name}"):
-        client.get_registered_model(name)
-    replaced = aliased_version(client, name, CHAMPION)
+        replaced = aliased_version(client, name, CHAMPION)
     promotions = read_promotions(client, name) if dry_run else settle(client, name)
     if ROLLED_BACK in promotions.tags.get(replaced, {}):
         champion = promotions.champion
@@ -206,5 +208,38 @@ def roll_back(client: MlflowClient, name: str, *, dry_run: bool = False) -> Alia
         if not dry_run:
             tag_version(client, name, replaced, {ROLLED_BACK: utc_now()})
             champion = settle(client, name).champion
-    reason = f"rolled back from version {replaced}"
-    return AliasChange(name, champion, replaced, reason, changed=True, dry_run=dry_run)
+    return AliasChange(name, champion, replaced, f"rolled back from version {replaced}")
+
+
+@contextmanager
+def named(address: str) -> Iterator[None]:
+    """Name this address where the registry has no such model, version or alias."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise UserError(address, one_line(error)) from None
+        raise
+
+
+def resolve_version(client: MlflowClient, address: str) -> ModelVersion:
+    """The version that an address names: `models:/NAME/VERSION`, `models:/NAME@ALIAS`, or without the scheme."""
+    match = re.fullmatch(r"(?P<name>[^/@]+)(?:/(?P<version>[^/@]+)|@(?P<alias>[^/@]+))", address.removeprefix(SCHEME))
+    if match is None:
+        raise UserError(address, "not a model version", hint=f"use {SCHEME}NAME@{CHAMPION} or {SCHEME}NAME/VERSION")
+    name, version, alias = match["name"], match["version"], match["alias"]
+    with named(f"{SCHEME}{match[0]}"):
+        return client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, version)
+
+
+def aliased_version(client: MlflowClient, name: str, alias: str) -> str:
+    """The version that an alias points to; empty if there is none."""
+    return str(client.get_registered_model(name).aliases.get(alias, ""))
+
+
+def tag_version(client: MlflowClient, name: str, version: str, tags: Mapping[str, str]) -> None:
+    """Set tags in order."""
+    for key, value in tags.items():
+        client.set_model_version_tag(name, version, key, value)

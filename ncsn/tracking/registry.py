@@ -19,20 +19,18 @@ from ncsn.model.checkpoint import SamplingCheckpoint, TrainedNetwork
 from ncsn.model.guidance import sampling_facts
 from ncsn.model.trained import TRAINED_CONFIG, save_trained
 from ncsn.process import now_ms
-from ncsn.tracking.client import TrackingError, open_client, open_client_at, shown
+from ncsn.tracking.client import TrackingError, client_at, mlflow_errors, shown, suppress_exists, tracking_uri
 from ncsn.tracking.mlflow_runs import StepRun
-from ncsn.tracking.versions import SCHEME, registry_errors, resolve_version
+from ncsn.tracking.promotion import SCHEME, resolve_version
 
 if TYPE_CHECKING:
     from mlflow.entities import LoggedModel
     from mlflow.entities.model_registry import ModelVersion
-    from mlflow.tracking import MlflowClient
 
 
 MODEL_FILE = Path(__file__).with_name("model.py")
 # The requirements of this project that generating images needs: no Ray, no KFP.
 NEEDED = ("mlflow", "numpy", "pyarrow", "pydantic", "pyyaml", "safetensors", "torch")
-EXAMPLE_IMAGES = 2
 
 
 def requirements() -> list[str]:
@@ -43,33 +41,30 @@ def requirements() -> list[str]:
 
 
 def write_model(
-    folder: Path,
-    checkpoint: SamplingCheckpoint,
-    *,
-    metadata: Mapping[str, Any],
-    files: Mapping[str, bytes],
-    origin: Any = None,
+    folder: Path, checkpoint: SamplingCheckpoint, *, files: Mapping[str, bytes], origin: Any = None
 ) -> None:
-    """Write a complete MLflow model to `folder`, which does not exist yet.
+    """Write a complete MLflow model to `folder`, which does not exist yet, with these files (name -> content).
 
-    `metadata` goes to the `MLmodel` file; `files` (name -> content) are next to it; `origin` is MLflow's `Model` with
-    the ids of the run and the logged model.
+    `origin` is MLflow's `Model` with the ids of the run and the logged model.
     """
     import mlflow.pyfunc
+    import numpy as np
+    from mlflow.models import infer_signature
 
+    config = checkpoint.config
+    images = np.zeros((1, config.data.image_size, config.data.image_size, config.data.channels), np.uint8)
+    params = {"n_images": 16, "seed": config.sampling.seed, "sampler": "", "label": "", "guidance": 0.0}
     inputs = folder.with_name(f"{folder.name}-inputs")
     inputs.mkdir()
     save_trained(checkpoint, inputs)
-    signature, example = _signature(checkpoint.config)
     mlflow.pyfunc.save_model(
         path=str(folder),
         python_model=str(MODEL_FILE),
         artifacts={path.stem: str(path) for path in sorted(inputs.iterdir())},
         code_paths=[str(Path(ncsn.__file__).parent)],
-        signature=signature,
-        input_example=example,
+        signature=infer_signature(model_output=images, params=params),
+        input_example=(np.empty(0), {"n_images": 2}),
         pip_requirements=requirements(),
-        metadata=dict(metadata),
         mlflow_model=origin,
     )
     for name, content in files.items():
@@ -78,33 +73,9 @@ def write_model(
         shutil.rmtree(cache)
 
 
-def _signature(config: Config) -> tuple[Any, Any]:
-    """Input by params alone; output uint8 [N, H, W, C]."""
-    import numpy as np
-    from mlflow.models import ModelSignature
-    from mlflow.types import ParamSchema, ParamSpec, Schema, TensorSpec
-
-    data = config.data
-    images = TensorSpec(np.dtype(np.uint8), (-1, data.image_size, data.image_size, data.channels), "images")
-    params = ParamSchema(
-        [
-            ParamSpec("n_images", "long", 16),
-            ParamSpec("seed", "long", config.sampling.seed),
-            ParamSpec("sampler", "string", ""),
-            ParamSpec("label", "string", ""),
-            ParamSpec("guidance", "double", 0.0),
-        ]
-    )
-    example = (np.empty(0), {"n_images": EXAMPLE_IMAGES})
-    return ModelSignature(outputs=Schema([images]), params=params), example
-
-
 DESCRIPTION_LENGTH = 5000  # longest description that MLflow's database keeps
-
 # Relative, so that it works at any address of the page.
 _FILES = "ajax-api/2.0/mlflow/logged-models/{model_id}/artifacts/files?artifact_file_path="
-
-
 DECIDING = ("sampler", "label", "guidance")
 
 
@@ -133,43 +104,26 @@ def deciding(trained: TrainedNetwork) -> dict[str, Any]:
 
 def register(tracked: StepRun, candidate: Candidate) -> ModelVersion:
     """The version of this candidate; a new one if there is none."""
-    from mlflow.exceptions import MlflowException
-
     client = tracked.client
-    try:
+    with suppress_exists():
         client.create_registered_model(candidate.name, description="Images from a noise conditional score network.")
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
-    found = find_version(client, candidate.name, digest=candidate.digest)
-    if found is not None:
-        return found
+    found = client.search_model_versions(f"name = '{candidate.name}' and tags.`ncsn.model` = '{candidate.digest}'")
+    if found:
+        return min(found, key=lambda version: int(version.version))
     logged = _log_model(tracked, candidate)
     card = candidate.card
     for name in candidate.files:  # pictures by the address of the logged model's files, which MLflow's page needs
         card = card.replace(f"]({name})", f"]({_FILES.format(model_id=logged.model_id)}{name})")
-    images_seen = candidate.checkpoint.images_seen
     identity = {"ncsn.model": candidate.digest, "ncsn.checkpoint": candidate.checkpoint.digest}
-    created = client.create_model_version(
+    return client.create_model_version(
         candidate.name,
         # Not models:/<id>: with a local database MLflow would look that up in its global tracking server.
         logged.artifact_location,
         run_id=tracked.run_id,
-        tags={**candidate.tags, **identity, "ncsn.images_seen": str(images_seen)},
+        tags={**candidate.tags, **identity},
         description=card[:DESCRIPTION_LENGTH],
         model_id=logged.model_id,
     )
-    first = find_version(client, candidate.name, digest=candidate.digest) or created
-    if int(first.version) != int(created.version):
-        # Another process registered the same at the same moment; the lower number stays.
-        client.delete_model_version(candidate.name, created.version)
-    return first
-
-
-def find_version(client: MlflowClient, name: str, *, digest: str) -> ModelVersion | None:
-    """The oldest version with this candidate digest."""
-    found = client.search_model_versions(f"name = '{name}' and tags.`ncsn.model` = '{digest}'")
-    return min(found, key=lambda version: int(version.version), default=None)
 
 
 def _log_model(tracked: StepRun, candidate: Candidate) -> LoggedModel:
@@ -185,16 +139,14 @@ def _log_model(tracked: StepRun, candidate: Candidate) -> LoggedModel:
     origin = Model(logged.artifact_location, tracked.run_id, model_uuid=model_id, model_id=model_id)
     with tempfile.TemporaryDirectory(prefix="ncsn-") as temporary:
         folder = Path(temporary) / "model"
-        metadata = {"images_seen": checkpoint.images_seen, "checkpoint_digest": checkpoint.digest}
-        metadata |= checkpoint.average or {}
         files = {**candidate.files, "model_card.md": candidate.card.encode()}
-        write_model(folder, checkpoint, metadata=metadata, files=files, origin=origin)
+        write_model(folder, checkpoint, files=files, origin=origin)
         client.log_model_artifacts(model_id, str(folder))
     client.finalize_logged_model(model_id, "READY")
     client.log_outputs(tracked.run_id, [LoggedModelOutput(model_id, step=checkpoint.images_seen)])
     now, metrics = now_ms(), candidate.metrics.items()
     values = [Metric(key, value, now, checkpoint.images_seen, model_id=model_id) for key, value in metrics]
-    client.log_batch(tracked.run_id, metrics=values, synchronous=True)
+    client.log_batch(tracked.run_id, metrics=values)
     return logged
 
 
@@ -207,15 +159,11 @@ def fetch_weights(uri: str, version: ModelVersion, into: Path) -> Path:
         # The source is the artifacts' own address: a name would be looked up in MLflow's global registry.
         source = f"{str(version.source).rstrip('/')}/artifacts"
         folder = Path(download_artifacts(source, dst_path=str(into), tracking_uri=uri))
-        cause = "" if (folder / TRAINED_CONFIG).is_file() else f"there is no {TRAINED_CONFIG}"
+        (folder / TRAINED_CONFIG).stat()
     except (MlflowException, OSError) as error:
-        cause = " ".join(str(error).split())
-    if cause:
-        raise TrackingError(
-            f"{SCHEME}{version.name}/{version.version}",
-            f"{shown(uri)} gives no weights and config of ncsn at {version.source}: {cause}",
-            hint="was it registered by `ncsn register`?",
-        )
+        reason = f"{shown(uri)} gives no weights and config of ncsn at {version.source}: {' '.join(str(error).split())}"
+        hint = "was it registered by `ncsn register`?"
+        raise TrackingError(f"{SCHEME}{version.name}/{version.version}", reason, hint=hint) from error
     return folder
 
 
@@ -229,9 +177,9 @@ def settle_guide(config: Config, *, near: str, registry: str | None = None) -> C
         return config
     place = storage.absolute(guidance.checkpoint) if not guidance.checkpoint.startswith(SCHEME) else ""
     if not place:
-        client, uri = open_client(config) if registry is None else (open_client_at(registry), registry)
-        with registry_errors(uri):
-            version = resolve_version(client, guidance.checkpoint)
+        uri = registry or tracking_uri(config)
+        with mlflow_errors(uri):
+            version = resolve_version(client_at(uri), guidance.checkpoint)
             folder = storage.join(near, "guides")
             place = storage.join(folder, f"{version.name}-{version.version}")
             if not storage.exists(storage.join(place, TRAINED_CONFIG)):

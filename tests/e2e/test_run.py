@@ -117,7 +117,7 @@ def test_mlflow_has_one_parent_and_a_child_per_tracked_step(workplace, client) -
         (read,) = children[step].inputs.dataset_inputs
         assert read.dataset.digest == workplace.result(RUN, "ingest")["digest"][:36]
         assert [tag.value for tag in read.tags] == [context]
-    assert {f"cost/{step}_seconds" for step in STEPS} <= parents[0].data.metrics.keys()
+    assert all("cost/seconds" in child.data.metrics for child in children.values())
 
 
 def test_the_registered_model_generates_images(workplace, client, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,7 +86,7 @@ def test_real_images_as_samples_reach_the_real_figures(store: Path, dataset: str
     assert gate.name == "eval/classifier_fid_n500"
     assert gate.value == metrics[gate.name]
     assert 0 < gate.uncertainty == metrics["eval/classifier_fid_std_n500"] < gate.value
-    assert Memorization(**result.memorisation).passed
+    assert not Memorization(**result.memorisation).objection
     assert gate.lower_is_better
     assert gate.fingerprint == result.fingerprint
     written = json.loads(Path(result.uri).read_text())
@@ -120,7 +120,7 @@ def test_copies_of_training_images_are_flagged(store: Path, dataset: str, tmp_pa
     copies = write_samples(tmp_path / "copies", open_cache(dataset, "train").images[:500])
     result = evaluate(make_config(store), samples=copies, dataset=dataset, folder=tmp_path)
     assert result.metrics["eval/classifier_memorised_n256"] > 0.99
-    assert not Memorization(**result.memorisation).passed
+    assert Memorization(**result.memorisation).objection
     assert result.metrics["eval/classifier_nn_distance_n256"] == 0
     assert result.real_metrics["eval/real_classifier_nn_distance_n256"] > 10
     shown = json.loads(Path(result.uri).read_text())["nearest_training_images"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,6 +15,7 @@ from ncsn.errors import NotFound
 from ncsn.model import checkpoint, index
 from ncsn.report.images import grid_png
 from ncsn.steps import ingest, register
+from ncsn.tracking import registry
 from ncsn.tracking.client import connect
 
 
@@ -36,10 +37,11 @@ def evaluate(config, root, dataset, saved):
     def write(
         value: float, *, dataset: str = dataset, of: Config = config, name_of_file: str = "", copies: int = 0
     ) -> str:
-        sampler = asdict(of.sampling.sampler)
-        samples = str(root / f"samples-{sampler['steps_per_level']}")
+        samples = str(root / f"samples-{of.sampling.sampler.steps_per_level}")
         storage.write_bytes(storage.join(samples, "grid.png"), grid_png(np.zeros((4, 8, 8, 1), np.uint8)))
-        manifest = {"checkpoint_digest": checkpoint.load_for_sampling(saved).digest, "sampler": sampler}
+        loaded = checkpoint.load_for_sampling(saved)
+        used = replace(loaded, config=checkpoint.require_same_training(loaded.config, of, origin=saved))
+        manifest = {"checkpoint_digest": loaded.digest, **registry.deciding(used)}
         storage.write_text(storage.join(samples, "manifest.json"), json.dumps(manifest))
         name = "eval/classifier_fid_n4"
         figures = {

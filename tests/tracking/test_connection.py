@@ -16,7 +16,7 @@ from refused import refused
 
 from ncsn.errors import MISSING
 from ncsn.tracking import client
-from ncsn.tracking.client import ServerAwayError, TrackingError, client_at, connect, server_command, tracking_uri
+from ncsn.tracking.client import ServerAwayError, TrackingError, connect, server_command, tracking_uri
 
 BOTH_START = """
 import sys
@@ -32,14 +32,11 @@ with step_run(from_json(sys.argv[1]), run="both", step=sys.argv[2]) as tracked:
 
 def test_config_wins_over_environment_wins_over_the_file_in_the_store(make_config, root, monkeypatch):
     assert tracking_uri(make_config()) == f"sqlite:///{root}/mlflow.db"
+    monkeypatch.chdir(root)
+    assert tracking_uri(make_config("tracking.uri=sqlite:///here.db")) == f"sqlite:///{root}/here.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://from-environment:5000")
     assert tracking_uri(make_config()) == "http://from-environment:5000"
     assert tracking_uri(make_config("tracking.uri=http://from-config:5000")) == "http://from-config:5000"
-
-
-def test_relative_database_does_not_depend_on_the_working_folder(make_config, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert tracking_uri(make_config("tracking.uri=sqlite:///here.db")) == f"sqlite:///{tmp_path}/here.db"
 
 
 @pytest.mark.parametrize(
@@ -58,16 +55,11 @@ def test_unusable_place_is_refused_in_one_line_without_secrets(make_config, over
     assert "secret" not in str(caught.value)
 
 
-@pytest.mark.parametrize("value", ["nonsense", "http://[", "http://host:port"])
+@pytest.mark.parametrize("value", ["nonsense", "http://[", "postgresql://me:secret@host:port/mlflow"])
 def test_a_variable_that_names_no_server_is_named(make_config, monkeypatch, value):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", value)
-    with refused("MLFLOW_TRACKING_URI", error=TrackingError):
+    with refused("MLFLOW_TRACKING_URI", error=TrackingError) as caught:
         tracking_uri(make_config())
-
-
-def test_an_address_that_no_database_has_is_named_without_secrets():
-    with refused("postgresql://host:port/mlflow", error=TrackingError) as caught:
-        client_at("postgresql://me:secret@host:port/mlflow")
     assert "secret" not in str(caught.value)
 
 
@@ -83,17 +75,7 @@ def test_closed_port_is_named_at_once(make_config):
 def test_proxy_that_refuses_is_told_apart(make_config, status, error):
     with _answering(status) as url, refused(url, error=error) as caught:
         connect(make_config(f"tracking.uri={url}"))
-    assert type(caught.value) is error
-    assert str(status) in str(caught.value)
-
-
-def test_deleted_experiment_is_not_written_to(make_config):
-    config = make_config("tracking.experiment=thrown-away")
-    opened = connect(config)
-    opened.client.delete_experiment(opened.experiment_id)
-    with refused("tracking.experiment", error=TrackingError) as caught:
-        connect(config)
-    assert caught.value.problems[0].value == "thrown-away"
+    assert type(caught.value) is error and str(status) in str(caught.value)
 
 
 def test_two_processes_that_start_at_once_share_one_database(make_config, tmp_path):
@@ -105,22 +87,18 @@ def test_two_processes_that_start_at_once_share_one_database(make_config, tmp_pa
     started = [subprocess.Popen([*command, step], stderr=subprocess.PIPE, text=True) for step in steps]
     errors = [process.communicate(timeout=200)[1] for process in started]
     assert [process.returncode for process in started] == [0, 0], errors
-    client = client_at(tracking_uri(config))
-    runs = client.search_runs([connect(config).experiment_id])
-    children = [run for run in runs if "ncsn.step" in run.data.tags]
-    parents = {run.info.run_id for run in runs if "ncsn.step" not in run.data.tags}
-    assert {run.data.tags["ncsn.step"] for run in children} == set(steps)
-    for run in children:
-        assert run.data.tags["mlflow.parentRunId"] in parents
-        assert [metric.step for metric in client.get_metric_history(run.info.run_id, "a/b")] == list(range(40))
+    connection = connect(config)
+    runs = connection.client.search_runs([connection.experiment_id], "tags.`ncsn.step` != 'none'")
+    assert {run.data.tags["ncsn.step"] for run in runs} == set(steps)
+    for run in runs:
+        history = connection.client.get_metric_history(run.info.run_id, "a/b")
+        assert [metric.step for metric in history] == list(range(40))
 
 
 def test_command_of_the_pages_is_on_loopback_and_only_for_a_local_database(make_config, root):
     command = server_command(make_config(), port=5001)
-    assert command[:3] == [sys.executable, "-m", "mlflow"]
-    assert f"sqlite:///{root}/mlflow.db" in command
+    assert f"sqlite:///{root}/mlflow.db" in command and Path(root, "mlflow.db").exists()
     assert command[command.index("--host") + 1] == "127.0.0.1"
-    assert Path(root, "mlflow.db").exists()
     with refused("tracking.uri", error=TrackingError) as caught:
         server_command(make_config("tracking.uri=http://host:5000"))
     assert "http://host:5000" in caught.value.problems[0].hint
@@ -138,23 +116,17 @@ def _answering(status: int) -> Iterator[str]:
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    with server:
         yield f"http://127.0.0.1:{server.server_port}"
-    finally:
         server.shutdown()
-        server.server_close()
 
 
 def test_links_lead_where_people_open_mlflow(monkeypatch):
     where = "/#/experiments/1/runs/abc?workflowType=machine_learning"
     monkeypatch.delenv(client.UI, raising=False)
-    assert (
-        client.page("http://user:secret@mlflow.ncsn-system:5000", "1", "abc")
-        == f"http://mlflow.ncsn-system:5000{where}"
-    )
+    assert client.page("http://user:secret@mlflow:5000", "1", "abc") == f"http://mlflow:5000{where}"
     assert client.page("sqlite:////tmp/mlflow.db", "1", "abc") == ""
     monkeypatch.setenv(client.UI, "https://mlflow.example/")
-    for uri in ("http://mlflow.ncsn-system:5000", "postgresql://mlflow@postgres/mlflow"):
+    for uri in ("http://mlflow:5000", "postgresql://mlflow@postgres/mlflow"):
         assert client.page(uri, "1", "abc") == f"https://mlflow.example{where}"

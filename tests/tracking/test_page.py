@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Iterator
 from contextlib import closing
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +12,7 @@ from PIL import Image
 from playwright.sync_api import Browser, Page, expect
 
 from ncsn.report.images import grid_png
-from ncsn.tracking.client import page
+from ncsn.tracking import client
 from ncsn.tracking.mlflow_runs import StepRun, step_run
 from ncsn.tracking.registry import Candidate, register
 
@@ -43,58 +41,53 @@ def steps(make_config, server) -> dict[str, StepRun]:
 
 
 @pytest.fixture
-def tab(browser: Browser, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Page]:
-    """A page of the browser, of which a picture is kept."""
-    context = browser.new_context(viewport={"width": 1400, "height": 900})
-    tab = context.new_page()
-    tab.set_default_timeout(PATIENCE)
-    yield tab
-    shots = Path(os.environ.get("NCSN_SCREENSHOTS", tmp_path))
-    shots.mkdir(parents=True, exist_ok=True)
-    tab.screenshot(path=shots / f"mlflow-{request.node.name}.png")
-    context.close()
+def page(browser: Browser) -> Iterator[Page]:
+    with closing(browser.new_context(viewport={"width": 1400, "height": 900})) as context:
+        page = context.new_page()
+        page.set_default_timeout(PATIENCE)
+        yield page
 
 
-def address(server, tracked: StepRun, page: str) -> str:
-    return f"{server.url}/#/experiments/{tracked.experiment_id}/{page}"
+def address(server, tracked: StepRun, part: str) -> str:
+    return f"{server.url}/#/experiments/{tracked.experiment_id}/{part}"
 
 
-def test_steps_are_folded_below_their_run(tab: Page, server, steps: dict[str, StepRun]) -> None:
-    tab.goto(address(server, steps["train"], "runs"))
-    row = tab.get_by_role("row").filter(has=tab.get_by_role("link", name=RUN))
+def test_steps_are_folded_below_their_run(page: Page, server, steps: dict[str, StepRun]) -> None:
+    page.goto(address(server, steps["train"], "runs"))
+    row = page.get_by_role("row").filter(has=page.get_by_role("link", name=RUN))
     expect(row).to_have_count(1, timeout=PATIENCE)
     for step in steps:
-        expect(tab.get_by_role("link", name=step, exact=True)).to_have_count(0)
+        expect(page.get_by_role("link", name=step, exact=True)).to_have_count(0)
     row.get_by_role("button").first.click()
     for step, tracked in steps.items():
-        link = tab.get_by_role("link", name=step, exact=True)
+        link = page.get_by_role("link", name=step, exact=True)
         where = address(server, tracked, f"runs/{tracked.run_id}").removeprefix(f"{server.url}/")
         expect(link).to_have_attribute("href", where, timeout=PATIENCE)
 
 
-def test_previews_of_the_training_are_a_series(tab: Page, server, steps: dict[str, StepRun]) -> None:
-    tab.goto(address(server, steps["train"], f"runs/{steps['train'].run_id}/model-metrics"))
-    tab.get_by_placeholder("Search metric charts").fill("preview")
-    slider = tab.get_by_role("slider")
+def test_previews_of_the_training_are_a_series(page: Page, server, steps: dict[str, StepRun]) -> None:
+    page.goto(address(server, steps["train"], f"runs/{steps['train'].run_id}/model-metrics"))
+    page.get_by_placeholder("Search metric charts").fill("preview")
+    slider = page.get_by_role("slider")
     expect(slider).to_have_attribute("aria-valuemax", "128", timeout=PATIENCE)
     slider.press("ArrowRight")
-    picture = tab.locator("img[src*='train~preview'][src*='step%2B64']")
+    picture = page.locator("img[src*='train~preview'][src*='step%2B64']")
     expect(picture).to_be_visible(timeout=PATIENCE)
     assert picture.evaluate("image => image.decode().then(() => image.naturalWidth)") == 64
 
 
-def test_a_link_to_a_run_opens_among_the_runs_of_trainings(tab: Page, server, steps: dict[str, StepRun]) -> None:
-    tab.goto(page(server.url, steps["train"].experiment_id, steps["train"].run_id))
-    expect(tab.get_by_role("link", name="Runs", exact=True).first).to_be_visible(timeout=PATIENCE)
-    expect(tab.get_by_role("link", name="Judges")).to_have_count(0)
+def test_a_link_to_a_run_opens_among_the_runs_of_trainings(page: Page, server, steps: dict[str, StepRun]) -> None:
+    page.goto(client.page(server.url, steps["train"].experiment_id, steps["train"].run_id))
+    expect(page.get_by_role("link", name="Runs", exact=True).first).to_be_visible(timeout=PATIENCE)
+    expect(page.get_by_role("link", name="Judges")).to_have_count(0)
 
 
-def test_the_card_of_a_model_shows_its_pictures(tab: Page, server, make_config, checkpoint) -> None:
+def test_the_card_of_a_model_shows_its_pictures(page: Page, server, make_config, checkpoint) -> None:
     card = "# seen\n\n![images](grid.png)\n"
     seen = Candidate("seen", checkpoint, card=card, files={"grid.png": grid_png(IMAGES)}, metrics={}, tags={})
     with step_run(make_config(f"tracking.uri={server.url}"), run="seen", step="register") as tracked:
         version = register(tracked, seen)
-    tab.goto(f"{server.url}/#/models/seen/versions/{version.version}")
-    picture = tab.locator("img[src*='grid.png']")
+    page.goto(f"{server.url}/#/models/seen/versions/{version.version}")
+    picture = page.locator("img[src*='grid.png']")
     expect(picture).to_be_visible(timeout=PATIENCE)
     assert picture.evaluate("image => image.decode().then(() => image.naturalWidth)") > 8

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pwd
 import shutil
 import signal
 import subprocess
@@ -31,23 +30,8 @@ MANIFEST = Path(__file__).parents[2] / "infra" / "base" / "mlflow" / "deployment
 PASSWORD = "p:a/s?s w@rd"
 
 
-def _programs() -> Path:
-    """Folder of PostgreSQL's programs, which Debian keeps off the PATH."""
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
-    beside = shutil.which("initdb")
-    if not found and not beside:
-        pytest.skip("PostgreSQL is not installed: apt-get install postgresql")
-    return (found[-1] if found else Path(str(beside))).parent
-
-
-def _owner() -> str | None:
-    """The user that runs it, for it refuses to run as root; None for this one."""
-    if os.geteuid() != 0:
-        return None
-    try:
-        return pwd.getpwnam("postgres").pw_name
-    except KeyError:
-        pytest.skip("PostgreSQL does not run as root, and there is no user postgres")
+# Debian keeps PostgreSQL's programs off the PATH.
+PROGRAMS = next((path.parent for path in sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))), Path("/usr/bin"))
 
 
 def _manifest(container: str) -> dict[str, Any]:
@@ -60,7 +44,9 @@ def _manifest(container: str) -> dict[str, Any]:
 @pytest.fixture
 def database(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The manifest's URI of an empty database, but for the host; the password is where the manifest gives it."""
-    programs, owner = _programs(), _owner()
+    if not (PROGRAMS / "initdb").exists():
+        pytest.skip("PostgreSQL is not installed: apt-get install postgresql")
+    owner = "postgres" if os.geteuid() == 0 else None  # it refuses to run as root
     environment = {each["name"]: each.get("value") for each in _manifest("mlflow")["env"]}
     assert environment.keys() >= {"PGPASSWORD"}
     monkeypatch.setenv("PGPASSWORD", PASSWORD)
@@ -71,28 +57,19 @@ def database(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         data, password = folder / "data", folder / "password"
         password.write_text(PASSWORD)
         login = ["--username", "mlflow", "--pwfile", password, "--auth", "scram-sha-256"]
-        subprocess.run(
-            [programs / "initdb", "--pgdata", data, "--no-sync", *login],
-            check=True,
-            capture_output=True,
-            user=owner,
-            cwd=folder,
-        )
+        create = [PROGRAMS / "initdb", "--pgdata", data, "--no-sync", *login]
+        subprocess.run(create, check=True, capture_output=True, user=owner, cwd=folder)
         port = free_port()
         settings = ["-c", "fsync=off", "-c", "listen_addresses=127.0.0.1", "-c", f"port={port}"]
-        server = subprocess.Popen(
-            [programs / "postgres", "-D", data, "-k", folder, *settings],
-            stderr=subprocess.DEVNULL,
-            user=owner,
-            cwd=folder,
-        )
+        serve = [PROGRAMS / "postgres", "-D", data, "-k", folder, *settings]
+        server = subprocess.Popen(serve, stderr=subprocess.DEVNULL, user=owner, cwd=folder)
         try:
-            ready = [programs / "pg_isready", "--quiet", "--host", "127.0.0.1", "--port", str(port)]
+            ready = [PROGRAMS / "pg_isready", "--quiet", "--host", "127.0.0.1", "--port", str(port)]
             give_up = time.monotonic() + 60
             while subprocess.run(ready, check=False).returncode:
                 assert server.poll() is None and time.monotonic() < give_up
                 time.sleep(0.1)
-            create = [programs / "createdb", "--host", "127.0.0.1", "--port", str(port), "--username", "mlflow"]
+            create = [PROGRAMS / "createdb", "--host", "127.0.0.1", "--port", str(port), "--username", "mlflow"]
             subprocess.run([*create, "mlflow"], check=True)
             uri = str(environment["MLFLOW_BACKEND_STORE_URI"])
             assert "@postgres:5432/mlflow" in uri

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 from gated import DiesAt, Killed
 
+from ncsn.model import build
 from ncsn.model.checkpoint import SamplingCheckpoint, weights_digest
 from ncsn.model.trained import load_for_generation
 from ncsn.tracking import registry
@@ -23,6 +25,27 @@ def candidate(checkpoint: SamplingCheckpoint, name: str) -> Candidate:
         metrics={"eval/a": 1.5},
         tags={},
     )
+
+
+def test_guidance_and_the_weights_of_the_guide_are_part_of_a_versions_identity(checkpoint, make_config):
+    def digest(*overrides: str, guide: torch.nn.Module | None = None) -> str:
+        worse = None if guide is None else replace(checkpoint, config=make_config(), network=guide)
+        return candidate(replace(checkpoint, config=make_config(*overrides), guide=worse), "x").digest
+
+    one, other = build.network(make_config()), build.network(make_config())
+    next(iter(other.parameters())).data.add_(1.0)
+    classes = ("data.num_classes=3", "train.label_dropout=0.1")
+    auto = "sampling.guidance={kind: autoguidance, checkpoint: a, weight: 2}"
+    digests = [
+        digest(),
+        digest(*classes, "sampling.guidance={kind: classifier_free, weight: 2.5}"),
+        digest(*classes, "sampling.label=1"),
+        digest(auto, guide=one),
+        digest(auto, guide=other),
+        digest(auto, "sampling.guidance.weight=3", guide=other),
+    ]
+    assert len(set(digests)) == len(digests)
+    assert digest(auto, "sampling.guidance.checkpoint=b", guide=other) == digests[4], "wherever the weights are"
 
 
 def test_same_weights_and_sampler_are_one_version(config, checkpoint, make_config):
