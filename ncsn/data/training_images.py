@@ -60,10 +60,6 @@ class CachedSplit:
         """The images at places `first .. first + count` of the order of `seed`, with their labels."""
         return self.rows(image_indices(seed, first=first, count=count, size=len(self)))
 
-    def head(self, count: int) -> np.ndarray:
-        """The first `count` images as they are stored, or all if there are fewer."""
-        return self.images[:count]
-
     def rows(self, indices: np.ndarray) -> Rows:
         return Rows(self.images[indices], self.labels[indices])
 
@@ -195,9 +191,6 @@ class StreamedSplit:
 
     def __len__(self) -> int:
         return self._size
-
-    def head(self, count: int) -> np.ndarray:
-        return read_split(self._uri, self._split, rows=range(count)).images
 
     def rows(self, indices: np.ndarray) -> Rows:
         """The images that are stored at `indices` [N], with their labels; reads each row group that holds one."""
