@@ -20,7 +20,17 @@ STANDARD = set(sys.stdlib_module_names)
 
 HEAVY = {"torch", "torchvision", "ray", "mlflow", "kfp", "scipy", "sklearn", "matplotlib", "pandas", "boto3", "optuna"}
 # Packages that a function may import, with the modules of this project that load one of them.
-LATE = HEAVY | {"botocore", "kfp_server_api", "kubernetes", "numpy", "pyarrow", "pydantic", "rich", "torch_fidelity"}
+LATE = HEAVY | {
+    "botocore",
+    "kfp_server_api",
+    "kubernetes",
+    "numpy",
+    "pyarrow",
+    "pydantic",
+    "requests",
+    "rich",
+    "torch_fidelity",
+}
 # They serve --help, show-config, submit, promote, the launcher's pod and the Finish task.
 LIGHT = (
     "ncsn.errors",
