@@ -18,6 +18,7 @@ from small_images import Images, Model, arguments, digits, train
 from torch import Tensor
 
 from ncsn.core.keyed_random import InterpolatedNoise, KeyedNoise
+from ncsn.core.samplers.chain import sample, start
 from ncsn.core.samplers.settings import AnnealedLangevin, DpmSolver, KarrasHeun, Sampler
 from ncsn.evaluation.frechet import FrechetStatistics, frechet_distance
 
@@ -30,8 +31,12 @@ def chain(model: Model, *, rows: int = ROWS) -> Tensor:
     """The state of annealed Langevin dynamics after each noise level, [levels + 1, rows, 1, H, W]."""
     noise = KeyedNoise(0, first=0, count=rows, shape=model.moments.mean.shape)
     sigmas = model.network.sigmas
-    states = [LANGEVIN.start(model.moments, sigma_1=float(sigmas[0]), noise=noise)]
-    LANGEVIN(model.network, x=states[0], sigmas=sigmas, noise=noise, on_level=lambda _, x: states.append(x.clone()))
+    states = [start(LANGEVIN, model.moments, sigma_1=float(sigmas[0]), noise=noise)]
+
+    def keep(_level: int, x: Tensor) -> None:
+        states.append(x.clone())
+
+    sample(LANGEVIN, model.network, x=states[0], sigmas=sigmas, noise=noise, on_level=keep)
     return torch.stack(states)
 
 
@@ -42,8 +47,8 @@ def interpolations(model: Model, *, rows: int = ROWS, columns: int = 9) -> Tenso
     for row in range(rows):
         ends = [KeyedNoise(0, first=first, count=1, shape=shape) for first in (2 * row, 2 * row + 1)]
         noise = InterpolatedNoise(*ends, count=columns)
-        x = HEUN.start(model.moments, sigma_1=float(sigmas[0]), noise=noise)
-        found.append(HEUN(model.network, x=x, sigmas=sigmas, noise=noise))
+        x = start(HEUN, model.moments, sigma_1=float(sigmas[0]), noise=noise)
+        found.append(sample(HEUN, model.network, x=x, sigmas=sigmas, noise=noise))
     return torch.stack(found)
 
 

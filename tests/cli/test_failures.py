@@ -37,7 +37,7 @@ NO_SPACE = "OSError: [Errno 28] No space left on device: '/x'"
         (ValueError("a bug"), 1, ("ValueError: a bug",)),
         (RuntimeError("first\nsecond"), 1, ("RuntimeError: first",)),
         (TimeoutError(), 1, ("TimeoutError",)),
-        (OSError(28, "No space left"), 1, ("disk full: OSError: [Errno 28] No space left",)),
+        (OSError(28, "No space left"), 1, ("disk full: [Errno 28] No space left",)),
         (step_failed(RuntimeError("lost")), 1, ("step train: RuntimeError: lost",)),
         (step_failed(InvalidValue("no folder")), 2, ("step train: no folder",)),
         (step_failed(RuntimeError(NO_SPACE)), 1, (f"step train: disk full: {NO_SPACE}",)),

@@ -162,7 +162,6 @@ def test_the_component_hands_over_the_best(searched: Searched, tmp_path: Path) -
     config, run = component.python_func(
         config=to_json(searched.config),
         run="hunt",
-        required=False,
         dataset=dsl.Dataset(uri=str(tmp_path / "dataset"), metadata={"uri": searched.dataset}),
         task_config=dsl.TaskConfig(),
         **artifacts,
