@@ -5,7 +5,7 @@
 SETTINGS.yaml lists settings, each with a name, a `sampler` as in a config's `sampling.sampler`, and optionally
 `precision`, `num_images`, `batch_size`, `label`, `guidance` and `levels`. Images stay below --work by what they depend
 on, so a second call makes only the missing ones. Seconds are CPU seconds of one core for 64 images, the median over the
-new batches, so other load on the machine changes them little. With --seeds the figures are means over so many sets of
+new batches, so other load on the machine changes them little. With --seeds N the figures are means over N sets of
 images, and the distance has its standard deviation over them. For a model with classes, `agreement` is the share of the
 images that the classifier sees as the class that was asked for.
 """

@@ -32,7 +32,7 @@ def dequantized(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def network_bits(model: Model, x: Tensor, *, steps: int, probes: int) -> Tensor:
-    """Bits per dimension [N] of continuous images, each of its own."""
+    """Bits per dimension [N] of continuous images, measured one by one."""
     ode = LikelihoodOde(model.network.sigma_data, sigma_min=float(model.network.sigmas[-1]), steps=steps)
     v = hutchinson_probes(0, first=0, count=len(x), number=probes, shape=x.shape[1:])
     return bits(ode.log_density(model.network.score_at, x, probes=v), x[0].numel())

@@ -16,7 +16,7 @@ class Progress:
 
     def advance(self, n: int = 1) -> None:
         """`n` more units are done. May raise `LeaseExpired`, which ends the work."""
-        self.done = min(self.done + n, self.total)  # the last batch may be larger than what is left
+        self.done = min(self.done + n, self.total)  # the last batch may go beyond the total
         self.changed()
 
     def note(self, text: str) -> None:

@@ -29,7 +29,7 @@ DIGEST_LENGTH = 16
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
-# A part has at most so many images and bytes of pixels: enough of them to share the work, and few files.
+# Limits of a part: small enough to share the work, and large enough for few files.
 PART_IMAGES, PART_BYTES = 16_384, 192 << 20
 _SHAPE = b"shape"
 # Images are decoded once: a JPEG decode per epoch costs more than training a small network, and raw bytes have one

@@ -25,7 +25,7 @@ from ncsn.data.parquet import read_blocks, read_rows, read_split
 from ncsn.errors import UserError
 from ncsn.storage.files import CACHE_DIR_VARIABLE, cache_folder
 
-# A split with more bytes of pixels than this is read in windows of so many, which shuffle less; see `window_at`.
+# A split with more bytes of pixels is read in windows of this size, which shuffle less; see `window_at`.
 WINDOW_BYTES = 4 << 30
 CHUNKS_PER_WINDOW = 16
 

@@ -61,7 +61,7 @@ def ray_cluster_meanwhile(config: Config) -> Iterator[Callable[[], str]]:
                 started.set_result(address)
                 # The kernel ends Ray's processes with the thread that started them.
                 ended.wait()
-        except BaseException as error:  # noqa: BLE001 - whoever waits raises it
+        except BaseException as error:  # noqa: BLE001 - the waiting thread raises it
             if not started.done():
                 started.set_exception(error)
 

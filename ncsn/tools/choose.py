@@ -45,7 +45,7 @@ _WIDTHS = ((40, 16), (20, 24), (10, 48), (0, 96))  # channels of feature maps of
 # How the time is divided.
 _START_SECONDS = 60.0  # for the processes and clusters of all steps
 _READING = 0.2
-_TRAINING, _SAMPLING = 0.75, 0.12  # of what is left
+_TRAINING, _SAMPLING = 0.75, 0.12  # of the remaining time
 
 
 @dataclass(frozen=True)

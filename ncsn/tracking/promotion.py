@@ -4,7 +4,7 @@ MLflow cannot move an alias on condition that it still points where one has look
 record, and the alias follows them. A promotion writes into the tag `promotion` the number after the highest that it has
 seen, and then looks again. The champion is the version with the highest number that is not rolled back. Of two versions
 with the same number, which did not see each other, the gate compares the later one with the champion: it follows, or
-its tag goes. Whoever looks next does that, so nothing is lost with a process that is killed.
+its tag goes. The next process that looks does that, so nothing is lost if one is killed.
 """
 
 from __future__ import annotations
