@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import cached_property, partial
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import aiohttp
@@ -133,8 +134,12 @@ class RayJobs:
     def _connect(self, patience: float) -> JobSubmissionClient:
         """Ray's client, of a cluster that has answered and has the same Ray."""
         address = self.address
+        headers = None
         if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
             os.environ.setdefault("RAY_AUTH_MODE", "token")  # else Ray would not send it
+        elif not Path("~/.ray/auth_token").expanduser().exists():
+            # A process that may start a cluster of its own is in that mode too, and this cluster may ask for no token.
+            headers = {"Authorization": ""}
         from ray.exceptions import AuthenticationError
         from ray.job_submission import JobSubmissionClient
 
@@ -151,7 +156,7 @@ class RayJobs:
                 raise Refused(f"the Ray cluster at {address} refuses (HTTP {status}): {reason}", status)
 
         try:
-            client = self._ask(lambda: Client(address), patience=patience)
+            client = self._ask(lambda: Client(address, headers=headers), patience=patience)
             there = client._server_ray_version
         except AuthenticationError as error:
             raise PermissionError(
