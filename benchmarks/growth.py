@@ -15,6 +15,7 @@ from ncsn.core.keyed_random import KeyedNoise
 from ncsn.core.losses import Batch, DenoisingScoreMatching
 from ncsn.core.networks.unet import UnetNetwork
 from ncsn.core.noise_schedule import geometric_sigmas
+from ncsn.core.samplers.chain import sample
 from ncsn.core.samplers.settings import KarrasHeun
 from ncsn.core.training import StepOptions, TrainState, train_step
 from ncsn.process import keep_freed_memory
@@ -64,12 +65,12 @@ def prepare_sampling(images: int) -> Callable[[], None]:
     keep_freed_memory()
     net, sigmas = network(28).eval(), geometric_sigmas(3.0, 0.03, LEVELS)
 
-    def sample() -> None:
+    def generate() -> None:
         noise = KeyedNoise(0, first=0, count=images, shape=(1, 28, 28), device="cpu")
         with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
             sample(KarrasHeun(num_steps=5), net, x=noise.uniform(0), sigmas=sigmas, noise=noise)
 
-    return sample
+    return generate
 
 
 def rates(

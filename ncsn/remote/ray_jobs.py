@@ -138,7 +138,7 @@ class RayJobs:
         if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
             os.environ.setdefault("RAY_AUTH_MODE", "token")  # else Ray would not send it
         elif not Path("~/.ray/auth_token").expanduser().exists():
-            # A process that may start a cluster of its own is in that mode too, and this cluster may ask for no token.
+            # A process that may start a local cluster is in token mode too, and this cluster may ask for no token.
             headers = {"Authorization": ""}
         from ray.exceptions import AuthenticationError
         from ray.job_submission import JobSubmissionClient

@@ -69,7 +69,7 @@ def test_cleanup_ends_a_run_whose_launcher_is_gone(place: Place, dataset: str) -
 
 
 def kill_launcher(place: Place, dataset: str) -> None:
-    """Leave a RayJob at work whose launcher had no time to delete it."""
+    """Leave a running RayJob whose launcher had no time to delete it."""
     with training(place, dataset) as command:
         place.wait_for_checkpoint(RUN, command)
         command.signal(signal.SIGKILL)

@@ -123,7 +123,7 @@ def test_a_mistake_is_not_tried_again(tmp_path: Path, monkeypatch: pytest.Monkey
     assert tried_again("5f3a0000", "0", RuntimeError("a node is gone"))
     assert tried_again("5f3a0000", "1", InvalidValue("too large"))
     assert not tried_again("5f3a0000", "2", RuntimeError("nobody comes here"))
-    assert tried_again("5f3a0000", "0", InvalidValue("too large")), "KFP's Retry, after the cause was mended"
+    assert tried_again("5f3a0000", "0", InvalidValue("too large")), "KFP's Retry, after the cause was fixed"
     assert tried_again("another", "1", RuntimeError("again"))
 
 

@@ -76,7 +76,7 @@ def test_workers_killed_at_three_random_points(workplace, whole: str, dataset) -
 
 
 def training_workers(workplace) -> list[int]:
-    """Process ids of Ray Train's workers that are at work."""
+    """Process ids of Ray Train's running workers."""
     return [pid for pid, command in workplace.processes().items() if "RayTrainWorker" in command]
 
 

@@ -1,4 +1,4 @@
-"""The train pipeline as KFP runs it, by `kfp.local`: each task in a process of its own, joined to one Ray cluster."""
+"""The train pipeline as KFP runs it, by `kfp.local`: each task in its own process, joined to one Ray cluster."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Features batch by batch: those of one pass, whoever makes them, and in whatever order."""
+"""Features batch by batch are those of one pass, in any process and any order."""
 
 from __future__ import annotations
 

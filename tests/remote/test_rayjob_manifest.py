@@ -176,7 +176,7 @@ def test_what_is_set_on_a_kfp_task_reaches_the_pods_and_keeps_all_rules(monkeypa
         assert env["FROM_THE_TASK"]["value"] == "1"
         assert env["A_KEY"] == TASK["env"][1], "a secret stays a reference"
         assert env["MLFLOW_RUN_ID"]["value"] == "abc"
-        assert "RAY_AUTH_TOKEN" not in env, "KubeRay gives the new cluster a token of its own"
+        assert "RAY_AUTH_TOKEN" not in env, "KubeRay makes a token for the new cluster"
         assert TASK["volume_mounts"][0] in container["volumeMounts"]
         assert TASK["volumes"][0] in pod["volumes"]
     assert operator_errors(manifest) == house_errors(manifest) == []
