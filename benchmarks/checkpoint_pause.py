@@ -14,7 +14,7 @@ from benchmarks.digits_run import CONFIG
 from benchmarks.measure import Row
 from ncsn.config import from_yaml
 from ncsn.data.dataset import write_dataset
-from ncsn.data.sources.known import open_source
+from ncsn.data.sources import open_source
 from ncsn.distributed import trainer
 from ncsn.distributed.cluster import ray_cluster
 from ncsn.model import build

@@ -19,8 +19,7 @@ from numpy.typing import NDArray
 from ncsn.core.keyed_random import Stream
 from ncsn.core.losses import HELD_OUT_SEED, EdmWeight, losses_at
 from ncsn.core.training_noise import LognormalNoise
-from ncsn.data.format import Rows
-from ncsn.data.parquet import read_split
+from ncsn.data.format import Rows, read_split
 from ncsn.model.checkpoint import TrainedNetwork
 from ncsn.model.trained import load_for_generation
 from ncsn.training.batches import encoded

@@ -21,8 +21,7 @@ from scipy.stats import spearmanr
 
 from ncsn.config import Config
 from ncsn.core.samplers.settings import KarrasHeun
-from ncsn.data.format import Rows
-from ncsn.data.parquet import read_split
+from ncsn.data.format import Rows, read_split
 from ncsn.evaluation.extractors.base import batches, extract_all
 from ncsn.evaluation.features import extractor_of
 from ncsn.evaluation.reference import Evaluator, open_evaluator

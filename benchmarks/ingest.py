@@ -15,7 +15,8 @@ import numpy as np
 from benchmarks.measure import Row, own_process
 from ncsn.config.schema import DataConfig
 from ncsn.data.dataset import write_dataset
-from ncsn.data.sources.base import Example, Source
+from ncsn.data.pixels import Example
+from ncsn.data.sources.base import Source
 
 FEW, MANY, TEST, BLOCK = 60_000, 600_000, 1_000, 10_000
 SIZE = 28

@@ -33,7 +33,7 @@ from benchmarks.measure import Row, in_turns, own_process, ratio
 from ncsn.config import Config, from_yaml
 from ncsn.core.images import to_uint8
 from ncsn.data.dataset import write_dataset
-from ncsn.data.sources.known import open_source
+from ncsn.data.sources import open_source
 from ncsn.data.training_images import open_cache
 from ncsn.evaluation.extractors.base import batches, extract_all
 from ncsn.evaluation.features import extractor_of

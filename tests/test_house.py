@@ -44,7 +44,6 @@ LIGHT = (
     "ncsn.runs.steps",
     "ncsn.data.format",
     "ncsn.data.sources.base",
-    "ncsn.data.sources.listing",
     "ncsn.remote.backend",
     "ncsn.remote.kuberay",
     "ncsn.remote.manifest",

@@ -122,7 +122,7 @@ def _check_ray() -> str:
 
 
 def _check_data(config: Config, host: str | None) -> str:
-    from ncsn.data.sources.listing import list_files, required_root
+    from ncsn.data.sources.base import list_files, required_root
     from pipelines.connection import ENDPOINT
 
     source, root = config.data.source, config.data.root

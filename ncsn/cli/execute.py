@@ -158,7 +158,7 @@ def complete_records(folder: RunFolder, config: Config) -> dict[str, StepRecord]
 
 def _circumstances(folder: RunFolder, config: Config) -> dict[str, str]:
     """The inputs of a run other than the results of its steps."""
-    from ncsn.data.sources.listing import source_fingerprint
+    from ncsn.data.sources.base import source_fingerprint
     from ncsn.tracking.client import shown, tracking_uri
 
     known = {

@@ -11,7 +11,7 @@ from ncsn import storage
 from ncsn.cli.target import Experiment, Target
 from ncsn.config import Config, from_json, from_yaml, to_json
 from ncsn.config.schema import TrackingConfig
-from ncsn.data.sources.listing import source_fingerprint
+from ncsn.data.sources.base import source_fingerprint
 from ncsn.errors import UserError
 from ncsn.process import IMAGE_VARIABLE
 from ncsn.runs.folder import require_owner, run_folder

@@ -7,12 +7,14 @@ parts are read in their order while later ones are written: digest, statistics a
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 from PIL import Image
 
 from ncsn import storage
@@ -20,17 +22,22 @@ from ncsn.config.schema import DataConfig
 from ncsn.data.format import (
     DIGEST_LENGTH,
     DIGEST_VERSION,
+    FORMAT_VERSION,
     MANIFEST,
+    PARQUET_OPTIONS,
     Manifest,
     Part,
     Rows,
+    SkippedImage,
     SplitDigest,
+    from_table,
     load_manifest,
+    open_images,
     part_images,
-    schema_words,
+    schema,
+    to_table,
 )
 from ncsn.data.noise_levels import ImageSample, sample_size, suggestions
-from ncsn.data.parquet import block_rows, inspect_part, part_writer, read_part
 from ncsn.data.pixels import PIXELS_VERSION
 from ncsn.data.sources.base import BadImages, Source, Split, image_shape
 from ncsn.errors import UserError
@@ -40,6 +47,9 @@ from ncsn.progress import Progress
 _WITHOUT_EFFECT = {"root", "download", "dequantize", "horizontal_flip", "augmentation", "num_classes"}
 LEAST_IMAGES = 2
 _GRAYS = 256
+_BLOCK_BYTES = 2 << 20  # of pixels that are in memory at a time
+# A part notes which images were left out of it, and what others lost.
+_SKIPPED, _CONVERSIONS = b"ncsn.skipped", b"ncsn.conversions"
 
 
 def shaping_settings(data: DataConfig) -> dict[str, Any]:
@@ -64,16 +74,19 @@ class PartTask:
     def write(self, *, cores: int | None = None) -> Iterator[Rows]:
         """Write the part, and publish it after its last block; gives each block while it is being written."""
         shape = image_shape(self.data)
+        block_rows = max(1, _BLOCK_BYTES // math.prod(shape))
         bad = BadImages(skip=self.data.on_bad_image == "skip")
         examples = bad.filter(self.images.stream(cores=cores))
         with storage.scratch_folder(self.near) as scratch:
             file = scratch / "part.parquet"
-            with part_writer(file, shape, bad) as write:
-                while rows := list(itertools.islice(examples, block_rows(shape))):
+            with pq.ParquetWriter(file, schema(*shape), **PARQUET_OPTIONS) as writer:
+                while rows := list(itertools.islice(examples, block_rows)):
                     images = np.stack([example.image for example in rows])
                     block = Rows(images, np.array([example.label for example in rows], np.int64))
-                    write(block)
+                    writer.write_table(to_table(block), row_group_size=len(block))
                     yield block
+                skipped = json.dumps([asdict(image) for image in bad.skipped])
+                writer.add_key_value_metadata({_SKIPPED: skipped, _CONVERSIONS: json.dumps(bad.conversions)})
             storage.publish_file(file, self.uri)
 
 
@@ -198,14 +211,14 @@ def _write(
         skipped=list(bad.skipped),
         parts=parts,
         content=content,
-        schema=schema_words(*shape),
         source=source.description,
         license=source.license,
         settings=shaping_settings(data),
         suggested_noise={kind: asdict(suggestion) for kind, suggestion in suggestions(sample).items()},
         conversions=dict(sorted(bad.conversions.items())),
     )
-    storage.write_text(storage.join(staging, MANIFEST), manifest.to_json())
+    fields = {"format_version": FORMAT_VERSION, **asdict(manifest)}
+    storage.write_json(storage.join(staging, MANIFEST), fields, indent=1)
     created = storage.publish_folder(staging, uri, marker=MANIFEST)
     return Dataset(uri, manifest if created else load_manifest(uri), created)
 
@@ -228,11 +241,12 @@ def _rows_of(
             yield from task.write()
         elif path in missing:
             next(written)
-        rows, of_part = inspect_part(task.uri)
-        if not here:
-            yield from read_part(staging, Part(path, rows), shape=image_shape(task.data))
-        bad.skipped.extend(of_part.skipped)
-        bad.conversions.update(of_part.conversions)
+        with open_images(task.uri, hint="delete it and ingest again") as file:
+            rows, notes = file.metadata.num_rows, file.metadata.metadata
+            for group in range(0 if here else file.num_row_groups):
+                yield from_table(file.read_row_group(group))
+        bad.skipped.extend(SkippedImage(**image) for image in json.loads(notes[_SKIPPED]))
+        bad.conversions.update(json.loads(notes[_CONVERSIONS]))
         if rows:
             parts.append(Part(path, rows))
         else:

@@ -1,4 +1,4 @@
-"""The format of a dataset: its rows, their digest, and the manifest."""
+"""The format of a dataset: its rows, their digest, its manifest, and its Parquet parts."""
 
 from __future__ import annotations
 
@@ -6,18 +6,17 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from ncsn import storage
 from ncsn.errors import InvalidValue, NotFound, UserError
-
-if TYPE_CHECKING:
-    import pyarrow.parquet as pq
 
 IMAGE = "image"
 LABEL = "label"
@@ -50,14 +49,6 @@ def schema(height: int, width: int, channels: int) -> pa.Schema:
     shape = {_SHAPE: json.dumps([height, width, channels])}
     pixels = pa.field(IMAGE, pa.binary(height * width * channels), nullable=False, metadata=shape)
     return pa.schema([pixels, pa.field(LABEL, pa.int64(), nullable=False)])
-
-
-def schema_words(height: int, width: int, channels: int) -> dict[str, str]:
-    """The columns and their types in words, for readers of the manifest."""
-    return {
-        IMAGE: f"{height * width * channels} bytes: uint8 [{height}, {width}, {channels}], row by row",
-        LABEL: "int64, index into class_names, -1 for none",
-    }
 
 
 def part_images(shape: Sequence[int]) -> int:
@@ -169,7 +160,6 @@ class Manifest:
     skipped: Sequence[SkippedImage]
     parts: Mapping[str, Sequence[Part]]
     content: Mapping[str, str]  # digest of each split's rows
-    schema: Mapping[str, str]
     source: str  # what the images are, in words
     license: str
     settings: Mapping[str, Any]  # the data settings that decide the content
@@ -186,9 +176,6 @@ class Manifest:
     @property
     def shape(self) -> tuple[int, int, int]:
         return self.image_size, self.image_size, self.channels
-
-    def to_json(self) -> str:
-        return json.dumps({"format_version": FORMAT_VERSION, **asdict(self)}, indent=1) + "\n"
 
     def count(self, split: str) -> int:
         """Images of a split, which must exist."""
@@ -211,3 +198,49 @@ def load_manifest(uri: str) -> Manifest:
     fields["skipped"] = [SkippedImage(**image) for image in fields["skipped"]]
     fields["parts"] = {split: [Part(**part) for part in parts] for split, parts in fields["parts"].items()}
     return Manifest(**fields)
+
+
+@contextmanager
+def open_images(
+    uri: str, *, rows: int | None = None, shape: tuple[int, ...] | None = None, hint: str
+) -> Iterator[pq.ParquetFile]:
+    """A Parquet file of ours; of `rows` images and of this shape, where they are given."""
+    filesystem, path = storage.filesystem(uri)
+    try:
+        with pq.ParquetFile(path, filesystem=filesystem, pre_buffer=True) as file:
+            found = file.metadata.num_rows, image_shape_of(file.schema_arrow)
+            if rows not in (None, found[0]) or shape not in (None, found[1]):
+                raise InvalidValue(f"it holds {found[0]} images of {found[1]}, not {rows} of {shape or found[1]}")
+            yield file
+    except FileNotFoundError:
+        raise NotFound(uri, "no file here", hint=hint) from None
+    except (pa.ArrowInvalid, InvalidValue) as error:
+        raise UserError(uri, f"is not the Parquet file that was written: {error}", hint=hint) from error
+
+
+def _open_part(uri: str, part: Part, shape: tuple[int, ...]) -> AbstractContextManager[pq.ParquetFile]:
+    hint = f"delete {uri} and ingest again"
+    return open_images(storage.join(uri, part.path), rows=part.rows, shape=shape, hint=hint)
+
+
+def read_blocks(uri: str, split: str) -> Iterator[Rows]:
+    """The rows of a split in their order, a few megabytes at a time."""
+    manifest = load_manifest(uri)
+    for part in manifest.parts[split]:
+        with _open_part(uri, part, manifest.shape) as file:
+            for group in range(file.num_row_groups):
+                yield from_table(file.read_row_group(group))
+
+
+def read_split(uri: str, split: str, rows: Sequence[int] | NDArray[np.int64] | None = None) -> Rows:
+    """The images at `rows` [N] of a split, in any order, with their labels; None = all."""
+    manifest = load_manifest(uri)
+    wanted = np.asarray(range(manifest.count(split)) if rows is None else rows, np.int64)
+    images, labels = np.empty((len(wanted), *manifest.shape), np.uint8), np.empty(len(wanted), np.int64)
+    order, parts = np.argsort(wanted), manifest.parts[split]
+    for number, of_part, in_part in pieces_of(wanted[order], (part.rows for part in parts)):
+        with _open_part(uri, parts[number], manifest.shape) as file:
+            for group, of_group, within in pieces_of(in_part, group_lengths(file)):
+                held, places = from_table(file.read_row_group(group)), order[of_part][of_group]
+                images[places], labels[places] = held.images[within], held.labels[within]
+    return Rows(images, labels)

@@ -9,7 +9,8 @@ import io
 import itertools
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -17,10 +18,19 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from ncsn import storage
-from ncsn.data.format import IMAGE, LABEL, NO_LABEL, PARQUET_OPTIONS, Rows, from_table, image_shape_of, to_table
-from ncsn.errors import InvalidValue, NotFound, UserError
+from ncsn.data.format import (
+    IMAGE,
+    LABEL,
+    NO_LABEL,
+    PARQUET_OPTIONS,
+    Rows,
+    from_table,
+    image_shape_of,
+    open_images,
+    to_table,
+)
+from ncsn.errors import NotFound, UserError
 
-_BLOCK_IMAGES = 1024
 _NAME = re.compile(r"shard-(\d{9})-(\d{9})\.parquet")
 
 
@@ -48,77 +58,68 @@ def missing_ranges(names: Sequence[str], *, num_images: int) -> list[tuple[int, 
 
 def samples_shape(uri: str, *, num_images: int) -> tuple[int, ...]:
     """(H, W, C) of the images in the folder `uri`, which must hold images `0 .. num_images`."""
-    first, last, name = _shards(uri, num_images=num_images)[0]
-    with _open_shard(storage.join(uri, name), count=last - first) as shard:
-        return image_shape_of(shard.schema_arrow)
+    with _opened(uri, _shards(uri, 0, num_images)[0]) as file:
+        return image_shape_of(file.schema_arrow)
 
 
-def read_samples(uri: str, *, num_images: int, batch_size: int, start: int = 0) -> Iterator[NDArray[np.uint8]]:
-    """Images `start .. num_images` of the folder `uri` as [n, H, W, C] uint8 batches, one shard in memory at a time.
-
-    Shards may overlap. No batch holds images of two shards.
-    """
-    for table in _tables(uri, [IMAGE, LABEL], num_images=num_images, start=start):
-        images = from_table(table).images
-        for offset in range(0, len(images), batch_size):
-            yield images[offset : offset + batch_size]
+def read_samples(uri: str, first: int, last: int) -> NDArray[np.uint8]:
+    """Images `first .. last` of the folder `uri`, [n, H, W, C] uint8. Shards may overlap."""
+    return np.concatenate([from_table(table).images for table in _tables(uri, [IMAGE, LABEL], first, last)])
 
 
 def read_labels(uri: str, *, num_images: int) -> NDArray[np.int64]:
     """Class of each of images `0 .. num_images` of the folder `uri`, int64 [num_images], -1 for none."""
-    return np.concatenate([table.column(LABEL).to_numpy() for table in _tables(uri, [LABEL], num_images=num_images)])
+    return np.concatenate([table.column(LABEL).to_numpy() for table in _tables(uri, [LABEL], 0, num_images)])
 
 
-def _tables(uri: str, columns: list[str], *, num_images: int, start: int = 0) -> Iterator[pa.Table]:
-    """Rows `start .. num_images`, shard by shard."""
-    position = start
-    for first, last, name in _shards(uri, num_images=num_images, start=start):
-        with _open_shard(storage.join(uri, name), count=last - first) as shard:
-            table = shard.read(columns)
-        yield table.slice(position - first, min(num_images, last) - position)
-        position = last
+def _tables(uri: str, columns: list[str], first: int, last: int) -> Iterator[pa.Table]:
+    """Rows `first .. last`, shard by shard."""
+    position = first
+    for shard in _shards(uri, first, last):
+        with _opened(uri, shard) as file:
+            table = file.read(columns)
+        yield table.slice(position - shard.first, min(last, shard.last) - position)
+        position = shard.last
 
 
 def batch_starts(uri: str, *, num_images: int, batch_size: int) -> list[int]:
-    """Index of the first image of each batch that `read_samples` yields."""
-    borders = [0, *(min(last, num_images) for _, last, _ in _shards(uri, num_images=num_images))]
+    """Index of the first image of each batch of the first images. No batch holds images of two shards."""
+    borders = [0, *(min(shard.last, num_images) for shard in _shards(uri, 0, num_images))]
     return [start for first, last in itertools.pairwise(borders) for start in range(first, last, batch_size)]
 
 
-def _ranges(names: Sequence[str]) -> list[tuple[int, int, str]]:
-    """(first, last, name) of each shard, sorted."""
+class _Shard(NamedTuple):
+    first: int
+    last: int
+    name: str
+
+
+def _ranges(names: Sequence[str]) -> list[_Shard]:
+    """The shards among the names, sorted."""
     found = filter(None, map(_NAME.fullmatch, names))
-    return sorted((int(match[1]), int(match[2]), match[0]) for match in found)
+    return sorted(_Shard(int(match[1]), int(match[2]), match[0]) for match in found)
 
 
-def _shards(uri: str, *, num_images: int, start: int = 0) -> list[tuple[int, int, str]]:
-    """The shards that hold images `start .. num_images`, each with images that those before it lack."""
+def _shards(uri: str, first: int, last: int) -> list[_Shard]:
+    """The shards that hold images `first .. last`, each with images that those before it lack."""
     if not storage.exists(uri):
         raise NotFound(uri, "no samples folder here", hint="run the sample step first")
-    useful, position = [], start
-    for first, last, name in _ranges(storage.list_names(uri)):
-        if first <= position < min(last, num_images):
-            useful.append((first, last, name))
-            position = last
+    useful, position = [], first
+    for shard in _ranges(storage.list_names(uri)):
+        if shard.first <= position < min(shard.last, last):
+            useful.append(shard)
+            position = shard.last
     if not useful:
-        raise UserError(uri, f"does not hold image {start}", hint="run the sample step first")
-    if position < num_images:
+        raise UserError(uri, f"does not hold image {first}", hint="run the sample step first")
+    if position < last:
         raise UserError(
             uri,
-            f"holds images {start} to {position - 1} without a gap, but {num_images} are to be evaluated",
+            f"holds images {first} to {position - 1} without a gap, but {last} are to be evaluated",
             hint="run the sample step again to generate the missing ones, or lower sampling.num_images",
         )
     return useful
 
 
-@contextmanager
-def _open_shard(uri: str, *, count: int) -> Iterator[pq.ParquetFile]:
-    filesystem, path = storage.filesystem(uri)
-    try:
-        with pq.ParquetFile(path, filesystem=filesystem, pre_buffer=True) as shard:
-            image_shape_of(shard.schema_arrow)
-            if shard.metadata.num_rows != count:
-                raise InvalidValue(f"it holds {shard.metadata.num_rows} images, and its name says {count}")
-            yield shard
-    except (pa.ArrowInvalid, InvalidValue) as error:
-        raise UserError(uri, f"is not a whole shard of samples: {error}", hint="delete it and sample again") from None
+def _opened(uri: str, shard: _Shard) -> AbstractContextManager[pq.ParquetFile]:
+    place, count = storage.join(uri, shard.name), shard.last - shard.first
+    return open_images(place, rows=count, hint="delete it and sample again")

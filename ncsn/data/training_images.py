@@ -20,8 +20,7 @@ from filelock import FileLock, Timeout
 
 from ncsn import storage
 from ncsn.core.keyed_random import keyed_permutation
-from ncsn.data.format import Manifest, Rows, SplitDigest, load_manifest
-from ncsn.data.parquet import read_blocks, read_rows, read_split
+from ncsn.data.format import Manifest, Rows, SplitDigest, load_manifest, read_blocks, read_split
 from ncsn.errors import UserError
 from ncsn.storage.files import CACHE_DIR_VARIABLE, cache_folder
 
@@ -194,7 +193,7 @@ class StreamedSplit:
 
     def rows(self, indices: np.ndarray) -> Rows:
         """The images that are stored at `indices` [N], with their labels; reads each row group that holds one."""
-        return read_rows(self._uri, self._split, indices, manifest=self._manifest)
+        return read_split(self._uri, self._split, indices)
 
     def ordered(self, seed: int, *, first: int, count: int) -> Rows:
         """The images at places `first .. first + count` of the order of `seed`; fast where `first` grows."""
@@ -267,7 +266,7 @@ class StreamedSplit:
                 return
             rows = rows_per_chunk(self._window_images)
             wanted = range(chunk * rows, min((chunk + 1) * rows, self._size))
-            read = read_split(self._uri, self._split, rows=wanted)
+            read = read_split(self._uri, self._split, wanted)
             chunk_rows = np.empty(len(read), [("image", np.uint8, self._manifest.shape), ("label", np.int64)])
             chunk_rows["image"], chunk_rows["label"] = read.images, read.labels
             with storage.local_file(file) as temporary, temporary.open("wb") as stream:

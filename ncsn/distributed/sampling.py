@@ -130,9 +130,7 @@ def make_shards(
 def _sample_shard(shard: Shard) -> Features | None:
     """Publish the shard unless it exists; the features of its images if they are wanted."""
     if shard.exists:
-        last = shard.first + shard.count
-        read = read_samples(shard.folder, start=shard.first, num_images=last, batch_size=shard.count)
-        images = np.concatenate(list(read))
+        images = read_samples(shard.folder, shard.first, shard.first + shard.count)
     else:
         images = _generate(shard) if shard.first else _generate_with_strip(shard)
         labels = image_labels(_trained(shard), shard.sampling, first=shard.first, count=shard.count)

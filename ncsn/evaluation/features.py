@@ -58,7 +58,7 @@ class SampleSet:
 
     def read(self, first: int, last: int) -> Images:
         """Images `first .. last` as [n, H, W, C] uint8."""
-        return np.concatenate(list(read_samples(self.uri, start=first, num_images=last, batch_size=last - first)))
+        return read_samples(self.uri, first, last)
 
     def labels(self) -> NDArray[np.int64]:
         """The class of each image, int64 [count], -1 for none."""

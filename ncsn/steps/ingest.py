@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from ncsn import storage
 from ncsn.config import Config
 from ncsn.data.dataset import Dataset, write_dataset
-from ncsn.data.format import MANIFEST, Manifest
-from ncsn.data.sources.known import fills_several_parts, open_source
-from ncsn.data.sources.listing import source_fingerprint
+from ncsn.data.format import MANIFEST, Manifest, part_images
+from ncsn.data.sources import open_source
+from ncsn.data.sources.base import image_shape, source_fingerprint
 from ncsn.progress import Progress
 from ncsn.steps.step import Step
 
@@ -60,7 +60,8 @@ def write_images(
     data = config.data
     fingerprint = fingerprint or source_fingerprint(data)
     source = open_source(data)
-    if not fills_several_parts(source, data):
+    most = part_images(image_shape(data))
+    if not any(split.in_tasks and len(split) > most for split in source.splits.values()):  # one part is one task
         return write_dataset(source, folder, name=data.source, data=data, progress=progress)
     # Imported here: ray takes a second, which a small source need not wait for.
     from ncsn.distributed import ingest

@@ -5,8 +5,6 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from ncsn import storage
 from ncsn.config import Config
 from ncsn.data.format import load_manifest
@@ -145,8 +143,7 @@ def samples_grid(uri: str, config: Config) -> bytes:
     """A PNG of the first images of the folder `uri`; with classes, one row for each of the first 16 classes."""
     total = config.sampling.num_images
     if config.data.num_classes is None:
-        count = min(GRID_IMAGES, total)
-        return grid_png(np.concatenate(list(read_samples(uri, num_images=count, batch_size=count))))
+        return grid_png(read_samples(uri, 0, min(GRID_IMAGES, total)))
     rows = rows_by_class(read_labels(uri, num_images=min(total, MOST_LABELS)))
-    images = np.concatenate(list(read_samples(uri, num_images=1 + int(rows.max()), batch_size=1 + int(rows.max()))))
+    images = read_samples(uri, 0, 1 + int(rows.max()))
     return grid_png(images[rows.flatten()], columns=rows.shape[1])

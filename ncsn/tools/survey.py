@@ -18,10 +18,9 @@ from ncsn import storage
 from ncsn.config.schema import DataConfig
 from ncsn.data.format import NO_LABEL, SPLITS, SkippedImage
 from ncsn.data.pixels import BadImageError, Example, Fit, Picture
-from ncsn.data.sources.base import BadImages, Source, Split
+from ncsn.data.sources import open_source
+from ncsn.data.sources.base import BadImages, Source, Split, list_files
 from ncsn.data.sources.image_files import ARCHIVE_SUFFIXES, COMPRESSED_SUFFIXES, IMAGE_SUFFIXES
-from ncsn.data.sources.known import open_source
-from ncsn.data.sources.listing import list_files
 from ncsn.data.sources.published import SUFFIX
 from ncsn.errors import UserError
 from ncsn.tools.draft import any_config

@@ -13,8 +13,8 @@ from refused import refused
 
 from ncsn.data.dataset import write_dataset
 from ncsn.data.format import SkippedImage
-from ncsn.data.sources.known import open_source
-from ncsn.data.sources.listing import list_files, source_fingerprint
+from ncsn.data.sources import open_source
+from ncsn.data.sources.base import list_files, source_fingerprint
 from ncsn.errors import NotFound, UserError
 from ncsn.storage.files import _s3_filesystem
 

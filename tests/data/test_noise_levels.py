@@ -16,7 +16,7 @@ from ncsn.core.noise_schedule import num_levels_for, pair_distances, ratio_for_o
 from ncsn.data.dataset import write_dataset
 from ncsn.data.format import load_manifest
 from ncsn.data.noise_levels import ImageSample, resolve_noise, suggestions
-from ncsn.data.sources.known import open_source
+from ncsn.data.sources import open_source
 from ncsn.data.training_images import open_cache
 from ncsn.runs.folder import claim_run
 from ncsn.steps.step import Step

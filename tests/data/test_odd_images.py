@@ -14,9 +14,8 @@ from refused import refused
 
 from ncsn.data.dataset import write_dataset
 from ncsn.data.format import load_manifest
-from ncsn.data.sources import image_files
-from ncsn.data.sources.known import open_source
-from ncsn.data.sources.listing import source_fingerprint
+from ncsn.data.sources import image_files, open_source
+from ncsn.data.sources.base import source_fingerprint
 
 
 def test_the_same_images_and_settings_stay_the_same_dataset(tmp_path, members, data_config):

@@ -18,9 +18,8 @@ from refused import refused
 
 from ncsn import storage
 from ncsn.data.dataset import write_dataset
-from ncsn.data.format import SkippedImage
-from ncsn.data.parquet import read_split
-from ncsn.data.sources.known import open_source
+from ncsn.data.format import SkippedImage, read_split
+from ncsn.data.sources import open_source
 from ncsn.data.sources.published import place_of
 from ncsn.errors import NotFound
 

@@ -6,7 +6,7 @@ import numpy as np
 from refused import refused
 from sklearn.datasets import load_digits, load_sample_image
 
-from ncsn.data.sources.known import open_source
+from ncsn.data.sources import open_source
 
 PHOTOS = {"image_size": 32, "channels": 3, "test_fraction": 0.2}
 

@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 from refused import refused
 
-from ncsn.data.sources import known
-from ncsn.data.sources.base import hold_out
-from ncsn.data.sources.listing import list_files
+from ncsn.data.sources import open_source
+from ncsn.data.sources.base import hold_out, list_files
 from ncsn.errors import NotFound
 
 
@@ -36,13 +35,13 @@ def test_the_choice_goes_with_the_name_and_not_with_the_place():
 @pytest.mark.parametrize("source", ["image_folder", "parquet", "cifar10", "celeba", "mnist", "fashion_mnist"])
 def test_no_root_a_missing_and_an_empty_one_are_refused(tmp_path, data_config, source):
     with refused("data.root") as caught:
-        known.open_source(data_config(source))
+        open_source(data_config(source))
     assert ("data.download" in caught.value.problems[0].hint) == (source not in ("image_folder", "parquet", "celeba"))
     with refused("data.root", error=NotFound) as caught:
-        known.open_source(data_config(source, tmp_path / "nowhere"))
+        open_source(data_config(source, tmp_path / "nowhere"))
     assert caught.value.problems[0].value == str(tmp_path / "nowhere")
     with refused("data.root"):
-        known.open_source(data_config(source, tmp_path))
+        open_source(data_config(source, tmp_path))
 
 
 def test_a_folder_that_cannot_be_read_is_refused(tmp_path, monkeypatch):

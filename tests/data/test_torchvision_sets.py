@@ -13,7 +13,7 @@ import pytest
 from refused import refused
 from torchvision.datasets import CIFAR10
 
-from ncsn.data.sources.known import open_source
+from ncsn.data.sources import open_source
 from ncsn.errors import NotFound
 
 TRAIN_IMAGES, TRAIN_LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"

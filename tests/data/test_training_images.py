@@ -16,9 +16,10 @@ from refused import refused
 from ncsn import storage
 from ncsn.data import training_images
 from ncsn.data.dataset import write_dataset
-from ncsn.data.parquet import read_split
-from ncsn.data.sources.base import Example, Source
-from ncsn.data.sources.known import open_source
+from ncsn.data.format import read_split
+from ncsn.data.pixels import Example
+from ncsn.data.sources import open_source
+from ncsn.data.sources.base import Source
 from ncsn.data.training_images import (
     CachedSplit,
     StreamedSplit,

@@ -8,7 +8,7 @@ import pytest
 
 from ncsn.config import from_yaml
 from ncsn.data.dataset import write_dataset
-from ncsn.data.sources.known import open_source
+from ncsn.data.sources import open_source
 
 TINY = """
 name: tiny

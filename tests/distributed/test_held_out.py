@@ -10,7 +10,7 @@ import torch
 from local_training import assert_same_tensors, train_locally
 
 from ncsn.config import Config, from_yaml
-from ncsn.data.parquet import read_split
+from ncsn.data.format import read_split
 from ncsn.data.training_images import StreamedSplit, open_training_images
 from ncsn.model import build
 from ncsn.runs.history import TrainingHistory, held_out_curves, load_history

@@ -20,9 +20,8 @@ from PIL import Image
 from ncsn import storage
 from ncsn.config import from_yaml
 from ncsn.data.dataset import write_dataset
-from ncsn.data.format import load_manifest
-from ncsn.data.parquet import read_split
-from ncsn.data.sources.known import open_source
+from ncsn.data.format import load_manifest, read_split
+from ncsn.data.sources import open_source
 from ncsn.progress import Progress
 
 ON_RAY = """

@@ -19,9 +19,8 @@ from torch import Tensor
 from ncsn.config import Config, from_yaml
 from ncsn.config.schema import PUBLISHED_SHA256
 from ncsn.data.dataset import write_dataset
-from ncsn.data.format import to_table
-from ncsn.data.parquet import read_split
-from ncsn.data.sources.known import open_source
+from ncsn.data.format import read_split, to_table
+from ncsn.data.sources import open_source
 from ncsn.evaluation.choice import extractor_name
 from ncsn.evaluation.extractors.dinov2 import MEAN, STD, Dinov2Extractor, network_of, normalized, positions
 from ncsn.evaluation.reference import load_manifest

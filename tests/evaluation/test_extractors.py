@@ -26,9 +26,8 @@ from ncsn import storage
 from ncsn.config import Config
 from ncsn.config.schema import PUBLISHED_SHA256
 from ncsn.data.dataset import write_dataset
-from ncsn.data.format import to_table
-from ncsn.data.parquet import read_split
-from ncsn.data.sources.known import open_source
+from ncsn.data.format import read_split, to_table
+from ncsn.data.sources import open_source
 from ncsn.errors import NotFound
 from ncsn.evaluation.extractors.inception import InceptionExtractor
 from ncsn.evaluation.extractors.weights import obtain_weights

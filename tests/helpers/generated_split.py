@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from ncsn.data.format import SkippedImage
-from ncsn.data.sources.base import Example
+from ncsn.data.pixels import Example
 
 
 @dataclass(frozen=True)

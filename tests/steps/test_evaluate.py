@@ -12,7 +12,7 @@ from refused import refused
 from ncsn.config import Config
 from ncsn.data.dataset import write_dataset
 from ncsn.data.format import Rows, to_table
-from ncsn.data.sources.known import open_source
+from ncsn.data.sources import open_source
 from ncsn.data.training_images import open_cache
 from ncsn.errors import NotFound
 from ncsn.evaluation.frechet import RunningScore

@@ -12,8 +12,7 @@ from PIL import Image
 from refused import refused
 
 from ncsn.config import Config
-from ncsn.data.format import load_manifest
-from ncsn.data.parquet import read_split
+from ncsn.data.format import load_manifest, read_split
 from ncsn.errors import NotFound, UserError
 from ncsn.steps import ingest
 

@@ -12,8 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from refused import refused
 
-from ncsn.data.format import Rows, to_table
-from ncsn.data.parquet import read_split
+from ncsn.data.format import Rows, read_split, to_table
 from ncsn.errors import NotFound
 from ncsn.model import build
 from ncsn.report.images import grid_png

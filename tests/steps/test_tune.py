@@ -19,7 +19,7 @@ from refused import refused
 from components.tune import tune as component
 from ncsn.config import Config, from_json, from_yaml, to_json
 from ncsn.data.dataset import write_dataset
-from ncsn.data.sources.known import open_source
+from ncsn.data.sources import open_source
 from ncsn.steps import tune
 from ncsn.tracking.client import connect
 

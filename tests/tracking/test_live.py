@@ -13,7 +13,7 @@ from local_training import train_locally
 
 from ncsn.config import to_yaml
 from ncsn.data.dataset import write_dataset
-from ncsn.data.sources.known import open_source
+from ncsn.data.sources import open_source
 from ncsn.progress import Progress
 from ncsn.runs.history import load_history
 from ncsn.tracking import live, mlflow_runs

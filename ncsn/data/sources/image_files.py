@@ -28,13 +28,13 @@ from typing import Any, BinaryIO, ClassVar, NamedTuple, cast
 from ncsn import storage
 from ncsn.data.format import SkippedImage
 from ncsn.data.pixels import BadImageError, Example, Fit, Picture, decode
-from ncsn.data.sources.labels import LABEL_TABLES
-from ncsn.data.sources.listing import require_utf8
+from ncsn.data.sources.base import require_utf8
 from ncsn.errors import UserError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 ARCHIVE_SUFFIXES = (".tar", ".zip")
 COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+LABEL_TABLES = ("metadata.jsonl", "metadata.csv", "dataset.json", "labels.csv")  # of Hugging Face, EDM and Kaggle
 
 _LABEL_SUFFIXES = ("cls", "json")
 _LABEL_KEYS = ("cls", "label")

@@ -1,28 +1,32 @@
-"""The user's own images in folders, buckets and archives; CelebA."""
+"""The user's own images in folders, buckets and archives, with their labels; CelebA."""
 
 from __future__ import annotations
 
+import csv
+import io
+import json
+import posixpath
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ncsn import storage
 from ncsn.config.schema import DataConfig
 from ncsn.data.format import NO_LABEL, SPLITS
 from ncsn.data.pixels import Fit
-from ncsn.data.sources.base import Source, hold_out, name_hash
+from ncsn.data.sources.base import Source, hold_out, list_files, name_hash, required_root, root_of
 from ncsn.data.sources.image_files import (
     ARCHIVE_SUFFIXES,
     COMPRESSED_SUFFIXES,
     IMAGE_SUFFIXES,
+    LABEL_TABLES,
     EncodedImages,
     ImageFile,
     index_archive,
 )
-from ncsn.data.sources.labels import LABEL_TABLES, LabelTable, read_table, words_of
-from ncsn.data.sources.listing import list_files, required_root, root_of
 from ncsn.errors import NotFound, UserError
 
 _INDEX_THREADS = 16
@@ -72,12 +76,12 @@ def _find(root: str) -> tuple[Sequence[_Found], bool]:
     files, alone = [listed.path for listed in list_files(root)], storage.is_file(root)
     images = [] if alone else [path for path in files if path.lower().endswith(IMAGE_SUFFIXES)]
     archives = [path for path in files if path.lower().endswith(ARCHIVE_SUFFIXES)]
-    tables, found = list[LabelTable | None](), [_Found(path, ImageFile(path), None) for path in images]
+    tables, found = list[_Table | None](), [_Found(path, ImageFile(path), None) for path in images]
     if not alone:
         for path in files:
             if path.rpartition("/")[2] in LABEL_TABLES:
                 uri = storage.join(root, path)
-                tables.append(read_table(storage.read_bytes(uri), origin=uri, path=path))
+                tables.append(_read_table(storage.read_bytes(uri), origin=uri, path=path))
     if archives and not images:
         found, inside = _in_archives(root, [""] if alone else archives)
         tables += inside
@@ -94,11 +98,11 @@ def _find(root: str) -> tuple[Sequence[_Found], bool]:
     used = [table for table in tables if table is not None]
     if not used:
         return found, False
-    places = [(one.path, one.image.file, one.image.member.path if one.image.member else "") for one in found]
-    return [one._replace(word=word) for one, word in zip(found, words_of(used, places), strict=True)], True
+    words = _words_of(used, found)
+    return [one._replace(word=words.get(number)) for number, one in enumerate(found)], True
 
 
-def _in_archives(root: str, archives: Sequence[str]) -> tuple[list[_Found], list[LabelTable | None]]:
+def _in_archives(root: str, archives: Sequence[str]) -> tuple[list[_Found], list[_Table | None]]:
     """The images of archives below `root`, and their tables; the archive "" is `root` itself."""
     uris = [storage.join(root, archive) if archive else root for archive in archives]
     with ThreadPoolExecutor(min(_INDEX_THREADS, len(uris))) as pool:
@@ -112,8 +116,84 @@ def _in_archives(root: str, archives: Sequence[str]) -> tuple[list[_Found], list
             inside = f"{member.path}@{archive}" if times[member.path] > 1 else member.path
             found.append(_Found(f"{folder}/{inside}" if folder else inside, ImageFile(archive, member), word))
         for path, content in contents.items():
-            tables.append(read_table(content, origin=f"{uri}:{path}", path=path, archive=archive))
+            tables.append(_read_table(content, origin=f"{uri}:{path}", path=path, archive=archive))
     return found, tables
+
+
+@dataclass(frozen=True)
+class _Table:
+    """A table of labels."""
+
+    origin: str  # its URI, for an archive's member with `:` and its path
+    archive: str  # the archive that holds it, by its path below the root; empty for none
+    folder: str  # what the names in it are relative to: its folder in the archive or below the root
+    words: Mapping[str, str]  # name as in the table -> label in words, empty for none
+
+
+def _read_table(content: bytes, *, origin: str, path: str, archive: str = "") -> _Table | None:
+    """A label table; None if it says nothing about labels, as a table of captions does."""
+    folder, _, name = path.rpartition("/")
+    try:
+        text = content.decode("utf-8-sig")
+        if name == "dataset.json":
+            rows = _rows_of_edm(json.loads(text))
+        elif name == "metadata.jsonl":
+            rows = _rows_of_columns([json.loads(line) for line in text.split("\n") if line.strip()])
+        else:
+            rows = _rows_of_columns(list(csv.DictReader(io.StringIO(text, newline=""), strict=True)))
+    except (ValueError, csv.Error) as error:
+        raise UserError(origin, f"is not a table of labels: {error}", hint="repair or remove it") from error
+    if rows is None:
+        return None
+    words: dict[str, str] = {}
+    for file, label in rows:
+        if file in words:
+            raise UserError(origin, f"names {file!r} twice", hint="remove one of the two lines")
+        if isinstance(label, float) and label.is_integer():
+            label = int(label)
+        if label is not None and not isinstance(label, str | int):
+            raise UserError(origin, f"labels {file!r} with something else than a word or a whole number", value=label)
+        word = "" if label is None else str(label).strip()
+        words[file] = "" if word == "-1" else word
+    return _Table(origin, archive, folder, words)
+
+
+def _rows_of_columns(rows: Sequence[Any]) -> Iterable[tuple[str, Any]] | None:
+    """File and label of each row, a mapping of columns; None without such columns."""
+    rows = [row for row in rows if isinstance(row, Mapping)]
+    column = next((name for name in ("file_name", "file") if any(name in row for row in rows)), None)
+    if column is None or not any("label" in row for row in rows):
+        return None
+    return [(row[column], row.get("label")) for row in rows if isinstance(row.get(column), str)]
+
+
+def _rows_of_edm(content: Any) -> Iterable[tuple[str, Any]] | None:
+    pairs = content.get("labels") if isinstance(content, dict) else None
+    # StyleGAN's tools also write vectors there, which are no classes.
+    whole = isinstance(pairs, list) and all(
+        isinstance(pair, list) and list(map(type, pair)) in ([str, int], [str, type(None)]) for pair in pairs
+    )
+    return pairs if whole else None
+
+
+def _words_of(tables: Iterable[_Table], found: Sequence[_Found]) -> dict[int, str | None]:
+    """The label in words of each image that a table names, by its place in `found`; None for no label."""
+    places: dict[tuple[str, str], int] = {}
+    for number, one in enumerate(found):
+        places["", posixpath.normpath(one.path)] = number
+        if one.image.member and one.image.file:
+            places[one.image.file, posixpath.normpath(one.image.member.path)] = number
+    words: dict[int, str | None] = {}
+    named: dict[int, str] = {}
+    for table in tables:
+        for file, word in table.words.items():
+            place = places.get((table.archive, posixpath.normpath(posixpath.join(table.folder, file))))
+            if place is None:
+                raise UserError(table.origin, f"names {file!r}, but there is no such image", hint="remove that line")
+            if place in named:
+                raise UserError(table.origin, f"names {file!r}, as does {named[place]}", hint="remove one of the two")
+            named[place], words[place] = table.origin, word or None
+    return words
 
 
 def _label(found: Sequence[_Found], *, depth: int, from_tables: bool) -> tuple[tuple[str, ...], list[int]]:

@@ -25,10 +25,9 @@ from ncsn import storage
 from ncsn.config.schema import DataConfig
 from ncsn.data.format import NO_LABEL, SkippedImage, group_lengths, load_manifest, pieces_of, pixel_shape
 from ncsn.data.pixels import BadImageError, Example, Fit, Picture, decode
-from ncsn.data.sources.base import Source, hold_out
+from ncsn.data.sources.base import Source, hold_out, list_files, required_root
 from ncsn.data.sources.image_files import Encoded, fit_in_order
 from ncsn.data.sources.image_folder import class_names_of
-from ncsn.data.sources.listing import list_files, required_root
 from ncsn.errors import UserError
 
 SUFFIX = ".parquet"
