@@ -85,7 +85,7 @@ def measure_extracted(
 
     Beside those of `feature_metrics`, `class_metrics` and `ClassScores`:
 
-    - `memorised`: share of the first images that copy a training image.
+    - `memorized`: share of the first images that copy a training image.
     - `nn_distance`: median distance of these to the nearest training image, in pixel units of 0..255. A value well
       below that of real test images means that the model repeats its training images.
 
@@ -110,7 +110,7 @@ def measure_extracted(
     if found is not None:
         metrics |= {name: Metric(value, found.count) for name, value in found.metrics.items()}
     pixels = nearest_neighbors(first_images, training_images)
-    metrics["memorised"] = Metric(float(pixels.memorized.mean()), len(first_images))
+    metrics["memorized"] = Metric(float(pixels.memorized.mean()), len(first_images))
     metrics["nn_distance"] = Metric(float(np.median(pixels.distances[:, 0])), len(first_images))
     spaces = {"pixels": pixels}
     if by_features:
@@ -118,7 +118,7 @@ def measure_extracted(
     nearest = [
         {
             "image": row,
-            "memorised": bool(pixels.memorized[row]),
+            "memorized": bool(pixels.memorized[row]),
             **{f"{name}_rows": near.indices[row].tolist() for name, near in spaces.items()},
             **{f"{name}_distances": near.distances[row].round(3).tolist() for name, near in spaces.items()},
         }

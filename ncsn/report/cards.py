@@ -31,7 +31,7 @@ INTENDED = (
 )
 LIMITS = (
     "The images are samples from a distribution fitted to the data above, with its biases and its resolution. They are "
-    "not evidence of anything real. The metrics `memorised` and `nn_distance` tell how close they are to training "
+    "not evidence of anything real. The metrics `memorized` and `nn_distance` tell how close they are to training "
     "images.",
     "The scores hold only for this sampler, number of images and extractor. They are comparable with published "
     "Inception Scores or FID only if the extractor is the 2015 Inception network, and with published FD-DINOv2 only if "

@@ -41,7 +41,7 @@ MEANINGS: Mapping[str, Meaning] = {
         "Precision", "Share of these images whose features fall among those of the real images.", "higher"
     ),
     "recall": Meaning("Recall", "Share of the real images whose features fall among those of these images.", "higher"),
-    "memorised": Meaning("Copies", "Share of these images that copy a training image, by pixel distance.", "lower"),
+    "memorized": Meaning("Copies", "Share of these images that copy a training image, by pixel distance.", "lower"),
     "kid": Meaning(
         "Kernel distance",
         "Distance to {reference} that does not depend on the number of images. It averages zero for real "
@@ -73,7 +73,7 @@ MEANINGS: Mapping[str, Meaning] = {
         "",
     ),
 }
-MAIN = ("score", "fid", "class_agreement", "precision", "recall", "memorised")  # the page folds the others
+MAIN = ("score", "fid", "class_agreement", "precision", "recall", "memorized")  # the page folds the others
 ERROR = "_std"  # after the name of a metric: its standard deviation
 # Longest first, because `score_std` also ends like `std` would.
 _KNOWN = sorted((f"{metric}{error}" for metric in MEANINGS for error in ("", ERROR)), key=len, reverse=True)

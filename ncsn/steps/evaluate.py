@@ -50,7 +50,7 @@ class EvaluateResult:
     num_images: int
     num_real_images: int
     gate: dict[str, Any]  # the `Measurement` that decides about promotion, as plain values
-    memorisation: dict[str, Any]  # the `Memorization` that can forbid it, as plain values
+    memorization: dict[str, Any]  # the `Memorization` that can forbid it, as plain values
     running: list[dict[str, Any]]  # `RunningScore`s as plain values
     notes: list[str]
     # Of a model of classes: `agreement` and `real_agreement`, a line for each class in `table` and `real_table`, see
@@ -119,7 +119,7 @@ def evaluate(
         fingerprint=fingerprint,
         lower_is_better=True,
     )
-    copies, real_copies = generated.metrics["memorised"], real.metrics["memorised"]
+    copies, real_copies = generated.metrics["memorized"], real.metrics["memorized"]
     memorization = Memorization(
         copies=round(copies.value * copies.num_images),
         num_images=copies.num_images,
@@ -134,7 +134,7 @@ def evaluate(
         num_images=count,
         num_real_images=num_real,
         gate=asdict(gate),
-        memorisation=asdict(memorization),
+        memorization=asdict(memorization),
         running=[asdict(score) for score in generated.running],
         notes=list(_notes(count, num_real, extractor=extractor, real_split=evaluation.other_split)),
         classes=classes,

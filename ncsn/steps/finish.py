@@ -39,7 +39,7 @@ _LOOK_SECONDS = 30.0
 class FinishResult(Outcome):
     """How a run ended, and what was done about it."""
 
-    cancelled: list[str] = field(default_factory=list)  # RayJobs and Ray jobs that were still running
+    canceled: list[str] = field(default_factory=list)  # RayJobs and Ray jobs that were still running
     page: str = ""  # Markdown with links to everything
 
 

@@ -172,4 +172,4 @@ def _finish(
     from ncsn.steps import finish
 
     with limited(_STORE_SECONDS):
-        return finish.run(config, run=run, state=state, kfp=kfp, namespace=namespace).cancelled
+        return finish.run(config, run=run, state=state, kfp=kfp, namespace=namespace).canceled

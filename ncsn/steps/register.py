@@ -29,7 +29,7 @@ from ncsn.tracking.mlflow_runs import StepRun
 from ncsn.tracking.promotion import pass_gate
 
 # Name -> what it shows, of the pictures of the card.
-PICTURES = {"grid.png": "samples", "neighbours.png": "samples and their nearest training images"}
+PICTURES = {"grid.png": "samples", "neighbors.png": "samples and their nearest training images"}
 
 
 @dataclass(frozen=True)
@@ -153,13 +153,13 @@ def _pictures(measured: dict[str, Any]) -> dict[str, bytes]:
     grid = storage.join(measured["samples"], "grid.png")
     if storage.exists(grid):
         files["grid.png"] = storage.read_bytes(grid)
-    files["neighbours.png"] = storage.read_bytes(measured["neighbors"])
+    files["neighbors.png"] = storage.read_bytes(measured["neighbors"])
     return files
 
 
 def copies_beyond_chance(measured: Mapping[str, Any]) -> str:
     """Numbers of the samples that copy training images, if an evaluation has more than chance explains; else empty."""
-    return Memorization(**measured["memorisation"]).objection
+    return Memorization(**measured["memorization"]).objection
 
 
 def selection_of(config: Config, run: str, checkpoint: str) -> Mapping[str, Any] | None:
@@ -185,7 +185,7 @@ def _warnings(measured: Mapping[str, Any], config: Config, run: str) -> list[str
 def _evidence(measured: dict[str, Any], loaded: SamplingCheckpoint) -> Evidence:
     weights = {name: float(tensor.abs().max()) for name, tensor in loaded.network.named_parameters()}
     broken = not_finite({**measured["metrics"], **measured["real_metrics"], **weights})
-    return Evidence(Measurement(**measured["gate"]), Memorization(**measured["memorisation"]), tuple(broken))
+    return Evidence(Measurement(**measured["gate"]), Memorization(**measured["memorization"]), tuple(broken))
 
 
 def _decide(tracked: StepRun, name: str, version: str, evidence: Evidence) -> RegisterResult:

@@ -77,7 +77,7 @@ class Evidence:
     """What the gate knows about a version."""
 
     measurement: Measurement
-    memorisation: Memorization
+    memorization: Memorization
     not_finite: tuple[str, ...] = ()  # metrics and weights that hold NaN or infinity
 
     def objection(self) -> str:
@@ -87,7 +87,7 @@ class Evidence:
             return f"{measured.name} = {measured} is not a finite number"
         if self.not_finite:
             return f"{', '.join(self.not_finite[:3])} hold NaN or infinity"
-        return self.memorisation.objection
+        return self.memorization.objection
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,8 @@ class Decision:
         """Inverse of `json.dumps(asdict(...))`."""
         values = json.loads(text)
         if of := values["evidence"]:
-            measured, memorisation = Measurement(**of["measurement"]), Memorization(**of["memorisation"])
-            values["evidence"] = Evidence(measured, memorisation, tuple(of["not_finite"]))
+            measured, memorization = Measurement(**of["measurement"]), Memorization(**of["memorization"])
+            values["evidence"] = Evidence(measured, memorization, tuple(of["not_finite"]))
         return cls(**values)
 
 

@@ -107,7 +107,7 @@ def test_a_gpu_would_see_what_a_cpu_sees(digits: Splits) -> None:
     assert torch.backends.cudnn.allow_tf32
 
 
-def test_unlabelled_images_are_left_out(digits: Splits) -> None:
+def test_unlabeled_images_are_left_out(digits: Splits) -> None:
     train, test = digits
     labels = train.labels.copy()
     labels[:600] = -1

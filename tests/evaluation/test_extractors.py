@@ -38,7 +38,7 @@ from ncsn.steps import evaluate
 
 
 class RandomGraph(FeatureExtractorInceptionV3):  # type: ignore[misc]
-    """The graph as initialised: it loads nothing."""
+    """The graph as initialized: it loads nothing."""
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> None: ...
 

@@ -21,9 +21,9 @@ def figure(
 
 
 def evidence(
-    value: float, memorisation: Memorization = CLEAN, broken: tuple[str, ...] = (), **changes: Any
+    value: float, memorization: Memorization = CLEAN, broken: tuple[str, ...] = (), **changes: Any
 ) -> Evidence:
-    return Evidence(figure(value, **changes), memorisation, broken)
+    return Evidence(figure(value, **changes), memorization, broken)
 
 
 def empty_versions(client: MlflowClient, name: str, count: int, run_id: str | None = None) -> list[str]:

@@ -48,7 +48,7 @@ def test_a_wrong_token_is_not_shown(kfp_server: KfpServer, monkeypatch: pytest.M
     assert "mistaken" not in str(caught.value)
 
 
-def test_a_login_page_is_recognised(kfp_server: KfpServer) -> None:
+def test_a_login_page_is_recognized(kfp_server: KfpServer) -> None:
     kfp_server.token, kfp_server.login = "right", True
     with refused(kfp_server.url, error=KfpRefusalError) as caught:
         connect(kfp_server.url)

@@ -38,7 +38,7 @@ def test_a_cluster_that_is_well(emulation: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_the_catalogue_lists_the_checks_of_each_backend(emulation: Any, name: str) -> None:
+def test_the_catalog_lists_the_checks_of_each_backend(emulation: Any, name: str) -> None:
     backend = open_backend(from_yaml(DIGITS.read_text(), overrides=[f"compute.backend={name}"]).compute)
     assert tuple(check.name for check in (backend.checks() if backend else ())) == BACKENDS[name]
 

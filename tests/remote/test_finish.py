@@ -30,7 +30,7 @@ def test_what_still_runs_is_canceled(emulation: Any, config: Config) -> None:
     rayjob(cluster, "failed", run="mine", state="Failed")
     rayjob(cluster, "another", run="theirs", state="Running")
     result = finish.run(config, run="mine", state="FAILED", message="x")
-    assert result.cancelled == ["working"]
+    assert result.canceled == ["working"]
     assert "- working " in result.page
     assert sorted(job["metadata"]["name"] for job in cluster.list("rayjobs")) == ["another", "failed"]
     for name in ("another", "failed"):

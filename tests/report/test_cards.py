@@ -80,11 +80,11 @@ def test_scores_are_next_to_those_of_real_images_with_their_counts() -> None:
 
 
 def test_the_card_says_where_the_model_comes_from_and_how_to_use_it() -> None:
-    pictures = {"samples": "grid.png", "neighbors": "neighbours.png"}
+    pictures = {"samples": "grid.png", "neighbors": "neighbors.png"}
     text = card(cost="3.1 min · 0.1 CPU hours", pictures=pictures, warnings=["The model overfits."])
     facts = ("`a-run`", "`cafe`", "1,234,567", "1,258 train, 539 test", "0123abcd", "CC BY 4.0", "NFE 5", "2 levels")
     assert [fact for fact in facts if fact not in text] == []
-    assert "![samples](grid.png) ![neighbors](neighbours.png)" in text
+    assert "![samples](grid.png) ![neighbors](neighbors.png)" in text
     assert "| cost | 3.1 min · 0.1 CPU hours |" in text and "## Limits\n\n- The model overfits.\n- " in text
     assert 'load_model("models:/ncsn-tiny@champion")' in text and len(text) < DESCRIPTION_LENGTH
     assert "![" not in card() and "| cost |" not in card()

@@ -72,7 +72,7 @@ def test_real_images_as_samples_reach_the_real_figures(store: Path, dataset: str
     )
     assert min(metrics[f"eval/classifier_{share}_n500"] for share in ("precision", "recall", "coverage")) > 0.8
     assert metrics["eval/classifier_density_n500"] == pytest.approx(1, abs=0.2)
-    assert metrics["eval/classifier_memorised_n256"] < 0.05
+    assert metrics["eval/classifier_memorized_n256"] < 0.05
     assert (result.num_images, result.num_real_images, result.classes, len(result.notes)) == (500, 500, None, 1)
     assert not [name for name in metrics if "agreement" in name or "class_kid" in name]
     assert [score["num_images"] for score in result.running] == [256, 500]  # twice the features, and all
@@ -86,7 +86,7 @@ def test_real_images_as_samples_reach_the_real_figures(store: Path, dataset: str
     assert gate.name == "eval/classifier_fid_n500"
     assert gate.value == metrics[gate.name]
     assert 0 < gate.uncertainty == metrics["eval/classifier_fid_std_n500"] < gate.value
-    assert not Memorization(**result.memorisation).objection
+    assert not Memorization(**result.memorization).objection
     assert gate.lower_is_better
     assert gate.fingerprint == result.fingerprint
     written = json.loads(Path(result.uri).read_text())
@@ -119,13 +119,13 @@ def test_noise_is_told_from_digits(store: Path, dataset: str, tmp_path: Path) ->
 def test_copies_of_training_images_are_flagged(store: Path, dataset: str, tmp_path: Path) -> None:
     copies = write_samples(tmp_path / "copies", open_cache(dataset, "train").images[:500])
     result = evaluate(make_config(store), samples=copies, dataset=dataset, folder=tmp_path)
-    assert result.metrics["eval/classifier_memorised_n256"] > 0.99
-    assert Memorization(**result.memorisation).objection
+    assert result.metrics["eval/classifier_memorized_n256"] > 0.99
+    assert Memorization(**result.memorization).objection
     assert result.metrics["eval/classifier_nn_distance_n256"] == 0
     assert result.real_metrics["eval/real_classifier_nn_distance_n256"] > 10
     shown = json.loads(Path(result.uri).read_text())["nearest_training_images"]
     assert [row["pixels_rows"][0] for row in shown] == list(range(16))
-    assert all(row["memorised"] for row in shown)
+    assert all(row["memorized"] for row in shown)
 
 
 def test_one_class_only_shows_in_the_histogram(store: Path, dataset: str, tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def evaluate(config, root, dataset, saved):
                 "fingerprint": "f" * 64,
                 "lower_is_better": True,
             },
-            "memorisation": {"copies": copies, "num_images": 256, "real_copies": 0, "num_real_images": 256},
+            "memorization": {"copies": copies, "num_images": 256, "real_copies": 0, "num_real_images": 256},
             "samples": samples,
             "dataset": dataset,
         }

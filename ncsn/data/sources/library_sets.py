@@ -156,7 +156,7 @@ _SETS = {
     "cifar10": _Set(
         "CIFAR10",
         "CIFAR-10, A. Krizhevsky 2009, 32x32 RGB",
-        "no licence stated by its authors; collected from the web",
+        "no license stated by its authors; collected from the web",
     ),
 }
 _IDX_FILES = [f"{split}-{kind}" for split in ("train", "t10k") for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")]
