@@ -22,8 +22,17 @@ from torch.nn.functional import interpolate
 from ncsn.core.keyed_random import KeyedNoise
 from ncsn.core.samplers.chain import start
 from ncsn.core.samplers.langevin import inpaint
-from ncsn.core.samplers.measurements import KnownPixels, Operator, blur, means, peak_signal_to_noise
-from ncsn.core.samplers.restoration import Covariance, Measured, gaussian_variance, restored
+from ncsn.core.samplers.restoration import (
+    Covariance,
+    KnownPixels,
+    Measured,
+    Operator,
+    blur,
+    gaussian_variance,
+    means,
+    peak_signal_to_noise,
+    restored,
+)
 from ncsn.core.samplers.settings import KarrasHeun
 
 

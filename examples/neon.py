@@ -13,18 +13,39 @@ The measure is the Fréchet distance of the pixels themselves, which for images 
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 
+import torch
 from matplotlib.figure import Figure
 from small_images import Images, Model, arguments, digits, train
 from torch import Tensor
 
-from ncsn.core.extrapolation import extrapolated, lowest_point
 from ncsn.core.samplers.settings import KarrasHeun
 from ncsn.evaluation.frechet import FrechetStatistics, frechet_distance
 
 FEW_STEPS = KarrasHeun(num_steps=5)
 MULTIPLES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)
 TO_TRAIN, TO_CHOOSE, TO_MEASURE = 1, 2, 3  # seeds
+
+
+def extrapolated(weights: Mapping[str, Tensor], self_trained: Mapping[str, Tensor], w: float) -> dict[str, Tensor]:
+    """The weights theta_r - w (theta_s - theta_r): theta_r for w = 0 and theta_s for w = -1, to the last bit."""
+    return {name: torch.lerp(tensor, self_trained[name], -w) for name, tensor in weights.items()}
+
+
+def lowest_point(values: Mapping[float, float]) -> float:
+    """Where a function of one minimum is least, from its values at some places.
+
+    The vertex of the parabola through the least value and its two neighbors; at an end of the places, that end.
+    """
+    places = sorted(values)
+    least = min(range(len(places)), key=lambda index: values[places[index]])
+    if least in (0, len(places) - 1):
+        return places[least]
+    a, b, c = places[least - 1 : least + 2]
+    left, right = (values[b] - values[a]) / (b - a), (values[c] - values[b]) / (c - b)
+    bend = (right - left) / (c - a)
+    return b if bend <= 0 else (a + b) / 2 - left / (2 * bend)
 
 
 def moved(model: Model, self_trained: Model, w: float) -> Model:

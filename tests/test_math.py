@@ -55,14 +55,16 @@ def _exists(test: str) -> bool:
 
 
 def _is_here(text: str, module: str) -> bool:
-    """Whether `module.name`, or `name` of the module before it, is in core, tools or evaluation; or a setting."""
+    """Whether `module.name`, or `name` of the module before it, is in core, elsewhere or an example; or a setting."""
     path = re.split(r"[(:]", text)[0].strip()
     section, _, field = path.partition(".")
     if section in Config.model_fields and "." not in field:
         return not field or any(field in fields_of(model) for model in section_models(Config, section))
     owner, _, name = (path if "." in path else f"{module}.{path}").rpartition(".")
-    outside = owner.startswith(("tools.", "evaluation."))
-    return hasattr(importlib.import_module(f"ncsn.{owner}" if outside else f"ncsn.core.{owner}"), name)
+    if not owner.startswith("examples."):
+        outside = owner.startswith(("tools.", "evaluation.", "training."))
+        owner = f"ncsn.{owner}" if outside else f"ncsn.core.{owner}"
+    return hasattr(importlib.import_module(owner.removeprefix("examples.")), name)
 
 
 def _missing_code(cell: str) -> list[str]:

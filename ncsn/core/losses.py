@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ncsn.core.keyed_random import keyed_normal
 
-# A score network, called as `ncsn.core.networks.entry` says.
+# A score network, called as `ncsn.core.networks.base` says.
 ScoreFunction = Callable[..., Tensor]
 
 HELD_OUT_SEED = 0  # of `losses_at`; the same for all experiments, so that all runs on a dataset are paired
@@ -28,7 +28,7 @@ class Batch:
     z: Tensor  # standard normal, x's shape
     level: Tensor | None = None  # number of each sigma among the levels, int64 [B], 0 = most noise; None for any sigma
     v: Tensor | None = None  # projections [P, B, C, H, W], standard normal, for sliced score matching
-    # What the network is told beside the noise, by name as `ncsn.core.networks.entry` says; each [B, ...].
+    # What the network is told beside the noise, by name as `ncsn.core.networks.base` says; each [B, ...].
     conditions: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:

@@ -40,8 +40,8 @@ from ncsn.data.format import load_manifest
 from ncsn.distributed.cluster import on_this_machine, require_resources
 from ncsn.distributed.tasks import ANYWHERE
 from ncsn.errors import InvalidValue, NotFound
+from ncsn.model.checkpoint import DamagedError
 from ncsn.model.checkpoint_store import CHECKPOINTS, NEWEST, CheckpointStore
-from ncsn.model.index import DamagedError
 from ncsn.storage.heartbeat import LeaseExpired
 from ncsn.storage.retry import limited
 from ncsn.training.context import LocalContext, WorkerContext

@@ -32,8 +32,8 @@ from ncsn.config.search import rungs, searched_space, setting, swept, variant
 from ncsn.distributed import trainer
 from ncsn.distributed.sampling import Candidate, score_samples
 from ncsn.errors import InvalidValue, NotFound, UserError
+from ncsn.model.checkpoint import CheckpointError
 from ncsn.model.checkpoint_store import CHECKPOINTS
-from ncsn.model.index import CheckpointError
 from ncsn.training.loop import TrainingJob
 
 FAILED = 1e12  # objective of a trial that cannot go on: a number, so that the search learns to keep away

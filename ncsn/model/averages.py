@@ -14,6 +14,7 @@ import json
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from safetensors.torch import load, save_file
@@ -22,11 +23,19 @@ from torch import Tensor
 from ncsn import storage
 from ncsn.config import Config
 from ncsn.config.training import PowerEmaConfig
-from ncsn.core.posthoc import Profile, Reconstruction, exponent_of, reconstruction
+from ncsn.core.ema import Profile, Reconstruction, exponent_of, reconstruction
 from ncsn.core.training import TrainState
 from ncsn.errors import UserError
-from ncsn.model.checkpoint import FOLDER_NAME, folder_name, images_seen_at
-from ncsn.model.index import INDEX, SAMPLING_FILES, DamagedError, verify, write_index
+from ncsn.model.checkpoint import (
+    FOLDER_NAME,
+    INDEX,
+    SAMPLING_FILES,
+    DamagedError,
+    folder_name,
+    images_seen_at,
+    verify,
+    write_index,
+)
 
 WIDTHS = "widths"
 MOST_FLOAT16 = 6e4  # of a weight; float16 ends at 65,504
@@ -166,3 +175,55 @@ def _combined(folder: str, stored: Sequence[tuple[int, float]], found: Reconstru
     if not all(math.isfinite(float(tensor.sum())) for tensor in weights.values()):
         raise DamagedError(folder, "a snapshot has weights that are not finite")
     return weights
+
+
+# Folders of a run with checkpoints; of the same weights the first is taken.
+_PLACES = ("checkpoints", "selected")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """EMA weights to sample from."""
+
+    uri: str  # a checkpoint
+    digest: str  # first 16 hex digits of the SHA-256 of the weights
+    images_seen: int
+    relative_width: float | None  # of an average that was put together after training
+
+
+def find_weights(run: str) -> list[Weights]:
+    """All different EMA weights below the folder of a run, by images seen and relative width."""
+    places = [
+        (storage.join(run, place, name), images_seen_at(name), None)
+        for place in _PLACES
+        for name in storage.list_names(storage.join(run, place))
+        if FOLDER_NAME.fullmatch(name)
+    ]
+    built = [
+        (uri, images_seen_at(uri.rpartition("/")[2].partition("-")[2]), width)
+        for uri, width in built_averages(storage.join(run, "ema"))
+    ]
+    found: dict[str, Weights] = {}
+    for uri, images_seen, width in (*places, *built):
+        index = storage.find_json(storage.join(uri, INDEX))
+        if index is not None:
+            digest = index["sha256"]["ema.safetensors"][:16]
+            found.setdefault(digest, Weights(uri, digest, images_seen, width))
+    return sorted(found.values(), key=lambda each: (each.images_seen, each.relative_width or 0.0))
+
+
+def keep_copy(uri: str, folder: str) -> str:
+    """URI of a copy of a checkpoint below `folder`, with what images need, that no training thins or deletes.
+
+    An average that was put together after training stays where it is.
+    """
+    place, _, name = uri.rpartition("/")
+    if place == folder or place.endswith(f"/{WIDTHS}"):
+        return uri
+    target = storage.join(folder, name)
+    with storage.local_copy(uri) as source, storage.scratch_folder(folder) as copy:
+        for file in SAMPLING_FILES:
+            (copy / file).write_bytes((source / file).read_bytes())
+        write_index(copy, SAMPLING_FILES)
+        storage.publish_folder(copy, target, marker=INDEX, replace=True)
+    return target

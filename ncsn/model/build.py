@@ -12,7 +12,7 @@ from ncsn.config.choices import NcsnNetworkConfig, NcsnV2NetworkConfig, UnetNetw
 from ncsn.config.noise import DsmLossConfig, LevelsConfig, LognormalTraining, NoiseConfig, SsmLossConfig
 from ncsn.config.schema import SamplingConfig
 from ncsn.config.training import HalfLifeEmaConfig, PowerEmaConfig
-from ncsn.core.ema import Ema, HalfLife, PowerFunction, StepDecay
+from ncsn.core.ema import Ema, HalfLife, PowerFunction, StepDecay, exponent_of
 from ncsn.core.losses import (
     DenoisingScoreMatching,
     EdmWeight,
@@ -27,7 +27,6 @@ from ncsn.core.networks.refinenet import NcsnNetwork, NcsnV2Network
 from ncsn.core.networks.transfer import light_parameters
 from ncsn.core.networks.unet import UnetNetwork
 from ncsn.core.noise_schedule import geometric_sigmas
-from ncsn.core.posthoc import exponent_of
 from ncsn.core.training import StepOptions, TrainState
 from ncsn.core.training_noise import FEW_DRAWS, LevelNoise, LognormalNoise, TrainingNoise
 

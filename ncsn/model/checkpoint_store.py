@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 
 from ncsn import storage
-from ncsn.model import checkpoint, index
+from ncsn.model import checkpoint
 
 CHECKPOINTS = "checkpoints"
 NEWEST = 3  # of the checkpoints that stay whole where all are kept
@@ -39,7 +39,7 @@ class CheckpointStore:
     def names(self) -> Iterator[str]:
         """Complete checkpoints, the newest first."""
         for name in reversed(self._folders()):
-            if storage.exists(storage.join(self.uri, name, index.INDEX)):
+            if storage.exists(storage.join(self.uri, name, checkpoint.INDEX)):
                 yield name
 
     def newest(self) -> str | None:
@@ -53,10 +53,10 @@ class CheckpointStore:
         for name in self.names():
             with self.open(name) as folder:
                 try:
-                    if not index.resumable(folder):
+                    if not checkpoint.resumable(folder):
                         continue
-                    index.verify(folder, needs=index.FILES)
-                except index.DamagedError as damage:
+                    checkpoint.verify(folder, needs=checkpoint.FILES)
+                except checkpoint.DamagedError as damage:
                     damaged.append(f"checkpoint {name} is damaged ({damage.reason})")
                 else:
                     self._note(damaged, resumed_from=name)
@@ -92,7 +92,7 @@ class CheckpointStore:
         with storage.scratch_folder(self.uri) as folder:
             write(folder)
             storage.delete_folder(target)  # the rest of an upload that was cut short
-            storage.publish_folder(folder, target, marker=index.INDEX)
+            storage.publish_folder(folder, target, marker=checkpoint.INDEX)
         if self._keep is not None:
             folders, kept = self._folders(), set(islice(self.names(), self._keep))
             # The rest of an upload that was cut short does not count. A newer one is overwritten later.
@@ -104,10 +104,10 @@ class CheckpointStore:
         for name in names:
             uri = storage.join(self.uri, name)
             stretch = last if self._thin_every is None else checkpoint.images_seen_at(name) // self._thin_every
-            if stretch > max(last, 0) and storage.exists(storage.join(uri, index.INDEX)):
+            if stretch > max(last, 0) and storage.exists(storage.join(uri, checkpoint.INDEX)):
                 last = stretch
                 if storage.exists(storage.join(uri, "optimizer.safetensors")):
-                    index.thin(uri)
+                    checkpoint.thin(uri)
             else:
                 storage.delete_folder(uri)
 

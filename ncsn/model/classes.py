@@ -1,4 +1,7 @@
-"""The classes that a network knows, and the class of each image that it generates."""
+"""The classes that a network knows, and the class of each image that it generates.
+
+A label is the index of a class, or -1 for none.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, full, int64
+import torch
+from torch import Tensor
 
-from ncsn.core.classes import balanced_labels, drawn_labels
+from ncsn.core.keyed_random import Stream, keyed_uniform
 from ncsn.errors import UserError
 
 BALANCED, AS_DATA = "balanced", "data"
@@ -52,14 +56,17 @@ def labels_of_images(
 ) -> Tensor:
     """Labels of images `first .. first + count` of a seed by `sampling.label`, int64 [count].
 
-    They are a function of (seed, image). Only balanced classes need no facts about them.
+    They are a function of (seed, image). Balanced classes come in turn, and need no facts about them; classes as in the
+    data are drawn in proportion to how often training saw each.
     """
     if label == BALANCED:
-        return balanced_labels(num_classes, first=first, count=count)
+        return torch.arange(first, first + count) % num_classes
     assert classes is not None
     if label == AS_DATA:
-        return drawn_labels(classes.counts, seed=seed, first=first, count=count)
-    return full((count,), classes.index(label, key="sampling.label"), dtype=int64)
+        ends = torch.tensor(classes.counts, dtype=torch.float64).cumsum(0)
+        u = keyed_uniform(seed, stream=Stream.LABEL_CHOICE, first=first, count=count, size=1)[:, 0]
+        return torch.bucketize(u.double() * ends[-1], ends, right=True).clamp_(max=num_classes - 1)
+    return torch.full((count,), classes.index(label, key="sampling.label"))
 
 
 def require_label(label: str, classes: Classes | None, *, key: str = "sampling.label") -> None:

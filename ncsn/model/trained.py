@@ -22,6 +22,7 @@ from ncsn.core.training import TrainState
 from ncsn.errors import InvalidValue, UserError, shown_value
 from ncsn.model import build
 from ncsn.model.checkpoint import (
+    INDEX,
     TrainedNetwork,
     load_for_sampling,
     load_moments,
@@ -30,7 +31,6 @@ from ncsn.model.checkpoint import (
     plain,
 )
 from ncsn.model.classes import Classes
-from ncsn.model.index import INDEX
 
 MUCH_OF_THE_SOURCE = 0.05  # in the average after a training that starts from it
 TRAINED_CONFIG = "config.json"

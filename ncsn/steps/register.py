@@ -13,7 +13,7 @@ from ncsn.errors import UserError, shown_value
 from ncsn.model import checkpoint as checkpoints
 from ncsn.model.averages import sampled_checkpoint
 from ncsn.model.checkpoint import SamplingCheckpoint, weights_digest
-from ncsn.model.guidance import evaluations_per_image, guide_of
+from ncsn.model.generate import evaluations_per_image, guide_of
 from ncsn.report.cards import ModelFacts, model_card
 from ncsn.report.facts import cost_line
 from ncsn.report.hints import copying_hints, overfitting_hints

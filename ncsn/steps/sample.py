@@ -18,7 +18,7 @@ from ncsn.evaluation.reference import open_evaluator
 from ncsn.model import build, checkpoint as checkpoints
 from ncsn.model.averages import sampled_checkpoint
 from ncsn.model.classes import require_label
-from ncsn.model.guidance import evaluations_per_image, guide_of, sampling_facts
+from ncsn.model.generate import evaluations_per_image, guide_of, sampling_facts
 from ncsn.progress import Progress
 from ncsn.report.images import grid_png, rows_by_class, strip_png
 from ncsn.steps.step import Step

@@ -26,7 +26,7 @@ from ncsn.evaluation.features import SEED
 from ncsn.evaluation.measure import metric_name
 from ncsn.evaluation.reference import Evaluator, open_evaluator
 from ncsn.evaluation.scores import kernel_distance
-from ncsn.model.candidates import Weights, find_weights, keep_copy
+from ncsn.model.averages import Weights, find_weights, keep_copy
 from ncsn.report.plots import selection_figure
 from ncsn.report.scores import few_samples
 from ncsn.report.style import to_png

@@ -17,7 +17,7 @@ from ncsn.errors import UserError
 from ncsn.model import checkpoint as checkpoints
 from ncsn.model.checkpoint import TrainedNetwork
 from ncsn.model.classes import require_label
-from ncsn.model.guidance import evaluations_per_image, guide_of, sampling_facts
+from ncsn.model.generate import evaluations_per_image, guide_of, sampling_facts
 from ncsn.model.trained import TRAINED_CONFIG, load_trained
 from ncsn.progress import Progress
 from ncsn.steps.sample import samples_grid

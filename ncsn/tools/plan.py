@@ -14,7 +14,7 @@ from ncsn.data.format import load_manifest
 from ncsn.data.noise_levels import resolve_noise
 from ncsn.errors import UserError
 from ncsn.model import build
-from ncsn.model.guidance import evaluations_per_image
+from ncsn.model.generate import evaluations_per_image
 from ncsn.model.memory import kept_bytes
 from ncsn.runs.folder import run_folder
 from ncsn.runs.records import cost_of, read_result

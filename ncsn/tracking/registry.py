@@ -16,7 +16,7 @@ from ncsn import storage
 from ncsn.config import Config
 from ncsn.config.choices import AutoguidanceConfig
 from ncsn.model.checkpoint import SamplingCheckpoint, TrainedNetwork
-from ncsn.model.guidance import sampling_facts
+from ncsn.model.generate import sampling_facts
 from ncsn.model.trained import TRAINED_CONFIG, save_trained
 from ncsn.process import now_ms
 from ncsn.tracking.client import TrackingError, client_at, mlflow_errors, shown, suppress_exists, tracking_uri

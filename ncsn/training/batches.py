@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ncsn.config import Config
 from ncsn.core.augmentation import augmentation_labels, draw_transforms, transform
-from ncsn.core.classes import drop_labels
 from ncsn.core.images import DataMoments, dequantize, fit_moments, mirror, to_unit
 from ncsn.core.keyed_random import Stream, keyed_normal, keyed_uniform
 from ncsn.core.losses import Batch
@@ -38,8 +37,9 @@ def draw_batch(config: Config, split: TrainingImages, *, first: int, count: int)
         v = rows.view(count, projections, *x.shape[1:]).transpose(0, 1).contiguous()
     conditions = {}
     if config.data.num_classes is not None:
-        labels = torch.from_numpy(drawn.labels)
-        conditions["labels"] = drop_labels(labels, probability=config.train.label_dropout, seed=seed, first=first)
+        # Without its class for some images, the network learns the distribution of all too (Ho & Salimans 2022).
+        hidden = keyed_uniform(seed, stream=Stream.LABEL, first=first, count=count, size=1)[:, 0]
+        conditions["labels"] = torch.where(hidden < config.train.label_dropout, -1, torch.from_numpy(drawn.labels))
     return Batch(x=x, sigma=sigma, z=z, level=level, v=v, conditions=conditions)
 
 

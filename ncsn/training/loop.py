@@ -32,9 +32,8 @@ from ncsn.runs.history import PREVIEW, load_history
 from ncsn.storage.heartbeat import Lease, LeaseExpired
 from ncsn.training.batches import augmented, classes_of, draw_batch, image_moments
 from ncsn.training.context import StepTimer, WorkerContext, compile_network
-from ncsn.training.curves import Curves, LiveSink, MachineUsage
 from ncsn.training.held_out import open_probe
-from ncsn.training.previews import preview_png
+from ncsn.training.monitor import Curves, LiveSink, MachineUsage, preview_png
 
 
 class DivergedError(UserError):

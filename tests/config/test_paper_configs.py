@@ -9,7 +9,7 @@ import pytest
 from ncsn.config import Config, from_yaml
 from ncsn.core.noise_schedule import best_epsilon
 from ncsn.model import build
-from ncsn.model.guidance import evaluations_per_image
+from ncsn.model.generate import evaluations_per_image
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

@@ -7,8 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from ncsn.core.ema import PowerFunction
-from ncsn.core.posthoc import WIDEST, Profile, exponent_of, inner_product, reconstruction, relative_width
+from ncsn.core.ema import WIDEST, PowerFunction, Profile, exponent_of, inner_product, reconstruction, relative_width
 
 PAIR = (exponent_of(0.05), exponent_of(0.10))
 TABLE = {

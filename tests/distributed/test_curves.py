@@ -10,7 +10,7 @@ import torch
 from local_training import Recorder, train_for_tensors
 
 from ncsn.config import from_yaml
-from ncsn.training import previews
+from ncsn.training import monitor
 
 NAMES = ["train/loss_sigma_1", "train/loss_sigma_0.215", "train/loss_sigma_0.0464", "train/loss_sigma_0.01"]
 
@@ -18,7 +18,7 @@ NAMES = ["train/loss_sigma_1", "train/loss_sigma_0.215", "train/loss_sigma_0.046
 def test_previews_come_with_checkpoints_and_do_not_disturb_the_training(
     tiny: str, dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(previews, "SHARE", 1.0)  # so short a training would have none
+    monkeypatch.setattr(monitor, "SHARE", 1.0)  # so short a training would have none
     with_previews, without = Recorder(), Recorder()
     seen = train_for_tensors(from_yaml(tiny), dataset, tmp_path / "with", with_previews)
     unseen = train_for_tensors(
@@ -53,7 +53,7 @@ def test_previews_come_with_checkpoints_and_do_not_disturb_the_training(
     ],
 )
 def test_previews_take_a_hundredth_of_the_time(tiny: str, overrides: list[str], evaluations: int) -> None:
-    assert previews.preview_evaluations(from_yaml(tiny, overrides=overrides)) == evaluations
+    assert monitor.preview_evaluations(from_yaml(tiny, overrides=overrides)) == evaluations
 
 
 def test_curves_have_a_point_per_report_and_checkpoint(tiny: str, dataset: str, tmp_path: Path) -> None:

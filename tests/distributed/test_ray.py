@@ -27,7 +27,7 @@ from ncsn.data.format import Rows, from_table, to_table
 from ncsn.distributed import trainer
 from ncsn.distributed.cluster import cluster_for, ray_tags, require_resources
 from ncsn.distributed.sampling import LEVELS, make_shards, plan_shards
-from ncsn.model.index import CheckpointError
+from ncsn.model.checkpoint import CheckpointError
 from ncsn.progress import Progress
 from ncsn.steps.evaluate import evaluate
 from ncsn.training.loop import TrainingJob

@@ -20,7 +20,7 @@ from ncsn.distributed.search import DRIVER_MEMORY, Halving, Suggestions, trials_
 from ncsn.distributed.trainer import checkpoint_store
 from ncsn.distributed.trials import FAILED, Rung, Scored, SearchPlan, TrialFolder, read_trials, run_trial
 from ncsn.errors import NotFound, UserError
-from ncsn.model.index import CheckpointError, DamagedError
+from ncsn.model.checkpoint import CheckpointError, DamagedError
 from ncsn.training.context import LocalContext
 from ncsn.training.loop import TrainingJob, train_loop
 

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from ncsn.core.noise_schedule import geometric_sigmas
-from ncsn.core.samplers.measurements import means
+from ncsn.core.samplers.restoration import means
 
 SCRIPTS = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
 
@@ -47,6 +47,21 @@ def test_a_longer_training_starts_from_the_model_that_it_is_given(images, model)
     again = small_images.train(images, num_images=64, start=model, learning_rate=0.0)
     for one, other in zip(model.network.parameters(), again.network.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+
+
+def test_the_weights_move_away_from_those_of_the_self_training():
+    one, other = ({"a": torch.randn(100, 7), "b": torch.randn(3)} for _ in range(2))
+    for w, expected in ((0.0, one), (-1.0, other)):
+        found = neon.extrapolated(one, other, w)
+        assert all(torch.equal(found[name], expected[name]) for name in one)
+    torch.testing.assert_close(neon.extrapolated(one, other, 1.5)["a"], one["a"] - 1.5 * (other["a"] - one["a"]))
+
+
+def test_the_least_value_is_between_the_places():
+    assert neon.lowest_point({0.5: 0.545, 1.0: 0.4635, 2.0: 0.478}) == pytest.approx(1.44, abs=0.005)
+    assert neon.lowest_point({w: (w - 1.3) ** 2 for w in (0.0, 0.5, 1.0, 1.5, 3.0)}) == pytest.approx(1.3)
+    assert neon.lowest_point({0.0: 1.0, 0.5: 2.0, 1.0: 3.0}) == 0.0
+    assert neon.lowest_point({0.0: 3.0, 0.5: 2.0, 3.0: 1.0}) == 3.0
 
 
 def test_bits_of_uniform_noise_and_of_a_normal_distribution():

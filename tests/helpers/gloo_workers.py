@@ -13,8 +13,8 @@ import torch
 import torch.distributed
 
 from ncsn.distributed.trainer import RayContext
+from ncsn.model.checkpoint import DamagedError
 from ncsn.model.checkpoint_store import CheckpointStore
-from ncsn.model.index import DamagedError
 from ncsn.training.loop import TrainingJob, train_loop
 
 

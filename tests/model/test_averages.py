@@ -11,11 +11,10 @@ from safetensors.torch import load_file
 
 from ncsn import storage
 from ncsn.config import Config, from_yaml
-from ncsn.core.ema import Ema, PowerFunction
+from ncsn.core.ema import Ema, PowerFunction, exponent_of
 from ncsn.core.images import fit_moments
-from ncsn.core.posthoc import exponent_of
 from ncsn.core.training import TrainState
-from ncsn.model import averages, build, checkpoint, index
+from ncsn.model import averages, build, checkpoint
 from ncsn.model.averages import build_average, sampled_checkpoint
 
 TEXT = """
@@ -158,6 +157,6 @@ def test_a_checkpoint_without_the_second_average_is_damaged(
     state = build.train_state(config)
     checkpoint.snapshot(config=config, state=state, moments=MOMENTS, dataset_digest="d1").write(tmp_path)
     checkpoint.load(tmp_path, config=config, state=build.train_state(config), dataset_digest="d1")
-    (tmp_path / index.SECOND_EMA).unlink()
-    with refused(str(tmp_path), error=index.DamagedError):
+    (tmp_path / checkpoint.SECOND_EMA).unlink()
+    with refused(str(tmp_path), error=checkpoint.DamagedError):
         checkpoint.load(tmp_path, config=config, state=build.train_state(config), dataset_digest="d1")

@@ -14,7 +14,7 @@ from ncsn.config import Config, from_yaml
 from ncsn.core.images import fit_moments
 from ncsn.core.losses import Batch
 from ncsn.core.training import TrainState, train_step
-from ncsn.model import build, checkpoint, index
+from ncsn.model import build, checkpoint
 
 TEXT = """
 name: tiny
@@ -80,7 +80,7 @@ def test_a_snapshot_stays_as_it_was_while_training_goes_on(config: Config, tmp_p
             for moment in moments.values():
                 moment.add_(1)
     snapshot.write(folders[1])
-    for name in (*index.FILES, index.INDEX):
+    for name in (*checkpoint.FILES, checkpoint.INDEX):
         assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
 
 
@@ -95,33 +95,33 @@ def test_sampling_needs_the_checkpoint_and_nothing_else(config: Config, saved: P
     assert loaded.moments.rest == pytest.approx(MOMENTS.rest, rel=1e-6)
 
 
-@pytest.mark.parametrize("name", index.FILES)
+@pytest.mark.parametrize("name", checkpoint.FILES)
 def test_a_truncated_file_is_named(config: Config, saved: Path, name: str) -> None:
     data = (saved / name).read_bytes()
     (saved / name).write_bytes(data[: len(data) // 2])
-    with refused(str(saved), error=index.DamagedError) as caught:
+    with refused(str(saved), error=checkpoint.DamagedError) as caught:
         checkpoint.load(saved, config=config, state=build.train_state(config), dataset_digest="d1")
     assert name in caught.value.problems[0].reason
 
 
 @pytest.mark.parametrize("content", [b"{", b"\xff"])
 def test_an_index_that_does_not_parse_is_named(saved: Path, content: bytes) -> None:
-    (saved / index.INDEX).write_bytes(content)
-    with refused(str(saved), error=index.DamagedError) as caught:
+    (saved / checkpoint.INDEX).write_bytes(content)
+    with refused(str(saved), error=checkpoint.DamagedError) as caught:
         checkpoint.load_for_sampling(str(saved))
-    assert index.INDEX in caught.value.problems[0].reason
+    assert checkpoint.INDEX in caught.value.problems[0].reason
 
 
 def test_a_missing_file_is_named(saved: Path) -> None:
     (saved / "ema.safetensors").unlink()
-    with refused(str(saved), error=index.DamagedError) as caught:
+    with refused(str(saved), error=checkpoint.DamagedError) as caught:
         checkpoint.load_for_sampling(str(saved))
     assert "ema.safetensors" in caught.value.problems[0].reason
 
 
 def test_another_config_is_refused(saved: Path) -> None:
     other = from_yaml(TEXT, overrides=["noise.sigma_1=2.0"])
-    with refused(str(saved), error=index.CheckpointError) as caught:
+    with refused(str(saved), error=checkpoint.CheckpointError) as caught:
         checkpoint.load(saved, config=other, state=build.train_state(other), dataset_digest="d1")
     assert re.search(r"noise\.sigma_1 .*1\.0 .*2\.0 ", caught.value.problems[0].reason)
 
@@ -130,23 +130,23 @@ def test_missing_and_extra_tensors_are_counted_and_named(config: Config, saved: 
     weights = load_file(saved / "ema.safetensors")
     first, *_ = sorted(weights)
     weights["stranger"] = weights.pop(first)
-    with refused("here", error=index.CheckpointError) as caught:
+    with refused("here", error=checkpoint.CheckpointError) as caught:
         checkpoint.network_from_weights(config, weights, origin="here")
     assert "(stranger)" in caught.value.problems[0].reason
     assert first in str(caught.value)
 
 
 def test_no_folder_is_a_clear_error(tmp_path: Path) -> None:
-    with refused(str(tmp_path / "nowhere"), error=index.CheckpointError):
+    with refused(str(tmp_path / "nowhere"), error=checkpoint.CheckpointError):
         checkpoint.load_for_sampling(str(tmp_path / "nowhere"))
 
 
 def test_a_foreign_version_is_refused(saved: Path) -> None:
-    (saved / index.INDEX).write_text('{"version": 99, "sha256": {}}')
-    with refused(str(saved), error=index.CheckpointError):
+    (saved / checkpoint.INDEX).write_text('{"version": 99, "sha256": {}}')
+    with refused(str(saved), error=checkpoint.CheckpointError):
         checkpoint.load_for_sampling(str(saved))
 
 
 def test_other_images_are_refused(config: Config, saved: Path) -> None:
-    with refused(str(saved), error=index.CheckpointError):
+    with refused(str(saved), error=checkpoint.CheckpointError):
         checkpoint.load(saved, config=config, state=build.train_state(config), dataset_digest="d2")

@@ -14,7 +14,7 @@ from refused import refused
 from ncsn import storage
 from ncsn.config import from_yaml
 from ncsn.core.images import fit_moments
-from ncsn.model import build, checkpoint, index
+from ncsn.model import build, checkpoint
 from ncsn.model.checkpoint_store import CheckpointStore
 
 CONFIG = """
@@ -64,7 +64,7 @@ def test_the_newest_ones_are_kept_and_found(root: str, write: Write, tmp_path: P
     assert list(again.names()) == [NAMES[2], NAMES[1]]
     assert again.newest() == NAMES[2]
     with again.open(NAMES[2]) as folder:
-        index.verify(folder)
+        checkpoint.verify(folder)
     publish(again, write, NAMES[3])
     assert again.newest() == NAMES[3]
     assert storage.list_names(uri) == [*NAMES[1:], "notes.json"]
@@ -84,10 +84,10 @@ def test_the_rest_of_an_upload_does_not_count_among_the_kept(root: str, write: W
 def test_damaged_ones_are_deleted_with_a_note(root: str, write: Write, caplog: pytest.LogCaptureFixture) -> None:
     publish(CheckpointStore(root), write, *NAMES[:3])
     cut(storage.join(root, NAMES[2], "ema.safetensors"))
-    cut(storage.join(root, NAMES[1], index.INDEX))
+    cut(storage.join(root, NAMES[1], checkpoint.INDEX))
     store = CheckpointStore(root)
     assert store.newest() == NAMES[0] and list(store.names()) == [NAMES[0]]
-    for note, facts in zip(store.notes, ((NAMES[2], "ema.safetensors"), (NAMES[1], index.INDEX)), strict=True):
+    for note, facts in zip(store.notes, ((NAMES[2], "ema.safetensors"), (NAMES[1], checkpoint.INDEX)), strict=True):
         assert all(fact in note for fact in (*facts, NAMES[0])) and note in caplog.text
     cut(storage.join(root, NAMES[0], "moments.safetensors"))
     assert store.newest() is None and storage.list_names(root) == []
@@ -96,9 +96,9 @@ def test_damaged_ones_are_deleted_with_a_note(root: str, write: Write, caplog: p
 def test_a_checkpoint_of_another_version_stays(tmp_path: Path, write: Write) -> None:
     store = CheckpointStore(str(tmp_path))
     publish(store, write, NAMES[0])
-    file = tmp_path / NAMES[0] / index.INDEX
+    file = tmp_path / NAMES[0] / checkpoint.INDEX
     file.write_text(json.dumps(json.loads(file.read_text()) | {"version": 99}))
-    with refused(str(tmp_path / NAMES[0]), error=index.CheckpointError):
+    with refused(str(tmp_path / NAMES[0]), error=checkpoint.CheckpointError):
         store.newest()
     assert file.is_file()
 

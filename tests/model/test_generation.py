@@ -16,8 +16,7 @@ from ncsn.core.keyed_random import InterpolatedNoise, KeyedNoise
 from ncsn.core.samplers.chain import visited
 from ncsn.model import build
 from ncsn.model.checkpoint import TrainedNetwork
-from ncsn.model.generate import generate, sampled
-from ncsn.model.guidance import evaluations_per_image
+from ncsn.model.generate import evaluations_per_image, generate, sampled
 
 TEXT = """
 name: tiny

@@ -16,8 +16,15 @@ from ncsn.core.keyed_random import KeyedNoise
 from ncsn.model import build, checkpoint
 from ncsn.model.checkpoint import TrainedNetwork, weights_digest
 from ncsn.model.classes import Classes
-from ncsn.model.generate import generate, image_labels, level_images, sampled
-from ncsn.model.guidance import evaluations_per_image, guide_of, sampling_facts
+from ncsn.model.generate import (
+    evaluations_per_image,
+    generate,
+    guide_of,
+    image_labels,
+    level_images,
+    sampled,
+    sampling_facts,
+)
 from ncsn.model.trained import load_for_generation, load_trained, save_trained
 
 TEXT = """

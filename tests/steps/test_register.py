@@ -12,7 +12,7 @@ from refused import refused
 from ncsn import storage
 from ncsn.config import Config, from_yaml, to_yaml
 from ncsn.errors import NotFound
-from ncsn.model import checkpoint, index
+from ncsn.model import checkpoint
 from ncsn.report.images import grid_png
 from ncsn.steps import ingest, register
 from ncsn.tracking import registry
@@ -145,7 +145,7 @@ def test_version_that_was_deleted_is_registered_anew(config, saved, evaluate):
 
 def test_checkpoint_of_another_config_is_refused(config, saved, evaluate):
     other = from_yaml(to_yaml(config), overrides=["noise.num_levels=3"])
-    with refused(saved, error=index.CheckpointError) as caught:
+    with refused(saved, error=checkpoint.CheckpointError) as caught:
         register.run(other, run="other", checkpoint=saved, evaluation=evaluate(5.0))
     assert "noise.num_levels" in str(caught.value)
 

@@ -21,8 +21,7 @@ from ncsn.errors import NotFound
 from ncsn.evaluation.extractors.base import Identity
 from ncsn.evaluation.frechet import FrechetStatistics
 from ncsn.evaluation.reference import Evaluator, Reference
-from ncsn.model.averages import build_average
-from ncsn.model.candidates import Weights, find_weights
+from ncsn.model.averages import Weights, build_average, find_weights
 from ncsn.model.checkpoint import load_for_sampling
 from ncsn.runs.folder import RunFolder, run_folder
 from ncsn.steps import select

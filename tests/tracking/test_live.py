@@ -20,7 +20,7 @@ from ncsn.tracking import live, mlflow_runs
 from ncsn.tracking.client import connect
 from ncsn.tracking.live import LiveMetrics
 from ncsn.tracking.mlflow_runs import close_run, step_run, steps_of_run
-from ncsn.training import previews
+from ncsn.training import monitor
 from ncsn.training.loop import TrainingJob
 
 DIES = """
@@ -160,7 +160,7 @@ def test_a_step_does_not_fail_without_the_server_at_its_end(make_config, server,
 @pytest.mark.usefixtures("quick")
 def test_training_does_not_notice_that_the_server_is_killed(make_config, server, monkeypatch, tmp_path):
     """The same curves and weights as a training that sends nothing, and every point of it once on the server."""
-    monkeypatch.setattr(previews, "SHARE", 100.0)
+    monkeypatch.setattr(monitor, "SHARE", 100.0)
     overrides = ["train.num_images=200", "train.checkpoint_every_images=100"]
     config = make_config(f"tracking.uri={server.url}", *overrides)
     dataset = write_dataset(open_source(config.data), str(tmp_path / "data"), name="digits", data=config.data).uri

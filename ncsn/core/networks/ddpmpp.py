@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ncsn.core.networks.base import ConditionTerms, PreconditionedNetwork, attend, num_groups
 from ncsn.core.networks.normalization import KeyedDropout
-from ncsn.core.networks.preconditioned import ConditionTerms, PreconditionedNetwork, attend, num_groups
 from ncsn.errors import InvalidValue
 
 _EPS = 1e-6  # of all group norms

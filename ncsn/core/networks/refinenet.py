@@ -1,17 +1,256 @@
-"""The RefineNets of NCSN (2019) and NCSNv2 (2020)."""
+"""The RefineNets of NCSN (2019, appendix A) and NCSNv2 (2020, appendix A).
+
+Modules are registered in the order of the released code, because its optimizer states number parameters by it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from ncsn.core.networks.blocks import RefineBlock, ResidualStage, average_pool, check_size, conv3x3, elu, max_pool
-from ncsn.core.networks.entry import ContinuousNetwork, check_conditions, check_levels
+from ncsn.core.networks.base import ContinuousNetwork, check_conditions, check_levels
 from ncsn.core.networks.normalization import ConditionalInstanceNormPlus, InstanceNormPlus, NormFactory
+from ncsn.errors import InvalidValue
+
+
+def elu(x: Tensor) -> Tensor:
+    """Compute x where x is positive, else exp(x) - 1."""
+    # PyTorch's elu saves its argument. This one saves its result, which the next layer saves too, and its backward pass
+    # has no exponential. In bfloat16 a derivative far below 1 is then accurate to a percent.
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return functional.elu(x)
+    y: Tensor = _Elu.apply(x)
+    return y
+
+
+class _Elu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = functional.elu(x)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (y,) = ctx.saved_tensors
+        x_gradient: Tensor = torch.ops.aten.elu_backward(gradients[0], 1.0, 1.0, 1.0, True, y)
+        return x_gradient
+
+
+Pool = Callable[[Tensor], Tensor]
+
+
+def average_pool(x: Tensor) -> Tensor:
+    """5x5 mean with stride 1, over zeros outside the map too; NCSN's chained pooling."""
+    if x.device.type != "cpu":
+        return functional.avg_pool2d(x, kernel_size=5, stride=1, padding=2, count_include_pad=True)
+    # On a CPU PyTorch's pooling takes 10 times as long as a convolution with ones, and its backward pass 20 times.
+    channels = x.shape[1]
+    return functional.conv2d(x, x.new_ones(1, 1, 5, 5).expand(channels, 1, 5, 5), padding=2, groups=channels) / 25
+
+
+def max_pool(x: Tensor) -> Tensor:
+    """5x5 maximum with stride 1; NCSNv2's chained pooling."""
+    # On a CPU the NCHW kernel is 10 times slower than the channels-last one and both reorderings.
+    x = x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x
+    return functional.max_pool2d(x, kernel_size=5, stride=1, padding=2).contiguous()
+
+
+def conv3x3(in_channels: int, out_channels: int, *, dilation: int = 1, bias: bool = True) -> nn.Conv2d:
+    """A 3x3 convolution that keeps height and width."""
+    return nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=dilation, dilation=dilation, bias=bias)
+
+
+def check_size(x: Tensor, *, halvings: int) -> None:
+    """Raise InvalidValue unless height and width can be halved `halvings` times."""
+    step = 2**halvings
+    if x.shape[2] % step or x.shape[3] % step:
+        raise InvalidValue(
+            f"this network needs a height and width divisible by {step}, got {x.shape[2]} x {x.shape[3]} pixels"
+        )
+
+
+class _PooledConv(nn.Module):
+    """An undilated convolution followed by a 2x2 mean pool."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu":
+            return functional.avg_pool2d(self.conv(x), kernel_size=2)
+        # Each pooled pixel is a convolution with the mean of the kernel at four places, at every second pixel. On a CPU
+        # the pooling took longer than the convolution.
+        wide = functional.pad(self.conv.weight, (1, 1, 1, 1))
+        weight = (wide[..., 1:, :] + wide[..., :-1, :]) / 4
+        weight = weight[..., 1:] + weight[..., :-1]
+        return functional.conv2d(x, weight, self.conv.bias, stride=2, padding=self.conv.padding)
+
+
+class ResidualBlock(nn.Module):
+    """Pre-activation residual block: shortcut(x) + conv2(ELU(norm2(conv1(ELU(norm1(x)))))).
+
+    Args:
+        down: Change the channels, and halve height and width unless dilated: with dilation the size stays.
+        dilation: Of all 3x3 convolutions.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, *, norm: NormFactory, down: bool = False, dilation: int | None = None
+    ) -> None:
+        super().__init__()
+        assert down or in_channels == out_channels
+        spread = dilation or 1
+        middle = in_channels if down else out_channels
+        conv2 = conv3x3(middle, out_channels, dilation=spread)
+        halves = down and dilation is None
+        self.conv1 = conv3x3(in_channels, middle, dilation=spread)
+        self.normalize2 = norm(middle)
+        self.conv2 = _PooledConv(conv2) if halves else conv2
+        if halves:
+            self.shortcut: nn.Module | None = _PooledConv(nn.Conv2d(in_channels, out_channels, kernel_size=1))
+        elif down:
+            self.shortcut = conv3x3(in_channels, out_channels, dilation=spread)
+        else:
+            self.shortcut = None
+        self.normalize1 = norm(in_channels)
+
+    def forward(self, x: Tensor, level: Tensor) -> Tensor:
+        """Transform x [B, in_channels, H, W] at level int64 [B]."""
+        h: Tensor = self.conv1(elu(self.normalize1(x, level)))
+        h = self.conv2(elu(self.normalize2(h, level)))
+        return h + (x if self.shortcut is None else self.shortcut(x))
+
+
+class ResidualStage(nn.ModuleList):
+    """Two residual blocks, of which the first may change channels and size."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, *, norm: NormFactory, down: bool = False, dilation: int | None = None
+    ) -> None:
+        first = ResidualBlock(in_channels, out_channels, norm=norm, down=down, dilation=dilation)
+        super().__init__([first, ResidualBlock(out_channels, out_channels, norm=norm, dilation=dilation)])
+
+    def forward(self, x: Tensor, level: Tensor) -> Tensor:
+        """Transform x [B, in_channels, H, W] at level int64 [B]."""
+        for block in self:
+            x = block(x, level)
+        return x
+
+
+def _normalized(norm: nn.Module | None, x: Tensor, level: Tensor) -> Tensor:
+    if norm is None:
+        return x
+    normalized: Tensor = norm(x, level)
+    return normalized
+
+
+class ResidualConvUnit(nn.Module):
+    """RCU: blocks of x + conv(ELU(norm(conv(ELU(norm(x)))))), without biases."""
+
+    def __init__(self, channels: int, *, num_blocks: int, norm: NormFactory | None) -> None:
+        super().__init__()
+        self.num_blocks = num_blocks
+        for block in range(1, num_blocks + 1):
+            for stage in (1, 2):
+                self.add_module(f"{block}_{stage}_norm", norm(channels) if norm is not None else None)
+                self.add_module(f"{block}_{stage}_conv", conv3x3(channels, channels, bias=False))
+
+    def forward(self, x: Tensor, level: Tensor) -> Tensor:
+        """Transform x [B, channels, H, W] at level int64 [B]."""
+        for block in range(1, self.num_blocks + 1):
+            h = x
+            for stage in (1, 2):
+                h = elu(_normalized(getattr(self, f"{block}_{stage}_norm"), h, level))
+                h = getattr(self, f"{block}_{stage}_conv")(h)
+            x = x + h
+        return x
+
+
+class _ConvsThenNorms(nn.Module):
+    """Pairs of a normalization and a convolution, registered convolutions first."""
+
+    def __init__(self, convs: Sequence[nn.Conv2d], *, norm: NormFactory | None) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(convs)
+        self.norms = nn.ModuleList(norm(conv.in_channels) for conv in convs) if norm is not None else None
+
+    def _normalized(self, index: int, x: Tensor, level: Tensor) -> Tensor:
+        return x if self.norms is None else _normalized(self.norms[index], x, level)
+
+
+class MultiScaleFusion(_ConvsThenNorms):
+    """MSF: the sum of conv(norm(x_k)), each resized to one size by bilinear interpolation with aligned corners."""
+
+    def __init__(self, in_channels: Sequence[int], out_channels: int, *, norm: NormFactory | None) -> None:
+        super().__init__([conv3x3(channels, out_channels) for channels in in_channels], norm=norm)
+
+    def forward(self, xs: Sequence[Tensor], level: Tensor, size: torch.Size) -> Tensor:
+        """Fuse xs, each [B, in_channels[k], H_k, W_k], to [B, out_channels, *size]."""
+        terms = []
+        for index, x in enumerate(xs):
+            h = self.convs[index](self._normalized(index, x, level))
+            if h.shape[2:] != size:
+                # Back in the maps' type, since autocast on a GPU interpolates in float32.
+                h = functional.interpolate(h, size=tuple(size), mode="bilinear", align_corners=True).to(h.dtype)
+            terms.append(h)
+        return torch.stack(terms).sum(dim=0) if len(terms) > 2 else terms[0] + terms[1]
+
+
+class ChainedResidualPooling(_ConvsThenNorms):
+    """CRP: x = ELU(x), then twice p = conv(pool(norm(p))), x = x + p, where p starts as x. The pool keeps the size."""
+
+    def __init__(self, channels: int, *, norm: NormFactory | None, pool: Pool) -> None:
+        super().__init__([conv3x3(channels, channels, bias=False) for _ in range(2)], norm=norm)
+        self._pool = pool
+
+    def forward(self, x: Tensor, level: Tensor) -> Tensor:
+        """Transform x [B, channels, H, W] at level int64 [B]."""
+        x = pooled = elu(x)
+        for index, conv in enumerate(self.convs):
+            pooled = conv(self._pool(self._normalized(index, pooled, level)))
+            x = x + pooled
+        return x
+
+
+class RefineBlock(nn.Module):
+    """RefineNet block: an RCU per input, their fusion, chained pooling, and an output RCU.
+
+    Args:
+        in_channels: Of each input: [encoder, previous refine block], or the encoder alone.
+        end: Whether this is the last block, which has three output blocks instead of one.
+    """
+
+    def __init__(
+        self,
+        in_channels: Sequence[int],
+        out_channels: int,
+        *,
+        norm: NormFactory | None,
+        pool: Pool,
+        end: bool = False,
+    ) -> None:
+        super().__init__()
+        assert len(in_channels) == 2 or list(in_channels) == [out_channels]
+        self.adapt_convs = nn.ModuleList(ResidualConvUnit(c, num_blocks=2, norm=norm) for c in in_channels)
+        self.output_convs = ResidualConvUnit(out_channels, num_blocks=3 if end else 1, norm=norm)
+        if len(in_channels) > 1:
+            self.msf = MultiScaleFusion(in_channels, out_channels, norm=norm)
+        self.crp = ChainedResidualPooling(out_channels, norm=norm, pool=pool)
+
+    def forward(self, xs: Sequence[Tensor], level: Tensor) -> Tensor:
+        """Refine xs to [B, out_channels, H, W] of the first input's size."""
+        adapted = [adapt(x, level) for adapt, x in zip(self.adapt_convs, xs, strict=True)]
+        fused = self.msf(adapted, level, xs[0].shape[2:]) if len(adapted) > 1 else adapted[0]
+        refined: Tensor = self.output_convs(self.crp(fused, level), level)
+        return refined
+
 
 Depth = Literal["standard", "deeper", "deepest"]
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ncsn.core.networks.base import ConditionTerms, PreconditionedNetwork, attend, num_groups
 from ncsn.core.networks.normalization import KeyedDropout, group_norm_by_image
-from ncsn.core.networks.preconditioned import ConditionTerms, PreconditionedNetwork, attend, num_groups
 from ncsn.errors import InvalidValue
 
 # The embedding's frequencies per unit of ln(sigma) / 4, which spans about two units over a useful schedule: the lowest

@@ -9,13 +9,13 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional
 
-from ncsn.core.networks.blocks import (
+from ncsn.core.networks.normalization import ConditionalInstanceNormPlus
+from ncsn.core.networks.refinenet import (
     MultiScaleFusion,
     average_pool,
     elu,
     max_pool,
 )
-from ncsn.core.networks.normalization import ConditionalInstanceNormPlus
 
 NORM = partial(ConditionalInstanceNormPlus, num_levels=3)
 LEVEL = torch.tensor([0, 2])

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ncsn.core.networks.base import check_levels
 from ncsn.core.networks.ddpmpp import DdpmppNetwork
-from ncsn.core.networks.entry import check_levels
 from ncsn.core.networks.refinenet import NcsnNetwork, NcsnV2Network
 from ncsn.core.networks.unet import UnetNetwork
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ncsn.core.networks.base import ConditionTerms, PreconditionedNetwork, num_groups
 from ncsn.core.networks.ddpmpp import DdpmppNetwork
-from ncsn.core.networks.preconditioned import ConditionTerms, PreconditionedNetwork, num_groups
 from ncsn.core.networks.unet import UnetNetwork
 
 SIGMA = torch.tensor([1.0, 0.3, 0.1, 0.03])

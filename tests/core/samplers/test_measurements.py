@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy.ndimage import gaussian_filter
 
-from ncsn.core.samplers.measurements import KnownPixels, Operator, blur, means, peak_signal_to_noise
+from ncsn.core.samplers.restoration import KnownPixels, Operator, blur, means, peak_signal_to_noise
 
 SIZE = 12
 

@@ -12,8 +12,15 @@ from ncsn.core.keyed_random import KeyedNoise
 from ncsn.core.samplers.chain import sample
 from ncsn.core.samplers.guidance import Guided
 from ncsn.core.samplers.level_grid import karras_sigmas
-from ncsn.core.samplers.measurements import KnownPixels, means
-from ncsn.core.samplers.restoration import Covariance, Diverged, Measured, gaussian_variance, restored
+from ncsn.core.samplers.restoration import (
+    Covariance,
+    Diverged,
+    KnownPixels,
+    Measured,
+    gaussian_variance,
+    means,
+    restored,
+)
 from ncsn.core.samplers.settings import DpmSolver, KarrasHeun, Sampler
 
 RHO, KNOWN, HIGH, LOW = 0.8, 1.3, 40.0, 0.002
