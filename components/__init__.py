@@ -1,4 +1,4 @@
-"""The pipeline's steps as KFP components, one file each, and what they share.
+"""What the tasks of the pipelines, in `components.tasks`, share.
 
 A component passes the canonical config, the name of the run and the URIs of its inputs to one function of `ncsn.steps`.
 The data is in the store; a KFP artifact is the step's result as JSON, with the URIs in its metadata.
@@ -8,7 +8,6 @@ import base64
 import dataclasses
 import json
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,6 @@ from typing import Any
 from kfp import dsl
 
 IMAGE = os.environ.get("NCSN_IMAGE", "ncsn-python:0.1.0")  # of every task, read at compile time
-
-_HEADLINE = re.compile(r"eval/[\w-]+_(score|score_std|fid|kid)_n\d+")
 
 
 def experiment(config: str, run: str) -> tuple[Any, str]:
@@ -103,11 +100,6 @@ def publish_metrics(metrics: dsl.Metrics, values: Mapping[str, float | None]) ->
     for name, value in known.items():
         metrics.log_metric(name, value)
     Path(metrics.path).write_text(json.dumps(known, indent=1))
-
-
-def headline(values: Mapping[str, float]) -> dict[str, float]:
-    """The metrics by which KFP's page compares runs: scores and distances, of samples and of real images."""
-    return {name: value for name, value in values.items() if _HEADLINE.fullmatch(name)}
 
 
 def publish_pictures(page: dsl.HTML, pictures: Mapping[str, bytes]) -> None:

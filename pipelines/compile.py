@@ -16,8 +16,7 @@ from kfp import compiler
 from ncsn.config import Config
 from ncsn.config.compute import ComputeConfig, bytes_of
 from ncsn.remote.manifest import GPU
-from pipelines.sample_pipeline import sample_pipeline
-from pipelines.train_pipeline import train_pipeline
+from pipelines.definitions import sample_pipeline, train_pipeline
 
 COMPILED = Path(__file__).parent / "compiled"
 PIPELINES = {"train_pipeline": train_pipeline, "sample_pipeline": sample_pipeline}

@@ -1,25 +1,160 @@
-"""Starts a pipeline on a Kubeflow cluster, once or on a schedule."""
+"""Starts a pipeline on a Kubeflow cluster, once or on a schedule.
+
+Credentials come from the environment or from the token that Kubernetes mounts in a pod, never from an argument.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import io
+import json
+import os
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
 import kfp_server_api
 import urllib3
 import yaml
+from kfp.client import Client, ServiceAccountTokenVolumeCredentials
 
 from ncsn.config import NOT_YAML, Config
 from ncsn.errors import UserError
+from ncsn.remote.backend import message_of
 from pipelines.compile import PIPELINES, compile_one
-from pipelines.connection import Connection, KfpError, reason_of
 
+ENDPOINT = "KF_PIPELINES_ENDPOINT"
+UI_ENDPOINT = "KF_PIPELINES_UI_ENDPOINT"
+TOKEN = "NCSN_KFP_TOKEN"  # noqa: S105 - the name of a variable
+COOKIE = "NCSN_KFP_COOKIE"
+TOKEN_PATH = "KF_PIPELINES_SA_TOKEN_PATH"  # noqa: S105 - the name of a variable
+POD_TOKEN = Path("/var/run/secrets/kubeflow/pipelines/token")
+POD_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
+TIMEOUT_SECONDS = 10
 _FIELDS = 5  # of a schedule as people write it: minute, hour, day, month, weekday
+
+
+class KfpError(UserError):
+    """The Kubeflow Pipelines API cannot be used as configured."""
+
+
+class KfpRefusalError(KfpError):
+    """The API refuses the credentials."""
+
+
+@dataclass(frozen=True)
+class Connection:
+    """A client whose server has answered."""
+
+    client: Client
+    host: str
+    namespace: str | None  # the user's; None where the server knows no users
+    version: str
+
+    def run_url(self, run_id: str, *, kind: str = "runs") -> str:
+        """The page of a run, or of a schedule, whose `kind` is `recurringrun`."""
+        return f"{os.environ.get(UI_ENDPOINT, self.host).rstrip('/')}/#/{kind}/details/{run_id}"
+
+
+def connect(host: str | None, *, namespace: str | None = None) -> Connection:
+    """A client of the server at `host`, None = KF_PIPELINES_ENDPOINT, after it has answered.
+
+    A Kubeflow of several users needs a namespace; None = that of this pod.
+    """
+    address, (source, token, cookie, file) = _endpoint(host), _credentials()
+    bearer = token or (file.read_text().strip() if file else None)
+    headers = {"Authorization": f"Bearer {bearer}"} if bearer else {"Cookie": cookie} if cookie else {}
+    health = _health(address, headers, source)
+    if health.get("multi_user"):
+        namespace = namespace or (POD_NAMESPACE.read_text().strip() if POD_NAMESPACE.exists() else None)
+        if namespace is None:
+            raise KfpError("--namespace", f"missing, and {address} serves several users", hint="pass your profile")
+    elif namespace is not None:
+        reason = f"{address} serves one user and has no namespaces"
+        raise KfpError("--namespace", reason, hint="leave it out", value=namespace)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it needs a server of version 2
+        client = Client(
+            host=address,
+            namespace=namespace or "kubeflow",
+            existing_token=token,
+            cookies=cookie,
+            credentials=ServiceAccountTokenVolumeCredentials(str(file)) if file else None,
+        )
+    version = health.get("tag_name") or health.get("apiServerTagName")  # the latter through ml-pipeline-ui
+    return Connection(client, address, namespace, str(version or "unknown version"))
+
+
+def _credentials() -> tuple[str, str | None, str | None, Path | None]:
+    """Where they come from, and a token, the cookie of a session in the browser, or a file, which is renewed."""
+    if token := os.environ.get(TOKEN):
+        return TOKEN, token, None, None
+    if cookie := os.environ.get(COOKIE):
+        return COOKIE, None, cookie, None
+    if named := os.environ.get(TOKEN_PATH):
+        if not os.access(named, os.R_OK):
+            hint = "mount the token of the service account there"
+            raise KfpError(TOKEN_PATH, "cannot be read", hint=hint, value=named)
+        return TOKEN_PATH, None, None, Path(named)
+    if os.access(POD_TOKEN, os.R_OK):
+        return str(POD_TOKEN), None, None, POD_TOKEN
+    return "no credentials", None, None, None
+
+
+def _endpoint(host: str | None) -> str:
+    """The address of the API: `host`, else the environment's."""
+    address, name = (host or os.environ.get(ENDPOINT, "")).rstrip("/"), "--host" if host else ENDPOINT
+    if not address:
+        example = "http://localhost:8080 after `kubectl port-forward -n kubeflow svc/ml-pipeline-ui 8080:80`"
+        raise KfpError("--host", "no Kubeflow given", hint=f"pass it or set {ENDPOINT}, for example {example}")
+    try:
+        parts = urlsplit(address if "://" in address else f"https://{address}")
+    except ValueError as error:
+        raise KfpError(name, f"not an address: {error}", value=address) from None
+    if parts.username or parts.password:
+        shown = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+        hint = f"leave them out, and set {TOKEN} or {COOKIE} in the environment"
+        raise KfpError(name, "contains a user or a password", hint=hint, value=shown)
+    return urlunsplit(parts)
+
+
+def reason_of(error: Exception) -> str:
+    """The server's message, or how the connection failed."""
+    if not isinstance(error, kfp_server_api.ApiException):
+        return f"no answer ({str(error).rpartition(': ')[2]})"
+    return f"{message_of(error)} ({error.status})"
+
+
+def _health(address: str, headers: dict[str, str], source: str) -> dict[str, object]:
+    """The server's answer to healthz. KFP's client asks too, but for half a minute and without a message."""
+    url = f"{address}/apis/v2beta1/healthz"
+    try:
+        response = urllib3.request("GET", url, headers=headers, timeout=TIMEOUT_SECONDS, retries=False, redirect=False)
+    except urllib3.exceptions.HTTPError as error:
+        hint = f"check --host or {ENDPOINT}, and that a port-forward is still running"
+        raise KfpError(address, f"does not answer ({str(error).rpartition(': ')[2]})", hint=hint) from None
+    except ValueError:
+        raise KfpError(source, "holds what no header of a request may hold", hint="set it again") from None
+    status = response.status
+    if status in (401, 403) or 300 <= status < 400:
+        what = "refuses" if status > 400 else "sends to a login page:"
+        hint = f"set {TOKEN} or {COOKIE} in the environment, or {TOKEN_PATH} inside a cluster"
+        raise KfpRefusalError(address, f"{what} {source} (HTTP {status})", hint=hint)
+    try:
+        answer = json.loads(response.data) if status == 200 else None
+    except ValueError:
+        answer = None
+    if not isinstance(answer, dict):
+        said = f"HTTP {status} {response.headers.get('Content-Type', '')}"
+        reason = f"not a Kubeflow Pipelines API: {url} answers {said}"
+        raise KfpError(address, reason, hint="check the address and its path")
+    if answer.get("apiServerReady") is False:  # what ml-pipeline-ui says of the API behind it, with status 200
+        raise KfpError(address, "answers, but the API behind it does not", hint="check the Deployment ml-pipeline")
+    return answer
 
 
 @dataclass(frozen=True)
@@ -49,35 +184,26 @@ def require_access(connection: Connection) -> None:
         connection.client.list_experiments(page_size=1, namespace=connection.namespace)
 
 
-def submit(connection: Connection, submission: Submission) -> Submitted:
-    """Start one run."""
-    with package(submission) as (file, arguments), _refusals(connection, f"start {submission.name!r}"):
-        run = connection.client.run_pipeline(
-            experiment_id=connection.experiment_id(submission.experiment),
-            job_name=submission.name,
-            pipeline_package_path=str(file),
-            params=arguments,
-            service_account=submission.service_account,
-        )
-    return Submitted(run.run_id, connection.run_url(run.run_id), submission.experiment)
-
-
-def schedule(connection: Connection, submission: Submission, *, every: str) -> Submitted:
-    """Start a run at the times of a cron expression in UTC, one at a time; times that were missed are skipped."""
-    cron = f"0 {every.strip()}" if len(every.split()) == _FIELDS else every  # KFP's first field is the second
-    with package(submission) as (file, arguments), _refusals(connection, f"schedule {submission.name!r} by {every!r}"):
-        recurring = connection.client.create_recurring_run(
-            experiment_id=connection.experiment_id(submission.experiment),
-            job_name=submission.name,
-            cron_expression=cron,
-            max_concurrency=1,
-            no_catchup=True,
-            params=arguments,
-            pipeline_package_path=str(file),
-            service_account=submission.service_account,
-        )
-    url = connection.run_url(recurring.recurring_run_id, kind="recurringrun")
-    return Submitted(recurring.recurring_run_id, url, submission.experiment)
+def submit(connection: Connection, submission: Submission, *, every: str | None = None) -> Submitted:
+    """Start one run; with `every`, a cron expression in UTC, one at a time at those times, none for those missed."""
+    doing = f"start {submission.name!r}" if every is None else f"schedule {submission.name!r} by {every!r}"
+    with package(submission) as (file, arguments), _refusals(connection, doing):
+        client, namespace = connection.client, connection.namespace
+        settings: dict[str, Any] = {
+            "experiment_id": client.create_experiment(submission.experiment, namespace=namespace).experiment_id,
+            "job_name": submission.name,
+            "pipeline_package_path": str(file),
+            "params": arguments,
+            "service_account": submission.service_account,
+        }
+        if every is None:
+            started = client.run_pipeline(**settings).run_id
+        else:
+            cron = f"0 {every.strip()}" if len(every.split()) == _FIELDS else every  # KFP's first field is the second
+            settings |= {"cron_expression": cron, "max_concurrency": 1, "no_catchup": True}
+            started = client.create_recurring_run(**settings).recurring_run_id
+    url = connection.run_url(started, kind="recurringrun" if every else "runs")
+    return Submitted(started, url, submission.experiment)
 
 
 @contextlib.contextmanager
@@ -91,7 +217,13 @@ def package(submission: Submission) -> Iterator[tuple[Path, dict[str, Any]]]:
         path = compile_one(name, Path(folder), submission.config)
         spec, *platforms = yaml.safe_load_all(path.read_text())
         arguments = arguments_for(spec, submission.arguments)
-        _set_caching(spec, cache=submission.cache, known=submission.known)
+        # In all graphs; KFP's client would miss the tasks inside an exit handler.
+        for component in (spec["root"], *spec["components"].values()):
+            for task_name, task in component.get("dag", {}).get("tasks", {}).items():
+                if not submission.cache:
+                    task["cachingOptions"] = {}
+                elif task_name in submission.known:
+                    task["cachingOptions"] = {"enableCache": True}
         path.write_text(yaml.safe_dump_all([spec, *platforms], sort_keys=True))
         yield path, arguments
 
@@ -111,16 +243,6 @@ def arguments_for(spec: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str
         return {name: yaml.safe_load(value) if is_yaml[name] else value for name, value in given.items()}
     except NOT_YAML as error:
         raise UserError("--param", f"not valid YAML: {error}", value=dict(given)) from None
-
-
-def _set_caching(spec: dict[str, Any], *, cache: bool, known: Sequence[str]) -> None:
-    # In all graphs; KFP's client would miss the tasks inside an exit handler.
-    for component in (spec["root"], *spec["components"].values()):
-        for name, task in component.get("dag", {}).get("tasks", {}).items():
-            if not cache:
-                task["cachingOptions"] = {}
-            elif name in known:
-                task["cachingOptions"] = {"enableCache": True}
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from ncsn.remote.kubernetes import KubernetesApi
 from ncsn.remote.launcher import RUN_ID_LABEL
 from ncsn.remote.pods import troubles_of_run
 from ncsn.storage.retry import Retry
-from pipelines.connection import Connection, KfpError, reason_of
+from pipelines.submit import Connection, KfpError, reason_of
 
 SUCCEEDED = ("SUCCEEDED", "SKIPPED")
 ENDED = (*SUCCEEDED, "FAILED", "CANCELED")

@@ -70,7 +70,7 @@ def report(findings: list[Finding], *, as_json: bool) -> bool:
 
 
 def _base_checks(config: Config, host: str | None, namespace: str | None) -> Iterator[Check]:
-    from pipelines.connection import ENDPOINT, TOKEN, KfpRefusalError
+    from pipelines.submit import ENDPOINT, TOKEN, KfpRefusalError
 
     root = storage.absolute(config.storage.root)
     keys = "export AWS_ENDPOINT_URL=http://HOST:PORT AWS_ACCESS_KEY_ID=... AWS_SECRET_ACCESS_KEY=..."
@@ -123,7 +123,7 @@ def _check_ray() -> str:
 
 def _check_data(config: Config, host: str | None) -> str:
     from ncsn.data.sources.base import list_files, required_root
-    from pipelines.connection import ENDPOINT
+    from pipelines.submit import ENDPOINT
 
     source, root = config.data.source, config.data.root
     if source.startswith("sklearn_"):
@@ -143,8 +143,7 @@ def _check_data(config: Config, host: str | None) -> str:
 
 
 def _check_kfp(host: str | None, namespace: str | None) -> str:
-    from pipelines.connection import ENDPOINT, connect
-    from pipelines.submit import require_access
+    from pipelines.submit import ENDPOINT, connect, require_access
 
     if not host and not os.environ.get(ENDPOINT):
         raise NotConfigured(f"neither --host nor {ENDPOINT}")

@@ -73,8 +73,7 @@ def submit_command(
     names their store, and any other --set changes the model's config. `--param evaluated=true` measures them too.
     """
     from ncsn.cli.submission import prepare, why_it_failed
-    from pipelines.connection import connect
-    from pipelines.submit import package, schedule, submit
+    from pipelines.submit import connect, package, submit
 
     if every and waits:
         raise UserError("--wait", "waits for one run, but --every starts many", hint="leave out one of them")
@@ -85,7 +84,7 @@ def submit_command(
         click.echo(compile_only)
         return
     connection = connect(host, namespace=namespace)
-    started = schedule(connection, submission, every=every) if every else submit(connection, submission)
+    started = submit(connection, submission, every=every)
     click.echo(json.dumps(asdict(started)) if as_json else started.url)
     if waits:
         from pipelines.wait import wait

@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +14,8 @@ from kfp import dsl, kubernetes
 from kfp.compiler import Compiler
 from refused import refused
 
-from components import (
-    experiment,
-    headline,
-    pass_on,
-    publish,
-    publish_metrics,
-    publish_pictures,
-    run_task,
-)
-from components.evaluate import evaluate
-from components.ingest import ingest
-from components.sample import sample
-from components.train import train
-from components.tune import tune
+from components import experiment, pass_on, publish_metrics, publish_pictures, run_task
+from components.tasks import evaluate, ingest, sample, train, tune
 from ncsn.config import from_yaml, to_json
 from ncsn.errors import InvalidValue, NotFound
 from ncsn.process import KFP_RUN_ID
@@ -38,12 +25,6 @@ from ncsn.runs.records import Outcome, read_outcome, read_step
 
 ROOT = Path(__file__).parents[2]
 DIGITS = (ROOT / "configs" / "digits.yaml").read_text()
-
-
-@dataclass(frozen=True)
-class Result:
-    uri: str
-    count: int
 
 
 def test_ingest_hands_over_the_data_set(tmp_path: Path) -> None:
@@ -138,25 +119,13 @@ def test_a_search_that_nobody_asked_for_hands_on_what_it_got(tmp_path: Path, mon
     assert all((tmp_path / name).read_text() for name in ("search", "plots", "metrics"))
 
 
-def test_publish_writes_the_result_and_its_uris(tmp_path: Path) -> None:
-    artifact = dsl.Artifact(uri=str(tmp_path / "artifact"))
-    publish(artifact, Result("/x", 3), uri="/x")
-    assert json.loads(Path(artifact.path).read_text()) == {"uri": "/x", "count": 3}
-    assert artifact.metadata == {"uri": "/x"}
-
-
-def test_metrics_without_a_value_are_left_out(tmp_path: Path) -> None:
-    metrics = dsl.Metrics(uri=str(tmp_path / "metrics"))
+def test_metrics_have_a_value_and_pictures_are_inside_the_page(tmp_path: Path) -> None:
+    metrics, page = dsl.Metrics(uri=str(tmp_path / "metrics")), dsl.HTML(uri=str(tmp_path / "page"))
     publish_metrics(metrics, {"train/loss": None, "train/images_seen": 5})
     assert metrics.metadata == json.loads(Path(metrics.path).read_text()) == {"train/images_seen": 5.0}
-
-
-def test_pictures_are_inside_the_page(tmp_path: Path) -> None:
-    page = dsl.HTML(uri=str(tmp_path / "page"))
     publish_pictures(page, {"samples": b"PNG"})
     text = Path(page.path).read_text()
-    assert "data:image/png;base64,UE5H" in text
-    assert "http" not in text
+    assert "data:image/png;base64,UE5H" in text and "http" not in text
 
 
 def test_a_run_without_a_name_is_named_after_kfps(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,15 +136,6 @@ def test_a_run_without_a_name_is_named_after_kfps(monkeypatch: pytest.MonkeyPatc
     monkeypatch.delenv(KFP_RUN_ID)
     with refused("run"):
         experiment(DIGITS, "")
-
-
-def test_kfp_compares_runs_by_a_few_figures() -> None:
-    figures = {
-        "eval/classifier_fid_n16": 1.0,
-        "eval/real_inception_score_std_n50000": 2.0,
-        "eval/classifier_recall_n16": 3.0,
-    }
-    assert set(headline(figures)) == {"eval/classifier_fid_n16", "eval/real_inception_score_std_n50000"}
 
 
 def test_what_is_set_on_a_task_is_left_for_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:

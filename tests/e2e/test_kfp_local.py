@@ -11,7 +11,7 @@ from kfp import local
 from ncsn.config import from_yaml, to_json
 from ncsn.distributed.cluster import ray_cluster
 from ncsn.runs.steps import STEPS
-from pipelines.train_pipeline import train_pipeline
+from pipelines.definitions import train_pipeline
 
 RUN = "by-kfp"
 
@@ -42,7 +42,8 @@ def test_the_tasks_hand_on_what_the_steps_store(workplace, tmp_path: Path) -> No
     assert metadata["register", "model"]["uri"] == workplace.result(RUN, "register")["uri"]
     shown, measured = metadata["evaluate", "metrics"], workplace.result(RUN, "evaluate")
     assert shown.items() <= (measured["metrics"] | measured["real_metrics"]).items()
-    assert {"eval/classifier_fid_n16", "eval/real_classifier_fid_n16"} <= set(shown)
+    assert {"eval/classifier_fid_n16", "eval/real_classifier_score_std_n16"} <= set(shown)
+    assert "eval/classifier_recall_n16" in measured["metrics"].keys() - shown.keys()
     page = outputs["sample"]["artifacts"]["pictures"]["artifacts"][0]["uri"]
     assert "data:image/png;base64," in Path(page).read_text()
     assert metadata["finish", "outcome"]["status"] == "FINISHED"

@@ -1,20 +1,116 @@
-"""Submission with KFP's real client to a server that really executes the pipeline."""
+"""Submission with KFP's real client to a server that really executes the pipeline, and who may connect to it."""
 
+import socket
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from kfp import dsl
-from kfp_api import KfpServer, check_spec
+from kfp_api import KfpServer
 from refused import refused
 
 from ncsn.errors import MISSING
 from pipelines import compile as compiled
-from pipelines.connection import KfpError, connect
-from pipelines.submit import Submission, arguments_for, package, schedule, submit
+from pipelines.submit import KfpError, KfpRefusalError, Submission, arguments_for, connect, package, submit
 from pipelines.wait import RunFailed, wait
+
+
+def test_the_environment_names_the_server(kfp_server: KfpServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KF_PIPELINES_ENDPOINT", f"{kfp_server.url}/")
+    for kfp_server.behind_ui in (False, True):
+        connection = connect(None)
+        assert (connection.host, connection.version, connection.namespace) == (kfp_server.url, "2.17.0-emulator", None)
+    monkeypatch.setenv("KF_PIPELINES_UI_ENDPOINT", "https://pages")
+    assert connection.run_url("1") == "https://pages/#/runs/details/1"
+
+
+def test_a_token_a_cookie_and_a_token_file_open_the_door(
+    kfp_server: KfpServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    kfp_server.token, kfp_server.cookie = "secret", "authservice_session=secret"
+    (tmp_path / "token").write_text("secret\n")
+    for variable, value in (
+        ("KF_PIPELINES_SA_TOKEN_PATH", str(tmp_path / "token")),
+        ("NCSN_KFP_COOKIE", "authservice_session=secret"),
+        ("NCSN_KFP_TOKEN", "secret"),
+    ):
+        monkeypatch.setenv(variable, value)
+        assert connect(kfp_server.url).client.list_experiments().experiments is None
+        monkeypatch.delenv(variable)
+
+
+@pytest.mark.parametrize(
+    ("server", "credentials", "said"),
+    [
+        ({}, {}, "HTTP 401"),
+        ({}, {"NCSN_KFP_TOKEN": "mistaken"}, "refuses NCSN_KFP_TOKEN"),
+        ({"login": True}, {}, "login"),
+    ],
+)
+def test_who_is_refused_hears_how_to_get_in(
+    kfp_server: KfpServer,
+    monkeypatch: pytest.MonkeyPatch,
+    server: dict[str, Any],
+    credentials: dict[str, str],
+    said: str,
+) -> None:
+    vars(kfp_server).update(server, token="right")
+    for name, value in credentials.items():
+        monkeypatch.setenv(name, value)
+    with refused(kfp_server.url, error=KfpRefusalError) as caught:
+        connect(kfp_server.url)
+    assert said in str(caught.value) and "mistaken" not in str(caught.value)
+    assert "NCSN_KFP_TOKEN" in caught.value.problems[0].hint
+
+
+def test_a_namespace_is_for_servers_of_several_users(kfp_server: KfpServer) -> None:
+    kfp_server.multi_user = True
+    with refused("--namespace", error=KfpError):
+        connect(kfp_server.url)
+    assert connect(kfp_server.url, namespace="mine").namespace == "mine"
+    kfp_server.multi_user = False
+    with refused("--namespace", error=KfpError):
+        connect(kfp_server.url, namespace="mine")
+
+
+def test_nobody_there(kfp_server: KfpServer) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        nobody = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        with refused(nobody, error=KfpError):
+            connect(nobody)
+    with refused(f"{kfp_server.url}/elsewhere", error=KfpError):
+        connect(f"{kfp_server.url}/elsewhere")
+    kfp_server.ready = False
+    with refused(kfp_server.url, error=KfpError):
+        connect(kfp_server.url)
+
+
+@pytest.mark.parametrize("host", [None, "http://[", "https://me:hunter2@kubeflow.example"])
+def test_what_is_no_address_is_refused_and_a_password_not_repeated(host: str | None) -> None:
+    with refused("--host", error=KfpError) as caught:
+        connect(host)
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("NCSN_KFP_TOKEN", "hunter2\n3"),
+        ("NCSN_KFP_TOKEN", "hunter2 \N{SNOWMAN}"),
+        ("KF_PIPELINES_SA_TOKEN_PATH", "/no/such/token"),
+    ],
+)
+def test_credentials_that_cannot_be_used(
+    kfp_server: KfpServer, monkeypatch: pytest.MonkeyPatch, variable: str, value: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with refused(variable, error=KfpError) as caught:
+        connect(kfp_server.url)
+    assert "hunter2" not in str(caught.value)
 
 
 @dsl.component(base_image="ncsn-python:0.1.0", install_kfp_package=False)
@@ -124,14 +220,6 @@ def test_a_run_that_is_gone_cannot_be_watched(kfp_server: KfpServer) -> None:
     assert "404" in str(caught.value)
 
 
-def test_a_schedule_starts_one_run_at_a_time(kfp_server: KfpServer, tmp_path: Path) -> None:
-    connection = connect(kfp_server.url)
-    made = schedule(connection, submission(tmp_path), every="0 3 * * 1")
-    assert made.url == f"{kfp_server.url}/#/recurringrun/details/{made.id}"
-    recurring = kfp_server.recurring_runs[made.id]
-    assert (recurring["no_catchup"], recurring["max_concurrency"], recurring["mode"]) == (True, 1, "ENABLE")
-
-
 def test_the_server_refuses_in_one_line(kfp_server: KfpServer, tmp_path: Path) -> None:
     connection = connect(kfp_server.url)
     kfp_server.forbidden = True
@@ -179,18 +267,15 @@ def test_caching_reaches_the_tasks_inside_the_exit_handler() -> None:
     ("expression", "kfp"),
     [("0 3 * * 1", "0 0 3 * * 1"), ("30 0 3 1,15 jan-jun *", "30 0 3 1,15 jan-jun *"), ("@daily", "@daily")],
 )
-def test_schedules_have_kfps_form(kfp_server: KfpServer, tmp_path: Path, expression: str, kfp: str) -> None:
-    made = schedule(connect(kfp_server.url), submission(tmp_path), every=expression)
-    assert kfp_server.recurring_runs[made.id]["trigger"] == {"cron_schedule": {"cron": kfp}}
+def test_a_schedule_starts_one_run_at_a_time(kfp_server: KfpServer, tmp_path: Path, expression: str, kfp: str) -> None:
+    made = submit(connect(kfp_server.url), submission(tmp_path), every=expression)
+    assert made.url == f"{kfp_server.url}/#/recurringrun/details/{made.id}"
+    recurring = kfp_server.recurring_runs[made.id]
+    assert recurring["trigger"] == {"cron_schedule": {"cron": kfp}}
+    assert (recurring["no_catchup"], recurring["max_concurrency"], recurring["mode"]) == (True, 1, "ENABLE")
 
 
 def test_kfp_refuses_a_schedule_that_is_none(kfp_server: KfpServer, tmp_path: Path) -> None:
     with refused(kfp_server.url, error=KfpError) as caught:
-        schedule(connect(kfp_server.url), submission(tmp_path), every="every monday")
+        submit(connect(kfp_server.url), submission(tmp_path), every="every monday")
     assert all(fact in str(caught.value) for fact in ("every monday", "6 fields", "400"))
-
-
-def test_the_server_takes_the_committed_pipelines() -> None:
-    for path in compiled.COMPILED.glob("*.yaml"):
-        spec, *platforms = yaml.safe_load_all(path.read_text())
-        check_spec({"pipeline_spec": spec, "platform_spec": platforms[0] if platforms else {}})

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 from kfp_api import KfpServer
 
-from pipelines.connection import connect
-from pipelines.submit import Submission, submit
+from pipelines.submit import Submission, connect, submit
 from pipelines.wait import RunFailed, wait
 
 IMAGE = "registry.example/ncsn-python:lost"

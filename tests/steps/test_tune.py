@@ -16,7 +16,7 @@ from kfp import dsl
 from ray_driver import RayDriver, ray_driver
 from refused import refused
 
-from components.tune import tune as component
+from components.tasks import tune as component
 from ncsn.config import Config, from_json, from_yaml, to_json
 from ncsn.data.dataset import write_dataset
 from ncsn.data.sources import open_source

@@ -1,0 +1,213 @@
+"""The pipeline's steps as KFP components.
+
+A running task does not import this file: KFP ships the source of one function, which imports what it needs inside.
+"""
+
+from functools import partial
+from typing import List, NamedTuple  # noqa: UP035 - the form that KFP reads
+
+from kfp import dsl
+
+from components import IMAGE
+
+# What is set on a task and meant for the pods that it starts. Addresses and volumes are for the task's own pod too,
+# resources for it alone: the config sizes the others. kfp.local passes an empty TaskConfig.
+_PASSED_ON = [
+    dsl.TaskConfigPassthrough(field=field, apply_to_task=own)
+    for field, own in (
+        (dsl.TaskConfigField.KUBERNETES_NODE_SELECTOR, False),
+        (dsl.TaskConfigField.KUBERNETES_TOLERATIONS, False),
+        (dsl.TaskConfigField.KUBERNETES_AFFINITY, False),
+        (dsl.TaskConfigField.RESOURCES, True),
+        (dsl.TaskConfigField.ENV, True),
+        (dsl.TaskConfigField.KUBERNETES_VOLUMES, True),
+    )
+]
+_component = partial(dsl.component, base_image=IMAGE, install_kfp_package=False)
+_may_start_pods = partial(_component, task_config_passthroughs=_PASSED_ON)
+
+
+@_component
+def ingest(
+    config: str, run: str, content: str, dataset: dsl.Output[dsl.Dataset], metrics: dsl.Output[dsl.Metrics]
+) -> None:
+    """Read the images into the store as Parquet, once per content. KFP's cache looks at `content`."""
+    from components import publish, publish_metrics, run_task
+
+    result = run_task("ingest", config, run)
+    publish(dataset, result, display_name=result.digest[:8], uri=result.uri, digest=result.digest, content=content)
+    publish_metrics(metrics, {f"ingest/{split}_images": count for split, count in result.counts.items()})
+
+
+@_may_start_pods
+def tune(
+    config: str,
+    run: str,
+    dataset: dsl.Input[dsl.Dataset],
+    search: dsl.Output[dsl.Artifact],
+    plots: dsl.Output[dsl.HTML],
+    metrics: dsl.Output[dsl.Metrics],
+    task_config: dsl.TaskConfig,
+) -> NamedTuple("Chosen", [("best_config", str), ("best_run", str)]):  # type: ignore[valid-type]
+    """Search for better settings; where the config has no search, hand on what was given."""
+    from components import experiment, publish, publish_metrics, publish_nothing, publish_pictures, run_task
+
+    settings, _ = experiment(config, run)
+    if settings.search is None:
+        publish_nothing(search, plots, metrics)
+        return (config, run)
+    from ncsn.config import to_json
+    from ncsn.steps.tune import trainable
+    from ncsn.storage import read_bytes
+
+    result = run_task("tune", config, run, dataset=dataset, task_config=task_config)
+    publish(search, result, uri=result.uri, config=result.config)
+    publish_pictures(plots, {uri.rpartition("/")[2]: read_bytes(uri) for uri in result.plots})
+    publish_metrics(metrics, {"tune/objective": result.objective, "tune/baseline": result.baseline})
+    return (to_json(trainable(result, settings)), result.run)
+
+
+@_may_start_pods
+def train(
+    config: str,
+    run: str,
+    dataset: dsl.Input[dsl.Dataset],
+    checkpoint: dsl.Output[dsl.Model],
+    metrics: dsl.Output[dsl.Metrics],
+    task_config: dsl.TaskConfig,
+) -> None:
+    """Train the score network on Ray, or resume it."""
+    from components import publish, publish_metrics, run_task
+
+    result = run_task("train", config, run, dataset=dataset, task_config=task_config)
+    shown = f"checkpoint at {result.images_seen:,} images"
+    publish(checkpoint, result, display_name=shown, uri=result.checkpoint, framework="pytorch")
+    figures = {"images_seen": result.images_seen, "loss": result.loss, "images_per_second": result.images_per_second}
+    publish_metrics(metrics, {f"train/{name}": value for name, value in figures.items()})
+
+
+@_may_start_pods
+def sample(
+    config: str,
+    run: str,
+    checkpoint: dsl.Input[dsl.Model],
+    samples: dsl.Output[dsl.Dataset],
+    sampled: dsl.Output[dsl.Model],
+    pictures: dsl.Output[dsl.HTML],
+    metrics: dsl.Output[dsl.Metrics],
+    task_config: dsl.TaskConfig,
+) -> None:
+    """Generate images by the configured sampler, from what `ncsn select` chose since, if it did."""
+    from components import publish, publish_metrics, publish_pictures, run_task
+    from ncsn.storage import read_bytes
+
+    result = run_task("sample", config, run, checkpoint=checkpoint, task_config=task_config)
+    publish(samples, result, display_name=f"{result.num_images:,} images", uri=result.uri)
+    publish(sampled, result, display_name="checkpoint of the images", uri=result.checkpoint, framework="pytorch")
+    publish_pictures(pictures, {"samples": read_bytes(result.grid), "level by level": read_bytes(result.strip)})
+    publish_metrics(metrics, {"sample/num_images": result.num_images, "sample/nfe": result.nfe})
+
+
+@_may_start_pods
+def evaluate(
+    config: str,
+    run: str,
+    dataset: dsl.Input[dsl.Dataset],
+    samples: dsl.Input[dsl.Dataset],
+    evaluation: dsl.Output[dsl.Artifact],
+    metrics: dsl.Output[dsl.Metrics],
+    task_config: dsl.TaskConfig,
+) -> None:
+    """Measure the samples, next to real test images."""
+    import re
+
+    from components import publish, publish_metrics, run_task
+
+    result = run_task("evaluate", config, run, samples=samples, dataset=dataset, task_config=task_config)
+    publish(evaluation, result, uri=result.uri, fingerprint=result.fingerprint)
+    figures = {**result.metrics, **result.real_metrics}
+    shown = r"eval/[\w-]+_(score|score_std|fid|kid)_n\d+"  # KFP's page compares runs by them
+    publish_metrics(metrics, {name: value for name, value in figures.items() if re.fullmatch(shown, name)})
+
+
+@_component
+def register(
+    config: str,
+    run: str,
+    checkpoint: dsl.Input[dsl.Model],
+    evaluation: dsl.Input[dsl.Artifact],
+    model: dsl.Output[dsl.Model],
+    metrics: dsl.Output[dsl.Metrics],
+) -> None:
+    """Register the EMA weights; they become champion if they beat the present one."""
+    from components import publish, publish_metrics, run_task
+
+    result = run_task("register", config, run, checkpoint=checkpoint, evaluation=evaluation)
+    shown = f"{result.model} version {result.version}"
+    publish(model, result, display_name=shown, uri=result.uri, framework="mlflow")
+    publish_metrics(metrics, {"register/promoted": float(result.promoted)})
+
+
+@_component
+def report(config: str, run: str, evaluation: dsl.Input[dsl.Artifact], page: dsl.Output[dsl.HTML]) -> None:
+    """Write one self-contained HTML page about the run."""
+    from pathlib import Path
+
+    from components import run_task
+    from ncsn.storage import read_bytes
+
+    result = run_task("report", config, run, evaluation=evaluation, last=True)
+    Path(page.path).write_bytes(read_bytes(result.uri))
+    page.metadata["uri"] = result.uri
+
+
+@_component
+def finish(
+    config: str,
+    run: str,
+    page: dsl.Output[dsl.Markdown],
+    outcome: dsl.Output[dsl.Artifact],
+    status: dsl.PipelineTaskFinalStatus,
+) -> None:
+    """Cancel unfinished jobs, write the final status to the store and MLflow, and show where everything is."""
+    from pathlib import Path
+
+    from components import experiment, publish
+
+    settings, name = experiment(config, run)
+    from ncsn.process import this_kfp_run
+    from ncsn.steps import finish
+    from ncsn.steps.janitor import forget_this_run
+
+    result = finish.run(settings, run=name, state=status.state, message=status.error_message or "", kfp=this_kfp_run())
+    publish(outcome, result, status=result.status)
+    Path(page.path).write_text(result.page)
+    if result.status != "KILLED":  # else the janitor looks once more, when the pods have had time to end
+        forget_this_run()
+
+
+@_component
+def sample_model(
+    model: str,
+    registry: str,
+    root: str,
+    overrides: List[str],  # noqa: UP006
+    samples: dsl.Output[dsl.Dataset],
+    pictures: dsl.Output[dsl.HTML],
+    metrics: dsl.Output[dsl.Metrics],
+) -> NamedTuple("Sampled", [("config", str), ("run", str)]):  # type: ignore[valid-type]
+    """Generate the images that are missing in the model's folder; hand on a config and a run to measure them with."""
+    from components import publish, publish_metrics, publish_pictures
+    from ncsn.config import to_json
+    from ncsn.progress import Progress
+    from ncsn.storage import read_bytes
+    from ncsn.tools import models
+    from ncsn.tracking.client import server_uri
+
+    server = server_uri(registry or None, root=root)
+    result = models.sample_model(model, registry=server, root=root, overrides=overrides, progress=Progress())
+    publish(samples, result, display_name=f"{result.num_images:,} images", uri=result.uri, model=result.model)
+    publish_pictures(pictures, {"samples": read_bytes(result.grid)})
+    publish_metrics(metrics, {"sample/num_images": result.num_images, "sample/nfe": result.nfe})
+    config, run = models.run_of_images(result, root=root, overrides=overrides)
+    return (to_json(config), run)
