@@ -19,8 +19,8 @@ from torch_fidelity.utils import get_featuresdict_from_dataset
 
 from benchmarks.measure import Row, in_turns, own_process, ratio
 from ncsn.config.schema import PUBLISHED_SHA256
-from ncsn.evaluation.extractors.base import extract_all
-from ncsn.evaluation.extractors.inception import InceptionExtractor
+from ncsn.evaluation.extractors import batches, joined
+from ncsn.evaluation.extractors.published import InceptionExtractor
 from ncsn.evaluation.frechet import FrechetStatistics, frechet_distance
 from ncsn.process import keep_freed_memory
 
@@ -85,7 +85,7 @@ def prepare_ours(weights: str, images: int) -> Callable[[], object]:
     PUBLISHED_SHA256["inception"] = hashlib.sha256(Path(weights).read_bytes()).hexdigest()  # they are random
     extractor = InceptionExtractor(weights)
     pixels = _pixels(images)
-    return lambda: extract_all(extractor, [pixels[at : at + BATCH] for at in range(0, images, BATCH)])
+    return lambda: joined([extractor.extract(batch) for batch in batches(pixels, batch_size=BATCH)])
 
 
 def prepare_theirs(weights: str, images: int) -> Callable[[], object]:

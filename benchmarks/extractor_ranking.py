@@ -22,7 +22,7 @@ from scipy.stats import spearmanr
 from ncsn.config import Config
 from ncsn.core.samplers.settings import KarrasHeun
 from ncsn.data.format import Rows, read_split
-from ncsn.evaluation.extractors.base import batches, extract_all
+from ncsn.evaluation.extractors import batches, joined
 from ncsn.evaluation.features import extractor_of
 from ncsn.evaluation.reference import Evaluator, open_evaluator
 from ncsn.model.checkpoint import TrainedNetwork
@@ -107,7 +107,9 @@ def _distance(config: Config, dataset: str, extractor: str) -> Distance:
     config = config.model_copy(update={"evaluation": evaluation})
     evaluator: Evaluator = open_evaluator(config, dataset)
     network = extractor_of(config, dataset)
-    return lambda images: evaluator.distance(extract_all(network, batches(images, batch_size=500)).features)
+    return lambda images: evaluator.distance(
+        joined([network.extract(batch) for batch in batches(images, batch_size=500)]).features
+    )
 
 
 def _print(distances: dict[str, dict[str, list[float]]]) -> None:

@@ -32,7 +32,7 @@ from ncsn.config.schema import SamplingConfig
 from ncsn.data.format import load_manifest
 from ncsn.data.training_images import open_cache
 from ncsn.evaluation.classes import AskedClasses
-from ncsn.evaluation.extractors.base import extract_all
+from ncsn.evaluation.extractors import joined
 from ncsn.evaluation.features import extractor_of
 from ncsn.evaluation.measure import NEIGHBOR_IMAGES, measure_extracted
 from ncsn.evaluation.reference import open_evaluator
@@ -171,7 +171,7 @@ def measured(dataset: str, checkpoint: SamplingCheckpoint, settings: list[Settin
 
     def row(name: str, images: list[np.ndarray], labels: np.ndarray, **known: Any) -> Row:
         figures = measure_extracted(
-            extract_all(extractor, images),
+            joined([extractor.extract(batch) for batch in images]),
             first_images=np.concatenate(images)[:NEIGHBOR_IMAGES],
             reference=reference,
             training_images=train.images,

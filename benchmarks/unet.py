@@ -35,7 +35,7 @@ from ncsn.core.images import to_uint8
 from ncsn.data.dataset import write_dataset
 from ncsn.data.sources import open_source
 from ncsn.data.training_images import open_cache
-from ncsn.evaluation.extractors.base import batches, extract_all
+from ncsn.evaluation.extractors import batches, joined
 from ncsn.evaluation.features import extractor_of
 from ncsn.evaluation.measure import NEIGHBOR_IMAGES, measure_extracted
 from ncsn.evaluation.reference import open_evaluator
@@ -181,7 +181,7 @@ class Scorer:
         reference = open_evaluator(_config(), self.dataset).reference
         extractor = extractor_of(_config(), self.dataset)
         measured = measure_extracted(
-            extract_all(extractor, batches(images, batch_size=SAMPLE_BATCH)),
+            joined([extractor.extract(batch) for batch in batches(images, batch_size=SAMPLE_BATCH)]),
             first_images=images[:NEIGHBOR_IMAGES],
             reference=reference,
             training_images=open_cache(self.dataset, "train").images,

@@ -21,7 +21,7 @@ from ncsn.config.schema import SamplingConfig
 from ncsn.data.samples import missing_ranges, read_samples, shard_name, write_shard
 from ncsn.distributed.tasks import run_tasks, runner_of
 from ncsn.errors import InvalidValue
-from ncsn.evaluation.extractors.base import batches, extract_all
+from ncsn.evaluation.extractors import batches
 from ncsn.evaluation.features import extractor_of
 from ncsn.evaluation.reference import open_evaluator
 from ncsn.model.checkpoint import TrainedNetwork
@@ -138,7 +138,8 @@ def _sample_shard(shard: Shard) -> Features | None:
     if shard.dataset is None:
         return None
     extractor = extractor_of(shard.config, shard.dataset)
-    return extract_all(extractor, batches(images, batch_size=shard.config.evaluation.batch_size)).features
+    parts = batches(images, batch_size=shard.config.evaluation.batch_size)
+    return np.concatenate([extractor.extract(part).features for part in parts])
 
 
 @dataclass(frozen=True)

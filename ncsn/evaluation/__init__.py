@@ -1,1 +1,40 @@
-"""Metrics of images by the features of an extractor, and the extractors."""
+"""Metrics of images by the features of an extractor: here, which one an experiment has, and how metrics name it."""
+
+from __future__ import annotations
+
+from ncsn.config import Config
+from ncsn.config.schema import VERSUS, EvaluationConfig
+from ncsn.data.format import Manifest
+from ncsn.errors import UserError
+from ncsn.model.classes import BALANCED
+
+LEAST_TEST_IMAGES = 3  # for the uncertainty of a Fréchet distance
+
+
+def evaluation_of(config: Config, manifest: Manifest) -> EvaluationConfig:
+    """How the samples are evaluated, with the extractor that `auto` stands for."""
+    return config.evaluation.resolved(num_classes=sum(map(bool, manifest.class_counts["train"])))
+
+
+def extractor_name(config: Config, manifest: Manifest) -> str:
+    """The extractor as metrics name it: with the split of the reference unless that is train."""
+    extractor, split = evaluation_of(config, manifest).extractor, config.evaluation.reference_split
+    return extractor if split == "train" else f"{extractor}{VERSUS}{split}"
+
+
+def classes_in_turn(config: Config) -> int:
+    """How many classes the samples show in turn; 1 if they do not."""
+    classes = config.data.num_classes
+    return classes if classes is not None and config.sampling.label == BALANCED else 1
+
+
+def require_test_images(config: Config, manifest: Manifest) -> None:
+    """Refuse a dataset with fewer test images than its evaluation needs."""
+    count, splits = manifest.count("test"), config.evaluation.num_splits
+    if evaluation_of(config, manifest).extractor in ("classifier", "inception"):
+        if count < splits:
+            reason, hint = f"the test split has only {count} images", "lower it or raise data.test_fraction"
+            raise UserError("evaluation.num_splits", reason, hint=hint, value=splits)
+    elif count < LEAST_TEST_IMAGES:  # no score, and so no splits
+        reason = f"leaves {count} test images, and the evaluation needs {LEAST_TEST_IMAGES}"
+        raise UserError("data.test_fraction", reason, hint="raise it", value=config.data.test_fraction)

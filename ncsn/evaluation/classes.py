@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from ncsn.config import Config
 from ncsn.data.training_images import open_cache
-from ncsn.evaluation.extractors.base import Extracted
+from ncsn.evaluation.extractors import Extracted
 from ncsn.evaluation.features import ImageSet, SplitSet
 from ncsn.evaluation.scores import kernel_distance
 

@@ -19,11 +19,9 @@ from ncsn.core.keyed_random import keyed_permutation
 from ncsn.data.format import Manifest, load_manifest
 from ncsn.data.samples import batch_starts, read_labels, read_samples
 from ncsn.data.training_images import open_cache
-from ncsn.evaluation.choice import evaluation_of
-from ncsn.evaluation.extractors import classifier, dinov2, inception
-from ncsn.evaluation.extractors.base import Extracted, Extractor, Images, joined
-from ncsn.evaluation.extractors.classifier import ClassifierRecipe
-from ncsn.evaluation.extractors.clusters import num_clusters
+from ncsn.evaluation import evaluation_of
+from ncsn.evaluation.extractors import Extracted, Extractor, Images, joined
+from ncsn.evaluation.extractors.classifier import ClassifierRecipe, classifier_uri, load_classifier, num_clusters
 from ncsn.process import keep_freed_memory
 from ncsn.progress import Progress
 
@@ -124,12 +122,13 @@ def _extractor(config_json: str, dataset: str) -> Extractor:
     config = from_json(config_json)
     settings, device = config.evaluation, device_of(config)
     if settings.pretrained is None:
-        uri = classifier.classifier_uri(dataset, recipe_of(config, load_manifest(dataset)))
-        return classifier.load_classifier(uri, device=device)
+        recipe = recipe_of(config, load_manifest(dataset))
+        return load_classifier(classifier_uri(dataset, recipe), device=device)
+    from ncsn.evaluation.extractors.published import Dinov2Extractor, InceptionExtractor
+
     assert settings.weights is not None, "the schema asks for weights"
-    if settings.pretrained == "inception":
-        return inception.InceptionExtractor(settings.weights, device=device)
-    return dinov2.Dinov2Extractor(settings.weights, device=device)
+    kind = InceptionExtractor if settings.pretrained == "inception" else Dinov2Extractor
+    return kind(settings.weights, device=device)
 
 
 def device_of(config: Config) -> str:

@@ -77,17 +77,12 @@ def frechet_distance(a: FrechetStatistics, b: FrechetStatistics) -> float:
     """
     if a.mean.shape != b.mean.shape:
         raise InvalidValue(f"features of {a.mean.shape[0]} and {b.mean.shape[0]} dimensions cannot be compared")
-    return frechet_distance_of_gaussians(a.mean, a.covariance, b.mean, b.covariance)
-
-
-def frechet_distance_of_gaussians(mean_a: Array, covariance_a: Array, mean_b: Array, covariance_b: Array) -> float:
-    """Fréchet distance of N(mean_a, covariance_a) and N(mean_b, covariance_b)."""
     # With S = F F^T, Tr (S_a S_b)^(1/2) = Tr (G G^T)^(1/2) for G = F_a^T F_b: nothing complex appears, and directions
     # in which a set of few images has no variance drop out instead of adding their rounding error.
-    g = factor(covariance_a).T @ factor(covariance_b)
+    g = factor(a.covariance).T @ factor(b.covariance)
     root_trace = _trace_of_root(g @ g.T if g.shape[0] <= g.shape[1] else g.T @ g)
-    shift = mean_a - mean_b
-    distance = shift @ shift + np.trace(covariance_a) + np.trace(covariance_b) - 2 * root_trace
+    shift = a.mean - b.mean
+    distance = shift @ shift + np.trace(a.covariance) + np.trace(b.covariance) - 2 * root_trace
     return max(float(distance), 0.0)
 
 
@@ -176,25 +171,19 @@ class RunningDistance:
             room = self._marks[0] - self.count
             if len(block) > room:
                 self._waiting[self._marks[0]] = block[room:]
-            self._take(block[:room])
+                block = block[:room]
+            turns, classes = np.divmod(np.arange(self.count, self.count + len(block)), self._classes)
+            numbers = (turns + classes) % JACKKNIFE_GROUPS
+            for number in np.unique(numbers):
+                part, group = FrechetStatistics.of(block[numbers == number]), self._groups[number]
+                self._groups[number] = part if group is None else group.merge(part)
+            self.count += len(block)
             if self.count == self._marks[0]:
                 self._marks.pop(0)
-                due.append(self._score())
+                distance = frechet_distance(merged(self.groups), self.reference)
+                margin = NORMAL_95 * frechet_jackknife(self.groups, self.reference)
+                due.append(RunningScore(self.count, distance, max(distance - margin, 0.0), distance + margin))
         return due
-
-    def _take(self, features: npt.NDArray[np.floating]) -> None:
-        turns, classes = np.divmod(np.arange(self.count, self.count + len(features)), self._classes)
-        numbers = (turns + classes) % JACKKNIFE_GROUPS
-        for number in np.unique(numbers):
-            part = FrechetStatistics.of(features[numbers == number])
-            group = self._groups[number]
-            self._groups[number] = part if group is None else group.merge(part)
-        self.count += len(features)
-
-    def _score(self) -> RunningScore:
-        distance = frechet_distance(merged(self.groups), self.reference)
-        margin = NORMAL_95 * frechet_jackknife(self.groups, self.reference)
-        return RunningScore(self.count, distance, max(distance - margin, 0.0), distance + margin)
 
 
 def score_marks(count: int, *, num_features: int) -> list[int]:

@@ -12,9 +12,9 @@ import numpy.typing as npt
 from ncsn.config import Config
 from ncsn.core.keyed_random import keyed_permutation
 from ncsn.data.training_images import open_cache
-from ncsn.evaluation.choice import classes_in_turn
+from ncsn.evaluation import classes_in_turn
 from ncsn.evaluation.classes import AskedClasses, ClassScores, asked_classes, class_scores
-from ncsn.evaluation.extractors.base import Extracted, Identity, Images
+from ncsn.evaluation.extractors import Extracted, Identity, Images
 from ncsn.evaluation.features import SEED, ImageSet, Runner, SplitSet, extract_set
 from ncsn.evaluation.frechet import (
     FrechetStatistics,
@@ -50,10 +50,6 @@ class Measured:
     nearest: list[dict[str, Any]]  # rows of the train split that are nearest to the first 16 images
     running: list[RunningScore]
     classes: ClassScores | None = None  # of images with classes that were asked for
-
-    def value(self, metric: str) -> float:
-        """The value of the metric of that short name."""
-        return self.metrics[metric].value
 
     def named(self, extractor: str, *, real: bool = False) -> dict[str, float]:
         """Full metric name -> value."""
@@ -174,16 +170,8 @@ def class_metrics(
     return {name: Metric(value, len(log_probabilities)) for name, value in values.items()}
 
 
-@dataclass(frozen=True)
-class _Work:
-    """One set to measure. Picklable."""
-
-    config: Config
-    dataset: str
-    images: ImageSet
-    extracted: Extracted
-    fingerprint: str  # of the reference
-    extractor: Identity
+# A set with its features, and the extractor and the fingerprint of the reference.
+_Work = tuple[Config, str, ImageSet, Extracted, Identity, str]
 
 
 def measure_sets(
@@ -196,38 +184,31 @@ def measure_sets(
     progress: Progress,
 ) -> list[Measured]:
     """All metrics of each set; `progress` counts the images."""
-    works = [
-        _Work(
-            config,
-            dataset,
-            images,
-            extract_set(config, dataset, images, runner=runner, progress=progress),
-            evaluator.reference.fingerprint,
-            evaluator.extractor,
-        )
-        for images in sets
-    ]
-    found = {work.images: measured for work, measured in runner(_measure_set, works, gpu=False)}
+    works: list[_Work] = []
+    for images in sets:
+        extracted = extract_set(config, dataset, images, runner=runner, progress=progress)
+        works.append((config, dataset, images, extracted, evaluator.extractor, evaluator.reference.fingerprint))
+    found = {images: measured for (_, _, images, *_), measured in runner(_measure_set, works, gpu=False)}
     return [found[images] for images in sets]
 
 
 def _measure_set(work: _Work) -> Measured:
-    config, dataset, images = work.config, work.dataset, work.images
-    reference = load_reference(dataset, work.fingerprint)
+    config, dataset, images, extracted, extractor, fingerprint = work
+    reference = load_reference(dataset, fingerprint)
     assert reference is not None, "the evaluator has it"
     compared = images
     if isinstance(images, SplitSet) and images.split == "train":
         # Training images are their own nearest: test images say how near unseen ones are.
         compared = SplitSet(dataset, "test", images.count, drawn=images.drawn)
     return measure_extracted(
-        work.extracted,
+        extracted,
         first_images=compared.read(0, min(images.count, NEIGHBOR_IMAGES)),
         reference=reference,
         training_images=open_cache(dataset, "train").images,
         num_splits=config.evaluation.num_splits,
         seed=SEED,
-        classes=work.extractor.knows_classes,
-        asked=asked_classes(config, dataset, images, extractor=work.extractor.name),
+        classes=extractor.knows_classes,
+        asked=asked_classes(config, dataset, images, extractor=extractor.name),
         in_turn=1 if isinstance(images, SplitSet) else classes_in_turn(config),
         by_features=config.evaluation.reference_split == "train",
     )

@@ -6,7 +6,6 @@ The process that asks need not compute: training the classifier, the features an
 
 from __future__ import annotations
 
-import io
 import json
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,9 +18,9 @@ from ncsn import storage
 from ncsn.config import Config
 from ncsn.data.format import Manifest, load_manifest
 from ncsn.data.training_images import open_cache
-from ncsn.evaluation.choice import extractor_name, require_test_images
-from ncsn.evaluation.extractors import classifier, dinov2, inception
-from ncsn.evaluation.extractors.base import Extracted, Identity, batches, fingerprint_of
+from ncsn.evaluation import extractor_name, require_test_images
+from ncsn.evaluation.extractors import Extracted, Identity, batches
+from ncsn.evaluation.extractors.classifier import classifier_uri, describe_classifier, ensure_classifier
 from ncsn.evaluation.features import Runner, SplitSet, device_of, extract_set, here, recipe_of
 from ncsn.evaluation.frechet import FrechetStatistics, frechet_distance, merged
 from ncsn.process import keep_freed_memory
@@ -49,7 +48,7 @@ class Reference:
         if storage.is_local(uri):
             mapped: npt.NDArray[np.float32] = np.load(uri, mmap_mode="r", allow_pickle=False)
             return mapped
-        return np.asarray(np.load(io.BytesIO(storage.read_bytes(uri)), allow_pickle=False))
+        return storage.read_array(uri)
 
 
 def load_reference(dataset_uri: str, fingerprint: str) -> Reference | None:
@@ -124,7 +123,8 @@ def open_evaluator(
         assert found is not None, "its description is in the store"
     identity, accuracy = found
     split = settings.reference_split
-    fingerprint = fingerprint_of(extractor=identity.fingerprint, dataset=manifest.digest, split=split)
+    compared = {"extractor": identity.fingerprint, "dataset": manifest.digest, "split": split}
+    fingerprint = storage.digest(compared, 64)
     reference = load_reference(dataset, fingerprint)
     if reference is None:
         images = SplitSet(dataset, split, manifest.count(split))
@@ -148,18 +148,17 @@ def images_to_prepare(config: Config, manifest: Manifest) -> int:
 
 def _identify(config: Config, dataset: str, manifest: Manifest) -> tuple[Identity, float | None] | None:
     """Which extractor it is, and its accuracy; None for a classifier that is not trained yet."""
-    match config.evaluation.pretrained:
-        case "inception":
-            return inception.identity(), None
-        case "dinov2":
-            return dinov2.identity(), None
-    return classifier.describe_classifier(classifier.classifier_uri(dataset, recipe_of(config, manifest)))
+    if (published := config.evaluation.pretrained) is None:
+        return describe_classifier(classifier_uri(dataset, recipe_of(config, manifest)))
+    from ncsn.evaluation.extractors.published import identity
+
+    return identity(published), None
 
 
 def _train_classifier(work: tuple[Config, str, Progress]) -> None:
     config, dataset, progress = work
     keep_freed_memory()
-    classifier.ensure_classifier(
+    ensure_classifier(
         dataset,
         recipe_of(config, load_manifest(dataset)),
         train=open_cache(dataset, "train"),

@@ -113,18 +113,16 @@ def inception_score(log_probabilities: npt.ArrayLike, *, num_splits: int = 10) -
             hint=f"generate at least {num_splits} images or lower evaluation.num_splits",
             value=count,
         )
-    splits = [log_p[split * count // num_splits : (split + 1) * count // num_splits] for split in range(num_splits)]
-    scores = [_score_of_split(rows) for rows in splits]
+    scores = []
+    for split in range(num_splits):
+        rows = log_p[split * count // num_splits : (split + 1) * count // num_splits]
+        p = np.exp(rows)
+        marginal = p.mean(axis=0)
+        # E KL(p(y|x) || p(y)) = H(y) - H(y|x); each entropy has 0 log 0 = 0.
+        conditional = -np.sum(p * np.where(p > 0, rows, 0.0), axis=1).mean()
+        entropy = -np.sum(marginal * np.log(np.where(marginal > 0, marginal, 1.0)))
+        scores.append(float(np.clip(np.exp(entropy - conditional), 1.0, rows.shape[1])))
     return Estimate(float(np.mean(scores)), float(np.std(scores)))
-
-
-def _score_of_split(log_p: npt.NDArray[np.float64]) -> float:
-    p = np.exp(log_p)
-    marginal = p.mean(axis=0)
-    # E KL(p(y|x) || p(y)) = H(y) - H(y|x); each entropy has 0 log 0 = 0.
-    conditional = -np.sum(p * np.where(p > 0, log_p, 0.0), axis=1).mean()
-    entropy = -np.sum(marginal * np.log(np.where(marginal > 0, marginal, 1.0)))
-    return float(np.clip(np.exp(entropy - conditional), 1.0, log_p.shape[1]))
 
 
 def kernel_distance(

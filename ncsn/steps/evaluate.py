@@ -16,8 +16,7 @@ from ncsn.data.training_images import open_cache
 from ncsn.distributed.cluster import cluster_for, on_this_machine, ray_tags
 from ncsn.distributed.tasks import runner_of
 from ncsn.errors import NotFound, UserError
-from ncsn.evaluation.choice import evaluation_of, extractor_name
-from ncsn.evaluation.extractors.base import fingerprint_of
+from ncsn.evaluation import evaluation_of, extractor_name
 from ncsn.evaluation.features import Runner, SampleSet, SplitSet, here
 from ncsn.evaluation.frechet import RunningScore
 from ncsn.evaluation.measure import Measured, Metric, measure_sets, metric_name
@@ -107,14 +106,14 @@ def evaluate(
     sets = (SampleSet(samples, count), SplitSet(dataset, evaluation.other_split, num_real, drawn=True))
     generated, real = measure_sets(config, dataset, evaluator, sets, runner=runner, progress=progress)
     if "score" in generated.metrics:
-        generated.metrics["score_ratio"] = Metric(generated.value("score") / real.value("score"), count)
+        generated.metrics["score_ratio"] = Metric(generated.metrics["score"].value / real.metrics["score"].value, count)
     name, fingerprint, extractor = evaluator.name, evaluator.reference.fingerprint, evaluator.extractor.name
-    place = storage.join(folder, f"{name}-n{count}-{fingerprint_of(samples=samples)[:12]}")
+    place = storage.join(folder, f"{name}-n{count}-{storage.digest({'samples': samples}, 12)}")
     classes = _classes(generated, real, manifest, by_probe=extractor != "classifier")
     gate = Measurement(
         name=metric_name("fid", extractor=name, num_images=count),
-        value=generated.value("fid"),
-        uncertainty=generated.value("fid_std"),
+        value=generated.metrics["fid"].value,
+        uncertainty=generated.metrics["fid_std"].value,
         num_images=count,
         fingerprint=fingerprint,
         lower_is_better=True,

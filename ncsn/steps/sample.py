@@ -12,7 +12,7 @@ from ncsn.data.samples import read_labels, read_samples
 from ncsn.distributed.cluster import cluster_for, ray_tags
 from ncsn.distributed.sampling import LEVELS, Features, make_shards, plan_shards
 from ncsn.distributed.tasks import runner_of
-from ncsn.evaluation.choice import classes_in_turn, extractor_name
+from ncsn.evaluation import classes_in_turn, extractor_name
 from ncsn.evaluation.frechet import RunningDistance, RunningScore
 from ncsn.evaluation.reference import open_evaluator
 from ncsn.model import build, checkpoint as checkpoints

@@ -21,7 +21,7 @@ from ncsn.distributed.cluster import cluster_for, ray_tags
 from ncsn.distributed.sampling import Candidate, sample_features
 from ncsn.distributed.tasks import runner_of
 from ncsn.errors import NotFound, UserError
-from ncsn.evaluation.choice import evaluation_of
+from ncsn.evaluation import evaluation_of
 from ncsn.evaluation.features import SEED
 from ncsn.evaluation.measure import metric_name
 from ncsn.evaluation.reference import Evaluator, open_evaluator

@@ -18,7 +18,7 @@ from ncsn.distributed.search import search
 from ncsn.distributed.tasks import runner_of
 from ncsn.distributed.trials import SearchPlan, TrialRecord, read_trials
 from ncsn.errors import UserError
-from ncsn.evaluation.choice import evaluation_of
+from ncsn.evaluation import evaluation_of
 from ncsn.evaluation.measure import metric_name
 from ncsn.evaluation.reference import open_evaluator
 from ncsn.report.plots import epsilon_versus_quality, search_coordinates

@@ -22,7 +22,7 @@ from ncsn.config.search import significant
 from ncsn.core.images import to_unit
 from ncsn.core.training_noise import FEW_DRAWS, LognormalNoise
 from ncsn.errors import UserError
-from ncsn.evaluation.choice import LEAST_TEST_IMAGES
+from ncsn.evaluation import LEAST_TEST_IMAGES
 from ncsn.report.facts import duration
 from ncsn.tools.draft import Draft, any_config
 from ncsn.tools.speed import Machine, Speed, measure_speed

@@ -7,7 +7,7 @@ import pytest
 
 from ncsn.data.format import Rows
 from ncsn.evaluation.classes import AskedClasses, class_scores, classes_by_probe, fit_probe
-from ncsn.evaluation.extractors.base import Extracted
+from ncsn.evaluation.extractors import Extracted
 
 NAMES = ("cat", "dog", "bird")
 

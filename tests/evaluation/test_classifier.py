@@ -14,12 +14,13 @@ from ncsn.evaluation.extractors.classifier import (
     ClassifierRecipe,
     accuracy,
     classifier_uri,
+    cluster_labels,
     describe_classifier,
     ensure_classifier,
     load_classifier,
+    num_clusters,
     train_classifier,
 )
-from ncsn.evaluation.extractors.clusters import cluster_labels, num_clusters
 from ncsn.progress import Progress
 
 RECIPE = ClassifierRecipe(image_size=8, channels=1, num_classes=10, epochs=10, seed=0)
@@ -79,7 +80,7 @@ def test_any_number_of_steps_has_a_learning_rate(epochs: int) -> None:
 
 def test_layers_are_those_of_the_domain_classifier_for_mnist_sized_images() -> None:
     network = ClassifierNetwork(replace(RECIPE, image_size=28))
-    assert network.features(torch.zeros(2, 1, 28, 28)).shape == (2, 128)
+    assert network(torch.zeros(2, 1, 28, 28))[0].shape == (2, 128)
     shapes = {name: tuple(weight.shape) for name, weight in network.named_parameters() if weight.ndim > 1}
     assert shapes == {
         "conv_1.weight": (32, 1, 5, 5),

@@ -21,8 +21,8 @@ from ncsn.config.schema import PUBLISHED_SHA256
 from ncsn.data.dataset import write_dataset
 from ncsn.data.format import read_split, to_table
 from ncsn.data.sources import open_source
-from ncsn.evaluation.choice import extractor_name
-from ncsn.evaluation.extractors.dinov2 import MEAN, STD, Dinov2Extractor, network_of, normalized, positions
+from ncsn.evaluation import extractor_name
+from ncsn.evaluation.extractors.published import MEAN, STD, Dinov2Extractor, network_of, normalized, positions
 from ncsn.evaluation.reference import load_manifest
 from ncsn.model.memory import worker_memory
 from ncsn.progress import Progress

@@ -29,8 +29,7 @@ from ncsn.data.dataset import write_dataset
 from ncsn.data.format import read_split, to_table
 from ncsn.data.sources import open_source
 from ncsn.errors import NotFound
-from ncsn.evaluation.extractors.inception import InceptionExtractor
-from ncsn.evaluation.extractors.weights import obtain_weights
+from ncsn.evaluation.extractors.published import InceptionExtractor, obtain_weights
 from ncsn.evaluation.frechet import FrechetStatistics, frechet_distance
 from ncsn.evaluation.scores import inception_score, kernel_distance, precision_recall
 from ncsn.progress import Progress

@@ -14,7 +14,7 @@ from ncsn.data.format import Rows, to_table
 from ncsn.data.sources import open_source
 from ncsn.data.training_images import open_cache
 from ncsn.evaluation import features as module
-from ncsn.evaluation.extractors.base import Extracted
+from ncsn.evaluation.extractors import Extracted
 from ncsn.evaluation.features import SampleSet, SplitSet, extract_set
 from ncsn.progress import Progress
 

@@ -18,7 +18,6 @@ from ncsn.evaluation.frechet import (
     RunningScore,
     factor,
     frechet_distance,
-    frechet_distance_of_gaussians,
     frechet_jackknife,
     merged,
     score_marks,
@@ -40,6 +39,10 @@ def frechet_uncertainty(features: np.ndarray, reference: FrechetStatistics) -> f
     return frechet_jackknife([FrechetStatistics.of(features[first::groups]) for first in range(groups)], reference)
 
 
+def gaussian(mean: np.ndarray, covariance: np.ndarray) -> FrechetStatistics:
+    return FrechetStatistics(2, mean, covariance)
+
+
 def random_covariance(rng: np.random.Generator, size: int, *, rank: int) -> np.ndarray:
     factor = rng.standard_normal((size, rank))
     return factor @ factor.T / rank
@@ -49,12 +52,13 @@ def random_covariance(rng: np.random.Generator, size: int, *, rank: int) -> np.n
 def test_known_distances() -> None:
     mean, identity = np.zeros(64), np.eye(64)
     # ||0.5||^2 * 64 + Tr(I + 4I - 2 * 2I) = 16 + 64.
-    assert frechet_distance_of_gaussians(mean, identity, mean + 0.5, 4 * identity) == pytest.approx(80, abs=1e-8)
+    assert frechet_distance(gaussian(mean, identity), gaussian(mean + 0.5, 4 * identity)) == pytest.approx(80, abs=1e-8)
     statistics = FrechetStatistics.of(np.random.default_rng(0).standard_normal((40, 64)))
     assert frechet_distance(statistics, statistics) == pytest.approx(0, abs=1e-9)
     u, v, zero = np.array([1.0, 4.0, 9.0]), np.array([4.0, 1.0, 0.0]), np.zeros(3)
     expected = ((np.sqrt(u) - np.sqrt(v)) ** 2).sum()
-    assert frechet_distance_of_gaussians(zero, np.diag(u), zero, np.diag(v)) == pytest.approx(expected, abs=1e-12)
+    found = frechet_distance(gaussian(zero, np.diag(u)), gaussian(zero, np.diag(v)))
+    assert found == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.oracle(19)
@@ -75,7 +79,7 @@ def test_agrees_with_scipys_square_root(rank: int) -> None:
     a, b = random_covariance(rng, 30, rank=rank), random_covariance(rng, 30, rank=rank + 5)
     zero = np.zeros(30)
     expected = np.trace(a + b) - 2 * np.trace(scipy.linalg.sqrtm(a @ b)).real
-    assert frechet_distance_of_gaussians(zero, a, zero, b) == pytest.approx(expected, rel=1e-5)
+    assert frechet_distance(gaussian(zero, a), gaussian(zero, b)) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize(("size", "rank"), [(30, 40), (30, 10), (30, 1), (3, 0)])

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ncsn.evaluation.extractors.base import Extracted
+from ncsn.evaluation.extractors import Extracted
 from ncsn.evaluation.reference import load_reference, publish_reference
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (50, 4, 4, 1), dtype=np.uint8)

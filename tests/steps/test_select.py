@@ -18,7 +18,7 @@ from ncsn.data.dataset import write_dataset
 from ncsn.data.sources import open_source
 from ncsn.distributed.trainer import checkpoint_store
 from ncsn.errors import NotFound
-from ncsn.evaluation.extractors.base import Identity
+from ncsn.evaluation.extractors import Identity
 from ncsn.evaluation.frechet import FrechetStatistics
 from ncsn.evaluation.reference import Evaluator, Reference
 from ncsn.model.averages import Weights, build_average, find_weights

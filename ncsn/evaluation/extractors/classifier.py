@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -24,8 +25,7 @@ from ncsn import storage
 from ncsn.data.format import Rows
 from ncsn.data.training_images import CachedSplit
 from ncsn.errors import UserError
-from ncsn.evaluation.extractors.base import Extracted, Identity, Images, batches, fingerprint_of, full_float32
-from ncsn.evaluation.extractors.clusters import cluster_labels
+from ncsn.evaluation.extractors import Extracted, Identity, Images, batches, full_float32
 from ncsn.progress import Progress
 
 Labels = npt.NDArray[np.int64]
@@ -36,12 +36,19 @@ DESCRIPTION = "classifier.json"
 
 RECIPE_VERSION = 1
 NUM_FEATURES = 128
-LARGEST_SIDE = 32
+LARGEST_SIDE = 32  # pixels; larger images are averaged down first
 SMALL_SET = 10_000
 LEARNING_RATE = 3e-3
 WEIGHT_DECAY = 1e-2
 DROPOUT = 0.25
 _BATCH_VALUES = 1 << 24  # pixel values whose statistics are taken at once
+
+# Of the clusters of similar images that take the place of labels where there are none.
+NUM_CLUSTERS = 16
+IMAGES_PER_CLUSTER = 8  # on average, at least; fewer images have fewer clusters
+_COMPONENTS = 32
+_FITTED_IMAGES = 10_000
+_CLUSTERED_VALUES = 1 << 22  # pixel values that are converted at once
 
 
 @dataclass(frozen=True)
@@ -57,9 +64,9 @@ class ClassifierRecipe:
 
     def identity(self, weights_sha256: str) -> Identity:
         """The extractor of this recipe with these weights."""
-        kind, reduction = "clusters" if self.clustered else "classifier", _reduction(self.image_size)
-        fingerprint = fingerprint_of(kind=kind, version=RECIPE_VERSION, weights=weights_sha256, reduction=reduction)
-        return Identity(kind, fingerprint)
+        kind = "clusters" if self.clustered else "classifier"
+        parts = {"kind": kind, "version": RECIPE_VERSION, "weights": weights_sha256}
+        return Identity(kind, storage.digest(parts | {"reduction": _reduction(self.image_size)}, 64))
 
 
 class ClassifierNetwork(nn.Module):
@@ -86,29 +93,21 @@ class ClassifierNetwork(nn.Module):
         self.hidden = nn.Linear(64 * pooled * pooled, NUM_FEATURES)
         self.head = nn.Linear(NUM_FEATURES, recipe.num_classes)
 
-    def features(self, images: Tensor) -> Tensor:
-        """[B, 128] of [B, C, H, W] pixels in [0, 255]."""
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, 128] features and [B, K] logits of [B, C, H, W] pixels in [0, 255]."""
         x = (images - self.pixel_mean[:, None, None]) / self.pixel_std[:, None, None]
         if self.reduction > 1:
             x = F.avg_pool2d(x, self.reduction)
         x = F.relu(self.norm_1(self.conv_1(x)))
         x = F.max_pool2d(F.relu(self.norm_2(self.conv_2(x))), 2)
-        return F.relu(self.hidden(x.flatten(1)))
-
-    def logits(self, features: Tensor) -> Tensor:
-        """[B, K] of [B, 128] features."""
-        logits: Tensor = self.head(F.dropout(features, DROPOUT, self.training))
-        return logits
-
-    def forward(self, images: Tensor) -> Tensor:
-        """[B, K] logits of [B, C, H, W] pixels in [0, 255]."""
-        return self.logits(self.features(images))
+        features = F.relu(self.hidden(x.flatten(1)))
+        return features, self.head(F.dropout(features, DROPOUT, self.training))
 
     def extract(self, images: Images) -> Extracted:
         """Features [N, 128] and log probabilities [N, K] of uint8 [N, H, W, C] images."""
         with torch.inference_mode(), full_float32():
-            features = self.features(_to_network(images, self.pixel_mean.device))
-            log_probabilities = F.log_softmax(self.logits(features).double(), dim=1)
+            features, logits = self(_to_network(images, self.pixel_mean.device))
+            log_probabilities = F.log_softmax(logits.double(), dim=1)
         return Extracted(features=features.float().cpu().numpy(), log_probabilities=log_probabilities.cpu().numpy())
 
 
@@ -151,7 +150,7 @@ def train_classifier(
             for first in range(0, len(order), batch_size):
                 chosen = order[first : first + batch_size]
                 target = torch.from_numpy(labels[chosen]).to(device)
-                loss = F.cross_entropy(network(_to_network(images[chosen], device)), target)
+                loss = F.cross_entropy(network(_to_network(images[chosen], device))[1], target)
                 optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
@@ -164,7 +163,9 @@ def accuracy(network: ClassifierNetwork, *, images: Images, labels: Labels) -> f
     """Share of the labeled images that get their label, in [0, 1]; None if none has a label."""
     known, device = np.asarray(labels) >= 0, network.pixel_mean.device
     with torch.inference_mode():
-        parts = [network(_to_network(batch, device)).argmax(dim=1).cpu() for batch in batches(images, batch_size=500)]
+        parts = [
+            network(_to_network(batch, device))[1].argmax(dim=1).cpu() for batch in batches(images, batch_size=500)
+        ]
     return float((torch.cat(parts).numpy() == labels)[known].mean()) if known.any() else None
 
 
@@ -201,9 +202,46 @@ def _threads(*, small: bool) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def num_clusters(num_images: int) -> int:
+    """The number of clusters for `num_images` images, at least 2."""
+    return max(2, min(NUM_CLUSTERS, num_images // IMAGES_PER_CLUSTER))
+
+
+def cluster_labels(images: Images, *, count: int, seed: int) -> Labels:
+    """The cluster of each image, [N], by k-means on the principal components of the pixels.
+
+    Components and centers are those of at most 10,000 images [N, H, W, C] uint8, which the seed chooses, as it does the
+    first centers. Some clusters are empty if fewer images differ.
+    """
+    # Here, since few runs have clusters, and every process on Ray would load a second longer.
+    from sklearn.cluster import KMeans
+    from sklearn.decomposition import PCA
+    from sklearn.exceptions import ConvergenceWarning
+
+    generator = np.random.default_rng(seed)
+    fitted = np.sort(generator.permutation(len(images))[:_FITTED_IMAGES])
+    size = max(1, _CLUSTERED_VALUES // images[0].size)
+    pixels = np.concatenate([_pixels(images[fitted[first : first + size]]) for first in range(0, len(fitted), size)])
+    with warnings.catch_warnings():
+        # Fewer images differ than there are clusters, or none do.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        warnings.simplefilter("ignore", RuntimeWarning)
+        reduce = PCA(min(_COMPONENTS, *pixels.shape), random_state=seed).fit(pixels)
+        centers = KMeans(min(count, len(fitted)), n_init=3, random_state=seed).fit(reduce.transform(pixels))
+    found = [centers.predict(reduce.transform(_pixels(batch))) for batch in batches(images, batch_size=size)]
+    return np.concatenate(found).astype(np.int64)
+
+
+def _pixels(images: Images) -> npt.NDArray[np.float32]:
+    """[n, D] pixels in [0, 1] of images that are averaged down by a whole factor."""
+    pixels = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float() / 255
+    reduced: npt.NDArray[np.float32] = F.avg_pool2d(pixels, _reduction(max(images.shape[1:3]))).flatten(1).numpy()
+    return reduced
+
+
 def classifier_uri(dataset_uri: str, recipe: ClassifierRecipe) -> str:
     """Folder of the classifier of a recipe for a dataset."""
-    return storage.join(dataset_uri, "classifier", fingerprint_of(version=RECIPE_VERSION, **asdict(recipe))[:16])
+    return storage.join(dataset_uri, "classifier", storage.digest({"version": RECIPE_VERSION, **asdict(recipe)}, 16))
 
 
 def describe_classifier(uri: str) -> tuple[Identity, float | None] | None:
