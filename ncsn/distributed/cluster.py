@@ -29,10 +29,6 @@ _CONNECTING = threading.RLock()
 _logger = logging.getLogger(__name__)
 
 
-class TooFewResources(RuntimeError):
-    """A cluster that another process started lacks what the config asks for. Another attempt may find more."""
-
-
 @contextmanager
 def ray_cluster(config: Config) -> Iterator[str]:
     """Connect to the cluster at RAY_ADDRESS, or start one on this machine that ends with the block.
@@ -45,8 +41,23 @@ def ray_cluster(config: Config) -> Iterator[str]:
     Yields the address of the cluster.
     """
     with ExitStack() as stack:
-        with _CONNECTING:
-            address = stack.enter_context(_connected(config))
+        with _CONNECTING, _own_sigterm():
+            if ray.is_initialized():
+                address = ray.get_runtime_context().gcs_address
+            elif joined := os.environ.get("RAY_ADDRESS"):
+                address = joined
+                try:
+                    ray.init(address=address, logging_level=logging.WARNING)
+                except ValueError as error:
+                    hint = "use HOST:PORT of the cluster, or unset it"
+                    raise UserError("RAY_ADDRESS", f"not an address: {error}", hint=hint, value=address) from error
+                stack.callback(ray.shutdown)
+            else:
+                address = _start(config)
+                stack.callback(ray.shutdown, wait_for_processes=True)
+                for name in ("RAY_ADDRESS", _OWN):
+                    os.environ[name] = address
+                    stack.callback(os.environ.pop, name)
         yield address
 
 
@@ -72,28 +83,6 @@ def ray_cluster_meanwhile(config: Config) -> Iterator[Callable[[], str]]:
     finally:
         ended.set()
         thread.join()
-
-
-@contextmanager
-def _connected(config: Config) -> Iterator[str]:
-    if ray.is_initialized():
-        yield ray.get_runtime_context().gcs_address
-    elif address := os.environ.get("RAY_ADDRESS"):
-        with _own_sigterm():
-            _join(address)
-        try:
-            yield address
-        finally:
-            ray.shutdown()
-    else:
-        with _own_sigterm():
-            address = _start(config)
-        os.environ["RAY_ADDRESS"] = os.environ[_OWN] = address
-        try:
-            yield address
-        finally:
-            del os.environ["RAY_ADDRESS"], os.environ[_OWN]
-            ray.shutdown(wait_for_processes=True)
 
 
 @contextmanager
@@ -140,17 +129,6 @@ def _own_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, handler)
 
 
-def _join(address: str) -> None:
-    try:
-        ray.init(
-            address=address,
-            logging_level=logging.WARNING,
-        )
-    except ValueError as error:
-        hint = "use HOST:PORT of the cluster, or unset it"
-        raise UserError("RAY_ADDRESS", f"not an address: {error}", hint=hint, value=address) from error
-
-
 def _start(config: Config) -> str:
     if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
         # A token for this process alone needs no file in the home folder. A cluster elsewhere has its own.
@@ -160,7 +138,7 @@ def _start(config: Config) -> str:
     try:
         ray.init(
             address="local",  # without, Ray would join a cluster that another process started on this machine
-            num_cpus=max(os.cpu_count() or 1, _cpus_needed(config)),
+            num_cpus=max(os.cpu_count() or 1, config.compute.min_workers * config.compute.cpus_per_worker),
             include_dashboard=True,
             dashboard_host=LOOPBACK,
             logging_level=logging.WARNING,
@@ -197,12 +175,6 @@ def ray_tags() -> dict[str, str]:
     return tags | {tag: metadata[name] for tag, name in names.items() if name in metadata}
 
 
-def cluster_memory() -> float:
-    """Bytes that the connected cluster has for Ray's processes and its object store."""
-    have = ray.cluster_resources()
-    return float(have.get("memory", 0.0)) + float(have.get("object_store_memory", 0.0))
-
-
 def require_resources(config: Config) -> None:
     """Refuse work that the cluster can never start, instead of waiting forever."""
     if autoscales() or (lack := _lack(config)) is None:
@@ -214,14 +186,15 @@ def require_resources(config: Config) -> None:
     ends = time.monotonic() + JOIN_SECONDS
     while lack := _lack(config):
         if time.monotonic() > ends:
-            raise TooFewResources(f"{lack} (waited {JOIN_SECONDS:g} s for more nodes)")
+            raise RuntimeError(f"{lack} (waited {JOIN_SECONDS:g} s for more nodes)")
         time.sleep(_POLL_SECONDS)
     _logger.warning("the cluster is large enough now")
 
 
 def _lack(config: Config) -> UserError | None:
-    have = ray.cluster_resources()
-    needed = {"CPU": _cpus_needed(config), "GPU": config.compute.min_workers if config.compute.use_gpu else 0}
+    compute, have = config.compute, ray.cluster_resources()
+    workers = compute.min_workers
+    needed = {"CPU": workers * compute.cpus_per_worker, "GPU": workers if compute.use_gpu else 0}
     hints = {"CPU": "lower it or compute.cpus_per_worker", "GPU": "lower it, or set compute.use_gpu to false"}
     for kind, count in needed.items():
         if count > have.get(kind, 0):
@@ -229,13 +202,9 @@ def _lack(config: Config) -> UserError | None:
                 "compute.num_workers",
                 f"needs {count} {kind}s, but the cluster has {have.get(kind, 0):g}",
                 hint=hints[kind],
-                value=config.compute.num_workers,
+                value=compute.num_workers,
             )
     return None
-
-
-def _cpus_needed(config: Config) -> int:
-    return config.compute.min_workers * config.compute.cpus_per_worker
 
 
 def autoscales() -> bool:

@@ -1,4 +1,4 @@
-"""Sampling as Ray tasks: shards of images, and samples that are scored and not kept.
+"""Sampling as Ray tasks: shards of images, and features of samples that are not kept.
 
 Image i of a run is a function of (checkpoint, sampler settings, seed, i). Shards therefore never disagree, and a
 second call makes only the ranges that are missing.
@@ -19,46 +19,19 @@ from ncsn import storage
 from ncsn.config import Config
 from ncsn.config.schema import SamplingConfig
 from ncsn.data.samples import missing_ranges, read_samples, shard_name, write_shard
-from ncsn.distributed.tasks import run_tasks, runner_of
+from ncsn.distributed.tasks import run_tasks
 from ncsn.errors import InvalidValue
 from ncsn.evaluation.extractors import batches
 from ncsn.evaluation.features import extractor_of
-from ncsn.evaluation.reference import open_evaluator
-from ncsn.model.checkpoint import TrainedNetwork
 from ncsn.model.generate import generate, image_labels, image_shape, level_images
 from ncsn.model.trained import load_for_generation
 from ncsn.progress import Progress
 
 Features = NDArray[np.float32]
 
-
 # Of the strip, which shows some images on their way from noise: `[stages, N, H, W, C]` uint8.
 LEVELS = "levels.npy"
 STRIP_IMAGES, STRIP_STAGES, STRIP_BYTES = 8, 12, 1_500_000
-
-
-class Stages:
-    """Keeps the images of at most `limit` stages, 3 or more, evenly spread, and always those of the last."""
-
-    # When it is full, it drops every second stage and keeps half as many from then on. So their number may be unknown.
-    def __init__(self, limit: int) -> None:
-        self._limit, self._every = limit, 1
-        self._kept: dict[int, NDArray[np.uint8]] = {}
-        self._last: dict[int, NDArray[np.uint8]] = {}
-
-    def add(self, stage: int, images: NDArray[np.uint8]) -> None:
-        """Take `[N, H, W, C]` of a stage, counted from 0."""
-        self._last = {stage: images}
-        if stage % self._every == 0:
-            self._kept[stage] = images
-        if len(self._kept) == self._limit:
-            self._every *= 2
-            self._kept = {number: kept for number, kept in self._kept.items() if number % self._every == 0}
-
-    @property
-    def frames(self) -> NDArray[np.uint8]:
-        """`[stages, N, H, W, C]` of the kept stages, at least one."""
-        return np.stack([images for _, images in sorted((self._kept | self._last).items())])
 
 
 @dataclass(frozen=True)
@@ -73,11 +46,6 @@ class Shard:
     count: int
     dataset: str | None = None  # URI; the features of the images are wanted, by the extractor kept there
     exists: bool = False
-
-    @property
-    def uri(self) -> str:
-        """Where the shard is published."""
-        return storage.join(self.folder, shard_name(self.first, self.first + self.count))
 
 
 def plan_shards(config: Config, *, checkpoint: str, folder: str, dataset: str | None = None) -> list[Shard]:
@@ -133,8 +101,10 @@ def _sample_shard(shard: Shard) -> Features | None:
         images = read_samples(shard.folder, shard.first, shard.first + shard.count)
     else:
         images = _generate(shard) if shard.first else _generate_with_strip(shard)
-        labels = image_labels(_trained(shard), shard.sampling, first=shard.first, count=shard.count)
-        write_shard(shard.uri, images, labels=None if labels is None else labels.numpy())
+        trained = _load(shard.checkpoint, device=shard.config.compute.device)
+        labels = image_labels(trained, shard.sampling, first=shard.first, count=shard.count)
+        uri = storage.join(shard.folder, shard_name(shard.first, shard.first + shard.count))
+        write_shard(uri, images, labels=None if labels is None else labels.numpy())
     if shard.dataset is None:
         return None
     extractor = extractor_of(shard.config, shard.dataset)
@@ -142,31 +112,23 @@ def _sample_shard(shard: Shard) -> Features | None:
     return np.concatenate([extractor.extract(part).features for part in parts])
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """What makes samples that are scored and not kept."""
-
-    checkpoint: str  # URI of a checkpoint, or of the files of a registered model
-    sampling: SamplingConfig
-
-
 def sample_features(
     config: Config,
-    candidates: Sequence[Candidate],
+    candidates: Sequence[tuple[str, SamplingConfig]],
     *,
     dataset: str,
     num_images: int,
-    on_images: Callable[[int], None] | None = None,
 ) -> Iterator[tuple[int, Features | None]]:
     """Number of a candidate, and the features [N, D] of `num_images` of its samples; None if one is not finite.
 
-    They come as they are done, and `on_images` is called with the number of images of each task that is done.
+    A candidate is the URI of a checkpoint and a way to sample from it. Its samples are not kept. The features come as
+    they are done.
     """
     compute = config.compute
     found: list[dict[int, Features]] = [{} for _ in candidates]
     broken: set[int] = set()
     templates = (
-        Shard(config, each.sampling, each.checkpoint, "", 0, each.sampling.batch_size, dataset) for each in candidates
+        Shard(config, sampling, checkpoint, "", 0, sampling.batch_size, dataset) for checkpoint, sampling in candidates
     )
     parts = (
         (index, shard)
@@ -178,8 +140,6 @@ def sample_features(
     for (index, shard), features in run_tasks(
         _score_shard, parts, cpus=compute.cpus_per_worker, gpu=compute.use_gpu, in_flight=compute.max_workers
     ):
-        if on_images is not None:
-            on_images(shard.count)
         if index in broken:
             continue
         if features is None:
@@ -192,27 +152,10 @@ def sample_features(
             found[index] = {}
 
 
-def score_samples(
-    config: Config,
-    candidates: Sequence[Candidate],
-    *,
-    dataset: str,
-    num_images: int,
-    on_images: Callable[[int], None] | None = None,
-) -> list[float | None]:
-    """Fréchet distance of `num_images` samples of each candidate; None if an image is not finite."""
-    evaluator = open_evaluator(config, dataset, runner=runner_of(config.compute))
-    distances: list[float | None] = [None] * len(candidates)
-    made = sample_features(config, candidates, dataset=dataset, num_images=num_images, on_images=on_images)
-    for index, features in made:
-        distances[index] = None if features is None else evaluator.distance(features)
-    return distances
-
-
 def _score_shard(part: tuple[int, Shard]) -> Features | None:
     _, shard = part
     assert shard.dataset is not None
-    _trained(shard)  # an error of the checkpoint is not the sampler's
+    _load(shard.checkpoint, device=shard.config.compute.device)  # an error of the checkpoint is not the sampler's
     try:
         images = _generate(shard)
     except InvalidValue:  # not finite
@@ -221,29 +164,29 @@ def _score_shard(part: tuple[int, Shard]) -> Features | None:
 
 
 def _generate(shard: Shard, on_level: Callable[[int, Tensor], None] | None = None) -> NDArray[np.uint8]:
-    sampling, first, count = shard.sampling, shard.first, shard.count
-    trained, device = _trained(shard), shard.config.compute.device
-    return generate(trained, sampling=sampling, first=first, count=count, device=device, on_level=on_level)
+    device = shard.config.compute.device
+    trained, first, count = _load(shard.checkpoint, device=device), shard.first, shard.count
+    return generate(trained, sampling=shard.sampling, first=first, count=count, device=device, on_level=on_level)
 
 
 def _generate_with_strip(shard: Shard) -> NDArray[np.uint8]:
     """The images of the shard; some of them are kept at some noise levels too."""
-    stages, last = Stages(STRIP_STAGES), 0
+    stages: dict[int, NDArray[np.uint8]] = {}  # at most `STRIP_STAGES`, evenly spread, and always the last
+    every = 1
     count = max(1, min(STRIP_IMAGES, STRIP_BYTES // (STRIP_STAGES * math.prod(image_shape(shard.config)))))
 
     def on_level(stage: int, x: Tensor) -> None:
-        nonlocal last
-        last = stage
-        stages.add(stage, level_images(x[:count], shard.sampling, shard.config))
+        nonlocal every
+        for number in [number for number in stages if number % every]:
+            del stages[number]
+        stages[stage] = level_images(x[:count], shard.sampling, shard.config)
+        if stage % every == 0 and len(stages) == STRIP_STAGES:  # how many more will come is not known
+            every *= 2
 
     images = _generate(shard, on_level)
-    stages.add(last, images[:count])
-    storage.write_array(storage.join(shard.folder, LEVELS), stages.frames)
+    stages[max(stages, default=0)] = images[:count]
+    storage.write_array(storage.join(shard.folder, LEVELS), np.stack(list(stages.values())))
     return images
-
-
-def _trained(shard: Shard) -> TrainedNetwork:
-    return _load(shard.checkpoint, device=shard.config.compute.device)
 
 
 _load = lru_cache(maxsize=1)(load_for_generation)

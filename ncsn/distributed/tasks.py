@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain, islice
@@ -12,12 +13,16 @@ import torch
 from ray.util.actor_pool import ActorPool
 
 from ncsn.config.compute import ComputeConfig
+from ncsn.data.dataset import PartTask
+from ncsn.distributed.cluster import on_this_machine
 from ncsn.evaluation.features import Runner, here
 from ncsn.storage.heartbeat import LeaseExpired
 
 T = TypeVar("T")
 R = TypeVar("R")
 
+# Up to here the threads of one process keep all cores busy, and starting Ray takes as long as ten thousand images.
+FEW_CORES = 4
 RETRIES = 3  # times that a call is made again after its process or node was lost
 
 # Wherever there is room, and not in the placement group of a trial's driver, which has no CPU.
@@ -37,6 +42,23 @@ def runner_of(compute: ComputeConfig) -> Runner:
         )
 
     return each if ray.is_initialized() else here
+
+
+def few_cores() -> bool:
+    """Whether this process writes the parts of a dataset alone at least as fast as Ray tasks."""
+    return on_this_machine() and (os.cpu_count() or 1) <= FEW_CORES
+
+
+def write_parts(tasks: Iterable[PartTask]) -> Iterator[object]:
+    """Write parts on the connected cluster; yields in their order, each time that one is in the store."""
+
+    def write_part(task: PartTask) -> None:
+        for _ in task.write(cores=1):
+            pass
+
+    # One running and one waiting per core, so that the queue of a million images stays small.
+    most = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
+    return run_tasks(write_part, tasks, cpus=1, in_flight=most, ordered=True)
 
 
 def run_tasks(

@@ -15,6 +15,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import ray.train
@@ -72,11 +73,15 @@ def train(job: TrainingJob, *, run_uri: str) -> TrainOutcome:
     compute = job.config.compute
     if compute.num_workers == 1 and on_this_machine():  # which is not preempted
         return train_alone(job, run_uri=run_uri)
+    manifest = load_manifest(job.dataset)
+    size = sum(manifest.counts.values()) * math.prod(manifest.shape)
+    # A worker waits for the others, of which one may fill its node's cache first.
+    timeout = round(TIMEOUT_SECONDS + size / SLOWEST_READ)
     with tempfile.TemporaryDirectory(prefix="ncsn-") as folder:
         trainer = TorchTrainer(
-            _worker,
-            torch_config=TorchConfig(timeout_s=_timeout(job.dataset)),
-            train_loop_config={"job": job, "run_uri": run_uri},
+            _attempt,
+            torch_config=TorchConfig(timeout_s=timeout),
+            train_loop_config={"job": job, "run_uri": run_uri, "context": RayContext},
             scaling_config=ScalingConfig(
                 num_workers=compute.num_workers,
                 use_gpu=compute.use_gpu,
@@ -92,7 +97,17 @@ def train(job: TrainingJob, *, run_uri: str) -> TrainOutcome:
                 logging_config=LoggingConfig(log_level="ERROR"),  # the files of Ray's session have the rest
             ),
         )
-        outcome = _fit(trainer, max_failures=compute.max_failures)
+        try:
+            result = trainer.fit()
+        except SystemExit as stop:
+            if stop.code in (0, 1):  # what Ray makes of Ctrl-C; 0 would read as success
+                raise KeyboardInterrupt from None
+            raise
+        except TrainingFailedError as failure:
+            _logger.error("%s", failure)  # noqa: TRY400 - the workers' tracebacks are in its text
+            raise RuntimeError(f"{reason(failure)}; compute.max_failures = {compute.max_failures}") from failure
+    outcome: TrainOutcome | InvalidValue | LeaseExpired | None = result.return_value
+    assert outcome is not None
     if isinstance(outcome, Exception):
         raise outcome
     return outcome
@@ -108,11 +123,12 @@ def train_alone(job: TrainingJob, *, run_uri: str) -> TrainOutcome:
         max_calls=int(compute.use_gpu),  # its process would keep a CUDA context on the GPU
         max_retries=0,  # here, with a word
         **ANYWHERE,
-    )(_alone)
+    )(_attempt)
+    arguments = {"job": job, "run_uri": run_uri, "context": partial(LocalContext, compute.device)}
     lost = LostWorkers(run_uri, max_failures=compute.max_failures)
     while True:
         try:
-            outcome: TrainOutcome | InvalidValue | LeaseExpired = ray.get(task.remote(job, run_uri))
+            outcome: TrainOutcome | InvalidValue | LeaseExpired = ray.get(task.remote(arguments))
         except RayError as error:
             lost.after_exception(None, {0: error})
             if lost.left < 0:
@@ -124,40 +140,11 @@ def train_alone(job: TrainingJob, *, run_uri: str) -> TrainOutcome:
     return outcome
 
 
-def _fit(trainer: TorchTrainer, *, max_failures: int) -> TrainOutcome | InvalidValue | LeaseExpired:
-    try:
-        result = trainer.fit()
-    except SystemExit as stop:
-        if stop.code in (0, 1):  # what Ray makes of Ctrl-C; 0 would read as success
-            raise KeyboardInterrupt from None
-        raise
-    except TrainingFailedError as failure:
-        _logger.error("%s", failure)  # noqa: TRY400 - the workers' tracebacks are in its text
-        raise RuntimeError(f"{reason(failure)}; compute.max_failures = {max_failures}") from failure
-    outcome = result.return_value
-    assert isinstance(outcome, (TrainOutcome, InvalidValue, LeaseExpired))
-    return outcome
-
-
-def _timeout(dataset: str) -> int:
-    """Seconds that a worker waits for the others: one of them may fill its node's cache first."""
-    manifest = load_manifest(dataset)
-    size = sum(manifest.counts.values()) * math.prod(manifest.shape)
-    return round(TIMEOUT_SECONDS + size / SLOWEST_READ)
-
-
-def _worker(arguments: dict[str, Any]) -> TrainOutcome | InvalidValue | LeaseExpired:
-    return _attempt(arguments["job"], RayContext(), arguments["run_uri"])
-
-
-def _alone(job: TrainingJob, run_uri: str) -> TrainOutcome | InvalidValue | LeaseExpired:
-    return _attempt(job, LocalContext(job.config.compute.device), run_uri)
-
-
-def _attempt(job: TrainingJob, context: WorkerContext, run_uri: str) -> TrainOutcome | InvalidValue | LeaseExpired:
+def _attempt(arguments: dict[str, Any]) -> TrainOutcome | InvalidValue | LeaseExpired:
     # What a worker raises is retried, so a mistake that would only repeat, and an order to end, is returned.
     try:
-        return train_loop(job, context, checkpoint_store(job.config, run_uri))
+        job: TrainingJob = arguments["job"]
+        return train_loop(job, arguments["context"](), checkpoint_store(job.config, arguments["run_uri"]))
     except _TRANSIENT:
         raise
     except (InvalidValue, LeaseExpired) as end:

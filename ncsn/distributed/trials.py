@@ -30,8 +30,10 @@ from ncsn.config import Config
 from ncsn.config.schema import SamplingConfig, SearchConfig
 from ncsn.config.search import rungs, searched_space, setting, swept, variant
 from ncsn.distributed import trainer
-from ncsn.distributed.sampling import Candidate, score_samples
+from ncsn.distributed.sampling import sample_features
+from ncsn.distributed.tasks import runner_of
 from ncsn.errors import InvalidValue, NotFound, UserError
+from ncsn.evaluation.reference import open_evaluator
 from ncsn.model.checkpoint import CheckpointError
 from ncsn.model.checkpoint_store import CHECKPOINTS
 from ncsn.training.loop import TrainingJob
@@ -231,9 +233,11 @@ def _reach(plan: SearchPlan, values: Mapping[str, Any], folder: TrialFolder, ima
     train = trainer.train_alone if job.config.compute.num_workers == 1 else trainer.train
     outcome = train(job, run_uri=folder.uri)
     checkpoint = storage.join(checkpoints, outcome.checkpoint)
-    candidates = [Candidate(checkpoint, sampling) for sampling in samplings]
-    found = score_samples(plan.config, candidates, dataset=plan.dataset, num_images=plan.settings.num_samples)
-    sweep = [Scored(asdict(sampling.sampler), distance) for sampling, distance in zip(samplings, found, strict=True)]
+    candidates = [(checkpoint, sampling) for sampling in samplings]
+    evaluator = open_evaluator(plan.config, plan.dataset, runner=runner_of(plan.config.compute))
+    found = sample_features(plan.config, candidates, dataset=plan.dataset, num_images=plan.settings.num_samples)
+    distances = {number: None if features is None else evaluator.distance(features) for number, features in found}
+    sweep = [Scored(asdict(sampling.sampler), distances[number]) for number, sampling in enumerate(samplings)]
     best = min(sweep, key=lambda scored: math.inf if scored.objective is None else scored.objective)
     if best.objective is None:
         raise UserError(

@@ -64,10 +64,10 @@ def write_images(
     if not any(split.in_tasks and len(split) > most for split in source.splits.values()):  # one part is one task
         return write_dataset(source, folder, name=data.source, data=data, progress=progress)
     # Imported here: ray takes a second, which a small source need not wait for.
-    from ncsn.distributed import ingest
     from ncsn.distributed.cluster import ray_cluster
+    from ncsn.distributed.tasks import few_cores, write_parts
 
-    here = ingest.few_cores()
+    here = few_cores()
     with nullcontext() if here else ray_cluster(config):
         return write_dataset(
             source,
@@ -75,6 +75,6 @@ def write_images(
             name=data.source,
             data=data,
             fingerprint=fingerprint,
-            write_parts=None if here else ingest.write_parts,
+            write_parts=None if here else write_parts,
             progress=progress,
         )

@@ -18,7 +18,7 @@ from ncsn import storage
 from ncsn.config import Config
 from ncsn.data.format import Manifest, load_manifest
 from ncsn.distributed.cluster import cluster_for, ray_tags
-from ncsn.distributed.sampling import Candidate, sample_features
+from ncsn.distributed.sampling import sample_features
 from ncsn.distributed.tasks import runner_of
 from ncsn.errors import NotFound, UserError
 from ncsn.evaluation import evaluation_of
@@ -114,7 +114,7 @@ def scores(
             missing.append(number)
     settings = config.select
     sampling = config.sampling.model_copy(update={"seed": settings.seed})
-    candidates = [Candidate(found[number].uri, sampling) for number in missing]
+    candidates = [(found[number].uri, sampling) for number in missing]
     made = sample_features(config, candidates, dataset=dataset, num_images=settings.num_images)
     for index, features in made:
         value = None

@@ -10,17 +10,7 @@ import torch
 from refused import refused
 
 from ncsn.config import from_yaml
-from ncsn.distributed.cluster import _lack, cluster_for
-
-
-@pytest.mark.parametrize(("use_gpu", "named"), [("true", "compute.use_gpu"), ("false", "compute.cpus_per_worker")])
-def test_too_few_resources_name_the_setting_to_change(
-    tiny: str, use_gpu: str, named: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 8.0 if use_gpu == "true" else 1.0})
-    config = from_yaml(tiny, overrides=[f"compute.use_gpu={use_gpu}", "compute.num_workers=2"])
-    lack = _lack(config)
-    assert lack is not None and named in lack.problems[0].hint
+from ncsn.distributed.cluster import cluster_for
 
 
 def test_a_cluster_that_does_not_start_is_one_line(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,11 +66,10 @@ def test_ray_train_repeats_what_a_worker_raises_but_not_a_mistake(
         raise error
 
     monkeypatch.setattr(trainer, "train_loop", fail)
-    monkeypatch.setattr(trainer, "RayContext", lambda: None)
     monkeypatch.setattr(trainer, "checkpoint_store", lambda *_: None)
-    arguments = {"job": SimpleNamespace(config=None), "run_uri": "/runs/mine"}
+    arguments = {"job": SimpleNamespace(config=None), "run_uri": "/runs/mine", "context": lambda: None}
     if returned:
-        assert trainer._worker(arguments) is error
+        assert trainer._attempt(arguments) is error
     else:
         with pytest.raises(type(error)):
-            trainer._worker(arguments)
+            trainer._attempt(arguments)
