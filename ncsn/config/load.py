@@ -131,7 +131,6 @@ _NOT_DECIDING = (
     "train.report_every_images",
     "train.keep_checkpoints",
     "train.checkpoint_every_images",
-    "train.ema.keep_every_images",
 )
 
 

@@ -164,8 +164,6 @@ class SearchConfig(Section):
     train.num_images / reduction_factor ** 2, train.num_images / reduction_factor, and the end."""
     num_samples: int = Field(512, ge=2, le=1_000_000)
     """Images to generate at each rung for each epsilon."""
-    max_concurrent: int | None = Field(None, ge=1)
-    """Maximum number of trials at a time; null = as many as the cluster has room for."""
 
 
 class StorageConfig(Section):

@@ -24,7 +24,6 @@ _BUT = (
     "train.checkpoint_every_images",
     "train.report_every_images",
     "train.keep_checkpoints",
-    "train.ema.keep_every_images",
     "sampling.sampler.steps_per_level",
     "sampling.sampler.num_steps",
     "sampling.sampler.num_levels",

@@ -25,7 +25,7 @@ class OptimizerConfig(Section):
 
 
 SNAPSHOTS = 16  # of the averages over a training
-ALIKE = 0.01  # least difference of two relative widths
+RELATIVE_WIDTHS = (0.05, 0.1)  # of the two averages: standard deviation over time, as a share of the training so far
 WIDEST = 0.2886  # relative width of the plain mean, 1 / sqrt(12), rounded down
 Width = Annotated[float, Field(gt=0, le=WIDEST)]
 
@@ -66,20 +66,8 @@ class PowerEmaConfig(Section):
     """Two averages whose memory grows with training, stored as it goes on (Karras et al. 2024)."""
 
     kind: Literal["power"]
-    """Two averages whose snapshots give one of any width after training; see sampling.relative_width."""
-    relative_widths: tuple[Width, Width] = (0.05, 0.1)
-    """Standard deviation of each average's weights over time, as a share of the training so far; the first one
-    generates images."""
-    keep_every_images: int | None = Field(None, ge=1)
-    """Training images between snapshots; null = train.num_images / 16."""
-
-    @model_validator(mode="after")
-    def _two(self) -> PowerEmaConfig:
-        one, other = self.relative_widths
-        if abs(one - other) < ALIKE:
-            reason = f"two that are nearly the same add little; they must differ by {ALIKE:g}"
-            raise UserError("relative_widths", reason, hint="use [0.05, 0.1]", value=[one, other])
-        return self
+    """Two averages, the first of which generates images. Their snapshots, 16 over the training, give one of any width
+    afterwards; see sampling.relative_width."""
 
     def untrained_share(self, images_seen: int, *, batch_size: int) -> float:  # noqa: ARG002 - that of the others
         """Share in [0, 1] of the initial weights in the average: none after the first step."""
@@ -130,7 +118,7 @@ class TrainConfig(Section):
         """Training images between snapshots of two averages; None if there is one."""
         if not isinstance(self.ema, PowerEmaConfig):
             return None
-        return self.ema.keep_every_images or max(1, self.num_images // SNAPSHOTS)
+        return max(1, self.num_images // SNAPSHOTS)
 
     @model_validator(mode="after")
     def _reach_one_step(self) -> TrainConfig:
@@ -145,5 +133,5 @@ def ema_setting(settings: TrainConfig) -> str:
     if isinstance(settings.ema, DecayEmaConfig):
         return f"train.ema.per_step = {settings.ema.per_step:g}"
     if isinstance(settings.ema, PowerEmaConfig):
-        return f"train.ema.relative_widths = {settings.ema.relative_widths[0]:g}"
+        return f"relative width {RELATIVE_WIDTHS[0]:g}"
     return f"train.ema.images = {settings.ema.images:,}"

@@ -59,16 +59,15 @@ def search(plan: SearchPlan, observer: Observer) -> None:
     left = settings.num_trials - len(done)
     if left <= 0:
         return
-    at_once = settings.max_concurrent
-    if not (autoscales() and at_once):
-        at_once = trials_at_once(ray.cluster_resources(), compute, wanted=at_once)
+    # An autoscaler brings the workers of an elastic training.
+    grown = compute.max_workers // compute.min_workers if autoscales() else None
     filesystem, path = storage.filesystem(storage.join(plan.trials, ".tune"))
     tuner = tune.Tuner(
         # A driver that holds a CPU can deadlock with the workers it waits for.
         tune.with_resources(tune.with_parameters(_trainable, plan=plan), {"memory": DRIVER_MEMORY}),
         tune_config=tune.TuneConfig(
             num_samples=left,
-            max_concurrent_trials=at_once,
+            max_concurrent_trials=grown or trials_at_once(ray.cluster_resources(), compute),
             search_alg=_suggestions(plan, before),
             scheduler=Halving(plan, earlier=done),
             reuse_actors=True,
@@ -89,8 +88,8 @@ def _trainable(point: dict[str, Any], *, plan: SearchPlan) -> None:
     run_trial(plan, point["values"], report=tune.report)
 
 
-def trials_at_once(resources: Mapping[str, float], compute: ComputeConfig, *, wanted: int | None) -> int:
-    """How many trials, at most `wanted`, a cluster can hold without any waiting for what another holds.
+def trials_at_once(resources: Mapping[str, float], compute: ComputeConfig) -> int:
+    """How many trials a cluster can hold without any waiting for what another holds.
 
     Ray names its resources: CPU, GPU, memory in bytes.
     """
@@ -108,7 +107,7 @@ def trials_at_once(resources: Mapping[str, float], compute: ComputeConfig, *, wa
             hint="lower it or compute.cpus_per_worker",
             value=compute.num_workers,
         )
-    return min(room[scarce], wanted or room[scarce])
+    return room[scarce]
 
 
 def _suggestions(plan: SearchPlan, before: Sequence[TrialRecord]) -> Suggestions:

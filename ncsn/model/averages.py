@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ncsn import storage
 from ncsn.config import Config
-from ncsn.config.training import PowerEmaConfig
+from ncsn.config.training import RELATIVE_WIDTHS
 from ncsn.core.ema import Profile, Reconstruction, exponent_of, reconstruction
 from ncsn.core.training import TrainState
 from ncsn.errors import UserError
@@ -45,13 +45,11 @@ POOR = 0.1  # relative error of a weight profile from which on the average is an
 _logger = logging.getLogger(__name__)
 
 
-def snapshot(config: Config, state: TrainState) -> dict[str, dict[str, Tensor]]:
+def snapshot(state: TrainState) -> dict[str, dict[str, Tensor]]:
     """Copies of both averages by file, on the CPU, so that training can go on while they are written."""
-    settings = config.train.averaging
-    assert isinstance(settings, PowerEmaConfig)
     return {
         _file(width): {name: _compact(tensor) for name, tensor in ema.weights.items()}
-        for width, ema in zip(settings.relative_widths, state.averages, strict=True)
+        for width, ema in zip(RELATIVE_WIDTHS, state.averages, strict=True)
     }
 
 
@@ -79,19 +77,17 @@ def sampled_checkpoint(checkpoint: str, config: Config) -> str:
     if width is None:
         return checkpoint
     if not checkpoint.rpartition("/")[0].endswith(f"/{WIDTHS}"):
-        return build_average(checkpoint, config, relative_width=width)
+        return build_average(checkpoint, relative_width=width)
     if (built := _width(checkpoint)) != width:
         raise UserError(_KEY, f"{checkpoint} has {built:g}", hint="leave one of them out", value=width)
     return checkpoint
 
 
-def build_average(checkpoint: str, config: Config, *, relative_width: float) -> str:
+def build_average(checkpoint: str, *, relative_width: float) -> str:
     """URI of a checkpoint with the average of a relative width, put together from the snapshots of the run.
 
     It ends at the checkpoint's images and has all but the weights from there. It is made once.
     """
-    settings = config.train.averaging
-    assert isinstance(settings, PowerEmaConfig), "the config's rules"
     run, _, name = checkpoint.rpartition("/")
     seen, folder = images_seen_at(name), storage.join(run.rpartition("/")[0], "ema")
     target = storage.join(folder, WIDTHS, f"{relative_width:g}-{name}")
@@ -106,7 +102,7 @@ def build_average(checkpoint: str, config: Config, *, relative_width: float) -> 
             hint="sample a checkpoint that has one",
             value=relative_width,
         )
-    stored = list(_whole(folder, [time for time in times if time <= seen], settings.relative_widths))
+    stored = list(_whole(folder, [time for time in times if time <= seen]))
     found = reconstruction(
         [Profile(exponent_of(width), time) for time, width in stored], Profile(exponent_of(relative_width), seen)
     )
@@ -152,16 +148,16 @@ def _compact(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.shape, dtype=torch.float16 if fits else torch.float32).copy_(tensor.detach())
 
 
-def _whole(folder: str, times: Sequence[int], widths: Sequence[float]) -> Iterator[tuple[int, float]]:
+def _whole(folder: str, times: Sequence[int]) -> Iterator[tuple[int, float]]:
     """Time and width of each stored average; a damaged snapshot is left out, since the others suffice."""
     for time in times:
         with storage.local_copy(storage.join(folder, folder_name(time))) as local:
             try:
-                verify(local, needs=map(_file, widths))
+                verify(local, needs=map(_file, RELATIVE_WIDTHS))
             except DamagedError as damage:
                 _logger.warning("a snapshot of the averages is left out: %s", damage)
                 continue
-        yield from ((time, width) for width in widths)
+        yield from ((time, width) for width in RELATIVE_WIDTHS)
 
 
 def _combined(folder: str, stored: Sequence[tuple[int, float]], found: Reconstruction) -> dict[str, Tensor]:

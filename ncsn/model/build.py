@@ -11,7 +11,7 @@ from ncsn.config import Config
 from ncsn.config.choices import NcsnNetworkConfig, NcsnV2NetworkConfig, UnetNetworkConfig
 from ncsn.config.noise import DsmLossConfig, LevelsConfig, LognormalTraining, NoiseConfig, SsmLossConfig
 from ncsn.config.schema import SamplingConfig
-from ncsn.config.training import HalfLifeEmaConfig, PowerEmaConfig
+from ncsn.config.training import RELATIVE_WIDTHS, HalfLifeEmaConfig, PowerEmaConfig
 from ncsn.core.ema import Ema, HalfLife, PowerFunction, StepDecay, exponent_of
 from ncsn.core.losses import (
     DenoisingScoreMatching,
@@ -174,7 +174,7 @@ def running_averages(config: Config, network: nn.Module) -> tuple[Ema, Ema | Non
     """The EMA that generates images and the second one, if training has two; both start from these weights."""
     settings = config.train.averaging
     if isinstance(settings, PowerEmaConfig):
-        one, other = (Ema(network, PowerFunction(exponent_of(width))) for width in settings.relative_widths)
+        one, other = (Ema(network, PowerFunction(exponent_of(width))) for width in RELATIVE_WIDTHS)
         return one, other
     if isinstance(settings, HalfLifeEmaConfig):
         return Ema(network, HalfLife(settings.images, settings.ramp_up)), None

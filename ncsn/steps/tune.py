@@ -88,7 +88,7 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> 
             100 * untrained,
             ema_setting(config.train),
         )
-    inputs = {"trials": plan.trials, "search": plan.settings.model_dump(mode="json", exclude={"max_concurrent"})}
+    inputs = {"trials": plan.trials, "search": plan.settings.model_dump(mode="json")}
     if result := step.found(inputs, needs=lambda result: [result.config, result.table, *result.plots]):
         return result
     if result := step.dispatched(config, {"dataset": dataset}):

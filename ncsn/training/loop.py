@@ -200,7 +200,7 @@ class Training:
         if train.snapshot_every is None or uri is None or self.context.rank != 0:
             return
         if self.ended() or self.crossed(train.snapshot_every):
-            taken = averages.snapshot(self.config, self.state)
+            taken = averages.snapshot(self.state)
             self.checkpoints.later(partial(averages.publish, uri, taken, images_seen=seen))
 
     def save_in_time(self) -> None:

@@ -97,7 +97,7 @@ WRONG = [
     ),
     (["loss={weighting: maybe}"], "loss.weighting"),
     (["noise={num_levels: 1}"], "noise.sigma_1"),
-    (["sampling.sampler={kind: karras_heun, churn: 3, churn_min: 2, churn_max: 0.5}"], "sampling.sampler.churn_min"),
+    (["sampling.sampler={kind: karras_heun, churn: -1}"], "sampling.sampler.churn"),
     (["train.num_images=1"], "train.num_images"),
     (["evaluation.extractor=inception"], "evaluation.weights"),
     (["evaluation.extractor=dinov2"], "evaluation.weights"),

@@ -39,30 +39,28 @@ def plan(tiny: str, tmp_path: Path) -> SearchPlan:
 
 
 @pytest.mark.parametrize(
-    ("resources", "compute", "wanted", "expected"),
+    ("resources", "compute", "expected"),
     [
-        ({"CPU": 2, "memory": 8 * GIB}, {"num_workers": 1}, None, 2),
-        ({"CPU": 2, "memory": 8 * GIB}, {"num_workers": 2}, None, 1),
-        ({"CPU": 3, "memory": 8 * GIB}, {"num_workers": [1, 3]}, None, 3),
-        ({"CPU": 7, "memory": 8 * GIB}, {"num_workers": 1, "cpus_per_worker": 2}, None, 3),
-        ({"CPU": 64, "GPU": 4, "memory": 64 * GIB}, {"num_workers": 2, "use_gpu": True}, None, 2),
-        ({"CPU": 3, "GPU": 4, "memory": 64 * GIB}, {"num_workers": 1, "use_gpu": True}, None, 3),
-        ({"CPU": 64, "memory": 2.5 * DRIVER_MEMORY}, {"num_workers": 1}, None, 2),
-        ({"CPU": 8, "memory": 8 * GIB}, {"num_workers": 1}, 3, 3),
-        ({"CPU": 2, "memory": 8 * GIB}, {"num_workers": 1}, 100, 2),
+        ({"CPU": 2, "memory": 8 * GIB}, {"num_workers": 1}, 2),
+        ({"CPU": 2, "memory": 8 * GIB}, {"num_workers": 2}, 1),
+        ({"CPU": 3, "memory": 8 * GIB}, {"num_workers": [1, 3]}, 3),
+        ({"CPU": 7, "memory": 8 * GIB}, {"num_workers": 1, "cpus_per_worker": 2}, 3),
+        ({"CPU": 64, "GPU": 4, "memory": 64 * GIB}, {"num_workers": 2, "use_gpu": True}, 2),
+        ({"CPU": 3, "GPU": 4, "memory": 64 * GIB}, {"num_workers": 1, "use_gpu": True}, 3),
+        ({"CPU": 64, "memory": 2.5 * DRIVER_MEMORY}, {"num_workers": 1}, 2),
     ],
 )
 def test_as_many_trials_as_the_cluster_holds(
-    resources: dict[str, float], compute: dict[str, Any], wanted: int | None, expected: int
+    resources: dict[str, float], compute: dict[str, Any], expected: int
 ) -> None:
     """All workers of all trials have room at once, so no trial waits for what another holds."""
-    found = trials_at_once(resources, ComputeConfig(**compute), wanted=wanted)
+    found = trials_at_once(resources, ComputeConfig(**compute))
     assert found == expected
 
 
 def test_a_cluster_that_cannot_hold_one_trial_is_refused() -> None:
     with refused("compute.num_workers") as caught:
-        trials_at_once({"CPU": 64, "GPU": 1, "memory": GIB}, ComputeConfig(num_workers=4, use_gpu=True), wanted=None)
+        trials_at_once({"CPU": 64, "GPU": 1, "memory": GIB}, ComputeConfig(num_workers=4, use_gpu=True))
     assert "4 GPU" in str(caught.value)
 
 

@@ -52,7 +52,7 @@ def trained(config: Config, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     wanted = Ema(state.network, PowerFunction(exponent_of(0.15)))
     for images in range(100, 801, 100):
         walk(state, images, wanted)
-        taken = averages.snapshot(config, state)
+        taken = averages.snapshot(state)
         averages.publish(str(run / "ema"), taken, images_seen=state.images_seen)
     folder = run / "checkpoints" / checkpoint.folder_name(800)
     folder.mkdir(parents=True)
@@ -80,7 +80,7 @@ def test_weights_that_float16_cannot_hold_stay_in_float32(config: Config) -> Non
     state = build.train_state(config)
     name, weight = next(iter(state.ema.weights.items()))
     weight.view(-1)[0] = 6.1e4
-    kinds = {key: tensor.dtype for key, tensor in averages.snapshot(config, state)["0.050.safetensors"].items()}
+    kinds = {key: tensor.dtype for key, tensor in averages.snapshot(state)["0.050.safetensors"].items()}
     assert kinds.pop(name) == torch.float32 and set(kinds.values()) == {torch.float16}
 
 
@@ -88,7 +88,7 @@ def test_an_average_of_another_width_is_near_the_one_that_was_not_stored(
     config: Config, trained: tuple[Path, dict[str, torch.Tensor]]
 ) -> None:
     folder, wanted = trained
-    built = build_average(str(folder), config, relative_width=0.15)
+    built = build_average(str(folder), relative_width=0.15)
     loaded = checkpoint.load_for_sampling(built)
     assert loaded.average is not None and loaded.average["relative_width"] == 0.15
     coefficients = loaded.average["coefficients"].values()
@@ -98,13 +98,13 @@ def test_an_average_of_another_width_is_near_the_one_that_was_not_stored(
     weights = dict(loaded.network.named_parameters())
     assert worst({name: weights[name] for name in wanted}, wanted) < 0.02
     assert loaded.digest != checkpoint.load_for_sampling(str(folder)).digest
-    assert build_average(str(folder), config, relative_width=0.15) == built
+    assert build_average(str(folder), relative_width=0.15) == built
     assert averages.built_averages(str(folder.parents[1] / "ema")) == [(built, 0.15)]
 
 
 def test_a_stored_average_comes_back(config: Config, trained: tuple[Path, dict[str, torch.Tensor]]) -> None:
     folder, _ = trained
-    built = build_average(str(folder), config, relative_width=0.1)
+    built = build_average(str(folder), relative_width=0.1)
     weights = dict(checkpoint.load_for_sampling(built).network.named_parameters())
     exact = load_file(folder / "ema_2.safetensors")
     assert all(torch.equal(weights[name].half(), tensor.half()) for name, tensor in exact.items())
@@ -124,13 +124,13 @@ def test_the_others_do_without_a_lost_or_damaged_snapshot(config: Config, tmp_pa
     state = build.train_state(config)
     for images in (200, 400, 600, 800):
         walk(state, images)
-        averages.publish(str(tmp_path / "ema"), averages.snapshot(config, state), images_seen=state.images_seen)
+        averages.publish(str(tmp_path / "ema"), averages.snapshot(state), images_seen=state.images_seen)
     folder = tmp_path / "checkpoints" / checkpoint.folder_name(800)
     folder.mkdir(parents=True)
     checkpoint.snapshot(config=config, state=state, moments=MOMENTS, dataset_digest="d1").write(folder)
     storage.delete_folder(str(tmp_path / "ema" / checkpoint.folder_name(200)))
     (tmp_path / "ema" / checkpoint.folder_name(400) / "0.050.safetensors").write_bytes(b"torn")
-    built = build_average(str(folder), config, relative_width=0.06)
+    built = build_average(str(folder), relative_width=0.06)
     average = checkpoint.load_for_sampling(built).average
     assert average is not None and len(average["coefficients"]) == 4
     assert sum(average["coefficients"].values()) == pytest.approx(1, abs=1e-9)
@@ -143,12 +143,9 @@ def test_what_cannot_be_built_is_refused(
     (folder.parents[1] / "checkpoints" / "images-000000250").mkdir()
     for missing in (folder.with_name("images-000000250"), tmp_path / "checkpoints" / "images-000000800"):
         with refused(KEY):
-            build_average(str(missing), config, relative_width=0.1)
+            build_average(str(missing), relative_width=0.1)
     with refused(KEY):
         from_yaml(TEXT, overrides=["sampling.relative_width=0.1", "train.ema={kind: decay}"])
-    for widths, key in (("[0.05, 0.055]", ""), ("[0.05, 0.3]", ".1"), ("[0.05]", ".1")):
-        with refused(f"train.ema.relative_widths{key}"):
-            from_yaml(TEXT, overrides=[f"train.ema={{kind: power, relative_widths: {widths}}}"])
 
 
 def test_a_checkpoint_without_the_second_average_is_damaged(

@@ -30,7 +30,7 @@ evaluation: {num_splits: 2}
 SAMPLERS = {
     "annealed_langevin": ({"steps_per_level": 3, "epsilon": 2e-4}, 19),
     "langevin": ({"num_steps": 7, "step_size": 1e-4}, 8),
-    "karras_heun": ({"num_steps": 5, "churn": 2.0, "churn_min": 0.06, "churn_noise": 1.003}, 9),
+    "karras_heun": ({"num_steps": 5, "churn": 2.0, "churn_noise": 1.003}, 9),
     "dpm_solver": ({"num_steps": 7, "eta": 0.5}, 7),
 }
 

@@ -66,7 +66,7 @@ def test_the_card_names_the_average_the_start_and_the_class() -> None:
         "data.num_classes=10", "sampling.label=3", "train.init_from=models:/old/1", "train.trainable=light",
         "train.ema={kind: power}", relative_width=0.03,
     )  # fmt: skip
-    assert "relative width 0.03" in text and "relative_widths" not in text
+    assert "relative width 0.03" in text and "0.05" not in text
     assert "models:/old/1" in text and "light" in text and "| classes of the samples | 3 |" in text
     plain = card("data.num_classes=10")
     assert "| start |" not in plain and "classes of the samples" not in plain

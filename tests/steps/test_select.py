@@ -35,7 +35,7 @@ data: {{source: sklearn_digits, image_size: 8, channels: 1, test_fraction: 0.3, 
 noise: {{num_levels: 4}}
 network: {{kind: unet, widths: [8, 8], blocks_per_resolution: 1, embedding_features: 8}}
 train: {{batch_size: 16, num_images: 160, checkpoint_every_images: 32, report_every_images: 160, keep_checkpoints: all,
-  ema: {{kind: power, keep_every_images: 32}}}}
+  ema: {{kind: power}}}}
 sampling: {{num_images: 20, batch_size: 16, sampler: {{kind: annealed_langevin, steps_per_level: 1}}}}
 evaluation: {{classifier_epochs: 1, num_splits: 2}}
 select: {{num_images: 24}}
@@ -63,7 +63,7 @@ def trained(config: Config, dataset: str) -> RunFolder:
     job = TrainingJob(config=alone, dataset=dataset, averages=folder.averages)
     outcome = train_loop(job, LocalContext(), checkpoint_store(alone, folder.uri))
     for width in (0.08, 0.15):
-        build_average(storage.join(folder.checkpoints, outcome.checkpoint), config, relative_width=width)
+        build_average(storage.join(folder.checkpoints, outcome.checkpoint), relative_width=width)
     return folder
 
 

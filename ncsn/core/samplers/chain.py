@@ -96,19 +96,18 @@ def _levels(sampler: AnySampler, sigmas: Tensor) -> Levels:
                 raise InvalidValue(f"level must be within the {len(sigmas)} levels 0 to {len(sigmas) - 1}, got {level}")
             return [float(sigmas[level])], [level % len(sigmas)]
         case KarrasHeun():
-            return spaced_sigmas(sigmas, sampler.num_steps, spacing="karras", rho=sampler.rho), None
+            return spaced_sigmas(sigmas, sampler.num_steps, spacing="karras"), None
         case DpmSolver(num_levels=None):
-            return spaced_sigmas(sigmas, sampler.num_steps, spacing=sampler.spacing, rho=sampler.rho), None
+            return spaced_sigmas(sigmas, sampler.num_steps, spacing=sampler.spacing), None
         case DpmSolver():
-            return own_levels(sigmas, sampler.num_levels, spacing=sampler.spacing, rho=sampler.rho)
+            return own_levels(sigmas, sampler.num_levels, spacing=sampler.spacing)
     return own_levels(sigmas)
 
 
 def _karras_heun(sampler: KarrasHeun, grid: LevelGrid, x: Tensor, *, noise: NoiseSource, on_level: OnLevel) -> Tensor:
     for k, (sigma, lower) in enumerate(pairwise(grid.sigmas)):
         on_level(k, x)
-        churns = sampler.churn_min <= sigma <= sampler.churn_max
-        share = min(sampler.churn / sampler.num_steps, math.sqrt(2) - 1) if churns else 0.0
+        share = min(sampler.churn / sampler.num_steps, math.sqrt(2) - 1)
         field, raised = field_of(grid.network, sigma), sigma * (1 + share)
         if raised > sigma:
             x = x.add(noise(k), alpha=sampler.churn_noise * math.sqrt(raised**2 - sigma**2))

@@ -13,6 +13,8 @@ from ncsn.core.samplers.langevin import score_at_level
 from ncsn.core.samplers.settings import Spacing
 from ncsn.errors import InvalidValue
 
+RHO = 7.0  # exponent of the karras grid, as in the paper
+
 Levels = tuple[list[float], list[int] | None]  # sigmas, descending, and their indices if they are the network's own
 
 
@@ -50,16 +52,16 @@ def field_of(network: ScoreFunction, sigma: float) -> ScoreFunction:
     return field
 
 
-def own_levels(sigmas: Tensor, count: int | None = None, *, spacing: Spacing = "geometric", rho: float = 7.0) -> Levels:
+def own_levels(sigmas: Tensor, count: int | None = None, *, spacing: Spacing = "geometric") -> Levels:
     """`count` of the network's own levels [L], see `choose_levels`."""
-    indices, values = choose_levels(sigmas, count, spacing=spacing, rho=rho), floats(sigmas)
+    indices, values = choose_levels(sigmas, count, spacing=spacing), floats(sigmas)
     return [values[i] for i in indices], indices
 
 
-def choose_levels(sigmas: Tensor, count: int | None, *, spacing: Spacing = "geometric", rho: float = 7.0) -> list[int]:
+def choose_levels(sigmas: Tensor, count: int | None, *, spacing: Spacing = "geometric") -> list[int]:
     """Indices of `count` of the levels [L], first and last among them; None, or more than L, for all.
 
-    A grid is laid over the range, evenly in log sigma or (`karras`) in sigma^(1/rho), and each of its points moved to
+    A grid is laid over the range, evenly in log sigma or (`karras`) in sigma^(1/7), and each of its points moved to
     the nearest level in log sigma. Points that meet at one level become one with `karras`; `geometric` takes the next
     free level, so that `count` are returned.
     """
@@ -70,7 +72,7 @@ def choose_levels(sigmas: Tensor, count: int | None, *, spacing: Spacing = "geom
         raise InvalidValue(f"at least the first and the last level must be used, got num_levels = {count}")
     logs = sigmas.detach().cpu().double().log()
     if spacing == "karras":
-        grid = torch.tensor(spaced_sigmas(sigmas, count, spacing=spacing, rho=rho), dtype=torch.float64).log()
+        grid = torch.tensor(spaced_sigmas(sigmas, count, spacing=spacing), dtype=torch.float64).log()
     else:
         grid = torch.linspace(float(logs[0]), float(logs[-1]), count, dtype=torch.float64)
     nearest: list[int] = (grid[:, None] - logs).abs().argmin(dim=1).tolist()
@@ -81,19 +83,19 @@ def choose_levels(sigmas: Tensor, count: int | None, *, spacing: Spacing = "geom
     return nearest
 
 
-def spaced_sigmas(sigmas: Tensor, num_steps: int, *, spacing: Spacing, rho: float = 7.0) -> list[float]:
+def spaced_sigmas(sigmas: Tensor, num_steps: int, *, spacing: Spacing) -> list[float]:
     """A grid of `num_steps` points over the range of the levels [L], which need not be among them."""
     if spacing == "karras":
-        return karras_sigmas(float(sigmas[0]), float(sigmas[-1]), num_steps, rho=rho)
+        return karras_sigmas(float(sigmas[0]), float(sigmas[-1]), num_steps)
     return floats(torch.linspace(math.log(sigmas[0]), math.log(sigmas[-1]), num_steps, dtype=torch.float64).exp())
 
 
-def karras_sigmas(sigma_1: float, sigma_L: float, num_steps: int, *, rho: float = 7.0) -> list[float]:
+def karras_sigmas(sigma_1: float, sigma_L: float, num_steps: int) -> list[float]:
     """The grid of Karras et al. 2022, equation 5, without the 0 at its end; both ends are exact."""
     if num_steps < 2:
         raise InvalidValue(f"the grid needs at least 2 steps, got {num_steps}")
-    high, low = sigma_1 ** (1 / rho), sigma_L ** (1 / rho)
-    inner = [(high + k / (num_steps - 1) * (low - high)) ** rho for k in range(1, num_steps - 1)]
+    high, low = sigma_1 ** (1 / RHO), sigma_L ** (1 / RHO)
+    inner = [(high + k / (num_steps - 1) * (low - high)) ** RHO for k in range(1, num_steps - 1)]
     return [sigma_1, *inner, sigma_L]
 
 

@@ -13,7 +13,6 @@ from typing import Annotated, ClassVar, Literal
 from annotated_types import Ge, Gt, Le, Lt
 
 from ncsn.core.settings import Settings
-from ncsn.errors import UserError
 
 Spacing = Literal["geometric", "karras"]
 
@@ -92,23 +91,12 @@ class KarrasHeun(Sampler):
     """Heun's method on the grid of Karras et al., with churn."""
     num_steps: Annotated[int, Ge(2), Le(10_000)] = 18
     """Steps N; NFE = 2 N - 1."""
-    rho: Annotated[float, Gt(0), Le(100)] = 7.0
-    """Exponent of the grid."""
     churn: Annotated[float, Ge(0), Le(1000)] = 0.0
     """How much noise to add during sampling; 0 = deterministic."""
-    churn_min: Annotated[float, Ge(0), Le(1e4)] = 0.0
-    """Lowest sigma with churn."""
-    churn_max: Annotated[float, Gt(0), Le(1e4)] = 1e4
-    """Highest sigma with churn."""
     churn_noise: Annotated[float, Gt(0), Le(2)] = 1.0
     """Standard deviation of the added noise; 1 keeps sigma."""
     denoise: bool = True
     """End with a step to sigma = 0."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.churn_min >= self.churn_max:
-            raise UserError("churn_min", f"must be below churn_max = {self.churn_max:g}", value=self.churn_min)
 
     def num_evaluations(self, num_levels: int) -> int:  # noqa: ARG002 - its own grid
         return 2 * (self.num_steps - 1) + self.denoise
@@ -127,8 +115,6 @@ class DpmSolver(Sampler):
     takes no other sigma."""
     spacing: Spacing = "karras"
     """Spacing of the grid."""
-    rho: Annotated[float, Gt(0), Le(100)] = 7.0
-    """Exponent of the karras grid."""
     order: Literal[1, 2] = 2
     """1 = DDIM (or ancestral, with eta = 1), 2 = the multistep method 2M."""
     eta: Annotated[float, Ge(0), Le(1)] = 0.0
