@@ -25,11 +25,11 @@ def experiment(config: str, run: str) -> tuple[Any, str]:
     from ncsn.process import reduce_gc
 
     reduce_gc()
-    from ncsn.config import from_json
+    from ncsn.config import from_yaml
     from ncsn.errors import UserError
     from ncsn.process import KFP_RUN_ID
 
-    settings = from_json(config)
+    settings = from_yaml(config)
     if not run and not os.environ.get(KFP_RUN_ID):
         raise UserError("run", f"empty, and {KFP_RUN_ID} is not set", hint="set this parameter to a name")
     return settings, run or f"{settings.name}-{os.environ[KFP_RUN_ID][:8]}"
@@ -72,7 +72,7 @@ def pass_on(task_config: dsl.TaskConfig, settings: Any) -> None:
 
     given = {name: value for name, value in dataclasses.asdict(task_config).items() if value}
     for_other_pods = sorted(given.keys() & {"node_selector", "tolerations", "affinity"})
-    if for_other_pods and not settings.compute.starts_pods:
+    if for_other_pods and settings.compute.backend != "kuberay":
         raise UserError(
             "compute.backend",
             f"starts no pods, so it has no use for the task's {', '.join(for_other_pods)}",

@@ -9,7 +9,7 @@ from typing import Any
 
 from ncsn import storage
 from ncsn.cli.target import Experiment, Target
-from ncsn.config import Config, from_json, from_yaml, to_json
+from ncsn.config import Config, from_yaml, to_json
 from ncsn.config.schema import TrackingConfig
 from ncsn.data.sources.base import source_fingerprint
 from ncsn.errors import UserError
@@ -69,7 +69,7 @@ def why_it_failed(submission: Submission) -> str:
         return ""
     try:
         with limited(_LOOK_SECONDS):
-            outcome = read_outcome(run_folder(from_json(config), run))
+            outcome = read_outcome(run_folder(from_yaml(config), run))
     except Exception:  # noqa: BLE001 - a store fails in many ways, and the run's page has the reason too
         return ""
     return str(outcome or "")

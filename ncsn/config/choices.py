@@ -92,12 +92,6 @@ class _Guidance(Section):
     sigma_max: float = Field(1e4, gt=0)
     """No guidance above this sigma, rounded to the sampler's nearest noise level."""
 
-    @model_validator(mode="after")
-    def _somewhere(self) -> _Guidance:
-        if self.sigma_min >= self.sigma_max:
-            raise UserError("sigma_min", f"must be below sigma_max = {self.sigma_max:g}", value=self.sigma_min)
-        return self
-
 
 class ClassifierFreeConfig(_Guidance):
     """Away from the images of all classes (Ho & Salimans 2022)."""

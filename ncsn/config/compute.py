@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
 from ncsn.config.choices import Section
 from ncsn.errors import UserError
@@ -108,29 +108,6 @@ class ComputeConfig(Section):
                 "", f"neither a number from 1 to {MOST_WORKERS} nor a range [min, max] of such numbers", value=value
             )
         return value
-
-    @model_validator(mode="after")
-    def _fills_pods(self) -> ComputeConfig:
-        size = self.kuberay.workers_per_pod
-        for count in (self.min_workers, self.max_workers) if self.starts_pods else ():
-            if count % size:
-                raise UserError(
-                    "num_workers",
-                    f"{count} workers with kuberay.workers_per_pod = {size} would be {count / size:g} pods",
-                    hint=f"use a multiple of {size}, or set kuberay.workers_per_pod to a divisor of {count}",
-                    value=self.num_workers if isinstance(self.num_workers, int) else list(self.num_workers),
-                )
-        return self
-
-    @property
-    def starts_pods(self) -> bool:
-        """Whether a step starts its own pods, whose image and size `kuberay` decides."""
-        return self.backend == "kuberay"
-
-    @property
-    def elastic(self) -> bool:
-        """Whether the number of workers may change during training."""
-        return not isinstance(self.num_workers, int)
 
     @property
     def min_workers(self) -> int:

@@ -80,11 +80,6 @@ def with_sampler(config: Config, sampler: str) -> Config:
     return from_yaml(to_yaml(config), overrides=[f"sampling.sampler={chosen}"], origin="sampler")
 
 
-def from_json(text: str) -> Config:
-    """The config in the text of `to_json`."""
-    return from_yaml(text, origin="config (JSON)")
-
-
 def to_json(config: Config) -> str:
     """Canonical text with sorted keys and no spaces: the same for equal configs."""
     return json.dumps(config.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))

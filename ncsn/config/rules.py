@@ -1,4 +1,4 @@
-"""Rules across sections: settings that are valid alone but not together."""
+"""Settings that are valid alone but not together."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ from ncsn.config.choices import (
     NcsnV2NetworkConfig,
     UnetNetworkConfig,
 )
-from ncsn.config.noise import AutoNoiseConfig, DsmLossConfig, LognormalTraining, SsmLossConfig
 from ncsn.config.problems import problems
-from ncsn.config.schema import Config
-from ncsn.config.training import PowerEmaConfig
+from ncsn.config.schema import PUBLISHED_FILES, Config
+from ncsn.config.training import DsmLossConfig, LevelsConfig, LognormalTraining, PowerEmaConfig, SsmLossConfig
 from ncsn.core.samplers.settings import AnnealedLangevin, DpmSolver, Langevin
 from ncsn.errors import ConfigError, Problem
 
@@ -31,19 +30,14 @@ def checked(tree: dict[str, Any]) -> Config:
         config = Config.model_validate(tree)
     except ValidationError as error:
         raise ConfigError.of(problems(error, tree, model=Config)) from None
-    if found := check(config):
+    if found := [problem for rule in _RULES for problem in rule(config)]:
         raise ConfigError.of(found)
     return config
 
 
-def check(config: Config) -> list[Problem]:
-    """A problem for each broken rule, with the key to change."""
-    rules = (_images, _network_size, _noise, _training, _classes, _guidance, _sampling, _levels, _evaluation)
-    return [problem for rule in rules for problem in rule(config)]
-
-
-def _images(config: Config) -> Iterator[Problem]:
-    data, network = config.data, config.network
+def _network(config: Config) -> Iterator[Problem]:
+    """Of the images and the network that takes them."""
+    data, network, size = config.data, config.network, config.data.image_size
     told = isinstance(network, UnetNetworkConfig | DdpmppNetworkConfig)
     given = {"data.num_classes": data.num_classes is not None, "data.augmentation": data.augmentation is not None}
     for key in (key for key, is_given in given.items() if is_given and not told):
@@ -56,22 +50,20 @@ def _images(config: Config) -> Iterator[Problem]:
             "use one of them",
             value=True,
         )
-
-
-def _network_size(config: Config) -> Iterator[Problem]:
-    network, size = config.network, config.data.image_size
+    if data.crop is not None and data.fit != "crop":
+        yield Problem("data.crop", f"needs data.fit = crop, not {data.fit}", "leave one of them out", data.crop)
     if isinstance(network, UnetNetworkConfig | DdpmppNetworkConfig):
         if isinstance(network, UnetNetworkConfig):
-            key, given, halved, sizes = "widths", network.widths, "halved", [size]
-            while len(sizes) < len(given):
+            key, widths, halved, sizes = "widths", network.widths, "halved", [size]
+            while len(sizes) < len(widths):
                 sizes.append((sizes[-1] + 1) // 2)
             most = sizes.index(1) + 1 if sizes[:-1].count(1) else len(sizes)
         else:
-            key, given, halved = "multipliers", network.multipliers, "divided by 2"
-            sizes, most = [size >> depth for depth in range(len(given))], (size & -size).bit_length()
+            key, widths, halved = "multipliers", network.multipliers, "divided by 2"
+            sizes, most = [size >> depth for depth in range(len(widths))], (size & -size).bit_length()
         if len(sizes) > most:
             reason = f"too many: data.image_size = {size} can be {halved} only {most - 1} times"
-            yield Problem(f"network.{key}", reason, f"use at most {most} {key}", list(given))
+            yield Problem(f"network.{key}", reason, f"use at most {most} {key}", list(widths))
         elif missing := sorted(set(network.attention_sizes) - set(sizes)):
             yield Problem(
                 "network.attention_sizes",
@@ -88,10 +80,11 @@ def _network_size(config: Config) -> Iterator[Problem]:
         )
 
 
-def _noise(config: Config) -> Iterator[Problem]:
-    loss, network = config.loss, config.network
-    any_sigma = isinstance(config.noise.training, LognormalTraining)
-    if any_sigma and isinstance(network, NcsnNetworkConfig):
+def _training(config: Config) -> Iterator[Problem]:
+    """Of the noise, the loss and the length of training, and of its workers."""
+    loss, network, train, compute = config.loss, config.network, config.train, config.compute
+    workers = compute.max_workers
+    if isinstance(config.noise.training, LognormalTraining) and isinstance(network, NcsnNetworkConfig):
         yield Problem("noise.training.kind", _ANY_SIGMA, "use levels, or another network.kind", "lognormal")
     if isinstance(loss, DsmLossConfig) and loss.weighting != "power" and not hasattr(network, "sigma_data"):
         yield Problem(
@@ -100,10 +93,9 @@ def _noise(config: Config) -> Iterator[Problem]:
             "use power, or network.kind = unet",
             loss.weighting,
         )
-
-
-def _training(config: Config) -> Iterator[Problem]:
-    train, workers = config.train, config.compute.max_workers
+    if train.num_images < train.batch_size:
+        reason = f"less than one batch: train.batch_size = {train.batch_size}"
+        yield Problem("train.num_images", reason, "raise it", train.num_images)
     if train.batch_size < workers:
         reason = f"less than one image for each of compute.num_workers = {workers}"
         yield Problem("train.batch_size", reason, "raise it, or lower compute.num_workers", train.batch_size)
@@ -114,40 +106,46 @@ def _training(config: Config) -> Iterator[Problem]:
             "set train.init_from, or use all",
             "light",
         )
-    if config.compute.compile and isinstance(config.loss, SsmLossConfig):
+    if compute.compile and isinstance(loss, SsmLossConfig):
+        reason = "not possible with loss.kind = ssm, which differentiates the network twice"
+        yield Problem("compute.compile", reason, "use compute.compile = false", value=True)
+    size = compute.kuberay.workers_per_pod
+    if compute.backend == "kuberay" and (odd := [count for count in (compute.min_workers, workers) if count % size]):
         yield Problem(
-            "compute.compile",
-            "not possible with loss.kind = ssm, which differentiates the network twice",
-            "use compute.compile = false",
-            value=True,
+            "compute.num_workers",
+            f"{odd[0]} workers with compute.kuberay.workers_per_pod = {size} would be {odd[0] / size:g} pods",
+            f"use a multiple of {size}, or set compute.kuberay.workers_per_pod to a divisor of {odd[0]}",
+            compute.num_workers if isinstance(compute.num_workers, int) else list(compute.num_workers),
         )
 
 
 def _classes(config: Config) -> Iterator[Problem]:
-    if config.data.num_classes is not None:
-        return
-    dropout, label = config.train.label_dropout, config.sampling.label
-    if dropout:
+    """Of classes and guidance by them."""
+    dropout, label, guidance = config.train.label_dropout, config.sampling.label, config.sampling.guidance
+    has_classes = config.data.num_classes is not None
+    if dropout and not has_classes:
         yield Problem("train.label_dropout", "needs classes", "set data.num_classes, or use 0", dropout)
-    if label != "balanced":
+    if label != "balanced" and not has_classes:
         yield Problem(
             "sampling.label", "needs a class-conditional network", "set data.num_classes before training", label
         )
-
-
-def _guidance(config: Config) -> Iterator[Problem]:
-    if not isinstance(config.sampling.guidance, ClassifierFreeConfig):
-        return
-    key, kind, instead = "sampling.guidance.kind", "classifier_free", "before training, or use null or autoguidance"
-    if config.data.num_classes is None:
-        yield Problem(key, "needs a class-conditional network", f"set data.num_classes {instead}", kind)
-    elif not config.train.label_dropout:
-        reason = "with train.label_dropout = 0 the network has never seen an image without its class"
-        yield Problem(key, reason, f"set it to 0.1 {instead}", kind)
+    if isinstance(guidance, ClassifierFreeConfig):
+        key, instead = "sampling.guidance.kind", "before training, or use null or autoguidance"
+        if not has_classes:
+            reason = "needs a class-conditional network"
+            yield Problem(key, reason, f"set data.num_classes {instead}", guidance.kind)
+        elif not dropout:
+            reason = "with train.label_dropout = 0 the network has never seen an image without its class"
+            yield Problem(key, reason, f"set it to 0.1 {instead}", guidance.kind)
+    if guidance is not None and guidance.sigma_min >= guidance.sigma_max:
+        reason = f"must be below sampling.guidance.sigma_max = {guidance.sigma_max:g}"
+        yield Problem("sampling.guidance.sigma_min", reason, value=guidance.sigma_min)
 
 
 def _sampling(config: Config) -> Iterator[Problem]:
-    sampler, width, averaging = config.sampling.sampler, config.sampling.relative_width, config.train.averaging
+    """Of the sampler, and of the evaluation of its images."""
+    sampling, evaluation, averaging = config.sampling, config.evaluation, config.train.averaging
+    sampler, width, training = sampling.sampler, sampling.relative_width, config.noise.training
     if width is not None and not isinstance(averaging, PowerEmaConfig):
         yield Problem(
             "sampling.relative_width",
@@ -159,54 +157,57 @@ def _sampling(config: Config) -> Iterator[Problem]:
         setting, instead = sampler.any_sigma
         hint = f"use {instead}, or network.kind = ncsnv2, unet or ddpmpp"
         yield Problem(f"sampling.sampler.{setting}", _ANY_SIGMA, hint, getattr(sampler, setting))
-
-
-def _levels(config: Config) -> Iterator[Problem]:
-    """Of the noise levels that the sampler visits."""
-    other, sampler, training = config.sampling.levels, config.sampling.sampler, config.noise.training
-    key = "noise" if other is None else "sampling.levels"
-    if other is not None and not isinstance(training, LognormalTraining):
+    if sampling.levels is not None and not isinstance(training, LognormalTraining):
         reason = f"needs a network trained at any sigma, but noise.training.kind = {training.kind}"
-        yield Problem(key, reason, "use null, or train with lognormal")
-    levels = other or config.noise
-    if isinstance(levels, AutoNoiseConfig):
-        return
-    if levels.num_levels == 1 and sampler.several_levels:
-        yield Problem(
-            "sampling.sampler.kind",
-            f"uses several noise levels, but {key}.num_levels = 1",
-            "use sampling.sampler.kind = langevin",
-            sampler.kind,
-        )
-    if isinstance(sampler, Langevin) and not -levels.num_levels <= sampler.level < levels.num_levels:
-        yield Problem(
-            "sampling.sampler.level",
-            f"not one of {key}.num_levels = {levels.num_levels} levels",
-            f"use 0 to {levels.num_levels - 1}, or -1 for the last",
-            sampler.level,
-        )
-    if isinstance(sampler, AnnealedLangevin) and sampler.consistent and sampler.epsilon > levels.sigma_L**2:
-        yield Problem(
-            "sampling.sampler.epsilon",
-            f"more than {key}.sigma_L^2 = {levels.sigma_L**2:g}, the maximum with sampling.sampler.consistent = true",
-            "lower it",
-            sampler.epsilon,
-        )
-    if isinstance(sampler, DpmSolver) and (sampler.num_levels or 0) > levels.num_levels:
-        yield Problem(
-            "sampling.sampler.num_levels",
-            f"more than {key}.num_levels = {levels.num_levels}",
-            "use fewer, or null for all",
-            sampler.num_levels,
-        )
-
-
-def _evaluation(config: Config) -> Iterator[Problem]:
-    evaluation, count = config.evaluation, config.sampling.num_images
-    if evaluation.num_splits > count:
+        yield Problem("sampling.levels", reason, "use null, or train with lognormal")
+    if evaluation.num_splits > sampling.num_images:
         yield Problem(
             "sampling.num_images",
             f"less than one for each of evaluation.num_splits = {evaluation.num_splits}",
             "raise it, or lower evaluation.num_splits",
-            count,
+            sampling.num_images,
         )
+    if evaluation.pretrained is not None and evaluation.weights is None:
+        yield Problem(
+            "evaluation.weights",
+            f"missing, and evaluation.extractor = {evaluation.pretrained} needs them; there is no default download",
+            f"set it to the path, URL or S3 URI of {PUBLISHED_FILES[evaluation.pretrained]}",
+        )
+
+
+def _levels(config: Config) -> Iterator[Problem]:
+    """Of the noise levels, and of the sampler at those that it visits."""
+    sampler, visited = config.sampling.sampler, config.sampling.levels or config.noise
+    for key, levels in (("noise", config.noise), ("sampling.levels", config.sampling.levels)):
+        if not isinstance(levels, LevelsConfig):
+            continue
+        number, reason = levels.num_levels, ""
+        if number == 1 and levels.sigma_1 != levels.sigma_L:
+            reason = f"{key}.num_levels = 1 needs sigma_1 = sigma_L, which is {levels.sigma_L}"
+        elif number > 1 and levels.sigma_1 <= levels.sigma_L:
+            reason = f"must be larger than sigma_L = {levels.sigma_L}, since the levels go from most to least noise"
+        if reason:
+            yield Problem(f"{key}.sigma_1", reason, value=levels.sigma_1)
+        elif levels is not visited:
+            continue
+        elif number == 1 and sampler.several_levels:
+            yield Problem(
+                "sampling.sampler.kind",
+                f"uses several noise levels, but {key}.num_levels = 1",
+                "use sampling.sampler.kind = langevin",
+                sampler.kind,
+            )
+        elif isinstance(sampler, Langevin) and not -number <= sampler.level < number:
+            hint = f"use 0 to {number - 1}, or -1 for the last"
+            yield Problem(
+                "sampling.sampler.level", f"not one of {key}.num_levels = {number} levels", hint, sampler.level
+            )
+        elif isinstance(sampler, AnnealedLangevin) and sampler.consistent and sampler.epsilon > levels.sigma_L**2:
+            most = f"{key}.sigma_L^2 = {levels.sigma_L**2:g}, the maximum with sampling.sampler.consistent = true"
+            yield Problem("sampling.sampler.epsilon", f"more than {most}", "lower it", sampler.epsilon)
+        elif isinstance(sampler, DpmSolver) and (sampler.num_levels or 0) > number:
+            reason, hint = f"more than {key}.num_levels = {number}", "use fewer, or null for all"
+            yield Problem("sampling.sampler.num_levels", reason, hint, sampler.num_levels)
+
+
+_RULES = (_network, _training, _classes, _sampling, _levels)

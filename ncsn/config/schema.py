@@ -11,12 +11,20 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
 from ncsn.config.choices import Domain, GuidanceConfig, NetworkConfig, Section
 from ncsn.config.compute import ComputeConfig
-from ncsn.config.noise import DsmLossConfig, LevelsConfig, LossConfig, NoiseChoice, NoiseConfig
-from ncsn.config.training import OptimizerConfig, TrainConfig, Width
+from ncsn.config.training import (
+    DsmLossConfig,
+    LevelsConfig,
+    LossConfig,
+    NoiseChoice,
+    NoiseConfig,
+    OptimizerConfig,
+    TrainConfig,
+    Width,
+)
 from ncsn.core.samplers.settings import AnySampler
 from ncsn.errors import UserError
 
@@ -97,12 +105,6 @@ class DataConfig(Section):
         if not (word or color):
             raise UserError("", "not a color", hint="use white, black, none or [r, g, b], from 0 to 255", value=value)
         return value
-
-    @model_validator(mode="after")
-    def _crops_once(self) -> DataConfig:
-        if self.crop is not None and self.fit != "crop":
-            raise UserError("crop", f"needs fit: crop, not {self.fit}", hint="leave one of them out", value=self.crop)
-        return self
 
     @property
     def background_color(self) -> tuple[int, int, int] | None:
@@ -239,16 +241,6 @@ class EvaluationConfig(Section):
         learned = "classifier" if num_classes >= 2 else "clusters"
         return self.model_copy(update={"extractor": self.pretrained or learned})
 
-    @model_validator(mode="after")
-    def _weights_named(self) -> EvaluationConfig:
-        if self.pretrained is not None and self.weights is None:
-            raise UserError(
-                "weights",
-                f"missing, and extractor: {self.pretrained} needs them; there is no default download",
-                hint=f"set it to the path, URL or S3 URI of {PUBLISHED_FILES[self.pretrained]}",
-            )
-        return self
-
 
 class SelectConfig(Section):
     """How `ncsn select` chooses among the checkpoints of a run."""
@@ -300,11 +292,6 @@ class Config(Section):
             reason = "has no levels until training has chosen them"
             raise UserError("noise", reason, hint="run `ncsn train` first", value="auto")
         return self.noise
-
-    @property
-    def sampled_levels(self) -> NoiseConfig | LevelsConfig:
-        """The noise levels that the sampler visits; `UserError` as for `levels`."""
-        return self.sampling.levels or self.levels
 
     @property
     def registered_model(self) -> str:

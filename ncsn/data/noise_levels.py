@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ncsn.config import Config, from_yaml
-from ncsn.config.noise import AutoNoiseConfig
+from ncsn.config.training import AutoNoiseConfig
 from ncsn.core.keyed_random import Stream, keyed_permutation, keyed_uniform
 from ncsn.core.noise_schedule import NoiseSuggestion, PairDistances, largest_distance, pair_distances, suggest_noise
 from ncsn.data.format import Manifest

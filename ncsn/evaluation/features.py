@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ncsn.config import Config, from_json, to_json
+from ncsn.config import Config, from_yaml, to_json
 from ncsn.core.keyed_random import keyed_permutation
 from ncsn.data.format import Manifest, load_manifest
 from ncsn.data.samples import batch_starts, read_labels, read_samples
@@ -119,7 +119,7 @@ def extractor_of(config: Config, dataset: str) -> Extractor:
 @lru_cache(maxsize=1)
 def _extractor(config_json: str, dataset: str) -> Extractor:
     keep_freed_memory()
-    config = from_json(config_json)
+    config = from_yaml(config_json)
     settings, device = config.evaluation, device_of(config)
     if settings.pretrained is None:
         recipe = recipe_of(config, load_manifest(dataset))

@@ -9,9 +9,17 @@ from torch import Tensor, nn
 
 from ncsn.config import Config
 from ncsn.config.choices import NcsnNetworkConfig, NcsnV2NetworkConfig, UnetNetworkConfig
-from ncsn.config.noise import DsmLossConfig, LevelsConfig, LognormalTraining, NoiseConfig, SsmLossConfig
 from ncsn.config.schema import SamplingConfig
-from ncsn.config.training import RELATIVE_WIDTHS, HalfLifeEmaConfig, PowerEmaConfig
+from ncsn.config.training import (
+    RELATIVE_WIDTHS,
+    DsmLossConfig,
+    HalfLifeEmaConfig,
+    LevelsConfig,
+    LognormalTraining,
+    NoiseConfig,
+    PowerEmaConfig,
+    SsmLossConfig,
+)
 from ncsn.core.ema import Ema, HalfLife, PowerFunction, StepDecay, exponent_of
 from ncsn.core.losses import (
     DenoisingScoreMatching,
@@ -67,7 +75,7 @@ def noise_notes(config: Config, *, images: int) -> list[str]:
 
     A network that another one started has seen more, and fewer than `FEW_DRAWS` images teach no sigma at all.
     """
-    noise, sigma_1 = training_noise(config), config.sampled_levels.sigma_1
+    noise, sigma_1 = training_noise(config), sampled_levels(config, config.sampling).sigma_1
     if not isinstance(noise, LognormalNoise) or config.train.init_from is not None or images < FEW_DRAWS:
         return []
     if sigma_1 <= _TOLERANCE * (seen := noise.largest_seen(images)):

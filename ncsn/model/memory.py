@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ncsn.config import Config
 from ncsn.config.compute import LEAST_MEMORY, bytes_of
-from ncsn.config.noise import AutoNoiseConfig, NoiseConfig
+from ncsn.config.training import AutoNoiseConfig, NoiseConfig
 from ncsn.model import build
 
 _UNIT = 2**29  # estimates are rounded up to 0.5 GiB

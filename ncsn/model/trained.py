@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ncsn import storage
-from ncsn.config import Config, from_json, to_json
+from ncsn.config import Config, from_yaml, to_json
 from ncsn.config.training import ema_setting
 from ncsn.core.networks.transfer import Transferred, transfer
 from ncsn.core.training import TrainState
@@ -58,7 +58,7 @@ def load_trained(folder: Path, *, origin: str, device: str | torch.device = "cpu
     moments = load_moments(folder / _MOMENTS)
 
     def network(config: str, weights: str, guide: TrainedNetwork | None) -> TrainedNetwork:
-        settings = from_json((folder / config).read_text())
+        settings = from_yaml((folder / config).read_text())
         built = network_from_weights(settings, load_file(folder / weights), origin=f"{origin}, {weights}").to(device)
         return TrainedNetwork(config=settings, network=built, moments=moments, classes=classes, guide=guide)
 

@@ -4,7 +4,7 @@ The command is the `ncsn <step>` that a person types, with the local backend. Co
 through the store, so a backend carries only the command.
 
 A new one is a class with the methods of `Backend`, a branch of `ncsn.remote.open_backend`, a name in
-`ComputeConfig.backend` (and in `starts_pods`, if it does), and that name with its checks in
+`ComputeConfig.backend`, and that name with its checks in
 `ncsn.cli.options.BACKENDS`.
 """
 

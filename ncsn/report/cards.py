@@ -7,8 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from ncsn.config import Config
-from ncsn.config.noise import LognormalTraining
-from ncsn.config.training import ema_setting
+from ncsn.config.training import LognormalTraining, ema_setting
 from ncsn.report.scores import (
     CLASSES_HEAD,
     SCORES_HEAD,

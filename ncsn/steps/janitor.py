@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from ncsn import storage
-from ncsn.config import Config, from_json, from_yaml, to_json
+from ncsn.config import Config, from_yaml, to_json
 from ncsn.errors import UserError
 from ncsn.process import KfpRun, this_kfp_run
 from ncsn.remote.backend import Conflict, say
@@ -54,7 +54,7 @@ class NotedRun(KfpRun):
     @property
     def folder(self) -> RunFolder:
         """Equal for pipeline runs that work on the same run."""
-        return run_folder(from_json(self.config), self.run)
+        return run_folder(from_yaml(self.config), self.run)
 
 
 def note_run(config: Config, run: str) -> None:
@@ -137,7 +137,7 @@ def _state_of(workflow: Resource | None) -> str:
 
 def _close(api: KubernetesApi, noted: NotedRun, workflow: Resource | None) -> None:
     """Close the run, and forget it unless something may still run and change its MLflow run later."""
-    config, state = from_json(noted.config), _state_of(workflow)
+    config, state = from_yaml(noted.config), _state_of(workflow)
     if workflow is None:  # deleted, perhaps long after its end
         with limited(_STORE_SECONDS):
             outcome = read_outcome(run_folder(config, noted.run))

@@ -73,7 +73,7 @@ def preflight(step: str, config: Config, folder: RunFolder) -> None:
     tracking_uri(config)
     if step == SEARCH:
         require_search(config)
-    if step in STEPS_ELSEWHERE and config.compute.starts_pods and storage.is_local(folder.uri):
+    if step in STEPS_ELSEWHERE and config.compute.backend == "kuberay" and storage.is_local(folder.uri):
         raise UserError(
             "storage.root",
             "a folder of this machine, which the pods of a cluster cannot reach",

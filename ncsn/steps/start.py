@@ -10,7 +10,7 @@ import torch
 
 from ncsn import storage
 from ncsn.config import Config
-from ncsn.config.noise import NoiseConfig
+from ncsn.config.training import NoiseConfig
 from ncsn.data.format import Manifest
 from ncsn.errors import UserError
 from ncsn.model import build

@@ -93,7 +93,7 @@ class Step(Generic[R]):
         self._execute(config, arguments, options)
         stored = self._stored()
         if stored is None:
-            where = "compute.kuberay.image" if config.compute.starts_pods else "the cluster"
+            where = "compute.kuberay.image" if config.compute.backend == "kuberay" else "the cluster"
             raise RuntimeError(
                 f"step {self.name} ended on the cluster without a result for these inputs in "
                 f"{self.folder.uri}/steps/{self.name}; does {where} have this version of ncsn, and does the cluster "
@@ -179,7 +179,7 @@ class Step(Generic[R]):
 def _sized(config: Config, step: str, inputs: Mapping[str, str]) -> Config:
     """The config with memory for its workers."""
     compute = config.compute
-    if not compute.starts_pods or compute.kuberay.memory_per_worker is not None:
+    if compute.backend != "kuberay" or compute.kuberay.memory_per_worker is not None:
         return config
     from ncsn.model.memory import worker_memory
 

@@ -17,8 +17,8 @@ import torch
 
 from ncsn.config import Config, ConfigError, from_yaml
 from ncsn.config.choices import UnetNetworkConfig
-from ncsn.config.noise import LognormalTraining, edm_mean
 from ncsn.config.search import significant
+from ncsn.config.training import LognormalTraining, edm_mean
 from ncsn.core.images import to_unit
 from ncsn.core.training_noise import FEW_DRAWS, LognormalNoise
 from ncsn.errors import UserError

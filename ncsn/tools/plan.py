@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from ncsn.config import Config
-from ncsn.config.noise import AutoNoiseConfig
+from ncsn.config.training import AutoNoiseConfig
 from ncsn.core.noise_schedule import best_epsilon
 from ncsn.core.samplers.settings import AnnealedLangevin
 from ncsn.core.training import EVALUATIONS_PER_STEP

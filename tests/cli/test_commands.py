@@ -10,7 +10,7 @@ import pytest
 from filelock import FileLock
 
 from ncsn.cli.target import Experiment
-from ncsn.config import from_json
+from ncsn.config import from_yaml
 from ncsn.runs.folder import claim_run
 
 DIGITS = Path(__file__).parents[2] / "configs" / "digits.yaml"
@@ -34,7 +34,7 @@ def test_a_step_prints_its_result_and_the_second_call_finds_it(run_command, conf
 
 def test_show_config_as_json_is_the_canonical_form(run_in_process, config_file: Path) -> None:
     shown = run_in_process("show-config", "--config", str(config_file), "--set", "noise.num_levels=7", "--json")
-    assert from_json(shown.stdout) == Experiment(str(config_file), ("noise.num_levels=7",)).resolve().config
+    assert from_yaml(shown.stdout) == Experiment(str(config_file), ("noise.num_levels=7",)).resolve().config
 
 
 @pytest.mark.parametrize(

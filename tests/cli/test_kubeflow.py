@@ -12,7 +12,7 @@ from click.testing import Result
 from kfp_api import KfpServer
 
 from ncsn.cli.target import Experiment
-from ncsn.config import from_json
+from ncsn.config import from_yaml
 from ncsn.runs.folder import claim_run
 
 
@@ -49,7 +49,7 @@ def test_submit_sends_the_resolved_config_and_prints_the_page(submit, server: Kf
     assert done.stdout == f"{server.url}/#/runs/details/{run['run_id']}\n"
     target = Experiment(str(config_file), ("noise.num_levels=7",)).resolve()
     arguments = run["runtime_config"]["parameters"]
-    assert from_json(arguments["config"]) == target.config
+    assert from_yaml(arguments["config"]) == target.config
     assert arguments["run"] == run["display_name"] == target.run
     assert run["service_account"] == "mine"
     assert only(server.experiments)["display_name"] == "ncsn"

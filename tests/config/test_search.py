@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from refused import refused
 
-from ncsn.config import Config, ConfigError, changed_settings, from_json, from_yaml, to_json
+from ncsn.config import Config, ConfigError, changed_settings, from_yaml, to_json
 from ncsn.config.search import rungs, searched_space, swept, variant
 
 DIGITS = (Path(__file__).parents[2] / "configs" / "digits.yaml").read_text()
@@ -45,7 +45,7 @@ def test_a_search_does_not_change_whose_run_it_is() -> None:
 
 def test_the_section_travels() -> None:
     config = digits(space("network.widths: {kind: choice, values: [[8], [8, 16]]}"))
-    assert from_json(to_json(config)) == config
+    assert from_yaml(to_json(config)) == config
 
 
 @pytest.mark.parametrize(

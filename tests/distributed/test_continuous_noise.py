@@ -9,7 +9,7 @@ import pytest
 from local_training import assert_same_tensors, train_locally
 
 from ncsn.config import Config, from_yaml
-from ncsn.config.noise import DsmLossConfig
+from ncsn.config.training import DsmLossConfig
 from ncsn.model import build, checkpoint
 from ncsn.model.generate import generate
 from ncsn.runs.history import EDM_LOSS, HELD_OUT_EDM, TrainingHistory, load_history, loss_names

@@ -17,7 +17,7 @@ from ray_driver import RayDriver, ray_driver
 from refused import refused
 
 from components.tasks import tune as component
-from ncsn.config import Config, from_json, from_yaml, to_json
+from ncsn.config import Config, from_yaml, to_json
 from ncsn.data.dataset import write_dataset
 from ncsn.data.sources import open_source
 from ncsn.steps import tune
@@ -167,7 +167,7 @@ def test_the_component_hands_over_the_best(searched: Searched, tmp_path: Path) -
         **artifacts,
     )
     assert run == "hunt-best"
-    assert from_json(config) == from_yaml(Path(searched.result.config).read_text())
+    assert from_yaml(config) == from_yaml(Path(searched.result.config).read_text())
     assert artifacts["metrics"].metadata == {
         "tune/objective": searched.result.objective,
         "tune/baseline": searched.result.baseline,

@@ -20,10 +20,10 @@ from ncsn.tracking.client import ServerAwayError, TrackingError, connect, server
 
 BOTH_START = """
 import sys
-from ncsn.config import from_json
+from ncsn.config import from_yaml
 from ncsn.tracking.mlflow_runs import step_run
 
-with step_run(from_json(sys.argv[1]), run="both", step=sys.argv[2]) as tracked:
+with step_run(from_yaml(sys.argv[1]), run="both", step=sys.argv[2]) as tracked:
     for step in range(40):
         tracked.log_metrics({"a/b": float(step)}, step)
         tracked.set_tags({"last": str(step)})
