@@ -123,7 +123,7 @@ FAILED_STEP = StepFailed("train", ConfigError.of(TWO), log=Path("/p.log"))
 
 @pytest.mark.parametrize("error", [ConfigError.of(TWO), FAILED_STEP], ids=["here", "in-a-step"])
 def test_the_command_line_says_a_line_for_each_and_the_problems_as_json(error: Exception) -> None:
-    first, second = describe(error).lines
+    first, second = map(str, describe(error)[0])
     plain = CliRunner().invoke(_command(error))
     assert (plain.exit_code, plain.stdout) == (2, "")
     assert plain.stderr.splitlines()[:2] == [f"error: {first}", f"error: {second}"]

@@ -66,7 +66,6 @@ LIGHT = (
     "ncsn.cli.execute",
     "ncsn.cli.options",
     "ncsn.cli.target",
-    "ncsn.cli.views",
 )
 
 MOST_LINES, MOST_LINES_OF_A_FUNCTION, MOST_LINES_OF_A_COMPONENT = 500, 80, 15

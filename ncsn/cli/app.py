@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from functools import partial
 from typing import TYPE_CHECKING
 
 import click
@@ -123,20 +124,22 @@ def _add_step_command(step: str) -> None:
     info = STEP_INFO[step]
 
     def command(*, experiment: Experiment, as_json: bool, **given: str | None) -> None:
+        from ncsn.cli.console import describe_result
         from ncsn.cli.execute import run_one
 
         if given.get("model") or given.get("out"):
             registry.sample_from_model(experiment, given, as_json=as_json)
             return
         target = experiment.resolve(checkpoint=given.get("checkpoint"))
-        run_one(step, target, given=given, as_json=as_json)
+        result = run_one(step, target, given=given)
+        click.echo(json.dumps(result, indent=1) if as_json else describe_result(step, result))
 
     decorated: Decorated = json_option(command)
     if info.elsewhere:
         decorated = backend_options(lease_option(decorated))
     if info.on_demand:
         decorated = score_option(decorated)
-    decorated = input_options(step)(decorated)
+    decorated = input_options(decorated, step=step)
     if step == "sample":
         decorated = click.option("--out", metavar="FOLDER", help="With --model: where the images go.")(decorated)
         words = "A registered model instead of a run: models:/NAME@champion."
@@ -189,8 +192,7 @@ def ui_command(*, experiment: Experiment, host: str, port: int) -> None:
 @json_option
 def plan_command(*, experiment: Experiment, tflops: float | None, price_per_hour: float | None, as_json: bool) -> None:
     """Estimate the time of training and sampling, and the memory of a worker, by a few steps on this machine."""
-    from ncsn.cli.console import console_on
-    from ncsn.cli.views import print_plan
+    from ncsn.cli.console import console_on, print_plan
     from ncsn.tools.plan import plan
 
     target = experiment.resolve()
@@ -203,7 +205,7 @@ def plan_command(*, experiment: Experiment, tflops: float | None, price_per_hour
 
 @app.command("select", cls=ReportingCommand, short_help="Find the best checkpoint of a run by samples of each.")
 @experiment_options
-@input_options("select")
+@partial(input_options, step="select")
 @click.option("--only-choose", is_flag=True, help="Stop after the choice.")
 @lease_option
 @backend_options

@@ -1,16 +1,16 @@
-"""The console of a command, and the progress of its steps."""
+"""What a command prints: the progress of its steps, results and plans."""
 
 from __future__ import annotations
 
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
-from types import TracebackType
-from typing import TextIO
+from typing import Any, TextIO
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -21,21 +21,29 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column, Table
 
+from ncsn import storage
+from ncsn.cli.target import DEFAULT_ROOT
+from ncsn.config import Config
 from ncsn.progress import Progress
+from ncsn.report.facts import duration, result_line
+from ncsn.report.scores import SCORES_HEAD, score_lines
+from ncsn.runs.folder import RunFolder
+from ncsn.runs.records import StepRecord
 
 _LINE_EVERY_SECONDS = 30.0
 _LINE_EVERY_SHARE = 0.25
 
 
 class ProgressView:
-    """Context manager that shows progress: bars on a terminal, a few lines elsewhere."""
+    """Shows progress: bars on a terminal, within the block of `bars`; a few lines elsewhere."""
 
     def __init__(self, console: Console) -> None:
-        self._console = console
+        self.console = console
         self._tasks: dict[str, TaskID] = {}
         self._shown = 0, 0.0, 0.0  # units, their share, and the time of the last line
-        self._bars = Bars(
+        self.bars = Bars(
             SpinnerColumn(finished_text="[green]✓[/]"),
             TextColumn("{task.description:<9}"),
             BarColumn(bar_width=30),
@@ -50,21 +58,12 @@ class ProgressView:
             redirect_stderr=False,
         )
 
-    def __enter__(self) -> ProgressView:
-        self._bars.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bars.stop()
-
     def start(self, step: str) -> None:
         """A step starts; its length is not known yet."""
-        if self._console.is_terminal:
-            self._tasks[step] = self._bars.add_task(step, total=None, text="starting")
+        if self.console.is_terminal:
+            self._tasks[step] = self.bars.add_task(step, total=None, text="starting")
         else:
-            self._console.print(f"{step:<9} starting", highlight=False)
+            self.console.print(f"{step:<9} starting", highlight=False)
         self._shown = -1, 0.0, time.monotonic()
 
     def update(self, step: str, progress: Progress) -> None:
@@ -72,8 +71,8 @@ class ProgressView:
         text = f"{progress.done:,} / {progress.total:,} {progress.unit}"
         if progress.text:
             text += f"   {progress.text}"
-        if self._console.is_terminal:
-            self._bars.update(
+        if self.console.is_terminal:
+            self.bars.update(
                 self._tasks[step], completed=progress.done, total=progress.total or None, text=text, refresh=True
             )
             return
@@ -82,15 +81,15 @@ class ProgressView:
         now, reached = time.monotonic(), progress.done / progress.total if progress.total else 0.0
         if progress.done > done and (reached >= share + _LINE_EVERY_SHARE or now >= then + _LINE_EVERY_SECONDS):
             self._shown = progress.done, reached - reached % _LINE_EVERY_SHARE, now
-            self._console.print(f"{step:<9} {text}", highlight=False)
+            self.console.print(f"{step:<9} {text}", highlight=False)
 
     def finish(self, step: str, text: str) -> None:
         """A step ended with `text`."""
-        if self._console.is_terminal:
-            self._bars.remove_task(self._tasks.pop(step))
-            self._bars.refresh()
-        mark = "[green]✓[/] " if self._console.is_terminal else ""
-        self._console.print(f"{mark}{step:<9} {text}", highlight=False, soft_wrap=True)
+        if self.console.is_terminal:
+            self.bars.remove_task(self._tasks.pop(step))
+            self.bars.refresh()
+        mark = "[green]✓[/] " if self.console.is_terminal else ""
+        self.console.print(f"{mark}{step:<9} {text}", highlight=False, soft_wrap=True)
 
 
 class ShownProgress(Progress):
@@ -114,8 +113,8 @@ def console_on(stream: TextIO) -> Console:
 
 
 @contextmanager
-def quiet_libraries(log: Path | None) -> Iterator[Console]:
-    """Send all output of the block to `log`, or to stderr without one; yields a console on the stderr from before."""
+def shown_progress(log: Path | None) -> Iterator[ProgressView]:
+    """Send all output of the block to `log`, or to stderr without one, and show progress on the stderr from before."""
     with ExitStack() as stack:
         own = sys.stderr
         if own is sys.__stderr__:
@@ -129,7 +128,9 @@ def quiet_libraries(log: Path | None) -> Iterator[Console]:
         stack.enter_context(_moved(2, target))
         stack.enter_context(redirect_stdout(target))
         stack.enter_context(redirect_stderr(target))
-        yield console_on(own)
+        view = ProgressView(console_on(own))
+        stack.enter_context(view.bars)
+        yield view
 
 
 @contextmanager
@@ -142,3 +143,92 @@ def _moved(descriptor: int, target: TextIO) -> Iterator[None]:
         target.flush()
         os.dup2(saved, descriptor)
         os.close(saved)
+
+
+def describe_result(step: str, result: Mapping[str, Any]) -> str:
+    """The result of one step in a few lines."""
+    places = ("uri", "config", "table", "grid", "strip", "checkpoint")
+    lines = [f"{step}: {result_line(step, result)}"]
+    lines += [f"{key}: {result[key]}" for key in places if isinstance(result.get(key), str)]
+    if step == "tune":
+        lines = [_trials_table(result), *lines, f"next: ncsn run --config {result['config']}"]
+    return "\n".join([*lines, *(f"note: {note}" for note in result.get("notes", ()))])
+
+
+def print_summary(
+    console: Console, folder: RunFolder, config: Config, records: Mapping[str, StepRecord], *, earlier: Collection[str]
+) -> None:
+    """Steps (an earlier call did those in `earlier`), scores next to real images, outputs, and the next commands."""
+    from ncsn.tracking.client import shown, tracking_uri
+
+    steps = Table("step", Column("seconds", justify="right"), "result", box=SIMPLE_HEAD)
+    for step, record in records.items():
+        when = "  [dim](earlier)[/]" if step in earlier else ""
+        steps.add_row(step, f"{record.seconds:,.1f}", f"{result_line(step, record.result)}{when}")
+    steps.add_row("[bold]all", f"[bold]{sum(record.seconds for record in records.values()):,.1f}", "")
+    first, *others = SCORES_HEAD
+    scores = Table(first, *(Column(name, justify="right") for name in others), box=SIMPLE_HEAD)
+    for line in score_lines(records["evaluate"].result):
+        scores.add_row(*line)
+    console.print(steps, scores)
+    for note in (note for record in records.values() for note in record.result.get("notes", ())):
+        console.print(f"note: {note}", soft_wrap=True)
+    console.print(f"gate: {records['register'].result['reason']}\n", soft_wrap=True)
+    found = folder.root == storage.absolute(DEFAULT_ROOT)
+    this_run = f"--run {folder.run}" if found else f"--run {folder.run} --config {folder.config}"
+    server = shown(tracking_uri(config))
+    for name, value in (
+        ("grid", records["sample"].result["grid"]),
+        ("strip", records["sample"].result["strip"]),
+        ("report", records["report"].result["uri"]),
+        ("model", records["register"].result["uri"]),
+        ("mlflow", f"run {folder.run} in experiment {config.tracking.experiment} at {server}"),
+        ("next", f"ncsn ui {this_run}"),
+        ("", f"ncsn sample {this_run} --set sampling.seed={config.sampling.seed + 1}"),
+    ):
+        console.print(f"[bold]{name:<8}[/] {value}", soft_wrap=True)
+
+
+def _trials_table(result: Mapping[str, Any]) -> str:
+    """The trials of a search, best first, as text."""
+    paths = list(result["values"])
+    numbers = (Column(name, justify="right") for name in ("images", "objective", "seconds"))
+    table = Table("trial", *(path.rpartition(".")[2] for path in paths), "epsilon", *numbers, "status", box=SIMPLE_HEAD)
+
+    def rank(row: Mapping[str, Any]) -> tuple[bool, int, float]:
+        """Successful trials first, then the furthest, then the best."""
+        return row["status"] == "failed", -row["images_seen"], row["objective"] if row["images_seen"] else row["trial"]
+
+    def short(value: Any) -> str:
+        return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+    for row in sorted(result["trials"], key=rank):
+        values = [*(row["values"][path] for path in paths), (row["sampler"] or {}).get("epsilon")]
+        status = f"{row['status']}: {row['reason']}" if row["reason"] else row["status"]
+        done = f"{row['images_seen']:,}", short(row["objective"]), f"{row['seconds']:,.0f}"
+        table.add_row(str(row["trial"]), *map(short, values), *done, status)
+    console = Console(width=max(100, 24 * (len(paths) + 5)), record=False)
+    with console.capture() as captured:
+        console.print(table)
+    return captured.get().rstrip()
+
+
+def print_plan(console: Console, plan: Mapping[str, Any]) -> None:
+    """Time and cost of training and sampling, and what they are computed from."""
+    table = Table("step", box=SIMPLE_HEAD)
+    names = [name for name in ("cpu_hours", "gpu_hours", "money") if name in plan["steps"]["train"]]
+    for column in ("time", *(name.replace("cpu", "CPU").replace("gpu", "GPU").replace("_", " ") for name in names)):
+        table.add_column(column, justify="right")
+    for step, cost in plan["steps"].items():
+        table.add_row(step, duration(cost["seconds"]), *(f"{cost[name]:,.3g}" for name in names))
+    console.print(table)
+    flop = plan["gflop"]
+    lines = [
+        f"network  {plan['parameters']:,} parameters; {flop['train']:,.3g} GFLOP to train an image, "
+        f"{flop['sample']:,.3g} to evaluate one",
+        f"rate     {plan['images_per_second']:,.0f} training images/s, {plan['basis']}; NFE {plan['nfe']}",
+        f"memory   {plan['worker_gb']:.2f} GB of a worker for weights, optimizer and feature maps",
+        *(f"note     {note}" for note in plan["notes"]),
+        "Reading, evaluation and the start of each step are not counted: a minute or two for a small dataset.",
+    ]
+    console.print("\n".join(lines), soft_wrap=True)

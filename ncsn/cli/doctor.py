@@ -43,7 +43,7 @@ def look(check: Check) -> Finding:
         return Finding(check.name, SKIPPED, str(reason))
     except Exception as error:  # noqa: BLE001 - the other checks must run
         fix = next((fix for kind, fix in check.fixes.items() if isinstance(error, kind)), check.fix)
-        return Finding(check.name, ILL, "; ".join(describe(error).lines), fix)
+        return Finding(check.name, ILL, "; ".join(map(str, describe(error)[0])), fix)
 
 
 def examine(config: Config, *, host: str | None, namespace: str | None) -> list[Finding]:

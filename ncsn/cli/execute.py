@@ -22,10 +22,9 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 
 from ncsn import storage
-from ncsn.cli.console import ProgressView, console_on, quiet_libraries
+from ncsn.cli.console import ProgressView, console_on, describe_result, print_summary, shown_progress
 from ncsn.cli.options import TERMINATED, StepFailed, stop_cleanly_on_sigterm
 from ncsn.cli.target import Target
-from ncsn.cli.views import describe_result, print_summary
 from ncsn.config import Config, to_json
 from ncsn.errors import UserError
 from ncsn.runs.folder import RunFolder, claim_run, run_folder
@@ -37,25 +36,21 @@ from ncsn.steps.run import preflight, run_all, run_step
 _POLL_SECONDS = 0.5
 
 
-def run_one(step: str, target: Target, *, given: Mapping[str, str | None], as_json: bool) -> None:
-    """Run one step and print its result."""
-    result = _run_one(step, target, given=given)
-    click.echo(json.dumps(result, indent=1) if as_json else describe_result(step, result))
-
-
-def _run_one(step: str, target: Target, *, given: Mapping[str, str | None]) -> dict[str, Any]:
+def run_one(step: str, target: Target, *, given: Mapping[str, str | None]) -> dict[str, Any]:
+    """The result of one step."""
 
     @contextmanager
     def around(step: str, folder: RunFolder, inputs: Mapping[str, str]) -> Iterator[None]:
         log = work_folder(folder) / "steps" / step / "log.txt" if sys.stderr.isatty() else None
         # A step with a launcher needs no lock: the launcher's lock, or the name of the job, is one.
-        with nullcontext() if given.get("lease") else _alone(folder, step), quiet_libraries(log) as console:
+        with nullcontext() if given.get("lease") else _alone(folder, step), shown_progress(log) as view:
+            console = view.console
             console.print(f"run {folder.run}" + (f"   log {log}" if log else ""), soft_wrap=True)
             if not given.get("checkpoint"):
                 _say_if_selected(console, folder, inputs.get("checkpoint"))
             # Without a terminal, the log of a step elsewhere is printed as it comes, with these lines in it.
             in_log = target.config.compute.backend != "local" and step in STEPS_ELSEWHERE and not console.is_terminal
-            with ProgressView(console) as view, _shown(step, folder, view, watched=not in_log), _interruption_by_ray():
+            with _shown(step, folder, view, watched=not in_log), _interruption_by_ray():
                 yield
 
     lease = given.get("lease")
@@ -65,13 +60,13 @@ def _run_one(step: str, target: Target, *, given: Mapping[str, str | None]) -> d
 
 def select_best(target: Target, *, given: Mapping[str, str | None], as_json: bool, only_choose: bool) -> None:
     """Choose the best checkpoint of a run; then sample, evaluate and register it, and report, unless `only_choose`."""
-    found = {"select": _run_one("select", target, given=given)}
+    found = {"select": run_one("select", target, given=given)}
     if not only_choose:
         sampling = target.config.sampling.model_copy(update={"relative_width": None})  # that of the chosen weights
         target = replace(target, config=target.config.model_copy(update={"sampling": sampling}))
         inputs: dict[str, str | None] = {"dataset": given.get("dataset"), "checkpoint": found["select"]["checkpoint"]}
         for step in STEPS[STEPS.index("sample") :]:
-            found[step] = _run_one(step, target, given=inputs)
+            found[step] = run_one(step, target, given=inputs)
     if as_json:
         click.echo(json.dumps(found["select"] if only_choose else found, indent=1))
     else:
@@ -116,14 +111,20 @@ def _execute(config: Config, folder: RunFolder) -> None:
         if step != STEPS[0]:
             ray_started()
         if step == "sample":
-            _say_if_selected(console, of, inputs["checkpoint"])
+            _say_if_selected(view.console, of, inputs["checkpoint"])
         with nullcontext() if of == folder else _alone(of, step), _shown(step, of, view):
             yield
 
-    with quiet_libraries(log) as console, ProgressView(console) as view:
-        console.print(f"run    {folder.uri}\nlog    {log}", soft_wrap=True)
+    # One Ray cluster for all steps, which starts during the first; none where each step is a job.
+    cluster: AbstractContextManager[Callable[[], object]] = nullcontext(str)
+    if config.compute.backend == "local":
+        from ncsn.distributed.cluster import ray_cluster_meanwhile
+
+        cluster = ray_cluster_meanwhile(config)
+    with shown_progress(log) as view:
+        view.console.print(f"run    {folder.uri}\nlog    {log}", soft_wrap=True)
         try:
-            with _interruption_by_ray(), _cluster(config) as ray_started:
+            with _interruption_by_ray(), cluster as ray_started:
                 run_all(config, run=folder.run, around=around)
         except Exception as error:
             traceback.print_exc()
@@ -170,15 +171,6 @@ def _circumstances(folder: RunFolder, config: Config) -> dict[str, str]:
     if (record := read_result(trained, "train")) and read_result(trained, "select"):
         known["checkpoint"] = default_checkpoint(trained, config, last=str(record.result["checkpoint"]))
     return known
-
-
-def _cluster(config: Config) -> AbstractContextManager[Callable[[], str]]:
-    """The Ray cluster of all steps, which starts during the first; none where each step is a job."""
-    if config.compute.backend != "local":
-        return nullcontext(lambda: "")
-    from ncsn.distributed.cluster import ray_cluster_meanwhile
-
-    return ray_cluster_meanwhile(config)
 
 
 @contextmanager
@@ -246,26 +238,18 @@ def serve_ui(config: Config, *, host: str, port: int) -> None:
     from ncsn.tracking.client import server_command
 
     command = server_command(config, host=host, port=port)
-    _require_free(host, port)  # MLflow's server exits with 0 if it cannot listen
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError as error:  # MLflow's server exits with 0 if it cannot listen
+        reason = (error.strerror or str(error)).partition(" (")[0].lower()
+        key, value = ("--port", port) if error.errno in (errno.EADDRINUSE, errno.EACCES) else ("--host", host)
+        raise UserError(key, reason, hint=f"choose another {key}", value=value) from None
     click.echo(f"http://{host}:{port}", err=True)
     os.execv(command[0], command)  # noqa: S606
 
 
-def _require_free(host: str, port: int) -> None:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        socket.create_server((host, port), family=family).close()
-    except OSError as error:
-        reason = (error.strerror or str(error)).partition(" (")[0].lower()
-        if error.errno == errno.EADDRINUSE:
-            raise UserError("--port", "in use", hint="choose another --port", value=port) from None
-        if error.errno == errno.EACCES:
-            raise UserError("--port", reason, hint="choose another --port", value=port) from None
-        raise UserError("--host", reason, hint="use an address of this machine", value=host) from None
-
-
 def work_folder(folder: RunFolder) -> Path:
-    """Local folder for the log and KFP's files: the run's own, or below `.ncsn` if the store is not local."""
+    """Local folder for the log: the run's own, or below `.ncsn` if the store is not local."""
     if storage.is_local(folder.uri):
         return Path(folder.uri)
     return Path(".ncsn").absolute() / "runs" / folder.run

@@ -137,7 +137,7 @@ def cleanup_command(ctx: click.Context, /, *, namespace: str | None, run: str | 
         if action.error is None:
             click.echo(f"would {action.verb} {action.what}" if dry_run else f"{action.verb}d {action.what}")
         else:
-            why = "; ".join(describe(action.error).lines)
+            why = "; ".join(map(str, describe(action.error)[0]))
             click.echo(f"error: could not {action.verb} {action.what}: {why}", err=True)
     if not actions:
         click.echo(f"nothing to do in {api.namespace}")

@@ -9,7 +9,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial, wraps
 from pathlib import Path
 from threading import Event
@@ -46,35 +46,21 @@ class StepFailed(Exception):
         self.step, self.error, self.log = step, error, log
 
 
-@dataclass(frozen=True)
-class Failure:
-    """The problems to print, and the exit code."""
-
-    problems: tuple[Problem, ...]
-    code: int
-
-    @property
-    def lines(self) -> tuple[str, ...]:
-        """One line per problem."""
-        return tuple(map(str, self.problems))
-
-
-def describe(error: BaseException) -> Failure:
-    """The problems and the exit code of an error: a `UserError` or `InvalidValue` is a mistake of the user."""
+def describe(error: BaseException) -> tuple[tuple[Problem, ...], int]:
+    """The problems to print and the exit code: a `UserError` or `InvalidValue` is a mistake of the user."""
     if isinstance(error, StepFailed):
-        failure = describe(error.error)
-        first, *others = failure.problems
+        (first, *others), code = describe(error.error)
         first = replace(first, origin=": ".join(filter(None, (f"step {error.step}", first.origin))))
-        return Failure((first, *others), failure.code)
+        return (first, *others), code
     message = str(error).strip()
     first_line = next((line.rstrip() for line in message.splitlines() if line.strip()), "")
     if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or _DISK_FULL in message:
         file = getattr(error, "filename", None)
         place = first_line or "no space left" if file is None else f"no space left to write {file}"
-        return Failure((Problem("", f"disk full: {place}"),), FAILURE)
+        return (Problem("", f"disk full: {place}"),), FAILURE
     if problems := problems_of(error):
-        return Failure(problems, MISTAKE)
-    return Failure((Problem("", ": ".join(filter(None, (type(error).__name__, first_line)))),), FAILURE)
+        return problems, MISTAKE
+    return (Problem("", ": ".join(filter(None, (type(error).__name__, first_line)))),), FAILURE
 
 
 class ReportingCommand(click.Command):
@@ -136,21 +122,21 @@ def stop_cleanly_on_sigterm() -> Event:
 
 
 def _report(error: Exception, *, with_traceback: bool, as_json: bool) -> int:
-    failure = describe(error)
+    problems, code = describe(error)
     if with_traceback:
         traceback.print_exception(error)
-    if as_json and failure.code == MISTAKE:
+    if as_json and code == MISTAKE:
         cause = error.error if isinstance(error, StepFailed) else error
-        problems = [problem.to_json() for problem in problems_of(cause)]
-        click.echo(json.dumps({"error": {"type": type(cause).__name__, "problems": problems}}, indent=1))
-    for problem in failure.problems:
+        found = [problem.to_json() for problem in problems_of(cause)]
+        click.echo(json.dumps({"error": {"type": type(cause).__name__, "problems": found}}, indent=1))
+    for problem in problems:
         hint = click.style(str(problem).removeprefix(problem.statement), dim=True) if problem.hint else ""
         click.echo(f"error: {problem.statement}{hint}", err=True)
     if isinstance(error, StepFailed):
         click.echo(f"({error.log} says more)", err=True)
-    elif failure.code == FAILURE and not with_traceback:
+    elif code == FAILURE and not with_traceback:
         click.echo(f"(--traceback or {TRACEBACK_VARIABLE}=1 shows where)", err=True)
-    return failure.code
+    return code
 
 
 Decorated = Callable[..., Any]
@@ -194,22 +180,16 @@ registry_options = partial(experiment_options, run_help="Use the registry of thi
 def backend_options(command: Decorated) -> Decorated:
     """`--backend` and `--address`, which `experiment_options` above this takes."""
     words = "Where the work runs; short for --set compute.backend=..."
-    place = click.option("--backend", type=click.Choice(list(BACKENDS)), help=words)
-    return place(
-        click.option("--address", metavar="URL", help="Dashboard of the Ray cluster, http://HEAD:8265.")(command)
-    )
+    address = click.option("--address", metavar="URL", help="Dashboard of the Ray cluster, http://HEAD:8265.")
+    return click.option("--backend", type=click.Choice(list(BACKENDS)), help=words)(address(command))
 
 
-def input_options(step: str) -> Callable[[Decorated], Decorated]:
+def input_options(command: Decorated, *, step: str) -> Decorated:
     """An option for the URI of each input of a step."""
-
-    def decorate(command: Decorated) -> Decorated:
-        for name, source in reversed([*STEP_INFO[step].inputs.items()]):
-            option = click.option(f"--{name}", metavar="URI", help=f"The {source.what}; default: the run's own.")
-            command = option(command)
-        return command
-
-    return decorate
+    for name, source in reversed([*STEP_INFO[step].inputs.items()]):
+        option = click.option(f"--{name}", metavar="URI", help=f"The {source.what}; default: the run's own.")
+        command = option(command)
+    return command
 
 
 json_option = click.option(

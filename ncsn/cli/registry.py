@@ -97,19 +97,19 @@ def _tree(link: Link) -> Tree:
 
 def sample_from_model(experiment: Experiment, given: Mapping[str, str | None], *, as_json: bool) -> None:
     """`ncsn sample --model`: generate images from a registered model and print where they are."""
-    from ncsn.cli.console import ProgressView, ShownProgress, quiet_libraries
+    from ncsn.cli.console import ShownProgress, shown_progress
     from ncsn.tools import models
 
     address = given.get("model")
     if address is None:
         raise click.UsageError("--out goes with --model; the samples of a run are in the run's folder")
-    for option, is_given in (("score", given.get("score")), ("checkpoint", given.get("checkpoint"))):
-        if is_given:
+    for option in ("score", "checkpoint"):
+        if given.get(option):
             raise click.UsageError(f"--{option} needs a run, not --model")
     if experiment.place:
         raise click.UsageError("--backend and --address need a run; a registered model is sampled here")
     registry = experiment.registry
-    with quiet_libraries(None) as console, ProgressView(console) as view:
+    with shown_progress(None) as view:
         view.start("sample")
         result = models.sample_model(
             address,

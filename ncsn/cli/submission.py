@@ -9,7 +9,7 @@ from typing import Any
 
 from ncsn import storage
 from ncsn.cli.target import Experiment, Target
-from ncsn.config import Config, from_yaml, to_json
+from ncsn.config import from_yaml, to_json
 from ncsn.config.schema import TrackingConfig
 from ncsn.data.sources.base import source_fingerprint
 from ncsn.errors import UserError
@@ -37,7 +37,12 @@ def prepare(
     if not os.environ.get(IMAGE_VARIABLE):
         hint = f"export {IMAGE_VARIABLE}=REGISTRY/ncsn-python:TAG, built by `make image` and pushed there"
         raise UserError(IMAGE_VARIABLE, "not set", hint=hint)
-    given = _given(params)
+    given = {}
+    for param in params:
+        key, equals, value = param.partition("=")
+        if not equals or not key:
+            raise UserError("--param", "expected K=V", value=param)
+        given[key] = value
     config = None
     if pipeline == "sample":
         arguments = _sample_arguments(experiment)
@@ -75,16 +80,6 @@ def why_it_failed(submission: Submission) -> str:
     return str(outcome or "")
 
 
-def _given(params: Sequence[str]) -> dict[str, str]:
-    given = {}
-    for param in params:
-        name, equals, value = param.partition("=")
-        if not equals or not name:
-            raise UserError("--param", "expected K=V", value=param)
-        given[name] = value
-    return given
-
-
 def _sample_arguments(experiment: Experiment) -> dict[str, Any]:
     """Parameters of the sample pipeline, whose config is the registered one with the overrides."""
     if experiment.config_uri is not None:
@@ -102,7 +97,10 @@ def _experiment_arguments(target: Target, *, given_run: str | None, scheduled: b
     """Parameters of the pipelines that train."""
     config = target.config
     _require_shared_store(config.storage.root)
-    _require_readable_weights(config)
+    weights = config.evaluation.weights
+    if weights is not None and "://" not in weights and not Path(weights).is_absolute():  # known only after training
+        hint = "use https://..., s3://BUCKET/..., or the absolute path of a volume that every pod mounts"
+        raise UserError("evaluation.weights", "a file of this machine, not of the cluster", hint=hint, value=weights)
     if given_run or not scheduled:
         _require_own_run(target)
     # Without a given name, a schedule names each run after KFP's: under one name the second would find all done.
@@ -115,14 +113,6 @@ def _require_shared_store(root: str) -> None:
     if storage.is_local(root) and not Path(root).is_absolute():
         hint = "use s3://BUCKET/PREFIX, or the absolute path of a volume that every pod mounts"
         raise UserError("storage.root", "a folder of this machine, not of the cluster", hint=hint, value=root)
-
-
-def _require_readable_weights(config: Config) -> None:
-    """Otherwise the evaluation fails, after all of training."""
-    weights = config.evaluation.weights
-    if weights is not None and "://" not in weights and not Path(weights).is_absolute():
-        hint = "use https://..., s3://BUCKET/..., or the absolute path of a volume that every pod mounts"
-        raise UserError("evaluation.weights", "a file of this machine, not of the cluster", hint=hint, value=weights)
 
 
 def _require_own_run(target: Target) -> None:

@@ -35,19 +35,24 @@ class Experiment:
 
     def resolve(self, *, checkpoint: str | None = None) -> Target:
         """The config of --config, else of the checkpoint, else of --run, and the run that it belongs to."""
-        overrides = (*self.overrides, *self.place)
         if self.config_uri is not None:
-            config = from_yaml(_read(self.config_uri), overrides=overrides, origin=self.config_uri)
+            origin = self.config_uri
         elif checkpoint is not None:
             origin = storage.join(storage.absolute(checkpoint), "config.yaml")
-            config = from_yaml(_read(origin), overrides=overrides, origin=origin)
         elif self.run is not None:
             origin = storage.join(self.store_root, "runs", self.run, "config.yaml")
             if not storage.exists(origin):
                 raise NotFound("--run", f"no file at {origin}", hint=_ANOTHER_STORE, value=self.run)
-            config = from_yaml(_read(origin), overrides=overrides, origin=origin)
         else:
             raise UserError("--config", "no experiment given", hint="pass --config PATH-or-URI, or --run NAME of a run")
+        absolute = storage.absolute(origin)
+        if storage.is_local(absolute) and Path(absolute).is_dir():
+            raise ConfigError(origin, "is a folder; expected a YAML file")
+        try:
+            text = storage.read_text(absolute)
+        except UnicodeDecodeError:
+            raise ConfigError(origin, "is not a text file; expected YAML") from None
+        config = from_yaml(text, overrides=(*self.overrides, *self.place), origin=origin)
         run = self.run
         if run is None and checkpoint is not None:
             run = _run_of_checkpoint(checkpoint, config)
@@ -87,16 +92,6 @@ class Experiment:
         """The value that --set gives to `path`; the last one wins."""
         values = [value for name, _, value in (text.partition("=") for text in self.overrides) if name == path]
         return values[-1] if values else None
-
-
-def _read(uri: str) -> str:
-    absolute = storage.absolute(uri)
-    if storage.is_local(absolute) and Path(absolute).is_dir():
-        raise ConfigError(uri, "is a folder; expected a YAML file")
-    try:
-        return storage.read_text(absolute)
-    except UnicodeDecodeError:
-        raise ConfigError(uri, "is not a text file; expected YAML") from None
 
 
 def _run_of_checkpoint(checkpoint: str, config: Config) -> str | None:

@@ -44,8 +44,8 @@ NO_SPACE = "OSError: [Errno 28] No space left on device: '/x'"
     ],
 )
 def test_lines_and_code(error: Exception, code: int, lines: tuple[str, ...]) -> None:
-    failure = describe(error)
-    assert (failure.code, failure.lines) == (code, lines)
+    problems, found = describe(error)
+    assert (found, tuple(map(str, problems))) == (code, lines)
 
 
 def command_that_raises(error: BaseException, *, name: str = "fail") -> click.Command:

@@ -13,10 +13,9 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from ncsn.cli import app
-from ncsn.cli.console import ProgressView
+from ncsn.cli.console import ProgressView, print_plan, print_summary
 from ncsn.cli.doctor import Finding, report
 from ncsn.cli.target import Experiment
-from ncsn.cli.views import print_plan, print_summary
 from ncsn.config import flatten, from_yaml
 from ncsn.progress import Progress
 from ncsn.runs.folder import RunFolder
@@ -108,7 +107,8 @@ def test_the_doctor_is_well_if_no_check_fails(capsys: pytest.CaptureFixture[str]
 def progress(*, terminal: bool, done: Iterable[int], total: int = 1000) -> str:
     stream = io.StringIO()
     console = Console(file=stream, force_terminal=terminal, width=100, color_system=None)
-    with ProgressView(console) as view:
+    view = ProgressView(console)
+    with view.bars:
         view.start("train")
         for images in done:
             view.update("train", Progress(images, total, "images"))
