@@ -17,7 +17,7 @@ from pathlib import Path
 
 from ncsn.config import Config, from_yaml
 from ncsn.model import build
-from ncsn.tools.speed import forward_flop
+from ncsn.tools.plan import forward_flop
 
 GPUS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 GPUS_PER_NODE = 8

@@ -60,50 +60,43 @@ def model_card(facts: ModelFacts, *, config: Config, manifest: Manifest, evaluat
     """Markdown below 5000 characters, which fits a registry description; `evaluation` is the result of that step."""
     shape = " x ".join(map(str, manifest.shape))
     label = "" if config.data.num_classes is None else f', "label": "{manifest.class_names[0]}"'
+    counts = ", ".join(f"{count:,} {split}" for split, count in manifest.counts.items())
+    skipped = f"; {len(manifest.skipped)} more could not be used" if manifest.skipped else ""
+    scores = [(f"`{name}`", value, real) for name, value, real in score_lines(evaluation)]
+    notes = [*evaluation["notes"], "± is a standard deviation", f"fingerprint `{evaluation['fingerprint']}`"]
     parts = [
         f"# {facts.name}",
         f"Generates {shape} images: a noise conditional score network (Song & Ermon 2019), trained on "
         f"{manifest.name} in run `{facts.run}`, checkpoint `{facts.checkpoint}`.",
         " ".join(f"![{shown}]({file})" for shown, file in (facts.pictures or {}).items()),
-        "## Intended use",
-        INTENDED,
-        "## Data",
-        _data(manifest),
-        "## Settings",
-        markdown_table(("", ""), _settings(facts, config)),
-        "## Scores",
-        _scores(evaluation),
-        *_selection(facts.selection),
-        *_classes(evaluation.get("classes"), manifest),
-        "## Limits",
-        "\n".join(f"- {limit}" for limit in (*facts.warnings, *LIMITS)),
-        "## License",
-        f"Code: Apache-2.0. The weights derive from the data, which has these terms: {manifest.license}",
-        "## Use",
-        "```python\nimport mlflow\n\n"
+        f"## Intended use\n\n{INTENDED}",
+        f"## Data\n\n{manifest.source.rstrip('.')}. Images: {counts}{skipped}. Content digest `{manifest.digest}`.",
+        f"## Settings\n\n{markdown_table(('', ''), _settings(facts, config))}",
+        f"## Scores\n\n{markdown_table(SCORES_HEAD, scores)}\n\n" + "\n".join(f"- {note}" for note in notes),
+    ]
+    if chosen := facts.selection:
+        lines = candidate_lines(chosen["candidates"], most=MOST_CANDIDATES)
+        parts += [
+            "## Choice of the checkpoint",
+            markdown_table(candidates_head(f"`{chosen['figure']}`"), lines),
+            f"The best of {len(chosen['candidates'])} candidates. This score is optimistic because it was selected; "
+            f"the scores above use new samples. {few_samples(chosen['figure'])}",
+        ]
+    if classes := evaluation.get("classes"):
+        names = ", ".join(f"`{name}`" for name in manifest.class_names[:MOST_NAMES])
+        more = len(manifest.class_names) - MOST_NAMES
+        parts += [
+            f"## Classes\n\nIt makes images of these on demand: {names}{f' and {more} more' if more > 0 else ''}.",
+            markdown_table(CLASSES_HEAD, class_lines(classes, most=MOST_ROWS)),
+        ]
+    parts += [
+        "## Limits\n\n" + "\n".join(f"- {limit}" for limit in (*facts.warnings, *LIMITS)),
+        f"## License\n\nCode: Apache-2.0. The weights derive from the data, which has these terms: {manifest.license}",
+        "## Use\n\n```python\nimport mlflow\n\n"
         f'model = mlflow.pyfunc.load_model("models:/{facts.name}@champion")\n'
         f'images = model.predict(None, params={{"n_images": 16, "seed": 1{label}}})  # uint8 [16, H, W, C]\n```',
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def _selection(result: Mapping[str, Any] | None) -> list[str]:
-    """How the checkpoint was chosen: the best candidates, and what that says."""
-    if result is None:
-        return []
-    lines = candidate_lines(result["candidates"], most=MOST_CANDIDATES)
-    return [
-        "## Choice of the checkpoint",
-        markdown_table(candidates_head(f"`{result['figure']}`"), lines),
-        f"The best of {len(result['candidates'])} candidates. This score is optimistic because it was selected; the "
-        f"scores above use new samples. {few_samples(result['figure'])}",
-    ]
-
-
-def _data(manifest: Manifest) -> str:
-    counts = ", ".join(f"{count:,} {split}" for split, count in manifest.counts.items())
-    skipped = f"; {len(manifest.skipped)} more could not be used" if manifest.skipped else ""
-    return f"{manifest.source.rstrip('.')}. Images: {counts}{skipped}. Content digest `{manifest.digest}`."
 
 
 def _settings(facts: ModelFacts, config: Config) -> list[tuple[str, str]]:
@@ -132,22 +125,6 @@ def _settings(facts: ModelFacts, config: Config) -> list[tuple[str, str]]:
         settings["classes of the samples"] = sampling.label
     settings["seed"] = str(config.seed)
     return [*settings.items(), *([("cost", facts.cost)] if facts.cost else [])]
-
-
-def _scores(evaluation: Mapping[str, Any]) -> str:
-    notes = [*evaluation["notes"], "± is a standard deviation", f"fingerprint `{evaluation['fingerprint']}`"]
-    lines = [(f"`{name}`", value, real) for name, value, real in score_lines(evaluation)]
-    return "\n".join([markdown_table(SCORES_HEAD, lines), "", *(f"- {note}" for note in notes)])
-
-
-def _classes(classes: Mapping[str, Any] | None, manifest: Manifest) -> list[str]:
-    """The classes that can be requested, and a table of those that agree least."""
-    if classes is None:
-        return []
-    names = ", ".join(f"`{name}`" for name in manifest.class_names[:MOST_NAMES])
-    more = f" and {len(manifest.class_names) - MOST_NAMES} more" if len(manifest.class_names) > MOST_NAMES else ""
-    table = markdown_table(CLASSES_HEAD, class_lines(classes, most=MOST_ROWS))
-    return ["## Classes", f"It makes images of these on demand: {names}{more}.", table]
 
 
 def run_page(

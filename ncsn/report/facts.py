@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ncsn.runs.records import Cost
@@ -27,9 +27,13 @@ def duration(seconds: float) -> str:
     return f"{seconds / HOUR:,.1f} h" if seconds < 2 * DAY else f"{seconds / DAY:,.1f} days"
 
 
-def cost_line(spent: Mapping[str, Cost]) -> str:
-    """What the steps of a run reserved, together; empty if none has recorded its time."""
-    return _cost(Cost(*map(sum, zip(*spent.values(), strict=True)))) if spent else ""
+def cost_line(costs: Collection[Cost]) -> str:
+    """What some steps reserved, together; empty without any."""
+    if not costs:
+        return ""
+    total = Cost(*map(sum, zip(*costs, strict=True)))
+    gpu = f" · {total.gpu_hours:,.2g} GPU hours" if total.gpu_hours else ""
+    return f"{duration(total.seconds)} · {total.cpu_hours:,.2g} CPU hours{gpu}"
 
 
 def cost_facts(spent: Mapping[str, Cost], *, num_images: int) -> Iterator[Fact]:
@@ -37,14 +41,10 @@ def cost_facts(spent: Mapping[str, Cost], *, num_images: int) -> Iterator[Fact]:
     if not spent:
         return
     # The times of the steps above are those of their last attempt, without its startup.
-    yield Fact("Reserved, with startup and earlier attempts", cost_line(spent))
+    yield Fact("Reserved, with startup and earlier attempts", cost_line(spent.values()))
     if "sample" in spent and num_images:
-        yield Fact("Per 1,000 images", _cost(Cost(*(1000 / num_images * amount for amount in spent["sample"]))))
-
-
-def _cost(cost: Cost) -> str:
-    gpu = f" · {cost.gpu_hours:,.2g} GPU hours" if cost.gpu_hours else ""
-    return f"{duration(cost.seconds)} · {cost.cpu_hours:,.2g} CPU hours{gpu}"
+        scaled = Cost(*(1000 / num_images * amount for amount in spent["sample"]))
+        yield Fact("Per 1,000 images", cost_line([scaled]))
 
 
 DIGEST_SHOWN = 12

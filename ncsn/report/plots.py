@@ -1,24 +1,107 @@
-"""Plots of curves and numbers: plain arrays in, a matplotlib figure out."""
+"""Plots of curves and numbers: plain arrays in, a matplotlib figure out, and its PNG and SVG files.
+
+A plot has no background, its ink is gray and its colors have a middle lightness, so that it is readable on a light and
+on a dark page. In an SVG the ink becomes `currentColor`, the color of the text around it. On the page an inch has about
+100 pixels.
+"""
 
 from __future__ import annotations
 
+import functools
+import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ParamSpec
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import LogNorm, Normalize
+from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter
 from numpy.typing import ArrayLike, NDArray
 
-from ncsn.report.style import HEAT, INK, LEVEL_COLORS, PALETTE, bare, new_figure, styled
-
 Array = NDArray[np.float64]
+P = ParamSpec("P")
+
+INK = "#6e6e6e"
+# All colors have a contrast of at least 3:1 on white and on near-black.
+PALETTE = ("#2f7fc4", "#cf5f1d", "#16876a", "#b4519b", "#8467d7", "#8d7a1f")
+# Noise levels and other ordered numbers.
+LEVEL_COLORS = LinearSegmentedColormap.from_list("ncsn-levels", ["#2b7bba", "#7b6bd6", "#bd4f93", "#d0561c"])
+HEAT = "viridis"  # areas, which need no contrast with the page
+DPI = 160
+
+_STYLE: dict[Any, Any] = {
+    "axes.axisbelow": True,
+    "axes.edgecolor": INK,
+    "axes.facecolor": "none",
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.labelcolor": INK,
+    "axes.labelsize": 9,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlecolor": INK,
+    "axes.titlesize": 10,
+    "figure.facecolor": "none",
+    "font.family": ["sans-serif"],
+    "font.size": 9,
+    "grid.alpha": 0.25,
+    "grid.color": INK,
+    "grid.linewidth": 0.6,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+    "legend.labelcolor": INK,
+    "lines.linewidth": 1.6,
+    "savefig.facecolor": "none",
+    "text.color": INK,
+    "xtick.color": INK,
+    "xtick.labelsize": 8,
+    "ytick.color": INK,
+    "ytick.labelsize": 8,
+}
+
+
+def styled(plot: Callable[P, Figure]) -> Callable[P, Figure]:
+    """Draw a plot in this style, independent of matplotlib's global settings."""
+
+    @functools.wraps(plot)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> Figure:
+        with rc_context(_STYLE):
+            return plot(*args, **kwargs)
+
+    return wrapper
+
+
+def bare(axes: Axes) -> Axes:
+    """Remove ticks, frame and grid from axes that show pictures."""
+    axes.set(xticks=[], yticks=[])
+    axes.grid(visible=False)
+    axes.spines[:].set_visible(False)
+    return axes
+
+
+def to_png(figure: Figure) -> bytes:
+    """A PNG file with a transparent background. The same figure gives the same bytes."""
+    buffer = io.BytesIO()
+    with rc_context(_STYLE):
+        figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None}, pil_kwargs={"optimize": True})
+    return buffer.getvalue()
+
+
+def to_svg(figure: Figure, *, salt: str = "ncsn") -> str:
+    """An `<svg>` element. The same figure gives the same text; plots of one page need different salts for their IDs."""
+    buffer = io.StringIO()
+    with rc_context({**_STYLE, "svg.fonttype": "none", "svg.hashsalt": salt}):
+        metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(buffer, format="svg", metadata=metadata)
+    text = buffer.getvalue()
+    return text[text.index("<svg") :].replace(INK, "currentColor")
+
 
 MOST_POINTS = 150  # of a curve; more are not visible and make the page large
 MOST_CLASSES = 20  # with names beside the matrix
@@ -41,9 +124,16 @@ def loss_curves(images_seen: ArrayLike, losses: ArrayLike, *, sigmas: ArrayLike)
 
     `losses` are [P, L] at P >= 1 points, NaN where no image had that level; `sigmas` [L] descend.
     """
-    seen, values = _thinned(np.asarray(images_seen, np.float64), np.asarray(losses, np.float64))
+    seen, values = np.asarray(images_seen, np.float64), np.asarray(losses, np.float64)
+    # At most `MOST_POINTS` points: each is the mean of neighboring points, at the last of them.
+    parts = np.array_split(np.arange(len(seen)), min(len(seen), MOST_POINTS))
+    finite = np.isfinite(values)
+    sums = np.stack([np.where(finite, values, 0)[part].sum(axis=0) for part in parts])
+    counts = np.stack([finite[part].sum(axis=0) for part in parts])
+    values = np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+    seen = seen[[part[-1] for part in parts]]
     levels = np.asarray(sigmas, np.float64)
-    figure = new_figure(7, 3.6)
+    figure = Figure(figsize=(7, 3.6), layout="constrained")
     axes = figure.subplots()
     norm = LogNorm(levels[-1], levels[0]) if levels[0] > levels[-1] else Normalize(levels[0] - 1, levels[0] + 1)
     for level, sigma in enumerate(levels):
@@ -59,21 +149,11 @@ def loss_curves(images_seen: ArrayLike, losses: ArrayLike, *, sigmas: ArrayLike)
     return figure
 
 
-def _thinned(seen: Array, losses: Array) -> tuple[Array, Array]:
-    """At most `MOST_POINTS` points: each is the mean of neighboring points, at the last of them."""
-    parts = np.array_split(np.arange(len(seen)), min(len(seen), MOST_POINTS))
-    known = np.isfinite(losses)
-    sums = np.stack([np.where(known, losses, 0)[part].sum(axis=0) for part in parts])
-    counts = np.stack([known[part].sum(axis=0) for part in parts])
-    means = np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
-    return seen[[part[-1] for part in parts]], means
-
-
 @styled
 def held_out_losses(images_seen: ArrayLike, held_out: ArrayLike, training: ArrayLike) -> Figure:
     """Held-out and training loss [P] over training."""
     seen = np.asarray(images_seen, np.float64)
-    figure = new_figure(7, 3.4)
+    figure = Figure(figsize=(7, 3.4), layout="constrained")
     axes = figure.subplots()
     for number, (name, losses) in enumerate((("training images", training), ("held-out images", held_out))):
         axes.plot(seen, np.asarray(losses), "o-", color=PALETTE[number], markersize=4, label=name)
@@ -111,7 +191,7 @@ def confusion_matrix(classes: Mapping[str, Any]) -> Figure:
     counts, names = np.array(classes["confusion"], np.float64), [line["name"] for line in classes["table"]]
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     side = 2.2 + 0.3 * min(len(names), MOST_CLASSES)
-    figure = new_figure(side + 0.8, side)
+    figure = Figure(figsize=(side + 0.8, side), layout="constrained")
     axes = bare(figure.subplots())
     image = axes.imshow(shares, vmin=0, vmax=1, cmap=HEAT, interpolation="none")
     figure.colorbar(image, ax=axes, shrink=0.7, label="share of the images")
@@ -131,7 +211,7 @@ def selection_figure(rows: Sequence[Mapping[str, Any]], *, metric: str) -> Figur
     plain = [row for row in scored if row["relative_width"] is None]
     built = [row for row in scored if row["relative_width"] is not None]
     panels = [(each, key) for each, key in ((plain, "images_seen"), (built, "relative_width")) if each]
-    drawn = new_figure(7 if len(panels) > 1 else 5, 3.2)
+    drawn = Figure(figsize=(7 if len(panels) > 1 else 5, 3.2), layout="constrained")
     for axes, (points, key) in zip(np.atleast_1d(drawn.subplots(1, len(panels), sharey=True)), panels, strict=True):
         for seen in sorted({row["images_seen"] for row in points}) if key == "relative_width" else [None]:
             line = sorted((row[key], row["value"]) for row in points if seen is None or row["images_seen"] == seen)
@@ -153,7 +233,7 @@ def epsilon_versus_quality(
     epsilon: Sequence[float], quality: Sequence[float], *, quality_label: str, chosen: float | None = None
 ) -> Figure:
     """Quality over the step size of Langevin dynamics; NaN, of a chain that diverged, is marked at the upper edge."""
-    figure = new_figure(7, 3.4)
+    figure = Figure(figsize=(7, 3.4), layout="constrained")
     axes = figure.subplots()
     x, y = np.asarray(epsilon, np.float64), np.asarray(quality, np.float64)
     order = np.argsort(x, kind="stable")
@@ -183,7 +263,7 @@ def search_coordinates(
     """
     scores = np.asarray(quality, np.float64)
     columns = [*(_Column.of(name, values) for name, values in settings.items()), _Column.of(quality_label, scores)]
-    figure = new_figure(max(5.0, 1.7 * len(columns)), 3.8)
+    figure = Figure(figsize=(max(5.0, 1.7 * len(columns)), 3.8), layout="constrained")
     axes = figure.subplots()
     finite = np.isfinite(scores)
     reached = columns[-1].positions[finite]

@@ -108,19 +108,9 @@ class Score(NamedTuple):
     name: str  # in MLflow
     meaning: Meaning
     value: float
-    error: float | None  # standard deviation: over other samples for distances, over parts of these for the others
+    text: str  # the value, and its deviation: over other samples for distances, over parts of these for the others
     real: float | None
-    real_error: float | None
-
-    @property
-    def text(self) -> str:
-        """The value with its deviation."""
-        return with_error(self.value, self.error)
-
-    @property
-    def real_text(self) -> str:
-        """The same of the real images; empty if there is none."""
-        return "" if self.real is None else with_error(self.real, self.real_error)
+    real_text: str  # empty if there is none
 
     @property
     def bars(self) -> tuple[float, float] | None:
@@ -131,26 +121,23 @@ class Score(NamedTuple):
         return round(100 * self.value / scale, 1), round(100 * self.real / scale, 1)
 
 
-def with_error(value: float, error: float | None) -> str:
+def with_error(reading: Reading, error: Reading | None) -> str:
     """`14.2 ± 1.1`."""
-    return f"{value:.4g}" + ("" if error is None else f" ±\u00a0{error:.2g}")
+    return f"{reading.value:.4g}" + ("" if error is None else f" ±\u00a0{error.value:.2g}")
 
 
 def score_rows(evaluation: Mapping[str, Any]) -> list[Score]:
     """A row for each metric with a meaning, from the result of an evaluation."""
     generated, real = read_metrics(evaluation["metrics"]), read_metrics(evaluation["real_metrics"])
-
-    def value(readings: Mapping[str, Reading], metric: str) -> float | None:
-        return readings[metric].value if metric in readings else None
-
     rows = []
     for metric, meaning in MEANINGS.items():
         if metric in generated:
-            own = generated[metric]
+            own, other = generated[metric], real.get(metric)
             text = meaning.text.format(reference=reference_images(own.split))
-            error = value(generated, metric + ERROR)
-            of_real = value(real, metric), value(real, metric + ERROR)
-            rows.append(Score(metric, own.name, meaning._replace(text=text), own.value, error, *of_real))
+            shown = with_error(own, generated.get(metric + ERROR))
+            real_text = "" if other is None else with_error(other, real.get(metric + ERROR))
+            of_real = None if other is None else other.value
+            rows.append(Score(metric, own.name, meaning._replace(text=text), own.value, shown, of_real, real_text))
     return rows
 
 
@@ -167,11 +154,6 @@ def reference_images(split: str) -> str:
     return "the training images" if split == "train" else f"the {split} images"
 
 
-def real_images(split: str) -> str:
-    """The real images that are measured beside them, in words."""
-    return "real images that the model has not seen" if split == "train" else "real training images"
-
-
 def copies_sentence(memorized: Reading) -> str:
     """How many of the generated images copy a training image."""
     copies = round(memorized.value * memorized.num_images)
@@ -179,14 +161,12 @@ def copies_sentence(memorized: Reading) -> str:
     return f"Of {memorized.num_images:,} generated images compared with every training image, {found}."
 
 
-def extractor_phrase(extractor: str) -> str:
-    """The extractor, as the subject of a sentence."""
-    return {
-        "classifier": "A classifier trained on the same labeled images",
-        "clusters": "A network trained to tell clusters of similar training images apart",
-        "inception": "The 2015 Inception network, which published scores use,",
-        "dinov2": "DINOv2 ViT-L/14, which published FD-DINOv2 values use,",
-    }[extractor]
+EXTRACTORS = {  # as the subjects of a sentence
+    "classifier": "A classifier trained on the same labeled images",
+    "clusters": "A network trained to tell clusters of similar training images apart",
+    "inception": "The 2015 Inception network, which published scores use,",
+    "dinov2": "DINOv2 ViT-L/14, which published FD-DINOv2 values use,",
+}
 
 
 def few_samples(metric: str) -> str:

@@ -24,9 +24,8 @@ from ncsn.evaluation.reference import images_to_prepare, open_evaluator
 from ncsn.model.classes import require_same_classes
 from ncsn.progress import Progress
 from ncsn.report.images import neighbors_png
-from ncsn.report.plots import confusion_matrix
+from ncsn.report.plots import confusion_matrix, to_png
 from ncsn.report.scores import few_samples
-from ncsn.report.style import to_png
 from ncsn.steps.step import Step
 from ncsn.tracking.gate import Measurement, Memorization
 from ncsn.tracking.mlflow_runs import StepRun

@@ -120,7 +120,7 @@ def _candidate(
         images_seen=loaded.images_seen,
         num_parameters=sum(parameter.numel() for parameter in loaded.network.parameters()),
         nfe=evaluations_per_image(loaded.config),
-        cost=cost_line(spent(loaded.config, run=run)),
+        cost=cost_line(spent(loaded.config, run=run).values()),
         pictures={shown: file for file, shown in PICTURES.items() if file in files},
         warnings=_warnings(measured, loaded.config, run),
         selection=selection_of(loaded.config, run, checkpoint),

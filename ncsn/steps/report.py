@@ -16,8 +16,8 @@ from ncsn.report import hints, plots
 from ncsn.report.facts import Fact, cost_facts, tag_facts
 from ncsn.report.html import look, render
 from ncsn.report.images import GRID_CLASSES
+from ncsn.report.plots import to_svg
 from ncsn.report.scores import read_metrics
-from ncsn.report.style import to_svg
 from ncsn.runs.folder import RunFolder
 from ncsn.runs.history import held_out_curves, load_history, loss_names
 from ncsn.runs.records import StepRecord, read_result, read_results, spent

@@ -27,9 +27,8 @@ from ncsn.evaluation.measure import metric_name
 from ncsn.evaluation.reference import Evaluator, open_evaluator
 from ncsn.evaluation.scores import kernel_distance
 from ncsn.model.averages import Weights, find_weights, keep_copy
-from ncsn.report.plots import selection_figure
+from ncsn.report.plots import selection_figure, to_png
 from ncsn.report.scores import few_samples
-from ncsn.report.style import to_png
 from ncsn.runs.folder import RunFolder
 from ncsn.steps.step import Step
 from ncsn.tracking.registry import settle_guide

@@ -21,8 +21,7 @@ from ncsn.errors import UserError
 from ncsn.evaluation import evaluation_of
 from ncsn.evaluation.measure import metric_name
 from ncsn.evaluation.reference import open_evaluator
-from ncsn.report.plots import epsilon_versus_quality, search_coordinates
-from ncsn.report.style import to_png
+from ncsn.report.plots import epsilon_versus_quality, search_coordinates, to_png
 from ncsn.runs.folder import run_folder
 from ncsn.steps.start import start_of
 from ncsn.steps.step import Step, Work

@@ -25,7 +25,7 @@ from ncsn.errors import UserError
 from ncsn.evaluation import LEAST_TEST_IMAGES
 from ncsn.report.facts import duration
 from ncsn.tools.draft import Draft, any_config
-from ncsn.tools.speed import Machine, Speed, measure_speed
+from ncsn.tools.plan import Machine, Speed, measure_speed
 from ncsn.tools.survey import Survey, percent, told_from_mirror
 
 SIZES = (8, 16, 32, 64)  # pixels; more needs more than the compact network and an hour

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ncsn.errors import NotFound, Problem, UserError
 from ncsn.report.facts import duration
 from ncsn.report.images import evenly_spread, grid_png
 from ncsn.tools import choose
 from ncsn.tools.choose import FirstConfig
-from ncsn.tools.speed import Machine
+from ncsn.tools.plan import Machine
 from ncsn.tools.survey import Survey, percent, survey
 
 _EXAMPLES = Path(__file__).parents[1] / "configs"
@@ -90,7 +89,9 @@ def from_images(
     names = [value for key, _, value in (text.partition("=") for text in overrides) if key == "name" and value]
     file = _config_file(out or f"{(names or [choose.slug(place)])[-1]}.yaml")
     picture = file.with_suffix(".png")
-    _require_new(file, picture)
+    for each in (file, picture):
+        if each.exists():
+            raise _exists(each)
     try:
         found = survey(place, overrides=overrides)
         chosen = choose.choose(
@@ -102,7 +103,10 @@ def from_images(
         f"Written by `ncsn init` for {_what(found)}.",
         f"`ncsn show-config --config {file.name}` explains every setting, also those that are not here.",
     ]
-    grid = grid_png(_seen(chosen), columns=8)
+    # Images as training sees them, and below them, if it mirrors, the same mirrored.
+    mirrored = chosen.config.data.horizontal_flip
+    seen = chosen.images[evenly_spread(len(chosen.images), most=_SHOWN // 2 if mirrored else _SHOWN)]
+    grid = grid_png(np.concatenate([seen, seen[:, :, ::-1]]) if mirrored else seen, columns=8)
     _write_new(file, chosen.draft.to_yaml(heading).encode())
     _write_new(picture, grid)
     return Written(file, picture, found, chosen)
@@ -121,10 +125,8 @@ def _config_file(name: str) -> Path:
     return file
 
 
-def _require_new(*files: Path) -> None:
-    for file in files:
-        if file.exists():
-            raise UserError("--out", "exists, and nothing is overwritten", hint="choose another", value=str(file))
+def _exists(file: Path) -> UserError:
+    return UserError("--out", "exists, and nothing is overwritten", hint="choose another", value=str(file))
 
 
 def _write_new(file: Path, content: bytes) -> None:
@@ -132,16 +134,9 @@ def _write_new(file: Path, content: bytes) -> None:
         with file.open("xb") as stream:
             stream.write(content)
     except FileExistsError:
-        _require_new(file)
+        raise _exists(file) from None
     except OSError as error:
         raise UserError("--out", f"cannot be written: {error.strerror}", value=str(file)) from error
-
-
-def _seen(chosen: FirstConfig) -> npt.NDArray[np.uint8]:
-    """Images as training sees them, and below them, if it mirrors, the same mirrored."""
-    mirrored = chosen.config.data.horizontal_flip
-    images = chosen.images[evenly_spread(len(chosen.images), most=_SHOWN // 2 if mirrored else _SHOWN)]
-    return np.concatenate([images, images[:, :, ::-1]]) if mirrored else images
 
 
 def _what(found: Survey) -> str:

@@ -69,7 +69,14 @@ def sample_model(
         folder = storage.absolute(out) if out else default
         _claim(folder, source)
         storage.publish_folder(weights, storage.join(folder, MODEL_FOLDER), marker=TRAINED_CONFIG)
-    return _sample(config, folder, model=model, progress=progress)
+    shards = plan_shards(config, checkpoint=storage.join(folder, MODEL_FOLDER), folder=folder)
+    started = time.perf_counter()
+    with cluster_for(config, tasks=len(shards)):
+        make_shards(config, shards, progress=progress)
+    grid = storage.join(folder, "grid.png")
+    storage.write_bytes(grid, samples_grid(folder, config))
+    seconds = round(time.perf_counter() - started, 1)
+    return ModelSamples(folder, grid, config.sampling.num_images, evaluations_per_image(config), seconds, model)
 
 
 def _config(trained: TrainedNetwork, overrides: Sequence[str], *, origin: str) -> Config:
@@ -106,24 +113,6 @@ def _claim(folder: str, source: dict[str, Any]) -> None:
                 hint="choose another folder",
                 value=folder,
             )
-
-
-def _sample(config: Config, folder: str, *, model: str, progress: Progress) -> ModelSamples:
-    sampling = config.sampling
-    shards = plan_shards(config, checkpoint=storage.join(folder, MODEL_FOLDER), folder=folder)
-    started = time.perf_counter()
-    with cluster_for(config, tasks=len(shards)):
-        make_shards(config, shards, progress=progress)
-    grid = storage.join(folder, "grid.png")
-    storage.write_bytes(grid, samples_grid(folder, config))
-    return ModelSamples(
-        uri=folder,
-        grid=grid,
-        num_images=sampling.num_images,
-        nfe=evaluations_per_image(config),
-        seconds=round(time.perf_counter() - started, 1),
-        model=model,
-    )
 
 
 def run_of_images(images: ModelSamples, *, root: str, overrides: Sequence[str] = ()) -> tuple[Config, str]:

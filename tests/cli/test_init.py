@@ -11,7 +11,7 @@ from PIL import Image
 
 from ncsn.config import from_yaml
 from ncsn.tools import choose
-from ncsn.tools.speed import Speed
+from ncsn.tools.plan import Speed
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

@@ -11,7 +11,7 @@ import pytest
 from ncsn.report import plots
 from ncsn.report.facts import Fact
 from ncsn.report.images import grid_png, neighbors_png, strip_png
-from ncsn.report.style import to_png, to_svg
+from ncsn.report.plots import to_png, to_svg
 
 EVALUATION = {
     "metrics": {

@@ -10,8 +10,17 @@ import pytest
 from matplotlib.colors import to_rgb
 from PIL import Image
 
-from ncsn.report.plots import epsilon_versus_quality, held_out_losses, loss_curves, search_coordinates
-from ncsn.report.style import INK, LEVEL_COLORS, PALETTE, to_png, to_svg
+from ncsn.report.plots import (
+    INK,
+    LEVEL_COLORS,
+    PALETTE,
+    epsilon_versus_quality,
+    held_out_losses,
+    loss_curves,
+    search_coordinates,
+    to_png,
+    to_svg,
+)
 
 SIGMAS = np.geomspace(1, 0.01, 10)
 SEEN = np.array([1000, 2000, 3000])

@@ -49,9 +49,9 @@ def test_of_many_classes_those_that_agree_least_are_shown() -> None:
 def test_costs_are_summed_and_scaled() -> None:
     spent = {step: Cost(360.0, 0.2, 0.0) for step in ("train", "sample")}
     whole, thousand = cost_facts(spent, num_images=500)
-    assert whole.value == cost_line(spent) == "12.0 min · 0.4 CPU hours"
+    assert whole.value == cost_line(spent.values()) == "12.0 min · 0.4 CPU hours"
     assert thousand.value == "12.0 min · 0.4 CPU hours"
-    assert (cost_line({}), list(cost_facts({}, num_images=500))) == ("", [])
+    assert (cost_line([]), list(cost_facts({}, num_images=500))) == ("", [])
 
 
 def test_lineage_has_each_value_once_and_links_pages_only() -> None:

@@ -15,7 +15,7 @@ from ncsn.errors import UserError
 from ncsn.model import build
 from ncsn.tools import choose as choices
 from ncsn.tools.choose import FirstConfig, held_out, sizes_for, slug, unet
-from ncsn.tools.speed import Machine, Speed, measure_speed
+from ncsn.tools.plan import Machine, Speed, measure_speed
 from ncsn.tools.survey import survey
 
 CPU, GPU = Machine(cores=2, gpus=0), Machine(cores=16, gpus=1, gpu="some GPU")
