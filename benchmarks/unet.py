@@ -43,7 +43,7 @@ from ncsn.model.checkpoint import load_for_sampling
 from ncsn.model.checkpoint_store import CheckpointStore
 from ncsn.model.generate import generate
 from ncsn.process import keep_freed_memory
-from ncsn.storage.files import CACHE_DIR_VARIABLE
+from ncsn.storage import CACHE_DIR_VARIABLE
 from ncsn.training.context import LocalContext
 from ncsn.training.loop import Training, TrainingJob
 

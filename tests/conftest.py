@@ -176,7 +176,7 @@ def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
 
 
 def _forget_s3_clients() -> None:
-    from ncsn.storage import files, s3
+    from ncsn.storage import s3
 
-    files._s3_filesystem.cache_clear()
+    s3.bucket_filesystem.cache_clear()
     s3.client.cache_clear()

@@ -91,7 +91,7 @@ def _check_store(root: str) -> str:
             first, second = (storage.publish_once(probe, content) for content in (b"first", b"second"))
             content = storage.read_bytes(probe)
         finally:
-            storage.delete_file(probe)
+            storage.delete(probe)
     if not first or second or content != b"first":
         reason, hint = "lets a second writer replace what the first published", "use one that supports If-None-Match"
         raise UserError("storage.root", reason, hint=hint, value=root)

@@ -199,7 +199,7 @@ def _shown(step: str, folder: RunFolder, view: ProgressView, *, watched: bool = 
                 view.update(step, progress)
 
     before, started = read_step(folder, step).finished_at, time.monotonic()
-    storage.delete_file(folder.step(step, "progress.json"))
+    storage.delete(folder.step(step, "progress.json"))
     view.start(step)
     watcher = threading.Thread(target=watch, daemon=True)
     if watched:

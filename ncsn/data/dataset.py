@@ -132,7 +132,7 @@ def write_dataset(
             raise
         return known
     storage.write_json(receipt, {"digest": dataset.manifest.digest})
-    storage.delete_folder(staging)
+    storage.delete(staging)
     return dataset
 
 
@@ -250,4 +250,4 @@ def _rows_of(
         if rows:
             parts.append(Part(path, rows))
         else:
-            storage.delete_file(task.uri)
+            storage.delete(task.uri)

@@ -22,7 +22,7 @@ from ncsn import storage
 from ncsn.core.keyed_random import keyed_permutation
 from ncsn.data.format import Manifest, Rows, SplitDigest, load_manifest, read_blocks, read_split
 from ncsn.errors import UserError
-from ncsn.storage.files import CACHE_DIR_VARIABLE, cache_folder
+from ncsn.storage import CACHE_DIR_VARIABLE, cache_folder
 
 # A split with more bytes of pixels is read in windows of this size, which shuffle less; see `window_at`.
 WINDOW_BYTES = 4 << 30

@@ -89,7 +89,7 @@ def thin(uri: str) -> None:
     storage.write_text(place, json.dumps({"version": FORMAT_VERSION, "sha256": kept}, indent=1))
     for name in storage.list_names(uri):
         if name not in (INDEX, *SAMPLING_FILES):
-            storage.delete_file(storage.join(uri, name))
+            storage.delete(storage.join(uri, name))
 
 
 def sha256(path: Path) -> str:

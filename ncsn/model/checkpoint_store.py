@@ -61,7 +61,7 @@ class CheckpointStore:
                 else:
                     self._note(damaged, resumed_from=name)
                     return name
-            storage.delete_folder(storage.join(self.uri, name))
+            storage.delete(storage.join(self.uri, name))
         self._note(damaged, resumed_from="the start")
         return None
 
@@ -91,7 +91,7 @@ class CheckpointStore:
         target = storage.join(self.uri, name)
         with storage.scratch_folder(self.uri) as folder:
             write(folder)
-            storage.delete_folder(target)  # the rest of an upload that was cut short
+            storage.delete(target)  # the rest of an upload that was cut short
             storage.publish_folder(folder, target, marker=checkpoint.INDEX)
         if self._keep is not None:
             folders, kept = self._folders(), set(islice(self.names(), self._keep))
@@ -109,7 +109,7 @@ class CheckpointStore:
                 if storage.exists(storage.join(uri, "optimizer.safetensors")):
                     checkpoint.thin(uri)
             else:
-                storage.delete_folder(uri)
+                storage.delete(uri)
 
     def _folders(self) -> list[str]:
         found = [name for name in storage.list_names(self.uri) if checkpoint.FOLDER_NAME.fullmatch(name)]

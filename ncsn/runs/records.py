@@ -136,7 +136,7 @@ def write_outcome(folder: RunFolder, outcome: Outcome) -> None:
 
 def clear_outcome(folder: RunFolder) -> None:
     """Mark the run as not ended."""
-    storage.delete_file(folder.status)
+    storage.delete(folder.status)
 
 
 def read_outcome(folder: RunFolder) -> Outcome | None:

@@ -11,7 +11,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from ncsn.storage import files
+from ncsn import storage
 from ncsn.storage.retry import limited
 
 RENEW_SECONDS = 30.0
@@ -40,7 +40,7 @@ class Lease:
         self._next_look = now + self.check_seconds
         try:
             with limited(0):
-                content = files.read_bytes(self.uri)
+                content = storage.read_bytes(self.uri)
         except FileNotFoundError:
             content = self._seen or b""
         except OSError:
@@ -79,4 +79,4 @@ class Heartbeat:
                 self._renew()
 
     def _renew(self) -> None:
-        files.write_json(self._uri, {"renewed_at": time.time()})
+        storage.write_json(self._uri, {"renewed_at": time.time()})

@@ -10,7 +10,6 @@ import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
 from typing import IO, Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -29,7 +28,8 @@ _AN_ADDRESS = "use one such as http://HOST:PORT"
 T = TypeVar("T")
 
 
-def s3_filesystem(bucket: str) -> fs.FileSystem:
+@functools.cache
+def bucket_filesystem(bucket: str) -> fs.FileSystem:
     # from_uri honors AWS_ENDPOINT_URL and finds a bucket's region.
     _require_address()
     try:
@@ -139,7 +139,7 @@ class _Writer(io.RawIOBase):
         if self.closed:
             return
         try:
-            _request(self._uri, partial(_upload, self._uri, self._spool))
+            put(self._uri, self._spool)
         finally:
             self._spool.close()
             super().close()
@@ -148,8 +148,13 @@ class _Writer(io.RawIOBase):
         self._spool.close()  # and no upload, as the base class would: what is not closed is not complete
 
 
+def put(uri: str, file: IO[bytes]) -> None:
+    """Write the whole file, of any size, as one object, in place of an older one."""
+    _request(uri, partial(_upload, uri, file))
+
+
 def _upload(uri: str, file: IO[bytes]) -> None:
-    """Write the whole file as one object; after an error there is none."""
+    # After an error there is no object.
     bucket, key = _place(uri)
     file.seek(0)
     data = file.read(PART)
@@ -168,17 +173,6 @@ def _upload(uri: str, file: IO[bytes]) -> None:
         with suppress(Exception):
             client().abort_multipart_upload(**upload)
         raise
-
-
-def put(uri: str, data: bytes) -> None:
-    _request(uri, partial(_upload, uri, io.BytesIO(data)))
-
-
-def put_file(uri: str, file: Path) -> None:
-    """Write a local file of any size as an object, in place of an older one."""
-    # Not by Arrow's `copy_files`, which hides an error of the last write.
-    with file.open("rb") as stream:
-        _request(uri, partial(_upload, uri, stream))
 
 
 def get(uri: str) -> bytes:

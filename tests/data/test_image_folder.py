@@ -16,7 +16,7 @@ from ncsn.data.format import SkippedImage
 from ncsn.data.sources import open_source
 from ncsn.data.sources.base import list_files, source_fingerprint
 from ncsn.errors import NotFound, UserError
-from ncsn.storage.files import _s3_filesystem
+from ncsn.storage import s3
 
 
 def halves(members: dict[str, bytes]) -> list[dict[str, bytes]]:
@@ -149,7 +149,7 @@ def test_a_bucket_without_images_or_keys_is_one_line(s3_root, data_config, monke
         with refused("data.root"):
             open_source(data_config("image_folder", root))
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-    _s3_filesystem.cache_clear()
+    s3.bucket_filesystem.cache_clear()
     with refused("data.root"):
         open_source(data_config("image_folder", s3_root))
 

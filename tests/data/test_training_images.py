@@ -51,7 +51,7 @@ def test_the_copy_is_made_once_from_a_bucket(s3_root, tmp_path, data_config, mon
     uri = write_dataset(open_source(config), f"{s3_root}/digits", name="digits", data=config).uri
     first = open_cache(uri, "train")
     for name in ("train", "test"):
-        storage.delete_file(f"{uri}/{name}/part-00000.parquet")
+        storage.delete(f"{uri}/{name}/part-00000.parquet")
     assert np.array_equal(open_cache(uri, "train").images, first.images)
 
 

@@ -128,7 +128,7 @@ def test_the_others_do_without_a_lost_or_damaged_snapshot(config: Config, tmp_pa
     folder = tmp_path / "checkpoints" / checkpoint.folder_name(800)
     folder.mkdir(parents=True)
     checkpoint.snapshot(config=config, state=state, moments=MOMENTS, dataset_digest="d1").write(folder)
-    storage.delete_folder(str(tmp_path / "ema" / checkpoint.folder_name(200)))
+    storage.delete(str(tmp_path / "ema" / checkpoint.folder_name(200)))
     (tmp_path / "ema" / checkpoint.folder_name(400) / "0.050.safetensors").write_bytes(b"torn")
     built = build_average(str(folder), relative_width=0.06)
     average = checkpoint.load_for_sampling(built).average

@@ -60,7 +60,7 @@ def test_a_mistake_that_the_pod_finds_is_told_as_one(emulation, on_s3: Config) -
     start = emulation.cluster.on_create
 
     def deleted(name: str) -> None:
-        storage.delete_file(f"{dataset}/manifest.json")
+        storage.delete(f"{dataset}/manifest.json")
         start(name)
 
     emulation.cluster.on_create = deleted

@@ -77,7 +77,7 @@ def test_first_version_is_champion_and_a_second_call_changes_nothing(config, sav
     assert (first.model, first.version, first.uri) == ("ncsn-tiny", "1", "models:/ncsn-tiny/1")
     assert (first.promoted, first.aliases) == (True, ["challenger", "champion"])
     assert register.run(config, run="one", checkpoint=saved, evaluation=evaluation) == first
-    storage.delete_file(storage.join(config.storage.root, "runs/one/steps/register/step.json"))
+    storage.delete(storage.join(config.storage.root, "runs/one/steps/register/step.json"))
     assert register.run(config, run="one", checkpoint=saved, evaluation=evaluation) == first
     client = connect(config).client
     (version,) = client.search_model_versions("name = 'ncsn-tiny'")

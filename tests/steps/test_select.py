@@ -100,14 +100,14 @@ def test_the_best_of_a_run_is_chosen_on_a_cluster_kept_and_logged(
     # The copies that were kept are no new candidates, and known scores are not measured again.
     monkeypatch.setattr(select, "sample_features", none_is_made)
     assert select.run(config, run="mine", dataset=dataset) == result
-    storage.delete_file(trained.step("select", "step.json"))
+    storage.delete(trained.step("select", "step.json"))
     alone = config.model_copy(update={"compute": config.compute.model_copy(update={"num_workers": 1})})
     assert select.run(alone, run="mine", dataset=dataset).candidates == result.candidates
 
 
 def test_a_thinned_checkpoint_is_not_resumed_from(config: Config, dataset: str, trained: RunFolder) -> None:
     for name in storage.list_names(trained.checkpoints)[2:]:
-        storage.delete_folder(storage.join(trained.checkpoints, name))
+        storage.delete(storage.join(trained.checkpoints, name))
     job = TrainingJob(config=config, dataset=dataset, stop_at=32)
     assert train_locally(job, trained.checkpoints).images_per_second > 0, "it starts again"
 

@@ -17,7 +17,7 @@ from s3_server import S3Server
 from tcp_proxy import TcpProxy
 
 from ncsn import storage
-from ncsn.storage import files, retry, s3
+from ncsn.storage import retry, s3
 from ncsn.storage.retry import STORE_VARIABLE, Retry, limited, unavailable
 
 
@@ -36,7 +36,7 @@ class Flaky:
 
 def forget_clients() -> None:
     s3.client.cache_clear()
-    files._s3_filesystem.cache_clear()
+    s3.bucket_filesystem.cache_clear()
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from refused import refused
 
-from ncsn.storage import files, s3
+from ncsn import storage
+from ncsn.storage import s3
 
 
 @pytest.mark.parametrize(
@@ -27,7 +28,7 @@ from ncsn.storage import files, s3
 )
 def test_a_variable_that_leads_to_no_server_is_named(monkeypatch, variable, value):
     monkeypatch.setenv(variable, value)
-    for call in (files.read_bytes, lambda uri: files.publish_once(uri, b"")):
+    for call in (storage.read_bytes, lambda uri: storage.publish_once(uri, b"")):
         s3.client.cache_clear()
         with refused(variable):
             call("s3://bucket/file")
@@ -36,45 +37,45 @@ def test_a_variable_that_leads_to_no_server_is_named(monkeypatch, variable, valu
 
 def test_the_marker_is_published_last(s3_root, monkeypatch):
     seen = []
-    publish_once = files.publish_once
+    publish_once = storage.publish_once
 
     def watch(uri: str, data: bytes) -> bool:
-        seen.append((uri, files.list_names(f"{s3_root}/dataset")))
+        seen.append((uri, storage.list_names(f"{s3_root}/dataset")))
         return publish_once(uri, data)
 
-    monkeypatch.setattr(files, "publish_once", watch)
-    with files.staged_folder(f"{s3_root}/dataset", marker="a-marker") as folder:
+    monkeypatch.setattr(storage, "publish_once", watch)
+    with storage.staged_folder(f"{s3_root}/dataset", marker="a-marker") as folder:
         for name in ("a-marker", "b", "z"):
             (folder / name).write_text(name)
     assert seen == [(f"{s3_root}/dataset/a-marker", ["b", "z"])]
 
 
 def test_wrong_keys_are_an_error_and_not_an_absent_file(s3_root, monkeypatch):
-    files.write_text(f"{s3_root}/file", "text")
+    storage.write_text(f"{s3_root}/file", "text")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-    files._s3_filesystem.cache_clear()
+    s3.bucket_filesystem.cache_clear()
     s3.client.cache_clear()
     with pytest.raises(OSError, match=r"(?i)access|signature|forbidden"):
-        files.exists(f"{s3_root}/file")
+        storage.exists(f"{s3_root}/file")
 
 
 def test_a_reader_sees_whole_objects_during_writes(s3_root):
     """Objects of different lengths replace each other as fast as possible, while thousands are read."""
     uri, stop, writes = f"{s3_root}/progress.json", threading.Event(), 0
     contents = [json.dumps({"done": 10**size, "note": "x" * 7 * size}).encode() for size in range(30)]
-    files.write_bytes(uri, contents[0])
+    storage.write_bytes(uri, contents[0])
 
     def write() -> None:
         nonlocal writes
         while not stop.is_set():
             writes += 1
-            files.write_bytes(uri, contents[writes * 7 % len(contents)])
+            storage.write_bytes(uri, contents[writes * 7 % len(contents)])
 
     writer = threading.Thread(target=write)
     writer.start()
     try:
         with ThreadPoolExecutor(2) as pool:
-            read = list(pool.map(files.read_bytes, [uri] * 3000))
+            read = list(pool.map(storage.read_bytes, [uri] * 3000))
     finally:
         stop.set()
         writer.join()
@@ -103,24 +104,24 @@ def test_an_upload_that_fails_is_an_error_and_publishes_nothing(s3_root, tmp_pat
     with monkeypatch.context() as patch:
         patch.setattr(s3, "client", Failing)
         with pytest.raises(error):
-            files.write_bytes(f"{s3_root}/folder/bytes", bytes(size))
+            storage.write_bytes(f"{s3_root}/folder/bytes", bytes(size))
         with pytest.raises(error):
-            files.publish_file(tmp_path / "file", f"{s3_root}/folder/file")
+            storage.publish_file(tmp_path / "file", f"{s3_root}/folder/file")
         assert sent == (4 if size > s3.PART else 2)
-    assert files.list_names(f"{s3_root}/folder") == []
+    assert storage.list_names(f"{s3_root}/folder") == []
     bucket = s3_root.removeprefix("s3://").partition("/")[0]
     assert not client.list_multipart_uploads(Bucket=bucket).get("Uploads")
-    files.publish_file(tmp_path / "file", f"{s3_root}/folder/file")
-    assert files.read_bytes(f"{s3_root}/folder/file") == bytes(size)
+    storage.publish_file(tmp_path / "file", f"{s3_root}/folder/file")
+    assert storage.read_bytes(f"{s3_root}/folder/file") == bytes(size)
 
 
 def test_a_stream_that_is_left_open_publishes_nothing(s3_root):
-    filesystem, path = files.filesystem(f"{s3_root}/folder/file")
+    filesystem, path = storage.filesystem(f"{s3_root}/folder/file")
     stream = filesystem.open_output_stream(path)
     stream.write(b"half")
     del stream
     gc.collect()
-    assert files.list_names(f"{s3_root}/folder") == []
+    assert storage.list_names(f"{s3_root}/folder") == []
     with filesystem.open_output_stream(path) as stream:
         stream.write(b"whole")
-    assert files.read_bytes(f"{s3_root}/folder/file") == b"whole"
+    assert storage.read_bytes(f"{s3_root}/folder/file") == b"whole"

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from refused import refused
 
+from ncsn import storage
 from ncsn.errors import NotFound
-from ncsn.storage import files
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -27,45 +27,45 @@ def names_below(folder: Path) -> list[str]:
 def test_absolute_makes_local_paths_absolute_and_keeps_s3(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", "/home/somebody")
-    assert files.absolute("store") == str(tmp_path / "store")
-    assert files.absolute("file:///a/b/") == "/a/b"
-    assert files.absolute("~/store") == "/home/somebody/store"
-    assert files.absolute("s3://bucket/prefix/") == "s3://bucket/prefix"
+    assert storage.absolute("store") == str(tmp_path / "store")
+    assert storage.absolute("file:///a/b/") == "/a/b"
+    assert storage.absolute("~/store") == "/home/somebody/store"
+    assert storage.absolute("s3://bucket/prefix/") == "s3://bucket/prefix"
 
 
 @pytest.mark.parametrize("uri", ["s3://", "s3:///", "gs://bucket/prefix", "http://host/path", "/a\0b"])
 def test_absolute_refuses_what_it_cannot_reach(uri):
     with refused(repr(uri) if "\0" in uri else uri):
-        files.absolute(uri)
+        storage.absolute(uri)
 
 
 def test_a_written_file_reads_back_and_is_replaced(root):
-    uri = files.join(root, "a", "file.txt")
-    assert not files.exists(uri)
-    files.write_text(uri, "first \N{SNOWMAN}")
-    assert files.exists(uri)
-    assert files.exists(files.join(root, "a"))
-    assert files.read_text(uri) == "first \N{SNOWMAN}"
-    files.write_text(uri, "second")
-    assert files.read_bytes(uri) == b"second"
-    assert files.list_names(files.join(root, "a")) == ["file.txt"]
+    uri = storage.join(root, "a", "file.txt")
+    assert not storage.exists(uri)
+    storage.write_text(uri, "first \N{SNOWMAN}")
+    assert storage.exists(uri)
+    assert storage.exists(storage.join(root, "a"))
+    assert storage.read_text(uri) == "first \N{SNOWMAN}"
+    storage.write_text(uri, "second")
+    assert storage.read_bytes(uri) == b"second"
+    assert storage.list_names(storage.join(root, "a")) == ["file.txt"]
 
 
 def test_a_missing_file_is_named(root):
-    uri = files.join(root, "missing")
+    uri = storage.join(root, "missing")
     with refused(uri, error=NotFound):
-        files.read_bytes(uri)
-    assert files.find_json(uri) is None
+        storage.read_bytes(uri)
+    assert storage.find_json(uri) is None
 
 
 @pytest.mark.parametrize("damaged", [b"", b'{"done": 1', b'{"done": 1}\x00\x00', b"\xff"])
 def test_json_that_does_not_parse_is_no_mistake_of_the_user(root, damaged):
-    uri = files.join(root, "record.json")
-    files.write_text(uri, '{"done": 1}')
-    assert files.read_json(uri) == files.find_json(uri) == {"done": 1}
-    files.write_bytes(uri, damaged)
-    with pytest.raises(files.UnreadableError) as failure:
-        files.read_json(uri)
+    uri = storage.join(root, "record.json")
+    storage.write_text(uri, '{"done": 1}')
+    assert storage.read_json(uri) == storage.find_json(uri) == {"done": 1}
+    storage.write_bytes(uri, damaged)
+    with pytest.raises(storage.UnreadableError) as failure:
+        storage.read_json(uri)
     assert not isinstance(failure.value, (ValueError, FileNotFoundError))
 
 
@@ -76,41 +76,41 @@ def test_of_many_writers_at_once_exactly_one_publishes(root):
     def claim(round_and_writer: tuple[int, int]) -> bool:
         number, writer = round_and_writer
         barrier.wait()
-        return files.publish_once(files.join(root, f"claim-{number}"), str(writer).encode())
+        return storage.publish_once(storage.join(root, f"claim-{number}"), str(writer).encode())
 
     with ThreadPoolExecutor(writers) as pool:
         for number in range(3):
             won = list(pool.map(claim, [(number, writer) for writer in range(writers)]))
             assert won.count(True) == 1
-            assert files.read_text(files.join(root, f"claim-{number}")) == str(won.index(True))
-    assert files.list_names(root) == [f"claim-{number}" for number in range(3)]
+            assert storage.read_text(storage.join(root, f"claim-{number}")) == str(won.index(True))
+    assert storage.list_names(root) == [f"claim-{number}" for number in range(3)]
 
 
 def test_a_staged_folder_appears_whole(root):
-    uri = files.join(root, "dataset")
-    with files.staged_folder(uri, marker="done.json") as folder:
+    uri = storage.join(root, "dataset")
+    with storage.staged_folder(uri, marker="done.json") as folder:
         (folder / "train").mkdir()
         (folder / "train" / "part").write_bytes(b"rows")
         (folder / "done.json").write_text("{}")
-        assert not files.exists(uri)
-    assert files.list_names(root) == ["dataset"]
-    assert files.list_names(uri) == ["done.json", "train"]
-    assert files.read_bytes(files.join(uri, "train", "part")) == b"rows"
+        assert not storage.exists(uri)
+    assert storage.list_names(root) == ["dataset"]
+    assert storage.list_names(uri) == ["done.json", "train"]
+    assert storage.read_bytes(storage.join(uri, "train", "part")) == b"rows"
 
 
 @pytest.mark.parametrize(
     ("replace", "outcomes", "stays"), [(False, [True, False], "first"), (True, [True, True], "second")]
 )
 def test_publish_folder_says_who_published(root, replace, outcomes, stays):
-    uri = files.join(root, "dataset")
+    uri = storage.join(root, "dataset")
     found = []
     for text in ("first", "second"):
-        with files.scratch_folder(root) as folder:
+        with storage.scratch_folder(root) as folder:
             (folder / "done").write_text(text)
-            found.append(files.publish_folder(folder, uri, marker="done", replace=replace))
+            found.append(storage.publish_folder(folder, uri, marker="done", replace=replace))
     assert found == outcomes
-    assert files.read_text(files.join(uri, "done")) == stays
-    assert files.list_names(root) == ["dataset"]
+    assert storage.read_text(storage.join(uri, "done")) == stays
+    assert storage.list_names(root) == ["dataset"]
 
 
 def test_a_folder_without_its_marker_is_not_taken_for_complete(tmp_path):
@@ -118,28 +118,28 @@ def test_a_folder_without_its_marker_is_not_taken_for_complete(tmp_path):
     (tmp_path / "dataset" / "stray").write_text("not ours")
     with (
         pytest.raises(OSError, match="not empty"),
-        files.staged_folder(str(tmp_path / "dataset"), marker="done") as folder,
+        storage.staged_folder(str(tmp_path / "dataset"), marker="done") as folder,
     ):
         (folder / "done").write_text("")
     assert names_below(tmp_path) == ["dataset", "dataset/stray"]
 
 
 def test_local_copy_brings_every_file(root):
-    uri = files.join(root, "folder")
+    uri = storage.join(root, "folder")
     for name in ("a", "b/c"):
-        files.write_text(files.join(uri, *name.split("/")), name)
-    with files.local_copy(uri) as folder:
+        storage.write_text(storage.join(uri, *name.split("/")), name)
+    with storage.local_copy(uri) as folder:
         assert names_below(folder) == ["a", "b", "b/c"]
         assert (folder / "b" / "c").read_text() == "b/c"
 
 
 def test_a_write_that_fails_keeps_the_old_file(small_disk):
     uri = str(small_disk.folder / "file")
-    files.write_bytes(uri, b"old")
+    storage.write_bytes(uri, b"old")
     with pytest.raises(OSError, match=os.strerror(small_disk.full)) as failure:
-        files.write_bytes(uri, bytes(16 << 20))
+        storage.write_bytes(uri, bytes(16 << 20))
     assert failure.value.errno == small_disk.full
-    assert files.read_bytes(uri) == b"old"
+    assert storage.read_bytes(uri) == b"old"
     assert names_below(small_disk.folder) == ["file"]
 
 
@@ -147,13 +147,13 @@ def test_a_folder_of_the_store_is_published_once(root, tmp_path):
     file = tmp_path / "file"
     for staging, content in (("first", b"1"), ("second", b"2")):
         file.write_bytes(content)
-        files.publish_file(file, f"{root}/{staging}/train/part")
-        files.write_bytes(f"{root}/{staging}/marker", content)
-    assert files.publish_folder(f"{root}/first", f"{root}/final", marker="marker")
-    assert not files.publish_folder(f"{root}/second", f"{root}/final", marker="marker")
-    assert files.read_bytes(f"{root}/final/train/part") == b"1"
+        storage.publish_file(file, f"{root}/{staging}/train/part")
+        storage.write_bytes(f"{root}/{staging}/marker", content)
+    assert storage.publish_folder(f"{root}/first", f"{root}/final", marker="marker")
+    assert not storage.publish_folder(f"{root}/second", f"{root}/final", marker="marker")
+    assert storage.read_bytes(f"{root}/final/train/part") == b"1"
     for staging in ("first", "second", "never"):
-        files.delete_folder(f"{root}/{staging}")
+        storage.delete(f"{root}/{staging}")
         with pytest.raises(FileNotFoundError):
-            files.read_bytes(f"{root}/{staging}/train/part")
-    assert files.read_bytes(f"{root}/final/marker") == b"1"
+            storage.read_bytes(f"{root}/{staging}/train/part")
+    assert storage.read_bytes(f"{root}/final/marker") == b"1"

@@ -27,7 +27,7 @@ from ncsn import storage
 from ncsn.config.schema import PUBLISHED_SHA256
 from ncsn.errors import NotFound, UserError
 from ncsn.evaluation.extractors import Extracted, Identity, Images, full_float32
-from ncsn.storage.files import cache_folder
+from ncsn.storage import cache_folder
 
 PATCH = 14  # pixels
 SIDE = 224  # pixels of the resized images
