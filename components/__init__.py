@@ -49,8 +49,7 @@ def run_task(
     The pipeline ends with the `last` task. `task_config` is what KFP holds for the pods that the task may start.
     """
     settings, name = experiment(config, run)
-    from ncsn.runs.folder import run_folder
-    from ncsn.runs.records import default_checkpoint
+    from ncsn.runs.folder import default_checkpoint, run_folder
     from ncsn.steps import run as steps
 
     if task_config is not None:

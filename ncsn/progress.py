@@ -1,6 +1,16 @@
-"""How much of its work a step has done, told by the code that does it."""
+"""How much of its work a step has done: told by the code that does it, and published for the process that shows it."""
 
 from __future__ import annotations
+
+import threading
+from functools import partial
+from typing import Any
+
+from ncsn import storage
+from ncsn.storage.heartbeat import Lease
+from ncsn.storage.retry import limited
+
+_LAST_SECONDS = 5.0  # longest wait for the last progress to be written
 
 
 class Progress:
@@ -26,3 +36,79 @@ class Progress:
 
     def changed(self) -> None:
         """Tell somebody; called after each of the others."""
+
+
+def read_progress(uri: str) -> Progress | None:
+    """The last progress that was published; None if there is none, or the store does not answer at once."""
+    try:
+        with limited(0):
+            record = storage.find_json(uri)
+    except OSError:
+        return None
+    return None if record is None else Progress(**record)
+
+
+class PublishedProgress(Progress):
+    """Publishes the progress at `uri`, at most once per `interval` seconds.
+
+    With the URI of a launcher's lease, `advance` raises `LeaseExpired` when that launcher is gone.
+    """
+
+    # A thread writes, so that the work waits for the store only at the end, and then not for long. An error of the
+    # store stops nothing.
+
+    def __init__(self, uri: str, *, lease: str | None = None, interval: float = 1.0, **count: Any) -> None:
+        super().__init__(**count)
+        self._uri, self._lease, self._interval = uri, Lease(lease) if lease else None, interval
+        self._record: dict[str, Any] | None = None
+        self._news = threading.Condition()
+        self._writer: threading.Thread | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        lease = self._lease.uri if self._lease else None
+        return partial(PublishedProgress, self._uri, lease=lease, interval=self._interval, **self._count()), ()
+
+    def _count(self) -> dict[str, Any]:
+        return {"done": self.done, "total": self.total, "unit": self.unit, "text": self.text}
+
+    def advance(self, n: int = 1) -> None:
+        super().advance(n)
+        if self._lease is not None and self.done < self.total:
+            self._lease.require(f"{self.done:,} of {self.total:,} {self.unit} were done")
+
+    def changed(self) -> None:
+        if not self.total:
+            return
+        record = self._count()
+        with self._news:
+            self._record = record
+            if self._writer is None:
+                self._writer = threading.Thread(target=self._write, name="progress", daemon=True)
+                self._writer.start()
+            self._news.notify_all()
+            if _is_last(record):
+                self._news.wait_for(lambda: self._record is None, _LAST_SECONDS)
+
+    def _write(self) -> None:
+        while True:
+            with self._news:
+                self._news.wait_for(lambda: self._record is not None)
+                record = self._record
+            pause = self._interval
+            try:
+                with limited(0):
+                    storage.write_json(self._uri, record)
+            except OSError:
+                pause *= 30
+            with self._news:
+                if self._record is record:
+                    self._record = None
+                    self._news.notify_all()
+                    if _is_last(record):
+                        self._writer = None
+                        return
+                self._news.wait_for(lambda: _is_last(self._record), pause)
+
+
+def _is_last(record: dict[str, Any] | None) -> bool:
+    return record is not None and record["done"] >= record["total"]

@@ -34,12 +34,11 @@ LATE = HEAVY | {
 LIGHT = (
     "ncsn.errors",
     "ncsn.process",
+    "ncsn.progress",
     "ncsn.config",
     "ncsn.storage",
     "ncsn.runs.folder",
     "ncsn.runs.history",
-    "ncsn.runs.progress",
-    "ncsn.runs.records",
     "ncsn.runs.steps",
     "ncsn.data.format",
     "ncsn.data.sources.base",

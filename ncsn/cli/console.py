@@ -29,8 +29,7 @@ from ncsn.config import Config
 from ncsn.progress import Progress
 from ncsn.report.facts import duration, result_line
 from ncsn.report.scores import SCORES_HEAD, score_lines
-from ncsn.runs.folder import RunFolder
-from ncsn.runs.records import StepRecord
+from ncsn.runs.folder import RunFolder, StepRecord
 
 _LINE_EVERY_SECONDS = 30.0
 _LINE_EVERY_SHARE = 0.25

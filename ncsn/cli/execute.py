@@ -27,9 +27,17 @@ from ncsn.cli.options import TERMINATED, StepFailed, stop_cleanly_on_sigterm
 from ncsn.cli.target import Target
 from ncsn.config import Config, to_json
 from ncsn.errors import UserError
-from ncsn.runs.folder import RunFolder, claim_run, run_folder
-from ncsn.runs.progress import read_progress
-from ncsn.runs.records import StepRecord, default_checkpoint, folders_of, read_result, read_results, read_step
+from ncsn.progress import read_progress
+from ncsn.runs.folder import (
+    RunFolder,
+    StepRecord,
+    claim_run,
+    default_checkpoint,
+    folders_of,
+    read_results,
+    read_step,
+    run_folder,
+)
 from ncsn.runs.steps import CONTINUING, PIPELINE, STEPS, STEPS_ELSEWHERE
 from ncsn.steps.run import preflight, run_all, run_step
 
@@ -74,8 +82,7 @@ def select_best(target: Target, *, given: Mapping[str, str | None], as_json: boo
 
 
 def _say_if_selected(console: Console, folder: RunFolder, checkpoint: str | None) -> None:
-    chosen = read_result(folder, "select")
-    if chosen is not None and chosen.result["checkpoint"] == checkpoint:
+    if read_step(folder, "select").result.get("checkpoint") == checkpoint:
         console.print(f"checkpoint {checkpoint}, chosen by `ncsn select`", soft_wrap=True)
 
 
@@ -168,8 +175,8 @@ def _circumstances(folder: RunFolder, config: Config) -> dict[str, str]:
         "registry": shown(tracking_uri(config)),
     }
     trained = folders_of(folder, config)["train"]
-    if (record := read_result(trained, "train")) and read_result(trained, "select"):
-        known["checkpoint"] = default_checkpoint(trained, config, last=str(record.result["checkpoint"]))
+    if (result := read_step(trained, "train").result) and read_step(trained, "select").result:
+        known["checkpoint"] = default_checkpoint(trained, config, last=str(result["checkpoint"]))
     return known
 
 
@@ -194,7 +201,7 @@ def _shown(step: str, folder: RunFolder, view: ProgressView, *, watched: bool = 
 
     def watch() -> None:
         while not ended.wait(_POLL_SECONDS):
-            progress = read_progress(folder, step)
+            progress = read_progress(folder.step(step, "progress.json"))
             if progress is not None:
                 view.update(step, progress)
 

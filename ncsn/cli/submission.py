@@ -14,8 +14,7 @@ from ncsn.config.schema import TrackingConfig
 from ncsn.data.sources.base import source_fingerprint
 from ncsn.errors import UserError
 from ncsn.process import IMAGE_VARIABLE
-from ncsn.runs.folder import require_owner, run_folder
-from ncsn.runs.records import read_outcome
+from ncsn.runs.folder import read_outcome, require_owner, run_folder
 from ncsn.storage.retry import limited
 from pipelines.submit import Submission
 

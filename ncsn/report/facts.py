@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ncsn.runs.records import Cost
+from ncsn.runs.folder import Cost
 
 MINUTE, HOUR, DAY = 60, 3600, 86400
 

@@ -1,15 +1,28 @@
-"""The folder of a run: its paths, and the claim of its name."""
+"""The folder of a run: its paths, the claim of its name, and what it holds of each step, of their cost and of the end.
+
+A step may run in another process or on another machine than the command that waits for it, so all of this travels
+through the store. Each step has one record, `step.json`. One process writes it at a time: the driver of the step while
+it works, else its launcher.
+"""
 
 from __future__ import annotations
 
+import os
 import re
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal, NamedTuple
 
 from ncsn import storage
 from ncsn.config import Config, changed_settings, explain_changes, from_yaml, to_yaml
-from ncsn.errors import UserError
+from ncsn.errors import Problem, UserError, problems_of
+from ncsn.process import KFP_RUN_ID, utc_now
+from ncsn.runs.steps import OWN, SEARCH, STEP_INFO, STEPS, STEPS_BY_WORKERS
+from ncsn.storage.heartbeat import LeaseExpired
 
 RUN_PATTERN = re.compile(r"[a-z0-9]([a-z0-9_.-]{0,61}[a-z0-9])?")
+State = Literal["", "RUNNING", "FINISHED", "FAILED", "KILLED"]  # as in MLflow; empty before the first attempt
 _LEVELS = {"noise.sigma_1", "noise.sigma_L", "noise.num_levels"}
 
 
@@ -95,3 +108,168 @@ def require_owner(owner: Config, config: Config, run: str) -> None:
         if owner.noise.training.kind == "lognormal" and changed.keys() <= _LEVELS:
             hint += ", or sample at other levels with sampling.levels"
         raise ForeignRun("--run", f"belongs to another config: {explain_changes(changed)}", hint=hint, value=run)
+
+
+@dataclass(frozen=True)
+class StepError:
+    """Why a step failed."""
+
+    kind: str
+    message: str
+    problems: tuple[Problem, ...] = ()  # of a user's mistake
+    kfp_run: str = ""
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """The last attempt of a step, and the result of the last one that finished."""
+
+    state: State = ""
+    error: StepError | None = None  # of the last attempt
+    seconds: float = 0.0  # of all attempts, without those that were killed
+    mlflow: Mapping[str, str] = field(default_factory=dict)  # run_id and parent_run_id of its MLflow run
+    inputs: Mapping[str, Any] = field(default_factory=dict)  # of the result
+    result: Mapping[str, Any] = field(default_factory=dict)  # empty if none has finished
+    finished_at: str = ""
+
+
+def read_step(folder: RunFolder, step: str) -> StepRecord:
+    """The record of `step`."""
+    record = storage.find_json(folder.step(step, "step.json")) or {}
+    if error := record.get("error"):
+        record["error"] = StepError(**error | {"problems": tuple(map(Problem.from_json, error["problems"]))})
+    return StepRecord(**record)
+
+
+def update_step(folder: RunFolder, step: str, **changes: Any) -> None:
+    """Change these fields of the record of `step`."""
+    record = replace(read_step(folder, step), **changes)
+    error = record.error and vars(record.error) | {"problems": [each.to_json() for each in record.error.problems]}
+    storage.write_json(folder.step(step, "step.json"), vars(record) | {"error": error}, indent=1)
+
+
+def folders_of(folder: RunFolder, config: Config) -> dict[str, RunFolder]:
+    """Step -> the folder of its run. The best trial of a search is trained as another run, which the search names."""
+    if config.search is None or not read_step(folder, SEARCH).state:
+        return dict.fromkeys(STEPS, folder)
+    found = replace(folder, run=read_step(folder, SEARCH).result.get("run", folder.run))
+    return {STEPS[0]: folder, SEARCH: folder, **dict.fromkeys(STEPS[1:], found)}
+
+
+def read_results(folders: Mapping[str, RunFolder]) -> dict[str, StepRecord]:
+    """The records of the steps that have finished in these folders."""
+    records = {step: read_step(folder, step) for step, folder in folders.items()}
+    return {step: record for step, record in records.items() if record.result}
+
+
+def read_mistake(folder: RunFolder, step: str) -> UserError | None:
+    """The user's mistake that ended the last attempt of `step`, or None."""
+    error = read_step(folder, step).error
+    return UserError.of(error.problems) if error is not None and error.problems else None
+
+
+@contextmanager
+def recorded(config: Config, run: str, step: str) -> Iterator[RunFolder]:
+    """Record an error in the block as that of `step`, in place of the error of an earlier attempt."""
+    # Commands and pipeline tasks put a whole step into one such block, so that a failure before its work is recorded.
+    # The records of a run that belongs to another config stay as they are.
+    folder = claim_run(config, run)
+    before = read_step(folder, step)
+    if before.error is not None:
+        update_step(folder, step, error=None)
+    try:
+        yield folder
+    except BaseException as error:
+        try:
+            now = read_step(folder, step)
+            # What the driver elsewhere wrote says more than what its launcher saw.
+            if now.error is None and now.finished_at == before.finished_at:
+                kfp_run = os.environ.get(KFP_RUN_ID, "")
+                record = StepError(type(error).__name__, str(error), problems_of(error), kfp_run)
+                update_step(folder, step, state=state_after(error), error=record)
+        except OSError as failure:  # a full disk must not hide the first error
+            error.add_note(f"(the error could not be recorded in the store: {failure})")
+        raise
+
+
+def state_after(error: BaseException) -> State:
+    return "FAILED" if isinstance(error, Exception) and not isinstance(error, LeaseExpired) else "KILLED"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended."""
+
+    status: str  # FINISHED, FAILED or KILLED, as in MLflow
+    reason: str = ""
+    failed_step: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.failed_step}: {self.reason}" if self.failed_step else self.reason
+
+
+def write_outcome(folder: RunFolder, outcome: Outcome) -> None:
+    """Publish how the run ended."""
+    storage.write_json(folder.status, asdict(outcome) | {"finished_at": utc_now()}, indent=1)
+
+
+def read_outcome(folder: RunFolder) -> Outcome | None:
+    """How the run ended; None if it has not ended or never started."""
+    record = storage.find_json(folder.status)
+    return None if record is None else Outcome(record["status"], record["reason"], record["failed_step"])
+
+
+def find_inputs(folder: RunFolder, step: str, given: Mapping[str, str | None], *, config: Config) -> dict[str, str]:
+    """URIs of the inputs of a step: as given, else from the run; those on demand only if given."""
+    info = STEP_INFO[step]
+    asked = {name: source for name, source in info.on_demand.items() if given.get(name)}
+    found = {}
+    for name, source in {**info.inputs, **asked}.items():
+        uri = given.get(name)
+        if uri and uri != OWN:
+            found[name] = storage.absolute(uri)
+            continue
+        record = read_step(folder, source.step)
+        if not record.result:
+            raise UserError(
+                f"--{name}",
+                f"{step} needs the {source.what}, and run {folder.run!r} has none yet",
+                hint=f"run `ncsn {source.step}` with the same options first, or pass --{name} URI",
+            )
+        found[name] = str(record.result[source.field])
+        if source.selectable and not uri:
+            found[name] = default_checkpoint(folder, config, last=found[name])
+    return found
+
+
+def default_checkpoint(folder: RunFolder, config: Config, *, last: str) -> str:
+    """The checkpoint that `ncsn select` chose since training reached the `last` one of the run, else that one."""
+    trained, chosen = read_step(folder, "train"), read_step(folder, "select")
+    if not trained.result or not chosen.result or config.sampling.relative_width is not None:  # that is an average
+        return last
+    uri = str(chosen.result["checkpoint"])
+    current = trained.result["checkpoint"] == last and trained.finished_at <= chosen.finished_at
+    return uri if current and storage.exists(uri) else last
+
+
+class Cost(NamedTuple):
+    """Some seconds on reserved cores and GPUs."""
+
+    seconds: float
+    cpu_hours: float
+    gpu_hours: float
+
+
+def cost_of(config: Config, step: str, seconds: float) -> Cost:
+    """The cost of `seconds` of a step."""
+    compute = config.compute
+    workers = compute.max_workers if step in STEPS_BY_WORKERS else 1
+    gpus = workers if compute.use_gpu and step in STEPS_BY_WORKERS else 0
+    hours = seconds / 3600
+    return Cost(seconds, workers * compute.cpus_per_worker * hours, gpus * hours)
+
+
+def spent(config: Config, *, run: str) -> dict[str, Cost]:
+    """The cost of each step of a run so far, failed attempts included."""
+    seconds = {step: read_step(run_folder(config, run), step).seconds for step in STEPS}
+    return {step: cost_of(config, step, value) for step, value in seconds.items() if value}

@@ -79,15 +79,15 @@ def run(config: Config, *, run: str, samples: str, dataset: str, lease: str | No
     # Alone, this process has all cores: starting Ray would take longer than most evaluations.
     alone = config.compute.max_workers == 1 or (on_this_machine() and not config.compute.use_gpu)
     tasks = 1 if alone else math.ceil(max(manifest.count("train"), config.sampling.num_images) / TASK_IMAGES)
-    with step.work(config, lease=lease) as work, cluster_for(config, tasks=tasks, join=join):
-        work.tracked.set_tags(ray_tags())
+    with step.work(config, lease=lease) as (progress, tracked), cluster_for(config, tasks=tasks, join=join):
+        tracked.set_tags(ray_tags())
         if evaluation.extractor == "dinov2" and not config.compute.use_gpu:
-            work.progress.note("DINOv2 takes about two seconds per image and core without a GPU")
-        work.tracked.log_dataset(manifest.name, digest=manifest.digest, uri=dataset, context="evaluation")
+            progress.note("DINOv2 takes about two seconds per image and core without a GPU")
+        tracked.log_dataset(manifest.name, digest=manifest.digest, uri=dataset, context="evaluation")
         runner = runner_of(config.compute) if tasks > 1 or join else here
-        result = evaluate(config, **places, folder=step.folder.evaluation, progress=work.progress, runner=runner)
-        work.progress.note(str(RunningScore(**result.running[-1])))
-        _log(work.tracked, result, samples=samples, extractor=extractor_name(config, manifest))
+        result = evaluate(config, **places, folder=step.folder.evaluation, progress=progress, runner=runner)
+        progress.note(str(RunningScore(**result.running[-1])))
+        _log(tracked, result, samples=samples, extractor=extractor_name(config, manifest))
     return step.done(result)
 
 

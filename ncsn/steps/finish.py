@@ -12,8 +12,7 @@ from ncsn.errors import UserError
 from ncsn.process import KFP_RUN_ID, KfpRun
 from ncsn.remote import open_backend
 from ncsn.report.cards import run_page
-from ncsn.runs.folder import ForeignRun, RunFolder, claim_run
-from ncsn.runs.records import Outcome, StepError, folders_of, read_step, write_outcome
+from ncsn.runs.folder import ForeignRun, Outcome, RunFolder, StepError, claim_run, folders_of, read_step, write_outcome
 from ncsn.runs.steps import SEARCH, STEPS
 from ncsn.tracking.lineage import container_image, kfp_run
 from ncsn.tracking.mlflow_runs import close_run

@@ -33,13 +33,13 @@ def run(config: Config, *, run: str) -> IngestResult:
     inputs = {"data": config.data.model_dump(mode="json"), "files": fingerprint}
     if result := step.found(inputs, needs=lambda result: [storage.join(result.uri, MANIFEST)]):
         return result
-    with step.work(config) as work:
+    with step.work(config) as (progress, tracked):
         # Named after the source, not the experiment, so that experiments on the same images share one dataset.
         datasets = storage.join(step.folder.root, "datasets", config.data.source)
-        dataset = write_images(config, datasets, fingerprint=fingerprint, progress=work.progress)
+        dataset = write_images(config, datasets, fingerprint=fingerprint, progress=progress)
         manifest = dataset.manifest
-        work.tracked.log_dataset(manifest.name, digest=manifest.digest, uri=dataset.uri)
-        work.tracked.log_metrics({f"ingest/{split}_images": count for split, count in manifest.counts.items()})
+        tracked.log_dataset(manifest.name, digest=manifest.digest, uri=dataset.uri)
+        tracked.log_metrics({f"ingest/{split}_images": count for split, count in manifest.counts.items()})
     counts = dict(manifest.counts)
     return step.done(IngestResult(dataset.uri, manifest.digest, counts, dataset.created, _notes(manifest)))
 

@@ -25,8 +25,7 @@ from ncsn.remote.kuberay import JobState
 from ncsn.remote.kubernetes import KubernetesApi, Resource
 from ncsn.remote.launcher import is_ending, is_over, was_stopped, workflow_of
 from ncsn.remote.manifest import KFP_RUN_LABEL, MANAGED_BY, RUN_LABEL, STEP_LABEL, selector
-from ncsn.runs.folder import RunFolder, run_folder
-from ncsn.runs.records import read_outcome
+from ncsn.runs.folder import RunFolder, read_outcome, run_folder
 from ncsn.storage.retry import limited
 
 _NAME = "ncsn-run-{}"  # of the ConfigMap

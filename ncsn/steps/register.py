@@ -18,9 +18,8 @@ from ncsn.report.cards import ModelFacts, model_card
 from ncsn.report.facts import cost_line
 from ncsn.report.hints import copying_hints, overfitting_hints
 from ncsn.report.scores import read_metrics
-from ncsn.runs.folder import run_folder
+from ncsn.runs.folder import read_result, run_folder, spent
 from ncsn.runs.history import held_out_curves, load_history
-from ncsn.runs.records import read_result, spent
 from ncsn.steps.step import Step
 from ncsn.tracking import registry
 from ncsn.tracking.client import client_at, mlflow_errors, shown, tracking_uri
@@ -65,13 +64,13 @@ def run(config: Config, *, run: str, checkpoint: str, evaluation: str) -> Regist
     }
     if (result := step.found(inputs, needs=lambda _: [])) and _is_registered(config, result):
         return result
-    with step.work(config) as work:
-        work.progress.start(3, "stages")
-        candidate = _candidate(work.tracked, loaded, measured, run=run, checkpoint=checkpoint)
-        work.progress.advance()
-        version = registry.register(work.tracked, candidate)
-        work.progress.advance()
-        result = _decide(work.tracked, candidate.name, str(version.version), evidence)
+    with step.work(config) as (progress, tracked):
+        progress.start(3, "stages")
+        candidate = _candidate(tracked, loaded, measured, run=run, checkpoint=checkpoint)
+        progress.advance()
+        version = registry.register(tracked, candidate)
+        progress.advance()
+        result = _decide(tracked, candidate.name, str(version.version), evidence)
     return step.done(result)
 
 

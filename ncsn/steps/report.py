@@ -18,9 +18,8 @@ from ncsn.report.html import look, render
 from ncsn.report.images import GRID_CLASSES
 from ncsn.report.plots import to_svg
 from ncsn.report.scores import read_metrics
-from ncsn.runs.folder import RunFolder
+from ncsn.runs.folder import RunFolder, StepRecord, read_result, read_results, spent
 from ncsn.runs.history import held_out_curves, load_history, loss_names
-from ncsn.runs.records import StepRecord, read_result, read_results, spent
 from ncsn.runs.steps import STEPS
 from ncsn.steps.register import copies_beyond_chance, selection_of
 from ncsn.steps.step import Step
@@ -78,14 +77,14 @@ def run(config: Config, *, run: str, evaluation: str) -> ReportResult:
     }
     if result := step.found(inputs, needs=lambda result: [result.uri]):
         return result
-    with step.work(config) as work:
+    with step.work(config) as (_, tracked):
         text = render(
-            **_facts(sources, work.tracked), **_images(sources), **_choices(sources, selection), **_training(sources)
+            **_facts(sources, tracked), **_images(sources), **_choices(sources, selection), **_training(sources)
         )
         uri = storage.join(step.folder.report, "report.html")
         storage.write_text(uri, text)
-        work.tracked.log_file(uri, to_parent=True)
-        work.tracked.set_tags({"report.uri": uri})
+        tracked.log_file(uri, to_parent=True)
+        tracked.set_tags({"report.uri": uri})
     return step.done(ReportResult(uri=uri, size=len(text.encode())))
 
 

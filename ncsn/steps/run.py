@@ -13,9 +13,17 @@ from ncsn.config import Config
 from ncsn.config.search import require_search
 from ncsn.errors import UserError
 from ncsn.process import KFP_RUN_ID, require_same_python, this_kfp_run
-from ncsn.runs.folder import RunFolder, run_folder
-from ncsn.runs.records import Outcome, clear_outcome, find_inputs, read_mistake, read_step, recorded, write_outcome
-from ncsn.runs.steps import SEARCH, STEPS, STEPS_ELSEWHERE
+from ncsn.runs.folder import (
+    Outcome,
+    RunFolder,
+    find_inputs,
+    read_mistake,
+    read_step,
+    recorded,
+    run_folder,
+    write_outcome,
+)
+from ncsn.runs.steps import PIPELINE, SEARCH, STEPS, STEPS_ELSEWHERE
 from ncsn.storage.heartbeat import Lease
 from ncsn.tracking.client import tracking_uri
 
@@ -54,18 +62,14 @@ def run_step(
 def run_all(config: Config, *, run: str, around: Around) -> None:
     """Do the steps of a run that are not done, with a search first if the config has one."""
     given: dict[str, str | None] = {}
+    for step in STEPS if config.search is None else PIPELINE:
+        result = run_step(step, config, run=run, given=given, around=around)
+        if step == STEPS[0]:
+            given["dataset"] = result.uri
+        elif step == SEARCH:
+            from ncsn.steps.tune import trainable
 
-    def do(step: str) -> Any:
-        return run_step(step, config, run=run, given=given, around=around)
-
-    given["dataset"] = do(STEPS[0]).uri
-    if config.search is not None:
-        found = do(SEARCH)
-        from ncsn.steps.tune import trainable
-
-        config, run = trainable(found, config), found.run
-    for step in STEPS[1:]:
-        do(step)
+            config, run = trainable(result, config), result.run
 
 
 def preflight(step: str, config: Config, folder: RunFolder) -> None:
@@ -81,7 +85,7 @@ def preflight(step: str, config: Config, folder: RunFolder) -> None:
             value=config.storage.root,
         )
     if step in (SEARCH, "train") and config.train.init_from is not None:
-        from ncsn.steps.start import require_start  # loads torch
+        from ncsn.steps.train import require_start  # loads torch
 
         require_start(config, folder)
 
@@ -99,7 +103,7 @@ def run_task(step: str, config: Config, *, run: str, given: Mapping[str, str], l
             from ncsn.steps.janitor import note_run
 
             note_run(config, run)
-        clear_outcome(folder)
+        storage.delete_file(folder.status)  # the run has not ended
         try:
             result = run_step(step, config, run=run, given=given)
         except Exception as error:

@@ -73,12 +73,12 @@ def run(
     if result := step.dispatched(config, options):
         return result
     shards = plan_shards(config, checkpoint=checkpoint, folder=uri, dataset=score)
-    with step.work(config, lease=lease) as work, cluster_for(config, tasks=len(shards)):
-        work.tracked.set_tags(ray_tags())
-        scores = _Scores(config, score, work.progress) if score else None
+    with step.work(config, lease=lease) as (progress, tracked), cluster_for(config, tasks=len(shards)):
+        tracked.set_tags(ray_tags())
+        scores = _Scores(config, score, progress) if score else None
         started = time.perf_counter()
         on_features = None if scores is None else scores.add
-        made = make_shards(config, shards, progress=work.progress, on_features=on_features)
+        made = make_shards(config, shards, progress=progress, on_features=on_features)
         seconds = time.perf_counter() - started
         result = SampleResult(
             uri=uri,
@@ -103,13 +103,13 @@ def run(
         }
         storage.write_json(storage.join(uri, "manifest.json"), manifest, indent=1)
         origin = {"checkpoint.uri": checkpoint, "checkpoint.digest": trained.digest}
-        work.tracked.set_tags({**origin, "dataset.digest": trained.dataset_digest, "samples.uri": uri})
+        tracked.set_tags({**origin, "dataset.digest": trained.dataset_digest, "samples.uri": uri})
         rate = {} if result.images_per_second is None else {"sample/images_per_second": result.images_per_second}
-        work.tracked.log_metrics({"sample/nfe": result.nfe, **rate})
+        tracked.log_metrics({"sample/nfe": result.nfe, **rate})
         for picture in (result.grid, result.strip):
-            work.tracked.log_file(picture)
+            tracked.log_file(picture)
         if scores is not None:
-            scores.log(work.tracked)
+            scores.log(tracked)
     return step.done(result)
 
 

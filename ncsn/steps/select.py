@@ -72,18 +72,18 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> 
     if result := step.dispatched(config, {"dataset": dataset}):
         return result
     tasks = 1 if config.compute.max_workers == 1 else len(found)  # one at a time needs no cluster
-    with step.work(config, lease=lease) as work, cluster_for(config, tasks=tasks):
-        work.tracked.set_tags({**ray_tags(), "dataset.digest": manifest.digest, "dataset.uri": dataset})
+    with step.work(config, lease=lease) as (progress, tracked), cluster_for(config, tasks=tasks):
+        tracked.set_tags({**ray_tags(), "dataset.digest": manifest.digest, "dataset.uri": dataset})
         evaluator = open_evaluator(config, dataset, runner=runner_of(config.compute))
         values = {}
-        work.progress.start(len(found), "candidates")
+        progress.start(len(found), "candidates")
         for weights, value in scores(config, found, evaluator, folder=step.folder, dataset=dataset):
             values[weights.digest] = value
-            work.progress.advance()
+            progress.advance()
         result = conclude(config, found, values, folder=step.folder, extractor=evaluator.name)
-        work.tracked.log_metrics({result.figure: result.value}, result.images_seen)
+        tracked.log_metrics({result.figure: result.value}, result.images_seen)
         for uri in (result.uri, result.plot):
-            work.tracked.log_file(uri)
+            tracked.log_file(uri)
     return step.done(result)
 
 

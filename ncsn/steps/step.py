@@ -11,18 +11,16 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from ncsn import storage
 from ncsn.config import Config, from_yaml, overrides_between, to_json, to_yaml
 from ncsn.data.format import Manifest, load_manifest
 from ncsn.process import utc_now
+from ncsn.progress import PublishedProgress
 from ncsn.remote import open_backend
 from ncsn.remote.backend import RemoteFailure, RemoteLost, RemoteStep, say
-from ncsn.runs.folder import claim_run, require_owner
-from ncsn.runs.progress import PublishedProgress
-from ncsn.runs.records import clear_outcome, read_mistake, read_result, read_step, update_step
+from ncsn.runs.folder import claim_run, read_mistake, read_step, require_owner, update_step
 from ncsn.runs.steps import STEPS_ELSEWHERE
 
 if TYPE_CHECKING:
@@ -31,14 +29,6 @@ if TYPE_CHECKING:
 MOST_STARTS = 10  # of a driver that gives its launcher up
 
 R = TypeVar("R")
-
-
-@dataclass(frozen=True)
-class Work:
-    """A step that runs in this process."""
-
-    progress: PublishedProgress
-    tracked: StepRun
 
 
 class Step(Generic[R]):
@@ -85,72 +75,31 @@ class Step(Generic[R]):
         return result
 
     def dispatched(self, config: Config, options: Mapping[str, str]) -> R | None:
-        """The result from where `compute.backend` says; None if the work is to be done here."""
-        assert self.name in STEPS_ELSEWHERE
-        if config.compute.backend == "local":
-            return None
-        arguments = [part for name, value in options.items() for part in (f"--{name}", value)]
-        self._execute(config, arguments, options)
-        stored = self._stored()
-        if stored is None:
-            where = "compute.kuberay.image" if config.compute.backend == "kuberay" else "the cluster"
-            raise RuntimeError(
-                f"step {self.name} ended on the cluster without a result for these inputs in "
-                f"{self.folder.uri}/steps/{self.name}; does {where} have this version of ncsn, and does the cluster "
-                "reach this store?"
-            )
-        return self._type(**stored)
+        """The result from where `compute.backend` says; None if the work is to be done here.
 
-    @contextmanager
-    def work(self, config: Config, *, lease: str | None = None) -> Iterator[Work]:
-        """The MLflow run of the step, which ends with the block, and its progress.
-
-        That ends the work when the launcher of `lease` is gone. The seconds are added to those of the step.
+        The cluster runs the same command with these options, with the local backend and the same store.
         """
-        from ncsn.tracking.mlflow_runs import step_run
-
-        folder, started = self.folder, time.time()
-        update_step(folder, self.name, state="RUNNING")
-        try:
-            with step_run(config, run=folder.run, step=self.name) as tracked:
-                yield Work(PublishedProgress(folder.step(self.name, "progress.json"), lease=lease), tracked)
-        finally:
-            with suppress(OSError):  # a full disk must not hide the first error
-                seconds = read_step(folder, self.name).seconds + time.time() - started
-                update_step(folder, self.name, seconds=round(seconds, 3))
-
-    def done(self, result: R) -> R:
-        """Store the result, which makes the step complete."""
-        values = dataclasses.asdict(result)  # type: ignore[call-overload]
-        finished = {"state": "FINISHED", "error": None, "finished_at": utc_now()}
-        update_step(self.folder, self.name, inputs=self._inputs, result=values, **finished)
-        return result
-
-    def _stored(self) -> Mapping[str, Any] | None:
-        """The stored result, if it is of the same inputs."""
-        stored = read_result(self.folder, self.name)
-        return stored.result if stored is not None and stored.inputs == self._inputs else None
-
-    def _execute(self, config: Config, arguments: Sequence[str], inputs: Mapping[str, str]) -> None:
-        """Run the same command on the cluster, with the local backend and the same store."""
         folder, step = self.folder, self.name
-        backend = open_backend(_sized(config, step, inputs).compute)
-        assert backend is not None
+        assert step in STEPS_ELSEWHERE
+        backend = open_backend(_sized(config, step, options).compute)
+        if backend is None:
+            return None
         backend.connect()  # before the store is changed
         root = {"storage": config.storage.model_copy(update={"root": folder.root})}
         compute = config.compute.model_copy(update={"backend": "local"})
         there = config.model_copy(update={**root, "compute": compute})
-        changes = overrides_between(self._owner().model_copy(update=root), there)
+        settings = [f"storage.root={folder.root}", *overrides_between(self._owner().model_copy(update=root), there)]
         update_step(folder, step, state="RUNNING", error=None)
-        clear_outcome(folder)
+        storage.delete_file(folder.status)  # the run has not ended
         remote = RemoteStep(
             run=folder.run,
             step=step,
             uri=storage.join(folder.steps, step),
             command=(
-                *("ncsn", step, "--run", folder.run, "--set", f"storage.root={folder.root}"),
-                *(part for change in changes for part in ("--set", change)),
-                *(*arguments, "--json"),
+                *("ncsn", step, "--run", folder.run),
+                *(part for setting in settings for part in ("--set", setting)),
+                *(part for name, value in options.items() for part in (f"--{name}", value)),
+                "--json",
             ),
             facts={
                 "ncsn.config": storage.digest(to_json(there), 12),
@@ -171,9 +120,47 @@ class Step(Generic[R]):
                     raise
                 raise mistake from failure
             if read_step(folder, step).state != "KILLED":
-                return
+                break
             # The store was away from here for longer than the lease, and the driver gave this process up.
             say(f"the step {step} ended without this launcher; it starts again where it was")
+        stored = self._stored()
+        if stored is None:
+            where = "compute.kuberay.image" if config.compute.backend == "kuberay" else "the cluster"
+            raise RuntimeError(
+                f"step {step} ended on the cluster without a result for these inputs in {folder.uri}/steps/{step}; "
+                f"does {where} have this version of ncsn, and does the cluster reach this store?"
+            )
+        return self._type(**stored)
+
+    @contextmanager
+    def work(self, config: Config, *, lease: str | None = None) -> Iterator[tuple[PublishedProgress, StepRun]]:
+        """The progress of the step, which ends the work when the launcher of `lease` is gone, and its MLflow run.
+
+        That ends with the block. The seconds are added to those of the step.
+        """
+        from ncsn.tracking.mlflow_runs import step_run
+
+        folder, started = self.folder, time.time()
+        update_step(folder, self.name, state="RUNNING")
+        try:
+            with step_run(config, run=folder.run, step=self.name) as tracked:
+                yield PublishedProgress(folder.step(self.name, "progress.json"), lease=lease), tracked
+        finally:
+            with suppress(OSError):  # a full disk must not hide the first error
+                seconds = read_step(folder, self.name).seconds + time.time() - started
+                update_step(folder, self.name, seconds=round(seconds, 3))
+
+    def done(self, result: R) -> R:
+        """Store the result, which makes the step complete."""
+        values = dataclasses.asdict(result)  # type: ignore[call-overload]
+        finished = {"state": "FINISHED", "error": None, "finished_at": utc_now()}
+        update_step(self.folder, self.name, inputs=self._inputs, result=values, **finished)
+        return result
+
+    def _stored(self) -> Mapping[str, Any] | None:
+        """The stored result, if it is of the same inputs."""
+        stored = read_step(self.folder, self.name)
+        return stored.result if stored.result and stored.inputs == self._inputs else None
 
 
 def _sized(config: Config, step: str, inputs: Mapping[str, str]) -> Config:

@@ -1,21 +1,35 @@
-"""Step 2: denoising score matching on Ray Train."""
+"""Step 2: denoising score matching on Ray Train, from random weights or the network that `train.init_from` names."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+
+import torch
 
 from ncsn import storage
 from ncsn.config import Config
+from ncsn.config.training import NoiseConfig
 from ncsn.data.format import Manifest, load_manifest
 from ncsn.distributed import trainer
 from ncsn.distributed.cluster import ray_cluster, ray_tags
 from ncsn.errors import UserError
+from ncsn.model import build
+from ncsn.model.checkpoint import TrainedNetwork, load_for_sampling
 from ncsn.model.classes import require_label, require_same_classes
-from ncsn.steps.start import start_of
+from ncsn.model.trained import TRAINED_CONFIG, adapted, load_for_generation, save_trained, start_notes
+from ncsn.runs.folder import RunFolder
 from ncsn.steps.step import Step
 from ncsn.storage.heartbeat import Lease
+from ncsn.tracking.client import client_at, mlflow_errors, tracking_uri
+from ncsn.tracking.lineage import INIT_FROM
+from ncsn.tracking.promotion import SCHEME, resolve_version
+from ncsn.tracking.registry import fetch_weights
 from ncsn.training.batches import classes_of
 from ncsn.training.loop import TrainingJob
+
+_SOURCE = "source.json"  # in the folder of the network that training starts from: where it is from
 
 
 @dataclass(frozen=True)
@@ -39,22 +53,21 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> 
     step = Step("train", config, run, TrainResult)
     manifest = load_manifest(dataset)
     config = step.settle_noise(config, manifest)
-    _require_trainable(config, manifest, dataset)
+    require_classes(config, manifest, dataset)
     inputs = {"dataset": dataset, "num_images": config.train.num_images}
     if result := step.found(inputs, needs=lambda result: [result.checkpoint]):
         return result
     start = start_of(config, step.folder, manifest)
     if result := step.dispatched(config, {"dataset": dataset}):
         return result
-    with step.work(config) as work, ray_cluster(config):
-        tracked = work.tracked
+    with step.work(config) as (progress, tracked), ray_cluster(config):
         tracked.set_tags({**ray_tags(), **start.tags})
         tracked.log_dataset(manifest.name, digest=manifest.digest, uri=dataset)
         job = TrainingJob(
             config=config,
             dataset=dataset,
             sink=tracked.live_metrics(),
-            progress=work.progress,
+            progress=progress,
             history=step.folder.history,
             preview=step.folder.preview,
             averages=step.folder.averages,
@@ -76,8 +89,8 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> 
     return step.done(result)
 
 
-def _require_trainable(config: Config, manifest: Manifest, dataset: str) -> None:
-    """Raise early what each worker, or the evaluation after hours of training, would raise."""
+def require_classes(config: Config, manifest: Manifest, dataset: str) -> None:
+    """Refuse classes that each worker, or the evaluation after hours of training, would refuse."""
     labeled = manifest.class_counts["train"]  # images of each class
     if config.evaluation.extractor == "classifier" and (len(labeled) < 2 or not any(labeled)):
         raise UserError(
@@ -86,11 +99,67 @@ def _require_trainable(config: Config, manifest: Manifest, dataset: str) -> None
             hint="sort the images into one subfolder per class, or set it to auto",
             value="classifier",
         )
-    require_classes(config, manifest, dataset)
-
-
-def require_classes(config: Config, manifest: Manifest, dataset: str) -> None:
-    """Refuse images with other classes than the network's, and a class to sample that is none of them."""
     require_same_classes(config.data.num_classes, manifest.class_names, where=f"the dataset {dataset}")
     if (classes := classes_of(config, manifest)) is not None:
         require_label(config.sampling.label, classes)
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a training starts from."""
+
+    uri: str | None = None  # of the files of a trained network; None for random weights
+    tags: Mapping[str, str] = field(default_factory=dict)  # for the MLflow run
+    notes: tuple[str, ...] = ()  # what is not as in the source, for people
+
+
+def start_of(config: Config, folder: RunFolder, manifest: Manifest) -> Start:
+    """What `train.init_from` names, kept in the run's folder, so that training can start there anywhere."""
+    if config.train.init_from is None:
+        return Start()
+    uri = folder.start
+    source = _source(config, config.train.init_from, uri)
+    with torch.device("meta"):
+        network = build.network(config)
+    changes = adapted(source, network, config=config, classes=classes_of(config, manifest)).changes
+    record = storage.read_json(storage.join(uri, _SOURCE))
+    tags = {INIT_FROM: f"{record['source']}/{record['digest']}"}
+    return Start(uri, tags, tuple(start_notes(source, config, changes)))
+
+
+def require_start(config: Config, folder: RunFolder) -> None:
+    """Refuse what `train.init_from` names if it does not fit, before the name of a new run is claimed."""
+    address = config.train.init_from
+    if address is None or storage.exists(folder.config):
+        return
+    if config.noise.kind == "auto":
+        config = config.model_copy(update={"noise": NoiseConfig()})  # no weights depend on the levels
+    with torch.device("meta"):
+        network = build.network(config)
+    with storage.scratch_folder(folder.root) as scratch:
+        adapted(_source(config, address, str(scratch / "start")), network, config=config, classes=None)
+
+
+def _source(config: Config, address: str, uri: str) -> TrainedNetwork:
+    """The trained network at an address, of which a copy is kept at `uri`, with where it is from."""
+    if storage.exists(storage.join(uri, TRAINED_CONFIG)):
+        return load_for_generation(uri)
+    try:
+        with storage.scratch_folder(uri.rpartition("/")[0]) as scratch:
+            if address.startswith(SCHEME):
+                registry = tracking_uri(config)
+                with mlflow_errors(registry):
+                    version = resolve_version(client_at(registry), address)
+                    folder = fetch_weights(registry, version, scratch)
+                source, digest = f"{SCHEME}{version.name}/{version.version}", version.tags["ncsn.checkpoint"]
+            else:
+                folder, source = scratch / "trained", storage.absolute(address)
+                folder.mkdir()
+                trained = load_for_sampling(source)
+                save_trained(trained, folder)
+                digest = trained.digest
+            (folder / _SOURCE).write_text(json.dumps({"source": source, "digest": digest}))
+            storage.publish_folder(folder, uri, marker=TRAINED_CONFIG)
+    except (UserError, FileNotFoundError) as error:
+        raise UserError("train.init_from", str(error), value=address) from None
+    return load_for_generation(uri)

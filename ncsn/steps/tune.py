@@ -21,11 +21,11 @@ from ncsn.errors import UserError
 from ncsn.evaluation import evaluation_of
 from ncsn.evaluation.measure import metric_name
 from ncsn.evaluation.reference import open_evaluator
+from ncsn.progress import Progress
 from ncsn.report.plots import epsilon_versus_quality, search_coordinates, to_png
 from ncsn.runs.folder import run_folder
-from ncsn.steps.start import start_of
-from ncsn.steps.step import Step, Work
-from ncsn.steps.train import require_classes
+from ncsn.steps.step import Step
+from ncsn.steps.train import require_classes, start_of
 from ncsn.tracking.mlflow_runs import StepRun
 from ncsn.tracking.registry import settle_guide
 
@@ -92,17 +92,17 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> 
         return result
     if result := step.dispatched(config, {"dataset": dataset}):
         return result
-    with step.work(config, lease=lease) as work, ray_cluster(config):
+    with step.work(config, lease=lease) as (progress, tracked), ray_cluster(config):
         require_resources(config)
-        work.tracked.set_tags({**ray_tags(), **start.tags, "dataset.digest": manifest.digest, "dataset.uri": dataset})
+        tracked.set_tags({**ray_tags(), **start.tags, "dataset.digest": manifest.digest, "dataset.uri": dataset})
         evaluator = open_evaluator(config, dataset, runner=runner_of(config.compute))
         objective = metric_name("fid", extractor=evaluator.name, num_images=plan.settings.num_samples)
-        follower = _Follower(work, plan, objective)
+        follower = _Follower(progress, tracked, plan, objective)
         search(plan, follower)
         result = _conclude(plan, step.folder.search, follower, run=best_run)
-        work.tracked.log_metrics({objective: result.objective}, result.images_seen)
+        tracked.log_metrics({objective: result.objective}, result.images_seen)
         for uri in (result.config, result.table, *result.plots):
-            work.tracked.log_file(uri)
+            tracked.log_file(uri)
     return step.done(result)
 
 
@@ -115,16 +115,16 @@ def trainable(result: TuneResult, config: Config) -> Config:
 class _Follower:
     """Brings what happens in a search to MLflow, each trial as a run below the step's, and to the progress."""
 
-    def __init__(self, work: Work, plan: SearchPlan, objective: str) -> None:
-        self._work, self._plan, self.objective = work, plan, objective
+    def __init__(self, progress: Progress, tracked: StepRun, plan: SearchPlan, objective: str) -> None:
+        self._progress, self._tracked, self._plan, self.objective = progress, tracked, plan, objective
         self._runs: dict[str, tuple[StepRun, set[int]]] = {}  # run and its logged rungs, by the trial's URI
         self._closed: set[str] = set()
         self.accidents: dict[str, str] = {}  # what ended a trial from outside, by its URI
-        work.progress.start(plan.settings.num_trials, "trials")
+        progress.start(plan.settings.num_trials, "trials")
 
     def updated(self, trial: TrialRecord) -> None:
         self._log(trial)
-        self._work.progress.advance(0)  # ends the search if its launcher is gone
+        self._progress.advance(0)  # ends the search if its launcher is gone
 
     def ended(self, trial: TrialRecord, error: str | None) -> None:
         if error is not None:
@@ -132,7 +132,7 @@ class _Follower:
         self.close(trial)
         trials = read_trials(self._plan.trials, last_rung=self._plan.rungs[-1])
         over = sum(trial.status != "unfinished" or trial.uri in self.accidents for trial in trials)
-        self._work.progress.advance(over - self._work.progress.done)
+        self._progress.advance(over - self._progress.done)
 
     def close(self, trial: TrialRecord) -> None:
         run = self._log(trial)
@@ -144,7 +144,7 @@ class _Follower:
 
     def _log(self, trial: TrialRecord) -> StepRun:
         if trial.uri not in self._runs:
-            run = self._work.tracked.nested(f"trial-{trial.number:03d}", key=trial.uri, params=trial.values)
+            run = self._tracked.nested(f"trial-{trial.number:03d}", key=trial.uri, params=trial.values)
             self._runs[trial.uri] = run, run.steps_of(self.objective)
         run, logged = self._runs[trial.uri]
         for rung in trial.rungs:

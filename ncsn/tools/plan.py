@@ -25,8 +25,7 @@ from ncsn.errors import UserError
 from ncsn.model import build
 from ncsn.model.generate import evaluations_per_image
 from ncsn.model.memory import kept_bytes
-from ncsn.runs.folder import run_folder
-from ncsn.runs.records import cost_of, read_result
+from ncsn.runs.folder import cost_of, read_step, run_folder
 
 _STATE_BYTES = 5 * 4  # per parameter in float32: weights, their average, gradients, and Adam's two moments
 SECONDS = 0.25  # of one measurement, at least
@@ -139,8 +138,8 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
 
 def with_levels(config: Config, run: str) -> Config:
     """The config with what `noise: auto` chooses for the run's dataset; as it is while the run has none."""
-    ingested = read_result(run_folder(config, run), "ingest")
-    return config if ingested is None else resolve_noise(config, load_manifest(str(ingested.result["uri"])))
+    ingested = read_step(run_folder(config, run), "ingest").result
+    return resolve_noise(config, load_manifest(str(ingested["uri"]))) if ingested else config
 
 
 def chosen_levels(config: Config, run: str) -> list[str]:

@@ -20,8 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ncsn import storage
 from ncsn.config import Config, flatten, to_yaml
 from ncsn.process import now_ms
-from ncsn.runs.folder import RunFolder
-from ncsn.runs.records import Cost, cost_of, state_after, update_step
+from ncsn.runs.folder import Cost, RunFolder, cost_of, state_after, update_step
 from ncsn.tracking.client import (
     Connection,
     TrackingError,

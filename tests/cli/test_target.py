@@ -15,8 +15,7 @@ from ncsn.cli.target import Experiment
 from ncsn.config import Config, from_yaml
 from ncsn.config.compute import ComputeConfig
 from ncsn.errors import ConfigError, NotFound
-from ncsn.runs.folder import RunFolder, claim_run
-from ncsn.runs.records import find_inputs, update_step
+from ncsn.runs.folder import RunFolder, claim_run, find_inputs, update_step
 from ncsn.runs.steps import STEPS
 
 

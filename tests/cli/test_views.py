@@ -18,8 +18,7 @@ from ncsn.cli.doctor import Finding, report
 from ncsn.cli.target import Experiment
 from ncsn.config import flatten, from_yaml
 from ncsn.progress import Progress
-from ncsn.runs.folder import RunFolder
-from ncsn.runs.records import StepRecord
+from ncsn.runs.folder import RunFolder, StepRecord
 from ncsn.tools.draft import documented_yaml
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))

@@ -20,8 +20,7 @@ from ncsn.config import from_yaml, to_json
 from ncsn.errors import InvalidValue, NotFound
 from ncsn.process import KFP_RUN_ID
 from ncsn.remote.manifest import TASK_CONFIG, task_config
-from ncsn.runs.folder import run_folder
-from ncsn.runs.records import Outcome, read_outcome, read_step
+from ncsn.runs.folder import Outcome, read_outcome, read_step, run_folder
 
 ROOT = Path(__file__).parents[2]
 DIGITS = (ROOT / "configs" / "digits.yaml").read_text()
@@ -53,7 +52,7 @@ def test_a_failed_step_fails_its_component(tmp_path: Path) -> None:
     assert not Path(model.path).exists()
     folder = run_folder(config, "mine")
     error = read_step(folder, "train").error
-    assert error is not None and error.mistake
+    assert error is not None and error.problems
     assert read_outcome(folder) == Outcome("FAILED", error.message, "train")
 
 

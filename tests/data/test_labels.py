@@ -149,4 +149,4 @@ def test_training_is_refused_where_the_classifier_would_be(tmp_path, data_config
         }
     )
     with nullcontext() if classes > 1 else refused("evaluation.extractor"):
-        train._require_trainable(config, dataset.manifest, dataset.uri)
+        train.require_classes(config, dataset.manifest, dataset.uri)

@@ -20,7 +20,7 @@ from ncsn.model.checkpoint_store import CheckpointStore
 from ncsn.model.generate import generate
 from ncsn.runs.folder import run_folder
 from ncsn.steps import train
-from ncsn.steps.start import require_start, start_of
+from ncsn.steps.train import require_start, start_of
 from ncsn.training.context import LocalContext
 from ncsn.training.loop import Training, TrainingJob
 

@@ -15,8 +15,7 @@ from ncsn.cli import app
 from ncsn.config import Config, from_yaml, to_json
 from ncsn.process import KFP_RUN_ID, KFP_WORKFLOW
 from ncsn.remote.kubernetes import KubernetesApi
-from ncsn.runs.folder import run_folder
-from ncsn.runs.records import Outcome, read_outcome, write_outcome
+from ncsn.runs.folder import Outcome, read_outcome, run_folder, write_outcome
 from ncsn.steps.janitor import clean_up
 from ncsn.steps.run import run_task
 from ncsn.tracking.mlflow_runs import step_run

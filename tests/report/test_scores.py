@@ -6,7 +6,7 @@ import pytest
 
 from ncsn.report.facts import cost_facts, cost_line, tag_facts
 from ncsn.report.scores import class_lines, read_metrics, score_lines, score_rows
-from ncsn.runs.records import Cost
+from ncsn.runs.folder import Cost
 
 EVALUATION = {
     "metrics": {

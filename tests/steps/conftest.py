@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from ncsn import progress
 from ncsn.config import Config, from_yaml
 from ncsn.core.ema import Ema, StepDecay
 from ncsn.core.images import fit_moments, to_unit
 from ncsn.core.training import TrainState
 from ncsn.data.format import load_manifest, read_split
 from ncsn.model import build, checkpoint
-from ncsn.runs import progress
 from ncsn.training.batches import classes_of
 
 EXPERIMENT = """

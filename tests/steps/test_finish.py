@@ -12,8 +12,7 @@ from refused import refused
 from ncsn import storage
 from ncsn.config import Config, from_yaml, to_yaml
 from ncsn.process import KFP_RUN_ID, KfpRun
-from ncsn.runs.folder import RunFolder, run_folder
-from ncsn.runs.records import StepError, update_step
+from ncsn.runs.folder import RunFolder, StepError, run_folder, update_step
 from ncsn.steps import finish, ingest
 from ncsn.tracking.client import ServerAwayError
 from ncsn.tracking.mlflow_runs import step_run
@@ -84,7 +83,7 @@ def test_a_success_is_finished_everywhere_and_the_page_leads_on(
 def test_a_failed_step_gives_the_reason(config: Config) -> None:
     folder = run_folder(config, "bad")
     ingest.run(config, run="bad")
-    fail(folder, StepError("ValueError", "loss is NaN", mistake=True))
+    fail(folder, StepError("ValueError", "loss is NaN"))
     result = finish.run(config, run="bad", state="FAILED", message="Task exit-handler-1 failed.")
     assert (result.status, result.failed_step, result.reason) == ("FAILED", "train", "loss is NaN")
     assert mlflow_statuses(config, "bad")["run"] == "FAILED"
@@ -114,7 +113,7 @@ def test_what_a_search_found_is_followed_to_its_own_run(config: Config) -> None:
         client, parent_id = tracked.client, tracked.parent_run_id
     client.update_run(parent_id, status="RUNNING")
     best = run_folder(config, "searched-best")
-    fail(best, StepError("RuntimeError", "a node is gone", mistake=False))
+    fail(best, StepError("RuntimeError", "a node is gone"))
     result = finish.run(config, run="searched", state="FAILED")
     assert (result.failed_step, result.reason) == ("train", "a node is gone")
     assert stored(config, "searched-best") == stored(config, "searched")
@@ -166,7 +165,7 @@ def test_the_run_of_another_config_is_not_touched_and_the_page_says_so(config: C
 
 def test_an_error_of_another_pipeline_run_explains_nothing(config: Config) -> None:
     ingest.run(config, run="again")
-    fail(run_folder(config, "again"), StepError("ValueError", "of yesterday", mistake=True, kfp_run="yesterday"))
+    fail(run_folder(config, "again"), StepError("ValueError", "of yesterday", kfp_run="yesterday"))
     result = finish.run(config, run="again", state="FAILED", kfp=KfpRun("today", "ncsn-train-x"))
     assert (result.failed_step, "yesterday" in result.reason) == ("train", False)
     result = finish.run(config, run="again", state="FAILED", kfp=KfpRun("yesterday", "ncsn-train-x"))
@@ -175,6 +174,6 @@ def test_an_error_of_another_pipeline_run_explains_nothing(config: Config) -> No
 
 def test_a_step_that_was_told_to_end_is_terminated(config: Config) -> None:
     ingest.run(config, run="told")
-    fail(run_folder(config, "told"), StepError("SystemExit", "143", mistake=False))
+    fail(run_folder(config, "told"), StepError("SystemExit", "143"))
     result = finish.run(config, run="told", state="FAILED")
     assert (result.status, result.failed_step, result.reason) == ("KILLED", "train", "terminated")

@@ -16,9 +16,8 @@ from ncsn.data.format import Rows, read_split, to_table
 from ncsn.errors import NotFound
 from ncsn.model import build
 from ncsn.report.images import grid_png
-from ncsn.runs.folder import run_folder
+from ncsn.runs.folder import run_folder, update_step
 from ncsn.runs.history import GAP, LOSS, TrainingHistory, loss_names
-from ncsn.runs.records import update_step
 from ncsn.steps import ingest, report
 from ncsn.tracking.client import connect
 

@@ -15,8 +15,7 @@ from ncsn.config import Config, from_yaml
 from ncsn.errors import InvalidValue, UserError, problems_of
 from ncsn.process import KFP_RUN_ID
 from ncsn.remote.backend import RemoteLost, RemoteStep
-from ncsn.runs.folder import ForeignRun, claim_run, run_folder
-from ncsn.runs.records import StepRecord, read_mistake, read_result, read_step, recorded
+from ncsn.runs.folder import ForeignRun, StepRecord, claim_run, read_mistake, read_step, recorded, run_folder
 from ncsn.steps.step import Step
 from ncsn.tracking import mlflow_runs
 
@@ -43,9 +42,9 @@ def make(config: Config, run: str, *, inputs: dict[str, object], number: int = 1
     if result := step.found(inputs, needs=lambda result: [result.uri]):
         return result
     target = storage.join(step.folder.uri, "made.txt")
-    with step.work(config) as work:
-        work.progress.start(1, "files")
-        work.progress.advance()
+    with step.work(config) as (progress, _):
+        progress.start(1, "files")
+        progress.advance()
         storage.write_text(target, str(number))
     return step.done(Made(uri=target, number=number))
 
@@ -70,8 +69,7 @@ def test_work_is_done_once_for_the_same_inputs(tmp_path: Path) -> None:
     assert make(config, "once", inputs={"a": 1}, number=1).number == 1
     assert make(config, "once", inputs={"a": 1}, number=2).number == 1
     assert make(config, "once", inputs={"a": 2}, number=3).number == 3
-    stored = read_result(run_folder(config, "once"), "train")
-    assert stored is not None and stored.result["number"] == 3
+    assert read_step(run_folder(config, "once"), "train").result["number"] == 3
 
 
 def test_work_is_done_again_when_an_output_is_gone(tmp_path: Path) -> None:
@@ -135,14 +133,13 @@ def test_whatever_ends_a_step_is_recorded_until_it_starts_again(
     assert record["state"] == ("FAILED" if isinstance(error, Exception) else "KILLED")
     assert record["error"] == {
         "kind": type(error).__name__,
-        "mistake": bool(problems),
         "message": str(error),
         "problems": problems,
         "kfp_run": "5f3a",
     }
     again = read_mistake(folder, "train")
     assert problems_of(again) == problems_of(error) if again else not problems
-    assert read_result(folder, "train") is None
+    assert not read_step(folder, "train").result
     with recorded(config, "fails", "train"):
         assert read_step(folder, "train").error is None
 

@@ -8,7 +8,7 @@ import pytest
 from refused import refused
 
 from ncsn.config import Config, from_yaml
-from ncsn.runs.records import cost_of
+from ncsn.runs.folder import cost_of
 from ncsn.steps import ingest
 from ncsn.tools.plan import chosen_levels, plan
 

@@ -12,7 +12,7 @@ from mlflow.tracking import MlflowClient
 from refused import refused
 
 from ncsn.config import flatten, from_yaml
-from ncsn.runs.records import read_step
+from ncsn.runs.folder import read_step
 from ncsn.tracking.client import TrackingError, connect, tracking_uri
 from ncsn.tracking.lineage import provenance
 from ncsn.tracking.mlflow_runs import step_run

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 from ncsn import storage
-from ncsn.progress import Progress
-from ncsn.runs.progress import PublishedProgress
+from ncsn.progress import Progress, PublishedProgress
 from ncsn.storage import heartbeat
 from ncsn.storage.heartbeat import LeaseExpired
 
