@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any, Self, TypeVar
 
 E = TypeVar("E", bound="UserError")
@@ -13,13 +12,7 @@ E = TypeVar("E", bound="UserError")
 _WORDS = {True: "true", False: "false", None: "null"}
 
 
-class _Missing(Enum):
-    """A class with one instance, which survives pickling."""
-
-    MISSING = "missing"
-
-
-MISSING = _Missing.MISSING  # the value of a problem that has none
+MISSING = ...  # the value of a problem that has none; it survives pickling
 
 
 @dataclass(frozen=True)
@@ -68,7 +61,8 @@ class UserError(InvalidValue):
     problems: tuple[Problem, ...]
 
     def __init__(self, key: str, reason: str, *, hint: str = "", value: object = MISSING) -> None:
-        self._set((Problem(key, reason, hint, value),))
+        self.problems = (Problem(key, reason, hint, value),)
+        super().__init__(str(self.problems[0]))
 
     @classmethod
     def of(cls, problems: Iterable[Problem]) -> Self:
@@ -85,11 +79,6 @@ class UserError(InvalidValue):
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return _restore, (type(self), self.problems, self.__dict__)
-
-    def _set(self, problems: tuple[Problem, ...]) -> None:
-        assert problems, "an error has at least one problem"
-        super().__init__(*map(str, problems))
-        self.problems = problems
 
 
 class ConfigError(UserError):
@@ -127,8 +116,9 @@ def shown_value(value: object) -> str:
 
 def _restore(kind: type[E], problems: tuple[Problem, ...], attributes: Mapping[str, Any]) -> E:
     # Without its constructor, which may take other arguments in a subclass.
+    assert problems, "an error has at least one problem"
     error = kind.__new__(kind)
-    error._set(problems)
+    error.args, error.problems = tuple(map(str, problems)), problems
     error.__dict__.update(attributes)
     return error
 

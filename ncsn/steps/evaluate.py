@@ -28,7 +28,6 @@ from ncsn.report.plots import confusion_matrix, to_png
 from ncsn.report.scores import few_samples
 from ncsn.steps.step import Step
 from ncsn.tracking.gate import Measurement, Memorization
-from ncsn.tracking.mlflow_runs import StepRun
 
 # Extractor -> its metrics in papers, and the number of samples that they are over.
 PUBLISHED_METRICS = {"inception": "Inception scores and Fréchet distances", "dinov2": "FD-DINOv2 values"}
@@ -87,7 +86,19 @@ def run(config: Config, *, run: str, samples: str, dataset: str, lease: str | No
         runner = runner_of(config.compute) if tasks > 1 or join else here
         result = evaluate(config, **places, folder=step.folder.evaluation, progress=progress, runner=runner)
         progress.note(str(RunningScore(**result.running[-1])))
-        _log(tracked, result, samples=samples, extractor=extractor_name(config, manifest))
+        tracked.log_metrics({**result.metrics, **result.real_metrics})
+        extractor, by_class = extractor_name(config, manifest), {}
+        for number, line in enumerate(result.classes["table"][:MOST_CLASSES] if result.classes else []):
+            for metric in ("agreement", "kid"):  # `eval/classifier_class_agreement_n51/3-dress`
+                full = metric_name(f"class_{metric}", extractor=extractor, num_images=line["num_images"])
+                by_class[f"{full}/{number}-{re.sub(r'[^A-Za-z0-9]+', '-', line['name'])[:40]}"] = line[metric]
+        tracked.log_metrics({name: value for name, value in by_class.items() if value is not None})
+        for uri in filter(None, (result.uri, result.neighbors, result.confusion)):
+            tracked.log_file(uri)
+        for score in (RunningScore(**point) for point in result.running):
+            tracked.log_metrics(score.named("eval", extractor=extractor), step=score.num_images)
+        facts = {"eval.fingerprint": result.fingerprint, "samples.uri": samples, "evaluation.uri": result.uri}
+        tracked.set_tags(facts)
     return step.done(result)
 
 
@@ -199,18 +210,3 @@ def _notes(num_images: int, num_real: int, *, extractor: str, real_split: str) -
         yield "there is no score, because DINOv2 has no classes"
     if few := few_samples(metric_name("fid", extractor=extractor, num_images=num_images)):
         yield few
-
-
-def _log(tracked: StepRun, result: EvaluateResult, *, samples: str, extractor: str) -> None:
-    tracked.log_metrics({**result.metrics, **result.real_metrics})
-    by_class = {}  # `eval/classifier_class_agreement_n51/3-dress`
-    for number, line in enumerate(result.classes["table"][:MOST_CLASSES] if result.classes else []):
-        for metric in ("agreement", "kid"):
-            full = metric_name(f"class_{metric}", extractor=extractor, num_images=line["num_images"])
-            by_class[f"{full}/{number}-{re.sub(r'[^A-Za-z0-9]+', '-', line['name'])[:40]}"] = line[metric]
-    tracked.log_metrics({name: value for name, value in by_class.items() if value is not None})
-    for uri in filter(None, (result.uri, result.neighbors, result.confusion)):
-        tracked.log_file(uri)
-    for score in (RunningScore(**point) for point in result.running):
-        tracked.log_metrics(score.named("eval", extractor=extractor), step=score.num_images)
-    tracked.set_tags({"eval.fingerprint": result.fingerprint, "samples.uri": samples, "evaluation.uri": result.uri})

@@ -12,7 +12,7 @@ from ncsn.errors import UserError
 from ncsn.process import KFP_RUN_ID, KfpRun
 from ncsn.remote import open_backend
 from ncsn.report.cards import run_page
-from ncsn.runs.folder import ForeignRun, Outcome, RunFolder, StepError, claim_run, folders_of, read_step, write_outcome
+from ncsn.runs.folder import ForeignRun, Outcome, RunFolder, claim_run, folders_of, read_step, write_outcome
 from ncsn.runs.steps import SEARCH, STEPS
 from ncsn.tracking.lineage import container_image, kfp_run
 from ncsn.tracking.mlflow_runs import close_run
@@ -125,23 +125,19 @@ def _outcome(
     looked: bool,
 ) -> Outcome:
     """What stopped the run: the first step that has an error or no result, or a pod that was lost."""
-    step, error = _first_open(folders, kfp_run_id or os.environ.get(KFP_RUN_ID, ""))
+    ours = kfp_run_id or os.environ.get(KFP_RUN_ID, "")
+    step, error, lost = None, None, None
+    for name, folder in folders.items():
+        record = read_step(folder, name)
+        error = record.error if record.error is not None and record.error.kfp_run == ours else None
+        if error is not None or not record.result:
+            step = name
+            break
     if error is not None and error.kind == "SystemExit" and looked and not terminated:
         error = None  # an evicted pod gets SIGTERM too, and its state says more
-    lost = None
     if not error and troubles:
         step, lost = next(iter(troubles.items()))
     if terminated or (error is not None and error.kind in ("KeyboardInterrupt", "SystemExit")):
         return Outcome("KILLED", "terminated", step)
     reason = (error.message if error else str(lost or "")) or message
     return Outcome("FAILED", reason or "no reason is known; look at the log of the task", step)
-
-
-def _first_open(folders: Mapping[str, RunFolder], kfp_run_id: str) -> tuple[str | None, StepError | None]:
-    for step, folder in folders.items():
-        record = read_step(folder, step)
-        if record.error is not None and record.error.kfp_run == kfp_run_id:
-            return step, record.error
-        if not record.result:
-            return step, None
-    return None, None

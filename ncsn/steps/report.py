@@ -18,12 +18,13 @@ from ncsn.report.html import look, render
 from ncsn.report.images import GRID_CLASSES
 from ncsn.report.plots import to_svg
 from ncsn.report.scores import read_metrics
-from ncsn.runs.folder import RunFolder, StepRecord, read_result, read_results, spent
+from ncsn.runs.folder import RunFolder, StepRecord, read_results, read_step, spent
 from ncsn.runs.history import held_out_curves, load_history, loss_names
-from ncsn.runs.steps import STEPS
-from ncsn.steps.register import copies_beyond_chance, selection_of
+from ncsn.runs.steps import SEARCH, STEPS
+from ncsn.steps.register import selection_of
 from ncsn.steps.step import Step
 from ncsn.tracking.client import page
+from ncsn.tracking.gate import Memorization
 from ncsn.tracking.mlflow_runs import StepRun, steps_of_run
 from ncsn.tracking.registry import settle_guide
 
@@ -49,6 +50,7 @@ class Sources:
     samples: Mapping[str, Any]  # their manifest
     manifest: Manifest  # of the dataset
     records: Mapping[str, StepRecord]  # of the other steps
+    selection: Mapping[str, Any] | None  # the choice of the checkpoint by `ncsn select`
 
 
 def run(config: Config, *, run: str, evaluation: str) -> ReportResult:
@@ -66,21 +68,19 @@ def run(config: Config, *, run: str, evaluation: str) -> ReportResult:
         samples=samples,
         manifest=load_manifest(measured["dataset"]),
         records=read_results({name: step.folder for name in STEPS if name != "report"}),
+        selection=selection_of(config, run, samples["checkpoint"]),
     )
-    selection = selection_of(config, run, samples["checkpoint"])
     inputs = {
         "evaluation": measured,
         "steps": {name: record.finished_at for name, record in sources.records.items()},
         "config": config.model_dump(mode="json"),
         "look": look(),
-        "selection": selection,
+        "selection": sources.selection,
     }
     if result := step.found(inputs, needs=lambda result: [result.uri]):
         return result
     with step.work(config) as (_, tracked):
-        text = render(
-            **_facts(sources, tracked), **_images(sources), **_choices(sources, selection), **_training(sources)
-        )
+        text = render(**_results(sources), lineage=list(_lineage(sources, tracked)), **_training(sources))
         uri = storage.join(step.folder.report, "report.html")
         storage.write_text(uri, text)
         tracked.log_file(uri, to_parent=True)
@@ -88,24 +88,41 @@ def run(config: Config, *, run: str, evaluation: str) -> ReportResult:
     return step.done(ReportResult(uri=uri, size=len(text.encode())))
 
 
-def _facts(sources: Sources, tracked: StepRun) -> dict[str, Any]:
-    """What was made of what, in which time."""
-    config, records = sources.config, sources.records
+def _results(sources: Sources) -> dict[str, Any]:
+    """What was made of what in which time, how it compares with real images, and what was chosen on the way."""
+    config, records, folder = sources.config, sources.records, sources.folder
+    evaluation, selection = sources.evaluation, sources.selection
     sampled = records["sample"].result["num_images"] if "sample" in records else 0
+    pictures = {name: storage.join(evaluation["samples"], f"{name}.png") for name in ("grid", "strip")}
+    generated, real = (read_metrics(evaluation[name]) for name in ("metrics", "real_metrics"))
+    copies = Memorization(**evaluation["memorization"]).objection
     levels = config.noise.training.kind == "levels"
+    strengths = f"{config.levels.num_levels} strengths" if levels else "any strength"
+    # The search in this run, or in the one whose best settings this run trains.
+    runs = (RunFolder(folder.root, name) for name in (folder.run, folder.run.removesuffix(BEST)))
+    search = next(filter(None, (read_step(each, SEARCH).result for each in runs)), None)
     return {
         "title": config.name,
-        "run": sources.folder.run,
+        "run": folder.run,
         "finished_at": max((record.finished_at for record in records.values()), default="")[:16].replace("T", " "),
         "decision": records["register"].result if "register" in records else None,
         "manifest": sources.manifest,
         "samples": sources.samples,
         "images_seen": sources.checkpoint.images_seen,
-        "strengths": f"{config.levels.num_levels} strengths" if levels else "any strength",
+        "strengths": strengths,
         "records": records,
-        "costs": list(cost_facts(spent(config, run=sources.folder.run), num_images=sampled)),
-        "lineage": list(_lineage(sources, tracked)),
+        "costs": list(cost_facts(spent(config, run=folder.run), num_images=sampled)),
         "config": to_yaml(config),
+        **{name: storage.read_bytes(uri) if storage.exists(uri) else None for name, uri in pictures.items()},
+        "grid_caption": _grid_caption(sources.samples),
+        "evaluation": evaluation,
+        "copying_hints": hints.copying_hints(generated, real, copies=copies),
+        "neighbors": storage.read_bytes(evaluation["neighbors"]),
+        "confusion": storage.read_bytes(evaluation["confusion"]) if evaluation["confusion"] else None,
+        "selection": selection,
+        "selection_plot": None if selection is None else storage.read_bytes(selection["plot"]),
+        "search": search,
+        "search_plots": [] if search is None else [storage.read_bytes(plot) for plot in search["plots"]],
     }
 
 
@@ -131,26 +148,6 @@ def _lineage(sources: Sources, tracked: StepRun) -> Iterator[Fact]:
     yield from tag_facts([whole.data.tags, *(run.data.tags for run in steps.values())])
 
 
-def _images(sources: Sources) -> dict[str, Any]:
-    """The samples and how they compare with real images."""
-    evaluation = sources.evaluation
-    generated, real = (read_metrics(evaluation[name]) for name in ("metrics", "real_metrics"))
-    return {
-        "grid": _picture(evaluation["samples"], "grid.png"),
-        "grid_caption": _grid_caption(sources.samples),
-        "strip": _picture(evaluation["samples"], "strip.png"),
-        "evaluation": evaluation,
-        "copying_hints": hints.copying_hints(generated, real, copies=copies_beyond_chance(evaluation)),
-        "neighbors": storage.read_bytes(evaluation["neighbors"]),
-        "confusion": storage.read_bytes(evaluation["confusion"]) if evaluation["confusion"] else None,
-    }
-
-
-def _picture(folder: str, name: str) -> bytes | None:
-    uri = storage.join(folder, name)
-    return storage.read_bytes(uri) if storage.exists(uri) else None
-
-
 def _grid_caption(samples: Mapping[str, Any]) -> str:
     caption = f"The first images that the model generated with seed {samples['seed']}, not hand-picked."
     names, label = samples.get("classes"), samples.get("label", BALANCED)
@@ -159,19 +156,6 @@ def _grid_caption(samples: Mapping[str, Any]) -> str:
     if label in (BALANCED, AS_DATA):
         return f"{caption} A row for each class: {', '.join(names[:GRID_CLASSES])}."
     return f"{caption} All are of the class {label if label in names else names[int(label)]}."
-
-
-def _choices(sources: Sources, selection: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The choice among checkpoints, and the search in this run or in the one whose best settings this run trains."""
-    folder = sources.folder
-    runs = (RunFolder(folder.root, name) for name in (folder.run, folder.run.removesuffix(BEST)))
-    search = next((record.result for run in runs if (record := read_result(run, "tune")) is not None), None)
-    return {
-        "selection": selection,
-        "selection_plot": None if selection is None else storage.read_bytes(selection["plot"]),
-        "search": search,
-        "search_plots": [] if search is None else [storage.read_bytes(plot) for plot in search["plots"]],
-    }
 
 
 def _training(sources: Sources) -> dict[str, Any]:
