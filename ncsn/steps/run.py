@@ -103,7 +103,7 @@ def run_task(step: str, config: Config, *, run: str, given: Mapping[str, str], l
             from ncsn.steps.janitor import note_run
 
             note_run(config, run)
-        storage.delete_file(folder.status)  # the run has not ended
+        storage.delete(folder.status)  # the run has not ended
         try:
             result = run_step(step, config, run=run, given=given)
         except Exception as error:

@@ -90,7 +90,7 @@ class Step(Generic[R]):
         there = config.model_copy(update={**root, "compute": compute})
         settings = [f"storage.root={folder.root}", *overrides_between(self._owner().model_copy(update=root), there)]
         update_step(folder, step, state="RUNNING", error=None)
-        storage.delete_file(folder.status)  # the run has not ended
+        storage.delete(folder.status)  # the run has not ended
         remote = RemoteStep(
             run=folder.run,
             step=step,
