@@ -14,8 +14,7 @@ import urllib3
 
 from ncsn.errors import UserError
 from ncsn.remote.kuberay import STANDALONE
-from ncsn.remote.kubernetes import KubernetesApi
-from ncsn.remote.launcher import RUN_ID_LABEL
+from ncsn.remote.kubernetes import RUN_ID_LABEL, KubernetesApi
 from ncsn.remote.pods import troubles_of_run
 from ncsn.storage.retry import Retry
 from pipelines.submit import Connection, KfpError, reason_of

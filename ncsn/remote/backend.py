@@ -17,11 +17,12 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 from ncsn import storage
 from ncsn.errors import UserError
@@ -44,6 +45,17 @@ _FORWARDED = (
     KFP_RUN_ID,
 )
 _LOOPBACK = re.compile(r"https?://(localhost|127(\.\d+){3}|\[::1\])(:|/|$)")
+
+_LOG_SECONDS = 2.0  # between two looks at a driver's log
+_LAST_READ_SECONDS = 15.0
+_SAID = "error: "
+_COLOR = re.compile(r"\x1b\[[0-9;]*m")
+_HARMLESS = re.compile(r"GetTimeoutError|PlacementGroupCleaner")  # Ray prints these on a busy node and recovers
+_TRACEBACK = "Traceback (most recent call last)"
+# Ray puts the process before a worker's line: "(RayTrainWorker pid=7, ip=10.0.0.2) ValueError: ...".
+_ERROR = re.compile(
+    r"^(?:\([^)]*\)\s*)?((?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Interrupt|Expired|Exit|NotFound)(?:: .*)?)$"
+)
 
 T = TypeVar("T")
 
@@ -208,3 +220,66 @@ def keep_asking(call: Callable[[], T], *, server: str, seconds: float) -> T:
             f"{server} has not answered for {seconds:g} s ({reason}); what runs there continues for a while, and the "
             "same command attaches to it again"
         ) from None
+
+
+def first_error(lines: Iterable[str]) -> str | None:
+    """The exception of the first traceback; without one, the last error that `ncsn` printed.
+
+    The first is the failed worker's: later ones are its consequences.
+    """
+    in_traceback, said = False, None
+    for line in (_COLOR.sub("", line) for line in lines):
+        if _HARMLESS.search(line):
+            in_traceback = False
+        elif _TRACEBACK in line:
+            in_traceback = True
+        elif in_traceback and (match := _ERROR.match(line.strip())):
+            return match[1]
+        elif line.startswith(_SAID):
+            said = line.removeprefix(_SAID)
+    return said
+
+
+class DriverLog(ABC):
+    """A context that shows the log of a step's driver as it grows; `finish` publishes it at `uri`.
+
+    The outcome of the job is never read from here.
+    """
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        self.lines: list[str] = []
+        self._job_over = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="driver-log", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._job_over.set()
+
+    def finish(self) -> None:
+        """Read the rest and publish all of it."""
+        self._job_over.set()
+        self._thread.join(_LAST_READ_SECONDS)
+        if self.lines:
+            storage.write_text(self.uri, "\n".join([*self.lines, ""]))
+
+    @abstractmethod
+    def read(self, *, over: bool) -> Iterable[str]:
+        """The lines since the last call; `over`: there will be no more."""
+
+    def _follow(self) -> None:
+        over = False
+        while not over:
+            over = self._job_over.wait(_LOG_SECONDS)  # asked before reading, so that the last read sees the whole log
+            try:
+                for line in self.read(over=over):
+                    self.lines.append(line)
+                    say(line)
+            except PermissionError as error:
+                say(f"the log cannot be shown: {error}")
+                return
+            except (OSError, RuntimeError, UserError):  # it has not started yet, or the server is away
+                continue

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from ncsn.config.compute import ComputeConfig
@@ -24,10 +26,10 @@ from ncsn.remote.backend import (
     refuse_other_work,
     say,
 )
-from ncsn.remote.kubernetes import INSTALL_KUBERAY, KubernetesApi, Resource
-from ncsn.remote.launcher import Launcher, find_launcher, is_ending, workflow_of
+from ncsn.remote.kubernetes import INSTALL_KUBERAY, RUN_ID_LABEL, KubernetesApi, Resource, is_ending, owner_of
 from ncsn.remote.manifest import (
     ATTEMPT_LABEL,
+    KFP_RUN_LABEL,
     REQUEST_ANNOTATION,
     TEMPLATE_VARIABLE,
     load_template,
@@ -39,14 +41,14 @@ from ncsn.storage.heartbeat import RENEW_SECONDS, Heartbeat
 
 STANDALONE = "kubeflow"  # namespace of the runs where Kubeflow Pipelines serves one user
 NEEDED = (  # what infra/base/rbac/launcher-role.yaml grants
-    *((verb, "rayjobs.ray.io") for verb in ("create", "get", "list", "watch", "delete")),
+    *((verb, "rayjobs.ray.io") for verb in ("create", "get", "list", "delete")),
     *((verb, "pods") for verb in ("get", "list")),
     ("get", "pods/log"),
     ("list", "events"),
     ("get", "workflows.argoproj.io"),
     *((verb, "configmaps") for verb in ("create", "delete")),
 )
-WATCH_SECONDS = 15.0
+POLL_SECONDS = 3.0
 DELETE_SECONDS = 30.0  # patience of a deletion while a person waits
 
 _AT_ONCE = (2.0, 3.0)  # seconds to connect and to answer, for a process that is being killed
@@ -74,6 +76,30 @@ class JobState:
 
     def explain(self) -> str:
         return ": ".join(filter(None, (self.reason or str(self), self.message)))
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """What a RayJob takes over from the pod of the KFP task that starts it; empty outside of KFP."""
+
+    image: str | None = None
+    workflow: str | None = None  # name of the pod's Argo Workflow
+    owner: Resource | None = None  # reference to it, which deletes the RayJob with it; not across namespaces
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+
+def find_launcher(api: KubernetesApi) -> Launcher:
+    """What is known of the pod of this process. `api` is for the namespace of the RayJobs."""
+    name, at_home = os.environ.get("KFP_POD_NAME"), api.namespace == api.own_namespace
+    pod = (api if at_home else KubernetesApi(api.own_namespace)).get("pods", name) if name else None
+    if pod is None:
+        return Launcher()
+    owner, run = owner_of(pod), pod["metadata"].get("labels", {}).get(RUN_ID_LABEL)
+    # Blocking needs a right on the Workflow's finalizers that the launcher does not have.
+    reference = owner | {"controller": False, "blockOwnerDeletion": False} if owner and at_home else None
+    images = (container["image"] for container in pod["spec"]["containers"] if container["name"] == "main")
+    labels = {KFP_RUN_LABEL: run} if run else {}
+    return Launcher(image=next(images, None), workflow=owner.get("name"), owner=reference, labels=labels)
 
 
 class KubeRay:
@@ -107,22 +133,27 @@ class KubeRay:
         """
         self._launcher = find_launcher(self._api)
         manifest, name = self._manifest(step), step.job_name
-        with (
-            ended_on_sigterm(lambda: self._end_at_once(name)),
-            Heartbeat(step.lease, every=self._renew_seconds),
-            self._deleted_if_left(name),
-        ):
-            attempt = self._start(step, manifest)
-            pods = PodWatch(self._api, f"{ATTEMPT_LABEL}={attempt}")
-            with PodLog(self._api, name, attempt=attempt, uri=step.log) as log:
-                state = self._watch(step, pods)
-                log.finish()
-                cause = log.first_error() or pods.cause or state.explain()
-                if state.reason.endswith("Exceeded") or state.deployment == "ValidationFailed":  # ended by the operator
-                    cause = "; ".join(filter(None, (state.message, pods.cause)))
+        with ended_on_sigterm(lambda: self._end_at_once(name)), Heartbeat(step.lease, every=self._renew_seconds):
+            try:
+                attempt = self._start(step, manifest)
+                pods = PodWatch(self._api, f"{ATTEMPT_LABEL}={attempt}")
+                with PodLog(self._api, name, attempt=attempt, uri=step.log) as log:
+                    state = self._watch(step, pods)
+                    log.finish()
+            except (SystemExit, RemoteLost):  # on SIGTERM the handler has decided
+                raise
+            except BaseException as error:
+                # While the API server or the store is unavailable the work continues; a user's mistake is no outage.
+                outage = isinstance(error, OSError) and not isinstance(error, (PermissionError, UserError))
+                if self._ours and not outage:
+                    self._delete(name, KubernetesApi(self._api.namespace, patience=DELETE_SECONDS))
+                raise
         if not (state.kept and "deletionStrategy" in manifest["spec"]):
             self._api.delete("rayjobs", name)
         if not state.succeeded:
+            cause = log.first_error() or pods.cause or state.explain()
+            if state.reason.endswith("Exceeded") or state.deployment == "ValidationFailed":  # ended by the operator
+                cause = "; ".join(filter(None, (state.message, pods.cause)))
             raise RemoteFailure(f"RayJob {name} failed ({state.reason or state}): {cause}; log {step.log}")
 
     def stop(self, *, run: str | None, kfp_run: str | None) -> list[str]:
@@ -194,19 +225,19 @@ class KubeRay:
                 say(f"attached to RayJob {name}, which is {state}")
                 return str(metadata["labels"][ATTEMPT_LABEL])
             self._api.delete("rayjobs", name)
-            while (left := self._api.get("rayjobs", name)) is not None:
-                self._api.wait_for_change(left, seconds=WATCH_SECONDS)
+            while self._api.get("rayjobs", name) is not None:
+                time.sleep(POLL_SECONDS)
 
     def _belongs_to_ended_pipeline(self, rayjob: Resource) -> bool:
         """Whether its pipeline run has ended: then the janitor deletes it, or Kubernetes with its owner."""
-        workflow = workflow_of(rayjob)
+        workflow = owner_of(rayjob).get("name")
         with suppress(PermissionError):
-            other = workflow is not None and workflow != self._launcher.workflow
-            return other and is_ending(self._api.get("workflows", str(workflow)))
+            if workflow not in (None, self._launcher.workflow):
+                return is_ending(self._api.get("workflows", workflow))
         return False
 
     def _watch(self, step: RemoteStep, pods: PodWatch) -> JobState:
-        """Wait for the end of the RayJob: its status is read, not derived from events."""
+        """Wait for the end of the RayJob."""
         name, shown, queue = step.job_name, "", self._compute.kuberay.queue
         while True:
             found = self._api.get("rayjobs", name)
@@ -226,31 +257,25 @@ class KubeRay:
             hopeless = pods.look(found)
             if hopeless and state.deployment in ("", "Initializing"):
                 raise RemoteFailure(f"RayJob {name} cannot start: {hopeless}")
-            self._api.wait_for_change(found, seconds=WATCH_SECONDS)
+            time.sleep(POLL_SECONDS)
 
     def _end_at_once(self, name: str) -> None:
+        """On SIGTERM: delete the RayJob, unless only this process is to end.
+
+        KFP's Terminate and the eviction of a pod send the same signal. Only the Workflow tells them apart, and an
+        evicted pod is started again and attaches to the work. Without a Workflow a person stopped this process.
+        """
         if not self._ours:
             return
+        ending = self._launcher.workflow is None
         # New clients: a signal handler must not wait for a lock of the client that it interrupts.
-        if self._launcher.is_told_to_end(KubernetesApi(self._api.own_namespace, patience=0, timeouts=_AT_ONCE)):
+        with suppress(ConnectionError, PermissionError, UserError):
+            home = KubernetesApi(self._api.own_namespace, patience=0, timeouts=_AT_ONCE)
+            ending = ending or is_ending(home.get("workflows", str(self._launcher.workflow)))
+        if ending:
             self._delete(name, KubernetesApi(self._api.namespace, patience=0, timeouts=_AT_ONCE))
         else:
             say(f"RayJob {name} keeps running: the next attempt attaches to it; with none, it ends with its lease")
-
-    @contextmanager
-    def _deleted_if_left(self, name: str) -> Iterator[None]:
-        """Delete the RayJob when a failure or Ctrl-C leaves the block."""
-        try:
-            yield
-        # On SIGTERM the handler has decided.
-        except (SystemExit, RemoteLost):
-            raise
-        except BaseException as error:
-            # While the API server or the store is unavailable the work continues; a user's mistake is no outage.
-            outage = isinstance(error, OSError) and not isinstance(error, (PermissionError, UserError))
-            if self._ours and not outage:
-                self._delete(name, KubernetesApi(self._api.namespace, patience=DELETE_SECONDS))
-            raise
 
     def _delete(self, name: str, api: KubernetesApi) -> None:
         try:

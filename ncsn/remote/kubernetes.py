@@ -7,14 +7,11 @@ from __future__ import annotations
 
 import json
 import os
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import urllib3
 import yaml
 from kubernetes import client, config
 from kubernetes.client.exceptions import ApiException
@@ -25,15 +22,14 @@ from ncsn.remote.backend import PATIENCE_SECONDS, Conflict, keep_asking, message
 Resource = dict[str, Any]
 
 INSTALL_KUBERAY = "helm install kuberay-operator kuberay/kuberay-operator --version 1.7.0"
+RUN_ID_LABEL = "pipeline/runid"  # KFP's, of a run's Workflow and of its pods
 
 # Resource -> its API. The client's own models are not used: they refuse what they do not expect.
-_APIS = {
-    "rayjobs": "apis/ray.io/v1",
-    "workflows": "apis/argoproj.io/v1alpha1",
-}
+_APIS = {"rayjobs": "apis/ray.io/v1", "workflows": "apis/argoproj.io/v1alpha1"}
 _CORE = "api/v1"
 _METHODS = {"create": "POST", "delete": "DELETE"}  # of a verb; the others read
 _IN_CLUSTER_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
+_ENDED = {"Succeeded", "Failed", "Error"}  # of an Argo Workflow
 _LOST_LOG = "unable to retrieve container logs"  # what the kubelet answers for one that is gone
 
 
@@ -58,23 +54,23 @@ class KubernetesApi:
         self._client = client.ApiClient(configuration)
 
     def get(self, resource: str, name: str) -> Resource | None:
-        found: Resource | None = self._read("get", resource, self._path(resource, name), missing=None)
+        found: Resource | None = self._call("get", resource, self._path(resource, name), missing=None)
         return found
 
     def find(self, resource: str, *, labels: str = "", fields: str = "") -> list[Resource]:
         """The objects with these labels and fields, oldest first; none where the cluster knows no such resource."""
         query = {"labelSelector": labels, "fieldSelector": fields}
-        listed = self._read("list", resource, self._path(resource), query=query, missing={"items": []})
+        listed = self._call("list", resource, self._path(resource), query=query, missing={"items": []})
         return sorted(listed["items"], key=lambda found: str(found["metadata"].get("creationTimestamp", "")))
 
     def create(self, resource: str, manifest: Resource) -> None:
         """Create the object; raises `Conflict` if there is one of that name."""
-        self._read("create", resource, self._path(resource), body=manifest)
+        self._call("create", resource, self._path(resource), body=manifest)
 
     def delete(self, resource: str, name: str) -> None:
         """Delete the object and, in the background, what it owns; without effect if it is gone."""
         body = {"propagationPolicy": "Background"}
-        self._read("delete", resource, self._path(resource, name), body=body, missing=None)
+        self._call("delete", resource, self._path(resource, name), body=body, missing=None)
 
     def events(self, name: str) -> list[Resource]:
         """The events of the object of this name, oldest first."""
@@ -82,7 +78,7 @@ class KubernetesApi:
 
     def rayjob_fields(self) -> Resource:
         """The schema of `spec` of the RayJob that is installed, by field; every authenticated user may read it."""
-        document = self._read("get", "rayjobs", "/openapi/v3/apis/ray.io/v1", missing={})
+        document = self._call("get", "rayjobs", "/openapi/v3/apis/ray.io/v1", missing={})
         for schema in document.get("components", {}).get("schemas", {}).values():
             if "RayJob" in [kind["kind"] for kind in schema.get("x-kubernetes-group-version-kind", [])]:
                 fields: Resource = schema.get("properties", {}).get("spec", {}).get("properties", {})
@@ -96,54 +92,21 @@ class KubernetesApi:
         attributes = {"namespace": self.namespace, "verb": verb, "group": group, "resource": plural}
         body = {"spec": {"resourceAttributes": attributes | ({"subresource": subresource} if subresource else {})}}
         path = "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"
-        return bool(self._read("create", "selfsubjectaccessreviews", path, body=body)["status"]["allowed"])
+        return bool(self._call("create", "selfsubjectaccessreviews", path, body=body)["status"]["allowed"])
 
-    def wait_for_change(self, rayjob: Resource, *, seconds: float) -> None:
-        """Return when the RayJob is no longer as it was read, and after `seconds` at the latest.
-
-        The caller reads the RayJob again: a watch only says when to look. So a version that is gone (410), a watch that
-        the server cuts, and a server that is unavailable are not handled here.
-        """
-        started = time.monotonic()
-        query = {
-            "watch": "true",
-            "fieldSelector": f"metadata.name={rayjob['metadata']['name']}",
-            "resourceVersion": rayjob["metadata"]["resourceVersion"],
-            "timeoutSeconds": str(max(1, round(seconds))),
-        }
+    def read_log(self, pod: str, **query: str) -> list[str]:
+        """Lines of the pod's log; empty if it is gone or its container has not started (HTTP 400)."""
         try:
-            timeouts = (self._timeouts[0], seconds + 5)
-            # Closed here, and not by a finalizer, where Python drops the exit of a signal's handler.
-            with closing(self._request("GET", self._path("rayjobs"), query=query, timeouts=timeouts)) as response:
-                if b'"ERROR"' not in next(response.stream(amt=None), b""):
-                    return
-        except (ApiException, urllib3.exceptions.HTTPError):
-            pass
-        time.sleep(max(0.0, min(1.0, seconds) - (time.monotonic() - started)))
-
-    @contextmanager
-    def follow_log(self, pod: str, *, since_seconds: int | None) -> Iterator[Iterator[bytes]]:
-        """Pieces of the pod's log, each line with its time, until the container ends or the stream is cut."""
-        query = {"follow": "true", "timestamps": "true", "sinceSeconds": str(since_seconds or "")}
-        timeouts = (self._timeouts[0], 300.0)
-        ask = partial(self._request, "GET", self._path("pods", pod, "log"), query=query, timeouts=timeouts)
-        with closing(self._call("get", "pods/log", ask)) as response:
-            yield response.stream(amt=None, decode_content=True)
-
-    def last_words(self, pod: str, container: str, *, lines: int) -> list[str]:
-        """The last lines of a container that has ended; empty if its log is gone or it has not started (HTTP 400)."""
-        query = {"container": container, "tailLines": str(lines)}
-        ask = partial(self._request, "GET", self._path("pods", pod, "log"), query=query)
-        try:
-            text = self._call("get", "pods/log", ask).data.decode(errors="replace")
+            path = self._path("pods", pod, "log")
+            text = self._call("get", "pods/log", path, query=query, parse=partial(bytes.decode, errors="replace"))
         except UserError:
             return []
-        return [line for line in text.splitlines() if not line.startswith(_LOST_LOG)]
+        return [line for line in text.split("\n") if line and not line.startswith(_LOST_LOG)]
 
     def _path(self, resource: str, *below: str) -> str:
         return "/".join((f"/{_APIS.get(resource, _CORE)}/namespaces/{self.namespace}/{resource}", *below))
 
-    def _read(
+    def _call(
         self,
         verb: str,
         resource: str,
@@ -151,43 +114,27 @@ class KubernetesApi:
         *,
         body: Any = None,
         query: Mapping[str, str] | None = None,
+        parse: Callable[[bytes], Any] = json.loads,
         **missing: Any,
     ) -> Any:
-        def read() -> Any:
-            content = self._request(_METHODS.get(verb, "GET"), path, body=body, query=query or {}).data
-            try:
-                return json.loads(content)
-            except json.JSONDecodeError:
-                raise ConnectionError("an answer that is cut") from None
+        """The answer of the API server, asked until it gives one. With `missing` given, that stands for 404."""
 
-        return self._call(verb, resource, read, **missing)
+        def ask() -> Any:
+            response = self._client.call_api(
+                path,
+                _METHODS.get(verb, "GET"),
+                query_params=[(name, value) for name, value in (query or {}).items() if value],
+                header_params={"Accept": "application/json", "Content-Type": "application/json"},
+                body=body,
+                auth_settings=["BearerToken"],
+                _return_http_data_only=True,
+                _preload_content=False,
+                _request_timeout=self._timeouts,
+            )
+            return parse(response.data)
 
-    def _request(
-        self,
-        method: str,
-        path: str,
-        *,
-        body: Any = None,
-        query: Mapping[str, str],
-        timeouts: tuple[float, float] | None = None,
-    ) -> Any:
-        """One request; the answer as urllib3 has it."""
-        return self._client.call_api(
-            path,
-            method,
-            query_params=[(name, value) for name, value in query.items() if value],
-            header_params={"Accept": "application/json", "Content-Type": "application/json"},
-            body=body,
-            auth_settings=["BearerToken"],
-            _return_http_data_only=True,
-            _preload_content=False,
-            _request_timeout=timeouts or self._timeouts,
-        )
-
-    def _call(self, verb: str, resource: str, call: Callable[[], Any], **missing: Any) -> Any:
-        """Call until the API server answers. With `missing` given, that stands for 404."""
         try:
-            return keep_asking(call, server=f"the Kubernetes API at {self.server}", seconds=self._patience)
+            return keep_asking(ask, server=f"the Kubernetes API at {self.server}", seconds=self._patience)
         except ApiException as error:
             status, message = error.status, message_of(error)
         if status == 404 and missing:
@@ -226,3 +173,30 @@ def time_of_event(event: Resource) -> str:
     """When it was last seen, in ISO 8601; a recorder fills either the older field or the newer ones."""
     seen = event.get("lastTimestamp") or (event.get("series") or {}).get("lastObservedTime")
     return str(seen or event.get("eventTime") or "")
+
+
+def owner_of(owned: Resource) -> Resource:
+    """The reference to the Argo Workflow that owns it; empty without."""
+    owners = owned["metadata"].get("ownerReferences", [])
+    return next((owner for owner in owners if owner["kind"] == "Workflow"), {})
+
+
+def was_stopped(workflow: Resource | None) -> bool:
+    """Whether a person ended the Workflow, or deleted it.
+
+    KFP's Terminate sets `spec.activeDeadlineSeconds` to 0, Argo's own stop and terminate set `spec.shutdown`.
+    """
+    if workflow is None or "deletionTimestamp" in workflow["metadata"]:
+        return True
+    spec = workflow.get("spec", {})
+    return spec.get("activeDeadlineSeconds") == 0 or bool(spec.get("shutdown"))
+
+
+def is_over(workflow: Resource | None) -> bool:
+    """Whether no pod of the Workflow still runs."""
+    return workflow is None or workflow.get("status", {}).get("phase") in _ENDED
+
+
+def is_ending(workflow: Resource | None) -> bool:
+    """Whether the Workflow has ended or is being ended; one that is gone has ended."""
+    return is_over(workflow) or was_stopped(workflow)

@@ -8,13 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import urllib3
-
-from ncsn.errors import UserError
-from ncsn.remote.backend import say
-from ncsn.remote.driver_log import DriverLog, first_error
-from ncsn.remote.kubernetes import KubernetesApi, Resource, time_of_event
-from ncsn.remote.launcher import RUN_ID_LABEL
+from ncsn.remote.backend import DriverLog, first_error, say
+from ncsn.remote.kubernetes import RUN_ID_LABEL, KubernetesApi, Resource, time_of_event
 from ncsn.remote.manifest import ATTEMPT_LABEL
 
 # Trouble that waiting does not cure must last for this long: a Secret, say, may come a moment after its pod.
@@ -26,7 +21,6 @@ _CONFIG = {"CreateContainerConfigError", "CreateContainerError", "RunContainerEr
 _REFUSED_IMAGE = re.compile(
     r"not found|no such host|manifest unknown|denied|unauthorized|authorization failed|invalid reference", re.IGNORECASE
 )
-_REPEATED_NAME = re.compile(r'failed to (pull and unpack image|resolve reference) "[^"]*": ')  # containerd's
 _CRASHES_THAT_TELL = 3
 _VOLUMES_AND_SANDBOX = {"FailedMount", "FailedAttachVolume", "FailedCreatePodSandBox"}
 _REFUSED_POD = re.compile(r"^Failed(Create$|ToCreate(Head|Worker)Pod$)")
@@ -34,7 +28,6 @@ _CREATED_POD = re.compile(r"^(SuccessfulCreate|Created(Head|Worker)Pod)$")
 _LAST_LINES = 10
 _SECONDS = len("2026-01-01T00:00:00")  # some times have fractions of a second, some have not
 _MOST_EVENTS = 5  # pods per look whose events are read: many workers wait for the same reason
-_OVERLAP_SECONDS = 10
 _NODE_SUFFIX = re.compile(r"\(\d+\)$")
 
 
@@ -44,7 +37,7 @@ class Trouble:
 
     reason: str  # Kubernetes' word: ImagePullBackOff, CrashLoopBackOff, Unschedulable, OOMKilled, Evicted, ...
     message: str  # one line: the image's name, the exit code, the scheduler's message
-    final: bool  # waiting does not help
+    final: bool = False  # waiting does not help
     container: str = ""  # its log may say more; empty if none has started
 
     def __str__(self) -> str:
@@ -54,23 +47,20 @@ class Trouble:
 def trouble_of(pod: Resource, events: Sequence[Resource]) -> Trouble | None:
     """What is wrong with a pod, by its status and its events, oldest first; None if it starts, runs or succeeded."""
     status, phase = pod.get("status", {}), pod.get("status", {}).get("phase", "Pending")
-    replaced = phase == "Failed"  # by its owner, perhaps on a better node
-    if replaced and status.get("reason"):
-        return Trouble(status["reason"], _message(status), final=False)
+    if phase == "Failed" and status.get("reason"):
+        return Trouble(status["reason"], _message(status))
     for container in (*status.get("initContainerStatuses", []), *status.get("containerStatuses", [])):
-        if trouble := _trouble_of_container(container, pod["spec"], replaced=replaced):
+        if trouble := _trouble_of_container(container):
             return trouble
     if phase != "Pending":
         return None
     for condition in status.get("conditions", []):
-        if condition["type"] == "PodScheduled" and condition["status"] == "False":
-            if condition.get("reason") == "SchedulingGated":  # a queue holds it back on purpose
-                return None
-            return Trouble(condition.get("reason", "Unschedulable"), _message(condition), final=False)
-    warnings = [event for event in events if event.get("type") == "Warning"]
-    if warnings and warnings[-1].get("reason") in _VOLUMES_AND_SANDBOX:
-        return Trouble(warnings[-1]["reason"], _message(warnings[-1]), final=False)
-    return None
+        if (condition["type"], condition["status"]) == ("PodScheduled", "False"):
+            reason = condition.get("reason", "Unschedulable")
+            # With a gate, a queue holds it back on purpose.
+            return Trouble(reason, _message(condition)) if reason != "SchedulingGated" else None
+    last = next((event for event in reversed(events) if event.get("type") == "Warning"), {})
+    return Trouble(last["reason"], _message(last)) if last.get("reason") in _VOLUMES_AND_SANDBOX else None
 
 
 def trouble_of_owner(events: Sequence[Resource]) -> Trouble | None:
@@ -84,18 +74,15 @@ def trouble_of_owner(events: Sequence[Resource]) -> Trouble | None:
     return None
 
 
-def _trouble_of_container(container: Resource, spec: Resource, *, replaced: bool) -> Trouble | None:
+def _trouble_of_container(container: Resource) -> Trouble | None:
     name, restarts, state = container["name"], container.get("restartCount", 0), container.get("state", {})
     waiting, ended = state.get("waiting", {}), state.get("terminated", {})
     reason, said = waiting.get("reason", ""), _message(waiting)
     if reason in _IMAGE:
-        containers = (*spec.get("initContainers", []), *spec["containers"])
-        image = next(each["image"] for each in containers if each["name"] == name)
-        why = _REPEATED_NAME.sub("", said.partition("ErrImagePull: ")[2] or said)
         # ErrImagePull is the first try; the back-off means that it failed again.
-        refused = reason != "ErrImagePull" and _REFUSED_IMAGE.search(why) is not None
+        refused = reason != "ErrImagePull" and _REFUSED_IMAGE.search(said) is not None
         final = refused or reason in {"InvalidImageName", "ErrImageNeverPull"}
-        return Trouble(reason, f"image {image}: {why}", final=final)
+        return Trouble(reason, f"image {container['image']}: {said}", final=final)
     if reason in _CONFIG:
         final = reason == "CreateContainerConfigError"
         return Trouble(reason, f"container {name}: {said}", final=final, container=name)
@@ -104,16 +91,13 @@ def _trouble_of_container(container: Resource, spec: Resource, *, replaced: bool
         ended = container.get("lastState", {}).get("terminated", {})
     elif ended.get("exitCode", 0) == 0:
         return None
-    reason = ended.get("reason", "Error")
+    if not crash_loop or ended.get("reason", "Error") not in {"Error", "Completed"}:
+        reason = ended.get("reason", "Error")
     how = f"container {name} ended with exit code {ended.get('exitCode')}"
     how += f" and was restarted {restarts} times" if crash_loop else ""
     how += "; it needs more memory than its limit" if reason == "OOMKilled" else ""
     how += f": {_message(ended)}" if _message(ended) else ""
-    never = spec.get("restartPolicy") == "Never" and not replaced
-    final = restarts >= _CRASHES_THAT_TELL if crash_loop else never
-    if crash_loop and reason in {"Error", "Completed"}:
-        reason = "CrashLoopBackOff"
-    return Trouble(reason, how, final=final, container=name)
+    return Trouble(reason, how, final=crash_loop and restarts >= _CRASHES_THAT_TELL, container=name)
 
 
 def _message(said: Resource) -> str:
@@ -138,15 +122,14 @@ class PodWatch:
         except (ConnectionError, PermissionError) as error:
             self._say_once(type(error).__name__, f"cannot read the pods: {error}")
             return None
-        now, before, self._hopeless_since = time.monotonic(), self._hopeless_since, {}
         if pods or causes:  # pods that are gone were deleted for what they waited for
             self.cause = next((cause for _, cause in causes.values()), None)  # the head's: other pods wait for it
-        for name, (trouble, cause) in causes.items():
-            if trouble.final or name in before:
-                since = self._hopeless_since[name] = before.get(name, now)
-                if trouble.final and now - since >= CONFIRM_SECONDS:
-                    return cause
-        return None
+        now, before = time.monotonic(), self._hopeless_since
+        # The kubelet alternates between a final and another trouble for one cause.
+        still = [name for name, (trouble, _) in causes.items() if trouble.final or name in before]
+        self._hopeless_since = {name: before.get(name, now) for name in still}
+        confirmed = [name for name, since in self._hopeless_since.items() if now - since >= CONFIRM_SECONDS]
+        return next((causes[name][1] for name in confirmed if causes[name][0].final), None)
 
     def _troubles(self, pods: list[Resource], rayjob: Resource) -> Iterator[tuple[str, Trouble]]:
         budget = _MOST_EVENTS
@@ -169,8 +152,8 @@ class PodWatch:
     def _tell(self, name: str, trouble: Trouble) -> str:
         """Print the trouble with the container's last lines; the cause with its error."""
         cause, container = f"{name}: {trouble}", trouble.container
-        words = self._api.last_words(name, container, lines=_LAST_LINES) if container else []
-        # The kubelet alternates between these two for one cause.
+        words = self._api.read_log(name, container=container, tailLines=str(_LAST_LINES)) if container else []
+        # Said once: the kubelet alternates between these two for one cause.
         self._say_once(trouble.reason.replace("ErrImagePull", "ImagePullBackOff"), "\n  | ".join([cause, *words]))
         said = first_error(words) or next((line.strip() for line in reversed(words) if line.strip()), None)
         return f"{cause}: {said}" if said else cause
@@ -182,48 +165,29 @@ class PodWatch:
 
 
 class PodLog(DriverLog):
-    """The log of a RayJob's submitter pods.
+    """The log of a RayJob's submitter pods: a new cluster means a new pod.
 
-    The API server may cut the stream, and a new cluster means a new pod. Lines that were shown are dropped by their
-    time. Pods of an earlier RayJob of the same name may still be ending; they have another `attempt` label.
+    Pods of an earlier RayJob of the same name may still be ending; they have another `attempt` label.
     """
 
     def __init__(self, api: KubernetesApi, job: str, *, attempt: str, uri: str) -> None:
         super().__init__(uri)
         self._api, self._labels = api, f"job-name={job},{ATTEMPT_LABEL}={attempt}"
-        self._pod, self._begins = "", 0
-        self._last_time, self._last_read = b"", time.monotonic()
+        self._pod, self._begins, self._last_time = "", 0, ""
 
     def first_error(self) -> str | None:
         """What failed in the latest pod; if its log does not say, in those before."""
         return first_error(self.lines[self._begins :]) or first_error(self.lines)
 
-    def follow(self) -> bool:
-        before, rest = self._last_time, b""
-        try:
-            pods = self._api.find("pods", labels=self._labels)
-            names = [pod["metadata"]["name"] for pod in pods if "deletionTimestamp" not in pod["metadata"]]
-            if not names:
-                return False
-            if names[-1] != self._pod:
-                self._pod, self._begins = names[-1], len(self.lines)
-                before = self._last_time = b""
-            silent = round(time.monotonic() - self._last_read)
-            since = silent + _OVERLAP_SECONDS if self._last_time else None
-            with self._api.follow_log(self._pod, since_seconds=since) as pieces:
-                for piece in pieces:
-                    *complete, rest = (rest + piece).split(b"\n")
-                    for line in complete:
-                        self._take_new(line)
-        except (UserError, urllib3.exceptions.HTTPError) as error:  # not started yet, or cut
-            raise ConnectionError(str(error)) from error
-        return self._last_time != before
-
-    def _take_new(self, line: bytes) -> None:
-        at, _, text = line.partition(b" ")
-        if at > self._last_time:
-            self._last_time, self._last_read = at, time.monotonic()
-            self.take(text.decode(errors="replace"))
+    def read(self, *, over: bool) -> Iterator[str]:  # noqa: ARG002  (a pod's log has whole lines)
+        for pod in self._api.find("pods", labels=self._labels)[-1:]:
+            if pod["metadata"]["name"] != self._pod:
+                self._pod, self._begins, self._last_time = pod["metadata"]["name"], len(self.lines), ""
+            for line in self._api.read_log(self._pod, timestamps="true", sinceTime=self._last_time):
+                at, _, text = line.partition(" ")
+                if at > self._last_time:  # the others are of the same second
+                    self._last_time = at
+                    yield text
 
 
 def troubles_of_run(api: KubernetesApi, run_id: str, *, pending: bool = False) -> Mapping[str, Trouble]:

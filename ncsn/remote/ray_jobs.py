@@ -5,7 +5,6 @@ Ray's client does the talking. It is imported late, because it imports Ray.
 
 from __future__ import annotations
 
-import asyncio
 import os
 import re
 import shlex
@@ -17,7 +16,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import aiohttp
 import requests
 
 from ncsn.config.compute import ComputeConfig
@@ -27,16 +25,17 @@ from ncsn.remote.backend import (
     CHECK_SECONDS,
     PATIENCE_SECONDS,
     Check,
+    DriverLog,
     RemoteFailure,
     RemoteLost,
     RemoteStep,
     ended_on_sigterm,
+    first_error,
     forwarded_environment,
     keep_asking,
     refuse_other_work,
     say,
 )
-from ncsn.remote.driver_log import DriverLog, first_error
 from ncsn.storage.heartbeat import RENEW_SECONDS, Heartbeat
 
 if TYPE_CHECKING:
@@ -55,7 +54,6 @@ _TIMEOUTS = (5, 60)  # to connect and to answer: Ray's client alone waits foreve
 _UNAVAILABLE = {429, 502, 503, 504}
 _NO_AGENT = "No available agent"  # with HTTP 500, while the head starts
 _POLL_SECONDS = (0.5, 2.0)
-_SILENT_SECONDS = 300.0
 _STOP_WAIT_SECONDS = 10.0
 
 
@@ -260,37 +258,15 @@ class RayJobs:
 
 
 class JobLog(DriverLog):
-    """The log of a job. After a broken connection it comes again from its beginning; what was shown is skipped."""
+    """The log of a job, which the dashboard gives whole."""
 
     def __init__(self, client: JobSubmissionClient, name: str, *, uri: str) -> None:
         super().__init__(uri)
         self._client, self._name = client, name
-        self._taken, self._rest = 0, ""
 
-    def follow(self) -> bool:
-        before = self._taken
-        try:
-            asyncio.run(self._tail())
-        except (aiohttp.ClientError, OSError, RuntimeError) as error:
-            raise ConnectionError(str(error)) from error
-        return self._taken != before
-
-    async def _tail(self) -> None:
-        place, pieces = 0, self._client.tail_job_logs(self._name)
-        while True:
-            try:
-                piece = await asyncio.wait_for(anext(pieces), _SILENT_SECONDS)
-            except StopAsyncIteration:
-                if self._rest:  # a last line that has no end
-                    self.take(self._rest)
-                    self._rest = ""
-                return
-            new = piece[max(0, self._taken - place) :]
-            place += len(piece)
-            self._taken = max(self._taken, place)
-            *complete, self._rest = (self._rest + new).split("\n")
-            for line in complete:
-                self.take(line)
+    def read(self, *, over: bool) -> list[str]:
+        *complete, rest = self._client.get_job_logs(self._name).split("\n")
+        return [*complete, *([rest] if over and rest else [])][len(self.lines) :]
 
 
 def _last_line(text: str) -> str:

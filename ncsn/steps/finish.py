@@ -102,8 +102,7 @@ def _look(kfp: KfpRun | None, namespace: str | None, notes: list[str]) -> tuple[
     """Whether a person stopped the pipeline run, and what happened to the pods of its steps."""
     if kfp is None:
         return False, {}
-    from ncsn.remote.kubernetes import KubernetesApi
-    from ncsn.remote.launcher import was_stopped
+    from ncsn.remote.kubernetes import KubernetesApi, was_stopped
     from ncsn.remote.pods import troubles_of_run
 
     try:

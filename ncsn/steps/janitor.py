@@ -22,8 +22,7 @@ from ncsn.errors import UserError
 from ncsn.process import KfpRun, this_kfp_run
 from ncsn.remote.backend import Conflict, say
 from ncsn.remote.kuberay import JobState
-from ncsn.remote.kubernetes import KubernetesApi, Resource
-from ncsn.remote.launcher import is_ending, is_over, was_stopped, workflow_of
+from ncsn.remote.kubernetes import KubernetesApi, Resource, is_ending, is_over, owner_of, was_stopped
 from ncsn.remote.manifest import KFP_RUN_LABEL, MANAGED_BY, RUN_LABEL, STEP_LABEL, selector
 from ncsn.runs.folder import RunFolder, read_outcome, run_folder
 from ncsn.storage.retry import limited
@@ -106,7 +105,7 @@ def clean_up(api: KubernetesApi, *, run: str | None = None, dry_run: bool = Fals
     resumed = {each.folder for each in notes if not is_ending(workflows[each.id])}
     mine = [each for each in notes if run in (None, each.run)]
     for rayjob in api.find("rayjobs", labels=selector(run=run)):
-        state, workflow, metadata = JobState(rayjob), workflow_of(rayjob), rayjob["metadata"]
+        state, workflow, metadata = JobState(rayjob), owner_of(rayjob).get("name"), rayjob["metadata"]
         ended = workflow is not None and is_ending(api.get("workflows", workflow))
         if state.finished or not (ended or run):
             continue

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import threading
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -18,19 +17,6 @@ Resource = dict[str, Any]
 
 
 @dataclass
-class PodLog:
-    """What a container wrote, with times, and whether it is over."""
-
-    lines: list[bytes] = field(default_factory=list)
-    ended: bool = False
-
-    def write(self, text: str) -> None:
-        now = time.time_ns()
-        stamp = datetime.fromtimestamp(now // 10**9, UTC).strftime("%Y-%m-%dT%H:%M:%S")
-        self.lines.append(f"{stamp}.{now % 10**9:09d}Z {text}\n".encode())
-
-
-@dataclass
 class Cluster:
     """Everything the API server holds, and how it misbehaves.
 
@@ -40,10 +26,9 @@ class Cluster:
         installed: Whether there is a RayJob CRD at all.
         away: Drop every connection.
         cut_answers: How many answers to break off in the middle of their body.
-        cut_logs: How many log streams to cut in the middle of their third line.
-        forget_versions: Answer watches with 410, as after a restart of the server.
+        cut_logs: The same of logs.
         requests: (verb, resource) of every call.
-        logs: Pod -> what its container writes.
+        logs: Pod -> lines that its container has written, each with its time.
         last_words: Pod -> lines of its container before the last restart.
     """
 
@@ -53,15 +38,12 @@ class Cluster:
     away: bool = False
     cut_answers: int = 0
     cut_logs: int = 0
-    forget_versions: bool = False
     requests: list[tuple[str, str]] = field(default_factory=list)
-    logs: dict[str, PodLog] = field(default_factory=dict)
+    logs: dict[str, list[bytes]] = field(default_factory=dict)
     last_words: dict[str, list[str]] = field(default_factory=dict)
     on_create: Callable[[str], None] = lambda _name: None
     _objects: dict[tuple[str, str], Resource] = field(default_factory=dict)
-    _history: list[tuple[int, str, Resource]] = field(default_factory=list)
     _lock: threading.RLock = field(default_factory=threading.RLock)
-    _version: int = 100
 
     def get(self, plural: str, name: str) -> Resource | None:
         with self._lock:
@@ -86,7 +68,7 @@ class Cluster:
                 "uid": str(uuid.uuid4()),
                 "creationTimestamp": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
             }
-            return self._store(plural, resource, "ADDED")
+            return self._store(plural, resource)
 
     def update(self, plural: str, name: str, change: Callable[[Resource], None]) -> Resource:
         """Change it in place; gone if it is being deleted and has no finalizer left."""
@@ -98,18 +80,12 @@ class Cluster:
             metadata = resource["metadata"]
             if "deletionTimestamp" in metadata and not metadata.get("finalizers"):
                 del self._objects[plural, name]
-                self._remember("DELETED", resource)
                 return resource
-            return self._store(plural, resource, "MODIFIED")
+            return self._store(plural, resource)
 
     def delete(self, plural: str, name: str) -> Resource:
         stamp = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         return self.update(plural, name, lambda resource: resource["metadata"].setdefault("deletionTimestamp", stamp))
-
-    def changes(self, since: int) -> tuple[int, list[tuple[str, Resource]]]:
-        with self._lock:
-            news = [(kind, resource) for version, kind, resource in self._history if version > since]
-            return self._version, news
 
     def allows(self, verb: str, group: str, resource: str) -> bool:
         return any(
@@ -117,15 +93,9 @@ class Cluster:
             for rule in self.rules
         )
 
-    def _store(self, plural: str, resource: Resource, event: str) -> Resource:
+    def _store(self, plural: str, resource: Resource) -> Resource:
         self._objects[plural, resource["metadata"]["name"]] = resource
-        self._remember(event, resource)
         return copy.deepcopy(resource)
-
-    def _remember(self, event: str, resource: Resource) -> None:
-        self._version += 1
-        resource["metadata"]["resourceVersion"] = str(self._version)
-        self._history.append((self._version, event, copy.deepcopy(resource)))
 
 
 class Refusal(Exception):

@@ -18,10 +18,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from cluster_state import Cluster, PodLog, Refusal, Resource
+from cluster_state import Cluster, Refusal, Resource
 from kuberay_rules import QUEUE_LABEL, operator_errors
 from patient_ray import PATIENT_RAY
 from pod_states import State, crash_loop, running
@@ -181,7 +182,7 @@ class Operator:
         template = spec["submitterPodTemplate"]
         status, _ = running(template["spec"])
         pod = self._start_pod(name, f"{name}-{secrets.token_hex(3)[:5]}", template, {"job-name": name}, status)
-        log = self.cluster.logs[pod] = PodLog()
+        log = self.cluster.logs[pod] = list[bytes]()
         self._set(name, jobDeploymentStatus="Running", jobStatus="PENDING")
         process = subprocess.Popen(
             shlex.split(spec["entrypoint"]),
@@ -204,7 +205,6 @@ class Operator:
         finally:
             _end(process)
             reader.join(60)
-            log.ended = True
         return process.returncode
 
     def _environment(self, container: Resource) -> dict[str, str]:
@@ -294,10 +294,12 @@ def _ttl(rule: Resource) -> int:
     return int(rule["condition"].get("ttlSeconds", 0))
 
 
-def _copy_lines(process: subprocess.Popen[str], log: PodLog) -> None:
+def _copy_lines(process: subprocess.Popen[str], log: list[bytes]) -> None:
     assert process.stdout
     for line in process.stdout:
-        log.write(line.rstrip("\n"))
+        now = time.time_ns()
+        stamp = datetime.fromtimestamp(now // 10**9, UTC).strftime("%Y-%m-%dT%H:%M:%S")
+        log.append(f"{stamp}.{now % 10**9:09d}Z {line}".encode())
 
 
 def _end(process: subprocess.Popen[str]) -> None:

@@ -1,19 +1,15 @@
 """Kubernetes API over real HTTP. Leaves out TLS, tokens, webhooks, pagination and all but RayJobs, ConfigMaps, pods,
 logs, events and Argo's Workflows.
 
-Reads and writes behave as the real server's do for one namespace: 409 for a name that exists, resource versions,
-watches that start after a version or answer 410 if it is gone, finalizers, RBAC with the real wording of
-a refusal. The switches of `Cluster` make it fail as real ones do. `kuberay_operator` plays the operator behind it.
+Reads and writes behave as the real server's do for one namespace: 409 for a name that exists, finalizers, RBAC with the
+real wording of a refusal. The switches of `Cluster` make it fail as real ones do. `kuberay_operator` plays the operator
+behind it.
 """
 
 from __future__ import annotations
 
 import json
 import threading
-import time
-from collections.abc import Callable
-from contextlib import suppress
-from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -25,7 +21,6 @@ from cluster_state import Cluster, Refusal
 NAMESPACE = "kubeflow"
 USER = f"system:serviceaccount:{NAMESPACE}:pipeline-runner"
 RAYJOB_KIND = {"group": "ray.io", "version": "v1", "kind": "RayJob"}
-POLL_SECONDS = 0.02
 
 
 class ApiServer:
@@ -114,15 +109,11 @@ class _Handler(BaseHTTPRequestHandler):
                 raise Refusal(404, "NotFound", f"the emulator has no {self.path}")
 
     def _rayjobs(self, verb: str, name: list[str], query: dict[str, str], body: Any) -> None:
-        if verb == "get" and not name:
-            verb = "watch" if query.get("watch") in {"True", "true"} else "list"
-        self._authorize(verb, "ray.io", "rayjobs")
+        self._authorize("list" if verb == "get" and not name else verb, "ray.io", "rayjobs")
         cluster = self.cluster
         if not cluster.installed:
             raise Refusal(404, "NotFound", "the server could not find the requested resource")
-        if verb == "watch":
-            self._send_events(query)
-        elif verb == "create":
+        if verb == "create":
             created = cluster.create("rayjobs", body)
             cluster.on_create(body["metadata"]["name"])
             self._send(created, 201)
@@ -168,88 +159,28 @@ class _Handler(BaseHTTPRequestHandler):
         schemas = {"io.ray.v1.RayJob": schema | {"x-kubernetes-group-version-kind": [RAYJOB_KIND]}}
         self._send({"openapi": "3.0.0", "components": {"schemas": schemas}})
 
-    def _send_events(self, query: dict[str, str]) -> None:
-        since, name = int(query.get("resourceVersion") or 0), query.get("fieldSelector", "").partition("=")[2]
-        ends = time.monotonic() + float(query.get("timeoutSeconds", 60))
-        with self._stream("application/json") as send:
-            if self.cluster.forget_versions:
-                gone = Refusal(410, "Expired", f"too old resource version: {since}").status
-                send(json.dumps({"type": "ERROR", "object": gone}).encode() + b"\n")
-                return
-            while time.monotonic() < ends and not self.cluster.away:
-                since, news = self.cluster.changes(since)
-                for kind, resource in news:
-                    if resource.get("kind") == "RayJob" and name in {"", resource["metadata"]["name"]}:
-                        send(json.dumps({"type": kind, "object": resource}).encode() + b"\n")
-                time.sleep(POLL_SECONDS)
-
     def _send_log(self, pod: str, query: dict[str, str]) -> None:
         words = self.cluster.last_words.get(pod)
         if "tailLines" in query and words is not None:
-            with self._stream("text/plain") as send:
-                for word in words[-int(query["tailLines"]) :]:
-                    send(f"{word}\n".encode())
-            return
-        log = self.cluster.logs.get(pod)
-        if log is None:
+            lines = [f"{word}\n".encode() for word in words[-int(query["tailLines"]) :]]
+        elif (log := self.cluster.logs.get(pod)) is not None:
+            since = query.get("sinceTime", "")[: len("2026-01-01T00:00:00")].encode()
+            lines = [line for line in log if line >= since]
+        else:
             raise Refusal(400, "BadRequest", f'container "ray-job-submitter" in pod "{pod}" is waiting to start')
-        earliest = time.time() - float(query.get("sinceSeconds", 1e9))
-        oldest = datetime.fromtimestamp(max(0.0, earliest), UTC).strftime("%Y-%m-%dT%H:%M:%S").encode()
-        sent, shown = 0, 0
-        with self._stream("text/plain") as send:
-            while not self.cluster.away:
-                over = log.ended
-                for line in log.lines[sent:]:
-                    sent += 1
-                    if line < oldest:
-                        continue
-                    shown += 1
-                    if shown == 3 and self.cluster.cut_logs > 0:
-                        self.cluster.cut_logs -= 1
-                        send(line[: len(line) // 2])
-                        raise ConnectionAbortedError
-                    send(line)
-                if over:
-                    return
-                time.sleep(POLL_SECONDS)
-            raise ConnectionAbortedError
-
-    def _stream(self, kind: str) -> _Chunked:
-        self.send_response(200)
-        self.send_header("Content-Type", kind)
-        self.send_header("Transfer-Encoding", "chunked")
-        self.end_headers()
-        return _Chunked(self)
+        cut = len(lines) > 2 and self.cluster.cut_logs > 0
+        self.cluster.cut_logs -= cut
+        self._send_content(b"".join(lines), "text/plain", cut=cut)
 
     def _send(self, document: Any, code: int = 200) -> None:
-        data = json.dumps(document).encode()
+        cut = self.cluster.cut_answers > 0
+        self.cluster.cut_answers -= cut
+        self._send_content(json.dumps(document).encode(), "application/json", code, cut=cut)
+
+    def _send_content(self, content: bytes, kind: str, code: int = 200, *, cut: bool) -> None:
         self.send_response(code)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        if self.cluster.cut_answers > 0:
-            self.cluster.cut_answers -= 1
-            data, self.close_connection = data[: len(data) // 2], True
-        self.wfile.write(data)
-
-
-class _Chunked:
-    """A chunked answer. It ends with the last chunk, or without if the connection is meant to break."""
-
-    def __init__(self, handler: _Handler) -> None:
-        self._handler = handler
-
-    def __enter__(self) -> Callable[[bytes], None]:
-        return self._send
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool:
-        if kind is None:
-            with suppress(ConnectionError):  # the client has what it wanted and is gone
-                self._handler.wfile.write(b"0\r\n\r\n")
-            return False
-        self._handler.close_connection = True
-        return issubclass(kind, ConnectionError)
-
-    def _send(self, data: bytes) -> None:
-        self._handler.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
-        self._handler.wfile.flush()
+        self.close_connection = self.close_connection or cut
+        self.wfile.write(content[: len(content) // 2] if cut else content)

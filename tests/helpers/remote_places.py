@@ -33,12 +33,13 @@ storage: {{root: "{root}"}}
 _LAUNCHER = """
 import json, sys
 from ncsn.config.compute import ComputeConfig
-from ncsn.remote import driver_log, kuberay, open_backend
+from ncsn.remote import backend as common, kuberay, open_backend
 from ncsn.remote.backend import RemoteFailure, RemoteStep
 compute, step = json.loads(sys.argv[1]), json.loads(sys.argv[2])
 backend = open_backend(ComputeConfig.model_validate(compute))
 backend._renew_seconds = 0.2
-kuberay._AT_ONCE, driver_log._LAST_READ_SECONDS = (60.0, 60.0), 120.0  # this machine may be slower than a cluster
+kuberay.POLL_SECONDS = common._LOG_SECONDS = 0.1
+kuberay._AT_ONCE, common._LAST_READ_SECONDS = (60.0, 60.0), 120.0  # this machine may be slower than a cluster
 try:
     if step is None:
         print(json.dumps(backend.stop(run=sys.argv[3], kfp_run=None)))

@@ -20,7 +20,7 @@ from remote_places import Launched
 from s3_server import S3Server
 
 from ncsn.config.compute import ComputeConfig
-from ncsn.remote import backend, driver_log, kuberay, pods
+from ncsn.remote import backend, kuberay, pods
 from ncsn.remote.backend import RemoteStep
 from ncsn.remote.kuberay import KubeRay
 
@@ -84,7 +84,9 @@ def emulation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emula
     server.write_kubeconfig(tmp_path / "kubeconfig")
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "kubeconfig"))
     monkeypatch.setenv("NCSN_IMAGE", "registry.example/ncsn-python:0.1.0")
-    monkeypatch.setattr(driver_log, "_LAST_READ_SECONDS", 120.0)  # of a log, on a busy machine
+    monkeypatch.setattr(backend, "_LAST_READ_SECONDS", 120.0)  # of a log, on a busy machine
+    monkeypatch.setattr(backend, "_LOG_SECONDS", 0.1)
+    monkeypatch.setattr(kuberay, "POLL_SECONDS", 0.1)
     for name in ("KFP_POD_NAME", "NCSN_RAYJOB_TEMPLATE", "HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"):
         monkeypatch.delenv(name, raising=False)
     yield Emulation(cluster, operator, server, tmp_path)
@@ -107,7 +109,7 @@ def ray_head(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> I
 def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What a RayJob's launcher in this process says, as it says it: capsys may lose what is said while it is read."""
     lines: list[str] = []
-    for module in (backend, driver_log, kuberay, pods):
+    for module in (backend, kuberay, pods):
         monkeypatch.setattr(module, "say", lines.append)
     return lines
 

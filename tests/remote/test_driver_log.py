@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ncsn.remote.driver_log import first_error
+from ncsn.remote.backend import first_error
 
 TRACEBACK = "Traceback (most recent call last):"
 WORKER = "\x1b[36m(RayTrainWorker pid=7, ip=10.0.0.2)\x1b[0m"

@@ -19,7 +19,7 @@ from refused import refused
 from ncsn.config import from_yaml
 from ncsn.config.compute import ComputeConfig
 from ncsn.process import KFP_RUN_ID, KFP_WORKFLOW
-from ncsn.remote import kuberay, pods
+from ncsn.remote import pods
 from ncsn.remote.backend import RemoteFailure, forwarded_environment
 from ncsn.remote.kuberay import KubeRay
 from ncsn.remote.kubernetes import KubernetesApi
@@ -35,8 +35,7 @@ BOOM = "import sys; print('starting'); raise ValueError('no such data')"
 
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A look every 0.2 s, and trouble is believed after one."""
-    monkeypatch.setattr(kuberay, "WATCH_SECONDS", 0.2)
+    """Trouble is believed after a second."""
     monkeypatch.setattr(pods, "CONFIRM_SECONDS", 1.0)
 
 
@@ -161,12 +160,6 @@ def test_a_cut_log_is_shown_once_and_whole(emulation) -> None:
     assert emulation.log.splitlines() == [f"line {n}" for n in range(10)]
 
 
-def test_versions_that_are_gone_are_read_again(emulation) -> None:
-    emulation.cluster.forget_versions = True
-    emulation.execute_until(lambda: emulation.cluster.requests.count(("watch", "rayjobs")) >= 2, "print('done')")
-    assert emulation.log == "done\n"
-
-
 def test_an_api_server_that_stays_away_is_one_line(emulation) -> None:
     emulation.cluster.away = True
     with pytest.raises(ConnectionError, match=r"\b1 s\b") as caught:
@@ -202,7 +195,7 @@ def test_the_launchers_role_has_what_is_needed_and_no_more(emulation, monkeypatc
     monkeypatch.setenv("KFP_POD_NAME", "nobody")
     monkeypatch.setenv(KFP_RUN_ID, "5f3a")
     monkeypatch.setenv(KFP_WORKFLOW, "of-a-pipeline")
-    while_it_runs = {("watch", "rayjobs"), ("list", "pods"), ("list", "events")}
+    while_it_runs = {("get", "pods/log"), ("list", "pods"), ("list", "events")}
     emulation.execute_until(lambda: while_it_runs <= set(emulation.cluster.requests))
     note_run(from_yaml(DIGITS.read_text()), "mine")
     forget_this_run()
@@ -296,7 +289,7 @@ def test_a_quota_is_named_though_there_is_no_pod(emulation, capsys) -> None:
         start(name)
 
     emulation.cluster.on_create = refuse
-    emulation.execute_until(lambda: ("watch", "rayjobs") in emulation.cluster.requests)  # comes after the first look
+    emulation.execute_until(lambda: emulation.cluster.requests.count(("list", "events")) > 2)
     told = [line for line in capsys.readouterr().err.splitlines() if "exceeded quota: small" in line]
     assert len(told) == 1
 

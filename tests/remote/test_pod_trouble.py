@@ -15,15 +15,14 @@ REFUSAL = (
 )
 
 
-def pod(
-    container: dict[str, Any] | None = None, *, policy: str = "Always", events: Any = (), **status: Any
-) -> dict[str, Any]:
+def pod(container: dict[str, Any] | None = None, *, events: Any = (), **status: Any) -> dict[str, Any]:
     """A pod with one container in this state, and its events."""
-    statuses = {"containerStatuses": [{"name": "main", "restartCount": 0, **container}]} if container else {}
+    statuses = (
+        {"containerStatuses": [{"name": "main", "image": IMAGE, "restartCount": 0, **container}]} if container else {}
+    )
     return {
         "metadata": {"name": "task"},
         "events": events,
-        "spec": {"restartPolicy": policy, "containers": [{"name": "main", "image": IMAGE}]},
         "status": {"phase": "Pending", **statuses, **status},
     }
 
@@ -63,8 +62,7 @@ MOUNT = event("FailedMount", 'MountVolume.SetUp failed for volume "images"')
         ),
         (pod({"state": ended(137, "OOMKilled")}, phase="Running"), "OOMKilled", False, "137"),
         (pod({"state": ended(1)}, phase="Running"), "Error", False, "1"),
-        (pod({"state": ended(1)}, phase="Running", policy="Never"), "Error", True, "1"),
-        (pod({"state": ended(1)}, phase="Failed", policy="Never"), "Error", False, "1"),
+        (pod({"state": ended(1)}, phase="Failed"), "Error", False, "1"),
         (pod(conditions=[NO_ROOM]), "Unschedulable", False, "0/1 nodes are available"),
         (pod(phase="Failed", reason="Evicted", message="low on memory"), "Evicted", False, "low on memory"),
         (pod(waiting("ContainerCreating"), events=[event("Scheduled", "", "Normal"), MOUNT]), "FailedMount", False, ""),
