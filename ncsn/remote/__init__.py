@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import assert_never
+from typing import TYPE_CHECKING, assert_never
 
 from ncsn.config.compute import ComputeConfig
-from ncsn.remote.backend import Backend
+
+if TYPE_CHECKING:
+    from ncsn.remote.backend import Backend
 
 
 def open_backend(compute: ComputeConfig, *, namespace: str | None = None) -> Backend | None:

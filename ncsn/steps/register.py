@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -23,7 +24,7 @@ from ncsn.runs.history import held_out_curves, load_history
 from ncsn.steps.step import Step
 from ncsn.tracking import registry
 from ncsn.tracking.client import client_at, mlflow_errors, shown, tracking_uri
-from ncsn.tracking.gate import Evidence, Measurement, Memorization, not_finite
+from ncsn.tracking.gate import Evidence, Measurement, Memorization
 from ncsn.tracking.promotion import pass_gate
 
 # Name -> what it shows, of the pictures of the card.
@@ -53,11 +54,9 @@ def run(config: Config, *, run: str, checkpoint: str, evaluation: str) -> Regist
     measured = storage.read_json(evaluation)
     manifest = _require_own_evaluation(measured, loaded, checkpoint)
     weights = {name: float(tensor.abs().max()) for name, tensor in loaded.network.named_parameters()}
-    evidence = Evidence(
-        Measurement(**measured["gate"]),
-        Memorization(**measured["memorization"]),
-        tuple(not_finite({**measured["metrics"], **measured["real_metrics"], **weights})),
-    )
+    values = {**measured["metrics"], **measured["real_metrics"], **weights}
+    not_finite = tuple(name for name, value in values.items() if not math.isfinite(value))
+    evidence = Evidence(Measurement(**measured["gate"]), Memorization(**measured["memorization"]), not_finite)
     uri = tracking_uri(config)
     inputs = {
         "checkpoint": loaded.digest,

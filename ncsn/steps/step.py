@@ -19,7 +19,6 @@ from ncsn.data.format import Manifest, load_manifest
 from ncsn.process import utc_now
 from ncsn.progress import PublishedProgress
 from ncsn.remote import open_backend
-from ncsn.remote.backend import RemoteFailure, RemoteLost, RemoteStep, say
 from ncsn.runs.folder import claim_run, read_mistake, read_step, require_owner, update_step
 from ncsn.runs.steps import STEPS_ELSEWHERE
 
@@ -84,6 +83,8 @@ class Step(Generic[R]):
         backend = open_backend(_sized(config, step, options).compute)
         if backend is None:
             return None
+        from ncsn.remote.backend import RemoteFailure, RemoteLost, RemoteStep, say
+
         backend.connect()  # before the store is changed
         root = {"storage": config.storage.model_copy(update={"root": folder.root})}
         compute = config.compute.model_copy(update={"backend": "local"})

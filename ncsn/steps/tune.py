@@ -139,13 +139,14 @@ class _Follower:
         if trial.uri not in self._closed:
             reason = trial.failure or self.accidents.get(trial.uri)
             run.set_tags({"tune.status": trial.status} | ({"tune.reason": reason} if reason else {}))
-            run.end("FAILED" if reason else "FINISHED")
+            run.client.set_terminated(run.run_id, "FAILED" if reason else "FINISHED")
             self._closed.add(trial.uri)
 
     def _log(self, trial: TrialRecord) -> StepRun:
         if trial.uri not in self._runs:
             run = self._tracked.nested(f"trial-{trial.number:03d}", key=trial.uri, params=trial.values)
-            self._runs[trial.uri] = run, run.steps_of(self.objective)
+            known = run.client.get_metric_history(run.run_id, self.objective)
+            self._runs[trial.uri] = run, {metric.step for metric in known}
         run, logged = self._runs[trial.uri]
         for rung in trial.rungs:
             if rung.images_seen not in logged:

@@ -217,9 +217,3 @@ def tag_filter(tags: Mapping[str, str]) -> str:
 
 def quoted(value: str) -> str:
     return f'"{value}"' if "'" in value else f"'{value}'"
-
-
-def set_tags(client: MlflowClient, run_id: str, tags: Mapping[str, str]) -> None:
-    from mlflow.entities import RunTag
-
-    client.log_batch(run_id, tags=[RunTag(key, str(value)) for key, value in tags.items()])

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 COPY_ERRORS = 3  # standard errors by which the share of copies may exceed that of real images
 
@@ -24,10 +23,6 @@ class Measurement:
     def __str__(self) -> str:
         return f"{self.value:.4g} \u00b1 {self.uncertainty:.2g}"
 
-    def combined_uncertainty(self, other: Measurement) -> float:
-        """Standard deviation of the difference of two independent measurements."""
-        return math.hypot(self.uncertainty, other.uncertainty)
-
     def differs_from(self, other: Measurement) -> str:
         """Why the two cannot be compared; empty if they can."""
         if (self.name, self.num_images) != (other.name, other.num_images):
@@ -41,11 +36,6 @@ class Measurement:
                 "reference images); evaluate both again with one extractor and dataset"
             )
         return ""
-
-    def better_than(self, other: Measurement) -> bool:
-        """Whether this one is better by more than the combined uncertainty; NaN is never better."""
-        gain = other.value - self.value if self.lower_is_better else self.value - other.value
-        return gain > self.combined_uncertainty(other)
 
 
 @dataclass(frozen=True)
@@ -80,15 +70,6 @@ class Evidence:
     memorization: Memorization
     not_finite: tuple[str, ...] = ()  # metrics and weights that hold NaN or infinity
 
-    def objection(self) -> str:
-        """Why the version may not be champion, whatever the present one is; empty if it may."""
-        measured = self.measurement
-        if not (math.isfinite(measured.value) and math.isfinite(measured.uncertainty)):
-            return f"{measured.name} = {measured} is not a finite number"
-        if self.not_finite:
-            return f"{', '.join(self.not_finite[:3])} hold NaN or infinity"
-        return self.memorization.objection
-
 
 @dataclass(frozen=True)
 class Decision:
@@ -110,33 +91,37 @@ class Decision:
         return cls(**values)
 
 
-def not_finite(values: Mapping[str, float]) -> list[str]:
-    """Names of the values that are NaN or infinite."""
-    return [name for name, value in values.items() if not math.isfinite(value)]
-
-
 def decide(evidence: Evidence, *, version: str, champion: str, of_champion: Evidence | None) -> Decision:
     """Compare a version with the champion, given as its version and evidence; an empty version for no champion."""
     measured = evidence.measurement
-    decision = Decision(False, "", evidence, champion)
     shown = f"{measured.name} = {measured}"
-    if objection := evidence.objection():
+
+    def decided(reason: str, *, promoted: bool = False) -> Decision:
+        return Decision(promoted, reason, evidence, champion)
+
+    if not (math.isfinite(measured.value) and math.isfinite(measured.uncertainty)):
+        objection = f"{shown} is not a finite number"
+    elif evidence.not_finite:
+        objection = f"{', '.join(evidence.not_finite[:3])} hold NaN or infinity"
+    else:
+        objection = evidence.memorization.objection
+    if objection:
         kept = "; it stays champion until `ncsn promote --rollback`" if champion == version else ""
-        return replace(decision, reason=objection + kept)
+        return decided(objection + kept)
     if not champion:
-        return replace(decision, promoted=True, reason=f"{shown}; there was no champion")
+        return decided(f"{shown}; there was no champion", promoted=True)
     if champion == version:
         return Decision(True, f"{shown}; it was the champion already", evidence)
     if of_champion is None:
-        return replace(
-            decision,
-            reason=f"champion version {champion} has no measurement with an uncertainty to compare {shown} with; "
-            "evaluate and register its run again",
+        return decided(
+            f"champion version {champion} has no measurement with an uncertainty to compare {shown} with; evaluate and "
+            "register its run again"
         )
     other = of_champion.measurement
     if mismatch := measured.differs_from(other):
-        return replace(decision, reason=f"not comparable with champion version {champion}: {mismatch}")
-    better = measured.better_than(other)
-    combined = f"the combined uncertainty {measured.combined_uncertainty(other):.2g}"
-    verdict = f"is {'' if better else 'not '}better by more than {combined} than"
-    return replace(decision, promoted=better, reason=f"{shown} {verdict} {other} of champion version {champion}")
+        return decided(f"not comparable with champion version {champion}: {mismatch}")
+    gain = other.value - measured.value if measured.lower_is_better else measured.value - other.value
+    uncertainty = math.hypot(measured.uncertainty, other.uncertainty)  # of the difference
+    better = gain > uncertainty  # NaN is never better
+    verdict = f"is {'' if better else 'not '}better by more than the combined uncertainty {uncertainty:.2g} than"
+    return decided(f"{shown} {verdict} {other} of champion version {champion}", promoted=better)

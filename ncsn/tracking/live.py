@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import io
 import logging
-import tempfile
 import threading
-import uuid
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,16 +17,14 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from ncsn import storage
-from ncsn.process import now_ms
 from ncsn.runs.folder import RunFolder
 from ncsn.runs.history import PREVIEW, load_history
-from ncsn.tracking.client import client_at, one_line, set_tags, shown
+from ncsn.tracking.client import client_at, one_line, shown
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 SEND_EVERY = 2.0  # seconds between requests, so that the metrics of several steps share one
-THUMBNAIL = 256  # side in pixels of the small copy of a picture that MLflow shows in a series
 MARK = "train/loss"  # a metric of every point, sent last: a run that has it at a step has the whole point
 
 _logger = logging.getLogger(__name__)
@@ -43,7 +38,6 @@ class Entry:
     time: int  # milliseconds since 1970
     metrics: Mapping[str, float] = field(default_factory=dict)
     png: bytes = b""
-    name: str = ""  # of the picture's series
 
 
 class LiveMetrics:
@@ -61,13 +55,13 @@ class LiveMetrics:
     def __reduce__(self) -> tuple[type[LiveMetrics], tuple[str, str]]:
         return type(self), (self.uri, self.run_id)
 
-    def log(self, metrics: Mapping[str, float], images_seen: int, when: int | None = None) -> None:
-        """Take the metrics of one moment, in milliseconds since 1970; now, if None."""
-        self._take(Entry(images_seen, when or now_ms(), metrics))
+    def log(self, metrics: Mapping[str, float], images_seen: int, when: int) -> None:
+        """Take the metrics of one moment, in milliseconds since 1970."""
+        self._take(Entry(images_seen, when, metrics))
 
-    def log_picture(self, png: bytes, name: str, images_seen: int, when: int | None = None) -> None:
-        """Take one picture of a series, which MLflow shows with a slider."""
-        self._take(Entry(images_seen, when or now_ms(), png=png, name=name))
+    def log_picture(self, png: bytes, images_seen: int, when: int) -> None:
+        """Take one preview, of a series that MLflow shows with a slider."""
+        self._take(Entry(images_seen, when, png=png))
 
     def close(self, *, seconds: float = 30.0) -> None:
         """Send the remaining entries, for at most `seconds`."""
@@ -112,20 +106,8 @@ def send(client: MlflowClient, run_id: str, entries: Iterable[Entry]) -> None:
     client.log_batch(run_id, metrics=metrics)
     for entry in entries:
         if entry.png:
-            _send_picture(client, run_id, entry)
-
-
-def _send_picture(client: MlflowClient, run_id: str, entry: Entry) -> None:
-    """As `MlflowClient.log_image`, but under a name that sending again does not change."""
-    series = uuid.uuid5(uuid.NAMESPACE_OID, entry.name)
-    name = f"{entry.name.replace('/', '~')}+step+{entry.step}+timestamp+{entry.time}+{series}"
-    with tempfile.TemporaryDirectory(prefix="ncsn-") as folder:
-        (Path(folder) / f"{name}.png").write_bytes(entry.png)
-        small = Image.open(io.BytesIO(entry.png))
-        small.thumbnail((THUMBNAIL, THUMBNAIL))
-        small.save(Path(folder) / f"{name}+compressed.webp")
-        client.log_artifacts(run_id, folder, "images")
-    set_tags(client, run_id, {"mlflow.loggedImages": "True"})
+            picture = Image.open(io.BytesIO(entry.png))
+            client.log_image(run_id, picture, key=PREVIEW, step=entry.step, timestamp=entry.time)
 
 
 def send_missing(client: MlflowClient, run_id: str, folder: RunFolder) -> None:
@@ -136,10 +118,10 @@ def send_missing(client: MlflowClient, run_id: str, folder: RunFolder) -> None:
         return
     known = {metric.step for metric in client.get_metric_history(run_id, MARK)}
     send(client, run_id, [Entry(seen, when, load | point) for seen, when, load, point in points if seen not in known])
-    names = [Path(file.path).name.split("+") for file in client.list_artifacts(run_id, "images")]
-    files = Counter(int(step) for name, _, step, *_ in names if name == PREVIEW.replace("/", "~"))
+    # Names are of MLflow: train~preview+step+64+timestamp+...
+    sent = {int(Path(file.path).name.split("+")[2]) for file in client.list_artifacts(run_id, "images")}
     kept = set(storage.list_names(folder.previews))
     for seen, when, *_ in points:
         uri = folder.preview(seen)
-        if files[seen] < 2 and uri.rpartition("/")[2] in kept:  # the picture and its small copy
-            send(client, run_id, [Entry(seen, when, png=storage.read_bytes(uri), name=PREVIEW)])
+        if seen not in sent and uri.rpartition("/")[2] in kept:
+            send(client, run_id, [Entry(seen, when, png=storage.read_bytes(uri))])

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from ncsn import storage
 from ncsn.config import Config, flatten, to_yaml
@@ -29,7 +29,6 @@ from ncsn.tracking.client import (
     mlflow_errors,
     one_line,
     page,
-    set_tags,
     shown,
     tag_filter,
     tracking_uri,
@@ -106,12 +105,6 @@ class StepRun(Connection):
         found = _open(self, {PARENT: self.run_id, "ncsn.key": key}, name=name, params=params)
         return replace(self, run_id=found.info.run_id, parent_run_id=self.run_id)
 
-    def steps_of(self, metric: str) -> set[int]:
-        return {entry.step for entry in self.client.get_metric_history(self.run_id, metric)}
-
-    def end(self, status: Literal["FINISHED", "FAILED"]) -> None:
-        self.client.set_terminated(self.run_id, status)
-
 
 @contextmanager
 def step_run(config: Config, *, run: str, step: str) -> Iterator[StepRun]:
@@ -123,21 +116,19 @@ def step_run(config: Config, *, run: str, step: str) -> Iterator[StepRun]:
     connection = connect(config, patience=0 if step == FIRST_STEP else OUTAGE_SECONDS)
     client, folder = connection.client, RunFolder(storage.absolute(config.storage.root), run)
     with mlflow_errors(connection.uri):
-        params, parent = flatten(config), _adopted(client)
-        if parent is None:
-            parent = _open(connection, _whole(folder), name=run, params=params, tags=provenance("ncsn run"))
+        params, whole = flatten(config), _identity(folder, part="run")
+        parent = _adopted(client) or _open(connection, whole, name=run, params=params, tags=provenance("ncsn run"))
         set_tags(client, parent.info.run_id, _identity(folder))
         # A digest of what can change a result: other settings are another run, another machine is not.
         unused = {*PLACES, *UNUSED_SECTIONS.get(step, ("search", "select"))}
         digest = storage.digest(config.model_dump(mode="json", exclude=unused), 16)
-        identity = {**_identity(folder), "ncsn.step": step, "ncsn.config": digest}
         tags = {PARENT: parent.info.run_id, **provenance(f"ncsn {step}")}
         connection = replace(connection, experiment_id=parent.info.experiment_id)
-        child = _open(connection, identity, name=step, params=params, tags=tags)
+        child = _open(connection, _identity(folder, step=step, config=digest), name=step, params=params, tags=tags)
         for each in (parent, child):
             client.log_text(each.info.run_id, to_yaml(config), "config.yaml")
-        place = client, connection.uri, child.info.experiment_id
-        tracked = StepRun(*place, child.info.run_id, parent.info.run_id, folder)
+        ids = child.info.experiment_id, child.info.run_id, parent.info.run_id
+        tracked = StepRun(client, connection.uri, *ids, folder)
         update_step(folder, step, mlflow={"run_id": tracked.run_id, "parent_run_id": tracked.parent_run_id})
         if step == CURVES:
             send_missing(client, tracked.run_id, folder)  # of an attempt that was killed
@@ -183,14 +174,9 @@ def _adopted(client: MlflowClient) -> Run | None:
         raise TrackingError(ADOPTED, f"{one_line(error)} (at {shown(client.tracking_uri)})", value=run_id) from error
 
 
-def _identity(folder: RunFolder) -> dict[str, str]:
-    """The tags that all MLflow runs of a pipeline run share."""
-    return {"ncsn.run": folder.run, "ncsn.root": folder.root}
-
-
-def _whole(folder: RunFolder) -> dict[str, str]:
-    """The tags of the run of the whole pipeline, if we open it."""
-    return {**_identity(folder), "ncsn.part": "run"}
+def _identity(folder: RunFolder, **more: str) -> dict[str, str]:
+    """The tags that all MLflow runs of a pipeline run share, and some more."""
+    return {"ncsn.run": folder.run, "ncsn.root": folder.root, **{f"ncsn.{key}": value for key, value in more.items()}}
 
 
 def _open(
@@ -217,6 +203,12 @@ def _open(
     return run
 
 
+def set_tags(client: MlflowClient, run_id: str, tags: Mapping[str, str]) -> None:
+    from mlflow.entities import RunTag
+
+    client.log_batch(run_id, tags=[RunTag(key, str(value)) for key, value in tags.items()])
+
+
 def search_runs(client: MlflowClient, experiment_id: str, tags: Mapping[str, str]) -> list[Run]:
     """The runs with these tags, the latest last."""
     return list(client.search_runs([experiment_id], tag_filter(tags), order_by=["attributes.start_time ASC"]))
@@ -239,7 +231,7 @@ def close_run(config: Config, *, run: str, status: str, tags: Mapping[str, str])
         adopted = _adopted(client)
         whole = adopted
         if whole is None and (experiment := client.get_experiment_by_name(config.tracking.experiment)):
-            whole = next(iter(search_runs(client, experiment.experiment_id, _whole(folder))), None)
+            whole = next(iter(search_runs(client, experiment.experiment_id, _identity(folder, part="run"))), None)
         if whole is None:
             return {}
         parent = whole.info

@@ -118,7 +118,8 @@ def _write(
         "gate.promoted": str(decision.promoted).lower(),
         "gate.reason": decision.reason,
     }
-    tag_version(client, name, version, gate | tags)
+    for key, value in (gate | tags).items():
+        client.set_model_version_tag(name, version, key, value)
 
 
 def pass_gate(client: MlflowClient, *, name: str, version: str, evidence: Evidence) -> Decision:
@@ -138,9 +139,8 @@ def pass_gate(client: MlflowClient, *, name: str, version: str, evidence: Eviden
     client.set_registered_model_alias(name, CHALLENGER, version)
     decision = promotions.decide(evidence, version, promotions.champion)
     if promotions.champion == version:
-        _write(client, name, promotions, version, replace(decision, number=promotions.number(version)), by="")
-    else:
-        _write(client, name, promotions, version, decision, by="gate")
+        decision = replace(decision, number=promotions.number(version))
+    _write(client, name, promotions, version, decision, by="gate" if promotions.champion != version else "")
     return settle(client, name).decision(version) or decision
 
 
@@ -206,7 +206,7 @@ def roll_back(client: MlflowClient, name: str, *, dry_run: bool = False) -> Alia
             raise UserError(f"models:/{name}@{CHAMPION}", f"{what}, so there is none to go back to", hint=hint)
         champion = earlier[-1]
         if not dry_run:
-            tag_version(client, name, replaced, {ROLLED_BACK: utc_now()})
+            client.set_model_version_tag(name, replaced, ROLLED_BACK, utc_now())
             champion = settle(client, name).champion
     return AliasChange(name, champion, replaced, f"rolled back from version {replaced}")
 
@@ -237,9 +237,3 @@ def resolve_version(client: MlflowClient, address: str) -> ModelVersion:
 def aliased_version(client: MlflowClient, name: str, alias: str) -> str:
     """The version that an alias points to; empty if there is none."""
     return str(client.get_registered_model(name).aliases.get(alias, ""))
-
-
-def tag_version(client: MlflowClient, name: str, version: str, tags: Mapping[str, str]) -> None:
-    """Set tags in order."""
-    for key, value in tags.items():
-        client.set_model_version_tag(name, version, key, value)

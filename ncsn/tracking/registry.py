@@ -24,7 +24,6 @@ from ncsn.tracking.mlflow_runs import StepRun
 from ncsn.tracking.promotion import SCHEME, resolve_version
 
 if TYPE_CHECKING:
-    from mlflow.entities import LoggedModel
     from mlflow.entities.model_registry import ModelVersion
 
 
@@ -103,35 +102,16 @@ def deciding(trained: TrainedNetwork) -> dict[str, Any]:
 
 
 def register(tracked: StepRun, candidate: Candidate) -> ModelVersion:
-    """The version of this candidate; a new one if there is none."""
-    client = tracked.client
+    """The version of this candidate; a new one if there is none, with its folder as a logged model of the run."""
+    from mlflow.entities import LoggedModelOutput, Metric
+    from mlflow.models import Model
+
+    client, checkpoint, card = tracked.client, candidate.checkpoint, candidate.card
     with suppress_exists():
         client.create_registered_model(candidate.name, description="Images from a noise conditional score network.")
     found = client.search_model_versions(f"name = '{candidate.name}' and tags.`ncsn.model` = '{candidate.digest}'")
     if found:
         return min(found, key=lambda version: int(version.version))
-    logged = _log_model(tracked, candidate)
-    card = candidate.card
-    for name in candidate.files:  # pictures by the address of the logged model's files, which MLflow's page needs
-        card = card.replace(f"]({name})", f"]({_FILES.format(model_id=logged.model_id)}{name})")
-    identity = {"ncsn.model": candidate.digest, "ncsn.checkpoint": candidate.checkpoint.digest}
-    return client.create_model_version(
-        candidate.name,
-        # Not models:/<id>: with a local database MLflow would look that up in its global tracking server.
-        logged.artifact_location,
-        run_id=tracked.run_id,
-        tags={**candidate.tags, **identity},
-        description=card[:DESCRIPTION_LENGTH],
-        model_id=logged.model_id,
-    )
-
-
-def _log_model(tracked: StepRun, candidate: Candidate) -> LoggedModel:
-    """Upload the model's folder as a logged model of the run."""
-    from mlflow.entities import LoggedModelOutput, Metric
-    from mlflow.models import Model
-
-    client, checkpoint = tracked.client, candidate.checkpoint
     logged = client.create_logged_model(
         tracked.experiment_id, name=candidate.name, source_run_id=tracked.run_id, tags=dict(candidate.tags)
     )
@@ -139,15 +119,24 @@ def _log_model(tracked: StepRun, candidate: Candidate) -> LoggedModel:
     origin = Model(logged.artifact_location, tracked.run_id, model_uuid=model_id, model_id=model_id)
     with tempfile.TemporaryDirectory(prefix="ncsn-") as temporary:
         folder = Path(temporary) / "model"
-        files = {**candidate.files, "model_card.md": candidate.card.encode()}
-        write_model(folder, checkpoint, files=files, origin=origin)
+        write_model(folder, checkpoint, files={**candidate.files, "model_card.md": card.encode()}, origin=origin)
         client.log_model_artifacts(model_id, str(folder))
     client.finalize_logged_model(model_id, "READY")
     client.log_outputs(tracked.run_id, [LoggedModelOutput(model_id, step=checkpoint.images_seen)])
     now, metrics = now_ms(), candidate.metrics.items()
     values = [Metric(key, value, now, checkpoint.images_seen, model_id=model_id) for key, value in metrics]
     client.log_batch(tracked.run_id, metrics=values)
-    return logged
+    for name in candidate.files:  # pictures by the address of the logged model's files, which MLflow's page needs
+        card = card.replace(f"]({name})", f"]({_FILES.format(model_id=model_id)}{name})")
+    return client.create_model_version(
+        candidate.name,
+        # Not models:/<id>: with a local database MLflow would look that up in its global tracking server.
+        logged.artifact_location,
+        run_id=tracked.run_id,
+        tags={**candidate.tags, "ncsn.model": candidate.digest, "ncsn.checkpoint": checkpoint.digest},
+        description=card[:DESCRIPTION_LENGTH],
+        model_id=model_id,
+    )
 
 
 def fetch_weights(uri: str, version: ModelVersion, into: Path) -> Path:

@@ -28,7 +28,7 @@ from ncsn.model.checkpoint_store import CheckpointStore
 from ncsn.model.trained import start_from
 from ncsn.process import keep_freed_memory, now_ms
 from ncsn.progress import Progress
-from ncsn.runs.history import PREVIEW, load_history
+from ncsn.runs.history import load_history
 from ncsn.storage.heartbeat import Lease, LeaseExpired
 from ncsn.training.batches import augmented, classes_of, draw_batch, image_moments
 from ncsn.training.context import StepTimer, WorkerContext, compile_network
@@ -192,7 +192,7 @@ class Training:
             return
         if self.job.preview is not None:
             storage.write_bytes(self.job.preview(self.state.images_seen), png)
-        sink.log_picture(png, PREVIEW, self.state.images_seen, self.reported)
+        sink.log_picture(png, self.state.images_seen, self.reported)
 
     def keep_averages(self) -> None:
         """Store a snapshot of both running averages if it is due, before the checkpoint that implies it."""

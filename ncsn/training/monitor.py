@@ -35,8 +35,8 @@ class LiveSink(Protocol):
     def log(self, metrics: dict[str, float], images_seen: int, when: int) -> None:
         """Take one point of each curve; `when` is in milliseconds since 1970."""
 
-    def log_picture(self, png: bytes, name: str, images_seen: int, when: int) -> None:
-        """Take one picture of a series."""
+    def log_picture(self, png: bytes, images_seen: int, when: int) -> None:
+        """Take one preview."""
 
     def close(self) -> object:
         """Send the remaining entries."""

@@ -24,12 +24,9 @@ def test_previews_come_with_checkpoints_and_do_not_disturb_the_training(
     unseen = train_for_tensors(
         from_yaml(tiny, overrides=["tracking.preview_images=0"]), dataset, tmp_path / "without", without
     )
-    assert [(name, images) for name, images, _ in with_previews.pictures] == [
-        ("train/preview", 80),
-        ("train/preview", 160),
-    ]
+    assert [images for images, _ in with_previews.pictures] == [80, 160]
     assert without.pictures == []
-    first, second = (picture for _, _, picture in with_previews.pictures)
+    first, second = (picture for _, picture in with_previews.pictures)
     assert first.dtype == np.uint8 and first.shape == second.shape == (6 * 37, 6 * 37, 1)
     assert not np.array_equal(first, second)
     assert all(torch.equal(seen[key], unseen[key]) for key in seen)

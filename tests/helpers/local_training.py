@@ -23,14 +23,14 @@ from ncsn.training.loop import TrainingJob, TrainOutcome, train_loop
 @dataclass
 class Recorder:
     points: list[tuple[int, dict[str, float]]] = field(default_factory=list)
-    pictures: list[tuple[str, int, np.ndarray]] = field(default_factory=list)
+    pictures: list[tuple[int, np.ndarray]] = field(default_factory=list)
     closed: bool = False
 
     def log(self, metrics: dict[str, float], images_seen: int, when: int) -> None:
         self.points.append((images_seen, metrics))
 
-    def log_picture(self, png: bytes, name: str, images_seen: int, when: int) -> None:
-        self.pictures.append((name, images_seen, np.array(Image.open(io.BytesIO(png)))[..., None]))
+    def log_picture(self, png: bytes, images_seen: int, when: int) -> None:
+        self.pictures.append((images_seen, np.array(Image.open(io.BytesIO(png)))[..., None]))
 
     def close(self) -> None:
         self.closed = True

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect
 
+from ncsn.process import now_ms
 from ncsn.report.images import grid_png
 from ncsn.tracking import client
 from ncsn.tracking.mlflow_runs import StepRun, step_run
@@ -33,8 +34,8 @@ def steps(make_config, server) -> dict[str, StepRun]:
     config = make_config(f"tracking.uri={server.url}", "tracking.experiment=page")
     with step_run(config, run=RUN, step="train") as train, closing(train.live_metrics()) as sink:
         for images_seen in (64, 128):
-            sink.log({"train/loss": 1 / images_seen}, images_seen)
-            sink.log_picture(plain_png(images_seen), "train/preview", images_seen)
+            sink.log({"train/loss": 1 / images_seen}, images_seen, now_ms())
+            sink.log_picture(plain_png(images_seen), images_seen, now_ms())
     with step_run(config, run=RUN, step="sample") as sample:
         pass
     return {"train": train, "sample": sample}
