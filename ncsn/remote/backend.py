@@ -173,22 +173,13 @@ def ended_on_sigterm(end: Callable[[], None]) -> Iterator[None]:
         yield
         return
 
-    told = False
-
     def handle(_number: int, _frame: FrameType | None) -> None:
-        nonlocal told
-        told = True
         end()
         sys.exit(TERMINATED)
 
     before: Any = signal.signal(signal.SIGTERM, handle)
     try:
         yield
-    except Exception:
-        # Python drops the handler's exit if it interrupts a finalizer. Then the end of the job is noticed here.
-        if told:
-            sys.exit(TERMINATED)
-        raise
     finally:
         signal.signal(signal.SIGTERM, before)
 

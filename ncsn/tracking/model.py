@@ -15,8 +15,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 from numpy.typing import NDArray
 
-from ncsn.config import Config
-from ncsn.config.choices import MOST_WEIGHT, ClassifierFreeConfig
+from ncsn.config import Config, from_yaml, to_yaml
 from ncsn.config.load import with_sampler
 from ncsn.errors import InvalidValue, UserError
 from ncsn.model.classes import require_label
@@ -50,48 +49,31 @@ class ScoreModel(PythonModel):
         - `label`: the name or number of a class, `balanced` or `data`, see `sampling.label`.
         - `guidance`: its weight, 1 for none; away from the images of all classes if none is configured.
         """
+        params = params or {}
         try:
-            return self._predict(params or {})
+            sampling = _chosen(self.trained.config, params).sampling
+            require_label(sampling.label, self.trained.classes, key="label")
+            total = int(params.get("n_images", DEFAULT_IMAGES))
+            if not 1 <= total <= MAX_IMAGES:
+                raise UserError("n_images", f"must be 1 to {MAX_IMAGES}", value=total)
+            size, options = sampling.batch_size, {"sampling": sampling, "device": self.device}
+            batches = [(first, min(size, total - first)) for first in range(0, total, size)]
+            return np.concatenate([generate(self.trained, first=first, count=n, **options) for first, n in batches])
         except InvalidValue as error:
             raise MlflowException.invalid_parameter_value(str(error)) from None
-
-    def _predict(self, params: dict[str, Any]) -> NDArray[np.uint8]:
-        sampling = _chosen(self.trained.config, params).sampling
-        require_label(sampling.label, self.trained.classes, key="label")
-        total = int(params.get("n_images", DEFAULT_IMAGES))
-        if not 1 <= total <= MAX_IMAGES:
-            raise UserError("n_images", f"must be 1 to {MAX_IMAGES}", value=total)
-        size = sampling.batch_size
-        parts = [
-            generate(self.trained, sampling=sampling, first=first, count=min(size, total - first), device=self.device)
-            for first in range(0, total, size)
-        ]
-        return np.concatenate(parts)
 
 
 def _chosen(config: Config, params: dict[str, Any]) -> Config:
     """The experiment with the seed, sampler, class and guidance of the params."""
     if sampler := params.get("sampler"):
         config = with_sampler(config, str(sampler))
-    changes: dict[str, Any] = {}
-    if (seed := params.get("seed")) is not None:
-        if not 0 <= seed < 2**63:
-            raise UserError("seed", "must be 0 to 2^63 - 1", value=seed)
-        changes["seed"] = int(seed)
-    if label := str(params.get("label") or ""):
-        if config.data.num_classes is None:
-            raise UserError("label", "this model knows no classes", value=label)
-        changes["label"] = label
-    weight = float(params.get("guidance") or 0)
-    guidance = config.sampling.guidance
-    if not 0 <= weight <= MOST_WEIGHT:  # as NaN is not
-        raise UserError("guidance", f"must be 0 (as configured) to {MOST_WEIGHT}", value=weight)
-    if weight and weight != 1 and guidance is None and not config.train.label_dropout:
-        raise UserError("guidance", "this model has none; it was trained without train.label_dropout", value=weight)
-    if weight:
-        guidance = guidance or ClassifierFreeConfig(kind="classifier_free")
-        changes["guidance"] = guidance.model_copy(update={"weight": weight})
-    return config.model_copy(update={"sampling": config.sampling.model_copy(update=changes)})
+    changes = [f"sampling.{key}={params[key]}" for key in ("seed", "label") if params.get(key) not in (None, "")]
+    weight, guidance = float(params.get("guidance") or 0), config.sampling.guidance
+    if guidance is not None and weight:
+        changes.append(f"sampling.guidance.weight={weight}")
+    elif weight not in (0, 1):
+        changes.append(f"sampling.guidance={{kind: classifier_free, weight: {weight}}}")
+    return from_yaml(to_yaml(config), overrides=changes, origin="the model's config")
 
 
 mlflow.models.set_model(ScoreModel())

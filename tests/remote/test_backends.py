@@ -13,8 +13,6 @@ from ray_nodes import RayNodes
 from remote_places import KubeRayCluster, Place, RayHead
 from tcp_proxy import TcpProxy
 
-from ncsn.remote.backend import TERMINATED, RemoteLost, ended_on_sigterm
-
 pytestmark = pytest.mark.timeout(600)
 
 both = pytest.mark.parametrize("place", ["kuberay", pytest.param("ray-jobs", marks=pytest.mark.slow)], indirect=True)
@@ -161,24 +159,6 @@ def test_a_signal_ends_the_job(
     launcher.send_signal(number)
     assert launcher.ended() in (code, -number), launcher.said
     eventually(lambda: not place.running(run), "the job has ended")
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_an_exit_that_a_finalizer_drops_is_made_up_for() -> None:
-    class Interrupted:
-        def __del__(self) -> None:
-            signal.raise_signal(signal.SIGTERM)
-
-    ended: list[str] = []
-
-    def watch() -> None:
-        with ended_on_sigterm(lambda: ended.append("the job")):
-            Interrupted()
-            raise RemoteLost("it was deleted")
-
-    with pytest.raises(SystemExit) as stopped:
-        watch()
-    assert (stopped.value.code, ended) == (TERMINATED, ["the job"])
 
 
 @both

@@ -159,9 +159,9 @@ def test_a_class_and_the_weight_of_guidance_are_params(model_of_classes, known, 
         ({"sampler": "{kind: dpm_solver, order: 3}"}, "sampling.sampler.order"),
         ({"n_images": 70000}, "n_images = 70000"),
         ({"n_images": 0}, "n_images = 0"),
-        ({"seed": -1}, "seed = -1"),
-        ({"label": "cat"}, "label = 'cat'"),
-        ({"guidance": 2.0}, "guidance = 2"),
+        ({"seed": -1}, "sampling.seed = -1"),
+        ({"label": "cat"}, "sampling.label = 'cat'"),
+        ({"guidance": 2.0}, "sampling.guidance.kind"),
     ],
 )
 def test_param_out_of_range_is_named(model, params, subject):
