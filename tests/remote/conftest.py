@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cluster_state import Cluster, rules_of
 from kuberay_operator import Operator
-from kubernetes_api import ApiServer
+from kubernetes_api import ApiServer, Cluster, rules_of
 from ray_nodes import RayNodes
 from remote_places import Launched
 from s3_server import S3Server

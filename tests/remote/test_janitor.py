@@ -1,4 +1,4 @@
-"""What the CronJob ncsn-janitor does, with its rights, to what pipeline runs have left."""
+"""What the exit handler and the CronJob ncsn-janitor do, with their rights, to what pipeline runs have left."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from cluster_state import pairs, rules_of
+from kubernetes_api import pairs, rules_of
 from mlflow.tracking import MlflowClient
 
 from ncsn.cli import app
@@ -16,6 +16,7 @@ from ncsn.config import Config, from_yaml, to_json
 from ncsn.process import KFP_RUN_ID, KFP_WORKFLOW
 from ncsn.remote.kubernetes import KubernetesApi
 from ncsn.runs.folder import Outcome, read_outcome, run_folder, write_outcome
+from ncsn.steps import finish
 from ncsn.steps.janitor import clean_up
 from ncsn.steps.run import run_task
 from ncsn.tracking.mlflow_runs import step_run
@@ -61,12 +62,14 @@ def workflow(emulation: Any, phase: str, **spec: Any) -> None:
     emulation.cluster.create("workflows", {"metadata": {"name": WORKFLOW}, "spec": spec, "status": {"phase": phase}})
 
 
-def rayjob(emulation: Any, name: str, *, root: str = "", **metadata: Any) -> None:
-    labels = {"app.kubernetes.io/managed-by": "ncsn", "ncsn.dev/run": "mine", "ncsn.dev/step": "train"}
+def rayjob(
+    emulation: Any, name: str, *, run: str = "mine", root: str = "", state: str = "Running", **metadata: Any
+) -> None:
+    labels = {"app.kubernetes.io/managed-by": "ncsn", "ncsn.dev/run": run, "ncsn.dev/step": "train"}
     manifest = {
         "metadata": {"name": name, "labels": labels, **metadata},
         "spec": {"entrypoint": f"ncsn train --run mine --set storage.root={root} --json"},
-        "status": {"jobDeploymentStatus": "Running", "jobStatus": "RUNNING"},
+        "status": {"jobDeploymentStatus": state, "jobStatus": "RUNNING"},
     }
     emulation.cluster.create("rayjobs", manifest)
 
@@ -246,3 +249,27 @@ def test_an_mlflow_that_is_away_keeps_the_note_and_nothing_else(emulation: Any, 
     assert done.exit_code == 1 and "run mine" in done.stdout and "run mine" in done.stderr
     assert [each["metadata"]["name"] for each in notes(emulation)] == ["ncsn-run-0000"]
     emulation.cluster.delete("configmaps", "ncsn-run-0000")
+
+
+@pytest.fixture
+def on_kuberay(config: Config) -> Config:
+    return config.model_copy(update={"compute": config.compute.model_copy(update={"backend": "kuberay"})})
+
+
+def test_the_exit_handler_cancels_what_still_runs(emulation: Any, on_kuberay: Config) -> None:
+    rayjob(emulation, "working")
+    rayjob(emulation, "failed", state="Failed")
+    rayjob(emulation, "another", run="theirs")
+    result = finish.run(on_kuberay, run="mine", state="FAILED", message="x")
+    assert result.canceled == ["working"]
+    assert "- working " in result.page
+    assert sorted(job["metadata"]["name"] for job in emulation.jobs) == ["another", "failed"]
+    for name in ("another", "failed"):
+        emulation.cluster.delete("rayjobs", name)
+
+
+def test_the_outcome_is_written_though_the_cluster_refuses(emulation: Any, on_kuberay: Config) -> None:
+    emulation.cluster.rules = []
+    with pytest.raises(PermissionError, match="'list' on rayjobs"):
+        finish.run(on_kuberay, run="mine", state="FAILED", message="out of memory")
+    assert outcome(on_kuberay) == Outcome("FAILED", "out of memory", "ingest")

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cluster_state import pairs
+from kuberay_operator import crash_loop, unpullable, unschedulable
 from kuberay_rules import load_schemas, schema_errors
-from pod_states import crash_loop, unpullable, unschedulable
+from kubernetes_api import pairs
 from refused import refused
 
 from ncsn.config import from_yaml
@@ -153,13 +153,6 @@ def test_a_cluster_that_finds_no_room_is_given_up_once(emulation, eventually, sa
     assert (len(emulation.operator.clusters), emulation.operator.started) == (1, [])
 
 
-def test_a_cut_log_is_shown_once_and_whole(emulation) -> None:
-    emulation.cluster.cut_logs = 3
-    counting = "for n in range(10): print('line', n, flush=True)"
-    emulation.execute_until(lambda: emulation.cluster.cut_logs == 0, first=counting)
-    assert emulation.log.splitlines() == [f"line {n}" for n in range(10)]
-
-
 def test_an_api_server_that_stays_away_is_one_line(emulation) -> None:
     emulation.cluster.away = True
     with pytest.raises(ConnectionError, match=r"\b1 s\b") as caught:
@@ -168,18 +161,16 @@ def test_an_api_server_that_stays_away_is_one_line(emulation) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_an_answer_that_is_cut_is_asked_for_again(emulation, capsys: pytest.CaptureFixture[str]) -> None:
-    for ask in (
-        lambda api: api.find("pods"),
-        lambda api: api.find("rayjobs"),
-        lambda api: api.get("workflows", "gone"),
-    ):
-        emulation.cluster.cut_answers = 1
-        assert not ask(KubernetesApi())
-        assert "unavailable" in capsys.readouterr().err
-        emulation.cluster.cut_answers = 1
-        with pytest.raises(ConnectionError):
-            ask(KubernetesApi(patience=0))
+@pytest.mark.parametrize(
+    "ask", [lambda api: api.find("pods"), lambda api: api.get("workflows", "gone"), lambda api: api.read_log("gone")]
+)
+def test_an_answer_that_is_cut_is_asked_for_again(emulation, capsys: pytest.CaptureFixture[str], ask: Any) -> None:
+    emulation.cluster.cut_answers = 1
+    assert not ask(KubernetesApi())
+    assert "unavailable" in capsys.readouterr().err
+    emulation.cluster.cut_answers = 1
+    with pytest.raises(ConnectionError):
+        ask(KubernetesApi(patience=0))
 
 
 @pytest.mark.parametrize("verb", ["create", "get", "delete"])
@@ -307,14 +298,10 @@ def test_ctrl_c_waits_for_an_api_server_that_is_away(emulation, eventually) -> N
     assert any("deleted" in line and line.startswith("RayJob ") for line in launcher.said)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [{"spec": {"activeDeadlineSeconds": 0}}, {"spec": {"shutdown": "Terminate"}}, {"status": {"phase": "Failed"}}],
-)
-def test_sigterm_of_a_run_that_is_being_ended_deletes_the_rayjob(pipeline, eventually, change: dict) -> None:
+def test_sigterm_of_a_run_that_is_being_ended_deletes_the_rayjob(pipeline, eventually) -> None:
     launcher = pipeline.launch(SLEEP)
     eventually(lambda: pipeline.operator.started, "the entrypoint runs")
-    pipeline.cluster.update("workflows", "ncsn-train-x7", lambda workflow: workflow.update(change))
+    pipeline.cluster.update("workflows", OWNER["name"], lambda each: each["spec"].update(activeDeadlineSeconds=0))
     launcher.send_signal(signal.SIGTERM)
     assert launcher.ended() == 143
     eventually(lambda: not pipeline.jobs, "the RayJob is gone")

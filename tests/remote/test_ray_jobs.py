@@ -6,11 +6,9 @@ import http.server
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
@@ -92,33 +90,6 @@ def test_training_runs_as_a_job(jobs: Jobs, config: Path) -> None:
     experiment = client.get_experiment_by_name("ncsn")
     (tracked,) = client.search_runs([experiment.experiment_id], f"tags.`ray.submission_id` = '{name}'")
     assert tracked.info.run_name == "train" and tracked.info.status == "FINISHED"
-
-
-@slow
-def test_a_signal_stops_a_training(jobs: Jobs, config: Path) -> None:
-    """The driver has time to record that."""
-    settings = from_yaml(config.read_text(), overrides=["train.num_images=100000000"])
-    run = "stopped"
-    dataset = ingest.run(settings, run=run).uri
-    arguments = ["train", "--config", str(config), "--set", "train.num_images=100000000", "--run", run]
-    launcher = subprocess.Popen(
-        [sys.executable, "-m", "ncsn", *arguments, "--dataset", dataset, "--address", jobs.dashboard],
-        env=jobs.head.environment,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert launcher.stderr is not None
-    checkpoints = f"{settings.storage.root}/runs/{run}/checkpoints"
-    for line in launcher.stderr:
-        if "images" in line and any(name.startswith("images-") for name in storage.list_names(checkpoints)):
-            break
-    launcher.send_signal(signal.SIGTERM)
-    _, said = launcher.communicate(timeout=600)
-    assert launcher.returncode == 143, said
-    deadline = time.monotonic() + 60
-    while jobs.head.of(run)[0]["status"] == "RUNNING" and time.monotonic() < deadline:
-        time.sleep(0.5)
-    assert [job["status"] for job in jobs.head.of(run)] == ["STOPPED"]
 
 
 @slow

@@ -1,4 +1,4 @@
-"""The cause of a pod that does not run, from statuses and events as Kubernetes 1.34 writes them."""
+"""The cause of a failure: in a pod's status and events as Kubernetes 1.34 writes them, and in a driver's log."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from ncsn.remote.backend import first_error
 from ncsn.remote.pods import trouble_of, trouble_of_owner
 
 IMAGE = "registry.example/ncsn-python:9"
@@ -97,3 +98,32 @@ def test_pods_that_are_refused_are_told_by_their_owners_events() -> None:
     refused = trouble_of_owner([quota, policy])
     assert refused is not None and refused.final and refused.reason == "FailedToCreateHeadPod"
     assert trouble_of_owner([quota, event("SuccessfulCreate", "Created pod: x", "Normal")]) is None
+
+
+TRACEBACK = "Traceback (most recent call last):"
+WORKER = "\x1b[36m(RayTrainWorker pid=7, ip=10.0.0.2)\x1b[0m"
+
+
+@pytest.mark.parametrize(
+    ("lines", "cause"),
+    [
+        (["fine", "images_seen 320"], None),
+        ([TRACEBACK, '  File "x.py", line 1', "ValueError: no such data"], "ValueError: no such data"),
+        (
+            [
+                f"(TrainController pid=3) {TRACEBACK}",
+                "(TrainController pid=3) ray.exceptions.GetTimeoutError: Get timed out",
+                f"{WORKER} {TRACEBACK}",
+                f"{WORKER} torch.OutOfMemoryError: CUDA out of memory",
+                TRACEBACK,
+                "RuntimeError: a worker died",
+            ],
+            "torch.OutOfMemoryError: CUDA out of memory",
+        ),
+        (["error: first", "error: disk full: no space left to write x"], "disk full: no space left to write x"),
+        (["ValueError: not in a traceback"], None),
+    ],
+    ids=["success", "traceback", "worker", "ncsn's own", "no traceback"],
+)
+def test_the_first_traceback_is_the_cause_else_what_ncsn_said(lines: list[str], cause: str | None) -> None:
+    assert first_error(lines) == cause
