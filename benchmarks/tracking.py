@@ -38,13 +38,9 @@ class TimedMetrics(LiveMetrics):
         super().__init__(uri, run_id)
         self.calls = self.sender = 0.0
 
-    def log(self, metrics: Mapping[str, float], images_seen: int, when: int) -> None:
-        """Take the metrics of one moment."""
-        self.calls += _thread_seconds(lambda: super(TimedMetrics, self).log(metrics, images_seen, when))
-
-    def log_picture(self, png: bytes, images_seen: int, when: int) -> None:
-        """Take one picture."""
-        self.calls += _thread_seconds(lambda: super(TimedMetrics, self).log_picture(png, images_seen, when))
+    def log(self, metrics: Mapping[str, float], images_seen: int, when: int, *, png: bytes = b"") -> None:
+        """Take the metrics or the picture of one moment."""
+        self.calls += _thread_seconds(lambda: super(TimedMetrics, self).log(metrics, images_seen, when, png=png))
 
     def _run(self) -> None:
         self.sender = _thread_seconds(super()._run)

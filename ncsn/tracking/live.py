@@ -10,7 +10,7 @@ import io
 import logging
 import threading
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,7 +36,7 @@ class Entry:
 
     step: int  # images seen
     time: int  # milliseconds since 1970
-    metrics: Mapping[str, float] = field(default_factory=dict)
+    metrics: Mapping[str, float]
     png: bytes = b""
 
 
@@ -55,26 +55,23 @@ class LiveMetrics:
     def __reduce__(self) -> tuple[type[LiveMetrics], tuple[str, str]]:
         return type(self), (self.uri, self.run_id)
 
-    def log(self, metrics: Mapping[str, float], images_seen: int, when: int) -> None:
+    def log(self, metrics: Mapping[str, float], images_seen: int, when: int, *, png: bytes = b"") -> None:
         """Take the metrics of one moment, in milliseconds since 1970."""
-        self._take(Entry(images_seen, when, metrics))
+        with self._lock:
+            self._waiting.append(Entry(images_seen, when, metrics, png))
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="mlflow-metrics", daemon=True)
+            self._thread.start()
 
     def log_picture(self, png: bytes, images_seen: int, when: int) -> None:
         """Take one preview, of a series that MLflow shows with a slider."""
-        self._take(Entry(images_seen, when, png=png))
+        self.log({}, images_seen, when, png=png)
 
     def close(self, *, seconds: float = 30.0) -> None:
         """Send the remaining entries, for at most `seconds`."""
         self._closing.set()
         if self._thread is not None:
             self._thread.join(seconds)
-
-    def _take(self, entry: Entry) -> None:
-        with self._lock:
-            self._waiting.append(entry)
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="mlflow-metrics", daemon=True)
-            self._thread.start()
 
     def _run(self) -> None:
         client, known, last = None, set[int](), False
@@ -118,10 +115,11 @@ def send_missing(client: MlflowClient, run_id: str, folder: RunFolder) -> None:
         return
     known = {metric.step for metric in client.get_metric_history(run_id, MARK)}
     send(client, run_id, [Entry(seen, when, load | point) for seen, when, load, point in points if seen not in known])
-    # Names are of MLflow: train~preview+step+64+timestamp+...
-    sent = {int(Path(file.path).name.split("+")[2]) for file in client.list_artifacts(run_id, "images")}
+    # MLflow sends the small copy of a picture last, and names it train~preview+step+64+...+compressed.webp.
+    names = [Path(file.path).name for file in client.list_artifacts(run_id, "images")]
+    sent = {int(name.split("+")[2]) for name in names if name.endswith(".webp")}
     kept = set(storage.list_names(folder.previews))
     for seen, when, *_ in points:
         uri = folder.preview(seen)
         if seen not in sent and uri.rpartition("/")[2] in kept:
-            send(client, run_id, [Entry(seen, when, png=storage.read_bytes(uri))])
+            send(client, run_id, [Entry(seen, when, {}, storage.read_bytes(uri))])
