@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.measure import Row, in_turns, own_process
-from ncsn.core.ema import Ema, StepDecay
+from ncsn.core.ema import Ema, step_decay
 from ncsn.core.keyed_random import KeyedNoise
 from ncsn.core.losses import Batch, DenoisingScoreMatching
 from ncsn.core.networks.unet import UnetNetwork
@@ -48,7 +48,7 @@ def prepare_training(batch: int, size: int) -> Callable[[], None]:
     torch.set_num_threads(1)
     keep_freed_memory()
     net, level = network(size), torch.arange(batch) % LEVELS
-    state = TrainState(net, torch.optim.Adam(net.parameters(), lr=1e-3, fused=True), Ema(net, StepDecay(0.999)))
+    state = TrainState(net, torch.optim.Adam(net.parameters(), lr=1e-3, fused=True), Ema(net, step_decay(0.999)))
     x, z = torch.rand(batch, 1, size, size), torch.randn(batch, 1, size, size)
     drawn = Batch(x, geometric_sigmas(3.0, 0.03, LEVELS)[level], z, level)
     options = StepOptions(autocast_dtype=torch.bfloat16)

@@ -18,7 +18,7 @@ from ncsn.data.sources import open_source
 from ncsn.distributed import trainer
 from ncsn.distributed.cluster import ray_cluster
 from ncsn.model.checkpoint_store import CheckpointStore
-from ncsn.training.context import LocalContext
+from ncsn.training.context import WorkerContext
 from ncsn.training.loop import TrainingJob, train_loop
 
 IMAGES = 9_600
@@ -82,7 +82,7 @@ def _apart(train: Callable[..., float], *args: object) -> float:
 
 def _without(changes: tuple[str, ...], folder: str, dataset: str, run: str) -> float:
     job = TrainingJob(config=config(changes, folder, workers=1), dataset=dataset)
-    return train_loop(job, LocalContext(), CheckpointStore(str(Path(folder) / run))).images_per_second
+    return train_loop(job, WorkerContext(), CheckpointStore(str(Path(folder) / run))).images_per_second
 
 
 def _on_ray(changes: tuple[str, ...], folder: str, dataset: str, run: str, *, workers: int) -> float:

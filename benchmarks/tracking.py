@@ -25,7 +25,7 @@ from ncsn.model.checkpoint_store import CheckpointStore
 from ncsn.tracking.live import LiveMetrics
 from ncsn.tracking.mlflow_runs import step_run
 from ncsn.training import loop
-from ncsn.training.context import LocalContext
+from ncsn.training.context import WorkerContext
 from ncsn.training.loop import TrainingJob, train_loop
 
 _IMPORT = "import time, torch; t = time.process_time(); import mlflow.tracking; print(time.process_time() - t)"
@@ -64,7 +64,7 @@ def measure(config: Config, root: Path) -> dict[str, float]:
         started = time.process_time()
         train_loop(
             TrainingJob(config=config, dataset=dataset, sink=sink),
-            LocalContext(),
+            WorkerContext(),
             CheckpointStore(str(root / "checkpoints")),
         )
         whole = time.process_time() - started

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from benchmarks.measure import Row, in_turns, own_process, ratio
 from benchmarks.plain_ncsn import PlainNcsn
-from ncsn.core.ema import Ema, StepDecay
+from ncsn.core.ema import Ema, step_decay
 from ncsn.core.losses import Batch, DenoisingScoreMatching
 from ncsn.core.networks.refinenet import NcsnNetwork
 from ncsn.core.noise_schedule import geometric_sigmas
@@ -74,7 +74,7 @@ def plain_step(network: PlainNcsn) -> Step:
 def our_step(network: nn.Module) -> Step:
     """The step of `ncsn train` in bfloat16."""
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3, fused=True)
-    state = TrainState(network, optimizer, Ema(network, StepDecay(0.999)))
+    state = TrainState(network, optimizer, Ema(network, step_decay(0.999)))
     options = StepOptions(autocast_dtype=torch.bfloat16)
 
     def step(batch: Batch) -> Tensor:

@@ -44,7 +44,7 @@ from ncsn.model.checkpoint_store import CheckpointStore
 from ncsn.model.generate import generate
 from ncsn.process import keep_freed_memory
 from ncsn.storage import CACHE_DIR_VARIABLE
-from ncsn.training.context import LocalContext
+from ncsn.training.context import WorkerContext
 from ncsn.training.loop import Training, TrainingJob
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ class Ours:
     def __init__(self, dataset: str, *, config: Config, folder: Path) -> None:
         keep_freed_memory()
         self.training = Training(
-            TrainingJob(config=config, dataset=dataset), LocalContext(), CheckpointStore(str(folder))
+            TrainingJob(config=config, dataset=dataset), WorkerContext(), CheckpointStore(str(folder))
         )
         self.batch, self.folder = config.train.batch_size, folder
         self.step: Callable[[], None] = self.training.step

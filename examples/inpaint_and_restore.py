@@ -23,7 +23,6 @@ from ncsn.core.keyed_random import KeyedNoise
 from ncsn.core.samplers.chain import start
 from ncsn.core.samplers.langevin import inpaint
 from ncsn.core.samplers.restoration import (
-    Covariance,
     KnownPixels,
     Measured,
     Operator,
@@ -72,7 +71,7 @@ def restore(model: Model, y: Tensor, operator: Operator, *, sigma_y: float, step
     return restored(
         model.network,
         Measured(operator, y, noise=sigma_y),
-        Covariance(gaussian_variance(model.network.sigma_data)),
+        gaussian_variance(model.network.sigma_data),
         sampler=sampler,
         x=start(sampler, model.moments, sigma_1=float(sigmas[0]), noise=noise),
         sigmas=sigmas,

@@ -9,6 +9,7 @@ over several sets of samples: a single small set says little, so each point has 
 
 from __future__ import annotations
 
+import math
 from statistics import mean, stdev
 
 import torch
@@ -17,7 +18,7 @@ from matplotlib.figure import Figure
 from small_images import Images, Model, arguments, digits, train
 from torch import Tensor
 
-from ncsn.core.keyed_random import InterpolatedNoise, KeyedNoise
+from ncsn.core.keyed_random import KeyedNoise
 from ncsn.core.samplers.chain import sample, start
 from ncsn.core.samplers.settings import AnnealedLangevin, DpmSolver, KarrasHeun, Sampler
 from ncsn.evaluation.frechet import FrechetStatistics, frechet_distance
@@ -41,14 +42,19 @@ def chain(model: Model, *, rows: int = ROWS) -> Tensor:
 
 
 def interpolations(model: Model, *, rows: int = ROWS, columns: int = 9) -> Tensor:
-    """Images between two samples, by mixing their noise (NCSNv2), [rows, columns, 1, H, W]."""
-    shape, sigmas = model.moments.mean.shape, model.network.sigmas
+    """Images between two samples, by mixing their noise (NCSNv2), [rows, columns, 1, H, W].
+
+    cos(phi) z_p + sin(phi) z_q is standard normal for every phi, and runs from z_p to z_q. The start of a chain is a
+    linear function of its noise.
+    """
+    moments, sigmas = model.moments, model.network.sigmas
+    phi = torch.linspace(0, math.pi / 2, columns).view(-1, 1, 1, 1)
     found = []
     for row in range(rows):
-        ends = [KeyedNoise(0, first=first, count=1, shape=shape) for first in (2 * row, 2 * row + 1)]
-        noise = InterpolatedNoise(*ends, count=columns)
-        x = start(HEUN, model.moments, sigma_1=float(sigmas[0]), noise=noise)
-        found.append(sample(HEUN, model.network, x=x, sigmas=sigmas, noise=noise))
+        noises = [KeyedNoise(0, first=first, count=1, shape=moments.mean.shape) for first in (2 * row, 2 * row + 1)]
+        p, q = (start(HEUN, moments, sigma_1=float(sigmas[0]), noise=noise) - moments.mean for noise in noises)
+        x = moments.mean + phi.cos() * p + phi.sin() * q
+        found.append(sample(HEUN, model.network, x=x, sigmas=sigmas, noise=noises[0]))  # not drawn
     return torch.stack(found)
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.utils import save_image
 
-from ncsn.core.ema import Ema, StepDecay
+from ncsn.core.ema import Ema, step_decay
 from ncsn.core.keyed_random import KeyedNoise
 from ncsn.core.networks.refinenet import NcsnNetwork, NcsnV2Network
 from ncsn.core.networks.released import load_released_checkpoint, read_released_checkpoint
@@ -34,7 +34,7 @@ def new_network(kind: str, *, num_features: int, channels: int, sigmas: Tensor) 
 
 def load(path: Path, network: nn.Module) -> Ema:
     """Fill the network with the weights of the file; their running average, a copy of them where it has none."""
-    ema = Ema(network, StepDecay(0.999))
+    ema = Ema(network, step_decay(0.999))
     released = read_released_checkpoint(path)
     optimizer = torch.optim.Adam(network.parameters())  # with its state, training goes on to the bit
     load_released_checkpoint(released, network=network, optimizer=optimizer, ema=ema)

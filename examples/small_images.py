@@ -18,7 +18,7 @@ from torch import Tensor
 from torchvision.datasets import FashionMNIST
 from torchvision.utils import save_image
 
-from ncsn.core.ema import Ema, HalfLife
+from ncsn.core.ema import Ema, half_life
 from ncsn.core.images import DataMoments, fit_moments, to_unit
 from ncsn.core.keyed_random import KeyedNoise
 from ncsn.core.losses import Batch, DenoisingScoreMatching, EdmWeight
@@ -106,7 +106,7 @@ def train(
     torch.manual_seed(seed)
     network = new_network(images, widths=widths) if start is None else copy.deepcopy(start.network)
     optimizer = torch.optim.Adam(network.parameters(), lr=learning_rate)
-    state = TrainState(network.train(), optimizer, Ema(network, HalfLife(images=num_images / 20, ramp_up=0.05)))
+    state = TrainState(network.train(), optimizer, Ema(network, half_life(images=num_images / 20, ramp_up=0.05)))
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_images // BATCH)
     loss = DenoisingScoreMatching(weight=EdmWeight(images.sigma_data))
     mean = math.log(images.sigma_data / 0.25) - 1.89  # that of Karras et al. for these images, pixels in [0, 1]

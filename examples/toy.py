@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from small_images import arguments
 from torch import Tensor, nn
 
-from ncsn.core.ema import Ema, StepDecay
+from ncsn.core.ema import Ema, step_decay
 from ncsn.core.losses import Batch, DenoisingScoreMatching, SlicedScoreMatching
 from ncsn.core.noise_schedule import geometric_sigmas
 from ncsn.core.samplers.langevin import annealed_langevin, langevin_step
@@ -100,7 +100,7 @@ def fit_noisy_scores(*, num_steps: int, batch_size: int = 512, ema_decay: float 
     torch.manual_seed(seed)
     network = ConditionalScore(LEARNED_SIGMAS)
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
-    state = TrainState(network, optimizer, Ema(network, StepDecay(ema_decay)))
+    state = TrainState(network, optimizer, Ema(network, step_decay(ema_decay)))
     for _ in range(num_steps):
         x = MIXTURE.sample(batch_size, generator=generator)
         level = torch.randint(0, len(LEARNED_SIGMAS), (batch_size,), generator=generator)

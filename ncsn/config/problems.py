@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from ncsn.core.settings import Settings
+from ncsn.core.samplers.settings import Sampler
 from ncsn.errors import ConfigError, Problem, problems_of
 
 
@@ -64,7 +64,7 @@ def section_models(model: type[Any], field: str) -> list[type[Any]]:
     """The section classes that a field may hold, alone or in a mapping; none for a value."""
 
     def within(annotation: Any) -> Iterator[type[Any]]:
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel | Settings):
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel | Sampler):
             yield annotation
         for arm in get_args(annotation):
             yield from within(arm)

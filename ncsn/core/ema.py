@@ -8,74 +8,56 @@ width is put together (Karras et al. 2024, section 3 and appendix C).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ncsn.core.networks.transfer import misfits
 from ncsn.errors import InvalidValue
 
-
-class EmaProfile(Protocol):
-    """How much of the running average a step keeps."""
-
-    def decay(self, *, images_seen: int, batch: int) -> float:
-        """The factor m in [0, 1] of the average at a step of `batch` images, `images_seen` counting them too."""
+# How much of the running average a step keeps: (images seen after the step, images of the step) -> m in [0, 1].
+Decay = Callable[[int, int], float]
 
 
-@dataclass(frozen=True)
-class StepDecay:
+def step_decay(per_step: float) -> Decay:
     """The same factor m at each step, in [0, 1): the average depends on the batch size."""
-
-    per_step: float
-
-    def decay(self, *, images_seen: int, batch: int) -> float:  # noqa: ARG002
-        return self.per_step
+    return lambda images_seen, batch: per_step  # noqa: ARG005
 
 
-@dataclass(frozen=True)
-class HalfLife:
+def half_life(images: float, ramp_up: float | None) -> Decay:
     """Weights lose half of their influence over h = min(H, r n) images, of n seen (Karras et al. 2022).
 
-    While r n is the smaller, this is the power-function average of exponent ln 2 / r - 1 (Karras et al. 2024).
+    While r n is the smaller, this is the power-function average of exponent ln 2 / r - 1 (Karras et al. 2024). H is
+    `images` and r `ramp_up`, None for h = H.
     """
 
-    images: float  # H
-    ramp_up: float | None  # r; None for h = H
+    def decay(images_seen: int, batch: int) -> float:
+        h = images if ramp_up is None else min(images, ramp_up * images_seen)
+        return float(0.5 ** (batch / h))
 
-    def decay(self, *, images_seen: int, batch: int) -> float:
-        half_life = self.images if self.ramp_up is None else min(self.images, self.ramp_up * images_seen)
-        decay: float = 0.5 ** (batch / half_life)
-        return decay
+    return decay
 
 
-@dataclass(frozen=True)
-class PowerFunction:
+def power_function(exponent: float) -> Decay:
     """The average (g + 1) / t^(g + 1) times the integral over tau^g theta(tau), of exponent g (Karras et al. 2024).
 
     It forgets the initial weights at the first step, and its memory grows with the training.
     """
-
-    exponent: float
-
-    def decay(self, *, images_seen: int, batch: int) -> float:
-        decay: float = (1 - batch / images_seen) ** (self.exponent + 1)
-        return decay
+    return lambda images_seen, batch: float((1 - batch / images_seen) ** (exponent + 1))
 
 
 class Ema:
     """Running average w <- m w + (1 - m) parameter of a network's weights (Song & Ermon 2020, technique 5).
 
-    It starts from a copy of the parameters of the network, which is no DDP wrapper; `profile` gives m.
+    It starts from a copy of the parameters of the network, which is no DDP wrapper.
     """
 
-    def __init__(self, module: nn.Module, profile: EmaProfile) -> None:
-        self.profile = profile
+    def __init__(self, module: nn.Module, decay: Decay) -> None:
+        self.decay = decay
         self.num_updates = 0
         self.weights: dict[str, Tensor] = {
             name: parameter.detach().clone() for name, parameter in module.named_parameters()
@@ -87,16 +69,17 @@ class Ema:
 
         `images_seen` counts them too.
         """
-        parameters: list[Tensor] = [parameter for _, parameter in self._matched(module)]
-        decay = self.profile.decay(images_seen=images_seen, batch=batch)
-        torch._foreach_lerp_(list(self.weights.values()), parameters, 1 - decay)
+        parameters = dict(module.named_parameters())
+        current: list[Tensor] = [parameters[name] for name in self.weights]
+        torch._foreach_lerp_(list(self.weights.values()), current, 1 - self.decay(images_seen, batch))
         self.num_updates += 1
 
     @torch.no_grad()
     def copy_to(self, module: nn.Module) -> None:
         """Overwrite the module's parameters with the average."""
-        for name, parameter in self._matched(module):
-            parameter.copy_(self.weights[name])
+        parameters = dict(module.named_parameters())
+        for name, weight in self.weights.items():
+            parameters[name].copy_(weight)
 
     def state_dict(self) -> dict[str, Any]:
         """The average and its number of updates; the tensors are the live ones."""
@@ -111,14 +94,6 @@ class Ema:
             self.weights[name].copy_(weight)
         self.num_updates = int(state["num_updates"])
 
-    def _matched(self, module: nn.Module) -> list[tuple[str, nn.Parameter]]:
-        named = list(module.named_parameters())
-        if [name for name, _ in named] != list(self.weights):
-            raise ValueError("the module's parameters are not those that the running average was made from")
-        return named
-
-
-Array = NDArray[np.float64]
 
 WIDEST = math.sqrt(1 / 12)  # relative width of the plain mean, whose exponent is 0
 
@@ -152,19 +127,14 @@ def inner_product(one: Profile, other: Profile) -> float:
     return (g + 1) * (h + 1) * math.pow(first.time / last.time, last.exponent) / ((g + h + 1) * last.time)
 
 
-@dataclass(frozen=True)
-class Reconstruction:
-    """How to put an average together from stored ones."""
-
-    coefficients: Array  # of the stored averages [N]
-    error: float  # relative L2 error of the weight profile
-
-
-def reconstruction(stored: Sequence[Profile], target: Profile) -> Reconstruction:
+def reconstruction(stored: Sequence[Profile], target: Profile) -> tuple[list[float], float]:
     """The combination of stored averages whose profile is nearest to that of `target` in the least-squares sense.
 
     The coefficients are held to a sum of one, so that weights which do not change are kept. Karras
     et al. do not hold them, which with few snapshots makes smooth weights a few percent too small.
+
+    Returns:
+        Coefficients of the stored averages, and the relative L2 error of the weight profile.
     """
     count = len(stored)
     gram = np.array([[inner_product(one, other) for other in stored] for one in stored])
@@ -174,6 +144,6 @@ def reconstruction(stored: Sequence[Profile], target: Profile) -> Reconstruction
     matrix, sides = gram / norm, right / norm
     matrix = np.block([[matrix, np.ones((count, 1))], [np.ones((1, count)), np.zeros((1, 1))]])
     sides = np.append(sides, 1.0)
-    found: Array = np.asarray(np.linalg.solve(matrix, sides)[:count], np.float64)
+    found = np.linalg.solve(matrix, sides)[:count]
     square = (found @ gram @ found - 2 * found @ right) / norm + 1
-    return Reconstruction(found, math.sqrt(max(square, 0.0)))
+    return found.tolist(), math.sqrt(max(square, 0.0))

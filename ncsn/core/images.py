@@ -42,9 +42,7 @@ def to_uint8(x: Tensor, *, dequantized: bool = False) -> Tensor:
         InvalidValue: A value is NaN or infinite, which would otherwise become a plausible gray.
     """
     if bad := int((~torch.isfinite(x)).sum()):
-        raise InvalidValue(
-            f"{bad} of {x.numel()} pixel values are NaN or infinite: the sampler diverged, lower its epsilon"
-        )
+        raise InvalidValue(f"{bad} of {x.numel()} pixel values are NaN or infinite: the sampler diverged")
     unit = x.float().clamp(0, 1)
     gray = (unit.mul_(256).clamp_(max=255) if dequantized else unit.mul_(255).add_(0.5)).floor_().to(torch.uint8)
     return gray.permute(0, 2, 3, 1).contiguous()
@@ -53,16 +51,6 @@ def to_uint8(x: Tensor, *, dequantized: bool = False) -> Tensor:
 def mirror(x: Tensor, mask: Tensor) -> Tensor:
     """Flip the images [B, C, H, W] where `mask` (bool [B]) is true left to right."""
     return torch.where(mask.view(-1, 1, 1, 1), x.flip(-1), x)
-
-
-def encode(images_u8: Tensor, u: Tensor | None = None, *, dequantized: bool) -> Tensor:
-    """Stored images uint8 [B, H, W, C] as a network sees them, float32 [B, C, H, W].
-
-    Dequantization takes uniform (0, 1) numbers u [B, C, H, W], or the middle of each gray step.
-    """
-    if not dequantized:
-        return to_unit(images_u8)
-    return dequantize(images_u8, torch.tensor(0.5) if u is None else u)
 
 
 # Part of every checkpoint, so that samplers that remember their start need no dataset.

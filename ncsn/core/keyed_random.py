@@ -96,15 +96,12 @@ class KeyedNoise:
     ) -> None:
         self.seed, self.first, self.count, self.shape, self.device = seed, first, count, tuple(shape), device
 
-    def __call__(self, step: int) -> Tensor:
-        """Standard normal draw number `step` >= 0, float32 [count, *shape]."""
-        return self._draw(keyed_normal, step)
-
     def uniform(self, step: int) -> Tensor:
         """Uniform (0, 1) draw number `step` >= 0, float32 [count, *shape]; independent of the normal draws."""
-        return self._draw(keyed_uniform, step)
+        return self(step, draw=keyed_uniform)
 
-    def _draw(self, draw: Callable[..., Tensor], step: int) -> Tensor:
+    def __call__(self, step: int, *, draw: Callable[..., Tensor] = keyed_normal) -> Tensor:
+        """Standard normal draw number `step` >= 0, float32 [count, *shape]."""
         values = draw(
             self.seed,
             stream=Stream.SAMPLING + step,
@@ -114,33 +111,6 @@ class KeyedNoise:
             device=self.device,
         )
         return values.view(self.count, *self.shape)
-
-
-class InterpolatedNoise:
-    """Noise that turns the image of `first` into that of `second`: cos(phi) z_p + sin(phi) z_q, phi in [0, pi / 2].
-
-    Every mixture is standard normal, so a sampler runs with it as with any noise. Its batch begins with the image of
-    the first source and ends with that of the second. Chains with noise in every step share one start, as in the
-    paper; a start that is a normal draw is mixed like the others. Both sources draw for one image, and `count`, at
-    least 2, includes both ends.
-    """
-
-    def __init__(self, first: KeyedNoise, second: KeyedNoise, *, count: int) -> None:
-        self.first, self.second = first, second
-        fractions = [k / (count - 1) for k in range(count)]
-        # The last cosine is set, because cos(pi / 2) is not 0 in floating point and the end must be the image itself.
-        self._cosines = [math.cos(f * math.pi / 2) for f in fractions[:-1]] + [0.0]
-        self._sines = [math.sin(f * math.pi / 2) for f in fractions]
-
-    def __call__(self, step: int) -> Tensor:
-        """Normal draw number `step`, [count, C, H, W]."""
-        z_p, z_q = self.first(step), self.second(step)
-        return torch.cat([c * z_p + s * z_q for c, s in zip(self._cosines, self._sines, strict=True)])
-
-    def uniform(self, step: int) -> Tensor:
-        """Uniform draw number `step` of the first image for all, [count, C, H, W]: a mixture would not be uniform."""
-        shared = self.first.uniform(step)
-        return shared.expand(len(self._cosines), *shared.shape[1:])
 
 
 def _words(seed: int, *, kind: int, stream: int, first: int, count: int, words: int) -> Tensor:

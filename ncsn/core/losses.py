@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -59,12 +59,12 @@ class Batch:
             return source.to(device, non_blocking=True, memory_format=order)
 
         return Batch(
-            x=moved(self.x, memory_format),
-            sigma=moved(self.sigma),
-            z=moved(self.z, memory_format),
-            level=None if self.level is None else moved(self.level),
-            v=None if self.v is None else moved(self.v),
-            conditions={name: moved(values) for name, values in self.conditions.items()},
+            moved(self.x, memory_format),
+            moved(self.sigma),
+            moved(self.z, memory_format),
+            None if self.level is None else moved(self.level),
+            None if self.v is None else moved(self.v),
+            {name: moved(values) for name, values in self.conditions.items()},
         )
 
 
@@ -74,17 +74,6 @@ class LossValue:
 
     loss: Tensor  # scalar with gradient: mean over the batch of the weighted loss summed over pixels
     per_image: Tensor  # [B] without gradient, normalized so that a zero network reads 1.0 in expectation
-
-
-class Loss(Protocol):
-    """A training loss."""
-
-    @property
-    def num_projections(self) -> int:
-        """Random directions per image that it needs, `Batch.v`."""
-
-    def __call__(self, network: ScoreFunction, batch: Batch) -> LossValue:
-        """Loss of a batch."""
 
 
 # The weight of |sigma s + z|^2 in a loss at each sigma [B], in its shape and type.
@@ -98,7 +87,6 @@ class PowerWeight:
     anneal_power: float = 2.0  # p; the paper's lambda(sigma) = sigma^2 is p = 2
 
     def __call__(self, sigma: Tensor) -> Tensor:
-        """The weight at each sigma."""
         return sigma ** (self.anneal_power - 2.0)
 
 
@@ -113,7 +101,6 @@ class EdmWeight:
     sigma_data: float
 
     def __call__(self, sigma: Tensor) -> Tensor:
-        """The weight at each sigma."""
         return 1 + (sigma / self.sigma_data).square()
 
 
@@ -154,7 +141,7 @@ class DenoisingScoreMatching:
     weight: Weight = PowerWeight()
     uncertainty: Uncertainty | None = None
 
-    num_projections: ClassVar[int] = 0
+    num_projections: ClassVar[int] = 0  # random directions per image that it needs, `Batch.v`
 
     def __call__(self, network: ScoreFunction, batch: Batch) -> LossValue:
         sigma = batch.sigma.to(batch.x.dtype)
@@ -197,6 +184,9 @@ class SlicedScoreMatching:
             unweighted = 0.5 * score.square().flatten(1).sum(dim=1) + torch.stack(slopes).mean(dim=0)
         normalized = 1 + 2 * sigma.square() * unweighted.detach() / x[0].numel()
         return LossValue(loss=(sigma**self.anneal_power * unweighted).mean(), per_image=normalized)
+
+
+Loss = DenoisingScoreMatching | SlicedScoreMatching
 
 
 def bin_sums(values: Tensor, *, bins: Tensor, num_bins: int) -> Tensor:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -82,12 +83,13 @@ def train_step(network: nn.Module, batch: Batch, *, state: TrainState, loss: Los
     optimizer.zero_grad(set_to_none=True)
     count, per_image = len(batch), []
     global_batch = options.batch_size or count * options.world_size
-    for part in _parts(count, options.microbatch):
+    # The fewest parts of at most `microbatch` images, whose sizes differ by at most one.
+    parts = 1 if options.microbatch is None else math.ceil(count / options.microbatch)
+    for first, end in pairwise(count * index // parts for index in range(parts + 1)):
         # Workers average their gradients in the last backward pass, and until then add up their own.
-        last = part.stop == count
-        with network.no_sync() if isinstance(network, DistributedDataParallel) and not last else nullcontext():
-            value = loss(score, batch[part])
-            torch.autograd.backward(value.loss * ((part.stop - part.start) / (global_batch / options.world_size)))
+        with network.no_sync() if isinstance(network, DistributedDataParallel) and end < count else nullcontext():
+            value = loss(score, batch[first:end])
+            torch.autograd.backward(value.loss * ((end - first) / (global_batch / options.world_size)))
         per_image.append(value.per_image)
     if state.uncertainty is not None and isinstance(network, DistributedDataParallel):
         _average_over_workers(state.uncertainty)
@@ -99,13 +101,6 @@ def train_step(network: nn.Module, batch: Batch, *, state: TrainState, loss: Los
     for ema in state.averages:
         ema.update(module, images_seen=state.images_seen + global_batch, batch=global_batch)
     return StepReport(per_image=torch.cat(per_image), grad_norm=grad_norm)
-
-
-def _parts(count: int, size: int | None) -> Iterator[slice]:
-    """The fewest parts of at most `size` images, whose sizes differ by at most one."""
-    number = 1 if size is None else math.ceil(count / size)
-    for index in range(number):
-        yield slice(count * index // number, count * (index + 1) // number)
 
 
 def _average_over_workers(module: nn.Module) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -16,28 +15,9 @@ BINS = 10  # of the loss curves, at most
 FEW_DRAWS = 1000  # from which a network learns a range of sigma
 
 
-class NoiseDraw(NamedTuple):
-    """The noise of a batch."""
-
-    sigma: Tensor  # standard deviation for each image, float32 [B]
-    level: Tensor | None  # its number, int64 [B], 0 = most noise; None if it is not one of the levels
-
-
-class TrainingNoise(Protocol):
-    """A distribution of sigma."""
-
-    @property
-    def bins(self) -> Tensor:
-        """A typical sigma of each bin of the reports, float32 [S], descending."""
-
-    def spread(self, count: int) -> Tensor:
-        """Up to `count` values of sigma spread evenly over the probability of each bin, float32 [S, ...]."""
-
-    def draw(self, seed: int, *, first: int, count: int) -> NoiseDraw:
-        """The noise at places `first .. first + count` of the endless order of images, the same in any batch."""
-
-    def bin_of(self, batch: Batch) -> Tensor:
-        """The bin of each image, int64 [B]."""
+# The noise of a batch: its standard deviation for each image, float32 [B], and its number, int64 [B], 0 = most noise;
+# None if it is not one of the levels.
+NoiseDraw = tuple[Tensor, Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -48,23 +28,25 @@ class LevelNoise:
 
     @property
     def bins(self) -> Tensor:
-        """See `TrainingNoise`: the middle ones of neighboring levels."""
+        """A typical sigma of each bin of the reports, float32 [S], descending: the middle of neighboring levels."""
         return self.spread(1)[:, 0]
 
     def spread(self, count: int) -> Tensor:
-        """See `TrainingNoise`, [S, count]; of fewer levels some are there twice."""
+        """Values of sigma spread evenly over the probability of each bin, [S, count]; of few levels some are twice."""
         bins = min(BINS, len(self.sigmas))
         edges = (torch.arange(bins + 1) * len(self.sigmas) + bins - 1) // bins  # the first level of each bin
         place = (torch.arange(count) + 0.5) / count * edges.diff()[:, None]
         return self.sigmas[edges[:-1, None] + place.long()]
 
     def draw(self, seed: int, *, first: int, count: int) -> NoiseDraw:
+        """The noise at places `first .. first + count` of the endless order of images, the same in any batch."""
         last = len(self.sigmas) - 1
         u = keyed_uniform(seed, stream=Stream.LEVEL, first=first, count=count, size=1)[:, 0]
         level = (u * (last + 1)).long().clamp_(max=last)
-        return NoiseDraw(self.sigmas[level], level)
+        return self.sigmas[level], level
 
     def bin_of(self, batch: Batch) -> Tensor:
+        """The bin of each image, int64 [B]."""
         assert batch.level is not None
         return batch.level * min(BINS, len(self.sigmas)) // len(self.sigmas)
 
@@ -86,24 +68,24 @@ class LognormalNoise:
 
     @property
     def bins(self) -> Tensor:
-        """See `TrainingNoise`: the medians of bins of equal probability."""
+        """See `LevelNoise`: the medians of bins of equal probability."""
         return self.spread(1)[:, 0]
 
     def spread(self, count: int) -> Tensor:
-        """See `TrainingNoise`, [S, count]."""
+        """See `LevelNoise`."""
         total = BINS * count
         p = (torch.arange(total, dtype=torch.float64) + 0.5) / total
         return self.quantile(p).flip(0).view(BINS, count).float()
 
     def draw(self, seed: int, *, first: int, count: int) -> NoiseDraw:
-        """See `TrainingNoise`; finite always, since the uniform numbers stay away from 0 and 1."""
+        """See `LevelNoise`; finite always, since the uniform numbers stay away from 0 and 1."""
         u = keyed_uniform(seed, stream=Stream.LEVEL, first=first, count=count, size=1)[:, 0].double()
         if self.stratified:
             block, end = first // STRATA, -(-(first + count) // STRATA)
             order = keyed_permutations(seed, stream=Stream.STRATUM, first=block, count=end - block, size=STRATA)
             stratum = order.flatten()[first - block * STRATA :][:count]
             u = (stratum + u) / STRATA
-        return NoiseDraw(self.quantile(u).float(), None)
+        return self.quantile(u).float(), None
 
     def bin_of(self, batch: Batch) -> Tensor:
         edges = self.quantile(torch.arange(1, BINS) / BINS).float()
@@ -113,3 +95,6 @@ class LognormalNoise:
         """The sigma above which a training of this many `images` draws about `FEW_DRAWS` times; 0 if it draws less."""
         share = torch.tensor(max(0.0, 1 - FEW_DRAWS / images), dtype=torch.float64)
         return float(self.quantile(share))
+
+
+TrainingNoise = LevelNoise | LognormalNoise

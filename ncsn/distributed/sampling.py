@@ -6,7 +6,6 @@ second call makes only the ranges that are missing.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -23,7 +22,7 @@ from ncsn.distributed.tasks import run_tasks
 from ncsn.errors import InvalidValue
 from ncsn.evaluation.extractors import batches
 from ncsn.evaluation.features import extractor_of
-from ncsn.model.generate import generate, image_labels, image_shape, level_images
+from ncsn.model.generate import generate, image_labels, level_images
 from ncsn.model.trained import load_for_generation
 from ncsn.progress import Progress
 
@@ -173,7 +172,11 @@ def _generate_with_strip(shard: Shard) -> NDArray[np.uint8]:
     """The images of the shard; some of them are kept at some noise levels too."""
     stages: dict[int, NDArray[np.uint8]] = {}  # at most `STRIP_STAGES`, evenly spread, and always the last
     every = 1
-    count = max(1, min(STRIP_IMAGES, STRIP_BYTES // (STRIP_STAGES * math.prod(image_shape(shard.config)))))
+    data = shard.config.data
+    count = max(
+        1,
+        min(STRIP_IMAGES, STRIP_BYTES // (STRIP_STAGES * data.channels * data.image_size**2)),
+    )
 
     def on_level(stage: int, x: Tensor) -> None:
         nonlocal every

@@ -45,7 +45,7 @@ from ncsn.model.checkpoint import DamagedError
 from ncsn.model.checkpoint_store import CHECKPOINTS, NEWEST, CheckpointStore
 from ncsn.storage.heartbeat import LeaseExpired
 from ncsn.storage.retry import limited
-from ncsn.training.context import LocalContext, WorkerContext
+from ncsn.training.context import WorkerContext
 from ncsn.training.loop import TrainingJob, TrainOutcome, train_loop
 
 STARTUP_ATTEMPTS = 5
@@ -124,7 +124,7 @@ def train_alone(job: TrainingJob, *, run_uri: str) -> TrainOutcome:
         max_retries=0,  # here, with a word
         **ANYWHERE,
     )(_attempt)
-    arguments = {"job": job, "run_uri": run_uri, "context": partial(LocalContext, compute.device)}
+    arguments = {"job": job, "run_uri": run_uri, "context": partial(WorkerContext, compute.device)}
     lost = LostWorkers(run_uri, max_failures=compute.max_failures)
     while True:
         try:
@@ -161,10 +161,9 @@ class RayContext(WorkerContext):
     """A worker of a Ray `TorchTrainer`: gloo on CPUs, NCCL on GPUs."""
 
     def __init__(self) -> None:
+        super().__init__(ray.train.torch.get_device())
         context = ray.train.get_context()
-        self.rank = context.get_world_rank()
-        self.world_size = context.get_world_size()
-        self.device = ray.train.torch.get_device()
+        self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
 
     @contextmanager
     def mistakes_shared(self) -> Iterator[None]:

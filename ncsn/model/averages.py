@@ -23,7 +23,7 @@ from torch import Tensor
 from ncsn import storage
 from ncsn.config import Config
 from ncsn.config.training import RELATIVE_WIDTHS
-from ncsn.core.ema import Profile, Reconstruction, exponent_of, reconstruction
+from ncsn.core.ema import Profile, exponent_of, reconstruction
 from ncsn.core.training import TrainState
 from ncsn.errors import UserError
 from ncsn.model.checkpoint import (
@@ -47,8 +47,13 @@ _logger = logging.getLogger(__name__)
 
 def snapshot(state: TrainState) -> dict[str, dict[str, Tensor]]:
     """Copies of both averages by file, on the CPU, so that training can go on while they are written."""
+
+    def compact(tensor: Tensor) -> Tensor:
+        fits = tensor.numel() == 0 or float(tensor.abs().max()) < MOST_FLOAT16
+        return torch.empty(tensor.shape, dtype=torch.float16 if fits else torch.float32).copy_(tensor)
+
     return {
-        _file(width): {name: _compact(tensor) for name, tensor in ema.weights.items()}
+        _file(width): {name: compact(tensor) for name, tensor in ema.weights.items()}
         for width, ema in zip(RELATIVE_WIDTHS, state.averages, strict=True)
     }
 
@@ -78,7 +83,8 @@ def sampled_checkpoint(checkpoint: str, config: Config) -> str:
         return checkpoint
     if not checkpoint.rpartition("/")[0].endswith(f"/{WIDTHS}"):
         return build_average(checkpoint, relative_width=width)
-    if (built := _width(checkpoint)) != width:
+    built = float(checkpoint.rpartition("/")[2].partition("-")[0])
+    if built != width:
         raise UserError(_KEY, f"{checkpoint} has {built:g}", hint="leave one of them out", value=width)
     return checkpoint
 
@@ -103,19 +109,19 @@ def build_average(checkpoint: str, *, relative_width: float) -> str:
             value=relative_width,
         )
     stored = list(_whole(folder, [time for time in times if time <= seen]))
-    found = reconstruction(
+    coefficients, error = reconstruction(
         [Profile(exponent_of(width), time) for time, width in stored], Profile(exponent_of(relative_width), seen)
     )
-    if found.error > POOR:
+    if error > POOR:
         _logger.warning(
             "the snapshots of %s give the relative width %g only to %.0f %%: its weights over time are others",
-            folder, relative_width, 100 * found.error,
+            folder, relative_width, 100 * error,
         )  # fmt: skip
     parts = [f"{folder_name(time)}/{_file(width)}" for time, width in stored]
     average = {
         "relative_width": relative_width,
-        "error": found.error,
-        "coefficients": dict(zip(parts, found.coefficients.tolist(), strict=True)),
+        "error": error,
+        "coefficients": dict(zip(parts, coefficients, strict=True)),
     }
     with storage.local_copy(checkpoint) as source, storage.staged_folder(target, marker=INDEX) as made:
         for file in ("moments.safetensors", "config.yaml"):
@@ -123,29 +129,13 @@ def build_average(checkpoint: str, *, relative_width: float) -> str:
         known = json.loads((source / "state.json").read_text())
         kept = {name: known[name] for name in ("dataset_digest", "classes", "images_seen") if name in known}
         (made / "state.json").write_text(json.dumps({**kept, "average": average}))
-        save_file(_combined(folder, stored, found), made / "ema.safetensors")
+        save_file(_combined(folder, parts, coefficients), made / "ema.safetensors")
         write_index(made, SAMPLING_FILES)
     return target
 
 
-def built_averages(folder: str) -> list[tuple[str, float]]:
-    """URI and relative width of all averages that were put together below the folder of snapshots."""
-    places = [storage.join(folder, WIDTHS, name) for name in storage.list_names(storage.join(folder, WIDTHS))]
-    return [(place, _width(place)) for place in places if storage.exists(storage.join(place, INDEX))]
-
-
-def _width(checkpoint: str) -> float:
-    """Of an average that was put together."""
-    return float(checkpoint.rpartition("/")[2].partition("-")[0])
-
-
 def _file(width: float) -> str:
     return f"{width:.3f}.safetensors"
-
-
-def _compact(tensor: Tensor) -> Tensor:
-    fits = tensor.numel() == 0 or float(tensor.detach().abs().max()) < MOST_FLOAT16
-    return torch.empty(tensor.shape, dtype=torch.float16 if fits else torch.float32).copy_(tensor.detach())
 
 
 def _whole(folder: str, times: Sequence[int]) -> Iterator[tuple[int, float]]:
@@ -160,13 +150,12 @@ def _whole(folder: str, times: Sequence[int]) -> Iterator[tuple[int, float]]:
         yield from ((time, width) for width in RELATIVE_WIDTHS)
 
 
-def _combined(folder: str, stored: Sequence[tuple[int, float]], found: Reconstruction) -> dict[str, Tensor]:
+def _combined(folder: str, parts: Sequence[str], coefficients: Sequence[float]) -> dict[str, Tensor]:
     total: dict[str, Tensor] = {}
-    for (time, width), coefficient in zip(stored, found.coefficients.tolist(), strict=True):
-        content = storage.read_bytes(storage.join(folder, folder_name(time), _file(width)))
-        for name, tensor in load(content).items():
-            part = coefficient * tensor.double()
-            total[name] = total[name] + part if name in total else part
+    for part, coefficient in zip(parts, coefficients, strict=True):
+        for name, tensor in load(storage.read_bytes(storage.join(folder, part))).items():
+            share = coefficient * tensor.double()
+            total[name] = total[name] + share if name in total else share
     weights = {name: tensor.float() for name, tensor in total.items()}
     if not all(math.isfinite(float(tensor.sum())) for tensor in weights.values()):
         raise DamagedError(folder, "a snapshot has weights that are not finite")
@@ -189,22 +178,22 @@ class Weights:
 
 def find_weights(run: str) -> list[Weights]:
     """All different EMA weights below the folder of a run, by images seen and relative width."""
-    places = [
-        (storage.join(run, place, name), images_seen_at(name), None)
+    places: list[tuple[str, str, float | None]] = [
+        (storage.join(run, place, name), name, None)
         for place in _PLACES
         for name in storage.list_names(storage.join(run, place))
         if FOLDER_NAME.fullmatch(name)
     ]
-    built = [
-        (uri, images_seen_at(uri.rpartition("/")[2].partition("-")[2]), width)
-        for uri, width in built_averages(storage.join(run, "ema"))
-    ]
+    built = storage.join(run, "ema", WIDTHS)
+    for name in storage.list_names(built):
+        width, _, end = name.partition("-")
+        places.append((storage.join(built, name), end, float(width)))
     found: dict[str, Weights] = {}
-    for uri, images_seen, width in (*places, *built):
+    for uri, name, relative_width in places:
         index = storage.find_json(storage.join(uri, INDEX))
         if index is not None:
             digest = index["sha256"]["ema.safetensors"][:16]
-            found.setdefault(digest, Weights(uri, digest, images_seen, width))
+            found.setdefault(digest, Weights(uri, digest, images_seen_at(name), relative_width))
     return sorted(found.values(), key=lambda each: (each.images_seen, each.relative_width or 0.0))
 
 

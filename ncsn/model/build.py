@@ -14,13 +14,11 @@ from ncsn.config.training import (
     RELATIVE_WIDTHS,
     DsmLossConfig,
     HalfLifeEmaConfig,
-    LevelsConfig,
     LognormalTraining,
-    NoiseConfig,
     PowerEmaConfig,
     SsmLossConfig,
 )
-from ncsn.core.ema import Ema, HalfLife, PowerFunction, StepDecay, exponent_of
+from ncsn.core.ema import Ema, exponent_of, half_life, power_function, step_decay
 from ncsn.core.losses import (
     DenoisingScoreMatching,
     EdmWeight,
@@ -39,22 +37,9 @@ from ncsn.core.training import StepOptions, TrainState
 from ncsn.core.training_noise import FEW_DRAWS, LevelNoise, LognormalNoise, TrainingNoise
 
 
-def sigmas(config: Config) -> Tensor:
-    """The noise levels, `[num_levels]` float32, descending."""
-    return _geometric(config.levels)
-
-
-def sampled_sigmas(config: Config, sampling: SamplingConfig) -> Tensor:
-    """The levels that a sampler with these settings visits, as `sigmas`."""
-    return _geometric(sampled_levels(config, sampling))
-
-
-def sampled_levels(config: Config, sampling: SamplingConfig) -> NoiseConfig | LevelsConfig:
-    """The section of these levels."""
-    return sampling.levels or config.levels
-
-
-def _geometric(levels: NoiseConfig | LevelsConfig) -> Tensor:
+def sigmas(config: Config, sampling: SamplingConfig | None = None) -> Tensor:
+    """The noise levels, or those that a sampler with these settings visits, `[num_levels]` float32, descending."""
+    levels = (sampling and sampling.levels) or config.levels
     return geometric_sigmas(levels.sigma_1, levels.sigma_L, levels.num_levels)
 
 
@@ -75,7 +60,7 @@ def noise_notes(config: Config, *, images: int) -> list[str]:
 
     A network that another one started has seen more, and fewer than `FEW_DRAWS` images teach no sigma at all.
     """
-    noise, sigma_1 = training_noise(config), sampled_levels(config, config.sampling).sigma_1
+    noise, sigma_1 = training_noise(config), (config.sampling.levels or config.levels).sigma_1
     if not isinstance(noise, LognormalNoise) or config.train.init_from is not None or images < FEW_DRAWS:
         return []
     if sigma_1 <= _TOLERANCE * (seen := noise.largest_seen(images)):
@@ -143,16 +128,6 @@ def step_options(config: Config, *, world_size: int) -> StepOptions:
     )
 
 
-def optimizer(config: Config, *modules: nn.Module) -> torch.optim.Adam:
-    """Adam over all parameters of the modules, in their order of registration."""
-    settings = config.optimizer
-    return torch.optim.Adam(
-        [parameter for module in modules for parameter in module.parameters()],
-        lr=settings.learning_rate,
-        fused=True,
-    )
-
-
 def memory_format(config: Config) -> torch.memory_format:
     """Memory format of images and convolutions."""
     return torch.channels_last if config.compute.channels_last else torch.contiguous_format
@@ -169,9 +144,10 @@ def train_state(config: Config, *, device: str | torch.device = "cpu") -> TrainS
     ema, second_ema = running_averages(config, score_network)
     learned = getattr(config.loss, "weighting", None) == "learned"
     uncertainty = Uncertainty(seed=config.seed).to(device) if learned else None
+    trained = [*score_network.parameters(), *(uncertainty.parameters() if uncertainty else ())]
     return TrainState(
         network=score_network,
-        optimizer=optimizer(config, score_network, *([uncertainty] if uncertainty else [])),
+        optimizer=torch.optim.Adam(trained, lr=config.optimizer.learning_rate, fused=True),
         ema=ema,
         uncertainty=uncertainty,
         second_ema=second_ema,
@@ -182,11 +158,11 @@ def running_averages(config: Config, network: nn.Module) -> tuple[Ema, Ema | Non
     """The EMA that generates images and the second one, if training has two; both start from these weights."""
     settings = config.train.averaging
     if isinstance(settings, PowerEmaConfig):
-        one, other = (Ema(network, PowerFunction(exponent_of(width))) for width in RELATIVE_WIDTHS)
+        one, other = (Ema(network, power_function(exponent_of(width))) for width in RELATIVE_WIDTHS)
         return one, other
     if isinstance(settings, HalfLifeEmaConfig):
-        return Ema(network, HalfLife(settings.images, settings.ramp_up)), None
-    return Ema(network, StepDecay(settings.per_step)), None
+        return Ema(network, half_life(settings.images, settings.ramp_up)), None
+    return Ema(network, step_decay(settings.per_step)), None
 
 
 def learning_rate(config: Config, images_seen: int) -> float:

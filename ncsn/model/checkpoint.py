@@ -36,6 +36,7 @@ from ncsn.errors import UserError
 from ncsn.model import build
 from ncsn.model.classes import Classes
 
+FOLDER_NAME = re.compile(r"images-\d+")
 FORMAT_VERSION = 1
 INDEX = "checkpoint.json"
 SECOND_EMA = "ema_2.safetensors"  # of a training with two averages
@@ -62,23 +63,27 @@ def write_index(folder: Path, names: Iterable[str]) -> None:
     (folder / INDEX).write_text(json.dumps(index, indent=1))
 
 
-def verify(folder: Path, *, needs: Iterable[str] = SAMPLING_FILES) -> None:
-    """Check that every file is there and unchanged.
+def verify(folder: Path, *, needs: Iterable[str] = SAMPLING_FILES) -> set[str]:
+    """Check that every file is there and unchanged; their names.
 
     Raises:
         DamagedError: naming the file that is not.
     """
-    listed = _listed(folder)
+    if not (folder / INDEX).is_file():
+        raise DamagedError(str(folder), f"{INDEX} is missing")
+    try:
+        index = json.loads((folder / INDEX).read_text())
+    except ValueError:  # no text, or no JSON
+        raise DamagedError(str(folder), f"{INDEX} is not valid JSON") from None
+    if (version := index.get("version")) != FORMAT_VERSION:
+        raise CheckpointError(str(folder), f"has format version {version!r}; this program reads {FORMAT_VERSION}")
+    listed: dict[str, str] = index["sha256"]
     for name in dict.fromkeys((*needs, *listed)):
         if not (folder / name).is_file():
             raise DamagedError(str(folder), f"{name} is missing")
         if sha256(folder / name) != listed.get(name):
             raise DamagedError(str(folder), f"{name} differs from its checksum")
-
-
-def resumable(folder: Path) -> bool:
-    """Whether the checkpoint has what training resumes from; raises as `verify`."""
-    return set(FILES) <= _listed(folder).keys()
+    return set(listed)
 
 
 def thin(uri: str) -> None:
@@ -96,24 +101,6 @@ def sha256(path: Path) -> str:
     """Hexadecimal digest of a file."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _listed(folder: Path) -> dict[str, Any]:
-    """File -> checksum."""
-    if not (folder / INDEX).is_file():
-        raise DamagedError(str(folder), f"{INDEX} is missing")
-    try:
-        index = json.loads((folder / INDEX).read_text())
-    except ValueError:  # no text, or no JSON
-        raise DamagedError(str(folder), f"{INDEX} is not valid JSON") from None
-    if index.get("version") != FORMAT_VERSION:
-        found = index.get("version")
-        raise CheckpointError(str(folder), f"has format version {found!r}; this program reads {FORMAT_VERSION}")
-    listed: dict[str, Any] = index["sha256"]
-    return listed
-
-
-FOLDER_NAME = re.compile(r"images-\d+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,7 +194,7 @@ def load(folder: Path, *, config: Config, state: TrainState, dataset_digest: str
     Raises:
         CheckpointError: if a file is missing or damaged, or the config or the images were others.
     """
-    verify(folder, needs=FILES if state.second_ema is None else (*FILES, SECOND_EMA))
+    verify(folder, needs=FILES)
     saved = from_yaml((folder / "config.yaml").read_text(), origin=str(folder / "config.yaml"))
     require_same_training(saved, config, origin=str(folder))
     facts = json.loads((folder / "state.json").read_text())
@@ -262,7 +249,7 @@ def load_for_sampling(uri: str, *, device: str | torch.device = "cpu") -> Sampli
 
 def weights_digest(network: nn.Module) -> str:
     """The digest of a network's weights that a checkpoint with these EMA weights has."""
-    return hashlib.sha256(tensors_to_bytes(plain(dict(network.named_parameters())))).hexdigest()[:16]
+    return hashlib.sha256(tensors_to_bytes(plain_weights(network))).hexdigest()[:16]
 
 
 def network_from_weights(config: Config, weights: Mapping[str, Tensor], *, origin: str) -> nn.Module:
@@ -317,6 +304,6 @@ def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors as a file keeps them: contiguous, on the CPU."""
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+def plain_weights(network: nn.Module) -> dict[str, Tensor]:
+    """A network's parameters as a file keeps them: contiguous, on the CPU."""
+    return {name: parameter.detach().cpu().contiguous() for name, parameter in network.named_parameters()}

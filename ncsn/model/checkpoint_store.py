@@ -53,15 +53,14 @@ class CheckpointStore:
         for name in self.names():
             with self.open(name) as folder:
                 try:
-                    if not checkpoint.resumable(folder):
-                        continue
-                    checkpoint.verify(folder, needs=checkpoint.FILES)
+                    files = checkpoint.verify(folder)
                 except checkpoint.DamagedError as damage:
                     damaged.append(f"checkpoint {name} is damaged ({damage.reason})")
-                else:
-                    self._note(damaged, resumed_from=name)
-                    return name
-            storage.delete(storage.join(self.uri, name))
+                    storage.delete(storage.join(self.uri, name))
+                    continue
+            if files >= set(checkpoint.FILES):  # others have what images need alone
+                self._note(damaged, resumed_from=name)
+                return name
         self._note(damaged, resumed_from="the start")
         return None
 

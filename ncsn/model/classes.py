@@ -1,4 +1,4 @@
-"""The classes that a network knows, and the class of each image that it generates.
+"""The classes that a network knows, and the labels that name one.
 
 A label is the index of a class, or -1 for none.
 """
@@ -9,10 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from ncsn.core.keyed_random import Stream, keyed_uniform
 from ncsn.errors import UserError
 
 BALANCED, AS_DATA = "balanced", "data"
@@ -49,24 +45,6 @@ def require_same_classes(num_classes: int | None, names: Sequence[str], *, where
     found = f"{len(names)}: {_shown(names)}" if names else "0"
     hint = f"set it to {len(names)}" if names else "set it to null, or sort the images into one subfolder per class"
     raise UserError("data.num_classes", f"{where} has {found}", hint=hint, value=num_classes)
-
-
-def labels_of_images(
-    label: str, *, num_classes: int, classes: Classes | None, seed: int, first: int, count: int
-) -> Tensor:
-    """Labels of images `first .. first + count` of a seed by `sampling.label`, int64 [count].
-
-    They are a function of (seed, image). Balanced classes come in turn, and need no facts about them; classes as in the
-    data are drawn in proportion to how often training saw each.
-    """
-    if label == BALANCED:
-        return torch.arange(first, first + count) % num_classes
-    assert classes is not None
-    if label == AS_DATA:
-        ends = torch.tensor(classes.counts, dtype=torch.float64).cumsum(0)
-        u = keyed_uniform(seed, stream=Stream.LABEL_CHOICE, first=first, count=count, size=1)[:, 0]
-        return torch.bucketize(u.double() * ends[-1], ends, right=True).clamp_(max=num_classes - 1)
-    return torch.full((count,), classes.index(label, key="sampling.label"))
 
 
 def require_label(label: str, classes: Classes | None, *, key: str = "sampling.label") -> None:

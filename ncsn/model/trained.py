@@ -7,17 +7,18 @@ that guides it, if there is one.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from ncsn import storage
 from ncsn.config import Config, from_yaml, to_json
 from ncsn.config.training import ema_setting
-from ncsn.core.networks.transfer import Transferred, transfer
+from ncsn.core.networks.transfer import transfer
 from ncsn.core.training import TrainState
 from ncsn.errors import InvalidValue, UserError, shown_value
 from ncsn.model import build
@@ -28,7 +29,7 @@ from ncsn.model.checkpoint import (
     load_moments,
     moment_tensors,
     network_from_weights,
-    plain,
+    plain_weights,
 )
 from ncsn.model.classes import Classes
 
@@ -41,13 +42,13 @@ _GUIDE_WEIGHTS, _GUIDE_CONFIG = "guide.safetensors", "guide_config.json"
 def save_trained(trained: TrainedNetwork, folder: Path) -> None:
     """Inverse of `load_trained`, into an existing folder."""
     # Buffers are rebuilt from the config.
-    save_file(plain(dict(trained.network.named_parameters())), folder / _WEIGHTS)
+    save_file(plain_weights(trained.network), folder / _WEIGHTS)
     save_file(moment_tensors(trained.moments), folder / _MOMENTS)
     (folder / TRAINED_CONFIG).write_text(to_json(trained.config))
     if trained.classes is not None:
         (folder / _CLASSES).write_text(json.dumps(asdict(trained.classes)))
     if trained.guide is not None:
-        save_file(plain(dict(trained.guide.network.named_parameters())), folder / _GUIDE_WEIGHTS)
+        save_file(plain_weights(trained.guide.network), folder / _GUIDE_WEIGHTS)
         (folder / _GUIDE_CONFIG).write_text(to_json(trained.guide.config))
 
 
@@ -76,13 +77,15 @@ def load_for_generation(uri: str, *, device: str | torch.device = "cpu") -> Trai
 
 def start_from(uri: str, *, state: TrainState, config: Config, classes: Classes | None) -> None:
     """Give a new training the weights of the trained network at `uri`, in the network and its running average."""
-    found = adapted(load_for_generation(uri), state.network, config=config, classes=classes)
-    state.network.load_state_dict(found.weights, strict=False)  # buffers are those of the config
+    weights, _ = adapted(load_for_generation(uri), state.network, config=config, classes=classes)
+    state.network.load_state_dict(weights, strict=False)  # buffers are those of the config
     state.ema, state.second_ema = build.running_averages(config, state.network)
 
 
-def adapted(source: TrainedNetwork, network: nn.Module, *, config: Config, classes: Classes | None) -> Transferred:
-    """The source's weights for the network of the config, which learns `classes`.
+def adapted(
+    source: TrainedNetwork, network: nn.Module, *, config: Config, classes: Classes | None
+) -> tuple[dict[str, Tensor], list[str]]:
+    """The source's weights for the network of the config, which learns `classes`, and what changes, see `transfer`.
 
     Raises:
         UserError: They do not fit.
@@ -102,7 +105,7 @@ def adapted(source: TrainedNetwork, network: nn.Module, *, config: Config, class
         ) from None
 
 
-def start_notes(source: TrainedNetwork, config: Config, changes: tuple[str, ...]) -> list[str]:
+def start_notes(source: TrainedNetwork, config: Config, changes: Sequence[str]) -> list[str]:
     """What differs between the trained network and the training that starts from it, for people."""
     notes = [f"train.init_from: {change}" for change in changes]
     old, new = (getattr(each.network, "sigma_data", None) for each in (source.config, config))

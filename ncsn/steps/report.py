@@ -172,7 +172,7 @@ def _training(sources: Sources) -> dict[str, Any]:
         losses = history.losses(loss_names(sigmas))
         linear = hints.linear_loss(sources.checkpoint.moments, noise.spread(16).flatten().tolist())
         linear = linear.reshape(len(sigmas), -1).mean(axis=1)
-        levels = build.sampled_sigmas(config, config.sampling).tolist()
+        levels = build.sigmas(config, config.sampling).tolist()
         loss_plot = to_svg(plots.loss_curves(history.images_seen, losses, sigmas=sigmas), salt="lines")
         found += hints.training_hints(plots.last_losses(losses), linear=linear, sigmas=sigmas)
         found += hints.average_hints(config.train, images_seen=sources.checkpoint.images_seen)

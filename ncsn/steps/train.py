@@ -121,7 +121,7 @@ def start_of(config: Config, folder: RunFolder, manifest: Manifest) -> Start:
     source = _source(config, config.train.init_from, uri)
     with torch.device("meta"):
         network = build.network(config)
-    changes = adapted(source, network, config=config, classes=classes_of(config, manifest)).changes
+    _, changes = adapted(source, network, config=config, classes=classes_of(config, manifest))
     record = storage.read_json(storage.join(uri, _SOURCE))
     tags = {INIT_FROM: f"{record['source']}/{record['digest']}"}
     return Start(uri, tags, tuple(start_notes(source, config, changes)))

@@ -17,7 +17,7 @@ from pydantic_core import to_jsonable_python
 from ncsn.config import Config, from_yaml
 from ncsn.config.load import parse_override
 from ncsn.config.problems import fields_of, kinds_of, section_models, set_value
-from ncsn.core.settings import Settings
+from ncsn.core.samplers.settings import Sampler
 
 _WIDTH = 118
 _INDENT = "  "
@@ -116,7 +116,7 @@ def _section(section: Any, indent: str) -> Iterator[str]:
         value = getattr(section, name)
         if not indent and section_models(type(section), name):
             yield ""
-        if isinstance(value, BaseModel | Settings):
+        if isinstance(value, BaseModel | Sampler):
             yield from _comment(_first_line(type(value)) + _other_kinds(type(section), name, value), indent)
             yield f"{indent}{name}:"
             yield from _section(value, indent + _INDENT)

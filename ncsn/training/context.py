@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,12 +14,14 @@ from torch import Tensor, nn
 from ncsn.errors import UserError
 
 
-class WorkerContext(ABC):
-    """One worker among `world_size`. All call the same methods in the same order; rank 0 writes."""
+class WorkerContext:
+    """One worker among `world_size`; by itself, a single one. All call the same methods in the same order."""
 
-    rank: int
-    world_size: int
-    device: torch.device
+    rank = 0  # the worker that writes has 0
+    world_size = 1
+
+    def __init__(self, device: str | torch.device = "cpu") -> None:
+        self.device = torch.device(device)
 
     def share(self, batch_size: int) -> range:
         """This worker's places in a global batch; shares differ by at most one image."""
@@ -36,30 +37,12 @@ class WorkerContext(ABC):
         """Whether a machine of the workers is about to be preempted, the same on every worker. A barrier."""
         return False
 
-    @abstractmethod
     def wrap(self, network: nn.Module) -> nn.Module:
         """The network, with gradients averaged over the workers."""
-
-    @abstractmethod
-    def sum_over_workers(self, tensor: Tensor) -> Tensor:
-        """The sum of the workers' tensors, the same on each."""
-
-
-class LocalContext(WorkerContext):
-    """A single worker."""
-
-    rank = 0
-    world_size = 1
-
-    def __init__(self, device: str = "cpu") -> None:
-        self.device = torch.device(device)
-
-    def wrap(self, network: nn.Module) -> nn.Module:
-        """The network itself."""
         return network
 
     def sum_over_workers(self, tensor: Tensor) -> Tensor:
-        """The tensor itself."""
+        """The sum of the workers' tensors, the same on each."""
         return tensor
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,16 +28,11 @@ MOST_IMAGES = 1000  # of each set
 FEW_IMAGES = 50  # with fewer, it is measured less often instead
 
 
-class Effort(NamedTuple):
-    """How much the held-out loss measures."""
+def effort_of(config: Config, *, held_out: int, training: int) -> tuple[int, int, int] | None:
+    """What fits in `SHARE` of the time for splits of these sizes; None if that is nothing.
 
-    held_out: int  # images
-    training: int  # images
-    every: int  # number of training images between two measurements
-
-
-def effort_of(config: Config, *, held_out: int, training: int) -> Effort | None:
-    """What fits in `SHARE` of the time for splits of these sizes; None if that is nothing."""
+    Numbers of held-out images, of training images, and of training images between two measurements.
+    """
     between = min(config.train.checkpoint_every_images, config.train.num_images)
     bins = len(_measured_at(config)[0])
     affordable = SHARE * EVALUATIONS_PER_STEP * between / bins  # images of both sets at each measurement
@@ -52,7 +46,7 @@ def effort_of(config: Config, *, held_out: int, training: int) -> Effort | None:
     smaller = min(held_out, training, room // 2)
     larger = min(max(held_out, training), room - smaller)
     sizes = (smaller, larger) if held_out <= training else (larger, smaller)
-    return Effort(*sizes, every=checkpoints * between)
+    return *sizes, checkpoints * between
 
 
 @dataclass(frozen=True)
@@ -140,12 +134,12 @@ def open_probe(config: Config, dataset: str, training: TrainingImages, context: 
     effort = effort_of(config, held_out=count, training=len(training))
     if effort is None:
         return None
-    held_out = open_training_images(dataset, "test")
+    held_out, (first, second, every) = open_training_images(dataset, "test"), effort
     return Probe(
         config,
-        _share(held_out, effort.held_out, context, Stream.HELD_OUT_NOISE, Stream.HELD_OUT_DEQUANTIZE),
-        _share(training, effort.training, context, Stream.TRAINED_NOISE, Stream.TRAINED_DEQUANTIZE),
-        every=effort.every,
+        _share(held_out, first, context, Stream.HELD_OUT_NOISE, Stream.HELD_OUT_DEQUANTIZE),
+        _share(training, second, context, Stream.TRAINED_NOISE, Stream.TRAINED_DEQUANTIZE),
+        every=every,
         context=context,
     )
 

@@ -33,7 +33,7 @@ from ncsn.storage.heartbeat import Lease, LeaseExpired
 from ncsn.training.batches import augmented, classes_of, draw_batch, image_moments
 from ncsn.training.context import StepTimer, WorkerContext, compile_network
 from ncsn.training.held_out import open_probe
-from ncsn.training.monitor import Curves, LiveSink, MachineUsage, preview_png
+from ncsn.training.monitor import Curves, LiveSink, machine_usage, preview_png
 
 
 class DivergedError(UserError):
@@ -109,7 +109,7 @@ class Training:
             compile_network(self.state.network, context)
         self.model = context.wrap(self.state.network)
         self.timer, self.warned = StepTimer(context, seconds=5.0), False
-        self.usage = MachineUsage(context.device)
+        machine_usage(context.device)  # starts the first interval
         self.point: dict[str, float] = {}
         self.reported = 0
 
@@ -171,28 +171,21 @@ class Training:
             point |= self.probe.measure(self.state, dtype=self.options.autocast_dtype)
         self.point = point | {"train/learning_rate": build.learning_rate(self.config, images_seen)}
         self.reported = now_ms()
-        system = self.usage.read() if self.context.rank == 0 else {}
+        system = machine_usage(self.context.device) if self.context.rank == 0 else {}
         if self.sink:
             self.sink.log(system | self.point, images_seen, self.reported)
         if self.history is not None:
             self.history.add(self.point, images_seen, system=system, when=self.reported)
 
     def save(self) -> None:
-        """Publish a checkpoint. A collective call."""
-        began = time.perf_counter()
-        if self.sink:
-            self._preview(self.sink)
+        """Show a few images from the present weights, if there is time for them, and publish a checkpoint."""
+        began, seen = time.perf_counter(), self.state.images_seen
+        if self.sink and (png := preview_png(config=self.config, state=self.state, moments=self.moments)):
+            if self.job.preview is not None:
+                storage.write_bytes(self.job.preview(seen), png)
+            self.sink.log_picture(png, seen, self.reported)
         self._publish()
         self.pauses.append(time.perf_counter() - began)
-
-    def _preview(self, sink: LiveSink) -> None:
-        """Show a few images from the present weights, if there is time for them."""
-        png = preview_png(config=self.config, state=self.state, moments=self.moments)
-        if png is None:
-            return
-        if self.job.preview is not None:
-            storage.write_bytes(self.job.preview(self.state.images_seen), png)
-        sink.log_picture(png, self.state.images_seen, self.reported)
 
     def keep_averages(self) -> None:
         """Store a snapshot of both running averages if it is due, before the checkpoint that implies it."""

@@ -42,36 +42,26 @@ class LiveSink(Protocol):
         """Send the remaining entries."""
 
 
-class MachineUsage:
-    """Load of the machine since the last reading. A reading takes about a millisecond."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._process = psutil.Process()
-        psutil.cpu_percent()  # starts the first interval
-
-    def read(self) -> dict[str, float]:
-        """Name `system/...` -> value; of GPUs only the worker's own."""
-        memory = psutil.virtual_memory()
-        usage = {
-            "system/cpu_utilization_percentage": psutil.cpu_percent(),
-            "system/system_memory_usage_megabytes": memory.used / 1e6,
-            "system/system_memory_usage_percentage": memory.percent,
-            "system/worker_memory_megabytes": self._process.memory_info().rss / 1e6,
-        }
-        return usage | self._gpu() if self._device.type == "cuda" else usage
-
-    def _gpu(self) -> dict[str, float]:
-        free, total = torch.cuda.mem_get_info(self._device)
-        gpu = f"system/gpu_{self._device.index or 0}"
-        usage = {
+def machine_usage(device: torch.device) -> dict[str, float]:
+    """Load of the machine since the last call, `system/...` -> value; of GPUs only the worker's own. It takes 1 ms."""
+    memory = psutil.virtual_memory()
+    usage = {
+        "system/cpu_utilization_percentage": psutil.cpu_percent(),
+        "system/system_memory_usage_megabytes": memory.used / 1e6,
+        "system/system_memory_usage_percentage": memory.percent,
+        "system/worker_memory_megabytes": psutil.Process().memory_info().rss / 1e6,
+    }
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        gpu = f"system/gpu_{device.index or 0}"
+        usage |= {
             f"{gpu}_memory_usage_megabytes": (total - free) / 1e6,
             f"{gpu}_memory_usage_percentage": 100 * (total - free) / total,
-            f"{gpu}_memory_peak_megabytes": torch.cuda.max_memory_allocated(self._device) / 1e6,
+            f"{gpu}_memory_peak_megabytes": torch.cuda.max_memory_allocated(device) / 1e6,
         }
         with suppress(Exception):  # NVIDIA's library is missing, or this is a part of a GPU
-            usage[f"{gpu}_utilization_percentage"] = float(torch.cuda.utilization(self._device))
-        return usage
+            usage[f"{gpu}_utilization_percentage"] = float(torch.cuda.utilization(device))
+    return usage
 
 
 class Curves:
@@ -136,15 +126,32 @@ _logger = logging.getLogger(__name__)
 
 
 def preview_png(*, config: Config, state: TrainState, moments: DataMoments) -> bytes | None:
-    """A few images from the present weights as a PNG file; None if there is no time for them."""
+    """A few images from the present weights as a PNG file; None if there is no time for them.
+
+    They are images 0, 1, ... of the seed of `config.sampling` from the EMA weights, a row for each class if the network
+    knows some, but not too many. Draws from no generator, so that training goes on as without it.
+    """
     evaluations = preview_evaluations(config)
     if not evaluations:
         return None
+    network, rows = state.averaged(), _rows(config)
+    sampler = DpmSolver(num_levels=max(2, evaluations), spacing="geometric")
     try:
-        picture = preview(config, state, moments, evaluations=evaluations)
+        images = generate(
+            TrainedNetwork(config=config, network=network, moments=moments),
+            sampling=config.sampling.model_copy(update={"sampler": sampler, "label": BALANCED, "guidance": None}),
+            first=0,
+            count=sum(map(len, rows)),
+            device=next(network.parameters()).device,
+        )
     except InvalidValue as error:  # early weights may not make finite images yet
         _logger.warning("no preview at images_seen = %d: %s", state.images_seen, error)
         return None
+    grid = image_grid(
+        images[np.concatenate(rows)], columns=len(rows[0]) if len(rows) > 1 else round(len(images) ** 0.5)
+    )
+    factor = max(1, PIXELS // max(grid.shape[:2]))
+    picture = grid.repeat(factor, axis=0).repeat(factor, axis=1)
     buffer = io.BytesIO()
     Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture).save(buffer, format="PNG")
     return buffer.getvalue()
@@ -155,7 +162,7 @@ def preview_evaluations(config: Config) -> int:
     images = config.tracking.preview_images
     if not images or config.levels.num_levels == 1:
         return 0
-    images = sum(map(len, preview_rows(config)))
+    images = sum(map(len, _rows(config)))
     # The other workers wait while rank 0 makes the preview.
     between = min(config.train.checkpoint_every_images, config.train.num_images) / config.compute.max_workers
     affordable = int(SHARE * EVALUATIONS_PER_STEP * between / images)
@@ -163,33 +170,10 @@ def preview_evaluations(config: Config) -> int:
     return wanted if wanted >= min(LEAST_EVALUATIONS, config.levels.num_levels) else 0
 
 
-def preview_rows(config: Config) -> list[NDArray[np.int64]]:
-    """Numbers of the images of the preview; a row for each class if the network knows some, but not too many."""
+def _rows(config: Config) -> list[NDArray[np.int64]]:
+    """Numbers of the images of the preview in each row; a single row has any number of columns."""
     count, num_classes = config.tracking.preview_images, config.data.num_classes
     if num_classes is None or num_classes > count:
         return [np.arange(count)]
     # Balanced images have the classes in turn.
     return list(np.arange(-(-count // num_classes) * num_classes).reshape(-1, num_classes).T)
-
-
-def preview(config: Config, state: TrainState, moments: DataMoments, *, evaluations: int) -> NDArray[np.uint8]:
-    """Images 0, 1, ... of the seed of `config.sampling` from the EMA weights, as one picture `[H, W, C]` uint8.
-
-    Draws from no generator, so that training goes on as without it.
-
-    Raises:
-        UserError: An image is not finite.
-    """
-    network, rows = state.averaged(), preview_rows(config)
-    sampler = DpmSolver(num_levels=max(2, evaluations), spacing="geometric")
-    images = generate(
-        TrainedNetwork(config=config, network=network, moments=moments),
-        sampling=config.sampling.model_copy(update={"sampler": sampler, "label": BALANCED, "guidance": None}),
-        first=0,
-        count=sum(map(len, rows)),
-        device=next(network.parameters()).device,
-    )
-    columns = len(rows[0]) if len(rows) > 1 else round(len(images) ** 0.5)
-    grid = image_grid(images[np.concatenate(rows)], columns=columns)
-    factor = max(1, PIXELS // max(grid.shape[:2]))
-    return grid.repeat(factor, axis=0).repeat(factor, axis=1)

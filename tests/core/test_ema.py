@@ -1,14 +1,27 @@
-"""The running average of the weights: spec oracle 23, and chapter 2's oracles of section 2."""
+"""Running averages of the weights, and those put together after training: oracle 23, and those of section 2."""
 
 from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from ncsn.core.ema import Ema, HalfLife, StepDecay
+from ncsn.core.ema import (
+    WIDEST,
+    Decay,
+    Ema,
+    Profile,
+    exponent_of,
+    half_life,
+    inner_product,
+    power_function,
+    reconstruction,
+    relative_width,
+    step_decay,
+)
 
 
 def constant(value: float) -> nn.Linear:
@@ -21,7 +34,7 @@ def constant(value: float) -> nn.Linear:
 
 @pytest.mark.oracle(23)
 def test_average_of_a_constant_from_zero():
-    ema, module = Ema(constant(0.0), StepDecay(0.999)), constant(5.0)
+    ema, module = Ema(constant(0.0), step_decay(0.999)), constant(5.0)
     for _ in range(1000):
         ema.update(module, images_seen=1, batch=1)
     assert ema.num_updates == 1000
@@ -31,7 +44,7 @@ def test_average_of_a_constant_from_zero():
 
 def test_starts_as_a_copy_that_does_not_follow_the_module():
     module = constant(2.0)
-    ema = Ema(module, StepDecay(0.9))
+    ema = Ema(module, step_decay(0.9))
     with torch.no_grad():
         module.weight.fill_(7.0)
     assert ema.weights["weight"].eq(2).all()
@@ -42,10 +55,10 @@ def test_starts_as_a_copy_that_does_not_follow_the_module():
 def test_restored_average_goes_on_bitwise():
     torch.manual_seed(0)
     path = [nn.Linear(3, 3) for _ in range(6)]
-    ema = Ema(path[0], StepDecay(0.97))
+    ema = Ema(path[0], step_decay(0.97))
     for module in path[1:3]:
         ema.update(module, images_seen=1, batch=1)
-    other = Ema(nn.Linear(3, 3), StepDecay(0.97))
+    other = Ema(nn.Linear(3, 3), step_decay(0.97))
     other.load_state_dict({**ema.state_dict(), "weights": {k: v.clone() for k, v in ema.weights.items()}})
     for module in path[3:]:
         ema.update(module, images_seen=1, batch=1)
@@ -58,25 +71,23 @@ def test_restored_average_goes_on_bitwise():
 
 
 def test_other_networks_are_refused_and_nothing_is_written():
-    ema = Ema(constant(1.0), StepDecay(0.9))
+    ema = Ema(constant(1.0), step_decay(0.9))
     with pytest.raises(ValueError, match=r"bias.*scale"):
         ema.load_state_dict({"weights": {"weight": torch.zeros(3, 2), "scale": torch.zeros(1)}, "num_updates": 1})
     with pytest.raises(ValueError, match=r"bias.*\[2\].*\[3\]"):
         ema.load_state_dict({"weights": {"weight": torch.zeros(3, 2), "bias": torch.zeros(2)}, "num_updates": 1})
     assert ema.weights["weight"].eq(1).all() and ema.num_updates == 0
-    with pytest.raises(ValueError, match="parameters"):
-        ema.update(nn.Linear(2, 3, bias=False), images_seen=1, batch=1)
 
 
 IMAGES = 2**21
 HALF = 500_000
 
 
-def averages(profile: HalfLife, batch: int) -> tuple[float, float]:
+def averages(decay: Decay, batch: int) -> tuple[float, float]:
     """The averages of weights that are 0 at first, then 1; and that grow evenly from 0 to 1."""
     constant = growing = 0.0
     for seen in range(batch, IMAGES + batch, batch):
-        kept = profile.decay(images_seen=seen, batch=batch)
+        kept = decay(seen, batch)
         constant = kept * constant + (1 - kept)
         growing = kept * growing + (1 - kept) * seen / IMAGES
     return constant, growing
@@ -87,11 +98,11 @@ def averages(profile: HalfLife, batch: int) -> tuple[float, float]:
     [(64, 0.674838, 0.932733), (128, 0.674853, 0.932747), (512, 0.674939, 0.932832), (2048, 0.675285, 0.933173)],
 )
 def test_a_half_life_in_images_does_not_depend_on_the_batch_size(batch: int, plain: float, ramped: float) -> None:
-    constant, growing = averages(HalfLife(HALF, None), batch)
+    constant, growing = averages(half_life(HALF, None), batch)
     assert constant == pytest.approx(1 - 0.5 ** (IMAGES / HALF), abs=1e-12)
     assert 1 - constant == pytest.approx(0.0546246, abs=1e-7)
     assert growing == pytest.approx(plain, abs=1e-6)
-    assert averages(HalfLife(HALF, 0.05), batch)[1] == pytest.approx(ramped, abs=1e-6)
+    assert averages(half_life(HALF, 0.05), batch)[1] == pytest.approx(ramped, abs=1e-6)
 
 
 def test_the_ramp_is_the_power_function_average() -> None:
@@ -99,13 +110,135 @@ def test_the_ramp_is_the_power_function_average() -> None:
     gamma = math.log(2) / 0.05 - 1
     assert gamma == pytest.approx(12.86294, abs=5e-6)
     assert (gamma + 1) / (gamma + 2) == pytest.approx(0.932719, abs=1e-6)
-    assert averages(HalfLife(HALF, 0.05), 64)[1] == pytest.approx((gamma + 1) / (gamma + 2), abs=5e-5)
+    assert averages(half_life(HALF, 0.05), 64)[1] == pytest.approx((gamma + 1) / (gamma + 2), abs=5e-5)
 
 
 def test_the_average_of_a_network_follows_its_profile() -> None:
-    ema, module = Ema(constant(0.0).double(), HalfLife(1000, 0.5)), constant(1.0).double()
+    ema, module = Ema(constant(0.0).double(), half_life(1000, 0.5)), constant(1.0).double()
     left = 1.0
     for seen in range(100, 4100, 100):
         ema.update(module, images_seen=seen, batch=100)
         left *= 0.5 ** (100 / min(1000, 0.5 * seen))
     torch.testing.assert_close(ema.weights["bias"], torch.full((3,), 1 - left, dtype=torch.float64), rtol=1e-12, atol=0)
+
+
+PAIR = (exponent_of(0.05), exponent_of(0.10))
+TABLE = {
+    0.010: 96.99490,
+    0.025: 36.98684,
+    0.05: 16.97220,
+    0.075: 10.28912,
+    0.10: 6.93720,
+    0.15: 3.55787,
+    0.20: 1.82621,
+    0.25: 0.71982,
+}
+
+
+def average(exponent: float, values: np.ndarray) -> np.ndarray:
+    """The average of weights [N, ...] after N steps, step by step."""
+    decay, kept = power_function(exponent), np.zeros_like(values[0])
+    for step, value in enumerate(values, 1):
+        kept = decay(8 * step, 8) * kept + (1 - decay(8 * step, 8)) * value
+    return kept
+
+
+def snapshots(count: int) -> list[Profile]:
+    return [Profile(exponent, (k + 1) / count) for k in range(count) for exponent in PAIR]
+
+
+@pytest.mark.parametrize(("width", "exponent"), TABLE.items())
+def test_widths_and_exponents(width: float, exponent: float) -> None:
+    assert exponent_of(width) == pytest.approx(exponent, abs=5e-6)
+    assert relative_width(exponent_of(width)) == pytest.approx(width, abs=1e-12)
+
+
+def test_published_exponents() -> None:
+    assert relative_width(16.97) == pytest.approx(0.050005, abs=5e-7)
+    assert relative_width(6.94) == pytest.approx(0.099972, abs=5e-7)
+    assert exponent_of(WIDEST) == pytest.approx(0, abs=1e-9)
+    for width in (0.0, 0.3):
+        with pytest.raises(ValueError, match=rf" {width}$"):
+            exponent_of(width)
+
+
+@pytest.mark.parametrize(
+    ("power", "exponent", "mean"),
+    [(1, 16.97, 0.947407), (1, 6.94, 0.888265), (2, 16.97, 0.900081), (2, 6.94, 0.799009)],
+)
+def test_averages_of_growing_weights(power: int, exponent: float, mean: float) -> None:
+    steps = np.arange(1, 4097) / 4096
+    assert average(exponent, steps**power) == pytest.approx(mean, abs=1e-6)
+    limit = (exponent + 1) / (exponent + 1 + power)
+    assert average(exponent, steps**power) == pytest.approx(limit, abs=3e-4)
+
+
+def test_the_first_step_forgets_the_initial_weights() -> None:
+    assert power_function(6.94)(64, 64) == 0
+    assert average(6.94, np.full(100, 3.25)) == pytest.approx(3.25, abs=1e-14)
+
+
+def test_weights_of_the_steps_are_exact() -> None:
+    exponent, count = 6.94, 50
+    found = average(exponent, np.eye(count))
+    steps = np.arange(1, count + 1) ** (exponent + 1)
+    np.testing.assert_allclose(found, np.diff(steps, prepend=0) / steps[-1], rtol=1e-9)
+    assert found.sum() == pytest.approx(1, abs=1e-12)
+
+
+def test_inner_products_are_integrals() -> None:
+    one, other = Profile(3.0, 0.5), Profile(1.5, 0.8)
+    tau = (np.arange(200_000) + 0.5) / 200_000 * 0.5
+    product = (4 * tau**3 / 0.5**4) * (2.5 * tau**1.5 / 0.8**2.5)
+    assert inner_product(one, other) == pytest.approx(product.mean() * 0.5, rel=1e-8)
+    assert inner_product(one, other) == inner_product(other, one)
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_a_stored_average_is_found_again(number: int) -> None:
+    stored = snapshots(2)
+    coefficients, error = reconstruction(stored, stored[number])
+    np.testing.assert_allclose(coefficients, np.eye(4)[number], atol=1e-9)
+    assert error < 1e-6
+
+
+def test_two_pairs() -> None:
+    target = Profile(exponent_of(0.075), 1.0)
+    held, error = reconstruction(snapshots(2), target)
+    np.testing.assert_allclose(held, [0.008457830, -0.021962860, 0.370862630, 0.642642400], atol=1e-8)
+    assert error == pytest.approx(0.0478166, abs=1e-7) and sum(held) == pytest.approx(1, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("count", "width", "error", "drift"),
+    [
+        (4, 0.075, 0.0334, 6.8e-4),
+        (4, 0.15, 0.1025, 2.0e-3),
+        (8, 0.075, 0.0125, 1.5e-4),
+        (8, 0.15, 0.0331, 3.4e-4),
+        (8, 0.20, 0.0771, 4.4e-3),
+        (16, 0.03, 0.0386, -1.9e-4),
+        (16, 0.15, 0.0090, 4.7e-5),
+    ],
+)
+def test_errors_of_reconstructions(count: int, width: float, error: float, drift: float) -> None:
+    """Relative error of the profile, and the error on weights that grow evenly."""
+    stored, target = snapshots(count), Profile(exponent_of(width), 1.0)
+    means = np.array([profile.time * (profile.exponent + 1) / (profile.exponent + 2) for profile in stored])
+    wanted = (target.exponent + 1) / (target.exponent + 2)
+    coefficients, found = reconstruction(stored, target)
+    assert found == pytest.approx(error, abs=6e-5)
+    assert coefficients @ means - wanted == pytest.approx(drift, rel=0.08)
+
+
+@pytest.mark.parametrize(("count", "narrow", "wide"), [(8, 1.3e-3, 4.3e-3), (16, 1.1e-4, 3.8e-4)])
+def test_random_walks_are_reconstructed(count: int, narrow: float, wide: float) -> None:
+    steps = 4096
+    walk = np.random.default_rng(0).standard_normal((steps, 200)).cumsum(axis=0)
+    stored = snapshots(count)
+    values = np.stack([average(profile.exponent, walk[: round(profile.time * steps)]) for profile in stored])
+    for width, error in ((0.075, narrow), (0.15, wide)):
+        target = Profile(exponent_of(width), 1.0)
+        wanted = average(target.exponent, walk)
+        built = np.tensordot(reconstruction(stored, target)[0], values, 1)
+        assert math.sqrt(np.mean((built - wanted) ** 2) / np.mean(wanted**2)) < 3 * error

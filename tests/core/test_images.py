@@ -9,7 +9,6 @@ from scipy import stats
 
 from ncsn.core.images import (
     dequantize,
-    encode,
     fit_moments,
     image_grid,
     mirror,
@@ -102,16 +101,6 @@ def test_grid_places_images_row_by_row():
         [0, 0, 0, 0, 0, 0, 0],
     ]
     assert image_grid(torch.from_numpy(images), columns=9, padding=0).shape == (1, 6, 1)
-
-
-@pytest.mark.parametrize("dequantized", [False, True])
-def test_each_gray_comes_back_from_the_network_space(dequantized):
-    grays = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1)
-    assert torch.equal(to_uint8(encode(grays, dequantized=dequantized)), grays)
-    u = torch.full((1, 1, 16, 16), 0.25)
-    inside = encode(grays, u, dequantized=dequantized)
-    wanted = (torch.arange(256) + 0.25) / 256 if dequantized else torch.arange(256) / 255
-    assert torch.allclose(inside.flatten(), wanted, atol=2e-6)
 
 
 def correlated(count, *, size=6):

@@ -9,8 +9,7 @@ import pytest
 import torch
 from scipy import stats
 
-from ncsn.core.keyed_random import InterpolatedNoise, KeyedNoise, Stream, keyed_normal, keyed_permutation, keyed_uniform
-from ncsn.core.noise_schedule import geometric_sigmas
+from ncsn.core.keyed_random import KeyedNoise, Stream, keyed_normal, keyed_permutation, keyed_uniform
 
 MASK = 2**64 - 1
 
@@ -101,11 +100,6 @@ def test_uniform_distribution():
     assert stats.kstest(u, "uniform").pvalue > 1e-3
 
 
-def test_stream_numbers_differ_and_sampling_comes_last():
-    assert len({s.value for s in Stream}) == len(Stream)
-    assert max(Stream) == Stream.SAMPLING
-
-
 def test_permutations_are_permutations_and_uniform():
     orders = np.stack([keyed_permutation(2, epoch=epoch, size=4) for epoch in range(2400)])
     assert (np.sort(orders, axis=1) == np.arange(4)).all()
@@ -138,22 +132,3 @@ def test_bad_addresses_are_refused(arguments, message):
     good = {"seed": 0, "stream": 0, "first": 0, "count": 1, "size": 1} | arguments
     with pytest.raises(ValueError, match=message):
         keyed_normal(good.pop("seed"), **good)
-
-
-SIGMAS = geometric_sigmas(1.0, 0.01, 4)
-
-
-def source(index, shape=(1, 3, 3)):
-    return KeyedNoise(0, first=index, count=1, shape=shape)
-
-
-def test_mixture_runs_from_one_noise_to_the_other_on_the_circle():
-    z = InterpolatedNoise(source(0), source(1), count=3)(4)
-    p, q = source(0)(4)[0], source(1)(4)[0]
-    assert torch.equal(z[0], p) and torch.equal(z[2], q)
-    torch.testing.assert_close(z[1], (p + q) / math.sqrt(2))
-
-
-def test_uniform_draws_are_shared():
-    x = InterpolatedNoise(source(0), source(1), count=3).uniform(0)
-    assert x.shape == (3, 1, 3, 3) and all(torch.equal(image, source(0).uniform(0)[0]) for image in x)

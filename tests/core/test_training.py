@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ncsn.core.ema import Ema, StepDecay
+from ncsn.core.ema import Ema, step_decay
 from ncsn.core.losses import Batch, DenoisingScoreMatching
 from ncsn.core.networks.refinenet import NcsnNetwork
 from ncsn.core.noise_schedule import geometric_sigmas
@@ -21,7 +21,7 @@ SIGMAS = geometric_sigmas(1.0, 0.01, 4)
 def setup(lr=1e-3):
     torch.manual_seed(0)
     network = NcsnNetwork(8, channels=1, num_levels=4)
-    state = TrainState(network, torch.optim.SGD(network.parameters(), lr=lr), Ema(network, StepDecay(0.9)))
+    state = TrainState(network, torch.optim.SGD(network.parameters(), lr=lr), Ema(network, step_decay(0.9)))
     return state, Batch(torch.rand(4, 1, 8, 8), SIGMAS, torch.randn(4, 1, 8, 8), torch.arange(4))
 
 
@@ -71,7 +71,7 @@ def test_parts_of_a_batch_add_up_to_its_gradient(microbatch):
     def double_step(**how):
         state, batch = setup()
         state.network.double()
-        state.ema = Ema(state.network, StepDecay(0.9))
+        state.ema = Ema(state.network, step_decay(0.9))
         report = step(state, replace(batch, x=batch.x.double(), z=batch.z.double()), **how)
         return report, [parameter.grad for parameter in state.network.parameters()]
 

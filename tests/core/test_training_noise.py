@@ -70,14 +70,14 @@ def test_a_million_draws_have_the_distribution(noise: LognormalNoise) -> None:
 
 @pytest.mark.parametrize("noise", [PLAIN, STRATIFIED, LevelNoise(geometric_sigmas(1, 0.01, 7))])
 def test_a_draw_is_that_of_its_place_in_any_batch(noise: LognormalNoise | LevelNoise) -> None:
-    whole = noise.draw(1, first=1000, count=300).sigma
-    parts = [noise.draw(1, first=first, count=end - first).sigma for first, end in ((1000, 1001), (1001, 1150))]
+    whole = noise.draw(1, first=1000, count=300)[0]
+    parts = [noise.draw(1, first=first, count=end - first)[0] for first, end in ((1000, 1001), (1001, 1150))]
     assert torch.equal(torch.cat(parts), whole[:150])
-    assert not torch.equal(noise.draw(2, first=1000, count=300).sigma, whole)
+    assert not torch.equal(noise.draw(2, first=1000, count=300)[0], whole)
 
 
 def test_each_block_has_one_draw_of_each_stratum() -> None:
-    sigma = STRATIFIED.draw(0, first=0, count=3 * STRATA).sigma.double()
+    sigma = STRATIFIED.draw(0, first=0, count=3 * STRATA)[0].double()
     stratum = (torch.special.ndtr((sigma.log() - MEAN) / STD) * STRATA).long().view(3, STRATA)
     assert torch.equal(stratum.sort(dim=1).values, torch.arange(STRATA).expand(3, STRATA))
     assert not torch.equal(stratum[0], stratum[1])
@@ -145,7 +145,7 @@ def test_the_uncertainty_learns_the_loss() -> None:
 
     for step in range(400):
         optimizer.param_groups[0]["lr"] = 0.05 * (1 - step / 400)
-        sigma = STRATIFIED.draw(0, first=1024 * step, count=1024).sigma
+        sigma = STRATIFIED.draw(0, first=1024 * step, count=1024)[0]
         batch = Batch(spread * normal(1024, 16, seed=step).float(), sigma, normal(1024, 16, seed=1000 + step).float())
         optimizer.zero_grad()
         value = loss(score, batch)

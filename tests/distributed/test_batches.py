@@ -14,7 +14,7 @@ from ncsn.data import training_images
 from ncsn.data.training_images import StreamedSplit, image_indices, open_cache, open_training_images
 from ncsn.model import build
 from ncsn.training.batches import augmented, draw_batch, image_moments
-from ncsn.training.context import LocalContext
+from ncsn.training.context import WorkerContext
 
 CLASSES = ("data.num_classes=10", "train.label_dropout=0.3")
 DRAWS = {
@@ -99,7 +99,7 @@ def test_gradients_of_parts_average_to_the_gradient_of_the_batch(
         )
         return [parameter.grad for parameter in state.network.parameters() if parameter.grad is not None]
 
-    class Worker(LocalContext):
+    class Worker(WorkerContext):
         def __init__(self, rank: int) -> None:
             super().__init__()
             self.rank, self.world_size = rank, workers

@@ -16,7 +16,7 @@ from ncsn.model import build, checkpoint
 from ncsn.model.classes import Classes
 from ncsn.steps import train as train_step
 from ncsn.training import held_out
-from ncsn.training.context import LocalContext
+from ncsn.training.context import WorkerContext
 from ncsn.training.held_out import open_probe
 from ncsn.training.loop import TrainingJob
 
@@ -49,7 +49,7 @@ def test_the_held_out_loss_tells_the_network_the_classes(
     network = build.network(config)
     network.register_forward_pre_hook(lambda _, given, named: seen.append(named["labels"]), with_kwargs=True)
     monkeypatch.setattr(state, "averaged", lambda: network)
-    probe = open_probe(config, dataset, training, LocalContext())
+    probe = open_probe(config, dataset, training, WorkerContext())
     assert probe is not None
     probe.measure(state, dtype=None)
     labels = torch.cat(seen)

@@ -15,8 +15,8 @@ from ncsn.data.training_images import StreamedSplit, open_training_images
 from ncsn.model import build
 from ncsn.runs.history import TrainingHistory, held_out_curves, load_history
 from ncsn.training import held_out
-from ncsn.training.context import LocalContext
-from ncsn.training.held_out import Effort, effort_of, open_probe
+from ncsn.training.context import WorkerContext
+from ncsn.training.held_out import effort_of, open_probe
 from ncsn.training.loop import TrainingJob
 
 # A share of the time at which even the tiny training measures 14 images of both sets.
@@ -29,7 +29,7 @@ def affordable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(held_out, "FEW_IMAGES", 7)
 
 
-class Worker(LocalContext):
+class Worker(WorkerContext):
     """One of several, whose sums are only its own part."""
 
     def __init__(self, rank: int, world_size: int) -> None:
@@ -48,7 +48,7 @@ class Summing(Worker):
         return tensor + sum(own.pop(0) for own in self._others)
 
 
-def point(config: Config, dataset: str, context: LocalContext) -> dict[str, float]:
+def point(config: Config, dataset: str, context: WorkerContext) -> dict[str, float]:
     """What a network with random weights measures."""
     state = build.train_state(config)
     generator = torch.Generator().manual_seed(1)
@@ -71,9 +71,9 @@ def point(config: Config, dataset: str, context: LocalContext) -> dict[str, floa
     ],
 )
 def test_it_depends_on_the_weights_and_the_images_only(tiny: str, dataset: str, overrides: list[str]) -> None:
-    plain = point(from_yaml(tiny), dataset, LocalContext())
+    plain = point(from_yaml(tiny), dataset, WorkerContext())
     assert plain.keys() == {"val/loss", "val/gap"}
-    assert point(from_yaml(tiny, overrides=overrides), dataset, LocalContext()) == pytest.approx(plain, rel=1e-4)
+    assert point(from_yaml(tiny, overrides=overrides), dataset, WorkerContext()) == pytest.approx(plain, rel=1e-4)
 
 
 @pytest.mark.usefixtures("affordable")
@@ -82,7 +82,7 @@ def test_images_are_not_augmented(tiny: str, dataset: str) -> None:
         from_yaml(tiny, overrides=["data.horizontal_flip=false", f"data.augmentation={{probability: {probability}}}"])
         for probability in (0.1, 1.0)
     )
-    assert point(one, dataset, LocalContext()) == point(other, dataset, LocalContext())
+    assert point(one, dataset, WorkerContext()) == point(other, dataset, WorkerContext())
 
 
 @pytest.mark.usefixtures("affordable")
@@ -97,7 +97,7 @@ def test_any_number_of_workers_finds_the_same(tiny: str, dataset: str) -> None:
         found: list[torch.Tensor] = []
         point(config, dataset, Noting(rank, 3))
         others.append(found)
-    alone = point(config, dataset, LocalContext())
+    alone = point(config, dataset, WorkerContext())
     assert point(config, dataset, Summing(others)) == pytest.approx(alone, rel=1e-5)
 
 
@@ -122,22 +122,22 @@ def test_training_is_that_without_it(tiny: str, dataset: str, tmp_path: Path, mo
     ("overrides", "held_out_images", "effort"),
     [
         ([], 539, None),  # 160 images in all: any measurement would take longer than the training
-        (["train.num_images=100000", "train.checkpoint_every_images=20000"], 539, Effort(150, 150, every=20000)),
-        (["train.num_images=100000", "train.checkpoint_every_images=20000"], 20, Effort(20, 280, every=20000)),
+        (["train.num_images=100000", "train.checkpoint_every_images=20000"], 539, (150, 150, 20000)),
+        (["train.num_images=100000", "train.checkpoint_every_images=20000"], 20, (20, 280, 20000)),
         # 15 images at each checkpoint would tell nothing.
-        (["train.num_images=100000", "train.checkpoint_every_images=1000"], 539, Effort(52, 53, every=7000)),
-        (["train.num_images=10000000", "train.checkpoint_every_images=1000000"], 539, Effort(539, 1000, every=1000000)),
+        (["train.num_images=100000", "train.checkpoint_every_images=1000"], 539, (52, 53, 7000)),
+        (["train.num_images=10000000", "train.checkpoint_every_images=1000000"], 539, (539, 1000, 1000000)),
         (["train.num_images=100000", "train.checkpoint_every_images=20000"], 0, None),
     ],
 )
 def test_it_takes_a_fiftieth_of_the_time(
-    tiny: str, overrides: list[str], held_out_images: int, effort: Effort | None
+    tiny: str, overrides: list[str], held_out_images: int, effort: tuple[int, int, int] | None
 ) -> None:
     config = from_yaml(tiny, overrides=overrides)
     found = effort_of(config, held_out=held_out_images, training=1258)
     assert found == effort
     if found is not None:
-        passes = 4 * (found.held_out + found.training) / found.every
+        passes = 4 * (found[0] + found[1]) / found[2]
         assert passes <= 0.02 * 3
 
 

@@ -21,7 +21,7 @@ from ncsn.distributed.trainer import checkpoint_store
 from ncsn.distributed.trials import FAILED, Rung, Scored, SearchPlan, TrialFolder, read_trials, run_trial
 from ncsn.errors import NotFound, UserError
 from ncsn.model.checkpoint import CheckpointError, DamagedError
-from ncsn.training.context import LocalContext
+from ncsn.training.context import WorkerContext
 from ncsn.training.loop import TrainingJob, train_loop
 
 SEARCH = "search={num_trials: 4, reduction_factor: 2, num_samples: 8}"
@@ -154,7 +154,7 @@ def test_a_trial_keeps_one_checkpoint(tiny: str, dataset: str, tmp_path: Path) -
     plan = SearchPlan(from_yaml(tiny, overrides=[SEARCH]), dataset=dataset, trials="")
     job = TrainingJob(config=plan.trial_config(plan.baseline), dataset=dataset)
     folder = tmp_path / "checkpoints"
-    outcome = train_loop(job, LocalContext(), checkpoint_store(job.config, str(tmp_path)))
+    outcome = train_loop(job, WorkerContext(), checkpoint_store(job.config, str(tmp_path)))
     assert [path.name for path in folder.iterdir()] == [outcome.checkpoint]
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
 

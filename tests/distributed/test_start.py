@@ -21,7 +21,7 @@ from ncsn.model.generate import generate
 from ncsn.runs.folder import run_folder
 from ncsn.steps import train
 from ncsn.steps.train import require_start, start_of
-from ncsn.training.context import LocalContext
+from ncsn.training.context import WorkerContext
 from ncsn.training.loop import Training, TrainingJob
 
 
@@ -47,7 +47,7 @@ def start(config: Config, dataset: str, *, run: str = "tuned") -> str:
 def test_before_the_first_step_it_samples_as_the_source(tiny: str, dataset: str, source: str, tmp_path: Path) -> None:
     config = experiment(tiny, tmp_path, source)
     job = TrainingJob(config=config, dataset=dataset, start=start(config, dataset))
-    training = Training(job, LocalContext(), CheckpointStore(str(tmp_path / "checkpoints")))
+    training = Training(job, WorkerContext(), CheckpointStore(str(tmp_path / "checkpoints")))
     trained = load_for_sampling(source)
     weights = dict(trained.network.named_parameters())
     for found in (training.state.averaged(), training.state.network):
@@ -89,7 +89,7 @@ def test_the_average_of_a_trained_network_has_no_ramp(tiny: str, source: str, tm
     ours, other = experiment(tiny, tmp_path, source, ema), from_yaml(tiny, overrides=[ema])
     for config, share in ((ours, 0.5 ** (16 / 4000)), (other, 0.5 ** (16 / (0.05 * 16)))):
         average, _ = build.running_averages(config, build.network(config))
-        assert average.profile.decay(images_seen=16, batch=16) == pytest.approx(share)
+        assert average.decay(16, 16) == pytest.approx(share)
     assert "train.init_from" in changed_settings(ours, other)
     with refused("train.trainable", error=ConfigError):
         from_yaml(tiny, overrides=["train.trainable=light"])

@@ -26,7 +26,7 @@ from ncsn.model.checkpoint_store import CheckpointStore
 from ncsn.runs.history import load_history
 from ncsn.storage import heartbeat
 from ncsn.storage.heartbeat import Lease, LeaseExpired
-from ncsn.training.context import LocalContext, StepTimer
+from ncsn.training.context import StepTimer, WorkerContext
 from ncsn.training.loop import TrainingJob, TrainOutcome, train_loop
 
 
@@ -97,7 +97,7 @@ def test_learning_rate_warms_up_and_falls(tiny: str) -> None:
     assert rates[-1] < 0.05 * config.optimizer.learning_rate
 
 
-class Warned(LocalContext):
+class Warned(WorkerContext):
     """A machine that is about to be preempted."""
 
     def preempted(self) -> bool:
@@ -123,7 +123,7 @@ def test_a_checkpoint_in_time_leaves_no_trace(tiny: str, dataset: str, tmp_path:
 
 
 def test_a_step_timer_is_the_same_on_all_workers_and_slows_down_gently(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Two(LocalContext):
+    class Two(WorkerContext):
         """The other worker's step takes 1 second, this one's no time."""
 
         world_size = 2
@@ -161,7 +161,7 @@ def test_training_without_a_launcher_saves_a_checkpoint_and_ends(
 
     def attempt(folder: Path, lease: Lease | None = None) -> TrainOutcome:
         job = TrainingJob(config=config, dataset=dataset, lease=lease)
-        return train_loop(job, LocalContext(), CheckpointStore(str(folder)))
+        return train_loop(job, WorkerContext(), CheckpointStore(str(folder)))
 
     beat = tmp_path / "lease.json"
     beat.write_text("the last beat")

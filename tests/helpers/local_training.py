@@ -16,7 +16,7 @@ from torch import Tensor
 from ncsn import storage
 from ncsn.config import Config
 from ncsn.model.checkpoint_store import CheckpointStore
-from ncsn.training.context import LocalContext
+from ncsn.training.context import WorkerContext
 from ncsn.training.loop import TrainingJob, TrainOutcome, train_loop
 
 
@@ -37,7 +37,7 @@ class Recorder:
 
 
 def train_locally(job: TrainingJob, folder: Path | str) -> TrainOutcome:
-    return train_loop(job, LocalContext(), CheckpointStore(str(folder)))
+    return train_loop(job, WorkerContext(), CheckpointStore(str(folder)))
 
 
 class Killed(BaseException):
@@ -45,7 +45,7 @@ class Killed(BaseException):
 
 
 def train_until_killed(
-    job: TrainingJob, folder: Path | str, *, at: str = "", context: LocalContext | None = None
+    job: TrainingJob, folder: Path | str, *, at: str = "", context: WorkerContext | None = None
 ) -> None:
     """Train until a checkpoint is stored: the first, or the one with the name `at`."""
 
@@ -57,7 +57,7 @@ def train_until_killed(
                 raise Killed
 
     with pytest.raises(Killed):
-        train_loop(job, context or LocalContext(), Dies(str(folder)))
+        train_loop(job, context or WorkerContext(), Dies(str(folder)))
 
 
 def tensors(checkpoint: Path | str) -> dict[str, Tensor]:

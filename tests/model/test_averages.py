@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from ncsn import storage
 from ncsn.config import Config, from_yaml
-from ncsn.core.ema import Ema, PowerFunction, exponent_of
+from ncsn.core.ema import Ema, exponent_of, power_function
 from ncsn.core.images import fit_moments
 from ncsn.core.training import TrainState
 from ncsn.model import averages, build, checkpoint
@@ -49,7 +49,7 @@ def config() -> Config:
 def trained(config: Config, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
     """A run with eight snapshots, and the true average of width 0.15."""
     run, state = tmp_path_factory.mktemp("run"), build.train_state(config)
-    wanted = Ema(state.network, PowerFunction(exponent_of(0.15)))
+    wanted = Ema(state.network, power_function(exponent_of(0.15)))
     for images in range(100, 801, 100):
         walk(state, images, wanted)
         taken = averages.snapshot(state)
@@ -99,7 +99,8 @@ def test_an_average_of_another_width_is_near_the_one_that_was_not_stored(
     assert worst({name: weights[name] for name in wanted}, wanted) < 0.02
     assert loaded.digest != checkpoint.load_for_sampling(str(folder)).digest
     assert build_average(str(folder), relative_width=0.15) == built
-    assert averages.built_averages(str(folder.parents[1] / "ema")) == [(built, 0.15)]
+    (found,) = (each for each in averages.find_weights(str(folder.parents[1])) if each.relative_width)
+    assert (found.uri, found.relative_width, found.images_seen) == (built, 0.15, 800)
 
 
 def test_a_stored_average_comes_back(config: Config, trained: tuple[Path, dict[str, torch.Tensor]]) -> None:
@@ -146,14 +147,3 @@ def test_what_cannot_be_built_is_refused(
             build_average(str(missing), relative_width=0.1)
     with refused(KEY):
         from_yaml(TEXT, overrides=["sampling.relative_width=0.1", "train.ema={kind: decay}"])
-
-
-def test_a_checkpoint_without_the_second_average_is_damaged(
-    config: Config, trained: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path
-) -> None:
-    state = build.train_state(config)
-    checkpoint.snapshot(config=config, state=state, moments=MOMENTS, dataset_digest="d1").write(tmp_path)
-    checkpoint.load(tmp_path, config=config, state=build.train_state(config), dataset_digest="d1")
-    (tmp_path / checkpoint.SECOND_EMA).unlink()
-    with refused(str(tmp_path), error=checkpoint.DamagedError):
-        checkpoint.load(tmp_path, config=config, state=build.train_state(config), dataset_digest="d1")

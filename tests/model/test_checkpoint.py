@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
@@ -95,35 +94,24 @@ def test_sampling_needs_the_checkpoint_and_nothing_else(config: Config, saved: P
     assert loaded.moments.rest == pytest.approx(MOMENTS.rest, rel=1e-6)
 
 
-@pytest.mark.parametrize("name", checkpoint.FILES)
-def test_a_truncated_file_is_named(config: Config, saved: Path, name: str) -> None:
-    data = (saved / name).read_bytes()
-    (saved / name).write_bytes(data[: len(data) // 2])
+@pytest.mark.parametrize("damage", [None, b"{", b"\xff"])
+@pytest.mark.parametrize("name", [*checkpoint.FILES, checkpoint.INDEX])
+def test_a_missing_cut_or_altered_file_is_named(config: Config, saved: Path, name: str, damage: bytes | None) -> None:
+    if damage is None:
+        (saved / name).unlink()
+    else:
+        (saved / name).write_bytes(damage)
     with refused(str(saved), error=checkpoint.DamagedError) as caught:
         checkpoint.load(saved, config=config, state=build.train_state(config), dataset_digest="d1")
     assert name in caught.value.problems[0].reason
 
 
-@pytest.mark.parametrize("content", [b"{", b"\xff"])
-def test_an_index_that_does_not_parse_is_named(saved: Path, content: bytes) -> None:
-    (saved / checkpoint.INDEX).write_bytes(content)
-    with refused(str(saved), error=checkpoint.DamagedError) as caught:
-        checkpoint.load_for_sampling(str(saved))
-    assert checkpoint.INDEX in caught.value.problems[0].reason
-
-
-def test_a_missing_file_is_named(saved: Path) -> None:
-    (saved / "ema.safetensors").unlink()
-    with refused(str(saved), error=checkpoint.DamagedError) as caught:
-        checkpoint.load_for_sampling(str(saved))
-    assert "ema.safetensors" in caught.value.problems[0].reason
-
-
-def test_another_config_is_refused(saved: Path) -> None:
-    other = from_yaml(TEXT, overrides=["noise.sigma_1=2.0"])
+@pytest.mark.parametrize(("overrides", "digest"), [(["noise.sigma_1=2.0"], "d1"), ([], "d2")])
+def test_another_config_and_other_images_are_refused(saved: Path, overrides: list[str], digest: str) -> None:
+    other = from_yaml(TEXT, overrides=overrides)
     with refused(str(saved), error=checkpoint.CheckpointError) as caught:
-        checkpoint.load(saved, config=other, state=build.train_state(other), dataset_digest="d1")
-    assert re.search(r"noise\.sigma_1 .*1\.0 .*2\.0 ", caught.value.problems[0].reason)
+        checkpoint.load(saved, config=other, state=build.train_state(other), dataset_digest=digest)
+    assert (overrides or [digest])[0].partition("=")[0] in caught.value.problems[0].reason
 
 
 def test_missing_and_extra_tensors_are_counted_and_named(config: Config, saved: Path) -> None:
@@ -139,14 +127,3 @@ def test_missing_and_extra_tensors_are_counted_and_named(config: Config, saved: 
 def test_no_folder_is_a_clear_error(tmp_path: Path) -> None:
     with refused(str(tmp_path / "nowhere"), error=checkpoint.CheckpointError):
         checkpoint.load_for_sampling(str(tmp_path / "nowhere"))
-
-
-def test_a_foreign_version_is_refused(saved: Path) -> None:
-    (saved / checkpoint.INDEX).write_text('{"version": 99, "sha256": {}}')
-    with refused(str(saved), error=checkpoint.CheckpointError):
-        checkpoint.load_for_sampling(str(saved))
-
-
-def test_other_images_are_refused(config: Config, saved: Path) -> None:
-    with refused(str(saved), error=checkpoint.CheckpointError):
-        checkpoint.load(saved, config=config, state=build.train_state(config), dataset_digest="d2")

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from refused import refused
 
-from ncsn.model.classes import Classes, labels_of_images, require_label, require_same_classes
+from ncsn.model.classes import Classes, require_label, require_same_classes
+from ncsn.model.generate import image_labels
 
 PETS = Classes(("cat", "dog", "1"), (10, 0, 30))
 
 
 def labels(label: str, *, first: int = 0, count: int = 6, seed: int = 0, classes: Classes | None = PETS) -> list[int]:
-    found = labels_of_images(label, num_classes=3, classes=classes, seed=seed, first=first, count=count)
-    assert found.dtype == torch.int64
+    config = SimpleNamespace(data=SimpleNamespace(num_classes=3))
+    trained: Any = SimpleNamespace(config=config, classes=classes)
+    sampling: Any = SimpleNamespace(label=label, seed=seed)
+    found = image_labels(trained, sampling, first=first, count=count)
+    assert found is not None and found.dtype == torch.int64
     return found.tolist()
 
 

@@ -10,7 +10,7 @@ import torch
 
 from ncsn import progress
 from ncsn.config import Config, from_yaml
-from ncsn.core.ema import Ema, StepDecay
+from ncsn.core.ema import Ema, step_decay
 from ncsn.core.images import fit_moments, to_unit
 from ncsn.core.training import TrainState
 from ncsn.data.format import load_manifest, read_split
@@ -54,7 +54,9 @@ def save_untrained() -> SaveUntrained:
     def save(config: Config, dataset: str, folder: Path) -> None:
         folder.mkdir(exist_ok=True)
         network = build.network(config)
-        state = TrainState(network, build.optimizer(config, network), Ema(network, StepDecay(0.9)), images_seen=8)
+        state = TrainState(
+            network, torch.optim.Adam(network.parameters()), Ema(network, step_decay(0.9)), images_seen=8
+        )
         moments = fit_moments(to_unit(torch.from_numpy(read_split(dataset, "train").images)))
         digest = load_manifest(dataset).digest
         classes = classes_of(config, load_manifest(dataset))

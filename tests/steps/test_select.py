@@ -26,7 +26,7 @@ from ncsn.model.checkpoint import load_for_sampling
 from ncsn.runs.folder import RunFolder, run_folder
 from ncsn.steps import select
 from ncsn.steps.register import selection_of
-from ncsn.training.context import LocalContext
+from ncsn.training.context import WorkerContext
 from ncsn.training.loop import TrainingJob, train_loop
 
 TINY = """
@@ -61,7 +61,7 @@ def trained(config: Config, dataset: str) -> RunFolder:
     folder = run_folder(config, "mine")
     alone = config.model_copy(update={"compute": config.compute.model_copy(update={"num_workers": 1})})
     job = TrainingJob(config=alone, dataset=dataset, averages=folder.averages)
-    outcome = train_loop(job, LocalContext(), checkpoint_store(alone, folder.uri))
+    outcome = train_loop(job, WorkerContext(), checkpoint_store(alone, folder.uri))
     for width in (0.08, 0.15):
         build_average(storage.join(folder.checkpoints, outcome.checkpoint), relative_width=width)
     return folder

@@ -1,4 +1,4 @@
-"""The one entry of every score network, `network(x, level)` or `network(x, sigma=sigma)`, and what two of them share.
+"""The one entry of score networks, `network(x, level)` or `network(x, sigma=sigma)`, and what two of them share.
 
 DistributedDataParallel and compilation see `forward` alone, so training goes through it at any noise level.
 """
@@ -6,7 +6,6 @@ DistributedDataParallel and compilation see `forward` alone, so training goes th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import ClassVar
 
 import torch
@@ -43,7 +42,8 @@ class ContinuousNetwork(nn.Module):
         """
         given = {"labels": labels, "augmentation": augmentation}
         conditions = {name: value for name, value in given.items() if value is not None}
-        check_conditions(self, conditions, known=self.conditions)
+        if unknown := sorted(conditions.keys() - self.conditions):
+            raise ValueError(f"{type(self).__name__} does not take {' and '.join(unknown)}")
         if (level is None) == (sigma is None):
             raise ValueError("a network takes exactly one of level and sigma")
         if level is not None:
@@ -59,12 +59,6 @@ class ContinuousNetwork(nn.Module):
     def score_at(self, x: Tensor, sigma: Tensor) -> Tensor:
         """Score [B, C, H, W] at sigma [B]."""
         raise NotImplementedError
-
-
-def check_conditions(network: nn.Module, given: Iterable[str], *, known: Iterable[str] = ()) -> None:
-    """Raise ValueError if conditions are given that the network does not take."""
-    if unknown := sorted(set(given) - set(known)):
-        raise ValueError(f"{type(network).__name__} does not take {' and '.join(unknown)}")
 
 
 def check_levels(level: Tensor, *, batch: int, num_levels: int) -> None:
@@ -110,12 +104,8 @@ class ConditionTerms(nn.Module):
                 nn.init.xavier_uniform_(layer.weight)
         if self.map_label is not None:
             nn.init.zeros_(self.map_label.bias)
-
-    @property
-    def taken(self) -> frozenset[str]:
-        """Names of the conditions."""
         parts = {"labels": self.map_label, "augmentation": self.map_augment}
-        return frozenset(name for name, part in parts.items() if part is not None)
+        self.taken = frozenset(name for name, part in parts.items() if part is not None)  # names of the conditions
 
     def forward(self, h: Tensor, labels: Tensor | None = None, augmentation: Tensor | None = None) -> Tensor:
         """Features [B, features], labels int64 [B] and augmentation [B, 9] to features. None is no class, or zeros."""

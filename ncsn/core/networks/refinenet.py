@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ncsn.core.networks.base import ContinuousNetwork, check_conditions, check_levels
+from ncsn.core.networks.base import ContinuousNetwork, check_levels
 from ncsn.core.networks.normalization import ConditionalInstanceNormPlus, InstanceNormPlus, NormFactory
 from ncsn.errors import InvalidValue
 
@@ -144,22 +144,23 @@ class ResidualStage(nn.ModuleList):
         return x
 
 
-def _normalized(norm: nn.Module | None, x: Tensor, level: Tensor) -> Tensor:
-    if norm is None:
+class _NoNorm(nn.Module):
+    def __init__(self, num_features: int) -> None:  # noqa: ARG002 - as a normalization
+        super().__init__()
+
+    def forward(self, x: Tensor, _level: Tensor) -> Tensor:
         return x
-    normalized: Tensor = norm(x, level)
-    return normalized
 
 
 class ResidualConvUnit(nn.Module):
     """RCU: blocks of x + conv(ELU(norm(conv(ELU(norm(x)))))), without biases."""
 
-    def __init__(self, channels: int, *, num_blocks: int, norm: NormFactory | None) -> None:
+    def __init__(self, channels: int, *, num_blocks: int, norm: NormFactory) -> None:
         super().__init__()
         self.num_blocks = num_blocks
         for block in range(1, num_blocks + 1):
             for stage in (1, 2):
-                self.add_module(f"{block}_{stage}_norm", norm(channels) if norm is not None else None)
+                self.add_module(f"{block}_{stage}_norm", norm(channels))
                 self.add_module(f"{block}_{stage}_conv", conv3x3(channels, channels, bias=False))
 
     def forward(self, x: Tensor, level: Tensor) -> Tensor:
@@ -167,7 +168,7 @@ class ResidualConvUnit(nn.Module):
         for block in range(1, self.num_blocks + 1):
             h = x
             for stage in (1, 2):
-                h = elu(_normalized(getattr(self, f"{block}_{stage}_norm"), h, level))
+                h = elu(getattr(self, f"{block}_{stage}_norm")(h, level))
                 h = getattr(self, f"{block}_{stage}_conv")(h)
             x = x + h
         return x
@@ -176,26 +177,23 @@ class ResidualConvUnit(nn.Module):
 class _ConvsThenNorms(nn.Module):
     """Pairs of a normalization and a convolution, registered convolutions first."""
 
-    def __init__(self, convs: Sequence[nn.Conv2d], *, norm: NormFactory | None) -> None:
+    def __init__(self, convs: Sequence[nn.Conv2d], *, norm: NormFactory) -> None:
         super().__init__()
         self.convs = nn.ModuleList(convs)
-        self.norms = nn.ModuleList(norm(conv.in_channels) for conv in convs) if norm is not None else None
-
-    def _normalized(self, index: int, x: Tensor, level: Tensor) -> Tensor:
-        return x if self.norms is None else _normalized(self.norms[index], x, level)
+        self.norms = nn.ModuleList(norm(conv.in_channels) for conv in convs)
 
 
 class MultiScaleFusion(_ConvsThenNorms):
     """MSF: the sum of conv(norm(x_k)), each resized to one size by bilinear interpolation with aligned corners."""
 
-    def __init__(self, in_channels: Sequence[int], out_channels: int, *, norm: NormFactory | None) -> None:
+    def __init__(self, in_channels: Sequence[int], out_channels: int, *, norm: NormFactory) -> None:
         super().__init__([conv3x3(channels, out_channels) for channels in in_channels], norm=norm)
 
     def forward(self, xs: Sequence[Tensor], level: Tensor, size: torch.Size) -> Tensor:
         """Fuse xs, each [B, in_channels[k], H_k, W_k], to [B, out_channels, *size]."""
         terms = []
-        for index, x in enumerate(xs):
-            h = self.convs[index](self._normalized(index, x, level))
+        for conv, normalize, x in zip(self.convs, self.norms, xs, strict=True):
+            h = conv(normalize(x, level))
             if h.shape[2:] != size:
                 # Back in the maps' type, since autocast on a GPU interpolates in float32.
                 h = functional.interpolate(h, size=tuple(size), mode="bilinear", align_corners=True).to(h.dtype)
@@ -206,15 +204,15 @@ class MultiScaleFusion(_ConvsThenNorms):
 class ChainedResidualPooling(_ConvsThenNorms):
     """CRP: x = ELU(x), then twice p = conv(pool(norm(p))), x = x + p, where p starts as x. The pool keeps the size."""
 
-    def __init__(self, channels: int, *, norm: NormFactory | None, pool: Pool) -> None:
+    def __init__(self, channels: int, *, norm: NormFactory, pool: Pool) -> None:
         super().__init__([conv3x3(channels, channels, bias=False) for _ in range(2)], norm=norm)
         self._pool = pool
 
     def forward(self, x: Tensor, level: Tensor) -> Tensor:
         """Transform x [B, channels, H, W] at level int64 [B]."""
         x = pooled = elu(x)
-        for index, conv in enumerate(self.convs):
-            pooled = conv(self._pool(self._normalized(index, pooled, level)))
+        for conv, normalize in zip(self.convs, self.norms, strict=True):
+            pooled = conv(self._pool(normalize(pooled, level)))
             x = x + pooled
         return x
 
@@ -232,7 +230,7 @@ class RefineBlock(nn.Module):
         in_channels: Sequence[int],
         out_channels: int,
         *,
-        norm: NormFactory | None,
+        norm: NormFactory,
         pool: Pool,
         end: bool = False,
     ) -> None:
@@ -340,8 +338,8 @@ class NcsnNetwork(_RefineNet):
         super().__init__(num_features, channels=channels, depth="standard", norm=norm, refine=refine)
         self.num_levels = num_levels
 
-    def forward(self, x: Tensor, level: Tensor | None = None, **others: Tensor | None) -> Tensor:
-        """Score of noisy images at their levels; `others`, sigma and conditions, must be None.
+    def forward(self, x: Tensor, level: Tensor) -> Tensor:
+        """Score of noisy images at their levels.
 
         Args:
             x: [B, C, H, W] around [0, 1], H and W even.
@@ -350,9 +348,6 @@ class NcsnNetwork(_RefineNet):
         Returns:
             Score [B, C, H, W] per pixel unit of x; there is no scaling by 1 / sigma.
         """
-        check_conditions(self, [name for name, value in others.items() if value is not None])
-        if level is None:
-            raise ValueError("this network needs a level")
         check_levels(level, batch=len(x), num_levels=self.num_levels)
         return self._unscaled(x, level)
 
@@ -367,7 +362,7 @@ class NcsnV2Network(_RefineNet, ContinuousNetwork):
     """
 
     def __init__(self, num_features: int, *, channels: int, sigmas: Tensor, depth: Depth = "standard") -> None:
-        refine = partial(RefineBlock, norm=None, pool=max_pool)
+        refine = partial(RefineBlock, norm=_NoNorm, pool=max_pool)
         super().__init__(num_features, channels=channels, depth=depth, norm=InstanceNormPlus, refine=refine)
         self.register_buffer("sigmas", sigmas.detach().clone().to(torch.float32))
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -37,18 +36,10 @@ def misfits(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
     )
 
 
-@dataclass(frozen=True)
-class Transferred:
-    """Parameters for a network."""
-
-    weights: dict[str, Tensor]
-    changes: tuple[str, ...]  # what is not as in the source, one sentence each
-
-
 def transfer(
     weights: Mapping[str, Tensor], network: nn.Module, *, classes: Sequence[int | None] | None = None
-) -> Transferred:
-    """The parameters of a trained network, adapted to `network`.
+) -> tuple[dict[str, Tensor], list[str]]:
+    """The parameters of a trained network, adapted to `network`, and what is not as there, one sentence each.
 
     - A network without classes computes what the source did without a class. For new classes of a network that had
       others, the term is the mean of those; a network that had none starts with terms of zero.
@@ -71,7 +62,7 @@ def transfer(
     ]
     if found := misfits(adapted, wanted):
         raise InvalidValue(f"tensors {found}")
-    return Transferred({name: adapted[name].to(tensor.dtype) for name, tensor in wanted.items()}, tuple(changes))
+    return {name: adapted[name].to(tensor.dtype) for name, tensor in wanted.items()}, changes
 
 
 def _adapt_classes(

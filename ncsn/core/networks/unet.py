@@ -54,20 +54,6 @@ class NoiseEmbedding(nn.Module):
         return functional.silu(self.linear2(functional.silu(self.linear1(h))))
 
 
-class FilmGroupNorm(nn.Module):
-    """Group norm whose scale and shift are a linear function of the embedding (FiLM)."""
-
-    def __init__(self, width: int, *, embedding_features: int) -> None:
-        super().__init__()
-        self.num_groups = num_groups(width)
-        self.affine = nn.Linear(embedding_features, 2 * width)
-
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """[B, C, H, W] and [B, features] to [B, C, H, W]."""
-        scale, shift = self.affine(embedding).to(self.affine.weight.dtype).chunk(2, dim=1)
-        return group_norm_by_image(x, groups=self.num_groups, scale=1 + scale, shift=shift)
-
-
 class SelfAttention(nn.Module):
     """Residual self-attention over all pixels of the feature map, in heads of about 64 channels."""
 
@@ -94,7 +80,7 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.norm1 = nn.GroupNorm(num_groups(in_width), in_width)
         self.conv1 = nn.Conv2d(in_width, out_width, 3, padding=1)
-        self.norm2 = FilmGroupNorm(out_width, embedding_features=embedding_features)
+        self.film = nn.Linear(embedding_features, 2 * out_width)
         self.dropout = KeyedDropout(dropout)
         self.conv2 = _zeroed(nn.Conv2d(out_width, out_width, 3, padding=1))
         self.shortcut = nn.Conv2d(in_width, out_width, 1) if in_width != out_width else nn.Identity()
@@ -103,46 +89,12 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor, embedding: Tensor, keys: Tensor | None) -> Tensor:
         """[B, in_width, H, W], [B, features] and the keys [B] for dropout to [B, out_width, H, W]."""
         h = self.conv1(functional.silu(self.norm1(x).to(x.dtype)))
-        h = self.conv2(self.dropout(functional.silu(self.norm2(h, embedding)), keys))
+        # A group norm whose scale and shift are a linear function of the embedding (FiLM).
+        scale, shift = self.film(embedding).to(self.film.weight.dtype).chunk(2, dim=1)
+        h = group_norm_by_image(h, groups=num_groups(h.shape[1]), scale=1 + scale, shift=shift)
+        h = self.conv2(self.dropout(functional.silu(h), keys))
         attended: Tensor = self.attention(self.shortcut(x) + h)
         return attended
-
-
-class ResidualStage(nn.Module):
-    """The residual blocks of one resolution, in one direction."""
-
-    def __init__(
-        self, in_width: int, *, width: int, num_blocks: int, embedding_features: int, dropout: float, attention: bool
-    ) -> None:
-        super().__init__()
-        block = partial(
-            ResidualBlock,
-            out_width=width,
-            embedding_features=embedding_features,
-            dropout=dropout,
-            attention=attention,
-        )
-        self.blocks = nn.ModuleList(map(block, [in_width] + [width] * (num_blocks - 1)))
-
-    def forward(self, x: Tensor, embedding: Tensor, keys: Tensor | None) -> Tensor:
-        """[B, in_width, H, W], [B, features] and the keys [B] for dropout to [B, width, H, W]."""
-        for block in self.blocks:
-            x = block(x, embedding, keys)
-        return x
-
-
-class Upsample(nn.Module):
-    """1x1 convolution to the next width, then nearest-neighbor enlargement."""
-
-    def __init__(self, in_width: int, *, out_width: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(in_width, out_width, 1)
-
-    def forward(self, x: Tensor, *, size: Sequence[int]) -> Tensor:
-        """[B, in_width, h, w] to [B, out_width, H, W] for size = (H, W)."""
-        # On a CPU the NCHW kernel is 20 times slower than the channels-last one and both reorderings.
-        h = self.conv(x).contiguous(memory_format=torch.channels_last)
-        return functional.interpolate(h, size=tuple(size), mode="nearest").to(h.dtype).contiguous()
 
 
 class UnetNetwork(PreconditionedNetwork):
@@ -186,22 +138,16 @@ class UnetNetwork(PreconditionedNetwork):
         self.up = nn.ModuleList()
         self.downsample = nn.ModuleList()
         self.upsample = nn.ModuleList()
+        block = partial(ResidualBlock, embedding_features=embedding_features, dropout=dropout)
         for depth, (width, size) in enumerate(zip(widths, sizes, strict=True)):
-            lowest = depth == len(widths) - 1
-            stage = partial(
-                ResidualStage,
-                width=width,
-                num_blocks=blocks_per_resolution,
-                embedding_features=embedding_features,
-                dropout=dropout,
-                attention=size in attention_sizes,
-            )
-            self.down.append(stage(width))
-            # All but the lowest resolution join the enlarged map with that of the way down at this size.
-            self.up.append(stage(width if lowest else 2 * width))
+            lowest, attention = depth == len(widths) - 1, size in attention_sizes
+            # On the way up all but the lowest resolution join the enlarged map with that of the way down at this size.
+            for stages, in_width in ((self.down, width), (self.up, width if lowest else 2 * width)):
+                ins = [in_width] + [width] * (blocks_per_resolution - 1)
+                stages.append(nn.ModuleList(block(each, out_width=width, attention=attention) for each in ins))
             if not lowest:
                 self.downsample.append(nn.Conv2d(width, widths[depth + 1], 3, stride=2, padding=1))
-                self.upsample.append(Upsample(widths[depth + 1], out_width=width))
+                self.upsample.append(nn.Conv2d(widths[depth + 1], width, 1))
         self.output_norm = nn.GroupNorm(num_groups(widths[0]), widths[0])
         self.output = _zeroed(nn.Conv2d(widths[0], channels, 3, padding=1))
         self._number_dropout_layers()
@@ -212,12 +158,19 @@ class UnetNetwork(PreconditionedNetwork):
         h = self.input(x)
         skips: list[Tensor] = []
         for depth, stage in enumerate(self.down):
-            h = stage(h if depth == 0 else self.downsample[depth - 1](h), embedding, keys)
+            h = h if depth == 0 else self.downsample[depth - 1](h)
+            for block in stage:
+                h = block(h, embedding, keys)
             skips.append(h)
-        h = self.up[-1](skips.pop(), embedding, keys)
-        for depth in reversed(range(len(skips))):
-            enlarged = self.upsample[depth](h, size=skips[depth].shape[2:])
-            h = self.up[depth](torch.cat([enlarged, skips[depth]], dim=1), embedding, keys)
+        h = skips.pop()
+        for depth in reversed(range(len(self.up))):
+            if depth < len(self.upsample):
+                # On a CPU the NCHW kernel is 20 times slower than the channels-last one and both reorderings.
+                h, skip = self.upsample[depth](h).contiguous(memory_format=torch.channels_last), skips.pop()
+                h = functional.interpolate(h, size=tuple(skip.shape[2:]), mode="nearest").to(h.dtype).contiguous()
+                h = torch.cat([h, skip], dim=1)
+            for block in self.up[depth]:
+                h = block(h, embedding, keys)
         raw: Tensor = self.output(functional.silu(self.output_norm(h).to(h.dtype)))
         return raw
 

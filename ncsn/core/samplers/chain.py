@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from ncsn.core.images import DataMoments, moment_matched
-from ncsn.core.keyed_random import InterpolatedNoise, KeyedNoise
+from ncsn.core.keyed_random import KeyedNoise
 from ncsn.core.losses import ScoreFunction
 from ncsn.core.samplers.langevin import NoiseSource, OnLevel, annealed_langevin, langevin_step
 from ncsn.core.samplers.level_grid import (
     LevelGrid,
     Levels,
+    choose_levels,
     field_of,
-    own_levels,
     score_at_sigma,
     spaced_sigmas,
 )
@@ -33,9 +33,7 @@ from ncsn.errors import InvalidValue
 _START_DRAW = 2**31  # far beyond the draws of any chain
 
 
-def start(
-    sampler: AnySampler, moments: DataMoments, *, sigma_1: float, noise: KeyedNoise | InterpolatedNoise
-) -> Tensor:
+def start(sampler: AnySampler, moments: DataMoments, *, sigma_1: float, noise: KeyedNoise) -> Tensor:
     """First state of the chain: uniform pixels, or a normal draw with the moments of the data plus noise."""
     if sampler.uniform_start:
         return noise.uniform(0)
@@ -90,18 +88,19 @@ def visited(sampler: AnySampler, sigmas: Tensor) -> list[float]:
 
 
 def _levels(sampler: AnySampler, sigmas: Tensor) -> Levels:
+    own = list(range(len(sigmas)))
     match sampler:
         case Langevin(level=level):
             if not -len(sigmas) <= level < len(sigmas):
                 raise InvalidValue(f"level must be within the {len(sigmas)} levels 0 to {len(sigmas) - 1}, got {level}")
-            return [float(sigmas[level])], [level % len(sigmas)]
+            own = [level % len(sigmas)]
         case KarrasHeun():
             return spaced_sigmas(sigmas, sampler.num_steps, spacing="karras"), None
         case DpmSolver(num_levels=None):
             return spaced_sigmas(sigmas, sampler.num_steps, spacing=sampler.spacing), None
         case DpmSolver():
-            return own_levels(sigmas, sampler.num_levels, spacing=sampler.spacing)
-    return own_levels(sigmas)
+            own = choose_levels(sigmas, sampler.num_levels, spacing=sampler.spacing)
+    return sigmas[own].tolist(), own
 
 
 def _karras_heun(sampler: KarrasHeun, grid: LevelGrid, x: Tensor, *, noise: NoiseSource, on_level: OnLevel) -> Tensor:

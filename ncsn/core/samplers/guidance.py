@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ncsn.core.losses import ScoreFunction
-from ncsn.core.samplers.level_grid import floats, score_at_sigma
+from ncsn.core.samplers.level_grid import score_at_sigma
 
 
 class Labeled:
@@ -61,15 +61,14 @@ class Guided:
     def __init__(
         self, network: ScoreFunction, guide: ScoreFunction, *, weight: float, band: tuple[float, float], sigmas: Tensor
     ) -> None:
-        self.network, self.guide, self.weight, self.band = network, guide, weight, band
-        self.evaluations = 0  # of either network
-        self.levels = floats(sigmas)
-        self._outside, self._inside = _Field(self, guided=False), _Field(self, guided=True)
+        self.network, self.band = network, band if weight != 1 else (0.0, 0.0)
+        self.levels: list[float] = sigmas.tolist()
+        self._inside = _Inside(network, guide, weight, self.levels)
 
     def field_at(self, sigma: float) -> ScoreFunction:
         """The score function that holds at sigma."""
         low, high = self.band
-        return self._inside if low < sigma <= high and self.weight != 1 else self._outside
+        return self._inside if low < sigma <= high else self.network
 
     def __call__(self, x: Tensor, level: Tensor) -> Tensor:
         """Score of a batch that is at one level."""
@@ -80,31 +79,22 @@ class Guided:
         score: Tensor = self.field_at(float(sigma[0])).score_at(x, sigma)  # type: ignore[attr-defined]
         return score
 
-    def combined(self, score: Tensor, guide: Tensor | None) -> Tensor:
-        """The guided score of both, or the score alone; counts the evaluations behind them."""
-        self.evaluations += 1 if guide is None else 2
-        return score if guide is None else torch.lerp(guide, score, self.weight)
 
+class _Inside:
+    """The guided score function, at all noise levels."""
 
-class _Field:
-    """A guided score function with or without the guidance, at all noise levels."""
-
-    def __init__(self, whole: Guided, *, guided: bool) -> None:
-        self._whole, self._guide = whole, whole.guide if guided else None
+    def __init__(self, network: ScoreFunction, guide: ScoreFunction, weight: float, levels: list[float]) -> None:
+        self._network, self._guide, self._weight, self._levels = network, guide, weight, levels
 
     def __call__(self, x: Tensor, level: Tensor) -> Tensor:
-        whole, guide = self._whole, self._guide
-        score = whole.network(x, level)
-        if guide is None:
-            return whole.combined(score, None)
-        if hasattr(guide, "score_at"):  # its levels may be others
-            return whole.combined(score, score_at_sigma(guide, x, sigma=whole.levels[int(level[0])]))
-        return whole.combined(score, guide(x, level))
+        score = self._network(x, level)
+        if hasattr(self._guide, "score_at"):  # its levels may be others
+            return torch.lerp(score_at_sigma(self._guide, x, sigma=self._levels[int(level[0])]), score, self._weight)
+        return torch.lerp(self._guide(x, level), score, self._weight)
 
     def score_at(self, x: Tensor, sigma: Tensor) -> Tensor:
-        score = self._whole.network.score_at(x, sigma)  # type: ignore[attr-defined]
-        guide = None if self._guide is None else self._guide.score_at(x, sigma)  # type: ignore[attr-defined]
-        return self._whole.combined(score, guide)
+        score, guide = (each.score_at(x, sigma) for each in (self._network, self._guide))  # type: ignore[attr-defined]
+        return torch.lerp(guide, score, self._weight)
 
 
 def band_on_grid(low: float, high: float, grid: Sequence[float]) -> tuple[float, float]:

@@ -127,7 +127,9 @@ def inpaint(
         restore: Restore the known pixels exactly at the end. The paper leaves them with noise of sigma_L.
         consistent: Without it unknown pixels carry more noise than known ones.
     """
-    known = _expanded_mask(mask, x)
+    if mask.dtype != torch.bool:
+        raise ValueError(f"the mask must be bool, True where a pixel is known, got {mask.dtype}")
+    known = mask.to(x.device).expand_as(x)
     if reference.shape != x.shape:
         raise ValueError(f"the reference has shape {list(reference.shape)}, the images have {list(x.shape)}")
     num_steps = len(sigmas) * steps_per_level
@@ -148,21 +150,3 @@ def inpaint(
         hold=hold,
     )
     return torch.where(known, reference, x) if restore else x
-
-
-def _expanded_mask(mask: Tensor, x: Tensor) -> Tensor:
-    if mask.dtype != torch.bool:
-        raise ValueError(f"the mask must be bool, True where a pixel is known, got {mask.dtype}")
-    batch, channels, height, width = x.shape
-    shape = list(mask.shape)
-    fits = shape[-2:] == [height, width] and (
-        mask.ndim == 2
-        or (mask.ndim == 3 and shape[0] in (1, channels))
-        or (mask.ndim == 4 and shape[0] in (1, batch) and shape[1] in (1, channels))
-    )
-    if not fits:
-        raise ValueError(
-            f"the mask has shape {shape}; for images of {channels} x {height} x {width} it must be "
-            f"[{height}, {width}], [1 or {channels}, {height}, {width}] or one such per image"
-        )
-    return mask.to(x.device).expand_as(x)

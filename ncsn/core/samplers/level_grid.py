@@ -52,12 +52,6 @@ def field_of(network: ScoreFunction, sigma: float) -> ScoreFunction:
     return field
 
 
-def own_levels(sigmas: Tensor, count: int | None = None, *, spacing: Spacing = "geometric") -> Levels:
-    """`count` of the network's own levels [L], see `choose_levels`."""
-    indices, values = choose_levels(sigmas, count, spacing=spacing), floats(sigmas)
-    return [values[i] for i in indices], indices
-
-
 def choose_levels(sigmas: Tensor, count: int | None, *, spacing: Spacing = "geometric") -> list[int]:
     """Indices of `count` of the levels [L], first and last among them; None, or more than L, for all.
 
@@ -84,19 +78,20 @@ def choose_levels(sigmas: Tensor, count: int | None, *, spacing: Spacing = "geom
 
 
 def spaced_sigmas(sigmas: Tensor, num_steps: int, *, spacing: Spacing) -> list[float]:
-    """A grid of `num_steps` points over the range of the levels [L], which need not be among them."""
-    if spacing == "karras":
-        return karras_sigmas(float(sigmas[0]), float(sigmas[-1]), num_steps)
-    return floats(torch.linspace(math.log(sigmas[0]), math.log(sigmas[-1]), num_steps, dtype=torch.float64).exp())
+    """A grid of `num_steps` points over the range of the levels [L], which need not be among them.
 
-
-def karras_sigmas(sigma_1: float, sigma_L: float, num_steps: int) -> list[float]:
-    """The grid of Karras et al. 2022, equation 5, without the 0 at its end; both ends are exact."""
+    The `karras` grid is that of Karras et al. 2022, equation 5, without the 0 at its end; both ends are exact.
+    """
     if num_steps < 2:
         raise InvalidValue(f"the grid needs at least 2 steps, got {num_steps}")
-    high, low = sigma_1 ** (1 / RHO), sigma_L ** (1 / RHO)
-    inner = [(high + k / (num_steps - 1) * (low - high)) ** RHO for k in range(1, num_steps - 1)]
-    return [sigma_1, *inner, sigma_L]
+    first, last = float(sigmas[0]), float(sigmas[-1])
+    if spacing == "karras":
+        high, low = first ** (1 / RHO), last ** (1 / RHO)
+        inner = [(high + k / (num_steps - 1) * (low - high)) ** RHO for k in range(1, num_steps - 1)]
+        return [first, *inner, last]
+    even = torch.linspace(math.log(first), math.log(last), num_steps, dtype=torch.float64)
+    values: list[float] = even.exp().tolist()
+    return values
 
 
 def score_at_sigma(network: ScoreFunction, x: Tensor, *, sigma: float) -> Tensor:
@@ -109,9 +104,3 @@ def score_at_sigma(network: ScoreFunction, x: Tensor, *, sigma: float) -> Tensor
         )
     score: Tensor = score_at(x, torch.full((len(x),), sigma, dtype=x.dtype, device=x.device))
     return score.to(x.dtype)
-
-
-def floats(sigmas: Tensor) -> list[float]:
-    """The levels [L] as numbers."""
-    values: list[float] = sigmas.tolist()
-    return values

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,31 +18,11 @@ from torch import Tensor
 from ncsn.core.losses import ScoreFunction
 from ncsn.core.samplers.chain import sample
 from ncsn.core.samplers.langevin import NoiseSource
-from ncsn.core.samplers.level_grid import field_of, floats
+from ncsn.core.samplers.level_grid import field_of
 from ncsn.core.samplers.settings import AnySampler
 from ncsn.errors import InvalidValue
 
 _WIDEST = 4.0  # where the kernel of a blur ends, in standard deviations
-
-
-class Operator(Protocol):
-    """A, with images [B, C, H, W]."""
-
-    @property
-    def blind(self) -> bool:
-        """Whether nothing is measured."""
-
-    def apply(self, x: Tensor) -> Tensor:
-        """A x."""
-
-    def adjoint(self, y: Tensor) -> Tensor:
-        """A^T y."""
-
-    def explain(self, residual: Tensor, *, noise: float, spread: float) -> Tensor:
-        """A^T (noise I + spread A A^T)^-1 residual, both variances; for images of variance `spread` their change.
-
-        Where A A^T = I, it is A^T residual / (noise + spread).
-        """
 
 
 @dataclass(frozen=True)
@@ -54,15 +33,22 @@ class KnownPixels:
 
     @property
     def blind(self) -> bool:
+        """Whether nothing is measured."""
         return not bool(self.mask.any())
 
     def apply(self, x: Tensor) -> Tensor:
+        """A x of images [B, C, H, W]."""
         return torch.where(self.mask.to(x.device), x, 0.0)
 
     def adjoint(self, y: Tensor) -> Tensor:
+        """A^T y."""
         return torch.where(self.mask.to(y.device), y, 0.0)
 
     def explain(self, residual: Tensor, *, noise: float, spread: float) -> Tensor:
+        """A^T (noise I + spread A A^T)^-1 residual, both variances; for images of variance `spread` their change.
+
+        Where A A^T = I, as here, it is A^T residual / (noise + spread).
+        """
         return self.adjoint(residual) / (noise + spread)
 
 
@@ -87,6 +73,9 @@ class Separable:
         u, v = u.to(residual), v.to(residual)
         change: Tensor = v.T @ ((u.T @ residual @ u) * factors) @ v
         return change
+
+
+Operator = KnownPixels | Separable
 
 
 def means(size: int, factor: int) -> Separable:
@@ -130,25 +119,11 @@ class Measured:
     y: Tensor  # 0 at pixels that are not known
     noise: float = 0.0  # sigma_y
 
-    def residual(self, denoised: Tensor) -> Tensor:
-        """Difference y - A D."""
-        return self.y - self.operator.apply(denoised)
+
+Variance = Callable[[float], float]
 
 
-@dataclass(frozen=True)
-class Covariance:
-    """The guidance, whose r^2 depends on sigma."""
-
-    variance: Callable[[float], float]  # r^2 at sigma, see `gaussian_variance`
-
-    def pull(self, measured: Measured, denoised: Tensor, *, sigma: float) -> Tensor:
-        spread = self.variance(sigma)
-        if not spread + measured.noise > 0:
-            raise Diverged("r^2 and sigma_y are both 0")
-        return measured.operator.explain(measured.residual(denoised), noise=measured.noise**2, spread=spread)
-
-
-def gaussian_variance(sigma_data: float) -> Callable[[float], float]:
+def gaussian_variance(sigma_data: float) -> Variance:
     """r^2 at sigma for normal data of deviation `sigma_data`: their variance given data plus noise of sigma."""
     return lambda sigma: (sigma * sigma_data) ** 2 / (sigma**2 + sigma_data**2)
 
@@ -156,15 +131,14 @@ def gaussian_variance(sigma_data: float) -> Callable[[float], float]:
 class Conditioned:
     """A score function that a measurement of a batch guides; samplers take it for a network with levels `sigmas`.
 
-    `scale` is the root mean square of the data, by which divergence is noticed.
+    `variance` is r^2 at sigma, and `scale` the root mean square of the data, by which divergence is noticed.
     """
 
     def __init__(
-        self, network: ScoreFunction, measured: Measured, guidance: Covariance, *, sigmas: Tensor, scale: float
+        self, network: ScoreFunction, measured: Measured, variance: Variance, *, sigmas: Tensor, scale: float
     ) -> None:
-        self._network, self._measured, self._guidance = network, measured, guidance
-        self._sigmas, self._scale = sigmas, scale
-        self._levels, self._fields = floats(sigmas), dict[int, Conditioned]()
+        self._network, self._measured, self._variance = network, measured, variance
+        self._sigmas, self._scale, self._fields = sigmas, scale, dict[int, Conditioned]()
 
     def field_at(self, sigma: float) -> Conditioned:
         """The score function that holds at sigma, see `field_of`."""
@@ -173,13 +147,13 @@ class Conditioned:
             return self
         if id(field) not in self._fields:
             self._fields[id(field)] = Conditioned(
-                field, self._measured, self._guidance, sigmas=self._sigmas, scale=self._scale
+                field, self._measured, self._variance, sigmas=self._sigmas, scale=self._scale
             )
         return self._fields[id(field)]
 
     def __call__(self, x: Tensor, level: Tensor) -> Tensor:
         """Score of a batch that is at one level."""
-        return self._score(x, self._levels[int(level[0])], lambda x: self._network(x, level))
+        return self._score(x, float(self._sigmas[level[0]]), lambda x: self._network(x, level))
 
     def score_at(self, x: Tensor, sigma: Tensor) -> Tensor:
         """Score of a batch that is at one sigma."""
@@ -188,11 +162,15 @@ class Conditioned:
 
     def _score(self, x: Tensor, sigma: float, network: Callable[[Tensor], Tensor]) -> Tensor:
         require_bounded(x, sigma=sigma, scale=self._scale)
+        measured, spread = self._measured, self._variance(sigma)
+        if not spread + measured.noise > 0:
+            raise Diverged("r^2 and sigma_y are both 0")
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             score = network(x).to(x.dtype)
             denoised = torch.add(x, score, alpha=sigma**2)
-            pull = self._guidance.pull(self._measured, denoised.detach(), sigma=sigma)
+            residual = measured.y - measured.operator.apply(denoised.detach())
+            pull = measured.operator.explain(residual, noise=measured.noise**2, spread=spread)
             (change,) = torch.autograd.grad(denoised, x, pull)
         return score.detach() + change
 
@@ -207,7 +185,7 @@ def require_bounded(x: Tensor, *, sigma: float, scale: float) -> None:
 def restored(
     network: ScoreFunction,
     measured: Measured,
-    guidance: Covariance,
+    variance: Variance,
     *,
     sampler: AnySampler,
     x: Tensor,
@@ -220,6 +198,7 @@ def restored(
     A measurement of nothing gives what the sampler gives alone, bit by bit.
 
     Args:
+        variance: r^2 at sigma, see `gaussian_variance`.
         sampler: On a grid from the largest to the smallest sigma.
         x: Start [B, C, H, W].
         sigmas: The network's levels [L], descending.
@@ -231,7 +210,7 @@ def restored(
     operator = measured.operator
     if operator.blind:
         return sample(sampler, network, x=x, sigmas=sigmas, noise=noise)
-    guided = Conditioned(network, measured, guidance, sigmas=sigmas, scale=scale)
+    guided = Conditioned(network, measured, variance, sigmas=sigmas, scale=scale)
     x = sample(sampler, guided, x=x, sigmas=sigmas, noise=noise)
     require_bounded(x, sigma=0.0, scale=scale)
     if isinstance(operator, KnownPixels) and measured.noise == 0:

@@ -1,30 +1,58 @@
 """The samplers, each a frozen dataclass that is also the config's section `sampling.sampler` of its kind.
 
 What they do is in `ncsn.core.samplers.chain`; nothing here imports torch. A new sampler is a class here, in
-`AnySampler` too, and a case in the two functions there.
+`AnySampler` too, and a case in the two functions there. It annotates each field with its range and describes it in a
+string below it.
 """
 
 from __future__ import annotations
 
+import operator
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from ncsn.core.settings import Settings
+from ncsn.errors import UserError
 
 Spacing = Literal["geometric", "karras"]
 
+_BOUNDS = {
+    "gt": (operator.gt, "more than"),
+    "ge": (operator.ge, "at least"),
+    "lt": (operator.lt, "less than"),
+    "le": (operator.le, "at most"),
+}
+
 
 @dataclass(frozen=True, kw_only=True)
-class Sampler(Settings, ABC):
+class Sampler(ABC):
     """A way from a start to images; annealed Langevin forgets its start, the others need data plus noise of sigma_1."""
 
+    # Read by pydantic where the config has this section.
+    __pydantic_config__: ClassVar[Any] = {
+        "use_attribute_docstrings": True,
+        "extra": "forbid",
+        "allow_inf_nan": False,
+    }
     several_levels: ClassVar[bool] = True  # whether it needs more than one
     uniform_start: ClassVar[bool] = False  # from pixels, instead of a normal draw with the moments of the data
 
     kind: str
+
+    def __post_init__(self) -> None:
+        """Raise `UserError` with the name of a field whose value is out of its range."""
+        for name, hint in get_type_hints(type(self), include_extras=True).items():
+            base, *rules = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+            value = getattr(self, name)
+            if get_origin(base) is Literal and value not in get_args(base):
+                raise UserError(name, f"must be one of {', '.join(map(str, get_args(base)))}", value=value)
+            for rule in rules if value is not None else ():
+                for key, (compare, words) in _BOUNDS.items():
+                    bound = getattr(rule, key, None)
+                    if bound is not None and not compare(value, bound):
+                        raise UserError(name, f"must be {words} {bound:g}", value=value)
 
     @property
     def any_sigma(self) -> tuple[str, str] | None:

@@ -34,14 +34,6 @@ def make_network(**changes: Any) -> DdpmppNetwork:
     return DdpmppNetwork(**(settings | changes))
 
 
-def shaken(network: DdpmppNetwork) -> DdpmppNetwork:
-    """Not near zero, where most of the network has no influence yet."""
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape))
-    return network
-
-
 def random_batch(*, batch: int = 6, channels: int = 1, size: int = 8) -> tuple[Tensor, Tensor]:
     x = torch.rand(batch, channels, size, size, generator=torch.Generator().manual_seed(1))
     return x, torch.arange(batch) % len(SIGMAS)
@@ -179,32 +171,3 @@ def test_a_fresh_network_predicts_zero_before_preconditioning() -> None:
     denoised = x + sigma.square() * network(x, level)
     c_skip = 0.25**2 / (sigma.square() + 0.25**2)
     torch.testing.assert_close(denoised - 0.5, c_skip * (x - 0.5), rtol=0, atol=1e-3)
-
-
-def test_every_parameter_of_a_fresh_network_has_a_gradient() -> None:
-    network = make_network(num_classes=4, augmentation=True)
-    x, level = random_batch()
-    augmentation = torch.randn(len(x), 9)
-    augmentation[:, [1, 4]] = 0
-    network(x, level, labels=torch.tensor([0, 0, 2, 2, -1, -1]), augmentation=augmentation).square().mean().backward()
-    gradients = {name: parameter.grad for name, parameter in network.named_parameters()}
-    assert [name for name, gradient in gradients.items() if gradient is None or not gradient.any()] == []
-    by_class, by_label = (gradients[f"condition_terms.{name}.weight"] for name in ("map_label", "map_augment"))
-    assert by_class is not None and by_label is not None
-    assert by_class.any(dim=0).tolist() == [True, False, True, False]
-    assert by_label.any(dim=0).tolist() == [number not in (1, 4) for number in range(9)]
-
-
-def test_image_score_does_not_depend_on_its_batch_or_on_the_mode() -> None:
-    network = shaken(make_network())
-    x, level = random_batch()
-    together = network.train()(x, level)
-    alone = torch.cat([network(x[i : i + 1], level[i : i + 1]) for i in range(len(x))])
-    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5 * float(together.detach().abs().max()))
-    assert torch.equal(network.eval()(x, level), together)
-
-
-def test_dropout_acts_in_training_only() -> None:
-    network = shaken(make_network(dropout=0.5))
-    x, level = random_batch()
-    assert not torch.allclose(network.train()(x, level), network.eval()(x, level))

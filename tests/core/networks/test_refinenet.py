@@ -2,71 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
+from torch.autograd import gradcheck, gradgradcheck
+from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.plain_ncsn import PlainNcsn
-from ncsn.core.networks.refinenet import NcsnNetwork, NcsnV2Network
-
-
-def emb(name, width):
-    return {f"{name}.embed.weight": (10, 3 * width)}
-
-
-def conv(name, inside, out, *, size=3, bias=True):
-    weights = {f"{name}.weight": (out, inside, size, size)}
-    return {**weights, f"{name}.bias": (out,)} if bias else weights
-
-
-def rcu(name, width, blocks):
-    entries = {}
-    for b in range(1, blocks + 1):
-        for s in (1, 2):
-            entries |= emb(f"{name}.{b}_{s}_norm", width) | conv(f"{name}.{b}_{s}_conv", width, width, bias=False)
-    return entries
-
-
-def refine(name, inputs, width, *, blocks=1):
-    entries = {}
-    for j, c in enumerate(inputs):
-        entries |= rcu(f"{name}.adapt_convs.{j}", c, 2)
-    entries |= rcu(f"{name}.output_convs", width, blocks)
-    if len(inputs) > 1:
-        for j, c in enumerate(inputs):
-            entries |= conv(f"{name}.msf.convs.{j}", c, width)
-        for j, c in enumerate(inputs):
-            entries |= emb(f"{name}.msf.norms.{j}", c)
-    for j in (0, 1):
-        entries |= conv(f"{name}.crp.convs.{j}", width, width, bias=False)
-    for j in (0, 1):
-        entries |= emb(f"{name}.crp.norms.{j}", width)
-    return entries
-
-
-def res(name, inside, out, shortcut):
-    middle = inside
-    pooled = ".conv" if shortcut == "pooled" else ""
-    entries = conv(f"{name}.conv1", inside, middle) | emb(f"{name}.normalize2", middle)
-    entries |= conv(f"{name}.conv2{pooled}", middle, out)
-    if shortcut == "pooled":
-        entries |= conv(f"{name}.shortcut.conv", inside, out, size=1)
-    if shortcut == "dilated":
-        entries |= conv(f"{name}.shortcut", inside, out)
-    return entries | emb(f"{name}.normalize1", inside)
-
-
-def released_state_dict(n, c):
-    """Names and shapes of spec 1.6 in the order of registration."""
-    return (
-        conv("begin_conv", c, n) | emb("normalizer", n) | conv("end_conv", n, c)
-        | res("res1.0", n, n, None) | res("res1.1", n, n, None)
-        | res("res2.0", n, 2 * n, "pooled") | res("res2.1", 2 * n, 2 * n, None)
-        | res("res3.0", 2 * n, 2 * n, "dilated") | res("res3.1", 2 * n, 2 * n, None)
-        | res("res4.0", 2 * n, 2 * n, "dilated") | res("res4.1", 2 * n, 2 * n, None)
-        | refine("refine1", [2 * n], 2 * n) | refine("refine2", [2 * n, 2 * n], 2 * n)
-        | refine("refine3", [2 * n, 2 * n], n) | refine("refine4", [n, n], n, blocks=3)
-    )  # fmt: skip
+from ncsn.core.networks.refinenet import NcsnNetwork, NcsnV2Network, average_pool, elu, max_pool
 
 
 @pytest.mark.oracle(15)
@@ -80,13 +25,12 @@ def released_state_dict(n, c):
 def test_size_names_order_and_cost_of_the_network_of_2019(n, channels, size, parameters, tables, forward, both):
     with torch.device("meta"):
         network = NcsnNetwork(n, channels=channels, num_levels=10)
+        released = PlainNcsn(n, channels=channels, num_levels=10).state_dict()
     assert sum(p.numel() for p in network.parameters()) == parameters
     assert sum(p.numel() for name, p in network.named_parameters() if ".embed." in name) == tables
-    shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    expected = released_state_dict(n, channels)
-    assert len(expected) == 173
-    assert list(shapes.items()) == list(expected.items())
-    assert [name for name, _ in network.named_parameters()] == list(expected)
+    shapes, expected = ([(k, v.shape) for k, v in each.items()] for each in (network.state_dict(), released))
+    assert len(expected) == 173 and shapes == expected
+    assert [name for name, _ in network.named_parameters()] == list(released)
     with FlopCounterMode(display=False) as counter:
         x = torch.empty(1, channels, size, size, device="meta")
         score = network(x, torch.zeros(1, dtype=torch.int64, device="meta"))
@@ -246,3 +190,26 @@ def test_scores_and_gradients_are_those_of_the_plain_network():
     )
     for theirs, own in zip(*gradients, strict=True):
         assert (theirs - own).norm() <= 1e-4 * theirs.norm() + 1e-7
+
+
+@pytest.mark.oracle(15)
+def test_average_pool_counts_the_padding():
+    ones = average_pool(torch.ones(1, 1, 6, 6))[0, 0]
+    assert ones[0, 0].item() == pytest.approx(9 / 25) and ones[0, 3].item() == pytest.approx(15 / 25)
+    assert ones[2, 2].item() == pytest.approx(1)
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(average_pool, functional.avg_pool2d), (max_pool, functional.max_pool2d)])
+def test_pools_and_their_gradients_are_those_of_pytorch(ours, theirs):
+    x = torch.randn(2, 3, 6, 8, dtype=torch.float64, requires_grad=True)
+    pools = ours, partial(theirs, kernel_size=5, stride=1, padding=2)
+    torch.testing.assert_close(*(pool(x) for pool in pools))
+    seed = torch.randn_like(x)
+    torch.testing.assert_close(*(torch.autograd.grad(pool(x), x, seed)[0] for pool in pools))
+
+
+def test_values_of_elu_are_pytorch_s_and_derivatives_those_of_differences() -> None:
+    x = torch.tensor([-30.0, -3.0, -0.5, -1e-3, 0.7, 5.0], dtype=torch.float64, requires_grad=True)
+    assert torch.equal(elu(x), functional.elu(x))
+    assert gradcheck(elu, (x,))
+    assert gradgradcheck(elu, (x,))

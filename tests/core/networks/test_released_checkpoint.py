@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 
-from ncsn.core.ema import Ema, StepDecay
+from ncsn.core.ema import Ema, step_decay
 from ncsn.core.networks.refinenet import NcsnNetwork, NcsnV2Network
 from ncsn.core.networks.released import load_released_checkpoint, read_released_checkpoint
 
@@ -49,7 +49,7 @@ def load_into(path, make, **kwargs):
     torch.manual_seed(99)
     network = make()
     optimizer = torch.optim.Adam(network.parameters(), lr=5e-4)
-    ema = Ema(network, StepDecay(0.999))
+    ema = Ema(network, step_decay(0.999))
     released = read_released_checkpoint(path)
     load_released_checkpoint(released, network=network, optimizer=optimizer, ema=ema)
     return released, network, optimizer, ema
@@ -88,7 +88,7 @@ def refused(path, make, match):
     torch.manual_seed(1)
     network = make()
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    optimizer, ema = torch.optim.Adam(network.parameters()), Ema(network, StepDecay(0.9))
+    optimizer, ema = torch.optim.Adam(network.parameters()), Ema(network, step_decay(0.9))
     with pytest.raises(ValueError, match=match):
         load_released_checkpoint(read_released_checkpoint(path), network=network, optimizer=optimizer, ema=ema)
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())

@@ -59,10 +59,10 @@ def shaken(network: nn.Module) -> nn.Module:
     return network.double().eval()
 
 
-def moved(source: nn.Module, target: nn.Module, **options: Any) -> tuple[nn.Module, tuple[str, ...]]:
-    found = transfer(dict(source.named_parameters()), target, **options)
-    target.load_state_dict(found.weights, strict=False)
-    return target, found.changes
+def moved(source: nn.Module, target: nn.Module, **options: Any) -> tuple[nn.Module, list[str]]:
+    weights, changes = transfer(dict(source.named_parameters()), target, **options)
+    target.load_state_dict(weights, strict=False)
+    return target, changes
 
 
 def scores(network: nn.Module, **conditions: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ def scores(network: nn.Module, **conditions: Tensor) -> Tensor:
 def test_the_same_network_gets_the_same_weights(make: Make) -> None:
     source = make(num_classes=3, augmentation=True)
     copy, changes = moved(source, make(num_classes=3, augmentation=True))
-    assert changes == ()
+    assert changes == []
     assert all(torch.equal(one, other) for one, other in zip(source.parameters(), copy.parameters(), strict=True))
 
 
@@ -131,7 +131,7 @@ def test_other_networks_are_refused_with_what_differs() -> None:
     weights = dict(ddpmpp().named_parameters())
     with pytest.raises(ValueError, match=r"\(dec\.4x4_block0\S* \[.*\] .*\["):
         transfer(weights, ddpmpp(multipliers=(1, 3)))
-    with pytest.raises(ValueError, match=r"\(down\.0\.blocks.*\(dec\.4x4_block0"):
+    with pytest.raises(ValueError, match=r"\(down\.0\.0.*\(dec\.4x4_block0"):
         transfer(weights, unet())
     with pytest.raises(ValueError, match=r"refine1\.adapt_convs\S* \[3, 24\] .*\[4, 24\]"):
         transfer(

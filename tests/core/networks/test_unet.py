@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ncsn.core.networks.unet import UnetNetwork, Upsample
+from ncsn.core.networks.unet import UnetNetwork
 
 SIGMAS = torch.logspace(0, -2, 10)
 
@@ -64,22 +64,6 @@ def test_denoiser_is_that_of_equation_7() -> None:
     torch.testing.assert_close(network.score_at(x, sigma), score, rtol=1e-9, atol=1e-9)
 
 
-def test_level_is_the_index_into_the_schedule() -> None:
-    network = make_network()
-    randomize(network)
-    x, level = random_batch()
-    torch.testing.assert_close(network(x, level), network.score_at(x, SIGMAS[level]), rtol=0, atol=0)
-    assert not torch.allclose(network._raw(x, SIGMAS[level].log() / 4), network._raw(x, SIGMAS[level + 1].log() / 4))
-
-
-@pytest.mark.parametrize("wrong", [-1, len(SIGMAS)])
-def test_levels_out_of_range_are_refused(wrong: int) -> None:
-    x, level = random_batch()
-    level[2] = wrong
-    with pytest.raises(ValueError, match=rf"\b{len(SIGMAS) - 1}\b"):
-        make_network()(x, level)
-
-
 @pytest.mark.parametrize(
     ("size", "channels", "widths", "attention_sizes"),
     [
@@ -97,44 +81,6 @@ def test_shapes(size: int, channels: int, widths: tuple[int, ...], attention_siz
     score = network(x, level)
     assert score.shape == x.shape
     assert score.isfinite().all()
-
-
-def test_image_score_does_not_depend_on_its_batch() -> None:
-    network = make_network(attention_sizes=(4,))
-    randomize(network)
-    x, level = random_batch()
-    alone = torch.cat([network(x[i : i + 1], level[i : i + 1]) for i in range(len(x))])
-    torch.testing.assert_close(network(x, level), alone, rtol=1e-4, atol=1e-4)
-
-
-def test_every_parameter_has_a_gradient() -> None:
-    network = make_network(attention_sizes=(4,))
-    randomize(network)
-    x, level = random_batch()
-    network(x, level).square().mean().backward()
-    without = [name for name, p in network.named_parameters() if p.grad is None or not p.grad.any()]
-    # A shift of all keys moves every logit of a query alike: softmax does not see it, so only rounding is left there.
-    assert without == []
-
-
-def test_bfloat16_autocast_returns_float32_near_float32() -> None:
-    network = make_network(attention_sizes=(4,))
-    randomize(network)
-    x, level = random_batch()
-    exact = network(x, level)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        rounded = network(x, level)
-    assert rounded.dtype == torch.float32
-    assert not torch.equal(rounded, exact)
-    assert (rounded - exact).norm() < 0.02 * exact.norm()
-
-
-def test_upsample_repeats_pixels() -> None:
-    upsample = Upsample(3, out_width=2)
-    x = torch.randn(2, 3, 4, 4)
-    expected = upsample.conv(x).repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
-    torch.testing.assert_close(upsample(x, size=(8, 8)), expected)
-    assert upsample(x, size=(7, 7)).shape == (2, 2, 7, 7)
 
 
 def test_sizes_from_compact_to_large() -> None:

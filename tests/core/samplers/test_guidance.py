@@ -11,7 +11,7 @@ import torch
 from ncsn.core.keyed_random import KeyedNoise
 from ncsn.core.samplers.chain import sample, visited
 from ncsn.core.samplers.guidance import Guided, Labeled, band_on_grid
-from ncsn.core.samplers.level_grid import LevelGrid, field_of, karras_sigmas
+from ncsn.core.samplers.level_grid import LevelGrid, field_of, spaced_sigmas
 from ncsn.core.samplers.settings import AnnealedLangevin, DpmSolver, KarrasHeun, Langevin
 
 HIGH, LOW = 80.0, 0.002
@@ -142,18 +142,19 @@ def test_weight_one_is_the_network_and_weight_zero_the_guide_bitwise(sampler, an
 def test_evaluations_are_counted_where_they_happen(sampler, analytic):
     sigmas = torch.tensor([1.0, 0.3, 0.09, 0.027])
     grid = visited(sampler, sigmas)
-    guided = gaussians(analytic, sigmas, weight=2)
-    guided.band = band_on_grid(grid[-1], grid[1], grid) if len(grid) > 1 else EVERYWHERE
+    network, guide = analytic.GaussianScore(sigmas, s2=S**2), analytic.GaussianScore(sigmas, s2=WIDE**2)
+    band = band_on_grid(grid[-1], grid[1], grid) if len(grid) > 1 else EVERYWHERE
+    guided = Guided(network, guide, weight=2.0, band=band, sigmas=sigmas)
     noise = KeyedNoise(0, first=0, count=3, shape=(1, 2, 2))
     sample(sampler, guided, x=noise(10_000), sigmas=sigmas, noise=noise)
     whole = sampler.num_evaluations(len(sigmas))
-    assert guided.network.calls == whole and guided.evaluations == whole + guided.guide.calls
-    assert 0 < guided.guide.calls <= whole
+    calls = guide.calls
+    assert network.calls == whole and 0 < calls <= whole
     if isinstance(sampler, KarrasHeun):
         # Not the first step, and not the last evaluation, which is at the low end. Churn raises no step out of it.
-        assert guided.guide.calls == whole - 3
+        assert calls == whole - 3
     if isinstance(sampler, AnnealedLangevin):
-        assert guided.guide.calls == 2 * 2  # steps of two of the four levels
+        assert calls == 2 * 2  # steps of two of the four levels
 
 
 def test_a_step_stays_with_the_score_of_its_start(analytic):
@@ -183,7 +184,7 @@ def test_multistep_samplers_forget_at_the_ends_of_the_band(analytic):
 
 
 def test_ends_of_a_band_move_to_the_grid():
-    grid = karras_sigmas(80.0, 0.002, 18)
+    grid = spaced_sigmas(torch.tensor([80.0, 0.002], dtype=torch.float64), 18, spacing="karras")
 
     def inside(low: float, high: float) -> list[float]:
         low, high = band_on_grid(low, high, grid)

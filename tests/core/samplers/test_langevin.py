@@ -116,23 +116,6 @@ def test_denoising_brings_a_point_mass_home():
     assert exact.var().item() < 1e-12
 
 
-def test_an_image_is_the_same_in_every_batch():
-    def run(first, count):
-        noise = KeyedNoise(3, first=first, count=count, shape=(1, 4, 4))
-        return annealed_langevin(
-            lambda x, level: -x / (0.1 + SIGMAS[level].view(-1, 1, 1, 1) ** 2),
-            x=noise.uniform(0),
-            sigmas=SIGMAS,
-            epsilon=2e-5,
-            steps_per_level=3,
-            noise=noise,
-            denoise=True,
-        )
-
-    whole = run(0, 7)
-    assert torch.equal(whole, torch.cat([run(0, 2), run(2, 4), run(6, 1)]))
-
-
 def test_levels_stream_in_order_with_the_right_noise_and_no_gradient():
     seen, asked, levels = [], [], []
 

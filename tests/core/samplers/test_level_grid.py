@@ -6,7 +6,12 @@ import pytest
 import torch
 
 from ncsn.core.noise_schedule import geometric_sigmas
-from ncsn.core.samplers.level_grid import choose_levels, karras_sigmas, score_at_sigma
+from ncsn.core.samplers.level_grid import choose_levels, score_at_sigma, spaced_sigmas
+
+
+def karras(first: float, last: float, count: int) -> list[float]:
+    return spaced_sigmas(torch.tensor([first, last], dtype=torch.float64), count, spacing="karras")
+
 
 V2 = geometric_sigmas(50.0, 0.01, 232)
 
@@ -32,12 +37,12 @@ def test_geometric_subset_of_uneven_levels_has_no_duplicates():
 
 
 def test_karras_grid():
-    grid = karras_sigmas(80.0, 0.002, 18)
+    grid = karras(80.0, 0.002, 18)
     assert grid[0] == 80.0 and grid[-1] == 0.002 and len(grid) == 18
     # Worked by hand: (80^(1/7) + (0.002^(1/7) - 80^(1/7)) / 17)^7 = 57.586.
     assert grid[1] == pytest.approx(57.586, abs=1e-3)
     with pytest.raises(ValueError, match=r"steps.*\b1\b"):
-        karras_sigmas(1.0, 0.1, 1)
+        karras(1.0, 0.1, 1)
 
 
 def test_karras_subset_moves_to_trained_levels_and_drops_duplicates():
@@ -45,7 +50,7 @@ def test_karras_subset_moves_to_trained_levels_and_drops_duplicates():
     indices = choose_levels(few, 9, spacing="karras")
     assert indices == sorted(set(indices)) and indices[0] == 0 and indices[-1] == 9
     many = choose_levels(V2, 18, spacing="karras")
-    for index, sigma in zip(many, karras_sigmas(50.0, 0.01, 18), strict=True):
+    for index, sigma in zip(many, karras(50.0, 0.01, 18), strict=True):
         assert V2[index].item() == pytest.approx(sigma, rel=0.02)
 
 

@@ -1,24 +1,29 @@
-"""Samples given a measurement: a correlated normal distribution, divergence, and all or nothing known, bit by bit."""
+"""Measurements of images, and samples given one: a correlated normal distribution, and all or nothing known."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 
+import numpy as np
 import pytest
 import torch
+from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
 from ncsn.core.keyed_random import KeyedNoise
 from ncsn.core.samplers.chain import sample
 from ncsn.core.samplers.guidance import Guided
-from ncsn.core.samplers.level_grid import karras_sigmas
+from ncsn.core.samplers.level_grid import spaced_sigmas
 from ncsn.core.samplers.restoration import (
-    Covariance,
     Diverged,
     KnownPixels,
     Measured,
+    Operator,
+    Variance,
+    blur,
     gaussian_variance,
     means,
+    peak_signal_to_noise,
     restored,
 )
 from ncsn.core.samplers.settings import DpmSolver, KarrasHeun, Sampler
@@ -27,7 +32,6 @@ RHO, KNOWN, HIGH, LOW = 0.8, 1.3, 40.0, 0.002
 COVARIANCE = torch.tensor([[1.0, RHO], [RHO, 1.0]], dtype=torch.float64)
 FIRST = KnownPixels(torch.tensor([[True, False]]))
 SIGMAS = torch.tensor([HIGH, LOW], dtype=torch.float64)
-Variance = Callable[[float], float]
 
 
 class Pair:
@@ -52,7 +56,7 @@ def given(x: Tensor, variance: Variance, *, noise: float, sampler: Sampler) -> T
     return restored(
         Pair(),
         Measured(FIRST, y, noise),
-        Covariance(variance),
+        variance,
         sampler=sampler,
         x=x,
         sigmas=SIGMAS,
@@ -121,7 +125,7 @@ def test_all_or_nothing_known(sampler: Sampler) -> None:
         return restored(
             Curved(),
             Measured(operator, operator.apply(images)),
-            Covariance(gaussian_variance(1.0)),
+            gaussian_variance(1.0),
             sampler=sampler,
             x=start,
             sigmas=SIGMAS.float(),
@@ -148,7 +152,7 @@ def test_means_of_independent_pixels_are_met(noise: float) -> None:
     x = restored(
         White(),
         Measured(operator, y, noise),
-        Covariance(gaussian_variance(s)),
+        gaussian_variance(s),
         sampler=KarrasHeun(num_steps=100),
         x=start,
         sigmas=SIGMAS,
@@ -167,14 +171,14 @@ def test_means_of_independent_pixels_are_met(noise: float) -> None:
 
 def test_guidance_by_classes_holds_in_its_band(analytic) -> None:
     """The measurement guides the score function that holds at each sigma, and a step stays with one."""
-    sigmas = torch.tensor(karras_sigmas(HIGH, LOW, 30), dtype=torch.float64)
+    sigmas = torch.tensor(spaced_sigmas(SIGMAS, 30, spacing="karras"), dtype=torch.float64)
     network, guide = analytic.GaussianScore(sigmas, s2=0.25), analytic.GaussianScore(sigmas, s2=1.0)
     guided = Guided(network, guide, weight=2.0, band=(0.5, 5.0), sigmas=sigmas)
     start = torch.full((1, 1, 1, 2), HIGH, dtype=torch.float64)
     x = restored(
         guided,
         Measured(FIRST, torch.tensor([0.375, 0.0]).double().view_as(start)),
-        Covariance(gaussian_variance(0.5)),
+        gaussian_variance(0.5),
         sampler=DpmSolver(num_steps=30),
         x=start,
         sigmas=sigmas,
@@ -184,3 +188,58 @@ def test_guidance_by_classes_holds_in_its_band(analytic) -> None:
     alone = sample(DpmSolver(num_steps=30), guided, x=start, sigmas=sigmas, noise=lambda _: torch.zeros_like(start))
     assert float(x[..., 0]) == 0.375
     assert float(x[..., 1]) == pytest.approx(float(alone[..., 1]), abs=1e-12)  # pixels do not know of each other
+
+
+SIZE = 12
+
+
+def operators() -> dict[str, Operator]:
+    mask = torch.arange(SIZE) % 3 > 0
+    return {"pixels": KnownPixels(mask), "means": means(SIZE, 3), "blur": blur(SIZE, 1.5)}
+
+
+def images(count: int = 2) -> torch.Tensor:
+    return torch.rand(count, 2, SIZE, SIZE, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def matrix(operator: Operator) -> torch.Tensor:
+    """A of one channel, by its columns."""
+    basis = torch.eye(SIZE * SIZE, dtype=torch.float64).view(-1, 1, SIZE, SIZE)
+    return operator.apply(basis).flatten(1).T
+
+
+@pytest.mark.parametrize("name", ["pixels", "means", "blur"])
+def test_the_adjoint_and_the_explanation_are_those_of_the_matrix(name: str) -> None:
+    operator = operators()[name]
+    a, x = matrix(operator), images()
+    y = operator.apply(x)
+    torch.testing.assert_close(operator.adjoint(y).flatten(2), y.flatten(2) @ a)
+    noise, spread = 0.01, 0.3
+    whole = noise * torch.eye(len(a), dtype=torch.float64) + spread * a @ a.T
+    expected = torch.linalg.solve(whole, y.flatten(2).flatten(0, 1).T).T @ a
+    found = operator.explain(y, noise=noise, spread=spread)
+    torch.testing.assert_close(found.flatten(2).flatten(0, 1), expected)
+
+
+def test_blur_and_means_are_those_of_scipy_and_numpy() -> None:
+    x = images(1)
+    expected = gaussian_filter(x[0, 0].numpy(), 1.5, mode="reflect")
+    np.testing.assert_allclose(blur(SIZE, 1.5).apply(x)[0, 0].numpy(), expected, atol=1e-12)
+    wide = gaussian_filter(x[0, 0].numpy(), 5.0, mode="reflect")  # its kernel is wider than the image
+    np.testing.assert_allclose(blur(SIZE, 5.0).apply(x)[0, 0].numpy(), wide, atol=1e-12)
+    blocks = x[0, 0].numpy().reshape(4, 3, 4, 3).mean(axis=(1, 3))
+    np.testing.assert_allclose(means(SIZE, 3).apply(x)[0, 0].numpy(), blocks, atol=1e-12)
+    assert means(SIZE, 3).apply(x).shape == (1, 2, 4, 4)
+
+
+def test_what_cannot_be_measured() -> None:
+    with pytest.raises(ValueError, match="12"):
+        means(SIZE, 5)
+    with pytest.raises(ValueError, match="width"):
+        blur(SIZE, 0.0)
+
+
+def test_signal_to_noise_of_known_errors() -> None:
+    x = torch.zeros(4)
+    assert peak_signal_to_noise(x, x) == math.inf
+    assert peak_signal_to_noise(x, x + 0.1) == pytest.approx(20.0)

@@ -11,7 +11,6 @@ import torch
 from ncsn.core.keyed_random import KeyedNoise
 from ncsn.core.noise_schedule import geometric_sigmas
 from ncsn.core.samplers.chain import sample, visited
-from ncsn.core.samplers.langevin import annealed_langevin
 from ncsn.core.samplers.settings import AnnealedLangevin, DpmSolver, KarrasHeun, Langevin
 from ncsn.errors import UserError
 
@@ -65,15 +64,6 @@ def test_settings_out_of_range_are_refused_where_they_are_made(kind, field, valu
     with pytest.raises(UserError) as refused:
         kind(**{field: value})
     assert refused.value.keys == [field]
-
-
-def test_annealed_langevin_is_the_function(analytic):
-    noise = KeyedNoise(0, first=0, count=2, shape=(1, 2, 2))
-    network = analytic.GaussianScore(SIGMAS.float(), s2=0.1)
-    arguments = {"x": noise.uniform(0), "sigmas": SIGMAS.float(), "noise": noise}
-    expected = annealed_langevin(network, epsilon=1e-5, steps_per_level=3, denoise=False, **arguments)
-    sampler = AnnealedLangevin(epsilon=1e-5, steps_per_level=3, denoise=False)
-    assert torch.equal(sample(sampler, network, **arguments), expected)
 
 
 def test_langevin_at_one_level_reaches_its_variance(analytic):

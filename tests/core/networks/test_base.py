@@ -1,4 +1,4 @@
-"""What `unet` and `ddpmpp` have in common: conditions, one graph, and the entry's arguments."""
+"""What every score network takes and refuses, and what `unet` and `ddpmpp` have in common."""
 
 from __future__ import annotations
 
@@ -9,33 +9,37 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ncsn.core.networks.base import ConditionTerms, PreconditionedNetwork, num_groups
+from ncsn.core.networks.base import ConditionTerms, PreconditionedNetwork, check_levels, num_groups
 from ncsn.core.networks.ddpmpp import DdpmppNetwork
+from ncsn.core.networks.refinenet import NcsnV2Network
 from ncsn.core.networks.unet import UnetNetwork
 
-SIGMA = torch.tensor([1.0, 0.3, 0.1, 0.03])
+SIGMAS = torch.logspace(0, -2, 5)
 X = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+LEVEL = torch.tensor([0, 3, 4, 1])
+SIGMA = SIGMAS[LEVEL]
 LABELS = torch.tensor([0, 2, -1, 1])
 KINDS = ("unet", "ddpmpp")
-SETTINGS: dict[str, tuple[type[PreconditionedNetwork], dict[str, Any]]] = {
+SETTINGS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
+    "ncsnv2": (NcsnV2Network, {"num_features": 4, "sigmas": SIGMAS}),
     "unet": (UnetNetwork, {"widths": (8, 8), "embedding_features": 16}),
     "ddpmpp": (DdpmppNetwork, {"base_width": 16, "multipliers": (1, 1), "embedding_multiplier": 4}),
 }
 
 
-def make_network(kind: str, **changes: Any) -> PreconditionedNetwork:
+def make_network(kind: str, **changes: Any) -> Any:
     """Not at its start, where most of the network has no influence yet."""
     build, settings = SETTINGS[kind]
-    shared = {
-        "channels": 1,
-        "image_size": 8,
-        "sigmas": SIGMA,
-        "blocks_per_resolution": 1,
-        "attention_sizes": (4,),
-        "dropout": 0.0,
-        "sigma_data": 0.25,
-    }
-    network = build(**(shared | settings | changes))
+    if kind in KINDS:
+        settings = settings | {
+            "image_size": 8,
+            "sigmas": SIGMAS,
+            "blocks_per_resolution": 1,
+            "attention_sizes": (4,),
+            "dropout": 0.0,
+            "sigma_data": 0.25,
+        }
+    network = build(**({"channels": 1} | settings | changes))
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in sorted(network.named_parameters()):
@@ -44,19 +48,42 @@ def make_network(kind: str, **changes: Any) -> PreconditionedNetwork:
     return network
 
 
+@pytest.mark.parametrize("kind", ["ncsnv2", *KINDS])
+def test_level_and_its_sigma_give_the_same_score(kind: str) -> None:
+    network = make_network(kind)
+    by_level = network(X, LEVEL)
+    assert torch.equal(network(X, sigma=SIGMA), by_level)
+    assert torch.equal(network.score_at(X, SIGMA), by_level)
+    assert not torch.equal(network(X, sigma=1.1 * SIGMA), by_level)
+
+
+@pytest.mark.parametrize("kind", ["ncsnv2", *KINDS])
+@pytest.mark.parametrize("name", ["labels", "augmentation"])
+def test_conditions_that_a_network_does_not_take_are_refused(kind: str, name: str) -> None:
+    network = make_network(kind)
+    with pytest.raises(ValueError, match=name):
+        network(X, LEVEL, **{name: torch.zeros(4)})
+    assert torch.equal(network(X, LEVEL, **{name: None}), network(X, LEVEL))
+
+
+@pytest.mark.parametrize(("level", "sigma"), [(None, None), (LEVEL, SIGMA), (None, SIGMA[:2]), (None, LEVEL)])
+def test_networks_take_one_noise_level_for_each_image(level: Tensor | None, sigma: Tensor | None) -> None:
+    with pytest.raises(ValueError, match=r"level|sigma"):
+        make_network("unet")(X, level, sigma=sigma)
+
+
+@pytest.mark.parametrize("level", [[0, 3], [-1, 0], [0], [0.0, 1.0]])
+def test_levels_out_of_range_are_refused(level: list[float]) -> None:
+    with pytest.raises(ValueError, match="level"):
+        check_levels(torch.tensor(level), batch=2, num_levels=3)
+
+
 def terms(network: PreconditionedNetwork) -> ConditionTerms:
     (found,) = (each for each in network.modules() if isinstance(each, ConditionTerms))
     return found
 
 
-def first_layer(network: PreconditionedNetwork) -> nn.Linear:
-    if isinstance(network, UnetNetwork):
-        return network.embedding.linear1
-    assert isinstance(network, DdpmppNetwork)
-    return network.map_layer0
-
-
-def without_conditions(network: PreconditionedNetwork, kind: str) -> PreconditionedNetwork:
+def without_conditions(network: PreconditionedNetwork, kind: str) -> Any:
     """The same weights in a network that takes none."""
     plain = make_network(kind)
     weights = {name: value for name, value in network.state_dict().items() if "condition_terms" not in name}
@@ -83,7 +110,7 @@ def test_no_class_is_a_network_without_classes_whose_bias_has_the_term(kind: str
     nn.init.normal_(terms(network).map_label.bias)  # type: ignore[union-attr]
     plain = without_conditions(network, kind)
     with torch.no_grad():
-        layer = first_layer(plain)
+        layer = plain.get_submodule(plain.condition_reader)
         layer.bias += layer.weight @ terms(network).map_label.bias  # type: ignore[union-attr]
     none = torch.full((4,), -1)
     expected = plain(X, sigma=SIGMA)
@@ -114,6 +141,41 @@ def test_a_network_compiles_to_one_graph(kind: str) -> None:
     given = {"sigma": SIGMA, "labels": LABELS, "augmentation": torch.randn(4, 9)}
     with torch.autocast("cpu", dtype=torch.bfloat16):
         torch.testing.assert_close(compiled(X, **given), network(X, **given))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_image_score_does_not_depend_on_its_batch_or_on_the_mode_but_for_dropout(kind: str) -> None:
+    network = make_network(kind)
+    together = network.train()(X, LEVEL)
+    alone = torch.cat([network(X[i : i + 1], LEVEL[i : i + 1]) for i in range(len(X))])
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5 * float(together.detach().abs().max()))
+    assert torch.equal(network.eval()(X, LEVEL), together)
+    dropping = make_network(kind, dropout=0.5)
+    assert not torch.allclose(dropping.train()(X, LEVEL), dropping.eval()(X, LEVEL))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_parameter_has_a_gradient(kind: str) -> None:
+    network = make_network(kind, num_classes=4, augmentation=True)
+    augmentation = torch.randn(len(X), 9)
+    augmentation[:, [1, 4]] = 0
+    network(X, LEVEL, labels=torch.tensor([0, 2, 2, -1]), augmentation=augmentation).square().mean().backward()
+    gradients = {name: parameter.grad for name, parameter in network.named_parameters()}
+    assert [name for name, gradient in gradients.items() if gradient is None or not gradient.any()] == []
+    added = terms(network)
+    assert added.map_label.weight.grad.any(dim=0).tolist() == [True, False, True, False]  # type: ignore[union-attr]
+    by_label = added.map_augment.weight.grad.any(dim=0).tolist()  # type: ignore[union-attr]
+    assert by_label == [number not in (1, 4) for number in range(9)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bfloat16_autocast_returns_float32_near_float32(kind: str) -> None:
+    network = make_network(kind)
+    exact = network(X, LEVEL)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = network(X, LEVEL)
+    assert rounded.dtype == torch.float32 and not torch.equal(rounded, exact)
+    assert (rounded - exact).norm() < 0.02 * exact.norm()
 
 
 @pytest.mark.parametrize(("width", "groups"), [(4, 1), (16, 4), (128, 32), (384, 32), (512, 32), (48, 12), (10, 2)])
