@@ -50,7 +50,7 @@ def test_the_servers_become_ready_and_a_second_apply_is_taken(infra: Infra) -> N
 def test_doctor_finds_nothing_ill(home: Place) -> None:
     command = home.commands.run("doctor", "--json", *home.options(), seconds=180)
     findings = {finding["check"]: finding["state"] for finding in command.result()}
-    assert {findings[check] for check in ("store", "mlflow", "image", "kubernetes", "rights", "kuberay")} == {"ok"}
+    assert {findings[check] for check in ("store", "mlflow", "pod image", "kubernetes", "rights", "kuberay")} == {"ok"}
     assert set(findings.values()) <= {"ok", "not configured"}
 
 
