@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from filelock import FileLock
-from patient_ray import PATIENT_RAY
+from ray_nodes import PATIENT_RAY
 
 if TYPE_CHECKING:
     from kfp_api import KfpServer

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import threading
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -94,42 +92,3 @@ def test_sampling_from_a_version_without_weights_leaves_nothing(
 def test_without_any_registry_the_store_is_named(run_in_process, require_mistake, tmp_path: Path) -> None:
     done = run_in_process("promote", "digits", "--set", f"storage.root={tmp_path}")
     require_mistake(done, f"storage.root = '{tmp_path}'")
-
-
-class _Refuses(BaseHTTPRequestHandler):
-    """A tracking server whose registry this user may not touch. It leaves out everything else that MLflow answers."""
-
-    def _answer(self, status: int, body: dict[str, str]) -> None:
-        content = json.dumps(body).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def do_GET(self) -> None:
-        if "registered-models" in self.path or "model-versions" in self.path:
-            self._answer(403, {"error_code": "PERMISSION_DENIED", "message": "Permission denied\nsecond line"})
-        else:
-            self._answer(200, {})
-
-    do_POST = do_GET
-
-    def log_message(self, *args: object) -> None:
-        pass
-
-
-@pytest.fixture
-def refusing(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    monkeypatch.setattr("ncsn.tracking.client.PROBE_SECONDS", 60)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _Refuses)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-
-
-@pytest.mark.parametrize("args", [["promote", "digits"], ["promote", "digits", "--rollback"], ["trace", "digits/3"]])
-def test_a_registry_that_refuses_is_named(run_in_process, require_mistake, refusing: str, args: list[str]) -> None:
-    done = run_in_process(*args, MLFLOW_TRACKING_URI=refusing)
-    require_mistake(done, refusing)
-    assert "PERMISSION_DENIED" in done.stderr and done.stderr.count("\n") == 1

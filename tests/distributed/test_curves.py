@@ -12,8 +12,6 @@ from local_training import Recorder, train_for_tensors
 from ncsn.config import from_yaml
 from ncsn.training import monitor
 
-NAMES = ["train/loss_sigma_1", "train/loss_sigma_0.215", "train/loss_sigma_0.0464", "train/loss_sigma_0.01"]
-
 
 def test_previews_come_with_checkpoints_and_do_not_disturb_the_training(
     tiny: str, dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -71,18 +71,6 @@ def assert_same_training(run: Path, whole: Path) -> None:
     assert_close_tensors(*(at / "checkpoints" / "images-000000640" for at in (run, whole)), rtol=1e-3)
 
 
-def test_a_lost_node_leaves_fewer_workers_on_the_same_curve(
-    tiny: str, dataset: str, tmp_path: Path, undisturbed: Path
-) -> None:
-    result = train_and_lose_a_node(tiny, dataset, tmp_path / "run", "kill", at_images=224)
-    assert result["outcome"]["images_seen"] == 640
-    workers = [count for _, count in result["seen"]]
-    assert workers[0] == 2 and workers[-1] == 1
-    resumed = [done for done, _ in result["seen"]][workers.index(1)]
-    assert resumed == 176, "it went on from the checkpoint at 160"
-    assert_same_training(tmp_path / "run", undisturbed)
-
-
 def test_a_new_node_makes_training_grow_again(tiny: str, dataset: str, tmp_path: Path, undisturbed: Path) -> None:
     result = train_and_lose_a_node(tiny, dataset, tmp_path / "run", "replace", at_images=224)
     assert result["outcome"]["images_seen"] == 640

@@ -24,7 +24,7 @@ from typing import Any
 
 from kuberay_rules import QUEUE_LABEL, operator_errors
 from kubernetes_api import Cluster, Refusal, Resource
-from patient_ray import PATIENT_RAY
+from ray_nodes import PATIENT_RAY
 
 POLL_SECONDS = 0.02
 FINALIZER = "ray.io/rayjob-finalizer"

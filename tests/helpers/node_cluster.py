@@ -1,6 +1,6 @@
-"""Trains on a real Ray cluster of two nodes with a CPU each, one of which is lost, drained or replaced on the way.
+"""Trains on a real Ray cluster of two nodes with a CPU each, one of which is drained, or lost and replaced, on the way.
 
-    python node_cluster.py CONFIG DATASET RUN_FOLDER (kill | drain | replace) AT_IMAGES
+    python node_cluster.py CONFIG DATASET RUN_FOLDER (drain | replace) AT_IMAGES
 
 Writes `result.json` into the run's folder: what training returned, and how many workers there were at each step.
 """
@@ -52,7 +52,7 @@ class Slowly(Progress):
 
 
 def main(config: str, dataset: str, run: str, how: str, at_images: int) -> None:
-    """Train, and stop the second node after some images; with `replace`, add a node when one worker trains."""
+    """Train, and take the second node away after some images; with `replace`, add a node when one worker trains."""
     folder = Path(run)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
@@ -64,14 +64,13 @@ def main(config: str, dataset: str, run: str, how: str, at_images: int) -> None:
         while not any(done >= at_images for done, _ in progress.seen()):
             assert not training.done(), training.result()
             time.sleep(0.1)
-        if how != "drain":
-            cluster.remove_node(nodes[1], allow_graceful=False)
         if how == "replace":
+            cluster.remove_node(nodes[1], allow_graceful=False)
             while not any(workers == 1 for _, workers in progress.seen()):
                 assert not training.done(), training.result()
                 time.sleep(0.1)
             cluster.add_node(num_cpus=1)
-        if how == "drain":
+        else:
             # What `ray drain-node` calls, without the seconds that the command takes to start.
             client = ray._raylet.GcsClient(address=cluster.address)
             reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")

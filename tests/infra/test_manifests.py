@@ -69,22 +69,6 @@ def references(node: Any, kind: str) -> Iterator[str]:
             yield from references(item, kind)
 
 
-def resources_of(kustomization: Path) -> Iterator[tuple[str, str, str]]:
-    """(kind, namespace, name) of everything that a kustomization applies, resolved as kustomize resolves it."""
-    settings = load(kustomization)
-    for entry in settings["resources"]:
-        path = (kustomization.parent / entry).resolve()
-        below = resources_of(path / "kustomization.yaml") if path.is_dir() else [identity(load(path))]
-        for kind, namespace, name in below:
-            yield kind, settings.get("namespace", namespace), name
-    for generated in settings.get("configMapGenerator", []):
-        yield "ConfigMap", settings["namespace"], generated["name"]
-
-
-def identity(resource: dict[str, Any]) -> tuple[str, str, str]:
-    return resource["kind"], resource["metadata"].get("namespace", ""), resource["metadata"]["name"]
-
-
 @pytest.mark.parametrize("path", RESOURCES, ids=name_of)
 def test_a_file_holds_one_resource_with_known_fields(path: Path) -> None:
     resource = load(path)
@@ -134,15 +118,6 @@ def test_the_janitor_is_small_unprivileged_and_never_twice_at_work() -> None:
     assert container["command"] == ["ncsn", "cleanup"] and "args" not in container
     assert container["resources"]["requests"].keys() == container["resources"]["limits"].keys() == {"cpu", "memory"}
     assert container["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
-
-
-@pytest.mark.parametrize("path", KUSTOMIZATIONS, ids=name_of)
-def test_a_kustomization_resolves_and_applies_nothing_twice(path: Path) -> None:
-    applied = list(resources_of(path))
-    assert applied
-    assert len(set(applied)) == len(applied)
-    for generated in load(path).get("configMapGenerator", []):
-        assert all((path.parent / file).is_file() for file in generated["files"])
 
 
 def test_every_resource_is_applied_or_an_example() -> None:
