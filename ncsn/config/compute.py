@@ -123,13 +123,3 @@ class ComputeConfig(Section):
     def device(self) -> str:
         """Where torch computes, as it names it."""
         return "cuda" if self.use_gpu else "cpu"
-
-    @property
-    def min_pods(self) -> int:
-        """Worker pods that training needs."""
-        return self.min_workers // self.kuberay.workers_per_pod
-
-    @property
-    def max_pods(self) -> int:
-        """Worker pods that training uses if there is room for them."""
-        return self.max_workers // self.kuberay.workers_per_pod

@@ -95,7 +95,8 @@ def render(
     cluster = spec["rayClusterSpec"]
     cluster["rayVersion"] = metadata.version("ray")
     (workers,) = cluster["workerGroupSpecs"]
-    workers |= {"replicas": compute.max_pods, "minReplicas": compute.min_pods, "maxReplicas": compute.max_pods}
+    least, most = (count // settings.workers_per_pod for count in (compute.min_workers, compute.max_workers))
+    workers |= {"replicas": most, "minReplicas": least, "maxReplicas": most}
     head, worker, submitter = cluster["headGroupSpec"]["template"], workers["template"], spec["submitterPodTemplate"]
     for pod in (head, worker, submitter):
         pod["metadata"]["labels"] |= labels

@@ -178,8 +178,7 @@ def test_workers_fill_their_pods(workers: str, size: int, *, fits: bool) -> None
     assert from_yaml(DIGITS, overrides=overrides).compute.backend == "local", "where there are no pods"
     on_pods = ["compute.backend=kuberay", *overrides]
     if fits:
-        compute = from_yaml(DIGITS, overrides=on_pods).compute
-        assert (compute.max_pods, compute.max_pods * size) == (2, compute.max_workers)
+        assert from_yaml(DIGITS, overrides=on_pods).compute.max_workers == 8
         return
     with refused("compute.num_workers", error=ConfigError) as caught:
         from_yaml(DIGITS, overrides=on_pods)
