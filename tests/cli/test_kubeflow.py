@@ -83,22 +83,6 @@ def test_images_that_cannot_be_read_from_here_are_not_cached(submit, server: Kfp
     assert "content" not in only(server.runs)["runtime_config"]["parameters"]
 
 
-def test_a_registered_model_is_sampled_by_its_own_config(run_in_process, server: KfpServer, tmp_path: Path) -> None:
-    settings = [f"storage.root={tmp_path}", "sampling.num_images=8"]
-    options = [part for setting in settings for part in ("--set", setting)]
-    model = "model=models:/ncsn-tiny@champion"
-    done = run_in_process("submit", "--pipeline", "sample", *options, "--param", model, "--param", "evaluated=true")
-    assert done.exit_code == 0, done.output
-    run = only(server.runs)
-    assert run["display_name"] == "ncsn-tiny@champion"
-    assert run["runtime_config"]["parameters"] == {
-        "model": "models:/ncsn-tiny@champion",
-        "root": str(tmp_path),
-        "overrides": settings,
-        "evaluated": True,
-    }
-
-
 @pytest.mark.parametrize(
     ("args", "subject"),
     [
