@@ -101,7 +101,7 @@ def away(server) -> Iterator[None]:
         time.sleep(OUTAGE_SECONDS)
         yield
     finally:
-        server.start_again()
+        server.start()
 
 
 @pytest.fixture

@@ -14,6 +14,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import boto3
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
 from ports import free_ports
 
 
@@ -22,19 +25,38 @@ class S3Server:
     endpoint: str
     access_key: str
     secret_key: str
-    process: subprocess.Popen[bytes]
+    command: list[str]
+    folder: Path  # of its data and its log
+
+    def start(self) -> None:
+        """Start it with the data that it has, and wait until it takes an object."""
+        with (self.folder / "weed.log").open("ab") as log:
+            self.process = subprocess.Popen(self.command, stdout=log, stderr=log, cwd=self.folder)
+        client = boto3.client(
+            "s3",
+            endpoint_url=self.endpoint,
+            aws_access_key_id=self.access_key,
+            aws_secret_access_key=self.secret_key,
+            region_name="us-east-1",
+            config=Config(retries={"total_max_attempts": 1}, connect_timeout=2, read_timeout=10),
+        )
+        deadline = time.monotonic() + 180
+        while time.monotonic() < deadline and self.process.poll() is None:
+            try:
+                with suppress(client.exceptions.BucketAlreadyOwnedByYou, client.exceptions.BucketAlreadyExists):
+                    client.create_bucket(Bucket="ncsn-ready")
+                client.put_object(Bucket="ncsn-ready", Key="ready", Body=b"ready")
+            except (BotoCoreError, ClientError):
+                time.sleep(0.2)
+            else:
+                return
+        self.stop()
+        raise RuntimeError(f"the S3 server did not start:\n{(self.folder / 'weed.log').read_text()[-2000:]}")
 
     def stop(self) -> None:
+        # Killed, because it takes over ten seconds to end by itself.
         self.process.kill()
         self.process.wait()
-
-    def start_again(self) -> None:
-        """Start it again with its data, at the same address."""
-        folder = next(option for option in map(str, self.process.args) if option.startswith("-dir=")).removeprefix(
-            "-dir="
-        )
-        with (Path(folder) / "weed.log").open("ab") as log:
-            self.process = subprocess.Popen(self.process.args, stdout=log, stderr=log, cwd=folder)
 
     @property
     def environment(self) -> dict[str, str]:
@@ -51,41 +73,25 @@ class S3Server:
 @contextmanager
 def running_s3_server() -> Iterator[S3Server]:
     """A server, removed with its data when the block ends."""
-    with tempfile.TemporaryDirectory(prefix="ncsn-s3-") as folder:
-        server = _start_weed(Path(folder))
+    with tempfile.TemporaryDirectory(prefix="ncsn-s3-") as name:
+        folder, access_key, secret_key = Path(name), secrets.token_hex(10), secrets.token_hex(20)
+        identity = {
+            "name": "ncsn",
+            "credentials": [{"accessKey": access_key, "secretKey": secret_key}],
+            "actions": ["Admin", "Read", "Write", "List", "Tagging"],
+        }
+        (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
+        port, *others = free_ports(8)
+        command = _weed_command(folder, port, others)
+        server = S3Server(f"http://127.0.0.1:{port}", access_key, secret_key, command, folder)
+        server.start()
         try:
             yield server
         finally:
-            _stop_weed(server)
-
-
-def _start_weed(folder: Path) -> S3Server:
-    for _attempt in range(3):  # another process may take a port between its choice and its use
-        access_key, secret_key = secrets.token_hex(10), secrets.token_hex(20)
-        config = folder / "s3.json"
-        credentials = {"accessKey": access_key, "secretKey": secret_key}
-        actions = ["Admin", "Read", "Write", "List", "Tagging"]
-        config.write_text(
-            json.dumps({"identities": [{"name": "ncsn", "credentials": [credentials], "actions": actions}]})
-        )
-        config.chmod(0o600)
-        port, *others = free_ports(8)
-        with (folder / "weed.log").open("wb") as log:
-            process = subprocess.Popen(_weed_command(folder, port, others), stdout=log, stderr=log, cwd=folder)
-        server = S3Server(f"http://127.0.0.1:{port}", access_key, secret_key, process)
-        if _wait_for(server):
-            return server
-        _stop_weed(server)
-    raise RuntimeError(f"the S3 server did not start:\n{(folder / 'weed.log').read_text()[-2000:]}")
-
-
-def _stop_weed(server: S3Server) -> None:
-    # Killed, because it takes over ten seconds to end by itself, and its data is not needed.
-    server.stop()
-    for argument in map(str, server.process.args):
-        if ".port.grpc=" in argument:  # its sockets for this port have a fixed place and outlive it
-            for leftover in Path("/tmp").glob(f"seaweedfs-*-grpc-{argument.partition('=')[2]}.sock"):
-                leftover.unlink()
+            server.stop()
+            for grpc in others:  # its sockets for these ports have a fixed place and outlive it
+                for leftover in Path("/tmp").glob(f"seaweedfs-*-grpc-{grpc}.sock"):
+                    leftover.unlink()
 
 
 def _weed_command(folder: Path, s3_port: int, others: list[int]) -> list[str]:
@@ -101,29 +107,3 @@ def _weed_command(folder: Path, s3_port: int, others: list[int]) -> list[str]:
         *(f"-s3.localSocket={folder / 's3.sock'}", f"-filer.localSocket={folder / 'filer.sock'}"),
         *(f"-{option}={port}" for option, port in zip(options, others, strict=True)),
     ]
-
-
-def _wait_for(server: S3Server) -> bool:
-    import boto3
-    from botocore.config import Config
-    from botocore.exceptions import BotoCoreError, ClientError
-
-    client = boto3.client(
-        "s3",
-        endpoint_url=server.endpoint,
-        aws_access_key_id=server.access_key,
-        aws_secret_access_key=server.secret_key,
-        region_name="us-east-1",
-        config=Config(retries={"total_max_attempts": 1}, connect_timeout=2, read_timeout=10),
-    )
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and server.process.poll() is None:
-        try:
-            with suppress(client.exceptions.BucketAlreadyOwnedByYou):  # but the first write to it failed
-                client.create_bucket(Bucket="ncsn-ready")
-            client.put_object(Bucket="ncsn-ready", Key="ready", Body=b"ready")
-        except (BotoCoreError, ClientError):
-            time.sleep(0.2)
-        else:
-            return True
-    return False
