@@ -123,7 +123,7 @@ def _execute(config: Config, folder: RunFolder) -> None:
             yield
 
     # One Ray cluster for all steps, which starts during the first; none where each step is a job.
-    cluster: AbstractContextManager[Callable[[], object]] = nullcontext(str)
+    cluster: AbstractContextManager[Callable[[], object]] = nullcontext(lambda: None)
     if config.compute.backend == "local":
         from ncsn.distributed.cluster import ray_cluster_meanwhile
 
