@@ -27,8 +27,7 @@ from ncsn import storage
 from ncsn.cli.target import DEFAULT_ROOT
 from ncsn.config import Config
 from ncsn.progress import Progress
-from ncsn.report.facts import duration, result_line
-from ncsn.report.scores import SCORES_HEAD, score_lines
+from ncsn.report.words import SCORES_HEAD, duration, result_line, score_lines
 from ncsn.runs.folder import RunFolder, StepRecord
 
 _LINE_EVERY_SECONDS = 30.0

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ncsn.config import Config
 from ncsn.config.training import LognormalTraining, ema_setting
-from ncsn.report.scores import (
+from ncsn.report.words import (
     CLASSES_HEAD,
     SCORES_HEAD,
     candidate_lines,

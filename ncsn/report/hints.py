@@ -11,7 +11,7 @@ from ncsn.config.training import TrainConfig, ema_setting
 from ncsn.core.images import DataMoments
 from ncsn.core.noise_schedule import best_epsilon, variance_ratio
 from ncsn.core.samplers.settings import AnnealedLangevin, Sampler
-from ncsn.report.scores import Reading
+from ncsn.report.words import Reading
 from ncsn.runs.history import HeldOutCurves
 
 Array = NDArray[np.float64]

@@ -15,8 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from ncsn.errors import InvalidValue
-from ncsn.report import scores
-from ncsn.report.facts import result_line
+from ncsn.report import words
 
 TEMPLATES = Path(__file__).with_name("templates")
 MAX_BYTES = 5_000_000  # MLflow and KFP load the page as a whole
@@ -42,7 +41,7 @@ def render(**records: Any) -> str:
         "count": lambda number: f"{number:,.0f}",
         "svg": Markup,  # drawn by our own plots
     }
-    environment.globals |= {"result_line": result_line, "words": scores}
+    environment.globals["words"] = words
     style = Markup((TEMPLATES / "report.css").read_text())  # noqa: S704  (our own file)
     text = environment.get_template("report.html.j2").render(style=style, **records)
     size = len(text.encode())

@@ -25,7 +25,7 @@ from ncsn.model.classes import require_same_classes
 from ncsn.progress import Progress
 from ncsn.report.images import neighbors_png
 from ncsn.report.plots import confusion_matrix, to_png
-from ncsn.report.scores import few_samples
+from ncsn.report.words import few_samples
 from ncsn.steps.step import Step
 from ncsn.tracking.gate import Measurement, Memorization
 

@@ -16,9 +16,8 @@ from ncsn.model.averages import sampled_checkpoint
 from ncsn.model.checkpoint import SamplingCheckpoint, weights_digest
 from ncsn.model.generate import evaluations_per_image, guide_of
 from ncsn.report.cards import ModelFacts, model_card
-from ncsn.report.facts import cost_line
 from ncsn.report.hints import copying_hints, overfitting_hints
-from ncsn.report.scores import read_metrics
+from ncsn.report.words import cost_line, read_metrics
 from ncsn.runs.folder import read_step, run_folder, spent
 from ncsn.runs.history import held_out_curves, load_history
 from ncsn.steps.step import Step

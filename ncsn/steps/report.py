@@ -13,11 +13,10 @@ from ncsn.model import build, checkpoint as checkpoints
 from ncsn.model.checkpoint import SamplingCheckpoint
 from ncsn.model.classes import AS_DATA, BALANCED
 from ncsn.report import hints, plots
-from ncsn.report.facts import Fact, cost_facts, tag_facts
 from ncsn.report.html import look, render
 from ncsn.report.images import GRID_CLASSES
 from ncsn.report.plots import to_svg
-from ncsn.report.scores import read_metrics
+from ncsn.report.words import Fact, cost_facts, read_metrics, tag_facts
 from ncsn.runs.folder import RunFolder, StepRecord, read_results, read_step, spent
 from ncsn.runs.history import held_out_curves, load_history, loss_names
 from ncsn.runs.steps import SEARCH, STEPS

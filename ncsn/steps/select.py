@@ -28,7 +28,7 @@ from ncsn.evaluation.reference import Evaluator, open_evaluator
 from ncsn.evaluation.scores import kernel_distance
 from ncsn.model.averages import Weights, find_weights, keep_copy
 from ncsn.report.plots import selection_figure, to_png
-from ncsn.report.scores import few_samples
+from ncsn.report.words import few_samples
 from ncsn.runs.folder import RunFolder
 from ncsn.steps.step import Step
 from ncsn.tracking.registry import settle_guide

@@ -23,7 +23,7 @@ from ncsn.core.images import to_unit
 from ncsn.core.training_noise import FEW_DRAWS, LognormalNoise
 from ncsn.errors import UserError
 from ncsn.evaluation import LEAST_TEST_IMAGES
-from ncsn.report.facts import duration
+from ncsn.report.words import duration
 from ncsn.tools.draft import Draft, any_config
 from ncsn.tools.plan import Machine, Speed, measure_speed
 from ncsn.tools.survey import Survey, percent, told_from_mirror

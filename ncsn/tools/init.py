@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from ncsn.errors import NotFound, Problem, UserError
-from ncsn.report.facts import duration
 from ncsn.report.images import evenly_spread, grid_png
+from ncsn.report.words import duration
 from ncsn.tools import choose
 from ncsn.tools.choose import FirstConfig
 from ncsn.tools.plan import Machine

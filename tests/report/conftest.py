@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from ncsn.report import plots
-from ncsn.report.facts import Fact
 from ncsn.report.images import grid_png, neighbors_png, strip_png
 from ncsn.report.plots import to_png, to_svg
+from ncsn.report.words import Fact
 
 EVALUATION = {
     "metrics": {

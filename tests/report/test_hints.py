@@ -19,7 +19,7 @@ from ncsn.report.hints import (
     sampler_hints,
     training_hints,
 )
-from ncsn.report.scores import read_metrics
+from ncsn.report.words import read_metrics
 from ncsn.runs.history import HeldOutCurves
 
 

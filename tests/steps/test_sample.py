@@ -18,7 +18,7 @@ from ncsn.data.format import load_manifest
 from ncsn.data.samples import read_labels, read_samples
 from ncsn.data.sources import open_source
 from ncsn.report.images import grid_png
-from ncsn.report.scores import read_metrics
+from ncsn.report.words import read_metrics
 from ncsn.steps import evaluate, sample
 from ncsn.tracking.client import connect
 

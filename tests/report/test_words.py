@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ncsn.report.facts import cost_facts, cost_line, tag_facts
-from ncsn.report.scores import class_lines, read_metrics, score_lines, score_rows
+from ncsn.report.words import class_lines, cost_facts, cost_line, read_metrics, score_lines, score_rows, tag_facts
 from ncsn.runs.folder import Cost
 
 EVALUATION = {
