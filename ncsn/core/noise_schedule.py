@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ncsn.core.keyed_random import keyed_permutation
 from ncsn.errors import InvalidValue
 
 _BLOCK = 2048
@@ -45,35 +44,19 @@ class PairDistances:
     """Euclidean distances between the images of a dataset, in pixel units of [0, 1]."""
 
     maximum: float
-    # 99.9th percentile, to 2^-15 of the largest norm, perhaps of a sample. It shows whether outliers make the maximum.
-    quantile_999: float
+    quantile_999: float  # 99.9th percentile, perhaps of a sample; it shows whether outliers make the maximum
     num_images: int  # compared for the maximum
     exact: bool  # whether these were all images and not a sample
 
 
-def pair_distances(x: Tensor, *, flips: bool = False, max_images: int = 60_000) -> PairDistances:
-    """Distances between all pairs of images, float [N, C, H, W] or uint8 [N, H, W, C], N >= 2, block by block.
+def distance_quantile(x: Tensor, q: float, *, flips: bool = False) -> float:
+    """A quantile of the distances between all pairs of images, float [N, C, H, W] or uint8 [N, H, W, C], N >= 2.
 
-    With `flips`, as training mirrors images, mirrored ones count too. Of more than `max_images` a random sample of
-    10,000 is compared.
+    With `flips`, as training mirrors images, mirrored ones count too. The quantile is that of a histogram, of which a
+    bin is 2^-15 of the largest norm. Images become float block by block: as uint8 they take a quarter of the memory.
     """
     if len(x) < 2:
         raise InvalidValue(f"distances need at least 2 images, got {len(x)}")
-    exact = len(x) <= max_images
-    if not exact:
-        x = x[torch.from_numpy(np.sort(keyed_permutation(0, epoch=0, size=len(x))[:10_000]))]
-    histogram, maximum, limit = _distance_histogram(x, flips=flips)
-    rank = 0.999 * histogram.sum()
-    index = int(torch.searchsorted(histogram.cumsum(0), rank).clamp(max=_DISTANCE_BINS - 1))
-    quantile = min((index + 1) / _DISTANCE_BINS * limit, maximum)
-    return PairDistances(maximum=maximum, quantile_999=quantile, num_images=len(x), exact=exact)
-
-
-def _distance_histogram(x: Tensor, *, flips: bool) -> tuple[Tensor, float, float]:
-    """Histogram of the distances over [0, limit], the maximum, and the limit.
-
-    Images become float block by block: as uint8 they take a quarter of the memory.
-    """
     # Two mirror images are as far apart as their originals, so they are not compared with each other.
     size = _block_size(x)
     starts = range(0, len(x), size)
@@ -92,7 +75,8 @@ def _distance_histogram(x: Tensor, *, flips: bool) -> tuple[Tensor, float, float
                 distance = distance[torch.ones_like(distance, dtype=torch.bool).tril(0 if mirrored else -1)]
             maximum = max(maximum, float(distance.max())) if distance.numel() else maximum
             histogram += torch.histc(distance, bins=_DISTANCE_BINS, min=0, max=limit).double()
-    return histogram, maximum, limit
+    index = int(torch.searchsorted(histogram.cumsum(0), q * histogram.sum()).clamp(max=_DISTANCE_BINS - 1))
+    return min((index + 1) / _DISTANCE_BINS * limit, maximum)
 
 
 def largest_distance(x: Tensor, *, flips: bool = False, most_work: float = math.inf) -> tuple[float, bool]:
@@ -100,7 +84,7 @@ def largest_distance(x: Tensor, *, flips: bool = False, most_work: float = math.
 
     The distance of two images is at most the sum of their distances from the mean image. So images are taken in the
     order of these, farthest first, and a pair that cannot exceed the largest distance so far is skipped. The images and
-    `flips` are as for `pair_distances`.
+    `flips` are as for `distance_quantile`.
 
     Args:
         most_work: Multiplications, about, after which the search ends with the largest distance so far.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import heapq
 import json
 import math
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -13,7 +12,7 @@ import torch
 from ncsn.config import Config, from_yaml
 from ncsn.config.training import AutoNoiseConfig
 from ncsn.core.keyed_random import Stream, keyed_permutation, keyed_uniform
-from ncsn.core.noise_schedule import NoiseSuggestion, PairDistances, largest_distance, pair_distances, suggest_noise
+from ncsn.core.noise_schedule import NoiseSuggestion, PairDistances, distance_quantile, largest_distance, suggest_noise
 from ncsn.data.format import Manifest
 from ncsn.errors import UserError
 
@@ -82,9 +81,8 @@ def suggestions(sample: ImageSample) -> dict[str, NoiseSuggestion]:
         maximum, exact = largest_distance(images, flips=flips, most_work=_MOST_WORK)
         if maximum <= AutoNoiseConfig(kind="auto").sigma_L:
             return {}
-        distances = replace(
-            pair_distances(few, flips=flips), maximum=maximum, num_images=len(images), exact=sample.complete and exact
-        )
+        quantile = distance_quantile(few, 0.999, flips=flips)
+        distances = PairDistances(maximum, quantile, num_images=len(images), exact=sample.complete and exact)
         found[name] = suggest_noise(distances, dimension=images[0].numel())
     return found
 

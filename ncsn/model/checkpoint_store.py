@@ -49,7 +49,7 @@ class CheckpointStore:
         """
         if storage.is_local(self.uri):
             storage.remove_scratch(self.uri)
-        damaged: list[str] = []
+        damaged, found = list[str](), None
         for name in self.names():
             with self.open(name) as folder:
                 try:
@@ -59,10 +59,12 @@ class CheckpointStore:
                     storage.delete(storage.join(self.uri, name))
                     continue
             if files >= set(checkpoint.FILES):  # others have what images need alone
-                self._note(damaged, resumed_from=name)
-                return name
-        self._note(damaged, resumed_from="the start")
-        return None
+                found = name
+                break
+        for what in damaged:
+            self.notes.append(f"{what}: training resumed from {found or 'the start'}")
+            _logger.warning(self.notes[-1])
+        return found
 
     def open(self, name: str) -> AbstractContextManager[Path]:
         """Context manager: the checkpoint as a local folder."""
@@ -113,8 +115,3 @@ class CheckpointStore:
     def _folders(self) -> list[str]:
         found = [name for name in storage.list_names(self.uri) if checkpoint.FOLDER_NAME.fullmatch(name)]
         return sorted(found, key=checkpoint.images_seen_at)
-
-    def _note(self, damaged: list[str], *, resumed_from: str) -> None:
-        for what in damaged:
-            self.notes.append(f"{what}: training resumed from {resumed_from}")
-            _logger.warning(self.notes[-1])

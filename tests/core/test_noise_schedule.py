@@ -8,11 +8,11 @@ import torch
 from ncsn.core.noise_schedule import (
     PairDistances,
     best_epsilon,
+    distance_quantile,
     geometric_sigmas,
     largest_distance,
     level_overlap,
     num_levels_for,
-    pair_distances,
     ratio_for_overlap,
     suggest_noise,
     variance_ratio,
@@ -99,37 +99,32 @@ def images(count, seed=0):
     return torch.rand(count, 2, 3, 4, generator=torch.Generator().manual_seed(seed))
 
 
+def all_distances(x, *, flips=False):
+    flat = x.flatten(1).double()
+    pairs = torch.pdist(flat)
+    if not flips:
+        return pairs
+    cross = torch.cdist(flat, x.flip(-1).flatten(1).double())
+    return torch.cat([pairs, cross[torch.ones_like(cross).tril().bool()]])
+
+
 @pytest.mark.parametrize("flips", [False, True])
-def test_pair_distances_are_exact_over_blocks(monkeypatch, flips):
+@pytest.mark.parametrize("q", [0.3, 0.999])
+def test_quantiles_are_those_of_all_pairs(monkeypatch, q, flips):
     monkeypatch.setattr("ncsn.core.noise_schedule._BLOCK", 7)
     x = images(40)
-    flat = x.flatten(1).double()
-    pairs = [torch.pdist(flat)]
-    if flips:
-        cross = torch.cdist(flat, x.flip(-1).flatten(1).double())
-        pairs.append(cross[torch.ones_like(cross).tril().bool()])
-    distances = torch.cat(pairs)
-    result = pair_distances(x, flips=flips)
-    assert result.maximum == pytest.approx(distances.max().item(), rel=1e-5)
-    assert result.quantile_999 <= result.maximum and result.exact and result.num_images == 40
-    quantile = distances.quantile(0.999, interpolation="higher").item()
-    assert result.quantile_999 == pytest.approx(quantile, rel=1e-3)
+    expected = all_distances(x, flips=flips).quantile(q, interpolation="higher").item()
+    assert distance_quantile(x, q, flips=flips) == pytest.approx(expected, rel=1e-3)
+    with pytest.raises(ValueError, match=r"images.*\b1\b"):
+        distance_quantile(images(1), q)
 
 
-def test_pair_distances_ignore_an_outlier_in_the_quantile_and_read_uint8():
+def test_a_quantile_ignores_an_outlier_and_reads_uint8():
     x = torch.zeros(3000, 1, 1, 1)
     x[:, 0, 0, 0] = torch.linspace(0, 0.4, 3000)
     x[7] = 1.0
-    result = pair_distances((255 * x).round().to(torch.uint8))
-    assert result.maximum == 1.0
-    assert result.quantile_999 < 0.95
-
-
-def test_pair_distances_of_too_many_images_are_a_sample():
-    result = pair_distances(torch.rand(12_000, 1, 1, 2), max_images=11_000)
-    assert result.num_images == 10_000 and not result.exact and 1.3 < result.maximum < 2**0.5
-    with pytest.raises(ValueError, match=r"images.*\b1\b"):
-        pair_distances(images(1))
+    x = (255 * x).round().to(torch.uint8)
+    assert distance_quantile(x, 1.0) == 1.0 and distance_quantile(x, 0.999) < 0.95
 
 
 @pytest.mark.parametrize("flips", [False, True])
@@ -142,7 +137,7 @@ def test_the_largest_distance_is_that_of_all_pairs(monkeypatch, flips, spread):
             * torch.rand(60, generator=torch.Generator().manual_seed(seed)).pow(spread)[:, None, None, None]
         )
         found, exact = largest_distance(x, flips=flips)
-        assert exact and found == pytest.approx(pair_distances(x, flips=flips).maximum, rel=1e-5)
+        assert exact and found == pytest.approx(all_distances(x, flips=flips).max().item(), rel=1e-5)
 
 
 def test_the_largest_distance_is_exact_far_from_zero_and_in_small_blocks(monkeypatch):
@@ -165,7 +160,7 @@ def test_the_largest_distance_compares_few_pairs_and_can_be_cut_short(monkeypatc
     cdist = torch.cdist
     monkeypatch.setattr(torch, "cdist", lambda a, b: compared.append(len(a) * len(b)) or cdist(a, b))
     found, exact = largest_distance(x)
-    assert exact and found == pytest.approx(pair_distances(x).maximum, rel=1e-5)
+    assert exact and found == pytest.approx(all_distances(x / 255).max().item(), rel=1e-5)
     assert sum(compared) < 0.1 * 1000 * 1001 / 2
     some, exact = largest_distance(x, most_work=0)
     assert not exact and 0 < some <= found
