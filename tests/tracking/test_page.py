@@ -74,7 +74,7 @@ def test_previews_of_the_training_are_a_series(page: Page, server, steps: dict[s
     slider.press("ArrowRight")
     picture = page.locator("img[src*='train~preview'][src*='step%2B64']")
     expect(picture).to_be_visible(timeout=PATIENCE)
-    assert picture.evaluate("image => image.decode().then(() => image.naturalWidth)") == 64
+    assert picture.evaluate("image => image.decode().then(() => image.naturalWidth)") >= 64
 
 
 def test_a_link_to_a_run_opens_among_the_runs_of_trainings(page: Page, server, steps: dict[str, StepRun]) -> None:
