@@ -63,7 +63,6 @@ class Retry:
 
     server: str
     seconds: float  # after which it gives up; with 0 there is one call
-    reason: Callable[[Exception], str | None] = unavailable
     pauses: tuple[float, float] = (0.5, 5.0)  # seconds: the first and the longest
     say: Callable[[str], None] = _logger.warning
 
@@ -74,7 +73,7 @@ class Retry:
             try:
                 result = call()
             except Exception as error:
-                reason = self.reason(error)
+                reason = unavailable(error)
                 if reason is None or time.monotonic() + pause - started > self.seconds:
                     raise
                 if not waits:

@@ -46,10 +46,6 @@ class TrackingError(UserError):
     """MLflow cannot be used as configured."""
 
 
-class ServerAwayError(TrackingError):
-    """The tracking server does not answer, or answers with a server error."""
-
-
 @dataclass(frozen=True)
 class Connection:
     """A client of a server that has answered, and the experiment of the runs."""
@@ -106,8 +102,7 @@ def client_at(uri: str, *, patience: float = 0.0) -> MlflowClient:
     from mlflow.tracking import MlflowClient
 
     if uri.startswith(REMOTE):
-        retry = Retry("MLflow", patience, lambda error: str(error) if isinstance(error, ServerAwayError) else None)
-        retry(lambda: _probe(uri))
+        _probe(uri, patience=patience)
     if uri.startswith(SQLITE):
         _create_database(Path(uri.removeprefix(SQLITE)))
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
@@ -195,19 +190,25 @@ def _create_database(path: Path) -> None:
                 shutil.copyfile(database, temporary)
 
 
-def _probe(uri: str) -> None:
-    """Ask a server once; MLflow's own requests wait two minutes for one that is not there."""
+def _probe(uri: str, *, patience: float) -> None:
+    """Ask a server for its health; MLflow's own requests wait two minutes for one that is not there."""
     import requests
     from mlflow.utils.credentials import get_default_host_creds
 
     verify = get_default_host_creds(uri).verify  # type: ignore[no-untyped-call]
-    try:
+
+    def ask() -> None:
         status = requests.get(f"{uri.rstrip('/')}/health", timeout=PROBE_SECONDS, verify=verify).status_code
+        if status >= 500:
+            raise ConnectionError(f"HTTP {status}")
+
+    try:
+        Retry("MLflow", patience)(ask)
     except requests.RequestException as error:
         hint = "start it, or set tracking.uri or MLFLOW_TRACKING_URI"
-        raise ServerAwayError(shown(uri), "the tracking server does not answer", hint=hint) from error
-    if status >= 500:
-        raise ServerAwayError(shown(uri), f"the tracking server answers with HTTP {status}", hint="check its log")
+        raise TrackingError(shown(uri), "the tracking server does not answer", hint=hint) from error
+    except ConnectionError as error:
+        raise TrackingError(shown(uri), f"the tracking server answers with {error}", hint="check its log") from None
 
 
 def tag_filter(tags: Mapping[str, str]) -> str:

@@ -14,7 +14,7 @@ from ncsn.config import Config, from_yaml, to_yaml
 from ncsn.process import KFP_RUN_ID, KfpRun
 from ncsn.runs.folder import RunFolder, StepError, run_folder, update_step
 from ncsn.steps import finish, ingest
-from ncsn.tracking.client import ServerAwayError
+from ncsn.tracking.client import TrackingError
 from ncsn.tracking.mlflow_runs import step_run
 
 DIGITS = (Path(__file__).parents[2] / "configs" / "digits.yaml").read_text()
@@ -147,7 +147,7 @@ def test_a_run_that_another_opened_is_left_to_them(config: Config, monkeypatch: 
 
 def test_the_store_is_told_though_mlflow_is_away(config: Config) -> None:
     away = config.model_copy(update={"tracking": config.tracking.model_copy(update={"uri": "http://127.0.0.1:9"})})
-    with refused("http://127.0.0.1:9", error=ServerAwayError):
+    with refused("http://127.0.0.1:9", error=TrackingError):
         finish.run(away, run="alone", state="FAILED", message="x")
     assert stored(config, "alone")["status"] == "FAILED"
 
