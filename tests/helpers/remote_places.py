@@ -139,6 +139,11 @@ class RayHead(Place):
         """As a user has it: the token, and no mode and no address."""
         return {name: text for name, text in self.nodes.client.items() if name not in ("RAY_ADDRESS", "RAY_AUTH_MODE")}
 
+    def ncsn(self, *args: str, code: str = "") -> subprocess.CompletedProcess[str]:
+        """The command as a user has it."""
+        command = [sys.executable, *(["-c", code] if code else ["-m", "ncsn"]), *args]
+        return subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False)
+
     def of(self, run: str) -> list[dict[str, Any]]:
         mine = [job for job in self.nodes.get("/api/jobs/") if (job["metadata"] or {}).get("ncsn.run") == run]
         return sorted(mine, key=lambda job: job["start_time"])

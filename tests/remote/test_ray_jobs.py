@@ -34,25 +34,11 @@ pytestmark = pytest.mark.timeout(900)
 slow = pytest.mark.slow
 
 
-@dataclass
-class Jobs:
-    """A cluster, and the command `ncsn` as a user has it."""
-
-    head: RayHead
-    dashboard: str
-
-    def ncsn(self, *args: str, code: str = "") -> subprocess.CompletedProcess[str]:
-        command = ["-c", code] if code else ["-m", "ncsn"]
-        return subprocess.run(
-            [sys.executable, *command, *args], env=self.head.environment, capture_output=True, text=True, check=False
-        )
-
-
 @pytest.fixture
-def jobs(ray_head: RayNodes, tmp_path: Path) -> Iterator[Jobs]:
+def jobs(ray_head: RayNodes, tmp_path: Path) -> Iterator[RayHead]:
     with TcpProxy(ray_head.dashboard) as proxy:
         compute = {"backend": "ray-jobs", "ray_jobs": {"address": ray_head.dashboard}}
-        yield Jobs(RayHead(tmp_path, compute, ray_head, proxy), ray_head.dashboard)
+        yield RayHead(tmp_path, compute, ray_head, proxy)
 
 
 @pytest.fixture
@@ -64,16 +50,16 @@ def config(ray_head: RayNodes, s3_root: str, tmp_path: Path, monkeypatch: pytest
     return file
 
 
-def test_training_runs_as_a_job(jobs: Jobs, config: Path) -> None:
+def test_training_runs_as_a_job(jobs: RayHead, config: Path) -> None:
     settings = from_yaml(config.read_text())
     ingest.run(settings, run="mine")
-    arguments = ("train", "--config", str(config), "--run", "mine", "--address", jobs.dashboard, "--json")
+    arguments = ("train", "--config", str(config), "--run", "mine", "--address", jobs.nodes.dashboard, "--json")
     done = jobs.ncsn(*arguments)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result["images_seen"] == 320
     assert storage.exists(f"{result['checkpoint']}/config.yaml")
-    (job,) = jobs.head.of("mine")
+    (job,) = jobs.of("mine")
     name = job["submission_id"]
     assert re.fullmatch(r"ncsn-mine-train-[0-9a-f]{8}", name)
     step = f"{settings.storage.root}/runs/mine/steps/train"
@@ -86,14 +72,14 @@ def test_training_runs_as_a_job(jobs: Jobs, config: Path) -> None:
     assert "images_seen" in storage.read_text(f"{step}/log.txt")
     from ncsn.tracking.client import client_at
 
-    client = client_at(jobs.head.nodes.environment["MLFLOW_TRACKING_URI"])
+    client = client_at(jobs.nodes.environment["MLFLOW_TRACKING_URI"])
     experiment = client.get_experiment_by_name("ncsn")
     (tracked,) = client.search_runs([experiment.experiment_id], f"tags.`ray.submission_id` = '{name}'")
     assert tracked.info.run_name == "train" and tracked.info.status == "FINISHED"
 
 
 @slow
-def test_plain_ray_job_submit_trains_from_a_config_in_s3(jobs: Jobs, config: Path, s3_root: str) -> None:
+def test_plain_ray_job_submit_trains_from_a_config_in_s3(jobs: RayHead, config: Path, s3_root: str) -> None:
     """`ray job submit -- ncsn train --config s3://...`: nothing but Ray's own command and the installed package."""
     settings = from_yaml(config.read_text())
     ingest.run(settings, run="plain")
@@ -101,16 +87,16 @@ def test_plain_ray_job_submit_trains_from_a_config_in_s3(jobs: Jobs, config: Pat
     storage.write_text(uri, config.read_text())
     ray = Path(sys.executable).with_name("ray")
     known = json.dumps({"mlflow.run_name": "plain/train"})
-    submit = [str(ray), "job", "submit", "--address", jobs.dashboard, "--submission-id", "plain-train"]
+    submit = [str(ray), "job", "submit", "--address", jobs.nodes.dashboard, "--submission-id", "plain-train"]
     done = subprocess.run(
         [*submit, "--metadata-json", known, "--", "ncsn", "train", "--config", uri, "--run", "plain"],
-        env=jobs.head.environment | {"RAY_AUTH_MODE": "token"},
+        env=jobs.environment | {"RAY_AUTH_MODE": "token"},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    job = jobs.head.nodes.get("/api/jobs/plain-train")
+    job = jobs.nodes.get("/api/jobs/plain-train")
     assert (job["status"], job["driver_exit_code"]) == ("SUCCEEDED", 0)
     assert job["metadata"]["mlflow.run_name"] == "plain/train"
     result = json.loads(storage.read_text(f"{s3_root}/runs/plain/steps/train/step.json"))["result"]
@@ -118,13 +104,13 @@ def test_plain_ray_job_submit_trains_from_a_config_in_s3(jobs: Jobs, config: Pat
 
 
 @slow
-def test_a_search_its_best_and_scored_samples_run_as_jobs(jobs: Jobs, config: Path) -> None:
+def test_a_search_its_best_and_scored_samples_run_as_jobs(jobs: RayHead, config: Path) -> None:
     """What the search leaves in the store is trained and sampled there; the score comes back while images are made."""
     root = from_yaml(config.read_text()).storage.root
     dataset = ingest.run(from_yaml(config.read_text()), run="sought").uri
 
     def job(step: str, config_uri: str, run: str, *options: str) -> dict[str, Any]:
-        place = ("--address", jobs.dashboard, "--json")
+        place = ("--address", jobs.nodes.dashboard, "--json")
         done = jobs.ncsn(step, "--config", config_uri, "--run", run, *options, *place)
         assert done.returncode == 0, done.stderr
         assert re.search(rf"Ray job ncsn-{run}-{step}-[0-9a-f]{{8}}: SUCCEEDED", done.stderr), done.stderr
@@ -149,13 +135,13 @@ def test_a_search_its_best_and_scored_samples_run_as_jobs(jobs: Jobs, config: Pa
 
 
 @slow
-def test_another_python_is_refused_by_the_driver(jobs: Jobs, config: Path) -> None:
+def test_another_python_is_refused_by_the_driver(jobs: RayHead, config: Path) -> None:
     """Nothing but the driver knows the cluster's Python, so it compares, and its mistake comes back as ours."""
     run = "python"
     ingest.run(from_yaml(config.read_text()), run=run)
     pretend = "import runpy, ncsn.process as l; l.python_version = lambda: '3.9'; "
     code = f"{pretend}runpy.run_module('ncsn', run_name='__main__', alter_sys=True)"
-    arguments = ["train", "--config", str(config), "--run", run, "--address", jobs.dashboard]
+    arguments = ["train", "--config", str(config), "--run", run, "--address", jobs.nodes.dashboard]
     done = jobs.ncsn(*arguments, code=code)
     here = ".".join(map(str, sys.version_info[:2]))
     assert done.returncode == 2, done.stderr
@@ -165,11 +151,11 @@ def test_another_python_is_refused_by_the_driver(jobs: Jobs, config: Path) -> No
 
 
 @slow
-def test_a_cluster_without_the_command_is_named(jobs: Jobs) -> None:
-    launcher = jobs.head.launch("bare", "", command=("ncsn-of-another-name", "train"))
+def test_a_cluster_without_the_command_is_named(jobs: RayHead) -> None:
+    launcher = jobs.launch("bare", "", command=("ncsn-of-another-name", "train"))
     assert launcher.ended() == 1
     (failure,) = [line for line in launcher.said if line.startswith("RemoteFailure: ")]
-    (job,) = jobs.head.of("bare")
+    (job,) = jobs.of("bare")
     assert job["submission_id"] in failure and "`ncsn`" in failure
 
 
@@ -179,15 +165,15 @@ def client_of(address: str | None) -> RayJobs:
 
 @slow
 @pytest.mark.parametrize("token", ["", "f" * 64])
-def test_a_missing_or_wrong_token_is_refused(jobs: Jobs, token: str) -> None:
+def test_a_missing_or_wrong_token_is_refused(jobs: RayHead, token: str) -> None:
     """In another process: Ray reads its token once."""
     code = "from ncsn.config.compute import RayJobsConfig, ComputeConfig\nfrom ncsn.remote.ray_jobs import RayJobs\n"
-    code += f"RayJobs(ComputeConfig(ray_jobs=RayJobsConfig(address={jobs.dashboard!r}))).connect()"
+    code += f"RayJobs(ComputeConfig(ray_jobs=RayJobsConfig(address={jobs.nodes.dashboard!r}))).connect()"
     plain = {name: text for name, text in os.environ.items() if not name.startswith("RAY_A")}
-    environment = plain | {"HOME": str(jobs.head.folder)} | ({"RAY_AUTH_TOKEN": token} if token else {})
+    environment = plain | {"HOME": str(jobs.folder)} | ({"RAY_AUTH_TOKEN": token} if token else {})
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     last = done.stderr.splitlines()[-1]
-    assert last.startswith("PermissionError: ") and jobs.dashboard in last, done.stderr
+    assert last.startswith("PermissionError: ") and jobs.nodes.dashboard in last, done.stderr
 
 
 @dataclass
