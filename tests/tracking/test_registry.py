@@ -121,8 +121,8 @@ def url(s3_root: str, tmp_path: Path) -> Iterator[str]:
 
 
 @pytest.fixture
-def hidden_store(s3_server, monkeypatch: pytest.MonkeyPatch) -> None:
-    """This process, unlike the server, finds nothing at the store's address."""
+def hidden_store(url: str, s3_server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process, unlike the server at `url`, finds nothing at the store's address."""
     port, connect = urlsplit(s3_server.endpoint).port, socket.socket.connect
 
     def refuse(self: socket.socket, address: tuple[str, int]) -> None:
