@@ -14,7 +14,7 @@ import yaml
 from kfp import compiler
 
 from ncsn.config import Config
-from ncsn.config.compute import ComputeConfig, bytes_of
+from ncsn.config.compute import bytes_of
 from ncsn.remote.manifest import GPU
 from pipelines.definitions import sample_pipeline, train_pipeline
 
@@ -99,8 +99,13 @@ def fit(spec: dict[str, Any], platforms: Sequence[dict[str, Any]], config: Confi
         if step not in SIZES and config is not None and config.compute.backend == "local":
             # The task's own pod computes: it goes where the config wants the workers, and passes nothing on.
             component.pop("taskConfigPassthroughs", None)
+            placed = config.compute.kuberay
             for platform in platforms:
-                _place(platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"][label], config.compute)
+                executor = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"][label]
+                if placed.node_selector:
+                    executor["nodeSelector"] = {"labels": dict(placed.node_selector)}
+                if placed.tolerations:
+                    executor["tolerations"] = list(placed.tolerations)
 
 
 def _size_of(step: str, config: Config | None) -> dict[str, Any]:
@@ -116,14 +121,6 @@ def _size_of(step: str, config: Config | None) -> dict[str, Any]:
     memory = bytes_of(given) if given else worker_memory(config, step, reference_images=REFERENCE_IMAGES)
     amount = (str(workers * compute.cpus_per_worker + 1), f"{round(workers * memory / 2**20) + 2048}Mi")
     return _size(amount, amount, gpus=workers if compute.use_gpu else 0)
-
-
-def _place(executor: dict[str, Any], compute: ComputeConfig) -> None:
-    settings = compute.kuberay
-    if settings.node_selector:
-        executor["nodeSelector"] = {"labels": dict(settings.node_selector)}
-    if settings.tolerations:
-        executor["tolerations"] = list(settings.tolerations)
 
 
 if __name__ == "__main__":

@@ -27,8 +27,6 @@ class StepInfo:
     on_demand: Mapping[str, Source] = field(default_factory=dict)  # inputs only if they are asked for
     always: bool = False  # part of every run
     elsewhere: bool = False  # where `compute.backend` says, under its launcher's lease; others are too small
-    by_workers: bool = False  # reserves all workers; other steps one
-    checkpointed: bool = False  # saves checkpoints, and continues from the last one
 
 
 _DATASET = Source("ingest", "uri", "ingested dataset")
@@ -43,15 +41,12 @@ STEP_INFO: Mapping[str, StepInfo] = {
         "Search for better settings, if the config has a search.",
         inputs={"dataset": _DATASET},
         elsewhere=True,
-        checkpointed=True,
     ),
     "train": StepInfo(
         "Train the score network, or resume it.",
         inputs={"dataset": _DATASET},
         always=True,
         elsewhere=True,
-        by_workers=True,
-        checkpointed=True,
     ),
     "sample": StepInfo(
         "Generate images with the configured sampler.",
@@ -59,14 +54,12 @@ STEP_INFO: Mapping[str, StepInfo] = {
         on_demand={"score": _DATASET},
         always=True,
         elsewhere=True,
-        by_workers=True,
     ),
     "evaluate": StepInfo(
         "Measure the samples, and real images for comparison.",
         inputs={"samples": _SAMPLES, "dataset": _DATASET},
         always=True,
         elsewhere=True,
-        by_workers=True,
     ),
     "register": StepInfo(
         "Register the model in MLflow.",
@@ -86,7 +79,6 @@ STEP_INFO: Mapping[str, StepInfo] = {
         "Choose the best checkpoint of a run by samples of each; sample, evaluate and register it.",
         inputs={"dataset": _DATASET},
         elsewhere=True,
-        by_workers=True,
     ),
 }
 
@@ -94,5 +86,5 @@ STEPS = tuple(name for name, info in STEP_INFO.items() if info.always)
 SEARCH = "tune"  # the optional step of the pipeline, between the first and the second
 PIPELINE = (STEPS[0], SEARCH, *STEPS[1:])
 STEPS_ELSEWHERE = tuple(name for name, info in STEP_INFO.items() if info.elsewhere)
-STEPS_BY_WORKERS = tuple(name for name, info in STEP_INFO.items() if info.by_workers)
-CONTINUING = ("run", *(name for name, info in STEP_INFO.items() if info.checkpointed))  # commands
+STEPS_BY_WORKERS = tuple(name for name in STEPS_ELSEWHERE if name != SEARCH)  # reserve all workers; other steps one
+CONTINUING = ("run", SEARCH, "train")  # commands that save checkpoints, and continue from the last one

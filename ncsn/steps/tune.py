@@ -188,7 +188,8 @@ def _conclude(plan: SearchPlan, uri: str, follower: _Follower, *, run: str) -> T
         f"# Trial {best.number} of {len(trials)} found by `ncsn tune`: {objective} = "
         f"{rung.objective:.4g} at {rung.images_seen:,} training images{before}\n"
     )
-    storage.write_text(result.config, header + to_yaml(best_config(plan.config, best)))
+    chosen = variant(variant(plan.config, best.values), {"sampling.sampler": rung.sampler})
+    storage.write_text(result.config, header + to_yaml(chosen))
     return result
 
 
@@ -203,11 +204,6 @@ def best_trial(trials: Sequence[TrialRecord], *, accidents: Mapping[str, str]) -
             hint="narrow it to settings that train",
         )
     return min(sound, key=lambda trial: (-trial.rungs[-1].images_seen, trial.rungs[-1].objective, trial.number))
-
-
-def best_config(config: Config, best: TrialRecord) -> Config:
-    """The experiment with the best trial's settings and sampler, ready to train, without a search."""
-    return variant(variant(config, best.values), {"sampling.sampler": best.rungs[-1].sampler})
 
 
 def baseline_objective(plan: SearchPlan, trials: Sequence[TrialRecord], *, images_seen: int) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,21 +12,26 @@ import pytest
 from PIL import Image
 from refused import refused
 
-from ncsn.config import Config
+from ncsn.config import Config, from_yaml
 from ncsn.data.format import load_manifest, read_split
 from ncsn.errors import NotFound, UserError
 from ncsn.steps import ingest
 
+EXPERIMENT = """
+name: digits
+data: {source: sklearn_digits, image_size: 8, channels: 1}
+network: {kind: unet, widths: [8]}
+train: {num_images: 128, checkpoint_every_images: 128, report_every_images: 128}
+sampling: {sampler: {kind: annealed_langevin}}
+"""
 
-@pytest.fixture(scope="module")
-def tracking(tmp_path_factory) -> str:
+
+@pytest.fixture(scope="module", autouse=True)
+def _tracked(tmp_path_factory):
     """One MLflow database for all tests: making it takes seconds."""
-    return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
-
-
-@pytest.fixture(autouse=True)
-def _tracked(tracking, monkeypatch):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db")
+        yield
 
 
 @pytest.fixture
@@ -33,15 +39,8 @@ def config(tmp_path):
     """An experiment on digits with its store below the test's folder."""
 
     def make(**data) -> Config:
-        return Config.model_validate(
-            {
-                "name": "digits",
-                "data": {"source": "sklearn_digits", "image_size": 8, "channels": 1, **data},
-                "network": {"kind": "unet", "widths": [8]},
-                "train": {"num_images": 128, "checkpoint_every_images": 128, "report_every_images": 128},
-                "sampling": {"sampler": {"kind": "annealed_langevin"}},
-                "storage": {"root": str(tmp_path / "store")},
-            }
+        return from_yaml(
+            EXPERIMENT, overrides=[f"storage.root={tmp_path}/store", *(f"data.{k}={v}" for k, v in data.items())]
         )
 
     return make
@@ -63,22 +62,15 @@ def test_digits_become_a_dataset(config, tmp_path):
     assert ingest.run(config(test_fraction=0.2), run="other").digest != result.digest
 
 
-def test_nothing_is_written_twice(config, monkeypatch):
+def test_nothing_is_written_twice_and_what_is_gone_is_made_again(config, monkeypatch):
     first = ingest.run(config(), run="one")
     before = {path: path.stat().st_mtime_ns for path in Path(first.uri).rglob("*")}
-    second = ingest.run(config(), run="two")
-    assert second == replace(first, created=False)
+    assert ingest.run(config(), run="two") == replace(first, created=False)
     assert {path: path.stat().st_mtime_ns for path in Path(first.uri).rglob("*")} == before
-    monkeypatch.setattr(ingest, "open_source", None)  # the source is not even opened
-    assert ingest.run(config(), run="one") == first
-
-
-def test_a_dataset_that_is_gone_is_made_again(config):
-    first = ingest.run(config(), run="one")
-    (Path(first.uri) / "manifest.json").unlink()
-    for path in sorted(Path(first.uri).rglob("*"), reverse=True):
-        path.rmdir() if path.is_dir() else path.unlink()
-    Path(first.uri).rmdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(ingest, "open_source", None)  # the source is not even opened
+        assert ingest.run(config(), run="one") == first
+    shutil.rmtree(first.uri)
     assert ingest.run(config(), run="one") == first
     assert load_manifest(first.uri).digest == first.digest
 
@@ -124,9 +116,7 @@ def test_bad_images_are_skipped_and_named_in_the_manifest(config, tmp_path):
 
 
 def test_a_bucket_is_as_good_as_a_folder(config, s3_root):
-    experiment = config(max_images=50).model_copy(
-        update={"storage": config().storage.model_copy(update={"root": s3_root})}
-    )
+    experiment = from_yaml(EXPERIMENT, overrides=[f"storage.root={s3_root}", "data.max_images=50"])
     first = ingest.run(experiment, run="one")
     assert first.uri.startswith(f"{s3_root}/datasets/sklearn_digits/")
     assert first.counts == {"train": 50, "test": 50}

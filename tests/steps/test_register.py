@@ -102,14 +102,6 @@ def test_other_sampler_is_a_version_that_has_to_beat_the_champion(config, saved,
         assert part in result.reason
 
 
-def test_figures_of_another_sampler_are_refused(config, saved, evaluate):
-    longer = from_yaml(to_yaml(config), overrides=["sampling.sampler.steps_per_level=4"])
-    evaluation = evaluate(5.0)
-    with refused(evaluation) as caught:
-        register.run(longer, run="mixed", checkpoint=saved, evaluation=evaluation)
-    assert "steps_per_level: 2" in str(caught.value) and "steps_per_level: 4" in str(caught.value)
-
-
 def test_a_new_figure_at_the_same_place_is_decided_on(config, saved, evaluate):
     renewed = named(config, "renewed")
     first = register.run(renewed, run="renewed", checkpoint=saved, evaluation=evaluate(9.0, name_of_file="same"))
@@ -143,20 +135,21 @@ def test_version_that_was_deleted_is_registered_anew(config, saved, evaluate):
     assert again.version == "2"
 
 
-def test_checkpoint_of_another_config_is_refused(config, saved, evaluate):
-    other = from_yaml(to_yaml(config), overrides=["noise.num_levels=3"])
+def test_what_does_not_belong_together_is_refused(config, root, saved, evaluate):
+    longer, fewer, other = (
+        from_yaml(to_yaml(config), overrides=[each])
+        for each in ("sampling.sampler.steps_per_level=4", "data.max_images=10", "noise.num_levels=3")
+    )
+    evaluation = evaluate(5.0)
+    with refused(evaluation) as caught:
+        register.run(longer, run="mixed", checkpoint=saved, evaluation=evaluation)
+    assert "steps_per_level: 2" in str(caught.value) and "steps_per_level: 4" in str(caught.value)
+    against_others = evaluate(4.0, dataset=ingest.run(fewer, run="fewer").uri)
+    with refused(against_others):
+        register.run(config, run="one", checkpoint=saved, evaluation=against_others)
     with refused(saved, error=checkpoint.CheckpointError) as caught:
-        register.run(other, run="other", checkpoint=saved, evaluation=evaluate(5.0))
+        register.run(other, run="other", checkpoint=saved, evaluation=evaluation)
     assert "noise.num_levels" in str(caught.value)
-
-
-def test_evaluation_against_other_images_is_refused(config, saved, evaluate):
-    fewer = from_yaml(to_yaml(config), overrides=["data.max_images=10"])
-    evaluation = evaluate(4.0, dataset=ingest.run(fewer, run="fewer").uri)
-    with refused(evaluation):
-        register.run(config, run="one", checkpoint=saved, evaluation=evaluation)
-
-
-def test_missing_evaluation_is_named(config, saved, root):
-    with refused(str(root / "nothing.json"), error=NotFound):
-        register.run(config, run="none", checkpoint=saved, evaluation=str(root / "nothing.json"))
+    nothing = str(root / "nothing.json")
+    with refused(nothing, error=NotFound):
+        register.run(config, run="none", checkpoint=saved, evaluation=nothing)

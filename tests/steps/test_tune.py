@@ -1,7 +1,8 @@
-"""A search on a real Ray cluster: killed in the middle, given again, and asked a third time."""
+"""A search on a real Ray cluster, killed, given again and asked a third time; and conclusions from its trials."""
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -10,9 +11,12 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from kfp import dsl
+from PIL import Image
 from ray_driver import RayDriver, ray_driver
 from refused import refused
 
@@ -20,6 +24,7 @@ from components.tasks import tune as component
 from ncsn.config import Config, from_yaml, to_json
 from ncsn.data.dataset import write_dataset
 from ncsn.data.sources import open_source
+from ncsn.distributed.trials import Rung, Scored, SearchPlan, TrialRecord
 from ncsn.steps import tune
 from ncsn.tracking.client import connect
 
@@ -154,6 +159,8 @@ def test_each_trial_is_a_run_below_that_of_the_step(searched: Searched) -> None:
 
 def test_a_search_that_is_complete_is_returned(searched: Searched) -> None:
     assert tune.run(searched.config, run="hunt", dataset=searched.dataset) == searched.result
+    with refused("search"):
+        tune.run(searched.config.model_copy(update={"search": None}), run="hunt", dataset=searched.dataset)
 
 
 def test_the_component_hands_over_the_best(searched: Searched, tmp_path: Path) -> None:
@@ -175,12 +182,6 @@ def test_the_component_hands_over_the_best(searched: Searched, tmp_path: Path) -
     assert (tmp_path / "plots").read_text().count("data:image/png;base64,") == 2
 
 
-def test_a_config_without_a_search_is_refused(searched: Searched) -> None:
-    config = searched.config.model_copy(update={"search": None})
-    with refused("search"):
-        tune.run(config, run="hunt", dataset=searched.dataset)
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_trials_of_two_workers_take_turns(searched: Searched) -> None:
@@ -196,3 +197,85 @@ def test_trials_of_two_workers_take_turns(searched: Searched) -> None:
     assert result.trials[0]["status"] == "finished"
     rungs = rung_files(Path(result.uri))
     assert {json.loads(text)["images_seen"] for text in rungs.values()} == {32, 64, 128}
+
+
+def sampler(epsilon: float) -> dict[str, Any]:
+    settings = {"steps_per_level": 10, "epsilon": epsilon, "denoise": True, "consistent": False}
+    return {"kind": "annealed_langevin", **settings}
+
+
+def trial(number: int, *reached: tuple[int, float], failure: str | None = None, **values: float) -> TrialRecord:
+    rungs = tuple(
+        Rung(
+            images_seen=images,
+            objective=objective,
+            sampler=sampler(8e-5),
+            sweep=[
+                Scored(sampler(8e-5), objective),
+                Scored(sampler(9e-5), objective + 1),
+                Scored(sampler(1e-2), None),
+            ],
+            loss=0.5,
+            seconds=1.5,
+            checkpoint=f"images-{images:09d}",
+        )
+        for images, objective in reached
+    )
+    return TrialRecord(
+        uri=f"trial-{number}",
+        number=number,
+        values={"noise.sigma_1": 1.0, "noise.sigma_L": 0.03} | {f"noise.{key}": value for key, value in values.items()},
+        rungs=rungs,
+        failure=failure,
+        stopped=False,
+        last_rung=40,
+    )
+
+
+def test_the_furthest_come_first_and_the_earlier_of_equals() -> None:
+    early, far, as_far, further_but_failed = (
+        trial(0, (10, 1.0)),
+        trial(1, (10, 5.0), (40, 3.0)),
+        trial(2, (10, 5.0), (40, 3.0)),
+        trial(3, (10, 0.1), (40, 0.1), failure="it diverged"),
+    )
+    assert tune.best_trial([early, as_far, far, further_but_failed], accidents={}) is far
+    assert tune.best_trial([early, further_but_failed], accidents={}) is early
+
+
+def test_when_all_have_failed_the_reason_is_said() -> None:
+    failed = [trial(0, failure="training diverged: loss nan"), trial(1)]
+    with refused("search.space") as caught:
+        tune.best_trial(failed, accidents={})
+    assert "loss nan" in str(caught.value)
+    with refused("search.space") as caught:
+        tune.best_trial([trial(1)], accidents={"trial-1": "Traceback ...\nNodeDied: gone\n"})
+    assert "NodeDied: gone" in str(caught.value)
+
+
+def test_the_baseline_is_scored_by_its_own_sampler() -> None:
+    config = from_yaml((Path(__file__).parents[2] / "configs" / "digits.yaml").read_text(), overrides=["search={}"])
+    plan = SearchPlan(config=config, dataset="", trials="")
+    trials = [trial(0, (10, 5.0), (40, 3.0)), trial(1, (40, 2.0), sigma_1=2.0)]
+    assert tune.baseline_objective(plan, trials, images_seen=40) == 4.0
+    assert tune.baseline_objective(plan, trials, images_seen=160) is None
+    assert tune.baseline_objective(plan, trials[1:], images_seen=40) is None
+
+
+def test_the_table_has_a_row_per_trial() -> None:
+    rows = tune.table(
+        [trial(0, (10, 5.0), (40, 3.0)), trial(1, failure="too far"), trial(2)], accidents={"trial-2": "lost"}
+    )
+    assert [(row["trial"], row["status"], row["objective"], row["seconds"], row["reason"]) for row in rows] == [
+        (0, "finished", 3.0, 3.0, ""),
+        (1, "failed", None, 0, "too far"),
+        (2, "unfinished", None, 0, "lost"),
+    ]
+
+
+def test_plots_are_drawn_also_with_trials_that_failed() -> None:
+    trials = [trial(0, (10, 5.0), (40, 3.0)), trial(1, (10, 9.0), sigma_1=3.0), trial(2, failure="no", sigma_1=9.0)]
+    drawn = tune.pictures(trials, trials[0], "eval/classifier_fid_n256")
+    assert set(drawn) == {"coordinates.png", "epsilon.png"}
+    for png in drawn.values():
+        assert np.asarray(Image.open(io.BytesIO(png)).convert("RGBA")).std() > 0
