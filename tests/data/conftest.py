@@ -103,10 +103,3 @@ def idx_folder(tmp_path, rng) -> Callable[..., tuple[Path, dict[str, np.ndarray]
         return target, arrays
 
     return make
-
-
-@pytest.fixture
-def cifar_batches(rng) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Batch -> uint8 [3, 3072] and labels."""
-    names = (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch")
-    return {name: (rng.integers(0, 256, (3, 3072), np.uint8), rng.integers(0, 10, 3)) for name in names}

@@ -1,16 +1,22 @@
-"""The fixed choice of test images, bad images, and names inside archives."""
+"""The choice of test images, places as people have them, and the identity of what was ingested before."""
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from image_folders import put, rows_of, skipped_of
+from PIL import Image
 from refused import refused
 
-from ncsn.data.sources import open_source
-from ncsn.data.sources.base import hold_out, list_files
+from ncsn.data.dataset import write_dataset
+from ncsn.data.format import load_manifest
+from ncsn.data.sources import image_files, open_source
+from ncsn.data.sources.base import hold_out, list_files, source_fingerprint
 from ncsn.errors import NotFound
 
 
@@ -74,3 +80,78 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
     (tmp_path / "root" / "cat" / "up").symlink_to(tmp_path / "root")
     (tmp_path / "root" / "broken").symlink_to(tmp_path / "nowhere")
     assert [file.path for file in list_files(str(tmp_path / "root"))] == ["cat/1.png", "dog/2.png", "tom/1.png"]
+
+
+def test_the_same_images_and_settings_stay_the_same_dataset(tmp_path, members, data_config):
+    """The digest of their content, and the settings that decide it."""
+    data = data_config("image_folder", put(tmp_path / "images", members))
+    dataset = write_dataset(open_source(data), str(tmp_path / "store"), name="x", data=data)
+    assert dataset.manifest.digest == "f507851c503fd8ff"
+    stored = json.loads(Path(dataset.uri, "manifest.json").read_text())
+    assert list(stored["settings"]) == [
+        "source", "image_column", "label_column", "image_size", "channels", "fit", "crop", "background",
+        "test_fraction", "max_images", "on_bad_image",
+    ]  # fmt: skip
+
+
+def test_conversions_are_counted_in_the_manifest(tmp_path, formats, data_config):
+    deep = formats.image(Image.fromarray(np.full((8, 8), 60000, np.uint16)))
+    frames = [Image.new("L", (8, 8), level) for level in (10, 20)]
+    moving = formats.image(frames[0], "TIFF", save_all=True, append_images=frames[1:])
+    clear = formats.image(Image.new("LA", (8, 8), (0, 0)))
+    files = {"1.png": deep, "2.png": deep, "3.tif": moving, "4.PNG": clear, "5.gif": b"GIF89a"}
+    files |= {f"{number}.bmp": formats.image(np.full((8, 8), number, np.uint8), "BMP") for number in range(10, 20)}
+    root = put(tmp_path / "images", files)
+    data = data_config("image_folder", root, on_bad_image="skip", background="white")
+    dataset = write_dataset(open_source(data), str(tmp_path / "store"), name="x", data=data)
+    manifest = load_manifest(dataset.uri)
+    assert manifest.conversions == {"16-bit": 2, "animated": 1, "transparent": 1}
+    assert [image.name for image in manifest.skipped] == [f"{root}/5.gif"]
+    assert manifest.settings["background"] == "white"
+    opaque = data_config("image_folder", root, on_bad_image="skip")
+    without = write_dataset(open_source(opaque), str(tmp_path / "store"), name="x", data=opaque).manifest
+    assert sorted(Path(image.name).name for image in without.skipped) == ["4.PNG", "5.gif"]
+
+
+def test_odd_names_and_links_are_read(tmp_path, formats, data_config):
+    image = formats.image(np.full((8, 8), 50, np.uint8))
+    names = ("кошка/мяу 1.png", "猫/二.png", "gato/ñandú\n3.png", "x.png/4.png", "x.png/🙂.png", "dog/' \" $(5).png")
+    root = Path(put(tmp_path / "images", dict.fromkeys(names, image)))
+    put(tmp_path / "elsewhere", {"far.png": image})
+    (root / "dog" / "far.png").symlink_to(tmp_path / "elsewhere" / "far.png")
+    (root / "dog" / "gone.png").symlink_to(tmp_path / "nowhere")
+    (root / "dog" / "loop.png").symlink_to(root / "dog" / "loop.png")
+    source = open_source(data_config("image_folder", root))
+    assert source.class_names == ("dog", "gato", "x.png", "кошка", "猫")
+    assert sum(map(len, rows_of(source).values())) == 7 and skipped_of(source) == []
+
+
+def test_a_name_that_is_not_text_is_refused(tmp_path, formats, data_config):
+    image = formats.image(np.full((8, 8), 50, np.uint8))
+    (tmp_path / "images").mkdir()
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/images/caf\xe9.png")).write_bytes(image)
+    with refused("data.root"):
+        open_source(data_config("image_folder", tmp_path / "images"))
+    with refused("data.root"):
+        source_fingerprint(data_config("image_folder", tmp_path / "images"))
+    root = put(tmp_path / "tar", {"a.tar": formats.tar({"caf\udce9.png": image})})
+    with refused(f"{root}/a.tar"):
+        open_source(data_config("image_folder", root))
+
+
+def test_a_file_that_goes_and_one_that_may_not_be_read_are_refused(tmp_path, members, data_config, monkeypatch):
+    root = put(tmp_path / "images", members)
+    source = open_source(data_config("image_folder", root, on_bad_image="skip"))
+    Path(root, "cat", "03.png").unlink()
+    with refused(f"{root}/cat/03.png"):
+        rows_of(source)
+    put(root, {"cat/03.png": members["cat/03.png"]})
+
+    def locked(path: str, mode: str) -> Any:
+        if path.endswith("04.png"):
+            raise PermissionError(13, "Permission denied", path)
+        return open(path, mode)  # noqa: PTH123
+
+    monkeypatch.setattr(image_files, "open", locked, raising=False)
+    with refused(f"{root}/cat/04.png"):
+        rows_of(open_source(data_config("image_folder", Path(root, "cat"), on_bad_image="skip")))

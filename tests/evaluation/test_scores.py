@@ -1,12 +1,18 @@
-"""Scores against known values (spec, oracles 18 and 20), values by hand and the full distance matrix."""
+"""Scores against known values (spec, oracles 18 and 20), by hand, the full distance matrix, and torch-fidelity."""
 
 import math
 
 import numpy as np
 import pytest
+import torch
 from refused import refused
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_isc import isc_features_to_metric
+from torch_fidelity.metric_kid import kid_features_to_metric
+from torch_fidelity.metric_prc import prc_features_to_metric
 
 from ncsn.data.format import Rows
+from ncsn.evaluation.frechet import FrechetStatistics, frechet_distance
 from ncsn.evaluation.scores import (
     inception_score,
     kernel_distance,
@@ -177,3 +183,48 @@ def test_blocks_do_not_matter() -> None:
     rng = np.random.default_rng(3)
     a, b = rng.standard_normal((101, 4)), rng.standard_normal((90, 4)) + 0.5
     assert precision_recall(a, b, block_size=7) == precision_recall(a, b, block_size=1000)
+
+
+@pytest.fixture(scope="module")
+def features() -> tuple[torch.Tensor, torch.Tensor]:
+    rng = np.random.default_rng(2)
+    mixing = rng.standard_normal((48, 48)) / 7
+    one, two = np.abs(rng.standard_normal((600, 48)) @ mixing), np.abs(rng.standard_normal((600, 48)) @ mixing + 0.2)
+    return torch.from_numpy(one).float(), torch.from_numpy(two).float()
+
+
+def test_frechet_distance_agrees_with_torch_fidelity(features: tuple[torch.Tensor, torch.Tensor]) -> None:
+    one, two = features
+    expected = fid_statistics_to_metric(
+        fid_features_to_statistics(one.double()), fid_features_to_statistics(two.double()), verbose=False
+    )
+    measured = frechet_distance(FrechetStatistics.of(one.numpy()), FrechetStatistics.of(two.numpy()))
+    assert measured == pytest.approx(expected["frechet_inception_distance"], rel=1e-6)
+
+
+def test_kernel_distance_agrees_with_torch_fidelity(features: tuple[torch.Tensor, torch.Tensor]) -> None:
+    one, two = features
+    whole = kid_features_to_metric(one, two, kid_subsets=1, kid_subset_size=600, verbose=False)
+    measured = kernel_distance(one.numpy(), two.numpy())
+    assert measured.mean == pytest.approx(whole["kernel_inception_distance_mean"], rel=1e-3)
+    subsets = kid_features_to_metric(one, two, kid_subsets=100, kid_subset_size=200, verbose=False)
+    measured = kernel_distance(one.numpy(), two.numpy(), subset_size=200)
+    error = subsets["kernel_inception_distance_std"] / 10
+    assert measured.mean == pytest.approx(subsets["kernel_inception_distance_mean"], abs=4 * error)
+
+
+def test_score_agrees_with_torch_fidelity() -> None:
+    logits = torch.from_numpy(np.random.default_rng(3).standard_normal((605, 100)) * 3).float()
+    expected = isc_features_to_metric(logits, splits=10, shuffle=False)
+    measured = inception_score(logits.double().log_softmax(1).numpy(), num_splits=10)
+    assert measured.mean == pytest.approx(expected["inception_score_mean"], rel=1e-9)
+    assert measured.std == pytest.approx(expected["inception_score_std"], rel=1e-6)
+
+
+def test_precision_and_recall_agree_with_torch_fidelity(features: tuple[torch.Tensor, torch.Tensor]) -> None:
+    one, two = features
+    expected = prc_features_to_metric(one.double(), two.double(), verbose=False)
+    measured = precision_recall(one.numpy(), two.numpy())
+    assert measured.precision == pytest.approx(expected["precision"], abs=1e-6)
+    assert measured.recall == pytest.approx(expected["recall"], abs=1e-6)
+    assert 0.05 < measured.precision < 0.95

@@ -1,12 +1,17 @@
-"""DINOv2 with random weights: the published ones are not at hand where the tests run, so their values are not tested.
+"""The extractors with published weights: Inception and DINOv2, and where their weights come from.
 
-The network is a small one of the same code, except where its shapes are looked at.
+The published weights are not at hand where the tests run, so that their values are not tested: the weights are random,
+and DINOv2 is a small network of the same code, except where its shapes are looked at.
 """
 
 import functools
 import hashlib
+import http.server
 import math
+import threading
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -14,19 +19,69 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from refused import refused
 from torch import Tensor
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
-from ncsn.config import Config, from_yaml
+from ncsn import storage
+from ncsn.config import from_yaml
 from ncsn.config.schema import PUBLISHED_SHA256
 from ncsn.data.dataset import write_dataset
 from ncsn.data.format import read_split, to_table
 from ncsn.data.sources import open_source
-from ncsn.evaluation import extractor_name
-from ncsn.evaluation.extractors.published import MEAN, STD, Dinov2Extractor, network_of, normalized, positions
-from ncsn.evaluation.reference import load_manifest
+from ncsn.errors import NotFound
+from ncsn.evaluation.extractors.published import (
+    MEAN,
+    STD,
+    Dinov2Extractor,
+    InceptionExtractor,
+    network_of,
+    normalized,
+    obtain_weights,
+    positions,
+)
+from ncsn.evaluation.scores import inception_score
 from ncsn.model.memory import worker_memory
 from ncsn.progress import Progress
 from ncsn.steps import evaluate
+
+
+class RandomGraph(FeatureExtractorInceptionV3):  # type: ignore[misc]
+    """The graph as initialized: it loads nothing."""
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> None: ...
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A file of random weights of the right layout, which stands in for the published one."""
+    folder = tmp_path_factory.mktemp("inception")
+    torch.save({}, folder / "empty.pth")
+    torch.manual_seed(0)
+    graph = RandomGraph("random", ["2048"], feature_extractor_weights_path=str(folder / "empty.pth"))
+    path = folder / "weights.pth"
+    torch.save(graph.state_dict(), path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PUBLISHED_SHA256, "inception", hashlib.sha256(path.read_bytes()).hexdigest())
+        yield str(path)
+
+
+def test_features_and_probabilities_are_the_ports_and_gray_is_repeated_to_rgb(weights: str) -> None:
+    extractor = InceptionExtractor(weights)
+    images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
+    images.flags.writeable = False
+    extracted = extractor.extract(images)
+    graph = FeatureExtractorInceptionV3("port", ["2048", "logits_unbiased"], feature_extractor_weights_path=weights)
+    features, logits = graph(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()))
+    np.testing.assert_array_equal(extracted.features, features.numpy())
+    np.testing.assert_array_equal(extracted.log_probabilities, logits.double().log_softmax(1).numpy())
+    assert (extracted.features.shape, extracted.log_probabilities.shape) == ((2, 2048), (2, 1008))
+    gray = np.random.default_rng(1).integers(0, 256, (1, 8, 8, 1), dtype=np.uint8)
+    np.testing.assert_array_equal(
+        extractor.extract(gray).features, extractor.extract(np.repeat(gray, 3, axis=3)).features
+    )
+
 
 SMALL = (128, 2)  # width and depth
 VIT_L = (1024, 24)
@@ -63,7 +118,7 @@ def random_state() -> dict[str, Tensor]:
 
 
 @pytest.fixture
-def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def dinov2_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A file that counts as the published one, of the small network."""
     path = tmp_path / "dinov2.pth"
     torch.save(random_state(), path)
@@ -143,8 +198,8 @@ def test_images_are_resized_as_pillow_does(size: int) -> None:
     assert np.abs(pixels - expected).max() < 1.5, "Pillow rounds after each direction"
 
 
-def test_features_do_not_depend_on_the_batch_and_gray_is_repeated_to_rgb(weights: str) -> None:
-    extractor = Dinov2Extractor(weights)
+def test_features_of_dinov2_do_not_depend_on_the_batch_and_gray_is_repeated_to_rgb(dinov2_weights: str) -> None:
+    extractor = Dinov2Extractor(dinov2_weights)
     images = np.random.default_rng(0).integers(0, 256, (5, 20, 20, 3), dtype=np.uint8)
     images.flags.writeable = False
     extracted = extractor.extract(images)
@@ -157,51 +212,122 @@ def test_features_do_not_depend_on_the_batch_and_gray_is_repeated_to_rgb(weights
     np.testing.assert_allclose(extractor.extract(gray).features, repeated, rtol=1e-5, atol=1e-6)
 
 
-CONFIG = """
+from_settings = functools.partial(
+    from_yaml,
+    """
 name: digits
 data: {source: sklearn_digits, image_size: 8, channels: 1, max_images: 20}
 network: {kind: unet}
 train: {num_images: 128, checkpoint_every_images: 128, report_every_images: 128}
 sampling: {num_images: 20, sampler: {kind: annealed_langevin}}
-"""
-from_settings = functools.partial(from_yaml, CONFIG)
+""",
+)
 
 
-def prepared(folder: Path, path: str, *settings: str) -> tuple[Config, str]:
-    overrides = ["evaluation.extractor=dinov2", f"evaluation.weights={path}", f"storage.root={folder}", *settings]
-    config = from_settings(overrides=overrides)
-    return config, write_dataset(open_source(config.data), str(folder), name="digits", data=config.data).uri
+def evaluated(folder: Path, split: str, *settings: str) -> tuple[evaluate.EvaluateResult, str]:
+    """The images of a split, evaluated as samples; the URI of their dataset."""
+    config = from_settings(overrides=[f"storage.root={folder}", *settings])
+    dataset = write_dataset(open_source(config.data), str(folder / "data"), name="digits", data=config.data).uri
+    samples, count = folder / f"{split}-samples", config.sampling.num_images
+    samples.mkdir()
+    pq.write_table(to_table(read_split(dataset, split)), samples / f"shard-{0:09d}-{count:09d}.parquet")
+    places = {"samples": str(samples), "dataset": dataset, "folder": str(folder / "out")}
+    return evaluate.evaluate(config, **places, progress=Progress()), dataset
 
 
-def samples_of(folder: Path, dataset: str, split: str) -> str:
-    images = read_split(dataset, split)
-    folder.mkdir()
-    pq.write_table(to_table(images), folder / f"shard-{0:09d}-{len(images.images):09d}.parquet")
-    return str(folder)
+@pytest.mark.slow
+def test_the_evaluate_step_measures_with_the_graph(weights: str, tmp_path: Path) -> None:
+    """From the file to the metrics."""
+    few = ("data.max_images=6", "sampling.num_images=6", "evaluation.num_splits=1")
+    result, dataset = evaluated(
+        tmp_path, "test", "evaluation.extractor=inception", f"evaluation.weights={weights}", *few
+    )
+    extractor = InceptionExtractor(weights)
+    test, train = (extractor.extract(read_split(dataset, split).images) for split in ("test", "train"))
+    expected = fid_statistics_to_metric(
+        *(fid_features_to_statistics(torch.from_numpy(part.features).double()) for part in (test, train)), verbose=False
+    )
+    fid = expected["frechet_inception_distance"]
+    assert result.metrics["eval/inception_fid_n6"] == pytest.approx(fid, rel=1e-3)
+    expected_score = inception_score(test.log_probabilities, num_splits=1).mean
+    assert result.metrics["eval/inception_score_n6"] == pytest.approx(expected_score, rel=1e-6)
+    # The samples are the test images, so a perfect model has the same metrics.
+    assert fid > 0 and result.real_metrics["eval/real_inception_fid_n6"] == pytest.approx(fid, rel=1e-3)
 
 
-def measured(config: Config, samples: str, dataset: str, folder: Path) -> evaluate.EvaluateResult:
-    return evaluate.evaluate(config, samples=samples, dataset=dataset, folder=str(folder), progress=Progress())
-
-
-def test_the_evaluate_step_measures_with_dinov2(weights: str, tmp_path: Path) -> None:
-    config, dataset = prepared(tmp_path / "store", weights)
-    same = measured(config, samples_of(tmp_path / "train", dataset, "train"), dataset, tmp_path / "out")
+def test_the_evaluate_step_measures_with_dinov2(dinov2_weights: str, tmp_path: Path) -> None:
+    settings = ("evaluation.extractor=dinov2", f"evaluation.weights={dinov2_weights}")
+    same, other = (evaluated(tmp_path, split, *settings)[0] for split in ("train", "test"))
     assert same.metrics["eval/dinov2_fid_n20"] == pytest.approx(0, abs=1e-6)
     assert same.metrics["eval/dinov2_recall_n20"] == 1
-    other = measured(config, samples_of(tmp_path / "test", dataset, "test"), dataset, tmp_path / "out")
     distance = other.metrics["eval/dinov2_fid_n20"]
     assert distance > 1e-3, "the test images are others"
     assert other.real_metrics["eval/real_dinov2_fid_n20"] == pytest.approx(distance, rel=1e-6)
     assert other.gate["name"] == "eval/dinov2_fid_n20"
     assert not [name for name in other.metrics if "score" in name or "class" in name or "confidence" in name]
     assert len(other.notes) == 3, "there is no score, and there are few samples"
-    assert extractor_name(config, load_manifest(dataset)) == "dinov2"
 
 
 def test_the_memory_of_a_worker_covers_the_network() -> None:
     def of(*settings: str) -> int:
         return worker_memory(from_settings(overrides=list(settings)), "evaluate", reference_images=1000)
 
-    dinov2_ = ("evaluation.extractor=dinov2", "evaluation.weights=w.pth")
-    assert of(*dinov2_) > of(*dinov2_, "evaluation.batch_size=64") > 4 * 304_368_640
+    dinov2 = ("evaluation.extractor=dinov2", "evaluation.weights=w.pth")
+    assert of(*dinov2) > of(*dinov2, "evaluation.batch_size=64") > 4 * 304_368_640
+
+
+CONTENT = b"weights" * 1000
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("NCSN_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "weights"
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> Iterator[str]:
+    """A loopback web server with one file; the file's URL."""
+    (tmp_path / "www").mkdir()
+    (tmp_path / "www" / "weights.pth").write_bytes(CONTENT)
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args: object) -> None: ...
+
+    handler = functools.partial(Quiet, directory=str(tmp_path / "www"))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/weights.pth"
+        server.shutdown()
+
+
+def test_a_local_file_is_used_in_place_and_a_url_is_fetched_once(url: str, tmp_path: Path, cache: Path) -> None:
+    path = tmp_path / "www" / "weights.pth"
+    assert obtain_weights(str(path), sha256=SHA256) == path
+    assert not cache.exists()
+    assert obtain_weights(url, sha256=SHA256).read_bytes() == CONTENT
+    path.unlink()
+    assert obtain_weights(url, sha256=SHA256) == cache / SHA256
+
+
+def test_an_s3_uri_is_fetched_once(s3_root: str, cache: Path) -> None:
+    uri = storage.join(s3_root, "weights.pth")
+    storage.write_bytes(uri, CONTENT)
+    assert obtain_weights(uri, sha256=SHA256) == cache / SHA256
+    with refused("evaluation.weights", error=NotFound):
+        obtain_weights(storage.join(s3_root, "nothing.pth"), sha256="0" * 64)
+
+
+def test_another_file_is_refused_and_not_kept(url: str, cache: Path) -> None:
+    with refused("evaluation.weights") as caught:
+        obtain_weights(url, sha256="0" * 64)
+    assert caught.value.problems[0].value == url and SHA256 in caught.value.problems[0].reason
+    assert list(cache.iterdir()) == []
+
+
+def test_what_is_not_there_is_named(url: str, tmp_path: Path) -> None:
+    with refused("evaluation.weights", error=NotFound):
+        obtain_weights(str(tmp_path / "nothing.pth"), sha256=SHA256)
+    with pytest.raises(OSError, match=r"http://.*missing"):
+        obtain_weights(url.replace("weights.pth", "missing"), sha256=SHA256)
