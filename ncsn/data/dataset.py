@@ -37,7 +37,7 @@ from ncsn.data.format import (
     schema,
     to_table,
 )
-from ncsn.data.noise_levels import ImageSample, sample_size, suggestions
+from ncsn.data.noise_levels import MOST_IMAGES, ImageSample, suggestions
 from ncsn.data.pixels import PIXELS_VERSION
 from ncsn.data.sources.base import BadImages, Source, Split, image_shape
 from ncsn.errors import UserError
@@ -157,7 +157,7 @@ def _write(
     shape, total = image_shape(data), sum(map(len, source.splits.values()))
     most, near = part_images(shape), folder if storage.is_local(folder) else staging
     progress.start(total, "images")
-    bad, sample = BadImages(skip=True), ImageSample(sample_size(math.prod(shape)))
+    bad, sample = BadImages(skip=True), ImageSample(MOST_IMAGES)
     histogram = np.zeros((data.channels, _GRAYS), np.int64)
     counts, class_counts, content, parts = dict[str, int](), dict[str, list[int]](), dict[str, str](), {}
     for split, images in source.splits.items():

@@ -23,7 +23,7 @@ _FEW, _FEW_WORK = 2_000, 6e9  # images compared in pairs for the percentile, and
 
 
 class ImageSample:
-    """A random sample of at most `size` images of a stream, a function of their order alone."""
+    """A random sample of at most `size` images of a stream, fewer large ones; a function of their order alone."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -34,6 +34,7 @@ class ImageSample:
     def update(self, images: np.ndarray) -> None:
         """Offer uint8 images [N, H, W, C]."""
         if not self.count:
+            self.size = max(2, min(self.size, _MOST_VALUES // images[0].size))
             self._rows = np.empty((self.size, *images.shape[1:]), np.uint8)  # takes memory where it is written
         # Each image has a random number; those with the smallest stay.
         keys = keyed_uniform(0, stream=Stream.SUBSET, first=self.count, count=len(images), size=1)[:, 0].numpy()
@@ -52,10 +53,6 @@ class ImageSample:
         self.count += len(images)
 
     @property
-    def complete(self) -> bool:
-        return self.count == len(self._places)
-
-    @property
     def images(self) -> np.ndarray:
         """The sample, uint8 [N, H, W, C], not in the stream's order."""
         return self._rows[: len(self._places)]
@@ -65,11 +62,6 @@ class ImageSample:
         rows = np.array([row for _, _, row in sorted(self._places, key=lambda place: place[1])], np.int64)
         chosen: np.ndarray = self._rows[rows[np.sort(keyed_permutation(0, epoch=0, size=len(rows))[:count])]]
         return chosen
-
-
-def sample_size(values_per_image: int) -> int:
-    """How many images ingest keeps to compare them: 60,000, fewer where they are large."""
-    return max(2, min(MOST_IMAGES, _MOST_VALUES // values_per_image))
 
 
 def suggestions(sample: ImageSample) -> dict[str, NoiseSuggestion]:
@@ -82,7 +74,9 @@ def suggestions(sample: ImageSample) -> dict[str, NoiseSuggestion]:
         if maximum <= AutoNoiseConfig(kind="auto").sigma_L:
             return {}
         quantile = distance_quantile(few, 0.999, flips=flips)
-        distances = PairDistances(maximum, quantile, num_images=len(images), exact=sample.complete and exact)
+        distances = PairDistances(
+            maximum, quantile, num_images=len(images), exact=exact and sample.count == len(images)
+        )
         found[name] = suggest_noise(distances, dimension=images[0].numel())
     return found
 

@@ -144,25 +144,21 @@ class Fit:
     def _square(self, picture: Picture) -> Image.Image:
         width, height = picture.size
         if self.method == "pad" and width != height:
-            return self._padded(picture)
-        box = self._center(width, height) if self.method == "crop" else (0, 0, width, height)
+            longest = max(width, height)
+            inner = max(1, round(width * self.image_size / longest)), max(1, round(height * self.image_size / longest))
+            color = Image.new("RGB", (1, 1), self.background or (0, 0, 0)).convert(picture.image.mode)
+            square = color.resize((self.image_size, self.image_size))
+            place = (self.image_size - inner[0]) // 2, (self.image_size - inner[1]) // 2
+            square.paste(_resized(picture, inner, (0, 0, width, height)), place)
+            return square
+        box = 0, 0, width, height
+        if self.method == "crop":
+            side = self.crop or min(width, height)
+            if side > min(width, height):
+                raise BadImageError(f"has {width}x{height} pixels, less than the {side}x{side} cut from its center")
+            left, top = (width - side) // 2, (height - side) // 2
+            box = left, top, left + side, top + side
         return _resized(picture, (self.image_size, self.image_size), box)
-
-    def _center(self, width: int, height: int) -> tuple[int, int, int, int]:
-        side = self.crop or min(width, height)
-        if side > min(width, height):
-            raise BadImageError(f"has {width}x{height} pixels, less than the {side}x{side} cut from its center")
-        left, top = (width - side) // 2, (height - side) // 2
-        return left, top, left + side, top + side
-
-    def _padded(self, picture: Picture) -> Image.Image:
-        longest = max(picture.size)
-        width, height = (max(1, round(side * self.image_size / longest)) for side in picture.size)
-        color = Image.new("RGB", (1, 1), self.background or (0, 0, 0)).convert(picture.image.mode)
-        square = color.resize((self.image_size, self.image_size))
-        fitted = _resized(picture, (width, height), (0, 0, *picture.size))
-        square.paste(fitted, ((self.image_size - width) // 2, (self.image_size - height) // 2))
-        return square
 
 
 def _resized(picture: Picture, size: tuple[int, int], box: tuple[int, int, int, int]) -> Image.Image:

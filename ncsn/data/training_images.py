@@ -176,10 +176,11 @@ class StreamedSplit:
 
     def __init__(self, dataset_uri: str, split: str, *, window_images: int) -> None:
         self._uri, self._split, self._window_images = dataset_uri, split, window_images
+        self._chunk_rows = rows_per_chunk(window_images)
         self._manifest = load_manifest(dataset_uri)
         self._size = self._manifest.count(split)
         folder = cache_folder() / self._manifest.digest
-        self._folder = folder / f"{split}-labeled-{rows_per_chunk(window_images)}"
+        self._folder = folder / f"{split}-labeled-{self._chunk_rows}"
         self._folder.mkdir(parents=True, exist_ok=True)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="stream")
         self._ahead: Future[None] | None = None
@@ -198,14 +199,14 @@ class StreamedSplit:
     def ordered(self, seed: int, *, first: int, count: int) -> Rows:
         """The images at places `first .. first + count` of the order of `seed`; fast where `first` grows."""
         images, labels = np.empty((count, *self._manifest.shape), np.uint8), np.empty(count, np.int64)
-        chunk_rows, filled = rows_per_chunk(self._window_images), 0
+        filled = 0
         while filled < count:
             place = first + filled
             if seed != self._seed or not self._window.first <= place < self._window.last:
                 self._enter(seed, place)
             offset = place - self._window.first
             for row in self._window.rows[offset : offset + count - filled].tolist():
-                chunk, within = divmod(row, chunk_rows)
+                chunk, within = divmod(row, self._chunk_rows)
                 images[filled], labels[filled] = self._chunks[chunk][within]
                 filled += 1
         return Rows(images, labels)
@@ -264,13 +265,12 @@ class StreamedSplit:
         with FileLock(file.with_suffix(".lock"), timeout=timeout):
             if file.exists():
                 return
-            rows = rows_per_chunk(self._window_images)
-            wanted = range(chunk * rows, min((chunk + 1) * rows, self._size))
-            read = read_split(self._uri, self._split, wanted)
-            chunk_rows = np.empty(len(read), [("image", np.uint8, self._manifest.shape), ("label", np.int64)])
-            chunk_rows["image"], chunk_rows["label"] = read.images, read.labels
+            first, last = chunk * self._chunk_rows, min((chunk + 1) * self._chunk_rows, self._size)
+            read = read_split(self._uri, self._split, range(first, last))
+            rows = np.empty(len(read), [("image", np.uint8, self._manifest.shape), ("label", np.int64)])
+            rows["image"], rows["label"] = read.images, read.labels
             with storage.local_file(file) as temporary, temporary.open("wb") as stream:
-                np.save(stream, chunk_rows)
+                np.save(stream, rows)
 
 
 TrainingImages = CachedSplit | StreamedSplit

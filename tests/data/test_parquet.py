@@ -137,7 +137,7 @@ def test_any_change_of_the_content_changes_the_digest(tmp_path, images, config):
 
 
 def test_memory_does_not_grow_with_the_dataset(tmp_path, data_config, monkeypatch):
-    monkeypatch.setattr("ncsn.data.noise_levels.MOST_IMAGES", 10)  # the sample for the noise levels has its own bound
+    monkeypatch.setattr("ncsn.data.dataset.MOST_IMAGES", 10)  # the sample for the noise levels has its own bound
     image = np.zeros((64, 64, 3), np.uint8)
 
     def peak(count: int) -> int:

@@ -157,8 +157,6 @@ def test_an_image_becomes_square_without_a_cut(method):
 def test_the_config_overrules_the_crop_of_a_source(data_config):
     assert Fit.of(data_config("celeba", "x"), crop=140).crop == 140
     assert Fit.of(data_config("celeba", "x", crop=100), crop=140).crop == 100
-    with pytest.raises(ValueError, match="crop"):
-        data_config("image_folder", "x", crop=8, fit="pad")
 
 
 def test_photographs_are_turned_upright(formats):

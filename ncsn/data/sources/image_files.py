@@ -204,7 +204,14 @@ class _Reader(ExitStack):
 
     def read(self, uri: str, member: Member | None) -> bytes:
         if member is None:
-            return _read_file(uri)
+            if not storage.is_local(uri):
+                return storage.read_bytes(uri)
+            try:
+                with open(uri, "rb") as file:  # noqa: PTH123  # pathlib would take a tenth of what a small JPEG does
+                    return file.read()
+            except (FileNotFoundError, PermissionError) as error:
+                reason = f"cannot be read: {error.strerror}"
+                raise UserError(uri, reason, hint="make it readable, or remove it") from None
         if storage.is_local(uri):
             with self._lock:
                 if uri not in self._archives:
@@ -218,16 +225,6 @@ class _Reader(ExitStack):
 def _opened(uri: str) -> Any:
     filesystem, path = storage.filesystem(uri)
     return filesystem.open_input_file(path)
-
-
-def _read_file(uri: str) -> bytes:
-    if not storage.is_local(uri):
-        return storage.read_bytes(uri)
-    try:
-        with open(uri, "rb") as file:  # noqa: PTH123  # pathlib would take a tenth of what a small JPEG does
-            return file.read()
-    except (FileNotFoundError, PermissionError) as error:
-        raise UserError(uri, f"cannot be read: {error.strerror}", hint="make it readable, or remove it") from None
 
 
 class Encoded(NamedTuple):

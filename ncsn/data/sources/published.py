@@ -69,7 +69,7 @@ class Columns(NamedTuple):
 
 
 class _Found(NamedTuple):
-    """A file with what was learned at its opening."""
+    """A file with what its opening showed."""
 
     file: ParquetFile
     columns: Columns
