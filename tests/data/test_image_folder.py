@@ -293,7 +293,7 @@ def test_training_is_refused_where_the_classifier_would_be(tmp_path, members, da
     evaluation = {"extractor": "classifier"}
     config = Config.model_validate({"name": "x", "data": data, **tree, "train": length, "evaluation": evaluation})
     with nullcontext() if classes > 1 else refused("evaluation.extractor"):
-        train._require_trainable(config, manifest, "the dataset")
+        train.require_classes(config, manifest, "the dataset")
 
 
 FACES = [f"img_align_celeba/{number:06d}.jpg" for number in range(1, 9)]
