@@ -143,17 +143,12 @@ def test_a_write_that_fails_keeps_the_old_file(small_disk):
     assert names_below(small_disk.folder) == ["file"]
 
 
-def test_a_folder_of_the_store_is_published_once(root, tmp_path):
-    file = tmp_path / "file"
-    for staging, content in (("first", b"1"), ("second", b"2")):
-        file.write_bytes(content)
-        storage.publish_file(file, f"{root}/{staging}/train/part")
-        storage.write_bytes(f"{root}/{staging}/marker", content)
-    assert storage.publish_folder(f"{root}/first", f"{root}/final", marker="marker")
-    assert not storage.publish_folder(f"{root}/second", f"{root}/final", marker="marker")
+def test_a_folder_of_the_store_is_published_and_deleted(root, tmp_path):
+    (tmp_path / "file").write_bytes(b"1")
+    storage.publish_file(tmp_path / "file", f"{root}/staging/train/part")
+    storage.write_text(f"{root}/staging/marker", "")
+    assert storage.publish_folder(f"{root}/staging", f"{root}/final", marker="marker")
     assert storage.read_bytes(f"{root}/final/train/part") == b"1"
-    for staging in ("first", "second", "never"):
-        storage.delete(f"{root}/{staging}")
-        with pytest.raises(FileNotFoundError):
-            storage.read_bytes(f"{root}/{staging}/train/part")
-    assert storage.read_bytes(f"{root}/final/marker") == b"1"
+    for name in ("staging", "final/marker", "final", "never"):
+        storage.delete(f"{root}/{name}")
+        assert not storage.exists(f"{root}/{name}")
