@@ -56,9 +56,14 @@ class ScoreModel(PythonModel):
             total = int(params.get("n_images", DEFAULT_IMAGES))
             if not 1 <= total <= MAX_IMAGES:
                 raise UserError("n_images", f"must be 1 to {MAX_IMAGES}", value=total)
-            size, options = sampling.batch_size, {"sampling": sampling, "device": self.device}
+            size = sampling.batch_size
             batches = [(first, min(size, total - first)) for first in range(0, total, size)]
-            return np.concatenate([generate(self.trained, first=first, count=n, **options) for first, n in batches])
+            return np.concatenate(
+                [
+                    generate(self.trained, sampling=sampling, first=first, count=count, device=self.device)
+                    for first, count in batches
+                ]
+            )
         except InvalidValue as error:
             raise MlflowException.invalid_parameter_value(str(error)) from None
 

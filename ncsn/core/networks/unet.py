@@ -159,7 +159,7 @@ class UnetNetwork(PreconditionedNetwork):
         skips: list[Tensor] = []
         for depth, stage in enumerate(self.down):
             h = h if depth == 0 else self.downsample[depth - 1](h)
-            for block in stage:
+            for block in stage.children():
                 h = block(h, embedding, keys)
             skips.append(h)
         h = skips.pop()
@@ -169,7 +169,7 @@ class UnetNetwork(PreconditionedNetwork):
                 h, skip = self.upsample[depth](h).contiguous(memory_format=torch.channels_last), skips.pop()
                 h = functional.interpolate(h, size=tuple(skip.shape[2:]), mode="nearest").to(h.dtype).contiguous()
                 h = torch.cat([h, skip], dim=1)
-            for block in self.up[depth]:
+            for block in self.up[depth].children():
                 h = block(h, embedding, keys)
         raw: Tensor = self.output(functional.silu(self.output_norm(h).to(h.dtype)))
         return raw
