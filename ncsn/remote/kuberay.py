@@ -238,7 +238,8 @@ class KubeRay:
 
     def _watch(self, step: RemoteStep, pods: PodWatch) -> JobState:
         """Wait for the end of the RayJob."""
-        name, shown, queue = step.job_name, "", self._compute.kuberay.queue
+        name, shown, settings = step.job_name, "", self._compute.kuberay
+        ran, late = False, time.monotonic() + 60 * settings.max_start_minutes
         while True:
             found = self._api.get("rayjobs", name)
             if found is None:
@@ -246,13 +247,16 @@ class KubeRay:
             state = JobState(found)
             if str(state) != shown:
                 shown = str(state)
-                suspended = queue and state.deployment == "Suspended"
-                say(f"RayJob {name}: {shown}" + (f", waiting for quota in Kueue's queue {queue}" if suspended else ""))
+                suspended = f", waiting for quota in Kueue's queue {settings.queue}"
+                say(f"RayJob {name}: {shown}" + (suspended if state.deployment == "Suspended" else ""))
             if state.finished:
                 return state
             if state.failed and step.mistaken():
                 raise RemoteFailure(f"RayJob {name} failed, and another attempt would only repeat the mistake")
-            if state.reason == "PreRunningDeadlineExceeded":  # KubeRay would try again for the same time
+            # KubeRay would try again for the same time. It may show the reason for less than a second.
+            ran = ran or state.deployment == "Running"
+            no_start = state.failed and not ran and time.monotonic() > late
+            if no_start or state.reason == "PreRunningDeadlineExceeded":
                 raise RemoteFailure(f"RayJob {name} did not start in time: {pods.cause or state.explain()}")
             hopeless = pods.look(found)
             if hopeless and state.deployment in ("", "Initializing"):
