@@ -104,29 +104,22 @@ def test_same_run_name_in_another_store_is_another_run(config, make_config, root
     assert here.parent_run_id != there.parent_run_id
 
 
-def test_dataset_is_an_input_with_its_digest(config):
-    with step_run(config, run="data", step="train") as tracked:
+def test_datasets_files_and_metrics_arrive(config, tmp_path):
+    (tmp_path / "notes.txt").write_text("hello")
+    with step_run(config, run="artifacts", step="sample") as tracked:
         for _ in range(2):
             tracked.log_dataset("digits", digest="d" * 64, uri="/data/digits")
-    run = tracked.client.get_run(tracked.run_id)
+        tracked.log_file(str(tmp_path / "notes.txt"))
+        tracked.log_metrics({"sample/nfe": 5, "sample/broken": float("nan")}, step=3)
+    client, run_id = tracked.client, tracked.run_id
+    run, parent = client.get_run(run_id), client.get_run(tracked.parent_run_id)
+    assert Path(client.download_artifacts(run_id, "notes.txt", str(tmp_path))).read_text() == "hello"
+    assert run.data.metrics["sample/nfe"] == 5 and np.isnan(run.data.metrics["sample/broken"])
     (logged,) = run.inputs.dataset_inputs
     assert (logged.dataset.name, logged.dataset.digest) == ("digits", "d" * 36)
     assert json.loads(logged.dataset.source) == {"uri": "/data/digits"}
     assert {tag.key: tag.value for tag in logged.tags} == {"mlflow.data.context": "training"}
-    parent = tracked.client.get_run(tracked.parent_run_id)
     assert run.data.tags["dataset.digest"] == parent.data.tags["dataset.digest"] == "d" * 64
-
-
-def test_files_and_metrics_arrive(config, tmp_path):
-    (tmp_path / "notes.txt").write_text("hello")
-    with step_run(config, run="artifacts", step="sample") as tracked:
-        tracked.log_file(str(tmp_path / "notes.txt"))
-        tracked.log_metrics({"sample/nfe": 5, "sample/broken": float("nan")}, step=3)
-    client, run_id = tracked.client, tracked.run_id
-    assert Path(client.download_artifacts(run_id, "notes.txt", str(tmp_path))).read_text() == "hello"
-    metrics = client.get_run(run_id).data.metrics
-    assert metrics["sample/nfe"] == 5
-    assert np.isnan(metrics["sample/broken"])
 
 
 def test_run_that_kfp_opened_is_the_parent_and_stays_open(config, make_config, monkeypatch):
