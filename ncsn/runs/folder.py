@@ -53,6 +53,7 @@ class RunFolder:
     steps = _Below("steps")  # the records of each step
     checkpoints = _Below("checkpoints")
     averages = _Below("ema")  # snapshots of two running averages, and averages put together from them
+    samples = _Below("samples")  # by the checkpoint's digest and the sampler's
     history = _Below("history.json")  # the training curves
     previews = _Below("previews")  # images that training made of itself
     start = _Below("start")  # the weights that training starts from, if it starts from a trained network
@@ -70,10 +71,6 @@ class RunFolder:
     def preview(self, images_seen: int) -> str:
         """The preview at this many training images, a PNG file."""
         return storage.join(self.previews, f"images-{images_seen:09d}.png")
-
-    def samples(self, checkpoint_digest: str, sampler_digest: str) -> str:
-        """Folder of the images of one sampler and one checkpoint."""
-        return storage.join(self.uri, "samples", checkpoint_digest, sampler_digest)
 
     def step(self, step: str, file: str) -> str:
         """A file of one step, `step.json`, `progress.json`, `lease` or `log.txt`."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 from ncsn import storage
 from ncsn.config import Config
 from ncsn.data.dataset import Dataset, write_dataset
-from ncsn.data.format import MANIFEST, Manifest, part_images
+from ncsn.data.format import MANIFEST, part_images
 from ncsn.data.sources import open_source
 from ncsn.data.sources.base import image_shape, source_fingerprint
 from ncsn.progress import Progress
@@ -40,41 +40,37 @@ def run(config: Config, *, run: str) -> IngestResult:
         manifest = dataset.manifest
         tracked.log_dataset(manifest.name, digest=manifest.digest, uri=dataset.uri)
         tracked.log_metrics({f"ingest/{split}_images": count for split, count in manifest.counts.items()})
-    counts = dict(manifest.counts)
-    return step.done(IngestResult(dataset.uri, manifest.digest, counts, dataset.created, _notes(manifest)))
-
-
-def _notes(manifest: Manifest) -> list[str]:
     notes = [f"{count} images were {what}" for what, count in manifest.conversions.items()]
     if manifest.unlabeled:
         notes.append(f"{manifest.unlabeled} images have no label, unlike the others; each is kept with label -1")
     if manifest.skipped:
         notes.append(f"{len(manifest.skipped)} images could not be used; the first is {manifest.skipped[0].name}")
-    return notes
+    return step.done(IngestResult(dataset.uri, manifest.digest, dict(manifest.counts), dataset.created, notes))
 
 
 def write_images(
     config: Config, folder: str, *, fingerprint: str | None = None, progress: Progress | None = None
 ) -> Dataset:
     """Write the images of the config's source as a dataset below the URI `folder`, on Ray where that is faster."""
-    data = config.data
-    fingerprint = fingerprint or source_fingerprint(data)
-    source = open_source(data)
+    data, source = config.data, open_source(config.data)
     most = part_images(image_shape(data))
-    if not any(split.in_tasks and len(split) > most for split in source.splits.values()):  # one part is one task
-        return write_dataset(source, folder, name=data.source, data=data, progress=progress)
-    # Imported here: ray takes a second, which a small source need not wait for.
-    from ncsn.distributed.cluster import ray_cluster
-    from ncsn.distributed.tasks import few_cores, write_parts
+    large = any(split.in_tasks and len(split) > most for split in source.splits.values())  # one part is one task
+    cluster: AbstractContextManager[object] = nullcontext()
+    writer = None
+    if large:
+        # Imported here: ray takes a second, which a small source need not wait for.
+        from ncsn.distributed.cluster import ray_cluster
+        from ncsn.distributed.tasks import few_cores, write_parts
 
-    here = few_cores()
-    with nullcontext() if here else ray_cluster(config):
+        if not few_cores():
+            cluster, writer = ray_cluster(config), write_parts
+    with cluster:
         return write_dataset(
             source,
             folder,
             name=data.source,
             data=data,
-            fingerprint=fingerprint,
-            write_parts=None if here else write_parts,
+            fingerprint=fingerprint or source_fingerprint(data) if large else None,
+            write_parts=writer,
             progress=progress,
         )

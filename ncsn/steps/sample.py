@@ -65,7 +65,7 @@ def run(
     config = settle_guide(config, near=step.folder.uri)
     guide = guide_of(trained, config.sampling)
     facts = sampling_facts(config.sampling, guide)
-    uri = step.folder.samples(trained.digest, storage.digest(facts, 12))
+    uri = storage.join(step.folder.samples, trained.digest, storage.digest(facts, 12))
     inputs = {"uri": uri, "num_images": config.sampling.num_images}
     if result := step.found(inputs, needs=lambda result: [result.uri, result.grid, result.strip]):
         return result
