@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ncsn.core.keyed_random import Stream
-from ncsn.core.losses import HELD_OUT_SEED, EdmWeight, losses_at
+from ncsn.core.keyed_random import COMMON_SEED, Stream
+from ncsn.core.losses import EdmWeight, losses_at
 from ncsn.core.training_noise import LognormalNoise
 from ncsn.data.format import Rows, read_split
 from ncsn.model.checkpoint import TrainedNetwork
@@ -56,7 +56,7 @@ def held_out_losses(trained: TrainedNetwork, rows: Rows, *, sigmas: torch.Tensor
     for first in range(0, len(rows.images), BATCH):
         part = slice(first, first + BATCH)
         images = torch.from_numpy(np.array(rows.images[part]))
-        x = encoded(trained.config, images, seed=HELD_OUT_SEED, stream=Stream.HELD_OUT_DEQUANTIZE, first=first)
+        x = encoded(trained.config, images, seed=COMMON_SEED, stream=Stream.HELD_OUT_DEQUANTIZE, first=first)
         labels = None if trained.config.data.num_classes is None else torch.from_numpy(np.array(rows.labels[part]))
         with torch.inference_mode():
             parts.append(

@@ -18,9 +18,8 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from torch_fidelity.utils import get_featuresdict_from_dataset
 
 from benchmarks.measure import Row, in_turns, own_process, ratio
-from ncsn.config.schema import PUBLISHED_SHA256
 from ncsn.evaluation.extractors import batches, joined
-from ncsn.evaluation.extractors.published import InceptionExtractor
+from ncsn.evaluation.extractors.published import PUBLISHED_SHA256, InceptionExtractor
 from ncsn.evaluation.frechet import FrechetStatistics, frechet_distance
 from ncsn.process import keep_freed_memory
 

@@ -31,7 +31,7 @@ import yaml
 from ncsn.config.schema import SamplingConfig
 from ncsn.data.format import load_manifest
 from ncsn.data.training_images import open_cache
-from ncsn.evaluation.classes import AskedClasses
+from ncsn.evaluation.class_scores import AskedClasses
 from ncsn.evaluation.extractors import joined
 from ncsn.evaluation.features import extractor_of
 from ncsn.evaluation.measure import NEIGHBOR_IMAGES, measure_extracted

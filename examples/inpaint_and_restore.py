@@ -24,7 +24,7 @@ from ncsn.core.samplers.chain import start
 from ncsn.core.samplers.langevin import inpaint
 from ncsn.core.samplers.restoration import (
     KnownPixels,
-    Measured,
+    Observation,
     Operator,
     blur,
     gaussian_variance,
@@ -70,7 +70,7 @@ def restore(model: Model, y: Tensor, operator: Operator, *, sigma_y: float, step
     sampler, sigmas = KarrasHeun(num_steps=steps), model.network.sigmas
     return restored(
         model.network,
-        Measured(operator, y, noise=sigma_y),
+        Observation(operator, y, noise=sigma_y),
         gaussian_variance(model.network.sigma_data),
         sampler=sampler,
         x=start(sampler, model.moments, sigma_1=float(sigmas[0]), noise=noise),

@@ -47,7 +47,7 @@ class KfpRefusalError(KfpError):
 
 
 @dataclass(frozen=True)
-class Connection:
+class KfpConnection:
     """A client whose server has answered."""
 
     client: Client
@@ -60,7 +60,7 @@ class Connection:
         return f"{os.environ.get(UI_ENDPOINT, self.host).rstrip('/')}/#/{kind}/details/{run_id}"
 
 
-def connect(host: str | None, *, namespace: str | None = None) -> Connection:
+def connect(host: str | None, *, namespace: str | None = None) -> KfpConnection:
     """A client of the server at `host`, None = KF_PIPELINES_ENDPOINT, after it has answered.
 
     A Kubeflow of several users needs a namespace; None = that of this pod.
@@ -86,7 +86,7 @@ def connect(host: str | None, *, namespace: str | None = None) -> Connection:
             credentials=ServiceAccountTokenVolumeCredentials(str(file)) if file else None,
         )
     version = health.get("tag_name") or health.get("apiServerTagName")  # the latter through ml-pipeline-ui
-    return Connection(client, address, namespace, str(version or "unknown version"))
+    return KfpConnection(client, address, namespace, str(version or "unknown version"))
 
 
 def _credentials() -> tuple[str, str | None, str | None, Path | None]:
@@ -178,13 +178,13 @@ class Submitted:
     experiment: str
 
 
-def require_access(connection: Connection) -> None:
+def require_access(connection: KfpConnection) -> None:
     """Ask for something that only a user may see; the health of the server is public."""
     with _refusals(connection, "list experiments"):
         connection.client.list_experiments(page_size=1, namespace=connection.namespace)
 
 
-def submit(connection: Connection, submission: Submission, *, every: str | None = None) -> Submitted:
+def submit(connection: KfpConnection, submission: Submission, *, every: str | None = None) -> Submitted:
     """Start one run; with `every`, a cron expression in UTC, one at a time at those times, none for those missed."""
     doing = f"start {submission.name!r}" if every is None else f"schedule {submission.name!r} by {every!r}"
     with package(submission) as (file, arguments), _refusals(connection, doing):
@@ -246,7 +246,7 @@ def arguments_for(spec: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str
 
 
 @contextlib.contextmanager
-def _refusals(connection: Connection, doing: str) -> Iterator[None]:
+def _refusals(connection: KfpConnection, doing: str) -> Iterator[None]:
     """Turn the server's refusal into a `KfpError`."""
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # KFP's client prints links

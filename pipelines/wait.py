@@ -17,7 +17,7 @@ from ncsn.remote.kuberay import STANDALONE
 from ncsn.remote.kubernetes import RUN_ID_LABEL, KubernetesApi
 from ncsn.remote.pods import troubles_of_run
 from ncsn.storage.retry import Retry
-from pipelines.submit import Connection, KfpError, reason_of
+from pipelines.submit import KfpConnection, KfpError, reason_of
 
 SUCCEEDED = ("SUCCEEDED", "SKIPPED")
 ENDED = (*SUCCEEDED, "FAILED", "CANCELED")
@@ -32,7 +32,7 @@ class RunFailed(Exception):
 
 
 def wait(
-    connection: Connection,
+    connection: KfpConnection,
     run_id: str,
     *,
     say: Callable[[str], None],
@@ -85,7 +85,7 @@ def wait(
 class _Pods:
     """The pods of a run, if the cluster can be reached from here."""
 
-    def __init__(self, connection: Connection, run_id: str, say: Callable[[str], None]) -> None:
+    def __init__(self, connection: KfpConnection, run_id: str, say: Callable[[str], None]) -> None:
         self._labels, self._run_id, self._say = f"{RUN_ID_LABEL}={run_id}", run_id, say
         self._shown: dict[str, str] = {}
         self._final: set[str] = set()

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import yaml
@@ -44,6 +45,12 @@ def from_yaml(text: str, *, overrides: Sequence[str] = (), origin: str = "config
 
     `ConfigError` with each wrong key or value; `origin` says there where the text comes from.
     """
+    return _parsed(text, tuple(overrides), origin)
+
+
+# One `ncsn run` reads the same few texts again and again: those of the run, and of a checkpoint in each step.
+@lru_cache(maxsize=32)
+def _parsed(text: str, overrides: tuple[str, ...], origin: str) -> Config:
     try:
         tree = yaml.load(text, Loader=_UniqueKeys)  # noqa: S506 (a SafeLoader)
     except NOT_YAML as error:

@@ -15,11 +15,12 @@ from ncsn.config.choices import (
     UnetNetworkConfig,
 )
 from ncsn.config.problems import problems
-from ncsn.config.schema import PUBLISHED_FILES, Config
+from ncsn.config.schema import Config
 from ncsn.config.training import DsmLossConfig, LevelsConfig, LognormalTraining, PowerEmaConfig, SsmLossConfig
 from ncsn.core.samplers.settings import AnnealedLangevin, DpmSolver, Langevin
 from ncsn.errors import ConfigError, Problem
 
+_WEIGHTS = {"inception": "weights-inception-2015-12-05-6726825d.pth", "dinov2": "dinov2_vitl14_pretrain.pth"}  # files
 _HALVINGS = {"standard": 1, "deeper": 2, "deepest": 3}
 _ANY_SIGMA = "needs a network that takes any sigma, but network.kind = ncsn knows only its own noise levels"
 
@@ -171,7 +172,7 @@ def _sampling(config: Config) -> Iterator[Problem]:
         yield Problem(
             "evaluation.weights",
             f"missing, and evaluation.extractor = {evaluation.pretrained} needs them; there is no default download",
-            f"set it to the path, URL or S3 URI of {PUBLISHED_FILES[evaluation.pretrained]}",
+            f"set it to the path, URL or S3 URI of {_WEIGHTS[evaluation.pretrained]}",
         )
 
 

@@ -28,15 +28,6 @@ from ncsn.config.training import (
 from ncsn.core.samplers.settings import AnySampler
 from ncsn.errors import UserError
 
-NUM_FEATURES = {"inception": 2048, "dinov2": 1024}
-VERSUS = "_vs_"  # before the split in the names of metrics against another split than train
-# Extractor with published weights -> their file and its SHA-256.
-PUBLISHED_FILES = {"inception": "weights-inception-2015-12-05-6726825d.pth", "dinov2": "dinov2_vitl14_pretrain.pth"}
-PUBLISHED_SHA256 = {
-    "inception": "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
-    "dinov2": "d5383ea8f4877b2472eb973e0fd72d557c7da5d3611bd527ceeb1d7162cbf428",
-}
-
 MODEL_NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,249}"
 _COLORS = {"none": None, "white": (255, 255, 255), "black": (0, 0, 0)}
 NAME_PATTERN = r"^[a-z0-9]([a-z0-9_-]{0,38}[a-z0-9])?$"
@@ -105,6 +96,11 @@ class DataConfig(Section):
         if not (word or color):
             raise UserError("", "not a color", hint="use white, black, none or [r, g, b], from 0 to 255", value=value)
         return value
+
+    @property
+    def stored_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of an image of the dataset."""
+        return self.image_size, self.image_size, self.channels
 
     @property
     def background_color(self) -> tuple[int, int, int] | None:
@@ -228,11 +224,6 @@ class EvaluationConfig(Section):
         if self.extractor == "inception" or (self.extractor == "auto" and self.weights is not None):
             return "inception"
         return "dinov2" if self.extractor == "dinov2" else None
-
-    @property
-    def num_features(self) -> int:
-        """Of the extractor."""
-        return 128 if self.pretrained is None else NUM_FEATURES[self.pretrained]
 
     def resolved(self, *, num_classes: int) -> EvaluationConfig:
         """The same settings with `auto` replaced by an extractor, for images of `num_classes` classes."""

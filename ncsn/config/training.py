@@ -113,8 +113,7 @@ class OptimizerConfig(Section):
 
 SNAPSHOTS = 16  # of the averages over a training
 RELATIVE_WIDTHS = (0.05, 0.1)  # of the two averages: standard deviation over time, as a share of the training so far
-WIDEST = 0.2886  # relative width of the plain mean, 1 / sqrt(12), rounded down
-Width = Annotated[float, Field(gt=0, le=WIDEST)]
+Width = Annotated[float, Field(gt=0, le=0.2886)]  # below that of the plain mean, `core.ema.WIDEST`
 
 
 class DecayEmaConfig(Section):

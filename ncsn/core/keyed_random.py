@@ -20,6 +20,8 @@ _WORDS_PER_BLOCK = 4
 _UNIFORM, _NORMAL, _PERMUTATION = range(3)
 _LOW_32 = 0xFFFFFFFF
 
+COMMON_SEED = 0  # of draws that are the same for all experiments on a dataset, so that their results compare
+
 
 class Stream(IntEnum):
     """Numbers of the streams in use, so that no two purposes share random numbers.

@@ -11,12 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ncsn.core.keyed_random import keyed_normal
+from ncsn.core.keyed_random import COMMON_SEED, keyed_normal
 
 # A score network, called as `ncsn.core.networks.base` says.
 ScoreFunction = Callable[..., Tensor]
-
-HELD_OUT_SEED = 0  # of `losses_at`; the same for all experiments, so that all runs on a dataset are paired
 
 
 @dataclass(frozen=True)
@@ -226,7 +224,7 @@ def losses_at(
     loss, size = DenoisingScoreMatching(), x[0].numel()
     conditions, rows = {} if labels is None else {"labels": labels}, []
     for number, sigma in enumerate(sigmas.to(x.device)):
-        z = keyed_normal(HELD_OUT_SEED, stream=stream + number, first=first, count=len(x), size=size).view(x.shape)
+        z = keyed_normal(COMMON_SEED, stream=stream + number, first=first, count=len(x), size=size).view(x.shape)
         level = None if levels is None else torch.full((len(x),), levels[number], device=x.device)
         rows.append(loss(network, Batch(x, sigma.expand(len(x)), z.to(x), level, conditions=conditions)).per_image)
     return torch.stack(rows)

@@ -10,7 +10,7 @@ from torch import Tensor
 from ncsn.core.keyed_random import Stream, keyed_permutations, keyed_uniform
 from ncsn.core.losses import Batch
 
-STRATA = 64  # consecutive draws that a stratified distribution spreads evenly
+STRATA = 64  # consecutive draws that are spread evenly over the distribution
 BINS = 10  # of the loss curves, at most
 FEW_DRAWS = 1000  # from which a network learns a range of sigma
 
@@ -55,12 +55,11 @@ class LevelNoise:
 class LognormalNoise:
     """ln sigma ~ N(mean, std^2), by the inverse of the distribution function (Karras et al. 2022, section 5).
 
-    `stratified` draws one value from each 1/64 of the probability in each 64 consecutive places, in random order.
+    Each 64 consecutive places have one value from each 1/64 of the probability, in random order.
     """
 
     mean: float
     std: float
-    stratified: bool = True
 
     def quantile(self, p: Tensor) -> Tensor:
         """Sigma at cumulative probabilities p in (0, 1), float64, p's shape."""
@@ -80,12 +79,10 @@ class LognormalNoise:
     def draw(self, seed: int, *, first: int, count: int) -> NoiseDraw:
         """See `LevelNoise`; finite always, since the uniform numbers stay away from 0 and 1."""
         u = keyed_uniform(seed, stream=Stream.LEVEL, first=first, count=count, size=1)[:, 0].double()
-        if self.stratified:
-            block, end = first // STRATA, -(-(first + count) // STRATA)
-            order = keyed_permutations(seed, stream=Stream.STRATUM, first=block, count=end - block, size=STRATA)
-            stratum = order.flatten()[first - block * STRATA :][:count]
-            u = (stratum + u) / STRATA
-        return self.quantile(u).float(), None
+        block, end = first // STRATA, -(-(first + count) // STRATA)
+        order = keyed_permutations(seed, stream=Stream.STRATUM, first=block, count=end - block, size=STRATA)
+        stratum = order.flatten()[first - block * STRATA :][:count]
+        return self.quantile((stratum + u) / STRATA).float(), None
 
     def bin_of(self, batch: Batch) -> Tensor:
         edges = self.quantile(torch.arange(1, BINS) / BINS).float()

@@ -39,7 +39,7 @@ from ncsn.data.format import (
 )
 from ncsn.data.noise_levels import MOST_IMAGES, ImageSample, suggestions
 from ncsn.data.pixels import PIXELS_VERSION
-from ncsn.data.sources.base import BadImages, Source, Split, image_shape
+from ncsn.data.sources.base import BadImages, Source, Split
 from ncsn.errors import UserError
 from ncsn.progress import Progress
 
@@ -73,7 +73,7 @@ class PartTask:
 
     def write(self, *, cores: int | None = None) -> Iterator[Rows]:
         """Write the part, and publish it after its last block; gives each block while it is being written."""
-        shape = image_shape(self.data)
+        shape = self.data.stored_shape
         block_rows = max(1, _BLOCK_BYTES // math.prod(shape))
         bad = BadImages(skip=self.data.on_bad_image == "skip")
         examples = bad.filter(self.images.stream(cores=cores))
@@ -154,7 +154,7 @@ def _write(
     write_parts: WriteParts | None,
     progress: Progress,
 ) -> Dataset:
-    shape, total = image_shape(data), sum(map(len, source.splits.values()))
+    shape, total = data.stored_shape, sum(map(len, source.splits.values()))
     most, near = part_images(shape), folder if storage.is_local(folder) else staging
     progress.start(total, "images")
     bad, sample = BadImages(skip=True), ImageSample(MOST_IMAGES)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from ncsn.config import Config
-from ncsn.config.schema import VERSUS, EvaluationConfig
+from ncsn.config.schema import EvaluationConfig
 from ncsn.data.format import Manifest
 from ncsn.errors import UserError
 from ncsn.model.classes import BALANCED
 
+VERSUS = "_vs_"  # before the split in the names of metrics against another split than train
 LEAST_TEST_IMAGES = 3  # for the uncertainty of a Fréchet distance
 
 

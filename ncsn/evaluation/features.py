@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from ncsn.config import Config, from_yaml, to_json
-from ncsn.core.keyed_random import keyed_permutation
+from ncsn.core.keyed_random import COMMON_SEED, keyed_permutation
 from ncsn.data.format import Manifest, load_manifest
 from ncsn.data.samples import batch_starts, read_labels, read_samples
 from ncsn.data.training_images import open_cache
@@ -27,8 +27,6 @@ from ncsn.progress import Progress
 
 T = TypeVar("T")
 R = TypeVar("R")
-
-SEED = 0  # of the classifier and of what is drawn: one for all experiments on a dataset, so that they compare
 
 
 class Runner(Protocol):
@@ -65,7 +63,7 @@ class SampleSet:
 
 @dataclass(frozen=True)
 class SplitSet:
-    """The first `count` images of a split of a dataset, in stored order or, if `drawn`, in the order of `SEED`."""
+    """The first `count` images of a split of a dataset, in stored order or, if `drawn`, in a shuffled one."""
 
     dataset: str
     split: str
@@ -84,7 +82,7 @@ class SplitSet:
         return np.asarray(labels[self._rows(len(labels)) if self.drawn else slice(None)][: self.count])
 
     def _rows(self, size: int) -> NDArray[np.int64]:
-        return keyed_permutation(SEED, epoch=0, size=size)
+        return keyed_permutation(COMMON_SEED, epoch=0, size=size)
 
 
 ImageSet = SampleSet | SplitSet
@@ -144,6 +142,6 @@ def recipe_of(config: Config, manifest: Manifest) -> ClassifierRecipe:
         channels=manifest.channels,
         num_classes=num_clusters(manifest.count("train")) if clustered else len(manifest.class_names),
         epochs=config.evaluation.classifier_epochs,
-        seed=SEED,
+        seed=COMMON_SEED,
         clustered=clustered,
     )

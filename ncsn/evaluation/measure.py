@@ -10,12 +10,12 @@ import numpy as np
 import numpy.typing as npt
 
 from ncsn.config import Config
-from ncsn.core.keyed_random import keyed_permutation
+from ncsn.core.keyed_random import COMMON_SEED, keyed_permutation
 from ncsn.data.training_images import open_cache
 from ncsn.evaluation import classes_in_turn
-from ncsn.evaluation.classes import AskedClasses, ClassScores, asked_classes, class_scores
+from ncsn.evaluation.class_scores import AskedClasses, ClassScores, asked_classes, class_scores
 from ncsn.evaluation.extractors import Extracted, Identity, Images
-from ncsn.evaluation.features import SEED, ImageSet, Runner, SplitSet, extract_set
+from ncsn.evaluation.features import ImageSet, Runner, SplitSet, extract_set
 from ncsn.evaluation.frechet import (
     FrechetStatistics,
     RunningDistance,
@@ -206,7 +206,7 @@ def _measure_set(work: _Work) -> Measured:
         reference=reference,
         training_images=open_cache(dataset, "train").images,
         num_splits=config.evaluation.num_splits,
-        seed=SEED,
+        seed=COMMON_SEED,
         classes=extractor.knows_classes,
         asked=asked_classes(config, dataset, images, extractor=extractor.name),
         in_turn=1 if isinstance(images, SplitSet) else classes_in_turn(config),

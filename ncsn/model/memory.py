@@ -21,8 +21,8 @@ _CUDA = 3e9  # CUDA's libraries and context in the host's memory
 _STATE, _SNAPSHOT = 5, 6  # copies of the weights: gradients, moments and average included; for a checkpoint
 _SAMPLING_SHARE = 1 / 6  # of training's feature maps, alive at once while sampling (measured: 8 to 11 %)
 _FLOAT, _DOUBLE = 4, 8
-# Extractor -> bytes to load its weights (measured: 1.86 GB), bytes of an image in it.
-_PRETRAINED = {"inception": (0.0, 20e6), "dinov2": (1.9e9, 20e6)}
+# Extractor -> its features, bytes to load its weights (measured: 1.86 GB), bytes of an image in it.
+_PRETRAINED = {"inception": (2048, 0.0, 20e6), "dinov2": (1024, 1.9e9, 20e6)}
 _CLASSES = 1008  # of Inception; DINOv2 has none
 _GROUPS = 20 + 10  # [D, D] matrices of the Fréchet distance's jackknife
 
@@ -77,7 +77,7 @@ def _evaluation(config: Config, reference_images: int) -> float:
     kind = config.evaluation.pretrained
     if kind is None:
         return 1e9
-    features, (weights, image) = config.evaluation.num_features, _PRETRAINED[kind]
+    features, weights, image = _PRETRAINED[kind]
     extracting = weights + (0.0 if config.compute.use_gpu else image * config.evaluation.batch_size)
     samples = (_FLOAT * features + _DOUBLE * _CLASSES) * config.sampling.num_images
     metrics = 2 * _FLOAT * features * reference_images + samples + _DOUBLE * features**2 * _GROUPS

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-from ncsn.config.schema import VERSUS
+from ncsn.evaluation import VERSUS
 from ncsn.runs.folder import Cost
 
 REAL = "eval/real_"

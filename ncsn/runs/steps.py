@@ -9,7 +9,7 @@ OWN = "own"  # instead of a URI: the run's own
 
 
 @dataclass(frozen=True)
-class Source:
+class InputFrom:
     """The field of an earlier step's result that an input comes from if nobody names it."""
 
     step: str
@@ -23,16 +23,16 @@ class StepInfo:
     """What a step does, where its inputs come from, and where and how it runs."""
 
     summary: str
-    inputs: Mapping[str, Source] = field(default_factory=dict)
-    on_demand: Mapping[str, Source] = field(default_factory=dict)  # inputs only if they are asked for
+    inputs: Mapping[str, InputFrom] = field(default_factory=dict)
+    on_demand: Mapping[str, InputFrom] = field(default_factory=dict)  # inputs only if they are asked for
     always: bool = False  # part of every run
     elsewhere: bool = False  # where `compute.backend` says, under its launcher's lease; others are too small
 
 
-_DATASET = Source("ingest", "uri", "ingested dataset")
-_CHOSEN = Source("train", "checkpoint", "checkpoint", selectable=True)
-_SAMPLED = Source("sample", "checkpoint", "checkpoint of the samples")  # not always the last, see `ncsn select`
-_SAMPLES = Source("sample", "uri", "folder of samples")
+_DATASET = InputFrom("ingest", "uri", "ingested dataset")
+_CHOSEN = InputFrom("train", "checkpoint", "checkpoint", selectable=True)
+_SAMPLED = InputFrom("sample", "checkpoint", "checkpoint of the samples")  # not always the last, see `ncsn select`
+_SAMPLES = InputFrom("sample", "uri", "folder of samples")
 
 STEP_INFO: Mapping[str, StepInfo] = {
     # Those of the pipeline, in its order.
@@ -65,13 +65,13 @@ STEP_INFO: Mapping[str, StepInfo] = {
         "Register the model in MLflow.",
         inputs={
             "checkpoint": _SAMPLED,
-            "evaluation": Source("evaluate", "uri", "evaluation that decides whether it becomes champion"),
+            "evaluation": InputFrom("evaluate", "uri", "evaluation that decides whether it becomes champion"),
         },
         always=True,
     ),
     "report": StepInfo(
         "Write one HTML page about the run.",
-        inputs={"evaluation": Source("evaluate", "uri", "evaluation to report on")},
+        inputs={"evaluation": InputFrom("evaluate", "uri", "evaluation to report on")},
         always=True,
     ),
     # Those on a finished run.

@@ -10,7 +10,7 @@ from ncsn.config import Config
 from ncsn.data.dataset import Dataset, write_dataset
 from ncsn.data.format import MANIFEST, part_images
 from ncsn.data.sources import open_source
-from ncsn.data.sources.base import image_shape, source_fingerprint
+from ncsn.data.sources.base import source_fingerprint
 from ncsn.progress import Progress
 from ncsn.steps.step import Step
 
@@ -53,7 +53,7 @@ def write_images(
 ) -> Dataset:
     """Write the images of the config's source as a dataset below the URI `folder`, on Ray where that is faster."""
     data, source = config.data, open_source(config.data)
-    most = part_images(image_shape(data))
+    most = part_images(data.stored_shape)
     large = any(split.in_tasks and len(split) > most for split in source.splits.values())  # one part is one task
     cluster: AbstractContextManager[object] = nullcontext()
     writer = None

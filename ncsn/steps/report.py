@@ -39,7 +39,7 @@ class ReportResult:
 
 
 @dataclass(frozen=True)
-class Sources:
+class ReportSources:
     """What the other steps of a run wrote."""
 
     config: Config  # with noise levels
@@ -59,7 +59,7 @@ def run(config: Config, *, run: str, evaluation: str) -> ReportResult:
     samples = storage.read_json(storage.join(measured["samples"], "manifest.json"))
     loaded = checkpoints.load_for_sampling(samples["checkpoint"])
     config = checkpoints.require_same_training(loaded.config, config, origin=samples["checkpoint"])
-    sources = Sources(
+    sources = ReportSources(
         config=settle_guide(config, near=step.folder.uri),
         folder=step.folder,
         checkpoint=loaded,
@@ -87,7 +87,7 @@ def run(config: Config, *, run: str, evaluation: str) -> ReportResult:
     return step.done(ReportResult(uri=uri, size=len(text.encode())))
 
 
-def _results(sources: Sources) -> dict[str, Any]:
+def _results(sources: ReportSources) -> dict[str, Any]:
     """What was made of what in which time, how it compares with real images, and what was chosen on the way."""
     config, records, folder = sources.config, sources.records, sources.folder
     evaluation, selection = sources.evaluation, sources.selection
@@ -125,7 +125,7 @@ def _results(sources: Sources) -> dict[str, Any]:
     }
 
 
-def _lineage(sources: Sources, tracked: StepRun) -> Iterator[Fact]:
+def _lineage(sources: ReportSources, tracked: StepRun) -> Iterator[Fact]:
     whole = tracked.client.get_run(tracked.parent_run_id)
     steps = steps_of_run(tracked.client, whole)
     yield Fact("Run", sources.folder.uri)
@@ -157,7 +157,7 @@ def _grid_caption(samples: Mapping[str, Any]) -> str:
     return f"{caption} All are of the class {label if label in names else names[int(label)]}."
 
 
-def _training(sources: Sources) -> dict[str, Any]:
+def _training(sources: ReportSources) -> dict[str, Any]:
     """The loss over training, and what it says."""
     config, history = sources.config, load_history(sources.folder.history)
     found, loss_plot, held_out_plot = list[str](), "", ""

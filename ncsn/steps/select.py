@@ -16,13 +16,13 @@ from typing import Any
 
 from ncsn import storage
 from ncsn.config import Config
+from ncsn.core.keyed_random import COMMON_SEED
 from ncsn.data.format import Manifest, load_manifest
 from ncsn.distributed.cluster import cluster_for, ray_tags
 from ncsn.distributed.sampling import sample_features
 from ncsn.distributed.tasks import runner_of
 from ncsn.errors import NotFound, UserError
 from ncsn.evaluation import evaluation_of
-from ncsn.evaluation.features import SEED
 from ncsn.evaluation.measure import metric_name
 from ncsn.evaluation.reference import Evaluator, open_evaluator
 from ncsn.evaluation.scores import kernel_distance
@@ -120,7 +120,7 @@ def scores(
         if features is not None and settings.figure == "fid":
             value = evaluator.distance(features)
         elif features is not None:
-            value = kernel_distance(features, evaluator.reference.features, seed=SEED).mean
+            value = kernel_distance(features, evaluator.reference.features, seed=COMMON_SEED).mean
         storage.write_json(places[missing[index]], {"value": value})
         yield found[missing[index]], value
 

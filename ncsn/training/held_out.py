@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ncsn.config import Config
-from ncsn.core.keyed_random import Stream, keyed_permutation
-from ncsn.core.losses import HELD_OUT_SEED, losses_at
+from ncsn.core.keyed_random import COMMON_SEED, Stream, keyed_permutation
+from ncsn.core.losses import losses_at
 from ncsn.core.samplers.level_grid import choose_levels
 from ncsn.core.training import EVALUATIONS_PER_STEP, TrainState
 from ncsn.core.training_noise import LevelNoise
@@ -64,7 +64,7 @@ class ImageShare:
         for first in range(0, len(self.places), size):
             places, part = self.places[first : first + size], slice(first, first + size)
             images, labels = torch.from_numpy(self.rows.images[part]), torch.from_numpy(self.rows.labels[part])
-            x = encoded(config, images, seed=HELD_OUT_SEED, stream=self.dequantize, first=places.start)
+            x = encoded(config, images, seed=COMMON_SEED, stream=self.dequantize, first=places.start)
             yield places, x, None if config.data.num_classes is None else labels
 
 
@@ -147,5 +147,5 @@ def open_probe(config: Config, dataset: str, training: TrainingImages, context: 
 def _share(split: TrainingImages, count: int, context: WorkerContext, noise: int, dequantize: int) -> ImageShare:
     places = context.share(count)
     # A random choice, because a split may be sorted by class.
-    chosen = keyed_permutation(HELD_OUT_SEED, epoch=0, size=len(split))[places.start : places.stop]
+    chosen = keyed_permutation(COMMON_SEED, epoch=0, size=len(split))[places.start : places.stop]
     return ImageShare(split.rows(chosen), places, count, noise, dequantize)

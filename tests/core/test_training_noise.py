@@ -12,14 +12,14 @@ from ncsn.core.noise_schedule import geometric_sigmas
 from ncsn.core.training_noise import STRATA, LevelNoise, LognormalNoise
 
 MEAN, STD, SIGMA_DATA = -1.893147, 1.2, 0.25
-PLAIN, STRATIFIED = LognormalNoise(MEAN, STD, stratified=False), LognormalNoise(MEAN, STD)
+NOISE = LognormalNoise(MEAN, STD)
 WEIGHT = EdmWeight(SIGMA_DATA)
 LOSS = DenoisingScoreMatching(WEIGHT)
 
 
 def quantiles(count: int) -> Tensor:
     """Middles of `count` equally probable parts, [count] float64."""
-    return PLAIN.quantile((torch.arange(count, dtype=torch.float64) + 0.5) / count)
+    return NOISE.quantile((torch.arange(count, dtype=torch.float64) + 0.5) / count)
 
 
 def normal(*shape: int, seed: int) -> Tensor:
@@ -32,17 +32,17 @@ def test_the_distribution_of_sigma() -> None:
     assert (2 * sigma).square().mean().item() == pytest.approx(1.6160744, rel=0.01)
     p = torch.tensor([0.001, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 0.999, 0.9999])
     expected = [0.00369, 0.00923, 0.02092, 0.06704, 0.15060, 0.33832, 1.0840, 2.4558, 6.142, 13.06]
-    assert PLAIN.quantile(p).tolist() == pytest.approx(expected, rel=1e-3)
+    assert NOISE.quantile(p).tolist() == pytest.approx(expected, rel=1e-3)
 
 
 def test_the_bins_are_equally_probable() -> None:
     medians = [1.084, 0.5223, 0.3383, 0.2391, 0.1751, 0.1295, 0.0948, 0.0670, 0.0434, 0.0209]
-    assert PLAIN.bins.tolist() == pytest.approx(medians, rel=2e-3)
+    assert NOISE.bins.tolist() == pytest.approx(medians, rel=2e-3)
     edges = [0.7010, 0.4135, 0.2826, 0.2041, 0.1506, 0.1111, 0.0803, 0.0549, 0.0324]
     for factor, first in ((1.003, 0), (0.997, 1)):
         sigma = torch.tensor([factor * edge for edge in edges])
         batch = Batch(torch.zeros(9, 1, 1, 1), sigma, torch.zeros(9, 1, 1, 1))
-        assert PLAIN.bin_of(batch).tolist() == list(range(first, first + 9))
+        assert NOISE.bin_of(batch).tolist() == list(range(first, first + 9))
 
 
 @pytest.mark.parametrize("levels", [1, 4, 10, 12, 18, 232])
@@ -56,19 +56,18 @@ def test_levels_are_counted_in_at_most_ten_bins(levels: int) -> None:
     assert len(noise.bins) == min(levels, 10) and (noise.bins.diff() < 0).all()
 
 
-@pytest.mark.parametrize("noise", [PLAIN, STRATIFIED], ids=["plain", "stratified"])
-def test_a_million_draws_have_the_distribution(noise: LognormalNoise) -> None:
-    sigma, level = noise.draw(3, first=0, count=1_000_000)
+def test_a_million_draws_have_the_distribution() -> None:
+    sigma, level = NOISE.draw(3, first=0, count=1_000_000)
     assert level is None and sigma.isfinite().all() and sigma.min() > 0
     assert ((2 * sigma > 0.05) & (2 * sigma < 2)).double().mean().item() == pytest.approx(0.8754, abs=1.3e-3)
     assert sigma.double().log().mean().item() == pytest.approx(MEAN, abs=5e-3)
     assert sigma.double().log().std().item() == pytest.approx(STD, abs=5e-3)
     empty = torch.zeros(len(sigma), 0)
-    shares = torch.bincount(noise.bin_of(Batch(empty, sigma, empty)), minlength=10) / len(sigma)
+    shares = torch.bincount(NOISE.bin_of(Batch(empty, sigma, empty)), minlength=10) / len(sigma)
     assert shares.tolist() == pytest.approx([0.1] * 10, abs=1.2e-3)
 
 
-@pytest.mark.parametrize("noise", [PLAIN, STRATIFIED, LevelNoise(geometric_sigmas(1, 0.01, 7))])
+@pytest.mark.parametrize("noise", [NOISE, LevelNoise(geometric_sigmas(1, 0.01, 7))])
 def test_a_draw_is_that_of_its_place_in_any_batch(noise: LognormalNoise | LevelNoise) -> None:
     whole = noise.draw(1, first=1000, count=300)[0]
     parts = [noise.draw(1, first=first, count=end - first)[0] for first, end in ((1000, 1001), (1001, 1150))]
@@ -77,7 +76,7 @@ def test_a_draw_is_that_of_its_place_in_any_batch(noise: LognormalNoise | LevelN
 
 
 def test_each_block_has_one_draw_of_each_stratum() -> None:
-    sigma = STRATIFIED.draw(0, first=0, count=3 * STRATA)[0].double()
+    sigma = NOISE.draw(0, first=0, count=3 * STRATA)[0].double()
     stratum = (torch.special.ndtr((sigma.log() - MEAN) / STD) * STRATA).long().view(3, STRATA)
     assert torch.equal(stratum.sort(dim=1).values, torch.arange(STRATA).expand(3, STRATA))
     assert not torch.equal(stratum[0], stratum[1])
@@ -129,9 +128,9 @@ def test_losses_of_known_scores(spread: float, best: float, fresh: float) -> Non
 
 @pytest.mark.parametrize(("images", "sigma"), [(200e6, 30.2), (50e6, 20.8), (5e6, 10.5), (0.8e6, 5.67)])
 def test_how_far_the_network_has_seen(images: float, sigma: float) -> None:
-    assert PLAIN.largest_seen(int(images)) == pytest.approx(sigma, rel=5e-3)
+    assert NOISE.largest_seen(int(images)) == pytest.approx(sigma, rel=5e-3)
     assert LognormalNoise(-1.40, 1.2).largest_seen(800_000) == pytest.approx(9.3, rel=5e-3)
-    assert PLAIN.largest_seen(500) == 0
+    assert NOISE.largest_seen(500) == 0
 
 
 def test_the_uncertainty_learns_the_loss() -> None:
@@ -145,13 +144,13 @@ def test_the_uncertainty_learns_the_loss() -> None:
 
     for step in range(400):
         optimizer.param_groups[0]["lr"] = 0.05 * (1 - step / 400)
-        sigma = STRATIFIED.draw(0, first=1024 * step, count=1024)[0]
+        sigma = NOISE.draw(0, first=1024 * step, count=1024)[0]
         batch = Batch(spread * normal(1024, 16, seed=step).float(), sigma, normal(1024, 16, seed=1000 + step).float())
         optimizer.zero_grad()
         value = loss(score, batch)
         torch.autograd.backward(value.loss)
         optimizer.step()
-    sigma = PLAIN.bins
+    sigma = NOISE.bins
     expected = WEIGHT(sigma) * spread**2 / (spread**2 + sigma**2)
     with torch.no_grad():
         torch.testing.assert_close(uncertainty(sigma).exp(), expected, rtol=0.06, atol=0)

@@ -26,13 +26,13 @@ from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics
 
 from ncsn import storage
 from ncsn.config import from_yaml
-from ncsn.config.schema import PUBLISHED_SHA256
 from ncsn.data.dataset import write_dataset
 from ncsn.data.format import read_split, to_table
 from ncsn.data.sources import open_source
 from ncsn.errors import NotFound
 from ncsn.evaluation.extractors.published import (
     MEAN,
+    PUBLISHED_SHA256,
     STD,
     Dinov2Extractor,
     InceptionExtractor,

@@ -23,7 +23,7 @@ NCSN = {"channels", "num_levels"}
 @pytest.mark.parametrize(
     ("section", "built", "others"),
     [
-        (training.LognormalTraining, LognormalNoise, {"stratified"}),
+        (training.LognormalTraining, LognormalNoise, set()),
         (training.SsmLossConfig, SlicedScoreMatching, {"num_projections"}),
         (choices.NcsnNetworkConfig, NcsnNetwork, NCSN),
         (choices.NcsnV2NetworkConfig, NcsnV2Network, OTHERS),

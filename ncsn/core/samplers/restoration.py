@@ -112,8 +112,8 @@ class Diverged(InvalidValue):
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What is known of the images."""
+class Observation:
+    """What is known of the images that are sought."""
 
     operator: Operator
     y: Tensor  # 0 at pixels that are not known
@@ -135,7 +135,7 @@ class Conditioned:
     """
 
     def __init__(
-        self, network: ScoreFunction, measured: Measured, variance: Variance, *, sigmas: Tensor, scale: float
+        self, network: ScoreFunction, measured: Observation, variance: Variance, *, sigmas: Tensor, scale: float
     ) -> None:
         self._network, self._measured, self._variance = network, measured, variance
         self._sigmas, self._scale, self._fields = sigmas, scale, dict[int, Conditioned]()
@@ -184,7 +184,7 @@ def require_bounded(x: Tensor, *, sigma: float, scale: float) -> None:
 @torch.no_grad()
 def restored(
     network: ScoreFunction,
-    measured: Measured,
+    measured: Observation,
     variance: Variance,
     *,
     sampler: AnySampler,

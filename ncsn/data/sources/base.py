@@ -72,10 +72,6 @@ class BadImages:
                 )
 
 
-def image_shape(data: DataConfig) -> tuple[int, int, int]:
-    return data.image_size, data.image_size, data.channels
-
-
 def hold_out(keys: Sequence[str], labels: Sequence[int], fraction: float) -> dict[str, list[int]]:
     """Indices of the images of the train and the test split, ascending.
 

@@ -24,11 +24,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ncsn import storage
-from ncsn.config.schema import PUBLISHED_SHA256
 from ncsn.errors import NotFound, UserError
 from ncsn.evaluation.extractors import Extracted, Identity, Images, full_float32
 from ncsn.storage import cache_folder
 
+PUBLISHED_SHA256 = {
+    "inception": "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
+    "dinov2": "d5383ea8f4877b2472eb973e0fd72d557c7da5d3611bd527ceeb1d7162cbf428",
+}
 PATCH = 14  # pixels
 SIDE = 224  # pixels of the resized images
 HEAD = 64  # channels of an attention head

@@ -17,7 +17,7 @@ from ncsn.core.samplers.level_grid import spaced_sigmas
 from ncsn.core.samplers.restoration import (
     Diverged,
     KnownPixels,
-    Measured,
+    Observation,
     Operator,
     Variance,
     blur,
@@ -55,7 +55,7 @@ def given(x: Tensor, variance: Variance, *, noise: float, sampler: Sampler) -> T
     y = torch.tensor([KNOWN, 0.0]).to(x).expand_as(x)
     return restored(
         Pair(),
-        Measured(FIRST, y, noise),
+        Observation(FIRST, y, noise),
         variance,
         sampler=sampler,
         x=x,
@@ -124,7 +124,7 @@ def test_all_or_nothing_known(sampler: Sampler) -> None:
         operator = KnownPixels(torch.full((4, 4), known))
         return restored(
             Curved(),
-            Measured(operator, operator.apply(images)),
+            Observation(operator, operator.apply(images)),
             gaussian_variance(1.0),
             sampler=sampler,
             x=start,
@@ -151,7 +151,7 @@ def test_means_of_independent_pixels_are_met(noise: float) -> None:
     y = operator.apply(truth)
     x = restored(
         White(),
-        Measured(operator, y, noise),
+        Observation(operator, y, noise),
         gaussian_variance(s),
         sampler=KarrasHeun(num_steps=100),
         x=start,
@@ -177,7 +177,7 @@ def test_guidance_by_classes_holds_in_its_band(analytic) -> None:
     start = torch.full((1, 1, 1, 2), HIGH, dtype=torch.float64)
     x = restored(
         guided,
-        Measured(FIRST, torch.tensor([0.375, 0.0]).double().view_as(start)),
+        Observation(FIRST, torch.tensor([0.375, 0.0]).double().view_as(start)),
         gaussian_variance(0.5),
         sampler=DpmSolver(num_steps=30),
         x=start,

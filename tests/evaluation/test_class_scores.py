@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ncsn.data.format import Rows
-from ncsn.evaluation.classes import AskedClasses, class_scores, classes_by_probe, fit_probe
+from ncsn.evaluation.class_scores import AskedClasses, class_scores, classes_by_probe, fit_probe
 from ncsn.evaluation.extractors import Extracted
 
 NAMES = ("cat", "dog", "bird")
