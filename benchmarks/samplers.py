@@ -36,7 +36,7 @@ from ncsn.evaluation.extractors import joined
 from ncsn.evaluation.features import extractor_of
 from ncsn.evaluation.measure import NEIGHBOR_IMAGES, measure_extracted
 from ncsn.evaluation.reference import open_evaluator
-from ncsn.model.checkpoint import SamplingCheckpoint, load_for_sampling
+from ncsn.model.checkpoint import SamplingCheckpoint, load_checkpoint
 from ncsn.model.generate import generate, image_labels
 
 QUOTED = 64  # the table has the seconds for this many images
@@ -78,7 +78,7 @@ class Row:
 def main() -> None:
     """Make the images, measure them, print the table and write it as JSON."""
     options = _options()
-    checkpoint = load_for_sampling(options.checkpoint)
+    checkpoint = load_checkpoint(options.checkpoint)
     entries = yaml.safe_load(options.settings.read_text())
     common = {"num_images": options.num_images, "batch_size": options.batch_size}
     settings = [
@@ -158,7 +158,7 @@ def _make_batch(checkpoint: str, sampling: SamplingConfig, first: int, count: in
 
 @lru_cache(maxsize=1)
 def _load(uri: str) -> SamplingCheckpoint:
-    return load_for_sampling(uri)
+    return load_checkpoint(uri)
 
 
 def measured(dataset: str, checkpoint: SamplingCheckpoint, settings: list[Setting], *, num_images: int) -> list[Row]:

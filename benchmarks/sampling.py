@@ -8,7 +8,7 @@ from pathlib import Path
 from benchmarks.digits_run import digits_run
 from benchmarks.measure import Row
 from benchmarks.samplers import make_images, measured, settings_of
-from ncsn.model.checkpoint import load_for_sampling
+from ncsn.model.checkpoint import load_checkpoint
 
 IMAGES, BATCH = 256, 64
 # 1,001 evaluations at the 20 levels of the digits; the last one removes the noise.
@@ -31,7 +31,7 @@ def rows() -> list[Row]:
     """Time to quality on the digits, in CPU seconds of one core, which other load on the machine changes little."""
     run = digits_run()
     trained = run.step("train")["result"]
-    checkpoint = load_for_sampling(trained["checkpoint"])
+    checkpoint = load_checkpoint(trained["checkpoint"])
     with tempfile.TemporaryDirectory() as work:
         common = {"num_images": IMAGES, "batch_size": BATCH}
         settings = settings_of([LANGEVIN, *QUICKER], checkpoint, common=common, work=Path(work))

@@ -39,7 +39,7 @@ from ncsn.evaluation.extractors import batches, joined
 from ncsn.evaluation.features import extractor_of
 from ncsn.evaluation.measure import NEIGHBOR_IMAGES, measure_extracted
 from ncsn.evaluation.reference import open_evaluator
-from ncsn.model.checkpoint import load_for_sampling
+from ncsn.model.checkpoint import load_checkpoint
 from ncsn.model.checkpoint_store import CheckpointStore
 from ncsn.model.generate import generate
 from ncsn.process import keep_freed_memory
@@ -135,7 +135,7 @@ class Ours:
         """Images of the averaged weights by the config's sampler."""
         self.training.report()
         self.training.save()
-        trained = load_for_sampling(str(self.folder / self.training.saved))
+        trained = load_checkpoint(str(self.folder / self.training.saved))
         return generate(trained, sampling=trained.config.sampling, first=0, count=count)
 
 

@@ -23,7 +23,7 @@ from ncsn.errors import InvalidValue
 from ncsn.evaluation.extractors import batches
 from ncsn.evaluation.features import extractor_of
 from ncsn.model.generate import generate, image_labels, level_images
-from ncsn.model.trained import load_for_generation
+from ncsn.model.trained import load_checkpoint_or_model
 from ncsn.progress import Progress
 
 Features = NDArray[np.float32]
@@ -192,4 +192,4 @@ def _generate_with_strip(shard: Shard) -> NDArray[np.uint8]:
     return images
 
 
-_load = lru_cache(maxsize=1)(load_for_generation)
+_load = lru_cache(maxsize=1)(load_checkpoint_or_model)

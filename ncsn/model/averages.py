@@ -45,7 +45,7 @@ POOR = 0.1  # relative error of a weight profile from which on the average is an
 _logger = logging.getLogger(__name__)
 
 
-def snapshot(state: TrainState) -> dict[str, dict[str, Tensor]]:
+def copies(state: TrainState) -> dict[str, dict[str, Tensor]]:
     """Copies of both averages by file, on the CPU, so that training can go on while they are written."""
 
     def compact(tensor: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ def snapshot(state: TrainState) -> dict[str, dict[str, Tensor]]:
     }
 
 
-def publish(uri: str, taken: Mapping[str, dict[str, Tensor]], *, images_seen: int) -> None:
+def store(uri: str, taken: Mapping[str, dict[str, Tensor]], *, images_seen: int) -> None:
     """Store a snapshot below the folder `uri`; a resumed training stores the same ones again."""
     with storage.scratch_folder(uri) as folder:
         for name, tensors in taken.items():
@@ -76,8 +76,8 @@ def snapshots(uri: str) -> list[int]:
     )
 
 
-def sampled_checkpoint(checkpoint: str, config: Config) -> str:
-    """The checkpoint that the config samples from: the one at the URI, or one with the average of another width."""
+def ensure_average(checkpoint: str, config: Config) -> str:
+    """The checkpoint with the average of sampling.relative_width, put together if need be; without it the one given."""
     width = config.sampling.relative_width
     if width is None:
         return checkpoint

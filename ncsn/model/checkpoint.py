@@ -188,7 +188,7 @@ def snapshot(
     return Snapshot(tensors, {"state.json": json.dumps(facts), "config.yaml": to_yaml(config)})
 
 
-def load(folder: Path, *, config: Config, state: TrainState, dataset_digest: str) -> dict[str, Any] | None:
+def restore(folder: Path, *, config: Config, state: TrainState, dataset_digest: str) -> dict[str, Any] | None:
     """Restore everything into `state`, strictly, and return the `curves` that were saved.
 
     Raises:
@@ -218,7 +218,7 @@ def load(folder: Path, *, config: Config, state: TrainState, dataset_digest: str
     return curves
 
 
-def load_for_sampling(uri: str, *, device: str | torch.device = "cpu") -> SamplingCheckpoint:
+def load_checkpoint(uri: str, *, device: str | torch.device = "cpu") -> SamplingCheckpoint:
     """Read the EMA weights and the config of the checkpoint at `uri`.
 
     Raises:

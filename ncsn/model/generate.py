@@ -24,7 +24,7 @@ from ncsn.errors import InvalidValue, UserError, shown_value
 from ncsn.model import build
 from ncsn.model.checkpoint import TrainedNetwork, weights_digest
 from ncsn.model.classes import AS_DATA, BALANCED
-from ncsn.model.trained import load_for_generation
+from ncsn.model.trained import load_checkpoint_or_model
 from ncsn.process import keep_freed_memory
 
 CHECKPOINT = "sampling.guidance.checkpoint"
@@ -174,7 +174,7 @@ def sampling_facts(sampling: SamplingConfig, guide: TrainedNetwork | None) -> di
 @lru_cache(maxsize=1)
 def _load(uri: str, device: str) -> TrainedNetwork:
     try:
-        return load_for_generation(uri, device=device)
+        return load_checkpoint_or_model(uri, device=device)
     except UserError as error:
         raise UserError(CHECKPOINT, f"cannot be read: {error}", value=uri) from None
 

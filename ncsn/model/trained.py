@@ -25,7 +25,7 @@ from ncsn.model import build
 from ncsn.model.checkpoint import (
     INDEX,
     TrainedNetwork,
-    load_for_sampling,
+    load_checkpoint,
     load_moments,
     moment_tensors,
     network_from_weights,
@@ -39,8 +39,8 @@ _WEIGHTS, _MOMENTS, _CLASSES = "ema.safetensors", "moments.safetensors", "classe
 _GUIDE_WEIGHTS, _GUIDE_CONFIG = "guide.safetensors", "guide_config.json"
 
 
-def save_trained(trained: TrainedNetwork, folder: Path) -> None:
-    """Inverse of `load_trained`, into an existing folder."""
+def save_model(trained: TrainedNetwork, folder: Path) -> None:
+    """Inverse of `load_model`, into an existing folder."""
     # Buffers are rebuilt from the config.
     save_file(plain_weights(trained.network), folder / _WEIGHTS)
     save_file(moment_tensors(trained.moments), folder / _MOMENTS)
@@ -52,7 +52,7 @@ def save_trained(trained: TrainedNetwork, folder: Path) -> None:
         (folder / _GUIDE_CONFIG).write_text(to_json(trained.guide.config))
 
 
-def load_trained(folder: Path, *, origin: str, device: str | torch.device = "cpu") -> TrainedNetwork:
+def load_model(folder: Path, *, origin: str, device: str | torch.device = "cpu") -> TrainedNetwork:
     """Read the files of a registered model."""
     file = folder / _CLASSES
     classes = Classes.of(json.loads(file.read_text())) if file.exists() else None
@@ -67,17 +67,17 @@ def load_trained(folder: Path, *, origin: str, device: str | torch.device = "cpu
     return network(TRAINED_CONFIG, _WEIGHTS, guide)
 
 
-def load_for_generation(uri: str, *, device: str | torch.device = "cpu") -> TrainedNetwork:
-    """Read the checkpoint at `uri`, or the files of `save_trained` there."""
+def load_checkpoint_or_model(uri: str, *, device: str | torch.device = "cpu") -> TrainedNetwork:
+    """Read the checkpoint at `uri`, or the files of `save_model` there."""
     if storage.exists(storage.join(uri, INDEX)) or not storage.exists(storage.join(uri, TRAINED_CONFIG)):
-        return load_for_sampling(uri, device=device)
+        return load_checkpoint(uri, device=device)
     with storage.local_copy(uri) as folder:
-        return load_trained(folder, origin=uri, device=device)
+        return load_model(folder, origin=uri, device=device)
 
 
 def start_from(uri: str, *, state: TrainState, config: Config, classes: Classes | None) -> None:
     """Give a new training the weights of the trained network at `uri`, in the network and its running average."""
-    weights, _ = adapted(load_for_generation(uri), state.network, config=config, classes=classes)
+    weights, _ = adapted(load_checkpoint_or_model(uri), state.network, config=config, classes=classes)
     state.network.load_state_dict(weights, strict=False)  # buffers are those of the config
     state.ema, state.second_ema = build.running_averages(config, state.network)
 

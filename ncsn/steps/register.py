@@ -12,7 +12,7 @@ from ncsn.config import Config
 from ncsn.data.format import Manifest, load_manifest
 from ncsn.errors import UserError, shown_value
 from ncsn.model import checkpoint as checkpoints
-from ncsn.model.averages import sampled_checkpoint
+from ncsn.model.averages import ensure_average
 from ncsn.model.checkpoint import SamplingCheckpoint, weights_digest
 from ncsn.model.generate import evaluations_per_image, guide_of
 from ncsn.report.cards import ModelFacts, model_card
@@ -45,8 +45,8 @@ class RegisterResult:
 def run(config: Config, *, run: str, checkpoint: str, evaluation: str) -> RegisterResult:
     """Register the checkpoint at the URI `checkpoint` once, judged by the `evaluation` of its samples."""
     step = Step("register", config, run, RegisterResult)
-    checkpoint = sampled_checkpoint(checkpoint, config)
-    loaded = checkpoints.load_for_sampling(checkpoint)
+    checkpoint = ensure_average(checkpoint, config)
+    loaded = checkpoints.load_checkpoint(checkpoint)
     config = checkpoints.require_same_training(loaded.config, config, origin=checkpoint)
     config = registry.settle_guide(config, near=step.folder.uri)
     loaded = replace(loaded, config=config, guide=guide_of(loaded, config.sampling))

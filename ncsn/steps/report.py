@@ -57,7 +57,7 @@ def run(config: Config, *, run: str, evaluation: str) -> ReportResult:
     step = Step("report", config, run, ReportResult)
     measured = storage.read_json(storage.absolute(evaluation))
     samples = storage.read_json(storage.join(measured["samples"], "manifest.json"))
-    loaded = checkpoints.load_for_sampling(samples["checkpoint"])
+    loaded = checkpoints.load_checkpoint(samples["checkpoint"])
     config = checkpoints.require_same_training(loaded.config, config, origin=samples["checkpoint"])
     sources = ReportSources(
         config=settle_guide(config, near=step.folder.uri),

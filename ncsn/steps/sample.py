@@ -16,7 +16,7 @@ from ncsn.evaluation import classes_in_turn, extractor_name
 from ncsn.evaluation.frechet import RunningDistance, RunningScore
 from ncsn.evaluation.reference import open_evaluator
 from ncsn.model import build, checkpoint as checkpoints
-from ncsn.model.averages import sampled_checkpoint
+from ncsn.model.averages import ensure_average
 from ncsn.model.classes import require_label
 from ncsn.model.generate import evaluations_per_image, guide_of, sampling_facts
 from ncsn.progress import Progress
@@ -58,8 +58,8 @@ def run(
     When the launcher's heartbeat at the URI `lease` stops, sampling ends and keeps the finished shards.
     """
     step = Step("sample", config, run, SampleResult)
-    checkpoint = sampled_checkpoint(checkpoint, config)
-    trained = checkpoints.load_for_sampling(checkpoint)
+    checkpoint = ensure_average(checkpoint, config)
+    trained = checkpoints.load_checkpoint(checkpoint)
     config = checkpoints.require_same_training(trained.config, config, origin=checkpoint)
     require_label(config.sampling.label, trained.classes)
     config = settle_guide(config, near=step.folder.uri)

@@ -16,9 +16,9 @@ from ncsn.distributed import trainer
 from ncsn.distributed.cluster import ray_cluster, ray_tags
 from ncsn.errors import UserError
 from ncsn.model import build
-from ncsn.model.checkpoint import TrainedNetwork, load_for_sampling
+from ncsn.model.checkpoint import TrainedNetwork, load_checkpoint
 from ncsn.model.classes import require_label, require_same_classes
-from ncsn.model.trained import TRAINED_CONFIG, adapted, load_for_generation, save_trained, start_notes
+from ncsn.model.trained import TRAINED_CONFIG, adapted, load_checkpoint_or_model, save_model, start_notes
 from ncsn.runs.folder import RunFolder
 from ncsn.steps.step import Step
 from ncsn.storage.heartbeat import Lease
@@ -143,7 +143,7 @@ def require_start(config: Config, folder: RunFolder) -> None:
 def _source(config: Config, address: str, uri: str) -> TrainedNetwork:
     """The trained network at an address, of which a copy is kept at `uri`, with where it is from."""
     if storage.exists(storage.join(uri, TRAINED_CONFIG)):
-        return load_for_generation(uri)
+        return load_checkpoint_or_model(uri)
     try:
         with storage.scratch_folder(uri.rpartition("/")[0]) as scratch:
             if address.startswith(SCHEME):
@@ -155,11 +155,11 @@ def _source(config: Config, address: str, uri: str) -> TrainedNetwork:
             else:
                 folder, source = scratch / "trained", storage.absolute(address)
                 folder.mkdir()
-                trained = load_for_sampling(source)
-                save_trained(trained, folder)
+                trained = load_checkpoint(source)
+                save_model(trained, folder)
                 digest = trained.digest
             (folder / _SOURCE).write_text(json.dumps({"source": source, "digest": digest}))
             storage.publish_folder(folder, uri, marker=TRAINED_CONFIG)
     except (UserError, FileNotFoundError) as error:
         raise UserError("train.init_from", str(error), value=address) from None
-    return load_for_generation(uri)
+    return load_checkpoint_or_model(uri)

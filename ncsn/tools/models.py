@@ -18,7 +18,7 @@ from ncsn.model import checkpoint as checkpoints
 from ncsn.model.checkpoint import TrainedNetwork
 from ncsn.model.classes import require_label
 from ncsn.model.generate import evaluations_per_image, guide_of, sampling_facts
-from ncsn.model.trained import TRAINED_CONFIG, load_trained
+from ncsn.model.trained import TRAINED_CONFIG, load_model
 from ncsn.progress import Progress
 from ncsn.steps.sample import samples_grid
 from ncsn.tracking.client import client_at, mlflow_errors, shown
@@ -57,7 +57,7 @@ def sample_model(
     near = storage.absolute(out).rpartition("/")[0] if out else storage.absolute(root)
     with storage.scratch_folder(near) as scratch:
         weights = fetch_weights(registry, version, scratch)
-        trained = load_trained(weights, origin=model)
+        trained = load_model(weights, origin=model)
         config = settle_guide(_config(trained, overrides, origin=model), near=near, registry=registry)
         source = {
             "model": model,

@@ -20,7 +20,7 @@ from ncsn.config.load import with_sampler
 from ncsn.errors import InvalidValue, UserError
 from ncsn.model.classes import require_label
 from ncsn.model.generate import generate
-from ncsn.model.trained import load_trained
+from ncsn.model.trained import load_model
 
 DEFAULT_IMAGES = 16
 MAX_IMAGES = 65536
@@ -33,7 +33,7 @@ class ScoreModel(PythonModel):
         """Rebuild the network of `config.json` with the EMA weights, and read the moments."""
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         folder = Path(context.artifacts["config"]).parent
-        self.trained = load_trained(folder, origin="the model", device=self.device)
+        self.trained = load_model(folder, origin="the model", device=self.device)
 
     def predict(
         self,

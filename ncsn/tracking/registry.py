@@ -17,7 +17,7 @@ from ncsn.config import Config
 from ncsn.config.choices import AutoguidanceConfig
 from ncsn.model.checkpoint import SamplingCheckpoint, TrainedNetwork
 from ncsn.model.generate import sampling_facts
-from ncsn.model.trained import TRAINED_CONFIG, save_trained
+from ncsn.model.trained import TRAINED_CONFIG, save_model
 from ncsn.process import now_ms
 from ncsn.tracking.client import TrackingError, client_at, mlflow_errors, shown, suppress_exists, tracking_uri
 from ncsn.tracking.mlflow_runs import StepRun
@@ -55,7 +55,7 @@ def write_model(
     params = {"n_images": 16, "seed": config.sampling.seed, "sampler": "", "label": "", "guidance": 0.0}
     inputs = folder.with_name(f"{folder.name}-inputs")
     inputs.mkdir()
-    save_trained(checkpoint, inputs)
+    save_model(checkpoint, inputs)
     mlflow.pyfunc.save_model(
         path=str(folder),
         python_model=str(MODEL_FILE),
@@ -140,7 +140,7 @@ def register(tracked: StepRun, candidate: Candidate) -> ModelVersion:
 
 
 def fetch_weights(uri: str, version: ModelVersion, into: Path) -> Path:
-    """Download the weights and config of a version into an existing folder; see `ncsn.model.trained.save_trained`."""
+    """Download the weights and config of a version into an existing folder; see `ncsn.model.trained.save_model`."""
     from mlflow.artifacts import download_artifacts
     from mlflow.exceptions import MlflowException
 

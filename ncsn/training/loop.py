@@ -97,7 +97,7 @@ class Training:
             if newest is not None:
                 with self.checkpoints.open(newest) as folder:
                     digest = self.manifest.digest
-                    unreported = checkpoint.load(folder, config=self.config, state=self.state, dataset_digest=digest)
+                    unreported = checkpoint.restore(folder, config=self.config, state=self.state, dataset_digest=digest)
                 if unreported is not None:
                     self.curves.restore(unreported)
                 self.saved = newest
@@ -193,8 +193,8 @@ class Training:
         if train.snapshot_every is None or uri is None or self.context.rank != 0:
             return
         if self.ended() or self.crossed(train.snapshot_every):
-            taken = averages.snapshot(self.state)
-            self.checkpoints.later(partial(averages.publish, uri, taken, images_seen=seen))
+            taken = averages.copies(self.state)
+            self.checkpoints.later(partial(averages.store, uri, taken, images_seen=seen))
 
     def save_in_time(self) -> None:
         """Publish a checkpoint, once, if a machine is about to be preempted. A collective call."""

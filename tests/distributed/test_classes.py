@@ -32,7 +32,7 @@ def test_the_network_learns_from_every_class(config: Config, dataset: str, tmp_p
     train_locally(TrainingJob(config=config, dataset=dataset), tmp_path)
     start, end = (tensors(tmp_path / name) for name in ("images-000000080", "images-000000160"))
     manifest = load_manifest(dataset)
-    found = checkpoint.load_for_sampling(str(tmp_path / "images-000000160"))
+    found = checkpoint.load_checkpoint(str(tmp_path / "images-000000160"))
     assert found.classes == Classes(tuple(manifest.class_names), tuple(manifest.class_counts["train"]))
     (weight,) = (name for name in end if name.startswith("weights:") and name.endswith("map_label.weight"))
     # Adam moves each weight that has a gradient.

@@ -55,7 +55,7 @@ def test_curves_are_by_bin_and_a_resumed_training_is_the_same(
         np.testing.assert_array_equal(halves.curve(name), whole.curve(name))
     places = [tmp_path / each / "checkpoints" / "images-000000160" for each in ("whole", "halves")]
     assert_same_tensors(*places)
-    model = checkpoint.load_for_sampling(str(places[0]))
+    model = checkpoint.load_checkpoint(str(places[0]))
     assert generate(model, sampling=model.config.sampling, first=0, count=2).shape == (2, 8, 8, 1)
 
 

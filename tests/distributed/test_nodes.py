@@ -19,7 +19,7 @@ from ray_nodes import RayNodes
 
 from ncsn.config import from_yaml
 from ncsn.data.samples import read_samples
-from ncsn.model.checkpoint import load_for_sampling
+from ncsn.model.checkpoint import load_checkpoint
 from ncsn.model.generate import generate
 from ncsn.training.loop import TrainingJob
 
@@ -123,6 +123,6 @@ def test_images_made_on_three_nodes_are_those_of_one(cluster: RayNodes, trained:
     assert len(tasks) == 10
     assert {task["node_id"] for task in tasks} == {node.id for node in cluster.nodes}
     images = read_samples(made["uri"], 0, 10)
-    loaded = load_for_sampling(trained["checkpoint"])
+    loaded = load_checkpoint(trained["checkpoint"])
     alone = generate(loaded, sampling=loaded.config.sampling, first=0, count=10, device="cpu")
     np.testing.assert_array_equal(images, alone)

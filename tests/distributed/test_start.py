@@ -15,7 +15,7 @@ from ncsn.config import Config, ConfigError, changed_settings, from_yaml, to_yam
 from ncsn.core.networks.transfer import light_parameters
 from ncsn.data.format import load_manifest
 from ncsn.model import build
-from ncsn.model.checkpoint import load_for_sampling
+from ncsn.model.checkpoint import load_checkpoint
 from ncsn.model.checkpoint_store import CheckpointStore
 from ncsn.model.generate import generate
 from ncsn.runs.folder import run_folder
@@ -48,7 +48,7 @@ def test_before_the_first_step_it_samples_as_the_source(tiny: str, dataset: str,
     config = experiment(tiny, tmp_path, source)
     job = TrainingJob(config=config, dataset=dataset, start=start(config, dataset))
     training = Training(job, WorkerContext(), CheckpointStore(str(tmp_path / "checkpoints")))
-    trained = load_for_sampling(source)
+    trained = load_checkpoint(source)
     weights = dict(trained.network.named_parameters())
     for found in (training.state.averaged(), training.state.network):
         assert all(torch.equal(parameter, weights[name]) for name, parameter in found.named_parameters())
@@ -104,7 +104,7 @@ def test_the_run_keeps_its_source_and_says_what_differs(tiny: str, dataset: str,
     folder, manifest = run_folder(config, "tuned"), load_manifest(dataset)
     found = start_of(config, folder, manifest)
     assert len(found.notes) == 2 and all("init_from" in note for note in found.notes)  # classes and sigma_data
-    assert found.tags == {"ncsn.init_from": f"{lost}/{load_for_sampling(source).digest}"}
+    assert found.tags == {"ncsn.init_from": f"{lost}/{load_checkpoint(source).digest}"}
     shutil.rmtree(lost)
     assert start_of(config, folder, manifest) == found
     slow = from_yaml(to_yaml(config), overrides=["train.ema.images=500000"])

@@ -24,7 +24,7 @@ from ncsn import storage
 from ncsn.config import from_yaml
 from ncsn.model import build
 from ncsn.model.averages import build_average, snapshots
-from ncsn.model.checkpoint import load_for_sampling
+from ncsn.model.checkpoint import load_checkpoint
 from ncsn.model.checkpoint_store import CheckpointStore
 from ncsn.runs.history import load_history
 from ncsn.storage import heartbeat
@@ -67,7 +67,7 @@ def test_a_resumed_training_has_the_same_averages_and_snapshots(
         one, other = (load_file(place / file) for place in places)
         assert all(one[name].equal(other[name]) for name in one)
     assert [snapshots(str(run / "ema")) for run in runs] == [[64, 112, 160]] * 2
-    built = load_for_sampling(build_average(str(places[0]), relative_width=0.07))
+    built = load_checkpoint(build_average(str(places[0]), relative_width=0.07))
     assert built.images_seen == 160 and built.average is not None and len(built.average["coefficients"]) == 6
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from ncsn.config import from_yaml
 from ncsn.data.samples import read_samples
-from ncsn.model.checkpoint import load_for_sampling
+from ncsn.model.checkpoint import load_checkpoint
 from ncsn.runs.steps import STEPS
 
 RUN = "mine"
@@ -70,7 +70,7 @@ def test_the_store_has_the_agreed_layout(workplace, finished) -> None:
 
 def test_the_results_are_those_of_a_training(workplace, finished) -> None:
     trained, sampled, measured = (workplace.result(RUN, step) for step in ("train", "sample", "evaluate"))
-    assert trained["images_seen"] == load_for_sampling(trained["checkpoint"]).images_seen == 640
+    assert trained["images_seen"] == load_checkpoint(trained["checkpoint"]).images_seen == 640
     assert 0 < trained["loss"] < 1, "a zero network reads 1"
     assert sampled["nfe"] == 4 * 2 + 1
     for name in ("grid", "strip"):

@@ -15,7 +15,7 @@ from ncsn.core.ema import Ema, exponent_of, power_function
 from ncsn.core.images import fit_moments
 from ncsn.core.training import TrainState
 from ncsn.model import averages, build, checkpoint
-from ncsn.model.averages import build_average, sampled_checkpoint
+from ncsn.model.averages import build_average, ensure_average
 
 TEXT = """
 name: tiny
@@ -52,8 +52,8 @@ def trained(config: Config, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     wanted = Ema(state.network, power_function(exponent_of(0.15)))
     for images in range(100, 801, 100):
         walk(state, images, wanted)
-        taken = averages.snapshot(state)
-        averages.publish(str(run / "ema"), taken, images_seen=state.images_seen)
+        taken = averages.copies(state)
+        averages.store(str(run / "ema"), taken, images_seen=state.images_seen)
     folder = run / "checkpoints" / checkpoint.folder_name(800)
     folder.mkdir(parents=True)
     checkpoint.snapshot(config=config, state=state, moments=MOMENTS, dataset_digest="d1").write(folder)
@@ -80,7 +80,7 @@ def test_weights_that_float16_cannot_hold_stay_in_float32(config: Config) -> Non
     state = build.train_state(config)
     name, weight = next(iter(state.ema.weights.items()))
     weight.view(-1)[0] = 6.1e4
-    kinds = {key: tensor.dtype for key, tensor in averages.snapshot(state)["0.050.safetensors"].items()}
+    kinds = {key: tensor.dtype for key, tensor in averages.copies(state)["0.050.safetensors"].items()}
     assert kinds.pop(name) == torch.float32 and set(kinds.values()) == {torch.float16}
 
 
@@ -89,7 +89,7 @@ def test_an_average_of_another_width_is_near_the_one_that_was_not_stored(
 ) -> None:
     folder, wanted = trained
     built = build_average(str(folder), relative_width=0.15)
-    loaded = checkpoint.load_for_sampling(built)
+    loaded = checkpoint.load_checkpoint(built)
     assert loaded.average is not None and loaded.average["relative_width"] == 0.15
     coefficients = loaded.average["coefficients"].values()
     assert loaded.average["error"] == pytest.approx(0.0331, abs=1e-3)
@@ -97,7 +97,7 @@ def test_an_average_of_another_width_is_near_the_one_that_was_not_stored(
     assert (loaded.config, loaded.images_seen, loaded.dataset_digest) == (config, 800, "d1")
     weights = dict(loaded.network.named_parameters())
     assert worst({name: weights[name] for name in wanted}, wanted) < 0.02
-    assert loaded.digest != checkpoint.load_for_sampling(str(folder)).digest
+    assert loaded.digest != checkpoint.load_checkpoint(str(folder)).digest
     assert build_average(str(folder), relative_width=0.15) == built
     (found,) = (each for each in averages.find_weights(str(folder.parents[1])) if each.relative_width)
     assert (found.uri, found.relative_width, found.images_seen) == (built, 0.15, 800)
@@ -106,7 +106,7 @@ def test_an_average_of_another_width_is_near_the_one_that_was_not_stored(
 def test_a_stored_average_comes_back(config: Config, trained: tuple[Path, dict[str, torch.Tensor]]) -> None:
     folder, _ = trained
     built = build_average(str(folder), relative_width=0.1)
-    weights = dict(checkpoint.load_for_sampling(built).network.named_parameters())
+    weights = dict(checkpoint.load_checkpoint(built).network.named_parameters())
     exact = load_file(folder / "ema_2.safetensors")
     assert all(torch.equal(weights[name].half(), tensor.half()) for name, tensor in exact.items())
 
@@ -114,25 +114,25 @@ def test_a_stored_average_comes_back(config: Config, trained: tuple[Path, dict[s
 def test_the_config_chooses_the_average(config: Config, trained: tuple[Path, dict[str, torch.Tensor]]) -> None:
     folder, _ = trained
     chosen = from_yaml(TEXT, overrides=["sampling.relative_width=0.08"])
-    assert sampled_checkpoint(str(folder), config) == str(folder)
-    uri = sampled_checkpoint(str(folder), chosen)
-    assert uri == sampled_checkpoint(uri, chosen) != str(folder)
+    assert ensure_average(str(folder), config) == str(folder)
+    uri = ensure_average(str(folder), chosen)
+    assert uri == ensure_average(uri, chosen) != str(folder)
     with refused(KEY):
-        sampled_checkpoint(uri, from_yaml(TEXT, overrides=["sampling.relative_width=0.09"]))
+        ensure_average(uri, from_yaml(TEXT, overrides=["sampling.relative_width=0.09"]))
 
 
 def test_the_others_do_without_a_lost_or_damaged_snapshot(config: Config, tmp_path: Path) -> None:
     state = build.train_state(config)
     for images in (200, 400, 600, 800):
         walk(state, images)
-        averages.publish(str(tmp_path / "ema"), averages.snapshot(state), images_seen=state.images_seen)
+        averages.store(str(tmp_path / "ema"), averages.copies(state), images_seen=state.images_seen)
     folder = tmp_path / "checkpoints" / checkpoint.folder_name(800)
     folder.mkdir(parents=True)
     checkpoint.snapshot(config=config, state=state, moments=MOMENTS, dataset_digest="d1").write(folder)
     storage.delete(str(tmp_path / "ema" / checkpoint.folder_name(200)))
     (tmp_path / "ema" / checkpoint.folder_name(400) / "0.050.safetensors").write_bytes(b"torn")
     built = build_average(str(folder), relative_width=0.06)
-    average = checkpoint.load_for_sampling(built).average
+    average = checkpoint.load_checkpoint(built).average
     assert average is not None and len(average["coefficients"]) == 4
     assert sum(average["coefficients"].values()) == pytest.approx(1, abs=1e-9)
 

@@ -54,7 +54,7 @@ def saved(config: Config, tmp_path: Path) -> Path:
 def test_restores_every_part_exactly(config: Config, tmp_path: Path) -> None:
     before, after = trained(config), build.train_state(config)
     checkpoint.snapshot(config=config, state=before, moments=MOMENTS, dataset_digest="d1").write(tmp_path)
-    checkpoint.load(tmp_path, config=config, state=after, dataset_digest="d1")
+    checkpoint.restore(tmp_path, config=config, state=after, dataset_digest="d1")
     assert after.images_seen == 32 and after.ema.num_updates == 1
     for name, tensor in before.network.state_dict().items():
         assert torch.equal(after.network.state_dict()[name], tensor)
@@ -84,7 +84,7 @@ def test_a_snapshot_stays_as_it_was_while_training_goes_on(config: Config, tmp_p
 
 
 def test_sampling_needs_the_checkpoint_and_nothing_else(config: Config, saved: Path) -> None:
-    loaded = checkpoint.load_for_sampling(str(saved))
+    loaded = checkpoint.load_checkpoint(str(saved))
     assert loaded.config == config and loaded.images_seen == 32 and len(loaded.digest) == 16
     weights = load_file(saved / "ema.safetensors")
     assert all(torch.equal(parameter, weights[name]) for name, parameter in loaded.network.named_parameters())
@@ -102,7 +102,7 @@ def test_a_missing_cut_or_altered_file_is_named(config: Config, saved: Path, nam
     else:
         (saved / name).write_bytes(damage)
     with refused(str(saved), error=checkpoint.DamagedError) as caught:
-        checkpoint.load(saved, config=config, state=build.train_state(config), dataset_digest="d1")
+        checkpoint.restore(saved, config=config, state=build.train_state(config), dataset_digest="d1")
     assert name in caught.value.problems[0].reason
 
 
@@ -110,7 +110,7 @@ def test_a_missing_cut_or_altered_file_is_named(config: Config, saved: Path, nam
 def test_another_config_and_other_images_are_refused(saved: Path, overrides: list[str], digest: str) -> None:
     other = from_yaml(TEXT, overrides=overrides)
     with refused(str(saved), error=checkpoint.CheckpointError) as caught:
-        checkpoint.load(saved, config=other, state=build.train_state(other), dataset_digest=digest)
+        checkpoint.restore(saved, config=other, state=build.train_state(other), dataset_digest=digest)
     assert (overrides or [digest])[0].partition("=")[0] in caught.value.problems[0].reason
 
 
@@ -126,4 +126,4 @@ def test_missing_and_extra_tensors_are_counted_and_named(config: Config, saved: 
 
 def test_no_folder_is_a_clear_error(tmp_path: Path) -> None:
     with refused(str(tmp_path / "nowhere"), error=checkpoint.CheckpointError):
-        checkpoint.load_for_sampling(str(tmp_path / "nowhere"))
+        checkpoint.load_checkpoint(str(tmp_path / "nowhere"))

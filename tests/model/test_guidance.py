@@ -22,7 +22,7 @@ from ncsn.model.generate import (
     image_labels,
     sampling_facts,
 )
-from ncsn.model.trained import load_for_generation, load_trained, save_trained
+from ncsn.model.trained import load_checkpoint_or_model, load_model, save_model
 
 TEXT = """
 name: tiny
@@ -163,7 +163,7 @@ def test_another_checkpoint_guides(trained: TrainedNetwork, tmp_path: Path, over
     assert guide is not None
     facts = sampling_facts(sampling, guide)
     assert facts["guidance"]["checkpoint"] == weights_digest(worse.network)
-    assert facts["guidance"]["checkpoint"] == checkpoint.load_for_sampling(uri).digest
+    assert facts["guidance"]["checkpoint"] == checkpoint.load_checkpoint(uri).digest
 
 
 @pytest.mark.parametrize(
@@ -194,16 +194,16 @@ def test_a_registered_model_has_its_guide_and_classes_with_it(trained: TrainedNe
     auto = f"sampling.guidance={{kind: autoguidance, checkpoint: {uri}, weight: 2.0}}"
     guided = replace(trained, config=config_with(auto), guide=worse)
     (tmp_path / "model").mkdir()
-    save_trained(guided, tmp_path / "model")
+    save_model(guided, tmp_path / "model")
     assert {"guide.safetensors", "classes.json"} <= {file.name for file in (tmp_path / "model").iterdir()}
     expected = images(trained, auto)
     Path(uri).rename(tmp_path / "gone")
-    for loaded in (load_trained(tmp_path / "model", origin="m"), load_for_generation(str(tmp_path / "model"))):
+    for loaded in (load_model(tmp_path / "model", origin="m"), load_checkpoint_or_model(str(tmp_path / "model"))):
         assert loaded.classes == PETS and loaded.guide is not None
         assert weights_digest(loaded.guide.network) == weights_digest(worse.network)
         np.testing.assert_array_equal(images(loaded, auto), expected)
     (tmp_path / "plain").mkdir()
-    save_trained(network_of(config_with("data.num_classes=null", "train.label_dropout=0")), tmp_path / "plain")
+    save_model(network_of(config_with("data.num_classes=null", "train.label_dropout=0")), tmp_path / "plain")
     assert sorted(file.name for file in (tmp_path / "plain").iterdir()) == [
         "config.json",
         "ema.safetensors",

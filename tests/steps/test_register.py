@@ -39,7 +39,7 @@ def evaluate(config, root, dataset, saved):
     ) -> str:
         samples = str(root / f"samples-{of.sampling.sampler.steps_per_level}")
         storage.write_bytes(storage.join(samples, "grid.png"), grid_png(np.zeros((4, 8, 8, 1), np.uint8)))
-        loaded = checkpoint.load_for_sampling(saved)
+        loaded = checkpoint.load_checkpoint(saved)
         used = replace(loaded, config=checkpoint.require_same_training(loaded.config, of, origin=saved))
         manifest = {"checkpoint_digest": loaded.digest, **registry.deciding(used)}
         storage.write_text(storage.join(samples, "manifest.json"), json.dumps(manifest))

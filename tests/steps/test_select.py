@@ -22,7 +22,7 @@ from ncsn.evaluation.extractors import Identity
 from ncsn.evaluation.frechet import FrechetStatistics
 from ncsn.evaluation.reference import Evaluator, Reference
 from ncsn.model.averages import Weights, build_average, find_weights
-from ncsn.model.checkpoint import load_for_sampling
+from ncsn.model.checkpoint import load_checkpoint
 from ncsn.runs.folder import RunFolder, run_folder
 from ncsn.steps import select
 from ncsn.steps.register import selection_of
@@ -72,7 +72,7 @@ def test_older_checkpoints_keep_what_images_need(trained: RunFolder) -> None:
     assert names == [f"images-{seen:09d}" for seen in (32, 64, 96, 128, 160)]
     whole = [storage.exists(storage.join(trained.checkpoints, name, "optimizer.safetensors")) for name in names]
     assert whole == [False, False, True, True, True]
-    assert load_for_sampling(storage.join(trained.checkpoints, names[0])).images_seen == 32
+    assert load_checkpoint(storage.join(trained.checkpoints, names[0])).images_seen == 32
     found = find_weights(trained.uri)
     assert [each.images_seen for each in found] == [32, 64, 96, 128, 160, 160, 160]
     assert [each.relative_width for each in found][-3:] == [None, 0.08, 0.15]
@@ -88,7 +88,7 @@ def test_the_best_of_a_run_is_chosen_on_a_cluster_kept_and_logged(
     assert len(values) == 7 and result.value == min(values) and result.figure == "eval/classifier_fid_n24"
     best = result.candidates[values.index(min(values))]
     assert (result.images_seen, result.relative_width) == (best["images_seen"], best["relative_width"])
-    assert load_for_sampling(result.checkpoint).digest == best["digest"] and len(result.kept) == select.KEPT
+    assert load_checkpoint(result.checkpoint).digest == best["digest"] and len(result.kept) == select.KEPT
     assert json.loads(Path(result.uri).read_text())["candidates"] == result.candidates
     # Samples of the checkpoint that was copied are samples of the choice; those of others are not.
     chosen = {row["uri"] for row in result.candidates if selection_of(config, "mine", row["uri"])}

@@ -18,7 +18,7 @@ from refused import refused
 
 from ncsn.model import build
 from ncsn.model.checkpoint import SamplingCheckpoint, weights_digest
-from ncsn.model.trained import load_for_generation, load_trained
+from ncsn.model.trained import load_checkpoint_or_model, load_model
 from ncsn.tracking import registry
 from ncsn.tracking.client import TrackingError
 from ncsn.tracking.mlflow_runs import step_run
@@ -79,7 +79,7 @@ def test_a_registered_model_is_copied_to_guide_another(config, checkpoint, make_
         registry.register(tracked, candidate(checkpoint, "guides"))
     guided = make_config("sampling.guidance={kind: autoguidance, checkpoint: 'models:/guides/1'}")
     settled = registry.settle_guide(guided, near=str(tmp_path / "run"))
-    guide = load_for_generation(settled.sampling.guidance.checkpoint)
+    guide = load_checkpoint_or_model(settled.sampling.guidance.checkpoint)
     assert weights_digest(guide.network) == weights_digest(checkpoint.network)
     assert registry.settle_guide(guided, near=str(tmp_path / "run")) == settled
 
@@ -138,7 +138,7 @@ def test_weights_go_up_and_down_through_the_server(url, make_config, checkpoint,
     with step_run(make_config(f"tracking.uri={url}"), run="s3", step="register") as tracked:
         versions = [registry.register(tracked, candidate(checkpoint, "s3")) for _ in range(2)]
     assert [str(version.version) for version in versions] == ["1", "1"]
-    fetched = load_trained(fetch_weights(url, versions[0], tmp_path), origin="the registry")
+    fetched = load_model(fetch_weights(url, versions[0], tmp_path), origin="the registry")
     assert fetched.config == checkpoint.config
     for name, tensor in checkpoint.network.named_parameters():
         assert torch.equal(dict(fetched.network.named_parameters())[name], tensor)
