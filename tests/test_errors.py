@@ -9,7 +9,6 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner
-from refused import refused
 
 from ncsn.cli.options import ReportingCommand, StepFailed, describe
 from ncsn.errors import ConfigError, InvalidValue, NotFound, Problem, UserError, problems_of
@@ -54,13 +53,6 @@ ERRORS = [
 def test_a_problem_is_one_line(problem: Problem, line: str) -> None:
     assert str(problem) == line
     assert Problem.from_json(json.loads(json.dumps(problem.to_json()))) == problem
-
-
-def test_several_problems_are_a_line_each() -> None:
-    with refused("train.batch_size", "noise.x", error=ConfigError) as caught:
-        raise ConfigError.of(TWO)
-    assert caught.value.keys == ["train.batch_size", "noise.x"]
-    assert str(caught.value).splitlines() == [str(problem) for problem in TWO]
 
 
 def test_what_is_not_found_is_a_missing_file_too() -> None:

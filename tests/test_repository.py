@@ -24,15 +24,6 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 OF_TORCH = re.compile(r"(nvidia|cuda)-|triton\b")
 
 
-def test_every_make_target_explains_itself() -> None:
-    makefile = (ROOT / "Makefile").read_text()
-    targets = set(re.findall(r"^([a-z-]+):", makefile, flags=re.MULTILINE))
-    explained = set(re.findall(r"^([a-z-]+):.*## \w", makefile, flags=re.MULTILINE))
-    phony = set(re.findall(r"^\.PHONY: (.+)$", makefile, flags=re.MULTILINE))
-    assert targets == explained == phony
-    assert {"demo", "test", "test-all", "lint", "ui", "image", "clean", "help"} <= targets
-
-
 def _constraints() -> dict[str, Requirement]:
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     requirements = [Requirement(line) for line in lines if line and not line.startswith("#")]

@@ -1,4 +1,4 @@
-"""Keyed randomness against a Philox written here from its definition, and against the distributions."""
+"""Keyed randomness against a Philox written here from its definition."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from scipy import stats
 
-from ncsn.core.keyed_random import KeyedNoise, Stream, keyed_normal, keyed_permutation, keyed_uniform
+from ncsn.core.keyed_random import KeyedNoise, keyed_normal, keyed_permutation, keyed_uniform
 
 MASK = 2**64 - 1
 
@@ -60,14 +59,6 @@ def test_permutation_sorts_the_words_of_its_epoch():
     assert order.tolist() == sorted(range(99), key=lambda i: signed[i])
 
 
-def test_known_answers_stay():
-    normal = keyed_normal(0, stream=0, first=0, count=1, size=4)[0].tolist()
-    assert normal == pytest.approx([-0.25147155, 0.69438040, -1.44276905, 0.78698516], abs=1e-7)
-    uniform = keyed_uniform(0, stream=0, first=0, count=1, size=4)[0].tolist()
-    assert uniform == [0.011546790599822998, 0.24154919385910034, 0.03474193811416626, 0.6119502186775208]
-    assert keyed_permutation(0, epoch=0, size=8).tolist() == [7, 5, 1, 4, 3, 0, 2, 6]
-
-
 @pytest.mark.parametrize("size", [1, 3, 64, 785])
 @pytest.mark.parametrize("draw", [keyed_normal, keyed_uniform])
 def test_a_row_does_not_depend_on_the_rows_drawn_with_it(draw, size):
@@ -76,35 +67,6 @@ def test_a_row_does_not_depend_on_the_rows_drawn_with_it(draw, size):
     parts = [draw(3, stream=5, first=first, count=count, size=size) for first, count in [(10, 1), (11, 6), (17, 5)]]
     assert torch.equal(whole, torch.cat(parts))
     assert draw(3, stream=5, first=10, count=0, size=size).shape == (0, size)
-
-
-def test_normal_distribution():
-    z = keyed_normal(1, stream=Stream.NOISE, first=0, count=400, size=500).double().flatten().numpy()
-    n = z.size
-    assert abs(z.mean()) < 4 / math.sqrt(n)
-    assert abs(z.var() - 1) < 4 * math.sqrt(2 / n)
-    assert abs((z**3).mean()) < 4 * math.sqrt(15 / n)
-    assert abs((z**4).mean() - 3) < 4 * math.sqrt(96 / n)
-    assert stats.kstest(z, "norm").pvalue > 1e-3
-    # The cosine and the sine of one angle are independent, as are neighboring rows.
-    rows = z.reshape(400, 500)
-    assert abs(np.corrcoef(rows[:, :250].ravel(), rows[:, 250:].ravel())[0, 1]) < 4 / math.sqrt(n / 2)
-    assert abs(np.corrcoef(rows[:-1].ravel(), rows[1:].ravel())[0, 1]) < 4 / math.sqrt(n)
-
-
-def test_uniform_distribution():
-    u = keyed_uniform(1, stream=Stream.LEVEL, first=0, count=400, size=500).double().flatten().numpy()
-    assert u.min() > 0 and u.max() < 1
-    assert abs(u.mean() - 0.5) < 4 * math.sqrt(1 / 12 / u.size)
-    assert abs(u.var() - 1 / 12) < 4 * math.sqrt(1 / 180 / u.size)
-    assert stats.kstest(u, "uniform").pvalue > 1e-3
-
-
-def test_permutations_are_permutations_and_uniform():
-    orders = np.stack([keyed_permutation(2, epoch=epoch, size=4) for epoch in range(2400)])
-    assert (np.sort(orders, axis=1) == np.arange(4)).all()
-    _, counts = np.unique(orders, axis=0, return_counts=True)
-    assert counts.size == 24 and stats.chisquare(counts).pvalue > 1e-3
 
 
 def test_keyed_noise_of_an_image_is_the_same_in_every_batch():

@@ -97,14 +97,6 @@ def test_traces_by_random_signs() -> None:
     assert abs(float(found.mean() - matrix.trace())) < 4 * float(found.std()) / 64
 
 
-def test_units() -> None:
-    """The density of x' = 2x - 1 is smaller by D ln 2: the same formula for data of twice the spread."""
-    x = points(0.4, 0.9)
-    ours = LikelihoodOde(0.25, 0.001, 9).log_density(gaussian(0.25), x, probes=basis(x))
-    theirs = -0.5 * (2 * x.flatten() - 1).square() / (0.25 + 4e-6) - 0.5 * math.log(2 * math.pi * (0.25 + 4e-6))
-    torch.testing.assert_close(ours - theirs, torch.full((2,), math.log(2), dtype=torch.float64), rtol=0, atol=1e-8)
-
-
 def test_the_spread_of_data_is_that_around_mid_gray() -> None:
     x = keyed_uniform(0, stream=3, first=0, count=500, size=64).view(500, 1, 8, 8) * 0.3 + 0.4
     expected = float((x - 0.5).square().mean().sqrt())

@@ -20,19 +20,6 @@ def point_mass(sigmas, at=0.3):
     return lambda x, level: (at - x) / sigmas.to(x.dtype)[level].view(-1, 1, 1, 1) ** 2
 
 
-def test_steps_shrink_with_the_square_of_sigma():
-    expected = [0.2, 0.071876, 0.025831, 0.009283, 0.003336, 0.001199, 0.000431, 0.000155, 5.6e-5, 2e-5]
-    steps = [a for a, _ in level_steps(SIGMAS, 2e-5, consistent=False)]
-    assert steps == pytest.approx(expected, rel=1e-2)
-    assert steps[-1] == 2e-5
-
-
-def test_one_step_is_the_stated_update():
-    x, score, z = (torch.full((1, 1, 1, 1), v) for v in (1.0, -2.0, 0.5))
-    assert langevin_step(x, score=score, step_size=0.08, z=z).item() == pytest.approx(1 - 0.16 + 0.4 * 0.5)
-    assert x.item() == 1.0
-
-
 @pytest.mark.oracle(6)
 @pytest.mark.parametrize("step_size", [0.02, 0.2, 0.5, 1.0])
 def test_stationary_variance_of_a_standard_normal(step_size):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ncsn.core.noise_schedule import geometric_sigmas
-from ncsn.core.samplers.level_grid import choose_levels, score_at_sigma, spaced_sigmas
+from ncsn.core.samplers.level_grid import choose_levels, spaced_sigmas
 
 
 def karras(first: float, last: float, count: int) -> list[float]:
@@ -57,9 +57,3 @@ def test_karras_subset_moves_to_trained_levels_and_drops_duplicates():
 def test_one_level_is_too_few():
     with pytest.raises(ValueError, match="num_levels = 1"):
         choose_levels(V2, 1)
-
-
-def test_a_network_of_levels_refuses_a_sigma(analytic):
-    network = analytic.ByLevelOnly(analytic.GaussianScore(V2, s2=1.0))
-    with pytest.raises(ValueError, match="ByLevelOnly"):
-        score_at_sigma(network, torch.zeros(1, 1, 2, 2), sigma=0.5)

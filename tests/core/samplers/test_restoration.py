@@ -92,13 +92,6 @@ def test_moments_of_a_correlated_pair(variance, noise, steps, expected) -> None:
         assert value == pytest.approx(wanted, abs=tolerance)
 
 
-def test_the_exact_variance_reaches_the_conditional_distribution() -> None:
-    mean, variance = RHO * KNOWN / 1.01, 1 - RHO**2 / 1.01
-    found = moments(exact_variance, noise=0.1, steps=144)
-    assert (mean, variance) == pytest.approx((1.0297, 0.3663), abs=6e-5)
-    assert found[:2] == pytest.approx((mean, variance), rel=0.02)
-
-
 @pytest.mark.parametrize(("noise", "steps"), [(0.1, 18), (0.1, 36), (0.01, 144)])
 def test_a_likelihood_without_the_variance_of_the_image_diverges(noise: float, steps: int) -> None:
     start = HIGH * KeyedNoise(0, first=0, count=64, shape=(1, 1, 2))(0).double()
