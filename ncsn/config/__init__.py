@@ -1,4 +1,4 @@
-"""The one typed configuration: schema, parsing and flattening. Imports nothing else of this package."""
+"""The one typed configuration: schema, parsing and flattening. It imports the samplers' settings of the core alone."""
 
 from ncsn.config.load import (
     NOT_YAML,
