@@ -17,7 +17,7 @@ from kfp import dsl
 IMAGE = os.environ.get("NCSN_IMAGE", "ncsn-python:0.1.0")  # of every task, read at compile time
 
 
-def experiment(config: str, run: str) -> tuple[Any, str]:
+def config_and_run(config: str, run: str) -> tuple[Any, str]:
     """The config of a task, and the run's name: `run`, else the config's name and the id of KFP's run.
 
     Tasks call it before they import their step, which makes those imports faster.
@@ -48,7 +48,7 @@ def run_task(
 
     The pipeline ends with the `last` task. `task_config` is what KFP holds for the pods that the task may start.
     """
-    settings, name = experiment(config, run)
+    settings, name = config_and_run(config, run)
     from ncsn.runs.folder import default_checkpoint, run_folder
     from ncsn.steps import run as steps
 

@@ -50,9 +50,9 @@ def tune(
     task_config: dsl.TaskConfig,
 ) -> NamedTuple("Chosen", [("best_config", str), ("best_run", str)]):  # type: ignore[valid-type]
     """Search for better settings; where the config has no search, hand on what was given."""
-    from components import experiment, publish, publish_metrics, publish_nothing, publish_pictures, run_task
+    from components import config_and_run, publish, publish_metrics, publish_nothing, publish_pictures, run_task
 
-    settings, _ = experiment(config, run)
+    settings, _ = config_and_run(config, run)
     if settings.search is None:
         publish_nothing(search, plots, metrics)
         return (config, run)
@@ -172,9 +172,9 @@ def finish(
     """Cancel unfinished jobs, write the final status to the store and MLflow, and show where everything is."""
     from pathlib import Path
 
-    from components import experiment, publish
+    from components import config_and_run, publish
 
-    settings, name = experiment(config, run)
+    settings, name = config_and_run(config, run)
     from ncsn.process import this_kfp_run
     from ncsn.steps import finish
     from ncsn.steps.janitor import forget_this_run

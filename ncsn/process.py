@@ -8,18 +8,25 @@ import gc
 import json
 import os
 import platform
+import signal
 import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
 
 from ncsn.errors import UserError
 
 IMAGE_VARIABLE = "NCSN_IMAGE"  # variable with the image for pods that are to be started
 CONTAINER_IMAGE = "NCSN_CONTAINER_IMAGE"  # variable with the image of this pod, in the pods of a RayJob
 KFP_RUN_ID = "NCSN_KFP_RUN_ID"  # variable with the id of the pipeline run, in all pods of a cluster
+RUN_ID_LABEL = "pipeline/runid"  # KFP's, of a run's Workflow and of its pods
+POD_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")  # Kubernetes mounts it
 KFP_WORKFLOW = "NCSN_KFP_WORKFLOW"  # variable with its Argo Workflow, only in the pods of its tasks
+TERMINATED = 128 + signal.SIGTERM  # exit code
+Backend = Literal["local", "ray-jobs", "kuberay"]  # of compute.backend, for --help too, which does not load the config
 PYTHON = "ncsn.python"  # key of the launcher's Python version in the metadata of a Ray job
 
 _ALLOCATIONS = 50_000  # new objects until the youngest are searched for cycles; Python's default is 700

@@ -6,7 +6,7 @@ from kfp import dsl, kubernetes
 
 from components import IMAGE
 from components.tasks import evaluate, finish, ingest, register, report, sample, sample_model, train, tune
-from ncsn.process import IMAGE_VARIABLE, KFP_RUN_ID, KFP_WORKFLOW
+from ncsn.process import IMAGE_VARIABLE, KFP_RUN_ID, KFP_WORKFLOW, RUN_ID_LABEL
 
 ENVIRONMENT = "ncsn-environment"  # ConfigMap with addresses, in the namespace of the runs
 ADDRESSES = (
@@ -40,7 +40,7 @@ def configured(task: dsl.PipelineTask, title: str, *, cached: bool = False) -> d
     kubernetes.use_config_map_as_env(task, ENVIRONMENT, {name: name for name in ADDRESSES}, optional=True)
     kubernetes.use_secret_as_env(task, CREDENTIALS, {name: name for name in SECRETS}, optional=True)
     # Not arguments, which would give every run another cache key.
-    for variable, label in ((KFP_RUN_ID, "pipeline/runid"), (KFP_WORKFLOW, "workflows.argoproj.io/workflow")):
+    for variable, label in ((KFP_RUN_ID, RUN_ID_LABEL), (KFP_WORKFLOW, "workflows.argoproj.io/workflow")):
         kubernetes.use_field_path_as_env(task, env_name=variable, field_path=f"metadata.labels['{label}']")
     return task
 
@@ -48,8 +48,8 @@ def configured(task: dsl.PipelineTask, title: str, *, cached: bool = False) -> d
 @dsl.pipeline(
     name="ncsn-train",
     display_name="NCSN: train and register",
-    description="Trains a noise conditional score network (Song & Ermon 2019), samples from it by annealed Langevin "
-    "dynamics, measures the samples and registers the model.",
+    description="Trains a noise conditional score network (Song & Ermon 2019), samples from it, measures the "
+    "samples and registers the model.",
 )
 def train_pipeline(config: str, run: str = "", content: str = "") -> None:
     """Train, sample, evaluate and register one experiment, and say how it ended, however it ended.

@@ -24,6 +24,7 @@ from kfp.client import Client, ServiceAccountTokenVolumeCredentials
 
 from ncsn.config import NOT_YAML, Config
 from ncsn.errors import UserError
+from ncsn.process import POD_NAMESPACE
 from ncsn.remote.backend import message_of
 from pipelines.compile import PIPELINES, compile_one
 
@@ -33,7 +34,6 @@ TOKEN = "NCSN_KFP_TOKEN"  # noqa: S105 - the name of a variable
 COOKIE = "NCSN_KFP_COOKIE"
 TOKEN_PATH = "KF_PIPELINES_SA_TOKEN_PATH"  # noqa: S105 - the name of a variable
 POD_TOKEN = Path("/var/run/secrets/kubeflow/pipelines/token")
-POD_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 TIMEOUT_SECONDS = 10
 _FIELDS = 5  # of a schedule as people write it: minute, hour, day, month, weekday
 

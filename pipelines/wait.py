@@ -13,14 +13,15 @@ import kfp_server_api
 import urllib3
 
 from ncsn.errors import UserError
+from ncsn.process import RUN_ID_LABEL
 from ncsn.remote.kuberay import STANDALONE
-from ncsn.remote.kubernetes import RUN_ID_LABEL, KubernetesApi
+from ncsn.remote.kubernetes import KubernetesApi
 from ncsn.remote.pods import troubles_of_run
 from ncsn.storage.retry import Retry
 from pipelines.submit import KfpConnection, KfpError, reason_of
 
-SUCCEEDED = ("SUCCEEDED", "SKIPPED")
-ENDED = (*SUCCEEDED, "FAILED", "CANCELED")
+WELL_ENDED = ("SUCCEEDED", "SKIPPED")
+ENDED = (*WELL_ENDED, "FAILED", "CANCELED")
 POLL_SECONDS = 5.0
 PATIENCE_SECONDS = 300  # for a server that is unavailable
 LOOK_SECONDS = 15.0  # between two looks at the pods
@@ -62,7 +63,7 @@ def wait(
             if shown.get(name) != state:
                 shown[name] = state
                 say(f"{titles[name]}: {state}" if name else state)
-        if run.state in SUCCEEDED:
+        if run.state in WELL_ENDED:
             return
         if run.state in ENDED:
             failed = ", ".join(titles[name] for name, state in states.items() if state == "FAILED")

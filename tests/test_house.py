@@ -59,7 +59,7 @@ LIGHT = (
     "ncsn.cli.app",
     "ncsn.cli.console",
     "ncsn.cli.doctor",
-    "ncsn.cli.kubeflow",
+    "ncsn.cli.cluster",
     "ncsn.cli.registry",
     "ncsn.cli.execute",
     "ncsn.cli.options",

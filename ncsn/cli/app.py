@@ -5,29 +5,19 @@ from __future__ import annotations
 import json
 import math
 import sys
-from functools import partial
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import click
 
-from ncsn.cli import kubeflow, registry
-from ncsn.cli.options import (
-    Decorated,
-    ReportingCommand,
-    backend_options,
-    existing_run_options,
-    experiment_options,
-    input_options,
-    json_option,
-    lease_option,
-    score_option,
-)
+from ncsn.cli import cluster, registry
+from ncsn.cli.options import ReportingCommand, existing_run_options, json_option, step_options, target_options
 from ncsn.errors import UserError
 from ncsn.process import reduce_gc
-from ncsn.runs.steps import PIPELINE, STEP_INFO
+from ncsn.runs.steps import STEP_INFO
 
 if TYPE_CHECKING:
-    from ncsn.cli.target import Experiment
+    from ncsn.cli.target import TargetOptions
 
 
 class _InOrder(click.Group):
@@ -108,53 +98,62 @@ def _ask_mirrored() -> bool:
 
 
 @app.command("run", cls=ReportingCommand, short_help="Run the whole pipeline, or its remaining steps.")
-@experiment_options
+@target_options
 @json_option
-def run_command(*, experiment: Experiment, as_json: bool) -> None:
-    """Run the whole pipeline: ingest, train, sample, evaluate, register, report.
+def run_command(*, options: TargetOptions, as_json: bool) -> None:
+    """Run the whole pipeline: ingest, tune if the config has a search, train, sample, evaluate, register, report.
 
-    The same command again resumes an interrupted run, and returns at once when all is done.
+    The same command again resumes an interrupted run, and repeats nothing that is done.
     """
     from ncsn.cli.execute import run_pipeline
 
-    run_pipeline(experiment.resolve(), as_json=as_json)
+    run_pipeline(options.resolve(), as_json=as_json)
 
 
-def _add_step_command(step: str) -> None:
-    info = STEP_INFO[step]
+def _do_step(step: str, options: TargetOptions, given: Mapping[str, str | None], *, as_json: bool) -> None:
+    from ncsn.cli.console import describe_result
+    from ncsn.cli.execute import run_one
 
-    def command(*, experiment: Experiment, as_json: bool, **given: str | None) -> None:
-        from ncsn.cli.console import describe_result
-        from ncsn.cli.execute import run_one
-
-        if given.get("model") or given.get("out"):
-            registry.sample_from_model(experiment, given, as_json=as_json)
-            return
-        target = experiment.resolve(checkpoint=given.get("checkpoint"))
-        result = run_one(step, target, given=given)
-        click.echo(json.dumps(result, indent=1) if as_json else describe_result(step, result))
-
-    decorated: Decorated = json_option(command)
-    if info.elsewhere:
-        decorated = backend_options(lease_option(decorated))
-    if info.on_demand:
-        decorated = score_option(decorated)
-    decorated = input_options(decorated, step=step)
-    if step == "sample":
-        decorated = click.option("--out", metavar="FOLDER", help="With --model: where the images go.")(decorated)
-        words = "A registered model instead of a run: models:/NAME@champion."
-        decorated = click.option("--model", metavar="URI", help=words)(decorated)
-    app.command(step, cls=ReportingCommand, help=info.summary)(experiment_options(decorated))
+    result = run_one(step, options.resolve(checkpoint=given.get("checkpoint")), given=given)
+    click.echo(json.dumps(result, indent=1) if as_json else describe_result(step, result))
 
 
-for _step in PIPELINE:
-    _add_step_command(_step)
+def _step_command(step: str) -> click.Command:
+    @app.command(step, cls=ReportingCommand, help=STEP_INFO[step].summary)
+    @step_options(step)
+    def command(*, options: TargetOptions, as_json: bool, **given: str | None) -> None:
+        _do_step(step, options, given, as_json=as_json)
+
+    return command
+
+
+ingest_command = _step_command("ingest")
+tune_command = _step_command("tune")
+train_command = _step_command("train")
+
+
+@app.command("sample", cls=ReportingCommand, help=STEP_INFO["sample"].summary)
+@step_options("sample")
+@click.option("--model", metavar="URI", help="A registered model instead of a run: models:/NAME@champion.")
+@click.option("--out", metavar="FOLDER", help="With --model: where the images go.")
+def sample_command(
+    *, options: TargetOptions, as_json: bool, model: str | None, out: str | None, **given: str | None
+) -> None:
+    if model or out:
+        registry.sample_from_model(options, given, model=model, out=out, as_json=as_json)
+    else:
+        _do_step("sample", options, given, as_json=as_json)
+
+
+evaluate_command = _step_command("evaluate")
+register_command = _step_command("register")
+report_command = _step_command("report")
 
 
 @app.command("show-config", cls=ReportingCommand, short_help="Print every setting with its meaning and range.")
 @existing_run_options
 @json_option
-def show_config_command(*, experiment: Experiment, as_json: bool) -> None:
+def show_config_command(*, options: TargetOptions, as_json: bool) -> None:
     """Print the resolved config, each setting with its meaning and range. The output is a valid config file.
 
     Where noise = auto and the run has its dataset, it begins with the levels that were chosen.
@@ -162,7 +161,7 @@ def show_config_command(*, experiment: Experiment, as_json: bool) -> None:
     from ncsn.config import to_json
     from ncsn.tools.draft import documented_yaml
 
-    target = experiment.resolve()
+    target = options.resolve()
     if not as_json and target.config.noise.kind == "auto":
         from ncsn.tools.plan import chosen_levels
 
@@ -174,15 +173,15 @@ def show_config_command(*, experiment: Experiment, as_json: bool) -> None:
 @existing_run_options
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", default=5000, show_default=True, type=click.IntRange(1, 65535), help="Port to listen on.")
-def ui_command(*, experiment: Experiment, host: str, port: int) -> None:
+def ui_command(*, options: TargetOptions, host: str, port: int) -> None:
     """Serve MLflow's pages for the runs in the store. Ctrl-C ends it."""
     from ncsn.cli.execute import serve_ui
 
-    serve_ui(experiment.resolve_any().config, host=host, port=port)
+    serve_ui(options.registry, host=host, port=port)
 
 
 @app.command("plan", cls=ReportingCommand, short_help="Estimate what training and sampling will take.")
-@experiment_options
+@target_options
 @click.option(
     "--tflops",
     type=click.FloatRange(0, min_open=True),
@@ -190,12 +189,12 @@ def ui_command(*, experiment: Experiment, host: str, port: int) -> None:
 )
 @click.option("--price-per-hour", type=click.FloatRange(0), help="Of all workers together, for the column money.")
 @json_option
-def plan_command(*, experiment: Experiment, tflops: float | None, price_per_hour: float | None, as_json: bool) -> None:
+def plan_command(*, options: TargetOptions, tflops: float | None, price_per_hour: float | None, as_json: bool) -> None:
     """Estimate the time of training and sampling, and the memory of a worker, by a few steps on this machine."""
     from ncsn.cli.console import console_on, print_plan
     from ncsn.tools.plan import plan
 
-    target = experiment.resolve()
+    target = options.resolve()
     found = plan(target.config, target.run, tflops=tflops, price_per_hour=price_per_hour)
     if as_json:
         click.echo(json.dumps(found, indent=1))
@@ -204,13 +203,9 @@ def plan_command(*, experiment: Experiment, tflops: float | None, price_per_hour
 
 
 @app.command("select", cls=ReportingCommand, short_help="Find the best checkpoint of a run by samples of each.")
-@experiment_options
-@partial(input_options, step="select")
+@step_options("select")
 @click.option("--only-choose", is_flag=True, help="Stop after the choice.")
-@lease_option
-@backend_options
-@json_option
-def select_command(*, experiment: Experiment, only_choose: bool, as_json: bool, **given: str | None) -> None:
+def select_command(*, options: TargetOptions, only_choose: bool, as_json: bool, **given: str | None) -> None:
     """Score every kept checkpoint and average by a few samples; then sample, evaluate and register the best one.
 
     The section select of the config says how. Training keeps checkpoints with train.keep_checkpoints=all.
@@ -218,11 +213,11 @@ def select_command(*, experiment: Experiment, only_choose: bool, as_json: bool, 
     from ncsn.cli.execute import select_best
 
     only_choose = only_choose or given.get("lease") is not None  # the launcher does the rest
-    select_best(experiment.resolve(), given=given, as_json=as_json, only_choose=only_choose)
+    select_best(options.resolve(), given=given, as_json=as_json, only_choose=only_choose)
 
 
 for _command in (
-    *(kubeflow.submit_command, kubeflow.doctor_command, kubeflow.cleanup_command),
+    *(cluster.submit_command, cluster.doctor_command, cluster.cleanup_command),
     *(registry.promote_command, registry.trace_command),
 ):
     app.add_command(_command)

@@ -15,7 +15,7 @@ from pathlib import Path
 import click
 
 from ncsn import storage
-from ncsn.cli.options import BACKENDS, describe
+from ncsn.cli.options import describe
 from ncsn.config import Config
 from ncsn.errors import NotFound, UserError
 from ncsn.remote import open_backend
@@ -49,13 +49,8 @@ def look(check: Check) -> Finding:
 def examine(config: Config, *, host: str | None, namespace: str | None) -> list[Finding]:
     """All findings, in the order in which a run would fail."""
     findings = [look(check) for check in _base_checks(config, host, namespace)]
-    for name, checks in BACKENDS.items():
-        backend = open_backend(config.compute) if config.compute.backend == name else None
-        if backend is None:
-            findings += [Finding(check, SKIPPED, f"compute.backend is {config.compute.backend}") for check in checks]
-        else:
-            findings += [look(check) for check in backend.checks()]
-    return findings
+    backend = open_backend(config.compute)
+    return [*findings, *(look(check) for check in (backend.checks() if backend else ()))]
 
 
 def report(findings: list[Finding], *, as_json: bool) -> bool:

@@ -23,16 +23,15 @@ from rich.console import Console
 
 from ncsn import storage
 from ncsn.cli.console import ProgressView, console_on, describe_result, print_summary, shown_progress
-from ncsn.cli.options import TERMINATED, StepFailed, stop_cleanly_on_sigterm
+from ncsn.cli.options import StepFailed, stop_cleanly_on_sigterm
 from ncsn.cli.target import Target
-from ncsn.config import Config, to_json
+from ncsn.config import Config
 from ncsn.errors import UserError
+from ncsn.process import TERMINATED
 from ncsn.progress import read_progress
 from ncsn.runs.folder import (
     RunFolder,
-    StepRecord,
     claim_run,
-    default_checkpoint,
     folders_of,
     read_results,
     read_step,
@@ -58,7 +57,7 @@ def run_one(step: str, target: Target, *, given: Mapping[str, str | None]) -> di
                 _say_if_selected(console, folder, inputs.get("checkpoint"))
             # Without a terminal, the log of a step elsewhere is printed as it comes, with these lines in it.
             in_log = target.config.compute.backend != "local" and step in STEPS_ELSEWHERE and not console.is_terminal
-            with _shown(step, folder, view, watched=not in_log), _interruption_by_ray():
+            with _shown(step, folder, view, watched=not in_log), _ends_as_told():
                 yield
 
     lease = given.get("lease")
@@ -93,11 +92,9 @@ def run_pipeline(target: Target, *, as_json: bool) -> None:
         preflight(step, config, run_folder(config, target.run))
     folder = claim_run(config, target.run)
     before = read_results(folders_of(folder, config))
-    records = complete_records(folder, config)
-    if records is None:
-        with _alone(folder, "run"):
-            _execute(config, folder)
-        records = mark_complete(folder, config)
+    with _alone(folder, "run"):
+        _execute(config, folder)
+    records = read_results(folders_of(folder, config))
     if as_json:
         results = {step: record.result for step, record in records.items()}
         click.echo(json.dumps({"run": target.run, "uri": folder.uri, "steps": results}, indent=1))
@@ -122,16 +119,18 @@ def _execute(config: Config, folder: RunFolder) -> None:
         with nullcontext() if of == folder else _alone(of, step), _shown(step, of, view):
             yield
 
-    # One Ray cluster for all steps, which starts during the first; none where each step is a job.
+    # One Ray cluster for all steps, which starts during the first. None where each step is a job; and a run that was
+    # finished once is hardly worth one: a step that has work to do after all starts its own.
     cluster: AbstractContextManager[Callable[[], object]] = nullcontext(lambda: None)
-    if config.compute.backend == "local":
+    finished = STEPS[-1] in read_results(folders_of(folder, config))
+    if config.compute.backend == "local" and not finished:
         from ncsn.distributed.cluster import ray_cluster_meanwhile
 
         cluster = ray_cluster_meanwhile(config)
     with shown_progress(log) as view:
         view.console.print(f"run    {folder.uri}\nlog    {log}", soft_wrap=True)
         try:
-            with _interruption_by_ray(), cluster as ray_started:
+            with _ends_as_told(), cluster as ray_started:
                 run_all(config, run=folder.run, around=around)
         except Exception as error:
             traceback.print_exc()
@@ -140,51 +139,10 @@ def _execute(config: Config, folder: RunFolder) -> None:
             raise StepFailed(working_on, error, log=log) from error
 
 
-def mark_complete(folder: RunFolder, config: Config) -> dict[str, StepRecord]:
-    """Record that the whole pipeline of this config is done; returns the records of its steps."""
-    records = read_results(folders_of(folder, config))
-    mark = {
-        "of": _circumstances(folder, config),
-        "finished_at": {step: record.finished_at for step, record in records.items()},
-    }
-    storage.write_json(folder.complete, mark, indent=1)
-    return records
-
-
-def complete_records(folder: RunFolder, config: Config) -> dict[str, StepRecord] | None:
-    """The records of the steps if the pipeline is done for this config and nothing was changed or lost since."""
-    mark = storage.find_json(folder.complete)
-    if mark is None or mark["of"] != _circumstances(folder, config):
-        return None
-    records = read_results(folders_of(folder, config))
-    if {step: record.finished_at for step, record in records.items()} != mark["finished_at"]:
-        return None
-    values = [value for record in records.values() for value in record.result.values()]
-    outputs = [value for value in values if isinstance(value, str) and value.startswith(f"{folder.root}/")]
-    return records if all(map(storage.exists, outputs)) else None
-
-
-def _circumstances(folder: RunFolder, config: Config) -> dict[str, str]:
-    """The inputs of a run other than the results of its steps."""
-    from ncsn.data.sources.base import source_fingerprint
-    from ncsn.tracking.client import shown, tracking_uri
-
-    known = {
-        "config": to_json(config),
-        "files": source_fingerprint(config.data),
-        "registry": shown(tracking_uri(config)),
-    }
-    trained = folders_of(folder, config)["train"]
-    if (result := read_step(trained, "train").result) and read_step(trained, "select").result:
-        known["checkpoint"] = default_checkpoint(trained, config, last=str(result["checkpoint"]))
-    return known
-
-
 @contextmanager
-def _interruption_by_ray() -> Iterator[None]:
+def _ends_as_told() -> Iterator[None]:
     """End with `TERMINATED` after SIGTERM and with KeyboardInterrupt after Ctrl-C, whatever Ray makes of them."""
-    # Ray Train answers Ctrl-C with exit code 0 or 1, and a wait for Ray makes 1 of any exit code. During the work of a
-    # cluster its backend answers SIGTERM, with the same code.
+    # Ray Train answers Ctrl-C with exit code 0 or 1, and a wait for Ray makes 1 of any exit code.
     told = stop_cleanly_on_sigterm()
     try:
         yield
@@ -240,11 +198,11 @@ def _alone(folder: RunFolder, step: str) -> Iterator[None]:
         yield
 
 
-def serve_ui(config: Config, *, host: str, port: int) -> None:
+def serve_ui(uri: str, *, host: str, port: int) -> None:
     """Replace this process by the MLflow server."""
     from ncsn.tracking.client import server_command
 
-    command = server_command(config, host=host, port=port)
+    command = server_command(uri, host=host, port=port)
     try:
         socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
     except OSError as error:  # MLflow's server exits with 0 if it cannot listen

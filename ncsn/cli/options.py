@@ -13,23 +13,17 @@ from dataclasses import replace
 from functools import partial, wraps
 from pathlib import Path
 from threading import Event
-from typing import Any
+from typing import Any, get_args
 
 import click
 
 from ncsn.errors import Problem, UserError, problems_of
+from ncsn.process import TERMINATED, Backend
 from ncsn.runs.steps import CONTINUING, OWN, STEP_INFO
 
-# Those of `ComputeConfig`, which --help does not import, and what `ncsn doctor` checks of each.
-BACKENDS = {
-    "local": (),
-    "ray-jobs": ("ray jobs",),
-    "kuberay": ("kubernetes", "rights", "kuberay", "pod image"),
-}
 FAILURE = 1
 MISTAKE = 2  # the user's
 INTERRUPTED = 130  # Ctrl-C
-TERMINATED = 143  # SIGTERM
 
 _CONTINUES = "; the same command continues from the last checkpoint"
 TRACEBACK_VARIABLE = "NCSN_TRACEBACK"
@@ -111,6 +105,11 @@ class ReportingCommand(click.Command):
 
 def stop_cleanly_on_sigterm() -> Event:
     """Make SIGTERM raise SystemExit, so that `finally` blocks stop what this process started; set once it arrives."""
+    # From the outermost answer to the innermost, each of which holds during the block inside which it was installed:
+    # 1. this one, of every command;
+    # 2. `ncsn.cli.execute._ends_as_told`, around steps: the same, and the exit code whatever Ray makes of the signal;
+    # 3. `ncsn.distributed.cluster._own_sigterm` restores 2 after Ray has installed its own while it connects;
+    # 4. `ncsn.remote.backend.ended_on_sigterm`, while a job elsewhere runs: ends the job first.
     told = Event()
 
     def handle(*_: object) -> None:
@@ -143,11 +142,11 @@ Decorated = Callable[..., Any]
 _NEW_RUN = "Name of the run; default: made from the config. Without --config, an existing run."
 
 
-def experiment_options(command: Decorated, *, run_help: str = _NEW_RUN) -> Decorated:
-    """`--config`, `--set` and `--run`, and where the command has them `--backend` and `--address`: an `experiment`."""
+def target_options(command: Decorated, *, run_help: str = _NEW_RUN) -> Decorated:
+    """`--config`, `--set` and `--run`, and where the command has them `--backend` and `--address`: an `options`."""
 
     @wraps(command)
-    def with_experiment(
+    def with_target_options(
         *,
         config_uri: str | None,
         overrides: tuple[str, ...],
@@ -156,40 +155,32 @@ def experiment_options(command: Decorated, *, run_help: str = _NEW_RUN) -> Decor
         address: str | None = None,
         **others: Any,
     ) -> Any:
-        from ncsn.cli.target import Experiment
+        from ncsn.cli.target import TargetOptions
 
         if address is not None and backend not in (None, "ray-jobs"):
             why = f"needs --backend ray-jobs, not {backend}"
             raise UserError("--address", why, hint="leave one out", value=address)
-        place: tuple[str, ...] = () if backend is None else (f"compute.backend={backend}",)
+        elsewhere: tuple[str, ...] = () if backend is None else (f"compute.backend={backend}",)
         if address is not None:
-            place = ("compute.backend=ray-jobs", f"compute.ray_jobs.address={address}")
-        return command(experiment=Experiment(config_uri, overrides, run_name, place), **others)
+            elsewhere = ("compute.backend=ray-jobs", f"compute.ray_jobs.address={address}")
+        return command(options=TargetOptions(config_uri, overrides, run_name, elsewhere), **others)
 
-    decorated = click.option("--run", "run_name", metavar="NAME", help=run_help)(with_experiment)
+    decorated = click.option("--run", "run_name", metavar="NAME", help=run_help)(with_target_options)
     decorated = click.option(
         "--set", "overrides", metavar="A.B=VALUE", multiple=True, help="Change one value of the config; repeatable."
     )(decorated)
     return click.option("--config", "config_uri", metavar="PATH|URI", help="The experiment, a YAML file.")(decorated)
 
 
-existing_run_options = partial(experiment_options, run_help="An existing run, instead of --config.")
-registry_options = partial(experiment_options, run_help="Use the registry of this run's config.")
+existing_run_options = partial(target_options, run_help="An existing run, instead of --config.")
+registry_options = partial(target_options, run_help="Use the registry of this run's config.")
 
 
 def backend_options(command: Decorated) -> Decorated:
-    """`--backend` and `--address`, which `experiment_options` above this takes."""
+    """`--backend` and `--address`, which `target_options` above this takes."""
     words = "Where the work runs; short for --set compute.backend=..."
     address = click.option("--address", metavar="URL", help="Dashboard of the Ray cluster, http://HEAD:8265.")
-    return click.option("--backend", type=click.Choice(list(BACKENDS)), help=words)(address(command))
-
-
-def input_options(command: Decorated, *, step: str) -> Decorated:
-    """An option for the URI of each input of a step."""
-    for name, source in reversed([*STEP_INFO[step].inputs.items()]):
-        option = click.option(f"--{name}", metavar="URI", help=f"The {source.what}; default: the run's own.")
-        command = option(command)
-    return command
+    return click.option("--backend", type=click.Choice(get_args(Backend)), help=words)(address(command))
 
 
 json_option = click.option(
@@ -206,3 +197,21 @@ score_option = click.option(
 lease_option = click.option(
     "--lease", metavar="URI", hidden=True, help="Heartbeat of a launcher elsewhere: when it stops, save and end."
 )
+
+
+def step_options(step: str) -> Callable[[Decorated], Decorated]:
+    """All options of the command of a step."""
+    info = STEP_INFO[step]
+
+    def decorate(command: Decorated) -> Decorated:
+        command = json_option(command)
+        if info.elsewhere:
+            command = backend_options(lease_option(command))
+        if info.on_demand:
+            command = score_option(command)
+        for name, source in reversed([*info.inputs.items()]):
+            option = click.option(f"--{name}", metavar="URI", help=f"The {source.what}; default: the run's own.")
+            command = option(command)
+        return target_options(command)
+
+    return decorate

@@ -16,7 +16,7 @@ from ncsn.errors import UserError
 if TYPE_CHECKING:
     from rich.tree import Tree
 
-    from ncsn.cli.target import Experiment
+    from ncsn.cli.target import TargetOptions
     from ncsn.tracking.lineage import Link
 
 
@@ -35,7 +35,7 @@ def promote_command(
     force: bool,
     rollback: bool,
     dry_run: bool,
-    experiment: Experiment,
+    options: TargetOptions,
     as_json: bool,
 ) -> None:
     """Make a version of MODEL the champion, if its recorded metric passes the gate against the current champion."""
@@ -44,7 +44,7 @@ def promote_command(
 
     if rollback and (version is not None or force):
         raise UserError("--rollback", "takes neither --version nor --force", hint="leave them out")
-    uri = experiment.registry
+    uri = options.registry
     with mlflow_errors(uri):
         client = client_at(uri)
         if rollback:
@@ -62,7 +62,7 @@ def promote_command(
 @click.argument("identifier", metavar="ID")
 @registry_options
 @json_option
-def trace_command(*, identifier: str, experiment: Experiment, as_json: bool) -> None:
+def trace_command(*, identifier: str, options: TargetOptions, as_json: bool) -> None:
     """Print the whole chain that ID is part of: pipeline run, steps, Ray jobs, data, checkpoint, samples, model.
 
     ID is an MLflow run id, the name of a run, a KFP run id, a Ray job or submission id, a model version
@@ -72,7 +72,7 @@ def trace_command(*, identifier: str, experiment: Experiment, as_json: bool) -> 
     from ncsn.tracking.client import client_at, mlflow_errors
     from ncsn.tracking.lineage import trace
 
-    uri = experiment.registry
+    uri = options.registry
     with mlflow_errors(uri):
         chains = trace(client_at(uri), identifier)
     if as_json:
@@ -95,28 +95,29 @@ def _tree(link: Link) -> Tree:
     return tree
 
 
-def sample_from_model(experiment: Experiment, given: Mapping[str, str | None], *, as_json: bool) -> None:
+def sample_from_model(
+    options: TargetOptions, given: Mapping[str, str | None], *, model: str | None, out: str | None, as_json: bool
+) -> None:
     """`ncsn sample --model`: generate images from a registered model and print where they are."""
     from ncsn.cli.console import ShownProgress, shown_progress
     from ncsn.tools import models
 
-    address = given.get("model")
-    if address is None:
+    if model is None:
         raise click.UsageError("--out goes with --model; the samples of a run are in the run's folder")
     for option in ("score", "checkpoint"):
         if given.get(option):
             raise click.UsageError(f"--{option} needs a run, not --model")
-    if experiment.place:
+    if options.backend:
         raise click.UsageError("--backend and --address need a run; a registered model is sampled here")
-    registry = experiment.registry
+    registry = options.registry
     with shown_progress(None) as view:
         view.start("sample")
         result = models.sample_model(
-            address,
+            model,
             registry=registry,
-            root=experiment.store_root,
-            out=given.get("out"),
-            overrides=experiment.overrides,
+            root=options.store_root,
+            out=out,
+            overrides=options.overrides,
             progress=ShownProgress(view, "sample"),
         )
         view.finish("sample", f"done in {result.seconds:,.1f} s")

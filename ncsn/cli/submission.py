@@ -1,4 +1,4 @@
-"""From the options of `ncsn submit` to a `Submission`. Apart from `kubeflow`, because it imports kfp."""
+"""From the options of `ncsn submit` to a `Submission`. Apart from `cluster`, because it imports kfp."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ncsn import storage
-from ncsn.cli.target import Experiment, Target
+from ncsn.cli.target import Target, TargetOptions
 from ncsn.config import from_yaml, to_json
 from ncsn.config.schema import TrackingConfig
 from ncsn.data.sources.base import source_fingerprint
@@ -23,7 +23,7 @@ _LOOK_SECONDS = 5.0
 
 
 def prepare(
-    experiment: Experiment,
+    options: TargetOptions,
     *,
     pipeline: str,
     params: Sequence[str],
@@ -44,13 +44,13 @@ def prepare(
         given[key] = value
     config = None
     if pipeline == "sample":
-        arguments = _sample_arguments(experiment)
-        name = experiment.run or given.get("model", "").removeprefix("models:/") or pipeline
+        arguments = _sample_arguments(options)
+        name = options.run or given.get("model", "").removeprefix("models:/") or pipeline
         tracked_as = TrackingConfig.model_fields["experiment"].default
     else:
-        target = experiment.resolve()
+        target = options.resolve()
         config, tracked_as = target.config, target.config.tracking.experiment
-        arguments = _experiment_arguments(target, given_run=experiment.run, scheduled=scheduled)
+        arguments = _experiment_arguments(target, given_run=options.run, scheduled=scheduled)
         name = config.name if scheduled else target.run
     if taken := arguments.keys() & given.keys():
         raise UserError("--param", "comes from --config, --set and --run", hint="leave it out", value=min(taken))
@@ -79,17 +79,17 @@ def why_it_failed(submission: Submission) -> str:
     return str(outcome or "")
 
 
-def _sample_arguments(experiment: Experiment) -> dict[str, Any]:
+def _sample_arguments(options: TargetOptions) -> dict[str, Any]:
     """Parameters of the sample pipeline, whose config is the registered one with the overrides."""
-    if experiment.config_uri is not None:
+    if options.config_uri is not None:
         hint = "leave it out, and change values with --set"
         raise UserError("--config", "a registered model brings its own config", hint=hint)
-    root = experiment.override("storage.root")
+    root = options.override("storage.root")
     if root is None:
         reason = "not set, and a registered model has no place for images"
         raise UserError("storage.root", reason, hint="pass --set storage.root=s3://BUCKET/PREFIX")
     _require_shared_store(root)
-    return {"root": root, "overrides": list(experiment.overrides)}
+    return {"root": root, "overrides": list(options.overrides)}
 
 
 def _experiment_arguments(target: Target, *, given_run: str | None, scheduled: bool) -> dict[str, Any]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from ncsn import storage
@@ -25,13 +24,13 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Experiment:
+class TargetOptions:
     """The options `--config`, `--set`, `--run`, `--backend` and `--address`."""
 
     config_uri: str | None = None
     overrides: tuple[str, ...] = ()
     run: str | None = None
-    place: tuple[str, ...] = ()  # the overrides that --backend and --address stand for
+    backend: tuple[str, ...] = ()  # the overrides that --backend and --address stand for
 
     def resolve(self, *, checkpoint: str | None = None) -> Target:
         """The config of --config, else of the checkpoint, else of --run, and the run that it belongs to."""
@@ -52,36 +51,27 @@ class Experiment:
             text = storage.read_text(absolute)
         except UnicodeDecodeError:
             raise ConfigError(origin, "is not a text file; expected YAML") from None
-        config = from_yaml(text, overrides=(*self.overrides, *self.place), origin=origin)
+        config = from_yaml(text, overrides=(*self.overrides, *self.backend), origin=origin)
         run = self.run
         if run is None and checkpoint is not None:
             run = _run_of_checkpoint(checkpoint, config)
         # A hash of what decides the weights: the same experiment resumes, another one starts.
         return Target(config, run or f"{config.name}-{storage.digest(training_settings(config), 8)}")
 
-    def resolve_any(self) -> Target:
-        """The same, or any run in the store: for commands that only need to find the MLflow server."""
-        if self.config_uri is not None or self.run is not None:
-            return self.resolve()
-        runs = storage.join(self.store_root, "runs")
-        for name in storage.list_names(runs):
-            if storage.exists(storage.join(runs, name, "config.yaml")):
-                return replace(self, run=name).resolve()
-        raise NotFound(_ROOT, "no run in this store", hint=_ANOTHER_STORE, value=self.store_root)
-
     @property
     def registry(self) -> str:
-        """The MLflow server: that of the config, else of the environment, else of the runs in the store."""
-        from ncsn.tracking.client import server_uri, tracking_uri
+        """The MLflow server: that of the config, else of --set or the environment, else the database in the store."""
+        from ncsn.tracking.client import SQLITE, server_uri, tracking_uri
 
-        if self.config_uri is None and self.run is None:
-            named = self.override("tracking.uri")
-            if named or "MLFLOW_TRACKING_URI" in os.environ:
-                return server_uri(named, root=self.store_root)
-            # These are for a registered model, which is not of the run that shows where the server is.
-            others = tuple(text for text in self.overrides if not text.startswith(("sampling.", "compute.")))
-            return tracking_uri(replace(self, overrides=others).resolve_any().config)
-        return tracking_uri(self.resolve().config)
+        if self.config_uri is not None or self.run is not None:
+            return tracking_uri(self.resolve().config)
+        for text in self.overrides:
+            if not text.startswith((f"{_ROOT}=", "tracking.uri=", "sampling.", "compute.")):  # the last two: of a model
+                raise UserError("--set", "changes a config, and none is given", hint="pass --config", value=text)
+        uri = server_uri(self.override("tracking.uri"), root=self.store_root)
+        if uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).exists():
+            raise NotFound("tracking.uri", f"no database at {uri}", hint=_ANOTHER_STORE)
+        return uri
 
     @property
     def store_root(self) -> str:

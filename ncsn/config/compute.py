@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field, field_validator
 
 from ncsn.config.choices import Section
 from ncsn.errors import UserError
+from ncsn.process import Backend
 
 MOST_WORKERS = 4096
 LEAST_MEMORY = "4Gi"  # of a worker, unless the user or an estimate asks for more
@@ -70,7 +71,7 @@ class RayJobsConfig(Section):
 class ComputeConfig(Section):
     """Where steps run, and on how many workers. Changes speed, not results."""
 
-    backend: Literal["local", "ray-jobs", "kuberay"] = "local"
+    backend: Backend = "local"
     """Where tune, train, select, sample and evaluate run: local = in this process, on a Ray cluster that it starts or,
     with RAY_ADDRESS, joins; ray-jobs = as a job on an existing Ray cluster; kuberay = as a RayJob on Kubernetes. The
     last two need storage.root in S3; for ray-jobs a folder that the cluster shares works too."""

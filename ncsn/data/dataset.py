@@ -65,7 +65,7 @@ class Dataset:
 
 
 @dataclass(frozen=True)
-class PartTask:
+class PartWriter:
     images: Split
     uri: str
     near: str  # folder on the same disk for scratch files
@@ -90,7 +90,7 @@ class PartTask:
             storage.publish_file(file, self.uri)
 
 
-WriteParts = Callable[[Iterable[PartTask]], Iterator[object]]
+WriteParts = Callable[[Iterable[PartWriter]], Iterator[object]]
 
 
 def write_dataset(
@@ -163,13 +163,13 @@ def _write(
     for split, images in source.splits.items():
         digest, labeled = SplitDigest(), np.zeros(len(source.class_names), np.int64)
         parts[split] = list[Part]()
-        tasks = {
-            (path := f"{split}/part-{number:05d}.parquet"): PartTask(
+        writers = {
+            (path := f"{split}/part-{number:05d}.parquet"): PartWriter(
                 images.section(first, first + most), storage.join(staging, path), near, data
             )
             for number, first in enumerate(range(0, len(images), most))
         }
-        for rows in _rows_of(tasks, staging, split, parts[split], bad, write_parts):
+        for rows in _rows_of(writers, staging, split, parts[split], bad, write_parts):
             digest.update(rows)
             labeled += np.bincount(rows.labels[rows.labels >= 0], minlength=len(labeled))
             if split == "train":
@@ -224,7 +224,7 @@ def _write(
 
 
 def _rows_of(
-    tasks: dict[str, PartTask],
+    writers: dict[str, PartWriter],
     staging: str,
     split: str,
     parts: list[Part],
@@ -233,15 +233,15 @@ def _rows_of(
 ) -> Iterator[Rows]:
     """The rows of a split: of the parts that this process writes, and of others as soon as they are in the store."""
     there = {f"{split}/{name}" for name in storage.list_names(storage.join(staging, split))}
-    missing = {path: task for path, task in tasks.items() if path not in there}
+    missing = {path: writer for path, writer in writers.items() if path not in there}
     written: Iterator[object] = write_parts(missing.values()) if write_parts else iter(())
-    for path, task in tasks.items():
+    for path, writer in writers.items():
         here = path in missing and write_parts is None
         if here:
-            yield from task.write()
+            yield from writer.write()
         elif path in missing:
             next(written)
-        with open_images(task.uri, hint="delete it and ingest again") as file:
+        with open_images(writer.uri, hint="delete it and ingest again") as file:
             rows, notes = file.metadata.num_rows, file.metadata.metadata
             for group in range(0 if here else file.num_row_groups):
                 yield from_table(file.read_row_group(group))
@@ -250,4 +250,4 @@ def _rows_of(
         if rows:
             parts.append(Part(path, rows))
         else:
-            storage.delete(task.uri)
+            storage.delete(writer.uri)

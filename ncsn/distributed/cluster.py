@@ -86,12 +86,12 @@ def ray_cluster_meanwhile(config: Config) -> Iterator[Callable[[], str]]:
 
 
 @contextmanager
-def cluster_for(config: Config, *, tasks: int, join: bool = True) -> Iterator[None]:
-    """A cluster for this many tasks, or none for a single one: starting Ray takes longer than a small task.
+def cluster_for(config: Config, *, calls: int, join: bool = True) -> Iterator[None]:
+    """A cluster for this many calls, or none for a single one: starting Ray takes longer than a small one.
 
     With `join`, a single one goes to the cluster at RAY_ADDRESS, if there is one.
     """
-    if tasks <= 1 and not ray.is_initialized() and not (join and os.environ.get("RAY_ADDRESS")):
+    if calls <= 1 and not ray.is_initialized() and not (join and os.environ.get("RAY_ADDRESS")):
         if config.compute.use_gpu:
             import torch  # takes seconds, which `ncsn run` need not wait for
 

@@ -9,42 +9,56 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from ncsn import storage
 from ncsn.config import Config
 from ncsn.config.schema import SamplingConfig
 from ncsn.data.samples import missing_ranges, read_samples, shard_name, write_shard
-from ncsn.distributed.tasks import run_tasks
+from ncsn.distributed.ray_calls import call_all
 from ncsn.errors import InvalidValue
 from ncsn.evaluation.extractors import batches
 from ncsn.evaluation.features import extractor_of
-from ncsn.model.generate import generate, image_labels, level_images
+from ncsn.model.generate import Strip, generate, image_labels
 from ncsn.model.trained import load_checkpoint_or_model
 from ncsn.progress import Progress
 
 Features = NDArray[np.float32]
 
-# Of the strip, which shows some images on their way from noise: `[stages, N, H, W, C]` uint8.
-LEVELS = "levels.npy"
-STRIP_IMAGES, STRIP_STAGES, STRIP_BYTES = 8, 12, 1_500_000
+Part = TypeVar("Part", "Shard", "Probe")
+
+LEVELS = "levels.npy"  # file of the strip
 
 
 @dataclass(frozen=True)
-class Shard:
-    """Images `first .. first + count` of one set of samples."""
+class _Images:
+    """Images `first .. first + count` of a seed."""
 
     config: Config  # its section compute; for features, evaluation too
     sampling: SamplingConfig
     checkpoint: str  # URI of a checkpoint, or of the files of a registered model
-    folder: str
     first: int
     count: int
-    dataset: str | None = None  # URI; the features of the images are wanted, by the extractor kept there
+
+
+@dataclass(frozen=True)
+class Shard(_Images):
+    """Images that are kept."""
+
+    folder: str
+    dataset: str | None = None  # URI; the features of the images are wanted too, by the extractor kept there
     exists: bool = False
+
+
+@dataclass(frozen=True)
+class Probe(_Images):
+    """Images of which only the features are kept."""
+
+    dataset: str  # URI, as above
+    number: int  # of the samples that they are part of
 
 
 def plan_shards(config: Config, *, checkpoint: str, folder: str, dataset: str | None = None) -> list[Shard]:
@@ -55,7 +69,7 @@ def plan_shards(config: Config, *, checkpoint: str, folder: str, dataset: str | 
     """
     sampling = config.sampling
     gaps = missing_ranges(storage.list_names(folder), num_images=sampling.num_images)
-    shard = Shard(config, sampling, checkpoint, folder, first=0, count=sampling.batch_size, dataset=dataset)
+    shard = Shard(config, sampling, checkpoint, 0, sampling.batch_size, folder, dataset)
     missing = _cut(shard, gaps)
     if dataset is None:
         return missing
@@ -63,7 +77,7 @@ def plan_shards(config: Config, *, checkpoint: str, folder: str, dataset: str | 
     return [*_cut(replace(shard, exists=True), zip(firsts, lasts, strict=True)), *missing]
 
 
-def _cut(template: Shard, ranges: Iterable[tuple[int, int]]) -> list[Shard]:
+def _cut(template: Part, ranges: Iterable[tuple[int, int]]) -> list[Part]:
     return [
         replace(template, first=first, count=min(template.count, last - first))
         for start, last in ranges
@@ -87,7 +101,7 @@ def make_shards(
     progress.start(total, "images")
     progress.advance(total - made)
     # Features come from the task that made the shard: separate tasks would queue behind all remaining shards.
-    for shard, features in run_tasks(_sample_shard, shards, cpus=compute.cpus_per_worker, gpu=compute.use_gpu):
+    for shard, features in call_all(_sample_shard, shards, cpus=compute.cpus_per_worker, gpu=compute.use_gpu):
         if on_features is not None and features is not None:
             on_features(shard.first, features)
         progress.advance(0 if shard.exists else shard.count)
@@ -99,7 +113,10 @@ def _sample_shard(shard: Shard) -> Features | None:
     if shard.exists:
         images = read_samples(shard.folder, shard.first, shard.first + shard.count)
     else:
-        images = _generate(shard) if shard.first else _generate_with_strip(shard)
+        strip = None if shard.first else Strip(shard.sampling, shard.config)
+        images = _generate(shard, on_level=strip)
+        if strip is not None:
+            storage.write_array(storage.join(shard.folder, LEVELS), strip.frames(images))
         trained = _load(shard.checkpoint, device=shard.config.compute.device)
         labels = image_labels(trained, shard.sampling, first=shard.first, count=shard.count)
         uri = storage.join(shard.folder, shard_name(shard.first, shard.first + shard.count))
@@ -113,83 +130,57 @@ def _sample_shard(shard: Shard) -> Features | None:
 
 def sample_features(
     config: Config,
-    candidates: Sequence[tuple[str, SamplingConfig]],
+    wanted: Sequence[tuple[str, SamplingConfig]],
     *,
     dataset: str,
     num_images: int,
 ) -> Iterator[tuple[int, Features | None]]:
-    """Number of a candidate, and the features [N, D] of `num_images` of its samples; None if one is not finite.
+    """Position in `wanted`, and the features [N, D] of `num_images` samples; None if one is not finite.
 
-    A candidate is the URI of a checkpoint and a way to sample from it. Its samples are not kept. The features come as
-    they are done.
+    The samples `wanted` are of the URI of a checkpoint and a way to sample from it. They are not kept. The features
+    come as they are done.
     """
     compute = config.compute
-    found: list[dict[int, Features]] = [{} for _ in candidates]
+    found: list[dict[int, Features]] = [{} for _ in wanted]
     broken: set[int] = set()
-    templates = (
-        Shard(config, sampling, checkpoint, "", 0, sampling.batch_size, dataset) for checkpoint, sampling in candidates
-    )
     parts = (
-        (index, shard)
-        for index, template in enumerate(templates)
-        for shard in _cut(template, [(0, num_images)])
-        if index not in broken  # asked when a task begins
+        part
+        for number, (checkpoint, sampling) in enumerate(wanted)
+        for part in _cut(
+            Probe(config, sampling, checkpoint, 0, sampling.batch_size, dataset, number), [(0, num_images)]
+        )
+        if number not in broken  # asked when a call begins
     )
     # As many tasks at a time as training has workers, so that no more than its resources are taken.
-    for (index, shard), features in run_tasks(
-        _score_shard, parts, cpus=compute.cpus_per_worker, gpu=compute.use_gpu, in_flight=compute.max_workers
+    for part, features in call_all(
+        _score, parts, cpus=compute.cpus_per_worker, gpu=compute.use_gpu, in_flight=compute.max_workers
     ):
-        if index in broken:
+        number = part.number
+        if number in broken:
             continue
         if features is None:
-            broken.add(index)
-            yield index, None
+            broken.add(number)
+            yield number, None
             continue
-        found[index][shard.first] = features
-        if sum(map(len, found[index].values())) == num_images:
-            yield index, np.concatenate([part for _, part in sorted(found[index].items())])
-            found[index] = {}
+        found[number][part.first] = features
+        if sum(map(len, found[number].values())) == num_images:
+            yield number, np.concatenate([features for _, features in sorted(found[number].items())])
+            found[number] = {}
 
 
-def _score_shard(part: tuple[int, Shard]) -> Features | None:
-    _, shard = part
-    assert shard.dataset is not None
-    _load(shard.checkpoint, device=shard.config.compute.device)  # an error of the checkpoint is not the sampler's
+def _score(part: Probe) -> Features | None:
+    _load(part.checkpoint, device=part.config.compute.device)  # an error of the checkpoint is not the sampler's
     try:
-        images = _generate(shard)
+        images = _generate(part)
     except InvalidValue:  # not finite
         return None
-    return extractor_of(shard.config, shard.dataset).extract(images).features
+    return extractor_of(part.config, part.dataset).extract(images).features
 
 
-def _generate(shard: Shard, on_level: Callable[[int, Tensor], None] | None = None) -> NDArray[np.uint8]:
-    device = shard.config.compute.device
-    trained, first, count = _load(shard.checkpoint, device=device), shard.first, shard.count
-    return generate(trained, sampling=shard.sampling, first=first, count=count, device=device, on_level=on_level)
-
-
-def _generate_with_strip(shard: Shard) -> NDArray[np.uint8]:
-    """The images of the shard; some of them are kept at some noise levels too."""
-    stages: dict[int, NDArray[np.uint8]] = {}  # at most `STRIP_STAGES`, evenly spread, and always the last
-    every = 1
-    data = shard.config.data
-    count = max(
-        1,
-        min(STRIP_IMAGES, STRIP_BYTES // (STRIP_STAGES * data.channels * data.image_size**2)),
-    )
-
-    def on_level(stage: int, x: Tensor) -> None:
-        nonlocal every
-        for number in [number for number in stages if number % every]:
-            del stages[number]
-        stages[stage] = level_images(x[:count], shard.sampling, shard.config)
-        if stage % every == 0 and len(stages) == STRIP_STAGES:  # how many more will come is not known
-            every *= 2
-
-    images = _generate(shard, on_level)
-    stages[max(stages, default=0)] = images[:count]
-    storage.write_array(storage.join(shard.folder, LEVELS), np.stack(list(stages.values())))
-    return images
+def _generate(part: _Images, on_level: Strip | None = None) -> NDArray[np.uint8]:
+    device = part.config.compute.device
+    trained, first, count = _load(part.checkpoint, device=device), part.first, part.count
+    return generate(trained, sampling=part.sampling, first=first, count=count, device=device, on_level=on_level)
 
 
 _load = lru_cache(maxsize=1)(load_checkpoint_or_model)

@@ -39,7 +39,7 @@ from ncsn import storage
 from ncsn.config import Config
 from ncsn.data.format import load_manifest
 from ncsn.distributed.cluster import on_this_machine, require_resources
-from ncsn.distributed.tasks import ANYWHERE
+from ncsn.distributed.ray_calls import ANYWHERE
 from ncsn.errors import InvalidValue, NotFound
 from ncsn.model.checkpoint import DamagedError
 from ncsn.model.checkpoint_store import CHECKPOINTS, NEWEST, CheckpointStore

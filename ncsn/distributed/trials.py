@@ -30,8 +30,8 @@ from ncsn.config import Config
 from ncsn.config.schema import SamplingConfig, SearchConfig
 from ncsn.config.search import rungs, searched_space, setting, swept, variant
 from ncsn.distributed import trainer
+from ncsn.distributed.ray_calls import runner_of
 from ncsn.distributed.sampling import sample_features
-from ncsn.distributed.tasks import runner_of
 from ncsn.errors import InvalidValue, NotFound, UserError
 from ncsn.evaluation.reference import open_evaluator
 from ncsn.model.checkpoint import CheckpointError

@@ -28,6 +28,7 @@ from ncsn.model.trained import load_checkpoint_or_model
 from ncsn.process import keep_freed_memory
 
 CHECKPOINT = "sampling.guidance.checkpoint"
+STRIP_IMAGES, STRIP_STAGES, STRIP_BYTES = 8, 12, 1_500_000
 
 
 def generate(
@@ -98,6 +99,30 @@ def level_images(x: Tensor, sampling: SamplingConfig, config: Config) -> NDArray
         hint = "lower its step size, or train longer"
         raise UserError("sampling.sampler", str(error), hint=hint, value=asdict(sampling.sampler)) from None
     return images
+
+
+class Strip:
+    """Takes the stages of images on their way from noise: an `on_level` of `generate`."""
+
+    def __init__(self, sampling: SamplingConfig, config: Config) -> None:
+        self._sampling, self._config = sampling, config
+        self._stages: dict[int, NDArray[np.uint8]] = {}  # at most `STRIP_STAGES`, evenly spread, and always the last
+        self._every = 1
+        pixels = config.data.channels * config.data.image_size**2
+        self._count = max(1, min(STRIP_IMAGES, STRIP_BYTES // (STRIP_STAGES * pixels)))
+
+    def __call__(self, stage: int, x: Tensor) -> None:
+        """Keep some images of this stage, perhaps until the next."""
+        for number in [number for number in self._stages if number % self._every]:
+            del self._stages[number]
+        self._stages[stage] = level_images(x[: self._count], self._sampling, self._config)
+        if stage % self._every == 0 and len(self._stages) == STRIP_STAGES:  # how many more will come is not known
+            self._every *= 2
+
+    def frames(self, images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """The kept stages `[stages, N, H, W, C]`, of which the last is of the finished `images`."""
+        self._stages[max(self._stages, default=0)] = images[: self._count]
+        return np.stack(list(self._stages.values()))
 
 
 def score_function(trained: TrainedNetwork, sampling: SamplingConfig, *, labels: Tensor | None) -> ScoreFunction:

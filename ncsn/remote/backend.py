@@ -4,8 +4,7 @@ The command is the `ncsn <step>` that a person types, with the local backend. Co
 through the store, so a backend carries only the command.
 
 A new one is a class with the methods of `Backend`, a branch of `ncsn.remote.open_backend`, a name in
-`ComputeConfig.backend`, and that name with its checks in
-`ncsn.cli.options.BACKENDS`.
+`ncsn.process.Backend`, and a section of its settings in `ncsn.config.compute`.
 """
 
 from __future__ import annotations
@@ -26,10 +25,9 @@ from typing import Any, Protocol, Self, TypeVar
 
 from ncsn import storage
 from ncsn.errors import UserError
-from ncsn.process import KFP_RUN_ID
+from ncsn.process import KFP_RUN_ID, TERMINATED
 from ncsn.storage.retry import Retry, unavailable
 
-TERMINATED = 128 + signal.SIGTERM
 MAX_NAME = 47  # KubeRay adds up to 6 characters to a RayJob's name, and a name has at most 53
 CHECK_SECONDS = 5.0  # a person waits for `ncsn doctor`
 PATIENCE_SECONDS = 900.0  # a head node or an API server is replaced within this time

@@ -12,7 +12,7 @@ from functools import cached_property
 
 from ncsn.config.compute import ComputeConfig
 from ncsn.errors import UserError
-from ncsn.process import CONTAINER_IMAGE, IMAGE_VARIABLE
+from ncsn.process import CONTAINER_IMAGE, IMAGE_VARIABLE, RUN_ID_LABEL
 from ncsn.remote.backend import (
     CHECK_SECONDS,
     PATIENCE_SECONDS,
@@ -26,7 +26,7 @@ from ncsn.remote.backend import (
     refuse_other_work,
     say,
 )
-from ncsn.remote.kubernetes import INSTALL_KUBERAY, RUN_ID_LABEL, KubernetesApi, Resource, is_ending, owner_of
+from ncsn.remote.kubernetes import INSTALL_KUBERAY, KubernetesApi, Resource, is_ending, owner_of
 from ncsn.remote.manifest import (
     ATTEMPT_LABEL,
     KFP_RUN_LABEL,

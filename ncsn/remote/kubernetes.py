@@ -9,7 +9,6 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -17,18 +16,17 @@ from kubernetes import client, config
 from kubernetes.client.exceptions import ApiException
 
 from ncsn.errors import UserError
+from ncsn.process import POD_NAMESPACE
 from ncsn.remote.backend import PATIENCE_SECONDS, Conflict, keep_asking, message_of
 
 Resource = dict[str, Any]
 
 INSTALL_KUBERAY = "helm install kuberay-operator kuberay/kuberay-operator --version 1.7.0"
-RUN_ID_LABEL = "pipeline/runid"  # KFP's, of a run's Workflow and of its pods
 
 # Resource -> its API. The client's own models are not used: they refuse what they do not expect.
 _APIS = {"rayjobs": "apis/ray.io/v1", "workflows": "apis/argoproj.io/v1alpha1"}
 _CORE = "api/v1"
 _METHODS = {"create": "POST", "delete": "DELETE"}  # of a verb; the others read
-_IN_CLUSTER_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 _ENDED = {"Succeeded", "Failed", "Error"}  # of an Argo Workflow
 _LOST_LOG = "unable to retrieve container logs"  # what the kubelet answers for one that is gone
 
@@ -156,7 +154,7 @@ def _load_configuration() -> tuple[client.Configuration, str]:
     configuration = client.Configuration()
     try:
         config.load_incluster_config(client_configuration=configuration)
-        return configuration, _IN_CLUSTER_NAMESPACE.read_text().strip()
+        return configuration, POD_NAMESPACE.read_text().strip()
     except config.ConfigException:
         file = os.environ.get("KUBECONFIG")
     try:

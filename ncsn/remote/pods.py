@@ -8,8 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ncsn.process import RUN_ID_LABEL
 from ncsn.remote.backend import DriverLog, first_error, say
-from ncsn.remote.kubernetes import RUN_ID_LABEL, KubernetesApi, Resource, time_of_event
+from ncsn.remote.kubernetes import KubernetesApi, Resource, time_of_event
 from ncsn.remote.manifest import ATTEMPT_LABEL
 
 # Trouble that waiting does not cure must last for this long: a Secret, say, may come a moment after its pod.

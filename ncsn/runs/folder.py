@@ -49,7 +49,6 @@ class RunFolder:
 
     config = _Below("config.yaml")  # owns the name of the run
     status = _Below("status.json")  # how the run ended
-    complete = _Below("complete.json")  # what the whole pipeline was done for
     steps = _Below("steps")  # the records of each step
     checkpoints = _Below("checkpoints")
     averages = _Below("ema")  # snapshots of two running averages, and averages put together from them

@@ -83,6 +83,7 @@ STEP_INFO: Mapping[str, StepInfo] = {
 }
 
 STEPS = tuple(name for name, info in STEP_INFO.items() if info.always)
+BEST = "-best"  # behind the name of a searched run, the name of the run that trains what was found
 SEARCH = "tune"  # the optional step of the pipeline, between the first and the second
 PIPELINE = (STEPS[0], SEARCH, *STEPS[1:])
 STEPS_ELSEWHERE = tuple(name for name, info in STEP_INFO.items() if info.elsewhere)

@@ -14,7 +14,7 @@ from ncsn.data.format import MANIFEST, Manifest, load_manifest
 from ncsn.data.samples import samples_shape
 from ncsn.data.training_images import open_cache
 from ncsn.distributed.cluster import cluster_for, on_this_machine, ray_tags
-from ncsn.distributed.tasks import runner_of
+from ncsn.distributed.ray_calls import runner_of
 from ncsn.errors import NotFound, UserError
 from ncsn.evaluation import evaluation_of, extractor_name
 from ncsn.evaluation.features import Runner, SampleSet, SplitSet, here
@@ -33,7 +33,7 @@ from ncsn.tracking.gate import Measurement, Memorization
 PUBLISHED_METRICS = {"inception": "Inception scores and Fréchet distances", "dinov2": "FD-DINOv2 values"}
 PUBLISHED_IMAGES = 50_000
 MOST_CLASSES = 100  # with metrics of their own in MLflow
-TASK_IMAGES = 1024  # about as many are worth a worker
+CALL_IMAGES = 1024  # about as many are worth a worker
 
 
 @dataclass(frozen=True)
@@ -77,13 +77,13 @@ def run(config: Config, *, run: str, samples: str, dataset: str, lease: str | No
     join = lease is not None or not on_this_machine()  # the head has no cores
     # Alone, this process has all cores: starting Ray would take longer than most evaluations.
     alone = config.compute.max_workers == 1 or (on_this_machine() and not config.compute.use_gpu)
-    tasks = 1 if alone else math.ceil(max(manifest.count("train"), config.sampling.num_images) / TASK_IMAGES)
-    with step.work(config, lease=lease) as (progress, tracked), cluster_for(config, tasks=tasks, join=join):
+    calls = 1 if alone else math.ceil(max(manifest.count("train"), config.sampling.num_images) / CALL_IMAGES)
+    with step.work(config, lease=lease) as (progress, tracked), cluster_for(config, calls=calls, join=join):
         tracked.set_tags(ray_tags())
         if evaluation.extractor == "dinov2" and not config.compute.use_gpu:
             progress.note("DINOv2 takes about two seconds per image and core without a GPU")
         tracked.log_dataset(manifest.name, digest=manifest.digest, uri=dataset, context="evaluation")
-        runner = runner_of(config.compute) if tasks > 1 or join else here
+        runner = runner_of(config.compute) if calls > 1 or join else here
         result = evaluate(config, **places, folder=step.folder.evaluation, progress=progress, runner=runner)
         progress.note(str(RunningScore(**result.running[-1])))
         tracked.log_metrics({**result.metrics, **result.real_metrics})

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ncsn.remote.pods import Trouble
 
 # States of the steps together that mean success: of `kfp.local`, and of KFP 2.17's backend, which uses MLMD's.
-SUCCEEDED = ("SUCCEEDED", "COMPLETE", "CACHED")
+STEPS_SUCCEEDED = ("SUCCEEDED", "COMPLETE", "CACHED")
 PLACES = (  # on the page, if they are known: name, step, field of its result
     ("dataset", "ingest", "uri"),
     ("dataset digest", "ingest", "digest"),
@@ -53,10 +53,10 @@ def run(
 ) -> FinishResult:
     """Cancel what still runs, and write the outcome to the run's `status.json` and its MLflow run.
 
-    KFP's `state` of the steps together is one of `SUCCEEDED`, FAILED or CANCELED. If the run belongs to another config,
-    the page says so, and only what this pipeline run has started is touched. The pods of the pipeline run `kfp` tell
-    why a step left no error; only its jobs are canceled then, because another pipeline run may have resumed the run. If
-    the cluster cannot be asked, the error is raised after store and MLflow are updated.
+    KFP's `state` of the steps together is one of `STEPS_SUCCEEDED`, FAILED or CANCELED. If the run belongs to another
+    config, the page says so, and only what this pipeline run has started is touched. The pods of the pipeline run `kfp`
+    tell why a step left no error; only its jobs are canceled then, because another pipeline run may have resumed the
+    run. If the cluster cannot be asked, the error is raised after store and MLflow are updated.
     """
     backend = open_backend(config.compute, namespace=namespace)
     ours, canceled, notes = kfp.id if kfp else None, list[str](), list[str]()
@@ -68,7 +68,7 @@ def run(
         canceled += backend.stop(run=None, kfp_run=ours) if backend and ours else []
     else:
         runs = {folder.run: folder for folder in folders.values()}
-        if state.upper() in SUCCEEDED:
+        if state.upper() in STEPS_SUCCEEDED:
             outcome = Outcome("FINISHED")
         else:
             terminated, troubles = _look(kfp, namespace, notes)

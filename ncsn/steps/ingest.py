@@ -60,7 +60,7 @@ def write_images(
     if large:
         # Imported here: ray takes a second, which a small source need not wait for.
         from ncsn.distributed.cluster import ray_cluster
-        from ncsn.distributed.tasks import few_cores, write_parts
+        from ncsn.distributed.ray_calls import few_cores, write_parts
 
         if not few_cores():
             cluster, writer = ray_cluster(config), write_parts

@@ -48,7 +48,7 @@ def run(config: Config, *, run: str, checkpoint: str, evaluation: str) -> Regist
     checkpoint = ensure_average(checkpoint, config)
     loaded = checkpoints.load_checkpoint(checkpoint)
     config = checkpoints.require_same_training(loaded.config, config, origin=checkpoint)
-    config = registry.settle_guide(config, near=step.folder.uri)
+    config = registry.copy_guide(config, near=step.folder.uri)
     loaded = replace(loaded, config=config, guide=guide_of(loaded, config.sampling))
     measured = storage.read_json(evaluation)
     manifest = _require_own_evaluation(measured, loaded, checkpoint)
@@ -120,7 +120,7 @@ def _require_own_evaluation(measured: Mapping[str, Any], loaded: SamplingCheckpo
 
 def _candidate(
     loaded: SamplingCheckpoint, measured: Mapping[str, Any], manifest: Manifest, *, run: str, checkpoint: str
-) -> registry.Candidate:
+) -> registry.Registration:
     config, guide, samples = loaded.config, loaded.guide, measured["samples"]
     pictures = {"grid.png": storage.join(samples, "grid.png"), "neighbors.png": measured["neighbors"]}
     files = {file: storage.read_bytes(uri) for file, uri in pictures.items() if storage.exists(uri)}
@@ -143,7 +143,7 @@ def _candidate(
         selection=selection_of(config, run, checkpoint),
         relative_width=None if loaded.average is None else loaded.average["relative_width"],
     )
-    return registry.Candidate(
+    return registry.Registration(
         name=config.registered_model,
         checkpoint=loaded,
         card=model_card(facts, config=config, manifest=manifest, evaluation=measured),

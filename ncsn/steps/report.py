@@ -19,15 +19,13 @@ from ncsn.report.plots import to_svg
 from ncsn.report.words import Fact, cost_facts, read_metrics, tag_facts
 from ncsn.runs.folder import RunFolder, StepRecord, read_results, read_step, spent
 from ncsn.runs.history import held_out_curves, load_history, loss_names
-from ncsn.runs.steps import SEARCH, STEPS
+from ncsn.runs.steps import BEST, SEARCH, STEPS
 from ncsn.steps.register import selection_of
 from ncsn.steps.step import Step
 from ncsn.tracking.client import page
 from ncsn.tracking.gate import Memorization
 from ncsn.tracking.mlflow_runs import StepRun, steps_of_run
-from ncsn.tracking.registry import settle_guide
-
-BEST = "-best"  # ends the name of a run with the best settings of the search in the run without it
+from ncsn.tracking.registry import copy_guide
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,7 @@ def run(config: Config, *, run: str, evaluation: str) -> ReportResult:
     loaded = checkpoints.load_checkpoint(samples["checkpoint"])
     config = checkpoints.require_same_training(loaded.config, config, origin=samples["checkpoint"])
     sources = ReportSources(
-        config=settle_guide(config, near=step.folder.uri),
+        config=copy_guide(config, near=step.folder.uri),
         folder=step.folder,
         checkpoint=loaded,
         evaluation=measured,

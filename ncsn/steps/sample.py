@@ -10,8 +10,8 @@ from ncsn.config import Config
 from ncsn.data.format import load_manifest
 from ncsn.data.samples import read_labels, read_samples
 from ncsn.distributed.cluster import cluster_for, ray_tags
+from ncsn.distributed.ray_calls import runner_of
 from ncsn.distributed.sampling import LEVELS, Features, make_shards, plan_shards
-from ncsn.distributed.tasks import runner_of
 from ncsn.evaluation import classes_in_turn, extractor_name
 from ncsn.evaluation.frechet import RunningDistance, RunningScore
 from ncsn.evaluation.reference import open_evaluator
@@ -23,7 +23,7 @@ from ncsn.progress import Progress
 from ncsn.report.images import grid_png, rows_by_class, strip_png
 from ncsn.steps.step import Step
 from ncsn.tracking.mlflow_runs import StepRun
-from ncsn.tracking.registry import settle_guide
+from ncsn.tracking.registry import copy_guide
 
 GRID_IMAGES = 64
 MOST_LABELS = 10_000  # of the images from which those of the grid are chosen by class
@@ -62,7 +62,7 @@ def run(
     trained = checkpoints.load_checkpoint(checkpoint)
     config = checkpoints.require_same_training(trained.config, config, origin=checkpoint)
     require_label(config.sampling.label, trained.classes)
-    config = settle_guide(config, near=step.folder.uri)
+    config = copy_guide(config, near=step.folder.uri)
     guide = guide_of(trained, config.sampling)
     facts = sampling_facts(config.sampling, guide)
     uri = storage.join(step.folder.samples, trained.digest, storage.digest(facts, 12))
@@ -73,7 +73,7 @@ def run(
     if result := step.dispatched(config, options):
         return result
     shards = plan_shards(config, checkpoint=checkpoint, folder=uri, dataset=score)
-    with step.work(config, lease=lease) as (progress, tracked), cluster_for(config, tasks=len(shards)):
+    with step.work(config, lease=lease) as (progress, tracked), cluster_for(config, calls=len(shards)):
         tracked.set_tags(ray_tags())
         scores = _Scores(config, score, progress) if score else None
         started = time.perf_counter()

@@ -19,8 +19,8 @@ from ncsn.config import Config
 from ncsn.core.keyed_random import COMMON_SEED
 from ncsn.data.format import Manifest, load_manifest
 from ncsn.distributed.cluster import cluster_for, ray_tags
+from ncsn.distributed.ray_calls import runner_of
 from ncsn.distributed.sampling import sample_features
-from ncsn.distributed.tasks import runner_of
 from ncsn.errors import NotFound, UserError
 from ncsn.evaluation import evaluation_of
 from ncsn.evaluation.measure import metric_name
@@ -31,7 +31,7 @@ from ncsn.report.plots import selection_figure, to_png
 from ncsn.report.words import few_samples
 from ncsn.runs.folder import RunFolder
 from ncsn.steps.step import Step
-from ncsn.tracking.registry import settle_guide
+from ncsn.tracking.registry import copy_guide
 
 KEPT = 3  # of the best candidates, in the run's folder selected/
 
@@ -59,7 +59,7 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> 
     """
     step = Step("select", config, run, SelectResult)
     manifest = load_manifest(dataset)
-    config = settle_guide(step.settle_noise(config, manifest), near=step.folder.uri)
+    config = copy_guide(step.settle_noise(config, manifest), near=step.folder.uri)
     found = find_weights(step.folder.uri)
     if not found:
         raise NotFound(step.folder.checkpoints, "no checkpoint", hint="run `ncsn train` first")
@@ -71,8 +71,8 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> 
         return result
     if result := step.dispatched(config, {"dataset": dataset}):
         return result
-    tasks = 1 if config.compute.max_workers == 1 else len(found)  # one at a time needs no cluster
-    with step.work(config, lease=lease) as (progress, tracked), cluster_for(config, tasks=tasks):
+    calls = 1 if config.compute.max_workers == 1 else len(found)  # one at a time needs no cluster
+    with step.work(config, lease=lease) as (progress, tracked), cluster_for(config, calls=calls):
         tracked.set_tags({**ray_tags(), "dataset.digest": manifest.digest, "dataset.uri": dataset})
         evaluator = open_evaluator(config, dataset, runner=runner_of(config.compute))
         values = {}

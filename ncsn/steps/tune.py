@@ -14,8 +14,8 @@ from ncsn.config.search import EPSILON, require_search, rungs, variant
 from ncsn.config.training import ema_setting
 from ncsn.data.format import load_manifest
 from ncsn.distributed.cluster import ray_cluster, ray_tags, require_resources
+from ncsn.distributed.ray_calls import runner_of
 from ncsn.distributed.search import search
-from ncsn.distributed.tasks import runner_of
 from ncsn.distributed.trials import SearchPlan, TrialRecord, read_trials
 from ncsn.errors import UserError
 from ncsn.evaluation import evaluation_of
@@ -24,10 +24,11 @@ from ncsn.evaluation.reference import open_evaluator
 from ncsn.progress import Progress
 from ncsn.report.plots import epsilon_versus_quality, search_coordinates, to_png
 from ncsn.runs.folder import run_folder
+from ncsn.runs.steps import BEST
 from ncsn.steps.step import Step
 from ncsn.steps.train import require_classes, start_of
 from ncsn.tracking.mlflow_runs import StepRun
-from ncsn.tracking.registry import settle_guide
+from ncsn.tracking.registry import copy_guide
 
 _logger = logging.getLogger(__name__)
 
@@ -58,12 +59,12 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> 
     """
     require_search(config)
     step = Step("tune", config, run, TuneResult)
-    best_run = run_folder(config, f"{run}-best").run  # a run name belongs to one config, and the best one is another
+    best_run = run_folder(config, f"{run}{BEST}").run  # a run name belongs to one config, and the best one is another
     manifest = load_manifest(dataset)
     config = step.settle_noise(config, manifest)
     # Trials that grew would take the resources of those that wait.
     compute = config.compute.model_copy(update={"num_workers": config.compute.min_workers})
-    config = settle_guide(config.model_copy(update={"compute": compute}), near=step.folder.uri)
+    config = copy_guide(config.model_copy(update={"compute": compute}), near=step.folder.uri)
     require_classes(config, manifest, dataset)
     assert config.search is not None
     scored_by = {

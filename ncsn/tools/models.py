@@ -23,7 +23,7 @@ from ncsn.progress import Progress
 from ncsn.steps.sample import samples_grid
 from ncsn.tracking.client import client_at, mlflow_errors, shown
 from ncsn.tracking.promotion import resolve_version
-from ncsn.tracking.registry import fetch_weights, settle_guide
+from ncsn.tracking.registry import copy_guide, fetch_weights
 
 MANIFEST = "manifest.json"
 MODEL_FOLDER = "model"
@@ -58,7 +58,7 @@ def sample_model(
     with storage.scratch_folder(near) as scratch:
         weights = fetch_weights(registry, version, scratch)
         trained = load_model(weights, origin=model)
-        config = settle_guide(_config(trained, overrides, origin=model), near=near, registry=registry)
+        config = copy_guide(_config(trained, overrides, origin=model), near=near, registry=registry)
         source = {
             "model": model,
             "registry": shown(registry),
@@ -71,7 +71,7 @@ def sample_model(
         storage.publish_folder(weights, storage.join(folder, MODEL_FOLDER), marker=TRAINED_CONFIG)
     shards = plan_shards(config, checkpoint=storage.join(folder, MODEL_FOLDER), folder=folder)
     started = time.perf_counter()
-    with cluster_for(config, tasks=len(shards)):
+    with cluster_for(config, calls=len(shards)):
         make_shards(config, shards, progress=progress)
     grid = storage.join(folder, "grid.png")
     storage.write_bytes(grid, samples_grid(folder, config))

@@ -108,9 +108,8 @@ def client_at(uri: str, *, patience: float = 0.0) -> MlflowClient:
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
-def server_command(config: Config, *, host: str = "127.0.0.1", port: int = 5000) -> list[str]:
-    """The command that serves MLflow's pages for a local database."""
-    uri = tracking_uri(config)
+def server_command(uri: str, *, host: str = "127.0.0.1", port: int = 5000) -> list[str]:
+    """The command that serves MLflow's pages for a database."""
     if uri.startswith((*REMOTE, "databricks")):
         raise TrackingError("tracking.uri", "a server with its own pages", hint=f"open {shown(uri)}", value=shown(uri))
     command = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port), "--workers", "1"]

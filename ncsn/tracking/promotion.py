@@ -80,7 +80,7 @@ def read_promotions(client: MlflowClient, name: str) -> Promotions:
     return Promotions({str(version.version): version.tags for version in found})
 
 
-def settle(client: MlflowClient, name: str) -> Promotions:
+def resolve_promotions(client: MlflowClient, name: str) -> Promotions:
     """Decide between promotions that did not see each other, and let the alias point to the champion."""
     while True:
         promotions = read_promotions(client, name)
@@ -128,7 +128,7 @@ def pass_gate(client: MlflowClient, *, name: str, version: str, evidence: Eviden
     The decision becomes tags of the version. With the same evidence again, the recorded decision is returned and
     nothing changes; interrupted at any point and called again, it completes what it began.
     """
-    promotions = settle(client, name)
+    promotions = resolve_promotions(client, name)
     recorded = promotions.decision(version)
     if (
         recorded is not None
@@ -141,7 +141,7 @@ def pass_gate(client: MlflowClient, *, name: str, version: str, evidence: Eviden
     if promotions.champion == version:
         decision = replace(decision, number=promotions.number(version))
     _write(client, name, promotions, version, decision, by="gate" if promotions.champion != version else "")
-    return settle(client, name).decision(version) or decision
+    return resolve_promotions(client, name).decision(version) or decision
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def promote_version(
     chosen = version or challenger
     if not chosen:
         raise UserError(f"models:/{name}@{CHALLENGER}", "there is no challenger", hint="name the version: --version N")
-    promotions = read_promotions(client, name) if dry_run else settle(client, name)
+    promotions = read_promotions(client, name) if dry_run else resolve_promotions(client, name)
     if chosen not in promotions.tags:
         raise UserError(f"models:/{name}/{chosen}", "there is no such version")
     champion = promotions.champion
@@ -184,7 +184,7 @@ def promote_version(
         decision = replace(decision, promoted=True, reason=f"promoted by hand although {decision.reason}")
     if decision.promoted and not dry_run:
         _write(client, name, promotions, chosen, decision, by=by)
-        decision = settle(client, name).decision(chosen) or decision
+        decision = resolve_promotions(client, name).decision(chosen) or decision
     if not decision.promoted:
         reason, hint = f"not promoted: {decision.reason}", "--force promotes it anyway"
         raise UserError(f"models:/{name}/{chosen}", reason, hint=hint)
@@ -195,7 +195,7 @@ def roll_back(client: MlflowClient, name: str, *, dry_run: bool = False) -> Alia
     """Make the champion before the present one champion again; completes a rollback that was interrupted."""
     with named(f"models:/{name}"):
         replaced = aliased_version(client, name, CHAMPION)
-    promotions = read_promotions(client, name) if dry_run else settle(client, name)
+    promotions = read_promotions(client, name) if dry_run else resolve_promotions(client, name)
     if ROLLED_BACK in promotions.tags.get(replaced, {}):
         champion = promotions.champion
     else:
@@ -207,7 +207,7 @@ def roll_back(client: MlflowClient, name: str, *, dry_run: bool = False) -> Alia
         champion = earlier[-1]
         if not dry_run:
             client.set_model_version_tag(name, replaced, ROLLED_BACK, utc_now())
-            champion = settle(client, name).champion
+            champion = resolve_promotions(client, name).champion
     return AliasChange(name, champion, replaced, f"rolled back from version {replaced}")
 
 

@@ -79,7 +79,7 @@ DECIDING = ("sampler", "label", "guidance")
 
 
 @dataclass(frozen=True)
-class Candidate:
+class Registration:
     """A checkpoint to register."""
 
     name: str  # of the registered model
@@ -101,7 +101,7 @@ def deciding(trained: TrainedNetwork) -> dict[str, Any]:
     return {name: facts[name] for name in DECIDING if name in facts}
 
 
-def register(tracked: StepRun, candidate: Candidate) -> ModelVersion:
+def register(tracked: StepRun, candidate: Registration) -> ModelVersion:
     """The version of this candidate; a new one if there is none, with its folder as a logged model of the run."""
     from mlflow.entities import LoggedModelOutput, Metric
     from mlflow.models import Model
@@ -156,7 +156,7 @@ def fetch_weights(uri: str, version: ModelVersion, into: Path) -> Path:
     return folder
 
 
-def settle_guide(config: Config, *, near: str, registry: str | None = None) -> Config:
+def copy_guide(config: Config, *, near: str, registry: str | None = None) -> Config:
     """The config with an address of the network of autoguidance that needs no registry.
 
     A registered model is copied to `<near>/guides`; `registry` is by default that of the config.
@@ -164,16 +164,16 @@ def settle_guide(config: Config, *, near: str, registry: str | None = None) -> C
     guidance = config.sampling.guidance
     if not isinstance(guidance, AutoguidanceConfig):
         return config
-    place = storage.absolute(guidance.checkpoint) if not guidance.checkpoint.startswith(SCHEME) else ""
-    if not place:
+    copy = storage.absolute(guidance.checkpoint) if not guidance.checkpoint.startswith(SCHEME) else ""
+    if not copy:
         uri = registry or tracking_uri(config)
         with mlflow_errors(uri):
             version = resolve_version(client_at(uri), guidance.checkpoint)
             folder = storage.join(near, "guides")
-            place = storage.join(folder, f"{version.name}-{version.version}")
-            if not storage.exists(storage.join(place, TRAINED_CONFIG)):
+            copy = storage.join(folder, f"{version.name}-{version.version}")
+            if not storage.exists(storage.join(copy, TRAINED_CONFIG)):
                 with storage.scratch_folder(folder) as scratch:
                     weights = fetch_weights(uri, version, scratch)
-                    storage.publish_folder(weights, place, marker=TRAINED_CONFIG)
-    settled = config.sampling.model_copy(update={"guidance": guidance.model_copy(update={"checkpoint": place})})
-    return config.model_copy(update={"sampling": settled})
+                    storage.publish_folder(weights, copy, marker=TRAINED_CONFIG)
+    sampling = config.sampling.model_copy(update={"guidance": guidance.model_copy(update={"checkpoint": copy})})
+    return config.model_copy(update={"sampling": sampling})

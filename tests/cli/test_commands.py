@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from ncsn.cli.target import Experiment
+from ncsn.cli.target import TargetOptions
 from ncsn.config import from_yaml
 from ncsn.runs.folder import claim_run
 
@@ -22,7 +22,7 @@ def test_a_step_prints_its_result_and_the_second_call_finds_it(run_command, conf
     result = json.loads(first.stdout)
     assert result["counts"] == {"train": 64, "test": 64}
     assert Path(result["uri"], "manifest.json").is_file()
-    run = Experiment(str(config_file)).resolve().run
+    run = TargetOptions(str(config_file)).resolve().run
     folder = store / "runs" / run / "steps" / "ingest"
     written = (folder / "step.json").stat().st_mtime_ns
 
@@ -34,7 +34,7 @@ def test_a_step_prints_its_result_and_the_second_call_finds_it(run_command, conf
 
 def test_show_config_as_json_is_the_canonical_form(run_in_process, config_file: Path) -> None:
     shown = run_in_process("show-config", "--config", str(config_file), "--set", "noise.num_levels=7", "--json")
-    assert from_yaml(shown.stdout) == Experiment(str(config_file), ("noise.num_levels=7",)).resolve().config
+    assert from_yaml(shown.stdout) == TargetOptions(str(config_file), ("noise.num_levels=7",)).resolve().config
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_pages_on_a_busy_port_are_refused(
 
 
 def test_a_run_name_belongs_to_one_experiment(run_in_process, require_mistake, config_file: Path) -> None:
-    mine = Experiment(str(config_file), (), "mine").resolve()
+    mine = TargetOptions(str(config_file), (), "mine").resolve()
     claim_run(mine.config, mine.run)
     done = run_in_process("run", "--config", str(config_file), "--run", "mine", "--set", "seed=5")
     require_mistake(done, "--run 'mine'")

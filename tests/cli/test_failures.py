@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from ncsn.cli import app
-from ncsn.cli.execute import _interruption_by_ray
+from ncsn.cli.execute import _ends_as_told
 from ncsn.cli.options import ReportingCommand, StepFailed, describe
 from ncsn.errors import InvalidValue, NotFound, UserError
 
@@ -104,7 +104,7 @@ def test_of_what_a_step_raises_only_mistakes_are_the_users(
     printed = capfd.readouterr()
     assert ended.value.code == code and line in printed.err.splitlines()
     record = json.loads((store / "runs/mine/steps/ingest/step.json").read_text())["error"]
-    assert (record["kind"], record["mistake"], bool(record["problems"])) == (type(error).__name__, code == 2, code == 2)
+    assert (record["kind"], bool(record["problems"])) == (type(error).__name__, code == 2)
     assert ("error" in json.loads(printed.out or "{}")) == (code == 2)
 
 
@@ -119,10 +119,10 @@ def test_sigterm_and_ctrl_c_have_their_exit_codes_whatever_ray_makes_of_them(cod
 
     before = signal.getsignal(signal.SIGTERM)
     try:
-        with pytest.raises(SystemExit) as ended, _interruption_by_ray():
+        with pytest.raises(SystemExit) as ended, _ends_as_told():
             wait_for_ray()
         assert ended.value.code == 143
-        with pytest.raises(KeyboardInterrupt), _interruption_by_ray():
+        with pytest.raises(KeyboardInterrupt), _ends_as_told():
             sys.exit(code)
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -11,7 +11,7 @@ import pytest
 from click.testing import Result
 from kfp_api import KfpServer
 
-from ncsn.cli.target import Experiment
+from ncsn.cli.target import TargetOptions
 from ncsn.config import from_yaml
 from ncsn.runs.folder import claim_run
 
@@ -47,7 +47,7 @@ def test_submit_sends_the_resolved_config_and_prints_the_page(submit, server: Kf
     assert done.exit_code == 0, done.output
     run = only(server.runs)
     assert done.stdout == f"{server.url}/#/runs/details/{run['run_id']}\n"
-    target = Experiment(str(config_file), ("noise.num_levels=7",)).resolve()
+    target = TargetOptions(str(config_file), ("noise.num_levels=7",)).resolve()
     arguments = run["runtime_config"]["parameters"]
     assert from_yaml(arguments["config"]) == target.config
     assert arguments["run"] == run["display_name"] == target.run
@@ -119,7 +119,7 @@ def test_an_image_must_be_named(submit, require_mistake, server: KfpServer, monk
 def test_a_run_name_of_another_config_is_refused_where_the_store_can_be_read(
     submit, require_mistake, server: KfpServer, config_file: Path
 ) -> None:
-    claim_run(Experiment(str(config_file)).resolve().config, "theirs")
+    claim_run(TargetOptions(str(config_file)).resolve().config, "theirs")
     assert submit("--run", "theirs").exit_code == 0, "the same experiment again"
     done = submit("--run", "theirs", "--set", "seed=9")
     require_mistake(done, "--run 'theirs'")

@@ -91,4 +91,4 @@ def test_sampling_from_a_version_without_weights_leaves_nothing(
 
 def test_without_any_registry_the_store_is_named(run_in_process, require_mistake, tmp_path: Path) -> None:
     done = run_in_process("promote", "digits", "--set", f"storage.root={tmp_path}")
-    require_mistake(done, f"storage.root = '{tmp_path}'")
+    require_mistake(done, "tracking.uri")

@@ -1,27 +1,22 @@
-"""Which config, run and inputs the options name, and when a run counts as done."""
+"""Which config, run and inputs the options name."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import get_args
 
 import pytest
 from refused import refused
 
 from ncsn import storage
-from ncsn.cli.execute import complete_records, mark_complete
-from ncsn.cli.options import BACKENDS
-from ncsn.cli.target import Experiment
-from ncsn.config import Config, from_yaml
-from ncsn.config.compute import ComputeConfig
+from ncsn.cli.target import TargetOptions
+from ncsn.config import Config
 from ncsn.errors import ConfigError, NotFound
 from ncsn.runs.folder import RunFolder, claim_run, find_inputs, update_step
-from ncsn.runs.steps import STEPS
 
 
 @pytest.fixture
 def config(config_file: Path) -> Config:
-    return Experiment(str(config_file)).resolve().config
+    return TargetOptions(str(config_file)).resolve().config
 
 
 @pytest.fixture
@@ -43,50 +38,48 @@ def folder(config: Config) -> RunFolder:
     ],
 )
 def test_the_run_name_depends_on_what_decides_the_weights(config_file: Path, override: str, same: bool) -> None:
-    run = Experiment(str(config_file)).resolve().run
+    run = TargetOptions(str(config_file)).resolve().run
     assert run.startswith("tiny-")
-    assert (Experiment(str(config_file), (override,)).resolve().run == run) is same
+    assert (TargetOptions(str(config_file), (override,)).resolve().run == run) is same
 
 
 def test_a_run_brings_its_config(config_file: Path, store: Path) -> None:
-    claimed = Experiment(str(config_file), ("seed=7",), "mine").resolve()
+    claimed = TargetOptions(str(config_file), ("seed=7",), "mine").resolve()
     claim_run(claimed.config, claimed.run)
-    found = Experiment(None, (f"storage.root={store}", "sampling.num_images=9"), "mine").resolve()
+    found = TargetOptions(None, (f"storage.root={store}", "sampling.num_images=9"), "mine").resolve()
     assert (found.run, found.config.seed, found.config.sampling.num_images) == ("mine", 7, 9)
 
 
 def test_a_checkpoint_brings_its_config_and_its_run(config_file: Path, store: Path, tmp_path: Path) -> None:
-    own = Experiment(str(config_file)).resolve().run
+    own = TargetOptions(str(config_file)).resolve().run
     of_run = [(store / "runs" / "mine" / name, "mine") for name in ("checkpoints", "selected", "ema/widths")]
     for folder, run in (*of_run, (tmp_path / "a" / "checkpoints", own)):
         checkpoint = folder / "images-000000160"
         storage.write_text(str(checkpoint / "config.yaml"), config_file.read_text())
-        found = Experiment().resolve(checkpoint=str(checkpoint))
+        found = TargetOptions().resolve(checkpoint=str(checkpoint))
         assert (found.run, found.config.name) == (run, "tiny")
 
 
 def test_a_config_that_is_not_there(config_file: Path, store: Path, tmp_path: Path) -> None:
     with refused("--config"):
-        Experiment().resolve()
+        TargetOptions().resolve()
     with refused("--run", error=NotFound) as caught:
-        Experiment(None, (f"storage.root={store}",), "gone").resolve()
+        TargetOptions(None, (f"storage.root={store}",), "gone").resolve()
     assert f"{store}/runs/gone/config.yaml" in str(caught.value)
     (tmp_path / "image.yaml").write_bytes(b"\x89PNG\xff")
     for name, error in (("absent.yaml", NotFound), ("", ConfigError), ("image.yaml", ConfigError)):
         with refused(str(tmp_path / name), error=error):
-            Experiment(str(tmp_path / name)).resolve()
+            TargetOptions(str(tmp_path / name)).resolve()
 
 
-def test_any_run_of_a_store(config: Config, store: Path) -> None:
-    anything = Experiment(None, (f"storage.root={store}",))
-    with refused("storage.root", error=NotFound):
-        anything.resolve_any()
-    claim_run(config, "mine")
-    assert anything.resolve_any().run == "mine"
-    of_a_model = Experiment(None, (f"storage.root={store}", "sampling.label=cat", "sampling.sampler.num_steps=4"))
-    assert of_a_model.registry == anything.registry
-    with refused("trackin", error=ConfigError):
-        Experiment(None, (f"storage.root={store}", "trackin.uri=x")).registry  # noqa: B018
+def test_the_server_without_a_config_is_the_database_of_the_store(store: Path) -> None:
+    of_a_model = TargetOptions(None, (f"storage.root={store}", "sampling.label=cat", "sampling.sampler.num_steps=4"))
+    with refused("tracking.uri", error=NotFound):
+        of_a_model.registry  # noqa: B018
+    storage.write_text(f"{store}/mlflow.db", "")
+    assert of_a_model.registry == f"sqlite:///{store}/mlflow.db"
+    with refused("--set"):
+        TargetOptions(None, (f"storage.root={store}", "trackin.uri=x")).registry  # noqa: B018
 
 
 def store_result(folder: RunFolder, step: str, result: dict[str, object], *, at: str = "2026-01-01") -> None:
@@ -110,45 +103,12 @@ def test_a_run_is_sampled_from_the_checkpoint_that_select_chose_until_it_is_trai
     last, best = (storage.join(folder.uri, place) for place in ("checkpoints/images-9", "selected/images-5"))
     store_result(folder, "train", {"checkpoint": last})
     assert find_inputs(folder, "sample", {}, config=config) == {"checkpoint": last}
-    for step in STEPS:
-        store_result(folder, step, {"checkpoint": last})
-    storage.write_text(last, "x")
-    mark_complete(folder, config)
     store_result(folder, "select", {"checkpoint": best}, at="2026-01-02")
     assert find_inputs(folder, "sample", {}, config=config) == {"checkpoint": last}, "the copy is gone"
     storage.write_text(best, "x")
     assert find_inputs(folder, "sample", {}, config=config) == {"checkpoint": best}
     assert find_inputs(folder, "sample", {"checkpoint": last}, config=config) == {"checkpoint": last}
-    assert complete_records(folder, config) is None, "its samples are of the last checkpoint"
-    mark_complete(folder, config)
-    assert complete_records(folder, config) is not None
     average = config.model_copy(update={"sampling": config.sampling.model_copy(update={"relative_width": 0.1})})
     assert find_inputs(folder, "sample", {}, config=average) == {"checkpoint": last}
     store_result(folder, "train", {"checkpoint": last}, at="2026-01-03")
     assert find_inputs(folder, "sample", {}, config=config) == {"checkpoint": last}
-
-
-def test_every_backend_of_the_config_is_offered() -> None:
-    assert get_args(ComputeConfig.model_fields["backend"].annotation) == tuple(BACKENDS)
-
-
-def test_a_run_is_complete_only_for_its_config_results_and_outputs(config: Config, folder: RunFolder) -> None:
-    output = storage.join(folder.uri, "data")
-    storage.write_text(output, "x")
-    for step in STEPS:
-        store_result(folder, step, {"uri": output if step == "ingest" else "models:/m/1"})
-    assert complete_records(folder, config) is None
-    marked = mark_complete(folder, config)
-    assert complete_records(folder, config) == marked
-    assert list(marked) == list(STEPS)
-
-    other = from_yaml(storage.read_text(folder.config), overrides=["sampling.num_images=9"])
-    assert complete_records(folder, other) is None
-
-    store_result(folder, "sample", {"uri": "elsewhere"}, at="2026-01-02")
-    assert complete_records(folder, config) is None
-
-    mark_complete(folder, config)
-    assert complete_records(folder, config) is not None
-    Path(output).unlink()
-    assert complete_records(folder, config) is None

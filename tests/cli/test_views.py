@@ -15,7 +15,7 @@ from rich.console import Console
 from ncsn.cli import app
 from ncsn.cli.console import ProgressView, print_plan, print_summary
 from ncsn.cli.doctor import Finding, report
-from ncsn.cli.target import Experiment
+from ncsn.cli.target import TargetOptions
 from ncsn.config import flatten, from_yaml
 from ncsn.progress import Progress
 from ncsn.runs.folder import RunFolder, StepRecord
@@ -66,7 +66,7 @@ def test_help_lists_at_most_twenty_commands_in_the_order_of_work() -> None:
 
 
 def test_a_summary_has_scores_next_to_real_images_and_what_comes_next(config_file: Path) -> None:
-    config = Experiment(str(config_file), ("storage.root=/store",)).resolve().config
+    config = TargetOptions(str(config_file), ("storage.root=/store",)).resolve().config
     folder = RunFolder("/store", "mine")
     records = {
         step: StepRecord(result=result, seconds=10.0, finished_at="2026-01-01") for step, result in RESULTS.items()

@@ -14,7 +14,7 @@ from kfp import dsl, kubernetes
 from kfp.compiler import Compiler
 from refused import refused
 
-from components import experiment, pass_on, publish_metrics, publish_pictures, run_task
+from components import config_and_run, pass_on, publish_metrics, publish_pictures, run_task
 from components.tasks import evaluate, ingest, sample, train, tune
 from ncsn.config import from_yaml, to_json
 from ncsn.errors import InvalidValue, NotFound
@@ -129,12 +129,12 @@ def test_metrics_have_a_value_and_pictures_are_inside_the_page(tmp_path: Path) -
 
 def test_a_run_without_a_name_is_named_after_kfps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(KFP_RUN_ID, "2c6e0f0e-1111-2222-3333-444444444444")
-    assert experiment(DIGITS, "")[1] == "digits-2c6e0f0e"
-    config, name = experiment(DIGITS, "mine")
+    assert config_and_run(DIGITS, "")[1] == "digits-2c6e0f0e"
+    config, name = config_and_run(DIGITS, "mine")
     assert (config, name) == (from_yaml(DIGITS), "mine")
     monkeypatch.delenv(KFP_RUN_ID)
     with refused("run"):
-        experiment(DIGITS, "")
+        config_and_run(DIGITS, "")
 
 
 def test_what_is_set_on_a_task_is_left_for_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,8 +27,8 @@ from ncsn.progress import Progress
 ON_RAY = """
 import os, runpy
 import ncsn.data.format as format
-import ncsn.distributed.tasks as tasks
-tasks.FEW_CORES, format.PART_IMAGES = 0, int(os.environ["PART_IMAGES"])
+import ncsn.distributed.ray_calls as ray_calls
+ray_calls.FEW_CORES, format.PART_IMAGES = 0, int(os.environ["PART_IMAGES"])
 runpy.run_module("ncsn", run_name="__main__", alter_sys=True)
 """
 EXPERIMENT = """

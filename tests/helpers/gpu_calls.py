@@ -13,8 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ncsn.distributed import tasks
-from ncsn.distributed.tasks import run_tasks
+from ncsn.distributed import ray_calls
+from ncsn.distributed.ray_calls import call_all
 
 import ray  # isort: skip  # after ncsn.distributed, which sets its environment
 
@@ -57,8 +57,8 @@ def refuse(number: int) -> int:
 
 def results(function: Callable[[Any], T], each: list[Any], *, gpu: bool = True, at_once: int | None = None) -> list[T]:
     """What the calls return, one of which is tried again at most once."""
-    tasks.RETRIES = 1
-    return [found for _, found in run_tasks(function, each, cpus=1, gpu=gpu, in_flight=at_once)]
+    ray_calls.RETRIES = 1
+    return [found for _, found in call_all(function, each, cpus=1, gpu=gpu, in_flight=at_once)]
 
 
 def gpus_left(seconds: float) -> float:

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from ncsn.config import Config
+from ncsn.distributed.ray_calls import runner_of
 from ncsn.distributed.sampling import make_shards, plan_shards
-from ncsn.distributed.tasks import runner_of
 from ncsn.evaluation.frechet import RunningDistance, RunningScore
 from ncsn.evaluation.reference import open_evaluator
 from ncsn.model.checkpoint_store import CheckpointStore

@@ -12,7 +12,7 @@ from ncsn.core.images import fit_moments
 from ncsn.core.samplers.chain import visited
 from ncsn.model import build
 from ncsn.model.checkpoint import TrainedNetwork
-from ncsn.model.generate import evaluations_per_image, generate
+from ncsn.model.generate import Strip, evaluations_per_image, generate
 
 TEXT = """
 name: tiny
@@ -78,3 +78,18 @@ def test_bfloat16_is_the_networks_alone(kind: str) -> None:
     exact = generate(network, sampling=config.sampling, first=0, count=4)
     difference = np.abs(halved.astype(int) - exact.astype(int))
     assert difference.max() > 0 and difference.mean() < 2
+
+
+@pytest.mark.parametrize(
+    ("count", "kept"), [(1, [0]), (3, [0, 1, 2]), (6, [0, 2, 4, 5]), (8, [0, 2, 4, 6, 7]), (10, [0, 4, 8, 9])]
+)
+def test_the_strip_spreads_its_stages_evenly_and_ends_with_the_finished_images(
+    count: int, kept: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ncsn.model.generate.STRIP_STAGES", 5)
+    monkeypatch.setattr("ncsn.model.generate.level_images", lambda x, *_: x)
+    config = from_yaml(TEXT)
+    strip = Strip(config.sampling, config)
+    for number in range(count):
+        strip(number, np.full((1, 2, 2, 1), number, np.uint8))
+    assert strip.frames(np.full((1, 2, 2, 1), 99, np.uint8))[:, 0, 0, 0, 0].tolist() == [*kept[:-1], 99]

@@ -10,9 +10,6 @@ import pytest
 from click.testing import CliRunner
 
 from ncsn.cli.app import app
-from ncsn.cli.options import BACKENDS
-from ncsn.config import from_yaml
-from ncsn.remote import open_backend
 
 DIGITS = Path(__file__).parents[2] / "configs" / "digits.yaml"
 
@@ -29,15 +26,9 @@ def examine(folder: Path, *overrides: str) -> dict[str, dict[str, str]]:
 
 def test_a_cluster_that_is_well(emulation: Any, tmp_path: Path) -> None:
     seen = examine(tmp_path)
-    assert {seen[name]["state"] for name in BACKENDS["kuberay"]} == {"ok"}
+    assert {seen[name]["state"] for name in ("kubernetes", "rights", "kuberay", "pod image")} == {"ok"}
     assert "kubeflow" in seen["rights"]["detail"]
     assert seen["pod image"]["detail"] == "registry.example/ncsn-python:0.1.0"
-
-
-@pytest.mark.parametrize("name", BACKENDS)
-def test_the_catalogue_lists_the_checks_of_each_backend(emulation: Any, name: str) -> None:
-    backend = open_backend(from_yaml(DIGITS.read_text(), overrides=[f"compute.backend={name}"]).compute)
-    assert tuple(check.name for check in (backend.checks() if backend else ())) == BACKENDS[name]
 
 
 @pytest.mark.parametrize(

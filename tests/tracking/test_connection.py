@@ -96,11 +96,11 @@ def test_two_processes_that_start_at_once_share_one_database(make_config, tmp_pa
 
 
 def test_command_of_the_pages_is_on_loopback_and_only_for_a_local_database(make_config, root):
-    command = server_command(make_config(), port=5001)
+    command = server_command(tracking_uri(make_config()), host="127.0.0.1", port=5001)
     assert f"sqlite:///{root}/mlflow.db" in command and Path(root, "mlflow.db").exists()
     assert command[command.index("--host") + 1] == "127.0.0.1"
     with refused("tracking.uri", error=TrackingError) as caught:
-        server_command(make_config("tracking.uri=http://host:5000"))
+        server_command("http://host:5000", host="127.0.0.1", port=5001)
     assert "http://host:5000" in caught.value.problems[0].hint
 
 

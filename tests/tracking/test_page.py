@@ -15,7 +15,7 @@ from ncsn.process import now_ms
 from ncsn.report.images import grid_png
 from ncsn.tracking import client
 from ncsn.tracking.mlflow_runs import StepRun, step_run
-from ncsn.tracking.registry import Candidate, register
+from ncsn.tracking.registry import Registration, register
 
 PATIENCE = 60_000
 RUN = "seen-by-a-browser"
@@ -85,7 +85,7 @@ def test_a_link_to_a_run_opens_among_the_runs_of_trainings(page: Page, server, s
 
 def test_the_card_of_a_model_shows_its_pictures(page: Page, server, make_config, checkpoint) -> None:
     card = "# seen\n\n![images](grid.png)\n"
-    seen = Candidate("seen", checkpoint, card=card, files={"grid.png": grid_png(IMAGES)}, metrics={}, tags={})
+    seen = Registration("seen", checkpoint, card=card, files={"grid.png": grid_png(IMAGES)}, metrics={}, tags={})
     with step_run(make_config(f"tracking.uri={server.url}"), run="seen", step="register") as tracked:
         version = register(tracked, seen)
     page.goto(f"{server.url}/#/models/seen/versions/{version.version}")

@@ -22,11 +22,11 @@ from ncsn.model.trained import load_checkpoint_or_model, load_model
 from ncsn.tracking import registry
 from ncsn.tracking.client import TrackingError
 from ncsn.tracking.mlflow_runs import step_run
-from ncsn.tracking.registry import Candidate, fetch_weights
+from ncsn.tracking.registry import Registration, fetch_weights
 
 
-def candidate(checkpoint: SamplingCheckpoint, name: str) -> Candidate:
-    return Candidate(
+def candidate(checkpoint: SamplingCheckpoint, name: str) -> Registration:
+    return Registration(
         name=name,
         checkpoint=checkpoint,
         card=f"# {name}\n",
@@ -78,10 +78,10 @@ def test_a_registered_model_is_copied_to_guide_another(config, checkpoint, make_
     with step_run(config, run="guides", step="register") as tracked:
         registry.register(tracked, candidate(checkpoint, "guides"))
     guided = make_config("sampling.guidance={kind: autoguidance, checkpoint: 'models:/guides/1'}")
-    settled = registry.settle_guide(guided, near=str(tmp_path / "run"))
+    settled = registry.copy_guide(guided, near=str(tmp_path / "run"))
     guide = load_checkpoint_or_model(settled.sampling.guidance.checkpoint)
     assert weights_digest(guide.network) == weights_digest(checkpoint.network)
-    assert registry.settle_guide(guided, near=str(tmp_path / "run")) == settled
+    assert registry.copy_guide(guided, near=str(tmp_path / "run")) == settled
 
 
 REQUESTS = (

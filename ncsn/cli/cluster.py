@@ -1,4 +1,4 @@
-"""The commands for a Kubeflow cluster. Imports are inside, as in `ncsn.cli.app`."""
+"""The commands for a cluster: submit, doctor, cleanup. Imports are inside, as in `ncsn.cli.app`."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from ncsn.cli.options import (
     backend_options,
     describe,
     existing_run_options,
-    experiment_options,
     json_option,
+    target_options,
 )
 from ncsn.errors import UserError
 
 if TYPE_CHECKING:
-    from ncsn.cli.target import Experiment
+    from ncsn.cli.target import TargetOptions
 
 _PATIENCE_SECONDS = 30.0
 
 
 @click.command("submit", cls=ReportingCommand, short_help="Start a pipeline on a Kubeflow cluster.")
-@experiment_options
+@target_options
 @json_option
 @click.option("--host", metavar="URL", help="Address of Kubeflow Pipelines; default: KF_PIPELINES_ENDPOINT.")
 @click.option(
@@ -54,7 +54,7 @@ _PATIENCE_SECONDS = 30.0
 )
 def submit_command(
     *,
-    experiment: Experiment,
+    options: TargetOptions,
     as_json: bool,
     host: str | None,
     namespace: str | None,
@@ -62,7 +62,7 @@ def submit_command(
     waits: bool,
     no_cache: bool,
     compile_only: Path | None,
-    **options: Any,
+    **others: Any,
 ) -> None:
     """Start a pipeline on a Kubeflow cluster, or a schedule of it, and print the address of its page.
 
@@ -77,7 +77,7 @@ def submit_command(
 
     if every and waits:
         raise UserError("--wait", "waits for one run, but --every starts many", hint="leave out one of them")
-    submission = prepare(experiment, scheduled=every is not None, cache=not no_cache, **options)
+    submission = prepare(options, scheduled=every is not None, cache=not no_cache, **others)
     if compile_only is not None:
         with package(submission) as (file, _):
             compile_only.write_bytes(file.read_bytes())
@@ -103,12 +103,12 @@ def submit_command(
 @click.option("--namespace", metavar="PROFILE", help="Your profile, where Kubeflow serves several users.")
 @click.pass_context
 def doctor_command(
-    ctx: click.Context, *, experiment: Experiment, as_json: bool, host: str | None, namespace: str | None
+    ctx: click.Context, *, options: TargetOptions, as_json: bool, host: str | None, namespace: str | None
 ) -> None:
     """Check what the experiment needs, and print a fix for each failure; exit with 1 if a check fails."""
     from ncsn.cli.doctor import examine, report
 
-    if not report(examine(experiment.resolve().config, host=host, namespace=namespace), as_json=as_json):
+    if not report(examine(options.resolve().config, host=host, namespace=namespace), as_json=as_json):
         ctx.exit(FAILURE)
 
 

@@ -1,4 +1,4 @@
-"""Function calls on the connected Ray cluster: as tasks on CPUs, and by one actor per GPU."""
+"""Function calls on the connected Ray cluster: as Ray tasks on CPUs, and by one actor per GPU."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from ray.util.actor_pool import ActorPool
 
 from ncsn.config.compute import ComputeConfig
-from ncsn.data.dataset import PartTask
+from ncsn.data.dataset import PartWriter
 from ncsn.distributed.cluster import on_this_machine
 from ncsn.evaluation.features import Runner, here
 from ncsn.storage.heartbeat import LeaseExpired
@@ -33,7 +33,7 @@ def runner_of(compute: ComputeConfig) -> Runner:
     """Calls on the connected cluster, with `cpus_per_worker` CPUs and torch threads each; else in this process."""
 
     def each(function: Callable[[T], R], items: Sequence[T], *, gpu: bool) -> Iterator[tuple[T, R]]:
-        return run_tasks(
+        return call_all(
             function,
             items,
             cpus=compute.cpus_per_worker,
@@ -49,19 +49,19 @@ def few_cores() -> bool:
     return on_this_machine() and (os.cpu_count() or 1) <= FEW_CORES
 
 
-def write_parts(tasks: Iterable[PartTask]) -> Iterator[object]:
+def write_parts(parts: Iterable[PartWriter]) -> Iterator[object]:
     """Write parts on the connected cluster; yields in their order, each time that one is in the store."""
 
-    def write_part(task: PartTask) -> None:
-        for _ in task.write(cores=1):
+    def write_part(part: PartWriter) -> None:
+        for _ in part.write(cores=1):
             pass
 
     # One running and one waiting per core, so that the queue of a million images stays small.
     most = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
-    return run_tasks(write_part, tasks, cpus=1, in_flight=most, ordered=True)
+    return call_all(write_part, parts, cpus=1, in_flight=most, ordered=True)
 
 
-def run_tasks(
+def call_all(
     function: Callable[[T], R],
     items: Iterable[T],
     *,
