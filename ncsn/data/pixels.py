@@ -93,10 +93,9 @@ class Fit:
             return Example(image, label)
         return self.picture(Picture.of(image), label=label)
 
-    # `ncsn init` notes the name.
-    def picture(self, picture: Picture, *, label: int = NO_LABEL, name: str = "") -> Example:  # noqa: ARG002
+    def picture(self, picture: Picture, *, label: int = NO_LABEL) -> Example:
         """Fit a decoded image; `BadImageError` for pixels of a kind that is not accepted, or too few for the crop."""
-        plain = self._plain(picture)
+        plain = self.plain(picture)
         if len(plain.image.getbands()) != self.channels:  # to gray by ITU-R 601 luma
             conversions = (*plain.conversions, "RGB" if self.channels == 1 else "gray")
             plain = plain._replace(image=plain.image.convert(_MODES[self.channels]), conversions=conversions)
@@ -104,7 +103,7 @@ class Fit:
         pixels = np.asarray(square, np.uint8).reshape(self.image_size, self.image_size, self.channels)
         return Example(pixels, label, plain.conversions)
 
-    def _plain(self, picture: Picture) -> Picture:
+    def plain(self, picture: Picture) -> Picture:
         """As mode L or RGB; palettes are looked up, and opaque alpha is dropped."""
         image, conversions = picture.image, picture.conversions
         if image.mode in _ALPHA or (self.background is not None and image.has_transparency_data):

@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -19,9 +19,15 @@ from ncsn.config.schema import DataConfig
 from ncsn.data.format import NO_LABEL, SPLITS, SkippedImage
 from ncsn.data.pixels import BadImageError, Example, Fit, Picture
 from ncsn.data.sources import open_source
-from ncsn.data.sources.base import BadImages, Source, Split, list_files
-from ncsn.data.sources.image_files import ARCHIVE_SUFFIXES, COMPRESSED_SUFFIXES, IMAGE_SUFFIXES
-from ncsn.data.sources.published import SUFFIX
+from ncsn.data.sources.base import BadImages, Source, list_files
+from ncsn.data.sources.image_files import (
+    ARCHIVE_SUFFIXES,
+    COMPRESSED_SUFFIXES,
+    IMAGE_SUFFIXES,
+    DecodedSplit,
+    Encoded,
+)
+from ncsn.data.sources.parquet_files import SUFFIX
 from ncsn.errors import UserError
 from ncsn.tools.draft import any_config
 
@@ -143,27 +149,18 @@ class Survey:
         return np.stack(images)
 
 
-@dataclass(frozen=True)
-class _Looking(Fit):
-    """Takes the place of the conversion of images, and notes what they are like."""
-
-    looks: list[Look] = field(default_factory=list)
-
-    def picture(self, picture: Picture, *, label: int = NO_LABEL, name: str = "") -> Example:
-        """Note the image; called in several threads."""
-        image, conversions = picture.image, picture.conversions
-        kind = image.format or ""
-        if image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema()[0] != 255:
-            plain = image.convert("RGBA")
-        else:
-            converted = self._plain(picture)
-            plain, conversions = converted.image, converted.conversions
-        gray = plain.mode == "L" or image.mode in ("LA", "La")
-        thumbnail = plain.copy() if plain is image else plain
-        thumbnail.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.BILINEAR)
-        look = Look(name, kind, picture.size, thumbnail, 1 if gray else 3, conversions)
-        self.looks.append(look)
-        return Example(np.zeros((1, 1, 1), np.uint8), label, conversions)
+def _look_at(encoded: Encoded, picture: Picture) -> Look:
+    image, conversions = picture.image, picture.conversions
+    kind = image.format or ""
+    if image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema()[0] != 255:
+        plain = image.convert("RGBA")
+    else:
+        converted = Fit(THUMBNAIL, 3).plain(picture)
+        plain, conversions = converted.image, converted.conversions
+    gray = plain.mode == "L" or image.mode in ("LA", "La")
+    thumbnail = plain.copy() if plain is image else plain
+    thumbnail.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.BILINEAR)
+    return Look(encoded.name, kind, picture.size, thumbnail, 1 if gray else 3, conversions)
 
 
 def survey(place: str, *, overrides: Sequence[str] = ()) -> Survey:
@@ -175,13 +172,14 @@ def survey(place: str, *, overrides: Sequence[str] = ()) -> Survey:
     root = os.path.normpath(root) if storage.is_local(root) else root
     given = [override for override in overrides if override.partition("=")[0].strip() in _OF_PLACE]
     data, halves = _open(root, given)
+    splits = [split for split in halves.splits.values() if isinstance(split, DecodedSplit)]  # both, of such a source
     train, test = (len(halves.splits[split]) for split in SPLITS)
-    looking = _Looking(THUMBNAIL // 2, 3)  # JPEG is decoded at twice the size that is needed
     started = time.perf_counter()
-    bad = list(_sample(halves, looking, total=train + test))
+    sample = list(_sample(splits, total=train + test))
     taken = time.perf_counter() - started
-    looks = tuple(sorted(looking.looks, key=lambda look: look.name))
-    labels = np.concatenate([np.asarray(split.labels) for split in halves.splits.values()])  # type: ignore[attr-defined]
+    bad = [row for row in sample if isinstance(row, SkippedImage)]
+    looks = tuple(sorted((row for row in sample if isinstance(row, Look)), key=lambda look: look.name))
+    labels = np.concatenate([split.labels for split in splits])
     found = Survey(
         root=root,
         source=data.source,
@@ -192,7 +190,7 @@ def survey(place: str, *, overrides: Sequence[str] = ()) -> Survey:
         unlabeled=int((labels == NO_LABEL).sum()) if halves.class_names else 0,
         looks=looks,
         bad=tuple(bad),
-        seconds_per_image=taken / max(1, len(looks) + len(bad)),
+        seconds_per_image=taken / max(1, len(sample)),
     )
     if not looks:
         raise UserError(bad[0].name, f"cannot be used: {bad[0].reason}; nor can any other image that was looked at")
@@ -224,20 +222,18 @@ def _read_as(source: str, root: str, given: Sequence[str]) -> DataConfig:
     return any_config(data={**data, "test_fraction": _HELD_OUT}, overrides=given).data
 
 
-def _sample(source: Source, looking: _Looking, *, total: int) -> Iterator[SkippedImage]:
-    """The bad images of the sample; `looking` gets the others."""
+def _sample(splits: Sequence[DecodedSplit], *, total: int) -> Iterator[Look | SkippedImage]:
     done, end = 0, time.perf_counter() + SECONDS
-    for part in _parts(list(source.splits.values()), total=total):
-        with closing(replace(part, fit=looking).stream(cores=os.cpu_count())) as stream:  # type: ignore[type-var]
-            for row in stream:
+    for part in _parts(splits, total=total):
+        with closing(part.each(_look_at, least_side=THUMBNAIL, cores=os.cpu_count())) as looks:
+            for look in looks:
                 done += 1
-                if isinstance(row, SkippedImage):
-                    yield row
+                yield look
                 if done >= FEWEST_LOOKED_AT and time.perf_counter() > end:
                     return
 
 
-def _parts(splits: Sequence[Split], *, total: int) -> list[Split]:
+def _parts(splits: Sequence[DecodedSplit], *, total: int) -> list[DecodedSplit]:
     """Sections of the splits with about `MOST_LOOKED_AT` images together, the first of each split before the second."""
     if total <= MOST_LOOKED_AT:
         return list(splits)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -13,9 +13,10 @@ from image_folders import put, rows_of, skipped_of
 from PIL import Image
 from refused import refused
 
+from ncsn.config.schema import DataConfig
 from ncsn.data.dataset import write_dataset
 from ncsn.data.format import load_manifest
-from ncsn.data.sources import image_files, open_source
+from ncsn.data.sources import SOURCES, image_files, open_source
 from ncsn.data.sources.base import hold_out, list_files, source_fingerprint
 from ncsn.errors import NotFound
 
@@ -38,7 +39,11 @@ def test_the_choice_goes_with_the_name_and_not_with_the_place():
     assert chosen != set(names[:10])
 
 
-@pytest.mark.parametrize("source", ["image_folder", "parquet", "cifar10", "celeba", "mnist", "fashion_mnist"])
+def test_a_config_names_the_known_sources() -> None:
+    assert set(get_args(DataConfig.model_fields["source"].annotation)) == SOURCES.keys()
+
+
+@pytest.mark.parametrize("source", [name for name, known in SOURCES.items() if known.reads_files])
 def test_no_root_a_missing_and_an_empty_one_are_refused(tmp_path, data_config, source):
     with refused("data.root") as caught:
         open_source(data_config(source))

@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import NamedTuple
 
 from ncsn.config.schema import DataConfig
 from ncsn.data.sources.base import Source
 
 
+class KnownSource(NamedTuple):
+    opener: str  # `module.function` in this package; the module of one source does not load those of others
+    reads_files: bool = True  # below data.root; the others come with a library
+
+
+SOURCES: Mapping[str, KnownSource] = {
+    "sklearn_digits": KnownSource("published_sets.open_digits", reads_files=False),
+    "sklearn_photos": KnownSource("published_sets.open_photos", reads_files=False),
+    "fashion_mnist": KnownSource("published_sets.open_torchvision"),
+    "mnist": KnownSource("published_sets.open_torchvision"),
+    "cifar10": KnownSource("published_sets.open_torchvision"),
+    "celeba": KnownSource("published_sets.open_celeba"),
+    "image_folder": KnownSource("image_folder.open_image_folder"),
+    "parquet": KnownSource("parquet_files.open_parquet"),
+}
+
+
 def open_source(data: DataConfig) -> Source:
     """The images that the config names, of which none is read yet."""
-    match data.source:  # the module of one source does not load those of others
-        case "sklearn_digits":
-            from ncsn.data.sources.library_sets import open_digits as opened
-        case "sklearn_photos":
-            from ncsn.data.sources.library_sets import open_photos as opened
-        case "mnist" | "fashion_mnist" | "cifar10":
-            from ncsn.data.sources.library_sets import open_torchvision as opened
-        case "celeba":
-            from ncsn.data.sources.image_folder import open_celeba as opened
-        case "image_folder":
-            from ncsn.data.sources.image_folder import open_image_folder as opened
-        case "parquet":
-            from ncsn.data.sources.published import open_parquet as opened
-    source = opened(data)
+    module, _, function = SOURCES[data.source].opener.partition(".")
+    source: Source = getattr(importlib.import_module(f"{__name__}.{module}"), function)(data)
     if data.max_images is None:
         return source
     return replace(source, splits={name: split.section(0, data.max_images) for name, split in source.splits.items()})

@@ -14,22 +14,27 @@ import struct
 import tarfile
 import zipfile
 import zlib
+from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import PurePosixPath
 from threading import Lock
-from typing import Any, BinaryIO, ClassVar, NamedTuple, cast
+from typing import Any, BinaryIO, ClassVar, NamedTuple, Self, TypeVar, cast
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ncsn import storage
 from ncsn.data.format import SkippedImage
 from ncsn.data.pixels import BadImageError, Example, Fit, Picture, decode
 from ncsn.data.sources.base import require_utf8
 from ncsn.errors import UserError
+
+R = TypeVar("R")
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 ARCHIVE_SUFFIXES = (".tar", ".zip")
@@ -162,43 +167,99 @@ class ImageFile(NamedTuple):
     member: Member | None = None
 
 
+class Encoded(NamedTuple):
+    name: str
+    label: int
+    load: Callable[[], Picture]  # called in another thread
+
+
+class DecodedSplit(ABC):
+    """A split of images that are decoded when they are read."""
+
+    labels: Sequence[int] | NDArray[np.int64]
+    fit: Fit
+    in_tasks: ClassVar[bool] = True
+
+    @property
+    def remote(self) -> bool:
+        """Whether a bucket is asked, for several images at a time on any number of cores."""
+        return False
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @abstractmethod
+    def section(self, first: int, last: int) -> Self:
+        """Images `first .. last`."""
+
+    @abstractmethod
+    def encoded(self, least_side: int | None) -> Iterator[Encoded]:
+        """The images in order; `least_side` as of `decode`."""
+
+    def stream(self, *, cores: int | None = None) -> Iterator[Example | SkippedImage]:
+        def fitted(image: Encoded, picture: Picture) -> Example:
+            return self.fit.picture(picture, label=image.label)
+
+        return self.each(fitted, least_side=self.fit.least_side, cores=cores)
+
+    def each(
+        self, function: Callable[[Encoded, Picture], R], *, least_side: int | None, cores: int | None
+    ) -> Generator[R | SkippedImage, None, None]:
+        """`function` of each image, or why it cannot be used, on a pool of threads (Pillow releases Python's lock)."""
+
+        def call(image: Encoded) -> R | SkippedImage:
+            try:
+                return function(image, image.load())
+            except BadImageError as error:
+                return SkippedImage(image.name, str(error))
+
+        threads = _LARGEST_POOL if self.remote else min(_LARGEST_POOL, cores or os.cpu_count() or 1)
+        waiting: deque[Future[list[R | SkippedImage]]] = deque()
+        images = self.encoded(least_side)
+        with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
+            try:
+                while some := list(islice(images, _TOGETHER)):
+                    waiting.append(pool.submit(lambda some: list(map(call, some)), some))
+                    if len(waiting) >= threads * _WAITING_PER_THREAD:
+                        yield from waiting.popleft().result()
+                while waiting:
+                    yield from waiting.popleft().result()
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
+
+
 @dataclass(frozen=True)
-class EncodedImages:
+class EncodedImages(DecodedSplit):
     """A split of encoded images below a folder, bucket or archive."""
 
     root: str  # URI
     images: Sequence[ImageFile]
     labels: Sequence[int]
     fit: Fit
-    in_tasks: ClassVar[bool] = True
 
-    def __len__(self) -> int:
-        return len(self.images)
+    @property
+    def remote(self) -> bool:
+        return not storage.is_local(self.root)
 
-    def section(self, first: int, last: int) -> EncodedImages:
+    def section(self, first: int, last: int) -> Self:
         return replace(self, images=self.images[first:last], labels=self.labels[first:last])
 
-    def stream(self, *, cores: int | None = None) -> Iterator[Example | SkippedImage]:
-        # A bucket is asked for several images at a time on any number of cores.
-        cores = cores if storage.is_local(self.root) else _LARGEST_POOL
-        with _Reader() as reader:
+    def encoded(self, least_side: int | None) -> Iterator[Encoded]:
+        reader = _Reader()
 
-            def load(file: str, member: Member | None) -> Picture:
-                return decode(reader.read(file, member), least_side=self.fit.least_side)
+        def load(file: str, member: Member | None) -> Picture:
+            return decode(reader.read(file, member), least_side=least_side)
 
-            def encoded(image: ImageFile, label: int) -> Encoded:
-                file = storage.join(self.root, image.file) if image.file else self.root
-                name = file if image.member is None else f"{file}:{image.member.path}"
-                return Encoded(name, label, partial(load, file, image.member))
-
-            yield from fit_in_order(map(encoded, self.images, self.labels), self.fit, cores=cores)
+        for image, label in zip(self.images, self.labels, strict=True):
+            file = storage.join(self.root, image.file) if image.file else self.root
+            name = file if image.member is None else f"{file}:{image.member.path}"
+            yield Encoded(name, label, partial(load, file, image.member))
 
 
-class _Reader(ExitStack):
-    """Reads images for several threads and opens each local archive once."""
+class _Reader:
+    """Reads images for several threads and opens each local archive once, until nobody reads any more."""
 
     def __init__(self) -> None:
-        super().__init__()
         self._lock = Lock()
         self._archives: dict[str, Any] = {}
 
@@ -215,7 +276,7 @@ class _Reader(ExitStack):
         if storage.is_local(uri):
             with self._lock:
                 if uri not in self._archives:
-                    self._archives[uri] = self.enter_context(_opened(uri))
+                    self._archives[uri] = _opened(uri)
             return read_member(self._archives[uri], member)
         # An open S3 file has one position, so threads cannot share it.
         with _opened(uri) as stream:
@@ -225,33 +286,3 @@ class _Reader(ExitStack):
 def _opened(uri: str) -> Any:
     filesystem, path = storage.filesystem(uri)
     return filesystem.open_input_file(path)
-
-
-class Encoded(NamedTuple):
-    name: str
-    label: int
-    load: Callable[[], Picture]  # called in another thread
-
-
-def fit_in_order(images: Iterable[Encoded], fit: Fit, *, cores: int | None) -> Iterator[Example | SkippedImage]:
-    """Each image, or why it cannot be used, on a pool of threads (Pillow releases the interpreter lock)."""
-    threads = min(_LARGEST_POOL, cores or os.cpu_count() or 1)
-    waiting: deque[Future[list[Example | SkippedImage]]] = deque()
-    images = iter(images)
-    with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
-        try:
-            while some := list(islice(images, _TOGETHER)):
-                waiting.append(pool.submit(lambda some: [_fit_one(image, fit) for image in some], some))
-                if len(waiting) >= threads * _WAITING_PER_THREAD:
-                    yield from waiting.popleft().result()
-            while waiting:
-                yield from waiting.popleft().result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _fit_one(image: Encoded, fit: Fit) -> Example | SkippedImage:
-    try:
-        return fit.picture(image.load(), label=image.label, name=image.name)
-    except BadImageError as error:
-        return SkippedImage(image.name, str(error))

@@ -20,7 +20,7 @@ from ncsn import storage
 from ncsn.data.dataset import write_dataset
 from ncsn.data.format import SkippedImage, read_split
 from ncsn.data.sources import open_source
-from ncsn.data.sources.published import place_of
+from ncsn.data.sources.parquet_files import place_of
 
 PICTURE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 NAMES = ["cat", "dog", "owl"]

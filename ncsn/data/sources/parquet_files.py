@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import pyarrow as pa
@@ -23,10 +23,10 @@ from numpy.typing import NDArray
 
 from ncsn import storage
 from ncsn.config.schema import DataConfig
-from ncsn.data.format import NO_LABEL, SkippedImage, group_lengths, load_manifest, pieces_of, pixel_shape
-from ncsn.data.pixels import BadImageError, Example, Fit, Picture, decode
+from ncsn.data.format import NO_LABEL, group_lengths, load_manifest, pieces_of, pixel_shape
+from ncsn.data.pixels import BadImageError, Fit, Picture, decode
 from ncsn.data.sources.base import Source, hold_out, list_files, required_root
-from ncsn.data.sources.image_files import Encoded, fit_in_order
+from ncsn.data.sources.image_files import DecodedSplit, Encoded
 from ncsn.data.sources.image_folder import class_names_of
 from ncsn.errors import UserError
 
@@ -260,7 +260,7 @@ def opened(uri: str, *, ahead: bool = False) -> Iterator[pq.ParquetFile]:
 
 
 @dataclass(frozen=True)
-class ParquetImages:
+class ParquetImages(DecodedSplit):
     """A split whose images are rows of Parquet files. It keeps their order, so that a section is few row groups."""
 
     files: Sequence[ParquetFile]
@@ -269,18 +269,11 @@ class ParquetImages:
     rows: NDArray[np.int64]  # ascending, counted through all files
     labels: NDArray[np.int64]  # of these rows
     fit: Fit
-    in_tasks: ClassVar[bool] = True
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def section(self, first: int, last: int) -> ParquetImages:
+    def section(self, first: int, last: int) -> Self:
         return replace(self, rows=self.rows[first:last], labels=self.labels[first:last])
 
-    def stream(self, *, cores: int | None = None) -> Iterator[Example | SkippedImage]:
-        return fit_in_order(self._encoded(), self.fit, cores=cores)
-
-    def _encoded(self) -> Iterator[Encoded]:
+    def encoded(self, least_side: int | None) -> Iterator[Encoded]:
         labels = iter(self.labels.tolist())
         for number, _, rows in pieces_of(self.rows, (file.rows for file in self.files)):
             file = self.files[number]
@@ -292,7 +285,7 @@ class ParquetImages:
                 for group, of_group, within in pieces_of(rows, group_lengths(parquet)):  # others are not read
                     values = self._group(parquet, group, within)
                     for row, value in zip(rows[of_group].tolist(), values, strict=True):
-                        yield Encoded(file.name(row), next(labels), partial(_load, value, self.fit))
+                        yield Encoded(file.name(row), next(labels), partial(_load, value, least_side))
 
     def _group(self, parquet: pq.ParquetFile, group: int, rows: NDArray[np.int64]) -> Iterator[Any]:
         leaf = f"{self.column}.bytes" if self.kind == "struct" else self.column
@@ -313,9 +306,9 @@ class ParquetImages:
                 return
 
 
-def _load(value: bytes | NDArray[np.uint8] | None, fit: Fit) -> Picture:
+def _load(value: bytes | NDArray[np.uint8] | None, least_side: int | None) -> Picture:
     if value is None:
         raise BadImageError("there is no image in this row")
     if isinstance(value, bytes):
-        return decode(value, least_side=fit.least_side)
+        return decode(value, least_side=least_side)
     return Picture.of(value)
