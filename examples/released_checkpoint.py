@@ -1,7 +1,7 @@
 """Sample from a checkpoint that the authors of NCSN or NCSNv2 released, without running any code inside the file.
 
 Give the file and the settings that it was trained with. Its content is a list of the weights and Adam's state, for
-NCSNv2 with the running average of the weights.
+NCSNv2 with the EMA of the weights.
 
     python examples/released_checkpoint.py --checkpoint checkpoint.pth --num-features 128 --steps-per-level 100
 
@@ -33,7 +33,7 @@ def new_network(kind: str, *, num_features: int, channels: int, sigmas: Tensor) 
 
 
 def load(path: Path, network: nn.Module) -> Ema:
-    """Fill the network with the weights of the file; their running average, a copy of them where it has none."""
+    """Fill the network with the weights of the file; their EMA, a copy of them where it has none."""
     ema = Ema(network, step_decay(0.999))
     released = read_released_checkpoint(path)
     optimizer = torch.optim.Adam(network.parameters())  # with its state, training goes on to the bit

@@ -95,7 +95,7 @@ def train(
     learning_rate: float = 2e-3,
     seed: int = 0,
 ) -> Model:
-    """Denoising score matching with the noise and weight of Karras et al. 2022; the running average of the weights.
+    """Denoising score matching with the noise and weight of Karras et al. 2022; the EMA of the weights.
 
     Args:
         num_images: Length of the training, each image counted as often as it is drawn.

@@ -95,7 +95,7 @@ class ConditionalScore(nn.Module):
 
 
 def fit_noisy_scores(*, num_steps: int, batch_size: int = 512, ema_decay: float = 0.99, seed: int = 0) -> nn.Module:
-    """Denoising score matching over all levels; the running average of the weights."""
+    """Denoising score matching over all levels; the EMA of the weights."""
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     network = ConditionalScore(LEARNED_SIGMAS)

@@ -23,7 +23,6 @@ from ncsn.config.training import (
     NoiseConfig,
     OptimizerConfig,
     TrainConfig,
-    Width,
 )
 from ncsn.core.samplers.settings import AnySampler
 from ncsn.errors import UserError
@@ -127,7 +126,7 @@ class SamplingConfig(Section):
     images; or the name or number of one class."""
     guidance: GuidanceConfig | None = None
     """Guidance of the samples away from those of a worse score; null = none."""
-    relative_width: Width | None = None
+    relative_width: float | None = Field(None, gt=0, le=0.2886)  # the plain mean's is 1 / sqrt(12)
     """Sample with the average of the weights of this relative width, computed from the snapshots of train.ema.kind:
     power; eight or more snapshots give 0.03 to 0.2. null = the EMA of the checkpoint."""
     levels: LevelsConfig | None = None

@@ -113,7 +113,6 @@ class OptimizerConfig(Section):
 
 SNAPSHOTS = 16  # of the averages over a training
 RELATIVE_WIDTHS = (0.05, 0.1)  # of the two averages: standard deviation over time, as a share of the training so far
-Width = Annotated[float, Field(gt=0, le=0.2886)]  # below that of the plain mean, `core.ema.WIDEST`
 
 
 class DecayEmaConfig(Section):
@@ -172,7 +171,7 @@ class TrainConfig(Section):
     num_images: int = Field(ge=1)
     """Length of training in images, not epochs."""
     ema: EmaConfig = DecayEmaConfig(kind="decay")
-    """The moving average of the weights, which generates the images."""
+    """The EMA of the weights, which generates the images."""
     label_dropout: float = Field(0.0, ge=0, lt=1)
     """Probability that the network is not told the class of an image, so that it also learns the unconditional score,
     which sampling.guidance.kind = classifier_free needs. 0.1 is usual."""
@@ -194,7 +193,7 @@ class TrainConfig(Section):
 
     @property
     def averaging(self) -> EmaSettings:
-        """The moving average of the weights. What starts from trained weights has no ramp, to keep them."""
+        """The EMA of the weights. What starts from trained weights has no ramp, to keep them."""
         if isinstance(self.ema, HalfLifeEmaConfig) and self.init_from is not None:
             return self.ema.model_copy(update={"ramp_up": None})
         return self.ema
@@ -208,7 +207,7 @@ class TrainConfig(Section):
 
 
 def ema_setting(settings: TrainConfig) -> str:
-    """The setting that says how long the moving average remembers, with its value."""
+    """The setting that says how long the EMA remembers, with its value."""
     if isinstance(settings.ema, DecayEmaConfig):
         return f"train.ema.per_step = {settings.ema.per_step:g}"
     if isinstance(settings.ema, PowerEmaConfig):

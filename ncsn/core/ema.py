@@ -1,4 +1,4 @@
-"""The running average of the weights, which generates the images, and averages that are put together after training.
+"""The EMA, the running average of the weights that generates the images, and EMAs put together after training.
 
 The power-function average of exponent g at time t has the weight profile p(tau) = (g + 1) tau^g / t^(g + 1) on [0, t].
 Its relative width, the standard deviation of the profile over t, names it. Of snapshots of two such averages one of any
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ncsn.core.networks.transfer import misfits
 from ncsn.errors import InvalidValue
 
-# How much of the running average a step keeps: (images seen after the step, images of the step) -> m in [0, 1].
+# How much of the EMA a step keeps: (images seen after the step, images of the step) -> m in [0, 1].
 Decay = Callable[[int, int], float]
 
 

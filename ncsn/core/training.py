@@ -38,11 +38,11 @@ class TrainState:
 
     @property
     def averages(self) -> list[Ema]:
-        """All running averages, first the one that generates images."""
+        """All EMAs, first the one that generates images."""
         return [self.ema] if self.second_ema is None else [self.ema, self.second_ema]
 
     def averaged(self) -> nn.Module:
-        """A copy of the network with the running average as its weights, in eval mode."""
+        """A copy of the network with the EMA as its weights, in eval mode."""
         network = copy.deepcopy(self.network)
         self.ema.copy_to(network)
         return network.eval()
@@ -68,7 +68,7 @@ class StepReport:
 
 
 def train_step(network: nn.Module, batch: Batch, *, state: TrainState, loss: Loss, options: StepOptions) -> StepReport:
-    """One optimizer step on this worker's share of the global batch, and the update of the running averages.
+    """One optimizer step on this worker's share of the global batch, and the update of the EMAs.
 
     The gradient is that of the mean over the images of all workers, also if their shares differ. The network is
     `state.network` in train mode, wrapped in DistributedDataParallel or not; the caller counts `images_seen`.

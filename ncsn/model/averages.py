@@ -1,4 +1,4 @@
-"""Snapshots of two running averages, and averages of any width put together from them after training.
+"""Snapshots of two EMAs of the weights, and EMAs of any width put together from them after training.
 
     <run>/ema/images-000050000/0.050.safetensors    an average, in float16 where that can hold it
                                0.100.safetensors

@@ -141,7 +141,7 @@ def train_state(config: Config, *, device: str | torch.device = "cpu") -> TrainS
         light = light_parameters(score_network)
         for name, parameter in score_network.named_parameters():
             parameter.requires_grad_(name in light)
-    ema, second_ema = running_averages(config, score_network)
+    ema, second_ema = new_emas(config, score_network)
     learned = getattr(config.loss, "weighting", None) == "learned"
     uncertainty = Uncertainty(seed=config.seed).to(device) if learned else None
     trained = [*score_network.parameters(), *(uncertainty.parameters() if uncertainty else ())]
@@ -154,7 +154,7 @@ def train_state(config: Config, *, device: str | torch.device = "cpu") -> TrainS
     )
 
 
-def running_averages(config: Config, network: nn.Module) -> tuple[Ema, Ema | None]:
+def new_emas(config: Config, network: nn.Module) -> tuple[Ema, Ema | None]:
     """The EMA that generates images and the second one, if training has two; both start from these weights."""
     settings = config.train.averaging
     if isinstance(settings, PowerEmaConfig):

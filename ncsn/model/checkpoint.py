@@ -2,7 +2,7 @@
 
     weights.safetensors    network parameters and buffers
     ema.safetensors        EMA weights, which generate the images
-    ema_2.safetensors      the second average, if training has two
+    ema_2.safetensors      the second EMA, if training has two
     moments.safetensors    mean and covariance of the training images, from which some samplers start
     optimizer.safetensors  Adam's moments and step, keyed `<parameter>/<moment>`
     state.json             images_seen, EMA counter, digest of the dataset, classes; what the loss learns;

@@ -76,10 +76,10 @@ def load_checkpoint_or_model(uri: str, *, device: str | torch.device = "cpu") ->
 
 
 def start_from(uri: str, *, state: TrainState, config: Config, classes: Classes | None) -> None:
-    """Give a new training the weights of the trained network at `uri`, in the network and its running average."""
+    """Give a new training the weights of the trained network at `uri`, in the network and its EMA."""
     weights, _ = adapted(load_checkpoint_or_model(uri), state.network, config=config, classes=classes)
     state.network.load_state_dict(weights, strict=False)  # buffers are those of the config
-    state.ema, state.second_ema = build.running_averages(config, state.network)
+    state.ema, state.second_ema = build.new_emas(config, state.network)
 
 
 def adapted(
@@ -118,7 +118,7 @@ def start_notes(source: TrainedNetwork, config: Config, changes: Sequence[str]) 
     left = train.averaging.untrained_share(train.num_images, batch_size=train.batch_size)
     if left > MUCH_OF_THE_SOURCE:
         notes.append(
-            f"train.init_from: at the end, the moving average, which generates the images, is still {left:.0%} the "
+            f"train.init_from: at the end, the EMA, which generates the images, is still {left:.0%} the "
             f"source's weights; decrease {ema_setting(train)}, or train longer"
         )
     return notes

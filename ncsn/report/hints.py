@@ -18,7 +18,7 @@ Array = NDArray[np.float64]
 
 # The training loss is an average over noisy batches, and of other weights than the EMA.
 LINEAR_MARGIN = 1.05
-HARMFUL_SHARE = 0.05  # of the initial weights in their running average
+HARMFUL_SHARE = 0.05  # of the initial weights in their EMA
 VARIANCE_MARGIN = 1.25  # over the variance of the level that the best step size leaves
 
 

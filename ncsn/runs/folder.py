@@ -51,7 +51,7 @@ class RunFolder:
     status = _Below("status.json")  # how the run ended
     steps = _Below("steps")  # the records of each step
     checkpoints = _Below("checkpoints")
-    averages = _Below("ema")  # snapshots of two running averages, and averages put together from them
+    averages = _Below("ema")  # snapshots of two EMAs, and EMAs put together from them
     samples = _Below("samples")  # by the checkpoint's digest and the sampler's
     history = _Below("history.json")  # the training curves
     previews = _Below("previews")  # images that training made of itself

@@ -82,7 +82,7 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> 
     untrained = config.train.averaging.untrained_share(plan.rungs[0], batch_size=config.train.batch_size)
     if untrained > 0.1 and not config.train.init_from:
         _logger.warning(
-            "at the first rung, %d images, the running average is still %.0f %% untrained weights, so it says little; "
+            "at the first rung, %d images, the EMA is still %.0f %% untrained weights, so it says little; "
             "lower %s, or raise train.num_images",
             plan.rungs[0],
             100 * untrained,

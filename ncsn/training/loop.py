@@ -50,7 +50,7 @@ class TrainingJob:
     progress: Progress = field(default_factory=Progress)  # counts the images that all workers have seen
     history: str | None = None  # URI of the file of rank 0's curves
     preview: Callable[[int], str] | None = None  # images seen -> URI of the file of rank 0's preview
-    averages: str | None = None  # URI of the folder of snapshots of two running averages
+    averages: str | None = None  # URI of the folder of snapshots of two EMAs
     lease: Lease | None = None  # read on rank 0 at each report: training ends when its launcher is gone
     start: str | None = None  # URI of the files of the trained network that `train.init_from` names
     stop_at: int | None = None  # images seen; the schedules go on to `train.num_images`
@@ -188,7 +188,7 @@ class Training:
         self.pauses.append(time.perf_counter() - began)
 
     def keep_averages(self) -> None:
-        """Store a snapshot of both running averages if it is due, before the checkpoint that implies it."""
+        """Store a snapshot of both EMAs if it is due, before the checkpoint that implies it."""
         train, seen, uri = self.config.train, self.state.images_seen, self.job.averages
         if train.snapshot_every is None or uri is None or self.context.rank != 0:
             return

@@ -88,7 +88,7 @@ def test_the_average_of_a_trained_network_has_no_ramp(tiny: str, source: str, tm
     ema = "train.ema={kind: half_life, images: 4000, ramp_up: 0.05}"
     ours, other = experiment(tiny, tmp_path, source, ema), from_yaml(tiny, overrides=[ema])
     for config, share in ((ours, 0.5 ** (16 / 4000)), (other, 0.5 ** (16 / (0.05 * 16)))):
-        average, _ = build.running_averages(config, build.network(config))
+        average, _ = build.new_emas(config, build.network(config))
         assert average.decay(16, 16) == pytest.approx(share)
     assert "train.init_from" in changed_settings(ours, other)
     with refused("train.trainable", error=ConfigError):

@@ -57,9 +57,9 @@ def read_released_checkpoint(path: str | Path) -> ReleasedCheckpoint:
 def load_released_checkpoint(
     released: ReleasedCheckpoint, *, network: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema
 ) -> None:
-    """Set the weights, Adam's moments and the running average to those of a released checkpoint.
+    """Set the weights, Adam's moments and the EMA to those of a released checkpoint.
 
-    Without an average in the file, the running average starts as a copy of the weights. The optimizer keeps its
+    Without an average in the file, the EMA starts as a copy of the weights. The optimizer keeps its
     learning rate and other settings. Everything is checked before anything is changed.
 
     Raises:
