@@ -31,9 +31,6 @@ def test_ends_are_exact_over_many_levels():
     sigmas = geometric_sigmas(348.0, 0.01, 2311)
     assert sigmas[0] == 348.0 and sigmas[-1] == torch.tensor(0.01)
     assert (sigmas.diff() < 0).all()
-
-
-def test_a_single_level():
     assert geometric_sigmas(0.01, 0.01, 1).equal(torch.tensor([0.01]))
 
 

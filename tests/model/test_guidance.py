@@ -35,6 +35,7 @@ evaluation: {num_splits: 2}
 """
 FREE = "sampling.guidance={kind: classifier_free, weight: 3.0}"
 PETS = Classes(("cat", "dog", "bird"), (10, 20, 30))
+HEUN = "sampling.sampler={kind: karras_heun, num_steps: 5, churn: 2}"
 LANGEVIN = "sampling.sampler={kind: annealed_langevin, steps_per_level: 2}"
 
 
@@ -98,27 +99,31 @@ def test_weight_zero_is_the_network_without_classes(trained: TrainedNetwork, mon
     np.testing.assert_array_equal(images(trained), unaware)
 
 
+BAND = "sigma_min: 0.2, sigma_max: 1.2"
+
+
 @pytest.mark.parametrize(
-    ("guidance", "evaluations"),
+    ("guidance", "sampler", "evaluations"),
     [
-        ("null", 9),
-        ("{kind: classifier_free, weight: 1.0}", 9),
-        ("{kind: classifier_free}", 18),
+        ("null", HEUN, 9),
+        ("{kind: classifier_free, weight: 1.0}", HEUN, 9),
+        ("{kind: classifier_free}", HEUN, 18),
         # The grid is 2.0, 1.05, 0.49, 0.18, 0.05: two steps of Heun begin within.
-        ("{kind: classifier_free, sigma_min: 0.2, sigma_max: 1.2}", 9 + 4),
-        ("{kind: classifier_free, sigma_max: 0.06}", 9 + 1),
-        ("{kind: autoguidance, checkpoint: nowhere, sigma_min: 0.2}", 9 + 6),
+        (f"{{kind: classifier_free, {BAND}}}", HEUN, 9 + 4),
+        ("{kind: classifier_free, sigma_max: 0.06}", HEUN, 9 + 1),
+        ("{kind: autoguidance, checkpoint: nowhere, sigma_min: 0.2}", HEUN, 9 + 6),
+        # Two steps at each of 2.0, 0.96, 0.46, 0.22, 0.10 and 0.05, of which 0.96 and 0.46 are within; one denoises.
+        (f"{{kind: classifier_free, {BAND}}}", LANGEVIN, 13 + 4),
     ],
 )
 def test_evaluations_of_both_networks_are_counted(
-    trained: TrainedNetwork, guidance: str, evaluations: int, monkeypatch: pytest.MonkeyPatch
+    trained: TrainedNetwork, guidance: str, sampler: str, evaluations: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = config_with(f"sampling.guidance={guidance}")
+    config = config_with(sampler, f"sampling.guidance={guidance}")
     assert evaluations_per_image(config) == evaluations
     if "auto" in guidance:
         return
     calls = []
-    trained.network.register_forward_hook(lambda *_: calls.append(1))
     real = type(trained.network).score_at
     monkeypatch.setattr(type(trained.network), "score_at", lambda *a, **k: calls.append(1) or real(*a, **k))
     generate(trained, sampling=config.sampling, first=0, count=2)
@@ -214,7 +219,7 @@ def test_a_registered_model_has_its_guide_and_classes_with_it(trained: TrainedNe
 @pytest.mark.parametrize(
     "sampler",
     [
-        "sampling.sampler={kind: karras_heun, num_steps: 5, churn: 2}",
+        HEUN,
         "sampling.sampler={kind: dpm_solver, num_levels: 4}",
         LANGEVIN,
     ],

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,15 +40,19 @@ class Emulation:
         uri = self.folder / "runs" / "mine" / "steps" / "train"
         return replace(RemoteStep(run="mine", step="train", uri=str(uri), command=("python", "-c", code)), **changes)
 
-    def execute(self, code: str, *, patience: float = 60, **compute: Any) -> None:
-        """Run the code as a RayJob, in this process."""
+    def execute(
+        self, code: str, *, meanwhile: Callable[[], object] = lambda: None, patience: float = 60, **compute: Any
+    ) -> None:
+        """Run the code as a RayJob, in this process, and something beside it."""
         settings = ComputeConfig.model_validate(compute)
-        KubeRay(settings, patience=patience, renew_seconds=0.2).execute(self.step(code))
+        with ThreadPoolExecutor(1) as pool:
+            beside = pool.submit(meanwhile)
+            KubeRay(settings, patience=patience, renew_seconds=0.2).execute(self.step(code))
+            beside.result()
 
-    def execute_until(self, condition: Callable[[], object], code: str = "", *, first: str = "") -> None:
-        """Run `first`, and once the condition holds `code`, as a RayJob, in this process."""
+    def execute_until(self, condition: Callable[[], object]) -> None:
+        """Run a RayJob, in this process, that ends when the condition holds."""
         go = self.folder / "go-on"
-        waiting = f"import pathlib, time\nwhile not pathlib.Path({str(go)!r}).exists(): time.sleep(0.02)\n"
 
         def release() -> None:
             ends = time.monotonic() + 60
@@ -56,10 +60,8 @@ class Emulation:
                 time.sleep(0.02)
             go.touch()
 
-        releasing = threading.Thread(target=release)
-        releasing.start()
-        self.execute(f"{first}\n{waiting}{code}")
-        releasing.join()
+        waiting = f"import pathlib, time\nwhile not pathlib.Path({str(go)!r}).exists(): time.sleep(0.02)"
+        self.execute(waiting, meanwhile=release)
         assert condition()
 
     def launch(self, code: str) -> Launched:

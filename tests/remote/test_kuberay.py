@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -108,10 +107,7 @@ def test_a_lost_head_means_a_new_cluster_and_the_same_job(emulation, eventually,
         (process,) = emulation.operator.processes.values()
         os.killpg(process.pid, signal.SIGKILL)
 
-    thread = threading.Thread(target=lose)
-    thread.start()
-    emulation.execute(code)
-    thread.join()
+    emulation.execute(code, meanwhile=lose)
     assert len(emulation.operator.started) == 2 and len(set(emulation.operator.started)) == 1
     assert emulation.log.splitlines() == ["running", "running", "resumed"]
 
@@ -222,10 +218,7 @@ def test_a_queue_is_waited_for(emulation, eventually, said) -> None:
         eventually(lambda: any("Suspended" in line and "research" in line for line in said), "it says why it waits")
         emulation.operator.admitted.set()
 
-    thread = threading.Thread(target=admit)
-    thread.start()
-    emulation.execute(HELLO, kuberay={"queue": "research"})
-    thread.join()
+    emulation.execute(HELLO, meanwhile=admit, kuberay={"queue": "research"})
     assert emulation.log == "first\nsecond\nthird\n"
 
 
@@ -322,10 +315,7 @@ def test_an_evicted_launcher_leaves_the_rayjob_to_the_next_attempt(pipeline, eve
         eventually(lambda: any("attached" in line for line in said), "the next attempt attaches")
         go.touch()
 
-    thread = threading.Thread(target=let_it_end)
-    thread.start()
-    pipeline.execute(code)
-    thread.join()
+    pipeline.execute(code, meanwhile=let_it_end)
     assert pipeline.log == "done\n"
     assert len(pipeline.operator.started) == 1, "a second cluster was started"
 

@@ -32,8 +32,9 @@ def waiting_pod(run_id: str, reason: str, message: str) -> dict[str, Any]:
 
 
 @pytest.fixture
-def started(kfp_server: KfpServer) -> tuple[Any, str]:
+def started(kfp_server: KfpServer, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, str]:
     """A run that KFP says is RUNNING, whatever its pods do."""
+    monkeypatch.setattr("pipelines.wait.LOOK_SECONDS", 0.1)
     kfp_server.idle = True
     connection = connect(kfp_server.url)
     run_id = submit(connection, Submission("train", "mine", {"config": "{}"}, experiment="tests")).id
@@ -42,9 +43,8 @@ def started(kfp_server: KfpServer) -> tuple[Any, str]:
 
 
 def test_an_image_that_nobody_has_is_named_and_the_run_ended(
-    emulation: Any, kfp_server: KfpServer, started: tuple[Any, str], monkeypatch: pytest.MonkeyPatch
+    emulation: Any, kfp_server: KfpServer, started: tuple[Any, str]
 ) -> None:
-    monkeypatch.setattr("pipelines.wait.LOOK_SECONDS", 0.1)
     connection, run_id = started
     said = f'Back-off pulling image "{IMAGE}": ErrImagePull: failed to pull: {IMAGE}: not found'
     emulation.cluster.create("pods", waiting_pod(run_id, "ImagePullBackOff", said))
@@ -55,9 +55,8 @@ def test_an_image_that_nobody_has_is_named_and_the_run_ended(
 
 
 def test_what_may_get_better_is_told_once_and_waited_for(
-    emulation: Any, kfp_server: KfpServer, started: tuple[Any, str], eventually: Any, monkeypatch: pytest.MonkeyPatch
+    emulation: Any, kfp_server: KfpServer, started: tuple[Any, str], eventually: Any
 ) -> None:
-    monkeypatch.setattr("pipelines.wait.LOOK_SECONDS", 0.1)
     connection, run_id = started
     said: list[str] = []
     pod = waiting_pod(run_id, "ErrImagePull", "dial tcp: i/o timeout")
@@ -84,11 +83,8 @@ def test_without_a_cluster_it_says_that_it_cannot_see(
     assert [line for line in said if "KUBECONFIG" in line] == said[:1]
 
 
-def test_a_run_whose_workflow_was_deleted_is_over(
-    emulation: Any, started: tuple[Any, str], eventually: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_whose_workflow_was_deleted_is_over(emulation: Any, started: tuple[Any, str], eventually: Any) -> None:
     """KFP 2.17.0 says RUNNING of it for ever."""
-    monkeypatch.setattr("pipelines.wait.LOOK_SECONDS", 0.1)
     user = {"apiGroups": ["argoproj.io"], "resources": ["workflows"], "verbs": ["list"]}
     emulation.cluster.rules = [*emulation.cluster.rules, user]
     connection, run_id = started

@@ -7,45 +7,34 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_networks import SIGMAS, ddpmpp, random_batch, shaken, unet
 from torch import Tensor, nn
 
 from ncsn.core.networks.base import ConditionTerms, PreconditionedNetwork, check_levels, num_groups
-from ncsn.core.networks.ddpmpp import DdpmppNetwork
 from ncsn.core.networks.refinenet import NcsnV2Network
-from ncsn.core.networks.unet import UnetNetwork
 
-SIGMAS = torch.logspace(0, -2, 5)
 X = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 LEVEL = torch.tensor([0, 3, 4, 1])
 SIGMA = SIGMAS[LEVEL]
 LABELS = torch.tensor([0, 2, -1, 1])
 KINDS = ("unet", "ddpmpp")
-SETTINGS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
-    "ncsnv2": (NcsnV2Network, {"num_features": 4, "sigmas": SIGMAS}),
-    "unet": (UnetNetwork, {"widths": (8, 8), "embedding_features": 16}),
-    "ddpmpp": (DdpmppNetwork, {"base_width": 16, "multipliers": (1, 1), "embedding_multiplier": 4}),
-}
 
 
 def make_network(kind: str, **changes: Any) -> Any:
-    """Not at its start, where most of the network has no influence yet."""
-    build, settings = SETTINGS[kind]
-    if kind in KINDS:
-        settings = settings | {
-            "image_size": 8,
-            "sigmas": SIGMAS,
-            "blocks_per_resolution": 1,
-            "attention_sizes": (4,),
-            "dropout": 0.0,
-            "sigma_data": 0.25,
-        }
-    network = build(**({"channels": 1} | settings | changes))
-    draw = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in sorted(network.named_parameters()):
-            if "condition_terms" not in name:
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=draw))
-    return network
+    if kind == "ncsnv2":
+        return shaken(NcsnV2Network(4, channels=1, sigmas=SIGMAS))
+    small = ddpmpp if kind == "ddpmpp" else unet
+    sizes = {"multipliers": (1, 1)} if kind == "ddpmpp" else {"widths": (8, 8)}
+    return shaken(small(**(sizes | {"attention_sizes": (4,)} | changes)), but_for="condition_terms")
+
+
+@pytest.mark.parametrize(("kind", "tolerance"), [(unet, 1e-6), (ddpmpp, 1e-3)])
+def test_a_fresh_network_is_the_score_of_a_gaussian_around_mid_gray(kind: Any, tolerance: float) -> None:
+    x, _ = random_batch()
+    sigma = torch.tensor([3.0, 1.0, 0.3, 0.1, 0.03, 0.001])
+    denoised = x + sigma.square()[:, None, None, None] * kind().score_at(x, sigma)
+    c_skip = (0.25**2 / (sigma.square() + 0.25**2))[:, None, None, None]
+    torch.testing.assert_close(denoised - 0.5, c_skip * (x - 0.5), rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("kind", ["ncsnv2", *KINDS])

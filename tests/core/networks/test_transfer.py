@@ -2,61 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from tiny_networks import ddpmpp, shaken, unet
 from torch import Tensor, nn
 
-from ncsn.core.networks.ddpmpp import DdpmppNetwork
 from ncsn.core.networks.refinenet import NcsnNetwork
 from ncsn.core.networks.transfer import light_parameters, transfer
-from ncsn.core.networks.unet import UnetNetwork
 
-SIGMAS = torch.logspace(0, -2, 10)
 SOME = torch.tensor([0.02, 0.1, 0.5, 5.0], dtype=torch.float64)
-Make = Callable[..., nn.Module]
+SEEDS = itertools.count()  # each network has weights of its own
+both = pytest.mark.parametrize("kind", [ddpmpp, unet])
 
 
-def ddpmpp(**changes: Any) -> nn.Module:
-    settings: dict[str, Any] = {
-        "channels": 1,
-        "image_size": 8,
-        "sigmas": SIGMAS,
-        "base_width": 16,
-        "multipliers": (1, 2),
-        "blocks_per_resolution": 1,
-        "attention_sizes": (8,),
-        "embedding_multiplier": 4,
-        "dropout": 0.0,
-        "sigma_data": 0.25,
-    }
-    return shaken(DdpmppNetwork(**(settings | changes)))
-
-
-def unet(**changes: Any) -> nn.Module:
-    settings: dict[str, Any] = {
-        "channels": 1,
-        "image_size": 8,
-        "sigmas": SIGMAS,
-        "widths": (16, 16),
-        "blocks_per_resolution": 1,
-        "embedding_features": 16,
-        "attention_sizes": (),
-        "dropout": 0.0,
-        "sigma_data": 0.25,
-    }
-    return shaken(UnetNetwork(**(settings | changes)))
-
-
-def shaken(network: nn.Module) -> nn.Module:
-    """With each term of some size."""
-    generator = torch.Generator().manual_seed(sum(parameter.numel() for parameter in network.parameters()))
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return network.double().eval()
+def make(kind: Callable[..., nn.Module], **changes: Any) -> nn.Module:
+    return shaken(kind(**changes), seed=next(SEEDS)).double().eval()
 
 
 def moved(source: nn.Module, target: nn.Module, **options: Any) -> tuple[nn.Module, list[str]]:
@@ -72,67 +36,67 @@ def scores(network: nn.Module, **conditions: Tensor) -> Tensor:
     return score
 
 
-@pytest.mark.parametrize("make", [ddpmpp, unet])
-def test_the_same_network_gets_the_same_weights(make: Make) -> None:
-    source = make(num_classes=3, augmentation=True)
-    copy, changes = moved(source, make(num_classes=3, augmentation=True))
+@both
+def test_the_same_network_gets_the_same_weights(kind: Callable[..., nn.Module]) -> None:
+    source = make(kind, num_classes=3, augmentation=True)
+    copy, changes = moved(source, make(kind, num_classes=3, augmentation=True))
     assert changes == []
     assert all(torch.equal(one, other) for one, other in zip(source.parameters(), copy.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("make", [ddpmpp, unet])
-def test_a_network_without_classes_is_the_source_without_a_class(make: Make) -> None:
-    source = make(num_classes=10)
-    target, changes = moved(source, make())
+@both
+def test_a_network_without_classes_is_the_source_without_a_class(kind: Callable[..., nn.Module]) -> None:
+    source = make(kind, num_classes=10)
+    target, changes = moved(source, make(kind))
     assert len(changes) == 1
     none = torch.full((4,), -1)
     torch.testing.assert_close(scores(target), scores(source, labels=none), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("make", [ddpmpp, unet])
-def test_conditions_that_are_new_have_no_effect_at_first(make: Make) -> None:
-    source = make()
-    target, changes = moved(source, make(num_classes=4, augmentation=True))
+@both
+def test_conditions_that_are_new_have_no_effect_at_first(kind: Callable[..., nn.Module]) -> None:
+    source = make(kind)
+    target, changes = moved(source, make(kind, num_classes=4, augmentation=True))
     assert len(changes) == 2
     given = {"labels": torch.arange(4), "augmentation": torch.rand(4, 9)}
     torch.testing.assert_close(scores(target, **given), scores(source), rtol=1e-6, atol=1e-6)
-    back, changes = moved(make(augmentation=True), make())
+    back, changes = moved(make(kind, augmentation=True), make(kind))
     assert len(changes) == 1 and scores(back).isfinite().all()
 
 
-@pytest.mark.parametrize("make", [ddpmpp, unet])
-def test_classes_keep_what_they_mean_and_new_ones_are_the_mean(make: Make) -> None:
-    source = make(num_classes=3)
-    target, changes = moved(source, make(num_classes=4), classes=[2, None, 0, 1])
+@both
+def test_classes_keep_what_they_mean_and_new_ones_are_the_mean(kind: Callable[..., nn.Module]) -> None:
+    source = make(kind, num_classes=3)
+    target, changes = moved(source, make(kind, num_classes=4), classes=[2, None, 0, 1])
     assert len(changes) == 1
     labels, before = torch.tensor([0, 2, 3, -1]), torch.tensor([2, 0, 1, -1])
     torch.testing.assert_close(scores(target, labels=labels), scores(source, labels=before), rtol=1e-6, atol=1e-6)
     terms = {n: p for n, p in target.named_parameters() if n.endswith("map_label.weight")}.popitem()[1].detach()
     torch.testing.assert_close(terms[:, 1], terms[:, [0, 2, 3]].mean(dim=1))
-    fewer, _ = moved(source, make(num_classes=2))
+    fewer, _ = moved(source, make(kind, num_classes=2))
     both = torch.tensor([0, 1, 0, 1])
     torch.testing.assert_close(scores(fewer, labels=both), scores(source, labels=both), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("make", [ddpmpp, unet])
-def test_gray_images_look_the_same_to_a_network_for_rgb(make: Make) -> None:
-    source = make()
-    color, changes = moved(source, make(channels=3))
+@both
+def test_gray_images_look_the_same_to_a_network_for_rgb(kind: Callable[..., nn.Module]) -> None:
+    source = make(kind)
+    color, changes = moved(source, make(kind, channels=3))
     assert len(changes) == 1
     x = torch.rand(4, 1, 8, 8).double()
     with torch.inference_mode():
         gray = source(x, sigma=SOME)
         torch.testing.assert_close(color(x.expand(4, 3, 8, 8), sigma=SOME), gray.expand(4, 3, 8, 8))
-    again, _ = moved(color, make())
+    again, _ = moved(color, make(kind))
     torch.testing.assert_close(scores(again), scores(source))
 
 
 def test_other_networks_are_refused_with_what_differs() -> None:
-    weights = dict(ddpmpp().named_parameters())
+    weights = dict(make(ddpmpp).named_parameters())
     with pytest.raises(ValueError, match=r"\(dec\.4x4_block0\S* \[.*\] .*\["):
-        transfer(weights, ddpmpp(multipliers=(1, 3)))
+        transfer(weights, make(ddpmpp, multipliers=(1, 3)))
     with pytest.raises(ValueError, match=r"\(down\.0\.0.*\(dec\.4x4_block0"):
-        transfer(weights, unet())
+        transfer(weights, make(unet))
     with pytest.raises(ValueError, match=r"refine1\.adapt_convs\S* \[3, 24\] .*\[4, 24\]"):
         transfer(
             dict(NcsnNetwork(4, channels=1, num_levels=3).named_parameters()), NcsnNetwork(4, channels=1, num_levels=4)
@@ -141,17 +105,13 @@ def test_other_networks_are_refused_with_what_differs() -> None:
 
 def test_a_light_training_changes_a_tenth_of_the_network() -> None:
     with torch.device("meta"):
-        network = DdpmppNetwork(
+        network = ddpmpp(
             channels=3,
             image_size=32,
-            sigmas=SIGMAS,
             base_width=128,
             multipliers=(2, 2, 2),
             blocks_per_resolution=4,
             attention_sizes=(16,),
-            embedding_multiplier=4,
-            dropout=0.13,
-            sigma_data=0.25,
             augmentation=True,
         )
     light = light_parameters(network)

@@ -2,56 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor, nn
-
-from ncsn.core.networks.unet import UnetNetwork
-
-SIGMAS = torch.logspace(0, -2, 10)
-
-
-def make_network(**changes: Any) -> UnetNetwork:
-    settings: dict[str, Any] = {
-        "channels": 1,
-        "image_size": 8,
-        "sigmas": SIGMAS,
-        "widths": (8, 16),
-        "blocks_per_resolution": 1,
-        "embedding_features": 16,
-        "attention_sizes": (),
-        "dropout": 0.0,
-        "sigma_data": 0.25,
-    }
-    return UnetNetwork(**(settings | changes))
-
-
-def randomize(network: nn.Module, *, seed: int = 0) -> None:
-    """Replaces the zero start, with which most of the network has no influence yet."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-
-
-def random_batch(*, batch: int = 6, channels: int = 1, size: int = 8) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    x = torch.rand(batch, channels, size, size, generator=generator)
-    return x, torch.arange(batch) % len(SIGMAS)
-
-
-def test_fresh_network_is_the_score_of_a_gaussian_around_mid_gray() -> None:
-    x, _ = random_batch()
-    sigma = torch.tensor([3.0, 1.0, 0.3, 0.1, 0.03, 0.001])
-    expected = -(x - 0.5) / (sigma.square() + 0.25**2)[:, None, None, None]
-    torch.testing.assert_close(make_network().score_at(x, sigma), expected, rtol=1e-5, atol=1e-5)
+from tiny_networks import random_batch, shaken, unet
 
 
 def test_denoiser_is_that_of_equation_7() -> None:
-    network = make_network().double()
-    randomize(network)
+    network = shaken(unet()).double()
     x = random_batch()[0].double()
     sigma = torch.tensor([3.0, 1.0, 0.3, 0.1, 0.03, 0.01], dtype=torch.float64)
     sd, sigma2x = 0.5, (2 * sigma)[:, None, None, None]
@@ -75,8 +32,7 @@ def test_denoiser_is_that_of_equation_7() -> None:
     ],
 )
 def test_shapes(size: int, channels: int, widths: tuple[int, ...], attention_sizes: tuple[int, ...]) -> None:
-    network = make_network(channels=channels, image_size=size, widths=widths, attention_sizes=attention_sizes)
-    randomize(network)
+    network = shaken(unet(channels=channels, image_size=size, widths=widths, attention_sizes=attention_sizes))
     x, level = random_batch(channels=channels, size=size)
     score = network(x, level)
     assert score.shape == x.shape
@@ -85,8 +41,8 @@ def test_shapes(size: int, channels: int, widths: tuple[int, ...], attention_siz
 
 def test_sizes_from_compact_to_large() -> None:
     with torch.device("meta"):
-        compact = make_network(widths=(32, 64), blocks_per_resolution=2, embedding_features=128)
-        large = make_network(
+        compact = unet(widths=(32, 64), blocks_per_resolution=2, embedding_features=128)
+        large = unet(
             channels=3,
             image_size=64,
             widths=(128, 256, 384, 384),

@@ -138,25 +138,6 @@ def test_weight_one_is_the_network_and_weight_zero_the_guide_bitwise(sampler, an
     assert not torch.equal(sampled(Guided(network, guide, weight=2.0, band=EVERYWHERE, sigmas=sigmas)), alone)
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda sampler: sampler.kind)
-def test_evaluations_are_counted_where_they_happen(sampler, analytic):
-    sigmas = torch.tensor([1.0, 0.3, 0.09, 0.027])
-    grid = visited(sampler, sigmas)
-    network, guide = analytic.GaussianScore(sigmas, s2=S**2), analytic.GaussianScore(sigmas, s2=WIDE**2)
-    band = band_on_grid(grid[-1], grid[1], grid) if len(grid) > 1 else EVERYWHERE
-    guided = Guided(network, guide, weight=2.0, band=band, sigmas=sigmas)
-    noise = KeyedNoise(0, first=0, count=3, shape=(1, 2, 2))
-    sample(sampler, guided, x=noise(10_000), sigmas=sigmas, noise=noise)
-    whole = sampler.num_evaluations(len(sigmas))
-    calls = guide.calls
-    assert network.calls == whole and 0 < calls <= whole
-    if isinstance(sampler, KarrasHeun):
-        # Not the first step, and not the last evaluation, which is at the low end. Churn raises no step out of it.
-        assert calls == whole - 3
-    if isinstance(sampler, AnnealedLangevin):
-        assert calls == 2 * 2  # steps of two of the four levels
-
-
 def test_a_step_stays_with_the_score_of_its_start(analytic):
     """Else Heun's order falls to 1 where the band begins and ends."""
     errors, exact = [], 0.0

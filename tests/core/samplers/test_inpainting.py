@@ -68,7 +68,7 @@ def test_known_pixels_carry_the_last_noise_until_they_are_restored():
 SIGMAS = geometric_sigmas(1.0, 0.01, 4)
 
 
-def images(mask, **changes):
+def images(mask, *, network=None, **changes):
     noise = KeyedNoise(1, first=0, count=3, shape=(2, 4, 5))
     arguments = {
         "x": noise.uniform(0),
@@ -79,7 +79,7 @@ def images(mask, **changes):
         "steps_per_level": 3,
         "noise": noise,
     } | changes
-    return inpaint(score, **arguments), arguments
+    return inpaint(network or score, **arguments), arguments
 
 
 def score(x, level):
@@ -118,23 +118,11 @@ def test_known_pixels_keep_one_noise_through_a_level():
         levels.append(int(level[0]))
         return score(x, level)
 
-    noise = KeyedNoise(1, first=0, count=3, shape=(2, 4, 5))
-    reference = noise.uniform(1)
-    inpaint(
-        spying,
-        x=noise.uniform(0),
-        reference=reference,
-        mask=mask,
-        sigmas=SIGMAS,
-        epsilon=2e-5,
-        steps_per_level=3,
-        noise=noise,
-        denoise=False,
-    )
+    _, arguments = images(mask, network=spying, denoise=False)
     # The first evaluation of a level still sees the level before; later ones see reference + sigma z of their own.
     for call, level in enumerate(levels):
         if call % 3:
-            expected = reference + SIGMAS[level] * noise(12 + level)
+            expected = arguments["reference"] + SIGMAS[level] * arguments["noise"](12 + level)
             torch.testing.assert_close(seen[call], expected[..., :2])
 
 

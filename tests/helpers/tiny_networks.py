@@ -1,0 +1,46 @@
+"""Score networks of a few thousand weights, for 8 x 8 gray images."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ncsn.core.networks.ddpmpp import DdpmppNetwork
+from ncsn.core.networks.unet import UnetNetwork
+
+SIGMAS = torch.logspace(0, -2, 10)
+BOTH: dict[str, Any] = {
+    "channels": 1,
+    "image_size": 8,
+    "sigmas": SIGMAS,
+    "blocks_per_resolution": 1,
+    "dropout": 0.0,
+    "sigma_data": 0.25,
+}
+
+
+def unet(**changes: Any) -> UnetNetwork:
+    settings = BOTH | {"widths": (8, 16), "embedding_features": 16, "attention_sizes": ()}
+    return UnetNetwork(**(settings | changes))
+
+
+def ddpmpp(**changes: Any) -> DdpmppNetwork:
+    settings = BOTH | {"base_width": 16, "multipliers": (1, 2), "embedding_multiplier": 4, "attention_sizes": (8,)}
+    return DdpmppNetwork(**(settings | changes))
+
+
+def shaken(network: Any, *, seed: int = 0, but_for: str | None = None) -> Any:
+    """Not at its start, where most of a network has no influence yet."""
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if but_for is None or but_for not in name:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=draw))
+    return network
+
+
+def random_batch(*, batch: int = 6, channels: int = 1, size: int = 8) -> tuple[Tensor, Tensor]:
+    x = torch.rand(batch, channels, size, size, generator=torch.Generator().manual_seed(1))
+    return x, torch.arange(batch) % len(SIGMAS)
