@@ -50,14 +50,14 @@ def run_task(
     """
     settings, name = config_and_run(config, run)
     from ncsn.runs.folder import default_checkpoint, run_folder
-    from ncsn.steps import run as steps
+    from ncsn.steps.execution import run_kfp_task
 
     if task_config is not None:
         pass_on(task_config, settings)
     given = {name: artifact.metadata["uri"] for name, artifact in inputs.items()}
     if step == "sample":  # `ncsn select` may have chosen another one since the task before
         given["checkpoint"] = default_checkpoint(run_folder(settings, name), settings, last=given["checkpoint"])
-    return steps.run_task(step, settings, run=name, given=given, last=last)
+    return run_kfp_task(step, settings, run=name, given=given, last=last)
 
 
 def pass_on(task_config: dsl.TaskConfig, settings: Any) -> None:

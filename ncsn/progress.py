@@ -25,9 +25,14 @@ class Progress:
         self.changed()
 
     def advance(self, n: int = 1) -> None:
-        """`n` more units are done. May raise `LeaseExpired`, which ends the work."""
+        """`n` more units are done; then `check_lease`, unless these are the last."""
         self.done = min(self.done + n, self.total)  # the last batch may go beyond the total
         self.changed()
+        if self.done < self.total:
+            self.check_lease()
+
+    def check_lease(self) -> None:
+        """Raise `LeaseExpired`, which ends the work, if it has a launcher that is gone."""
 
     def note(self, text: str) -> None:
         """Show this next to the numbers from now on."""
@@ -51,7 +56,7 @@ def read_progress(uri: str) -> Progress | None:
 class PublishedProgress(Progress):
     """Publishes the progress at `uri`, at most once per `interval` seconds.
 
-    With the URI of a launcher's lease, `advance` raises `LeaseExpired` when that launcher is gone.
+    `lease` is the URI of the lease of the launcher, if there is one.
     """
 
     # A thread writes, so that the work waits for the store only at the end, and then not for long. An error of the
@@ -71,9 +76,8 @@ class PublishedProgress(Progress):
     def _count(self) -> dict[str, Any]:
         return {"done": self.done, "total": self.total, "unit": self.unit, "text": self.text}
 
-    def advance(self, n: int = 1) -> None:
-        super().advance(n)
-        if self._lease is not None and self.done < self.total:
+    def check_lease(self) -> None:
+        if self._lease is not None:
             self._lease.require(f"{self.done:,} of {self.total:,} {self.unit} were done")
 
     def changed(self) -> None:

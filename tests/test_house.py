@@ -55,7 +55,7 @@ LIGHT = (
     "ncsn.tracking.promotion",
     "ncsn.steps.finish",
     "ncsn.steps.step",
-    "ncsn.steps.run",
+    "ncsn.steps.execution",
     "ncsn.cli.app",
     "ncsn.cli.console",
     "ncsn.cli.doctor",

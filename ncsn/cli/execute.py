@@ -38,7 +38,7 @@ from ncsn.runs.folder import (
     run_folder,
 )
 from ncsn.runs.steps import CONTINUING, PIPELINE, STEPS, STEPS_ELSEWHERE
-from ncsn.steps.run import preflight, run_all, run_step
+from ncsn.steps.execution import preflight, run_all, run_step
 
 _POLL_SECONDS = 0.5
 

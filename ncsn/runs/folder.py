@@ -18,7 +18,7 @@ from ncsn import storage
 from ncsn.config import Config, changed_settings, explain_changes, from_yaml, to_yaml
 from ncsn.errors import Problem, UserError, problems_of
 from ncsn.process import KFP_RUN_ID, utc_now
-from ncsn.runs.steps import OWN, SEARCH, STEP_INFO, STEPS, STEPS_BY_WORKERS
+from ncsn.runs.steps import OWN, STEP_INFO, STEPS, STEPS_BY_WORKERS, TUNE
 from ncsn.storage.heartbeat import LeaseExpired
 
 RUN_PATTERN = re.compile(r"[a-z0-9]([a-z0-9_.-]{0,61}[a-z0-9])?")
@@ -146,10 +146,10 @@ def update_step(folder: RunFolder, step: str, **changes: Any) -> None:
 
 def folders_of(folder: RunFolder, config: Config) -> dict[str, RunFolder]:
     """Step -> the folder of its run. The best trial of a search is trained as another run, which the search names."""
-    if config.search is None or not read_step(folder, SEARCH).state:
+    if config.search is None or not read_step(folder, TUNE).state:
         return dict.fromkeys(STEPS, folder)
-    found = replace(folder, run=read_step(folder, SEARCH).result.get("run", folder.run))
-    return {STEPS[0]: folder, SEARCH: folder, **dict.fromkeys(STEPS[1:], found)}
+    found = replace(folder, run=read_step(folder, TUNE).result.get("run", folder.run))
+    return {STEPS[0]: folder, TUNE: folder, **dict.fromkeys(STEPS[1:], found)}
 
 
 def read_results(folders: Mapping[str, RunFolder]) -> dict[str, StepRecord]:

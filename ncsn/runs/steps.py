@@ -84,8 +84,8 @@ STEP_INFO: Mapping[str, StepInfo] = {
 
 STEPS = tuple(name for name, info in STEP_INFO.items() if info.always)
 BEST = "-best"  # behind the name of a searched run, the name of the run that trains what was found
-SEARCH = "tune"  # the optional step of the pipeline, between the first and the second
-PIPELINE = (STEPS[0], SEARCH, *STEPS[1:])
+TUNE = "tune"  # the optional step of the pipeline, between the first and the second
+PIPELINE = (STEPS[0], TUNE, *STEPS[1:])
 STEPS_ELSEWHERE = tuple(name for name, info in STEP_INFO.items() if info.elsewhere)
-STEPS_BY_WORKERS = tuple(name for name in STEPS_ELSEWHERE if name != SEARCH)  # reserve all workers; other steps one
-CONTINUING = ("run", SEARCH, "train")  # commands that save checkpoints, and continue from the last one
+STEPS_BY_WORKERS = tuple(name for name in STEPS_ELSEWHERE if name != TUNE)  # reserve all workers; other steps one
+CONTINUING = ("run", TUNE, "train")  # commands that save checkpoints, and continue from the last one

@@ -1,1 +1,5 @@
-"""One function per pipeline step: run(config, run=...) -> frozen result. Calling it again returns the first result."""
+"""The modules named after a step have its function, `run(config, run=...) -> frozen result`.
+
+Of the others, `execution` calls these functions, `step` is the life that they share, and `finish` and `janitor` are for
+runs of KFP, whose end they record.
+"""

@@ -1,4 +1,4 @@
-"""Step 4: metrics of the samples against the training images, next to those of real test images."""
+"""Metrics of the samples against the training images, next to those of real test images."""
 
 from __future__ import annotations
 
@@ -70,9 +70,9 @@ def run(config: Config, *, run: str, samples: str, dataset: str, lease: str | No
     evaluation = evaluation_of(config, manifest)
     places = {"samples": samples, "dataset": dataset}
     settings = {"num_images": config.sampling.num_images, "evaluation": evaluation.model_dump(mode="json")}
-    if result := step.found(places | settings, needs=lambda result: [result.uri, result.neighbors]):
+    if result := step.find_result(places | settings, needs=lambda result: [result.uri, result.neighbors]):
         return result
-    if result := step.dispatched(config, places):
+    if result := step.run_elsewhere(config, places):
         return result
     join = lease is not None or not on_this_machine()  # the head has no cores
     # Alone, this process has all cores: starting Ray would take longer than most evaluations.
@@ -99,7 +99,7 @@ def run(config: Config, *, run: str, samples: str, dataset: str, lease: str | No
             tracked.log_metrics(score.named("eval", extractor=extractor), step=score.num_images)
         facts = {"eval.fingerprint": result.fingerprint, "samples.uri": samples, "evaluation.uri": result.uri}
         tracked.set_tags(facts)
-    return step.done(result)
+    return step.store_result(result)
 
 
 def evaluate(

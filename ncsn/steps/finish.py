@@ -13,7 +13,7 @@ from ncsn.process import KFP_RUN_ID, KfpRun
 from ncsn.remote import open_backend
 from ncsn.report.cards import run_page
 from ncsn.runs.folder import ForeignRun, Outcome, RunFolder, claim_run, folders_of, read_step, write_outcome
-from ncsn.runs.steps import SEARCH, STEPS
+from ncsn.runs.steps import STEPS, TUNE
 from ncsn.tracking.lineage import container_image, kfp_run
 from ncsn.tracking.mlflow_runs import close_run
 
@@ -111,7 +111,7 @@ def _look(kfp: KfpRun | None, namespace: str | None, notes: list[str]) -> tuple[
     except (OSError, UserError) as error:
         notes.append(f"The cluster could not be asked for the reason: {error}")
         return False, {}
-    return stopped, {task: trouble for task, trouble in troubles.items() if task in (*STEPS, SEARCH)}
+    return stopped, {task: trouble for task, trouble in troubles.items() if task in (*STEPS, TUNE)}
 
 
 def _outcome(

@@ -1,4 +1,4 @@
-"""Step 1: the images of the configured source as a dataset in the store."""
+"""The images of the configured source as a dataset in the store."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def run(config: Config, *, run: str) -> IngestResult:
     step = Step("ingest", config, run, IngestResult)
     fingerprint = source_fingerprint(config.data)
     inputs = {"data": config.data.model_dump(mode="json"), "files": fingerprint}
-    if result := step.found(inputs, needs=lambda result: [storage.join(result.uri, MANIFEST)]):
+    if result := step.find_result(inputs, needs=lambda result: [storage.join(result.uri, MANIFEST)]):
         return result
     with step.work(config) as (progress, tracked):
         # Named after the source, not the experiment, so that experiments on the same images share one dataset.
@@ -45,7 +45,7 @@ def run(config: Config, *, run: str) -> IngestResult:
         notes.append(f"{manifest.unlabeled} images have no label, unlike the others; each is kept with label -1")
     if manifest.skipped:
         notes.append(f"{len(manifest.skipped)} images could not be used; the first is {manifest.skipped[0].name}")
-    return step.done(IngestResult(dataset.uri, manifest.digest, dict(manifest.counts), dataset.created, notes))
+    return step.store_result(IngestResult(dataset.uri, manifest.digest, dict(manifest.counts), dataset.created, notes))
 
 
 def write_images(

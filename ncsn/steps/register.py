@@ -1,4 +1,4 @@
-"""Step 5: the EMA weights as a version in MLflow's registry, champion if they beat the present one."""
+"""The EMA weights as a version in MLflow's registry, champion if they beat the present one."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def run(config: Config, *, run: str, checkpoint: str, evaluation: str) -> Regist
         "model": config.registered_model,
         "registry": shown(uri),
     }
-    if result := step.found(inputs, needs=lambda _: []):
+    if result := step.find_result(inputs, needs=lambda _: []):
         with mlflow_errors(uri):  # the version may have been deleted
             wanted = f"name = '{result.model}' and version_number = {result.version}"
             if client_at(uri).search_model_versions(wanted):
@@ -93,7 +93,7 @@ def run(config: Config, *, run: str, checkpoint: str, evaluation: str) -> Regist
         )
         told = {"gate.promoted": str(result.promoted).lower(), "gate.reason": result.reason}
         tracked.set_tags({"model.uri": result.uri, **told})
-    return step.done(result)
+    return step.store_result(result)
 
 
 def _require_own_evaluation(measured: Mapping[str, Any], loaded: SamplingCheckpoint, checkpoint: str) -> Manifest:

@@ -1,4 +1,4 @@
-"""Step 6: one self-contained HTML page about the run."""
+"""One self-contained HTML page about the run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ncsn.report.plots import to_svg
 from ncsn.report.words import Fact, cost_facts, read_metrics, tag_facts
 from ncsn.runs.folder import RunFolder, StepRecord, read_results, read_step, spent
 from ncsn.runs.history import held_out_curves, load_history, loss_names
-from ncsn.runs.steps import BEST, SEARCH, STEPS
+from ncsn.runs.steps import BEST, STEPS, TUNE
 from ncsn.steps.register import selection_of
 from ncsn.steps.step import Step
 from ncsn.tracking.client import page
@@ -74,7 +74,7 @@ def run(config: Config, *, run: str, evaluation: str) -> ReportResult:
         "look": look(),
         "selection": sources.selection,
     }
-    if result := step.found(inputs, needs=lambda result: [result.uri]):
+    if result := step.find_result(inputs, needs=lambda result: [result.uri]):
         return result
     with step.work(config) as (_, tracked):
         text = render(**_results(sources), lineage=list(_lineage(sources, tracked)), **_training(sources))
@@ -82,7 +82,7 @@ def run(config: Config, *, run: str, evaluation: str) -> ReportResult:
         storage.write_text(uri, text)
         tracked.log_file(uri, to_parent=True)
         tracked.set_tags({"report.uri": uri})
-    return step.done(ReportResult(uri=uri, size=len(text.encode())))
+    return step.store_result(ReportResult(uri=uri, size=len(text.encode())))
 
 
 def _results(sources: ReportSources) -> dict[str, Any]:
@@ -97,7 +97,7 @@ def _results(sources: ReportSources) -> dict[str, Any]:
     strengths = f"{config.levels.num_levels} strengths" if levels else "any strength"
     # The search in this run, or in the one whose best settings this run trains.
     runs = (RunFolder(folder.root, name) for name in (folder.run, folder.run.removesuffix(BEST)))
-    search = next(filter(None, (read_step(each, SEARCH).result for each in runs)), None)
+    search = next(filter(None, (read_step(each, TUNE).result for each in runs)), None)
     return {
         "title": config.name,
         "run": folder.run,

@@ -1,4 +1,4 @@
-"""Step 3: images from the EMA weights by the configured sampler, as Ray tasks if there is more than one to do."""
+"""Images from the EMA weights by the configured sampler, as Ray tasks if there is more than one to do."""
 
 from __future__ import annotations
 
@@ -67,10 +67,10 @@ def run(
     facts = sampling_facts(config.sampling, guide)
     uri = storage.join(step.folder.samples, trained.digest, storage.digest(facts, 12))
     inputs = {"uri": uri, "num_images": config.sampling.num_images}
-    if result := step.found(inputs, needs=lambda result: [result.uri, result.grid, result.strip]):
+    if result := step.find_result(inputs, needs=lambda result: [result.uri, result.grid, result.strip]):
         return result
     options = {"checkpoint": checkpoint} | ({"score": score} if score else {})
-    if result := step.dispatched(config, options):
+    if result := step.run_elsewhere(config, options):
         return result
     shards = plan_shards(config, checkpoint=checkpoint, folder=uri, dataset=score)
     with step.work(config, lease=lease) as (progress, tracked), cluster_for(config, calls=len(shards)):
@@ -110,7 +110,7 @@ def run(
             tracked.log_file(picture)
         if scores is not None:
             scores.log(tracked)
-    return step.done(result)
+    return step.store_result(result)
 
 
 class _Scores:

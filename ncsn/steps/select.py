@@ -59,7 +59,7 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> 
     """
     step = Step("select", config, run, SelectResult)
     manifest = load_manifest(dataset)
-    config = copy_guide(step.settle_noise(config, manifest), near=step.folder.uri)
+    config = copy_guide(step.fix_noise_levels(config, manifest), near=step.folder.uri)
     found = find_weights(step.folder.uri)
     if not found:
         raise NotFound(step.folder.checkpoints, "no checkpoint", hint="run `ncsn train` first")
@@ -67,9 +67,9 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> 
         "weights": [each.digest for each in found],
         "scored": _scored_by(config, manifest),
     }
-    if result := step.found(inputs, needs=lambda result: [result.uri, result.plot, *result.kept]):
+    if result := step.find_result(inputs, needs=lambda result: [result.uri, result.plot, *result.kept]):
         return result
-    if result := step.dispatched(config, {"dataset": dataset}):
+    if result := step.run_elsewhere(config, {"dataset": dataset}):
         return result
     calls = 1 if config.compute.max_workers == 1 else len(found)  # one at a time needs no cluster
     with step.work(config, lease=lease) as (progress, tracked), cluster_for(config, calls=calls):
@@ -84,7 +84,7 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> 
         tracked.log_metrics({result.figure: result.value}, result.images_seen)
         for uri in (result.uri, result.plot):
             tracked.log_file(uri)
-    return step.done(result)
+    return step.store_result(result)
 
 
 def _scored_by(config: Config, manifest: Manifest) -> dict[str, Any]:

@@ -33,7 +33,9 @@ R = TypeVar("R")
 class Step(Generic[R]):
     """One step of a run, whose name belongs to its config from now on; `ForeignRun` if it is another's.
 
-    `result` is a frozen dataclass of plain values.
+    Every step calls, in this order: `find_result`, with the inputs that decide it, and is done if there is one;
+    `run_elsewhere`, if it is among `STEPS_ELSEWHERE`, and is done if it ran there; its work, within `work`; and
+    `store_result`. `result` is a frozen dataclass of plain values.
     """
 
     def __init__(self, name: str, config: Config, run: str, result: type[R]) -> None:
@@ -41,7 +43,7 @@ class Step(Generic[R]):
         self._type = result
         self._inputs: dict[str, Any] = {}
 
-    def settle_noise(self, config: Config, manifest: Manifest) -> Config:
+    def fix_noise_levels(self, config: Config, manifest: Manifest) -> Config:
         """The config with the levels that `noise: auto` stands for, which the run keeps from now on."""
         if config.noise.kind != "auto" and storage.read_text(self.folder.config) == to_yaml(config):
             return config
@@ -57,7 +59,7 @@ class Step(Generic[R]):
         """The config that the run's name belongs to."""
         return from_yaml(storage.read_text(self.folder.config), origin=self.folder.config)
 
-    def found(self, inputs: Mapping[str, Any], *, needs: Callable[[R], Sequence[str]]) -> R | None:
+    def find_result(self, inputs: Mapping[str, Any], *, needs: Callable[[R], Sequence[str]]) -> R | None:
         """The stored result for these plain values that decide it; None if the work is to be done.
 
         `needs` gives the URIs without which a result is of no use.
@@ -73,7 +75,7 @@ class Step(Generic[R]):
             update_step(self.folder, self.name, state="FINISHED")
         return result
 
-    def dispatched(self, config: Config, options: Mapping[str, str]) -> R | None:
+    def run_elsewhere(self, config: Config, options: Mapping[str, str]) -> R | None:
         """The result from where `compute.backend` says; None if the work is to be done here.
 
         The cluster runs the same command with these options, with the local backend and the same store.
@@ -151,7 +153,7 @@ class Step(Generic[R]):
                 seconds = read_step(folder, self.name).seconds + time.time() - started
                 update_step(folder, self.name, seconds=round(seconds, 3))
 
-    def done(self, result: R) -> R:
+    def store_result(self, result: R) -> R:
         """Store the result, which makes the step complete."""
         values = dataclasses.asdict(result)  # type: ignore[call-overload]
         finished = {"state": "FINISHED", "error": None, "finished_at": utc_now()}

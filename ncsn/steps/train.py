@@ -1,4 +1,4 @@
-"""Step 2: denoising score matching on Ray Train, from random weights or the network that `train.init_from` names."""
+"""Denoising score matching on Ray Train, from random weights or the network that `train.init_from` names."""
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> 
     """
     step = Step("train", config, run, TrainResult)
     manifest = load_manifest(dataset)
-    config = step.settle_noise(config, manifest)
+    config = step.fix_noise_levels(config, manifest)
     require_classes(config, manifest, dataset)
     inputs = {"dataset": dataset, "num_images": config.train.num_images}
-    if result := step.found(inputs, needs=lambda result: [result.checkpoint]):
+    if result := step.find_result(inputs, needs=lambda result: [result.checkpoint]):
         return result
     start = start_of(config, step.folder, manifest)
-    if result := step.dispatched(config, {"dataset": dataset}):
+    if result := step.run_elsewhere(config, {"dataset": dataset}):
         return result
     with step.work(config) as (progress, tracked), ray_cluster(config):
         tracked.set_tags({**ray_tags(), **start.tags})
@@ -86,7 +86,7 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> 
             dataset=dataset,
             notes=[*start.notes, *outcome.notes],
         )
-    return step.done(result)
+    return step.store_result(result)
 
 
 def require_classes(config: Config, manifest: Manifest, dataset: str) -> None:

@@ -61,7 +61,7 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> 
     step = Step("tune", config, run, TuneResult)
     best_run = run_folder(config, f"{run}{BEST}").run  # a run name belongs to one config, and the best one is another
     manifest = load_manifest(dataset)
-    config = step.settle_noise(config, manifest)
+    config = step.fix_noise_levels(config, manifest)
     # Trials that grew would take the resources of those that wait.
     compute = config.compute.model_copy(update={"num_workers": config.compute.min_workers})
     config = copy_guide(config.model_copy(update={"compute": compute}), near=step.folder.uri)
@@ -89,9 +89,9 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> 
             ema_setting(config.train),
         )
     inputs = {"trials": plan.trials, "search": plan.settings.model_dump(mode="json")}
-    if result := step.found(inputs, needs=lambda result: [result.config, result.table, *result.plots]):
+    if result := step.find_result(inputs, needs=lambda result: [result.config, result.table, *result.plots]):
         return result
-    if result := step.dispatched(config, {"dataset": dataset}):
+    if result := step.run_elsewhere(config, {"dataset": dataset}):
         return result
     with step.work(config, lease=lease) as (progress, tracked), ray_cluster(config):
         require_resources(config)
@@ -104,7 +104,7 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> 
         tracked.log_metrics({objective: result.objective}, result.images_seen)
         for uri in (result.config, result.table, *result.plots):
             tracked.log_file(uri)
-    return step.done(result)
+    return step.store_result(result)
 
 
 def trainable(result: TuneResult, config: Config) -> Config:
@@ -125,7 +125,7 @@ class _Follower:
 
     def updated(self, trial: TrialRecord) -> None:
         self._log(trial)
-        self._progress.advance(0)  # ends the search if its launcher is gone
+        self._progress.check_lease()
 
     def ended(self, trial: TrialRecord, error: str | None) -> None:
         if error is not None:

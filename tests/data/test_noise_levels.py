@@ -63,15 +63,15 @@ def test_the_run_gets_the_levels_that_were_chosen(dataset: str, tmp_path: Path) 
     manifest, config = load_manifest(dataset), auto(tmp_path)
     folder = claim_run(config, "mine")
     step = Step("train", config, "mine", TrainResult)
-    settled = step.settle_noise(config, manifest)
+    settled = step.fix_noise_levels(config, manifest)
     assert from_yaml(storage.read_text(folder.config)) == settled
     assert claim_run(config, "mine") == claim_run(settled, "mine") == folder
     assert changed_settings(config, settled) == {}
-    assert step.settle_noise(config, manifest) == settled
+    assert step.fix_noise_levels(config, manifest) == settled
     with pytest.raises(ValueError, match=r"noise\.num_levels"):
-        step.settle_noise(auto(tmp_path, "noise={num_levels: 3}"), manifest)
+        step.fix_noise_levels(auto(tmp_path, "noise={num_levels: 3}"), manifest)
     with pytest.raises(ValueError, match=r"noise\.num_levels"):
-        step.settle_noise(auto(tmp_path, "noise={kind: auto, sigma_L: 0.02}"), manifest)
+        step.fix_noise_levels(auto(tmp_path, "noise={kind: auto, sigma_L: 0.02}"), manifest)
 
 
 def test_images_that_are_all_alike_have_no_levels(dataset: str, tmp_path: Path) -> None:

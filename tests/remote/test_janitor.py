@@ -17,8 +17,8 @@ from ncsn.process import KFP_RUN_ID, KFP_WORKFLOW
 from ncsn.remote.kubernetes import KubernetesApi
 from ncsn.runs.folder import Outcome, read_outcome, run_folder, write_outcome
 from ncsn.steps import finish
+from ncsn.steps.execution import run_kfp_task
 from ncsn.steps.janitor import clean_up
-from ncsn.steps.run import run_task
 from ncsn.tracking.mlflow_runs import step_run
 
 INFRA = Path(__file__).parents[2] / "infra" / "base"
@@ -51,7 +51,7 @@ def begun(emulation: Any, config: Config, monkeypatch: pytest.MonkeyPatch) -> No
     with monkeypatch.context() as patch:
         patch.setenv(KFP_RUN_ID, "5f3a")
         patch.setenv(KFP_WORKFLOW, WORKFLOW)
-        run_task("ingest", config, run="mine", given={})
+        run_kfp_task("ingest", config, run="mine", given={})
     with step_run(config, run="mine", step="train") as tracked:
         pass
     for run_id in (tracked.run_id, tracked.parent_run_id):

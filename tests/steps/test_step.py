@@ -39,14 +39,14 @@ def config_at(root: Path, *overrides: str) -> Config:
 
 def make(config: Config, run: str, *, inputs: dict[str, object], number: int = 1) -> Made:
     step = Step("train", config, run, Made)
-    if result := step.found(inputs, needs=lambda result: [result.uri]):
+    if result := step.find_result(inputs, needs=lambda result: [result.uri]):
         return result
     target = storage.join(step.folder.uri, "made.txt")
     with step.work(config) as (progress, _):
         progress.start(1, "files")
         progress.advance()
         storage.write_text(target, str(number))
-    return step.done(Made(uri=target, number=number))
+    return step.store_result(Made(uri=target, number=number))
 
 
 def test_same_config_claims_again_and_another_is_refused(tmp_path: Path) -> None:
@@ -99,13 +99,13 @@ def test_a_lost_step_counts_only_with_a_result_of_the_same_inputs(
     config = config_at(tmp_path, "compute.backend=ray-jobs")
     make(config, "lost", inputs={"a": 1})
     step = Step("train", config, "lost", Made)
-    assert step.found({"a": 2}, needs=lambda result: [result.uri]) is None
+    assert step.find_result({"a": 2}, needs=lambda result: [result.uri]) is None
     monkeypatch.setattr("ncsn.steps.step.open_backend", lambda _compute: LosingBackend(lambda: None))
     with pytest.raises(RemoteLost):
-        step.dispatched(config, {})
+        step.run_elsewhere(config, {})
     there = LosingBackend(lambda: make(config, "lost", inputs={"a": 2}, number=2))
     monkeypatch.setattr("ncsn.steps.step.open_backend", lambda _compute: there)
-    assert step.dispatched(config, {}) == Made(uri=storage.join(step.folder.uri, "made.txt"), number=2)
+    assert step.run_elsewhere(config, {}) == Made(uri=storage.join(step.folder.uri, "made.txt"), number=2)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import assert_never
 
 import torch
 from torch import Tensor
@@ -79,6 +80,8 @@ def sample(
             x = _karras_heun(sampler, grid, x, noise=noise, on_level=on_level)
         case DpmSolver():
             x = _dpm_solver(sampler, grid, x, noise=noise, on_level=on_level)
+        case _:
+            assert_never(sampler)
     return grid.denoised(x, -1) if sampler.denoise else x
 
 

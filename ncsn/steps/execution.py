@@ -23,7 +23,7 @@ from ncsn.runs.folder import (
     run_folder,
     write_outcome,
 )
-from ncsn.runs.steps import PIPELINE, SEARCH, STEPS, STEPS_ELSEWHERE
+from ncsn.runs.steps import PIPELINE, STEPS, STEPS_ELSEWHERE, TUNE
 from ncsn.storage.heartbeat import Lease
 from ncsn.tracking.client import tracking_uri
 
@@ -66,7 +66,7 @@ def run_all(config: Config, *, run: str, around: Around) -> None:
         result = run_step(step, config, run=run, given=given, around=around)
         if step == STEPS[0]:
             given["dataset"] = result.uri
-        elif step == SEARCH:
+        elif step == TUNE:
             from ncsn.steps.tune import trainable
 
             config, run = trainable(result, config), result.run
@@ -75,7 +75,7 @@ def run_all(config: Config, *, run: str, around: Around) -> None:
 def preflight(step: str, config: Config, folder: RunFolder) -> None:
     """Refuse what can be refused before the name of the run is claimed and anything is read or started."""
     tracking_uri(config)
-    if step == SEARCH:
+    if step == TUNE:
         require_search(config)
     if step in STEPS_ELSEWHERE and config.compute.backend == "kuberay" and storage.is_local(folder.uri):
         raise UserError(
@@ -84,13 +84,13 @@ def preflight(step: str, config: Config, folder: RunFolder) -> None:
             hint="use s3://BUCKET/PREFIX",
             value=config.storage.root,
         )
-    if step in (SEARCH, "train") and config.train.init_from is not None:
+    if step in (TUNE, "train") and config.train.init_from is not None:
         from ncsn.steps.train import require_start  # loads torch
 
         require_start(config, folder)
 
 
-def run_task(step: str, config: Config, *, run: str, given: Mapping[str, str], last: bool = False) -> Any:
+def run_kfp_task(step: str, config: Config, *, run: str, given: Mapping[str, str], last: bool = False) -> Any:
     """The result of a task's step; its failure, or the end of the `last` step, becomes the outcome of the run."""
     # The exit handler writes the same outcome again, but after KFP's Retry there is none.
     before = read_step(run_folder(config, run), step).error
