@@ -72,22 +72,22 @@ LEAST_MODULES, MOST_MODULES = 2, 14  # of a package
 # Lines of each part; a change that takes it 10 % over its budget has to say why.
 BUDGETS = {
     "ncsn/core": 3800,
-    "ncsn/data": 2500,
+    "ncsn/data": 2400,
     "ncsn/evaluation": 1700,
-    "ncsn/steps ncsn/runs": 2500,
+    "ncsn/steps ncsn/runs": 2250,
     "ncsn/model": 1500,
     "ncsn/distributed": 1500,
     "ncsn/config": 1500,
     "ncsn/cli": 1500,
-    "ncsn/tracking": 1350,
+    "ncsn/tracking": 1300,
     "ncsn/report": 1200,
-    "ncsn/remote": 1500,
+    "ncsn/remote": 1350,
     "ncsn/tools": 1400,
     "ncsn/training": 900,
-    "components pipelines": 1050,
-    "ncsn/storage": 750,
+    "components pipelines": 900,
+    "ncsn/storage": 700,
     "examples": 1000,
-    "tests": 25000,
+    "tests": 23000,
 }
 
 

@@ -81,7 +81,7 @@ def select_best(target: Target, *, given: Mapping[str, str | None], as_json: boo
 
 
 def _say_if_selected(console: Console, folder: RunFolder, checkpoint: str | None) -> None:
-    if read_step(folder, "select").result.get("checkpoint") == checkpoint:
+    if checkpoint is not None and read_step(folder, "select").result.get("checkpoint") == checkpoint:
         console.print(f"checkpoint {checkpoint}, chosen by `ncsn select`", soft_wrap=True)
 
 

@@ -1,4 +1,4 @@
-"""The steps of a run, and commands that run like a step on a finished one: one table of what sets them apart."""
+"""The steps of a run, and commands that run like a step on a finished one: their inputs, and where they run."""
 
 from __future__ import annotations
 
