@@ -24,16 +24,6 @@ CIFAR10 = {
     "attention_sizes": (16,),
 }
 FACES = CIFAR10 | {"image_size": 64, "multipliers": (1, 2, 2, 2)}
-TOY = {"blocks_per_resolution": 1, "num_classes": 10}
-CLOTHES = TOY | {"image_size": 28, "multipliers": (1, 2, 4), "attention_sizes": (7,)}
-EMOJI = TOY | {
-    "channels": 3,
-    "image_size": 32,
-    "base_width": 32,
-    "multipliers": (1, 2, 2),
-    "attention_sizes": (8,),
-}
-DIGITS = TOY | {"base_width": 32, "attention_sizes": ()}
 
 
 @pytest.mark.parametrize(
@@ -43,18 +33,15 @@ DIGITS = TOY | {"base_width": 32, "attention_sizes": ()}
         (CIFAR10 | {"num_classes": 10}, True, 419, 55_735_299, None),
         (CIFAR10, False, 416, 55_732_739, None),
         (FACES, True, None, 61_805_571, 83_722_897_664),
-        (CLOTHES, True, None, 744_545, 178_803_040),
-        (EMOJI, True, None, 1_261_187, 611_968_192),
-        (DIGITS, True, None, 715_841, 36_193_472),
     ],
 )
 def test_sizes_and_costs(
     settings: dict[str, Any], augmentation: bool, tensors: int | None, parameters: int, flop: int | None
 ) -> None:
-    size = settings.get("image_size", 8)
+    size = settings["image_size"]
     with torch.device("meta"):
         network = ddpmpp(**settings, augmentation=augmentation)
-        x = torch.zeros(1, settings.get("channels", 1), size, size)
+        x = torch.zeros(1, 3, size, size)
         level = torch.zeros(1, dtype=torch.int64)
     found = [parameter.numel() for parameter in network.to("meta").parameters()]
     assert sum(found) == parameters

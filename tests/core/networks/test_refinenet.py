@@ -121,7 +121,7 @@ def test_autocast_keeps_feature_maps_in_bfloat16_and_norm_tables_in_float32(netw
         (64, 1, 28, "standard", 7_426_881, 154, 3_786_280_960),
         (128, 3, 64, "standard", 29_694_083, 154, 79_144_419_328),
         (128, 3, 128, "deeper", 83_445_379, 192, 302_015_053_824),
-        (128, 3, 256, "deepest", 94_132_611, 230, None),
+        (128, 3, 256, "deepest", 94_132_611, 230, 838_961_463_296),
     ],
 )
 def test_size_and_cost_of_the_networks_of_2020(n, channels, size, depth, parameters, entries, flops):
@@ -132,7 +132,7 @@ def test_size_and_cost_of_the_networks_of_2020(n, channels, size, depth, paramet
     with FlopCounterMode(display=False) as counter:
         x = torch.empty(1, channels, size, size, device="meta")
         assert network(x, torch.zeros(1, dtype=torch.int64, device="meta")).shape == x.shape
-    assert flops is None or counter.get_total_flops() == flops
+    assert counter.get_total_flops() == flops
 
 
 def test_names_are_those_of_the_2019_network_without_the_refine_norms():
@@ -147,24 +147,6 @@ def test_names_are_those_of_the_2019_network_without_the_refine_norms():
             for part in ("alpha", "gamma", "beta"):
                 expected[name.replace("embed.weight", part)] = (tensor.shape[1] // 3,)
     assert list(expected.items()) == [(name, tuple(tensor.shape)) for name, tensor in second.items()]
-
-
-@pytest.mark.parametrize(
-    ("depth", "sizes"),
-    [
-        ("standard", {"1": 16, "2": 8, "3": 8, "4": 8}),
-        ("deeper", {"1": 16, "2": 8, "3": 4, "4": 4, "5": 4}),
-        ("deepest", {"1": 16, "2": 8, "3": 4, "31": 2, "4": 2, "5": 2}),
-    ],
-)
-def test_only_undilated_stages_halve_the_image(depth, sizes):
-    network = NcsnV2Network(4, channels=1, sigmas=torch.ones(2), depth=depth)
-    seen = {}
-    for name, module in network.named_children():
-        module.register_forward_hook(lambda _m, _i, out, name=name: seen.update({name: out.shape[-1]}))
-    network(torch.rand(1, 1, 16, 16), torch.zeros(1, dtype=torch.int64))
-    assert {name[3:]: size for name, size in seen.items() if name.startswith("res")} == sizes
-    assert [seen[name] for name in seen if name.startswith("refine")] == [*list(sizes.values())[::-1]]
 
 
 @pytest.mark.oracle(15)

@@ -10,7 +10,7 @@ import torch
 from ncsn.core.keyed_random import KeyedNoise
 from ncsn.core.noise_schedule import geometric_sigmas, variance_ratio
 from ncsn.core.samplers.chain import sample
-from ncsn.core.samplers.langevin import annealed_langevin, denoise_step, langevin_step, level_steps
+from ncsn.core.samplers.langevin import annealed_langevin, denoise_step, langevin_step
 from ncsn.core.samplers.settings import AnnealedLangevin
 
 SIGMAS = geometric_sigmas(1.0, 0.01, 10)
@@ -101,38 +101,6 @@ def test_denoising_brings_a_point_mass_home():
     assert noisy.mean().item() == pytest.approx(0.3, abs=2e-4) and noisy.std().item() > 0.009
     exact = denoise_step(lambda x, _: (0.3 - x) / 0.01**2, torch.rand(5, 1, 2, 2).double(), level=0, sigma=0.01)
     assert exact.var().item() < 1e-12
-
-
-def test_levels_stream_in_order_with_the_right_noise_and_no_gradient():
-    seen, asked, levels = [], [], []
-
-    def noise(step):
-        asked.append(step)
-        return torch.zeros(2, 1, 2, 2)
-
-    def network(x, level):
-        levels.append(level.tolist())
-        return torch.nn.functional.conv2d(x, torch.ones(1, 1, 1, 1, requires_grad=True))
-
-    start = torch.ones(2, 1, 2, 2)
-    x = annealed_langevin(
-        network,
-        x=start,
-        sigmas=SIGMAS[:3],
-        epsilon=1e-5,
-        steps_per_level=2,
-        noise=noise,
-        denoise=True,
-        on_level=lambda level, state: seen.append((level, state.mean().item())),
-    )
-    assert asked == list(range(6))
-    assert levels == [[0, 0], [0, 0], [1, 1], [1, 1], [2, 2], [2, 2], [2, 2]]
-    assert [level for level, _ in seen] == [0, 1, 2] and not x.requires_grad
-    a = [step for step, _ in level_steps(SIGMAS[:3], 1e-5, consistent=False)]
-    expected = [(1 + a[0]) ** 2, (1 + a[0]) ** 2 * (1 + a[1]) ** 2, ((1 + a[0]) * (1 + a[1]) * (1 + a[2])) ** 2]
-    assert [value for _, value in seen] == pytest.approx(expected, rel=1e-6)
-    assert x.mean().item() == pytest.approx(expected[-1] * (1 + float(SIGMAS[2]) ** 2), rel=1e-6)
-    assert torch.equal(start, torch.ones(2, 1, 2, 2))
 
 
 def test_impossible_settings_are_refused():

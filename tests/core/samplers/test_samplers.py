@@ -32,7 +32,7 @@ SAMPLERS = [
 def test_every_sampler_keeps_the_convention(sampler, analytic):
     def run(first, count):
         noise = KeyedNoise(3, first=first, count=count, shape=(2, 3, 4))
-        network = analytic.GaussianScore(SIGMAS.float(), s2=0.1, mean=0.5)
+        network = analytic.GaussianScore(SIGMAS.float(), s2=torch.tensor(0.1, requires_grad=True), mean=0.5)
         start, seen = noise.uniform(0), []
         before = start.clone()
         x = sample(
