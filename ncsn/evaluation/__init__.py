@@ -9,6 +9,7 @@ from ncsn.errors import UserError
 from ncsn.model.classes import BALANCED
 
 VERSUS = "_vs_"  # before the split in the names of metrics against another split than train
+WITH_SCORE = ("classifier", "inception")  # the extractors whose classes mean something
 LEAST_TEST_IMAGES = 3  # for the uncertainty of a Fréchet distance
 
 
@@ -32,7 +33,7 @@ def classes_in_turn(config: Config) -> int:
 def require_test_images(config: Config, manifest: Manifest) -> None:
     """Refuse a dataset with fewer test images than its evaluation needs."""
     count, splits = manifest.count("test"), config.evaluation.num_splits
-    if evaluation_of(config, manifest).extractor in ("classifier", "inception"):
+    if evaluation_of(config, manifest).extractor in WITH_SCORE:
         if count < splits:
             reason, hint = f"the test split has only {count} images", "lower it or raise data.test_fraction"
             raise UserError("evaluation.num_splits", reason, hint=hint, value=splits)

@@ -103,8 +103,8 @@ def class_scores(extracted: Extracted, asked: AskedClasses, *, reference: Featur
     for label in range(size):
         own, others = np.flatnonzero(asked.labels == label), np.flatnonzero(asked.reference == label)
         if min(len(own), len(others)) >= FEWEST_IMAGES:
-            found = kernel_distance(extracted.features[own], reference[others], num_subsets=NUM_SUBSETS, seed=seed)
-            kids[label] = found.mean
+            features = extracted.features[own]
+            kids[label], _ = kernel_distance(features, reference[others], num_subsets=NUM_SUBSETS, seed=seed)
     return ClassScores(confusion, kids)
 
 

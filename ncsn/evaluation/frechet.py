@@ -151,7 +151,14 @@ class RunningDistance:
         self.reference = reference
         self._classes = classes_in_turn  # image i has class i mod this number
         self.count = 0  # images taken so far, without a gap
-        self._marks = score_marks(count, num_features=len(reference.mean))
+        # A score is due at twice as many images as features, then at doubled numbers, and at the end: with fewer images
+        # the covariance has no full rank, and the distance says little.
+        self._marks = []
+        mark = 2 * len(reference.mean)
+        while mark < count:
+            self._marks.append(mark)
+            mark *= 2
+        self._marks.append(count)
         self._groups: list[FrechetStatistics | None] = [None] * JACKKNIFE_GROUPS
         self._waiting: dict[int, npt.NDArray[np.floating]] = {}
 
@@ -184,14 +191,3 @@ class RunningDistance:
                 margin = NORMAL_95 * frechet_jackknife(self.groups, self.reference)
                 due.append(RunningScore(self.count, distance, max(distance - margin, 0.0), distance + margin))
         return due
-
-
-def score_marks(count: int, *, num_features: int) -> list[int]:
-    """Numbers of images at which a running score is due: twice the features, then doubled, and `count`."""
-    # With fewer images than features the covariance has no full rank, and the distance says little.
-    marks = []
-    mark = 2 * num_features
-    while mark < count:
-        marks.append(mark)
-        mark *= 2
-    return [*marks, count]

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from ncsn.config import Config
 from ncsn.core.keyed_random import COMMON_SEED, keyed_permutation
 from ncsn.data.training_images import open_cache
-from ncsn.evaluation import classes_in_turn
+from ncsn.evaluation import WITH_SCORE, classes_in_turn
 from ncsn.evaluation.class_scores import AskedClasses, ClassScores, asked_classes, class_scores
 from ncsn.evaluation.extractors import Extracted, Identity, Images
 from ncsn.evaluation.features import ImageSet, Runner, SplitSet, extract_set
@@ -134,19 +134,19 @@ def feature_metrics(
     - `precision`, `recall`, `density`, `coverage`: against as many reference images, at most 10,000.
     """
     count = len(extracted.features)
-    kernel = kernel_distance(extracted.features, reference.features, seed=seed)
+    kid, kid_std = kernel_distance(extracted.features, reference.features, seed=seed)
     values = {
         "fid": frechet_distance(merged(groups), reference.statistics),
         "fid_std": frechet_jackknife(groups, reference.statistics),
-        "kid": kernel.mean,
-        "kid_std": kernel.std,
+        "kid": kid,
+        "kid_std": kid_std,
     }
     metrics = {name: Metric(value, count) for name, value in values.items()}
     balls = min(count, len(reference.features), BALL_IMAGES)
     if balls >= FEWEST_BALLS:
         chosen = np.sort(keyed_permutation(seed, epoch=0, size=len(reference.features))[:balls])
         shares = precision_recall(extracted.features[:balls], reference.features[chosen])
-        metrics |= {name: Metric(value, balls) for name, value in vars(shares).items()}
+        metrics |= {name: Metric(value, balls) for name, value in shares.items()}
     return metrics
 
 
@@ -159,11 +159,11 @@ def class_metrics(
     - `class_tv`: total-variation distance in [0, 1] of the histograms of most probable classes.
     - `confidence`: mean largest class probability.
     """
-    score = inception_score(log_probabilities, num_splits=num_splits)
+    score, score_std = inception_score(log_probabilities, num_splits=num_splits)
     difference = class_histogram(log_probabilities) - reference.class_histogram
     values = {
-        "score": score.mean,
-        "score_std": score.std,
+        "score": score,
+        "score_std": score_std,
         "class_tv": float(0.5 * np.abs(difference).sum()),
         "confidence": float(np.exp(log_probabilities.max(axis=1)).mean()),
     }
@@ -207,7 +207,7 @@ def _measure_set(work: _Work) -> Measured:
         training_images=open_cache(dataset, "train").images,
         num_splits=config.evaluation.num_splits,
         seed=COMMON_SEED,
-        classes=extractor.knows_classes,
+        classes=extractor.name in WITH_SCORE,
         asked=asked_classes(config, dataset, images, extractor=extractor.name),
         in_turn=1 if isinstance(images, SplitSet) else classes_in_turn(config),
         by_features=config.evaluation.reference_split == "train",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -87,14 +86,7 @@ def _distances(a: Array, b: Array) -> Array:
     return distances
 
 
-class Estimate(NamedTuple):
-    """Mean and population standard deviation of a metric over splits or subsets of the images."""
-
-    mean: float
-    std: float
-
-
-def inception_score(log_probabilities: npt.ArrayLike, *, num_splits: int = 10) -> Estimate:
+def inception_score(log_probabilities: npt.ArrayLike, *, num_splits: int = 10) -> tuple[float, float]:
     """The exponential of the mean KL divergence between p(y|x) and p(y), the mean of p(y|x) within a split; in [1, K].
 
     The result is an *Inception score* only for the logits of the 2015 Inception graph without its last bias; with any
@@ -103,6 +95,9 @@ def inception_score(log_probabilities: npt.ArrayLike, *, num_splits: int = 10) -
     Args:
         log_probabilities: [N, K] log p(y|x), each row summing to 1 after exp; -inf for a probability of 0 is fine.
         num_splits: contiguous splits of the N rows, equal to within one row; order matters.
+
+    Returns:
+        Mean and population standard deviation over the splits.
     """
     log_p = np.asarray(log_probabilities, dtype=np.float64)
     count = len(log_p)
@@ -122,12 +117,12 @@ def inception_score(log_probabilities: npt.ArrayLike, *, num_splits: int = 10) -
         conditional = -np.sum(p * np.where(p > 0, rows, 0.0), axis=1).mean()
         entropy = -np.sum(marginal * np.log(np.where(marginal > 0, marginal, 1.0)))
         scores.append(float(np.clip(np.exp(entropy - conditional), 1.0, rows.shape[1])))
-    return Estimate(float(np.mean(scores)), float(np.std(scores)))
+    return float(np.mean(scores)), float(np.std(scores))
 
 
 def kernel_distance(
     a: Features, b: Features, *, num_subsets: int = 100, subset_size: int = 1000, seed: int = 0
-) -> Estimate:
+) -> tuple[float, float]:
     """Mean squared MMD over random subsets, with the kernel k(x, y) = (x.y / D + 1)^3 (Binkowski et al. 2018).
 
     Being unbiased, it may be negative. N and M are at least 2.
@@ -137,13 +132,16 @@ def kernel_distance(
         b: [M, D] features.
         num_subsets: Pairs of subsets, each drawn without replacement.
         subset_size: Feature vectors per subset; fewer if N or M is smaller.
+
+    Returns:
+        Mean and population standard deviation over the subsets.
     """
     size = min(subset_size, len(a), len(b))
     generator = np.random.Generator(np.random.Philox(seed))
     # Subsets that are all of both sets do not differ: one is enough.
     repeats = 1 if size == len(a) == len(b) else num_subsets
     estimates = [squared_mmd(_draw(a, size, generator), _draw(b, size, generator)) for _ in range(repeats)]
-    return Estimate(float(np.mean(estimates)), float(np.std(estimates)))
+    return float(np.mean(estimates)), float(np.std(estimates))
 
 
 def squared_mmd(x: Array, y: Array) -> float:
@@ -168,16 +166,6 @@ def _draw(features: Features, size: int, generator: np.random.Generator) -> Arra
     return np.asarray(features[rows], dtype=np.float64)
 
 
-@dataclass(frozen=True)
-class PrecisionRecall:
-    """Shares of images in the other set's support (Kynkaanniemi et al. 2019, Naeem et al. 2020)."""
-
-    precision: float  # of the generated images, inside some real image's ball (k = 3)
-    recall: float  # of the real images, inside some generated image's ball (k = 3)
-    density: float  # real balls (k = 5) around a generated image, on average, over k; above 1 where real is dense
-    coverage: float  # of the real images, with a generated image inside their ball (k = 5)
-
-
 def precision_recall(
     generated: Features,
     real: Features,
@@ -185,8 +173,15 @@ def precision_recall(
     neighborhood: int = 3,
     density_neighborhood: int = 5,
     block_size: int = 1024,
-) -> PrecisionRecall:
-    """Compare two sets of features; a ball reaches to its center's k-th nearest neighbor in the same set.
+) -> dict[str, float]:
+    """Shares of images in the other set's support (Kynkaanniemi et al. 2019, Naeem et al. 2020).
+
+    A ball reaches to its center's k-th nearest neighbor in the same set.
+
+    - `precision`: of the generated images, inside some real image's ball (k = 3).
+    - `recall`: of the real images, inside some generated image's ball (k = 3).
+    - `density`: real balls (k = 5) around a generated image, on average, over k; above 1 where real is dense.
+    - `coverage`: of the real images, with a generated image inside their ball (k = 5).
 
     All four depend on the number of images: compare only values of equal counts, and give both sets as many, [N, D] and
     [M, D], more than the largest k. `neighborhood` is the k of precision and recall, `density_neighborhood` that of
@@ -203,9 +198,9 @@ def precision_recall(
         hits += int((distances < large).sum())
         recalled |= (distances <= generated_radii[rows, None]).any(axis=0)
         covered |= (distances < large).any(axis=0)
-    return PrecisionRecall(
-        precision=inside / len(generated),
-        recall=float(recalled.mean()),
-        density=hits / (density_neighborhood * len(generated)),
-        coverage=float(covered.mean()),
-    )
+    return {
+        "precision": inside / len(generated),
+        "recall": float(recalled.mean()),
+        "density": hits / (density_neighborhood * len(generated)),
+        "coverage": float(covered.mean()),
+    }

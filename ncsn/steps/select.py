@@ -120,7 +120,7 @@ def scores(
         if features is not None and settings.figure == "fid":
             value = evaluator.distance(features)
         elif features is not None:
-            value = kernel_distance(features, evaluator.reference.features, seed=COMMON_SEED).mean
+            value, _ = kernel_distance(features, evaluator.reference.features, seed=COMMON_SEED)
         storage.write_json(places[missing[index]], {"value": value})
         yield found[missing[index]], value
 

@@ -20,7 +20,6 @@ from ncsn.evaluation.frechet import (
     frechet_distance,
     frechet_jackknife,
     merged,
-    score_marks,
 )
 
 
@@ -165,10 +164,13 @@ def test_the_interval_holds_the_expected_distance_of_as_many_images(rng, referen
     assert score.low == 0 and score.fid == pytest.approx(0, abs=1e-9), "no distance is negative"
 
 
-def test_scores_are_due_at_twice_the_features_and_doubled() -> None:
-    assert score_marks(50_000, num_features=2048) == [4096, 8192, 16384, 32768, 50_000]
-    assert score_marks(256, num_features=128) == [256]
-    assert score_marks(10, num_features=128) == [10]
+@pytest.mark.parametrize(("images", "due"), [(100, [8, 16, 32, 64, 100]), (64, [8, 16, 32, 64]), (8, [8]), (5, [5])])
+def test_scores_are_due_at_twice_the_features_and_doubled(rng, reference, images: int, due: list[int]) -> None:
+    found = RunningDistance(reference, count=images).add(0, rng.standard_normal((images, 4)))
+    assert [score.num_images for score in found] == due
+
+
+def test_a_score_is_shown_with_half_of_its_interval() -> None:
     assert str(RunningScore(12_800, 35.123, 33.0, 37.2)) == "FID 35.12 \u00b1 2.1 (95 %) of 12,800"
 
 

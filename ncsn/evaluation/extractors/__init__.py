@@ -40,11 +40,6 @@ class Identity:
     name: str  # prefix of metric names: `classifier`, `clusters`, `inception` or `dinov2`
     fingerprint: str  # hash of kind, weights, resize and preprocessing: if equal, features compare
 
-    @property
-    def knows_classes(self) -> bool:
-        """Whether the classes of its probabilities mean something, so that there is a score."""
-        return self.name in ("classifier", "inception")
-
 
 class Extractor(Protocol):
     """A fixed function from uint8 images to features and class probabilities, independent of batch composition."""

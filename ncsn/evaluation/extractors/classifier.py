@@ -62,12 +62,6 @@ class ClassifierRecipe:
     seed: int  # of weights, order, dropout and clusters
     clustered: bool = False  # whether the classes are clusters instead of labels
 
-    def identity(self, weights_sha256: str) -> Identity:
-        """The extractor of this recipe with these weights."""
-        kind = "clusters" if self.clustered else "classifier"
-        parts = {"kind": kind, "version": RECIPE_VERSION, "weights": weights_sha256}
-        return Identity(kind, storage.digest(parts | {"reduction": _reduction(self.image_size)}, 64))
-
 
 class ClassifierNetwork(nn.Module):
     """An `Extractor`: conv32 - conv64 - maxpool - fc128 - fc K on pixels normalized by their mean and deviation.
@@ -250,7 +244,10 @@ def describe_classifier(uri: str) -> tuple[Identity, float | None] | None:
     if description is None:
         return None
     recipe = ClassifierRecipe(**description["recipe"])
-    return recipe.identity(description["weights_sha256"]), description["test_accuracy"]
+    kind = "clusters" if recipe.clustered else "classifier"
+    parts = {"kind": kind, "version": RECIPE_VERSION, "weights": description["weights_sha256"]}
+    fingerprint = storage.digest(parts | {"reduction": _reduction(recipe.image_size)}, 64)
+    return Identity(kind, fingerprint), description["test_accuracy"]
 
 
 def ensure_classifier(
