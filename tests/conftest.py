@@ -120,13 +120,13 @@ def s3_root(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[st
 
 
 @pytest.fixture
-def kfp_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[KfpServer]:
+def kfp_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[KfpServer]:
     """A Kubeflow Pipelines API without users, whose address is not in the environment."""
     for name in ("KF_PIPELINES_ENDPOINT", "NCSN_KFP_TOKEN", "NCSN_KFP_COOKIE", "KF_PIPELINES_SA_TOKEN_PATH"):
         monkeypatch.delenv(name, raising=False)
     from kfp_api import KfpServer
 
-    with KfpServer(tmp_path / "kfp") as server:
+    with KfpServer() as server:
         yield server
 
 

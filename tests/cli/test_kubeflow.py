@@ -18,7 +18,6 @@ from ncsn.runs.folder import claim_run
 
 @pytest.fixture
 def server(kfp_server: KfpServer, monkeypatch: pytest.MonkeyPatch) -> KfpServer:
-    kfp_server.idle = True
     monkeypatch.setenv("NCSN_IMAGE", "registry.example/ncsn-python:9")
     monkeypatch.setenv("KF_PIPELINES_ENDPOINT", kfp_server.url)
     return kfp_server

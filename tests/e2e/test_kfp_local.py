@@ -1,4 +1,4 @@
-"""The train pipeline as KFP runs it, by `kfp.local`: each task in its own process, joined to one Ray cluster."""
+"""The pipelines as KFP runs them, by `kfp.local`: each task in its own process, joined to one Ray cluster."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from kfp import local
 from ncsn.config import from_yaml, to_json
 from ncsn.distributed.cluster import ray_cluster
 from ncsn.runs.steps import STEPS
-from pipelines.definitions import train_pipeline
+from pipelines.definitions import sample_pipeline, train_pipeline
 
 RUN = "by-kfp"
 
 
 @pytest.mark.timeout(600)
-def test_the_tasks_hand_on_what_the_steps_store(workplace, tmp_path: Path) -> None:
+def test_the_tasks_hand_on_what_the_steps_store_and_a_registered_model_is_sampled(workplace, tmp_path: Path) -> None:
     config = from_yaml(workplace.config.read_text())
     local.init(
         local.SubprocessRunner(use_venv=False),
@@ -28,8 +28,11 @@ def test_the_tasks_hand_on_what_the_steps_store(workplace, tmp_path: Path) -> No
     )
     with ray_cluster(config):
         train_pipeline(config=to_json(config), run=RUN)
+        outputs = {path.parent.name: json.loads(path.read_text()) for path in tmp_path.rglob("executor_output.json")}
+        few = ["sampling.num_images=8", "evaluation.num_splits=2"]
+        model, root = "models:/ncsn-tiny@champion", str(workplace.root)
+        sample_pipeline(model=model, root=root, overrides=few, evaluated=True)
 
-    outputs = {path.parent.name: json.loads(path.read_text()) for path in tmp_path.rglob("executor_output.json")}
     assert set(outputs) == {*STEPS, "tune", "finish"}
     metadata = {
         (step, name): artifact["artifacts"][0]["metadata"]
@@ -51,3 +54,7 @@ def test_the_tasks_hand_on_what_the_steps_store(workplace, tmp_path: Path) -> No
     assert f"`{workplace.result(RUN, 'ingest')['digest']}`" in page
     shown = outputs["report"]["artifacts"]["page"]["artifacts"][0]["uri"]
     assert Path(shown).read_bytes() == Path(workplace.result(RUN, "report")["uri"]).read_bytes()
+
+    (images,) = (workplace.root / "generated" / "ncsn-tiny" / "1").iterdir()
+    assert list(images.glob("shard-*.parquet"))
+    assert "eval/classifier_fid_n8" in workplace.result(f"ncsn-tiny-1-{images.name}", "evaluate")["metrics"]

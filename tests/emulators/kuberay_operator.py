@@ -1,8 +1,7 @@
 """KubeRay's operator behind the emulated API. Leaves out pods of workers, separate nodes, and autoscaling.
 
 A RayJob's entrypoint really runs, as a process of its own with the environment that its pod would have and nothing
-else: what the head's container names, and the ConfigMaps and Secrets it refers to. With `ray=True` it finds a real Ray
-cluster, on loopback and with token auth, with as many CPUs as all workers together.
+else: what the head's container names, and the ConfigMaps and Secrets it refers to. What needs Ray starts its own.
 """
 
 from __future__ import annotations
@@ -15,28 +14,19 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from kuberay_rules import QUEUE_LABEL, operator_errors
+from kuberay_rules import QUEUE_LABEL
 from kubernetes_api import Cluster, Refusal, Resource
 from ray_nodes import PATIENT_RAY
 
 POLL_SECONDS = 0.02
 FINALIZER = "ray.io/rayjob-finalizer"
-_HEAD = """
-import sys
-import ncsn.distributed
-import ray
-ray.init(num_cpus=int(sys.argv[1]), include_dashboard=False, logging_level=30)
-print(ray.get_runtime_context().gcs_address, flush=True)
-sys.stdin.read()
-"""
-
 
 State = Callable[[Resource], tuple[Resource, list[Resource]]]  # from a pod's spec to its status and its events
 
@@ -45,18 +35,6 @@ def running(spec: Resource) -> tuple[Resource, list[Resource]]:
     """All containers run."""
     statuses = [_container(each, {"running": {}}) | {"ready": True} for each in spec["containers"]]
     return {"phase": "Running", "containerStatuses": statuses}, []
-
-
-def unpullable(spec: Resource) -> tuple[Resource, list[Resource]]:
-    """The registry does not have the image."""
-    image = spec["containers"][0]["image"]
-    why = (
-        f'failed to pull and unpack image "{image}": failed to resolve reference "{image}": pull access denied, '
-        "repository does not exist or may require authorization: server message: insufficient_scope"
-    )
-    waiting = {"reason": "ImagePullBackOff", "message": f'Back-off pulling image "{image}": ErrImagePull: {why}'}
-    events = [_warning("Failed", f'Failed to pull image "{image}": {why}'), _warning("Failed", "Error: ErrImagePull")]
-    return _pending(spec, waiting), events
 
 
 def unschedulable(_spec: Resource) -> tuple[Resource, list[Resource]]:
@@ -72,10 +50,6 @@ def crash_loop(spec: Resource) -> tuple[Resource, list[Resource]]:
     (container,) = spec["containers"]
     ended = {"lastState": {"terminated": {"exitCode": 1, "reason": "Error"}}, "restartCount": 3}
     return {"phase": "Running", "containerStatuses": [_container(container, {"waiting": waiting}) | ended]}, []
-
-
-def _pending(spec: Resource, waiting: Resource) -> Resource:
-    return {"phase": "Pending", "containerStatuses": [_container(e, {"waiting": waiting}) for e in spec["containers"]]}
 
 
 def _container(container: Resource, state: Resource) -> Resource:
@@ -97,7 +71,6 @@ class Operator:
     Attributes:
         cluster: The API server's contents.
         references: Name of a ConfigMap or Secret -> its data.
-        ray: Start a Ray cluster for each RayJob.
         second: How long a second of a TTL takes here.
         retry_seconds: How long the operator takes to replace a failed cluster.
         admitted: Kueue's answer: a RayJob with a queue waits for it.
@@ -107,12 +80,10 @@ class Operator:
         last_words: What the head's container writes before it ends, where it crashes.
         linger: Seconds for which the pods of a deleted RayJob are still there.
         clusters: Names of the RayClusters, one for each attempt.
-        deleted: Deletion policies that were carried out, but for DeleteSelf.
     """
 
     cluster: Cluster
     references: dict[str, dict[str, str]] = field(default_factory=dict)
-    ray: bool = False
     second: float = 0.02
     retry_seconds: float = 0
     admitted: threading.Event = field(default_factory=threading.Event)
@@ -122,8 +93,6 @@ class Operator:
     last_words: list[str] = field(default_factory=list)
     linger: float = 0
     clusters: list[str] = field(default_factory=list)
-    deleted: list[str] = field(default_factory=list)
-    processes: dict[str, subprocess.Popen[str]] = field(default_factory=dict)
     started: list[str] = field(default_factory=list)
     _threads: list[threading.Thread] = field(default_factory=list)
     _pods: dict[str, list[str]] = field(default_factory=dict)
@@ -148,11 +117,8 @@ class Operator:
         try:
             job = self.cluster.get("rayjobs", name)
             assert job is not None
-            if errors := operator_errors(job):
-                self._set(name, jobDeploymentStatus="ValidationFailed", reason="ValidationFailed", message=errors[0])
-            else:
-                self._run_attempts(name, job)
-                self._clean_up(name, job["spec"])
+            self._run_attempts(name, job)
+            self._clean_up(name, job["spec"])
             while True:
                 self._pause(name)
         except Deleted:
@@ -166,17 +132,16 @@ class Operator:
     def _run_attempts(self, name: str, job: Resource) -> None:
         """As KubeRay 1.6.2 and 1.7.0 do: a failure is Retrying at once, with its reason until the cluster is gone."""
         spec = job["spec"]
-        deadline = time.monotonic() + spec.get("activeDeadlineSeconds", 1e9)
         if QUEUE_LABEL in job["metadata"]["labels"]:
             self._set(name, jobDeploymentStatus="Suspended")
             while not self.admitted.is_set():
                 self._pause(name)
         for attempt in range(spec.get("backoffLimit", 0) + 1):
-            failure = self._run_attempt(name, spec, deadline)
+            failure = self._run_attempt(name, spec)
             if failure is None:
                 self._set(name, jobDeploymentStatus="Complete", jobStatus=self.ends or "SUCCEEDED", succeeded=1)
                 return
-            again = attempt < spec.get("backoffLimit", 0) and failure["reason"] != "DeadlineExceeded"
+            again = attempt < spec.get("backoffLimit", 0)
             failure["jobDeploymentStatus"] = "Retrying" if again else "Failed"
             self._set(name, failed=attempt + 1, **failure)
             if not again:
@@ -186,7 +151,7 @@ class Operator:
             self._sleep(name, self.retry_seconds)
             self._set(name, jobDeploymentStatus="", jobStatus="", rayClusterName="", reason="", message="")
 
-    def _run_attempt(self, name: str, spec: Resource, deadline: float) -> Resource | None:
+    def _run_attempt(self, name: str, spec: Resource) -> Resource | None:
         """What the status says of how it failed; None if it did not."""
         cluster = f"{name}-{secrets.token_hex(3)[:5]}"
         self.clusters.append(cluster)
@@ -194,10 +159,7 @@ class Operator:
         if not self._starts(name, cluster, spec):
             message = "The RayJob has passed the preRunningDeadlineSeconds."
             return {"reason": "PreRunningDeadlineExceeded", "message": message}
-        with self._ray(name, spec["rayClusterSpec"]) as ray:
-            code = self._run_entrypoint(name, spec, ray, deadline)
-        if code is None:  # jobStatus stays as it is
-            return {"reason": "DeadlineExceeded", "message": "The RayJob has passed the activeDeadlineSeconds."}
+        code = self._run_entrypoint(name, spec)
         if code == 0 or self.ends:
             return None
         message = f"Job entrypoint command failed with exit code {code}"
@@ -205,26 +167,23 @@ class Operator:
 
     def _starts(self, name: str, cluster: str, spec: Resource) -> bool:
         template = spec["rayClusterSpec"]["headGroupSpec"]["template"]
-        named = {variable["name"] for variable in template["spec"]["containers"][0].get("env", [])}
-        # KubeRay adds its token only where the variable is not named (1.7.0), and Ray 2.60 wants one.
-        head = crash_loop if "RAY_AUTH_TOKEN" in named and "authOptions" in spec["rayClusterSpec"] else self.head
-        status, events = head(template["spec"])
+        status, events = self.head(template["spec"])
         labels = {"ray.io/cluster": cluster, "ray.io/node-type": "head", "ray.io/group": "headgroup"}
         pod = f"{cluster}-head-{secrets.token_hex(3)[:5]}"
         for number, event in enumerate(events):
             about = {"metadata": {"name": f"{pod}.{number}"}, "involvedObject": {"kind": "Pod", "name": pod}}
             self.cluster.create("events", event | about)
-        if head is crash_loop:
+        if self.head is crash_loop:
             self.cluster.last_words[pod] = self.last_words
         self._start_pod(name, pod, template, labels, status)
-        if head is running:
+        if self.head is running:
             return True
         while not self.seen():
             self._pause(name)
         self._sleep(name, spec.get("preRunningDeadlineSeconds", 1e9))
         return False
 
-    def _run_entrypoint(self, name: str, spec: Resource, ray: dict[str, str], deadline: float) -> int | None:
+    def _run_entrypoint(self, name: str, spec: Resource) -> int:
         head = spec["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][0]
         template = spec["submitterPodTemplate"]
         status, _ = running(template["spec"])
@@ -236,18 +195,15 @@ class Operator:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env=self._environment(head) | ray,
+            env=self._environment(head),
             start_new_session=True,
         )
-        self.processes[name] = process
         self.started.append(name)
         reader = threading.Thread(target=_copy_lines, args=(process, log), daemon=True)
         reader.start()
         self._set(name, jobStatus="RUNNING")
         try:
             while process.poll() is None:
-                if time.monotonic() > deadline:
-                    return None
                 self._pause(name)
         finally:
             _end(process)
@@ -273,27 +229,6 @@ class Operator:
             image |= self.references.get(reference["name"], {})
         return image | {variable["name"]: variable["value"] for variable in container.get("env", [])}
 
-    @contextmanager
-    def _ray(self, name: str, cluster: Resource) -> Iterator[dict[str, str]]:
-        if not self.ray:
-            yield {}
-            return
-        (workers,) = cluster["workerGroupSpecs"]
-        limits = workers["template"]["spec"]["containers"][0]["resources"]["limits"]
-        auth = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
-        head = subprocess.Popen(
-            [sys.executable, "-c", _HEAD, str(workers["replicas"] * int(limits["cpu"]))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=self._environment(cluster["headGroupSpec"]["template"]["spec"]["containers"][0]) | auth,
-        )
-        assert head.stdout
-        try:
-            yield auth | {"RAY_ADDRESS": head.stdout.readline().strip()}
-        finally:
-            head.communicate("")
-
     def _start_pod(self, job: str, pod: str, template: Resource, labels: dict[str, str], status: Resource) -> str:
         metadata = {"name": pod, "labels": template["metadata"]["labels"] | labels}
         content = {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": template["spec"], "status": status}
@@ -308,8 +243,6 @@ class Operator:
                 self._pause(name)
             if policy == "DeleteSelf":
                 self.cluster.delete("rayjobs", name)
-            else:
-                self.deleted.append(policy)
 
     def _set(self, name: str, **status: Any) -> None:
         self._raise_if_deleted(name)

@@ -1,20 +1,25 @@
-"""Submission with KFP's real client to a server that really executes the pipeline, and who may connect to it."""
+"""Submission with KFP's real client, the wait for a run, and who may connect."""
 
 import socket
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from kfp import dsl
 from kfp_api import KfpServer
 from refused import refused
 
 from ncsn.errors import MISSING
-from pipelines import compile as compiled
-from pipelines.submit import KfpError, KfpRefusalError, Submission, arguments_for, connect, package, submit
+from pipelines.submit import (
+    KfpConnection,
+    KfpError,
+    KfpRefusalError,
+    Submission,
+    arguments_for,
+    connect,
+    package,
+    submit,
+)
 from pipelines.wait import RunFailed, wait
 
 
@@ -113,89 +118,62 @@ def test_credentials_that_cannot_be_used(
     assert "hunter2" not in str(caught.value)
 
 
-@dsl.component(base_image="ncsn-python:0.1.0", install_kfp_package=False)
-def work(folder: str, count: int) -> int:
-    """Leave a file, or fail if there are none to leave, or never end."""
-    import time
-    from pathlib import Path
-
-    if count < 0:
-        raise ValueError("no count below zero")
-    Path(folder, "worked").write_text(str(count))
-    while count > 100:
-        time.sleep(0.1)
-    return count
+TRAIN = Submission("train", "mine", {"config": "{}"}, experiment="tests")
 
 
-@dsl.component(base_image="ncsn-python:0.1.0", install_kfp_package=False)
-def end(folder: str, status: dsl.PipelineTaskFinalStatus) -> None:
-    """Write down how it ended."""
-    from pathlib import Path
-
-    Path(folder, "ended").write_text(status.state)
-
-
-@dsl.pipeline(name="small")
-def small_pipeline(folder: str, count: int = 3) -> None:
-    """A pipeline that takes seconds."""
-    with dsl.ExitHandler(end(folder=folder), name="steps"):
-        work(folder=folder, count=count)
-
-
-@pytest.fixture(autouse=True)
-def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(compiled.PIPELINES, "small_pipeline", small_pipeline)
-
-
-def submission(folder: Path, **arguments: object) -> Submission:
-    return Submission("small", "mine", {"folder": str(folder), **arguments}, experiment="tests")
-
-
-def test_a_run_is_executed_and_waited_for(kfp_server: KfpServer, tmp_path: Path) -> None:
+@pytest.fixture
+def started(kfp_server: KfpServer) -> tuple[KfpConnection, dict[str, Any]]:
+    """A run of the pipeline `train`, as the server has it."""
     connection = connect(kfp_server.url)
-    started = submit(connection, submission(tmp_path, count="7"))
-    assert started.url == f"{kfp_server.url}/#/runs/details/{started.id}"
-    states: list[str] = []
-    wait(connection, started.id, say=states.append, poll_seconds=0.1)
-    assert [state for state in states if ":" not in state][-2:] == ["RUNNING", "SUCCEEDED"]
-    assert {"work: SUCCEEDED", "end: SUCCEEDED"} <= set(states), "and nothing of Argo's nodes"
-    assert len(states) == len(set(states))
-    assert ((tmp_path / "worked").read_text(), (tmp_path / "ended").read_text()) == ("7", "COMPLETE")
-    assert [item["display_name"] for item in kfp_server.experiments.values()] == ["tests"]
-    kfp_server.idle = True  # another run of the same pipeline would tell nothing new
-    again = submit(connection, submission(tmp_path))
-    assert {run["experiment_id"] for run in kfp_server.runs.values()} == set(kfp_server.experiments)
-    assert kfp_server.runs[again.id]["display_name"] == "mine"
+    return connection, kfp_server.runs[submit(connection, TRAIN).id]
 
 
-def test_a_failed_run_names_its_task_and_page(kfp_server: KfpServer, tmp_path: Path) -> None:
-    connection = connect(kfp_server.url)
-    started = submit(connection, submission(tmp_path, count=-1))
-    with pytest.raises(RunFailed, match=rf"{started.id} .*FAILED.*work.*no count.*{kfp_server.url}/#/"):
-        wait(connection, started.id, say=lambda _: None, why=lambda: "no count", poll_seconds=0.1)
-    assert (tmp_path / "ended").read_text() == "FAILED"
+def reach(run: dict[str, Any], state: str, **tasks: str) -> None:
+    """Let a run and its tasks reach a state. KFP 2.17.0 lists Argo's nodes: each task, its tries, and more."""
+    nodes = {"ncsn-train-sd9mr": state, "exit-handler-1": state, "ingest-driver": "SUCCEEDED", "executor": "SUCCEEDED"}
+    details = [{"display_name": name, "state": reached} for name, reached in (nodes | tasks).items()]
+    tries = [each | {"display_name": f"{each['display_name']}(0)"} for each in details]
+    others = [{"display_name": "sample"}, {"execution_id": "1"}]  # a task that has not begun, and a node without a name
+    run |= {"state": state, "run_details": {"task_details": [*others, *details, *tries]}}
 
 
-def test_a_canceled_run_ends_the_wait(kfp_server: KfpServer, tmp_path: Path) -> None:
-    connection = connect(kfp_server.url)
-    started = submit(connection, submission(tmp_path, count=1000))
+def test_the_states_of_a_run_and_of_its_tasks_are_told_once(started: tuple[KfpConnection, dict[str, Any]]) -> None:
+    connection, run = started
+    said: list[str] = []
 
-    def cancel() -> None:
-        while not (tmp_path / "worked").exists():
-            time.sleep(0.05)
-        connection.client.terminate_run(started.id)
+    def follow(line: str) -> None:
+        said.append(line)
+        if line == "PENDING":
+            reach(run, "RUNNING", ingest="SUCCEEDED", train="RUNNING")
+        elif line == "RUNNING":
+            reach(run, "SUCCEEDED", ingest="SUCCEEDED", train="SUCCEEDED")
 
-    canceling = threading.Thread(target=cancel)
-    canceling.start()
-    with pytest.raises(RunFailed, match="FAILED"):
-        wait(connection, started.id, say=lambda _: None, poll_seconds=0.1)
-    canceling.join()
+    wait(connection, run["run_id"], say=follow, poll_seconds=0.1)
+    assert [line for line in said if "pods" not in line] == [
+        "PENDING",
+        "Ingest images: SUCCEEDED",
+        "Train score network: RUNNING",
+        "RUNNING",
+        "Train score network: SUCCEEDED",
+        "SUCCEEDED",
+    ]
 
 
-def test_a_server_that_is_away_for_a_while_is_waited_for(kfp_server: KfpServer, tmp_path: Path) -> None:
-    kfp_server.idle = True
-    connection = connect(kfp_server.url)
-    started = submit(connection, submission(tmp_path))
+@pytest.mark.parametrize("state", ["FAILED", "CANCELED"])
+def test_a_run_that_does_not_succeed_names_its_task_and_page(
+    started: tuple[KfpConnection, dict[str, Any]], state: str
+) -> None:
+    connection, run = started
+    reach(run, state, ingest="SUCCEEDED", train="FAILED")
+    why = rf"{run['run_id']} .*{state} \(Train score network\): no count; .*{connection.host}/#/"
+    with pytest.raises(RunFailed, match=why):
+        wait(connection, run["run_id"], say=lambda _: None, why=lambda: "no count", poll_seconds=0.1)
+
+
+def test_a_server_that_is_away_for_a_while_is_waited_for(
+    kfp_server: KfpServer, started: tuple[KfpConnection, dict[str, Any]]
+) -> None:
+    connection, run = started
     states: list[str] = []
 
     def follow(state: str) -> None:
@@ -205,10 +183,10 @@ def test_a_server_that_is_away_for_a_while_is_waited_for(kfp_server: KfpServer, 
         if state == "PENDING":
             kfp_server.away = True
         elif "unavailable" in state:
-            kfp_server.runs[started.id]["state"] = "SUCCEEDED"
+            run["state"] = "SUCCEEDED"
             kfp_server.away = False
 
-    wait(connection, started.id, say=follow, poll_seconds=0.1)
+    wait(connection, run["run_id"], say=follow, poll_seconds=0.1)
     assert [state for state in states if state.isupper()] == ["PENDING", "SUCCEEDED"]
     assert len(states) == 4  # one line when the server is gone and one when it is back
 
@@ -220,11 +198,11 @@ def test_a_run_that_is_gone_cannot_be_watched(kfp_server: KfpServer) -> None:
     assert "404" in str(caught.value)
 
 
-def test_the_server_refuses_in_one_line(kfp_server: KfpServer, tmp_path: Path) -> None:
+def test_the_server_refuses_in_one_line(kfp_server: KfpServer) -> None:
     connection = connect(kfp_server.url)
     kfp_server.forbidden = True
     with refused(kfp_server.url, error=KfpError) as caught:
-        submit(connection, submission(tmp_path))
+        submit(connection, TRAIN)
     assert all(fact in str(caught.value) for fact in ("'mine'", "'somebody'", "403"))
     assert kfp_server.runs == {}
 
@@ -232,12 +210,12 @@ def test_the_server_refuses_in_one_line(kfp_server: KfpServer, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("given", "value"),
     [
-        ({"folder": "/x", "cuont": 1}, "cuont"),
-        ({"count": 1}, MISSING),
+        ({"config": "{}", "runn": "x"}, "runn"),
+        ({"run": "x"}, MISSING),
     ],
 )
 def test_arguments_are_checked_before_anything_is_sent(given: dict[str, object], value: object) -> None:
-    with refused("--param") as caught, package(Submission("small", "mine", given, "tests")):
+    with refused("--param") as caught, package(Submission("train", "mine", given, "tests")):
         pass
     assert caught.value.problems[0].value == value
 
@@ -267,15 +245,9 @@ def test_caching_reaches_the_tasks_inside_the_exit_handler() -> None:
     ("expression", "kfp"),
     [("0 3 * * 1", "0 0 3 * * 1"), ("30 0 3 1,15 jan-jun *", "30 0 3 1,15 jan-jun *"), ("@daily", "@daily")],
 )
-def test_a_schedule_starts_one_run_at_a_time(kfp_server: KfpServer, tmp_path: Path, expression: str, kfp: str) -> None:
-    made = submit(connect(kfp_server.url), submission(tmp_path), every=expression)
+def test_a_schedule_starts_one_run_at_a_time(kfp_server: KfpServer, expression: str, kfp: str) -> None:
+    made = submit(connect(kfp_server.url), TRAIN, every=expression)
     assert made.url == f"{kfp_server.url}/#/recurringrun/details/{made.id}"
     recurring = kfp_server.recurring_runs[made.id]
     assert recurring["trigger"] == {"cron_schedule": {"cron": kfp}}
     assert (recurring["no_catchup"], recurring["max_concurrency"], recurring["mode"]) == (True, 1, "ENABLE")
-
-
-def test_kfp_refuses_a_schedule_that_is_none(kfp_server: KfpServer, tmp_path: Path) -> None:
-    with refused(kfp_server.url, error=KfpError) as caught:
-        submit(connect(kfp_server.url), submission(tmp_path), every="every monday")
-    assert all(fact in str(caught.value) for fact in ("every monday", "6 fields", "400"))

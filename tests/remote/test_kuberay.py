@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from kuberay_operator import crash_loop, unpullable, unschedulable
+from kuberay_operator import crash_loop, unschedulable
 from kuberay_rules import load_schemas, schema_errors
 from kubernetes_api import pairs
 from refused import refused
 
 from ncsn.config import from_yaml
-from ncsn.config.compute import ComputeConfig
 from ncsn.process import KFP_RUN_ID, KFP_WORKFLOW
 from ncsn.remote import pods
 from ncsn.remote.backend import RemoteFailure, forwarded_environment
-from ncsn.remote.kuberay import KubeRay
 from ncsn.remote.kubernetes import KubernetesApi
 from ncsn.remote.pods import troubles_of_run
 from ncsn.steps.janitor import forget_this_run, note_run
@@ -91,52 +87,11 @@ def test_a_failed_worker_is_named_and_its_cluster_kept_for_a_while(emulation, ev
     assert emulation.log.count("ValueError") >= 1
 
 
-def test_a_lost_head_means_a_new_cluster_and_the_same_job(emulation, eventually, tmp_path: Path, said) -> None:
-    """The driver dies without a word; KubeRay starts the entrypoint again on another cluster, where it resumes."""
-    saved = tmp_path / "checkpoint"
-    code = (
-        "import pathlib, time\nprint('running', flush=True)\n"
-        f"saved = pathlib.Path({str(saved)!r})\n"
-        "if saved.exists(): print('resumed')\n"
-        "else: saved.touch(); time.sleep(60)"
-    )
-
-    def lose() -> None:
-        eventually(saved.exists, "there is something to resume from")
-        eventually(lambda: "running" in said, "the launcher has shown what a lost head takes along")
-        (process,) = emulation.operator.processes.values()
-        os.killpg(process.pid, signal.SIGKILL)
-
-    emulation.execute(code, meanwhile=lose)
-    assert len(emulation.operator.started) == 2 and len(set(emulation.operator.started)) == 1
-    assert emulation.log.splitlines() == ["running", "running", "resumed"]
-
-
-def test_a_mistake_is_not_tried_again(emulation, tmp_path: Path, eventually) -> None:
-    """Another cluster would cost as much and find the same."""
-    told = tmp_path / "error.json"
-    code = f"import pathlib, sys; pathlib.Path({str(told)!r}).touch(); sys.exit(2)"
-    step = replace(emulation.step(code), mistaken=told.exists)
-    emulation.operator.retry_seconds = 240
-    with pytest.raises(RemoteFailure, match=r"ncsn-mine-train-\w{8} "):
-        KubeRay(ComputeConfig(), renew_seconds=0.2).execute(step)
-    assert len(emulation.operator.started) == 1
-    eventually(lambda: not emulation.jobs, "the RayJob is gone")
-
-
 @pytest.mark.parametrize("status", ["FAILED", "STOPPED"])
 def test_complete_is_not_success(emulation, status: str) -> None:
     emulation.operator.ends = status
     with pytest.raises(RemoteFailure, match=f"Complete / {status}"):
         emulation.execute(HELLO)
-
-
-def test_a_deadline_ends_it_and_its_workers(emulation, eventually) -> None:
-    """jobStatus stays RUNNING then (KubeRay 1.6.2, 1.7.0): a rule that asks for FAILED would not delete them."""
-    with pytest.raises(RemoteFailure, match=r"DeadlineExceeded.*activeDeadlineSeconds"):
-        emulation.execute(SLEEP, kuberay={"max_hours": 1 / 3600})
-    eventually(lambda: emulation.operator.deleted == ["DeleteWorkers"], "the workers are deleted")
-    assert len(emulation.operator.clusters) == 1
 
 
 @pytest.mark.parametrize("retry_seconds", [0, 240])
@@ -231,18 +186,6 @@ def test_no_cluster_at_all_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path
         with refused("KUBECONFIG"):
             KubernetesApi()
     assert "compute." not in caught.value.problems[0].hint  # `ncsn cleanup` has no config
-
-
-@pytest.mark.usefixtures("hasty")
-def test_an_image_that_cannot_be_pulled_ends_it_by_name(emulation, eventually, capsys) -> None:
-    emulation.operator.head = unpullable
-    image = "registry.example/ncsn-python:0.1.0"
-    with pytest.raises(RemoteFailure, match=rf"ImagePullBackOff: .*{image}.*pull access denied"):
-        emulation.execute(HELLO)
-    eventually(lambda: not emulation.jobs, "the RayJob is gone")
-    assert len(emulation.operator.clusters) == 1
-    told = [line for line in capsys.readouterr().err.splitlines() if "ImagePullBackOff" in line]
-    assert len(told) == 1, "it is said when it is seen, once"
 
 
 @pytest.mark.usefixtures("hasty")

@@ -1,11 +1,9 @@
-"""Real steps on the emulated cluster: KubeRay's RayJob runs `ncsn train` on a real Ray cluster and a real S3 store."""
+"""Real steps on the emulated cluster: KubeRay's RayJob runs `ncsn train` with a real S3 store."""
 
 from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ from refused import refused
 from remote_places import TINY
 
 from ncsn import storage
-from ncsn.config import Config, from_yaml, to_yaml
+from ncsn.config import Config, from_yaml
 from ncsn.remote.kuberay import KubeRay
 from ncsn.steps import ingest, train
 
@@ -27,7 +25,6 @@ def on_s3(emulation, s3_server, s3_root: str, tmp_path: Path, monkeypatch: pytes
     keys = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"}
     environment = s3_server.environment
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    emulation.operator.ray = True
     emulation.operator.references = {
         "ncsn-environment": {name: value for name, value in environment.items() if name not in keys},
         "ncsn-credentials": {name: value for name, value in environment.items() if name in keys},
@@ -64,7 +61,6 @@ def test_a_mistake_that_the_pod_finds_is_told_as_one(emulation, on_s3: Config) -
         start(name)
 
     emulation.cluster.on_create = deleted
-    emulation.operator.ray = False
     emulation.operator.retry_seconds = 60
     with refused(dataset):
         train.run(on_s3, run="mine", dataset=dataset)
@@ -79,20 +75,6 @@ def test_without_a_cluster_the_store_is_left_alone(
     with refused("KUBECONFIG"):
         train.run(on_s3, run="mine", dataset=dataset)
     assert not storage.list_names(f"{on_s3.storage.root}/runs/mine/steps/train")
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_the_whole_pipeline_runs_with_rayjobs(emulation, on_s3: Config, tmp_path: Path, eventually) -> None:
-    (tmp_path / "tiny.yaml").write_text(to_yaml(on_s3))
-    command = [sys.executable, "-m", "ncsn", "run", "--config", str(tmp_path / "tiny.yaml"), "--run", "whole", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=os.environ, check=False)
-    assert done.returncode == 0, done.stderr
-    steps = json.loads(done.stdout)["steps"]
-    assert steps["train"]["images_seen"] == 320
-    assert "champion" in steps["register"]["aliases"]
-    assert [name.split("-")[2] for name in emulation.operator.started] == ["train", "sample", "evaluate"]
-    eventually(lambda: not emulation.jobs, "no RayJob is left")
 
 
 @pytest.mark.slow

@@ -35,7 +35,6 @@ def waiting_pod(run_id: str, reason: str, message: str) -> dict[str, Any]:
 def started(kfp_server: KfpServer, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, str]:
     """A run that KFP says is RUNNING, whatever its pods do."""
     monkeypatch.setattr("pipelines.wait.LOOK_SECONDS", 0.1)
-    kfp_server.idle = True
     connection = connect(kfp_server.url)
     run_id = submit(connection, Submission("train", "mine", {"config": "{}"}, experiment="tests")).id
     kfp_server.runs[run_id]["state"] = "RUNNING"
