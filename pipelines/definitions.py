@@ -70,26 +70,28 @@ def train_pipeline(config: str, run: str = "", content: str = "") -> None:
         dataset = ingested.outputs["dataset"]
         # A task and not a branch: only a task that reads the config knows whether it asks for a search.
         tuned = configured(tune(config=config, run=run, dataset=dataset), "Search settings, if asked", cached=True)
-        config, run = tuned.outputs["best_config"], tuned.outputs["best_run"]
-        trained = configured(train(config=config, run=run, dataset=dataset), "Train score network", cached=True)
+        best_config, best_run = tuned.outputs["best_config"], tuned.outputs["best_run"]
+        trained = configured(
+            train(config=best_config, run=best_run, dataset=dataset), "Train score network", cached=True
+        )
         # Not cached: `ncsn select` may have chosen another checkpoint since. The store has the images of this one.
         sampled = configured(
-            sample(config=config, run=run, checkpoint=trained.outputs["checkpoint"]),
+            sample(config=best_config, run=best_run, checkpoint=trained.outputs["checkpoint"]),
             "Sample images",
         )
         # Not cached: KFP takes the images of each run for new ones. The store has the results of the same images.
         evaluated = configured(
-            evaluate(config=config, run=run, dataset=dataset, samples=sampled.outputs["samples"]),
+            evaluate(config=best_config, run=best_run, dataset=dataset, samples=sampled.outputs["samples"]),
             "Evaluate samples",
         )
         evaluation = evaluated.outputs["evaluation"]
         # Not cached: the gate compares with the present champion.
         registered = configured(
-            register(config=config, run=run, checkpoint=sampled.outputs["sampled"], evaluation=evaluation),
+            register(config=best_config, run=best_run, checkpoint=sampled.outputs["sampled"], evaluation=evaluation),
             "Register model",
         )
         # After the gate, whose decision the page shows.
-        configured(report(config=config, run=run, evaluation=evaluation).after(registered), "Write report")
+        configured(report(config=best_config, run=best_run, evaluation=evaluation).after(registered), "Write report")
 
 
 @dsl.pipeline(

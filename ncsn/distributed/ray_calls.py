@@ -118,27 +118,26 @@ def _on_cpus(
             ray.cancel(reference)
 
 
-class _GpuActor:
-    # A process that has computed on a GPU keeps its CUDA context there as long as it lives, and Ray may lend a task's
-    # process another GPU next. An actor has one GPU for its whole life, and its network stays loaded.
-    def call(self, function: Callable[[T], R], item: T, threads: int) -> tuple[T, R]:
-        torch.set_num_threads(threads)
-        return item, function(item)
-
-
 def _on_gpus(
     function: Callable[[T], R], items: Iterator[T], *, cpus: int, in_flight: int | None
 ) -> Iterator[tuple[T, R]]:
+    # A process that has computed on a GPU keeps its CUDA context there as long as it lives, and Ray may lend a task's
+    # process another GPU next. An actor has one GPU for its whole life, and its network stays loaded.
+    class GpuActor:
+        def call(self, item: T) -> tuple[T, R]:
+            torch.set_num_threads(cpus)
+            return item, function(item)
+
     gpus = max(1, int(ray.cluster_resources().get("GPU", 0)))
     first = list(islice(items, gpus if in_flight is None else min(gpus, in_flight)))
     # Ray starts a lost actor again elsewhere, and makes its call again, there or when a GPU is free.
-    kind: Any = ray.remote(num_cpus=cpus, num_gpus=1, max_restarts=-1, max_task_retries=RETRIES, **ANYWHERE)(_GpuActor)
+    kind: Any = ray.remote(num_cpus=cpus, num_gpus=1, max_restarts=-1, max_task_retries=RETRIES, **ANYWHERE)(GpuActor)
     actors = [kind.remote() for _ in first]
     pool, left = ActorPool(actors), chain(first, items)
     try:
         while True:
             for item in left:
-                pool.submit(lambda actor, item: actor.call.remote(function, item, cpus), item)
+                pool.submit(lambda actor, item: actor.call.remote(item), item)
                 if not pool.has_free():
                     break
             while (idle := pool.pop_idle()) is not None:  # nothing is left for it; one that was lost may need its GPU

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,40 +27,25 @@ from ncsn.progress import Progress
 
 Features = NDArray[np.float32]
 
-Part = TypeVar("Part", "Shard", "Probe")
-
 LEVELS = "levels.npy"  # file of the strip
 
 
 @dataclass(frozen=True)
-class _Images:
-    """Images `first .. first + count` of a seed."""
+class Part:
+    """Images `first .. first + count` of a seed, and what is wanted of them."""
 
     config: Config  # its section compute; for features, evaluation too
     sampling: SamplingConfig
     checkpoint: str  # URI of a checkpoint, or of the files of a registered model
     first: int
     count: int
+    folder: str | None = None  # URI; the images are kept there, as a shard
+    dataset: str | None = None  # URI; the features of the images are wanted, by the extractor kept there
+    exists: bool = False  # whether the shard is there already
+    number: int = 0  # of the samples that it is a part of, where there are several
 
 
-@dataclass(frozen=True)
-class Shard(_Images):
-    """Images that are kept."""
-
-    folder: str
-    dataset: str | None = None  # URI; the features of the images are wanted too, by the extractor kept there
-    exists: bool = False
-
-
-@dataclass(frozen=True)
-class Probe(_Images):
-    """Images of which only the features are kept."""
-
-    dataset: str  # URI, as above
-    number: int  # of the samples that they are part of
-
-
-def plan_shards(config: Config, *, checkpoint: str, folder: str, dataset: str | None = None) -> list[Shard]:
+def plan_shards(config: Config, *, checkpoint: str, folder: str, dataset: str | None = None) -> list[Part]:
     """The shards of the config's images that are still missing, each of `sampling.batch_size` images.
 
     With a `dataset`, whose extractor is used, the features of all images are wanted too. Then the images that exist
@@ -69,7 +53,7 @@ def plan_shards(config: Config, *, checkpoint: str, folder: str, dataset: str | 
     """
     sampling = config.sampling
     gaps = missing_ranges(storage.list_names(folder), num_images=sampling.num_images)
-    shard = Shard(config, sampling, checkpoint, 0, sampling.batch_size, folder, dataset)
+    shard = Part(config, sampling, checkpoint, 0, sampling.batch_size, folder, dataset)
     missing = _cut(shard, gaps)
     if dataset is None:
         return missing
@@ -87,7 +71,7 @@ def _cut(template: Part, ranges: Iterable[tuple[int, int]]) -> list[Part]:
 
 def make_shards(
     config: Config,
-    shards: Sequence[Shard],
+    shards: Sequence[Part],
     *,
     progress: Progress,
     on_features: Callable[[int, Features], None] | None = None,
@@ -108,8 +92,9 @@ def make_shards(
     return made
 
 
-def _sample_shard(shard: Shard) -> Features | None:
+def _sample_shard(shard: Part) -> Features | None:
     """Publish the shard unless it exists; the features of its images if they are wanted."""
+    assert shard.folder is not None, "a shard is kept"
     if shard.exists:
         images = read_samples(shard.folder, shard.first, shard.first + shard.count)
     else:
@@ -147,7 +132,8 @@ def sample_features(
         part
         for number, (checkpoint, sampling) in enumerate(wanted)
         for part in _cut(
-            Probe(config, sampling, checkpoint, 0, sampling.batch_size, dataset, number), [(0, num_images)]
+            Part(config, sampling, checkpoint, 0, sampling.batch_size, dataset=dataset, number=number),
+            [(0, num_images)],
         )
         if number not in broken  # asked when a call begins
     )
@@ -168,16 +154,17 @@ def sample_features(
             found[number] = {}
 
 
-def _score(part: Probe) -> Features | None:
+def _score(part: Part) -> Features | None:
     _load(part.checkpoint, device=part.config.compute.device)  # an error of the checkpoint is not the sampler's
     try:
         images = _generate(part)
     except InvalidValue:  # not finite
         return None
+    assert part.dataset is not None, "its extractor is asked for"
     return extractor_of(part.config, part.dataset).extract(images).features
 
 
-def _generate(part: _Images, on_level: Strip | None = None) -> NDArray[np.uint8]:
+def _generate(part: Part, on_level: Strip | None = None) -> NDArray[np.uint8]:
     device = part.config.compute.device
     trained, first, count = _load(part.checkpoint, device=device), part.first, part.count
     return generate(trained, sampling=part.sampling, first=first, count=count, device=device, on_level=on_level)

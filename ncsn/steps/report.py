@@ -95,6 +95,12 @@ def _results(sources: ReportSources) -> dict[str, Any]:
     copies = Memorization(**evaluation["memorization"]).objection
     levels = config.noise.training.kind == "levels"
     strengths = f"{config.levels.num_levels} strengths" if levels else "any strength"
+    caption = f"The first images that the model generated with seed {sources.samples['seed']}, not hand-picked."
+    names, label = sources.samples.get("classes"), sources.samples.get("label", BALANCED)
+    if names and label in (BALANCED, AS_DATA):
+        caption += f" A row for each class: {', '.join(names[:GRID_CLASSES])}."
+    elif names:
+        caption += f" All are of the class {label if label in names else names[int(label)]}."
     # The search in this run, or in the one whose best settings this run trains.
     runs = (RunFolder(folder.root, name) for name in (folder.run, folder.run.removesuffix(BEST)))
     search = next(filter(None, (read_step(each, TUNE).result for each in runs)), None)
@@ -111,7 +117,7 @@ def _results(sources: ReportSources) -> dict[str, Any]:
         "costs": list(cost_facts(spent(config, run=folder.run), num_images=sampled)),
         "config": to_yaml(config),
         **{name: storage.read_bytes(uri) if storage.exists(uri) else None for name, uri in pictures.items()},
-        "grid_caption": _grid_caption(sources.samples),
+        "grid_caption": caption,
         "evaluation": evaluation,
         "copying_hints": hints.copying_hints(generated, real, copies=copies),
         "neighbors": storage.read_bytes(evaluation["neighbors"]),
@@ -143,16 +149,6 @@ def _lineage(sources: ReportSources, tracked: StepRun) -> Iterator[Fact]:
     yield Fact("MLflow run", run_id, link=page(tracked.uri, whole.info.experiment_id, run_id))
     yield Fact("MLflow runs by step", " · ".join(f"{step} {run.info.run_id}" for step, run in steps.items()))
     yield from tag_facts([whole.data.tags, *(run.data.tags for run in steps.values())])
-
-
-def _grid_caption(samples: Mapping[str, Any]) -> str:
-    caption = f"The first images that the model generated with seed {samples['seed']}, not hand-picked."
-    names, label = samples.get("classes"), samples.get("label", BALANCED)
-    if not names:
-        return caption
-    if label in (BALANCED, AS_DATA):
-        return f"{caption} A row for each class: {', '.join(names[:GRID_CLASSES])}."
-    return f"{caption} All are of the class {label if label in names else names[int(label)]}."
 
 
 def _training(sources: ReportSources) -> dict[str, Any]:

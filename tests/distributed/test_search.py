@@ -15,7 +15,7 @@ from ncsn.config import Config, from_yaml
 from ncsn.config.choices import ChoiceDomain, Domain, LogDomain, UniformDomain
 from ncsn.config.compute import ComputeConfig
 from ncsn.distributed import sampling, trials
-from ncsn.distributed.sampling import Probe
+from ncsn.distributed.sampling import Part
 from ncsn.distributed.search import DRIVER_MEMORY, Halving, Suggestions, trials_at_once
 from ncsn.distributed.trainer import checkpoint_store
 from ncsn.distributed.trials import FAILED, Rung, Scored, SearchPlan, TrialFolder, read_trials, run_trial
@@ -145,9 +145,9 @@ def test_what_is_missing_or_damaged_fails_no_trial(
 
 
 def test_a_missing_checkpoint_is_not_a_sampler_that_diverges(plan: SearchPlan) -> None:
-    probe = Probe(plan.config, plan.config.sampling, f"{plan.trials}/nowhere", 0, 4, plan.dataset, 0)
-    with refused(probe.checkpoint, error=CheckpointError):
-        sampling._score(probe)
+    part = Part(plan.config, plan.config.sampling, f"{plan.trials}/nowhere", 0, 4, dataset=plan.dataset)
+    with refused(part.checkpoint, error=CheckpointError):
+        sampling._score(part)
 
 
 def test_a_trial_keeps_one_checkpoint(tiny: str, dataset: str, tmp_path: Path) -> None:

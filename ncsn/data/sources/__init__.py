@@ -22,7 +22,7 @@ SOURCES: Mapping[str, KnownSource] = {
     "fashion_mnist": KnownSource("published_sets.open_torchvision"),
     "mnist": KnownSource("published_sets.open_torchvision"),
     "cifar10": KnownSource("published_sets.open_torchvision"),
-    "celeba": KnownSource("published_sets.open_celeba"),
+    "celeba": KnownSource("celeba.open_celeba"),
     "image_folder": KnownSource("image_folder.open_image_folder"),
     "parquet": KnownSource("parquet_files.open_parquet"),
 }

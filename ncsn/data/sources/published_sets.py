@@ -1,6 +1,6 @@
-"""Published sets: scikit-learn's digits and photographs; MNIST, Fashion-MNIST and CIFAR-10; CelebA.
+"""Published sets that come as arrays: scikit-learn's digits and photographs; MNIST, Fashion-MNIST and CIFAR-10.
 
-torchvision reads those in the middle, and checks the digest of what it unpickles.
+torchvision reads the latter, and checks the digest of what it unpickles.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import gzip
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,10 +18,9 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 
 from ncsn.config.schema import DataConfig
-from ncsn.data.format import NO_LABEL, SPLITS
+from ncsn.data.format import SPLITS
 from ncsn.data.pixels import Example, Fit
 from ncsn.data.sources.base import Source, hold_out, name_hash, root_of
-from ncsn.data.sources.image_files import EncodedImages, ImageFile, index_archive
 from ncsn.errors import NotFound, UserError
 
 
@@ -255,47 +254,3 @@ def _download(data: DataConfig, this: _Set, kind: Any) -> None:
     except (OSError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise ConnectionError(f"torchvision could not download {this.name} into {root}: {reason}") from error
-
-
-_CELEBA = "img_align_celeba.zip"
-_PARTITION = "list_eval_partition.txt"
-_PARTITION_NUMBERS = {"train": 0, "test": 2}
-_CROP = 140  # pixels, as in the paper
-
-
-def open_celeba(data: DataConfig) -> Source:
-    """CelebA from data.root, the zip or its folder; `list_eval_partition.txt` decides the splits if it is there."""
-    root = root_of(data)
-    archive = root / _CELEBA if root.is_dir() else root
-    if not archive.is_file():
-        hint = "put it there (CelebA is not downloaded)"
-        raise NotFound("data.root", f"has no {_CELEBA}", hint=hint, value=data.root)
-    members = {member.path: member for member, _ in index_archive(str(archive))[0]}
-    if not members:
-        raise UserError(str(archive), f"holds no .jpg or .png images; it is not {_CELEBA}")
-    names, partition = sorted(members), archive.with_name(_PARTITION)
-    if partition.is_file():
-        chosen = _official_splits(names, partition)
-    else:
-        rows = hold_out(names, [NO_LABEL] * len(names), data.test_fraction)
-        chosen = {split: [names[row] for row in rows[split]] for split in SPLITS}
-    fit, images = Fit.of(data, crop=_CROP), {name: ImageFile("", member) for name, member in members.items()}
-    return Source(
-        description="CelebA aligned and cropped faces, Z. Liu, P. Luo, X. Wang and X. Tang 2015, RGB",
-        license="non-commercial research only (CelebA agreement)",
-        class_names=(),
-        splits={
-            split: EncodedImages(str(archive), [images[name] for name in taken], [NO_LABEL] * len(taken), fit)
-            for split, taken in chosen.items()
-        },
-    )
-
-
-def _official_splits(names: Sequence[str], partition: Path) -> dict[str, list[str]]:
-    """The split of a line `NAME 0` is train, and of `NAME 2` test."""
-    try:
-        numbers = {name: int(number) for name, number in map(str.split, partition.read_text().splitlines())}
-        found = [(name, numbers[Path(name).name]) for name in names]
-    except (ValueError, KeyError) as error:
-        raise UserError(str(partition), f"does not say the split of each image: {error}") from error
-    return {split: [name for name, given in found if given == number] for split, number in _PARTITION_NUMBERS.items()}
