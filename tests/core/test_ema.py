@@ -41,24 +41,6 @@ def test_average_of_a_constant_from_zero():
     assert ema.weights["bias"][0].item() == pytest.approx(5 * 0.6323, rel=1e-4)
 
 
-def test_restored_average_goes_on_bitwise():
-    torch.manual_seed(0)
-    path = [nn.Linear(3, 3) for _ in range(6)]
-    ema = Ema(path[0], step_decay(0.97))
-    for module in path[1:3]:
-        ema.update(module, images_seen=1, batch=1)
-    other = Ema(nn.Linear(3, 3), step_decay(0.97))
-    other.load_state_dict({**ema.state_dict(), "weights": {k: v.clone() for k, v in ema.weights.items()}})
-    for module in path[3:]:
-        ema.update(module, images_seen=1, batch=1)
-        other.update(module, images_seen=1, batch=1)
-    assert other.num_updates == 5
-    target = nn.Linear(3, 3)
-    other.copy_to(target)
-    for name, parameter in target.named_parameters():
-        assert torch.equal(parameter, ema.weights[name]) and parameter.requires_grad
-
-
 def test_other_networks_are_refused_and_nothing_is_written():
     ema = Ema(constant(1.0), step_decay(0.9))
     with pytest.raises(ValueError, match=r"bias.*scale"):

@@ -6,15 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ncsn.core.images import (
-    dequantize,
-    fit_moments,
-    image_grid,
-    mirror,
-    moment_matched,
-    to_uint8,
-    to_unit,
-)
+from ncsn.core.images import dequantize, fit_moments, image_grid, mirror, moment_matched, to_uint8, to_unit
 from ncsn.core.keyed_random import keyed_normal
 
 

@@ -10,13 +10,7 @@ from torch import Tensor
 
 from ncsn.core.images import fit_moments
 from ncsn.core.keyed_random import keyed_uniform
-from ncsn.core.likelihood import (
-    LikelihoodOde,
-    ScoreAt,
-    hutchinson_probes,
-    sigma_data_of,
-    uniform_bits,
-)
+from ncsn.core.likelihood import LikelihoodOde, ScoreAt, hutchinson_probes, sigma_data_of, uniform_bits
 
 
 def basis(x: Tensor) -> Tensor:

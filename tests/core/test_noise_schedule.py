@@ -147,12 +147,8 @@ def test_the_largest_distance_is_exact_far_from_zero_and_in_small_blocks(monkeyp
 
 def test_the_largest_distance_compares_few_pairs_and_can_be_cut_short(monkeypatch):
     monkeypatch.setattr("ncsn.core.noise_schedule._SMALL_BLOCK", 10)
-    x = (
-        (255 * images(1000) * torch.linspace(0, 1, 1000)[:, None, None, None])
-        .round()
-        .to(torch.uint8)
-        .permute(0, 2, 3, 1)
-    )
+    spread = images(1000) * torch.linspace(0, 1, 1000)[:, None, None, None]
+    x = (255 * spread).round().to(torch.uint8).permute(0, 2, 3, 1)
     compared = []
     cdist = torch.cdist
     monkeypatch.setattr(torch, "cdist", lambda a, b: compared.append(len(a) * len(b)) or cdist(a, b))

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from ncsn.core.keyed_random import keyed_permutations
 from ncsn.core.losses import Batch, DenoisingScoreMatching, EdmWeight, Uncertainty
 from ncsn.core.noise_schedule import geometric_sigmas
 from ncsn.core.training_noise import STRATA, LevelNoise, LognormalNoise
@@ -71,13 +70,6 @@ def test_each_block_has_one_draw_of_each_stratum() -> None:
     stratum = (torch.special.ndtr((sigma.log() - MEAN) / STD) * STRATA).long().view(3, STRATA)
     assert torch.equal(stratum.sort(dim=1).values, torch.arange(STRATA).expand(3, STRATA))
     assert not torch.equal(stratum[0], stratum[1])
-
-
-def test_permutations_are_those_of_their_numbers() -> None:
-    whole = keyed_permutations(0, stream=5, first=0, count=6, size=9)
-    assert torch.equal(whole.sort(dim=1).values, torch.arange(9).expand(6, 9))
-    assert torch.equal(keyed_permutations(0, stream=5, first=4, count=2, size=9), whole[4:])
-    assert len({tuple(row) for row in whole.tolist()}) == 6
 
 
 def test_the_weight_is_that_of_the_denoiser() -> None:

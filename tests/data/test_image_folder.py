@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import zipfile
 from contextlib import nullcontext
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,12 +30,10 @@ def halves(members: dict[str, bytes]) -> list[dict[str, bytes]]:
 def folder(tmp_path, formats):
     """Writes images of one value and different sizes, path -> value."""
 
-    def make(values: dict[str, int], *, rgb: bool = False) -> Path:
-        for number, (path, value) in enumerate(values.items()):
-            image = np.full((9 + number, 12, 3) if rgb else (9 + number, 12), value, np.uint8)
-            kind = "PNG" if path.lower().endswith("png") else "JPEG"
-            put(tmp_path / "images", {path: formats.image(image, kind)})
-        return tmp_path / "images"
+    def make(values: dict[str, int]) -> str:
+        sized = enumerate(values.items(), start=9)
+        files = {path: formats.image(np.full((height, 12), value, np.uint8)) for height, (path, value) in sized}
+        return put(tmp_path / "images", files)
 
     return make
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-import threading
 import tracemalloc
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ from generated_split import GeneratedSplit
 from refused import refused
 
 from ncsn import storage
-from ncsn.data.dataset import Dataset, write_dataset
+from ncsn.data.dataset import write_dataset
 from ncsn.data.format import Rows, load_manifest, read_split, to_table
 from ncsn.data.pixels import Example
 from ncsn.data.sources.base import Source
@@ -199,18 +197,3 @@ def test_datasets_that_cannot_be_read_are_named(tmp_path, images, config):
     path.write_text(path.read_text().replace('"format_version": 1', '"format_version": 2'))
     with refused(uri):
         load_manifest(uri)
-
-
-def test_of_writers_at_once_one_creates(tmp_path, images, config):
-    barrier = threading.Barrier(2)
-
-    def wait_and_write(_: int) -> Dataset:
-        barrier.wait()
-        return write(images, tmp_path, config)
-
-    with ThreadPoolExecutor(2) as pool:
-        made = list(pool.map(wait_and_write, range(2)))
-    assert sorted(dataset.created for dataset in made) == [False, True]
-    (uri,) = {dataset.uri for dataset in made}
-    assert [path.name for path in tmp_path.iterdir()] == [Path(uri).name]
-    assert np.array_equal(read_split(uri, "train").images, images["train"].images)

@@ -12,8 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from image_folders import rows_of
-from PIL import Image
+from image_folders import Formats, rows_of
 from refused import refused
 
 from ncsn import storage
@@ -27,10 +26,7 @@ NAMES = ["cat", "dog", "owl"]
 
 
 def encoded(value: int, *, kind: str = "PNG") -> bytes:
-    """An image of one gray value."""
-    buffer = io.BytesIO()
-    Image.fromarray(np.full((9, 8), value, np.uint8)).save(buffer, kind)
-    return buffer.getvalue()
+    return Formats.image(np.full((9, 8), value, np.uint8), kind)
 
 
 def pictures(values: Sequence[int]) -> pa.Array:

@@ -13,7 +13,6 @@ from local_training import assert_same_tensors, train_locally
 from refused import refused
 from same_run import curves
 
-from ncsn import storage
 from ncsn.config import Config, from_yaml
 from ncsn.model.checkpoint import Snapshot
 from ncsn.training.loop import DivergedError, Training, TrainingJob, TrainOutcome
@@ -92,17 +91,3 @@ def test_the_checkpoint_before_a_damaged_one_is_used_and_named(
         run(tmp_path, from_yaml(tiny), dataset)
     assert LAST in caplog.text and name in caplog.text
     assert_same(whole, tmp_path)
-
-
-def test_a_damaged_checkpoint_in_a_bucket_is_made_again(
-    whole: Path, tiny: str, dataset: str, s3_root: str, caplog
-) -> None:
-    job = TrainingJob(config=from_yaml(tiny), dataset=dataset)
-    train_locally(job, f"{s3_root}/checkpoints")
-    for name in ("images-000000080", LAST):
-        storage.write_bytes(f"{s3_root}/checkpoints/{name}/ema.safetensors", b"half")
-    train_locally(job, f"{s3_root}/checkpoints")
-    assert caplog.text.count("ema.safetensors") == 2
-    with storage.local_copy(f"{s3_root}/checkpoints/{LAST}") as folder:
-        made = (folder / "ema.safetensors").read_bytes()
-    assert made == (whole / "checkpoints" / LAST / "ema.safetensors").read_bytes()

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import signal
 import subprocess
 import sys
-import tarfile
 import time
 from pathlib import Path
 
 import boto3
 import numpy as np
 import pytest
-from PIL import Image
+from image_folders import Formats
 
 from ncsn import storage
 from ncsn.config import from_yaml
@@ -42,24 +40,17 @@ storage: {{root: {store}}}
 
 
 def png(value: int, *, side: int = 12, deep: bool = False) -> bytes:
-    buffer = io.BytesIO()
     pixels = np.random.default_rng(value).integers(0, 256, (side, side), np.uint8)
-    pixels = pixels.astype(np.uint16) * 257 if deep else pixels
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
+    return Formats.image(pixels.astype(np.uint16) * 257 if deep else pixels)
 
 
 def shard(first: int, last: int) -> bytes:
     """A WebDataset shard whose image 7 is broken and whose image 70 has 16 bits."""
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w:") as tar:
-        for number in range(first, last):
-            content = b"broken" if number == 7 else png(number, deep=number == 70)
-            for name, data in ((f"{number:05d}.png", content), (f"{number:05d}.cls", str(number % 3).encode())):
-                info = tarfile.TarInfo(name)
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
-    return buffer.getvalue()
+    members = {}
+    for number in range(first, last):
+        members[f"{number:05d}.png"] = b"broken" if number == 7 else png(number, deep=number == 70)
+        members[f"{number:05d}.cls"] = str(number % 3).encode()
+    return Formats.tar(members)
 
 
 @pytest.fixture

@@ -17,12 +17,9 @@ from ncsn.config.compute import ComputeConfig
 from ncsn.distributed import sampling, trials
 from ncsn.distributed.sampling import Part
 from ncsn.distributed.search import DRIVER_MEMORY, Halving, Suggestions, trials_at_once
-from ncsn.distributed.trainer import checkpoint_store
 from ncsn.distributed.trials import FAILED, Rung, Scored, SearchPlan, TrialFolder, read_trials, run_trial
 from ncsn.errors import NotFound, UserError
 from ncsn.model.checkpoint import CheckpointError, DamagedError
-from ncsn.training.context import WorkerContext
-from ncsn.training.loop import TrainingJob, train_loop
 
 SEARCH = "search={num_trials: 4, reduction_factor: 2, num_samples: 8}"
 GIB = float(2**30)
@@ -148,15 +145,6 @@ def test_a_missing_checkpoint_is_not_a_sampler_that_diverges(plan: SearchPlan) -
     part = Part(plan.config, plan.config.sampling, f"{plan.trials}/nowhere", 0, 4, dataset=plan.dataset)
     with refused(part.checkpoint, error=CheckpointError):
         sampling._score(part)
-
-
-def test_a_trial_keeps_one_checkpoint(tiny: str, dataset: str, tmp_path: Path) -> None:
-    plan = SearchPlan(from_yaml(tiny, overrides=[SEARCH]), dataset=dataset, trials="")
-    job = TrainingJob(config=plan.trial_config(plan.baseline), dataset=dataset)
-    folder = tmp_path / "checkpoints"
-    outcome = train_loop(job, WorkerContext(), checkpoint_store(job.config, str(tmp_path)))
-    assert [path.name for path in folder.iterdir()] == [outcome.checkpoint]
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
 
 
 def test_samples_of_a_search_are_not_those_of_the_final_figures(plan: SearchPlan) -> None:

@@ -42,7 +42,6 @@ from ncsn.evaluation.extractors.published import (
     positions,
 )
 from ncsn.evaluation.scores import inception_score
-from ncsn.model.memory import worker_memory
 from ncsn.progress import Progress
 from ncsn.steps import evaluate
 
@@ -266,14 +265,6 @@ def test_the_evaluate_step_measures_with_dinov2(dinov2_weights: str, tmp_path: P
     assert other.gate["name"] == "eval/dinov2_fid_n20"
     assert not [name for name in other.metrics if "score" in name or "class" in name or "confidence" in name]
     assert len(other.notes) == 3, "there is no score, and there are few samples"
-
-
-def test_the_memory_of_a_worker_covers_the_network() -> None:
-    def of(*settings: str) -> int:
-        return worker_memory(from_settings(overrides=list(settings)), "evaluate", reference_images=1000)
-
-    dinov2 = ("evaluation.extractor=dinov2", "evaluation.weights=w.pth")
-    assert of(*dinov2) > of(*dinov2, "evaluation.batch_size=64") > 4 * 304_368_640
 
 
 CONTENT = b"weights" * 1000

@@ -1,11 +1,54 @@
-"""Folders of images for tests, and what a source reads of them."""
+"""Folders and files of images for tests, and what a source reads of them."""
 
 from __future__ import annotations
 
+import io
+import struct
+import tarfile
+import zipfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
 
 from ncsn.data.format import SkippedImage
 from ncsn.storage import write_bytes
+
+
+class Formats:
+    @staticmethod
+    def idx(array: np.ndarray) -> bytes:
+        return struct.pack(f">{1 + array.ndim}I", 0x0800 + array.ndim, *array.shape) + array.tobytes()
+
+    @staticmethod
+    def tar(members: Mapping[str, bytes], mode: str = "w:") -> bytes:
+        """A .tar, or with mode "w:gz" a .tar.gz."""
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode=mode) as tar:
+            for name, content in members.items():
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+        return buffer.getvalue()
+
+    @staticmethod
+    def zip(members: Mapping[str, bytes], compression: int = zipfile.ZIP_DEFLATED) -> bytes:
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w", compression) as archive:
+            for name, content in members.items():
+                archive.writestr(name, content)
+        return buffer.getvalue()
+
+    @staticmethod
+    def image(image: np.ndarray | Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+        """An encoded image; a gray one may have a last axis of length 1."""
+        if isinstance(image, np.ndarray):
+            image = Image.fromarray(image[..., 0] if image.shape[2:] == (1,) else image)
+        buffer = io.BytesIO()
+        image.save(buffer, kind, **options)
+        return buffer.getvalue()
 
 
 def put(root: Path | str, files: dict[str, bytes]) -> str:

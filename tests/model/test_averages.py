@@ -45,19 +45,23 @@ def config() -> Config:
     return from_yaml(TEXT)
 
 
-@pytest.fixture(scope="module")
-def trained(config: Config, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
-    """A run with eight snapshots, and the true average of width 0.15."""
-    run, state = tmp_path_factory.mktemp("run"), build.train_state(config)
-    wanted = Ema(state.network, power_function(exponent_of(0.15)))
-    for images in range(100, 801, 100):
-        walk(state, images, wanted)
-        taken = averages.copies(state)
-        averages.store(str(run / "ema"), taken, images_seen=state.images_seen)
+def train(config: Config, run: Path, *more: Ema, every: int) -> Path:
+    """The checkpoint at the end of a run with a snapshot after each `every` images."""
+    state = build.train_state(config)
+    for images in range(every, 801, every):
+        walk(state, images, *more)
+        averages.store(str(run / "ema"), averages.copies(state), images_seen=state.images_seen)
     folder = run / "checkpoints" / checkpoint.folder_name(800)
     folder.mkdir(parents=True)
     checkpoint.snapshot(config=config, state=state, moments=MOMENTS, dataset_digest="d1").write(folder)
-    return folder, wanted.weights
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(config: Config, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
+    """A run with eight snapshots, and the true average of width 0.15."""
+    wanted = Ema(build.train_state(config).network, power_function(exponent_of(0.15)))
+    return train(config, tmp_path_factory.mktemp("run"), wanted, every=100), wanted.weights
 
 
 def worst(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
@@ -122,13 +126,7 @@ def test_the_config_chooses_the_average(config: Config, trained: tuple[Path, dic
 
 
 def test_the_others_do_without_a_lost_or_damaged_snapshot(config: Config, tmp_path: Path) -> None:
-    state = build.train_state(config)
-    for images in (200, 400, 600, 800):
-        walk(state, images)
-        averages.store(str(tmp_path / "ema"), averages.copies(state), images_seen=state.images_seen)
-    folder = tmp_path / "checkpoints" / checkpoint.folder_name(800)
-    folder.mkdir(parents=True)
-    checkpoint.snapshot(config=config, state=state, moments=MOMENTS, dataset_digest="d1").write(folder)
+    folder = train(config, tmp_path, every=200)
     storage.delete(str(tmp_path / "ema" / checkpoint.folder_name(200)))
     (tmp_path / "ema" / checkpoint.folder_name(400) / "0.050.safetensors").write_bytes(b"torn")
     built = build_average(str(folder), relative_width=0.06)

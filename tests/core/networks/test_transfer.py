@@ -103,19 +103,9 @@ def test_other_networks_are_refused_with_what_differs() -> None:
         )
 
 
-def test_a_light_training_changes_a_tenth_of_the_network() -> None:
-    with torch.device("meta"):
-        network = ddpmpp(
-            channels=3,
-            image_size=32,
-            base_width=128,
-            multipliers=(2, 2, 2),
-            blocks_per_resolution=4,
-            attention_sizes=(16,),
-            augmentation=True,
-        )
+def test_a_light_training_leaves_the_convolutions_outside_of_attention() -> None:
+    network = ddpmpp(augmentation=True)
     light = light_parameters(network)
-    numbers = {name: parameter.numel() for name, parameter in network.named_parameters()}
-    assert sum(numbers[name] for name in light) == pytest.approx(6.3e6, abs=5e4)
-    assert {"map_augment", "map_layer0", "map_layer1"} <= {part for name in light for part in name.split(".")}
+    fixed = {name for name, _ in network.named_parameters()} - light
+    assert fixed and all(name.endswith("weight") and ("conv" in name or "shortcut" in name) for name in fixed)
     assert not [name for name in light if ".conv" in name and name.endswith("weight")]

@@ -1,9 +1,11 @@
-"""Images of given classes, guidance of a trained network, and what a registered model keeps for both."""
+"""Images of a trained network: by every sampler, of given classes, guided, and from a registered model."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,16 +14,11 @@ from refused import refused
 
 from ncsn.config import Config, from_yaml
 from ncsn.core.images import fit_moments
+from ncsn.core.samplers.chain import visited
 from ncsn.model import build, checkpoint
 from ncsn.model.checkpoint import TrainedNetwork, weights_digest
-from ncsn.model.classes import Classes
-from ncsn.model.generate import (
-    evaluations_per_image,
-    generate,
-    guide_of,
-    image_labels,
-    sampling_facts,
-)
+from ncsn.model.classes import Classes, require_label, require_same_classes
+from ncsn.model.generate import Strip, evaluations_per_image, generate, guide_of, image_labels, sampling_facts
 from ncsn.model.trained import load_checkpoint_or_model, load_model, save_model
 
 TEXT = """
@@ -61,6 +58,61 @@ def images(trained: TrainedNetwork, *overrides: str, first: int = 0, count: int 
 @pytest.fixture
 def trained() -> TrainedNetwork:
     return network_of(config_with())
+
+
+@pytest.mark.parametrize(
+    ("sampler", "evaluations"),
+    [
+        ("{kind: annealed_langevin, steps_per_level: 3, epsilon: 2.0e-4}", 19),
+        ("{kind: langevin, num_steps: 7, step_size: 1.0e-4}", 8),
+        ("{kind: karras_heun, num_steps: 5, churn: 2.0, churn_noise: 1.003}", 9),
+        ("{kind: dpm_solver, num_steps: 7, eta: 0.5}", 7),
+    ],
+)
+def test_each_sampler_makes_images_that_do_not_depend_on_their_batch(
+    trained: TrainedNetwork, sampler: str, evaluations: int
+) -> None:
+    config, stages = config_with(f"sampling.sampler={sampler}"), list[int]()
+    sampling = config.sampling
+    assert evaluations_per_image(config) == evaluations
+    whole = generate(trained, sampling=sampling, first=0, count=5, on_level=lambda stage, _: stages.append(stage))
+    assert stages == list(range(len(visited(sampling.sampler, build.sigmas(config))) + 1))
+    assert whole.shape == (5, 8, 8, 1) and whole.dtype == np.uint8
+    assert whole.std() > 0 and not np.array_equal(whole[0], whole[1])
+    alone = generate(trained, sampling=sampling, first=3, count=1)
+    assert np.abs(whole[3].astype(int) - alone[0].astype(int)).max() <= 1
+
+
+@pytest.mark.parametrize("sampler", [LANGEVIN, HEUN])
+def test_bfloat16_is_the_networks_alone(trained: TrainedNetwork, sampler: str) -> None:
+    sampling = config_with(sampler).sampling
+    convolved: set[torch.dtype] = set()
+    trained.network.input.register_forward_hook(lambda module, given, made: convolved.add(made.dtype))  # type: ignore[operator]
+    states: set[torch.dtype] = set()
+    halved = generate(
+        trained,
+        sampling=sampling.model_copy(update={"precision": "bfloat16"}),
+        first=0,
+        count=4,
+        on_level=lambda _, x: states.add(x.dtype),
+    )
+    assert (convolved, states) == ({torch.bfloat16}, {torch.float32})
+    exact = generate(trained, sampling=sampling, first=0, count=4)
+    difference = np.abs(halved.astype(int) - exact.astype(int))
+    assert difference.max() > 0 and difference.mean() < 2
+
+
+@pytest.mark.parametrize(("count", "kept"), [(1, [0]), (3, [0, 1, 2]), (6, [0, 2, 4, 5]), (10, [0, 4, 8, 9])])
+def test_a_strip_spreads_its_stages_evenly_and_ends_with_the_finished_images(
+    count: int, kept: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ncsn.model.generate.STRIP_STAGES", 5)
+    monkeypatch.setattr("ncsn.model.generate.level_images", lambda x, *_: x)
+    config = config_with()
+    strip = Strip(config.sampling, config)
+    for number in range(count):
+        strip(number, np.full((1, 2, 2, 1), number, np.uint8))
+    assert strip.frames(np.full((1, 2, 2, 1), 99, np.uint8))[:, 0, 0, 0, 0].tolist() == [*kept[:-1], 99]
 
 
 def test_the_class_decides_the_image_and_the_batch_does_not(trained: TrainedNetwork) -> None:
@@ -136,13 +188,8 @@ def save_checkpoint(trained: TrainedNetwork, folder: Path) -> str:
     state.network.load_state_dict(trained.network.state_dict())
     for name, parameter in trained.network.named_parameters():
         state.ema.weights[name].copy_(parameter)
-    checkpoint.snapshot(
-        config=trained.config,
-        state=state,
-        moments=trained.moments,
-        dataset_digest="d1",
-        classes=trained.classes,
-    ).write(folder)
+    parts = {"config": trained.config, "moments": trained.moments, "classes": trained.classes}
+    checkpoint.snapshot(**parts, state=state, dataset_digest="d1").write(folder)
     return str(folder)
 
 
@@ -216,14 +263,7 @@ def test_a_registered_model_has_its_guide_and_classes_with_it(trained: TrainedNe
     ]
 
 
-@pytest.mark.parametrize(
-    "sampler",
-    [
-        HEUN,
-        "sampling.sampler={kind: dpm_solver, num_levels: 4}",
-        LANGEVIN,
-    ],
-)
+@pytest.mark.parametrize("sampler", [HEUN, "sampling.sampler={kind: dpm_solver, num_levels: 4}", LANGEVIN])
 def test_other_levels_sample_as_a_network_that_has_them(sampler: str) -> None:
     levels, lognormal = "{num_levels: 4, sigma_1: 1.3, sigma_L: 0.07%s}", "training: {kind: lognormal}"
     theirs = network_of(config_with(f"noise={levels % f', {lognormal}'}"))
@@ -236,3 +276,52 @@ def test_other_levels_sample_as_a_network_that_has_them(sampler: str) -> None:
         config_with(sampler, FREE, f"noise={levels % ''}")
     )
     assert sampling_facts(config_with(*chosen).sampling, None)["levels"]["sigma_1"] == 1.3
+
+
+ODD = Classes(("cat", "dog", "1"), (10, 0, 30))  # one without images, and one that is named like a number
+
+
+def labels(label: str, *, first: int = 0, count: int = 6, seed: int = 0, classes: Classes | None = ODD) -> list[int]:
+    config = SimpleNamespace(data=SimpleNamespace(num_classes=3))
+    trained: Any = SimpleNamespace(config=config, classes=classes)
+    sampling: Any = SimpleNamespace(label=label, seed=seed)
+    found = image_labels(trained, sampling, first=first, count=count)
+    assert found is not None and found.dtype == torch.int64
+    return found.tolist()
+
+
+def test_labels_are_a_function_of_the_image() -> None:
+    assert labels("balanced", classes=None) == [0, 1, 2, 0, 1, 2] and labels("balanced", first=4, count=2) == [1, 2]
+    drawn = labels("data", count=100_000)
+    assert labels("data", first=400, count=7) == drawn[400:407]
+    assert labels("data", count=1000, seed=1) != drawn[:1000]
+    assert labels("dog") == [1] * 6
+
+
+def test_drawn_labels_are_as_frequent_as_in_training() -> None:
+    drawn = torch.tensor(labels("data", count=100_000))
+    shares = torch.bincount(drawn, minlength=3) / len(drawn)
+    assert shares.tolist() == pytest.approx([0.25, 0.0, 0.75], abs=4 * (0.25 * 0.75 / len(drawn)) ** 0.5)
+
+
+def test_a_class_is_a_name_or_else_a_number() -> None:
+    assert [ODD.index(text, key="k") for text in ("cat", "2", "0", "1")] == [0, 2, 0, 2]
+    for text in ("bird", "3", "-1", ""):
+        with refused("sampling.label") as caught:
+            require_label(text, ODD)
+        assert "cat, dog, 1" in caught.value.problems[0].hint
+    require_label("balanced", ODD)
+    require_label("data", ODD)
+
+
+def test_other_numbers_of_classes_are_refused() -> None:
+    require_same_classes(None, ("a", "b"), where="here")
+    require_same_classes(2, ("a", "b"), where="here")
+    for number, names in ((3, ("a", "b")), (2, ())):
+        with refused("data.num_classes") as caught:
+            require_same_classes(number, names, where="here")
+        assert caught.value.problems[0].value == number
+    many = tuple(f"class-{number}" for number in range(1000))
+    with refused("data.num_classes") as caught:
+        require_same_classes(10, many, where="here")
+    assert len(str(caught.value)) < 500 and "1000" in str(caught.value)

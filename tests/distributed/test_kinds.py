@@ -1,0 +1,150 @@
+"""Each loss, noise and kind of images that a config can choose: it trains, and resumes to the last bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from local_training import assert_same_tensors, tensors, train_locally, train_until_killed
+from refused import refused
+
+from ncsn.config import from_yaml
+from ncsn.data.format import load_manifest
+from ncsn.data.training_images import open_cache
+from ncsn.model import build, checkpoint
+from ncsn.model.classes import Classes
+from ncsn.model.generate import generate
+from ncsn.runs.history import EDM_LOSS, HELD_OUT_EDM, TrainingHistory, load_history, loss_names
+from ncsn.steps import train as train_step
+from ncsn.training import held_out
+from ncsn.training.batches import draw_batch
+from ncsn.training.loop import TrainingJob
+
+SSM = "loss={kind: ssm}"
+ONE_SIGMA = (
+    "loss={kind: dsm, anneal_power: 0}",
+    "noise={sigma_1: 0.1, sigma_L: 0.1, num_levels: 1}",
+    "network={kind: ncsn, num_features: 4}",
+    "sampling.sampler={kind: langevin, num_steps: 3, step_size: 1.0e-4}",
+)
+ANY_SIGMA = "noise={sigma_1: 8.0, sigma_L: 0.01, num_levels: 6, training: {kind: lognormal, mean: -1.37}}"
+LEARNED = (ANY_SIGMA, "loss.weighting=learned", "train.ema={kind: half_life}", "network.dropout=0.1")
+AUGMENTED = (
+    "data.horizontal_flip=false",
+    "data.augmentation={probability: 0.5}",
+    "noise.training={kind: lognormal}",
+    "network={kind: ddpmpp, base_width: 8, multipliers: [1, 1], blocks_per_resolution: 1, attention_sizes: []}",
+    "loss={weighting: edm}",
+    "compute.microbatch=5",
+)
+CLASSES = ("data.num_classes=10", "train.label_dropout=0.3", "network.dropout=0.1")
+KINDS = {"ssm": (SSM,), "one": ONE_SIGMA, "learned": LEARNED, "augmented": AUGMENTED, "classes": CLASSES}
+
+
+def checkpoint_after(tiny: str, dataset: str, folder: Path, *overrides: str) -> Path:
+    config = from_yaml(tiny, overrides=overrides)
+    return folder / train_locally(TrainingJob(config=config, dataset=dataset), folder).checkpoint
+
+
+@pytest.mark.parametrize("overrides", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("window", [64 * 64, 1 << 30], ids=["streamed", "whole"])
+def test_resume_is_bitwise(
+    overrides: tuple[str, ...], window: int, tiny: str, dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """6 steps = 3 + resume + 3, for each loss and each way to read the images."""
+    monkeypatch.setattr("ncsn.data.training_images.WINDOW_BYTES", window)
+    short = ("train.num_images=96", "optimizer.decay=constant")
+    whole = checkpoint_after(tiny, dataset, tmp_path / "whole", *overrides, *short)
+
+    halves = from_yaml(tiny, overrides=[*overrides, *short, "train.checkpoint_every_images=48"])
+    train_until_killed(TrainingJob(config=halves, dataset=dataset), tmp_path / "halves")
+    second = checkpoint_after(tiny, dataset, tmp_path / "halves", *overrides, *short)
+    assert (tmp_path / "halves" / "images-000000048").is_dir()
+    assert_same_tensors(whole, second)
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        "{kind: unet, widths: [8], embedding_features: 8, attention_sizes: [8], dropout: 0.1}",
+        "{kind: ddpmpp, base_width: 8, multipliers: [1], blocks_per_resolution: 1, attention_sizes: [], dropout: 0.1}",
+        "{kind: ncsn, num_features: 4}",
+        "{kind: ncsnv2, num_features: 4}",
+    ],
+)
+def test_sliced_score_matching_differentiates_every_network_twice(network: str, tiny: str, dataset: str) -> None:
+    config = from_yaml(tiny, overrides=[SSM, f"network={network}"])
+    state = build.train_state(config)
+    with torch.no_grad():
+        for parameter in state.network.parameters():
+            parameter.add_(0.02)  # an output layer that starts at zero hides the gradients behind it
+    batch = draw_batch(config, open_cache(dataset, "train"), first=0, count=4)
+    loss = build.loss(config)(state.network, batch).loss
+    torch.autograd.backward(loss)
+    gradients = [parameter.grad for parameter in state.network.parameters()]
+    assert all(gradient is not None and torch.isfinite(gradient).all() for gradient in gradients)
+
+
+def trained(tiny: str, dataset: str, folder: Path, *overrides: str) -> TrainingHistory:
+    uri = str(folder / "history.json")
+    job = TrainingJob(config=from_yaml(tiny, overrides=[ANY_SIGMA, *overrides]), dataset=dataset, history=uri)
+    train_locally(job, folder)
+    return load_history(uri)
+
+
+def test_curves_at_any_sigma_are_by_bin(
+    tiny: str, dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(held_out, "SHARE", 1.0)
+    monkeypatch.setattr(held_out, "FEW_IMAGES", 10)
+    heun = "sampling.sampler={kind: karras_heun, num_steps: 4}"
+    history = trained(tiny, dataset, tmp_path, "network.sigma_data=0.42", "loss={kind: dsm, weighting: edm}", heun)
+    model = checkpoint.load_checkpoint(str(tmp_path / "images-000000160"))
+    names = loss_names(build.training_noise(model.config).bins.tolist())
+    found = {name for point in history.points for name in point if "loss_sigma_" in name}
+    assert len(set(names)) == 10 and found == set(names)
+    first, last = history.curve(EDM_LOSS)[[0, -1]]
+    assert last < first
+    assert np.isfinite(history.curve(HELD_OUT_EDM)[-1])
+    assert generate(model, sampling=model.config.sampling, first=0, count=2).shape == (2, 8, 8, 1)
+
+
+@pytest.mark.parametrize("overrides", [[SSM], ["network={kind: ncsnv2, num_features: 4}", "loss={}"]])
+def test_other_losses_and_networks_train_at_any_sigma(
+    tiny: str, dataset: str, tmp_path: Path, overrides: list[str]
+) -> None:
+    history = trained(tiny, dataset, tmp_path, *overrides, "train.num_images=32")
+    assert np.isfinite(history.curve("train/loss")).all()
+    assert np.isfinite(history.curve(EDM_LOSS)).all() == (SSM in overrides)  # whose network has a sigma_data
+
+
+def test_the_network_learns_from_every_class(tiny: str, dataset: str, tmp_path: Path) -> None:
+    train_locally(TrainingJob(config=from_yaml(tiny, overrides=CLASSES), dataset=dataset), tmp_path)
+    start, end = (tensors(tmp_path / name) for name in ("images-000000080", "images-000000160"))
+    manifest = load_manifest(dataset)
+    found = checkpoint.load_checkpoint(str(tmp_path / "images-000000160"))
+    assert found.classes == Classes(tuple(manifest.class_names), tuple(manifest.class_counts["train"]))
+    (weight,) = (name for name in end if name.startswith("weights:") and name.endswith("map_label.weight"))
+    # Adam moves each weight that has a gradient.
+    assert (start[weight] != end[weight]).any(dim=0).all()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        (["data.num_classes=9"], "data.num_classes"),
+        (["sampling.label=ten"], "sampling.label"),
+        (["sampling.label=10"], "sampling.label"),
+    ],
+)
+def test_classes_that_the_images_do_not_have_are_refused(
+    tiny: str, dataset: str, tmp_path: Path, overrides: list[str], key: str
+) -> None:
+    config = from_yaml(tiny, overrides=["data.num_classes=10", f"storage.root={tmp_path}", *overrides])
+    with refused(key) as caught:
+        train_step.run(config, run="classes", dataset=dataset)
+    (problem,) = caught.value.problems
+    names = problem.hint if key == "sampling.label" else problem.reason
+    assert all(name in names for name in load_manifest(dataset).class_names)
