@@ -1,21 +1,15 @@
 """A component runs its step and leaves the result in KFP's artifacts. The e2e test runs them all through KFP."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
-from kfp import dsl, kubernetes
-from kfp.compiler import Compiler
+from kfp import dsl
 from refused import refused
 
 from components import config_and_run, pass_on, publish_metrics, publish_pictures, run_task
-from components.tasks import evaluate, ingest, sample, train, tune
+from components.tasks import ingest, train, tune
 from ncsn.config import from_yaml, to_json
 from ncsn.errors import InvalidValue, NotFound
 from ncsn.process import KFP_RUN_ID
@@ -147,47 +141,3 @@ def test_what_is_set_on_a_task_is_left_for_the_backend(monkeypatch: pytest.Monke
     with refused("compute.backend") as caught:
         pass_on(dsl.TaskConfig(tolerations=[{"key": "gpu"}]), here)
     assert "tolerations" in str(caught.value)
-
-
-@pytest.mark.parametrize("component", [train, sample, evaluate], ids=lambda component: component.name)
-def test_everything_can_be_set_on_a_task_that_computes_elsewhere(component: Any, tmp_path: Path) -> None:
-    @dsl.pipeline(name="placed")
-    def placed(uri: str) -> None:
-        kinds = {
-            "train": {"dataset": dsl.Dataset},
-            "sample": {"checkpoint": dsl.Model},
-            "evaluate": {"dataset": dsl.Dataset, "samples": dsl.Dataset},
-        }[component.name]
-        given = {name: dsl.importer(artifact_uri=uri, artifact_class=kind).output for name, kind in kinds.items()}
-        task = component(config="{}", run="mine", **given)
-        task.set_cpu_limit("4").set_accelerator_type("nvidia.com/gpu").set_accelerator_limit(1)
-        kubernetes.add_node_selector(task, "pool", "big")
-        kubernetes.add_toleration(task, key="gpu", operator="Exists")
-        kubernetes.mount_pvc(task, pvc_name="images", mount_path="/mnt/images")
-
-    Compiler().compile(placed, str(tmp_path / "placed.yaml"))
-    spec, platform = yaml.safe_load_all((tmp_path / "placed.yaml").read_text())
-    executor = f"exec-{component.name}"
-    assert (
-        spec["deploymentSpec"]["executors"][executor]["container"]["resources"]["accelerator"]["resourceCount"] == "1"
-    )
-    on_pod = {
-        each["field"]: each.get("applyToTask", False)
-        for each in spec["components"][f"comp-{component.name}"]["taskConfigPassthroughs"]
-    }
-    assert {field for field, applied in on_pod.items() if applied} == {"ENV", "KUBERNETES_VOLUMES", "RESOURCES"}
-    assert len(on_pod) == len(dsl.TaskConfigField)
-    assert set(platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"][executor]) == {
-        "nodeSelector",
-        "pvcMount",
-        "tolerations",
-    }
-
-
-def test_a_running_task_can_import_what_components_share() -> None:
-    """Inside a task, `kfp.dsl` offers only what a component's body needs."""
-    command = [sys.executable, "-c", "import components"]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env=os.environ | {"_KFP_RUNTIME": "true"}, cwd=ROOT
-    )
-    assert done.returncode == 0, done.stderr

@@ -21,11 +21,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from kuberay_rules import QUEUE_LABEL
 from kubernetes_api import Cluster, Refusal, Resource
 from ray_nodes import PATIENT_RAY
 
 POLL_SECONDS = 0.02
+QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 FINALIZER = "ray.io/rayjob-finalizer"
 
 State = Callable[[Resource], tuple[Resource, list[Resource]]]  # from a pod's spec to its status and its events

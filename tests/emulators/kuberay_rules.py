@@ -1,8 +1,4 @@
-"""What KubeRay and Kueue refuse although the CRD's schema allows it, and what this project asks of every Ray pod.
-
-Written once: the tests hold every manifest against it, and the emulated operator answers with it. Leaves out what
-concerns fields that no manifest of this project sets.
-"""
+"""What the schemas of KubeRay's CRDs refuse, and what this project asks of every Ray pod."""
 
 from __future__ import annotations
 
@@ -17,7 +13,6 @@ import jsonschema
 
 Manifest = dict[str, Any]
 
-QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 UNBOUNDED = 2147483647
 SECRET_NAME = re.compile(r"SECRET|TOKEN|PASSWORD|KEY|CREDENTIAL", re.IGNORECASE)
 
@@ -36,38 +31,9 @@ def schema_errors(manifest: Manifest, schema: Manifest) -> list[str]:
     return [f"{error.json_path}: {error.message}" for error in validator.iter_errors(manifest)]
 
 
-def operator_errors(job: Manifest) -> list[str]:
-    """What KubeRay's validation or Kueue's webhook refuses of a RayJob."""
-    return list(_operator_errors(job["metadata"], job["spec"]))
-
-
 def house_errors(job: Manifest) -> list[str]:
     """What would work and must not: unbounded, privileged, token-bearing or secret-bearing pods."""
     return list(_house_errors(job["spec"]))
-
-
-def _operator_errors(metadata: Manifest, spec: Manifest) -> Iterator[str]:
-    if len(metadata["name"]) > 47 or not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", metadata["name"]):
-        yield f"metadata.name {metadata['name']!r} is no DNS-1035 label of at most 47 characters"
-    shutdown, ttl = spec.get("shutdownAfterJobFinishes", False), spec.get("ttlSecondsAfterFinished", 0)
-    if ttl and not shutdown:
-        yield "ttlSecondsAfterFinished needs shutdownAfterJobFinishes"
-    if not spec.get("entrypoint"):
-        yield "entrypoint is empty"
-    for field in ("activeDeadlineSeconds", "preRunningDeadlineSeconds"):
-        if field in spec and spec[field] <= 0:
-            yield f"{field} must be positive"
-    if "deletionStrategy" in spec and (shutdown or ttl):
-        yield "deletionStrategy excludes shutdownAfterJobFinishes and ttlSecondsAfterFinished"
-    for rule in spec.get("deletionStrategy", {}).get("deletionRules", []):
-        if len(rule["condition"].keys() - {"ttlSeconds"}) != 1:
-            yield "a deletion rule needs exactly one of jobStatus and jobDeploymentStatus"
-    if QUEUE_LABEL in metadata.get("labels", {}) and not shutdown:
-        yield "Kueue needs shutdownAfterJobFinishes: true"
-    for group in spec["rayClusterSpec"]["workerGroupSpecs"]:
-        least, most = group.get("minReplicas", 0), group.get("maxReplicas", UNBOUNDED)
-        if not least <= group.get("replicas", 0) <= most:
-            yield f"worker group {group['groupName']}: replicas outside minReplicas {least} and maxReplicas {most}"
 
 
 def _house_errors(spec: Manifest) -> Iterator[str]:

@@ -194,7 +194,7 @@ class _Handler(BaseHTTPRequestHandler):
                 allowed = self.cluster.allows(asked["verb"], asked.get("group", ""), resource)
                 self._send(body | {"status": {"allowed": allowed}}, 201)
             case ["apis", "ray.io", "v1", "namespaces", _, "rayjobs", *name]:
-                self._rayjobs(verb, name, query, body)
+                self._change_or_show(verb, "ray.io", "rayjobs", name, query, body)
             case ["apis", "argoproj.io", "v1alpha1", "namespaces", _, "workflows", *name]:
                 self._authorize("get" if name else "list", "argoproj.io", "workflows")
                 self._send_found("workflows", name, query)
@@ -210,33 +210,23 @@ class _Handler(BaseHTTPRequestHandler):
                 found = [each for each in self.cluster.list("events") if each["involvedObject"]["name"] == about]
                 self._send({"metadata": {}, "items": found})
             case ["api", "v1", "namespaces", _, "configmaps", *name]:
-                self._config_maps(verb, name, query, body)
+                self._change_or_show(verb, "", "configmaps", name, query, body)
             case _:
                 raise Refusal(404, "NotFound", f"the emulator has no {self.path}")
 
-    def _rayjobs(self, verb: str, name: list[str], query: dict[str, str], body: Any) -> None:
-        self._authorize("list" if verb == "get" and not name else verb, "ray.io", "rayjobs")
-        cluster = self.cluster
-        if not cluster.installed:
-            raise Refusal(404, "NotFound", "the server could not find the requested resource")
+    def _change_or_show(
+        self, verb: str, group: str, plural: str, name: list[str], query: dict[str, str], body: Any
+    ) -> None:
+        self._authorize("list" if verb == "get" and not name else verb, group, plural)
         if verb == "create":
-            created = cluster.create("rayjobs", body)
-            cluster.on_create(body["metadata"]["name"])
+            created = self.cluster.create(plural, body)
+            if plural == "rayjobs":
+                self.cluster.on_create(body["metadata"]["name"])
             self._send(created, 201)
         elif verb == "delete":
-            self._send(cluster.delete("rayjobs", name[0]))
+            self._send(self.cluster.delete(plural, name[0]))
         else:
-            self._send_found("rayjobs", name, query)
-
-    def _config_maps(self, verb: str, name: list[str], query: dict[str, str], body: Any) -> None:
-        self._authorize("list" if verb == "get" and not name else verb, "", "configmaps")
-        if verb == "create":
-            self._send(self.cluster.create("configmaps", body), 201)
-        elif verb == "delete":
-            self.cluster.delete("configmaps", name[0])
-            self._send({"kind": "Status", "apiVersion": "v1", "status": "Success"})
-        else:
-            self._send_found("configmaps", name, query)
+            self._send_found(plural, name, query)
 
     def _authorize(self, verb: str, group: str, resource: str) -> None:
         self.cluster.requests.append((verb, resource))

@@ -5,11 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from kfp_api import KfpServer
 from refused import refused
 
-from ncsn.errors import MISSING
 from pipelines.submit import (
     KfpConnection,
     KfpError,
@@ -17,7 +15,6 @@ from pipelines.submit import (
     Submission,
     arguments_for,
     connect,
-    package,
     submit,
 )
 from pipelines.wait import RunFailed, wait
@@ -207,38 +204,11 @@ def test_the_server_refuses_in_one_line(kfp_server: KfpServer) -> None:
     assert kfp_server.runs == {}
 
 
-@pytest.mark.parametrize(
-    ("given", "value"),
-    [
-        ({"config": "{}", "runn": "x"}, "runn"),
-        ({"run": "x"}, MISSING),
-    ],
-)
-def test_arguments_are_checked_before_anything_is_sent(given: dict[str, object], value: object) -> None:
-    with refused("--param") as caught, package(Submission("train", "mine", given, "tests")):
-        pass
-    assert caught.value.problems[0].value == value
-
-
 def test_arguments_take_the_type_of_their_parameter() -> None:
     parameters = {"a": "NUMBER_DOUBLE", "b": "BOOLEAN", "c": "LIST", "d": "STRUCT", "e": "STRING"}
     spec = {"root": {"inputDefinitions": {"parameters": {k: {"parameterType": v} for k, v in parameters.items()}}}}
     given = {"a": "2", "b": "false", "c": "[1, x]", "d": "{k: v}", "e": "5"}
     assert arguments_for(spec, given) == {"a": 2, "b": False, "c": [1, "x"], "d": {"k": "v"}, "e": "5"}
-
-
-def test_caching_reaches_the_tasks_inside_the_exit_handler() -> None:
-    def cached(**options: object) -> dict[str, bool]:
-        with package(Submission("train", "mine", {"config": "{}"}, "tests", **options)) as (path, _):
-            spec = next(yaml.safe_load_all(path.read_text()))
-        graphs = [component["dag"]["tasks"] for component in spec["components"].values() if "dag" in component]
-        tasks = {name: task for graph in [spec["root"]["dag"]["tasks"], *graphs] for name, task in graph.items()}
-        return {name: task.get("cachingOptions", {}).get("enableCache", False) for name, task in tasks.items()}
-
-    usual = cached()
-    assert {name for name, on in usual.items() if on} == {"tune", "train"}
-    assert cached(known=["ingest"])["ingest"]
-    assert not any(cached(cache=False, known=["ingest"]).values())
 
 
 @pytest.mark.parametrize(

@@ -36,21 +36,6 @@ def step_file(config: Config, run: str, name: str) -> Any:
     return json.loads(storage.read_text(f"{config.storage.root}/runs/{run}/steps/{name}"))
 
 
-def test_training_runs_as_a_rayjob(emulation, on_s3: Config, eventually) -> None:
-    dataset = ingest.run(on_s3, run="mine").uri
-    result = train.run(on_s3, run="mine", dataset=dataset)
-    assert result.images_seen == 320
-    assert storage.exists(f"{result.checkpoint}/config.yaml")
-    assert step_file(on_s3, "mine", "train/step.json")["result"]["checkpoint"] == result.checkpoint
-    assert step_file(on_s3, "mine", "train/lease")["renewed_at"] > 0
-    assert "images_seen" in storage.read_text(f"{on_s3.storage.root}/runs/mine/steps/train/log.txt")
-    eventually(lambda: not emulation.jobs, "the RayJob is gone")
-    assert len(emulation.operator.started) == 1
-
-    assert train.run(on_s3, run="mine", dataset=dataset) == result
-    assert len(emulation.operator.started) == 1, "a result that is there needs no cluster"
-
-
 def test_a_mistake_that_the_pod_finds_is_told_as_one(emulation, on_s3: Config) -> None:
     """Here the dataset is deleted before the pod starts."""
     dataset = ingest.run(on_s3, run="mine").uri
