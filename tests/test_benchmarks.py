@@ -6,19 +6,17 @@ import itertools
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks import __main__ as main, gpu, training_step
+from benchmarks import gpu, training_step
 from benchmarks.edm_loss import held_out_losses
-from benchmarks.measure import Clock, Row, in_turns, own_process, ratio, table
+from benchmarks.measure import Clock, in_turns, ratio
 from benchmarks.scale import Machines, Work, step_on
 from benchmarks.training_step import loss_curves, measure
 from ncsn.config import from_yaml
@@ -35,38 +33,6 @@ def test_a_ratio_is_the_median_over_rounds() -> None:
     seconds = in_turns({"slow": lambda: None, "fast": lambda: None}, rounds=3, clock=lambda: float(next(ticks)))
     assert seconds == {"slow": [2, 60, 5], "fast": [1, 20, 1]}
     assert ratio(seconds, "slow", "fast") == 3
-
-
-def test_a_candidate_may_time_itself() -> None:
-    assert in_turns({"own": lambda: 7.0}, rounds=2)["own"] == [7.0, 7.0]
-    with own_process(partial, time.sleep, 0.01) as elsewhere:
-        assert 0.01 <= elsewhere() < 10
-
-
-@pytest.mark.parametrize(("value", "higher", "reached"), [(2.0, True, True), (1.9, True, False), (1.9, False, True)])
-def test_a_row_knows_whether_it_reaches_its_target(value: float, higher: bool, reached: bool) -> None:
-    row = Row("part", "measure", value, target=2.0, higher_is_better=higher)
-    assert row.reached is reached
-    assert ("**missed**" in table([row])) is not reached
-
-
-def test_the_other_parts_run_after_one_fails_or_cannot_be_imported(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def broken() -> list[Row]:
-        raise RuntimeError("no compiler")
-
-    parts = {"missing": "benchmarks.missing", "broken": "benchmarks.ingest", "there": "benchmarks.commands"}
-    monkeypatch.setattr(main, "PARTS", parts)
-    monkeypatch.setattr("benchmarks.ingest.rows", broken)
-    monkeypatch.setattr("benchmarks.commands.rows", lambda: [Row("part", "measure", 2.0)])
-    monkeypatch.setattr(sys, "argv", ["benchmarks", "--out", str(tmp_path / "b.json")])
-    with pytest.raises(SystemExit, match=r"\b2\b"):
-        main.main()
-    said = capsys.readouterr()
-    assert "No module named 'benchmarks.missing'" in said.err and "no compiler" in said.err
-    assert "| part | measure |" in said.out
-    assert [row["value"] for row in json.loads((tmp_path / "b.json").read_text())["rows"]] == [2.0]
 
 
 def test_no_gpu_part_starts_after_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,13 +78,6 @@ def test_the_gpu_parts_run_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.value == pytest.approx(1, abs=0.1)
     step, use = measure(device=cpu, batch=1, rounds=1, compiled=False, speedup=1.0, share_of_peak=1.0)
     assert step.value > 0 and 0 < use.value < 200
-
-
-def test_peak_memory_is_not_inherited() -> None:
-    code = "from benchmarks.ingest import peak_mebibytes; print(peak_mebibytes())"
-    ballast = np.ones(2**27)  # a gibibyte in the parent process
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert 20 < float(done.stdout) < ballast.nbytes / 2**20
 
 
 def test_the_gpu_rows_need_only_torch_and_numpy() -> None:

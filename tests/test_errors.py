@@ -1,4 +1,4 @@
-"""A user's mistake is data: it travels whole, and the command line shows it in one line."""
+"""A user's mistake is data: it travels whole, and is one line."""
 
 from __future__ import annotations
 
@@ -6,11 +6,8 @@ import json
 import pickle
 from pathlib import Path
 
-import click
 import pytest
-from click.testing import CliRunner
 
-from ncsn.cli.options import ReportingCommand, StepFailed, describe
 from ncsn.errors import ConfigError, InvalidValue, NotFound, Problem, UserError, problems_of
 
 TWO = (
@@ -101,32 +98,3 @@ def test_a_value_without_a_key_leaves_a_ray_task_as_the_mistake_it_is() -> None:
 )
 def test_other_mistakes_have_no_key_and_failures_no_problems(error: Exception, problems: tuple[Problem, ...]) -> None:
     assert problems_of(error) == problems
-
-
-def _command(error: Exception) -> click.Command:
-    def fail(*, as_json: bool) -> None:
-        raise error
-
-    return ReportingCommand("fail", callback=fail, params=[click.Option(["--json", "as_json"], is_flag=True)])
-
-
-FAILED_STEP = StepFailed("train", ConfigError.of(TWO), log=Path("/p.log"))
-
-
-@pytest.mark.parametrize("error", [ConfigError.of(TWO), FAILED_STEP], ids=["here", "in-a-step"])
-def test_the_command_line_says_a_line_for_each_and_the_problems_as_json(error: Exception) -> None:
-    first, second = map(str, describe(error)[0])
-    plain = CliRunner().invoke(_command(error))
-    assert (plain.exit_code, plain.stdout) == (2, "")
-    assert plain.stderr.splitlines()[:2] == [f"error: {first}", f"error: {second}"]
-
-    asked = CliRunner().invoke(_command(error), ["--json"])
-    assert (asked.exit_code, asked.stderr) == (2, plain.stderr)
-    assert json.loads(asked.stdout) == {
-        "error": {"type": "ConfigError", "problems": [problem.to_json() for problem in TWO]}
-    }
-
-
-def test_a_failure_prints_no_json() -> None:
-    asked = CliRunner().invoke(_command(RuntimeError("broke")), ["--json"])
-    assert (asked.exit_code, asked.stdout) == (1, "")

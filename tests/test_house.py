@@ -87,7 +87,7 @@ BUDGETS = {
     "components pipelines": 900,
     "ncsn/storage": 700,
     "examples": 1000,
-    "tests": 23000,
+    "tests": 22500,
 }
 
 

@@ -137,10 +137,6 @@ def _run_by(program: str) -> list[pytest.param]:
     ]
 
 
-def test_the_first_commands_are_demo_and_test() -> None:
-    assert _commands(ROOT / "README.md")[:2] == [["make", "demo"], ["make", "test"]]
-
-
 @pytest.mark.parametrize("words", _run_by("make"))
 def test_make_target_exists(words: list[str]) -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))

@@ -11,7 +11,6 @@ from filelock import FileLock
 
 from ncsn.cli.target import TargetOptions
 from ncsn.config import from_yaml
-from ncsn.runs.folder import claim_run
 
 DIGITS = Path(__file__).parents[2] / "configs" / "digits.yaml"
 
@@ -90,14 +89,6 @@ def test_pages_on_a_busy_port_are_refused(
         require_mistake(run_in_process(*args, "--port", port), f"--port {port}")
     require_mistake(run_in_process(*args, "--host", "192.0.2.1"), "--host '192.0.2.1'")
     assert run_in_process(*args, "--port", "99999").stderr.startswith("Usage: ")
-
-
-def test_a_run_name_belongs_to_one_experiment(run_in_process, require_mistake, config_file: Path) -> None:
-    mine = TargetOptions(str(config_file), (), "mine").resolve()
-    claim_run(mine.config, mine.run)
-    done = run_in_process("run", "--config", str(config_file), "--run", "mine", "--set", "seed=5")
-    require_mistake(done, "--run 'mine'")
-    assert "seed" in done.stderr
 
 
 def test_one_run_is_not_trained_twice_at_once(run_command, require_mistake, config_file: Path, store: Path) -> None:

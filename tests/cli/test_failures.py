@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from ncsn.cli import app
 from ncsn.cli.execute import _ends_as_told
 from ncsn.cli.options import ReportingCommand, StepFailed, describe
-from ncsn.errors import InvalidValue, NotFound, UserError
+from ncsn.errors import ConfigError, InvalidValue, NotFound, Problem, UserError
 
 SHOWS_WHERE = "(--traceback or NCSN_TRACEBACK=1 shows where)"
 
@@ -49,10 +49,10 @@ def test_lines_and_code(error: Exception, code: int, lines: tuple[str, ...]) -> 
 
 
 def command_that_raises(error: BaseException, *, name: str = "fail") -> click.Command:
-    def fail() -> None:
+    def fail(*, as_json: bool) -> None:
         raise error
 
-    return ReportingCommand(name, callback=fail)
+    return ReportingCommand(name, callback=fail, params=[click.Option(["--json", "as_json"], is_flag=True)])
 
 
 @pytest.mark.parametrize(
@@ -67,6 +67,16 @@ def command_that_raises(error: BaseException, *, name: str = "fail") -> click.Co
 def test_a_command_prints_no_traceback(name: str, error: BaseException, code: int, lines: list[str]) -> None:
     result = CliRunner().invoke(command_that_raises(error, name=name))
     assert (result.exit_code, result.stderr.splitlines(), result.stdout) == (code, lines, "")
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["here", "in a step"])
+def test_with_json_the_problems_of_a_mistake_are_on_stdout_too(*, wrapped: bool) -> None:
+    mistake = ConfigError.of((Problem("a.b", "is negative", value=-1), Problem("c", "unknown key")))
+    asked = CliRunner().invoke(command_that_raises(step_failed(mistake) if wrapped else mistake), ["--json"])
+    errors = [line for line in asked.stderr.splitlines() if line.startswith("error: ")]
+    assert (asked.exit_code, len(errors), errors[1]) == (2, 2, "error: c: unknown key")
+    problems = [problem.to_json() for problem in mistake.problems]
+    assert json.loads(asked.stdout) == {"error": {"type": "ConfigError", "problems": problems}}
 
 
 @pytest.mark.parametrize(("args", "env"), [(["--traceback"], {}), ([], {"NCSN_TRACEBACK": "1"})])

@@ -10,7 +10,7 @@ import pytest
 from pydantic import AfterValidator, BaseModel, ValidationError
 from refused import refused
 
-from ncsn.config import Config, ConfigError, changed_settings, flatten, from_yaml, to_json, to_yaml
+from ncsn.config import Config, ConfigError, changed_settings, from_yaml, to_json, to_yaml
 from ncsn.config.problems import fields_of, problems, section_models
 from ncsn.errors import problems_of
 
@@ -36,7 +36,19 @@ def test_a_misspelled_key_is_told_its_neighbor_and_a_wrong_value_itself() -> Non
     assert {unknown.origin, wrong.origin} == {"digits.yaml"}
 
 
-@pytest.mark.parametrize("text", ["", DIGITS + "name: again\n", DIGITS + "data: {}\n", "- 1", "[1, 2]: 3\n"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "null",
+        "- 1",
+        "a: [",
+        "[1, 2]: 3\n",
+        DIGITS + "name: again\n",
+        DIGITS + "data: {}\n",
+        "name: !!python/object/apply:os.system ['true']",
+    ],
+)
 def test_a_text_that_is_no_config_is_refused_by_its_name(text: str) -> None:
     with refused("digits.yaml", error=ConfigError):
         from_yaml(text, origin="digits.yaml")
@@ -80,11 +92,9 @@ CLASSES = ["data.num_classes=10", "train.label_dropout=0.1"]
 GUIDED = "sampling.guidance={kind: classifier_free}"
 EPSILON = "sampling.sampler.epsilon"
 WRONG = [
-    (["noise.num_level=3"], "noise.num_level"),
     (["noise.sigma_1=0.001"], "noise.sigma_1"),
     (["network.kind=resnet"], "network.kind"),
     (["network.num_features=8"], "network.num_features"),
-    (["optimizer.learning_rate=-1"], "optimizer.learning_rate"),
     (["optimizer.learning_rate=.nan"], "optimizer.learning_rate"),
     (["name=Foo Bar"], "name"),
     (["foo.bar=1"], "foo"),
@@ -158,16 +168,9 @@ def test_what_is_wrong_or_does_not_go_together_is_named(overrides: list[str], ke
         from_yaml(DIGITS, overrides=overrides)
 
 
-@pytest.mark.parametrize(
-    ("overrides", "keys"),
-    [
-        (["noise.x=1", "train.batch_size=0"], ["noise.x", "train.batch_size"]),
-        (["sampling.num_images=9", "compute.num_workers=4000"], ["train.batch_size", "sampling.num_images"]),
-    ],
-)
-def test_every_mistake_is_listed(overrides: list[str], keys: list[str]) -> None:
-    with refused(*keys, error=ConfigError):
-        from_yaml(DIGITS, overrides=overrides)
+def test_all_that_does_not_go_together_is_listed() -> None:
+    with refused("train.batch_size", "sampling.num_images", error=ConfigError):
+        from_yaml(DIGITS, overrides=["sampling.num_images=9", "compute.num_workers=4000"])
 
 
 @pytest.mark.parametrize(
@@ -203,12 +206,6 @@ def test_other_numbers_of_workers_are_refused(value: str) -> None:
         from_yaml(DIGITS, overrides=[f"compute.num_workers={value}"])
 
 
-@pytest.mark.parametrize("text", ["- 1", "a: [", "null", "name: !!python/object/apply:os.system ['true']"])
-def test_text_that_is_no_mapping_of_plain_values_is_refused(text: str) -> None:
-    with refused("mine.yaml", error=ConfigError):
-        from_yaml(text, origin="mine.yaml")
-
-
 def test_every_missing_section_is_named() -> None:
     with refused("data", "network", "train", "sampling", error=ConfigError):
         from_yaml("name: x")
@@ -236,19 +233,6 @@ def test_the_extractor_of_auto_follows_weights_and_classes(
     evaluation = from_yaml(DIGITS, overrides=settings).evaluation
     assert evaluation.resolved(num_classes=num_classes).extractor == extractor
     assert evaluation.pretrained == (extractor if extractor in ("inception", "dinov2") else None)
-
-
-def test_frozen() -> None:
-    with pytest.raises(ValidationError):
-        from_yaml(DIGITS).seed = 1  # type: ignore[misc]
-
-
-def test_flatten_names_every_value() -> None:
-    config = from_yaml(DIGITS)
-    flat = flatten(config)
-    assert flat["noise.sigma_1"] == config.noise.sigma_1
-    assert flat["sampling.sampler.kind"] == "annealed_langevin"
-    assert all(not isinstance(value, dict) for value in flat.values())
 
 
 def test_changed_settings_ignore_where_the_work_happens_and_how_often_something_is_kept() -> None:

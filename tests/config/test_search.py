@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from refused import refused
 
-from ncsn.config import Config, ConfigError, changed_settings, from_yaml, to_json
+from ncsn.config import Config, ConfigError, changed_settings, from_yaml
 from ncsn.config.search import rungs, searched_space, swept, variant
 
 DIGITS = (Path(__file__).parents[2] / "configs" / "digits.yaml").read_text()
@@ -21,10 +21,6 @@ def digits(*overrides: str) -> Config:
 
 def space(text: str) -> str:
     return f"search={{space: {{{text}}}}}"
-
-
-def test_without_a_section_there_is_no_search() -> None:
-    assert digits().search is None
 
 
 def test_a_space_that_names_nothing_is_the_noise_around_the_config() -> None:
@@ -41,11 +37,6 @@ def test_the_first_rung_of_the_example_judges_trained_weights() -> None:
 
 def test_a_search_does_not_change_whose_run_it_is() -> None:
     assert changed_settings(digits(), digits("search.num_trials=3")) == {}
-
-
-def test_the_section_travels() -> None:
-    config = digits(space("network.widths: {kind: choice, values: [[8], [8, 16]]}"))
-    assert from_yaml(to_json(config)) == config
 
 
 @pytest.mark.parametrize(

@@ -113,11 +113,3 @@ def test_bad_images_are_skipped_and_named_in_the_manifest(config, tmp_path):
     assert sum(result.counts.values()) == 19
     assert [Path(image.name).name for image in load_manifest(result.uri).skipped] == ["5.png"]
     assert len(result.notes) == 1 and "5.png" in result.notes[0]
-
-
-def test_a_bucket_is_as_good_as_a_folder(config, s3_root):
-    experiment = from_yaml(EXPERIMENT, overrides=[f"storage.root={s3_root}", "data.max_images=50"])
-    first = ingest.run(experiment, run="one")
-    assert first.uri.startswith(f"{s3_root}/datasets/sklearn_digits/")
-    assert first.counts == {"train": 50, "test": 50}
-    assert not ingest.run(experiment, run="two").created

@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from refused import refused
 
 from ncsn.data.format import Rows, read_split, to_table
+from ncsn.errors import NotFound
 from ncsn.model import build
 from ncsn.report.images import grid_png
-from ncsn.runs.folder import run_folder, update_step
+from ncsn.runs.folder import find_inputs, run_folder, update_step
 from ncsn.runs.history import GAP, LOSS, TrainingHistory, loss_names
 from ncsn.steps import ingest, report
 from ncsn.tracking.client import connect
@@ -104,3 +106,13 @@ def test_it_is_made_again_only_for_new_results(config, evaluation, made):
     assert "version 7 of ncsn-tiny" in text and decision["reason"] in text
     assert "Undertrained at sigma" in text
     assert "lowest at 4 images" in text
+
+
+def test_a_run_without_an_evaluation_is_refused(config, root):
+    folder = run_folder(config, "unmeasured")
+    with refused("--evaluation"):
+        find_inputs(folder, "report", {}, config=config)
+    nothing = str(root / "nothing.json")
+    with refused(nothing, error=NotFound):
+        report.run(config, run="unmeasured", evaluation=nothing)
+    assert not Path(folder.report).exists()

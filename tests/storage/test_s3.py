@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
-import threading
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from refused import refused
@@ -57,31 +54,6 @@ def test_wrong_keys_are_an_error_and_not_an_absent_file(s3_root, monkeypatch):
     s3.client.cache_clear()
     with pytest.raises(OSError, match=r"(?i)access|signature|forbidden"):
         storage.exists(f"{s3_root}/file")
-
-
-def test_a_reader_sees_whole_objects_during_writes(s3_root):
-    """Objects of different lengths replace each other as fast as possible, while thousands are read."""
-    uri, stop, writes = f"{s3_root}/progress.json", threading.Event(), 0
-    contents = [json.dumps({"done": 10**size, "note": "x" * 7 * size}).encode() for size in range(30)]
-    storage.write_bytes(uri, contents[0])
-
-    def write() -> None:
-        nonlocal writes
-        while not stop.is_set():
-            writes += 1
-            storage.write_bytes(uri, contents[writes * 7 % len(contents)])
-
-    writer = threading.Thread(target=write)
-    writer.start()
-    try:
-        with ThreadPoolExecutor(2) as pool:
-            read = list(pool.map(storage.read_bytes, [uri] * 3000))
-    finally:
-        stop.set()
-        writer.join()
-    assert [content for content in read if content not in contents] == []
-    assert len(set(read)) > 10, "the object did not change while it was read"
-    assert writes > 100
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, PermissionError])

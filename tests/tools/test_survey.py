@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -139,17 +138,6 @@ def test_places_that_teach_nothing_are_refused(folder, tmp_path: Path) -> None:
     (tmp_path / "damaged" / "a.png").write_bytes(b"no image")
     with refused(f"{tmp_path}/damaged/a.png"):
         survey(str(tmp_path / "damaged"))
-
-
-def test_labels_of_absent_images_and_images_labeled_twice_are_refused(folder) -> None:
-    root = folder({f"{n}.png": picture(n) for n in range(4)})
-    table = root / "metadata.jsonl"
-    table.write_text(json.dumps({"file_name": "9.png", "label": "cat"}))
-    with refused(str(table)):
-        survey(str(root))
-    table.write_text("\n".join([json.dumps({"file_name": "1.png", "label": "cat"})] * 2))
-    with refused(str(table)):
-        survey(str(root))
 
 
 def test_digits_are_told_from_their_mirror_images_and_symmetric_ones_are_not() -> None:
