@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,62 @@ def test_training_runs_as_a_job(jobs: RayHead, config: Path) -> None:
     experiment = client.get_experiment_by_name("ncsn")
     (tracked,) = client.search_runs([experiment.experiment_id], f"tags.`ray.submission_id` = '{name}'")
     assert tracked.info.run_name == "train" and tracked.info.status == "FINISHED"
+
+
+@slow
+def test_plain_ray_job_submit_trains_from_a_config_in_s3(jobs: RayHead, config: Path, s3_root: str) -> None:
+    """`ray job submit -- ncsn train --config s3://...`: nothing but Ray's own command and the installed package."""
+    settings = from_yaml(config.read_text())
+    ingest.run(settings, run="plain")
+    uri = f"{s3_root}/configs/tiny.yaml"
+    storage.write_text(uri, config.read_text())
+    ray = Path(sys.executable).with_name("ray")
+    known = json.dumps({"mlflow.run_name": "plain/train"})
+    submit = [str(ray), "job", "submit", "--address", jobs.nodes.dashboard, "--submission-id", "plain-train"]
+    done = subprocess.run(
+        [*submit, "--metadata-json", known, "--", "ncsn", "train", "--config", uri, "--run", "plain"],
+        env=jobs.environment | {"RAY_AUTH_MODE": "token"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    job = jobs.nodes.get("/api/jobs/plain-train")
+    assert (job["status"], job["driver_exit_code"]) == ("SUCCEEDED", 0)
+    assert job["metadata"]["mlflow.run_name"] == "plain/train"
+    result = json.loads(storage.read_text(f"{s3_root}/runs/plain/steps/train/step.json"))["result"]
+    assert result["images_seen"] == 320
+
+
+@slow
+def test_a_search_its_best_and_scored_samples_run_as_jobs(jobs: RayHead, config: Path) -> None:
+    """What the search leaves in the store is trained and sampled there; the score comes back while images are made."""
+    root = from_yaml(config.read_text()).storage.root
+    dataset = ingest.run(from_yaml(config.read_text()), run="sought").uri
+
+    def job(step: str, config_uri: str, run: str, *options: str) -> dict[str, Any]:
+        place = ("--address", jobs.nodes.dashboard, "--json")
+        done = jobs.ncsn(step, "--config", config_uri, "--run", run, *options, *place)
+        assert done.returncode == 0, done.stderr
+        assert re.search(rf"Ray job ncsn-{run}-{step}-[0-9a-f]{{8}}: SUCCEEDED", done.stderr), done.stderr
+        found: dict[str, Any] = json.loads(done.stdout)
+        return found
+
+    search = "search={num_trials: 3, num_samples: 20, reduction_factor: 3}"
+    found = job("tune", str(config), "sought", "--set", search)
+    assert found["config"] == f"{root}/runs/sought/search/best.yaml"
+    assert [row["trial"] for row in found["trials"]] == [0, 1, 2]
+    assert found["objective"] <= found["baseline"]
+    trained = job("train", found["config"], "sought-best", "--dataset", dataset)
+    assert trained["images_seen"] == 320
+    best = from_yaml(storage.read_text(f"{trained['checkpoint']}/config.yaml"))
+    assert (best.noise.sigma_1, asdict(best.sampling.sampler)) == (
+        found["values"]["noise.sigma_1"],
+        found["sampler"],
+    )
+    job("sample", found["config"], "sought-best", "--score", dataset)
+    progress = json.loads(storage.read_text(f"{root}/runs/sought-best/steps/sample/progress.json"))
+    assert re.fullmatch(r"FID \S+ \u00b1 \S+ \(95 %\) of 8", progress["text"])
 
 
 @slow
