@@ -78,8 +78,8 @@ def our_step(network: nn.Module) -> Step:
     options = StepOptions(autocast_dtype=torch.bfloat16)
 
     def step(batch: Batch) -> Tensor:
-        report = train_step(network, batch, state=state, loss=DenoisingScoreMatching(), options=options)
-        return report.per_image.mean()
+        losses, _ = train_step(network, batch, state=state, loss=DenoisingScoreMatching(), options=options)
+        return losses.mean()
 
     return step
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass
 from enum import IntEnum
 
 import numpy as np
@@ -90,13 +91,16 @@ def keyed_permutations(seed: int, *, stream: int, first: int, count: int, size: 
     return words.argsort(dim=1, stable=True)
 
 
+@dataclass(frozen=True)
 class KeyedNoise:
     """The random draws of images `first .. first + count` of shape (channels, height, width), the same in any batch."""
 
-    def __init__(
-        self, seed: int, *, first: int, count: int, shape: tuple[int, ...], device: torch.device | str = "cpu"
-    ) -> None:
-        self.seed, self.first, self.count, self.shape, self.device = seed, first, count, tuple(shape), device
+    seed: int
+    _: KW_ONLY
+    first: int
+    count: int
+    shape: tuple[int, ...]
+    device: torch.device | str = "cpu"
 
     def uniform(self, step: int) -> Tensor:
         """Uniform (0, 1) draw number `step` >= 0, float32 [count, *shape]; independent of the normal draws."""

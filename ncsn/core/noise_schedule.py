@@ -39,16 +39,6 @@ def geometric_sigmas(sigma_1: float, sigma_L: float, num_levels: int) -> Tensor:
     return torch.from_numpy(np.geomspace(sigma_1, sigma_L, num_levels)).to(torch.float32)
 
 
-@dataclass(frozen=True)
-class PairDistances:
-    """Euclidean distances between the images of a dataset, in pixel units of [0, 1]."""
-
-    maximum: float
-    quantile_999: float  # 99.9th percentile, perhaps of a sample; it shows whether outliers make the maximum
-    num_images: int  # compared for the maximum
-    exact: bool  # whether these were all images and not a sample
-
-
 def distance_quantile(x: Tensor, q: float, *, flips: bool = False) -> float:
     """A quantile of the distances between all pairs of images, float [N, C, H, W] or uint8 [N, H, W, C], N >= 2.
 
@@ -207,17 +197,17 @@ class NoiseSuggestion:
     steps_per_level: int
     epsilon: float  # step size at the last level (technique 4)
     variance_ratio: float  # predicted by technique 4; 1 is ideal
-    distances: PairDistances  # of which sigma_1 is the largest
 
 
 def suggest_noise(
-    distances: PairDistances, *, dimension: int, sigma_L: float = 0.01, overlap: float = 0.5, steps_per_level: int = 5
+    largest: float, *, dimension: int, sigma_L: float = 0.01, overlap: float = 0.5, steps_per_level: int = 5
 ) -> NoiseSuggestion:
     """Techniques 1, 2 and 4 of NCSNv2 in turn, for D = `dimension` pixels times channels.
 
-    The published settings have an overlap of 0.567.
+    `largest` is the largest distance between two images, in pixel units of [0, 1]. The published settings have an
+    overlap of 0.567.
     """
-    sigma_1 = float(f"{distances.maximum:.4g}")
+    sigma_1 = float(f"{largest:.4g}")
     if not sigma_L > 0:
         raise InvalidValue(f"sigma_L must be positive, got {sigma_L}")
     if sigma_1 <= sigma_L:
@@ -238,5 +228,4 @@ def suggest_noise(
         steps_per_level=steps_per_level,
         epsilon=epsilon,
         variance_ratio=variance_ratio(epsilon, sigma_L=sigma_L, ratio=ratio, steps_per_level=steps_per_level),
-        distances=distances,
     )

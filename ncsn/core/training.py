@@ -59,19 +59,17 @@ class StepOptions:
     world_size: int = 1  # workers that share it
 
 
-@dataclass(frozen=True)
-class StepReport:
-    """Measurements of one optimizer step on this worker, on their device."""
-
-    per_image: Tensor  # float32 [B], normalized so that a zero network reads 1.0
-    grad_norm: Tensor  # scalar, before clipping; after DDP's averaging if the network is wrapped
-
-
-def train_step(network: nn.Module, batch: Batch, *, state: TrainState, loss: Loss, options: StepOptions) -> StepReport:
+def train_step(
+    network: nn.Module, batch: Batch, *, state: TrainState, loss: Loss, options: StepOptions
+) -> tuple[Tensor, Tensor]:
     """One optimizer step on this worker's share of the global batch, and the update of the EMAs.
 
     The gradient is that of the mean over the images of all workers, also if their shares differ. The network is
     `state.network` in train mode, wrapped in DistributedDataParallel or not; the caller counts `images_seen`.
+
+    Returns:
+        The loss of each image of this worker before the step, float32 [B], normalized so that a zero network reads 1.0;
+        and the norm of the gradient before clipping, a scalar, of the workers' average if the network is wrapped.
     """
     dtype, optimizer = options.autocast_dtype, state.optimizer
 
@@ -100,7 +98,7 @@ def train_step(network: nn.Module, batch: Batch, *, state: TrainState, loss: Los
     module = network.module if isinstance(network, DistributedDataParallel) else network
     for ema in state.averages:
         ema.update(module, images_seen=state.images_seen + global_batch, batch=global_batch)
-    return StepReport(per_image=torch.cat(per_image), grad_norm=grad_norm)
+    return torch.cat(per_image), grad_norm
 
 
 def _average_over_workers(module: nn.Module) -> None:

@@ -214,7 +214,7 @@ def _write(
         source=source.description,
         license=source.license,
         settings=shaping_settings(data),
-        suggested_noise={kind: asdict(suggestion) for kind, suggestion in suggestions(sample).items()},
+        suggested_noise=suggestions(sample),
         conversions=dict(sorted(bad.conversions.items())),
     )
     fields = {"format_version": FORMAT_VERSION, **asdict(manifest)}

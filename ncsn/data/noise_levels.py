@@ -5,6 +5,8 @@ from __future__ import annotations
 import heapq
 import json
 import math
+from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +14,7 @@ import torch
 from ncsn.config import Config, from_yaml
 from ncsn.config.training import AutoNoiseConfig
 from ncsn.core.keyed_random import Stream, keyed_permutation, keyed_uniform
-from ncsn.core.noise_schedule import NoiseSuggestion, PairDistances, distance_quantile, largest_distance, suggest_noise
+from ncsn.core.noise_schedule import distance_quantile, largest_distance, suggest_noise
 from ncsn.data.format import Manifest
 from ncsn.errors import UserError
 
@@ -64,8 +66,11 @@ class ImageSample:
         return chosen
 
 
-def suggestions(sample: ImageSample) -> dict[str, NoiseSuggestion]:
-    """Noise levels for the images as they are (`plain`) and with mirrored ones (`mirrored`); none if all are alike."""
+def suggestions(sample: ImageSample) -> dict[str, dict[str, Any]]:
+    """Noise levels for the images as they are (`plain`) and with mirrored ones (`mirrored`); none if all are alike.
+
+    Each is a `NoiseSuggestion` as plain values, with the `distances` between images, in pixel units of [0, 1].
+    """
     images = torch.from_numpy(sample.images)
     few = torch.from_numpy(sample.some(max(2, min(_FEW, math.isqrt(int(_FEW_WORK / images[0].numel()))))))
     found = {}
@@ -73,11 +78,14 @@ def suggestions(sample: ImageSample) -> dict[str, NoiseSuggestion]:
         maximum, exact = largest_distance(images, flips=flips, most_work=_MOST_WORK)
         if maximum <= AutoNoiseConfig(kind="auto").sigma_L:
             return {}
-        quantile = distance_quantile(few, 0.999, flips=flips)
-        distances = PairDistances(
-            maximum, quantile, num_images=len(images), exact=exact and sample.count == len(images)
-        )
-        found[name] = suggest_noise(distances, dimension=images[0].numel())
+        distances = {
+            "maximum": maximum,
+            # Perhaps of fewer images; it shows whether outliers make the maximum.
+            "quantile_999": distance_quantile(few, 0.999, flips=flips),
+            "num_images": len(images),  # compared for the maximum
+            "exact": exact and sample.count == len(images),  # whether these were all images and not a sample
+        }
+        found[name] = asdict(suggest_noise(maximum, dimension=images[0].numel())) | {"distances": distances}
     return found
 
 
@@ -94,8 +102,8 @@ def resolve_noise(config: Config, manifest: Manifest) -> Config:
             value="auto",
         )
     suggested = manifest.suggested_noise["mirrored" if config.data.horizontal_flip else "plain"]
-    distances, dimension = PairDistances(**suggested["distances"]), math.prod(manifest.shape)
-    chosen = suggest_noise(distances, dimension=dimension, sigma_L=noise.sigma_L)
+    largest, dimension = suggested["distances"]["maximum"], math.prod(manifest.shape)
+    chosen = suggest_noise(largest, dimension=dimension, sigma_L=noise.sigma_L)
     levels = {name: getattr(chosen, name) for name in ("sigma_1", "sigma_L", "num_levels")}
     section = {**levels, "training": noise.training.model_dump(mode="json")}
     tree = config.model_dump(mode="json") | {"noise": section}

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any, assert_never
 
 import torch
 from torch import Tensor, nn
 
 from ncsn.config import Config
-from ncsn.config.choices import NcsnNetworkConfig, NcsnV2NetworkConfig, UnetNetworkConfig
 from ncsn.config.schema import SamplingConfig
 from ncsn.config.training import (
     RELATIVE_WIDTHS,
@@ -28,10 +28,7 @@ from ncsn.core.losses import (
     Uncertainty,
     Weight,
 )
-from ncsn.core.networks.ddpmpp import DdpmppNetwork
-from ncsn.core.networks.refinenet import NcsnNetwork, NcsnV2Network
 from ncsn.core.networks.transfer import light_parameters
-from ncsn.core.networks.unet import UnetNetwork
 from ncsn.core.noise_schedule import geometric_sigmas
 from ncsn.core.training import StepOptions, TrainState
 from ncsn.core.training_noise import FEW_DRAWS, LevelNoise, LognormalNoise, TrainingNoise
@@ -73,24 +70,39 @@ def noise_notes(config: Config, *, images: int) -> list[str]:
 
 
 def network(config: Config) -> nn.Module:
-    """The score network with its initial weights, which `config.seed` alone decides."""
+    """The score network with its initial weights, which `config.seed` alone decides.
+
+    A process loads the module of this kind of network alone.
+    """
+    channels, own = config.data.channels, config.network.model_dump(exclude={"kind"})
+    # Of the kinds with preconditioning.
+    conditioned: dict[str, Any] = {
+        "channels": channels,
+        "image_size": config.data.image_size,
+        "num_classes": config.data.num_classes,
+        "augmentation": config.data.augmentation is not None,
+    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        settings, channels = config.network, config.data.channels
-        own = settings.model_dump(exclude={"kind"})
-        if isinstance(settings, NcsnNetworkConfig):
-            return NcsnNetwork(channels=channels, num_levels=config.levels.num_levels, **own)
-        if isinstance(settings, NcsnV2NetworkConfig):
-            return NcsnV2Network(channels=channels, sigmas=sigmas(config), **own)
-        kind = UnetNetwork if isinstance(settings, UnetNetworkConfig) else DdpmppNetwork
-        return kind(
-            channels=channels,
-            image_size=config.data.image_size,
-            sigmas=sigmas(config),
-            num_classes=config.data.num_classes,
-            augmentation=config.data.augmentation is not None,
-            **own,
-        )
+        match config.network.kind:
+            case "ncsn":
+                from ncsn.core.networks.refinenet import NcsnNetwork
+
+                return NcsnNetwork(channels=channels, num_levels=config.levels.num_levels, **own)
+            case "ncsnv2":
+                from ncsn.core.networks.refinenet import NcsnV2Network
+
+                return NcsnV2Network(channels=channels, sigmas=sigmas(config), **own)
+            case "unet":
+                from ncsn.core.networks.unet import UnetNetwork
+
+                return UnetNetwork(sigmas=sigmas(config), **conditioned, **own)
+            case "ddpmpp":
+                from ncsn.core.networks.ddpmpp import DdpmppNetwork
+
+                return DdpmppNetwork(sigmas=sigmas(config), **conditioned, **own)
+            case kind:
+                assert_never(kind)
 
 
 def loss(config: Config, uncertainty: Uncertainty | None = None) -> Loss:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -134,22 +134,6 @@ def images_seen_at(name: str) -> int:
     return int(name.removeprefix("images-"))
 
 
-@dataclass(frozen=True)
-class Snapshot:
-    """A checkpoint in memory, which training no longer changes."""
-
-    tensors: Mapping[str, Mapping[str, Tensor]]  # by file, on the CPU
-    texts: Mapping[str, str]  # by file
-
-    def write(self, folder: Path) -> None:
-        """Write the complete checkpoint into the existing, empty `folder`."""
-        for name, tensors in self.tensors.items():
-            save_file(dict(tensors), folder / name)
-        for name, text in self.texts.items():
-            (folder / name).write_text(text)
-        write_index(folder, (*self.tensors, *self.texts))
-
-
 def snapshot(
     *,
     config: Config,
@@ -158,8 +142,11 @@ def snapshot(
     dataset_digest: str,
     classes: Classes | None = None,
     curves: Mapping[str, Any] | None = None,
-) -> Snapshot:
-    """Copy the state, so that training can go on while it is written. `curves` are the unreported ones."""
+) -> Callable[[Path], None]:
+    """Copy the state, so that training can go on while it is written; a function that does that.
+
+    It writes the complete checkpoint into an existing, empty folder. `curves` are the unreported ones.
+    """
     facts: dict[str, Any] = {
         "images_seen": state.images_seen,
         "ema_updates": state.ema.num_updates,
@@ -185,7 +172,16 @@ def snapshot(
     }
     if state.second_ema is not None:
         tensors[SECOND_EMA] = _copies(state.second_ema.weights)
-    return Snapshot(tensors, {"state.json": json.dumps(facts), "config.yaml": to_yaml(config)})
+    texts = {"state.json": json.dumps(facts), "config.yaml": to_yaml(config)}
+
+    def write(folder: Path) -> None:
+        for name, copies in tensors.items():
+            save_file(copies, folder / name)
+        for name, text in texts.items():
+            (folder / name).write_text(text)
+        write_index(folder, (*tensors, *texts))
+
+    return write
 
 
 def restore(folder: Path, *, config: Config, state: TrainState, dataset_digest: str) -> dict[str, Any] | None:

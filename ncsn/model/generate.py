@@ -18,6 +18,7 @@ from ncsn.config.schema import SamplingConfig
 from ncsn.core.images import to_uint8
 from ncsn.core.keyed_random import KeyedNoise, Stream, keyed_uniform
 from ncsn.core.losses import ScoreFunction
+from ncsn.core.networks.base import ContinuousNetwork
 from ncsn.core.samplers.chain import sample, start, visited
 from ncsn.core.samplers.guidance import AtLevels, Guided, Labeled, band_on_grid
 from ncsn.errors import InvalidValue, UserError, shown_value
@@ -136,8 +137,11 @@ def score_function(trained: TrainedNetwork, sampling: SamplingConfig, *, labels:
     if isinstance(guidance, AutoguidanceConfig):
         worse = guide_of(trained, sampling)
         assert worse is not None
-        knows = worse.config.data.num_classes is not None
-        guide = Labeled(worse.network, labels) if knows and labels is not None else worse.network
+        # Its own levels may be others.
+        any_sigma = isinstance(worse.network, ContinuousNetwork)
+        guide: ScoreFunction = AtLevels(worse.network, levels) if any_sigma else worse.network
+        if labels is not None and worse.config.data.num_classes is not None:
+            guide = Labeled(guide, labels)
     else:
         assert labels is not None, "the config's rules"
         guide = Labeled(network, torch.full_like(labels, -1))
@@ -154,20 +158,17 @@ def evaluations_per_image(config: Config) -> int:
         return whole
     # Those of a chain whose scores are zero.
     band = band_on_grid(guidance.sigma_min, guidance.sigma_max, visited(sampler, levels))
-    counted, nothing = _CountedZero(), torch.zeros(1, 1, 1, 1)
-    guided = Guided(counted, counted, weight=guidance.weight, band=band, sigmas=levels)
-    sample(sampler, guided, x=nothing, sigmas=levels, noise=lambda _: nothing)
-    return counted.evaluations
-
-
-class _CountedZero:
     evaluations = 0
 
-    def __call__(self, x: Tensor, level: Tensor) -> Tensor:  # noqa: ARG002
-        self.evaluations += 1
+    def zero(x: Tensor, *_level: Tensor, **_sigma: Tensor) -> Tensor:
+        nonlocal evaluations
+        evaluations += 1
         return torch.zeros_like(x)
 
-    score_at = __call__
+    nothing = torch.zeros(1, 1, 1, 1)
+    guided = Guided(zero, zero, weight=guidance.weight, band=band, sigmas=levels)
+    sample(sampler, guided, x=nothing, sigmas=levels, noise=lambda _: nothing)
+    return evaluations
 
 
 def guide_of(trained: TrainedNetwork, sampling: SamplingConfig) -> TrainedNetwork | None:
@@ -213,7 +214,7 @@ def _require_fitting(trained: TrainedNetwork, guide: TrainedNetwork, uri: str, s
     ]
     if trained.classes is not None and guide.classes is not None:
         facts.append(("classes", trained.classes.names, guide.classes.names))
-    if not hasattr(guide.network, "score_at"):
+    if not isinstance(guide.network, ContinuousNetwork):
         facts.append(("noise", sampling.levels or trained.config.levels, guide.config.levels))
     for name, wanted, found in facts:
         if wanted != found:

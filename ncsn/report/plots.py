@@ -7,17 +7,14 @@ on a dark page. In an SVG the ink becomes `currentColor`, the color of the text 
 
 from __future__ import annotations
 
-import functools
 import io
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ParamSpec
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
@@ -25,7 +22,6 @@ from matplotlib.ticker import EngFormatter, FuncFormatter
 from numpy.typing import ArrayLike, NDArray
 
 Array = NDArray[np.float64]
-P = ParamSpec("P")
 
 INK = "#6e6e6e"
 # All colors have a contrast of at least 3:1 on white and on near-black.
@@ -66,15 +62,7 @@ _STYLE: dict[Any, Any] = {
 }
 
 
-def styled(plot: Callable[P, Figure]) -> Callable[P, Figure]:
-    """Draw a plot in this style, independent of matplotlib's global settings."""
-
-    @functools.wraps(plot)
-    def wrapper(*args: P.args, **kwargs: P.kwargs) -> Figure:
-        with rc_context(_STYLE):
-            return plot(*args, **kwargs)
-
-    return wrapper
+styled = rc_context(_STYLE)  # draws a plot in this style, independent of matplotlib's global settings
 
 
 def bare(axes: Axes) -> Axes:
@@ -170,14 +158,10 @@ def _log_scale_where_positive(axes: Axes, values: ArrayLike) -> None:
     finite = finite[np.isfinite(finite)]
     if len(finite) and finite.min() > 0 and finite.max() > 3 * finite.min():
         axes.set_yscale("log")
-        _plain_numbers(axes.yaxis)
-
-
-def _plain_numbers(axis: Axis) -> None:
-    """Label a logarithmic axis without powers."""
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    # Minor ticks at 2, 3 and 5 times a power of ten have labels; those of the others would be too close.
-    axis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "235" else ""))
+        # Without powers.
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        # Minor ticks at 2, 3 and 5 times a power of ten have labels; those of the others would be too close.
+        axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "235" else ""))
 
 
 def _count_axis(axes: Axes) -> None:
@@ -262,60 +246,51 @@ def search_coordinates(
     finite quality get a thin line, and the best one the thickest.
     """
     scores = np.asarray(quality, np.float64)
-    columns = [*(_Column.of(name, values) for name, values in settings.items()), _Column.of(quality_label, scores)]
+    names, columns = [*settings, quality_label], [*map(_column, settings.values()), _column(scores)]
     figure = Figure(figsize=(max(5.0, 1.7 * len(columns)), 3.8), layout="constrained")
     axes = figure.subplots()
     finite = np.isfinite(scores)
-    reached = columns[-1].positions[finite]
-    norm = Normalize(reached.min(), reached.max()) if finite.any() else None
+    reached, _ = columns[-1]
+    norm = Normalize(reached[finite].min(), reached[finite].max()) if finite.any() else None
     best = int(np.nanargmin(scores)) if finite.any() else -1
     for trial in np.argsort(np.where(finite, -scores, -math.inf), kind="stable"):
-        heights = [column.positions[trial] for column in columns if np.isfinite(column.positions[trial])]
+        heights = [places[trial] for places, _ in columns if np.isfinite(places[trial])]
         color = LEVEL_COLORS(norm(heights[-1])) if norm is not None and finite[trial] else INK
         width = 3.0 if trial == best else 1.2 if finite[trial] else 0.6
         axes.plot(range(len(heights)), heights, color=color, linewidth=width, alpha=1 if trial == best else 0.75)
-    _draw_columns(axes, columns)
+    bare(axes)
+    axes.set(xlim=(-0.3, len(columns) - 0.4), ylim=(-0.08, 1.16))
+    for index, (name, (_, ticks)) in enumerate(zip(names, columns, strict=True)):
+        axes.axvline(index, ymin=0.06, ymax=0.875, color=INK, linewidth=0.8)
+        label = "\n".join(filter(None, name.rpartition(".")[::2]))
+        axes.annotate(label, (index, 1.06), ha="center", va="bottom", fontsize=8)
+        for height, text in ticks:
+            axes.annotate(text, (index, height), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
     return figure
 
 
-@dataclass(frozen=True)
-class _Column:
+# The height of each value, 0 to 1, NaN if it has none; and height and text of the ticks.
+Column = tuple[Array, list[tuple[float, str]]]
+
+
+def _column(values: Sequence[Any] | Array) -> Column:
     """One axis of parallel coordinates."""
-
-    name: str
-    positions: Array  # height of each trial's value, 0 to 1; NaN if it has none
-    ticks: list[tuple[float, str]]  # height and text
-
-    @classmethod
-    def of(cls, name: str, values: Sequence[Any] | Array) -> _Column:
-        if all(isinstance(value, int | float | np.number) and not isinstance(value, bool) for value in values):
-            return cls._of_numbers(name, np.array(values, np.float64))
-        words = sorted({str(value) for value in values})
-        places = {word: index / (len(words) - 1) if len(words) > 1 else 0.5 for index, word in enumerate(words)}
-        ticks = [(at, word) for word, at in places.items()]
-        return cls(name, np.array([places[str(value)] for value in values]), ticks)
-
-    @classmethod
-    def _of_numbers(cls, name: str, values: Array) -> _Column:
-        finite = values[np.isfinite(values)]
-        if not len(finite):
-            return cls(name, np.full(len(values), math.nan), [])
-        low, high = float(finite.min()), float(finite.max())
-        if low == high:
-            return cls(name, np.where(np.isfinite(values), 0.5, math.nan), [(0.5, f"{low:.3g}")])
-        logarithmic = low > 0 and high > LOGARITHMIC * low
-        scaled, ends = (np.log(values), np.log([low, high])) if logarithmic else (values, np.array([low, high]))
-        middle = math.sqrt(low * high) if logarithmic else (low + high) / 2
-        ticks = [(0.0, f"{low:.3g}"), (0.5, f"{middle:.3g}"), (1.0, f"{high:.3g}")]
-        return cls(name, (scaled - ends[0]) / (ends[1] - ends[0]), ticks)
+    if all(isinstance(value, int | float | np.number) and not isinstance(value, bool) for value in values):
+        return _column_of_numbers(np.array(values, np.float64))
+    words = sorted({str(value) for value in values})
+    places = {word: index / (len(words) - 1) if len(words) > 1 else 0.5 for index, word in enumerate(words)}
+    return np.array([places[str(value)] for value in values]), [(at, word) for word, at in places.items()]
 
 
-def _draw_columns(axes: Axes, columns: Sequence[_Column]) -> None:
-    bare(axes)
-    axes.set(xlim=(-0.3, len(columns) - 0.4), ylim=(-0.08, 1.16))
-    for index, column in enumerate(columns):
-        axes.axvline(index, ymin=0.06, ymax=0.875, color=INK, linewidth=0.8)
-        label = "\n".join(filter(None, column.name.rpartition(".")[::2]))
-        axes.annotate(label, (index, 1.06), ha="center", va="bottom", fontsize=8)
-        for height, text in column.ticks:
-            axes.annotate(text, (index, height), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
+def _column_of_numbers(values: Array) -> Column:
+    finite = values[np.isfinite(values)]
+    if not len(finite):
+        return np.full(len(values), math.nan), []
+    low, high = float(finite.min()), float(finite.max())
+    if low == high:
+        return np.where(np.isfinite(values), 0.5, math.nan), [(0.5, f"{low:.3g}")]
+    logarithmic = low > 0 and high > LOGARITHMIC * low
+    scaled, ends = (np.log(values), np.log([low, high])) if logarithmic else (values, np.array([low, high]))
+    middle = math.sqrt(low * high) if logarithmic else (low + high) / 2
+    ticks = [(0.0, f"{low:.3g}"), (0.5, f"{middle:.3g}"), (1.0, f"{high:.3g}")]
+    return (scaled - ends[0]) / (ends[1] - ends[0]), ticks

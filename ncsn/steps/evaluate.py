@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -33,7 +32,7 @@ from ncsn.tracking.gate import Measurement, Memorization
 PUBLISHED_METRICS = {"inception": "Inception scores and Fréchet distances", "dinov2": "FD-DINOv2 values"}
 PUBLISHED_IMAGES = 50_000
 MOST_CLASSES = 100  # with metrics of their own in MLflow
-CALL_IMAGES = 1024  # about as many are worth a worker
+FEW_IMAGES = 1024  # up to here a second GPU saves less time than starting Ray takes
 
 
 @dataclass(frozen=True)
@@ -74,16 +73,17 @@ def run(config: Config, *, run: str, samples: str, dataset: str, lease: str | No
         return result
     if result := step.run_elsewhere(config, places):
         return result
-    join = lease is not None or not on_this_machine()  # the head has no cores
-    # Alone, this process has all cores: starting Ray would take longer than most evaluations.
-    alone = config.compute.max_workers == 1 or (on_this_machine() and not config.compute.use_gpu)
-    calls = 1 if alone else math.ceil(max(manifest.count("train"), config.sampling.num_images) / CALL_IMAGES)
-    with step.work(config, lease=lease) as (progress, tracked), cluster_for(config, calls=calls, join=join):
+    on_cluster = lease is not None or not on_this_machine()  # this process is on the head then, which has no cores
+    # Here, only several GPUs make it worth to start Ray: a single process has all cores.
+    images = max(manifest.count("train"), config.sampling.num_images)
+    on_gpus = config.compute.use_gpu and config.compute.max_workers > 1 and images > FEW_IMAGES
+    calls = 2 if on_gpus else 1
+    with step.work(config, lease=lease) as (progress, tracked), cluster_for(config, calls=calls, join=on_cluster):
         tracked.set_tags(ray_tags())
         if evaluation.extractor == "dinov2" and not config.compute.use_gpu:
             progress.note("DINOv2 takes about two seconds per image and core without a GPU")
         tracked.log_dataset(manifest.name, digest=manifest.digest, uri=dataset, context="evaluation")
-        runner = runner_of(config.compute) if calls > 1 or join else here
+        runner = runner_of(config.compute) if on_cluster or on_gpus else here
         result = evaluate(config, **places, folder=step.folder.evaluation, progress=progress, runner=runner)
         progress.note(str(RunningScore(**result.running[-1])))
         tracked.log_metrics({**result.metrics, **result.real_metrics})

@@ -13,7 +13,7 @@ from ncsn.model import build, checkpoint as checkpoints
 from ncsn.model.checkpoint import SamplingCheckpoint
 from ncsn.model.classes import AS_DATA, BALANCED
 from ncsn.report import hints, plots
-from ncsn.report.html import look, render
+from ncsn.report.html import LOOK, render
 from ncsn.report.images import GRID_CLASSES
 from ncsn.report.plots import to_svg
 from ncsn.report.words import Fact, cost_facts, read_metrics, tag_facts
@@ -71,7 +71,7 @@ def run(config: Config, *, run: str, evaluation: str) -> ReportResult:
         "evaluation": measured,
         "steps": {name: record.finished_at for name, record in sources.records.items()},
         "config": config.model_dump(mode="json"),
-        "look": look(),
+        "look": LOOK,
         "selection": sources.selection,
     }
     if result := step.find_result(inputs, needs=lambda result: [result.uri]):

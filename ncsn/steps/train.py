@@ -24,6 +24,7 @@ from ncsn.steps.step import Step
 from ncsn.storage.heartbeat import Lease
 from ncsn.tracking.client import client_at, mlflow_errors, tracking_uri
 from ncsn.tracking.lineage import INIT_FROM
+from ncsn.tracking.live import LiveMetrics
 from ncsn.tracking.promotion import SCHEME, resolve_version
 from ncsn.tracking.registry import fetch_weights
 from ncsn.training.batches import classes_of
@@ -66,7 +67,7 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> 
         job = TrainingJob(
             config=config,
             dataset=dataset,
-            sink=tracked.live_metrics(),
+            sink=LiveMetrics(tracked.uri, tracked.run_id),
             progress=progress,
             history=step.folder.history,
             preview=step.folder.preview,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
+from functools import partial
 
 COPY_ERRORS = 3  # standard errors by which the share of copies may exceed that of real images
 
@@ -95,10 +96,8 @@ def decide(evidence: Evidence, *, version: str, champion: str, of_champion: Evid
     """Compare a version with the champion, given as its version and evidence; an empty version for no champion."""
     measured = evidence.measurement
     shown = f"{measured.name} = {measured}"
-
-    def decided(reason: str, *, promoted: bool = False) -> Decision:
-        return Decision(promoted, reason, evidence, champion)
-
+    promote = partial(Decision, True, evidence=evidence, champion_version=champion)
+    refuse = partial(Decision, False, evidence=evidence, champion_version=champion)
     if not (math.isfinite(measured.value) and math.isfinite(measured.uncertainty)):
         objection = f"{shown} is not a finite number"
     elif evidence.not_finite:
@@ -107,21 +106,21 @@ def decide(evidence: Evidence, *, version: str, champion: str, of_champion: Evid
         objection = evidence.memorization.objection
     if objection:
         kept = "; it stays champion until `ncsn promote --rollback`" if champion == version else ""
-        return decided(objection + kept)
+        return refuse(objection + kept)
     if not champion:
-        return decided(f"{shown}; there was no champion", promoted=True)
+        return promote(f"{shown}; there was no champion")
     if champion == version:
-        return Decision(True, f"{shown}; it was the champion already", evidence)
+        return promote(f"{shown}; it was the champion already", champion_version="")
     if of_champion is None:
-        return decided(
+        return refuse(
             f"champion version {champion} has no measurement with an uncertainty to compare {shown} with; evaluate and "
             "register its run again"
         )
     other = of_champion.measurement
     if mismatch := measured.differs_from(other):
-        return decided(f"not comparable with champion version {champion}: {mismatch}")
+        return refuse(f"not comparable with champion version {champion}: {mismatch}")
     gain = other.value - measured.value if measured.lower_is_better else measured.value - other.value
     uncertainty = math.hypot(measured.uncertainty, other.uncertainty)  # of the difference
     better = gain > uncertainty  # NaN is never better
     verdict = f"is {'' if better else 'not '}better by more than the combined uncertainty {uncertainty:.2g} than"
-    return decided(f"{shown} {verdict} {other} of champion version {champion}", promoted=better)
+    return (promote if better else refuse)(f"{shown} {verdict} {other} of champion version {champion}")

@@ -41,7 +41,7 @@ class Entry:
 
 
 class LiveMetrics:
-    """Sends metrics and pictures of one MLflow run from a thread. `log` and `log_picture` neither block nor raise.
+    """Sends metrics and pictures of one MLflow run from a thread. `log` neither blocks nor raises.
 
     What the server does not take is left to `send_missing`. Picklable: a copy in another process has nothing to send.
     """
@@ -56,16 +56,12 @@ class LiveMetrics:
         return type(self), (self.uri, self.run_id)
 
     def log(self, metrics: Mapping[str, float], images_seen: int, when: int, *, png: bytes = b"") -> None:
-        """Take the metrics of one moment, in milliseconds since 1970."""
+        """Take the metrics of one moment, in milliseconds since 1970, or one preview of a series."""
         with self._lock:
             self._waiting.append(Entry(images_seen, when, metrics, png))
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="mlflow-metrics", daemon=True)
             self._thread.start()
-
-    def log_picture(self, png: bytes, images_seen: int, when: int) -> None:
-        """Take one preview, of a series that MLflow shows with a slider."""
-        self.log({}, images_seen, when, png=png)
 
     def close(self, *, seconds: float = 30.0) -> None:
         """Send the remaining entries, for at most `seconds`."""

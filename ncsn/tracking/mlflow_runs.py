@@ -34,7 +34,7 @@ from ncsn.tracking.client import (
     tracking_uri,
 )
 from ncsn.tracking.lineage import PARENT, provenance
-from ncsn.tracking.live import Entry, LiveMetrics, send, send_missing
+from ncsn.tracking.live import Entry, send, send_missing
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -70,10 +70,6 @@ class StepRun(Connection):
         """Record results, `area/what` -> number; the step is in images seen, where these are counted."""
         values = {name: float(value) for name, value in metrics.items()}
         send(self.client, self.run_id, [Entry(step, now_ms(), values)])
-
-    def live_metrics(self) -> LiveMetrics:
-        """A picklable sender of this run's metrics for a training loop, perhaps in another process."""
-        return LiveMetrics(self.uri, self.run_id)
 
     def log_file(self, uri: str, *, to_parent: bool = False) -> None:
         """Copy a file of the store to the run's artifacts, or to those of the parent."""

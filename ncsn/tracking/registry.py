@@ -32,13 +32,6 @@ MODEL_FILE = Path(__file__).with_name("model.py")
 NEEDED = ("mlflow", "numpy", "pyarrow", "pydantic", "pyyaml", "safetensors", "torch")
 
 
-def requirements() -> list[str]:
-    """`NEEDED` with the version ranges of this project."""
-    own = [line for line in importlib.metadata.requires("ncsn") or [] if "extra ==" not in line]
-    by_name = {re.split(r"[^A-Za-z0-9_.-]", line, maxsplit=1)[0].lower(): line for line in own}
-    return [by_name[name] for name in NEEDED]
-
-
 def write_model(
     folder: Path, checkpoint: SamplingCheckpoint, *, files: Mapping[str, bytes], origin: Any = None
 ) -> None:
@@ -56,6 +49,9 @@ def write_model(
     inputs = folder.with_name(f"{folder.name}-inputs")
     inputs.mkdir()
     save_model(checkpoint, inputs)
+    # With the version ranges of this project.
+    own = [line for line in importlib.metadata.requires("ncsn") or [] if "extra ==" not in line]
+    requirements = {re.split(r"[^A-Za-z0-9_.-]", line, maxsplit=1)[0].lower(): line for line in own}
     mlflow.pyfunc.save_model(
         path=str(folder),
         python_model=str(MODEL_FILE),
@@ -63,7 +59,7 @@ def write_model(
         code_paths=[str(Path(ncsn.__file__).parent)],
         signature=infer_signature(model_output=images, params=params),
         input_example=(np.empty(0), {"n_images": 2}),
-        pip_requirements=requirements(),
+        pip_requirements=[requirements[name] for name in NEEDED],
         mlflow_model=origin,
     )
     for name, content in files.items():

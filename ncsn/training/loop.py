@@ -55,11 +55,6 @@ class TrainingJob:
     start: str | None = None  # URI of the files of the trained network that `train.init_from` names
     stop_at: int | None = None  # images seen; the schedules go on to `train.num_images`
 
-    @property
-    def last_image(self) -> int:
-        """Images seen at which training ends."""
-        return min(self.stop_at or self.config.train.num_images, self.config.train.num_images)
-
 
 @dataclass(frozen=True)
 class TrainOutcome:
@@ -82,6 +77,7 @@ class Training:
         self.options = build.step_options(self.config, world_size=context.world_size)
         self.curves = Curves(self.config, context)
         self.sink = job.sink if context.rank == 0 else None
+        self.last_image = min(job.stop_at or self.config.train.num_images, self.config.train.num_images)
         self.saved, self.pauses = "", list[float]()
         newest = self._newest_checkpoint()
         with context.mistakes_shared():  # a file may be missing or damaged on one node alone
@@ -108,14 +104,14 @@ class Training:
         if self.config.compute.compile:
             compile_network(self.state.network, context)
         self.model = context.wrap(self.state.network)
-        self.timer, self.warned = StepTimer(context, seconds=5.0), False
+        self.timer = StepTimer(context, seconds=5.0)
         machine_usage(context.device)  # starts the first interval
         self.point: dict[str, float] = {}
         self.reported = 0
 
     def ended(self) -> bool:
         """Whether no batch is to follow."""
-        return self.state.images_seen >= self.job.last_image
+        return self.state.images_seen >= self.last_image
 
     def measurement_due(self) -> bool:
         """Whether the held-out loss is to be measured now."""
@@ -151,9 +147,9 @@ class Training:
         batch = augmented(config, drawn.to(context.device, memory_format=build.memory_format(config)), first=first)
         for group in state.optimizer.param_groups:
             group["lr"] = build.learning_rate(config, state.images_seen)
-        report = train_step(self.model, batch, state=state, loss=self.loss, options=self.options)
+        losses, grad_norm = train_step(self.model, batch, state=state, loss=self.loss, options=self.options)
         state.images_seen += config.train.batch_size
-        self.curves.add(batch, report, images=config.train.batch_size)
+        self.curves.add(batch, losses, grad_norm, images=config.train.batch_size)
 
     def report(self) -> None:
         """Add a point to the curves, with the held-out loss if it is due. A collective call."""
@@ -183,7 +179,7 @@ class Training:
         if self.sink and (png := preview_png(config=self.config, state=self.state, moments=self.moments)):
             if self.job.preview is not None:
                 storage.write_bytes(self.job.preview(seen), png)
-            self.sink.log_picture(png, seen, self.reported)
+            self.sink.log({}, seen, self.reported, png=png)
         self._publish()
         self.pauses.append(time.perf_counter() - began)
 
@@ -196,13 +192,6 @@ class Training:
             taken = averages.copies(self.state)
             self.checkpoints.later(partial(averages.store, uri, taken, images_seen=seen))
 
-    def save_in_time(self) -> None:
-        """Publish a checkpoint, once, if a machine is about to be preempted. A collective call."""
-        if self.warned or not self.context.preempted():
-            return
-        self.warned = True
-        self._save_unreported()
-
     def end_if_abandoned(self) -> None:
         """Save and raise LeaseExpired if the launcher is gone. A collective call."""
         if self.job.lease is None:
@@ -211,10 +200,11 @@ class Training:
         if self.context.sum_over_workers(torch.tensor([float(expired)], device=self.context.device)) > 0:
             seen = self.state.images_seen
             if self.saved != checkpoint.folder_name(seen):
-                self._save_unreported()
+                self.save_unreported()
             raise LeaseExpired(f"the launcher is gone: stopped at images_seen = {seen}, saved {self.saved}")
 
-    def _save_unreported(self) -> None:
+    def save_unreported(self) -> None:
+        """Publish a checkpoint between two reports. A collective call."""
         # With the curves, so that the points and losses after a resume are those of an undisturbed run.
         curves = self.curves.unreported()
         if math.isfinite(curves["grad_norm"] + sum(map(sum, curves["sums"]))):
@@ -225,7 +215,7 @@ class Training:
         if self.context.rank == 0:
             if self.history is not None:
                 self.history.publish()
-            snapshot = checkpoint.snapshot(  # training goes on while it is written
+            write = checkpoint.snapshot(  # training goes on while it is written
                 config=self.config,
                 state=self.state,
                 moments=self.moments,
@@ -233,7 +223,7 @@ class Training:
                 classes=self.classes,
                 curves=curves,
             )
-            self.checkpoints.publish(snapshot.write, name=self.saved)
+            self.checkpoints.publish(write, name=self.saved)
 
 
 def train_loop(job: TrainingJob, context: WorkerContext, checkpoints: CheckpointStore) -> TrainOutcome:
@@ -247,9 +237,9 @@ def train_loop(job: TrainingJob, context: WorkerContext, checkpoints: Checkpoint
     torch.set_num_threads(job.config.compute.cpus_per_worker)
     keep_freed_memory()
     training = Training(job, context, checkpoints)
-    started, first = time.perf_counter(), training.state.images_seen
+    started, first, warned = time.perf_counter(), training.state.images_seen, False
     if context.rank == 0:
-        job.progress.start(job.last_image, "images")
+        job.progress.start(training.last_image, "images")
         job.progress.advance(first)
     try:
         while not training.ended():
@@ -261,8 +251,9 @@ def train_loop(job: TrainingJob, context: WorkerContext, checkpoints: Checkpoint
             training.keep_averages()
             if save:
                 training.save()
-            elif training.timer.due():
-                training.save_in_time()
+            elif training.timer.due() and not warned and context.preempted():
+                warned = True  # of the loss of a machine: one checkpoint is enough
+                training.save_unreported()
             if report and not training.ended():
                 training.end_if_abandoned()
             if context.rank == 0:

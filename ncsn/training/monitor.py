@@ -14,12 +14,13 @@ import psutil
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
 from ncsn.config import Config
 from ncsn.core.images import DataMoments, image_grid
 from ncsn.core.losses import Batch, bin_sums
 from ncsn.core.samplers.settings import DpmSolver
-from ncsn.core.training import EVALUATIONS_PER_STEP, StepReport, TrainState
+from ncsn.core.training import EVALUATIONS_PER_STEP, TrainState
 from ncsn.errors import InvalidValue
 from ncsn.model import build
 from ncsn.model.checkpoint import TrainedNetwork
@@ -32,11 +33,8 @@ from ncsn.training.context import WorkerContext
 class LiveSink(Protocol):
     """Receives the curves and pictures of rank 0. Must neither block nor raise."""
 
-    def log(self, metrics: dict[str, float], images_seen: int, when: int) -> None:
-        """Take one point of each curve; `when` is in milliseconds since 1970."""
-
-    def log_picture(self, png: bytes, images_seen: int, when: int) -> None:
-        """Take one preview."""
+    def log(self, metrics: dict[str, float], images_seen: int, when: int, *, png: bytes = b"") -> None:
+        """Take one point of each curve, or one preview; `when` is in milliseconds since 1970."""
 
     def close(self) -> object:
         """Send the remaining entries."""
@@ -78,13 +76,13 @@ class Curves:
         self._grad_norm = torch.zeros((), dtype=torch.float64, device=context.device)
         self._started, self._images = time.perf_counter(), 0
 
-    def add(self, batch: Batch, step: StepReport, *, images: int) -> None:
-        """Add one step: this worker's batch and losses, and the size of the global batch."""
-        rows = [step.per_image, torch.ones_like(step.per_image)]
+    def add(self, batch: Batch, losses: Tensor, grad_norm: Tensor, *, images: int) -> None:
+        """Add one step: this worker's batch, what `train_step` gave for it, and the size of the global batch."""
+        rows = [losses, torch.ones_like(losses)]
         if self._edm is not None:
-            rows.append(step.per_image * self._edm(batch.sigma))
+            rows.append(losses * self._edm(batch.sigma))
         self._sums += bin_sums(torch.stack(rows), bins=self._noise.bin_of(batch), num_bins=len(self._names))
-        self._grad_norm = torch.maximum(self._grad_norm, step.grad_norm.double())
+        self._grad_norm = torch.maximum(self._grad_norm, grad_norm.double())
         self._images += images
 
     def unreported(self) -> dict[str, Any]:

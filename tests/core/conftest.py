@@ -14,16 +14,15 @@ class GaussianScore:
     def __init__(self, sigmas: torch.Tensor, *, s2: float, mean: float = 0.0) -> None:
         self.sigmas, self.s2, self.mean, self.calls = sigmas, s2, mean, 0
 
-    def __call__(self, x: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
-        return self.score_at(x, self.sigmas.to(x.dtype)[level])
-
-    def score_at(self, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, level=None, *, sigma=None) -> torch.Tensor:
         self.calls += 1
+        if level is not None:
+            sigma = self.sigmas.to(x.dtype)[level]
         return (self.mean - x) / (self.s2 + sigma.view(-1, *[1] * (x.ndim - 1)) ** 2)
 
 
 class ByLevelOnly:
-    """Hides `score_at`, as a network that was trained on its own levels only."""
+    """Takes no sigma, as a network that was trained on its own levels only."""
 
     def __init__(self, network: GaussianScore) -> None:
         self.network = network

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from ncsn.core.noise_schedule import (
-    PairDistances,
     best_epsilon,
     distance_quantile,
     geometric_sigmas,
@@ -160,13 +159,12 @@ def test_the_largest_distance_compares_few_pairs_and_can_be_cut_short(monkeypatc
 
 
 def test_suggestion_applies_the_techniques_in_turn():
-    distances = PairDistances(maximum=50.0, quantile_999=30.0, num_images=60_000, exact=True)
-    suggestion = suggest_noise(distances, dimension=3072, overlap=0.567, steps_per_level=5)
+    suggestion = suggest_noise(50.0, dimension=3072, overlap=0.567, steps_per_level=5)
     assert suggestion.sigma_1 == 50 and suggestion.num_levels == pytest.approx(232, abs=1)
     assert suggestion.overlap >= 0.567 and suggestion.epsilon == pytest.approx(6.2e-6, rel=0.02)
     assert suggestion.variance_ratio == pytest.approx(1.0555, abs=1e-3)
     with pytest.raises(ValueError, match="images"):
-        suggest_noise(PairDistances(0.0, 0.0, 5, True), dimension=4)
+        suggest_noise(0.0, dimension=4)
 
 
 @pytest.mark.parametrize(("dimension", "overlap"), [(0, 0.5), (3072, 1.0), (1, 0.1)])

@@ -86,6 +86,6 @@ def test_a_sample_says_that_it_is_one() -> None:
     images = np.random.default_rng(0).integers(0, 256, (30, 4, 4, 1), np.uint8)
     sample = ImageSample(20)
     sample.update(images)
-    found = suggestions(sample)["plain"].distances
-    assert (found.num_images, found.exact) == (20, False)
-    assert found.maximum == pytest.approx(distance_quantile(torch.from_numpy(sample.images), 1.0), rel=1e-6)
+    found = suggestions(sample)["plain"]["distances"]
+    assert (found["num_images"], found["exact"]) == (20, False)
+    assert found["maximum"] == pytest.approx(distance_quantile(torch.from_numpy(sample.images), 1.0), rel=1e-6)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import logging
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from refused import refused
 from same_run import curves
 
 from ncsn.config import Config, from_yaml
-from ncsn.model.checkpoint import Snapshot
+from ncsn.model import checkpoint
 from ncsn.training.loop import DivergedError, Training, TrainingJob, TrainOutcome
 
 LAST = "images-000000160"
@@ -63,15 +65,20 @@ def test_a_nan_ends_training_and_is_forgotten_by_the_same_command(
 def test_a_full_disk_leaves_the_checkpoint_before(
     whole: Path, tiny: str, dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = Snapshot.write
+    snapshot = checkpoint.snapshot
 
-    def full(snapshot: Snapshot, folder: Path) -> None:
-        if '"images_seen": 160' in snapshot.texts["state.json"]:
-            (folder / "state.json").symlink_to("/dev/full")  # the kernel answers every write to it with ENOSPC
-        write(snapshot, folder)
+    def with_full_disk(**what: Any) -> Callable[[Path], None]:
+        write, last = snapshot(**what), what["state"].images_seen == 160
+
+        def full(folder: Path) -> None:
+            if last:
+                (folder / "state.json").symlink_to("/dev/full")  # the kernel answers every write to it with ENOSPC
+            write(folder)
+
+        return full
 
     with monkeypatch.context() as patch:
-        patch.setattr(Snapshot, "write", full)
+        patch.setattr(checkpoint, "snapshot", with_full_disk)
         with pytest.raises(OSError, match="No space left") as caught:
             run(tmp_path, from_yaml(tiny), dataset)
     assert caught.value.errno == errno.ENOSPC

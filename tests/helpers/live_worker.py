@@ -46,7 +46,7 @@ class Worker:
     def save(self) -> None:
         self.history.publish()
         storage.write_bytes(self.folder.preview(self.history.images_seen[-1]), png())
-        self.sink.log_picture(png(), self.history.images_seen[-1], self.history.times[-1])
+        self.sink.log({}, self.history.images_seen[-1], self.history.times[-1], png=png())
 
 
 def killed(program: str, *arguments: object) -> None:

@@ -26,11 +26,11 @@ class Recorder:
     pictures: list[tuple[int, np.ndarray]] = field(default_factory=list)
     closed: bool = False
 
-    def log(self, metrics: dict[str, float], images_seen: int, when: int) -> None:
-        self.points.append((images_seen, metrics))
-
-    def log_picture(self, png: bytes, images_seen: int, when: int) -> None:
-        self.pictures.append((images_seen, np.array(Image.open(io.BytesIO(png)))[..., None]))
+    def log(self, metrics: dict[str, float], images_seen: int, when: int, *, png: bytes = b"") -> None:
+        if png:
+            self.pictures.append((images_seen, np.array(Image.open(io.BytesIO(png)))[..., None]))
+        else:
+            self.points.append((images_seen, metrics))
 
     def close(self) -> None:
         self.closed = True

@@ -53,7 +53,7 @@ def train(config: Config, run: Path, *more: Ema, every: int) -> Path:
         averages.store(str(run / "ema"), averages.copies(state), images_seen=state.images_seen)
     folder = run / "checkpoints" / checkpoint.folder_name(800)
     folder.mkdir(parents=True)
-    checkpoint.snapshot(config=config, state=state, moments=MOMENTS, dataset_digest="d1").write(folder)
+    checkpoint.snapshot(config=config, state=state, moments=MOMENTS, dataset_digest="d1")(folder)
     return folder
 
 

@@ -52,13 +52,13 @@ def config() -> Config:
 
 @pytest.fixture
 def saved(config: Config, tmp_path: Path) -> Path:
-    checkpoint.snapshot(config=config, state=trained(config), moments=MOMENTS, dataset_digest="d1").write(tmp_path)
+    checkpoint.snapshot(config=config, state=trained(config), moments=MOMENTS, dataset_digest="d1")(tmp_path)
     return tmp_path
 
 
 def test_restores_every_part_exactly(config: Config, tmp_path: Path) -> None:
     before, after = trained(config), build.train_state(config)
-    checkpoint.snapshot(config=config, state=before, moments=MOMENTS, dataset_digest="d1").write(tmp_path)
+    checkpoint.snapshot(config=config, state=before, moments=MOMENTS, dataset_digest="d1")(tmp_path)
     checkpoint.restore(tmp_path, config=config, state=after, dataset_digest="d1")
     assert after.images_seen == 32 and after.ema.num_updates == 1
     for name, tensor in before.network.state_dict().items():
@@ -75,15 +75,15 @@ def test_a_snapshot_stays_as_it_was_while_training_goes_on(config: Config, tmp_p
     state, folders = trained(config), (tmp_path / "at once", tmp_path / "later")
     for folder in folders:
         folder.mkdir()
-    snapshot = checkpoint.snapshot(config=config, state=state, moments=MOMENTS, dataset_digest="d1")
-    snapshot.write(folders[0])
+    write = checkpoint.snapshot(config=config, state=state, moments=MOMENTS, dataset_digest="d1")
+    write(folders[0])
     with torch.no_grad():
         for tensor in (*state.network.state_dict().values(), *state.ema.weights.values()):
             tensor.add_(1)
         for moments in state.optimizer.state.values():
             for moment in moments.values():
                 moment.add_(1)
-    snapshot.write(folders[1])
+    write(folders[1])
     for name in (*checkpoint.FILES, checkpoint.INDEX):
         assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
 
@@ -143,7 +143,7 @@ Write = Callable[[Path], None]
 def write() -> Write:
     config = from_yaml(TEXT)
     state = build.train_state(config)
-    return checkpoint.snapshot(config=config, state=state, moments=MOMENTS, dataset_digest="d1").write
+    return checkpoint.snapshot(config=config, state=state, moments=MOMENTS, dataset_digest="d1")
 
 
 @pytest.fixture(params=["disk", "s3"])

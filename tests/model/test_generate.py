@@ -189,7 +189,7 @@ def save_checkpoint(trained: TrainedNetwork, folder: Path) -> str:
     for name, parameter in trained.network.named_parameters():
         state.ema.weights[name].copy_(parameter)
     parts = {"config": trained.config, "moments": trained.moments, "classes": trained.classes}
-    checkpoint.snapshot(**parts, state=state, dataset_digest="d1").write(folder)
+    checkpoint.snapshot(**parts, state=state, dataset_digest="d1")(folder)
     return str(folder)
 
 

@@ -60,8 +60,6 @@ def save_untrained() -> SaveUntrained:
         moments = fit_moments(to_unit(torch.from_numpy(read_split(dataset, "train").images)))
         digest = load_manifest(dataset).digest
         classes = classes_of(config, load_manifest(dataset))
-        checkpoint.snapshot(config=config, state=state, moments=moments, dataset_digest=digest, classes=classes).write(
-            folder
-        )
+        checkpoint.snapshot(config=config, state=state, moments=moments, dataset_digest=digest, classes=classes)(folder)
 
     return save

@@ -69,24 +69,25 @@ def test_killed_server_and_killed_worker_lose_nothing_and_double_nothing(make_co
     """The server is killed, then the worker; the next worker repeats what came after its checkpoint."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with step_run(make_config(f"tracking.uri={server.url}"), run="killed", step="train") as tracked:
-        first = Worker(tracked.live_metrics(), tracked.folder, since=0)
+        first = Worker(LiveMetrics(tracked.uri, tracked.run_id), tracked.folder, since=0)
         first.train(range(5))
         first.save()
         until(lambda: len(history(tracked)) == 5)
         first.sink.close()
         with server.away():
             pickled = tmp_path / "worker"
-            pickled.write_bytes(pickle.dumps((tracked.live_metrics(), tracked.folder)))
+            pickled.write_bytes(pickle.dumps((LiveMetrics(tracked.uri, tracked.run_id), tracked.folder)))
             killed(DIES, pickled)
-            second = Worker(tracked.live_metrics(), tracked.folder, since=8)
+            second = Worker(LiveMetrics(tracked.uri, tracked.run_id), tracked.folder, since=8)
             second.train(range(8, 12))
             second.sink.close()
-        third = Worker(tracked.live_metrics(), tracked.folder, since=8)
+        third = Worker(LiveMetrics(tracked.uri, tracked.run_id), tracked.folder, since=8)
         third.train(range(8, 13))
         third.save()
         third.sink.close(seconds=60)
         assert [step for step, _ in history(tracked)] == [*range(5), *range(8, 13)]
-        fourth = Worker(tracked.live_metrics(), tracked.folder, since=8)  # as if the third had been killed
+        # As if the third had been killed.
+        fourth = Worker(LiveMetrics(tracked.uri, tracked.run_id), tracked.folder, since=8)
         fourth.train(range(8, 13))
         fourth.sink.close(seconds=60)
     assert_once(tracked, 13, previews={4, 7, 12})
@@ -96,7 +97,7 @@ def test_killed_server_and_killed_worker_lose_nothing_and_double_nothing(make_co
 def test_server_that_hangs_loses_nothing_and_doubles_nothing(make_config, server, monkeypatch):
     """A stopped server takes requests into its queue and executes them when it goes on: they come twice or more."""
     with step_run(make_config(f"tracking.uri={server.url}"), run="hang", step="train") as tracked:
-        worker = Worker(tracked.live_metrics(), tracked.folder, since=0)
+        worker = Worker(LiveMetrics(tracked.uri, tracked.run_id), tracked.folder, since=0)
         worker.train(range(1))
         until(lambda: len(history(tracked)) == 1)
         monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
@@ -167,7 +168,7 @@ def test_training_does_not_notice_that_the_server_is_killed(make_config, server,
 
     with outage, step_run(config, run="disturbed", step="train") as tracked:
         folder = tracked.folder
-        parts = {"sink": tracked.live_metrics(), "history": folder.history, "preview": folder.preview}
+        parts = {"sink": LiveMetrics(tracked.uri, tracked.run_id), "history": folder.history, "preview": folder.preview}
         train_locally(TrainingJob(config, dataset, progress=Disturbs(), **parts), tmp_path / "disturbed")
         starting.join()
     train_locally(TrainingJob(config, dataset, history=str(tmp_path / "history")), tmp_path / "plain")

@@ -14,6 +14,7 @@ from playwright.sync_api import Browser, Page, expect
 from ncsn.process import now_ms
 from ncsn.report.images import grid_png
 from ncsn.tracking import client
+from ncsn.tracking.live import LiveMetrics
 from ncsn.tracking.mlflow_runs import StepRun, step_run
 from ncsn.tracking.registry import Registration, register
 
@@ -31,10 +32,13 @@ def plain_png(shade: int) -> bytes:
 def tracked(make_config, server) -> StepRun:
     """A training on a real server, with a series of previews as a real one leaves it."""
     config = make_config(f"tracking.uri={server.url}", "tracking.experiment=page")
-    with step_run(config, run="seen-by-a-browser", step="train") as train, closing(train.live_metrics()) as sink:
+    with (
+        step_run(config, run="seen-by-a-browser", step="train") as train,
+        closing(LiveMetrics(train.uri, train.run_id)) as sink,
+    ):
         for images_seen in (64, 128):
             sink.log({"train/loss": 1 / images_seen}, images_seen, now_ms())
-            sink.log_picture(plain_png(images_seen), images_seen, now_ms())
+            sink.log({}, images_seen, now_ms(), png=plain_png(images_seen))
     return train
 
 

@@ -95,7 +95,7 @@ def test_record_on_postgresql_with_artifacts_in_s3_survives_an_outage(server, s3
     config = make_config(f"tracking.uri={server.url}")
     with step_run(config, run="postgresql", step="train") as tracked:
         tracked.log_dataset("digits", digest="d" * 64, uri="/data/digits")
-        worker = Worker(tracked.live_metrics(), tracked.folder, since=0)
+        worker = Worker(LiveMetrics(tracked.uri, tracked.run_id), tracked.folder, since=0)
         worker.train(range(20))
         server.kill()
         worker.train(range(20, 40))

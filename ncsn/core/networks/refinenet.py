@@ -338,8 +338,8 @@ class NcsnNetwork(_RefineNet):
         super().__init__(num_features, channels=channels, depth="standard", norm=norm, refine=refine)
         self.num_levels = num_levels
 
-    def forward(self, x: Tensor, level: Tensor) -> Tensor:
-        """Score of noisy images at their levels.
+    def forward(self, x: Tensor, level: Tensor | None = None, *, sigma: Tensor | None = None) -> Tensor:
+        """Score of noisy images at their levels; InvalidValue for any other sigma.
 
         Args:
             x: [B, C, H, W] around [0, 1], H and W even.
@@ -348,6 +348,10 @@ class NcsnNetwork(_RefineNet):
         Returns:
             Score [B, C, H, W] per pixel unit of x; there is no scaling by 1 / sigma.
         """
+        if level is None or sigma is not None:
+            raise InvalidValue(
+                "a network of kind ncsn knows its own noise levels only; ncsnv2, unet and ddpmpp take any sigma"
+            )
         check_levels(level, batch=len(x), num_levels=self.num_levels)
         return self._unscaled(x, level)
 

@@ -91,8 +91,9 @@ def visited(sampler: AnySampler, sigmas: Tensor) -> list[float]:
 
 
 def _levels(sampler: AnySampler, sigmas: Tensor) -> Levels:
-    own = list(range(len(sigmas)))
     match sampler:
+        case AnnealedLangevin():
+            own = list(range(len(sigmas)))
         case Langevin(level=level):
             if not -len(sigmas) <= level < len(sigmas):
                 raise InvalidValue(f"level must be within the {len(sigmas)} levels 0 to {len(sigmas) - 1}, got {level}")
@@ -103,6 +104,8 @@ def _levels(sampler: AnySampler, sigmas: Tensor) -> Levels:
             return spaced_sigmas(sigmas, sampler.num_steps, spacing=sampler.spacing), None
         case DpmSolver():
             own = choose_levels(sigmas, sampler.num_levels, spacing=sampler.spacing)
+        case _:
+            assert_never(sampler)
     return sigmas[own].tolist(), own
 
 

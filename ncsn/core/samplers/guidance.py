@@ -7,7 +7,7 @@ this one minus 1), or a worse network (autoguidance, Karras et al. 2024).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from math import inf, sqrt
 
@@ -15,47 +15,40 @@ import torch
 from torch import Tensor
 
 from ncsn.core.losses import ScoreFunction
-from ncsn.core.samplers.level_grid import score_at_sigma
 
 
 class Labeled:
     """A score network for given classes, one for each image of the batch: int64 [B], -1 for none."""
 
-    def __init__(self, network: Callable[..., Tensor], labels: Tensor) -> None:
+    def __init__(self, network: ScoreFunction, labels: Tensor) -> None:
         self.network, self.labels = network, labels
 
-    def __call__(self, x: Tensor, level: Tensor) -> Tensor:
-        """Score at a level."""
-        return self.network(x, level, labels=self.labels)
-
-    def score_at(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """Score at any sigma."""
-        score: Tensor = self.network.score_at(x, sigma, labels=self.labels)  # type: ignore[attr-defined]
-        return score
+    def __call__(self, x: Tensor, *level: Tensor, **sigma: Tensor) -> Tensor:
+        """Score at a level, or at any sigma."""
+        return self.network(x, *level, **sigma, labels=self.labels)
 
 
 class AtLevels:
     """A score network for any sigma, at other levels [L] than its own."""
 
-    def __init__(self, network: Callable[..., Tensor], sigmas: Tensor) -> None:
+    def __init__(self, network: ScoreFunction, sigmas: Tensor) -> None:
         self.network, self.sigmas = network, sigmas
 
-    def __call__(self, x: Tensor, level: Tensor, **conditions: Tensor) -> Tensor:
-        """Score at one of the levels."""
-        return self.network(x, sigma=self.sigmas.to(level.device)[level], **conditions)
-
-    def score_at(self, x: Tensor, sigma: Tensor, **conditions: Tensor) -> Tensor:
-        """Score at any sigma."""
-        score: Tensor = self.network.score_at(x, sigma, **conditions)  # type: ignore[attr-defined]
-        return score
+    def __call__(
+        self, x: Tensor, level: Tensor | None = None, *, sigma: Tensor | None = None, **conditions: Tensor
+    ) -> Tensor:
+        """Score at one of the levels, or at any sigma."""
+        if level is not None:
+            sigma = self.sigmas.to(level.device)[level]
+        return self.network(x, sigma=sigma, **conditions)
 
 
 class Guided:
     """A score function with guidance; samplers take it for a network with levels `sigmas` [L].
 
     It is another function of x inside the band low < sigma <= high than outside, so samplers ask for the one that holds
-    at a noise level, `field_at`, and a step of theirs stays with that of the level where it starts. The guide takes any
-    sigma, or has the same levels as the network.
+    at a noise level, `field_at`, and a step of theirs stays with that of the level where it starts. The guide has the
+    same levels as the network, see `AtLevels`.
     """
 
     def __init__(
@@ -63,38 +56,29 @@ class Guided:
     ) -> None:
         self.network, self.band = network, band if weight != 1 else (0.0, 0.0)
         self.levels: list[float] = sigmas.tolist()
-        self._inside = _Inside(network, guide, weight, self.levels)
+        self._inside = _Inside(network, guide, weight)
 
     def field_at(self, sigma: float) -> ScoreFunction:
         """The score function that holds at sigma."""
         low, high = self.band
         return self._inside if low < sigma <= high else self.network
 
-    def __call__(self, x: Tensor, level: Tensor) -> Tensor:
-        """Score of a batch that is at one level."""
-        return self.field_at(self.levels[int(level[0])])(x, level)
-
-    def score_at(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """Score of a batch that is at one sigma."""
-        score: Tensor = self.field_at(float(sigma[0])).score_at(x, sigma)  # type: ignore[attr-defined]
-        return score
+    def __call__(self, x: Tensor, level: Tensor | None = None, *, sigma: Tensor | None = None) -> Tensor:
+        """Score of a batch that is at one level, or at one sigma."""
+        if level is not None:
+            return self.field_at(self.levels[int(level[0])])(x, level)
+        assert sigma is not None
+        return self.field_at(float(sigma[0]))(x, sigma=sigma)
 
 
 class _Inside:
     """The guided score function, at all noise levels."""
 
-    def __init__(self, network: ScoreFunction, guide: ScoreFunction, weight: float, levels: list[float]) -> None:
-        self._network, self._guide, self._weight, self._levels = network, guide, weight, levels
+    def __init__(self, network: ScoreFunction, guide: ScoreFunction, weight: float) -> None:
+        self._network, self._guide, self._weight = network, guide, weight
 
-    def __call__(self, x: Tensor, level: Tensor) -> Tensor:
-        score = self._network(x, level)
-        if hasattr(self._guide, "score_at"):  # its levels may be others
-            return torch.lerp(score_at_sigma(self._guide, x, sigma=self._levels[int(level[0])]), score, self._weight)
-        return torch.lerp(self._guide(x, level), score, self._weight)
-
-    def score_at(self, x: Tensor, sigma: Tensor) -> Tensor:
-        score, guide = (each.score_at(x, sigma) for each in (self._network, self._guide))  # type: ignore[attr-defined]
-        return torch.lerp(guide, score, self._weight)
+    def __call__(self, x: Tensor, *level: Tensor, **sigma: Tensor) -> Tensor:
+        return torch.lerp(self._guide(x, *level, **sigma), self._network(x, *level, **sigma), self._weight)
 
 
 def band_on_grid(low: float, high: float, grid: Sequence[float]) -> tuple[float, float]:

@@ -95,12 +95,5 @@ def spaced_sigmas(sigmas: Tensor, num_steps: int, *, spacing: Spacing) -> list[f
 
 
 def score_at_sigma(network: ScoreFunction, x: Tensor, *, sigma: float) -> Tensor:
-    """Score of a batch at any sigma, in x's type; InvalidValue if the network knows its own levels only."""
-    score_at = getattr(network, "score_at", None)
-    if score_at is None:
-        raise InvalidValue(
-            f"{type(network).__name__} knows its own noise levels only; "
-            "this sampler needs a network that takes any sigma: kind ncsnv2, unet or ddpmpp"
-        )
-    score: Tensor = score_at(x, torch.full((len(x),), sigma, dtype=x.dtype, device=x.device))
-    return score.to(x.dtype)
+    """Score of a batch at any sigma, in x's type."""
+    return network(x, sigma=torch.full((len(x),), sigma, dtype=x.dtype, device=x.device)).to(x.dtype)

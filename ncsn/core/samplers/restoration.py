@@ -151,24 +151,21 @@ class Conditioned:
             )
         return self._fields[id(field)]
 
-    def __call__(self, x: Tensor, level: Tensor) -> Tensor:
-        """Score of a batch that is at one level."""
-        return self._score(x, float(self._sigmas[level[0]]), lambda x: self._network(x, level))
-
-    def score_at(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """Score of a batch that is at one sigma."""
-        network = self._network
-        return self._score(x, float(sigma[0]), lambda x: network.score_at(x, sigma))  # type: ignore[attr-defined]
-
-    def _score(self, x: Tensor, sigma: float, network: Callable[[Tensor], Tensor]) -> Tensor:
-        require_bounded(x, sigma=sigma, scale=self._scale)
-        measured, spread = self._measured, self._variance(sigma)
+    def __call__(self, x: Tensor, level: Tensor | None = None, *, sigma: Tensor | None = None) -> Tensor:
+        """Score of a batch that is at one level, or at one sigma."""
+        if level is not None:
+            at, noise = float(self._sigmas[level[0]]), {"level": level}
+        else:
+            assert sigma is not None
+            at, noise = float(sigma[0]), {"sigma": sigma}
+        require_bounded(x, sigma=at, scale=self._scale)
+        measured, spread = self._measured, self._variance(at)
         if not spread + measured.noise > 0:
             raise Diverged("r^2 and sigma_y are both 0")
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            score = network(x).to(x.dtype)
-            denoised = torch.add(x, score, alpha=sigma**2)
+            score = self._network(x, **noise).to(x.dtype)
+            denoised = torch.add(x, score, alpha=at**2)
             residual = measured.y - measured.operator.apply(denoised.detach())
             pull = measured.operator.explain(residual, noise=measured.noise**2, spread=spread)
             (change,) = torch.autograd.grad(denoised, x, pull)

@@ -56,6 +56,11 @@ def x():
     return torch.rand(3, 2, 12, 8, generator=torch.Generator().manual_seed(0))
 
 
+def test_a_network_for_its_own_levels_refuses_another_sigma(network, x):
+    with pytest.raises(ValueError, match="own noise levels"):
+        network(x, sigma=torch.ones(len(x)))
+
+
 @pytest.mark.oracle(15)
 def test_stage_sizes(network, x):
     shapes = {}

@@ -10,7 +10,7 @@ import torch
 
 from ncsn.core.keyed_random import KeyedNoise
 from ncsn.core.samplers.chain import sample, visited
-from ncsn.core.samplers.guidance import Guided, Labeled, band_on_grid
+from ncsn.core.samplers.guidance import AtLevels, Guided, Labeled, band_on_grid
 from ncsn.core.samplers.level_grid import LevelGrid, field_of, spaced_sigmas
 from ncsn.core.samplers.settings import AnnealedLangevin, DpmSolver, KarrasHeun, Langevin
 
@@ -76,10 +76,8 @@ class TwoClasses:
     def __init__(self, sigmas):
         self.sigmas = sigmas
 
-    def __call__(self, x, level, *, labels):
-        return self.score_at(x, self.sigmas[level], labels=labels)
-
-    def score_at(self, x, sigma, *, labels):
+    def __call__(self, x, level=None, *, sigma=None, labels):
+        sigma = self.sigmas[level] if sigma is None else sigma
         variance, label = (self.s2 + sigma**2).view(-1, 1, 1, 1), labels.view(-1, 1, 1, 1)
         mean = torch.where(label < 0, torch.tanh(x / variance), 2.0 * label - 1)
         return (mean - x) / variance
@@ -185,7 +183,7 @@ def test_ends_of_a_band_move_to_the_grid():
 def test_a_guide_of_other_levels_is_asked_at_the_sigma(analytic):
     sigmas = torch.tensor([1.0, 0.1], dtype=torch.float64)
     network, guide = analytic.GaussianScore(sigmas, s2=1.0), analytic.GaussianScore(torch.tensor([9.0]), s2=1.0)
-    guided = Guided(network, guide, weight=3.0, band=EVERYWHERE, sigmas=sigmas)
+    guided = Guided(network, AtLevels(guide, sigmas), weight=3.0, band=EVERYWHERE, sigmas=sigmas)
     x, level = torch.ones(2, 1, 1, 1, dtype=torch.float64), torch.tensor([1, 1])
     torch.testing.assert_close(guided(x, level), network(x, level))
     same = analytic.ByLevelOnly(analytic.GaussianScore(sigmas, s2=1.0))

@@ -37,12 +37,10 @@ SIGMAS = torch.tensor([HIGH, LOW], dtype=torch.float64)
 class Pair:
     """Exact score of N(0, COVARIANCE) with noise, for images [B, 1, 1, 2]."""
 
-    def score_at(self, x: Tensor, sigma: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, level: Tensor | None = None, *, sigma: Tensor | None = None) -> Tensor:
+        sigma = SIGMAS[level] if sigma is None else sigma
         precision = torch.linalg.inv(COVARIANCE + float(sigma[0]) ** 2 * torch.eye(2))
         return -(x.flatten(1) @ precision.to(x)).view_as(x)
-
-    def __call__(self, x: Tensor, level: Tensor) -> Tensor:
-        return self.score_at(x, SIGMAS[level])
 
 
 def exact_variance(sigma: float) -> float:
@@ -103,7 +101,7 @@ def test_a_likelihood_without_the_variance_of_the_image_diverges(noise: float, s
 class Curved:
     """A score that is no linear function of x."""
 
-    def score_at(self, x: Tensor, sigma: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, *, sigma: Tensor) -> Tensor:
         variance = sigma.square().view(-1, 1, 1, 1)
         return (torch.tanh(x / (1 + variance)) - x) / variance
 
@@ -136,7 +134,7 @@ def test_means_of_independent_pixels_are_met(noise: float) -> None:
     s, shape, operator = 0.5, (1, 8, 8), means(8, 2)
 
     class White:
-        def score_at(self, x: Tensor, sigma: Tensor) -> Tensor:
+        def __call__(self, x: Tensor, *, sigma: Tensor) -> Tensor:
             return -x / (s**2 + sigma.square().view(-1, 1, 1, 1))
 
     draw = KeyedNoise(1, first=0, count=32, shape=shape)
