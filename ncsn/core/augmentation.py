@@ -119,8 +119,11 @@ def sampled(x: Tensor, maps: Tensor, *, margin: int = 0) -> Tensor:
     size = x.shape[-1]
     centers = (2 * torch.arange(-margin, size + margin, device=x.device) + 1) / size - 1
     v, u = torch.meshgrid(centers.to(x), centers.to(x), indexing="ij")
-    points = torch.stack((u, v, torch.ones_like(u)), dim=-1)
-    grid = torch.einsum("ijk,blk->bijl", points, maps)
+    by_u, by_v, shift = maps[:, None, None].unbind(-1)
+    # Not a matrix product, whose rounding depends on the number of images on some CPUs. In float64 the sum is rounded
+    # once, as by a fused multiply-add.
+    linear = (u[..., None] * by_u).double() + v[..., None].double() * by_v.double()
+    grid = linear.to(x.dtype) + shift
     return functional.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
 
 
