@@ -9,6 +9,7 @@ import io
 import itertools
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import numpy as np
@@ -57,7 +58,8 @@ def missing_ranges(names: Sequence[str], *, num_images: int) -> list[tuple[int, 
 
 def samples_shape(uri: str, *, num_images: int) -> tuple[int, ...]:
     """(H, W, C) of the images in the folder `uri`, which must hold images `0 .. num_images`."""
-    return image_shape_of(next(_tables(uri, [IMAGE], 0, num_images)).schema)
+    with _open_shard(uri, _shards(uri, 0, num_images)[0]) as file:
+        return image_shape_of(file.schema_arrow)
 
 
 def read_samples(uri: str, first: int, last: int) -> NDArray[np.uint8]:
@@ -74,8 +76,7 @@ def _tables(uri: str, columns: list[str], first: int, last: int) -> Iterator[pa.
     """Rows `first .. last`, shard by shard."""
     position = first
     for shard in _shards(uri, first, last):
-        place, count = storage.join(uri, shard.name), shard.last - shard.first
-        with open_images(place, rows=count, hint="delete it and sample again") as file:
+        with _open_shard(uri, shard) as file:
             table = file.read(columns)
         yield table.slice(position - shard.first, min(last, shard.last) - position)
         position = shard.last
@@ -117,3 +118,8 @@ def _shards(uri: str, first: int, last: int) -> list[_Shard]:
             hint="run the sample step again to generate the missing ones, or lower sampling.num_images",
         )
     return useful
+
+
+def _open_shard(uri: str, shard: _Shard) -> AbstractContextManager[pq.ParquetFile]:
+    place, count = storage.join(uri, shard.name), shard.last - shard.first
+    return open_images(place, rows=count, hint="delete it and sample again")

@@ -86,12 +86,12 @@ def ray_cluster_meanwhile(config: Config) -> Iterator[Callable[[], str]]:
 
 
 @contextmanager
-def cluster_for(config: Config, *, calls: int, join: bool = True) -> Iterator[None]:
-    """A cluster for this many calls, or none for a single one: starting Ray takes longer than a small one.
+def cluster_for(config: Config, *, start: bool, join: bool = True) -> Iterator[None]:
+    """A cluster, or none if it is not worth it to `start` one: that takes longer than a single small call.
 
-    With `join`, a single one goes to the cluster at RAY_ADDRESS, if there is one.
+    With `join`, the cluster at RAY_ADDRESS is used in any case, if there is one.
     """
-    if calls <= 1 and not ray.is_initialized() and not (join and os.environ.get("RAY_ADDRESS")):
+    if not start and not ray.is_initialized() and not (join and os.environ.get("RAY_ADDRESS")):
         if config.compute.use_gpu:
             import torch  # takes seconds, which `ncsn run` need not wait for
 

@@ -21,7 +21,7 @@ from ncsn.distributed.ray_calls import call_all
 from ncsn.errors import InvalidValue
 from ncsn.evaluation.extractors import batches
 from ncsn.evaluation.features import extractor_of
-from ncsn.model.generate import Strip, generate, image_labels
+from ncsn.model.generate import Strip, generate, guide_of, image_labels
 from ncsn.model.trained import load_checkpoint_or_model
 from ncsn.progress import Progress
 
@@ -32,7 +32,7 @@ LEVELS = "levels.npy"  # file of the strip
 
 @dataclass(frozen=True)
 class Part:
-    """Images `first .. first + count` of a seed, and what is wanted of them."""
+    """Images `first .. first + count` of a seed: kept as a shard in `folder`, or else features alone."""
 
     config: Config  # its section compute; for features, evaluation too
     sampling: SamplingConfig
@@ -62,6 +62,7 @@ def plan_shards(config: Config, *, checkpoint: str, folder: str, dataset: str | 
 
 
 def _cut(template: Part, ranges: Iterable[tuple[int, int]]) -> list[Part]:
+    """Parts like the template over all of these ranges, each of at most its `count` images."""
     return [
         replace(template, first=first, count=min(template.count, last - first))
         for start, last in ranges
@@ -155,7 +156,8 @@ def sample_features(
 
 
 def _score(part: Part) -> Features | None:
-    _load(part.checkpoint, device=part.config.compute.device)  # an error of the checkpoint is not the sampler's
+    trained = _load(part.checkpoint, device=part.config.compute.device)
+    guide_of(trained, part.sampling)  # an error of either file is not the sampler's
     try:
         images = _generate(part)
     except InvalidValue:  # not finite

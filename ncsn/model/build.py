@@ -70,10 +70,8 @@ def noise_notes(config: Config, *, images: int) -> list[str]:
 
 
 def network(config: Config) -> nn.Module:
-    """The score network with its initial weights, which `config.seed` alone decides.
-
-    A process loads the module of this kind of network alone.
-    """
+    """The score network with its initial weights, which `config.seed` alone decides."""
+    # The imports are here, so that a run loads its own network and no other.
     channels, own = config.data.channels, config.network.model_dump(exclude={"kind"})
     # Of the kinds with preconditioning.
     conditioned: dict[str, Any] = {

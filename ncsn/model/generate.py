@@ -128,15 +128,15 @@ class Strip:
 
 def score_function(trained: TrainedNetwork, sampling: SamplingConfig, *, labels: Tensor | None) -> ScoreFunction:
     """The score function for images of these labels, int64 [B]; None without classes."""
-    labels = None if labels is None else labels.to(next(trained.network.parameters()).device)
-    levels, guidance = build.sigmas(trained.config, sampling), sampling.guidance
+    device = next(trained.network.parameters()).device
+    labels = None if labels is None else labels.to(device)
+    levels, guidance = build.sigmas(trained.config, sampling).to(device), sampling.guidance
     network = trained.network if sampling.levels is None else AtLevels(trained.network, levels)
     score = network if labels is None else Labeled(network, labels)
     if guidance is None or guidance.weight == 1:
         return score
-    if isinstance(guidance, AutoguidanceConfig):
-        worse = guide_of(trained, sampling)
-        assert worse is not None
+    worse = guide_of(trained, sampling)
+    if worse is not None:
         # Its own levels may be others.
         any_sigma = isinstance(worse.network, ContinuousNetwork)
         guide: ScoreFunction = AtLevels(worse.network, levels) if any_sigma else worse.network
@@ -160,7 +160,7 @@ def evaluations_per_image(config: Config) -> int:
     band = band_on_grid(guidance.sigma_min, guidance.sigma_max, visited(sampler, levels))
     evaluations = 0
 
-    def zero(x: Tensor, *_level: Tensor, **_sigma: Tensor) -> Tensor:
+    def zero(x: Tensor, level: Tensor | None = None, *, sigma: Tensor | None = None) -> Tensor:  # noqa: ARG001
         nonlocal evaluations
         evaluations += 1
         return torch.zeros_like(x)

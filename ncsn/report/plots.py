@@ -62,7 +62,14 @@ _STYLE: dict[Any, Any] = {
 }
 
 
-styled = rc_context(_STYLE)  # draws a plot in this style, independent of matplotlib's global settings
+MOST_POINTS = 150  # of a curve; more are not visible and make the page large
+MOST_CLASSES = 20  # with names beside the matrix
+LOSS_LABEL = "normalized loss (1: predicting zero)"
+SEEN_LABEL = "images seen"
+SIGMA_LABEL = "sigma (pixels in [0, 1])"
+LOGARITHMIC = 30.0  # numbers that spread over more than this factor are placed by their logarithm
+
+styled = rc_context(_STYLE)  # a decorator: each call draws in this style, whatever matplotlib's global settings are
 
 
 def bare(axes: Axes) -> Axes:
@@ -89,13 +96,6 @@ def to_svg(figure: Figure, *, salt: str = "ncsn") -> str:
         figure.savefig(buffer, format="svg", metadata=metadata)
     text = buffer.getvalue()
     return text[text.index("<svg") :].replace(INK, "currentColor")
-
-
-MOST_POINTS = 150  # of a curve; more are not visible and make the page large
-MOST_CLASSES = 20  # with names beside the matrix
-LOSS_LABEL = "normalized loss (1: predicting zero)"
-SEEN_LABEL = "images seen"
-SIGMA_LABEL = "sigma (pixels in [0, 1])"
 
 
 def last_losses(losses: ArrayLike) -> Array:
@@ -195,9 +195,10 @@ def selection_figure(rows: Sequence[Mapping[str, Any]], *, metric: str) -> Figur
     plain = [row for row in scored if row["relative_width"] is None]
     built = [row for row in scored if row["relative_width"] is not None]
     panels = [(each, key) for each, key in ((plain, "images_seen"), (built, "relative_width")) if each]
-    drawn = Figure(figsize=(7 if len(panels) > 1 else 5, 3.2), layout="constrained")
-    for axes, (points, key) in zip(np.atleast_1d(drawn.subplots(1, len(panels), sharey=True)), panels, strict=True):
-        for seen in sorted({row["images_seen"] for row in points}) if key == "relative_width" else [None]:
+    figure = Figure(figsize=(7 if len(panels) > 1 else 5, 3.2), layout="constrained")
+    for axes, (points, key) in zip(np.atleast_1d(figure.subplots(1, len(panels), sharey=True)), panels, strict=True):
+        checkpoints = sorted({row["images_seen"] for row in points})
+        for seen in checkpoints if key == "relative_width" else [None]:  # a line each, or one through all
             line = sorted((row[key], row["value"]) for row in points if seen is None or row["images_seen"] == seen)
             axes.plot(*zip(*line, strict=True), marker="o", markersize=4, label=None if seen is None else f"{seen:,}")
         if best in points:
@@ -205,11 +206,8 @@ def selection_figure(rows: Sequence[Mapping[str, Any]], *, metric: str) -> Figur
         axes.set(xlabel=SEEN_LABEL if key == "images_seen" else "relative width")
         if key == "relative_width":
             axes.legend(title=SEEN_LABEL, fontsize=7)
-    drawn.axes[0].set(ylabel=metric.removeprefix("eval/"))
-    return drawn
-
-
-LOGARITHMIC = 30.0  # numbers that spread over more than this factor are placed by their logarithm
+    figure.axes[0].set(ylabel=metric.removeprefix("eval/"))
+    return figure
 
 
 @styled
@@ -236,6 +234,10 @@ def epsilon_versus_quality(
     return figure
 
 
+# The height of each value, 0 to 1, NaN if it has none; and height and text of the ticks.
+_Column = tuple[Array, list[tuple[float, str]]]
+
+
 @styled
 def search_coordinates(
     settings: Mapping[str, Sequence[Any]], quality: Sequence[float], *, quality_label: str
@@ -250,8 +252,9 @@ def search_coordinates(
     figure = Figure(figsize=(max(5.0, 1.7 * len(columns)), 3.8), layout="constrained")
     axes = figure.subplots()
     finite = np.isfinite(scores)
-    reached, _ = columns[-1]
-    norm = Normalize(reached[finite].min(), reached[finite].max()) if finite.any() else None
+    heights_of_quality, _ = columns[-1]
+    reached = heights_of_quality[finite]
+    norm = Normalize(reached.min(), reached.max()) if finite.any() else None
     best = int(np.nanargmin(scores)) if finite.any() else -1
     for trial in np.argsort(np.where(finite, -scores, -math.inf), kind="stable"):
         heights = [places[trial] for places, _ in columns if np.isfinite(places[trial])]
@@ -269,11 +272,7 @@ def search_coordinates(
     return figure
 
 
-# The height of each value, 0 to 1, NaN if it has none; and height and text of the ticks.
-Column = tuple[Array, list[tuple[float, str]]]
-
-
-def _column(values: Sequence[Any] | Array) -> Column:
+def _column(values: Sequence[Any] | Array) -> _Column:
     """One axis of parallel coordinates."""
     if all(isinstance(value, int | float | np.number) and not isinstance(value, bool) for value in values):
         return _column_of_numbers(np.array(values, np.float64))
@@ -282,7 +281,7 @@ def _column(values: Sequence[Any] | Array) -> Column:
     return np.array([places[str(value)] for value in values]), [(at, word) for word, at in places.items()]
 
 
-def _column_of_numbers(values: Array) -> Column:
+def _column_of_numbers(values: Array) -> _Column:
     finite = values[np.isfinite(values)]
     if not len(finite):
         return np.full(len(values), math.nan), []

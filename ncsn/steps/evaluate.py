@@ -73,12 +73,11 @@ def run(config: Config, *, run: str, samples: str, dataset: str, lease: str | No
         return result
     if result := step.run_elsewhere(config, places):
         return result
-    on_cluster = lease is not None or not on_this_machine()  # this process is on the head then, which has no cores
-    # Here, only several GPUs make it worth to start Ray: a single process has all cores.
+    on_cluster = lease is not None or not on_this_machine()  # whose head, where this process may be, has no cores
+    # Here, only several GPUs make it worth starting Ray: a single process has all cores.
     images = max(manifest.count("train"), config.sampling.num_images)
     on_gpus = config.compute.use_gpu and config.compute.max_workers > 1 and images > FEW_IMAGES
-    calls = 2 if on_gpus else 1
-    with step.work(config, lease=lease) as (progress, tracked), cluster_for(config, calls=calls, join=on_cluster):
+    with step.work(config, lease=lease) as (progress, tracked), cluster_for(config, start=on_gpus, join=on_cluster):
         tracked.set_tags(ray_tags())
         if evaluation.extractor == "dinov2" and not config.compute.use_gpu:
             progress.note("DINOv2 takes about two seconds per image and core without a GPU")

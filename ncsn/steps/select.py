@@ -71,8 +71,8 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> 
         return result
     if result := step.run_elsewhere(config, {"dataset": dataset}):
         return result
-    calls = 1 if config.compute.max_workers == 1 else len(found)  # one at a time needs no cluster
-    with step.work(config, lease=lease) as (progress, tracked), cluster_for(config, calls=calls):
+    at_once = min(config.compute.max_workers, len(found))
+    with step.work(config, lease=lease) as (progress, tracked), cluster_for(config, start=at_once > 1):
         tracked.set_tags({**ray_tags(), "dataset.digest": manifest.digest, "dataset.uri": dataset})
         evaluator = open_evaluator(config, dataset, runner=runner_of(config.compute))
         values = {}

@@ -71,7 +71,7 @@ def sample_model(
         storage.publish_folder(weights, storage.join(folder, MODEL_FOLDER), marker=TRAINED_CONFIG)
     shards = plan_shards(config, checkpoint=storage.join(folder, MODEL_FOLDER), folder=folder)
     started = time.perf_counter()
-    with cluster_for(config, calls=len(shards)):
+    with cluster_for(config, start=len(shards) > 1):
         make_shards(config, shards, progress=progress)
     grid = storage.join(folder, "grid.png")
     storage.write_bytes(grid, samples_grid(folder, config))

@@ -110,7 +110,7 @@ def decide(evidence: Evidence, *, version: str, champion: str, of_champion: Evid
     if not champion:
         return promote(f"{shown}; there was no champion")
     if champion == version:
-        return promote(f"{shown}; it was the champion already", champion_version="")
+        return Decision(True, f"{shown}; it was the champion already", evidence)
     if of_champion is None:
         return refuse(
             f"champion version {champion} has no measurement with an uncertainty to compare {shown} with; evaluate and "

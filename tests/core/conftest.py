@@ -27,7 +27,8 @@ class ByLevelOnly:
     def __init__(self, network: GaussianScore) -> None:
         self.network = network
 
-    def __call__(self, x: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, level: torch.Tensor, *, sigma: torch.Tensor | None = None) -> torch.Tensor:
+        assert sigma is None
         return self.network(x, level)
 
 

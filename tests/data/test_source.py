@@ -16,7 +16,7 @@ from refused import refused
 from ncsn.config.schema import DataConfig
 from ncsn.data.dataset import write_dataset
 from ncsn.data.format import load_manifest
-from ncsn.data.sources import SOURCES, open_source
+from ncsn.data.sources import SOURCES, image_files, open_source
 from ncsn.data.sources.base import hold_out, list_files, source_fingerprint
 from ncsn.errors import NotFound
 
@@ -134,9 +134,19 @@ def test_a_name_that_is_not_text_is_refused(tmp_path, formats, data_config):
         open_source(data_config("image_folder", root))
 
 
-def test_a_file_that_goes_is_refused(tmp_path, members, data_config):
+def test_a_file_that_goes_and_one_that_may_not_be_read_are_refused(tmp_path, members, data_config, monkeypatch):
     root = put(tmp_path / "images", members)
     source = open_source(data_config("image_folder", root, on_bad_image="skip"))
     Path(root, "cat", "03.png").unlink()
     with refused(f"{root}/cat/03.png"):
         rows_of(source)
+    put(root, {"cat/03.png": members["cat/03.png"]})
+
+    def locked(path: str, mode: str) -> Any:
+        if path.endswith("04.png"):
+            raise PermissionError(13, "Permission denied", path)
+        return open(path, mode)  # noqa: PTH123
+
+    monkeypatch.setattr(image_files, "open", locked, raising=False)
+    with refused(f"{root}/cat/04.png"):
+        rows_of(open_source(data_config("image_folder", Path(root, "cat"), on_bad_image="skip")))

@@ -22,7 +22,7 @@ def test_a_cluster_that_does_not_start_is_one_line(tiny: str, monkeypatch: pytes
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr("ray.is_initialized", lambda: False)
     monkeypatch.setattr("ray.init", init)
-    with pytest.raises(RuntimeError) as caught, cluster_for(from_yaml(tiny), calls=2):
+    with pytest.raises(RuntimeError) as caught, cluster_for(from_yaml(tiny), start=True):
         pass
     assert len(str(caught.value).splitlines()) == 1 and caught.value.__cause__ is own_words
 
@@ -42,7 +42,7 @@ def test_sigterm_while_ray_starts_is_answered_as_before(tiny: str, code: int, mo
     monkeypatch.setattr("ray.init", init)
     before = signal.signal(signal.SIGTERM, answer)
     try:
-        with pytest.raises(SystemExit) as ended, cluster_for(from_yaml(tiny), calls=2):
+        with pytest.raises(SystemExit) as ended, cluster_for(from_yaml(tiny), start=True):
             pass
         assert ended.value.code == "ours"
         assert signal.getsignal(signal.SIGTERM) is answer
@@ -54,5 +54,5 @@ def test_sigterm_while_ray_starts_is_answered_as_before(tiny: str, code: int, mo
 def test_a_gpu_that_is_not_there_is_a_mistake(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     config = from_yaml(tiny, overrides=["compute.use_gpu=true"])
-    with refused("compute.use_gpu"), cluster_for(config, calls=1):
+    with refused("compute.use_gpu"), cluster_for(config, start=False):
         pass

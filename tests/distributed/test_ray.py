@@ -228,7 +228,7 @@ def test_a_single_shard_is_the_same_without_a_cluster(
     assert (shard.first, shard.count) == (0, 10)
     before = torch.get_num_threads()
     torch.set_num_threads(before + 1)
-    with cluster_for(config, calls=1):
+    with cluster_for(config, start=False):
         assert ray_tags() == {}  # of no cluster
         assert make_shards(config, [shard], progress=Progress()) == 10
     after = torch.get_num_threads()

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from local_training import train_locally
 from refused import refused
 
 from ncsn.config import Config, from_yaml
-from ncsn.config.choices import ChoiceDomain, Domain, LogDomain, UniformDomain
+from ncsn.config.choices import AutoguidanceConfig, ChoiceDomain, Domain, LogDomain, UniformDomain
 from ncsn.config.compute import ComputeConfig
 from ncsn.distributed import sampling, trials
 from ncsn.distributed.sampling import Part
@@ -20,6 +21,7 @@ from ncsn.distributed.search import DRIVER_MEMORY, Halving, Suggestions, trials_
 from ncsn.distributed.trials import FAILED, Rung, Scored, SearchPlan, TrialFolder, read_trials, run_trial
 from ncsn.errors import NotFound, UserError
 from ncsn.model.checkpoint import CheckpointError, DamagedError
+from ncsn.training.loop import TrainingJob
 
 SEARCH = "search={num_trials: 4, reduction_factor: 2, num_samples: 8}"
 GIB = float(2**30)
@@ -145,6 +147,19 @@ def test_a_missing_checkpoint_is_not_a_sampler_that_diverges(plan: SearchPlan) -
     part = Part(plan.config, plan.config.sampling, f"{plan.trials}/nowhere", 0, 4, dataset=plan.dataset)
     with refused(part.checkpoint, error=CheckpointError):
         sampling._score(part)
+
+
+def test_a_missing_guide_is_not_a_sampler_that_diverges(plan: SearchPlan, dataset: str, tmp_path: Path) -> None:
+    outcome = train_locally(TrainingJob(config=plan.config, dataset=dataset), tmp_path / "checkpoints")
+    guidance = AutoguidanceConfig(kind="autoguidance", weight=2.0, checkpoint=f"{plan.trials}/nowhere")
+    guided = plan.config.sampling.model_copy(update={"guidance": guidance})
+    part = Part(plan.config, guided, str(tmp_path / "checkpoints" / outcome.checkpoint), 0, 4, dataset=dataset)
+    with refused("sampling.guidance.checkpoint"):
+        sampling._score(part)
+
+
+def test_a_trial_keeps_one_checkpoint(plan: SearchPlan) -> None:
+    assert plan.trial_config(plan.baseline).train.keep_checkpoints == 1
 
 
 def test_samples_of_a_search_are_not_those_of_the_final_figures(plan: SearchPlan) -> None:

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,11 @@ def test_it_needs_the_name_and_tag_of_an_image(image: str) -> None:
     assert done.returncode == pytest.ExitCode.USAGE_ERROR
     assert [line for line in done.stderr.splitlines() if line] == [done.stderr.strip()]
     assert "NCSN_IMAGE" in done.stderr and repr(image) in done.stderr
+
+
+def test_other_targets_do_not_collect_it() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
+    assert "cluster_live" in settings["norecursedirs"]
 
 
 @pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ncsn.report.words import cost_facts, cost_line, read_metrics, score_lines, score_rows, tag_facts
+from ncsn.report.words import class_lines, cost_facts, cost_line, read_metrics, score_lines, score_rows, tag_facts
 from ncsn.runs.folder import Cost
 
 EVALUATION = {
@@ -35,6 +35,14 @@ def test_scores_are_next_to_the_real_ones() -> None:
     assert kid.bars is None, "a negative number has no bar"
     assert (class_tv.real_text, class_tv.bars) == ("", None)
     assert score_lines(EVALUATION)[1] == ("eval/classifier_kid_n512", "0.5", "-0.1")
+
+
+def test_of_many_classes_those_that_agree_least_are_shown() -> None:
+    table = [{"name": f"c{n}", "num_images": 51, "agreement": 1 - n / 400, "kid": None} for n in range(200)]
+    classes = {"table": table, "real_table": table}
+    lines = class_lines(classes, most=20)
+    assert len(lines) == 20 and lines[0] == ("c199", "51", "50.2%", "50.2%", "") and lines[-1][0] == "c180"
+    assert len(class_lines({"table": table[:10], "real_table": table[:10]}, most=20)) == 10
 
 
 def test_costs_are_summed_and_scaled() -> None:

@@ -1,4 +1,4 @@
-"""The one entry of score networks, `network(x, level)` or `network(x, sigma=sigma)`, and what two of them share.
+"""The one entry of score networks, `network(x, level)` or `network(x, sigma=sigma)`, and what most of them share.
 
 DistributedDataParallel and compilation see `forward` alone, so training goes through it at any noise level.
 """
@@ -57,7 +57,7 @@ class ContinuousNetwork(nn.Module):
         return self.score_at(x, sigma, **conditions)
 
     def score_at(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """Score [B, C, H, W] at sigma [B]."""
+        """Score [B, C, H, W] at sigma [B]; `forward` calls it, and subclasses have it."""
         raise NotImplementedError
 
 

@@ -361,8 +361,7 @@ class NcsnV2Network(_RefineNet, ContinuousNetwork):
 
     Parameters and their names are those of the released weights: with num_features 128 and RGB images 29,694,083 for
     depth `standard` (up to 64 pixels), 83,445,379 for `deeper` (128) and 94,132,611 for `deepest` (256). These have 4,
-    5 and 6 stages, which halve the image 1, 2 and 3 times. The first layer sees 2x - 1 of
-    images in [0, 1].
+    5 and 6 stages, which halve the image 1, 2 and 3 times. The first layer sees 2x - 1 of images in [0, 1].
     """
 
     def __init__(self, num_features: int, *, channels: int, sigmas: Tensor, depth: Depth = "standard") -> None:

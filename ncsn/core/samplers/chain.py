@@ -61,6 +61,7 @@ def sample(
     grid, on_level = LevelGrid(network, *_levels(sampler, sigmas)), on_level or (lambda _level, _x: None)
     match sampler:
         case AnnealedLangevin():
+            # A loop of its own, which inpainting shares, with its own denoising.
             return annealed_langevin(
                 network,
                 x=x,

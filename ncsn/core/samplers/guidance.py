@@ -23,13 +23,13 @@ class Labeled:
     def __init__(self, network: ScoreFunction, labels: Tensor) -> None:
         self.network, self.labels = network, labels
 
-    def __call__(self, x: Tensor, *level: Tensor, **sigma: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, level: Tensor | None = None, *, sigma: Tensor | None = None) -> Tensor:
         """Score at a level, or at any sigma."""
-        return self.network(x, *level, **sigma, labels=self.labels)
+        return self.network(x, level, sigma=sigma, labels=self.labels)
 
 
 class AtLevels:
-    """A score network for any sigma, at other levels [L] than its own."""
+    """A score network for any sigma, at other levels [L] than its own; `sigmas` are on its device."""
 
     def __init__(self, network: ScoreFunction, sigmas: Tensor) -> None:
         self.network, self.sigmas = network, sigmas
@@ -39,7 +39,7 @@ class AtLevels:
     ) -> Tensor:
         """Score at one of the levels, or at any sigma."""
         if level is not None:
-            sigma = self.sigmas.to(level.device)[level]
+            sigma = self.sigmas[level]
         return self.network(x, sigma=sigma, **conditions)
 
 
@@ -67,7 +67,7 @@ class Guided:
         """Score of a batch that is at one level, or at one sigma."""
         if level is not None:
             return self.field_at(self.levels[int(level[0])])(x, level)
-        assert sigma is not None
+        assert sigma is not None, "a network takes one of level and sigma"
         return self.field_at(float(sigma[0]))(x, sigma=sigma)
 
 
@@ -77,8 +77,10 @@ class _Inside:
     def __init__(self, network: ScoreFunction, guide: ScoreFunction, weight: float) -> None:
         self._network, self._guide, self._weight = network, guide, weight
 
-    def __call__(self, x: Tensor, *level: Tensor, **sigma: Tensor) -> Tensor:
-        return torch.lerp(self._guide(x, *level, **sigma), self._network(x, *level, **sigma), self._weight)
+    def __call__(self, x: Tensor, level: Tensor | None = None, *, sigma: Tensor | None = None) -> Tensor:
+        # In x's type: under autocast a network of kind ncsn gives bfloat16.
+        guide, score = (each(x, level, sigma=sigma).to(x.dtype) for each in (self._guide, self._network))
+        return torch.lerp(guide, score, self._weight)
 
 
 def band_on_grid(low: float, high: float, grid: Sequence[float]) -> tuple[float, float]:

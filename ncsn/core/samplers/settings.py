@@ -1,8 +1,8 @@
 """The samplers, each a frozen dataclass that is also the config's section `sampling.sampler` of its kind.
 
 What they do is in `ncsn.core.samplers.chain`; nothing here imports torch. A new sampler is a class here, in
-`AnySampler` too, and a case in the two functions there. It has a field `denoise`, annotates each field with its range
-and describes it in a string below it.
+`AnySampler` too, and a case in `sample` and in `_levels` there. It has a field `denoise`, annotates each field with its
+range and describes it in a string below it.
 """
 
 from __future__ import annotations

@@ -34,7 +34,8 @@ def open_celeba(data: DataConfig) -> Source:
     else:
         rows = hold_out(names, [NO_LABEL] * len(names), data.test_fraction)
         chosen = {split: [names[row] for row in rows[split]] for split in SPLITS}
-    fit, images = Fit.of(data, crop=_CROP), {name: ImageFile("", member) for name, member in members.items()}
+    fit = Fit.of(data, crop=_CROP)
+    images = {name: ImageFile("", member) for name, member in members.items()}  # members of the archive itself
     return Source(
         description="CelebA aligned and cropped faces, Z. Liu, P. Luo, X. Wang and X. Tang 2015, RGB",
         license="non-commercial research only (CelebA agreement)",
@@ -47,7 +48,7 @@ def open_celeba(data: DataConfig) -> Source:
 
 
 def _official_splits(names: Sequence[str], partition: Path) -> dict[str, list[str]]:
-    """The split of a line `NAME 0` is train, and of `NAME 2` test."""
+    """The split of a line `NAME 0` is train, and of `NAME 2` test; the validation images, `NAME 1`, are left out."""
     try:
         numbers = {name: int(number) for name, number in map(str.split, partition.read_text().splitlines())}
         found = [(name, numbers[Path(name).name]) for name in names]
