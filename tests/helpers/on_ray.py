@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from ncsn.distributed.ray_calls import runner_of
 from ncsn.distributed.sampling import make_shards, plan_shards
 from ncsn.evaluation.frechet import RunningDistance, RunningScore
 from ncsn.evaluation.reference import open_evaluator
-from ncsn.model.checkpoint_store import CheckpointStore
 from ncsn.progress import Progress
 from ncsn.steps.evaluate import EvaluateResult, evaluate
 
@@ -22,7 +22,7 @@ from ncsn.steps.evaluate import EvaluateResult, evaluate
 class KillsWorker(Progress):
     """Once, when training has seen that many images, makes the file `killed` and kills its process, that of rank 0.
 
-    The newest checkpoint in the folder `cut` loses half of its weights first.
+    The checkpoint `cut` loses half of its weights first.
     """
 
     def __init__(self, at: int, killed: Path, *, cut: Path) -> None:
@@ -32,7 +32,9 @@ class KillsWorker(Progress):
     def changed(self) -> None:
         if self.done < self.at or self.killed.exists():
             return
-        weights = self.cut / next(CheckpointStore(str(self.cut)).names()) / "weights.safetensors"
+        while not self.cut.exists():  # a thread writes it
+            time.sleep(0.01)
+        weights = self.cut / "weights.safetensors"
         os.truncate(weights, weights.stat().st_size // 2)
         self.killed.touch()
         os.kill(os.getpid(), signal.SIGKILL)
