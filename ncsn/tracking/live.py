@@ -70,11 +70,13 @@ class LiveMetrics:
             self._thread.join(seconds)
 
     def _run(self) -> None:
-        client, known, last = None, set[int](), False
+        client, known, last, away = None, set[int](), False, False
         while not last:
             last = self._closing.wait(SEND_EVERY)
             with self._lock:
                 entries, self._waiting = self._waiting, []
+            if not entries:
+                continue
             try:
                 if client is None:
                     server = client_at(self.uri)
@@ -82,8 +84,11 @@ class LiveMetrics:
                     known = {metric.step for metric in server.get_metric_history(self.run_id, MARK)}
                     client = server
                 send(client, self.run_id, [entry for entry in entries if entry.png or entry.step not in known])
+                away = False
             except Exception as error:  # noqa: BLE001  (whatever the server does, training goes on)
-                _logger.warning("%s lacks metrics until the step ends: %s", shown(self.uri), one_line(error))
+                if not away:  # not every two seconds of an outage
+                    _logger.warning("%s lacks metrics until the step ends: %s", shown(self.uri), one_line(error))
+                away = True
 
 
 def send(client: MlflowClient, run_id: str, entries: Iterable[Entry]) -> None:
