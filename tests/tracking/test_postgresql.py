@@ -10,12 +10,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from live_worker import DEAD, Worker
+from live_worker import DEAD, Worker, pictures
 from mlflow.entities import Metric
 from mlflow_server import Server, tracking_server
 from ports import free_port
@@ -93,6 +94,8 @@ def test_record_on_postgresql_with_artifacts_in_s3_survives_an_outage(server, s3
     monkeypatch.setattr(live, "SEND_EVERY", 0.1)
     config = make_config(f"tracking.uri={server.url}")
     with step_run(config, run="postgresql", step="train") as tracked:
+        artifacts = f"{s3_root}/mlflow/{tracked.experiment_id}/{tracked.run_id}/artifacts"
+        images = f"{artifacts}/images"
         tracked.log_dataset("digits", digest="d" * 64, uri="/data/digits")
         worker = Worker(LiveMetrics(tracked.uri, tracked.run_id), tracked.folder, since=0)
         worker.train(range(20))
@@ -105,8 +108,10 @@ def test_record_on_postgresql_with_artifacts_in_s3_survives_an_outage(server, s3
         lost = Worker(LiveMetrics(DEAD, tracked.run_id), tracked.folder, since=50)
         lost.train(range(50, 60))
         lost.save()
-        for _ in range(2):
-            live.send_missing(tracked.client, tracked.run_id, tracked.folder)
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda _: live.send_missing(tracked.client, tracked.run_id, tracked.folder), range(4)))
+        sent = storage.list_names(images)
+        live.send_missing(tracked.client, tracked.run_id, tracked.folder)
         twice = [Metric("train/again", value, 1_700_000_000_000, 7) for value in (0.5, float("nan"))]
         for _ in range(2):
             tracked.client.log_batch(tracked.run_id, metrics=twice, synchronous=True)
@@ -117,8 +122,8 @@ def test_record_on_postgresql_with_artifacts_in_s3_survives_an_outage(server, s3
     assert run.info.status == "FINISHED"
     (logged,) = run.inputs.dataset_inputs
     assert logged.dataset.digest == "d" * 36
-    folder = f"{s3_root}/mlflow/{tracked.experiment_id}/{tracked.run_id}/artifacts"
-    assert storage.list_names(folder) == ["config.yaml", "images"]
-    assert len(storage.list_names(f"{folder}/images")) == 4
+    assert storage.list_names(artifacts) == ["config.yaml", "images"]
+    assert pictures(tracked) == {49, 59}
+    assert storage.list_names(images) == sent, "four at once may send a picture twice, but a later one sends none"
     with step_run(config, run="postgresql", step="train") as again:
         assert again.run_id == tracked.run_id
