@@ -18,7 +18,7 @@ import sys
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, Protocol, Self, TypeVar
@@ -184,8 +184,10 @@ def ended_on_sigterm(end: Callable[[], None]) -> Iterator[None]:
 
 def say(line: str) -> None:
     """Print a line for the person who waits; the log of a KFP task is its stderr."""
-    sys.stderr.write(f"{line}\n")
-    sys.stderr.flush()
+    # Where a task is terminated, who reads its stderr may end first, and an error here would pass for the step's.
+    with suppress(BrokenPipeError):
+        sys.stderr.write(f"{line}\n")
+        sys.stderr.flush()
 
 
 def message_of(error: Any) -> str:

@@ -29,6 +29,7 @@ from ncsn.tracking.client import tracking_uri
 
 # Variable of KFP's: how often this task was tried before. KFP's own Retry counts from 0 again.
 _TRY = "KFP_RETRY_INDEX"
+_LOOK_SECONDS = 10.0
 # Gets step, folder and inputs: what the caller has around the work of a step, such as a lock or a console.
 Around = Callable[[str, RunFolder, Mapping[str, str]], AbstractContextManager[object]]
 
@@ -107,9 +108,24 @@ def run_kfp_task(step: str, config: Config, *, run: str, given: Mapping[str, str
         try:
             result = run_step(step, config, run=run, given=given)
         except Exception as error:
+            # Of a terminated pipeline, the error is a consequence: the janitor may delete a RayJob before Argo ends us.
+            outcome = Outcome("KILLED", "terminated", step) if _terminated() else Outcome("FAILED", str(error), step)
             with suppress(OSError):  # an unreachable store must not hide the first error
-                write_outcome(folder, Outcome("FAILED", str(error), step))
+                write_outcome(folder, outcome)
             raise
         if last:
             write_outcome(folder, Outcome("FINISHED"))
         return result
+
+
+def _terminated() -> bool:
+    """Whether a person has ended the pipeline run of this process."""
+    here = this_kfp_run()
+    if here is None:
+        return False
+    from ncsn.remote.kubernetes import KubernetesApi, was_stopped
+
+    try:
+        return was_stopped(KubernetesApi(patience=_LOOK_SECONDS).get("workflows", here.workflow))
+    except (OSError, UserError):
+        return False

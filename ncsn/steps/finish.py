@@ -105,12 +105,14 @@ def _look(kfp: KfpRun | None, namespace: str | None, notes: list[str]) -> tuple[
     from ncsn.remote.kubernetes import KubernetesApi, was_stopped
     from ncsn.remote.pods import troubles_of_run
 
+    stopped = False
+    troubles: Mapping[str, Trouble] = {}
     try:
         api = KubernetesApi(namespace, patience=_LOOK_SECONDS)
-        stopped, troubles = was_stopped(api.get("workflows", kfp.workflow)), troubles_of_run(api, kfp.id)
+        stopped = was_stopped(api.get("workflows", kfp.workflow))
+        troubles = troubles_of_run(api, kfp.id)
     except (OSError, UserError) as error:
         notes.append(f"The cluster could not be asked for the reason: {error}")
-        return False, {}
     return stopped, {task: trouble for task, trouble in troubles.items() if task in (*STEPS, TUNE)}
 
 

@@ -14,9 +14,10 @@ from mlflow.tracking import MlflowClient
 from ncsn.cli import app
 from ncsn.config import Config, from_yaml, to_json
 from ncsn.process import KFP_RUN_ID, KFP_WORKFLOW
+from ncsn.remote.backend import RemoteLost
 from ncsn.remote.kubernetes import KubernetesApi
 from ncsn.runs.folder import Outcome, read_outcome, run_folder, write_outcome
-from ncsn.steps import finish
+from ncsn.steps import finish, ingest
 from ncsn.steps.execution import run_kfp_task
 from ncsn.steps.janitor import clean_up
 from ncsn.tracking.mlflow_runs import step_run
@@ -86,6 +87,11 @@ def notes(emulation: Any) -> list[Any]:
     return found
 
 
+def lost(*_: Any, **__: Any) -> None:
+    """A step whose RayJob is deleted under it."""
+    raise RemoteLost("RayJob ncsn-mine was deleted while it ran")
+
+
 def outcome(config: Config) -> Outcome | None:
     return read_outcome(run_folder(config, "mine"))
 
@@ -115,6 +121,21 @@ def test_a_run_without_its_exit_handler_is_closed_as_it_ended(
         assert statuses(config) == {"run": "KILLED", "ingest": "FINISHED", "train": "KILLED"}
     assert notes(emulation) == []
     assert janitor() == []
+
+
+@pytest.mark.parametrize(("spec", "status"), [({"activeDeadlineSeconds": 0}, "KILLED"), ({}, "FAILED")])
+def test_what_fails_because_the_pipeline_was_terminated_is_no_failure(
+    emulation: Any, config: Config, monkeypatch: pytest.MonkeyPatch, spec: dict[str, Any], status: str
+) -> None:
+    monkeypatch.setenv(KFP_RUN_ID, "5f3a")
+    monkeypatch.setenv(KFP_WORKFLOW, WORKFLOW)
+    monkeypatch.setattr(ingest, "run", lost)
+    workflow(emulation, "Running", **spec)
+    with pytest.raises(RemoteLost):
+        run_kfp_task("ingest", config, run="mine", given={})
+    found = outcome(config)
+    assert found is not None
+    assert (found.status, found.failed_step) == (status, "ingest")
 
 
 @pytest.mark.usefixtures("begun")

@@ -236,11 +236,14 @@ def test_ctrl_c_waits_for_an_api_server_that_is_away(emulation, eventually) -> N
 
 
 def test_sigterm_of_a_run_that_is_being_ended_deletes_the_rayjob(pipeline, eventually) -> None:
+    """Also if who reads the launcher's output has ended before it, as in a pod of Kubeflow."""
     launcher = pipeline.launch(SLEEP)
     eventually(lambda: pipeline.operator.started, "the entrypoint runs")
     pipeline.cluster.update("workflows", OWNER["name"], lambda each: each["spec"].update(activeDeadlineSeconds=0))
+    launcher.stderr.close()
     launcher.send_signal(signal.SIGTERM)
-    assert launcher.ended() == 143
+    assert launcher.wait(240) == 143
+    launcher.stdout.close()
     eventually(lambda: not pipeline.jobs, "the RayJob is gone")
 
 
