@@ -17,7 +17,7 @@ from typing import TypeVar
 from ncsn.errors import UserError
 
 STORE_VARIABLE = "NCSN_STORE_PATIENCE"  # seconds for which a call to the store is repeated
-STORE_SECONDS = 120.0
+STORE_SECONDS = 180.0  # an outage of two minutes, and the time until the server is ready again
 
 T = TypeVar("T")
 

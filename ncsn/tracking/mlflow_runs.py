@@ -53,7 +53,7 @@ UNUSED_SECTIONS = {
     "train": ("search", "select", "sampling", "evaluation"),
     "select": ("search",),
 }
-OUTAGE_SECONDS = 120.0  # how long a step waits for a server that the first one has reached, at its start and end
+OUTAGE_SECONDS = 180.0  # how long a step waits for a server that the first one has reached, at its start and end
 
 _logger = logging.getLogger(__name__)
 
