@@ -12,7 +12,7 @@ from ncsn import storage
 from ncsn.config import Config
 from ncsn.config.search import require_search
 from ncsn.errors import UserError
-from ncsn.process import KFP_RUN_ID, require_same_python, this_kfp_run
+from ncsn.process import KFP_RUN_ID, TERMINATED, require_same_python, this_kfp_run
 from ncsn.runs.folder import (
     Outcome,
     RunFolder,
@@ -21,6 +21,7 @@ from ncsn.runs.folder import (
     read_step,
     recorded,
     run_folder,
+    update_step,
     write_outcome,
 )
 from ncsn.runs.steps import PIPELINE, STEPS, STEPS_ELSEWHERE, TUNE
@@ -108,10 +109,11 @@ def run_kfp_task(step: str, config: Config, *, run: str, given: Mapping[str, str
         try:
             result = run_step(step, config, run=run, given=given)
         except Exception as error:
-            # Of a terminated pipeline, the error is a consequence: the janitor may delete a RayJob before Argo ends us.
-            outcome = Outcome("KILLED", "terminated", step) if _terminated() else Outcome("FAILED", str(error), step)
+            if _terminated():  # the janitor may delete a RayJob before Argo ends this process
+                update_step(folder, step, state="KILLED")
+                raise SystemExit(TERMINATED) from error
             with suppress(OSError):  # an unreachable store must not hide the first error
-                write_outcome(folder, outcome)
+                write_outcome(folder, Outcome("FAILED", str(error), step))
             raise
         if last:
             write_outcome(folder, Outcome("FINISHED"))

@@ -16,7 +16,7 @@ from ncsn.config import Config, from_yaml, to_json
 from ncsn.process import KFP_RUN_ID, KFP_WORKFLOW
 from ncsn.remote.backend import RemoteLost
 from ncsn.remote.kubernetes import KubernetesApi
-from ncsn.runs.folder import Outcome, read_outcome, run_folder, write_outcome
+from ncsn.runs.folder import Outcome, read_outcome, read_step, run_folder, write_outcome
 from ncsn.steps import finish, ingest
 from ncsn.steps.execution import run_kfp_task
 from ncsn.steps.janitor import clean_up
@@ -123,19 +123,22 @@ def test_a_run_without_its_exit_handler_is_closed_as_it_ended(
     assert janitor() == []
 
 
-@pytest.mark.parametrize(("spec", "status"), [({"activeDeadlineSeconds": 0}, "KILLED"), ({}, "FAILED")])
+@pytest.mark.parametrize(
+    ("spec", "raised", "state", "ended"),
+    [({"activeDeadlineSeconds": 0}, SystemExit, "KILLED", None), ({}, RemoteLost, "FAILED", "FAILED")],
+)
 def test_what_fails_because_the_pipeline_was_terminated_is_no_failure(
-    emulation: Any, config: Config, monkeypatch: pytest.MonkeyPatch, spec: dict[str, Any], status: str
+    emulation: Any, config: Config, monkeypatch: pytest.MonkeyPatch, spec: Any, raised: Any, state: str, ended: Any
 ) -> None:
     monkeypatch.setenv(KFP_RUN_ID, "5f3a")
     monkeypatch.setenv(KFP_WORKFLOW, WORKFLOW)
     monkeypatch.setattr(ingest, "run", lost)
     workflow(emulation, "Running", **spec)
-    with pytest.raises(RemoteLost):
+    with pytest.raises(raised):
         run_kfp_task("ingest", config, run="mine", given={})
+    assert read_step(run_folder(config, "mine"), "ingest").state == state
     found = outcome(config)
-    assert found is not None
-    assert (found.status, found.failed_step) == (status, "ingest")
+    assert (found and found.status) == ended
 
 
 @pytest.mark.usefixtures("begun")
