@@ -53,6 +53,7 @@ def test_after_the_loss_of_a_pod_training_goes_on_from_its_checkpoint(place: Pla
     options = place.options(LONG)
     with place.commands.running("train", "--json", *options, "--run", RUN, "--dataset", dataset) as command:
         kept = place.wait_for_checkpoint(RUN, command)
+        shown = place.stored(f"runs/{RUN}/steps/train/progress.json")["done"]  # perhaps older than the checkpoint
         (lost,) = place.namespace.pods(kind)
         place.namespace.delete("pod", lost["metadata"]["name"], "--grace-period=1")
         lowest = LONG["train.num_images"]
@@ -66,6 +67,6 @@ def test_after_the_loss_of_a_pod_training_goes_on_from_its_checkpoint(place: Pla
         eventually(ended, "the command has ended", seconds=600)
         assert command.wait(1) == 0, command.said[-3000:]
     assert command.result()["images_seen"] == LONG["train.num_images"]
-    assert lowest >= kept, "it began anew"
+    assert lowest >= min(kept, shown), "it began anew"
     assert place.stored(f"runs/{RUN}/steps/train/step.json")["error"] is None
     eventually(place.namespace.is_empty, "the RayJob and its pods are gone", seconds=120)
