@@ -15,7 +15,16 @@ from ncsn.errors import InvalidValue, UserError
 Array = npt.NDArray[np.float64]
 
 JACKKNIFE_GROUPS = 20  # the jackknife's own relative error is about 1 / sqrt(2 K): 16 %
-NORMAL_95 = 1.96  # standard deviations on either side that hold 95 % of a normal distribution
+
+
+def jackknife_groups(first: int, last: int, *, classes_in_turn: int = 1) -> npt.NDArray[np.int64]:
+    """The group of each of the images `first .. last`, int64 [last - first].
+
+    Image i has class i mod `classes_in_turn`. Each group has all classes alike, because the jackknife would see the
+    distance between them else.
+    """
+    turns, classes = np.divmod(np.arange(first, last), classes_in_turn)
+    return (turns + classes) % JACKKNIFE_GROUPS
 
 
 @dataclass(frozen=True)
@@ -128,23 +137,20 @@ class RunningScore:
 
     num_images: int
     fid: float
-    low: float  # end of its 95 % interval over other samples of as many images, at least 0
-    high: float
+    fid_std: float  # its standard deviation over other samples of as many images
 
     def __str__(self) -> str:
-        """The distance and half of its interval."""
-        return f"FID {self.fid:.4g} \u00b1 {self.high - self.fid:.2g} (95 %) of {self.num_images:,}"
+        return f"FID {self.fid:.4g} \u00b1 {self.fid_std:.2g} (std) of {self.num_images:,}"
 
     def named(self, area: str, *, extractor: str) -> dict[str, float]:
-        """Metric name -> value at `num_images`, a point of three curves."""
-        return {f"{area}/running_{extractor}_{name}": getattr(self, name) for name in ("fid", "low", "high")}
+        """Metric name -> value at `num_images`, a point of two curves."""
+        return {f"{area}/running_{extractor}_{name}": getattr(self, name) for name in ("fid", "fid_std")}
 
 
 class RunningDistance:
     """Fréchet distance to `reference` of the first images, at more and more of `count` images.
 
-    It keeps the moments of the images in K groups, image i in group i mod K. Where the images show classes in turn,
-    each group has all classes alike, because the jackknife would see the distance between them else.
+    It keeps the moments of the images in the groups of the jackknife.
     """
 
     def __init__(self, reference: FrechetStatistics, *, count: int, classes_in_turn: int = 1) -> None:
@@ -179,8 +185,7 @@ class RunningDistance:
             if len(block) > room:
                 self._waiting[self._marks[0]] = block[room:]
                 block = block[:room]
-            turns, classes = np.divmod(np.arange(self.count, self.count + len(block)), self._classes)
-            numbers = (turns + classes) % JACKKNIFE_GROUPS
+            numbers = jackknife_groups(self.count, self.count + len(block), classes_in_turn=self._classes)
             for number in np.unique(numbers):
                 part, group = FrechetStatistics.of(block[numbers == number]), self._groups[number]
                 self._groups[number] = part if group is None else group.merge(part)
@@ -188,6 +193,5 @@ class RunningDistance:
             if self.count == self._marks[0]:
                 self._marks.pop(0)
                 distance = frechet_distance(merged(self.groups), self.reference)
-                margin = NORMAL_95 * frechet_jackknife(self.groups, self.reference)
-                due.append(RunningScore(self.count, distance, max(distance - margin, 0.0), distance + margin))
+                due.append(RunningScore(self.count, distance, frechet_jackknife(self.groups, self.reference)))
         return due

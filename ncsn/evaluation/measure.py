@@ -99,7 +99,7 @@ def measure_extracted(
     """
     running = RunningDistance(reference.statistics, count=len(extracted.features), classes_in_turn=in_turn)
     scores = running.add(0, extracted.features)
-    metrics = feature_metrics(extracted, reference, groups=running.groups, seed=seed)
+    metrics = feature_metrics(extracted, reference, groups=running.groups, seed=seed, in_turn=in_turn)
     if classes:
         metrics |= class_metrics(extracted.log_probabilities, reference, num_splits=num_splits)
     found = None if asked is None else class_scores(extracted, asked, reference=reference.features, seed=seed)
@@ -124,17 +124,17 @@ def measure_extracted(
 
 
 def feature_metrics(
-    extracted: Extracted, reference: Reference, *, groups: Sequence[FrechetStatistics], seed: int
+    extracted: Extracted, reference: Reference, *, groups: Sequence[FrechetStatistics], seed: int, in_turn: int
 ) -> dict[str, Metric]:
     """Metrics of features by short name.
 
-    - `fid`, `fid_std`: Fréchet distance to all reference images, and its uncertainty by the jackknife over `groups`,
-      the moments of the features in disjoint groups.
-    - `kid`, `kid_std`: kernel distance, over 100 subsets of at most 1,000 images.
+    - `fid`: Fréchet distance to all reference images. `groups` are the moments of the features in disjoint groups.
+    - `kid`: kernel distance, over 100 subsets of at most 1,000 images.
+    - `fid_std`, `kid_std`: their standard deviations over other samples of this size, by the jackknife.
     - `precision`, `recall`, `density`, `coverage`: against as many reference images, at most 10,000.
     """
     count = len(extracted.features)
-    kid, kid_std = kernel_distance(extracted.features, reference.features, seed=seed)
+    kid, kid_std = kernel_distance(extracted.features, reference.features, seed=seed, classes_in_turn=in_turn)
     values = {
         "fid": frechet_distance(merged(groups), reference.statistics),
         "fid_std": frechet_jackknife(groups, reference.statistics),

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ncsn.errors import UserError
+from ncsn.evaluation.frechet import jackknife_groups
 
 Array = npt.NDArray[np.float64]
 Vectors = npt.NDArray[np.number]
@@ -121,7 +122,13 @@ def inception_score(log_probabilities: npt.ArrayLike, *, num_splits: int = 10) -
 
 
 def kernel_distance(
-    a: Features, b: Features, *, num_subsets: int = 100, subset_size: int = 1000, seed: int = 0
+    a: Features,
+    b: Features,
+    *,
+    num_subsets: int = 100,
+    subset_size: int = 1000,
+    seed: int = 0,
+    classes_in_turn: int = 1,
 ) -> tuple[float, float]:
     """Mean squared MMD over random subsets, with the kernel k(x, y) = (x.y / D + 1)^3 (Binkowski et al. 2018).
 
@@ -129,27 +136,50 @@ def kernel_distance(
 
     Args:
         a: [N, D] features.
-        b: [M, D] features.
+        b: [M, D] features, which count as known.
         num_subsets: Pairs of subsets, each drawn without replacement.
         subset_size: Feature vectors per subset; fewer if N or M is smaller.
+        classes_in_turn: Vector i of `a` has class i mod this number.
 
     Returns:
-        Mean and population standard deviation over the subsets.
+        The mean over the subsets, and its standard deviation over other `a` of this size, by the delete-a-group
+        jackknife (see `frechet_jackknife`); where the distance is zero this is up to sqrt(2) too large.
     """
     size = min(subset_size, len(a), len(b))
     generator = np.random.Generator(np.random.Philox(seed))
     # Subsets that are all of both sets do not differ: one is enough.
     repeats = 1 if size == len(a) == len(b) else num_subsets
-    estimates = [squared_mmd(_draw(a, size, generator), _draw(b, size, generator)) for _ in range(repeats)]
-    return float(np.mean(estimates)), float(np.std(estimates))
+    _, groups = np.unique(jackknife_groups(0, len(a), classes_in_turn=classes_in_turn), return_inverse=True)
+    estimates, without_group = [], []
+    for _ in range(repeats):
+        rows, columns = _draw(len(a), size, generator), _draw(len(b), size, generator)
+        member = groups[rows] == np.arange(groups.max() + 1)[:, None]
+        x, y = (np.asarray(each, dtype=np.float64) for each in (a[rows], b[columns]))
+        estimate, rest = squared_mmd(x, y, member=member)
+        estimates.append(estimate)
+        without_group.append(rest)
+    spread = np.mean(without_group, axis=0).var()
+    return float(np.mean(estimates)), float(np.sqrt(groups.max() * spread))
 
 
-def squared_mmd(x: Array, y: Array) -> float:
-    """Unbiased estimate of MMD^2 from [m, D] and [n, D] float64 features, m and n at least 2."""
+def squared_mmd(x: Array, y: Array, *, member: npt.NDArray[np.bool_]) -> tuple[float, Array]:
+    """Unbiased estimates of MMD^2 from [m, D] and [n, D] float64 features, m and n at least 2.
+
+    The first is of all features, the others [K] leave out one group of x each; `member` [K, m] divides x into groups.
+    """
     m, n = len(x), len(y)
-    within_x, within_y = _kernel(x, x), _kernel(y, y)
-    same = (within_x.sum() - np.trace(within_x)) / (m * (m - 1)) + (within_y.sum() - np.trace(within_y)) / (n * (n - 1))
-    return float(same - 2 * _kernel(x, y).mean())
+    within_x, within_y, across = _kernel(x, x), _kernel(y, y), _kernel(x, y)
+    same_y = (within_y.sum() - np.trace(within_y)) / (n * (n - 1))
+    estimate = float((within_x.sum() - np.trace(within_x)) / (m * (m - 1)) + same_y - 2 * across.mean())
+    np.fill_diagonal(within_x, 0)
+    pairs = member @ within_x @ member.T  # sums over the pairs of two groups
+    rest_x = pairs.sum() - pairs.sum(axis=0) - pairs.sum(axis=1) + pairs.diagonal()
+    rest_across = across.sum() - member @ across.sum(axis=1)
+    left = m - member.sum(axis=1)
+    # A small subset may lie in one group; then it says nothing about the others.
+    known, left = left >= 2, np.maximum(left, 2)
+    rest = rest_x / (left * (left - 1)) + same_y - 2 * rest_across / (left * n)
+    return estimate, np.where(known, rest, estimate)
 
 
 def _kernel(x: Array, y: Array) -> Array:
@@ -160,10 +190,9 @@ def _kernel(x: Array, y: Array) -> Array:
     return cube
 
 
-def _draw(features: Features, size: int, generator: np.random.Generator) -> Array:
+def _draw(count: int, size: int, generator: np.random.Generator) -> npt.NDArray[np.int64]:
     # Sorted, because a memory map is read faster in order and the estimate does not depend on the order.
-    rows = np.sort(generator.choice(len(features), size, replace=False))
-    return np.asarray(features[rows], dtype=np.float64)
+    return np.sort(generator.choice(count, size, replace=False))
 
 
 def precision_recall(

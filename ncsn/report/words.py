@@ -45,8 +45,8 @@ MEANINGS: Mapping[str, Meaning] = {
     "memorized": Meaning("Copies", "Share of these images that copy a training image, by pixel distance.", "lower"),
     "kid": Meaning(
         "Kernel distance",
-        "Distance to {reference} that does not depend on the number of images. It averages zero for real "
-        "images and can be negative.",
+        "Distance to {reference} that does not depend on the number of images. It averages zero for real images, and "
+        "within two standard deviations it is not different from zero.",
         "lower",
     ),
     "density": Meaning(
@@ -109,7 +109,7 @@ class Score(NamedTuple):
     name: str  # in MLflow
     meaning: Meaning
     value: float
-    text: str  # the value, and its deviation: over other samples for distances, over parts of these for the others
+    text: str  # the value, and of a distance its standard deviation over other samples of as many images
     real: float | None
     real_text: str  # empty if there is none
 
@@ -122,9 +122,17 @@ class Score(NamedTuple):
         return round(100 * self.value / scale, 1), round(100 * self.real / scale, 1)
 
 
-def with_error(reading: Reading, error: Reading | None) -> str:
-    """`14.2 ± 1.1`."""
-    return f"{reading.value:.4g}" + ("" if error is None else f" ±\u00a0{error.value:.2g}")
+DISTANCES = ("fid", "kid")  # the error of a score is over parts of the images, as in papers, and says something else
+
+
+def _shown(metric: str, readings: Mapping[str, Reading]) -> str:
+    """`14.2 ± 1.1`; empty without a value."""
+    if metric not in readings:
+        return ""
+    value, error = readings[metric].value, readings.get(metric + ERROR) if metric in DISTANCES else None
+    if metric.endswith("kid") and value <= (0 if error is None else 2 * error.value):
+        return "not different from 0"
+    return f"{value:.4g}" + ("" if error is None else f" ±\u00a0{error.value:.2g}")
 
 
 def score_rows(evaluation: Mapping[str, Any]) -> list[Score]:
@@ -135,10 +143,9 @@ def score_rows(evaluation: Mapping[str, Any]) -> list[Score]:
         if metric in generated:
             own, other = generated[metric], real.get(metric)
             text = meaning.text.format(reference=reference_images(own.split))
-            shown = with_error(own, generated.get(metric + ERROR))
-            real_text = "" if other is None else with_error(other, real.get(metric + ERROR))
             of_real = None if other is None else other.value
-            rows.append(Score(metric, own.name, meaning._replace(text=text), own.value, shown, of_real, real_text))
+            texts = _shown(metric, generated), of_real, _shown(metric, real)
+            rows.append(Score(metric, own.name, meaning._replace(text=text), own.value, *texts))
     return rows
 
 

@@ -69,7 +69,7 @@ def test_fewer_images_than_splits_are_refused() -> None:
 @pytest.mark.oracle(20)
 def test_equal_laws_have_mean_zero() -> None:
     rng = np.random.default_rng(0)
-    estimates = [squared_mmd(rng.standard_normal((500, 64)), rng.standard_normal((500, 64))) for _ in range(50)]
+    estimates = [kernel_distance(*rng.standard_normal((2, 500, 64)))[0] for _ in range(50)]
     error = np.std(estimates, ddof=1) / np.sqrt(50)
     assert error == pytest.approx(0.0003, abs=0.0002)
     assert abs(np.mean(estimates)) < 4 * error
@@ -79,8 +79,31 @@ def test_equal_laws_have_mean_zero() -> None:
 def test_two_points_each_by_hand() -> None:
     # D = 1, k = (xy + 1)^3: within x k(0,1) = 1, within y k(1,2) = 27, across the mean of 1, 1, 8, 27.
     x, y = np.array([[0.0], [1.0]]), np.array([[1.0], [2.0]])
-    assert squared_mmd(x, y) == pytest.approx(1 + 27 - 2 * (1 + 1 + 8 + 27) / 4, abs=1e-12)
-    assert kernel_distance(x, y)[0] == pytest.approx(squared_mmd(x, y), abs=1e-12)
+    assert kernel_distance(x, y)[0] == pytest.approx(1 + 27 - 2 * (1 + 1 + 8 + 27) / 4, abs=1e-12)
+
+
+def test_the_distance_without_a_group_is_that_of_the_others() -> None:
+    rng = np.random.default_rng(4)
+    x, y, groups = rng.standard_normal((30, 3)), rng.standard_normal((20, 3)), np.arange(30) % 4
+    _, without = squared_mmd(x, y, member=groups == np.arange(4)[:, None])
+    for group, found in enumerate(without):
+        rest = x[groups != group]
+        assert found == pytest.approx(squared_mmd(rest, y, member=np.ones((1, len(rest)), bool))[0], abs=1e-12)
+
+
+@pytest.mark.parametrize(("count", "classes"), [(150, 1), (150, 10), (400, 1)])
+def test_the_deviation_is_that_of_other_samples(count: int, classes: int) -> None:
+    """In subsets of all 150 images and of a half of the 400; with classes, the distance between these is no spread."""
+    rng = np.random.default_rng(5)
+    means = 2 * rng.standard_normal((classes, 4)) + 0.5
+    reference = 2 * rng.standard_normal((600, 4))
+
+    def measure() -> tuple[float, float]:
+        drawn = means[np.arange(count) % classes] + rng.standard_normal((count, 4))
+        return kernel_distance(drawn, reference, num_subsets=4, subset_size=200, classes_in_turn=classes)
+
+    found = np.array([measure() for _ in range(60)])
+    assert 0.7 < found[:, 1].mean() / found[:, 0].std() < 1.5
 
 
 def test_subsets_are_a_function_of_the_seed_and_no_larger_than_the_sets() -> None:
