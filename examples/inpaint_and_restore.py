@@ -3,8 +3,8 @@
 Algorithm 2 of Song & Ermon (2019) completes images by annealed Langevin dynamics: known pixels are set at each step to
 the image plus the level's noise. Pseudo-inverse guidance (Song et al. 2023) draws images given any linear measurement
 y = A x + sigma_y n, with any sampler: it adds J^T A^T (sigma_y^2 I + r^2 A A^T)^-1 (y - A D) to the score, for the
-denoised image D with derivative J. Its r^2 takes pixels for independent, so the images spread less than they should,
-and their mean is off by up to half of that spread.
+denoised image D with derivative J. Its r^2 takes pixels for independent, so the images spread less than they should; on
+a correlated Gaussian their mean is off by 0.4 to 0.5 standard deviations of the posterior.
 
     python examples/inpaint_and_restore.py --out restored.png
 """

@@ -23,11 +23,9 @@ from rich.progress import (
 )
 from rich.table import Column, Table
 
-from ncsn import storage
-from ncsn.cli.target import DEFAULT_ROOT
 from ncsn.config import Config
 from ncsn.progress import Progress
-from ncsn.report.words import SCORES_HEAD, duration, result_line, score_lines
+from ncsn.report.words import SCORES_HEAD, duration, next_command, result_line, score_lines
 from ncsn.runs.folder import RunFolder, StepRecord
 
 _LINE_EVERY_SECONDS = 30.0
@@ -146,7 +144,7 @@ def _moved(descriptor: int, target: TextIO) -> Iterator[None]:
 def describe_result(step: str, result: Mapping[str, Any]) -> str:
     """The result of one step in a few lines."""
     places = ("uri", "config", "table", "grid", "strip", "checkpoint")
-    lines = [f"{step}: {result_line(step, result)}"]
+    lines = [*([result["verdict"]] if step == "evaluate" else []), f"{step}: {result_line(step, result)}"]
     lines += [f"{key}: {result[key]}" for key in places if isinstance(result.get(key), str)]
     if step == "tune":
         lines = [_trials_table(result), *lines, f"next: ncsn run --config {result['config']}"]
@@ -156,9 +154,12 @@ def describe_result(step: str, result: Mapping[str, Any]) -> str:
 def print_summary(
     console: Console, folder: RunFolder, config: Config, records: Mapping[str, StepRecord], *, earlier: Collection[str]
 ) -> None:
-    """Steps (an earlier call did those in `earlier`), scores next to real images, outputs, and the next commands."""
+    """The verdict and the next command; steps (an earlier call did those in `earlier`), scores and outputs."""
     from ncsn.tracking.client import shown, tracking_uri
 
+    measured = records["evaluate"].result
+    console.print(f"[bold]{measured['verdict']}[/]", soft_wrap=True)
+    console.print(f"next: {next_command(measured['grade'], config, folder)}", soft_wrap=True)
     steps = Table("step", Column("seconds", justify="right"), "result", box=SIMPLE_HEAD)
     for step, record in records.items():
         when = "  [dim](earlier)[/]" if step in earlier else ""
@@ -166,14 +167,12 @@ def print_summary(
     steps.add_row("[bold]all", f"[bold]{sum(record.seconds for record in records.values()):,.1f}", "")
     first, *others = SCORES_HEAD
     scores = Table(first, *(Column(name, justify="right") for name in others), box=SIMPLE_HEAD)
-    for line in score_lines(records["evaluate"].result):
+    for line in score_lines(measured):
         scores.add_row(*line)
     console.print(steps, scores)
     for note in (note for record in records.values() for note in record.result.get("notes", ())):
         console.print(f"note: {note}", soft_wrap=True)
     console.print(f"gate: {records['register'].result['reason']}\n", soft_wrap=True)
-    found = folder.root == storage.absolute(DEFAULT_ROOT)
-    this_run = f"--run {folder.run}" if found else f"--run {folder.run} --config {folder.config}"
     server = shown(tracking_uri(config))
     for name, value in (
         ("grid", records["sample"].result["grid"]),
@@ -181,8 +180,7 @@ def print_summary(
         ("report", records["report"].result["uri"]),
         ("model", records["register"].result["uri"]),
         ("mlflow", f"run {folder.run} in experiment {config.tracking.experiment} at {server}"),
-        ("next", f"ncsn ui {this_run}"),
-        ("", f"ncsn sample {this_run} --set sampling.seed={config.sampling.seed + 1}"),
+        ("", f"ncsn ui {folder.options}"),
     ):
         console.print(f"[bold]{name:<8}[/] {value}", soft_wrap=True)
 
@@ -218,7 +216,7 @@ def print_plan(console: Console, plan: Mapping[str, Any]) -> None:
     for column in ("time", *(name.replace("cpu", "CPU").replace("gpu", "GPU").replace("_", " ") for name in names)):
         table.add_column(column, justify="right")
     for step, cost in plan["steps"].items():
-        table.add_row(step, duration(cost["seconds"]), *(f"{cost[name]:,.3g}" for name in names))
+        table.add_row(step, duration(cost["seconds"]), *(f"{cost[name]:,.2f}" for name in names))
     console.print(table)
     flop = plan["gflop"]
     lines = [

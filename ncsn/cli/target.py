@@ -8,11 +8,10 @@ from pathlib import Path
 from ncsn import storage
 from ncsn.config import Config, ConfigError, from_yaml, training_settings
 from ncsn.errors import NotFound, UserError
-from ncsn.runs.folder import RunFolder
+from ncsn.runs.folder import DEFAULT_ROOT, RunFolder
 
 _ROOT = "storage.root"
 _ANOTHER_STORE = f"pass --config, or --set {_ROOT}=URI of another store"
-DEFAULT_ROOT: str = Config.model_fields["storage"].default.root  # the store if no option names one
 
 
 @dataclass(frozen=True)

@@ -147,6 +147,16 @@ class RunningScore:
         return {f"{area}/running_{extractor}_{name}": getattr(self, name) for name in ("fid", "fid_std")}
 
 
+def score_of(
+    features: npt.NDArray[np.floating], reference: FrechetStatistics, *, classes_in_turn: int = 1
+) -> RunningScore:
+    """The Fréchet distance of the features [N, D] of the first images."""
+    numbers = jackknife_groups(0, len(features), classes_in_turn=classes_in_turn)
+    groups = [FrechetStatistics.of(features[numbers == number]) for number in np.unique(numbers)]
+    distance = frechet_distance(merged(groups), reference)
+    return RunningScore(len(features), distance, frechet_jackknife(groups, reference))
+
+
 class RunningDistance:
     """Fréchet distance to `reference` of the first images, at more and more of `count` images.
 

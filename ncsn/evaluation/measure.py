@@ -23,6 +23,7 @@ from ncsn.evaluation.frechet import (
     frechet_distance,
     frechet_jackknife,
     merged,
+    score_of,
 )
 from ncsn.evaluation.reference import Evaluator, Reference, class_histogram, load_reference
 from ncsn.evaluation.scores import inception_score, kernel_distance, nearest_neighbors, precision_recall
@@ -49,6 +50,7 @@ class Measured:
     metrics: dict[str, Metric]  # by short name
     nearest: list[dict[str, Any]]  # rows of the train split that are nearest to the first 16 images
     running: list[RunningScore]
+    compared: RunningScore  # the Fréchet distance of as many of the images as the sets have that are compared
     classes: ClassScores | None = None  # of images with classes that were asked for
 
     def named(self, extractor: str, *, real: bool = False) -> dict[str, float]:
@@ -74,6 +76,7 @@ def measure_extracted(
     seed: int,
     classes: bool = True,
     asked: AskedClasses | None = None,
+    num_compared: int | None = None,
     in_turn: int = 1,
     by_features: bool = True,
 ) -> Measured:
@@ -94,11 +97,17 @@ def measure_extracted(
         seed: Of the subsets that are drawn.
         classes: Whether the extractor's classes mean something; without, there is no score.
         asked: The classes of the images; None for a model without.
+        num_compared: Images of the smallest set that these are compared with; None for as many as these.
         in_turn: How many classes the images show in turn.
         by_features: Whether the reference is the training images, so that the nearest by features are shown.
     """
     running = RunningDistance(reference.statistics, count=len(extracted.features), classes_in_turn=in_turn)
     scores = running.add(0, extracted.features)
+    compared = scores[-1]
+    if (
+        num_compared is not None and num_compared < compared.num_images
+    ):  # distances compare only at one number of images
+        compared = score_of(extracted.features[:num_compared], reference.statistics, classes_in_turn=in_turn)
     metrics = feature_metrics(extracted, reference, groups=running.groups, seed=seed, in_turn=in_turn)
     if classes:
         metrics |= class_metrics(extracted.log_probabilities, reference, num_splits=num_splits)
@@ -120,7 +129,7 @@ def measure_extracted(
         }
         for row in range(min(SHOWN_NEIGHBORS, len(pixels.indices)))
     ]
-    return Measured(metrics=metrics, nearest=nearest, running=scores, classes=found)
+    return Measured(metrics=metrics, nearest=nearest, running=scores, compared=compared, classes=found)
 
 
 def feature_metrics(
@@ -170,8 +179,8 @@ def class_metrics(
     return {name: Metric(value, len(log_probabilities)) for name, value in values.items()}
 
 
-# A set with its features, and the extractor and the fingerprint of the reference.
-_Work = tuple[Config, str, ImageSet, Extracted, Identity, str]
+# A set with its features, the images of the smallest set, and the extractor and the fingerprint of the reference.
+_Work = tuple[Config, str, ImageSet, Extracted, int, Identity, str]
 
 
 def measure_sets(
@@ -185,15 +194,16 @@ def measure_sets(
 ) -> list[Measured]:
     """All metrics of each set; `progress` counts the images."""
     works: list[_Work] = []
+    fewest = min(images.count for images in sets)
     for images in sets:
         extracted = extract_set(config, dataset, images, runner=runner, progress=progress)
-        works.append((config, dataset, images, extracted, evaluator.extractor, evaluator.reference.fingerprint))
+        works.append((config, dataset, images, extracted, fewest, evaluator.extractor, evaluator.reference.fingerprint))
     found = {images: measured for (_, _, images, *_), measured in runner(_measure_set, works, gpu=False)}
     return [found[images] for images in sets]
 
 
 def _measure_set(work: _Work) -> Measured:
-    config, dataset, images, extracted, extractor, fingerprint = work
+    config, dataset, images, extracted, fewest, extractor, fingerprint = work
     reference = load_reference(dataset, fingerprint)
     assert reference is not None, "the evaluator has it"
     compared = images
@@ -209,6 +219,7 @@ def _measure_set(work: _Work) -> Measured:
         seed=COMMON_SEED,
         classes=extractor.name in WITH_SCORE,
         asked=asked_classes(config, dataset, images, extractor=extractor.name),
+        num_compared=fewest,
         in_turn=1 if isinstance(images, SplitSet) else classes_in_turn(config),
         by_features=config.evaluation.reference_split == "train",
     )

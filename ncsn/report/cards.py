@@ -63,7 +63,7 @@ def model_card(facts: ModelFacts, *, config: Config, manifest: Manifest, evaluat
     counts = ", ".join(f"{count:,} {split}" for split, count in manifest.counts.items())
     skipped = f"; {len(manifest.skipped)} more could not be used" if manifest.skipped else ""
     scores = [(f"`{name}`", value, real) for name, value, real in score_lines(evaluation)]
-    notes = [*evaluation["notes"], "± is a standard deviation", f"fingerprint `{evaluation['fingerprint']}`"]
+    notes = [*evaluation["notes"], "± is a standard deviation over other samples of this number"]
     parts = [
         f"# {facts.name}",
         f"Generates {shape} images: a noise conditional score network (Song & Ermon 2019), trained on "
@@ -72,7 +72,8 @@ def model_card(facts: ModelFacts, *, config: Config, manifest: Manifest, evaluat
         f"## Intended use\n\n{INTENDED}",
         f"## Data\n\n{manifest.source.rstrip('.')}. Images: {counts}{skipped}. Content digest `{manifest.digest}`.",
         f"## Settings\n\n{markdown_table(('', ''), _settings(facts, config))}",
-        f"## Scores\n\n{markdown_table(SCORES_HEAD, scores)}\n\n" + "\n".join(f"- {note}" for note in notes),
+        f"## Scores\n\n{evaluation['verdict']}\n\n{markdown_table(SCORES_HEAD, scores)}\n\n"
+        + "\n".join(f"- {note}" for note in notes),
     ]
     if chosen := facts.selection:
         lines = candidate_lines(chosen["candidates"], most=MOST_CANDIDATES)

@@ -5,11 +5,16 @@ Imports no torch, because the command line uses it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from ncsn.config import Config
 from ncsn.evaluation import VERSUS
-from ncsn.runs.folder import Cost
+from ncsn.runs.folder import Cost, RunFolder
+
+if TYPE_CHECKING:
+    from ncsn.evaluation.frechet import RunningScore
 
 REAL = "eval/real_"
 GENERATED = "eval/"
@@ -169,6 +174,57 @@ def copies_sentence(memorized: Reading) -> str:
     return f"Of {memorized.num_images:,} generated images compared with every training image, {found}."
 
 
+GRADES = {
+    "close": "close to real",
+    "short": "not yet close to real: train longer",
+    "far": "far from real: train longer or add images",
+    "copied": "copies of training images: add images or train shorter",
+}
+FAR = 4  # times the distance of real images; with 8 times, clothes are visibly wrong, with 3 times, digits are not
+
+
+class Verdict(NamedTuple):
+    """How near samples are to real images."""
+
+    grade: str  # a key of GRADES
+    text: str  # a line with the numbers
+
+
+def verdict_of(samples: RunningScore, real: RunningScore, *, num_images: int, copies: str) -> Verdict:
+    """The verdict on `num_images` samples, by the distances of as many samples as real images.
+
+    `copies` says how many copies there are, if they are more than chance explains. Samples are close to real if their
+    distance exceeds that of real images by at most two standard deviations of the difference. The more images there
+    are, the stricter this is.
+    """
+    gap, error = samples.fid - real.fid, math.hypot(samples.fid_std, real.fid_std)
+    if copies:
+        grade = "copied"
+    elif gap <= 2 * error:
+        grade = "close"
+    else:
+        grade = "far" if samples.fid > FAR * real.fid else "short"
+    ours, theirs = (f"{_rounded(each.fid)} ±\u00a0{_rounded(each.fid_std)}" for each in (samples, real))
+    return Verdict(
+        grade,
+        f"{num_images:,} images made. Samples {ours}, real images {theirs}: {GRADES[grade]} "
+        f"(Fréchet distance of one set of {real.num_images:,} each, ± one standard deviation)",
+    )
+
+
+def _rounded(value: float) -> str:
+    """To one decimal, or to two digits if it is small; never with an exponent."""
+    return f"{value:,.1f}" if value >= 1 else f"{value:.2g}" if value >= 1e-4 else "0"
+
+
+def next_command(grade: str, config: Config, folder: RunFolder) -> str:
+    """What to do after a verdict: more images, or another run that trains twice or half as long."""
+    if grade == "close":
+        return f"ncsn sample {folder.options} --set sampling.seed={config.sampling.seed + 1}"
+    images = config.train.num_images // 2 if grade == "copied" else 2 * config.train.num_images
+    return f"ncsn run --config {folder.config} --set train.num_images={images}"
+
+
 EXTRACTORS = {  # as the subjects of a sentence
     "classifier": "A classifier trained on the same labeled images",
     "clusters": "A network trained to tell clusters of similar training images apart",
@@ -263,8 +319,8 @@ def cost_line(costs: Collection[Cost]) -> str:
     if not costs:
         return ""
     total = Cost(*map(sum, zip(*costs, strict=True)))
-    gpu = f" · {total.gpu_hours:,.2g} GPU hours" if total.gpu_hours else ""
-    return f"{duration(total.seconds)} · {total.cpu_hours:,.2g} CPU hours{gpu}"
+    gpu = f" · {duration(total.gpu_hours * HOUR)} of GPUs" if total.gpu_hours else ""
+    return f"{duration(total.seconds)} · {duration(total.cpu_hours * HOUR)} of CPU cores{gpu}"
 
 
 def cost_facts(spent: Mapping[str, Cost], *, num_images: int) -> Iterator[Fact]:

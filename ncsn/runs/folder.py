@@ -21,6 +21,7 @@ from ncsn.process import KFP_RUN_ID, utc_now
 from ncsn.runs.steps import OWN, STEP_INFO, STEPS, STEPS_BY_WORKERS, TUNE
 from ncsn.storage.heartbeat import LeaseExpired
 
+DEFAULT_ROOT: str = Config.model_fields["storage"].default.root  # the store if no option names one
 RUN_PATTERN = re.compile(r"[a-z0-9]([a-z0-9_.-]{0,61}[a-z0-9])?")
 State = Literal["", "RUNNING", "FINISHED", "FAILED", "KILLED"]  # as in MLflow; empty before the first attempt
 _LEVELS = {"noise.sigma_1", "noise.sigma_L", "noise.num_levels"}
@@ -66,6 +67,12 @@ class RunFolder:
     def uri(self) -> str:
         """The folder itself."""
         return storage.join(self.root, "runs", self.run)
+
+    @property
+    def options(self) -> str:
+        """The options by which a command finds this run from here: no config if the store is the default one."""
+        found = self.root == storage.absolute(DEFAULT_ROOT)
+        return f"--run {self.run}" if found else f"--run {self.run} --config {self.config}"
 
     def preview(self, images_seen: int) -> str:
         """The preview at this many training images, a PNG file."""

@@ -24,7 +24,8 @@ from ncsn.model.classes import require_same_classes
 from ncsn.progress import Progress
 from ncsn.report.images import neighbors_png
 from ncsn.report.plots import confusion_matrix, to_png
-from ncsn.report.words import few_samples
+from ncsn.report.words import few_samples, verdict_of
+from ncsn.steps.sample import first_images_png
 from ncsn.steps.step import Step
 from ncsn.tracking.gate import Measurement, Memorization
 
@@ -40,6 +41,8 @@ class EvaluateResult:
     """Metrics of one set of samples."""
 
     uri: str  # JSON file with everything below
+    verdict: str  # a line for people: how many images, how near they are to real ones
+    grade: str  # the same as a key of `ncsn.report.words.GRADES`
     metrics: dict[str, float]  # `eval/<metric>_n<num_images>` of the samples
     real_metrics: dict[str, float]  # `eval/real_<metric>_n<num_real_images>`: what a perfect model would reach
     fingerprint: str  # of extractor, weights and reference images; metrics of different ones do not compare
@@ -52,6 +55,7 @@ class EvaluateResult:
     # Of a model of classes: `agreement` and `real_agreement`, a line for each class in `table` and `real_table`, see
     # `ncsn.evaluation.class_scores`, the matrix `confusion`, and whether a probe saw the classes (`by_probe`).
     classes: dict[str, Any] | None
+    real_images: str  # URI of a PNG of real images, laid out as that of the samples
     neighbors: str  # URI of a PNG of samples and their nearest training images
     confusion: str | None  # URI of a PNG of the matrix
 
@@ -92,7 +96,7 @@ def run(config: Config, *, run: str, samples: str, dataset: str, lease: str | No
                 full = metric_name(f"class_{metric}", extractor=extractor, num_images=line["num_images"])
                 by_class[f"{full}/{number}-{re.sub(r'[^A-Za-z0-9]+', '-', line['name'])[:40]}"] = line[metric]
         tracked.log_metrics({name: value for name, value in by_class.items() if value is not None})
-        for uri in filter(None, (result.uri, result.neighbors, result.confusion)):
+        for uri in filter(None, (result.uri, result.real_images, result.neighbors, result.confusion)):
             tracked.log_file(uri)
         for score in (RunningScore(**point) for point in result.running):
             tracked.log_metrics(score.named("eval", extractor=extractor), step=score.num_images)
@@ -134,8 +138,11 @@ def evaluate(
         real_copies=round(real_copies.value * real_copies.num_images),
         num_real_images=real_copies.num_images,
     )
+    verdict = verdict_of(generated.compared, real.compared, num_images=count, copies=memorization.objection)
     result = EvaluateResult(
         uri=f"{place}.json",
+        verdict=verdict.text,
+        grade=verdict.grade,
         metrics=evaluator.facts | generated.named(name),
         real_metrics=real.named(name, real=True),
         fingerprint=fingerprint,
@@ -144,11 +151,13 @@ def evaluate(
         gate=asdict(gate),
         memorization=asdict(memorization),
         running=[asdict(score) for score in generated.running],
-        notes=list(_notes(count, num_real, extractor=extractor, real_split=evaluation.other_split)),
+        notes=list(_notes(config, num_real, extractor=extractor, real_split=evaluation.other_split)),
         classes=classes,
+        real_images=f"{place}-real.png",
         neighbors=f"{place}-neighbors.png",
         confusion=None if classes is None else f"{place}-classes.png",
     )
+    storage.write_bytes(result.real_images, first_images_png(config, sets[1], classes=sets[0].labels()))
     if classes is not None:
         storage.write_bytes(f"{place}-classes.png", to_png(confusion_matrix(classes)))
     shown, training = sets[0].read(0, len(generated.nearest)), open_cache(dataset, "train").images
@@ -192,7 +201,8 @@ def _classes(generated: Measured, real: Measured, manifest: Manifest, *, by_prob
     }
 
 
-def _notes(num_images: int, num_real: int, *, extractor: str, real_split: str) -> Iterator[str]:
+def _notes(config: Config, num_real: int, *, extractor: str, real_split: str) -> Iterator[str]:
+    num_images, guidance = config.sampling.num_images, config.sampling.guidance
     if num_real != num_images:
         yield (
             f"the {real_split} split has only {num_real} images, so the real metrics are over {num_real} and those of "
@@ -207,5 +217,10 @@ def _notes(num_images: int, num_real: int, *, extractor: str, real_split: str) -
         yield "there is no classifier score, because the extractor learned clusters instead of labels"
     elif extractor == "dinov2":
         yield "there is no score, because DINOv2 has no classes"
+    elif extractor == "classifier" and guidance is not None and guidance.kind == "classifier_free":
+        yield (
+            "guidance follows the labels that the classifier was trained with, so it may find guided samples better "
+            "than real images: judge guidance by evaluation.extractor = clusters too"
+        )
     if few := few_samples(metric_name("fid", extractor=extractor, num_images=num_images)):
         yield few

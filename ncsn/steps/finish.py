@@ -93,6 +93,8 @@ def run(
             steps[step] = "failed" if step == outcome.failed_step else done
         if gate := records["register"].result.get("reason"):
             notes.insert(0, f"The gate: {gate}")
+        if verdict := records["evaluate"].result.get("verdict"):
+            notes.insert(0, verdict)
     notes += [f"{name} was still running on the cluster and has been stopped." for name in canceled]
     page = run_page(run, status=outcome.status, reason=str(outcome), steps=steps, places=places, notes=notes)
     return FinishResult(outcome.status, outcome.reason, outcome.failed_step, canceled, page)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
+
 from ncsn import storage
 from ncsn.config import Config
 from ncsn.data.format import load_manifest
-from ncsn.data.samples import read_labels, read_samples
 from ncsn.distributed.cluster import cluster_for, ray_tags
 from ncsn.distributed.ray_calls import runner_of
 from ncsn.distributed.sampling import LEVELS, Features, make_shards, plan_shards
 from ncsn.evaluation import classes_in_turn, extractor_name
+from ncsn.evaluation.features import ImageSet, SampleSet
 from ncsn.evaluation.frechet import RunningDistance, RunningScore
 from ncsn.evaluation.reference import open_evaluator
 from ncsn.model import build, checkpoint as checkpoints
@@ -91,7 +94,7 @@ def run(
             images_per_second=round(made / seconds, 3) if made else None,
             notes=build.noise_notes(config, images=trained.images_seen),
         )
-        storage.write_bytes(result.grid, samples_grid(uri, config))
+        storage.write_bytes(result.grid, first_images_png(config, SampleSet(uri, result.num_images)))
         storage.write_bytes(result.strip, strip_png(storage.read_array(storage.join(uri, LEVELS))))
         manifest = {
             "checkpoint": checkpoint,
@@ -139,11 +142,15 @@ class _Scores:
         tracked.set_tags({"eval.fingerprint": self._fingerprint})
 
 
-def samples_grid(uri: str, config: Config) -> bytes:
-    """A PNG of the first images of the folder `uri`; with classes, one row for each of the first 16 classes."""
-    total = config.sampling.num_images
-    if config.data.num_classes is None:
-        return grid_png(read_samples(uri, 0, min(GRID_IMAGES, total)))
-    rows = rows_by_class(read_labels(uri, num_images=min(total, MOST_LABELS)))
-    images = read_samples(uri, 0, 1 + int(rows.max()))
-    return grid_png(images[rows.flatten()], columns=rows.shape[1])
+def first_images_png(config: Config, images: ImageSet, *, classes: npt.NDArray[np.int64] | None = None) -> bytes:
+    """A PNG of the first images; if the model knows classes, a row for each of the first 16 that occur in `images`.
+
+    With `classes`, of these alone; if none of them occurs, it is as without classes.
+    """
+    if config.data.num_classes is not None:
+        labels = images.labels()[:MOST_LABELS]
+        known = np.flatnonzero(np.isin(labels, labels if classes is None else classes))
+        if len(known):
+            rows = known[rows_by_class(labels[known])]
+            return grid_png(images.read(0, 1 + int(rows.max()))[rows.flatten()], columns=rows.shape[1])
+    return grid_png(images.read(0, min(GRID_IMAGES, images.count)))

@@ -14,13 +14,14 @@ from ncsn.config import Config, from_yaml, to_yaml
 from ncsn.distributed.cluster import cluster_for
 from ncsn.distributed.sampling import make_shards, plan_shards
 from ncsn.errors import UserError
+from ncsn.evaluation.features import SampleSet
 from ncsn.model import checkpoint as checkpoints
 from ncsn.model.checkpoint import TrainedNetwork
 from ncsn.model.classes import require_label
 from ncsn.model.generate import evaluations_per_image, guide_of, sampling_facts
 from ncsn.model.trained import TRAINED_CONFIG, load_model
 from ncsn.progress import Progress
-from ncsn.steps.sample import samples_grid
+from ncsn.steps.sample import first_images_png
 from ncsn.tracking.client import client_at, mlflow_errors, shown
 from ncsn.tracking.promotion import resolve_version
 from ncsn.tracking.registry import copy_guide, fetch_weights
@@ -74,7 +75,7 @@ def sample_model(
     with cluster_for(config, start=len(shards) > 1):
         make_shards(config, shards, progress=progress)
     grid = storage.join(folder, "grid.png")
-    storage.write_bytes(grid, samples_grid(folder, config))
+    storage.write_bytes(grid, first_images_png(config, SampleSet(folder, config.sampling.num_images)))
     seconds = round(time.perf_counter() - started, 1)
     return ModelSamples(folder, grid, config.sampling.num_images, evaluations_per_image(config), seconds, model)
 

@@ -123,4 +123,5 @@ def decide(evidence: Evidence, *, version: str, champion: str, of_champion: Evid
     uncertainty = math.hypot(measured.uncertainty, other.uncertainty)  # of the difference
     better = gain > uncertainty  # NaN is never better
     verdict = f"is {'' if better else 'not '}better by more than the combined uncertainty {uncertainty:.2g} than"
-    return (promote if better else refuse)(f"{shown} {verdict} {other} of champion version {champion}")
+    sets = f"each from one set of {measured.num_images:,} images"
+    return (promote if better else refuse)(f"{shown} {verdict} {other} of champion version {champion}, {sets}")

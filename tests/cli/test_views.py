@@ -41,6 +41,8 @@ RESULTS: dict[str, dict[str, Any]] = {
             "eval/real_classifier_fid_n539": 2.5,
         },
         "gate": {"name": "eval/classifier_fid_n512", "value": 12.5},
+        "verdict": "512 images made.",
+        "grade": "far",
         "notes": ["only 539 real images"],
     },
     "register": {
@@ -76,6 +78,9 @@ def test_a_summary_has_scores_next_to_real_images_and_what_comes_next(config_fil
     assert re.search(r"classifier_fid_n512 +12\.5 ±\s1\.2 +2\.5", text) and re.search(r"score_n512 +9 +10 ", text)
     for part in ("60.0", "only 539 real images", "12.5 is worse than 11", "/r/report.html", "ncsn ui --run mine"):
         assert part in text
+    verdict, then, *_ = text.splitlines()
+    longer = f"--set train.num_images={2 * config.train.num_images}"
+    assert verdict == "512 images made." and f"--config {folder.config} {longer}" in then
 
 
 def test_a_plan_has_money_where_there_is_a_price() -> None:

@@ -14,11 +14,11 @@ from ncsn.evaluation.frechet import (
     JACKKNIFE_GROUPS,
     FrechetStatistics,
     RunningDistance,
-    RunningScore,
     factor,
     frechet_distance,
     frechet_jackknife,
     merged,
+    score_of,
 )
 
 
@@ -149,10 +149,6 @@ def test_a_score_is_due_when_its_images_are_there_and_is_of_these_alone(rng, ref
         assert (score.fid, score.fid_std) == pytest.approx(
             (fid, frechet_uncertainty(first_images, reference)), rel=1e-9
         )
-
-
-def score_of(features: np.ndarray, reference: FrechetStatistics) -> RunningScore:
-    return RunningDistance(reference, count=len(features)).add(0, features)[-1]
 
 
 def test_two_deviations_hold_the_expected_distance_of_as_many_images(rng, reference) -> None:

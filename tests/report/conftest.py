@@ -28,6 +28,8 @@ EVALUATION = {
         "eval/real_classifier_kid_n60": -0.00421,
         "eval/real_classifier_memorized_n60": 0.0,
     },
+    "verdict": "64 images made. Samples 14.0 ± 1.2, real images 7.0 ± 1.3: not yet close to real: train longer",
+    "grade": "short",
     "num_images": 64,
     "num_real_images": 60,
     "fingerprint": "f" * 64,
@@ -55,6 +57,7 @@ def page(images: np.ndarray) -> dict[str, Any]:
     plot = to_png(plots.selection_figure([candidate], metric="fid"))
     return {
         "title": "digits",
+        "next_command": "ncsn run --config s3://bucket/runs/digits-0123abcd/config.yaml --set train.num_images=280000",
         "run": "digits-0123abcd",
         "finished_at": "2026-01-01 12:00",
         "decision": {"promoted": True, "version": "1", "model": "a-model", "reason": "there was none"},
@@ -71,6 +74,7 @@ def page(images: np.ndarray) -> dict[str, Any]:
         "config": "name: digits\nseed: 0\n",
         "grid": grid_png(images),
         "grid_caption": "The first images.",
+        "real_grid": grid_png(images),
         "strip": strip_png(np.stack([images[:8]] * 5)),
         "evaluation": EVALUATION | {"classes": classes},
         "copying_hints": ["They are near."],

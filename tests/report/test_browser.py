@@ -71,7 +71,7 @@ def visit(request: pytest.FixtureRequest, browser: Browser, folder: Path, tmp_pa
 def test_pictures_are_shown_and_nothing_is_requested(visit, folder: Path, page, name: str) -> None:
     seen = visit(name)
     widths = seen.frame.evaluate("[...document.images].map(image => image.naturalWidth)")
-    assert len(widths) == 6, "grid, strip, neighbors, classes, selection, search"
+    assert len(widths) == 7, "grid, real images, strip, neighbors, classes, selection, search"
     assert min(widths) > 0
     plots = seen.frame.evaluate("[...document.querySelectorAll('.plot svg')].map(s => s.getBoundingClientRect().width)")
     assert len(plots) == 2 and min(plots) > 300

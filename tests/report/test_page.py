@@ -30,6 +30,7 @@ def test_a_page_that_is_too_large_is_refused(page) -> None:
 def test_hostile_names_stay_text(page) -> None:
     hostile = {
         "title": HOSTILE,
+        "next_command": HOSTILE,
         "run": HOSTILE,
         "config": HOSTILE,
         "manifest": SimpleNamespace(channels=1, image_size=8, source=HOSTILE, count=lambda _: 1000),

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from ncsn.report.words import class_lines, cost_facts, cost_line, read_metrics, score_lines, score_rows, tag_facts
+from ncsn.evaluation.frechet import RunningScore
+from ncsn.report.words import (
+    class_lines,
+    cost_facts,
+    cost_line,
+    read_metrics,
+    score_lines,
+    score_rows,
+    tag_facts,
+    verdict_of,
+)
 from ncsn.runs.folder import Cost
 
 EVALUATION = {
@@ -46,6 +56,24 @@ def test_scores_are_next_to_the_real_ones() -> None:
     assert (negative.text, negative.bars) == ("not different from 0", None)
 
 
+@pytest.mark.parametrize(
+    ("samples", "real", "copies", "grade"),
+    [
+        ((7.4, 1.7), (7.1, 1.6), "", "close"),
+        ((4.0, 1.0), (7.1, 1.6), "", "close"),
+        ((14.0, 3.0), (5.0, 4.0), "", "close"),  # 9 is within two deviations of 5
+        ((15.1, 3.0), (5.0, 4.0), "", "short"),
+        ((84.2, 4.0), (10.1, 2.0), "", "far"),
+        ((4.0, 1.0), (7.1, 1.6), "40 of 256 samples copy a training image", "copied"),
+    ],
+)
+def test_a_verdict_compares_the_distances_by_their_deviations(samples, real, copies: str, grade: str) -> None:
+    verdict = verdict_of(RunningScore(200, *samples), RunningScore(200, *real), num_images=1024, copies=copies)
+    assert verdict.grade == grade
+    assert all(f"{number:.1f}" in verdict.text for number in (*samples, *real))
+    assert "1,024" in verdict.text and " 200 " in verdict.text, "how many were made, and how many were compared"
+
+
 def test_of_many_classes_those_that_agree_least_are_shown() -> None:
     table = [{"name": f"c{n}", "num_images": 51, "agreement": 1 - n / 400, "kid": None} for n in range(200)]
     classes = {"table": table, "real_table": table}
@@ -57,8 +85,9 @@ def test_of_many_classes_those_that_agree_least_are_shown() -> None:
 def test_costs_are_summed_and_scaled() -> None:
     spent = {step: Cost(360.0, 0.2, 0.0) for step in ("train", "sample")}
     whole, thousand = cost_facts(spent, num_images=500)
-    assert whole.value == cost_line(spent.values()) == "12.0 min · 0.4 CPU hours"
-    assert thousand.value == "12.0 min · 0.4 CPU hours"
+    assert whole.value == cost_line(spent.values()) == "12.0 min · 24.0 min of CPU cores"
+    assert thousand.value == "12.0 min · 24.0 min of CPU cores"
+    assert cost_line([Cost(7200.0, 400.0, 2.0)]) == "2.0 h · 16.7 days of CPU cores · 2.0 h of GPUs"
     assert (cost_line([]), list(cost_facts({}, num_images=500))) == ("", [])
 
 

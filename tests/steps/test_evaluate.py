@@ -81,6 +81,8 @@ def test_real_images_as_samples_reach_the_real_figures(store: Path, dataset: str
     assert last["fid_std"] == metrics["eval/classifier_fid_std_n500"]
     progress = json.loads((store / "runs" / "real" / "steps" / "evaluate" / "progress.json").read_text())
     assert progress["text"] == str(RunningScore(**last))
+    assert result.grade == "close" and f"{last['fid']:.1f} ±" in result.verdict
+    assert Path(result.real_images).read_bytes().startswith(b"\x89PNG")
     gate = Measurement(**result.gate)
     assert gate.name == "eval/classifier_fid_n500"
     assert gate.value == metrics[gate.name]
@@ -105,6 +107,7 @@ def test_noise_and_a_single_class_are_told_from_digits(store: Path, dataset: str
     real = result.real_metrics
     assert result.metrics["eval/classifier_fid_n500"] > 10 * real["eval/real_classifier_fid_n500"]
     assert result.metrics["eval/classifier_score_n500"] < 0.8 * real["eval/real_classifier_score_n500"]
+    assert result.grade == "far"
     threes = np.tile(test.images[np.asarray(test.labels) == 3], (11, 1, 1, 1))[:500]
     result = evaluate(config, samples=write_samples(tmp_path / "threes", threes), dataset=dataset, folder=tmp_path)
     assert result.metrics["eval/classifier_class_tv_n500"] == pytest.approx(0.9, abs=0.03)
@@ -115,7 +118,7 @@ def test_copies_of_training_images_are_flagged(store: Path, dataset: str, tmp_pa
     copies = write_samples(tmp_path / "copies", open_cache(dataset, "train").images[:500])
     result = evaluate(make_config(store), samples=copies, dataset=dataset, folder=tmp_path)
     assert result.metrics["eval/classifier_memorized_n256"] > 0.99
-    assert Memorization(**result.memorization).objection
+    assert Memorization(**result.memorization).objection and result.grade == "copied"
     assert result.metrics["eval/classifier_nn_distance_n256"] == 0
     assert result.real_metrics["eval/real_classifier_nn_distance_n256"] > 10
     shown = json.loads(Path(result.uri).read_text())["nearest_training_images"]
@@ -166,14 +169,23 @@ def test_fewer_test_images_than_samples_is_said(store: Path, dataset: str, tmp_p
     assert (result.num_images, result.num_real_images) == (600, count)
     assert f"eval/real_classifier_fid_n{count}" in result.real_metrics
     assert str(count) in result.notes[0]
+    assert f" {count} each" in result.verdict, "a distance depends on the number of images"
+    assert f"{result.metrics['eval/classifier_fid_n600']:.1f} ±" not in result.verdict
 
 
-def test_inception_figures_of_fewer_samples_than_published_ones_say_so() -> None:
-    assert list(step._notes(50_000, 50_000, extractor="inception", real_split="test")) == []
-    (note,) = step._notes(10_000, 10_000, extractor="inception", real_split="test")
+def test_notes_say_what_figures_do_not_compare(store: Path) -> None:
+    def notes(count: int, extractor: str, *overrides: str) -> list[str]:
+        config = make_config(store, f"sampling.num_images={count}", *overrides)
+        return list(step._notes(config, count, extractor=extractor, real_split="test"))
+
+    assert notes(50_000, "inception") == notes(10_000, "classifier") == []
+    (note,) = notes(10_000, "inception")
     assert "50,000" in note and "10,000" in note and "sampling.num_images" in note
-    (few,) = step._notes(512, 512, extractor="classifier", real_split="test")
+    (few,) = notes(512, "classifier")
     assert "512" in few
+    guided = (KNOWN, "train.label_dropout=0.1", "sampling.guidance={kind: classifier_free, weight: 2}")
+    (biased,) = notes(10_000, "classifier", *guided)
+    assert "guided" in biased and notes(10_000, "inception", *guided) == notes(10_000, "inception")
 
 
 def test_bad_input_is_one_clear_line(store: Path, dataset: str, tmp_path: Path) -> None:

@@ -50,6 +50,7 @@ def evaluate(config, root, dataset, saved):
             "fingerprint": "f" * 64,
             "num_images": 4,
             "notes": [],
+            "verdict": "256 images made.",
             "neighbors": storage.join(samples, "grid.png"),
             "gate": {
                 "name": name,

@@ -44,6 +44,9 @@ def evaluation(config, root, save_untrained) -> str:
     figures = {
         "uri": str(root / "evaluation.json"),
         "neighbors": str(root / "neighbors.png"),
+        "real_images": str(root / "neighbors.png"),
+        "verdict": "4 images made.",
+        "grade": "copied",
         "classes": None,
         "confusion": None,
         "metrics": {"eval/classifier_score_n4": 2.0, "eval/classifier_memorized_n4": 0.25},
@@ -73,8 +76,9 @@ def test_each_result_has_a_section_and_mlflow_has_the_page(config, root, made, t
     assert re.findall(r'<section id="(\w+)"', text) == ["strip", "scores", "neighbors", "timings", "lineage", "config"]
     assert " 20 gray images" in text and " 8 training images" in text
     assert ">2<" in text and "Of 4 " in text
+    assert "4 images made." in text and "train.num_images=4</code>" in text, "half of 8: it copies"
     assert "num_levels: 2" in text
-    assert "CPU hours" in text
+    assert "of CPU cores" in text
     assert "4 of 4 samples copy a training image, 0 of 20 real ones do" in text
     connection = connect(config)
     (whole,) = connection.client.search_runs([connection.experiment_id], "tags.`ncsn.part` = 'run'")

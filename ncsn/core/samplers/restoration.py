@@ -3,7 +3,8 @@
 To the score of x at sigma is added J^T v with J = dD/dx, the derivative of the denoised image, by one
 vector-Jacobian product through the network, and v = A^T (sigma_y^2 I + r^2 A A^T)^-1 (y - A D): the gradient of the log
 density of y where an image given x has variance r^2 around D (pseudo-inverse guidance, Song et al. 2023). r = 0 is
-stiff and diverges.
+stiff and diverges. With one r for all pixels, taken for independent, the result is biased: on a correlated Gaussian its
+mean is off by 0.4 to 0.5 standard deviations of the posterior.
 """
 
 from __future__ import annotations
