@@ -69,7 +69,7 @@ def main() -> None:
     }
     for name, values in found.items():
         error = float(values.std()) / math.sqrt(len(values))
-        print(f"{name:20} {float(values.mean()):.3f} +- {error:.3f} bits per dimension (standard deviation over other images)")
+        print(f"{name:20} {float(values.mean()):.3f} +- {error:.3f} bits per dimension (deviation over other images)")
     print(f"sigma from {float(model.network.sigmas[-1]):g} to {HIGHEST_SIGMA:g}, {len(x)} test images")
     draw(found, given.out)
 

@@ -1,8 +1,9 @@
 """The pictures that papers show of a score network.
 
 They are its chain over the noise levels, interpolations, the nearest training images, and with `--full` the quality of
-samplers over the number of their network evaluations (NFE). Quality is the Fréchet distance of the pixels to the training
-images. A small set says little of it: each point is the mean over five sets of 2,560, with the standard deviation.
+samplers over the number of their network evaluations (NFE). Quality is the Fréchet distance of the pixels to the
+training images. A small set says little of it: each point is the mean over five sets of 2,560, with the standard
+deviation.
 
     python examples/paper_figures.py --full --out figures.png
 """
