@@ -169,7 +169,9 @@ def target_options(command: Decorated, *, run_help: str = _NEW_RUN) -> Decorated
     decorated = click.option(
         "--set", "overrides", metavar="A.B=VALUE", multiple=True, help="Change one value of the config; repeatable."
     )(decorated)
-    return click.option("--config", "config_uri", metavar="PATH|URI", help="The experiment, a YAML file.")(decorated)
+    return click.option(
+        "--config", "config_uri", metavar="PATH|URI", help="A YAML file, or an example such as digits."
+    )(decorated)
 
 
 existing_run_options = partial(target_options, run_help="An existing run, instead of --config.")

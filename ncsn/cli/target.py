@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ncsn import storage
 from ncsn.config import Config, ConfigError, from_yaml, training_settings
+from ncsn.config.load import EXAMPLES
 from ncsn.errors import NotFound, UserError
 from ncsn.runs.folder import DEFAULT_ROOT, RunFolder
 
@@ -34,7 +35,7 @@ class TargetOptions:
     def resolve(self, *, checkpoint: str | None = None) -> Target:
         """The config of --config, else of the checkpoint, else of --run, and the run that it belongs to."""
         if self.config_uri is not None:
-            origin = self.config_uri
+            origin = _file_of(self.config_uri)
         elif checkpoint is not None:
             origin = storage.join(storage.absolute(checkpoint), "config.yaml")
         elif self.run is not None:
@@ -81,6 +82,17 @@ class TargetOptions:
         """The value that --set gives to `path`; the last one wins."""
         values = [value for name, _, value in (text.partition("=") for text in self.overrides) if name == path]
         return values[-1] if values else None
+
+
+def _file_of(config: str) -> str:
+    """The config itself; of a name without a file, NAME.yaml or else the example, as `ncsn init NAME` takes it."""
+    path = storage.absolute(config)
+    if not storage.is_local(path) or Path(path).is_file():
+        return config
+    if Path(f"{path}.yaml").is_file():
+        return f"{config}.yaml"
+    example = EXAMPLES / f"{config}.yaml"
+    return str(example) if "/" not in config and not Path(path).exists() and example.is_file() else config
 
 
 def _run_of_checkpoint(checkpoint: str, config: Config) -> str | None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -20,6 +21,7 @@ from ncsn.errors import ConfigError, shown_value
 # Of a number or a date that does not exist PyYAML says so with Python's own errors.
 NOT_YAML = (yaml.YAMLError, ValueError, AttributeError)
 
+EXAMPLES = Path(__file__).parents[1] / "configs"
 _DEFAULT_KINDS = {"noise": "geometric", "loss": "dsm"}  # of sections without `kind`
 
 

@@ -42,9 +42,11 @@ def rows_by_class(labels: NDArray[np.int64]) -> NDArray[np.int64]:
     """Numbers [rows, columns] of images for a grid with a row per class, from the labels [N] of images.
 
     The first images of the first 16 classes that occur, as many of each as there are of the rarest of these, at most 8.
-    Of one class alone there are up to 8 rows.
+    A class of fewer than 4 and of less than half the median is left out. Of one class alone there are up to 8 rows.
     """
-    classes, counts = (found[:GRID_CLASSES] for found in np.unique(labels, return_counts=True))
+    classes, counts = np.unique(labels, return_counts=True)
+    enough = (counts >= GRID_OF_CLASS // 2) | (2 * counts >= np.median(counts))
+    classes, counts = classes[enough][:GRID_CLASSES], counts[enough][:GRID_CLASSES]
     columns = min(GRID_OF_CLASS, int(counts.min()))
     if len(classes) == 1:
         rows = min(GRID_OF_CLASS, len(labels) // columns)

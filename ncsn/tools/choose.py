@@ -21,6 +21,7 @@ from ncsn.config.search import significant
 from ncsn.config.training import LognormalTraining, edm_mean
 from ncsn.core.images import to_unit
 from ncsn.core.training_noise import FEW_DRAWS, LognormalNoise
+from ncsn.data.sources.parquet_files import SPLIT_OF
 from ncsn.errors import UserError
 from ncsn.evaluation import LEAST_TEST_IMAGES
 from ncsn.report.words import duration
@@ -32,11 +33,17 @@ SIZES = (8, 16, 32, 64)  # pixels; more needs more than the compact network and 
 ENOUGH_IMAGES = 80_000  # trained on, for a larger size to be worth it
 FEW_IMAGES = 100_000  # trained on, below which a network of half the width is better
 MANY_IMAGES = 1_500_000  # trained on, for a network of twice the width to be worth it
+# Images of a class to train on, for its label to be worth learning. With 5, 10, 20, 50 and 100 of each digit it lowers
+# the least loss of held-out digits by 1, 4, 8, 11 and 11 %; up to 20 of each, that loss rises before the end.
+ENOUGH_OF_CLASS = 50
+ENOUGH_TO_CLASSIFY = 10  # images of a class to train on, for the classifier of the evaluation
+NEARLY_ALL = 0.9  # of the images in classes that have enough, so that a small class beside large ones changes nothing
+LABEL_DROPOUT = 0.1
 MIRRORED = 0.65  # `told_from_mirror` up to which mirrored images count as alike
 MOST_REPEATS = 1000  # of an image in training: more of them only memorize it
 NFE = 35  # of the sampler
 _BRIGHT = 128
-_FEWEST_OF_CLASS = 10
+_NAMED = 3  # classes in a reason
 _LARGEST = 160  # sigma_1 of Karras et al. over sigma_data: 80 over 0.5
 _LEAST = 1.0  # of sigma_1: less would start within the images
 _SMALLEST_MAP = 8  # where the network stops halving, and attends
@@ -77,15 +84,19 @@ def choose(
     train_images = min(train_images, draft.get("data.max_images") or train_images)
     _choose_compute(draft, machine, train_images=train_images)
     speed = _choose_network(draft, found, seconds=_TRAINING * left)
+    class_counts = [count * train_images / found.num_images for count in found.class_counts]
+    if _are_splits(found.class_names):
+        class_counts = []
+    _choose_classes(draft, found.class_names, class_counts)
     images = found.fitted(_trial(draft).data)
     _choose_flip(draft, images, ask_mirrored)
     _choose_noise(draft, images)
     length = _choose_training(draft, train_images=train_images, seconds=_TRAINING * left, speed=speed)
-    samples = _choose_sampling(draft, seconds=_SAMPLING * left, speed=speed)
-    _choose_evaluation(draft, found, train_images=train_images)
+    sampling = _choose_sampling(draft, seconds=_SAMPLING * left, speed=speed)
+    _choose_evaluation(draft, class_counts, train_images=train_images)
     taken = {
         "train": length * speed.train_image,
-        "sample": samples * NFE * speed.evaluate_image,
+        "sample": sampling,
         "other": _START_SECONDS + reading + (1 - _TRAINING - _SAMPLING) * left,
     }
     return FirstConfig(draft, from_yaml(draft.to_yaml(), origin="--set"), taken, images)
@@ -94,10 +105,11 @@ def choose(
 def _require_valid(overrides: Sequence[str], found: Survey) -> None:
     """Refuse given values that no choice of the others would save."""
     data = {"source": found.source, "root": found.root, "image_size": 64, "channels": 3}
-    network = {"kind": "unet", **unet(64, scale=1)}
-    sampling = {"sampler": {"kind": "karras_heun"}}
+    sections: dict[str, Any] = {"network": {"kind": "unet", **unet(64, scale=1)}, "noise": {"kind": "auto"}}
+    if found.class_names:
+        data["num_classes"], sections["train"] = len(found.class_names), {"label_dropout": LABEL_DROPOUT}
     try:
-        any_config(data=data, noise={"kind": "auto"}, network=network, sampling=sampling, overrides=overrides)
+        any_config(data=data, sampling={"sampler": {"kind": "karras_heun"}}, overrides=overrides, **sections)
     except ConfigError as error:
         # Other problems are of values that will be chosen to fit.
         given = tuple(override.partition("=")[0].strip() for override in overrides)
@@ -242,6 +254,56 @@ def _choose_flip(draft: Draft, images: npt.NDArray[np.uint8], ask_mirrored: Call
         )
 
 
+def _mostly_in_classes_of(least: int, class_counts: Sequence[float]) -> bool:
+    """Whether two or more classes have this many images, and together nearly all of them."""
+    large = [count for count in class_counts if count >= least]
+    return len(large) > 1 and sum(large) >= NEARLY_ALL * sum(class_counts)
+
+
+def _are_splits(names: Sequence[str]) -> bool:
+    """Whether these are names of splits, such as train and val, and not of classes."""
+    return bool(names) and all(name.lower() in SPLIT_OF for name in names)
+
+
+def _can_learn_classes(draft: Draft, names: Sequence[str], class_counts: Sequence[float]) -> tuple[bool, str]:
+    """Whether a network can learn the classes, of these numbers of images to train on, and why."""
+    if _are_splits(names):
+        return (
+            False,
+            f"Unconditional: {', '.join(names)} are no classes; just two folders, train and test, are the splits.",
+        )
+    if len(names) < 2:
+        return False, "Unconditional: the images have no classes, such as a folder for each."
+    if not _takes_any_sigma(draft):
+        return False, f"Unconditional: the network {draft.get('network.kind')} takes no classes; unet and ddpmpp do."
+    if not _mostly_in_classes_of(ENOUGH_OF_CLASS, class_counts):
+        return False, (
+            f"Unconditional: of the {len(names)} classes too few have {ENOUGH_OF_CLASS} images to train on, and fewer "
+            f"teach little of a class. `--set data.num_classes={len(names)}` has them learned nevertheless."
+        )
+    why = f"Class-conditional: nearly all images are of classes with {ENOUGH_OF_CLASS} or more to train on."
+    if small := [name for name, count in zip(names, class_counts, strict=True) if count < ENOUGH_OF_CLASS]:
+        more = ", ..." if len(small) > _NAMED else ""
+        why += f" Smaller ones may be learned by heart: {', '.join(small[:_NAMED])}{more}."
+    return True, why
+
+
+def _choose_classes(draft: Draft, names: Sequence[str], class_counts: Sequence[float]) -> None:
+    """Whether the network learns the classes, and how the samples show them."""
+    learned, why = _can_learn_classes(draft, names, class_counts)
+    if draft.choose("data.num_classes", len(names) if learned else None, why) is None:
+        return
+    if max(class_counts, default=0) <= 2 * min(class_counts, default=0):
+        draft.choose("sampling.label", "balanced", "The classes in turn, since they have about as many images.")
+    else:
+        draft.choose("sampling.label", "data", "As often as in the images, since some classes have far fewer.")
+    why = "The share of images whose class is hidden, which guidance needs."
+    if draft.choose("train.label_dropout", LABEL_DROPOUT, why) and draft.section(
+        "sampling.guidance", "classifier_free", "Clearer and less varied images for twice the time; null = none."
+    ):
+        draft.choose("sampling.guidance.weight", 1.5)
+
+
 def _takes_any_sigma(draft: Draft) -> bool:
     return draft.get("network.kind") in ("unet", "ddpmpp")
 
@@ -321,9 +383,10 @@ def _choose_levels(draft: Draft, images: int) -> None:
     draft.choose("noise.num_levels", (NFE + 1) // 2, "For samplers of levels; karras_heun has its own grid.")
 
 
-def _choose_sampling(draft: Draft, *, seconds: float, speed: Speed) -> int:
-    """The sampler; the number of images."""
-    affordable = seconds / (NFE * speed.evaluate_image)
+def _choose_sampling(draft: Draft, *, seconds: float, speed: Speed) -> float:
+    """The sampler and the number of images; the seconds that they take."""
+    seconds_per_image = (2 if draft.get("sampling.guidance") else 1) * NFE * speed.evaluate_image
+    affordable = seconds / seconds_per_image
     count = 2 ** int(math.log2(min(2048, max(64, affordable))))
     count = draft.choose("sampling.num_images", count, "More make the figures of the evaluation more exact.")
     draft.choose("sampling.batch_size", min(draft.get("train.batch_size"), count))
@@ -335,21 +398,22 @@ def _choose_sampling(draft: Draft, *, seconds: float, speed: Speed) -> int:
         draft.section("sampling.sampler", "annealed_langevin")
     elif draft.section("sampling.sampler", "karras_heun"):
         steps = draft.choose("sampling.sampler.num_steps", (NFE + 1) // 2)
-        draft.reasons["sampling.sampler.kind"] = f"{2 * steps - 1} evaluations of the network."
+        draft.reasons["sampling.sampler.kind"] = f"{2 * steps - 1} evaluations of the score."
         draft.choose("sampling.sampler.churn", 10, "Fresh noise repairs what a short training gets wrong.")
-    return int(count)
+    return float(count * seconds_per_image)
 
 
-def _choose_evaluation(draft: Draft, found: Survey, *, train_images: int) -> None:
-    classes = [count for count in found.class_counts if count]
+def _choose_evaluation(draft: Draft, class_counts: Sequence[float], *, train_images: int) -> None:
+    classes = [count for count in class_counts if count]
     if draft.get("evaluation.weights"):
         extractor, why = "inception", "The weights are given."
-    elif len(classes) > 1 and min(classes) >= _FEWEST_OF_CLASS:
+    elif _mostly_in_classes_of(ENOUGH_TO_CLASSIFY, classes):
         extractor, why = "classifier", f"Trained on the labels of these {len(classes)} classes."
     elif len(classes) > 1:
-        extractor, why = "clusters", f"Images of the smallest class: {min(classes)}, too few to train a classifier."
+        least = f"Fewer than {NEARLY_ALL:.0%} of the images are of classes with {ENOUGH_TO_CLASSIFY} to train on"
+        extractor, why = "clusters", f"{least}, too few for a classifier."
     else:
-        labels = "All images are of one class" if classes else "The images have no labels"
+        labels = "All images are of one class" if classes else "The images have no classes"
         extractor, why = "clusters", f"{labels}: a network trained to tell clusters of them apart."
     draft.choose("evaluation.extractor", extractor, why)
     draft.choose("evaluation.classifier_epochs", int(min(40, max(4, 100_000 / train_images))))

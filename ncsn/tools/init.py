@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from ncsn.config.load import EXAMPLES
+from ncsn.data.sources.image_folder import how_to_convert, in_words
 from ncsn.errors import NotFound, Problem, UserError
 from ncsn.report.images import evenly_spread, grid_png
 from ncsn.report.words import duration
@@ -17,16 +19,16 @@ from ncsn.tools.choose import FirstConfig
 from ncsn.tools.plan import Machine
 from ncsn.tools.survey import Survey, percent, survey
 
-_EXAMPLES = Path(__file__).parents[1] / "configs"
 _SHOWN = 32  # images in the picture
 _NAMED = 3  # classes
 
 
 @dataclass(frozen=True)
 class Written:
-    """The written files, and what they come from; an example has neither survey nor choices."""
+    """The written files, and what they come from; the copy of an example has neither survey nor choices."""
 
     config: Path
+    example: str = ""
     picture: Path | None = None
     found: Survey | None = None
     chosen: FirstConfig | None = None
@@ -42,6 +44,8 @@ class Written:
             seconds = self.chosen.seconds
             steps = ", ".join(f"{step} {duration(value)}" for step, value in seconds.items())
             yield "estimate", f"{duration(sum(seconds.values()))} on this machine: {steps}"
+        else:
+            yield "wrote", f"{self.config}, a copy of the example {self.example}: nothing here has that name"
         yield "next", f"ncsn run --config {self.config}"
 
     def to_json(self) -> dict[str, Any]:
@@ -69,14 +73,14 @@ def is_example(place: str) -> bool:
 
 def copy_example(name: str, out: str | None) -> Written:
     """Write an example to `out`, by default its name."""
-    examples = sorted(path.stem for path in _EXAMPLES.glob("*.yaml"))
+    examples = sorted(path.stem for path in EXAMPLES.glob("*.yaml"))
     if name not in examples:
         raise NotFound(
             "PLACE", "does not exist, and is no example", hint=f"the examples are {', '.join(examples)}", value=name
         )
     file = _config_file(out or f"{name}.yaml")
-    _write_new(file, (_EXAMPLES / f"{name}.yaml").read_bytes())
-    return Written(file)
+    _write_new(file, (EXAMPLES / f"{name}.yaml").read_bytes())
+    return Written(file, name)
 
 
 def from_images(
@@ -109,7 +113,7 @@ def from_images(
     grid = grid_png(np.concatenate([seen, seen[:, :, ::-1]]) if mirrored else seen, columns=8)
     _write_new(file, chosen.draft.to_yaml(heading).encode())
     _write_new(picture, grid)
-    return Written(file, picture, found, chosen)
+    return Written(file, picture=picture, found=found, chosen=chosen)
 
 
 def _of_place(problem: Problem) -> Problem:
@@ -145,9 +149,9 @@ def _what(found: Survey) -> str:
     size = " to ".join(f"{width}x{height}" for width, height in dict.fromkeys((sizes[0], sizes[-1])))
     sample = "" if found.complete else f" ({found.looked_at:,} of them looked at)"
     names, classes = found.class_names, ""
-    if names:  # some are named: folders called train and val are no classes, which is seen here
+    if len(names) > 1:
         more = ", ..." if len(names) > _NAMED else ""
-        classes = f", {len(names)} class{'es' * (len(names) > 1)} ({', '.join(names[:_NAMED])}{more})"
+        classes = f", {len(names)} classes ({', '.join(names[:_NAMED])}{more})"
     return f"{found.num_images:,} images in {found.root}{sample}: {kinds}, {size} pixels{classes}"
 
 
@@ -160,8 +164,13 @@ def _details(found: Survey) -> Iterator[str]:
         yield "converted: " + ", ".join(f"{count:,} {kind}" for kind, count in converted.items())
     if found.bad:
         yield f"{len(found.bad)} cannot be used, such as {found.bad[0].name}: {found.bad[0].reason}"
+    if len(found.class_names) > 1:
+        least, most = min(found.class_counts), max(found.class_counts)
+        yield f"{least:,} to {most:,} images of a class" if least < most else f"{most:,} images of each class"
     if found.unlabeled:
         yield f"{found.unlabeled:,} without a label"
+    if found.ignored:
+        yield ": ".join(filter(None, (f"ignored {in_words(found.ignored)}", how_to_convert(found.ignored))))
 
 
 def _choices(found: Survey, chosen: FirstConfig) -> Iterator[str]:
@@ -172,4 +181,6 @@ def _choices(found: Survey, chosen: FirstConfig) -> Iterator[str]:
         yield f"fit {data.fit}"
     if data.background != "none":
         yield f"background {data.background}"
+    if len(found.class_names) > 1:
+        yield "classes unused" if data.num_classes is None else "by class"
     yield f"extractor {chosen.config.evaluation.extractor}"

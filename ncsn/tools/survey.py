@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -95,6 +95,7 @@ class Survey:
     class_names: tuple[str, ...]
     class_counts: tuple[int, ...]  # of all images
     unlabeled: int
+    ignored: Mapping[str, int]  # other files, as of `Source`
     looks: tuple[Look, ...]  # by name
     bad: tuple[SkippedImage, ...]
     seconds_per_image: float  # to read and decode one, on all cores
@@ -188,6 +189,7 @@ def survey(place: str, *, overrides: Sequence[str] = ()) -> Survey:
         class_names=halves.class_names,
         class_counts=tuple(int((labels == n).sum()) for n in range(len(halves.class_names))),
         unlabeled=int((labels == NO_LABEL).sum()) if halves.class_names else 0,
+        ignored=halves.ignored,
         looks=looks,
         bad=tuple(bad),
         seconds_per_image=taken / max(1, len(sample)),

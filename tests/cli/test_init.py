@@ -60,7 +60,8 @@ def test_json_says_what_was_found_and_why(place, run_in_process) -> None:
 
 
 def test_examples(place, run_in_process) -> None:
-    assert run_in_process("init", "digits").exit_code == 0
+    result = run_in_process("init", "digits")
+    assert result.exit_code == 0 and "example digits" in result.stdout
     assert Path("digits.yaml").read_bytes() == (CONFIGS / "digits.yaml").read_bytes()
     assert json.loads(run_in_process("init", "digits", "--out", "x.yaml", "--json").stdout) == {"config": "x.yaml"}
 

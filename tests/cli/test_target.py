@@ -60,6 +60,16 @@ def test_a_checkpoint_brings_its_config_and_its_run(config_file: Path, store: Pa
         assert (found.run, found.config.name) == (run, "tiny")
 
 
+def test_a_name_is_a_config_here_or_else_an_example(config_file: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert TargetOptions("digits").resolve().config.name == "digits"
+    (tmp_path / "digits").mkdir()
+    with refused("digits", error=ConfigError):  # a folder is not taken for the example
+        TargetOptions("digits").resolve()
+    (tmp_path / "digits.yaml").write_bytes(config_file.read_bytes())
+    assert TargetOptions("digits").resolve().config.name == "tiny"
+
+
 def test_a_config_that_is_not_there(config_file: Path, store: Path, tmp_path: Path) -> None:
     with refused("--config"):
         TargetOptions().resolve()

@@ -206,6 +206,14 @@ def test_a_table_labels_images_however_they_are_packed(tmp_path, formats, images
     assert sorted_rows(source) == [(number, number % 3) for number in range(COUNT)]
 
 
+@pytest.mark.parametrize(("count", "names"), [(1, ("00000", "00001")), (COUNT // 2, ("odd",))])
+def test_a_table_of_a_few_images_does_not_hide_folders(tmp_path, images, data_config, count, names):
+    stray = table_of("labels.csv", dict.fromkeys(list(images)[:count], "odd"))
+    source = open_source(data_config("image_folder", put(tmp_path, {**images, "labels.csv": stray})))
+    assert source.class_names == names
+    assert source.ignored == ({"stray label": 1} if count == 1 else {})
+
+
 def test_a_table_in_a_folder_names_images_from_there(tmp_path, formats, data_config):
     files = {}
     for split, count in (("train", 6), ("test", 4)):

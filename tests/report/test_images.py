@@ -39,5 +39,7 @@ def test_a_grid_has_a_row_for_each_of_the_first_classes() -> None:
     assert rows.shape == (10, 8) and (rows % 10 == np.arange(10)[:, None]).all() and rows[0].tolist()[:2] == [0, 10]
     assert rows_by_class(np.array([2, 0, 2, 0, 2])).tolist() == [[1, 3], [0, 2]]
     assert rows_by_class(np.arange(3000) % 1000).shape == (16, 3)
+    rare = np.array([0, 1, 2, 2, *[0, 1] * 20, *[3] * 6])  # 2 would leave the others two columns
+    assert rows_by_class(rare).shape == (3, 6) and (rare[rows_by_class(rare)] == [[0], [1], [3]]).all()
     assert rows_by_class(np.full(100, 3)).tolist() == np.arange(64).reshape(8, 8).tolist()
     assert rows_by_class(np.full(5, 3)).tolist() == [[0, 1, 2, 3, 4]]

@@ -78,6 +78,62 @@ def test_gray_images_transparent_ones_and_a_gpu(choose) -> None:
     assert (compute.use_gpu, compute.num_workers, compute.cpus_per_worker) == (True, 1, 16)
 
 
+@pytest.fixture
+def of_classes(choose, tmp_path: Path) -> Callable[..., FirstConfig]:
+    """`choose` for gray images, so many in the folder of each class, which are made once."""
+
+    def call(counts: dict[str, int], *overrides: str) -> FirstConfig:
+        total, done = sum(counts.values()), 0
+        root = tmp_path / f"{total}-8-L"
+        if not root.exists():
+            choose(count=total, side=8, mode="L")
+            for name, count in counts.items():
+                (root / name).mkdir()
+                for number in range(done, done + count):
+                    (root / f"{number}.png").rename(root / name / f"{number}.png")
+                done += count
+        return choose(*overrides, count=total, side=8, mode="L")
+
+    return call
+
+
+def test_enough_images_of_each_class_make_a_class_conditional_model(of_classes) -> None:
+    chosen = of_classes({"cat": 60, "dog": 100})
+    config = chosen.config
+    assert (config.data.num_classes, config.train.label_dropout, config.sampling.label) == (2, 0.1, "balanced")
+    assert (config.sampling.guidance.kind, config.sampling.guidance.weight) == ("classifier_free", 1.5)
+    assert config.evaluation.extractor == "classifier" and chosen.draft.reasons["data.num_classes"]
+    plain = of_classes({"cat": 60, "dog": 100}, "sampling.guidance=null", "sampling.num_images=64")
+    assert plain.config.sampling.guidance is None and plain.config.data.num_classes == 2
+    guided = of_classes({"cat": 60, "dog": 100}, "train.label_dropout=0.2", "sampling.num_images=64")
+    assert guided.config.train.label_dropout == 0.2
+    assert guided.seconds["sample"] == pytest.approx(2 * plain.seconds["sample"])
+    for given in ("data.num_classes=null", "network={kind: ncsn, num_features: 8}"):
+        config = of_classes({"cat": 60, "dog": 100}, given).config
+        assert (config.data.num_classes, config.train.label_dropout, config.sampling.guidance) == (None, 0, None)
+        assert config.evaluation.extractor == "classifier"
+    unseen = of_classes({"cat": 60, "dog": 100}, "train.label_dropout=0").config
+    assert unseen.data.num_classes == 2 and unseen.sampling.guidance is None
+
+
+def test_a_small_class_beside_large_ones_changes_neither_model_nor_evaluation(of_classes) -> None:
+    chosen = of_classes({"cat": 70, "dog": 70, "eel": 5})
+    config = chosen.config
+    assert (config.data.num_classes, config.sampling.label) == (3, "data")
+    assert config.evaluation.extractor == "classifier" and "eel" in chosen.draft.reasons["data.num_classes"]
+
+
+def test_classes_of_few_images_are_not_learned(of_classes) -> None:
+    few = of_classes({"cat": 40, "dog": 30})
+    assert few.config.data.num_classes is None and few.config.sampling.guidance is None
+    assert few.config.evaluation.extractor == "classifier" and few.draft.reasons["data.num_classes"]
+    assert of_classes({"cat": 40, "dog": 30}, "data.num_classes=2").config.train.label_dropout == 0.1
+    least = of_classes({str(n): 6 for n in range(5)}).config
+    assert (least.data.num_classes, least.evaluation.extractor) == (None, "clusters")
+    splits = of_classes({"train": 80, "val": 79}).config
+    assert (splits.data.num_classes, splits.evaluation.extractor) == (None, "clusters")
+
+
 def test_given_values_hold_and_the_others_fit_them(choose) -> None:
     sampler = "sampling.sampler={kind: dpm_solver}"
     config = choose("data.image_size=8", "name=mine", "train.num_images=777", sampler).config

@@ -69,6 +69,24 @@ def test_classes_their_counts_and_images_without_a_label(folder) -> None:
     assert (found.class_names, found.class_counts, found.unlabeled) == (("cat", "dog"), (5, 7), 1)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_other_files_are_counted_by_kind(folder, tmp_path: Path, packed: bool) -> None:
+    root = folder({f"{'cat' if n < 5 else 'dog'}/{n}.png": picture(n) for n in range(12)})
+    for name in ("a.HEIC", "cat/b.heic", "c.mp4", "notes", ".hidden.mp4"):
+        (root / name).touch()
+    (root / "metadata.csv").write_text("file_name,caption\ncat/0.png,a cat\n")
+    (root / "labels.csv").write_text("file,label\ncat/0.png,lion\n")
+    place = str(root)
+    if packed:
+        with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
+            for file in filter(Path.is_file, root.rglob("*")):
+                archive.write(file, file.relative_to(root))
+        place = str(tmp_path / "all.zip")
+    found = survey(place)
+    assert found.ignored == {".heic": 2, ".mp4": 1, "without a suffix": 1, ".csv": 1, "stray label": 1}
+    assert found.class_names == ("cat", "dog") and found.unlabeled == 0
+
+
 def test_what_conversion_loses_is_counted(folder) -> None:
     deep = Image.fromarray(np.random.default_rng(0).integers(0, 2**16, (9, 9), np.uint16))
     images = {"deep.png": deep, "print.jpg": picture(1).convert("CMYK"), "plain.png": picture(2)}
@@ -132,6 +150,10 @@ def test_places_that_teach_nothing_are_refused(folder, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with refused("data.root"):
         survey(str(tmp_path / "empty"))
+    (tmp_path / "empty" / "phone.heic").touch()
+    with refused("data.root") as caught:
+        survey(str(tmp_path / "empty"))
+    assert ".heic" in str(caught.value)
     with refused("data.root", error=NotFound):
         survey(str(tmp_path / "nowhere"))
     (tmp_path / "damaged").mkdir()

@@ -46,6 +46,7 @@ class Source:
     license: str
     class_names: tuple[str, ...]  # of label 0, 1, ...; empty if there are no labels
     splits: Mapping[str, Split]  # `train` and `test`
+    ignored: Mapping[str, int] = field(default_factory=dict)  # what else was found, such as `.mp4` -> number of files
 
 
 @dataclass

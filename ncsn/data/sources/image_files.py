@@ -15,7 +15,7 @@ import tarfile
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -39,6 +39,7 @@ R = TypeVar("R")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 ARCHIVE_SUFFIXES = (".tar", ".zip")
 COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+HEIC_SUFFIXES = (".heic", ".heif")  # of phones; Pillow does not read them
 LABEL_TABLES = ("metadata.jsonl", "metadata.csv", "dataset.json", "labels.csv")  # of Hugging Face, EDM and Kaggle
 
 _LABEL_SUFFIXES = ("cls", "json")
@@ -61,16 +62,22 @@ class Member:
     zipped: zipfile.ZipInfo | None = None  # how it is packed; None in a tar archive
 
 
-def index_archive(uri: str) -> tuple[list[tuple[Member, str | None]], dict[str, bytes]]:
-    """The images of a `.tar` or `.zip` in its order, and its label tables, path -> content. Hidden files do not count.
+def kind_of(path: str) -> str:
+    """The suffix of a file, in lower case."""
+    return PurePosixPath(path).suffix.lower() or "without a suffix"
 
-    An image comes with its label where `x.cls` or `x.json` is next to `x.png`.
+
+def index_archive(uri: str) -> tuple[list[tuple[Member, str | None]], dict[str, bytes], Counter[str]]:
+    """The images of a `.tar` or `.zip` in its order, its label tables, path -> content, and its other files by kind.
+
+    Hidden files do not count. An image comes with its label where `x.cls` or `x.json` is next to `x.png`.
     """
     with _opened(uri) as stream:
         found = _zip_members(stream, uri) if uri.lower().endswith(".zip") else _tar_members(stream, uri)
         images: list[Member] = []
         words: dict[str, str] = {}
         tables: dict[str, bytes] = {}
+        others = Counter[str]()
         for member in found:
             name = PurePosixPath(member.path)
             stem, _, suffix = name.name.partition(".")
@@ -85,9 +92,11 @@ def index_archive(uri: str) -> tuple[list[tuple[Member, str | None]], dict[str, 
                     tables[member.path] = read_member(stream, member)
                 elif suffix in _LABEL_SUFFIXES:
                     words[_key(member.path)] = _word(member, stream)
+                else:
+                    others[kind_of(member.path)] += 1
             except ValueError as error:
                 raise UserError(f"{uri}:{member.path}", f"is not a label: {error}") from error
-    return [(member, words.get(_key(member.path))) for member in images], tables
+    return [(member, words.get(_key(member.path))) for member in images], tables, others
 
 
 def read_member(stream: Any, member: Member) -> bytes:

@@ -20,11 +20,13 @@ from ncsn.data.sources.base import Source, hold_out, list_files, name_hash, requ
 from ncsn.data.sources.image_files import (
     ARCHIVE_SUFFIXES,
     COMPRESSED_SUFFIXES,
+    HEIC_SUFFIXES,
     IMAGE_SUFFIXES,
     LABEL_TABLES,
     EncodedImages,
     ImageFile,
     index_archive,
+    kind_of,
 )
 from ncsn.errors import UserError
 
@@ -46,10 +48,19 @@ def open_image_folder(data: DataConfig) -> Source:
     rows, in a shuffled but fixed order, so that the first N images of a split are a fair sample.
     """
     root = storage.absolute(required_root(data))
-    found, from_tables = _find(root)
+    found, labeled, ignored = _find(root)
     found = sorted(found, key=lambda one: name_hash(one.path))
     own_splits = {one.path.partition("/")[0] if "/" in one.path else "" for one in found} == set(SPLITS)
-    class_names, labels = _label(found, depth=1 if own_splits else 0, from_tables=from_tables)
+    words = [_folder(one.path, 1 if own_splits else 0) for one in found]
+    # A stray table of a few images does not hide folders that are classes.
+    if 2 * labeled < len(found) and len({*words} - {None}) > 1:
+        ignored[f"stray label{'s' * (labeled > 1)}"] += labeled
+        labeled = 0
+    if labeled:
+        words = [one.word or None for one in found]
+    class_names = class_names_of({word for word in words if word is not None}, numbers=labeled > 0)
+    places = {name: place for place, name in enumerate(class_names)}
+    labels = [NO_LABEL if word is None else places[word] for word in words]
     if own_splits:
         chosen = {split: [n for n, one in enumerate(found) if one.path.startswith(f"{split}/")] for split in SPLITS}
     else:
@@ -62,56 +73,81 @@ def open_image_folder(data: DataConfig) -> Source:
             split: EncodedImages(root, [found[n].image for n in rows], [labels[n] for n in rows], Fit.of(data))
             for split, rows in chosen.items()
         },
+        ignored=+ignored,
     )
 
 
-def _find(root: str) -> tuple[Sequence[_Found], bool]:
-    """All images, and whether tables label them. Archives count only where no image is outside of them."""
+def in_words(ignored: Mapping[str, int]) -> str:
+    """`Source.ignored` for people."""
+    return ", ".join(f"{count:,} {kind}" for kind, count in Counter(ignored).most_common())
+
+
+def how_to_convert(kinds: Iterable[str]) -> str:
+    """What to do with files of these kinds that images can be made of; empty for others."""
+    heic = any(kind in HEIC_SUFFIXES for kind in kinds)
+    return "convert HEIC to JPEG, for example with ImageMagick: mogrify -format jpg FILES" if heic else ""
+
+
+def _find(root: str) -> tuple[Sequence[_Found], int, Counter[str]]:
+    """All images, how many of them tables name or files label, and what is ignored.
+
+    Archives count only where no image is outside of them.
+    """
     files, alone = [listed.path for listed in list_files(root)], storage.is_file(root)
     images = [] if alone else [path for path in files if path.lower().endswith(IMAGE_SUFFIXES)]
     archives = [path for path in files if path.lower().endswith(ARCHIVE_SUFFIXES)]
-    tables, found = list[_Table | None](), [_Found(path, ImageFile(path), None) for path in images]
+    tables, found = list[_Table](), [_Found(path, ImageFile(path), None) for path in images]
+    ignored, used = Counter(map(kind_of, files)), list(images)
     if not alone:
         for path in files:
             if path.rpartition("/")[2] in LABEL_TABLES:
                 uri = storage.join(root, path)
-                tables.append(_read_table(storage.read_bytes(uri), origin=uri, path=path))
+                if table := _read_table(storage.read_bytes(uri), origin=uri, path=path):
+                    tables.append(table)
+                    used.append(path)
     if archives and not images:
-        found, inside = _in_archives(root, [""] if alone else archives)
+        found, inside, others = _in_archives(root, [""] if alone else archives)
         tables += inside
+        used += archives
+        ignored += others
+    ignored.subtract(map(kind_of, used))
     if not found:
         compressed = any(path.lower().endswith(COMPRESSED_SUFFIXES) for path in files)
+        what = f", only {in_words(+ignored)}" if +ignored else ""
         raise UserError(
             "data.root",
-            f"holds no image that ends in {', '.join(IMAGE_SUFFIXES)}, in none of its {len(files)} files",
+            f"holds no image that ends in {', '.join(IMAGE_SUFFIXES)}{what}",
             hint="decompress the archive to a .tar (its images are compressed already)"
             if compressed
-            else f"set it to a folder of images, or a {' or '.join(ARCHIVE_SUFFIXES)}",
+            else how_to_convert(+ignored) or f"set it to a folder of images, or a {' or '.join(ARCHIVE_SUFFIXES)}",
             value=root,
         )
-    used = [table for table in tables if table is not None]
-    if not used:
-        return found, False
-    words = _words_of(used, found)
-    return [one._replace(word=words.get(number)) for number, one in enumerate(found)], True
+    if not tables:
+        return found, sum(bool(one.word) for one in found), ignored
+    words = _words_of(tables, found)
+    return [one._replace(word=words.get(number)) for number, one in enumerate(found)], len(words), ignored
 
 
-def _in_archives(root: str, archives: Sequence[str]) -> tuple[list[_Found], list[_Table | None]]:
-    """The images of archives below `root`, and their tables; the archive "" is `root` itself."""
+def _in_archives(root: str, archives: Sequence[str]) -> tuple[list[_Found], list[_Table], Counter[str]]:
+    """The images of archives below `root`, their tables and other files; the archive "" is `root` itself."""
     uris = [storage.join(root, archive) if archive else root for archive in archives]
     with ThreadPoolExecutor(min(_INDEX_THREADS, len(uris))) as pool:
         indices = list(pool.map(index_archive, uris))
-    times = Counter(member.path for images, _ in indices for member, _ in images)
-    found, tables = [], []
-    for archive, uri, (images, contents) in zip(archives, uris, indices, strict=True):
+    times = Counter(member.path for images, _, _ in indices for member, _ in images)
+    found, tables, ignored = [], [], Counter[str]()
+    for archive, uri, (images, contents, others) in zip(archives, uris, indices, strict=True):
         folder = archive.rpartition("/")[0]
+        ignored += others
         for member, word in images:
             # Shards that all number their images from 0 hold different images under one name.
             inside = f"{member.path}@{archive}" if times[member.path] > 1 else member.path
             found.append(_Found(f"{folder}/{inside}" if folder else inside, ImageFile(archive, member), word))
         for path, content in contents.items():
-            tables.append(_read_table(content, origin=f"{uri}:{path}", path=path, archive=archive))
-    return found, tables
+            if table := _read_table(content, origin=f"{uri}:{path}", path=path, archive=archive):
+                tables.append(table)
+            else:
+                ignored[kind_of(path)] += 1
+    return found, tables, ignored
 
 
 @dataclass(frozen=True)
@@ -188,16 +224,6 @@ def _words_of(tables: Iterable[_Table], found: Sequence[_Found]) -> dict[int, st
                 raise UserError(table.origin, f"names {file!r}, as does {named[place]}", hint="remove one of the two")
             named[place], words[place] = table.origin, word or None
     return words
-
-
-def _label(found: Sequence[_Found], *, depth: int, from_tables: bool) -> tuple[tuple[str, ...], list[int]]:
-    """Class names and each image's label: that of a table, of the file next to it, or the folder at `depth`."""
-    from_files = from_tables or any(one.word for one in found)
-    words = [one.word or None if from_files else _folder(one.path, depth) for one in found]
-    known = {word for word in words if word is not None}
-    names = class_names_of(known, numbers=from_files)
-    places = {name: place for place, name in enumerate(names)}
-    return names, [NO_LABEL if word is None else places[word] for word in words]
 
 
 def _folder(path: str, depth: int) -> str | None:

@@ -37,7 +37,7 @@ _SPLIT_WORDS = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
-_SPLIT_OF = {word: split for split, words in _SPLIT_WORDS.items() for word in words}
+SPLIT_OF = {word: split for split, words in _SPLIT_WORDS.items() for word in words}
 _NO_LABELS = "none"  # data.label_column of images without labels
 _IMAGE_NAMES = ("image", "img", "picture", "photo", "png", "jpg", "jpeg", "webp")
 _LABEL_NAMES = ("label", "labels", "class", "category", "target", "cls")
@@ -236,7 +236,7 @@ def place_of(path: str) -> tuple[str, str | None]:
     parts = path.removesuffix(SUFFIX).split("/")
     for depth in reversed(range(len(parts))):
         words = re.findall("[a-z]+", parts[depth].lower())
-        splits = {_SPLIT_OF[word] for word in words if word in _SPLIT_OF}
+        splits = {SPLIT_OF[word] for word in words if word in SPLIT_OF}
         if len(splits) == 1:
             return "/".join(parts[:depth]), splits.pop()
     return "", None
