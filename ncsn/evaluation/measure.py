@@ -104,9 +104,8 @@ def measure_extracted(
     running = RunningDistance(reference.statistics, count=len(extracted.features), classes_in_turn=in_turn)
     scores = running.add(0, extracted.features)
     compared = scores[-1]
-    if (
-        num_compared is not None and num_compared < compared.num_images
-    ):  # distances compare only at one number of images
+    # Distances compare only at one number of images.
+    if num_compared is not None and num_compared < compared.num_images:
         compared = score_of(extracted.features[:num_compared], reference.statistics, classes_in_turn=in_turn)
     metrics = feature_metrics(extracted, reference, groups=running.groups, seed=seed, in_turn=in_turn)
     if classes:
