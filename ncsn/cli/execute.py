@@ -6,13 +6,14 @@ import dataclasses
 import errno
 import json
 import os
+import signal
 import socket
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from rich.console import Console
 
 from ncsn import storage
 from ncsn.cli.console import ProgressView, console_on, describe_result, print_summary, shown_progress
-from ncsn.cli.options import StepFailed, stop_cleanly_on_sigterm
+from ncsn.cli.options import INTERRUPTED, StepFailed, stop_cleanly_on_sigterm
 from ncsn.cli.target import Target
 from ncsn.config import Config
 from ncsn.errors import UserError
@@ -39,8 +40,10 @@ from ncsn.runs.folder import (
 )
 from ncsn.runs.steps import CONTINUING, PIPELINE, STEPS, STEPS_ELSEWHERE
 from ncsn.steps.execution import preflight, run_all, run_step
+from ncsn.storage.retry import limited
 
 _POLL_SECONDS = 0.5
+_SAVE_SECONDS = 10.0
 
 
 def run_one(step: str, target: Target, *, given: Mapping[str, str | None]) -> dict[str, Any]:
@@ -57,7 +60,9 @@ def run_one(step: str, target: Target, *, given: Mapping[str, str | None]) -> di
                 _say_if_selected(console, folder, inputs.get("checkpoint"))
             # Without a terminal, the log of a step elsewhere is printed as it comes, with these lines in it.
             in_log = target.config.compute.backend != "local" and step in STEPS_ELSEWHERE and not console.is_terminal
-            with _shown(step, folder, view, watched=not in_log), _ends_as_told():
+            here = _saved_first(folder, console) if _trains_here(step, target.config) else nullcontext()
+            end = _ends_as_told(console, lambda: _continues(target.config, step, folder))
+            with _shown(step, folder, view, watched=not in_log), end, here:
                 yield
 
     lease = given.get("lease")
@@ -106,17 +111,18 @@ def run_pipeline(target: Target, *, as_json: bool) -> None:
 
 def _execute(config: Config, folder: RunFolder) -> None:
     log = work_folder(folder) / "log.txt"
-    working_on = ""
+    working_on, working_in = "", folder
 
     @contextmanager
     def around(step: str, of: RunFolder, inputs: Mapping[str, str]) -> Iterator[None]:
-        nonlocal working_on
-        working_on = step
+        nonlocal working_on, working_in
+        working_on, working_in = step, of
         if step != STEPS[0]:
             ray_started()
         if step == "sample":
             _say_if_selected(view.console, of, inputs["checkpoint"])
-        with nullcontext() if of == folder else _alone(of, step), _shown(step, of, view):
+        here = _saved_first(of, view.console) if _trains_here(step, config) else nullcontext()
+        with nullcontext() if of == folder else _alone(of, step), _shown(step, of, view), here:
             yield
 
     # One Ray cluster for all steps, which starts during the first. None where each step is a job; and a run that was
@@ -130,7 +136,8 @@ def _execute(config: Config, folder: RunFolder) -> None:
     with shown_progress(log) as view:
         view.console.print(f"run    {folder.uri}\nlog    {log}", soft_wrap=True)
         try:
-            with _ends_as_told(), cluster as ray_started:
+            end = _ends_as_told(view.console, lambda: _continues(config, working_on, working_in))
+            with end, cluster as ray_started:
                 run_all(config, run=folder.run, around=around)
         except Exception as error:
             traceback.print_exc()
@@ -140,16 +147,77 @@ def _execute(config: Config, folder: RunFolder) -> None:
 
 
 @contextmanager
-def _ends_as_told() -> Iterator[None]:
-    """End with `TERMINATED` after SIGTERM and with KeyboardInterrupt after Ctrl-C, whatever Ray makes of them."""
-    # Ray Train answers Ctrl-C with exit code 0 or 1, and a wait for Ray makes 1 of any exit code.
+def _ends_as_told(console: Console, continues: Callable[[], str]) -> Iterator[None]:
+    """End with `TERMINATED` after SIGTERM and with `INTERRUPTED` after Ctrl-C, and say what `continues` says."""
+    # Whatever Ray makes of them: of any exit code, a wait for Ray makes 1.
     told = stop_cleanly_on_sigterm()
     try:
         yield
     except (SystemExit, KeyboardInterrupt) as stop:
-        if told.is_set() or (isinstance(stop, SystemExit) and stop.code == TERMINATED):
-            sys.exit(TERMINATED)
-        raise KeyboardInterrupt from stop
+        terminated = told.is_set() or (isinstance(stop, SystemExit) and stop.code == TERMINATED)
+        console.print(f"interrupted; {continues()}", highlight=False, soft_wrap=True)
+        sys.exit(TERMINATED if terminated else INTERRUPTED)
+
+
+def _continues(config: Config, step: str, folder: RunFolder) -> str:
+    """What the same command does after an interruption."""
+    if step != "train":
+        return f"the same command continues with {step or STEPS[0]}"
+    from ncsn.model.checkpoint import images_seen_at
+    from ncsn.model.checkpoint_store import CheckpointStore
+
+    try:
+        with limited(0):
+            newest = next(CheckpointStore(folder.checkpoints).resumable(), None)
+    except OSError:
+        return "the same command continues training from its last checkpoint"
+    if newest is None:
+        return "there is no checkpoint yet: the same command begins training again"
+    return f"the same command continues training from image {images_seen_at(newest):,} of {config.train.num_images:,}"
+
+
+def _trains_here(step: str, config: Config) -> bool:
+    return step == "train" and config.compute.backend == "local"
+
+
+@contextmanager
+def _saved_first(folder: RunFolder, console: Console) -> Iterator[None]:
+    """On Ctrl-C or SIGTERM let the training in this block save and end, before the block ends as it does without this.
+
+    It has `_SAVE_SECONDS`. A second signal ends the block at once.
+    """
+    told, ended = list[signal.Signals](), threading.Event()
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def save(number: signal.Signals) -> None:
+        if read_progress(folder.step("train", "progress.json")) is not None:  # else it has not begun
+            console.print(f"interrupted: saving, for at most {_SAVE_SECONDS:.0f} s; Ctrl-C again ends at once")
+            with suppress(OSError), limited(_SAVE_SECONDS):
+                storage.write_text(folder.step("train", "stop"), "")
+            if ended.wait(_SAVE_SECONDS):
+                return
+        signal.pthread_kill(threading.main_thread().ident or 0, number)
+
+    def handle(number: int, _frame: object) -> None:
+        restore()
+        told.append(signal.Signals(number))
+        # In a thread, since the store's client may be what the signal interrupts.
+        threading.Thread(target=save, args=told, daemon=True).start()
+
+    for number, handler in before.items():
+        if callable(handler):  # a shell's background job ignores Ctrl-C
+            signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        ended.set()
+        restore()
+        if told:
+            signal.raise_signal(told[0])
 
 
 @contextmanager

@@ -19,13 +19,12 @@ import click
 
 from ncsn.errors import Problem, UserError, problems_of
 from ncsn.process import TERMINATED, Backend
-from ncsn.runs.steps import CONTINUING, OWN, STEP_INFO
+from ncsn.runs.steps import OWN, STEP_INFO
 
 FAILURE = 1
 MISTAKE = 2  # the user's
 INTERRUPTED = 130  # Ctrl-C
 
-_CONTINUES = "; the same command continues from the last checkpoint"
 TRACEBACK_VARIABLE = "NCSN_TRACEBACK"
 _TRACEBACK_KEY = "ncsn.traceback"
 _EXTRA_CONFIG = re.compile(r"extra argument \((\S+\.ya?ml)\)")  # in click's message
@@ -91,7 +90,7 @@ class ReportingCommand(click.Command):
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except KeyboardInterrupt:
-            click.echo(f"interrupted{_CONTINUES if self.name in CONTINUING else ''}", err=True)
+            click.echo("interrupted", err=True)
             ctx.exit(INTERRUPTED)
         except Exception as error:  # noqa: BLE001 - the one place where every error becomes a line and a code
             from ncsn.storage.heartbeat import LeaseExpired
@@ -108,8 +107,9 @@ def stop_cleanly_on_sigterm() -> Event:
     # From the outermost answer to the innermost, each of which holds during the block inside which it was installed:
     # 1. this one, of every command;
     # 2. `ncsn.cli.execute._ends_as_told`, around steps: the same, and the exit code whatever Ray makes of the signal;
-    # 3. `ncsn.distributed.cluster._own_sigterm` restores 2 after Ray has installed its own while it connects;
-    # 4. `ncsn.remote.backend.ended_on_sigterm`, while a job elsewhere runs: ends the job first.
+    # 3. `ncsn.cli.execute._saved_first`, around a training here: lets it save first; Ctrl-C too;
+    # 4. `ncsn.distributed.cluster._own_sigterm` restores 3 after Ray has installed its own while it connects;
+    # 5. `ncsn.remote.backend.ended_on_sigterm`, while a job elsewhere runs: ends the job first.
     told = Event()
 
     def handle(*_: object) -> None:

@@ -78,7 +78,7 @@ def train(job: TrainingJob, *, run_uri: str) -> TrainOutcome:
     # A worker waits for the others, of which one may fill its node's cache first.
     timeout = round(TIMEOUT_SECONDS + size / SLOWEST_READ)
     with tempfile.TemporaryDirectory(prefix="ncsn-") as folder:
-        trainer = TorchTrainer(
+        trainer = _Trainer(
             _attempt,
             torch_config=TorchConfig(timeout_s=timeout),
             train_loop_config={"job": job, "run_uri": run_uri, "context": RayContext},
@@ -99,10 +99,6 @@ def train(job: TrainingJob, *, run_uri: str) -> TrainOutcome:
         )
         try:
             result = trainer.fit()
-        except SystemExit as stop:
-            if stop.code in (0, 1):  # what Ray makes of Ctrl-C; 0 would read as success
-                raise KeyboardInterrupt from None
-            raise
         except TrainingFailedError as failure:
             _logger.error("%s", failure)  # noqa: TRY400 - the workers' tracebacks are in its text
             raise RuntimeError(f"{reason(failure)}; compute.max_failures = {compute.max_failures}") from failure
@@ -111,6 +107,13 @@ def train(job: TrainingJob, *, run_uri: str) -> TrainOutcome:
     if isinstance(outcome, Exception):
         raise outcome
     return outcome
+
+
+class _Trainer(TorchTrainer):  # type: ignore[misc]
+    """Leaves Ctrl-C to its caller. Ray's answer would end the workers before they can save."""
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        pass
 
 
 def train_alone(job: TrainingJob, *, run_uri: str) -> TrainOutcome:
@@ -241,6 +244,6 @@ def _cause(error: Exception) -> Exception:
 def _newest_checkpoint(run_uri: str) -> str:
     try:
         with limited(0):
-            return next(CheckpointStore(storage.join(run_uri, CHECKPOINTS)).names(), "the start")
+            return next(CheckpointStore(storage.join(run_uri, CHECKPOINTS)).resumable(), "the start")
     except OSError:
         return "its last checkpoint"

@@ -64,7 +64,7 @@ class Rung:
     objective: float  # the least of the sweep
     sampler: dict[str, Any]  # reached it
     sweep: list[Scored]
-    loss: float | None  # mean normalized training loss since the last report
+    loss: float | None  # normalized training loss of the last point of its curve
     seconds: float  # training and sampling since the rung before, in this attempt
     checkpoint: str  # name of its folder
 

@@ -37,6 +37,7 @@ from ncsn.model import build
 from ncsn.model.classes import Classes
 
 FOLDER_NAME = re.compile(r"images-\d+")
+RESUME = "resume-"  # instead of `images-`, for one that is only to resume from
 FORMAT_VERSION = 1
 INDEX = "checkpoint.json"
 SECOND_EMA = "ema_2.safetensors"  # of a training with two averages
@@ -124,14 +125,14 @@ class SamplingCheckpoint(TrainedNetwork):
     average: Mapping[str, Any] | None = None  # how the weights were put together after training, if they were
 
 
-def folder_name(images_seen: int) -> str:
+def folder_name(images_seen: int, *, for_resume: bool = False) -> str:
     """Name of the checkpoint folder."""
-    return f"images-{images_seen:09d}"
+    return f"{RESUME if for_resume else 'images-'}{images_seen:09d}"
 
 
 def images_seen_at(name: str) -> int:
     """Inverse of `folder_name`."""
-    return int(name.removeprefix("images-"))
+    return int(name.rpartition("-")[2])
 
 
 def snapshot(

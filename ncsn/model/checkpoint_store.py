@@ -1,8 +1,12 @@
-"""The checkpoints of a run: `<run>/checkpoints/images-000000160/`, complete when `checkpoint.json` is in it."""
+"""The checkpoints of a run: `<run>/checkpoints/images-000000160/`, complete when `checkpoint.json` is in it.
+
+`resume-000000224/` is one between them, which only a resume reads. There is at most one, until the next of any kind.
+"""
 
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -15,6 +19,8 @@ from ncsn.model import checkpoint
 
 CHECKPOINTS = "checkpoints"
 NEWEST = 3  # of the checkpoints that stay whole where all are kept
+
+_NAME = re.compile(rf"{checkpoint.FOLDER_NAME.pattern}|{checkpoint.RESUME}\d+")
 
 _logger = logging.getLogger(__name__)
 
@@ -38,6 +44,10 @@ class CheckpointStore:
 
     def names(self) -> Iterator[str]:
         """Complete checkpoints, the newest first."""
+        return (name for name in self.resumable() if not name.startswith(checkpoint.RESUME))
+
+    def resumable(self) -> Iterator[str]:
+        """The same with the one that is only for a resume."""
         for name in reversed(self._folders()):
             if storage.exists(storage.join(self.uri, name, checkpoint.INDEX)):
                 yield name
@@ -50,7 +60,7 @@ class CheckpointStore:
         if storage.is_local(self.uri):
             storage.remove_scratch(self.uri)
         damaged, found = list[str](), None
-        for name in self.names():
+        for name in self.resumable():
             with self.open(name) as folder:
                 try:
                     files = checkpoint.verify(folder)
@@ -94,7 +104,10 @@ class CheckpointStore:
             write(folder)
             storage.delete(target)  # the rest of an upload that was cut short
             storage.publish_folder(folder, target, marker=checkpoint.INDEX)
-        if self._keep is not None:
+        for old in self._folders():
+            if old.startswith(checkpoint.RESUME) and old != name:
+                storage.delete(storage.join(self.uri, old))
+        if self._keep is not None and not name.startswith(checkpoint.RESUME):
             folders, kept = self._folders(), set(islice(self.names(), self._keep))
             # The rest of an upload that was cut short does not count. A newer one is overwritten later.
             self._reduce([old for old in folders[: folders.index(name)] if old not in kept])
@@ -113,5 +126,5 @@ class CheckpointStore:
                 storage.delete(uri)
 
     def _folders(self) -> list[str]:
-        found = [name for name in storage.list_names(self.uri) if checkpoint.FOLDER_NAME.fullmatch(name)]
+        found = [name for name in storage.list_names(self.uri) if _NAME.fullmatch(name)]
         return sorted(found, key=checkpoint.images_seen_at)

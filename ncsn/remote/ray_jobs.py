@@ -47,14 +47,14 @@ T = TypeVar("T")
 RUN, STEP, REQUEST, KFP_RUN = "ncsn.run", "ncsn.step", "ncsn.request", "ncsn.kfp_run"
 FIRST_PATIENCE_SECONDS = 10.0  # for the first answer: a wrong address is more likely than an outage
 NOT_FOUND = 127  # a shell's exit code for an unknown command
-STOP_SECONDS = 30  # for a driver that is asked to stop: it records that in the store and in MLflow
+STOP_SECONDS = 30  # for a driver that is asked to stop: training saves, and the store and MLflow get the record
 
 _KEY, _VARIABLES = "compute.ray_jobs.address", ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 _TIMEOUTS = (5, 60)  # to connect and to answer: Ray's client alone waits forever
 _UNAVAILABLE = {429, 502, 503, 504}
 _NO_AGENT = "No available agent"  # with HTTP 500, while the head starts
 _POLL_SECONDS = (0.5, 2.0)
-_STOP_WAIT_SECONDS = 10.0
+_STOP_WAIT_SECONDS = 20.0
 
 
 class Refused(RuntimeError):

@@ -49,7 +49,8 @@ class TrainResult:
 def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> TrainResult:
     """Train, or resume the run from its newest checkpoint, or return the result if it is complete.
 
-    `lease` is the URI of the launcher's heartbeat; when it stops, training saves a checkpoint and ends.
+    `lease` is the URI of the launcher's heartbeat; when it stops, training saves a checkpoint and ends. So it does once
+    the file `stop` of the step exists.
     """
     step = Step("train", config, run, TrainResult)
     manifest = load_manifest(dataset)
@@ -64,6 +65,8 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> 
     with step.work(config) as (progress, tracked), ray_cluster(config):
         tracked.set_tags({**ray_tags(), **start.tags})
         tracked.log_dataset(manifest.name, digest=manifest.digest, uri=dataset)
+        stop = step.folder.step("train", "stop")
+        storage.delete(stop)  # of an earlier attempt
         job = TrainingJob(
             config=config,
             dataset=dataset,
@@ -73,6 +76,7 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> 
             preview=step.folder.preview,
             averages=step.folder.averages,
             lease=Lease(lease) if lease else None,
+            stop=stop,
             start=start.uri,
         )
         outcome = trainer.train(job, run_uri=step.folder.uri)

@@ -19,7 +19,7 @@ LEASE_SECONDS = 300.0  # without a renewal for so long, the launcher is given up
 
 
 class LeaseExpired(RuntimeError):
-    """The launcher of this work is gone."""
+    """The launcher of this work is gone, or has told it to end."""
 
 
 @dataclass

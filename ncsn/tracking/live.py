@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 SEND_EVERY = 2.0  # seconds between requests, so that the metrics of several steps share one
-MARK = "train/loss"  # a metric of every point, sent last: a run that has it at a step has the whole point
+MARK = "train/learning_rate"  # a metric of every point, sent last: a run that has it at a step has the whole point
 
 _logger = logging.getLogger(__name__)
 

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any
 
 import torch
 
@@ -30,10 +29,14 @@ from ncsn.process import keep_freed_memory, now_ms
 from ncsn.progress import Progress
 from ncsn.runs.history import load_history
 from ncsn.storage.heartbeat import Lease, LeaseExpired
+from ncsn.storage.retry import limited
 from ncsn.training.batches import augmented, classes_of, draw_batch, image_moments
 from ncsn.training.context import StepTimer, WorkerContext, compile_network
 from ncsn.training.held_out import open_probe
 from ncsn.training.monitor import Curves, LiveSink, machine_usage, preview_png
+
+CHECK_SECONDS = 2.0  # until training sees that it is to end: the workers wait for that for a hundredth of the time
+RESUME_SECONDS = 300.0  # of training that a lost machine may cost; a copy of the state so seldom costs next to nothing
 
 
 class DivergedError(UserError):
@@ -51,7 +54,8 @@ class TrainingJob:
     history: str | None = None  # URI of the file of rank 0's curves
     preview: Callable[[int], str] | None = None  # images seen -> URI of the file of rank 0's preview
     averages: str | None = None  # URI of the folder of snapshots of two EMAs
-    lease: Lease | None = None  # read on rank 0 at each report: training ends when its launcher is gone
+    lease: Lease | None = None  # of the launcher, without which training saves and ends
+    stop: str | None = None  # URI of an object: once it exists, training saves and ends
     start: str | None = None  # URI of the files of the trained network that `train.init_from` names
     stop_at: int | None = None  # images seen; the schedules go on to `train.num_images`
 
@@ -61,7 +65,7 @@ class TrainOutcome:
     """The result of the loop."""
 
     images_seen: int  # by all workers
-    loss: float | None  # normalized, since the last report (a zero network reads 1); None if nothing was left to do
+    loss: float | None  # normalized, of the last point (a zero network reads 1); None if nothing was left to do
     images_per_second: float  # in this call, without startup
     seconds: float
     checkpoint: str  # name of the last one
@@ -78,7 +82,7 @@ class Training:
         self.curves = Curves(self.config, context)
         self.sink = job.sink if context.rank == 0 else None
         self.last_image = min(job.stop_at or self.config.train.num_images, self.config.train.num_images)
-        self.saved, self.pauses = "", list[float]()
+        self.saved, self.saved_at, self.pauses = "", time.perf_counter(), list[float]()
         newest = self._newest_checkpoint()
         with context.mistakes_shared():  # a file may be missing or damaged on one node alone
             self.split = open_training_images(job.dataset)
@@ -104,9 +108,11 @@ class Training:
         if self.config.compute.compile:
             compile_network(self.state.network, context)
         self.model = context.wrap(self.state.network)
-        self.timer = StepTimer(context, seconds=5.0)
+        self.timer = StepTimer(context, seconds=CHECK_SECONDS / 4)  # steps may become slower
+        self.checked_at = 0.0
+        self.warned = False  # of the loss of a machine: one checkpoint is enough
         machine_usage(context.device)  # starts the first interval
-        self.point: dict[str, float] = {}
+        self.last_loss: float | None = None
         self.reported = 0
 
     def ended(self) -> bool:
@@ -124,13 +130,12 @@ class Training:
 
     def _newest_checkpoint(self) -> str | None:
         """Name of the checkpoint to resume from, which rank 0 finds. A collective call."""
-        context, seen = self.context, 0
+        context, found = self.context, [0, 0]
         with context.mistakes_shared():
-            if context.rank == 0:
-                newest = self.checkpoints.newest()
-                seen = -1 if newest is None else checkpoint.images_seen_at(newest)
-        shared = int(context.sum_over_workers(torch.tensor([seen], device=context.device)))
-        return None if shared < 0 else checkpoint.folder_name(shared)
+            if context.rank == 0 and (newest := self.checkpoints.newest()) is not None:
+                found = [1 + checkpoint.images_seen_at(newest), newest.startswith(checkpoint.RESUME)]
+        shared, resume = context.sum_over_workers(torch.tensor(found, device=context.device)).tolist()
+        return checkpoint.folder_name(shared - 1, for_resume=bool(resume)) if shared else None
 
     @cached_property
     def moments(self) -> DataMoments:
@@ -152,8 +157,8 @@ class Training:
         self.curves.add(batch, losses, grad_norm, images=config.train.batch_size)
 
     def report(self) -> None:
-        """Add a point to the curves, with the held-out loss if it is due. A collective call."""
-        point, images_seen = self.curves.take(), self.state.images_seen
+        """Add a point to the curves, with the losses that are due. A collective call."""
+        point, images_seen, every = self.curves.point(), self.state.images_seen, self.config.train.report_every_images
         if not (math.isfinite(point["train/loss"]) and math.isfinite(point["train/grad_norm_max"])):
             kept = f"the last good checkpoint is {self.saved}" if self.saved else "there is no checkpoint yet"
             raise DivergedError(
@@ -163,15 +168,22 @@ class Training:
                 hint="lower it or set optimizer.grad_clip_norm",
                 value=self.config.optimizer.learning_rate,
             )
+        whole = self.crossed(every) or (self.ended() and images_seen < every)
+        if whole or self.last_loss is None:
+            self.last_loss = point["train/loss"]
+        if whole:
+            self.curves.clear()
+        else:  # a checkpoint is due in the middle of an interval, and the mean of a few batches would be a jump
+            point = {}
         if self.probe is not None and self.measurement_due():
             point |= self.probe.measure(self.state, dtype=self.options.autocast_dtype)
-        self.point = point | {"train/learning_rate": build.learning_rate(self.config, images_seen)}
+        point |= {"train/learning_rate": build.learning_rate(self.config, images_seen)}
         self.reported = now_ms()
         system = machine_usage(self.context.device) if self.context.rank == 0 else {}
         if self.sink:
-            self.sink.log(system | self.point, images_seen, self.reported)
+            self.sink.log(system | point, images_seen, self.reported)
         if self.history is not None:
-            self.history.add(self.point, images_seen, system=system, when=self.reported)
+            self.history.add(point, images_seen, system=system, when=self.reported)
 
     def save(self) -> None:
         """Show a few images from the present weights, if there is time for them, and publish a checkpoint."""
@@ -180,7 +192,7 @@ class Training:
             if self.job.preview is not None:
                 storage.write_bytes(self.job.preview(seen), png)
             self.sink.log({}, seen, self.reported, png=png)
-        self._publish()
+        self.publish()
         self.pauses.append(time.perf_counter() - began)
 
     def keep_averages(self) -> None:
@@ -192,26 +204,41 @@ class Training:
             taken = averages.copies(self.state)
             self.checkpoints.later(partial(averages.store, uri, taken, images_seen=seen))
 
-    def end_if_abandoned(self) -> None:
-        """Save and raise LeaseExpired if the launcher is gone. A collective call."""
-        if self.job.lease is None:
-            return
-        expired = self.context.rank == 0 and self.job.lease.expired()
-        if self.context.sum_over_workers(torch.tensor([float(expired)], device=self.context.device)) > 0:
-            seen = self.state.images_seen
-            if self.saved != checkpoint.folder_name(seen):
-                self.save_unreported()
-            raise LeaseExpired(f"the launcher is gone: stopped at images_seen = {seen}, saved {self.saved}")
+    def save_between(self) -> None:
+        """Save for a resume alone if it is time, a machine will be lost or training is to end. A collective call.
 
-    def save_unreported(self) -> None:
-        """Publish a checkpoint between two reports. A collective call."""
-        # With the curves, so that the points and losses after a resume are those of an undisturbed run.
+        Raises LeaseExpired if training is to end.
+        """
+        context, job, now = self.context, self.job, time.perf_counter()
+        end = late = check = False
+        if context.rank == 0:
+            late = now - self.saved_at > RESUME_SECONDS
+            check = now - self.checked_at >= CHECK_SECONDS
+            if check:
+                self.checked_at = now
+                with suppress(OSError), limited(0):
+                    end = job.stop is not None and storage.exists(job.stop)
+                end |= job.lease is not None and job.lease.expired()
+        shared = torch.tensor([end, late, check], dtype=torch.float64, device=context.device)
+        end, late, check = context.sum_over_workers(shared).bool().tolist()
+        lost = check and not self.warned and context.preempted()
+        self.warned |= lost
+        if end or late or lost:
+            self.publish(for_resume=True)
+        if end:
+            saved = f"saved {self.saved}" if self.saved else "nothing is saved"
+            raise LeaseExpired(
+                f"told to end, or without a launcher, at images_seen = {self.state.images_seen}; {saved}"
+            )
+
+    def publish(self, *, for_resume: bool = False) -> None:
+        """Publish a checkpoint; the one for a resume only if the losses are finite. A collective call."""
+        # With the curves, so that the points after a resume are those of an undisturbed run.
         curves = self.curves.unreported()
-        if math.isfinite(curves["grad_norm"] + sum(map(sum, curves["sums"]))):
-            self._publish(curves)
-
-    def _publish(self, curves: dict[str, Any] | None = None) -> None:
-        self.saved = checkpoint.folder_name(self.state.images_seen)
+        if for_resume and not math.isfinite(curves["grad_norm"] + sum(map(sum, curves["sums"]))):
+            return
+        self.saved = checkpoint.folder_name(self.state.images_seen, for_resume=for_resume)
+        self.saved_at = time.perf_counter()
         if self.context.rank == 0:
             if self.history is not None:
                 self.history.publish()
@@ -231,31 +258,29 @@ def train_loop(job: TrainingJob, context: WorkerContext, checkpoints: Checkpoint
 
     Raises:
         DivergedError: The loss or a gradient is not finite; on every worker, and nothing is saved.
-        LeaseExpired: The launcher is gone; the state is saved.
+        LeaseExpired: The launcher is gone or `job.stop` exists; the state is saved.
     """
     train = job.config.train
     torch.set_num_threads(job.config.compute.cpus_per_worker)
     keep_freed_memory()
     training = Training(job, context, checkpoints)
-    started, first, warned = time.perf_counter(), training.state.images_seen, False
+    started, first = time.perf_counter(), training.state.images_seen
     if context.rank == 0:
         job.progress.start(training.last_image, "images")
         job.progress.advance(first)
     try:
+        if training.ended() and training.saved.startswith(checkpoint.RESUME):
+            training.publish()  # the job became shorter since
         while not training.ended():
             training.step()
             save = training.ended() or training.crossed(train.checkpoint_every_images)
-            report = save or training.measurement_due() or training.crossed(train.report_every_images)
-            if report:
+            if save or training.measurement_due() or training.crossed(train.report_every_images):
                 training.report()
             training.keep_averages()
             if save:
                 training.save()
-            elif training.timer.due() and not warned and context.preempted():
-                warned = True  # of the loss of a machine: one checkpoint is enough
-                training.save_unreported()
-            if report and not training.ended():
-                training.end_if_abandoned()
+            elif training.timer.due():
+                training.save_between()
             if context.rank == 0:
                 job.progress.advance(train.batch_size)
     except Exception:
@@ -271,7 +296,7 @@ def train_loop(job: TrainingJob, context: WorkerContext, checkpoints: Checkpoint
     seconds = time.perf_counter() - started
     return TrainOutcome(
         images_seen=training.state.images_seen,
-        loss=training.point.get("train/loss"),
+        loss=training.last_loss,
         images_per_second=(training.state.images_seen - first) / max(seconds, 1e-9),
         seconds=seconds,
         checkpoint=training.saved,

@@ -63,7 +63,7 @@ def machine_usage(device: torch.device) -> dict[str, float]:
 
 
 class Curves:
-    """Sums of the losses by bin of sigma over all workers, between two reports."""
+    """Sums of the losses by bin of sigma over all workers, between two points."""
 
     def __init__(self, config: Config, context: WorkerContext) -> None:
         self._context, self._noise = context, build.training_noise(config)
@@ -86,7 +86,7 @@ class Curves:
         self._images += images
 
     def unreported(self) -> dict[str, Any]:
-        """The sums since the last report, as JSON values. A collective call."""
+        """The sums since the last point, as JSON values. A collective call."""
         sums = self._context.sum_over_workers(self._sums.clone())
         return {"sums": sums.tolist(), "grad_norm": float(self._grad_norm)}
 
@@ -96,24 +96,26 @@ class Curves:
             self._sums += torch.tensor(unreported["sums"], dtype=torch.float64, device=self._sums.device)
         self._grad_norm.fill_(unreported["grad_norm"])
 
-    def take(self) -> dict[str, float]:
-        """The curves' next point; its sums start at zero again. A collective call."""
+    def point(self) -> dict[str, float]:
+        """The curves' next point, if it were now. A collective call."""
         sums = self._context.sum_over_workers(self._sums.clone()).cpu()
         losses, counts = sums[:2]
-        now = time.perf_counter()
         point = {
             "train/loss": float(losses.sum() / counts.sum()),
             "train/grad_norm_max": float(self._grad_norm),
-            "train/images_per_second": self._images / (now - self._started),
+            "train/images_per_second": self._images / (time.perf_counter() - self._started),
         }
         if self._edm is not None:
             point[EDM_LOSS] = float(sums[2].sum() / counts.sum())
         for index in counts.nonzero().flatten().tolist():
             point[self._names[index]] = float(losses[index] / counts[index])
+        return point
+
+    def clear(self) -> None:
+        """Begin the next interval."""
         self._sums.zero_()
         self._grad_norm.zero_()
-        self._started, self._images = now, 0
-        return point
+        self._started, self._images = time.perf_counter(), 0
 
 
 SHARE = 0.01  # of the training time that previews may take

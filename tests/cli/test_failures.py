@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import io
 import json
 import signal
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 
 import click
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
 
+from ncsn import storage
 from ncsn.cli import app
-from ncsn.cli.execute import _ends_as_told
+from ncsn.cli.execute import _ends_as_told, _saved_first
 from ncsn.cli.options import ReportingCommand, StepFailed, describe
 from ncsn.errors import ConfigError, InvalidValue, NotFound, Problem, UserError
+from ncsn.progress import Progress
+from ncsn.runs.folder import RunFolder
+from ncsn.storage.heartbeat import LeaseExpired
 
 SHOWS_WHERE = "(--traceback or NCSN_TRACEBACK=1 shows where)"
 
@@ -48,24 +55,23 @@ def test_lines_and_code(error: Exception, code: int, lines: tuple[str, ...]) -> 
     assert (found, tuple(map(str, problems))) == (code, lines)
 
 
-def command_that_raises(error: BaseException, *, name: str = "fail") -> click.Command:
+def command_that_raises(error: BaseException) -> click.Command:
     def fail(*, as_json: bool) -> None:
         raise error
 
-    return ReportingCommand(name, callback=fail, params=[click.Option(["--json", "as_json"], is_flag=True)])
+    return ReportingCommand("fail", callback=fail, params=[click.Option(["--json", "as_json"], is_flag=True)])
 
 
 @pytest.mark.parametrize(
-    ("name", "error", "code", "lines"),
+    ("error", "code", "lines"),
     [
-        ("fail", RuntimeError("broke"), 1, ["error: RuntimeError: broke", SHOWS_WHERE]),
-        ("fail", step_failed(InvalidValue("x")), 2, ["error: step train: x", "(/p.log says more)"]),
-        ("fail", KeyboardInterrupt(), 130, ["interrupted"]),
-        ("train", KeyboardInterrupt(), 130, ["interrupted; the same command continues from the last checkpoint"]),
+        (RuntimeError("broke"), 1, ["error: RuntimeError: broke", SHOWS_WHERE]),
+        (step_failed(InvalidValue("x")), 2, ["error: step train: x", "(/p.log says more)"]),
+        (KeyboardInterrupt(), 130, ["interrupted"]),
     ],
 )
-def test_a_command_prints_no_traceback(name: str, error: BaseException, code: int, lines: list[str]) -> None:
-    result = CliRunner().invoke(command_that_raises(error, name=name))
+def test_a_command_prints_no_traceback(error: BaseException, code: int, lines: list[str]) -> None:
+    result = CliRunner().invoke(command_that_raises(error))
     assert (result.exit_code, result.stderr.splitlines(), result.stdout) == (code, lines, "")
 
 
@@ -120,7 +126,8 @@ def test_of_what_a_step_raises_only_mistakes_are_the_users(
 
 @pytest.mark.parametrize("code", [0, 1])
 def test_sigterm_and_ctrl_c_have_their_exit_codes_whatever_ray_makes_of_them(code: int) -> None:
-    """A wait for Ray makes 1 of any exit code, and Ray Train makes 0 or 1 of Ctrl-C."""
+    """A wait for Ray makes 1 of any exit code."""
+    console = Console(file=io.StringIO())
 
     def wait_for_ray() -> None:
         with suppress(SystemExit):
@@ -129,10 +136,48 @@ def test_sigterm_and_ctrl_c_have_their_exit_codes_whatever_ray_makes_of_them(cod
 
     before = signal.getsignal(signal.SIGTERM)
     try:
-        with pytest.raises(SystemExit) as ended, _ends_as_told():
+        with pytest.raises(SystemExit) as ended, _ends_as_told(console, str):
             wait_for_ray()
         assert ended.value.code == 143
-        with pytest.raises(KeyboardInterrupt), _ends_as_told():
+        with pytest.raises(SystemExit) as ended, _ends_as_told(console, str):
             sys.exit(code)
+        assert ended.value.code == 130
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("case", ["saves", "a second signal", "too slow", "not begun"])
+def test_the_first_signal_lets_a_training_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, case: str
+) -> None:
+    monkeypatch.setattr("ncsn.cli.execute._SAVE_SECONDS", 0.1 if case == "too slow" else 600.0)
+    folder = RunFolder(str(tmp_path), "mine")
+    stop = Path(folder.step("train", "stop"))
+    if case != "not begun":
+        storage.write_json(folder.step("train", "progress.json"), vars(Progress(1, 2, "images")))
+    seen = list[str]()
+
+    def train() -> None:
+        signal.raise_signal(number)
+        while not stop.exists():
+            time.sleep(0.01)
+        seen.append("told")
+        if case == "a second signal":
+            signal.raise_signal(signal.SIGINT)
+        elif case == "too slow":
+            while True:
+                time.sleep(0.01)
+        seen.append("saved")
+        raise LeaseExpired
+
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        console = Console(file=io.StringIO())
+        with pytest.raises(SystemExit) as ended, _ends_as_told(console, str), _saved_first(folder, console):
+            train()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert ended.value.code == {signal.SIGINT: 130, signal.SIGTERM: 143}[number]
+    assert seen == {"saves": ["told", "saved"], "not begun": []}.get(case, ["told"])
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

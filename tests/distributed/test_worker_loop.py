@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -141,14 +142,38 @@ def test_a_checkpoint_in_time_leaves_no_trace(tiny: str, dataset: str, tmp_path:
         for name in ("whole", "cut")
     }
     last = train_locally(jobs["whole"], tmp_path / "whole").checkpoint
-    train_until_killed(jobs["cut"], tmp_path / "cut", at="images-000000016", context=Warned())
-    assert [path.name for path in (tmp_path / "cut").glob("images-*")] == ["images-000000016"]
+    train_until_killed(jobs["cut"], tmp_path / "cut", at="resume-000000016", context=Warned())
+    assert [path.name for path in (tmp_path / "cut").iterdir() if path.is_dir()] == ["resume-000000016"]
     train_locally(jobs["cut"], tmp_path / "cut")
+    assert storage.list_names(str(tmp_path / "cut")) == ["history.json", "images-000000080", "images-000000160"]
     assert_same_tensors(*(tmp_path / name / last for name in jobs))
     one, other = (load_history(str(tmp_path / name / "history.json")) for name in ("whole", "cut"))
     assert one.images_seen == other.images_seen == [32, 64, 80, 96, 128, 160]
     for name in ("train/loss", "train/grad_norm_max"):
         np.testing.assert_array_equal(one.curve(name), other.curve(name))
+
+
+def test_a_checkpoint_every_few_minutes_is_for_a_resume_alone(
+    tiny: str, dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training resumes from the newest of both kinds, and nothing else sees it."""
+    config = from_yaml(tiny)
+    job = TrainingJob(config=config, dataset=dataset)
+    whole = tmp_path / "whole" / train_locally(job, tmp_path / "whole").checkpoint
+    monkeypatch.setattr("ncsn.training.loop.RESUME_SECONDS", 0.0)
+    monkeypatch.setattr("ncsn.training.loop.CHECK_SECONDS", 0.0)  # after each step
+    for at in ("resume-000000064", "resume-000000112", "resume-000000128"):
+        train_until_killed(job, tmp_path / "cut", at=at)
+        kept = [] if at == "resume-000000064" else ["images-000000080"]
+        assert storage.list_names(str(tmp_path / "cut")) == [*kept, at]
+        assert list(CheckpointStore(str(tmp_path / "cut")).names()) == kept
+    # A job that has become shorter has its last checkpoint there.
+    shutil.copytree(tmp_path / "cut", tmp_path / "shorter")
+    shorter = TrainingJob(config=config, dataset=dataset, stop_at=96)
+    assert train_locally(shorter, tmp_path / "shorter").checkpoint == "images-000000128"
+    outcome = train_locally(job, tmp_path / "cut")
+    assert storage.list_names(str(tmp_path / "cut")) == ["images-000000080", outcome.checkpoint]
+    assert_same_tensors(whole, tmp_path / "cut" / outcome.checkpoint)
 
 
 def test_a_step_timer_is_the_same_on_all_workers_and_slows_down_gently(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,15 +206,15 @@ def test_rung_by_rung_is_the_same_as_in_one_go(tiny: str, dataset: str, tmp_path
         assert_same_tensors(tmp_path / "whole" / names[-1], storage.join(root, "trial", names[-1]))
 
 
-def test_training_without_a_launcher_saves_a_checkpoint_and_ends(
+def test_training_that_is_told_to_end_or_has_no_launcher_saves_a_checkpoint_and_ends(
     tiny: str, dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And the next attempt goes on from there."""
     monkeypatch.setattr(heartbeat, "LEASE_SECONDS", 0.01)
     config = from_yaml(tiny)
 
-    def attempt(folder: Path, lease: Lease | None = None) -> TrainOutcome:
-        job = TrainingJob(config=config, dataset=dataset, lease=lease)
+    def attempt(folder: Path, lease: Lease | None = None, stop: Path = tmp_path / "stop") -> TrainOutcome:
+        job = TrainingJob(config=config, dataset=dataset, lease=lease, stop=str(stop))
         return train_loop(job, WorkerContext(), CheckpointStore(str(folder)))
 
     beat = tmp_path / "lease.json"
@@ -200,7 +225,10 @@ def test_training_without_a_launcher_saves_a_checkpoint_and_ends(
     checkpoints = tmp_path / "checkpoints"
     with pytest.raises(LeaseExpired):
         attempt(checkpoints, lease)
-    assert [path.name for path in checkpoints.iterdir()] == ["images-000000032"]
+    assert [path.name for path in checkpoints.iterdir()] == ["resume-000000016"]
+    with pytest.raises(LeaseExpired):
+        attempt(checkpoints, stop=beat)
+    assert [path.name for path in checkpoints.iterdir()] == ["resume-000000032"]
 
     assert attempt(checkpoints).images_seen == 160
     assert attempt(tmp_path / "whole").images_seen == 160

@@ -1,35 +1,82 @@
-"""A run that is stopped leaves no process behind."""
+"""A run that is stopped saves its training, says where it continues, and leaves no process behind."""
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
+import subprocess
 
 import pytest
 
-LONG = ("run", "--run", "stopped", "--json", "--set", "train.num_images=19200")
+from ncsn import storage
+
+LONG = ("run", "--json", "--set", "train.num_images=6400000", "--set", "train.checkpoint_every_images=6400000")
+# The command, which gives a busy machine more than ten seconds to save.
+PATIENT = ("-c", "from ncsn.cli import execute, main; execute._SAVE_SECONDS = 1800.0; main()")
 
 
-@pytest.mark.parametrize(
-    ("number", "code"),
-    [
-        pytest.param(signal.SIGINT, 130, id="ctrl-c"),
-        pytest.param(signal.SIGTERM, 143, id="sigterm"),
-        # Ray's agents try to reach the dead head for a minute.
-        pytest.param(signal.SIGKILL, -signal.SIGKILL, id="sigkill", marks=pytest.mark.slow),
-    ],
-)
-def test_a_stopped_run_ends_with_all_that_it_started(workplace, number: signal.Signals, code: int) -> None:
-    process = workplace.start(*LONG, start_new_session=True)
+def trains(workplace, *args: str) -> tuple[subprocess.Popen[str], int]:
+    """The command once it trains, and the images that it began with."""
+    progress = workplace.folder(args[-1]) / "steps/train/progress.json"
+    progress.unlink(missing_ok=True)
+    process = workplace.start(*LONG, *args, program=PATIENT, start_new_session=True)
+    seen = list[int]()
 
-    def works() -> bool:
-        return any("raylet" in command for command in workplace.processes().values())
+    def advances() -> bool:
+        if progress.exists():
+            seen.append(json.loads(progress.read_text())["done"])
+        return len(set(seen)) > 1 or process.poll() is not None
 
-    workplace.wait_until(lambda: works() or process.poll() is not None, what="Ray has started")
+    workplace.wait_until(advances, what="training has begun")
     assert process.poll() is None, process.communicate()[1]
-    os.kill(process.pid, number)
+    return process, seen[0]
+
+
+def where_it_continues(workplace, process: subprocess.Popen[str], run: str, code: int) -> int:
+    """The images of the checkpoint that the ended command left, which is its only one."""
     stdout, stderr = process.communicate(timeout=600)
     assert (process.returncode, stdout) == (code, ""), stderr
     assert "Traceback" not in stderr
-    assert stderr.splitlines()[-1].startswith("interrupted; ") == (number == signal.SIGINT)
+    told = re.search(r"^interrupted; .* image ([\d,]+) of 6,400,000$", stderr.splitlines()[-1])
+    assert told, stderr
+    saved = int(told[1].replace(",", ""))
+    assert storage.list_names(str(workplace.folder(run) / "checkpoints")) == [f"resume-{saved:09d}"]
+    assert json.loads((workplace.folder(run) / "steps/train/step.json").read_text())["state"] == "KILLED"
     workplace.wait_for_silence()
+    return saved
+
+
+@pytest.mark.slow
+def test_after_ctrl_c_training_is_saved_and_a_second_one_ends_it_at_once(workplace) -> None:
+    process, first = trains(workplace, "--run", "ctrl-c")
+    assert first == 0
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    saved = where_it_continues(workplace, process, "ctrl-c", 130)
+    assert saved > 0
+
+    process, first = trains(workplace, "--run", "ctrl-c")
+    assert first >= saved
+    for pid, command in workplace.processes().items():
+        if "RayTrainWorker" in command:
+            os.kill(pid, signal.SIGSTOP)  # it cannot save
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.stderr is not None
+    assert any("interrupted: saving" in line for line in process.stderr)
+    os.killpg(process.pid, signal.SIGINT)
+    assert where_it_continues(workplace, process, "ctrl-c", 130) == saved
+
+
+def test_after_sigterm_a_single_worker_saves(workplace) -> None:
+    process, _ = trains(workplace, "--set", "compute.num_workers=1", "--run", "sigterm")
+    process.terminate()
+    assert where_it_continues(workplace, process, "sigterm", 143) > 0
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_with_all_that_it_started(workplace) -> None:
+    process, _ = trains(workplace, "--run", "killed")
+    process.kill()
+    process.communicate(timeout=600)
+    workplace.wait_for_silence()  # Ray's agents try to reach the dead head for a minute

@@ -20,7 +20,7 @@ from ncsn.tracking.live import LiveMetrics
 from ncsn.tracking.mlflow_runs import StepRun
 
 DEAD = "http://127.0.0.1:9"  # Discard's port, on which nothing listens here
-LEVEL, LOSS = "train/loss_sigma_0.5", "train/loss"
+LEVEL, RATE = "train/loss_sigma_0.5", "train/learning_rate"
 
 
 def png() -> bytes:
@@ -38,7 +38,7 @@ class Worker:
 
     def train(self, steps: range) -> None:
         for step in steps:
-            point = {LEVEL: -float(step), LOSS: float(step)}
+            point = {LEVEL: -float(step), RATE: float(step)}
             when = now_ms()
             self.sink.log({"system/cpu": 1.0} | point, step, when)
             self.history.add(point, step, system={"system/cpu": 1.0}, when=when)
@@ -55,7 +55,7 @@ def killed(program: str, *arguments: object) -> None:
     assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
 
 
-def history(tracked: StepRun, name: str = LOSS) -> list[tuple[int, float]]:
+def history(tracked: StepRun, name: str = RATE) -> list[tuple[int, float]]:
     return [(metric.step, metric.value) for metric in tracked.client.get_metric_history(tracked.run_id, name)]
 
 
@@ -68,7 +68,7 @@ def pictures(tracked: StepRun) -> set[int]:
 
 def assert_once(tracked: StepRun, count: int, *, previews: set[int]) -> None:
     """Each of the points 0, 1, ... of each curve is there once, and so are the pictures."""
-    assert sorted(history(tracked, LOSS)) == [(step, float(step)) for step in range(count)]
+    assert sorted(history(tracked, RATE)) == [(step, float(step)) for step in range(count)]
     assert sorted(history(tracked, LEVEL)) == [(step, -float(step)) for step in range(count)]
     assert Counter(step for step, _ in history(tracked, "system/cpu")) == dict.fromkeys(range(count), 1)
     assert pictures(tracked) == previews

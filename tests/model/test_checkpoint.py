@@ -179,6 +179,19 @@ def test_the_newest_ones_are_kept_and_found(root: str, write: Write, tmp_path: P
     assert again.notes == []
 
 
+def test_one_for_a_resume_stays_until_the_next_and_does_not_count(root: str, write: Write) -> None:
+    store = CheckpointStore(root, keep=1)
+    resume = [checkpoint.folder_name(seen, for_resume=True) for seen in (12, 20, 28)]
+    publish(store, write, NAMES[0], *resume[:2])
+    assert storage.list_names(root) == [NAMES[0], resume[1]]
+    assert store.newest() == resume[1] and list(store.names()) == [NAMES[0]]
+    publish(store, write, NAMES[2])
+    assert storage.list_names(root) == [NAMES[2]]
+    publish(store, write, resume[2])
+    cut(storage.join(root, resume[2], "weights.safetensors"))
+    assert store.newest() == NAMES[2] and storage.list_names(root) == [NAMES[2]]
+
+
 def test_the_rest_of_an_upload_does_not_count_among_the_kept(root: str, write: Write) -> None:
     store = CheckpointStore(root, keep=2)
     publish(store, write, NAMES[0])

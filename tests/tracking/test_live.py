@@ -8,7 +8,7 @@ import time
 from contextlib import ExitStack
 
 import pytest
-from live_worker import DEAD, LOSS, Worker, assert_once, history, killed, pictures
+from live_worker import DEAD, RATE, Worker, assert_once, history, killed, pictures
 from local_training import train_locally
 
 from ncsn.config import to_yaml
@@ -120,7 +120,7 @@ def test_a_killed_driver_loses_nothing(config, tmp_path):
     client, whole = connect(config).client, closed["MLflow run id"]
     step = steps_of_run(client, client.get_run(whole))["train"].info.run_id
     assert [client.get_run(run_id).info.status for run_id in (step, whole)] == ["FAILED"] * 2
-    assert [point.step for point in client.get_metric_history(step, LOSS)] == [0, 1, 2]
+    assert [point.step for point in client.get_metric_history(step, RATE)] == [0, 1, 2]
     with step_run(config, run="driver", step="train") as tracked:
         assert (tracked.run_id, tracked.parent_run_id) == (step, whole)
         assert_once(tracked, 3, previews={2})
@@ -173,7 +173,7 @@ def test_training_does_not_notice_that_the_server_is_killed(make_config, server,
         starting.join()
     train_locally(TrainingJob(config, dataset, history=str(tmp_path / "history")), tmp_path / "plain")
     plain = load_history(str(tmp_path / "history"))
-    assert history(tracked) == list(zip(plain.images_seen, plain.curve(LOSS), strict=True))
+    assert history(tracked) == list(zip(plain.images_seen, plain.curve(RATE), strict=True))
     assert len(history(tracked, "system/worker_memory_megabytes")) == 50
     assert pictures(tracked) == {100, 200}
     last = "images-000000200/ema.safetensors"
@@ -197,7 +197,7 @@ def test_a_training_that_fails_keeps_its_last_points(config, tmp_path):
 
 def test_close_gives_up():
     sink = LiveMetrics(DEAD, "0" * 32)
-    sink.log({LOSS: 1.0}, images_seen=1, when=now_ms())
+    sink.log({RATE: 1.0}, images_seen=1, when=now_ms())
     started = time.monotonic()
     sink.close(seconds=1)
     assert time.monotonic() - started < 30
