@@ -69,7 +69,7 @@ def _memory() -> Row:
 def _arithmetic(step: str) -> float:
     """Seconds of a step's computation, or of the whole step if it does not report them."""
     found = digits_run().step(step)
-    return float(found["result"].get("seconds", found["seconds"]))
+    return float(found.result.get("seconds", found.seconds))
 
 
 if __name__ == "__main__":

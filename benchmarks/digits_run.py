@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import atexit
 import functools
-import json
 import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ncsn.config import Config, from_yaml
+from ncsn.runs.folder import RunFolder, StepRecord, read_step
 
 CONFIG = Path(__file__).parents[1] / "configs" / "digits.yaml"
 NCSN = [sys.executable, "-m", "ncsn"]
@@ -37,10 +36,8 @@ class DigitsRun:
         """Its config."""
         return from_yaml(CONFIG.read_text(), overrides=[f"storage.root={self.store}"])
 
-    def step(self, name: str) -> dict[str, Any]:
-        """The record of a step: `result`, `seconds`."""
-        found: dict[str, Any] = json.loads(Path(self.store, "runs", RUN, "steps", name, "step.json").read_text())
-        return found
+    def step(self, name: str) -> StepRecord:
+        return read_step(RunFolder(self.store, RUN), name)
 
 
 @functools.cache

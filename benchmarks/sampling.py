@@ -30,7 +30,7 @@ QUICKER = [
 def rows() -> list[Row]:
     """Time to quality on the digits, in CPU seconds of one core, which other load on the machine changes little."""
     run = digits_run()
-    trained = run.step("train")["result"]
+    trained = run.step("train").result
     checkpoint = load_checkpoint(trained["checkpoint"])
     with tempfile.TemporaryDirectory() as work:
         common = {"num_images": IMAGES, "batch_size": BATCH}

@@ -8,11 +8,9 @@ import resource
 import secrets
 import shutil
 import signal
-import sqlite3
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -72,24 +70,20 @@ def _cache_dir() -> Iterator[None]:
 @pytest.fixture(scope="session", autouse=True)
 def _one_migration(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """MLflow's fifty migrations make one database for the session, and the others are copies of it."""
+    from ncsn import storage
     from ncsn.tracking import client
 
     first, create = tmp_path_factory.mktemp("mlflow") / "mlflow.db", client._create_database
 
     def copy(path: Path) -> None:
-        if path.exists():
-            return
-        create(first)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_name(f".{path.name}.lock")):
-            if path.exists():
-                return
-            temporary = path.with_name(f".{path.name}.tmp")
-            shutil.copyfile(first, temporary)
-            with closing(sqlite3.connect(temporary)) as connection, connection:
-                location = f"{client._artifacts_uri(path)}/0"
-                connection.execute("UPDATE experiments SET artifact_location = ?", (location,))
-            temporary.replace(path)
+        if not path.exists():
+            create(first)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(path.with_name(f".{path.name}.lock")):
+                if not path.exists():
+                    with storage.local_file(path) as temporary:
+                        shutil.copyfile(first, temporary)
+        create(path)  # follows the move
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(client, "_create_database", copy)

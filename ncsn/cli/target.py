@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from ncsn.errors import NotFound, UserError
 from ncsn.runs.folder import DEFAULT_ROOT, RunFolder
 
 _ROOT = "storage.root"
+_RUN_CONFIG = re.compile(r"(?P<folder>(?P<root>.+)/runs/[^/]+)/config\.yaml")
 _ANOTHER_STORE = f"pass --config, or --set {_ROOT}=URI of another store"
 
 
@@ -51,7 +53,10 @@ class TargetOptions:
             text = storage.read_text(absolute)
         except UnicodeDecodeError:
             raise ConfigError(origin, "is not a text file; expected YAML") from None
-        config = from_yaml(text, overrides=(*self.overrides, *self.backend), origin=origin)
+        overrides = (*self.overrides, *self.backend)
+        if (place := _RUN_CONFIG.fullmatch(absolute)) and storage.exists(storage.join(place["folder"], "steps")):
+            overrides = (f"{_ROOT}={place['root']}", *overrides)  # the file says where it was when the run began
+        config = from_yaml(text, overrides=overrides, origin=origin)
         run = self.run
         if run is None and checkpoint is not None:
             run = _run_of_checkpoint(checkpoint, config)

@@ -138,7 +138,7 @@ class StepRecord:
 
 def read_step(folder: RunFolder, step: str) -> StepRecord:
     """The record of `step`."""
-    record = storage.find_json(folder.step(step, "step.json")) or {}
+    record = storage.absolute_uris(storage.find_json(folder.step(step, "step.json")) or {}, folder.root)
     if error := record.get("error"):
         record["error"] = StepError(**error | {"problems": tuple(map(Problem.from_json, error["problems"]))})
     return StepRecord(**record)
@@ -148,7 +148,8 @@ def update_step(folder: RunFolder, step: str, **changes: Any) -> None:
     """Change these fields of the record of `step`."""
     record = replace(read_step(folder, step), **changes)
     error = record.error and vars(record.error) | {"problems": [each.to_json() for each in record.error.problems]}
-    storage.write_json(folder.step(step, "step.json"), vars(record) | {"error": error}, indent=1)
+    values = storage.relative_uris(vars(record) | {"error": error}, folder.root)
+    storage.write_json(folder.step(step, "step.json"), values, indent=1)
 
 
 def folders_of(folder: RunFolder, config: Config) -> dict[str, RunFolder]:

@@ -121,7 +121,9 @@ def evaluate(
     if "score" in generated.metrics:
         generated.metrics["score_ratio"] = Metric(generated.metrics["score"].value / real.metrics["score"].value, count)
     name, fingerprint, extractor = evaluator.name, evaluator.reference.fingerprint, evaluator.extractor.name
-    place = storage.join(folder, f"{name}-n{count}-{storage.digest({'samples': samples}, 12)}")
+    root = storage.absolute(config.storage.root)
+    of_samples = storage.digest(storage.relative_uris({"samples": samples}, root), 12)
+    place = storage.join(folder, f"{name}-n{count}-{of_samples}")
     classes = _classes(generated, real, manifest, by_probe=extractor != "classifier")
     gate = Measurement(
         name=metric_name("fid", extractor=name, num_images=count),
@@ -163,7 +165,8 @@ def evaluate(
     shown, training = sets[0].read(0, len(generated.nearest)), open_cache(dataset, "train").images
     storage.write_bytes(result.neighbors, neighbors_png(generated.nearest, samples=shown, training_images=training))
     evidence = {"reference_split": evaluation.reference_split, "nearest_training_images": generated.nearest}
-    storage.write_json(result.uri, asdict(result) | {"samples": samples, "dataset": dataset} | evidence, indent=1)
+    everything = asdict(result) | {"samples": samples, "dataset": dataset} | evidence
+    storage.write_json(result.uri, storage.relative_uris(everything, root), indent=1)
     return result
 
 

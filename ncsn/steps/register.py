@@ -22,7 +22,7 @@ from ncsn.runs.folder import read_step, run_folder, spent
 from ncsn.runs.history import held_out_curves, load_history
 from ncsn.steps.step import Step
 from ncsn.tracking import registry
-from ncsn.tracking.client import client_at, mlflow_errors, shown, tracking_uri
+from ncsn.tracking.client import SQLITE, client_at, mlflow_errors, shown, tracking_uri
 from ncsn.tracking.gate import Evidence, Measurement, Memorization
 from ncsn.tracking.promotion import pass_gate
 
@@ -50,7 +50,7 @@ def run(config: Config, *, run: str, checkpoint: str, evaluation: str) -> Regist
     config = checkpoints.require_same_training(loaded.config, config, origin=checkpoint)
     config = registry.copy_guide(config, near=step.folder.uri)
     loaded = replace(loaded, config=config, guide=guide_of(loaded, config.sampling))
-    measured = storage.read_json(evaluation)
+    measured = storage.absolute_uris(storage.read_json(evaluation), step.folder.root)
     manifest = _require_own_evaluation(measured, loaded, checkpoint)
     weights = {name: float(tensor.abs().max()) for name, tensor in loaded.network.named_parameters()}
     values = {**measured["metrics"], **measured["real_metrics"], **weights}
@@ -63,7 +63,7 @@ def run(config: Config, *, run: str, checkpoint: str, evaluation: str) -> Regist
         "evaluation": evaluation,
         "evidence": asdict(evidence),
         "model": config.registered_model,
-        "registry": shown(uri),
+        "registry": shown(uri).removeprefix(SQLITE),
     }
     if result := step.find_result(inputs, needs=lambda _: []):
         with mlflow_errors(uri):  # the version may have been deleted

@@ -53,8 +53,9 @@ class ReportSources:
 def run(config: Config, *, run: str, evaluation: str) -> ReportResult:
     """Write `<run>/report/report.html` from the results of the run's other steps; some of them may be missing."""
     step = Step("report", config, run, ReportResult)
-    measured = storage.read_json(storage.absolute(evaluation))
+    measured = storage.absolute_uris(storage.read_json(storage.absolute(evaluation)), step.folder.root)
     samples = storage.read_json(storage.join(measured["samples"], "manifest.json"))
+    samples = storage.absolute_uris(samples, step.folder.root)
     loaded = checkpoints.load_checkpoint(samples["checkpoint"])
     config = checkpoints.require_same_training(loaded.config, config, origin=samples["checkpoint"])
     sources = ReportSources(
@@ -70,7 +71,7 @@ def run(config: Config, *, run: str, evaluation: str) -> ReportResult:
     inputs = {
         "evaluation": measured,
         "steps": {name: record.finished_at for name, record in sources.records.items()},
-        "config": config.model_dump(mode="json"),
+        "config": config.model_dump(mode="json", exclude={"storage"}),  # which may be moved
         "look": LOOK,
         "selection": sources.selection,
     }

@@ -104,6 +104,7 @@ def run(
             **facts,
             **({} if trained.classes is None else {"classes": trained.classes.names}),
         }
+        manifest = storage.relative_uris(manifest, step.folder.root)
         storage.write_json(storage.join(uri, "manifest.json"), manifest, indent=1)
         origin = {"checkpoint.uri": checkpoint, "checkpoint.digest": trained.digest}
         tracked.set_tags({**origin, "dataset.digest": trained.dataset_digest, "samples.uri": uri})

@@ -103,7 +103,7 @@ def scores(
     config: Config, found: Sequence[Weights], evaluator: Evaluator, *, folder: RunFolder, dataset: str
 ) -> Iterator[tuple[Weights, float | None]]:
     """Each candidate with its score, as they are known; None if an image is not finite."""
-    how = storage.digest(_scored_by(config, load_manifest(dataset)), 12)
+    how = storage.digest(storage.relative_uris(_scored_by(config, load_manifest(dataset)), folder.root), 12)
     places = [storage.join(folder.selection, how, f"{each.digest}.json") for each in found]
     missing = []
     for number, (weights, place) in enumerate(zip(found, places, strict=True)):
@@ -153,6 +153,6 @@ def conclude(
         kept=kept,
         notes=[optimistic, *filter(None, [few_samples(metric)])],
     )
-    storage.write_json(result.uri, asdict(result), indent=1)
+    storage.write_json(result.uri, storage.relative_uris(asdict(result), folder.root), indent=1)
     storage.write_bytes(result.plot, to_png(selection_figure(rows, metric=metric)))
     return result

@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from ncsn import storage
 from ncsn.config import Config, from_yaml, overrides_between, to_json, to_yaml
 from ncsn.data.format import Manifest, load_manifest
+from ncsn.errors import NotFound
 from ncsn.process import utc_now
 from ncsn.progress import PublishedProgress
 from ncsn.remote import open_backend
 from ncsn.runs.folder import claim_run, read_mistake, read_step, require_owner, update_step
-from ncsn.runs.steps import STEPS_ELSEWHERE
+from ncsn.runs.steps import CONTINUING, STEPS_ELSEWHERE
 
 if TYPE_CHECKING:
     from ncsn.tracking.mlflow_runs import StepRun
@@ -62,14 +63,20 @@ class Step(Generic[R]):
     def find_result(self, inputs: Mapping[str, Any], *, needs: Callable[[R], Sequence[str]]) -> R | None:
         """The stored result for these plain values that decide it; None if the work is to be done.
 
-        `needs` gives the URIs without which a result is of no use.
+        `needs` gives the URIs without which a result is of no use. What took hours of training is not done again
+        because a file is missing: `NotFound`.
         """
         self._inputs = json.loads(json.dumps(inputs))
         stored = self._stored()
         if stored is None:
             return None
         result = self._type(**stored)
-        if not all(storage.exists(uri) for uri in needs(result)):
+        missing = next((uri for uri in needs(result) if not storage.exists(uri)), None)
+        if missing is not None and self.name in CONTINUING:
+            reason = f"it is gone, but the step {self.name} of run {self.folder.run!r} has finished"
+            record = self.folder.step(self.name, "step.json")
+            raise NotFound(missing, reason, hint=f"restore it, or delete {record} to {self.name} again")
+        if missing is not None:
             return None
         if read_step(self.folder, self.name).state != "FINISHED":  # a later attempt had other inputs
             update_step(self.folder, self.name, state="FINISHED")

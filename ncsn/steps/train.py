@@ -16,7 +16,7 @@ from ncsn.distributed import trainer
 from ncsn.distributed.cluster import ray_cluster, ray_tags
 from ncsn.errors import UserError
 from ncsn.model import build
-from ncsn.model.checkpoint import TrainedNetwork, load_checkpoint
+from ncsn.model.checkpoint import FILES, INDEX, TrainedNetwork, load_checkpoint
 from ncsn.model.classes import require_label, require_same_classes
 from ncsn.model.trained import TRAINED_CONFIG, adapted, load_checkpoint_or_model, save_model, start_notes
 from ncsn.runs.folder import RunFolder
@@ -57,7 +57,9 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> 
     config = step.fix_noise_levels(config, manifest)
     require_classes(config, manifest, dataset)
     inputs = {"dataset": dataset, "num_images": config.train.num_images}
-    if result := step.find_result(inputs, needs=lambda result: [result.checkpoint]):
+    if result := step.find_result(
+        inputs, needs=lambda result: [storage.join(result.checkpoint, name) for name in (INDEX, *FILES)]
+    ):
         return result
     start = start_of(config, step.folder, manifest)
     if result := step.run_elsewhere(config, {"dataset": dataset}):
@@ -127,7 +129,7 @@ def start_of(config: Config, folder: RunFolder, manifest: Manifest) -> Start:
     with torch.device("meta"):
         network = build.network(config)
     _, changes = adapted(source, network, config=config, classes=classes_of(config, manifest))
-    record = storage.read_json(storage.join(uri, _SOURCE))
+    record = storage.absolute_uris(storage.read_json(storage.join(uri, _SOURCE)), folder.root)
     tags = {INIT_FROM: f"{record['source']}/{record['digest']}"}
     return Start(uri, tags, tuple(start_notes(source, config, changes)))
 
@@ -163,7 +165,9 @@ def _source(config: Config, address: str, uri: str) -> TrainedNetwork:
                 trained = load_checkpoint(source)
                 save_model(trained, folder)
                 digest = trained.digest
-            (folder / _SOURCE).write_text(json.dumps({"source": source, "digest": digest}))
+            record = {"source": source, "digest": digest}
+            root = storage.absolute(config.storage.root)
+            (folder / _SOURCE).write_text(json.dumps(storage.relative_uris(record, root)))
             storage.publish_folder(folder, uri, marker=TRAINED_CONFIG)
     except (UserError, FileNotFoundError) as error:
         raise UserError("train.init_from", str(error), value=address) from None

@@ -23,7 +23,7 @@ from ncsn.evaluation.measure import metric_name
 from ncsn.evaluation.reference import open_evaluator
 from ncsn.progress import Progress
 from ncsn.report.plots import epsilon_versus_quality, search_coordinates, to_png
-from ncsn.runs.folder import run_folder
+from ncsn.runs.folder import RunFolder, run_folder
 from ncsn.runs.steps import BEST
 from ncsn.steps.step import Step
 from ncsn.steps.train import require_classes, start_of
@@ -75,7 +75,9 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> 
         **config.search.model_dump(mode="json", include={"num_samples", "epsilons", "seed"}),
     }
     # Trials that are scored alike share a folder: a search with more of them reuses those of an earlier one.
-    folder = storage.join(step.folder.search, "trials", storage.digest(scored_by, 12))
+    folder = storage.join(
+        step.folder.search, "trials", storage.digest(storage.relative_uris(scored_by, step.folder.root), 12)
+    )
     start = start_of(config, step.folder, manifest)
     plan = SearchPlan(config=config, dataset=dataset, trials=folder, start=start.uri)
     plan.samplings(plan.baseline)  # raises now what every trial would find
@@ -100,7 +102,7 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> 
         objective = metric_name("fid", extractor=evaluator.name, num_images=plan.settings.num_samples)
         follower = _Follower(progress, tracked, plan, objective)
         search(plan, follower)
-        result = _conclude(plan, step.folder.search, follower, run=best_run)
+        result = _conclude(plan, step.folder, follower, run=best_run)
         tracked.log_metrics({objective: result.objective}, result.images_seen)
         for uri in (result.config, result.table, *result.plots):
             tracked.log_file(uri)
@@ -108,9 +110,10 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> 
 
 
 def trainable(result: TuneResult, config: Config) -> Config:
-    """The best config, to be trained where `config` computes: the search may have run on another machine."""
+    """The best config, to be trained where `config` says: the search may have been on another machine or moved."""
     best = from_yaml(storage.read_text(result.config), origin=result.config)
-    return best.model_copy(update={"compute": config.compute})
+    sampling = best.sampling.model_copy(update={"guidance": config.sampling.guidance})  # not by the search's copy
+    return best.model_copy(update={"compute": config.compute, "storage": config.storage, "sampling": sampling})
 
 
 class _Follower:
@@ -158,8 +161,8 @@ class _Follower:
         return run
 
 
-def _conclude(plan: SearchPlan, uri: str, follower: _Follower, *, run: str) -> TuneResult:
-    accidents, objective = follower.accidents, follower.objective
+def _conclude(plan: SearchPlan, folder: RunFolder, follower: _Follower, *, run: str) -> TuneResult:
+    uri, accidents, objective = folder.search, follower.accidents, follower.objective
     trials = read_trials(plan.trials, last_rung=plan.rungs[-1])
     for trial in trials:
         follower.close(trial)  # also those of earlier attempts, which may have been killed in between
@@ -183,7 +186,7 @@ def _conclude(plan: SearchPlan, uri: str, follower: _Follower, *, run: str) -> T
         trials=table(trials, accidents=accidents),
     )
     everything = {"objective": objective, "best": best.number, "trials": [asdict(trial) for trial in trials]}
-    storage.write_json(result.table, everything, indent=1)
+    storage.write_json(result.table, storage.relative_uris(everything, folder.root), indent=1)
     before = "" if result.baseline is None else f"; the config it started from: {result.baseline:.4g}"
     header = (
         f"# Trial {best.number} of {len(trials)} found by `ncsn tune`: {objective} = "

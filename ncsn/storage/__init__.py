@@ -15,7 +15,7 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ S3_SCHEME = s3.SCHEME
 CACHE_DIR_VARIABLE = "NCSN_CACHE_DIR"
 
 _SCRATCH = ".tmp-"
+_STORE = "store:/"  # stands for the root in the files of a store, which may be moved
 
 
 class UnreadableError(OSError):
@@ -111,6 +112,37 @@ def find_json(uri: str) -> Any | None:
         return read_json(uri)
     except FileNotFoundError:
         return None
+
+
+def relative_uris(values: Any, root: str) -> Any:
+    """Plain values with each URI at or below the root of a store as `store:/...`, for its files and for digests.
+
+    The inverse is `absolute_uris`, where the store is then.
+    """
+    inside = f"{root}/"
+    return _map_texts(
+        values, lambda text: _STORE + text[len(inside) :] if text == root or text.startswith(inside) else text
+    )
+
+
+def absolute_uris(values: Any, root: str) -> Any:
+    """The inverse of `relative_uris`, in the store at `root`."""
+
+    def absolute(text: str) -> str:
+        return join(root, text.removeprefix(_STORE)).rstrip("/") if text.startswith(_STORE) else text
+
+    return _map_texts(values, absolute)
+
+
+def _map_texts(values: Any, change: Callable[[str], str]) -> Any:
+    """Plain values with each text in them changed, but for keys."""
+    if isinstance(values, str):
+        return change(values)
+    if isinstance(values, Mapping):
+        return {key: _map_texts(value, change) for key, value in values.items()}
+    if isinstance(values, (list, tuple)):
+        return [_map_texts(value, change) for value in values]
+    return values
 
 
 def digest(values: Any, length: int) -> str:

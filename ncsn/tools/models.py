@@ -22,7 +22,7 @@ from ncsn.model.generate import evaluations_per_image, guide_of, sampling_facts
 from ncsn.model.trained import TRAINED_CONFIG, load_model
 from ncsn.progress import Progress
 from ncsn.steps.sample import first_images_png
-from ncsn.tracking.client import client_at, mlflow_errors, shown
+from ncsn.tracking.client import SQLITE, client_at, mlflow_errors, shown
 from ncsn.tracking.promotion import resolve_version
 from ncsn.tracking.registry import copy_guide, fetch_weights
 
@@ -62,10 +62,11 @@ def sample_model(
         config = copy_guide(_config(trained, overrides, origin=model), near=near, registry=registry)
         source = {
             "model": model,
-            "registry": shown(registry),
+            "registry": shown(registry).removeprefix(SQLITE),
             "checkpoint_digest": version.tags.get("ncsn.checkpoint", ""),
             **sampling_facts(config.sampling, guide_of(trained, config.sampling)),
         }
+        source = storage.relative_uris(source, storage.absolute(root))
         default = storage.join(near, "generated", version.name, str(version.version), storage.digest(source, 12))
         folder = storage.absolute(out) if out else default
         _claim(folder, source)

@@ -5,6 +5,7 @@ Importing mlflow takes more than a second, so the functions that use it import i
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sqlite3
@@ -15,7 +16,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 from filelock import FileLock
 
@@ -36,6 +37,15 @@ SERVERS = (*REMOTE, SQLITE, "postgresql", "mysql", "mssql", "databricks")
 UI = "NCSN_MLFLOW_UI"  # variable with the address of MLflow's pages, if that is not the tracking server's own
 
 _VIEW = "?workflowType=machine_learning"  # without it MLflow 3.17 shows its pages for language models
+
+_ARTIFACTS = "mlartifacts"  # the folder beside a database of ours
+# Table and column of what may be an address below the folder of the database.
+_ADDRESSES = (
+    *(("experiments", "artifact_location"), ("runs", "artifact_uri"), ("logged_models", "artifact_location")),
+    *(("model_versions", "source"), ("model_versions", "storage_location"), ("datasets", "dataset_source")),
+    *(("params", "value"), ("tags", "value"), ("model_version_tags", "value"), ("logged_model_tags", "tag_value")),
+)
+_LOCKED_SECONDS = 60  # how long another process may be writing
 
 PROBE_SECONDS = 4
 _EXAMPLES = "use http://HOST:PORT or sqlite:////absolute/path/mlflow.db"
@@ -163,12 +173,34 @@ def mlflow_errors(uri: str) -> Iterator[None]:
 
 
 def _artifacts_uri(database: Path) -> str:
-    return database.with_name("mlartifacts").as_uri()
+    return database.with_name(_ARTIFACTS).as_uri()
+
+
+def _follow_move(database: Path) -> None:
+    """Let MLflow's database, if it was moved or copied, name its files and those of the store where they are now."""
+    # MLflow makes an absolute address of each relative one that it is given.
+    try:
+        with closing(sqlite3.connect(database, timeout=_LOCKED_SECONDS)) as connection, connection:
+            found = connection.execute("SELECT artifact_location FROM experiments WHERE experiment_id = 0").fetchone()
+            before, now = Path(unquote(urlsplit(found[0] if found else "").path)), database.parent
+            if before.parent.name != _ARTIFACTS or before.parents[1] == now:
+                return
+            for form in (str, Path.as_uri, lambda path: f'{{"uri": {json.dumps(str(path))[:-1]}'):
+                old, new = form(before.parents[1]), form(now)
+                for table, column in _ADDRESSES:
+                    connection.execute(
+                        f"UPDATE {table} SET {column} = ? || substr({column}, ?)"  # noqa: S608 - ours
+                        f" WHERE {column} = ? OR substr({column}, 1, ?) = ?",
+                        (new, len(old) + 1, old, len(old) + 1, f"{old}/"),
+                    )
+    except sqlite3.Error as error:
+        raise TrackingError(f"{SQLITE}{database}", f"cannot be used: {error}") from error
 
 
 def _create_database(path: Path) -> None:
-    """Publish a database with all tables at `path`, unless there is one."""
+    """Publish a database with all tables at `path`, unless there is one, which may be from another place."""
     if path.exists():
+        _follow_move(path)
         return
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 

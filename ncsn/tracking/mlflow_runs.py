@@ -117,7 +117,8 @@ def step_run(config: Config, *, run: str, step: str) -> Iterator[StepRun]:
         set_tags(client, parent.info.run_id, _identity(folder))
         # A digest of what can change a result: other settings are another run, another machine is not.
         unused = {*PLACES, *UNUSED_SECTIONS.get(step, ("search", "select"))}
-        digest = storage.digest(config.model_dump(mode="json", exclude=unused), 16)
+        decides = storage.relative_uris(config.model_dump(mode="json", exclude=unused), folder.root)
+        digest = storage.digest(decides, 16)
         tags = {PARENT: parent.info.run_id, **provenance(f"ncsn {step}")}
         connection = replace(connection, experiment_id=parent.info.experiment_id)
         child = _open(connection, _identity(folder, step=step, config=digest), name=step, params=params, tags=tags)

@@ -147,7 +147,7 @@ def fetch_weights(uri: str, version: ModelVersion, into: Path) -> Path:
         (folder / TRAINED_CONFIG).stat()
     except (MlflowException, OSError) as error:
         reason = f"{shown(uri)} gives no weights and config of ncsn at {version.source}: {' '.join(str(error).split())}"
-        hint = "was it registered by `ncsn register`?"
+        hint = "restore its files; only a version of `ncsn register` has them"
         raise TrackingError(f"{SCHEME}{version.name}/{version.version}", reason, hint=hint) from error
     return folder
 

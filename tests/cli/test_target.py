@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,21 @@ def test_a_run_brings_its_config(config_file: Path, store: Path) -> None:
     claim_run(claimed.config, claimed.run)
     found = TargetOptions(None, (f"storage.root={store}", "sampling.num_images=9"), "mine").resolve()
     assert (found.run, found.config.seed, found.config.sampling.num_images) == ("mine", 7, 9)
+
+
+def test_a_run_is_where_its_store_is_now(config: Config, folder: RunFolder, store: Path, tmp_path: Path) -> None:
+    update_step(folder, "ingest", state="RUNNING")
+    moved = store.rename(tmp_path / "moved")
+    for options in (
+        TargetOptions(str(moved / "runs/mine/config.yaml")),
+        TargetOptions(None, (f"storage.root={moved}",), "mine"),
+    ):
+        assert options.resolve().config.storage.root == str(moved)
+    elsewhere = TargetOptions(str(moved / "runs/mine/config.yaml"), ("storage.root=/elsewhere",))
+    assert elsewhere.resolve().config.storage.root == "/elsewhere"
+    (tmp_path / "runs/by-hand").mkdir(parents=True)
+    by_hand = shutil.copy(moved / "runs/mine/config.yaml", tmp_path / "runs/by-hand")
+    assert TargetOptions(str(by_hand)).resolve().config.storage.root == config.storage.root
 
 
 def test_a_checkpoint_brings_its_config_and_its_run(config_file: Path, store: Path, tmp_path: Path) -> None:

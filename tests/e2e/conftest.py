@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -17,6 +16,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from ncsn.cli import app
+from ncsn.runs.folder import RunFolder, read_step
 
 TINY = """
 name: tiny
@@ -87,9 +87,7 @@ class Workplace:
         return self.root / "runs" / run
 
     def result(self, run: str, step: str) -> dict[str, Any]:
-        record: dict[str, Any] = json.loads((self.folder(run) / "steps" / step / "step.json").read_text())
-        result: dict[str, Any] = record["result"]
-        return result
+        return dict(read_step(RunFolder(str(self.root), run), step).result)
 
 
 @pytest.fixture(scope="module")

@@ -144,10 +144,12 @@ def test_images_come_from_the_registry_alone(workplace, finished, tmp_path) -> N
     assert Path(made["grid"]).read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_second_call_finds_every_step_done(workplace, finished) -> None:
-    again = workplace.run("run", "--run", RUN, "--json")
+def test_a_second_call_finds_every_step_done_also_where_the_store_was_moved_to(workplace, finished) -> None:
+    moved = workplace.root.rename(workplace.root.with_name("moved"))
+    again = workplace.run("run", "--run", RUN, "--json", "--set", f"storage.root={moved}")
+    moved.rename(workplace.root)
     assert again.returncode == 0, again.stderr
-    assert again.stdout == finished.stdout
+    assert again.stdout == finished.stdout.replace(f"{workplace.root}/", f"{moved}/")
     assert again.stderr.count("already done") == len(STEPS)
 
 

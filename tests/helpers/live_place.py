@@ -14,6 +14,8 @@ from botocore.exceptions import ClientError
 from ncsn_commands import ROOT, Command, Commands
 from real_cluster import Namespace, eventually
 
+from ncsn.storage import absolute_uris
+
 BUCKET, EXPERIMENT = "ncsn", "ncsn"
 # A training that takes a minute or two on one core, in little memory.
 SMALL = {
@@ -58,7 +60,8 @@ class Place:
     def stored(self, path: str) -> Any:
         """The JSON at a path of `storage.root`; None where there is none."""
         try:
-            return json.load(self._s3().get_object(Bucket=BUCKET, Key=f"{self.folder}/{path}")["Body"])
+            found = json.load(self._s3().get_object(Bucket=BUCKET, Key=f"{self.folder}/{path}")["Body"])
+            return absolute_uris(found, f"s3://{BUCKET}/{self.folder}")
         except ClientError as error:
             if error.response["Error"]["Code"] in {"NoSuchKey", "NoSuchBucket"}:
                 return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -89,7 +88,8 @@ def test_the_best_of_a_run_is_chosen_on_a_cluster_kept_and_logged(
     best = result.candidates[values.index(min(values))]
     assert (result.images_seen, result.relative_width) == (best["images_seen"], best["relative_width"])
     assert load_checkpoint(result.checkpoint).digest == best["digest"] and len(result.kept) == select.KEPT
-    assert json.loads(Path(result.uri).read_text())["candidates"] == result.candidates
+    written = storage.absolute_uris(storage.read_json(result.uri), config.storage.root)
+    assert written["candidates"] == result.candidates
     # Samples of the checkpoint that was copied are samples of the choice; those of others are not.
     chosen = {row["uri"] for row in result.candidates if selection_of(config, "mine", row["uri"])}
     assert chosen == {best["uri"]} and selection_of(config, "mine", result.checkpoint)

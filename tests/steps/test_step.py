@@ -12,7 +12,7 @@ from refused import refused
 
 from ncsn import storage
 from ncsn.config import Config, from_yaml
-from ncsn.errors import InvalidValue, UserError, problems_of
+from ncsn.errors import InvalidValue, NotFound, UserError, problems_of
 from ncsn.process import KFP_RUN_ID
 from ncsn.remote.backend import RemoteLost, RemoteStep
 from ncsn.runs.folder import ForeignRun, StepRecord, claim_run, read_mistake, read_step, recorded, run_folder
@@ -37,8 +37,8 @@ def config_at(root: Path, *overrides: str) -> Config:
     return from_yaml(DIGITS, overrides=[f"storage.root={root}", *overrides])
 
 
-def make(config: Config, run: str, *, inputs: dict[str, object], number: int = 1) -> Made:
-    step = Step("train", config, run, Made)
+def make(config: Config, run: str, *, inputs: dict[str, object], number: int = 1, name: str = "train") -> Made:
+    step = Step(name, config, run, Made)
     if result := step.find_result(inputs, needs=lambda result: [result.uri]):
         return result
     target = storage.join(step.folder.uri, "made.txt")
@@ -72,11 +72,28 @@ def test_work_is_done_once_for_the_same_inputs(tmp_path: Path) -> None:
     assert read_step(run_folder(config, "once"), "train").result["number"] == 3
 
 
-def test_work_is_done_again_when_an_output_is_gone(tmp_path: Path) -> None:
+def test_work_is_done_again_when_an_output_is_gone_but_no_training(tmp_path: Path) -> None:
     config = config_at(tmp_path)
-    first = make(config, "gone", inputs={}, number=1)
-    Path(first.uri).unlink()
+    make(config, "gone", inputs={}, number=1, name="sample")
+    made = make(config, "gone", inputs={}, number=1)
+    Path(made.uri).unlink()
+    assert make(config, "gone", inputs={}, number=2, name="sample").number == 2
+    Path(made.uri).unlink()
+    for _ in range(2):  # the failure changes nothing
+        with refused(made.uri, error=NotFound), recorded(config, "gone", "train"):
+            make(config, "gone", inputs={}, number=2)
+    storage.delete(run_folder(config, "gone").step("train", "step.json"))
     assert make(config, "gone", inputs={}, number=2).number == 2
+
+
+def test_a_result_moves_with_its_store(tmp_path: Path) -> None:
+    config, inputs = config_at(tmp_path / "old"), {"dataset": str(tmp_path / "old/datasets/a"), "other": "/data"}
+    made = make(config, "moved", inputs=inputs)
+    assert str(tmp_path) not in Path(run_folder(config, "moved").step("train", "step.json")).read_text()
+    (tmp_path / "old").rename(tmp_path / "new")
+    inputs["dataset"] = str(tmp_path / "new/datasets/a")
+    again = make(config_at(tmp_path / "new"), "moved", inputs=inputs, number=2)
+    assert again == Made(made.uri.replace("/old/", "/new/"), 1)
 
 
 class LosingBackend:

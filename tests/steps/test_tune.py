@@ -21,6 +21,7 @@ from ray_driver import RayDriver, ray_driver
 from refused import refused
 
 from components.tasks import tune as component
+from ncsn import storage
 from ncsn.config import Config, from_yaml, to_json
 from ncsn.data.dataset import write_dataset
 from ncsn.data.sources import open_source
@@ -71,7 +72,8 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Searched]:
     text = TINY.format(root=folder / "store")
     (folder / "tiny.yaml").write_text(text)
     config = from_yaml(text)
-    dataset = write_dataset(open_source(config.data), str(folder / "data"), name="digits", data=config.data).uri
+    datasets = str(folder / "store" / "datasets")
+    dataset = write_dataset(open_source(config.data), datasets, name="digits", data=config.data).uri
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("RAY_ADDRESS", raising=False)
         with ray_driver(config) as (driver, joining):
@@ -157,8 +159,17 @@ def test_each_trial_is_a_run_below_that_of_the_step(searched: Searched) -> None:
     assert step.data.metrics[searched.result.objective_name] == pytest.approx(searched.result.objective)
 
 
-def test_a_search_that_is_complete_is_returned(searched: Searched) -> None:
+def test_a_search_that_is_complete_is_returned_also_where_its_store_was_moved_to(searched: Searched) -> None:
+    root = Path(searched.config.storage.root)
     assert tune.run(searched.config, run="hunt", dataset=searched.dataset) == searched.result
+    moved = root.rename(root.with_name("moved"))
+    there = searched.config.model_copy(
+        update={"storage": searched.config.storage.model_copy(update={"root": str(moved)})}
+    )
+    again = tune.run(there, run="hunt", dataset=searched.dataset.replace(f"{root}/", f"{moved}/"))
+    moved.rename(root)
+    assert tune.trainable(searched.result, there).storage.root == str(moved)
+    assert storage.relative_uris(asdict(again), str(moved)) == storage.relative_uris(asdict(searched.result), str(root))
     with refused("search"):
         tune.run(searched.config.model_copy(update={"search": None}), run="hunt", dataset=searched.dataset)
 

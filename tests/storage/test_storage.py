@@ -39,6 +39,19 @@ def test_absolute_refuses_what_it_cannot_reach(uri):
         storage.absolute(uri)
 
 
+@pytest.mark.parametrize("store", ["/a/store", "s3://bucket/prefix"])
+def test_addresses_in_a_store_are_relative_to_it(store):
+    values = {"at": store, "in": [f"{store}/runs/a", {"b": f"{store}/c"}], "out": [f"{store}2/d", "/e", 1, None]}
+    relative = storage.relative_uris(values, store)
+    assert relative == {
+        "at": "store:/",
+        "in": ["store:/runs/a", {"b": "store:/c"}],
+        "out": [f"{store}2/d", "/e", 1, None],
+    }
+    assert storage.absolute_uris(relative, store) == values
+    assert storage.absolute_uris(relative, "/new")["in"] == ["/new/runs/a", {"b": "/new/c"}]
+
+
 def test_a_written_file_reads_back_and_is_replaced(root):
     uri = storage.join(root, "a", "file.txt")
     assert not storage.exists(uri)

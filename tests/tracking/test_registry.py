@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,6 +14,7 @@ import requests
 import torch
 from gated import DiesAt, Killed
 from mlflow.entities.model_registry import ModelVersion
+from mlflow.tracking._tracking_service.utils import _artifact_repos_cache
 from mlflow_server import tracking_server
 from refused import refused
 
@@ -72,6 +74,26 @@ def test_same_weights_and_sampler_are_one_version(config, checkpoint, make_confi
     logged = tracked.client.get_logged_model(output.model_id)
     assert [(metric.key, metric.value) for metric in logged.metrics] == [("eval/a", 1.5)]
     assert logged.status == "READY"
+
+
+def test_runs_and_models_move_with_their_store(make_config, checkpoint, tmp_path):
+    old, new = tmp_path / "old place", tmp_path / "new"
+    with step_run(make_config(f"storage.root={old}"), run="moved", step="register") as before:
+        registry.register(before, replace(candidate(checkpoint, "moved"), tags={"ncsn.root": str(old)}))
+        before.log_dataset("digits", digest="d1", uri=f"{old}/datasets/a")
+        before.set_tags({"elsewhere": f"{old}-2/a"})
+    old.rename(new)
+    _artifact_repos_cache.clear()  # a process that had used the old place would go on to
+    with step_run(make_config(f"storage.root={new}"), run="moved", step="register") as after:
+        version = after.client.get_model_version("moved", "1")
+        again = registry.register(after, candidate(checkpoint, "moved"))
+    assert (after.run_id, after.parent_run_id) == (before.run_id, before.parent_run_id)
+    assert (again.version, version.tags["ncsn.root"]) == (version.version, str(new))
+    run = after.client.get_run(after.run_id)
+    assert run.data.tags["dataset.uri"] == f"{new}/datasets/a" and run.data.tags["elsewhere"] == f"{old}-2/a"
+    assert json.loads(run.inputs.dataset_inputs[0].dataset.source) == {"uri": f"{new}/datasets/a"}
+    assert not old.exists(), "nothing was written there"
+    assert load_model(fetch_weights(after.uri, version, tmp_path), origin="moved").config == checkpoint.config
 
 
 def test_a_registered_model_is_copied_to_guide_another(config, checkpoint, make_config, tmp_path):
