@@ -80,8 +80,6 @@ def new_network(images: Images, *, widths: tuple[int, ...]) -> UnetNetwork:
         widths=widths,
         blocks_per_resolution=1,
         embedding_features=64,
-        attention_sizes=(),
-        dropout=0.0,
         sigma_data=images.sigma_data,
     )
 

@@ -72,7 +72,7 @@ LEAST_MODULES, MOST_MODULES = 2, 14  # of a package
 # Lines of each part; a change that takes it 10 % over its budget has to say why.
 BUDGETS = {
     "ncsn/core": 3800,
-    "ncsn/data": 2400,
+    "ncsn/data": 2420,
     "ncsn/evaluation": 1700,
     "ncsn/steps ncsn/runs": 2295,
     "ncsn/model": 1500,
@@ -82,6 +82,7 @@ BUDGETS = {
     "ncsn/tracking": 1300,
     "ncsn/report": 1200,
     "ncsn/remote": 1350,
+    "ncsn/library": 330,
     "ncsn/tools": 1400,
     "ncsn/training": 900,
     "components pipelines": 900,

@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -20,11 +21,25 @@ if TYPE_CHECKING:
     from ncsn.cli.target import TargetOptions
 
 
-class _InOrder(click.Group):
-    """Lists its commands as they were added."""
+# What people need first stands first; within a group, commands are in the order of work.
+_GROUPS = {
+    "Start": ("init", "run", "sample", "ui", "show-config", "plan", "doctor", "select"),
+    "Steps": ("ingest", "tune", "train", "evaluate", "register", "report"),
+    "Models": ("promote", "trace"),
+    "Cluster": ("submit", "cleanup"),
+}
+
+
+class _Grouped(click.Group):
+    """Lists its commands in `_GROUPS`."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
-        return list(self.commands)
+        return [name for names in _GROUPS.values() for name in names]
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        for group, names in _GROUPS.items():
+            with formatter.section(group):
+                formatter.write_dl([(name, self.commands[name].get_short_help_str(80)) for name in names])
 
 
 _HELP = """Noise conditional score networks: from images to a registered model that generates images.
@@ -38,7 +53,7 @@ ncsn sample --run NAME --set sampling.seed=1    run one step again
 """
 
 
-@click.group(cls=_InOrder, help=_HELP, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=_Grouped, help=_HELP, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="ncsn", message="%(version)s")
 def app() -> None:
     """The `ncsn` command."""
@@ -110,11 +125,17 @@ def run_command(*, options: TargetOptions, as_json: bool) -> None:
     run_pipeline(options.resolve(), as_json=as_json)
 
 
-def _do_step(step: str, options: TargetOptions, given: Mapping[str, str | None], *, as_json: bool) -> None:
+def _do_step(
+    step: str, options: TargetOptions, given: Mapping[str, str | None], *, as_json: bool, png: str | None = None
+) -> None:
     from ncsn.cli.console import describe_result
     from ncsn.cli.execute import run_one
 
     result = run_one(step, options.resolve(checkpoint=given.get("checkpoint")), given=given)
+    if png:
+        from ncsn.data.samples import write_pngs
+
+        write_pngs(result["uri"], Path(png), num_images=result["num_images"])
     click.echo(json.dumps(result, indent=1) if as_json else describe_result(step, result))
 
 
@@ -136,13 +157,16 @@ train_command = _step_command("train")
 @step_options("sample")
 @click.option("--model", metavar="URI", help="A registered model instead of a run: models:/NAME@champion.")
 @click.option("--out", metavar="FOLDER", help="With --model: where the images go.")
+@click.option("--png", metavar="DIR", help="Also write each image as a PNG file into this new or empty folder.")
 def sample_command(
-    *, options: TargetOptions, as_json: bool, model: str | None, out: str | None, **given: str | None
+    *, options: TargetOptions, as_json: bool, model: str | None, out: str | None, png: str | None, **given: str | None
 ) -> None:
+    if png and (folder := Path(png)).exists() and not (folder.is_dir() and next(folder.iterdir(), None) is None):
+        raise UserError("--png", "not an empty folder", hint="choose another", value=png)
     if model or out:
-        registry.sample_from_model(options, given, model=model, out=out, as_json=as_json)
+        registry.sample_from_model(options, given, model=model, out=out, png=png, as_json=as_json)
     else:
-        _do_step("sample", options, given, as_json=as_json)
+        _do_step("sample", options, given, as_json=as_json, png=png)
 
 
 evaluate_command = _step_command("evaluate")

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -96,10 +97,17 @@ def _tree(link: Link) -> Tree:
 
 
 def sample_from_model(
-    options: TargetOptions, given: Mapping[str, str | None], *, model: str | None, out: str | None, as_json: bool
+    options: TargetOptions,
+    given: Mapping[str, str | None],
+    *,
+    model: str | None,
+    out: str | None,
+    png: str | None,
+    as_json: bool,
 ) -> None:
     """`ncsn sample --model`: generate images from a registered model and print where they are."""
     from ncsn.cli.console import ShownProgress, shown_progress
+    from ncsn.data.samples import write_pngs
     from ncsn.tools import models
 
     if model is None:
@@ -121,6 +129,8 @@ def sample_from_model(
             progress=ShownProgress(view, "sample"),
         )
         view.finish("sample", f"done in {result.seconds:,.1f} s")
+    if png:
+        write_pngs(result.uri, Path(png), num_images=result.num_images)
     text = f"""sample: {result.num_images:,} images of {result.model}, {result.nfe:,} network evaluations per image
 uri: {result.uri}
 grid: {result.grid}"""

@@ -10,12 +10,14 @@ import itertools
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
+from PIL import Image
 
 from ncsn import storage
 from ncsn.data.format import (
@@ -65,6 +67,18 @@ def samples_shape(uri: str, *, num_images: int) -> tuple[int, ...]:
 def read_samples(uri: str, first: int, last: int) -> NDArray[np.uint8]:
     """Images `first .. last` of the folder `uri`, [n, H, W, C] uint8. Shards may overlap."""
     return np.concatenate([from_table(table).images for table in _tables(uri, [IMAGE, LABEL], first, last)])
+
+
+def write_pngs(uri: str, folder: Path, *, num_images: int) -> None:
+    """Write images `0 .. num_images` of the folder `uri` as `000000.png`, ... into a new or empty folder, whole."""
+    folder = folder.absolute()
+    starts = batch_starts(uri, num_images=num_images, batch_size=num_images)  # of the shards
+    with storage.scratch_folder(str(folder.parent)) as temporary:
+        for first, last in itertools.pairwise([*starts, num_images]):
+            for number, image in enumerate(read_samples(uri, first, last), first):
+                picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+                picture.save(temporary / f"{number:06d}.png")
+        temporary.rename(folder)
 
 
 def read_labels(uri: str, *, num_images: int) -> NDArray[np.int64]:

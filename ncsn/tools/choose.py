@@ -52,7 +52,7 @@ _WIDTHS = ((40, 16), (20, 24), (10, 48), (0, 96))  # channels of feature maps of
 # How the time is divided.
 _START_SECONDS = 60.0  # for the processes and clusters of all steps
 _READING = 0.2
-_TRAINING, _SAMPLING = 0.75, 0.12  # of the remaining time
+TRAINING, _SAMPLING = 0.75, 0.12  # of the remaining time
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,7 @@ def choose(
     found: Survey,
     *,
     seconds: float,  # wanted length of a run of all steps
+    startup: float = _START_SECONDS,  # of these
     overrides: Sequence[str] = (),  # `a.b=value`
     machine: Machine,
     ask_mirrored: Callable[[], bool] = lambda: False,  # called where there are too few images to tell
@@ -79,11 +80,11 @@ def choose(
     draft.choose("name", slug(found.root), "The registered model will be ncsn-<name>.")
     _choose_images(draft, found)
     reading = _choose_max_images(draft, found, seconds=_READING * seconds)
-    left = max(seconds - _START_SECONDS - reading, seconds / 5)
+    left = max(seconds - startup - reading, seconds / 5)
     train_images = found.train_images(draft.get("data.test_fraction", 0))
     train_images = min(train_images, draft.get("data.max_images") or train_images)
     _choose_compute(draft, machine, train_images=train_images)
-    speed = _choose_network(draft, found, seconds=_TRAINING * left)
+    speed = _choose_network(draft, found, seconds=TRAINING * left)
     class_counts = [count * train_images / found.num_images for count in found.class_counts]
     if _are_splits(found.class_names):
         class_counts = []
@@ -91,13 +92,13 @@ def choose(
     images = found.fitted(_trial(draft).data)
     _choose_flip(draft, images, ask_mirrored)
     _choose_noise(draft, images)
-    length = _choose_training(draft, train_images=train_images, seconds=_TRAINING * left, speed=speed)
+    length = _choose_training(draft, train_images=train_images, seconds=TRAINING * left, speed=speed)
     sampling = _choose_sampling(draft, seconds=_SAMPLING * left, speed=speed)
     _choose_evaluation(draft, class_counts, train_images=train_images)
     taken = {
         "train": length * speed.train_image,
         "sample": sampling,
-        "other": _START_SECONDS + reading + (1 - _TRAINING - _SAMPLING) * left,
+        "other": startup + reading + (1 - TRAINING - _SAMPLING) * left,
     }
     return FirstConfig(draft, from_yaml(draft.to_yaml(), origin="--set"), taken, images)
 

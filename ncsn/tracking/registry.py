@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import ncsn
 from ncsn import storage
 from ncsn.config import Config
 from ncsn.config.choices import AutoguidanceConfig
@@ -56,7 +55,7 @@ def write_model(
         path=str(folder),
         python_model=str(MODEL_FILE),
         artifacts={path.stem: str(path) for path in sorted(inputs.iterdir())},
-        code_paths=[str(Path(ncsn.__file__).parent)],
+        code_paths=[str(Path(__file__).parents[1])],
         signature=infer_signature(model_output=images, params=params),
         input_example=(np.empty(0), {"n_images": 2}),
         pip_requirements=[requirements[name] for name in NEEDED],

@@ -47,6 +47,7 @@ def test_show_config_as_json_is_the_canonical_form(run_in_process, config_file: 
         (["ingest", "--run", "Not Valid"], "--run 'Not Valid'"),
         (["run", "--set", "storage.root=s3://bucket/prefix"], "tracking.uri"),
         (["select"], "--dataset"),
+        (["sample", "--png", "CONFIG"], "--png 'CONFIG'"),
         (["tune"], "search"),
         (["plan", "--set", "noise=auto"], "noise = 'auto'"),
     ],

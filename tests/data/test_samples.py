@@ -6,10 +6,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 from refused import refused
 
 from ncsn.data.format import Rows, to_table
-from ncsn.data.samples import missing_ranges, read_samples, samples_shape
+from ncsn.data.samples import missing_ranges, read_samples, samples_shape, write_pngs
 from ncsn.errors import NotFound
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (20, 4, 4, 3), dtype=np.uint8)
@@ -28,6 +29,19 @@ def test_overlapping_shards_give_each_image_once(tmp_path: Path) -> None:
     assert samples_shape(str(tmp_path), num_images=20) == (4, 4, 3)
     for first, last in [(0, 20), (0, 7), (2, 7), (5, 20), (9, 10)]:
         np.testing.assert_array_equal(read_samples(str(tmp_path), first, last), IMAGES[first:last])
+
+
+def test_each_image_becomes_a_png_file(tmp_path: Path) -> None:
+    shards, pictures = tmp_path / "shards", tmp_path / "pictures"
+    shards.mkdir()
+    for first, last in [(0, 5), (3, 20)]:
+        write_shard(shards, first, last)
+    pictures.mkdir()
+    write_pngs(str(shards), pictures, num_images=18)
+    files = sorted(pictures.iterdir())
+    assert [file.name for file in files] == [f"{number:06d}.png" for number in range(18)]
+    np.testing.assert_array_equal(np.stack([np.array(Image.open(file)) for file in files]), IMAGES[:18])
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_gaps_and_missing_folders_say_what_is_missing(tmp_path: Path) -> None:

@@ -134,7 +134,8 @@ def test_trace_prints_every_link_of_the_model(workplace, finished) -> None:
 
 def test_images_come_from_the_registry_alone(workplace, finished, tmp_path) -> None:
     one_shard = ("--set", "sampling.batch_size=16")  # which needs no cluster
-    options = ("--out", str(tmp_path / "images"), "--json", *one_shard)
+    pictures = tmp_path / "pictures"
+    options = ("--out", str(tmp_path / "images"), "--png", str(pictures), "--json", *one_shard)
     done = workplace.run("sample", "--model", "models:/ncsn-tiny@champion", *options)
     assert done.returncode == 0, done.stderr
     made = json.loads(done.stdout)
@@ -142,6 +143,7 @@ def test_images_come_from_the_registry_alone(workplace, finished, tmp_path) -> N
     images, sampled = (read_samples(uri, 0, 16) for uri in (made["uri"], workplace.result(RUN, "sample")["uri"]))
     assert np.abs(images.astype(int) - sampled.astype(int)).max() <= 1
     assert Path(made["grid"]).read_bytes().startswith(b"\x89PNG")
+    np.testing.assert_array_equal(np.array(Image.open(pictures / "000015.png")), images[15, ..., 0])
 
 
 def test_a_second_call_finds_every_step_done_also_where_the_store_was_moved_to(workplace, finished) -> None:

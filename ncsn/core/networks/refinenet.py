@@ -332,7 +332,7 @@ class NcsnNetwork(_RefineNet):
     for 28x28x1 (num_features 64), with 10 levels. The first layer sees 2x - 1 of images in [0, 1].
     """
 
-    def __init__(self, num_features: int, *, channels: int, num_levels: int) -> None:
+    def __init__(self, num_features: int = 128, *, channels: int, num_levels: int) -> None:
         norm: NormFactory = partial(ConditionalInstanceNormPlus, num_levels=num_levels)
         refine = partial(RefineBlock, norm=norm, pool=average_pool)
         super().__init__(num_features, channels=channels, depth="standard", norm=norm, refine=refine)
@@ -364,7 +364,7 @@ class NcsnV2Network(_RefineNet, ContinuousNetwork):
     5 and 6 stages, which halve the image 1, 2 and 3 times. The first layer sees 2x - 1 of images in [0, 1].
     """
 
-    def __init__(self, num_features: int, *, channels: int, sigmas: Tensor, depth: Depth = "standard") -> None:
+    def __init__(self, num_features: int = 128, *, channels: int, sigmas: Tensor, depth: Depth = "standard") -> None:
         refine = partial(RefineBlock, norm=_NoNorm, pool=max_pool)
         super().__init__(num_features, channels=channels, depth=depth, norm=InstanceNormPlus, refine=refine)
         self.register_buffer("sigmas", sigmas.detach().clone().to(torch.float32))

@@ -1,0 +1,1 @@
+"""What `import ncsn` offers, see docs/library.md."""

@@ -1,0 +1,232 @@
+"""What `import ncsn` offers: a model's images and scores, where it is loaded from, and training in one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from refused import refused
+from torch import Tensor
+from torch.utils.data import TensorDataset
+
+import ncsn
+from ncsn import DpmSolver, KarrasHeun, Langevin, ScoreModel, fit
+from ncsn.config import from_yaml, to_yaml
+from ncsn.core.images import fit_moments
+from ncsn.library.fit import _in_memory
+from ncsn.model import build
+from ncsn.model.checkpoint import TrainedNetwork
+from ncsn.model.classes import Classes
+from ncsn.model.trained import save_model
+from ncsn.runs.folder import RunFolder, update_step
+
+ROOT = Path(__file__).parents[2]
+TEXT = """
+name: tiny
+data: {source: sklearn_digits, image_size: 8, channels: 1}
+noise: {num_levels: 4}
+network: {kind: unet, widths: [8, 8], blocks_per_resolution: 1, embedding_features: 8}
+train: {batch_size: 8, num_images: 16, checkpoint_every_images: 8, report_every_images: 8}
+sampling: {num_images: 4, batch_size: 2, sampler: {kind: karras_heun, num_steps: 5}}
+evaluation: {num_splits: 2}
+"""
+CLASSES = ("data.num_classes=3", "train.label_dropout=0.1")
+NCSN = ("network={kind: ncsn, num_features: 4}", "sampling.sampler={kind: annealed_langevin, steps_per_level: 1}")
+
+
+def model_of(*overrides: str) -> ScoreModel:
+    """A model whose score depends on all its inputs."""
+    config = from_yaml(TEXT, overrides=overrides)
+    network, draw = build.network(config).eval().requires_grad_(False), torch.Generator().manual_seed(0)
+    for parameter in network.parameters():
+        parameter.add_(0.2 * torch.randn(parameter.shape, generator=draw))
+    classes = Classes(("cat", "dog", "bird"), (1, 2, 3)) if config.data.num_classes else None
+    moments = fit_moments(torch.rand(64, 1, 8, 8, generator=draw))
+    return ScoreModel(TrainedNetwork(config=config, network=network, moments=moments, classes=classes))
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Of the working folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / ".ncsn"
+
+
+def test_what_is_promised_is_described() -> None:
+    page = (ROOT / "docs" / "library.md").read_text()
+    members = [
+        f"{name}(" for name in vars(ScoreModel) if not name.startswith("_") and callable(getattr(ScoreModel, name))
+    ]
+    assert [name for name in (*ncsn.__all__, *members) if name not in page] == []
+    assert all(getattr(ncsn, name) for name in ncsn.__all__)
+    with pytest.raises(AttributeError):
+        ncsn.nothing  # noqa: B018
+
+
+def test_an_image_depends_on_the_seed_and_its_number_alone() -> None:
+    model = model_of(*CLASSES)
+    many, few = model.sample(5, seed=3), model.sample(3, seed=3)
+    assert many.shape == (5, *model.image_shape) and many.dtype == np.uint8
+    assert np.abs(many[:3].astype(int) - few).max() <= 1
+    assert (model.sample(3, seed=4) != few).any()
+    birds = model.sample(3, label="bird", seed=3)
+    np.testing.assert_array_equal(birds, model.sample(3, label=2, seed=3))
+    np.testing.assert_array_equal(birds[2], few[2])  # classes come in turn
+    assert (model.sample(3, sampler=KarrasHeun(num_steps=9), seed=3) != few).any()
+
+
+def test_a_sampler_or_label_that_does_not_fit_is_refused() -> None:
+    model = model_of()
+    with refused("n"):
+        model.sample(0)
+    with refused("sampling.label"):
+        model.sample(1, label=3)
+    with refused("sampling.label"):
+        model_of(*CLASSES).sample(1, label="fish")
+    with refused("sampling.sampler.level"):
+        model.sample(1, sampler=Langevin(level=4))
+    with refused("sampling.sampler.kind"):
+        model_of(*NCSN).sample(1, sampler=KarrasHeun())
+    with refused("label"):
+        model.score(torch.zeros(1, 1, 8, 8), 0.1, label=0)
+
+
+def test_the_score_of_a_network_without_weights_is_that_of_a_normal_distribution() -> None:
+    trained = model_of()._trained
+    for parameter in trained.network.parameters():
+        parameter.zero_()
+    model, spread, sigma = ScoreModel(trained), 0.25, torch.tensor([0.1, 0.5])
+    x = torch.rand(2, 1, 8, 8)
+    variance = (spread**2 + sigma**2)[:, None, None, None]
+    torch.testing.assert_close(model.score(x, sigma), (0.5 - x) / variance)
+    torch.testing.assert_close(model.denoise(x, sigma), x + (0.5 - x) * sigma.square()[:, None, None, None] / variance)
+    torch.testing.assert_close(model.score(x, 0.5)[1], model.score(x, sigma)[1])
+
+
+def test_a_score_is_of_a_class_and_has_gradients() -> None:
+    model, x = model_of(*CLASSES), torch.rand(2, 1, 8, 8, requires_grad=True)
+    torch.testing.assert_close(model.score(x, 0.3, label="dog"), model.score(x, 0.3, label=1))
+    assert not torch.allclose(model.score(x, 0.3, label="dog"), model.score(x, 0.3))
+    (gradient,) = torch.autograd.grad(model.denoise(x, 0.3).sum(), x)
+    assert gradient.abs().sum() > 0
+
+
+def test_a_network_of_levels_knows_its_levels_alone() -> None:
+    model = model_of(*NCSN)
+    x, sigmas = torch.rand(2, 1, 8, 8), build.sigmas(model._trained.config)
+    expected = model._trained.network(x, torch.tensor([1, 3]))
+    torch.testing.assert_close(model.score(x, sigmas[[1, 3]]), expected)
+    with refused("sigma"):
+        model.score(x, 0.5)
+
+
+def test_a_model_is_saved_once_and_loaded(store: Path) -> None:
+    model = model_of(*CLASSES)
+    model.save("here/model")
+    again = ScoreModel.load(Path("here/model"), device="cpu")
+    assert again.classes == ("cat", "dog", "bird")
+    np.testing.assert_array_equal(again.sample(2), model.sample(2))
+    with refused("folder"):
+        model.save("here/model")
+    assert [path.name for path in Path("here").iterdir()] == ["model"]
+
+
+def test_a_run_gives_its_checkpoint(store: Path) -> None:
+    model, folder = model_of(), RunFolder(str(store), "mine")
+    checkpoint = store / "runs" / "mine" / "checkpoints" / "images-000000016"
+    checkpoint.mkdir(parents=True)
+    save_model(model._trained, checkpoint)
+    Path(folder.config).write_text(to_yaml(model._trained.config))
+    with refused("--checkpoint"):
+        ScoreModel.load("mine")
+    update_step(folder, "train", result={"checkpoint": str(checkpoint)})
+    for address in ("mine", folder.uri, checkpoint):
+        np.testing.assert_array_equal(ScoreModel.load(address, device="cpu").sample(2), model.sample(2))
+
+
+def test_an_address_without_a_model_is_refused(store: Path) -> None:
+    with refused("address"):
+        ScoreModel.load("nothing")
+    with refused("models:/digits@champion"):
+        ScoreModel.load("models:/digits@champion")
+    assert list(store.parent.iterdir()) == []  # nor is there a new database
+
+
+@pytest.fixture
+def stripes() -> np.ndarray:
+    """24 images of 8x8 pixels, half of them of one class."""
+    return np.stack([np.full((8, 8), 10 * number, np.uint8) for number in range(24)])
+
+
+def test_fit_trains_on_an_array_with_classes(stripes: np.ndarray, tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    before = sorted(Path(os.environ["NCSN_CACHE_DIR"]).glob("*"))
+    model = fit(stripes, ["dark", "light"] * 12, hours=1e-5, on_progress=lambda *count: seen.append(count))
+    assert model.classes == ("dark", "light") and model.image_shape == (8, 8, 1)
+    assert seen == sorted(seen) and seen[0][0] == 0 and seen[-1][0] == seen[-1][1] > 0
+    assert model.sample(2, label="light").shape == (2, 8, 8, 1)
+    assert model._trained.config.train.label_dropout > 0
+    assert sorted(Path(os.environ["NCSN_CACHE_DIR"]).glob("*")) == before
+
+
+def test_fit_trains_on_a_folder_with_another_network(stripes: np.ndarray, tmp_path: Path) -> None:
+    for number, image in enumerate(stripes):
+        Image.fromarray(image).save(tmp_path / f"{number}.png")
+    model = fit(tmp_path, network={"kind": "ncsnv2", "num_features": 8}, hours=1e-5, seed=5)
+    assert model._trained.config.network.num_features == 8 and model._trained.config.seed == 5
+    assert model.sample(1, sampler=DpmSolver(num_steps=3)).shape == (1, 8, 8, 1)
+
+
+@pytest.mark.parametrize("floats", [False, True])
+def test_arrays_and_datasets_give_the_same_images(stripes: np.ndarray, *, floats: bool) -> None:
+    tensor: Tensor = torch.from_numpy(stripes)[:, None]
+    labels = torch.arange(24) % 3
+    given = (
+        [stripes / 255, stripes[..., None]] if floats else [tensor, tensor / 255, list(map(Image.fromarray, stripes))]
+    )
+    for images in given:
+        source, found = _in_memory(images, labels)
+        train = source.splits["train"]
+        np.testing.assert_array_equal(train.images[..., 0], stripes)
+        assert source.class_names == ("0", "1", "2") and found.class_counts == (8, 8, 8)
+    source, _ = _in_memory(TensorDataset(tensor, labels), None)
+    np.testing.assert_array_equal(source.splits["train"].labels, labels)
+
+
+def test_images_that_cannot_be_used_are_refused(stripes: np.ndarray) -> None:
+    for images in (
+        stripes[:, :4],
+        stripes.astype(float),
+        stripes.astype(int),
+        stripes[:0],
+        stripes[:3],
+        [],
+        "/nowhere",
+    ):
+        with refused("images"):
+            fit(images)
+    with refused("labels"):
+        fit(stripes, [0, 1])
+    with refused("labels"):
+        fit("/nowhere", [0, 1])
+    with refused("network.kind"):
+        fit(stripes, network="vgg")
+    with refused("hours"):
+        fit(stripes, hours=0)
+
+
+def test_the_notebook_runs_without_ray_and_mlflow(tmp_path: Path) -> None:
+    cells = json.loads((ROOT / "examples" / "library.ipynb").read_text())["cells"]
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    code = "import sys, ncsn\nearly = set(sys.modules)\n" + code.replace("hours=0.05", "hours=1e-5")
+    code += "\nprint({'torch', 'numpy'} & early, {'ray', 'mlflow'} & set(sys.modules), images.shape)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("set() set() (16, 8, 8, 1)\n")
