@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ncsn.config import Config
 from ncsn.evaluation import VERSUS
-from ncsn.runs.folder import Cost, RunFolder
+from ncsn.runs.folder import Cost, RunFolder, total_cost
 
 if TYPE_CHECKING:
     from ncsn.evaluation.frechet import RunningScore
@@ -318,7 +318,7 @@ def cost_line(costs: Collection[Cost]) -> str:
     """What some steps reserved, together; empty without any."""
     if not costs:
         return ""
-    total = Cost(*map(sum, zip(*costs, strict=True)))
+    total = total_cost(costs)
     gpu = f" · {duration(total.gpu_hours * HOUR)} of GPUs" if total.gpu_hours else ""
     return f"{duration(total.seconds)} · {duration(total.cpu_hours * HOUR)} of CPU cores{gpu}"
 

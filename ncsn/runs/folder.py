@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, NamedTuple
@@ -273,7 +273,12 @@ def cost_of(config: Config, step: str, seconds: float) -> Cost:
     return Cost(seconds, workers * compute.cpus_per_worker * hours, gpus * hours)
 
 
-def spent(config: Config, *, run: str) -> dict[str, Cost]:
+def total_cost(costs: Iterable[Cost]) -> Cost:
+    """The sum of some costs."""
+    return Cost(*(sum(amounts) for amounts in zip(Cost(0.0, 0.0, 0.0), *costs, strict=True)))
+
+
+def spent(config: Config, folder: RunFolder) -> dict[str, Cost]:
     """The cost of each step of a run so far, failed attempts included."""
-    seconds = {step: read_step(run_folder(config, run), step).seconds for step in STEPS}
+    seconds = {step: read_step(folder, step).seconds for step in STEPS}
     return {step: cost_of(config, step, value) for step, value in seconds.items() if value}

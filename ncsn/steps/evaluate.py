@@ -28,6 +28,7 @@ from ncsn.report.words import few_samples, verdict_of
 from ncsn.steps.sample import first_images_png
 from ncsn.steps.step import Step
 from ncsn.tracking.gate import Measurement, Memorization
+from ncsn.tracking.mlflow_runs import NOTE
 
 # Extractor -> its metrics in papers, and the number of samples that they are over.
 PUBLISHED_METRICS = {"inception": "Inception scores and Fréchet distances", "dinov2": "FD-DINOv2 values"}
@@ -89,7 +90,9 @@ def run(config: Config, *, run: str, samples: str, dataset: str, lease: str | No
         runner = runner_of(config.compute) if on_cluster or on_gpus else here
         result = evaluate(config, **places, folder=step.folder.evaluation, progress=progress, runner=runner)
         progress.note(str(RunningScore(**result.running[-1])))
-        tracked.log_metrics({**result.metrics, **result.real_metrics})
+        for each in (tracked, tracked.parent):
+            each.log_metrics({**result.metrics, **result.real_metrics})
+        tracked.parent.set_tags({NOTE: result.verdict})
         extractor, by_class = extractor_name(config, manifest), {}
         for number, line in enumerate(result.classes["table"][:MOST_CLASSES] if result.classes else []):
             for metric in ("agreement", "kid"):  # `eval/classifier_class_agreement_n51/3-dress`

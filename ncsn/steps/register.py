@@ -24,6 +24,7 @@ from ncsn.steps.step import Step
 from ncsn.tracking import registry
 from ncsn.tracking.client import SQLITE, client_at, mlflow_errors, shown, tracking_uri
 from ncsn.tracking.gate import Evidence, Measurement, Memorization
+from ncsn.tracking.mlflow_runs import NOTE
 from ncsn.tracking.promotion import pass_gate
 
 # Name -> what it shows, of the pictures of the card.
@@ -93,6 +94,9 @@ def run(config: Config, *, run: str, checkpoint: str, evaluation: str) -> Regist
         )
         told = {"gate.promoted": str(result.promoted).lower(), "gate.reason": result.reason}
         tracked.set_tags({"model.uri": result.uri, **told})
+        aliases = f" ({', '.join(result.aliases)})" if result.aliases else ""
+        tracked.parent.set_tags({"model.uri": result.uri})
+        tracked.parent.set_tags({NOTE: f"{measured['verdict']}\n\nModel `{result.uri}`{aliases}: {result.reason}"})
     return step.store_result(result)
 
 
@@ -134,7 +138,7 @@ def _candidate(
         images_seen=loaded.images_seen,
         num_parameters=sum(parameter.numel() for parameter in loaded.network.parameters()),
         nfe=evaluations_per_image(config),
-        cost=cost_line(spent(config, run=run).values()),
+        cost=cost_line(spent(config, run_folder(config, run)).values()),
         pictures={shown: file for file, shown in PICTURES.items() if file in files},
         warnings=[
             *([] if held_out is None else overfitting_hints(held_out)),

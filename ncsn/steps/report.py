@@ -81,7 +81,7 @@ def run(config: Config, *, run: str, evaluation: str) -> ReportResult:
         text = render(**_results(sources), lineage=list(_lineage(sources, tracked)), **_training(sources))
         uri = storage.join(step.folder.report, "report.html")
         storage.write_text(uri, text)
-        tracked.log_file(uri, to_parent=True)
+        tracked.parent.log_file(uri)
         tracked.set_tags({"report.uri": uri})
     return step.store_result(ReportResult(uri=uri, size=len(text.encode())))
 
@@ -116,7 +116,7 @@ def _results(sources: ReportSources) -> dict[str, Any]:
         "images_seen": sources.checkpoint.images_seen,
         "strengths": strengths,
         "records": records,
-        "costs": list(cost_facts(spent(config, run=folder.run), num_images=sampled)),
+        "costs": list(cost_facts(spent(config, folder), num_images=sampled)),
         "config": to_yaml(config),
         **{name: storage.read_bytes(uri) if storage.exists(uri) else None for name, uri in pictures.items()},
         "grid_caption": caption,

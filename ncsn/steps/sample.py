@@ -112,6 +112,7 @@ def run(
         tracked.log_metrics({"sample/nfe": result.nfe, **rate})
         for picture in (result.grid, result.strip):
             tracked.log_file(picture)
+        tracked.parent.log_file(result.grid)
         if scores is not None:
             scores.log(tracked)
     return step.store_result(result)

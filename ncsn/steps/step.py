@@ -152,13 +152,13 @@ class Step(Generic[R]):
 
         folder, started = self.folder, time.time()
         update_step(folder, self.name, state="RUNNING")
-        try:
-            with step_run(config, run=folder.run, step=self.name) as tracked:
+        with step_run(config, run=folder.run, step=self.name) as tracked:
+            try:
                 yield PublishedProgress(folder.step(self.name, "progress.json"), lease=lease), tracked
-        finally:
-            with suppress(OSError):  # a full disk must not hide the first error
-                seconds = read_step(folder, self.name).seconds + time.time() - started
-                update_step(folder, self.name, seconds=round(seconds, 3))
+            finally:
+                with suppress(OSError):  # a full disk must not hide the first error
+                    seconds = read_step(folder, self.name).seconds + time.time() - started
+                    update_step(folder, self.name, seconds=round(seconds, 3))
 
     def store_result(self, result: R) -> R:
         """Store the result, which makes the step complete."""

@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import tempfile
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from ncsn import storage
 from ncsn.config import Config, flatten, to_yaml
 from ncsn.process import now_ms
-from ncsn.runs.folder import Cost, RunFolder, cost_of, state_after, update_step
+from ncsn.runs.folder import RunFolder, cost_of, read_step, spent, state_after, total_cost, update_step
 from ncsn.tracking.client import (
     Connection,
     TrackingError,
@@ -43,6 +42,7 @@ if TYPE_CHECKING:
 
 PARAM_LENGTH, DIGEST_LENGTH = 6000, 36  # MLflow's limits
 FIRST_STEP = "ingest"
+NOTE = "mlflow.note.content"  # tag with the description of a run, Markdown
 ADOPTED = "MLFLOW_RUN_ID"  # variable with the run of the whole pipeline, if others have opened it
 CURVES = "train"  # the step that has curves and previews
 PLACES = ("compute", "storage", "tracking")  # sections of the config that do not change a result
@@ -66,31 +66,36 @@ class StepRun(Connection):
     parent_run_id: str
     folder: RunFolder
 
+    @property
+    def parent(self) -> StepRun:
+        """The run of the whole pipeline, which has the results that tell runs apart."""
+        return replace(self, run_id=self.parent_run_id)
+
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
         """Record results, `area/what` -> number; the step is in images seen, where these are counted."""
         values = {name: float(value) for name, value in metrics.items()}
         send(self.client, self.run_id, [Entry(step, now_ms(), values)])
 
-    def log_file(self, uri: str, *, to_parent: bool = False) -> None:
-        """Copy a file of the store to the run's artifacts, or to those of the parent."""
-        self.log_bytes(storage.read_bytes(uri), uri.rpartition("/")[2], to_parent=to_parent)
+    def log_file(self, uri: str) -> None:
+        """Copy a file of the store to the run's artifacts."""
+        self.log_bytes(storage.read_bytes(uri), uri.rpartition("/")[2])
 
-    def log_bytes(self, content: bytes, name: str, *, to_parent: bool = False) -> None:
+    def log_bytes(self, content: bytes, name: str) -> None:
         """Record the artifact `name`."""
         with tempfile.TemporaryDirectory(prefix="ncsn-") as temporary:
             local = Path(temporary) / name
             local.write_bytes(content)
-            self.client.log_artifact(self.parent_run_id if to_parent else self.run_id, str(local))
+            self.client.log_artifact(self.run_id, str(local))
 
     def log_dataset(self, name: str, *, digest: str, uri: str, context: str = "training") -> None:
-        """Record which data the step read, as MLflow's "datasets used" and as tags."""
+        """Record which data the step read, as MLflow's "datasets used" and as tags, for the parent too."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         source_type = "local" if storage.is_local(uri) else "s3"
         dataset = Dataset(name, digest[:DIGEST_LENGTH], source_type, json.dumps({"uri": uri}))
         read = [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])]
-        self.client.log_inputs(self.run_id, read)
         for run_id in (self.run_id, self.parent_run_id):
+            self.client.log_inputs(run_id, read)
             set_tags(self.client, run_id, {"dataset.digest": digest, "dataset.uri": uri})
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
@@ -129,18 +134,17 @@ def step_run(config: Config, *, run: str, step: str) -> Iterator[StepRun]:
         update_step(folder, step, mlflow={"run_id": tracked.run_id, "parent_run_id": tracked.parent_run_id})
         if step == CURVES:
             send_missing(client, tracked.run_id, folder)  # of an attempt that was killed
-    started = time.monotonic()
     try:
         with mlflow_errors(connection.uri):
             yield tracked
     except BaseException as error:
         _end(tracked, config, step, state_after(error))
         raise
-    _end(tracked, config, step, "FINISHED", cost_of(config, step, time.monotonic() - started))
+    _end(tracked, config, step, "FINISHED")
 
 
-def _end(tracked: StepRun, config: Config, step: str, status: str, cost: Cost | None = None) -> None:
-    """Send what the step's run lacks, and end it and, unless others have opened it, the parent."""
+def _end(tracked: StepRun, config: Config, step: str, status: str) -> None:
+    """Send what the step's run lacks and the costs, and end it and, unless others have opened it, the parent."""
     from mlflow.exceptions import MlflowException
 
     ended = now_ms()
@@ -148,10 +152,10 @@ def _end(tracked: StepRun, config: Config, step: str, status: str, cost: Cost | 
         client = connect(config, patience=OUTAGE_SECONDS if status == "FINISHED" else 0).client
         if step == CURVES:
             send_missing(client, tracked.run_id, tracked.folder)
-        if cost is not None:
-            # One point per call of the step; its place in the series is the end of the call in seconds since 1970.
-            values = {f"cost/{name}": value for name, value in cost._asdict().items()}
-            send(client, tracked.run_id, [Entry(ended // 1000, ended, values)])
+        own = cost_of(config, step, read_step(tracked.folder, step).seconds)
+        whole = total_cost(spent(config, tracked.folder).values())
+        for run_id, cost in ((tracked.run_id, own), (tracked.parent_run_id, whole)):
+            set_tags(client, run_id, {f"cost.{name}": f"{value:.6g}" for name, value in cost._asdict().items()})
         for run_id in (tracked.run_id,) if os.environ.get(ADOPTED) else (tracked.run_id, tracked.parent_run_id):
             client.set_terminated(run_id, status, end_time=ended)
     except (MlflowException, TrackingError, OSError) as error:  # the work itself is done, and the run folder has it

@@ -100,7 +100,23 @@ def test_mlflow_has_one_parent_and_a_child_per_tracked_step(workplace, client) -
         (read,) = children[step].inputs.dataset_inputs
         assert read.dataset.digest == workplace.result(RUN, "ingest")["digest"][:36]
         assert [tag.value for tag in read.tags] == [context]
-    assert all("cost/seconds" in child.data.metrics for child in children.values())
+    assert all("cost.seconds" in child.data.tags for child in children.values())
+
+
+def test_the_run_of_the_pipeline_shows_what_came_out(workplace, client) -> None:
+    experiment = client.get_experiment_by_name("ncsn")
+    (whole,) = client.search_runs([experiment.experiment_id], f"attributes.run_name = '{RUN}'")
+    results = {step: workplace.result(RUN, step) for step in STEPS}
+    (read,) = whole.inputs.dataset_inputs
+    assert read.dataset.digest == results["ingest"]["digest"][:36]
+    trained = {"train/loss": results["train"]["loss"], "train/images_seen": 640}
+    assert whole.data.metrics == trained | results["evaluate"]["metrics"] | results["evaluate"]["real_metrics"]
+    points = [point for name in whole.data.metrics for point in client.get_metric_history(whole.info.run_id, name)]
+    assert {point.step for point in points} == {0, 640}, "images seen, and none is a time"
+    assert whole.data.tags["model.uri"] == results["register"]["uri"]
+    for said in (results["register"]["uri"], results["evaluate"]["verdict"]):
+        assert said in whole.data.tags["mlflow.note.content"]
+    assert {"grid.png", "report.html"} <= {file.path for file in client.list_artifacts(whole.info.run_id)}
 
 
 def test_the_registered_model_generates_images(workplace, client, monkeypatch: pytest.MonkeyPatch) -> None:

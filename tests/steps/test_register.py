@@ -86,6 +86,9 @@ def test_first_version_is_champion_and_a_second_call_changes_nothing(config, sav
     assert version.tags["ncsn.run"] == "one"
     run = client.get_run(version.run_id)
     assert (run.data.tags["ncsn.step"], run.info.status) == ("register", "FINISHED")
+    whole = client.get_run(run.data.tags["mlflow.parentRunId"]).data.tags
+    assert whole["model.uri"] == first.uri
+    assert all(said in whole["mlflow.note.content"] for said in ("256 images made.", first.uri, first.reason))
     gate = json.loads(version.tags["gate.decision"])
     assert (gate["promoted"], gate["evidence"]["measurement"]["value"]) == (True, 5.0)
     (output,) = run.outputs.model_outputs

@@ -138,7 +138,7 @@ def test_the_end_of_a_step_waits_for_the_server(make_config, server):
         starting.join()
     runs = [tracked.client.get_run(run_id) for run_id in (tracked.run_id, tracked.parent_run_id)]
     assert [run.info.status for run in runs] == ["FINISHED"] * 2
-    assert "cost/seconds" in runs[0].data.metrics
+    assert "cost.seconds" in runs[0].data.tags
     assert_once(tracked, 2, previews={1})
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ from mlflow.tracking import MlflowClient
 from refused import refused
 
 from ncsn.config import flatten, from_yaml
-from ncsn.runs.folder import read_step
+from ncsn.runs.folder import read_step, update_step
 from ncsn.tracking.client import TrackingError, connect, tracking_uri
 from ncsn.tracking.lineage import provenance
 from ncsn.tracking.mlflow_runs import step_run
@@ -61,14 +60,17 @@ def test_settings_that_a_step_uses_are_another_run_and_others_are_not(make_confi
     assert params[1]["sampling.seed"] == "0", "of the first attempt"
 
 
-def test_reserved_time_is_a_metric_of_the_step(make_config):
+def test_costs_of_the_step_and_of_the_run_are_tags(make_config):
     config = make_config("compute.num_workers=2", "compute.cpus_per_worker=3")
-    with step_run(config, run="costs", step="train") as tracked:
-        time.sleep(0.2)
-    metrics = tracked.client.get_run(tracked.run_id).data.metrics
-    assert 0.2 <= metrics["cost/seconds"] < 60
-    assert metrics["cost/cpu_hours"] == pytest.approx(6 * metrics["cost/seconds"] / 3600)
-    assert metrics["cost/gpu_hours"] == 0
+    for step, seconds in (("ingest", 100.0), ("train", 36.0)):
+        with step_run(config, run="costs", step=step) as tracked:
+            update_step(tracked.folder, step, seconds=seconds)
+    own, whole = (tracked.client.get_run(run_id).data for run_id in (tracked.run_id, tracked.parent_run_id))
+    costs = {"cost.seconds": "36", "cost.cpu_hours": "0.06", "cost.gpu_hours": "0"}
+    assert {name: own.tags[name] for name in costs} == costs
+    assert whole.tags["cost.seconds"] == "136"
+    assert float(whole.tags["cost.cpu_hours"]) == pytest.approx(0.06 + 3 * 100 / 3600, rel=1e-5)
+    assert own.metrics == whole.metrics == {}
 
 
 @pytest.mark.parametrize(
@@ -119,6 +121,7 @@ def test_datasets_files_and_metrics_arrive(config, tmp_path):
     assert (logged.dataset.name, logged.dataset.digest) == ("digits", "d" * 36)
     assert json.loads(logged.dataset.source) == {"uri": "/data/digits"}
     assert {tag.key: tag.value for tag in logged.tags} == {"mlflow.data.context": "training"}
+    assert parent.inputs.dataset_inputs == run.inputs.dataset_inputs
     assert run.data.tags["dataset.digest"] == parent.data.tags["dataset.digest"] == "d" * 64
 
 
