@@ -6,6 +6,7 @@ named, so that `import ncsn` loads no torch.
 
 import importlib
 import os
+import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -18,8 +19,12 @@ __all__ = ["AnnealedLangevin", "DpmSolver", "KarrasHeun", "Langevin", "ScoreMode
 
 # The threads of an operation wait for each other by spinning, for milliseconds. Beside other programs they kept from
 # working whom they waited for: a small network took 100 times as long. Read when torch is loaded.
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+    os.environ["GOMP_SPINCOUNT"] = "2000"
+    if "torch" in sys.modules:
+        from ncsn.process import spin_less
+
+        spin_less()
 
 _MODULES = {"UserError": "ncsn.errors", "fit": "ncsn.library.fit", "ScoreModel": "ncsn.library.model"}
 

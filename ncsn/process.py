@@ -10,6 +10,7 @@ import os
 import platform
 import signal
 import sys
+import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -95,6 +96,28 @@ def _skip_last_collections() -> None:
     # Triton's bindings print each object that outlives the interpreter, hundreds of lines.
     if "triton" not in sys.modules:
         gc.freeze()
+
+
+def spin_less() -> None:
+    """Let the threads of operations spin for a shorter time, after libgomp has read GOMP_SPINCOUNT; only on Linux."""
+    # While a process has more of these threads than cores, libgomp spins 1,000 times instead of 300,000. So the threads
+    # of one call stay here, asleep, as long as the thread that has made the call.
+    try:
+        maps = Path("/proc/self/maps").read_text()
+    except OSError:
+        return
+    ready = threading.Event()
+
+    def hold() -> None:
+        nothing = ctypes.cast(ctypes.CDLL(None).getpid, ctypes.c_void_p)
+        for path in {line.split(maxsplit=5)[-1] for line in maps.splitlines() if "libgomp" in line}:
+            with suppress(OSError, AttributeError):  # the file is gone, or is something else
+                ctypes.CDLL(path).GOMP_parallel(nothing, None, len(os.sched_getaffinity(0)) + 1, 0)
+        ready.set()
+        threading.Event().wait()
+
+    threading.Thread(target=hold, name="spin-less", daemon=True).start()
+    ready.wait()
 
 
 def keep_freed_memory() -> None:
