@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Any, Self, TypeVar
 
 E = TypeVar("E", bound="UserError")
 
+_DENIED = (errno.EROFS, errno.EACCES, errno.EPERM)  # of a read-only disk, or a file of somebody else
 _WORDS = {True: "true", False: "false", None: "null"}
 
 
@@ -100,6 +102,9 @@ def problems_of(error: BaseException) -> tuple[Problem, ...]:
     if isinstance(error, InvalidValue):
         lines = [line.rstrip() for line in str(error).splitlines() if line.strip()]
         return tuple(Problem("", line) for line in lines or [type(error).__name__])
+    if isinstance(error, OSError) and error.errno in _DENIED and error.filename is not None:
+        hint = "give this user access, or set storage.root to another folder if it is the store"
+        return (Problem(str(error.filename), str(error.strerror).lower(), hint),)
     return ()
 
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -27,6 +27,7 @@ from ncsn.config import Config
 from ncsn.progress import Progress
 from ncsn.report.words import SCORES_HEAD, duration, next_command, result_line, score_lines
 from ncsn.runs.folder import RunFolder, StepRecord
+from ncsn.storage.retry import RETRY
 
 _LINE_EVERY_SECONDS = 30.0
 _LINE_EVERY_SHARE = 0.25
@@ -108,6 +109,22 @@ def console_on(stream: TextIO) -> Console:
     return Console(file=stream, width=None if terminal else _PLAIN_WIDTH, highlight=False)
 
 
+class Log:
+    """A text file that shows the messages about retries on a console too, without the words that Ray puts before."""
+
+    def __init__(self, file: TextIO, console: Console) -> None:
+        self._file, self._console = file, console
+
+    def write(self, text: str) -> int:
+        for line in text.splitlines():
+            if RETRY in line:
+                self._console.print(line[line.index(RETRY) :], markup=False, soft_wrap=True)
+        return self._file.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
 @contextmanager
 def shown_progress(log: Path | None) -> Iterator[ProgressView]:
     """Send all output of the block to `log`, or to stderr without one, and show progress on the stderr from before."""
@@ -115,16 +132,16 @@ def shown_progress(log: Path | None) -> Iterator[ProgressView]:
         own = sys.stderr
         if own is sys.__stderr__:
             own = stack.enter_context(os.fdopen(os.dup(2), "w", buffering=1))
+        view = ProgressView(console_on(own))
         target = own
         if log is not None:
             log.parent.mkdir(parents=True, exist_ok=True)
-            target = stack.enter_context(log.open("a", buffering=1))
+            target = cast(TextIO, Log(stack.enter_context(log.open("a", buffering=1)), view.console))
         # Threads of Ray and Arrow write to the descriptors, not through sys.stdout.
         stack.enter_context(_moved(1, target))
         stack.enter_context(_moved(2, target))
         stack.enter_context(redirect_stdout(target))
         stack.enter_context(redirect_stderr(target))
-        view = ProgressView(console_on(own))
         stack.enter_context(view.bars)
         yield view
 

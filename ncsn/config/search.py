@@ -31,6 +31,7 @@ _BUT = (
 _SPREAD = 3.0  # the default space is from a third to three times a value
 _EPSILON_FACTORS = (0.5, 1.0, 2.0)
 _MOST_CORNERS = 128
+_EXACT = 2**53  # from here on not every integer is a float
 
 
 def require_search(config: Config) -> None:
@@ -78,7 +79,9 @@ def variant(config: Config, values: Mapping[str, Any]) -> Config:
     sigma_L = tree["noise"]["sigma_L"]
     epsilon = tree["sampling"]["sampler"].get("epsilon")
     if epsilon is not None and EPSILON not in values and sigma_L != config.noise.sigma_L:
-        tree["sampling"]["sampler"]["epsilon"] = significant(epsilon * (sigma_L / config.noise.sigma_L) ** 2)
+        ratio = sigma_L / config.noise.sigma_L
+        # Not a power, which raises OverflowError; an infinite epsilon is refused like any other.
+        tree["sampling"]["sampler"]["epsilon"] = significant(epsilon * ratio * ratio)
     return checked(tree)
 
 
@@ -154,7 +157,7 @@ def _corners(space: Mapping[str, Domain]) -> Iterator[dict[str, Any]]:
     ends: dict[str, Sequence[Any]] = {
         path: domain.values
         if isinstance(domain, ChoiceDomain)
-        else [int(end) if end.is_integer() else end for end in (domain.low, domain.high)]
+        else [int(end) if end.is_integer() and end < _EXACT else end for end in (domain.low, domain.high)]
         for path, domain in space.items()
     }
     if math.prod(map(len, ends.values())) > _MOST_CORNERS:

@@ -32,6 +32,7 @@ from ray.train import (
     UserCallback,
 )
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -44,7 +45,7 @@ from ncsn.errors import InvalidValue, NotFound
 from ncsn.model.checkpoint import DamagedError
 from ncsn.model.checkpoint_store import CHECKPOINTS, NEWEST, CheckpointStore
 from ncsn.storage.heartbeat import LeaseExpired
-from ncsn.storage.retry import limited
+from ncsn.storage.retry import RETRY, limited
 from ncsn.training.context import WorkerContext
 from ncsn.training.loop import TrainingJob, TrainOutcome, train_loop
 
@@ -60,6 +61,9 @@ _NO_BUFFER_SYNC: dict[str, Any] = {
 }
 
 _TRANSIENT = (NotFound, DamagedError)  # another node may have it; a copy may be torn on its way to this one
+
+# One of Ray Train's processes looks for its cluster by itself. Where this machine has several it ends with a traceback.
+ENV_VARS_TO_PROPAGATE.add("RAY_ADDRESS")
 
 _logger = logging.getLogger(__name__)
 
@@ -214,7 +218,7 @@ class LostWorkers(UserCallback):  # type: ignore[misc]
             self.left -= 1  # Ray Train does not count preemptions
         if self.left >= 0:
             _logger.warning(
-                "%s, training resumes from %s", describe(worker_exceptions), _newest_checkpoint(self._run_uri)
+                "%s%s, training resumes from %s", RETRY, describe(worker_exceptions), _newest_checkpoint(self._run_uri)
             )
 
 

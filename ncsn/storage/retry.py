@@ -18,6 +18,7 @@ from ncsn.errors import UserError
 
 STORE_VARIABLE = "NCSN_STORE_PATIENCE"  # seconds for which a call to the store is repeated
 STORE_SECONDS = 180.0  # an outage of two minutes, and the time until the server is ready again
+RETRY = "retry: "  # how a message about work that starts again begins, which the terminal shows beside the log
 
 T = TypeVar("T")
 
@@ -77,7 +78,7 @@ class Retry:
                 if reason is None or time.monotonic() + pause - started > self.seconds:
                     raise
                 if not waits:
-                    self.say(f"{self.server} is unavailable ({reason}); trying again for {self.seconds:g} s")
+                    self.say(f"{RETRY}{self.server} is unavailable ({reason}); trying again for {self.seconds:g} s")
                 waits = True
             else:
                 if waits:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
 import signal
 import sys
 import time
@@ -53,6 +55,13 @@ NO_SPACE = "OSError: [Errno 28] No space left on device: '/x'"
 def test_lines_and_code(error: Exception, code: int, lines: tuple[str, ...]) -> None:
     problems, found = describe(error)
     assert (found, tuple(map(str, problems))) == (code, lines)
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
+def test_a_file_that_may_not_be_written_is_a_mistake_with_its_path(number: int) -> None:
+    (problem,), code = describe(step_failed(OSError(number, os.strerror(number), "/s/mlflow.db")))
+    assert (problem.key, problem.reason, code) == ("/s/mlflow.db", os.strerror(number).lower(), 2)
+    assert describe(OSError(number, "no path"))[1] == 1
 
 
 def command_that_raises(error: BaseException) -> click.Command:

@@ -6,14 +6,14 @@ import io
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, cast
 
 import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
 from ncsn.cli import app
-from ncsn.cli.console import ProgressView, print_plan, print_summary
+from ncsn.cli.console import Log, ProgressView, print_plan, print_summary
 from ncsn.cli.doctor import Finding, report
 from ncsn.cli.target import TargetOptions
 from ncsn.config import flatten, from_yaml
@@ -128,6 +128,14 @@ def test_progress_without_a_terminal_is_a_few_lines_and_none_for_repeated_work()
     assert shown == ["250", "500", "750", "1,000"]
     after_a_failure = progress(terminal=False, done=[250, 500, 500, 260, 510, 760, 1000])
     assert re.findall(r"([\d,]+) / ", after_a_failure) == ["250", "500", "760", "1,000"]
+
+
+def test_the_log_shows_a_retry_and_its_cause_on_the_terminal_in_one_line(tmp_path: Path) -> None:
+    stream, text = io.StringIO(), "starting\n\x1b[36m(TrainController pid=7)\x1b[0m retry: worker 0: [Errno 28] full\n"
+    with (tmp_path / "log.txt").open("w") as file:
+        print(text, end="", file=cast(TextIO, Log(file, Console(file=stream, width=20))))
+    assert stream.getvalue() == "retry: worker 0: [Errno 28] full\n"
+    assert (tmp_path / "log.txt").read_text() == text
 
 
 @pytest.mark.parametrize("total", [1000, 0], ids=["known", "unknown"])

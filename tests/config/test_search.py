@@ -52,6 +52,7 @@ def test_a_search_does_not_change_whose_run_it_is() -> None:
             "search.epsilons",
         ),
         ("noise.sigma_1: {kind: log, low: 0.02, high: 2}", "", "noise.sigma_1 = 0.02"),
+        ("noise.sigma_L: {kind: log, low: 0.01, high: 1.0e+300}", "", "noise.sigma_L = 1e+300"),
         ("optimizer.learning_rate: {kind: log, low: 0.01, high: 20}", "", "optimizer.learning_rate = 20"),
         ("loss.anneal_power: {kind: choice, values: [2, much]}", "", "loss.anneal_power = much"),
         ("noise.sigma_1: {kind: log, low: 2, high: 1}", ".noise.sigma_1.low", "2.0"),

@@ -9,10 +9,12 @@ from types import SimpleNamespace
 import pytest
 from ray.exceptions import ActorDiedError
 from ray.train import WorkerGroupError
+from ray.train.v2._internal.constants import get_env_vars_to_propagate
 
 from ncsn.distributed import trainer
 from ncsn.distributed.trainer import LostWorkers, describe, reason
 from ncsn.errors import InvalidValue, NotFound, UserError
+from ncsn.storage.retry import RETRY
 
 
 def died(*, preempted: bool = False) -> Exception:
@@ -42,7 +44,7 @@ def test_a_lost_worker_is_one_line_until_training_ends(tmp_path: Path, caplog: p
 
     errors = {0: RuntimeError("closed by peer\nthen more"), 1: died()}
     (line,) = said(*errors.values())
-    assert line.endswith("images-000070016")
+    assert line.startswith(RETRY) and line.endswith("images-000070016")
     assert said(died(preempted=True)) == [line], "Ray Train counts these apart"
     assert said(died()) == []
     why = reason(WorkerGroupError("[Rank 0 Error Snippet]: ...", errors))
@@ -73,3 +75,8 @@ def test_ray_train_repeats_what_a_worker_raises_but_not_a_mistake(
     else:
         with pytest.raises(type(error)):
             trainer._attempt(arguments)
+
+
+def test_the_processes_of_ray_train_know_their_cluster_among_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
+    assert get_env_vars_to_propagate()["RAY_ADDRESS"] == "127.0.0.1:6379"
