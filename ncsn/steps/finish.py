@@ -140,7 +140,7 @@ def _outcome(
         error = None  # an evicted pod gets SIGTERM too, and its state says more
     if not error and troubles:
         step, lost = next(iter(troubles.items()))
-    if terminated or (error is not None and error.kind in ("KeyboardInterrupt", "SystemExit")):
+    if terminated or (error is not None and error.kind in ("KeyboardInterrupt", "SystemExit", "LeaseExpired")):
         return Outcome("KILLED", "terminated", step)
     reason = (error.message if error else str(lost or "")) or message
     return Outcome("FAILED", reason or "no reason is known; look at the log of the task", step)
