@@ -31,7 +31,7 @@ from torch.nn import functional
 
 from benchmarks.measure import Row, in_turns, own_process, ratio
 from ncsn.config import Config, from_yaml
-from ncsn.core.images import to_uint8
+from ncsn.core.images import to_stored
 from ncsn.data.dataset import write_dataset
 from ncsn.data.sources import open_source
 from ncsn.data.training_images import open_cache
@@ -116,7 +116,7 @@ class Theirs:
             x = torch.randn(min(SAMPLE_BATCH, count - first), 1, 28, 28, generator=draw)
             for t in self.ddpm.timesteps:
                 x = self.ddpm.step(self.network(x, t).sample, t, x, generator=draw).prev_sample
-            made.append(to_uint8((x + 1) / 2).numpy())
+            made.append(to_stored((x + 1) / 2).numpy())
         return np.concatenate(made)
 
 

@@ -72,7 +72,7 @@ LEAST_MODULES, MOST_MODULES = 2, 14  # of a package
 # Lines of each part; a change that takes it 10 % over its budget has to say why.
 BUDGETS = {
     "ncsn/core": 3800,
-    "ncsn/data": 2420,
+    "ncsn/data": 2660,
     "ncsn/evaluation": 1700,
     "ncsn/steps ncsn/runs": 2320,
     "ncsn/model": 1500,
@@ -82,13 +82,13 @@ BUDGETS = {
     "ncsn/tracking": 1310,
     "ncsn/report": 1200,
     "ncsn/remote": 1350,
-    "ncsn/library": 330,
+    "ncsn/library": 340,
     "ncsn/tools": 1400,
     "ncsn/training": 900,
     "components pipelines": 900,
     "ncsn/storage": 700,
     "examples": 1000,
-    "tests": 22500,
+    "tests": 22750,
 }
 
 

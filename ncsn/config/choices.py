@@ -47,7 +47,7 @@ class UnetNetworkConfig(Section):
     embedding_features: int = Field(128, ge=8, le=2048)
     """Width of the embedding of sigma."""
     attention_sizes: tuple[int, ...] = ()
-    """Sizes in pixels of the feature maps that get self-attention."""
+    """Sizes in pixels (of rectangles, shorter sides) of the feature maps that get self-attention."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout probability inside the blocks."""
     sigma_data: float = Field(0.25, gt=0, le=10)
@@ -67,7 +67,8 @@ class DdpmppNetworkConfig(Section):
     blocks_per_resolution: int = Field(4, ge=1, le=8)
     """Residual blocks at each resolution of the encoder; the decoder has one more."""
     attention_sizes: tuple[int, ...] = (16,)
-    """Sizes in pixels of the feature maps that get self-attention; the lowest resolution always has one such block."""
+    """Sizes in pixels (of rectangles, shorter sides) of the feature maps that get self-attention; the lowest resolution
+    always has one such block."""
     dropout: float = Field(0.13, ge=0, lt=1)
     """Dropout probability inside the blocks."""
     sigma_data: float = Field(0.25, gt=0, le=10)

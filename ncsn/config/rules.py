@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from pydantic import ValidationError
@@ -38,7 +39,9 @@ def checked(tree: dict[str, Any]) -> Config:
 
 def _network(config: Config) -> Iterator[Problem]:
     """Of the images and the network that takes them."""
-    data, network, size = config.data, config.network, config.data.image_size
+    data, network = config.data, config.network
+    *sides, _ = data.stored_shape
+    size, given_size = min(sides), data.image_size if isinstance(data.image_size, int) else sides
     told = isinstance(network, UnetNetworkConfig | DdpmppNetworkConfig)
     given = {"data.num_classes": data.num_classes is not None, "data.augmentation": data.augmentation is not None}
     for key in (key for key, is_given in given.items() if is_given and not told):
@@ -53,32 +56,57 @@ def _network(config: Config) -> Iterator[Problem]:
         )
     if data.crop is not None and data.fit != "crop":
         yield Problem("data.crop", f"needs data.fit = crop, not {data.fit}", "leave one of them out", data.crop)
+    own = data.source in ("image_folder", "parquet")
+    if not own and (data.dtype != "uint8" or data.channels not in (1, 3)):
+        reason = f"has gray and color images of 8 bits, not {data.channels} channels of {data.dtype}"
+        yield Problem("data.source", reason, "use image_folder or parquet", data.source)
+    if data.value_range is not None:
+        low, high = data.value_range
+        whole = low.is_integer() and high.is_integer() and low >= 0 and high <= 65535
+        if data.dtype == "uint8":
+            yield Problem("data.value_range", "needs data.dtype = uint16 or float32", "use null", [low, high])
+        elif low >= high or (data.dtype == "uint16" and not whole):
+            needed = "two whole numbers from 0 to 65535, " if data.dtype == "uint16" else ""
+            yield Problem("data.value_range", f"is not {needed}[low, high] with low < high", value=[low, high])
     if isinstance(network, UnetNetworkConfig | DdpmppNetworkConfig):
         if isinstance(network, UnetNetworkConfig):
             key, widths, halved, sizes = "widths", network.widths, "halved", [size]
             while len(sizes) < len(widths):
                 sizes.append((sizes[-1] + 1) // 2)
             most = sizes.index(1) + 1 if sizes[:-1].count(1) else len(sizes)
+            hint = f"use at most {most} {key}"
         else:
             key, widths, halved = "multipliers", network.multipliers, "divided by 2"
-            sizes, most = [size >> depth for depth in range(len(widths))], (size & -size).bit_length()
+            sizes, most = (
+                [size >> depth for depth in range(len(widths))],
+                (math.gcd(*sides) & -math.gcd(*sides)).bit_length(),
+            )
+            hint = f"use at most {most} {key}, or data.image_size = {_nearest(sides, 2 ** (len(widths) - 1))}"
         if len(sizes) > most:
-            reason = f"too many: data.image_size = {size} can be {halved} only {most - 1} times"
-            yield Problem(f"network.{key}", reason, f"use at most {most} {key}", list(widths))
+            reason = f"too many: data.image_size = {given_size} can be {halved} only {most - 1} times"
+            yield Problem(f"network.{key}", reason, hint, list(widths))
         elif missing := sorted(set(network.attention_sizes) - set(sizes)):
             yield Problem(
                 "network.attention_sizes",
-                f"no feature map has size {missing}; with data.image_size = {size} and {len(sizes)} resolutions they "
-                f"have sizes {sizes}",
+                f"no feature map has size {missing}; with data.image_size = {given_size} and {len(sizes)} "
+                f"resolutions they have sizes {sizes}",
                 "use some of these",
             )
-    elif size % (step := 2 ** (_HALVINGS[network.depth] if isinstance(network, NcsnV2NetworkConfig) else 1)):
+    elif math.gcd(*sides) % (
+        step := 2 ** (_HALVINGS[network.depth] if isinstance(network, NcsnV2NetworkConfig) else 1)
+    ):
         yield Problem(
             "data.image_size",
             f"not divisible by {step}, which network.kind = {network.kind} needs",
-            f"use {size - size % step} or {size + step - size % step}",
-            size,
+            f"use {_nearest(sides, step)}",
+            given_size,
         )
+
+
+def _nearest(sides: Sequence[int], step: int) -> str:
+    """The sizes of images nearest to these sides, below and above, of which `step` divides both sides."""
+    found = [[max(step, side // step * step) for side in sides], [-(-side // step) * step for side in sides]]
+    return " or ".join(dict.fromkeys(str(size[0] if size[0] == size[1] else size) for size in found))
 
 
 def _training(config: Config) -> Iterator[Problem]:
@@ -168,7 +196,10 @@ def _sampling(config: Config) -> Iterator[Problem]:
             "raise it, or lower evaluation.num_splits",
             sampling.num_images,
         )
-    if evaluation.pretrained is not None and evaluation.weights is None:
+    if evaluation.pretrained is not None and config.data.channels not in (1, 3):
+        reason = f"needs gray or RGB images, but data.channels = {config.data.channels}"
+        yield Problem("evaluation.extractor", reason, "use classifier or clusters", evaluation.pretrained)
+    elif evaluation.pretrained is not None and evaluation.weights is None:
         yield Problem(
             "evaluation.weights",
             f"missing, and evaluation.extractor = {evaluation.pretrained} needs them; there is no default download",

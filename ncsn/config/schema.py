@@ -8,7 +8,9 @@ or epochs, so that a schedule does not depend on batch size and number of worker
 
 from __future__ import annotations
 
+import math
 import re
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
@@ -28,8 +30,29 @@ from ncsn.core.samplers.settings import AnySampler
 from ncsn.errors import UserError
 
 MODEL_NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,249}"
+_LIMITS = {"uint8": (0, 255), "uint16": (0, 65535), "float32": (0, 1)}
+_BYTES = {"uint8": 1, "uint16": 2, "float32": 4}
 _COLORS = {"none": None, "white": (255, 255, 255), "black": (0, 0, 0)}
 NAME_PATTERN = r"^[a-z0-9]([a-z0-9_-]{0,38}[a-z0-9])?$"
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """How the images of a dataset, and samples, are stored."""
+
+    shape: tuple[int, int, int]  # height, width, channels
+    dtype: str = "uint8"  # or uint16 or float32
+    limits: tuple[float, float] = (0, 255)  # the values that are 0 and 1 to a network
+
+    @property
+    def num_bytes(self) -> int:
+        """Of an image."""
+        return math.prod(self.shape) * _BYTES[self.dtype]
+
+    def __str__(self) -> str:
+        low, high = self.limits
+        limits = "" if self.dtype == "uint8" else f" {self.dtype}, {low:g} to {high:g}"
+        return f"{' x '.join(map(str, self.shape))}{limits}"
 
 
 class AugmentationConfig(Section):
@@ -58,16 +81,23 @@ class DataConfig(Section):
     """Column of the images in parquet files; null = found by its type or a common name."""
     label_column: str | None = None
     """Column of the labels in parquet files; none = no labels, null = found by its type or a common name."""
-    image_size: int = Field(ge=8, le=1024)
-    """Height and width in pixels, after center crop and resize."""
-    channels: Literal[1, 3]
-    """1 = gray, 3 = RGB. Images with other channels are converted, and the manifest counts them."""
+    image_size: int | tuple[int, int]
+    """Pixels of a side of square images, or [height, width]; each from 8 to 1024."""
+    channels: int = Field(ge=1, le=8)
+    """1 = gray, 3 = RGB: color images become gray and gray ones RGB, and the manifest counts them. Of another number,
+    such as 4 for RGBA, images must have as many."""
+    dtype: Literal["uint8", "uint16", "float32"] = "uint8"
+    """Type of the values of pixels, in the dataset and in samples: uint8 = 8 bits, to which others are converted;
+    uint16 = whole numbers from 0 to 65535; float32 = any numbers."""
+    value_range: tuple[float, float] | None = None
+    """[low, high] of uint16 and float32: the values that are 0 and 1 to the network; values beyond are clipped. null =
+    [0, 65535] or [0, 1]."""
     fit: Literal["crop", "pad", "stretch"] = "crop"
-    """How an image becomes square: crop = keep its center; pad = add borders in the color of background, or black;
-    stretch = change the aspect ratio."""
+    """How an image gets the shape of image_size: crop = keep its center; pad = add borders in the color of background,
+    or black; stretch = change the aspect ratio."""
     crop: int | None = Field(None, ge=8)
-    """Side in pixels of the square that fit: crop keeps; null = the shorter side, or 140 for celeba, which keeps the
-    face."""
+    """Pixels of the shorter side of what fit: crop keeps; null = as much as there is, or 140 for celeba, which keeps
+    the face."""
     background: Literal["none", "white", "black"] | tuple[int, int, int] = "none"
     """Color behind transparent pixels: white, black or [r, g, b]; none = an image with such pixels is a bad one."""
     test_fraction: float = Field(0.1, gt=0, lt=1)
@@ -79,17 +109,25 @@ class DataConfig(Section):
     num_classes: int | None = Field(None, ge=1, le=100_000)
     """Number of classes of a class-conditional network, which must be that of the images; null = unconditional."""
     dequantize: bool = True
-    """Add uniform noise of less than one gray level, new at each use."""
+    """Add uniform noise of less than one gray level, new at each use; none to float32."""
     horizontal_flip: bool = False
     """Mirror each training image with probability 1/2."""
     augmentation: AugmentationConfig | None = None
     """Augment training images and tell the network how, so that its samples are not augmented (Karras et al. 2022).
     This reduces memorization where each image is seen a hundred times or more. null = off."""
 
+    @field_validator("image_size", mode="before")
+    @classmethod
+    def _is_size(cls, value: Any) -> Any:
+        # Here, because pydantic reports a mistake once for each member of the union.
+        sides = list(value) if isinstance(value, list | tuple) else [value, value]
+        if len(sides) != 2 or not all(type(side) is int and 8 <= side <= 1024 for side in sides):
+            raise UserError("", "neither a number of pixels from 8 to 1024 nor two, [height, width]", value=value)
+        return sides[0] if sides[0] == sides[1] else value
+
     @field_validator("background", mode="before")
     @classmethod
     def _is_color(cls, value: Any) -> Any:
-        # Here, because pydantic reports a mistake once for each member of the union.
         word = isinstance(value, str) and value in _COLORS
         color = isinstance(value, list | tuple) and [type(v) is int and 0 <= v <= 255 for v in value] == [True] * 3
         if not (word or color):
@@ -97,9 +135,21 @@ class DataConfig(Section):
         return value
 
     @property
+    def pixels(self) -> Pixels:
+        """How the images of the dataset, and samples, are stored."""
+        return Pixels(self.stored_shape, self.dtype, self.value_range or _LIMITS[self.dtype])
+
+    @property
     def stored_shape(self) -> tuple[int, int, int]:
         """Height, width and channels of an image of the dataset."""
-        return self.image_size, self.image_size, self.channels
+        height, width = (self.image_size,) * 2 if isinstance(self.image_size, int) else self.image_size
+        return height, width, self.channels
+
+    @property
+    def network_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of an image as networks take it."""
+        height, width, channels = self.stored_shape
+        return channels, height, width
 
     @property
     def background_color(self) -> tuple[int, int, int] | None:
@@ -118,7 +168,8 @@ class SamplingConfig(Section):
     """Seed of the noise; image i depends only on (seed, i)."""
     grays: Literal["nearest", "exact"] = "nearest"
     """How a pixel becomes a gray value: nearest = the nearest of 0, 1/255, ..., 1, as in the papers; exact = the
-    inverse of what training saw: with data.dequantize, gray value k is anything from k/256 to (k + 1)/256."""
+    inverse of what training saw: with data.dequantize, gray value k is anything from k/256 to (k + 1)/256. Likewise for
+    uint16; float32 has no gray values."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Precision of the network's convolutions; the images themselves use float32."""
     label: str = Field("balanced", min_length=1)

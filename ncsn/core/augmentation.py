@@ -75,7 +75,7 @@ def augmentation_labels(a: Tensor) -> Tensor:
 
 
 def transform(x: Tensor, a: Tensor) -> Tensor:
-    """Augment square images x [B, C, H, W] on any device by a [B, 8] on the CPU.
+    """Augment images x [B, C, H, W] on any device by a [B, 8] on the CPU.
 
     Beyond their borders they are continued by reflection. Mirror images are exact; only what is more than that is
     resampled, once, and may leave the range of x.
@@ -86,16 +86,20 @@ def transform(x: Tensor, a: Tensor) -> Tensor:
     if len(rows) == 0:
         return flipped
     moved = rows.to(x.device)
-    return flipped.index_copy(0, moved, _warped(flipped[moved], inverse_maps(a[rows]).to(x)))
+    return flipped.index_copy(
+        0, moved, _warped(flipped[moved], inverse_maps(a[rows], aspect=x.shape[3] / x.shape[2]).to(x))
+    )
 
 
-def inverse_maps(a: Tensor) -> Tensor:
-    """The inverse of steps 3 to 6 as matrices [B, 2, 3] that map (u, v, 1) to (u, v)."""
+def inverse_maps(a: Tensor, *, aspect: float = 1.0) -> Tensor:
+    """The inverse of steps 3 to 6 as matrices [B, 2, 3] that map (u, v, 1) to (u, v), for this width over height."""
     a = a.double()
     stretch = 2 ** (-_SPREAD * a[:, 5])
     along, back = _rotations(a[:, 4]), _rotations(-a[:, 4])
     unstretched = along @ torch.diag_embed(torch.stack((stretch, 1 / stretch), dim=1)) @ back
     linear = 2 ** (-_SPREAD * a[:, 2, None, None]) * _rotations(a[:, 3]) @ unstretched
+    # Rotations are of pixels, of which u and v count different numbers in a rectangle.
+    linear = linear * torch.tensor([[1, 1 / aspect], [aspect, 1]], dtype=torch.float64)
     shift = _TRANSLATION * a[:, 6:, None]
     return torch.cat((linear, -linear @ shift), dim=2)
 
@@ -107,18 +111,16 @@ def _rotations(angle: Tensor) -> Tensor:
 
 
 def _warped(x: Tensor, maps: Tensor) -> Tensor:
-    """Images [B, C, S, S] at the places that the maps give to each pixel, by way of images of twice the size."""
-    size = x.shape[-1]
-    enlarge, reduce = (torch.from_numpy(matrix).to(x) for matrix in _filters(size))
-    enlarged = enlarge @ x @ enlarge.T
-    return reduce @ sampled(enlarged, maps, margin=_MARGIN) @ reduce.T
+    """Images [B, C, H, W] at the places that the maps give to each pixel, by way of images of twice the size."""
+    rows, columns = ([torch.from_numpy(matrix).to(x) for matrix in _filters(size)] for size in x.shape[2:])
+    enlarged = rows[0] @ x @ columns[0].T
+    return rows[1] @ sampled(enlarged, maps, margin=_MARGIN) @ columns[1].T
 
 
 def sampled(x: Tensor, maps: Tensor, *, margin: int = 0) -> Tensor:
-    """Images [B, C, S, S] at mapped pixel centers, interpolated linearly; with `margin` more pixels on each side."""
-    size = x.shape[-1]
-    centers = (2 * torch.arange(-margin, size + margin, device=x.device) + 1) / size - 1
-    v, u = torch.meshgrid(centers.to(x), centers.to(x), indexing="ij")
+    """Images [B, C, H, W] at mapped pixel centers, interpolated linearly; with `margin` more pixels on each side."""
+    centers = [(2 * torch.arange(-margin, size + margin, device=x.device) + 1) / size - 1 for size in x.shape[2:]]
+    v, u = torch.meshgrid(*(each.to(x) for each in centers), indexing="ij")
     by_u, by_v, shift = maps[:, None, None].unbind(-1)
     # Not a matrix product, whose rounding depends on the number of images on some CPUs. In float64 the sum is rounded
     # once, as by a fused multiply-add.

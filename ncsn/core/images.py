@@ -1,4 +1,4 @@
-"""The owner of pixel ranges: uint8 NHWC outside, float32 NCHW in [0, 1] where a network sees it."""
+"""The owner of pixel ranges: stored as NHWC between two limits, float32 NCHW in [0, 1] where a network sees it."""
 
 from __future__ import annotations
 
@@ -11,41 +11,64 @@ from torch import Tensor
 
 from ncsn.errors import InvalidValue
 
-
-def to_unit(images_u8: Tensor) -> Tensor:
-    """Stored images uint8 [B, H, W, C] as contiguous float32 [B, C, H, W] in [0, 1]."""
-    return _grays(images_u8).div_(255)
+Limits = tuple[float, float]  # the stored values that are 0 and 1 to a network
+BYTE: Limits = (0, 255)
 
 
-def dequantize(images_u8: Tensor, u: Tensor) -> Tensor:
-    """Stored images uint8 [B, H, W, C] with each gray step spread evenly: (gray + u) / 256, u uniform in (0, 1).
+def to_unit(images: Tensor, limits: Limits = BYTE) -> Tensor:
+    """Stored images [B, H, W, C] as contiguous float32 [B, C, H, W] in [0, 1]."""
+    low, high = limits
+    return _values(images, low).div_(high - low)
 
-    The result is float32 [B, C, H, W] in [0, 1), and floor(256 result) the gray value for every input.
+
+def dequantize(images: Tensor, u: Tensor, limits: Limits = BYTE) -> Tensor:
+    """Stored images uint8 or uint16 [B, H, W, C] with each gray step spread evenly, u uniform in (0, 1).
+
+    The result (value - low + u) / (high - low + 1) is float32 [B, C, H, W] in [0, 1). Of uint8 it is (gray + u) / 256,
+    and floor(256 result) the gray value for every input.
     """
-    # 8 bits of gray and 16 of noise fill float32's 24 exactly, so no sum rounds up into the next gray step or to 1.
-    return _grays(images_u8).add_((u * 65536).floor_(), alpha=1 / 65536).div_(256)
+    # Bits of the value and of the noise fill float32's 24 exactly, so no sum rounds up into the next gray step or to 1.
+    steps = 65536 if images.dtype == torch.uint8 else 256
+    low, high = limits
+    return _values(images, low).add_((u * steps).floor_(), alpha=1 / steps).div_(high - low + 1)
 
 
-def _grays(images_u8: Tensor) -> Tensor:
-    if images_u8.dtype != torch.uint8 or images_u8.ndim != 4:
-        raise ValueError(f"expected uint8 images [B, H, W, C], got {images_u8.dtype} of shape {list(images_u8.shape)}")
-    return images_u8.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+def _values(images: Tensor, low: float) -> Tensor:
+    if images.dtype not in (torch.uint8, torch.uint16, torch.float32) or images.ndim != 4:
+        raise ValueError(f"expected stored images [B, H, W, C], got {images.dtype} of shape {list(images.shape)}")
+    values = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+    return values.sub_(low) if low else values
 
 
-def to_uint8(x: Tensor, *, dequantized: bool = False) -> Tensor:
-    """Samples [B, C, H, W] as stored images uint8 [B, H, W, C].
+def to_stored(x: Tensor, *, dtype: str = "uint8", limits: Limits = BYTE, dequantized: bool = False) -> Tensor:
+    """Samples [B, C, H, W] as stored images [B, H, W, C].
 
-    They are clamped to [0, 1] and rounded half up to a gray value, which inverts `to_unit`. With `dequantized` a gray
-    value is what `dequantize` spreads it over, floor(256 x).
+    They are clamped to [0, 1]. Whole numbers are rounded half up, which inverts `to_unit`. With `dequantized` they are
+    what `dequantize` spreads, for uint8 floor(256 x).
 
     Raises:
         InvalidValue: A value is NaN or infinite, which would otherwise become a plausible gray.
     """
     if bad := int((~torch.isfinite(x)).sum()):
         raise InvalidValue(f"{bad} of {x.numel()} pixel values are NaN or infinite: the sampler diverged")
+    low, high = limits
     unit = x.float().clamp(0, 1)
-    gray = (unit.mul_(256).clamp_(max=255) if dequantized else unit.mul_(255).add_(0.5)).floor_().to(torch.uint8)
-    return gray.permute(0, 2, 3, 1).contiguous()
+    if dtype == "float32":
+        values = unit.mul_(high - low)
+    elif dequantized:
+        values = unit.mul_(high - low + 1).clamp_(max=high - low).floor_()
+    else:
+        values = unit.mul_(high - low).add_(0.5).floor_()
+    return values.add_(low).to(getattr(torch, dtype)).permute(0, 2, 3, 1).contiguous()
+
+
+def eight_bit(images: np.ndarray, limits: Limits) -> np.ndarray:
+    """Stored images as uint8, low as 0 and high as 255, for pictures and for the features of an evaluation."""
+    if images.dtype == np.uint8:
+        return images
+    low, high = limits
+    gray: np.ndarray = ((images.astype(np.float32) - low) * (255 / (high - low)) + 0.5).clip(0, 255).astype(np.uint8)
+    return gray
 
 
 def mirror(x: Tensor, mask: Tensor) -> Tensor:
@@ -106,9 +129,17 @@ def moment_matched(moments: DataMoments, *, sigma: float, z: Tensor) -> Tensor:
     return start
 
 
+def picture_channels(images: np.ndarray) -> np.ndarray:
+    """What a picture shows of images [..., C]: the first three channels if there are as many, else the first."""
+    return images[..., : 3 if images.shape[-1] >= 3 else 1]
+
+
 def image_grid(images_u8: np.ndarray | Tensor, *, columns: int, padding: int = 1) -> np.ndarray:
-    """Tile images uint8 [N, H, W, C], N >= 1, row by row on black, `padding` pixels apart, as uint8 [H', W', C]."""
-    images = images_u8.cpu().numpy() if isinstance(images_u8, Tensor) else np.asarray(images_u8)
+    """Tile images uint8 [N, H, W, C], N >= 1, row by row on black, `padding` pixels apart, as uint8 [H', W', C'].
+
+    C' is 1 or 3, see `picture_channels`.
+    """
+    images = picture_channels(images_u8.cpu().numpy() if isinstance(images_u8, Tensor) else np.asarray(images_u8))
     count, height, width, channels = images.shape
     columns = min(columns, count)
     rows = math.ceil(count / columns)

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-from PIL import Image
 
 from ncsn import storage
 from ncsn.config.schema import DataConfig
@@ -46,7 +45,6 @@ from ncsn.progress import Progress
 # All other settings of `data`, also those to come, decide which images a dataset has.
 _WITHOUT_EFFECT = {"root", "download", "dequantize", "horizontal_flip", "augmentation", "num_classes"}
 LEAST_IMAGES = 2
-_GRAYS = 256
 _BLOCK_BYTES = 2 << 20  # of pixels that are in memory at a time
 # A part notes which images were left out of it, and what others lost.
 _SKIPPED, _CONVERSIONS = b"ncsn.skipped", b"ncsn.conversions"
@@ -73,21 +71,45 @@ class PartWriter:
 
     def write(self, *, cores: int | None = None) -> Iterator[Rows]:
         """Write the part, and publish it after its last block; gives each block while it is being written."""
-        shape = self.data.stored_shape
-        block_rows = max(1, _BLOCK_BYTES // math.prod(shape))
+        pixels = self.data.pixels
+        block_rows = max(1, _BLOCK_BYTES // pixels.num_bytes)
         bad = BadImages(skip=self.data.on_bad_image == "skip")
         examples = bad.filter(self.images.stream(cores=cores))
         with storage.scratch_folder(self.near) as scratch:
             file = scratch / "part.parquet"
-            with pq.ParquetWriter(file, schema(*shape), **PARQUET_OPTIONS) as writer:
+            with pq.ParquetWriter(file, schema(pixels), **PARQUET_OPTIONS) as writer:
                 while rows := list(itertools.islice(examples, block_rows)):
                     images = np.stack([example.image for example in rows])
                     block = Rows(images, np.array([example.label for example in rows], np.int64))
-                    writer.write_table(to_table(block), row_group_size=len(block))
+                    writer.write_table(to_table(block, pixels.limits), row_group_size=len(block))
                     yield block
                 skipped = json.dumps([asdict(image) for image in bad.skipped])
                 writer.add_key_value_metadata({_SKIPPED: skipped, _CONVERSIONS: json.dumps(bad.conversions)})
             storage.publish_file(file, self.uri)
+
+
+class _Statistics:
+    """Of pixels, by channel."""
+
+    def __init__(self, channels: int) -> None:
+        self._count = 0
+        self._sum, self._squares = np.zeros((2, channels))
+        self.minimum, self.maximum = math.inf, -math.inf
+
+    def update(self, images: np.ndarray) -> None:
+        """Add images [N, H, W, C]."""
+        values = images.reshape(-1, images.shape[3])
+        self._count += len(values)
+        self._sum += values.sum(axis=0, dtype=np.float64)
+        self._squares += np.einsum("nc,nc->c", values, values, dtype=np.float64)
+        self.minimum, self.maximum = min(self.minimum, images.min().item()), max(self.maximum, images.max().item())
+
+    def scaled(self, limits: tuple[float, float]) -> tuple[list[float], list[float]]:
+        """Mean and standard deviation of each channel, with these limits as 0 and 1."""
+        low, high = limits
+        mean = self._sum / self._count
+        std = np.sqrt(np.maximum(self._squares / self._count - mean**2, 0.0))
+        return ((mean - low) / (high - low)).tolist(), (std / (high - low)).tolist()
 
 
 WriteParts = Callable[[Iterable[PartWriter]], Iterator[object]]
@@ -154,11 +176,11 @@ def _write(
     write_parts: WriteParts | None,
     progress: Progress,
 ) -> Dataset:
-    shape, total = data.stored_shape, sum(map(len, source.splits.values()))
-    most, near = part_images(shape), folder if storage.is_local(folder) else staging
+    pixels, total = data.pixels, sum(map(len, source.splits.values()))
+    most, near = part_images(pixels), folder if storage.is_local(folder) else staging
     progress.start(total, "images")
     bad, sample = BadImages(skip=True), ImageSample(MOST_IMAGES)
-    histogram = np.zeros((data.channels, _GRAYS), np.int64)
+    statistics = _Statistics(data.channels)
     counts, class_counts, content, parts = dict[str, int](), dict[str, list[int]](), dict[str, str](), {}
     for split, images in source.splits.items():
         digest, labeled = SplitDigest(), np.zeros(len(source.class_names), np.int64)
@@ -174,10 +196,7 @@ def _write(
             labeled += np.bincount(rows.labels[rows.labels >= 0], minlength=len(labeled))
             if split == "train":
                 sample.update(rows.images)
-                for channel, grays in enumerate(histogram):
-                    plane = np.ascontiguousarray(rows.images[..., channel]).reshape(1, -1)
-                    # Pillow counts bytes; np.bincount makes an int64 of each first, which takes six times as long.
-                    grays += np.array(Image.fromarray(plane).histogram(), np.int64)
+                statistics.update(rows.images)
             progress.advance(len(rows))
         if digest.count < LEAST_IMAGES:
             skipped = f" ({len(bad.skipped)} could not be used)" if bad.skipped else ""
@@ -189,32 +208,31 @@ def _write(
             )
         counts[split], class_counts[split], content[split] = digest.count, labeled.tolist(), digest.hexdigest()
     progress.advance(total - sum(counts.values()))
-    identity = {"version": DIGEST_VERSION, "shape": shape, "class_names": source.class_names, "splits": content}
+    identity = {"version": DIGEST_VERSION, "shape": pixels.shape, "class_names": source.class_names, "splits": content}
+    if pixels.dtype != "uint8":
+        identity |= {"dtype": pixels.dtype, "limits": pixels.limits}
     uri = storage.join(folder, dataset := storage.digest(identity, DIGEST_LENGTH))
     if storage.exists(storage.join(uri, MANIFEST)):
         return Dataset(uri, load_manifest(uri), created=False)
-    values = np.arange(_GRAYS, dtype=np.float64) / (_GRAYS - 1)
-    pixels, found = histogram.sum(axis=1), np.flatnonzero(histogram.sum(axis=0))
-    mean = histogram @ values / pixels
+    mean, std = statistics.scaled(pixels.limits)
     manifest = Manifest(
         name=name,
         digest=dataset,
-        image_size=data.image_size,
-        channels=data.channels,
+        pixels=pixels,
         counts=counts,
         class_names=list(source.class_names),
         class_counts=class_counts,
-        mean=mean.tolist(),
-        std=np.sqrt(np.maximum(histogram @ values**2 / pixels - mean**2, 0.0)).tolist(),
-        minimum=int(found[0]),
-        maximum=int(found[-1]),
+        mean=mean,
+        std=std,
+        minimum=statistics.minimum,
+        maximum=statistics.maximum,
         skipped=list(bad.skipped),
         parts=parts,
         content=content,
         source=source.description,
         license=source.license,
         settings=shaping_settings(data),
-        suggested_noise=suggestions(sample),
+        suggested_noise=suggestions(sample, pixels.limits),
         conversions=dict(sorted(bad.conversions.items())),
     )
     fields = {"format_version": FORMAT_VERSION, **asdict(manifest)}

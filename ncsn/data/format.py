@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from ncsn import storage
+from ncsn.config.schema import Pixels
 from ncsn.errors import InvalidValue, NotFound, UserError
 
 IMAGE = "image"
@@ -30,7 +31,7 @@ MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
 # Limits of a part: small enough to share the work, and large enough for few files.
 PART_IMAGES, PART_BYTES = 16_384, 192 << 20
-_SHAPE = b"shape"
+_SHAPE, _DTYPE, _LIMITS = b"shape", b"dtype", b"limits"
 # Images are decoded once: a JPEG decode per epoch costs more than training a small network, and raw bytes have one
 # digest everywhere. As bytes they take a third of the time that Arrow needs for its tensors.
 PARQUET_OPTIONS = {"compression": "zstd", "use_dictionary": False, "write_statistics": [LABEL]}
@@ -38,42 +39,48 @@ PARQUET_OPTIONS = {"compression": "zstd", "use_dictionary": False, "write_statis
 
 @dataclass(frozen=True)
 class Rows:
-    images: np.ndarray  # uint8 [N, H, W, C], 0..255
+    images: np.ndarray  # uint8, uint16 or float32 [N, H, W, C]
     labels: np.ndarray  # int64 [N], index into the class names, or -1 for none
 
     def __len__(self) -> int:
         return len(self.labels)
 
 
-def schema(height: int, width: int, channels: int) -> pa.Schema:
-    shape = {_SHAPE: json.dumps([height, width, channels])}
-    pixels = pa.field(IMAGE, pa.binary(height * width * channels), nullable=False, metadata=shape)
-    return pa.schema([pixels, pa.field(LABEL, pa.int64(), nullable=False)])
+def schema(pixels: Pixels) -> pa.Schema:
+    facts = {
+        _SHAPE: json.dumps(pixels.shape),
+        _DTYPE: pixels.dtype,
+        _LIMITS: json.dumps(pixels.limits),
+    }
+    images = pa.field(IMAGE, pa.binary(pixels.num_bytes), nullable=False, metadata=facts)
+    return pa.schema([images, pa.field(LABEL, pa.int64(), nullable=False)])
 
 
-def part_images(shape: Sequence[int]) -> int:
-    return min(PART_IMAGES, max(1, PART_BYTES // math.prod(shape)))
+def part_images(pixels: Pixels) -> int:
+    return min(PART_IMAGES, max(1, PART_BYTES // pixels.num_bytes))
 
 
-def pixel_shape(field: pa.Field) -> tuple[int, ...] | None:
-    """(H, W, C) of the images of a column of a dataset; None for another column."""
+def pixels_of(field: pa.Field) -> Pixels | None:
+    """How the images of a column of a dataset are stored; None for another column."""
     try:
-        shape = tuple(json.loads((field.metadata or {}).get(_SHAPE, b"[]")))
-    except (ValueError, TypeError):
+        facts = field.metadata or {}
+        shape, limits = (tuple(json.loads(facts[name])) for name in (_SHAPE, _LIMITS))
+        pixels = Pixels(shape, facts[_DTYPE].decode(), limits)
+        return pixels if len(shape) == 3 and field.type == pa.binary(pixels.num_bytes) else None
+    except (ValueError, TypeError, KeyError):
         return None
-    return shape if len(shape) == 3 and field.type == pa.binary(math.prod(shape)) else None
 
 
-def image_shape_of(columns: pa.Schema) -> tuple[int, ...]:
-    """(H, W, C) of the images of a file of ours; `InvalidValue` if it is none."""
-    shape = pixel_shape(columns.field(IMAGE)) if IMAGE in columns.names else None
-    if shape is None:
+def image_pixels_of(columns: pa.Schema) -> Pixels:
+    """How the images of a file of ours are stored; `InvalidValue` if it is none."""
+    pixels = pixels_of(columns.field(IMAGE)) if IMAGE in columns.names else None
+    if pixels is None:
         raise InvalidValue(f"has no images among its columns {', '.join(f'{one.name}: {one.type}' for one in columns)}")
-    return shape
+    return pixels
 
 
-def to_table(rows: Rows) -> pa.Table:
-    columns = schema(*rows.images.shape[1:])
+def to_table(rows: Rows, limits: tuple[float, float] = (0, 255)) -> pa.Table:
+    columns = schema(Pixels(rows.images.shape[1:], str(rows.images.dtype), limits))
     buffers = [None, pa.py_buffer(np.ascontiguousarray(rows.images))]
     pixels = pa.FixedSizeBinaryArray.from_buffers(columns.field(IMAGE).type, len(rows), buffers)
     return pa.Table.from_arrays([pixels, pa.array(rows.labels)], schema=columns)
@@ -81,13 +88,15 @@ def to_table(rows: Rows) -> pa.Table:
 
 def from_table(table: pa.Table) -> Rows:
     """Inverse of `to_table`. The result may share the table's memory."""
-    shape = image_shape_of(table.schema)
-    size = math.prod(shape)
+    pixels = image_pixels_of(table.schema)
+    shape, size = pixels.shape, math.prod(pixels.shape)
     pieces = [
-        np.frombuffer(chunk.buffers()[1], np.uint8, len(chunk) * size, chunk.offset * size).reshape(-1, *shape)
+        np.frombuffer(chunk.buffers()[1], pixels.dtype, len(chunk) * size, chunk.offset * pixels.num_bytes).reshape(
+            -1, *shape
+        )
         for chunk in table.column(IMAGE).chunks
     ]
-    images = pieces[0] if len(pieces) == 1 else np.concatenate(pieces or [np.empty((0, *shape), np.uint8)])
+    images = pieces[0] if len(pieces) == 1 else np.concatenate(pieces or [np.empty((0, *shape), pixels.dtype)])
     return Rows(images, table.column(LABEL).to_numpy())
 
 
@@ -119,7 +128,7 @@ class SplitDigest:
 
     def update(self, rows: Rows) -> None:
         self.count += len(rows)
-        self._images.update(np.ascontiguousarray(rows.images, np.uint8))
+        self._images.update(np.ascontiguousarray(rows.images))
         self._labels.update(np.ascontiguousarray(rows.labels, "<i8"))
 
     def hexdigest(self) -> str:
@@ -148,15 +157,14 @@ class Manifest:
 
     name: str
     digest: str  # of the content, independent of the rows per part
-    image_size: int  # height and width in pixels
-    channels: int  # 1 = gray, 3 = RGB
+    pixels: Pixels
     counts: Mapping[str, int]  # images of each split
     class_names: Sequence[str]  # of label 0, 1, ...; empty if there are no labels
     class_counts: Mapping[str, Sequence[int]]  # images of each class in each split
     mean: Sequence[float]  # of each channel over the train split, of pixels scaled to [0, 1]
     std: Sequence[float]  # likewise
-    minimum: int  # pixel value of the train split, 0..255
-    maximum: int
+    minimum: float  # pixel value of the train split, as it is stored
+    maximum: float
     skipped: Sequence[SkippedImage]
     parts: Mapping[str, Sequence[Part]]
     content: Mapping[str, str]  # digest of each split's rows
@@ -175,7 +183,8 @@ class Manifest:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        return self.image_size, self.image_size, self.channels
+        """Height, width and channels of an image."""
+        return self.pixels.shape
 
     def count(self, split: str) -> int:
         """Images of a split, which must exist."""
@@ -195,6 +204,8 @@ def load_manifest(uri: str) -> Manifest:
         raise UserError(
             uri, f"the dataset has format version {version}, not {FORMAT_VERSION}", hint="run `ncsn ingest` again"
         )
+    pixels = fields["pixels"]
+    fields["pixels"] = Pixels(tuple(pixels["shape"]), pixels["dtype"], tuple(pixels["limits"]))
     fields["skipped"] = [SkippedImage(**image) for image in fields["skipped"]]
     fields["parts"] = {split: [Part(**part) for part in parts] for split, parts in fields["parts"].items()}
     return Manifest(**fields)
@@ -202,15 +213,15 @@ def load_manifest(uri: str) -> Manifest:
 
 @contextmanager
 def open_images(
-    uri: str, *, rows: int | None = None, shape: tuple[int, ...] | None = None, hint: str
+    uri: str, *, rows: int | None = None, pixels: Pixels | None = None, hint: str
 ) -> Iterator[pq.ParquetFile]:
-    """A Parquet file of ours; of `rows` images and of this shape, where they are given."""
+    """A Parquet file of ours; of `rows` images that are stored so, where it is given."""
     filesystem, path = storage.filesystem(uri)
     try:
         with pq.ParquetFile(path, filesystem=filesystem, pre_buffer=True) as file:
-            found = file.metadata.num_rows, image_shape_of(file.schema_arrow)
-            if rows not in (None, found[0]) or shape not in (None, found[1]):
-                raise InvalidValue(f"it holds {found[0]} images of {found[1]}, not {rows} of {shape or found[1]}")
+            found = file.metadata.num_rows, image_pixels_of(file.schema_arrow)
+            if rows not in (None, found[0]) or pixels not in (None, found[1]):
+                raise InvalidValue(f"it holds {found[0]} images of {found[1]}, not {rows} of {pixels or found[1]}")
             yield file
     except FileNotFoundError:
         raise NotFound(uri, "no file here", hint=hint) from None
@@ -218,16 +229,16 @@ def open_images(
         raise UserError(uri, f"is not the Parquet file that was written: {error}", hint=hint) from error
 
 
-def _open_part(uri: str, part: Part, shape: tuple[int, ...]) -> AbstractContextManager[pq.ParquetFile]:
+def _open_part(uri: str, part: Part, pixels: Pixels) -> AbstractContextManager[pq.ParquetFile]:
     hint = f"delete {uri} and ingest again"
-    return open_images(storage.join(uri, part.path), rows=part.rows, shape=shape, hint=hint)
+    return open_images(storage.join(uri, part.path), rows=part.rows, pixels=pixels, hint=hint)
 
 
 def read_blocks(uri: str, split: str) -> Iterator[Rows]:
     """The rows of a split in their order, a few megabytes at a time."""
     manifest = load_manifest(uri)
     for part in manifest.parts[split]:
-        with _open_part(uri, part, manifest.shape) as file:
+        with _open_part(uri, part, manifest.pixels) as file:
             for group in range(file.num_row_groups):
                 yield from_table(file.read_row_group(group))
 
@@ -236,10 +247,11 @@ def read_split(uri: str, split: str, rows: Sequence[int] | NDArray[np.int64] | N
     """The images at `rows` [N] of a split, in any order, with their labels; None = all."""
     manifest = load_manifest(uri)
     wanted = np.asarray(range(manifest.count(split)) if rows is None else rows, np.int64)
-    images, labels = np.empty((len(wanted), *manifest.shape), np.uint8), np.empty(len(wanted), np.int64)
+    images = np.empty((len(wanted), *manifest.shape), manifest.pixels.dtype)
+    labels = np.empty(len(wanted), np.int64)
     order, parts = np.argsort(wanted), manifest.parts[split]
     for number, of_part, in_part in pieces_of(wanted[order], (part.rows for part in parts)):
-        with _open_part(uri, parts[number], manifest.shape) as file:
+        with _open_part(uri, parts[number], manifest.pixels) as file:
             for group, of_group, within in pieces_of(in_part, group_lengths(file)):
                 held, places = from_table(file.read_row_group(group)), order[of_part][of_group]
                 images[places], labels[places] = held.images[within], held.labels[within]

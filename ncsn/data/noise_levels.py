@@ -13,13 +13,14 @@ import torch
 
 from ncsn.config import Config, from_yaml
 from ncsn.config.training import AutoNoiseConfig
+from ncsn.core.images import BYTE, Limits, to_unit
 from ncsn.core.keyed_random import Stream, keyed_permutation, keyed_uniform
 from ncsn.core.noise_schedule import distance_quantile, largest_distance, suggest_noise
 from ncsn.data.format import Manifest
 from ncsn.errors import UserError
 
 MOST_IMAGES = 60_000
-_MOST_VALUES = MOST_IMAGES * 32 * 32 * 3  # bytes of the images that are kept for the largest distance
+_MOST_BYTES = MOST_IMAGES * 32 * 32 * 3  # of the images that are kept for the largest distance
 _MOST_WORK = 2e11  # multiplications for the largest distance: some seconds on two CPU cores; real images need a tenth
 _FEW, _FEW_WORK = 2_000, 6e9  # images compared in pairs for the percentile, and multiplications that this may take
 
@@ -31,13 +32,13 @@ class ImageSample:
         self.size = size
         self.count = 0
         self._places: list[tuple[float, int, int]] = []  # minus an image's random number, its index, its row below
-        self._rows = np.empty(0, np.uint8)
+        self._rows: np.ndarray = np.empty(0, np.uint8)
 
     def update(self, images: np.ndarray) -> None:
-        """Offer uint8 images [N, H, W, C]."""
+        """Offer stored images [N, H, W, C]."""
         if not self.count:
-            self.size = max(2, min(self.size, _MOST_VALUES // images[0].size))
-            self._rows = np.empty((self.size, *images.shape[1:]), np.uint8)  # takes memory where it is written
+            self.size = max(2, min(self.size, _MOST_BYTES // images[0].nbytes))
+            self._rows = np.empty((self.size, *images.shape[1:]), images.dtype)  # takes memory where it is written
         # Each image has a random number; those with the smallest stay.
         keys = keyed_uniform(0, stream=Stream.SUBSET, first=self.count, count=len(images), size=1)[:, 0].numpy()
         full = len(self._places) == self.size
@@ -56,7 +57,7 @@ class ImageSample:
 
     @property
     def images(self) -> np.ndarray:
-        """The sample, uint8 [N, H, W, C], not in the stream's order."""
+        """The sample, [N, H, W, C], not in the stream's order."""
         return self._rows[: len(self._places)]
 
     def some(self, count: int) -> np.ndarray:
@@ -66,13 +67,15 @@ class ImageSample:
         return chosen
 
 
-def suggestions(sample: ImageSample) -> dict[str, dict[str, Any]]:
+def suggestions(sample: ImageSample, limits: Limits = BYTE) -> dict[str, dict[str, Any]]:
     """Noise levels for the images as they are (`plain`) and with mirrored ones (`mirrored`); none if all are alike.
 
     Each is a `NoiseSuggestion` as plain values, with the `distances` between images, in pixel units of [0, 1].
     """
     images = torch.from_numpy(sample.images)
     few = torch.from_numpy(sample.some(max(2, min(_FEW, math.isqrt(int(_FEW_WORK / images[0].numel()))))))
+    if images.dtype != torch.uint8:  # which takes less memory as it is
+        images, few = to_unit(images, limits), to_unit(few, limits)
     found = {}
     for name, flips in (("plain", False), ("mirrored", True)):
         maximum, exact = largest_distance(images, flips=flips, most_work=_MOST_WORK)

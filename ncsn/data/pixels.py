@@ -1,4 +1,4 @@
-"""From encoded bytes or raw arrays to uint8 images of one size and channel count."""
+"""From encoded bytes or raw arrays to images of one size and channel count."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from PIL import ExifTags, Image, ImageOps
 
 from ncsn.config.schema import DataConfig
 from ncsn.data.format import NO_LABEL
+from ncsn.data.tiff import tiff_channels
 from ncsn.errors import InvalidValue
 
 # Pillow widens its filters when it shrinks, so this resize is antialiased. The paper's code uses the same one.
@@ -30,6 +31,8 @@ _MODES = {1: "L", 3: "RGB"}
 _ALPHA = ("P", "PA", "LA", "La", "RGBA", "RGBa")
 # Pillow has readers for forty more formats. Few people need them, and each can be attacked.
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
+_NPY = b"\x93NUMPY"
+MOST_CHANNELS = 8
 # All that Pillow was seen to raise for damaged and for hostile files.
 _NOT_DECODED = (
     OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, ArithmeticError, AttributeError, RuntimeError,
@@ -45,67 +48,111 @@ class BadImageError(InvalidValue):
 
 
 class Picture(NamedTuple):
-    image: Image.Image
-    conversions: tuple[str, ...] = ()  # what it was: 16-bit, animated, CMYK, YCbCr, float, transparent, gray or RGB
+    image: Image.Image | np.ndarray  # an array [H, W, C] is of what Pillow has no mode for
+    # What it was: 16-bit, animated, CMYK, YCbCr, float, transparent, gray, RGB, or beyond the limits of its values.
+    conversions: tuple[str, ...] = ()
     scale: int = 1  # it was decoded this many times smaller
     stored: tuple[int, int] | None = None  # width and height before that, where the scale does not divide them
 
     @classmethod
     def of(cls, pixels: np.ndarray) -> Picture:
-        """Of uint8 [H, W, C]."""
+        """Of an array [H, W, C]."""
+        if pixels.shape[2] not in _MODES or pixels.dtype != np.uint8:
+            return cls(pixels, ("16-bit",) if pixels.dtype == np.uint16 else ())
         return cls(Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels))
 
     @property
+    def pillow(self) -> Image.Image:
+        assert isinstance(self.image, Image.Image)
+        return self.image
+
+    @property
     def size(self) -> tuple[int, int]:
+        if isinstance(self.image, np.ndarray):
+            return self.image.shape[1], self.image.shape[0]
         return self.stored or (self.image.width * self.scale, self.image.height * self.scale)
 
 
 class Example(NamedTuple):
     """An image as a row of the dataset."""
 
-    image: np.ndarray  # uint8 [image_size, image_size, channels]
+    image: np.ndarray  # [H, W, C] of the type of `data.dtype`
     label: int  # -1 for none
     conversions: tuple[str, ...] = ()  # as of `Picture`
 
 
 @dataclass(frozen=True)
 class Fit:
-    """Brings an image to [image_size, image_size, channels] with an antialiased resize."""
+    """Brings an image to [height, width, channels] with an antialiased resize."""
 
-    image_size: int
-    channels: int  # 1 = gray, 3 = RGB
-    crop: int | None = None  # side of the center crop in pixels; None = the shorter side
-    method: Literal["crop", "pad", "stretch"] = "crop"  # what makes it square
+    size: tuple[int, int]  # height, width
+    channels: int  # 1 = gray, 3 = RGB; any other number is taken as it is stored
+    crop: int | None = None  # shorter side of the center crop in pixels; None = the largest that there is
+    method: Literal["crop", "pad", "stretch"] = "crop"  # what gives it the shape
     background: tuple[int, int, int] | None = None  # RGB under transparent pixels; None = these are bad images
+    dtype: str = "uint8"  # or uint16 or float32
+    limits: tuple[float, float] = (0, 255)  # the smallest and the largest value
 
     @classmethod
     def of(cls, data: DataConfig, *, crop: int | None = None) -> Fit:
         """The conversion that the config asks for; `crop` if it names none."""
-        return cls(data.image_size, data.channels, data.crop or crop, data.fit, data.background_color)
+        pixels, crop = data.pixels, data.crop or crop
+        return cls(pixels.shape[:2], data.channels, crop, data.fit, data.background_color, pixels.dtype, pixels.limits)
 
     @property
     def least_side(self) -> int | None:
         """Pixels that suffice of the shorter side of a JPEG; None if all are needed, as for the paper's crop."""
-        return None if self.crop else _SPARE * self.image_size
+        return None if self.crop else _SPARE * max(self.size)
 
     def array(self, image: np.ndarray, label: int = NO_LABEL) -> Example:
-        if image.shape == (self.image_size, self.image_size, self.channels) and self.crop is None:
+        if image.shape == (*self.size, self.channels) and self.crop is None and image.dtype == self.dtype == "uint8":
             return Example(image, label)
         return self.picture(Picture.of(image), label=label)
 
     def picture(self, picture: Picture, *, label: int = NO_LABEL) -> Example:
         """Fit a decoded image; `BadImageError` for pixels of a kind that is not accepted, or too few for the crop."""
+        if self.dtype == "uint8" and isinstance(picture.image, np.ndarray):
+            picture = _in_bytes(picture)
+        if self.dtype != "uint8" or self.channels not in _MODES or isinstance(picture.image, np.ndarray):
+            return self._by_channel(picture, label)
         plain = self.plain(picture)
-        if len(plain.image.getbands()) != self.channels:  # to gray by ITU-R 601 luma
+        if len(plain.pillow.getbands()) != self.channels:  # to gray by ITU-R 601 luma
             conversions = (*plain.conversions, "RGB" if self.channels == 1 else "gray")
-            plain = plain._replace(image=plain.image.convert(_MODES[self.channels]), conversions=conversions)
-        square = self._square(plain)
-        pixels = np.asarray(square, np.uint8).reshape(self.image_size, self.image_size, self.channels)
+            plain = plain._replace(image=plain.pillow.convert(_MODES[self.channels]), conversions=conversions)
+        pixels = np.asarray(self._shaped(plain), np.uint8).reshape(*self.size, self.channels)
         return Example(pixels, label, plain.conversions)
+
+    def _by_channel(self, picture: Picture, label: int) -> Example:
+        """Fit each channel by itself, as it is stored."""
+        values = stored_values(picture.image)
+        if values.shape[2] != self.channels:
+            raise BadImageError(f"has {values.shape[2]} channels, and data.channels is {self.channels}")
+        conversions = picture.conversions
+        if self.dtype != "uint8":
+            values, clipped = self._within_limits(values)
+            conversions = (*(one for one in conversions if one != "16-bit"), *["clipped"] * clipped)
+        bands = [self._shaped(picture._replace(image=Image.fromarray(band))) for band in np.moveaxis(values, 2, 0)]
+        pixels = np.stack([np.asarray(band) for band in bands], axis=2)
+        if self.dtype == "uint16":
+            pixels = np.floor(pixels + 0.5)
+        return Example(pixels.astype(self.dtype, copy=False), label, conversions)
+
+    def _within_limits(self, values: np.ndarray) -> tuple[np.ndarray, bool]:
+        """Values as float32, which holds 16 bits exactly, within the limits, and whether some were beyond."""
+        kind, (low, high) = values.dtype, self.limits
+        if self.dtype == "uint16" and (kind.kind not in "iu" or kind.itemsize == 1):
+            lost = (
+                ", which is all that Pillow reads of other color than TIFF; save it as .npy" if kind == np.uint8 else ""
+            )
+            raise BadImageError(f"has pixels of type {kind}, and data.dtype is uint16{lost}")
+        if kind.kind not in "iuf" or not np.isfinite(values).all():
+            raise BadImageError(f"has pixels of type {kind} that are no finite numbers")
+        beyond = bool(values.min() < low or values.max() > high)
+        return (values.clip(low, high) if beyond else values).astype(np.float32), beyond
 
     def plain(self, picture: Picture) -> Picture:
         """As mode L or RGB; palettes are looked up, and opaque alpha is dropped."""
-        image, conversions = picture.image, picture.conversions
+        image, conversions = picture.pillow, picture.conversions
         if image.mode in _ALPHA or (self.background is not None and image.has_transparency_data):
             return self._opaque(picture)
         if image.mode in ("L", "RGB"):
@@ -114,20 +161,12 @@ class Fit:
             return Picture(image.convert("L" if image.mode == "1" else "RGB"), conversions)
         if image.mode in ("CMYK", "YCbCr"):
             return picture._replace(image=image.convert("RGB"), conversions=(*conversions, image.mode))
-        if "16-bit" in conversions and image.mode.startswith("I"):
-            # The upper byte, which is what Pillow keeps of 16-bit color.
-            return Picture(Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)), conversions)
-        if image.mode == "F":
-            values = np.asarray(image)
-            low, high = float(values.min()), float(values.max())
-            if not (low >= 0 and high <= 1):  # or NaN
-                raise BadImageError(f"has floating-point pixels from {low:g} to {high:g}; only 0 to 1 are accepted")
-            pixels = np.floor(values * 255 + 0.5).astype(np.uint8)
-            return Picture(Image.fromarray(pixels), (*conversions, "float"))
+        if image.mode == "F" or ("16-bit" in conversions and image.mode.startswith("I")):
+            return _in_bytes(picture)
         raise BadImageError(f"has pixels of kind {image.mode!r}")
 
     def _opaque(self, picture: Picture) -> Picture:
-        image, conversions = picture.image, picture.conversions
+        image, conversions = picture.pillow, picture.conversions
         gray = image.mode in ("L", "LA", "La")
         if image.mode in ("La", "RGBa"):
             image = image.convert(image.mode.upper())
@@ -140,24 +179,59 @@ class Fit:
         gray = gray and (self.channels == 1 or len(set(self.background)) == 1)
         return Picture(whole.convert("L" if gray else "RGB"), (*conversions, "transparent"))
 
-    def _square(self, picture: Picture) -> Image.Image:
-        width, height = picture.size
-        if self.method == "pad" and width != height:
-            longest = max(width, height)
-            inner = max(1, round(width * self.image_size / longest)), max(1, round(height * self.image_size / longest))
-            color = Image.new("RGB", (1, 1), self.background or (0, 0, 0)).convert(picture.image.mode)
-            square = color.resize((self.image_size, self.image_size))
-            place = (self.image_size - inner[0]) // 2, (self.image_size - inner[1]) // 2
-            square.paste(_resized(picture, inner, (0, 0, width, height)), place)
-            return square
-        box = 0, 0, width, height
+    def _shaped(self, picture: Picture) -> Image.Image:
+        (height, width), (columns, rows) = self.size, picture.size
+        too_wide = columns * height - rows * width
+        if self.method == "pad" and too_wide:
+            inner = width, max(1, round(rows * width / columns))
+            if too_wide < 0:
+                inner = max(1, round(columns * height / rows)), height
+            color = Image.new("RGB", (1, 1), self.background or (0, 0, 0)).convert(picture.pillow.mode)
+            if self.dtype != "uint8":  # mode F, from 0 to 255
+                low, high = self.limits
+                color = color.point(lambda gray: gray * ((high - low) / 255) + low)
+            padded = color.resize((width, height))
+            place = (width - inner[0]) // 2, (height - inner[1]) // 2
+            padded.paste(_resized(picture, inner, (0, 0, columns, rows)), place)
+            return padded
+        box = 0, 0, columns, rows
         if self.method == "crop":
-            side = self.crop or min(width, height)
-            if side > min(width, height):
-                raise BadImageError(f"has {width}x{height} pixels, less than the {side}x{side} cut from its center")
-            left, top = (width - side) // 2, (height - side) // 2
-            box = left, top, left + side, top + side
-        return _resized(picture, (self.image_size, self.image_size), box)
+            kept = (round(rows * width / height), rows) if too_wide > 0 else (columns, round(columns * height / width))
+            if self.crop is not None:
+                kept = round(self.crop * width / min(self.size)), round(self.crop * height / min(self.size))
+            kept = max(1, kept[0]), max(1, kept[1])
+            if kept[0] > columns or kept[1] > rows:
+                cut = f"{kept[0]}x{kept[1]} cut from its center"
+                raise BadImageError(f"has {columns}x{rows} pixels, less than the {cut}")
+            left, top = (columns - kept[0]) // 2, (rows - kept[1]) // 2
+            box = left, top, left + kept[0], top + kept[1]
+        return _resized(picture, (width, height), box)
+
+
+def _in_bytes(picture: Picture) -> Picture:
+    """With 8 bits a channel: the upper byte of 16, which is what Pillow keeps of color, and floats from 0 to 1."""
+    values, conversions = stored_values(picture.image), picture.conversions
+    if values.dtype.kind == "f":
+        low, high = float(values.min()), float(values.max())
+        if not (low >= 0 and high <= 1):  # or NaN
+            raise BadImageError(
+                f"has floating-point pixels from {low:g} to {high:g}; only 0 to 1 are accepted by data.dtype = uint8"
+            )
+        values, conversions = np.floor(values * 255 + 0.5).astype(np.uint8), (*conversions, "float")
+    elif values.dtype != np.uint8 and "16-bit" in conversions:
+        values = (values >> 8).astype(np.uint8)
+    elif values.dtype != np.uint8:
+        raise BadImageError(f"has pixels of type {values.dtype}, which data.dtype = uint8 does not take")
+    return Picture.of(values)._replace(conversions=conversions)
+
+
+def stored_values(image: Image.Image | np.ndarray) -> np.ndarray:
+    """The channels as they are stored, alpha too, [H, W, C]; colors of a palette are looked up."""
+    if isinstance(image, Image.Image):
+        if image.mode in ("P", "PA"):
+            image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+        image = np.asarray(image.convert("L") if image.mode == "1" else image)
+    return image[..., None] if image.ndim == 2 else image
 
 
 def _resized(picture: Picture, size: tuple[int, int], box: tuple[int, int, int, int]) -> Image.Image:
@@ -165,7 +239,7 @@ def _resized(picture: Picture, size: tuple[int, int], box: tuple[int, int, int, 
     left, top, right, bottom = (edge / picture.scale for edge in box)
     first = math.floor(left), math.floor(top)
     around = (*first, math.ceil(right), math.ceil(bottom))
-    image = picture.image
+    image = picture.pillow
     if around != (0, 0, *image.size):
         image = image.crop(around)
     inside = left - first[0], top - first[1], right - first[0], bottom - first[1]
@@ -178,7 +252,11 @@ def decode(data: bytes, *, least_side: int | None = None) -> Picture:
     `least_side` pixels of the shorter side suffice, where decoding fewer takes less time. `BadImageError` if it cannot
     be decoded.
     """
+    if data.startswith(_NPY):
+        return _of_npy(data)
     try:
+        if (channels := tiff_channels(data)) is not None:
+            return Picture.of(channels)
         image = Image.open(io.BytesIO(data), formats=_FORMATS)
         stored = image.size
         scale = _shrink(image, least_side) if least_side and image.format in ("JPEG", "MPO") else 1
@@ -196,6 +274,23 @@ def decode(data: bytes, *, least_side: int | None = None) -> Picture:
         unknown = isinstance(error, OSError) and "cannot identify" in str(error)
         reason = f"not one of {', '.join(_FORMATS)}" if unknown else str(error) or type(error).__name__
         raise BadImageError(" ".join(reason.split())) from error
+
+
+def _of_npy(data: bytes) -> Picture:
+    """An array [H, W], [H, W, C] or [C, H, W]."""
+    try:
+        values = np.load(io.BytesIO(data), allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise BadImageError(f"not a whole array: {error}") from error
+    if values.ndim == 2:
+        values = values[..., None]
+    elif values.ndim == 3 and values.shape[0] <= MOST_CHANNELS < values.shape[2]:
+        values = np.moveaxis(values, 0, 2)
+    if values.ndim != 3 or not 0 < values.shape[2] <= MOST_CHANNELS or not values.size:
+        raise BadImageError(
+            f"is an array of shape {list(values.shape)}, not [H, W] with up to {MOST_CHANNELS} channels"
+        )
+    return Picture.of(values.astype(values.dtype.newbyteorder("="), copy=False))
 
 
 def _shrink(image: Image.Image, least_side: int) -> int:

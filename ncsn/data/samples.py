@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ncsn import storage
+from ncsn.config.schema import Pixels
+from ncsn.core.images import BYTE, Limits, eight_bit, picture_channels
 from ncsn.data.format import (
     IMAGE,
     LABEL,
@@ -27,7 +29,7 @@ from ncsn.data.format import (
     PARQUET_OPTIONS,
     Rows,
     from_table,
-    image_shape_of,
+    image_pixels_of,
     open_images,
     to_table,
 )
@@ -40,11 +42,13 @@ def shard_name(first: int, last: int) -> str:
     return f"shard-{first:09d}-{last:09d}.parquet"
 
 
-def write_shard(uri: str, images: NDArray[np.uint8], *, labels: NDArray[np.int64] | None = None) -> None:
-    """Publish images [N, H, W, C] as one shard, with their classes [N] if they have some."""
+def write_shard(
+    uri: str, images: NDArray[Any], *, labels: NDArray[np.int64] | None = None, limits: Limits = BYTE
+) -> None:
+    """Publish stored images [N, H, W, C] as one shard, with their classes [N] if they have some."""
     buffer = io.BytesIO()
     known = np.full(len(images), NO_LABEL, np.int64) if labels is None else labels
-    pq.write_table(to_table(Rows(images, known)), buffer, **PARQUET_OPTIONS)
+    pq.write_table(to_table(Rows(images, known), limits), buffer, **PARQUET_OPTIONS)
     storage.write_bytes(uri, buffer.getvalue())
 
 
@@ -58,15 +62,17 @@ def missing_ranges(names: Sequence[str], *, num_images: int) -> list[tuple[int, 
     return gaps
 
 
-def samples_shape(uri: str, *, num_images: int) -> tuple[int, ...]:
-    """(H, W, C) of the images in the folder `uri`, which must hold images `0 .. num_images`."""
+def samples_pixels(uri: str, *, num_images: int) -> Pixels:
+    """How the images are stored in the folder `uri`, which must hold images `0 .. num_images`."""
     with _open_shard(uri, _shards(uri, 0, num_images)[0]) as file:
-        return image_shape_of(file.schema_arrow)
+        return image_pixels_of(file.schema_arrow)
 
 
-def read_samples(uri: str, first: int, last: int) -> NDArray[np.uint8]:
-    """Images `first .. last` of the folder `uri`, [n, H, W, C] uint8. Shards may overlap."""
-    return np.concatenate([from_table(table).images for table in _tables(uri, [IMAGE, LABEL], first, last)])
+def read_samples(uri: str, first: int, last: int, *, as_bytes: bool = False) -> NDArray[Any]:
+    """Images `first .. last` of the folder `uri`, [n, H, W, C] as stored or `eight_bit`. Shards may overlap."""
+    tables = list(_tables(uri, [IMAGE, LABEL], first, last))
+    images = np.concatenate([from_table(table).images for table in tables])
+    return eight_bit(images, image_pixels_of(tables[0].schema).limits) if as_bytes else images
 
 
 def write_pngs(uri: str, folder: Path, *, num_images: int) -> None:
@@ -75,7 +81,8 @@ def write_pngs(uri: str, folder: Path, *, num_images: int) -> None:
     starts = batch_starts(uri, num_images=num_images, batch_size=num_images)  # of the shards
     with storage.scratch_folder(str(folder.parent)) as temporary:
         for first, last in itertools.pairwise([*starts, num_images]):
-            for number, image in enumerate(read_samples(uri, first, last), first):
+            shown = picture_channels(read_samples(uri, first, last, as_bytes=True))
+            for number, image in enumerate(shown, first):
                 picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
                 picture.save(temporary / f"{number:06d}.png")
         temporary.rename(folder)

@@ -7,7 +7,6 @@ run continues with the right image. Which of the two it is depends on the size o
 from __future__ import annotations
 
 import functools
-import math
 import os
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,6 +18,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from ncsn import storage
+from ncsn.core.images import eight_bit
 from ncsn.core.keyed_random import keyed_permutation
 from ncsn.data.format import Manifest, Rows, SplitDigest, load_manifest, read_blocks, read_split
 from ncsn.errors import UserError
@@ -34,7 +34,7 @@ _IMAGES, _LABELS = "images.npy", "labels.npy"
 def open_training_images(dataset_uri: str, split: str = "train") -> TrainingImages:
     """A split, from this node's copy of it, or in windows if it is large."""
     manifest = load_manifest(dataset_uri)
-    image_bytes = math.prod(manifest.shape)
+    image_bytes = manifest.pixels.num_bytes
     if manifest.count(split) * image_bytes <= WINDOW_BYTES:
         return open_cache(dataset_uri, split)
     return StreamedSplit(dataset_uri, split, window_images=WINDOW_BYTES // image_bytes)
@@ -49,7 +49,7 @@ def mapped(path: Path) -> np.ndarray:
 class CachedSplit:
     """A split as memory-mapped arrays, which the processes of a node share."""
 
-    images: np.ndarray  # uint8 [N, H, W, C], 0..255
+    images: np.ndarray  # [N, H, W, C], as stored or `eight_bit`
     labels: np.ndarray  # int64 [N], -1 for none
 
     def __len__(self) -> int:
@@ -63,17 +63,18 @@ class CachedSplit:
         return Rows(self.images[indices], self.labels[indices])
 
 
-def open_cache(dataset_uri: str, split: str) -> CachedSplit:
-    """The node's copy of a split. The first process that asks makes it, others wait."""
+def open_cache(dataset_uri: str, split: str, *, as_bytes: bool = False) -> CachedSplit:
+    """The node's copy of a split, as stored or `eight_bit`. The first process that asks makes it, others wait."""
     manifest = load_manifest(dataset_uri)
     count = manifest.count(split)
-    folder = cache_folder() / manifest.digest / split
+    as_bytes = as_bytes and manifest.pixels.dtype != "uint8"
+    folder = cache_folder() / manifest.digest / (f"{split}-bytes" if as_bytes else split)
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_suffix(".lock")):
             if not folder.exists():
                 with storage.scratch_folder(str(folder.parent)) as temporary:
-                    _copy(temporary, dataset_uri, split, manifest)
+                    _copy(temporary, dataset_uri, split, manifest, as_bytes=as_bytes)
                     temporary.rename(folder)
     try:
         images, labels = (mapped(folder / name) for name in (_IMAGES, _LABELS))
@@ -85,15 +86,17 @@ def open_cache(dataset_uri: str, split: str) -> CachedSplit:
     return CachedSplit(images, labels)
 
 
-def _copy(folder: Path, dataset_uri: str, split: str, manifest: Manifest) -> None:
+def _copy(folder: Path, dataset_uri: str, split: str, manifest: Manifest, *, as_bytes: bool) -> None:
     count, digest = manifest.count(split), SplitDigest()
+    pixel = "|u1" if as_bytes else np.dtype(manifest.pixels.dtype).str
     # Not through a memory map: there a full disk would kill the process.
     with (folder / _IMAGES).open("wb") as images, (folder / _LABELS).open("wb") as labels:
-        for file, shape, kind in ((images, (count, *manifest.shape), "|u1"), (labels, (count,), "<i8")):
+        for file, shape, kind in ((images, (count, *manifest.shape), pixel), (labels, (count,), "<i8")):
             np.lib.format.write_array_header_1_0(file, {"descr": kind, "fortran_order": False, "shape": shape})
         for block in read_blocks(dataset_uri, split):
             digest.update(block)
-            images.write(block.images.tobytes())
+            stored = eight_bit(block.images, manifest.pixels.limits) if as_bytes else block.images
+            images.write(stored.tobytes())
             labels.write(block.labels.astype("<i8").tobytes())
         for file in (images, labels):
             file.flush()
@@ -198,7 +201,8 @@ class StreamedSplit:
 
     def ordered(self, seed: int, *, first: int, count: int) -> Rows:
         """The images at places `first .. first + count` of the order of `seed`; fast where `first` grows."""
-        images, labels = np.empty((count, *self._manifest.shape), np.uint8), np.empty(count, np.int64)
+        images = np.empty((count, *self._manifest.shape), self._manifest.pixels.dtype)
+        labels = np.empty(count, np.int64)
         filled = 0
         while filled < count:
             place = first + filled
@@ -228,7 +232,7 @@ class StreamedSplit:
     def _has_room(self) -> bool:
         """Whether the node's disk can hold all chunks; `UserError` if it cannot even hold two windows."""
         room = shutil.disk_usage(self._folder).free + sum(file.stat().st_size for file in self._folder.glob("*.npy"))
-        image_bytes = math.prod(self._manifest.shape) + np.dtype(np.int64).itemsize
+        image_bytes = self._manifest.pixels.num_bytes + np.dtype(np.int64).itemsize
         two_windows = 2 * self._window_images * image_bytes
         if room < min(two_windows, self._size * image_bytes):
             raise UserError(
@@ -267,7 +271,8 @@ class StreamedSplit:
                 return
             first, last = chunk * self._chunk_rows, min((chunk + 1) * self._chunk_rows, self._size)
             read = read_split(self._uri, self._split, range(first, last))
-            rows = np.empty(len(read), [("image", np.uint8, self._manifest.shape), ("label", np.int64)])
+            image = ("image", self._manifest.pixels.dtype, self._manifest.shape)
+            rows = np.empty(len(read), [image, ("label", np.int64)])
             rows["image"], rows["label"] = read.images, read.labels
             with storage.local_file(file) as temporary, temporary.open("wb") as stream:
                 np.save(stream, rows)

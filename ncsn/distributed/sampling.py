@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from ncsn import storage
 from ncsn.config import Config
 from ncsn.config.schema import SamplingConfig
+from ncsn.core.images import eight_bit
 from ncsn.data.samples import missing_ranges, read_samples, shard_name, write_shard
 from ncsn.distributed.ray_calls import call_all
 from ncsn.errors import InvalidValue
@@ -97,7 +99,7 @@ def _sample_shard(shard: Part) -> Features | None:
     """Publish the shard unless it exists; the features of its images if they are wanted."""
     assert shard.folder is not None, "a shard is kept"
     if shard.exists:
-        images = read_samples(shard.folder, shard.first, shard.first + shard.count)
+        images = read_samples(shard.folder, shard.first, shard.first + shard.count, as_bytes=True)
     else:
         strip = None if shard.first else Strip(shard.sampling, shard.config)
         images = _generate(shard, on_level=strip)
@@ -106,7 +108,9 @@ def _sample_shard(shard: Part) -> Features | None:
         trained = _load(shard.checkpoint, device=shard.config.compute.device)
         labels = image_labels(trained, shard.sampling, first=shard.first, count=shard.count)
         uri = storage.join(shard.folder, shard_name(shard.first, shard.first + shard.count))
-        write_shard(uri, images, labels=None if labels is None else labels.numpy())
+        limits = trained.config.data.pixels.limits
+        write_shard(uri, images, labels=None if labels is None else labels.numpy(), limits=limits)
+        images = eight_bit(images, limits)
     if shard.dataset is None:
         return None
     extractor = extractor_of(shard.config, shard.dataset)
@@ -159,14 +163,14 @@ def _score(part: Part) -> Features | None:
     trained = _load(part.checkpoint, device=part.config.compute.device)
     guide_of(trained, part.sampling)  # an error of either file is not the sampler's
     try:
-        images = _generate(part)
+        images = eight_bit(_generate(part), trained.config.data.pixels.limits)
     except InvalidValue:  # not finite
         return None
     assert part.dataset is not None, "its extractor is asked for"
     return extractor_of(part.config, part.dataset).extract(images).features
 
 
-def _generate(part: Part, on_level: Strip | None = None) -> NDArray[np.uint8]:
+def _generate(part: Part, on_level: Strip | None = None) -> NDArray[Any]:
     device = part.config.compute.device
     trained, first, count = _load(part.checkpoint, device=device), part.first, part.count
     return generate(trained, sampling=part.sampling, first=first, count=count, device=device, on_level=on_level)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-import math
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
@@ -78,7 +77,7 @@ def train(job: TrainingJob, *, run_uri: str) -> TrainOutcome:
     if compute.num_workers == 1 and on_this_machine():  # which is not preempted
         return train_alone(job, run_uri=run_uri)
     manifest = load_manifest(job.dataset)
-    size = sum(manifest.counts.values()) * math.prod(manifest.shape)
+    size = sum(manifest.counts.values()) * manifest.pixels.num_bytes
     # A worker waits for the others, of which one may fill its node's cache first.
     timeout = round(TIMEOUT_SECONDS + size / SLOWEST_READ)
     with tempfile.TemporaryDirectory(prefix="ncsn-") as folder:

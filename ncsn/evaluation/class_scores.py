@@ -84,7 +84,7 @@ def asked_classes(config: Config, dataset: str, images: ImageSet, *, extractor: 
     """
     if config.data.num_classes is None or (isinstance(images, SplitSet) and images.split == "train"):
         return None
-    reference = open_cache(dataset, config.evaluation.reference_split).labels
+    reference = open_cache(dataset, config.evaluation.reference_split, as_bytes=True).labels
     return AskedClasses(images.labels(), reference, config.data.num_classes, own=extractor == "classifier")
 
 

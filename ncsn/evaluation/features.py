@@ -54,7 +54,7 @@ class SampleSet:
 
     def read(self, first: int, last: int) -> Images:
         """Images `first .. last` as [n, H, W, C] uint8."""
-        return read_samples(self.uri, first, last)
+        return read_samples(self.uri, first, last, as_bytes=True)
 
     def labels(self) -> NDArray[np.int64]:
         """The class of each image, int64 [count], -1 for none."""
@@ -74,11 +74,11 @@ class SplitSet:
         return list(range(0, self.count, batch_size))
 
     def read(self, first: int, last: int) -> Images:
-        images = open_cache(self.dataset, self.split).images
+        images = open_cache(self.dataset, self.split, as_bytes=True).images
         return np.asarray(images[self._rows(len(images))[first:last] if self.drawn else slice(first, last)])
 
     def labels(self) -> NDArray[np.int64]:
-        labels = open_cache(self.dataset, self.split).labels
+        labels = open_cache(self.dataset, self.split, as_bytes=True).labels
         return np.asarray(labels[self._rows(len(labels)) if self.drawn else slice(None)][: self.count])
 
     def _rows(self, size: int) -> NDArray[np.int64]:
@@ -138,8 +138,7 @@ def recipe_of(config: Config, manifest: Manifest) -> ClassifierRecipe:
     """The classifier of the config for a dataset, by its labels or by clusters."""
     clustered = evaluation_of(config, manifest).extractor == "clusters"
     return ClassifierRecipe(
-        image_size=manifest.image_size,
-        channels=manifest.channels,
+        shape=manifest.shape,
         num_classes=num_clusters(manifest.count("train")) if clustered else len(manifest.class_names),
         epochs=config.evaluation.classifier_epochs,
         seed=COMMON_SEED,

@@ -213,7 +213,7 @@ def _measure_set(work: _Work) -> Measured:
         extracted,
         first_images=compared.read(0, min(images.count, NEIGHBOR_IMAGES)),
         reference=reference,
-        training_images=open_cache(dataset, "train").images,
+        training_images=open_cache(dataset, "train", as_bytes=True).images,
         num_splits=config.evaluation.num_splits,
         seed=COMMON_SEED,
         classes=extractor.name in WITH_SCORE,

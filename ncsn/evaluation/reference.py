@@ -161,8 +161,8 @@ def _train_classifier(work: tuple[Config, str, Progress]) -> None:
     ensure_classifier(
         dataset,
         recipe_of(config, load_manifest(dataset)),
-        train=open_cache(dataset, "train"),
-        test=open_cache(dataset, "test"),
+        train=open_cache(dataset, "train", as_bytes=True),
+        test=open_cache(dataset, "test", as_bytes=True),
         device=device_of(config),
         progress=progress,
     )

@@ -21,7 +21,7 @@ from ncsn.config import Config
 from ncsn.data.dataset import write_dataset
 from ncsn.data.format import NO_LABEL
 from ncsn.data.noise_levels import resolve_noise
-from ncsn.data.pixels import Fit, Picture
+from ncsn.data.pixels import MOST_CHANNELS, Fit, Picture
 from ncsn.data.sources import open_source
 from ncsn.data.sources.base import Source
 from ncsn.data.sources.published_sets import Arrays
@@ -38,6 +38,8 @@ from ncsn.tools.survey import MOST_LOOKED_AT, Look, Survey, survey
 from ncsn.training.context import WorkerContext
 from ncsn.training.loop import TrainingJob, train_loop
 
+_LEAST_SIDE = 8  # of `data.image_size`
+
 
 def fit(
     images: NDArray[Any] | Tensor | Dataset[Any] | str | os.PathLike[str],
@@ -53,9 +55,9 @@ def fit(
     All settings, of the network too, are chosen to fit the images, the machine and the time, as by `ncsn init`.
 
     Args:
-        images: An array [N, H, W] or [N, H, W, C], uint8 or floats in [0, 1], C = 1 or 3. A map-style dataset of torch,
-            whose items are PIL images, arrays [H, W, C] or tensors [C, H, W], alone or each with a label. Images of
-            both are square and of one size. Or a folder, an archive, a Parquet file or an s3:// prefix, of any images.
+        images: An array [N, H, W] or [N, H, W, C], uint8 or floats in [0, 1], C from 1 to 8. A map-style dataset of
+            torch, whose items are PIL images, arrays [H, W, C] or tensors [C, H, W], alone or each with a label, all of
+            one size. Or a folder, an archive, a Parquet file or an s3:// prefix, of any images.
         labels: A class for each image of an array or a dataset, numbers or names [N].
         network: unet, ddpmpp, ncsnv2 or ncsn; or {"kind": ..., ...} with settings of the section `network` of a config.
             All but a unet have by default the size of their paper, for a GPU.
@@ -82,7 +84,8 @@ def fit(
     try:
         if not isinstance(images, str | os.PathLike):
             source, found = _in_memory(images, labels)
-            settings += [f"data.image_size={found.side}", f"data.channels={found.looks[0].bands}"]
+            (width, height), channels = found.looks[0].size, found.looks[0].bands
+            settings += [f"data.image_size=[{height}, {width}]", f"data.channels={channels}"]
             if source.class_names:
                 settings.append(f"data.num_classes={len(source.class_names)}")
         elif labels is None:
@@ -141,8 +144,8 @@ def _in_memory(images: Any, labels: ArrayLike | None) -> tuple[Source, Survey]:
         images = np.stack(pixels)
     images = images[..., None] if images.ndim == 3 else images
     count, height, width, channels = images.shape if images.ndim == 4 else (0, 0, 0, 0)
-    if not count or height != width or channels not in (1, 3):
-        hint = "give square images [N, H, W, C] with C = 1 or 3"
+    if min(height, width) < _LEAST_SIDE or not 1 <= channels <= MOST_CHANNELS:
+        hint = f"give images [N, H, W, C] of {_LEAST_SIDE} pixels a side or more, with C from 1 to {MOST_CHANNELS}"
         raise UserError("images", f"have the shape {list(images.shape)}", hint=hint)
     if images.dtype != np.uint8:
         if images.dtype.kind != "f" or not (images.min() >= 0 and images.max() <= 1):
@@ -157,7 +160,10 @@ def _in_memory(images: Any, labels: ArrayLike | None) -> tuple[Source, Survey]:
                 "labels", f"have the shape {list(numbers.shape)}", hint=f"give one for each of {count} images"
             )
     source = Source(
-        "memory", "", tuple(map(str, names.tolist())), {"train": Arrays(images, numbers, Fit(width, channels))}
+        "memory",
+        "",
+        tuple(map(str, names.tolist())),
+        {"train": Arrays(images, numbers, Fit((height, width), channels))},
     )
     found = Survey(
         root="memory",
@@ -183,5 +189,5 @@ def _pixels(item: Any) -> NDArray[Any]:
     if isinstance(item, Tensor):
         return (item.movedim(0, 2) if item.ndim == 3 else item).numpy()
     if isinstance(item, Image.Image):
-        return np.asarray(Fit(1, 3).plain(Picture(item)).image)  # gray or RGB
+        return np.asarray(Fit((1, 1), 3).plain(Picture(item)).image)  # gray or RGB
     return np.asarray(item)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -81,8 +82,8 @@ class ScoreModel:
 
     def sample(
         self, n: int, *, sampler: AnySampler | None = None, label: int | str | None = None, seed: int = 0
-    ) -> NDArray[np.uint8]:
-        """`n` images, uint8 [n, H, W, C]; image i depends on the seed and i alone.
+    ) -> NDArray[Any]:
+        """`n` images [n, H, W, C] of the type of the training images; image i depends on the seed and i alone.
 
         Args:
             sampler: None = that of the training's config. Start and noise are made to fit it. Guidance is that of the

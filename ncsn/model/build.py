@@ -76,7 +76,7 @@ def network(config: Config) -> nn.Module:
     # Of the kinds with preconditioning.
     conditioned: dict[str, Any] = {
         "channels": channels,
-        "image_size": config.data.image_size,
+        "image_size": min(config.data.stored_shape[:2]),
         "num_classes": config.data.num_classes,
         "augmentation": config.data.augmentation is not None,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import lru_cache
@@ -15,7 +16,7 @@ from torch import Tensor
 from ncsn.config import Config
 from ncsn.config.choices import AutoguidanceConfig
 from ncsn.config.schema import SamplingConfig
-from ncsn.core.images import to_uint8
+from ncsn.core.images import to_stored
 from ncsn.core.keyed_random import KeyedNoise, Stream, keyed_uniform
 from ncsn.core.losses import ScoreFunction
 from ncsn.core.networks.base import ContinuousNetwork
@@ -40,8 +41,8 @@ def generate(
     count: int,
     device: str | torch.device = "cpu",
     on_level: Callable[[int, Tensor], None] | None = None,
-) -> NDArray[np.uint8]:
-    """Images `first .. first + count` of the seed as one batch, uint8 `[count, H, W, C]`; the same in any batch.
+) -> NDArray[Any]:
+    """Images `first .. first + count` of the seed as one batch, `[count, H, W, C]` as stored; the same in any batch.
 
     Args:
         trained: Its network is on `device`.
@@ -51,8 +52,7 @@ def generate(
     Raises:
         UserError: An image is not finite.
     """
-    config, sampler, data = trained.config, sampling.sampler, trained.config.data
-    shape = (data.channels, data.image_size, data.image_size)
+    config, sampler, shape = trained.config, sampling.sampler, trained.config.data.network_shape
     noise = KeyedNoise(sampling.seed, first=first, count=count, shape=shape, device=device)
     labels = image_labels(trained, sampling, first=first, count=count)
     kind, bfloat16 = torch.device(device).type, sampling.precision == "bfloat16"
@@ -91,11 +91,12 @@ def image_labels(trained: TrainedNetwork, sampling: SamplingConfig, *, first: in
     return torch.full((count,), trained.classes.index(sampling.label, key="sampling.label"))
 
 
-def level_images(x: Tensor, sampling: SamplingConfig, config: Config) -> NDArray[np.uint8]:
-    """The images of a state, uint8 `[N, H, W, C]`."""
-    dequantized = sampling.grays == "exact" and config.data.dequantize
+def level_images(x: Tensor, sampling: SamplingConfig, config: Config) -> NDArray[Any]:
+    """The images of a state, `[N, H, W, C]` as stored."""
+    dequantized, pixels = sampling.grays == "exact" and config.data.dequantize, config.data.pixels
     try:
-        images: NDArray[np.uint8] = to_uint8(x, dequantized=dequantized).cpu().numpy()
+        stored = to_stored(x, dtype=pixels.dtype, limits=pixels.limits, dequantized=dequantized)
+        images: NDArray[Any] = stored.cpu().numpy()
     except InvalidValue as error:
         hint = "lower its step size, or train longer"
         raise UserError("sampling.sampler", str(error), hint=hint, value=asdict(sampling.sampler)) from None
@@ -107,10 +108,10 @@ class Strip:
 
     def __init__(self, sampling: SamplingConfig, config: Config) -> None:
         self._sampling, self._config = sampling, config
-        self._stages: dict[int, NDArray[np.uint8]] = {}  # at most `STRIP_STAGES`, evenly spread, and always the last
+        self._stages: dict[int, NDArray[Any]] = {}  # at most `STRIP_STAGES`, evenly spread, and always the last
         self._every = 1
-        pixels = config.data.channels * config.data.image_size**2
-        self._count = max(1, min(STRIP_IMAGES, STRIP_BYTES // (STRIP_STAGES * pixels)))
+        values = math.prod(config.data.stored_shape)
+        self._count = max(1, min(STRIP_IMAGES, STRIP_BYTES // (STRIP_STAGES * values)))
 
     def __call__(self, stage: int, x: Tensor) -> None:
         """Keep some images of this stage, perhaps until the next."""
@@ -120,7 +121,7 @@ class Strip:
         if stage % self._every == 0 and len(self._stages) == STRIP_STAGES:  # how many more will come is not known
             self._every *= 2
 
-    def frames(self, images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    def frames(self, images: NDArray[Any]) -> NDArray[Any]:
         """The kept stages `[stages, N, H, W, C]`, of which the last is of the finished `images`."""
         self._stages[max(self._stages, default=0)] = images[: self._count]
         return np.stack(list(self._stages.values()))
@@ -209,8 +210,7 @@ def _require_fitting(trained: TrainedNetwork, guide: TrainedNetwork, uri: str, s
     """Refuse a guide for other images, other classes, or of other levels if it knows its own only."""
     one, other = trained.config.data, guide.config.data
     facts: list[tuple[str, object, object]] = [
-        ("image_size", one.image_size, other.image_size),
-        ("channels", one.channels, other.channels),
+        ("pixels", str(one.pixels), str(other.pixels)),
     ]
     if trained.classes is not None and guide.classes is not None:
         facts.append(("classes", trained.classes.names, guide.classes.names))

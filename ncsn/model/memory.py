@@ -50,8 +50,7 @@ def kept_bytes(network: nn.Module, config: Config) -> int:
         kept += tensor.numel() * tensor.element_size() if not isinstance(tensor, nn.Parameter) else 0
         return tensor
 
-    data = config.data
-    image = torch.empty(1, data.channels, data.image_size, data.image_size, device="meta")
+    image = torch.empty(1, *config.data.network_shape, device="meta")
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         network(image, torch.zeros(1, dtype=torch.long, device="meta"))
     return kept

@@ -58,7 +58,7 @@ class ModelFacts:
 
 def model_card(facts: ModelFacts, *, config: Config, manifest: Manifest, evaluation: Mapping[str, Any]) -> str:
     """Markdown below 5000 characters, which fits a registry description; `evaluation` is the result of that step."""
-    shape = " x ".join(map(str, manifest.shape))
+    kind = manifest.pixels.dtype
     label = "" if config.data.num_classes is None else f', "label": "{manifest.class_names[0]}"'
     counts = ", ".join(f"{count:,} {split}" for split, count in manifest.counts.items())
     skipped = f"; {len(manifest.skipped)} more could not be used" if manifest.skipped else ""
@@ -66,7 +66,7 @@ def model_card(facts: ModelFacts, *, config: Config, manifest: Manifest, evaluat
     notes = [*evaluation["notes"], "± is a standard deviation over other samples of this number"]
     parts = [
         f"# {facts.name}",
-        f"Generates {shape} images: a noise conditional score network (Song & Ermon 2019), trained on "
+        f"Generates {manifest.pixels} images: a noise conditional score network (Song & Ermon 2019), trained on "
         f"{manifest.name} in run `{facts.run}`, checkpoint `{facts.checkpoint}`.",
         " ".join(f"![{shown}]({file})" for shown, file in (facts.pictures or {}).items()),
         f"## Intended use\n\n{INTENDED}",
@@ -95,7 +95,7 @@ def model_card(facts: ModelFacts, *, config: Config, manifest: Manifest, evaluat
         f"## License\n\nCode: Apache-2.0. The weights derive from the data, which has these terms: {manifest.license}",
         "## Use\n\n```python\nimport mlflow\n\n"
         f'model = mlflow.pyfunc.load_model("models:/{facts.name}@champion")\n'
-        f'images = model.predict(None, params={{"n_images": 16, "seed": 1{label}}})  # uint8 [16, H, W, C]\n```',
+        f'images = model.predict(None, params={{"n_images": 16, "seed": 1{label}}})  # {kind} [16, H, W, C]\n```',
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 

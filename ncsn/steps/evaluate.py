@@ -10,7 +10,7 @@ from typing import Any
 from ncsn import storage
 from ncsn.config import Config
 from ncsn.data.format import MANIFEST, Manifest, load_manifest
-from ncsn.data.samples import samples_shape
+from ncsn.data.samples import samples_pixels
 from ncsn.data.training_images import open_cache
 from ncsn.distributed.cluster import cluster_for, on_this_machine, ray_tags
 from ncsn.distributed.ray_calls import runner_of
@@ -165,7 +165,7 @@ def evaluate(
     storage.write_bytes(result.real_images, first_images_png(config, sets[1], classes=sets[0].labels()))
     if classes is not None:
         storage.write_bytes(f"{place}-classes.png", to_png(confusion_matrix(classes)))
-    shown, training = sets[0].read(0, len(generated.nearest)), open_cache(dataset, "train").images
+    shown, training = sets[0].read(0, len(generated.nearest)), open_cache(dataset, "train", as_bytes=True).images
     storage.write_bytes(result.neighbors, neighbors_png(generated.nearest, samples=shown, training_images=training))
     evidence = {"reference_split": evaluation.reference_split, "nearest_training_images": generated.nearest}
     everything = asdict(result) | {"samples": samples, "dataset": dataset} | evidence
@@ -176,10 +176,9 @@ def evaluate(
 def _require_same_kind(config: Config, samples: str, manifest: Manifest) -> None:
     """Refuse to judge images by a dataset of another shape, or by other classes than those that were asked for."""
     hint = "evaluate them against the dataset that their model was trained on"
-    shape = samples_shape(samples, num_images=config.sampling.num_images)
-    if shape != manifest.shape:
-        ours, theirs = ("x".join(map(str, each)) for each in (shape, manifest.shape))
-        raise UserError(samples, f"the samples are {ours}, but the dataset has {theirs}", hint=hint)
+    pixels = samples_pixels(samples, num_images=config.sampling.num_images)
+    if pixels != manifest.pixels:
+        raise UserError(samples, f"the samples are {pixels}, but the dataset has {manifest.pixels}", hint=hint)
     if config.data.num_classes is None:
         return
     require_same_classes(config.data.num_classes, manifest.class_names, where=f"the dataset {manifest.name}")

@@ -53,7 +53,7 @@ def write_images(
 ) -> Dataset:
     """Write the images of the config's source as a dataset below the URI `folder`, on Ray where that is faster."""
     data, source = config.data, open_source(config.data)
-    most = part_images(data.stored_shape)
+    most = part_images(data.pixels)
     large = any(split.in_tasks and len(split) > most for split in source.splits.values())  # one part is one task
     cluster: AbstractContextManager[object] = nullcontext()
     writer = None

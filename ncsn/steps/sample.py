@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from ncsn import storage
 from ncsn.config import Config
+from ncsn.core.images import eight_bit
 from ncsn.data.format import load_manifest
 from ncsn.distributed.cluster import cluster_for, ray_tags
 from ncsn.distributed.ray_calls import runner_of
@@ -95,7 +96,8 @@ def run(
             notes=build.noise_notes(config, images=trained.images_seen),
         )
         storage.write_bytes(result.grid, first_images_png(config, SampleSet(uri, result.num_images)))
-        storage.write_bytes(result.strip, strip_png(storage.read_array(storage.join(uri, LEVELS))))
+        levels = eight_bit(storage.read_array(storage.join(uri, LEVELS)), trained.config.data.pixels.limits)
+        storage.write_bytes(result.strip, strip_png(levels))
         manifest = {
             "checkpoint": checkpoint,
             "checkpoint_digest": trained.digest,

@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from ncsn.config import Config, ConfigError, from_yaml
 from ncsn.config.choices import UnetNetworkConfig
 from ncsn.config.search import significant
 from ncsn.config.training import LognormalTraining, edm_mean
-from ncsn.core.images import to_unit
+from ncsn.core.images import eight_bit, to_unit
 from ncsn.core.training_noise import FEW_DRAWS, LognormalNoise
 from ncsn.data.sources.parquet_files import SPLIT_OF
 from ncsn.errors import UserError
@@ -62,7 +63,7 @@ class FirstConfig:
     draft: Draft
     config: Config
     seconds: dict[str, float]  # train, sample and other
-    images: npt.NDArray[np.uint8]  # of the sample, as training will see them, [N, H, W, C]
+    images: npt.NDArray[Any]  # of the sample, as training will see them, [N, H, W, C]
 
 
 def choose(
@@ -89,9 +90,10 @@ def choose(
     if _are_splits(found.class_names):
         class_counts = []
     _choose_classes(draft, found.class_names, class_counts)
-    images = found.fitted(_trial(draft).data)
-    _choose_flip(draft, images, ask_mirrored)
-    _choose_noise(draft, images)
+    data = _trial(draft).data
+    images, limits = found.fitted(data), data.pixels.limits
+    _choose_flip(draft, eight_bit(images, limits), ask_mirrored)
+    _choose_noise(draft, to_unit(torch.from_numpy(images), limits))
     length = _choose_training(draft, train_images=train_images, seconds=TRAINING * left, speed=speed)
     sampling = _choose_sampling(draft, seconds=_SAMPLING * left, speed=speed)
     _choose_evaluation(draft, class_counts, train_images=train_images)
@@ -127,15 +129,23 @@ def slug(root: str) -> str:
 def _choose_images(draft: Draft, found: Survey) -> None:
     draft.choose("data.source", found.source)
     draft.choose("data.root", found.root)
-    color = 1 - found.share("gray")
-    draft.choose("data.channels", 3 if color else 1, f"In color: {percent(color)}." if color else "All are gray.")
+    color, (bands, _) = 1 - found.share("gray"), found.bands.most_common(1)[0]
+    if bands in (1, 3) and found.dtype == "uint8":
+        draft.choose("data.channels", 3 if color else 1, f"In color: {percent(color)}." if color else "All are gray.")
+    else:
+        draft.choose("data.channels", bands, "As many as the images have.")
+    if found.dtype != "uint8":
+        low, high = min(look.low for look in found.looks), max(look.high for look in found.looks)
+        why = f"The network sees these as 0 and 1; what is beyond is clipped. The sample has {low:g} to {high:g}."
+        if draft.choose("data.dtype", found.dtype, "That of the images.") == found.dtype:
+            draft.choose("data.value_range", list(found.value_range), why)
     clear = [look for look in found.looks if look.transparent]
     if clear:
         gray = float(np.median([look.pixels.mean() if len(look.pixels) else 0 for look in clear]))
         color_behind = "black" if gray > _BRIGHT else "white"
         why = f"Transparent pixels: in {percent(found.share('transparent'))}; the rest shows well on {color_behind}."
         draft.choose("data.background", color_behind, why)
-    if found.square < 1:
+    if found.square < 1 and not _keeps_shape(draft, found):
         fit, why = ("pad", "The background grows.") if len(clear) > len(found.looks) / 2 else ("crop", "pad cuts none.")
         draft.choose("data.fit", fit, f"Not square: {percent(1 - found.square)}. {why}")
     if found.own_train is not None:
@@ -201,19 +211,25 @@ def unet(size: int, *, scale: float) -> dict[str, Any]:
 
 def _choose_network(draft: Draft, found: Survey, *, seconds: float) -> Speed:
     """Image size, network and precision: as large as can be trained well in this time."""
-    sizes = sizes_for(found.side)
-    tried = draft.get("data.image_size", min(32, sizes[-1]))
-    cost = measure_speed(_trial(draft, size=tried)).train_image / tried**2
-    best = max(size for size in sizes if size in sizes[:2] or seconds >= ENOUGH_IMAGES * cost * size**2)
-    reason = f"There is time to train on {seconds / cost / best**2:,.0f} images of this size."
+    sizes = [_image_size(side, found.aspect) for side in sizes_for(found.side)]
+    tried = draft.get("data.image_size", _image_size(min(32, *_sides(sizes[-1])), found.aspect))
+    per_pixel = measure_speed(_trial(draft, size=tried)).train_image / math.prod(_sides(tried))
+
+    def cost(size: int | list[int]) -> float:
+        """Seconds to train on an image of this size."""
+        return per_pixel * math.prod(_sides(size))
+
+    best = [size for size in sizes if size in sizes[:2] or seconds >= ENOUGH_IMAGES * cost(size)][-1]
+    reason = f"There is time to train on {seconds / cost(best):,.0f} images of this size."
+    shape = "Height and width: the shape of the images. " if found.aspect != 1 else ""
     size = draft.choose(
-        "data.image_size", best, f"Half of the images have a shorter side of {found.side} or more. {reason}"
+        "data.image_size", best, f"{shape}Half of the images have a shorter side of {found.side} or more. {reason}"
     )
-    scale = 1.0 if seconds >= FEW_IMAGES * cost * size**2 else 0.5
-    while 1 <= scale < 4 and seconds >= MANY_IMAGES * cost * size**2 * (2 * scale) ** 2:
+    scale = 1.0 if seconds >= FEW_IMAGES * cost(size) else 0.5
+    while 1 <= scale < 4 and seconds >= MANY_IMAGES * cost(size) * (2 * scale) ** 2:
         scale *= 2
     if draft.section("network", "unet"):
-        for key, value in unet(size, scale=scale).items():
+        for key, value in unet(min(_sides(size)), scale=scale).items():
             draft.choose(f"network.{key}", value)
     speeds = {kind: measure_speed(_trial(draft, precision=kind)) for kind in ("float32", "bfloat16")}
     rates = ", ".join(f"{kind} {1 / speed.train_image:,.0f}" for kind, speed in speeds.items())
@@ -228,10 +244,26 @@ def sizes_for(side: int) -> list[int]:
     return [*sizes, side] if own else sizes
 
 
-def _trial(draft: Draft, *, size: int | None = None, precision: str = "bfloat16") -> Config:
+def _keeps_shape(draft: Draft, found: Survey) -> bool:
+    """Whether images of one shape that is not square keep it."""
+    return found.aspect != 1 and not isinstance(draft.get("data.image_size"), int)
+
+
+def _image_size(side: int, aspect: float) -> int | list[int]:
+    """`data.image_size` of this shorter side, the other a multiple of 4, for this width over height."""
+    other = 4 * round(side * max(aspect, 1 / aspect) / 4)
+    return side if aspect == 1 else [side, other] if aspect > 1 else [other, side]
+
+
+def _sides(size: int | list[int]) -> list[int]:
+    """Height and width of a `data.image_size`."""
+    return [size, size] if isinstance(size, int) else size
+
+
+def _trial(draft: Draft, *, size: int | list[int] | None = None, precision: str = "bfloat16") -> Config:
     """The draft's images and network, or the least network, as a config whose speed can be measured."""
     data = {**draft.tree["data"], **({"image_size": size} if size else {})}
-    network, least = draft.get("network", {}), {"kind": "unet", **unet(data["image_size"], scale=1)}
+    network, least = draft.get("network", {}), {"kind": "unet", **unet(min(_sides(data["image_size"])), scale=1)}
     return any_config(
         data=data,
         network=network if "kind" in network else {**least, **network},
@@ -318,11 +350,11 @@ def _sigma_data(draft: Draft) -> float:
     return float(draft.get("network.sigma_data", UnetNetworkConfig.model_fields["sigma_data"].default))
 
 
-def _choose_noise(draft: Draft, images: npt.NDArray[np.uint8]) -> None:
-    """The noise of training and the weight of its loss, for images [N, H, W, C] as training will see them."""
+def _choose_noise(draft: Draft, x: Tensor) -> None:
+    """The noise of training and the weight of its loss, for images [N, C, H, W] as training will see them."""
     takes_any = _takes_any_sigma(draft)
     if takes_any:
-        spread = float((to_unit(torch.from_numpy(images)).double() - 0.5).square().mean().sqrt())
+        spread = float((x.double() - 0.5).square().mean().sqrt())
         why = "Root mean square of the pixels around mid-gray, measured."
         draft.choose("network.sigma_data", round(max(0.05, spread), 2), why)
     wanted = {
@@ -392,8 +424,8 @@ def _choose_sampling(draft: Draft, *, seconds: float, speed: Speed) -> float:
     count = draft.choose("sampling.num_images", count, "More make the figures of the evaluation more exact.")
     draft.choose("sampling.batch_size", min(draft.get("train.batch_size"), count))
     draft.choose("sampling.precision", draft.get("train.precision"))
-    if draft.get("data.dequantize", True):
-        why = "Gray values as training sees them: k is anything from k/256 to (k + 1)/256."
+    if draft.get("data.dequantize", True) and draft.get("data.dtype") != "float32":
+        why = "Gray values as training sees them: of 8 bits, k is anything from k/256 to (k + 1)/256."
         draft.choose("sampling.grays", "exact", why)
     if not _takes_any_sigma(draft):
         draft.section("sampling.sampler", "annealed_langevin")

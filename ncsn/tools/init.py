@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ncsn.config.load import EXAMPLES
+from ncsn.core.images import eight_bit
 from ncsn.data.sources.image_folder import how_to_convert, in_words
 from ncsn.errors import NotFound, Problem, UserError
 from ncsn.report.images import evenly_spread, grid_png
@@ -110,6 +111,7 @@ def from_images(
     # Images as training sees them, and below them, if it mirrors, the same mirrored.
     mirrored = chosen.config.data.horizontal_flip
     seen = chosen.images[evenly_spread(len(chosen.images), most=_SHOWN // 2 if mirrored else _SHOWN)]
+    seen = eight_bit(seen, chosen.config.data.pixels.limits)
     grid = grid_png(np.concatenate([seen, seen[:, :, ::-1]]) if mirrored else seen, columns=8)
     _write_new(file, chosen.draft.to_yaml(heading).encode())
     _write_new(picture, grid)
@@ -157,7 +159,11 @@ def _what(found: Survey) -> str:
 
 def _details(found: Survey) -> Iterator[str]:
     gray, clear = found.share("gray"), found.share("transparent")
-    yield "all gray" if gray == 1 else f"{percent(1 - gray)} in color"
+    bands, _ = found.bands.most_common(1)[0]
+    if bands in (1, 3):
+        yield "all gray" if gray == 1 else f"{percent(1 - gray)} in color"
+    else:
+        yield f"{bands} channels"
     if clear:
         yield f"{percent(clear)} with transparent pixels"
     if converted := found.conversions:
@@ -175,9 +181,13 @@ def _details(found: Survey) -> Iterator[str]:
 
 def _choices(found: Survey, chosen: FirstConfig) -> Iterator[str]:
     data = chosen.config.data
-    yield f"{data.image_size}x{data.image_size} {'RGB' if data.channels == 3 else 'gray'}"
+    height, width, channels = data.stored_shape
+    yield f"{width}x{height} " + {1: "gray", 3: "RGB"}.get(channels, f"of {channels} channels")
+    if data.dtype != "uint8":
+        low, high = data.pixels.limits
+        yield f"{data.dtype} from {low:g} to {high:g}"
     yield "mirrored too" if data.horizontal_flip else "not mirrored"
-    if found.square < 1:
+    if found.square < 1 and height == width:
         yield f"fit {data.fit}"
     if data.background != "none":
         yield f"background {data.background}"

@@ -86,9 +86,8 @@ def measure_speed(config: Config) -> Speed:
         state = build.train_state(config, device=device)
         options = build.step_options(config, world_size=1)
         loss = build.loss(config, state.uncertainty)
-        size = config.data.image_size
         generator = torch.Generator().manual_seed(0)
-        shape = (count, config.data.channels, size, size)
+        shape = (count, *config.data.network_shape)
         sigma, level = build.training_noise(config).draw(0, first=0, count=count)
         batch = Batch(torch.rand(shape, generator=generator), sigma, torch.randn(shape, generator=generator), level)
         batch = batch.to(device, memory_format=build.memory_format(config))
@@ -110,8 +109,7 @@ def measure_speed(config: Config) -> Speed:
 
 def forward_flop(network: nn.Module, config: Config) -> int:
     """FLOP of one image in a network on the device `meta`; a multiplication and its addition are two."""
-    data = config.data
-    image = torch.zeros(1, data.channels, data.image_size, data.image_size, device="meta")
+    image = torch.zeros(1, *config.data.network_shape, device="meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         network(image, torch.zeros(1, dtype=torch.int64, device="meta"))
     return int(counter.get_total_flops())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections import Counter
@@ -9,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,8 +18,10 @@ from PIL import Image
 
 from ncsn import storage
 from ncsn.config.schema import DataConfig
+from ncsn.config.search import significant
+from ncsn.core.images import picture_channels
 from ncsn.data.format import NO_LABEL, SPLITS, SkippedImage
-from ncsn.data.pixels import BadImageError, Example, Fit, Picture
+from ncsn.data.pixels import BadImageError, Example, Fit, Picture, stored_values
 from ncsn.data.sources import open_source
 from ncsn.data.sources.base import BadImages, Source, list_files
 from ncsn.data.sources.image_files import (
@@ -39,6 +43,8 @@ _OF_PLACE = ("data.source", "data.image_column", "data.label_column")
 _RUNS = 8  # places of a split that the sample is from, since Parquet files are often sorted by class
 _HELD_OUT = 0.4375  # what no test split of the place itself is likely to be; exact in binary
 _SAME_GRAY = 4  # levels by which JPEG moves the channels of a gray image apart
+_SAME_SHAPE, _NEARLY_ALL, _LONGEST = 0.05, 0.95, math.log(4)  # of ln(width / height); the second is a share
+_MOST_OF_16_BITS = 65535
 _MIRROR_SIDE = 16
 _MIRROR_FEWEST = 50
 _MIRROR_FOLDS = 5
@@ -51,35 +57,43 @@ class Look:
     name: str
     kind: str  # PNG, JPEG, ...; empty for raw pixels
     size: tuple[int, int]  # width, height
-    thumbnail: Image.Image  # L, RGB or, with transparent pixels, RGBA
-    bands: int  # 1 = stored as gray, 3 = as color
+    thumbnail: Image.Image | npt.NDArray[Any]  # L, RGB or, with transparent pixels, RGBA; or values as they are
+    bands: int  # 1 = stored as gray, 3 = as color; or the number of other channels
     conversions: tuple[str, ...]
+    dtype: str = "uint8"  # of `data.dtype`, that keeps its values
+    low: float = 0  # its smallest value
+    high: float = 255
 
     @property
     def transparent(self) -> bool:
         """Whether a pixel is transparent."""
-        return self.thumbnail.mode == "RGBA"
+        return isinstance(self.thumbnail, Image.Image) and self.thumbnail.mode == "RGBA"
 
     @cached_property
     def pixels(self) -> npt.NDArray[np.uint8]:
         """RGB of the visible pixels, [N, 3]."""
+        assert isinstance(self.thumbnail, Image.Image)
         values = np.asarray(self.thumbnail.convert("RGBA")).reshape(-1, 4)
         return values[values[:, 3] > 0, :3]
 
     @cached_property
     def gray(self) -> bool:
         """Whether it has no color, however it is stored."""
-        return self.bands == 1 or not len(self.pixels) or int(np.ptp(self.pixels, axis=1).max()) <= _SAME_GRAY
+        if self.bands != 3 or isinstance(self.thumbnail, np.ndarray):
+            return self.bands == 1
+        return not len(self.pixels) or int(np.ptp(self.pixels, axis=1).max()) <= _SAME_GRAY
 
     def fitted(self, fit: Fit) -> Example | SkippedImage:
         """As training would see it, or why it cannot be used."""
         side = min(self.size)
         if fit.crop and fit.crop > side:
             return SkippedImage(self.name, f"its shorter side is {side} pixels, and data.crop is {fit.crop}")
-        least = min(self.thumbnail.size)
-        small = replace(fit, crop=max(1, round(fit.crop * least / side))) if fit.crop else fit
+        small = self.thumbnail
+        picture = Picture.of(small) if isinstance(small, np.ndarray) else Picture(small)
+        least = min(picture.size)
+        shrunk = replace(fit, crop=max(1, round(fit.crop * least / side))) if fit.crop else fit
         try:
-            return small.picture(Picture(self.thumbnail))
+            return shrunk.picture(picture)
         except BadImageError as error:
             return SkippedImage(self.name, str(error))
 
@@ -126,7 +140,13 @@ class Survey:
     @cached_property
     def conversions(self) -> Counter[str]:
         """What images lose, as the manifest will count it, without transparency."""
-        return Counter(kind for look in self.looks for kind in look.conversions)
+        kept = {"16-bit", "float"} if self.dtype != "uint8" else set()
+        return Counter(kind for look in self.looks for kind in look.conversions if kind not in kept)
+
+    @cached_property
+    def bands(self) -> Counter[int]:
+        """Numbers of channels, see `Look`."""
+        return Counter(look.bands for look in self.looks)
 
     @cached_property
     def side(self) -> int:
@@ -138,7 +158,30 @@ class Survey:
         """Share of the images that are square."""
         return float(np.mean([look.size[0] == look.size[1] for look in self.looks]))
 
-    def fitted(self, data: DataConfig) -> npt.NDArray[np.uint8]:
+    @cached_property
+    def aspect(self) -> float:
+        """Width over height, if nearly all images have the same and it is neither 1 nor extreme; else 1."""
+        logs = np.log([look.size[0] / look.size[1] for look in self.looks])
+        middle = float(np.median(logs))
+        alike = float((np.abs(logs - middle) <= _SAME_SHAPE).mean()) >= _NEARLY_ALL
+        return math.exp(middle) if alike and _SAME_SHAPE < abs(middle) <= _LONGEST else 1.0
+
+    @cached_property
+    def dtype(self) -> str:
+        """`data.dtype` of the images; uint8, to which others are converted, if any is that."""
+        found = {look.dtype for look in self.looks}
+        return "uint8" if "uint8" in found else "uint16" if found == {"uint16"} else "float32"
+
+    @cached_property
+    def value_range(self) -> tuple[float, float]:
+        """Of uint16 from 0 to 2^bits - 1, of as many bits as they use; of float32 as found, to three digits."""
+        low, high = min(look.low for look in self.looks), max(look.high for look in self.looks)
+        if self.dtype == "uint16":
+            return 0, 2 ** int(max(high, 1)).bit_length() - 1
+        step = 10.0 ** (math.floor(math.log10(max(high - low, 1e-30))) - 2)
+        return significant(math.floor(low / step) * step, 6), significant(math.ceil(high / step) * step, 6)
+
+    def fitted(self, data: DataConfig) -> npt.NDArray[Any]:
         """The sample as training would see it, [N, H, W, C]."""
         fit = Fit.of(data)
         usable = BadImages(skip=data.on_bad_image == "skip").filter(look.fitted(fit) for look in self.looks)
@@ -152,16 +195,36 @@ class Survey:
 
 def _look_at(encoded: Encoded, picture: Picture) -> Look:
     image, conversions = picture.image, picture.conversions
+    if isinstance(image, np.ndarray) or image.mode.startswith("I") or image.mode == "F":
+        return _look_at_values(encoded, picture)
     kind = image.format or ""
     if image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema()[0] != 255:
         plain = image.convert("RGBA")
     else:
-        converted = Fit(THUMBNAIL, 3).plain(picture)
-        plain, conversions = converted.image, converted.conversions
+        converted = Fit((THUMBNAIL, THUMBNAIL), 3).plain(picture)
+        plain, conversions = converted.pillow, converted.conversions
     gray = plain.mode == "L" or image.mode in ("LA", "La")
     thumbnail = plain.copy() if plain is image else plain
     thumbnail.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.BILINEAR)
     return Look(encoded.name, kind, picture.size, thumbnail, 1 if gray else 3, conversions)
+
+
+def _look_at_values(encoded: Encoded, picture: Picture) -> Look:
+    """Of values or channels that Pillow cannot show."""
+    values = stored_values(picture.image)
+    low, high = float(values.min()), float(values.max())  # or NaN
+    if values.dtype == np.uint8:
+        dtype, low, high = "uint8", 0, 255
+    else:
+        dtype = "uint16" if values.dtype.kind in "iu" and low >= 0 and high <= _MOST_OF_16_BITS else "float32"
+    (width, height), bands = picture.size, values.shape[2]
+    scale = max(1, max(picture.size) / THUMBNAIL)
+    size = max(1, round(height / scale)), max(1, round(width / scale))
+    fit = Fit(size, bands, method="stretch", dtype=dtype, limits=(low, high))
+    small = fit.picture(picture).image
+    kind = "NPY" if isinstance(picture.image, np.ndarray) else picture.image.format or ""
+    conversions = (*picture.conversions, *["float"] * (values.dtype.kind == "f"))
+    return Look(encoded.name, kind, picture.size, small, bands, conversions, dtype, low, high)
 
 
 def survey(place: str, *, overrides: Sequence[str] = ()) -> Survey:
@@ -280,5 +343,6 @@ def told_from_mirror(images: npt.NDArray[np.uint8]) -> float | None:
 
 
 def _small(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-    gray = Image.fromarray(image[..., 0] if image.shape[2] == 1 else image).convert("L")
+    shown = picture_channels(image)
+    gray = Image.fromarray(shown[..., 0] if shown.shape[2] == 1 else shown).convert("L")
     return np.asarray(gray.resize((_MIRROR_SIDE, _MIRROR_SIDE), Image.Resampling.BOX), np.float32)

@@ -40,8 +40,8 @@ class ScoreModel(PythonModel):
         context: PythonModelContext,  # noqa: ARG002  (MLflow's name and place)
         model_input: np.ndarray,  # noqa: ARG002  (MLflow warns of any other type, though it may be None)
         params: dict[str, Any] | None = None,
-    ) -> NDArray[np.uint8]:
-        """Images, uint8 [n_images, H, W, C]; params that are missing or empty are those of the experiment.
+    ) -> NDArray[Any]:
+        """Images [n_images, H, W, C] of data.dtype; params that are missing or empty are those of the experiment.
 
         - `n_images`: how many images.
         - `seed`: image i is a function of (seed, i) and the same as the sample step's.

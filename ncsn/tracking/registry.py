@@ -43,7 +43,7 @@ def write_model(
     from mlflow.models import infer_signature
 
     config = checkpoint.config
-    images = np.zeros((1, config.data.image_size, config.data.image_size, config.data.channels), np.uint8)
+    images = np.zeros((1, *config.data.stored_shape), config.data.dtype)
     params = {"n_images": 16, "seed": config.sampling.seed, "sampler": "", "label": "", "guidance": 0.0}
     inputs = folder.with_name(f"{folder.name}-inputs")
     inputs.mkdir()

@@ -65,13 +65,14 @@ def image_moments(config: Config, split: TrainingImages) -> DataMoments:
 
 
 def encoded(config: Config, images: Tensor, *, seed: int, stream: int, first: int) -> Tensor:
-    """Images uint8 [N, H, W, C] in the network's space, dequantized by rows `first .. first + N` of the stream."""
+    """Stored images [N, H, W, C] in the network's space, dequantized by rows `first .. first + N` of the stream."""
     count, height, width, channels = images.shape
-    if not config.data.dequantize:
-        return to_unit(images)
+    limits = config.data.pixels.limits
+    if not config.data.dequantize or images.is_floating_point():
+        return to_unit(images, limits)
     size = height * width * channels
     u = keyed_uniform(seed, stream=stream, first=first, count=count, size=size)
-    return dequantize(images, u.view(count, channels, height, width))
+    return dequantize(images, u.view(count, channels, height, width), limits)
 
 
 def classes_of(config: Config, manifest: Manifest) -> Classes | None:

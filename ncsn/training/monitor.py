@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from ncsn.config import Config
-from ncsn.core.images import DataMoments, image_grid
+from ncsn.core.images import DataMoments, eight_bit, image_grid
 from ncsn.core.losses import Batch, bin_sums
 from ncsn.core.samplers.settings import DpmSolver
 from ncsn.core.training import EVALUATIONS_PER_STEP, TrainState
@@ -148,7 +148,8 @@ def preview_png(*, config: Config, state: TrainState, moments: DataMoments) -> b
         _logger.warning("no preview at images_seen = %d: %s", state.images_seen, error)
         return None
     grid = image_grid(
-        images[np.concatenate(rows)], columns=len(rows[0]) if len(rows) > 1 else round(len(images) ** 0.5)
+        eight_bit(images[np.concatenate(rows)], config.data.pixels.limits),
+        columns=len(rows[0]) if len(rows) > 1 else round(len(images) ** 0.5),
     )
     factor = max(1, PIXELS // max(grid.shape[:2]))
     picture = grid.repeat(factor, axis=0).repeat(factor, axis=1)

@@ -38,7 +38,7 @@ def test_a_config_and_a_picture_are_written_once(place, run_in_process) -> None:
     ]  # fmt: skip
     assert sorted(path.name for path in Path().iterdir()) == ["my-photos.png", "my-photos.yaml"]
     config = from_yaml(Path("my-photos.yaml").read_text())
-    assert (config.name, config.data.root, config.data.image_size) == ("my-photos", str(place), 16)
+    assert (config.name, config.data.root, config.data.image_size) == ("my-photos", str(place), (20, 16))
     assert Image.open("my-photos.png").size[0] > 8 * 16
     before = Path("my-photos.yaml").read_bytes()
     again = run_in_process("init", str(place))

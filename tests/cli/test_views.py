@@ -158,5 +158,6 @@ def test_a_documented_config_has_meaning_range_and_default_above_each_setting(co
         at = next(index for index, line in enumerate(lines) if line.startswith(f"{path.split('.')[-1]}:"))
         assert lines[at - 1].startswith("# "), path
     text = " ".join(line.removeprefix("# ") for line in lines)
-    for limits in ("[>= 0; < 1; default 0.999] per_step:", "[one of 1, 3] channels:"):
+    of_dtype = "[one of uint8, uint16, float32; default uint8] dtype:"
+    for limits in ("[>= 0; < 1; default 0.999] per_step:", "[>= 1; <= 8] channels:", of_dtype):
         assert limits in text

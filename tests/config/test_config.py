@@ -91,6 +91,7 @@ MULTIPLIERS = "network.multipliers"
 CLASSES = ["data.num_classes=10", "train.label_dropout=0.1"]
 GUIDED = "sampling.guidance={kind: classifier_free}"
 EPSILON = "sampling.sampler.epsilon"
+OWN = "data.source=image_folder"
 WRONG = [
     (["noise.sigma_1=0.001"], "noise.sigma_1"),
     (["network.kind=resnet"], "network.kind"),
@@ -111,6 +112,15 @@ WRONG = [
     (["train.num_images=1"], "train.num_images"),
     (["evaluation.extractor=inception"], "evaluation.weights"),
     (["evaluation.extractor=dinov2"], "evaluation.weights"),
+    (["evaluation={extractor: dinov2, weights: x}", "data.channels=4", OWN], "evaluation.extractor"),
+    (["data.channels=4"], "data.source"),
+    (["data.dtype=float32"], "data.source"),
+    (["data.channels=9"], "data.channels"),
+    (["data.dtype=int8"], "data.dtype"),
+    (["data.value_range=[0, 1]"], "data.value_range"),
+    (["data.dtype=uint16", "data.value_range=[0, 70000]", OWN], "data.value_range"),
+    (["data.dtype=uint16", "data.value_range=[0.5, 70]", OWN], "data.value_range"),
+    (["data.dtype=float32", "data.value_range=[1, 1]", OWN], "data.value_range"),
     (["tracking.registered_model=a/b"], "tracking.registered_model"),
     (["compute.kuberay.head_memory=much"], "compute.kuberay.head_memory"),
     (["compute.ray_jobs.address=head"], "compute.ray_jobs.address"),
@@ -145,6 +155,12 @@ WRONG = [
     (["network.widths=[8,8,8,8,8]"], "network.widths"),
     (["network.attention_sizes=[4,5]"], "network.attention_sizes"),
     ([NCSN, "data.image_size=27"], "data.image_size"),
+    ([NCSN, "data.image_size=[28,27]"], "data.image_size"),
+    (["data.image_size=[28,4]"], "data.image_size"),
+    (["data.image_size=[28,28,1]"], "data.image_size"),
+    (["data.image_size=8.5"], "data.image_size"),
+    (["data.image_size=[32,8]", "network.widths=[8,8,8,8,8]"], "network.widths"),
+    (["network={kind: ddpmpp, multipliers: [1, 1, 1], attention_sizes: []}", "data.image_size=[16,18]"], MULTIPLIERS),
     (["network={kind: ncsnv2, depth: deepest}", "data.image_size=28"], "data.image_size"),
     (["data.num_classes=10", NCSN], "data.num_classes"),
     (["train.label_dropout=0.1"], "train.label_dropout"),
@@ -166,6 +182,26 @@ WRONG = [
 def test_what_is_wrong_or_does_not_go_together_is_named(overrides: list[str], key: str) -> None:
     with refused(key, error=ConfigError):
         from_yaml(DIGITS, overrides=overrides)
+
+
+@pytest.mark.parametrize(
+    ("size", "nearest"),
+    [
+        ("50", "48 or 56"),
+        ("[50, 64]", "[48, 64] or [56, 64]"),
+        ("[9, 9]", "8 or 16"),
+        ("[30, 33]", "[24, 32] or [32, 40]"),
+    ],
+)
+def test_the_nearest_sizes_that_a_network_takes_are_named(size: str, nearest: str) -> None:
+    for network in ("{kind: ncsnv2, depth: deepest}", "{kind: ddpmpp, multipliers: [1, 1, 1, 1], attention_sizes: []}"):
+        with pytest.raises(ConfigError) as caught:
+            from_yaml(DIGITS, overrides=[f"data.image_size={size}", f"network={network}"])
+        assert [problem.hint.endswith(nearest) for problem in caught.value.problems] == [True]
+
+
+def test_two_equal_sides_are_a_square() -> None:
+    assert from_yaml(DIGITS, overrides=["data.image_size=[8, 8]"]) == from_yaml(DIGITS)
 
 
 def test_all_that_does_not_go_together_is_listed() -> None:

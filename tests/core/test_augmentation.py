@@ -83,6 +83,16 @@ def test_a_quarter_turn() -> None:
     torch.testing.assert_close(transform(smooth, a), smooth.rot90(-1, (2, 3)), rtol=0, atol=1e-3)
 
 
+def test_a_quarter_turn_of_a_rectangle_turns_the_square_in_its_center() -> None:
+    a, x = one(a3=1).double() * -math.pi / 2, torch.cat([noise(dtype=torch.float64)] * 2, dim=3)
+    center = slice(SIZE // 2, SIZE // 2 + SIZE)
+    turned = x[..., center].rot90(-1, (2, 3))
+    torch.testing.assert_close(sampled(x, inverse_maps(a, aspect=2))[..., center], turned, rtol=0, atol=1e-6)
+    torch.testing.assert_close(transform(x, a)[..., center], turned, rtol=0, atol=1e-2)
+    high = transform(x.mT, a)[:, :, center]
+    torch.testing.assert_close(high, x.mT[:, :, center].rot90(-1, (2, 3)), rtol=0, atol=1e-2)
+
+
 def test_a_translation_by_whole_pixels_continues_by_reflection() -> None:
     x = noise(dtype=torch.float64)
     moved = transform(x, one(a6=8 * 3 / SIZE, a7=-8 * 2 / SIZE))

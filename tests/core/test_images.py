@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ncsn.core.images import dequantize, fit_moments, image_grid, mirror, moment_matched, to_uint8, to_unit
+from ncsn.core.images import dequantize, eight_bit, fit_moments, image_grid, mirror, moment_matched, to_stored, to_unit
 from ncsn.core.keyed_random import keyed_normal
 
 
@@ -23,12 +23,12 @@ def test_to_unit_moves_channels_and_scales():
 
 
 def test_every_gray_survives_the_round_trip():
-    assert torch.equal(to_uint8(to_unit(every_gray())), every_gray())
+    assert torch.equal(to_stored(to_unit(every_gray())), every_gray())
 
 
-def test_to_uint8_clamps_and_rounds_half_up():
+def test_to_stored_clamps_and_rounds_half_up():
     x = torch.tensor([-0.3, 0.0, 0.49 / 255, 0.5 / 255, 1.5 / 255, 2.0]).view(1, 1, 1, 6)
-    assert to_uint8(x).flatten().tolist() == [0, 0, 0, 1, 2, 255]
+    assert to_stored(x).flatten().tolist() == [0, 0, 0, 1, 2, 255]
 
 
 def test_grays_of_dequantized_images():
@@ -36,20 +36,20 @@ def test_grays_of_dequantized_images():
     u = torch.rand(1, 1, 256, 4000, generator=torch.Generator().manual_seed(0))
     grays = torch.arange(256, dtype=torch.uint8).view(1, 256, 1, 1).expand(1, 256, 4000, 1)
     x = dequantize(grays, u)
-    assert torch.equal(to_uint8(x, dequantized=True), grays)
-    rounded = to_uint8(x).double().mean(dim=(0, 2, 3))
+    assert torch.equal(to_stored(x, dequantized=True), grays)
+    rounded = to_stored(x).double().mean(dim=(0, 2, 3))
     for gray, mean in ((0, 0.498), (1, 1.494), (64, 64.25), (128, 128.0), (254, 253.51), (255, 254.50)):
         assert rounded[gray].item() == pytest.approx(mean, abs=0.03)
     ends = torch.tensor([-1.0, 0.0, 1.0, 2.0]).view(1, 1, 1, 4)
-    assert to_uint8(ends, dequantized=True).flatten().tolist() == [0, 0, 255, 255]
+    assert to_stored(ends, dequantized=True).flatten().tolist() == [0, 0, 255, 255]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_to_uint8_refuses_what_is_not_a_number(bad):
+def test_to_stored_refuses_what_is_not_a_number(bad):
     x = torch.zeros(1, 1, 2, 2)
     x[0, 0, 1, 1] = bad
     with pytest.raises(ValueError, match="1 of 4"):
-        to_uint8(x)
+        to_stored(x)
 
 
 @pytest.mark.oracle(16)
@@ -69,6 +69,40 @@ def test_dequantized_gray_is_always_recovered():
     assert int(misses.sum()) == 0, "512,000 draws: the spec allows 4 misses in float32, this form has none"
 
 
+@pytest.mark.parametrize(
+    ("dtype", "limits"),
+    [("uint16", (0, 65535)), ("uint16", (0, 4095)), ("uint16", (100, 30000)), ("float32", (-1024, 3071))],
+)
+def test_every_stored_value_comes_back(dtype: str, limits: tuple[float, float]) -> None:
+    low, high = limits
+    values = torch.arange(low, high + 1, dtype=torch.float32)[: 2 * ((int(high - low) + 1) // 2)]
+    stored = values.view(1, 2, -1, 1).to(getattr(torch, dtype))
+    x = to_unit(stored, limits)
+    assert (
+        x.shape == (1, 1, 2, len(values) // 2) and float(x.min()) == 0 and 1 - 2 / (high - low) <= float(x.max()) <= 1
+    )
+    back = to_stored(x, dtype=dtype, limits=limits)
+    assert back.dtype == stored.dtype
+    torch.testing.assert_close(back.float(), values.view_as(stored), rtol=0, atol=1e-3 if dtype == "float32" else 0)
+    assert torch.equal(
+        to_stored(torch.tensor([[[[-1.0, 2.0]]]]), dtype=dtype, limits=limits).flatten().float(),
+        torch.tensor([low, high]).float(),
+    )
+    if dtype == "uint16":
+        u = torch.rand(1, 1, 2, len(values) // 2, generator=torch.Generator().manual_seed(0)).clamp(1e-2)
+        spread = dequantize(stored, u, limits)
+        assert float(spread.min()) >= 0 and float(spread.max()) < 1
+        whole = to_stored(spread, dtype=dtype, limits=limits, dequantized=True)
+        assert torch.equal(whole.float(), values.view_as(stored))
+
+
+def test_values_as_bytes() -> None:
+    assert eight_bit(np.array([0, 2048, 4095, 9999], np.uint16), (0, 4095)).tolist() == [0, 128, 255, 255]
+    assert eight_bit(np.array([-1.0, 0.0, 1.0], np.float32), (-1, 1)).tolist() == [0, 128, 255]
+    grays = np.arange(256, dtype=np.uint8)
+    assert eight_bit(grays, (0, 255)) is grays
+
+
 def test_mirror_flips_the_chosen_images_left_to_right():
     x = torch.arange(8.0).view(2, 1, 2, 2)
     mirrored = mirror(x, torch.tensor([False, True]))
@@ -85,6 +119,9 @@ def test_grid_places_images_row_by_row():
         [0, 3, 3, 0, 0, 0, 0],
         [0, 0, 0, 0, 0, 0, 0],
     ]
+    many = np.concatenate([images] * 5, axis=3) + np.arange(5, dtype=np.uint8)
+    assert np.array_equal(image_grid(many, columns=2), image_grid(many[..., :3], columns=2))
+    assert np.array_equal(image_grid(many[..., :2], columns=2), image_grid(images, columns=2))
     assert image_grid(torch.from_numpy(images), columns=9, padding=0).shape == (1, 6, 1)
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import io
 import struct
+import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +19,12 @@ from ncsn.errors import UserError
 
 @pytest.mark.parametrize(
     ("height", "width", "fit"),
-    [(8, 14, Fit(8, 1)), (14, 8, Fit(8, 1)), (20, 30, Fit(8, 1, crop=8)), (218, 178, Fit(64, 1, crop=140))],
+    [
+        (8, 14, Fit((8, 8), 1)),
+        (14, 8, Fit((8, 8), 1)),
+        (20, 30, Fit((8, 8), 1, crop=8)),
+        (218, 178, Fit((64, 64), 1, crop=140)),
+    ],
     ids=["wide", "tall", "crop", "paper"],
 )
 def test_a_square_is_cut_from_the_center(height, width, fit):
@@ -32,9 +41,9 @@ def test_a_square_is_cut_from_the_center(height, width, fit):
 def test_resizing_is_antialiased_and_keeps_a_constant():
     stripes = np.zeros((64, 64, 1), np.uint8)
     stripes[:, ::2] = 255
-    fitted = Fit(8, 1).array(stripes).image
+    fitted = Fit((8, 8), 1).array(stripes).image
     assert np.abs(fitted.astype(int) - 127).max() <= 16  # picking pixels would give 0 or 255
-    assert (Fit(28, 1).array(np.full((8, 8, 1), 77, np.uint8)).image == 77).all()
+    assert (Fit((28, 28), 1).array(np.full((8, 8, 1), 77, np.uint8)).image == 77).all()
 
 
 def with_alpha(alpha: int) -> Image.Image:
@@ -44,7 +53,7 @@ def with_alpha(alpha: int) -> Image.Image:
 
 
 def fitted(data: bytes, channels: int = 3, size: int = 8, **settings) -> tuple[np.ndarray, tuple[str, ...]]:
-    pixels, _, conversions = Fit(size, channels, **settings).picture(decode(data))
+    pixels, _, conversions = Fit((size, size), channels, **settings).picture(decode(data))
     return pixels, conversions
 
 
@@ -144,14 +153,182 @@ def test_the_first_of_several_frames_is_taken(formats, kind):
 def test_an_image_becomes_square_without_a_cut(method):
     wide = np.full((8, 16, 3), 200, np.uint8)
     for image in (wide, wide.transpose(1, 0, 2)):
-        pixels = Fit(8, 3, method=method, background=(1, 2, 3)).array(image).image
+        pixels = Fit((8, 8), 3, method=method, background=(1, 2, 3)).array(image).image
         border = [1, 2, 3] if method == "pad" else [200, 200, 200]
         assert (pixels[0, 0] == border).all() and (pixels[7, 7] == border).all() and (pixels[4, 4] == 200).all()
         assert (pixels == 200).all(axis=2).sum() == (32 if method == "pad" else 64)
-    thin = Fit(8, 1, method=method).array(np.full((1, 500, 1), 9, np.uint8)).image
+    thin = Fit((8, 8), 1, method=method).array(np.full((1, 500, 1), 9, np.uint8)).image
     assert (thin == 9).sum() == (8 if method == "pad" else 64)
     square = np.arange(64, dtype=np.uint8).reshape(8, 8, 1)
-    assert np.array_equal(Fit(8, 1, method=method).array(square).image, square)
+    assert np.array_equal(Fit((8, 8), 1, method=method).array(square).image, square)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "settings", "expected"),
+    [
+        (8, 20, {}, (8, 16, 0)),  # a rectangle twice as wide as high: (rows, columns) of the object, border
+        (30, 16, {}, (8, 16, 0)),
+        (20, 40, {"crop": 8}, (8, 16, 0)),
+        (8, 8, {"method": "pad"}, (8, 8, 9)),
+        (8, 32, {"method": "pad"}, (4, 16, 9)),
+        (5, 100, {"method": "stretch"}, (8, 16, 0)),
+    ],
+)
+def test_an_image_becomes_a_rectangle(height, width, settings, expected):
+    rows, columns, border = expected
+    fit = Fit((8, 16), 1, background=(border,) * 3, **settings)
+    pixels = fit.array(np.full((height, width, 1), 200, np.uint8)).image[..., 0]
+    inside = pixels[(8 - rows) // 2 :, (16 - columns) // 2 :][:rows, :columns]
+    assert pixels.shape == (8, 16) and (inside == 200).all() and (pixels == border).sum() == 128 - rows * columns
+    exact = np.arange(128, dtype=np.uint8).reshape(8, 16, 1)
+    if "crop" not in settings:
+        assert np.array_equal(fit.array(exact).image, exact)
+    elif fit.crop:
+        with pytest.raises(BadImageError):
+            fit.array(exact[:, :15])
+
+
+def test_the_center_of_a_rectangle_is_kept():
+    image = np.zeros((20, 40, 1), np.uint8)
+    image[6:14, 12:28] = 200
+    assert (Fit((8, 16), 1, crop=8).array(image).image == 200).all()
+    tall = np.zeros((40, 10, 1), np.uint8)
+    tall[10:30] = 200
+    assert (Fit((16, 8), 1).array(tall).image == 200).all()
+
+
+def npy(values: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, values)
+    return buffer.getvalue()
+
+
+def test_arrays_keep_their_channels(rng):
+    values = rng.integers(0, 256, (8, 16, 5), np.uint8)
+    fit = Fit((8, 16), 5)
+    for stored in (values, values.transpose(2, 0, 1)):
+        assert np.array_equal(fit.picture(decode(npy(stored))).image, values)
+    constant = np.broadcast_to(np.arange(5, dtype=np.uint8), (20, 60, 5))
+    assert (fit.picture(decode(npy(constant))).image == np.arange(5)).all()
+    gray = Fit((8, 16), 1).picture(decode(npy(values[..., 0])))
+    assert np.array_equal(gray.image[..., 0], values[..., 0]) and gray.conversions == ()
+    # Of three and of one channel, as any other image.
+    assert Fit((8, 16), 1).picture(decode(npy(values[..., :3]))).conversions == ("RGB",)
+
+
+def test_four_channels_are_color_with_alpha(formats):
+    for mode, bands in (("RGBA", 4), ("LA", 2)):
+        image = with_alpha(7).convert(mode)
+        assert np.array_equal(Fit((8, 8), bands).picture(decode(formats.image(image))).image, np.asarray(image))
+    with pytest.raises(BadImageError):
+        fitted(formats.image(with_alpha(7)), channels=5)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.zeros(8, np.uint8),
+        np.zeros((9, 9, 9), np.uint8),
+        np.zeros((8, 8, 0), np.uint8),
+        np.array([{}]),
+        np.zeros((8, 8, 2), bool),
+    ],
+    ids=["row", "nine", "none", "object", "bool"],
+)
+def test_arrays_that_are_no_images_are_bad(values):
+    for data in (npy(values), npy(values)[:70]):
+        with pytest.raises(BadImageError):
+            Fit((8, 8), 2).picture(decode(data))
+
+
+WIDE = Fit((8, 16), 1, dtype="uint16", limits=(0, 65535))
+
+
+def test_sixteen_bits_are_kept(formats, rng):
+    values = rng.integers(0, 65536, (8, 16), np.uint16)
+    for kind in ("PNG", "TIFF"):
+        pixels, _, conversions = WIDE.picture(decode(formats.image(values, kind)))
+        assert pixels.dtype == np.uint16 and np.array_equal(pixels[..., 0], values) and conversions == ()
+    for stored in (values, values.astype(">u2"), values.astype(np.int32)):
+        assert np.array_equal(WIDE.picture(decode(npy(stored))).image[..., 0], values)
+    four = rng.integers(0, 65536, (4, 8, 16), np.uint16)
+    assert np.array_equal(replace(WIDE, channels=4).picture(decode(npy(four))).image, four.transpose(1, 2, 0))
+    # The resize is antialiased, and rounds to the nearest of 65,536 values.
+    stripes = np.tile(np.array([1000, 1001], np.uint16), (16, 16))
+    assert set(np.unique(WIDE.picture(decode(npy(stripes))).image)) <= {1000, 1001}
+    assert (WIDE.picture(decode(npy(np.full((50, 60), 54321, np.uint16)))).image == 54321).all()
+    padded = replace(WIDE, method="pad", background=(255, 255, 255)).picture(decode(npy(np.full((8, 8), 7, np.uint16))))
+    assert padded.image[0, :, 0].tolist() == [65535] * 4 + [7] * 8 + [65535] * 4
+
+
+def test_any_numbers_are_kept_and_those_beyond_the_limits_clipped(formats, rng):
+    fit = replace(WIDE, dtype="float32", limits=(-1024, 3071))
+    values = rng.uniform(-1024, 3071, (8, 16)).astype(np.float32)
+    for data in (formats.image(values, "TIFF"), npy(values)):
+        pixels, _, conversions = fit.picture(decode(data))
+        assert pixels.dtype == np.float32 and np.array_equal(pixels[..., 0], values) and conversions == ()
+    signed = rng.integers(-1024, 3072, (8, 16), np.int16)
+    assert np.array_equal(fit.picture(decode(npy(signed))).image[..., 0], signed)
+    values[0, :2] = -9999, 4000
+    pixels, _, conversions = fit.picture(decode(npy(values)))
+    assert pixels[0, :2, 0].tolist() == [-1024, 3071] and conversions == ("clipped",)
+
+
+@pytest.mark.parametrize(
+    "values", [np.zeros((8, 16), np.uint8), np.zeros((8, 16), np.float32), np.zeros((8, 16, 3), np.uint16)]
+)
+def test_other_types_are_not_taken_for_sixteen_bits(values):
+    with pytest.raises(BadImageError):
+        WIDE.picture(decode(npy(values)))
+
+
+# Written by tifffile 2026.3.3: value 1000 channel + 10 row + column, of 6x7 pixels and 5 channels.
+LZW_WITH_DIFFERENCES = (
+    b"c-r&y)MDUZU|`^9U|?inU<9(*ftV4>W&>g-MrH<9AbkjknSpGOIEc>%WrMIFP(2fnJ_E#}NNU8O=CA;<I8Yp<CWOI=L5h(TEPe%urJ?LQKrDk~"
+    b"rUnw*7Rm<c4+645<~?D600B7s0OYwaGQf4gFfwRhVBl+zcHrB=x`Oe60E>|<Z-?`vK#3)Ox}rVK2OZca@NQvGWV#x#<IFUD^~qj|4;`34usvbk"
+    b"%$V(|vM5(;j_=_E3<iRC*t40gUyeL0mhax-;LyMYv_|;>-vic7m}VYxV7MT_!cod}3vT8I0RYbTI0*"
+)
+BIG_ENDIAN_FLOAT_TILES_CHANNEL_BY_CHANNEL = (
+    b"c-r&zWzb?^VBla7WMp7q0kVJ;13M!loXy6_#J~)sS%LT#BQu!I*suvmutC@$Rg9ugHc%C#6j&`t?-NF8IQtEw3{(vhkkCNVYYSxqNk%8Qy#kER"
+    b"NNg7{8)ViOMpu}77&#b&z-*u#qYz^-TwIC)1Qg&9VhR#wGyvj0ApXI?z?1;QM;PK5vKTTLQW#PhV1OA8kwC?q<PGU52?+@n2N;-ndHMLbxcGQn"
+    b"nA|zG${!0CU}$DzQ)1lpk5wii;edlmK?=j}dikFJjm^!it*uX)nI|6LbUOG|dqcxPPLR4f{*HgFJc|=Vcz|x=n8(LhG3RZ+Ay<Qe0L$~bBLAC*"
+    b"!aXl6_@Uixb5^O-NnyezrOUE+?!41wC<u;VZ0_z-@tnx#{g|C+!{T#>zrSSswS8V+IqAtfx4#{M=NKm3xqG+$_w+}%cTf2Hj(Kf8Q^LY?r|c%5"
+    b"l&@q65Eld6w41lVfX79@VTGjP;w2o_srnj5;_{784r@-(xpeV~sO8*8>Zb({b+z{zI(>9%a7+=YpMIV97ISUHp1;fu%vEnY>(+hsw_td&CH>dR"
+    b"Yx^bE@zmV0Hx_$+-@j?+{);~*OIw);1MMkJWoW+36Oh2Wu<y_hUZ#Wv2O5}nIBD#tljbO8ITqgVB0u2(<A#^OK(*j`EZ^{=-eFB$GzaVT`3x7|"
+    b"1C=g#y}dc0{Q;N4FL8qh3^%?S%e8zIclcu5(-deR!N{;72g!~A)`hnu5*!$K#DGfI32^z^Cu{fYXIM0!QQYBrJnzB>zho7D2}=|(`26kR0Rmlv"
+    b"f6N{Kn2)?#-xyHvmsj8~7mo$Qu76P+S9u<5JA5%W09nGp$WXOjm=OT6c;a6"
+)
+
+
+@pytest.mark.parametrize(
+    ("packed", "dtype"), [(LZW_WITH_DIFFERENCES, "uint16"), (BIG_ENDIAN_FLOAT_TILES_CHANNEL_BY_CHANNEL, "float32")]
+)
+def test_tiff_files_of_several_channels_that_pillow_cannot_read(packed, dtype, rng):
+    data = zlib.decompress(base64.b85decode(packed))
+    row, column, channel = np.ogrid[:6, :7, :5]
+    fit = Fit((6, 7), 5, dtype=dtype, limits=(0, 5000))
+    pixels, _, conversions = fit.picture(decode(data))
+    assert pixels.dtype == dtype and np.array_equal(pixels, 1000 * channel + 10 * row + column) and conversions == ()
+    for _ in range(300):
+        damaged = bytearray(data)
+        damaged[rng.integers(len(data))] = rng.integers(256)
+        with contextlib.suppress(BadImageError):
+            fit.picture(decode(bytes(damaged[: rng.integers(len(data) // 2, len(data) + 1)])))
+
+
+def test_what_is_no_number_is_bad():
+    for value in (np.nan, np.inf):
+        with pytest.raises(BadImageError):
+            replace(WIDE, dtype="float32", limits=(0, 1)).picture(decode(npy(np.full((8, 16), value, np.float32))))
+
+
+def test_arrays_in_bytes():
+    assert (Fit((8, 8), 1).picture(decode(npy(np.full((8, 8), 0x1234, np.uint16)))).image == 0x12).all()
+    assert (Fit((8, 8), 2).picture(decode(npy(np.full((8, 8, 2), 0.5)))).image == 128).all()
+    with pytest.raises(BadImageError):
+        Fit((8, 8), 1).picture(decode(npy(np.full((8, 8), 2.0))))
+    with pytest.raises(BadImageError):
+        Fit((8, 8), 1).picture(decode(npy(np.full((8, 8), 2, np.int64))))
 
 
 def test_the_config_overrules_the_crop_of_a_source(data_config):
@@ -185,7 +362,7 @@ def test_a_large_jpeg_is_decoded_smaller_and_looks_the_same(formats, method, wid
     if orientation != 1 and (width % 8 or height % 8):
         scale = 1
     stored = formats.image(waves(width, height), "JPEG", quality=95, subsampling=0, exif=exif)
-    fit = Fit(8, 3, method=method)
+    fit = Fit((8, 8), 3, method=method)
     small, whole = decode(stored, least_side=fit.least_side), decode(stored)
     assert (small.scale, small.size, whole.scale) == (scale, whole.image.size, 1)
     difference = fit.picture(small).image.astype(int) - fit.picture(whole).image
@@ -226,5 +403,5 @@ def test_channels_are_converted_and_counted():
     gray, rgb = np.full((8, 8, 1), 40, np.uint8), np.zeros((8, 8, 3), np.uint8)
     rgb[..., 1] = 255
     for image, channels, value, was in ((gray, 3, 40, "gray"), (rgb, 1, 150, "RGB")):  # 0.587 * 255
-        pixels, _, conversions = Fit(8, channels).array(image)
+        pixels, _, conversions = Fit((8, 8), channels).array(image)
         assert (pixels == value).all() and pixels.shape == (8, 8, channels) and conversions == (was,)

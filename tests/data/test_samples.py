@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 from refused import refused
 
+from ncsn.config.schema import Pixels
 from ncsn.data.format import Rows, to_table
-from ncsn.data.samples import missing_ranges, read_samples, samples_shape, write_pngs
+from ncsn.data.samples import missing_ranges, read_samples, samples_pixels, write_pngs
 from ncsn.errors import NotFound
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (20, 4, 4, 3), dtype=np.uint8)
@@ -26,7 +27,7 @@ def test_overlapping_shards_give_each_image_once(tmp_path: Path) -> None:
     for first, last in [(0, 5), (3, 9), (4, 8), (9, 20)]:
         write_shard(tmp_path, first, last)
     (tmp_path / "manifest.json").write_text("{}")
-    assert samples_shape(str(tmp_path), num_images=20) == (4, 4, 3)
+    assert samples_pixels(str(tmp_path), num_images=20) == Pixels((4, 4, 3))
     for first, last in [(0, 20), (0, 7), (2, 7), (5, 20), (9, 10)]:
         np.testing.assert_array_equal(read_samples(str(tmp_path), first, last), IMAGES[first:last])
 
@@ -53,7 +54,7 @@ def test_gaps_and_missing_folders_say_what_is_missing(tmp_path: Path) -> None:
         read_samples(str(tmp_path), 0, 6)
     assert "0 to 4" in caught.value.problems[0].reason
     with refused(str(tmp_path)):
-        samples_shape(str(tmp_path), num_images=6)
+        samples_pixels(str(tmp_path), num_images=6)
     np.testing.assert_array_equal(read_samples(str(tmp_path), 0, 5), IMAGES[:5])
     with refused(str(tmp_path)):
         read_samples(str(tmp_path), 6, 9)
@@ -71,7 +72,7 @@ def test_damaged_shards_are_named(tmp_path: Path) -> None:
         lambda: pq.write_table(pa.table({"image": [1] * 7}), damaged),
     ):
         damage()
-        for reading in (lambda: read_samples(str(tmp_path), 0, 6), lambda: samples_shape(str(tmp_path), num_images=6)):
+        for reading in (lambda: read_samples(str(tmp_path), 0, 6), lambda: samples_pixels(str(tmp_path), num_images=6)):
             with refused(str(damaged)):
                 reading()
 

@@ -82,8 +82,8 @@ def test_the_same_images_and_settings_stay_the_same_dataset(tmp_path, members, d
     assert dataset.manifest.digest == "f507851c503fd8ff"
     stored = json.loads(Path(dataset.uri, "manifest.json").read_text())
     assert list(stored["settings"]) == [
-        "source", "image_column", "label_column", "image_size", "channels", "fit", "crop", "background",
-        "test_fraction", "max_images", "on_bad_image",
+        "source", "image_column", "label_column", "image_size", "channels", "dtype", "value_range", "fit", "crop",
+        "background", "test_fraction", "max_images", "on_bad_image",
     ]  # fmt: skip
 
 

@@ -59,7 +59,7 @@ def test_of_workers_that_ask_at_once_one_makes_the_copy(dataset, tmp_path, monke
     made = []
     fill = training_images._copy
     monkeypatch.setattr(
-        training_images, "_copy", lambda *arguments: (made.append(threading.get_ident()), fill(*arguments))
+        training_images, "_copy", lambda *given, **named: (made.append(threading.get_ident()), fill(*given, **named))
     )
     barrier = threading.Barrier(6)
 

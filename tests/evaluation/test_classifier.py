@@ -23,7 +23,7 @@ from ncsn.evaluation.extractors.classifier import (
 )
 from ncsn.progress import Progress
 
-RECIPE = ClassifierRecipe(image_size=8, channels=1, num_classes=10, epochs=10, seed=0)
+RECIPE = ClassifierRecipe(shape=(8, 8, 1), num_classes=10, epochs=10, seed=0)
 QUICK = replace(RECIPE, epochs=1)
 
 Splits = tuple[Rows, Rows]
@@ -62,10 +62,12 @@ def test_training_is_a_function_of_the_seed_and_leaves_the_global_generator_alon
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 5])
-@pytest.mark.parametrize(("size", "channels"), [(8, 1), (28, 3), (33, 3), (100, 1)])
-def test_every_size_channel_count_and_number_of_steps(size: int, channels: int, epochs: int) -> None:
-    images = np.random.default_rng(0).integers(0, 256, (6, size, size, channels), dtype=np.uint8)
-    recipe = ClassifierRecipe(image_size=size, channels=channels, num_classes=3, epochs=epochs, seed=0)
+@pytest.mark.parametrize(
+    "shape", [(8, 8, 1), (28, 28, 3), (33, 33, 3), (100, 100, 1), (48, 64, 1), (8, 1024, 5), (20, 8, 2)]
+)
+def test_every_shape_and_number_of_steps(shape: tuple[int, int, int], epochs: int) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (6, *shape), dtype=np.uint8)
+    recipe = ClassifierRecipe(shape=shape, num_classes=3, epochs=epochs, seed=0)
     network = train_classifier(recipe, images=images, labels=np.arange(6) % 3)
     assert all(parameter.isfinite().all() for parameter in network.parameters())
     extracted = network.extract(images)
@@ -74,7 +76,7 @@ def test_every_size_channel_count_and_number_of_steps(size: int, channels: int, 
 
 
 def test_layers_are_those_of_the_domain_classifier_for_mnist_sized_images() -> None:
-    network = ClassifierNetwork(replace(RECIPE, image_size=28))
+    network = ClassifierNetwork(replace(RECIPE, shape=(28, 28, 1)))
     assert network(torch.zeros(2, 1, 28, 28))[0].shape == (2, 128)
     shapes = {name: tuple(weight.shape) for name, weight in network.named_parameters() if weight.ndim > 1}
     assert shapes == {

@@ -168,10 +168,11 @@ def stripes() -> np.ndarray:
 def test_fit_trains_on_an_array_with_classes(stripes: np.ndarray, tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     before = sorted(Path(os.environ["NCSN_CACHE_DIR"]).glob("*"))
-    model = fit(stripes, ["dark", "light"] * 12, hours=1e-5, on_progress=lambda *count: seen.append(count))
-    assert model.classes == ("dark", "light") and model.image_shape == (8, 8, 1)
+    images = np.concatenate([stripes, stripes[:, :, :4]], axis=2)
+    model = fit(images, ["dark", "light"] * 12, hours=1e-5, on_progress=lambda *count: seen.append(count))
+    assert model.classes == ("dark", "light") and model.image_shape == (8, 12, 1)
     assert seen == sorted(seen) and seen[0][0] == 0 and seen[-1][0] == seen[-1][1] > 0
-    assert model.sample(2, label="light").shape == (2, 8, 8, 1)
+    assert model.sample(2, label="light").shape == (2, 8, 12, 1)
     assert model._trained.config.train.label_dropout > 0
     assert sorted(Path(os.environ["NCSN_CACHE_DIR"]).glob("*")) == before
 
@@ -196,6 +197,8 @@ def test_arrays_and_datasets_give_the_same_images(stripes: np.ndarray, *, floats
         train = source.splits["train"]
         np.testing.assert_array_equal(train.images[..., 0], stripes)
         assert source.class_names == ("0", "1", "2") and found.class_counts == (8, 8, 8)
+    source, found = _in_memory(np.stack([stripes] * 5, axis=3), None)
+    assert source.splits["train"].images.shape == (24, 8, 8, 5) and found.looks[0].bands == 5
     source, _ = _in_memory(TensorDataset(tensor, labels), None)
     np.testing.assert_array_equal(source.splits["train"].labels, labels)
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from ncsn.config import from_yaml
+from ncsn.config.schema import Pixels
 from ncsn.data.format import Manifest
 from ncsn.report.cards import ModelFacts, model_card, run_page
 from ncsn.tracking.registry import DESCRIPTION_LENGTH
@@ -23,8 +24,7 @@ EMPTY = ("class_counts", "parts", "content", "settings", "suggested_noise", "con
 MANIFEST = Manifest(
     name="digits",
     digest="0123abcd",
-    image_size=8,
-    channels=1,
+    pixels=Pixels((8, 8, 1)),
     counts={"train": 1258, "test": 539},
     class_names=list("0123456789"),
     mean=[0.3],

@@ -193,7 +193,7 @@ def test_bad_input_is_one_clear_line(store: Path, dataset: str, tmp_path: Path) 
     samples = write_samples(tmp_path / "large", np.zeros((500, 28, 28, 1), np.uint8))
     with refused(samples) as caught:
         evaluate(config, samples=samples, dataset=dataset, folder=tmp_path / "out")
-    assert "28x28x1" in str(caught.value) and "8x8x1" in str(caught.value)
+    assert "28 x 28 x 1" in str(caught.value) and "8 x 8 x 1" in str(caught.value)
     assert not (tmp_path / "out").exists()
     with refused(str(tmp_path / "nowhere"), error=NotFound) as caught:
         step.run(config, run="bad", samples=str(tmp_path / "nowhere"), dataset=dataset)

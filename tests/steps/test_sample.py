@@ -7,20 +7,24 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import mlflow.pyfunc
 import numpy as np
 import pytest
 from PIL import Image
 
 from ncsn import storage
 from ncsn.config import Config, from_yaml, to_yaml
+from ncsn.config.schema import Pixels
 from ncsn.data.dataset import write_dataset
-from ncsn.data.format import load_manifest
+from ncsn.data.format import load_manifest, read_split
 from ncsn.data.samples import read_labels, read_samples
 from ncsn.data.sources import open_source
+from ncsn.model.checkpoint import load_checkpoint
 from ncsn.report.images import grid_png
 from ncsn.report.words import read_metrics
-from ncsn.steps import evaluate, sample
+from ncsn.steps import evaluate, ingest, sample, train
 from ncsn.tracking.client import connect
+from ncsn.tracking.registry import write_model
 
 TINY = """
 name: tiny
@@ -70,6 +74,50 @@ def test_images_pictures_and_their_score_are_stored_and_found_again(
     assert run.data.metrics["sample/running_classifier_fid"] > 0
     assert {"samples.uri": result.uri, "checkpoint.uri": checkpoint}.items() <= run.data.tags.items()
     assert sample.run(config, run="mine", checkpoint=checkpoint) == result, "its seconds too"
+
+
+SCANS = """
+name: scans
+data: {{source: image_folder, root: {images}, image_size: [8, 12], channels: 1, dtype: uint16, value_range: [0, 4095]}}
+noise: {{num_levels: 4}}
+network: {{kind: unet, widths: [8], blocks_per_resolution: 1, embedding_features: 8}}
+train: {{batch_size: 8, num_images: 64, checkpoint_every_images: 64, report_every_images: 32}}
+sampling: {{num_images: 6, batch_size: 6, grays: exact, sampler: {{kind: annealed_langevin, steps_per_level: 1}}}}
+evaluation: {{classifier_epochs: 1, num_splits: 2}}
+storage: {{root: {root}}}
+"""
+
+
+def test_scans_of_sixteen_bits_from_their_files_to_the_registered_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    (tmp_path / "scans").mkdir()
+    scans = np.random.default_rng(0).integers(2000, 4096, (30, 8, 12), np.uint16)
+    for number, scan in enumerate(scans):
+        Image.fromarray(scan).save(tmp_path / "scans" / f"{number}.tif")
+    config = from_yaml(SCANS.format(images=tmp_path / "scans", root=tmp_path / "store"))
+    dataset = ingest.run(config, run="mine").uri
+    manifest, stored = load_manifest(dataset), read_split(dataset, "train").images
+    assert (manifest.pixels, manifest.conversions) == (Pixels((8, 12, 1), "uint16", (0, 4095)), {})
+    assert {image.tobytes() for image in stored} < {scan.tobytes() for scan in scans}
+    assert manifest.mean == pytest.approx([stored.mean() / 4095])
+    assert (manifest.minimum, manifest.maximum) == (stored.min(), stored.max())
+    again = config.data.model_copy(update={"source": "parquet", "root": dataset})
+    rows = next(iter(open_source(again).splits["train"].stream()))
+    assert rows.image.dtype == np.uint16 and np.array_equal(rows.image, stored[0])
+    checkpoint = load_checkpoint(train.run(config, run="mine", dataset=dataset).checkpoint)
+    assert float(checkpoint.moments.mean.mean()) == pytest.approx(manifest.mean[0], abs=1e-3)
+    result = sample.run(config, run="mine", checkpoint=train.run(config, run="mine", dataset=dataset).checkpoint)
+    samples = read_samples(result.uri, 0, 6)
+    assert (samples.dtype, samples.shape) == (np.uint16, (6, 8, 12, 1)) and 255 < samples.max() <= 4095
+    assert Image.open(result.grid).mode == Image.open(result.strip).mode == "L"
+    measured = evaluate.run(config, run="mine", samples=result.uri, dataset=dataset)
+    assert 0 < measured.metrics["eval/clusters_nn_distance_n6"] < 255 * 96**0.5
+    write_model(tmp_path / "model", checkpoint, files={})
+    made = mlflow.pyfunc.load_model(str(tmp_path / "model")).predict(None, params={"n_images": 6})
+    assert made.dtype == np.uint16
+    np.testing.assert_allclose(made.astype(int), samples.astype(int), atol=1)
 
 
 def test_only_what_is_missing_is_made_again(config: Config, checkpoint: str) -> None:

@@ -29,22 +29,24 @@ def choose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Fir
         *overrides: str,
         count: int = 100,
         side: int = 100,
+        width: int | None = None,
         mode: str = "RGB",
         minutes: float = 20,
         cost: float = 0.004,
         machine: Machine = CPU,
     ) -> FirstConfig:
         def known_speed(config: Config) -> Speed:
-            train = cost * (config.data.image_size / 32) ** 2 * (0.5 if config.train.precision == "bfloat16" else 1)
+            height, width, _ = config.data.stored_shape
+            train = cost * height * width / 32**2 * (0.5 if config.train.precision == "bfloat16" else 1)
             return Speed(train, train / 3)
 
         monkeypatch.setattr(choices, "measure_speed", known_speed)
-        root = tmp_path / f"{count}-{side}-{mode}"
+        root = tmp_path / "-".join(map(str, (count, side, mode, *filter(None, [width]))))
         if not root.exists():
             root.mkdir()
             for seed in range(count):
                 coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, len(mode)), np.uint8)
-                Image.fromarray(coarse.squeeze()).resize((side, side)).save(root / f"{seed}.png")
+                Image.fromarray(coarse.squeeze()).resize((width or side, side)).save(root / f"{seed}.png")
         return choices.choose(survey(str(root)), seconds=60 * minutes, overrides=overrides, machine=machine)
 
     return call
@@ -62,6 +64,53 @@ def test_size_and_network_grow_with_the_time(choose) -> None:
     assert sizes == [16, 32, 64]
     widths = [choose(minutes=minutes, side=16).config.network.widths for minutes in (1, 20, 6000)]
     assert widths == [(24, 48), (48, 96), (192, 384)]
+
+
+def test_images_of_one_shape_keep_it(choose) -> None:
+    found = choose(side=75, width=100, cost=0.006)
+    assert found.config.data.image_size == (32, 44) and found.images.shape[1:] == (32, 44, 3)
+    assert "data.fit" not in found.draft.reasons
+    assert list(found.config.network.widths) == unet(32, scale=1)["widths"]
+    assert choose(side=75, width=50, cost=0.006).config.data.image_size == (48, 32)
+    square = choose("data.image_size=32", side=75, width=100)
+    assert square.config.data.image_size == 32 and square.draft.reasons["data.fit"]
+
+
+def test_arrays_of_five_channels_keep_them(choose, tmp_path) -> None:
+    choose(count=10)
+    for seed in range(40):
+        np.save(
+            tmp_path / "10-100-RGB" / f"{seed}.npy", np.random.default_rng(seed).integers(0, 256, (20, 30, 5), np.uint8)
+        )
+    for file in (tmp_path / "10-100-RGB").glob("*.png"):
+        file.unlink()
+    found = choose(count=10)
+    assert found.config.data.stored_shape == (20, 32, 5) and found.images.shape == (40, 20, 32, 5)
+    assert found.config.evaluation.extractor == "clusters"
+
+
+@pytest.mark.parametrize(
+    ("values", "dtype", "limits"),
+    [
+        (lambda rng: rng.integers(0, 4000, (20, 20), np.uint16), "uint16", (0, 4095)),
+        (lambda rng: rng.uniform(-101.2, 300.7, (20, 20)).astype(np.float32), "float32", (-102, 301)),
+    ],
+)
+def test_scans_keep_their_values(choose, tmp_path, values, dtype, limits) -> None:
+    choose(count=40, side=20, mode="L")
+    for seed, file in enumerate(sorted((tmp_path / "40-20-L").iterdir())):
+        Image.fromarray(values(np.random.default_rng(seed))).save(file.with_suffix(".tif"))
+        file.unlink()
+    found = choose(count=40, side=20, mode="L")
+    data = found.config.data
+    assert (data.dtype, data.channels, found.images.dtype) == (dtype, 1, dtype) and data.value_range == pytest.approx(
+        limits, abs=1
+    )
+    assert found.config.network.sigma_data == pytest.approx(1 / 12**0.5, abs=0.04)
+    assert ("sampling.grays" in found.draft.reasons) == (dtype == "uint16")
+    if dtype == "uint16":
+        in_bytes = choose("data.dtype=uint8", count=40, side=20, mode="L")
+        assert in_bytes.images.dtype == np.uint8 and in_bytes.images.max() == 3999 >> 8
 
 
 def test_few_images_are_not_repeated_without_end(choose) -> None:

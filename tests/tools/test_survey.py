@@ -50,6 +50,21 @@ def test_photographs(folder) -> None:
     assert all(max(look.thumbnail.size) <= 64 for look in found.looks)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "aspect"),
+    [
+        ([(64, 48)] * 24, 4 / 3),
+        ([(48, 64)] * 23 + [(64, 48)], 3 / 4),
+        ([(64, 48)] * 20 + [(48, 64)] * 4, 1),
+        ([(64, 62)] * 24, 1),
+        ([(300, 20)] * 24, 1),
+    ],
+)
+def test_one_shape_of_all_is_seen(folder, sizes, aspect) -> None:
+    found = survey(str(folder({f"{n:02d}.png": picture(n, size=size) for n, size in enumerate(sizes)})))
+    assert found.aspect == pytest.approx(aspect)
+
+
 def test_transparent_pictures_and_scans(folder) -> None:
     clear = picture(1).convert("RGBA")
     clear.putalpha(Image.new("L", clear.size, 255))

@@ -161,7 +161,8 @@ class DdpmppNetwork(PreconditionedNetwork):
     pixels, it has 55,733,891 parameters; with multipliers (1, 2, 2, 2), for 64 pixels, 61,805,571.
 
     Args:
-        image_size: Height and width in pixels, divisible by 2 for each resolution but the first.
+        image_size: The smaller of height and width in pixels; both are divisible by 2 for each resolution but the
+            first. Blocks are named after it, so weights of square images fit rectangles too.
         sigmas: Noise levels [L] in units of pixels in [0, 1], descending.
         base_width: Channels of the first maps; also features of the noise level.
         multipliers: Channels at each resolution, from that of the image down, in units of base_width.

@@ -101,10 +101,11 @@ class UnetNetwork(PreconditionedNetwork):
     """A compact U-Net with the preconditioning of Karras et al. 2022. A fresh one predicts zero before it.
 
     Args:
-        image_size: Height and width in pixels. Decides where attention goes; other sizes are accepted too.
+        image_size: The smaller of height and width in pixels. Decides where attention goes; others are accepted too.
         sigmas: Noise levels [L] in units of pixels in [0, 1], descending.
         widths: Channels at each resolution, from that of the image; each next one has half the size, rounded up.
-        attention_sizes: Feature map sizes in pixels with self-attention after each residual block.
+        attention_sizes: Feature map sizes in pixels, counted as `image_size`, with self-attention after each residual
+            block.
     """
 
     condition_reader = "embedding.linear1"

@@ -66,7 +66,7 @@ def open_image_folder(data: DataConfig) -> Source:
     else:
         chosen = hold_out([one.path for one in found], labels, data.test_fraction)
     return Source(
-        description=f"A folder of images, resized to {data.image_size}x{data.image_size}",
+        description="A folder of images",
         license="as the owner of the images says",
         class_names=class_names,
         splits={

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from ncsn import storage
 from ncsn.config.schema import DataConfig
-from ncsn.data.format import NO_LABEL, group_lengths, load_manifest, pieces_of, pixel_shape
+from ncsn.data.format import NO_LABEL, group_lengths, load_manifest, pieces_of, pixels_of
 from ncsn.data.pixels import BadImageError, Fit, Picture, decode
 from ncsn.data.sources.base import Source, hold_out, list_files, required_root
 from ncsn.data.sources.image_files import DecodedSplit, Encoded
@@ -105,7 +105,7 @@ def open_parquet(data: DataConfig) -> Source:
         words = {word for one in found.values() for word in one.words.unique().drop_null().to_pylist()}
         class_names = class_names_of(words, numbers=True)
     return Source(
-        description=f"Parquet files of images, resized to {data.image_size}x{data.image_size}",
+        description="Parquet files of images",
         license=terms,
         class_names=class_names,
         splits=_splits(found, class_names, data),
@@ -181,8 +181,7 @@ def _image_kind(field: pa.Field) -> ImageKind | None:
         return "bytes"
     if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 and kind.field("bytes").type in _BYTES:
         return "struct"
-    shape = pixel_shape(field)
-    return "pixels" if shape is not None and shape[2] in (1, 3) else None
+    return "pixels" if pixels_of(field) is not None else None
 
 
 def _labels_of(one: _Found, class_names: Sequence[str]) -> NDArray[np.int64]:
@@ -297,8 +296,8 @@ class ParquetImages(DecodedSplit):
                 scalar = batch.column(0)[row]
                 if not scalar.is_valid:
                     yield None
-                elif self.kind == "pixels":
-                    yield np.frombuffer(scalar.as_buffer(), np.uint8).reshape(pixel_shape(batch.schema.field(0)))
+                elif pixels := pixels_of(batch.schema.field(0)):
+                    yield np.frombuffer(scalar.as_buffer(), pixels.dtype).reshape(pixels.shape)
                 else:
                     yield (scalar["bytes"] if self.kind == "struct" else scalar).as_py()
             before += len(batch)
@@ -306,7 +305,7 @@ class ParquetImages(DecodedSplit):
                 return
 
 
-def _load(value: bytes | NDArray[np.uint8] | None, least_side: int | None) -> Picture:
+def _load(value: bytes | NDArray[Any] | None, least_side: int | None) -> Picture:
     if value is None:
         raise BadImageError("there is no image in this row")
     if isinstance(value, bytes):

@@ -44,7 +44,7 @@ class Arrays:
 # What share of a photograph's training columns is left of its test strip, so that the strip has its share of sky, roof,
 # petals and leaves.
 _PHOTOGRAPHS = {"china": 0.5, "flower": 0.2}
-_SCALES = (1, 2, 4)  # sides of the patches over data.image_size
+_SCALES = (1, 2, 4)  # sides of the patches over the longer one of data.image_size
 
 
 class Patch(NamedTuple):
@@ -105,7 +105,8 @@ def open_photos(data: DataConfig) -> Source:
     height = min(len(image) for image in photographs.values())
     widest = [max(last - first for first, last in found) for each in columns.values() for found in each.values()]
     largest = min(height, *widest)
-    sides = [scale * data.image_size for scale in _SCALES if scale * data.image_size <= largest]
+    size = max(data.stored_shape[:2])
+    sides = [scale * size for scale in _SCALES if scale * size <= largest]
     if not sides:
         raise UserError(
             "data.image_size",
@@ -120,8 +121,8 @@ def open_photos(data: DataConfig) -> Source:
             for label, (name, image) in enumerate(photographs.items())
             for side in sides
             for first, last in columns[name][split]
-            for left in range(first, last - side + 1, data.image_size // 4)
-            for top in range(0, len(image) - side + 1, data.image_size // 4)
+            for left in range(first, last - side + 1, size // 4)
+            for top in range(0, len(image) - side + 1, size // 4)
         ]
         patches.sort(key=lambda patch: name_hash(str(tuple(patch))))
         splits[split] = Patches(tuple(photographs.values()), tuple(patches), Fit.of(data))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
@@ -36,7 +36,7 @@ DESCRIPTION = "classifier.json"
 
 RECIPE_VERSION = 1
 NUM_FEATURES = 128
-LARGEST_SIDE = 32  # pixels; larger images are averaged down first
+LARGEST_SIDE = 32  # pixels; longer ones are averaged down first
 SMALL_SET = 10_000
 LEARNING_RATE = 3e-3
 WEIGHT_DECAY = 1e-2
@@ -55,8 +55,7 @@ _CLUSTERED_VALUES = 1 << 22  # pixel values that are converted at once
 class ClassifierRecipe:
     """What decides the classifier, given its training images."""
 
-    image_size: int  # pixels, at least 4
-    channels: int  # 1 or 3
+    shape: tuple[int, int, int]  # height and width, at least 4, and channels
     num_classes: int  # at least 2
     epochs: int
     seed: int  # of weights, order, dropout and clusters
@@ -66,7 +65,7 @@ class ClassifierRecipe:
 class ClassifierNetwork(nn.Module):
     """An `Extractor`: conv32 - conv64 - maxpool - fc128 - fc K on pixels normalized by their mean and deviation.
 
-    Images larger than 32 pixels are first averaged down by a whole factor.
+    Sides of more than 32 pixels are first averaged down by a whole factor.
     """
 
     pixel_mean: Tensor
@@ -74,23 +73,25 @@ class ClassifierNetwork(nn.Module):
 
     def __init__(self, recipe: ClassifierRecipe) -> None:
         super().__init__()
-        channels, self.reduction = recipe.channels, _reduction(recipe.image_size)
-        side = recipe.image_size // self.reduction
-        kernel, stride = (5, 2) if side >= 16 else (3, 1)  # stride 2 makes the network four times cheaper
-        pooled = ((side - 1) // stride + 1) // 2
+        *sides, channels = recipe.shape
+        self.reduction = _reduction(sides)
+        height, width = (side // factor for side, factor in zip(sides, self.reduction, strict=True))
+        # Stride 2 makes the network four times cheaper.
+        kernel, stride = (5, 2) if min(height, width) >= 16 else (3, 1)
+        pooled = [((side - 1) // stride + 1) // 2 for side in (height, width)]
         self.register_buffer("pixel_mean", torch.zeros(channels))
         self.register_buffer("pixel_std", torch.ones(channels))
         self.conv_1 = nn.Conv2d(channels, 32, kernel, stride=stride, padding=kernel // 2)
         self.norm_1 = nn.BatchNorm2d(32)
         self.conv_2 = nn.Conv2d(32, 64, 3, padding=1)
         self.norm_2 = nn.BatchNorm2d(64)
-        self.hidden = nn.Linear(64 * pooled * pooled, NUM_FEATURES)
+        self.hidden = nn.Linear(64 * pooled[0] * pooled[1], NUM_FEATURES)
         self.head = nn.Linear(NUM_FEATURES, recipe.num_classes)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """[B, 128] features and [B, K] logits of [B, C, H, W] pixels in [0, 255]."""
         x = (images - self.pixel_mean[:, None, None]) / self.pixel_std[:, None, None]
-        if self.reduction > 1:
+        if max(self.reduction) > 1:
             x = F.avg_pool2d(x, self.reduction)
         x = F.relu(self.norm_1(self.conv_1(x)))
         x = F.max_pool2d(F.relu(self.norm_2(self.conv_2(x))), 2)
@@ -163,9 +164,9 @@ def accuracy(network: ClassifierNetwork, *, images: Images, labels: Labels) -> f
     return float((torch.cat(parts).numpy() == labels)[known].mean()) if known.any() else None
 
 
-def _reduction(image_size: int) -> int:
-    """Pixels of a side that are averaged into one."""
-    return -(-image_size // LARGEST_SIDE)
+def _reduction(sides: Sequence[int]) -> tuple[int, ...]:
+    """Pixels of each side that are averaged into one."""
+    return tuple(-(-side // LARGEST_SIDE) for side in sides)
 
 
 def _to_network(images: Images, device: torch.device | str) -> Tensor:
@@ -229,7 +230,7 @@ def cluster_labels(images: Images, *, count: int, seed: int) -> Labels:
 def _pixels(images: Images) -> npt.NDArray[np.float32]:
     """[n, D] pixels in [0, 1] of images that are averaged down by a whole factor."""
     pixels = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float() / 255
-    reduced: npt.NDArray[np.float32] = F.avg_pool2d(pixels, _reduction(max(images.shape[1:3]))).flatten(1).numpy()
+    reduced: npt.NDArray[np.float32] = F.avg_pool2d(pixels, _reduction(images.shape[1:3])).flatten(1).numpy()
     return reduced
 
 
@@ -246,7 +247,7 @@ def describe_classifier(uri: str) -> tuple[Identity, float | None] | None:
     recipe = ClassifierRecipe(**description["recipe"])
     kind = "clusters" if recipe.clustered else "classifier"
     parts = {"kind": kind, "version": RECIPE_VERSION, "weights": description["weights_sha256"]}
-    fingerprint = storage.digest(parts | {"reduction": _reduction(recipe.image_size)}, 64)
+    fingerprint = storage.digest(parts | {"reduction": _reduction(recipe.shape[:2])}, 64)
     return Identity(kind, fingerprint), description["test_accuracy"]
 
 
