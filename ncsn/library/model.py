@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -171,5 +172,5 @@ def _registered(address: str, device: str | torch.device) -> TrainedNetwork:
         raise NotFound(address, f"no registry at {registry}", hint=hint)
     with mlflow_errors(registry):
         version = resolve_version(client_at(registry), address)
-    with storage.scratch_folder(_store()) as scratch:
-        return load_model(fetch_weights(registry, version, scratch), origin=address, device=device)
+    with tempfile.TemporaryDirectory(prefix="ncsn-") as folder:
+        return load_model(fetch_weights(registry, version, Path(folder)), origin=address, device=device)

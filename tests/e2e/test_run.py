@@ -12,6 +12,7 @@ import pytest
 from mlflow.tracking import MlflowClient
 from PIL import Image
 
+from ncsn import ScoreModel
 from ncsn.config import from_yaml
 from ncsn.data.samples import read_samples
 from ncsn.model.checkpoint import load_checkpoint
@@ -148,7 +149,7 @@ def test_trace_prints_every_link_of_the_model(workplace, finished) -> None:
     assert version["facts"]["gate.reason"] == results["register"]["reason"]
 
 
-def test_images_come_from_the_registry_alone(workplace, finished, tmp_path) -> None:
+def test_images_come_from_the_registry_alone(workplace, finished, tmp_path, monkeypatch) -> None:
     one_shard = ("--set", "sampling.batch_size=16")  # which needs no cluster
     pictures = tmp_path / "pictures"
     options = ("--out", str(tmp_path / "images"), "--png", str(pictures), "--json", *one_shard)
@@ -160,6 +161,9 @@ def test_images_come_from_the_registry_alone(workplace, finished, tmp_path) -> N
     assert np.abs(images.astype(int) - sampled.astype(int)).max() <= 1
     assert Path(made["grid"]).read_bytes().startswith(b"\x89PNG")
     np.testing.assert_array_equal(np.array(Image.open(pictures / "000015.png")), images[15, ..., 0])
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{workplace.root}/mlflow.db")
+    loaded = ScoreModel.load("models:/ncsn-tiny@champion", device="cpu").sample(16)
+    assert np.abs(images.astype(int) - loaded).max() <= 1
 
 
 def test_a_second_call_finds_every_step_done_also_where_the_store_was_moved_to(workplace, finished) -> None:
