@@ -144,7 +144,7 @@ def _in_memory(images: Any, labels: ArrayLike | None) -> tuple[Source, Survey]:
         images = np.stack(pixels)
     images = images[..., None] if images.ndim == 3 else images
     count, height, width, channels = images.shape if images.ndim == 4 else (0, 0, 0, 0)
-    if min(height, width) < _LEAST_SIDE or not 1 <= channels <= MOST_CHANNELS:
+    if not count or min(height, width) < _LEAST_SIDE or not 1 <= channels <= MOST_CHANNELS:
         hint = f"give images [N, H, W, C] of {_LEAST_SIDE} pixels a side or more, with C from 1 to {MOST_CHANNELS}"
         raise UserError("images", f"have the shape {list(images.shape)}", hint=hint)
     if images.dtype != np.uint8:
