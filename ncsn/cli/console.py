@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, closing, contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any, TextIO, cast
 
@@ -110,7 +110,10 @@ def console_on(stream: TextIO) -> Console:
 
 
 class Log:
-    """A text file that shows the messages about retries on a console too, without the words that Ray puts before."""
+    """A text file that shows the messages about retries on a console too, without the words that Ray puts before.
+
+    A full disk delays or loses its lines and raises nothing, so that what comes next is shown.
+    """
 
     def __init__(self, file: TextIO, console: Console) -> None:
         self._file, self._console = file, console
@@ -119,7 +122,17 @@ class Log:
         for line in text.splitlines():
             if RETRY in line:
                 self._console.print(line[line.index(RETRY) :], markup=False, soft_wrap=True)
-        return self._file.write(text)
+        with suppress(OSError):
+            self._file.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._file.flush()
+
+    def close(self) -> None:
+        with suppress(OSError):
+            self._file.close()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._file, name)
@@ -136,7 +149,7 @@ def shown_progress(log: Path | None) -> Iterator[ProgressView]:
         target = own
         if log is not None:
             log.parent.mkdir(parents=True, exist_ok=True)
-            target = cast(TextIO, Log(stack.enter_context(log.open("a", buffering=1)), view.console))
+            target = cast(TextIO, stack.enter_context(closing(Log(log.open("a", buffering=1), view.console))))
         # Threads of Ray and Arrow write to the descriptors, not through sys.stdout.
         stack.enter_context(_moved(1, target))
         stack.enter_context(_moved(2, target))

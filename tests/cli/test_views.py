@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from pathlib import Path
 from typing import Any, TextIO, cast
 
@@ -136,6 +137,14 @@ def test_the_log_shows_a_retry_and_its_cause_on_the_terminal_in_one_line(tmp_pat
         print(text, end="", file=cast(TextIO, Log(file, Console(file=stream, width=20))))
     assert stream.getvalue() == "retry: worker 0: [Errno 28] full\n"
     assert (tmp_path / "log.txt").read_text() == text
+
+
+def test_a_log_on_a_full_disk_does_not_end_what_the_terminal_shows() -> None:
+    stream = io.StringIO()
+    with closing(Log(Path("/dev/full").open("w", buffering=1), Console(file=stream))) as log:
+        for text in ("starting", "retry: worker 0"):
+            print(text, file=cast(TextIO, log), flush=True)
+    assert stream.getvalue() == "retry: worker 0\n"
 
 
 @pytest.mark.parametrize("total", [1000, 0], ids=["known", "unknown"])
