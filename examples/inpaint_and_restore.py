@@ -98,7 +98,8 @@ def run_tasks(model: Model, truth: Tensor) -> list[Outcome]:
     ]  # fmt: skip
     # A quarter of the pixels, each the mean of four; and an image blurred and noisy.
     generator = torch.Generator().manual_seed(0)
-    for name, operator, sigma_y in (("half the size", means(size, 2), 0.0), ("blur and noise", blur(size, 0.8), 0.05)):
+    shrunk, blurred = means(size, size, factor=2), blur(size, size, deviation=0.8)
+    for name, operator, sigma_y in (("half the size", shrunk, 0.0), ("blur and noise", blurred, 0.05)):
         y = operator.apply(truth)
         y = y + sigma_y * torch.randn(y.shape, generator=generator)
         shown = interpolate(y, size=(size, size)) if y.shape[-1] < size else y

@@ -13,7 +13,7 @@ from ncsn.errors import NotFound, UserError
 from ncsn.runs.folder import DEFAULT_ROOT, RunFolder
 
 _ROOT = "storage.root"
-_RUN_CONFIG = re.compile(r"(?P<folder>(?P<root>.+)/runs/[^/]+)/config\.yaml")
+_RUN_CONFIG = re.compile(r"(?P<folder>(?P<root>.+)/runs/[^/]+)/((checkpoints|ema|selected)/.+/)?config\.yaml")
 _ANOTHER_STORE = f"pass --config, or --set {_ROOT}=URI of another store"
 
 

@@ -6,6 +6,7 @@ Imports no torch, because the command line uses it.
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -222,7 +223,7 @@ def next_command(grade: str, config: Config, folder: RunFolder) -> str:
     if grade == "close":
         return f"ncsn sample {folder.options} --set sampling.seed={config.sampling.seed + 1}"
     images = config.train.num_images // 2 if grade == "copied" else 2 * config.train.num_images
-    return f"ncsn run --config {folder.config} --set train.num_images={images}"
+    return f"ncsn run --config {shlex.quote(folder.config)} --set train.num_images={images}"
 
 
 EXTRACTORS = {  # as the subjects of a sentence

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -72,7 +73,7 @@ class RunFolder:
     def options(self) -> str:
         """The options by which a command finds this run from here: no config if the store is the default one."""
         found = self.root == storage.absolute(DEFAULT_ROOT)
-        return f"--run {self.run}" if found else f"--run {self.run} --config {self.config}"
+        return f"--run {self.run}" if found else f"--run {self.run} --config {shlex.quote(self.config)}"
 
     def preview(self, images_seen: int) -> str:
         """The preview at this many training images, a PNG file."""

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ncsn.config import Config, ConfigError, from_yaml
 from ncsn.config.choices import UnetNetworkConfig
+from ncsn.config.schema import EvaluationConfig
 from ncsn.config.search import significant
 from ncsn.config.training import LognormalTraining, edm_mean
 from ncsn.core.images import eight_bit, to_unit
@@ -45,6 +46,7 @@ MOST_REPEATS = 1000  # of an image in training: more of them only memorize it
 NFE = 35  # of the sampler
 _BRIGHT = 128
 _NAMED = 3  # classes in a reason
+_SPLITS = EvaluationConfig.model_fields["num_splits"].default
 _LARGEST = 160  # sigma_1 of Karras et al. over sigma_data: 80 over 0.5
 _LEAST = 1.0  # of sigma_1: less would start within the images
 _SMALLEST_MAP = 8  # where the network stops halving, and attends
@@ -96,7 +98,7 @@ def choose(
     _choose_noise(draft, to_unit(torch.from_numpy(images), limits))
     length = _choose_training(draft, train_images=train_images, seconds=TRAINING * left, speed=speed)
     sampling = _choose_sampling(draft, seconds=_SAMPLING * left, speed=speed)
-    _choose_evaluation(draft, class_counts, train_images=train_images)
+    _choose_evaluation(draft, found, class_counts, train_images=train_images)
     taken = {
         "train": length * speed.train_image,
         "sample": sampling,
@@ -436,7 +438,7 @@ def _choose_sampling(draft: Draft, *, seconds: float, speed: Speed) -> float:
     return float(count * seconds_per_image)
 
 
-def _choose_evaluation(draft: Draft, class_counts: Sequence[float], *, train_images: int) -> None:
+def _choose_evaluation(draft: Draft, found: Survey, class_counts: Sequence[float], *, train_images: int) -> None:
     classes = [count for count in class_counts if count]
     if draft.get("evaluation.weights"):
         extractor, why = "inception", "The weights are given."
@@ -449,4 +451,10 @@ def _choose_evaluation(draft: Draft, class_counts: Sequence[float], *, train_ima
         labels = "All images are of one class" if classes else "The images have no classes"
         extractor, why = "clusters", f"{labels}: a network trained to tell clusters of them apart."
     draft.choose("evaluation.extractor", extractor, why)
+    if (
+        extractor == "classifier"
+        and found.own_train is not None
+        and (test := found.num_images - found.own_train) < _SPLITS
+    ):
+        draft.choose("evaluation.num_splits", test, "Of the score: one for each test image.")
     draft.choose("evaluation.classifier_epochs", int(min(40, max(4, 100_000 / train_images))))

@@ -54,11 +54,14 @@ def test_a_run_brings_its_config(config_file: Path, store: Path) -> None:
 def test_a_run_is_where_its_store_is_now(config: Config, folder: RunFolder, store: Path, tmp_path: Path) -> None:
     update_step(folder, "ingest", state="RUNNING")
     moved = store.rename(tmp_path / "moved")
-    for options in (
-        TargetOptions(str(moved / "runs/mine/config.yaml")),
-        TargetOptions(None, (f"storage.root={moved}",), "mine"),
+    checkpoint = moved / "runs/mine/checkpoints/images-000000160"
+    storage.write_text(str(checkpoint / "config.yaml"), storage.read_text(str(moved / "runs/mine/config.yaml")))
+    for found in (
+        TargetOptions(str(moved / "runs/mine/config.yaml"), run="mine").resolve(),
+        TargetOptions(None, (f"storage.root={moved}",), "mine").resolve(),
+        TargetOptions().resolve(checkpoint=str(checkpoint)),
     ):
-        assert options.resolve().config.storage.root == str(moved)
+        assert (found.config.storage.root, found.run) == (str(moved), "mine")
     elsewhere = TargetOptions(str(moved / "runs/mine/config.yaml"), ("storage.root=/elsewhere",))
     assert elsewhere.resolve().config.storage.root == "/elsewhere"
     (tmp_path / "runs/by-hand").mkdir(parents=True)

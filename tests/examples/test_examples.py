@@ -88,7 +88,7 @@ def test_known_pixels_come_back_and_measurements_are_met(images, model):
     left[:, :4] = True
     completed = inpaint_and_restore.complete(model, truth, left)
     assert torch.equal(completed[..., :4], truth[..., :4])
-    operator = means(8, 2)
+    operator = means(8, 8, factor=2)
     y = operator.apply(truth)
     made = inpaint_and_restore.restore(model, y, operator, sigma_y=0.0)
     error, unguided = ((operator.apply(x) - y).square().mean() for x in (made, model.sample(4)))

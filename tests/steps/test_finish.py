@@ -90,6 +90,14 @@ def test_a_canceled_run_is_killed_with_the_step_that_could_not_say_so(config: Co
     assert mlflow_statuses(config, run) == {"run": "KILLED", "train": "KILLED"}
 
 
+def test_a_driver_that_gave_up_ends_the_run_as_killed(config: Config) -> None:
+    """Its launcher was told to end, or is gone for good; the driver saved."""
+    ingest.run(config, run="left")
+    fail(run_folder(config, "left"), StepError("LeaseExpired", "without a launcher"))
+    result = finish.run(config, run="left", state="FAILED")
+    assert (result.status, result.failed_step, stored(config, "left")["status"]) == ("KILLED", "train", "KILLED")
+
+
 def test_what_a_search_found_is_followed_to_its_own_run(config: Config) -> None:
     ingested = ingest.run(config, run="searched")
     config = from_yaml(to_yaml(config), overrides=["search={space: {noise.sigma_1: {kind: log, low: 0.5, high: 2}}}"])

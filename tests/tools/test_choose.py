@@ -264,6 +264,17 @@ def test_splits_too_small_to_measure_with_are_refused(choose, tmp_path) -> None:
         choose(count=10)
 
 
+def test_few_test_images_of_ones_own_are_splits_of_one_each(choose, tmp_path) -> None:
+    choose(count=34)
+    root = tmp_path / "34-100-RGB"
+    for number in range(34):
+        folder = root / ("test" if number < 4 else "train") / ("cat" if number % 2 else "dog")
+        folder.mkdir(parents=True, exist_ok=True)
+        (root / f"{number}.png").rename(folder / f"{number}.png")
+    evaluation = choose(count=34).config.evaluation
+    assert (evaluation.extractor, evaluation.num_splits) == ("classifier", 4)
+
+
 def test_sizes_and_widths() -> None:
     assert [sizes_for(side) for side in (5, 8, 28, 33, 48, 500)] == [
         [8], [8], [8, 16, 28], [8, 16, 32], [8, 16, 32, 48], [8, 16, 32, 64],

@@ -54,49 +54,53 @@ class KnownPixels:
 
 
 class Separable:
-    """A x = M x M^T for each channel of square images, by a matrix M [h, H]."""
+    """A x = R x C^T for each channel of images, by matrices R [h, H] over rows and C [w, W] over columns."""
 
     blind = False
 
-    def __init__(self, matrix: Tensor) -> None:
-        self._matrix, self._svd = matrix, torch.linalg.svd(matrix.double(), full_matrices=False)
+    def __init__(self, rows: Tensor, columns: Tensor) -> None:
+        self._rows, self._columns = rows, columns
+        self._svds = [torch.linalg.svd(matrix.double(), full_matrices=False) for matrix in (rows, columns)]
 
     def apply(self, x: Tensor) -> Tensor:
-        return self._matrix.to(x) @ x @ self._matrix.to(x).T
+        return self._rows.to(x) @ x @ self._columns.to(x).T
 
     def adjoint(self, y: Tensor) -> Tensor:
-        return self._matrix.to(y).T @ y @ self._matrix.to(y)
+        return self._rows.to(y).T @ y @ self._columns.to(y)
 
     def explain(self, residual: Tensor, *, noise: float, spread: float) -> Tensor:
-        u, s, v = self._svd
-        gains = s[:, None] * s
+        (u, s, v), (u_columns, s_columns, v_columns) = self._svds
+        gains = s[:, None] * s_columns
         factors = (gains / (noise + spread * gains.square())).to(residual)
-        u, v = u.to(residual), v.to(residual)
-        change: Tensor = v.T @ ((u.T @ residual @ u) * factors) @ v
+        inner = (u.to(residual).T @ residual @ u_columns.to(residual)) * factors
+        change: Tensor = v.to(residual).T @ inner @ v_columns.to(residual)
         return change
 
 
 Operator = KnownPixels | Separable
 
 
-def means(size: int, factor: int) -> Separable:
-    """The means over squares of `factor` x `factor` pixels of square images; `factor` divides `size`."""
-    if size % factor:
-        raise InvalidValue(f"the factor must divide {size}, got {factor}")
-    return Separable(torch.eye(size // factor).repeat_interleave(factor, dim=1) / factor)
+def means(height: int, width: int, *, factor: int) -> Separable:
+    """The means over squares of `factor` x `factor` pixels; `factor` divides both sides of the images."""
+    if height % factor or width % factor:
+        raise InvalidValue(f"the factor must divide {height} and {width}, got {factor}")
+    rows, columns = (torch.eye(side // factor).repeat_interleave(factor, dim=1) / factor for side in (height, width))
+    return Separable(rows, columns)
 
 
-def blur(size: int, width: float) -> Separable:
-    """Blur of square images by a normal kernel of standard deviation `width` in pixels, mirrored at the edges."""
-    if not width > 0:
-        raise InvalidValue(f"the width of a blur must be positive, got {width}")
-    offsets = torch.arange(-(radius := int(_WIDEST * width + 0.5)), radius + 1)
-    kernel = torch.exp(-0.5 * (offsets.double() / width).square())
-    places = (torch.arange(size)[:, None] + offsets) % (2 * size)
-    places = torch.where(places < size, places, 2 * size - 1 - places)
-    matrix = torch.zeros(size, size, dtype=torch.float64)
-    matrix.scatter_add_(1, places, (kernel / kernel.sum()).expand(size, -1))
-    return Separable(matrix)
+def blur(height: int, width: int, *, deviation: float) -> Separable:
+    """Blur by a normal kernel of this standard deviation in pixels, mirrored at the edges."""
+    if not deviation > 0:
+        raise InvalidValue(f"the deviation of a blur must be positive, got {deviation}")
+    offsets = torch.arange(-(radius := int(_WIDEST * deviation + 0.5)), radius + 1)
+    kernel = torch.exp(-0.5 * (offsets.double() / deviation).square())
+    matrices = []
+    for side in (height, width):
+        places = (torch.arange(side)[:, None] + offsets) % (2 * side)
+        places = torch.where(places < side, places, 2 * side - 1 - places)
+        matrix = torch.zeros(side, side, dtype=torch.float64)
+        matrices.append(matrix.scatter_add_(1, places, (kernel / kernel.sum()).expand(side, -1)))
+    return Separable(*matrices)
 
 
 def peak_signal_to_noise(x: Tensor, truth: Tensor) -> float:

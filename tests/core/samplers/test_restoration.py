@@ -131,7 +131,7 @@ def test_all_or_nothing_known(sampler: Sampler) -> None:
 @pytest.mark.parametrize("noise", [0.0, 0.05])
 def test_means_of_independent_pixels_are_met(noise: float) -> None:
     """For normal pixels the covariance form is exact: the images given their means are known."""
-    s, shape, operator = 0.5, (1, 8, 8), means(8, 2)
+    s, shape, operator = 0.5, (1, 8, 8), means(8, 8, factor=2)
 
     class White:
         def __call__(self, x: Tensor, *, sigma: Tensor) -> Tensor:
@@ -181,21 +181,21 @@ def test_guidance_by_classes_holds_in_its_band(analytic) -> None:
     assert float(x[..., 1]) == pytest.approx(float(alone[..., 1]), abs=1e-12)  # pixels do not know of each other
 
 
-SIZE = 12
+SIZE = HEIGHT, WIDTH = 12, 9
 
 
 def operators() -> dict[str, Operator]:
-    mask = torch.arange(SIZE) % 3 > 0
-    return {"pixels": KnownPixels(mask), "means": means(SIZE, 3), "blur": blur(SIZE, 1.5)}
+    mask = torch.arange(WIDTH) % 3 > 0
+    return {"pixels": KnownPixels(mask), "means": means(*SIZE, factor=3), "blur": blur(*SIZE, deviation=1.5)}
 
 
 def images(count: int = 2) -> torch.Tensor:
-    return torch.rand(count, 2, SIZE, SIZE, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    return torch.rand(count, 2, *SIZE, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
 def matrix(operator: Operator) -> torch.Tensor:
     """A of one channel, by its columns."""
-    basis = torch.eye(SIZE * SIZE, dtype=torch.float64).view(-1, 1, SIZE, SIZE)
+    basis = torch.eye(HEIGHT * WIDTH, dtype=torch.float64).view(-1, 1, *SIZE)
     return operator.apply(basis).flatten(1).T
 
 
@@ -215,19 +215,19 @@ def test_the_adjoint_and_the_explanation_are_those_of_the_matrix(name: str) -> N
 def test_blur_and_means_are_those_of_scipy_and_numpy() -> None:
     x = images(1)
     expected = gaussian_filter(x[0, 0].numpy(), 1.5, mode="reflect")
-    np.testing.assert_allclose(blur(SIZE, 1.5).apply(x)[0, 0].numpy(), expected, atol=1e-12)
+    np.testing.assert_allclose(blur(*SIZE, deviation=1.5).apply(x)[0, 0].numpy(), expected, atol=1e-12)
     wide = gaussian_filter(x[0, 0].numpy(), 5.0, mode="reflect")  # its kernel is wider than the image
-    np.testing.assert_allclose(blur(SIZE, 5.0).apply(x)[0, 0].numpy(), wide, atol=1e-12)
-    blocks = x[0, 0].numpy().reshape(4, 3, 4, 3).mean(axis=(1, 3))
-    np.testing.assert_allclose(means(SIZE, 3).apply(x)[0, 0].numpy(), blocks, atol=1e-12)
-    assert means(SIZE, 3).apply(x).shape == (1, 2, 4, 4)
+    np.testing.assert_allclose(blur(*SIZE, deviation=5.0).apply(x)[0, 0].numpy(), wide, atol=1e-12)
+    blocks = x[0, 0].numpy().reshape(4, 3, 3, 3).mean(axis=(1, 3))
+    np.testing.assert_allclose(means(*SIZE, factor=3).apply(x)[0, 0].numpy(), blocks, atol=1e-12)
+    assert means(*SIZE, factor=3).apply(x).shape == (1, 2, 4, 3)
 
 
 def test_what_cannot_be_measured() -> None:
     with pytest.raises(ValueError, match="12"):
-        means(SIZE, 5)
-    with pytest.raises(ValueError, match="width"):
-        blur(SIZE, 0.0)
+        means(*SIZE, factor=2)
+    with pytest.raises(ValueError, match="deviation"):
+        blur(*SIZE, deviation=0.0)
 
 
 def test_signal_to_noise_of_known_errors() -> None:
