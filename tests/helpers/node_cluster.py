@@ -2,7 +2,8 @@
 
     python node_cluster.py CONFIG DATASET RUN_FOLDER (drain | replace) AT_IMAGES
 
-Writes `result.json` into the run's folder: what training returned, and how many workers there were at each step.
+Writes `result.json` into the run's folder: what training returned, how many workers there were at each step, and the
+checkpoints that were there for a resume alone.
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ def main(config: str, dataset: str, run: str, how: str, at_images: int) -> None:
     ray.init(address=cluster.address, logging_level="WARNING")
     progress = Slowly(folder / "progress", alone=ALONE_SECONDS if how == "replace" else STEP_SECONDS)
     progress.file.touch()
+    kept: list[str] = []
 
     def take_away(training: Future[TrainOutcome]) -> None:
         while not any(done >= at_images for done, _ in progress.seen()):
@@ -77,6 +79,10 @@ def main(config: str, dataset: str, run: str, how: str, at_images: int) -> None:
             deadline = time.time_ns() // 1_000_000 + 1000 * NOTICE_SECONDS
             accepted, why_not = client.drain_node(nodes[1].node_id, reason, "simulated", deadline)
             assert accepted, why_not
+            while not kept:
+                assert not training.done(), training.result()
+                kept.extend(path.name for path in folder.glob("checkpoints/resume-*"))
+                time.sleep(0.1)
 
     job = TrainingJob(
         config=from_yaml(Path(config).read_text()),
@@ -88,7 +94,7 @@ def main(config: str, dataset: str, run: str, how: str, at_images: int) -> None:
         training = pool.submit(trainer.train, job, run_uri=run)
         take_away(training)  # here, since Ray adds nodes in the main thread alone
         outcome = training.result()
-    (folder / "result.json").write_text(json.dumps({"outcome": asdict(outcome), "seen": progress.seen()}))
+    (folder / "result.json").write_text(json.dumps({"outcome": asdict(outcome), "seen": progress.seen(), "kept": kept}))
     ray.shutdown()
     cluster.shutdown()
 
