@@ -23,7 +23,9 @@ PARTS ?=
 BIN := .venv/bin
 IN_PARALLEL = --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 # A hash of what decides the installation: a change of content, not of a file's date, renews .venv.
-KEY := $(shell { cat pyproject.toml constraints.txt; pwd; echo "$(BASE_PYTHON)"; "$(BASE_PYTHON)" -V; } 2>&1 | cksum | tr ' ' -)
+# Of Python the file behind its links, which an activated .venv and pyenv name differently.
+WHICH := 'import os, sys; print(os.path.realpath(sys.executable), sys.version)'
+KEY := $(shell { cat pyproject.toml constraints.txt; pwd; "$(BASE_PYTHON)" -c $(WHICH); } 2>&1 | cksum | tr ' ' -)
 STAMP := .venv/current-$(KEY)
 
 .PHONY: help

@@ -7,7 +7,8 @@ SETTINGS.yaml lists settings, each with a name, a `sampler` as in a config's `sa
 on, so a second call makes only the missing ones. Seconds are CPU seconds of one core for 64 images, the median over the
 new batches, so other load on the machine changes them little. With --seeds N the figures are means over N sets of
 images, and the distance has its standard deviation over them. For a model with classes, `agreement` is the share of the
-images that the classifier sees as the class that was asked for.
+images that the classifier sees as the class that was asked for. --set evaluation.extractor=clusters lets another network
+judge, and --set evaluation.reference_split=test compares with the test images, and real training images with them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import multiprocessing
 import statistics
 import time
@@ -28,6 +30,7 @@ import numpy as np
 import torch
 import yaml
 
+from ncsn.config import Config, from_yaml, to_yaml
 from ncsn.config.schema import SamplingConfig
 from ncsn.data.format import load_manifest
 from ncsn.data.training_images import open_cache
@@ -79,6 +82,7 @@ def main() -> None:
     """Make the images, measure them, print the table and write it as JSON."""
     options = _options()
     checkpoint = load_checkpoint(options.checkpoint)
+    config = from_yaml(to_yaml(checkpoint.config), overrides=options.overrides)
     entries = yaml.safe_load(options.settings.read_text())
     common = {"num_images": options.num_images, "batch_size": options.batch_size}
     settings = [
@@ -87,19 +91,20 @@ def main() -> None:
         for setting in settings_of(entries, checkpoint, common={**common, "seed": seed}, work=options.work)
     ]
     make_images(options.checkpoint, settings, processes=options.processes)
-    rows = measured(options.dataset, checkpoint, settings, num_images=options.num_images)
+    rows = measured(options.dataset, config, settings, num_images=options.num_images)
     print("| sampler | NFE | seconds per 64 images | FID | KID x 1000 | score | recall | agreement | images |")
     print("|---|---:|---:|---:|---:|---:|---:|---:|---:|")
     for name, nfe, count in dict.fromkeys((row.name, row.nfe, row.num_images) for row in rows):
         sets = [row for row in rows if (row.name, row.nfe, row.num_images) == (name, nfe, count)]
         mean = {key: statistics.fmean(getattr(row, key) for row in sets) for key in ("fid", "kid", "score", "recall")}
         spread = f" ± {statistics.stdev(row.fid for row in sets):.2f}" if len(sets) > 1 else ""
+        score = "" if math.isnan(mean["score"]) else f"{mean['score']:.2f}"
         seconds = statistics.median(row.seconds_per_64 for row in sets)
         known = [row.agreement for row in sets if row.agreement is not None]
         agreement = f"{statistics.fmean(known):.3f}" if known else ""
         print(
             f"| {name} | {nfe} | {seconds:.2f} | {mean['fid']:.2f}{spread} | {1000 * mean['kid']:.1f} "
-            f"| {mean['score']:.2f} | {mean['recall']:.3f} | {agreement} | {len(sets)} x {count:,} |"
+            f"| {score} | {mean['recall']:.3f} | {agreement} | {len(sets)} x {count:,} |"
         )
     if options.out is not None:
         options.out.write_text(json.dumps([asdict(row) for row in rows], indent=1))
@@ -116,6 +121,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--processes", type=int, default=2, help="processes of one thread each")
     parser.add_argument("--work", type=Path, default=Path(".ncsn/benchmarks/samplers"), help="where images are kept")
     parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--set", dest="overrides", action="append", default=[], help="a.b=value of the config")
     return parser.parse_args()
 
 
@@ -161,25 +167,27 @@ def _load(uri: str) -> SamplingCheckpoint:
     return load_checkpoint(uri)
 
 
-def measured(dataset: str, checkpoint: SamplingCheckpoint, settings: list[Setting], *, num_images: int) -> list[Row]:
-    """Quality and speed of the images, and the quality of as many real test images."""
+def measured(dataset: str, config: Config, settings: list[Setting], *, num_images: int) -> list[Row]:
+    """Quality and speed of the images, and the quality of as many real images of the other split."""
     train, test = open_cache(dataset, "train"), open_cache(dataset, "test")
     num_classes = len(load_manifest(dataset).class_names)
-    own = checkpoint.config.evaluation.extractor == "classifier"
-    reference = open_evaluator(checkpoint.config, dataset).reference
-    extractor = extractor_of(checkpoint.config, dataset)
+    versus = config.evaluation.reference_split
+    evaluator = open_evaluator(config, dataset)
+    own = evaluator.identity.name == "classifier"
+    extractor = extractor_of(config, dataset)
 
     def row(name: str, images: list[np.ndarray], labels: np.ndarray, **known: Any) -> Row:
         figures = measure_extracted(
             joined([extractor.extract(batch) for batch in images]),
             first_images=np.concatenate(images)[:NEIGHBOR_IMAGES],
-            reference=reference,
+            reference=evaluator.reference,
             training_images=train.images,
             num_splits=10,
             seed=0,
-            asked=AskedClasses(labels, train.labels, num_classes, own=own),
+            asked=AskedClasses(labels, (test if versus == "test" else train).labels, num_classes, own=own),
         ).metrics
-        values = {key: figures[key].value for key in ("fid", "kid", "score", "recall")}
+        values = {key: figures[key].value for key in ("fid", "kid", "recall")}
+        values["score"] = figures["score"].value if "score" in figures else math.nan
         values["agreement"] = figures["class_agreement"].value if "class_agreement" in figures else None
         return Row(name=name, num_images=sum(map(len, images)), **values, **known)
 
@@ -188,7 +196,7 @@ def measured(dataset: str, checkpoint: SamplingCheckpoint, settings: list[Settin
             setting.name,
             images,
             labels,
-            nfe=setting.sampling.sampler.num_evaluations(checkpoint.config.levels.num_levels),
+            nfe=setting.sampling.sampler.num_evaluations(config.levels.num_levels),
             seconds_per_64=statistics.median(seconds),
             sampler=asdict(setting.sampling.sampler),
             precision=setting.sampling.precision,
@@ -196,10 +204,11 @@ def measured(dataset: str, checkpoint: SamplingCheckpoint, settings: list[Settin
         for setting in settings
         for images, labels, seconds in [_kept(setting)]
     ]
-    real = test.images[:num_images]
+    others = train if versus == "test" else test
+    real = others.images[:num_images]
     batches = [real[first : first + QUOTED] for first in range(0, len(real), QUOTED)]
-    labels = test.labels[:num_images]
-    return [*rows, row("real test images", batches, labels, nfe=0, seconds_per_64=0.0, sampler={}, precision="")]
+    labels = others.labels[:num_images]
+    return [*rows, row(f"real {'training' if versus == 'test' else 'test'} images", batches, labels, nfe=0, seconds_per_64=0.0, sampler={}, precision="")]
 
 
 def _kept(setting: Setting) -> tuple[list[np.ndarray], np.ndarray, list[float]]:

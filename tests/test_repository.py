@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from importlib import metadata
@@ -103,6 +104,18 @@ def test_make_builds_the_image_that_the_components_name() -> None:
     assert f"\nIMAGE ?= ncsn-python:{PROJECT['version']}\n" in (ROOT / "Makefile").read_text()
     assert f'"ncsn-python:{PROJECT["version"]}"' in (ROOT / "components" / "__init__.py").read_text()
     assert f"\nARG VERSION={PROJECT['version']}\n" in (ROOT / "Dockerfile").read_text()
+
+
+def test_make_keeps_the_environment_under_each_name_of_its_python(tmp_path: Path) -> None:
+    base = Path(sys._base_executable)
+    (other_name := tmp_path / "python3").symlink_to(base)
+    keys = set()
+    for python in (sys.executable, base, base.resolve(), other_name):
+        command = ["make", "--file=-", "print", f"PYTHON={python}"]
+        makefile = "include Makefile\nprint: ; @echo $(KEY)\n"
+        done = subprocess.run(command, cwd=ROOT, input=makefile, capture_output=True, text=True, check=True)
+        keys.add(done.stdout)
+    assert len(keys) == 1
 
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
