@@ -6,9 +6,11 @@ SETTINGS.yaml lists settings, each with a name, a `sampler` as in a config's `sa
 `precision`, `num_images`, `batch_size`, `label`, `guidance` and `levels`. Images stay below --work by what they depend
 on, so a second call makes only the missing ones. Seconds are CPU seconds of one core for 64 images, the median over the
 new batches, so other load on the machine changes them little. With --seeds N the figures are means over N sets of
-images, and the distance has its standard deviation over them. For a model with classes, `agreement` is the share of the
-images that the classifier sees as the class that was asked for. --set evaluation.extractor=clusters lets another network
-judge, and --set evaluation.reference_split=test compares with the test images, and real training images with them.
+images, and the distance has its standard deviation over them. For a model with classes, `agreement` is the share of
+the images that the classifier sees as the class that was asked for.
+
+--set evaluation.extractor=clusters lets another network judge. --set evaluation.reference_split=test compares with the
+test images, and real training images with them.
 """
 
 from __future__ import annotations
@@ -208,7 +210,8 @@ def measured(dataset: str, config: Config, settings: list[Setting], *, num_image
     real = others.images[:num_images]
     batches = [real[first : first + QUOTED] for first in range(0, len(real), QUOTED)]
     labels = others.labels[:num_images]
-    return [*rows, row(f"real {'training' if versus == 'test' else 'test'} images", batches, labels, nfe=0, seconds_per_64=0.0, sampler={}, precision="")]
+    name = f"real {'training' if versus == 'test' else 'test'} images"
+    return [*rows, row(name, batches, labels, nfe=0, seconds_per_64=0.0, sampler={}, precision="")]
 
 
 def _kept(setting: Setting) -> tuple[list[np.ndarray], np.ndarray, list[float]]:
