@@ -24,6 +24,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 SCRIPT = Path(__file__).parents[1] / "helpers" / "node_cluster.py"
 QUICK = {
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "1",  # off in this process once a test has started a cluster of this machine
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
     "RAY_health_check_period_ms": "1000",
