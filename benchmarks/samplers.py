@@ -175,7 +175,7 @@ def measured(dataset: str, config: Config, settings: list[Setting], *, num_image
     num_classes = len(load_manifest(dataset).class_names)
     versus = config.evaluation.reference_split
     evaluator = open_evaluator(config, dataset)
-    own = evaluator.identity.name == "classifier"
+    own = evaluator.name.startswith("classifier")
     extractor = extractor_of(config, dataset)
 
     def row(name: str, images: list[np.ndarray], labels: np.ndarray, **known: Any) -> Row:
