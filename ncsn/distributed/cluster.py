@@ -129,16 +129,25 @@ def _own_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, handler)
 
 
+_MOST_PER_CORE = 4  # threads of workers; with more, a machine does nothing else
+
+
 def _start(config: Config) -> str:
     if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
         # A token for this process alone needs no file in the home folder. A cluster elsewhere has its own.
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     # Nobody announces that this machine will be preempted, and a process that waits for it takes seconds to start.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    cores, compute = os.cpu_count() or 1, config.compute
+    wanted = compute.min_workers * compute.cpus_per_worker
+    if wanted > _MOST_PER_CORE * cores:
+        reason = f"needs {wanted} CPU cores on this machine, which has {cores}"
+        hint = f"use {max(1, cores // compute.cpus_per_worker)}"
+        raise UserError("compute.num_workers", reason, hint=hint, value=compute.num_workers)
     try:
         ray.init(
             address="local",  # without, Ray would join a cluster that another process started on this machine
-            num_cpus=max(os.cpu_count() or 1, config.compute.min_workers * config.compute.cpus_per_worker),
+            num_cpus=max(cores, wanted),
             include_dashboard=True,
             dashboard_host=LOOPBACK,
             logging_level=logging.WARNING,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,8 @@ class ScoreModel:
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write a new folder, a path or URI, that `load` reads."""
         uri = storage.absolute(os.fspath(folder))
+        if storage.is_local(uri) and Path(uri).exists():
+            raise UserError("folder", "is there already", hint="choose another", value=uri)
         with storage.scratch_folder(uri.rpartition("/")[0]) as scratch:
             save_model(self._trained, scratch)
             if not storage.publish_folder(scratch, uri, marker=TRAINED_CONFIG):
@@ -95,8 +97,11 @@ class ScoreModel:
         Raises:
             UserError: The model does not fit the sampler or the label, or an image is not finite.
         """
-        if n < 1:
-            raise UserError("n", "must be at least 1", value=n)
+        count: Any = n  # whatever a caller gives
+        if not isinstance(count, int | np.integer) or count < 1:
+            raise UserError("n", "must be a whole number, at least 1", value=n)
+        if not (sampler is None or is_dataclass(sampler)):
+            raise UserError("sampler", "is no sampler", hint="use one of ncsn, such as KarrasHeun()", value=sampler)
         tree = self._trained.config.model_dump(mode="json")
         changes = {
             "seed": seed,
@@ -121,10 +126,18 @@ class ScoreModel:
             label: Name or number of a class; None = the density of all classes.
 
         Raises:
-            UserError: There is no such class, or a network of kind ncsn does not know the sigma.
+            UserError: x or sigma are none, there is no such class, or a network of kind ncsn does not know the sigma.
         """
         network, classes = self._trained.network, self._trained.classes
-        sigmas, noisy = torch.as_tensor(sigma, dtype=x.dtype, device=self._device).expand(len(x)), x.to(self._device)
+        images: Any = x  # whatever a caller gives
+        shape = self._trained.config.data.network_shape
+        if not (isinstance(images, Tensor) and x.dtype == torch.float32 and x.shape[1:] == shape and len(x)):
+            given = f"{x.dtype} {list(x.shape)}" if isinstance(images, Tensor) else type(images).__name__
+            raise UserError("x", f"must be a tensor float32 [B, {', '.join(map(str, shape))}]", value=given)
+        sigmas, noisy = torch.as_tensor(sigma, dtype=x.dtype, device=self._device), x.to(self._device)
+        if sigmas.shape not in ((), (len(x),)) or not bool(((sigmas > 0) & sigmas.isfinite()).all()):
+            raise UserError("sigma", "must be one positive number or one for each image", value=sigma)
+        sigmas = sigmas.expand(len(x))
         conditions = {}
         if classes is not None:
             number = -1 if label is None else classes.index(str(label), key="label")
@@ -145,8 +158,8 @@ class ScoreModel:
 
     def denoise(self, x: Tensor, sigma: float | Tensor, *, label: int | str | None = None) -> Tensor:
         """The mean of the clean images given noisy ones, x + sigma^2 s(x) [B, C, H, W]; see `score`."""
-        variance = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).square().expand(len(x))
-        return x + variance[:, None, None, None] * self.score(x, sigma, label=label)
+        score = self.score(x, sigma, label=label)
+        return x + torch.as_tensor(sigma, dtype=x.dtype, device=x.device).square().view(-1, 1, 1, 1) * score
 
 
 def _store() -> str:

@@ -28,10 +28,13 @@ class Classes:
         return None if facts is None else cls(tuple(facts["names"]), tuple(facts["counts"]))
 
     def index(self, text: str, *, key: str) -> int:
-        """The label of the class with this name, or else this number; `UserError` with all names if there is none."""
+        """The label of the class with this name, or else this number; `UserError` with all names if there is none.
+
+        Where names are numbers, no other number counts: it would be taken for a name.
+        """
         if text in self.names:
             return self.names.index(text)
-        if text.isdecimal() and int(text) < len(self.names):
+        if text.isdecimal() and int(text) < len(self.names) and not any(map(str.isdecimal, self.names)):
             return int(text)
         raise UserError(
             key, "no such class", hint=f"use {BALANCED}, {AS_DATA} or one of {_shown(self.names)}", value=text

@@ -56,3 +56,10 @@ def test_a_gpu_that_is_not_there_is_a_mistake(tiny: str, monkeypatch: pytest.Mon
     config = from_yaml(tiny, overrides=["compute.use_gpu=true"])
     with refused("compute.use_gpu"), cluster_for(config, start=False):
         pass
+
+
+def test_far_more_workers_than_cores_are_refused(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    config = from_yaml(tiny, overrides=["compute.num_workers=16", "compute.cpus_per_worker=256"])
+    with refused("compute.num_workers"), cluster_for(config, start=True):
+        pass

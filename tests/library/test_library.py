@@ -96,6 +96,17 @@ def test_a_sampler_or_label_that_does_not_fit_is_refused() -> None:
         model_of(*NCSN).sample(1, sampler=KarrasHeun())
     with refused("label"):
         model.score(torch.zeros(1, 1, 8, 8), 0.1, label=0)
+    with refused("sampler"):
+        model.sample(1, sampler="karras_heun")
+    x = torch.zeros(2, 1, 8, 8)
+    for wrong in (x[0], x[:, :, 1:], x[:0], x.double(), x.numpy(), torch.zeros(2, 3, 8, 8)):
+        with refused("x"):
+            model.score(wrong, 0.1)
+    for sigma in (0, -1.0, float("nan"), torch.ones(3), torch.ones(2, 1)):
+        with refused("sigma"):
+            model.denoise(x, sigma)
+    with refused("label"):
+        Classes(("1", "2"), (5, 5)).index("0", key="label")
 
 
 def test_the_score_of_a_network_without_weights_is_that_of_a_normal_distribution() -> None:
