@@ -305,8 +305,10 @@ def test_drawn_labels_are_as_frequent_as_in_training() -> None:
 
 
 def test_a_class_is_a_name_or_else_a_number() -> None:
-    assert [ODD.index(text, key="k") for text in ("cat", "2", "0", "1")] == [0, 2, 0, 2]
-    for text in ("bird", "3", "-1", ""):
+    plain = Classes(("cat", "dog"), (1, 1))
+    assert [plain.index(text, key="k") for text in ("cat", "0", "1")] == [0, 0, 1]
+    assert [ODD.index(text, key="k") for text in ("cat", "1")] == [0, 2]
+    for text in ("bird", "0", "3", "-1", ""):
         with refused("sampling.label") as caught:
             require_label(text, ODD)
         assert "cat, dog, 1" in caught.value.problems[0].hint
