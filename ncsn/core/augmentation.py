@@ -15,6 +15,8 @@ A network that was told draws images without augmentation when it is told of non
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
@@ -74,21 +76,35 @@ def augmentation_labels(a: Tensor) -> Tensor:
     )
 
 
-def transform(x: Tensor, a: Tensor) -> Tensor:
-    """Augment images x [B, C, H, W] on any device by a [B, 8] on the CPU.
+@dataclass(frozen=True)
+class Transforms:
+    """What is done to a batch of images, made on the CPU: there it takes no synchronization with a GPU."""
 
-    Beyond their borders they are continued by reflection. Mirror images are exact; only what is more than that is
-    resampled, once, and may leave the range of x.
-    """
-    flipped = mirror(x, a[:, 0].bool().to(x.device))
-    flipped = torch.where(a[:, 1].bool().to(x.device).view(-1, 1, 1, 1), flipped.flip(-2), flipped)
-    rows = a[:, 2:].any(dim=1).nonzero().flatten()  # known without waiting for a GPU
-    if len(rows) == 0:
-        return flipped
-    moved = rows.to(x.device)
-    return flipped.index_copy(
-        0, moved, _warped(flipped[moved], inverse_maps(a[rows], aspect=x.shape[3] / x.shape[2]).to(x))
-    )
+    flips: Tensor  # bool [2, B], in u and in v
+    rows: Tensor  # int64 [M], the images with more than that
+    maps: Tensor  # float32 [M, 2, 3] of these, see `inverse_maps`
+
+    @classmethod
+    def of(cls, a: Tensor, *, height: int, width: int) -> Transforms:
+        """Those of numbers a [B, 8] for images of this size."""
+        rows = a[:, 2:].any(dim=1).nonzero().flatten()
+        return cls(a[:, :2].T.bool(), rows, inverse_maps(a[rows], aspect=width / height).float())
+
+    def map(self, move: Callable[[Tensor], Tensor]) -> Transforms:
+        """The same elsewhere."""
+        return Transforms(move(self.flips), move(self.rows), move(self.maps))
+
+    def apply(self, x: Tensor) -> Tensor:
+        """Augment images x [B, C, H, W], which are where these numbers are.
+
+        Beyond their borders they are continued by reflection. Mirror images are exact; only what is more than that is
+        resampled, once, and may leave the range of x.
+        """
+        flipped = mirror(x, self.flips[0])
+        flipped = torch.where(self.flips[1].view(-1, 1, 1, 1), flipped.flip(-2), flipped)
+        if len(self.rows) == 0:
+            return flipped
+        return flipped.index_copy(0, self.rows, _warped(flipped[self.rows], self.maps.to(x.dtype)))
 
 
 def inverse_maps(a: Tensor, *, aspect: float = 1.0) -> Tensor:
@@ -112,7 +128,7 @@ def _rotations(angle: Tensor) -> Tensor:
 
 def _warped(x: Tensor, maps: Tensor) -> Tensor:
     """Images [B, C, H, W] at the places that the maps give to each pixel, by way of images of twice the size."""
-    rows, columns = ([torch.from_numpy(matrix).to(x) for matrix in _filters(size)] for size in x.shape[2:])
+    rows, columns = (_filters(size, x.device, x.dtype) for size in x.shape[2:])
     enlarged = rows[0] @ x @ columns[0].T
     return rows[1] @ sampled(enlarged, maps, margin=_MARGIN) @ columns[1].T
 
@@ -130,7 +146,7 @@ def sampled(x: Tensor, maps: Tensor, *, margin: int = 0) -> Tensor:
 
 
 @cache
-def _filters(size: int) -> tuple[np.ndarray, np.ndarray]:
+def _filters(size: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Matrices [2 S, S] and [S, 2 S + 2 margin] that enlarge and reduce a row of S pixels."""
     places = np.arange(_TAPS) - (_TAPS - 1) / 2
     taps = np.sinc(_CUTOFF * places) * np.kaiser(_TAPS, _KAISER_BETA)
@@ -146,4 +162,4 @@ def _filters(size: int) -> tuple[np.ndarray, np.ndarray]:
                 enlarge[sample, row] += weight
             if 0 <= pixel < size:
                 reduce[pixel, sample + _MARGIN] += weight / 2
-    return enlarge, reduce
+    return torch.from_numpy(enlarge).to(device, dtype), torch.from_numpy(reduce).to(device, dtype)

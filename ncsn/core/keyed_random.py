@@ -127,6 +127,7 @@ def _words(seed: int, *, kind: int, stream: int, first: int, count: int, words: 
     if count < 0 or words < 1:
         raise ValueError(f"count must be at least 0 and size at least 1, got count = {count} and {words} words per row")
     blocks = -(-words // _WORDS_PER_BLOCK)
-    generator = np.random.Philox(key=seed + (stream << 64), counter=(kind << 192) + first * blocks)
-    raw = generator.random_raw(count * blocks * _WORDS_PER_BLOCK).view(np.int64)
-    return torch.from_numpy(raw).view(count, blocks * _WORDS_PER_BLOCK)[:, :words]
+    bits = np.random.Philox(key=seed + (stream << 64), counter=(kind << 192) + first * blocks)
+    # The words of `random_raw`, without Python's lock: a batch is drawn while the one before is computed.
+    raw = np.random.Generator(bits).integers(0, 2**64 - 1, count * blocks * _WORDS_PER_BLOCK, np.uint64, endpoint=True)
+    return torch.from_numpy(raw.view(np.int64)).view(count, blocks * _WORDS_PER_BLOCK)[:, :words]

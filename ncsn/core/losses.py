@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ncsn.core.augmentation import Transforms
 from ncsn.core.keyed_random import COMMON_SEED, keyed_normal
 
 # A score network, called as `ncsn.core.networks.base` says.
@@ -28,6 +29,7 @@ class Batch:
     v: Tensor | None = None  # projections [P, B, C, H, W], standard normal, for sliced score matching
     # What the network is told beside the noise, by name as `ncsn.core.networks.base` says; each [B, ...].
     conditions: Mapping[str, Tensor] = field(default_factory=dict)
+    transforms: Transforms | None = None  # that are to be applied to x
 
     def __len__(self) -> int:
         return len(self.x)
@@ -39,6 +41,7 @@ class Batch:
         return {**noise, **self.conditions}
 
     def __getitem__(self, part: slice) -> Batch:
+        assert self.transforms is None, "they are of the whole batch"
         return Batch(
             self.x[part],
             self.sigma[part],
@@ -63,7 +66,12 @@ class Batch:
             None if self.level is None else moved(self.level),
             None if self.v is None else moved(self.v),
             {name: moved(values) for name, values in self.conditions.items()},
+            None if self.transforms is None else self.transforms.map(moved),
         )
+
+    def augmented(self) -> Batch:
+        """The batch with its transforms applied, of which the network is told by its conditions."""
+        return self if self.transforms is None else replace(self, x=self.transforms.apply(self.x), transforms=None)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -85,13 +86,18 @@ class LognormalNoise:
         return self.quantile((stratum + u) / STRATA).float(), None
 
     def bin_of(self, batch: Batch) -> Tensor:
-        edges = self.quantile(torch.arange(1, BINS) / BINS).float()
-        return BINS - 1 - torch.bucketize(batch.sigma, edges.to(batch.sigma.device))
+        return BINS - 1 - torch.bucketize(batch.sigma, _edges(self, batch.sigma.device))
 
     def largest_seen(self, images: int) -> float:
         """The sigma above which a training of this many `images` draws about `FEW_DRAWS` times; 0 if it draws less."""
         share = torch.tensor(max(0.0, 1 - FEW_DRAWS / images), dtype=torch.float64)
         return float(self.quantile(share))
+
+
+@cache
+def _edges(noise: LognormalNoise, device: torch.device) -> Tensor:
+    """Of the bins, ascending; a copy to a GPU at each step would wait for it."""
+    return noise.quantile(torch.arange(1, BINS) / BINS).float().to(device)
 
 
 TrainingNoise = LevelNoise | LognormalNoise

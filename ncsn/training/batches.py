@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from ncsn.config import Config
-from ncsn.core.augmentation import augmentation_labels, draw_transforms, transform
+from ncsn.core.augmentation import Transforms, augmentation_labels, draw_transforms
 from ncsn.core.images import DataMoments, dequantize, fit_moments, mirror, to_unit
 from ncsn.core.keyed_random import Stream, keyed_normal, keyed_uniform
 from ncsn.core.losses import Batch
@@ -22,7 +20,10 @@ MOMENT_IMAGES = 10_000
 
 
 def draw_batch(config: Config, split: TrainingImages, *, first: int, count: int) -> Batch:
-    """The images at places `first .. first + count` of the endless shuffled order, with their draws, not augmented."""
+    """The images at places `first .. first + count` of the endless shuffled order, with their draws.
+
+    Augmentation, which is cheap on a GPU, is left to `Batch.augmented`; its numbers are drawn.
+    """
     seed = config.seed
     drawn = split.ordered(seed, first=first, count=count)
     x = encoded(config, torch.from_numpy(drawn.images), seed=seed, stream=Stream.DEQUANTIZE, first=first)
@@ -35,27 +36,16 @@ def draw_batch(config: Config, split: TrainingImages, *, first: int, count: int)
     if projections:
         rows = keyed_normal(seed, stream=Stream.PROJECTION, first=first, count=count, size=projections * size)
         v = rows.view(count, projections, *x.shape[1:]).transpose(0, 1).contiguous()
-    conditions = {}
+    conditions, transforms = {}, None
     if config.data.num_classes is not None:
         # Without its class for some images, the network learns the distribution of all too (Ho & Salimans 2022).
         hidden = keyed_uniform(seed, stream=Stream.LABEL, first=first, count=count, size=1)[:, 0]
         conditions["labels"] = torch.where(hidden < config.train.label_dropout, -1, torch.from_numpy(drawn.labels))
-    return Batch(x=x, sigma=sigma, z=z, level=level, v=v, conditions=conditions)
-
-
-def augmented(config: Config, batch: Batch, *, first: int) -> Batch:
-    """The batch of places `first .. first + len(batch)` on its device with its images augmented, if the config says so.
-
-    The network is told what was done, see `ncsn.core.augmentation`.
-    """
-    settings = config.data.augmentation
-    if settings is None:
-        return batch
-    a = draw_transforms(
-        config.seed, first=first, count=len(batch), probability=settings.probability, y_flip=settings.y_flip
-    )
-    labels = augmentation_labels(a).to(batch.x.device, non_blocking=True)
-    return replace(batch, x=transform(batch.x, a), conditions={**batch.conditions, "augmentation": labels})
+    if settings := config.data.augmentation:
+        a = draw_transforms(seed, first=first, count=count, probability=settings.probability, y_flip=settings.y_flip)
+        conditions["augmentation"] = augmentation_labels(a)
+        transforms = Transforms.of(a, height=x.shape[2], width=x.shape[3])
+    return Batch(x=x, sigma=sigma, z=z, level=level, v=v, conditions=conditions, transforms=transforms)
 
 
 def image_moments(config: Config, split: TrainingImages) -> DataMoments:

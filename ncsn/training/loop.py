@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -18,6 +19,7 @@ import torch
 from ncsn import storage
 from ncsn.config import Config
 from ncsn.core.images import DataMoments
+from ncsn.core.losses import Batch
 from ncsn.core.training import train_step
 from ncsn.data.format import load_manifest
 from ncsn.data.training_images import open_training_images
@@ -30,7 +32,7 @@ from ncsn.progress import Progress
 from ncsn.runs.history import load_history
 from ncsn.storage.heartbeat import Lease, LeaseExpired
 from ncsn.storage.retry import limited
-from ncsn.training.batches import augmented, classes_of, draw_batch, image_moments
+from ncsn.training.batches import classes_of, draw_batch, image_moments
 from ncsn.training.context import StepTimer, WorkerContext, compile_network
 from ncsn.training.held_out import open_probe
 from ncsn.training.monitor import Curves, LiveSink, machine_usage, preview_png
@@ -108,6 +110,8 @@ class Training:
         if self.config.compute.compile:
             compile_network(self.state.network, context)
         self.model = context.wrap(self.state.network)
+        self.drawing = ThreadPoolExecutor(1)
+        self.coming: Future[Batch] | None = None
         self.timer = StepTimer(context, seconds=CHECK_SECONDS / 4)  # steps may become slower
         self.checked_at = 0.0
         self.warned = False  # of the loss of a machine: one checkpoint is enough
@@ -145,16 +149,22 @@ class Training:
     def step(self) -> None:
         """One optimizer step on the next global batch."""
         config, context, state = self.config, self.context, self.state
-        share = context.share(config.train.batch_size)
-        first = state.images_seen + share.start
-        drawn = draw_batch(config, self.split, first=first, count=len(share))
-        # On the device, where it is a small part of a step.
-        batch = augmented(config, drawn.to(context.device, memory_format=build.memory_format(config)), first=first)
+        # Augmented on the device, where it is a small part of a step.
+        batch = self._draw().to(context.device, memory_format=build.memory_format(config)).augmented()
         for group in state.optimizer.param_groups:
             group["lr"] = build.learning_rate(config, state.images_seen)
         losses, grad_norm = train_step(self.model, batch, state=state, loss=self.loss, options=self.options)
         state.images_seen += config.train.batch_size
         self.curves.add(batch, losses, grad_norm, images=config.train.batch_size)
+
+    def _draw(self) -> Batch:
+        """This worker's share of the next batch, which was drawn while the one before was computed."""
+        share, size = self.context.share(self.config.train.batch_size), self.config.train.batch_size
+        first, draw = self.state.images_seen + share.start, partial(draw_batch, self.config, self.split)
+        batch = draw(first=first, count=len(share)) if self.coming is None else self.coming.result()
+        if self.state.images_seen + size < self.last_image:
+            self.coming = self.drawing.submit(draw, first=first + size, count=len(share))
+        return batch
 
     def report(self) -> None:
         """Add a point to the curves, with the losses that are due. A collective call."""
@@ -290,6 +300,7 @@ def train_loop(job: TrainingJob, context: WorkerContext, checkpoints: Checkpoint
                 training.history.publish()
         raise
     finally:
+        training.drawing.shutdown(cancel_futures=True)
         if training.sink:
             training.sink.close()
         checkpoints.wait()

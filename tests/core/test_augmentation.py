@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ncsn.core.augmentation import augmentation_labels, draw_transforms, inverse_maps, sampled, transform
+from ncsn.core.augmentation import Transforms, augmentation_labels, draw_transforms, inverse_maps, sampled
 
 P = 0.12
 SIZE = 32
@@ -35,6 +35,10 @@ def blob(u: float, v: float, *, width: float = 0.2, size: int = SIZE) -> Tensor:
     centers = (2 * torch.arange(size, dtype=torch.float64) + 1) / size - 1
     squares = (centers[None, :] - u) ** 2 + (centers[:, None] - v) ** 2
     return (-squares / (2 * width**2)).exp()[None, None]
+
+
+def transform(x: Tensor, a: Tensor) -> Tensor:
+    return Transforms.of(a, height=x.shape[2], width=x.shape[3]).apply(x)
 
 
 def test_shares_and_moments_of_what_is_drawn() -> None:

@@ -13,7 +13,7 @@ from ncsn.core.training import StepOptions, train_step
 from ncsn.data import training_images
 from ncsn.data.training_images import StreamedSplit, image_indices, open_cache, open_training_images
 from ncsn.model import build
-from ncsn.training.batches import augmented, draw_batch, image_moments
+from ncsn.training.batches import draw_batch, image_moments
 from ncsn.training.context import WorkerContext
 
 CLASSES = ("data.num_classes=10", "train.label_dropout=0.3")
@@ -47,7 +47,7 @@ def test_parts_of_a_batch_are_the_batch(
     assert isinstance(split, StreamedSplit) == (window == 64 * 64)
 
     def draw(first: int, count: int) -> Batch:  # over the end of the first epoch of 1258
-        return augmented(config, draw_batch(config, split, first=first, count=count), first=first)
+        return draw_batch(config, split, first=first, count=count).augmented()
 
     whole, parts = tensors(draw(1250, 16)), [tensors(draw(1250 + 4 * rank, 4)) for rank in range(4)]
     for name, tensor in whole.items():
@@ -69,7 +69,7 @@ def test_a_share_of_the_labels_is_hidden(tiny: str, dataset: str) -> None:
 def test_augmentation_moves_no_other_draw(tiny: str, dataset: str) -> None:
     config, split = from_yaml(tiny, overrides=DRAWS["augmentation"]), open_cache(dataset, "train")
     plain = draw_batch(config, split, first=1250, count=8)
-    whole = augmented(config, plain, first=1250)
+    whole = plain.augmented()
     assert torch.equal(whole.z, plain.z) and torch.equal(whole.sigma, plain.sigma)
     told = whole.conditions["augmentation"]
     changed = (whole.x != plain.x).flatten(1).any(dim=1)
