@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ncsn.core.keyed_random import COMMON_SEED, Stream, keyed_normal
 from ncsn.errors import InvalidValue
 
 Limits = tuple[float, float]  # the stored values that are 0 and 1 to a network
@@ -76,6 +77,10 @@ def mirror(x: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask.view(-1, 1, 1, 1), x.flip(-1), x)
 
 
+_FEW_PIXELS = 1024  # of which all components are found
+_EXTRA_COMPONENTS, _ROUNDS = 32, 12
+
+
 # Part of every checkpoint, so that samplers that remember their start need no dataset.
 @dataclass(frozen=True)
 class DataMoments:
@@ -98,12 +103,17 @@ def fit_moments(x: Tensor, *, num_components: int = 64) -> DataMoments:
     mean = flat.mean(dim=0)
     flat = flat - mean
     count = min(num_components, len(flat) - 1, flat.shape[1])
-    if flat.shape[1] <= len(flat):
-        eigenvalues, vectors = torch.linalg.eigh(flat.T @ flat / (len(flat) - 1))
-        variances, directions = eigenvalues.flip(0), vectors.flip(1).T
-    else:
-        _, singular, directions = torch.linalg.svd(flat, full_matrices=False)
-        variances = singular.square() / (len(flat) - 1)
+    basis = torch.eye(flat.shape[1], dtype=torch.float64)
+    if flat.shape[1] > _FEW_PIXELS:
+        # Subspace iteration: the basis turns to the leading components, faster where more of them are carried along.
+        rows = min(count + _EXTRA_COMPONENTS, len(flat))
+        draw = keyed_normal(COMMON_SEED, stream=Stream.SUBSPACE, first=0, count=rows, size=flat.shape[1])
+        basis = draw.T.double()
+        for _ in range(_ROUNDS):
+            basis = torch.linalg.qr(flat.T @ (flat @ basis))[0]
+    within = flat @ basis
+    eigenvalues, vectors = torch.linalg.eigh(within.T @ within / (len(flat) - 1))
+    variances, directions = eigenvalues.flip(0), (basis @ vectors).T.flip(0)
     total = float(flat.square().sum() / (len(flat) - 1))
     leading = variances[:count].clamp(min=0)
     rest = max(total - float(leading.sum()), 0.0) / max(flat.shape[1] - count, 1)

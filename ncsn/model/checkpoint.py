@@ -227,7 +227,7 @@ def load_checkpoint(uri: str, *, device: str | torch.device = "cpu") -> Sampling
             config = from_yaml((folder / "config.yaml").read_text(), origin=storage.join(uri, "config.yaml"))
             facts = json.loads((folder / "state.json").read_text())
             weights = load_file(folder / "ema.safetensors")
-            moments = load_moments(folder / "moments.safetensors")
+            moments = moments_of(load_file(folder / "moments.safetensors"))
             digest = sha256(folder / "ema.safetensors")[:16]
     except FileNotFoundError:
         raise CheckpointError(uri, "no such checkpoint") from None
@@ -284,9 +284,8 @@ def _load_optimizer(state: TrainState, tensors: Mapping[str, Tensor]) -> None:
     state.optimizer.load_state_dict({"state": found, "param_groups": groups})
 
 
-def load_moments(path: Path) -> DataMoments:
-    """Inverse of saving `moment_tensors`."""
-    tensors = load_file(path)
+def moments_of(tensors: Mapping[str, Tensor]) -> DataMoments:
+    """Inverse of `moment_tensors`."""
     return DataMoments(tensors["mean"], tensors["directions"], tensors["variances"], float(tensors["rest"]))
 
 

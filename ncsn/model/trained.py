@@ -26,8 +26,8 @@ from ncsn.model.checkpoint import (
     INDEX,
     TrainedNetwork,
     load_checkpoint,
-    load_moments,
     moment_tensors,
+    moments_of,
     network_from_weights,
     plain_weights,
 )
@@ -56,7 +56,7 @@ def load_model(folder: Path, *, origin: str, device: str | torch.device = "cpu")
     """Read the files of a registered model."""
     file = folder / _CLASSES
     classes = Classes.of(json.loads(file.read_text())) if file.exists() else None
-    moments = load_moments(folder / _MOMENTS)
+    moments = moments_of(load_file(folder / _MOMENTS))
 
     def network(config: str, weights: str, guide: TrainedNetwork | None) -> TrainedNetwork:
         settings = from_yaml((folder / config).read_text())

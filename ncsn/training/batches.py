@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import numpy as np
 import torch
+from safetensors.torch import load, save
 from torch import Tensor
 
+from ncsn import storage
 from ncsn.config import Config
 from ncsn.core.augmentation import Transforms, augmentation_labels, draw_transforms
 from ncsn.core.images import DataMoments, dequantize, fit_moments, mirror, to_unit
-from ncsn.core.keyed_random import Stream, keyed_normal, keyed_uniform
+from ncsn.core.keyed_random import COMMON_SEED, Stream, keyed_normal, keyed_uniform
 from ncsn.core.losses import Batch
 from ncsn.data.format import Manifest
 from ncsn.data.training_images import TrainingImages
 from ncsn.model import build
+from ncsn.model.checkpoint import moment_tensors, moments_of
 from ncsn.model.classes import Classes
 
 MOMENT_IMAGES = 10_000
@@ -48,10 +53,16 @@ def draw_batch(config: Config, split: TrainingImages, *, first: int, count: int)
     return Batch(x=x, sigma=sigma, z=z, level=level, v=v, conditions=conditions, transforms=transforms)
 
 
-def image_moments(config: Config, split: TrainingImages) -> DataMoments:
-    """Mean and covariance of the first `MOMENT_IMAGES` training images in the network's space."""
+def image_moments(config: Config, dataset: str, split: TrainingImages) -> DataMoments:
+    """Mean and covariance of the first `MOMENT_IMAGES` images in the network's space, which the dataset's folder keeps."""
+    uri = storage.join(dataset, "moments", f"{'dequantized' if config.data.dequantize else 'plain'}.safetensors")
+    if storage.exists(uri):
+        return moments_of(load(storage.read_bytes(uri)))
     images = torch.from_numpy(split.rows(np.arange(min(MOMENT_IMAGES, len(split)))).images)
-    return fit_moments(encoded(config, images, seed=config.seed, stream=Stream.DEQUANTIZE, first=0))
+    moments = fit_moments(encoded(config, images, seed=COMMON_SEED, stream=Stream.DEQUANTIZE, first=0))
+    with suppress(OSError):  # of a dataset that may only be read
+        storage.publish_once(uri, save(moment_tensors(moments)))
+    return moments
 
 
 def encoded(config: Config, images: Tensor, *, seed: int, stream: int, first: int) -> Tensor:

@@ -12,13 +12,12 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 
 import torch
 
 from ncsn import storage
 from ncsn.config import Config
-from ncsn.core.images import DataMoments
 from ncsn.core.losses import Batch
 from ncsn.core.training import train_step
 from ncsn.data.format import load_manifest
@@ -110,7 +109,9 @@ class Training:
         if self.config.compute.compile:
             compile_network(self.state.network, context)
         self.model = context.wrap(self.state.network)
-        self.drawing = ThreadPoolExecutor(1)
+        self.ahead = ThreadPoolExecutor(2)  # of the moments, and of the next batch
+        if context.rank == 0:
+            self.moments = self.ahead.submit(image_moments, self.config, job.dataset, self.split)
         self.coming: Future[Batch] | None = None
         self.timer = StepTimer(context, seconds=CHECK_SECONDS / 4)  # steps may become slower
         self.checked_at = 0.0
@@ -141,11 +142,6 @@ class Training:
         shared, resume = context.sum_over_workers(torch.tensor(found, device=context.device)).tolist()
         return checkpoint.folder_name(shared - 1, for_resume=bool(resume)) if shared else None
 
-    @cached_property
-    def moments(self) -> DataMoments:
-        """See `image_moments`."""
-        return image_moments(self.config, self.split)
-
     def step(self) -> None:
         """One optimizer step on the next global batch."""
         config, context, state = self.config, self.context, self.state
@@ -163,7 +159,7 @@ class Training:
         first, draw = self.state.images_seen + share.start, partial(draw_batch, self.config, self.split)
         batch = draw(first=first, count=len(share)) if self.coming is None else self.coming.result()
         if self.state.images_seen + size < self.last_image:
-            self.coming = self.drawing.submit(draw, first=first + size, count=len(share))
+            self.coming = self.ahead.submit(draw, first=first + size, count=len(share))
         return batch
 
     def report(self) -> None:
@@ -198,7 +194,7 @@ class Training:
     def save(self) -> None:
         """Show a few images from the present weights, if there is time for them, and publish a checkpoint."""
         began, seen = time.perf_counter(), self.state.images_seen
-        if self.sink and (png := preview_png(config=self.config, state=self.state, moments=self.moments)):
+        if self.sink and (png := preview_png(config=self.config, state=self.state, moments=self.moments.result())):
             if self.job.preview is not None:
                 storage.write_bytes(self.job.preview(seen), png)
             self.sink.log({}, seen, self.reported, png=png)
@@ -255,7 +251,7 @@ class Training:
             write = checkpoint.snapshot(  # training goes on while it is written
                 config=self.config,
                 state=self.state,
-                moments=self.moments,
+                moments=self.moments.result(),
                 dataset_digest=self.manifest.digest,
                 classes=self.classes,
                 curves=curves,
@@ -300,7 +296,7 @@ def train_loop(job: TrainingJob, context: WorkerContext, checkpoints: Checkpoint
                 training.history.publish()
         raise
     finally:
-        training.drawing.shutdown(cancel_futures=True)
+        training.ahead.shutdown(cancel_futures=True)
         if training.sink:
             training.sink.close()
         checkpoints.wait()

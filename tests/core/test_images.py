@@ -146,6 +146,17 @@ def test_all_components_give_the_whole_covariance(count):
     assert (moments.variances.diff() <= 0).all()
 
 
+def test_the_leading_components_of_large_images_are_those_of_the_svd():
+    draw = torch.Generator().manual_seed(0)
+    spectrum = torch.arange(1, 301) ** -1.0  # slower than that of photographs
+    points = torch.randn(400, 300, generator=draw) * spectrum @ torch.randn(300, 1200, generator=draw)
+    moments = fit_moments(points.view(400, 3, 20, 20))
+    _, singular, directions = torch.linalg.svd((points - points.mean(dim=0)).double(), full_matrices=False)
+    expected = (singular.square() / 399)[:64]
+    torch.testing.assert_close(moments.variances.double(), expected, rtol=1e-3, atol=0)
+    assert ((moments.directions.double() @ directions[:48].T).square().sum(dim=0) > 0.999).all()
+
+
 def test_fewer_components_keep_the_total_variance():
     x = correlated(500)
     moments = fit_moments(x, num_components=2)
