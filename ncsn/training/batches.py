@@ -54,7 +54,7 @@ def draw_batch(config: Config, split: TrainingImages, *, first: int, count: int)
 
 
 def image_moments(config: Config, dataset: str, split: TrainingImages) -> DataMoments:
-    """Mean and covariance of the first `MOMENT_IMAGES` images in the network's space, which the dataset's folder keeps."""
+    """Mean and covariance of the first `MOMENT_IMAGES` images in the network's space; the dataset's folder keeps it."""
     uri = storage.join(dataset, "moments", f"{'dequantized' if config.data.dequantize else 'plain'}.safetensors")
     if storage.exists(uri):
         return moments_of(load(storage.read_bytes(uri)))
