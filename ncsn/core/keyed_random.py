@@ -57,7 +57,16 @@ def keyed_uniform(
 
     They are odd multiples of 2^-24. The seed is in [0, 2^64); another size gives other numbers.
     """
-    words = _words(seed, kind=_UNIFORM, stream=stream, first=first, count=count, words=(size + 1) // 2).to(device)
+    return uniform_of(uniform_words(seed, stream=stream, first=first, count=count, size=size).to(device), size)
+
+
+def uniform_words(seed: int, *, stream: int, first: int, count: int, size: int) -> Tensor:
+    """The bits of `keyed_uniform`, int64 [count, W]; `uniform_of` makes the numbers of them, on any device."""
+    return _words(seed, kind=_UNIFORM, stream=stream, first=first, count=count, words=(size + 1) // 2)
+
+
+def uniform_of(words: Tensor, size: int) -> Tensor:
+    """The numbers, float32 [count, size]."""
     # 23 bits and a half: the largest count whose midpoints are exact in float32, so neither 0 nor 1 can be rounded to.
     bits = torch.cat(((words >> 41) & 0x7FFFFF, (words >> 9) & 0x7FFFFF), dim=1)
     return (bits[:, :size].to(torch.float32) + 0.5) * 2.0**-23
@@ -68,13 +77,22 @@ def keyed_normal(
 ) -> Tensor:
     """Standard normal numbers of rows `first .. first + count`, float32 [count, size], at most 6.77 in magnitude.
 
-    They come from the Box-Muller transform on `device`. The arguments are those of `keyed_uniform`.
+    The arguments are those of `keyed_uniform`.
     """
-    words = _words(seed, kind=_NORMAL, stream=stream, first=first, count=count, words=(size + 1) // 2).to(device)
+    return normal_of(normal_words(seed, stream=stream, first=first, count=count, size=size).to(device), size)
+
+
+def normal_words(seed: int, *, stream: int, first: int, count: int, size: int) -> Tensor:
+    """The bits of `keyed_normal`, int64 [count, W]; `normal_of` makes the numbers of them, on any device."""
+    return _words(seed, kind=_NORMAL, stream=stream, first=first, count=count, words=(size + 1) // 2)
+
+
+def normal_of(words: Tensor, size: int) -> Tensor:
+    """The numbers, float32 [count, size], by the Box-Muller transform."""
     uniform = ((words >> 32) & _LOW_32).to(torch.float64).add_(0.5).mul_(2.0**-32)
     radius = uniform.log_().mul_(-2.0).sqrt_()
     angle = (words & _LOW_32).to(torch.float64).mul_(2.0 * math.pi * 2.0**-32)
-    normal = torch.empty(count, 2 * words.shape[1], dtype=torch.float32, device=words.device)
+    normal = torch.empty(len(words), 2 * words.shape[1], dtype=torch.float32, device=words.device)
     normal[:, : words.shape[1]] = torch.cos(angle).mul_(radius)
     normal[:, words.shape[1] :] = angle.sin_().mul_(radius)
     return normal if normal.shape[1] == size else normal[:, :size].contiguous()

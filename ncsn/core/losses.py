@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ncsn.core.augmentation import Transforms
 from ncsn.core.keyed_random import COMMON_SEED, keyed_normal
 
 # A score network, called as `ncsn.core.networks.base` says.
@@ -29,7 +28,6 @@ class Batch:
     v: Tensor | None = None  # projections [P, B, C, H, W], standard normal, for sliced score matching
     # What the network is told beside the noise, by name as `ncsn.core.networks.base` says; each [B, ...].
     conditions: Mapping[str, Tensor] = field(default_factory=dict)
-    transforms: Transforms | None = None  # that are to be applied to x
 
     def __len__(self) -> int:
         return len(self.x)
@@ -41,7 +39,6 @@ class Batch:
         return {**noise, **self.conditions}
 
     def __getitem__(self, part: slice) -> Batch:
-        assert self.transforms is None, "they are of the whole batch"
         return Batch(
             self.x[part],
             self.sigma[part],
@@ -50,28 +47,6 @@ class Batch:
             None if self.v is None else self.v[:, part],
             {name: values[part] for name, values in self.conditions.items()},
         )
-
-    def to(self, device: torch.device, *, memory_format: torch.memory_format) -> Batch:
-        """The batch on `device`, images in this memory format. A copy to a GPU overlaps with computation."""
-
-        def moved(part: Tensor, order: torch.memory_format = torch.preserve_format) -> Tensor:
-            # A copy is asynchronous only from pinned memory.
-            source = part.pin_memory() if device.type == "cuda" else part
-            return source.to(device, non_blocking=True, memory_format=order)
-
-        return Batch(
-            moved(self.x, memory_format),
-            moved(self.sigma),
-            moved(self.z, memory_format),
-            None if self.level is None else moved(self.level),
-            None if self.v is None else moved(self.v),
-            {name: moved(values) for name, values in self.conditions.items()},
-            None if self.transforms is None else self.transforms.map(moved),
-        )
-
-    def augmented(self) -> Batch:
-        """The batch with its transforms applied, of which the network is told by its conditions."""
-        return self if self.transforms is None else replace(self, x=self.transforms.apply(self.x), transforms=None)
 
 
 @dataclass(frozen=True)

@@ -86,11 +86,10 @@ def measure_speed(config: Config) -> Speed:
         state = build.train_state(config, device=device)
         options = build.step_options(config, world_size=1)
         loss = build.loss(config, state.uncertainty)
-        generator = torch.Generator().manual_seed(0)
-        shape = (count, *config.data.network_shape)
         sigma, level = build.training_noise(config).draw(0, first=0, count=count)
-        batch = Batch(torch.rand(shape, generator=generator), sigma, torch.randn(shape, generator=generator), level)
-        batch = batch.to(device, memory_format=build.memory_format(config))
+        x, z = (torch.randn(count, *config.data.network_shape, device=device) for _ in range(2))
+        level = level if level is None else level.to(device)
+        batch = Batch(x.to(memory_format=build.memory_format(config)), sigma.to(device), z, level)
 
         def train() -> None:
             train_step(state.network, batch, state=state, loss=loss, options=options)

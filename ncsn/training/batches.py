@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,7 +14,15 @@ from ncsn import storage
 from ncsn.config import Config
 from ncsn.core.augmentation import Transforms, augmentation_labels, draw_transforms
 from ncsn.core.images import DataMoments, dequantize, fit_moments, mirror, to_unit
-from ncsn.core.keyed_random import COMMON_SEED, Stream, keyed_normal, keyed_uniform
+from ncsn.core.keyed_random import (
+    COMMON_SEED,
+    Stream,
+    keyed_uniform,
+    normal_of,
+    normal_words,
+    uniform_of,
+    uniform_words,
+)
 from ncsn.core.losses import Batch
 from ncsn.data.format import Manifest
 from ncsn.data.training_images import TrainingImages
@@ -24,24 +33,58 @@ from ncsn.model.classes import Classes
 MOMENT_IMAGES = 10_000
 
 
-def draw_batch(config: Config, split: TrainingImages, *, first: int, count: int) -> Batch:
-    """The images at places `first .. first + count` of the endless shuffled order, with their draws.
+@dataclass(frozen=True)
+class DrawnBatch:
+    """Stored images and the random bits of a batch. What is computed of them waits for the device that trains."""
 
-    Augmentation, which is cheap on a GPU, is left to `Batch.augmented`; its numbers are drawn.
-    """
+    images: Tensor  # stored [B, H, W, C]
+    gray: Tensor | None  # bits of dequantization
+    mirrored: Tensor | None  # bool [B]
+    sigma: Tensor  # [B]
+    level: Tensor | None  # [B]
+    noise: Tensor  # bits
+    projections: Tensor | None  # bits
+    conditions: dict[str, Tensor]
+    transforms: Transforms | None
+
+    def on(self, device: torch.device, config: Config) -> Batch:
+        """The batch on the device. Copies to a GPU overlap with what it computes, and nothing here waits for it."""
+
+        def moved(part: Tensor) -> Tensor:
+            # A copy is asynchronous only from pinned memory.
+            return (part.pin_memory() if device.type == "cuda" else part).to(device, non_blocking=True)
+
+        x = _encoded(config, moved(self.images), None if self.gray is None else moved(self.gray))
+        if self.mirrored is not None:
+            x = mirror(x, moved(self.mirrored))
+        if self.transforms is not None:
+            x = self.transforms.map(moved).apply(x)
+        count, size, v, order = len(x), x[0].numel(), None, build.memory_format(config)
+        if projections := build.loss(config).num_projections:
+            assert self.projections is not None
+            rows = normal_of(moved(self.projections), projections * size)
+            v = rows.view(count, projections, *x.shape[1:]).transpose(0, 1).contiguous()
+        return Batch(
+            x.contiguous(memory_format=order),
+            moved(self.sigma),
+            normal_of(moved(self.noise), size).view(x.shape).contiguous(memory_format=order),
+            None if self.level is None else moved(self.level),
+            v,
+            {name: moved(values) for name, values in self.conditions.items()},
+        )
+
+
+def draw_batch(config: Config, split: TrainingImages, *, first: int, count: int) -> DrawnBatch:
+    """The images at places `first .. first + count` of the endless shuffled order, with their draws."""
     seed = config.seed
     drawn = split.ordered(seed, first=first, count=count)
-    x = encoded(config, torch.from_numpy(drawn.images), seed=seed, stream=Stream.DEQUANTIZE, first=first)
-    size = x[0].numel()
+    images = torch.from_numpy(drawn.images)
+    _, height, width, _ = images.shape
+    size, projections = images[0].numel(), build.loss(config).num_projections
+    mirrored, conditions, transforms = None, {}, None
     if config.data.horizontal_flip:
-        x = mirror(x, keyed_uniform(seed, stream=Stream.MIRROR, first=first, count=count, size=1)[:, 0] < 0.5)
+        mirrored = keyed_uniform(seed, stream=Stream.MIRROR, first=first, count=count, size=1)[:, 0] < 0.5
     sigma, level = build.training_noise(config).draw(seed, first=first, count=count)
-    z = keyed_normal(seed, stream=Stream.NOISE, first=first, count=count, size=size).view_as(x)
-    v, projections = None, build.loss(config).num_projections
-    if projections:
-        rows = keyed_normal(seed, stream=Stream.PROJECTION, first=first, count=count, size=projections * size)
-        v = rows.view(count, projections, *x.shape[1:]).transpose(0, 1).contiguous()
-    conditions, transforms = {}, None
     if config.data.num_classes is not None:
         # Without its class for some images, the network learns the distribution of all too (Ho & Salimans 2022).
         hidden = keyed_uniform(seed, stream=Stream.LABEL, first=first, count=count, size=1)[:, 0]
@@ -49,8 +92,20 @@ def draw_batch(config: Config, split: TrainingImages, *, first: int, count: int)
     if settings := config.data.augmentation:
         a = draw_transforms(seed, first=first, count=count, probability=settings.probability, y_flip=settings.y_flip)
         conditions["augmentation"] = augmentation_labels(a)
-        transforms = Transforms.of(a, height=x.shape[2], width=x.shape[3])
-    return Batch(x=x, sigma=sigma, z=z, level=level, v=v, conditions=conditions, transforms=transforms)
+        transforms = Transforms.of(a, height=height, width=width)
+    return DrawnBatch(
+        images,
+        _gray_words(config, images, seed=seed, stream=Stream.DEQUANTIZE, first=first),
+        mirrored,
+        sigma,
+        level,
+        normal_words(seed, stream=Stream.NOISE, first=first, count=count, size=size),
+        normal_words(seed, stream=Stream.PROJECTION, first=first, count=count, size=projections * size)
+        if projections
+        else None,
+        conditions,
+        transforms,
+    )
 
 
 def image_moments(config: Config, dataset: str, split: TrainingImages) -> DataMoments:
@@ -67,13 +122,22 @@ def image_moments(config: Config, dataset: str, split: TrainingImages) -> DataMo
 
 def encoded(config: Config, images: Tensor, *, seed: int, stream: int, first: int) -> Tensor:
     """Stored images [N, H, W, C] in the network's space, dequantized by rows `first .. first + N` of the stream."""
-    count, height, width, channels = images.shape
-    limits = config.data.pixels.limits
+    return _encoded(config, images, _gray_words(config, images, seed=seed, stream=stream, first=first))
+
+
+def _gray_words(config: Config, images: Tensor, *, seed: int, stream: int, first: int) -> Tensor | None:
     if not config.data.dequantize or images.is_floating_point():
+        return None
+    return uniform_words(seed, stream=stream, first=first, count=len(images), size=images[0].numel())
+
+
+def _encoded(config: Config, images: Tensor, words: Tensor | None) -> Tensor:
+    limits = config.data.pixels.limits
+    if words is None:
         return to_unit(images, limits)
-    size = height * width * channels
-    u = keyed_uniform(seed, stream=stream, first=first, count=count, size=size)
-    return dequantize(images, u.view(count, channels, height, width), limits)
+    count, height, width, channels = images.shape
+    u = uniform_of(words, height * width * channels).view(count, channels, height, width)
+    return dequantize(images, u, limits)
 
 
 def classes_of(config: Config, manifest: Manifest) -> Classes | None:

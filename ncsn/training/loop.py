@@ -18,7 +18,6 @@ import torch
 
 from ncsn import storage
 from ncsn.config import Config
-from ncsn.core.losses import Batch
 from ncsn.core.training import train_step
 from ncsn.data.format import load_manifest
 from ncsn.data.training_images import open_training_images
@@ -31,7 +30,7 @@ from ncsn.progress import Progress
 from ncsn.runs.history import load_history
 from ncsn.storage.heartbeat import Lease, LeaseExpired
 from ncsn.storage.retry import limited
-from ncsn.training.batches import classes_of, draw_batch, image_moments
+from ncsn.training.batches import DrawnBatch, classes_of, draw_batch, image_moments
 from ncsn.training.context import StepTimer, WorkerContext, compile_network
 from ncsn.training.held_out import open_probe
 from ncsn.training.monitor import Curves, LiveSink, machine_usage, preview_png
@@ -112,7 +111,7 @@ class Training:
         self.ahead = ThreadPoolExecutor(2)  # of the moments, and of the next batch
         if context.rank == 0:
             self.moments = self.ahead.submit(image_moments, self.config, job.dataset, self.split)
-        self.coming: Future[Batch] | None = None
+        self.coming: Future[DrawnBatch] | None = None
         self.timer = StepTimer(context, seconds=CHECK_SECONDS / 4)  # steps may become slower
         self.checked_at = 0.0
         self.warned = False  # of the loss of a machine: one checkpoint is enough
@@ -145,15 +144,14 @@ class Training:
     def step(self) -> None:
         """One optimizer step on the next global batch."""
         config, context, state = self.config, self.context, self.state
-        # Augmented on the device, where it is a small part of a step.
-        batch = self._draw().to(context.device, memory_format=build.memory_format(config)).augmented()
+        batch = self._draw().on(context.device, config)
         for group in state.optimizer.param_groups:
             group["lr"] = build.learning_rate(config, state.images_seen)
         losses, grad_norm = train_step(self.model, batch, state=state, loss=self.loss, options=self.options)
         state.images_seen += config.train.batch_size
         self.curves.add(batch, losses, grad_norm, images=config.train.batch_size)
 
-    def _draw(self) -> Batch:
+    def _draw(self) -> DrawnBatch:
         """This worker's share of the next batch, which was drawn while the one before was computed."""
         share, size = self.context.share(self.config.train.batch_size), self.config.train.batch_size
         first, draw = self.state.images_seen + share.start, partial(draw_batch, self.config, self.split)

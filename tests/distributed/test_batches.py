@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from ncsn.model import build
 from ncsn.training.batches import draw_batch, image_moments
 from ncsn.training.context import WorkerContext
 
+CPU = torch.device("cpu")
 CLASSES = ("data.num_classes=10", "train.label_dropout=0.3")
 DRAWS = {
     "levels": (),
@@ -49,7 +51,7 @@ def test_parts_of_a_batch_are_the_batch(
     assert isinstance(split, StreamedSplit) == (window == 64 * 64)
 
     def draw(first: int, count: int) -> Batch:  # over the end of the first epoch of 1258
-        return draw_batch(config, split, first=first, count=count).augmented()
+        return draw_batch(config, split, first=first, count=count).on(CPU, config)
 
     whole, parts = tensors(draw(1250, 16)), [tensors(draw(1250 + 4 * rank, 4)) for rank in range(4)]
     for name, tensor in whole.items():
@@ -74,8 +76,8 @@ def test_a_share_of_the_labels_is_hidden(tiny: str, dataset: str) -> None:
 
 def test_augmentation_moves_no_other_draw(tiny: str, dataset: str) -> None:
     config, split = from_yaml(tiny, overrides=DRAWS["augmentation"]), open_cache(dataset, "train")
-    plain = draw_batch(config, split, first=1250, count=8)
-    whole = plain.augmented()
+    drawn = draw_batch(config, split, first=1250, count=8)
+    whole, plain = drawn.on(CPU, config), replace(drawn, transforms=None).on(CPU, config)
     assert torch.equal(whole.z, plain.z) and torch.equal(whole.sigma, plain.sigma)
     told = whole.conditions["augmentation"]
     changed = (whole.x != plain.x).flatten(1).any(dim=1)
@@ -98,7 +100,7 @@ def test_gradients_of_parts_average_to_the_gradient_of_the_batch(
         state.optimizer = torch.optim.SGD(state.network.parameters(), lr=0.0)
         train_step(
             state.network,
-            draw_batch(config, split, first=first, count=count),
+            draw_batch(config, split, first=first, count=count).on(CPU, config),
             state=state,
             loss=build.loss(config),
             options=StepOptions(batch_size=8, world_size=workers),

@@ -80,7 +80,7 @@ def test_sliced_score_matching_differentiates_every_network_twice(network: str, 
     with torch.no_grad():
         for parameter in state.network.parameters():
             parameter.add_(0.02)  # an output layer that starts at zero hides the gradients behind it
-    batch = draw_batch(config, open_cache(dataset, "train"), first=0, count=4)
+    batch = draw_batch(config, open_cache(dataset, "train"), first=0, count=4).on(torch.device("cpu"), config)
     loss = build.loss(config)(state.network, batch).loss
     torch.autograd.backward(loss)
     gradients = [parameter.grad for parameter in state.network.parameters()]
