@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -13,6 +13,8 @@ from ncsn.process import Backend
 
 MOST_WORKERS = 4096
 LEAST_MEMORY = "4Gi"  # of a worker, unless the user or an estimate asks for more
+
+Choice = Literal["auto", True, False]  # auto: with a GPU
 
 _QUANTITY = re.compile(r"[1-9][0-9]*(\.[0-9]+)?(Mi|Gi|Ti|M|G|T)")
 _UNITS = {"M": 10**6, "G": 10**9, "T": 10**12, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
@@ -86,11 +88,12 @@ class ComputeConfig(Section):
     microbatch: int | None = Field(None, ge=1)
     """Images per pass of a worker through the network; it accumulates gradients over its share of train.batch_size.
     null = the whole share. Fewer need less memory; the result is the same except for rounding."""
-    channels_last: bool = False
-    """Keep images and weights in channels-last order, which is faster for convolutions on GPUs."""
-    compile: bool = False
-    """Compile the network when training starts (torch.compile). This takes minutes, then steps are faster. Needs a C++
-    compiler on the workers. Checkpoints do not depend on it."""
+    channels_last: Choice = "auto"
+    """Keep images and weights in channels-last order. auto = with use_gpu: convolutions of GPUs are faster in it, those
+    of CPUs slower."""
+    compile: Choice = "auto"
+    """Compile the network when training starts (torch.compile). auto = with use_gpu, where a C compiler is. This takes
+    minutes, then steps are faster. Checkpoints do not depend on it."""
     max_failures: int = Field(3, ge=0)
     """How many times training restarts from its last checkpoint after losing a worker or a node."""
     ray_jobs: RayJobsConfig = RayJobsConfig()
@@ -119,6 +122,16 @@ class ComputeConfig(Section):
     def max_workers(self) -> int:
         """Workers that training uses if there is room for them."""
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+
+    @property
+    def compiled(self) -> bool:
+        """Whether networks are compiled, where workers have a compiler."""
+        return self.use_gpu if self.compile == "auto" else self.compile
+
+    @property
+    def uses_channels_last(self) -> bool:
+        """Whether images and weights are in channels-last order."""
+        return self.use_gpu if self.channels_last == "auto" else self.channels_last
 
     @property
     def device(self) -> str:

@@ -135,9 +135,9 @@ def _training(config: Config) -> Iterator[Problem]:
             "set train.init_from, or use all",
             "light",
         )
-    if compute.compile and isinstance(loss, SsmLossConfig):
+    if compute.compile is True and isinstance(loss, SsmLossConfig):
         reason = "not possible with loss.kind = ssm, which differentiates the network twice"
-        yield Problem("compute.compile", reason, "use compute.compile = false", value=True)
+        yield Problem("compute.compile", reason, "use compute.compile = auto", value=True)
     size = compute.kuberay.workers_per_pod
     if compute.backend == "kuberay" and (odd := [count for count in (compute.min_workers, workers) if count % size]):
         yield Problem(

@@ -140,7 +140,7 @@ def step_options(config: Config, *, world_size: int) -> StepOptions:
 
 def memory_format(config: Config) -> torch.memory_format:
     """Memory format of images and convolutions."""
-    return torch.channels_last if config.compute.channels_last else torch.contiguous_format
+    return torch.channels_last if config.compute.uses_channels_last else torch.contiguous_format
 
 
 def train_state(config: Config, *, device: str | torch.device = "cpu") -> TrainState:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import time
@@ -11,7 +12,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from ncsn.config import Config
+from ncsn.config.training import SsmLossConfig
 from ncsn.errors import UserError
+
+_logger = logging.getLogger(__name__)
 
 
 class WorkerContext:
@@ -71,16 +76,19 @@ class StepTimer:
         return True
 
 
-def compile_network(network: nn.Module, context: WorkerContext) -> None:
-    """Compile the network's forward and backward pass in place; the names of its tensors stay. A collective call."""
+def compiles(config: Config, context: WorkerContext) -> bool:
+    """Whether workers compile the network, the same on each; each needs a compiler for it. A collective call."""
+    compute = config.compute
+    if not compute.compiled or isinstance(config.loss, SsmLossConfig):  # which differentiates the network twice
+        return False
     on_cpu = context.device.type == "cpu"
     compilers = [os.environ.get("CXX", "g++"), "clang++"] if on_cpu else ["cc", "gcc", "clang"]
     lacks = torch.tensor([float(not any(map(shutil.which, compilers)))], device=context.device)
-    if context.sum_over_workers(lacks) > 0:
-        raise UserError(
-            "compute.compile",
-            f"needs a compiler on each worker, one of {', '.join(compilers)}",
-            hint="install one, or set it to false",
-            value=True,
-        )
-    network.compile()
+    if context.sum_over_workers(lacks) == 0:
+        return True
+    needs = f"needs a compiler on each worker, one of {', '.join(compilers)}"
+    if compute.compile is True:
+        raise UserError("compute.compile", needs, hint="install one, or set it to auto", value=True)
+    if context.rank == 0:
+        _logger.warning("the network is not compiled, which %s", needs)
+    return False

@@ -31,7 +31,7 @@ from ncsn.runs.history import load_history
 from ncsn.storage.heartbeat import Lease, LeaseExpired
 from ncsn.storage.retry import limited
 from ncsn.training.batches import DrawnBatch, classes_of, draw_batch, image_moments
-from ncsn.training.context import StepTimer, WorkerContext, compile_network
+from ncsn.training.context import StepTimer, WorkerContext, compiles
 from ncsn.training.held_out import open_probe
 from ncsn.training.monitor import Curves, LiveSink, machine_usage, preview_png
 
@@ -105,8 +105,8 @@ class Training:
                 start_from(job.start, state=self.state, config=self.config, classes=self.classes)
             kept = job.history if context.rank == 0 else None
             self.history = load_history(kept, until=self.state.images_seen) if kept else None
-        if self.config.compute.compile:
-            compile_network(self.state.network, context)
+        if compiles(self.config, context):
+            self.state.network.compile()
         self.model = context.wrap(self.state.network)
         self.ahead = ThreadPoolExecutor(2)  # of the moments, and of the next batch
         if context.rank == 0:

@@ -130,6 +130,7 @@ WRONG = [
     (["noise.sigma_1=["], "--set"),
     (["compute.num_workers=65"], "train.batch_size"),
     (["loss={kind: ssm}", "compute.compile=true"], "compute.compile"),
+    (["compute.compile=maybe"], "compute.compile"),
     ([NCSN, "sampling.sampler={kind: karras_heun}"], "sampling.sampler.kind"),
     (["network={kind: ddpmpp, multipliers: [1, 1, 1], attention_sizes: []}", "data.image_size=18"], MULTIPLIERS),
     (["network={kind: ddpmpp, multipliers: [1, 2], attention_sizes: [8, 2]}"], "network.attention_sizes"),
@@ -240,6 +241,17 @@ def test_workers_are_a_number_or_a_range() -> None:
 def test_other_numbers_of_workers_are_refused(value: str) -> None:
     with refused("compute.num_workers", error=ConfigError):
         from_yaml(DIGITS, overrides=[f"compute.num_workers={value}"])
+
+
+def test_a_gpu_is_why_networks_are_compiled_and_channels_go_last() -> None:
+    def chosen(*overrides: str) -> tuple[bool, bool]:
+        compute = from_yaml(DIGITS, overrides=overrides).compute
+        return compute.compiled, compute.uses_channels_last
+
+    assert chosen() == (False, False) and chosen("compute.use_gpu=true", "loss={kind: ssm}") == (True, True)
+    for value in (False, True):
+        given = [f"compute.{setting}={str(value).lower()}" for setting in ("compile", "channels_last")]
+        assert chosen(*given) == chosen(*given, "compute.use_gpu=true") == (value, value)
 
 
 def test_every_missing_section_is_named() -> None:

@@ -33,7 +33,7 @@ from ncsn.model.checkpoint_store import CheckpointStore
 from ncsn.runs.history import load_history
 from ncsn.storage import heartbeat
 from ncsn.storage.heartbeat import Lease, LeaseExpired
-from ncsn.training.context import StepTimer, WorkerContext
+from ncsn.training.context import StepTimer, WorkerContext, compiles
 from ncsn.training.loop import TrainingJob, TrainOutcome, train_loop
 
 
@@ -117,6 +117,23 @@ def test_compiling_without_a_compiler_is_a_mistake(
     with refused("compute.compile") as caught:
         train_for_tensors(from_yaml(tiny, overrides=["compute.compile=true"]), dataset, tmp_path)
     assert "g++" in str(caught.value)
+
+
+def test_where_a_worker_lacks_a_compiler_none_compiles(
+    tiny: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class One(WorkerContext):
+        """Another worker lacks one."""
+
+        def sum_over_workers(self, tensor: torch.Tensor) -> torch.Tensor:
+            return tensor + 1.0
+
+    config = from_yaml(tiny, overrides=["compute.use_gpu=true"])
+    assert compiles(config, WorkerContext()) and caplog.messages == []
+    assert not compiles(config, One()) and len(caplog.messages) == 1
+    monkeypatch.setenv("PATH", "")
+    assert not compiles(config, WorkerContext()) and len(caplog.messages) == 2
+    assert not compiles(from_yaml(tiny), One()) and len(caplog.messages) == 2, "not on a CPU, so nothing lacks"
 
 
 def test_learning_rate_warms_up_and_falls(tiny: str) -> None:
