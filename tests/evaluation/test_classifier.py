@@ -21,6 +21,7 @@ from ncsn.evaluation.extractors.classifier import (
     num_clusters,
     train_classifier,
 )
+from ncsn.process import tune_cuda
 from ncsn.progress import Progress
 
 RECIPE = ClassifierRecipe(shape=(8, 8, 1), num_classes=10, epochs=10, seed=0)
@@ -96,13 +97,20 @@ def test_features_do_not_depend_on_the_batch(digits: Splits) -> None:
 
 
 def test_a_gpu_would_see_what_a_cpu_sees(digits: Splits) -> None:
-    """Its convolutions take no TF32 meanwhile, which PyTorch's default lets them."""
+    """It takes no TF32 meanwhile, for which a process is tuned."""
+
+    def settings() -> tuple[bool, bool]:
+        return torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+
+    tune_cuda()
+    assert torch.get_float32_matmul_precision() == "high", "which Inductor reads by its older name too"
+    assert torch.backends.mkldnn.matmul.fp32_precision == "none", "a CPU's"
     network = ClassifierNetwork(RECIPE)
-    seen: list[bool] = []
-    network.conv_1.register_forward_hook(lambda *_: seen.append(torch.backends.cudnn.allow_tf32))
+    seen: list[tuple[bool, bool]] = []
+    network.conv_1.register_forward_hook(lambda *_: seen.append(settings()))
     network.extract(digits[1].images[:4])
-    assert seen == [False]
-    assert torch.backends.cudnn.allow_tf32
+    assert seen == [(False, False)]
+    assert settings() == (True, True)
 
 
 def test_unlabeled_images_are_left_out(digits: Splits) -> None:

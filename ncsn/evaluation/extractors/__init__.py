@@ -16,13 +16,14 @@ Images = npt.NDArray[np.uint8]
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """Keep a GPU's convolutions from TF32, so that equal fingerprints mean equal features there and on a CPU."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
+    """Keep a GPU from TF32, so that equal fingerprints mean equal features there and on a CPU."""
+    convolutions, products = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = convolutions.allow_tf32, products.allow_tf32
+    convolutions.allow_tf32 = products.allow_tf32 = False
     try:
         yield
     finally:
-        torch.backends.cudnn.allow_tf32 = before
+        convolutions.allow_tf32, products.allow_tf32 = before
 
 
 @dataclass(frozen=True)
