@@ -128,15 +128,3 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(_M_MMAP_THRESHOLD, _GIB)
         libc.mallopt(_M_TRIM_THRESHOLD, _NEVER)
-
-
-def tune_cuda() -> None:
-    """Let a GPU try which convolutions are fastest, and use TF32 for what stays in float32; nothing changes on a CPU.
-
-    For each process that trains, samples or extracts features; what must be exact is on the CPU, or in `full_float32`.
-    """
-    import torch
-
-    torch.backends.cudnn.benchmark = True
-    # PyTorch's default for convolutions. With its new setting alone, fp32_precision, parts of Inductor fail.
-    torch.backends.cuda.matmul.allow_tf32 = True

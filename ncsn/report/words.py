@@ -369,6 +369,7 @@ def result_line(step: str, result: Mapping[str, Any]) -> str:
 TAGS = {
     "mlflow.source.git.commit": "Git commit",
     "mlflow.docker.image.uri": "Image",
+    "train.computed_on": "Trained on",
     "kfp.pipeline_run_id": "KFP run",
     "ray.submission_id": "Ray submission",
     "ray.job_id": "Ray job",

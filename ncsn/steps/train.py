@@ -83,7 +83,8 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> 
         )
         outcome = trainer.train(job, run_uri=step.folder.uri)
         checkpoint = storage.join(step.folder.checkpoints, outcome.checkpoint)
-        tracked.set_tags({"checkpoint.uri": checkpoint, "checkpoint.images_seen": str(outcome.images_seen)})
+        tags = {"checkpoint.uri": checkpoint, "checkpoint.images_seen": str(outcome.images_seen)}
+        tracked.set_tags({**tags, "train.computed_on": outcome.computed})
         loss = {} if outcome.loss is None else {"train/loss": outcome.loss}
         tracked.parent.log_metrics({"train/images_seen": outcome.images_seen, **loss}, step=outcome.images_seen)
         result = TrainResult(

@@ -16,6 +16,8 @@ from ncsn.config import Config
 from ncsn.config.training import SsmLossConfig
 from ncsn.errors import UserError
 
+FEW_IMAGES = 128  # of a worker: Python launches a thousand kernels per step, which takes longer than to compute these
+
 _logger = logging.getLogger(__name__)
 
 
@@ -42,8 +44,8 @@ class WorkerContext:
         """Whether a machine of the workers is about to be preempted, the same on every worker. A barrier."""
         return False
 
-    def wrap(self, network: nn.Module) -> nn.Module:
-        """The network, with gradients averaged over the workers."""
+    def wrap(self, network: nn.Module, *, dtype: torch.dtype | None) -> nn.Module:  # noqa: ARG002 - of several
+        """The network, which computes in `dtype` (None: its parameters'), with gradients averaged over the workers."""
         return network
 
     def sum_over_workers(self, tensor: Tensor) -> Tensor:
@@ -76,8 +78,35 @@ class StepTimer:
         return True
 
 
-def compiles(config: Config, context: WorkerContext) -> bool:
-    """Whether workers compile the network, the same on each; each needs a compiler for it. A collective call."""
+def compile_network(network: nn.Module, config: Config, context: WorkerContext) -> str:
+    """Compile the network in place, if that is chosen; the names of its tensors stay. A collective call.
+
+    Returns:
+        On what and how training computes, for people.
+    """
+    compiled = _compiles(config, context)
+    graphs = compiled and fits_cuda_graphs(config, context)
+    if compiled:
+        # Shares and their parts differ by at most one image, so shapes are few. Where DistributedDataParallel calls the
+        # network, Dynamo makes a graph for each bucket, so that averaging overlaps with the backward pass.
+        network.compile(dynamic=False, mode="reduce-overhead" if graphs else "default")
+    name = torch.cuda.get_device_name(context.device) if context.device.type == "cuda" else "cpu"
+    order = "channels last" if config.compute.uses_channels_last else "channels first"
+    how = "not compiled" if not compiled else "compiled, in CUDA graphs" if graphs else "compiled"
+    return f"{context.world_size} x {name}: {config.train.precision}, {order}, {how}"
+
+
+def fits_cuda_graphs(config: Config, context: WorkerContext) -> bool:
+    """Whether a compiled network is to run in CUDA graphs, which spare a GPU with few images its wait for Python."""
+    share = len(context.share(config.train.batch_size))
+    one_pass = share <= (config.compute.microbatch or share)  # the next one would overwrite the gradients of the first
+    # Several workers average during the backward pass instead: with DistributedDataParallel, graphs are recorded again
+    # and again (PyTorch's issue 140395, open in 2.15).
+    return context.device.type == "cuda" and context.world_size == 1 and one_pass and share <= FEW_IMAGES
+
+
+def _compiles(config: Config, context: WorkerContext) -> bool:
+    """Whether the network is to be compiled, the same on each worker; each needs a compiler for it."""
     compute = config.compute
     if not compute.compiled or isinstance(config.loss, SsmLossConfig):  # which differentiates the network twice
         return False

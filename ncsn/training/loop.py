@@ -6,6 +6,7 @@ order), so the images of a global batch, their levels and their noise do not dep
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -25,18 +26,20 @@ from ncsn.errors import UserError
 from ncsn.model import averages, build, checkpoint
 from ncsn.model.checkpoint_store import CheckpointStore
 from ncsn.model.trained import start_from
-from ncsn.process import keep_freed_memory, now_ms, tune_cuda
+from ncsn.process import keep_freed_memory, now_ms
 from ncsn.progress import Progress
 from ncsn.runs.history import load_history
 from ncsn.storage.heartbeat import Lease, LeaseExpired
 from ncsn.storage.retry import limited
 from ncsn.training.batches import DrawnBatch, classes_of, draw_batch, image_moments
-from ncsn.training.context import StepTimer, WorkerContext, compiles
+from ncsn.training.context import StepTimer, WorkerContext, compile_network
 from ncsn.training.held_out import open_probe
 from ncsn.training.monitor import Curves, LiveSink, machine_usage, preview_png
 
 CHECK_SECONDS = 2.0  # until training sees that it is to end: the workers wait for that for a hundredth of the time
 RESUME_SECONDS = 300.0  # of training that a lost machine may cost; a copy of the state so seldom costs next to nothing
+
+_logger = logging.getLogger(__name__)
 
 
 class DivergedError(UserError):
@@ -69,6 +72,7 @@ class TrainOutcome:
     images_per_second: float  # in this call, without startup
     seconds: float
     checkpoint: str  # name of the last one
+    computed: str = ""  # on what and how, for people
     notes: tuple[str, ...] = ()  # for people
     pauses: tuple[float, ...] = ()  # seconds that each checkpoint stopped training on this worker
 
@@ -105,9 +109,10 @@ class Training:
                 start_from(job.start, state=self.state, config=self.config, classes=self.classes)
             kept = job.history if context.rank == 0 else None
             self.history = load_history(kept, until=self.state.images_seen) if kept else None
-        if compiles(self.config, context):
-            self.state.network.compile()
-        self.model = context.wrap(self.state.network)
+        self.computed = compile_network(self.state.network, self.config, context)
+        self.model = context.wrap(self.state.network, dtype=self.options.autocast_dtype)
+        if self.history is not None:
+            _logger.warning("training on %s", self.computed)
         self.ahead = ThreadPoolExecutor(2)  # of the moments, and of the next batch
         if context.rank == 0:
             self.moments = self.ahead.submit(image_moments, self.config, job.dataset, self.split)
@@ -267,7 +272,7 @@ def train_loop(job: TrainingJob, context: WorkerContext, checkpoints: Checkpoint
     train = job.config.train
     torch.set_num_threads(job.config.compute.cpus_per_worker)
     keep_freed_memory()
-    tune_cuda()
+    build.tune_cuda()
     training = Training(job, context, checkpoints)
     started, first = time.perf_counter(), training.state.images_seen
     if context.rank == 0:
@@ -306,6 +311,7 @@ def train_loop(job: TrainingJob, context: WorkerContext, checkpoints: Checkpoint
         images_per_second=(training.state.images_seen - first) / max(seconds, 1e-9),
         seconds=seconds,
         checkpoint=training.saved,
+        computed=training.computed,
         notes=tuple(checkpoints.notes),
         pauses=tuple(training.pauses),
     )

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.multiprocessing
 from clock import Clock
-from gloo_workers import resume_from_a_torn_copy, work
+from gloo_workers import average_gradients, resume_from_a_torn_copy, work
 from local_training import (
     Recorder,
     assert_close_tensors,
@@ -23,9 +23,10 @@ from local_training import (
 )
 from refused import refused
 from safetensors.torch import load_file
+from torch import nn
 
 from ncsn import storage
-from ncsn.config import from_yaml
+from ncsn.config import Config, from_yaml
 from ncsn.model import build
 from ncsn.model.averages import build_average, snapshots
 from ncsn.model.checkpoint import load_checkpoint
@@ -33,7 +34,7 @@ from ncsn.model.checkpoint_store import CheckpointStore
 from ncsn.runs.history import load_history
 from ncsn.storage import heartbeat
 from ncsn.storage.heartbeat import Lease, LeaseExpired
-from ncsn.training.context import StepTimer, WorkerContext, compiles
+from ncsn.training.context import StepTimer, WorkerContext, compile_network, fits_cuda_graphs
 from ncsn.training.loop import TrainingJob, TrainOutcome, train_loop
 
 
@@ -128,12 +129,48 @@ def test_where_a_worker_lacks_a_compiler_none_compiles(
         def sum_over_workers(self, tensor: torch.Tensor) -> torch.Tensor:
             return tensor + 1.0
 
+    def compiled(config: Config, context: WorkerContext) -> bool:
+        network = nn.Identity()
+        compile_network(network, config, context)
+        return network._compiled_call_impl is not None
+
     config = from_yaml(tiny, overrides=["compute.use_gpu=true"])
-    assert compiles(config, WorkerContext()) and caplog.messages == []
-    assert not compiles(config, One()) and len(caplog.messages) == 1
+    assert compiled(config, WorkerContext()) and caplog.messages == []
+    assert not compiled(config, One()) and len(caplog.messages) == 1
     monkeypatch.setenv("PATH", "")
-    assert not compiles(config, WorkerContext()) and len(caplog.messages) == 2
-    assert not compiles(from_yaml(tiny), One()) and len(caplog.messages) == 2, "not on a CPU, so nothing lacks"
+    assert not compiled(config, WorkerContext()) and len(caplog.messages) == 2
+    assert not compiled(from_yaml(tiny), One()) and len(caplog.messages) == 2, "not on a CPU, so nothing lacks"
+    twice = from_yaml(tiny, overrides=["compute.use_gpu=true", "loss={kind: ssm}"])
+    assert not compiled(twice, One()) and len(caplog.messages) == 2
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "workers", "microbatch", "fits"),
+    [
+        (128, 1, "null", True),
+        (128, 1, "128", True),
+        (129, 1, "null", False),
+        (128, 1, "64", False),
+        (256, 2, "null", False),
+    ],
+)
+def test_cuda_graphs_are_for_one_pass_of_few_images(
+    tiny: str, batch_size: int, workers: int, microbatch: str, *, fits: bool
+) -> None:
+    """Whose gradients nothing else touches."""
+    settings = ["train.num_images=1000", f"train.batch_size={batch_size}", f"compute.microbatch={microbatch}"]
+    config = from_yaml(tiny, overrides=settings)
+    context = WorkerContext("cuda")
+    context.world_size = workers
+    assert fits_cuda_graphs(config, context) is fits
+    assert not fits_cuda_graphs(config, WorkerContext())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [2, 4])
+def test_compiled_and_compressed_gradients_are_the_mean_of_all_workers(tiny: str, tmp_path: Path, workers: int) -> None:
+    config = from_yaml(tiny, overrides=["compute.compile=true"])
+    torch.multiprocessing.spawn(average_gradients, (workers, config, str(tmp_path)), nprocs=workers)
 
 
 def test_learning_rate_warms_up_and_falls(tiny: str) -> None:

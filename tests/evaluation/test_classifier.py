@@ -21,7 +21,7 @@ from ncsn.evaluation.extractors.classifier import (
     num_clusters,
     train_classifier,
 )
-from ncsn.process import tune_cuda
+from ncsn.model.build import tune_cuda
 from ncsn.progress import Progress
 
 RECIPE = ClassifierRecipe(shape=(8, 8, 1), num_classes=10, epochs=10, seed=0)

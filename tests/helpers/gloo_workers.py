@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partialmethod
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed
+from torch import nn
+from torch._dynamo.backends.debugging import aot_eager
 
+from ncsn.config import Config
 from ncsn.distributed.trainer import RayContext
 from ncsn.model.checkpoint import DamagedError
 from ncsn.model.checkpoint_store import CheckpointStore
+from ncsn.training.context import compile_network
 from ncsn.training.loop import TrainingJob, train_loop
 
 
@@ -62,3 +70,40 @@ def resume_from_a_torn_copy(rank: int, world_size: int, job: TrainingJob, folder
             train_loop(job, GlooContext(rank, world_size), store(f"{folder}/checkpoints"))
         except DamagedError as mistake:
             Path(folder, f"mistake-{rank}").write_text(mistake.reason)
+
+
+def average_gradients(rank: int, world_size: int, config: Config, folder: str) -> None:
+    """Compiled in buckets, they are the mean of the workers' gradients; compressed, the same in bfloat16."""
+    graphs = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    plain = nn.Sequential(*(layer for _ in range(4) for layer in (nn.Linear(512, 512), nn.SiLU())))
+    generator = torch.Generator().manual_seed(0)
+    for parameter in plain.parameters():
+        nn.init.uniform_(parameter, -0.1, 0.1, generator=generator)
+    x = torch.rand(2 + rank, 512, generator=generator.manual_seed(rank))
+    with group(rank, world_size, folder):
+        context = GlooContext(rank, world_size)
+        compiled, compressed = copy.deepcopy(plain), copy.deepcopy(plain)
+        with patch.object(nn.Module, "compile", partialmethod(nn.Module.compile, backend=backend)):
+            compile_network(compiled, config, context)
+        wrapped = context.wrap(compiled, dtype=torch.bfloat16)
+        wrapped.bucket_bytes_cap = 2**20  # the weights of a layer
+        context.compresses = True
+        halved = context.wrap(compressed, dtype=torch.bfloat16)
+        for _ in range(2):  # after the first, buckets are built anew
+            for network in (plain, wrapped, halved):
+                network.zero_grad(set_to_none=True)
+                for last in (False, True):
+                    with nullcontext() if last or network is plain else network.no_sync():
+                        network(x).square().mean().backward()
+            for own, whole, half in zip(*(each.parameters() for each in (plain, compiled, compressed)), strict=True):
+                mean = context.sum_over_workers(own.grad.clone()) / world_size
+                torch.testing.assert_close(whole.grad, mean)
+                torch.testing.assert_close(half.grad, mean, rtol=2**-6, atol=2**-6 * float(mean.abs().max()))
+                assert half.grad.equal(half.grad.bfloat16().float()) and not mean.equal(mean.bfloat16().float())
+    assert len(graphs) == 4, "one for each bucket"
+    assert compiled.state_dict().keys() == plain.state_dict().keys()
