@@ -51,6 +51,7 @@ class CachedSplit:
 
     images: np.ndarray  # [N, H, W, C], as stored or `eight_bit`
     labels: np.ndarray  # int64 [N], -1 for none
+    fetching = False
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -194,6 +195,11 @@ class StreamedSplit:
 
     def __len__(self) -> int:
         return self._size
+
+    @property
+    def fetching(self) -> bool:
+        """Whether the next window is still on its way from the store, so that `ordered` may have to wait for it."""
+        return self._ahead is not None and not self._ahead.done()
 
     def rows(self, indices: np.ndarray) -> Rows:
         """The images that are stored at `indices` [N], with their labels; reads each row group that holds one."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
@@ -39,6 +40,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ncsn import storage
 from ncsn.config import Config
 from ncsn.data.format import load_manifest
+from ncsn.data.training_images import WINDOW_BYTES
 from ncsn.distributed.cluster import on_this_machine, require_resources
 from ncsn.distributed.ray_calls import ANYWHERE
 from ncsn.errors import InvalidValue, NotFound
@@ -48,9 +50,11 @@ from ncsn.storage.heartbeat import LeaseExpired
 from ncsn.storage.retry import RETRY, limited
 from ncsn.training.context import WorkerContext
 from ncsn.training.loop import TrainingJob, TrainOutcome, train_loop
+from ncsn.training.watchdog import LONG_SECONDS
 
 STARTUP_ATTEMPTS = 5
-TIMEOUT_SECONDS = 1800  # torch's default limit of a collective operation
+STALLED_SECONDS = 600  # of GPUs, Ray's default: rank 0 may wait for a store that is away
+HUNG = "hung"  # folder of a run with the stacks of workers that hung
 SLOWEST_READ = 5e6  # bytes of images per second that a node reads from a slow store
 
 # All buffers are constants. Torch 2.13 renamed the argument that says so.
@@ -78,13 +82,17 @@ def train(job: TrainingJob, *, run_uri: str) -> TrainOutcome:
     if compute.num_workers == 1 and on_this_machine():  # which is not preempted
         return train_alone(job, run_uri=run_uri)
     manifest = load_manifest(job.dataset)
-    size = sum(manifest.counts.values()) * manifest.pixels.num_bytes
     # A worker waits for the others, of which one may fill its node's cache first.
-    timeout = round(TIMEOUT_SECONDS + size / SLOWEST_READ)
+    filling = sum(min(count * manifest.pixels.num_bytes, WINDOW_BYTES) for count in manifest.counts.values())
+    patience = filling / SLOWEST_READ
+    if compute.use_gpu:  # Ray asks NCCL's program `ncclras`, where it is, and names the ranks that hang
+        os.environ.setdefault("RAY_TRAIN_ENABLE_NCCL_HANG_DETECTOR", "1")
+        os.environ.setdefault("RAY_TRAIN_NCCL_RAS_ACTION", "fail")
+        os.environ.setdefault("RAY_TRAIN_NCCL_RAS_CONFIRM_DURATION_S", str(STALLED_SECONDS + patience))
     with tempfile.TemporaryDirectory(prefix="ncsn-") as folder:
         trainer = _Trainer(
             _attempt,
-            torch_config=TorchConfig(timeout_s=timeout),
+            torch_config=TorchConfig(timeout_s=round(LONG_SECONDS + patience)),
             train_loop_config={"job": job, "run_uri": run_uri, "context": RayContext},
             scaling_config=ScalingConfig(
                 num_workers=compute.num_workers,
@@ -151,7 +159,9 @@ def _attempt(arguments: dict[str, Any]) -> TrainOutcome | InvalidValue | LeaseEx
     # What a worker raises is retried, so a mistake that would only repeat, and an order to end, is returned.
     try:
         job: TrainingJob = arguments["job"]
-        return train_loop(job, arguments["context"](), checkpoint_store(job.config, arguments["run_uri"]))
+        context: WorkerContext = arguments["context"]()
+        context.hung = storage.join(arguments["run_uri"], HUNG)
+        return train_loop(job, context, checkpoint_store(job.config, arguments["run_uri"]))
     except _TRANSIENT:
         raise
     except (InvalidValue, LeaseExpired) as end:

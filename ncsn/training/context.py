@@ -26,6 +26,7 @@ class WorkerContext:
 
     rank = 0  # the worker that writes has 0
     world_size = 1
+    hung: str | None = None  # URI of the folder where a worker that hangs leaves its stacks before it ends; None: never
 
     def __init__(self, device: str | torch.device = "cpu") -> None:
         self.device = torch.device(device)

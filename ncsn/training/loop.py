@@ -35,6 +35,7 @@ from ncsn.training.batches import DrawnBatch, classes_of, draw_batch, image_mome
 from ncsn.training.context import StepTimer, WorkerContext, compile_network
 from ncsn.training.held_out import open_probe
 from ncsn.training.monitor import Curves, LiveSink, machine_usage, preview_png
+from ncsn.training.watchdog import Watchdog
 
 CHECK_SECONDS = 2.0  # until training sees that it is to end: the workers wait for that for a hundredth of the time
 RESUME_SECONDS = 300.0  # of training that a lost machine may cost; a copy of the state so seldom costs next to nothing
@@ -118,6 +119,7 @@ class Training:
             self.moments = self.ahead.submit(image_moments, self.config, job.dataset, self.split)
         self.coming: Future[DrawnBatch] | None = None
         self.timer = StepTimer(context, seconds=CHECK_SECONDS / 4)  # steps may become slower
+        self.watchdog = Watchdog(context)
         self.checked_at = 0.0
         self.warned = False  # of the loss of a machine: one checkpoint is enough
         machine_usage(context.device)  # starts the first interval
@@ -167,6 +169,7 @@ class Training:
 
     def report(self) -> None:
         """Add a point to the curves, with the losses that are due. A collective call."""
+        self.watchdog.expect_long()
         point, images_seen, every = self.curves.point(), self.state.images_seen, self.config.train.report_every_images
         if not (math.isfinite(point["train/loss"]) and math.isfinite(point["train/grad_norm_max"])):
             kept = f"the last good checkpoint is {self.saved}" if self.saved else "there is no checkpoint yet"
@@ -207,9 +210,10 @@ class Training:
     def keep_averages(self) -> None:
         """Store a snapshot of both EMAs if it is due, before the checkpoint that implies it."""
         train, seen, uri = self.config.train, self.state.images_seen, self.job.averages
-        if train.snapshot_every is None or uri is None or self.context.rank != 0:
+        if train.snapshot_every is None or uri is None or not (self.ended() or self.crossed(train.snapshot_every)):
             return
-        if self.ended() or self.crossed(train.snapshot_every):
+        self.watchdog.expect_long()
+        if self.context.rank == 0:
             taken = averages.copies(self.state)
             self.checkpoints.later(partial(averages.store, uri, taken, images_seen=seen))
 
@@ -218,6 +222,7 @@ class Training:
 
         Raises LeaseExpired if training is to end.
         """
+        self.watchdog.stepped()
         context, job, now = self.context, self.job, time.perf_counter()
         end = late = check = False
         if context.rank == 0:
@@ -228,8 +233,10 @@ class Training:
                 with suppress(OSError), limited(0):
                     end = job.stop is not None and storage.exists(job.stop)
                 end |= job.lease is not None and job.lease.expired()
-        shared = torch.tensor([end, late, check], dtype=torch.float64, device=context.device)
-        end, late, check = context.sum_over_workers(shared).bool().tolist()
+        shared = torch.tensor([end, late, check, self.split.fetching], dtype=torch.float64, device=context.device)
+        end, late, check, fetching = context.sum_over_workers(shared).bool().tolist()
+        if fetching:
+            self.watchdog.expect_long()
         lost = check and not self.warned and context.preempted()
         self.warned |= lost
         if end or late or lost:
@@ -243,6 +250,7 @@ class Training:
     def publish(self, *, for_resume: bool = False) -> None:
         """Publish a checkpoint; the one for a resume only if the losses are finite. A collective call."""
         # With the curves, so that the points after a resume are those of an undisturbed run.
+        self.watchdog.expect_long()
         curves = self.curves.unreported()
         if for_resume and not math.isfinite(curves["grad_norm"] + sum(map(sum, curves["sums"]))):
             return
@@ -279,6 +287,7 @@ def train_loop(job: TrainingJob, context: WorkerContext, checkpoints: Checkpoint
         job.progress.start(training.last_image, "images")
         job.progress.advance(first)
     try:
+        training.watchdog.start()
         if training.ended() and training.saved.startswith(checkpoint.RESUME):
             training.publish()  # the job became shorter since
         while not training.ended():
@@ -300,6 +309,7 @@ def train_loop(job: TrainingJob, context: WorkerContext, checkpoints: Checkpoint
                 training.history.publish()
         raise
     finally:
+        training.watchdog.stop()
         training.ahead.shutdown(cancel_futures=True)
         if training.sink:
             training.sink.close()

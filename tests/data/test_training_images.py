@@ -203,6 +203,16 @@ def test_only_windows_are_on_the_disk_if_there_is_no_room_for_all(numbered, tmp_
     assert sum(1 for _ in (tmp_path / "cache").rglob("*.npy")) == 125
 
 
+def test_a_split_says_while_its_next_window_is_on_its_way(numbered, monkeypatch):
+    split, arrived = StreamedSplit(numbered(30), "train", window_images=64), threading.Event()
+    monkeypatch.setattr(split, "_fetch", lambda _: arrived.wait(20))
+    split.ordered(0, first=0, count=1)
+    assert split.fetching
+    arrived.set()
+    split._thread.shutdown()
+    assert not split.fetching
+
+
 def test_the_size_of_the_split_decides_how_it_is_read(numbered, monkeypatch):
     uri = numbered(30)
     monkeypatch.setattr(training_images, "WINDOW_BYTES", 500 * 64)

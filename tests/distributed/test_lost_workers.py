@@ -69,7 +69,7 @@ def test_ray_train_repeats_what_a_worker_raises_but_not_a_mistake(
 
     monkeypatch.setattr(trainer, "train_loop", fail)
     monkeypatch.setattr(trainer, "checkpoint_store", lambda *_: None)
-    arguments = {"job": SimpleNamespace(config=None), "run_uri": "/runs/mine", "context": lambda: None}
+    arguments = {"job": SimpleNamespace(config=None), "run_uri": "/runs/mine", "context": SimpleNamespace}
     if returned:
         assert trainer._attempt(arguments) is error
     else:

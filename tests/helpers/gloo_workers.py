@@ -6,6 +6,7 @@ import copy
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partialmethod
@@ -22,8 +23,9 @@ from ncsn.config import Config
 from ncsn.distributed.trainer import RayContext
 from ncsn.model.checkpoint import DamagedError
 from ncsn.model.checkpoint_store import CheckpointStore
+from ncsn.training import loop, watchdog
 from ncsn.training.context import compile_network
-from ncsn.training.loop import TrainingJob, train_loop
+from ncsn.training.loop import Training, TrainingJob, train_loop
 
 
 class GlooContext(RayContext):
@@ -60,6 +62,32 @@ def group(rank: int, world_size: int, folder: str) -> Iterator[None]:
 def work(rank: int, world_size: int, job: TrainingJob, folder: str) -> None:
     with group(rank, world_size, folder):
         train_loop(job, GlooContext(rank, world_size), CheckpointStore(f"{folder}/checkpoints"))
+
+
+def hang(rank: int, world_size: int, job: TrainingJob, folder: str) -> None:
+    """The checkpoint of rank 0 at 32 images takes as long as a hundred steps may; at 80 images rank 2 hangs."""
+    loop.CHECK_SECONDS = 0.0  # steps are looked at one by one, as where they are slow
+    watchdog.STEP_SECONDS, watchdog.SLOWER, watchdog.TICK_SECONDS, watchdog.END_SECONDS = 1.0, 2, 0.02, 3.0
+    step, save = Training.step, Training.save
+
+    def steps(training: Training) -> None:
+        if rank == 2 and training.state.images_seen == 80:
+            hangs()
+        step(training)
+
+    def saves(training: Training) -> None:
+        if rank == 0:
+            time.sleep(4)
+        save(training)
+
+    def hangs() -> None:
+        time.sleep(600)
+
+    Training.step, Training.save = steps, saves  # type: ignore[method-assign]
+    context = GlooContext(rank, world_size)
+    context.hung = f"{folder}/hung"
+    with group(rank, world_size, folder):
+        train_loop(job, context, CheckpointStore(f"{folder}/checkpoints"))
 
 
 def resume_from_a_torn_copy(rank: int, world_size: int, job: TrainingJob, folder: str) -> None:

@@ -17,6 +17,7 @@ from ncsn.evaluation.frechet import RunningDistance, RunningScore
 from ncsn.evaluation.reference import open_evaluator
 from ncsn.progress import Progress
 from ncsn.steps.evaluate import EvaluateResult, evaluate
+from ncsn.training import watchdog
 
 
 class KillsWorker(Progress):
@@ -38,6 +39,24 @@ class KillsWorker(Progress):
         os.truncate(weights, weights.stat().st_size // 2)
         self.killed.touch()
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+class HangsWorker(Progress):
+    """Once, when training has seen that many images, makes the file `hung` and hangs, on rank 0."""
+
+    def __init__(self, at: int, hung: Path) -> None:
+        super().__init__()
+        self.at, self.hung = at, hung
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """In each worker, which gets a copy: a few seconds in place of minutes."""
+        self.__dict__ |= state
+        watchdog.STEP_SECONDS, watchdog.TICK_SECONDS, watchdog.END_SECONDS = 3.0, 0.1, 2.0
+
+    def changed(self) -> None:
+        if self.done >= self.at and not self.hung.exists():
+            self.hung.touch()
+            time.sleep(600)
 
 
 def evaluate_by_tasks(config: Config, **given: Any) -> EvaluateResult:

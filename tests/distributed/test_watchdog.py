@@ -1,0 +1,81 @@
+"""A worker that hangs leaves its stacks and ends; one that is slow, or waits for a slow one, goes on."""
+
+from __future__ import annotations
+
+import faulthandler
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.multiprocessing
+from gloo_workers import hang
+
+from ncsn.config import from_yaml
+from ncsn.data.training_images import CachedSplit
+from ncsn.model.checkpoint_store import CheckpointStore
+from ncsn.training import loop, watchdog
+from ncsn.training.context import WorkerContext
+from ncsn.training.loop import TrainingJob, train_loop
+
+
+@pytest.mark.parametrize(
+    ("each", "longest", "changes", "ends"),
+    [
+        pytest.param(0.0, 20.0, {}, True, id="hangs"),
+        pytest.param(0.1, 0.4, {}, False, id="slow"),
+        pytest.param(0.0, 0.8, {"fetching": True}, False, id="waits for the store"),
+        pytest.param(0.0, 0.8, {"guarded": False}, False, id="in a notebook"),
+    ],
+)
+def test_a_process_of_a_worker_ends_where_it_hangs(
+    tiny: str,
+    dataset: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    each: float,
+    longest: float,
+    changes: dict[str, bool],
+    ends: bool,
+) -> None:
+    """A step may take 0.2 s in any case. Each draw takes some time, and the fifth longer, until the process ends."""
+    orders, draws, draw_batch = list[dict[str, Any]](), list[int](), loop.draw_batch
+    stacks = tmp_path / "hung" / "worker-0.txt"
+
+    def slow_draw(*args: Any, first: int, **given: Any) -> Any:
+        draws.append(first)
+        until = time.monotonic() + (longest if first == 64 else each)
+        while time.monotonic() < until and not stacks.exists():
+            time.sleep(0.01)
+        return draw_batch(*args, first=first, **given)
+
+    monkeypatch.setattr(faulthandler, "dump_traceback_later", lambda _, **order: orders.append(order))
+    monkeypatch.setattr(watchdog, "STEP_SECONDS", 0.2)
+    monkeypatch.setattr(watchdog, "TICK_SECONDS", 0.01)
+    monkeypatch.setattr(loop, "draw_batch", slow_draw)
+    monkeypatch.setattr(loop, "CHECK_SECONDS", 0.0)  # steps are looked at one by one, as where they are slow
+    monkeypatch.setattr(CachedSplit, "fetching", changes.get("fetching", False))
+    context, job = WorkerContext(), TrainingJob(config=from_yaml(tiny), dataset=dataset)
+    context.hung = str(stacks.parent) if changes.get("guarded", True) else None
+    train_loop(job, context, CheckpointStore(str(tmp_path / "checkpoints")))
+    assert draws == list(range(0, 160, 16))
+    assert orders == ([{"exit": True, "file": 2}] if ends else [])
+    if ends:
+        assert "in slow_draw" in stacks.read_text()
+
+
+@pytest.mark.slow
+def test_of_four_workers_one_hangs_after_another_was_long_at_a_checkpoint(
+    tiny: str, dataset: str, tmp_path: Path
+) -> None:
+    """All of them end soon, and their stacks say which one hangs."""
+    config = from_yaml(tiny, overrides=["train.checkpoint_every_images=32"])
+    job = TrainingJob(config=config, dataset=dataset)
+    workers = torch.multiprocessing.spawn(hang, (4, job, str(tmp_path)), nprocs=4, join=False).processes
+    for worker in workers:
+        worker.join(60)
+        worker.kill()
+    assert [worker.exitcode for worker in workers] == [1] * 4
+    assert list(CheckpointStore(str(tmp_path / "checkpoints")).names())[-1] == "images-000000032"
+    stacks = [(tmp_path / "hung" / f"worker-{rank}.txt").read_text() for rank in range(4)]
+    assert ["in hangs" in stack for stack in stacks] == [False, False, True, False]
