@@ -48,12 +48,16 @@ class Watchdog:
 
     def stepped(self) -> None:
         """All workers have come this far, on their devices too."""
-        self._usual = max(self._now - self._since, self._usual / 2)
-        self._since, self._limit = self._now, max(STEP_SECONDS, SLOWER * self._usual)
+        self._usual /= 2
+        self._allow(STEP_SECONDS)
 
     def expect_long(self) -> None:
         """Until `stepped`, this worker or one that it waits for may do more than steps. To be called by all."""
-        self._since, self._limit = self._now, max(LONG_SECONDS, self._limit)
+        self._allow(LONG_SECONDS)
+
+    def _allow(self, least: float) -> None:
+        self._usual = max(self._now - self._since, self._usual)
+        self._since, self._limit = self._now, max(least, SLOWER * self._usual)
 
     def _watch(self, folder: str) -> None:
         while self._now - self._since <= self._limit:

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from local_training import assert_close_tensors, assert_same_tensors, train_locally
-from on_ray import HangsWorker, KillsWorker, evaluate_by_tasks, live_scores
+from on_ray import KillsWorker, evaluate_by_tasks, live_scores
 from ray_driver import RayDriver, ray_driver, with_environment, with_progress
 from refused import refused
 
@@ -93,43 +93,28 @@ def test_two_workers_follow_one(trained: Path, tiny: str, dataset: str, tmp_path
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("hangs", [False, True])
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_killed_worker_and_a_damaged_checkpoint_change_nothing(
-    cluster: Cluster, trained: Path, tiny: str, dataset: str, tmp_path: Path, workers: int
+    cluster: Cluster, trained: Path, tiny: str, dataset: str, tmp_path: Path, workers: int, hangs: bool
 ) -> None:
     """Bit for bit the weights, EMA and optimizer of the run that nothing disturbed."""
     last, run = "images-000000160", tmp_path / "run"
-    kill = KillsWorker(128, tmp_path / "killed", cut=run / "checkpoints" / "images-000000096")
+    kill = KillsWorker(128, tmp_path / "killed", cut=run / "checkpoints" / "images-000000096", hangs=hangs)
     config = from_yaml(tiny, overrides=[f"compute.num_workers={workers}", "train.checkpoint_every_images=48"])
     job = TrainingJob(config=config, dataset=dataset, progress=kill)
     outcome = cluster.driver(trainer.train, job, run_uri=str(run))
     (note,) = outcome.notes
     assert all(name in note for name in ("images-000000096", "weights.safetensors", "images-000000048"))
     assert kill.killed.exists()
+    stacks = {path.name: "on_ray.py" in path.read_text() for path in run.glob(f"{trainer.HUNG}/*")}
+    assert stacks == ({f"worker-{rank}.txt": rank == 0 for rank in range(workers)} if hangs else {})
     if workers == 1:
         train_locally(TrainingJob(config=config, dataset=dataset), tmp_path / "whole")
     whole = trained / "checkpoints" if workers == 2 else tmp_path / "whole"
     assert_same_tensors(whole / last, run / "checkpoints" / last)
     names = sorted(path.name for path in (run / "checkpoints").iterdir())
     assert names == [f"images-{seen:09d}" for seen in (48, 96, 144, 160)]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_worker_that_hangs_changes_nothing(
-    cluster: Cluster, trained: Path, tiny: str, dataset: str, tmp_path: Path, workers: int
-) -> None:
-    """Its process and those that wait for it end, with their stacks in the run's folder."""
-    last, run = "images-000000160", tmp_path / "run"
-    config = from_yaml(tiny, overrides=[f"compute.num_workers={workers}"])
-    job = TrainingJob(config=config, dataset=dataset, progress=HangsWorker(128, tmp_path / "once"))
-    cluster.driver(trainer.train, job, run_uri=str(run))
-    stacks = {path.name: "on_ray.py" in path.read_text() for path in (run / trainer.HUNG).iterdir()}
-    assert stacks == {f"worker-{rank}.txt": rank == 0 for rank in range(workers)}
-    if workers == 1:
-        train_locally(TrainingJob(config=config, dataset=dataset), tmp_path / "whole")
-    whole = trained / "checkpoints" if workers == 2 else tmp_path / "whole"
-    assert_same_tensors(whole / last, run / "checkpoints" / last)
 
 
 def test_a_mistake_is_not_retried(cluster: Cluster, trained: Path, tiny: str, dataset: str) -> None:

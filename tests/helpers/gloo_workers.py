@@ -70,20 +70,16 @@ def hang(rank: int, world_size: int, job: TrainingJob, folder: str) -> None:
     watchdog.STEP_SECONDS, watchdog.SLOWER, watchdog.TICK_SECONDS, watchdog.END_SECONDS = 1.0, 2, 0.02, 3.0
     step, save = Training.step, Training.save
 
-    def steps(training: Training) -> None:
+    def hangs(training: Training) -> None:
         if rank == 2 and training.state.images_seen == 80:
-            hangs()
+            time.sleep(600)
         step(training)
 
-    def saves(training: Training) -> None:
-        if rank == 0:
-            time.sleep(4)
+    def is_long(training: Training) -> None:
+        time.sleep(0 if rank else 4)
         save(training)
 
-    def hangs() -> None:
-        time.sleep(600)
-
-    Training.step, Training.save = steps, saves  # type: ignore[method-assign]
+    Training.step, Training.save = hangs, is_long  # type: ignore[method-assign]
     context = GlooContext(rank, world_size)
     context.hung = f"{folder}/hung"
     with group(rank, world_size, folder):

@@ -21,14 +21,19 @@ from ncsn.training import watchdog
 
 
 class KillsWorker(Progress):
-    """Once, when training has seen that many images, makes the file `killed` and kills its process, that of rank 0.
+    """Once, when training has seen that many images, makes the file `killed` and kills its process, or lets it hang.
 
-    The checkpoint `cut` loses half of its weights first.
+    It is that of rank 0. The checkpoint `cut` loses half of its weights first.
     """
 
-    def __init__(self, at: int, killed: Path, *, cut: Path) -> None:
+    def __init__(self, at: int, killed: Path, *, cut: Path, hangs: bool) -> None:
         super().__init__()
-        self.at, self.killed, self.cut = at, killed, cut
+        self.at, self.killed, self.cut, self.hangs = at, killed, cut, hangs
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """In each worker, where a few seconds take the place of minutes."""
+        self.__dict__ |= state
+        watchdog.STEP_SECONDS, watchdog.TICK_SECONDS, watchdog.END_SECONDS = 3.0, 0.1, 2.0
 
     def changed(self) -> None:
         if self.done < self.at or self.killed.exists():
@@ -38,25 +43,9 @@ class KillsWorker(Progress):
         weights = self.cut / "weights.safetensors"
         os.truncate(weights, weights.stat().st_size // 2)
         self.killed.touch()
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-class HangsWorker(Progress):
-    """Once, when training has seen that many images, makes the file `hung` and hangs, on rank 0."""
-
-    def __init__(self, at: int, hung: Path) -> None:
-        super().__init__()
-        self.at, self.hung = at, hung
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """In each worker, which gets a copy: a few seconds in place of minutes."""
-        self.__dict__ |= state
-        watchdog.STEP_SECONDS, watchdog.TICK_SECONDS, watchdog.END_SECONDS = 3.0, 0.1, 2.0
-
-    def changed(self) -> None:
-        if self.done >= self.at and not self.hung.exists():
-            self.hung.touch()
+        if self.hangs:
             time.sleep(600)
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def evaluate_by_tasks(config: Config, **given: Any) -> EvaluateResult:
