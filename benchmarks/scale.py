@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ncsn.config import Config, from_yaml
-from ncsn.model import build
-from ncsn.tools.plan import forward_flop
+from ncsn.tools.roofline import works
 
 GPUS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 GPUS_PER_NODE = 8
@@ -48,10 +47,10 @@ class Work:
     @classmethod
     def of(cls, config: Config) -> Work:
         """Counted from the network itself."""
-        network, data = build.network(config).to("meta"), config.data  # on a CPU it takes shortcuts
+        (network, training, _), data = works(config), config.data
         return cls(
             parameters=sum(parameter.numel() for parameter in network.parameters()),
-            flop=3.0 * forward_flop(network, config),
+            flop=training.flop,
             image_bytes=data.channels * data.image_size**2,
             batch=config.train.batch_size,
             checkpoint_every=config.train.checkpoint_every_images,

@@ -1,8 +1,7 @@
-"""What training and sampling will take, by a few steps on noise that are measured here, or by the network's FLOP."""
+"""What training and sampling will take, by a few steps on noise that are measured here, or by a model of a GPU."""
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Callable
@@ -10,15 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor
 
 from ncsn.config import Config
 from ncsn.config.training import AutoNoiseConfig
 from ncsn.core.losses import Batch
 from ncsn.core.noise_schedule import best_epsilon
 from ncsn.core.samplers.settings import AnnealedLangevin
-from ncsn.core.training import EVALUATIONS_PER_STEP, train_step
+from ncsn.core.training import train_step
 from ncsn.data.format import load_manifest
 from ncsn.data.noise_levels import resolve_noise
 from ncsn.errors import UserError
@@ -26,6 +24,7 @@ from ncsn.model import build
 from ncsn.model.generate import evaluations_per_image
 from ncsn.model.memory import kept_bytes
 from ncsn.runs.folder import cost_of, read_step, run_folder
+from ncsn.tools.roofline import SHARE, works
 
 _STATE_BYTES = 5 * 4  # per parameter in float32: weights, their average, gradients, and Adam's two moments
 SECONDS = 0.25  # of one measurement, at least
@@ -75,7 +74,7 @@ def measure_speed(config: Config) -> Speed:
     """Time a few training steps and evaluations of one worker's share; the config has noise levels."""
     if config.compute.use_gpu and not torch.cuda.is_available():
         raise UserError(
-            "compute.use_gpu", "no GPU here to measure", hint="use false, or predict with --tflops N", value=True
+            "compute.use_gpu", "no GPU here to measure", hint="use false, or predict with --gpu h100", value=True
         )
     workers, cores = config.compute.max_workers, config.compute.cpus_per_worker
     device = torch.device(config.compute.device)
@@ -104,14 +103,6 @@ def measure_speed(config: Config) -> Speed:
         return Speed(_seconds(train, device) / per_image, _seconds(evaluate, device) / per_image)
     finally:
         torch.set_num_threads(before)
-
-
-def forward_flop(network: nn.Module, config: Config) -> int:
-    """FLOP of one image in a network on the device `meta`; a multiplication and its addition are two."""
-    image = torch.zeros(1, *config.data.network_shape, device="meta")
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network(image, torch.zeros(1, dtype=torch.int64, device="meta"))
-    return int(counter.get_total_flops())
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
@@ -154,11 +145,11 @@ def chosen_levels(config: Config, run: str) -> list[str]:
     return lines
 
 
-def plan(config: Config, run: str, *, tflops: float | None, price_per_hour: float | None) -> dict[str, Any]:
+def plan(config: Config, run: str, *, gpu: str | None, price_per_hour: float | None) -> dict[str, Any]:
     """Seconds, reserved hours and money of training and sampling, and a worker's memory, as plain values.
 
-    `tflops` is the rate of each worker; without one, the speed of this machine is measured. `price_per_hour` is that of
-    all workers together.
+    `gpu` is that of each worker, one of `roofline.GPUS`; without one, the speed of this machine is measured.
+    `price_per_hour` is that of all workers together.
     """
     config = with_levels(config, run)
     if isinstance(config.noise, AutoNoiseConfig):
@@ -166,19 +157,23 @@ def plan(config: Config, run: str, *, tflops: float | None, price_per_hour: floa
             "noise", "chosen from images that are not ingested yet", hint="run `ncsn ingest` first", value="auto"
         )
     compute, train, sampling = config.compute, config.train, config.sampling
-    network = build.network(config).to("meta")  # on a CPU it takes shortcuts
+    workers, nfe = compute.max_workers, evaluations_per_image(config)
+    network, training, evaluation = works(config)
     parameters = sum(parameter.numel() for parameter in network.parameters())
-    flop, nfe = forward_flop(network, config), evaluations_per_image(config)
-    if tflops is None:
+    if gpu is None:
         speed, basis = measure_speed(config), f"measured on this machine ({Machine.here()})"
     else:
-        seconds = flop / (1e12 * tflops * compute.max_workers)
-        speed, basis = Speed(EVALUATIONS_PER_STEP * seconds, seconds), f"{compute.max_workers} x {tflops:g} TFLOP/s"
+        of_worker = (
+            training.seconds(gpu, precision=train.precision),
+            evaluation.seconds(gpu, precision=sampling.precision),
+        )
+        speed = Speed(*(seconds / workers for seconds in of_worker))
+        basis = f"predicted for {workers} x {gpu} at {SHARE:.0%} of what its data sheet allows"
     taken = {
         "train": train.num_images * speed.train_image,
         "sample": sampling.num_images * nfe * speed.evaluate_image,
     }
-    together = compute.microbatch or math.ceil(train.batch_size / compute.max_workers)
+    together = compute.microbatch or training.images
     maps = kept_bytes(network, config) * together / (1 if train.precision == "float32" else 2)
     steps = {step: cost_of(config, step, seconds)._asdict() for step, seconds in taken.items()}
     if price_per_hour is not None:
@@ -189,7 +184,7 @@ def plan(config: Config, run: str, *, tflops: float | None, price_per_hour: floa
         "images_per_second": 1 / speed.train_image,
         "nfe": nfe,
         "parameters": parameters,
-        "gflop": {"train": EVALUATIONS_PER_STEP * flop / 1e9, "sample": flop / 1e9},
+        "gflop": {"train": training.flop / 1e9, "sample": evaluation.flop / 1e9},
         "worker_gb": (_STATE_BYTES * parameters + maps) / 1e9,
         "notes": build.noise_notes(config, images=train.num_images),
     }

@@ -1,0 +1,97 @@
+"""What a network asks of a GPU, counted without one, and how long it should take there: a model, not a measurement."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from ncsn.config import Config
+from ncsn.core.losses import Batch
+from ncsn.model import build
+
+# FLOP/s of matrix products in bfloat16 and bytes/s from and to memory, at most, by data sheets.
+GPUS = {"a100": (312e12, 2.04e12), "h100": (989e12, 3.35e12), "h200": (989e12, 4.8e12)}
+# Of that, training reaches half: so does NVIDIA's ResNet-50 on an A100 of 80 GB, with 2,470 images/s in mixed precision
+# (DeepLearningExamples, PyTorch/Classification/ConvNets/resnet50v1.5, measured in container 21.03).
+SHARE = 0.5
+# Of an update, in values of two bytes for each parameter: ten of float32, of which nine are Adam's and the EMA's.
+_OF_UPDATE = 20
+
+
+class Work(TorchDispatchMode):
+    """Counts the operations of a block, for tensors on the device `meta`, as a GPU does them in a compiled network.
+
+    An elementwise operation is fused with others: it reads what they have written, and what it makes is written when
+    another kind of operation reads it. A norm reads its maps twice, and what it makes is fused too.
+    """
+
+    def __init__(self, images: int) -> None:
+        super().__init__()
+        self.images = images
+        self.operations: list[tuple[int, int]] = []  # FLOP, and values from and to memory; before fusion
+        self._unwritten: set[int] = set()  # storages
+
+    @property
+    def flop(self) -> float:
+        """Of an image; a multiplication and its addition are two."""
+        return sum(flop for flop, _ in self.operations) / self.images
+
+    @property
+    def bytes(self) -> float:
+        """Of an image, from and to memory in bfloat16."""
+        return 2 * sum(values for _, values in self.operations) / self.images
+
+    def seconds(self, gpu: str, *, precision: str) -> float:
+        """Predicted for an image. Each operation waits for its products or for memory; float32 takes twice as long."""
+        flops, bandwidth = GPUS[gpu]
+        least = sum(max(flop / flops, 2 * values / bandwidth) for flop, values in self.operations)
+        return least / self.images / SHARE * (2 if precision == "float32" else 1)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func.is_view:
+            return result
+        given, made = (
+            [(x.untyped_storage()._cdata, x.numel()) for x in tree_leaves(tree) if isinstance(x, Tensor)]
+            for tree in ((args, kwargs), result)
+        )
+        read, written = (sum(values for _, values in each) for each in (given, made))
+        passed = sum(values for place, values in given if place in self._unwritten)
+        elementwise, norm = torch.Tag.pointwise in func.tags or "_to_copy" in func.name(), "_norm" in func.name()
+        if not elementwise:
+            self._unwritten -= {place for place, _ in given}
+        self._unwritten -= {place for place, _ in made}
+        if elementwise or norm:
+            self._unwritten |= {place for place, _ in made}
+        flop = flop_registry.get(func.overloadpacket, lambda *_, **__: 0)(*args, **kwargs, out_val=result)
+        values = read - passed if elementwise else 2 * read if norm else read + passed + written
+        self.operations.append((flop, values))
+        return result
+
+
+def works(config: Config) -> tuple[nn.Module, Work, Work]:
+    """The network without values, and the work of one worker: a training step, and the scores of a batch of samples."""
+    shape, loss = config.data.network_shape, build.loss(config)
+    share = math.ceil(config.train.batch_size / config.compute.max_workers)
+    with torch.device("meta"):
+        network = build.network(config).to("meta")
+        images, samples = torch.empty(share, *shape), torch.empty(config.sampling.batch_size, *shape)
+        of_images, of_samples = (torch.empty(len(each), dtype=torch.int64) for each in (images, samples))
+        projections = torch.empty(loss.num_projections, *images.shape)
+    level = None if config.noise.training.kind == "lognormal" else of_images
+    with Work(len(images)) as training:
+        loss(network, Batch(images, images[:, 0, 0, 0], images, level, projections)).loss.backward()
+    training.operations.append((0, _OF_UPDATE * sum(parameter.numel() for parameter in network.parameters())))
+    with torch.no_grad(), Work(len(samples)) as sampling:
+        network(samples, of_samples)
+    return network, training, sampling
