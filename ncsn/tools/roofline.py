@@ -25,7 +25,7 @@ SHARE = 0.5
 _OF_UPDATE = 20
 
 
-class Work(TorchDispatchMode):
+class Work(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the operations of a block, for tensors on the device `meta`, as a GPU does them in a compiled network.
 
     An elementwise operation is fused with others: it reads what they have written, and what it makes is written when
@@ -33,7 +33,7 @@ class Work(TorchDispatchMode):
     """
 
     def __init__(self, images: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.images = images
         self.operations: list[tuple[int, int]] = []  # FLOP, and values from and to memory; before fusion
         self._unwritten: set[int] = set()  # storages
@@ -90,7 +90,7 @@ def works(config: Config) -> tuple[nn.Module, Work, Work]:
         projections = torch.empty(loss.num_projections, *images.shape)
     level = None if config.noise.training.kind == "lognormal" else of_images
     with Work(len(images)) as training:
-        loss(network, Batch(images, images[:, 0, 0, 0], images, level, projections)).loss.backward()
+        torch.autograd.backward(loss(network, Batch(images, images[:, 0, 0, 0], images, level, projections)).loss)
     training.operations.append((0, _OF_UPDATE * sum(parameter.numel() for parameter in network.parameters())))
     with torch.no_grad(), Work(len(samples)) as sampling:
         network(samples, of_samples)

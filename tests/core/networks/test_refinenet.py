@@ -56,6 +56,14 @@ def x():
     return torch.rand(3, 2, 12, 8, generator=torch.Generator().manual_seed(0))
 
 
+@pytest.mark.parametrize("name", ["network", "unconditional"])
+def test_a_network_compiles_to_one_graph(name, x, request):
+    network, level = request.getfixturevalue(name), torch.tensor([3, 0, 2])
+    torch._dynamo.reset()
+    compiled = torch.compile(network, fullgraph=True, backend="eager")  # raises where the graph would break
+    torch.testing.assert_close(compiled(x, level), network(x, level))
+
+
 def test_a_network_for_its_own_levels_refuses_another_sigma(network, x):
     with pytest.raises(ValueError, match="own noise levels"):
         network(x, sigma=torch.ones(len(x)))

@@ -1,0 +1,143 @@
+"""Each recipe for GPUs on a pretended one: where it waits, and in which type and order it computes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pretended_gpu import Call, PretendedGpu, backward, pretended_gpu
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ncsn.config import Config, from_yaml
+from ncsn.core import augmentation, training_noise
+from ncsn.core.losses import Batch
+from ncsn.core.training import train_step
+from ncsn.data.format import Rows
+from ncsn.evaluation.extractors import Extractor, published
+from ncsn.evaluation.extractors.classifier import ClassifierNetwork, ClassifierRecipe
+from ncsn.model import build
+from ncsn.training.batches import draw_batch
+from ncsn.training.context import WorkerContext
+from ncsn.training.monitor import Curves
+
+CUDA = torch.device("cuda", 0)
+COUNT = 4
+SMALL = {
+    "ncsn": ("network.num_features=8",),
+    "ncsnv2": ("network.num_features=8",),
+    "unet": ("network.widths=[16, 16]", "network.blocks_per_resolution=1", "network.embedding_features=16"),
+    "ddpmpp": ("network.base_width=16", "network.multipliers=[1, 1, 1]", "network.blocks_per_resolution=1"),
+}
+
+
+def gpu_recipes() -> Iterator[Config]:
+    for path in sorted((Path(__file__).parents[2] / "configs").glob("*.yaml")):
+        config = from_yaml(path.read_text())
+        if config.compute.use_gpu:
+            yield from_yaml(path.read_text(), overrides=[f"train.batch_size={COUNT}", *SMALL[config.network.kind]])
+
+
+RECIPES = {config.name: config for config in gpu_recipes()}
+
+
+@pytest.fixture
+def gpu() -> Iterator[PretendedGpu]:
+    caches = augmentation._filters, training_noise._edges  # constants on a device
+    with pretended_gpu() as gpu:
+        for each in caches:
+            each.cache_clear()
+        yield gpu
+    for each in caches:
+        each.cache_clear()
+
+
+class Split:
+    """Gray training images, as `draw_batch` takes them."""
+
+    def __init__(self, config: Config) -> None:
+        self.shape = config.data.stored_shape
+
+    def ordered(self, seed: int, *, first: int, count: int) -> Rows:
+        return Rows(np.full((count, *self.shape), 128, np.uint8), np.zeros(count, np.int64))
+
+
+def maps(call: Call) -> list[Tensor]:
+    return [each for each in (*call.given, *call.made) if each.ndim == 4]
+
+
+def assert_convolutions_are_for_tensor_cores(calls: list[Call]) -> None:
+    convolutions = [call for call in calls if call.name.startswith("convolution")]
+    assert {each.dtype for call in convolutions for each in maps(call)} == {torch.bfloat16}
+    # cuDNN computes in the order of the weights, and copies images of another: those that PyTorch's group norm gives. A
+    # compiled network keeps the order.
+    weights = [call.given[1 if call.name == "convolution" else 2] for call in convolutions]
+    assert all(each.is_contiguous(memory_format=torch.channels_last) for each in weights)
+
+
+def test_the_backward_pass_is_that_of_pytorch() -> None:
+    def loss(weight: Tensor, bias: Tensor) -> Tensor:
+        one, other = functional.linear(torch.ones(2, 3), weight, bias).tanh().chunk(2, dim=1)
+        return (one * other + weight.mean()).exp().sum()
+
+    leaves = torch.linspace(-1, 1, 12).view(4, 3).requires_grad_(), torch.ones(4, requires_grad=True)
+    expected = torch.autograd.grad(loss(*leaves), leaves)
+    backward(loss(*leaves))
+    assert all(torch.equal(leaf.grad, gradient) for leaf, gradient in zip(leaves, expected, strict=True))
+
+
+@pytest.mark.parametrize("config", RECIPES.values(), ids=RECIPES)
+def test_a_step_waits_for_nothing_and_convolves_in_bfloat16_with_channels_last(
+    config: Config, gpu: PretendedGpu
+) -> None:
+    state = build.train_state(config, device=CUDA)
+    loss, options = build.loss(config, state.uncertainty), build.step_options(config, world_size=1)
+    curves, split, order = Curves(config, WorkerContext(CUDA)), Split(config), build.memory_format(config)
+
+    def drawn() -> Batch:
+        return draw_batch(config, split, first=0, count=COUNT).to(CUDA, memory_format=order).augmented()
+
+    # Constants are copied once.
+    curves.add(drawn(), torch.zeros(COUNT, device=CUDA), torch.zeros((), device=CUDA), images=COUNT)
+    gpu.calls.clear()
+    batch = drawn()
+    losses, norm = train_step(state.network, batch, state=state, loss=loss, options=options)
+    curves.add(batch, losses, norm, images=COUNT)
+    assert [call for call in gpu.calls if call.waits] == []
+    assert_convolutions_are_for_tensor_cores(gpu.calls)
+    moments = [each for slots in state.optimizer.state.values() for each in slots.values()]
+    kept = [
+        *state.network.parameters(),
+        *(each.grad for each in state.network.parameters()),
+        *state.ema.weights.values(),
+    ]
+    assert {(each.device, each.dtype) for each in (losses, norm, *kept, *moments)} == {(CUDA, torch.float32)}
+    assert (losses.shape, norm.shape) == ((COUNT,), ())
+
+
+@pytest.fixture
+def inception(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Extractor:
+    """Without its weights, on the GPU."""
+    torch.save({}, empty := tmp_path / "empty.pth")
+    monkeypatch.setattr(published, "obtain_weights", lambda *_, **__: empty)
+    monkeypatch.setattr(nn.Module, "load_state_dict", lambda *_, **__: None)
+    with torch.device("meta"):
+        return published.InceptionExtractor("weights", device="cuda:0")
+
+
+@pytest.fixture
+def classifier() -> Extractor:
+    return ClassifierNetwork(ClassifierRecipe(shape=(32, 32, 3), num_classes=10, epochs=1, seed=0)).eval().to(CUDA)
+
+
+@pytest.mark.parametrize("kind", ["inception", "classifier"])
+def test_features_are_extracted_in_float32(kind: str, gpu: PretendedGpu, request: pytest.FixtureRequest) -> None:
+    extractor: Extractor = request.getfixturevalue(kind)
+    gpu.calls.clear()
+    found = extractor.extract(np.zeros((COUNT, 32, 32, 3), np.uint8))
+    assert len(found.features) == len(found.log_probabilities) == COUNT
+    assert {each.dtype for call in gpu.calls if call.name == "convolution" for each in maps(call)} == {torch.float32}
+    assert len([call for call in gpu.calls if call.waits]) <= 3  # images, features and probabilities
