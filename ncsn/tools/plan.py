@@ -163,11 +163,9 @@ def plan(config: Config, run: str, *, gpu: str | None, price_per_hour: float | N
     if gpu is None:
         speed, basis = measure_speed(config), f"measured on this machine ({Machine.here()})"
     else:
-        of_worker = (
-            training.seconds(gpu, precision=train.precision),
-            evaluation.seconds(gpu, precision=sampling.precision),
-        )
-        speed = Speed(*(seconds / workers for seconds in of_worker))
+        train_image = training.seconds(gpu, precision=train.precision)
+        precision = {"auto": train.precision}.get(sampling.precision, sampling.precision)
+        speed = Speed(train_image / workers, evaluation.seconds(gpu, precision=precision) / workers)
         basis = f"predicted for {workers} x {gpu} at {SHARE:.0%} of what its data sheet allows"
     taken = {
         "train": train.num_images * speed.train_image,

@@ -14,12 +14,15 @@ from torch.nn import functional
 
 from ncsn.config import Config, from_yaml
 from ncsn.core import augmentation, training_noise
+from ncsn.core.images import fit_moments
 from ncsn.core.losses import Batch
 from ncsn.core.training import train_step
 from ncsn.data.format import Rows
 from ncsn.evaluation.extractors import Extractor, published
 from ncsn.evaluation.extractors.classifier import ClassifierNetwork, ClassifierRecipe
-from ncsn.model import build
+from ncsn.model import build, generate
+from ncsn.model.checkpoint import TrainedNetwork
+from ncsn.model.classes import Classes
 from ncsn.training.batches import draw_batch
 from ncsn.training.context import WorkerContext
 from ncsn.training.monitor import Curves
@@ -32,16 +35,23 @@ SMALL = {
     "unet": ("network.widths=[16, 16]", "network.blocks_per_resolution=1", "network.embedding_features=16"),
     "ddpmpp": ("network.base_width=16", "network.multipliers=[1, 1, 1]", "network.blocks_per_resolution=1"),
 }
+CHAIN = {
+    "annealed_langevin": ("noise.num_levels=2", "sampling.sampler.steps_per_level=1"),
+    "karras_heun": ("sampling.sampler.num_steps=2",),
+}
 
 
 def gpu_recipes() -> Iterator[Config]:
     for path in sorted((Path(__file__).parents[2] / "configs").glob("*.yaml")):
         config = from_yaml(path.read_text())
         if config.compute.use_gpu:
-            yield from_yaml(path.read_text(), overrides=[f"train.batch_size={COUNT}", *SMALL[config.network.kind]])
+            small = (*SMALL[config.network.kind], *CHAIN[config.sampling.sampler.kind])
+            yield from_yaml(path.read_text(), overrides=[f"train.batch_size={COUNT}", *small])
 
 
 RECIPES = {config.name: config for config in gpu_recipes()}
+# The last of each kind of network and chain.
+CHAINS = {(each.network.kind, each.sampling.sampler.kind, each.data.num_classes): each for each in RECIPES.values()}
 
 
 @pytest.fixture
@@ -116,6 +126,31 @@ def test_a_step_waits_for_nothing_and_convolves_in_bfloat16_with_channels_last(
     ]
     assert {(each.device, each.dtype) for each in (losses, norm, *kept, *moments)} == {(CUDA, torch.float32)}
     assert (losses.shape, norm.shape) == ((COUNT,), ())
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer")  # of a copy of a network
+@pytest.mark.parametrize("config", CHAINS.values(), ids=lambda config: config.name)
+def test_a_chain_waits_for_no_score_and_convolves_in_bfloat16_with_channels_last(
+    config: Config, gpu: PretendedGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generate, "level_images", lambda x, *_: x)  # which reads the values
+    network = build.network(config).eval().to(CUDA)
+    classes = Classes(tuple("abcdefghij"), (5,) * 10) if config.data.num_classes else None
+    moments = fit_moments(torch.rand(3, *config.data.network_shape))
+    guided = {"guidance": {"kind": "classifier_free", "weight": 2.0}} if classes else {}
+    sampling = config.sampling.model_validate(config.sampling.model_dump() | guided)
+    trained = TrainedNetwork(config=config, network=network, moments=moments, classes=classes)
+    found = generate.generate(
+        trained,
+        sampling=sampling,
+        first=0,
+        count=COUNT,
+        device=CUDA,
+        on_level=lambda stage, _: None if stage else gpu.calls.clear(),  # of what precedes the chain
+    )
+    assert (found.shape, found.dtype, found.device) == ((COUNT, *config.data.network_shape), torch.float32, CUDA)
+    assert [call for call in gpu.calls if call.waits] == []
+    assert_convolutions_are_for_tensor_cores(gpu.calls)
 
 
 @pytest.fixture
