@@ -100,7 +100,7 @@ def test_a_killed_worker_and_a_damaged_checkpoint_change_nothing(
 ) -> None:
     """Bit for bit the weights, EMA and optimizer of the run that nothing disturbed."""
     last, run = "images-000000160", tmp_path / "run"
-    kill = KillsWorker(128, tmp_path / "killed", cut=run / "checkpoints" / "images-000000096", hangs=hangs)
+    kill = KillsWorker(112, tmp_path / "killed", cut=run / "checkpoints" / "images-000000096", hangs=hangs)
     config = from_yaml(tiny, overrides=[f"compute.num_workers={workers}", "train.checkpoint_every_images=48"])
     job = TrainingJob(config=config, dataset=dataset, progress=kill)
     outcome = cluster.driver(trainer.train, job, run_uri=str(run))

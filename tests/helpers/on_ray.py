@@ -17,7 +17,7 @@ from ncsn.evaluation.frechet import RunningDistance, RunningScore
 from ncsn.evaluation.reference import open_evaluator
 from ncsn.progress import Progress
 from ncsn.steps.evaluate import EvaluateResult, evaluate
-from ncsn.training import watchdog
+from ncsn.training import loop, watchdog
 
 
 class KillsWorker(Progress):
@@ -31,8 +31,9 @@ class KillsWorker(Progress):
         self.at, self.killed, self.cut, self.hangs = at, killed, cut, hangs
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """In each worker, where a few seconds take the place of minutes."""
+        """In each worker, where a few seconds take the place of minutes, and steps are looked at one by one."""
         self.__dict__ |= state
+        loop.CHECK_SECONDS = 0.0
         watchdog.STEP_SECONDS, watchdog.TICK_SECONDS, watchdog.END_SECONDS = 3.0, 0.1, 2.0
 
     def changed(self) -> None:
