@@ -105,10 +105,10 @@ def test_a_step_waits_for_nothing_and_convolves_in_bfloat16_with_channels_last(
 ) -> None:
     state = build.train_state(config, device=CUDA)
     loss, options = build.loss(config, state.uncertainty), build.step_options(config, world_size=1)
-    curves, split, order = Curves(config, WorkerContext(CUDA)), Split(config), build.memory_format(config)
+    curves, split = Curves(config, WorkerContext(CUDA)), Split(config)
 
     def drawn() -> Batch:
-        return draw_batch(config, split, first=0, count=COUNT).to(CUDA, memory_format=order).augmented()
+        return draw_batch(config, split, first=0, count=COUNT).on(CUDA, config)
 
     # Constants are copied once.
     curves.add(drawn(), torch.zeros(COUNT, device=CUDA), torch.zeros((), device=CUDA), images=COUNT)
