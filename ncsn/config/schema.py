@@ -170,8 +170,9 @@ class SamplingConfig(Section):
     """How a pixel becomes a gray value: nearest = the nearest of 0, 1/255, ..., 1, as in the papers; exact = the
     inverse of what training saw: with data.dequantize, gray value k is anything from k/256 to (k + 1)/256. Likewise for
     uint16; float32 has no gray values."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the network's convolutions; the images themselves use float32."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of the network's convolutions; the images themselves use float32. auto = bfloat16 on a GPU for a
+    network that was trained in it, else float32."""
     label: str = Field("balanced", min_length=1)
     """Classes of the images, with data.num_classes: balanced = in turn; data = drawn as often as in the training
     images; or the name or number of one class."""

@@ -57,7 +57,7 @@ def keyed_uniform(
 
     They are odd multiples of 2^-24. The seed is in [0, 2^64); another size gives other numbers.
     """
-    return uniform_of(uniform_words(seed, stream=stream, first=first, count=count, size=size).to(device), size)
+    return uniform_of(to_device(uniform_words(seed, stream=stream, first=first, count=count, size=size), device), size)
 
 
 def uniform_words(seed: int, *, stream: int, first: int, count: int, size: int) -> Tensor:
@@ -79,7 +79,7 @@ def keyed_normal(
 
     The arguments are those of `keyed_uniform`.
     """
-    return normal_of(normal_words(seed, stream=stream, first=first, count=count, size=size).to(device), size)
+    return normal_of(to_device(normal_words(seed, stream=stream, first=first, count=count, size=size), device), size)
 
 
 def normal_words(seed: int, *, stream: int, first: int, count: int, size: int) -> Tensor:
@@ -136,6 +136,13 @@ class KeyedNoise:
             device=self.device,
         )
         return values.view(self.count, *self.shape)
+
+
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """The tensor of a CPU on a device; nothing waits for a copy to a GPU, which overlaps with what that computes."""
+    # A copy is asynchronous only from pinned memory.
+    source = tensor.pin_memory() if torch.device(device).type == "cuda" else tensor
+    return source.to(device, non_blocking=True)
 
 
 def _words(seed: int, *, kind: int, stream: int, first: int, count: int, words: int) -> Tensor:

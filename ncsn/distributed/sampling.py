@@ -23,13 +23,16 @@ from ncsn.distributed.ray_calls import call_all
 from ncsn.errors import InvalidValue
 from ncsn.evaluation.extractors import batches
 from ncsn.evaluation.features import extractor_of
-from ncsn.model.generate import Strip, generate, guide_of, image_labels
+from ncsn.model.generate import Strip, evaluations_per_image, generate, guide_of, image_labels
 from ncsn.model.trained import load_checkpoint_or_model
 from ncsn.progress import Progress
+from ncsn.training.context import WorkerContext, compiles
 
 Features = NDArray[np.float32]
 
 LEVELS = "levels.npy"  # file of the strip
+# Evaluations of the network by one worker from which it is compiled: a GPU takes minutes for them, as compiling does.
+MANY_EVALUATIONS = 2_000_000
 
 
 @dataclass(frozen=True)
@@ -171,9 +174,17 @@ def _score(part: Part) -> Features | None:
 
 
 def _generate(part: Part, on_level: Strip | None = None) -> NDArray[Any]:
-    device = part.config.compute.device
-    trained, first, count = _load(part.checkpoint, device=device), part.first, part.count
-    return generate(trained, sampling=part.sampling, first=first, count=count, device=device, on_level=on_level)
+    config, sampling, device = part.config, part.sampling, part.config.compute.device
+    trained, first = _load(part.checkpoint, device=device), part.first
+    share = evaluations_per_image(config) * config.sampling.num_images / config.compute.max_workers
+    many = part.folder is not None and share >= MANY_EVALUATIONS and device == "cuda"
+    compiled = many and compiles(config, WorkerContext(device))
+    # A compiled network takes one number of images: it is compiled again for another.
+    count = sampling.batch_size if compiled else part.count
+    images = generate(
+        trained, sampling=sampling, first=first, count=count, device=device, on_level=on_level, compiled=compiled
+    )
+    return images[: part.count]
 
 
 _load = lru_cache(maxsize=1)(load_checkpoint_or_model)

@@ -15,11 +15,13 @@ No generator state is kept, because all randomness is a function of (seed, place
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +115,28 @@ class TrainedNetwork:
     moments: DataMoments  # of the training images
     classes: Classes | None = None  # of a network with `data.num_classes`
     guide: TrainedNetwork | None = None  # of autoguidance, if it is kept with the network
+
+    @cached_property
+    def halved(self) -> nn.Module:
+        """A copy for evaluations under autocast to bfloat16, which would cast the same weights each time."""
+        network, device = copy.deepcopy(self.network), next(self.network.parameters()).device
+        # Not all: a network may keep some layers in float32, whatever the type of the others.
+        halved: list[nn.Module] = []
+
+        def note(module: nn.Module, _inputs: Any) -> None:
+            if torch.is_autocast_enabled(device.type):
+                halved.append(module)
+
+        layers = [each for each in network.modules() if isinstance(each, nn.Conv2d | nn.Linear)]
+        hooks = [layer.register_forward_pre_hook(note) for layer in layers]
+        with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16):
+            x = torch.zeros(1, *self.config.data.network_shape, device=device)
+            network(x, torch.zeros(1, dtype=torch.int64, device=device))
+        for hook in hooks:
+            hook.remove()
+        for layer in halved:
+            layer.to(torch.bfloat16)
+        return network
 
 
 @dataclass(frozen=True, kw_only=True)

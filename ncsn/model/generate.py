@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import lru_cache
 from typing import Any
 
@@ -22,12 +22,13 @@ from ncsn.core.losses import ScoreFunction
 from ncsn.core.networks.base import ContinuousNetwork
 from ncsn.core.samplers.chain import sample, start, visited
 from ncsn.core.samplers.guidance import AtLevels, Guided, Labeled, band_on_grid
+from ncsn.core.samplers.langevin import Fields
 from ncsn.errors import InvalidValue, UserError, shown_value
 from ncsn.model import build
 from ncsn.model.checkpoint import TrainedNetwork, weights_digest
 from ncsn.model.classes import AS_DATA, BALANCED
 from ncsn.model.trained import load_checkpoint_or_model
-from ncsn.process import keep_freed_memory
+from ncsn.process import keep_freed_memory, tune_cuda
 
 CHECKPOINT = "sampling.guidance.checkpoint"
 STRIP_IMAGES, STRIP_STAGES, STRIP_BYTES = 8, 12, 1_500_000
@@ -41,6 +42,7 @@ def generate(
     count: int,
     device: str | torch.device = "cpu",
     on_level: Callable[[int, Tensor], None] | None = None,
+    compiled: bool = False,
 ) -> NDArray[Any]:
     """Images `first .. first + count` of the seed as one batch, `[count, H, W, C]` as stored; the same in any batch.
 
@@ -48,29 +50,40 @@ def generate(
         trained: Its network is on `device`.
         on_level: Receives the number of each stage and the state as pixels around [0, 1]: 0 is the start, then one per
             visited level.
+        compiled: Compile the network, which takes a minute or more for each `count`.
 
     Raises:
         UserError: An image is not finite.
     """
     config, sampler, shape = trained.config, sampling.sampler, trained.config.data.network_shape
-    noise = KeyedNoise(sampling.seed, first=first, count=count, shape=shape, device=device)
+    noise = KeyedNoise(sampling.seed, first=first, count=count, shape=shape)
     labels = image_labels(trained, sampling, first=first, count=count)
-    kind, bfloat16 = torch.device(device).type, sampling.precision == "bfloat16"
-    if kind == "cpu":
-        keep_freed_memory()
-    with torch.inference_mode(), torch.autocast(kind, dtype=torch.bfloat16, enabled=bfloat16):
+    keep_freed_memory()
+    tune_cuda()
+    score = score_function(trained, sampling, labels=labels, compiled=compiled)
+    with torch.inference_mode():
+        # On the CPU, where products are exact.
         x = start(sampler, trained.moments, sigma_1=(sampling.levels or config.levels).sigma_1, noise=noise)
+        x = x.to(device, memory_format=_memory_format(trained))
         if on_level is not None:
             on_level(0, x)
         x = sample(
             sampler,
-            score_function(trained, sampling, labels=labels),
+            score,
             x=x,
-            sigmas=build.sigmas(config, sampling).to(device),
-            noise=noise,
+            sigmas=build.sigmas(config, sampling),
+            noise=replace(noise, device=device),
             on_level=None if on_level is None else lambda level, state: on_level(level + 1, state),
         )
     return level_images(x, sampling, config)
+
+
+def with_precision(sampling: SamplingConfig, trained: TrainedNetwork, device: str | torch.device) -> SamplingConfig:
+    """The settings with the precision that `auto` stands for on a device."""
+    if sampling.precision != "auto":
+        return sampling
+    half = torch.device(device).type == "cuda" and trained.config.train.precision == "bfloat16"
+    return sampling.model_copy(update={"precision": "bfloat16" if half else "float32"})
 
 
 def image_labels(trained: TrainedNetwork, sampling: SamplingConfig, *, first: int, count: int) -> Tensor | None:
@@ -108,7 +121,7 @@ class Strip:
 
     def __init__(self, sampling: SamplingConfig, config: Config) -> None:
         self._sampling, self._config = sampling, config
-        self._stages: dict[int, NDArray[Any]] = {}  # at most `STRIP_STAGES`, evenly spread, and always the last
+        self._stages: dict[int, Tensor] = {}  # at most `STRIP_STAGES`, evenly spread, and always the last
         self._every = 1
         values = math.prod(config.data.stored_shape)
         self._count = max(1, min(STRIP_IMAGES, STRIP_BYTES // (STRIP_STAGES * values)))
@@ -117,37 +130,70 @@ class Strip:
         """Keep some images of this stage, perhaps until the next."""
         for number in [number for number in self._stages if number % self._every]:
             del self._stages[number]
-        self._stages[stage] = level_images(x[: self._count], self._sampling, self._config)
+        self._stages[stage] = x[: self._count].clone()
         if stage % self._every == 0 and len(self._stages) == STRIP_STAGES:  # how many more will come is not known
             self._every *= 2
 
     def frames(self, images: NDArray[Any]) -> NDArray[Any]:
         """The kept stages `[stages, N, H, W, C]`, of which the last is of the finished `images`."""
-        self._stages[max(self._stages, default=0)] = images[: self._count]
-        return np.stack(list(self._stages.values()))
+        last = max(self._stages, default=0)
+        before = [level_images(x, self._sampling, self._config) for stage, x in self._stages.items() if stage != last]
+        return np.stack([*before, images[: self._count]])
 
 
-def score_function(trained: TrainedNetwork, sampling: SamplingConfig, *, labels: Tensor | None) -> ScoreFunction:
+def _memory_format(trained: TrainedNetwork) -> torch.memory_format:
+    """Of images and weights in sampling, where the network is."""
+    on_gpu = next(trained.network.parameters()).is_cuda
+    last = on_gpu and trained.config.compute.channels_last is not False
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def _evaluated(trained: TrainedNetwork, *, bfloat16: bool, compiled: bool) -> ScoreFunction:
+    """The network as samplers call it."""
+    network = trained.halved if bfloat16 else trained.network
+    if (layout := _memory_format(trained)) is torch.channels_last:
+        network.to(memory_format=layout)
+    if compiled:
+        network.compile()
+    if not bfloat16:
+        return network
+
+    def score(x: Tensor, level: Tensor | None = None, **noise_and_conditions: Tensor | None) -> Tensor:
+        # The network alone: what samplers do with its scores is exact.
+        with torch.autocast(x.device.type, dtype=torch.bfloat16):
+            result: Tensor = network(x, level, **noise_and_conditions)
+        return result
+
+    return score
+
+
+def score_function(
+    trained: TrainedNetwork, sampling: SamplingConfig, *, labels: Tensor | None, compiled: bool = False
+) -> ScoreFunction | Fields:
     """The score function for images of these labels, int64 [B]; None without classes."""
     device = next(trained.network.parameters()).device
+    bfloat16 = with_precision(sampling, trained, device).precision == "bfloat16"
     labels = None if labels is None else labels.to(device)
-    levels, guidance = build.sigmas(trained.config, sampling).to(device), sampling.guidance
-    network = trained.network if sampling.levels is None else AtLevels(trained.network, levels)
+    levels, guidance = build.sigmas(trained.config, sampling), sampling.guidance
+    network = _evaluated(trained, bfloat16=bfloat16, compiled=compiled)
+    if sampling.levels is not None:
+        network = AtLevels(network, levels.to(device))
     score = network if labels is None else Labeled(network, labels)
     if guidance is None or guidance.weight == 1:
         return score
     worse = guide_of(trained, sampling)
     if worse is not None:
         # Its own levels may be others.
-        any_sigma = isinstance(worse.network, ContinuousNetwork)
-        guide: ScoreFunction = AtLevels(worse.network, levels) if any_sigma else worse.network
+        guide = _evaluated(worse, bfloat16=bfloat16, compiled=compiled)
+        if isinstance(worse.network, ContinuousNetwork):
+            guide = AtLevels(guide, levels.to(device))
         if labels is not None and worse.config.data.num_classes is not None:
             guide = Labeled(guide, labels)
     else:
         assert labels is not None, "the config's rules"
         guide = Labeled(network, torch.full_like(labels, -1))
     band = band_on_grid(guidance.sigma_min, guidance.sigma_max, visited(sampling.sampler, levels))
-    return Guided(score, guide, weight=guidance.weight, band=band, sigmas=levels)
+    return Guided(score, guide, weight=guidance.weight, band=band)
 
 
 def evaluations_per_image(config: Config) -> int:
@@ -167,7 +213,7 @@ def evaluations_per_image(config: Config) -> int:
         return torch.zeros_like(x)
 
     nothing = torch.zeros(1, 1, 1, 1)
-    guided = Guided(zero, zero, weight=guidance.weight, band=band, sigmas=levels)
+    guided = Guided(zero, zero, weight=guidance.weight, band=band)
     sample(sampler, guided, x=nothing, sigmas=levels, noise=lambda _: nothing)
     return evaluations
 

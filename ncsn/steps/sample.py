@@ -22,7 +22,7 @@ from ncsn.evaluation.reference import open_evaluator
 from ncsn.model import build, checkpoint as checkpoints
 from ncsn.model.averages import ensure_average
 from ncsn.model.classes import require_label
-from ncsn.model.generate import evaluations_per_image, guide_of, sampling_facts
+from ncsn.model.generate import evaluations_per_image, guide_of, sampling_facts, with_precision
 from ncsn.progress import Progress
 from ncsn.report.images import grid_png, rows_by_class, strip_png
 from ncsn.steps.step import Step
@@ -68,7 +68,7 @@ def run(
     require_label(config.sampling.label, trained.classes)
     config = copy_guide(config, near=step.folder.uri)
     guide = guide_of(trained, config.sampling)
-    facts = sampling_facts(config.sampling, guide)
+    facts = sampling_facts(with_precision(config.sampling, trained, config.compute.device), guide)
     uri = storage.join(step.folder.samples, trained.digest, storage.digest(facts, 12))
     inputs = {"uri": uri, "num_images": config.sampling.num_images}
     if result := step.find_result(inputs, needs=lambda result: [result.uri, result.grid, result.strip]):

@@ -18,7 +18,7 @@ from ncsn.evaluation.features import SampleSet
 from ncsn.model import checkpoint as checkpoints
 from ncsn.model.checkpoint import TrainedNetwork
 from ncsn.model.classes import require_label
-from ncsn.model.generate import evaluations_per_image, guide_of, sampling_facts
+from ncsn.model.generate import evaluations_per_image, guide_of, sampling_facts, with_precision
 from ncsn.model.trained import TRAINED_CONFIG, load_model
 from ncsn.progress import Progress
 from ncsn.steps.sample import first_images_png
@@ -64,7 +64,9 @@ def sample_model(
             "model": model,
             "registry": shown(registry).removeprefix(SQLITE),
             "checkpoint_digest": version.tags.get("ncsn.checkpoint", ""),
-            **sampling_facts(config.sampling, guide_of(trained, config.sampling)),
+            **sampling_facts(
+                with_precision(config.sampling, trained, config.compute.device), guide_of(trained, config.sampling)
+            ),
         }
         source = storage.relative_uris(source, storage.absolute(root))
         default = storage.join(near, "generated", version.name, str(version.version), storage.digest(source, 12))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from ncsn.core.keyed_random import (
     keyed_uniform,
     normal_of,
     normal_words,
+    to_device,
     uniform_of,
     uniform_words,
 )
@@ -48,12 +50,8 @@ class DrawnBatch:
     transforms: Transforms | None
 
     def on(self, device: torch.device, config: Config) -> Batch:
-        """The batch on the device. Copies to a GPU overlap with what it computes, and nothing here waits for it."""
-
-        def moved(part: Tensor) -> Tensor:
-            # A copy is asynchronous only from pinned memory.
-            return (part.pin_memory() if device.type == "cuda" else part).to(device, non_blocking=True)
-
+        """The batch on the device. Nothing here waits for a GPU."""
+        moved = partial(to_device, device=device)
         x = _encoded(config, moved(self.images), None if self.gray is None else moved(self.gray))
         if self.mirrored is not None:
             x = mirror(x, moved(self.mirrored))

@@ -18,7 +18,15 @@ from ncsn.core.samplers.chain import visited
 from ncsn.model import build, checkpoint
 from ncsn.model.checkpoint import TrainedNetwork, weights_digest
 from ncsn.model.classes import Classes, require_label, require_same_classes
-from ncsn.model.generate import Strip, evaluations_per_image, generate, guide_of, image_labels, sampling_facts
+from ncsn.model.generate import (
+    Strip,
+    evaluations_per_image,
+    generate,
+    guide_of,
+    image_labels,
+    sampling_facts,
+    with_precision,
+)
 from ncsn.model.trained import load_checkpoint_or_model, load_model, save_model
 
 TEXT = """
@@ -102,6 +110,51 @@ def test_bfloat16_is_the_networks_alone(trained: TrainedNetwork, sampler: str) -
     assert difference.max() > 0 and difference.mean() < 2
 
 
+UNET = "network.widths=[8, 8]"
+DDPMPP = "network={kind: ddpmpp, base_width: 8, multipliers: [1, 2], blocks_per_resolution: 1, attention_sizes: [8]}"
+PLAIN = ("data.num_classes=null", "train.label_dropout=0")
+NCSNV2, NCSN = "network={kind: ncsnv2, num_features: 4}", "network={kind: ncsn, num_features: 4}"
+
+
+@pytest.mark.parametrize("overrides", [(UNET,), (DDPMPP,), (NCSNV2, *PLAIN), (NCSN, LANGEVIN, *PLAIN)])
+def test_weights_in_bfloat16_are_those_that_autocast_makes(overrides: tuple[str, ...]) -> None:
+    trained = network_of(config_with(*overrides))
+    x, level = torch.rand(3, 1, 8, 8), torch.tensor([0, 3, 5])
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        found, expected = trained.halved(x, level), trained.network(x, level)
+        assert torch.equal(found, expected)
+    cast = [parameter.dtype == torch.bfloat16 for parameter in trained.halved.parameters() if parameter.dim() == 4]
+    assert sum(cast) >= 0.9 * len(cast) > 0  # a mean-pooling convolution of NCSN makes its weights of others
+    assert {parameter.dtype for parameter in trained.network.parameters()} == {torch.float32}
+
+
+def test_precision_is_that_of_the_training_on_a_gpu_alone(trained: TrainedNetwork) -> None:
+    half = network_of(config_with("train.precision=bfloat16"))
+    for each, device, found in ((trained, "cuda", "float32"), (half, "cpu", "float32"), (half, "cuda:0", "bfloat16")):
+        assert with_precision(each.config.sampling, each, device).precision == found
+    asked = config_with("sampling.precision=float32").sampling
+    assert with_precision(asked, half, "cuda") == asked
+
+
+@pytest.mark.parametrize("overrides", [(DDPMPP, HEUN, FREE), (NCSNV2, *PLAIN)])
+def test_a_chain_needs_one_graph(overrides: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what samplers call; with another layout, type or mode it would be compiled again."""
+    graphs: list[Any] = []
+
+    def count(graph: Any, _inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    whole = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda network: whole(network, backend=count, fullgraph=True))
+    trained = network_of(config_with(*overrides))
+    sampling = config_with(*overrides, "sampling.precision=bfloat16").sampling
+    made = [generate(trained, sampling=sampling, first=first, count=2, compiled=True) for first in (0, 2)]
+    assert len(graphs) == 1
+    again = generate(network_of(config_with(*overrides)), sampling=sampling, first=0, count=4)
+    np.testing.assert_array_equal(np.concatenate(made), again)
+
+
 @pytest.mark.parametrize(("count", "kept"), [(1, [0]), (3, [0, 1, 2]), (6, [0, 2, 4, 5]), (10, [0, 4, 8, 9])])
 def test_a_strip_spreads_its_stages_evenly_and_ends_with_the_finished_images(
     count: int, kept: list[int], monkeypatch: pytest.MonkeyPatch
@@ -111,7 +164,7 @@ def test_a_strip_spreads_its_stages_evenly_and_ends_with_the_finished_images(
     config = config_with()
     strip = Strip(config.sampling, config)
     for number in range(count):
-        strip(number, np.full((1, 2, 2, 1), number, np.uint8))
+        strip(number, torch.full((1, 2, 2, 1), number))
     assert strip.frames(np.full((1, 2, 2, 1), 99, np.uint8))[:, 0, 0, 0, 0].tolist() == [*kept[:-1], 99]
 
 

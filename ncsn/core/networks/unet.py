@@ -90,7 +90,7 @@ class ResidualBlock(nn.Module):
         """[B, in_width, H, W], [B, features] and the keys [B] for dropout to [B, out_width, H, W]."""
         h = self.conv1(functional.silu(self.norm1(x).to(x.dtype)))
         # A group norm whose scale and shift are a linear function of the embedding (FiLM).
-        scale, shift = self.film(embedding).to(self.film.weight.dtype).chunk(2, dim=1)
+        scale, shift = self.film(embedding).to(torch.promote_types(h.dtype, torch.float32)).chunk(2, dim=1)
         h = group_norm_by_image(h, groups=num_groups(h.shape[1]), scale=1 + scale, shift=shift)
         h = self.conv2(self.dropout(functional.silu(h), keys))
         attended: Tensor = self.attention(self.shortcut(x) + h)

@@ -4,7 +4,7 @@ The state never leaves [B, C, H, W], an image depends only on its own start and 
 means the same everywhere: the result is x + sigma_L^2 s(x) at the last level, or still carries its noise.
 
 Under guidance in a band of sigma the score jumps at the band's ends. A sampler that combines scores of several sigmas
-takes them of one field (`ncsn.core.samplers.level_grid.field_of`), or loses its order.
+takes them of one field (`ncsn.core.samplers.langevin.field_of`), or loses its order.
 """
 
 from __future__ import annotations
@@ -19,12 +19,11 @@ from torch import Tensor
 from ncsn.core.images import DataMoments, moment_matched
 from ncsn.core.keyed_random import KeyedNoise
 from ncsn.core.losses import ScoreFunction
-from ncsn.core.samplers.langevin import NoiseSource, OnLevel, annealed_langevin, langevin_step
+from ncsn.core.samplers.langevin import Fields, NoiseSource, OnLevel, annealed_langevin, field_of, langevin_step
 from ncsn.core.samplers.level_grid import (
     LevelGrid,
     Levels,
     choose_levels,
-    field_of,
     score_at_sigma,
     spaced_sigmas,
 )
@@ -44,7 +43,7 @@ def start(sampler: AnySampler, moments: DataMoments, *, sigma_1: float, noise: K
 @torch.no_grad()
 def sample(
     sampler: AnySampler,
-    network: ScoreFunction,
+    network: ScoreFunction | Fields,
     *,
     x: Tensor,
     sigmas: Tensor,

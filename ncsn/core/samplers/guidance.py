@@ -44,31 +44,23 @@ class AtLevels:
 
 
 class Guided:
-    """A score function with guidance; samplers take it for a network with levels `sigmas` [L].
+    """A score function with guidance, as samplers take it.
 
     It is another function of x inside the band low < sigma <= high than outside, so samplers ask for the one that holds
-    at a noise level, `field_at`, and a step of theirs stays with that of the level where it starts. The guide has the
-    same levels as the network, see `AtLevels`.
+    at a noise level, and a step of theirs stays with that of the level where it starts. The guide has the same levels
+    as the network, see `AtLevels`.
     """
 
     def __init__(
-        self, network: ScoreFunction, guide: ScoreFunction, *, weight: float, band: tuple[float, float], sigmas: Tensor
+        self, network: ScoreFunction, guide: ScoreFunction, *, weight: float, band: tuple[float, float]
     ) -> None:
         self.network, self.band = network, band if weight != 1 else (0.0, 0.0)
-        self.levels: list[float] = sigmas.tolist()
         self._inside = _Inside(network, guide, weight)
 
     def field_at(self, sigma: float) -> ScoreFunction:
         """The score function that holds at sigma."""
         low, high = self.band
         return self._inside if low < sigma <= high else self.network
-
-    def __call__(self, x: Tensor, level: Tensor | None = None, *, sigma: Tensor | None = None) -> Tensor:
-        """Score of a batch that is at one level, or at one sigma."""
-        if level is not None:
-            return self.field_at(self.levels[int(level[0])])(x, level)
-        assert sigma is not None, "a network takes one of level and sigma"
-        return self.field_at(float(sigma[0]))(x, sigma=sigma)
 
 
 class _Inside:

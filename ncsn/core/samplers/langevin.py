@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -19,6 +20,25 @@ from ncsn.errors import InvalidValue
 NoiseSource = Callable[[int], Tensor]
 # Called with the level just finished and the state, which must not be changed or kept without a copy.
 OnLevel = Callable[[int, Tensor], None]
+
+
+class Fields(Protocol):
+    """Score functions of which each holds in some band of sigma."""
+
+    def field_at(self, sigma: float) -> ScoreFunction:
+        """The score function that holds at sigma."""
+
+
+# Samplers know sigma as a number, and ask by it: to read it from a GPU they would wait for all that is computed there.
+def field_of(network: ScoreFunction | Fields, sigma: float) -> ScoreFunction:
+    """The score function that holds at sigma. A step must stay with one function to keep its order."""
+    field_at: Callable[[float], ScoreFunction] | None = getattr(network, "field_at", None)
+    return cast("ScoreFunction", network) if field_at is None else field_at(sigma)
+
+
+def told(field: ScoreFunction, sigma: float) -> dict[str, float]:
+    """The argument `number` of a score function that has to know sigma as a number, and says so; else nothing."""
+    return {"number": sigma} if getattr(field, "takes_number", False) else {}
 
 
 def level_steps(sigmas: Tensor, epsilon: float, *, consistent: bool) -> list[tuple[float, float]]:
@@ -48,19 +68,20 @@ def langevin_step(x: Tensor, *, score: Tensor, step_size: float, z: Tensor, nois
     return torch.add(x, score, alpha=step_size).add_(z, alpha=noise_std or math.sqrt(2 * step_size))
 
 
-def denoise_step(network: ScoreFunction, x: Tensor, *, level: int, sigma: float) -> Tensor:
-    """Tweedie's posterior mean x + sigma^2 s(x) of the clean image at a level."""
-    return torch.add(x, score_at_level(network, x, level=level), alpha=sigma * sigma)
+def denoise_step(network: ScoreFunction | Fields, x: Tensor, *, level: int, sigma: float) -> Tensor:
+    """Tweedie's posterior mean x + sigma^2 s(x) of the clean image at a level, whose sigma it is."""
+    return torch.add(x, score_at_level(network, x, level=level, sigma=sigma), alpha=sigma * sigma)
 
 
-def score_at_level(network: ScoreFunction, x: Tensor, *, level: int) -> Tensor:
-    """Score of a batch that is at one level, in x's type."""
-    return network(x, torch.full((len(x),), level, dtype=torch.int64, device=x.device)).to(x.dtype)
+def score_at_level(network: ScoreFunction | Fields, x: Tensor, *, level: int, sigma: float) -> Tensor:
+    """Score of a batch that is at one level, whose sigma it is, in x's type."""
+    field, levels = field_of(network, sigma), torch.full((len(x),), level, dtype=torch.int64, device=x.device)
+    return field(x, levels, **told(field, sigma)).to(x.dtype)
 
 
 @torch.no_grad()
 def annealed_langevin(
-    network: ScoreFunction,
+    network: ScoreFunction | Fields,
     *,
     x: Tensor,
     sigmas: Tensor,
@@ -88,20 +109,21 @@ def annealed_langevin(
     """
     if steps_per_level < 1:
         raise InvalidValue(f"steps_per_level must be at least 1, got {steps_per_level}")
+    values: list[float] = sigmas.tolist()
     for level, (step_size, noise_std) in enumerate(level_steps(sigmas, epsilon, consistent=consistent)):
         held = hold(level) if hold is not None else None
         for step in range(level * steps_per_level, (level + 1) * steps_per_level):
-            score = score_at_level(network, x, level=level)
+            score = score_at_level(network, x, level=level, sigma=values[level])
             x = langevin_step(x, score=score, step_size=step_size, z=noise(step), noise_std=noise_std)
             x = x if held is None else held(x)
         if on_level is not None:
             on_level(level, x)
-    return denoise_step(network, x, level=len(sigmas) - 1, sigma=float(sigmas[-1])) if denoise else x
+    return denoise_step(network, x, level=len(values) - 1, sigma=values[-1]) if denoise else x
 
 
 @torch.no_grad()
 def inpaint(
-    network: ScoreFunction,
+    network: ScoreFunction | Fields,
     *,
     x: Tensor,
     reference: Tensor,
@@ -132,10 +154,10 @@ def inpaint(
     known = mask.to(x.device).expand_as(x)
     if reference.shape != x.shape:
         raise ValueError(f"the reference has shape {list(reference.shape)}, the images have {list(x.shape)}")
-    num_steps = len(sigmas) * steps_per_level
+    num_steps, values = len(sigmas) * steps_per_level, sigmas.tolist()
 
     def hold(level: int) -> Callable[[Tensor], Tensor]:
-        noisy = torch.add(reference, noise(num_steps + level), alpha=float(sigmas[level]))
+        noisy = torch.add(reference, noise(num_steps + level), alpha=values[level])
         return lambda state: torch.where(known, noisy, state)
 
     x = annealed_langevin(

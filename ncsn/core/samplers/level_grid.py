@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ncsn.core.losses import ScoreFunction
-from ncsn.core.samplers.langevin import score_at_level
+from ncsn.core.samplers.langevin import Fields, field_of, score_at_level, told
 from ncsn.core.samplers.settings import Spacing
 from ncsn.errors import InvalidValue
 
@@ -22,16 +22,16 @@ Levels = tuple[list[float], list[int] | None]  # sigmas, descending, and their i
 class LevelGrid:
     """Levels at which a sampler evaluates a network: by index, or by sigma where `indices` is None."""
 
-    network: ScoreFunction
+    network: ScoreFunction | Fields
     sigmas: list[float]  # descending
     indices: list[int] | None
 
     def score(self, x: Tensor, k: int) -> Tensor:
         """Score of a batch at grid position k, by the function that holds there."""
-        network = field_of(self.network, self.sigmas[k])
+        sigma = self.sigmas[k]
         if self.indices is None:
-            return score_at_sigma(network, x, sigma=self.sigmas[k])
-        return score_at_level(network, x, level=self.indices[k])
+            return score_at_sigma(field_of(self.network, sigma), x, sigma=sigma)
+        return score_at_level(self.network, x, level=self.indices[k], sigma=sigma)
 
     def denoised(self, x: Tensor, k: int) -> Tensor:
         """Tweedie's x + sigma^2 s(x) at grid position k."""
@@ -40,16 +40,6 @@ class LevelGrid:
     def continues(self, k: int) -> bool:
         """Whether the scores at grid positions k and k + 1 are of one smooth function of sigma, see `field_of`."""
         return field_of(self.network, self.sigmas[k]) is field_of(self.network, self.sigmas[k + 1])
-
-
-def field_of(network: ScoreFunction, sigma: float) -> ScoreFunction:
-    """The score function that holds at sigma: the network, unless it is another function in some band of sigma.
-
-    Then it has a method `field_at(sigma)`, as guidance has. A step must stay with one function to keep its order.
-    """
-    field_at = getattr(network, "field_at", None)
-    field: ScoreFunction = network if field_at is None else field_at(sigma)
-    return field
 
 
 def choose_levels(sigmas: Tensor, count: int | None, *, spacing: Spacing = "geometric") -> list[int]:
@@ -96,4 +86,5 @@ def spaced_sigmas(sigmas: Tensor, num_steps: int, *, spacing: Spacing) -> list[f
 
 def score_at_sigma(network: ScoreFunction, x: Tensor, *, sigma: float) -> Tensor:
     """Score of a batch at any sigma, in x's type."""
-    return network(x, sigma=torch.full((len(x),), sigma, dtype=x.dtype, device=x.device)).to(x.dtype)
+    sigmas = torch.full((len(x),), sigma, dtype=x.dtype, device=x.device)
+    return network(x, sigma=sigmas, **told(network, sigma)).to(x.dtype)

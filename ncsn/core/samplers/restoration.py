@@ -11,15 +11,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ncsn.core.losses import ScoreFunction
 from ncsn.core.samplers.chain import sample
-from ncsn.core.samplers.langevin import NoiseSource
-from ncsn.core.samplers.level_grid import field_of
+from ncsn.core.samplers.langevin import Fields, NoiseSource, field_of
 from ncsn.core.samplers.settings import AnySampler
 from ncsn.errors import InvalidValue
 
@@ -37,13 +36,17 @@ class KnownPixels:
         """Whether nothing is measured."""
         return not bool(self.mask.any())
 
+    def to(self, device: torch.device) -> KnownPixels:
+        """The same for images there."""
+        return KnownPixels(self.mask.to(device))
+
     def apply(self, x: Tensor) -> Tensor:
         """A x of images [B, C, H, W]."""
-        return torch.where(self.mask.to(x.device), x, 0.0)
+        return torch.where(self.mask, x, 0.0)
 
     def adjoint(self, y: Tensor) -> Tensor:
         """A^T y."""
-        return torch.where(self.mask.to(y.device), y, 0.0)
+        return torch.where(self.mask, y, 0.0)
 
     def explain(self, residual: Tensor, *, noise: float, spread: float) -> Tensor:
         """A^T (noise I + spread A A^T)^-1 residual, both variances; for images of variance `spread` their change.
@@ -61,6 +64,10 @@ class Separable:
     def __init__(self, rows: Tensor, columns: Tensor) -> None:
         self._rows, self._columns = rows, columns
         self._svds = [torch.linalg.svd(matrix.double(), full_matrices=False) for matrix in (rows, columns)]
+
+    def to(self, device: torch.device) -> Separable:
+        """The same for images there."""
+        return Separable(self._rows.to(device), self._columns.to(device))
 
     def apply(self, x: Tensor) -> Tensor:
         return self._rows.to(x) @ x @ self._columns.to(x).T
@@ -134,16 +141,18 @@ def gaussian_variance(sigma_data: float) -> Variance:
 
 
 class Conditioned:
-    """A score function that a measurement of a batch guides; samplers take it for a network with levels `sigmas`.
+    """Score functions that a measurement of a batch guides, as samplers take them.
 
     `variance` is r^2 at sigma, and `scale` the root mean square of the data, by which divergence is noticed.
     """
 
+    takes_number = True  # see `told`
+
     def __init__(
-        self, network: ScoreFunction, measured: Observation, variance: Variance, *, sigmas: Tensor, scale: float
+        self, network: ScoreFunction | Fields, measured: Observation, variance: Variance, *, scale: float
     ) -> None:
         self._network, self._measured, self._variance = network, measured, variance
-        self._sigmas, self._scale, self._fields = sigmas, scale, dict[int, Conditioned]()
+        self._scale, self._fields = scale, dict[int, Conditioned]()
 
     def field_at(self, sigma: float) -> Conditioned:
         """The score function that holds at sigma, see `field_of`."""
@@ -151,25 +160,21 @@ class Conditioned:
         if field is self._network:
             return self
         if id(field) not in self._fields:
-            self._fields[id(field)] = Conditioned(
-                field, self._measured, self._variance, sigmas=self._sigmas, scale=self._scale
-            )
+            self._fields[id(field)] = Conditioned(field, self._measured, self._variance, scale=self._scale)
         return self._fields[id(field)]
 
-    def __call__(self, x: Tensor, level: Tensor | None = None, *, sigma: Tensor | None = None) -> Tensor:
-        """Score of a batch that is at one level, or at one sigma."""
-        if level is not None:
-            at, noise = float(self._sigmas[level[0]]), {"level": level}
-        else:
-            assert sigma is not None
-            at, noise = float(sigma[0]), {"sigma": sigma}
-        require_bounded(x, sigma=at, scale=self._scale)
+    def __call__(self, x: Tensor, level: Tensor | None = None, *, sigma: Tensor | None = None, number: float) -> Tensor:
+        """Score of a batch that is at one level, or at one sigma, of which `number` is the value."""
+        at = float(torch.tensor(number, dtype=x.dtype))  # as the network sees it
+        if x.device.type == "cpu":  # a GPU would have to end all its work first
+            require_bounded(x, sigma=at, scale=self._scale)
         measured, spread = self._measured, self._variance(at)
         if not spread + measured.noise > 0:
             raise Diverged("r^2 and sigma_y are both 0")
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            score = self._network(x, **noise).to(x.dtype)
+            field, noise = field_of(self._network, at), {"level": level} if sigma is None else {"sigma": sigma}
+            score = field(x, **noise).to(x.dtype)
             denoised = torch.add(x, score, alpha=at**2)
             residual = measured.y - measured.operator.apply(denoised.detach())
             pull = measured.operator.explain(residual, noise=measured.noise**2, spread=spread)
@@ -185,7 +190,7 @@ def require_bounded(x: Tensor, *, sigma: float, scale: float) -> None:
 
 @torch.no_grad()
 def restored(
-    network: ScoreFunction,
+    network: ScoreFunction | Fields,
     measured: Observation,
     variance: Variance,
     *,
@@ -209,12 +214,12 @@ def restored(
     Raises:
         Diverged: The images left the region of the data.
     """
-    operator = measured.operator
+    operator = measured.operator.to(x.device)
     if operator.blind:
         return sample(sampler, network, x=x, sigmas=sigmas, noise=noise)
-    guided = Conditioned(network, measured, variance, sigmas=sigmas, scale=scale)
+    guided = Conditioned(network, replace(measured, operator=operator), variance, scale=scale)
     x = sample(sampler, guided, x=x, sigmas=sigmas, noise=noise)
     require_bounded(x, sigma=0.0, scale=scale)
     if isinstance(operator, KnownPixels) and measured.noise == 0:
-        return torch.where(operator.mask.to(x.device), measured.y, x)
+        return torch.where(operator.mask, measured.y, x)
     return x

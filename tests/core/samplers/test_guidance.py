@@ -11,7 +11,9 @@ import torch
 from ncsn.core.keyed_random import KeyedNoise
 from ncsn.core.samplers.chain import sample, visited
 from ncsn.core.samplers.guidance import AtLevels, Guided, Labeled, band_on_grid
-from ncsn.core.samplers.level_grid import LevelGrid, field_of, spaced_sigmas
+from ncsn.core.samplers.langevin import field_of
+from ncsn.core.samplers.level_grid import LevelGrid, spaced_sigmas
+from ncsn.core.samplers.restoration import Conditioned, KnownPixels, Observation, gaussian_variance
 from ncsn.core.samplers.settings import AnnealedLangevin, DpmSolver, KarrasHeun, Langevin
 
 HIGH, LOW = 80.0, 0.002
@@ -36,7 +38,7 @@ def flowed(guided, sigmas: torch.Tensor, start: torch.Tensor, *, sampler: DpmSol
 
 def gaussians(analytic, sigmas, *, weight, band=EVERYWHERE, mean=0.0, s=S, wide=WIDE) -> Guided:
     network, guide = analytic.GaussianScore(sigmas, s2=s**2, mean=mean), analytic.GaussianScore(sigmas, s2=wide**2)
-    return Guided(network, guide, weight=weight, band=band_on_grid(*band, sigmas.tolist()), sigmas=sigmas)
+    return Guided(network, guide, weight=weight, band=band_on_grid(*band, sigmas.tolist()))
 
 
 def spread(guided, sigmas, **options) -> float:
@@ -103,7 +105,6 @@ def test_one_of_two_classes(weight, band, mean, std):
         Labeled(network, -ones),
         weight=weight,
         band=band_on_grid(*band, sigmas.tolist()),
-        sigmas=sigmas,
     )
     ends = flowed(guided, sigmas, start)
     assert float(ends.mean()) == pytest.approx(mean, abs=1.5e-3)
@@ -130,10 +131,26 @@ def test_weight_one_is_the_network_and_weight_zero_the_guide_bitwise(sampler, an
     alone, of_guide = sampled(network), sampled(guide)
     calls = network.calls
     guide.calls = 0
-    assert torch.equal(sampled(Guided(network, guide, weight=1.0, band=EVERYWHERE, sigmas=sigmas)), alone)
+    assert torch.equal(sampled(Guided(network, guide, weight=1.0, band=EVERYWHERE)), alone)
     assert guide.calls == 0 and network.calls == 2 * calls
-    assert torch.equal(sampled(Guided(network, guide, weight=0.0, band=EVERYWHERE, sigmas=sigmas)), of_guide)
-    assert not torch.equal(sampled(Guided(network, guide, weight=2.0, band=EVERYWHERE, sigmas=sigmas)), alone)
+    assert torch.equal(sampled(Guided(network, guide, weight=0.0, band=EVERYWHERE)), of_guide)
+    assert not torch.equal(sampled(Guided(network, guide, weight=2.0, band=EVERYWHERE)), alone)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda sampler: sampler.kind)
+def test_no_value_is_read_from_the_device_of_the_images(sampler):
+    """A GPU would have to end all its work for it; the device `meta` refuses."""
+    x, sigmas, asked = torch.empty(3, 1, 2, 2, device="meta"), torch.tensor([1.0, 0.3, 0.09, 0.027]), []
+
+    def score(x, level=None, *, sigma=None):
+        asked.append(level if sigma is None else sigma)
+        return -x
+
+    guided = Guided(score, lambda *a, **k: 0.5 * score(*a, **k), weight=2.0, band=(0.05, 0.5))
+    operator = KnownPixels(torch.ones(2, 2, dtype=torch.bool, device="meta"))
+    for network in (guided, Conditioned(guided, Observation(operator, x), gaussian_variance(0.5), scale=1.0)):
+        assert sample(sampler, network, x=x, sigmas=sigmas, noise=lambda _: x).device.type == "meta"
+    assert {each.device.type for each in asked} == {"meta"}
 
 
 def test_a_step_stays_with_the_score_of_its_start(analytic):
@@ -183,12 +200,12 @@ def test_ends_of_a_band_move_to_the_grid():
 def test_a_guide_of_other_levels_is_asked_at_the_sigma(analytic):
     sigmas = torch.tensor([1.0, 0.1], dtype=torch.float64)
     network, guide = analytic.GaussianScore(sigmas, s2=1.0), analytic.GaussianScore(torch.tensor([9.0]), s2=1.0)
-    guided = Guided(network, AtLevels(guide, sigmas), weight=3.0, band=EVERYWHERE, sigmas=sigmas)
+    guided = Guided(network, AtLevels(guide, sigmas), weight=3.0, band=EVERYWHERE)
     x, level = torch.ones(2, 1, 1, 1, dtype=torch.float64), torch.tensor([1, 1])
-    torch.testing.assert_close(guided(x, level), network(x, level))
+    torch.testing.assert_close(guided.field_at(0.1)(x, level), network(x, level))
     same = analytic.ByLevelOnly(analytic.GaussianScore(sigmas, s2=1.0))
     torch.testing.assert_close(
-        Guided(analytic.ByLevelOnly(network), same, weight=3.0, band=EVERYWHERE, sigmas=sigmas)(x, level),
+        Guided(analytic.ByLevelOnly(network), same, weight=3.0, band=EVERYWHERE).field_at(0.1)(x, level),
         network(x, level),
     )
     assert field_of(network, 1.0) is network

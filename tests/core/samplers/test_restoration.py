@@ -164,7 +164,7 @@ def test_guidance_by_classes_holds_in_its_band(analytic) -> None:
     """The measurement guides the score function that holds at each sigma, and a step stays with one."""
     sigmas = torch.tensor(spaced_sigmas(SIGMAS, 30, spacing="karras"), dtype=torch.float64)
     network, guide = analytic.GaussianScore(sigmas, s2=0.25), analytic.GaussianScore(sigmas, s2=1.0)
-    guided = Guided(network, guide, weight=2.0, band=(0.5, 5.0), sigmas=sigmas)
+    guided = Guided(network, guide, weight=2.0, band=(0.5, 5.0))
     start = torch.full((1, 1, 1, 2), HIGH, dtype=torch.float64)
     x = restored(
         guided,

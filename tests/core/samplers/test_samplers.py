@@ -276,9 +276,6 @@ class TwoFields:
     def field_at(self, sigma):
         return self.above if sigma > self.boundary else self.below
 
-    def __call__(self, x, *, sigma):
-        return self.field_at(sigma[0].item())(x, sigma=sigma)
-
 
 def test_the_history_ends_where_the_score_becomes_another(analytic):
     sampler = DpmSolver(num_steps=9, denoise=False)
