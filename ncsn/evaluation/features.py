@@ -22,6 +22,7 @@ from ncsn.data.training_images import open_cache
 from ncsn.evaluation import evaluation_of
 from ncsn.evaluation.extractors import Extracted, Extractor, Images, joined
 from ncsn.evaluation.extractors.classifier import ClassifierRecipe, classifier_uri, load_classifier, num_clusters
+from ncsn.model import build
 from ncsn.process import keep_freed_memory
 from ncsn.progress import Progress
 
@@ -117,6 +118,7 @@ def extractor_of(config: Config, dataset: str) -> Extractor:
 @lru_cache(maxsize=1)
 def _extractor(config_json: str, dataset: str) -> Extractor:
     keep_freed_memory()
+    build.tune_cuda()
     config = from_yaml(config_json)
     settings, device = config.evaluation, device_of(config)
     if settings.pretrained is None:

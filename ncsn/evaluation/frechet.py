@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import reduce
 
 import numpy as np
 import numpy.typing as npt
 from scipy.linalg.lapack import dpstrf
+from threadpoolctl import threadpool_limits
 
 from ncsn.errors import InvalidValue, UserError
 
 Array = npt.NDArray[np.float64]
 
 JACKKNIFE_GROUPS = 20  # the jackknife's own relative error is about 1 / sqrt(2 K): 16 %
+MANY_FEATURES = 512  # from which the eigenvalues of a group take longer than to start threads
 
 
 def jackknife_groups(first: int, last: int, *, classes_in_turn: int = 1) -> npt.NDArray[np.int64]:
@@ -108,13 +113,21 @@ def frechet_jackknife(groups: Sequence[FrechetStatistics], reference: FrechetSta
             "sampling.num_images", "the uncertainty of a Fréchet distance needs at least 3 images", value=whole.count
         )
     reference_factor = factor(reference.covariance)
-    distances = np.empty(len(groups))
-    for number, group in enumerate(groups):
+
+    def distance(group: FrechetStatistics) -> float:
         rest = whole.without(group)
         shift, covariance = rest.mean - reference.mean, rest.covariance
         # The reference's factor is at hand, so that of the rest is not needed.
         root_trace = _trace_of_root(reference_factor.T @ covariance @ reference_factor)
-        distances[number] = shift @ shift + np.trace(covariance) - 2 * root_trace
+        return float(shift @ shift + np.trace(covariance) - 2 * root_trace)
+
+    with ExitStack() as stack:
+        each: Iterable[float] = map(distance, groups)
+        if len(whole.mean) >= MANY_FEATURES:
+            # LAPACK finds eigenvalues on little more than one core, so groups have one each, of all that there are.
+            stack.enter_context(threadpool_limits(1, user_api="blas"))
+            each = stack.enter_context(ThreadPoolExecutor(len(os.sched_getaffinity(0)))).map(distance, groups)
+        distances = np.array(list(each))
     return float(np.sqrt((len(groups) - 1) * distances.var()))
 
 
@@ -160,12 +173,14 @@ def score_of(
 class RunningDistance:
     """Fréchet distance to `reference` of the first images, at more and more of `count` images.
 
-    It keeps the moments of the images in the groups of the jackknife.
+    It keeps the moments of the images in the groups of the jackknife. Without `early`, all images have the only score.
     """
 
-    def __init__(self, reference: FrechetStatistics, *, count: int, classes_in_turn: int = 1) -> None:
+    def __init__(
+        self, reference: FrechetStatistics, *, count: int, classes_in_turn: int = 1, early: bool = True
+    ) -> None:
         self.reference = reference
-        self._classes = classes_in_turn  # image i has class i mod this number
+        self._classes, self._early = classes_in_turn, early  # image i has class i mod this number
         self.count = 0  # images taken so far, without a gap
         # A score is due at twice as many images as features, then at doubled numbers, and at the end: with fewer images
         # the covariance has no full rank, and the distance says little.
@@ -202,6 +217,8 @@ class RunningDistance:
             self.count += len(block)
             if self.count == self._marks[0]:
                 self._marks.pop(0)
+                if self._marks and not self._early:
+                    continue
                 distance = frechet_distance(merged(self.groups), self.reference)
                 due.append(RunningScore(self.count, distance, frechet_jackknife(self.groups, self.reference)))
         return due

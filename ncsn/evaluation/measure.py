@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,14 +16,10 @@ from ncsn.data.training_images import open_cache
 from ncsn.evaluation import WITH_SCORE, classes_in_turn
 from ncsn.evaluation.class_scores import AskedClasses, ClassScores, asked_classes, class_scores
 from ncsn.evaluation.extractors import Extracted, Identity, Images
-from ncsn.evaluation.features import ImageSet, Runner, SplitSet, extract_set
+from ncsn.evaluation.features import ImageSet, Runner, SplitSet, extract_set, here
 from ncsn.evaluation.frechet import (
-    FrechetStatistics,
     RunningDistance,
     RunningScore,
-    frechet_distance,
-    frechet_jackknife,
-    merged,
     score_of,
 )
 from ncsn.evaluation.reference import Evaluator, Reference, class_histogram, load_reference
@@ -79,6 +76,7 @@ def measure_extracted(
     num_compared: int | None = None,
     in_turn: int = 1,
     by_features: bool = True,
+    early: bool = True,
 ) -> Measured:
     """All metrics of images, given their features.
 
@@ -100,14 +98,16 @@ def measure_extracted(
         num_compared: Images of the smallest set that these are compared with; None for as many as these.
         in_turn: How many classes the images show in turn.
         by_features: Whether the reference is the training images, so that the nearest by features are shown.
+        early: Whether there are running scores of fewer images than all.
     """
-    running = RunningDistance(reference.statistics, count=len(extracted.features), classes_in_turn=in_turn)
+    count = len(extracted.features)
+    running = RunningDistance(reference.statistics, count=count, classes_in_turn=in_turn, early=early)
     scores = running.add(0, extracted.features)
     compared = scores[-1]
     # Distances compare only at one number of images.
     if num_compared is not None and num_compared < compared.num_images:
         compared = score_of(extracted.features[:num_compared], reference.statistics, classes_in_turn=in_turn)
-    metrics = feature_metrics(extracted, reference, groups=running.groups, seed=seed, in_turn=in_turn)
+    metrics = feature_metrics(extracted, reference, distance=scores[-1], seed=seed, in_turn=in_turn)
     if classes:
         metrics |= class_metrics(extracted.log_probabilities, reference, num_splits=num_splits)
     found = None if asked is None else class_scores(extracted, asked, reference=reference.features, seed=seed)
@@ -132,11 +132,11 @@ def measure_extracted(
 
 
 def feature_metrics(
-    extracted: Extracted, reference: Reference, *, groups: Sequence[FrechetStatistics], seed: int, in_turn: int
+    extracted: Extracted, reference: Reference, *, distance: RunningScore, seed: int, in_turn: int
 ) -> dict[str, Metric]:
     """Metrics of features by short name.
 
-    - `fid`: Fréchet distance to all reference images. `groups` are the moments of the features in disjoint groups.
+    - `fid`: Fréchet distance to all reference images: `distance`, of all images.
     - `kid`: kernel distance, over 100 subsets of at most 1,000 images.
     - `fid_std`, `kid_std`: their standard deviations over other samples of this size, by the jackknife.
     - `precision`, `recall`, `density`, `coverage`: against as many reference images, at most 10,000.
@@ -144,8 +144,8 @@ def feature_metrics(
     count = len(extracted.features)
     kid, kid_std = kernel_distance(extracted.features, reference.features, seed=seed, classes_in_turn=in_turn)
     values = {
-        "fid": frechet_distance(merged(groups), reference.statistics),
-        "fid_std": frechet_jackknife(groups, reference.statistics),
+        "fid": distance.fid,
+        "fid_std": distance.fid_std,
         "kid": kid,
         "kid_std": kid_std,
     }
@@ -178,8 +178,9 @@ def class_metrics(
     return {name: Metric(value, len(log_probabilities)) for name, value in values.items()}
 
 
-# A set with its features, the images of the smallest set, and the extractor and the fingerprint of the reference.
-_Work = tuple[Config, str, ImageSet, Extracted, int, Identity, str]
+# A set with its features, the images of the smallest set, the extractor and the fingerprint of the reference; and
+# whether it is the first set.
+_Work = tuple[Config, str, ImageSet, Extracted, int, Identity, str, bool]
 
 
 def measure_sets(
@@ -191,18 +192,27 @@ def measure_sets(
     runner: Runner,
     progress: Progress,
 ) -> list[Measured]:
-    """All metrics of each set; `progress` counts the images."""
-    works: list[_Work] = []
-    fewest = min(images.count for images in sets)
-    for images in sets:
-        extracted = extract_set(config, dataset, images, runner=runner, progress=progress)
-        works.append((config, dataset, images, extracted, fewest, evaluator.extractor, evaluator.reference.fingerprint))
-    found = {images: measured for (_, _, images, *_), measured in runner(_measure_set, works, gpu=False)}
-    return [found[images] for images in sets]
+    """All metrics of each set, running scores of the first; `progress` counts the images."""
+    extractor, fingerprint = evaluator.extractor, evaluator.reference.fingerprint
+    fewest, waiting, found = min(images.count for images in sets), list[_Work](), list[Future[Measured]]()
+
+    def measured(work: _Work) -> Measured:
+        return next(iter(runner(_measure_set, [work], gpu=False)))[1]
+
+    with ThreadPoolExecutor(1 if runner is here else config.compute.max_workers) as pool:
+        for images in sets:
+            extracted = extract_set(config, dataset, images, runner=runner, progress=progress)
+            first = images is sets[0]
+            waiting.append((config, dataset, images, extracted, fewest, extractor, fingerprint, first))
+            # Beside a GPU, which extracts the features of the next set; CPUs would have to do both.
+            if config.compute.use_gpu or images is sets[-1]:
+                found += [pool.submit(measured, work) for work in waiting]
+                waiting.clear()
+        return [each.result() for each in found]
 
 
 def _measure_set(work: _Work) -> Measured:
-    config, dataset, images, extracted, fewest, extractor, fingerprint = work
+    config, dataset, images, extracted, fewest, extractor, fingerprint, first = work
     reference = load_reference(dataset, fingerprint)
     assert reference is not None, "the evaluator has it"
     compared = images
@@ -221,4 +231,5 @@ def _measure_set(work: _Work) -> Measured:
         num_compared=fewest,
         in_turn=1 if isinstance(images, SplitSet) else classes_in_turn(config),
         by_features=config.evaluation.reference_split == "train",
+        early=first,
     )

@@ -28,7 +28,7 @@ from ncsn.model import build
 from ncsn.model.checkpoint import TrainedNetwork, weights_digest
 from ncsn.model.classes import AS_DATA, BALANCED
 from ncsn.model.trained import load_checkpoint_or_model
-from ncsn.process import keep_freed_memory, tune_cuda
+from ncsn.process import keep_freed_memory
 
 CHECKPOINT = "sampling.guidance.checkpoint"
 STRIP_IMAGES, STRIP_STAGES, STRIP_BYTES = 8, 12, 1_500_000
@@ -59,7 +59,7 @@ def generate(
     noise = KeyedNoise(sampling.seed, first=first, count=count, shape=shape)
     labels = image_labels(trained, sampling, first=first, count=count)
     keep_freed_memory()
-    tune_cuda()
+    build.tune_cuda()
     score = score_function(trained, sampling, labels=labels, compiled=compiled)
     with torch.inference_mode():
         # On the CPU, where products are exact.

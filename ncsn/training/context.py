@@ -85,7 +85,7 @@ def compile_network(network: nn.Module, config: Config, context: WorkerContext) 
     Returns:
         On what and how training computes, for people.
     """
-    compiled = _compiles(config, context)
+    compiled = compiles(config, context)
     graphs = compiled and fits_cuda_graphs(config, context)
     if compiled:
         # Shares and their parts differ by at most one image, so shapes are few. Where DistributedDataParallel calls the
@@ -106,7 +106,7 @@ def fits_cuda_graphs(config: Config, context: WorkerContext) -> bool:
     return context.device.type == "cuda" and context.world_size == 1 and one_pass and share <= FEW_IMAGES
 
 
-def _compiles(config: Config, context: WorkerContext) -> bool:
+def compiles(config: Config, context: WorkerContext) -> bool:
     """Whether the network is to be compiled, the same on each worker; each needs a compiler for it."""
     compute = config.compute
     if not compute.compiled or isinstance(config.loss, SsmLossConfig):  # which differentiates the network twice

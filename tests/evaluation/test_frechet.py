@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from functools import reduce
 
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 import scipy.linalg
 from numpy.typing import NDArray
 from refused import refused
+from threadpoolctl import threadpool_info
 
 from ncsn.evaluation.frechet import (
     JACKKNIFE_GROUPS,
@@ -161,6 +164,32 @@ def test_two_deviations_hold_the_expected_distance_of_as_many_images(rng, refere
 def test_scores_are_due_at_twice_the_features_and_doubled(rng, reference, images: int, due: list[int]) -> None:
     found = RunningDistance(reference, count=images).add(0, rng.standard_normal((images, 4)))
     assert [score.num_images for score in found] == due
+
+
+def test_without_early_scores_all_images_have_the_same(rng, reference) -> None:
+    features = rng.standard_normal((100, 4))
+    running = RunningDistance(reference, count=100, early=False)
+    assert running.add(0, features) == RunningDistance(reference, count=100).add(0, features)[-1:]
+
+
+def test_groups_have_a_core_each(rng, reference, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The result does not depend on it."""
+    features, cores = rng.standard_normal((200, 4)), set()
+    groups = [FrechetStatistics.of(features[first::JACKKNIFE_GROUPS]) for first in range(JACKKNIFE_GROUPS)]
+    alone = frechet_jackknife(groups, reference)
+    threads = [each["num_threads"] for each in threadpool_info() if each["user_api"] == "blas"]
+    plain = np.linalg.eigvalsh
+
+    def noted(matrix):
+        cores.add((threading.get_ident(), *(t["num_threads"] for t in threadpool_info() if t["user_api"] == "blas")))
+        return plain(matrix)
+
+    monkeypatch.setattr(np.linalg, "eigvalsh", noted)
+    monkeypatch.setattr("ncsn.evaluation.frechet.MANY_FEATURES", 4)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(3))
+    assert frechet_jackknife(groups, reference) == pytest.approx(alone, rel=1e-9)
+    assert len(cores) > 1 and {count for _, *counts in cores for count in counts} == {1}
+    assert [each["num_threads"] for each in threadpool_info() if each["user_api"] == "blas"] == threads
 
 
 def test_the_uncertainty_of_classes_in_turn_is_not_the_distance_between_them() -> None:

@@ -1,0 +1,37 @@
+"""The order in which sets of images are measured."""
+
+from __future__ import annotations
+
+import threading
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from ncsn.evaluation import measure
+
+
+@pytest.mark.parametrize("use_gpu", [True, False])
+def test_a_set_is_measured_while_a_gpu_extracts_the_next(use_gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CPUs, which would have to do both, do one after the other."""
+    begun, overlaps = threading.Event(), list[bool]()
+
+    def extract_set(_config: Any, _dataset: str, images: Any, **_: Any) -> str:
+        if images.name == "real":
+            overlaps.append(begun.wait(timeout=20 if use_gpu else 0.1))
+        return f"features of {images.name}"
+
+    def measured(work: Any) -> tuple[str, bool]:
+        begun.set()
+        return work[3], work[-1]
+
+    monkeypatch.setattr(measure, "extract_set", extract_set)
+    monkeypatch.setattr(measure, "_measure_set", measured)
+    config: Any = SimpleNamespace(compute=SimpleNamespace(use_gpu=use_gpu, max_workers=1))
+    evaluator: Any = SimpleNamespace(extractor=None, reference=SimpleNamespace(fingerprint="f"))
+    sets: Any = [SimpleNamespace(name=name, count=3) for name in ("made", "real")]
+    found: Any = measure.measure_sets(
+        config, "dataset", evaluator, sets, runner=measure.here, progress=SimpleNamespace()
+    )
+    assert found == [("features of made", True), ("features of real", False)]
+    assert overlaps == [use_gpu]
