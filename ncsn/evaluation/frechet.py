@@ -124,9 +124,11 @@ def frechet_jackknife(groups: Sequence[FrechetStatistics], reference: FrechetSta
     with ExitStack() as stack:
         each: Iterable[float] = map(distance, groups)
         if len(whole.mean) >= MANY_FEATURES:
-            # LAPACK finds eigenvalues on little more than one core, so groups have one each, of all that there are.
+            # LAPACK finds eigenvalues on little more than one core, so groups have one each. Of the twenty, ten at once
+            # are done as soon as nineteen, and need half the memory.
+            cores = min(len(os.sched_getaffinity(0)), JACKKNIFE_GROUPS // 2)
             stack.enter_context(threadpool_limits(1, user_api="blas"))
-            each = stack.enter_context(ThreadPoolExecutor(len(os.sched_getaffinity(0)))).map(distance, groups)
+            each = stack.enter_context(ThreadPoolExecutor(cores)).map(distance, groups)
         distances = np.array(list(each))
     return float(np.sqrt((len(groups) - 1) * distances.var()))
 
