@@ -127,8 +127,8 @@ def _check_data(config: Config, host: str | None) -> str:
     try:
         with limited(CHECK_SECONDS):
             files = list_files(storage.absolute(required_root(config.data)))
-        if files:
-            return f"{source}: {root} with {len(files)} file{'s' * (len(files) > 1)}, such as {files[0].path}"
+        if len(files):
+            return f"{source}: {root} with {len(files)} file{'s' * (len(files) > 1)}, such as {files[0]}"
         raise UserError("data.root", "is empty", value=root)
     except NotFound as missing:
         if config.data.download:

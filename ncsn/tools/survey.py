@@ -23,7 +23,7 @@ from ncsn.core.images import picture_channels
 from ncsn.data.format import NO_LABEL, SPLITS, SkippedImage
 from ncsn.data.pixels import BadImageError, Example, Fit, Picture, stored_values
 from ncsn.data.sources import open_source
-from ncsn.data.sources.base import BadImages, Source, list_files
+from ncsn.data.sources.base import BadImages, Source, list_files, texts
 from ncsn.data.sources.image_files import (
     ARCHIVE_SUFFIXES,
     COMPRESSED_SUFFIXES,
@@ -274,7 +274,7 @@ def _open(root: str, given: Sequence[str]) -> tuple[DataConfig, Source]:
             raise UserError(
                 "data.root", "is a file of another kind", hint=f"give a folder of images, a {kinds}", value=root
             ) from None
-        names = [listed.path.lower() for listed in list_files(root)]
+        names = [path.lower() for path in texts(list_files(root))]
         images = any(name.endswith((*IMAGE_SUFFIXES, *ARCHIVE_SUFFIXES)) for name in names)
         if images or not any(name.endswith(SUFFIX) for name in names):
             raise

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,7 +19,7 @@ from ncsn.config.schema import DataConfig
 from ncsn.data.dataset import write_dataset
 from ncsn.data.format import load_manifest
 from ncsn.data.sources import SOURCES, image_files, open_source
-from ncsn.data.sources.base import hold_out, list_files, source_fingerprint
+from ncsn.data.sources.base import hold_out, list_files, name_ranks, source_fingerprint
 from ncsn.errors import NotFound
 
 
@@ -26,16 +28,25 @@ from ncsn.errors import NotFound
     [(1797, 0.3, 539), (10, 0.1, 1), (100, 0.07, 7), (3, 0.5, 1), (2, 0.1, 1), (1, 0.1, 0)],
 )
 def test_the_share_is_exact(count, fraction, expected):
-    chosen = hold_out([str(index) for index in range(count)], [0] * count, fraction)
+    chosen = hold_out(name_ranks(map(str, range(count))), np.zeros(count, np.int64), fraction)
     assert len(chosen["test"]) == expected
-    assert sorted(chosen["train"] + chosen["test"]) == list(range(count))
+    assert sorted([*chosen["train"], *chosen["test"]]) == list(range(count))
+
+
+def test_each_class_gives_its_share_of_the_names_that_come_first():
+    """As told one by one, with exact fractions."""
+    names, labels, share = [f"image {index}" for index in range(97)], np.arange(97) % 3, Fraction("0.13")
+    by_rank = sorted(range(97), key=lambda index: (labels[index], hashlib.sha256(names[index].encode()).digest()))
+    expected = sorted(by_rank[place] for place in range(97) if int((place + 1) * share) > int(place * share))
+    assert hold_out(name_ranks(names), labels, 0.13)["test"].tolist() == expected
 
 
 def test_the_choice_goes_with_the_name_and_not_with_the_place():
     names = [f"image {index}" for index in range(50)]
     backwards = names[::-1]
-    chosen = {names[index] for index in hold_out(names, [0] * 50, 0.2)["test"]}
-    assert {backwards[index] for index in hold_out(backwards, [0] * 50, 0.2)["test"]} == chosen
+    none = np.full(50, -1)
+    chosen = {names[index] for index in hold_out(name_ranks(names), none, 0.2)["test"]}
+    assert {backwards[index] for index in hold_out(name_ranks(backwards), none, 0.2)["test"]} == chosen
     assert chosen != set(names[:10])
 
 
@@ -72,14 +83,14 @@ def test_a_folder_that_cannot_be_read_is_refused(tmp_path, monkeypatch):
         list_files(str(tmp_path))
     assert caught.value.problems[0].value == str(tmp_path / "dog")
     (tmp_path / "dog").rename(tmp_path / "lost+found")  # as at the top of an ext4 volume, and no user can change it
-    assert [file.path for file in list_files(str(tmp_path))] == ["cat/1.png"]
+    assert list_files(str(tmp_path)).to_pylist() == ["cat/1.png"]
 
 
 def test_the_same_images_and_settings_stay_the_same_dataset(tmp_path, members, data_config):
     """The digest of their content, and the settings that decide it."""
     data = data_config("image_folder", put(tmp_path / "images", members))
     dataset = write_dataset(open_source(data), str(tmp_path / "store"), name="x", data=data)
-    assert dataset.manifest.digest == "f507851c503fd8ff"
+    assert dataset.manifest.digest == "07a0ea85fe7b4e50"
     stored = json.loads(Path(dataset.uri, "manifest.json").read_text())
     assert list(stored["settings"]) == [
         "source", "image_column", "label_column", "image_size", "channels", "dtype", "value_range", "fit", "crop",

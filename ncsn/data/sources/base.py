@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
 from pyarrow import fs
 
 from ncsn import storage
@@ -23,6 +28,8 @@ from ncsn.storage.retry import unavailable
 
 if TYPE_CHECKING:
     from ncsn.data.pixels import Example
+
+_LISTED = 4096  # files that are objects of Python at a time
 
 
 class Split(Protocol):
@@ -73,24 +80,31 @@ class BadImages:
                 )
 
 
-def hold_out(keys: Sequence[str], labels: Sequence[int], fraction: float) -> dict[str, list[int]]:
+def hold_out(ranks: NDArray[np.uint64], labels: NDArray[np.int64], fraction: float) -> dict[str, NDArray[np.int64]]:
     """Indices of the images of the train and the test split, ascending.
 
-    The choice depends on names (`keys`, all different) and labels only, never on a seed or the order, so every
-    experiment on the same images tests on the same ones. Each class gives its share; floor(N * fraction) images in all,
-    but at least 1 of 2 or more.
+    The choice depends on `name_ranks` and labels only, so every experiment on the same images tests on the same ones.
+    Each class gives its share; floor(N * fraction) images in all, but at least 1 of 2 or more.
     """
-    share = Fraction(str(fraction))
-    order = sorted(range(len(keys)), key=lambda index: (labels[index], name_hash(keys[index])))
-    test = {index for place, index in enumerate(order) if int((place + 1) * share) > int(place * share)}
-    if len(keys) >= 2 and not test:
-        test = {order[-1]}
-    return {"train": [index for index in range(len(keys)) if index not in test], "test": sorted(test)}
+    share, order = Fraction(str(fraction)), np.lexsort((ranks, labels))
+    count = int(len(order) * share)
+    # Where the share of the images so far reaches the next whole number.
+    places = (-(-number * share.denominator // share.numerator) - 1 for number in range(1, count + 1))
+    test = np.zeros(len(order), bool)
+    test[order[np.fromiter(places, np.int64) if count or len(order) < 2 else -1]] = True
+    return {"train": np.flatnonzero(~test), "test": np.flatnonzero(test)}
 
 
-def name_hash(key: str) -> bytes:
-    """A fixed pseudo-random rank of a name."""
-    return hashlib.sha256(key.encode()).digest()
+def name_ranks(names: Iterable[str]) -> NDArray[np.uint64]:
+    """A fixed pseudo-random rank of each name."""
+    digests = (hashlib.sha256(name.encode()).digest() for name in names)
+    return np.fromiter((int.from_bytes(digest[:8]) for digest in digests), np.uint64)
+
+
+def texts(column: pa.Array | pa.ChunkedArray) -> Iterator[str]:
+    """The values of a column of a listing, few of them in memory at a time."""
+    for batch in pa.table({"text": column}).to_batches(_LISTED):
+        yield from batch.column(0).to_pylist()
 
 
 def required_root(data: DataConfig) -> str:
@@ -121,38 +135,40 @@ def require_utf8(name: str, *, key: str) -> None:
         raise UserError(key, f"holds {name!r}, a name that is not UTF-8", hint="rename it") from None
 
 
-class Listed(NamedTuple):
-    """A file: its path below the root, its bytes, and when it changed in nanoseconds."""
-
-    path: str
-    size: int
-    changed: int
-
-
-def list_files(root: str) -> list[Listed]:
-    """All files below `root` but hidden ones, sorted by path; `root` itself, by its name, if it is a file."""
-    if not storage.is_local(root):
-        return sorted(_objects(root))
-    path = Path(root)
-    if not path.exists():
-        raise _missing(root)
-    status = path.stat()
-    if path.is_file():
-        return [Listed(path.name, status.st_size, status.st_mtime_ns)]
-    return sorted(_files_below(root, "", above=frozenset({(status.st_dev, status.st_ino)})))
+def list_files(root: str) -> pa.Array:
+    """Paths below `root` of all files but hidden ones, sorted; the name of `root` itself if it is a file."""
+    paths, blocks = (path for path, _, _ in _files(root)), list[pa.Array]()
+    # As objects of Python, they would take several times as much memory.
+    while some := list(itertools.islice(paths, _LISTED)):
+        blocks.append(pa.array(some, pa.large_string()))
+    whole = pa.chunked_array(blocks, pa.large_string()).combine_chunks()
+    blocks.clear()
+    return whole.sort()
 
 
 def source_fingerprint(data: DataConfig) -> str:
     """Digest of the names, sizes and dates of the source's files: it changes when the images may have changed."""
-    try:
-        files = [] if data.root is None else list_files(storage.absolute(data.root))
-    except FileNotFoundError:
-        files = []  # opening the source says so
-    lines = (f"{file.path}\0{file.size}\0{file.changed}\n" for file in files)
-    return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
+    total = 0  # of the digests of all files, so that they come in any order and none is kept
+    with suppress(FileNotFoundError):  # opening the source says so
+        for file in () if data.root is None else _files(storage.absolute(data.root)):
+            total += int.from_bytes(hashlib.sha256("\0".join(map(str, file)).encode()).digest())
+    return f"{total % 2**64:016x}"
 
 
-def _files_below(folder: str, prefix: str, *, above: frozenset[tuple[int, int]]) -> Iterator[Listed]:
+def _files(root: str) -> Iterator[tuple[str, int, int]]:
+    """Each file: its path below the root, its bytes, and when it changed in nanoseconds."""
+    path = Path(root)
+    if not storage.is_local(root):
+        yield from _objects(root)
+    elif not path.exists():
+        raise _missing(root)
+    elif path.is_file():
+        yield path.name, path.stat().st_size, path.stat().st_mtime_ns
+    else:
+        yield from _files_below(root, "", above=frozenset({(path.stat().st_dev, path.stat().st_ino)}))
+
+
+def _files_below(folder: str, prefix: str, *, above: frozenset[tuple[int, int]]) -> Iterator[tuple[str, int, int]]:
     """The files of `folder` and of its folders, `prefix` before each name.
 
     A link to a folder that it is in, one of `above`, is not followed.
@@ -172,7 +188,7 @@ def _files_below(folder: str, prefix: str, *, above: frozenset[tuple[int, int]])
                 identity = status.st_dev, status.st_ino
                 if stat.S_ISREG(status.st_mode):
                     require_utf8(prefix + entry.name, key="data.root")
-                    yield Listed(prefix + entry.name, status.st_size, status.st_mtime_ns)
+                    yield prefix + entry.name, status.st_size, status.st_mtime_ns
                 elif stat.S_ISDIR(status.st_mode) and identity not in above:
                     folders.append((entry, above | {identity}))
     except OSError as error:
@@ -182,7 +198,7 @@ def _files_below(folder: str, prefix: str, *, above: frozenset[tuple[int, int]])
         yield from _files_below(entry.path, f"{prefix}{entry.name}/", above=above_it)
 
 
-def _objects(root: str) -> Iterator[Listed]:
+def _objects(root: str) -> Iterator[tuple[str, int, int]]:
     try:
         filesystem, path = storage.filesystem(root)
         (info,) = filesystem.get_file_info([path])
@@ -199,7 +215,7 @@ def _objects(root: str) -> Iterator[Listed]:
         name = info.base_name if alone else info.path.removeprefix(f"{path}/")
         hidden = any(part.startswith(".") for part in name.split("/"))
         if info.type == fs.FileType.File and not hidden:
-            yield Listed(name, info.size, info.mtime_ns or 0)
+            yield name, info.size, info.mtime_ns or 0
 
 
 def _missing(root: object) -> NotFound:

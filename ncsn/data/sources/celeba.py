@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
 from ncsn.config.schema import DataConfig
-from ncsn.data.format import NO_LABEL, SPLITS
+from ncsn.data.format import NO_LABEL
 from ncsn.data.pixels import Fit
-from ncsn.data.sources.base import Source, hold_out, root_of
-from ncsn.data.sources.image_files import EncodedImages, ImageFile, index_archive
+from ncsn.data.sources.base import Source, hold_out, name_ranks, root_of
+from ncsn.data.sources.image_files import EncodedImages, index_archive
 from ncsn.errors import NotFound, UserError
 
 _CELEBA = "img_align_celeba.zip"
@@ -25,33 +29,29 @@ def open_celeba(data: DataConfig) -> Source:
     if not archive.is_file():
         hint = "put it there (CelebA is not downloaded)"
         raise NotFound("data.root", f"has no {_CELEBA}", hint=hint, value=data.root)
-    members = {member.path: member for member, _ in index_archive(str(archive))[0]}
-    if not members:
+    members = index_archive(str(archive))[0].drop_columns(["word"]).sort_by("path")
+    if not len(members):
         raise UserError(str(archive), f"holds no .jpg or .png images; it is not {_CELEBA}")
-    names, partition = sorted(members), archive.with_name(_PARTITION)
+    names, partition = members["path"].to_pylist(), archive.with_name(_PARTITION)
+    labels, fit = np.full(len(names), NO_LABEL), Fit.of(data, crop=_CROP)
     if partition.is_file():
         chosen = _official_splits(names, partition)
     else:
-        rows = hold_out(names, [NO_LABEL] * len(names), data.test_fraction)
-        chosen = {split: [names[row] for row in rows[split]] for split in SPLITS}
-    fit = Fit.of(data, crop=_CROP)
-    images = {name: ImageFile("", member) for name, member in members.items()}  # members of the archive itself
+        chosen = hold_out(name_ranks(names), labels, data.test_fraction)
+    images = members.add_column(0, "file", pa.repeat("", len(names)))  # members of the archive itself
     return Source(
         description="CelebA aligned and cropped faces, Z. Liu, P. Luo, X. Wang and X. Tang 2015, RGB",
         license="non-commercial research only (CelebA agreement)",
         class_names=(),
-        splits={
-            split: EncodedImages(str(archive), [images[name] for name in taken], [NO_LABEL] * len(taken), fit)
-            for split, taken in chosen.items()
-        },
+        splits={split: EncodedImages(str(archive), images, rows, labels[rows], fit) for split, rows in chosen.items()},
     )
 
 
-def _official_splits(names: Sequence[str], partition: Path) -> dict[str, list[str]]:
-    """The split of a line `NAME 0` is train, and of `NAME 2` test; the validation images, `NAME 1`, are left out."""
+def _official_splits(names: Sequence[str], partition: Path) -> dict[str, NDArray[np.int64]]:
+    """Places of the names in each split. A line `NAME 0` is train, and `NAME 2` test; `NAME 1` is left out."""
     try:
         numbers = {name: int(number) for name, number in map(str.split, partition.read_text().splitlines())}
-        found = [(name, numbers[Path(name).name]) for name in names]
+        given = np.array([numbers[Path(name).name] for name in names])
     except (ValueError, KeyError) as error:
         raise UserError(str(partition), f"does not say the split of each image: {error}") from error
-    return {split: [name for name, given in found if given == number] for split, number in _PARTITION_NUMBERS.items()}
+    return {split: np.flatnonzero(given == number) for split, number in _PARTITION_NUMBERS.items()}

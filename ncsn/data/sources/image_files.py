@@ -16,7 +16,7 @@ import zipfile
 import zlib
 from abc import ABC, abstractmethod
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,6 +26,7 @@ from threading import Lock
 from typing import Any, BinaryIO, ClassVar, NamedTuple, Self, TypeVar, cast
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from ncsn import storage
@@ -50,16 +51,24 @@ _LONGEST_ZIP_HEADER = _ZIP_HEADER.size + 2 * 0xFFFF
 _ENCRYPTED = 0x1
 
 _LARGEST_POOL = 16
+_LISTED = 1024  # images whose names are objects of Python at a time
 _TOGETHER = 16  # images that a thread takes at once: handing over each by itself costs a tenth of a small JPEG
 _WAITING_PER_THREAD = 2
 
 
-@dataclass(frozen=True, slots=True)
-class Member:
+class Member(NamedTuple):
     path: str
     offset: int  # of its first byte, in a zip archive of its header
     span: int  # bytes from there on that hold it
-    zipped: zipfile.ZipInfo | None = None  # how it is packed; None in a tar archive
+    # How it is packed, as of `zipfile.ZipInfo`; the method is None in a tar archive.
+    method: int | None = None
+    flags: int = 0
+    crc: int = 0
+    packed: int = 0
+    size: int = 0
+
+
+MEMBER = pa.schema([("path", pa.large_string()), *((name, pa.int64()) for name in Member._fields[1:])])
 
 
 def kind_of(path: str) -> str:
@@ -67,10 +76,11 @@ def kind_of(path: str) -> str:
     return PurePosixPath(path).suffix.lower() or "without a suffix"
 
 
-def index_archive(uri: str) -> tuple[list[tuple[Member, str | None]], dict[str, bytes], Counter[str]]:
+def index_archive(uri: str) -> tuple[pa.Table, dict[str, bytes], Counter[str]]:
     """The images of a `.tar` or `.zip` in its order, its label tables, path -> content, and its other files by kind.
 
-    Hidden files do not count. An image comes with its label where `x.cls` or `x.json` is next to `x.png`.
+    Hidden files do not count. An image is a row of `MEMBER`, and its `word` the label in `x.cls` or `x.json` next to
+    `x.png`, or null.
     """
     with _opened(uri) as stream:
         found = _zip_members(stream, uri) if uri.lower().endswith(".zip") else _tar_members(stream, uri)
@@ -96,7 +106,9 @@ def index_archive(uri: str) -> tuple[list[tuple[Member, str | None]], dict[str, 
                     others[kind_of(member.path)] += 1
             except ValueError as error:
                 raise UserError(f"{uri}:{member.path}", f"is not a label: {error}") from error
-    return [(member, words.get(_key(member.path))) for member in images], tables, others
+    found = pa.Table.from_pylist([member._asdict() for member in images], MEMBER)
+    labels = pa.array([words.get(_key(member.path)) for member in images], pa.large_string())
+    return found.append_column("word", labels), tables, others
 
 
 def read_member(stream: Any, member: Member) -> bytes:
@@ -104,7 +116,7 @@ def read_member(stream: Any, member: Member) -> bytes:
     data: bytes = stream.read_at(member.span, member.offset)
     if len(data) < member.span:
         raise BadImageError("the archive ends within it")
-    return data if member.zipped is None else _unzip(data, member.zipped)
+    return data if member.method is None else _unzip(data, member)
 
 
 def _key(path: str) -> str:
@@ -150,10 +162,13 @@ def _zip_members(stream: Any, uri: str) -> Iterator[Member]:
     for info, last in zip(infos, ends, strict=True):
         if not info.is_dir():
             span = min(last - info.header_offset, _LONGEST_ZIP_HEADER + info.compress_size)
-            yield Member(info.filename, info.header_offset, span, info)
+            packing = info.compress_type, info.flag_bits, info.CRC, info.compress_size, info.file_size
+            yield Member(info.filename, info.header_offset, span, *packing)
 
 
-def _unzip(data: bytes, info: zipfile.ZipInfo) -> bytes:
+def _unzip(data: bytes, member: Member) -> bytes:
+    info = zipfile.ZipInfo(member.path)
+    info.compress_type, info.flag_bits, info.CRC, info.compress_size, info.file_size = member[3:]
     if info.flag_bits & _ENCRYPTED:
         raise BadImageError("is encrypted")
     if len(data) < _ZIP_HEADER.size or not data.startswith(b"PK\x03\x04"):
@@ -171,11 +186,6 @@ def _unzip(data: bytes, info: zipfile.ZipInfo) -> bytes:
     return content
 
 
-class ImageFile(NamedTuple):
-    file: str  # path of the file or archive below the root; empty for the root itself
-    member: Member | None = None
-
-
 class Encoded(NamedTuple):
     name: str
     label: int
@@ -185,7 +195,7 @@ class Encoded(NamedTuple):
 class DecodedSplit(ABC):
     """A split of images that are decoded when they are read."""
 
-    labels: Sequence[int] | NDArray[np.int64]
+    labels: NDArray[np.int64]
     fit: Fit
     in_tasks: ClassVar[bool] = True
 
@@ -242,8 +252,10 @@ class EncodedImages(DecodedSplit):
     """A split of encoded images below a folder, bucket or archive."""
 
     root: str  # URI
-    images: Sequence[ImageFile]
-    labels: Sequence[int]
+    # Of more images: `file`, its path below the root or empty for the root itself, and in archives also `MEMBER`.
+    images: pa.Table
+    rows: NDArray[np.int64]  # of them, in the order of the split
+    labels: NDArray[np.int64]
     fit: Fit
 
     @property
@@ -251,7 +263,8 @@ class EncodedImages(DecodedSplit):
         return not storage.is_local(self.root)
 
     def section(self, first: int, last: int) -> Self:
-        return replace(self, images=self.images[first:last], labels=self.labels[first:last])
+        rows = self.rows[first:last]  # another process gets no more than these
+        return replace(self, images=self.images.take(rows), rows=np.arange(len(rows)), labels=self.labels[first:last])
 
     def encoded(self, least_side: int | None) -> Iterator[Encoded]:
         reader = _Reader()
@@ -259,10 +272,14 @@ class EncodedImages(DecodedSplit):
         def load(file: str, member: Member | None) -> Picture:
             return decode(reader.read(file, member), least_side=least_side)
 
-        for image, label in zip(self.images, self.labels, strict=True):
-            file = storage.join(self.root, image.file) if image.file else self.root
-            name = file if image.member is None else f"{file}:{image.member.path}"
-            yield Encoded(name, label, partial(load, file, image.member))
+        for first in range(0, len(self.rows), _LISTED):
+            some = slice(first, first + _LISTED)
+            images = self.images.take(self.rows[some])
+            fields = (column.to_pylist() for column in images.columns)
+            for label, file, *member in zip(self.labels[some].tolist(), *fields, strict=True):
+                uri = storage.join(self.root, file) if file else self.root
+                name = f"{uri}:{member[0]}" if member else uri
+                yield Encoded(name, label, partial(load, uri, Member(*member) if member else None))
 
 
 class _Reader:

@@ -10,13 +10,18 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from ncsn import storage
 from ncsn.config.schema import DataConfig
 from ncsn.data.format import NO_LABEL, SPLITS
 from ncsn.data.pixels import Fit
-from ncsn.data.sources.base import Source, hold_out, list_files, name_hash, required_root
+from ncsn.data.sources.base import Source, hold_out, list_files, name_ranks, required_root, texts
 from ncsn.data.sources.image_files import (
     ARCHIVE_SUFFIXES,
     COMPRESSED_SUFFIXES,
@@ -24,21 +29,12 @@ from ncsn.data.sources.image_files import (
     IMAGE_SUFFIXES,
     LABEL_TABLES,
     EncodedImages,
-    ImageFile,
     index_archive,
     kind_of,
 )
 from ncsn.errors import UserError
 
 _INDEX_THREADS = 16
-
-
-class _Found(NamedTuple):
-    """An image before its label is known."""
-
-    path: str  # where it would be with every archive unpacked in its folder; decides split, class and order
-    image: ImageFile
-    word: str | None  # its label in words, where a table or a file next to it holds one
 
 
 def open_image_folder(data: DataConfig) -> Source:
@@ -49,30 +45,30 @@ def open_image_folder(data: DataConfig) -> Source:
     """
     root = storage.absolute(required_root(data))
     found, labeled, ignored = _find(root)
-    found = sorted(found, key=lambda one: name_hash(one.path))
-    own_splits = {one.path.partition("/")[0] if "/" in one.path else "" for one in found} == set(SPLITS)
-    words = [_folder(one.path, 1 if own_splits else 0) for one in found]
+    ranks = name_ranks(texts(found["place"]))
+    order = np.argsort(ranks, kind="stable")
+    tops = folders = pc.struct_field(pc.extract_regex(found["place"], "^(?P<top>[^/]*)/"), 0)
+    own_splits = {*tops.unique().to_pylist()} == set(SPLITS)
+    if own_splits:
+        folders = pc.struct_field(pc.extract_regex(found["place"], "^[^/]*/(?P<next>[^/]*)/"), 0)
     # A stray table of a few images does not hide folders that are classes.
-    if 2 * labeled < len(found) and len({*words} - {None}) > 1:
+    if 2 * labeled < len(found) and len(folders.unique().drop_null()) > 1:
         ignored[f"stray label{'s' * (labeled > 1)}"] += labeled
         labeled = 0
-    if labeled:
-        words = [one.word or None for one in found]
-    class_names = class_names_of({word for word in words if word is not None}, numbers=labeled > 0)
-    places = {name: place for place, name in enumerate(class_names)}
-    labels = [NO_LABEL if word is None else places[word] for word in words]
+    words = pc.if_else(pc.equal(found["word"], ""), None, found["word"]) if labeled else folders
+    class_names = class_names_of({*words.unique().drop_null().to_pylist()}, numbers=labeled > 0)
+    labels = labels_of(words, class_names)
     if own_splits:
-        chosen = {split: [n for n, one in enumerate(found) if one.path.startswith(f"{split}/")] for split in SPLITS}
+        chosen = {split: order[pc.equal(tops, split).to_numpy()[order]] for split in SPLITS}
     else:
-        chosen = hold_out([one.path for one in found], labels, data.test_fraction)
+        held_out = hold_out(ranks[order], labels[order], data.test_fraction)
+        chosen = {split: order[places] for split, places in held_out.items()}
+    images = found.drop_columns(["place", "word"])
     return Source(
         description="A folder of images",
         license="as the owner of the images says",
         class_names=class_names,
-        splits={
-            split: EncodedImages(root, [found[n].image for n in rows], [labels[n] for n in rows], Fit.of(data))
-            for split, rows in chosen.items()
-        },
+        splits={split: EncodedImages(root, images, rows, labels[rows], Fit.of(data)) for split, rows in chosen.items()},
         ignored=+ignored,
     )
 
@@ -88,31 +84,32 @@ def how_to_convert(kinds: Iterable[str]) -> str:
     return "convert HEIC to JPEG, for example with ImageMagick: mogrify -format jpg FILES" if heic else ""
 
 
-def _find(root: str) -> tuple[Sequence[_Found], int, Counter[str]]:
+def _find(root: str) -> tuple[pa.Table, int, Counter[str]]:
     """All images, how many of them tables name or files label, and what is ignored.
 
-    Archives count only where no image is outside of them.
+    An image is a row as of `EncodedImages`, with its label as a `word` and its `place`: where it would be with every
+    archive unpacked in its folder, which decides split, class and order. Archives count only if all images are in some.
     """
-    files, alone = [listed.path for listed in list_files(root)], storage.is_file(root)
-    images = [] if alone else [path for path in files if path.lower().endswith(IMAGE_SUFFIXES)]
-    archives = [path for path in files if path.lower().endswith(ARCHIVE_SUFFIXES)]
-    tables, found = list[_Table](), [_Found(path, ImageFile(path), None) for path in images]
-    ignored, used = Counter(map(kind_of, files)), list(images)
-    if not alone:
-        for path in files:
-            if path.rpartition("/")[2] in LABEL_TABLES:
-                uri = storage.join(root, path)
-                if table := _read_table(storage.read_bytes(uri), origin=uri, path=path):
-                    tables.append(table)
-                    used.append(path)
-    if archives and not images:
-        found, inside, others = _in_archives(root, [""] if alone else archives)
+    files, alone = list_files(root), storage.is_file(root)
+    suffixes = "|".join(suffix[1:] for suffix in IMAGE_SUFFIXES)
+    is_image = pc.and_(pc.match_substring_regex(files, rf"(?i)\.({suffixes})$"), pa.scalar(not alone))
+    images, others = files.filter(is_image), list(texts(files.filter(pc.invert(is_image))))
+    archives = [path for path in others if path.lower().endswith(ARCHIVE_SUFFIXES)]
+    found = pa.table({"place": images, "file": images, "word": pa.nulls(len(images), pa.large_string())})
+    tables, ignored = list[_Table](), Counter(map(kind_of, others))
+    for path in [] if alone else others:
+        if path.rpartition("/")[2] in LABEL_TABLES:
+            uri = storage.join(root, path)
+            if table := _read_table(storage.read_bytes(uri), origin=uri, path=path):
+                tables.append(table)
+                ignored[kind_of(path)] -= 1
+    if archives and not len(images):
+        found, inside, more = _in_archives(root, [""] if alone else archives)
         tables += inside
-        used += archives
-        ignored += others
-    ignored.subtract(map(kind_of, used))
-    if not found:
-        compressed = any(path.lower().endswith(COMPRESSED_SUFFIXES) for path in files)
+        ignored += more
+        ignored.subtract(map(kind_of, archives))
+    if not len(found):
+        compressed = any(path.lower().endswith(COMPRESSED_SUFFIXES) for path in others)
         what = f", only {in_words(+ignored)}" if +ignored else ""
         raise UserError(
             "data.root",
@@ -123,31 +120,34 @@ def _find(root: str) -> tuple[Sequence[_Found], int, Counter[str]]:
             value=root,
         )
     if not tables:
-        return found, sum(bool(one.word) for one in found), ignored
+        return found, pc.sum(pc.not_equal(found["word"], "")).as_py() or 0, ignored
     words = _words_of(tables, found)
-    return [one._replace(word=words.get(number)) for number, one in enumerate(found)], len(words), ignored
+    column = pa.array(map(words.get, range(len(found))), pa.large_string())
+    return found.set_column(found.column_names.index("word"), "word", [column]), len(words), ignored
 
 
-def _in_archives(root: str, archives: Sequence[str]) -> tuple[list[_Found], list[_Table], Counter[str]]:
+def _in_archives(root: str, archives: Sequence[str]) -> tuple[pa.Table, list[_Table], Counter[str]]:
     """The images of archives below `root`, their tables and other files; the archive "" is `root` itself."""
     uris = [storage.join(root, archive) if archive else root for archive in archives]
     with ThreadPoolExecutor(min(_INDEX_THREADS, len(uris))) as pool:
         indices = list(pool.map(index_archive, uris))
-    times = Counter(member.path for images, _, _ in indices for member, _ in images)
     found, tables, ignored = [], [], Counter[str]()
     for archive, uri, (images, contents, others) in zip(archives, uris, indices, strict=True):
-        folder = archive.rpartition("/")[0]
         ignored += others
-        for member, word in images:
-            # Shards that all number their images from 0 hold different images under one name.
-            inside = f"{member.path}@{archive}" if times[member.path] > 1 else member.path
-            found.append(_Found(f"{folder}/{inside}" if folder else inside, ImageFile(archive, member), word))
+        found.append(images.add_column(0, "file", pa.repeat(archive, len(images)).dictionary_encode()))
         for path, content in contents.items():
             if table := _read_table(content, origin=f"{uri}:{path}", path=path, archive=archive):
                 tables.append(table)
             else:
                 ignored[kind_of(path)] += 1
-    return found, tables, ignored
+    every = pa.concat_tables(found).unify_dictionaries().combine_chunks()
+    # Shards that all number their images from 0 hold different images under one name.
+    counted = pc.value_counts(every["path"])
+    again = pc.is_in(every["path"], counted.field(0).filter(pc.greater(counted.field(1), 1)))
+    files, at, nothing = every["file"].cast(pa.large_string()), *pa.array(["@", ""], pa.large_string())
+    inside = pc.if_else(again, pc.binary_join_element_wise(every["path"], files, at), every["path"])
+    places = pc.binary_join_element_wise(pc.replace_substring_regex(files, "[^/]*$", ""), inside, nothing)
+    return every.add_column(0, "place", places), tables, ignored
 
 
 @dataclass(frozen=True)
@@ -206,13 +206,15 @@ def _rows_of_edm(content: Any) -> Iterable[tuple[str, Any]] | None:
     return pairs if whole else None
 
 
-def _words_of(tables: Iterable[_Table], found: Sequence[_Found]) -> dict[int, str | None]:
+def _words_of(tables: Iterable[_Table], found: pa.Table) -> dict[int, str | None]:
     """The label in words of each image that a table names, by its place in `found`; None for no label."""
     places: dict[tuple[str, str], int] = {}
-    for number, one in enumerate(found):
-        places["", posixpath.normpath(one.path)] = number
-        if one.image.member and one.image.file:
-            places[one.image.file, posixpath.normpath(one.image.member.path)] = number
+    for number, place in enumerate(texts(found["place"])):
+        places["", posixpath.normpath(place)] = number
+    if "path" in found.column_names:
+        for number, (file, path) in enumerate(zip(texts(found["file"]), texts(found["path"]), strict=True)):
+            if file:
+                places[file, posixpath.normpath(path)] = number
     words: dict[int, str | None] = {}
     named: dict[int, str] = {}
     for table in tables:
@@ -226,9 +228,11 @@ def _words_of(tables: Iterable[_Table], found: Sequence[_Found]) -> dict[int, st
     return words
 
 
-def _folder(path: str, depth: int) -> str | None:
-    parts = path.split("/")
-    return parts[depth] if len(parts) > depth + 1 else None
+def labels_of(words: pa.Array | pa.ChunkedArray, class_names: Sequence[str]) -> NDArray[np.int64]:
+    """The place of each word among the names; -1 for one that is not there."""
+    places = pc.index_in(words, value_set=pa.array(class_names, words.type)).fill_null(NO_LABEL)
+    labels: NDArray[np.int64] = places.to_numpy().astype(np.int64)
+    return labels
 
 
 def class_names_of(words: set[str], *, numbers: bool) -> tuple[str, ...]:

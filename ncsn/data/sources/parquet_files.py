@@ -25,9 +25,9 @@ from ncsn import storage
 from ncsn.config.schema import DataConfig
 from ncsn.data.format import NO_LABEL, group_lengths, load_manifest, pieces_of, pixels_of
 from ncsn.data.pixels import BadImageError, Fit, Picture, decode
-from ncsn.data.sources.base import Source, hold_out, list_files, required_root
+from ncsn.data.sources.base import Source, hold_out, list_files, name_ranks, required_root, texts
 from ncsn.data.sources.image_files import DecodedSplit, Encoded
-from ncsn.data.sources.image_folder import class_names_of
+from ncsn.data.sources.image_folder import class_names_of, labels_of
 from ncsn.errors import UserError
 
 SUFFIX = ".parquet"
@@ -83,7 +83,7 @@ def open_parquet(data: DataConfig) -> Source:
     """
     root = storage.absolute(required_root(data))
     alone = storage.is_file(root)
-    paths = [one.path for one in list_files(root) if one.path.lower().endswith(SUFFIX)]
+    paths = [path for path in texts(list_files(root)) if path.lower().endswith(SUFFIX)]
     if not paths:
         raise UserError("data.root", f"holds no file that ends in {SUFFIX}", value=root)
     uris = [root if alone else storage.join(root, path) for path in paths]
@@ -187,13 +187,12 @@ def _image_kind(field: pa.Field) -> ImageKind | None:
 def _labels_of(one: _Found, class_names: Sequence[str]) -> NDArray[np.int64]:
     """The label of each row of a file; -1 for none."""
     classes = list(map(str, range(len(class_names))) if one.columns.numbers else class_names)
-    labels = pc.index_in(one.words, value_set=pa.array(classes, pa.string()))
-    wrong = pc.and_(labels.is_null(), one.words.is_valid()).index(pa.scalar(value=True)).as_py()
+    labels = labels_of(one.words, classes)
+    wrong = pc.and_(pa.array(labels == NO_LABEL), one.words.is_valid()).index(pa.scalar(value=True)).as_py()
     if wrong >= 0:
         reason = f"has the label {one.words[wrong].as_py()!r}, which is none of the {len(class_names)} classes"
         raise UserError(one.file.name(wrong), reason)
-    places: NDArray[np.int64] = labels.fill_null(NO_LABEL).to_numpy(zero_copy_only=False).astype(np.int64)
-    return places
+    return labels
 
 
 def _splits(found: Mapping[str, _Found], class_names: Sequence[str], data: DataConfig) -> dict[str, ParquetImages]:
@@ -212,7 +211,8 @@ def _splits(found: Mapping[str, _Found], class_names: Sequence[str], data: DataC
     if len(named) == 1:
         every = images(found.values())
         # Named by their places, so that the choice does not depend on how the rows are cut into files.
-        chosen = hold_out([f"row {row}" for row in range(len(every))], every.labels.tolist(), data.test_fraction)
+        ranks = name_ranks(f"row {row}" for row in range(len(every)))
+        chosen = hold_out(ranks, every.labels, data.test_fraction)
         parts = {split: (every.rows[rows], every.labels[rows]) for split, rows in chosen.items()}
         return {split: replace(every, rows=rows, labels=labels) for split, (rows, labels) in parts.items()}
     if None in named:

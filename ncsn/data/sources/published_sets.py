@@ -20,7 +20,7 @@ import numpy as np
 from ncsn.config.schema import DataConfig
 from ncsn.data.format import SPLITS
 from ncsn.data.pixels import Example, Fit
-from ncsn.data.sources.base import Source, hold_out, name_hash, root_of
+from ncsn.data.sources.base import Source, hold_out, name_ranks, root_of
 from ncsn.errors import NotFound, UserError
 
 
@@ -82,7 +82,7 @@ def open_digits(data: DataConfig) -> Source:
     digits = load_digits()
     images = np.floor(digits.images * (255 / 16) + 0.5).astype(np.uint8)[..., None]
     labels = digits.target.astype(int)
-    chosen = hold_out([f"digit {index}" for index in range(len(labels))], labels.tolist(), data.test_fraction)
+    chosen = hold_out(name_ranks(f"digit {index}" for index in range(len(labels))), labels, data.test_fraction)
     return Source(
         description="Optical Recognition of Handwritten Digits (test part), E. Alpaydin and C. Kaynak 1998, 8x8 gray",
         license="CC BY 4.0 (UCI Machine Learning Repository); shipped with scikit-learn",
@@ -124,8 +124,8 @@ def open_photos(data: DataConfig) -> Source:
             for left in range(first, last - side + 1, size // 4)
             for top in range(0, len(image) - side + 1, size // 4)
         ]
-        patches.sort(key=lambda patch: name_hash(str(tuple(patch))))
-        splits[split] = Patches(tuple(photographs.values()), tuple(patches), Fit.of(data))
+        order = np.argsort(name_ranks(str(tuple(patch)) for patch in patches))
+        splits[split] = Patches(tuple(photographs.values()), tuple(patches[place] for place in order), Fit.of(data))
     return Source(
         description="patches of the photographs china by danielbuechele and flower by vultilion, 640x427 RGB",
         license="CC BY 2.0; shipped with scikit-learn",
