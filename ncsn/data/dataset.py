@@ -1,20 +1,23 @@
 """From a source to a dataset in the store: its rows as Parquet parts, what is learned of them, and its manifest.
 
 Which images a part holds is decided before any of them is read, so any process can write it, and write it again. The
-parts are read in their order while later ones are written: digest, statistics and sample are those of one pass.
+writer of a part notes its digest and statistics in it, and they are combined in order: nothing is read a second time.
 """
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from ncsn import storage
 from ncsn.config.schema import DataConfig
@@ -28,15 +31,14 @@ from ncsn.data.format import (
     Part,
     Rows,
     SkippedImage,
-    SplitDigest,
-    from_table,
     load_manifest,
     open_images,
     part_images,
+    read_rows,
     schema,
     to_table,
 )
-from ncsn.data.noise_levels import MOST_IMAGES, ImageSample, suggestions
+from ncsn.data.noise_levels import sample_places, suggestions
 from ncsn.data.pixels import PIXELS_VERSION
 from ncsn.data.sources.base import BadImages, Source, Split
 from ncsn.errors import UserError
@@ -46,8 +48,7 @@ from ncsn.progress import Progress
 _WITHOUT_EFFECT = {"root", "download", "dequantize", "horizontal_flip", "augmentation", "num_classes"}
 LEAST_IMAGES = 2
 _BLOCK_BYTES = 2 << 20  # of pixels that are in memory at a time
-# A part notes which images were left out of it, and what others lost.
-_SKIPPED, _CONVERSIONS = b"ncsn.skipped", b"ncsn.conversions"
+_NOTES = b"ncsn.notes"
 
 
 def shaping_settings(data: DataConfig) -> dict[str, Any]:
@@ -63,18 +64,41 @@ class Dataset:
 
 
 @dataclass(frozen=True)
+class Notes:
+    """What is known of a part, which its file holds too."""
+
+    rows: int
+    digest: str
+    class_counts: list[int]  # up to the largest class
+    sums: list[list[float]]  # of the pixels and of their squares, by channel
+    minimum: float
+    maximum: float
+    skipped: list[SkippedImage]  # images that were left out
+    conversions: dict[str, int]  # what others lost
+
+
+class Written(NamedTuple):
+    notes: Notes
+    sample: NDArray[Any]  # the images that the noise levels are found by, [n, H, W, C]
+
+
+@dataclass(frozen=True)
 class PartWriter:
     images: Split
     uri: str
     near: str  # folder on the same disk for scratch files
     data: DataConfig
+    sampled: NDArray[np.int64]  # rows of the part that its sample has, as far as there are so many
 
-    def write(self, *, cores: int | None = None) -> Iterator[Rows]:
-        """Write the part, and publish it after its last block; gives each block while it is being written."""
-        pixels = self.data.pixels
+    def write(self, *, cores: int | None = None, advance: Callable[[int], object] | None = None) -> Written:
+        """Write the part, and publish it; `advance` is told of rows."""
+        pixels, position = self.data.pixels, 0
         block_rows = max(1, _BLOCK_BYTES // pixels.num_bytes)
         bad = BadImages(skip=self.data.on_bad_image == "skip")
         examples = bad.filter(self.images.stream(cores=cores))
+        digest: Any = hashlib.sha256()
+        labels, sample = np.empty(0, "<i8"), [np.empty((0, *pixels.shape), pixels.dtype)]
+        sums, minimum, maximum = np.zeros((2, pixels.shape[2])), math.inf, -math.inf
         with storage.scratch_folder(self.near) as scratch:
             file = scratch / "part.parquet"
             with pq.ParquetWriter(file, schema(pixels), **PARQUET_OPTIONS) as writer:
@@ -82,37 +106,40 @@ class PartWriter:
                     images = np.stack([example.image for example in rows])
                     block = Rows(images, np.array([example.label for example in rows], np.int64))
                     writer.write_table(to_table(block, pixels.limits), row_group_size=len(block))
-                    yield block
-                skipped = json.dumps([asdict(image) for image in bad.skipped])
-                writer.add_key_value_metadata({_SKIPPED: skipped, _CONVERSIONS: json.dumps(bad.conversions)})
+                    digest.update(images)
+                    values = images.reshape(-1, pixels.shape[2])
+                    sums[0] += values.sum(axis=0, dtype=np.float64)
+                    sums[1] += np.einsum("nc,nc->c", values, values, dtype=np.float64)
+                    minimum, maximum = min(minimum, images.min().item()), max(maximum, images.max().item())
+                    first, last = np.searchsorted(self.sampled, [position, position + len(block)])
+                    sample.append(images[self.sampled[first:last] - position])
+                    labels, position = np.append(labels, block.labels), position + len(block)
+                    if advance:
+                        advance(len(block))
+                digest.update(labels)
+                notes = Notes(
+                    rows=position,
+                    digest=digest.hexdigest(),
+                    class_counts=np.bincount(labels[labels >= 0]).tolist(),
+                    sums=sums.tolist(),
+                    minimum=minimum,
+                    maximum=maximum,
+                    skipped=bad.skipped,
+                    conversions=dict(bad.conversions),
+                )
+                writer.add_key_value_metadata({_NOTES: json.dumps(asdict(notes))})
             storage.publish_file(file, self.uri)
+        return Written(notes, np.concatenate(sample))
+
+    def read(self) -> Written:
+        """What `write` gave when the part was written before."""
+        with open_images(self.uri, hint="delete it and ingest again") as file:
+            fields = json.loads(file.metadata.metadata[_NOTES])
+            notes = Notes(**fields | {"skipped": [SkippedImage(**image) for image in fields["skipped"]]})
+            return Written(notes, read_rows(file, self.sampled[self.sampled < notes.rows]).images)
 
 
-class _Statistics:
-    """Of pixels, by channel."""
-
-    def __init__(self, channels: int) -> None:
-        self._count = 0
-        self._sum, self._squares = np.zeros((2, channels))
-        self.minimum, self.maximum = math.inf, -math.inf
-
-    def update(self, images: np.ndarray) -> None:
-        """Add images [N, H, W, C]."""
-        values = images.reshape(-1, images.shape[3])
-        self._count += len(values)
-        self._sum += values.sum(axis=0, dtype=np.float64)
-        self._squares += np.einsum("nc,nc->c", values, values, dtype=np.float64)
-        self.minimum, self.maximum = min(self.minimum, images.min().item()), max(self.maximum, images.max().item())
-
-    def scaled(self, limits: tuple[float, float]) -> tuple[list[float], list[float]]:
-        """Mean and standard deviation of each channel, with these limits as 0 and 1."""
-        low, high = limits
-        mean = self._sum / self._count
-        std = np.sqrt(np.maximum(self._squares / self._count - mean**2, 0.0))
-        return ((mean - low) / (high - low)).tolist(), (std / (high - low)).tolist()
-
-
-WriteParts = Callable[[Iterable[PartWriter]], Iterator[object]]
+WriteParts = Callable[[Iterable[PartWriter]], Iterator[Written]]
 
 
 def write_dataset(
@@ -136,13 +163,15 @@ def write_dataset(
         data: The settings that the source was opened with.
         fingerprint: Of the source's files. With it, an ingestion that was stopped goes on where it was, and files that
             gave a dataset before are not read again. Every writer then reaches `folder`.
-        write_parts: Writes parts elsewhere, and yields in their order each time that one is in the store; None = here.
+        write_parts: Writes parts elsewhere, and yields in their order what `PartWriter.write` gives; None = here.
         progress: Is told of images.
     """
     if fingerprint is None:
         with storage.scratch_folder(folder) as scratch:
             return _write(source, folder, str(scratch), name, data, write_parts, progress or Progress())
-    key = storage.digest([fingerprint, shaping_settings(data) | {"root": data.root}, PIXELS_VERSION], 16)
+    key = storage.digest(
+        [fingerprint, shaping_settings(data) | {"root": data.root}, PIXELS_VERSION, FORMAT_VERSION], 16
+    )
     receipt, staging = storage.join(folder, f".ingested-{key}.json"), storage.join(folder, f".parts-{key}")
     if (known := _known(folder, receipt)) is not None:
         return known
@@ -176,64 +205,66 @@ def _write(
     write_parts: WriteParts | None,
     progress: Progress,
 ) -> Dataset:
-    pixels, total = data.pixels, sum(map(len, source.splits.values()))
-    most, near = part_images(pixels), folder if storage.is_local(folder) else staging
-    progress.start(total, "images")
-    bad, sample = BadImages(skip=True), ImageSample(MOST_IMAGES)
-    statistics = _Statistics(data.channels)
-    counts, class_counts, content, parts = dict[str, int](), dict[str, list[int]](), dict[str, str](), {}
+    pixels, near = data.pixels, folder if storage.is_local(folder) else staging
+    progress.start(sum(map(len, source.splits.values())), "images")
+    parts, skipped, conversions = dict[str, list[Part]](), list[SkippedImage](), Counter[str]()
+    class_counts = {split: np.zeros(len(source.class_names), np.int64) for split in source.splits}
+    chosen = sample_places(len(source.splits["train"]), pixels.num_bytes)
+    sample, taken = np.empty((len(chosen), *pixels.shape), pixels.dtype), 0
+    sums, minimum, maximum = np.zeros((2, data.channels)), math.inf, -math.inf
     for split, images in source.splits.items():
-        digest, labeled = SplitDigest(), np.zeros(len(source.class_names), np.int64)
-        parts[split] = list[Part]()
-        writers = {
-            (path := f"{split}/part-{number:05d}.parquet"): PartWriter(
-                images.section(first, first + most), storage.join(staging, path), near, data
-            )
-            for number, first in enumerate(range(0, len(images), most))
-        }
-        for rows in _rows_of(writers, staging, split, parts[split], bad, write_parts):
-            digest.update(rows)
-            labeled += np.bincount(rows.labels[rows.labels >= 0], minlength=len(labeled))
+        parts[split] = []
+        there, sampled = storage.join(staging, split), chosen if split == "train" else chosen[:0]
+        found = _parts(there, images, sampled, near, data, write_parts, progress.advance)
+        for file, (notes, some) in found:
+            skipped += notes.skipped
+            conversions.update(notes.conversions)
+            if not notes.rows:
+                storage.delete(storage.join(there, file))
+                continue
+            parts[split].append(Part(f"{split}/{file}", notes.rows, notes.digest))
+            class_counts[split][: len(notes.class_counts)] += np.array(notes.class_counts, np.int64)
             if split == "train":
-                sample.update(rows.images)
-                statistics.update(rows.images)
-            progress.advance(len(rows))
-        if digest.count < LEAST_IMAGES:
-            skipped = f" ({len(bad.skipped)} could not be used)" if bad.skipped else ""
+                sample[taken : taken + len(some)] = some
+                taken += len(some)
+                sums += notes.sums
+                minimum, maximum = min(minimum, notes.minimum), max(maximum, notes.maximum)
+        if (count := sum(part.rows for part in parts[split])) < LEAST_IMAGES:
+            bad = f" ({len(skipped)} could not be used)" if skipped else ""
             raise UserError(
                 "data.source",
-                f"gives {digest.count} image(s) for the {split} split{skipped}; at least {LEAST_IMAGES} are needed",
+                f"gives {count} image(s) for the {split} split{bad}; at least {LEAST_IMAGES} are needed",
                 hint="add images, or change data.test_fraction",
                 value=data.source,
             )
-        counts[split], class_counts[split], content[split] = digest.count, labeled.tolist(), digest.hexdigest()
-    progress.advance(total - sum(counts.values()))
-    identity = {"version": DIGEST_VERSION, "shape": pixels.shape, "class_names": source.class_names, "splits": content}
+    progress.advance(len(skipped))
+    content = {split: [part.digest for part in found] for split, found in parts.items()}
+    identity = {"version": DIGEST_VERSION, "shape": pixels.shape, "class_names": source.class_names, "parts": content}
     if pixels.dtype != "uint8":
         identity |= {"dtype": pixels.dtype, "limits": pixels.limits}
     uri = storage.join(folder, dataset := storage.digest(identity, DIGEST_LENGTH))
     if storage.exists(storage.join(uri, MANIFEST)):
         return Dataset(uri, load_manifest(uri), created=False)
-    mean, std = statistics.scaled(pixels.limits)
+    counts = {split: sum(part.rows for part in found) for split, found in parts.items()}
+    (low, high), (mean, square) = pixels.limits, sums / (counts["train"] * math.prod(pixels.shape[:2]))
     manifest = Manifest(
         name=name,
         digest=dataset,
         pixels=pixels,
         counts=counts,
         class_names=list(source.class_names),
-        class_counts=class_counts,
-        mean=mean,
-        std=std,
-        minimum=statistics.minimum,
-        maximum=statistics.maximum,
-        skipped=list(bad.skipped),
+        class_counts={split: found.tolist() for split, found in class_counts.items()},
+        mean=((mean - low) / (high - low)).tolist(),
+        std=(np.sqrt(np.maximum(square - mean**2, 0.0)) / (high - low)).tolist(),
+        minimum=minimum,
+        maximum=maximum,
+        skipped=skipped,
         parts=parts,
-        content=content,
         source=source.description,
         license=source.license,
         settings=shaping_settings(data),
-        suggested_noise=suggestions(sample, pixels.limits),
-        conversions=dict(sorted(bad.conversions.items())),
+        suggested_noise=suggestions(sample[:taken], pixels.limits, whole=taken == counts["train"]),
+        conversions=dict(sorted(conversions.items())),
     )
     fields = {"format_version": FORMAT_VERSION, **asdict(manifest)}
     storage.write_json(storage.join(staging, MANIFEST), fields, indent=1)
@@ -241,31 +272,22 @@ def _write(
     return Dataset(uri, manifest if created else load_manifest(uri), created)
 
 
-def _rows_of(
-    writers: dict[str, PartWriter],
-    staging: str,
-    split: str,
-    parts: list[Part],
-    bad: BadImages,
-    write_parts: WriteParts | None,
-) -> Iterator[Rows]:
-    """The rows of a split: of the parts that this process writes, and of others as soon as they are in the store."""
-    there = {f"{split}/{name}" for name in storage.list_names(storage.join(staging, split))}
-    missing = {path: writer for path, writer in writers.items() if path not in there}
-    written: Iterator[object] = write_parts(missing.values()) if write_parts else iter(())
-    for path, writer in writers.items():
-        here = path in missing and write_parts is None
-        if here:
-            yield from writer.write()
-        elif path in missing:
-            next(written)
-        with open_images(writer.uri, hint="delete it and ingest again") as file:
-            rows, notes = file.metadata.num_rows, file.metadata.metadata
-            for group in range(0 if here else file.num_row_groups):
-                yield from_table(file.read_row_group(group))
-        bad.skipped.extend(SkippedImage(**image) for image in json.loads(notes[_SKIPPED]))
-        bad.conversions.update(json.loads(notes[_CONVERSIONS]))
-        if rows:
-            parts.append(Part(path, rows))
-        else:
-            storage.delete(writer.uri)
+def _parts(
+    folder: str, images: Split, sampled: NDArray[np.int64], near: str, data: DataConfig, write_parts: WriteParts | None,
+    advance: Callable[[int], object],
+) -> Iterator[tuple[str, Written]]:  # fmt: skip
+    """Name of each part of a split and what is known of it, in order; what is in the folder stays."""
+    most, there = part_images(data.pixels), set(storage.list_names(folder))
+    names = {first: f"part-{number:05d}.parquet" for number, first in enumerate(range(0, len(images), most))}
+
+    def part(first: int) -> PartWriter:
+        within = sampled[slice(*np.searchsorted(sampled, [first, first + most]))] - first
+        return PartWriter(images.section(first, first + most), storage.join(folder, names[first]), near, data, within)
+
+    missing = (part(first) for first, name in names.items() if name not in there)
+    others = write_parts(missing) if write_parts else (one.write(advance=advance) for one in missing)
+    for first, name in names.items():
+        written = part(first).read() if name in there else next(others)
+        if name in there or write_parts:
+            advance(written.notes.rows)
+        yield name, written

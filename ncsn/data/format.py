@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,13 +24,14 @@ LABEL = "label"
 SPLITS = ("train", "test")
 NO_LABEL = -1
 
-DIGEST_VERSION = 1
+DIGEST_VERSION = 2
 DIGEST_LENGTH = 16
 
 MANIFEST = "manifest.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 # Limits of a part: small enough to share the work, and large enough for few files.
 PART_IMAGES, PART_BYTES = 16_384, 192 << 20
+_DAMAGED = "delete the dataset and ingest again"
 _SHAPE, _DTYPE, _LIMITS = b"shape", b"dtype", b"limits"
 # Images are decoded once: a JPEG decode per epoch costs more than training a small network, and raw bytes have one
 # digest everywhere. As bytes they take a third of the time that Arrow needs for its tensors.
@@ -118,29 +119,13 @@ def pieces_of(rows: NDArray[np.int64], lengths: Iterable[int]) -> Iterator[tuple
         before += count
 
 
-@dataclass
-class SplitDigest:
-    """Running SHA-256 of a split's rows in their order, independent of how they are cut into blocks."""
-
-    count: int = 0
-    _images: Any = field(default_factory=hashlib.sha256, repr=False)
-    _labels: Any = field(default_factory=hashlib.sha256, repr=False)
-
-    def update(self, rows: Rows) -> None:
-        self.count += len(rows)
-        self._images.update(np.ascontiguousarray(rows.images))
-        self._labels.update(np.ascontiguousarray(rows.labels, "<i8"))
-
-    def hexdigest(self) -> str:
-        return hashlib.sha256(self._images.digest() + self._labels.digest()).hexdigest()
-
-
 @dataclass(frozen=True)
 class Part:
     """One Parquet file, by its path below the dataset's folder."""
 
     path: str
     rows: int
+    digest: str  # SHA-256 of all pixels, and after them all labels as little-endian int64
 
 
 @dataclass(frozen=True)
@@ -156,7 +141,7 @@ class Manifest:
     """A dataset, as `manifest.json` describes it."""
 
     name: str
-    digest: str  # of the content, independent of the rows per part
+    digest: str  # of the parts' digests, shape and class names
     pixels: Pixels
     counts: Mapping[str, int]  # images of each split
     class_names: Sequence[str]  # of label 0, 1, ...; empty if there are no labels
@@ -167,7 +152,6 @@ class Manifest:
     maximum: float
     skipped: Sequence[SkippedImage]
     parts: Mapping[str, Sequence[Part]]
-    content: Mapping[str, str]  # digest of each split's rows
     source: str  # what the images are, in words
     license: str
     settings: Mapping[str, Any]  # the data settings that decide the content
@@ -230,17 +214,32 @@ def open_images(
 
 
 def _open_part(uri: str, part: Part, pixels: Pixels) -> AbstractContextManager[pq.ParquetFile]:
-    hint = f"delete {uri} and ingest again"
-    return open_images(storage.join(uri, part.path), rows=part.rows, pixels=pixels, hint=hint)
+    return open_images(storage.join(uri, part.path), rows=part.rows, pixels=pixels, hint=_DAMAGED)
 
 
-def read_blocks(uri: str, split: str) -> Iterator[Rows]:
-    """The rows of a split in their order, a few megabytes at a time."""
-    manifest = load_manifest(uri)
-    for part in manifest.parts[split]:
-        with _open_part(uri, part, manifest.pixels) as file:
-            for group in range(file.num_row_groups):
-                yield from_table(file.read_row_group(group))
+def read_part(uri: str, part: Part, pixels: Pixels) -> Iterator[Rows]:
+    """The rows of a part of the dataset at `uri`, a few megabytes at a time, and an error if they are not those."""
+    digest: Any = hashlib.sha256()
+    labels = np.empty(0, "<i8")
+    with _open_part(uri, part, pixels) as file:
+        for group in range(file.num_row_groups):
+            rows = from_table(file.read_row_group(group))
+            digest.update(np.ascontiguousarray(rows.images))
+            labels = np.append(labels, rows.labels)
+            yield rows
+    digest.update(labels)
+    if digest.hexdigest() != part.digest:
+        raise UserError(storage.join(uri, part.path), "does not have the content of the manifest", hint=_DAMAGED)
+
+
+def read_rows(file: pq.ParquetFile, rows: NDArray[np.int64]) -> Rows:
+    """The images at `rows`, ascending; reads each row group that holds one."""
+    pixels = image_pixels_of(file.schema_arrow)
+    found = Rows(np.empty((len(rows), *pixels.shape), pixels.dtype), np.empty(len(rows), np.int64))
+    for group, of_group, within in pieces_of(rows, group_lengths(file)):
+        held = from_table(file.read_row_group(group))
+        found.images[of_group], found.labels[of_group] = held.images[within], held.labels[within]
+    return found
 
 
 def read_split(uri: str, split: str, rows: Sequence[int] | NDArray[np.int64] | None = None) -> Rows:
@@ -252,7 +251,6 @@ def read_split(uri: str, split: str, rows: Sequence[int] | NDArray[np.int64] | N
     order, parts = np.argsort(wanted), manifest.parts[split]
     for number, of_part, in_part in pieces_of(wanted[order], (part.rows for part in parts)):
         with _open_part(uri, parts[number], manifest.pixels) as file:
-            for group, of_group, within in pieces_of(in_part, group_lengths(file)):
-                held, places = from_table(file.read_row_group(group)), order[of_part][of_group]
-                images[places], labels[places] = held.images[within], held.labels[within]
+            held, places = read_rows(file, in_part), order[of_part]
+        images[places], labels[places] = held.images, held.labels
     return Rows(images, labels)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 import json
 import math
 from dataclasses import asdict
@@ -10,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ncsn.config import Config, from_yaml
 from ncsn.config.training import AutoNoiseConfig
@@ -22,58 +22,37 @@ from ncsn.errors import UserError
 MOST_IMAGES = 60_000
 _MOST_BYTES = MOST_IMAGES * 32 * 32 * 3  # of the images that are kept for the largest distance
 _MOST_WORK = 2e11  # multiplications for the largest distance: some seconds on two CPU cores; real images need a tenth
+_KEYS = 1 << 20  # random numbers in memory at a time
 _FEW, _FEW_WORK = 2_000, 6e9  # images compared in pairs for the percentile, and multiplications that this may take
 
 
-class ImageSample:
-    """A random sample of at most `size` images of a stream, fewer large ones; a function of their order alone."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.count = 0
-        self._places: list[tuple[float, int, int]] = []  # minus an image's random number, its index, its row below
-        self._rows: np.ndarray = np.empty(0, np.uint8)
-
-    def update(self, images: np.ndarray) -> None:
-        """Offer stored images [N, H, W, C]."""
-        if not self.count:
-            self.size = max(2, min(self.size, _MOST_BYTES // images[0].nbytes))
-            self._rows = np.empty((self.size, *images.shape[1:]), images.dtype)  # takes memory where it is written
-        # Each image has a random number; those with the smallest stay.
-        keys = keyed_uniform(0, stream=Stream.SUBSET, first=self.count, count=len(images), size=1)[:, 0].numpy()
-        full = len(self._places) == self.size
-        # Once the sample is full, few images still have a chance.
-        for index in np.flatnonzero(keys < -self._places[0][0]) if full else range(len(keys)):
-            key, number, row = -float(keys[index]), self.count + int(index), len(self._places)
-            if row < self.size:
-                heapq.heappush(self._places, (key, number, row))
-            elif key > self._places[0][0]:
-                row = self._places[0][2]
-                heapq.heapreplace(self._places, (key, number, row))
-            else:
-                continue
-            self._rows[row] = images[index]
-        self.count += len(images)
-
-    @property
-    def images(self) -> np.ndarray:
-        """The sample, [N, H, W, C], not in the stream's order."""
-        return self._rows[: len(self._places)]
-
-    def some(self, count: int) -> np.ndarray:
-        """At most `count` of the images, a random choice in the stream's order."""
-        rows = np.array([row for _, _, row in sorted(self._places, key=lambda place: place[1])], np.int64)
-        chosen: np.ndarray = self._rows[rows[np.sort(keyed_permutation(0, epoch=0, size=len(rows))[:count])]]
-        return chosen
+def sample_places(count: int, image_bytes: int) -> NDArray[np.int64]:
+    """A random choice of the places 0 .. count, ascending: at most `MOST_IMAGES`, fewer of large images."""
+    size = max(2, min(MOST_IMAGES, _MOST_BYTES // image_bytes))
+    if count <= size:
+        return np.arange(count)
+    # Each place has a random number; those with the smallest stay.
+    places, keys, largest = np.empty(0, np.int64), np.empty(0, np.float32), 1.0
+    for first in range(0, count, _KEYS):
+        some = min(_KEYS, count - first)
+        more = keyed_uniform(0, stream=Stream.SUBSET, first=first, count=some, size=1)[:, 0].numpy()
+        few = np.flatnonzero(more < largest)  # of later blocks few still have a chance
+        places, keys = np.append(places, first + few), np.append(keys, more[few])
+        kept = np.sort(np.argsort(keys, kind="stable")[:size])
+        places, keys = places[kept], keys[kept]
+        largest = float(keys.max()) if len(keys) == size else 1.0
+    return places
 
 
-def suggestions(sample: ImageSample, limits: Limits = BYTE) -> dict[str, dict[str, Any]]:
+def suggestions(sample: NDArray[Any], limits: Limits = BYTE, *, whole: bool = True) -> dict[str, dict[str, Any]]:
     """Noise levels for the images as they are (`plain`) and with mirrored ones (`mirrored`); none if all are alike.
 
-    Each is a `NoiseSuggestion` as plain values, with the `distances` between images, in pixel units of [0, 1].
+    `sample` [N, H, W, C] is stored images in their order, and `whole` says that there are no others. Each result is a
+    `NoiseSuggestion` as plain values, with the `distances` between images, in pixel units of [0, 1].
     """
-    images = torch.from_numpy(sample.images)
-    few = torch.from_numpy(sample.some(max(2, min(_FEW, math.isqrt(int(_FEW_WORK / images[0].numel()))))))
+    images = torch.from_numpy(sample)
+    most = max(2, min(_FEW, math.isqrt(int(_FEW_WORK / images[0].numel()))))
+    few = torch.from_numpy(sample[np.sort(keyed_permutation(0, epoch=0, size=len(sample))[:most])])
     if images.dtype != torch.uint8:  # which takes less memory as it is
         images, few = to_unit(images, limits), to_unit(few, limits)
     found = {}
@@ -86,7 +65,7 @@ def suggestions(sample: ImageSample, limits: Limits = BYTE) -> dict[str, dict[st
             # Perhaps of fewer images; it shows whether outliers make the maximum.
             "quantile_999": distance_quantile(few, 0.999, flips=flips),
             "num_images": len(images),  # compared for the maximum
-            "exact": exact and sample.count == len(images),  # whether these were all images and not a sample
+            "exact": exact and whole,  # whether these were all images and not a sample
         }
         found[name] = asdict(suggest_noise(maximum, dimension=images[0].numel())) | {"distances": distances}
     return found

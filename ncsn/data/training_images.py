@@ -7,12 +7,17 @@ run continues with the right image. Which of the two it is depends on the size o
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 import os
 import shutil
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -20,13 +25,13 @@ from filelock import FileLock, Timeout
 from ncsn import storage
 from ncsn.core.images import eight_bit
 from ncsn.core.keyed_random import keyed_permutation
-from ncsn.data.format import Manifest, Rows, SplitDigest, load_manifest, read_blocks, read_split
+from ncsn.data.format import Manifest, Part, Rows, load_manifest, read_part, read_split
 from ncsn.errors import UserError
 from ncsn.storage import CACHE_DIR_VARIABLE, cache_folder
 
-# A split with more bytes of pixels is read in windows of this size, which shuffle less; see `window_at`.
-WINDOW_BYTES = 4 << 30
-CHUNKS_PER_WINDOW = 16
+# A split with more images, or more bytes of them, is read in windows of this size, which shuffle less; see `window_at`.
+WINDOW_IMAGES, WINDOW_BYTES = 1 << 20, 4 << 30
+_THREADS = 4  # that fetch parts
 
 _IMAGES, _LABELS = "images.npy", "labels.npy"
 
@@ -34,10 +39,10 @@ _IMAGES, _LABELS = "images.npy", "labels.npy"
 def open_training_images(dataset_uri: str, split: str = "train") -> TrainingImages:
     """A split, from this node's copy of it, or in windows if it is large."""
     manifest = load_manifest(dataset_uri)
-    image_bytes = manifest.pixels.num_bytes
-    if manifest.count(split) * image_bytes <= WINDOW_BYTES:
+    window_images = min(WINDOW_IMAGES, WINDOW_BYTES // manifest.pixels.num_bytes)
+    if manifest.count(split) <= window_images:
         return open_cache(dataset_uri, split)
-    return StreamedSplit(dataset_uri, split, window_images=WINDOW_BYTES // image_bytes)
+    return StreamedSplit(dataset_uri, split, window_images=window_images)
 
 
 def mapped(path: Path) -> np.ndarray:
@@ -58,7 +63,11 @@ class CachedSplit:
 
     def ordered(self, seed: int, *, first: int, count: int) -> Rows:
         """The images at places `first .. first + count` of the order of `seed`, with their labels."""
-        return self.rows(image_indices(seed, first=first, count=count, size=len(self)))
+        return self.rows(self.order(seed, first=first, count=count))
+
+    def order(self, seed: int, *, first: int, count: int) -> np.ndarray:
+        """The rows at places `first .. first + count` of the order of `seed`, int64 [count]."""
+        return image_indices(seed, first=first, count=count, size=len(self))
 
     def rows(self, indices: np.ndarray) -> Rows:
         return Rows(self.images[indices], self.labels[indices])
@@ -88,49 +97,33 @@ def open_cache(dataset_uri: str, split: str, *, as_bytes: bool = False) -> Cache
 
 
 def _copy(folder: Path, dataset_uri: str, split: str, manifest: Manifest, *, as_bytes: bool) -> None:
-    count, digest = manifest.count(split), SplitDigest()
-    pixel = "|u1" if as_bytes else np.dtype(manifest.pixels.dtype).str
+    count, parts = manifest.count(split), manifest.parts[split]
+    pixel = np.dtype(np.uint8 if as_bytes else manifest.pixels.dtype)
     # Not through a memory map: there a full disk would kill the process.
     with (folder / _IMAGES).open("wb") as images, (folder / _LABELS).open("wb") as labels:
-        for file, shape, kind in ((images, (count, *manifest.shape), pixel), (labels, (count,), "<i8")):
-            np.lib.format.write_array_header_1_0(file, {"descr": kind, "fortran_order": False, "shape": shape})
-        for block in read_blocks(dataset_uri, split):
-            digest.update(block)
-            stored = eight_bit(block.images, manifest.pixels.limits) if as_bytes else block.images
-            images.write(stored.tobytes())
-            labels.write(block.labels.astype("<i8").tobytes())
-        for file in (images, labels):
-            file.flush()
+        _write_header(images, pixel.str, (count, *manifest.shape))
+        _write_header(labels, "<i8", (count,))
+        headers = images.tell(), labels.tell()
+    row_bytes = pixel.itemsize * math.prod(manifest.shape), 8
+
+    def copy(part: Part, first: int) -> None:
+        with (folder / _IMAGES).open("r+b") as images, (folder / _LABELS).open("r+b") as labels:
+            for file, header, size in zip((images, labels), headers, row_bytes, strict=True):
+                file.seek(header + first * size)
+            for block in read_part(dataset_uri, part, manifest.pixels):
+                images.write((eight_bit(block.images, manifest.pixels.limits) if as_bytes else block.images).tobytes())
+                labels.write(block.labels.astype("<i8").tobytes())
+
+    firsts = itertools.accumulate((part.rows for part in parts), initial=0)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        list(pool.map(copy, parts, firsts))
+    for name in (_IMAGES, _LABELS):
+        with (folder / name).open("rb") as file:
             os.fsync(file.fileno())
-    if digest.hexdigest() != manifest.content[split]:
-        raise UserError(
-            dataset_uri,
-            f"its {split} split does not have the content that its manifest says",
-            hint="delete it and ingest again, it is damaged",
-        )
 
 
-def image_indices(seed: int, *, first: int, count: int, size: int) -> np.ndarray:
-    """Rows at places `first .. first + count` of the endless order of a split of `size` rows, int64 [count].
-
-    The order is one random permutation of all rows after another, each a function of (seed, epoch), so which images
-    a step sees does not depend on batch sizes.
-    """
-    indices = np.empty(count, np.int64)
-    filled = 0
-    while filled < count:
-        epoch, place = divmod(first + filled, size)
-        taken = min(count - filled, size - place)
-        indices[filled : filled + taken] = _permutation(seed, epoch, size)[place : place + taken]
-        filled += taken
-    return indices
-
-
-@functools.lru_cache(maxsize=2)
-def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
-    order = keyed_permutation(seed, epoch=epoch, size=size)
-    order.flags.writeable = False
-    return order
+def _write_header(file: BinaryIO, kind: Any, shape: tuple[int, ...]) -> None:
+    np.lib.format.write_array_header_1_0(file, {"descr": kind, "fortran_order": False, "shape": shape})
 
 
 @dataclass(frozen=True)
@@ -139,62 +132,80 @@ class Window:
 
     first: int  # its first place
     rows: np.ndarray  # int64, the rows of the split at its places
-    chunks: tuple[int, ...]  # the chunks of the split that hold these rows
+    parts: tuple[int, ...]  # the parts of the split that hold these rows
 
     @property
     def last(self) -> int:
         return self.first + len(self.rows)
 
 
-def window_at(seed: int, place: int, *, size: int, window_images: int) -> Window:
-    """The window of the endless order of a split of `size` rows that holds `place`.
+def window_at(seed: int, place: int, *, lengths: np.ndarray, parts: int) -> Window:
+    """The window of the endless order of a split, of `parts` parts, that holds `place`; `lengths` are those of all.
 
-    The split is cut into chunks of window_images / 16 rows. Each epoch takes the chunks in a random order, 16 to a
-    window, and the rows of a window in a random order. So every epoch has every image once, and its order is a function
-    of (seed, epoch, size, window_images): not of the number of workers, of batch sizes, of part files, or of timing.
-    Images of one chunk stay within one window of each other; a window that holds the whole split is a full shuffle.
+    Each epoch takes the parts in a random order, so many to a window, and the rows of a window in a random order. So
+    every epoch has every image once, and its order is a function of (seed, epoch) and the dataset: not of the number of
+    workers, of batch sizes, or of timing. Images of one part stay within one window of each other; a window that holds
+    all parts is a full shuffle.
     """
+    size = int(lengths.sum())
     epoch, offset = divmod(place, size)
-    chunk_rows = rows_per_chunk(window_images)
-    order = keyed_permutation(seed, epoch=epoch, size=-(-size // chunk_rows))
-    lengths = np.minimum((order + 1) * chunk_rows, size) - order * chunk_rows
-    starts = np.cumsum(lengths) - lengths
-    number = (int(np.searchsorted(starts, offset, side="right")) - 1) // CHUNKS_PER_WINDOW
-    chunks = order[number * CHUNKS_PER_WINDOW : (number + 1) * CHUNKS_PER_WINDOW].tolist()
-    rows = np.concatenate([np.arange(chunk * chunk_rows, min((chunk + 1) * chunk_rows, size)) for chunk in chunks])
-    # Another address than that of any epoch's order of chunks.
+    if len(lengths) <= parts:
+        return Window(epoch * size, keyed_permutation(seed, epoch=epoch, size=size), tuple(range(len(lengths))))
+    order = keyed_permutation(seed, epoch=epoch, size=len(lengths))
+    starts = np.cumsum(lengths[order]) - lengths[order]  # of the parts in this order
+    number = (int(np.searchsorted(starts, offset, side="right")) - 1) // parts
+    chosen, firsts = order[number * parts : (number + 1) * parts], np.cumsum(lengths) - lengths
+    rows = np.concatenate([np.arange(firsts[part], firsts[part] + lengths[part]) for part in chosen])
+    # Another address than that of any epoch's order of parts.
     shuffle = keyed_permutation(seed, epoch=epoch + ((number + 1) << 32), size=len(rows))
-    return Window(epoch * size + int(starts[number * CHUNKS_PER_WINDOW]), rows[shuffle], tuple(chunks))
+    return Window(epoch * size + int(starts[number * parts]), rows[shuffle], tuple(chosen.tolist()))
 
 
-def rows_per_chunk(window_images: int) -> int:
-    """Rows of every chunk but the last of the split."""
-    return max(1, window_images // CHUNKS_PER_WINDOW)
+def rows_at(window_of: Callable[[int], Window], *, first: int, count: int) -> np.ndarray:
+    """The rows at places `first .. first + count` of an order, whose windows a function of a place gives, int64."""
+    rows = np.empty(count, np.int64)
+    filled = 0
+    while filled < count:
+        window = window_of(first + filled)
+        some = window.rows[first + filled - window.first :][: count - filled]
+        rows[filled : filled + len(some)] = some
+        filled += len(some)
+    return rows
+
+
+def image_indices(seed: int, *, first: int, count: int, size: int) -> np.ndarray:
+    """Rows at places `first .. first + count` of the endless order of a split of `size` rows in one window."""
+    return rows_at(lambda place: _epoch(seed, place // size, size), first=first, count=count)
+
+
+@functools.lru_cache(maxsize=2)
+def _epoch(seed: int, epoch: int, size: int) -> Window:
+    return window_at(seed, epoch * size, lengths=np.array([size]), parts=1)
 
 
 class StreamedSplit:
     """A split of which this node holds the window that is read and the next, fetched meanwhile; all if there is room.
 
-    The workers of a node share the chunks, which are plain arrays of images and labels in memory-mapped files.
+    The workers of a node share the parts, each an array of images and labels in a memory-mapped file.
     """
 
     def __init__(self, dataset_uri: str, split: str, *, window_images: int) -> None:
-        self._uri, self._split, self._window_images = dataset_uri, split, window_images
-        self._chunk_rows = rows_per_chunk(window_images)
-        self._manifest = load_manifest(dataset_uri)
-        self._size = self._manifest.count(split)
-        folder = cache_folder() / self._manifest.digest
-        self._folder = folder / f"{split}-labeled-{self._chunk_rows}"
+        self._uri, self._split, self._manifest = dataset_uri, split, load_manifest(dataset_uri)
+        self._parts = self._manifest.parts[split]
+        self._lengths = np.array([part.rows for part in self._parts])
+        self._ends = np.cumsum(self._lengths)
+        self._per_window = max(1, window_images // int(self._lengths.max()))
+        self._folder = cache_folder() / self._manifest.digest / f"{split}-parts"
         self._folder.mkdir(parents=True, exist_ok=True)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="stream")
-        self._ahead: Future[None] | None = None
+        self._ahead: Future[Window] | None = None
         self._seed, self._window = -1, Window(0, np.empty(0, np.int64), ())
-        self._chunks: dict[int, np.ndarray] = {}
+        self._opened: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # images and labels
         self._mine: set[int] = set()
         self._keep_all = self._has_room()
 
     def __len__(self) -> int:
-        return self._size
+        return int(self._ends[-1])
 
     @property
     def fetching(self) -> bool:
@@ -205,83 +216,90 @@ class StreamedSplit:
         """The images that are stored at `indices` [N], with their labels; reads each row group that holds one."""
         return read_split(self._uri, self._split, indices)
 
+    def order(self, seed: int, *, first: int, count: int) -> np.ndarray:
+        """The rows at places `first .. first + count` of the order of `seed`, int64 [count]."""
+        return rows_at(partial(self._find, seed), first=first, count=count)
+
     def ordered(self, seed: int, *, first: int, count: int) -> Rows:
         """The images at places `first .. first + count` of the order of `seed`; fast where `first` grows."""
-        images = np.empty((count, *self._manifest.shape), self._manifest.pixels.dtype)
-        labels = np.empty(count, np.int64)
-        filled = 0
-        while filled < count:
-            place = first + filled
-            if seed != self._seed or not self._window.first <= place < self._window.last:
-                self._enter(seed, place)
-            offset = place - self._window.first
-            for row in self._window.rows[offset : offset + count - filled].tolist():
-                chunk, within = divmod(row, self._chunk_rows)
-                images[filled], labels[filled] = self._chunks[chunk][within]
-                filled += 1
-        return Rows(images, labels)
+        if self._ahead is not None and self._ahead.done():
+            self._ahead.result()  # its error, long before its images are needed
+        self._opened = {part: self._opened[part] for part in self._window.parts}
+        rows = rows_at(partial(self._enter, seed), first=first, count=count)
+        parts = np.searchsorted(self._ends, rows, side="right")
+        within = rows - (self._ends - self._lengths)[parts]
+        found = Rows(np.empty((count, *self._manifest.shape), self._manifest.pixels.dtype), np.empty(count, np.int64))
+        for place, (part, row) in enumerate(zip(parts.tolist(), within.tolist(), strict=True)):
+            images, labels = self._opened[part]
+            found.images[place], found.labels[place] = images[row], labels[row]
+        return found
 
-    def _enter(self, seed: int, place: int) -> None:
-        """Move to the window of `place`, delete the chunks of earlier ones and fetch the next."""
-        if self._ahead is not None:
-            self._ahead.result()
+    def _enter(self, seed: int, place: int) -> Window:
+        """The window of `place`, its parts opened, and the next one being prepared."""
+        if seed != self._seed or not self._window.first <= place < self._window.last:
+            window = None if self._ahead is None else self._ahead.result()
+            if window is None or seed != self._seed or not window.first <= place < window.last:
+                window = self._prepare(seed, place)
+            # An open file stays readable after another worker deletes it.
+            self._opened |= {part: self._open(part) for part in window.parts}
+            self._seed, self._window = seed, window
+            self._ahead = self._thread.submit(self._prepare, seed, window.last)
+        return self._window
+
+    def _prepare(self, seed: int, place: int) -> Window:
+        """The window of `place`, its parts fetched, and those deleted that neither it nor the present one needs."""
         window = self._find(seed, place)
-        # Opened before anything is deleted: an open file stays readable after another worker deletes it.
-        self._chunks = {chunk: self._open(chunk) for chunk in window.chunks}
-        self._seed, self._window = seed, window
-        following = self._find(seed, window.last).chunks
-        for chunk in set() if self._keep_all else self._mine - {*window.chunks, *following}:
-            self._file(chunk).unlink(missing_ok=True)
-        self._mine = {*window.chunks, *following}
-        self._ahead = self._thread.submit(self._fetch, following)
+        needed = {*window.parts, *self._window.parts}
+        for part in set() if self._keep_all else self._mine - needed:
+            self._file(part).unlink(missing_ok=True)
+        self._mine = needed
+        with ThreadPoolExecutor(_THREADS) as pool:
+            list(pool.map(partial(self._make, wait=False), window.parts))
+        return window
+
+    def _find(self, seed: int, place: int) -> Window:
+        return window_at(seed, place, lengths=self._lengths, parts=self._per_window)
 
     def _has_room(self) -> bool:
-        """Whether the node's disk can hold all chunks; `UserError` if it cannot even hold two windows."""
+        """Whether the node's disk can hold all parts; `UserError` if it cannot even hold two windows."""
         room = shutil.disk_usage(self._folder).free + sum(file.stat().st_size for file in self._folder.glob("*.npy"))
         image_bytes = self._manifest.pixels.num_bytes + np.dtype(np.int64).itemsize
-        two_windows = 2 * self._window_images * image_bytes
-        if room < min(two_windows, self._size * image_bytes):
+        two_windows = 2 * self._per_window * int(self._lengths.max()) * image_bytes
+        if room < min(two_windows, len(self) * image_bytes):
             raise UserError(
                 str(self._folder),
                 f"the disk has room for {room / 2**30:.1f} GiB of images, but training needs {two_windows / 2**30:.1f}",
                 hint=f"free some, or set {CACHE_DIR_VARIABLE} to a folder on a larger disk",
             )
-        return room >= self._size * image_bytes
+        return room >= len(self) * image_bytes
 
-    def _find(self, seed: int, place: int) -> Window:
-        return window_at(seed, place, size=self._size, window_images=self._window_images)
-
-    def _fetch(self, chunks: tuple[int, ...]) -> None:
-        for chunk in chunks:
-            with suppress(Timeout):  # another worker of this node is fetching it
-                self._make(chunk, timeout=0)
-
-    def _open(self, chunk: int) -> np.ndarray:
+    def _open(self, part: int) -> tuple[np.ndarray, np.ndarray]:
         while True:
             try:
-                return mapped(self._file(chunk))
+                rows = mapped(self._file(part))
+                return rows["image"], rows["label"]
             except FileNotFoundError:
-                self._make(chunk, timeout=-1)
+                self._make(part, wait=True)
             except ValueError:
                 hint = "delete that file"
-                raise UserError(str(self._file(chunk)), "this local copy of images is damaged", hint=hint) from None
+                raise UserError(str(self._file(part)), "this local copy of images is damaged", hint=hint) from None
 
-    def _file(self, chunk: int) -> Path:
-        return self._folder / f"{chunk:07d}.npy"
+    def _file(self, part: int) -> Path:
+        return self._folder / f"{part:05d}.npy"
 
-    def _make(self, chunk: int, *, timeout: float) -> None:
-        """Fetch a chunk unless another worker of the node has."""
-        file = self._file(chunk)
-        with FileLock(file.with_suffix(".lock"), timeout=timeout):
+    def _make(self, part: int, *, wait: bool) -> None:
+        """Fetch a part unless another worker of the node has, or fetches it while this one does not `wait`."""
+        file, pixels = self._file(part), self._manifest.pixels
+        with suppress(Timeout), FileLock(file.with_suffix(".lock"), timeout=-1 if wait else 0):
             if file.exists():
                 return
-            first, last = chunk * self._chunk_rows, min((chunk + 1) * self._chunk_rows, self._size)
-            read = read_split(self._uri, self._split, range(first, last))
-            image = ("image", self._manifest.pixels.dtype, self._manifest.shape)
-            rows = np.empty(len(read), [image, ("label", np.int64)])
-            rows["image"], rows["label"] = read.images, read.labels
+            kind = np.dtype([("image", pixels.dtype, pixels.shape), ("label", np.int64)])
             with storage.local_file(file) as temporary, temporary.open("wb") as stream:
-                np.save(stream, rows)
+                _write_header(stream, np.lib.format.dtype_to_descr(kind), (self._parts[part].rows,))
+                for block in read_part(self._uri, self._parts[part], pixels):
+                    rows = np.empty(len(block), kind)
+                    rows["image"], rows["label"] = block.images, block.labels
+                    stream.write(rows.tobytes())
 
 
 TrainingImages = CachedSplit | StreamedSplit

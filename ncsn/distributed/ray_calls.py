@@ -13,7 +13,7 @@ import torch
 from ray.util.actor_pool import ActorPool
 
 from ncsn.config.compute import ComputeConfig
-from ncsn.data.dataset import PartWriter
+from ncsn.data.dataset import PartWriter, Written
 from ncsn.distributed.cluster import on_this_machine
 from ncsn.evaluation.features import Runner, here
 from ncsn.storage.heartbeat import LeaseExpired
@@ -49,16 +49,16 @@ def few_cores() -> bool:
     return on_this_machine() and (os.cpu_count() or 1) <= FEW_CORES
 
 
-def write_parts(parts: Iterable[PartWriter]) -> Iterator[object]:
-    """Write parts on the connected cluster; yields in their order, each time that one is in the store."""
+def write_parts(parts: Iterable[PartWriter]) -> Iterator[Written]:
+    """Write parts on the connected cluster; yields in their order what is known of them."""
 
-    def write_part(part: PartWriter) -> None:
-        for _ in part.write(cores=1):
-            pass
+    def write_part(part: PartWriter) -> Written:
+        return part.write(cores=1)
 
     # One running and one waiting per core, so that the queue of a million images stays small.
     most = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
-    return call_all(write_part, parts, cpus=1, in_flight=most, ordered=True)
+    for _, written in call_all(write_part, parts, cpus=1, in_flight=most, ordered=True):
+        yield written
 
 
 def call_all(

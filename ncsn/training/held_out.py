@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ncsn.config import Config
-from ncsn.core.keyed_random import COMMON_SEED, Stream, keyed_permutation
+from ncsn.core.keyed_random import COMMON_SEED, Stream
 from ncsn.core.losses import losses_at
 from ncsn.core.samplers.level_grid import choose_levels
 from ncsn.core.training import EVALUATIONS_PER_STEP, TrainState
@@ -147,5 +147,5 @@ def open_probe(config: Config, dataset: str, training: TrainingImages, context: 
 def _share(split: TrainingImages, count: int, context: WorkerContext, noise: int, dequantize: int) -> ImageShare:
     places = context.share(count)
     # A random choice, because a split may be sorted by class.
-    chosen = keyed_permutation(COMMON_SEED, epoch=0, size=len(split))[places.start : places.stop]
+    chosen = split.order(COMMON_SEED, first=places.start, count=len(places))
     return ImageShare(split.rows(chosen), places, count, noise, dequantize)

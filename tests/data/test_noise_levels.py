@@ -12,10 +12,12 @@ from refused import refused
 
 from ncsn import storage
 from ncsn.config import Config, changed_settings, from_yaml
+from ncsn.core.keyed_random import Stream, keyed_uniform
 from ncsn.core.noise_schedule import distance_quantile, num_levels_for, ratio_for_overlap
+from ncsn.data import noise_levels
 from ncsn.data.dataset import write_dataset
 from ncsn.data.format import load_manifest
-from ncsn.data.noise_levels import ImageSample, resolve_noise, suggestions
+from ncsn.data.noise_levels import resolve_noise, sample_places, suggestions
 from ncsn.data.sources import open_source
 from ncsn.data.training_images import open_cache
 from ncsn.runs.folder import claim_run
@@ -75,17 +77,24 @@ def test_the_run_gets_the_levels_that_were_chosen(dataset: str, tmp_path: Path) 
 
 
 def test_images_that_are_all_alike_have_no_levels(dataset: str, tmp_path: Path) -> None:
-    sample = ImageSample(4)
-    sample.update(np.full((3, 8, 8, 1), 7, np.uint8))
-    assert suggestions(sample) == {}
+    assert suggestions(np.full((3, 8, 8, 1), 7, np.uint8)) == {}
     with refused("noise"):
         resolve_noise(auto(tmp_path), replace(load_manifest(dataset), suggested_noise={}))
 
 
 def test_a_sample_says_that_it_is_one() -> None:
-    images = np.random.default_rng(0).integers(0, 256, (30, 4, 4, 1), np.uint8)
-    sample = ImageSample(20)
-    sample.update(images)
-    found = suggestions(sample)["plain"]["distances"]
+    images = np.random.default_rng(0).integers(0, 256, (20, 4, 4, 1), np.uint8)
+    found = suggestions(images, whole=False)["plain"]["distances"]
     assert (found["num_images"], found["exact"]) == (20, False)
-    assert found["maximum"] == pytest.approx(distance_quantile(torch.from_numpy(sample.images), 1.0), rel=1e-6)
+    assert found["maximum"] == pytest.approx(distance_quantile(torch.from_numpy(images), 1.0), rel=1e-6)
+    assert suggestions(images)["plain"]["distances"]["exact"]
+
+
+def test_a_sample_is_the_places_with_the_smallest_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(noise_levels, "MOST_IMAGES", 20)
+    assert sample_places(20, 64).tolist() == list(range(20))
+    keys = keyed_uniform(0, stream=Stream.SUBSET, first=0, count=300, size=1)[:, 0].numpy()
+    for block in (1000, 7):
+        monkeypatch.setattr(noise_levels, "_KEYS", block)
+        assert sample_places(300, 64).tolist() == sorted(np.argsort(keys)[:20].tolist())
+    assert len(sample_places(300, noise_levels._MOST_BYTES // 5)) == 5  # of large images

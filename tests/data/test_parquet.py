@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import tracemalloc
+from functools import partial
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -98,18 +101,30 @@ def test_the_manifest_describes_the_dataset(tmp_path, images, config, monkeypatc
     assert manifest.settings["test_fraction"] == 0.25
     assert "root" not in manifest.settings  # where the files lay is no property of their content
     text = json.loads((Path(dataset.uri) / "manifest.json").read_text())
-    assert text["format_version"] == 1
+    assert text["format_version"] == 2
 
 
-def test_the_digest_is_of_the_content_and_not_of_its_storage(tmp_path, images, config, monkeypatch):
-    digests = set()
-    for rows in (1, 7, 50, 16384):
-        monkeypatch.setattr("ncsn.data.format.PART_IMAGES", rows)
-        digests.add(write(images, tmp_path / str(rows), config).manifest.digest)
-    assert len(digests) == 1
-    again = write(images, tmp_path / "7", config)
-    assert not again.created
-    assert len(again.manifest.parts["train"]) == 8  # the dataset that was there stays as it is
+def test_blocks_do_not_change_what_is_known_of_a_dataset(tmp_path, images, config, monkeypatch):
+    """Nor is a dataset that is there written again."""
+    monkeypatch.setattr("ncsn.data.format.PART_IMAGES", 30)
+    whole = write(images, tmp_path / "a", config).manifest
+    monkeypatch.setattr("ncsn.data.dataset._BLOCK_BYTES", 7 * 8 * 8 * 3)
+    found = write(images, tmp_path / "b", config).manifest
+    assert found == whole and not write(images, tmp_path / "a", config).created
+    for number, part in enumerate(found.parts["train"]):
+        rows = slice(30 * number, 30 * number + 30)
+        digest = hashlib.sha256(images["train"].images[rows].tobytes() + images["train"].labels[rows].tobytes())
+        assert part.digest == digest.hexdigest()
+
+
+def test_parts_that_others_write_are_not_read_again(tmp_path, images, config, monkeypatch):
+    monkeypatch.setattr("ncsn.data.format.PART_IMAGES", 30)
+    whole = write(images, tmp_path / "here", config).manifest
+    monkeypatch.setattr("ncsn.data.dataset.open_images", None)
+
+    source, folder = source_of(images), str(tmp_path / "elsewhere")
+    write_parts = partial(map, methodcaller("write", cores=1))
+    assert write_dataset(source, folder, name="noise", data=config, write_parts=write_parts).manifest == whole
 
 
 def test_any_change_of_the_content_changes_the_digest(tmp_path, images, config):
@@ -135,7 +150,7 @@ def test_any_change_of_the_content_changes_the_digest(tmp_path, images, config):
 
 
 def test_memory_does_not_grow_with_the_dataset(tmp_path, data_config, monkeypatch):
-    monkeypatch.setattr("ncsn.data.dataset.MOST_IMAGES", 10)  # the sample for the noise levels has its own bound
+    monkeypatch.setattr("ncsn.data.noise_levels.MOST_IMAGES", 10)  # the sample for the noise levels has its own bound
     image = np.zeros((64, 64, 3), np.uint8)
 
     def peak(count: int) -> int:
@@ -194,6 +209,6 @@ def test_datasets_that_cannot_be_read_are_named(tmp_path, images, config):
     with refused(part, error=NotFound):
         read_split(uri, "train")
     path = Path(uri) / "manifest.json"
-    path.write_text(path.read_text().replace('"format_version": 1', '"format_version": 2'))
+    path.write_text(path.read_text().replace('"format_version": 2', '"format_version": 1'))
     with refused(uri):
         load_manifest(uri)

@@ -34,7 +34,6 @@ def test_the_share_is_exact(count, fraction, expected):
 
 
 def test_each_class_gives_its_share_of_the_names_that_come_first():
-    """As told one by one, with exact fractions."""
     names, labels, share = [f"image {index}" for index in range(97)], np.arange(97) % 3, Fraction("0.13")
     by_rank = sorted(range(97), key=lambda index: (labels[index], hashlib.sha256(names[index].encode()).digest()))
     expected = sorted(by_rank[place] for place in range(97) if int((place + 1) * share) > int(place * share))

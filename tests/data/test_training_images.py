@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +17,7 @@ from refused import refused
 from ncsn import storage
 from ncsn.data import training_images
 from ncsn.data.dataset import write_dataset
-from ncsn.data.format import read_split
+from ncsn.data.format import load_manifest, read_split
 from ncsn.data.pixels import Example
 from ncsn.data.sources import open_source
 from ncsn.data.sources.base import Source
@@ -28,6 +29,7 @@ from ncsn.data.training_images import (
     open_training_images,
     window_at,
 )
+from ncsn.errors import NotFound
 
 
 @pytest.fixture(autouse=True)
@@ -76,8 +78,13 @@ def test_of_workers_that_ask_at_once_one_makes_the_copy(dataset, tmp_path, monke
 def test_a_dataset_of_other_content_is_noticed_and_not_kept(dataset, tmp_path):
     part = Path(dataset) / "train" / "part-00001.parquet"
     part.write_bytes((Path(dataset) / "train" / "part-00000.parquet").read_bytes())  # whole, but the wrong rows
-    with refused(dataset):
-        open_cache(dataset, "train")
+    for _ in range(2):  # it is made anew
+        with refused(str(part)):
+            open_cache(dataset, "train")
+    stream = StreamedSplit(dataset, "train", window_images=500)
+    with refused(str(part)):
+        stream.ordered(0, first=0, count=1348)
+    shutil.rmtree(tmp_path / "cache" / Path(dataset).name / "train-parts")
     assert [name for name in files_below(tmp_path / "cache") if not name.endswith(".lock")] == []
 
 
@@ -111,22 +118,39 @@ def test_the_order_does_not_depend_on_the_batches(size, cuts, start):
     assert whole.dtype == np.int64
 
 
-@pytest.mark.parametrize(("size", "window"), [(1000, 160), (1007, 160), (100, 160), (33, 16), (7, 64)])
-def test_each_epoch_of_windows_has_every_image_once(size, window):
-    orders = []
+def test_the_order_of_one_window_stays_what_it_was():
+    """Over the end of an epoch: checkpoints go on where they were."""
+    assert image_indices(3, first=95, count=10, size=100).tolist() == [11, 52, 35, 16, 37, 86, 36, 71, 8, 6]
+
+
+@pytest.mark.parametrize("lengths", [[10] * 100, [10] * 100 + [7], [9, 10, 1, 10], [33], [1] * 16])
+@pytest.mark.parametrize("parts", [1, 4, 200])
+def test_each_epoch_of_windows_has_every_image_once(lengths, parts):
+    orders, size = [], sum(lengths)
+    edges = np.cumsum([0, *lengths])
     for epoch in range(3):
         rows, place = [], epoch * size
         while place < (epoch + 1) * size:
-            found = window_at(5, place, size=size, window_images=window)
-            assert found.first == place
-            assert len(found.rows) <= max(window, 16)
+            found = window_at(5, place, lengths=np.array(lengths), parts=parts)
+            inside = window_at(5, found.last - 1, lengths=np.array(lengths), parts=parts)
+            assert found.first == inside.first == place and np.array_equal(inside.rows, found.rows)
+            assert len(found.parts) <= parts
+            assert sorted(found.rows) == [row for part in sorted(found.parts) for row in range(*edges[part : part + 2])]
             rows += found.rows.tolist()
             place = found.last
         assert place == (epoch + 1) * size
         assert sorted(rows) == list(range(size))
-        orders.append(rows)
-    assert len({tuple(order) for order in orders}) == 3
-    assert window_at(6, 0, size=size, window_images=window).rows.tolist() != orders[0][: min(size, window)]
+        orders.append(tuple(rows))
+    assert len(set(orders)) == 3
+    assert window_at(6, 0, lengths=np.array(lengths), parts=parts).rows.tolist() != list(orders[0])
+
+
+def test_a_window_of_a_sorted_split_is_a_mix_of_its_classes():
+    """100 classes in a row, 64 of 1,000 parts to a window: 64 random places of the order."""
+    window = window_at(0, 5000, lengths=np.full(1000, 16), parts=64)
+    classes = window.rows // 160
+    assert len({*classes}) > 35 and np.bincount(classes).max() < 100
+    assert len({*classes[:128]}) > 30  # of a batch
 
 
 @pytest.fixture
@@ -155,19 +179,21 @@ def numbers(images: np.ndarray) -> list[int]:
     return (images[:, 0, 0, 0].astype(int) * 256 + images[:, 0, 1, 0]).tolist()
 
 
-def test_workers_resumes_and_part_files_change_nothing(numbered, tmp_path, monkeypatch):
+def test_workers_and_resumes_change_nothing(numbered, tmp_path, monkeypatch):
     uri = numbered(30)
+    lengths = np.array([part.rows for part in load_manifest(uri).parts["train"]])
 
-    def open_stream(name: str, uri: str = uri) -> StreamedSplit:
+    def open_stream(name: str) -> StreamedSplit:
         monkeypatch.setenv("NCSN_CACHE_DIR", str(tmp_path / name))
         return StreamedSplit(uri, "train", window_images=64)
 
-    places = [window_at(3, place, size=500, window_images=64) for place in range(1200)]
+    places = [window_at(3, place, lengths=lengths, parts=2) for place in range(1200)]
     expected = [int(window.rows[place - window.first]) for place, window in enumerate(places)]
     alone = open_stream("a")
     read = [alone.ordered(3, first=first, count=40) for first in range(0, 1200, 40)]
     assert numbers(np.concatenate([rows.images for rows in read])) == expected
     assert np.concatenate([rows.labels for rows in read]).tolist() == [number % 10 for number in expected]
+    assert alone.order(3, first=777, count=400).tolist() == expected[777:1177]
     pair = [open_stream("shared"), open_stream("shared")]  # two workers of one node, half a batch each
     shared = [
         worker.ordered(3, first=first + 20 * rank, count=20).images
@@ -176,8 +202,21 @@ def test_workers_resumes_and_part_files_change_nothing(numbered, tmp_path, monke
     ]
     assert numbers(np.concatenate(shared)) == expected
     assert numbers(open_stream("resumed").ordered(3, first=777, count=100).images) == expected[777:877]
-    assert numbers(open_stream("other", numbered(16384)).ordered(3, first=0, count=1200).images) == expected
     assert len(alone) == 500
+
+
+def test_the_first_window_is_enough_to_begin_and_a_later_error_is_that_of_a_batch(numbered, tmp_path):
+    uri = numbered(30)
+    parts = load_manifest(uri).parts["train"]
+    lengths = np.array([part.rows for part in parts])
+    first, second = (window_at(0, place, lengths=lengths, parts=2) for place in (0, 60))
+    for number in {*range(len(parts))} - {*first.parts}:
+        Path(uri, parts[number].path).unlink()
+    stream = StreamedSplit(uri, "train", window_images=64)
+    assert numbers(stream.ordered(0, first=0, count=10).images) == first.rows[:10].tolist()
+    assert isinstance(stream._ahead.exception(), NotFound)
+    with refused(f"{uri}/{parts[second.parts[0]].path}", error=NotFound):
+        stream.ordered(0, first=10, count=10)
 
 
 def disk_with(monkeypatch, free: int) -> None:
@@ -186,21 +225,21 @@ def disk_with(monkeypatch, free: int) -> None:
 
 def test_only_windows_are_on_the_disk_if_there_is_no_room_for_all(numbered, tmp_path, monkeypatch):
     uri = numbered(30)
-    disk_with(monkeypatch, 2 * 64 * (8 * 8 + 8) - 1)
-    with refused(str(tmp_path / "cache" / Path(uri).name / "train-labeled-4")):
+    disk_with(monkeypatch, 2 * 60 * (8 * 8 + 8) - 1)
+    with refused(str(tmp_path / "cache" / Path(uri).name / "train-parts")):
         StreamedSplit(uri, "train", window_images=64)
-    disk_with(monkeypatch, 2 * 64 * (8 * 8 + 8))
+    disk_with(monkeypatch, 2 * 60 * (8 * 8 + 8))
     stream = StreamedSplit(uri, "train", window_images=64)
     most = 0
     for first in range(0, 1000, 10):
         stream.ordered(0, first=first, count=10)
         most = max(most, sum(1 for _ in (tmp_path / "cache").rglob("*.npy")))
-    assert 16 < most <= 3 * 16  # of 125 chunks
+    assert 2 < most <= 3 * 2  # of 17 parts
     disk_with(monkeypatch, 1 << 40)
     stream = StreamedSplit(uri, "train", window_images=64)
     for first in range(0, 500, 10):
         stream.ordered(0, first=first, count=10)
-    assert sum(1 for _ in (tmp_path / "cache").rglob("*.npy")) == 125
+    assert sum(1 for _ in (tmp_path / "cache").rglob("*.npy")) == 17
 
 
 def test_a_split_says_while_its_next_window_is_on_its_way(numbered, monkeypatch):
@@ -215,10 +254,12 @@ def test_a_split_says_while_its_next_window_is_on_its_way(numbered, monkeypatch)
 
 def test_the_size_of_the_split_decides_how_it_is_read(numbered, monkeypatch):
     uri = numbered(30)
-    monkeypatch.setattr(training_images, "WINDOW_BYTES", 500 * 64)
-    assert isinstance(open_training_images(uri), CachedSplit)
-    monkeypatch.setattr(training_images, "WINDOW_BYTES", 500 * 64 - 1)
-    assert isinstance(open_training_images(uri), StreamedSplit)
+    for name, most in (("WINDOW_BYTES", 500 * 64), ("WINDOW_IMAGES", 500)):
+        monkeypatch.setattr(training_images, name, most)
+        assert isinstance(open_training_images(uri), CachedSplit)
+        with monkeypatch.context() as patch:
+            patch.setattr(training_images, name, most - 1)
+            assert isinstance(open_training_images(uri), StreamedSplit)
     assert isinstance(open_training_images(uri, "test"), CachedSplit)
 
 

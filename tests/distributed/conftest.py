@@ -31,10 +31,12 @@ def tiny() -> str:
 
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """URI of the digits."""
+    """URI of the digits, in parts of 32."""
     config = from_yaml(TINY)
     root = tmp_path_factory.mktemp("data")
-    return write_dataset(open_source(config.data), str(root), name="digits", data=config.data).uri
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ncsn.data.format.PART_IMAGES", 32)
+        return write_dataset(open_source(config.data), str(root), name="digits", data=config.data).uri
 
 
 @pytest.fixture(scope="session")

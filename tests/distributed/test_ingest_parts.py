@@ -67,9 +67,11 @@ def command(tmp_path):
     return make
 
 
-def in_one_pass(text: str, folder: Path):
+def in_one_pass(text: str, folder: Path, *, rows: int):
     data = from_yaml(text).data
-    return write_dataset(open_source(data), str(folder), name="image_folder", data=data)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ncsn.data.format.PART_IMAGES", rows)
+        return write_dataset(open_source(data), str(folder), name="image_folder", data=data)
 
 
 def test_shards_in_a_bucket_become_the_dataset_of_one_pass(s3_root, tmp_path, command):
@@ -79,7 +81,7 @@ def test_shards_in_a_bucket_become_the_dataset_of_one_pass(s3_root, tmp_path, co
     done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(done.stdout)
-    expected = in_one_pass(text, tmp_path / "one-pass")
+    expected = in_one_pass(text, tmp_path / "one-pass", rows=50)
     assert result["digest"] == expected.manifest.digest
     assert result["created"]
     assert sum(result["counts"].values()) == 179
@@ -120,10 +122,11 @@ def test_one_process_goes_on_where_it_was(tmp_path, monkeypatch):
     dataset = ingest(None)
     after = parts(store)
     assert {name: after[name] for name in before} == before  # not written again
-    expected = in_one_pass(text, tmp_path / "one-pass")
+    expected = in_one_pass(text, tmp_path / "one-pass", rows=20)
     assert dataset.created and dataset.manifest.digest == expected.manifest.digest
     assert dataset.manifest.skipped == expected.manifest.skipped
     assert dataset.manifest.conversions == expected.manifest.conversions == {"16-bit": 1}
+    assert dataset.manifest.suggested_noise == expected.manifest.suggested_noise  # the sample of old parts too
     assert sum(part.rows for part in dataset.manifest.parts["train"]) == dataset.manifest.counts["train"]
     again = ingest(None)
     assert (again.uri, again.created) == (dataset.uri, False)
@@ -153,7 +156,7 @@ def test_a_killed_ingest_goes_on_where_it_was(tmp_path, command):
     after = parts(store)
     assert {name: after[name] for name in before} == before  # not written again
     assert len(after) == 100
-    assert result["digest"] == in_one_pass(text, tmp_path / "one-pass").manifest.digest
+    assert result["digest"] == in_one_pass(text, tmp_path / "one-pass", rows=40).manifest.digest
     again = subprocess.run(
         [*arguments[:-3], "--run", "other", "--json"], env=environment, capture_output=True, timeout=240
     )

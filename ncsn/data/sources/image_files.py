@@ -167,7 +167,7 @@ def _zip_members(stream: Any, uri: str) -> Iterator[Member]:
 
 
 def _unzip(data: bytes, member: Member) -> bytes:
-    info = zipfile.ZipInfo(member.path)
+    info: Any = zipfile.ZipInfo(member.path)
     info.compress_type, info.flag_bits, info.CRC, info.compress_size, info.file_size = member[3:]
     if info.flag_bits & _ENCRYPTED:
         raise BadImageError("is encrypted")

@@ -144,7 +144,7 @@ def _in_archives(root: str, archives: Sequence[str]) -> tuple[pa.Table, list[_Ta
     # Shards that all number their images from 0 hold different images under one name.
     counted = pc.value_counts(every["path"])
     again = pc.is_in(every["path"], counted.field(0).filter(pc.greater(counted.field(1), 1)))
-    files, at, nothing = every["file"].cast(pa.large_string()), *pa.array(["@", ""], pa.large_string())
+    files, (at, nothing) = every["file"].cast(pa.large_string()), pa.array(["@", ""], pa.large_string())
     inside = pc.if_else(again, pc.binary_join_element_wise(every["path"], files, at), every["path"])
     places = pc.binary_join_element_wise(pc.replace_substring_regex(files, "[^/]*$", ""), inside, nothing)
     return every.add_column(0, "place", places), tables, ignored
@@ -209,8 +209,8 @@ def _rows_of_edm(content: Any) -> Iterable[tuple[str, Any]] | None:
 def _words_of(tables: Iterable[_Table], found: pa.Table) -> dict[int, str | None]:
     """The label in words of each image that a table names, by its place in `found`; None for no label."""
     places: dict[tuple[str, str], int] = {}
-    for number, place in enumerate(texts(found["place"])):
-        places["", posixpath.normpath(place)] = number
+    for number, path in enumerate(texts(found["place"])):
+        places["", posixpath.normpath(path)] = number
     if "path" in found.column_names:
         for number, (file, path) in enumerate(zip(texts(found["file"]), texts(found["path"]), strict=True)):
             if file:
