@@ -27,6 +27,7 @@ class Noise:
     """A split of one block of images, again and again: half of the pixels black, the others noise."""
 
     count: int
+    side: int = SIZE
     in_tasks: ClassVar[bool] = False
 
     def __len__(self) -> int:
@@ -34,12 +35,12 @@ class Noise:
 
     def section(self, first: int, last: int) -> Noise:
         """Images `first .. last`."""
-        return Noise(min(last, self.count) - first)
+        return Noise(min(last, self.count) - first, self.side)
 
     def stream(self, *, cores: int | None = None) -> Iterator[Example]:  # noqa: ARG002
         """Each image; noise compresses worse than any photograph."""
         draw = np.random.default_rng(0)
-        shape = (BLOCK, SIZE, SIZE, 1)
+        shape = (BLOCK, self.side, self.side, 1)
         images = draw.integers(0, 256, shape, np.uint8) * draw.integers(0, 2, shape, np.uint8)
         labels = draw.integers(0, 10, BLOCK).tolist()
         for first in range(0, self.count, BLOCK):
