@@ -244,7 +244,14 @@ def test_only_windows_are_on_the_disk_if_there_is_no_room_for_all(numbered, tmp_
 
 def test_a_split_says_while_its_next_window_is_on_its_way(numbered, monkeypatch):
     split, arrived = StreamedSplit(numbered(30), "train", window_images=64), threading.Event()
-    monkeypatch.setattr(split, "_fetch", lambda _: arrived.wait(20))
+    prepare = split._prepare
+
+    def prepare_late(seed, place):
+        if place > 0:
+            arrived.wait(20)
+        return prepare(seed, place)
+
+    monkeypatch.setattr(split, "_prepare", prepare_late)
     split.ordered(0, first=0, count=1)
     assert split.fetching
     arrived.set()
