@@ -6,17 +6,23 @@ import copy
 import math
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, field
+from itertools import accumulate, groupby, pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
 from ncsn.core.ema import Ema
 from ncsn.core.losses import Batch, Loss, Uncertainty
 
 EVALUATIONS_PER_STEP = 3  # network evaluations that a training step costs per image: one forward, two backward
+# Weights whose gradients are widened together: about a bucket of DistributedDataParallel, 25 MiB in float32, so that
+# workers exchange some gradients while they compute others.
+_GROUP = 25 * 2**18
 
 
 @dataclass
@@ -29,6 +35,7 @@ class TrainState:
     images_seen: int = 0  # by all workers
     uncertainty: Uncertainty | None = None  # that the loss learns with the network; without an average
     second_ema: Ema | None = None  # with another memory, for averages that are put together after training
+    narrow: NarrowWeights | None = field(default=None, init=False)  # that steps on a GPU use, and no checkpoint has
 
     def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and parameters in the order of the optimizer."""
@@ -59,6 +66,60 @@ class StepOptions:
     world_size: int = 1  # workers that share it
 
 
+class NarrowWeights:
+    """Copies in a narrower type of the parameters that autocast would cast in each pass: convolutions, linear layers.
+
+    A step fills them from the parameters as they are, and puts them in their place in its passes. Gradients return to
+    the parameters in float32. What the network computes in float32 also under autocast, its `full_precision`, is left
+    alone.
+    """
+
+    def __init__(self, network: nn.Module, dtype: torch.dtype) -> None:
+        exact: tuple[str, ...] = getattr(network, "full_precision", ())
+        self._network = network
+        self._copies = {
+            f"{name}.{own}": torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+            for name, layer in network.named_modules()
+            if isinstance(layer, nn.Conv2d | nn.Linear) and not name.startswith(exact)
+            for own, parameter in layer.named_parameters(recurse=False)
+        }
+
+    @torch.no_grad()
+    def fill(self) -> None:
+        """Copy the parameters, in place: CUDA graphs have the addresses."""
+        parameters = dict(self._network.named_parameters())
+        torch._foreach_copy_(list(self._copies.values()), [parameters[name] for name in self._copies])
+
+    def of_pass(self) -> dict[str, Tensor]:
+        """The copies by name, for one pass through the network."""
+        parameters, copies = dict(self._network.named_parameters()), dict(self._copies)
+        trained = [name for name in copies if parameters[name].requires_grad]
+        ends = accumulate(parameters[name].numel() for name in trained)
+        for _, group in groupby(zip(trained, ends, strict=True), key=lambda each: each[1] // _GROUP):
+            names = [name for name, _ in group]
+            widened = _Widened.apply([copies[name] for name in names], *(parameters[name] for name in names))
+            copies.update(zip(names, widened, strict=True))
+        for each in copies.values():
+            each._is_param = True  # type: ignore[attr-defined] - a compiler of wrapped networks splits them by parameters
+        return copies
+
+
+class _Widened(torch.autograd.Function):
+    """Copies in place of parameters, whose gradients become float32 together, in a few launches."""
+
+    @staticmethod
+    def forward(ctx: Any, copies: list[Tensor], *parameters: Tensor) -> tuple[Tensor, ...]:
+        ctx.parameters = parameters
+        return tuple(each.detach() for each in copies)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        wide = [torch.empty_like(each) for each in ctx.parameters]
+        torch._foreach_copy_(wide, gradients)
+        return (None, *wide)
+
+
 def train_step(
     network: nn.Module, batch: Batch, *, state: TrainState, loss: Loss, options: StepOptions
 ) -> tuple[Tensor, Tensor]:
@@ -71,11 +132,19 @@ def train_step(
         The loss of each image of this worker before the step, float32 [B], normalized so that a zero network reads 1.0;
         and the norm of the gradient before clipping, a scalar, of the workers' average if the network is wrapped.
     """
-    dtype, optimizer = options.autocast_dtype, state.optimizer
+    dtype, optimizer, device = options.autocast_dtype, state.optimizer, batch.x.device
+    module = network.module if isinstance(network, DistributedDataParallel) else network
+    # On a CPU there is nothing to gain, and some layers compute with weights before they are cast.
+    if dtype is not None and device.type == "cuda" and state.narrow is None:
+        state.narrow = NarrowWeights(module, dtype)
+    if state.narrow is not None:
+        state.narrow.fill()
 
     def score(noisy: Tensor, **inputs: Tensor) -> Tensor:
-        with torch.autocast(noisy.device.type, dtype=dtype, enabled=dtype is not None):
-            result: Tensor = network(noisy, **inputs)
+        prefix, copies = "" if network is module else "module.", state.narrow.of_pass() if state.narrow else {}
+        copies = {prefix + name: each for name, each in copies.items()}
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+            result: Tensor = functional_call(network, copies, (noisy,), inputs) if copies else network(noisy, **inputs)
         return result
 
     optimizer.zero_grad(set_to_none=True)
@@ -95,7 +164,6 @@ def train_step(
     if options.grad_clip_norm is not None:
         nn.utils.clip_grads_with_norm_(network.parameters(), options.grad_clip_norm, grad_norm)
     optimizer.step()
-    module = network.module if isinstance(network, DistributedDataParallel) else network
     for ema in state.averages:
         ema.update(module, images_seen=state.images_seen + global_batch, batch=global_batch)
     return torch.cat(per_image), grad_norm

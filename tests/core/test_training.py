@@ -11,9 +11,11 @@ import torch
 
 from ncsn.core.ema import Ema, step_decay
 from ncsn.core.losses import Batch, DenoisingScoreMatching
+from ncsn.core.networks import layers
+from ncsn.core.networks.ddpmpp import DdpmppNetwork
 from ncsn.core.networks.refinenet import NcsnNetwork
 from ncsn.core.noise_schedule import geometric_sigmas
-from ncsn.core.training import StepOptions, TrainState, train_step
+from ncsn.core.training import NarrowWeights, StepOptions, TrainState, train_step
 
 SIGMAS = geometric_sigmas(1.0, 0.01, 4)
 
@@ -79,3 +81,61 @@ def test_parts_of_a_batch_add_up_to_its_gradient(microbatch):
     for gradient, added in zip(gradients, sums, strict=True):
         torch.testing.assert_close(added, gradient, rtol=1e-9, atol=1e-11)
     torch.testing.assert_close(parts, whole)
+
+
+def narrow_setup(*, narrow=True):
+    """A network with layers of all kinds, which computes some in float32, and a batch; `narrow` as on a GPU."""
+    torch.manual_seed(0)
+    network = DdpmppNetwork(
+        channels=1, image_size=4, sigmas=SIGMAS, base_width=8, multipliers=(2,), blocks_per_resolution=1,
+        attention_sizes=(), augmentation=True,
+    )  # fmt: skip
+    state = TrainState(network, torch.optim.Adam(network.parameters(), lr=1e-3), Ema(network, step_decay(0.9)))
+    state.narrow = NarrowWeights(network, torch.bfloat16) if narrow else None
+    return state, Batch(torch.rand(4, 1, 4, 4), SIGMAS, torch.randn(4, 1, 4, 4), torch.arange(4))
+
+
+@pytest.mark.parametrize("light", [False, True])
+def test_narrow_weights_train_as_the_casts_of_autocast_do_also_after_a_restore(light):
+    found = []
+    for narrow in (False, True):
+        state, batch = narrow_setup(narrow=narrow)
+        start = copy.deepcopy(state.network.state_dict())
+        state.network.enc["4x4_conv"].weight.requires_grad_(not light)
+        for restored in (False, True, False):
+            if restored:
+                state.network.load_state_dict(start)
+            # Gradients of microbatches of three images add up in float32: not every sum is a number of bfloat16.
+            losses, _ = step(state, batch, autocast_dtype=torch.bfloat16, microbatch=3)
+        gradients = [each.grad for each in state.network.parameters()]
+        found.append([losses, *state.network.parameters(), *state.ema.weights.values(), *gradients])
+        assert state.network.state_dict().keys() == start.keys()
+        assert {each.dtype for each in copy.deepcopy(state.network).parameters()} == {torch.float32}
+        gradient = state.network.dec["4x4_aux_conv"].weight.grad
+        assert not torch.equal(gradient, gradient.bfloat16().float())
+    assert len(found[0]) == len(found[1])
+    for one, other in zip(*found, strict=True):
+        assert (one is None and other is None) or torch.equal(one, other)
+
+
+def test_narrow_weights_are_all_that_autocast_would_cast_and_no_others():
+    state, _ = narrow_setup()
+    state.narrow.fill()
+    copies, parameters = state.narrow.of_pass(), dict(state.network.named_parameters())
+    exact = {name for name in parameters if name.startswith(("map_layer", "condition_terms"))}
+    assert copies.keys() == {name for name in parameters if "norm" not in name} - exact and len(exact) == 5
+    for name, each in copies.items():
+        assert isinstance(each, torch.nn.Parameter)  # by which compiled DistributedDataParallel splits its graph
+        assert torch.equal(each, parameters[name].bfloat16()) and each.stride() == parameters[name].stride()
+
+
+def test_a_step_with_narrow_weights_compiles_to_one_graph_once(monkeypatch):
+    state, batch = narrow_setup()
+    expected = [step(state, batch, autocast_dtype=torch.bfloat16)[0] for _ in range(2)]
+    monkeypatch.setattr(layers, "fuses", lambda _: True)
+    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
+    state, batch = narrow_setup()
+    state.network.compile(fullgraph=True, backend="eager")
+    found = [step(state, batch, autocast_dtype=torch.bfloat16)[0] for _ in range(2)]
+    torch.testing.assert_close(found, expected, rtol=0.01, atol=0)
+    assert found[1].mean() < found[0].mean()

@@ -129,6 +129,7 @@ class PreconditionedNetwork(ContinuousNetwork):
     standard deviation `sigma_data` per pixel.
     """
 
+    full_precision: ClassVar[tuple[str, ...]] = ()  # names, or their beginnings, of layers that autocast never narrows
     condition_reader: ClassVar[str]  # name of the linear layer that takes the features with the terms of conditions
 
     def __init__(self, *, sigmas: Tensor, sigma_data: float, dropout: float) -> None:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ncsn.core.networks.base import ConditionTerms, PreconditionedNetwork, attend, num_groups
-from ncsn.core.networks.normalization import KeyedDropout
+from ncsn.core.networks.layers import Conv2d
+from ncsn.core.networks.normalization import GroupNorm, KeyedDropout
 from ncsn.errors import InvalidValue
 
 _EPS = 1e-6  # of all group norms
@@ -28,13 +29,13 @@ _NEARLY_ZERO, _OF_ATTENTION = 1e-5, math.sqrt(0.2)
 Resampling = Literal["down", "up"]
 
 
-def _group_norm(width: int) -> nn.GroupNorm:
-    return nn.GroupNorm(num_groups(width), width, eps=_EPS)
+def _group_norm(width: int) -> GroupNorm:
+    return GroupNorm(num_groups(width), width, eps=_EPS)
 
 
-def _conv(in_width: int, out_width: int, *, size: int = 3, gain: float = 1.0) -> nn.Conv2d:
+def _conv(in_width: int, out_width: int, *, size: int = 3, gain: float = 1.0) -> Conv2d:
     """A convolution with Xavier's uniform weights times `gain` and without shift."""
-    conv = nn.Conv2d(in_width, out_width, size, padding=size // 2)
+    conv = Conv2d(in_width, out_width, size, padding=size // 2)
     nn.init.xavier_uniform_(conv.weight, gain)
     assert conv.bias is not None
     nn.init.zeros_(conv.bias)
@@ -79,7 +80,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] to the same shape."""
-        h: Tensor = self.output(attend(self.query_key_value(self.norm(x).to(x.dtype)), num_heads=1))
+        h: Tensor = self.output(attend(self.query_key_value(self.norm(x)), num_heads=1))
         return (x + h) * math.sqrt(0.5)
 
 
@@ -116,10 +117,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor, keys: Tensor | None) -> Tensor:
         """[B, in_width, H, W], [B, features] and the keys [B] for dropout to [B, width, H', W']."""
-        h = self._resampled(functional.silu(self.norm0(x).to(x.dtype)))
-        h = self.conv0(h)
-        h = h + self.affine(embedding).to(h.dtype)[:, :, None, None]
-        h = functional.silu(self.norm1(h).to(h.dtype))
+        h = self._resampled(functional.silu(self.norm0(x)))
+        h = self.conv0(h, self.affine(embedding))
+        h = functional.silu(self.norm1(h))
         h = self.conv1(self.dropout(h, keys))
         attended: Tensor = self.attention((h + self.shortcut(self._resampled(x))) * math.sqrt(0.5))
         return attended
@@ -172,6 +172,7 @@ class DdpmppNetwork(PreconditionedNetwork):
         embedding_multiplier: Features of the embedding in units of base_width.
     """
 
+    full_precision = ("condition_terms", "map_layer")
     condition_reader = "map_layer0"
     frequencies: Tensor
 
@@ -233,7 +234,7 @@ class DdpmppNetwork(PreconditionedNetwork):
         for place in self._decoder:
             joined = torch.cat([h, skips.pop()], dim=1) if place.joined else h
             h = self.dec[place.name](joined, embedding, keys)
-        h = functional.silu(self.dec[f"{self._whole}_aux_norm"](h).to(h.dtype))
+        h = functional.silu(self.dec[f"{self._whole}_aux_norm"](h))
         raw: Tensor = self.dec[f"{self._whole}_aux_conv"](h)
         return raw
 

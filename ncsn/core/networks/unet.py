@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ncsn.core.networks.base import ConditionTerms, PreconditionedNetwork, attend, num_groups
-from ncsn.core.networks.normalization import KeyedDropout, group_norm_by_image
+from ncsn.core.networks.layers import Conv2d
+from ncsn.core.networks.normalization import GroupNorm, KeyedDropout, group_norm_by_image
 from ncsn.errors import InvalidValue
 
 # The embedding's frequencies per unit of ln(sigma) / 4, which spans about two units over a useful schedule: the lowest
@@ -25,7 +26,7 @@ LOWEST_FREQUENCY = 0.5
 HIGHEST_FREQUENCY = 50.0
 
 
-def _zeroed(layer: nn.Conv2d) -> nn.Conv2d:
+def _zeroed(layer: Conv2d) -> Conv2d:
     """The same layer, starting at zero."""
     nn.init.zeros_(layer.weight)
     if layer.bias is not None:
@@ -60,13 +61,13 @@ class SelfAttention(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.num_heads = math.gcd(width, max(1, width // 64))
-        self.norm = nn.GroupNorm(num_groups(width), width)
-        self.query_key_value = nn.Conv2d(width, 3 * width, 1)
-        self.output = _zeroed(nn.Conv2d(width, width, 1))
+        self.norm = GroupNorm(num_groups(width), width)
+        self.query_key_value = Conv2d(width, 3 * width, 1)
+        self.output = _zeroed(Conv2d(width, width, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] to the same shape."""
-        query_key_value = self.query_key_value(self.norm(x).to(x.dtype))
+        query_key_value = self.query_key_value(self.norm(x))
         y: Tensor = x + self.output(attend(query_key_value, num_heads=self.num_heads))
         return y
 
@@ -78,17 +79,17 @@ class ResidualBlock(nn.Module):
         self, in_width: int, *, out_width: int, embedding_features: int, dropout: float, attention: bool
     ) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(num_groups(in_width), in_width)
-        self.conv1 = nn.Conv2d(in_width, out_width, 3, padding=1)
+        self.norm1 = GroupNorm(num_groups(in_width), in_width)
+        self.conv1 = Conv2d(in_width, out_width, 3, padding=1)
         self.film = nn.Linear(embedding_features, 2 * out_width)
         self.dropout = KeyedDropout(dropout)
-        self.conv2 = _zeroed(nn.Conv2d(out_width, out_width, 3, padding=1))
-        self.shortcut = nn.Conv2d(in_width, out_width, 1) if in_width != out_width else nn.Identity()
+        self.conv2 = _zeroed(Conv2d(out_width, out_width, 3, padding=1))
+        self.shortcut = Conv2d(in_width, out_width, 1) if in_width != out_width else nn.Identity()
         self.attention = SelfAttention(out_width) if attention else nn.Identity()
 
     def forward(self, x: Tensor, embedding: Tensor, keys: Tensor | None) -> Tensor:
         """[B, in_width, H, W], [B, features] and the keys [B] for dropout to [B, out_width, H, W]."""
-        h = self.conv1(functional.silu(self.norm1(x).to(x.dtype)))
+        h = self.conv1(functional.silu(self.norm1(x)))
         # A group norm whose scale and shift are a linear function of the embedding (FiLM).
         scale, shift = self.film(embedding).to(torch.promote_types(h.dtype, torch.float32)).chunk(2, dim=1)
         h = group_norm_by_image(h, groups=num_groups(h.shape[1]), scale=1 + scale, shift=shift)
@@ -134,7 +135,7 @@ class UnetNetwork(PreconditionedNetwork):
             )
         self.embedding = NoiseEmbedding(embedding_features, num_classes=num_classes, augmentation=augmentation)
         self.conditions = self.embedding.condition_terms.taken
-        self.input = nn.Conv2d(channels, widths[0], 3, padding=1)
+        self.input = Conv2d(channels, widths[0], 3, padding=1)
         self.down = nn.ModuleList()
         self.up = nn.ModuleList()
         self.downsample = nn.ModuleList()
@@ -147,10 +148,10 @@ class UnetNetwork(PreconditionedNetwork):
                 ins = [in_width] + [width] * (blocks_per_resolution - 1)
                 stages.append(nn.ModuleList(block(each, out_width=width, attention=attention) for each in ins))
             if not lowest:
-                self.downsample.append(nn.Conv2d(width, widths[depth + 1], 3, stride=2, padding=1))
-                self.upsample.append(nn.Conv2d(widths[depth + 1], width, 1))
-        self.output_norm = nn.GroupNorm(num_groups(widths[0]), widths[0])
-        self.output = _zeroed(nn.Conv2d(widths[0], channels, 3, padding=1))
+                self.downsample.append(Conv2d(width, widths[depth + 1], 3, stride=2, padding=1))
+                self.upsample.append(Conv2d(widths[depth + 1], width, 1))
+        self.output_norm = GroupNorm(num_groups(widths[0]), widths[0])
+        self.output = _zeroed(Conv2d(widths[0], channels, 3, padding=1))
         self._number_dropout_layers()
 
     def _raw(self, x: Tensor, c_noise: Tensor, keys: Tensor | None = None, **conditions: Tensor | None) -> Tensor:
@@ -172,7 +173,7 @@ class UnetNetwork(PreconditionedNetwork):
                 h = torch.cat([h, skip], dim=1)
             for block in self.up[depth].children():
                 h = block(h, embedding, keys)
-        raw: Tensor = self.output(functional.silu(self.output_norm(h).to(h.dtype)))
+        raw: Tensor = self.output(functional.silu(self.output_norm(h)))
         return raw
 
 

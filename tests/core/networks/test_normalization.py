@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ncsn.core.networks import normalization
+from ncsn.core.networks import layers, normalization
 from ncsn.core.networks.normalization import (
     ConditionalInstanceNormPlus,
+    GroupNorm,
     InstanceNormPlus,
     KeyedDropout,
     group_norm_by_image,
@@ -96,6 +97,23 @@ def test_conditional_table_is_gamma_alpha_beta_by_level():
     assert torch.equal(norm(x, level), expected)
 
 
+@pytest.mark.parametrize("by_image", [False, True])
+def test_what_a_compiler_fuses_is_group_norm_with_its_gradients(by_image, monkeypatch):
+    found, norm = [], GroupNorm(3, 12, eps=1e-5)
+    for written_out in (False, True):
+        monkeypatch.setattr(layers, "fuses", lambda _, answer=written_out: answer)
+        x = (random(4, 12, 5, 6) + 30).double().contiguous(memory_format=torch.channels_last).requires_grad_()
+        shape = (4, 12) if by_image else (12,)
+        scale, shift = (random(*shape, seed=seed).double().requires_grad_() for seed in (1, 2))
+        norm.weight, norm.bias = (torch.nn.Parameter(each.detach()) for each in (scale, shift))
+        y = group_norm_by_image(x, groups=3, scale=scale, shift=shift) if by_image else norm(x)
+        (y * random(4, 12, 5, 6, seed=3)).sum().backward()
+        parameters = (scale, shift) if by_image else (norm.weight, norm.bias)
+        found.append((y.detach(), x.grad, *(each.grad for each in parameters)))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-9)
+    assert not torch.equal(found[1][0], found[0][0])
+
+
 P = 0.3
 
 
@@ -110,6 +128,13 @@ def masks(x: Tensor, *, layer: int = 0, shape: tuple[int, int, int] = (16, 16, 1
     kept: Tensor = dropout(torch.ones(len(x), *shape), image_keys(x))
     assert set(kept.unique().tolist()) == {0.0, torch.tensor(1 / (1 - P)).item()}
     return (kept > 0).double().flatten(1)
+
+
+def test_what_a_compiler_fuses_drops_the_same_activations(monkeypatch):
+    x, shape = images(3), (3, 5, 7)
+    expected = masks(x, layer=4, shape=shape)
+    monkeypatch.setattr(layers, "fuses", lambda _: True)
+    assert torch.equal(masks(x, layer=4, shape=shape), expected)
 
 
 def test_the_share_that_is_dropped_is_p() -> None:

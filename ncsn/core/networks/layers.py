@@ -1,0 +1,27 @@
+"""Layers that are written out where a compiler for a GPU joins their parts with those of their neighbors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def fuses(x: Tensor) -> bool:
+    """Whether a compiler for a GPU joins operations on `x` into kernels, so that each costs no pass over it."""
+    return x.is_cuda and torch.compiler.is_compiling()
+
+
+class Conv2d(nn.Conv2d):
+    """A convolution that can add a term per image and channel to its shift."""
+
+    def forward(self, x: Tensor, term: Tensor | None = None) -> Tensor:
+        """[B, C, H, W] and a term [B, C'] or none to [B, C', H', W']."""
+        if self.bias is None or not fuses(x):
+            y: Tensor = super().forward(x)
+            return y if term is None else y + term.to(y.dtype)[:, :, None, None]
+        y = self._conv_forward(x, self.weight, None)
+        # The gradient of a shift per image is a sum over its pixels, by the kernel that has the maps at hand. Over the
+        # whole batch it takes two more.
+        shift = self.bias.float().expand(len(x), -1)
+        shift = shift if term is None else shift + term
+        return (y + shift[:, :, None, None]).to(y.dtype)
