@@ -100,7 +100,8 @@ class NarrowWeights:
             widened = _Widened.apply([copies[name] for name in names], *(parameters[name] for name in names))
             copies.update(zip(names, widened, strict=True))
         for each in copies.values():
-            each._is_param = True  # type: ignore[attr-defined] - a compiler of wrapped networks splits them by parameters
+            # A compiler of networks in DistributedDataParallel makes a graph for each bucket of parameters.
+            each._is_param = True
         return copies
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ncsn.config import Config
 from ncsn.config.training import SsmLossConfig
+from ncsn.core.networks.layers import FUSION
 from ncsn.errors import UserError
 
 FEW_IMAGES = 128  # of a worker: Python launches a thousand kernels per step, which takes longer than to compute these
@@ -90,7 +91,8 @@ def compile_network(network: nn.Module, config: Config, context: WorkerContext) 
     if compiled:
         # Shares and their parts differ by at most one image, so shapes are few. Where DistributedDataParallel calls the
         # network, Dynamo makes a graph for each bucket, so that averaging overlaps with the backward pass.
-        network.compile(dynamic=False, mode="reduce-overhead" if graphs else "default")
+        options = None if context.device.type == "cpu" else {**FUSION, "triton.cudagraphs": graphs}
+        network.compile(dynamic=False, options=options)
     name = torch.cuda.get_device_name(context.device) if context.device.type == "cuda" else "cpu"
     order = "channels last" if config.compute.uses_channels_last else "channels first"
     how = "not compiled" if not compiled else "compiled, in CUDA graphs" if graphs else "compiled"

@@ -139,3 +139,4 @@ def test_a_step_with_narrow_weights_compiles_to_one_graph_once(monkeypatch):
     found = [step(state, batch, autocast_dtype=torch.bfloat16)[0] for _ in range(2)]
     torch.testing.assert_close(found, expected, rtol=0.01, atol=0)
     assert found[1].mean() < found[0].mean()
+    state.network.compile(options=layers.FUSION)  # RuntimeError, were one not an option of this PyTorch

@@ -5,6 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+# Options of torch.compile for a GPU: its kernels compute a map again where they read it. By default one that is read
+# more than once goes to memory, in float32, if it takes more than four reads or 30 operations.
+FUSION: dict[str, str | int | bool] = {
+    "realize_reads_threshold": 16,
+    "realize_acc_reads_threshold": 32,
+    "realize_opcount_threshold": 100,
+}
+
 
 def fuses(x: Tensor) -> bool:
     """Whether a compiler for a GPU joins operations on `x` into kernels, so that each costs no pass over it."""

@@ -66,14 +66,16 @@ def _group_norm(x: Tensor, *, groups: int, scale: Tensor, shift: Tensor, eps: fl
 
     It can be differentiated once.
     """
-    maps = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(1, (groups, -1))  # [B, groups, C / groups, H, W]
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    maps = wide.reshape(len(x), groups, -1, *x.shape[2:])  # [B, groups, C / groups, H, W]
     scale, shift = (each.reshape(-1, *maps.shape[1:3], 1, 1) for each in (scale, shift))
     mean = maps.mean(dim=(2, 3, 4), keepdim=True)
     # The derivative of a variance by its mean is zero. So the backward pass needs two sums over the maps only:
     # those for gain and shift of each image and channel.
     variance = (maps - mean.detach()).square().mean(dim=(2, 3, 4), keepdim=True)
     gain = scale * torch.rsqrt(variance + eps)
-    return (maps * gain + (shift - mean * gain)).flatten(1, 2).to(x.dtype)
+    y = maps * gain + (shift - mean * gain)
+    return y.reshape(x.shape).to(x.dtype)
 
 
 class GroupNorm(nn.GroupNorm):
