@@ -102,20 +102,17 @@ def test_narrow_weights_train_as_the_casts_of_autocast_do_also_after_a_restore(l
         state, batch = narrow_setup(narrow=narrow)
         start = copy.deepcopy(state.network.state_dict())
         state.network.enc["4x4_conv"].weight.requires_grad_(not light)
-        for restored in (False, True, False):
-            if restored:
-                state.network.load_state_dict(start)
+        for number in range(3):
+            state.network.load_state_dict(start if number == 1 else state.network.state_dict())
             # Gradients of microbatches of three images add up in float32: not every sum is a number of bfloat16.
             losses, _ = step(state, batch, autocast_dtype=torch.bfloat16, microbatch=3)
-        gradients = [each.grad for each in state.network.parameters()]
-        found.append([losses, *state.network.parameters(), *state.ema.weights.values(), *gradients])
+        weights = list(state.network.parameters())
+        found.append([losses, *weights, *state.ema.weights.values(), *(each.grad for each in weights)])
         assert state.network.state_dict().keys() == start.keys()
         assert {each.dtype for each in copy.deepcopy(state.network).parameters()} == {torch.float32}
         gradient = state.network.dec["4x4_aux_conv"].weight.grad
         assert not torch.equal(gradient, gradient.bfloat16().float())
-    assert len(found[0]) == len(found[1])
-    for one, other in zip(*found, strict=True):
-        assert (one is None and other is None) or torch.equal(one, other)
+    assert all(one is other or torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
 def test_narrow_weights_are_all_that_autocast_would_cast_and_no_others():
@@ -138,5 +135,4 @@ def test_a_step_with_narrow_weights_compiles_to_one_graph_once(monkeypatch):
     state.network.compile(fullgraph=True, backend="eager")
     found = [step(state, batch, autocast_dtype=torch.bfloat16)[0] for _ in range(2)]
     torch.testing.assert_close(found, expected, rtol=0.01, atol=0)
-    assert found[1].mean() < found[0].mean()
     state.network.compile(options=layers.FUSION)  # RuntimeError, were one not an option of this PyTorch

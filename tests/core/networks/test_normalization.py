@@ -103,9 +103,8 @@ def test_what_a_compiler_fuses_is_group_norm_with_its_gradients(by_image, monkey
     for written_out in (False, True):
         monkeypatch.setattr(layers, "fuses", lambda _, answer=written_out: answer)
         x = (random(4, 12, 5, 6) + 30).double().contiguous(memory_format=torch.channels_last).requires_grad_()
-        shape = (4, 12) if by_image else (12,)
-        scale, shift = (random(*shape, seed=seed).double().requires_grad_() for seed in (1, 2))
-        norm.weight, norm.bias = (torch.nn.Parameter(each.detach()) for each in (scale, shift))
+        scale, shift = (random(4, 12, seed=seed).double()[: 4 if by_image else 1].requires_grad_() for seed in (1, 2))
+        norm.weight, norm.bias = (torch.nn.Parameter(each[0].detach()) for each in (scale, shift))
         y = group_norm_by_image(x, groups=3, scale=scale, shift=shift) if by_image else norm(x)
         (y * random(4, 12, 5, 6, seed=3)).sum().backward()
         parameters = (scale, shift) if by_image else (norm.weight, norm.bias)
