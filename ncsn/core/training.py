@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ncsn.core.ema import Ema
 from ncsn.core.losses import Batch, Loss, Uncertainty
+from ncsn.core.networks.layers import narrowed
 
 EVALUATIONS_PER_STEP = 3  # network evaluations that a training step costs per image: one forward, two backward
 # Weights whose gradients are widened together: about a bucket of DistributedDataParallel, 25 MiB in float32, so that
@@ -67,20 +68,17 @@ class StepOptions:
 
 
 class NarrowWeights:
-    """Copies in a narrower type of the parameters that autocast would cast in each pass: convolutions, linear layers.
+    """Copies in a narrower type of the parameters that autocast would cast in each pass, those of `layers.narrowed`.
 
     A step fills them from the parameters as they are, and puts them in their place in its passes. Gradients return to
-    the parameters in float32. What the network computes in float32 also under autocast, its `full_precision`, is left
-    alone.
+    the parameters in float32.
     """
 
     def __init__(self, network: nn.Module, dtype: torch.dtype) -> None:
-        exact: tuple[str, ...] = getattr(network, "full_precision", ())
         self._network = network
         self._copies = {
             f"{name}.{own}": torch.empty_like(parameter, dtype=dtype, requires_grad=False)
-            for name, layer in network.named_modules()
-            if isinstance(layer, nn.Conv2d | nn.Linear) and not name.startswith(exact)
+            for name, layer in narrowed(network).items()
             for own, parameter in layer.named_parameters(recurse=False)
         }
 

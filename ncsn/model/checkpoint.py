@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from ncsn import storage
 from ncsn.config import Config, changed_settings, explain_changes, from_yaml, to_yaml
 from ncsn.core.images import DataMoments
+from ncsn.core.networks.layers import narrowed
 from ncsn.core.networks.transfer import misfits
 from ncsn.core.training import TrainState
 from ncsn.errors import UserError
@@ -119,22 +120,8 @@ class TrainedNetwork:
     @cached_property
     def halved(self) -> nn.Module:
         """A copy for evaluations under autocast to bfloat16, which would cast the same weights each time."""
-        network, device = copy.deepcopy(self.network), next(self.network.parameters()).device
-        # Not all: a network may keep some layers in float32, whatever the type of the others.
-        halved: list[nn.Module] = []
-
-        def note(module: nn.Module, _inputs: Any) -> None:
-            if torch.is_autocast_enabled(device.type):
-                halved.append(module)
-
-        layers = [each for each in network.modules() if isinstance(each, nn.Conv2d | nn.Linear)]
-        hooks = [layer.register_forward_pre_hook(note) for layer in layers]
-        with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16):
-            x = torch.zeros(1, *self.config.data.network_shape, device=device)
-            network(x, torch.zeros(1, dtype=torch.int64, device=device))
-        for hook in hooks:
-            hook.remove()
-        for layer in halved:
+        network = copy.deepcopy(self.network)
+        for layer in narrowed(network).values():
             layer.to(torch.bfloat16)
         return network
 

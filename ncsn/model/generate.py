@@ -20,6 +20,7 @@ from ncsn.core.images import to_stored
 from ncsn.core.keyed_random import KeyedNoise, Stream, keyed_uniform
 from ncsn.core.losses import ScoreFunction
 from ncsn.core.networks.base import ContinuousNetwork
+from ncsn.core.networks.layers import FUSION
 from ncsn.core.samplers.chain import sample, start, visited
 from ncsn.core.samplers.guidance import AtLevels, Guided, Labeled, band_on_grid
 from ncsn.core.samplers.langevin import Fields
@@ -154,7 +155,7 @@ def _evaluated(trained: TrainedNetwork, *, bfloat16: bool, compiled: bool) -> Sc
     if (layout := _memory_format(trained)) is torch.channels_last:
         network.to(memory_format=layout)
     if compiled:
-        network.compile()
+        network.compile(dynamic=False, options=FUSION if next(network.parameters()).is_cuda else None)
     if not bfloat16:
         return network
 

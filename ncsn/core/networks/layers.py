@@ -14,6 +14,20 @@ FUSION: dict[str, str | int | bool] = {
 }
 
 
+def narrowed(network: nn.Module) -> dict[str, nn.Module]:
+    """Layers by name, of which autocast would cast the parameters in each pass: convolutions and linear layers.
+
+    What a network computes in float32 under autocast too, its `full_precision`, is none of them.
+    """
+    exact: tuple[str, ...] = getattr(network, "full_precision", ())
+    kinds = nn.Conv2d | nn.Linear
+    return {
+        name: layer
+        for name, layer in network.named_modules()
+        if isinstance(layer, kinds) and not name.startswith(exact)
+    }
+
+
 def fuses(x: Tensor) -> bool:
     """Whether a compiler for a GPU joins operations on `x` into kernels, so that each costs no pass over it."""
     return x.is_cuda and torch.compiler.is_compiling()
