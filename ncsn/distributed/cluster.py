@@ -111,6 +111,11 @@ def on_this_machine() -> bool:
     return (os.environ.get("RAY_ADDRESS") or LOOPBACK).startswith(LOOPBACK)
 
 
+def is_own() -> bool:
+    """Whether this process, or one that started it, started the connected cluster, which is this machine alone."""
+    return bool(os.environ.get(_OWN) == ray.get_runtime_context().gcs_address)
+
+
 @contextmanager
 def _own_sigterm() -> Iterator[None]:
     """Keep this process's answer to SIGTERM: Ray installs one that aborts the process before it can clean up."""
@@ -188,7 +193,7 @@ def require_resources(config: Config) -> None:
     """Refuse work that the cluster can never start, instead of waiting forever."""
     if autoscales() or (lack := _lack(config)) is None:
         return
-    if os.environ.get(_OWN) == ray.get_runtime_context().gcs_address:
+    if is_own():
         raise lack
     # On Kubernetes the driver restarts as soon as a lost head is replaced, half a minute before the workers are back.
     _logger.warning("%s; waiting %d s for more nodes", lack, JOIN_SECONDS)

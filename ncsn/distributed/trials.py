@@ -230,7 +230,7 @@ def _reach(plan: SearchPlan, values: Mapping[str, Any], folder: TrialFolder, ima
     samplings = plan.samplings(values)
     checkpoints = storage.join(folder.uri, CHECKPOINTS)
     job = TrainingJob(config=plan.trial_config(values), dataset=plan.dataset, start=plan.start, stop_at=images)
-    train = trainer.train_alone if job.config.compute.num_workers == 1 else trainer.train
+    train = trainer.train_by_tasks if job.config.compute.num_workers == 1 else trainer.train
     outcome = train(job, run_uri=folder.uri)
     checkpoint = storage.join(checkpoints, outcome.checkpoint)
     candidates = [(checkpoint, sampling) for sampling in samplings]

@@ -1,4 +1,4 @@
-"""Denoising score matching on Ray Train, from random weights or the network that `train.init_from` names."""
+"""Denoising score matching on Ray, from random weights or the network that `train.init_from` names."""
 
 from __future__ import annotations
 

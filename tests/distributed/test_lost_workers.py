@@ -11,8 +11,9 @@ from ray.exceptions import ActorDiedError
 from ray.train import WorkerGroupError
 from ray.train.v2._internal.constants import get_env_vars_to_propagate
 
-from ncsn.distributed import trainer
-from ncsn.distributed.trainer import LostWorkers, describe, reason
+from ncsn.distributed import workers
+from ncsn.distributed.ray_train import reason
+from ncsn.distributed.workers import LostWorkers, describe
 from ncsn.errors import InvalidValue, NotFound, UserError
 from ncsn.storage.retry import RETRY
 
@@ -67,14 +68,17 @@ def test_ray_train_repeats_what_a_worker_raises_but_not_a_mistake(
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(trainer, "train_loop", fail)
-    monkeypatch.setattr(trainer, "checkpoint_store", lambda *_: None)
-    arguments = {"job": SimpleNamespace(config=None), "run_uri": "/runs/mine", "context": SimpleNamespace}
+    monkeypatch.setattr(workers, "train_loop", fail)
+    monkeypatch.setattr(workers, "checkpoint_store", lambda *_: None)
+
+    def attempt() -> object:
+        return workers.attempt(SimpleNamespace(config=None), "/runs/mine", SimpleNamespace)
+
     if returned:
-        assert trainer._attempt(arguments) is error
+        assert attempt() is error
     else:
         with pytest.raises(type(error)):
-            trainer._attempt(arguments)
+            attempt()
 
 
 def test_the_processes_of_ray_train_know_their_cluster_among_several(monkeypatch: pytest.MonkeyPatch) -> None:

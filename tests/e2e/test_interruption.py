@@ -59,7 +59,7 @@ def test_after_ctrl_c_training_is_saved_and_a_second_one_ends_it_at_once(workpla
     process, first = trains(workplace, "--run", "ctrl-c")
     assert first >= saved
     for pid, command in workplace.processes().items():
-        if "RayTrainWorker" in command:
+        if command.startswith("ray::train"):
             os.kill(pid, signal.SIGSTOP)  # it cannot save
     os.killpg(process.pid, signal.SIGINT)
     assert process.stderr is not None

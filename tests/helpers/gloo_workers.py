@@ -20,7 +20,7 @@ from torch import nn
 from torch._dynamo.backends.debugging import aot_eager
 
 from ncsn.config import Config
-from ncsn.distributed.trainer import RayContext
+from ncsn.distributed.workers import GroupContext
 from ncsn.model.checkpoint import DamagedError
 from ncsn.model.checkpoint_store import CheckpointStore
 from ncsn.training import loop, watchdog
@@ -28,14 +28,11 @@ from ncsn.training.context import compile_network
 from ncsn.training.loop import Training, TrainingJob, train_loop
 
 
-class GlooContext(RayContext):
+class GlooContext(GroupContext):
     """A worker like Ray's."""
 
     def __init__(self, rank: int, world_size: int) -> None:
-        self.rank, self.world_size, self.device = rank, world_size, torch.device("cpu")
-
-    def preempted(self) -> bool:
-        return False
+        super().__init__("cpu", rank=rank, world_size=world_size)
 
 
 class TornCopy(CheckpointStore):

@@ -15,7 +15,7 @@ from ncsn import storage
 from ncsn.config import Config, from_yaml
 from ncsn.data.dataset import write_dataset
 from ncsn.data.sources import open_source
-from ncsn.distributed.trainer import checkpoint_store
+from ncsn.distributed.workers import checkpoint_store
 from ncsn.errors import NotFound
 from ncsn.evaluation.extractors import Identity
 from ncsn.evaluation.frechet import FrechetStatistics
