@@ -151,11 +151,12 @@ def _memory_format(trained: TrainedNetwork) -> torch.memory_format:
 
 def _evaluated(trained: TrainedNetwork, *, bfloat16: bool, compiled: bool) -> ScoreFunction:
     """The network as samplers call it."""
-    network = trained.halved if bfloat16 else trained.network
+    on_gpu = next(trained.network.parameters()).is_cuda
+    network = trained.halved if bfloat16 and on_gpu else trained.network
     if (layout := _memory_format(trained)) is torch.channels_last:
         network.to(memory_format=layout)
     if compiled:
-        network.compile(dynamic=False, options=FUSION if next(network.parameters()).is_cuda else None)
+        network.compile(dynamic=False, options=FUSION if on_gpu else None)
     if not bfloat16:
         return network
 

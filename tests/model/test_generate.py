@@ -122,9 +122,10 @@ def test_weights_in_bfloat16_are_those_that_autocast_makes(overrides: tuple[str,
     x, level = torch.rand(3, 1, 8, 8), torch.tensor([0, 3, 5])
     with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
         found, expected = trained.halved(x, level), trained.network(x, level)
-        assert torch.equal(found, expected)
-    cast = [parameter.dtype == torch.bfloat16 for parameter in trained.halved.parameters() if parameter.dim() == 4]
-    assert sum(cast) >= 0.9 * len(cast) > 0  # a mean-pooling convolution of NCSN makes its weights of others
+    # On a CPU, a mean-pooling convolution of NCSN computes with weights before they are cast.
+    exact = 0.0 if NCSN not in overrides and NCSNV2 not in overrides else 2**-6
+    torch.testing.assert_close(found, expected, rtol=exact, atol=exact * float(expected.abs().max()))
+    assert all(parameter.dtype == torch.bfloat16 for parameter in trained.halved.parameters() if parameter.dim() == 4)
     assert {parameter.dtype for parameter in trained.network.parameters()} == {torch.float32}
 
 
@@ -146,7 +147,7 @@ def test_a_chain_needs_one_graph(overrides: tuple[str, ...], monkeypatch: pytest
         return graph.forward
 
     whole = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda network: whole(network, backend=count, fullgraph=True))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda network, **_: whole(network, backend=count, fullgraph=True))
     trained = network_of(config_with(*overrides))
     sampling = config_with(*overrides, "sampling.precision=bfloat16").sampling
     made = [generate(trained, sampling=sampling, first=first, count=2, compiled=True) for first in (0, 2)]
