@@ -72,7 +72,7 @@ LEAST_MODULES, MOST_MODULES = 2, 14  # of a package
 # Lines of each part; a change that takes it 10 % over its budget has to say why.
 BUDGETS = {
     "ncsn/core": 3800,
-    "ncsn/data": 2660,
+    "ncsn/data": 2700,
     "ncsn/evaluation": 1700,
     "ncsn/steps ncsn/runs": 2320,
     "ncsn/model": 1500,
@@ -84,11 +84,11 @@ BUDGETS = {
     "ncsn/remote": 1350,
     "ncsn/library": 350,
     "ncsn/tools": 1460,
-    "ncsn/training": 900,
+    "ncsn/training": 950,
     "components pipelines": 900,
     "ncsn/storage": 700,
     "examples": 1000,
-    "tests": 23400,
+    "tests": 23900,
 }
 
 
