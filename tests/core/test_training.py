@@ -130,6 +130,7 @@ def test_a_step_with_narrow_weights_compiles_to_one_graph_once(monkeypatch):
     state, batch = narrow_setup()
     expected = [step(state, batch, autocast_dtype=torch.bfloat16)[0] for _ in range(2)]
     monkeypatch.setattr(layers, "fuses", lambda _: True)
+    torch._dynamo.reset()  # of other tests in this process
     monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
     state, batch = narrow_setup()
     state.network.compile(fullgraph=True, backend="eager")
