@@ -20,7 +20,7 @@ train: {batch_size: 4, num_images: 8, checkpoint_every_images: 8, report_every_i
 sampling: {sampler: {kind: annealed_langevin, steps_per_level: 2, epsilon: 1.0e-4}}
 evaluation: {num_splits: 25}
 """
-EMPTY = ("class_counts", "parts", "content", "settings", "suggested_noise", "conversions")
+EMPTY = ("class_counts", "parts", "settings", "suggested_noise", "conversions")
 MANIFEST = Manifest(
     name="digits",
     digest="0123abcd",
