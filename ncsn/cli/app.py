@@ -208,7 +208,7 @@ def ui_command(*, options: TargetOptions, host: str, port: int) -> None:
 @target_options
 @click.option(
     "--gpu",
-    type=click.Choice(("a100", "h100", "h200")),
+    type=click.Choice(("a100", "h100", "h200"), case_sensitive=False),
     help="Predict for workers with such a GPU each, from the network's FLOP and memory traffic.",
 )
 @click.option("--price-per-hour", type=click.FloatRange(0), help="Of all workers together, for the column money.")

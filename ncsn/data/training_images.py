@@ -89,7 +89,7 @@ def open_cache(dataset_uri: str, split: str, *, as_bytes: bool = False) -> Cache
     try:
         images, labels = (mapped(folder / name) for name in (_IMAGES, _LABELS))
         intact = images.shape == (count, *manifest.shape) and labels.shape == (count,)
-    except (OSError, ValueError):
+    except (OSError, ValueError, EOFError):
         intact = False
     if not intact:
         raise UserError(str(folder), f"the local copy of dataset {manifest.name} is damaged", hint="delete that folder")
@@ -203,6 +203,8 @@ class StreamedSplit:
         self._opened: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # images and labels
         self._mine: set[int] = set()
         self._keep_all = self._has_room()
+        if not self._keep_all:  # those that earlier processes left count as room
+            self._mine = {int(file.stem) for file in self._folder.glob("*.npy")}
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -280,7 +282,7 @@ class StreamedSplit:
                 return rows["image"], rows["label"]
             except FileNotFoundError:
                 self._make(part, wait=True)
-            except ValueError:
+            except (ValueError, EOFError):
                 hint = "delete that file"
                 raise UserError(str(self._file(part)), "this local copy of images is damaged", hint=hint) from None
 

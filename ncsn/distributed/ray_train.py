@@ -78,7 +78,9 @@ def train_by_ray(job: TrainingJob, *, run_uri: str) -> TrainOutcome:
 
 
 class _Lost(LostWorkers, UserCallback):  # type: ignore[misc]
-    pass
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:  # noqa: ARG002 - Ray's
+        """Called in the controller before it decides."""
+        self.count(worker_exceptions)
 
 
 class _Trainer(TorchTrainer):  # type: ignore[misc]

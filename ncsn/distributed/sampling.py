@@ -31,8 +31,8 @@ from ncsn.training.context import WorkerContext, compiles
 Features = NDArray[np.float32]
 
 LEVELS = "levels.npy"  # file of the strip
-# Evaluations of the network by one worker from which it is compiled: a GPU takes minutes for them, as compiling does.
-MANY_EVALUATIONS = 2_000_000
+# Evaluations of the network by one worker from which it is compiled: a GPU takes a minute for them, as compiling does.
+MANY_EVALUATIONS = 500_000
 
 
 @dataclass(frozen=True)

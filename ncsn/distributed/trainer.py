@@ -52,21 +52,24 @@ def train_by_tasks(job: TrainingJob, *, run_uri: str) -> TrainOutcome:
         **ANYWHERE,
     )(_attempt_of).options(name="train")
     lost = LostWorkers(run_uri, max_failures=compute.max_failures)
+    longest = LONG_SECONDS + (patience(job) if compute.max_workers > 1 else 0.0)
     while True:
         with tempfile.TemporaryDirectory(prefix="ncsn-") as folder:
-            count = compute.max_workers
-            end, errors = _end_of([task.remote(job, run_uri, rank, count, f"{folder}/ranks") for rank in range(count)])
+            ranks = range(compute.max_workers)
+            end, errors = _end_of(
+                [task.remote(job, run_uri, rank, len(ranks), f"{folder}/ranks", longest) for rank in ranks]
+            )
         if isinstance(end, TrainOutcome):
             return end
         if end is not None:
             raise end
-        lost.after_exception(None, errors)
+        lost.count(errors)
         if lost.left < 0:
             failure = f"{describe(errors)}; compute.max_failures = {compute.max_failures}"
             raise RuntimeError(failure) from errors[min(errors)]
 
 
-def _attempt_of(job: TrainingJob, run_uri: str, rank: int, world_size: int, meeting: str) -> End:
+def _attempt_of(job: TrainingJob, run_uri: str, rank: int, world_size: int, meeting: str, longest: float) -> End:
     context = partial(GroupContext, job.config.compute.device, rank=rank, world_size=world_size)
     if world_size == 1:
         return attempt(job, run_uri, context)
@@ -76,7 +79,7 @@ def _attempt_of(job: TrainingJob, run_uri: str, rank: int, world_size: int, meet
         init_method=f"file://{meeting}",
         rank=rank,
         world_size=world_size,
-        timeout=timedelta(seconds=LONG_SECONDS + patience(job)),
+        timeout=timedelta(seconds=longest),
     )
     try:
         return attempt(job, run_uri, context)
@@ -85,19 +88,23 @@ def _attempt_of(job: TrainingJob, run_uri: str, rank: int, world_size: int, meet
 
 
 def _end_of(tasks: list[Any]) -> tuple[End | None, dict[int, Exception]]:
-    """What the first task returns, None if some fail, and the errors of these by their numbers. None runs any more."""
-    errors, running = dict[int, Exception](), tasks
+    """What the first task returns or a mistake of any, None if some fail, and their errors. None runs any more."""
+    ends, errors, running = dict[int, End](), dict[int, Exception](), tasks
+    mistake: End | None = None
     while running:
-        # One that fails makes the others fail too, or wait for it in vain.
-        ended, running = ray.wait(running, timeout=LAST_WORDS_SECONDS if errors else None)
+        # One that fails, or ends by a mistake, makes the others fail too, or wait for it in vain.
+        ended, running = ray.wait(running, timeout=LAST_WORDS_SECONDS if errors or mistake else None)
         for each in ended:
+            rank = tasks.index(each)
             try:
-                ray.get(each)
+                ends[rank] = ray.get(each)
             except RayError as error:
-                errors[tasks.index(each)] = error
+                errors[rank] = error
+            else:
+                mistake = ends[rank] if mistake is None and isinstance(ends[rank], Exception) else mistake
         if not ended:
             for each in running:
                 ray.cancel(each, force=True)
             ray.wait(running, num_returns=len(running))
             break
-    return None if errors else ray.get(tasks[0]), errors
+    return mistake or (None if errors else ends[0]), errors

@@ -122,8 +122,8 @@ class LostWorkers:
     def __init__(self, run_uri: str, *, max_failures: int) -> None:
         self._run_uri, self.left = run_uri, max_failures
 
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:  # noqa: ARG002 - Ray's
-        """Count a failure of these ranks; of Ray Train's controller before it decides, see `UserCallback`."""
+    def count(self, worker_exceptions: Mapping[int, Exception]) -> None:
+        """Count a failure of these ranks."""
         if not any(getattr(_cause(error), "preempted", False) for error in worker_exceptions.values()):
             self.left -= 1  # Ray Train does not count preemptions
         if self.left >= 0:

@@ -118,9 +118,9 @@ def extractor_of(config: Config, dataset: str) -> Extractor:
 @lru_cache(maxsize=1)
 def _extractor(config_json: str, dataset: str) -> Extractor:
     keep_freed_memory()
-    build.tune_cuda()
     config = from_yaml(config_json)
     settings, device = config.evaluation, device_of(config)
+    build.tune_cuda(device)
     if settings.pretrained is None:
         recipe = recipe_of(config, load_manifest(dataset))
         return load_classifier(classifier_uri(dataset, recipe), device=device)

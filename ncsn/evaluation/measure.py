@@ -16,7 +16,7 @@ from ncsn.data.training_images import open_cache
 from ncsn.evaluation import WITH_SCORE, classes_in_turn
 from ncsn.evaluation.class_scores import AskedClasses, ClassScores, asked_classes, class_scores
 from ncsn.evaluation.extractors import Extracted, Identity, Images
-from ncsn.evaluation.features import ImageSet, Runner, SplitSet, extract_set, here
+from ncsn.evaluation.features import ImageSet, Runner, SplitSet, extract_set
 from ncsn.evaluation.frechet import (
     RunningDistance,
     RunningScore,
@@ -194,21 +194,26 @@ def measure_sets(
 ) -> list[Measured]:
     """All metrics of each set, running scores of the first; `progress` counts the images."""
     extractor, fingerprint = evaluator.extractor, evaluator.reference.fingerprint
-    fewest, waiting, found = min(images.count for images in sets), list[_Work](), list[Future[Measured]]()
+    fewest = min(images.count for images in sets)
+    # Beside a GPU, which extracts the features of the next set; CPUs would have to do both.
+    pool, begun = ThreadPoolExecutor(1), list[Future[list[tuple[_Work, Measured]]]]()
+    works = list[_Work]()
 
-    def measured(work: _Work) -> Measured:
-        return next(iter(runner(_measure_set, [work], gpu=False)))[1]
+    def measured(some: list[_Work]) -> list[tuple[_Work, Measured]]:
+        return list(runner(_measure_set, some, gpu=False))
 
-    with ThreadPoolExecutor(1 if runner is here else config.compute.max_workers) as pool:
+    try:
         for images in sets:
             extracted = extract_set(config, dataset, images, runner=runner, progress=progress)
             first = images is sets[0]
-            waiting.append((config, dataset, images, extracted, fewest, extractor, fingerprint, first))
-            # Beside a GPU, which extracts the features of the next set; CPUs would have to do both.
-            if config.compute.use_gpu or images is sets[-1]:
-                found += [pool.submit(measured, work) for work in waiting]
-                waiting.clear()
-        return [each.result() for each in found]
+            works.append((config, dataset, images, extracted, fewest, extractor, fingerprint, first))
+            if config.compute.use_gpu and images is not sets[-1]:
+                begun.append(pool.submit(measured, [works.pop()]))
+        results = [*measured(works), *(each for future in begun for each in future.result())]
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+    found = {work[2]: result for work, result in results}
+    return [found[images] for images in sets]
 
 
 def _measure_set(work: _Work) -> Measured:

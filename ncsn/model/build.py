@@ -143,14 +143,15 @@ def memory_format(config: Config) -> torch.memory_format:
     return torch.channels_last if config.compute.uses_channels_last else torch.contiguous_format
 
 
-def tune_cuda() -> None:
-    """Let a GPU try which convolutions are fastest, and use TF32 for what stays in float32; nothing changes on a CPU.
+def tune_cuda(device: str | torch.device) -> None:
+    """If it is a GPU, let it try which convolutions are fastest, and use TF32 for what stays in float32.
 
     For each process that trains, samples or extracts features; what must be exact is on the CPU, or in `full_float32`.
     """
-    torch.backends.cudnn.benchmark = True
-    # PyTorch's default for convolutions. With its new setting alone, fp32_precision, parts of Inductor fail.
-    torch.backends.cuda.matmul.allow_tf32 = True
+    if torch.device(device).type == "cuda":
+        torch.backends.cudnn.benchmark = True
+        # PyTorch's default for convolutions. With its new setting alone, fp32_precision, parts of Inductor fail.
+        torch.backends.cuda.matmul.allow_tf32 = True
 
 
 def train_state(config: Config, *, device: str | torch.device = "cpu") -> TrainState:

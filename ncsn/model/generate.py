@@ -60,7 +60,7 @@ def generate(
     noise = KeyedNoise(sampling.seed, first=first, count=count, shape=shape)
     labels = image_labels(trained, sampling, first=first, count=count)
     keep_freed_memory()
-    build.tune_cuda()
+    build.tune_cuda(device)
     score = score_function(trained, sampling, labels=labels, compiled=compiled)
     with torch.inference_mode():
         # On the CPU, where products are exact.

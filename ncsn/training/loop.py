@@ -280,7 +280,7 @@ def train_loop(job: TrainingJob, context: WorkerContext, checkpoints: Checkpoint
     train = job.config.train
     torch.set_num_threads(job.config.compute.cpus_per_worker)
     keep_freed_memory()
-    build.tune_cuda()
+    build.tune_cuda(context.device)
     training = Training(job, context, checkpoints)
     started, first = time.perf_counter(), training.state.images_seen
     if context.rank == 0:

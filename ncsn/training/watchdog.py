@@ -25,7 +25,8 @@ _logger = logging.getLogger(__name__)
 class Watchdog:
     """A thread that ends this process if its training comes no further, where `context.hung` says so.
 
-    Its clock are its own ticks: it stands still while the process is stopped or the machine is suspended.
+    Its clock are its own ticks: it stands still while the process is stopped or the machine is suspended, and while
+    another thread keeps Python's lock, which none does that waits for a device, a worker or a file.
     """
 
     # The others wait for the worker that hangs, so all of them end; whose stack differs from the others' is the one.
@@ -35,7 +36,7 @@ class Watchdog:
         # Nobody knows how long the first step takes on a CPU, where a large batch may be an hour's work.
         self._limit = LONG_SECONDS if context.device.type == "cuda" else math.inf
         self._now = self._since = self._usual = 0.0  # seconds; the last decays, because the first step is slow
-        self._ended = threading.Event()
+        self._ended, self._ending, self._fired = threading.Event(), threading.Lock(), False
 
     def start(self) -> None:
         """Begin to watch."""
@@ -43,8 +44,11 @@ class Watchdog:
             threading.Thread(target=self._watch, args=[self._context.hung], name="watchdog", daemon=True).start()
 
     def stop(self) -> None:
-        """What follows may take any time."""
-        self._ended.set()
+        """What follows may take any time, in this process too."""
+        with self._ending:
+            self._ended.set()
+            if self._fired:
+                faulthandler.cancel_dump_traceback_later()
 
     def stepped(self) -> None:
         """All workers have come this far, on their devices too."""
@@ -64,7 +68,11 @@ class Watchdog:
             if self._ended.wait(TICK_SECONDS):
                 return
             self._now += TICK_SECONDS
-        faulthandler.dump_traceback_later(END_SECONDS, exit=True, file=2)  # whatever becomes of the following
+        with self._ending:
+            if self._ended.is_set():
+                return
+            self._fired = True
+            faulthandler.dump_traceback_later(END_SECONDS, exit=True, file=2)  # whatever becomes of the following
         rank, idle = self._context.rank, self._now - self._since
         _logger.warning("%sworker %d made no step for %.0f s; the workers' stacks are in %s", RETRY, rank, idle, folder)
         frames, lines = sys._current_frames(), list[str]()

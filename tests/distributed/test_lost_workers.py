@@ -40,7 +40,7 @@ def test_a_lost_worker_is_one_line_until_training_ends(tmp_path: Path, caplog: p
     def said(*errors: Exception) -> list[str]:
         caplog.clear()
         with caplog.at_level(logging.WARNING):
-            lost.after_exception(SimpleNamespace(), dict(enumerate(errors)))
+            lost.count(dict(enumerate(errors)))
         return [record.getMessage() for record in caplog.records]
 
     errors = {0: RuntimeError("closed by peer\nthen more"), 1: died()}

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from local_training import assert_close_tensors, assert_same_tensors, train_locally
-from on_ray import KillsWorker, evaluate_by_tasks, live_scores
+from on_ray import KillsWorker, ends_by_a_mistake, evaluate_by_tasks, live_scores
 from ray_driver import RayDriver, ray_driver, with_environment, with_progress
 from refused import refused
 
@@ -28,6 +28,7 @@ from ncsn.distributed import trainer
 from ncsn.distributed.cluster import cluster_for, ray_tags, require_resources
 from ncsn.distributed.sampling import LEVELS, make_shards, plan_shards
 from ncsn.distributed.workers import HUNG
+from ncsn.errors import UserError
 from ncsn.model.checkpoint import CheckpointError
 from ncsn.progress import Progress
 from ncsn.steps.evaluate import evaluate
@@ -91,6 +92,12 @@ def test_two_workers_follow_one(trained: Path, tiny: str, dataset: str, tmp_path
     train_locally(TrainingJob(config=from_yaml(tiny), dataset=dataset), tmp_path)
     for step in ("images-000000080", "images-000000160"):
         assert_close_tensors(tmp_path / step, trained / "checkpoints" / step)
+
+
+def test_a_mistake_of_one_worker_is_said_and_the_others_end(cluster: Cluster) -> None:
+    mistake, errors, seconds = cluster.driver(ends_by_a_mistake)
+    assert isinstance(mistake, UserError) and mistake.value == 1
+    assert errors == {} and seconds < 60
 
 
 @pytest.mark.slow

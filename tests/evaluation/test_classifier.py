@@ -102,7 +102,7 @@ def test_a_gpu_would_see_what_a_cpu_sees(digits: Splits) -> None:
     def settings() -> tuple[bool, bool]:
         return torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
 
-    tune_cuda()
+    tune_cuda("cuda")
     assert torch.get_float32_matmul_precision() == "high", "which Inductor reads by its older name too"
     assert torch.backends.mkldnn.matmul.fp32_precision == "none", "a CPU's"
     network = ClassifierNetwork(RECIPE)

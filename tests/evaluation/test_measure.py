@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import threading
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
 from ncsn.evaluation import measure
+from ncsn.evaluation.features import here
+
+
+class Set(NamedTuple):
+    name: str
+    count: int
 
 
 @pytest.mark.parametrize("use_gpu", [True, False])
@@ -29,9 +35,7 @@ def test_a_set_is_measured_while_a_gpu_extracts_the_next(use_gpu: bool, monkeypa
     monkeypatch.setattr(measure, "_measure_set", measured)
     config: Any = SimpleNamespace(compute=SimpleNamespace(use_gpu=use_gpu, max_workers=1))
     evaluator: Any = SimpleNamespace(extractor=None, reference=SimpleNamespace(fingerprint="f"))
-    sets: Any = [SimpleNamespace(name=name, count=3) for name in ("made", "real")]
-    found: Any = measure.measure_sets(
-        config, "dataset", evaluator, sets, runner=measure.here, progress=SimpleNamespace()
-    )
+    sets: Any = [Set(name, 3) for name in ("made", "real")]
+    found: Any = measure.measure_sets(config, "dataset", evaluator, sets, runner=here, progress=SimpleNamespace())
     assert found == [("features of made", True), ("features of real", False)]
     assert overlaps == [use_gpu]

@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import ray
 
 from ncsn.config import Config
+from ncsn.distributed import trainer
 from ncsn.distributed.ray_calls import runner_of
 from ncsn.distributed.sampling import make_shards, plan_shards
+from ncsn.errors import UserError
 from ncsn.evaluation.frechet import RunningDistance, RunningScore
 from ncsn.evaluation.reference import open_evaluator
 from ncsn.progress import Progress
@@ -69,3 +72,16 @@ def live_scores(config: Config, dataset: str, *, checkpoint: str, folder: str) -
     shards = plan_shards(config, checkpoint=checkpoint, folder=folder, dataset=dataset)
     make_shards(config, shards, progress=progress, on_features=take)
     return scores, there
+
+
+def ends_by_a_mistake() -> tuple[object, dict[int, Exception], float]:
+    """How two workers end of which one makes a mistake and the other waits for it, and the seconds that it takes."""
+
+    def work(rank: int) -> object:
+        if rank == 0:
+            time.sleep(600)
+        return UserError("data.root", "a mistake", hint="none", value=rank)
+
+    trainer.LAST_WORDS_SECONDS, began = 0.5, time.perf_counter()
+    task = ray.remote(num_cpus=0, max_retries=0)(work)
+    return *trainer._end_of([task.remote(rank) for rank in range(2)]), time.perf_counter() - began
