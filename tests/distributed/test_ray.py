@@ -96,7 +96,7 @@ def test_two_workers_follow_one(trained: Path, tiny: str, dataset: str, tmp_path
 
 def test_a_mistake_of_one_worker_is_said_and_the_others_end(cluster: Cluster) -> None:
     mistake, errors, seconds = cluster.driver(ends_by_a_mistake)
-    assert isinstance(mistake, UserError) and mistake.value == 1
+    assert isinstance(mistake, UserError)
     assert errors == {} and seconds < 60
 
 
