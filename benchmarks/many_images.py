@@ -2,8 +2,8 @@
 
     python -m benchmarks.many_images [IMAGES ...]
 
-Each row is a process of its own, with its CPU seconds too. Memory is the peak beyond its imports. Ten million images
-take ten minutes and 2 GB of the temporary folder.
+Each row is measured in a separate process, with its CPU seconds too. Memory is the peak beyond its imports. Ten million
+images take ten minutes and 2 GB of the temporary folder.
 """
 
 from __future__ import annotations

@@ -142,7 +142,7 @@ class Window:
 def window_at(seed: int, place: int, *, lengths: np.ndarray, parts: int) -> Window:
     """The window of the endless order of a split, of `parts` parts, that holds `place`; `lengths` are those of all.
 
-    Each epoch takes the parts in a random order, so many to a window, and the rows of a window in a random order. So
+    Each epoch takes the parts in a random order, `parts` to a window, and the rows of a window in a random order. So
     every epoch has every image once, and its order is a function of (seed, epoch) and the dataset: not of the number of
     workers, of batch sizes, or of timing. Images of one part stay within one window of each other; a window that holds
     all parts is a full shuffle.

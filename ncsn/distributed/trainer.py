@@ -92,7 +92,7 @@ def _end_of(tasks: list[Any]) -> tuple[End | None, dict[int, Exception]]:
     ends, errors, running = dict[int, End](), dict[int, Exception](), tasks
     mistake: End | None = None
     while running:
-        # One that fails, or ends by a mistake, makes the others fail too, or wait for it in vain.
+        # One that fails, or ends by a mistake, makes the others fail too, or wait for it forever.
         ended, running = ray.wait(running, timeout=LAST_WORDS_SECONDS if errors or mistake else None)
         for each in ended:
             rank = tasks.index(each)

@@ -24,7 +24,7 @@ _FLOAT, _DOUBLE = 4, 8
 # Extractor -> its features, bytes to load its weights (measured: 1.86 GB), bytes of an image in it.
 _PRETRAINED = {"inception": (2048, 0.0, 20e6), "dinov2": (1024, 1.9e9, 20e6)}
 _CLASSES = 1008  # of Inception; DINOv2 has none
-_GROUPS = 20 + 10 * 6  # [D, D] matrices of the Fréchet distance's jackknife: of all groups, and of ten at work
+_GROUPS = 20 + 10 * 6  # [D, D] matrices of the Fréchet distance's jackknife: of all groups, and of ten at once
 
 
 def worker_memory(config: Config, step: str, *, reference_images: int = 0) -> int:

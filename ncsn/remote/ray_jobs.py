@@ -202,19 +202,28 @@ class RayJobs:
         about = {"job_name": step.job_name, RUN: step.run, STEP: step.step, REQUEST: step.request}
         about |= {PYTHON: python_version(), **step.facts, **({KFP_RUN: kfp_run} if kfp_run else {})}
         env = {**forwarded_environment(), "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)}
+        options: dict[str, Any] = {"submission_id": name, "metadata": about, "runtime_env": {"env_vars": env}}
+
+        def submit() -> bool:
+            try:
+                self._client.submit_job(entrypoint=shlex.join(step.leased_command), **options)
+            except Refused:
+                # A name that is taken, by another launcher or by a request of ours whose answer was lost. Of two
+                # submissions at the same moment Ray may refuse one without the reason, as if it were unavailable.
+                if self._job(name) is None:
+                    raise
+                return False
+            return True
+
         self._running = name  # before it may run, because this process may be killed meanwhile
         try:
-            options: dict[str, Any] = {"submission_id": name, "metadata": about, "runtime_env": {"env_vars": env}}
-            entrypoint = shlex.join(step.leased_command)
-            self._ask(lambda: self._client.submit_job(entrypoint=entrypoint, **options))
+            started = self._ask(submit)
         except Refused:
-            # A name that is taken, by another launcher or by a request of ours whose answer was lost. Of two
-            # submissions at the same moment Ray may refuse one without the reason.
             self._running = None
-            if self._job(name) is None:
-                raise
-            return False
-        return True
+            raise
+        if not started:
+            self._running = None
+        return started
 
     def _job(self, name: str, *, patience: float = PATIENCE_SECONDS) -> JobDetails | None:
         try:

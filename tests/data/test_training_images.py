@@ -78,7 +78,7 @@ def test_of_workers_that_ask_at_once_one_makes_the_copy(dataset, tmp_path, monke
 def test_a_dataset_of_other_content_is_noticed_and_not_kept(dataset, tmp_path):
     part = Path(dataset) / "train" / "part-00001.parquet"
     part.write_bytes((Path(dataset) / "train" / "part-00000.parquet").read_bytes())  # whole, but the wrong rows
-    for _ in range(2):  # it is made anew
+    for _ in range(2):  # it is made again
         with refused(str(part)):
             open_cache(dataset, "train")
     stream = StreamedSplit(dataset, "train", window_images=500)

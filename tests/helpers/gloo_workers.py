@@ -115,7 +115,7 @@ def average_gradients(rank: int, world_size: int, config: Config, folder: str) -
         wrapped.bucket_bytes_cap = 2**20  # the weights of a layer
         context.compresses = True
         halved = context.wrap(compressed, dtype=torch.bfloat16)
-        for _ in range(2):  # after the first, buckets are built anew
+        for _ in range(2):  # after the first, buckets are built again
             for network in (plain, wrapped, halved):
                 network.zero_grad(set_to_none=True)
                 for last in (False, True):
