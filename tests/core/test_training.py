@@ -131,9 +131,9 @@ def test_a_step_with_narrow_weights_compiles_to_one_graph_once(monkeypatch):
     expected = [step(state, batch, autocast_dtype=torch.bfloat16)[0] for _ in range(2)]
     monkeypatch.setattr(layers, "fuses", lambda _: True)
     torch._dynamo.reset()  # of other tests in this process
-    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
     state, batch = narrow_setup()
     state.network.compile(fullgraph=True, backend="eager")
-    found = [step(state, batch, autocast_dtype=torch.bfloat16)[0] for _ in range(2)]
+    with torch._dynamo.config.patch(error_on_recompile=True):  # which takes itself back, unlike one of monkeypatch
+        found = [step(state, batch, autocast_dtype=torch.bfloat16)[0] for _ in range(2)]
     torch.testing.assert_close(found, expected, rtol=0.01, atol=0)
     state.network.compile(options=layers.FUSION)  # RuntimeError, were one not an option of this PyTorch

@@ -119,12 +119,16 @@ NCSNV2, NCSN = "network={kind: ncsnv2, num_features: 4}", "network={kind: ncsn, 
 @pytest.mark.parametrize("overrides", [(UNET,), (DDPMPP,), (NCSNV2, *PLAIN), (NCSN, LANGEVIN, *PLAIN)])
 def test_weights_in_bfloat16_are_those_that_autocast_makes(overrides: tuple[str, ...]) -> None:
     trained = network_of(config_with(*overrides))
-    x, level = torch.rand(3, 1, 8, 8), torch.tensor([0, 3, 5])
-    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
-        found, expected = trained.halved(x, level), trained.network(x, level)
-    # On a CPU, a mean-pooling convolution of NCSN computes with weights before they are cast.
-    exact = 0.0 if NCSN not in overrides and NCSNV2 not in overrides else 2**-6
-    torch.testing.assert_close(found, expected, rtol=exact, atol=exact * float(expected.abs().max()))
+    x, level = torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 3, 5])
+    with torch.inference_mode():
+        exact = trained.network(x, level)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found, expected = (network(x, level).float() for network in (trained.halved, trained.network))
+    if NCSN in overrides or NCSNV2 in overrides:
+        # On a CPU, a mean-pooling convolution computes with weights before they are cast: another rounding of as much.
+        assert 0 < (found - expected).norm() < 2 * (expected - exact).norm()
+    else:
+        assert torch.equal(found, expected)
     assert all(parameter.dtype == torch.bfloat16 for parameter in trained.halved.parameters() if parameter.dim() == 4)
     assert {parameter.dtype for parameter in trained.network.parameters()} == {torch.float32}
 
