@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import accumulate, groupby, pairwise
@@ -120,16 +120,23 @@ class _Widened(torch.autograd.Function):
 
 
 def train_step(
-    network: nn.Module, batch: Batch, *, state: TrainState, loss: Loss, options: StepOptions
+    network: nn.Module,
+    batch: Batch,
+    *,
+    state: TrainState,
+    loss: Loss,
+    options: StepOptions,
+    average: Callable[[list[Tensor]], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One optimizer step on this worker's share of the global batch, and the update of the EMAs.
 
     The gradient is that of the mean over the images of all workers, also if their shares differ. The network is
-    `state.network` in train mode, wrapped in DistributedDataParallel or not; the caller counts `images_seen`.
+    `state.network` in train mode; the caller counts `images_seen`. Where workers share the batch, `average` replaces
+    gradients by their means over the workers: all, or those that a network in DistributedDataParallel has not averaged.
 
     Returns:
         The loss of each image of this worker before the step, float32 [B], normalized so that a zero network reads 1.0;
-        and the norm of the gradient before clipping, a scalar, of the workers' average if the network is wrapped.
+        and the norm of the gradient before clipping, a scalar, of the workers' average.
     """
     dtype, optimizer, device = options.autocast_dtype, state.optimizer, batch.x.device
     module = network.module if isinstance(network, DistributedDataParallel) else network
@@ -157,8 +164,9 @@ def train_step(
             value = loss(score, batch[first:end])
             torch.autograd.backward(value.loss * ((end - first) / (global_batch / options.world_size)))
         per_image.append(value.per_image)
-    if state.uncertainty is not None and isinstance(network, DistributedDataParallel):
-        _average_over_workers(state.uncertainty)
+    if average is not None:
+        averaged = set() if network is module else set(network.parameters())
+        average([each.grad for _, each in state.trained() if each.grad is not None and each not in averaged])
     grad_norm = nn.utils.get_total_norm([each.grad for each in network.parameters() if each.grad is not None])
     if options.grad_clip_norm is not None:
         nn.utils.clip_grads_with_norm_(network.parameters(), options.grad_clip_norm, grad_norm)
@@ -166,11 +174,3 @@ def train_step(
     for ema in state.averages:
         ema.update(module, images_seen=state.images_seen + global_batch, batch=global_batch)
     return torch.cat(per_image), grad_norm
-
-
-def _average_over_workers(module: nn.Module) -> None:
-    """Average the gradients of a small module that DistributedDataParallel does not wrap."""
-    for parameter in module.parameters():
-        assert parameter.grad is not None
-        torch.distributed.all_reduce(parameter.grad)
-        parameter.grad /= torch.distributed.get_world_size()

@@ -97,7 +97,7 @@ class RayContext(GroupContext):
         context = ray.train.get_context()
         rank, world_size = context.get_world_rank(), context.get_world_size()
         super().__init__(ray.train.torch.get_device(), rank=rank, world_size=world_size)
-        self.compresses = self.device.type == "cuda" and context.get_local_world_size() < self.world_size
+        self.spans_nodes = self.device.type == "cuda" and context.get_local_world_size() < self.world_size
 
     def preempted(self) -> bool:
         """Whether Ray drains a node of a worker, as autoscalers and `ray drain-node` do before its end."""

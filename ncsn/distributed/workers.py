@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -74,8 +74,6 @@ def checkpoint_store(config: Config, run_uri: str) -> CheckpointStore:
 class GroupContext(WorkerContext):
     """A worker of torch's process group: gloo on CPUs, NCCL on GPUs."""
 
-    compresses = False  # gradients, which go from GPUs of one node to those of another
-
     def __init__(self, device: str | torch.device, *, rank: int, world_size: int) -> None:
         super().__init__(device)
         self.rank, self.world_size = rank, world_size
@@ -105,9 +103,27 @@ class GroupContext(WorkerContext):
         # For 1x1 convolutions two kinds of strides name one layout in memory, so no copy is made.
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         wrapped = DistributedDataParallel(network, gradient_as_bucket_view=True, **_NO_BUFFER_SYNC)
-        if self.compresses and dtype is torch.bfloat16:
+        if self.spans_nodes and dtype is torch.bfloat16:
             wrapped.register_comm_hook(None, bf16_compress_hook)
         return wrapped
+
+    def share_weights(self, network: nn.Module) -> None:
+        """Broadcast the parameters; equal seeds do not give equal bits on unlike CPUs."""
+        if self.world_size > 1:
+            for parameter in network.parameters():
+                torch.distributed.broadcast(parameter.detach(), src=0)
+
+    def average(self, gradients: Sequence[Tensor]) -> None:
+        """All-reduce a copy, because CUDA graphs own the gradients' memory."""
+        if self.world_size == 1 or not gradients:
+            return
+        flat = torch.cat([each.flatten() for each in gradients])
+        torch.distributed.all_reduce(flat)
+        flat /= self.world_size
+        means = torch.split(flat, [each.numel() for each in gradients])
+        torch._foreach_copy_(
+            list(gradients), [mean.view(each.shape) for mean, each in zip(means, gradients, strict=True)]
+        )
 
     def sum_over_workers(self, tensor: Tensor) -> Tensor:
         """All-reduce."""

@@ -6,7 +6,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -28,6 +28,7 @@ class WorkerContext:
     rank = 0  # the worker that writes has 0
     world_size = 1
     hung: str | None = None  # URI of the folder where a worker that hangs leaves its stacks before it ends; None: never
+    spans_nodes = False  # whether gradients go from GPUs of one node to those of another
 
     def __init__(self, device: str | torch.device = "cpu") -> None:
         self.device = torch.device(device)
@@ -49,6 +50,12 @@ class WorkerContext:
     def wrap(self, network: nn.Module, *, dtype: torch.dtype | None) -> nn.Module:  # noqa: ARG002 - of several
         """The network, which computes in `dtype` (None: its parameters'), with gradients averaged over the workers."""
         return network
+
+    def share_weights(self, network: nn.Module) -> None:
+        """Give all workers the parameters of rank 0. `wrap` does that too."""
+
+    def average(self, gradients: Sequence[Tensor]) -> None:
+        """Replace gradients by their means over the workers, in one exchange."""
 
     def sum_over_workers(self, tensor: Tensor) -> Tensor:
         """The sum of the workers' tensors, the same on each."""
@@ -80,11 +87,15 @@ class StepTimer:
         return True
 
 
-def compile_network(network: nn.Module, config: Config, context: WorkerContext) -> str:
-    """Compile the network in place, if that is chosen; the names of its tensors stay. A collective call.
+def prepare_network(
+    network: nn.Module, config: Config, context: WorkerContext, *, dtype: torch.dtype | None
+) -> tuple[nn.Module, str]:
+    """Compile the network in place, if that is chosen, and wrap it where its backward pass averages gradients.
+
+    The names of its tensors stay. A collective call.
 
     Returns:
-        On what and how training computes, for people.
+        The network that steps call, and for people on what and how training computes.
     """
     compiled = compiles(config, context)
     graphs = compiled and fits_cuda_graphs(config, context)
@@ -96,16 +107,21 @@ def compile_network(network: nn.Module, config: Config, context: WorkerContext) 
     name = torch.cuda.get_device_name(context.device) if context.device.type == "cuda" else "cpu"
     order = "channels last" if config.compute.uses_channels_last else "channels first"
     how = "not compiled" if not compiled else "compiled, in CUDA graphs" if graphs else "compiled"
-    return f"{context.world_size} x {name}: {config.train.precision}, {order}, {how}"
+    if graphs:
+        # Under DistributedDataParallel they are recorded again and again (PyTorch's issue 140395, open in 2.15). To
+        # average when a step's gradients are there costs a node's GPUs a millisecond, and Python tens of them.
+        context.share_weights(network)
+    else:
+        network = context.wrap(network, dtype=dtype)
+    return network, f"{context.world_size} x {name}: {config.train.precision}, {order}, {how}"
 
 
 def fits_cuda_graphs(config: Config, context: WorkerContext) -> bool:
     """Whether a compiled network is to run in CUDA graphs, which spare a GPU with few images its wait for Python."""
     share = len(context.share(config.train.batch_size))
     one_pass = share <= (config.compute.microbatch or share)  # the next one would overwrite the gradients of the first
-    # Several workers average during the backward pass instead: with DistributedDataParallel, graphs are recorded again
-    # and again (PyTorch's issue 140395, open in 2.15).
-    return context.device.type == "cuda" and context.world_size == 1 and one_pass and share <= FEW_IMAGES
+    # Between nodes an exchange takes long, and is to overlap with the backward pass.
+    return context.device.type == "cuda" and not context.spans_nodes and one_pass and share <= FEW_IMAGES
 
 
 def compiles(config: Config, context: WorkerContext) -> bool:

@@ -32,7 +32,7 @@ from ncsn.runs.history import load_history
 from ncsn.storage.heartbeat import Lease, LeaseExpired
 from ncsn.storage.retry import limited
 from ncsn.training.batches import DrawnBatch, classes_of, draw_batch, image_moments
-from ncsn.training.context import StepTimer, WorkerContext, compile_network
+from ncsn.training.context import StepTimer, WorkerContext, prepare_network
 from ncsn.training.held_out import open_probe
 from ncsn.training.monitor import Curves, LiveSink, machine_usage, preview_png
 from ncsn.training.watchdog import Watchdog
@@ -110,8 +110,9 @@ class Training:
                 start_from(job.start, state=self.state, config=self.config, classes=self.classes)
             kept = job.history if context.rank == 0 else None
             self.history = load_history(kept, until=self.state.images_seen) if kept else None
-        self.computed = compile_network(self.state.network, self.config, context)
-        self.model = context.wrap(self.state.network, dtype=self.options.autocast_dtype)
+        self.model, self.computed = prepare_network(
+            self.state.network, self.config, context, dtype=self.options.autocast_dtype
+        )
         if self.history is not None:
             _logger.warning("training on %s", self.computed)
         self.ahead = ThreadPoolExecutor(2)  # of the moments, and of the next batch
@@ -154,7 +155,9 @@ class Training:
         batch = self._draw().on(context.device, config)
         for group in state.optimizer.param_groups:
             group["lr"] = build.learning_rate(config, state.images_seen)
-        losses, grad_norm = train_step(self.model, batch, state=state, loss=self.loss, options=self.options)
+        losses, grad_norm = train_step(
+            self.model, batch, state=state, loss=self.loss, options=self.options, average=context.average
+        )
         state.images_seen += config.train.batch_size
         self.curves.add(batch, losses, grad_norm, images=config.train.batch_size)
 

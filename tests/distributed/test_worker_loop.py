@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.multiprocessing
 from clock import Clock
-from gloo_workers import average_gradients, resume_from_a_torn_copy, work
+from gloo_workers import average_gradients, resume_from_a_torn_copy, work, work_in_graphs
 from local_training import (
     Recorder,
     assert_close_tensors,
@@ -34,7 +34,7 @@ from ncsn.model.checkpoint_store import CheckpointStore
 from ncsn.runs.history import load_history
 from ncsn.storage import heartbeat
 from ncsn.storage.heartbeat import Lease, LeaseExpired
-from ncsn.training.context import StepTimer, WorkerContext, compile_network, fits_cuda_graphs
+from ncsn.training.context import StepTimer, WorkerContext, fits_cuda_graphs, prepare_network
 from ncsn.training.loop import TrainingJob, TrainOutcome, train_loop
 
 
@@ -131,7 +131,7 @@ def test_where_a_worker_lacks_a_compiler_none_compiles(
 
     def compiled(config: Config, context: WorkerContext) -> bool:
         network = nn.Identity()
-        compile_network(network, config, context)
+        prepare_network(network, config, context, dtype=None)
         return network._compiled_call_impl is not None
 
     config = from_yaml(tiny, overrides=["compute.use_gpu=true"])
@@ -145,14 +145,15 @@ def test_where_a_worker_lacks_a_compiler_none_compiles(
 
 
 def test_cuda_graphs_are_for_one_pass_of_few_images(tiny: str) -> None:
-    def fit(images: int, *, workers: int = 1, microbatch: str = "null", device: str = "cuda") -> bool:
+    def fit(images: int, *, workers: int = 1, nodes: int = 1, microbatch: str = "null", device: str = "cuda") -> bool:
         settings = ["train.num_images=1000", f"train.batch_size={images}", f"compute.microbatch={microbatch}"]
         context = WorkerContext(device)
-        context.world_size = workers
+        context.world_size, context.spans_nodes = workers, nodes > 1
         return fits_cuda_graphs(from_yaml(tiny, overrides=settings), context)
 
-    assert fit(128) and fit(128, microbatch="128")
-    assert not any((fit(129), fit(128, microbatch="127"), fit(256, workers=2), fit(128, device="cpu")))
+    assert fit(128) and fit(128, microbatch="128") and fit(256, workers=2)
+    refused = fit(129), fit(128, microbatch="127"), fit(256, workers=2, nodes=2), fit(128, device="cpu")
+    assert not any(refused)
 
 
 @pytest.mark.slow
@@ -301,7 +302,7 @@ def test_any_number_of_workers_follows_the_same_curve(tiny: str, dataset: str, t
 
 @pytest.mark.slow
 def test_two_workers_learn_the_weight_of_one(tiny: str, dataset: str, tmp_path: Path) -> None:
-    """At any sigma, with a weight that is learned beside the network."""
+    """At any sigma, with a weight that is learned beside the network; also where they average as with CUDA graphs."""
     config = from_yaml(
         tiny, overrides=["noise={training: {kind: lognormal}}", "loss.weighting=learned", "train.ema={kind: half_life}"]
     )
@@ -309,11 +310,16 @@ def test_two_workers_learn_the_weight_of_one(tiny: str, dataset: str, tmp_path: 
     (tmp_path / "2").mkdir()
     job = TrainingJob(config=config, dataset=dataset)
     torch.multiprocessing.spawn(work, (2, job, str(tmp_path / "2")), nprocs=2)
-    one, two = (tmp_path / name / "checkpoints" / "images-000000160" for name in "12")
-    learned, same = (json.loads((place / "state.json").read_text())["uncertainty"]["weight"] for place in (one, two))
+    (tmp_path / "3").mkdir()
+    torch.multiprocessing.spawn(work_in_graphs, (2, job, str(tmp_path / "3")), nprocs=2)
+    one, *others = (tmp_path / name / "checkpoints" / "images-000000160" for name in "123")
+    learned, *same = (
+        json.loads((place / "state.json").read_text())["uncertainty"]["weight"] for place in (one, *others)
+    )
     assert max(map(abs, learned)) > 1e-4
-    np.testing.assert_allclose(same, learned, rtol=1e-3, atol=1e-6)
-    assert_close_tensors(one, two)
+    for place, weight in zip(others, same, strict=True):
+        np.testing.assert_allclose(weight, learned, rtol=1e-3, atol=1e-6)
+        assert_close_tensors(one, place)
 
 
 @pytest.mark.slow

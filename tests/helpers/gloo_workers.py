@@ -20,11 +20,12 @@ from torch import nn
 from torch._dynamo.backends.debugging import aot_eager
 
 from ncsn.config import Config
+from ncsn.core.training import TrainState
 from ncsn.distributed.workers import GroupContext
 from ncsn.model.checkpoint import DamagedError
 from ncsn.model.checkpoint_store import CheckpointStore
-from ncsn.training import loop, watchdog
-from ncsn.training.context import compile_network
+from ncsn.training import context as training_context, loop, watchdog
+from ncsn.training.context import prepare_network
 from ncsn.training.loop import Training, TrainingJob, train_loop
 
 
@@ -59,6 +60,23 @@ def group(rank: int, world_size: int, folder: str) -> Iterator[None]:
 def work(rank: int, world_size: int, job: TrainingJob, folder: str) -> None:
     with group(rank, world_size, folder):
         train_loop(job, GlooContext(rank, world_size), CheckpointStore(f"{folder}/checkpoints"))
+
+
+def work_in_graphs(rank: int, world_size: int, job: TrainingJob, folder: str) -> None:
+    """Gradients are averaged after the backward pass; rank 1 starts from other weights."""
+    train_state = loop.build.train_state
+
+    def other(config: Config, *, device: torch.device) -> TrainState:
+        state = train_state(config, device=device)
+        for parameter in state.network.parameters():
+            parameter.detach().add_(rank)
+        return state
+
+    fits = patch.object(training_context, "fits_cuda_graphs", lambda *_: True)
+    compiles = patch.object(training_context, "compiles", lambda *_: True)
+    compiled = patch.object(nn.Module, "compile", lambda *_, **__: None)
+    with fits, compiles, compiled, patch.object(loop.build, "train_state", other):
+        work(rank, world_size, job, folder)
 
 
 def hang(rank: int, world_size: int, job: TrainingJob, folder: str) -> None:
@@ -110,10 +128,9 @@ def average_gradients(rank: int, world_size: int, config: Config, folder: str) -
         context = GlooContext(rank, world_size)
         compiled, compressed = copy.deepcopy(plain), copy.deepcopy(plain)
         with patch.object(nn.Module, "compile", partialmethod(nn.Module.compile, backend=backend)):
-            compile_network(compiled, config, context)
-        wrapped = context.wrap(compiled, dtype=torch.bfloat16)
+            wrapped, _ = prepare_network(compiled, config, context, dtype=torch.bfloat16)
         wrapped.bucket_bytes_cap = 2**20  # the weights of a layer
-        context.compresses = True
+        context.spans_nodes = True
         halved = context.wrap(compressed, dtype=torch.bfloat16)
         for _ in range(2):  # after the first, buckets are built again
             for network in (plain, wrapped, halved):
