@@ -21,6 +21,9 @@ GPUS = {"a100": (312e12, 2.04e12), "h100": (989e12, 3.35e12), "h200": (989e12, 4
 # Of that, training reaches half: so does NVIDIA's ResNet-50 on an A100 of 80 GB, with 2,470 images/s in mixed precision
 # (DeepLearningExamples, PyTorch/Classification/ConvNets/resnet50v1.5, measured in container 21.03).
 SHARE = 0.5
+# Seconds of the shortest kernel at most of what is allowed: in CUDA graphs it takes 3.4 us (Gray, "Getting Started with
+# CUDA Graphs", NVIDIA 2019). Elementwise operations that are fused have none.
+_KERNEL = 3.4e-6 * SHARE
 # Of an update, in values of two bytes for each parameter: ten of float32, of which nine are Adam's and the EMA's.
 _OF_UPDATE = 20
 
@@ -49,9 +52,10 @@ class Work(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return 2 * sum(values for _, values in self.operations) / self.images
 
     def seconds(self, gpu: str, *, precision: str) -> float:
-        """Predicted for an image. Each operation waits for its products or for memory; float32 takes twice as long."""
+        """Predicted for an image. Each kernel waits for its products or for memory; float32 takes twice as long."""
         flops, bandwidth = GPUS[gpu]
-        least = sum(max(flop / flops, 2 * values / bandwidth) for flop, values in self.operations)
+        kernels = ((flop, values) for flop, values in self.operations if flop or values)
+        least = sum(max(flop / flops, 2 * values / bandwidth, _KERNEL) for flop, values in kernels)
         return least / self.images / SHARE * (2 if precision == "float32" else 1)
 
     def __torch_dispatch__(

@@ -36,6 +36,8 @@ def test_an_operation_waits_for_its_products_or_for_memory() -> None:
     work.operations = [(989 * 10**9, 1), (0, 3_350 * 10**6), (989 * 10**9, 3_350 * 10**6)]
     # Of a millisecond each, twice that, and the larger of both.
     assert work.seconds("h100", precision="bfloat16") == pytest.approx((1 + 2 + 2) * 1e-4 / SHARE, rel=1e-3)
+    work.operations += [(0, 0), (0, 1), (1, 0)]  # one that is fused, and two of the shortest
+    assert work.seconds("h100", precision="bfloat16") == pytest.approx(5e-4 / SHARE + 2 * 3.4e-7, rel=1e-3, abs=1e-9)
     assert work.seconds("h100", precision="float32") == 2 * work.seconds("h100", precision="bfloat16")
 
 
