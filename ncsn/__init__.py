@@ -10,12 +10,12 @@ import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ncsn.core.samplers.settings import AnnealedLangevin, DpmSolver, KarrasHeun, Langevin
+    from ncsn.core.samplers.settings import AnnealedLangevin, Consistency, DpmSolver, KarrasHeun, Langevin
     from ncsn.errors import UserError
     from ncsn.library.fit import fit
     from ncsn.library.model import ScoreModel
 
-__all__ = ["AnnealedLangevin", "DpmSolver", "KarrasHeun", "Langevin", "ScoreModel", "UserError", "fit"]
+__all__ = ["AnnealedLangevin", "Consistency", "DpmSolver", "KarrasHeun", "Langevin", "ScoreModel", "UserError", "fit"]
 
 # The threads of an operation wait for each other by spinning, for milliseconds. Beside other programs they kept from
 # working whom they waited for: a small network took 100 times as long. Read when torch is loaded.

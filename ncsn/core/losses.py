@@ -1,4 +1,8 @@
-"""Score matching losses (Song & Ermon 2019, equations 2, 3, 5 and 6): frozen settings, called on a batch."""
+"""The losses: frozen settings, called on a batch.
+
+They are those of score matching (Song & Ermon 2019, equations 2, 3, 5 and 6) and of consistency tuning (Geng et al.
+2024), which makes of a score network one that samples in a few evaluations.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ncsn.core.keyed_random import COMMON_SEED, keyed_normal
+from ncsn.core.networks.normalization import image_keys
 
 # A score network, called as `ncsn.core.networks.base` says.
 ScoreFunction = Callable[..., Tensor]
@@ -28,6 +33,7 @@ class Batch:
     v: Tensor | None = None  # projections [P, B, C, H, W], standard normal, for sliced score matching
     # What the network is told beside the noise, by name as `ncsn.core.networks.base` says; each [B, ...].
     conditions: Mapping[str, Tensor] = field(default_factory=dict)
+    lower: Tensor | None = None  # the smaller noise of each pair, [B], for consistency; 0 = the image itself
 
     def __len__(self) -> int:
         return len(self.x)
@@ -46,6 +52,7 @@ class Batch:
             None if self.level is None else self.level[part],
             None if self.v is None else self.v[:, part],
             {name: values[part] for name, values in self.conditions.items()},
+            None if self.lower is None else self.lower[part],
         )
 
 
@@ -167,7 +174,67 @@ class SlicedScoreMatching:
         return LossValue(loss=(sigma**self.anneal_power * unweighted).mean(), per_image=normalized)
 
 
-Loss = DenoisingScoreMatching | SlicedScoreMatching
+@dataclass(frozen=True)
+class TaughtGuidance:
+    """What guidance adds to the denoised images of a trained network, (w - 1) (D_1 - D_0).
+
+    D_1 knows the class of an image and D_0 does not (Ho & Salimans 2022). Nothing is added to images without a class,
+    nor outside low < sigma <= high.
+    """
+
+    network: nn.Module  # frozen, in eval mode
+    weight: float  # w
+    band: tuple[float, float]  # low, high
+
+    @torch.no_grad()
+    def __call__(self, noisy: Tensor, batch: Batch) -> Tensor:
+        """Of the noisy images [B, C, H, W] of a batch, in their shape."""
+        labels, (low, high) = batch.conditions["labels"], self.band
+        guided = (labels >= 0) & (low < batch.sigma) & (batch.sigma <= high)
+        unknown = {**batch.inputs, "labels": torch.full_like(labels, -1)}
+        difference = self.network(noisy, **batch.inputs) - self.network(noisy, **unknown)
+        gain = (self.weight - 1) * batch.sigma.square() * guided
+        shift: Tensor = _per_pixel(gain, noisy) * difference.to(noisy.dtype)
+        return shift
+
+
+@dataclass(frozen=True)
+class ConsistencyTuning:
+    """Easy consistency tuning (Geng et al. 2024): what D makes of an image at t, it is to make of it at r < t too.
+
+    For one image x and one noise z the loss is (sqrt(d^2 + c^2) - c) / (t - r) with d = |D(x + t z, t) - D(x + r z, r)|
+    over all pixels. The second term has no gradient and the dropout masks of the first; at r = 0 it is x. With guidance
+    g the pair is on the trajectory that it makes: x + (1 - r / t) g takes the place of x.
+    """
+
+    c: float = 0.0  # in units of pixels in [0, 1]; 0 = the plain norm
+    guidance: TaughtGuidance | None = None
+
+    num_projections: ClassVar[int] = 0
+
+    def __call__(self, network: ScoreFunction, batch: Batch) -> LossValue:
+        assert batch.lower is not None
+        x, z, lower = batch.x, batch.z, batch.lower.to(batch.x.dtype)
+        batch = replace(batch, sigma=batch.sigma.to(x.dtype))
+        t, r = _per_pixel(batch.sigma, x), _per_pixel(lower, x)
+        noisy, shift = torch.addcmul(x, z, t), torch.zeros_like(x)
+        if self.guidance is not None:
+            shift = self.guidance(noisy, batch)
+        with torch.no_grad():
+            # At r = 0 the score counts nothing, but it must be finite.
+            inputs = {**batch.inputs, "sigma": torch.where(lower > 0, lower, batch.sigma)}
+            target = network(x + r * z + (1 - r / t) * shift, **inputs, dropout_keys=image_keys(noisy))
+            target = r.square() * target.to(x.dtype)
+        # In units of t - r, since the difference of two nearly equal images would be that of their rounding.
+        score = network(noisy, **batch.inputs).to(x.dtype)
+        difference = z - shift / t + (t.square() * score - target) / (t - r)
+        squared, c = difference.square().flatten(1).sum(dim=1), self.c / (t - r).flatten()
+        # The slope of a root is infinite at 0, where this one has none.
+        norm = (squared + c.square()).clamp_min(torch.finfo(x.dtype).tiny).sqrt() - c
+        return LossValue(loss=norm.mean(), per_image=squared.detach() / x[0].numel())
+
+
+Loss = DenoisingScoreMatching | SlicedScoreMatching | ConsistencyTuning
 
 
 def bin_sums(values: Tensor, *, bins: Tensor, num_bins: int) -> Tensor:
@@ -190,8 +257,10 @@ def losses_at(
     levels: Sequence[int] | None,
     stream: int,
     labels: Tensor | None = None,
+    lower: Tensor | None = None,
+    loss: Loss = DenoisingScoreMatching(),
 ) -> Tensor:
-    """Normalized denoising loss of each image at each sigma, float32 [S, B]; a zero network reads 1.
+    """Normalized loss of each image at each sigma, float32 [S, B]; a zero network reads 1.
 
     A network that fits the distribution has the same loss on images that training does not use. One that repeats its
     training images has a lower loss on these: the gap. All random draws are functions of (image, noise level), so the
@@ -203,11 +272,14 @@ def losses_at(
         levels: Their numbers in the network's schedule; None for a network that takes any sigma.
         stream: Of the noise at the first sigma; each further one has the next.
         labels: Class of each image, int64 [B]; None for a network without classes.
+        lower: The second sigma of each pair [S], for consistency.
     """
-    loss, size = DenoisingScoreMatching(), x[0].numel()
+    size, pairs = x[0].numel(), [None] * len(sigmas) if lower is None else list(lower.to(x.device))
     conditions, rows = {} if labels is None else {"labels": labels}, []
-    for number, sigma in enumerate(sigmas.to(x.device)):
+    for number, (sigma, second) in enumerate(zip(sigmas.to(x.device), pairs, strict=True)):
         z = keyed_normal(COMMON_SEED, stream=stream + number, first=first, count=len(x), size=size).view(x.shape)
         level = None if levels is None else torch.full((len(x),), levels[number], device=x.device)
-        rows.append(loss(network, Batch(x, sigma.expand(len(x)), z.to(x), level, conditions=conditions)).per_image)
+        second = None if second is None else second.expand(len(x))
+        batch = Batch(x, sigma.expand(len(x)), z.to(x), level, conditions=conditions, lower=second)
+        rows.append(loss(network, batch).per_image)
     return torch.stack(rows)

@@ -30,6 +30,7 @@ class ContinuousNetwork(nn.Module):
         sigma: Tensor | None = None,
         labels: Tensor | None = None,
         augmentation: Tensor | None = None,
+        dropout_keys: Tensor | None = None,
     ) -> Tensor:
         """Score [B, C, H, W] of noisy images, in 1 / pixel units, by exactly one of level and sigma.
 
@@ -39,6 +40,7 @@ class ContinuousNetwork(nn.Module):
             sigma: [B] positive noise standard deviations in units of pixels in [0, 1].
             labels: int64 [B], -1 = no class; None for no classes.
             augmentation: [B, 9], see `ncsn.core.augmentation`; None for nothing.
+            dropout_keys: int32 [B], `image_keys` of the images whose dropout masks it takes; None for those of x.
         """
         given = {"labels": labels, "augmentation": augmentation}
         conditions = {name: value for name, value in given.items() if value is not None}
@@ -54,6 +56,8 @@ class ContinuousNetwork(nn.Module):
             raise ValueError(
                 f"sigma must be floats of shape [{len(x)}], got {sigma.dtype} of shape {list(sigma.shape)}"
             )
+        if dropout_keys is not None:
+            conditions["dropout_keys"] = dropout_keys
         return self.score_at(x, sigma, **conditions)
 
     def score_at(self, x: Tensor, sigma: Tensor) -> Tensor:
@@ -138,13 +142,20 @@ class PreconditionedNetwork(ContinuousNetwork):
         self.register_buffer("sigmas", sigmas.detach().clone().float())
 
     def score_at(
-        self, x: Tensor, sigma: Tensor, *, labels: Tensor | None = None, augmentation: Tensor | None = None
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        *,
+        labels: Tensor | None = None,
+        augmentation: Tensor | None = None,
+        dropout_keys: Tensor | None = None,
     ) -> Tensor:
         """Score at any noise level, float32 also under autocast; see `ContinuousNetwork.forward`."""
         sigma2x = 2 * sigma
         variance = (sigma2x.square() + (2 * self.sigma_data) ** 2)[:, None, None, None]
         x2x = 2 * x - 1
-        keys = image_keys(x) if self.training and self.dropout > 0 else None
+        drops = self.training and self.dropout > 0
+        keys = None if not drops else image_keys(x) if dropout_keys is None else dropout_keys
         raw = self._raw(x2x * variance.rsqrt(), sigma2x.log() / 4, keys, labels=labels, augmentation=augmentation)
         raw = raw.to(x.dtype)
         # D' - x' with c_skip - 1 in closed form: the difference of D and x cancels at small sigma.

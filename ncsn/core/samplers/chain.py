@@ -27,7 +27,7 @@ from ncsn.core.samplers.level_grid import (
     score_at_sigma,
     spaced_sigmas,
 )
-from ncsn.core.samplers.settings import AnnealedLangevin, AnySampler, DpmSolver, KarrasHeun, Langevin
+from ncsn.core.samplers.settings import AnnealedLangevin, AnySampler, Consistency, DpmSolver, KarrasHeun, Langevin
 from ncsn.errors import InvalidValue
 
 _START_DRAW = 2**31  # far beyond the draws of any chain
@@ -80,6 +80,11 @@ def sample(
             x = _karras_heun(sampler, grid, x, noise=noise, on_level=on_level)
         case DpmSolver():
             x = _dpm_solver(sampler, grid, x, noise=noise, on_level=on_level)
+        case Consistency():
+            on_level(0, x)
+            for k, lower in enumerate(grid.sigmas[1:]):
+                x = grid.denoised(x, k).add_(noise(k), alpha=lower)
+                on_level(k + 1, x)
         case _:
             assert_never(sampler)
     return grid.denoised(x, -1) if sampler.denoise else x
@@ -102,6 +107,10 @@ def _levels(sampler: AnySampler, sigmas: Tensor) -> Levels:
             return spaced_sigmas(sigmas, sampler.num_steps, spacing="karras"), None
         case DpmSolver(num_levels=None):
             return spaced_sigmas(sigmas, sampler.num_steps, spacing=sampler.spacing), None
+        case Consistency(sigmas=tuple(lower)):
+            return [float(sigmas[0]), *lower], None
+        case Consistency():
+            raise InvalidValue("sigmas must be numbers here, see Consistency.placed, got auto")
         case DpmSolver():
             own = choose_levels(sigmas, sampler.num_levels, spacing=sampler.spacing)
         case _:

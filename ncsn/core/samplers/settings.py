@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from annotated_types import Ge, Gt, Le, Lt
@@ -18,6 +19,7 @@ from ncsn.errors import UserError
 
 Spacing = Literal["geometric", "karras"]
 
+_LAST_ADDED = 0.821 / 0.5  # sigma of the last noise of `Consistency`, in units of sigma_data (Geng et al. 2024)
 _BOUNDS = {
     "gt": (operator.gt, "more than"),
     "ge": (operator.ge, "at least"),
@@ -161,4 +163,42 @@ class DpmSolver(Sampler):
         return points - (not self.denoise)
 
 
-AnySampler = AnnealedLangevin | Langevin | KarrasHeun | DpmSolver
+@dataclass(frozen=True, kw_only=True)
+class Consistency(Sampler):
+    """The sampler of consistency models (Song et al. 2023, Algorithm 1), for networks that were tuned for it."""
+
+    any_sigma = "kind", "dpm_solver with num_levels"
+
+    kind: Literal["consistency"] = "consistency"
+    """Denoise, add noise of a smaller sigma, and so on: for a network that loss.kind = consistency has tuned."""
+    steps: Annotated[int, Ge(1), Le(1000)] = 2
+    """Evaluations; NFE = steps."""
+    sigmas: tuple[float, ...] | Literal["auto"] = "auto"
+    """The noise to add before each evaluation but the first, which is at sigma_1: steps - 1 numbers, descending, in
+    units of pixels in [0, 1]. auto = evenly spaced in their logarithms, the last one 1.642 * network.sigma_data, which
+    is 0.821 for the photographs of Geng et al. 2024 in [-1, 1]."""
+    denoise: bool = True
+    """End with the last evaluation; without it the image still has the noise before it."""
+
+    def __post_init__(self) -> None:
+        """See `Sampler`; `sigmas` must fit `steps`."""
+        super().__post_init__()
+        if self.sigmas == "auto":
+            return
+        falls = all(higher > lower for higher, lower in pairwise([*self.sigmas, 0.0]))
+        if len(self.sigmas) != self.steps - 1 or not falls:
+            reason = f"must be steps - 1 = {self.steps - 1} positive numbers, descending, or auto"
+            raise UserError("sigmas", reason, value=self.sigmas)
+
+    def num_evaluations(self, num_levels: int) -> int:  # noqa: ARG002 - its own sigmas
+        return self.steps - (not self.denoise)
+
+    def placed(self, *, sigma_1: float, sigma_data: float) -> tuple[float, ...]:
+        """The numbers of `sigmas`; auto depends on the images."""
+        if self.sigmas != "auto":
+            return self.sigmas
+        last, count = _LAST_ADDED * sigma_data, self.steps - 1
+        return tuple(sigma_1 * (last / sigma_1) ** (k / count) for k in range(1, self.steps))
+
+
+AnySampler = AnnealedLangevin | Langevin | KarrasHeun | DpmSolver | Consistency

@@ -12,7 +12,7 @@ from ncsn.core.keyed_random import KeyedNoise
 from ncsn.core.noise_schedule import geometric_sigmas
 from ncsn.core.samplers.chain import sample, visited
 from ncsn.core.samplers.level_grid import choose_levels, spaced_sigmas
-from ncsn.core.samplers.settings import AnnealedLangevin, DpmSolver, KarrasHeun, Langevin
+from ncsn.core.samplers.settings import AnnealedLangevin, Consistency, DpmSolver, KarrasHeun, Langevin
 from ncsn.errors import UserError
 
 SIGMAS = geometric_sigmas(1.0, 0.01, 10).double()
@@ -26,6 +26,8 @@ SAMPLERS = [
     KarrasHeun(num_steps=5, churn=3.0, denoise=False),
     DpmSolver(num_steps=5),
     DpmSolver(num_levels=6, spacing="geometric", eta=1.0, denoise=False),
+    Consistency(sigmas=(0.3,)),
+    Consistency(steps=3, sigmas=(0.3, 0.1), denoise=False),
 ]
 
 
@@ -59,6 +61,8 @@ def test_every_sampler_keeps_the_convention(sampler, analytic):
         (KarrasHeun, "churn", -1.0),
         (DpmSolver, "order", 3),
         (DpmSolver, "num_levels", 1),
+        (Consistency, "sigmas", (0.3, 0.1)),
+        (Consistency, "sigmas", (0.0,)),
     ],
 )
 def test_settings_out_of_range_are_refused_where_they_are_made(kind, field, value):

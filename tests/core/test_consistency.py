@@ -1,0 +1,188 @@
+"""Consistency tuning and its sampler on Gaussian data, whose consistency function is known (oracle 24)."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from tiny_networks import shaken, unet
+
+from ncsn.core.losses import Batch, ConsistencyTuning, DenoisingScoreMatching, PowerWeight, TaughtGuidance
+from ncsn.core.networks.normalization import image_keys
+from ncsn.core.samplers.chain import sample
+from ncsn.core.samplers.settings import Consistency
+from ncsn.core.training_noise import PairSchedule
+
+M, S = 0.4, 0.3
+
+
+def per_pixel(values):
+    return values.view(-1, 1, 1, 1)
+
+
+def draws(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def exact(x, *, sigma, dropout_keys=None):
+    """The network whose denoised images are the consistency function of N(M, S^2)."""
+    t = per_pixel(sigma)
+    return (M + (x - M) * S / (S**2 + t**2).sqrt() - x) / t**2
+
+
+def pairs(count=6, *, size=4, seed=0):
+    t = torch.logspace(-2, 1, count, dtype=torch.float64)
+    x, z = M + S * draws(count, 1, size, size, seed=seed), draws(count, 1, size, size, seed=seed + 1)
+    return Batch(x, t, z, lower=t * torch.linspace(0, 0.9, count, dtype=torch.float64))
+
+
+@pytest.mark.oracle(24)
+def test_two_points_of_one_trajectory_have_no_loss_and_two_of_one_noise_have():
+    batch = pairs()
+    t, r = per_pixel(batch.sigma), per_pixel(batch.lower)
+    high, low = (S**2 + t**2).sqrt(), (S**2 + r**2).sqrt()
+    along = Batch(batch.x, batch.sigma, (batch.x - M) * (high - low) / (t * low - r * high), lower=batch.lower)
+    assert ConsistencyTuning()(exact, along).per_image.max() < 1e-20
+    assert ConsistencyTuning()(exact, batch).per_image.min() > 1e-8
+
+
+@pytest.mark.oracle(24)
+@pytest.mark.parametrize("share", [0.5, 0.99, 0.9999])
+def test_the_gradient_at_the_consistency_function_vanishes_with_the_distance_of_the_levels(share):
+    """Of the slope a in M + (x - M) a: (a(t) (s^2 + t^2) - a(r) (s^2 + r t)) / c / (t - r), for c beyond all d."""
+    corners = torch.tensor([[1.0, 1], [1, -1], [-1, 1], [-1, -1]], dtype=torch.float64)  # moments of two normals
+    t, c, a = 0.5, 1e5, torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
+    r = share * t
+
+    def gradient(slope):
+        def network(x, *, sigma, dropout_keys=None):
+            found = slope(sigma[0]) * (a if torch.is_grad_enabled() else a.detach())
+            return (M + (x - M) * found - x) / sigma[0] ** 2
+
+        x, z = (M + S * corners[:, 0]).view(-1, 1, 1, 1), corners[:, 1].view(-1, 1, 1, 1)
+        levels = {"sigma": torch.full((4,), t).double(), "lower": torch.full((4,), r).double()}
+        loss = ConsistencyTuning(c=c)(network, Batch(x, z=z, **levels)).loss
+        (found,) = torch.autograd.grad(loss, a)
+        high, low = slope(t), slope(r)
+        assert found.item() == pytest.approx(
+            high * (high * (S**2 + t**2) - low * (S**2 + r * t)) / c / (t - r), rel=1e-4
+        )
+        return found.item() * c
+
+    assert abs(gradient(lambda t: S / (S**2 + t**2) ** 0.5)) < 0.5 * (1 - share)
+    assert abs(gradient(lambda t: S**2 / (S**2 + t**2))) > 0.03, "the posterior mean is none"
+
+
+def test_where_r_is_zero_it_is_score_matching():
+    batch, network = pairs(), lambda x, *, sigma, dropout_keys=None: torch.sin(5 * x) / per_pixel(sigma)
+    of_image = Batch(batch.x, batch.sigma, batch.z, lower=torch.zeros_like(batch.sigma))
+    found, dsm = ConsistencyTuning()(network, of_image), DenoisingScoreMatching()(network, batch)
+    torch.testing.assert_close(found.per_image, dsm.per_image, rtol=1e-12, atol=0)
+    # The loss is |sigma s + z|, the root of twice the loss with the weight sigma^2 of the paper.
+    assert found.loss.item() == pytest.approx((16 * dsm.per_image).sqrt().mean().item(), rel=1e-12)
+    # With c beyond all distances it is |D - x|^2 / (2 c t), which has the weight sigma^3.
+    huber = ConsistencyTuning(c=1e6)(network, of_image).loss.item()
+    assert huber == pytest.approx(DenoisingScoreMatching(PowerWeight(3))(network, batch).loss.item() / 1e6, rel=1e-2)
+
+
+def test_a_zero_network_reads_one():
+    found = ConsistencyTuning()(lambda x, **_: torch.zeros_like(x), pairs(size=64))
+    assert found.per_image.tolist() == pytest.approx([1] * 6, abs=0.07)
+
+
+def test_the_gradient_is_that_of_the_first_term_alone():
+    batch, theta = pairs(), torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+
+    def loss(value, c=0.05):
+        def network(x, *, sigma, dropout_keys=None):
+            assert (dropout_keys is None) == torch.is_grad_enabled()
+            weight = value if dropout_keys is None else torch.tensor(0.7, dtype=torch.float64)
+            return torch.tanh(weight * x) / per_pixel(sigma)
+
+        return ConsistencyTuning(c=c)(network, batch).loss
+
+    (found,) = torch.autograd.grad(loss(theta), theta)
+    with torch.enable_grad():
+        numeric = (loss(theta.detach() + 1e-6) - loss(theta.detach() - 1e-6)).item() / 2e-6
+    assert found.item() == pytest.approx(numeric, rel=1e-6) and abs(numeric) > 0.01
+    exactly = Batch(batch.x, batch.sigma, torch.zeros_like(batch.x), lower=batch.lower)
+    (none,) = torch.autograd.grad(ConsistencyTuning()(lambda x, **_: x * theta * 0, exactly).loss, theta)
+    assert none == 0, "the norm has no slope at 0"
+
+
+def test_both_terms_have_the_same_dropout():
+    network, near = shaken(unet(dropout=0.5)).train(), pairs(size=8)
+    batch = Batch(near.x.float(), near.sigma.float(), near.z.float(), lower=0.999 * near.sigma.float())
+
+    def strangers(x, **inputs):
+        return network(x, **{name: value for name, value in inputs.items() if name != "dropout_keys"})
+
+    same, others = (ConsistencyTuning()(each, batch).per_image for each in (network, strangers))
+    assert (others > 100 * same).all()
+    noisy, level = batch.x, {"sigma": batch.sigma}
+    assert torch.equal(network(noisy, **level), network(noisy, **level, dropout_keys=image_keys(noisy)))
+
+
+def test_a_pair_is_on_the_trajectory_of_the_guided_flow():
+    """Of a point mass at x for its class, for which the noise of one draw is exactly the slope of the flow."""
+    batch, weight = pairs(), 1.7
+    labels = torch.tensor([0, 1, 2, 0, -1, 1])
+    batch = Batch(batch.x, batch.sigma, batch.z, conditions={"labels": labels}, lower=batch.lower)
+    band = (0.5 * float(batch.sigma[0] + batch.sigma[1]), float(batch.sigma[-1]))
+
+    def teacher(noisy, *, sigma, labels):
+        denoised = torch.where(per_pixel(labels) >= 0, batch.x, torch.full_like(batch.x, M))
+        return (denoised - noisy) / per_pixel(sigma) ** 2
+
+    seen = []
+
+    def network(x, **inputs):
+        seen.append(x)
+        return torch.zeros_like(x)
+
+    loss = ConsistencyTuning(guidance=TaughtGuidance(teacher, weight, band))(network, batch)
+    low, high = seen
+    guided = per_pixel((labels >= 0) & (torch.arange(6) > 0))
+    denoised = torch.where(guided, M + weight * (batch.x - M), batch.x)
+    t, r = per_pixel(batch.sigma), per_pixel(batch.lower)
+    torch.testing.assert_close(low, high + (r - t) * (high - denoised) / t)
+    expected = ((high - low) / (t - r)).square().flatten(1).mean(1)  # D of a zero network is what it is given
+    torch.testing.assert_close(loss.per_image, expected)
+
+
+def test_levels_of_the_stages():
+    schedule = PairSchedule(q=4, stages=2, num_images=8, sigma_data=0.5)
+    n = 1 + 8 / (1 + math.e)  # at t = 1: 3.15153
+    t = torch.ones(12, dtype=torch.float64)
+    assert schedule.lower(t, first=0).tolist() == pytest.approx([1 - n / 4] * 4 + [1 - n / 16] * 8, rel=1e-12)
+    assert schedule.lower(t[:3], first=3).equal(schedule.lower(t, first=0)[3:6]), "a function of the image's place"
+    assert schedule.lower(t).tolist() == pytest.approx([0.8030293] * 12, abs=1e-7)
+    # Near t = 0 n is 5, so r is 0 in the first stage; far above it n is 1. In another unit the same.
+    ends = torch.tensor([0.01, 100.0])
+    assert schedule.lower(ends, first=0).tolist() == pytest.approx([0, 75])
+    half = PairSchedule(q=4, stages=2, num_images=8, sigma_data=0.25)
+    assert half.lower(ends / 2).tolist() == pytest.approx((schedule.lower(ends) / 2).tolist())
+
+
+@pytest.mark.oracle(24)
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_any_number_of_evaluations_of_the_consistency_function_gives_the_distribution(steps, analytic):
+    added = Consistency(steps=steps).placed(sigma_1=3.0, sigma_data=0.25)
+    noise, sampler = analytic.UnitNoise(steps), Consistency(steps=steps, sigmas=added)
+    start, sigmas = M + noise.start(math.hypot(S, 3.0)), torch.tensor([3.0, 0.01], dtype=torch.float64)
+    x = sample(sampler, lambda x, sigma: exact(x, sigma=sigma), x=start, sigmas=sigmas, noise=noise)
+    assert (x - M).square().sum().item() == pytest.approx(S**2, rel=1e-12)
+    assert noise.asked == list(range(steps - 1))
+    # Of one evaluation it is where the flow ends; later noise takes the place of the start.
+    end = (x - M).flatten().tolist()
+    kept = S * math.prod(S / math.hypot(S, each) for each in added)
+    assert end[0] == pytest.approx(kept, rel=1e-12)
+
+
+def test_automatic_levels_are_those_of_the_paper_in_the_units_of_the_images():
+    assert Consistency().placed(sigma_1=40.0, sigma_data=0.25) == pytest.approx((0.4105,))  # 0.821 in [-1, 1]
+    three = Consistency(steps=3).placed(sigma_1=40.0, sigma_data=0.5)
+    assert three == pytest.approx((math.sqrt(40 * 0.821), 0.821))
+    assert Consistency(steps=1).placed(sigma_1=40.0, sigma_data=0.5) == ()
+    assert Consistency(steps=3, sigmas=(2.0, 0.5)).placed(sigma_1=40.0, sigma_data=0.5) == (2.0, 0.5)
