@@ -17,8 +17,15 @@ from ncsn.config.choices import (
 )
 from ncsn.config.problems import problems
 from ncsn.config.schema import Config
-from ncsn.config.training import DsmLossConfig, LevelsConfig, LognormalTraining, PowerEmaConfig, SsmLossConfig
-from ncsn.core.samplers.settings import AnnealedLangevin, DpmSolver, Langevin
+from ncsn.config.training import (
+    ConsistencyLossConfig,
+    DsmLossConfig,
+    LevelsConfig,
+    LognormalTraining,
+    PowerEmaConfig,
+    SsmLossConfig,
+)
+from ncsn.core.samplers.settings import AnnealedLangevin, Consistency, DpmSolver, Langevin
 from ncsn.errors import ConfigError, Problem
 
 _WEIGHTS = {"inception": "weights-inception-2015-12-05-6726825d.pth", "dinov2": "dinov2_vitl14_pretrain.pth"}  # files
@@ -242,4 +249,33 @@ def _levels(config: Config) -> Iterator[Problem]:
             yield Problem("sampling.sampler.num_levels", reason, hint, sampler.num_levels)
 
 
-_RULES = (_network, _training, _classes, _sampling, _levels)
+def _consistency(config: Config) -> Iterator[Problem]:
+    """Of a loss and a sampler that are for each other, and for networks that are told the spread of the images."""
+    loss, sampler, noise, train = config.loss, config.sampling.sampler, config.noise, config.train
+    if isinstance(loss, ConsistencyLossConfig) is not isinstance(sampler, Consistency):
+        reason = f"does not fit sampling.sampler.kind = {sampler.kind}: consistency needs consistency"
+        yield Problem("loss.kind", reason, "change one of them", loss.kind)
+    if not isinstance(loss, ConsistencyLossConfig) or not isinstance(sampler, Consistency):
+        return
+    if not hasattr(config.network, "sigma_data"):
+        reason = f"needs network.sigma_data, which network.kind = {config.network.kind} does not have"
+        yield Problem("loss.kind", reason, "use network.kind = unet or ddpmpp", loss.kind)
+    if not isinstance(noise.training, LognormalTraining):
+        reason = f"needs pairs of any noise, but noise.training.kind = {noise.training.kind}"
+        yield Problem("loss.kind", reason, "use noise.training.kind = lognormal", loss.kind)
+    if train.init_from is None and not loss.from_scratch:
+        hint = "name the run, model or checkpoint to tune, or set loss.from_scratch = true"
+        yield Problem("train.init_from", "missing, and loss.kind = consistency tunes a trained network", hint)
+    if loss.guidance is not None and (config.data.num_classes is None or train.init_from is None):
+        reason = "is that of a trained network with classes"
+        yield Problem("loss.guidance", reason, "set data.num_classes and train.init_from, or use null")
+    levels = config.sampling.levels or noise
+    network = config.network
+    if isinstance(levels, LevelsConfig) and isinstance(network, UnetNetworkConfig | DdpmppNetworkConfig):
+        given = sampler.placed(sigma_1=levels.sigma_1, sigma_data=network.sigma_data)
+        if given and not levels.sigma_1 > max(given):
+            reason = f"has {max(given):.4g}, which is not below sigma_1 = {levels.sigma_1:g}, where sampling starts"
+            yield Problem("sampling.sampler.sigmas", reason, "raise sigma_1, or set smaller numbers", sampler.sigmas)
+
+
+_RULES = (_network, _training, _classes, _sampling, _levels, _consistency)

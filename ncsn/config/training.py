@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from ncsn.config.choices import Section
+from ncsn.config.choices import ClassifierFreeConfig, Section
 
 
 class LevelsTraining(Section):
@@ -95,7 +95,25 @@ class SsmLossConfig(Section):
     anneal_power: float = _ANNEAL_POWER
 
 
-LossConfig = Annotated[DsmLossConfig | SsmLossConfig, Field(discriminator="kind")]
+class ConsistencyLossConfig(Section):
+    """Consistency tuning (Geng et al. 2024): what the network makes of an image at two noise levels is to be equal."""
+
+    kind: Literal["consistency"]
+    """Turns the network of train.init_from into one for sampling.sampler.kind = consistency."""
+    q: float = Field(256.0, gt=1, le=1e6)
+    """The levels are t and max(0, t (1 - n / q^(stage + 1))) at stages 0, 1, ...; n falls from 5 at t = 0 to 1."""
+    stages: int = Field(1, ge=1, le=64)
+    """Equal parts of train.num_images; at the last one q^stages should be about 256."""
+    c: float = Field(0.0, ge=0)
+    """The distance d of two images enters as sqrt(d^2 + c^2) - c, in units of pixels in [0, 1]; 0 = the plain norm."""
+    guidance: ClassifierFreeConfig | None = None
+    """Guidance of the network of train.init_from that its samples would have had, and these will have at no cost; null
+    = none."""
+    from_scratch: bool = False
+    """Start from random weights, without train.init_from, which takes far longer."""
+
+
+LossConfig = Annotated[DsmLossConfig | SsmLossConfig | ConsistencyLossConfig, Field(discriminator="kind")]
 
 
 class OptimizerConfig(Section):
@@ -176,9 +194,9 @@ class TrainConfig(Section):
     """Probability that the network is not told the class of an image, so that it also learns the unconditional score,
     which sampling.guidance.kind = classifier_free needs. 0.1 is usual."""
     init_from: str | None = Field(None, min_length=1)
-    """Start from the EMA weights of this checkpoint (a URI) or registered model (models:/NAME@ALIAS or
-    models:/NAME/VERSION); null = from random weights. Use a fifth to a tenth of its learning rate. Both networks must
-    have the same kind and size; classes, augmentation and gray or RGB may differ."""
+    """Start from the EMA weights of this run in storage.root (its name), registered model (models:/NAME@ALIAS or
+    models:/NAME/VERSION) or checkpoint (a URI); null = from random weights. Use a fifth to a tenth of its learning
+    rate. Both networks must have the same kind and size; classes, augmentation and gray or RGB may differ."""
     trainable: Literal["all", "light"] = "all"
     """With init_from, what training changes: all = the whole network; light = norms, shifts, embeddings and attention,
     for fewer than about 1,000 images."""

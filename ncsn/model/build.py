@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, assert_never
 
 import torch
 from torch import Tensor, nn
 
 from ncsn.config import Config
+from ncsn.config.choices import DdpmppNetworkConfig, UnetNetworkConfig
 from ncsn.config.schema import SamplingConfig
 from ncsn.config.training import (
     RELATIVE_WIDTHS,
+    ConsistencyLossConfig,
     DsmLossConfig,
     HalfLifeEmaConfig,
     LognormalTraining,
@@ -20,18 +23,21 @@ from ncsn.config.training import (
 )
 from ncsn.core.ema import Ema, exponent_of, half_life, power_function, step_decay
 from ncsn.core.losses import (
+    ConsistencyTuning,
     DenoisingScoreMatching,
     EdmWeight,
     Loss,
     PowerWeight,
     SlicedScoreMatching,
+    TaughtGuidance,
     Uncertainty,
     Weight,
 )
 from ncsn.core.networks.transfer import light_parameters
 from ncsn.core.noise_schedule import geometric_sigmas
+from ncsn.core.samplers.settings import AnySampler, Consistency
 from ncsn.core.training import StepOptions, TrainState
-from ncsn.core.training_noise import FEW_DRAWS, LevelNoise, LognormalNoise, TrainingNoise
+from ncsn.core.training_noise import FEW_DRAWS, LevelNoise, LognormalNoise, PairSchedule, TrainingNoise
 
 
 def sigmas(config: Config, sampling: SamplingConfig | None = None) -> Tensor:
@@ -40,12 +46,31 @@ def sigmas(config: Config, sampling: SamplingConfig | None = None) -> Tensor:
     return geometric_sigmas(levels.sigma_1, levels.sigma_L, levels.num_levels)
 
 
+def sampler(config: Config, sampling: SamplingConfig) -> AnySampler:
+    """The sampler of these settings, with numbers where they leave them to the images."""
+    found = sampling.sampler
+    if not isinstance(found, Consistency):
+        return found
+    assert isinstance(config.network, UnetNetworkConfig | DdpmppNetworkConfig), "the config's rules"
+    sigma_1 = (sampling.levels or config.levels).sigma_1
+    return replace(found, sigmas=found.placed(sigma_1=sigma_1, sigma_data=config.network.sigma_data))
+
+
 def training_noise(config: Config) -> TrainingNoise:
     """How much noise training adds to its images."""
     settings = config.noise.training
     if isinstance(settings, LognormalTraining):
         return LognormalNoise(settings.mean, settings.std)
     return LevelNoise(sigmas(config))
+
+
+def pair_schedule(config: Config) -> PairSchedule | None:
+    """The second noise level of each image in consistency tuning; None for other losses."""
+    loss = config.loss
+    if not isinstance(loss, ConsistencyLossConfig):
+        return None
+    assert isinstance(config.network, UnetNetworkConfig | DdpmppNetworkConfig), "the config's rules"
+    return PairSchedule(loss.q, loss.stages, config.train.num_images, config.network.sigma_data)
 
 
 # How far above the sigmas of training sampling may start: that of Karras et al. 2022, which works, is at 1.33 times.
@@ -103,9 +128,18 @@ def network(config: Config) -> nn.Module:
                 assert_never(kind)
 
 
-def loss(config: Config, uncertainty: Uncertainty | None = None) -> Loss:
-    """The training loss, with the `TrainState.uncertainty` that it learns."""
+def loss(config: Config, uncertainty: Uncertainty | None = None, teacher: nn.Module | None = None) -> Loss:
+    """The training loss, with the `TrainState.uncertainty` that it learns, and the network whose guidance it teaches.
+
+    Where nothing is trained, these may be left out.
+    """
     settings = config.loss
+    if isinstance(settings, ConsistencyLossConfig):
+        guidance = settings.guidance
+        if guidance is None or teacher is None:
+            return ConsistencyTuning(settings.c)
+        band = guidance.sigma_min, guidance.sigma_max
+        return ConsistencyTuning(settings.c, TaughtGuidance(teacher, guidance.weight, band))
     if isinstance(settings, SsmLossConfig):
         return SlicedScoreMatching(anneal_power=settings.anneal_power)
     return DenoisingScoreMatching(loss_weight(config), uncertainty)
@@ -118,11 +152,14 @@ def loss_weight(config: Config) -> Weight:
         weight = edm_weight(config)
         assert weight is not None
         return weight
-    return PowerWeight(settings.anneal_power)
+    # That of consistency is about the root of its normalized figure, at every sigma.
+    return PowerWeight() if isinstance(settings, ConsistencyLossConfig) else PowerWeight(settings.anneal_power)
 
 
 def edm_weight(config: Config) -> EdmWeight | None:
-    """The weight of Karras et al. for the network's sigma_data; None if it has none."""
+    """The weight of Karras et al. for the network's sigma_data; None if it has none, or learns no score."""
+    if isinstance(config.loss, ConsistencyLossConfig):
+        return None
     sigma_data = getattr(config.network, "sigma_data", None)
     return None if sigma_data is None else EdmWeight(sigma_data)
 

@@ -56,7 +56,8 @@ def generate(
     Raises:
         UserError: An image is not finite.
     """
-    config, sampler, shape = trained.config, sampling.sampler, trained.config.data.network_shape
+    config, shape = trained.config, trained.config.data.network_shape
+    sampler = build.sampler(config, sampling)
     noise = KeyedNoise(sampling.seed, first=first, count=count, shape=shape)
     labels = image_labels(trained, sampling, first=first, count=count)
     keep_freed_memory()
@@ -194,13 +195,15 @@ def score_function(
     else:
         assert labels is not None, "the config's rules"
         guide = Labeled(network, torch.full_like(labels, -1))
-    band = band_on_grid(guidance.sigma_min, guidance.sigma_max, visited(sampling.sampler, levels))
+    band = band_on_grid(
+        guidance.sigma_min, guidance.sigma_max, visited(build.sampler(trained.config, sampling), levels)
+    )
     return Guided(score, guide, weight=guidance.weight, band=band)
 
 
 def evaluations_per_image(config: Config) -> int:
     """NFE of an image by the config's sampler, of both networks together under guidance."""
-    guidance, sampler = config.sampling.guidance, config.sampling.sampler
+    guidance, sampler = config.sampling.guidance, build.sampler(config, config.sampling)
     levels = build.sigmas(config, config.sampling)
     whole = sampler.num_evaluations(len(levels))
     if guidance is None or guidance.weight == 1:

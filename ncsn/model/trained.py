@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ncsn import storage
 from ncsn.config import Config, from_yaml, to_json
-from ncsn.config.training import ema_setting
+from ncsn.config.training import ConsistencyLossConfig, ema_setting
 from ncsn.core.networks.transfer import transfer
 from ncsn.core.training import TrainState
 from ncsn.errors import InvalidValue, UserError, shown_value
@@ -82,6 +82,15 @@ def start_from(uri: str, *, state: TrainState, config: Config, classes: Classes 
     state.ema, state.second_ema = build.new_emas(config, state.network)
 
 
+def teacher(uri: str, *, config: Config, classes: Classes | None, device: torch.device) -> nn.Module:
+    """The network with which a training starts from `uri`, frozen, in eval mode."""
+    network = build.network(config)
+    weights, _ = adapted(load_checkpoint_or_model(uri), network, config=config, classes=classes)
+    network.load_state_dict(weights, strict=False)
+    network.to(memory_format=build.memory_format(config))
+    return network.to(device).eval().requires_grad_(requires_grad=False)
+
+
 def adapted(
     source: TrainedNetwork, network: nn.Module, *, config: Config, classes: Classes | None
 ) -> tuple[dict[str, Tensor], list[str]]:
@@ -90,6 +99,13 @@ def adapted(
     Raises:
         UserError: They do not fit.
     """
+    loss = config.loss
+    if isinstance(loss, ConsistencyLossConfig) and loss.guidance is not None:
+        own = source.config
+        score = not isinstance(own.loss, ConsistencyLossConfig)
+        if not (score and own.data.num_classes is not None and own.train.label_dropout):
+            reason = "needs a score network that was trained with data.num_classes and train.label_dropout"
+            raise UserError("loss.guidance", f"{reason}; {config.train.init_from} was not", hint="use null")
     kept = None
     if source.classes is not None and classes is not None:
         labels = {name: label for label, name in enumerate(source.classes.names)}

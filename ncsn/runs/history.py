@@ -16,7 +16,7 @@ Array = NDArray[np.float64]
 EDM_LOSS = "train/loss_edm"  # mean of the weight of Karras et al. times the normalized loss
 LOSS, GAP = "val/loss", "val/gap"  # means over the noise levels, weighted as in training
 HELD_OUT_EDM = "val/loss_edm"  # their mean with the weight of Karras et al.: that objective on held-out images
-PREVIEW = "train/preview_dpm_solver"  # no curve but a series of images that training made of itself
+PREVIEW = "train/preview"  # no curve but a series of images that training made of itself
 
 RISE = 0.01  # of the held-out loss over its lowest value; less may be the noise of the weights
 

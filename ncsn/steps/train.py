@@ -1,25 +1,27 @@
-"""Denoising score matching on Ray, from random weights or the network that `train.init_from` names."""
+"""Training on Ray, from random weights or the network that `train.init_from` names."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
 from ncsn import storage
-from ncsn.config import Config
+from ncsn.config import Config, from_yaml
 from ncsn.config.training import NoiseConfig
 from ncsn.data.format import Manifest, load_manifest
 from ncsn.distributed import trainer
 from ncsn.distributed.cluster import ray_cluster, ray_tags
 from ncsn.errors import UserError
 from ncsn.model import build
+from ncsn.model.averages import ensure_average
 from ncsn.model.checkpoint import FILES, INDEX, TrainedNetwork, load_checkpoint
 from ncsn.model.classes import require_label, require_same_classes
 from ncsn.model.trained import TRAINED_CONFIG, adapted, load_checkpoint_or_model, save_model, start_notes
-from ncsn.runs.folder import RunFolder
+from ncsn.runs.folder import RUN_PATTERN, RunFolder, find_inputs, folders_of, read_step, run_folder
 from ncsn.steps.step import Step
 from ncsn.storage.heartbeat import Lease
 from ncsn.tracking.client import client_at, mlflow_errors, tracking_uri
@@ -154,6 +156,7 @@ def _source(config: Config, address: str, uri: str) -> TrainedNetwork:
     """The trained network at an address, of which a copy is kept at `uri`, with where it is from."""
     if storage.exists(storage.join(uri, TRAINED_CONFIG)):
         return load_checkpoint_or_model(uri)
+    named = _checkpoint_of(run_folder(config, address)) if RUN_PATTERN.fullmatch(address) else address
     try:
         with storage.scratch_folder(uri.rpartition("/")[0]) as scratch:
             if address.startswith(SCHEME):
@@ -163,7 +166,7 @@ def _source(config: Config, address: str, uri: str) -> TrainedNetwork:
                     folder = fetch_weights(registry, version, scratch)
                 source, digest = f"{SCHEME}{version.name}/{version.version}", version.tags["ncsn.checkpoint"]
             else:
-                folder, source = scratch / "trained", storage.absolute(address)
+                folder, source = scratch / "trained", storage.absolute(named)
                 folder.mkdir()
                 trained = load_checkpoint(source)
                 save_model(trained, folder)
@@ -175,3 +178,15 @@ def _source(config: Config, address: str, uri: str) -> TrainedNetwork:
     except (UserError, FileNotFoundError) as error:
         raise UserError("train.init_from", str(error), value=address) from None
     return load_checkpoint_or_model(uri)
+
+
+def _checkpoint_of(folder: RunFolder) -> str:
+    """The checkpoint of a run that `ncsn sample` takes."""
+    if storage.exists(folder.config):
+        config = from_yaml(storage.read_text(folder.config), origin=folder.config)
+        trained = folders_of(folder, config)["sample"]
+        if read_step(trained, "train").result:
+            return ensure_average(find_inputs(trained, "sample", {}, config=config)["checkpoint"], config)
+    recipe = Path("configs", f"{folder.run.replace('-', '_')}.yaml")
+    hint = f"train it first, with `ncsn run --config {recipe if recipe.exists() else 'FILE'} --run {folder.run}`"
+    raise UserError("train.init_from", f"no trained run of this name in {folder.root}", hint=hint, value=folder.run)

@@ -116,7 +116,7 @@ def send_missing(client: MlflowClient, run_id: str, folder: RunFolder) -> None:
         return
     known = {metric.step for metric in client.get_metric_history(run_id, MARK)}
     send(client, run_id, [Entry(seen, when, load | point) for seen, when, load, point in points if seen not in known])
-    # MLflow sends the small copy of a picture last, and names it train~preview_dpm_solver+step+64+...+compressed.webp.
+    # MLflow sends the small copy of a picture last, and names it train~preview+step+64+...+compressed.webp.
     names = [Path(file.path).name for file in client.list_artifacts(run_id, "images")]
     sent = {int(name.split("+")[2]) for name in names if name.endswith(".webp")}
     kept = set(storage.list_names(folder.previews))

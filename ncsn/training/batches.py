@@ -44,6 +44,7 @@ class DrawnBatch:
     mirrored: Tensor | None  # bool [B]
     sigma: Tensor  # [B]
     level: Tensor | None  # [B]
+    lower: Tensor | None  # [B]
     noise: Tensor  # bits
     projections: Tensor | None  # bits
     conditions: dict[str, Tensor]
@@ -69,6 +70,7 @@ class DrawnBatch:
             None if self.level is None else moved(self.level),
             v,
             {name: moved(values) for name, values in self.conditions.items()},
+            None if self.lower is None else moved(self.lower),
         )
 
 
@@ -83,6 +85,7 @@ def draw_batch(config: Config, split: TrainingImages, *, first: int, count: int)
     if config.data.horizontal_flip:
         mirrored = keyed_uniform(seed, stream=Stream.MIRROR, first=first, count=count, size=1)[:, 0] < 0.5
     sigma, level = build.training_noise(config).draw(seed, first=first, count=count)
+    pairs = build.pair_schedule(config)
     if config.data.num_classes is not None:
         # Without its class for some images, the network learns the distribution of all too (Ho & Salimans 2022).
         hidden = keyed_uniform(seed, stream=Stream.LABEL, first=first, count=count, size=1)[:, 0]
@@ -97,6 +100,7 @@ def draw_batch(config: Config, split: TrainingImages, *, first: int, count: int)
         mirrored,
         sigma,
         level,
+        None if pairs is None else pairs.lower(sigma, first=first),
         normal_words(seed, stream=Stream.NOISE, first=first, count=count, size=size),
         normal_words(seed, stream=Stream.PROJECTION, first=first, count=count, size=projections * size)
         if projections

@@ -25,7 +25,7 @@ from ncsn.data.training_images import open_training_images
 from ncsn.errors import UserError
 from ncsn.model import averages, build, checkpoint
 from ncsn.model.checkpoint_store import CheckpointStore
-from ncsn.model.trained import start_from
+from ncsn.model.trained import start_from, teacher
 from ncsn.process import keep_freed_memory, now_ms
 from ncsn.progress import Progress
 from ncsn.runs.history import load_history
@@ -93,12 +93,14 @@ class Training:
             self.split = open_training_images(job.dataset)
             self.manifest = load_manifest(job.dataset)
             self.classes = classes_of(self.config, self.manifest)
-            recorded = job.sink is not None or job.history is not None
-            self.probe = (
-                open_probe(self.config, job.dataset, training=self.split, context=context) if recorded else None
-            )
             self.state = build.train_state(self.config, device=context.device)
-            self.loss = build.loss(self.config, self.state.uncertainty)
+            taught = None
+            if getattr(self.config.loss, "guidance", None) is not None and job.start is not None:
+                taught = teacher(job.start, config=self.config, classes=self.classes, device=context.device)
+            self.loss = build.loss(self.config, self.state.uncertainty, taught)
+            self.probe = None
+            if job.sink is not None or job.history is not None:
+                self.probe = open_probe(self.config, job.dataset, self.split, context, loss=self.loss)
             if newest is not None:
                 with self.checkpoints.open(newest) as folder:
                     digest = self.manifest.digest

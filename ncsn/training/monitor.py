@@ -19,7 +19,7 @@ from torch import Tensor
 from ncsn.config import Config
 from ncsn.core.images import DataMoments, eight_bit, image_grid
 from ncsn.core.losses import Batch, bin_sums
-from ncsn.core.samplers.settings import DpmSolver
+from ncsn.core.samplers.settings import Consistency, DpmSolver
 from ncsn.core.training import EVALUATIONS_PER_STEP, TrainState
 from ncsn.errors import InvalidValue
 from ncsn.model import build
@@ -135,7 +135,9 @@ def preview_png(*, config: Config, state: TrainState, moments: DataMoments) -> b
     if not evaluations:
         return None
     network, rows = state.averaged(), _rows(config)
-    sampler = DpmSolver(num_levels=max(2, evaluations), spacing="geometric")
+    sampler = config.sampling.sampler
+    if not isinstance(sampler, Consistency):
+        sampler = DpmSolver(num_levels=max(2, evaluations), spacing="geometric")
     try:
         images = generate(
             TrainedNetwork(config=config, network=network, moments=moments),
@@ -167,6 +169,9 @@ def preview_evaluations(config: Config) -> int:
     # The other workers wait while rank 0 makes the preview.
     between = min(config.train.checkpoint_every_images, config.train.num_images) / config.compute.max_workers
     affordable = int(SHARE * EVALUATIONS_PER_STEP * between / images)
+    if isinstance(config.sampling.sampler, Consistency):
+        own = config.sampling.sampler.steps
+        return own if own <= affordable else 0
     wanted = min(affordable, MOST_EVALUATIONS, config.levels.num_levels)
     return wanted if wanted >= min(LEAST_EVALUATIONS, config.levels.num_levels) else 0
 

@@ -62,7 +62,7 @@ def history(tracked: StepRun, name: str = RATE) -> list[tuple[int, float]]:
 def pictures(tracked: StepRun) -> set[int]:
     """The steps that have a picture and its small copy."""
     names = [Path(file.path).name for file in tracked.client.list_artifacts(tracked.run_id, "images")]
-    steps = Counter(int(name.removeprefix("train~preview_dpm_solver+step+").partition("+")[0]) for name in names)
+    steps = Counter(int(name.removeprefix("train~preview+step+").partition("+")[0]) for name in names)
     return {step for step, files in steps.items() if files >= 2}
 
 
