@@ -92,6 +92,8 @@ CLASSES = ["data.num_classes=10", "train.label_dropout=0.1"]
 GUIDED = "sampling.guidance={kind: classifier_free}"
 EPSILON = "sampling.sampler.epsilon"
 OWN = "data.source=image_folder"
+LOGNORMAL = "noise.training={kind: lognormal}"
+TUNED = ["loss={kind: consistency}", "sampling.sampler={kind: consistency}", LOGNORMAL, "train.init_from=x"]
 WRONG = [
     (["noise.sigma_1=0.001"], "noise.sigma_1"),
     (["network.kind=resnet"], "network.kind"),
@@ -176,6 +178,15 @@ WRONG = [
     ([*CLASSES, "sampling.guidance={kind: classifier_free, checkpoint: x}"], "sampling.guidance.checkpoint"),
     (["sampling.guidance={kind: autoguidance}"], "sampling.guidance.checkpoint"),
     (["sampling.guidance={weight: 2}"], "sampling.guidance.kind"),
+    (["loss={kind: consistency}", LOGNORMAL, "train.init_from=x"], "loss.kind"),
+    (["sampling.sampler={kind: consistency}"], "loss.kind"),
+    ([*TUNED[:2], "train.init_from=x"], "loss.kind"),
+    (TUNED[:3], "train.init_from"),
+    ([*TUNED, "loss.guidance={kind: classifier_free}"], "loss.guidance"),
+    ([*TUNED, "loss.q=1"], "loss.q"),
+    ([*TUNED, "sampling.sampler={kind: consistency, sigmas: [1.0]}"], "sampling.sampler.sigmas"),
+    ([*TUNED, "sampling.sampler={kind: consistency, steps: 3, sigmas: [0.1]}"], "sampling.sampler.sigmas"),
+    ([*TUNED, "sampling.levels={sigma_1: 0.3, sigma_L: 0.01, num_levels: 9}"], "sampling.sampler.sigmas"),
 ]
 
 
