@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -41,3 +42,21 @@ def test_epsilon_of_ncsnv2_is_that_of_technique_4(name: str) -> None:
     ratio = (noise.sigma_1 / noise.sigma_L) ** (1 / (noise.num_levels - 1))
     chosen = best_epsilon(sigma_L=noise.sigma_L, ratio=ratio, steps_per_level=sampler.steps_per_level)
     assert sampler.epsilon == pytest.approx(chosen, rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["digits", "fashion", "cifar10"])
+def test_a_two_step_recipe_tunes_the_network_of_the_run_that_it_names(name: str) -> None:
+    config = shipped(f"{name}_two_step")
+    teacher = shipped(str(config.train.init_from).replace("-", "_"))
+    assert config.network.model_copy(update={"dropout": 0.0}) == teacher.network.model_copy(update={"dropout": 0.0})
+    assert config.data == teacher.data.model_copy(update={"augmentation": None})
+    assert (config.noise.sigma_1, config.evaluation) == (teacher.noise.sigma_1, teacher.evaluation)
+    assert config.registered_model == f"ncsn-{name}-two-step" and evaluations_per_image(config) == 2
+    assert build.loss(config).num_projections == 0 and build.pair_schedule(config) is not None
+    if teacher.sampling.guidance is not None:
+        assert getattr(config.loss, "guidance", None) == teacher.sampling.guidance
+    # -1.1 and 2 for pixels in [-1, 1] whose deviation is 0.5, there as here.
+    training = config.noise.training
+    assert training.kind == "lognormal"
+    unit = getattr(config.network, "sigma_data", 0) / 0.5
+    assert training.mean == pytest.approx(math.log(unit) - 1.1, abs=0.01) and training.std == 2.0
