@@ -84,11 +84,16 @@ def measure_speed(config: Config) -> Speed:
     try:
         state = build.train_state(config, device=device)
         options = build.step_options(config, world_size=1)
-        loss = build.loss(config, state.uncertainty)
+        loss = build.loss(config, state.uncertainty, teacher=state.averaged())
         sigma, level = build.training_noise(config).draw(0, first=0, count=count)
+        pairs = build.pair_schedule(config)
+        lower = None if pairs is None else pairs.lower(sigma).to(device)
+        labels = {} if config.data.num_classes is None else {"labels": torch.zeros_like(sigma, dtype=torch.int64)}
+        conditions = {name: each.to(device) for name, each in labels.items()}
         x, z = (torch.randn(count, *config.data.network_shape, device=device) for _ in range(2))
         level = level if level is None else level.to(device)
-        batch = Batch(x.to(memory_format=build.memory_format(config)), sigma.to(device), z, level)
+        x = x.to(memory_format=build.memory_format(config))
+        batch = Batch(x, sigma.to(device), z, level, conditions=conditions, lower=lower)
 
         def train() -> None:
             train_step(state.network, batch, state=state, loss=loss, options=options)

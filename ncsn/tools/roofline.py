@@ -85,16 +85,27 @@ class Work(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def works(config: Config) -> tuple[nn.Module, Work, Work]:
     """The network without values, and the work of one worker: a training step, and the scores of a batch of samples."""
-    shape, loss = config.data.network_shape, build.loss(config)
+    shape = config.data.network_shape
     share = math.ceil(config.train.batch_size / config.compute.max_workers)
     with torch.device("meta"):
         network = build.network(config).to("meta")
+        loss = build.loss(config, teacher=network)
         images, samples = torch.empty(share, *shape), torch.empty(config.sampling.batch_size, *shape)
         of_images, of_samples = (torch.empty(len(each), dtype=torch.int64) for each in (images, samples))
         projections = torch.empty(loss.num_projections, *images.shape)
     level = None if config.noise.training.kind == "lognormal" else of_images
+    sigma = images[:, 0, 0, 0]
+    batch = Batch(
+        images,
+        sigma,
+        images,
+        level,
+        projections,
+        conditions={"labels": of_images} if config.data.num_classes else {},
+        lower=sigma,
+    )
     with Work(len(images)) as training:
-        torch.autograd.backward(loss(network, Batch(images, images[:, 0, 0, 0], images, level, projections)).loss)
+        torch.autograd.backward(loss(network, batch).loss)
     training.operations.append((0, _OF_UPDATE * sum(parameter.numel() for parameter in network.parameters())))
     with torch.no_grad(), Work(len(samples)) as sampling:
         network(samples, of_samples)

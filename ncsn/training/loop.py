@@ -95,7 +95,8 @@ class Training:
             self.classes = classes_of(self.config, self.manifest)
             self.state = build.train_state(self.config, device=context.device)
             taught = None
-            if getattr(self.config.loss, "guidance", None) is not None and job.start is not None:
+            if getattr(self.config.loss, "guidance", None) is not None:
+                assert job.start is not None, "the config's rules"
                 taught = teacher(job.start, config=self.config, classes=self.classes, device=context.device)
             self.loss = build.loss(self.config, self.state.uncertainty, taught)
             self.probe = None
