@@ -94,16 +94,8 @@ def works(config: Config) -> tuple[nn.Module, Work, Work]:
         of_images, of_samples = (torch.empty(len(each), dtype=torch.int64) for each in (images, samples))
         projections = torch.empty(loss.num_projections, *images.shape)
     level = None if config.noise.training.kind == "lognormal" else of_images
-    sigma = images[:, 0, 0, 0]
-    batch = Batch(
-        images,
-        sigma,
-        images,
-        level,
-        projections,
-        conditions={"labels": of_images} if config.data.num_classes else {},
-        lower=sigma,
-    )
+    sigma, conditions = images[:, 0, 0, 0], {"labels": of_images} if config.data.num_classes else {}
+    batch = Batch(images, sigma, images, level, projections, conditions=conditions, lower=sigma)
     with Work(len(images)) as training:
         torch.autograd.backward(loss(network, batch).loss)
     training.operations.append((0, _OF_UPDATE * sum(parameter.numel() for parameter in network.parameters())))
