@@ -69,7 +69,7 @@ def test_with_a_login_it_lets_in_who_has_the_account(tmp_path: Path, monkeypatch
     """The arguments and the settings of the overlay `login`."""
     overlay = BASE.parent / "overlays" / "login"
     (patch,) = load(overlay / "kustomization.yaml")["patches"]
-    added = [each["value"] for each in yaml.safe_load(patch["patch"])]
+    added = [each["value"] for each in yaml.safe_load(patch["patch"]) if each["path"].endswith(("/args/-", "/env/-"))]
     (name,) = (each for each in added if isinstance(each, str))
     variables = {each["name"]: each for each in added if isinstance(each, dict)}
     settings = load(overlay / "basic-auth.yaml")["data"]["basic-auth.ini"]
