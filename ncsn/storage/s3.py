@@ -88,7 +88,7 @@ class _Retrying(fs.FileSystemHandler):  # type: ignore[misc]
         return self.open_input_file(path)
 
     def open_input_file(self, path: str) -> pa.NativeFile:
-        return pa.PythonFile(_Reader(partial(self._fs.open_input_file, path)), mode="r")
+        return pa.PythonFile(_Reader(lambda: self._fs.open_input_file(path)), mode="r")
 
     def open_output_stream(self, path: str, metadata: dict[str, str]) -> pa.NativeFile:  # noqa: ARG002 - Arrow's
         return pa.PythonFile(_Writer(f"{SCHEME}{path}"), mode="w")
@@ -210,7 +210,8 @@ def _session() -> Any:
     import boto3
 
     logging.getLogger("botocore").setLevel(logging.WARNING)  # else every worker's log says where it found the keys
-    return boto3.session.Session()  # new, since threads must not make clients of the shared one at once
+    # New, since threads must not make clients of the shared one at once.
+    return boto3.session.Session(region_name=os.environ.get("AWS_REGION"))
 
 
 @functools.lru_cache(maxsize=4)
@@ -232,11 +233,11 @@ def client() -> Any:
         request_checksum_calculation="when_required",  # some servers refuse parts with one that the upload did not name
     )
     _require_address()  # so that both clients refuse the same ones
-    region = os.environ.get("AWS_REGION")
     try:
-        return _session().client("s3", region_name=region, config=once)
+        return _session().client("s3", config=once)
     except InvalidRegionError:
-        raise UserError("AWS_REGION", "not a region", hint="use one such as us-east-1", value=region) from None
+        given = os.environ.get("AWS_REGION")
+        raise UserError("AWS_REGION", "not a region", hint="use one such as us-east-1", value=given) from None
     except ValueError as error:
         raise UserError("AWS_ENDPOINT_URL", f"cannot be used: {error}", hint=_AN_ADDRESS) from None
 

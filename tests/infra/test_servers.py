@@ -34,7 +34,7 @@ PROBE = POD["readinessProbe"]["httpGet"]["path"]
 def mlflow(folder: Path, patch: pytest.MonkeyPatch, *more: str, **environment: str) -> Iterator[str]:
     """The server with the arguments and variables of its manifest, on SQLite; its address."""
     plain = {each["name"]: each["value"] for each in POD["env"] if "value" in each}
-    database = {"MLFLOW_BACKEND_STORE_URI": f"sqlite:///{folder}/mlflow.db"}
+    database = {"MLFLOW_BACKEND_STORE_URI": f"sqlite:///{folder}/mlflow.db", "HOME": str(folder)}
     for name, value in (plain | database | environment).items():
         patch.setenv(name, value)
     assert POD["command"] == ["mlflow", "server"]
