@@ -35,6 +35,9 @@ class KubeRayConfig(Section):
     """Image of all pods; null = this pod's, or outside a pod that of NCSN_IMAGE."""
     queue: str | None = Field(None, min_length=1)
     """Kueue LocalQueue that admits the RayJobs; null = none."""
+    priority_class: str | None = Field(None, min_length=1)
+    """PriorityClass of all pods, by which Kueue and the scheduler decide who waits and who is preempted; null = the
+    cluster's default."""
     node_selector: dict[str, str] = Field({})
     """Labels of the nodes that worker pods run on."""
     tolerations: tuple[dict[str, Any], ...] = ()

@@ -182,7 +182,7 @@ def ray_tags() -> dict[str, str]:
     # A second `init` only returns what this process is connected to.
     with _own_sigterm():
         dashboard = ray.init(ignore_reinit_error=True, logging_level=logging.WARNING).dashboard_url
-    if dashboard:
+    if dashboard and not is_own():  # else the page ends with this process
         tags["ray.dashboard_url"] = dashboard if "://" in dashboard else f"http://{dashboard}"
     metadata = job_metadata()  # of the Jobs API; empty if the process was not submitted there
     names = {"ray.submission_id": "job_submission_id", "ray.job_name": "job_name"}

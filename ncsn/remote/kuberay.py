@@ -40,13 +40,14 @@ from ncsn.remote.pods import PodLog, PodWatch
 from ncsn.storage.heartbeat import RENEW_SECONDS, Heartbeat
 
 STANDALONE = "kubeflow"  # namespace of the runs where Kubeflow Pipelines serves one user
+NOTES = "ncsn-runs"  # the ConfigMap of infra/base/janitor: by their id, the pipeline runs that are not closed
 NEEDED = (  # what infra/base/rbac/launcher-role.yaml grants
     *((verb, "rayjobs.ray.io") for verb in ("create", "get", "list", "delete")),
     *((verb, "pods") for verb in ("get", "list")),
     ("get", "pods/log"),
     ("list", "events"),
     ("get", "workflows.argoproj.io"),
-    *((verb, "configmaps") for verb in ("create", "delete")),
+    *((verb, "configmaps", NOTES) for verb in ("get", "patch")),
 )
 POLL_SECONDS = 3.0
 DELETE_SECONDS = 30.0  # patience of a deletion while a person waits
@@ -291,7 +292,7 @@ class KubeRay:
 
 
 def _check_rights(api: KubernetesApi) -> str:
-    missing = [f"{verb} {resource}" for verb, resource in NEEDED if not api.allowed(verb, resource)]
+    missing = [" ".join(needed) for needed in NEEDED if not api.allowed(*needed)]
     if missing:
         raise PermissionError(f"this account may not {', '.join(missing)} in namespace {api.namespace!r}")
     return f"{len(NEEDED)} verbs in namespace {api.namespace!r}"

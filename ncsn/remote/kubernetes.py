@@ -26,7 +26,7 @@ INSTALL_KUBERAY = "helm install kuberay-operator kuberay/kuberay-operator --vers
 # Resource -> its API. The client's own models are not used: they refuse what they do not expect.
 _APIS = {"rayjobs": "apis/ray.io/v1", "workflows": "apis/argoproj.io/v1alpha1"}
 _CORE = "api/v1"
-_METHODS = {"create": "POST", "delete": "DELETE"}  # of a verb; the others read
+_METHODS = {"create": "POST", "patch": "PATCH", "delete": "DELETE"}  # of a verb; the others read
 _ENDED = {"Succeeded", "Failed", "Error"}  # of an Argo Workflow
 _LOST_LOG = "unable to retrieve container logs"  # what the kubelet answers for one that is gone
 
@@ -65,6 +65,10 @@ class KubernetesApi:
         """Create the object; raises `Conflict` if there is one of that name."""
         self._call("create", resource, self._path(resource), body=manifest)
 
+    def patch(self, resource: str, name: str, change: Resource) -> None:
+        """Merge into the object; None takes a field away."""
+        self._call("patch", resource, self._path(resource, name), body=change)
+
     def delete(self, resource: str, name: str) -> None:
         """Delete the object and, in the background, what it owns; without effect if it is gone."""
         body = {"propagationPolicy": "Background"}
@@ -83,14 +87,17 @@ class KubernetesApi:
                 return fields
         raise UserError(self.server, "the cluster knows no RayJob ray.io/v1", hint=INSTALL_KUBERAY)
 
-    def allowed(self, verb: str, resource: str) -> bool:
-        """Whether the caller may do this here, for example `create` on `rayjobs.ray.io` or `get` on `pods/log`."""
-        name, _, group = resource.partition(".")
-        plural, _, subresource = name.partition("/")
-        attributes = {"namespace": self.namespace, "verb": verb, "group": group, "resource": plural}
+    def allowed(self, verb: str, resource: str, name: str = "") -> bool:
+        """Whether the caller may do this here, for example `create` on `rayjobs.ray.io` or `get` on `pods/log`.
+
+        With `name` to the one object of that name.
+        """
+        path, _, group = resource.partition(".")
+        plural, _, subresource = path.partition("/")
+        attributes = {"namespace": self.namespace, "verb": verb, "group": group, "resource": plural, "name": name}
         body = {"spec": {"resourceAttributes": attributes | ({"subresource": subresource} if subresource else {})}}
-        path = "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"
-        return bool(self._call("create", "selfsubjectaccessreviews", path, body=body)["status"]["allowed"])
+        reviews = "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"
+        return bool(self._call("create", "selfsubjectaccessreviews", reviews, body=body)["status"]["allowed"])
 
     def read_log(self, pod: str, **query: str) -> list[str]:
         """Lines of the pod's log; empty if it is gone or its container has not started (HTTP 400)."""
@@ -116,13 +123,14 @@ class KubernetesApi:
         **missing: Any,
     ) -> Any:
         """The answer of the API server, asked until it gives one. With `missing` given, that stands for 404."""
+        content = "application/merge-patch+json" if verb == "patch" else "application/json"
 
         def ask() -> Any:
             response = self._client.call_api(
                 path,
                 _METHODS.get(verb, "GET"),
                 query_params=[(name, value) for name, value in (query or {}).items() if value],
-                header_params={"Accept": "application/json", "Content-Type": "application/json"},
+                header_params={"Accept": "application/json", "Content-Type": content},
                 body=body,
                 auth_settings=["BearerToken"],
                 _return_http_data_only=True,

@@ -101,6 +101,8 @@ def render(
     for pod in (head, worker, submitter):
         pod["metadata"]["labels"] |= labels
         pod["spec"]["containers"][0]["image"] = image
+        if settings.priority_class is not None:
+            pod["spec"]["priorityClassName"] = settings.priority_class
     size = {"cpu": settings.head_cpus and str(settings.head_cpus), "memory": settings.head_memory}
     for amounts in head["spec"]["containers"][0]["resources"].values():
         amounts |= {name: amount for name, amount in size.items() if amount is not None}

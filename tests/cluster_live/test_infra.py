@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -44,6 +45,32 @@ def test_the_servers_become_ready_and_a_second_apply_is_taken(infra: Infra) -> N
         if pod["status"]["phase"] == "Running"
     }
     assert len(restarts) >= 3 and not any(restarts.values()), restarts
+
+
+@pytest.mark.timeout(120)
+def test_a_task_may_change_its_notes_and_no_other_configmap(home: Place) -> None:
+    namespace = home.namespace.name
+
+    def may(verb: str, name: str) -> bool:
+        what = {"namespace": namespace, "verb": verb, "resource": "configmaps", "name": name}
+        spec = {"user": f"system:serviceaccount:{namespace}:pipeline-runner", "resourceAttributes": what}
+        review = {"apiVersion": "authorization.k8s.io/v1", "kind": "SubjectAccessReview", "spec": spec}
+        answer = kubectl("create", "--filename", "-", "--output", "json", stdin=json.dumps(review))
+        return bool(json.loads(answer)["status"]["allowed"])
+
+    assert may("get", "ncsn-runs") and may("patch", "ncsn-runs")
+    assert not any(may(verb, "workflow-controller-configmap") for verb in ("patch", "update", "delete"))
+
+
+@pytest.mark.timeout(240)
+def test_a_dump_of_the_database_can_be_restored(infra: Infra) -> None:
+    def inside(command: str) -> str:
+        return kubectl("exec", "--namespace", infra.system, "postgres-0", "--", "sh", "-c", command, seconds=120)
+
+    inside("pg_dump --username=mlflow --format=custom mlflow > /tmp/mlflow.dump")
+    inside("createdb --username=mlflow restored && pg_restore --username=mlflow --dbname=restored /tmp/mlflow.dump")
+    count = "psql --username=mlflow --tuples-only --command='select count(*) from alembic_version, experiments' "
+    assert int(inside(f"{count} restored")) == int(inside(f"{count} mlflow")) >= 1
 
 
 @pytest.mark.timeout(240)

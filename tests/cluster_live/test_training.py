@@ -56,15 +56,7 @@ def test_after_the_loss_of_a_pod_training_goes_on_from_its_checkpoint(place: Pla
         shown = place.stored(f"runs/{RUN}/steps/train/progress.json")["done"]  # perhaps older than the checkpoint
         (lost,) = place.namespace.pods(kind)
         place.namespace.delete("pod", lost["metadata"]["name"], "--grace-period=1")
-        lowest = LONG["train.num_images"]
-
-        def ended() -> bool:
-            nonlocal lowest
-            progress = place.stored(f"runs/{RUN}/steps/train/progress.json") or {"done": lowest}
-            lowest = min(lowest, progress["done"])
-            return command.ended
-
-        eventually(ended, "the command has ended", seconds=600)
+        lowest = place.least_progress(RUN, command, seconds=600)
         assert command.wait(1) == 0, command.said[-3000:]
     assert command.result()["images_seen"] == LONG["train.num_images"]
     assert lowest >= min(kept, shown), "it began anew"

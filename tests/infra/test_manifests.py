@@ -26,6 +26,7 @@ RESOURCES = sorted(
 )
 TEMPLATE = INFRA / "base" / "kuberay" / "rayjob.yaml"
 POD_KINDS = {"Deployment", "StatefulSet", "Job"}
+RESTRICTED = {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}}
 # Resources of other projects, of which no schema is at hand: their fields are not checked here.
 FOREIGN = {"PodMonitor", "ResourceFlavor", "ClusterQueue", "LocalQueue", "RayJob"}
 
@@ -93,7 +94,8 @@ def test_pods_are_limited_unprivileged_and_hold_no_secret(path: Path) -> None:
     assert pod["securityContext"]["runAsNonRoot"] is True and pod["securityContext"]["runAsUser"] > 0
     for container in (*pod.get("initContainers", []), *pod["containers"]):
         assert container["resources"]["limits"].keys() >= {"cpu", "memory"}
-        assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+        assert container["securityContext"] == RESTRICTED
+        assert {"mountPath": "/tmp", "name": "tmp"} in container["volumeMounts"]
         assert re.search(r":v?\d+\.\d+", container["image"]), "the image is pinned"
         earlier: set[str] = set()
         for variable in container.get("env", []):
@@ -117,7 +119,8 @@ def test_the_janitor_is_small_unprivileged_and_never_twice_at_work() -> None:
     (container,) = pod["containers"]
     assert container["command"] == ["ncsn", "cleanup"] and "args" not in container
     assert container["resources"]["requests"].keys() == container["resources"]["limits"].keys() == {"cpu", "memory"}
-    assert container["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+    assert container["securityContext"] == RESTRICTED
+    assert container["volumeMounts"] == [{"mountPath": "/tmp", "name": "tmp"}]
 
 
 def test_every_resource_is_applied_or_an_example() -> None:
@@ -178,8 +181,9 @@ def test_probes_are_patient_with_a_busy_node(path: Path) -> None:
     """A timeout of one second, the default, ended servers at work."""
     for container in load(path)["spec"]["template"]["spec"]["containers"]:
         probes = {kind: probe for kind, probe in container.items() if kind.endswith("Probe")}
+        assert {"readinessProbe", "livenessProbe"} <= probes.keys()
         assert all(probe["timeoutSeconds"] >= 10 for probe in probes.values())
-        assert probes.get("livenessProbe", {"failureThreshold": 6})["failureThreshold"] >= 6
+        assert probes["livenessProbe"]["failureThreshold"] >= 6
 
 
 def test_servers_stop_change_and_keep_as_they_must() -> None:

@@ -17,6 +17,7 @@ from ncsn.config import from_yaml
 from ncsn.process import KFP_RUN_ID, KFP_WORKFLOW
 from ncsn.remote import pods
 from ncsn.remote.backend import RemoteFailure, forwarded_environment
+from ncsn.remote.kuberay import NEEDED
 from ncsn.remote.kubernetes import KubernetesApi
 from ncsn.remote.pods import troubles_of_run
 from ncsn.steps.janitor import forget_this_run, note_run
@@ -148,11 +149,10 @@ def test_the_launchers_role_has_what_is_needed_and_no_more(emulation, monkeypatc
     granted = set(pairs(emulation.cluster.rules))
     assert set(emulation.cluster.requests) == granted
     api = KubernetesApi()
-    assert all(
-        api.allowed(verb, resource + {"rayjobs": ".ray.io", "workflows": ".argoproj.io"}.get(resource, ""))
-        for verb, resource in granted
-    )
+    assert all(api.allowed(*needed) for needed in NEEDED)
+    assert {(verb, resource.partition(".")[0]) for verb, resource, *_ in NEEDED} == granted
     assert not api.allowed("get", "secrets")
+    assert not api.allowed("patch", "configmaps", "workflow-controller-configmap")
 
 
 def test_a_kfp_task_hands_over_its_image_its_workflow_and_its_run(pipeline) -> None:

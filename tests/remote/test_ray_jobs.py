@@ -76,6 +76,7 @@ def test_training_runs_as_a_job(jobs: RayHead, config: Path) -> None:
     experiment = client.get_experiment_by_name("ncsn")
     (tracked,) = client.search_runs([experiment.experiment_id], f"tags.`ray.submission_id` = '{name}'")
     assert tracked.info.run_name == "train" and tracked.info.status == "FINISHED"
+    assert tracked.data.tags["ray.dashboard_url"] == jobs.nodes.dashboard
 
 
 @slow

@@ -51,7 +51,7 @@ def all_errors(manifest: dict[str, Any]) -> list[str]:
 VARIANTS = {
     "plain": rendered(),
     "four GPU workers": rendered(num_workers=4, cpus_per_worker=8, use_gpu=True),
-    "queue": rendered(kuberay={"queue": "research"}),
+    "queue": rendered(kuberay={"queue": "research", "priority_class": "low"}),
     "GPU nodes": rendered(
         use_gpu=True,
         kuberay={"node_selector": {"pool": "l4"}, "tolerations": [{"key": "nvidia.com/gpu", "effect": "NoSchedule"}]},
@@ -110,6 +110,15 @@ def test_the_head_is_as_large_as_asked_else_as_the_template_says() -> None:
     ):
         head = rendered(kuberay=settings)["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
         assert head["containers"][0]["resources"] == {"requests": size, "limits": size}
+
+
+def test_all_pods_have_the_priority_class() -> None:
+    for given in (None, "low"):
+        spec = rendered(kuberay={"priority_class": given})["spec"]
+        cluster = spec["rayClusterSpec"]
+        pods = [spec["submitterPodTemplate"], *(group["template"] for group in cluster["workerGroupSpecs"])]
+        pods.append(cluster["headGroupSpec"]["template"])
+        assert {pod["spec"].get("priorityClassName") for pod in pods} == {given}
 
 
 def test_workers_go_at_once_however_it_failed() -> None:
