@@ -93,6 +93,17 @@ def test_tasks_install_nothing_and_get_addresses_and_secrets_by_reference(docume
         assert {field["name"] for field in executor["fieldPathAsEnv"]} == {KFP_RUN_ID, KFP_WORKFLOW}
 
 
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_task_that_computes_has_its_shared_memory_in_memory(name: str) -> None:
+    _, platform = yaml.safe_load_all((COMPILED / f"{name}.yaml").read_text())
+    executors = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    mounted = {label.removeprefix("exec-"): each.get("emptyDirMounts", []) for label, each in executors.items()}
+    shm = {"volumeName": "shm", "mountPath": "/dev/shm", "medium": "Memory"}
+    computing = {"tune", "train", "sample", "evaluate", "sample-model"} & mounted.keys()
+    assert len(computing) >= 2
+    assert {task: found for task, found in mounted.items() if found} == dict.fromkeys(computing, [shm])
+
+
 def fitted(tmp_path: Path, *, searching: bool = True, **compute: object) -> tuple[Any, Any]:
     """The pipeline and its pods for a large experiment."""
     sized = ComputeConfig.model_validate(LARGE | compute)
