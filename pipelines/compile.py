@@ -58,6 +58,17 @@ LAUNCHER = _size(("100m", "512Mi"), ("1", "2Gi"))
 UNKNOWN = _size(("1", "2Gi"), ("8", "16Gi"))
 REFERENCE_IMAGES = 50_000  # of a dataset that is not ingested yet: as many as the larger published ones have
 
+# Before the source of a task, and so before what it imports.
+_RUN_CODE = """
+import sys
+from ncsn.errors import UserError
+from ncsn.runs.code import run_code
+try:
+    run_code({code!r})
+except UserError as error:
+    sys.exit(f"error: {{error}}")
+"""
+
 
 def compile_all(folder: Path = COMPILED, config: Config | None = None) -> list[Path]:
     """Write `<name>.yaml` of each pipeline into `folder`; the paths."""
@@ -65,16 +76,21 @@ def compile_all(folder: Path = COMPILED, config: Config | None = None) -> list[P
     return [compile_one(name, folder, config) for name in PIPELINES]
 
 
-def compile_one(name: str, folder: Path, config: Config | None = None) -> Path:
+def compile_one(name: str, folder: Path, config: Config | None = None, *, code: str | None = None) -> Path:
     """Write `<name>.yaml` of one of `PIPELINES` into `folder`; the path.
 
     `config` is the experiment that it will run, which decides how large its pods are; None if it is not known yet.
+    `code` is the URI of an archive, see `ncsn.runs.code`, whose packages the tasks run instead of their image's.
     """
     path = folder / f"{name}.yaml"
     compiler.Compiler().compile(PIPELINES[name], str(path))
     text = path.read_text()
     spec, *platforms = yaml.safe_load_all(text)
     fit(spec, platforms, config)
+    if code is not None:
+        for executor in spec["deploymentSpec"]["executors"].values():
+            command = executor["container"]["command"]
+            command[-1] = _RUN_CODE.format(code=code) + command[-1]
     heading = "".join(itertools.takewhile(lambda line: line.startswith("#"), text.splitlines(keepends=True)))
     path.write_text(heading + yaml.safe_dump_all([spec, *platforms], sort_keys=True))
     return path

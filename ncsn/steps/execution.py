@@ -13,6 +13,7 @@ from ncsn.config import Config
 from ncsn.config.search import require_search
 from ncsn.errors import UserError
 from ncsn.process import KFP_RUN_ID, TERMINATED, require_same_python, this_kfp_run
+from ncsn.runs.code import require_packages
 from ncsn.runs.folder import (
     Outcome,
     RunFolder,
@@ -50,6 +51,7 @@ def run_step(
     """
     folder = run_folder(config, run)
     with recorded(config, run, step) if lease else nullcontext():  # a launcher reads there what its driver refuses
+        require_packages()
         preflight(step, config, folder)
         inputs = find_inputs(folder, step, given, config=config)
     with around(step, folder, inputs), recorded(config, run, step):

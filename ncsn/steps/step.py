@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -17,7 +18,7 @@ from ncsn import storage
 from ncsn.config import Config, from_yaml, overrides_between, to_json, to_yaml
 from ncsn.data.format import Manifest, load_manifest
 from ncsn.errors import NotFound
-from ncsn.process import utc_now
+from ncsn.process import CODE, utc_now
 from ncsn.progress import PublishedProgress
 from ncsn.remote import open_backend
 from ncsn.runs.folder import claim_run, read_mistake, read_step, require_owner, update_step
@@ -101,16 +102,21 @@ class Step(Generic[R]):
         settings = [f"storage.root={folder.root}", *overrides_between(self._owner().model_copy(update=root), there)]
         update_step(folder, step, state="RUNNING", error=None)
         storage.delete(folder.status)  # the run has not ended
+        code = os.environ.get(CODE)
         remote = RemoteStep(
             run=folder.run,
             step=step,
             uri=storage.join(folder.steps, step),
             command=(
-                *("ncsn", step, "--run", folder.run),
+                # Of archived code the cluster's environment has no command.
+                *(("python", "-P", "-m", "ncsn") if code else ("ncsn",)),
+                *(step, "--run", folder.run),
                 *(part for setting in settings for part in ("--set", setting)),
                 *(part for name, value in options.items() for part in (f"--{name}", value)),
+                *(("--code", code) if code else ()),
                 "--json",
             ),
+            code=code,
             facts={
                 "ncsn.config": storage.digest(to_json(there), 12),
                 "mlflow.experiment": config.tracking.experiment,

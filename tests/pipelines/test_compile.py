@@ -101,7 +101,7 @@ def test_a_task_that_computes_has_its_shared_memory_in_memory(name: str) -> None
     shm = {"volumeName": "shm", "mountPath": "/dev/shm", "medium": "Memory"}
     computing = {"tune", "train", "sample", "evaluate", "sample-model"} & mounted.keys()
     assert len(computing) >= 2
-    assert {task: found for task, found in mounted.items() if found} == dict.fromkeys(computing, [shm])
+    assert {task: found for task, found in mounted.items() if found} == {task: [shm] for task in computing}
 
 
 def fitted(tmp_path: Path, *, searching: bool = True, **compute: object) -> tuple[Any, Any]:
