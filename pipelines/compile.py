@@ -5,6 +5,7 @@ machine, knows no sizes and would retry a mistake.
 """
 
 import itertools
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,9 +16,12 @@ from kfp import compiler
 
 from ncsn.config import Config
 from ncsn.config.compute import bytes_of
+from ncsn.process import WORKER_MEMORY
 from ncsn.remote.manifest import GPU
+from ncsn.runs.steps import STEPS_ELSEWHERE
 from pipelines.definitions import sample_pipeline, train_pipeline
 
+SLIM_IMAGE = os.environ.get("NCSN_SLIM_IMAGE")  # of the tasks that need no torch; without it the one of all others
 COMPILED = Path(__file__).parent / "compiled"
 PIPELINES = {"train_pipeline": train_pipeline, "sample_pipeline": sample_pipeline}
 
@@ -112,6 +116,10 @@ def fit(spec: dict[str, Any], platforms: Sequence[dict[str, Any]], config: Confi
         container = spec["deploymentSpec"]["executors"][label]["container"]
         step = label.removeprefix("exec-")
         container["resources"] = dict(SIZES.get(step) or _size_of(step, config))
+        if SLIM_IMAGE and _only_launches(step, config):
+            container["image"] = SLIM_IMAGE
+            if config is not None and step in STEPS_ELSEWHERE and config.compute.kuberay.memory_per_worker is None:
+                container["env"].append({"name": WORKER_MEMORY, "value": f"{_memory(config, step) // 2**20}Mi"})
         if step not in SIZES and config is not None and config.compute.backend == "local":
             # The task's own pod computes: it goes where the config wants the workers, and passes nothing on.
             component.pop("taskConfigPassthroughs", None)
@@ -130,13 +138,24 @@ def _size_of(step: str, config: Config | None) -> dict[str, Any]:
     compute, idle = config.compute, step == "tune" and config.search is None
     if idle or compute.backend != "local":
         return LAUNCHER
-    from ncsn.model.memory import worker_memory
-
     # One CPU and 2 GiB more, for the driver, Ray and MLflow's client.
     workers, given = compute.max_workers, compute.kuberay.memory_per_worker
-    memory = bytes_of(given) if given else worker_memory(config, step, reference_images=REFERENCE_IMAGES)
+    memory = bytes_of(given) if given else _memory(config, step)
     amount = (str(workers * compute.cpus_per_worker + 1), f"{round(workers * memory / 2**20) + 2048}Mi")
     return _size(amount, amount, gpus=workers if compute.use_gpu else 0)
+
+
+def _memory(config: Config, step: str) -> int:
+    from ncsn.model.memory import worker_memory
+
+    return worker_memory(config, step, reference_images=REFERENCE_IMAGES)
+
+
+def _only_launches(step: str, config: Config | None) -> bool:
+    """Whether the task needs no torch: Finish, and launchers whose job is known, as it is not before a search."""
+    if config is None or config.search is not None or step not in STEPS_ELSEWHERE:
+        return step == "finish"
+    return step == "tune" or (config.compute.backend == "kuberay" and config.train.init_from is None)
 
 
 if __name__ == "__main__":

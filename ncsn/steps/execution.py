@@ -6,6 +6,7 @@ import importlib
 import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
+from importlib.util import find_spec
 from typing import Any
 
 from ncsn import storage
@@ -26,6 +27,7 @@ from ncsn.runs.folder import (
     write_outcome,
 )
 from ncsn.runs.steps import PIPELINE, STEPS, STEPS_ELSEWHERE, TUNE
+from ncsn.steps.step import launch
 from ncsn.storage.heartbeat import Lease
 from ncsn.tracking.client import tracking_uri
 
@@ -60,6 +62,8 @@ def run_step(
             Lease(lease).require("nothing was started")  # the cluster may retry a job whose launcher is gone
             require_same_python()
             leased = {"lease": lease}
+        elif step in STEPS_ELSEWHERE and config.compute.backend != "local" and find_spec("torch") is None:
+            return launch(step, config, run, inputs)
         return importlib.import_module(f"ncsn.steps.{step}").run(config, run=run, **inputs, **leased)
 
 
