@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING
 import click
 
 from ncsn.cli import cluster, registry
-from ncsn.cli.options import ReportingCommand, existing_run_options, json_option, step_options, target_options
+from ncsn.cli.options import (
+    ReportingCommand,
+    code_option,
+    existing_run_options,
+    json_option,
+    step_options,
+    target_options,
+)
 from ncsn.errors import UserError
 from ncsn.process import reduce_gc
 from ncsn.runs.steps import STEP_INFO
@@ -114,6 +121,7 @@ def _ask_mirrored() -> bool:
 
 @app.command("run", cls=ReportingCommand, short_help="Run the whole pipeline, or its remaining steps.")
 @target_options
+@code_option
 @json_option
 def run_command(*, options: TargetOptions, as_json: bool) -> None:
     """Run the whole pipeline: ingest, tune if the config has a search, train, sample, evaluate, register, report.

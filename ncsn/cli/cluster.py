@@ -13,6 +13,7 @@ from ncsn.cli.options import (
     FAILURE,
     ReportingCommand,
     backend_options,
+    code_option,
     describe,
     existing_run_options,
     json_option,
@@ -28,6 +29,7 @@ _PATIENCE_SECONDS = 30.0
 
 @click.command("submit", cls=ReportingCommand, short_help="Start a pipeline on a Kubeflow cluster.")
 @target_options
+@code_option
 @json_option
 @click.option("--host", metavar="URL", help="Address of Kubeflow Pipelines; default: KF_PIPELINES_ENDPOINT.")
 @click.option(

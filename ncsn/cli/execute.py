@@ -30,6 +30,7 @@ from ncsn.config import Config
 from ncsn.errors import UserError
 from ncsn.process import TERMINATED
 from ncsn.progress import read_progress
+from ncsn.runs.code import publish_code
 from ncsn.runs.folder import (
     RunFolder,
     claim_run,
@@ -48,6 +49,8 @@ _SAVE_SECONDS = 10.0
 
 def run_one(step: str, target: Target, *, given: Mapping[str, str | None]) -> dict[str, Any]:
     """The result of one step."""
+    if target.code_here:
+        publish_code(target.config.storage.root)
 
     @contextmanager
     def around(step: str, folder: RunFolder, inputs: Mapping[str, str]) -> Iterator[None]:
@@ -95,6 +98,8 @@ def run_pipeline(target: Target, *, as_json: bool) -> None:
     config = target.config
     for step in STEPS if config.search is None else PIPELINE:
         preflight(step, config, run_folder(config, target.run))
+    if target.code_here:
+        publish_code(config.storage.root)
     folder = claim_run(config, target.run)
     before = read_results(folders_of(folder, config))
     with _alone(folder, "run"):

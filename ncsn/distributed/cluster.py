@@ -11,12 +11,14 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import ray
 
 from ncsn.config import Config
 from ncsn.errors import UserError
-from ncsn.process import job_metadata
+from ncsn.process import CODE, job_config, job_metadata
+from ncsn.runs.code import ray_environment
 
 LOOPBACK = "127.0.0.1"
 JOIN_SECONDS = 180.0  # how long nodes may still join a cluster that another process started
@@ -47,7 +49,7 @@ def ray_cluster(config: Config) -> Iterator[str]:
             elif joined := os.environ.get("RAY_ADDRESS"):
                 address = joined
                 try:
-                    ray.init(address=address, logging_level=logging.WARNING)
+                    ray.init(address=address, logging_level=logging.WARNING, runtime_env=_edited_code(address))
                 except ValueError as error:
                     hint = "use HOST:PORT of the cluster, or unset it"
                     raise UserError("RAY_ADDRESS", f"not an address: {error}", hint=hint, value=address) from error
@@ -132,6 +134,14 @@ def _own_sigterm() -> Iterator[None]:
         raise
     finally:
         signal.signal(signal.SIGTERM, handler)
+
+
+def _edited_code(address: str) -> dict[str, Any] | None:
+    """What brings this process's code to the workers of another cluster, unless the launcher of this job has."""
+    code = os.environ.get(CODE)
+    if code is None or os.environ.get(_OWN) == address or "py_modules" in job_config().get("runtime_env", {}):
+        return None
+    return ray_environment(code)
 
 
 _MOST_PER_CORE = 4  # threads of workers; with more, a machine does nothing else

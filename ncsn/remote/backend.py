@@ -66,6 +66,7 @@ class RemoteStep:
     step: str
     uri: str  # folder of the step in the store: holds its log and the launcher's lease
     command: tuple[str, ...]  # decides whether an attempt can attach; `leased_command` is what runs
+    code: str | None = None  # URI of an archive of the packages to run, in place of those that are installed there
     facts: Mapping[str, str] = field(default_factory=dict)  # shown with the job, such as the name of its MLflow run
     mistaken: Callable[[], bool] = lambda: False  # whether the step has recorded a mistake, which a retry would repeat
 

@@ -181,7 +181,8 @@ class KubeRay:
 
     def _image(self) -> str:
         """The image of the Ray pods. Only a pod can find out whether it can be pulled."""
-        image = self._compute.kuberay.image or self._launcher.image or os.environ.get(IMAGE_VARIABLE)
+        # That of the launcher's own pod may be the slim one.
+        image = self._compute.kuberay.image or os.environ.get(IMAGE_VARIABLE) or self._launcher.image
         if image is None:
             hint = f"set it or {IMAGE_VARIABLE} to the image that `make image` builds"
             raise UserError("compute.kuberay.image", "no image for the Ray pods", hint=hint)

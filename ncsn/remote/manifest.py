@@ -24,6 +24,7 @@ import yaml
 from ncsn.config import NOT_YAML
 from ncsn.config.compute import LEAST_MEMORY, ComputeConfig, bytes_of
 from ncsn.errors import NotFound, UserError
+from ncsn.process import CODE
 from ncsn.remote.backend import RemoteStep
 
 Manifest = dict[str, Any]
@@ -90,6 +91,11 @@ def render(
     if owner is not None:
         node["ownerReferences"] = [owner]
     spec["entrypoint"] = shlex.join(step.leased_command)
+    if step.code is not None:  # Ray reads it there with the pods' credentials
+        ray = yaml.safe_load(spec.get("runtimeEnvYAML") or "{}")
+        ray["py_modules"] = [step.code, *ray.get("py_modules", [])]
+        ray["env_vars"] = ray.get("env_vars", {}) | {CODE: step.code}
+        spec["runtimeEnvYAML"] = yaml.safe_dump(ray)
     spec["activeDeadlineSeconds"] = max(1, round(settings.max_hours * 3600))
     spec["preRunningDeadlineSeconds"] = max(1, round(settings.max_start_minutes * 60))
     cluster = spec["rayClusterSpec"]

@@ -36,6 +36,7 @@ from ncsn.remote.backend import (
     refuse_other_work,
     say,
 )
+from ncsn.runs.code import ray_environment
 from ncsn.storage.heartbeat import RENEW_SECONDS, Heartbeat
 
 if TYPE_CHECKING:
@@ -197,12 +198,13 @@ class RayJobs:
                 return name
 
     def _submit(self, step: RemoteStep, name: str) -> bool:
-        """Start a job with the code that is installed there; False if another launcher took the name."""
+        """Start a job with the step's code or what is installed there; False if another launcher took the name."""
         kfp_run = os.environ.get(KFP_RUN_ID)
         about = {"job_name": step.job_name, RUN: step.run, STEP: step.step, REQUEST: step.request}
         about |= {PYTHON: python_version(), **step.facts, **({KFP_RUN: kfp_run} if kfp_run else {})}
-        env = {**forwarded_environment(), "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)}
-        options: dict[str, Any] = {"submission_id": name, "metadata": about, "runtime_env": {"env_vars": env}}
+        ray = {} if step.code is None else ray_environment(step.code)
+        env = {**forwarded_environment(), **ray.get("env_vars", {}), "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)}
+        options: dict[str, Any] = {"submission_id": name, "metadata": about, "runtime_env": {**ray, "env_vars": env}}
 
         def submit() -> bool:
             try:

@@ -135,6 +135,7 @@ class StepRecord:
     inputs: Mapping[str, Any] = field(default_factory=dict)  # of the result
     result: Mapping[str, Any] = field(default_factory=dict)  # empty if none has finished
     finished_at: str = ""
+    request: str = ""  # of the launcher that got the result last, see `RemoteStep.request`
 
 
 def read_step(folder: RunFolder, step: str) -> StepRecord:

@@ -6,6 +6,7 @@ import importlib
 import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
+from importlib.util import find_spec
 from typing import Any
 
 from ncsn import storage
@@ -13,6 +14,7 @@ from ncsn.config import Config
 from ncsn.config.search import require_search
 from ncsn.errors import UserError
 from ncsn.process import KFP_RUN_ID, TERMINATED, require_same_python, this_kfp_run
+from ncsn.runs.code import require_packages
 from ncsn.runs.folder import (
     Outcome,
     RunFolder,
@@ -25,6 +27,7 @@ from ncsn.runs.folder import (
     write_outcome,
 )
 from ncsn.runs.steps import PIPELINE, STEPS, STEPS_ELSEWHERE, TUNE
+from ncsn.steps.step import launch
 from ncsn.storage.heartbeat import Lease
 from ncsn.tracking.client import tracking_uri
 
@@ -50,6 +53,7 @@ def run_step(
     """
     folder = run_folder(config, run)
     with recorded(config, run, step) if lease else nullcontext():  # a launcher reads there what its driver refuses
+        require_packages()
         preflight(step, config, folder)
         inputs = find_inputs(folder, step, given, config=config)
     with around(step, folder, inputs), recorded(config, run, step):
@@ -58,6 +62,8 @@ def run_step(
             Lease(lease).require("nothing was started")  # the cluster may retry a job whose launcher is gone
             require_same_python()
             leased = {"lease": lease}
+        elif step in STEPS_ELSEWHERE and config.compute.backend != "local" and find_spec("torch") is None:
+            return launch(step, config, run, inputs)
         return importlib.import_module(f"ncsn.steps.{step}").run(config, run=run, **inputs, **leased)
 
 

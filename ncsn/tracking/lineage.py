@@ -7,18 +7,17 @@ import importlib.metadata
 import os
 import platform
 import re
-import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ncsn import storage
 from ncsn.config.schema import MODEL_NAME_PATTERN
 from ncsn.errors import UserError
-from ncsn.process import CONTAINER_IMAGE, IMAGE_VARIABLE, KFP_RUN_ID
+from ncsn.process import CODE, CONTAINER_IMAGE, IMAGE_VARIABLE, KFP_RUN_ID
+from ncsn.runs.code import origin
 from ncsn.tracking.client import quoted, shown, tag_filter
 from ncsn.tracking.promotion import SCHEME, resolve_version
 
@@ -44,7 +43,7 @@ ACCEPTED = (
 SHOWN = (
     *("ncsn.run", "ncsn.root", "ncsn.checkpoint", INIT_FROM, "kfp.", "ray.", "mlflow.user"),
     *("dataset.", "checkpoint.", "samples.", "evaluation.", "eval.", "report.", "tune.", "gate.promoted"),
-    *("gate.reason", "promot", "rolled_back", "mlflow.source.git", "mlflow.docker"),
+    *("gate.reason", "promot", "rolled_back", "mlflow.source.git", "mlflow.docker", "ncsn.code."),
 )
 _RUN_FOLDER = re.compile(r"(?P<root>.+)/runs/(?P<run>[^/]+)(/.*)?")
 
@@ -128,13 +127,9 @@ def provenance(command: str) -> dict[str, str]:
     tags |= kfp_run()
     if image := container_image():
         tags["mlflow.docker.image.uri"] = image
-    commit, checkout = os.environ.get("NCSN_COMMIT", ""), Path(__file__).parents[2]
-    if not commit and (checkout / ".git").exists():
-        ask = ["git", "-C", str(checkout), "rev-parse", "HEAD"]
-        with suppress(OSError):  # there is no git
-            commit = subprocess.run(ask, capture_output=True, text=True, check=False).stdout.strip()  # noqa: S603
-    if commit and commit != "unknown":  # of an image that was built without one
-        tags["mlflow.source.git.commit"] = commit
+    tags |= {f"mlflow.source.git.{name}": value for name, value in origin().items()}
+    if code := os.environ.get(CODE):
+        tags |= {"ncsn.code.uri": code, "ncsn.code.digest": code.rpartition("/")[2].removesuffix(".zip")}
     try:
         tags["mlflow.user"] = getpass.getuser()
     except (KeyError, OSError):  # a container's numeric user has no name

@@ -1,7 +1,8 @@
 """A real cluster, `infra/` on it under other names, and a namespace for each test: what `make test-cluster` runs.
 
-KUBECONFIG names the cluster, NCSN_IMAGE the image of all pods. What a failed test leaves to see is in the folder that
-NCSN_EVIDENCE names, by default cluster-evidence. NCSN_PATIENCE is a factor of all limits of time, by default 1.
+KUBECONFIG names the cluster, NCSN_IMAGE the image of all pods, NCSN_SLIM_IMAGE that of those that need no torch, if it
+is another. What a failed test leaves to see is in the folder that NCSN_EVIDENCE names, by default cluster-evidence.
+NCSN_PATIENCE is a factor of all limits of time, by default 1.
 """
 
 from __future__ import annotations

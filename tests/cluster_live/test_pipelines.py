@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from edited_clone import SAYS, clone
 from kubeflow_pipelines import ENDED, Kubeflow
 from real_cluster import eventually
 
@@ -68,6 +72,22 @@ def test_a_terminated_run_is_submitted_again(pipelines: Place, kubeflow: Kubeflo
     assert pipelines.stored(f"runs/{run}/status.json")["status"] == "FINISHED"
     assert pipelines.tracked(run) == {"FINISHED"}
     assert not pipelines.at_work(run)
+
+
+@pytest.mark.timeout(2400)
+def test_a_pipeline_runs_the_edited_code_of_a_clone(pipelines: Place, kubeflow: Kubeflow, tmp_path: Path) -> None:
+    """In its tasks, in the driver and in the worker, with the image as it was."""
+    run, edited = pipelines.folder, clone(tmp_path / "clone")
+    edited.edit("ncsn/training/loop.py")
+    options = ("--json", "--wait", *pipelines.options(), "--run", run, "--code", "here")
+    done = edited.ncsn("submit", *options, env={**os.environ, **pipelines.environment})
+    assert done.returncode == 0, done.stderr
+    assert kubeflow.run(json.loads(done.stdout)["id"])["state"] == "SUCCEEDED"
+    said = [line for line in pipelines.text(f"runs/{run}/steps/train/log.txt").splitlines() if line.endswith(SAYS)]
+    assert {line == SAYS for line in said} == {True, False}, "the worker's and the driver's"
+    (archive,) = pipelines.files("code")
+    report = pipelines.text(f"runs/{run}/report/report.html")
+    assert archive.removesuffix(".zip") in report and "Edited since that commit" in report
 
 
 @pytest.mark.timeout(1800)

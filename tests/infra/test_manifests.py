@@ -227,9 +227,13 @@ def test_the_template_is_a_valid_rayjob() -> None:
 def test_the_template_the_image_and_the_pins_agree() -> None:
     pin = re.search(r"^ray==(\S+)$", (ROOT / "constraints.txt").read_text(), flags=re.MULTILINE)
     assert pin and load(TEMPLATE)["spec"]["rayClusterSpec"]["rayVersion"] == pin[1]
-    images = {image for path in RESOURCES for image in re.findall(r"image: (ncsn-python:\S+)", path.read_text())}
-    assert images == {f"ncsn-python:{VERSION}"}
-    assert load(INFRA / "image" / "kustomization.yaml")["images"][0]["newTag"] == VERSION
+    images = {image for path in RESOURCES for image in re.findall(r"image: (ncsn-\S+)", path.read_text())}
+    assert images == {f"ncsn-python:{VERSION}", f"ncsn-slim:{VERSION}"}
+    renamed = load(INFRA / "image" / "kustomization.yaml")["images"]
+    assert {each["name"]: each["newTag"] for each in renamed} == {
+        "ncsn-python": VERSION,
+        "ncsn-slim": f"{VERSION}-slim",
+    }
     assert f"NCSN_IMAGE:-ncsn-python:{VERSION}" in (INFRA / "compose" / "docker-compose.yaml").read_text()
 
 

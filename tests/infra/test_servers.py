@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,6 +38,8 @@ def mlflow(folder: Path, patch: pytest.MonkeyPatch, *more: str, **environment: s
     database = {"MLFLOW_BACKEND_STORE_URI": f"sqlite:///{folder}/mlflow.db", "HOME": str(folder)}
     for name, value in (plain | database | environment).items():
         patch.setenv(name, value)
+    (folder / "torch.py").write_text("raise ImportError('the slim image has none')")
+    patch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
     assert POD["command"] == ["mlflow", "server"]
     command = [*MLFLOW, "server", *POD["args"], "--workers=1", *more]  # of an option that comes twice, the last counts
     with Server(command, folder=folder, health="/health") as server:
