@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -20,8 +21,9 @@ from ncsn.errors import NotFound
 from ncsn.process import utc_now
 from ncsn.progress import PublishedProgress
 from ncsn.remote import open_backend
-from ncsn.runs.folder import claim_run, read_mistake, read_step, require_owner, update_step
+from ncsn.runs.folder import RunFolder, claim_run, read_mistake, read_step, require_owner, update_step
 from ncsn.runs.steps import CONTINUING, STEPS_ELSEWHERE
+from ncsn.storage.retry import limited
 
 if TYPE_CHECKING:
     from ncsn.tracking.mlflow_runs import StepRun
@@ -92,14 +94,13 @@ class Step(Generic[R]):
         backend = open_backend(_sized(config, step, options).compute)
         if backend is None:
             return None
-        from ncsn.remote.backend import RemoteFailure, RemoteLost, RemoteStep, say
+        from ncsn.remote.backend import EndedByOther, RemoteFailure, RemoteLost, RemoteStep, say
 
         backend.connect()  # before the store is changed
         root = {"storage": config.storage.model_copy(update={"root": folder.root})}
         compute = config.compute.model_copy(update={"backend": "local"})
         there = config.model_copy(update={**root, "compute": compute})
         settings = [f"storage.root={folder.root}", *overrides_between(self._owner().model_copy(update=root), there)]
-        update_step(folder, step, state="RUNNING", error=None)
         storage.delete(folder.status)  # the run has not ended
         remote = RemoteStep(
             run=folder.run,
@@ -117,18 +118,22 @@ class Step(Generic[R]):
                 "mlflow.run_name": f"{folder.run}/{step}",
             },
             mistaken=lambda: read_mistake(folder, step) is not None,
+            told=lambda: _told(folder, step),
+            resumes=lambda: _resumes(folder, step),
         )
         for _ in range(MOST_STARTS):
+            update_step(folder, step, state="RUNNING", error=None)
             try:
                 backend.execute(remote)
-            except RemoteLost:
-                if self._stored() is None:
-                    raise
             except RemoteFailure as failure:
-                mistake = read_mistake(folder, step)
-                if mistake is None:
+                if (mistake := read_mistake(folder, step)) is not None:
+                    raise mistake from failure
+                if isinstance(failure, RemoteLost) and self._stored() is not None:
+                    break
+                if not isinstance(failure, EndedByOther):
                     raise
-                raise mistake from failure
+                say(f"{failure}; this run goes on: the step {step} starts again where it was")
+                continue
             if read_step(folder, step).state != "KILLED":
                 break
             # The store was away from here for longer than the lease, and the driver gave this process up.
@@ -171,6 +176,25 @@ class Step(Generic[R]):
         """The stored result, if it is of the same inputs."""
         stored = read_step(self.folder, self.name)
         return stored.result if stored.result and stored.inputs == self._inputs else None
+
+
+def _told(folder: RunFolder, step: str) -> str | None:
+    """Why the step failed, as its driver has recorded it."""
+    record = read_step(folder, step)
+    return f"{record.error.kind}: {record.error.message}" if record.error and record.state == "FAILED" else None
+
+
+def _resumes(folder: RunFolder, step: str) -> str:
+    """What the next driver of the step does, as a clause. Without torch, which the pod of a launcher may lack."""
+    if step != "train":
+        return f"the step {step} goes on with what is stored"
+    newest = "its last checkpoint"
+    with suppress(OSError), limited(0):
+        found = (name for name in storage.list_names(folder.checkpoints) if re.fullmatch(r"[a-z]+-\d+", name))
+        names = sorted(found, key=lambda name: int(name.partition("-")[2]), reverse=True)
+        whole = (storage.join(folder.checkpoints, name) for name in names)
+        newest = next((uri for uri in whole if storage.exists(storage.join(uri, "checkpoint.json"))), "the start")
+    return f"training resumes from {newest}"
 
 
 def _sized(config: Config, step: str, inputs: Mapping[str, str]) -> Config:
