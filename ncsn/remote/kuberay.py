@@ -152,10 +152,11 @@ class KubeRay:
         if self._ours and not (state.kept and "deletionStrategy" in manifest["spec"]):
             self._api.delete("rayjobs", name, uid=self._uid)
         if not state.succeeded:
-            cause = step.told() or log.first_error() or pods.cause or state.explain()
+            told = step.told()
+            causes: list[str | None] = [told or log.first_error() or pods.cause or state.explain()]
             if state.reason.endswith("Exceeded") or state.deployment == "ValidationFailed":  # ended by the operator
-                cause = state.message
-            why = log.describe(cause, pods.cause, pods.ended)
+                causes = [state.message, told]
+            why = log.describe(*causes, pods.cause, pods.ended)
             raise RemoteFailure(f"RayJob {name} failed ({state.reason or state}): {why}")
 
     def stop(self, *, run: str | None, kfp_run: str | None) -> list[str]:

@@ -235,7 +235,7 @@ class PodLog(DriverLog):
             # The submitter's own, when the head is lost, of which `PodWatch` has a line. The driver's tracebacks stay.
             if _LOST_CONNECTION.search(line):
                 self._traceback.clear()
-            elif line == TRACEBACK or (self._traceback and line.startswith(" ")):
+            elif line.startswith(TRACEBACK) or (self._traceback and line.startswith(" ")):
                 self._traceback.append(line)
             else:
                 yield from self._release()

@@ -46,6 +46,11 @@ class Step(Generic[R]):
         self._type = result
         self._inputs: dict[str, Any] = {}
 
+    @property
+    def last_lines(self) -> str:
+        """URI of what the workers wrote last when the step failed."""
+        return self.folder.step(self.name, "workers.txt")
+
     def fix_noise_levels(self, config: Config, manifest: Manifest) -> Config:
         """The config with the levels that `noise: auto` stands for, which the run keeps from now on."""
         if config.noise.kind != "auto" and storage.read_text(self.folder.config) == to_yaml(config):

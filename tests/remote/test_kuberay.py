@@ -99,8 +99,9 @@ def test_a_cluster_that_finds_no_room_is_given_up(emulation, eventually, said, r
     """KubeRay's backoffLimit would wait for as long again. It replaces a cluster that has no pods at once."""
     emulation.operator.head, emulation.operator.retry_seconds = unschedulable, retry_seconds
     emulation.operator.seen = lambda: any("Insufficient memory" in line for line in said)
-    with pytest.raises(RemoteFailure, match="Unschedulable: 0/1 nodes are available: 1 Insufficient memory"):
+    with pytest.raises(RemoteFailure, match="Unschedulable: 0/1 nodes are available: 1 Insufficient memory") as caught:
         emulation.execute(HELLO, kuberay={"max_start_minutes": 1 / 60})
+    assert "log.txt" not in str(caught.value), "there is none"
     eventually(lambda: not emulation.jobs, "the RayJob is gone")
     assert emulation.operator.started == []
 
@@ -201,6 +202,37 @@ def test_a_crash_loop_shows_its_last_lines(emulation, eventually, capsys) -> Non
     eventually(lambda: not emulation.jobs, "the RayJob is gone")
     shown = capsys.readouterr().err
     assert "line 19" in shown and "line 2\n" not in shown
+
+
+def test_a_lost_head_is_one_line_and_the_reason_is_in_the_error(emulation, eventually, said, tmp_path: Path) -> None:
+    """In place of the traceback of the submitter, whose connection it cuts; the driver's own is shown."""
+    go = tmp_path / "go"
+    code = f"""
+import pathlib, time
+print("Traceback (most recent call last):\\n  File x, line 1\\n    await y")
+print("RuntimeError: WebSocket connection closed unexpectedly with close code 1006", flush=True)
+while not pathlib.Path({str(go)!r}).exists(): time.sleep(0.02)
+raise ValueError("no such data")
+"""
+    looks = ("list", "pods")
+
+    def lose_the_head() -> None:
+        eventually(lambda: emulation.operator.started, "the entrypoint runs")
+        seen = emulation.cluster.requests.count(looks)
+        eventually(lambda: emulation.cluster.requests.count(looks) > seen + 4, "the head is seen")
+        (head,) = emulation.cluster.list("pods", "ray.io/node-type=head")
+        ended = {"restartCount": 1, "lastState": {"terminated": {"exitCode": 137, "reason": "OOMKilled"}}}
+        lost = head["metadata"]["name"]
+        emulation.cluster.update("pods", lost, lambda pod: pod["status"]["containerStatuses"][0].update(ended))
+        eventually(lambda: any("the head is lost" in line for line in said), "the loss is told")
+        (line,) = (line for line in said if "the head is lost" in line)
+        assert lost in line and "OOMKilled" in line and "the step starts again" in line
+        go.touch()
+
+    with pytest.raises(RemoteFailure, match=r"ValueError: no such data; .*OOMKilled.*; log .*log.txt"):
+        emulation.execute(code, meanwhile=lose_the_head)
+    assert "WebSocket" not in emulation.log and "await y" not in emulation.log
+    assert "Traceback" in emulation.log
 
 
 @pytest.mark.usefixtures("hasty")

@@ -112,10 +112,11 @@ def test_the_head_is_as_large_as_asked_else_as_the_template_says() -> None:
         assert head["containers"][0]["resources"] == {"requests": size, "limits": size}
 
 
-def test_workers_go_at_once_however_it_failed() -> None:
+def test_workers_go_at_once_however_it_ended() -> None:
     """After activeDeadlineSeconds jobStatus stays RUNNING, so a rule for it alone keeps the GPUs (KubeRay 1.7.0)."""
     rules = rendered()["spec"]["deletionStrategy"]["deletionRules"]
     at_once = [rule["condition"] for rule in rules if rule["policy"] == "DeleteWorkers"]
+    assert {"jobStatus": "SUCCEEDED", "ttlSeconds": 0} in at_once, "a driver without a launcher ends with exit code 0"
     assert {"jobStatus": "FAILED", "ttlSeconds": 0} in at_once
     assert {"jobDeploymentStatus": "Failed", "ttlSeconds": 0} in at_once
 
