@@ -94,7 +94,11 @@ def submit_command(
         def say(news: str) -> None:
             click.echo(f"{submission.name}: {news}", err=True)
 
-        wait(connection, started.id, say=say, why=lambda: why_it_failed(submission))
+        try:
+            wait(connection, started.id, say=say, why=lambda: why_it_failed(submission))
+        except KeyboardInterrupt:
+            say(f"no longer watched; the run goes on, and Terminate on its page ends it: {started.url}")
+            raise
 
 
 @click.command("doctor", cls=ReportingCommand, short_help="Check store, MLflow, Ray, images, Kubeflow and cluster.")

@@ -14,11 +14,14 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import ray
+from ray.exceptions import RayError, RayTaskError
 
 from ncsn.config import Config
+from ncsn.distributed.last_lines import keep_last_lines
 from ncsn.errors import UserError
 from ncsn.process import CODE, job_config, job_metadata
 from ncsn.runs.code import ray_environment
+from ncsn.storage.heartbeat import LeaseExpired
 
 LOOPBACK = "127.0.0.1"
 JOIN_SECONDS = 180.0  # how long nodes may still join a cluster that another process started
@@ -32,14 +35,15 @@ _logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def ray_cluster(config: Config) -> Iterator[str]:
+def ray_cluster(config: Config, *, last_lines: str | None = None) -> Iterator[str]:
     """Connect to the cluster at RAY_ADDRESS, or start one on this machine that ends with the block.
 
     A cluster that it starts listens on loopback only, has the dashboard on and asks for a token. Its address is in the
     environment meanwhile, so that child processes join it. Ray ties its processes to this one: if this process is
     killed, they end too.
 
-    The config decides the size of a cluster that is started.
+    The config decides the size of a cluster that is started. A failure of the block leaves the workers' last lines at
+    the URI `last_lines`.
     Yields the address of the cluster.
     """
     with ExitStack() as stack:
@@ -60,7 +64,18 @@ def ray_cluster(config: Config) -> Iterator[str]:
                 for name in ("RAY_ADDRESS", _OWN):
                     os.environ[name] = address
                     stack.callback(os.environ.pop, name)
-        yield address
+        if last_lines is None:
+            yield address
+            return
+        try:
+            yield address
+        except (RuntimeError, RayError) as error:
+            if isinstance(error, LeaseExpired) or not keep_last_lines(last_lines, error):
+                raise
+            cause = error.cause if isinstance(error, RayTaskError) else error
+            kind = "" if type(cause) is RuntimeError else f"{type(cause).__name__}: "
+            first = next(iter(str(cause).strip().splitlines()), "")
+            raise RuntimeError(f"{kind}{first}; the workers' last lines are in {last_lines}") from error
 
 
 @contextmanager
@@ -88,7 +103,7 @@ def ray_cluster_meanwhile(config: Config) -> Iterator[Callable[[], str]]:
 
 
 @contextmanager
-def cluster_for(config: Config, *, start: bool, join: bool = True) -> Iterator[None]:
+def cluster_for(config: Config, *, start: bool, join: bool = True, last_lines: str | None = None) -> Iterator[None]:
     """A cluster, or none if it is not worth it to `start` one: that takes longer than a single small call.
 
     With `join`, the cluster at RAY_ADDRESS is used in any case, if there is one.
@@ -103,7 +118,7 @@ def cluster_for(config: Config, *, start: bool, join: bool = True) -> Iterator[N
                 )
         yield
         return
-    with ray_cluster(config):
+    with ray_cluster(config, last_lines=last_lines):
         require_resources(config)
         yield
 

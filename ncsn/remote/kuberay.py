@@ -18,6 +18,7 @@ from ncsn.remote.backend import (
     PATIENCE_SECONDS,
     Check,
     Conflict,
+    EndedByOther,
     RemoteFailure,
     RemoteLost,
     RemoteStep,
@@ -117,7 +118,8 @@ class KubeRay:
         self._compute, self._patience, self._renew_seconds = compute, patience, renew_seconds
         self._namespace = compute.kuberay.namespace or namespace
         self._launcher = Launcher()
-        self._ours = False  # whether this process created the RayJob or attached to it
+        self._ours = False  # whether the RayJob ends with this process
+        self._uid: str | None = None  # of the RayJob; another of its name may be another launcher's
 
     @cached_property
     def _api(self) -> KubernetesApi:
@@ -130,17 +132,16 @@ class KubeRay:
         """Run the step as a RayJob, or attach to the one that an earlier attempt left; return when it has ended.
 
         Ctrl-C deletes the RayJob. So does SIGTERM, unless it is meant for the pod of this process and not for its
-        pipeline. A RayJob that failed stays for as long as the template says.
+        pipeline. That of another pipeline run stays. A RayJob that failed stays for as long as the template says.
         """
         self._launcher = find_launcher(self._api)
         manifest, name = self._manifest(step), step.job_name
         with ended_on_sigterm(lambda: self._end_at_once(name)), Heartbeat(step.lease, every=self._renew_seconds):
             try:
                 attempt = self._start(step, manifest)
-                pods = PodWatch(self._api, f"{ATTEMPT_LABEL}={attempt}")
+                pods = PodWatch(self._api, f"{ATTEMPT_LABEL}={attempt}", resumes=step.resumes)
                 with PodLog(self._api, name, attempt=attempt, uri=step.log) as log:
-                    state = self._watch(step, pods)
-                    log.finish()
+                    state = self._watch(step, pods, attempt)
             except (SystemExit, RemoteLost):  # on SIGTERM the handler has decided
                 raise
             except BaseException as error:
@@ -149,20 +150,22 @@ class KubeRay:
                 if self._ours and not outage:
                     self._delete(name, KubernetesApi(self._api.namespace, patience=DELETE_SECONDS))
                 raise
-        if not (state.kept and "deletionStrategy" in manifest["spec"]):
-            self._api.delete("rayjobs", name)
+        if self._ours and not (state.kept and "deletionStrategy" in manifest["spec"]):
+            self._api.delete("rayjobs", name, uid=self._uid)
         if not state.succeeded:
-            cause = log.first_error() or pods.cause or state.explain()
+            told = step.told()
+            causes: list[str | None] = [told or log.first_error() or pods.cause or state.explain()]
             if state.reason.endswith("Exceeded") or state.deployment == "ValidationFailed":  # ended by the operator
-                cause = "; ".join(filter(None, (state.message, pods.cause)))
-            raise RemoteFailure(f"RayJob {name} failed ({state.reason or state}): {cause}; log {step.log}")
+                causes = [state.message, told]
+            why = log.describe(*causes, pods.cause, pods.ended)
+            raise RemoteFailure(f"RayJob {name} failed ({state.reason or state}): {why}")
 
     def stop(self, *, run: str | None, kfp_run: str | None) -> list[str]:
-        rayjobs = self._api.find("rayjobs", labels=selector(run=run, kfp_run=kfp_run))
-        names = [rayjob["metadata"]["name"] for rayjob in rayjobs if not JobState(rayjob).finished]
-        for name in names:
-            self._api.delete("rayjobs", name)
-        return names
+        found = self._api.find("rayjobs", labels=selector(run=run, kfp_run=kfp_run))
+        running = [rayjob["metadata"] for rayjob in found if not JobState(rayjob).finished]
+        for metadata in running:
+            self._api.delete("rayjobs", metadata["name"], uid=metadata["uid"])
+        return [metadata["name"] for metadata in running]
 
     def checks(self) -> Iterator[Check]:
         """What a RayJob will need of the cluster; only the first check if no cluster is configured."""
@@ -202,11 +205,11 @@ class KubeRay:
 
     def _start(self, step: RemoteStep, manifest: Resource) -> str:
         """Create the RayJob, or attach to one; the label of its pods, since those of an earlier one may still end."""
-        name = step.job_name
+        name, kfp_run = step.job_name, self._launcher.labels.get(KFP_RUN_LABEL)
         while True:
-            self._ours = True  # before it exists, because this process may be killed meanwhile
+            self._ours, self._uid = True, None  # before it exists, because this process may be killed meanwhile
             try:
-                self._api.create("rayjobs", manifest)
+                self._uid = self._api.create("rayjobs", manifest)["metadata"]["uid"]
                 say(f"RayJob {name} created in namespace {self._api.namespace}")
                 return str(manifest["metadata"]["labels"][ATTEMPT_LABEL])
             except Conflict:
@@ -223,11 +226,12 @@ class KubeRay:
                 if metadata.get("annotations", {}).get(REQUEST_ANNOTATION) != step.request:
                     how = f"kubectl delete rayjob {name} --namespace {self._api.namespace}"
                     raise refuse_other_work(name, how)
-                self._ours = True
-                say(f"attached to RayJob {name}, which is {state}")
+                self._ours, self._uid = metadata["labels"].get(KFP_RUN_LABEL) == kfp_run, metadata["uid"]
+                whose = "" if self._ours else " and another pipeline run's"
+                say(f"attached to RayJob {name}, which is {state}{whose}")
                 return str(metadata["labels"][ATTEMPT_LABEL])
-            self._api.delete("rayjobs", name)
-            while self._api.get("rayjobs", name) is not None:
+            self._api.delete("rayjobs", name, uid=metadata["uid"])
+            while ((self._api.get("rayjobs", name) or {}).get("metadata") or {}).get("uid") == metadata["uid"]:
                 time.sleep(POLL_SECONDS)
 
     def _belongs_to_ended_pipeline(self, rayjob: Resource) -> bool:
@@ -238,14 +242,14 @@ class KubeRay:
                 return is_ending(self._api.get("workflows", workflow))
         return False
 
-    def _watch(self, step: RemoteStep, pods: PodWatch) -> JobState:
+    def _watch(self, step: RemoteStep, pods: PodWatch, attempt: str) -> JobState:
         """Wait for the end of the RayJob."""
         name, shown, settings = step.job_name, "", self._compute.kuberay
         ran, late = False, time.monotonic() + 60 * settings.max_start_minutes
         while True:
             found = self._api.get("rayjobs", name)
-            if found is None:
-                raise RemoteLost(f"RayJob {name} was deleted while it ran")
+            if found is None or found["metadata"]["labels"][ATTEMPT_LABEL] != attempt:
+                raise (RemoteLost if self._ours else EndedByOther)(f"RayJob {name} was deleted while it ran")
             state = JobState(found)
             if str(state) != shown:
                 shown = str(state)
@@ -285,7 +289,7 @@ class KubeRay:
 
     def _delete(self, name: str, api: KubernetesApi) -> None:
         try:
-            api.delete("rayjobs", name)
+            api.delete("rayjobs", name, uid=self._uid)
             say(f"RayJob {name} deleted")
         except (ConnectionError, PermissionError, UserError) as error:
             how = f"to end it before its lease does: kubectl delete rayjob {name} --namespace {api.namespace}"

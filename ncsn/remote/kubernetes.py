@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -61,18 +62,25 @@ class KubernetesApi:
         listed = self._call("list", resource, self._path(resource), query=query, missing={"items": []})
         return sorted(listed["items"], key=lambda found: str(found["metadata"].get("creationTimestamp", "")))
 
-    def create(self, resource: str, manifest: Resource) -> None:
-        """Create the object; raises `Conflict` if there is one of that name."""
-        self._call("create", resource, self._path(resource), body=manifest)
+    def create(self, resource: str, manifest: Resource) -> Resource:
+        """The object as it was created; raises `Conflict` if there is one of that name."""
+        created: Resource = self._call("create", resource, self._path(resource), body=manifest)
+        return created
 
     def patch(self, resource: str, name: str, change: Resource) -> None:
         """Merge into the object; None takes a field away."""
         self._call("patch", resource, self._path(resource, name), body=change)
 
-    def delete(self, resource: str, name: str) -> None:
-        """Delete the object and, in the background, what it owns; without effect if it is gone."""
-        body = {"propagationPolicy": "Background"}
-        self._call("delete", resource, self._path(resource, name), body=body, missing=None)
+    def delete(self, resource: str, name: str, *, uid: str | None = None) -> None:
+        """Delete the object and, in the background, what it owns; without effect if it is gone.
+
+        Another object of this name stays if `uid` is given.
+        """
+        body: Resource = {"propagationPolicy": "Background"}
+        if uid is not None:
+            body["preconditions"] = {"uid": uid}
+        with suppress(Conflict):
+            self._call("delete", resource, self._path(resource, name), body=body, missing=None)
 
     def events(self, name: str) -> list[Resource]:
         """The events of the object of this name, oldest first."""
@@ -145,7 +153,7 @@ class KubernetesApi:
             status, message = error.status, message_of(error)
         if status == 404 and missing:
             return missing["missing"]
-        if status == 409 and verb == "create":
+        if status == 409:
             raise Conflict
         if status == 403:
             raise PermissionError(

@@ -80,7 +80,7 @@ class RunFolder:
         return storage.join(self.previews, f"images-{images_seen:09d}.png")
 
     def step(self, step: str, file: str) -> str:
-        """A file of one step, `step.json`, `progress.json`, `lease`, `stop` or `log.txt`."""
+        """A file of one step, `step.json`, `progress.json`, `lease`, `stop`, `log.txt` or `workers.txt`."""
         return storage.join(self.steps, step, file)
 
 
@@ -187,12 +187,18 @@ def recorded(config: Config, run: str, step: str) -> Iterator[RunFolder]:
         yield folder
     except BaseException as error:
         try:
-            now = read_step(folder, step)
-            # What the driver elsewhere wrote says more than what its launcher saw.
-            if now.error is None and now.finished_at == before.finished_at:
+            now, state = read_step(folder, step), state_after(error)
+            # What the driver elsewhere wrote says more than what its launcher saw, unless it was only told to end, for
+            # a reason that the launcher knows, or the launcher repeats it and says more.
+            stronger = (
+                now.error is None
+                or (now.state, state) == ("KILLED", "FAILED")
+                or (now.error.message != str(error) and now.error.message in str(error))
+            )
+            if stronger and now.finished_at == before.finished_at:
                 kfp_run = os.environ.get(KFP_RUN_ID, "")
                 record = StepError(type(error).__name__, str(error), problems_of(error), kfp_run)
-                update_step(folder, step, state=state_after(error), error=record)
+                update_step(folder, step, state=state, error=record)
         except OSError as failure:  # a full disk must not hide the first error
             error.add_note(f"(the error could not be recorded in the store: {failure})")
         raise

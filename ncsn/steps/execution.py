@@ -119,7 +119,8 @@ def run_kfp_task(step: str, config: Config, *, run: str, given: Mapping[str, str
                 update_step(folder, step, state="KILLED")
                 raise SystemExit(TERMINATED) from error
             with suppress(OSError):  # an unreachable store must not hide the first error
-                write_outcome(folder, Outcome("FAILED", str(error), step))
+                told = read_step(folder, step).error  # by the driver, perhaps, who knew more
+                write_outcome(folder, Outcome("FAILED", told.message if told else str(error), step))
             raise
         if last:
             write_outcome(folder, Outcome("FINISHED"))

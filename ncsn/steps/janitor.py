@@ -68,7 +68,7 @@ def forget_this_run() -> None:
         _tell(lambda api: _note(api, here, None))
 
 
-def _tell(call: Callable[[KubernetesApi], None]) -> None:
+def _tell(call: Callable[[KubernetesApi], object]) -> None:
     """Call the cluster; without an answer or the right, only say so."""
     try:
         call(KubernetesApi(patience=_NOTE_SECONDS))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -21,8 +22,9 @@ from ncsn.errors import NotFound
 from ncsn.process import CODE, WORKER_MEMORY, utc_now
 from ncsn.progress import PublishedProgress
 from ncsn.remote import open_backend
-from ncsn.runs.folder import claim_run, read_mistake, read_step, require_owner, update_step
+from ncsn.runs.folder import RunFolder, claim_run, read_mistake, read_step, require_owner, update_step
 from ncsn.runs.steps import CONTINUING, STEPS_ELSEWHERE
+from ncsn.storage.retry import limited
 
 if TYPE_CHECKING:
     from ncsn.remote.backend import RemoteStep
@@ -45,6 +47,11 @@ class Step(Generic[R]):
         self.name, self.folder = name, claim_run(config, run)
         self._type = result
         self._inputs: dict[str, Any] | None = None  # not known to `launch`
+
+    @property
+    def last_lines(self) -> str:
+        """URI of what the workers wrote last when the step failed."""
+        return self.folder.step(self.name, "workers.txt")
 
     def fix_noise_levels(self, config: Config, manifest: Manifest) -> Config:
         """The config with the levels that `noise: auto` stands for, which the run keeps from now on."""
@@ -94,23 +101,24 @@ class Step(Generic[R]):
         backend = open_backend(_sized(config, step, options).compute)
         if backend is None:
             return None
-        from ncsn.remote.backend import RemoteFailure, RemoteLost, say
+        from ncsn.remote.backend import EndedByOther, RemoteFailure, RemoteLost, say
 
         backend.connect()  # before the store is changed
         remote = self.remote(config, options)
-        update_step(folder, step, state="RUNNING", error=None)
         storage.delete(folder.status)  # the run has not ended
         for _ in range(MOST_STARTS):
+            update_step(folder, step, state="RUNNING", error=None)
             try:
                 backend.execute(remote)
-            except RemoteLost:
-                if self._stored() is None:
-                    raise
             except RemoteFailure as failure:
-                mistake = read_mistake(folder, step)
-                if mistake is None:
+                if (mistake := read_mistake(folder, step)) is not None:
+                    raise mistake from failure
+                if isinstance(failure, RemoteLost) and self._stored() is not None:
+                    break
+                if not isinstance(failure, EndedByOther):
                     raise
-                raise mistake from failure
+                say(f"{failure}; this run goes on: the step {step} starts again where it was")
+                continue
             if read_step(folder, step).state != "KILLED":
                 break
             # The store was away from here for longer than the lease, and the driver gave this process up.
@@ -155,6 +163,8 @@ class Step(Generic[R]):
                 "mlflow.run_name": f"{folder.run}/{step}",
             },
             mistaken=lambda: read_mistake(folder, step) is not None,
+            told=lambda: _told(folder, step),
+            resumes=lambda: _resumes(folder, step),
         )
 
     @contextmanager
@@ -206,6 +216,25 @@ def launch(name: str, config: Config, run: str, inputs: Mapping[str, str]) -> An
     if done and record.request == step.remote(config, inputs).request:
         return result(**record.result)
     return step.run_elsewhere(config, inputs)
+
+
+def _told(folder: RunFolder, step: str) -> str | None:
+    """Why the step failed, as its driver has recorded it."""
+    record = read_step(folder, step)
+    return f"{record.error.kind}: {record.error.message}" if record.error and record.state == "FAILED" else None
+
+
+def _resumes(folder: RunFolder, step: str) -> str:
+    """What the next driver of the step does, as a clause. Without torch, which the pod of a launcher may lack."""
+    if step != "train":
+        return f"the step {step} goes on with what is stored"
+    newest = "its last checkpoint"
+    with suppress(OSError), limited(0):
+        found = (name for name in storage.list_names(folder.checkpoints) if re.fullmatch(r"[a-z]+-\d+", name))
+        names = sorted(found, key=lambda name: int(name.partition("-")[2]), reverse=True)
+        whole = (storage.join(folder.checkpoints, name) for name in names)
+        newest = next((uri for uri in whole if storage.exists(storage.join(uri, "checkpoint.json"))), "the start")
+    return f"training resumes from {newest}"
 
 
 def _sized(config: Config, step: str, inputs: Mapping[str, str]) -> Config:

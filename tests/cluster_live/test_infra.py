@@ -81,6 +81,26 @@ def test_doctor_finds_nothing_ill(home: Place) -> None:
     assert set(findings.values()) <= {"ok", "not configured"}
 
 
+@pytest.mark.timeout(600)
+def test_an_ingest_waits_for_an_object_store_that_is_away(infra: Infra, home: Place) -> None:
+    scale = ("scale", "statefulset/seaweedfs", "--namespace", infra.system)
+    # Images that no other test has, so that there is something to write.
+    options = (*home.options({"data.max_images": 777}), "--run", "away")
+    kubectl(*scale, "--replicas=0")
+    try:
+        eventually(
+            lambda: not infra.servers.pods_at_work("app.kubernetes.io/name=seaweedfs"), "it is away", seconds=120
+        )
+        with home.commands.running("ingest", "--json", *options) as command:
+            eventually(lambda: "unavailable" in command.said or command.ended, "it is missed", seconds=120)
+            kubectl(*scale, "--replicas=1")
+            assert command.wait(300) == 0, command.said[-3000:]
+    finally:
+        kubectl(*scale, "--replicas=1")
+        infra.wait_for_servers()
+    assert sum(command.result()["counts"].values()) == 777
+
+
 @pytest.mark.timeout(240)
 def test_an_artifact_goes_up_and_down_from_this_machine(home: Place) -> None:
     done = subprocess.run(

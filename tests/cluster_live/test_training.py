@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 import pytest
@@ -59,6 +60,10 @@ def test_after_the_loss_of_a_pod_training_goes_on_from_its_checkpoint(place: Pla
         lowest = place.least_progress(RUN, command, seconds=600)
         assert command.wait(1) == 0, command.said[-3000:]
     assert command.result()["images_seen"] == LONG["train.num_images"]
+    told = [line for line in command.said.splitlines() if "resumes from" in line]
+    assert told and all(re.search(r"(images|resume)-\d+", line) for line in told), told
+    assert len([line for line in told if lost["metadata"]["name"] in line]) == (kind == HEADS), told
+    assert not re.search("WebSocket|No available node types", command.said)
     assert lowest >= min(kept, shown), "it began anew"
     assert place.stored(f"runs/{RUN}/steps/train/step.json")["error"] is None
     eventually(place.namespace.is_empty, "the RayJob and its pods are gone", seconds=120)

@@ -94,7 +94,10 @@ class Cluster:
                 return resource
             return self._store(plural, resource)
 
-    def delete(self, plural: str, name: str) -> Resource:
+    def delete(self, plural: str, name: str, uid: str | None = None) -> Resource:
+        found = self.get(plural, name)
+        if found is not None and uid not in (None, found["metadata"]["uid"]):
+            raise Refusal(409, "Conflict", f"the UID in the precondition ({uid}) is not that of the object")
         stamp = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         return self.update(plural, name, lambda resource: resource["metadata"].setdefault("deletionTimestamp", stamp))
 
@@ -243,7 +246,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif verb == "patch":
             self._send(self.cluster.update(plural, name[0], lambda resource: _merge(resource, body)))
         elif verb == "delete":
-            self._send(self.cluster.delete(plural, name[0]))
+            self._send(self.cluster.delete(plural, name[0], (body.get("preconditions") or {}).get("uid")))
         else:
             self._send_found(plural, name, query)
 

@@ -135,10 +135,11 @@ def test_all_pods_have_the_priority_class() -> None:
         assert {pod["spec"].get("priorityClassName") for pod in pods} == {given}
 
 
-def test_workers_go_at_once_however_it_failed() -> None:
+def test_workers_go_at_once_however_it_ended() -> None:
     """After activeDeadlineSeconds jobStatus stays RUNNING, so a rule for it alone keeps the GPUs (KubeRay 1.7.0)."""
     rules = rendered()["spec"]["deletionStrategy"]["deletionRules"]
     at_once = [rule["condition"] for rule in rules if rule["policy"] == "DeleteWorkers"]
+    assert {"jobStatus": "SUCCEEDED", "ttlSeconds": 0} in at_once, "a driver without a launcher ends with exit code 0"
     assert {"jobStatus": "FAILED", "ttlSeconds": 0} in at_once
     assert {"jobDeploymentStatus": "Failed", "ttlSeconds": 0} in at_once
 

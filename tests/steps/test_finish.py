@@ -12,7 +12,7 @@ from refused import refused
 from ncsn import storage
 from ncsn.config import Config, from_yaml, to_yaml
 from ncsn.process import KFP_RUN_ID, KfpRun
-from ncsn.runs.folder import RunFolder, StepError, run_folder, update_step
+from ncsn.runs.folder import Outcome, RunFolder, StepError, run_folder, update_step, write_outcome
 from ncsn.steps import finish, ingest
 from ncsn.tracking.client import TrackingError
 from ncsn.tracking.mlflow_runs import step_run
@@ -164,6 +164,19 @@ def test_an_error_of_another_pipeline_run_explains_nothing(config: Config) -> No
     assert (result.failed_step, "yesterday" in result.reason) == ("train", False)
     result = finish.run(config, run="again", state="FAILED", kfp=KfpRun("yesterday", "ncsn-train-x"))
     assert (result.failed_step, result.reason) == ("train", "of yesterday")
+
+
+def test_the_reason_of_another_pipeline_run_on_the_same_run_stays(config: Config) -> None:
+    """The run that ends later, because it attached or because it was terminated, knows less."""
+    ingest.run(config, run="shared")
+    folder = run_folder(config, "shared")
+    fail(folder, StepError("RemoteFailure", "worker lost; OOMKilled", kfp_run="other"))
+    for state in ("FAILED", "CANCELED"):
+        write_outcome(folder, Outcome("FAILED", "worker lost; OOMKilled", "train"))
+        result = finish.run(config, run="shared", state=state, kfp=KfpRun("mine", "ncsn-train-x"))
+        assert (result.status, result.reason) == ("FAILED", "worker lost; OOMKilled")
+    fail(folder, StepError("ValueError", "a later try's", kfp_run="other"))
+    assert finish.run(config, run="shared", state="CANCELED", kfp=KfpRun("mine", "x")).status == "KILLED"
 
 
 def test_a_step_that_was_told_to_end_is_terminated(config: Config) -> None:
