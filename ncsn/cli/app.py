@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ncsn.cli import cluster, registry
+from ncsn.cli import cluster, registry, store
 from ncsn.cli.options import (
     ReportingCommand,
     code_option,
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 _GROUPS = {
     "Start": ("init", "run", "sample", "ui", "show-config", "plan", "doctor", "select"),
     "Steps": ("ingest", "tune", "train", "evaluate", "register", "report"),
-    "Models": ("promote", "trace"),
-    "Cluster": ("submit", "cleanup"),
+    "Results": ("ls", "show", "promote", "cleanup"),
+    "Cluster": ("submit",),
 }
 
 
@@ -249,7 +249,7 @@ def select_command(*, options: TargetOptions, only_choose: bool, as_json: bool, 
 
 
 for _command in (
-    *(cluster.submit_command, cluster.doctor_command, cluster.cleanup_command),
-    *(registry.promote_command, registry.trace_command),
+    *(cluster.submit_command, cluster.doctor_command, registry.promote_command),
+    *(store.ls_command, store.show_command, store.cleanup_command),
 ):
     app.add_command(_command)

@@ -83,7 +83,9 @@ class TargetOptions:
 
     @property
     def store_root(self) -> str:
-        """The store to use while no config is known."""
+        """The store of --config, else the one to use while no config is known."""
+        if self.config_uri is not None:
+            return storage.absolute(self.resolve().config.storage.root)
         return storage.absolute(self.override(_ROOT) or DEFAULT_ROOT)
 
     def override(self, path: str) -> str | None:

@@ -33,6 +33,7 @@ MODEL_NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,249}"
 _LIMITS = {"uint8": (0, 255), "uint16": (0, 65535), "float32": (0, 1)}
 _BYTES = {"uint8": 1, "uint16": 2, "float32": 4}
 _COLORS = {"none": None, "white": (255, 255, 255), "black": (0, 0, 0)}
+NEIGHBOR_IMAGES = 256  # samples whose nearest training images are sought, the first ones
 NAME_PATTERN = r"^[a-z0-9]([a-z0-9_-]{0,38}[a-z0-9])?$"
 
 
@@ -222,6 +223,15 @@ class StorageConfig(Section):
     """Local folder or s3://bucket/prefix."""
 
 
+class RequireConfig(Section):
+    """What a version must reach before it is champion, whatever the champion before it reached."""
+
+    fid_below: float | None = Field(None, gt=0)
+    """Its Fréchet distance, by the extractor of evaluation over sampling.num_images images, is less; null = any."""
+    copies_below: float | None = Field(None, gt=0, le=1)
+    """The share of its first 256 samples that copy a training image is less; null = as many as chance explains."""
+
+
 class TrackingConfig(Section):
     """MLflow's experiment and model registry."""
 
@@ -234,6 +244,10 @@ class TrackingConfig(Section):
     where they would take more than 1 % of the time."""
     registered_model: str | None = None
     """Name in the model registry: letters, digits, '.', '-' and '_'; null = ncsn-<name>."""
+    require: RequireConfig = RequireConfig()
+    """Floors of the gate."""
+    promote: Literal["auto", "ask"] = "auto"
+    """What becomes of a version that passes the gate: auto = it is champion; ask = it waits for `ncsn promote`."""
 
     @field_validator("registered_model")
     @classmethod

@@ -22,6 +22,7 @@ from ncsn.process import KFP_RUN_ID, utc_now
 from ncsn.runs.steps import OWN, STEP_INFO, STEPS, STEPS_BY_WORKERS, TUNE
 from ncsn.storage.heartbeat import LeaseExpired
 
+RUNS, BEGUN = "runs", "begun"  # folders of a store
 DEFAULT_ROOT: str = Config.model_fields["storage"].default.root  # the store if no option names one
 RUN_PATTERN = re.compile(r"[a-z0-9]([a-z0-9_.-]{0,61}[a-z0-9])?")
 State = Literal["", "RUNNING", "FINISHED", "FAILED", "KILLED"]  # as in MLflow; empty before the first attempt
@@ -67,13 +68,19 @@ class RunFolder:
     @property
     def uri(self) -> str:
         """The folder itself."""
-        return storage.join(self.root, "runs", self.run)
+        return storage.join(self.root, RUNS, self.run)
 
     @property
     def options(self) -> str:
         """The options by which a command finds this run from here: no config if the store is the default one."""
         found = self.root == storage.absolute(DEFAULT_ROOT)
         return f"--run {self.run}" if found else f"--run {self.run} --config {shlex.quote(self.config)}"
+
+    @property
+    def begun(self) -> str:
+        """An empty file, whose date is that of the last beginning of a step: runs are listed by it."""
+        # Beside the runs, since S3 gives the dates of a folder's files with their names, and of its folders none.
+        return storage.join(self.root, BEGUN, self.run)
 
     def preview(self, images_seen: int) -> str:
         """The preview at this many training images, a PNG file."""
@@ -131,6 +138,7 @@ class StepRecord:
     state: State = ""
     error: StepError | None = None  # of the last attempt
     seconds: float = 0.0  # of all attempts, without those that were killed
+    reads: Mapping[str, str] = field(default_factory=dict)  # URIs of the inputs of the last attempt
     mlflow: Mapping[str, str] = field(default_factory=dict)  # run_id and parent_run_id of its MLflow run
     inputs: Mapping[str, Any] = field(default_factory=dict)  # of the result
     result: Mapping[str, Any] = field(default_factory=dict)  # empty if none has finished
@@ -180,6 +188,7 @@ def recorded(config: Config, run: str, step: str) -> Iterator[RunFolder]:
     # Commands and pipeline tasks put a whole step into one such block, so that a failure before its work is recorded.
     # The records of a run that belongs to another config stay as they are.
     folder = claim_run(config, run)
+    storage.write_bytes(folder.begun, b"")
     before = read_step(folder, step)
     if before.error is not None:
         update_step(folder, step, error=None)

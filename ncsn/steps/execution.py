@@ -57,6 +57,7 @@ def run_step(
         preflight(step, config, folder)
         inputs = find_inputs(folder, step, given, config=config)
     with around(step, folder, inputs), recorded(config, run, step):
+        update_step(folder, step, reads=inputs)  # what is in use, though its result may be days away
         leased = {}
         if lease:
             Lease(lease).require("nothing was started")  # the cluster may retry a job whose launcher is gone

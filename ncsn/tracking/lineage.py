@@ -1,4 +1,4 @@
-"""`ncsn trace`: what led to something and what it led to, read from MLflow's tags; and the tags that say so."""
+"""What led to something and what it led to, read from MLflow's tags; and the tags that say so."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING
 
 from ncsn import storage
 from ncsn.config.schema import MODEL_NAME_PATTERN
-from ncsn.errors import UserError
 from ncsn.process import CODE, CONTAINER_IMAGE, IMAGE_VARIABLE, KFP_RUN_ID
 from ncsn.runs.code import origin
-from ncsn.tracking.client import quoted, shown, tag_filter
+from ncsn.tracking.client import quoted, tag_filter
 from ncsn.tracking.promotion import SCHEME, resolve_version
 
 if TYPE_CHECKING:
@@ -34,10 +33,11 @@ IDS = (
     *("ray.submission_id", "ray.job_name", "ray.job_id"),
 )
 DIGESTS = ("dataset.digest", "checkpoint.digest")
+MOST = 50
 URIS = ("checkpoint.uri", "samples.uri", "evaluation.uri", "dataset.uri")
 ACCEPTED = (
     "an MLflow run id, the name of a run, a KFP run id, a Ray job or submission id, a model version "
-    "(models:/NAME/3, models:/NAME@champion), a dataset digest, or the URI of a checkpoint"
+    "(models:/NAME/3, models:/NAME@champion) or model, a dataset digest, or the URI of a checkpoint"
 )
 # How the tags begin that are shown.
 SHOWN = (
@@ -59,7 +59,10 @@ class Link:
 
 
 def trace(client: MlflowClient, identifier: str) -> list[Link]:
-    """The chains that something is part of, oldest first: several where runs share a dataset or a name."""
+    """The chains that something is part of, oldest first: several where runs share a dataset, a model or a name.
+
+    The newest 50 if there are more; empty if MLflow knows no such thing.
+    """
     if identifier.startswith(SCHEME) or re.fullmatch(rf"{MODEL_NAME_PATTERN}(/\d+|@[^/@:]+)", identifier):
         version = resolve_version(client, identifier)
         found = [client.get_run(version.run_id)] if version.run_id else []
@@ -67,15 +70,15 @@ def trace(client: MlflowClient, identifier: str) -> list[Link]:
         experiments = [experiment.experiment_id for experiment in client.search_experiments()]
         # By the first kind of name that finds any.
         found = next(filter(None, (client.search_runs(experiments, query) for query in _queries(identifier))), [])
+        if not found and re.fullmatch(MODEL_NAME_PATTERN, identifier):
+            versions = client.search_model_versions(f"name = '{identifier}'")
+            found = [client.get_run(version.run_id) for version in versions if version.run_id]
     tops: dict[str, Run] = {}
     for run in found:
         while parent := run.data.tags.get(PARENT):
             run = client.get_run(parent)
         tops[run.info.run_id] = run
-    if not tops:
-        uri = shown(client.tracking_uri)
-        raise UserError(identifier, f"MLflow at {uri} has no such run, dataset or model", hint=f"give {ACCEPTED}")
-    ordered = sorted(tops.values(), key=lambda run: int(run.info.start_time))
+    ordered = sorted(tops.values(), key=lambda run: int(run.info.start_time))[-MOST:]
     return [_chain(client, top, {}) for top in ordered]
 
 

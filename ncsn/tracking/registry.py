@@ -115,6 +115,7 @@ def register(tracked: StepRun, candidate: Registration) -> ModelVersion:
     with tempfile.TemporaryDirectory(prefix="ncsn-") as temporary:
         folder = Path(temporary) / "model"
         write_model(folder, checkpoint, files={**candidate.files, "model_card.md": card.encode()}, origin=origin)
+        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         client.log_model_artifacts(model_id, str(folder))
     client.finalize_logged_model(model_id, "READY")
     client.log_outputs(tracked.run_id, [LoggedModelOutput(model_id, step=checkpoint.images_seen)])
@@ -128,7 +129,12 @@ def register(tracked: StepRun, candidate: Registration) -> ModelVersion:
         # Not models:/<id>: with a local database MLflow would look that up in its global tracking server.
         logged.artifact_location,
         run_id=tracked.run_id,
-        tags={**candidate.tags, "ncsn.model": candidate.digest, "ncsn.checkpoint": checkpoint.digest},
+        tags={
+            **candidate.tags,
+            "ncsn.model": candidate.digest,
+            "ncsn.checkpoint": checkpoint.digest,
+            "ncsn.bytes": str(size),
+        },
         description=card[:DESCRIPTION_LENGTH],
         model_id=model_id,
     )

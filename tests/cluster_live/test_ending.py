@@ -93,7 +93,7 @@ def test_without_its_launcher_training_ends_by_the_lease(place: Place, dataset: 
 @pytest.mark.timeout(900)
 def test_cleanup_ends_a_run_whose_launcher_is_gone(place: Place, dataset: str) -> None:
     kill_launcher(place, dataset)
-    command = place.commands.run("cleanup", "--namespace", place.namespace.name, "--run", RUN, seconds=120)
+    command = place.commands.run("cleanup", "--jobs", "--namespace", place.namespace.name, "--run", RUN, seconds=120)
     assert "deleted" in command.out.read_text()
     eventually(place.namespace.is_empty, "the RayJob is gone", seconds=120)
     assert place.stored(f"runs/{RUN}/status.json")["status"] == "KILLED"

@@ -132,7 +132,7 @@ def test_the_registered_model_generates_images(workplace, client, monkeypatch: p
 
 
 def test_trace_prints_every_link_of_the_model(workplace, finished) -> None:
-    done = workplace.call("trace", "models:/ncsn-tiny@champion", "--json")
+    done = workplace.call("show", "models:/ncsn-tiny@champion", "--json")
     assert done.exit_code == 0, done.stderr
     (chain,) = json.loads(done.stdout)["chains"]
     results = {step: workplace.result(RUN, step) for step in STEPS}

@@ -117,7 +117,7 @@ def test_the_janitor_is_small_unprivileged_and_never_twice_at_work() -> None:
     assert pod["securityContext"]["runAsNonRoot"] is True
     assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
     (container,) = pod["containers"]
-    assert container["command"] == ["ncsn", "cleanup"] and "args" not in container
+    assert container["command"] == ["ncsn", "cleanup", "--jobs"] and "args" not in container
     assert container["resources"]["requests"].keys() == container["resources"]["limits"].keys() == {"cpu", "memory"}
     assert container["securityContext"] == RESTRICTED
     assert container["volumeMounts"] == [{"mountPath": "/tmp", "name": "tmp"}]

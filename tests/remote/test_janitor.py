@@ -256,7 +256,7 @@ def test_its_role_has_what_is_needed_and_no_more(emulation: Any, config: Config,
 
 
 def cleanup(*options: str) -> Any:
-    return CliRunner().invoke(app, ["cleanup", *options])
+    return CliRunner().invoke(app, ["cleanup", "--jobs", *options])
 
 
 @pytest.mark.usefixtures("begun")
