@@ -28,6 +28,7 @@ from ncsn.cli.options import INTERRUPTED, StepFailed, stop_cleanly_on_sigterm
 from ncsn.cli.target import Target
 from ncsn.config import Config
 from ncsn.errors import UserError
+from ncsn.events import announced
 from ncsn.process import TERMINATED
 from ncsn.progress import read_progress
 from ncsn.runs.folder import (
@@ -53,7 +54,7 @@ def run_one(step: str, target: Target, *, given: Mapping[str, str | None]) -> di
     def around(step: str, folder: RunFolder, inputs: Mapping[str, str]) -> Iterator[None]:
         log = work_folder(folder) / "steps" / step / "log.txt" if sys.stderr.isatty() else None
         # A step with a launcher needs no lock: the launcher's lock, or the name of the job, is one.
-        with nullcontext() if given.get("lease") else _alone(folder, step), shown_progress(log) as view:
+        with nullcontext() if lease else _alone(folder, step), shown_progress(log) as view:
             console = view.console
             console.print(f"run {folder.run}" + (f"   log {log}" if log else ""), soft_wrap=True)
             if not given.get("checkpoint"):
@@ -62,7 +63,8 @@ def run_one(step: str, target: Target, *, given: Mapping[str, str | None]) -> di
             in_log = target.config.compute.backend != "local" and step in STEPS_ELSEWHERE and not console.is_terminal
             here = _saved_first(folder, console) if _trains_here(step, target.config) else nullcontext()
             end = _ends_as_told(console, lambda: _continues(target.config, step, folder))
-            with _shown(step, folder, view, watched=not in_log), end, here:
+            events = nullcontext() if lease else announced(folder.run, root=folder.root, step=step)  # by the launcher
+            with _shown(step, folder, view, watched=not in_log), end, events, here:
                 yield
 
     lease = given.get("lease")
@@ -97,7 +99,7 @@ def run_pipeline(target: Target, *, as_json: bool) -> None:
         preflight(step, config, run_folder(config, target.run))
     folder = claim_run(config, target.run)
     before = read_results(folders_of(folder, config))
-    with _alone(folder, "run"):
+    with _alone(folder, "run"), announced(folder.run, root=folder.root):
         _execute(config, folder)
     records = read_results(folders_of(folder, config))
     if as_json:

@@ -55,15 +55,19 @@ class NotedRun(KfpRun):
         return run_folder(from_yaml(self.config), self.run)
 
 
-def note_run(config: Config, run: str) -> None:
-    """Tell the janitor which run to close if this pipeline is stopped. The note of the first task stays."""
-    here = this_kfp_run()
+def note_run(config: Config, run: str) -> bool:
+    """Tell the janitor which run to close if this pipeline is stopped; whether this is the first task that does.
+
+    The note of the first task stays.
+    """
+    here, noted = this_kfp_run(), False
     if here is not None:
         labels = {MANAGED_BY: "ncsn", KFP_RUN_LABEL: here.id, "app.kubernetes.io/part-of": "ncsn"}
         data = {"workflow": here.workflow, "run": run, "config": to_json(config)}
         note = {"metadata": {"name": _NAME.format(here.id), "labels": labels}, "data": data}
         with suppress(Conflict):
-            _tell(lambda api: api.create("configmaps", note))
+            noted = _tell(lambda api: api.create("configmaps", note))
+    return noted
 
 
 def forget_this_run() -> None:
@@ -72,12 +76,14 @@ def forget_this_run() -> None:
         _tell(lambda api: _forget(api, here))
 
 
-def _tell(call: Callable[[KubernetesApi], None]) -> None:
-    """Call the cluster; without an answer or the right, only say so."""
+def _tell(call: Callable[[KubernetesApi], object]) -> bool:
+    """Call the cluster; without an answer or the right, only say so. Whether it was called."""
     try:
         call(KubernetesApi(patience=_NOTE_SECONDS))
     except (OSError, UserError) as error:
         say(f"could not register this run with the janitor: {error}")
+        return False
+    return True
 
 
 def _forget(api: KubernetesApi, run: KfpRun) -> None:

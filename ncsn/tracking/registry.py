@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ncsn import storage
 from ncsn.config import Config
 from ncsn.config.choices import AutoguidanceConfig
+from ncsn.events import tell
 from ncsn.model.checkpoint import SamplingCheckpoint, TrainedNetwork
 from ncsn.model.generate import sampling_facts
 from ncsn.model.trained import TRAINED_CONFIG, save_model
@@ -123,7 +124,7 @@ def register(tracked: StepRun, candidate: Registration) -> ModelVersion:
     client.log_batch(tracked.run_id, metrics=values)
     for name in candidate.files:  # pictures by the address of the logged model's files, which MLflow's page needs
         card = card.replace(f"]({name})", f"]({_FILES.format(model_id=model_id)}{name})")
-    return client.create_model_version(
+    version = client.create_model_version(
         candidate.name,
         # Not models:/<id>: with a local database MLflow would look that up in its global tracking server.
         logged.artifact_location,
@@ -132,6 +133,8 @@ def register(tracked: StepRun, candidate: Registration) -> ModelVersion:
         description=card[:DESCRIPTION_LENGTH],
         model_id=model_id,
     )
+    tell("registered", model=candidate.name, version=str(version.version), run=candidate.tags.get("ncsn.run", ""))
+    return version
 
 
 def fetch_weights(uri: str, version: ModelVersion, into: Path) -> Path:
