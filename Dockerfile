@@ -16,7 +16,7 @@ FROM ${BASE_IMAGE} AS requirements
 COPY pyproject.toml ./
 # torch-fidelity is for evaluation.extractor: inception.
 RUN python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
-    print(*p['dependencies'], *p['optional-dependencies']['server'], 'torch-fidelity', sep='\n')" > /requirements.txt
+    print(*p['dependencies'], *p['optional-dependencies']['server'], *p['optional-dependencies']['serve'], 'torch-fidelity', sep='\n')" > /requirements.txt
 
 # A separate stage, so that the history of the image has no index address.
 FROM ${BASE_IMAGE} AS dependencies

@@ -72,24 +72,25 @@ LEAST_MODULES, MOST_MODULES = 2, 14  # of a package
 
 # Lines of each part; a change that takes it 10 % over its budget has to say why.
 BUDGETS = {
-    "ncsn/core": 3800,
+    "ncsn/core": 3815,
     "ncsn/data": 2700,
     "ncsn/evaluation": 1700,
     "ncsn/steps ncsn/runs": 2340,
     "ncsn/model": 1500,
     "ncsn/distributed": 1500,
     "ncsn/config": 1500,
-    "ncsn/cli": 1540,
+    "ncsn/cli": 1570,
     "ncsn/tracking": 1310,
     "ncsn/report": 1200,
     "ncsn/remote": 1350,
     "ncsn/library": 350,
     "ncsn/tools": 1460,
+    "ncsn/serving": 450,
     "ncsn/training": 950,
     "components pipelines": 903,
     "ncsn/storage": 700,
     "examples": 1000,
-    "tests": 24150,
+    "tests": 24670,
 }
 
 

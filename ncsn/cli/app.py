@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _GROUPS = {
     "Start": ("init", "run", "sample", "ui", "show-config", "plan", "doctor", "select"),
     "Steps": ("ingest", "tune", "train", "evaluate", "register", "report"),
-    "Models": ("promote", "trace"),
+    "Models": ("promote", "serve", "trace"),
     "Cluster": ("submit", "cleanup"),
 }
 
@@ -242,6 +242,6 @@ def select_command(*, options: TargetOptions, only_choose: bool, as_json: bool, 
 
 for _command in (
     *(cluster.submit_command, cluster.doctor_command, cluster.cleanup_command),
-    *(registry.promote_command, registry.trace_command),
+    *(registry.promote_command, registry.serve_command, registry.trace_command),
 ):
     app.add_command(_command)

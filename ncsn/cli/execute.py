@@ -273,14 +273,19 @@ def serve_ui(uri: str, *, host: str, port: int) -> None:
     from ncsn.tracking.client import server_command
 
     command = server_command(uri, host=host, port=port)
+    require_free(host, port)  # MLflow's server exits with 0 if it cannot listen
+    click.echo(f"http://{host}:{port}", err=True)
+    os.execv(command[0], command)  # noqa: S606
+
+
+def require_free(host: str, port: int) -> None:
+    """Raise `UserError` if this process cannot listen there."""
     try:
         socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
-    except OSError as error:  # MLflow's server exits with 0 if it cannot listen
+    except OSError as error:
         reason = (error.strerror or str(error)).partition(" (")[0].lower()
         key, value = ("--port", port) if error.errno in (errno.EADDRINUSE, errno.EACCES) else ("--host", host)
         raise UserError(key, reason, hint=f"choose another {key}", value=value) from None
-    click.echo(f"http://{host}:{port}", err=True)
-    os.execv(command[0], command)  # noqa: S606
 
 
 def work_folder(folder: RunFolder) -> Path:

@@ -17,13 +17,14 @@ from ncsn.config.choices import AutoguidanceConfig
 from ncsn.events import tell
 from ncsn.model.checkpoint import SamplingCheckpoint, TrainedNetwork
 from ncsn.model.generate import sampling_facts
-from ncsn.model.trained import TRAINED_CONFIG, save_model
+from ncsn.model.trained import TRAINED_CONFIG, load_model, save_model
 from ncsn.process import now_ms
 from ncsn.tracking.client import TrackingError, client_at, mlflow_errors, shown, suppress_exists, tracking_uri
 from ncsn.tracking.mlflow_runs import StepRun
 from ncsn.tracking.promotion import SCHEME, resolve_version
 
 if TYPE_CHECKING:
+    import torch
     from mlflow.entities.model_registry import ModelVersion
 
 
@@ -152,6 +153,15 @@ def fetch_weights(uri: str, version: ModelVersion, into: Path) -> Path:
         hint = "restore its files; only a version of `ncsn register` has them"
         raise TrackingError(f"{SCHEME}{version.name}/{version.version}", reason, hint=hint) from error
     return folder
+
+
+def load_version(uri: str, address: str, *, device: str | torch.device) -> tuple[str, TrainedNetwork]:
+    """The version `models:/NAME/VERSION` that an address names in the registry at `uri`, and its network."""
+    with mlflow_errors(uri):
+        version = resolve_version(client_at(uri), address)
+    name = f"{SCHEME}{version.name}/{version.version}"
+    with tempfile.TemporaryDirectory(prefix="ncsn-") as folder:
+        return name, load_model(fetch_weights(uri, version, Path(folder)), origin=name, device=device)
 
 
 def copy_guide(config: Config, *, near: str, registry: str | None = None) -> Config:
