@@ -17,9 +17,9 @@ FROM ${BASE_IMAGE} AS requirements
 COPY pyproject.toml ./
 # torch-fidelity is for evaluation.extractor: inception.
 RUN python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
-    needed = [*p['dependencies'], *p['optional-dependencies']['server'], 'torch-fidelity']; \
-    print(*needed, sep='\n', file=open('/full.txt', 'w')); \
-    print(*(each for each in needed if not each.startswith('torch')), sep='\n', file=open('/slim.txt', 'w'))"
+    extras = p['optional-dependencies']; light = [*p['dependencies'], *extras['server']]; \
+    print(*light, *extras['serve'], 'torch-fidelity', sep='\n', file=open('/full.txt', 'w')); \
+    print(*(each for each in light if not each.startswith('torch')), sep='\n', file=open('/slim.txt', 'w'))"
 
 # Separate stages, so that the history of the images has no index address.
 FROM ${BASE_IMAGE} AS slim-dependencies

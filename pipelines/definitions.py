@@ -17,6 +17,7 @@ ADDRESSES = (
     "NCSN_KFP_UI",
     "NCSN_MLFLOW_UI",
     "NCSN_RAYJOB_TEMPLATE",
+    "NCSN_WEBHOOK_FORMAT",
 )
 CREDENTIALS = "ncsn-credentials"  # Secret, in the namespace of the runs
 SECRETS = (
@@ -26,6 +27,8 @@ SECRETS = (
     "MLFLOW_TRACKING_PASSWORD",
     "MLFLOW_TRACKING_TOKEN",
     "RAY_AUTH_TOKEN",
+    "NCSN_WEBHOOK_URL",
+    "NCSN_WEBHOOK_SECRET",
 )
 # Tasks that may compute in their own pod.
 COMPUTING = ("tune", "train", "sample", "evaluate", "sample-model")

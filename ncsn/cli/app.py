@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 _GROUPS = {
     "Start": ("init", "run", "sample", "ui", "show-config", "plan", "doctor", "select"),
     "Steps": ("ingest", "tune", "train", "evaluate", "register", "report"),
-    "Results": ("ls", "show", "promote", "cleanup"),
+    "Results": ("ls", "show", "promote", "serve", "cleanup"),
     "Cluster": ("submit",),
 }
 
@@ -249,7 +249,7 @@ def select_command(*, options: TargetOptions, only_choose: bool, as_json: bool, 
 
 
 for _command in (
-    *(cluster.submit_command, cluster.doctor_command, registry.promote_command),
+    *(cluster.submit_command, cluster.doctor_command, registry.promote_command, registry.serve_command),
     *(store.ls_command, store.show_command, store.cleanup_command),
 ):
     app.add_command(_command)

@@ -55,6 +55,27 @@ def promote_command(
     click.echo(json.dumps(asdict(done), indent=1) if as_json else text)
 
 
+@click.command("serve", cls=ReportingCommand, short_help="Serve images of a registered model over HTTP.")
+@click.argument("model", metavar="MODEL")
+@click.option("--port", default=8000, show_default=True, type=click.IntRange(1, 65535), help="Port to listen on.")
+@click.option("--replicas", default=1, show_default=True, type=click.IntRange(1), help="Processes that make images.")
+@registry_options
+def serve_command(*, model: str, port: int, replicas: int, options: TargetOptions) -> None:
+    """Serve images of MODEL, models:/NAME@champion, on loopback until Ctrl-C, and follow the alias when it moves.
+
+    POST JSON to /images; the page at / does that for you.
+    """
+    from ncsn.cli.execute import require_free
+
+    registry, host = options.registry, "127.0.0.1"
+    require_free(host, port)
+    try:
+        from ncsn.serving.app import run
+    except ImportError as error:
+        raise UserError("ray[serve]", f"not installed: {error}", hint="pip install 'ncsn[serve]'") from None
+    run(model, registry=registry, port=port, replicas=replicas, ready=lambda: click.echo(f"http://{host}:{port}"))
+
+
 def sample_from_model(
     options: TargetOptions,
     given: Mapping[str, str | None],

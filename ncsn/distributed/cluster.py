@@ -35,15 +35,15 @@ _logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def ray_cluster(config: Config, *, last_lines: str | None = None) -> Iterator[str]:
+def ray_cluster(config: Config | None = None, *, last_lines: str | None = None) -> Iterator[str]:
     """Connect to the cluster at RAY_ADDRESS, or start one on this machine that ends with the block.
 
     A cluster that it starts listens on loopback only, has the dashboard on and asks for a token. Its address is in the
     environment meanwhile, so that child processes join it. Ray ties its processes to this one: if this process is
     killed, they end too.
 
-    The config decides the size of a cluster that is started. A failure of the block leaves the workers' last lines at
-    the URI `last_lines`.
+    The config decides the size of a cluster that is started; without one, it is that of the machine. A failure of the
+    block leaves the workers' last lines at the URI `last_lines`.
     Yields the address of the cluster.
     """
     with ExitStack() as stack:
@@ -162,15 +162,17 @@ def _edited_code(address: str) -> dict[str, Any] | None:
 _MOST_PER_CORE = 4  # threads of workers; with more, a machine does nothing else
 
 
-def _start(config: Config) -> str:
+def _start(config: Config | None) -> str:
     if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
         # A token for this process alone needs no file in the home folder. A cluster elsewhere has its own.
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     # Nobody announces that this machine will be preempted, and a process that waits for it takes seconds to start.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-    cores, compute = os.cpu_count() or 1, config.compute
-    wanted = compute.min_workers * compute.cpus_per_worker
-    if wanted > _MOST_PER_CORE * cores:
+    cores, wanted = os.cpu_count() or 1, 0
+    if config is not None and (wanted := config.compute.min_workers * config.compute.cpus_per_worker) > (
+        _MOST_PER_CORE * cores
+    ):
+        compute = config.compute
         reason = f"needs {wanted} CPU cores on this machine, which has {cores}"
         hint = f"use {max(1, cores // compute.cpus_per_worker)}"
         raise UserError("compute.num_workers", reason, hint=hint, value=compute.num_workers)

@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 from ncsn import storage
 from ncsn.config import Config, changed_settings, explain_changes, from_yaml, to_yaml
 from ncsn.errors import Problem, UserError, problems_of
+from ncsn.events import tell
 from ncsn.process import KFP_RUN_ID, utc_now
 from ncsn.runs.steps import OWN, STEP_INFO, STEPS, STEPS_BY_WORKERS, TUNE
 from ncsn.storage.heartbeat import LeaseExpired
@@ -228,10 +229,18 @@ class Outcome:
     def __str__(self) -> str:
         return f"{self.failed_step}: {self.reason}" if self.failed_step else self.reason
 
+    def tell(self, folder: RunFolder) -> None:
+        """Send the event that the run has ended."""
+        facts = {"step": self.failed_step or "", "status": self.status, "reason": self.reason}
+        tell("finished" if self.status == "FINISHED" else "failed", run=folder.run, root=folder.root, **facts)
 
-def write_outcome(folder: RunFolder, outcome: Outcome) -> None:
-    """Publish how the run ended."""
-    storage.write_json(folder.status, asdict(outcome) | {"finished_at": utc_now()}, indent=1)
+
+def write_outcome(folder: RunFolder, outcome: Outcome, *, closed: bool = False) -> bool:
+    """Publish how the run ended; `closed` if no task follows. Whether it is closed and was not, or ended otherwise."""
+    before = (closed and storage.find_json(folder.status)) or {}
+    values = asdict(outcome) | {"finished_at": utc_now(), "closed": closed}
+    storage.write_json(folder.status, values, indent=1)
+    return closed and not (before.get("closed") and before["status"] == outcome.status)
 
 
 def read_outcome(folder: RunFolder) -> Outcome | None:

@@ -13,6 +13,7 @@ from ncsn import storage
 from ncsn.config import Config
 from ncsn.config.search import require_search
 from ncsn.errors import UserError
+from ncsn.events import tell
 from ncsn.process import KFP_RUN_ID, TERMINATED, require_same_python, this_kfp_run
 from ncsn.runs.code import require_packages
 from ncsn.runs.folder import (
@@ -108,10 +109,13 @@ def run_kfp_task(step: str, config: Config, *, run: str, given: Mapping[str, str
     with recorded(config, run, step) as folder:
         if mistake is not None:
             raise mistake
+        first = step == STEPS[0]
         if this_kfp_run() is not None:  # then there is a cluster, whose client takes a while to import
             from ncsn.steps.janitor import note_run
 
-            note_run(config, run)
+            first = note_run(config, run)
+        if first:
+            tell("started", run=run, root=folder.root)
         storage.delete(folder.status)  # the run has not ended
         try:
             result = run_step(step, config, run=run, given=given)

@@ -54,12 +54,23 @@ class NotedRun(KfpRun):
         return run_folder(from_yaml(self.config), self.run)
 
 
-def note_run(config: Config, run: str) -> None:
-    """Tell the janitor which run to close if this pipeline is stopped. The note of the first task stays."""
-    here = this_kfp_run()
+def note_run(config: Config, run: str) -> bool:
+    """Tell the janitor which run to close if this pipeline is stopped; whether this is the first task that does.
+
+    The note of the first task stays.
+    """
+    here, noted = this_kfp_run(), False
     if here is not None:
         note = json.dumps({"workflow": here.workflow, "run": run, "config": to_json(config)})
-        _tell(lambda api: None if here.id in _notes(api) else _note(api, here, note))
+
+        def keep(api: KubernetesApi) -> None:
+            nonlocal noted
+            if here.id not in _notes(api):
+                _note(api, here, note)
+                noted = True
+
+        _tell(keep)
+    return noted
 
 
 def forget_this_run() -> None:

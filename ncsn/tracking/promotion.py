@@ -18,6 +18,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from ncsn.errors import UserError
+from ncsn.events import tell
 from ncsn.process import utc_now
 from ncsn.tracking.client import one_line
 from ncsn.tracking.gate import Decision, Evidence, decide
@@ -95,10 +96,13 @@ def resolve_promotions(client: MlflowClient, name: str) -> Promotions:
             _write(client, name, promotions, late, decision, by=by)
             if not decision.promoted:
                 client.delete_model_version_tag(name, late, PROMOTION)
-        elif promotions.champion in ("", aliased_version(client, name, CHAMPION)):
+        elif (champion := promotions.champion) in ("", before := aliased_version(client, name, CHAMPION)):
             return promotions
         else:
-            client.set_registered_model_alias(name, CHAMPION, promotions.champion)
+            client.set_registered_model_alias(name, CHAMPION, champion)
+            back = ROLLED_BACK in promotions.tags.get(before, {})
+            reason = f"rolled back from version {before}" if back else promotions.tags[champion].get("gate.reason", "")
+            tell("promoted", model=name, version=champion, replaced=before, reason=reason)
 
 
 def _write(

@@ -44,7 +44,7 @@ def pytest_report_header() -> list[str]:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """First what all others rely on, last what takes longest, and each as long as a busy cluster needs."""
-    order = ("test_infra", "test_start", "test_training", "test_evaluation", "test_ending")
+    order = ("test_infra", "test_start", "test_training", "test_evaluation", "test_serving", "test_ending")
     order += ("test_kueue", "test_pipelines")
     ours = [item for item in items if item.path.parent == Path(__file__).parent]
     for item in ours:

@@ -47,7 +47,7 @@ def test_kubectl_renders_it(folder: Path) -> None:
     assert not any(kind in {"Secret", "RayJob"} for kind, _, _ in names), "examples and the template are not applied"
 
 
-@pytest.mark.parametrize("overlay", ["standalone", "kueue", "gpu", "monitoring"])
+@pytest.mark.parametrize("overlay", ["standalone", "kueue", "gpu", "monitoring", "serving"])
 def test_an_overlay_is_standalone_with_the_pushed_image(overlay: str) -> None:
     folder = ROOT / "infra" / "overlays"
     everything = rendered(folder / overlay)

@@ -7,6 +7,7 @@ import re
 import tomllib
 from collections.abc import Iterator
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import sqlalchemy
 import yaml
 from kuberay_rules import SECRET_NAME, house_errors, load_schemas, schema_errors
 from kubernetes.client import models
+from ray.serve.schema import ServeDeploySchema
 
 ROOT = Path(__file__).parents[2]
 INFRA = ROOT / "infra"
@@ -25,10 +27,11 @@ RESOURCES = sorted(
     path for path in INFRA.glob("*/*/*.yaml") if path.name not in {"kustomization.yaml", "docker-compose.yaml"}
 )
 TEMPLATE = INFRA / "base" / "kuberay" / "rayjob.yaml"
+SERVICE = INFRA / "overlays" / "serving" / "ray-service.yaml"
 POD_KINDS = {"Deployment", "StatefulSet", "Job"}
 RESTRICTED = {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}}
 # Resources of other projects, of which no schema is at hand: their fields are not checked here.
-FOREIGN = {"PodMonitor", "ResourceFlavor", "ClusterQueue", "LocalQueue", "RayJob"}
+FOREIGN = {"PodMonitor", "ResourceFlavor", "ClusterQueue", "LocalQueue", "RayJob", "RayService"}
 
 
 def name_of(path: Path) -> str:
@@ -224,9 +227,28 @@ def test_the_template_is_a_valid_rayjob() -> None:
         assert schema_errors(cluster | {"spec": template["spec"]["rayClusterSpec"]}, schema) == []
 
 
+def test_the_service_is_a_valid_rayservice_whose_pods_are_as_those_of_a_rayjob() -> None:
+    service = load(SERVICE)
+    for schema in load_schemas("RayService").values():
+        assert schema_errors(service, schema) == []
+    cluster, template = service["spec"]["rayClusterConfig"], load(TEMPLATE)["spec"]
+    as_a_job = {"rayClusterSpec": cluster, **{key: template[key] for key in template if key != "rayClusterSpec"}}
+    assert house_errors({"spec": as_a_job}) == []
+    wanted = cluster["workerGroupSpecs"][0]["template"]["spec"]["containers"][0]["resources"]["requests"]["cpu"]
+    config = ServeDeploySchema.model_validate(yaml.safe_load(service["spec"]["serveConfigV2"]))
+    (application,) = config.applications
+    assert application.args.keys() == {"model"}
+    module, _, function = application.import_path.partition(":")
+    assert callable(getattr(import_module(module), function))
+    cpus = {each.name: each.num_replicas * each.ray_actor_options.num_cpus for each in application.deployments}
+    assert cpus.keys() == {"Front", "Sampler"}
+    assert sum(cpus.values()) <= cluster["workerGroupSpecs"][0]["replicas"] * int(wanted)
+
+
 def test_the_template_the_image_and_the_pins_agree() -> None:
     pin = re.search(r"^ray==(\S+)$", (ROOT / "constraints.txt").read_text(), flags=re.MULTILINE)
     assert pin and load(TEMPLATE)["spec"]["rayClusterSpec"]["rayVersion"] == pin[1]
+    assert load(SERVICE)["spec"]["rayClusterConfig"]["rayVersion"] == pin[1]
     images = {image for path in RESOURCES for image in re.findall(r"image: (ncsn-\S+)", path.read_text())}
     assert images == {f"ncsn-python:{VERSION}", f"ncsn-slim:{VERSION}"}
     renamed = load(INFRA / "image" / "kustomization.yaml")["images"]
@@ -243,6 +265,7 @@ def test_the_image_carries_what_kuberay_needs() -> None:
     assert "NCSN_RAYJOB_TEMPLATE=/etc/ncsn/rayjob.yaml" in dockerfile
     assert re.search(r"apt-get install .*\bwget\b", dockerfile), "the probes of KubeRay call wget"
     assert "['optional-dependencies']['server']" in dockerfile, "MLflow needs a driver for PostgreSQL"
+    assert "['optional-dependencies']['serve']" in dockerfile, "infra/overlays/serving runs in it"
     assert "'torch-fidelity'" in dockerfile, "evaluation.extractor: inception needs it, and nothing is installed later"
     assert re.search(r"^torch_fidelity==", (ROOT / "constraints.txt").read_text(), flags=re.MULTILINE)
     assert re.search(r"^ARG BASE_IMAGE=python:\d+\.\d+\.\d+-", dockerfile, flags=re.MULTILINE), "the base is pinned"

@@ -11,9 +11,11 @@ import pytest
 from click.testing import CliRunner
 from kubernetes_api import pairs, rules_of
 from mlflow.tracking import MlflowClient
+from webhook import receiver
 
 from ncsn.cli import app
 from ncsn.config import Config, from_yaml, to_json
+from ncsn.events import tell
 from ncsn.process import KFP_RUN_ID, KFP_WORKFLOW
 from ncsn.remote.backend import RemoteLost
 from ncsn.remote.kuberay import NOTES
@@ -155,6 +157,19 @@ def test_a_running_pipeline_is_left_alone(emulation: Any, config: Config, janito
     assert janitor() == []
     assert (outcome(config), len(notes(emulation)), len(emulation.jobs)) == (None, 1, 1)
     emulation.cluster.delete("rayjobs", "working")
+
+
+def test_a_pipeline_run_starts_once_however_many_tasks_it_has(emulation: Any, config: Config) -> None:
+    with receiver() as sent, pytest.MonkeyPatch.context() as patch:
+        patch.setenv(KFP_RUN_ID, "77aa")
+        patch.setenv(KFP_WORKFLOW, WORKFLOW)
+        for _ in range(2):
+            run_kfp_task("ingest", config, run="mine", given={})
+        tell("finished", run="mine")
+        started, end = sent.wait_for(2)
+    assert (started["event"], started["run"], started["kfp_run"]) == ("started", "mine", "77aa")
+    assert (end["event"], len(sent.tries)) == ("finished", 2)
+    emulation.cluster.delete("configmaps", "ncsn-run-77aa")
 
 
 @pytest.mark.usefixtures("begun")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from mlflow.tracking import MlflowClient
 from refused import refused
+from webhook import receiver
 
 from ncsn import storage
 from ncsn.config import Config, from_yaml, to_yaml
@@ -144,6 +145,18 @@ def test_the_store_is_told_though_mlflow_is_away(config: Config) -> None:
     with refused("http://127.0.0.1:9", error=TrackingError):
         finish.run(away, run="alone", state="FAILED", message="x")
     assert stored(config, "alone")["status"] == "FAILED"
+
+
+def test_the_end_of_a_run_is_told_once_and_what_its_tasks_wrote_does_not_count(config: Config) -> None:
+    ingest.run(config, run="loud")
+    with receiver() as sent:
+        write_outcome(run_folder(config, "loud"), Outcome("FAILED", "of a task that is tried again", "train"))
+        for state in ("FAILED", "FAILED", "SUCCEEDED"):  # the exit handler, the janitor, and KFP's Retry
+            finish.run(config, run="loud", state=state, message="out of memory")
+        failed, finished = sent.wait_for(2)
+    assert (failed["event"], failed["status"], failed["reason"]) == ("failed", "FAILED", "out of memory")
+    assert (finished["event"], finished["run"], finished["status"]) == ("finished", "loud", "FINISHED")
+    assert len(sent.tries) == 2
 
 
 def test_the_run_of_another_config_is_not_touched_and_the_page_says_so(config: Config) -> None:

@@ -15,10 +15,18 @@ import pytest
 from gated import CLEAN, COPIES, DiesAt, Killed, empty_versions, evidence, figure
 from mlflow.tracking import MlflowClient
 from refused import refused
+from webhook import receiver
 
 from ncsn.tracking.client import connect
 from ncsn.tracking.gate import Decision, Evidence, Floors, Memorization, decide
-from ncsn.tracking.promotion import aliased_version, pass_gate, promote_version, read_promotions, roll_back
+from ncsn.tracking.promotion import (
+    aliased_version,
+    pass_gate,
+    promote_version,
+    read_promotions,
+    resolve_promotions,
+    roll_back,
+)
 
 NAN = float("nan")
 FLOORS = Floors(figure(0.0).name, fid_below=9.0, copies_below=0.01)  # 2 of 256 are fewer, 3 are not
@@ -312,6 +320,18 @@ def test_rollback_goes_back_one_champion_at_a_time_and_a_former_champion_can_ret
     assert promote_version(client, "back", version="4").replaced == "2"
     assert "rolled_back_at" not in client.get_model_version("back", "4").tags
     assert roll_back(client, "back").version == "2"
+
+
+def test_whoever_moves_the_alias_tells_it_once(client):
+    with receiver() as sent:
+        first, second = register(client, "told", 9.0, 8.0)
+        resolve_promotions(client, "told")
+        roll_back(client, "told")
+        told = sent.wait_for(3)
+    assert [(event["event"], event["model"]) for event in told] == [("promoted", "told")] * 3
+    assert [event["version"] for event in told] == [first, second, first]
+    assert [event.get("replaced") for event in told] == [None, first, second]
+    assert told[1]["reason"] == client.get_model_version("told", second).tags["gate.reason"] != told[2]["reason"]
 
 
 def test_a_rollback_that_was_killed_goes_back_once(client, config):

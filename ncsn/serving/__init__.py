@@ -1,0 +1,8 @@
+"""A registered model behind HTTP: requests, batches of several of them, and the version that an alias names."""
+
+from __future__ import annotations
+
+import os
+
+# Ray Serve gives its proxy five seconds to start, which takes longer on a busy machine, and ends it otherwise.
+os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
