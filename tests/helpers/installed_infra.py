@@ -40,7 +40,7 @@ class Infra:
         tested = {"ncsn-python": full, "ncsn-slim": os.environ.get("NCSN_SLIM_IMAGE", full)}
         for path in self.folder.rglob("kustomization.yaml"):
             settings = yaml.safe_load(path.read_text())
-            for entry in settings.get("images", []):
+            for entry in (each for each in settings.get("images", []) if each["name"] in tested):
                 entry["newName"], _, entry["newTag"] = tested[entry["name"]].rpartition(":")
             path.write_text(yaml.safe_dump(settings))
 

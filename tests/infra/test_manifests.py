@@ -264,8 +264,8 @@ def test_the_image_carries_what_kuberay_needs() -> None:
     assert "COPY infra/base/kuberay/rayjob.yaml /etc/ncsn/rayjob.yaml" in dockerfile
     assert "NCSN_RAYJOB_TEMPLATE=/etc/ncsn/rayjob.yaml" in dockerfile
     assert re.search(r"apt-get install .*\bwget\b", dockerfile), "the probes of KubeRay call wget"
-    assert "['optional-dependencies']['server']" in dockerfile, "MLflow needs a driver for PostgreSQL"
-    assert "['optional-dependencies']['serve']" in dockerfile, "infra/overlays/serving runs in it"
+    assert "extras['server']" in dockerfile, "MLflow needs a driver for PostgreSQL"
+    assert "extras['serve']" in dockerfile, "infra/overlays/serving runs in it"
     assert "'torch-fidelity'" in dockerfile, "evaluation.extractor: inception needs it, and nothing is installed later"
     assert re.search(r"^torch_fidelity==", (ROOT / "constraints.txt").read_text(), flags=re.MULTILINE)
     assert re.search(r"^ARG BASE_IMAGE=python:\d+\.\d+\.\d+-", dockerfile, flags=re.MULTILINE), "the base is pinned"
