@@ -98,7 +98,8 @@ def show_command(*, name: str, options: TargetOptions, as_json: bool) -> None:
     uri = options.registry
     with mlflow_errors(uri):
         items = find_items(options.store_root, uri, name)
-        chains = trace(client_at(uri), name)
+        dataset = next((item.name.partition("/")[2] for item in items if item.kind == "dataset"), "")
+        chains = trace(client_at(uri), dataset or name)
     if not (items or chains):
         where = f"neither {options.store_root} nor MLflow at {shown(uri)} has such a run, dataset or model"
         raise UserError(name, where, hint=f"give {ACCEPTED}")

@@ -58,7 +58,8 @@ def run_step(
         preflight(step, config, folder)
         inputs = find_inputs(folder, step, given, config=config)
     with around(step, folder, inputs), recorded(config, run, step):
-        update_step(folder, step, reads=inputs)  # what is in use, though its result may be days away
+        if read_step(folder, step).reads != inputs:  # they are in use, though the result may be days away
+            update_step(folder, step, reads=inputs)
         leased = {}
         if lease:
             Lease(lease).require("nothing was started")  # the cluster may retry a job whose launcher is gone

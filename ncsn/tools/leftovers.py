@@ -11,7 +11,7 @@ import json
 import re
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -115,9 +115,9 @@ class _References:
 
 
 def _above(name: str) -> list[str]:
-    """The folders of a store that it is in, but for that of all runs."""
+    """The folders of a store that it is in."""
     parts = name.split("/")
-    return ["/".join(parts[:depth]) for depth in range(2, len(parts))]
+    return ["/".join(parts[:depth]) for depth in range(1, len(parts))]
 
 
 def survey(root: str, registry: str) -> Survey:
@@ -131,7 +131,7 @@ def survey(root: str, registry: str) -> Survey:
         each.get("eval.fingerprint", "")[:16] for each in tags
     }
     tops = storage.list_entries(storage.join(root, RUNS))
-    runs = at_once(partial(_look_at, root), [top.path for top in tops if RUN_PATTERN.fullmatch(top.path)])
+    runs = at_once(partial(_look_at, root, result.begun), [top.path for top in tops if RUN_PATTERN.fullmatch(top.path)])
     references.add("", _named(json.dumps(tags)))
     for run in runs:
         references.add(run.name, run.named)
@@ -175,7 +175,7 @@ def _of_datasets(root: str, references: _References, working: set[str], needed: 
                     yield _leftover("features", storage.join(root, DATASETS, place), of)
 
 
-def _look_at(root: str, name: str) -> _Run:
+def _look_at(root: str, began: Mapping[str, float], name: str) -> _Run:
     """What a run refers to, and what may go of it."""
     folder = RunFolder(root, name)
     files = storage.list_entries(folder.uri, files=True)
@@ -185,8 +185,10 @@ def _look_at(root: str, name: str) -> _Run:
     texts = [json.dumps(record) for record in records.values()]
     if "config.yaml" in {entry.path for entry in files}:
         texts.append(storage.read_text(folder.config))
-    run = _Run(name, {named for text in texts for named in _named(text)}, working=not _is_quiet(files))
+    working = not _is_quiet(files) or time.time() - began.get(name, 0.0) < QUIET_SECONDS
+    run = _Run(name, {named for text in texts for named in _named(text)}, working)
     if run.working:
+        run.named |= set() if records.get("ingest", {}).get("result") else {DATASETS}  # it may find any of them
         return run
     run.mlflow = next((each["mlflow"]["parent_run_id"] for each in records.values() if each["mlflow"]), "")
     run.found += _abandoned(folder.uri, "", files)

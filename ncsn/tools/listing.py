@@ -61,9 +61,9 @@ def begun(root: str) -> dict[str, float]:
 
 def list_runs(root: str) -> tuple[list[Item], int]:
     """The newest runs, and the number of all."""
-    held = storage.list_entries(storage.join(root, RUNS))
+    held, dated = at_once(storage.list_entries, [storage.join(root, place) for place in (RUNS, BEGUN)])
     dates = {entry.path: entry.changed for entry in held if RUN_PATTERN.fullmatch(entry.path)}
-    dates |= {run: when for run, when in begun(root).items() if run in dates}
+    dates |= {entry.path: entry.changed for entry in dated if entry.path in dates}
     newest = at_once(partial(describe_run, root), nlargest(MOST, dates, key=dates.__getitem__))
     return sorted(newest, key=lambda item: -item.changed), len(dates)
 

@@ -42,6 +42,14 @@ def test_a_run_succeeds_and_the_same_again_comes_from_the_cache(pipelines: Place
     assert not kubeflow.worked_tasks(second) & {"ingest", "tune", "train"}
     assert pipelines.stored(f"runs/{run}/status.json")["status"] == "FINISHED"
 
+    store = ("--json", *pipelines.options())
+    listed = pipelines.commands.run("ls", *store, seconds=300).result()
+    assert next(each["state"] for each in listed["runs"] if each["name"] == run) == "FINISHED"
+    (chain,) = pipelines.commands.run("show", run, *store, seconds=300).result()["chains"]
+    assert chain["facts"]["kfp.pipeline_run_id"] in (first, second)
+    found = pipelines.commands.run("cleanup", *store, seconds=600).result()
+    assert not [each for each in found["items"] if f"/runs/{run}/" in each["uri"]], "all of it is young"
+
 
 @pytest.mark.timeout(2700)
 @pytest.mark.parametrize(

@@ -175,10 +175,13 @@ def test_a_run_at_work_keeps_what_it_has_and_reads(store: Config, later: float) 
     )
     put(store, "runs/works/steps/sample/progress.json", "runs/works/samples/s1/f1/shard")
     os.utime(root / "runs" / "works" / "steps" / "sample" / "progress.json", (later, later))
-    os.utime(root / "runs" / "searched" / "config.yaml", (later, later))
     os.utime(root / ".tmp-12345678" / "dataset.json", (later - 86000, later - 86000))
+    run(store, "works", "ingest", result={"uri": f"{root}/datasets/digits/aaaa1111"})
     kept = {("temporary", ".tmp-12345678"), ("samples", "runs/stopped/samples/s1/f1")}
-    assert FOUND - found(store) == kept | {each for each in FOUND if each[0] in ("trials", "features")}
+    assert FOUND - found(store) == kept | {each for each in FOUND if each[0] == "features"}
+    begun = RunFolder(store.storage.root, "searched").begun
+    os.utime(begun, (later, later))  # and has changed nothing yet: it may find any dataset
+    assert FOUND - found(store) == kept | {each for each in FOUND if each[0] in ("features", "trials", "datasets")}
 
 
 @pytest.mark.parametrize("config", ["disk"], indirect=True)
