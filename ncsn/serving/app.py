@@ -74,7 +74,7 @@ class Sampler:
     def __init__(self, address: str, registry: str) -> None:
         self._address, self._registry = address, registry or server_uri(None, root=DEFAULT_ROOT)
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._name, self._trained = load_version(self._registry, address, device=self._device)
+        self._served = load_version(self._registry, address, device=self._device)  # name and network
         self._id = uuid.uuid4().hex
         self._images = Counter("ncsn_serve_images", "Images made.", ("model",))
         self._sizes = Histogram("ncsn_serve_batch_images", "Images of a batch.", [1, 4, 16, 64, 256, 1024])
@@ -88,34 +88,33 @@ class Sampler:
         images = generate_joined(trained, parts, device=self._device)
         self._seconds.observe(time.perf_counter() - started)
         self._sizes.observe(len(images))
-        self._images.inc(len(images), {"model": self._name.rpartition("/")[0]})
+        self._images.inc(len(images), {"model": self._served[0].rpartition("/")[0]})
         return images
 
     def _follow(self) -> None:
         while True:
-            model, _, version = self._name.rpartition("/")
+            name, _ = self._served
+            model, _, version = name.rpartition("/")
             self._version.set(float(version), {"model": model})
             time.sleep(POLL_SECONDS)
             try:
                 with mlflow_errors(self._registry):
                     found = resolve_version(client_at(self._registry), self._address)
-                if self._name == f"{SCHEME}{found.name}/{found.version}":
+                if name == (new := f"{SCHEME}{found.name}/{found.version}"):
                     continue
                 turn = serve.get_deployment_actor(_TURN)
                 if ray.get(turn.take.remote(self._id)):
                     try:
-                        self._name, self._trained = load_version(
-                            self._registry, f"{SCHEME}{found.name}/{found.version}", device=self._device
-                        )
+                        self._served = load_version(self._registry, new, device=self._device)
                     finally:
                         ray.get(turn.give_back.remote(self._id))
-                    _logger.warning("%s is served now", self._name)
+                    _logger.warning("%s is served in place of %s", new, name)
             except Exception as error:  # noqa: BLE001 - the version that is loaded goes on
-                _logger.warning("%s stays: %s", self._name, one_line(error))
+                _logger.warning("%s stays: %s", name, one_line(error))
 
     async def sample(self, wanted: asked.Asked) -> tuple[int, str, bytes]:
         """HTTP status, the version, and the file or a line that says what is wrong."""
-        name, trained = self._name, self._trained
+        name, trained = self._served
         try:
             future = self._batches.put(trained, asked.settings(trained, wanted), wanted.number)
             images = await asyncio.wrap_future(future)
@@ -128,9 +127,10 @@ class Sampler:
 
     def describe(self) -> dict[str, Any]:
         """What the page shows."""
-        config, classes = self._trained.config, self._trained.classes
+        name, trained = self._served
+        config, classes = trained.config, trained.classes
         return {
-            "model": self._name,
+            "model": name,
             "image_shape": config.data.stored_shape,
             "classes": [] if classes is None else classes.names,
             "sampler": config.sampling.sampler.kind,
@@ -231,7 +231,8 @@ def run(model: str, *, registry: str, port: int, replicas: int, ready: Callable[
         gpus = 1 if have.get("GPU", 0) >= replicas else 0
         share = {"num_cpus": max(1, int(have["CPU"]) // replicas), "num_gpus": gpus}
         serve.start(proxy_location="HeadOnly", http_options={"host": LOOPBACK, "port": port}, logging_config=_QUIET)
-        wanted = application(model, registry=registry, num_replicas=replicas, ray_actor_options=share)
+        hidden = "@" in registry  # with a password, it stays in the environment that the replicas inherit
+        wanted = application(model, registry="" if hidden else registry, num_replicas=replicas, ray_actor_options=share)
         serve.run(wanted, name=NAME, logging_config=_QUIET)
         stop = threading.Event()
         for number in (signal.SIGINT, signal.SIGTERM):

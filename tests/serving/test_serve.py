@@ -17,6 +17,7 @@ import numpy as np
 import psutil
 import pytest
 import requests
+from playwright.sync_api import Browser, expect
 from ports import free_port
 from served import load_on, make_champion, trained_by
 
@@ -72,7 +73,7 @@ def images(response: requests.Response) -> Any:
         return found["images"]
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_it_serves_the_images_of_the_model_its_page_and_its_state_on_loopback_only(served: Served) -> None:
     made = served.post(number=5, seed=3, format="npz", **{"class": "bird"})
     assert made.headers["X-NCSN-Model"] == "models:/tiny/1"
@@ -100,6 +101,21 @@ def test_it_serves_the_images_of_the_model_its_page_and_its_state_on_loopback_on
         each.laddr.ip for each in psutil.net_connections("inet") if each.pid in ours and each.status == "LISTEN"
     }
     assert listening <= {"127.0.0.1", "::1"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_page_shows_images_and_what_is_wrong(served: Served, browser: Browser) -> None:
+    page = browser.new_page()
+    page.goto(served.url)
+    expect(page.get_by_role("heading")).to_have_text("models:/tiny/1")
+    page.get_by_label("Class").select_option("bird")
+    page.get_by_role("button").click()
+    page.wait_for_function("document.querySelector('img').naturalWidth > 0", timeout=60_000)
+    page.get_by_label("Seed").fill("1e30")
+    page.get_by_role("button").click()
+    expect(page.get_by_role("alert")).to_contain_text("seed")
+    page.close()
 
 
 @pytest.mark.slow
