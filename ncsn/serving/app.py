@@ -13,6 +13,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from functools import partial
 from importlib import resources
 from typing import Any
 from urllib.request import urlopen
@@ -22,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 from ray import serve
 from ray.exceptions import RayActorError
+from ray.serve._private import replica
 from ray.serve.config import DeploymentActorConfig
 from ray.util.metrics import Counter, Gauge, Histogram
 from starlette.requests import Request
@@ -68,10 +70,23 @@ class Turn:
             self._holder = ""
 
 
+def _call_on_loopback() -> None:
+    """Let this replica be called on loopback only, if its node is there."""
+    # Replicas call each other by pickles, without a password, and Ray Serve 2.60 listens for them at all addresses.
+    if ray.util.get_node_ip_address() == LOOPBACK:
+        name = "add_port_to_grpc_server"
+        vars(replica)[name] = partial(_add_port, vars(replica)[name])
+
+
+def _add_port(add: Callable[[Any, str], int], server: Any, address: str) -> int:
+    return add(server, address.replace("[::]", LOOPBACK))
+
+
 class Sampler:
     """Makes images of the version that the address names; loads another one beside it when the alias moves."""
 
     def __init__(self, address: str, registry: str) -> None:
+        _call_on_loopback()
         self._address, self._registry = address, registry or server_uri(None, root=DEFAULT_ROOT)
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self._served = load_version(self._registry, address, device=self._device)  # name and network
@@ -143,6 +158,7 @@ class Front:
     """Takes requests, and asks the replicas until one of them has answered."""
 
     def __init__(self, samplers: Any) -> None:
+        _call_on_loopback()
         self._samplers = samplers
         self._page = resources.files("ncsn.serving").joinpath("page.html").read_text()
 

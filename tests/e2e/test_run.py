@@ -112,7 +112,7 @@ def test_mlflow_has_one_parent_and_a_child_per_tracked_step(workplace, client) -
     losses = client.get_metric_history(children["train"].info.run_id, "train/loss")
     assert [point.step for point in losses] == [160, 320, 480, 640]
     assert {"train/loss_sigma_1", "system/worker_memory_megabytes"} <= children["train"].data.metrics.keys()
-    assert children["train"].data.tags["ray.dashboard_url"].startswith("http://127.0.0.1:")
+    assert "ray.dashboard_url" not in children["train"].data.tags, "the page ended with the cluster"
     for step, context in (("train", "training"), ("evaluate", "evaluation")):
         (read,) = children[step].inputs.dataset_inputs
         assert read.dataset.digest == workplace.result(RUN, "ingest")["digest"][:36]

@@ -164,7 +164,7 @@ def test_a_kfp_task_hands_over_its_image_its_workflow_and_its_run(pipeline) -> N
     (job,) = created
     assert job["metadata"]["ownerReferences"] == [OWNER | {"controller": False, "blockOwnerDeletion": False}]
     assert job["metadata"]["labels"]["ncsn.dev/kfp-run-id"] == "5f3a"
-    assert job["spec"]["submitterPodTemplate"]["spec"]["containers"][0]["image"] == "ours:1.2"
+    assert job["spec"]["submitterPodTemplate"]["spec"]["containers"][0]["image"] == "registry.example/ncsn-python:0.1.0"
     for schema in load_schemas("RayJob").values():
         assert schema_errors(job, schema) == []
 

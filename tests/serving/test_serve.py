@@ -100,7 +100,7 @@ def test_it_serves_the_images_of_the_model_its_page_and_its_state_on_loopback_on
     listening = {
         each.laddr.ip for each in psutil.net_connections("inet") if each.pid in ours and each.status == "LISTEN"
     }
-    assert listening <= {"127.0.0.1", "::1"}
+    assert listening <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 
 
 @pytest.mark.slow
