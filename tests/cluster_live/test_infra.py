@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from installed_infra import CREDENTIALS, ENVIRONMENT, Infra, image_under_test
+from live_place import BUCKET
 from ncsn_commands import ROOT
 from real_cluster import PATIENCE, apply, eventually, kubectl
 
@@ -81,26 +82,6 @@ def test_doctor_finds_nothing_ill(home: Place) -> None:
     assert set(findings.values()) <= {"ok", "not configured"}
 
 
-@pytest.mark.timeout(600)
-def test_an_ingest_waits_for_an_object_store_that_is_away(infra: Infra, home: Place) -> None:
-    scale = ("scale", "statefulset/seaweedfs", "--namespace", infra.system)
-    # Images that no other test has, so that there is something to write.
-    options = (*home.options({"data.max_images": 777}), "--run", "away")
-    kubectl(*scale, "--replicas=0")
-    try:
-        eventually(
-            lambda: not infra.servers.pods_at_work("app.kubernetes.io/name=seaweedfs"), "it is away", seconds=120
-        )
-        with home.commands.running("ingest", "--json", *options) as command:
-            eventually(lambda: "unavailable" in command.said or command.ended, "it is missed", seconds=120)
-            kubectl(*scale, "--replicas=1")
-            assert command.wait(300) == 0, command.said[-3000:]
-    finally:
-        kubectl(*scale, "--replicas=1")
-        infra.wait_for_servers()
-    assert sum(command.result()["counts"].values()) == 777
-
-
 @pytest.mark.timeout(240)
 def test_an_artifact_goes_up_and_down_from_this_machine(home: Place) -> None:
     done = subprocess.run(
@@ -118,19 +99,53 @@ def test_an_artifact_goes_up_and_down_from_this_machine(home: Place) -> None:
 
 @pytest.mark.timeout(300)
 def test_an_artifact_goes_up_and_down_from_a_pod_of_another_namespace(place: Place) -> None:
-    name, namespace = "round-trip", place.namespace.name
+    start_pod(place, "round-trip", "python", "-c", _ROUND_TRIP)
+    assert ended_phase(place, "round-trip") == "Succeeded", log(place, "round-trip")
+
+
+@pytest.mark.timeout(900)
+def test_an_ingest_waits_for_an_object_store_that_is_away(infra: Infra, place: Place) -> None:
+    """In a pod: a forwarded port ends with the pod that it leads to."""
+    scale = ("scale", "statefulset/seaweedfs", "--namespace", infra.system)
+    settings = ("--set", f"storage.root=s3://{BUCKET}/{place.folder}", "--set", "data.max_images=777")
+    kubectl(*scale, "--replicas=0")
+    try:
+        eventually(
+            lambda: not infra.servers.pods_at_work("app.kubernetes.io/name=seaweedfs"), "it is away", seconds=120
+        )
+        start_pod(place, "away", "ncsn", "ingest", "--config", "digits", "--run", "away", *settings)
+        eventually(lambda: "unavailable" in log(place, "away"), "it is missed", seconds=120)
+    finally:
+        kubectl(*scale, "--replicas=1")
+        infra.wait_for_servers()
+    assert ended_phase(place, "away") == "Succeeded", log(place, "away")
+
+
+def start_pod(place: Place, name: str, *command: str) -> None:
     container = {
         "name": "main",
         "image": image_under_test(),
-        "command": ["python", "-c", _ROUND_TRIP],
+        "command": list(command),
         "envFrom": [{"configMapRef": {"name": ENVIRONMENT}}, {"secretRef": {"name": CREDENTIALS}}],
         "resources": {"requests": {"cpu": "100m", "memory": "512Mi"}, "limits": {"memory": "1Gi"}},
         "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
     }
     security = {"runAsNonRoot": True, "runAsUser": 1000, "seccompProfile": {"type": "RuntimeDefault"}}
     spec = {"restartPolicy": "Never", "securityContext": security, "containers": [container]}
-    metadata = {"name": name, "namespace": namespace}
+    metadata = {"name": name, "namespace": place.namespace.name}
     apply({"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec})
-    ended = {"Succeeded", "Failed"}
-    eventually(lambda: place.namespace.get("pod", name)["status"]["phase"] in ended, "the pod ended", seconds=240)
-    assert place.namespace.get("pod", name)["status"]["phase"] == "Succeeded", kubectl("logs", name, "-n", namespace)
+
+
+def ended_phase(place: Place, name: str) -> str:
+    def phase() -> str:
+        return str(place.namespace.get("pod", name)["status"]["phase"])
+
+    eventually(lambda: phase() in {"Succeeded", "Failed"}, "the pod ended", seconds=240)
+    return phase()
+
+
+def log(place: Place, name: str) -> str:
+    """Empty before the pod runs."""
+    if place.namespace.get("pod", name)["status"]["phase"] == "Pending":
+        return ""
+    return kubectl("logs", name, "--namespace", place.namespace.name)
