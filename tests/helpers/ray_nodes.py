@@ -22,7 +22,6 @@ CACHE_DIR = "NCSN_CACHE_DIR"
 # For whatever starts or joins a cluster: Ray gives up its own processes after 30 or 60 s, and a busy machine is slow.
 PATIENT_RAY = {
     "RAY_raylet_start_wait_time_s": "300",
-    "RAY_agent_register_timeout_ms": "300000",
     "RAY_worker_register_timeout_seconds": "300",
     "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "300",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
