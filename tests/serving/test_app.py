@@ -24,6 +24,7 @@ MODEL = "models:/tiny/1"
 @pytest.fixture(scope="module")
 def handle() -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(app, "POLL_SECONDS", 3600.0)
         patch.setattr(app, "load_version", lambda *_, **__: (MODEL, trained_by(0)))
         yield serve.run(app.build({"model": "models:/tiny@champion"}), _local_testing_mode=True)
 

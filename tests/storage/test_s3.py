@@ -142,8 +142,8 @@ def test_an_upload_that_fails_is_an_error_and_publishes_nothing(s3_root, tmp_pat
             storage.publish_file(tmp_path / "file", f"{s3_root}/folder/file")
         assert sent == (4 if size > s3.PART else 2)
     assert storage.list_names(f"{s3_root}/folder") == []
-    bucket = s3_root.removeprefix("s3://").partition("/")[0]
-    assert not client.list_multipart_uploads(Bucket=bucket).get("Uploads")
+    bucket, _, prefix = s3_root.removeprefix("s3://").partition("/")
+    assert not client.list_multipart_uploads(Bucket=bucket, Prefix=prefix).get("Uploads")
     storage.publish_file(tmp_path / "file", f"{s3_root}/folder/file")
     assert storage.read_bytes(f"{s3_root}/folder/file") == bytes(size)
 
