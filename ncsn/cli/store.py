@@ -187,28 +187,22 @@ def _end_jobs(ctx: click.Context, *, namespace: str | None, run: str | None, dry
 
 
 def _delete_leftovers(options: TargetOptions, *, yes: bool, as_json: bool) -> None:
-    from rich.box import SIMPLE_HEAD
     from rich.filesize import decimal
-    from rich.table import Column, Table
 
-    from ncsn.cli.console import console_on
-    from ncsn.tools.leftovers import CLASSES, survey
+    from ncsn.tools.leftovers import CLASSES, delete_leftovers, find_leftovers
     from ncsn.tracking.client import mlflow_errors
 
     uri, root = options.registry, options.store_root
     with mlflow_errors(uri):
-        result = survey(root, uri)
-        found = list(result.delete()) if yes else result.found
+        found, began = find_leftovers(root, uri)
+        found = list(delete_leftovers(root, uri, found, began)) if yes else found
     total = sum(each.size for each in found)
     if as_json:
         items = [asdict(each) for each in found]
         click.echo(json.dumps({"deleted": yes, "bytes": total, "items": items}, indent=1))
         return
-    table = Table("what", Column("number", justify="right"), Column("size", justify="right"), box=SIMPLE_HEAD)
     for kind, words in CLASSES.items():
         if sizes := [each.size for each in found if each.kind == kind]:
-            table.add_row(words, f"{len(sizes):,}", decimal(sum(sizes)))
-    if found:
-        console_on(sys.stdout).print(table)
+            click.echo(f"{len(sizes):>9,}  {decimal(sum(sizes)):>10}  {words}")
     rest = "" if yes or not found else "; --yes deletes it, --json names it"
     click.echo(f"{'deleted' if yes else 'found'} {decimal(total)} in {root} that nothing refers to{rest}")

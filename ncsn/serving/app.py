@@ -115,14 +115,10 @@ class Sampler:
             return 503, name, b"too many images wait; try again later\n"
 
     def describe(self) -> dict[str, Any]:
-        """What the page shows."""
+        """What the page needs to know."""
         name, trained = self._served
-        classes = trained.classes
-        return {
-            "model": name,
-            "classes": [] if classes is None else classes.names,
-            "most_images": asked.MOST_IMAGES,
-        }
+        classes = [] if trained.classes is None else trained.classes.names
+        return {"status": "ok", "model": name, "classes": classes, "most_images": asked.MOST_IMAGES}
 
 
 class Front:
@@ -137,17 +133,15 @@ class Front:
         match request.method, request.url.path.rstrip("/"):
             case "GET", "":
                 return Response(self._page, media_type="text/html")
-            case "GET", "/model":
-                return JSONResponse(await self._ask("describe"))
             case "GET", "/health":
-                return JSONResponse({"status": "ok", "model": (await self._ask("describe"))["model"]})
+                return JSONResponse(await self._ask("describe"))
             case "GET", "/metrics":
                 return PlainTextResponse(await asyncio.to_thread(_node_metrics))
             case "POST", "/images":
                 return await self._images(request)
-            case _, "" | "/model" | "/health" | "/metrics" | "/images":
+            case _, "" | "/health" | "/metrics" | "/images":
                 return PlainTextResponse("not this method\n", 405)
-        return PlainTextResponse("nothing is here; POST to /images, or GET /, /model, /health or /metrics\n", 404)
+        return PlainTextResponse("nothing is here; POST to /images, or GET /, /health or /metrics\n", 404)
 
     async def _images(self, request: Request) -> Response:
         # A page of another origin cannot send this type unless it is allowed to.

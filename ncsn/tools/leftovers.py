@@ -62,35 +62,8 @@ class Leftover:
     size: int  # bytes
 
 
-@dataclass
-class Survey:
-    """What nothing in a store refers to, in the order of `CLASSES`."""
-
-    root: str
-    registry: str  # URI of its MLflow
-    begun: dict[str, float]  # of each run, before the search
-    found: list[Leftover]
-
-    def delete(self) -> Iterator[Leftover]:
-        """Delete what was found, each as it is yielded, but nothing that a run may use which began meanwhile."""
-        looked, now = -_LOOK_SECONDS, self.begun
-        for each in self.found:
-            if each.kind == "artifacts":
-                delete_artifacts(client_at(self.registry), each.uri)
-                yield each
-                continue
-            if time.monotonic() > looked + _LOOK_SECONDS:
-                looked, now = time.monotonic(), begun(self.root)
-            run = _run_of(each.uri.removeprefix(f"{self.root}/"))
-            if now.get(run) == self.begun.get(run) if run else now == self.begun:
-                for marker in _MARKERS if each.kind != "temporary" else ():
-                    storage.delete(storage.join(each.uri, marker))
-                storage.delete(each.uri)
-                yield each
-
-
-def survey(root: str, registry: str) -> Survey:
-    """What nothing refers to in the store at `root` and in its MLflow."""
+def find_leftovers(root: str, registry: str) -> tuple[list[Leftover], dict[str, float]]:
+    """What nothing refers to in a store and its MLflow, in the order of `CLASSES`; and what `begun` said before."""
     client, began = client_at(registry), begun(root)
     versions, sampled = every_version(client), sampled_runs(client, root)
     tags = [version.tags for version in versions]
@@ -119,7 +92,27 @@ def survey(root: str, registry: str) -> Survey:
         if not named[place] - ({_run_of(place)} if kind == "samples" else set())
     ]
     found += [Leftover("artifacts", uri, size) for uri, size in deleted_artifacts(client, root, versions)]
-    return Survey(root, registry, began, sorted(found, key=lambda each: [*CLASSES].index(each.kind)))
+    return sorted(found, key=lambda each: [*CLASSES].index(each.kind)), began
+
+
+def delete_leftovers(
+    root: str, registry: str, found: Iterable[Leftover], began: dict[str, float]
+) -> Iterator[Leftover]:
+    """Delete what was found, each as it is yielded, but nothing that a run may use which began meanwhile."""
+    looked, now = -_LOOK_SECONDS, began
+    for each in found:
+        if each.kind == "artifacts":
+            delete_artifacts(client_at(registry), each.uri)
+            yield each
+            continue
+        if time.monotonic() > looked + _LOOK_SECONDS:
+            looked, now = time.monotonic(), begun(root)
+        run = _run_of(each.uri.removeprefix(f"{root}/"))
+        if now.get(run) == began.get(run) if run else now == began:
+            for marker in _MARKERS if each.kind != "temporary" else ():
+                storage.delete(storage.join(each.uri, marker))
+            storage.delete(each.uri)
+            yield each
 
 
 def _read(root: str, held: Iterable[Entry]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from ncsn import storage
 from ncsn.config import Config, from_yaml, to_yaml
 from ncsn.runs.folder import RunFolder, update_step
 from ncsn.tools import leftovers
-from ncsn.tools.leftovers import CLASSES, survey
+from ncsn.tools.leftovers import CLASSES, delete_leftovers, find_leftovers
 from ncsn.tracking.client import connect, tracking_uri
 
 DAYS = 2 * 86400.0
@@ -131,7 +131,7 @@ def register(config: Config, client: MlflowClient) -> None:
 
 
 def found(config: Config) -> set[tuple[str, str]]:
-    result = survey(config.storage.root, tracking_uri(config)).found
+    result, _ = find_leftovers(config.storage.root, tracking_uri(config))
     kinds = [each.kind for each in result]
     assert kinds == sorted(kinds, key=[*CLASSES].index) and all(each.size for each in result)
     return {
@@ -148,16 +148,17 @@ def later(monkeypatch: pytest.MonkeyPatch) -> float:
 
 
 def test_what_nothing_refers_to_goes_and_the_rest_stays(store: Config, client: MlflowClient, later: float) -> None:
-    result = survey(store.storage.root, tracking_uri(store))
+    root, registry = store.storage.root, tracking_uri(store)
+    result, began = find_leftovers(root, registry)
     assert found(store) == FOUND
-    artifacts = [each for each in result.found if each.kind == "artifacts"]
+    artifacts = [each for each in result if each.kind == "artifacts"]
     assert len(artifacts) == 1 and artifacts[0].size == 2
     before = {entry.path for entry in storage.list_entries(store.storage.root, files=True)}
-    assert list(result.delete()) == result.found
+    assert list(delete_leftovers(root, registry, result, began)) == result
     after = {entry.path for entry in storage.list_entries(store.storage.root, files=True)}
     gone = {path for path in before if any(path == name or path.startswith(f"{name}/") for _, name in FOUND)}
     assert after == before - gone and gone
-    assert survey(store.storage.root, tracking_uri(store)).found == []
+    assert find_leftovers(root, registry)[0] == []
 
 
 def test_nothing_young_is_touched(store: Config) -> None:
@@ -186,11 +187,12 @@ def test_a_run_at_work_keeps_what_it_has_and_reads(store: Config, later: float) 
 
 @pytest.mark.parametrize("config", ["disk"], indirect=True)
 def test_a_run_that_begins_meanwhile_keeps_what_it_may_use(store: Config, later: float) -> None:
-    result = survey(store.storage.root, tracking_uri(store))
+    root, registry = store.storage.root, tracking_uri(store)
+    result, began = find_leftovers(root, registry)
     os.utime(RunFolder(store.storage.root, "stopped").begun, (later, later))
-    kinds = {each.kind for each in result.delete()}
+    kinds = {each.kind for each in delete_leftovers(root, registry, result, began)}
     assert kinds == {"temporary", "checkpoints", "trials", "artifacts"}
-    stays = [each for each in result.found if storage.exists(each.uri) and each.kind != "artifacts"]
+    stays = [each for each in result if storage.exists(each.uri) and each.kind != "artifacts"]
     assert {each.uri.removeprefix(f"{store.storage.root}/").split("/")[0] for each in stays} == {
         "datasets",
         "runs",
@@ -202,7 +204,7 @@ def test_a_run_that_begins_meanwhile_keeps_what_it_may_use(store: Config, later:
 def test_a_record_that_cannot_be_read_or_a_server_that_is_away_stops_it(store: Config, later: float) -> None:
     away = "http://127.0.0.1:9"
     with pytest.raises(ValueError, match=away):
-        survey(store.storage.root, away)
+        find_leftovers(store.storage.root, away)
     Path(store.storage.root, "runs/stopped/steps/ingest/step.json").write_text("{")
     with pytest.raises(storage.UnreadableError):
-        survey(store.storage.root, tracking_uri(store))
+        find_leftovers(store.storage.root, tracking_uri(store))
