@@ -18,6 +18,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from html import escape
 from queue import SimpleQueue
 from threading import Thread
 from typing import Literal
@@ -118,6 +119,4 @@ def _for_slack(event: dict[str, str]) -> dict[str, str]:
         del facts[name]
     subject = facts.pop("model", "") or facts.pop("run", "")
     line = f"{subject} {facts.pop('event')}; " + ", ".join(f"{name} {value}" for name, value in facts.items())
-    for character, escaped in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;")):
-        line = line.replace(character, escaped)
-    return {"text": line}
+    return {"text": escape(line, quote=False)}

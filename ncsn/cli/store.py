@@ -22,15 +22,6 @@ if TYPE_CHECKING:
     from ncsn.tracking.lineage import Link
 
 _PATIENCE_SECONDS = 30.0
-_UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
-
-
-def _bytes(size: float) -> str:
-    """`512 B`, `1.5 MB`."""
-    power = 0
-    while size >= 1000 and power < len(_UNITS) - 1:
-        size, power = size / 1000, power + 1
-    return f"{size:,.3g} {_UNITS[power]}" if size < 999.5 else f"{size:,.0f} {_UNITS[power]}"
 
 
 def _date(seconds: float) -> str:
@@ -51,6 +42,7 @@ def ls_command(*, kind: str, options: TargetOptions, as_json: bool) -> None:
     A run is LOST if it has not ended and nothing in its folder has changed for an hour.
     """
     from rich.box import SIMPLE_HEAD
+    from rich.filesize import decimal
     from rich.table import Column, Table
 
     from ncsn.cli.console import console_on
@@ -71,7 +63,7 @@ def ls_command(*, kind: str, options: TargetOptions, as_json: bool) -> None:
         return
     table = Table("name", "state", Column("size", justify="right"), "date", "figures", box=SIMPLE_HEAD)
     for item in items:
-        table.add_row(item.name, item.state, _bytes(item.size), _date(item.changed), item.figures)
+        table.add_row(item.name, item.state, decimal(item.size), _date(item.changed), item.figures)
     if items:
         console_on(sys.stdout).print(table)
     place, rest = uri if kind == "models" else root, f", of which the newest {len(items)}" if count > len(items) else ""
@@ -90,6 +82,8 @@ def show_command(*, name: str, options: TargetOptions, as_json: bool) -> None:
     of a checkpoint, the whole chain that it is part of is shown: pipeline run, steps, Ray jobs, data, checkpoint,
     samples, model with the decision of the gate.
     """
+    from rich.filesize import decimal
+
     from ncsn.cli.console import console_on
     from ncsn.tools.listing import find_items
     from ncsn.tracking.client import client_at, mlflow_errors, shown
@@ -108,7 +102,7 @@ def show_command(*, name: str, options: TargetOptions, as_json: bool) -> None:
         return
     console = console_on(sys.stdout)
     for item in items:
-        known = {"state": item.state, "size": _bytes(item.size), "date": _date(item.changed), "figures": item.figures}
+        known = {"state": item.state, "size": decimal(item.size), "date": _date(item.changed), "figures": item.figures}
         console.print(_tree(Link(item.kind, item.name, known | {**item.facts})), soft_wrap=True)
     for chain in chains:
         console.print(_tree(chain), soft_wrap=True)
@@ -193,30 +187,22 @@ def _end_jobs(ctx: click.Context, *, namespace: str | None, run: str | None, dry
 
 
 def _delete_leftovers(options: TargetOptions, *, yes: bool, as_json: bool) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Column, Table
+    from rich.filesize import decimal
 
-    from ncsn.cli.console import console_on
-    from ncsn.tools.leftovers import CLASSES, survey
-    from ncsn.tracking.client import mlflow_errors, shown
+    from ncsn.tools.leftovers import CLASSES, delete_leftovers, find_leftovers
+    from ncsn.tracking.client import mlflow_errors
 
     uri, root = options.registry, options.store_root
     with mlflow_errors(uri):
-        result = survey(root, uri)
-        found = list(result.delete()) if yes else result.found
+        found, began = find_leftovers(root, uri)
+        found = list(delete_leftovers(root, uri, found, began)) if yes else found
     total = sum(each.size for each in found)
     if as_json:
         items = [asdict(each) for each in found]
-        click.echo(json.dumps({"deleted": yes, "bytes": total, "items": items, "foreign": result.foreign}, indent=1))
+        click.echo(json.dumps({"deleted": yes, "bytes": total, "items": items}, indent=1))
         return
-    table = Table("what", Column("number", justify="right"), Column("size", justify="right"), box=SIMPLE_HEAD)
     for kind, words in CLASSES.items():
         if sizes := [each.size for each in found if each.kind == kind]:
-            table.add_row(words, f"{len(sizes):,}", _bytes(sum(sizes)))
-    if found:
-        console_on(sys.stdout).print(table)
-    if result.foreign:
-        runs = f"{len(result.foreign)} runs such as {result.foreign[0]}"
-        click.echo(f"MLflow at {shown(uri)} does not know {runs}: their samples stay")
+            click.echo(f"{len(sizes):>9,}  {decimal(sum(sizes)):>10}  {words}")
     rest = "" if yes or not found else "; --yes deletes it, --json names it"
-    click.echo(f"{'deleted' if yes else 'found'} {_bytes(total)} in {root} that nothing refers to{rest}")
+    click.echo(f"{'deleted' if yes else 'found'} {decimal(total)} in {root} that nothing refers to{rest}")

@@ -16,7 +16,7 @@ from ncsn.config.choices import (
     UnetNetworkConfig,
 )
 from ncsn.config.problems import problems
-from ncsn.config.schema import NEIGHBOR_IMAGES, Config
+from ncsn.config.schema import Config
 from ncsn.config.training import DsmLossConfig, LevelsConfig, LognormalTraining, PowerEmaConfig, SsmLossConfig
 from ncsn.core.samplers.settings import AnnealedLangevin, DpmSolver, Langevin
 from ncsn.errors import ConfigError, Problem
@@ -196,11 +196,6 @@ def _sampling(config: Config) -> Iterator[Problem]:
             "raise it, or lower evaluation.num_splits",
             sampling.num_images,
         )
-    share, compared = config.tracking.require.copies_below, min(NEIGHBOR_IMAGES, sampling.num_images)
-    if share is not None and share < 1 / compared:
-        reason = f"finer than one of the {compared} samples that are compared with the training images"
-        hint = "use more" if compared == NEIGHBOR_IMAGES else "use more, or raise sampling.num_images"
-        yield Problem("tracking.require.copies_below", reason, hint, share)
     if evaluation.pretrained is not None and config.data.channels not in (1, 3):
         reason = f"needs gray or RGB images, but data.channels = {config.data.channels}"
         yield Problem("evaluation.extractor", reason, "use classifier or clusters", evaluation.pretrained)

@@ -33,7 +33,6 @@ MODEL_NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,249}"
 _LIMITS = {"uint8": (0, 255), "uint16": (0, 65535), "float32": (0, 1)}
 _BYTES = {"uint8": 1, "uint16": 2, "float32": 4}
 _COLORS = {"none": None, "white": (255, 255, 255), "black": (0, 0, 0)}
-NEIGHBOR_IMAGES = 256  # samples whose nearest training images are sought, the first ones
 NAME_PATTERN = r"^[a-z0-9]([a-z0-9_-]{0,38}[a-z0-9])?$"
 
 

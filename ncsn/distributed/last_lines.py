@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import threading
 import traceback
-from collections.abc import Iterator
 from contextlib import suppress
-from typing import Any
+from functools import partial
 
 import ray
 
@@ -27,18 +26,9 @@ def keep_last_lines(uri: str, error: BaseException) -> bool:
 
     Processes that are gone are among them, as long as their node is there.
     """
-    from ray.util.state.exception import RayStateApiException  # takes a second, which only a failure waits for
-
     parts = list[str]()
-
-    def collect() -> None:
-        job = ray.get_runtime_context().get_job_id()
-        for node in (node for node in ray.nodes() if node["Alive"]):
-            with suppress(OSError, RayStateApiException):  # this node's agent has not started, or ends
-                parts.extend(_parts_of(node["NodeID"], node["NodeManagerAddress"], job))
-
     # In a thread, since Ray's client would wait for a dashboard without a limit.
-    thread = threading.Thread(target=collect, name="last-lines", daemon=True)
+    thread = threading.Thread(target=_collect, args=(parts,), name="last-lines", daemon=True)
     thread.start()
     thread.join(SECONDS)
     if not parts:
@@ -49,16 +39,22 @@ def keep_last_lines(uri: str, error: BaseException) -> bool:
     return False
 
 
-def _parts_of(node: str, address: str, job: str) -> Iterator[str]:
-    from ray.util.state import get_log, list_logs
+def _collect(parts: list[str]) -> None:
+    from ray.util.state import get_log, list_logs  # takes a second, which only a failure waits for
+    from ray.util.state.exception import RayStateApiException
 
-    found = list_logs(node_id=node, glob_filter="worker-*", timeout=_TIMEOUT)
-    for name in sorted(name for names in found.values() for name in names):
-        settings: dict[str, Any] = {"node_id": node, "filename": name, "timeout": _TIMEOUT, "errors": "replace"}
-        # Ray marks where a job's lines begin. The cluster may have other people's jobs.
-        if not next(get_log(**settings), "").startswith(f":job_id:{job}"):
-            continue
-        text = "".join(get_log(**settings, tail=LINES, filter_ansi_code=True))
-        lines = [line for line in text.splitlines() if line and not line.startswith((":job_id:", ":task_name:"))]
-        if lines:
-            yield "\n".join([f"--- {address} {name}", *lines, ""])
+    job = ray.get_runtime_context().get_job_id()
+    for node in (node for node in ray.nodes() if node["Alive"]):
+        with suppress(OSError, RayStateApiException):  # this node's agent has not started, or ends
+            found = list_logs(node_id=node["NodeID"], glob_filter="worker-*", timeout=_TIMEOUT)
+            for name in sorted(name for names in found.values() for name in names):
+                log = partial(get_log, node_id=node["NodeID"], filename=name, timeout=_TIMEOUT, errors="replace")
+                # Ray marks where a job's lines begin. The cluster may have other people's jobs.
+                if not next(log(), "").startswith(f":job_id:{job}"):
+                    continue
+                text = "".join(log(tail=LINES, filter_ansi_code=True))
+                lines = [
+                    line for line in text.splitlines() if line and not line.startswith((":job_id:", ":task_name:"))
+                ]
+                if lines:
+                    parts.append("\n".join([f"--- {node['NodeManagerAddress']} {name}", *lines, ""]))

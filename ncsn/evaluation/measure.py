@@ -11,7 +11,6 @@ import numpy as np
 import numpy.typing as npt
 
 from ncsn.config import Config
-from ncsn.config.schema import NEIGHBOR_IMAGES
 from ncsn.core.keyed_random import COMMON_SEED, keyed_permutation
 from ncsn.data.training_images import open_cache
 from ncsn.evaluation import WITH_SCORE, classes_in_turn
@@ -29,6 +28,7 @@ from ncsn.progress import Progress
 
 # Images for precision, recall, density and coverage; the cost grows with the square.
 FEWEST_BALLS, BALL_IMAGES = 6, 10_000
+NEIGHBOR_IMAGES = 256  # nearest training images are sought of these
 SHOWN_NEIGHBORS = 16  # nearest training images are listed of these
 
 

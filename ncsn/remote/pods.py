@@ -29,7 +29,12 @@ _CREATED_POD = re.compile(r"^(SuccessfulCreate|Created(Head|Worker)Pod)$")
 _LAST_LINES = 10
 _SECONDS = len("2026-01-01T00:00:00")  # some times have fractions of a second, some have not
 _MOST_EVENTS = 5  # pods per look whose events are read: many workers wait for the same reason
-_LOST_CONNECTION = re.compile(r"WebSocket (closed for job \S+ with close code 1006|connection closed|error for job)")
+# The submitter's own lines when the head is lost, of which `PodWatch` has one. The driver's tracebacks stay.
+_LOST_CONNECTION = re.compile(
+    rf"^({re.escape(TRACEBACK)}:\n( .*\n)*)?"
+    r".*WebSocket (closed for job \S+ with close code 1006|connection closed|error for job).*\n",
+    re.MULTILINE,
+)
 _NODE_SUFFIX = re.compile(r"\(\d+\)$")
 
 
@@ -79,14 +84,10 @@ def _runs(pod: Resource) -> bool:
     return bool(statuses) and all("running" in status.get("state", {}) for status in statuses)
 
 
-def _same(pod: Resource, other: Resource | None) -> bool:
-    """Whether nothing happened to a pod and its containers."""
-
-    def identity(pod: Resource) -> list[object]:
-        restarts = (status.get("restartCount", 0) for status in pod["status"].get("containerStatuses", []))
-        return [pod["metadata"].get("uid"), *restarts]
-
-    return other is not None and identity(pod) == identity(other)
+def _life(pod: Resource) -> list[object]:
+    """Another one for another pod, and when a container starts again."""
+    restarts = (status.get("restartCount", 0) for status in pod["status"].get("containerStatuses", []))
+    return [pod["metadata"].get("uid"), *restarts]
 
 
 def trouble_of_owner(events: Sequence[Resource]) -> Trouble | None:
@@ -175,7 +176,9 @@ class PodWatch:
         heads = [pod for pod in pods if labels.items() <= pod["metadata"]["labels"].items()]
         now = next((pod for pod in heads if "deletionTimestamp" not in pod["metadata"] and _runs(pod)), None)
         before, self._head = self._head, now
-        if cluster and before and before["metadata"]["labels"]["ray.io/cluster"] == cluster and not _same(before, now):
+        if not (cluster and before and before["metadata"]["labels"]["ray.io/cluster"] == cluster):
+            return
+        if now is None or _life(now) != _life(before):
             name = before["metadata"]["name"]
             left = next((pod for pod in heads if pod["metadata"]["name"] == name), {})
             why = (trouble_of(left, []) or end_of(left)) if left else None
@@ -224,28 +227,14 @@ class PodLog(DriverLog):
         super().__init__(uri)
         self._api, self._labels = api, f"job-name={job},{ATTEMPT_LABEL}={attempt}"
         self._pod, self._begins, self._last_time = "", 0, ""
-        self._traceback: list[str] = []  # a part of one
 
     def first_error(self) -> str | None:
         """What failed in the latest pod; if its log does not say, in those before."""
         return first_error(self.lines[self._begins :]) or first_error(self.lines)
 
-    def read(self, *, over: bool) -> Iterator[str]:
-        for line in self._new_lines():
-            # The submitter's own, when the head is lost, of which `PodWatch` has a line. The driver's tracebacks stay.
-            if _LOST_CONNECTION.search(line):
-                self._traceback.clear()
-            elif line.startswith(TRACEBACK) or (self._traceback and line.startswith(" ")):
-                self._traceback.append(line)
-            else:
-                yield from self._release()
-                yield line
-        if over:
-            yield from self._release()
-
-    def _release(self) -> Iterator[str]:
-        held, self._traceback = self._traceback, []
-        yield from held
+    def read(self, *, over: bool) -> list[str]:  # noqa: ARG002  (a pod's log has whole lines)
+        text = "".join(f"{line}\n" for line in self._new_lines())
+        return _LOST_CONNECTION.sub("", text).split("\n")[:-1]
 
     def _new_lines(self) -> Iterator[str]:
         for pod in self._api.find("pods", labels=self._labels)[-1:]:

@@ -229,18 +229,14 @@ class Outcome:
     def __str__(self) -> str:
         return f"{self.failed_step}: {self.reason}" if self.failed_step else self.reason
 
-    def tell(self, folder: RunFolder) -> None:
-        """Send the event that the run has ended."""
-        facts = {"step": self.failed_step or "", "status": self.status, "reason": self.reason}
-        tell("finished" if self.status == "FINISHED" else "failed", run=folder.run, root=folder.root, **facts)
 
-
-def write_outcome(folder: RunFolder, outcome: Outcome, *, closed: bool = False) -> bool:
-    """Publish how the run ended; `closed` if no task follows. Whether it is closed and was not, or ended otherwise."""
-    before = (closed and storage.find_json(folder.status)) or {}
-    values = asdict(outcome) | {"finished_at": utc_now(), "closed": closed}
-    storage.write_json(folder.status, values, indent=1)
-    return closed and not (before.get("closed") and before["status"] == outcome.status)
+def write_outcome(folder: RunFolder, outcome: Outcome, *, closed: bool = False) -> None:
+    """Publish how the run ended; `closed` if no task follows, which is told once."""
+    before = storage.find_json(folder.status) or {}
+    storage.write_json(folder.status, asdict(outcome) | {"finished_at": utc_now(), "closed": closed}, indent=1)
+    if closed and not (before.get("closed") and before["status"] == outcome.status):
+        facts = {"step": outcome.failed_step or "", "status": outcome.status, "reason": outcome.reason}
+        tell("finished" if outcome.status == "FINISHED" else "failed", run=folder.run, root=folder.root, **facts)
 
 
 def read_outcome(folder: RunFolder) -> Outcome | None:

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import threading
 import time
-import uuid
 from collections.abc import Callable
-from functools import partial
 from importlib import resources
 from typing import Any
 from urllib.request import urlopen
@@ -22,10 +21,9 @@ import ray
 import torch
 from numpy.typing import NDArray
 from ray import serve
-from ray.exceptions import RayActorError
+from ray.exceptions import ActorAlreadyExistsError, RayActorError
 from ray.serve._private import replica
-from ray.serve.config import DeploymentActorConfig
-from ray.util.metrics import Counter, Gauge, Histogram
+from ray.util.metrics import Counter, Histogram
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
@@ -41,89 +39,66 @@ from ncsn.tracking.registry import load_version
 
 NAME = "ncsn"
 POLL_SECONDS = 10.0  # between two looks at the alias
-_LOAD_SECONDS = 600.0  # after which another replica may load, whatever became of the one before
 _LOST_SECONDS = 120.0  # for which a request waits for another replica
 _MOST_BYTES = 65536  # of a request
 _MOST_REQUESTS = 1000  # at once, of a replica: enough for full batches of single images
-_TURN = "turn"
 _QUIET = {"log_level": "WARNING", "enable_access_log": False}
 
 _logger = logging.getLogger("ray.serve")
 
 
 class Turn:
-    """Lets one replica after another load a version, so that the others have their processors and memory."""
+    """Is there, under one name, while a replica loads a version: the others have their processors and memory so long.
 
-    def __init__(self) -> None:
-        self._holder, self._until = "", 0.0
-
-    def take(self, who: str) -> bool:
-        """Whether `who` may load now, for at most `_LOAD_SECONDS`."""
-        now = time.monotonic()
-        if self._holder not in ("", who) and now < self._until:
-            return False
-        self._holder, self._until = who, now + _LOAD_SECONDS
-        return True
-
-    def give_back(self, who: str) -> None:
-        if self._holder == who:
-            self._holder = ""
+    Ray ends it with the replica.
+    """
 
 
 def _call_on_loopback() -> None:
     """Let this replica be called on loopback only, if its node is there."""
     # Replicas call each other by pickles, without a password, and Ray Serve 2.60 listens for them at all addresses.
     if ray.util.get_node_ip_address() == LOOPBACK:
-        name = "add_port_to_grpc_server"
-        vars(replica)[name] = partial(_add_port, vars(replica)[name])
-
-
-def _add_port(add: Callable[[Any, str], int], server: Any, address: str) -> int:
-    return add(server, address.replace("[::]", LOOPBACK))
+        module = vars(replica)
+        add = module["add_port_to_grpc_server"]
+        module["add_port_to_grpc_server"] = lambda server, address: add(server, address.replace("[::]", LOOPBACK))
 
 
 class Sampler:
     """Makes images of the version that the address names; loads another one beside it when the alias moves."""
 
-    def __init__(self, address: str, registry: str) -> None:
+    def __init__(self, address: str) -> None:
         _call_on_loopback()
-        self._address, self._registry = address, registry or server_uri(None, root=DEFAULT_ROOT)
+        self._address, self._registry = address, server_uri(None, root=DEFAULT_ROOT)
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self._served = load_version(self._registry, address, device=self._device)  # name and network
-        self._id = uuid.uuid4().hex
         self._images = Counter("ncsn_serve_images", "Images made.", ("model",))
         self._sizes = Histogram("ncsn_serve_batch_images", "Images of a batch.", [1, 4, 16, 64, 256, 1024])
-        self._seconds = Histogram("ncsn_serve_batch_seconds", "Seconds of a batch.", [0.1, 0.3, 1, 3, 10, 30, 100])
-        self._version = Gauge("ncsn_serve_version", "The version that is served.", ("model",))
         self._batches = Batches(self._make)
         threading.Thread(target=self._follow, name="follow", daemon=True).start()
 
     def _make(self, trained: Any, parts: Any) -> NDArray[Any]:
-        started = time.perf_counter()
         images = generate_joined(trained, parts, device=self._device)
-        self._seconds.observe(time.perf_counter() - started)
         self._sizes.observe(len(images))
         self._images.inc(len(images), {"model": self._served[0].rpartition("/")[0]})
         return images
 
     def _follow(self) -> None:
         while True:
-            name, _ = self._served
-            model, _, version = name.rpartition("/")
-            self._version.set(float(version), {"model": model})
             time.sleep(POLL_SECONDS)
+            name, _ = self._served
             try:
                 with mlflow_errors(self._registry):
                     found = resolve_version(client_at(self._registry), self._address)
                 if name == (new := f"{SCHEME}{found.name}/{found.version}"):
                     continue
-                turn = serve.get_deployment_actor(_TURN)
-                if ray.get(turn.take.remote(self._id)):
-                    try:
-                        self._served = load_version(self._registry, new, device=self._device)
-                    finally:
-                        ray.get(turn.give_back.remote(self._id))
-                    _logger.warning("%s is served in place of %s", new, name)
+                turn: Any = ray.remote(Turn).options(name="ncsn-turn", num_cpus=0).remote()
+                try:
+                    self._served = load_version(self._registry, new, device=self._device)
+                finally:
+                    ray.kill(turn)
+                _logger.warning("%s is served in place of %s", new, name)
+            except ActorAlreadyExistsError:
+                continue
             except Exception as error:  # noqa: BLE001 - the version that is loaded goes on
                 _logger.warning("%s stays: %s", name, one_line(error))
 
@@ -131,8 +106,7 @@ class Sampler:
         """HTTP status, the version, and the file or a line that says what is wrong."""
         name, trained = self._served
         try:
-            future = self._batches.put(trained, asked.settings(trained, wanted), wanted.number)
-            images = await asyncio.wrap_future(future)
+            images = await self._batches.images(trained, asked.settings(trained, wanted), wanted.count)
             limits = trained.config.data.pixels.limits
             return 200, name, await asyncio.to_thread(asked.answer, images, wanted.format, limits=limits)
         except UserError as error:
@@ -141,17 +115,10 @@ class Sampler:
             return 503, name, b"too many images wait; try again later\n"
 
     def describe(self) -> dict[str, Any]:
-        """What the page shows."""
+        """What the page needs to know."""
         name, trained = self._served
-        config, classes = trained.config, trained.classes
-        return {
-            "model": name,
-            "image_shape": config.data.stored_shape,
-            "classes": [] if classes is None else classes.names,
-            "sampler": config.sampling.sampler.kind,
-            "seed": config.sampling.seed,
-            "most_images": asked.MOST_IMAGES,
-        }
+        classes = [] if trained.classes is None else trained.classes.names
+        return {"status": "ok", "model": name, "classes": classes, "most_images": asked.MOST_IMAGES}
 
 
 class Front:
@@ -166,17 +133,15 @@ class Front:
         match request.method, request.url.path.rstrip("/"):
             case "GET", "":
                 return Response(self._page, media_type="text/html")
-            case "GET", "/model":
-                return JSONResponse(await self._ask("describe"))
             case "GET", "/health":
-                return JSONResponse({"status": "ok", "model": (await self._ask("describe"))["model"]})
+                return JSONResponse(await self._ask("describe"))
             case "GET", "/metrics":
                 return PlainTextResponse(await asyncio.to_thread(_node_metrics))
             case "POST", "/images":
                 return await self._images(request)
-            case _, "" | "/model" | "/health" | "/metrics" | "/images":
+            case _, "" | "/health" | "/metrics" | "/images":
                 return PlainTextResponse("not this method\n", 405)
-        return PlainTextResponse("nothing is here; POST to /images, or GET /, /model, /health or /metrics\n", 404)
+        return PlainTextResponse("nothing is here; POST to /images, or GET /, /health or /metrics\n", 404)
 
     async def _images(self, request: Request) -> Response:
         # A page of another origin cannot send this type unless it is allowed to.
@@ -220,19 +185,15 @@ def _node_metrics() -> str:
 
 
 def build(args: dict[str, str]) -> serve.Application:
-    """The application for `args` of Serve's config: the `model`, models:/NAME@ALIAS, in the environment's registry.
-
-    Serve's config sets the number of replicas of Front and Sampler and the processors of each.
-    """
+    """The application for `args` of Serve's config, which sets the replicas of Front and Sampler."""
     return application(args["model"])
 
 
-def application(model: str, *, registry: str = "", **options: Any) -> serve.Application:
-    """The application with these options of the replicas that make images."""
-    turn = DeploymentActorConfig(name=_TURN, actor_class=ray.remote(Turn), actor_options={"num_cpus": 0})
-    samplers = serve.deployment(max_ongoing_requests=_MOST_REQUESTS, deployment_actors=[turn], **options)(Sampler)
+def application(model: str, **options: Any) -> serve.Application:
+    """The application for models:/NAME@ALIAS in the environment's registry, with these options of Sampler."""
+    samplers = serve.deployment(max_ongoing_requests=_MOST_REQUESTS, **options)(Sampler)
     front = serve.deployment(max_ongoing_requests=_MOST_REQUESTS, ray_actor_options={"num_cpus": 0})(Front)
-    return front.bind(samplers.bind(model, registry))
+    return front.bind(samplers.bind(model))
 
 
 def run(model: str, *, registry: str, port: int, replicas: int, ready: Callable[[], object]) -> None:
@@ -242,14 +203,13 @@ def run(model: str, *, registry: str, port: int, replicas: int, ready: Callable[
     """
     with mlflow_errors(registry):
         resolve_version(client_at(registry), model)
+    os.environ["MLFLOW_TRACKING_URI"] = registry  # it may have a password, which Serve's config would show
     with ray_cluster():
         have = ray.cluster_resources()
         gpus = 1 if have.get("GPU", 0) >= replicas else 0
         share = {"num_cpus": max(1, int(have["CPU"]) // replicas), "num_gpus": gpus}
         serve.start(proxy_location="HeadOnly", http_options={"host": LOOPBACK, "port": port}, logging_config=_QUIET)
-        hidden = "@" in registry  # with a password, it stays in the environment that the replicas inherit
-        wanted = application(model, registry="" if hidden else registry, num_replicas=replicas, ray_actor_options=share)
-        serve.run(wanted, name=NAME, logging_config=_QUIET)
+        serve.run(application(model, num_replicas=replicas, ray_actor_options=share), name=NAME, logging_config=_QUIET)
         stop = threading.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stop.set())

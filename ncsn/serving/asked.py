@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import io
 import json
-import math
-import re
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ncsn.config.load import with_wishes
 from ncsn.config.schema import SamplingConfig
 from ncsn.core.images import eight_bit, picture_channels
-from ncsn.errors import UserError
+from ncsn.errors import Problem, UserError
 from ncsn.model import build
 from ncsn.model.checkpoint import TrainedNetwork
 from ncsn.model.classes import require_label
@@ -27,50 +25,42 @@ MOST_EVALUATIONS = 1000  # of the network for an image, unless the model's own s
 
 Format = Literal["grid", "png", "npz"]
 MEDIA: dict[Format, str] = {"grid": "image/png", "png": "image/png", "npz": "application/octet-stream"}
-_BOUNDS = {"number": (1, MOST_IMAGES), "seed": (0, 2**63 - 1), "guidance": (0, 100)}
 
 
-@dataclass(frozen=True)
-class Asked:
+class Asked(BaseModel):
     """A request whose types and ranges are checked; whether the model can follow it, `settings` says."""
 
-    number: int
-    wishes: dict[str, Any]  # of `with_wishes`
-    format: Format
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    number: int | None = Field(None, ge=1, le=MOST_IMAGES)
+    seed: int | None = Field(None, ge=0, lt=2**63)
+    label: str | int | None = Field(None, alias="class")
+    sampler: Annotated[str, Field(pattern=r"^\w+$")] | dict[str, Any] | None = None
+    guidance: float | None = Field(None, ge=0, le=100)
+    format: Format = "grid"
+
+    @property
+    def count(self) -> int:
+        return self.number or (1 if self.format == "png" else 16)
+
+    @property
+    def wishes(self) -> dict[str, Any]:
+        """Those of `with_wishes`."""
+        label = None if self.label is None else json.dumps(str(self.label))  # in quotes, so that it is text in YAML too
+        sampler = json.dumps(self.sampler) if isinstance(self.sampler, dict) else self.sampler
+        return {"seed": self.seed, "guidance": self.guidance, "label": label, "sampler": sampler}
 
 
 def read(body: bytes) -> Asked:
     """The request in a JSON object of number, seed, class, sampler, guidance and format, none of which is required."""
     try:
-        given = json.loads(body or b"{}")
-    except (ValueError, RecursionError):
-        given = None
-    if not isinstance(given, dict):
-        raise UserError("", "the body must be a JSON object", hint='for example {"number": 16, "seed": 1}')
-    known = ("number", "seed", "class", "sampler", "guidance", "format")
-    for key in given:
-        if key not in known:
-            raise UserError(key, "unknown", hint=f"use {', '.join(known)}")
-    given = {key: value for key, value in given.items() if value is not None}
-    for key, (least, most) in _BOUNDS.items():
-        value = given.get(key, least)
-        wanted = "a number" if key == "guidance" else "a whole number"
-        types = (int, float) if key == "guidance" else int
-        if isinstance(value, bool) or not isinstance(value, types) or not least <= value <= most:
-            raise UserError(key, f"must be {wanted} from {least} to {most}", value=value)
-    number, form = given.get("number", 16), given.get("format", "grid")
-    if form not in get_args(Format) or (form == "png" and "number" in given and number != 1):
-        raise UserError("format", "must be grid, npz, or png of one image", value=form)
-    label, sampler = given.get("class"), given.get("sampler")
-    if not (label is None or (isinstance(label, str | int) and not isinstance(label, bool))):
-        raise UserError("class", "must be a name or a number", value=label)
-    if not (sampler is None or isinstance(sampler, dict) or (isinstance(sampler, str) and re.match(r"\w+\Z", sampler))):
-        hint = 'use one such as "dpm_solver" or {"kind": "dpm_solver", "num_steps": 12}'
-        raise UserError("sampler", "must be a kind, or a kind with its settings", hint=hint, value=sampler)
-    wishes = {"seed": given.get("seed"), "guidance": given.get("guidance")}
-    wishes["label"] = None if label is None else json.dumps(str(label))  # in quotes, so that it is text in YAML too
-    wishes["sampler"] = json.dumps(sampler) if isinstance(sampler, dict) else sampler
-    return Asked(1 if form == "png" else number, wishes, form)
+        asked = Asked.model_validate_json(body or b"{}")
+    except ValidationError as error:
+        found = {"".join(map(str, each["loc"][:1])): each["msg"] for each in error.errors()}
+        raise UserError.of([Problem(key, message[0].lower() + message[1:]) for key, message in found.items()]) from None
+    if asked.format == "png" and asked.count != 1:
+        raise UserError("format", "png is of one image", hint="use grid or npz", value=asked.format)
+    return asked
 
 
 def settings(trained: TrainedNetwork, asked: Asked) -> SamplingConfig:
@@ -95,6 +85,6 @@ def answer(images: NDArray[Any], form: Format, *, limits: tuple[float, float]) -
         return file.getvalue()
     shown = picture_channels(eight_bit(images, limits))
     if form == "grid":
-        return grid_png(shown, columns=math.ceil(math.sqrt(len(shown))))
+        return grid_png(shown)
     Image.fromarray(shown[0, ..., 0] if shown.shape[-1] == 1 else shown[0]).save(file, format="PNG")
     return file.getvalue()

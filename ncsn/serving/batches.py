@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import threading
-import time
+import asyncio
 from collections.abc import Callable, Hashable, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ncsn.config.schema import SamplingConfig
-from ncsn.errors import UserError
 from ncsn.model.checkpoint import TrainedNetwork
 from ncsn.model.classes import BALANCED
 from ncsn.model.generate import Part
@@ -30,75 +28,56 @@ class Busy(Exception):
 
 
 @dataclass
-class _Waiting:
+class _Image:
     trained: TrainedNetwork
     sampling: SamplingConfig
-    left: int
+    number: int
     kind: Hashable  # images of one kind can be in one batch
-    future: Future[Images] = field(default_factory=Future)
-    made: list[Images] = field(default_factory=list)
-    first: int = 0  # the next image
+    request: object  # that it is of
+    future: asyncio.Future[Any]
 
 
 class Batches:
-    """Makes images in a thread, in batches of `sampling.batch_size` as long as so many of one kind wait, oldest first.
+    """Makes images in batches of `sampling.batch_size` as long as so many of one kind wait, the oldest first.
 
-    An image is a function of its seed and number, so a batch does not change it, but for rounding.
+    An image is a function of its seed and number, so a batch does not change it, but for rounding. Ray Serve's own
+    batches are cut when requests come, and so are small while an earlier one is made.
     """
 
     def __init__(self, make: Make) -> None:
         self._make = make
-        self._waiting: list[_Waiting] = []
-        self._changed = threading.Condition()
-        threading.Thread(target=self._run, name="batches", daemon=True).start()
+        self._waiting: list[_Image] = []
+        self._work: asyncio.Task[None] | None = None  # as long as anything waits
 
-    def put(self, trained: TrainedNetwork, sampling: SamplingConfig, number: int) -> Future[Images]:
-        """The images `0 .. number`, as they are stored; canceled, they are not made. `Busy` if too many wait."""
+    async def images(self, trained: TrainedNetwork, sampling: SamplingConfig, count: int) -> Images:
+        """The images `0 .. count`, as they are stored; canceled, they are not made. `Busy` if too many wait."""
+        if len(self._waiting) + count > MOST_WAITING:
+            raise Busy
         same = sampling.model_copy(update={"seed": 0, "label": BALANCED}).model_dump_json()
-        with self._changed:
-            if sum(each.left for each in self._waiting) + number > MOST_WAITING:
-                raise Busy
-            new = _Waiting(trained, sampling, number, (id(trained), same))
-            self._waiting.append(new)
-            self._changed.notify()
-        return new.future
+        kind, request, loop = (id(trained), same), object(), asyncio.get_running_loop()
+        new = [_Image(trained, sampling, number, kind, request, loop.create_future()) for number in range(count)]
+        self._waiting += new
+        if self._work is None or self._work.done():
+            self._work = loop.create_task(self._run())
+        return np.stack(await asyncio.gather(*(each.future for each in new)))
 
-    def _run(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._waiting)
-            time.sleep(_GATHER_SECONDS)
-            with self._changed:
-                chosen = self._next_batch()
-            if chosen:
-                self._work(chosen)
-
-    def _next_batch(self) -> list[tuple[_Waiting, Part]]:
-        self._waiting = [each for each in self._waiting if each.left and not each.future.done()]
-        chosen, room = list[tuple[_Waiting, Part]](), 0
-        for each in self._waiting:
-            room = room if chosen else each.sampling.batch_size
-            if each.kind == self._waiting[0].kind and room:
-                length = min(room, each.left)
-                chosen.append((each, Part(each.sampling, each.first, length)))
-                room -= length
-        return chosen
-
-    def _work(self, chosen: Sequence[tuple[_Waiting, Part]]) -> None:
-        try:
-            images = self._make(chosen[0][0].trained, [part for _, part in chosen])
-        except Exception as error:  # noqa: BLE001 - for whoever waits
-            if isinstance(error, UserError) and len(chosen) > 1:  # one image that is not finite
-                for one in chosen:
-                    self._work([one])
-                return
-            for each, _ in chosen:
-                if each.future.set_running_or_notify_cancel():
-                    each.future.set_exception(error)
-            return
-        for each, part in chosen:
-            own, images = images[: part.length], images[part.length :]
-            each.made.append(own)
-            each.first, each.left = each.first + part.length, each.left - part.length
-            if not each.left and each.future.set_running_or_notify_cancel():
-                each.future.set_result(np.concatenate(each.made))
+    async def _run(self) -> None:
+        await asyncio.sleep(_GATHER_SECONDS)
+        while wanted := [each for each in self._waiting if not each.future.done()]:
+            self._waiting, first = wanted, wanted[0]
+            batch = [each for each in wanted if each.kind == first.kind][: first.sampling.batch_size]
+            requests = [list(own) for _, own in groupby(batch, key=lambda each: each.request)]
+            parts = [Part(own[0].sampling, own[0].number, len(own)) for own in requests]
+            try:
+                images = [*await asyncio.to_thread(self._make, first.trained, parts)]
+            except Exception as error:  # noqa: BLE001 - for whoever waits
+                images = [error] * len(batch)
+            for each, image in zip(batch, images, strict=True):
+                if each.future.done():  # canceled
+                    continue
+                if isinstance(image, Exception):
+                    each.future.set_exception(image)
+                else:
+                    each.future.set_result(image)
+            await asyncio.sleep(_GATHER_SECONDS)
+        self._waiting = []

@@ -20,7 +20,6 @@ from ncsn.runs.folder import (
     folders_of,
     read_outcome,
     read_step,
-    run_folder,
     write_outcome,
 )
 from ncsn.runs.steps import STEPS, TUNE
@@ -75,7 +74,6 @@ def run(
         folders = folders_of(claim_run(config, run), config)
     except ForeignRun as refusal:  # its store and MLflow run stay as they are
         outcome = Outcome("FAILED", str(refusal))
-        outcome.tell(run_folder(config, run))
         canceled += backend.stop(run=None, kfp_run=ours) if backend and ours else []
     else:
         runs = {folder.run: folder for folder in folders.values()}
@@ -92,8 +90,7 @@ def run(
         finally:
             tags = kfp_run()
             for folder in runs.values():
-                if write_outcome(folder, outcome, closed=True) and folder.run == run:
-                    outcome.tell(folder)
+                write_outcome(folder, outcome, closed=folder.run == run)
             for each in runs:
                 places |= close_run(config, run=each, status=outcome.status, tags=tags)
         records = {step: read_step(folder, step) for step, folder in folders.items()}

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -59,30 +60,26 @@ def note_run(config: Config, run: str) -> bool:
 
     The note of the first task stays.
     """
-    here, noted = this_kfp_run(), False
-    if here is not None:
-        note = json.dumps({"workflow": here.workflow, "run": run, "config": to_json(config)})
-
-        def keep(api: KubernetesApi) -> None:
-            nonlocal noted
+    if (here := this_kfp_run()) is not None:
+        with _cluster() as api:
             if here.id not in _notes(api):
+                note = json.dumps({"workflow": here.workflow, "run": run, "config": to_json(config)})
                 _note(api, here, note)
-                noted = True
-
-        _tell(keep)
-    return noted
+                return True
+    return False
 
 
 def forget_this_run() -> None:
-    here = this_kfp_run()
-    if here is not None:
-        _tell(lambda api: _note(api, here, None))
+    if (here := this_kfp_run()) is not None:
+        with _cluster() as api:
+            _note(api, here, None)
 
 
-def _tell(call: Callable[[KubernetesApi], object]) -> None:
-    """Call the cluster; without an answer or the right, only say so."""
+@contextmanager
+def _cluster() -> Iterator[KubernetesApi]:
+    """The cluster; without an answer or the right, only say so."""
     try:
-        call(KubernetesApi(patience=_NOTE_SECONDS))
+        yield KubernetesApi(patience=_NOTE_SECONDS)
     except (OSError, UserError) as error:
         say(f"could not register this run with the janitor: {error}")
 

@@ -81,9 +81,7 @@ def is_file(uri: str) -> bool:
 
 
 def list_names(uri: str) -> list[str]:
-    filesystem_, path = filesystem(uri)
-    selector = fs.FileSelector(path, allow_not_found=True)
-    return sorted(info.base_name for info in filesystem_.get_file_info(selector))
+    return sorted(entry.path for entry in list_entries(uri))
 
 
 class Entry(NamedTuple):

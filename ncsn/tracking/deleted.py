@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ncsn.tracking.client import tag_filter
 
 if TYPE_CHECKING:
+    from mlflow.entities import Run
     from mlflow.entities.model_registry import ModelVersion
     from mlflow.store.artifact.artifact_repo import ArtifactRepository
     from mlflow.tracking import MlflowClient
@@ -18,16 +19,12 @@ def every_version(client: MlflowClient) -> list[ModelVersion]:
     return list(_pages(lambda token: client.search_model_versions(page_token=token)))
 
 
-def knows_run(client: MlflowClient, run_id: str) -> bool:
-    """Whether MLflow has this run, deleted or not."""
-    from mlflow.exceptions import MlflowException
+def sampled_runs(client: MlflowClient, root: str) -> set[str]:
+    """The runs of the store at `root` whose samples this MLflow knows, deleted or not."""
+    from mlflow.entities import ViewType
 
-    try:
-        return bool(run_id and client.get_run(run_id))
-    except MlflowException as error:
-        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-            return False
-        raise
+    found = _runs(client, {"ncsn.root": root, "ncsn.step": "sample"}, ViewType.ALL)
+    return {run.data.tags.get("ncsn.run", "") for run in found}
 
 
 def deleted_artifacts(client: MlflowClient, root: str, versions: Sequence[ModelVersion]) -> Iterator[tuple[str, int]]:
@@ -38,9 +35,7 @@ def deleted_artifacts(client: MlflowClient, root: str, versions: Sequence[ModelV
     from mlflow.entities import ViewType
 
     runs, sources = {version.run_id for version in versions}, {version.source for version in versions}
-    experiments = [each.experiment_id for each in client.search_experiments(view_type=ViewType.ALL)]
-    query, deleted = tag_filter({"ncsn.root": root}), ViewType.DELETED_ONLY
-    for run in _pages(lambda token: client.search_runs(experiments, query, deleted, page_token=token)):
+    for run in _runs(client, {"ncsn.root": root}, ViewType.DELETED_ONLY):
         if run.info.run_id in runs:
             continue
         models = client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run.info.run_id}'")
@@ -62,6 +57,13 @@ def _artifacts(client: MlflowClient, uri: str) -> ArtifactRepository:
 def _size(artifacts: ArtifactRepository, path: str | None = None) -> int:
     found = artifacts.list_artifacts(path)
     return sum(_size(artifacts, each.path) if each.is_dir else each.file_size or 0 for each in found)
+
+
+def _runs(client: MlflowClient, tags: dict[str, str], view: int) -> Iterator[Run]:
+    from mlflow.entities import ViewType
+
+    experiments = [each.experiment_id for each in client.search_experiments(view_type=ViewType.ALL)]
+    return _pages(lambda token: client.search_runs(experiments, tag_filter(tags), view, page_token=token))
 
 
 def _pages(search: Callable[[str | None], Any]) -> Iterator[Any]:

@@ -124,8 +124,6 @@ WRONG = [
     (["tracking.registered_model=a/b"], "tracking.registered_model"),
     (["tracking.require.fid_below=0"], "tracking.require.fid_below"),
     (["tracking.require.copies_below=2"], "tracking.require.copies_below"),
-    (["tracking.require.copies_below=0.0039"], "tracking.require.copies_below"),  # 1 of 256 is 0.00390625
-    (["tracking.require.copies_below=0.02", "sampling.num_images=40"], "tracking.require.copies_below"),
     (["tracking.promote=never"], "tracking.promote"),
     (["compute.kuberay.head_memory=much"], "compute.kuberay.head_memory"),
     (["compute.ray_jobs.address=head"], "compute.ray_jobs.address"),

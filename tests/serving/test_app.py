@@ -51,9 +51,8 @@ def test_images_are_those_of_the_model_by_seed_and_class(handle: Any) -> None:
 
 def test_the_page_and_the_facts_behind_it(handle: Any) -> None:
     assert ask(handle, "GET", "/").media_type == "text/html"
-    assert json.loads(ask(handle, "GET", "/health").body) == {"status": "ok", "model": MODEL}
-    facts = json.loads(ask(handle, "GET", "/model").body)
-    assert (facts["model"], facts["classes"], facts["image_shape"]) == (MODEL, ["cat", "dog", "bird"], [8, 8, 1])
+    facts = json.loads(ask(handle, "GET", "/health").body)
+    assert facts == {"status": "ok", "model": MODEL, "classes": ["cat", "dog", "bird"], "most_images": 256}
     assert ask(handle, "POST", "/images", b'{"format": "png"}').media_type == "image/png"
 
 
@@ -65,7 +64,7 @@ def test_the_page_and_the_facts_behind_it(handle: Any) -> None:
         ("POST", "/images", b"{", "application/json; charset=utf-8", 400),
         ("GET", "/nothing", b"", "", 404),
         ("GET", "/images", b"", "", 405),
-        ("POST", "/model", b"{}", "application/json", 405),
+        ("POST", "/health", b"{}", "application/json", 405),
         ("POST", "/images", b" " * 70_000, "application/json", 413),
         ("POST", "/images", b"{}", "text/plain", 415),
     ],
@@ -76,15 +75,3 @@ def test_a_mistake_is_one_line_with_its_status(
     answer = ask(handle, method, path, body, kind=kind)
     assert answer.status_code == status and answer.media_type == "text/plain"
     assert bytes(answer.body).count(b"\n") == 1 and bytes(answer.body).endswith(b"\n")
-
-
-def test_one_replica_after_another_loads_and_one_that_is_lost_blocks_nobody_for_good(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    turn = app.Turn()
-    assert turn.take("a") and turn.take("a") and not turn.take("b")
-    turn.give_back("b")
-    assert not turn.take("b")
-    turn.give_back("a")
-    monkeypatch.setattr(app, "_LOAD_SECONDS", 0.0)
-    assert turn.take("b") and turn.take("c")

@@ -64,10 +64,10 @@ def test_what_the_model_cannot_follow_is_refused_with_the_key(given: dict[str, A
 def test_a_request_changes_what_it_names() -> None:
     asked = read(b'{"number": 5, "seed": 7, "class": 1, "guidance": 2.5, "sampler": {"kind": "dpm_solver"}}')
     found = settings(TRAINED, asked)
-    assert (asked.number, asked.format, found.seed, found.label) == (5, "grid", 7, "1")
+    assert (asked.count, asked.format, found.seed, found.label) == (5, "grid", 7, "1")
     assert found.sampler.kind == "dpm_solver" and found.guidance is not None and found.guidance.weight == 2.5
     assert settings(TRAINED, read(b"")) == TRAINED.config.sampling
-    assert read(b'{"format": "png"}').number == 1
+    assert (read(b'{"format": "png"}').count, read(b"").count) == (1, 16)
 
 
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB")])

@@ -83,7 +83,7 @@ def test_it_answers_on_loopback_only(served: Served) -> None:
     sampling = with_wishes(trained.config, {"seed": 3, "label": "bird"}).sampling
     alone = generate(trained, sampling=sampling, first=0, count=5)
     assert np.abs(images(made).astype(int) - alone).max() <= 1
-    assert served.get("/health").json() == {"status": "ok", "model": "models:/tiny/1"}
+    assert served.get("/health").json()["model"] == "models:/tiny/1"
     refused = served.post(**{"class": "fish"})
     assert (refused.status_code, refused.text.count("\n")) == (400, 1)
     ours = [served.process.pid, *(each.pid for each in psutil.Process(served.process.pid).children(recursive=True))]

@@ -14,7 +14,7 @@ from ncsn import storage
 from ncsn.config import Config, from_yaml, to_yaml
 from ncsn.runs.folder import RunFolder, update_step
 from ncsn.tools import leftovers
-from ncsn.tools.leftovers import CLASSES, survey
+from ncsn.tools.leftovers import CLASSES, delete_leftovers, find_leftovers
 from ncsn.tracking.client import connect, tracking_uri
 
 DAYS = 2 * 86400.0
@@ -42,7 +42,7 @@ def store(config: Config, client: MlflowClient) -> Config:
     """A store with a leftover of each class and what looks like one."""
     put(config, "runs/registered/steps/evaluate/x.png", "runs/registered/samples/s1/f1/shard")
     put(config, *(f"runs/registered/checkpoints/images-00{n}/checkpoint.json" for n in (1, 2, 3, 4)))
-    put(config, "runs/registered/checkpoints/resume-005/checkpoint.json", "runs/registered/selected/images-001/x")
+    put(config, "runs/registered/checkpoints/resume-003/checkpoint.json", "runs/registered/selected/images-001/x")
     storage.write_text(f"{config.storage.root}/runs/registered/checkpoints/images-004/config.yaml", to_yaml(config))
     run(config, "registered", "ingest", result={"uri": dataset(config, "aaaa1111")})
     run(config, "registered", "train", state="FINISHED", result={"checkpoint": "x"})
@@ -50,18 +50,19 @@ def store(config: Config, client: MlflowClient) -> Config:
         put(config, f"datasets/digits/aaaa1111/reference/{name}/features.npy")
     register(config, client)
 
-    known = client.create_run("0", tags={"ncsn.root": config.storage.root}).info.run_id
-    run(config, "stopped", "ingest", result={"uri": dataset(config, "bbbb2222")}, mlflow={"parent_run_id": known})
+    run(config, "stopped", "ingest", result={"uri": dataset(config, "bbbb2222")})
+    for name in ("registered", "stopped", "reused"):
+        client.create_run("0", tags={"ncsn.root": config.storage.root, "ncsn.step": "sample", "ncsn.run": name})
     put(config, "runs/stopped/samples/s1/f1/shard", "runs/stopped/samples/s2/f2/shard")
     put(
         config,
         "runs/stopped/steps/train/.step.json.tmp-1a2b3c4d",
         "runs/stopped/checkpoints/images-009/ema.safetensors",
     )
-    reused = from_yaml(to_yaml(config), overrides=[f"data.root={config.storage.root}/runs/stopped/samples/s2/f2"])
+    put(config, "runs/reused/samples/s1/f1/shard", "runs/elsewhere/samples/s1/f1/shard")
+    reused = from_yaml(to_yaml(config), overrides=[f"data.root={config.storage.root}/runs/reused/samples/s1/f1"])
     run(reused, "reuses", "ingest")
-    run(config, "elsewhere", "sample", mlflow={"parent_run_id": 32 * "0"})
-    put(config, "runs/elsewhere/samples/s1/f1/shard")
+    run(config, "elsewhere", "sample")
 
     run(config, "searched", "tune", state="FINISHED", result={"values": {"noise.sigma_1": 2.0}})
     for key, sigma in (("won", 2.0), ("lost", 1.0)):
@@ -88,8 +89,8 @@ FOUND = {
     ("temporary", "datasets/digits/dddd4444"),
     ("temporary", "datasets/digits/.parts-0123456789abcdef"),
     ("checkpoints", "runs/registered/checkpoints/images-002"),
-    ("checkpoints", "runs/registered/checkpoints/resume-005"),
-    ("samples", "runs/stopped/samples/s1/f1"),
+    ("checkpoints", "runs/registered/checkpoints/resume-003"),
+    ("samples", "runs/stopped/samples"),
     ("trials", "runs/searched/search/trials/0123/lost/checkpoints"),
     ("features", f"datasets/digits/aaaa1111/reference/{FINGERPRINTS[1]}"),
     ("datasets", "datasets/digits/cccc3333"),
@@ -130,7 +131,7 @@ def register(config: Config, client: MlflowClient) -> None:
 
 
 def found(config: Config) -> set[tuple[str, str]]:
-    result = survey(config.storage.root, tracking_uri(config)).found
+    result, _ = find_leftovers(config.storage.root, tracking_uri(config))
     kinds = [each.kind for each in result]
     assert kinds == sorted(kinds, key=[*CLASSES].index) and all(each.size for each in result)
     return {
@@ -147,17 +148,17 @@ def later(monkeypatch: pytest.MonkeyPatch) -> float:
 
 
 def test_what_nothing_refers_to_goes_and_the_rest_stays(store: Config, client: MlflowClient, later: float) -> None:
-    result = survey(store.storage.root, tracking_uri(store))
+    root, registry = store.storage.root, tracking_uri(store)
+    result, began = find_leftovers(root, registry)
     assert found(store) == FOUND
-    assert result.foreign == ["elsewhere"]
-    artifacts = [each for each in result.found if each.kind == "artifacts"]
+    artifacts = [each for each in result if each.kind == "artifacts"]
     assert len(artifacts) == 1 and artifacts[0].size == 2
     before = {entry.path for entry in storage.list_entries(store.storage.root, files=True)}
-    assert list(result.delete()) == result.found
+    assert list(delete_leftovers(root, registry, result, began)) == result
     after = {entry.path for entry in storage.list_entries(store.storage.root, files=True)}
     gone = {path for path in before if any(path == name or path.startswith(f"{name}/") for _, name in FOUND)}
     assert after == before - gone and gone
-    assert survey(store.storage.root, tracking_uri(store)).found == []
+    assert find_leftovers(root, registry)[0] == []
 
 
 def test_nothing_young_is_touched(store: Config) -> None:
@@ -177,7 +178,7 @@ def test_a_run_at_work_keeps_what_it_has_and_reads(store: Config, later: float) 
     os.utime(root / "runs" / "works" / "steps" / "sample" / "progress.json", (later, later))
     os.utime(root / ".tmp-12345678" / "dataset.json", (later - 86000, later - 86000))
     run(store, "works", "ingest", result={"uri": f"{root}/datasets/digits/aaaa1111"})
-    kept = {("temporary", ".tmp-12345678"), ("samples", "runs/stopped/samples/s1/f1")}
+    kept = {("temporary", ".tmp-12345678"), ("samples", "runs/stopped/samples")}
     assert FOUND - found(store) == kept | {each for each in FOUND if each[0] == "features"}
     begun = RunFolder(store.storage.root, "searched").begun
     os.utime(begun, (later, later))  # and has changed nothing yet: it may find any dataset
@@ -186,11 +187,12 @@ def test_a_run_at_work_keeps_what_it_has_and_reads(store: Config, later: float) 
 
 @pytest.mark.parametrize("config", ["disk"], indirect=True)
 def test_a_run_that_begins_meanwhile_keeps_what_it_may_use(store: Config, later: float) -> None:
-    result = survey(store.storage.root, tracking_uri(store))
+    root, registry = store.storage.root, tracking_uri(store)
+    result, began = find_leftovers(root, registry)
     os.utime(RunFolder(store.storage.root, "stopped").begun, (later, later))
-    kinds = {each.kind for each in result.delete()}
+    kinds = {each.kind for each in delete_leftovers(root, registry, result, began)}
     assert kinds == {"temporary", "checkpoints", "trials", "artifacts"}
-    stays = [each for each in result.found if storage.exists(each.uri) and each.kind != "artifacts"]
+    stays = [each for each in result if storage.exists(each.uri) and each.kind != "artifacts"]
     assert {each.uri.removeprefix(f"{store.storage.root}/").split("/")[0] for each in stays} == {
         "datasets",
         "runs",
@@ -202,7 +204,7 @@ def test_a_run_that_begins_meanwhile_keeps_what_it_may_use(store: Config, later:
 def test_a_record_that_cannot_be_read_or_a_server_that_is_away_stops_it(store: Config, later: float) -> None:
     away = "http://127.0.0.1:9"
     with pytest.raises(ValueError, match=away):
-        survey(store.storage.root, away)
+        find_leftovers(store.storage.root, away)
     Path(store.storage.root, "runs/stopped/steps/ingest/step.json").write_text("{")
     with pytest.raises(storage.UnreadableError):
-        survey(store.storage.root, tracking_uri(store))
+        find_leftovers(store.storage.root, tracking_uri(store))
