@@ -131,7 +131,8 @@ def survey(root: str, registry: str) -> Survey:
         each.get("eval.fingerprint", "")[:16] for each in tags
     }
     tops = storage.list_entries(storage.join(root, RUNS))
-    runs = at_once(partial(_look_at, root, result.begun), [top.path for top in tops if RUN_PATTERN.fullmatch(top.path)])
+    names = [top.path for top in tops if not top.is_file and RUN_PATTERN.fullmatch(top.path)]
+    runs = at_once(partial(_look_at, root, result.begun), names)
     references.add("", _named(json.dumps(tags)))
     for run in runs:
         references.add(run.name, run.named)
