@@ -8,6 +8,7 @@ is deleted. Imports no torch.
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
 from collections import defaultdict
@@ -86,9 +87,9 @@ class Survey:
                 delete_artifacts(client_at(self.registry), each.uri)
                 yield each
                 continue
-            if time.monotonic() > looked + _LOOK_SECONDS:
-                looked, now = time.monotonic(), begun(self.root)
             place, _, rest = each.uri.removeprefix(f"{self.root}/").partition("/")
+            if place != RUNS or time.monotonic() > looked + _LOOK_SECONDS:  # any run may use a dataset
+                looked, now = time.monotonic(), begun(self.root)
             run = rest.partition("/")[0]
             if now.get(run) == self.begun.get(run) if place == RUNS else now == self.begun:
                 for marker in _MARKERS if each.kind != "temporary" else ():
@@ -153,7 +154,8 @@ def survey(root: str, registry: str) -> Survey:
         result.foreign += [run.name] if foreign else []
     found += _of_datasets(root, references, {run.name for run in runs if run.working}, needed)
     found += [Leftover("artifacts", uri, size) for uri, size in deleted_artifacts(client, root, versions)]
-    result.found = sorted(found, key=lambda each: [*CLASSES].index(each.kind))
+    kept = (each for each in found if not _is_linked(root, each.uri))
+    result.found = sorted(kept, key=lambda each: [*CLASSES].index(each.kind))
     return result
 
 
@@ -238,6 +240,12 @@ def _abandoned(uri: str, place: str, entries: Iterable[Entry]) -> Iterator[Lefto
         files = held if held[0].is_file else [*held, *storage.list_entries(where, files=True)]
         if _is_quiet(files, ABANDONED_SECONDS):
             yield _leftover("temporary", where, files)
+
+
+def _is_linked(root: str, uri: str) -> bool:
+    """Whether a symbolic link below the root leads there: others may use what is behind it."""
+    inside = uri.removeprefix(f"{root}/")
+    return storage.is_local(root) and inside != uri and os.path.realpath(uri) != f"{os.path.realpath(root)}/{inside}"
 
 
 def _leftover(kind: str, uri: str, held: Iterable[Entry]) -> Leftover:

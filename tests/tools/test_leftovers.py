@@ -199,6 +199,25 @@ def test_a_run_that_begins_meanwhile_keeps_what_it_may_use(store: Config, later:
 
 
 @pytest.mark.parametrize("config", ["disk"], indirect=True)
+def test_a_dataset_stays_once_a_run_begins(store: Config, later: float) -> None:
+    dataset(store, "ffff6666")
+    deleting = survey(store.storage.root, tracking_uri(store)).delete()
+    assert next(each for each in deleting if each.kind == "datasets")
+    storage.write_bytes(RunFolder(store.storage.root, "new").begun, b"")
+    assert "datasets" not in {each.kind for each in deleting}
+
+
+@pytest.mark.parametrize("config", ["disk"], indirect=True)
+def test_what_a_link_leads_to_stays(store: Config, later: float, tmp_path: Path) -> None:
+    root = Path(store.storage.root)
+    (root / "datasets").rename(tmp_path / "shared")  # with another store
+    (root / "datasets").symlink_to(tmp_path / "shared")
+    (tmp_path / "link").symlink_to(root)  # the store itself may be behind one
+    linked = from_yaml(to_yaml(store), overrides=[f"storage.root={tmp_path}/link"])
+    assert found(store) == found(linked) == {each for each in FOUND if not each[1].startswith("datasets/")}
+
+
+@pytest.mark.parametrize("config", ["disk"], indirect=True)
 def test_a_record_that_cannot_be_read_or_a_server_that_is_away_stops_it(store: Config, later: float) -> None:
     away = "http://127.0.0.1:9"
     with pytest.raises(ValueError, match=away):
