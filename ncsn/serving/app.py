@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import threading
 import time
@@ -35,7 +36,7 @@ from ncsn.model.generate import generate_joined
 from ncsn.runs.folder import DEFAULT_ROOT
 from ncsn.serving import asked
 from ncsn.serving.batches import Batches, Busy
-from ncsn.tracking.client import client_at, mlflow_errors, one_line, server_uri
+from ncsn.tracking.client import client_at, mlflow_errors, one_line, server_uri, shown
 from ncsn.tracking.promotion import SCHEME, resolve_version
 from ncsn.tracking.registry import load_version
 
@@ -244,10 +245,13 @@ def run(model: str, *, registry: str, port: int, replicas: int, ready: Callable[
         resolve_version(client_at(registry), model)
     with ray_cluster():
         have = ray.cluster_resources()
+        if replicas > (cores := int(have.get("CPU", 0))):  # they would be waited for forever
+            raise UserError("--replicas", f"there are {cores} CPU cores, of which each needs one", value=replicas)
         gpus = 1 if have.get("GPU", 0) >= replicas else 0
-        share = {"num_cpus": max(1, int(have["CPU"]) // replicas), "num_gpus": gpus}
+        share = {"num_cpus": cores // replicas, "num_gpus": gpus}
         serve.start(proxy_location="HeadOnly", http_options={"host": LOOPBACK, "port": port}, logging_config=_QUIET)
-        hidden = "@" in registry  # with a password, it stays in the environment that the replicas inherit
+        # With a password, it stays in the environment that it is from, which the replicas inherit.
+        hidden = shown(registry) != registry == os.environ.get("MLFLOW_TRACKING_URI")
         wanted = application(model, registry="" if hidden else registry, num_replicas=replicas, ray_actor_options=share)
         serve.run(wanted, name=NAME, logging_config=_QUIET)
         stop = threading.Event()

@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import pytest
 from ray import serve
+from refused import refused
 from served import trained_by
 from starlette.requests import Request
 from starlette.responses import Response
@@ -88,3 +90,12 @@ def test_one_replica_after_another_loads_and_one_that_is_lost_blocks_nobody_for_
     turn.give_back("a")
     monkeypatch.setattr(app, "_LOAD_SECONDS", 0.0)
     assert turn.take("b") and turn.take("c")
+
+
+def test_more_replicas_than_cores_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "client_at", lambda _: None)
+    monkeypatch.setattr(app, "resolve_version", lambda *_: None)
+    monkeypatch.setattr(app, "ray_cluster", nullcontext)
+    monkeypatch.setattr(app.ray, "cluster_resources", lambda: {"CPU": 2.0})
+    with refused("--replicas"):
+        app.run("models:/tiny@champion", registry="", port=0, replicas=3, ready=lambda: None)
