@@ -20,7 +20,8 @@ from typing import Any
 from ncsn import storage
 from ncsn.config import ConfigError, from_yaml
 from ncsn.data.format import MANIFEST
-from ncsn.runs.folder import RUN_PATTERN, RUNS, RunFolder
+from ncsn.errors import UserError
+from ncsn.runs.folder import BEGUN, RUN_PATTERN, RUNS, RunFolder
 from ncsn.runs.steps import TUNE
 from ncsn.storage import Entry
 from ncsn.tools.listing import DATASET, DATASETS, QUIET_SECONDS, at_once, begun, grouped
@@ -133,6 +134,9 @@ def survey(root: str, registry: str) -> Survey:
     }
     tops = storage.list_entries(storage.join(root, RUNS))
     names = [top.path for top in tops if not top.is_file and RUN_PATTERN.fullmatch(top.path)]
+    if result.begun and not names:  # so does a store look whose disk with the runs is away
+        hint = f"find them, or delete {storage.join(root, BEGUN)} if they are gone for good"
+        raise UserError(storage.join(root, RUNS), "has none of the runs that have begun", hint=hint)
     runs = at_once(partial(_look_at, root, result.begun), names)
     references.add("", _named(json.dumps(tags)))
     for run in runs:

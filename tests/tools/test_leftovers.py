@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 from mlflow.tracking import MlflowClient
+from refused import refused
 
 from ncsn import storage
 from ncsn.config import Config, from_yaml, to_yaml
@@ -215,6 +216,17 @@ def test_what_a_link_leads_to_stays(store: Config, later: float, tmp_path: Path)
     (tmp_path / "link").symlink_to(root)  # the store itself may be behind one
     linked = from_yaml(to_yaml(store), overrides=[f"storage.root={tmp_path}/link"])
     assert found(store) == found(linked) == {each for each in FOUND if not each[1].startswith("datasets/")}
+
+
+@pytest.mark.parametrize("config", ["disk"], indirect=True)
+def test_runs_that_are_away_stop_it(store: Config, later: float, tmp_path: Path) -> None:
+    runs = Path(store.storage.root, "runs")
+    runs.rename(tmp_path / "elsewhere")
+    for make in (runs.mkdir, lambda: runs.symlink_to(tmp_path / "not mounted")):
+        make()
+        with refused(str(runs)):
+            survey(store.storage.root, tracking_uri(store))
+        runs.unlink() if runs.is_symlink() else runs.rmdir()
 
 
 @pytest.mark.parametrize("config", ["disk"], indirect=True)
