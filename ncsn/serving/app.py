@@ -247,6 +247,10 @@ def run(model: str, *, registry: str, port: int, replicas: int, ready: Callable[
         have = ray.cluster_resources()
         if replicas > (cores := int(have.get("CPU", 0))):  # they would be waited for forever
             raise UserError("--replicas", f"there are {cores} CPU cores, of which each needs one", value=replicas)
+        if serve.status().proxies:  # of another program, which listen at its port, and whose application this one ends
+            raise UserError(
+                "RAY_ADDRESS", "this cluster serves already", hint="unset it to serve on this machine alone"
+            )
         gpus = 1 if have.get("GPU", 0) >= replicas else 0
         share = {"num_cpus": cores // replicas, "num_gpus": gpus}
         serve.start(proxy_location="HeadOnly", http_options={"host": LOOPBACK, "port": port}, logging_config=_QUIET)
@@ -260,3 +264,4 @@ def run(model: str, *, registry: str, port: int, replicas: int, ready: Callable[
         ready()
         stop.wait()
         serve.delete(NAME)  # what was accepted is answered first
+        serve.shutdown()  # the cluster may go on

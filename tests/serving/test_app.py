@@ -6,6 +6,7 @@ import io
 import json
 from collections.abc import Iterator
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -92,10 +93,13 @@ def test_one_replica_after_another_loads_and_one_that_is_lost_blocks_nobody_for_
     assert turn.take("b") and turn.take("c")
 
 
-def test_more_replicas_than_cores_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_replicas_than_cores_and_a_cluster_that_serves_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(app, "client_at", lambda _: None)
     monkeypatch.setattr(app, "resolve_version", lambda *_: None)
     monkeypatch.setattr(app, "ray_cluster", nullcontext)
     monkeypatch.setattr(app.ray, "cluster_resources", lambda: {"CPU": 2.0})
     with refused("--replicas"):
         app.run("models:/tiny@champion", registry="", port=0, replicas=3, ready=lambda: None)
+    monkeypatch.setattr(app.serve, "status", lambda: SimpleNamespace(proxies={"node": "HEALTHY"}))
+    with refused("RAY_ADDRESS"):
+        app.run("models:/tiny@champion", registry="", port=0, replicas=2, ready=lambda: None)
