@@ -149,8 +149,8 @@ def cleanup_command(
 ) -> None:
     """Print by class what nothing in the store and its MLflow refers to, with its size; --yes deletes it.
 
-    Nothing that a registered version needs, no run in which something has changed within an hour, and no temporary file
-    of the last day is touched. While MLflow cannot be asked, nothing is deleted.
+    Nothing that a registered version needs, and no run in which something has changed within a day is touched. While
+    MLflow cannot be asked, nothing is deleted.
 
     With --jobs: delete RayJobs whose pipeline run has ended, and close the runs that it left open. The store and MLflow
     then record how the pipeline run ended, or KILLED. The CronJob ncsn-janitor of infra/base/janitor does this every

@@ -51,7 +51,11 @@ def publish_code(root: str) -> None:
         for folder, below, names in os.walk(checkout / package, followlinks=True):
             below[:] = [name for name in below if name not in _CACHES and not name.startswith(".")]
             paths = (Path(folder, name) for name in names if not name.startswith(".") and not name.endswith(".pyc"))
-            files |= {path.relative_to(checkout).as_posix(): path.read_bytes() for path in paths}
+            for path in paths:
+                if not path.is_file():
+                    reason = f"{path} is no file, or a link that leads nowhere"
+                    raise UserError("--code", reason, hint="remove it", value="here")
+                files[path.relative_to(checkout).as_posix()] = path.read_bytes()
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in sorted(files.items()):

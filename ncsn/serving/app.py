@@ -33,7 +33,7 @@ from ncsn.model.generate import generate_joined
 from ncsn.runs.folder import DEFAULT_ROOT
 from ncsn.serving import asked
 from ncsn.serving.batches import Batches, Busy
-from ncsn.tracking.client import client_at, mlflow_errors, one_line, server_uri
+from ncsn.tracking.client import client_at, mlflow_errors, one_line, server_uri, shown
 from ncsn.tracking.promotion import SCHEME, resolve_version
 from ncsn.tracking.registry import load_version
 
@@ -66,9 +66,9 @@ def _call_on_loopback() -> None:
 class Sampler:
     """Makes images of the version that the address names; loads another one beside it when the alias moves."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, registry: str) -> None:
         _call_on_loopback()
-        self._address, self._registry = address, server_uri(None, root=DEFAULT_ROOT)
+        self._address, self._registry = address, registry or server_uri(None, root=DEFAULT_ROOT)
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self._served = load_version(self._registry, address, device=self._device)  # name and network
         self._images = Counter("ncsn_serve_images", "Images made.", ("model",))
@@ -189,11 +189,11 @@ def build(args: dict[str, str]) -> serve.Application:
     return application(args["model"])
 
 
-def application(model: str, **options: Any) -> serve.Application:
-    """The application for models:/NAME@ALIAS in the environment's registry, with these options of Sampler."""
+def application(model: str, *, registry: str = "", **options: Any) -> serve.Application:
+    """The application for models:/NAME@ALIAS in a registry, "" for the environment's, with these options of Sampler."""
     samplers = serve.deployment(max_ongoing_requests=_MOST_REQUESTS, **options)(Sampler)
     front = serve.deployment(max_ongoing_requests=_MOST_REQUESTS, ray_actor_options={"num_cpus": 0})(Front)
-    return front.bind(samplers.bind(model))
+    return front.bind(samplers.bind(model, registry))
 
 
 def run(model: str, *, registry: str, port: int, replicas: int, ready: Callable[[], object]) -> None:
@@ -203,16 +203,25 @@ def run(model: str, *, registry: str, port: int, replicas: int, ready: Callable[
     """
     with mlflow_errors(registry):
         resolve_version(client_at(registry), model)
-    os.environ["MLFLOW_TRACKING_URI"] = registry  # it may have a password, which Serve's config would show
     with ray_cluster():
         have = ray.cluster_resources()
+        if replicas > (cores := int(have.get("CPU", 0))):  # they would be waited for forever
+            raise UserError("--replicas", f"there are {cores} CPU cores, of which each needs one", value=replicas)
+        if serve.status().proxies:  # of another program, which listen at its port, and whose application this one ends
+            raise UserError(
+                "RAY_ADDRESS", "this cluster serves already", hint="unset it to serve on this machine alone"
+            )
         gpus = 1 if have.get("GPU", 0) >= replicas else 0
-        share = {"num_cpus": max(1, int(have["CPU"]) // replicas), "num_gpus": gpus}
+        share = {"num_cpus": cores // replicas, "num_gpus": gpus}
         serve.start(proxy_location="HeadOnly", http_options={"host": LOOPBACK, "port": port}, logging_config=_QUIET)
-        serve.run(application(model, num_replicas=replicas, ray_actor_options=share), name=NAME, logging_config=_QUIET)
+        # With a password, it stays in the environment that it is from, which the replicas inherit.
+        hidden = shown(registry) != registry == os.environ.get("MLFLOW_TRACKING_URI")
+        wanted = application(model, registry="" if hidden else registry, num_replicas=replicas, ray_actor_options=share)
+        serve.run(wanted, name=NAME, logging_config=_QUIET)
         stop = threading.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stop.set())
         ready()
         stop.wait()
         serve.delete(NAME)  # what was accepted is answered first
+        serve.shutdown()  # the cluster may go on

@@ -14,16 +14,17 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ncsn import storage
 from ncsn.config import ConfigError, from_yaml
 from ncsn.data.format import MANIFEST
-from ncsn.runs.folder import RUN_PATTERN, RUNS
+from ncsn.errors import UserError
+from ncsn.runs.folder import BEGUN, RUN_PATTERN, RUNS
 from ncsn.runs.steps import TUNE
 from ncsn.storage import Entry
-from ncsn.tools.listing import DATASETS, QUIET_SECONDS, at_once, begun, grouped
+from ncsn.tools.listing import DATASETS, at_once, begun, grouped
 from ncsn.tracking.client import client_at
 from ncsn.tracking.deleted import delete_artifacts, deleted_artifacts, every_version, sampled_runs
 
@@ -36,7 +37,7 @@ CLASSES = {
     "datasets": "datasets without a run",
     "artifacts": "artifacts of deleted MLflow runs",
 }
-ABANDONED_SECONDS = 86400.0  # an ingestion that was stopped may go on with its temporary files the next morning
+_QUIET_SECONDS = 86400.0  # a run whose pod waits for room changes nothing, and a stopped one may go on the next morning
 _LOOK_SECONDS = 5.0  # between two looks for runs that begin while others are deleted
 _INDEX = "checkpoint.json"
 _MARKERS = (MANIFEST, _INDEX, "reference.json")  # without its own, a folder is not complete
@@ -69,13 +70,18 @@ def find_leftovers(root: str, registry: str) -> tuple[list[Leftover], dict[str, 
     tags = [version.tags for version in versions]
     files = storage.list_entries(root, files=True)
     runs = {run: held for run, held in grouped(_RUN, files).items() if RUN_PATTERN.fullmatch(run)}
+    if began and not runs:  # so does a store look whose disk with the runs is away
+        hint = f"find them, or delete {storage.join(root, BEGUN)} if they are gone for good"
+        raise UserError(storage.join(root, RUNS), "has none of the runs that have begun", hint=hint)
     records = dict(zip(runs, at_once(partial(_read, root), [*runs.values()]), strict=True))
-    named = defaultdict[str, set[str]](set)  # by place: the runs that name it or something in it, and "" for versions
+    # By place the runs that name it, and those that name it or something in it; "" for versions.
+    whole, named = defaultdict[str, set[str]](set), defaultdict[str, set[str]](set)
     for who, said in [("", tags), *records.items()]:
         for path in map(PurePosixPath, _NAMED.findall(json.dumps(said))):
+            whole[str(path)].add(who)
             for place in (path, *path.parents):
                 named[str(place)].add(who)
-    working = {run for run, when in began.items() if time.time() - when < QUIET_SECONDS}
+    working = {run for run, when in began.items() if time.time() - when < _QUIET_SECONDS}
     working |= {run for run, held in runs.items() if not _is_quiet(held)}
     registered = {each.get("ncsn.run") for each in tags}
     candidates = _cut([entry for entry in files if _run_of(entry.path) not in working])
@@ -90,6 +96,8 @@ def find_leftovers(root: str, registry: str) -> tuple[list[Leftover], dict[str, 
         Leftover(kind, storage.join(root, place), sum(entry.size for entry in held))
         for kind, place, held in candidates
         if not named[place] - ({_run_of(place)} if kind == "samples" else set())
+        if not whole[f"{RUNS}/{_run_of(place)}"] - {_run_of(place), ""}  # another run has all of it as its images
+        if not _is_linked(root, place)
     ]
     found += [Leftover("artifacts", uri, size) for uri, size in deleted_artifacts(client, root, versions)]
     return sorted(found, key=lambda each: [*CLASSES].index(each.kind)), began
@@ -105,9 +113,9 @@ def delete_leftovers(
             delete_artifacts(client_at(registry), each.uri)
             yield each
             continue
-        if time.monotonic() > looked + _LOOK_SECONDS:
-            looked, now = time.monotonic(), begun(root)
         run = _run_of(each.uri.removeprefix(f"{root}/"))
+        if not run or time.monotonic() > looked + _LOOK_SECONDS:  # any run may use a dataset
+            looked, now = time.monotonic(), begun(root)
         if now.get(run) == began.get(run) if run else now == began:
             for marker in _MARKERS if each.kind != "temporary" else ():
                 storage.delete(storage.join(each.uri, marker))
@@ -135,7 +143,7 @@ def _cut(files: Sequence[Entry]) -> list[_Candidate]:
         ("temporary", place, held)
         for pattern, marker in ((_TEMPORARY, ""), (_CHECKPOINT, _INDEX), (_DATASET, MANIFEST))
         for place, held in grouped(pattern, files).items()
-        if f"{place}/{marker}" not in paths and _is_quiet(held, ABANDONED_SECONDS)
+        if f"{place}/{marker}" not in paths and _is_quiet(held)
     ]
 
 
@@ -182,6 +190,11 @@ def _of_datasets(
             yield "features", place, held
 
 
-def _is_quiet(entries: Iterable[Entry], seconds: float = QUIET_SECONDS) -> bool:
-    """Whether nothing of this has changed for so long."""
-    return time.time() - max(entry.changed for entry in entries) > seconds
+def _is_linked(root: str, place: str) -> bool:
+    """Whether a symbolic link below the root leads there: others may use what is behind it."""
+    return storage.is_local(root) and Path(root, place).resolve() != Path(root).resolve() / place
+
+
+def _is_quiet(entries: Iterable[Entry]) -> bool:
+    """Whether nothing of this has changed for a day."""
+    return time.time() - max(entry.changed for entry in entries) > _QUIET_SECONDS

@@ -11,13 +11,13 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import partial
 from heapq import nlargest
 from typing import TypeVar
 
 from ncsn import storage
 from ncsn.config.schema import MODEL_NAME_PATTERN
 from ncsn.data.format import MANIFEST, load_manifest
+from ncsn.errors import UserError
 from ncsn.progress import read_progress
 from ncsn.report.words import result_line
 from ncsn.runs.folder import BEGUN, RUN_PATTERN, RUNS, RunFolder, read_outcome, read_step
@@ -28,7 +28,7 @@ from ncsn.tracking.gate import Decision
 from ncsn.tracking.promotion import DECISION, SCHEME, resolve_version
 
 MOST = 50  # of the newest that are listed
-QUIET_SECONDS = 3600.0  # without a change for so long, nobody works on a run: it renews a lease and its progress
+_QUIET_SECONDS = 3600.0  # without a change for so long, nobody works on a run: it renews a lease and its progress
 DATASETS, DATASET = "datasets", r"([^/.][^/]*/[^/.]+)/.+"  # folder of a store, and files of a dataset below it
 _AT_ONCE = 16  # requests to the store
 T = TypeVar("T")
@@ -62,9 +62,17 @@ def begun(root: str) -> dict[str, float]:
 def list_runs(root: str) -> tuple[list[Item], int]:
     """The newest runs, and the number of all."""
     held, dated = at_once(storage.list_entries, [storage.join(root, place) for place in (RUNS, BEGUN)])
-    dates = {entry.path: entry.changed for entry in held if RUN_PATTERN.fullmatch(entry.path)}
+    dates = {entry.path: entry.changed for entry in held if not entry.is_file and RUN_PATTERN.fullmatch(entry.path)}
     dates |= {entry.path: entry.changed for entry in dated if entry.path in dates}
-    newest = at_once(partial(describe_run, root), nlargest(MOST, dates, key=dates.__getitem__))
+
+    def describe(run: str) -> Item:
+        try:
+            return describe_run(root, run)
+        except storage.UnreadableError as error:  # the other runs are there all the same
+            uri = RunFolder(root, run).uri
+            return Item("run", run, "UNREADABLE", 0, dates[run], str(error), {"uri": uri})
+
+    newest = at_once(describe, nlargest(MOST, dates, key=dates.__getitem__))
     return sorted(newest, key=lambda item: -item.changed), len(dates)
 
 
@@ -85,7 +93,7 @@ def describe_run(root: str, run: str) -> Item:
         ended = files.get("status.json")
         if ended is not None and ended.changed >= last and (outcome := read_outcome(folder)) is not None:
             state = " ".join(filter(None, (outcome.status, outcome.failed_step)))
-        elif record.state == "RUNNING" and time.time() - changed > QUIET_SECONDS:
+        elif record.state == "RUNNING" and time.time() - changed > _QUIET_SECONDS:
             state = f"LOST {step}"  # its process cannot say so
         if places["evaluate"] in files:
             step, record = "evaluate", read_step(folder, "evaluate")
@@ -120,7 +128,10 @@ def list_datasets(root: str, wanted: str = "") -> tuple[list[Item], int]:
         size, changed = sum(entry.size for entry in files), max(entry.changed for entry in files)
         if f"{name}/{MANIFEST}" not in {entry.path for entry in files}:
             return Item("dataset", name, "INCOMPLETE", size, changed, "", {"uri": uri})
-        manifest = load_manifest(uri)
+        try:
+            manifest = load_manifest(uri)
+        except (UserError, storage.UnreadableError) as error:  # of another version, or damaged
+            return Item("dataset", name, "UNREADABLE", size, changed, str(error), {"uri": uri})
         counts = " + ".join(f"{count:,} {split}" for split, count in manifest.counts.items())
         facts = {"uri": uri, "source": manifest.source, "license": manifest.license}
         return Item("dataset", name, "COMPLETE", size, changed, f"{counts} images of {manifest.pixels}", facts)

@@ -19,7 +19,15 @@ from ncsn.model.checkpoint import SamplingCheckpoint, TrainedNetwork
 from ncsn.model.generate import sampling_facts
 from ncsn.model.trained import TRAINED_CONFIG, load_model, save_model
 from ncsn.process import now_ms
-from ncsn.tracking.client import TrackingError, client_at, mlflow_errors, shown, suppress_exists, tracking_uri
+from ncsn.tracking.client import (
+    TrackingError,
+    client_at,
+    mlflow_errors,
+    one_line,
+    shown,
+    suppress_exists,
+    tracking_uri,
+)
 from ncsn.tracking.mlflow_runs import StepRun
 from ncsn.tracking.promotion import SCHEME, resolve_version
 
@@ -155,7 +163,7 @@ def fetch_weights(uri: str, version: ModelVersion, into: Path) -> Path:
         folder = Path(download_artifacts(source, dst_path=str(into), tracking_uri=uri))
         (folder / TRAINED_CONFIG).stat()
     except (MlflowException, OSError) as error:
-        reason = f"{shown(uri)} gives no weights and config of ncsn at {version.source}: {' '.join(str(error).split())}"
+        reason = f"{shown(uri)} gives no weights and config of ncsn at {version.source}: {one_line(error)}"
         hint = "restore its files; only a version of `ncsn register` has them"
         raise TrackingError(f"{SCHEME}{version.name}/{version.version}", reason, hint=hint) from error
     return folder

@@ -5,11 +5,14 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from ray import serve
+from refused import refused
 from served import trained_by
 from starlette.requests import Request
 from starlette.responses import Response
@@ -75,3 +78,15 @@ def test_a_mistake_is_one_line_with_its_status(
     answer = ask(handle, method, path, body, kind=kind)
     assert answer.status_code == status and answer.media_type == "text/plain"
     assert bytes(answer.body).count(b"\n") == 1 and bytes(answer.body).endswith(b"\n")
+
+
+def test_more_replicas_than_cores_and_a_cluster_that_serves_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "client_at", lambda _: None)
+    monkeypatch.setattr(app, "resolve_version", lambda *_: None)
+    monkeypatch.setattr(app, "ray_cluster", nullcontext)
+    monkeypatch.setattr(app.ray, "cluster_resources", lambda: {"CPU": 2.0})
+    with refused("--replicas"):
+        app.run("models:/tiny@champion", registry="", port=0, replicas=3, ready=lambda: None)
+    monkeypatch.setattr(app.serve, "status", lambda: SimpleNamespace(proxies={"node": "HEALTHY"}))
+    with refused("RAY_ADDRESS"):
+        app.run("models:/tiny@champion", registry="", port=0, replicas=2, ready=lambda: None)

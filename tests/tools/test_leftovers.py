@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 from mlflow.tracking import MlflowClient
+from refused import refused
 
 from ncsn import storage
 from ncsn.config import Config, from_yaml, to_yaml
@@ -198,6 +199,46 @@ def test_a_run_that_begins_meanwhile_keeps_what_it_may_use(store: Config, later:
         "runs",
         ".tmp-12345678",
     }
+
+
+@pytest.mark.parametrize("config", ["disk"], indirect=True)
+def test_a_run_whose_folder_is_the_images_of_another_stays_whole(store: Config, later: float) -> None:
+    images = from_yaml(to_yaml(store), overrides=[f"data.root={store.storage.root}/runs/registered"])
+    run(images, "reuses", "ingest")
+    assert FOUND - found(store) >= {each for each in FOUND if "registered/" in each[1]}
+
+
+@pytest.mark.parametrize("config", ["disk"], indirect=True)
+def test_a_dataset_stays_once_a_run_begins(store: Config, later: float) -> None:
+    dataset(store, "ffff6666")
+    root, registry = store.storage.root, tracking_uri(store)
+    deleting = delete_leftovers(root, registry, *find_leftovers(root, registry))
+    assert next(each for each in deleting if each.kind == "datasets")
+    storage.write_bytes(RunFolder(store.storage.root, "new").begun, b"")
+    assert "datasets" not in {each.kind for each in deleting}
+
+
+@pytest.mark.parametrize("config", ["disk"], indirect=True)
+def test_what_a_link_leads_to_stays(store: Config, later: float, tmp_path: Path) -> None:
+    root = Path(store.storage.root)
+    (root / "datasets").rename(tmp_path / "shared")  # with another store
+    (root / "datasets").symlink_to(tmp_path / "shared")
+    (tmp_path / "link").symlink_to(root)  # the store itself may be behind one
+    linked = from_yaml(to_yaml(store), overrides=[f"storage.root={tmp_path}/link"])
+    kept = {each for each in FOUND if not each[1].startswith("datasets/")}
+    assert found(store) == kept
+    assert found(linked) == {each for each in kept if each[0] != "samples"}, "MLflow knows its runs by the other name"
+
+
+@pytest.mark.parametrize("config", ["disk"], indirect=True)
+def test_runs_that_are_away_stop_it(store: Config, later: float, tmp_path: Path) -> None:
+    runs = Path(store.storage.root, "runs")
+    runs.rename(tmp_path / "elsewhere")
+    for make in (runs.mkdir, lambda: runs.symlink_to(tmp_path / "not mounted")):
+        make()
+        with refused(str(runs)):
+            find_leftovers(store.storage.root, tracking_uri(store))
+        runs.unlink() if runs.is_symlink() else runs.rmdir()
 
 
 @pytest.mark.parametrize("config", ["disk"], indirect=True)

@@ -73,11 +73,25 @@ def test_a_run_has_state_size_date_and_figures(config: Config) -> None:
 
 def test_a_run_whose_process_is_gone_is_lost(tmp_path: Path) -> None:
     config = from_yaml(DIGITS, overrides=[f"storage.root={tmp_path}"])
-    folder, hour_ago = begin(config, "mine"), time.time() - listing.QUIET_SECONDS - 60
+    folder, hour_ago = begin(config, "mine"), time.time() - listing._QUIET_SECONDS - 60
     update_step(folder, "train", state="RUNNING")
     for path in (tmp_path / "runs").rglob("*"):
         os.utime(path, (hour_ago, hour_ago))
     assert describe_run(str(tmp_path), "mine").state == "LOST train"
+
+
+def test_what_cannot_be_read_hides_nothing_else(tmp_path: Path) -> None:
+    config = from_yaml(DIGITS, overrides=[f"storage.root={tmp_path}"])
+    storage.write_text(begin(config, "damaged").step("train", "step.json"), "{")
+    begin(config, "mine")
+    storage.write_text(f"{tmp_path}/runs/notes.txt", "not a run")
+    assert {(item.name, item.state) for item in list_runs(str(tmp_path))[0]} == {
+        ("damaged", "UNREADABLE"),
+        ("mine", "NEW"),
+    }
+    for digest, text in (("0" * 16, '{"format_version": 1}'), ("1" * 16, "{")):
+        storage.write_text(f"{tmp_path}/datasets/digits/{digest}/manifest.json", text)
+    assert [item.state for item in list_datasets(str(tmp_path))[0]] == ["UNREADABLE"] * 2
 
 
 def test_datasets_have_counts_and_are_found_by_their_digest(config: Config) -> None:
