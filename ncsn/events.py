@@ -92,7 +92,9 @@ def _send(event: dict[str, str]) -> None:
     """Send once; a `ConnectionError` if another try may help."""
     import requests
 
-    body = json.dumps(_for_slack(event) if os.environ.get(FORMAT) == "slack" else event)
+    if (kind := os.environ.get(FORMAT, "json")) not in ("json", "slack"):
+        raise ValueError(f"{FORMAT} = {kind!r} is neither json nor slack")
+    body = json.dumps(_for_slack(event) if kind == "slack" else event)
     headers = {"Content-Type": "application/json", "X-NCSN-Delivery-Id": event["id"]}
     headers["X-NCSN-Timestamp"] = now = str(int(time.time()))  # of this try, so that a late one is no replay
     if secret := os.environ.get(SECRET):
