@@ -13,6 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from importlib import resources
 from typing import Any
 from urllib.request import urlopen
@@ -126,7 +127,7 @@ class Front:
 
     def __init__(self, samplers: Any) -> None:
         _call_on_loopback()
-        self._samplers = samplers
+        self._samplers, self._asking, self._ends = samplers, 0, False
         self._page = resources.files("ncsn.serving").joinpath("page.html").read_text()
 
     async def __call__(self, request: Request) -> Response:
@@ -156,9 +157,21 @@ class Front:
             wanted = asked.read(body)
         except UserError as error:
             return PlainTextResponse(_line(error), 400)
-        status, model, content = await self._ask("sample", wanted)
+        if self._ends:
+            return PlainTextResponse("this server ends\n", 503)
+        self._asking += 1
+        try:
+            status, model, content = await self._ask("sample", wanted)
+        finally:
+            self._asking -= 1
         media = asked.MEDIA[wanted.format] if status == 200 else "text/plain"
         return Response(content, status, {"X-NCSN-Model": model}, media_type=media)
+
+    async def end(self) -> None:
+        """Accept no more requests, and return when those that were accepted are answered."""
+        self._ends = True
+        while self._asking:
+            await asyncio.sleep(0.05)
 
     async def _ask(self, method: str, *arguments: Any) -> Any:
         ends = time.monotonic() + _LOST_SECONDS
@@ -217,11 +230,13 @@ def run(model: str, *, registry: str, port: int, replicas: int, ready: Callable[
         # With a password, it stays in the environment that it is from, which the replicas inherit.
         hidden = shown(registry) != registry == os.environ.get("MLFLOW_TRACKING_URI")
         wanted = application(model, registry="" if hidden else registry, num_replicas=replicas, ray_actor_options=share)
-        serve.run(wanted, name=NAME, logging_config=_QUIET)
+        front: Any = serve.run(wanted, name=NAME, logging_config=_QUIET)
         stop = threading.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stop.set())
         ready()
         stop.wait()
-        serve.delete(NAME)  # what was accepted is answered first
+        with suppress(TimeoutError):
+            front.end.remote().result(timeout_s=_LOST_SECONDS)
+        serve.delete(NAME)
         serve.shutdown()  # the cluster may go on

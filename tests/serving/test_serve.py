@@ -8,7 +8,10 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,3 +133,24 @@ def test_no_request_is_lost_when_a_champion_comes_and_a_replica_goes(served: Ser
     metrics = served.get("/metrics").text
     assert re.search(r'^ray_ncsn_serve_images_total\{.*model="models:/tiny".*\} [1-9]', metrics, flags=re.MULTILINE)
     assert re.search(r"^ray_ncsn_serve_batch_images_bucket", metrics, flags=re.MULTILINE)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_what_was_accepted_is_answered_before_the_end(served: Served) -> None:
+    statuses = list[int]()
+
+    def ask() -> None:
+        with suppress(requests.ConnectionError):  # once nothing listens
+            while True:
+                statuses.append(served.post(number=4, format="npz").status_code)
+
+    with ThreadPoolExecutor(8) as threads:
+        for _ in range(8):
+            threads.submit(ask)
+        while len(statuses) < 16:
+            time.sleep(0.1)
+        served.process.send_signal(signal.SIGINT)
+        assert served.process.wait(120) == 0
+    assert set(statuses) <= {200, 503, 404}, "404 comes from Serve's proxy, once the application is gone"
+    assert statuses.count(200) >= 16
