@@ -77,10 +77,12 @@ ui: $(STAMP) ## Open MLflow on the runs, curves, images and registered models
 	@$(BIN)/ncsn ui --config $(CONFIG)
 
 .PHONY: image
-image: ## Build the image, tagged by version and by commit (needs docker; IMAGE=name:tag, TORCH_INDEX_URL=...)
-	@commit=$$(git describe --always --dirty --exclude '*' --abbrev=12); image=$(IMAGE); set -x; \
-	docker build --tag "$$image" --tag "$${image%:*}:$$commit" --build-arg BASE_IMAGE=$(BASE_IMAGE) \
-		--build-arg REVISION="$$(git rev-parse HEAD)" --build-arg PIP_INDEX_URL --build-arg TORCH_INDEX_URL .
+image: ## Build both images, tagged by version and by commit (needs docker; IMAGE=name:tag, TORCH_INDEX_URL=...)
+	@commit=$$(git describe --always --dirty --exclude '*' --abbrev=12); image=$(IMAGE); \
+	for target in slim full; do end=-$$target; end=$${end%-full}; (set -x; \
+	docker build --target $$target --tag "$$image$$end" --tag "$${image%:*}:$$commit$$end" \
+		--build-arg BASE_IMAGE=$(BASE_IMAGE) --build-arg REVISION="$$(git rev-parse HEAD)" \
+		--build-arg PIP_INDEX_URL --build-arg TORCH_INDEX_URL .); done
 
 .PHONY: clean
 clean: ## Remove caches and build outputs; .venv and the store .ncsn stay

@@ -16,12 +16,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ncsn.errors import UserError
 
 IMAGE_VARIABLE = "NCSN_IMAGE"  # variable with the image for pods that are to be started
+WORKER_MEMORY = "NCSN_WORKER_MEMORY"  # variable with compute.kuberay.memory_per_worker, where it cannot be estimated
 CONTAINER_IMAGE = "NCSN_CONTAINER_IMAGE"  # variable with the image of this pod, in the pods of a RayJob
+CODE = "NCSN_CODE"  # variable with the URI of the archive that this process's code comes from, see `ncsn.runs.code`
 KFP_RUN_ID = "NCSN_KFP_RUN_ID"  # variable with the id of the pipeline run, in all pods of a cluster
 RUN_ID_LABEL = "pipeline/runid"  # KFP's, of a run's Workflow and of its pods
 POD_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")  # Kubernetes mounts it
@@ -50,10 +52,15 @@ def this_kfp_run() -> KfpRun | None:
     return KfpRun(run_id, workflow) if run_id and workflow else None
 
 
+def job_config() -> dict[str, Any]:
+    """Ray's JSON about the Ray job that this process drives; empty for other processes."""
+    found: dict[str, Any] = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+    return found
+
+
 def job_metadata() -> dict[str, str]:
     """The metadata of the Ray job that this process drives; empty for other processes."""
-    metadata = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("metadata", {})
-    return {key: str(value) for key, value in metadata.items()}
+    return {key: str(value) for key, value in job_config().get("metadata", {}).items()}
 
 
 def python_version() -> str:

@@ -19,9 +19,9 @@ class Progress:
     def __init__(self, done: int = 0, total: int = 0, unit: str = "", text: str = "") -> None:
         self.done, self.total, self.unit, self.text = done, total, unit, text
 
-    def start(self, total: int, unit: str) -> None:
-        """From now on `advance` counts up to `total` of `unit`, a plural such as images."""
-        self.done, self.total, self.unit = 0, total, unit
+    def start(self, total: int, unit: str, *, done: int = 0) -> None:
+        """From now on `advance` counts from `done` up to `total` of `unit`, a plural such as images."""
+        self.done, self.total, self.unit = min(done, total), total, unit
         self.changed()
 
     def advance(self, n: int = 1) -> None:

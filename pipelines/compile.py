@@ -5,6 +5,7 @@ machine, knows no sizes and would retry a mistake.
 """
 
 import itertools
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,9 +16,12 @@ from kfp import compiler
 
 from ncsn.config import Config
 from ncsn.config.compute import bytes_of
+from ncsn.process import WORKER_MEMORY
 from ncsn.remote.manifest import GPU
+from ncsn.runs.steps import STEPS_ELSEWHERE
 from pipelines.definitions import sample_pipeline, train_pipeline
 
+SLIM_IMAGE = os.environ.get("NCSN_SLIM_IMAGE")  # of the tasks that need no torch; without it the one of all others
 COMPILED = Path(__file__).parent / "compiled"
 PIPELINES = {"train_pipeline": train_pipeline, "sample_pipeline": sample_pipeline}
 
@@ -58,6 +62,17 @@ LAUNCHER = _size(("100m", "512Mi"), ("1", "2Gi"))
 UNKNOWN = _size(("1", "2Gi"), ("8", "16Gi"))
 REFERENCE_IMAGES = 50_000  # of a dataset that is not ingested yet: as many as the larger published ones have
 
+# Before the source of a task, and so before what it imports.
+_RUN_CODE = """
+import sys
+from ncsn.errors import UserError
+from ncsn.runs.code import run_code
+try:
+    run_code({code!r})
+except UserError as error:
+    sys.exit(f"error: {{error}}")
+"""
+
 
 def compile_all(folder: Path = COMPILED, config: Config | None = None) -> list[Path]:
     """Write `<name>.yaml` of each pipeline into `folder`; the paths."""
@@ -65,16 +80,21 @@ def compile_all(folder: Path = COMPILED, config: Config | None = None) -> list[P
     return [compile_one(name, folder, config) for name in PIPELINES]
 
 
-def compile_one(name: str, folder: Path, config: Config | None = None) -> Path:
+def compile_one(name: str, folder: Path, config: Config | None = None, *, code: str | None = None) -> Path:
     """Write `<name>.yaml` of one of `PIPELINES` into `folder`; the path.
 
     `config` is the experiment that it will run, which decides how large its pods are; None if it is not known yet.
+    `code` is the URI of an archive, see `ncsn.runs.code`, whose packages the tasks run instead of their image's.
     """
     path = folder / f"{name}.yaml"
     compiler.Compiler().compile(PIPELINES[name], str(path))
     text = path.read_text()
     spec, *platforms = yaml.safe_load_all(text)
     fit(spec, platforms, config)
+    if code is not None:
+        for executor in spec["deploymentSpec"]["executors"].values():
+            command = executor["container"]["command"]
+            command[-1] = _RUN_CODE.format(code=code) + command[-1]
     heading = "".join(itertools.takewhile(lambda line: line.startswith("#"), text.splitlines(keepends=True)))
     path.write_text(heading + yaml.safe_dump_all([spec, *platforms], sort_keys=True))
     return path
@@ -96,6 +116,10 @@ def fit(spec: dict[str, Any], platforms: Sequence[dict[str, Any]], config: Confi
         container = spec["deploymentSpec"]["executors"][label]["container"]
         step = label.removeprefix("exec-")
         container["resources"] = dict(SIZES.get(step) or _size_of(step, config))
+        if SLIM_IMAGE and _only_launches(step, config):
+            container["image"] = SLIM_IMAGE
+            if config is not None and step in STEPS_ELSEWHERE and config.compute.kuberay.memory_per_worker is None:
+                container["env"].append({"name": WORKER_MEMORY, "value": f"{_memory(config, step) // 2**20}Mi"})
         if step not in SIZES and config is not None and config.compute.backend == "local":
             # The task's own pod computes: it goes where the config wants the workers, and passes nothing on.
             component.pop("taskConfigPassthroughs", None)
@@ -114,13 +138,24 @@ def _size_of(step: str, config: Config | None) -> dict[str, Any]:
     compute, idle = config.compute, step == "tune" and config.search is None
     if idle or compute.backend != "local":
         return LAUNCHER
-    from ncsn.model.memory import worker_memory
-
     # One CPU and 2 GiB more, for the driver, Ray and MLflow's client.
     workers, given = compute.max_workers, compute.kuberay.memory_per_worker
-    memory = bytes_of(given) if given else worker_memory(config, step, reference_images=REFERENCE_IMAGES)
+    memory = bytes_of(given) if given else _memory(config, step)
     amount = (str(workers * compute.cpus_per_worker + 1), f"{round(workers * memory / 2**20) + 2048}Mi")
     return _size(amount, amount, gpus=workers if compute.use_gpu else 0)
+
+
+def _memory(config: Config, step: str) -> int:
+    from ncsn.model.memory import worker_memory
+
+    return worker_memory(config, step, reference_images=REFERENCE_IMAGES)
+
+
+def _only_launches(step: str, config: Config | None) -> bool:
+    """Whether the task needs no torch: Finish, and launchers whose job is known, as it is not before a search."""
+    if config is None or config.search is not None or step not in STEPS_ELSEWHERE:
+        return step == "finish"
+    return step == "tune" or (config.compute.backend == "kuberay" and config.train.init_from is None)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ ADDRESSES = (
     "NCSN_KFP_UI",
     "NCSN_MLFLOW_UI",
     "NCSN_RAYJOB_TEMPLATE",
+    "NCSN_WEBHOOK_FORMAT",
 )
 CREDENTIALS = "ncsn-credentials"  # Secret, in the namespace of the runs
 SECRETS = (
@@ -26,7 +27,11 @@ SECRETS = (
     "MLFLOW_TRACKING_PASSWORD",
     "MLFLOW_TRACKING_TOKEN",
     "RAY_AUTH_TOKEN",
+    "NCSN_WEBHOOK_URL",
+    "NCSN_WEBHOOK_SECRET",
 )
+# Tasks that may compute in their own pod.
+COMPUTING = ("tune", "train", "sample", "evaluate", "sample-model")
 
 
 def configured(task: dsl.PipelineTask, title: str, *, cached: bool = False) -> dsl.PipelineTask:
@@ -37,6 +42,8 @@ def configured(task: dsl.PipelineTask, title: str, *, cached: bool = False) -> d
     task.set_display_name(title)
     task.set_caching_options(cached)
     task.set_env_variable(IMAGE_VARIABLE, IMAGE)
+    if task.name in COMPUTING:  # a container's own has 64 MB, and Ray would put its objects on the disk
+        kubernetes.empty_dir_mount(task, "shm", "/dev/shm", medium="Memory")  # noqa: S108
     kubernetes.use_config_map_as_env(task, ENVIRONMENT, {name: name for name in ADDRESSES}, optional=True)
     kubernetes.use_secret_as_env(task, CREDENTIALS, {name: name for name in SECRETS}, optional=True)
     # Not arguments, which would give every run another cache key.

@@ -167,6 +167,7 @@ class Submission:
     cache: bool = True  # False keeps every task out of KFP's cache
     known: Sequence[str] = ()  # tasks that KFP may cache in addition: the arguments tell all that they depend on
     config: Config | None = None  # decides how large the pods are; None if it is not known
+    code: str | None = None  # URI of an archive of the packages that the tasks run; None for those of their image
 
 
 @dataclass(frozen=True)
@@ -214,7 +215,7 @@ def package(submission: Submission) -> Iterator[tuple[Path, dict[str, Any]]]:
         choices = ", ".join(known.removesuffix("_pipeline") for known in PIPELINES)
         raise UserError("--pipeline", "no such pipeline", hint=f"choose one of {choices}", value=submission.pipeline)
     with tempfile.TemporaryDirectory(prefix="ncsn-") as folder:
-        path = compile_one(name, Path(folder), submission.config)
+        path = compile_one(name, Path(folder), submission.config, code=submission.code)
         spec, *platforms = yaml.safe_load_all(path.read_text())
         arguments = arguments_for(spec, submission.arguments)
         # In all graphs; KFP's client would miss the tasks inside an exit handler.

@@ -92,7 +92,7 @@ def _one_migration(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[S3Server]:
-    """One S3 server for the session."""
+    """One S3 server for the session, with one bucket: the server reserves seven volumes of the disk for each."""
     from s3_server import running_s3_server
 
     with running_s3_server() as server:
@@ -101,15 +101,13 @@ def s3_server() -> Iterator[S3Server]:
 
 @pytest.fixture
 def s3_root(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """URI of an empty bucket on the session's S3 server, whose address is in the environment."""
-    import boto3
+    """URI of an empty folder of the session's S3 server, whose address is in the environment."""
+    from s3_server import BUCKET
 
     for name, value in s3_server.environment.items():
         monkeypatch.setenv(name, value)
     _forget_s3_clients()
-    bucket = f"ncsn-{secrets.token_hex(6)}"
-    boto3.client("s3").create_bucket(Bucket=bucket)
-    yield f"s3://{bucket}"
+    yield f"s3://{BUCKET}/{secrets.token_hex(6)}"
     _forget_s3_clients()
 
 

@@ -33,6 +33,7 @@ LATE = HEAVY | {
 # They serve --help, show-config, submit, promote, the launcher's pod and the Finish task.
 LIGHT = (
     "ncsn.errors",
+    "ncsn.events",
     "ncsn.process",
     "ncsn.progress",
     "ncsn.config",
@@ -47,7 +48,10 @@ LIGHT = (
     "ncsn.remote.manifest",
     "ncsn.report.cards",
     "ncsn.report.words",
+    "ncsn.tools.leftovers",
+    "ncsn.tools.listing",
     "ncsn.tracking.client",
+    "ncsn.tracking.deleted",
     "ncsn.tracking.gate",
     "ncsn.tracking.lineage",
     "ncsn.tracking.live",
@@ -61,6 +65,7 @@ LIGHT = (
     "ncsn.cli.doctor",
     "ncsn.cli.cluster",
     "ncsn.cli.registry",
+    "ncsn.cli.store",
     "ncsn.cli.execute",
     "ncsn.cli.options",
     "ncsn.cli.target",
@@ -71,24 +76,25 @@ LEAST_MODULES, MOST_MODULES = 2, 14  # of a package
 
 # Lines of each part; a change that takes it 10 % over its budget has to say why.
 BUDGETS = {
-    "ncsn/core": 3800,
+    "ncsn/core": 3815,
     "ncsn/data": 2700,
     "ncsn/evaluation": 1700,
-    "ncsn/steps ncsn/runs": 2335,
+    "ncsn/steps ncsn/runs": 2645,
     "ncsn/model": 1500,
-    "ncsn/distributed": 1500,
-    "ncsn/config": 1565,
-    "ncsn/cli": 1540,
-    "ncsn/tracking": 1310,
+    "ncsn/distributed": 1516,
+    "ncsn/config": 1589,
+    "ncsn/cli": 1746,
+    "ncsn/tracking": 1430,
     "ncsn/report": 1200,
-    "ncsn/remote": 1350,
+    "ncsn/remote": 1479,
     "ncsn/library": 350,
-    "ncsn/tools": 1475,
+    "ncsn/tools": 1830,
+    "ncsn/serving": 380,
     "ncsn/training": 975,
-    "components pipelines": 900,
-    "ncsn/storage": 700,
+    "components pipelines": 960,
+    "ncsn/storage": 738,
     "examples": 1000,
-    "tests": 24270,
+    "tests": 26370,
 }
 
 

@@ -11,8 +11,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ncsn.cli import cluster, registry
-from ncsn.cli.options import ReportingCommand, existing_run_options, json_option, step_options, target_options
+from ncsn.cli import cluster, registry, store
+from ncsn.cli.options import (
+    ReportingCommand,
+    code_option,
+    existing_run_options,
+    json_option,
+    step_options,
+    target_options,
+)
 from ncsn.errors import UserError
 from ncsn.process import reduce_gc
 from ncsn.runs.steps import STEP_INFO
@@ -25,8 +32,8 @@ if TYPE_CHECKING:
 _GROUPS = {
     "Start": ("init", "run", "sample", "ui", "show-config", "plan", "doctor", "select"),
     "Steps": ("ingest", "tune", "train", "evaluate", "register", "report"),
-    "Models": ("promote", "trace"),
-    "Cluster": ("submit", "cleanup"),
+    "Results": ("ls", "show", "promote", "serve", "cleanup"),
+    "Cluster": ("submit",),
 }
 
 
@@ -114,6 +121,7 @@ def _ask_mirrored() -> bool:
 
 @app.command("run", cls=ReportingCommand, short_help="Run the whole pipeline, or its remaining steps.")
 @target_options
+@code_option
 @json_option
 def run_command(*, options: TargetOptions, as_json: bool) -> None:
     """Run the whole pipeline: ingest, tune if the config has a search, train, sample, evaluate, register, report.
@@ -241,7 +249,7 @@ def select_command(*, options: TargetOptions, only_choose: bool, as_json: bool, 
 
 
 for _command in (
-    *(cluster.submit_command, cluster.doctor_command, cluster.cleanup_command),
-    *(registry.promote_command, registry.trace_command),
+    *(cluster.submit_command, cluster.doctor_command, registry.promote_command, registry.serve_command),
+    *(store.ls_command, store.show_command, store.cleanup_command),
 ):
     app.add_command(_command)

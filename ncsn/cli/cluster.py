@@ -1,4 +1,4 @@
-"""The commands for a cluster: submit, doctor, cleanup. Imports are inside, as in `ncsn.cli.app`."""
+"""The commands for a cluster: submit, doctor. Imports are inside, as in `ncsn.cli.app`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ncsn.cli.options import (
     FAILURE,
     ReportingCommand,
     backend_options,
-    describe,
+    code_option,
     existing_run_options,
     json_option,
     target_options,
@@ -23,11 +23,10 @@ from ncsn.errors import UserError
 if TYPE_CHECKING:
     from ncsn.cli.target import TargetOptions
 
-_PATIENCE_SECONDS = 30.0
-
 
 @click.command("submit", cls=ReportingCommand, short_help="Start a pipeline on a Kubeflow cluster.")
 @target_options
+@code_option
 @json_option
 @click.option("--host", metavar="URL", help="Address of Kubeflow Pipelines; default: KF_PIPELINES_ENDPOINT.")
 @click.option(
@@ -92,7 +91,11 @@ def submit_command(
         def say(news: str) -> None:
             click.echo(f"{submission.name}: {news}", err=True)
 
-        wait(connection, started.id, say=say, why=lambda: why_it_failed(submission))
+        try:
+            wait(connection, started.id, say=say, why=lambda: why_it_failed(submission))
+        except KeyboardInterrupt:
+            say(f"no longer watched; the run goes on, and Terminate on its page ends it: {started.url}")
+            raise
 
 
 @click.command("doctor", cls=ReportingCommand, short_help="Check store, MLflow, Ray, images, Kubeflow and cluster.")
@@ -109,37 +112,4 @@ def doctor_command(
     from ncsn.cli.doctor import examine, report
 
     if not report(examine(options.resolve().config, host=host, namespace=namespace), as_json=as_json):
-        ctx.exit(FAILURE)
-
-
-@click.command("cleanup", cls=ReportingCommand, short_help="Delete abandoned RayJobs and close their runs.")
-@click.option(
-    "--namespace",
-    metavar="NAME",
-    help="Namespace of the RayJobs; default: that of this pod, or of the current kubeconfig context.",
-)
-@click.option("--run", metavar="NAME", help="Only what belongs to this run, and its RayJobs even if it goes on.")
-@click.option("--dry-run", is_flag=True, help="Print what would be done, and change nothing.")
-@click.pass_context
-def cleanup_command(ctx: click.Context, /, *, namespace: str | None, run: str | None, dry_run: bool) -> None:
-    """Delete RayJobs whose pipeline run has ended, and close the runs that it left open.
-
-    The store and MLflow then record how the pipeline run ended, or KILLED. The CronJob ncsn-janitor of
-    infra/base/janitor does this every minute.
-    """
-    from ncsn.remote.kubernetes import KubernetesApi
-    from ncsn.steps.janitor import clean_up
-
-    api = KubernetesApi(namespace, patience=_PATIENCE_SECONDS)
-    actions = []
-    for action in clean_up(api, run=run, dry_run=dry_run):
-        actions.append(action)
-        if action.error is None:
-            click.echo(f"would {action.verb} {action.what}" if dry_run else f"{action.verb}d {action.what}")
-        else:
-            why = "; ".join(map(str, describe(action.error)[0]))
-            click.echo(f"error: could not {action.verb} {action.what}: {why}", err=True)
-    if not actions:
-        click.echo(f"nothing to do in {api.namespace}")
-    if any(action.error for action in actions):
         ctx.exit(FAILURE)

@@ -28,8 +28,10 @@ from ncsn.cli.options import INTERRUPTED, StepFailed, stop_cleanly_on_sigterm
 from ncsn.cli.target import Target
 from ncsn.config import Config
 from ncsn.errors import UserError
+from ncsn.events import announced
 from ncsn.process import TERMINATED
 from ncsn.progress import read_progress
+from ncsn.runs.code import publish_code
 from ncsn.runs.folder import (
     RunFolder,
     claim_run,
@@ -48,12 +50,14 @@ _SAVE_SECONDS = 10.0
 
 def run_one(step: str, target: Target, *, given: Mapping[str, str | None]) -> dict[str, Any]:
     """The result of one step."""
+    if target.code_here:
+        publish_code(target.config.storage.root)
 
     @contextmanager
     def around(step: str, folder: RunFolder, inputs: Mapping[str, str]) -> Iterator[None]:
         log = work_folder(folder) / "steps" / step / "log.txt" if sys.stderr.isatty() else None
         # A step with a launcher needs no lock: the launcher's lock, or the name of the job, is one.
-        with nullcontext() if given.get("lease") else _alone(folder, step), shown_progress(log) as view:
+        with nullcontext() if lease else _alone(folder, step), shown_progress(log) as view:
             console = view.console
             console.print(f"run {folder.run}" + (f"   log {log}" if log else ""), soft_wrap=True)
             if not given.get("checkpoint"):
@@ -62,7 +66,8 @@ def run_one(step: str, target: Target, *, given: Mapping[str, str | None]) -> di
             in_log = target.config.compute.backend != "local" and step in STEPS_ELSEWHERE and not console.is_terminal
             here = _saved_first(folder, console) if _trains_here(step, target.config) else nullcontext()
             end = _ends_as_told(console, lambda: _continues(target.config, step, folder))
-            with _shown(step, folder, view, watched=not in_log), end, here:
+            events = nullcontext() if lease else announced(folder.run, root=folder.root, step=step)  # by the launcher
+            with _shown(step, folder, view, watched=not in_log), end, events, here:
                 yield
 
     lease = given.get("lease")
@@ -95,9 +100,11 @@ def run_pipeline(target: Target, *, as_json: bool) -> None:
     config = target.config
     for step in STEPS if config.search is None else PIPELINE:
         preflight(step, config, run_folder(config, target.run))
+    if target.code_here:
+        publish_code(config.storage.root)
     folder = claim_run(config, target.run)
     before = read_results(folders_of(folder, config))
-    with _alone(folder, "run"):
+    with _alone(folder, "run"), announced(folder.run, root=folder.root):
         _execute(config, folder)
     records = read_results(folders_of(folder, config))
     if as_json:
@@ -271,14 +278,19 @@ def serve_ui(uri: str, *, host: str, port: int) -> None:
     from ncsn.tracking.client import server_command
 
     command = server_command(uri, host=host, port=port)
+    require_free(host, port)  # MLflow's server exits with 0 if it cannot listen
+    click.echo(f"http://{host}:{port}", err=True)
+    os.execv(command[0], command)  # noqa: S606
+
+
+def require_free(host: str, port: int) -> None:
+    """Raise `UserError` if this process cannot listen there."""
     try:
         socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
-    except OSError as error:  # MLflow's server exits with 0 if it cannot listen
+    except OSError as error:
         reason = (error.strerror or str(error)).partition(" (")[0].lower()
         key, value = ("--port", port) if error.errno in (errno.EADDRINUSE, errno.EACCES) else ("--host", host)
         raise UserError(key, reason, hint=f"choose another {key}", value=value) from None
-    click.echo(f"http://{host}:{port}", err=True)
-    os.execv(command[0], command)  # noqa: S606
 
 
 def work_folder(folder: RunFolder) -> Path:

@@ -25,6 +25,8 @@ FAILURE = 1
 MISTAKE = 2  # the user's
 INTERRUPTED = 130  # Ctrl-C
 
+HERE = "here"  # of --code
+
 TRACEBACK_VARIABLE = "NCSN_TRACEBACK"
 _TRACEBACK_KEY = "ncsn.traceback"
 _EXTRA_CONFIG = re.compile(r"extra argument \((\S+\.ya?ml)\)")  # in click's message
@@ -143,7 +145,7 @@ _NEW_RUN = "Name of the run; default: made from the config. Without --config, an
 
 
 def target_options(command: Decorated, *, run_help: str = _NEW_RUN) -> Decorated:
-    """`--config`, `--set` and `--run`, and where the command has them `--backend` and `--address`: an `options`."""
+    """`--config`, `--set`, `--run`, and `--backend`, `--address` and `--code` where the command has them: `options`."""
 
     @wraps(command)
     def with_target_options(
@@ -153,9 +155,15 @@ def target_options(command: Decorated, *, run_help: str = _NEW_RUN) -> Decorated
         run_name: str | None,
         backend: str | None = None,
         address: str | None = None,
+        code: str | None = None,
         **others: Any,
     ) -> Any:
         from ncsn.cli.target import TargetOptions
+
+        if code not in (None, HERE):
+            from ncsn.runs.code import run_code
+
+            run_code(code)
 
         if address is not None and backend not in (None, "ray-jobs"):
             why = f"needs --backend ray-jobs, not {backend}"
@@ -163,7 +171,7 @@ def target_options(command: Decorated, *, run_help: str = _NEW_RUN) -> Decorated
         elsewhere: tuple[str, ...] = () if backend is None else (f"compute.backend={backend}",)
         if address is not None:
             elsewhere = ("compute.backend=ray-jobs", f"compute.ray_jobs.address={address}")
-        return command(options=TargetOptions(config_uri, overrides, run_name, elsewhere), **others)
+        return command(options=TargetOptions(config_uri, overrides, run_name, elsewhere, code == HERE), **others)
 
     decorated = click.option("--run", "run_name", metavar="NAME", help=run_help)(with_target_options)
     decorated = click.option(
@@ -185,6 +193,9 @@ def backend_options(command: Decorated) -> Decorated:
     return click.option("--backend", type=click.Choice(get_args(Backend)), help=words)(address(command))
 
 
+code_option = click.option(
+    "--code", metavar=f"{HERE}|URI", help="Run the code of this clone there; or of an archive that this made."
+)
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print the result as JSON, and nothing else on stdout."
 )
@@ -206,7 +217,7 @@ def step_options(step: str) -> Callable[[Decorated], Decorated]:
     info = STEP_INFO[step]
 
     def decorate(command: Decorated) -> Decorated:
-        command = json_option(command)
+        command = code_option(json_option(command))
         if info.elsewhere:
             command = backend_options(lease_option(command))
         if info.on_demand:

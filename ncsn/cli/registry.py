@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -15,10 +14,7 @@ from ncsn.cli.options import ReportingCommand, json_option, registry_options
 from ncsn.errors import UserError
 
 if TYPE_CHECKING:
-    from rich.tree import Tree
-
     from ncsn.cli.target import TargetOptions
-    from ncsn.tracking.lineage import Link
 
 
 @click.command("promote", cls=ReportingCommand, short_help="Make a registered version the champion.")
@@ -59,41 +55,25 @@ def promote_command(
     click.echo(json.dumps(asdict(done), indent=1) if as_json else text)
 
 
-@click.command("trace", cls=ReportingCommand, short_help="Print where something came from and what came of it.")
-@click.argument("identifier", metavar="ID")
+@click.command("serve", cls=ReportingCommand, short_help="Serve images of a registered model over HTTP.")
+@click.argument("model", metavar="MODEL")
+@click.option("--port", default=8000, show_default=True, type=click.IntRange(1, 65535), help="Port to listen on.")
+@click.option("--replicas", default=1, show_default=True, type=click.IntRange(1), help="Processes that make images.")
 @registry_options
-@json_option
-def trace_command(*, identifier: str, options: TargetOptions, as_json: bool) -> None:
-    """Print the whole chain that ID is part of: pipeline run, steps, Ray jobs, data, checkpoint, samples, model.
+def serve_command(*, model: str, port: int, replicas: int, options: TargetOptions) -> None:
+    """Serve images of MODEL, models:/NAME@champion, on loopback until Ctrl-C, and follow the alias when it moves.
 
-    ID is an MLflow run id, the name of a run, a KFP run id, a Ray job or submission id, a model version
-    (models:/NAME/3 or models:/NAME@champion), a dataset digest or its beginning, or the URI of a checkpoint.
+    POST JSON to /images; the page at / does that for you.
     """
-    from ncsn.cli.console import console_on
-    from ncsn.tracking.client import client_at, mlflow_errors
-    from ncsn.tracking.lineage import trace
+    from ncsn.cli.execute import require_free
 
-    uri = options.registry
-    with mlflow_errors(uri):
-        chains = trace(client_at(uri), identifier)
-    if as_json:
-        click.echo(json.dumps({"id": identifier, "chains": [asdict(chain) for chain in chains]}, indent=1))
-        return
-    console = console_on(sys.stdout)
-    for chain in chains:
-        console.print(_tree(chain), soft_wrap=True)
-
-
-def _tree(link: Link) -> Tree:
-    from rich.markup import escape
-    from rich.tree import Tree
-
-    tree = Tree(f"[bold]{link.kind}[/] {escape(link.id)}")
-    for name, value in link.facts.items():
-        tree.add(f"[dim]{name.replace('_', ' ')}:[/] {escape(value)}")
-    for below in link.links:
-        tree.children.append(_tree(below))
-    return tree
+    registry, host = options.registry, "127.0.0.1"
+    require_free(host, port)
+    try:
+        from ncsn.serving.app import run
+    except ImportError as error:
+        raise UserError("ray[serve]", f"not installed: {error}", hint="pip install 'ncsn[serve]'") from None
+    run(model, registry=registry, port=port, replicas=replicas, ready=lambda: click.echo(f"http://{host}:{port}"))
 
 
 def sample_from_model(

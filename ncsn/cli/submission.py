@@ -13,7 +13,8 @@ from ncsn.config import from_yaml, to_json
 from ncsn.config.schema import TrackingConfig
 from ncsn.data.sources.base import source_fingerprint
 from ncsn.errors import UserError
-from ncsn.process import IMAGE_VARIABLE
+from ncsn.process import CODE, IMAGE_VARIABLE
+from ncsn.runs.code import publish_code
 from ncsn.runs.folder import read_outcome, require_owner, run_folder
 from ncsn.storage.retry import limited
 from pipelines.submit import Submission
@@ -52,6 +53,8 @@ def prepare(
         config, tracked_as = target.config, target.config.tracking.experiment
         arguments = _experiment_arguments(target, given_run=options.run, scheduled=scheduled)
         name = config.name if scheduled else target.run
+    if options.code_here:
+        publish_code(config.storage.root if config else arguments["root"])
     if taken := arguments.keys() & given.keys():
         raise UserError("--param", "comes from --config, --set and --run", hint="leave it out", value=min(taken))
     return Submission(
@@ -63,6 +66,7 @@ def prepare(
         cache=cache and not scheduled,
         known=("ingest",) if "content" in arguments else (),
         config=config,
+        code=os.environ.get(CODE),
     )
 
 

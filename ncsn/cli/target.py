@@ -23,16 +23,18 @@ class Target:
 
     config: Config
     run: str
+    code_here: bool = False  # whether jobs run the packages of this checkout
 
 
 @dataclass(frozen=True)
 class TargetOptions:
-    """The options `--config`, `--set`, `--run`, `--backend` and `--address`."""
+    """The options `--config`, `--set`, `--run`, `--backend`, `--address` and `--code`."""
 
     config_uri: str | None = None
     overrides: tuple[str, ...] = ()
     run: str | None = None
     backend: tuple[str, ...] = ()  # the overrides that --backend and --address stand for
+    code_here: bool = False
 
     def resolve(self, *, checkpoint: str | None = None) -> Target:
         """The config of --config, else of the checkpoint, else of --run, and the run that it belongs to."""
@@ -61,7 +63,8 @@ class TargetOptions:
         if run is None and checkpoint is not None:
             run = _run_of_checkpoint(checkpoint, config)
         # A hash of what decides the weights: the same experiment resumes, another one starts.
-        return Target(config, run or f"{config.name}-{storage.digest(training_settings(config), 8)}")
+        run = run or f"{config.name}-{storage.digest(training_settings(config), 8)}"
+        return Target(config, run, self.code_here)
 
     @property
     def registry(self) -> str:
@@ -80,7 +83,9 @@ class TargetOptions:
 
     @property
     def store_root(self) -> str:
-        """The store to use while no config is known."""
+        """The store of --config, else the one to use while no config is known."""
+        if self.config_uri is not None:
+            return storage.absolute(self.resolve().config.storage.root)
         return storage.absolute(self.override(_ROOT) or DEFAULT_ROOT)
 
     def override(self, path: str) -> str | None:

@@ -32,9 +32,12 @@ class KubeRayConfig(Section):
     namespace: str | None = None
     """Namespace of the RayJobs; null = this pod's, or that of the current kubeconfig context."""
     image: str | None = None
-    """Image of all pods; null = this pod's, or outside a pod that of NCSN_IMAGE."""
+    """Image of all pods; null = that of NCSN_IMAGE, which a task of a pipeline has, or this pod's."""
     queue: str | None = Field(None, min_length=1)
     """Kueue LocalQueue that admits the RayJobs; null = none."""
+    priority_class: str | None = Field(None, min_length=1)
+    """PriorityClass of all pods, by which Kueue and the scheduler decide who waits and who is preempted; null = the
+    cluster's default."""
     node_selector: dict[str, str] = Field({})
     """Labels of the nodes that worker pods run on."""
     tolerations: tuple[dict[str, Any], ...] = ()

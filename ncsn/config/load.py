@@ -89,6 +89,23 @@ def with_sampler(config: Config, sampler: str) -> Config:
     return from_yaml(to_yaml(config), overrides=[f"sampling.sampler={chosen}"], origin="sampler")
 
 
+def with_wishes(config: Config, wishes: Mapping[str, Any]) -> Config:
+    """The config with the `sampler`, `seed`, `label` and weight of `guidance` that somebody asks for.
+
+    Wishes that are missing, None or empty change nothing, and so does a guidance of 0. Where none is configured, it is
+    away from the images of all classes.
+    """
+    if sampler := wishes.get("sampler"):
+        config = with_sampler(config, str(sampler))
+    changes = [f"sampling.{key}={wishes[key]}" for key in ("seed", "label") if wishes.get(key) not in (None, "")]
+    weight, guidance = float(wishes.get("guidance") or 0), config.sampling.guidance
+    if guidance is not None and weight:
+        changes.append(f"sampling.guidance.weight={weight}")
+    elif weight not in (0, 1):
+        changes.append(f"sampling.guidance={{kind: classifier_free, weight: {weight}}}")
+    return from_yaml(to_yaml(config), overrides=changes, origin="the model's config")
+
+
 def to_json(config: Config) -> str:
     """Canonical text with sorted keys and no spaces: the same for equal configs."""
     return json.dumps(config.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))

@@ -222,6 +222,15 @@ class StorageConfig(Section):
     """Local folder or s3://bucket/prefix."""
 
 
+class RequireConfig(Section):
+    """What a version must reach before it is champion, whatever the champion before it reached."""
+
+    fid_below: float | None = Field(None, gt=0)
+    """Its Fréchet distance, by the extractor of evaluation over sampling.num_images images, is less; null = any."""
+    copies_below: float | None = Field(None, gt=0, le=1)
+    """The share of its first 256 samples that copy a training image is less; null = as many as chance explains."""
+
+
 class TrackingConfig(Section):
     """MLflow's experiment and model registry."""
 
@@ -234,6 +243,10 @@ class TrackingConfig(Section):
     none. They are skipped where they would take more than 1 % of the time."""
     registered_model: str | None = None
     """Name in the model registry: letters, digits, '.', '-' and '_'; null = ncsn-<name>."""
+    require: RequireConfig = RequireConfig()
+    """Floors of the gate."""
+    promote: Literal["auto", "ask"] = "auto"
+    """What becomes of a version that passes the gate: auto = it is champion; ask = it waits for `ncsn promote`."""
 
     @field_validator("registered_model")
     @classmethod

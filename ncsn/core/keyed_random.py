@@ -138,6 +138,21 @@ class KeyedNoise:
         return values.view(self.count, *self.shape)
 
 
+@dataclass(frozen=True)
+class JoinedNoise:
+    """The draws of several groups of images, perhaps of different seeds, one group after the other in one batch."""
+
+    parts: tuple[KeyedNoise, ...]
+
+    def uniform(self, step: int) -> Tensor:
+        """Uniform (0, 1) draw number `step` >= 0, float32 [images, *shape]."""
+        return torch.cat([part.uniform(step) for part in self.parts])
+
+    def __call__(self, step: int) -> Tensor:
+        """Standard normal draw number `step` >= 0, float32 [images, *shape]."""
+        return torch.cat([part(step) for part in self.parts])
+
+
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
     """The tensor of a CPU on a device; nothing waits for a copy to a GPU, which overlaps with what that computes."""
     # A copy is asynchronous only from pinned memory.

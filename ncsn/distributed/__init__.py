@@ -10,6 +10,8 @@ os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
 
 if "ray" not in sys.modules:
     # Settings that Ray reads when it is imported; the user's come first.
+    # Its autoscaler, which runs where it has no node to add too, repeats every five seconds that a worker is missing.
+    os.environ.setdefault("RAY_SCHEDULER_EVENTS", "0")
     if "RAY_ADDRESS" not in os.environ:  # for a cluster that this process may start
         # There is no other switch for loopback only and for clients that show a token.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")

@@ -11,12 +11,17 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import ray
+from ray.exceptions import RayError, RayTaskError
 
 from ncsn.config import Config
+from ncsn.distributed.last_lines import keep_last_lines
 from ncsn.errors import UserError
-from ncsn.process import job_metadata
+from ncsn.process import CODE, job_config, job_metadata
+from ncsn.runs.code import ray_environment
+from ncsn.storage.heartbeat import LeaseExpired
 
 LOOPBACK = "127.0.0.1"
 JOIN_SECONDS = 180.0  # how long nodes may still join a cluster that another process started
@@ -30,14 +35,15 @@ _logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def ray_cluster(config: Config) -> Iterator[str]:
+def ray_cluster(config: Config | None = None, *, last_lines: str | None = None) -> Iterator[str]:
     """Connect to the cluster at RAY_ADDRESS, or start one on this machine that ends with the block.
 
     A cluster that it starts listens on loopback only, has the dashboard on and asks for a token. Its address is in the
     environment meanwhile, so that child processes join it. Ray ties its processes to this one: if this process is
     killed, they end too.
 
-    The config decides the size of a cluster that is started.
+    The config decides the size of a cluster that is started; without one, it is that of the machine. A failure of the
+    block leaves the workers' last lines at the URI `last_lines`.
     Yields the address of the cluster.
     """
     with ExitStack() as stack:
@@ -47,7 +53,7 @@ def ray_cluster(config: Config) -> Iterator[str]:
             elif joined := os.environ.get("RAY_ADDRESS"):
                 address = joined
                 try:
-                    ray.init(address=address, logging_level=logging.WARNING)
+                    ray.init(address=address, logging_level=logging.WARNING, runtime_env=_edited_code(address))
                 except ValueError as error:
                     hint = "use HOST:PORT of the cluster, or unset it"
                     raise UserError("RAY_ADDRESS", f"not an address: {error}", hint=hint, value=address) from error
@@ -58,7 +64,18 @@ def ray_cluster(config: Config) -> Iterator[str]:
                 for name in ("RAY_ADDRESS", _OWN):
                     os.environ[name] = address
                     stack.callback(os.environ.pop, name)
-        yield address
+        if last_lines is None:
+            yield address
+            return
+        try:
+            yield address
+        except (RuntimeError, RayError) as error:
+            if isinstance(error, LeaseExpired) or not keep_last_lines(last_lines, error):
+                raise
+            cause = error.cause if isinstance(error, RayTaskError) else error
+            kind = "" if type(cause) is RuntimeError else f"{type(cause).__name__}: "
+            first = next(iter(str(cause).strip().splitlines()), "")
+            raise RuntimeError(f"{kind}{first}; the workers' last lines are in {last_lines}") from error
 
 
 @contextmanager
@@ -86,7 +103,7 @@ def ray_cluster_meanwhile(config: Config) -> Iterator[Callable[[], str]]:
 
 
 @contextmanager
-def cluster_for(config: Config, *, start: bool, join: bool = True) -> Iterator[None]:
+def cluster_for(config: Config, *, start: bool, join: bool = True, last_lines: str | None = None) -> Iterator[None]:
     """A cluster, or none if it is not worth it to `start` one: that takes longer than a single small call.
 
     With `join`, the cluster at RAY_ADDRESS is used in any case, if there is one.
@@ -101,7 +118,7 @@ def cluster_for(config: Config, *, start: bool, join: bool = True) -> Iterator[N
                 )
         yield
         return
-    with ray_cluster(config):
+    with ray_cluster(config, last_lines=last_lines):
         require_resources(config)
         yield
 
@@ -134,18 +151,28 @@ def _own_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, handler)
 
 
+def _edited_code(address: str) -> dict[str, Any] | None:
+    """What brings this process's code to the workers of another cluster, unless the launcher of this job has."""
+    code = os.environ.get(CODE)
+    if code is None or os.environ.get(_OWN) == address or "py_modules" in job_config().get("runtime_env", {}):
+        return None
+    return ray_environment(code)
+
+
 _MOST_PER_CORE = 4  # threads of workers; with more, a machine does nothing else
 
 
-def _start(config: Config) -> str:
+def _start(config: Config | None) -> str:
     if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
         # A token for this process alone needs no file in the home folder. A cluster elsewhere has its own.
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     # Nobody announces that this machine will be preempted, and a process that waits for it takes seconds to start.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-    cores, compute = os.cpu_count() or 1, config.compute
-    wanted = compute.min_workers * compute.cpus_per_worker
-    if wanted > _MOST_PER_CORE * cores:
+    cores, wanted = os.cpu_count() or 1, 0
+    if config is not None and (wanted := config.compute.min_workers * config.compute.cpus_per_worker) > (
+        _MOST_PER_CORE * cores
+    ):
+        compute = config.compute
         reason = f"needs {wanted} CPU cores on this machine, which has {cores}"
         hint = f"use {max(1, cores // compute.cpus_per_worker)}"
         raise UserError("compute.num_workers", reason, hint=hint, value=compute.num_workers)
@@ -182,7 +209,7 @@ def ray_tags() -> dict[str, str]:
     # A second `init` only returns what this process is connected to.
     with _own_sigterm():
         dashboard = ray.init(ignore_reinit_error=True, logging_level=logging.WARNING).dashboard_url
-    if dashboard:
+    if dashboard and not is_own():  # else the page ends with this process
         tags["ray.dashboard_url"] = dashboard if "://" in dashboard else f"http://{dashboard}"
     metadata = job_metadata()  # of the Jobs API; empty if the process was not submitted there
     names = {"ray.submission_id": "job_submission_id", "ray.job_name": "job_name"}

@@ -88,8 +88,7 @@ def make_shards(
     """
     compute, total = config.compute, config.sampling.num_images
     made = sum(shard.count for shard in shards if not shard.exists)
-    progress.start(total, "images")
-    progress.advance(total - made)
+    progress.start(total, "images", done=total - made)
     # Features come from the task that made the shard: separate tasks would queue behind all remaining shards.
     for shard, features in call_all(_sample_shard, shards, cpus=compute.cpus_per_worker, gpu=compute.use_gpu):
         if on_features is not None and features is not None:

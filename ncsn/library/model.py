@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from ncsn.model.averages import ensure_average
 from ncsn.model.checkpoint import INDEX, TrainedNetwork
 from ncsn.model.classes import require_label
 from ncsn.model.generate import generate
-from ncsn.model.trained import TRAINED_CONFIG, load_checkpoint_or_model, load_model, save_model
+from ncsn.model.trained import TRAINED_CONFIG, load_checkpoint_or_model, save_model
 from ncsn.runs.folder import DEFAULT_ROOT, RunFolder, find_inputs, folders_of
 
 _SAME_LEVEL = 1e-3  # difference in ln sigma
@@ -175,15 +174,11 @@ def _checkpoint(folder: RunFolder) -> str:
 
 def _registered(address: str, device: str | torch.device) -> TrainedNetwork:
     # MLflow takes seconds to load.
-    from ncsn.tracking.client import SQLITE, client_at, mlflow_errors, server_uri
-    from ncsn.tracking.promotion import resolve_version
-    from ncsn.tracking.registry import fetch_weights
+    from ncsn.tracking.client import SQLITE, server_uri
+    from ncsn.tracking.registry import load_version
 
     registry = server_uri(None, root=_store())
     if registry.startswith(SQLITE) and not Path(registry.removeprefix(SQLITE)).exists():
         hint = "set MLFLOW_TRACKING_URI, or change to the folder that has .ncsn"
         raise NotFound(address, f"no registry at {registry}", hint=hint)
-    with mlflow_errors(registry):
-        version = resolve_version(client_at(registry), address)
-    with tempfile.TemporaryDirectory(prefix="ncsn-") as folder:
-        return load_model(fetch_weights(registry, version, Path(folder)), origin=address, device=device)
+    return load_version(registry, address, device=device)[1]

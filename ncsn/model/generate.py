@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from ncsn.config import Config
 from ncsn.config.choices import AutoguidanceConfig
 from ncsn.config.schema import SamplingConfig
 from ncsn.core.images import to_stored
-from ncsn.core.keyed_random import KeyedNoise, Stream, keyed_uniform
+from ncsn.core.keyed_random import JoinedNoise, KeyedNoise, Stream, keyed_uniform
 from ncsn.core.losses import ScoreFunction
 from ncsn.core.networks.base import ContinuousNetwork
 from ncsn.core.networks.layers import FUSION
@@ -45,10 +45,32 @@ def generate(
     on_level: Callable[[int, Tensor], None] | None = None,
     compiled: bool = False,
 ) -> NDArray[Any]:
-    """Images `first .. first + count` of the seed as one batch, `[count, H, W, C]` as stored; the same in any batch.
+    """Images `first .. first + count` of the seed as one batch, `[count, H, W, C]` as stored; see `generate_joined`."""
+    parts = [Part(sampling, first, count)]
+    return generate_joined(trained, parts, device=device, on_level=on_level, compiled=compiled)
+
+
+class Part(NamedTuple):
+    """Images `first .. first + count` of the seed and label of these settings."""
+
+    sampling: SamplingConfig
+    first: int
+    length: int
+
+
+def generate_joined(
+    trained: TrainedNetwork,
+    parts: Sequence[Part],
+    *,
+    device: str | torch.device = "cpu",
+    on_level: Callable[[int, Tensor], None] | None = None,
+    compiled: bool = False,
+) -> NDArray[Any]:
+    """The images of all parts as one batch, `[N, H, W, C]` as stored; each is the same in any batch.
 
     Args:
         trained: Its network is on `device`.
+        parts: Their settings differ in seed and label at most.
         on_level: Receives the number of each stage and the state as pixels around [0, 1]: 0 is the start, then one per
             visited level.
         compiled: Compile the network, which takes a minute or more for each `count`.
@@ -56,16 +78,21 @@ def generate(
     Raises:
         UserError: An image is not finite.
     """
-    config, shape = trained.config, trained.config.data.network_shape
+    sampling, config, shape = parts[0].sampling, trained.config, trained.config.data.network_shape
     sampler = build.sampler(config, sampling)
-    noise = KeyedNoise(sampling.seed, first=first, count=count, shape=shape)
-    labels = image_labels(trained, sampling, first=first, count=count)
+
+    def noise_on(device: str | torch.device) -> JoinedNoise:
+        drawn = [KeyedNoise(own.seed, first=first, count=n, shape=shape, device=device) for own, first, n in parts]
+        return JoinedNoise(tuple(drawn))
+
+    known = [image_labels(trained, own, first=first, count=count) for own, first, count in parts]
+    labels = torch.cat([each for each in known if each is not None]) if known[0] is not None else None
     keep_freed_memory()
     build.tune_cuda(device)
     score = score_function(trained, sampling, labels=labels, compiled=compiled)
     with torch.inference_mode():
         # On the CPU, where products are exact.
-        x = start(sampler, trained.moments, sigma_1=(sampling.levels or config.levels).sigma_1, noise=noise)
+        x = start(sampler, trained.moments, sigma_1=(sampling.levels or config.levels).sigma_1, noise=noise_on("cpu"))
         x = x.to(device, memory_format=_memory_format(trained))
         if on_level is not None:
             on_level(0, x)
@@ -74,7 +101,7 @@ def generate(
             score,
             x=x,
             sigmas=build.sigmas(config, sampling),
-            noise=replace(noise, device=device),
+            noise=noise_on(device),
             on_level=None if on_level is None else lambda level, state: on_level(level + 1, state),
         )
     return level_images(x, sampling, config)

@@ -49,7 +49,7 @@ _LAST_READ_SECONDS = 15.0
 _SAID = "error: "
 _COLOR = re.compile(r"\x1b\[[0-9;]*m")
 _HARMLESS = re.compile(r"GetTimeoutError|PlacementGroupCleaner")  # Ray prints these on a busy node and recovers
-_TRACEBACK = "Traceback (most recent call last)"
+TRACEBACK = "Traceback (most recent call last)"
 # Ray puts the process before a worker's line: "(RayTrainWorker pid=7, ip=10.0.0.2) ValueError: ...".
 _ERROR = re.compile(
     r"^(?:\([^)]*\)\s*)?((?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Interrupt|Expired|Exit|NotFound)(?:: .*)?)$"
@@ -66,8 +66,11 @@ class RemoteStep:
     step: str
     uri: str  # folder of the step in the store: holds its log and the launcher's lease
     command: tuple[str, ...]  # decides whether an attempt can attach; `leased_command` is what runs
+    code: str | None = None  # URI of an archive of the packages to run, in place of those that are installed there
     facts: Mapping[str, str] = field(default_factory=dict)  # shown with the job, such as the name of its MLflow run
     mistaken: Callable[[], bool] = lambda: False  # whether the step has recorded a mistake, which a retry would repeat
+    told: Callable[[], str | None] = lambda: None  # the reason of its failure that the step has recorded
+    resumes: Callable[[], str] = lambda: "the step starts again"  # what happens after the loss of its driver
 
     @property
     def lease(self) -> str:
@@ -109,6 +112,10 @@ class RemoteLost(RemoteFailure):
     """The backend no longer knows the step; if it ended well, its result is in the store."""
 
 
+class EndedByOther(RemoteLost):
+    """The pipeline run that had started the job ended it; this launcher had attached to it, and may start it again."""
+
+
 class NotConfigured(Exception):
     """There is nothing to check."""
 
@@ -132,12 +139,13 @@ class Backend(Protocol):
     def execute(self, step: RemoteStep) -> None:
         """Run `step.leased_command` to its end, or attach to it if it is running.
 
-        Ctrl-C, and SIGTERM unless another attempt will follow, must end the work there. Until then the backend renews
-        `step.lease`: when it is stale, the step saves and ends.
+        Ctrl-C, and SIGTERM unless another attempt will follow, must end the work there, unless another pipeline run
+        started it. Until then the backend renews `step.lease`: when it is stale, the step saves and ends.
 
         Raises:
             RemoteFailure: It failed.
             RemoteLost: The backend no longer knows it.
+            EndedByOther: Another pipeline run ended it.
         """
 
     def stop(self, *, run: str | None, kfp_run: str | None) -> list[str]:
@@ -222,7 +230,7 @@ def first_error(lines: Iterable[str]) -> str | None:
     for line in (_COLOR.sub("", line) for line in lines):
         if _HARMLESS.search(line):
             in_traceback = False
-        elif _TRACEBACK in line:
+        elif TRACEBACK in line:
             in_traceback = True
         elif in_traceback and (match := _ERROR.match(line.strip())):
             return match[1]
@@ -232,9 +240,9 @@ def first_error(lines: Iterable[str]) -> str | None:
 
 
 class DriverLog(ABC):
-    """A context that shows the log of a step's driver as it grows; `finish` publishes it at `uri`.
+    """A context that shows the log of a step's driver as it grows, and in the end publishes it at `uri`.
 
-    The outcome of the job is never read from here.
+    A process that is told to end has no time for that. The outcome of the job is never read from here.
     """
 
     def __init__(self, uri: str) -> None:
@@ -247,15 +255,19 @@ class DriverLog(ABC):
         self._thread.start()
         return self
 
-    def __exit__(self, *_error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_error: object) -> None:
         self._job_over.set()
-
-    def finish(self) -> None:
-        """Read the rest and publish all of it."""
-        self._job_over.set()
+        if kind is not None and not issubclass(kind, Exception):
+            return
         self._thread.join(_LAST_READ_SECONDS)
         if self.lines:
-            storage.write_text(self.uri, "\n".join([*self.lines, ""]))
+            # An error in the block says more than a store that is away.
+            with suppress(*(() if kind is None else (OSError,))):
+                storage.write_text(self.uri, "\n".join([*self.lines, ""]))
+
+    def describe(self, *causes: str | None) -> str:
+        """The causes, and where the log is, if it says anything."""
+        return "; ".join(filter(None, (*dict.fromkeys(causes), f"log {self.uri}" if self.lines else None)))
 
     @abstractmethod
     def read(self, *, over: bool) -> Iterable[str]:

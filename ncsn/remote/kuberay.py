@@ -18,6 +18,7 @@ from ncsn.remote.backend import (
     PATIENCE_SECONDS,
     Check,
     Conflict,
+    EndedByOther,
     RemoteFailure,
     RemoteLost,
     RemoteStep,
@@ -40,13 +41,14 @@ from ncsn.remote.pods import PodLog, PodWatch
 from ncsn.storage.heartbeat import RENEW_SECONDS, Heartbeat
 
 STANDALONE = "kubeflow"  # namespace of the runs where Kubeflow Pipelines serves one user
+NOTES = "ncsn-runs"  # the ConfigMap of infra/base/janitor: by their id, the pipeline runs that are not closed
 NEEDED = (  # what infra/base/rbac/launcher-role.yaml grants
     *((verb, "rayjobs.ray.io") for verb in ("create", "get", "list", "delete")),
     *((verb, "pods") for verb in ("get", "list")),
     ("get", "pods/log"),
     ("list", "events"),
     ("get", "workflows.argoproj.io"),
-    *((verb, "configmaps") for verb in ("create", "delete")),
+    *((verb, "configmaps", NOTES) for verb in ("get", "patch")),
 )
 POLL_SECONDS = 3.0
 DELETE_SECONDS = 30.0  # patience of a deletion while a person waits
@@ -116,7 +118,8 @@ class KubeRay:
         self._compute, self._patience, self._renew_seconds = compute, patience, renew_seconds
         self._namespace = compute.kuberay.namespace or namespace
         self._launcher = Launcher()
-        self._ours = False  # whether this process created the RayJob or attached to it
+        self._ours = False  # whether the RayJob ends with this process
+        self._uid: str | None = None  # of the RayJob; another of its name may be another launcher's
 
     @cached_property
     def _api(self) -> KubernetesApi:
@@ -129,17 +132,16 @@ class KubeRay:
         """Run the step as a RayJob, or attach to the one that an earlier attempt left; return when it has ended.
 
         Ctrl-C deletes the RayJob. So does SIGTERM, unless it is meant for the pod of this process and not for its
-        pipeline. A RayJob that failed stays for as long as the template says.
+        pipeline. That of another pipeline run stays. A RayJob that failed stays for as long as the template says.
         """
         self._launcher = find_launcher(self._api)
         manifest, name = self._manifest(step), step.job_name
         with ended_on_sigterm(lambda: self._end_at_once(name)), Heartbeat(step.lease, every=self._renew_seconds):
             try:
                 attempt = self._start(step, manifest)
-                pods = PodWatch(self._api, f"{ATTEMPT_LABEL}={attempt}")
+                pods = PodWatch(self._api, f"{ATTEMPT_LABEL}={attempt}", resumes=step.resumes)
                 with PodLog(self._api, name, attempt=attempt, uri=step.log) as log:
-                    state = self._watch(step, pods)
-                    log.finish()
+                    state = self._watch(step, pods, attempt)
             except (SystemExit, RemoteLost):  # on SIGTERM the handler has decided
                 raise
             except BaseException as error:
@@ -148,20 +150,22 @@ class KubeRay:
                 if self._ours and not outage:
                     self._delete(name, KubernetesApi(self._api.namespace, patience=DELETE_SECONDS))
                 raise
-        if not (state.kept and "deletionStrategy" in manifest["spec"]):
-            self._api.delete("rayjobs", name)
+        if self._ours and not (state.kept and "deletionStrategy" in manifest["spec"]):
+            self._api.delete("rayjobs", name, uid=self._uid)
         if not state.succeeded:
-            cause = log.first_error() or pods.cause or state.explain()
+            told = step.told()
+            causes: list[str | None] = [told or log.first_error() or pods.cause or state.explain()]
             if state.reason.endswith("Exceeded") or state.deployment == "ValidationFailed":  # ended by the operator
-                cause = "; ".join(filter(None, (state.message, pods.cause)))
-            raise RemoteFailure(f"RayJob {name} failed ({state.reason or state}): {cause}; log {step.log}")
+                causes = [state.message, told]
+            why = log.describe(*causes, pods.cause, pods.ended)
+            raise RemoteFailure(f"RayJob {name} failed ({state.reason or state}): {why}")
 
     def stop(self, *, run: str | None, kfp_run: str | None) -> list[str]:
-        rayjobs = self._api.find("rayjobs", labels=selector(run=run, kfp_run=kfp_run))
-        names = [rayjob["metadata"]["name"] for rayjob in rayjobs if not JobState(rayjob).finished]
-        for name in names:
-            self._api.delete("rayjobs", name)
-        return names
+        found = self._api.find("rayjobs", labels=selector(run=run, kfp_run=kfp_run))
+        running = [rayjob["metadata"] for rayjob in found if not JobState(rayjob).finished]
+        for metadata in running:
+            self._api.delete("rayjobs", metadata["name"], uid=metadata["uid"])
+        return [metadata["name"] for metadata in running]
 
     def checks(self) -> Iterator[Check]:
         """What a RayJob will need of the cluster; only the first check if no cluster is configured."""
@@ -180,7 +184,8 @@ class KubeRay:
 
     def _image(self) -> str:
         """The image of the Ray pods. Only a pod can find out whether it can be pulled."""
-        image = self._compute.kuberay.image or self._launcher.image or os.environ.get(IMAGE_VARIABLE)
+        # That of the launcher's own pod may be the slim one.
+        image = self._compute.kuberay.image or os.environ.get(IMAGE_VARIABLE) or self._launcher.image
         if image is None:
             hint = f"set it or {IMAGE_VARIABLE} to the image that `make image` builds"
             raise UserError("compute.kuberay.image", "no image for the Ray pods", hint=hint)
@@ -200,11 +205,11 @@ class KubeRay:
 
     def _start(self, step: RemoteStep, manifest: Resource) -> str:
         """Create the RayJob, or attach to one; the label of its pods, since those of an earlier one may still end."""
-        name = step.job_name
+        name, kfp_run = step.job_name, self._launcher.labels.get(KFP_RUN_LABEL)
         while True:
-            self._ours = True  # before it exists, because this process may be killed meanwhile
+            self._ours, self._uid = True, None  # before it exists, because this process may be killed meanwhile
             try:
-                self._api.create("rayjobs", manifest)
+                self._uid = self._api.create("rayjobs", manifest)["metadata"]["uid"]
                 say(f"RayJob {name} created in namespace {self._api.namespace}")
                 return str(manifest["metadata"]["labels"][ATTEMPT_LABEL])
             except Conflict:
@@ -221,11 +226,12 @@ class KubeRay:
                 if metadata.get("annotations", {}).get(REQUEST_ANNOTATION) != step.request:
                     how = f"kubectl delete rayjob {name} --namespace {self._api.namespace}"
                     raise refuse_other_work(name, how)
-                self._ours = True
-                say(f"attached to RayJob {name}, which is {state}")
+                self._ours, self._uid = metadata["labels"].get(KFP_RUN_LABEL) == kfp_run, metadata["uid"]
+                whose = "" if self._ours else " and another pipeline run's"
+                say(f"attached to RayJob {name}, which is {state}{whose}")
                 return str(metadata["labels"][ATTEMPT_LABEL])
-            self._api.delete("rayjobs", name)
-            while self._api.get("rayjobs", name) is not None:
+            self._api.delete("rayjobs", name, uid=metadata["uid"])
+            while ((self._api.get("rayjobs", name) or {}).get("metadata") or {}).get("uid") == metadata["uid"]:
                 time.sleep(POLL_SECONDS)
 
     def _belongs_to_ended_pipeline(self, rayjob: Resource) -> bool:
@@ -236,14 +242,14 @@ class KubeRay:
                 return is_ending(self._api.get("workflows", workflow))
         return False
 
-    def _watch(self, step: RemoteStep, pods: PodWatch) -> JobState:
+    def _watch(self, step: RemoteStep, pods: PodWatch, attempt: str) -> JobState:
         """Wait for the end of the RayJob."""
         name, shown, settings = step.job_name, "", self._compute.kuberay
         ran, late = False, time.monotonic() + 60 * settings.max_start_minutes
         while True:
             found = self._api.get("rayjobs", name)
-            if found is None:
-                raise RemoteLost(f"RayJob {name} was deleted while it ran")
+            if found is None or found["metadata"]["labels"][ATTEMPT_LABEL] != attempt:
+                raise (RemoteLost if self._ours else EndedByOther)(f"RayJob {name} was deleted while it ran")
             state = JobState(found)
             if str(state) != shown:
                 shown = str(state)
@@ -283,7 +289,7 @@ class KubeRay:
 
     def _delete(self, name: str, api: KubernetesApi) -> None:
         try:
-            api.delete("rayjobs", name)
+            api.delete("rayjobs", name, uid=self._uid)
             say(f"RayJob {name} deleted")
         except (ConnectionError, PermissionError, UserError) as error:
             how = f"to end it before its lease does: kubectl delete rayjob {name} --namespace {api.namespace}"
@@ -291,7 +297,7 @@ class KubeRay:
 
 
 def _check_rights(api: KubernetesApi) -> str:
-    missing = [f"{verb} {resource}" for verb, resource in NEEDED if not api.allowed(verb, resource)]
+    missing = [" ".join(needed) for needed in NEEDED if not api.allowed(*needed)]
     if missing:
         raise PermissionError(f"this account may not {', '.join(missing)} in namespace {api.namespace!r}")
     return f"{len(NEEDED)} verbs in namespace {api.namespace!r}"

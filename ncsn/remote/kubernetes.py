@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -26,7 +27,7 @@ INSTALL_KUBERAY = "helm install kuberay-operator kuberay/kuberay-operator --vers
 # Resource -> its API. The client's own models are not used: they refuse what they do not expect.
 _APIS = {"rayjobs": "apis/ray.io/v1", "workflows": "apis/argoproj.io/v1alpha1"}
 _CORE = "api/v1"
-_METHODS = {"create": "POST", "delete": "DELETE"}  # of a verb; the others read
+_METHODS = {"create": "POST", "patch": "PATCH", "delete": "DELETE"}  # of a verb; the others read
 _ENDED = {"Succeeded", "Failed", "Error"}  # of an Argo Workflow
 _LOST_LOG = "unable to retrieve container logs"  # what the kubelet answers for one that is gone
 
@@ -61,14 +62,25 @@ class KubernetesApi:
         listed = self._call("list", resource, self._path(resource), query=query, missing={"items": []})
         return sorted(listed["items"], key=lambda found: str(found["metadata"].get("creationTimestamp", "")))
 
-    def create(self, resource: str, manifest: Resource) -> None:
-        """Create the object; raises `Conflict` if there is one of that name."""
-        self._call("create", resource, self._path(resource), body=manifest)
+    def create(self, resource: str, manifest: Resource) -> Resource:
+        """The object as it was created; raises `Conflict` if there is one of that name."""
+        created: Resource = self._call("create", resource, self._path(resource), body=manifest)
+        return created
 
-    def delete(self, resource: str, name: str) -> None:
-        """Delete the object and, in the background, what it owns; without effect if it is gone."""
-        body = {"propagationPolicy": "Background"}
-        self._call("delete", resource, self._path(resource, name), body=body, missing=None)
+    def patch(self, resource: str, name: str, change: Resource) -> None:
+        """Merge into the object; None takes a field away."""
+        self._call("patch", resource, self._path(resource, name), body=change)
+
+    def delete(self, resource: str, name: str, *, uid: str | None = None) -> None:
+        """Delete the object and, in the background, what it owns; without effect if it is gone.
+
+        Another object of this name stays if `uid` is given.
+        """
+        body: Resource = {"propagationPolicy": "Background"}
+        if uid is not None:
+            body["preconditions"] = {"uid": uid}
+        with suppress(Conflict):
+            self._call("delete", resource, self._path(resource, name), body=body, missing=None)
 
     def events(self, name: str) -> list[Resource]:
         """The events of the object of this name, oldest first."""
@@ -83,14 +95,17 @@ class KubernetesApi:
                 return fields
         raise UserError(self.server, "the cluster knows no RayJob ray.io/v1", hint=INSTALL_KUBERAY)
 
-    def allowed(self, verb: str, resource: str) -> bool:
-        """Whether the caller may do this here, for example `create` on `rayjobs.ray.io` or `get` on `pods/log`."""
-        name, _, group = resource.partition(".")
-        plural, _, subresource = name.partition("/")
-        attributes = {"namespace": self.namespace, "verb": verb, "group": group, "resource": plural}
+    def allowed(self, verb: str, resource: str, name: str = "") -> bool:
+        """Whether the caller may do this here, for example `create` on `rayjobs.ray.io` or `get` on `pods/log`.
+
+        With `name` to the one object of that name.
+        """
+        path, _, group = resource.partition(".")
+        plural, _, subresource = path.partition("/")
+        attributes = {"namespace": self.namespace, "verb": verb, "group": group, "resource": plural, "name": name}
         body = {"spec": {"resourceAttributes": attributes | ({"subresource": subresource} if subresource else {})}}
-        path = "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"
-        return bool(self._call("create", "selfsubjectaccessreviews", path, body=body)["status"]["allowed"])
+        reviews = "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"
+        return bool(self._call("create", "selfsubjectaccessreviews", reviews, body=body)["status"]["allowed"])
 
     def read_log(self, pod: str, **query: str) -> list[str]:
         """Lines of the pod's log; empty if it is gone or its container has not started (HTTP 400)."""
@@ -116,13 +131,14 @@ class KubernetesApi:
         **missing: Any,
     ) -> Any:
         """The answer of the API server, asked until it gives one. With `missing` given, that stands for 404."""
+        content = "application/merge-patch+json" if verb == "patch" else "application/json"
 
         def ask() -> Any:
             response = self._client.call_api(
                 path,
                 _METHODS.get(verb, "GET"),
                 query_params=[(name, value) for name, value in (query or {}).items() if value],
-                header_params={"Accept": "application/json", "Content-Type": "application/json"},
+                header_params={"Accept": "application/json", "Content-Type": content},
                 body=body,
                 auth_settings=["BearerToken"],
                 _return_http_data_only=True,
@@ -137,7 +153,7 @@ class KubernetesApi:
             status, message = error.status, message_of(error)
         if status == 404 and missing:
             return missing["missing"]
-        if status == 409 and verb == "create":
+        if status == 409:
             raise Conflict
         if status == 403:
             raise PermissionError(

@@ -24,6 +24,7 @@ import yaml
 from ncsn.config import NOT_YAML
 from ncsn.config.compute import LEAST_MEMORY, ComputeConfig, bytes_of
 from ncsn.errors import NotFound, UserError
+from ncsn.process import CODE
 from ncsn.remote.backend import RemoteStep
 
 Manifest = dict[str, Any]
@@ -90,6 +91,11 @@ def render(
     if owner is not None:
         node["ownerReferences"] = [owner]
     spec["entrypoint"] = shlex.join(step.leased_command)
+    if step.code is not None:  # Ray reads it there with the pods' credentials
+        ray = yaml.safe_load(spec.get("runtimeEnvYAML") or "{}")
+        ray["py_modules"] = [step.code, *ray.get("py_modules", [])]
+        ray["env_vars"] = ray.get("env_vars", {}) | {CODE: step.code}
+        spec["runtimeEnvYAML"] = yaml.safe_dump(ray)
     spec["activeDeadlineSeconds"] = max(1, round(settings.max_hours * 3600))
     spec["preRunningDeadlineSeconds"] = max(1, round(settings.max_start_minutes * 60))
     cluster = spec["rayClusterSpec"]
@@ -101,6 +107,8 @@ def render(
     for pod in (head, worker, submitter):
         pod["metadata"]["labels"] |= labels
         pod["spec"]["containers"][0]["image"] = image
+        if settings.priority_class is not None:
+            pod["spec"]["priorityClassName"] = settings.priority_class
     size = {"cpu": settings.head_cpus and str(settings.head_cpus), "memory": settings.head_memory}
     for amounts in head["spec"]["containers"][0]["resources"].values():
         amounts |= {name: amount for name, amount in size.items() if amount is not None}

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ncsn.process import RUN_ID_LABEL
-from ncsn.remote.backend import DriverLog, first_error, say
+from ncsn.remote.backend import TRACEBACK, DriverLog, first_error, say
 from ncsn.remote.kubernetes import KubernetesApi, Resource, time_of_event
 from ncsn.remote.manifest import ATTEMPT_LABEL
 
@@ -29,6 +29,12 @@ _CREATED_POD = re.compile(r"^(SuccessfulCreate|Created(Head|Worker)Pod)$")
 _LAST_LINES = 10
 _SECONDS = len("2026-01-01T00:00:00")  # some times have fractions of a second, some have not
 _MOST_EVENTS = 5  # pods per look whose events are read: many workers wait for the same reason
+# The submitter's own lines when the head is lost, of which `PodWatch` has one. The driver's tracebacks stay.
+_LOST_CONNECTION = re.compile(
+    rf"^({re.escape(TRACEBACK)}:\n( .*\n)*)?"
+    r".*WebSocket (closed for job \S+ with close code 1006|connection closed|error for job).*\n",
+    re.MULTILINE,
+)
 _NODE_SUFFIX = re.compile(r"\(\d+\)$")
 
 
@@ -62,6 +68,26 @@ def trouble_of(pod: Resource, events: Sequence[Resource]) -> Trouble | None:
             return Trouble(reason, _message(condition)) if reason != "SchedulingGated" else None
     last = next((event for event in reversed(events) if event.get("type") == "Warning"), {})
     return Trouble(last["reason"], _message(last)) if last.get("reason") in _VOLUMES_AND_SANDBOX else None
+
+
+def end_of(pod: Resource) -> Trouble | None:
+    """How a container of the pod ended that runs again; None if none did, or by itself."""
+    for container in pod.get("status", {}).get("containerStatuses", []):
+        ended = container.get("lastState", {})
+        if "running" in container.get("state", {}) and ended.get("terminated", {}).get("exitCode"):
+            return _trouble_of_container({**container, "state": ended})
+    return None
+
+
+def _runs(pod: Resource) -> bool:
+    statuses = pod["status"].get("containerStatuses", [])
+    return bool(statuses) and all("running" in status.get("state", {}) for status in statuses)
+
+
+def _life(pod: Resource) -> list[object]:
+    """Another one for another pod, and when a container starts again."""
+    restarts = (status.get("restartCount", 0) for status in pod["status"].get("containerStatuses", []))
+    return [pod["metadata"].get("uid"), *restarts]
 
 
 def trouble_of_owner(events: Sequence[Resource]) -> Trouble | None:
@@ -107,18 +133,28 @@ def _message(said: Resource) -> str:
 
 
 class PodWatch:
-    """Prints once why the pods of a RayJob do not run. `labels` selects them; `cause` is the latest reason."""
+    """Prints once why the pods of a RayJob do not run, and each loss of the head, with what `resumes` says.
 
-    def __init__(self, api: KubernetesApi, labels: str) -> None:
-        self._api, self._labels = api, labels
+    `labels` selects the pods; `cause` is the latest reason, `ended` why a container ended that runs again.
+    """
+
+    def __init__(self, api: KubernetesApi, labels: str, *, resumes: Callable[[], str] = lambda: "") -> None:
+        self._api, self._labels, self._resumes = api, labels, resumes
         self._said: set[str] = set()
         self._hopeless_since: dict[str, float] = {}
+        self._head: Resource | None = None  # the pod, as it was seen at work
         self.cause: str | None = None
+        self.ended: str | None = None
 
     def look(self, rayjob: Resource) -> str | None:
         """Print what is new and set `cause`; the cause if waiting does not help, else None."""
         try:
             pods = self._api.find("pods", labels=self._labels)
+            for pod in pods:
+                if ended := end_of(pod):
+                    self.ended = f"{pod['metadata']['name']}: {ended}"
+                    self._say_once(f"{ended.reason} {ended.container}", self.ended)
+            self._look_at_head(pods, rayjob)
             causes = {name: (trouble, self._tell(name, trouble)) for name, trouble in self._troubles(pods, rayjob)}
         except (ConnectionError, PermissionError) as error:
             self._say_once(type(error).__name__, f"cannot read the pods: {error}")
@@ -131,6 +167,22 @@ class PodWatch:
         self._hopeless_since = {name: before.get(name, now) for name in still}
         confirmed = [name for name, since in self._hopeless_since.items() if now - since >= CONFIRM_SECONDS]
         return next((causes[name][1] for name in confirmed if causes[name][0].final), None)
+
+    def _look_at_head(self, pods: list[Resource], rayjob: Resource) -> None:
+        """Say once if the head is lost, and with it the driver, unless the operator deletes or replaces the cluster."""
+        status, stays = rayjob.get("status", {}), "deletionTimestamp" not in rayjob["metadata"]
+        cluster = status.get("rayClusterName") if stays and status.get("jobDeploymentStatus") == "Running" else None
+        labels = {"ray.io/node-type": "head", "ray.io/cluster": cluster}
+        heads = [pod for pod in pods if labels.items() <= pod["metadata"]["labels"].items()]
+        now = next((pod for pod in heads if "deletionTimestamp" not in pod["metadata"] and _runs(pod)), None)
+        before, self._head = self._head, now
+        if not (cluster and before and before["metadata"]["labels"]["ray.io/cluster"] == cluster):
+            return
+        if now is None or _life(now) != _life(before):
+            name = before["metadata"]["name"]
+            left = next((pod for pod in heads if pod["metadata"]["name"] == name), {})
+            why = (trouble_of(left, []) or end_of(left)) if left else None
+            say(f"the head is lost, and with it the driver ({name}: {why or 'the pod is gone'}); {self._resumes()}")
 
     def _troubles(self, pods: list[Resource], rayjob: Resource) -> Iterator[tuple[str, Trouble]]:
         budget = _MOST_EVENTS
@@ -180,7 +232,11 @@ class PodLog(DriverLog):
         """What failed in the latest pod; if its log does not say, in those before."""
         return first_error(self.lines[self._begins :]) or first_error(self.lines)
 
-    def read(self, *, over: bool) -> Iterator[str]:  # noqa: ARG002  (a pod's log has whole lines)
+    def read(self, *, over: bool) -> list[str]:  # noqa: ARG002  (a pod's log has whole lines)
+        text = "".join(f"{line}\n" for line in self._new_lines())
+        return _LOST_CONNECTION.sub("", text).split("\n")[:-1]
+
+    def _new_lines(self) -> Iterator[str]:
         for pod in self._api.find("pods", labels=self._labels)[-1:]:
             if pod["metadata"]["name"] != self._pod:
                 self._pod, self._begins, self._last_time = pod["metadata"]["name"], len(self.lines), ""

@@ -26,6 +26,7 @@ from ncsn.remote.backend import (
     PATIENCE_SECONDS,
     Check,
     DriverLog,
+    EndedByOther,
     RemoteFailure,
     RemoteLost,
     RemoteStep,
@@ -36,6 +37,7 @@ from ncsn.remote.backend import (
     refuse_other_work,
     say,
 )
+from ncsn.runs.code import ray_environment
 from ncsn.storage.heartbeat import RENEW_SECONDS, Heartbeat
 
 if TYPE_CHECKING:
@@ -71,7 +73,7 @@ class RayJobs:
     def __init__(self, compute: ComputeConfig, *, renew_seconds: float = RENEW_SECONDS) -> None:
         self._given = compute.ray_jobs.address
         self._renew_seconds = renew_seconds
-        self._running: str | None = None  # the job that this process started or attached to
+        self._running: str | None = None  # the job that ends with this process
 
     @cached_property
     def address(self) -> str:
@@ -96,7 +98,7 @@ class RayJobs:
     def execute(self, step: RemoteStep) -> None:
         """Run the step as a job, or attach to the one that an earlier attempt left; return when it has ended.
 
-        SIGTERM and Ctrl-C stop the job.
+        SIGTERM and Ctrl-C stop the job, unless it is another pipeline run's.
         """
         self.connect()
         with Heartbeat(step.lease, every=self._renew_seconds), ended_on_sigterm(self._stop_running):
@@ -104,8 +106,9 @@ class RayJobs:
                 name = self._start(step)
                 with JobLog(self._client, name, uri=step.log) as log:
                     job = self._watch(name)
-                    log.finish()
-                    _require_success(job, name, log)
+                if job.status == "STOPPED" and self._running is None:
+                    raise EndedByOther(f"Ray job {name} was stopped")
+                _require_success(job, step, log)
             except (KeyboardInterrupt, SystemExit):
                 self._stop_running()
                 self._wait_for_end()
@@ -188,8 +191,10 @@ class RayJobs:
                 name = str(last.submission_id)
                 if (last.metadata or {}).get(REQUEST) != step.request:
                     raise refuse_other_work(name, f"ray job stop {name} --address {self.address}")
-                self._running = name
-                say(f"attached to Ray job {name}, which is {last.status.value}")
+                ours = (last.metadata or {}).get(KFP_RUN) == os.environ.get(KFP_RUN_ID)
+                self._running = name if ours else None
+                whose = "" if ours else " and another pipeline run's"
+                say(f"attached to Ray job {name}, which is {last.status.value}{whose}")
                 return name
             name = f"{step.job_name}-{max(jobs) + 1}" if jobs else step.job_name
             if self._submit(step, name):
@@ -197,12 +202,13 @@ class RayJobs:
                 return name
 
     def _submit(self, step: RemoteStep, name: str) -> bool:
-        """Start a job with the code that is installed there; False if another launcher took the name."""
+        """Start a job with the step's code or what is installed there; False if another launcher took the name."""
         kfp_run = os.environ.get(KFP_RUN_ID)
         about = {"job_name": step.job_name, RUN: step.run, STEP: step.step, REQUEST: step.request}
         about |= {PYTHON: python_version(), **step.facts, **({KFP_RUN: kfp_run} if kfp_run else {})}
-        env = {**forwarded_environment(), "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)}
-        options: dict[str, Any] = {"submission_id": name, "metadata": about, "runtime_env": {"env_vars": env}}
+        ray = {} if step.code is None else ray_environment(step.code)
+        env = {**forwarded_environment(), **ray.get("env_vars", {}), "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)}
+        options: dict[str, Any] = {"submission_id": name, "metadata": about, "runtime_env": {**ray, "env_vars": env}}
 
         def submit() -> bool:
             try:
@@ -287,13 +293,14 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def _require_success(job: JobDetails, name: str, log: JobLog) -> None:
+def _require_success(job: JobDetails, step: RemoteStep, log: JobLog) -> None:
     """The exit code of the driver counts; Ray derives the job's status from it."""
+    name = job.submission_id
     if job.status == "SUCCEEDED":
         return
     if job.status == "STOPPED":
-        raise RemoteFailure(f"Ray job {name} was stopped; the same command resumes; log {log.uri}")
-    cause = first_error(log.lines) or " ".join((job.message or "").split())
+        raise RemoteFailure(log.describe(f"Ray job {name} was stopped", "the same command resumes"))
+    cause = step.told() or first_error(log.lines) or " ".join((job.message or "").split())
     if job.driver_exit_code == NOT_FOUND:
         cause = "the cluster has no command `ncsn`; install this package in the environment of `ray start`"
-    raise RemoteFailure(f"Ray job {name} failed (exit code {job.driver_exit_code}): {cause}; log {log.uri}")
+    raise RemoteFailure(f"Ray job {name} failed (exit code {job.driver_exit_code}): {log.describe(cause)}")

@@ -368,6 +368,8 @@ def result_line(step: str, result: Mapping[str, Any]) -> str:
 # The other tags are versions of packages, or for MLflow alone.
 TAGS = {
     "mlflow.source.git.commit": "Git commit",
+    "mlflow.source.git.dirty": "Edited since that commit",
+    "ncsn.code.digest": "Code digest",
     "mlflow.docker.image.uri": "Image",
     "train.computed_on": "Trained on",
     "kfp.pipeline_run_id": "KFP run",

@@ -18,10 +18,12 @@ from typing import Any, Literal, NamedTuple
 from ncsn import storage
 from ncsn.config import Config, changed_settings, explain_changes, from_yaml, to_yaml
 from ncsn.errors import Problem, UserError, problems_of
+from ncsn.events import tell
 from ncsn.process import KFP_RUN_ID, utc_now
 from ncsn.runs.steps import OWN, STEP_INFO, STEPS, STEPS_BY_WORKERS, TUNE
 from ncsn.storage.heartbeat import LeaseExpired
 
+RUNS, BEGUN = "runs", "begun"  # folders of a store
 DEFAULT_ROOT: str = Config.model_fields["storage"].default.root  # the store if no option names one
 RUN_PATTERN = re.compile(r"[a-z0-9]([a-z0-9_.-]{0,61}[a-z0-9])?")
 State = Literal["", "RUNNING", "FINISHED", "FAILED", "KILLED"]  # as in MLflow; empty before the first attempt
@@ -67,7 +69,7 @@ class RunFolder:
     @property
     def uri(self) -> str:
         """The folder itself."""
-        return storage.join(self.root, "runs", self.run)
+        return storage.join(self.root, RUNS, self.run)
 
     @property
     def options(self) -> str:
@@ -75,12 +77,18 @@ class RunFolder:
         found = self.root == storage.absolute(DEFAULT_ROOT)
         return f"--run {self.run}" if found else f"--run {self.run} --config {shlex.quote(self.config)}"
 
+    @property
+    def begun(self) -> str:
+        """An empty file, whose date is that of the last beginning of a step: runs are listed by it."""
+        # Beside the runs, since S3 gives the dates of a folder's files with their names, and of its folders none.
+        return storage.join(self.root, BEGUN, self.run)
+
     def preview(self, images_seen: int) -> str:
         """The preview at this many training images, a PNG file."""
         return storage.join(self.previews, f"images-{images_seen:09d}.png")
 
     def step(self, step: str, file: str) -> str:
-        """A file of one step, `step.json`, `progress.json`, `lease`, `stop` or `log.txt`."""
+        """A file of one step, `step.json`, `progress.json`, `lease`, `stop`, `log.txt` or `workers.txt`."""
         return storage.join(self.steps, step, file)
 
 
@@ -131,10 +139,12 @@ class StepRecord:
     state: State = ""
     error: StepError | None = None  # of the last attempt
     seconds: float = 0.0  # of all attempts, without those that were killed
+    reads: Mapping[str, str] = field(default_factory=dict)  # URIs of the inputs of the last attempt
     mlflow: Mapping[str, str] = field(default_factory=dict)  # run_id and parent_run_id of its MLflow run
     inputs: Mapping[str, Any] = field(default_factory=dict)  # of the result
     result: Mapping[str, Any] = field(default_factory=dict)  # empty if none has finished
     finished_at: str = ""
+    request: str = ""  # of the launcher that got the result last, see `RemoteStep.request`
 
 
 def read_step(folder: RunFolder, step: str) -> StepRecord:
@@ -179,6 +189,7 @@ def recorded(config: Config, run: str, step: str) -> Iterator[RunFolder]:
     # Commands and pipeline tasks put a whole step into one such block, so that a failure before its work is recorded.
     # The records of a run that belongs to another config stay as they are.
     folder = claim_run(config, run)
+    storage.write_bytes(folder.begun, b"")
     before = read_step(folder, step)
     if before.error is not None:
         update_step(folder, step, error=None)
@@ -186,12 +197,18 @@ def recorded(config: Config, run: str, step: str) -> Iterator[RunFolder]:
         yield folder
     except BaseException as error:
         try:
-            now = read_step(folder, step)
-            # What the driver elsewhere wrote says more than what its launcher saw.
-            if now.error is None and now.finished_at == before.finished_at:
+            now, state = read_step(folder, step), state_after(error)
+            # What the driver elsewhere wrote says more than what its launcher saw, unless it was only told to end, for
+            # a reason that the launcher knows, or the launcher repeats it and says more.
+            stronger = (
+                now.error is None
+                or (now.state, state) == ("KILLED", "FAILED")
+                or (now.error.message != str(error) and now.error.message in str(error))
+            )
+            if stronger and now.finished_at == before.finished_at:
                 kfp_run = os.environ.get(KFP_RUN_ID, "")
                 record = StepError(type(error).__name__, str(error), problems_of(error), kfp_run)
-                update_step(folder, step, state=state_after(error), error=record)
+                update_step(folder, step, state=state, error=record)
         except OSError as failure:  # a full disk must not hide the first error
             error.add_note(f"(the error could not be recorded in the store: {failure})")
         raise
@@ -213,9 +230,13 @@ class Outcome:
         return f"{self.failed_step}: {self.reason}" if self.failed_step else self.reason
 
 
-def write_outcome(folder: RunFolder, outcome: Outcome) -> None:
-    """Publish how the run ended."""
-    storage.write_json(folder.status, asdict(outcome) | {"finished_at": utc_now()}, indent=1)
+def write_outcome(folder: RunFolder, outcome: Outcome, *, closed: bool = False) -> None:
+    """Publish how the run ended; `closed` if no task follows, which is told once."""
+    before = storage.find_json(folder.status) or {}
+    storage.write_json(folder.status, asdict(outcome) | {"finished_at": utc_now(), "closed": closed}, indent=1)
+    if closed and not (before.get("closed") and before["status"] == outcome.status):
+        facts = {"step": outcome.failed_step or "", "status": outcome.status, "reason": outcome.reason}
+        tell("finished" if outcome.status == "FINISHED" else "failed", run=folder.run, root=folder.root, **facts)
 
 
 def read_outcome(folder: RunFolder) -> Outcome | None:

@@ -82,7 +82,10 @@ def run(config: Config, *, run: str, samples: str, dataset: str, lease: str | No
     # Here, only several GPUs make it worth starting Ray: a single process has all cores.
     images = max(manifest.count("train"), config.sampling.num_images)
     on_gpus = config.compute.use_gpu and config.compute.max_workers > 1 and images > FEW_IMAGES
-    with step.work(config, lease=lease) as (progress, tracked), cluster_for(config, start=on_gpus, join=on_cluster):
+    with (
+        step.work(config, lease=lease) as (progress, tracked),
+        cluster_for(config, start=on_gpus, join=on_cluster, last_lines=step.last_lines),
+    ):
         tracked.set_tags(ray_tags())
         if evaluation.extractor == "dinov2" and not config.compute.use_gpu:
             progress.note("DINOv2 takes about two seconds per image and core without a GPU")

@@ -6,13 +6,16 @@ import importlib
 import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
+from importlib.util import find_spec
 from typing import Any
 
 from ncsn import storage
 from ncsn.config import Config
 from ncsn.config.search import require_search
 from ncsn.errors import UserError
+from ncsn.events import tell
 from ncsn.process import KFP_RUN_ID, TERMINATED, require_same_python, this_kfp_run
+from ncsn.runs.code import require_packages
 from ncsn.runs.folder import (
     Outcome,
     RunFolder,
@@ -25,6 +28,7 @@ from ncsn.runs.folder import (
     write_outcome,
 )
 from ncsn.runs.steps import PIPELINE, STEPS, STEPS_ELSEWHERE, TUNE
+from ncsn.steps.step import launch
 from ncsn.storage.heartbeat import Lease
 from ncsn.tracking.client import tracking_uri
 
@@ -50,14 +54,19 @@ def run_step(
     """
     folder = run_folder(config, run)
     with recorded(config, run, step) if lease else nullcontext():  # a launcher reads there what its driver refuses
+        require_packages()
         preflight(step, config, folder)
         inputs = find_inputs(folder, step, given, config=config)
     with around(step, folder, inputs), recorded(config, run, step):
+        if read_step(folder, step).reads != inputs:  # they are in use, though the result may be days away
+            update_step(folder, step, reads=inputs)
         leased = {}
         if lease:
             Lease(lease).require("nothing was started")  # the cluster may retry a job whose launcher is gone
             require_same_python()
             leased = {"lease": lease}
+        elif step in STEPS_ELSEWHERE and config.compute.backend != "local" and find_spec("torch") is None:
+            return launch(step, config, run, inputs)
         return importlib.import_module(f"ncsn.steps.{step}").run(config, run=run, **inputs, **leased)
 
 
@@ -101,10 +110,13 @@ def run_kfp_task(step: str, config: Config, *, run: str, given: Mapping[str, str
     with recorded(config, run, step) as folder:
         if mistake is not None:
             raise mistake
+        first = step == STEPS[0]
         if this_kfp_run() is not None:  # then there is a cluster, whose client takes a while to import
             from ncsn.steps.janitor import note_run
 
-            note_run(config, run)
+            first = note_run(config, run)
+        if first:
+            tell("started", run=run, root=folder.root)
         storage.delete(folder.status)  # the run has not ended
         try:
             result = run_step(step, config, run=run, given=given)
@@ -113,7 +125,8 @@ def run_kfp_task(step: str, config: Config, *, run: str, given: Mapping[str, str
                 update_step(folder, step, state="KILLED")
                 raise SystemExit(TERMINATED) from error
             with suppress(OSError):  # an unreachable store must not hide the first error
-                write_outcome(folder, Outcome("FAILED", str(error), step))
+                told = read_step(folder, step).error  # by the driver, perhaps, who knew more
+                write_outcome(folder, Outcome("FAILED", told.message if told else str(error), step))
             raise
         if last:
             write_outcome(folder, Outcome("FINISHED"))

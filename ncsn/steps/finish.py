@@ -12,7 +12,16 @@ from ncsn.errors import UserError
 from ncsn.process import KFP_RUN_ID, KfpRun
 from ncsn.remote import open_backend
 from ncsn.report.cards import run_page
-from ncsn.runs.folder import ForeignRun, Outcome, RunFolder, claim_run, folders_of, read_step, write_outcome
+from ncsn.runs.folder import (
+    ForeignRun,
+    Outcome,
+    RunFolder,
+    claim_run,
+    folders_of,
+    read_outcome,
+    read_step,
+    write_outcome,
+)
 from ncsn.runs.steps import STEPS, TUNE
 from ncsn.tracking.lineage import container_image, kfp_run
 from ncsn.tracking.mlflow_runs import close_run
@@ -81,7 +90,7 @@ def run(
         finally:
             tags = kfp_run()
             for folder in runs.values():
-                write_outcome(folder, outcome)
+                write_outcome(folder, outcome, closed=folder.run == run)
             for each in runs:
                 places |= close_run(config, run=each, status=outcome.status, tags=tags)
         records = {step: read_step(folder, step) for step, folder in folders.items()}
@@ -138,9 +147,20 @@ def _outcome(
             break
     if error is not None and error.kind == "SystemExit" and looked and not terminated:
         error = None  # an evicted pod gets SIGTERM too, and its state says more
+    if (error is None or terminated) and (told := _told_by_others(folders, ours)) is not None:
+        return told
     if not error and troubles:
         step, lost = next(iter(troubles.items()))
     if terminated or (error is not None and error.kind in ("KeyboardInterrupt", "SystemExit", "LeaseExpired")):
         return Outcome("KILLED", "terminated", step)
     reason = (error.message if error else str(lost or "")) or message
     return Outcome("FAILED", reason or "no reason is known; look at the log of the task", step)
+
+
+def _told_by_others(folders: Mapping[str, RunFolder], ours: str) -> Outcome | None:
+    """How a task of another pipeline run, which works on the same run, said that it failed, if that still holds."""
+    told = read_outcome(folders["train"])
+    if told is None or told.status != "FAILED" or told.failed_step is None or told.failed_step not in folders:
+        return None
+    error = read_step(folders[told.failed_step], told.failed_step).error
+    return told if error is not None and error.message == told.reason and error.kfp_run != ours else None

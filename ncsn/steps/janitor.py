@@ -4,15 +4,16 @@ The tasks of a terminated or deleted pipeline run have less than a second to sto
 So a RayJob without a driver may wait for its quota and an MLflow run be open, and the janitor looks for both at
 intervals. (A driver ends by its lease, a RayJob by its limits of time.)
 
-A task notes its run in a ConfigMap. Neither Argo's Workflow, which may be deleted at any time, nor a RayJob, which not
-every run has, tells the janitor later which run of which store to close.
+A task notes its run in the ConfigMap `ncsn-runs`. Neither Argo's Workflow, which may be deleted at any time, nor a
+RayJob, which not every run has, tells the janitor later which run of which store to close.
 """
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,14 +21,13 @@ from ncsn import storage
 from ncsn.config import Config, from_yaml, to_json
 from ncsn.errors import UserError
 from ncsn.process import KfpRun, this_kfp_run
-from ncsn.remote.backend import Conflict, say
-from ncsn.remote.kuberay import JobState
+from ncsn.remote.backend import say
+from ncsn.remote.kuberay import NOTES, JobState
 from ncsn.remote.kubernetes import KubernetesApi, Resource, is_ending, is_over, owner_of, was_stopped
-from ncsn.remote.manifest import KFP_RUN_LABEL, MANAGED_BY, RUN_LABEL, STEP_LABEL, selector
+from ncsn.remote.manifest import RUN_LABEL, STEP_LABEL, selector
 from ncsn.runs.folder import RunFolder, read_outcome, run_folder
 from ncsn.storage.retry import limited
 
-_NAME = "ncsn-run-{}"  # of the ConfigMap
 _STORE_SECONDS = 20.0
 _NOTE_SECONDS = 10.0
 _STORE_SETTING = "storage.root="  # of a RayJob's command
@@ -55,33 +55,42 @@ class NotedRun(KfpRun):
         return run_folder(from_yaml(self.config), self.run)
 
 
-def note_run(config: Config, run: str) -> None:
-    """Tell the janitor which run to close if this pipeline is stopped. The note of the first task stays."""
-    here = this_kfp_run()
-    if here is not None:
-        labels = {MANAGED_BY: "ncsn", KFP_RUN_LABEL: here.id, "app.kubernetes.io/part-of": "ncsn"}
-        data = {"workflow": here.workflow, "run": run, "config": to_json(config)}
-        note = {"metadata": {"name": _NAME.format(here.id), "labels": labels}, "data": data}
-        with suppress(Conflict):
-            _tell(lambda api: api.create("configmaps", note))
+def note_run(config: Config, run: str) -> bool:
+    """Tell the janitor which run to close if this pipeline is stopped; whether this is the first task that does.
+
+    The note of the first task stays.
+    """
+    if (here := this_kfp_run()) is not None:
+        with _cluster() as api:
+            if here.id not in _notes(api):
+                note = json.dumps({"workflow": here.workflow, "run": run, "config": to_json(config)})
+                _note(api, here, note)
+                return True
+    return False
 
 
 def forget_this_run() -> None:
-    here = this_kfp_run()
-    if here is not None:
-        _tell(lambda api: _forget(api, here))
+    if (here := this_kfp_run()) is not None:
+        with _cluster() as api:
+            _note(api, here, None)
 
 
-def _tell(call: Callable[[KubernetesApi], None]) -> None:
-    """Call the cluster; without an answer or the right, only say so."""
+@contextmanager
+def _cluster() -> Iterator[KubernetesApi]:
+    """The cluster; without an answer or the right, only say so."""
     try:
-        call(KubernetesApi(patience=_NOTE_SECONDS))
+        yield KubernetesApi(patience=_NOTE_SECONDS)
     except (OSError, UserError) as error:
         say(f"could not register this run with the janitor: {error}")
 
 
-def _forget(api: KubernetesApi, run: KfpRun) -> None:
-    api.delete("configmaps", _NAME.format(run.id))
+def _notes(api: KubernetesApi) -> dict[str, str]:
+    return (api.get("configmaps", NOTES) or {}).get("data") or {}
+
+
+def _note(api: KubernetesApi, run: KfpRun, note: str | None) -> None:
+    """Keep the note of a pipeline run; None forgets it."""
+    api.patch("configmaps", NOTES, {"data": {run.id: note}})
 
 
 def clean_up(api: KubernetesApi, *, run: str | None = None, dry_run: bool = False) -> Iterator[Action]:
@@ -99,8 +108,7 @@ def clean_up(api: KubernetesApi, *, run: str | None = None, dry_run: bool = Fals
             return Action(verb, what, error)
         return Action(verb, what)
 
-    listed = api.find("configmaps", labels=f"{MANAGED_BY}=ncsn,{KFP_RUN_LABEL}")
-    notes = [NotedRun(id=each["metadata"]["labels"][KFP_RUN_LABEL], **each["data"]) for each in listed]
+    notes = [NotedRun(id=name, **json.loads(note)) for name, note in _notes(api).items()]
     workflows = {each.id: api.get("workflows", each.workflow) for each in notes}
     resumed = {each.folder for each in notes if not is_ending(workflows[each.id])}
     mine = [each for each in notes if run in (None, each.run)]
@@ -120,7 +128,7 @@ def clean_up(api: KubernetesApi, *, run: str | None = None, dry_run: bool = Fals
             continue
         if each.folder in resumed:  # the records belong to the pipeline run that continues it
             what = f"run {each.run} of {each.id}: another pipeline run continues it"
-            yield do("ignore", what, partial(_forget, api, each))
+            yield do("ignore", what, partial(_note, api, each, None))
         else:
             what = f"run {each.run}: pipeline run {each.id}: {_state_of(ended_workflow)}"
             yield do("close", what, partial(_close, api, each, ended_workflow))
@@ -140,7 +148,7 @@ def _close(api: KubernetesApi, noted: NotedRun, workflow: Resource | None) -> No
         with limited(_STORE_SECONDS):
             outcome = read_outcome(run_folder(config, noted.run))
         if outcome is not None and outcome.status == "FAILED":
-            _forget(api, noted)
+            _note(api, noted, None)
             return
         state = "SUCCEEDED" if outcome is not None and outcome.status == "FINISHED" else state
     try:
@@ -150,7 +158,7 @@ def _close(api: KubernetesApi, noted: NotedRun, workflow: Resource | None) -> No
             raise
         canceled = []  # RayJobs of another namespace end by that one's janitor or by their lease
     if is_over(workflow) and not canceled:
-        _forget(api, noted)
+        _note(api, noted, None)
 
 
 def _close_run_of(rayjob: Resource) -> None:

@@ -11,6 +11,8 @@ from ncsn import storage
 from ncsn.config import Config
 from ncsn.data.format import Manifest, load_manifest
 from ncsn.errors import UserError, shown_value
+from ncsn.evaluation import extractor_name
+from ncsn.evaluation.measure import metric_name
 from ncsn.model import checkpoint as checkpoints
 from ncsn.model.averages import ensure_average
 from ncsn.model.checkpoint import SamplingCheckpoint, weights_digest
@@ -23,7 +25,7 @@ from ncsn.runs.history import held_out_curves, load_history
 from ncsn.steps.step import Step
 from ncsn.tracking import registry
 from ncsn.tracking.client import SQLITE, client_at, mlflow_errors, shown, tracking_uri
-from ncsn.tracking.gate import Evidence, Measurement, Memorization
+from ncsn.tracking.gate import Evidence, Floors, Measurement, Memorization
 from ncsn.tracking.mlflow_runs import NOTE
 from ncsn.tracking.promotion import pass_gate
 
@@ -56,13 +58,18 @@ def run(config: Config, *, run: str, checkpoint: str, evaluation: str) -> Regist
     weights = {name: float(tensor.abs().max()) for name, tensor in loaded.network.named_parameters()}
     values = {**measured["metrics"], **measured["real_metrics"], **weights}
     not_finite = tuple(name for name, value in values.items() if not math.isfinite(value))
-    evidence = Evidence(Measurement(**measured["gate"]), Memorization(**measured["memorization"]), not_finite)
+    floors, images = config.tracking.require.model_dump(exclude_none=True), config.sampling.num_images
+    if floors:
+        floors["figure"] = metric_name("fid", extractor=extractor_name(config, manifest), num_images=images)
+    measurement, memorization = Measurement(**measured["gate"]), Memorization(**measured["memorization"])
+    evidence = Evidence(measurement, memorization, not_finite, Floors(**floors))
     uri = tracking_uri(config)
     inputs = {
         "checkpoint": loaded.digest,
         **registry.deciding(loaded),
         "evaluation": evaluation,
         "evidence": asdict(evidence),
+        "promote": config.tracking.promote,
         "model": config.registered_model,
         "registry": shown(uri).removeprefix(SQLITE),
     }
@@ -83,7 +90,8 @@ def run(config: Config, *, run: str, checkpoint: str, evaluation: str) -> Regist
         progress.advance()
         version = str(registry.register(tracked, candidate).version)
         progress.advance()
-        decision = pass_gate(tracked.client, name=candidate.name, version=version, evidence=evidence)
+        ask = config.tracking.promote == "ask"
+        decision = pass_gate(tracked.client, name=candidate.name, version=version, evidence=evidence, ask=ask)
         result = RegisterResult(
             model=candidate.name,
             version=version,

@@ -77,7 +77,10 @@ def run(
     if result := step.run_elsewhere(config, options):
         return result
     shards = plan_shards(config, checkpoint=checkpoint, folder=uri, dataset=score)
-    with step.work(config, lease=lease) as (progress, tracked), cluster_for(config, start=len(shards) > 1):
+    with (
+        step.work(config, lease=lease) as (progress, tracked),
+        cluster_for(config, start=len(shards) > 1, last_lines=step.last_lines),
+    ):
         tracked.set_tags(ray_tags())
         scores = _Scores(config, score, progress) if score else None
         started = time.perf_counter()

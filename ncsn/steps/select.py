@@ -72,7 +72,10 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> 
     if result := step.run_elsewhere(config, {"dataset": dataset}):
         return result
     at_once = min(config.compute.max_workers, len(found))
-    with step.work(config, lease=lease) as (progress, tracked), cluster_for(config, start=at_once > 1):
+    with (
+        step.work(config, lease=lease) as (progress, tracked),
+        cluster_for(config, start=at_once > 1, last_lines=step.last_lines),
+    ):
         tracked.set_tags({**ray_tags(), "dataset.digest": manifest.digest, "dataset.uri": dataset})
         evaluator = open_evaluator(config, dataset, runner=runner_of(config.compute))
         values = {}

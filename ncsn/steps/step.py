@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -17,13 +19,15 @@ from ncsn import storage
 from ncsn.config import Config, from_yaml, overrides_between, to_json, to_yaml
 from ncsn.data.format import Manifest, load_manifest
 from ncsn.errors import NotFound
-from ncsn.process import utc_now
+from ncsn.process import CODE, WORKER_MEMORY, utc_now
 from ncsn.progress import PublishedProgress
 from ncsn.remote import open_backend
-from ncsn.runs.folder import claim_run, read_mistake, read_step, require_owner, update_step
+from ncsn.runs.folder import RunFolder, claim_run, read_mistake, read_step, require_owner, update_step
 from ncsn.runs.steps import CONTINUING, STEPS_ELSEWHERE
+from ncsn.storage.retry import limited
 
 if TYPE_CHECKING:
+    from ncsn.remote.backend import RemoteStep
     from ncsn.tracking.mlflow_runs import StepRun
 
 MOST_STARTS = 10  # of a driver that gives its launcher up
@@ -39,10 +43,15 @@ class Step(Generic[R]):
     `store_result`. `result` is a frozen dataclass of plain values.
     """
 
-    def __init__(self, name: str, config: Config, run: str, result: type[R]) -> None:
+    def __init__(self, name: str, config: Config, run: str, result: Callable[..., R]) -> None:
         self.name, self.folder = name, claim_run(config, run)
         self._type = result
-        self._inputs: dict[str, Any] = {}
+        self._inputs: dict[str, Any] | None = None  # not known to `launch`
+
+    @property
+    def last_lines(self) -> str:
+        """URI of what the workers wrote last when the step failed."""
+        return self.folder.step(self.name, "workers.txt")
 
     def fix_noise_levels(self, config: Config, manifest: Manifest) -> Config:
         """The config with the levels that `noise: auto` stands for, which the run keeps from now on."""
@@ -92,43 +101,24 @@ class Step(Generic[R]):
         backend = open_backend(_sized(config, step, options).compute)
         if backend is None:
             return None
-        from ncsn.remote.backend import RemoteFailure, RemoteLost, RemoteStep, say
+        from ncsn.remote.backend import EndedByOther, RemoteFailure, RemoteLost, say
 
         backend.connect()  # before the store is changed
-        root = {"storage": config.storage.model_copy(update={"root": folder.root})}
-        compute = config.compute.model_copy(update={"backend": "local"})
-        there = config.model_copy(update={**root, "compute": compute})
-        settings = [f"storage.root={folder.root}", *overrides_between(self._owner().model_copy(update=root), there)]
-        update_step(folder, step, state="RUNNING", error=None)
+        remote = self.remote(config, options)
         storage.delete(folder.status)  # the run has not ended
-        remote = RemoteStep(
-            run=folder.run,
-            step=step,
-            uri=storage.join(folder.steps, step),
-            command=(
-                *("ncsn", step, "--run", folder.run),
-                *(part for setting in settings for part in ("--set", setting)),
-                *(part for name, value in options.items() for part in (f"--{name}", value)),
-                "--json",
-            ),
-            facts={
-                "ncsn.config": storage.digest(to_json(there), 12),
-                "mlflow.experiment": config.tracking.experiment,
-                "mlflow.run_name": f"{folder.run}/{step}",
-            },
-            mistaken=lambda: read_mistake(folder, step) is not None,
-        )
         for _ in range(MOST_STARTS):
+            update_step(folder, step, state="RUNNING", error=None)
             try:
                 backend.execute(remote)
-            except RemoteLost:
-                if self._stored() is None:
-                    raise
             except RemoteFailure as failure:
-                mistake = read_mistake(folder, step)
-                if mistake is None:
+                if (mistake := read_mistake(folder, step)) is not None:
+                    raise mistake from failure
+                if isinstance(failure, RemoteLost) and self._stored() is not None:
+                    break
+                if not isinstance(failure, EndedByOther):
                     raise
-                raise mistake from failure
+                say(f"{failure}; this run goes on: the step {step} starts again where it was")
+                continue
             if read_step(folder, step).state != "KILLED":
                 break
             # The store was away from here for longer than the lease, and the driver gave this process up.
@@ -140,7 +130,42 @@ class Step(Generic[R]):
                 f"step {step} ended on the cluster without a result for these inputs in {folder.uri}/steps/{step}; "
                 f"does {where} have this version of ncsn, and does the cluster reach this store?"
             )
+        update_step(folder, step, request=remote.request)
         return self._type(**stored)
+
+    def remote(self, config: Config, options: Mapping[str, str]) -> RemoteStep:
+        """The step as its backend gets it."""
+        from ncsn.remote.backend import RemoteStep
+
+        folder, step = self.folder, self.name
+        root = {"storage": config.storage.model_copy(update={"root": folder.root})}
+        compute = config.compute.model_copy(update={"backend": "local"})
+        there = config.model_copy(update={**root, "compute": compute})
+        settings = [f"storage.root={folder.root}", *overrides_between(self._owner().model_copy(update=root), there)]
+        code = os.environ.get(CODE)
+        return RemoteStep(
+            run=folder.run,
+            step=step,
+            uri=storage.join(folder.steps, step),
+            command=(
+                # Of archived code the cluster's environment has no command.
+                *(("python", "-P", "-m", "ncsn") if code else ("ncsn",)),
+                *(step, "--run", folder.run),
+                *(part for setting in settings for part in ("--set", setting)),
+                *(part for name, value in options.items() for part in (f"--{name}", value)),
+                *(("--code", code) if code else ()),
+                "--json",
+            ),
+            code=code,
+            facts={
+                "ncsn.config": storage.digest(to_json(there), 12),
+                "mlflow.experiment": config.tracking.experiment,
+                "mlflow.run_name": f"{folder.run}/{step}",
+            },
+            mistaken=lambda: read_mistake(folder, step) is not None,
+            told=lambda: _told(folder, step),
+            resumes=lambda: _resumes(folder, step),
+        )
 
     @contextmanager
     def work(self, config: Config, *, lease: str | None = None) -> Iterator[tuple[PublishedProgress, StepRun]]:
@@ -170,7 +195,46 @@ class Step(Generic[R]):
     def _stored(self) -> Mapping[str, Any] | None:
         """The stored result, if it is of the same inputs."""
         stored = read_step(self.folder, self.name)
-        return stored.result if stored.result and stored.inputs == self._inputs else None
+        ours = stored.state == "FINISHED" if self._inputs is None else stored.inputs == self._inputs
+        return stored.result if stored.result and ours else None
+
+
+def launch(name: str, config: Config, run: str, inputs: Mapping[str, str]) -> Any:
+    """The result of a step that runs elsewhere, from an environment without torch, such as that of the slim image.
+
+    What the step itself would check or find before it is sent away, its driver does. A launcher that has the same
+    request again takes the result, if its files are there.
+    """
+
+    def result(**values: Any) -> Any:
+        return dataclasses.make_dataclass(name, values)(**values)
+
+    step = Step(name, config, run, result)
+    record = read_step(step.folder, name)
+    files = [uri for uri in record.result.values() if str(uri).startswith(f"{step.folder.root}/")]
+    done = record.state == "FINISHED" and all(map(storage.exists, files))
+    if done and record.request == step.remote(config, inputs).request:
+        return result(**record.result)
+    return step.run_elsewhere(config, inputs)
+
+
+def _told(folder: RunFolder, step: str) -> str | None:
+    """Why the step failed, as its driver has recorded it."""
+    record = read_step(folder, step)
+    return f"{record.error.kind}: {record.error.message}" if record.error and record.state == "FAILED" else None
+
+
+def _resumes(folder: RunFolder, step: str) -> str:
+    """What the next driver of the step does, as a clause. Without torch, which the pod of a launcher may lack."""
+    if step != "train":
+        return f"the step {step} goes on with what is stored"
+    newest = "its last checkpoint"
+    with suppress(OSError), limited(0):
+        found = (name for name in storage.list_names(folder.checkpoints) if re.fullmatch(r"[a-z]+-\d+", name))
+        names = sorted(found, key=lambda name: int(name.partition("-")[2]), reverse=True)
+        whole = (storage.join(folder.checkpoints, name) for name in names)
+        newest = next((uri for uri in whole if storage.exists(storage.join(uri, "checkpoint.json"))), "the start")
+    return f"training resumes from {newest}"
 
 
 def _sized(config: Config, step: str, inputs: Mapping[str, str]) -> Config:
@@ -178,9 +242,11 @@ def _sized(config: Config, step: str, inputs: Mapping[str, str]) -> Config:
     compute = config.compute
     if compute.backend != "kuberay" or compute.kuberay.memory_per_worker is not None:
         return config
-    from ncsn.model.memory import worker_memory
+    size = os.environ.get(WORKER_MEMORY)
+    if size is None:
+        from ncsn.model.memory import worker_memory
 
-    images = load_manifest(inputs["dataset"]).count("train") if "dataset" in inputs else 0
-    size = f"{worker_memory(config, step, reference_images=images) // 2**20}Mi"
+        images = load_manifest(inputs["dataset"]).count("train") if "dataset" in inputs else 0
+        size = f"{worker_memory(config, step, reference_images=images) // 2**20}Mi"
     kuberay = compute.kuberay.model_copy(update={"memory_per_worker": size})
     return config.model_copy(update={"compute": compute.model_copy(update={"kuberay": kuberay})})

@@ -66,7 +66,7 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> 
     start = start_of(config, step.folder, manifest)
     if result := step.run_elsewhere(config, {"dataset": dataset}):
         return result
-    with step.work(config) as (progress, tracked), ray_cluster(config):
+    with step.work(config) as (progress, tracked), ray_cluster(config, last_lines=step.last_lines):
         tracked.set_tags({**ray_tags(), **start.tags})
         tracked.log_dataset(manifest.name, digest=manifest.digest, uri=dataset)
         stop = step.folder.step("train", "stop")

@@ -95,7 +95,7 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> 
         return result
     if result := step.run_elsewhere(config, {"dataset": dataset}):
         return result
-    with step.work(config, lease=lease) as (progress, tracked), ray_cluster(config):
+    with step.work(config, lease=lease) as (progress, tracked), ray_cluster(config, last_lines=step.last_lines):
         require_resources(config)
         tracked.set_tags({**ray_tags(), **start.tags, "dataset.digest": manifest.digest, "dataset.uri": dataset})
         evaluator = open_evaluator(config, dataset, runner=runner_of(config.compute))

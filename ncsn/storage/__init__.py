@@ -18,7 +18,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +30,7 @@ from ncsn.storage import s3
 S3_SCHEME = s3.SCHEME
 CACHE_DIR_VARIABLE = "NCSN_CACHE_DIR"
 
+TEMPORARY = r"\.[^/]*tmp-[0-9a-f]{8}|\.parts-[0-9a-f]{16}"  # pattern of the names of what is not published yet
 _SCRATCH = ".tmp-"
 _STORE = "store:/"  # stands for the root in the files of a store, which may be moved
 
@@ -80,9 +81,27 @@ def is_file(uri: str) -> bool:
 
 
 def list_names(uri: str) -> list[str]:
+    return sorted(entry.path for entry in list_entries(uri))
+
+
+class Entry(NamedTuple):
+    """A file or folder of the store."""
+
+    path: str  # below the folder that was listed
+    size: int  # bytes; 0 of a folder
+    changed: float  # seconds since 1970; 0 of a folder in S3, which has no date
+    is_file: bool
+
+
+def list_entries(uri: str, *, files: bool = False) -> list[Entry]:
+    """What is in a folder; with `files` all files below it at any depth, and no folders. Empty if there is none."""
     filesystem_, path = filesystem(uri)
-    selector = fs.FileSelector(path, allow_not_found=True)
-    return sorted(info.base_name for info in filesystem_.get_file_info(selector))
+    found = filesystem_.get_file_info(fs.FileSelector(path, allow_not_found=True, recursive=files))
+    return [
+        Entry(info.path.removeprefix(f"{path}/"), info.size or 0, (info.mtime_ns or 0) / 1e9, info.is_file)
+        for info in found
+        if info.is_file or not files
+    ]
 
 
 def read_bytes(uri: str) -> bytes:

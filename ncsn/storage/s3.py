@@ -30,22 +30,35 @@ T = TypeVar("T")
 
 @functools.cache
 def bucket_filesystem(bucket: str) -> fs.FileSystem:
-    # from_uri honors AWS_ENDPOINT_URL and finds a bucket's region.
-    _require_address()
-    try:
-        found = call_store(partial(fs.FileSystem.from_uri, f"{SCHEME}{bucket}"))[0]
-    except pa.ArrowInvalid as error:
-        raise UserError(f"{SCHEME}{bucket}", f"names no bucket: {error}", hint="use s3://bucket/prefix") from None
-    return fs.PyFileSystem(_Retrying(found))
+    return fs.PyFileSystem(_Retrying(bucket))
 
 
-# Arrow's own retries know no limit in seconds, and warn of nothing.
+# Arrow's own retries know no limit in seconds, and warn of nothing. Its own search for keys knows no other STS than
+# AWS's, so it gets those of boto3, which renews the ones that end.
 class _Retrying(fs.FileSystemHandler):  # type: ignore[misc]
-    def __init__(self, filesystem: fs.FileSystem) -> None:
-        self._fs = filesystem
+    def __init__(self, bucket: str) -> None:
+        # from_uri honors AWS_ENDPOINT_URL and finds a bucket's region.
+        _require_address()
+        self._bucket = bucket
+        try:
+            self._found = call_store(partial(fs.FileSystem.from_uri, f"{SCHEME}{bucket}"))[0]
+        except pa.ArrowInvalid as error:
+            raise UserError(f"{SCHEME}{bucket}", f"names no bucket: {error}", hint="use s3://bucket/prefix") from None
+        self._credentials = _session().get_credentials()
+
+    def __reduce__(self) -> Any:
+        return _Retrying, (self._bucket,)
+
+    @property
+    def _fs(self) -> fs.FileSystem:
+        if self._credentials is None:
+            return self._found
+        keys = _request(f"{SCHEME}{self._bucket}", self._credentials.get_frozen_credentials)
+        address = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+        return _with_keys(address, self._found.region, keys.access_key, keys.secret_key, keys.token)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Retrying) and self._fs == other._fs
+        return isinstance(other, _Retrying) and self._bucket == other._bucket
 
     def get_type_name(self) -> str:
         return str(self._fs.type_name)
@@ -75,7 +88,7 @@ class _Retrying(fs.FileSystemHandler):  # type: ignore[misc]
         return self.open_input_file(path)
 
     def open_input_file(self, path: str) -> pa.NativeFile:
-        return pa.PythonFile(_Reader(partial(self._fs.open_input_file, path)), mode="r")
+        return pa.PythonFile(_Reader(lambda: self._fs.open_input_file(path)), mode="r")
 
     def open_output_stream(self, path: str, metadata: dict[str, str]) -> pa.NativeFile:  # noqa: ARG002 - Arrow's
         return pa.PythonFile(_Writer(f"{SCHEME}{path}"), mode="w")
@@ -193,14 +206,25 @@ def put_if_absent(uri: str, data: bytes) -> bool:
     return True
 
 
+def _session() -> Any:
+    import boto3
+
+    logging.getLogger("botocore").setLevel(logging.WARNING)  # else every worker's log says where it found the keys
+    # New, since threads must not make clients of the shared one at once.
+    return boto3.session.Session(region_name=os.environ.get("AWS_REGION"))
+
+
+@functools.lru_cache(maxsize=4)
+def _with_keys(address: str | None, region: str, key: str, secret: str, token: str | None) -> fs.FileSystem:
+    keys = {"access_key": key, "secret_key": secret, "session_token": token}
+    return fs.S3FileSystem(**keys, region=region, endpoint_override=address)
+
+
 @functools.cache
 def client() -> Any:
     """boto3's client, which threads share; address and keys come from the environment."""
-    import boto3
     from botocore.config import Config
     from botocore.exceptions import InvalidRegionError
-
-    logging.getLogger("botocore").setLevel(logging.WARNING)  # else every worker's log says where it found the keys
 
     once = Config(
         retries={"total_max_attempts": 1},  # `call_store` repeats calls
@@ -209,12 +233,11 @@ def client() -> Any:
         request_checksum_calculation="when_required",  # some servers refuse parts with one that the upload did not name
     )
     _require_address()  # so that both clients refuse the same ones
-    region = os.environ.get("AWS_REGION")
     try:
-        # boto3's shared session must not make clients in two threads at once, so this is new.
-        return boto3.session.Session().client("s3", region_name=region, config=once)
+        return _session().client("s3", config=once)
     except InvalidRegionError:
-        raise UserError("AWS_REGION", "not a region", hint="use one such as us-east-1", value=region) from None
+        given = os.environ.get("AWS_REGION")
+        raise UserError("AWS_REGION", "not a region", hint="use one such as us-east-1", value=given) from None
     except ValueError as error:
         raise UserError("AWS_ENDPOINT_URL", f"cannot be used: {error}", hint=_AN_ADDRESS) from None
 

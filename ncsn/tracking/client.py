@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sqlite3
 import sys
@@ -143,9 +144,14 @@ def shown(uri: str) -> str:
     return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if "@" in parts.netloc else uri
 
 
+def _without_users(text: str) -> str:
+    """The text with its addresses as `shown` shows them: MLflow names the server with user and password."""
+    return re.sub(r"(?<=://)[^/\s]+@", "", text)
+
+
 def one_line(error: Exception) -> str:
-    """The first line of an error; MLflow's continue with SQL and links."""
-    text = str(error).strip()
+    """The first line of an error without passwords; MLflow's continue with SQL and links."""
+    text = _without_users(str(error)).strip()
     return text.splitlines()[0] if text else type(error).__name__
 
 
@@ -169,6 +175,7 @@ def mlflow_errors(uri: str) -> Iterator[None]:
     try:
         yield
     except MlflowException as error:
+        error.args = (_without_users(str(error)),)  # what a traceback shows
         raise TrackingError(shown(uri), one_line(error)) from error
 
 

@@ -64,12 +64,44 @@ class Memorization:
 
 
 @dataclass(frozen=True)
+class Floors:
+    """What a version must reach, whatever the champion is: `tracking.require`."""
+
+    figure: str = ""  # name of the measurement that they are of; empty without floors
+    fid_below: float | None = None
+    copies_below: float | None = None  # share of the samples
+
+    def objection(self, measured: Measurement, memorization: Memorization) -> str:
+        """The floor that is not reached, with the numbers; empty if there is none."""
+        if self.figure not in ("", measured.name):
+            return f"tracking.require is of {self.figure}, not {measured.name}; evaluate with the run's own settings"
+        if self.fid_below is not None and not measured.value < self.fid_below:
+            return f"{measured.name} = {measured} is not below tracking.require.fid_below = {self.fid_below:g}"
+        share = memorization.copies / memorization.num_images
+        if self.copies_below is not None and not share < self.copies_below:
+            found = f"{memorization.copies} of {memorization.num_images} samples copy a training image"
+            return f"{found}: not below tracking.require.copies_below = {self.copies_below:g}"
+        return ""
+
+
+@dataclass(frozen=True)
 class Evidence:
-    """What the gate knows about a version."""
+    """What the gate knows about a version, and asks of it."""
 
     measurement: Measurement
     memorization: Memorization
     not_finite: tuple[str, ...] = ()  # metrics and weights that hold NaN or infinity
+    floors: Floors = Floors()
+
+    @property
+    def objection(self) -> str:
+        """Why the version may not be champion, whichever it is compared with; empty if it may."""
+        measured = self.measurement
+        if not (math.isfinite(measured.value) and math.isfinite(measured.uncertainty)):
+            return f"{measured.name} = {measured} is not a finite number"
+        if self.not_finite:
+            return f"{', '.join(self.not_finite[:3])} hold NaN or infinity"
+        return self.memorization.objection or self.floors.objection(measured, self.memorization)
 
 
 @dataclass(frozen=True)
@@ -81,6 +113,7 @@ class Decision:
     evidence: Evidence | None  # None if the version was promoted by hand without any
     champion_version: str = ""  # the champion that it was compared with, and replaced if promoted
     number: int = 0  # of the promotion; 0 if not promoted
+    waits: bool = False  # for `ncsn promote`: the gate would promote it
 
     @classmethod
     def from_json(cls, text: str) -> Decision:
@@ -88,7 +121,7 @@ class Decision:
         values = json.loads(text)
         if of := values["evidence"]:
             measured, memorization = Measurement(**of["measurement"]), Memorization(**of["memorization"])
-            values["evidence"] = Evidence(measured, memorization, tuple(of["not_finite"]))
+            values["evidence"] = Evidence(measured, memorization, tuple(of["not_finite"]), Floors(**of["floors"]))
         return cls(**values)
 
 
@@ -98,13 +131,7 @@ def decide(evidence: Evidence, *, version: str, champion: str, of_champion: Evid
     shown = f"{measured.name} = {measured}"
     promote = partial(Decision, True, evidence=evidence, champion_version=champion)
     refuse = partial(Decision, False, evidence=evidence, champion_version=champion)
-    if not (math.isfinite(measured.value) and math.isfinite(measured.uncertainty)):
-        objection = f"{shown} is not a finite number"
-    elif evidence.not_finite:
-        objection = f"{', '.join(evidence.not_finite[:3])} hold NaN or infinity"
-    else:
-        objection = evidence.memorization.objection
-    if objection:
+    if objection := evidence.objection:
         kept = "; it stays champion until `ncsn promote --rollback`" if champion == version else ""
         return refuse(objection + kept)
     if not champion:

@@ -1,4 +1,4 @@
-"""`ncsn trace`: what led to something and what it led to, read from MLflow's tags; and the tags that say so."""
+"""What led to something and what it led to, read from MLflow's tags; and the tags that say so."""
 
 from __future__ import annotations
 
@@ -7,19 +7,17 @@ import importlib.metadata
 import os
 import platform
 import re
-import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ncsn import storage
 from ncsn.config.schema import MODEL_NAME_PATTERN
-from ncsn.errors import UserError
-from ncsn.process import CONTAINER_IMAGE, IMAGE_VARIABLE, KFP_RUN_ID
-from ncsn.tracking.client import quoted, shown, tag_filter
+from ncsn.process import CODE, CONTAINER_IMAGE, IMAGE_VARIABLE, KFP_RUN_ID
+from ncsn.runs.code import origin
+from ncsn.tracking.client import quoted, tag_filter
 from ncsn.tracking.promotion import SCHEME, resolve_version
 
 if TYPE_CHECKING:
@@ -35,16 +33,17 @@ IDS = (
     *("ray.submission_id", "ray.job_name", "ray.job_id"),
 )
 DIGESTS = ("dataset.digest", "checkpoint.digest")
+MOST = 50
 URIS = ("checkpoint.uri", "samples.uri", "evaluation.uri", "dataset.uri")
 ACCEPTED = (
     "an MLflow run id, the name of a run, a KFP run id, a Ray job or submission id, a model version "
-    "(models:/NAME/3, models:/NAME@champion), a dataset digest, or the URI of a checkpoint"
+    "(models:/NAME/3, models:/NAME@champion) or model, a dataset digest, or the URI of a checkpoint"
 )
 # How the tags begin that are shown.
 SHOWN = (
     *("ncsn.run", "ncsn.root", "ncsn.checkpoint", INIT_FROM, "kfp.", "ray.", "mlflow.user"),
     *("dataset.", "checkpoint.", "samples.", "evaluation.", "eval.", "report.", "tune.", "gate.promoted"),
-    *("gate.reason", "promot", "rolled_back", "mlflow.source.git", "mlflow.docker"),
+    *("gate.reason", "promot", "rolled_back", "mlflow.source.git", "mlflow.docker", "ncsn.code."),
 )
 _RUN_FOLDER = re.compile(r"(?P<root>.+)/runs/(?P<run>[^/]+)(/.*)?")
 
@@ -60,7 +59,10 @@ class Link:
 
 
 def trace(client: MlflowClient, identifier: str) -> list[Link]:
-    """The chains that something is part of, oldest first: several where runs share a dataset or a name."""
+    """The chains that something is part of, oldest first: several where runs share a dataset, a model or a name.
+
+    The newest 50 if there are more; empty if MLflow knows no such thing.
+    """
     if identifier.startswith(SCHEME) or re.fullmatch(rf"{MODEL_NAME_PATTERN}(/\d+|@[^/@:]+)", identifier):
         version = resolve_version(client, identifier)
         found = [client.get_run(version.run_id)] if version.run_id else []
@@ -68,15 +70,15 @@ def trace(client: MlflowClient, identifier: str) -> list[Link]:
         experiments = [experiment.experiment_id for experiment in client.search_experiments()]
         # By the first kind of name that finds any.
         found = next(filter(None, (client.search_runs(experiments, query) for query in _queries(identifier))), [])
+        if not found and re.fullmatch(MODEL_NAME_PATTERN, identifier):
+            versions = client.search_model_versions(f"name = '{identifier}'")
+            found = [client.get_run(version.run_id) for version in versions if version.run_id]
     tops: dict[str, Run] = {}
     for run in found:
         while parent := run.data.tags.get(PARENT):
             run = client.get_run(parent)
         tops[run.info.run_id] = run
-    if not tops:
-        uri = shown(client.tracking_uri)
-        raise UserError(identifier, f"MLflow at {uri} has no such run, dataset or model", hint=f"give {ACCEPTED}")
-    ordered = sorted(tops.values(), key=lambda run: int(run.info.start_time))
+    ordered = sorted(tops.values(), key=lambda run: int(run.info.start_time))[-MOST:]
     return [_chain(client, top, {}) for top in ordered]
 
 
@@ -128,13 +130,9 @@ def provenance(command: str) -> dict[str, str]:
     tags |= kfp_run()
     if image := container_image():
         tags["mlflow.docker.image.uri"] = image
-    commit, checkout = os.environ.get("NCSN_COMMIT", ""), Path(__file__).parents[2]
-    if not commit and (checkout / ".git").exists():
-        ask = ["git", "-C", str(checkout), "rev-parse", "HEAD"]
-        with suppress(OSError):  # there is no git
-            commit = subprocess.run(ask, capture_output=True, text=True, check=False).stdout.strip()  # noqa: S603
-    if commit and commit != "unknown":  # of an image that was built without one
-        tags["mlflow.source.git.commit"] = commit
+    tags |= {f"mlflow.source.git.{name}": value for name, value in origin().items()}
+    if code := os.environ.get(CODE):
+        tags |= {"ncsn.code.uri": code, "ncsn.code.digest": code.rpartition("/")[2].removesuffix(".zip")}
     try:
         tags["mlflow.user"] = getpass.getuser()
     except (KeyError, OSError):  # a container's numeric user has no name

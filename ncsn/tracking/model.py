@@ -15,8 +15,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 from numpy.typing import NDArray
 
-from ncsn.config import Config, from_yaml, to_yaml
-from ncsn.config.load import with_sampler
+from ncsn.config.load import with_wishes
 from ncsn.errors import InvalidValue, UserError
 from ncsn.model.classes import require_label
 from ncsn.model.generate import generate
@@ -51,7 +50,7 @@ class ScoreModel(PythonModel):
         """
         params = params or {}
         try:
-            sampling = _chosen(self.trained.config, params).sampling
+            sampling = with_wishes(self.trained.config, params).sampling
             require_label(sampling.label, self.trained.classes, key="label")
             total = int(params.get("n_images", DEFAULT_IMAGES))
             if not 1 <= total <= MAX_IMAGES:
@@ -66,19 +65,6 @@ class ScoreModel(PythonModel):
             )
         except InvalidValue as error:
             raise MlflowException.invalid_parameter_value(str(error)) from None
-
-
-def _chosen(config: Config, params: dict[str, Any]) -> Config:
-    """The experiment with the seed, sampler, class and guidance of the params."""
-    if sampler := params.get("sampler"):
-        config = with_sampler(config, str(sampler))
-    changes = [f"sampling.{key}={params[key]}" for key in ("seed", "label") if params.get(key) not in (None, "")]
-    weight, guidance = float(params.get("guidance") or 0), config.sampling.guidance
-    if guidance is not None and weight:
-        changes.append(f"sampling.guidance.weight={weight}")
-    elif weight not in (0, 1):
-        changes.append(f"sampling.guidance={{kind: classifier_free, weight: {weight}}}")
-    return from_yaml(to_yaml(config), overrides=changes, origin="the model's config")
 
 
 mlflow.models.set_model(ScoreModel())

@@ -18,6 +18,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from ncsn.errors import UserError
+from ncsn.events import tell
 from ncsn.process import utc_now
 from ncsn.tracking.client import one_line
 from ncsn.tracking.gate import Decision, Evidence, decide
@@ -95,10 +96,13 @@ def resolve_promotions(client: MlflowClient, name: str) -> Promotions:
             _write(client, name, promotions, late, decision, by=by)
             if not decision.promoted:
                 client.delete_model_version_tag(name, late, PROMOTION)
-        elif promotions.champion in ("", aliased_version(client, name, CHAMPION)):
+        elif (champion := promotions.champion) in ("", before := aliased_version(client, name, CHAMPION)):
             return promotions
         else:
-            client.set_registered_model_alias(name, CHAMPION, promotions.champion)
+            client.set_registered_model_alias(name, CHAMPION, champion)
+            back = ROLLED_BACK in promotions.tags.get(before, {})
+            reason = f"rolled back from version {before}" if back else promotions.tags[champion].get("gate.reason", "")
+            tell("promoted", model=name, version=champion, replaced=before, reason=reason)
 
 
 def _write(
@@ -122,8 +126,8 @@ def _write(
         client.set_model_version_tag(name, version, key, value)
 
 
-def pass_gate(client: MlflowClient, *, name: str, version: str, evidence: Evidence) -> Decision:
-    """Make the version `challenger`, and `champion` if it may replace the present one.
+def pass_gate(client: MlflowClient, *, name: str, version: str, evidence: Evidence, ask: bool = False) -> Decision:
+    """Make the version `challenger`, and `champion` if it may replace the present one; if `ask`, leave that to people.
 
     The decision becomes tags of the version. With the same evidence again, the recorded decision is returned and
     nothing changes; interrupted at any point and called again, it completes what it began.
@@ -134,12 +138,16 @@ def pass_gate(client: MlflowClient, *, name: str, version: str, evidence: Eviden
         recorded is not None
         and recorded.evidence == evidence
         and (not recorded.promoted or recorded.number == promotions.number(version))  # else it was interrupted
+        and (ask or not recorded.waits)
     ):
         return recorded
     client.set_registered_model_alias(name, CHALLENGER, version)
     decision = promotions.decide(evidence, version, promotions.champion)
     if promotions.champion == version:
         decision = replace(decision, number=promotions.number(version))
+    elif ask and decision.promoted:
+        reason = f"{decision.reason}; it waits for `ncsn promote {name} --version {version}`"
+        decision = replace(decision, promoted=False, waits=True, reason=reason)
     _write(client, name, promotions, version, decision, by="gate" if promotions.champion != version else "")
     return resolve_promotions(client, name).decision(version) or decision
 

@@ -14,15 +14,25 @@ from typing import TYPE_CHECKING, Any
 from ncsn import storage
 from ncsn.config import Config
 from ncsn.config.choices import AutoguidanceConfig
+from ncsn.events import tell
 from ncsn.model.checkpoint import SamplingCheckpoint, TrainedNetwork
 from ncsn.model.generate import sampling_facts
-from ncsn.model.trained import TRAINED_CONFIG, save_model
+from ncsn.model.trained import TRAINED_CONFIG, load_model, save_model
 from ncsn.process import now_ms
-from ncsn.tracking.client import TrackingError, client_at, mlflow_errors, shown, suppress_exists, tracking_uri
+from ncsn.tracking.client import (
+    TrackingError,
+    client_at,
+    mlflow_errors,
+    one_line,
+    shown,
+    suppress_exists,
+    tracking_uri,
+)
 from ncsn.tracking.mlflow_runs import StepRun
 from ncsn.tracking.promotion import SCHEME, resolve_version
 
 if TYPE_CHECKING:
+    import torch
     from mlflow.entities.model_registry import ModelVersion
 
 
@@ -115,6 +125,7 @@ def register(tracked: StepRun, candidate: Registration) -> ModelVersion:
     with tempfile.TemporaryDirectory(prefix="ncsn-") as temporary:
         folder = Path(temporary) / "model"
         write_model(folder, checkpoint, files={**candidate.files, "model_card.md": card.encode()}, origin=origin)
+        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         client.log_model_artifacts(model_id, str(folder))
     client.finalize_logged_model(model_id, "READY")
     client.log_outputs(tracked.run_id, [LoggedModelOutput(model_id, step=checkpoint.images_seen)])
@@ -123,15 +134,22 @@ def register(tracked: StepRun, candidate: Registration) -> ModelVersion:
     client.log_batch(tracked.run_id, metrics=values)
     for name in candidate.files:  # pictures by the address of the logged model's files, which MLflow's page needs
         card = card.replace(f"]({name})", f"]({_FILES.format(model_id=model_id)}{name})")
-    return client.create_model_version(
+    version = client.create_model_version(
         candidate.name,
         # Not models:/<id>: with a local database MLflow would look that up in its global tracking server.
         logged.artifact_location,
         run_id=tracked.run_id,
-        tags={**candidate.tags, "ncsn.model": candidate.digest, "ncsn.checkpoint": checkpoint.digest},
+        tags={
+            **candidate.tags,
+            "ncsn.model": candidate.digest,
+            "ncsn.checkpoint": checkpoint.digest,
+            "ncsn.bytes": str(size),
+        },
         description=card[:DESCRIPTION_LENGTH],
         model_id=model_id,
     )
+    tell("registered", model=candidate.name, version=str(version.version), run=candidate.tags.get("ncsn.run", ""))
+    return version
 
 
 def fetch_weights(uri: str, version: ModelVersion, into: Path) -> Path:
@@ -145,10 +163,19 @@ def fetch_weights(uri: str, version: ModelVersion, into: Path) -> Path:
         folder = Path(download_artifacts(source, dst_path=str(into), tracking_uri=uri))
         (folder / TRAINED_CONFIG).stat()
     except (MlflowException, OSError) as error:
-        reason = f"{shown(uri)} gives no weights and config of ncsn at {version.source}: {' '.join(str(error).split())}"
+        reason = f"{shown(uri)} gives no weights and config of ncsn at {version.source}: {one_line(error)}"
         hint = "restore its files; only a version of `ncsn register` has them"
         raise TrackingError(f"{SCHEME}{version.name}/{version.version}", reason, hint=hint) from error
     return folder
+
+
+def load_version(uri: str, address: str, *, device: str | torch.device) -> tuple[str, TrainedNetwork]:
+    """The version `models:/NAME/VERSION` that an address names in the registry at `uri`, and its network."""
+    with mlflow_errors(uri):
+        version = resolve_version(client_at(uri), address)
+    name = f"{SCHEME}{version.name}/{version.version}"
+    with tempfile.TemporaryDirectory(prefix="ncsn-") as folder:
+        return name, load_model(fetch_weights(uri, version, Path(folder)), origin=name, device=device)
 
 
 def copy_guide(config: Config, *, near: str, registry: str | None = None) -> Config:

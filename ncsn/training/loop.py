@@ -290,8 +290,7 @@ def train_loop(job: TrainingJob, context: WorkerContext, checkpoints: Checkpoint
     training = Training(job, context, checkpoints)
     started, first = time.perf_counter(), training.state.images_seen
     if context.rank == 0:
-        job.progress.start(training.last_image, "images")
-        job.progress.advance(first)
+        job.progress.start(training.last_image, "images", done=first)
     try:
         training.watchdog.start()
         if training.ended() and training.saved.startswith(checkpoint.RESUME):

@@ -64,6 +64,20 @@ def test_no_cache_reaches_every_task(submit, server: KfpServer) -> None:
     assert cached_tasks(run) == set()
 
 
+def test_ctrl_c_while_it_waits_says_where_the_run_goes_on(
+    submit, server: KfpServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pipelines.wait.wait", interrupted)
+    done = submit("--wait")
+    assert done.exit_code == 130
+    page = f"{server.url}/#/runs/details/{only(server.runs)['run_id']}"
+    (line,) = (line for line in done.stderr.splitlines() if page in line)
+    assert "goes on" in line
+
+
 def test_every_makes_a_schedule_whose_runs_name_themselves(submit, server: KfpServer) -> None:
     done = submit("--every", "0 3 * * 1")
     assert done.exit_code == 0, done.output

@@ -1,4 +1,4 @@
-"""`promote` and `trace` on a registry, and what they say when it refuses."""
+"""`promote`, `show` and `ls models` on a registry, and what they say when it refuses."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> str:
     client = client_at(uri)
     client.create_registered_model("digits")
     for value in (9.0, 8.0, 7.0, 7.1):
-        version = str(client.create_model_version("digits", "file:///nowhere").version)
+        tags = {"ncsn.model": "0123", "ncsn.bytes": "2500000"}
+        version = str(client.create_model_version("digits", "file:///nowhere", tags=tags).version)
         measured = Measurement("eval/classifier_fid_n512", value, 0.1, 512, "f" * 64, lower_is_better=True)
         pass_gate(client, name="digits", version=version, evidence=Evidence(measured, Memorization(0, 9, 0, 9)))
     return uri
@@ -63,8 +64,8 @@ def test_rollback_and_promote_say_what_they_did_and_dry_runs_what_they_would(ncs
         (["promote", "digits", "--version", "17"], "models:/digits/17"),
         (["promote", "nothing", "--rollback"], "models:/nothing"),
         (["promote", "digits", "--rollback", "--force"], "--rollback"),
-        (["trace", "models:/digits@best"], "models:/digits@best"),
-        (["trace", "whatever"], "whatever"),
+        (["show", "models:/digits@best"], "models:/digits@best"),
+        (["show", "whatever"], "whatever"),
     ],
 )
 def test_a_mistake_is_one_line(ncsn, require_mistake, args: list[str], key: str) -> None:

@@ -65,7 +65,7 @@ def printed(draw: Callable[[Console], None]) -> str:
 
 def test_help_lists_each_command_in_one_of_four_groups() -> None:
     text = CliRunner().invoke(app, ["--help"], prog_name="ncsn", terminal_width=100).output
-    _, *groups = re.split(r"^(?:Start|Steps|Models|Cluster):$", text[text.index("Options:") :], flags=re.MULTILINE)
+    _, *groups = re.split(r"^(?:Start|Steps|Results|Cluster):$", text[text.index("Options:") :], flags=re.MULTILINE)
     names = [re.findall(r"^  ([a-z-]+) {2,}", group, flags=re.MULTILINE) for group in groups]
     assert sorted(name for group in names for name in group) == sorted(app.commands)
     assert len(names) == 4 and len(names[0]) == 8 and names[0][:2] == ["init", "run"]

@@ -1,7 +1,8 @@
 """A real cluster, `infra/` on it under other names, and a namespace for each test: what `make test-cluster` runs.
 
-KUBECONFIG names the cluster, NCSN_IMAGE the image of all pods. What a failed test leaves to see is in the folder that
-NCSN_EVIDENCE names, by default cluster-evidence. NCSN_PATIENCE is a factor of all limits of time, by default 1.
+KUBECONFIG names the cluster, NCSN_IMAGE the image of all pods, NCSN_SLIM_IMAGE that of those that need no torch, if it
+is another. What a failed test leaves to see is in the folder that NCSN_EVIDENCE names, by default cluster-evidence.
+NCSN_PATIENCE is a factor of all limits of time, by default 1.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ def pytest_report_header() -> list[str]:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """First what all others rely on, last what takes longest, and each as long as a busy cluster needs."""
-    order = ("test_infra", "test_start", "test_training", "test_evaluation", "test_ending", "test_pipelines")
+    order = ("test_infra", "test_start", "test_training", "test_evaluation", "test_serving", "test_ending")
+    order += ("test_kueue", "test_pipelines")
     ours = [item for item in items if item.path.parent == Path(__file__).parent]
     for item in ours:
         (limit,) = item.iter_markers("timeout")

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from real_cluster import WORKERS, eventually
+from real_cluster import WORKERS, eventually, kubectl
 
 from ncsn.storage.heartbeat import LEASE_SECONDS
 
@@ -37,24 +37,55 @@ def test_ctrl_c_deletes_the_rayjob(place: Place, dataset: str) -> None:
     eventually(place.namespace.is_empty, "the RayJob and its pods are gone", seconds=120)
 
 
-@pytest.mark.timeout(720)
-def test_max_hours_ends_the_work_of_the_workers(place: Place, dataset: str) -> None:
-    with training(place, dataset, compute__kuberay__max_hours=0.05) as command:
-        eventually(lambda: place.namespace.pods(WORKERS) or command.ended, "there is a worker", seconds=240)
+@pytest.mark.timeout(1200)
+def test_max_hours_ends_a_training_that_has_begun(place: Place, dataset: str) -> None:
+    """The record says so, though the driver knows only that it was told to end."""
+    with training(place, dataset, compute__kuberay__max_hours=0.1) as command:
+        place.wait_for_checkpoint(RUN, command, seconds=340)
         code = command.wait(420)
     assert code == 1, command.said[-3000:]
     assert "DeadlineExceeded" in command.said
     eventually(lambda: not place.namespace.pods_at_work(WORKERS), "the worker is gone", seconds=60)
+    record = place.stored(f"runs/{RUN}/steps/train/step.json")
+    assert record["state"] == "FAILED" and "DeadlineExceeded" in record["error"]["message"]
+    assert place.checkpoints(RUN)
+    assert f"runs/{RUN}/steps/train/log.txt" in record["error"]["message"]
+    assert place.text(f"runs/{RUN}/steps/train/log.txt")
+
+
+@pytest.mark.timeout(900)
+def test_what_the_workers_wrote_last_outlives_the_cluster(place: Place, dataset: str) -> None:
+    with training(place, dataset, compute__max_failures=0) as command:
+        place.wait_for_checkpoint(RUN, command)
+        (worker,) = place.namespace.pods(WORKERS)
+        crash = (
+            "for p in /proc/[0-9]*; do grep -q '^ray::RayTrainWorker' $p/cmdline && kill -SEGV ${p#/proc/}; done; true"
+        )
+        where = (worker["metadata"]["name"], "--namespace", place.namespace.name, "--container", "ray-worker")
+        kubectl("exec", *where, "--", "bash", "-c", crash)
+        eventually(lambda: "workers.txt" in command.said or command.ended, "the file is named", seconds=240)
+        assert "workers.txt" in command.said, command.said[-3000:]
+        command.signal(signal.SIGINT)
+        assert command.wait(120) == 130, command.said[-3000:]
+    assert "Segmentation fault" in place.text(f"runs/{RUN}/steps/train/workers.txt")
+    eventually(place.namespace.is_empty, "the RayJob and its pods are gone", seconds=120)
 
 
 @pytest.mark.timeout(1200)
 def test_without_its_launcher_training_ends_by_the_lease(place: Place, dataset: str) -> None:
     kill_launcher(place, dataset)
-    # Its lease, a look at it and a checkpoint. It ends well, so that KubeRay makes no second attempt.
+    (before,) = place.namespace.get("rayclusters.ray.io")["items"]
+    # Its lease, a look at it and a checkpoint.
     seconds = eventually(
         lambda: not place.namespace.pods_at_work(WORKERS), "no worker is left", seconds=LEASE_SECONDS + 240
     )
     assert seconds > LEASE_SECONDS / 2
+    # It ends well, so that KubeRay makes no second attempt.
+    (rayjob,) = place.namespace.rayjobs()
+    status = rayjob["status"]
+    assert (status["jobDeploymentStatus"], status["jobStatus"], status.get("failed", 0)) == ("Complete", "SUCCEEDED", 0)
+    clusters = {each["metadata"]["name"] for each in place.namespace.get("rayclusters.ray.io")["items"]}
+    assert clusters <= {before["metadata"]["name"]}, "no second cluster was started"
     record = place.stored(f"runs/{RUN}/steps/train/step.json")
     assert (record["state"], record["error"]["kind"]) == ("KILLED", "LeaseExpired")
 
@@ -62,7 +93,7 @@ def test_without_its_launcher_training_ends_by_the_lease(place: Place, dataset: 
 @pytest.mark.timeout(900)
 def test_cleanup_ends_a_run_whose_launcher_is_gone(place: Place, dataset: str) -> None:
     kill_launcher(place, dataset)
-    command = place.commands.run("cleanup", "--namespace", place.namespace.name, "--run", RUN, seconds=120)
+    command = place.commands.run("cleanup", "--jobs", "--namespace", place.namespace.name, "--run", RUN, seconds=120)
     assert "deleted" in command.out.read_text()
     eventually(place.namespace.is_empty, "the RayJob is gone", seconds=120)
     assert place.stored(f"runs/{RUN}/status.json")["status"] == "KILLED"

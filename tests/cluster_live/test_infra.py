@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from installed_infra import CREDENTIALS, ENVIRONMENT, Infra, image_under_test
+from live_place import BUCKET
 from ncsn_commands import ROOT
 from real_cluster import PATIENCE, apply, eventually, kubectl
 
@@ -46,6 +48,32 @@ def test_the_servers_become_ready_and_a_second_apply_is_taken(infra: Infra) -> N
     assert len(restarts) >= 3 and not any(restarts.values()), restarts
 
 
+@pytest.mark.timeout(120)
+def test_a_task_may_change_its_notes_and_no_other_configmap(home: Place) -> None:
+    namespace = home.namespace.name
+
+    def may(verb: str, name: str) -> bool:
+        what = {"namespace": namespace, "verb": verb, "resource": "configmaps", "name": name}
+        spec = {"user": f"system:serviceaccount:{namespace}:pipeline-runner", "resourceAttributes": what}
+        review = {"apiVersion": "authorization.k8s.io/v1", "kind": "SubjectAccessReview", "spec": spec}
+        answer = kubectl("create", "--filename", "-", "--output", "json", stdin=json.dumps(review))
+        return bool(json.loads(answer)["status"]["allowed"])
+
+    assert may("get", "ncsn-runs") and may("patch", "ncsn-runs")
+    assert not any(may(verb, "workflow-controller-configmap") for verb in ("patch", "update", "delete"))
+
+
+@pytest.mark.timeout(240)
+def test_a_dump_of_the_database_can_be_restored(infra: Infra) -> None:
+    def inside(command: str) -> str:
+        return kubectl("exec", "--namespace", infra.system, "postgres-0", "--", "sh", "-c", command, seconds=120)
+
+    inside("pg_dump --username=mlflow --format=custom mlflow > /tmp/mlflow.dump")
+    inside("createdb --username=mlflow restored && pg_restore --username=mlflow --dbname=restored /tmp/mlflow.dump")
+    count = "psql --username=mlflow --tuples-only --command='select count(*) from alembic_version, experiments' "
+    assert int(inside(f"{count} restored")) == int(inside(f"{count} mlflow")) >= 1
+
+
 @pytest.mark.timeout(240)
 def test_doctor_finds_nothing_ill(home: Place) -> None:
     command = home.commands.run("doctor", "--json", *home.options(), seconds=180)
@@ -71,19 +99,53 @@ def test_an_artifact_goes_up_and_down_from_this_machine(home: Place) -> None:
 
 @pytest.mark.timeout(300)
 def test_an_artifact_goes_up_and_down_from_a_pod_of_another_namespace(place: Place) -> None:
-    name, namespace = "round-trip", place.namespace.name
+    start_pod(place, "round-trip", "python", "-c", _ROUND_TRIP)
+    assert ended_phase(place, "round-trip") == "Succeeded", log(place, "round-trip")
+
+
+@pytest.mark.timeout(900)
+def test_an_ingest_waits_for_an_object_store_that_is_away(infra: Infra, place: Place) -> None:
+    """In a pod: a forwarded port ends with the pod that it leads to."""
+    scale = ("scale", "statefulset/seaweedfs", "--namespace", infra.system)
+    settings = ("--set", f"storage.root=s3://{BUCKET}/{place.folder}", "--set", "data.max_images=777")
+    kubectl(*scale, "--replicas=0")
+    try:
+        eventually(
+            lambda: not infra.servers.pods_at_work("app.kubernetes.io/name=seaweedfs"), "it is away", seconds=120
+        )
+        start_pod(place, "away", "ncsn", "ingest", "--config", "digits", "--run", "away", *settings)
+        eventually(lambda: "unavailable" in log(place, "away"), "it is missed", seconds=120)
+    finally:
+        kubectl(*scale, "--replicas=1")
+        infra.wait_for_servers()
+    assert ended_phase(place, "away") == "Succeeded", log(place, "away")
+
+
+def start_pod(place: Place, name: str, *command: str) -> None:
     container = {
         "name": "main",
         "image": image_under_test(),
-        "command": ["python", "-c", _ROUND_TRIP],
+        "command": list(command),
         "envFrom": [{"configMapRef": {"name": ENVIRONMENT}}, {"secretRef": {"name": CREDENTIALS}}],
         "resources": {"requests": {"cpu": "100m", "memory": "512Mi"}, "limits": {"memory": "1Gi"}},
         "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
     }
     security = {"runAsNonRoot": True, "runAsUser": 1000, "seccompProfile": {"type": "RuntimeDefault"}}
     spec = {"restartPolicy": "Never", "securityContext": security, "containers": [container]}
-    metadata = {"name": name, "namespace": namespace}
+    metadata = {"name": name, "namespace": place.namespace.name}
     apply({"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec})
-    ended = {"Succeeded", "Failed"}
-    eventually(lambda: place.namespace.get("pod", name)["status"]["phase"] in ended, "the pod ended", seconds=240)
-    assert place.namespace.get("pod", name)["status"]["phase"] == "Succeeded", kubectl("logs", name, "-n", namespace)
+
+
+def ended_phase(place: Place, name: str) -> str:
+    def phase() -> str:
+        return str(place.namespace.get("pod", name)["status"]["phase"])
+
+    eventually(lambda: phase() in {"Succeeded", "Failed"}, "the pod ended", seconds=240)
+    return phase()
+
+
+def log(place: Place, name: str) -> str:
+    """Empty before the pod runs."""
+    if place.namespace.get("pod", name)["status"]["phase"] == "Pending":
+        return ""
+    return kubectl("logs", name, "--namespace", place.namespace.name)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from kubeflow_pipelines import ENDED, Kubeflow
-from real_cluster import eventually
+from edited_clone import SAYS, clone
+from kubeflow_pipelines import ENDED, NAMESPACE, Kubeflow
+from real_cluster import eventually, kubectl
 
 from ncsn.runs.steps import STEPS
 
@@ -15,6 +20,7 @@ if TYPE_CHECKING:
     from live_place import Place
 
 ENDLESS = {"train.num_images": 20_000_000, "train.checkpoint_every_images": 25600}
+ENDLESS_SAMPLES = {"sampling.num_images": 100_000, "sampling.sampler.steps_per_level": 60}
 LONG = {"train.num_images": 192_000, "train.checkpoint_every_images": 6400}
 JANITOR_SECONDS = 60
 
@@ -36,18 +42,33 @@ def test_a_run_succeeds_and_the_same_again_comes_from_the_cache(pipelines: Place
     assert not kubeflow.worked_tasks(second) & {"ingest", "tune", "train"}
     assert pipelines.stored(f"runs/{run}/status.json")["status"] == "FINISHED"
 
+    store = ("--json", *pipelines.options())
+    listed = pipelines.commands.run("ls", *store, seconds=300).result()
+    assert next(each["state"] for each in listed["runs"] if each["name"] == run) == "FINISHED"
+    (chain,) = pipelines.commands.run("show", run, *store, seconds=300).result()["chains"]
+    assert chain["facts"]["kfp.pipeline_run_id"] in (first, second)
+    found = pipelines.commands.run("cleanup", *store, seconds=600).result()
+    assert not [each for each in found["items"] if f"/runs/{run}/" in each["uri"]], "all of it is young"
 
-@pytest.mark.timeout(1800)
-def test_terminate_leaves_nothing_at_work(pipelines: Place, kubeflow: Kubeflow) -> None:
+
+@pytest.mark.timeout(2700)
+@pytest.mark.parametrize(
+    ("settings", "made"),
+    [pytest.param(ENDLESS, "checkpoints", id="train"), pytest.param(ENDLESS_SAMPLES, "samples", id="sample")],
+)
+def test_terminate_leaves_nothing_at_work(
+    pipelines: Place, kubeflow: Kubeflow, settings: dict[str, int], made: str
+) -> None:
+    """During a step that has made a checkpoint, or a shard of images."""
     run = pipelines.folder
-    options = pipelines.options(ENDLESS)
+    options = pipelines.options(settings)
     run_id = pipelines.commands.run("submit", "--json", *options, "--run", run, seconds=120).result()["id"]
-    eventually(lambda: pipelines.checkpoints(run), "training has made a checkpoint", seconds=1200)
+    eventually(lambda: pipelines.files(f"runs/{run}/{made}"), f"it has made some of its {made}", seconds=1800)
     kubeflow.terminate(run_id)
     eventually(lambda: not pipelines.at_work(run), "neither a RayJob nor a pod of the run is left", seconds=240)
     eventually(lambda: pipelines.stored(f"runs/{run}/status.json"), "the end is recorded", seconds=120)
     assert pipelines.stored(f"runs/{run}/status.json")["status"] == "KILLED"
-    assert pipelines.tracked(run) == {"FINISHED", "KILLED"}, "ingest finished, train and the run as a whole did not"
+    assert pipelines.tracked(run) == {"FINISHED", "KILLED"}, "the steps before finished, this one and the run did not"
     # The janitor closes the run while KFP may still wait for its exit handler.
     ended = ENDED - {"SUCCEEDED"}
     eventually(lambda: kubeflow.run(run_id)["state"] in ended, "Kubeflow calls the run ended", seconds=120)
@@ -68,6 +89,56 @@ def test_a_terminated_run_is_submitted_again(pipelines: Place, kubeflow: Kubeflo
     assert pipelines.stored(f"runs/{run}/status.json")["status"] == "FINISHED"
     assert pipelines.tracked(run) == {"FINISHED"}
     assert not pipelines.at_work(run)
+
+
+@pytest.mark.timeout(2400)
+def test_a_pipeline_runs_the_edited_code_of_a_clone(pipelines: Place, kubeflow: Kubeflow, tmp_path: Path) -> None:
+    """In its tasks, in the driver and in the worker, with the image as it was."""
+    run, edited = pipelines.folder, clone(tmp_path / "clone")
+    edited.edit("ncsn/training/loop.py")
+    options = ("--json", "--wait", *pipelines.options(), "--run", run, "--code", "here")
+    done = edited.ncsn("submit", *options, env={**os.environ, **pipelines.environment})
+    assert done.returncode == 0, done.stderr
+    assert kubeflow.run(json.loads(done.stdout)["id"])["state"] == "SUCCEEDED"
+    said = [line for line in pipelines.text(f"runs/{run}/steps/train/log.txt").splitlines() if line.endswith(SAYS)]
+    assert {line == SAYS for line in said} == {True, False}, "the worker's and the driver's"
+    (archive,) = pipelines.files("code")
+    report = pipelines.text(f"runs/{run}/report/report.html")
+    assert archive.removesuffix(".zip") in report and "Edited since that commit" in report
+
+
+@pytest.mark.timeout(3000)
+def test_of_two_runs_of_one_name_the_second_goes_on_when_the_first_is_terminated(
+    pipelines: Place, kubeflow: Kubeflow
+) -> None:
+    run = pipelines.folder
+    options = ("--json", *pipelines.options(LONG), "--run", run)
+    first = pipelines.commands.run("submit", *options, seconds=120).result()["id"]
+    eventually(lambda: pipelines.checkpoints(run), "training has made a checkpoint", seconds=1200)
+    second = pipelines.commands.run("submit", *options, seconds=120).result()["id"]
+    logs = ("logs", "--selector", f"pipeline/runid={second}", "--namespace", NAMESPACE, "--container=main", "--tail=-1")
+    eventually(lambda: "attached to RayJob" in kubectl(*logs), "the second run's launcher has attached", seconds=600)
+    kubeflow.terminate(first)
+    eventually(lambda: kubeflow.run(second)["state"] in ENDED, "the second run has ended", seconds=1500)
+    assert kubeflow.run(second)["state"] == "SUCCEEDED"
+    assert kubeflow.run(first)["state"] in ENDED - {"SUCCEEDED"}
+    assert pipelines.stored(f"runs/{run}/status.json")["status"] == "FINISHED"
+    assert pipelines.tracked(run) == {"FINISHED"}
+    eventually(lambda: not pipelines.at_work(run), "neither a RayJob nor a pod of the run is left", seconds=240)
+
+
+@pytest.mark.timeout(1200)
+def test_ctrl_c_of_a_submit_that_waits_leaves_the_run_alone(pipelines: Place, kubeflow: Kubeflow) -> None:
+    options = ("--json", "--wait", *pipelines.options(ENDLESS), "--run", pipelines.folder)
+    with pipelines.commands.running("submit", *options) as command:
+        eventually(lambda: "RUNNING" in command.said or command.ended, "it is watched", seconds=600)
+        command.signal(signal.SIGINT)
+        assert command.wait(30) == 130, command.said[-3000:]
+    started = command.result()
+    assert kubeflow.run(started["id"])["state"] == "RUNNING"
+    assert any(started["url"] in line for line in command.said.splitlines())
+    kubeflow.terminate(started["id"])
+    eventually(lambda: not pipelines.at_work(pipelines.folder), "nothing of the run is left", seconds=300)
 
 
 @pytest.mark.timeout(1800)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 import pytest
@@ -56,17 +57,13 @@ def test_after_the_loss_of_a_pod_training_goes_on_from_its_checkpoint(place: Pla
         shown = place.stored(f"runs/{RUN}/steps/train/progress.json")["done"]  # perhaps older than the checkpoint
         (lost,) = place.namespace.pods(kind)
         place.namespace.delete("pod", lost["metadata"]["name"], "--grace-period=1")
-        lowest = LONG["train.num_images"]
-
-        def ended() -> bool:
-            nonlocal lowest
-            progress = place.stored(f"runs/{RUN}/steps/train/progress.json") or {"done": lowest}
-            lowest = min(lowest, progress["done"])
-            return command.ended
-
-        eventually(ended, "the command has ended", seconds=600)
+        lowest = place.least_progress(RUN, command, seconds=600)
         assert command.wait(1) == 0, command.said[-3000:]
     assert command.result()["images_seen"] == LONG["train.num_images"]
+    told = [line for line in command.said.splitlines() if "resumes from" in line]
+    assert told and all(re.search(r"(images|resume)-\d+", line) for line in told), told
+    assert len([line for line in told if lost["metadata"]["name"] in line]) == (kind == HEADS), told
+    assert not re.search("code 1006|closed unexpectedly|No available node types", command.said)
     assert lowest >= min(kept, shown), "it began anew"
     assert place.stored(f"runs/{RUN}/steps/train/step.json")["error"] is None
     eventually(place.namespace.is_empty, "the RayJob and its pods are gone", seconds=120)

@@ -93,7 +93,8 @@ def test_shards_in_a_bucket_become_the_dataset_of_one_pass(s3_root, tmp_path, co
     assert sum(part.rows for part in manifest.parts["train"]) == manifest.counts["train"]
     assert len(manifest.parts["train"]) == 3  # of 144 images offered, 50 to a part
     assert np.array_equal(read_split(result["uri"], "test").images, read_split(expected.uri, "test").images)
-    objects = boto3.client("s3").list_objects_v2(Bucket=s3_root.removeprefix("s3://"), Prefix="store/datasets/")
+    bucket, _, prefix = s3_root.removeprefix("s3://").partition("/")
+    objects = boto3.client("s3").list_objects_v2(Bucket=bucket, Prefix=f"{prefix}/store/datasets/")
     assert not [entry["Key"] for entry in objects["Contents"] if "/.parts-" in entry["Key"]]
 
 

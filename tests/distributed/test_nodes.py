@@ -62,6 +62,40 @@ def test_a_worker_that_joins_late_is_waited_for(tiny: str, tmp_path: Path) -> No
         assert told == "enough\n", said
 
 
+FAILING = """
+import os, signal, sys, time
+from ncsn.config import from_yaml
+from ncsn.distributed.cluster import ray_cluster
+from ncsn.distributed.ray_calls import call_all
+
+def work(item):
+    print("at work on", item, flush=True)
+    if item == 0:
+        time.sleep(2)
+        os.kill(os.getpid(), signal.SIGSEGV)
+    time.sleep(10)
+
+with ray_cluster(from_yaml(sys.argv[1]), last_lines=sys.argv[2]):
+    list(call_all(work, range(3), cpus=1))
+"""
+
+
+def test_the_last_lines_of_a_job_reach_the_store(cluster: RayNodes, tiny: str, tmp_path: Path) -> None:
+    """Of all its workers on all nodes, with the stack of the one that is gone; not those of other jobs."""
+    file = tmp_path / "workers.txt"
+    for attempt in range(2):
+        done = cluster.run([sys.executable, "-c", FAILING, tiny, str(file)], seconds=300)
+        assert done.returncode == 1
+        last = done.stderr.strip().splitlines()[-1]
+        assert last.startswith("RuntimeError: WorkerCrashedError: ") and str(file) in last, (attempt, done.stderr)
+        text = file.read_text()
+        assert {f"at work on {item}" for item in range(3)} <= set(text.splitlines())
+        assert "Fatal Python error: Segmentation fault" in text and "WorkerCrashedError" in text
+        # Nodes of one machine share a folder of logs, so each of them has all.
+        calls = {log.partition("\n")[0] for log in text.split("--- ") if "at work on 0" in log}
+        assert 1 <= len(calls) <= 4, "the first call and its three retries, without those of the other job"
+
+
 def ncsn(cluster: RayNodes, step: str, config: Path, *options: str) -> dict[str, Any]:
     done = cluster.run([sys.executable, "-m", "ncsn", step, "--config", str(config), *options, "--json"], seconds=600)
     assert done.returncode == 0, done.stderr

@@ -6,6 +6,7 @@ import json
 import shutil
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from local_training import (
     Recorder,
     assert_close_tensors,
     assert_same_tensors,
+    tensors,
     train_for_tensors,
     train_locally,
     train_until_killed,
@@ -31,6 +33,7 @@ from ncsn.model import build
 from ncsn.model.averages import build_average, snapshots
 from ncsn.model.checkpoint import load_checkpoint
 from ncsn.model.checkpoint_store import CheckpointStore
+from ncsn.progress import Progress
 from ncsn.runs.history import load_history
 from ncsn.storage import heartbeat
 from ncsn.storage.heartbeat import Lease, LeaseExpired
@@ -40,14 +43,23 @@ from ncsn.training.loop import TrainingJob, TrainOutcome, train_loop
 
 @pytest.mark.oracle(22)
 def test_resume_is_bitwise(tiny: str, dataset: str, tmp_path: Path) -> None:
-    """10 steps = 5 + resume + 5 (spec 7.22)."""
+    """10 steps = 5 + resume + 5 (spec 7.22). Who watches never sees that it began anew."""
+
+    class Shown(Progress):
+        shown: ClassVar[list[int]] = []
+
+        def changed(self) -> None:
+            self.shown.append(self.done)
+
     config, halves = from_yaml(tiny), from_yaml(tiny)
     whole = train_for_tensors(config, dataset, tmp_path / "whole")
     sink = Recorder()
     train_until_killed(TrainingJob(config=halves, dataset=dataset, sink=sink), tmp_path / "halves")
     assert sink.closed
     resumed = Recorder()
-    second = train_for_tensors(halves, dataset, tmp_path / "halves", resumed)
+    job = TrainingJob(config=halves, dataset=dataset, sink=resumed, progress=Shown())
+    second = tensors(tmp_path / "halves" / train_locally(job, tmp_path / "halves").checkpoint)
+    assert Shown.shown == [80, 96, 112, 128, 144, 160]
     assert [seen for seen, _ in resumed.points] == [96, 128, 160]
     assert whole.keys() == second.keys()
     assert all(torch.equal(whole[key], second[key]) for key in whole)

@@ -14,6 +14,7 @@ import jsonschema
 Manifest = dict[str, Any]
 
 UNBOUNDED = 2147483647
+EVICTION = {"cluster-autoscaler.kubernetes.io/safe-to-evict": "false", "karpenter.sh/do-not-disrupt": "true"}
 SECRET_NAME = re.compile(r"SECRET|TOKEN|PASSWORD|KEY|CREDENTIAL", re.IGNORECASE)
 
 
@@ -60,6 +61,8 @@ def _house_errors(spec: Manifest) -> Iterator[str]:
 
 def _pod_errors(pod: Manifest, *, ray: bool) -> Iterator[str]:
     spec = pod["spec"]
+    if ray and not EVICTION.items() <= pod["metadata"].get("annotations", {}).items():
+        yield "an autoscaler may move it"
     if pod.get("metadata", {}).get("labels", {}).get("sidecar.istio.io/inject") != "false":
         yield "a sidecar may be injected"
     if spec.get("automountServiceAccountToken") is not False:
@@ -69,6 +72,8 @@ def _pod_errors(pod: Manifest, *, ray: bool) -> Iterator[str]:
     memory = {volume["name"] for volume in spec.get("volumes", []) if _is_sized_memory(volume)}
     for container in spec["containers"]:
         mounts = {mount["mountPath"]: mount["name"] for mount in container.get("volumeMounts", [])}
+        if not container.get("securityContext", {}).get("readOnlyRootFilesystem") or "/tmp" not in mounts:
+            yield "more than volumes is writable, or /tmp is not"
         if ray and mounts.get("/dev/shm") not in memory:
             yield "/dev/shm is not a sized memory volume"
         if not {"cpu", "memory"} <= container.get("resources", {}).get("limits", {}).keys():

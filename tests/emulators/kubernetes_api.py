@@ -94,13 +94,19 @@ class Cluster:
                 return resource
             return self._store(plural, resource)
 
-    def delete(self, plural: str, name: str) -> Resource:
+    def delete(self, plural: str, name: str, uid: str | None = None) -> Resource:
+        found = self.get(plural, name)
+        if found is not None and uid not in (None, found["metadata"]["uid"]):
+            raise Refusal(409, "Conflict", f"the UID in the precondition ({uid}) is not that of the object")
         stamp = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         return self.update(plural, name, lambda resource: resource["metadata"].setdefault("deletionTimestamp", stamp))
 
-    def allows(self, verb: str, group: str, resource: str) -> bool:
+    def allows(self, verb: str, group: str, resource: str, name: str) -> bool:
         return any(
-            verb in rule["verbs"] and group in rule["apiGroups"] and resource in rule["resources"]
+            verb in rule["verbs"]
+            and group in rule["apiGroups"]
+            and resource in rule["resources"]
+            and name in rule.get("resourceNames", [name])
             for rule in self.rules
         )
 
@@ -127,6 +133,17 @@ def pairs(rules: list[Resource]) -> Iterator[tuple[str, str]]:
     """(verb, resource) that the rules grant."""
     for rule in rules:
         yield from ((verb, resource) for resource in rule["resources"] for verb in rule["verbs"])
+
+
+def _merge(resource: Resource, change: Resource) -> None:
+    """RFC 7386."""
+    for key, value in change.items():
+        if value is None:
+            resource.pop(key, None)
+        elif isinstance(value, dict):
+            _merge(resource.setdefault(key, {}), value)
+        else:
+            resource[key] = value
 
 
 class ApiServer:
@@ -169,6 +186,9 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         self._answer("create")
 
+    def do_PATCH(self) -> None:
+        self._answer("patch")
+
     def do_DELETE(self) -> None:
         self._answer("delete")
 
@@ -191,7 +211,7 @@ class _Handler(BaseHTTPRequestHandler):
             case ["apis", "authorization.k8s.io", "v1", "selfsubjectaccessreviews"]:
                 asked = body["spec"]["resourceAttributes"]
                 resource = "/".join(part for part in (asked["resource"], asked.get("subresource")) if part)
-                allowed = self.cluster.allows(asked["verb"], asked.get("group", ""), resource)
+                allowed = self.cluster.allows(asked["verb"], asked.get("group", ""), resource, asked.get("name", ""))
                 self._send(body | {"status": {"allowed": allowed}}, 201)
             case ["apis", "ray.io", "v1", "namespaces", _, "rayjobs", *name]:
                 self._change_or_show(verb, "ray.io", "rayjobs", name, query, body)
@@ -217,20 +237,22 @@ class _Handler(BaseHTTPRequestHandler):
     def _change_or_show(
         self, verb: str, group: str, plural: str, name: list[str], query: dict[str, str], body: Any
     ) -> None:
-        self._authorize("list" if verb == "get" and not name else verb, group, plural)
+        self._authorize("list" if verb == "get" and not name else verb, group, plural, *name)
         if verb == "create":
             created = self.cluster.create(plural, body)
             if plural == "rayjobs":
                 self.cluster.on_create(body["metadata"]["name"])
             self._send(created, 201)
+        elif verb == "patch":
+            self._send(self.cluster.update(plural, name[0], lambda resource: _merge(resource, body)))
         elif verb == "delete":
-            self._send(self.cluster.delete(plural, name[0]))
+            self._send(self.cluster.delete(plural, name[0], (body.get("preconditions") or {}).get("uid")))
         else:
             self._send_found(plural, name, query)
 
-    def _authorize(self, verb: str, group: str, resource: str) -> None:
+    def _authorize(self, verb: str, group: str, resource: str, name: str = "") -> None:
         self.cluster.requests.append((verb, resource))
-        if not self.cluster.allows(verb, group, resource):
+        if not self.cluster.allows(verb, group, resource, name):
             full = f"{resource}.{group}" if group else resource
             raise Refusal(
                 403,

@@ -36,11 +36,12 @@ class Infra:
         for path in self.folder.rglob("*.yaml"):
             text = re.sub(r"\bncsn-system\b", self.system, path.read_text())
             path.write_text(re.sub(r"(?<![\w./-])kubeflow(?![\w./-])", self.pipelines, text))
-        name, _, tag = image_under_test().rpartition(":")
+        full = image_under_test()
+        tested = {"ncsn-python": full, "ncsn-slim": os.environ.get("NCSN_SLIM_IMAGE", full)}
         for path in self.folder.rglob("kustomization.yaml"):
             settings = yaml.safe_load(path.read_text())
-            for entry in settings.get("images", []):
-                entry |= {"newName": name, "newTag": tag}
+            for entry in (each for each in settings.get("images", []) if each["name"] in tested):
+                entry["newName"], _, entry["newTag"] = tested[entry["name"]].rpartition(":")
             path.write_text(yaml.safe_dump(settings))
 
     @property

@@ -73,6 +73,18 @@ class Place:
         assert not command.ended, command.said[-3000:]
         return max(int(name.removeprefix("images-")) for name in self.checkpoints(run))
 
+    def least_progress(self, run: str, command: Command, *, seconds: float) -> int:
+        """The fewest images that training shows as done until the command ends."""
+        seen: list[int] = []
+
+        def ended() -> bool:
+            progress = self.stored(f"runs/{run}/steps/train/progress.json")
+            seen.extend([progress["done"]] if progress else [])
+            return command.ended
+
+        eventually(ended, "the command has ended", seconds=seconds)
+        return min(seen)
+
     def checkpoints(self, run: str) -> set[str]:
         files = self.files(f"runs/{run}/checkpoints")
         return {name.partition("/")[0] for name in files if name.endswith("/checkpoint.json")}

@@ -19,6 +19,8 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 from ports import free_ports
 
+BUCKET = "ncsn-tests"
+
 
 @dataclass
 class S3Server:
@@ -44,8 +46,8 @@ class S3Server:
         while time.monotonic() < deadline and self.process.poll() is None:
             try:
                 with suppress(client.exceptions.BucketAlreadyOwnedByYou, client.exceptions.BucketAlreadyExists):
-                    client.create_bucket(Bucket="ncsn-ready")
-                client.put_object(Bucket="ncsn-ready", Key="ready", Body=b"ready")
+                    client.create_bucket(Bucket=BUCKET)
+                client.put_object(Bucket=BUCKET, Key="ready", Body=b"ready")
             except (BotoCoreError, ClientError):
                 time.sleep(0.2)
             else:

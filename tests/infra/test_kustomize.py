@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -46,13 +47,38 @@ def test_kubectl_renders_it(folder: Path) -> None:
     assert not any(kind in {"Secret", "RayJob"} for kind, _, _ in names), "examples and the template are not applied"
 
 
-@pytest.mark.parametrize("overlay", ["standalone", "kueue", "gpu", "monitoring"])
+@pytest.mark.parametrize("overlay", ["standalone", "kueue", "gpu", "monitoring", "serving"])
 def test_an_overlay_is_standalone_with_the_pushed_image(overlay: str) -> None:
     folder = ROOT / "infra" / "overlays"
     everything = rendered(folder / overlay)
     assert [each for each in everything if each in rendered(folder / "standalone")] == rendered(folder / "standalone")
     ours = {image for image in images(everything) if "ncsn-python" in image}
-    assert ours == {"registry.example.com/ncsn-python:0.1.0"}
+    full, slim = "registry.example.com/ncsn-python:0.1.0", "registry.example.com/ncsn-python:0.1.0-slim"
+    assert ours == ({full, slim} if overlay == "serving" else {slim})
+
+
+def test_a_release_names_every_image_by_its_digest() -> None:
+    folder = ROOT / "infra" / "overlays"
+    names = {image.rpartition(":")[0] for image in images(rendered(folder / "standalone"))}
+    pinned = images(rendered(folder / "release"))
+    assert {image.rpartition("@")[0] for image in pinned} == names
+    assert all(re.fullmatch(r"[^@:]+@sha256:[0-9a-f]{64}", image) for image in pinned)
+
+
+def test_with_an_identity_there_is_no_key_no_store_and_no_address_of_one() -> None:
+    resources = rendered(ROOT / "infra" / "overlays" / "identity")
+    assert not re.search(r"seaweedfs|AWS_ENDPOINT_URL|S3_ENDPOINT_URL|ACCESS_KEY", yaml.safe_dump_all(resources))
+    accounts = {each["metadata"]["name"]: each for each in resources if each["kind"] == "ServiceAccount"}
+    assert accounts.keys() == {"mlflow", "ncsn-janitor", "ncsn-ray"}
+    assert all("eks.amazonaws.com/role-arn" in each["metadata"]["annotations"] for each in accounts.values())
+    (server,) = (each for each in resources if each["kind"] == "Deployment")
+    (plain,) = (each for each in rendered(ROOT / "infra" / "base" / "mlflow") if each["kind"] == "Deployment")
+    pod, was = (each["spec"]["template"]["spec"] for each in (server, plain))
+    assert pod["serviceAccountName"] == "mlflow" and pod["containers"][0]["envFrom"][0]["secretRef"]["optional"]
+    changed = zip(pod["containers"][0]["args"], was["containers"][0]["args"], strict=True)
+    assert [(new.partition("=")[0], old.partition("=")[0]) for new, old in changed if new != old] == [
+        ("--artifacts-destination", "--artifacts-destination")
+    ]
 
 
 def test_login_is_standalone_with_an_account_from_the_secret_that_pods_have() -> None:

@@ -7,6 +7,7 @@ import re
 import tomllib
 from collections.abc import Iterator
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import sqlalchemy
 import yaml
 from kuberay_rules import SECRET_NAME, house_errors, load_schemas, schema_errors
 from kubernetes.client import models
+from ray.serve.schema import ServeDeploySchema
 
 ROOT = Path(__file__).parents[2]
 INFRA = ROOT / "infra"
@@ -25,9 +27,11 @@ RESOURCES = sorted(
     path for path in INFRA.glob("*/*/*.yaml") if path.name not in {"kustomization.yaml", "docker-compose.yaml"}
 )
 TEMPLATE = INFRA / "base" / "kuberay" / "rayjob.yaml"
+SERVICE = INFRA / "overlays" / "serving" / "ray-service.yaml"
 POD_KINDS = {"Deployment", "StatefulSet", "Job"}
+RESTRICTED = {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}}
 # Resources of other projects, of which no schema is at hand: their fields are not checked here.
-FOREIGN = {"PodMonitor", "ResourceFlavor", "ClusterQueue", "LocalQueue", "RayJob"}
+FOREIGN = {"PodMonitor", "ResourceFlavor", "ClusterQueue", "LocalQueue", "RayJob", "RayService"}
 
 
 def name_of(path: Path) -> str:
@@ -93,7 +97,8 @@ def test_pods_are_limited_unprivileged_and_hold_no_secret(path: Path) -> None:
     assert pod["securityContext"]["runAsNonRoot"] is True and pod["securityContext"]["runAsUser"] > 0
     for container in (*pod.get("initContainers", []), *pod["containers"]):
         assert container["resources"]["limits"].keys() >= {"cpu", "memory"}
-        assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+        assert container["securityContext"] == RESTRICTED
+        assert {"mountPath": "/tmp", "name": "tmp"} in container["volumeMounts"]
         assert re.search(r":v?\d+\.\d+", container["image"]), "the image is pinned"
         earlier: set[str] = set()
         for variable in container.get("env", []):
@@ -115,9 +120,10 @@ def test_the_janitor_is_small_unprivileged_and_never_twice_at_work() -> None:
     assert pod["securityContext"]["runAsNonRoot"] is True
     assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
     (container,) = pod["containers"]
-    assert container["command"] == ["ncsn", "cleanup"] and "args" not in container
+    assert container["command"] == ["ncsn", "cleanup", "--jobs"] and "args" not in container
     assert container["resources"]["requests"].keys() == container["resources"]["limits"].keys() == {"cpu", "memory"}
-    assert container["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+    assert container["securityContext"] == RESTRICTED
+    assert container["volumeMounts"] == [{"mountPath": "/tmp", "name": "tmp"}]
 
 
 def test_every_resource_is_applied_or_an_example() -> None:
@@ -178,8 +184,9 @@ def test_probes_are_patient_with_a_busy_node(path: Path) -> None:
     """A timeout of one second, the default, ended servers at work."""
     for container in load(path)["spec"]["template"]["spec"]["containers"]:
         probes = {kind: probe for kind, probe in container.items() if kind.endswith("Probe")}
+        assert {"readinessProbe", "livenessProbe"} <= probes.keys()
         assert all(probe["timeoutSeconds"] >= 10 for probe in probes.values())
-        assert probes.get("livenessProbe", {"failureThreshold": 6})["failureThreshold"] >= 6
+        assert probes["livenessProbe"]["failureThreshold"] >= 6
 
 
 def test_servers_stop_change_and_keep_as_they_must() -> None:
@@ -220,12 +227,35 @@ def test_the_template_is_a_valid_rayjob() -> None:
         assert schema_errors(cluster | {"spec": template["spec"]["rayClusterSpec"]}, schema) == []
 
 
+def test_the_service_is_a_valid_rayservice_whose_pods_are_as_those_of_a_rayjob() -> None:
+    service = load(SERVICE)
+    for schema in load_schemas("RayService").values():
+        assert schema_errors(service, schema) == []
+    cluster, template = service["spec"]["rayClusterConfig"], load(TEMPLATE)["spec"]
+    as_a_job = {"rayClusterSpec": cluster, **{key: template[key] for key in template if key != "rayClusterSpec"}}
+    assert house_errors({"spec": as_a_job}) == []
+    wanted = cluster["workerGroupSpecs"][0]["template"]["spec"]["containers"][0]["resources"]["requests"]["cpu"]
+    config = ServeDeploySchema.model_validate(yaml.safe_load(service["spec"]["serveConfigV2"]))
+    (application,) = config.applications
+    assert application.args.keys() == {"model"}
+    module, _, function = application.import_path.partition(":")
+    assert callable(getattr(import_module(module), function))
+    cpus = {each.name: each.num_replicas * each.ray_actor_options.num_cpus for each in application.deployments}
+    assert cpus.keys() == {"Front", "Sampler"}
+    assert sum(cpus.values()) <= cluster["workerGroupSpecs"][0]["replicas"] * int(wanted)
+
+
 def test_the_template_the_image_and_the_pins_agree() -> None:
     pin = re.search(r"^ray==(\S+)$", (ROOT / "constraints.txt").read_text(), flags=re.MULTILINE)
     assert pin and load(TEMPLATE)["spec"]["rayClusterSpec"]["rayVersion"] == pin[1]
-    images = {image for path in RESOURCES for image in re.findall(r"image: (ncsn-python:\S+)", path.read_text())}
-    assert images == {f"ncsn-python:{VERSION}"}
-    assert load(INFRA / "image" / "kustomization.yaml")["images"][0]["newTag"] == VERSION
+    assert load(SERVICE)["spec"]["rayClusterConfig"]["rayVersion"] == pin[1]
+    images = {image for path in RESOURCES for image in re.findall(r"image: (ncsn-\S+)", path.read_text())}
+    assert images == {f"ncsn-python:{VERSION}", f"ncsn-slim:{VERSION}"}
+    renamed = load(INFRA / "image" / "kustomization.yaml")["images"]
+    assert {each["name"]: each["newTag"] for each in renamed} == {
+        "ncsn-python": VERSION,
+        "ncsn-slim": f"{VERSION}-slim",
+    }
     assert f"NCSN_IMAGE:-ncsn-python:{VERSION}" in (INFRA / "compose" / "docker-compose.yaml").read_text()
 
 
@@ -234,7 +264,8 @@ def test_the_image_carries_what_kuberay_needs() -> None:
     assert "COPY infra/base/kuberay/rayjob.yaml /etc/ncsn/rayjob.yaml" in dockerfile
     assert "NCSN_RAYJOB_TEMPLATE=/etc/ncsn/rayjob.yaml" in dockerfile
     assert re.search(r"apt-get install .*\bwget\b", dockerfile), "the probes of KubeRay call wget"
-    assert "['optional-dependencies']['server']" in dockerfile, "MLflow needs a driver for PostgreSQL"
+    assert "extras['server']" in dockerfile, "MLflow needs a driver for PostgreSQL"
+    assert "extras['serve']" in dockerfile, "infra/overlays/serving runs in it"
     assert "'torch-fidelity'" in dockerfile, "evaluation.extractor: inception needs it, and nothing is installed later"
     assert re.search(r"^torch_fidelity==", (ROOT / "constraints.txt").read_text(), flags=re.MULTILINE)
     assert re.search(r"^ARG BASE_IMAGE=python:\d+\.\d+\.\d+-", dockerfile, flags=re.MULTILINE), "the base is pinned"

@@ -21,6 +21,7 @@ NAMESPACES = {
     "ncsn-system": {"app.kubernetes.io/part-of": "ncsn"},
     "kuberay-system": {},
     "monitoring": {},
+    "ingress": {"ncsn.dev/ingress": "true"},
     "elsewhere": {},
 }
 
@@ -70,6 +71,7 @@ PODS = {
         "kubeflow", {"app.kubernetes.io/name": "kuberay", "app.kubernetes.io/component": "kuberay-operator"}
     ),
     "prometheus": Pod("monitoring", {"app.kubernetes.io/name": "prometheus"}),
+    "ingress controller": Pod("ingress"),
     "stranger": Pod("elsewhere", {"app.kubernetes.io/name": "anything"}),
 }
 
@@ -124,6 +126,7 @@ def reaches(source: Pod, target: Pod, port: int, *, without: str = "") -> bool:
         ("janitor", "seaweedfs", 8333),
         ("worker", "seaweedfs", 8333),
         ("head", "mlflow", 5000),
+        ("ingress controller", "mlflow", 5000),
         ("mlflow", "seaweedfs", 8333),
         ("mlflow", "postgres", 5432),
     ],
@@ -142,6 +145,7 @@ def test_what_must_talk_may(source: str, target: str, port: int) -> None:
         ("stranger", "seaweedfs", 8333),
         ("KFP task", "seaweedfs", 9333),
         ("stranger", "mlflow", 5000),
+        ("ingress controller", "seaweedfs", 8333),
         ("KFP task", "postgres", 5432),
     ],
 )

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,9 +35,11 @@ PROBE = POD["readinessProbe"]["httpGet"]["path"]
 def mlflow(folder: Path, patch: pytest.MonkeyPatch, *more: str, **environment: str) -> Iterator[str]:
     """The server with the arguments and variables of its manifest, on SQLite; its address."""
     plain = {each["name"]: each["value"] for each in POD["env"] if "value" in each}
-    database = {"MLFLOW_BACKEND_STORE_URI": f"sqlite:///{folder}/mlflow.db"}
+    database = {"MLFLOW_BACKEND_STORE_URI": f"sqlite:///{folder}/mlflow.db", "HOME": str(folder)}
     for name, value in (plain | database | environment).items():
         patch.setenv(name, value)
+    (folder / "torch.py").write_text("raise ImportError('the slim image has none')")
+    patch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
     assert POD["command"] == ["mlflow", "server"]
     command = [*MLFLOW, "server", *POD["args"], "--workers=1", *more]  # of an option that comes twice, the last counts
     with Server(command, folder=folder, health="/health") as server:
@@ -69,7 +72,7 @@ def test_with_a_login_it_lets_in_who_has_the_account(tmp_path: Path, monkeypatch
     """The arguments and the settings of the overlay `login`."""
     overlay = BASE.parent / "overlays" / "login"
     (patch,) = load(overlay / "kustomization.yaml")["patches"]
-    added = [each["value"] for each in yaml.safe_load(patch["patch"])]
+    added = [each["value"] for each in yaml.safe_load(patch["patch"]) if each["path"].endswith(("/args/-", "/env/-"))]
     (name,) = (each for each in added if isinstance(each, str))
     variables = {each["name"]: each for each in added if isinstance(each, dict)}
     settings = load(overlay / "basic-auth.yaml")["data"]["basic-auth.ini"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,17 @@ def test_tasks_install_nothing_and_get_addresses_and_secrets_by_reference(docume
         assert {field["name"] for field in executor["fieldPathAsEnv"]} == {KFP_RUN_ID, KFP_WORKFLOW}
 
 
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_task_that_computes_has_its_shared_memory_in_memory(name: str) -> None:
+    _, platform = yaml.safe_load_all((COMPILED / f"{name}.yaml").read_text())
+    executors = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    mounted = {label.removeprefix("exec-"): each.get("emptyDirMounts", []) for label, each in executors.items()}
+    shm = {"volumeName": "shm", "mountPath": "/dev/shm", "medium": "Memory"}
+    computing = {"tune", "train", "sample", "evaluate", "sample-model"} & mounted.keys()
+    assert len(computing) >= 2
+    assert {task: found for task, found in mounted.items() if found} == {task: [shm] for task in computing}
+
+
 def fitted(tmp_path: Path, *, searching: bool = True, **compute: object) -> tuple[Any, Any]:
     """The pipeline and its pods for a large experiment."""
     sized = ComputeConfig.model_validate(LARGE | compute)
@@ -113,6 +125,33 @@ def test_a_launcher_is_small_and_a_config_that_is_not_known_leaves_room(tmp_path
             assert resources(launched)[task] == LAUNCHER
             assert launched["components"][f"comp-{task}"]["taskConfigPassthroughs"]
     assert resources(spec)["train"] == UNKNOWN
+
+
+def test_only_tasks_that_need_no_torch_get_the_slim_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.compile.SLIM_IMAGE", "slim:1")
+
+    def slim(**settings: Any) -> dict[str, dict[str, str]]:
+        """The tasks with the slim image and their variables."""
+        spec, _ = fitted(tmp_path, **settings)
+        containers = {name: each["container"] for name, each in spec["deploymentSpec"]["executors"].items()}
+        assert {each["image"] for each in containers.values()} == {IMAGE, "slim:1"}
+        return {
+            name.removeprefix("exec-"): {each["name"]: each["value"] for each in container["env"]}
+            for name, container in containers.items()
+            if container["image"] == "slim:1"
+        }
+
+    launched = slim(backend="kuberay", searching=False)
+    assert launched.keys() == {"finish", "tune", "train", "sample", "evaluate"}
+    assert all(each["NCSN_IMAGE"] == IMAGE for each in launched.values()), "what they start has torch"
+    assert "NCSN_WORKER_MEMORY" not in launched["train"], "the config says it"
+    sized = slim(backend="kuberay", searching=False, kuberay={})
+    assert re.fullmatch(r"\d{4,}Mi", sized["train"]["NCSN_WORKER_MEMORY"])
+    assert slim(backend="kuberay").keys() == {"finish"}, "the search decides about the others"
+    assert slim(searching=False).keys() == slim(backend="ray-jobs", searching=False).keys() == {"finish", "tune"}
+    spec, _ = yaml.safe_load_all(compile_one("train_pipeline", tmp_path).read_text())
+    images = {name: each["container"]["image"] for name, each in spec["deploymentSpec"]["executors"].items()}
+    assert [name for name, image in images.items() if image == "slim:1"] == ["exec-finish"]
 
 
 def test_a_task_that_works_itself_is_as_large_as_its_workers(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from kuberay_operator import Operator
 from kubernetes_api import ApiServer, Cluster, rules_of
 from ray_nodes import RayNodes
@@ -23,7 +24,8 @@ from ncsn.remote import backend, kuberay, pods
 from ncsn.remote.backend import RemoteStep
 from ncsn.remote.kuberay import KubeRay
 
-ROLE = Path(__file__).parents[2] / "infra" / "base" / "rbac" / "launcher-role.yaml"
+BASE = Path(__file__).parents[2] / "infra" / "base"
+ROLE, NOTES = BASE / "rbac" / "launcher-role.yaml", BASE / "janitor" / "notes.yaml"
 
 
 @dataclass
@@ -66,7 +68,7 @@ class Emulation:
 
     def launch(self, code: str) -> Launched:
         """Run the code as a RayJob, from another process."""
-        step = json.dumps({key: value for key, value in vars(self.step(code)).items() if key != "mistaken"})
+        step = json.dumps({key: value for key, value in vars(self.step(code)).items() if not callable(value)})
         return Launched('{"backend": "kuberay"}', step, env=dict(os.environ))
 
     @property
@@ -81,6 +83,7 @@ class Emulation:
 @pytest.fixture
 def emulation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulation]:
     cluster = Cluster(rules=rules_of(ROLE))
+    cluster.create("configmaps", yaml.safe_load(NOTES.read_text()))
     server, operator = ApiServer(cluster), Operator(cluster)
     server.write_kubeconfig(tmp_path / "kubeconfig")
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "kubeconfig"))

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from ncsn.remote.backend import first_error
-from ncsn.remote.pods import trouble_of, trouble_of_owner
+from ncsn.remote.pods import end_of, trouble_of, trouble_of_owner
 
 IMAGE = "registry.example/ncsn-python:9"
 REFUSAL = (
@@ -88,6 +88,14 @@ def test_what_keeps_a_pod_from_running_is_named(pod: Any, reason: str, *, final:
 )
 def test_a_pod_that_starts_or_works_has_none(well: dict[str, Any]) -> None:
     assert trouble_of(well, []) is None
+
+
+def test_how_a_container_ended_that_runs_again_is_kept() -> None:
+    again = {"state": {"running": {}}, "restartCount": 1}
+    lost = end_of(pod({**again, "lastState": ended(137, "OOMKilled")}, phase="Running"))
+    assert lost is not None and (lost.reason, lost.final) == ("OOMKilled", False) and "137" in lost.message
+    assert end_of(pod({**again, "lastState": ended(0, "Completed")}, phase="Running")) is None
+    assert end_of(pod({"state": {"running": {}}}, phase="Running")) is None
 
 
 def test_pods_that_are_refused_are_told_by_their_owners_events() -> None:

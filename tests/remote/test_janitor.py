@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,16 +11,19 @@ import pytest
 from click.testing import CliRunner
 from kubernetes_api import pairs, rules_of
 from mlflow.tracking import MlflowClient
+from webhook import receiver
 
 from ncsn.cli import app
 from ncsn.config import Config, from_yaml, to_json
+from ncsn.events import tell
 from ncsn.process import KFP_RUN_ID, KFP_WORKFLOW
 from ncsn.remote.backend import RemoteLost
+from ncsn.remote.kuberay import NOTES
 from ncsn.remote.kubernetes import KubernetesApi
 from ncsn.runs.folder import Outcome, read_outcome, read_step, run_folder, write_outcome
 from ncsn.steps import finish, ingest
 from ncsn.steps.execution import run_kfp_task
-from ncsn.steps.janitor import clean_up
+from ncsn.steps.janitor import clean_up, note_run
 from ncsn.tracking.mlflow_runs import step_run
 
 INFRA = Path(__file__).parents[2] / "infra" / "base"
@@ -82,9 +86,14 @@ def statuses(config: Config) -> dict[str, str]:
     return {each.data.tags.get("ncsn.step", "run"): each.info.status for each in runs}
 
 
-def notes(emulation: Any) -> list[Any]:
-    found: list[Any] = emulation.cluster.list("configmaps")
+def notes(emulation: Any) -> dict[str, str]:
+    found: dict[str, str] = emulation.cluster.get("configmaps", NOTES).get("data", {})
     return found
+
+
+def note(run: str, workflow: str, config: Config) -> None:
+    text = json.dumps({"workflow": workflow, "run": "mine", "config": to_json(config)})
+    KubernetesApi().patch("configmaps", NOTES, {"data": {run: text}})
 
 
 def lost(*_: Any, **__: Any) -> None:
@@ -119,7 +128,7 @@ def test_a_run_without_its_exit_handler_is_closed_as_it_ended(
     if status == "KILLED":
         assert found == Outcome("KILLED", "terminated", "train")
         assert statuses(config) == {"run": "KILLED", "ingest": "FINISHED", "train": "KILLED"}
-    assert notes(emulation) == []
+    assert notes(emulation) == {}
     assert janitor() == []
 
 
@@ -150,6 +159,19 @@ def test_a_running_pipeline_is_left_alone(emulation: Any, config: Config, janito
     emulation.cluster.delete("rayjobs", "working")
 
 
+def test_a_pipeline_run_starts_once_however_many_tasks_it_has(emulation: Any, config: Config) -> None:
+    with receiver() as sent, pytest.MonkeyPatch.context() as patch:
+        patch.setenv(KFP_RUN_ID, "77aa")
+        patch.setenv(KFP_WORKFLOW, WORKFLOW)
+        for _ in range(2):
+            run_kfp_task("ingest", config, run="mine", given={})
+        tell("finished", run="mine")
+        started, end = sent.wait_for(2)
+    assert (started["event"], started["run"], started["kfp_run"]) == ("started", "mine", "77aa")
+    assert (end["event"], len(sent.tries)) == ("finished", 2)
+    KubernetesApi().patch("configmaps", NOTES, {"data": {"77aa": None}})
+
+
 @pytest.mark.usefixtures("begun")
 def test_a_rayjob_goes_with_its_pipeline_and_the_last_word_comes_later(
     emulation: Any, config: Config, janitor: Any, eventually: Any
@@ -162,7 +184,7 @@ def test_a_rayjob_goes_with_its_pipeline_and_the_last_word_comes_later(
     assert len(notes(emulation)) == 1, "its driver may still write to MLflow"
     emulation.cluster.update("workflows", WORKFLOW, lambda each: each["status"].update(phase="Failed"))
     janitor()
-    assert notes(emulation) == []
+    assert notes(emulation) == {}
 
 
 @pytest.mark.usefixtures("begun")
@@ -172,16 +194,12 @@ def test_a_run_that_another_pipeline_run_goes_on_with_is_left_to_it(
     """Terminate, then submit again under the same name: the records and RayJobs are the second run's by then."""
     workflow(emulation, "Failed", activeDeadlineSeconds=0)
     emulation.cluster.create("workflows", {"metadata": {"name": "second"}, "spec": {}, "status": {"phase": "Running"}})
-    labels = {"app.kubernetes.io/managed-by": "ncsn", "ncsn.dev/kfp-run-id": "77aa"}
-    data = {"workflow": "second", "run": "mine", "config": to_json(config)}
-    emulation.cluster.rules = rules_of(INFRA / "rbac" / "launcher-role.yaml")
-    emulation.cluster.create("configmaps", {"metadata": {"name": "ncsn-run-77aa", "labels": labels}, "data": data})
+    note("77aa", "second", config)
     rayjob(emulation, "working")
     assert [action.split()[0] for action in janitor()] == ["ignore"]
-    assert [each["metadata"]["name"] for each in notes(emulation)] == ["ncsn-run-77aa"]
+    assert list(notes(emulation)) == ["77aa"]
     assert (outcome(config), statuses(config)["run"], len(emulation.jobs)) == (None, "RUNNING", 1)
     emulation.cluster.delete("rayjobs", "working")
-    emulation.cluster.delete("configmaps", "ncsn-run-77aa")
 
 
 @pytest.mark.usefixtures("begun")
@@ -190,7 +208,7 @@ def test_a_run_whose_workflow_is_gone_keeps_the_end_that_is_known(emulation: Any
     janitor()
     assert outcome(config) == Outcome("FINISHED")
     assert statuses(config)["run"] == "FINISHED"
-    assert notes(emulation) == []
+    assert notes(emulation) == {}
 
 
 @pytest.mark.usefixtures("begun")
@@ -225,8 +243,17 @@ def test_a_run_that_cannot_be_noted_works_nevertheless(
 ) -> None:
     emulation.cluster.rules = []
     request.getfixturevalue("begun")
-    assert notes(emulation) == []
-    assert "'create' on configmaps" in capsys.readouterr().err
+    assert notes(emulation) == {}
+    assert "'get' on configmaps" in capsys.readouterr().err
+
+
+def test_the_note_of_the_first_task_stays(
+    emulation: Any, config: Config, begun: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(KFP_RUN_ID, "5f3a")
+    monkeypatch.setenv(KFP_WORKFLOW, WORKFLOW)
+    note_run(config, "mine-best")
+    assert {run: json.loads(text)["run"] for run, text in notes(emulation).items()} == {"5f3a": "mine"}
 
 
 @pytest.mark.usefixtures("begun")
@@ -244,13 +271,13 @@ def test_its_role_has_what_is_needed_and_no_more(emulation: Any, config: Config,
 
 
 def cleanup(*options: str) -> Any:
-    return CliRunner().invoke(app, ["cleanup", *options])
+    return CliRunner().invoke(app, ["cleanup", "--jobs", *options])
 
 
 @pytest.mark.usefixtures("begun")
 def test_a_person_ends_a_run_by_name_and_may_look_first(emulation: Any, config: Config, eventually: Any) -> None:
     emulation.cluster.rules = rules_of(INFRA / "janitor" / "role.yaml")
-    emulation.cluster.delete("configmaps", notes(emulation)[0]["metadata"]["name"])  # a person's run has none
+    KubernetesApi().patch("configmaps", NOTES, {"data": None})  # a person's run has none
     rayjob(emulation, "working", root=config.storage.root)
     assert cleanup("--run", "another").stdout.count("\n") == 1
     assert cleanup("--run", "mine", "--dry-run").stdout.count("\n") == 2
@@ -265,14 +292,11 @@ def test_a_person_ends_a_run_by_name_and_may_look_first(emulation: Any, config: 
 @pytest.mark.usefixtures("begun")
 def test_an_mlflow_that_is_away_keeps_the_note_and_nothing_else(emulation: Any, config: Config) -> None:
     away = config.model_copy(update={"tracking": config.tracking.model_copy(update={"uri": "http://127.0.0.1:9"})})
-    data = {"workflow": "gone", "run": "mine", "config": to_json(away)}
-    labels = {"app.kubernetes.io/managed-by": "ncsn", "ncsn.dev/kfp-run-id": "0000"}
+    note("0000", "gone", away)
     emulation.cluster.rules = rules_of(INFRA / "janitor" / "role.yaml")
-    emulation.cluster.create("configmaps", {"metadata": {"name": "ncsn-run-0000", "labels": labels}, "data": data})
     done = cleanup()
     assert done.exit_code == 1 and "run mine" in done.stdout and "run mine" in done.stderr
-    assert [each["metadata"]["name"] for each in notes(emulation)] == ["ncsn-run-0000"]
-    emulation.cluster.delete("configmaps", "ncsn-run-0000")
+    assert list(notes(emulation)) == ["0000"]
 
 
 @pytest.fixture

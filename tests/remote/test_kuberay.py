@@ -16,7 +16,8 @@ from refused import refused
 from ncsn.config import from_yaml
 from ncsn.process import KFP_RUN_ID, KFP_WORKFLOW
 from ncsn.remote import pods
-from ncsn.remote.backend import RemoteFailure, forwarded_environment
+from ncsn.remote.backend import EndedByOther, RemoteFailure, forwarded_environment
+from ncsn.remote.kuberay import NEEDED
 from ncsn.remote.kubernetes import KubernetesApi
 from ncsn.remote.pods import troubles_of_run
 from ncsn.steps.janitor import forget_this_run, note_run
@@ -99,8 +100,9 @@ def test_a_cluster_that_finds_no_room_is_given_up(emulation, eventually, said, r
     """KubeRay's backoffLimit would wait for as long again. It replaces a cluster that has no pods at once."""
     emulation.operator.head, emulation.operator.retry_seconds = unschedulable, retry_seconds
     emulation.operator.seen = lambda: any("Insufficient memory" in line for line in said)
-    with pytest.raises(RemoteFailure, match="Unschedulable: 0/1 nodes are available: 1 Insufficient memory"):
+    with pytest.raises(RemoteFailure, match="Unschedulable: 0/1 nodes are available: 1 Insufficient memory") as caught:
         emulation.execute(HELLO, kuberay={"max_start_minutes": 1 / 60})
+    assert "log.txt" not in str(caught.value), "there is none"
     eventually(lambda: not emulation.jobs, "the RayJob is gone")
     assert emulation.operator.started == []
 
@@ -148,11 +150,10 @@ def test_the_launchers_role_has_what_is_needed_and_no_more(emulation, monkeypatc
     granted = set(pairs(emulation.cluster.rules))
     assert set(emulation.cluster.requests) == granted
     api = KubernetesApi()
-    assert all(
-        api.allowed(verb, resource + {"rayjobs": ".ray.io", "workflows": ".argoproj.io"}.get(resource, ""))
-        for verb, resource in granted
-    )
+    assert all(api.allowed(*needed) for needed in NEEDED)
+    assert {(verb, resource.partition(".")[0]) for verb, resource, *_ in NEEDED} == granted
     assert not api.allowed("get", "secrets")
+    assert not api.allowed("patch", "configmaps", "workflow-controller-configmap")
 
 
 def test_a_kfp_task_hands_over_its_image_its_workflow_and_its_run(pipeline) -> None:
@@ -163,7 +164,7 @@ def test_a_kfp_task_hands_over_its_image_its_workflow_and_its_run(pipeline) -> N
     (job,) = created
     assert job["metadata"]["ownerReferences"] == [OWNER | {"controller": False, "blockOwnerDeletion": False}]
     assert job["metadata"]["labels"]["ncsn.dev/kfp-run-id"] == "5f3a"
-    assert job["spec"]["submitterPodTemplate"]["spec"]["containers"][0]["image"] == "ours:1.2"
+    assert job["spec"]["submitterPodTemplate"]["spec"]["containers"][0]["image"] == "registry.example/ncsn-python:0.1.0"
     for schema in load_schemas("RayJob").values():
         assert schema_errors(job, schema) == []
 
@@ -201,6 +202,37 @@ def test_a_crash_loop_shows_its_last_lines(emulation, eventually, capsys) -> Non
     eventually(lambda: not emulation.jobs, "the RayJob is gone")
     shown = capsys.readouterr().err
     assert "line 19" in shown and "line 2\n" not in shown
+
+
+def test_a_lost_head_is_one_line_and_the_reason_is_in_the_error(emulation, eventually, said, tmp_path: Path) -> None:
+    """In place of the traceback of the submitter, whose connection it cuts; the driver's own is shown."""
+    go = tmp_path / "go"
+    code = f"""
+import pathlib, time
+print("Traceback (most recent call last):\\n  File x, line 1\\n    await y")
+print("RuntimeError: WebSocket connection closed unexpectedly with close code 1006", flush=True)
+while not pathlib.Path({str(go)!r}).exists(): time.sleep(0.02)
+raise ValueError("no such data")
+"""
+    looks = ("list", "pods")
+
+    def lose_the_head() -> None:
+        eventually(lambda: emulation.operator.started, "the entrypoint runs")
+        seen = emulation.cluster.requests.count(looks)
+        eventually(lambda: emulation.cluster.requests.count(looks) > seen + 4, "the head is seen")
+        (head,) = emulation.cluster.list("pods", "ray.io/node-type=head")
+        ended = {"restartCount": 1, "lastState": {"terminated": {"exitCode": 137, "reason": "OOMKilled"}}}
+        lost = head["metadata"]["name"]
+        emulation.cluster.update("pods", lost, lambda pod: pod["status"]["containerStatuses"][0].update(ended))
+        eventually(lambda: any("the head is lost" in line for line in said), "the loss is told")
+        (line,) = (line for line in said if "the head is lost" in line)
+        assert lost in line and "OOMKilled" in line and "the step starts again" in line
+        go.touch()
+
+    with pytest.raises(RemoteFailure, match=r"ValueError: no such data; .*OOMKilled.*; log .*log.txt"):
+        emulation.execute(code, meanwhile=lose_the_head)
+    assert "WebSocket" not in emulation.log and "await y" not in emulation.log
+    assert "Traceback" in emulation.log
 
 
 @pytest.mark.usefixtures("hasty")
@@ -264,6 +296,74 @@ def test_an_evicted_launcher_leaves_the_rayjob_to_the_next_attempt(pipeline, eve
     pipeline.execute(code, meanwhile=let_it_end)
     assert pipeline.log == "done\n"
     assert len(pipeline.operator.started) == 1, "a second cluster was started"
+
+
+@pytest.fixture
+def other_pipeline(pipeline, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """This process is a task of another pipeline run of the same name, whose launcher has started a RayJob."""
+    workflow = {"metadata": {"name": "ncsn-train-y8"}, "spec": {}, "status": {"phase": "Running"}}
+    pipeline.cluster.create("workflows", workflow)
+    task = pipeline.cluster.get("pods", "task")
+    task["metadata"] |= {"name": "task-2", "labels": {"pipeline/runid": "6e4b"}}
+    task["metadata"]["ownerReferences"][0]["name"] = "ncsn-train-y8"
+    pipeline.cluster.create("pods", task)
+    pipeline.first = pipeline.launch(SLEEP)
+    pipeline.first.until("running")
+    monkeypatch.setenv("KFP_POD_NAME", "task-2")
+    yield pipeline
+    pipeline.first.kill()
+    pipeline.first.communicate()
+    pipeline.cluster.delete("pods", "task-2")
+
+
+def terminate(pipeline: Any, workflow: str, launcher: Any) -> None:
+    pipeline.cluster.update("workflows", workflow, lambda each: each["spec"].update(activeDeadlineSeconds=0))
+    launcher.send_signal(signal.SIGTERM)
+    assert launcher.ended() == 143
+
+
+def test_the_end_of_the_pipeline_run_that_started_a_rayjob_is_not_that_of_another_one(
+    other_pipeline, eventually, said
+) -> None:
+    def end_the_first() -> None:
+        eventually(lambda: any("attached" in line for line in said), "this launcher attaches")
+        terminate(other_pipeline, OWNER["name"], other_pipeline.first)
+
+    with pytest.raises(EndedByOther):
+        other_pipeline.execute(SLEEP, meanwhile=end_the_first)
+    eventually(lambda: not other_pipeline.jobs, "the RayJob is gone")
+
+
+@pytest.mark.slow
+def test_a_rayjob_outlives_a_pipeline_run_that_only_attached_to_it(other_pipeline) -> None:
+    second = other_pipeline.launch(SLEEP)
+    second.until("attached to .*")
+    second.until("running")
+    terminate(other_pipeline, "ncsn-train-y8", second)
+    (job,) = other_pipeline.jobs
+    assert "deletionTimestamp" not in job["metadata"]
+
+
+@pytest.mark.slow
+def test_a_late_launcher_does_not_delete_the_rayjob_that_replaced_its_own(other_pipeline, eventually) -> None:
+    """Argo ends the pod of a terminated task up to a minute late."""
+    other_pipeline.first.send_signal(signal.SIGSTOP)
+    (old,) = other_pipeline.jobs
+    other_pipeline.cluster.update("workflows", OWNER["name"], lambda each: each["spec"].update(activeDeadlineSeconds=0))
+
+    def wake_the_first() -> None:
+        eventually(lambda: len(other_pipeline.operator.started) == 2, "this launcher's own RayJob runs")
+        other_pipeline.first.send_signal(signal.SIGTERM)
+        other_pipeline.first.send_signal(signal.SIGCONT)
+        other_pipeline.first.communicate(timeout=60)
+        (new,) = other_pipeline.jobs
+        assert new["metadata"]["uid"] != old["metadata"]["uid"] and "deletionTimestamp" not in new["metadata"]
+        (other_pipeline.folder / "go").touch()
+
+    code = (
+        f"import pathlib, time\nwhile not pathlib.Path({str(other_pipeline.folder / 'go')!r}).exists(): time.sleep(0.1)"
+    )
+    other_pipeline.execute(code, meanwhile=wake_the_first)
 
 
 def test_the_log_of_an_attempt_is_that_attempts(emulation, capsys) -> None:

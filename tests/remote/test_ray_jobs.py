@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from edited_clone import SAYS, clone
 from ray_nodes import RayNodes
 from refused import refused
 from remote_places import TINY, RayHead
@@ -25,7 +26,7 @@ from ncsn import storage
 from ncsn.config import from_yaml
 from ncsn.config.compute import ComputeConfig
 from ncsn.errors import UserError
-from ncsn.process import KFP_RUN_ID
+from ncsn.process import CODE, KFP_RUN_ID
 from ncsn.remote.backend import RemoteStep
 from ncsn.remote.ray_jobs import RayJobs, Refused
 from ncsn.steps import ingest
@@ -76,6 +77,35 @@ def test_training_runs_as_a_job(jobs: RayHead, config: Path) -> None:
     experiment = client.get_experiment_by_name("ncsn")
     (tracked,) = client.search_runs([experiment.experiment_id], f"tags.`ray.submission_id` = '{name}'")
     assert tracked.info.run_name == "train" and tracked.info.status == "FINISHED"
+    assert tracked.data.tags["ray.dashboard_url"] == jobs.nodes.dashboard
+
+
+@slow
+def test_driver_and_worker_run_the_edited_code_of_a_clone(jobs: RayHead, config: Path, tmp_path: Path) -> None:
+    """Ray has no trace of the clone but what the job client uploads."""
+    ingest.run(from_yaml(config.read_text()), run="edited")
+    edited = clone(tmp_path / "clone")
+    edited.edit("ncsn/training/loop.py")
+    arguments = ("train", "--config", str(config), "--run", "edited", "--address", jobs.nodes.dashboard)
+    done = edited.ncsn(*arguments, "--code", "here", env=jobs.environment)
+    assert done.returncode == 0, done.stderr
+    said = [line for line in done.stderr.splitlines() if line.endswith(SAYS)]
+    assert {line == SAYS for line in said} == {True, False}, "a worker's and the driver's"
+    (job,) = jobs.of("edited")
+    uri = job["runtime_env"]["env_vars"][CODE]
+    assert len(job["runtime_env"]["py_modules"]) == 3
+    from ncsn.tracking.client import client_at
+
+    client = client_at(jobs.nodes.environment["MLFLOW_TRACKING_URI"])
+    experiment = client.get_experiment_by_name("ncsn")
+    (tracked,) = client.search_runs([experiment.experiment_id], f"tags.`ray.submission_id` = '{job['submission_id']}'")
+    tags = tracked.data.tags
+    assert (tags["ncsn.code.uri"], tags["mlflow.source.git.dirty"]) == (uri, "true")
+    assert len(tags["mlflow.source.git.commit"]) == 40
+
+    jobs.nodes.get("/api/jobs/")  # the cluster is well
+    again = jobs.ncsn(*arguments, "--code", f"{uri.removesuffix('.zip')}-not.zip")
+    assert again.returncode == 2, again.stderr
 
 
 @slow

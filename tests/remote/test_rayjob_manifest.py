@@ -19,6 +19,7 @@ from refused import refused
 
 from ncsn.config.compute import ComputeConfig
 from ncsn.errors import NotFound
+from ncsn.process import CODE
 from ncsn.remote.backend import RemoteStep
 from ncsn.remote.manifest import TASK_CONFIG, load_template, render
 
@@ -51,7 +52,7 @@ def all_errors(manifest: dict[str, Any]) -> list[str]:
 VARIANTS = {
     "plain": rendered(),
     "four GPU workers": rendered(num_workers=4, cpus_per_worker=8, use_gpu=True),
-    "queue": rendered(kuberay={"queue": "research"}),
+    "queue": rendered(kuberay={"queue": "research", "priority_class": "low"}),
     "GPU nodes": rendered(
         use_gpu=True,
         kuberay={"node_selector": {"pool": "l4"}, "tolerations": [{"key": "nvidia.com/gpu", "effect": "NoSchedule"}]},
@@ -63,6 +64,19 @@ VARIANTS = {
 @pytest.mark.parametrize("name", VARIANTS)
 def test_api_server_and_house_accept_it(name: str) -> None:
     assert all_errors(VARIANTS[name]) == []
+
+
+def test_ray_brings_edited_code_to_its_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "runtimeEnvYAML" not in rendered()["spec"]
+    template = load_template()
+    template["spec"]["runtimeEnvYAML"] = "env_vars: {A: b}\npy_modules: [s3://more/m.zip]"
+    (tmp_path / "rayjob.yaml").write_text(yaml.safe_dump(template))
+    monkeypatch.setenv("NCSN_RAYJOB_TEMPLATE", str(tmp_path / "rayjob.yaml"))
+    edited, code = RemoteStep("a", "train", "s3://b/a", ("ncsn",), code="s3://b/code/0.zip"), "s3://b/code/0.zip"
+    manifest = render(edited, ComputeConfig(), namespace="kubeflow", image="ncsn:1", env={}, labels={})
+    ray = yaml.safe_load(manifest["spec"]["runtimeEnvYAML"])
+    assert ray == {"py_modules": [code, "s3://more/m.zip"], "env_vars": {"A": "b", CODE: code}}
+    assert all_errors(manifest) == []
 
 
 @pytest.mark.parametrize(
@@ -112,10 +126,20 @@ def test_the_head_is_as_large_as_asked_else_as_the_template_says() -> None:
         assert head["containers"][0]["resources"] == {"requests": size, "limits": size}
 
 
-def test_workers_go_at_once_however_it_failed() -> None:
+def test_all_pods_have_the_priority_class() -> None:
+    for given in (None, "low"):
+        spec = rendered(kuberay={"priority_class": given})["spec"]
+        cluster = spec["rayClusterSpec"]
+        pods = [spec["submitterPodTemplate"], *(group["template"] for group in cluster["workerGroupSpecs"])]
+        pods.append(cluster["headGroupSpec"]["template"])
+        assert {pod["spec"].get("priorityClassName") for pod in pods} == {given}
+
+
+def test_workers_go_at_once_however_it_ended() -> None:
     """After activeDeadlineSeconds jobStatus stays RUNNING, so a rule for it alone keeps the GPUs (KubeRay 1.7.0)."""
     rules = rendered()["spec"]["deletionStrategy"]["deletionRules"]
     at_once = [rule["condition"] for rule in rules if rule["policy"] == "DeleteWorkers"]
+    assert {"jobStatus": "SUCCEEDED", "ttlSeconds": 0} in at_once, "a driver without a launcher ends with exit code 0"
     assert {"jobStatus": "FAILED", "ttlSeconds": 0} in at_once
     assert {"jobDeploymentStatus": "Failed", "ttlSeconds": 0} in at_once
 

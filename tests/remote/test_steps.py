@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from edited_clone import SAYS, clone
+from kubernetes_api import rules_of
 from mlflow.tracking import MlflowClient
 from refused import refused
 from remote_places import TINY
 
 from ncsn import storage
-from ncsn.config import Config, from_yaml
+from ncsn.config import Config, from_yaml, to_json, to_yaml
 from ncsn.remote.kuberay import KubeRay
 from ncsn.steps import ingest, train
+
+INFRA = Path(__file__).parents[2] / "infra" / "base"
 
 
 @pytest.fixture
@@ -50,6 +56,92 @@ def test_a_mistake_that_the_pod_finds_is_told_as_one(emulation, on_s3: Config) -
     with refused(dataset):
         train.run(on_s3, run="mine", dataset=dataset)
     assert len(emulation.operator.started) == 1, "it would only be found again"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_ray_reads_edited_code_from_the_store_with_the_credentials_of_the_pods(
+    emulation, on_s3: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = ingest.run(on_s3, run="mine").uri
+    edited = clone(tmp_path / "clone")
+    edited.edit("ncsn/training/loop.py")
+    config = tmp_path / "tiny.yaml"
+    config.write_text(to_yaml(on_s3))
+    done = edited.ncsn("train", "--config", str(config), "--run", "mine", "--dataset", dataset, "--code", "here")
+    assert done.returncode == 0, done.stderr
+    log = storage.read_text(f"{on_s3.storage.root}/runs/mine/steps/train/log.txt")
+    assert SAYS in log.splitlines(), "the driver's, which trains"
+    (uri,) = storage.list_names(f"{on_s3.storage.root}/code")
+    run = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").get_run(
+        step_file(on_s3, "mine", "train/step.json")["mlflow"]["run_id"]
+    )
+    assert run.data.tags["ncsn.code.digest"] == uri.removesuffix(".zip")
+    assert run.data.tags["mlflow.source.git.dirty"] == "true"
+
+
+# As in the slim image.
+SLIM = """
+import json, sys
+sys.modules.update(dict.fromkeys(("torch", "torchvision", "torch_fidelity")))
+config, dataset = json.load(sys.stdin)
+"""
+
+
+def in_slim_image(code: str, config: Config, dataset: str = "") -> subprocess.CompletedProcess[str]:
+    given = json.dumps([to_json(config), dataset])
+    return subprocess.run([sys.executable, "-c", SLIM + code], input=given, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_launcher_needs_no_torch_and_finds_what_it_has_launched(
+    emulation, on_s3: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = ingest.run(on_s3, run="mine").uri
+    monkeypatch.setenv("NCSN_WORKER_MEMORY", "5120Mi")
+    start, manifests = emulation.cluster.on_create, list[Any]()
+
+    def seen(name: str) -> None:
+        manifests.append(emulation.cluster.get("rayjobs", name))
+        start(name)
+
+    emulation.cluster.on_create = seen
+    launch = """
+import dataclasses
+from ncsn.config import from_yaml
+from ncsn.steps.execution import run_kfp_task
+found = run_kfp_task("train", from_yaml(config), run="mine", given={"dataset": dataset})
+print(json.dumps(dataclasses.asdict(found)))
+"""
+    first = in_slim_image(launch, on_s3, dataset)
+    assert first.returncode == 0, first.stderr
+    found = json.loads(first.stdout.splitlines()[-1])
+    assert found["images_seen"] == 320
+    (workers,) = manifests[0]["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    assert workers["template"]["spec"]["containers"][0]["resources"]["limits"]["memory"] == "5120Mi"
+    again = in_slim_image(launch, on_s3, dataset)
+    assert json.loads(again.stdout.splitlines()[-1]) == found, again.stderr
+    assert len(manifests) == 1
+    storage.delete(found["checkpoint"])
+    lost = in_slim_image(launch, on_s3, dataset)
+    assert lost.returncode != 0 and found["checkpoint"] in lost.stderr.splitlines()[-1]
+    assert len(manifests) == 2, "the driver decides what becomes of it"
+
+
+@pytest.mark.slow
+def test_finish_and_the_janitor_need_no_torch(emulation, on_s3: Config) -> None:
+    ingest.run(on_s3, run="mine")
+    finish = """
+from ncsn.config import from_yaml
+from ncsn.steps import finish
+print(finish.run(from_yaml(config), run="mine", state="SUCCEEDED").status)
+"""
+    ended = in_slim_image(finish, on_s3)
+    assert ended.stdout.splitlines() == ["FINISHED"], ended.stderr
+    emulation.cluster.rules = rules_of(INFRA / "janitor" / "role.yaml")
+    cleaned = in_slim_image("sys.argv = ['ncsn', 'cleanup']\nfrom ncsn.cli import main\nmain()", on_s3)
+    assert cleaned.returncode == 0, cleaned.stderr
 
 
 def test_without_a_cluster_the_store_is_left_alone(

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 from mlflow.tracking import MlflowClient
 from refused import refused
+from webhook import receiver
 
 from ncsn import storage
 from ncsn.config import Config, from_yaml, to_yaml
 from ncsn.process import KFP_RUN_ID, KfpRun
-from ncsn.runs.folder import RunFolder, StepError, run_folder, update_step
+from ncsn.runs.folder import Outcome, RunFolder, StepError, run_folder, update_step, write_outcome
 from ncsn.steps import finish, ingest
 from ncsn.tracking.client import TrackingError
 from ncsn.tracking.mlflow_runs import step_run
@@ -110,7 +111,7 @@ def test_what_a_search_found_is_followed_to_its_own_run(config: Config) -> None:
     fail(best, StepError("RuntimeError", "a node is gone"))
     result = finish.run(config, run="searched", state="FAILED")
     assert (result.failed_step, result.reason) == ("train", "a node is gone")
-    assert stored(config, "searched-best") == stored(config, "searched")
+    assert stored(config, "searched-best") | {"closed": True} == stored(config, "searched")
     assert client.get_run(parent_id).info.status == "FAILED"
     rows = (
         "| ingest | done in",
@@ -146,6 +147,18 @@ def test_the_store_is_told_though_mlflow_is_away(config: Config) -> None:
     assert stored(config, "alone")["status"] == "FAILED"
 
 
+def test_the_end_of_a_run_is_told_once_and_what_its_tasks_wrote_does_not_count(config: Config) -> None:
+    ingest.run(config, run="loud")
+    with receiver() as sent:
+        write_outcome(run_folder(config, "loud"), Outcome("FAILED", "of a task that is tried again", "train"))
+        for state in ("FAILED", "FAILED", "SUCCEEDED"):  # the exit handler, the janitor, and KFP's Retry
+            finish.run(config, run="loud", state=state, message="out of memory")
+        failed, finished = sent.wait_for(2)
+    assert (failed["event"], failed["status"], failed["reason"]) == ("failed", "FAILED", "out of memory")
+    assert (finished["event"], finished["run"], finished["status"]) == ("finished", "loud", "FINISHED")
+    assert len(sent.tries) == 2
+
+
 def test_the_run_of_another_config_is_not_touched_and_the_page_says_so(config: Config) -> None:
     ingest.run(config, run="theirs")
     finish.run(config, run="theirs", state="SUCCEEDED")
@@ -164,6 +177,19 @@ def test_an_error_of_another_pipeline_run_explains_nothing(config: Config) -> No
     assert (result.failed_step, "yesterday" in result.reason) == ("train", False)
     result = finish.run(config, run="again", state="FAILED", kfp=KfpRun("yesterday", "ncsn-train-x"))
     assert (result.failed_step, result.reason) == ("train", "of yesterday")
+
+
+def test_the_reason_of_another_pipeline_run_on_the_same_run_stays(config: Config) -> None:
+    """The run that ends later, because it attached or because it was terminated, knows less."""
+    ingest.run(config, run="shared")
+    folder = run_folder(config, "shared")
+    fail(folder, StepError("RemoteFailure", "worker lost; OOMKilled", kfp_run="other"))
+    for state in ("FAILED", "CANCELED"):
+        write_outcome(folder, Outcome("FAILED", "worker lost; OOMKilled", "train"))
+        result = finish.run(config, run="shared", state=state, kfp=KfpRun("mine", "ncsn-train-x"))
+        assert (result.status, result.reason) == ("FAILED", "worker lost; OOMKilled")
+    fail(folder, StepError("ValueError", "a later try's", kfp_run="other"))
+    assert finish.run(config, run="shared", state="CANCELED", kfp=KfpRun("mine", "x")).status == "KILLED"
 
 
 def test_a_step_that_was_told_to_end_is_terminated(config: Config) -> None:

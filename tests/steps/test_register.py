@@ -17,6 +17,7 @@ from ncsn.report.images import grid_png
 from ncsn.steps import ingest, register
 from ncsn.tracking import registry
 from ncsn.tracking.client import connect
+from ncsn.tracking.promotion import promote_version
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +130,25 @@ def test_nan_and_copies_are_no_champion(config, saved, evaluate):
     client = connect(config).client
     first, second = (client.get_model_version(made.model, made.version).description for made in (nan, copies))
     assert "200 of 256" in second and "of 256" not in first
+
+
+def test_a_floor_and_a_person_keep_a_version_from_the_alias(config, saved, evaluate):
+    settings = ("tracking.registered_model=floors", "tracking.require={fid_below: 5, copies_below: 0.3}")
+    strict = from_yaml(to_yaml(config), overrides=settings)
+    far = register.run(strict, run="floors", checkpoint=saved, evaluation=evaluate(5.0))
+    assert (far.promoted, far.aliases) == (False, ["challenger"])
+    assert "fid_below = 5" in far.reason
+    client = connect(config).client
+    assert client.get_model_version("floors", far.version).tags["gate.reason"] == far.reason
+    with refused("models:/floors/1"):
+        promote_version(client, "floors")
+    asking = from_yaml(to_yaml(strict), overrides=["tracking.require.fid_below=5.1", "tracking.promote=ask"])
+    asked = register.run(asking, run="floors", checkpoint=saved, evaluation=evaluate(5.0))
+    assert (asked.version, asked.promoted, asked.aliases) == (far.version, False, ["challenger"])
+    assert promote_version(client, "floors").reason.startswith("eval/classifier_fid_n4 = 5")
+    more = from_yaml(to_yaml(strict), overrides=["sampling.num_images=5", "tracking.registered_model=five"])
+    five = register.run(more, run="five", checkpoint=saved, evaluation=evaluate(1.0))
+    assert not five.promoted and "fid_n5" in five.reason and "fid_n4" in five.reason
 
 
 def test_version_that_was_deleted_is_registered_anew(config, saved, evaluate):

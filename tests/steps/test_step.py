@@ -14,8 +14,19 @@ from ncsn import storage
 from ncsn.config import Config, from_yaml
 from ncsn.errors import InvalidValue, NotFound, UserError, problems_of
 from ncsn.process import KFP_RUN_ID
-from ncsn.remote.backend import RemoteLost, RemoteStep
-from ncsn.runs.folder import ForeignRun, StepRecord, claim_run, read_mistake, read_step, recorded, run_folder
+from ncsn.remote.backend import EndedByOther, RemoteLost, RemoteStep
+from ncsn.runs.folder import (
+    ForeignRun,
+    StepError,
+    StepRecord,
+    claim_run,
+    read_mistake,
+    read_step,
+    recorded,
+    run_folder,
+    state_after,
+    update_step,
+)
 from ncsn.steps.step import Step
 from ncsn.tracking import mlflow_runs
 
@@ -125,6 +136,33 @@ def test_a_lost_step_counts_only_with_a_result_of_the_same_inputs(
     assert step.run_elsewhere(config, {}) == Made(uri=storage.join(step.folder.uri, "made.txt"), number=2)
 
 
+class EndedBackend(LosingBackend):
+    """Another pipeline run ends the job that this one had attached to; the second job does the work."""
+
+    starts = 0
+
+    def execute(self, step: RemoteStep) -> None:
+        self.starts += 1
+        if self.starts == 1:
+            update_step(
+                run_folder(self.config, "shared"), step.step, state="KILLED", error=StepError("SystemExit", "143")
+            )
+            raise EndedByOther("its RayJob was deleted")
+        assert read_step(run_folder(self.config, "shared"), step.step).error is None
+        self._work()
+
+
+def test_a_step_that_another_pipeline_run_ended_starts_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_at(tmp_path, "compute.backend=ray-jobs")
+    backend = EndedBackend(lambda: make(config, "shared", inputs={"a": 1}))
+    backend.config = config
+    monkeypatch.setattr("ncsn.steps.step.open_backend", lambda _compute: backend)
+    step = Step("train", config, "shared", Made)
+    assert step.find_result({"a": 1}, needs=lambda result: [result.uri]) is None
+    assert step.run_elsewhere(config, {}) == Made(storage.join(step.folder.uri, "made.txt"), 1)
+    assert backend.starts == 2
+
+
 @pytest.mark.parametrize(
     ("error", "problems"),
     [
@@ -185,6 +223,28 @@ def test_what_the_driver_wrote_is_stronger_than_what_its_launcher_saw(tmp_path: 
     assert recorded_attempt(config, "both", fail).error.message == "the cause"
     record = recorded_attempt(config, "both", lambda: make(config, "both", inputs={}))
     assert (record.state, record.error) == ("FINISHED", None)
+
+
+@pytest.mark.parametrize(
+    ("driver", "launcher", "kept"),
+    [
+        (RuntimeError("worker lost"), RuntimeError("RayJob x failed: worker lost; a pod was OOMKilled"), "launcher"),
+        (RuntimeError("worker lost"), RuntimeError("RayJob x was deleted"), "driver"),
+        (SystemExit(143), RuntimeError("RayJob x failed: DeadlineExceeded"), "launcher"),
+        (SystemExit(143), SystemExit(143), "driver"),
+    ],
+)
+def test_a_reason_is_replaced_only_by_a_stronger_one(
+    tmp_path: Path, driver: BaseException, launcher: BaseException, kept: str
+) -> None:
+    config = config_at(tmp_path)
+    with suppress(type(launcher)), recorded(config, "told", "train") as folder:
+        with suppress(type(driver)), recorded(config, "told", "train"):
+            raise driver
+        raise launcher
+    record, expected = read_step(folder, "train"), {"driver": driver, "launcher": launcher}[kept]
+    assert record.error is not None and record.error.message == str(expected)
+    assert record.state == state_after(expected)
 
 
 def test_a_stopped_attempt_with_other_inputs_keeps_the_result(tmp_path: Path) -> None:

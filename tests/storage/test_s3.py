@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import gc
+import pickle
+import threading
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs
 
 import pytest
 from refused import refused
+from s3_server import S3Server
 
 from ncsn import storage
 from ncsn.storage import s3
+
+ROLE = "arn:aws:iam::111122223333:role/ncsn"
 
 
 @pytest.mark.parametrize(
@@ -56,6 +67,56 @@ def test_wrong_keys_are_an_error_and_not_an_absent_file(s3_root, monkeypatch):
         storage.exists(f"{s3_root}/file")
 
 
+@pytest.fixture
+def identity(s3_root: str, s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A file with a token in place of keys, and the tokens that a server has given the store's keys for."""
+    seen: list[str] = []
+
+    class Sts(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            asked = parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())
+            assert asked["Action"] == ["AssumeRoleWithWebIdentity"] and asked["RoleArn"] == [ROLE]
+            seen.extend(asked["WebIdentityToken"])
+            soon = (datetime.now(UTC) + timedelta(minutes=1)).isoformat()  # so that each use asks again
+            keys = f"<AccessKeyId>{s3_server.access_key}</AccessKeyId><SecretAccessKey>{s3_server.secret_key}"
+            keys += f"</SecretAccessKey><SessionToken></SessionToken><Expiration>{soon}</Expiration>"
+            body = f"<A><AssumeRoleWithWebIdentityResult><Credentials>{keys}</Credentials>".encode()
+            body += b"</AssumeRoleWithWebIdentityResult></A>"
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    file = tmp_path / "token"
+    with ThreadingHTTPServer(("127.0.0.1", 0), Sts) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            monkeypatch.delenv(name)
+        monkeypatch.setenv("AWS_ROLE_ARN", ROLE)
+        monkeypatch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", str(file))
+        monkeypatch.setenv("AWS_ENDPOINT_URL_STS", f"http://127.0.0.1:{server.server_address[1]}")
+        s3.bucket_filesystem.cache_clear()
+        s3.client.cache_clear()
+        yield file, seen
+        server.shutdown()
+
+
+def test_a_token_that_changes_stands_in_for_keys_of_both_clients(s3_root: str, identity: Any) -> None:
+    file, seen = identity
+    for token in ("first", "second"):
+        file.write_text(token)
+        seen.clear()
+        assert storage.publish_once(f"{s3_root}/{token}", b"by boto3")
+        assert set(seen) == {token}
+        seen.clear()
+        filesystem, path = storage.filesystem(f"{s3_root}/{token}")
+        assert pickle.loads(pickle.dumps(filesystem)).get_file_info(path).size == len(b"by boto3")
+        assert set(seen) == {token}
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, PermissionError])
 @pytest.mark.parametrize("size", [100, 20 << 20], ids=["whole", "in parts"])
 def test_an_upload_that_fails_is_an_error_and_publishes_nothing(s3_root, tmp_path, monkeypatch, size, error):
@@ -81,8 +142,8 @@ def test_an_upload_that_fails_is_an_error_and_publishes_nothing(s3_root, tmp_pat
             storage.publish_file(tmp_path / "file", f"{s3_root}/folder/file")
         assert sent == (4 if size > s3.PART else 2)
     assert storage.list_names(f"{s3_root}/folder") == []
-    bucket = s3_root.removeprefix("s3://").partition("/")[0]
-    assert not client.list_multipart_uploads(Bucket=bucket).get("Uploads")
+    bucket, _, prefix = s3_root.removeprefix("s3://").partition("/")
+    assert not client.list_multipart_uploads(Bucket=bucket, Prefix=prefix).get("Uploads")
     storage.publish_file(tmp_path / "file", f"{s3_root}/folder/file")
     assert storage.read_bytes(f"{s3_root}/folder/file") == bytes(size)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -69,6 +70,16 @@ def test_proxy_that_refuses_is_named(make_config, status):
     assert str(status) in str(caught.value)
 
 
+def test_a_password_in_the_address_is_in_no_error_and_no_traceback(make_config, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with _answering(500, healthy=True) as url:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", url.replace("://", "://me:s3cret@"))
+        with pytest.raises(TrackingError) as caught:
+            connect(make_config())
+    text = "".join(traceback.format_exception(caught.value))
+    assert url in text and "s3cret" not in text and "me:" not in text
+
+
 def test_two_processes_that_start_at_once_share_one_database(make_config, tmp_path):
     from ncsn.config import to_json
 
@@ -96,12 +107,12 @@ def test_command_of_the_pages_is_on_loopback_and_only_for_a_local_database(make_
 
 
 @contextmanager
-def _answering(status: int) -> Iterator[str]:
-    """A server that has one answer to everything."""
+def _answering(status: int, *, healthy: bool = False) -> Iterator[str]:
+    """A server that has one answer to everything, but perhaps to a question for its health."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            self.send_error(status)
+            self.send_error(200 if healthy and self.path == "/health" else status)
 
         def log_message(self, *_: object) -> None:
             pass

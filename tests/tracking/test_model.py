@@ -114,7 +114,7 @@ def test_fresh_process_loads_it_without_pickle_and_makes_the_sample_steps_images
 
 def test_nothing_in_the_folder_needs_pickle(folder):
     suffixes = {path.suffix for path in folder.rglob("*") if path.is_file()} - {".py", ""}
-    templates = {".css", ".j2"}  # the package comes whole, with the template of its report
+    templates = {".css", ".html", ".j2"}  # the package comes whole, with the template of its report and a page
     assert suffixes == {".json", ".md", ".safetensors", ".txt", ".yaml"} | templates
     assert not list(folder.rglob("__pycache__"))
 

@@ -15,12 +15,21 @@ import pytest
 from gated import CLEAN, COPIES, DiesAt, Killed, empty_versions, evidence, figure
 from mlflow.tracking import MlflowClient
 from refused import refused
+from webhook import receiver
 
 from ncsn.tracking.client import connect
-from ncsn.tracking.gate import Decision, Evidence, Memorization, decide
-from ncsn.tracking.promotion import aliased_version, pass_gate, promote_version, read_promotions, roll_back
+from ncsn.tracking.gate import Decision, Evidence, Floors, Memorization, decide
+from ncsn.tracking.promotion import (
+    aliased_version,
+    pass_gate,
+    promote_version,
+    read_promotions,
+    resolve_promotions,
+    roll_back,
+)
 
 NAN = float("nan")
+FLOORS = Floors(figure(0.0).name, fid_below=9.0, copies_below=0.01)  # 2 of 256 are fewer, 3 are not
 
 
 def higher(value: float) -> Evidence:
@@ -65,6 +74,12 @@ def test_copies_beyond_those_of_real_images_and_chance_fail(copies, real_copies,
         (evidence(1.0), ("1", None), False, ["version 1"]),
         (evidence(9.0), ("2", figure(1.0)), True, ["= 9 ± 0.3"]),
         (evidence(1.0, COPIES), ("2", figure(1.0)), False, ["60 of 256"]),
+        (replace(evidence(8.9), floors=FLOORS), None, True, ["8.9 ± 0.3"]),
+        (replace(evidence(9.0), floors=FLOORS), None, False, ["9 ± 0.3", "fid_below = 9"]),
+        (replace(evidence(9.0), floors=FLOORS), ("1", figure(19.0)), False, ["fid_below = 9"]),
+        (replace(evidence(8.9, Memorization(2, 256, 2, 256)), floors=FLOORS), None, True, ["8.9 ± 0.3"]),
+        (replace(evidence(8.9, Memorization(3, 256, 3, 256)), floors=FLOORS), None, False, ["3 of 256", "= 0.01"]),
+        (replace(evidence(1.0, num_images=64), floors=FLOORS), None, False, ["fid_n512", "fid_n64"]),
     ],
 )
 def test_decision_has_its_numbers_and_is_plain_data(of, champion, promoted, reason):
@@ -126,6 +141,23 @@ def test_new_figure_of_the_champion_replaces_the_old_one(client):
     assert renewed.promoted
     assert read_promotions(client, "renewed").decision(only).evidence == evidence(7.0, num_images=2048)
     assert client.get_model_version("renewed", only).tags["promoted_from"] == ""
+
+
+def test_who_is_asked_promotes_what_the_gate_lets_pass(client):
+    first, worse, better = empty_versions(client, "asked", 3)
+    for version, value in ((first, 9.0), (better, 8.0)):
+        decision = pass_gate(client, name="asked", version=version, evidence=evidence(value), ask=True)
+        assert (decision.promoted, decision.waits) == (False, True)
+    assert champion_version(client, "asked") == ""
+    assert client.get_model_version("asked", first).tags["gate.promoted"] == "false"
+    assert promote_version(client, "asked", version=first).version == first
+    assert champion_version(client, "asked") == first
+    refused_one = pass_gate(client, name="asked", version=worse, evidence=evidence(9.1), ask=True)
+    assert (refused_one.promoted, refused_one.waits) == (False, False)
+    waiting = pass_gate(client, name="asked", version=better, evidence=evidence(8.0), ask=True)
+    assert waiting.waits and champion_version(client, "asked") == first, "asked again, it waits on"
+    assert pass_gate(client, name="asked", version=better, evidence=evidence(8.0)).promoted, "nobody is asked any more"
+    assert champion_version(client, "asked") == better
 
 
 class Registry:
@@ -288,6 +320,18 @@ def test_rollback_goes_back_one_champion_at_a_time_and_a_former_champion_can_ret
     assert promote_version(client, "back", version="4").replaced == "2"
     assert "rolled_back_at" not in client.get_model_version("back", "4").tags
     assert roll_back(client, "back").version == "2"
+
+
+def test_whoever_moves_the_alias_tells_it_once(client):
+    with receiver() as sent:
+        first, second = register(client, "told", 9.0, 8.0)
+        resolve_promotions(client, "told")
+        roll_back(client, "told")
+        told = sent.wait_for(3)
+    assert [(event["event"], event["model"]) for event in told] == [("promoted", "told")] * 3
+    assert [event["version"] for event in told] == [first, second, first]
+    assert [event.get("replaced") for event in told] == [None, first, second]
+    assert told[1]["reason"] == client.get_model_version("told", second).tags["gate.reason"] != told[2]["reason"]
 
 
 def test_a_rollback_that_was_killed_goes_back_once(client, config):

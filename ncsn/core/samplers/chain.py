@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ncsn.core.images import DataMoments, moment_matched
-from ncsn.core.keyed_random import KeyedNoise
+from ncsn.core.keyed_random import JoinedNoise, KeyedNoise
 from ncsn.core.losses import ScoreFunction
 from ncsn.core.samplers.langevin import Fields, NoiseSource, OnLevel, annealed_langevin, field_of, langevin_step
 from ncsn.core.samplers.level_grid import (
@@ -33,7 +33,7 @@ from ncsn.errors import InvalidValue
 _START_DRAW = 2**31  # far beyond the draws of any chain
 
 
-def start(sampler: AnySampler, moments: DataMoments, *, sigma_1: float, noise: KeyedNoise) -> Tensor:
+def start(sampler: AnySampler, moments: DataMoments, *, sigma_1: float, noise: KeyedNoise | JoinedNoise) -> Tensor:
     """First state of the chain: uniform pixels, or a normal draw with the moments of the data plus noise."""
     if sampler.uniform_start:
         return noise.uniform(0)

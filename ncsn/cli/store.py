@@ -1,0 +1,208 @@
+"""The commands for a store and its registry: ls, show, cleanup. Imports are inside, as in `ncsn.cli.app`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ncsn.cli.options import FAILURE, ReportingCommand, describe, json_option, registry_options, target_options
+from ncsn.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.tree import Tree
+
+    from ncsn.cli.target import TargetOptions
+    from ncsn.tools.listing import Item
+    from ncsn.tracking.lineage import Link
+
+_PATIENCE_SECONDS = 30.0
+
+
+def _date(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(" ", "seconds").removesuffix("+00:00") if seconds else ""
+
+
+def _plain(items: Sequence[Item]) -> list[dict[str, Any]]:
+    return [asdict(item) | {"changed": _date(item.changed)} for item in items]
+
+
+@click.command("ls", cls=ReportingCommand, short_help="List the newest runs, datasets or models.")
+@click.argument("kind", type=click.Choice(("runs", "datasets", "models")), default="runs")
+@registry_options
+@json_option
+def ls_command(*, kind: str, options: TargetOptions, as_json: bool) -> None:
+    """List the newest 50 runs, datasets or registered models: state, size, date (UTC) and figures.
+
+    A run is LOST if it has not ended and nothing in its folder has changed for an hour.
+    """
+    from rich.box import SIMPLE_HEAD
+    from rich.filesize import decimal
+    from rich.table import Column, Table
+
+    from ncsn.cli.console import console_on
+    from ncsn.tools.listing import list_datasets, list_models, list_runs
+
+    root = options.store_root
+    if kind == "models":
+        from ncsn.tracking.client import mlflow_errors
+
+        uri = options.registry
+        with mlflow_errors(uri):
+            items = list_models(uri)
+        count = len(items)
+    else:
+        items, count = list_runs(root) if kind == "runs" else list_datasets(root)
+    if as_json:
+        click.echo(json.dumps({kind: _plain(items), "count": count}, indent=1))
+        return
+    table = Table("name", "state", Column("size", justify="right"), "date", "figures", box=SIMPLE_HEAD)
+    for item in items:
+        table.add_row(item.name, item.state, decimal(item.size), _date(item.changed), item.figures)
+    if items:
+        console_on(sys.stdout).print(table)
+    place, rest = uri if kind == "models" else root, f", of which the newest {len(items)}" if count > len(items) else ""
+    click.echo(f"{kind} in {place}: {count:,}{rest}")
+
+
+@click.command("show", cls=ReportingCommand, short_help="Show a run, dataset or model, its origin and its results.")
+@click.argument("name", metavar="NAME")
+@registry_options
+@json_option
+def show_command(*, name: str, options: TargetOptions, as_json: bool) -> None:
+    """Show a run, a dataset or a model, where it comes from and what came of it.
+
+    NAME is the name of a run, a dataset's digest or its beginning, a model or one version of it (models:/NAME/3 or
+    models:/NAME@champion). For any of these, for an MLflow run id, a KFP run id, a Ray job or submission id and the URI
+    of a checkpoint, the whole chain that it is part of is shown: pipeline run, steps, Ray jobs, data, checkpoint,
+    samples, model with the decision of the gate.
+    """
+    from rich.filesize import decimal
+
+    from ncsn.cli.console import console_on
+    from ncsn.tools.listing import find_items
+    from ncsn.tracking.client import client_at, mlflow_errors, shown
+    from ncsn.tracking.lineage import ACCEPTED, Link, trace
+
+    uri = options.registry
+    with mlflow_errors(uri):
+        items = find_items(options.store_root, uri, name)
+        dataset = next((item.name.partition("/")[2] for item in items if item.kind == "dataset"), "")
+        chains = trace(client_at(uri), dataset or name)
+    if not (items or chains):
+        where = f"neither {options.store_root} nor MLflow at {shown(uri)} has such a run, dataset or model"
+        raise UserError(name, where, hint=f"give {ACCEPTED}")
+    if as_json:
+        click.echo(json.dumps({"id": name, "items": _plain(items), "chains": list(map(asdict, chains))}, indent=1))
+        return
+    console = console_on(sys.stdout)
+    for item in items:
+        known = {"state": item.state, "size": decimal(item.size), "date": _date(item.changed), "figures": item.figures}
+        console.print(_tree(Link(item.kind, item.name, known | {**item.facts})), soft_wrap=True)
+    for chain in chains:
+        console.print(_tree(chain), soft_wrap=True)
+
+
+def _tree(link: Link) -> Tree:
+    from rich.markup import escape
+    from rich.tree import Tree
+
+    tree = Tree(f"[bold]{link.kind}[/] {escape(link.id)}")
+    for name, value in link.facts.items():
+        if value:
+            tree.add(f"[dim]{name.replace('_', ' ')}:[/] {escape(value)}")
+    for below in link.links:
+        tree.children.append(_tree(below))
+    return tree
+
+
+_JOBS_RUN = "With --jobs: only what belongs to this run, and its RayJobs even if it goes on."
+
+
+@click.command("cleanup", cls=ReportingCommand, short_help="Find, and with --yes delete, what nothing refers to.")
+@click.option("--yes", is_flag=True, help="Delete it.")
+@click.option("--jobs", is_flag=True, help="Instead, delete abandoned RayJobs and close their runs.")
+@click.option(
+    "--namespace",
+    metavar="NAME",
+    help="With --jobs: their namespace; default: that of this pod, or of the current kubeconfig context.",
+)
+@click.option("--dry-run", is_flag=True, help="With --jobs: print what would be done, and change nothing.")
+@lambda command: target_options(command, run_help=_JOBS_RUN)
+@json_option
+@click.pass_context
+def cleanup_command(
+    ctx: click.Context,
+    /,
+    *,
+    yes: bool,
+    jobs: bool,
+    namespace: str | None,
+    dry_run: bool,
+    options: TargetOptions,
+    as_json: bool,
+) -> None:
+    """Print by class what nothing in the store and its MLflow refers to, with its size; --yes deletes it.
+
+    Nothing that a registered version needs, and no run in which something has changed within a day is touched. While
+    MLflow cannot be asked, nothing is deleted.
+
+    With --jobs: delete RayJobs whose pipeline run has ended, and close the runs that it left open. The store and MLflow
+    then record how the pipeline run ended, or KILLED. The CronJob ncsn-janitor of infra/base/janitor does this every
+    minute.
+    """
+    if jobs:
+        if yes or options.config_uri or options.overrides or as_json:
+            raise UserError("--jobs", "takes --run, --namespace and --dry-run", hint="leave out the others")
+        _end_jobs(ctx, namespace=namespace, run=options.run, dry_run=dry_run)
+        return
+    for option, value in (("--run", options.run), ("--namespace", namespace), ("--dry-run", dry_run or None)):
+        if value is not None:
+            raise UserError(option, "goes with --jobs", hint="add it, or leave this out")
+    _delete_leftovers(options, yes=yes, as_json=as_json)
+
+
+def _end_jobs(ctx: click.Context, *, namespace: str | None, run: str | None, dry_run: bool) -> None:
+    from ncsn.remote.kubernetes import KubernetesApi
+    from ncsn.steps.janitor import clean_up
+
+    api = KubernetesApi(namespace, patience=_PATIENCE_SECONDS)
+    actions = []
+    for action in clean_up(api, run=run, dry_run=dry_run):
+        actions.append(action)
+        if action.error is None:
+            click.echo(f"would {action.verb} {action.what}" if dry_run else f"{action.verb}d {action.what}")
+        else:
+            why = "; ".join(map(str, describe(action.error)[0]))
+            click.echo(f"error: could not {action.verb} {action.what}: {why}", err=True)
+    if not actions:
+        click.echo(f"nothing to do in {api.namespace}")
+    if any(action.error for action in actions):
+        ctx.exit(FAILURE)
+
+
+def _delete_leftovers(options: TargetOptions, *, yes: bool, as_json: bool) -> None:
+    from rich.filesize import decimal
+
+    from ncsn.tools.leftovers import CLASSES, delete_leftovers, find_leftovers
+    from ncsn.tracking.client import mlflow_errors
+
+    uri, root = options.registry, options.store_root
+    with mlflow_errors(uri):
+        found, began = find_leftovers(root, uri)
+        found = list(delete_leftovers(root, uri, found, began)) if yes else found
+    total = sum(each.size for each in found)
+    if as_json:
+        items = [asdict(each) for each in found]
+        click.echo(json.dumps({"deleted": yes, "bytes": total, "items": items}, indent=1))
+        return
+    for kind, words in CLASSES.items():
+        if sizes := [each.size for each in found if each.kind == kind]:
+            click.echo(f"{len(sizes):>9,}  {decimal(sum(sizes)):>10}  {words}")
+    rest = "" if yes or not found else "; --yes deletes it, --json names it"
+    click.echo(f"{'deleted' if yes else 'found'} {decimal(total)} in {root} that nothing refers to{rest}")

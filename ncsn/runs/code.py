@@ -1,0 +1,148 @@
+"""Edited code without a new image: the packages of a checkout, as an archive in the store that other processes run.
+
+The archive is a zip with the same bytes for the same files, and the beginning of its SHA-256 is its name, so a URI says
+exactly which code it is. The file `ncsn/code.json` in it says where the code comes from and which packages it needs. A
+process that runs it has its URI in `NCSN_CODE`, and hands it on to the processes that it starts elsewhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from contextlib import suppress
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from packaging.requirements import Requirement
+
+from ncsn import storage
+from ncsn.errors import Problem, UserError
+from ncsn.process import CODE
+
+PACKAGES = ("ncsn", "components", "pipelines")
+
+_PACKAGE = Path(__file__).parents[1]
+_ABOUT = "code.json"  # in the package
+_SOURCES = (*PACKAGES, "configs", "infra", "pyproject.toml")  # what the packages and their links come from
+_CACHES = {"__pycache__"}
+_NAME = re.compile(r"([0-9a-f]{16})\.zip")
+
+
+def publish_code(root: str) -> None:
+    """Publish the packages of this checkout in the store at `root`; jobs of this process run them from now on."""
+    checkout, other = _PACKAGE.parent, Path.cwd() / "ncsn"
+    if not (checkout / "pyproject.toml").is_file():
+        hint = "use the ncsn of a clone, which `make venv` installs"
+        raise UserError("--code", f"the ncsn that runs is in {checkout}, which is no clone", hint=hint, value="here")
+    if (other / "__init__.py").is_file() and other.resolve() != _PACKAGE.resolve():
+        hint = "activate the .venv of this folder, or go to that one"
+        raise UserError("--code", f"the ncsn that runs is that of {checkout}", hint=hint, value="here")
+    project = tomllib.loads((checkout / "pyproject.toml").read_text())["project"]
+    files = {f"ncsn/{_ABOUT}": json.dumps({"origin": origin(), "requires": project["dependencies"]}).encode()}
+    for package in PACKAGES:
+        for folder, below, names in os.walk(checkout / package, followlinks=True):
+            below[:] = [name for name in below if name not in _CACHES and not name.startswith(".")]
+            paths = (Path(folder, name) for name in names if not name.startswith(".") and not name.endswith(".pyc"))
+            for path in paths:
+                if not path.is_file():
+                    reason = f"{path} is no file, or a link that leads nowhere"
+                    raise UserError("--code", reason, hint="remove it", value="here")
+                files[path.relative_to(checkout).as_posix()] = path.read_bytes()
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in sorted(files.items()):
+            member = zipfile.ZipInfo(name)  # of 1980, whenever the file was changed
+            member.compress_type, member.external_attr = zipfile.ZIP_DEFLATED, 0o644 << 16
+            archive.writestr(member, content)
+    data = buffer.getvalue()
+    uri = storage.join(storage.absolute(root), "code", f"{hashlib.sha256(data).hexdigest()[:16]}.zip")
+    storage.write_bytes(uri, data)
+    os.environ[CODE] = uri
+
+
+def run_code(uri: str) -> None:
+    """Start this process's command again with the code of the archive, in its place; return if it has that code."""
+    uri = storage.absolute(uri)
+    if os.environ.get(CODE) != uri:
+        path = os.pathsep.join(filter(None, (str(unpacked(uri)), os.environ.get("PYTHONPATH"))))
+        # Not from the working directory, which may be another checkout.
+        command = [sys.executable, "-P", *sys.orig_argv[1:]]
+        os.execve(sys.executable, command, {**os.environ, "PYTHONPATH": path, CODE: uri})  # noqa: S606
+
+
+def unpacked(uri: str) -> Path:
+    """The folder on this machine with the packages of the archive, which is what its name says."""
+    name = _NAME.fullmatch(uri.rpartition("/")[2])
+    hint = "give what `--code here` has published, or --code here in a clone"
+    if name is None:
+        raise UserError("--code", "not the name of an archive of code", hint=hint, value=uri)
+    folder = storage.cache_folder() / "code" / name[1]
+    if not folder.exists():
+        try:
+            data = storage.read_bytes(uri)
+        except FileNotFoundError:
+            raise UserError("--code", "no such file", hint=hint, value=uri) from None
+        if not hashlib.sha256(data).hexdigest().startswith(name[1]):
+            raise UserError("--code", "damaged: its bytes are not those of its name", hint=hint, value=uri)
+        with storage.scratch_folder(str(folder.parent)) as scratch, zipfile.ZipFile(io.BytesIO(data)) as archive:
+            archive.extractall(scratch / "code")
+            if not folder.exists():  # else another process was faster
+                with suppress(OSError):
+                    os.rename(scratch / "code", folder)
+    return folder
+
+
+def ray_environment(uri: str) -> dict[str, Any]:
+    """Ray's runtime environment that uploads the packages of the archive to a cluster."""
+    return {"py_modules": [str(unpacked(uri) / name) for name in PACKAGES], "env_vars": {CODE: uri}}
+
+
+def origin() -> dict[str, str]:
+    """`commit` of the code that runs, and `dirty`, whether it was edited since: as far as they are known."""
+    if (about := _PACKAGE / _ABOUT).is_file():
+        found: dict[str, str] = json.loads(about.read_text())["origin"]
+        return found
+    if commit := os.environ.get("NCSN_COMMIT"):  # of an image
+        return {"commit": commit} if commit != "unknown" else {}
+    checkout, lines = _PACKAGE.parent, list[str]()
+    if (checkout / ".git").exists():
+        ask = ["git", "-C", str(checkout), "status", "--porcelain=v2", "--branch", "--", *_SOURCES]
+        with suppress(OSError):  # there is no git
+            lines = subprocess.run(ask, capture_output=True, text=True, check=False).stdout.splitlines()  # noqa: S603
+    known = dict(line.removeprefix("# ").split(maxsplit=1) for line in lines if line.startswith("# "))
+    if len(known.get("branch.oid", "")) != 40:  # no commit yet
+        return {}
+    dirty = any(not line.startswith("#") for line in lines)
+    return {"commit": known["branch.oid"], "dirty": str(dirty).lower()}
+
+
+def require_packages() -> None:
+    """Refuse code from an archive that needs other packages than this environment has."""
+    about = _PACKAGE / _ABOUT
+    if not about.is_file():
+        return
+    problems, hint = [], "build an image of this code, see docs/kubernetes.md"
+    for needed in map(Requirement, json.loads(about.read_text())["requires"]):
+        have = _version(needed.name)
+        # An environment without torch is the slim image, which lacks more on purpose.
+        if _version("torch") is None if have is None else needed.specifier.contains(have, prereleases=True):
+            continue
+        reason = f"{have or 'not'} installed here, but the code needs {needed}"
+        problems.append(Problem(needed.name, reason, hint))
+    if problems:
+        raise UserError.of(problems)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,242 @@
+"""The model as an application of Ray Serve: a front that speaks HTTP, and replicas that make images.
+
+Images are a function of the request alone. So when a replica is lost with what the front has accepted, the front asks
+another one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from importlib import resources
+from typing import Any
+from urllib.request import urlopen
+
+import ray
+import torch
+from numpy.typing import NDArray
+from ray import serve
+from ray.exceptions import ActorAlreadyExistsError, RayActorError
+from ray.serve._private import replica
+from ray.util.metrics import Counter, Histogram
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+
+from ncsn.distributed.cluster import LOOPBACK, ray_cluster
+from ncsn.errors import UserError
+from ncsn.model.generate import generate_joined
+from ncsn.runs.folder import DEFAULT_ROOT
+from ncsn.serving import asked
+from ncsn.serving.batches import Batches, Busy
+from ncsn.tracking.client import client_at, mlflow_errors, one_line, server_uri, shown
+from ncsn.tracking.promotion import SCHEME, resolve_version
+from ncsn.tracking.registry import load_version
+
+NAME = "ncsn"
+POLL_SECONDS = 10.0  # between two looks at the alias
+_LOST_SECONDS = 120.0  # for which a request waits for another replica
+_MOST_BYTES = 65536  # of a request
+_MOST_REQUESTS = 1000  # at once, of a replica: enough for full batches of single images
+_QUIET = {"log_level": "WARNING", "enable_access_log": False}
+
+_logger = logging.getLogger("ray.serve")
+
+
+class Turn:
+    """Is there, under one name, while a replica loads a version: the others have their processors and memory so long.
+
+    Ray ends it with the replica.
+    """
+
+
+def _call_on_loopback() -> None:
+    """Let this replica be called on loopback only, if its node is there."""
+    # Replicas call each other by pickles, without a password, and Ray Serve 2.60 listens for them at all addresses.
+    if ray.util.get_node_ip_address() == LOOPBACK:
+        module = vars(replica)
+        add = module["add_port_to_grpc_server"]
+        module["add_port_to_grpc_server"] = lambda server, address: add(server, address.replace("[::]", LOOPBACK))
+
+
+class Sampler:
+    """Makes images of the version that the address names; loads another one beside it when the alias moves."""
+
+    def __init__(self, address: str, registry: str) -> None:
+        _call_on_loopback()
+        self._address, self._registry = address, registry or server_uri(None, root=DEFAULT_ROOT)
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._served = load_version(self._registry, address, device=self._device)  # name and network
+        self._images = Counter("ncsn_serve_images", "Images made.", ("model",))
+        self._sizes = Histogram("ncsn_serve_batch_images", "Images of a batch.", [1, 4, 16, 64, 256, 1024])
+        self._batches = Batches(self._make)
+        threading.Thread(target=self._follow, name="follow", daemon=True).start()
+
+    def _make(self, trained: Any, parts: Any) -> NDArray[Any]:
+        images = generate_joined(trained, parts, device=self._device)
+        self._sizes.observe(len(images))
+        self._images.inc(len(images), {"model": self._served[0].rpartition("/")[0]})
+        return images
+
+    def _follow(self) -> None:
+        while True:
+            time.sleep(POLL_SECONDS)
+            name, _ = self._served
+            try:
+                with mlflow_errors(self._registry):
+                    found = resolve_version(client_at(self._registry), self._address)
+                if name == (new := f"{SCHEME}{found.name}/{found.version}"):
+                    continue
+                turn: Any = ray.remote(Turn).options(name="ncsn-turn", num_cpus=0).remote()
+                try:
+                    self._served = load_version(self._registry, new, device=self._device)
+                finally:
+                    ray.kill(turn)
+                _logger.warning("%s is served in place of %s", new, name)
+            except ActorAlreadyExistsError:
+                continue
+            except Exception as error:  # noqa: BLE001 - the version that is loaded goes on
+                _logger.warning("%s stays: %s", name, one_line(error))
+
+    async def sample(self, wanted: asked.Asked) -> tuple[int, str, bytes]:
+        """HTTP status, the version, and the file or a line that says what is wrong."""
+        name, trained = self._served
+        try:
+            images = await self._batches.images(trained, asked.settings(trained, wanted), wanted.count)
+            limits = trained.config.data.pixels.limits
+            return 200, name, await asyncio.to_thread(asked.answer, images, wanted.format, limits=limits)
+        except UserError as error:
+            return 400, name, _line(error)
+        except Busy:
+            return 503, name, b"too many images wait; try again later\n"
+
+    def describe(self) -> dict[str, Any]:
+        """What the page needs to know."""
+        name, trained = self._served
+        classes = [] if trained.classes is None else trained.classes.names
+        return {"status": "ok", "model": name, "classes": classes, "most_images": asked.MOST_IMAGES}
+
+
+class Front:
+    """Takes requests, and asks the replicas until one of them has answered."""
+
+    def __init__(self, samplers: Any) -> None:
+        _call_on_loopback()
+        self._samplers, self._asking, self._ends = samplers, 0, False
+        self._page = resources.files("ncsn.serving").joinpath("page.html").read_text()
+
+    async def __call__(self, request: Request) -> Response:
+        match request.method, request.url.path.rstrip("/"):
+            case "GET", "":
+                return Response(self._page, media_type="text/html")
+            case "GET", "/health":
+                return JSONResponse(await self._ask("describe"))
+            case "GET", "/metrics":
+                return PlainTextResponse(await asyncio.to_thread(_node_metrics))
+            case "POST", "/images":
+                return await self._images(request)
+            case _, "" | "/health" | "/metrics" | "/images":
+                return PlainTextResponse("not this method\n", 405)
+        return PlainTextResponse("nothing is here; POST to /images, or GET /, /health or /metrics\n", 404)
+
+    async def _images(self, request: Request) -> Response:
+        # A page of another origin cannot send this type unless it is allowed to.
+        if request.headers.get("content-type", "").partition(";")[0] != "application/json":
+            return PlainTextResponse("Content-Type must be application/json\n", 415)
+        body = b""
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > _MOST_BYTES:
+                return PlainTextResponse(f"a request has at most {_MOST_BYTES:,} bytes\n", 413)
+        try:
+            wanted = asked.read(body)
+        except UserError as error:
+            return PlainTextResponse(_line(error), 400)
+        if self._ends:
+            return PlainTextResponse("this server ends\n", 503)
+        self._asking += 1
+        try:
+            status, model, content = await self._ask("sample", wanted)
+        finally:
+            self._asking -= 1
+        media = asked.MEDIA[wanted.format] if status == 200 else "text/plain"
+        return Response(content, status, {"X-NCSN-Model": model}, media_type=media)
+
+    async def end(self) -> None:
+        """Accept no more requests, and return when those that were accepted are answered."""
+        self._ends = True
+        while self._asking:
+            await asyncio.sleep(0.05)
+
+    async def _ask(self, method: str, *arguments: Any) -> Any:
+        ends = time.monotonic() + _LOST_SECONDS
+        while True:
+            try:
+                return await getattr(self._samplers, method).remote(*arguments)
+            except RayActorError:  # the replica is gone
+                if time.monotonic() > ends:
+                    raise
+                await asyncio.sleep(0.1)
+
+
+def _line(error: UserError) -> bytes:
+    return f"{'; '.join(str(error).splitlines())}\n".encode()
+
+
+def _node_metrics() -> str:
+    """What Ray and Serve count on this node, for Prometheus; ours are among them as ray_ncsn_serve_*."""
+    here = ray.get_runtime_context().get_node_id()
+    (node,) = [each for each in ray.nodes() if each["NodeID"] == here]
+    with urlopen(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics", timeout=10) as found:
+        text: str = found.read().decode()
+    return text
+
+
+def build(args: dict[str, str]) -> serve.Application:
+    """The application for `args` of Serve's config, which sets the replicas of Front and Sampler."""
+    return application(args["model"])
+
+
+def application(model: str, *, registry: str = "", **options: Any) -> serve.Application:
+    """The application for models:/NAME@ALIAS in a registry, "" for the environment's, with these options of Sampler."""
+    samplers = serve.deployment(max_ongoing_requests=_MOST_REQUESTS, **options)(Sampler)
+    front = serve.deployment(max_ongoing_requests=_MOST_REQUESTS, ray_actor_options={"num_cpus": 0})(Front)
+    return front.bind(samplers.bind(model, registry))
+
+
+def run(model: str, *, registry: str, port: int, replicas: int, ready: Callable[[], object]) -> None:
+    """Serve a registered model on loopback until SIGINT or SIGTERM; `ready` is called when it answers.
+
+    Each replica has its share of this machine's processors, and a GPU if there are enough.
+    """
+    with mlflow_errors(registry):
+        resolve_version(client_at(registry), model)
+    with ray_cluster():
+        have = ray.cluster_resources()
+        if replicas > (cores := int(have.get("CPU", 0))):  # they would be waited for forever
+            raise UserError("--replicas", f"there are {cores} CPU cores, of which each needs one", value=replicas)
+        if serve.status().proxies:  # of another program, which listen at its port, and whose application this one ends
+            raise UserError(
+                "RAY_ADDRESS", "this cluster serves already", hint="unset it to serve on this machine alone"
+            )
+        gpus = 1 if have.get("GPU", 0) >= replicas else 0
+        share = {"num_cpus": cores // replicas, "num_gpus": gpus}
+        serve.start(proxy_location="HeadOnly", http_options={"host": LOOPBACK, "port": port}, logging_config=_QUIET)
+        # With a password, it stays in the environment that it is from, which the replicas inherit.
+        hidden = shown(registry) != registry == os.environ.get("MLFLOW_TRACKING_URI")
+        wanted = application(model, registry="" if hidden else registry, num_replicas=replicas, ray_actor_options=share)
+        front: Any = serve.run(wanted, name=NAME, logging_config=_QUIET)
+        stop = threading.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: stop.set())
+        ready()
+        stop.wait()
+        with suppress(TimeoutError):
+            front.end.remote().result(timeout_s=_LOST_SECONDS)
+        serve.delete(NAME)
+        serve.shutdown()  # the cluster may go on

@@ -1,0 +1,90 @@
+"""What may be asked of a model over HTTP, and the files that answer."""
+
+from __future__ import annotations
+
+import io
+import json
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ncsn.config.load import with_wishes
+from ncsn.config.schema import SamplingConfig
+from ncsn.core.images import eight_bit, picture_channels
+from ncsn.errors import Problem, UserError
+from ncsn.model import build
+from ncsn.model.checkpoint import TrainedNetwork
+from ncsn.model.classes import require_label
+from ncsn.report.images import grid_png
+
+MOST_IMAGES = 256  # of one request
+MOST_EVALUATIONS = 1000  # of the network for an image, unless the model's own sampler needs more
+
+Format = Literal["grid", "png", "npz"]
+MEDIA: dict[Format, str] = {"grid": "image/png", "png": "image/png", "npz": "application/octet-stream"}
+
+
+class Asked(BaseModel):
+    """A request whose types and ranges are checked; whether the model can follow it, `settings` says."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    number: int | None = Field(None, ge=1, le=MOST_IMAGES)
+    seed: int | None = Field(None, ge=0, lt=2**63)
+    label: str | int | None = Field(None, alias="class")
+    sampler: Annotated[str, Field(pattern=r"^\w+$")] | dict[str, Any] | None = None
+    guidance: float | None = Field(None, ge=0, le=100)
+    format: Format = "grid"
+
+    @property
+    def count(self) -> int:
+        return self.number or (1 if self.format == "png" else 16)
+
+    @property
+    def wishes(self) -> dict[str, Any]:
+        """Those of `with_wishes`."""
+        label = None if self.label is None else json.dumps(str(self.label))  # in quotes, so that it is text in YAML too
+        sampler = json.dumps(self.sampler) if isinstance(self.sampler, dict) else self.sampler
+        return {"seed": self.seed, "guidance": self.guidance, "label": label, "sampler": sampler}
+
+
+def read(body: bytes) -> Asked:
+    """The request in a JSON object of number, seed, class, sampler, guidance and format, none of which is required."""
+    try:
+        asked = Asked.model_validate_json(body or b"{}")
+    except ValidationError as error:
+        found = {"".join(map(str, each["loc"][:1])): each["msg"] for each in error.errors()}
+        raise UserError.of([Problem(key, message[0].lower() + message[1:]) for key, message in found.items()]) from None
+    if asked.format == "png" and asked.count != 1:
+        raise UserError("format", "png is of one image", hint="use grid or npz", value=asked.format)
+    return asked
+
+
+def settings(trained: TrainedNetwork, asked: Asked) -> SamplingConfig:
+    """The settings of sampling that the request means for a model; `UserError` if it cannot follow them."""
+    config = with_wishes(trained.config, asked.wishes)
+    require_label(config.sampling.label, trained.classes, key="class")
+
+    def evaluations(sampling: SamplingConfig) -> int:
+        return sampling.sampler.num_evaluations(len(build.sigmas(trained.config, sampling)))
+
+    most = max(MOST_EVALUATIONS, evaluations(trained.config.sampling))
+    if (needed := evaluations(config.sampling)) > most:
+        raise UserError("sampler", f"needs {needed:,} evaluations for an image, and {most:,} are the most here")
+    return config.sampling
+
+
+def answer(images: NDArray[Any], form: Format, *, limits: tuple[float, float]) -> bytes:
+    """The file for images [N, H, W, C] as stored, whose values are within `limits`."""
+    file = io.BytesIO()
+    if form == "npz":
+        np.savez(file, images=images)
+        return file.getvalue()
+    shown = picture_channels(eight_bit(images, limits))
+    if form == "grid":
+        return grid_png(shown)
+    Image.fromarray(shown[0, ..., 0] if shown.shape[-1] == 1 else shown[0]).save(file, format="PNG")
+    return file.getvalue()

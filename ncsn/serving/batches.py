@@ -1,0 +1,83 @@
+"""Full batches of the images of several requests."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ncsn.config.schema import SamplingConfig
+from ncsn.model.checkpoint import TrainedNetwork
+from ncsn.model.classes import BALANCED
+from ncsn.model.generate import Part
+
+MOST_WAITING = 4096  # images
+_GATHER_SECONDS = 0.01  # for requests that come together
+
+Images = NDArray[Any]
+Make = Callable[[TrainedNetwork, Sequence[Part]], Images]
+
+
+class Busy(Exception):
+    """As many images wait as may."""
+
+
+@dataclass
+class _Image:
+    trained: TrainedNetwork
+    sampling: SamplingConfig
+    number: int
+    kind: Hashable  # images of one kind can be in one batch
+    request: object  # that it is of
+    future: asyncio.Future[Any]
+
+
+class Batches:
+    """Makes images in batches of `sampling.batch_size` as long as so many of one kind wait, the oldest first.
+
+    An image is a function of its seed and number, so a batch does not change it, but for rounding. Ray Serve's own
+    batches are cut when requests come, and so are small while an earlier one is made.
+    """
+
+    def __init__(self, make: Make) -> None:
+        self._make = make
+        self._waiting: list[_Image] = []
+        self._work: asyncio.Task[None] | None = None  # as long as anything waits
+
+    async def images(self, trained: TrainedNetwork, sampling: SamplingConfig, count: int) -> Images:
+        """The images `0 .. count`, as they are stored; canceled, they are not made. `Busy` if too many wait."""
+        if len(self._waiting) + count > MOST_WAITING:
+            raise Busy
+        same = sampling.model_copy(update={"seed": 0, "label": BALANCED}).model_dump_json()
+        kind, request, loop = (id(trained), same), object(), asyncio.get_running_loop()
+        new = [_Image(trained, sampling, number, kind, request, loop.create_future()) for number in range(count)]
+        self._waiting += new
+        if self._work is None or self._work.done():
+            self._work = loop.create_task(self._run())
+        return np.stack(await asyncio.gather(*(each.future for each in new)))
+
+    async def _run(self) -> None:
+        await asyncio.sleep(_GATHER_SECONDS)
+        while wanted := [each for each in self._waiting if not each.future.done()]:
+            self._waiting, first = wanted, wanted[0]
+            batch = [each for each in wanted if each.kind == first.kind][: first.sampling.batch_size]
+            requests = [list(own) for _, own in groupby(batch, key=lambda each: each.request)]
+            parts = [Part(own[0].sampling, own[0].number, len(own)) for own in requests]
+            try:
+                images = [*await asyncio.to_thread(self._make, first.trained, parts)]
+            except Exception as error:  # noqa: BLE001 - for whoever waits
+                images = [error] * len(batch)
+            for each, image in zip(batch, images, strict=True):
+                if each.future.done():  # canceled
+                    continue
+                if isinstance(image, Exception):
+                    each.future.set_exception(image)
+                else:
+                    each.future.set_result(image)
+            await asyncio.sleep(_GATHER_SECONDS)
+        self._waiting = []

@@ -1,0 +1,200 @@
+"""What nothing in a store or its MLflow refers to any more, by class, and its deletion: `ncsn cleanup`.
+
+A run refers to what its records and its config name. What a registered version needs stays, and so does all of a run
+on which somebody may be working. If MLflow does not answer or a record cannot be read, nothing is found and so nothing
+is deleted. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from ncsn import storage
+from ncsn.config import ConfigError, from_yaml
+from ncsn.data.format import MANIFEST
+from ncsn.errors import UserError
+from ncsn.runs.folder import BEGUN, RUN_PATTERN, RUNS
+from ncsn.runs.steps import TUNE
+from ncsn.storage import Entry
+from ncsn.tools.listing import DATASETS, at_once, begun, grouped
+from ncsn.tracking.client import client_at
+from ncsn.tracking.deleted import delete_artifacts, deleted_artifacts, every_version, sampled_runs
+
+CLASSES = {
+    "temporary": "temporary files and cut uploads, a day old",
+    "checkpoints": "checkpoints beyond train.keep_checkpoints",
+    "samples": "samples of runs without a registered version",
+    "trials": "checkpoints of trials that lost",
+    "features": "features of evaluations without a registered version",
+    "datasets": "datasets without a run",
+    "artifacts": "artifacts of deleted MLflow runs",
+}
+_QUIET_SECONDS = 86400.0  # a run whose pod waits for room changes nothing, and a stopped one may go on the next morning
+_LOOK_SECONDS = 5.0  # between two looks for runs that begin while others are deleted
+_INDEX = "checkpoint.json"
+_MARKERS = (MANIFEST, _INDEX, "reference.json")  # without its own, a folder is not complete
+# A URI in a text, by what follows the root of the store; of one with such a word in its root, also the rest.
+_NAMED = re.compile(rf"(?=(?<![\w-])((?:{RUNS}|{DATASETS})/[^\s\"'\\]+))")
+# Files by the place that they belong to.
+_RUN, _CONFIG = rf"{RUNS}/([^/]+)/.+", rf"({RUNS}/[^/]+/config\.yaml)"
+_RECORD = rf"({RUNS}/[^/]+/steps/[^/]+/step\.json)"
+_TEMPORARY = rf"((?:.+?/)?(?:{storage.TEMPORARY}))(?:/.*)?"
+_CHECKPOINT = rf"({RUNS}/.+/(?:checkpoints|ema|selected)/(?:images|resume)-\d+)/.+"
+_OF_TRAINING = rf"({RUNS}/[^/]+/checkpoints/(?:images|resume)-\d+)/.+"
+_SAMPLES, _TRIAL = rf"({RUNS}/[^/]+/samples)/.+", rf"({RUNS}/[^/]+/search/trials/[^/]+/[^/]+/checkpoints)/.+"
+_DATASET, _FEATURES = rf"({DATASETS}/[^/.][^/]*/[^/.]+)/.+", rf"({DATASETS}/[^/]+/[^/]+/reference/[^/]+)/.+"
+_Candidate = tuple[str, str, list[Entry]]  # what may go unless somebody refers to it: class, place and files
+
+
+@dataclass(frozen=True)
+class Leftover:
+    """A file or folder that nothing refers to."""
+
+    kind: str  # a key of CLASSES
+    uri: str
+    size: int  # bytes
+
+
+def find_leftovers(root: str, registry: str) -> tuple[list[Leftover], dict[str, float]]:
+    """What nothing refers to in a store and its MLflow, in the order of `CLASSES`; and what `begun` said before."""
+    client, began = client_at(registry), begun(root)
+    versions, sampled = every_version(client), sampled_runs(client, root)
+    tags = [version.tags for version in versions]
+    files = storage.list_entries(root, files=True)
+    runs = {run: held for run, held in grouped(_RUN, files).items() if RUN_PATTERN.fullmatch(run)}
+    if began and not runs:  # so does a store look whose disk with the runs is away
+        hint = f"find them, or delete {storage.join(root, BEGUN)} if they are gone for good"
+        raise UserError(storage.join(root, RUNS), "has none of the runs that have begun", hint=hint)
+    records = dict(zip(runs, at_once(partial(_read, root), [*runs.values()]), strict=True))
+    # By place the runs that name it, and those that name it or something in it; "" for versions.
+    whole, named = defaultdict[str, set[str]](set), defaultdict[str, set[str]](set)
+    for who, said in [("", tags), *records.items()]:
+        for path in map(PurePosixPath, _NAMED.findall(json.dumps(said))):
+            whole[str(path)].add(who)
+            for place in (path, *path.parents):
+                named[str(place)].add(who)
+    working = {run for run, when in began.items() if time.time() - when < _QUIET_SECONDS}
+    working |= {run for run, held in runs.items() if not _is_quiet(held)}
+    registered = {each.get("ncsn.run") for each in tags}
+    candidates = _cut([entry for entry in files if _run_of(entry.path) not in working])
+    for run in runs.keys() - working:
+        candidates += _surplus(root, runs[run]) + _lost(root, runs[run], records[run])
+        if run in sampled and run not in registered:
+            candidates += [("samples", *each) for each in grouped(_SAMPLES, runs[run]).items()]
+    # A run at work may find any dataset before its own is recorded.
+    if all(records.get(run, {}).get("ingest", {}).get("result") for run in working):
+        candidates += _of_datasets(files, named, working, tags)
+    found = [
+        Leftover(kind, storage.join(root, place), sum(entry.size for entry in held))
+        for kind, place, held in candidates
+        if not named[place] - ({_run_of(place)} if kind == "samples" else set())
+        if not whole[f"{RUNS}/{_run_of(place)}"] - {_run_of(place), ""}  # another run has all of it as its images
+        if not _is_linked(root, place)
+    ]
+    found += [Leftover("artifacts", uri, size) for uri, size in deleted_artifacts(client, root, versions)]
+    return sorted(found, key=lambda each: [*CLASSES].index(each.kind)), began
+
+
+def delete_leftovers(
+    root: str, registry: str, found: Iterable[Leftover], began: dict[str, float]
+) -> Iterator[Leftover]:
+    """Delete what was found, each as it is yielded, but nothing that a run may use which began meanwhile."""
+    looked, now = -_LOOK_SECONDS, began
+    for each in found:
+        if each.kind == "artifacts":
+            delete_artifacts(client_at(registry), each.uri)
+            yield each
+            continue
+        run = _run_of(each.uri.removeprefix(f"{root}/"))
+        if not run or time.monotonic() > looked + _LOOK_SECONDS:  # any run may use a dataset
+            looked, now = time.monotonic(), begun(root)
+        if now.get(run) == began.get(run) if run else now == began:
+            for marker in _MARKERS if each.kind != "temporary" else ():
+                storage.delete(storage.join(each.uri, marker))
+            storage.delete(each.uri)
+            yield each
+
+
+def _read(root: str, held: Iterable[Entry]) -> dict[str, Any]:
+    """What a run has recorded: of each step, and its config."""
+    found = {place.split("/")[3]: storage.read_json(storage.join(root, place)) for place in grouped(_RECORD, held)}
+    for place in grouped(_CONFIG, held):
+        found["config"] = storage.read_text(storage.join(root, place))
+    return found
+
+
+def _run_of(place: str) -> str:
+    """The run that a place belongs to; empty for other places."""
+    return place.split("/")[1] if place.startswith(f"{RUNS}/") else ""
+
+
+def _cut(files: Sequence[Entry]) -> list[_Candidate]:
+    """Temporary files, and what has no index, without which nothing reads it."""
+    paths = {entry.path for entry in files}
+    return [
+        ("temporary", place, held)
+        for pattern, marker in ((_TEMPORARY, ""), (_CHECKPOINT, _INDEX), (_DATASET, MANIFEST))
+        for place, held in grouped(pattern, files).items()
+        if f"{place}/{marker}" not in paths and _is_quiet(held)
+    ]
+
+
+def _surplus(root: str, files: Sequence[Entry]) -> list[_Candidate]:
+    """Checkpoints that training would have deleted."""
+    paths, checkpoints = {entry.path for entry in files}, grouped(_OF_TRAINING, files)
+    whole = [place for place in checkpoints if f"{place}/{_INDEX}" in paths]
+    whole.sort(key=lambda place: int(place.rpartition("-")[2]))
+    images = [place for place in whole if "/images-" in place]
+    if not images:
+        return []
+    try:  # each has the setting of its time
+        keep = from_yaml(storage.read_text(storage.join(root, images[-1], "config.yaml"))).train.keep_checkpoints
+    except ConfigError:  # of another version of this program
+        keep = "all"
+    kept = images if keep == "all" else images[-keep:]
+    before = whole[: whole.index(images[-1])]
+    return [("checkpoints", place, checkpoints[place]) for place in before if place not in kept]
+
+
+def _lost(root: str, files: Sequence[Entry], records: Mapping[str, Any]) -> list[_Candidate]:
+    """Checkpoints of the trials that a search which has ended did not choose."""
+    found, tuned = list[_Candidate](), records.get(TUNE, {})
+    for place, held in grouped(_TRIAL, files).items() if tuned.get("state") == "FINISHED" else ():
+        trial = storage.find_json(storage.join(root, place.rpartition("/")[0], "trial.json"))
+        if trial is not None and trial["values"] != tuned["result"]["values"]:
+            found.append(("trials", place, held))
+    return found
+
+
+def _of_datasets(
+    files: Sequence[Entry], named: Mapping[str, set[str]], working: set[str], tags: Sequence[Mapping[str, str]]
+) -> Iterator[_Candidate]:
+    """Datasets and features that no version was made with, and no run at work may be reading."""
+    # By digests and the beginnings of fingerprints, since the tags of a store that was moved have its old addresses.
+    needed = {each.get("dataset.digest") for each in tags} | {each.get("eval.fingerprint", "")[:16] for each in tags}
+    whole = grouped(rf"(.+)/{MANIFEST}", files)
+    for place, held in grouped(_DATASET, files).items():
+        if place in whole and not named[place] and place.rpartition("/")[2] not in needed and _is_quiet(held):
+            yield "datasets", place, held
+    for place, held in grouped(_FEATURES, files).items():
+        users = named[place.rpartition("/reference/")[0]]  # without any, the dataset goes
+        if users and not users & working and place.rpartition("/")[2] not in needed and _is_quiet(held):
+            yield "features", place, held
+
+
+def _is_linked(root: str, place: str) -> bool:
+    """Whether a symbolic link below the root leads there: others may use what is behind it."""
+    return storage.is_local(root) and Path(root, place).resolve() != Path(root).resolve() / place
+
+
+def _is_quiet(entries: Iterable[Entry]) -> bool:
+    """Whether nothing of this has changed for a day."""
+    return time.time() - max(entry.changed for entry in entries) > _QUIET_SECONDS

@@ -1,0 +1,183 @@
+"""What a store and its registry hold, the newest first: runs, datasets and models, as `ncsn ls` and `ncsn show` say it.
+
+Only the newest are looked into. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from heapq import nlargest
+from typing import TypeVar
+
+from ncsn import storage
+from ncsn.config.schema import MODEL_NAME_PATTERN
+from ncsn.data.format import MANIFEST, load_manifest
+from ncsn.errors import UserError
+from ncsn.progress import read_progress
+from ncsn.report.words import result_line
+from ncsn.runs.folder import BEGUN, RUN_PATTERN, RUNS, RunFolder, read_outcome, read_step
+from ncsn.runs.steps import STEP_INFO
+from ncsn.storage import Entry
+from ncsn.tracking.client import client_at
+from ncsn.tracking.gate import Decision
+from ncsn.tracking.promotion import DECISION, SCHEME, resolve_version
+
+MOST = 50  # of the newest that are listed
+_QUIET_SECONDS = 3600.0  # without a change for so long, nobody works on a run: it renews a lease and its progress
+DATASETS, DATASET = "datasets", r"([^/.][^/]*/[^/.]+)/.+"  # folder of a store, and files of a dataset below it
+_AT_ONCE = 16  # requests to the store
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Item:
+    """A run, a dataset or a version of a model."""
+
+    kind: str
+    name: str  # for `ncsn show`
+    state: str
+    size: int  # bytes
+    changed: float  # seconds since 1970: the last change of a file, or when the version was made
+    figures: str  # a line
+    facts: Mapping[str, str] = field(default_factory=dict)  # for `ncsn show`
+
+
+def at_once(call: Callable[[T], R], each: Sequence[T]) -> list[R]:
+    """The results of calls to the store, in their order."""
+    with ThreadPoolExecutor(_AT_ONCE) as threads:
+        return list(threads.map(call, each))
+
+
+def begun(root: str) -> dict[str, float]:
+    """Run -> when one of its steps last began, by the clock of the store."""
+    return {entry.path: entry.changed for entry in storage.list_entries(storage.join(root, BEGUN))}
+
+
+def list_runs(root: str) -> tuple[list[Item], int]:
+    """The newest runs, and the number of all."""
+    held, dated = at_once(storage.list_entries, [storage.join(root, place) for place in (RUNS, BEGUN)])
+    dates = {entry.path: entry.changed for entry in held if not entry.is_file and RUN_PATTERN.fullmatch(entry.path)}
+    dates |= {entry.path: entry.changed for entry in dated if entry.path in dates}
+
+    def describe(run: str) -> Item:
+        try:
+            return describe_run(root, run)
+        except storage.UnreadableError as error:  # the other runs are there all the same
+            uri = RunFolder(root, run).uri
+            return Item("run", run, "UNREADABLE", 0, dates[run], str(error), {"uri": uri})
+
+    newest = at_once(describe, nlargest(MOST, dates, key=dates.__getitem__))
+    return sorted(newest, key=lambda item: -item.changed), len(dates)
+
+
+def describe_run(root: str, run: str) -> Item:
+    """A run by its last step, and by its evaluation if it has one."""
+    folder = RunFolder(root, run)
+    files = {entry.path: entry for entry in storage.list_entries(folder.uri, files=True)}
+    changed = max((entry.changed for entry in files.values()), default=0.0)
+    places = {step: folder.step(step, "step.json").removeprefix(f"{folder.uri}/") for step in STEP_INFO}
+    records = [(files[place].changed, step) for step, place in places.items() if place in files]
+    state, figures, facts = "NEW", "", {"uri": folder.uri}  # nothing was begun yet
+    if records:
+        last, step = max(reversed(records), key=lambda pair: pair[0])  # of one second in S3, the later step
+        record = read_step(folder, step)
+        state = f"{record.state or state} {step}"
+        if record.error is not None:
+            facts["error"] = record.error.message
+        ended = files.get("status.json")
+        if ended is not None and ended.changed >= last and (outcome := read_outcome(folder)) is not None:
+            state = " ".join(filter(None, (outcome.status, outcome.failed_step)))
+        elif record.state == "RUNNING" and time.time() - changed > _QUIET_SECONDS:
+            state = f"LOST {step}"  # its process cannot say so
+        if places["evaluate"] in files:
+            step, record = "evaluate", read_step(folder, "evaluate")
+        if record.result:
+            figures = result_line(step, record.result)
+        elif progress := read_progress(folder.step(step, "progress.json")):
+            figures = f"{progress.done:,} / {progress.total:,} {progress.unit}"
+    return Item("run", run, state, sum(entry.size for entry in files.values()), changed, figures, facts)
+
+
+def grouped(pattern: str, entries: Iterable[Entry]) -> dict[str, list[Entry]]:
+    """The entries by the first group of the pattern, which their paths match."""
+    groups = defaultdict[str, list[Entry]](list)
+    for entry in entries:
+        if match := re.fullmatch(pattern, entry.path):
+            groups[match[1]].append(entry)
+    return groups
+
+
+def list_datasets(root: str, wanted: str = "") -> tuple[list[Item], int]:
+    """The newest datasets whose digest begins with `wanted` or that have this name or URI, and the number of all."""
+    place = storage.join(root, DATASETS)
+    wanted = wanted.removeprefix(f"{place}/")
+    groups = {
+        name: files
+        for name, files in grouped(DATASET, storage.list_entries(place, files=True)).items()
+        if name == wanted or name.partition("/")[2].startswith(wanted)
+    }
+
+    def describe(name: str) -> Item:
+        uri, files = storage.join(place, name), groups[name]
+        size, changed = sum(entry.size for entry in files), max(entry.changed for entry in files)
+        if f"{name}/{MANIFEST}" not in {entry.path for entry in files}:
+            return Item("dataset", name, "INCOMPLETE", size, changed, "", {"uri": uri})
+        try:
+            manifest = load_manifest(uri)
+        except (UserError, storage.UnreadableError) as error:  # of another version, or damaged
+            return Item("dataset", name, "UNREADABLE", size, changed, str(error), {"uri": uri})
+        counts = " + ".join(f"{count:,} {split}" for split, count in manifest.counts.items())
+        facts = {"uri": uri, "source": manifest.source, "license": manifest.license}
+        return Item("dataset", name, "COMPLETE", size, changed, f"{counts} images of {manifest.pixels}", facts)
+
+    newest = nlargest(MOST, groups, key=lambda name: max(entry.changed for entry in groups[name]))
+    return at_once(describe, newest), len(groups)
+
+
+def list_models(registry: str, wanted: str = "") -> list[Item]:
+    """The newest versions that `ncsn register` has made: of all models, or of one; or the one with this address."""
+    client, items = client_at(registry), list[Item]()
+    if "/" in wanted or "@" in wanted:
+        versions = [resolve_version(client, wanted)]
+    else:
+        query = "tags.`ncsn.model` LIKE '%'" + (f" and name = '{wanted}'" if wanted else "")
+        versions = client.search_model_versions(query, MOST, ["creation_timestamp DESC"])
+    # A search does not fill in the aliases.
+    models = {name: client.get_registered_model(name) for name in dict.fromkeys(each.name for each in versions)}
+    for version in versions:
+        written, named = version.tags.get(DECISION), sorted(models[version.name].aliases.items())
+        decision = Decision.from_json(written) if written else None
+        aliases = [alias for alias, of in named if str(of) == str(version.version)]
+        measured = decision.evidence.measurement if decision and decision.evidence else None
+        item = Item(
+            kind="model",
+            name=f"{SCHEME}{version.name}/{version.version}",
+            state=", ".join([*aliases, *(["waits"] if decision and decision.waits else [])]) or "-",
+            size=int(version.tags.get("ncsn.bytes", 0)),
+            changed=version.creation_timestamp / 1000,
+            figures=f"{measured.name} = {measured}" if measured else "",
+            facts={"gate": decision.reason} if decision else {},
+        )
+        items.append(item)
+    return items
+
+
+def find_items(root: str, registry: str, name: str) -> list[Item]:
+    """The run, datasets and versions of a model that have this name."""
+    items = []
+    if RUN_PATTERN.fullmatch(name) and storage.exists(RunFolder(root, name).config):
+        folder, run = RunFolder(root, name), describe_run(root, name)
+        done = {step: record for step in STEP_INFO if (record := read_step(folder, step)).result}
+        steps = {step: f"{result_line(step, record.result)}; {record.seconds:,.1f} s" for step, record in done.items()}
+        items.append(replace(run, facts={**run.facts, **steps}))
+    if re.fullmatch(r"(.*/)?[0-9a-f]{8,64}", name):
+        items += list_datasets(root, name)[0]
+    if re.fullmatch(rf"({SCHEME})?{MODEL_NAME_PATTERN}(/\d+|@[^/@:]+)?", name):
+        items += list_models(registry, name)
+    return items

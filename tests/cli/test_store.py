@@ -1,0 +1,73 @@
+"""`ls`, `show` and `cleanup` of a store: what a person reads, and what stops them."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+
+from ncsn.runs.folder import RunFolder, update_step
+from ncsn.tracking.client import client_at
+
+OLD = time.time() - 30 * 86400
+
+
+@pytest.fixture
+def ncsn(run_in_process, store: Path) -> Callable[..., Result]:
+    """A command on a store with a run of a month ago and a dataset that nothing refers to."""
+    client_at(f"sqlite:///{store}/mlflow.db")
+    folder, unused = RunFolder(str(store), "mine"), store / "datasets" / "digits" / "0123456789abcdef"
+    update_step(folder, "train", state="FAILED", reads={"dataset": f"{store}/datasets/digits/another"})
+    Path(folder.config).write_text("name: mine")
+    unused.mkdir(parents=True)
+    (unused / "manifest.json").write_bytes(b"1" * 2500)
+    for path in (unused / "manifest.json", *(store / "runs").rglob("*")):
+        os.utime(path, (OLD, OLD))
+    return lambda *arguments, **variables: run_in_process(*arguments, "--set", f"storage.root={store}", **variables)
+
+
+def test_ls_has_a_line_for_each_run_and_its_number(ncsn, store: Path) -> None:
+    done = ncsn("ls")
+    (line,) = [line for line in done.output.splitlines() if " mine " in line]
+    assert "FAILED train" in line
+    assert done.output.splitlines()[-1] == f"runs in {store}: 1"
+    (item,) = json.loads(ncsn("ls", "--json").output)["runs"]
+    assert (item["name"], item["state"], item["kind"]) == ("mine", "FAILED train", "run")
+    assert item["changed"][:4] == time.strftime("%Y", time.gmtime(OLD))
+    assert json.loads(ncsn("ls", "models", "--json").output) == {"models": [], "count": 0}
+    shown = json.loads(ncsn("show", "mine", "--json").output)
+    assert ([each["name"] for each in shown["items"]], shown["chains"]) == (["mine"], [])
+
+
+def test_cleanup_says_what_it_would_delete_and_deletes_it_if_told(ncsn, store: Path) -> None:
+    unused = store / "datasets" / "digits" / "0123456789abcdef"
+    looked = ncsn("cleanup")
+    assert looked.exit_code == 0 and unused.exists() and "2.5 kB" in looked.output
+    (item,) = json.loads(ncsn("cleanup", "--json").output)["items"]
+    assert item == {"kind": "datasets", "uri": str(unused), "size": 2500}
+    done = ncsn("cleanup", "--yes", "--json")
+    assert json.loads(done.output) == {"deleted": True, "bytes": 2500, "items": [item]}
+    assert not unused.exists() and (store / "runs" / "mine").exists()
+    assert "0 bytes" in ncsn("cleanup", "--yes").output
+
+
+def test_nothing_is_deleted_while_mlflow_is_away(ncsn, require_mistake, store: Path) -> None:
+    before = sorted(store.rglob("*"))
+    away = "http://127.0.0.1:9"
+    require_mistake(ncsn("cleanup", "--yes", MLFLOW_TRACKING_URI=away), away)
+    (store / "mlflow.db").unlink()
+    require_mistake(ncsn("cleanup", "--yes"), "tracking.uri")
+    assert {*before} - {*store.rglob("*")} <= {store / "mlflow.db", store / "mlflow.db-wal", store / "mlflow.db-shm"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "key"),
+    [(["--run", "mine"], "--run"), (["--dry-run"], "--dry-run"), (["--jobs", "--yes"], "--jobs")],
+)
+def test_jobs_and_files_are_cleaned_apart(ncsn, require_mistake, arguments: list[str], key: str) -> None:
+    require_mistake(ncsn("cleanup", *arguments), key)

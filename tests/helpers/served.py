@@ -1,0 +1,119 @@
+"""A tiny network with classes, its versions in a real registry, and clients of a server that never stop asking."""
+
+from __future__ import annotations
+
+import io
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import requests
+import torch
+
+from ncsn.config import from_yaml
+from ncsn.core.images import fit_moments
+from ncsn.model import build
+from ncsn.model.checkpoint import SamplingCheckpoint
+from ncsn.model.classes import Classes
+
+TEXT = """
+name: tiny
+data: {source: sklearn_digits, image_size: 8, channels: 1, num_classes: 3}
+noise: {num_levels: 4}
+network: {kind: unet, widths: [8, 8], blocks_per_resolution: 1, embedding_features: 8}
+train: {batch_size: 8, num_images: 16, checkpoint_every_images: 8, report_every_images: 8, label_dropout: 0.1}
+sampling: {num_images: 4, batch_size: 8, sampler: {kind: karras_heun, num_steps: 5}}
+evaluation: {num_splits: 2}
+"""
+
+
+def trained_by(seed: int, *overrides: str) -> SamplingCheckpoint:
+    config = from_yaml(TEXT, overrides=overrides)
+    network, draw = build.network(config).eval().requires_grad_(False), torch.Generator().manual_seed(seed)
+    for parameter in network.parameters():
+        parameter.add_(0.2 * torch.randn(parameter.shape, generator=draw))
+    return SamplingCheckpoint(
+        config=config,
+        network=network,
+        moments=fit_moments(torch.rand(64, 1, 8, 8, generator=draw)),
+        classes=Classes(("cat", "dog", "bird"), (1, 2, 3)),
+        images_seen=8,
+        dataset_digest="d1",
+        digest=f"{seed:016d}",
+    )
+
+
+def make_champion(root: Path, seed: int, *, name: str = "tiny") -> str:
+    """Register the network of a seed as the next version of a model, and make it champion; the version."""
+    from ncsn.tracking import registry
+    from ncsn.tracking.mlflow_runs import step_run
+    from ncsn.tracking.promotion import promote_version
+
+    checkpoint = trained_by(seed, f"storage.root={root}")
+    with step_run(checkpoint.config, run=f"run-{seed}", step="register") as tracked:
+        candidate = registry.Registration(name, checkpoint, card="", files={}, metrics={}, tags={})
+        version = str(registry.register(tracked, candidate).version)
+        promote_version(tracked.client, name, version=version, force=True)
+    return f"models:/{name}/{version}"
+
+
+@dataclass
+class Load:
+    """What clients that ask without a pause have got."""
+
+    url: str
+    answers: list[tuple[str, Any]] = field(default_factory=list)  # version and images
+    failures: list[str] = field(default_factory=list)
+    changed: threading.Condition = field(default_factory=threading.Condition)
+
+    def wait_for(self, version: str, count: int, *, seconds: float) -> None:
+        """Until `count` more answers have come from a version."""
+        with self.changed:
+            before = len(self.answers)
+            self.changed.wait_for(
+                lambda: sum(name == version for name, _ in self.answers[before:]) >= count or self.failures, seconds
+            )
+            assert not self.failures
+            assert sum(name == version for name, _ in self.answers[before:]) >= count
+
+    def ask(self) -> None:
+        """One request for two images of seed 3."""
+        try:
+            asked = {"number": 2, "seed": 3, "format": "npz"}
+            answer = requests.post(f"{self.url}/images", json=asked, timeout=300)
+            answer.raise_for_status()
+            with np.load(io.BytesIO(answer.content)) as file:
+                found = (answer.headers["X-NCSN-Model"], file["images"])
+        except requests.RequestException as error:
+            with self.changed:
+                self.failures.append(str(error))
+                self.changed.notify_all()
+        else:
+            with self.changed:
+                self.answers.append(found)
+                self.changed.notify_all()
+
+
+@contextmanager
+def load_on(url: str, *, clients: int = 4) -> Iterator[Load]:
+    """Clients that ask without a pause while the context is open."""
+    load, over = Load(url), threading.Event()
+
+    def work() -> None:
+        while not over.is_set() and not load.failures:
+            load.ask()
+
+    threads = [threading.Thread(target=work) for _ in range(clients)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield load
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
+    assert not load.failures

@@ -1,0 +1,152 @@
+"""The code of a clone as an archive: what is in it, what is refused, and processes that run it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+from edited_clone import ROOT, SAYS, Clone, clone
+from refused import refused
+
+from ncsn.process import CODE
+from ncsn.runs import code
+from pipelines.compile import compile_one
+
+
+@pytest.fixture
+def ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Clone:
+    """A clone that this process takes for its own."""
+    monkeypatch.delenv("NCSN_COMMIT", raising=False)
+    monkeypatch.setenv(CODE, "")
+    monkeypatch.chdir(tmp_path)
+    found = clone(tmp_path / "clone")
+    monkeypatch.setattr(code, "_PACKAGE", found.folder / "ncsn")
+    return found
+
+
+def published(root: Path) -> str:
+    code.publish_code(str(root))
+    return os.environ[CODE]
+
+
+def test_an_archive_has_the_packages_and_what_their_links_name(ours: Clone, tmp_path: Path) -> None:
+    (ours.folder / "ncsn" / "__pycache__").mkdir()
+    (ours.folder / "ncsn" / "__pycache__" / "cached.pyc").touch()
+    (ours.folder / "ncsn" / ".hidden.py").touch()
+    (ours.folder / "ncsn" / "new.py").write_text("NEW = 1\n")
+    with zipfile.ZipFile(published(tmp_path)) as archive:
+        names = set(archive.namelist())
+        about = json.loads(archive.read("ncsn/code.json"))
+        template = archive.read("ncsn/remote/rayjob.yaml")
+    assert names >= {"ncsn/new.py", "ncsn/configs/digits.yaml", "components/tasks.py", "pipelines/submit.py"}
+    assert not [name for name in names if "__pycache__" in name or "hidden" in name or name.startswith("infra")]
+    assert template == (ours.folder / "infra/base/kuberay/rayjob.yaml").read_bytes()
+    assert (about["origin"]["dirty"], len(about["origin"]["commit"])) == ("true", 40)
+    assert any(each.startswith("torch>=") for each in about["requires"])
+
+
+def test_a_link_that_leads_nowhere_and_a_pipe_are_refused(ours: Clone, tmp_path: Path) -> None:
+    for place, make in (
+        (ours.folder / "ncsn" / "gone.py", lambda at: at.symlink_to("nowhere")),
+        (ours.folder / "ncsn" / "pipe", os.mkfifo),
+    ):
+        make(place)
+        with refused("--code"):
+            published(tmp_path)
+        place.unlink()
+
+
+def test_the_same_code_is_the_same_archive_and_an_edit_another(ours: Clone, tmp_path: Path) -> None:
+    first = published(tmp_path)
+    assert code.origin()["dirty"] == "false"
+    os.utime(ours.folder / "ncsn" / "errors.py", (0, 0))
+    assert published(tmp_path) == first
+    ours.edit("ncsn/errors.py")
+    assert published(tmp_path) != first
+    assert code.origin()["dirty"] == "true"
+
+
+def test_what_is_no_clone_or_not_the_clone_of_this_folder_is_refused(
+    ours: Clone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "ncsn").mkdir()
+    (tmp_path / "ncsn" / "__init__.py").touch()
+    with refused("--code"):
+        published(tmp_path)
+    monkeypatch.chdir(ours.folder)
+    (ours.folder / "pyproject.toml").unlink()
+    with refused("--code"):
+        published(tmp_path)
+
+
+def test_an_archive_that_is_missing_damaged_or_none_is_refused(ours: Clone, tmp_path: Path) -> None:
+    uri = published(tmp_path)
+    assert (code.unpacked(uri) / "ncsn" / "code.json").is_file()
+    ours.edit("ncsn/errors.py")
+    uri = published(tmp_path)
+    Path(uri).write_bytes(Path(uri).read_bytes()[:-1])
+    other = tmp_path / "code.zip"
+    other.touch()
+    for wrong in (uri, f"{uri.rpartition('/')[0]}/{'0' * 16}.zip", str(other)):
+        with refused("--code"):
+            code.unpacked(wrong)
+
+
+def test_packages_that_the_code_needs_and_the_image_lacks_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code.require_packages()  # of code that comes from no archive
+    monkeypatch.setattr(code, "_PACKAGE", tmp_path)
+    have = {"torch": "2.9.0+cu130", "ray": "2.60.0"}
+    monkeypatch.setattr(code, "_version", have.get)
+    about = {"origin": {}, "requires": ["torch>=2.6,<3", "ray[default,train]>=2.60", "scipy>=1"]}
+    (tmp_path / "code.json").write_text(json.dumps(about))
+    with refused("scipy"):
+        code.require_packages()
+    have["ray"] = "2.59.1"
+    with refused("ray", "scipy"):
+        code.require_packages()
+    del have["torch"]  # the slim image, which has neither
+    with refused("ray"):
+        code.require_packages()
+
+
+@pytest.mark.slow
+def test_a_task_and_a_command_run_the_archive_in_place_of_what_is_installed(ours: Clone, tmp_path: Path) -> None:
+    ours.edit("ncsn/config/__init__.py")
+    uri = published(tmp_path)
+    compile_one("train_pipeline", tmp_path, code=uri)
+    spec, _ = yaml.safe_load_all((tmp_path / "train_pipeline.yaml").read_text())
+    container = spec["deploymentSpec"]["executors"]["exec-tune"]["container"]
+    outputs = {name: {"artifacts": [{"uri": str(tmp_path / name)}]} for name in ("search", "plots", "metrics")}
+    config = (ROOT / "configs" / "digits.yaml").read_text()
+    given = {
+        "inputs": {"parameterValues": {"config": config, "run": "mine", "task_config": {}}},
+        "outputs": {"artifacts": outputs, "outputFile": str(tmp_path / "output.json")},
+    }
+    args = [json.dumps(given) if each == "{{$}}" else each for each in container["args"]]
+    binaries = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    env = {name: text for name, text in os.environ.items() if name != CODE} | {"PATH": binaries}
+    done = subprocess.run([*container["command"], *args], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(SAYS) == 1
+    assert json.loads((tmp_path / "output.json").read_text())["parameterValues"]["best_run"] == "mine"
+
+    command = [sys.executable, "-m", "ncsn", "run", "--config", "digits", "--set", "no.such=1", "--code", uri]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.count(SAYS)) == (2, 1), done.stderr
+    Path(uri).unlink()
+    missing = subprocess.run(
+        [*container["command"], *args],
+        env=env | {"NCSN_CACHE_DIR": str(tmp_path / "another")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (missing.returncode, len(missing.stderr.strip().splitlines())) == (1, 1), missing.stderr

@@ -1,0 +1,92 @@
+"""The application in Ray Serve's mode for tests, without a cluster: what each path answers."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from ray import serve
+from refused import refused
+from served import trained_by
+from starlette.requests import Request
+from starlette.responses import Response
+
+from ncsn.config.load import with_wishes
+from ncsn.model.generate import generate
+from ncsn.serving import app
+
+MODEL = "models:/tiny/1"
+
+
+@pytest.fixture(scope="module")
+def handle() -> Iterator[Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(app, "POLL_SECONDS", 3600.0)
+        patch.setattr(app, "load_version", lambda *_, **__: (MODEL, trained_by(0)))
+        yield serve.run(app.build({"model": "models:/tiny@champion"}), _local_testing_mode=True)
+
+
+def ask(handle: Any, method: str, path: str, body: bytes = b"", *, kind: str = "application/json") -> Response:
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    headers = [(b"content-type", kind.encode())]
+    scope = {"type": "http", "method": method, "path": path, "root_path": "", "query_string": b"", "headers": headers}
+    answer: Response = handle.remote(Request(scope, receive)).result(timeout_s=100)
+    return answer
+
+
+def test_images_are_those_of_the_model_by_seed_and_class(handle: Any) -> None:
+    answer = ask(handle, "POST", "/images", b'{"number": 5, "seed": 3, "class": "bird", "format": "npz"}')
+    assert (answer.status_code, answer.headers["x-ncsn-model"]) == (200, MODEL)
+    trained = trained_by(0)
+    sampling = with_wishes(trained.config, {"seed": 3, "label": "bird"}).sampling
+    alone = generate(trained, sampling=sampling, first=0, count=5)
+    with np.load(io.BytesIO(answer.body)) as found:
+        assert np.abs(found["images"].astype(int) - alone).max() <= 1
+
+
+def test_the_page_and_the_facts_behind_it(handle: Any) -> None:
+    assert ask(handle, "GET", "/").media_type == "text/html"
+    facts = json.loads(ask(handle, "GET", "/health").body)
+    assert facts == {"status": "ok", "model": MODEL, "classes": ["cat", "dog", "bird"], "most_images": 256}
+    assert ask(handle, "POST", "/images", b'{"format": "png"}').media_type == "image/png"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "kind", "status"),
+    [
+        ("POST", "/images", b'{"class": "fish"}', "application/json", 400),
+        ("POST", "/images", b'{"number": 0}', "application/json", 400),
+        ("POST", "/images", b"{", "application/json; charset=utf-8", 400),
+        ("GET", "/nothing", b"", "", 404),
+        ("GET", "/images", b"", "", 405),
+        ("POST", "/health", b"{}", "application/json", 405),
+        ("POST", "/images", b" " * 70_000, "application/json", 413),
+        ("POST", "/images", b"{}", "text/plain", 415),
+    ],
+)
+def test_a_mistake_is_one_line_with_its_status(
+    handle: Any, method: str, path: str, body: bytes, kind: str, status: int
+) -> None:
+    answer = ask(handle, method, path, body, kind=kind)
+    assert answer.status_code == status and answer.media_type == "text/plain"
+    assert bytes(answer.body).count(b"\n") == 1 and bytes(answer.body).endswith(b"\n")
+
+
+def test_more_replicas_than_cores_and_a_cluster_that_serves_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "client_at", lambda _: None)
+    monkeypatch.setattr(app, "resolve_version", lambda *_: None)
+    monkeypatch.setattr(app, "ray_cluster", nullcontext)
+    monkeypatch.setattr(app.ray, "cluster_resources", lambda: {"CPU": 2.0})
+    with refused("--replicas"):
+        app.run("models:/tiny@champion", registry="", port=0, replicas=3, ready=lambda: None)
+    monkeypatch.setattr(app.serve, "status", lambda: SimpleNamespace(proxies={"node": "HEALTHY"}))
+    with refused("RAY_ADDRESS"):
+        app.run("models:/tiny@champion", registry="", port=0, replicas=2, ready=lambda: None)

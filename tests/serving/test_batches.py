@@ -1,0 +1,104 @@
+"""Images of several requests in full batches: the same as alone, and the oldest first."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from served import trained_by
+
+from ncsn.config.load import with_wishes
+from ncsn.errors import UserError
+from ncsn.model.checkpoint import TrainedNetwork
+from ncsn.model.generate import Part, generate, generate_joined
+from ncsn.serving import batches
+from ncsn.serving.batches import Batches, Busy
+
+TRAINED = trained_by(0)
+
+
+class Held:
+    """A maker of images that waits until it may begin, and remembers its batches."""
+
+    def __init__(self) -> None:
+        self.begun, self.open = threading.Event(), threading.Event()
+        self.made: list[list[Part]] = []
+
+    def __call__(self, trained: TrainedNetwork, parts: Sequence[Part]) -> Any:
+        self.begun.set()
+        assert self.open.wait(60)
+        self.made.append(list(parts))
+        if any(part.sampling.seed == 13 for part in parts):
+            raise UserError("sampling.sampler", "gives images that are not finite")
+        return generate_joined(trained, parts)
+
+
+def wished(**wishes: Any) -> Any:
+    return with_wishes(TRAINED.config, wishes).sampling
+
+
+def together(held: Held, *asked: tuple[TrainedNetwork, Any, int], cancel: int | None = None) -> list[Any]:
+    """What each request gets of those that wait together while the first one, for an image, is made."""
+
+    async def ask() -> list[Any]:
+        making = Batches(held)
+        tasks = [asyncio.create_task(making.images(TRAINED, wished(seed=9), 1))]
+        assert await asyncio.to_thread(held.begun.wait, 60)
+        tasks += [asyncio.create_task(making.images(*each)) for each in asked]
+        await asyncio.sleep(0)
+        if cancel is not None:
+            tasks[cancel].cancel()
+        held.open.set()
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    return asyncio.run(ask())
+
+
+@pytest.fixture
+def held() -> Held:
+    return Held()
+
+
+def test_several_requests_are_one_batch_and_the_images_are_those_of_each_alone(held: Held) -> None:
+    wishes = [wished(seed=1), wished(seed=1), wished(seed=2, label="bird"), wished(seed=1, label="data")]
+    asked = [(TRAINED, sampling, number) for sampling, number in zip(wishes, (3, 2, 2, 3), strict=True)]
+    found = together(held, *asked)
+    assert [sum(part.length for part in batch) for batch in held.made] == [1, 8, 2]
+    assert len(held.made[1]) == 4
+    for sampling, images in zip((wished(seed=9), *wishes), found, strict=True):
+        alone = generate(TRAINED, sampling=sampling, first=0, count=len(images))
+        assert images.shape == alone.shape
+        difference = np.abs(images.astype(int) - alone)
+        assert difference.max() <= 1 and (difference > 0).mean() < 0.01
+
+
+def test_other_settings_and_other_weights_are_other_batches(held: Held) -> None:
+    _, *images = together(
+        held,
+        (TRAINED, wished(seed=1), 2),
+        (TRAINED, wished(sampler="{kind: karras_heun, num_steps: 3}"), 2),
+        (TRAINED, wished(guidance=2.0), 2),
+        (trained_by(1), wished(seed=1), 2),
+        (TRAINED, wished(seed=2), 2),
+    )
+    assert [len(batch) for batch in held.made] == [1, 2, 1, 1, 1]
+    assert all((one != images[0]).any() for one in images[1:])
+
+
+def test_what_is_canceled_is_not_made_and_a_failure_is_its_own(held: Held) -> None:
+    bad = wished(seed=13, guidance=2.0)
+    asked = [(TRAINED, sampling, 1) for sampling in (wished(seed=4), wished(seed=5), bad)]
+    _, canceled, good, failed = together(held, *asked, cancel=1)
+    assert isinstance(canceled, asyncio.CancelledError) and isinstance(failed, UserError)
+    assert len(good) == 1
+    assert 4 not in {part.sampling.seed for batch in held.made for part in batch}
+
+
+def test_more_than_may_wait_are_refused(held: Held, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batches, "MOST_WAITING", 10)
+    _, most, refused = together(held, (TRAINED, wished(), 9), (TRAINED, wished(), 2))
+    assert len(most) == 9 and isinstance(refused, Busy)

@@ -1,0 +1,156 @@
+"""`ncsn serve` for real: Ray Serve on loopback, a registry, another champion under load, and lost replicas."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import requests
+from playwright.sync_api import Browser, expect
+from ports import free_port
+from served import load_on, make_champion, trained_by
+
+from ncsn.config.load import with_wishes
+from ncsn.model.generate import generate
+
+STORE = "sqlite:///{}/mlflow.db"
+
+
+@dataclass
+class Served:
+    root: Path
+    url: str
+    process: subprocess.Popen[str]
+
+    def post(self, **asked: Any) -> requests.Response:
+        return requests.post(f"{self.url}/images", json=asked, timeout=120)
+
+    def get(self, path: str) -> requests.Response:
+        return requests.get(f"{self.url}{path}", timeout=120)
+
+    def replicas(self) -> list[psutil.Process]:
+        below = psutil.Process(self.process.pid).children(recursive=True)
+        return [each for each in below if "ServeReplica:ncsn:Sampler" in " ".join(each.cmdline())]
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    root, port = tmp_path_factory.mktemp("store"), free_port()
+    make_champion(root, 0)
+    command = ["-m", "ncsn", "serve", "models:/tiny@champion", "--replicas", "2", "--port", str(port)]
+    of_a_person = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    with (root / "log.txt").open("w+") as log:
+        process = subprocess.Popen(
+            [sys.executable, *command],
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env=of_a_person | {"MLFLOW_TRACKING_URI": STORE.format(root)},
+        )
+        try:
+            assert process.stdout
+            url = process.stdout.readline().strip()
+            assert url == f"http://127.0.0.1:{port}", (root / "log.txt").read_text()
+            yield Served(root, url, process)
+        finally:
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(120) == 0, (root / "log.txt").read_text()
+
+
+def images(response: requests.Response) -> Any:
+    assert response.status_code == 200, response.text
+    with np.load(io.BytesIO(response.content)) as found:
+        return found["images"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_it_answers_on_loopback_only(served: Served) -> None:
+    made = served.post(number=5, seed=3, format="npz", **{"class": "bird"})
+    assert made.headers["X-NCSN-Model"] == "models:/tiny/1"
+    trained = trained_by(0)
+    sampling = with_wishes(trained.config, {"seed": 3, "label": "bird"}).sampling
+    alone = generate(trained, sampling=sampling, first=0, count=5)
+    assert np.abs(images(made).astype(int) - alone).max() <= 1
+    assert served.get("/health").json()["model"] == "models:/tiny/1"
+    refused = served.post(**{"class": "fish"})
+    assert (refused.status_code, refused.text.count("\n")) == (400, 1)
+    ours = [served.process.pid, *(each.pid for each in psutil.Process(served.process.pid).children(recursive=True))]
+    listening = {
+        each.laddr.ip for each in psutil.net_connections("inet") if each.pid in ours and each.status == "LISTEN"
+    }
+    assert listening <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_page_shows_images_and_what_is_wrong(served: Served, browser: Browser) -> None:
+    page = browser.new_page()
+    page.goto(served.url)
+    expect(page.get_by_role("heading")).to_have_text("models:/tiny/1")
+    page.get_by_label("Class").select_option("bird")
+    page.get_by_role("button").click()
+    page.wait_for_function("document.querySelector('img').naturalWidth > 0", timeout=60_000)
+    page.get_by_label("Seed").fill("1e30")
+    page.get_by_role("button").click()
+    expect(page.get_by_role("alert")).to_contain_text("seed")
+    page.close()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_no_request_is_lost_when_a_champion_comes_and_a_replica_goes(served: Served) -> None:
+    with load_on(served.url) as load:
+        load.wait_for("models:/tiny/1", 5, seconds=120)
+        assert make_champion(served.root, 1) == "models:/tiny/2"
+        load.wait_for("models:/tiny/2", 5, seconds=240)
+        one, other = served.replicas()
+        one.kill()
+        load.wait_for("models:/tiny/2", 20, seconds=240)
+        assert other.is_running()
+    alone = {
+        f"models:/tiny/{seed + 1}": generate(trained, sampling=sampling, first=0, count=2)
+        for seed in (0, 1)
+        for trained in [trained_by(seed)]
+        for sampling in [with_wishes(trained.config, {"seed": 3}).sampling]
+    }
+    for version, found in load.answers:
+        assert np.abs(found.astype(int) - alone[version]).max() <= 1
+    metrics = served.get("/metrics").text
+    assert re.search(r'^ray_ncsn_serve_images_total\{.*model="models:/tiny".*\} [1-9]', metrics, flags=re.MULTILINE)
+    assert re.search(r"^ray_ncsn_serve_batch_images_bucket", metrics, flags=re.MULTILINE)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_what_was_accepted_is_answered_before_the_end(served: Served) -> None:
+    statuses = list[int]()
+
+    def ask() -> None:
+        with suppress(requests.ConnectionError):  # once nothing listens
+            while True:
+                statuses.append(served.post(number=4, format="npz").status_code)
+
+    with ThreadPoolExecutor(8) as threads:
+        for _ in range(8):
+            threads.submit(ask)
+        while len(statuses) < 16:
+            time.sleep(0.1)
+        served.process.send_signal(signal.SIGINT)
+        assert served.process.wait(120) == 0
+    assert set(statuses) <= {200, 503, 404}, "404 comes from Serve's proxy, once the application is gone"
+    assert statuses.count(200) >= 16

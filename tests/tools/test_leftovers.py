@@ -1,0 +1,251 @@
+"""What nothing refers to in a store, on a disk and in S3, with a real MLflow; and what stays."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from mlflow.tracking import MlflowClient
+from refused import refused
+
+from ncsn import storage
+from ncsn.config import Config, from_yaml, to_yaml
+from ncsn.runs.folder import RunFolder, update_step
+from ncsn.tools import leftovers
+from ncsn.tools.leftovers import CLASSES, delete_leftovers, find_leftovers
+from ncsn.tracking.client import connect, tracking_uri
+
+DAYS = 2 * 86400.0
+DIGITS = (Path(__file__).parents[2] / "configs" / "digits.yaml").read_text()
+BYTES = b"12345678"
+FINGERPRINTS = [16 * letter for letter in "ef"]  # the first is of a registered version
+
+
+@pytest.fixture(params=["disk", "s3"])
+def config(request: pytest.FixtureRequest, tmp_path: Path) -> Config:
+    root = (
+        str(tmp_path / "runs" / "store") if request.param == "disk" else request.getfixturevalue("s3_root") + "/store"
+    )
+    tracking = f"tracking.uri=sqlite:///{tmp_path}/mlflow.db"
+    return from_yaml(DIGITS, overrides=[f"storage.root={root}", tracking, "train.keep_checkpoints=2"])
+
+
+@pytest.fixture
+def client(config: Config) -> MlflowClient:
+    return connect(config).client
+
+
+@pytest.fixture
+def store(config: Config, client: MlflowClient) -> Config:
+    """A store with a leftover of each class and what looks like one."""
+    put(config, "runs/registered/steps/evaluate/x.png", "runs/registered/samples/s1/f1/shard")
+    put(config, *(f"runs/registered/checkpoints/images-00{n}/checkpoint.json" for n in (1, 2, 3, 4)))
+    put(config, "runs/registered/checkpoints/resume-003/checkpoint.json", "runs/registered/selected/images-001/x")
+    storage.write_text(f"{config.storage.root}/runs/registered/checkpoints/images-004/config.yaml", to_yaml(config))
+    run(config, "registered", "ingest", result={"uri": dataset(config, "aaaa1111")})
+    run(config, "registered", "train", state="FINISHED", result={"checkpoint": "x"})
+    for name in FINGERPRINTS:
+        put(config, f"datasets/digits/aaaa1111/reference/{name}/features.npy")
+    register(config, client)
+
+    run(config, "stopped", "ingest", result={"uri": dataset(config, "bbbb2222")})
+    for name in ("registered", "stopped", "reused"):
+        client.create_run("0", tags={"ncsn.root": config.storage.root, "ncsn.step": "sample", "ncsn.run": name})
+    put(config, "runs/stopped/samples/s1/f1/shard", "runs/stopped/samples/s2/f2/shard")
+    put(
+        config,
+        "runs/stopped/steps/train/.step.json.tmp-1a2b3c4d",
+        "runs/stopped/checkpoints/images-009/ema.safetensors",
+    )
+    put(config, "runs/reused/samples/s1/f1/shard", "runs/elsewhere/samples/s1/f1/shard")
+    reused = from_yaml(to_yaml(config), overrides=[f"data.root={config.storage.root}/runs/reused/samples/s1/f1"])
+    run(reused, "reuses", "ingest")
+    run(config, "elsewhere", "sample")
+
+    run(config, "searched", "tune", state="FINISHED", result={"values": {"noise.sigma_1": 2.0}})
+    for key, sigma in (("won", 2.0), ("lost", 1.0)):
+        trial = f"runs/searched/search/trials/0123/{key}"
+        put(config, f"{trial}/checkpoints/images-001/checkpoint.json")
+        storage.write_json(
+            f"{config.storage.root}/{trial}/trial.json", {"number": 0, "values": {"noise.sigma_1": sigma}}
+        )
+
+    dataset(config, "cccc3333")
+    put(config, "datasets/digits/dddd4444/train/part", "datasets/digits/.parts-0123456789abcdef/train/part")
+    put(config, ".tmp-12345678/dataset.json")
+    deleted = client.create_run("0", tags={"ncsn.root": config.storage.root}).info.run_id
+    client.log_dict(deleted, {}, "deleted.json")
+    client.delete_run(deleted)
+    return config
+
+
+FOUND = {
+    ("temporary", ".tmp-12345678"),
+    ("temporary", "runs/stopped/steps/train/.step.json.tmp-1a2b3c4d"),
+    ("temporary", "runs/stopped/checkpoints/images-009"),
+    ("temporary", "runs/registered/selected/images-001"),
+    ("temporary", "datasets/digits/dddd4444"),
+    ("temporary", "datasets/digits/.parts-0123456789abcdef"),
+    ("checkpoints", "runs/registered/checkpoints/images-002"),
+    ("checkpoints", "runs/registered/checkpoints/resume-003"),
+    ("samples", "runs/stopped/samples"),
+    ("trials", "runs/searched/search/trials/0123/lost/checkpoints"),
+    ("features", f"datasets/digits/aaaa1111/reference/{FINGERPRINTS[1]}"),
+    ("datasets", "datasets/digits/cccc3333"),
+}
+
+
+def put(config: Config, *paths: str) -> None:
+    for path in paths:
+        storage.write_bytes(storage.join(config.storage.root, path), BYTES)
+
+
+def dataset(config: Config, digest: str) -> str:
+    put(config, f"datasets/digits/{digest}/manifest.json", f"datasets/digits/{digest}/train/part")
+    return f"{config.storage.root}/datasets/digits/{digest}"
+
+
+def run(config: Config, name: str, step: str, **record: object) -> None:
+    folder = RunFolder(config.storage.root, name)
+    storage.write_text(folder.config, to_yaml(config))
+    storage.write_bytes(folder.begun, b"")
+    update_step(folder, step, **record)
+
+
+def register(config: Config, client: MlflowClient) -> None:
+    """A version of the first run, from an MLflow run that was deleted."""
+    of = client.create_run("0", tags={"ncsn.root": config.storage.root}).info.run_id
+    client.log_dict(of, {}, "card.json")
+    tags = {
+        "ncsn.run": "registered",
+        "dataset.digest": "aaaa1111",
+        "eval.fingerprint": FINGERPRINTS[0] + 48 * "0",
+        # As it was before the store was moved.
+        "ncsn.checkpoint_uri": "s3://before/store/runs/registered/checkpoints/images-001",
+    }
+    client.create_registered_model("digits")
+    client.create_model_version("digits", "file:///nowhere", of, tags=tags)
+    client.delete_run(of)
+
+
+def found(config: Config) -> set[tuple[str, str]]:
+    result, _ = find_leftovers(config.storage.root, tracking_uri(config))
+    kinds = [each.kind for each in result]
+    assert kinds == sorted(kinds, key=[*CLASSES].index) and all(each.size for each in result)
+    return {
+        (each.kind, each.uri.removeprefix(f"{config.storage.root}/")) for each in result if each.kind != "artifacts"
+    }
+
+
+@pytest.fixture
+def later(monkeypatch: pytest.MonkeyPatch) -> float:
+    """Two days from now, which it is."""
+    shifted = SimpleNamespace(time=lambda: time.time() + DAYS, monotonic=time.monotonic)
+    monkeypatch.setattr(leftovers, "time", shifted)
+    return time.time() + DAYS
+
+
+def test_what_nothing_refers_to_goes_and_the_rest_stays(store: Config, client: MlflowClient, later: float) -> None:
+    root, registry = store.storage.root, tracking_uri(store)
+    result, began = find_leftovers(root, registry)
+    assert found(store) == FOUND
+    artifacts = [each for each in result if each.kind == "artifacts"]
+    assert len(artifacts) == 1 and artifacts[0].size == 2
+    before = {entry.path for entry in storage.list_entries(store.storage.root, files=True)}
+    assert list(delete_leftovers(root, registry, result, began)) == result
+    after = {entry.path for entry in storage.list_entries(store.storage.root, files=True)}
+    gone = {path for path in before if any(path == name or path.startswith(f"{name}/") for _, name in FOUND)}
+    assert after == before - gone and gone
+    assert find_leftovers(root, registry)[0] == []
+
+
+def test_nothing_young_is_touched(store: Config) -> None:
+    assert found(store) == set()
+
+
+@pytest.mark.parametrize("config", ["disk"], indirect=True)
+def test_a_run_at_work_keeps_what_it_has_and_reads(store: Config, later: float) -> None:
+    root = Path(store.storage.root)
+    run(
+        store,
+        "works",
+        "sample",
+        reads={"dataset": f"{root}/datasets/digits/aaaa1111", "other": f"{root}/runs/stopped/samples/s1"},
+    )
+    put(store, "runs/works/steps/sample/progress.json", "runs/works/samples/s1/f1/shard")
+    os.utime(root / "runs" / "works" / "steps" / "sample" / "progress.json", (later, later))
+    os.utime(root / ".tmp-12345678" / "dataset.json", (later - 86000, later - 86000))
+    run(store, "works", "ingest", result={"uri": f"{root}/datasets/digits/aaaa1111"})
+    kept = {("temporary", ".tmp-12345678"), ("samples", "runs/stopped/samples")}
+    assert FOUND - found(store) == kept | {each for each in FOUND if each[0] == "features"}
+    begun = RunFolder(store.storage.root, "searched").begun
+    os.utime(begun, (later, later))  # and has changed nothing yet: it may find any dataset
+    assert FOUND - found(store) == kept | {each for each in FOUND if each[0] in ("features", "trials", "datasets")}
+
+
+@pytest.mark.parametrize("config", ["disk"], indirect=True)
+def test_a_run_that_begins_meanwhile_keeps_what_it_may_use(store: Config, later: float) -> None:
+    root, registry = store.storage.root, tracking_uri(store)
+    result, began = find_leftovers(root, registry)
+    os.utime(RunFolder(store.storage.root, "stopped").begun, (later, later))
+    kinds = {each.kind for each in delete_leftovers(root, registry, result, began)}
+    assert kinds == {"temporary", "checkpoints", "trials", "artifacts"}
+    stays = [each for each in result if storage.exists(each.uri) and each.kind != "artifacts"]
+    assert {each.uri.removeprefix(f"{store.storage.root}/").split("/")[0] for each in stays} == {
+        "datasets",
+        "runs",
+        ".tmp-12345678",
+    }
+
+
+@pytest.mark.parametrize("config", ["disk"], indirect=True)
+def test_a_run_whose_folder_is_the_images_of_another_stays_whole(store: Config, later: float) -> None:
+    images = from_yaml(to_yaml(store), overrides=[f"data.root={store.storage.root}/runs/registered"])
+    run(images, "reuses", "ingest")
+    assert FOUND - found(store) >= {each for each in FOUND if "registered/" in each[1]}
+
+
+@pytest.mark.parametrize("config", ["disk"], indirect=True)
+def test_a_dataset_stays_once_a_run_begins(store: Config, later: float) -> None:
+    dataset(store, "ffff6666")
+    root, registry = store.storage.root, tracking_uri(store)
+    deleting = delete_leftovers(root, registry, *find_leftovers(root, registry))
+    assert next(each for each in deleting if each.kind == "datasets")
+    storage.write_bytes(RunFolder(store.storage.root, "new").begun, b"")
+    assert "datasets" not in {each.kind for each in deleting}
+
+
+@pytest.mark.parametrize("config", ["disk"], indirect=True)
+def test_what_a_link_leads_to_stays(store: Config, later: float, tmp_path: Path) -> None:
+    root = Path(store.storage.root)
+    (root / "datasets").rename(tmp_path / "shared")  # with another store
+    (root / "datasets").symlink_to(tmp_path / "shared")
+    (tmp_path / "link").symlink_to(root)  # the store itself may be behind one
+    linked = from_yaml(to_yaml(store), overrides=[f"storage.root={tmp_path}/link"])
+    kept = {each for each in FOUND if not each[1].startswith("datasets/")}
+    assert found(store) == kept
+    assert found(linked) == {each for each in kept if each[0] != "samples"}, "MLflow knows its runs by the other name"
+
+
+@pytest.mark.parametrize("config", ["disk"], indirect=True)
+def test_runs_that_are_away_stop_it(store: Config, later: float, tmp_path: Path) -> None:
+    runs = Path(store.storage.root, "runs")
+    runs.rename(tmp_path / "elsewhere")
+    for make in (runs.mkdir, lambda: runs.symlink_to(tmp_path / "not mounted")):
+        make()
+        with refused(str(runs)):
+            find_leftovers(store.storage.root, tracking_uri(store))
+        runs.unlink() if runs.is_symlink() else runs.rmdir()
+
+
+@pytest.mark.parametrize("config", ["disk"], indirect=True)
+def test_a_record_that_cannot_be_read_or_a_server_that_is_away_stops_it(store: Config, later: float) -> None:
+    away = "http://127.0.0.1:9"
+    with pytest.raises(ValueError, match=away):
+        find_leftovers(store.storage.root, away)
+    Path(store.storage.root, "runs/stopped/steps/ingest/step.json").write_text("{")
+    with pytest.raises(storage.UnreadableError):
+        find_leftovers(store.storage.root, tracking_uri(store))

@@ -1,0 +1,128 @@
+"""The newest runs, datasets and versions, on a disk and in S3."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from ncsn import storage
+from ncsn.config import Config, from_yaml, to_yaml
+from ncsn.runs.folder import Outcome, RunFolder, StepError, update_step, write_outcome
+from ncsn.steps.ingest import write_images
+from ncsn.tools import listing
+from ncsn.tools.listing import describe_run, find_items, list_datasets, list_models, list_runs
+from ncsn.tracking.client import client_at, tracking_uri
+from ncsn.tracking.gate import Evidence, Measurement, Memorization
+from ncsn.tracking.promotion import pass_gate
+
+DIGITS = (Path(__file__).parents[2] / "configs" / "digits.yaml").read_text()
+
+
+@pytest.fixture(params=["disk", "s3"])
+def config(request: pytest.FixtureRequest, tmp_path: Path) -> Config:
+    root = str(tmp_path / "store") if request.param == "disk" else request.getfixturevalue("s3_root") + "/store"
+    return from_yaml(DIGITS, overrides=[f"storage.root={root}", f"tracking.uri=sqlite:///{tmp_path}/mlflow.db"])
+
+
+def begin(config: Config, name: str) -> RunFolder:
+    folder = RunFolder(config.storage.root, name)
+    storage.write_text(folder.config, to_yaml(config))
+    storage.write_bytes(folder.begun, b"")
+    return folder
+
+
+def test_only_runs_that_began_last_are_looked_into(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listing, "MOST", 2)
+    folders = [begin(config, f"run-{number}") for number in range(3)]
+    time.sleep(1.1)  # dates in S3 are in seconds
+    storage.write_bytes(folders[0].begun, b"")
+    begin(config, "zero")
+    looked = []
+    describe = listing.describe_run
+    monkeypatch.setattr(listing, "describe_run", lambda root, run: looked.append(run) or describe(root, run))
+    items, count = list_runs(config.storage.root)
+    assert (count, sorted(looked)) == (4, ["run-0", "zero"])
+    assert {item.name for item in items} == {"run-0", "zero"}
+    assert list_runs(storage.join(config.storage.root, "nothing")) == ([], 0)
+
+
+def test_a_run_has_state_size_date_and_figures(config: Config) -> None:
+    root, folder = config.storage.root, begin(config, "mine")
+    assert describe_run(root, "mine").state == "NEW"
+    update_step(folder, "train", state="RUNNING")
+    storage.write_json(
+        folder.step("train", "progress.json"), {"done": 1000, "total": 4000, "unit": "images", "text": ""}
+    )
+    item = describe_run(root, "mine")
+    assert (item.state, item.figures) == ("RUNNING train", "1,000 / 4,000 images")
+    assert item.size == sum(entry.size for entry in storage.list_entries(folder.uri, files=True)) > 1000
+    assert abs(item.changed - time.time()) < 60
+    gate = {"name": "eval/classifier_fid_n512", "value": 12.5}
+    update_step(folder, "evaluate", state="FINISHED", result={"gate": gate})
+    item = describe_run(root, "mine")
+    assert item.figures == "eval/classifier_fid_n512 = 12.5"
+    update_step(folder, "register", state="FAILED", error=StepError("OSError", "no answer"))
+    write_outcome(folder, Outcome("FAILED", "no answer", "register"))
+    item = describe_run(root, "mine")
+    assert (item.state, item.facts["error"]) == ("FAILED register", "no answer")
+
+
+def test_a_run_whose_process_is_gone_is_lost(tmp_path: Path) -> None:
+    config = from_yaml(DIGITS, overrides=[f"storage.root={tmp_path}"])
+    folder, hour_ago = begin(config, "mine"), time.time() - listing._QUIET_SECONDS - 60
+    update_step(folder, "train", state="RUNNING")
+    for path in (tmp_path / "runs").rglob("*"):
+        os.utime(path, (hour_ago, hour_ago))
+    assert describe_run(str(tmp_path), "mine").state == "LOST train"
+
+
+def test_what_cannot_be_read_hides_nothing_else(tmp_path: Path) -> None:
+    config = from_yaml(DIGITS, overrides=[f"storage.root={tmp_path}"])
+    storage.write_text(begin(config, "damaged").step("train", "step.json"), "{")
+    begin(config, "mine")
+    storage.write_text(f"{tmp_path}/runs/notes.txt", "not a run")
+    assert {(item.name, item.state) for item in list_runs(str(tmp_path))[0]} == {
+        ("damaged", "UNREADABLE"),
+        ("mine", "NEW"),
+    }
+    for digest, text in (("0" * 16, '{"format_version": 1}'), ("1" * 16, "{")):
+        storage.write_text(f"{tmp_path}/datasets/digits/{digest}/manifest.json", text)
+    assert [item.state for item in list_datasets(str(tmp_path))[0]] == ["UNREADABLE"] * 2
+
+
+def test_datasets_have_counts_and_are_found_by_their_digest(config: Config) -> None:
+    root = config.storage.root
+    small = from_yaml(to_yaml(config), overrides=["data.max_images=20"])
+    made = write_images(small, f"{root}/datasets/sklearn_digits")
+    storage.write_bytes(f"{root}/datasets/sklearn_digits/0000000000000000/train/part-0.parquet", b"1234")
+    items, count = list_datasets(root)
+    assert count == 2 and {item.state for item in items} == {"COMPLETE", "INCOMPLETE"}
+    (found,) = find_items(root, tracking_uri(config), made.manifest.digest[:10])
+    assert found.figures.startswith("20 train + 20 test images of 8 x 8 x 1")
+    assert found.facts["uri"] == made.uri and found.facts["license"]
+    assert find_items(root, tracking_uri(config), made.uri) == [found]
+
+
+def test_versions_have_their_aliases_figures_and_what_they_wait_for(tmp_path: Path) -> None:
+    registry = f"sqlite:///{tmp_path}/mlflow.db"
+    client = client_at(registry)
+    client.create_registered_model("digits")
+    client.create_registered_model("others")
+    client.create_model_version("others", "file:///nowhere")
+    for value, ask in ((9.0, False), (8.0, True)):
+        tags = {"ncsn.model": "0123", "ncsn.bytes": "1500"}
+        version = str(client.create_model_version("digits", "file:///nowhere", tags=tags).version)
+        measured = Measurement("eval/classifier_fid_n512", value, 0.1, 512, "f" * 64, lower_is_better=True)
+        pass_gate(
+            client, name="digits", version=version, evidence=Evidence(measured, Memorization(0, 9, 0, 9)), ask=ask
+        )
+    second, first = list_models(registry)
+    assert (first.name, first.state, first.size) == ("models:/digits/1", "champion", 1500)
+    assert (second.name, second.state) == ("models:/digits/2", "challenger, waits")
+    assert second.figures == "eval/classifier_fid_n512 = 8 ± 0.1"
+    assert find_items(str(tmp_path), registry, "digits") == [second, first]
+    assert [asdict(item) for item in find_items(str(tmp_path), registry, "digits@champion")] == [asdict(first)]
