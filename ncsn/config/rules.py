@@ -272,7 +272,7 @@ def _consistency(config: Config) -> Iterator[Problem]:
     levels = config.sampling.levels or noise
     network = config.network
     if isinstance(levels, LevelsConfig) and isinstance(network, UnetNetworkConfig | DdpmppNetworkConfig):
-        given = sampler.placed(sigma_1=levels.sigma_1, sigma_data=network.sigma_data)
+        given = sampler.placed(network.sigma_data)
         if given and not levels.sigma_1 > max(given):
             reason = f"has {max(given):.4g}, which is not below sigma_1 = {levels.sigma_1:g}, where sampling starts"
             yield Problem("sampling.sampler.sigmas", reason, "raise sigma_1, or set smaller numbers", sampler.sigmas)

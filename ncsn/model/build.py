@@ -52,8 +52,7 @@ def sampler(config: Config, sampling: SamplingConfig) -> AnySampler:
     if not isinstance(found, Consistency):
         return found
     assert isinstance(config.network, UnetNetworkConfig | DdpmppNetworkConfig), "the config's rules"
-    sigma_1 = (sampling.levels or config.levels).sigma_1
-    return replace(found, sigmas=found.placed(sigma_1=sigma_1, sigma_data=config.network.sigma_data))
+    return replace(found, sigmas=found.placed(config.network.sigma_data))
 
 
 def training_noise(config: Config) -> TrainingNoise:

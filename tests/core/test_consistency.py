@@ -168,7 +168,7 @@ def test_levels_of_the_stages():
 @pytest.mark.oracle(24)
 @pytest.mark.parametrize("steps", [1, 2, 4])
 def test_any_number_of_evaluations_of_the_consistency_function_gives_the_distribution(steps, analytic):
-    added = Consistency(steps=steps).placed(sigma_1=3.0, sigma_data=0.25)
+    added = Consistency(steps=steps).placed(0.25)
     noise, sampler = analytic.UnitNoise(steps), Consistency(steps=steps, sigmas=added)
     start, sigmas = M + noise.start(math.hypot(S, 3.0)), torch.tensor([3.0, 0.01], dtype=torch.float64)
     x = sample(sampler, lambda x, sigma: exact(x, sigma=sigma), x=start, sigmas=sigmas, noise=noise)
@@ -181,8 +181,7 @@ def test_any_number_of_evaluations_of_the_consistency_function_gives_the_distrib
 
 
 def test_automatic_levels_are_those_of_the_paper_in_the_units_of_the_images():
-    assert Consistency().placed(sigma_1=40.0, sigma_data=0.25) == pytest.approx((0.4105,))  # 0.821 in [-1, 1]
-    three = Consistency(steps=3).placed(sigma_1=40.0, sigma_data=0.5)
-    assert three == pytest.approx((math.sqrt(40 * 0.821), 0.821))
-    assert Consistency(steps=1).placed(sigma_1=40.0, sigma_data=0.5) == ()
-    assert Consistency(steps=3, sigmas=(2.0, 0.5)).placed(sigma_1=40.0, sigma_data=0.5) == (2.0, 0.5)
+    assert Consistency().placed(0.25) == pytest.approx((0.4105,))  # 0.821 in [-1, 1]
+    assert Consistency(steps=3).placed(0.5) == pytest.approx((0.821, 0.4105))
+    assert Consistency(steps=1).placed(0.5) == ()
+    assert Consistency(steps=3, sigmas=(2.0, 0.5)).placed(0.5) == (2.0, 0.5)

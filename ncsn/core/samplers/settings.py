@@ -19,7 +19,7 @@ from ncsn.errors import UserError
 
 Spacing = Literal["geometric", "karras"]
 
-_LAST_ADDED = 0.821 / 0.5  # sigma of the last noise of `Consistency`, in units of sigma_data (Geng et al. 2024)
+_FIRST_ADDED = 0.821 / 0.5  # sigma of the first noise of `Consistency`, in units of sigma_data (Geng et al. 2024)
 _BOUNDS = {
     "gt": (operator.gt, "more than"),
     "ge": (operator.ge, "at least"),
@@ -175,8 +175,8 @@ class Consistency(Sampler):
     """Evaluations; NFE = steps."""
     sigmas: tuple[float, ...] | Literal["auto"] = "auto"
     """The noise to add before each evaluation but the first, which is at sigma_1: steps - 1 numbers, descending, in
-    units of pixels in [0, 1]. auto = evenly spaced in their logarithms, the last one 1.642 * network.sigma_data, which
-    is 0.821 for the photographs of Geng et al. 2024 in [-1, 1]."""
+    units of pixels in [0, 1]. auto = first 1.642 * network.sigma_data, which is 0.821 for the photographs of Geng et
+    al. 2024 in [-1, 1], then each half of the one before."""
     denoise: bool = True
     """End with the last evaluation; without it the image still has the noise before it."""
 
@@ -193,12 +193,11 @@ class Consistency(Sampler):
     def num_evaluations(self, num_levels: int) -> int:  # noqa: ARG002 - its own sigmas
         return self.steps - (not self.denoise)
 
-    def placed(self, *, sigma_1: float, sigma_data: float) -> tuple[float, ...]:
+    def placed(self, sigma_data: float) -> tuple[float, ...]:
         """The numbers of `sigmas`; auto depends on the images."""
         if self.sigmas != "auto":
             return self.sigmas
-        last, count = _LAST_ADDED * sigma_data, self.steps - 1
-        return tuple(sigma_1 * (last / sigma_1) ** (k / count) for k in range(1, self.steps))
+        return tuple(_FIRST_ADDED * sigma_data / 2**k for k in range(self.steps - 1))
 
 
 AnySampler = AnnealedLangevin | Langevin | KarrasHeun | DpmSolver | Consistency
