@@ -68,6 +68,7 @@ def test_after_ctrl_c_training_is_saved_and_a_second_one_ends_it_at_once(workpla
     assert where_it_continues(workplace, process, "ctrl-c", 130) == saved
 
 
+@pytest.mark.slow
 def test_after_sigterm_a_single_worker_saves(workplace) -> None:
     process, _ = trains(workplace, "--set", "compute.num_workers=1", "--run", "sigterm")
     process.terminate()

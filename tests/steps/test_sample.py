@@ -88,6 +88,7 @@ storage: {{root: {root}}}
 """
 
 
+@pytest.mark.slow
 def test_scans_of_sixteen_bits_from_their_files_to_the_registered_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

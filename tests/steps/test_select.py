@@ -77,6 +77,7 @@ def test_older_checkpoints_keep_what_images_need(trained: RunFolder) -> None:
     assert [each.relative_width for each in found][-3:] == [None, 0.08, 0.15]
 
 
+@pytest.mark.slow
 def test_the_best_of_a_run_is_chosen_on_a_cluster_kept_and_logged(
     config: Config, dataset: str, trained: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -64,6 +64,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(live, "SEND_EVERY", 0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_killed_server_and_killed_worker_lose_nothing_and_double_nothing(make_config, server, tmp_path, monkeypatch):
     """The server is killed, then the worker; the next worker repeats what came after its checkpoint."""
@@ -126,6 +127,7 @@ def test_a_killed_driver_loses_nothing(config, tmp_path):
         assert_once(tracked, 3, previews={2})
 
 
+@pytest.mark.slow
 def test_the_end_of_a_step_waits_for_the_server(make_config, server):
     with ExitStack() as outage:
         starting = threading.Timer(5, outage.close)
