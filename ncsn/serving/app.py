@@ -49,10 +49,7 @@ _logger = logging.getLogger("ray.serve")
 
 
 class Turn:
-    """Is there, under one name, while a replica loads a version: the others have their processors and memory so long.
-
-    Ray ends it with the replica.
-    """
+    """A named actor, held by the replica that loads a version while the others wait; Ray ends it with the replica."""
 
 
 def _call_on_loopback() -> None:
@@ -218,16 +215,16 @@ def run(model: str, *, registry: str, port: int, replicas: int, ready: Callable[
         resolve_version(client_at(registry), model)
     with ray_cluster():
         have = ray.cluster_resources()
-        if replicas > (cores := int(have.get("CPU", 0))):  # they would be waited for forever
+        if replicas > (cores := int(have.get("CPU", 0))):  # Ray would wait for them without end.
             raise UserError("--replicas", f"there are {cores} CPU cores, of which each needs one", value=replicas)
-        if serve.status().proxies:  # of another program, which listen at its port, and whose application this one ends
+        if serve.status().proxies:  # Another program's, whose application and port this one would replace.
             raise UserError(
                 "RAY_ADDRESS", "this cluster serves already", hint="unset it to serve on this machine alone"
             )
         gpus = 1 if have.get("GPU", 0) >= replicas else 0
         share = {"num_cpus": cores // replicas, "num_gpus": gpus}
         serve.start(proxy_location="HeadOnly", http_options={"host": LOOPBACK, "port": port}, logging_config=_QUIET)
-        # With a password, it stays in the environment that it is from, which the replicas inherit.
+        # An address with a password stays in the environment, which the replicas inherit.
         hidden = shown(registry) != registry == os.environ.get("MLFLOW_TRACKING_URI")
         wanted = application(model, registry="" if hidden else registry, num_replicas=replicas, ray_actor_options=share)
         front: Any = serve.run(wanted, name=NAME, logging_config=_QUIET)
@@ -239,4 +236,4 @@ def run(model: str, *, registry: str, port: int, replicas: int, ready: Callable[
         with suppress(TimeoutError):
             front.end.remote().result(timeout_s=_LOST_SECONDS)
         serve.delete(NAME)
-        serve.shutdown()  # the cluster may go on
+        serve.shutdown()  # The cluster may be another program's.
