@@ -25,7 +25,7 @@ from ray import serve
 from ray.exceptions import ActorAlreadyExistsError, RayActorError
 from ray.serve._private import replica
 from ray.util.metrics import Counter, Histogram
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from ncsn.distributed.cluster import LOOPBACK, ray_cluster
@@ -42,6 +42,7 @@ NAME = "ncsn"
 POLL_SECONDS = 10.0  # between two looks at the alias
 _LOST_SECONDS = 120.0  # for which a request waits for another replica
 _MOST_BYTES = 65536  # of a request
+_BODY_SECONDS = 30.0  # in which they come
 _MOST_REQUESTS = 1000  # at once, of a replica: enough for full batches of single images
 _QUIET = {"log_level": "WARNING", "enable_access_log": False}
 
@@ -146,10 +147,14 @@ class Front:
         if request.headers.get("content-type", "").partition(";")[0] != "application/json":
             return PlainTextResponse("Content-Type must be application/json\n", 415)
         body = b""
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > _MOST_BYTES:
-                return PlainTextResponse(f"a request has at most {_MOST_BYTES:,} bytes\n", 413)
+        try:
+            async with asyncio.timeout(_BODY_SECONDS):
+                async for chunk in request.stream():
+                    body += chunk
+                    if len(body) > _MOST_BYTES:
+                        return PlainTextResponse(f"a request has at most {_MOST_BYTES:,} bytes\n", 413)
+        except (TimeoutError, ClientDisconnect):
+            return PlainTextResponse(f"the request did not come whole in {_BODY_SECONDS:.0f} s\n", 408)
         try:
             wanted = asked.read(body)
         except UserError as error:
