@@ -3,10 +3,10 @@
     python -m benchmarks [PART ...] [--out benchmarks.json]
     python -m benchmarks --gpu [--out gpu.json]
 
-Parts: training, evaluation, data, ingest, folder, commands, sampling, ray, checkpoint, growth, unet. `folder`, which
-writes 4 GB, and `unet`, which needs diffusers, run only if they are named. `--gpu` needs a GPU and only torch, numpy
-and the repository. The JSON file is written after each part, so an early end keeps the rows so far. If a part fails,
-the others still run.
+Parts: training, evaluation, data, ingest, folder, commands, sampling, ray, checkpoint, growth, serving, unet.
+`folder`, which writes 4 GB, and `unet`, which needs diffusers, run only if they are named. `--gpu` needs a GPU and only
+torch, numpy and the repository. The JSON file is written after each part, so an early end keeps the rows so far. If a
+part fails, the others still run.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ PARTS = {
     "ray": "benchmarks.ray_workers",
     "checkpoint": "benchmarks.checkpoint_pause",
     "growth": "benchmarks.growth",
+    "serving": "benchmarks.serving",
     "unet": "benchmarks.unet",
 }
 ON_REQUEST = ("folder", "unet")

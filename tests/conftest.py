@@ -122,9 +122,9 @@ def kfp_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[KfpServer]:
         yield server
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """Headless Chromium."""
+    """Headless Chromium, for one module: its event loop runs in this thread, where tests of others start their own."""
     found = next(filter(None, map(shutil.which, BROWSERS)), None)
     if found is None:
         pytest.skip(f"none of {', '.join(BROWSERS)} is installed: apt-get install chromium")

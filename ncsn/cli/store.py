@@ -195,14 +195,16 @@ def _delete_leftovers(options: TargetOptions, *, yes: bool, as_json: bool) -> No
     uri, root = options.registry, options.store_root
     with mlflow_errors(uri):
         found, began = find_leftovers(root, uri)
-        found = list(delete_leftovers(root, uri, found, began)) if yes else found
-    total = sum(each.size for each in found)
+        deleted = list(delete_leftovers(root, uri, found, began)) if yes else found
+    total = sum(each.size for each in deleted)
     if as_json:
-        items = [asdict(each) for each in found]
+        items = [asdict(each) for each in deleted]
         click.echo(json.dumps({"deleted": yes, "bytes": total, "items": items}, indent=1))
         return
     for kind, words in CLASSES.items():
-        if sizes := [each.size for each in found if each.kind == kind]:
+        if sizes := [each.size for each in deleted if each.kind == kind]:
             click.echo(f"{len(sizes):>9,}  {decimal(sum(sizes)):>10}  {words}")
     rest = "" if yes or not found else "; --yes deletes it, --json names it"
     click.echo(f"{'deleted' if yes else 'found'} {decimal(total)} in {root} that nothing refers to{rest}")
+    if len(deleted) < len(found):
+        click.echo(f"a step began meanwhile: {len(found) - len(deleted):,} more stay; run the command again")

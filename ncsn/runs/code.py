@@ -90,8 +90,8 @@ def unpacked(uri: str) -> Path:
             data = storage.read_bytes(uri)
         except FileNotFoundError:
             raise UserError("--code", "no such file", hint=hint, value=uri) from None
-        if not hashlib.sha256(data).hexdigest().startswith(name[1]):
-            raise UserError("--code", "damaged: its bytes are not those of its name", hint=hint, value=uri)
+        if not hashlib.sha256(data).hexdigest().startswith(name[1]) or not zipfile.is_zipfile(io.BytesIO(data)):
+            raise UserError("--code", "damaged: no archive whose bytes are those of its name", hint=hint, value=uri)
         with storage.scratch_folder(str(folder.parent)) as scratch, zipfile.ZipFile(io.BytesIO(data)) as archive:
             archive.extractall(scratch / "code")
             if not folder.exists():  # else another process was faster

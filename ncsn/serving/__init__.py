@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-import ncsn.distributed  # noqa: F401 - before Ray, which reads when it is imported that it is to stay on loopback
+import ncsn.distributed  # noqa: F401 - before Ray, which reads on import that it stays on loopback
 
 # Ray Serve gives its proxy five seconds to start, which takes longer on a busy machine, and ends it otherwise.
 os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")

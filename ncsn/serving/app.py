@@ -25,7 +25,7 @@ from ray import serve
 from ray.exceptions import ActorAlreadyExistsError, RayActorError
 from ray.serve._private import replica
 from ray.util.metrics import Counter, Histogram
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from ncsn.distributed.cluster import LOOPBACK, ray_cluster
@@ -42,6 +42,7 @@ NAME = "ncsn"
 POLL_SECONDS = 10.0  # between two looks at the alias
 _LOST_SECONDS = 120.0  # for which a request waits for another replica
 _MOST_BYTES = 65536  # of a request
+_BODY_SECONDS = 30.0  # in which they come
 _MOST_REQUESTS = 1000  # at once, of a replica: enough for full batches of single images
 _QUIET = {"log_level": "WARNING", "enable_access_log": False}
 
@@ -49,10 +50,7 @@ _logger = logging.getLogger("ray.serve")
 
 
 class Turn:
-    """Is there, under one name, while a replica loads a version: the others have their processors and memory so long.
-
-    Ray ends it with the replica.
-    """
+    """A named actor, held by the replica that loads a version while the others wait; Ray ends it with the replica."""
 
 
 def _call_on_loopback() -> None:
@@ -149,10 +147,14 @@ class Front:
         if request.headers.get("content-type", "").partition(";")[0] != "application/json":
             return PlainTextResponse("Content-Type must be application/json\n", 415)
         body = b""
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > _MOST_BYTES:
-                return PlainTextResponse(f"a request has at most {_MOST_BYTES:,} bytes\n", 413)
+        try:
+            async with asyncio.timeout(_BODY_SECONDS):
+                async for chunk in request.stream():
+                    body += chunk
+                    if len(body) > _MOST_BYTES:
+                        return PlainTextResponse(f"a request has at most {_MOST_BYTES:,} bytes\n", 413)
+        except (TimeoutError, ClientDisconnect):
+            return PlainTextResponse(f"the request did not come whole in {_BODY_SECONDS:.0f} s\n", 408)
         try:
             wanted = asked.read(body)
         except UserError as error:
@@ -218,16 +220,16 @@ def run(model: str, *, registry: str, port: int, replicas: int, ready: Callable[
         resolve_version(client_at(registry), model)
     with ray_cluster():
         have = ray.cluster_resources()
-        if replicas > (cores := int(have.get("CPU", 0))):  # they would be waited for forever
+        if replicas > (cores := int(have.get("CPU", 0))):  # Ray would wait for them without end.
             raise UserError("--replicas", f"there are {cores} CPU cores, of which each needs one", value=replicas)
-        if serve.status().proxies:  # of another program, which listen at its port, and whose application this one ends
+        if serve.status().proxies:  # Another program's, whose application and port this one would replace.
             raise UserError(
                 "RAY_ADDRESS", "this cluster serves already", hint="unset it to serve on this machine alone"
             )
         gpus = 1 if have.get("GPU", 0) >= replicas else 0
         share = {"num_cpus": cores // replicas, "num_gpus": gpus}
         serve.start(proxy_location="HeadOnly", http_options={"host": LOOPBACK, "port": port}, logging_config=_QUIET)
-        # With a password, it stays in the environment that it is from, which the replicas inherit.
+        # An address with a password stays in the environment, which the replicas inherit.
         hidden = shown(registry) != registry == os.environ.get("MLFLOW_TRACKING_URI")
         wanted = application(model, registry="" if hidden else registry, num_replicas=replicas, ray_actor_options=share)
         front: Any = serve.run(wanted, name=NAME, logging_config=_QUIET)
@@ -239,4 +241,4 @@ def run(model: str, *, registry: str, port: int, replicas: int, ready: Callable[
         with suppress(TimeoutError):
             front.end.remote().result(timeout_s=_LOST_SECONDS)
         serve.delete(NAME)
-        serve.shutdown()  # the cluster may go on
+        serve.shutdown()  # The cluster may be another program's.

@@ -24,7 +24,7 @@ Make = Callable[[TrainedNetwork, Sequence[Part]], Images]
 
 
 class Busy(Exception):
-    """As many images wait as may."""
+    """`MOST_WAITING` images wait."""
 
 
 @dataclass
@@ -32,25 +32,25 @@ class _Image:
     trained: TrainedNetwork
     sampling: SamplingConfig
     number: int
-    kind: Hashable  # images of one kind can be in one batch
-    request: object  # that it is of
+    kind: Hashable  # A batch has images of one kind.
+    request: object
     future: asyncio.Future[Any]
 
 
 class Batches:
-    """Makes images in batches of `sampling.batch_size` as long as so many of one kind wait, the oldest first.
+    """Makes the images that wait in batches of up to `sampling.batch_size`, the oldest first.
 
-    An image is a function of its seed and number, so a batch does not change it, but for rounding. Ray Serve's own
-    batches are cut when requests come, and so are small while an earlier one is made.
+    An image is a function of its seed and number, so the batch changes it only by rounding. `serve.batch` would fix a
+    batch while the one before is still computed, and so make small ones.
     """
 
     def __init__(self, make: Make) -> None:
         self._make = make
         self._waiting: list[_Image] = []
-        self._work: asyncio.Task[None] | None = None  # as long as anything waits
+        self._work: asyncio.Task[None] | None = None  # while images wait
 
     async def images(self, trained: TrainedNetwork, sampling: SamplingConfig, count: int) -> Images:
-        """The images `0 .. count`, as they are stored; canceled, they are not made. `Busy` if too many wait."""
+        """The first `count` images, as stored; a canceled call makes no more. `Busy` if too many wait."""
         if len(self._waiting) + count > MOST_WAITING:
             raise Busy
         same = sampling.model_copy(update={"seed": 0, "label": BALANCED}).model_dump_json()
@@ -70,7 +70,7 @@ class Batches:
             parts = [Part(own[0].sampling, own[0].number, len(own)) for own in requests]
             try:
                 images = [*await asyncio.to_thread(self._make, first.trained, parts)]
-            except Exception as error:  # noqa: BLE001 - for whoever waits
+            except Exception as error:  # noqa: BLE001 - the requests raise it
                 images = [error] * len(batch)
             for each, image in zip(batch, images, strict=True):
                 if each.future.done():  # canceled

@@ -1,8 +1,8 @@
 """What nothing in a store or its MLflow refers to any more, by class, and its deletion: `ncsn cleanup`.
 
-A run refers to what its records and its config name. What a registered version needs stays, and so does all of a run
-on which somebody may be working. If MLflow does not answer or a record cannot be read, nothing is found and so nothing
-is deleted. Imports no torch.
+A run refers to what its records and its config name. What a registered version needs stays, and so does all of an
+active run, in which something has changed within a day. If MLflow does not answer or a record cannot be read, nothing
+is found and so nothing is deleted. Imports no torch.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ CLASSES = {
     "artifacts": "artifacts of deleted MLflow runs",
 }
 _QUIET_SECONDS = 86400.0  # a run whose pod waits for room changes nothing, and a stopped one may go on the next morning
-_LOOK_SECONDS = 5.0  # between two looks for runs that begin while others are deleted
+_LOOK_SECONDS = 5.0  # between two looks for steps that have begun
 _INDEX = "checkpoint.json"
 _MARKERS = (MANIFEST, _INDEX, "reference.json")  # without its own, a folder is not complete
 # A URI in a text, by what follows the root of the store; of one with such a word in its root, also the rest.
@@ -70,7 +70,7 @@ def find_leftovers(root: str, registry: str) -> tuple[list[Leftover], dict[str, 
     tags = [version.tags for version in versions]
     files = storage.list_entries(root, files=True)
     runs = {run: held for run, held in grouped(_RUN, files).items() if RUN_PATTERN.fullmatch(run)}
-    if began and not runs:  # so does a store look whose disk with the runs is away
+    if began and not runs:  # A store whose disk with the runs is not mounted looks the same.
         hint = f"find them, or delete {storage.join(root, BEGUN)} if they are gone for good"
         raise UserError(storage.join(root, RUNS), "has none of the runs that have begun", hint=hint)
     records = dict(zip(runs, at_once(partial(_read, root), [*runs.values()]), strict=True))
@@ -81,22 +81,22 @@ def find_leftovers(root: str, registry: str) -> tuple[list[Leftover], dict[str, 
             whole[str(path)].add(who)
             for place in (path, *path.parents):
                 named[str(place)].add(who)
-    working = {run for run, when in began.items() if time.time() - when < _QUIET_SECONDS}
-    working |= {run for run, held in runs.items() if not _is_quiet(held)}
+    active = {run for run, when in began.items() if time.time() - when < _QUIET_SECONDS}
+    active |= {run for run, held in runs.items() if not _is_quiet(held)}
     registered = {each.get("ncsn.run") for each in tags}
-    candidates = _cut([entry for entry in files if _run_of(entry.path) not in working])
-    for run in runs.keys() - working:
+    candidates = _cut([entry for entry in files if _run_of(entry.path) not in active])
+    for run in runs.keys() - active:
         candidates += _surplus(root, runs[run]) + _lost(root, runs[run], records[run])
         if run in sampled and run not in registered:
             candidates += [("samples", *each) for each in grouped(_SAMPLES, runs[run]).items()]
-    # A run at work may find any dataset before its own is recorded.
-    if all(records.get(run, {}).get("ingest", {}).get("result") for run in working):
-        candidates += _of_datasets(files, named, working, tags)
+    # An active run may read any dataset until it has recorded its own.
+    if all(records.get(run, {}).get("ingest", {}).get("result") for run in active):
+        candidates += _of_datasets(files, named, active, tags)
     found = [
         Leftover(kind, storage.join(root, place), sum(entry.size for entry in held))
         for kind, place, held in candidates
         if not named[place] - ({_run_of(place)} if kind == "samples" else set())
-        if not whole[f"{RUNS}/{_run_of(place)}"] - {_run_of(place), ""}  # another run has all of it as its images
+        if not whole[f"{RUNS}/{_run_of(place)}"] - {_run_of(place), ""}  # Another run reads the whole folder.
         if not _is_linked(root, place)
     ]
     found += [Leftover("artifacts", uri, size) for uri, size in deleted_artifacts(client, root, versions)]
@@ -106,21 +106,22 @@ def find_leftovers(root: str, registry: str) -> tuple[list[Leftover], dict[str, 
 def delete_leftovers(
     root: str, registry: str, found: Iterable[Leftover], began: dict[str, float]
 ) -> Iterator[Leftover]:
-    """Delete what was found, each as it is yielded, but nothing that a run may use which began meanwhile."""
-    looked, now = -_LOOK_SECONDS, began
+    """Delete what was found, each as it is yielded; end as soon as a step begins, which may read any of it."""
+    looked = -_LOOK_SECONDS
     for each in found:
         if each.kind == "artifacts":
             delete_artifacts(client_at(registry), each.uri)
             yield each
             continue
-        run = _run_of(each.uri.removeprefix(f"{root}/"))
-        if not run or time.monotonic() > looked + _LOOK_SECONDS:  # any run may use a dataset
-            looked, now = time.monotonic(), begun(root)
-        if now.get(run) == began.get(run) if run else now == began:
-            for marker in _MARKERS if each.kind != "temporary" else ():
-                storage.delete(storage.join(each.uri, marker))
-            storage.delete(each.uri)
-            yield each
+        # A step looks for a dataset as soon as it begins.
+        if each.kind == "datasets" or time.monotonic() > looked + _LOOK_SECONDS:
+            looked = time.monotonic()
+            if begun(root) != began:
+                return
+        for marker in _MARKERS if each.kind != "temporary" else ():
+            storage.delete(storage.join(each.uri, marker))
+        storage.delete(each.uri)
+        yield each
 
 
 def _read(root: str, held: Iterable[Entry]) -> dict[str, Any]:
@@ -175,9 +176,9 @@ def _lost(root: str, files: Sequence[Entry], records: Mapping[str, Any]) -> list
 
 
 def _of_datasets(
-    files: Sequence[Entry], named: Mapping[str, set[str]], working: set[str], tags: Sequence[Mapping[str, str]]
+    files: Sequence[Entry], named: Mapping[str, set[str]], active: set[str], tags: Sequence[Mapping[str, str]]
 ) -> Iterator[_Candidate]:
-    """Datasets and features that no version was made with, and no run at work may be reading."""
+    """Datasets and features that no registered version and no active run needs."""
     # By digests and the beginnings of fingerprints, since the tags of a store that was moved have its old addresses.
     needed = {each.get("dataset.digest") for each in tags} | {each.get("eval.fingerprint", "")[:16] for each in tags}
     whole = grouped(rf"(.+)/{MANIFEST}", files)
@@ -186,7 +187,7 @@ def _of_datasets(
             yield "datasets", place, held
     for place, held in grouped(_FEATURES, files).items():
         users = named[place.rpartition("/reference/")[0]]  # without any, the dataset goes
-        if users and not users & working and place.rpartition("/")[2] not in needed and _is_quiet(held):
+        if users and not users & active and place.rpartition("/")[2] not in needed and _is_quiet(held):
             yield "features", place, held
 
 

@@ -47,13 +47,13 @@ def trained_by(seed: int, *overrides: str) -> SamplingCheckpoint:
     )
 
 
-def make_champion(root: Path, seed: int, *, name: str = "tiny") -> str:
+def make_champion(root: Path, seed: int, *overrides: str, name: str = "tiny") -> str:
     """Register the network of a seed as the next version of a model, and make it champion; the version."""
     from ncsn.tracking import registry
     from ncsn.tracking.mlflow_runs import step_run
     from ncsn.tracking.promotion import promote_version
 
-    checkpoint = trained_by(seed, f"storage.root={root}")
+    checkpoint = trained_by(seed, f"storage.root={root}", *overrides)
     with step_run(checkpoint.config, run=f"run-{seed}", step="register") as tracked:
         candidate = registry.Registration(name, checkpoint, card="", files={}, metrics={}, tags={})
         version = str(registry.register(tracked, candidate).version)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -93,7 +94,9 @@ def test_an_archive_that_is_missing_damaged_or_none_is_refused(ours: Clone, tmp_
     Path(uri).write_bytes(Path(uri).read_bytes()[:-1])
     other = tmp_path / "code.zip"
     other.touch()
-    for wrong in (uri, f"{uri.rpartition('/')[0]}/{'0' * 16}.zip", str(other)):
+    empty = tmp_path / f"{hashlib.sha256(b'').hexdigest()[:16]}.zip"
+    empty.touch()
+    for wrong in (uri, f"{uri.rpartition('/')[0]}/{'0' * 16}.zip", str(other), str(empty)):
         with refused("--code"):
             code.unpacked(wrong)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 from collections.abc import Iterator
@@ -32,9 +33,17 @@ def handle() -> Iterator[Any]:
         yield serve.run(app.build({"model": "models:/tiny@champion"}), _local_testing_mode=True)
 
 
-def ask(handle: Any, method: str, path: str, body: bytes = b"", *, kind: str = "application/json") -> Response:
+def ask(
+    handle: Any, method: str, path: str, body: bytes | None = b"", *, kind: str = "application/json", whole: bool = True
+) -> Response:
+    """What is answered to a body; None for a client that goes before it has sent one."""
+    parts = iter([{"type": "http.disconnect"} if body is None else {"type": "http.request", "body": body}])
+
     async def receive() -> dict[str, Any]:
-        return {"type": "http.request", "body": body, "more_body": False}
+        for part in parts:
+            return {**part, "more_body": not whole}
+        await asyncio.Event().wait()
+        raise AssertionError
 
     headers = [(b"content-type", kind.encode())]
     scope = {"type": "http", "method": method, "path": path, "root_path": "", "query_string": b"", "headers": headers}
@@ -78,6 +87,12 @@ def test_a_mistake_is_one_line_with_its_status(
     answer = ask(handle, method, path, body, kind=kind)
     assert answer.status_code == status and answer.media_type == "text/plain"
     assert bytes(answer.body).count(b"\n") == 1 and bytes(answer.body).endswith(b"\n")
+
+
+def test_a_body_that_does_not_come_whole_is_waited_for_no_longer(handle: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "_BODY_SECONDS", 0.1)
+    assert ask(handle, "POST", "/images", b"{", whole=False).status_code == 408
+    assert ask(handle, "POST", "/images", None).status_code == 408
 
 
 def test_more_replicas_than_cores_and_a_cluster_that_serves_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
