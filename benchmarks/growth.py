@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -74,7 +74,10 @@ def prepare_sampling(images: int) -> Callable[[], None]:
 
 
 def rates(
-    what: str, unit: str, prepare: Callable[..., Callable[[], object]], counts: dict[str, tuple[int, tuple[int, ...]]]
+    what: str,
+    unit: str,
+    prepare: Callable[..., Callable[[], object]],
+    counts: Mapping[str, tuple[int, tuple[int, ...]]],
 ) -> list[Row]:
     """A row of images per second for each of `name -> (images, arguments of prepare)`."""
     found = []

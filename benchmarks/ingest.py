@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -95,7 +95,7 @@ def rows() -> list[Row]:
     ]
 
 
-def _prepare(folder: str, count: int, found: str):  # noqa: ANN202 - a call without arguments
+def _prepare(folder: str, count: int, found: str) -> Callable[[], object]:
     return lambda: ingestion(folder, count, found)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from multiprocessing import get_context
 from typing import Any
 
@@ -62,15 +63,15 @@ def own_process(
 
     With the clock `time.process_time` they are CPU seconds, which for one thread do not depend on other load.
     """
-    with ProcessPoolExecutor(1, get_context("spawn"), _keep, (prepare, *args)) as pool:
+    with ProcessPoolExecutor(1, get_context("spawn"), initializer=_keep, initargs=(partial(prepare, *args),)) as pool:
         yield lambda: pool.submit(_call, clock).result()
 
 
 _kept: list[Callable[[], object]] = []
 
 
-def _keep(prepare: Callable[..., Callable[[], object]], *args: object) -> None:
-    _kept.append(prepare(*args))
+def _keep(prepare: Callable[[], Callable[[], object]]) -> None:
+    _kept.append(prepare())
 
 
 def _call(clock: Clock) -> float:

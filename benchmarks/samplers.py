@@ -33,13 +33,13 @@ import torch
 import yaml
 
 from ncsn.config import Config, from_yaml, to_yaml
-from ncsn.config.schema import NEIGHBOR_IMAGES, SamplingConfig
+from ncsn.config.schema import SamplingConfig
 from ncsn.data.format import load_manifest
 from ncsn.data.training_images import open_cache
 from ncsn.evaluation.class_scores import AskedClasses
 from ncsn.evaluation.extractors import joined
 from ncsn.evaluation.features import extractor_of
-from ncsn.evaluation.measure import measure_extracted
+from ncsn.evaluation.measure import NEIGHBOR_IMAGES, measure_extracted
 from ncsn.evaluation.reference import open_evaluator
 from ncsn.model.checkpoint import SamplingCheckpoint, load_checkpoint
 from ncsn.model.generate import generate, image_labels
@@ -188,7 +188,7 @@ def measured(dataset: str, config: Config, settings: list[Setting], *, num_image
             seed=0,
             asked=AskedClasses(labels, (test if versus == "test" else train).labels, num_classes, own=own),
         ).metrics
-        values = {key: figures[key].value for key in ("fid", "kid", "recall")}
+        values: dict[str, Any] = {key: figures[key].value for key in ("fid", "kid", "recall")}
         values["score"] = figures["score"].value if "score" in figures else math.nan
         values["agreement"] = figures["class_agreement"].value if "class_agreement" in figures else None
         return Row(name=name, num_images=sum(map(len, images)), **values, **known)

@@ -36,7 +36,7 @@ def rows() -> list[Row]:
         common = {"num_images": IMAGES, "batch_size": BATCH}
         settings = settings_of([LANGEVIN, *QUICKER], checkpoint, common=common, work=Path(work))
         make_images(trained["checkpoint"], settings, processes=2)
-        slow, *quicker, real = measured(trained["dataset"], checkpoint, settings, num_images=IMAGES)
+        slow, *quicker, real = measured(trained["dataset"], checkpoint.config, settings, num_images=IMAGES)
     as_good = [row for row in quicker if row.fid <= slow.fid]
     best = min(as_good, key=lambda row: row.seconds_per_64, default=slow)
     found = ", ".join(

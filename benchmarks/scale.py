@@ -51,7 +51,7 @@ class Work:
         return cls(
             parameters=sum(parameter.numel() for parameter in network.parameters()),
             flop=training.flop,
-            image_bytes=data.channels * data.image_size**2,
+            image_bytes=math.prod(data.stored_shape),
             batch=config.train.batch_size,
             checkpoint_every=config.train.checkpoint_every_images,
         )

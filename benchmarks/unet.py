@@ -31,14 +31,13 @@ from torch.nn import functional
 
 from benchmarks.measure import Row, in_turns, own_process, ratio
 from ncsn.config import Config, from_yaml
-from ncsn.config.schema import NEIGHBOR_IMAGES
 from ncsn.core.images import to_stored
 from ncsn.data.dataset import write_dataset
 from ncsn.data.sources import open_source
 from ncsn.data.training_images import open_cache
 from ncsn.evaluation.extractors import batches, joined
 from ncsn.evaluation.features import extractor_of
-from ncsn.evaluation.measure import measure_extracted
+from ncsn.evaluation.measure import NEIGHBOR_IMAGES, measure_extracted
 from ncsn.evaluation.reference import open_evaluator
 from ncsn.model.checkpoint import load_checkpoint
 from ncsn.model.checkpoint_store import CheckpointStore

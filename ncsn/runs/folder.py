@@ -144,7 +144,7 @@ class StepRecord:
     inputs: Mapping[str, Any] = field(default_factory=dict)  # of the result
     result: Mapping[str, Any] = field(default_factory=dict)  # empty if none has finished
     finished_at: str = ""
-    request: str = ""  # of the launcher that got the result last, see `RemoteStep.request`
+    request: str = ""  # of the launcher whose driver worked last, see `RemoteStep.request`; "" if none
 
 
 def read_step(folder: RunFolder, step: str) -> StepRecord:

@@ -58,8 +58,10 @@ def run_step(
         preflight(step, config, folder)
         inputs = find_inputs(folder, step, given, config=config)
     with around(step, folder, inputs), recorded(config, run, step):
-        if read_step(folder, step).reads != inputs:  # they are in use, though the result may be days away
-            update_step(folder, step, reads=inputs)
+        record = read_step(folder, step)
+        request = record.request if lease or config.compute.backend != "local" else ""
+        if (record.reads, record.request) != (inputs, request):  # in use, though the result may be days away
+            update_step(folder, step, reads=inputs, request=request)
         leased = {}
         if lease:
             Lease(lease).require("nothing was started")  # the cluster may retry a job whose launcher is gone

@@ -107,7 +107,10 @@ class Step(Generic[R]):
         remote = self.remote(config, options)
         storage.delete(folder.status)  # the run has not ended
         for _ in range(MOST_STARTS):
-            update_step(folder, step, state="RUNNING", error=None)
+            record = read_step(folder, step)
+            # Another launcher may have the same request at work, whose driver finishes at this moment.
+            if record.request != remote.request or record.state not in {"RUNNING", "FINISHED"}:
+                update_step(folder, step, state="RUNNING", error=None, request=remote.request)
             try:
                 backend.execute(remote)
             except RemoteFailure as failure:

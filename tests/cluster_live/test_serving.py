@@ -1,4 +1,4 @@
-"""The overlay serving: a champion over HTTP, another one under load, and a replica that is killed."""
+"""The overlay serving: a champion over HTTP, another under load, a replica that is killed, and a rollback."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SMALL = {"requests": {"cpu": "100m", "memory": "1Gi"}, "limits": {"cpu": "2", "m
 
 
 @pytest.mark.timeout(1500)
-def test_no_request_is_lost_when_a_champion_comes_and_a_replica_goes(
+def test_no_request_is_lost_when_a_champion_comes_and_goes_and_a_replica_is_killed(
     infra: Infra, place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", place.environment["MLFLOW_TRACKING_URI"])
@@ -56,4 +56,6 @@ def test_no_request_is_lost_when_a_champion_comes_and_a_replica_goes(
         pod = place.namespace.pods(WORKERS)[0]["metadata"]["name"]
         assert "killed" in kubectl("exec", pod, "--namespace", namespace, "--", "python", "-c", KILL)
         load.wait_for(second, 40, seconds=300)
+        place.commands.run("promote", namespace, "--rollback", seconds=180)
+        load.wait_for(first, 20, seconds=300)
     place.namespace.delete("rayservice", "ncsn-serving")

@@ -34,7 +34,8 @@ class Kubeflow:
     def terminate_all(self, name: str) -> list[str]:
         """Terminate the unfinished runs of this name among the latest fifty; their identifiers."""
         runs = self._ask("GET", "runs?page_size=50&sort_by=created_at%20desc").get("runs", [])
-        at_work = [run["run_id"] for run in runs if run["display_name"] == name and run["state"] not in ENDED]
+        over = ENDED | {"CANCELING"}  # which it refuses to terminate twice
+        at_work = [run["run_id"] for run in runs if run["display_name"] == name and run["state"] not in over]
         for run_id in at_work:
             self.terminate(run_id)
         return at_work

@@ -27,7 +27,7 @@ from ncsn.runs.folder import (
     state_after,
     update_step,
 )
-from ncsn.steps.step import Step
+from ncsn.steps.step import Step, launch
 from ncsn.tracking import mlflow_runs
 
 DIGITS = (Path(__file__).parents[2] / "configs" / "digits.yaml").read_text()
@@ -161,6 +161,39 @@ def test_a_step_that_another_pipeline_run_ended_starts_again(tmp_path: Path, mon
     assert step.find_result({"a": 1}, needs=lambda result: [result.uri]) is None
     assert step.run_elsewhere(config, {}) == Made(storage.join(step.folder.uri, "made.txt"), 1)
     assert backend.starts == 2
+
+
+class SharedBackend(LosingBackend):
+    """Waits for a job, which another launcher of the same request may have started."""
+
+    def execute(self, _step: RemoteStep) -> None:
+        self._work()
+
+
+def test_a_result_that_comes_while_a_second_launcher_attaches_is_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Launchers without torch, which do not know what the inputs of the result are."""
+    config = config_at(tmp_path, "compute.backend=ray-jobs")
+    folder, asked = run_folder(config, "shared"), {"dataset": "a"}
+
+    def launched(work: Callable[[], object]) -> str:
+        monkeypatch.setattr("ncsn.steps.step.open_backend", lambda _compute: SharedBackend(work))
+        return str(launch("train", config, "shared", asked).uri)
+
+    def while_it_works() -> None:
+        make(config, "shared", inputs={"a": 1})
+        # The first has not seen the end yet; the second attaches to a job that has just ended, or takes the result.
+        assert launched(lambda: None) == uri
+
+    uri = storage.join(folder.uri, "made.txt")
+    assert launched(while_it_works) == uri
+    assert launched(lambda: pytest.fail("it is done")) == uri
+    update_step(folder, "train", state="KILLED")
+    assert launched(lambda: update_step(folder, "train", state="FINISHED")) == uri
+    asked["dataset"] = "b"
+    with pytest.raises(RuntimeError):  # what is stored is another request's
+        launched(lambda: None)
 
 
 @pytest.mark.parametrize(
