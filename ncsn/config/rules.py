@@ -249,14 +249,23 @@ def _levels(config: Config) -> Iterator[Problem]:
             yield Problem("sampling.sampler.num_levels", reason, hint, sampler.num_levels)
 
 
+_MOST_POWER = 2**14  # then t - r, about t / 2^14, has half the digits of float32
+
+
 def _consistency(config: Config) -> Iterator[Problem]:
     """Of a loss and a sampler that are for each other, and for networks that are told the spread of the images."""
     loss, sampler, noise, train = config.loss, config.sampling.sampler, config.noise, config.train
-    if isinstance(loss, ConsistencyLossConfig) is not isinstance(sampler, Consistency):
-        reason = f"does not fit sampling.sampler.kind = {sampler.kind}: consistency needs consistency"
-        yield Problem("loss.kind", reason, "change one of them", loss.kind)
+    if isinstance(loss, ConsistencyLossConfig) and not isinstance(sampler, Consistency):
+        reason = "does not fit a network of loss.kind = consistency, which is no score network any more"
+        yield Problem("sampling.sampler.kind", reason, "use consistency", sampler.kind)
+    elif isinstance(sampler, Consistency) and not isinstance(loss, ConsistencyLossConfig):
+        reason = f"needs a network that loss.kind = consistency has tuned, not {loss.kind}"
+        yield Problem("sampling.sampler.kind", reason, "use karras_heun", sampler.kind)
     if not isinstance(loss, ConsistencyLossConfig) or not isinstance(sampler, Consistency):
         return
+    if (power := loss.q**loss.stages) > _MOST_POWER:
+        reason = f"q^stages = {power:.4g}, and above {_MOST_POWER} the levels of a pair are equal but for rounding"
+        yield Problem("loss.stages", reason, "use 8 with q = 2, or 1 with q = 256", loss.stages)
     if not hasattr(config.network, "sigma_data"):
         reason = f"needs network.sigma_data, which network.kind = {config.network.kind} does not have"
         yield Problem("loss.kind", reason, "use network.kind = unet or ddpmpp", loss.kind)
@@ -267,8 +276,11 @@ def _consistency(config: Config) -> Iterator[Problem]:
         hint = "name the run, model or checkpoint to tune, or set loss.from_scratch = true"
         yield Problem("train.init_from", "missing, and loss.kind = consistency tunes a trained network", hint)
     if loss.guidance is not None and (config.data.num_classes is None or train.init_from is None):
-        reason = "is that of a trained network with classes"
+        reason = "needs a trained network with classes"
         yield Problem("loss.guidance", reason, "set data.num_classes and train.init_from, or use null")
+    elif loss.guidance is not None and not loss.guidance.sigma_min < loss.guidance.sigma_max:
+        reason = f"must be below sigma_max = {loss.guidance.sigma_max:g}"
+        yield Problem("loss.guidance.sigma_min", reason, value=loss.guidance.sigma_min)
     levels = config.sampling.levels or noise
     network = config.network
     if isinstance(levels, LevelsConfig) and isinstance(network, UnetNetworkConfig | DdpmppNetworkConfig):

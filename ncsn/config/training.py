@@ -100,15 +100,15 @@ class ConsistencyLossConfig(Section):
 
     kind: Literal["consistency"]
     """Turns the network of train.init_from into one for sampling.sampler.kind = consistency."""
-    q: float = Field(256.0, gt=1, le=1e6)
+    q: float = Field(256.0, gt=1, le=4096)
     """The levels are t and max(0, t (1 - n / q^(stage + 1))) at stages 0, 1, ...; n falls from 5 at t = 0 to 1."""
     stages: int = Field(1, ge=1, le=64)
-    """Equal parts of train.num_images; at the last one q^stages should be about 256."""
+    """Equal parts of train.num_images; q^stages is best between 64 and 256."""
     c: float = Field(0.0, ge=0)
     """The distance d of two images enters as sqrt(d^2 + c^2) - c, in units of pixels in [0, 1]; 0 = the plain norm."""
     guidance: ClassifierFreeConfig | None = None
-    """Guidance of the network of train.init_from that its samples would have had, and these will have at no cost; null
-    = none."""
+    """Guidance of the network of train.init_from to distill: samples have it without further evaluations; null = none.
+    Its band holds for the noise of training, and the network needs train.label_dropout."""
     from_scratch: bool = False
     """Start from random weights, without train.init_from, which takes far longer."""
 

@@ -257,10 +257,8 @@ def losses_at(
     levels: Sequence[int] | None,
     stream: int,
     labels: Tensor | None = None,
-    lower: Tensor | None = None,
-    loss: Loss = DenoisingScoreMatching(),
 ) -> Tensor:
-    """Normalized loss of each image at each sigma, float32 [S, B]; a zero network reads 1.
+    """Normalized denoising loss of each image at each sigma, float32 [S, B]; a zero network reads 1.
 
     A network that fits the distribution has the same loss on images that training does not use. One that repeats its
     training images has a lower loss on these: the gap. All random draws are functions of (image, noise level), so the
@@ -272,14 +270,11 @@ def losses_at(
         levels: Their numbers in the network's schedule; None for a network that takes any sigma.
         stream: Of the noise at the first sigma; each further one has the next.
         labels: Class of each image, int64 [B]; None for a network without classes.
-        lower: The second sigma of each pair [S], for consistency.
     """
-    size, pairs = x[0].numel(), [None] * len(sigmas) if lower is None else list(lower.to(x.device))
+    loss, size = DenoisingScoreMatching(), x[0].numel()
     conditions, rows = {} if labels is None else {"labels": labels}, []
-    for number, (sigma, second) in enumerate(zip(sigmas.to(x.device), pairs, strict=True)):
+    for number, sigma in enumerate(sigmas.to(x.device)):
         z = keyed_normal(COMMON_SEED, stream=stream + number, first=first, count=len(x), size=size).view(x.shape)
         level = None if levels is None else torch.full((len(x),), levels[number], device=x.device)
-        second = None if second is None else second.expand(len(x))
-        batch = Batch(x, sigma.expand(len(x)), z.to(x), level, conditions=conditions, lower=second)
-        rows.append(loss(network, batch).per_image)
+        rows.append(loss(network, Batch(x, sigma.expand(len(x)), z.to(x), level, conditions=conditions)).per_image)
     return torch.stack(rows)

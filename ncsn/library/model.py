@@ -156,7 +156,10 @@ class ScoreModel:
         return found.to(x.device)
 
     def denoise(self, x: Tensor, sigma: float | Tensor, *, label: int | str | None = None) -> Tensor:
-        """The mean of the clean images given noisy ones, x + sigma^2 s(x) [B, C, H, W]; see `score`."""
+        """The mean of the clean images given noisy ones, x + sigma^2 s(x) [B, C, H, W]; see `score`.
+
+        Of a model tuned for consistency, the image where the trajectory of x ends: its `score` is of no distribution.
+        """
         score = self.score(x, sigma, label=label)
         return x + torch.as_tensor(sigma, dtype=x.dtype, device=x.device).square().view(-1, 1, 1, 1) * score
 

@@ -151,8 +151,8 @@ def loss_weight(config: Config) -> Weight:
         weight = edm_weight(config)
         assert weight is not None
         return weight
-    # That of consistency is about the root of its normalized figure, at every sigma.
-    return PowerWeight() if isinstance(settings, ConsistencyLossConfig) else PowerWeight(settings.anneal_power)
+    assert not isinstance(settings, ConsistencyLossConfig), "it has no weight"
+    return PowerWeight(settings.anneal_power)
 
 
 def edm_weight(config: Config) -> EdmWeight | None:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from ncsn.config import Config
-from ncsn.config.training import LognormalTraining, ema_setting
+from ncsn.config.training import ConsistencyLossConfig, LognormalTraining, ema_setting
 from ncsn.report.words import (
     CLASSES_HEAD,
     SCORES_HEAD,
@@ -36,6 +36,8 @@ LIMITS = (
     "Inception Scores or FID only if the extractor is the 2015 Inception network, and with published FD-DINOv2 only if "
     "it is DINOv2.",
 )
+_SCORE = "a noise conditional score network (Song & Ermon 2019)"
+_KINDS = {"dsm": _SCORE, "ssm": _SCORE, "consistency": "a consistency model (Song et al. 2023; Geng et al. 2024)"}
 MOST_NAMES, MOST_ROWS = 20, 12  # of classes, so that the card stays short
 
 
@@ -66,7 +68,7 @@ def model_card(facts: ModelFacts, *, config: Config, manifest: Manifest, evaluat
     notes = [*evaluation["notes"], "± is a standard deviation over other samples of this number"]
     parts = [
         f"# {facts.name}",
-        f"Generates {manifest.pixels} images: a noise conditional score network (Song & Ermon 2019), trained on "
+        f"Generates {manifest.pixels} images: {_KINDS[config.loss.kind]}, trained on "
         f"{manifest.name} in run `{facts.run}`, checkpoint `{facts.checkpoint}`.",
         " ".join(f"![{shown}]({file})" for shown, file in (facts.pictures or {}).items()),
         f"## Intended use\n\n{INTENDED}",
@@ -110,6 +112,8 @@ def _settings(facts: ModelFacts, config: Config) -> list[tuple[str, str]]:
         "training": f"{facts.images_seen:,} images, batch {train.batch_size}, Adam at {optimizer.learning_rate:g} "
         f"({optimizer.decay}){clip}",
     }
+    if isinstance(config.loss, ConsistencyLossConfig):
+        settings["loss"] = f"consistency, q = {config.loss.q:g}, stages = {config.loss.stages}"
     if train.init_from is not None:
         settings["start"] = (
             f"the weights of {train.init_from}, which derive from its data; train.trainable = {train.trainable}"

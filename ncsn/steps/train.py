@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
 from ncsn import storage
 from ncsn.config import Config, from_yaml
+from ncsn.config.load import EXAMPLES
 from ncsn.config.training import NoiseConfig
 from ncsn.data.format import Manifest, load_manifest
 from ncsn.distributed import trainer
@@ -156,7 +156,9 @@ def _source(config: Config, address: str, uri: str) -> TrainedNetwork:
     """The trained network at an address, of which a copy is kept at `uri`, with where it is from."""
     if storage.exists(storage.join(uri, TRAINED_CONFIG)):
         return load_checkpoint_or_model(uri)
-    named = _checkpoint_of(run_folder(config, address)) if RUN_PATTERN.fullmatch(address) else address
+    named = storage.absolute(address)
+    if RUN_PATTERN.fullmatch(address) and not storage.exists(storage.join(named, INDEX)):
+        named = _checkpoint_of(run_folder(config, address))
     try:
         with storage.scratch_folder(uri.rpartition("/")[0]) as scratch:
             if address.startswith(SCHEME):
@@ -166,7 +168,7 @@ def _source(config: Config, address: str, uri: str) -> TrainedNetwork:
                     folder = fetch_weights(registry, version, scratch)
                 source, digest = f"{SCHEME}{version.name}/{version.version}", version.tags["ncsn.checkpoint"]
             else:
-                folder, source = scratch / "trained", storage.absolute(named)
+                folder, source = scratch / "trained", named
                 folder.mkdir()
                 trained = load_checkpoint(source)
                 save_model(trained, folder)
@@ -187,6 +189,7 @@ def _checkpoint_of(folder: RunFolder) -> str:
         trained = folders_of(folder, config)["sample"]
         if read_step(trained, "train").result:
             return ensure_average(find_inputs(trained, "sample", {}, config=config)["checkpoint"], config)
-    recipe = Path("configs", f"{folder.run.replace('-', '_')}.yaml")
-    hint = f"train it first, with `ncsn run --config {recipe if recipe.exists() else 'FILE'} --run {folder.run}`"
+    recipe = folder.run.replace("-", "_")
+    shown = recipe if (EXAMPLES / f"{recipe}.yaml").is_file() else "FILE"
+    hint = f"train it first, with `ncsn run --config {shown} --run {folder.run}`"
     raise UserError("train.init_from", f"no trained run of this name in {folder.root}", hint=hint, value=folder.run)

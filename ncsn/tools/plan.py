@@ -84,12 +84,12 @@ def measure_speed(config: Config) -> Speed:
     try:
         state = build.train_state(config, device=device)
         options = build.step_options(config, world_size=1)
-        loss = build.loss(config, state.uncertainty, teacher=state.averaged())
+        loss = build.loss(config, state.uncertainty, teacher=state.network)
         sigma, level = build.training_noise(config).draw(0, first=0, count=count)
         pairs = build.pair_schedule(config)
         lower = None if pairs is None else pairs.lower(sigma).to(device)
-        labels = {} if config.data.num_classes is None else {"labels": torch.zeros_like(sigma, dtype=torch.int64)}
-        conditions = {name: each.to(device) for name, each in labels.items()}
+        classes = torch.zeros(count, dtype=torch.int64, device=device)
+        conditions = {} if config.data.num_classes is None else {"labels": classes}
         x, z = (torch.randn(count, *config.data.network_shape, device=device) for _ in range(2))
         level = level if level is None else level.to(device)
         x = x.to(memory_format=build.memory_format(config))

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ncsn.config import Config
+from ncsn.config.training import ConsistencyLossConfig
 from ncsn.core.keyed_random import COMMON_SEED, Stream
-from ncsn.core.losses import ConsistencyTuning, DenoisingScoreMatching, Loss, losses_at
+from ncsn.core.losses import losses_at
 from ncsn.core.samplers.level_grid import choose_levels
 from ncsn.core.training import EVALUATIONS_PER_STEP, TrainState
 from ncsn.core.training_noise import LevelNoise
@@ -75,21 +76,10 @@ class Probe:
     """
 
     def __init__(
-        self,
-        config: Config,
-        held_out: ImageShare,
-        training: ImageShare,
-        *,
-        every: int,
-        context: WorkerContext,
-        loss: Loss,
+        self, config: Config, held_out: ImageShare, training: ImageShare, *, every: int, context: WorkerContext
     ) -> None:
         self._config, self._sets, self.every, self._context = config, (held_out, training), every, context
         self._sigmas, self._levels = _measured_at(config)
-        # Of a consistency model the pairs of the last stage, so that its values compare; of others their denoising.
-        self._loss = loss if isinstance(loss, ConsistencyTuning) else DenoisingScoreMatching()
-        pairs = build.pair_schedule(config)
-        self._lower = None if pairs is None else pairs.lower(self._sigmas)
 
     def measure(self, state: TrainState, *, dtype: torch.dtype | None) -> dict[str, float]:
         """Metrics `val/...` of the EMA weights, whose convolutions compute in `dtype`. A collective call.
@@ -123,8 +113,6 @@ class Probe:
                     levels=self._levels,
                     stream=share.noise,
                     labels=None if labels is None else labels.to(context.device),
-                    lower=self._lower,
-                    loss=self._loss,
                 )
         # Each image is one worker's, so the sum is the same for any number of workers.
         values: Array = context.sum_over_workers(losses).cpu().numpy()
@@ -141,10 +129,13 @@ def _measured_at(config: Config) -> tuple[Tensor, list[int] | None]:
     return sigmas[levels], levels
 
 
-def open_probe(
-    config: Config, dataset: str, training: TrainingImages, context: WorkerContext, *, loss: Loss
-) -> Probe | None:
-    """The probe of a training, with this worker's share of the images; None if it would take too long."""
+def open_probe(config: Config, dataset: str, training: TrainingImages, context: WorkerContext) -> Probe | None:
+    """The probe of a training, with this worker's share of the images; None if it would take too long.
+
+    Nor has consistency tuning one: its loss reads the same for the teacher and for the function that it looks for.
+    """
+    if isinstance(config.loss, ConsistencyLossConfig):
+        return None
     count = load_manifest(dataset).counts.get("test", 0)
     effort = effort_of(config, held_out=count, training=len(training))
     if effort is None:
@@ -156,7 +147,6 @@ def open_probe(
         _share(training, second, context, Stream.TRAINED_NOISE, Stream.TRAINED_DEQUANTIZE),
         every=every,
         context=context,
-        loss=loss,
     )
 
 

@@ -93,15 +93,14 @@ class Training:
             self.split = open_training_images(job.dataset)
             self.manifest = load_manifest(job.dataset)
             self.classes = classes_of(self.config, self.manifest)
+            recorded = job.sink is not None or job.history is not None
+            self.probe = open_probe(self.config, job.dataset, self.split, context) if recorded else None
             self.state = build.train_state(self.config, device=context.device)
             taught = None
             if getattr(self.config.loss, "guidance", None) is not None:
                 assert job.start is not None, "the config's rules"
                 taught = teacher(job.start, config=self.config, classes=self.classes, device=context.device)
             self.loss = build.loss(self.config, self.state.uncertainty, taught)
-            self.probe = None
-            if job.sink is not None or job.history is not None:
-                self.probe = open_probe(self.config, job.dataset, self.split, context, loss=self.loss)
             if newest is not None:
                 with self.checkpoints.open(newest) as folder:
                     digest = self.manifest.digest

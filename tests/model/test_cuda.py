@@ -38,6 +38,7 @@ SMALL = {
 CHAIN = {
     "annealed_langevin": ("noise.num_levels=2", "sampling.sampler.steps_per_level=1"),
     "karras_heun": ("sampling.sampler.num_steps=2",),
+    "consistency": (),
 }
 
 
@@ -79,9 +80,9 @@ def maps(call: Call) -> list[Tensor]:
     return [each for each in (*call.given, *call.made) if each.ndim == 4]
 
 
-def assert_convolutions_are_for_tensor_cores(calls: list[Call]) -> None:
+def assert_convolutions_are_for_tensor_cores(calls: list[Call], dtype: torch.dtype) -> None:
     convolutions = [call for call in calls if call.name.startswith("convolution")]
-    assert {each.dtype for call in convolutions for each in maps(call)} == {torch.bfloat16}
+    assert {each.dtype for call in convolutions for each in maps(call)} == {dtype}
     # cuDNN computes in the order of the weights, and copies images of another: those that PyTorch's group norm gives. A
     # compiled network keeps the order.
     weights = [call.given[1 if call.name == "convolution" else 2] for call in convolutions]
@@ -100,7 +101,7 @@ def test_the_backward_pass_is_that_of_pytorch() -> None:
 
 
 @pytest.mark.parametrize("config", RECIPES.values(), ids=RECIPES)
-def test_a_step_waits_for_nothing_and_convolves_in_bfloat16_with_channels_last(
+def test_a_step_waits_for_nothing_and_convolves_in_its_precision_with_channels_last(
     config: Config, gpu: PretendedGpu
 ) -> None:
     state = build.train_state(config, device=CUDA)
@@ -117,7 +118,7 @@ def test_a_step_waits_for_nothing_and_convolves_in_bfloat16_with_channels_last(
     losses, norm = train_step(state.network, batch, state=state, loss=loss, options=options)
     curves.add(batch, losses, norm, images=COUNT)
     assert [call for call in gpu.calls if call.waits] == []
-    assert_convolutions_are_for_tensor_cores(gpu.calls)
+    assert_convolutions_are_for_tensor_cores(gpu.calls, getattr(torch, config.train.precision))
     moments = [each for slots in state.optimizer.state.values() for each in slots.values()]
     kept = [
         *state.network.parameters(),
@@ -150,7 +151,7 @@ def test_a_chain_waits_for_no_score_and_convolves_in_bfloat16_with_channels_last
     )
     assert (found.shape, found.dtype, found.device) == ((COUNT, *config.data.network_shape), torch.float32, CUDA)
     assert [call for call in gpu.calls if call.waits] == []
-    assert_convolutions_are_for_tensor_cores(gpu.calls)
+    assert_convolutions_are_for_tensor_cores(gpu.calls, torch.bfloat16)
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ range and describes it in a string below it.
 
 from __future__ import annotations
 
+import math
 import operator
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -171,7 +172,7 @@ class Consistency(Sampler):
 
     kind: Literal["consistency"] = "consistency"
     """Denoise, add noise of a smaller sigma, and so on: for a network that loss.kind = consistency has tuned."""
-    steps: Annotated[int, Ge(1), Le(1000)] = 2
+    steps: Annotated[int, Ge(1), Le(16)] = 2
     """Evaluations; NFE = steps."""
     sigmas: tuple[float, ...] | Literal["auto"] = "auto"
     """The noise to add before each evaluation but the first, which is at sigma_1: steps - 1 numbers, descending, in
@@ -183,10 +184,14 @@ class Consistency(Sampler):
     def __post_init__(self) -> None:
         """See `Sampler`; `sigmas` must fit `steps`."""
         super().__post_init__()
+        if not self.denoise and self.steps == 1:
+            raise UserError("denoise", "must be true where the only evaluation is the last one", value=self.denoise)
         if self.sigmas == "auto":
             return
-        falls = all(higher > lower for higher, lower in pairwise([*self.sigmas, 0.0]))
-        if len(self.sigmas) != self.steps - 1 or not falls:
+        given: Any = self.sigmas  # whatever a caller gives
+        numbers = given if isinstance(given, tuple | list) else ()
+        falls = all(math.inf > higher > lower for higher, lower in pairwise([*numbers, 0.0]))
+        if len(numbers) != self.steps - 1 or not falls:
             reason = f"must be steps - 1 = {self.steps - 1} positive numbers, descending, or auto"
             raise UserError("sigmas", reason, value=self.sigmas)
 

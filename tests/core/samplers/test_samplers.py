@@ -63,6 +63,9 @@ def test_every_sampler_keeps_the_convention(sampler, analytic):
         (DpmSolver, "num_levels", 1),
         (Consistency, "sigmas", (0.3, 0.1)),
         (Consistency, "sigmas", (0.0,)),
+        (Consistency, "sigmas", (math.inf,)),
+        (Consistency, "sigmas", 0.3),
+        (Consistency, "steps", 17),
     ],
 )
 def test_settings_out_of_range_are_refused_where_they_are_made(kind, field, value):
