@@ -13,6 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from importlib import resources
 from typing import Any
@@ -69,11 +70,15 @@ class Sampler:
         _call_on_loopback()
         self._address, self._registry = address, registry or server_uri(None, root=DEFAULT_ROOT)
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._served = load_version(self._registry, address, device=self._device)  # name and network
+        self._served = self._load(address)  # name and network
         self._images = Counter("ncsn_serve_images", "Images made.", ("model",))
         self._sizes = Histogram("ncsn_serve_batch_images", "Images of a batch.", [1, 4, 16, 64, 256, 1024])
         self._batches = Batches(self._make)
         threading.Thread(target=self._follow, name="follow", daemon=True).start()
+
+    def _load(self, address: str) -> tuple[str, Any]:
+        with ThreadPoolExecutor(1) as ends:  # and with it its threads of OpenMP, see `Batches`
+            return ends.submit(load_version, self._registry, address, device=self._device).result()
 
     def _make(self, trained: Any, parts: Any) -> NDArray[Any]:
         images = generate_joined(trained, parts, device=self._device)
@@ -92,7 +97,7 @@ class Sampler:
                     continue
                 turn: Any = ray.remote(Turn).options(name="ncsn-turn", num_cpus=0).remote()
                 try:
-                    self._served = load_version(self._registry, new, device=self._device)
+                    self._served = self._load(new)
                 finally:
                     ray.kill(turn)
                 _logger.warning("%s is served in place of %s", new, name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -46,6 +47,9 @@ class Batches:
 
     def __init__(self, make: Make) -> None:
         self._make = make
+        # OpenMP has threads for each thread that computes. As soon as there are more than cores, all of them wait by
+        # sleeping, which halves the speed of a small network on two cores.
+        self._thread = ThreadPoolExecutor(1)
         self._waiting: list[_Image] = []
         self._work: asyncio.Task[None] | None = None  # while images wait
 
@@ -69,7 +73,9 @@ class Batches:
             requests = [list(own) for _, own in groupby(batch, key=lambda each: each.request)]
             parts = [Part(own[0].sampling, own[0].number, len(own)) for own in requests]
             try:
-                images = [*await asyncio.to_thread(self._make, first.trained, parts)]
+                images = [
+                    *await asyncio.get_running_loop().run_in_executor(self._thread, self._make, first.trained, parts)
+                ]
             except Exception as error:  # noqa: BLE001 - the requests raise it
                 images = [error] * len(batch)
             for each, image in zip(batch, images, strict=True):

@@ -27,11 +27,13 @@ class Held:
     def __init__(self) -> None:
         self.begun, self.open = threading.Event(), threading.Event()
         self.made: list[list[Part]] = []
+        self.threads = set[int]()
 
     def __call__(self, trained: TrainedNetwork, parts: Sequence[Part]) -> Any:
         self.begun.set()
         assert self.open.wait(60)
         self.made.append(list(parts))
+        self.threads.add(threading.get_ident())
         if any(part.sampling.seed == 13 for part in parts):
             raise UserError("sampling.sampler", "gives images that are not finite")
         return generate_joined(trained, parts)
@@ -68,7 +70,7 @@ def test_several_requests_are_one_batch_and_the_images_are_those_of_each_alone(h
     asked = [(TRAINED, sampling, number) for sampling, number in zip(wishes, (3, 2, 2, 3), strict=True)]
     found = together(held, *asked)
     assert [sum(part.length for part in batch) for batch in held.made] == [1, 8, 2]
-    assert len(held.made[1]) == 4
+    assert len(held.made[1]) == 4 and len(held.threads) == 1
     for sampling, images in zip((wished(seed=9), *wishes), found, strict=True):
         alone = generate(TRAINED, sampling=sampling, first=0, count=len(images))
         assert images.shape == alone.shape
