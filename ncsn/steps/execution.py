@@ -59,8 +59,8 @@ def run_step(
         inputs = find_inputs(folder, step, given, config=config)
     with around(step, folder, inputs), recorded(config, run, step):
         record = read_step(folder, step)
-        request = record.request if lease or config.compute.backend != "local" else ""
-        if (record.reads, record.request) != (inputs, request):  # in use, though the result may be days away
+        request = record.request if lease or config.compute.backend != "local" else ""  # no launcher asks for work here
+        if (record.reads, record.request) != (inputs, request):  # cleanup spares what is read, days before a result
             update_step(folder, step, reads=inputs, request=request)
         leased = {}
         if lease:

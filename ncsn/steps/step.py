@@ -108,7 +108,7 @@ class Step(Generic[R]):
         storage.delete(folder.status)  # the run has not ended
         for _ in range(MOST_STARTS):
             record = read_step(folder, step)
-            # Another launcher may have the same request at work, whose driver finishes at this moment.
+            # Another launcher may wait for the same request, and its driver may store the result right now.
             if record.request != remote.request or record.state not in {"RUNNING", "FINISHED"}:
                 update_step(folder, step, state="RUNNING", error=None, request=remote.request)
             try:

@@ -37,13 +37,13 @@ def ask(
     handle: Any, method: str, path: str, body: bytes | None = b"", *, kind: str = "application/json", whole: bool = True
 ) -> Response:
     """What is answered to a body; None for a client that goes before it has sent one."""
-    parts = iter([{"type": "http.disconnect"} if body is None else {"type": "http.request", "body": body}])
+    message = {"type": "http.disconnect"} if body is None else {"type": "http.request", "body": body}
+    messages = [message | {"more_body": not whole}]
 
     async def receive() -> dict[str, Any]:
-        for part in parts:
-            return {**part, "more_body": not whole}
-        await asyncio.Event().wait()
-        raise AssertionError
+        if not messages:
+            await asyncio.sleep(3600)
+        return messages.pop()
 
     headers = [(b"content-type", kind.encode())]
     scope = {"type": "http", "method": method, "path": path, "root_path": "", "query_string": b"", "headers": headers}
