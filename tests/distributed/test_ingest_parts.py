@@ -74,6 +74,7 @@ def in_one_pass(text: str, folder: Path, *, rows: int):
         return write_dataset(open_source(data), str(folder), name="image_folder", data=data)
 
 
+@pytest.mark.slow
 def test_shards_in_a_bucket_become_the_dataset_of_one_pass(s3_root, tmp_path, command):
     for number in range(3):
         storage.write_bytes(f"{s3_root}/shards/{number}.tar", shard(60 * number, 60 * number + 60))

@@ -236,6 +236,7 @@ def test_images_that_cannot_be_used_are_refused(stripes: np.ndarray) -> None:
         fit(stripes, hours=0)
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_without_ray_and_mlflow(tmp_path: Path) -> None:
     cells = json.loads((ROOT / "examples" / "library.ipynb").read_text())["cells"]
     code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")

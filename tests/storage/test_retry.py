@@ -95,7 +95,7 @@ def test_it_waits_for_servers_and_not_for_mistakes(error: Exception, waits: bool
     assert bool(unavailable(error)) == waits
 
 
-def use_the_store(root: str, network: TcpProxy, *, away: float, callers: int = 16) -> None:
+def use_the_store(root: str, network: TcpProxy, *, away: float, callers: int) -> None:
     """All that a store does, by many callers at once, while it is away for some seconds."""
     content = bytes(range(256)) * (36 << 10)  # above a part of an upload
     ready = threading.Barrier(callers + 1)
@@ -123,15 +123,15 @@ def use_the_store(root: str, network: TcpProxy, *, away: float, callers: int = 1
             each.result()
 
 
-def test_sixteen_callers_outlast_an_outage(s3_root: str, network: TcpProxy, caplog) -> None:
+def test_callers_outlast_an_outage(s3_root: str, network: TcpProxy, caplog) -> None:
     with caplog.at_level(logging.WARNING):
-        use_the_store(s3_root, network, away=3)
+        use_the_store(s3_root, network, away=3, callers=4)
     assert any("180 s" in record.message for record in caplog.records if record.name.startswith("ncsn"))
 
 
 @pytest.mark.slow
 def test_sixteen_callers_outlast_two_minutes(s3_root: str, network: TcpProxy) -> None:
-    use_the_store(s3_root, network, away=120)
+    use_the_store(s3_root, network, away=120, callers=16)
 
 
 def test_the_store_is_given_up_after_the_limit_or_the_variable(
