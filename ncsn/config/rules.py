@@ -275,9 +275,11 @@ def _consistency(config: Config) -> Iterator[Problem]:
     if train.init_from is None and not loss.from_scratch:
         hint = "name the run, model or checkpoint to tune, or set loss.from_scratch = true"
         yield Problem("train.init_from", "missing, and loss.kind = consistency tunes a trained network", hint)
-    if loss.guidance is not None and (config.data.num_classes is None or train.init_from is None):
-        reason = "needs a trained network with classes"
-        yield Problem("loss.guidance", reason, "set data.num_classes and train.init_from, or use null")
+    if loss.pairs == "teacher" and train.init_from is None:
+        yield Problem("loss.pairs", "needs the network of train.init_from", "set it, or use image", loss.pairs)
+    if loss.guidance is not None and (config.data.num_classes is None or loss.pairs != "teacher"):
+        reason = "needs a teacher that knows classes"
+        yield Problem("loss.guidance", reason, "set data.num_classes and loss.pairs = teacher, or use null")
     elif loss.guidance is not None and not loss.guidance.sigma_min < loss.guidance.sigma_max:
         reason = f"must be below sigma_max = {loss.guidance.sigma_max:g}"
         yield Problem("loss.guidance.sigma_min", reason, value=loss.guidance.sigma_min)

@@ -96,7 +96,7 @@ class SsmLossConfig(Section):
 
 
 class ConsistencyLossConfig(Section):
-    """Consistency tuning (Geng et al. 2024): what the network makes of an image at two noise levels is to be equal."""
+    """Consistency tuning: what the network makes of an image at two noise levels is to be equal."""
 
     kind: Literal["consistency"]
     """Turns the network of train.init_from into one for sampling.sampler.kind = consistency."""
@@ -106,9 +106,13 @@ class ConsistencyLossConfig(Section):
     """Equal parts of train.num_images; q^stages is best between 64 and 256."""
     c: float = Field(0.0, ge=0)
     """The distance d of two images enters as sqrt(d^2 + c^2) - c, in units of pixels in [0, 1]; 0 = the plain norm."""
+    pairs: Literal["image", "teacher"] = "image"
+    """What an image at t is compared with: image = the same with less of the same noise (Geng et al. 2024); teacher =
+    where the flow of the network of train.init_from takes it (Song et al. 2023), for an evaluation more: for few
+    images, which the network learns by heart otherwise, and for guidance."""
     guidance: ClassifierFreeConfig | None = None
-    """Guidance of the network of train.init_from to distill: samples have it without further evaluations; null = none.
-    Its band holds for the noise of training, and the network needs train.label_dropout."""
+    """Guidance of the teacher: samples have it without further evaluations; null = none. Needs pairs = teacher, and a
+    network that was trained with train.label_dropout. Its band holds for the noise of training."""
     from_scratch: bool = False
     """Start from random weights, without train.init_from, which takes far longer."""
 

@@ -1,7 +1,7 @@
 """The losses: frozen settings, called on a batch.
 
 They are those of score matching (Song & Ermon 2019, equations 2, 3, 5 and 6) and of consistency tuning (Geng et al.
-2024), which makes of a score network one that samples in a few evaluations.
+2024, Song et al. 2023), which makes of a score network one that samples in a few evaluations.
 """
 
 from __future__ import annotations
@@ -175,59 +175,60 @@ class SlicedScoreMatching:
 
 
 @dataclass(frozen=True)
-class TaughtGuidance:
-    """What guidance adds to the denoised images of a trained network, (w - 1) (D_1 - D_0).
+class Teacher:
+    """The score of a trained network, with guidance s_0 + w (s_1 - s_0) (Ho & Salimans 2022).
 
-    D_1 knows the class of an image and D_0 does not (Ho & Salimans 2022). Nothing is added to images without a class,
-    nor outside low < sigma <= high.
+    s_1 knows the class of an image and s_0 does not. Images without a class, and those outside low < sigma <= high,
+    have s_1 alone.
     """
 
     network: nn.Module  # frozen, in eval mode
-    weight: float  # w
-    band: tuple[float, float]  # low, high
+    weight: float = 1.0  # w; 1 = no guidance
+    band: tuple[float, float] = (0.0, math.inf)  # low, high
 
     @torch.no_grad()
     def __call__(self, noisy: Tensor, batch: Batch) -> Tensor:
         """Of the noisy images [B, C, H, W] of a batch, in their shape."""
+        score: Tensor = self.network(noisy, **batch.inputs).to(noisy.dtype)
+        if self.weight == 1:
+            return score
         labels, (low, high) = batch.conditions["labels"], self.band
         guided = (labels >= 0) & (low < batch.sigma) & (batch.sigma <= high)
         unknown = {**batch.inputs, "labels": torch.full_like(labels, -1)}
-        difference = self.network(noisy, **batch.inputs) - self.network(noisy, **unknown)
-        gain = (self.weight - 1) * batch.sigma.square() * guided
-        shift: Tensor = _per_pixel(gain, noisy) * difference.to(noisy.dtype)
-        return shift
+        difference: Tensor = score - self.network(noisy, **unknown).to(noisy.dtype)
+        return score + _per_pixel((self.weight - 1) * guided, noisy) * difference
 
 
 @dataclass(frozen=True)
 class ConsistencyTuning:
-    """Easy consistency tuning (Geng et al. 2024): what D makes of an image at t, it is to make of it at r < t too.
+    """Consistency tuning: what the network makes of an image at t, it is to make of it at r < t too.
 
-    For one image x and one noise z the loss is (sqrt(d^2 + c^2) - c) / (t - r) with d = |D(x + t z, t) - D(x + r z, r)|
-    over all pixels. The second term has no gradient and the dropout masks of the first; at r = 0 it is x. With guidance
-    g the pair is on the trajectory that it makes: x + (1 - r / t) g takes the place of x.
+    The loss is (sqrt(d^2 + c^2) - c) / (t - r), d = |D(x_t, t) - D(x_r, r)| over all pixels, with x_t = x + t z of an
+    image x and noise z. Without a teacher x_r = x + r z (easy consistency tuning, Geng et al. 2024); with one, x_r is
+    where Euler's step on the probability flow of its score takes x_t (consistency distillation, Song et al. 2023). The
+    second term has no gradient and the dropout masks of the first; at r = 0 it is x_r.
     """
 
     c: float = 0.0  # in units of pixels in [0, 1]; 0 = the plain norm
-    guidance: TaughtGuidance | None = None
+    teacher: Teacher | None = None
 
     num_projections: ClassVar[int] = 0
 
     def __call__(self, network: ScoreFunction, batch: Batch) -> LossValue:
         assert batch.lower is not None
-        x, z, lower = batch.x, batch.z, batch.lower.to(batch.x.dtype)
+        x, lower = batch.x, batch.lower.to(batch.x.dtype)
         batch = replace(batch, sigma=batch.sigma.to(x.dtype))
         t, r = _per_pixel(batch.sigma, x), _per_pixel(lower, x)
-        noisy, shift = torch.addcmul(x, z, t), torch.zeros_like(x)
-        if self.guidance is not None:
-            shift = self.guidance(noisy, batch)
+        noisy = torch.addcmul(x, batch.z, t)
+        slope = batch.z if self.teacher is None else -t * self.teacher(noisy, batch)
         with torch.no_grad():
             # At r = 0 the score counts nothing, but it must be finite.
             inputs = {**batch.inputs, "sigma": torch.where(lower > 0, lower, batch.sigma)}
-            target = network(x + r * z + (1 - r / t) * shift, **inputs, dropout_keys=image_keys(noisy))
+            target = network(torch.addcmul(noisy, slope, r - t), **inputs, dropout_keys=image_keys(noisy))
             target = r.square() * target.to(x.dtype)
         # In units of t - r, since the difference of two nearly equal images would be that of their rounding.
         score = network(noisy, **batch.inputs).to(x.dtype)
-        difference = z - shift / t + (t.square() * score - target) / (t - r)
+        difference = slope + (t.square() * score - target) / (t - r)
         squared, c = difference.square().flatten(1).sum(dim=1), self.c / (t - r).flatten()
         # The slope of a root is infinite at 0, where this one has none.
         norm = (squared + c.square()).clamp_min(torch.finfo(x.dtype).tiny).sqrt() - c

@@ -29,7 +29,7 @@ from ncsn.core.losses import (
     Loss,
     PowerWeight,
     SlicedScoreMatching,
-    TaughtGuidance,
+    Teacher,
     Uncertainty,
     Weight,
 )
@@ -128,17 +128,19 @@ def network(config: Config) -> nn.Module:
 
 
 def loss(config: Config, uncertainty: Uncertainty | None = None, teacher: nn.Module | None = None) -> Loss:
-    """The training loss, with the `TrainState.uncertainty` that it learns, and the network whose guidance it teaches.
+    """The training loss, with the `TrainState.uncertainty` that it learns, and the network of its `Teacher`.
 
     Where nothing is trained, these may be left out.
     """
     settings = config.loss
     if isinstance(settings, ConsistencyLossConfig):
-        guidance = settings.guidance
-        if guidance is None or teacher is None:
+        if settings.pairs == "image" or teacher is None:
             return ConsistencyTuning(settings.c)
+        guidance = settings.guidance
+        if guidance is None:
+            return ConsistencyTuning(settings.c, Teacher(teacher))
         band = guidance.sigma_min, guidance.sigma_max
-        return ConsistencyTuning(settings.c, TaughtGuidance(teacher, guidance.weight, band))
+        return ConsistencyTuning(settings.c, Teacher(teacher, guidance.weight, band))
     if isinstance(settings, SsmLossConfig):
         return SlicedScoreMatching(anneal_power=settings.anneal_power)
     return DenoisingScoreMatching(loss_weight(config), uncertainty)

@@ -100,12 +100,13 @@ def adapted(
         UserError: They do not fit.
     """
     loss = config.loss
-    if isinstance(loss, ConsistencyLossConfig) and loss.guidance is not None:
-        own = source.config
-        score = not isinstance(own.loss, ConsistencyLossConfig)
-        if not (score and own.data.num_classes is not None and own.train.label_dropout):
-            reason = "needs a score network that was trained with data.num_classes and train.label_dropout"
-            raise UserError("loss.guidance", f"{reason}; {config.train.init_from} was not", hint="use null")
+    if isinstance(loss, ConsistencyLossConfig) and loss.pairs == "teacher":
+        own, name = source.config, config.train.init_from
+        if isinstance(own.loss, ConsistencyLossConfig):
+            raise UserError("loss.pairs", f"needs a score network, and {name} is none any more", value=loss.pairs)
+        if loss.guidance is not None and (own.data.num_classes is None or not own.train.label_dropout):
+            reason = f"needs a network that was trained with data.num_classes and train.label_dropout; {name} was not"
+            raise UserError("loss.guidance", reason, hint="use null")
     kept = None
     if source.classes is not None and classes is not None:
         labels = {name: label for label, name in enumerate(source.classes.names)}

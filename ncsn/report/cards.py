@@ -113,7 +113,8 @@ def _settings(facts: ModelFacts, config: Config) -> list[tuple[str, str]]:
         f"({optimizer.decay}){clip}",
     }
     if isinstance(config.loss, ConsistencyLossConfig):
-        settings["loss"] = f"consistency, q = {config.loss.q:g}, stages = {config.loss.stages}"
+        loss = config.loss
+        settings["loss"] = f"consistency, q = {loss.q:g}, stages = {loss.stages}, pairs = {loss.pairs}"
     if train.init_from is not None:
         settings["start"] = (
             f"the weights of {train.init_from}, which derive from its data; train.trainable = {train.trainable}"

@@ -97,7 +97,7 @@ class Training:
             self.probe = open_probe(self.config, job.dataset, self.split, context) if recorded else None
             self.state = build.train_state(self.config, device=context.device)
             taught = None
-            if getattr(self.config.loss, "guidance", None) is not None:
+            if getattr(self.config.loss, "pairs", None) == "teacher":
                 assert job.start is not None, "the config's rules"
                 taught = teacher(job.start, config=self.config, classes=self.classes, device=context.device)
             self.loss = build.loss(self.config, self.state.uncertainty, taught)

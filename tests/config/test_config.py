@@ -93,6 +93,7 @@ GUIDED = "sampling.guidance={kind: classifier_free}"
 EPSILON = "sampling.sampler.epsilon"
 OWN = "data.source=image_folder"
 LOGNORMAL = "noise.training={kind: lognormal}"
+TAUGHT = ["loss.pairs=teacher", "loss.guidance={kind: classifier_free}"]
 TUNED = ["loss={kind: consistency}", "sampling.sampler={kind: consistency}", LOGNORMAL, "train.init_from=x"]
 WRONG = [
     (["noise.sigma_1=0.001"], "noise.sigma_1"),
@@ -185,11 +186,13 @@ WRONG = [
     (["sampling.sampler={kind: consistency}"], "sampling.sampler.kind"),
     ([*TUNED[:2], "train.init_from=x"], "loss.kind"),
     (TUNED[:3], "train.init_from"),
-    ([*TUNED, "loss.guidance={kind: classifier_free}"], "loss.guidance"),
+    ([*TUNED, *TAUGHT], "loss.guidance"),
+    ([*TUNED, "data.num_classes=10", "loss.guidance={kind: classifier_free}"], "loss.guidance"),
     (
-        [*TUNED, "data.num_classes=10", "loss.guidance={kind: classifier_free, sigma_min: 3, sigma_max: 1}"],
+        [*TUNED, *TAUGHT, "data.num_classes=10", "loss.guidance.sigma_min=3", "loss.guidance.sigma_max=1"],
         "loss.guidance.sigma_min",
     ),
+    ([*TUNED[:3], "loss.from_scratch=true", "loss.pairs=teacher"], "loss.pairs"),
     ([*TUNED, "loss.q=1"], "loss.q"),
     ([*TUNED, "loss.stages=8"], "loss.stages"),
     ([*TUNED, "sampling.sampler={kind: consistency, sigmas: [1.0]}"], "sampling.sampler.sigmas"),

@@ -27,7 +27,7 @@ from ncsn.training.held_out import load_manifest
 from ncsn.training.loop import TrainingJob
 
 CLASSES = ("data.num_classes=10", "noise={sigma_1: 2.0, training: {kind: lognormal}}")
-GUIDED = "loss.guidance={kind: classifier_free, weight: 2.0, sigma_min: 0.05}"
+GUIDED = ("loss.pairs=teacher", "loss.guidance={kind: classifier_free, weight: 2.0, sigma_min: 0.05}")
 # Three stages of 160 images, whose ends are within batches of 16.
 TUNED = (
     *CLASSES, "loss={kind: consistency, q: 2, stages: 3}", "sampling.sampler={kind: consistency}",
@@ -55,7 +55,11 @@ def job(config: Config, dataset: str, **others: object) -> TrainingJob:
 def test_resume_is_bitwise_and_shows_its_own_objective(
     tiny: str, dataset: str, tmp_path: Path, teacher: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, sink, previews = experiment(tiny, tmp_path, teacher, GUIDED, "tracking.preview_images=1"), Recorder(), set()
+    config, sink, previews = (
+        experiment(tiny, tmp_path, teacher, *GUIDED, "tracking.preview_images=1"),
+        Recorder(),
+        set(),
+    )
 
     def preview(*given: Any, sampling: Any, **named: Any) -> Any:
         previews.add(sampling.sampler)
@@ -94,7 +98,7 @@ def test_a_pair_is_a_function_of_the_images_place(tiny: str, dataset: str, tmp_p
 
 @pytest.mark.slow
 def test_two_workers_learn_as_one(tiny: str, dataset: str, tmp_path: Path, teacher: str) -> None:
-    config = experiment(tiny, tmp_path, teacher, GUIDED)
+    config = experiment(tiny, tmp_path, teacher, *GUIDED)
     train_locally(job(config, dataset), tmp_path / "1" / "checkpoints")
     (tmp_path / "2").mkdir()
     torch.multiprocessing.spawn(work, (2, job(config, dataset), str(tmp_path / "2")), nprocs=2)
@@ -122,10 +126,10 @@ def test_guidance_is_taught_by_a_score_network_that_knows_classes(
     without = (
         f"{tmp_path}/never/{train_locally(TrainingJob(never, dataset, stop_at=16), tmp_path / 'never').checkpoint}"
     )
-    config = experiment(tiny, tmp_path, without, GUIDED)
+    config = experiment(tiny, tmp_path, without, *GUIDED)
     with refused("loss.guidance"):
         require_start(config, run_folder(config, "tuned"))
-    require_start(experiment(tiny, tmp_path, teacher, GUIDED), run_folder(config, "tuned"))
+    require_start(experiment(tiny, tmp_path, teacher, *GUIDED), run_folder(config, "tuned"))
     frozen = trained.teacher(teacher, config=config, classes=None, device=torch.device("cpu"))
     assert not any(each.training for each in frozen.modules())
     assert not any(each.requires_grad for each in frozen.parameters())

@@ -75,13 +75,12 @@ def test_the_card_names_the_average_the_start_and_the_class() -> None:
 def test_the_card_of_a_tuned_model_says_so() -> None:
     text = card(
         "data.num_classes=10", "noise.training={kind: lognormal}", "sampling.sampler={kind: consistency}",
-        "loss={kind: consistency, q: 2, stages: 8, guidance: {kind: classifier_free, weight: 1.5}}",
+        "loss={kind: consistency, q: 2, stages: 8, pairs: teacher, guidance: {kind: classifier_free, weight: 1.5}}",
         "train.init_from=digits-edm", nfe=2,
     )  # fmt: skip
     assert "consistency model" in text and "score network" not in text
-    assert (
-        "| loss | consistency, q = 2, stages = 8 |" in text and "weight 1.5" in text and "learned in training" in text
-    )
+    assert "| loss | consistency, q = 2, stages = 8, pairs = teacher |" in text
+    assert "weight 1.5" in text and "learned in training" in text
 
 
 def test_scores_are_next_to_those_of_real_images_with_their_counts() -> None:
