@@ -255,14 +255,17 @@ _MOST_POWER = 2**14  # then t - r, about t / 2^14, has half the digits of float3
 def _consistency(config: Config) -> Iterator[Problem]:
     """Of a loss and a sampler that are for each other, and for networks that are told the spread of the images."""
     loss, sampler, noise, train = config.loss, config.sampling.sampler, config.noise, config.train
-    if isinstance(loss, ConsistencyLossConfig) and not isinstance(sampler, Consistency):
+    if not isinstance(loss, ConsistencyLossConfig):
+        if isinstance(sampler, Consistency):
+            reason = f"needs a network that loss.kind = consistency has tuned, not {loss.kind}"
+            yield Problem("sampling.sampler.kind", reason, "use karras_heun", sampler.kind)
+        return
+    if not isinstance(sampler, Consistency):
         reason = "does not fit a network of loss.kind = consistency, which is no score network any more"
         yield Problem("sampling.sampler.kind", reason, "use consistency", sampler.kind)
-    elif isinstance(sampler, Consistency) and not isinstance(loss, ConsistencyLossConfig):
-        reason = f"needs a network that loss.kind = consistency has tuned, not {loss.kind}"
-        yield Problem("sampling.sampler.kind", reason, "use karras_heun", sampler.kind)
-    if not isinstance(loss, ConsistencyLossConfig) or not isinstance(sampler, Consistency):
-        return
+    if config.sampling.guidance is not None:
+        reason = "does not fit a network of loss.kind = consistency, which has learned what it makes of noise"
+        yield Problem("sampling.guidance", reason, "use null here, and loss.guidance")
     if (power := loss.q**loss.stages) > _MOST_POWER:
         reason = f"q^stages = {power:.4g}, and above {_MOST_POWER} the levels of a pair are equal but for rounding"
         yield Problem("loss.stages", reason, "use 8 with q = 2, or 1 with q = 256", loss.stages)
@@ -272,9 +275,10 @@ def _consistency(config: Config) -> Iterator[Problem]:
     if not isinstance(noise.training, LognormalTraining):
         reason = f"needs pairs of any noise, but noise.training.kind = {noise.training.kind}"
         yield Problem("loss.kind", reason, "use noise.training.kind = lognormal", loss.kind)
-    if train.init_from is None and not loss.from_scratch:
-        hint = "name the run, model or checkpoint to tune, or set loss.from_scratch = true"
-        yield Problem("train.init_from", "missing, and loss.kind = consistency tunes a trained network", hint)
+    if (train.init_from is None) is not loss.from_scratch:
+        reason = "must be set, or loss.from_scratch = true, and not both"
+        hint = "name the run, model or checkpoint to tune"
+        yield Problem("train.init_from", reason, hint, train.init_from)
     if loss.pairs == "teacher" and train.init_from is None:
         yield Problem("loss.pairs", "needs the network of train.init_from", "set it, or use image", loss.pairs)
     if loss.guidance is not None and (config.data.num_classes is None or loss.pairs != "teacher"):
@@ -283,9 +287,10 @@ def _consistency(config: Config) -> Iterator[Problem]:
     elif loss.guidance is not None and not loss.guidance.sigma_min < loss.guidance.sigma_max:
         reason = f"must be below sigma_max = {loss.guidance.sigma_max:g}"
         yield Problem("loss.guidance.sigma_min", reason, value=loss.guidance.sigma_min)
-    levels = config.sampling.levels or noise
-    network = config.network
-    if isinstance(levels, LevelsConfig) and isinstance(network, UnetNetworkConfig | DdpmppNetworkConfig):
+    levels, network = config.sampling.levels or noise, config.network
+    if not isinstance(sampler, Consistency) or not isinstance(levels, LevelsConfig):
+        return
+    if isinstance(network, UnetNetworkConfig | DdpmppNetworkConfig):
         given = sampler.placed(network.sigma_data)
         if given and not levels.sigma_1 > max(given):
             reason = f"has {max(given):.4g}, which is not below sigma_1 = {levels.sigma_1:g}, where sampling starts"

@@ -239,8 +239,8 @@ class TrackingConfig(Section):
     experiment: str = Field("ncsn", min_length=1)
     """Name of the MLflow experiment."""
     preview_images: int = Field(16, ge=0, le=256)
-    """Images to generate at each checkpoint for MLflow, by DPM-Solver whatever the sampler, but for consistency; 0 =
-    none. They are skipped where they would take more than 1 % of the time."""
+    """Images to generate at each checkpoint for MLflow, by DPM-Solver, or by the sampler itself if that is consistency;
+    0 = none. They are skipped where they would take more than 1 % of the time."""
     registered_model: str | None = None
     """Name in the model registry: letters, digits, '.', '-' and '_'; null = ncsn-<name>."""
     require: RequireConfig = RequireConfig()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +60,7 @@ class LossValue:
     """The loss of a batch, in float32 for any precision of the network (float64 if x is)."""
 
     loss: Tensor  # scalar with gradient: mean over the batch of the weighted loss summed over pixels
-    per_image: Tensor  # [B] without gradient, normalized so that a zero network reads 1.0 in expectation
+    per_image: Tensor  # [B] without gradient, normalized: a zero network reads 1.0, but less with a `Teacher`
 
 
 # The weight of |sigma s + z|^2 in a loss at each sigma [B], in its shape and type.
@@ -129,8 +128,6 @@ class DenoisingScoreMatching:
     weight: Weight = PowerWeight()
     uncertainty: Uncertainty | None = None
 
-    num_projections: ClassVar[int] = 0  # random directions per image that it needs, `Batch.v`
-
     def __call__(self, network: ScoreFunction, batch: Batch) -> LossValue:
         sigma = batch.sigma.to(batch.x.dtype)
         batch = replace(batch, sigma=sigma)
@@ -155,7 +152,7 @@ class SlicedScoreMatching:
     """
 
     anneal_power: float = 2.0
-    num_projections: int = 1
+    num_projections: int = 1  # random directions per image, `Batch.v`
 
     def __call__(self, network: ScoreFunction, batch: Batch) -> LossValue:
         assert batch.v is not None
@@ -211,8 +208,6 @@ class ConsistencyTuning:
 
     c: float = 0.0  # in units of pixels in [0, 1]; 0 = the plain norm
     teacher: Teacher | None = None
-
-    num_projections: ClassVar[int] = 0
 
     def __call__(self, network: ScoreFunction, batch: Batch) -> LossValue:
         assert batch.lower is not None

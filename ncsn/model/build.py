@@ -128,14 +128,12 @@ def network(config: Config) -> nn.Module:
 
 
 def loss(config: Config, uncertainty: Uncertainty | None = None, teacher: nn.Module | None = None) -> Loss:
-    """The training loss, with the `TrainState.uncertainty` that it learns, and the network of its `Teacher`.
-
-    Where nothing is trained, these may be left out.
-    """
+    """The training loss, with the `TrainState.uncertainty` that it learns, and the network of its `Teacher`."""
     settings = config.loss
     if isinstance(settings, ConsistencyLossConfig):
-        if settings.pairs == "image" or teacher is None:
+        if settings.pairs == "image":
             return ConsistencyTuning(settings.c)
+        assert teacher is not None
         guidance = settings.guidance
         if guidance is None:
             return ConsistencyTuning(settings.c, Teacher(teacher))
@@ -144,6 +142,11 @@ def loss(config: Config, uncertainty: Uncertainty | None = None, teacher: nn.Mod
     if isinstance(settings, SsmLossConfig):
         return SlicedScoreMatching(anneal_power=settings.anneal_power)
     return DenoisingScoreMatching(loss_weight(config), uncertainty)
+
+
+def num_projections(config: Config) -> int:
+    """Random directions of each image that the loss needs."""
+    return SlicedScoreMatching().num_projections if isinstance(config.loss, SsmLossConfig) else 0
 
 
 def loss_weight(config: Config) -> Weight:

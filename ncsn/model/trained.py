@@ -99,18 +99,22 @@ def adapted(
     Raises:
         UserError: They do not fit.
     """
+    kept = None
+    if source.classes is not None and classes is not None:
+        labels = {name: label for label, name in enumerate(source.classes.names)}
+        kept = [labels.get(name) for name in classes.names]
     loss = config.loss
     if isinstance(loss, ConsistencyLossConfig) and loss.pairs == "teacher":
         own, name = source.config, config.train.init_from
+        unknown = config.data.num_classes is not None and (own.data.num_classes is None or None in (kept or ()))
+        if unknown or own.data.network_shape != config.data.network_shape:
+            reason = f"cannot teach classes or colors that {name} does not have"
+            raise UserError("loss.pairs", reason, hint="use image", value=loss.pairs)
         if isinstance(own.loss, ConsistencyLossConfig):
             raise UserError("loss.pairs", f"needs a score network, and {name} is none any more", value=loss.pairs)
         if loss.guidance is not None and (own.data.num_classes is None or not own.train.label_dropout):
             reason = f"needs a network that was trained with data.num_classes and train.label_dropout; {name} was not"
             raise UserError("loss.guidance", reason, hint="use null")
-    kept = None
-    if source.classes is not None and classes is not None:
-        labels = {name: label for label, name in enumerate(source.classes.names)}
-        kept = [labels.get(name) for name in classes.names]
     try:
         return transfer(dict(source.network.named_parameters()), network, classes=kept)
     except InvalidValue as error:

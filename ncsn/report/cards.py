@@ -124,7 +124,7 @@ def _settings(facts: ModelFacts, config: Config) -> list[tuple[str, str]]:
         settings["noise"] += f"; trained at any sigma, ln sigma ~ N({any_sigma.mean:.4g}, {any_sigma.std:.4g}²)"
     chosen = ", ".join(f"{name} {value}" for name, value in asdict(sampling.sampler).items())
     settings["sampler"] = f"{chosen}: NFE {facts.nfe}"
-    if guidance := sampling.guidance or getattr(config.loss, "guidance", None):
+    if guidance := sampling.guidance or getattr(config.loss, "guidance", None):  # never both
         band = f"above sigma {guidance.sigma_min:g} up to {guidance.sigma_max:g}"
         learned = "" if sampling.guidance else ", learned in training"
         settings["guidance"] = f"{guidance.kind}, weight {guidance.weight:g}, {band}{learned}"

@@ -170,7 +170,8 @@ def _training(sources: ReportSources) -> dict[str, Any]:
         linear = linear.reshape(len(sigmas), -1).mean(axis=1)
         levels = build.sigmas(config, config.sampling).tolist()
         loss_plot = to_svg(plots.loss_curves(history.images_seen, losses, sigmas=sigmas), salt="lines")
-        found += hints.training_hints(plots.last_losses(losses), linear=linear, sigmas=sigmas)
+        if config.loss.kind != "consistency":  # which has other losses
+            found += hints.training_hints(plots.last_losses(losses), linear=linear, sigmas=sigmas)
         found += hints.average_hints(config.train, images_seen=sources.checkpoint.images_seen)
         found += hints.sampler_hints(config.sampling.sampler, levels)
     return {"loss_plot": loss_plot, "held_out_plot": held_out_plot, "training_hints": found}

@@ -178,6 +178,7 @@ def plan(config: Config, run: str, *, gpu: str | None, price_per_hour: float | N
     }
     together = compute.microbatch or training.images
     maps = kept_bytes(network, config) * together / (1 if train.precision == "float32" else 2)
+    has_teacher = getattr(config.loss, "pairs", None) == "teacher"
     steps = {step: cost_of(config, step, seconds)._asdict() for step, seconds in taken.items()}
     if price_per_hour is not None:
         steps = {step: {**cost, "money": price_per_hour * taken[step] / 3600} for step, cost in steps.items()}
@@ -188,6 +189,6 @@ def plan(config: Config, run: str, *, gpu: str | None, price_per_hour: float | N
         "nfe": nfe,
         "parameters": parameters,
         "gflop": {"train": training.flop / 1e9, "sample": evaluation.flop / 1e9},
-        "worker_gb": (_STATE_BYTES * parameters + maps) / 1e9,
+        "worker_gb": ((_STATE_BYTES + 4 * has_teacher) * parameters + maps) / 1e9,
         "notes": build.noise_notes(config, images=train.num_images),
     }

@@ -92,7 +92,7 @@ def works(config: Config) -> tuple[nn.Module, Work, Work]:
         loss = build.loss(config, teacher=network)
         images, samples = torch.empty(share, *shape), torch.empty(config.sampling.batch_size, *shape)
         of_images, of_samples = (torch.empty(len(each), dtype=torch.int64) for each in (images, samples))
-        projections = torch.empty(loss.num_projections, *images.shape)
+        projections = torch.empty(build.num_projections(config), *images.shape)
     level = None if config.noise.training.kind == "lognormal" else of_images
     sigma, conditions = images[:, 0, 0, 0], {"labels": of_images} if config.data.num_classes else {}
     batch = Batch(images, sigma, images, level, projections, conditions=conditions, lower=sigma)

@@ -113,7 +113,7 @@ def register(tracked: StepRun, candidate: Registration) -> ModelVersion:
 
     client, checkpoint, card = tracked.client, candidate.checkpoint, candidate.card
     with suppress_exists():
-        client.create_registered_model(candidate.name, description="Images from a noise conditional score network.")
+        client.create_registered_model(candidate.name, description="Generates images; each version has a card.")
     found = client.search_model_versions(f"name = '{candidate.name}' and tags.`ncsn.model` = '{candidate.digest}'")
     if found:
         return min(found, key=lambda version: int(version.version))

@@ -59,8 +59,8 @@ class DrawnBatch:
         if self.transforms is not None:
             x = self.transforms.map(moved).apply(x)
         count, size, v, order = len(x), x[0].numel(), None, build.memory_format(config)
-        if projections := build.loss(config).num_projections:
-            assert self.projections is not None
+        if self.projections is not None:
+            projections = build.num_projections(config)
             rows = normal_of(moved(self.projections), projections * size)
             v = rows.view(count, projections, *x.shape[1:]).transpose(0, 1).contiguous()
         return Batch(
@@ -80,7 +80,7 @@ def draw_batch(config: Config, split: TrainingImages, *, first: int, count: int)
     drawn = split.ordered(seed, first=first, count=count)
     images = torch.from_numpy(drawn.images)
     _, height, width, _ = images.shape
-    size, projections = images[0].numel(), build.loss(config).num_projections
+    size, projections = images[0].numel(), build.num_projections(config)
     mirrored, conditions, transforms = None, {}, None
     if config.data.horizontal_flip:
         mirrored = keyed_uniform(seed, stream=Stream.MIRROR, first=first, count=count, size=1)[:, 0] < 0.5

@@ -193,6 +193,8 @@ WRONG = [
         "loss.guidance.sigma_min",
     ),
     ([*TUNED[:3], "loss.from_scratch=true", "loss.pairs=teacher"], "loss.pairs"),
+    ([*TUNED, "loss.from_scratch=true"], "train.init_from"),
+    ([*TUNED, "sampling.guidance={kind: autoguidance, checkpoint: x}"], "sampling.guidance"),
     ([*TUNED, "loss.q=1"], "loss.q"),
     ([*TUNED, "loss.stages=8"], "loss.stages"),
     ([*TUNED, "sampling.sampler={kind: consistency, sigmas: [1.0]}"], "sampling.sampler.sigmas"),

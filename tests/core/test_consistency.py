@@ -199,4 +199,5 @@ def test_automatic_levels_are_those_of_the_paper_in_the_units_of_the_images():
     assert Consistency().placed(0.25) == pytest.approx((0.4105,))  # 0.821 in [-1, 1]
     assert Consistency(steps=3).placed(0.5) == pytest.approx((0.821, 0.4105))
     assert Consistency(steps=1).placed(0.5) == ()
+    assert Consistency(sigmas=[0.3]).sigmas == (0.3,)
     assert Consistency(steps=3, sigmas=(2.0, 0.5)).placed(0.5) == (2.0, 0.5)

@@ -130,6 +130,12 @@ def test_guidance_is_taught_by_a_score_network_that_knows_classes(
     with refused("loss.guidance"):
         require_start(config, run_folder(config, "tuned"))
     require_start(experiment(tiny, tmp_path, teacher, *GUIDED), run_folder(config, "tuned"))
+    blind = from_yaml(tiny, overrides=CLASSES[1:])
+    blind_at = train_locally(TrainingJob(blind, dataset, stop_at=16), tmp_path / "blind").checkpoint
+    taught = experiment(tiny, tmp_path, f"{tmp_path}/blind/{blind_at}", "loss.pairs=teacher")
+    with refused("loss.pairs"):  # it knows no classes
+        require_start(taught, run_folder(config, "tuned"))
+    require_start(experiment(tiny, tmp_path, f"{tmp_path}/blind/{blind_at}"), run_folder(config, "tuned"))
     frozen = trained.teacher(teacher, config=config, classes=None, device=torch.device("cpu"))
     assert not any(each.training for each in frozen.modules())
     assert not any(each.requires_grad for each in frozen.parameters())

@@ -189,11 +189,12 @@ class Consistency(Sampler):
         if self.sigmas == "auto":
             return
         given: Any = self.sigmas  # whatever a caller gives
-        numbers = given if isinstance(given, tuple | list) else ()
-        falls = all(math.inf > higher > lower for higher, lower in pairwise([*numbers, 0.0]))
-        if len(numbers) != self.steps - 1 or not falls:
+        numbers = isinstance(given, tuple | list) and all(isinstance(each, int | float) for each in given)
+        falls = numbers and all(math.inf > higher > lower for higher, lower in pairwise([*given, 0.0]))
+        if not falls or len(given) != self.steps - 1:
             reason = f"must be steps - 1 = {self.steps - 1} positive numbers, descending, or auto"
             raise UserError("sigmas", reason, value=self.sigmas)
+        object.__setattr__(self, "sigmas", tuple(given))
 
     def num_evaluations(self, num_levels: int) -> int:  # noqa: ARG002 - its own sigmas
         return self.steps - (not self.denoise)

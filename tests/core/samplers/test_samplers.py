@@ -65,6 +65,7 @@ def test_every_sampler_keeps_the_convention(sampler, analytic):
         (Consistency, "sigmas", (0.0,)),
         (Consistency, "sigmas", (math.inf,)),
         (Consistency, "sigmas", 0.3),
+        (Consistency, "sigmas", ("0.3",)),
         (Consistency, "steps", 17),
     ],
 )
