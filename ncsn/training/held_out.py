@@ -132,7 +132,7 @@ def _measured_at(config: Config) -> tuple[Tensor, list[int] | None]:
 def open_probe(config: Config, dataset: str, training: TrainingImages, context: WorkerContext) -> Probe | None:
     """The probe of a training, with this worker's share of the images; None if it would take too long.
 
-    Nor has consistency tuning one: its loss reads the same for the teacher and for the function that it looks for.
+    Nor has consistency tuning one: its loss may rise towards the function that it looks for.
     """
     if isinstance(config.loss, ConsistencyLossConfig):
         return None
