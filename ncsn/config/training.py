@@ -108,8 +108,8 @@ class ConsistencyLossConfig(Section):
     """The distance d of two images enters as sqrt(d^2 + c^2) - c, in units of pixels in [0, 1]; 0 = the plain norm."""
     pairs: Literal["image", "teacher"] = "image"
     """What an image at t is compared with: image = the same with less of the same noise (Geng et al. 2024); teacher =
-    where the flow of the network of train.init_from takes it (Song et al. 2023), for an evaluation more: for few
-    images, which the network learns by heart otherwise, and for guidance."""
+    where the flow of the network of train.init_from takes it (Song et al. 2023), for an evaluation more: better for a
+    few thousand images, and needed for guidance."""
     guidance: ClassifierFreeConfig | None = None
     """Guidance of the teacher: samples have it without further evaluations; null = none. Needs pairs = teacher, and a
     network that was trained with train.label_dropout. Its band holds for the noise of training."""

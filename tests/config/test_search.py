@@ -134,7 +134,7 @@ def test_levels_that_the_images_will_choose_are_looked_at_then() -> None:
 def test_evaluations_of_a_consistency_model_are_searched() -> None:
     text = (DIGITS_SEARCH.parent / "digits_two_step.yaml").read_text()
     steps = "sampling.sampler.steps: {kind: choice, values: [1, 2, 4]}"
-    config = from_yaml(text, overrides=[space(steps)])
+    config = from_yaml(text, overrides=["sampling.sampler={kind: consistency}", space(steps)])
     found = [variant(config, {"sampling.sampler.steps": steps}).sampling.sampler for steps in (1, 4)]
     assert [sampler.num_evaluations(18) for sampler in found] == [1, 4]
     given = "sampling.sampler={kind: consistency, sigmas: [0.5]}"
