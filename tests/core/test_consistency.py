@@ -186,9 +186,14 @@ def test_any_number_of_evaluations_of_the_consistency_function_gives_the_distrib
     added = Consistency(steps=steps).placed(0.25)
     noise, sampler = analytic.UnitNoise(steps), Consistency(steps=steps, sigmas=added)
     start, sigmas = M + noise.start(math.hypot(S, 3.0)), torch.tensor([3.0, 0.01], dtype=torch.float64)
-    x = sample(sampler, lambda x, sigma: exact(x, sigma=sigma), x=start, sigmas=sigmas, noise=noise)
+    seen = []
+    x = sample(
+        sampler, lambda x, sigma: exact(x, sigma=sigma), x=start, sigmas=sigmas, noise=noise,
+        on_level=lambda k, state: seen.append((state - M).square().sum().item()),
+    )  # fmt: skip
     assert (x - M).square().sum().item() == pytest.approx(S**2, rel=1e-12)
     assert noise.asked == list(range(steps - 1))
+    assert len(seen) == steps and seen[:-1] == pytest.approx([S**2] * (steps - 1)), "what each evaluation makes"
     # Of one evaluation it is where the flow ends; later noise takes the place of the start.
     end = (x - M).flatten().tolist()
     kept = S * math.prod(S / math.hypot(S, each) for each in added)

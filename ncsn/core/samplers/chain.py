@@ -81,10 +81,11 @@ def sample(
         case DpmSolver():
             x = _dpm_solver(sampler, grid, x, noise=noise, on_level=on_level)
         case Consistency():
-            on_level(0, x)
             for k, lower in enumerate(grid.sigmas[1:]):
-                x = grid.denoised(x, k).add_(noise(k), alpha=lower)
-                on_level(k + 1, x)
+                x = grid.denoised(x, k)
+                on_level(k, x)
+                x = x.add(noise(k), alpha=lower)
+            on_level(len(grid.sigmas) - 1, x)
         case _:
             assert_never(sampler)
     return grid.denoised(x, -1) if sampler.denoise else x
