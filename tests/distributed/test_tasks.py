@@ -64,6 +64,7 @@ def test_what_a_lost_process_had_is_done_by_another(driver: RayDriver, tmp_path:
     assert driver(gpu_calls.gpus_left, 120.0) == 2
 
 
+@pytest.mark.slow
 def test_a_call_that_kills_every_process_is_an_error(driver: RayDriver, tmp_path: Path) -> None:
     with pytest.raises(Exception, match="actor") as caught:
         driver(gpu_calls.results, gpu_calls.die_once, [tmp_path / "fatal"])

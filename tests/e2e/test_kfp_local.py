@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from kfp import local
@@ -15,24 +17,26 @@ from pipelines.definitions import sample_pipeline, train_pipeline
 
 RUN = "by-kfp"
 
+pytestmark = pytest.mark.timeout(600)
 
-@pytest.mark.timeout(600)
-def test_the_tasks_hand_on_what_the_steps_store_and_a_registered_model_is_sampled(workplace, tmp_path: Path) -> None:
-    config = from_yaml(workplace.config.read_text())
+
+@pytest.fixture(scope="module")
+def outputs(workplace, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """What each task of a run of the pipeline hands on; the Ray cluster stays."""
+    config, folder = from_yaml(workplace.config.read_text()), tmp_path_factory.mktemp("kfp")
     local.init(
         local.SubprocessRunner(use_venv=False),
-        pipeline_root=str(tmp_path),
-        workspace_root=str(tmp_path / "workspace"),
+        pipeline_root=str(folder),
+        workspace_root=str(folder / "workspace"),
         enable_caching=False,
         raise_on_error=True,
     )
     with ray_cluster(config):
         train_pipeline(config=to_json(config), run=RUN)
-        outputs = {path.parent.name: json.loads(path.read_text()) for path in tmp_path.rglob("executor_output.json")}
-        few = ["sampling.num_images=8", "evaluation.num_splits=2"]
-        model, root = "models:/ncsn-tiny@champion", str(workplace.root)
-        sample_pipeline(model=model, root=root, overrides=few, evaluated=True)
+        yield {path.parent.name: json.loads(path.read_text()) for path in folder.rglob("executor_output.json")}
 
+
+def test_the_tasks_hand_on_what_the_steps_store(workplace, outputs: dict[str, Any]) -> None:
     assert set(outputs) == {*STEPS, "tune", "finish"}
     metadata = {
         (step, name): artifact["artifacts"][0]["metadata"]
@@ -55,6 +59,12 @@ def test_the_tasks_hand_on_what_the_steps_store_and_a_registered_model_is_sample
     shown = outputs["report"]["artifacts"]["page"]["artifacts"][0]["uri"]
     assert Path(shown).read_bytes() == Path(workplace.result(RUN, "report")["uri"]).read_bytes()
 
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("outputs")
+def test_a_registered_model_is_sampled(workplace) -> None:
+    few = ["sampling.num_images=8", "evaluation.num_splits=2"]
+    sample_pipeline(model="models:/ncsn-tiny@champion", root=str(workplace.root), overrides=few, evaluated=True)
     (images,) = (workplace.root / "generated" / "ncsn-tiny" / "1").iterdir()
     assert list(images.glob("shard-*.parquet"))
     assert "eval/classifier_fid_n8" in workplace.result(f"ncsn-tiny-1-{images.name}", "evaluate")["metrics"]

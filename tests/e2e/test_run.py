@@ -201,6 +201,7 @@ def test_a_step_runs_by_hand_on_what_the_pipeline_left(workplace, finished, told
     assert events == ["started", "finished"]
 
 
+@pytest.mark.slow
 def test_a_mistake_inside_a_step_is_one_line_and_exit_code_2(workplace) -> None:
     run, step, subject = "nowhere", "ingest", "/no/such/folder"
     done = workplace.run("run", "--run", run, "--set", "data.source=image_folder", "--set", f"data.root={subject}")

@@ -141,7 +141,7 @@ def test_precision_is_that_of_the_training_on_a_gpu_alone(trained: TrainedNetwor
     assert with_precision(asked, half, "cuda") == asked
 
 
-@pytest.mark.parametrize("overrides", [(DDPMPP, HEUN, FREE), (NCSNV2, *PLAIN)])
+@pytest.mark.parametrize("overrides", [pytest.param((DDPMPP, HEUN, FREE), marks=pytest.mark.slow), (NCSNV2, *PLAIN)])
 def test_a_chain_needs_one_graph(overrides: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """Of what samplers call; with another layout, type or mode it would be compiled again."""
     graphs: list[Any] = []

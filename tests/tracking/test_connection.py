@@ -80,6 +80,7 @@ def test_a_password_in_the_address_is_in_no_error_and_no_traceback(make_config, 
     assert url in text and "s3cret" not in text and "me:" not in text
 
 
+@pytest.mark.slow
 def test_two_processes_that_start_at_once_share_one_database(make_config, tmp_path):
     from ncsn.config import to_json
 

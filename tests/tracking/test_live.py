@@ -94,6 +94,7 @@ def test_killed_server_and_killed_worker_lose_nothing_and_double_nothing(make_co
     assert_once(tracked, 13, previews={4, 7, 12})
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_server_that_hangs_loses_nothing_and_doubles_nothing(make_config, server, monkeypatch):
     """A stopped server takes requests into its queue and executes them when it goes on: they come twice or more."""
