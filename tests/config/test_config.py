@@ -188,10 +188,7 @@ WRONG = [
     (TUNED[:3], "train.init_from"),
     ([*TUNED, *TAUGHT], "loss.guidance"),
     ([*TUNED, "data.num_classes=10", "loss.guidance={kind: classifier_free}"], "loss.guidance"),
-    (
-        [*TUNED, *TAUGHT, "data.num_classes=10", "loss.guidance.sigma_min=3", "loss.guidance.sigma_max=1"],
-        "loss.guidance.sigma_min",
-    ),
+    ([*TUNED, *TAUGHT, "data.num_classes=10", "loss.guidance.sigma_min=inf"], "loss.guidance.sigma_min"),
     ([*TUNED[:3], "loss.from_scratch=true", "loss.pairs=teacher"], "loss.pairs"),
     ([*TUNED, "loss.from_scratch=true"], "train.init_from"),
     ([*TUNED, "sampling.guidance={kind: autoguidance, checkpoint: x}"], "sampling.guidance"),

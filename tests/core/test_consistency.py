@@ -65,9 +65,8 @@ def test_the_gradient_at_the_consistency_function_vanishes_with_the_distance_of_
         loss = ConsistencyTuning(c=c)(network, Batch(x, z=z, **levels)).loss
         (found,) = torch.autograd.grad(loss, a)
         high, low = slope(t), slope(r)
-        assert found.item() == pytest.approx(
-            high * (high * (S**2 + t**2) - low * (S**2 + r * t)) / c / (t - r), rel=1e-4
-        )
+        expected = high * (high * (S**2 + t**2) - low * (S**2 + r * t)) / c / (t - r)
+        assert found.item() == pytest.approx(expected, rel=1e-4)
         return found.item() * c
 
     assert abs(gradient(lambda t: S / (S**2 + t**2) ** 0.5)) < 0.5 * (1 - share)
@@ -81,14 +80,13 @@ def test_where_r_is_zero_it_is_score_matching():
     torch.testing.assert_close(found.per_image, dsm.per_image, rtol=1e-12, atol=0)
     # The loss is |sigma s + z|, the root of twice the loss with the weight sigma^2 of the paper.
     assert found.loss.item() == pytest.approx((16 * dsm.per_image).sqrt().mean().item(), rel=1e-12)
-    # With c beyond all distances it is |D - x|^2 / (2 c t), which has the weight sigma^3.
-    huber = ConsistencyTuning(c=1e6)(network, of_image).loss.item()
+    huber = ConsistencyTuning(c=1e6)(network, of_image).loss.item()  # |D - x|^2 / (2 c t), of the weight sigma^3
     assert huber == pytest.approx(DenoisingScoreMatching(PowerWeight(3))(network, batch).loss.item() / 1e6, rel=1e-2)
 
 
 def test_a_zero_network_reads_one():
-    found = ConsistencyTuning()(lambda x, **_: torch.zeros_like(x), pairs(size=64))
-    assert found.per_image.tolist() == pytest.approx([1] * 6, abs=0.07)
+    found = ConsistencyTuning()(lambda x, **_: torch.zeros_like(x), pairs(size=64)).per_image
+    assert found.tolist() == pytest.approx([1] * 6, abs=0.07)
 
 
 def test_the_gradient_is_that_of_the_first_term_alone():
@@ -120,8 +118,8 @@ def test_both_terms_have_the_same_dropout():
 
     same, others = (ConsistencyTuning()(each, batch).per_image for each in (network, strangers))
     assert (others > 100 * same).all()
-    noisy, level = batch.x, {"sigma": batch.sigma}
-    assert torch.equal(network(noisy, **level), network(noisy, **level, dropout_keys=image_keys(noisy)))
+    x, sigma = batch.x, batch.sigma
+    assert torch.equal(network(x, sigma=sigma), network(x, sigma=sigma, dropout_keys=image_keys(x)))
 
 
 @pytest.mark.oracle(24)
@@ -186,11 +184,9 @@ def test_any_number_of_evaluations_of_the_consistency_function_gives_the_distrib
     added = Consistency(steps=steps).placed(0.25)
     noise, sampler = analytic.UnitNoise(steps), Consistency(steps=steps, sigmas=added)
     start, sigmas = M + noise.start(math.hypot(S, 3.0)), torch.tensor([3.0, 0.01], dtype=torch.float64)
-    seen = []
-    x = sample(
-        sampler, lambda x, sigma: exact(x, sigma=sigma), x=start, sigmas=sigmas, noise=noise,
-        on_level=lambda k, state: seen.append((state - M).square().sum().item()),
-    )  # fmt: skip
+    settings, seen = {"x": start, "sigmas": sigmas, "noise": noise}, []
+    settings["on_level"] = lambda k, state: seen.append((state - M).square().sum().item())
+    x = sample(sampler, lambda x, sigma: exact(x, sigma=sigma), **settings)
     assert (x - M).square().sum().item() == pytest.approx(S**2, rel=1e-12)
     assert noise.asked == list(range(steps - 1))
     assert len(seen) == steps and seen[:-1] == pytest.approx([S**2] * (steps - 1)), "what each evaluation makes"

@@ -39,7 +39,10 @@ TUNED = (
 def teacher(tiny: str, dataset: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     """URI of a checkpoint."""
     config = from_yaml(tiny, overrides=[*CLASSES, "train.label_dropout=0.1"])
-    folder = tmp_path_factory.mktemp("teacher")
+    return trained_for_a_while(config, dataset, tmp_path_factory.mktemp("teacher"))
+
+
+def trained_for_a_while(config: Config, dataset: str, folder: Path) -> str:
     return f"{folder}/{train_locally(TrainingJob(config=config, dataset=dataset, stop_at=32), folder).checkpoint}"
 
 
@@ -122,20 +125,15 @@ def test_it_starts_from_a_run_by_its_name(tiny: str, dataset: str, tmp_path: Pat
 def test_guidance_is_taught_by_a_score_network_that_knows_classes(
     tiny: str, dataset: str, tmp_path: Path, teacher: str
 ) -> None:
-    never = from_yaml(tiny, overrides=CLASSES)
-    without = (
-        f"{tmp_path}/never/{train_locally(TrainingJob(never, dataset, stop_at=16), tmp_path / 'never').checkpoint}"
-    )
+    without = trained_for_a_while(from_yaml(tiny, overrides=CLASSES), dataset, tmp_path / "never")
     config = experiment(tiny, tmp_path, without, *GUIDED)
     with refused("loss.guidance"):
         require_start(config, run_folder(config, "tuned"))
     require_start(experiment(tiny, tmp_path, teacher, *GUIDED), run_folder(config, "tuned"))
-    blind = from_yaml(tiny, overrides=CLASSES[1:])
-    blind_at = train_locally(TrainingJob(blind, dataset, stop_at=16), tmp_path / "blind").checkpoint
-    taught = experiment(tiny, tmp_path, f"{tmp_path}/blind/{blind_at}", "loss.pairs=teacher")
+    blind = trained_for_a_while(from_yaml(tiny, overrides=CLASSES[1:]), dataset, tmp_path / "blind")
+    taught = experiment(tiny, tmp_path, blind, "loss.pairs=teacher")
     with refused("loss.pairs"):  # it knows no classes
         require_start(taught, run_folder(config, "tuned"))
-    require_start(experiment(tiny, tmp_path, f"{tmp_path}/blind/{blind_at}"), run_folder(config, "tuned"))
+    require_start(experiment(tiny, tmp_path, blind), run_folder(config, "tuned"))
     frozen = trained.teacher(teacher, config=config, classes=None, device=torch.device("cpu"))
-    assert not any(each.training for each in frozen.modules())
-    assert not any(each.requires_grad for each in frozen.parameters())
+    assert not any([each.training for each in frozen.modules()] + [each.requires_grad for each in frozen.parameters()])

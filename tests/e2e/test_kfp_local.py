@@ -61,10 +61,9 @@ def test_the_tasks_hand_on_what_the_steps_store(workplace, outputs: dict[str, An
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("outputs")
-def test_a_registered_model_is_sampled(workplace) -> None:
-    few = ["sampling.num_images=8", "evaluation.num_splits=2"]
-    sample_pipeline(model="models:/ncsn-tiny@champion", root=str(workplace.root), overrides=few, evaluated=True)
+def test_a_registered_model_is_sampled(workplace, outputs: dict[str, Any]) -> None:
+    few, model = ["sampling.num_images=8", "evaluation.num_splits=2"], "models:/ncsn-tiny@champion"
+    sample_pipeline(model=model, root=str(workplace.root), overrides=few, evaluated=True)
     (images,) = (workplace.root / "generated" / "ncsn-tiny" / "1").iterdir()
     assert list(images.glob("shard-*.parquet"))
     assert "eval/classifier_fid_n8" in workplace.result(f"ncsn-tiny-1-{images.name}", "evaluate")["metrics"]

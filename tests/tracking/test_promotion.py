@@ -246,14 +246,10 @@ def schedules() -> Iterator[tuple[list[tuple[int, int]], set[int]]]:
         yield turns, {party for party in (0, 1) if chance.random() < 0.3}
 
 
-@pytest.mark.parametrize(
-    "values",
-    [
-        (8.0, 7.0),
-        pytest.param((7.0, 8.0), marks=pytest.mark.slow),
-        pytest.param((7.0, 7.1), marks=pytest.mark.slow),
-    ],
-)
+MORE = [pytest.param(values, marks=pytest.mark.slow) for values in ((7.0, 8.0), (7.0, 7.1))]
+
+
+@pytest.mark.parametrize("values", [(8.0, 7.0), *MORE])
 def test_two_registrations_in_any_order_of_requests_end_with_the_better_one(values):
     better = {version for version, value in zip("23", values, strict=True) if value < min(values) + 0.3}
     for turns, killed in schedules():
