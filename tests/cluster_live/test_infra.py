@@ -9,6 +9,7 @@ import sys
 from typing import TYPE_CHECKING
 
 import pytest
+from botocore.exceptions import ClientError
 from installed_infra import CREDENTIALS, ENVIRONMENT, Infra, image_under_test
 from live_place import BUCKET
 from ncsn_commands import ROOT
@@ -31,6 +32,31 @@ with tempfile.TemporaryDirectory() as folder:
     back = mlflow.artifacts.download_artifacts(**there, dst_path=folder + "/back")
     assert pathlib.Path(back).read_bytes() == content
 print("same")
+"""
+
+_S3_ALONE = {"8333": "no TLS", "18333": "TLSV13_ALERT_CERTIFICATE_REQUIRED"}
+_OPEN_PORTS = """
+import asyncio, json, socket, ssl, sys
+host, found = sys.argv[1], {}
+async def look(port, limit):
+    async with limit:
+        try:
+            _, writer = await asyncio.wait_for(asyncio.open_connection(host, port), 5)
+        except OSError:
+            return
+        writer.close()
+        found[port] = ""
+async def look_at_all():
+    limit = asyncio.Semaphore(200)
+    await asyncio.gather(*(look(port, limit) for port in range(1, 65536)))
+asyncio.run(look_at_all())
+for port in found:
+    context = ssl._create_unverified_context()
+    try:
+        context.wrap_socket(socket.create_connection((host, port), timeout=10)).recv(1)
+    except ssl.SSLError as error:
+        found[port] = error.reason if "ALERT" in error.reason else "no TLS"
+print(json.dumps(found))
 """
 
 
@@ -101,6 +127,26 @@ def test_an_artifact_goes_up_and_down_from_this_machine(home: Place) -> None:
 def test_an_artifact_goes_up_and_down_from_a_pod_of_another_namespace(place: Place) -> None:
     start_pod(place, "round-trip", "python", "-c", _ROUND_TRIP)
     assert ended_phase(place, "round-trip") == "Succeeded", log(place, "round-trip")
+
+
+@pytest.mark.timeout(300)
+def test_of_the_object_store_a_pod_of_another_namespace_reaches_s3_alone(infra: Infra, place: Place) -> None:
+    """Whether the network enforces policies or not; what it finds open beside S3 wants a certificate."""
+    (pod,) = infra.servers.pods("app.kubernetes.io/name=seaweedfs")
+    start_pod(place, "look", "python", "-c", _OPEN_PORTS, pod["status"]["podIP"])
+    assert ended_phase(place, "look") == "Succeeded", log(place, "look")
+    assert json.loads(log(place, "look").splitlines()[-1]) in ({"8333": "no TLS"}, _S3_ALONE)
+
+
+@pytest.mark.timeout(120)
+def test_a_namespace_has_its_own_prefix_of_the_bucket(home: Place) -> None:
+    s3 = home.s3()
+    with pytest.raises(ClientError, match="AccessDenied"):
+        s3.put_object(Bucket=BUCKET, Key="mlflow/model", Body=b"mine")
+    with pytest.raises(ClientError, match="AccessDenied"):
+        s3.list_objects_v2(Bucket=BUCKET)
+    with pytest.raises(ClientError, match="AccessDenied"):
+        s3.create_bucket(Bucket="another")
 
 
 @pytest.mark.timeout(900)

@@ -29,7 +29,9 @@ class Infra:
     folder: Path  # empty, for the copy
     system: str  # namespace of the servers, in place of `ncsn-system`
     pipelines: str  # namespace of the pipelines, in place of `kubeflow`
+    # Of the pipelines, as `kubeflow` in docs/kubernetes.md, and of MLflow.
     keys: tuple[str, str] = field(default_factory=lambda: (secrets.token_hex(10), secrets.token_hex(20)))
+    mlflow_keys: tuple[str, str] = field(default_factory=lambda: (secrets.token_hex(10), secrets.token_hex(20)))
 
     def __post_init__(self) -> None:
         shutil.copytree(INFRA, self.folder, dirs_exist_ok=True)
@@ -50,21 +52,16 @@ class Infra:
 
     def for_namespace(self, pipelines: str, folder: Path) -> Infra:
         """The same servers for another namespace of pipelines."""
-        return Infra(folder, self.system, pipelines, self.keys)
+        return Infra(folder, self.system, pipelines, self.keys, self.mlflow_keys)
 
     def make_secrets(self) -> None:
         """Those of the servers and of the pipelines, as docs/kubernetes.md makes them."""
-        key, secret = self.keys
-        identity = {
-            "name": "ncsn",
-            "credentials": [{"accessKey": key, "secretKey": secret}],
-            "actions": ["Admin", "Read", "Write", "List", "Tagging"],
-        }
+        identities = [_identity("pipelines", "live-*", self.keys), _identity("mlflow", "mlflow/*", self.mlflow_keys)]
         apply(
-            self._credentials(self.system),
-            self._credentials(self.pipelines),
+            _credentials(self.system, self.mlflow_keys),
+            _credentials(self.pipelines, self.keys),
             _secret("mlflow-database", self.system, {"password": secrets.token_hex(20)}),
-            _secret("seaweedfs-identities", self.system, {"s3.json": json.dumps({"identities": [identity]})}),
+            _secret("seaweedfs-identities", self.system, {"s3.json": json.dumps({"identities": identities})}),
         )
 
     def apply(self, overlay: str) -> str:
@@ -77,7 +74,7 @@ class Infra:
         settings["resources"].remove("../services")
         (overlays / "without-servers").mkdir(exist_ok=True)
         (overlays / "without-servers" / "kustomization.yaml").write_text(yaml.safe_dump(settings))
-        apply(self._credentials(self.pipelines))
+        apply(_credentials(self.pipelines, self.keys))
         self.apply("without-servers")
 
     def remove_without_servers(self) -> None:
@@ -89,10 +86,6 @@ class Infra:
         for item in self.servers.get("statefulsets,deployments")["items"]:
             name = f"{item['kind'].lower()}/{item['metadata']['name']}"
             kubectl("rollout", "status", name, "--namespace", self.system, "--timeout=10m", seconds=620)
-
-    def _credentials(self, namespace: str) -> Resource:
-        key, secret = self.keys
-        return _secret(CREDENTIALS, namespace, {"AWS_ACCESS_KEY_ID": key, "AWS_SECRET_ACCESS_KEY": secret})
 
 
 @contextlib.contextmanager
@@ -119,6 +112,15 @@ def image_under_test() -> str:
             "for example the image of `make image`"
         )
     return image
+
+
+def _identity(name: str, place: str, keys: tuple[str, str]) -> Resource:
+    actions = [f"{action}:ncsn/{place}" for action in ("Read", "Write", "List", "Tagging")]
+    return {"name": name, "credentials": [{"accessKey": keys[0], "secretKey": keys[1]}], "actions": actions}
+
+
+def _credentials(namespace: str, keys: tuple[str, str]) -> Resource:
+    return _secret(CREDENTIALS, namespace, {"AWS_ACCESS_KEY_ID": keys[0], "AWS_SECRET_ACCESS_KEY": keys[1]})
 
 
 def _secret(name: str, namespace: str, values: dict[str, str]) -> Resource:

@@ -60,10 +60,10 @@ class Place:
     def stored(self, path: str) -> Any:
         """The JSON at a path of `storage.root`; None where there is none."""
         try:
-            found = json.load(self._s3().get_object(Bucket=BUCKET, Key=f"{self.folder}/{path}")["Body"])
+            found = json.load(self.s3().get_object(Bucket=BUCKET, Key=f"{self.folder}/{path}")["Body"])
             return absolute_uris(found, f"s3://{BUCKET}/{self.folder}")
         except ClientError as error:
-            if error.response["Error"]["Code"] in {"NoSuchKey", "NoSuchBucket"}:
+            if error.response["Error"]["Code"] == "NoSuchKey":
                 return None
             raise
 
@@ -92,16 +92,11 @@ class Place:
     def files(self, path: str) -> dict[str, datetime]:
         """When each object below a path of `storage.root` was written."""
         prefix = f"{self.folder}/{path}/"
-        try:
-            found = self._s3().list_objects_v2(Bucket=BUCKET, Prefix=prefix).get("Contents", [])
-        except ClientError as error:
-            if error.response["Error"]["Code"] == "NoSuchBucket":  # the first upload makes it
-                return {}
-            raise
+        found = self.s3().list_objects_v2(Bucket=BUCKET, Prefix=prefix).get("Contents", [])
         return {each["Key"].removeprefix(prefix): each["LastModified"] for each in found}
 
     def text(self, path: str) -> str:
-        body: bytes = self._s3().get_object(Bucket=BUCKET, Key=f"{self.folder}/{path}")["Body"].read()
+        body: bytes = self.s3().get_object(Bucket=BUCKET, Key=f"{self.folder}/{path}")["Body"].read()
         return body.decode()
 
     def tracked(self, run: str) -> set[str]:
@@ -119,7 +114,7 @@ class Place:
         rayjobs = self.namespace.get("rayjobs.ray.io", "--selector", labels)["items"]
         return [rayjob["metadata"]["name"] for rayjob in rayjobs] + self.namespace.pods_at_work(labels)
 
-    def _s3(self) -> Any:
+    def s3(self) -> Any:
         return boto3.client(
             "s3",
             endpoint_url=self.environment["AWS_ENDPOINT_URL"],

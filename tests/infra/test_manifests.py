@@ -102,7 +102,8 @@ def test_pods_are_limited_unprivileged_and_hold_no_secret(path: Path) -> None:
         assert re.search(r":v?\d+\.\d+", container["image"]), "the image is pinned"
         earlier: set[str] = set()
         for variable in container.get("env", []):
-            assert "valueFrom" in variable or not SECRET_NAME.search(variable["name"])
+            file = variable.get("value", "").startswith("/")
+            assert "valueFrom" in variable or file or not SECRET_NAME.search(variable["name"])
             assert set(re.findall(r"\$\((\w+)\)", variable.get("value", ""))) <= earlier, "it would stay as it stands"
             earlier.add(variable["name"])
         for argument in (*container.get("command", []), *container.get("args", [])):
@@ -198,6 +199,19 @@ def test_servers_stop_change_and_keep_as_they_must() -> None:
     (megabytes,) = (arg.partition("=")[2] for arg in pod["containers"][0]["args"] if "volumeSizeLimitMB" in arg)
     gigabytes = int(claim["spec"]["resources"]["requests"]["storage"].removesuffix("Gi"))
     assert int(megabytes) * 20 < gigabytes * 1024, "one file more or less is not a quarter of the disk"
+
+
+def test_of_the_object_store_s3_alone_is_open_and_nobody_is_its_administrator() -> None:
+    """`tests/infra/test_servers.py` tries these arguments, and `tests/cluster_live` every port of the pod."""
+    (container,) = load(INFRA / "base" / "object-store" / "stateful-set.yaml")["spec"]["template"]["spec"]["containers"]
+    compose = yaml.safe_load((INFRA / "compose" / "docker-compose.yaml").read_text())
+    server = compose["services"]["seaweedfs"]
+    assert set(container["args"]) == set(server["command"])
+    assert {each["name"]: each["value"] for each in container["env"]} == server["environment"]
+    example = load(INFRA / "base" / "object-store" / "identities.example.yaml")["stringData"]["s3.json"]
+    for text in (example, compose["configs"]["identities"]["content"]):
+        for identity in json.loads(text)["identities"]:
+            assert all(re.fullmatch(r"(Read|Write|List|Tagging):ncsn(/\w+/\*)?", each) for each in identity["actions"])
 
 
 def test_no_file_holds_a_secret() -> None:
@@ -297,8 +311,9 @@ def test_compose_publishes_on_loopback_and_takes_secrets_from_the_environment() 
     for name, service in compose["services"].items():
         assert all(port.startswith("127.0.0.1:") for port in service.get("ports", [])), name
         assert service["image"].startswith("${NCSN_IMAGE") or re.search(r":v?\d+\.\d+", service["image"])
-        assert service["restart"] == ("on-failure" if name == "upgrade-schema" else "unless-stopped"), name
+        once = name in {"upgrade-schema", "certificate", "bucket"}
+        assert service["restart"] == ("on-failure" if once else "unless-stopped"), name
         for other in service.get("depends_on", {}):
             assert other in compose["services"]
         for key, value in service.get("environment", {}).items():
-            assert not SECRET_NAME.search(key) or value.startswith("${")
+            assert not SECRET_NAME.search(key) or value.startswith(("${", "/"))
