@@ -153,10 +153,12 @@ def _own_sigterm() -> Iterator[None]:
 
 def _edited_code(address: str) -> dict[str, Any] | None:
     """What brings this process's code to the workers of another cluster, unless the launcher of this job has."""
-    code = os.environ.get(CODE)
-    if code is None or os.environ.get(_OWN) == address or "py_modules" in job_config().get("runtime_env", {}):
+    code, job = os.environ.get(CODE), job_config().get("runtime_env", {})
+    if code is None or os.environ.get(_OWN) == address or CODE in job.get("env_vars", {}):
         return None
-    return ray_environment(code)
+    ours = ray_environment(code)
+    os.environ["RAY_OVERRIDE_JOB_RUNTIME_ENV"] = "1"  # else Ray refuses modules beside those of a RayJob's template
+    return ours | {"py_modules": [*ours["py_modules"], *job.get("py_modules", [])]}
 
 
 _MOST_PER_CORE = 4  # threads of workers; with more, a machine does nothing else

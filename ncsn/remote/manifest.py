@@ -24,7 +24,6 @@ import yaml
 from ncsn.config import NOT_YAML
 from ncsn.config.compute import LEAST_MEMORY, ComputeConfig, bytes_of
 from ncsn.errors import NotFound, UserError
-from ncsn.process import CODE
 from ncsn.remote.backend import RemoteStep
 
 Manifest = dict[str, Any]
@@ -90,12 +89,9 @@ def render(
     node.setdefault("annotations", {})[REQUEST_ANNOTATION] = step.request
     if owner is not None:
         node["ownerReferences"] = [owner]
-    spec["entrypoint"] = shlex.join(step.leased_command)
-    if step.code is not None:  # Ray reads it there with the pods' credentials
-        ray = yaml.safe_load(spec.get("runtimeEnvYAML") or "{}")
-        ray["py_modules"] = [step.code, *ray.get("py_modules", [])]
-        ray["env_vars"] = ray.get("env_vars", {}) | {CODE: step.code}
-        spec["runtimeEnvYAML"] = yaml.safe_dump(ray)
+    # Ray itself would run whatever is at the URI by then.
+    checked = () if step.code is None else ("python", "-P", "-m", "ncsn.runs.code", step.code)
+    spec["entrypoint"] = shlex.join((*checked, *step.leased_command))
     spec["activeDeadlineSeconds"] = max(1, round(settings.max_hours * 3600))
     spec["preRunningDeadlineSeconds"] = max(1, round(settings.max_start_minutes * 60))
     cluster = spec["rayClusterSpec"]

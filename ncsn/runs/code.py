@@ -1,8 +1,11 @@
 """Edited code without a new image: the packages of a checkout, as an archive in the store that other processes run.
 
-The archive is a zip with the same bytes for the same files, and the beginning of its SHA-256 is its name, so a URI says
-exactly which code it is. The file `ncsn/code.json` in it says where the code comes from and which packages it needs. A
-process that runs it has its URI in `NCSN_CODE`, and hands it on to the processes that it starts elsewhere.
+The archive is a zip with the same bytes for the same files, and its SHA-256 is its name, so a URI says exactly which
+code it is. The file `ncsn/code.json` in it says where the code comes from and which packages it needs. A process that
+runs it has its URI in `NCSN_CODE`, and hands it on to the processes that it starts elsewhere.
+
+Whoever may write to the store may put another archive in its place. So each process that reads one unpacks the very
+bytes that it has compared with the name, and a cluster's workers get that folder from their driver, through Ray.
 """
 
 from __future__ import annotations
@@ -19,13 +22,14 @@ import zipfile
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from packaging.requirements import Requirement
 
 from ncsn import storage
 from ncsn.errors import Problem, UserError
-from ncsn.process import CODE
+from ncsn.process import CODE, KFP_RUN_ID
+from ncsn.runs.folder import RunFolder, StepError, update_step
 
 PACKAGES = ("ncsn", "components", "pipelines")
 
@@ -33,7 +37,7 @@ _PACKAGE = Path(__file__).parents[1]
 _ABOUT = "code.json"  # in the package
 _SOURCES = (*PACKAGES, "configs", "infra", "pyproject.toml")  # what the packages and their links come from
 _CACHES = {"__pycache__"}
-_NAME = re.compile(r"([0-9a-f]{16})\.zip")
+_NAME = re.compile(r"([0-9a-f]{64})\.zip")
 
 
 def publish_code(root: str) -> None:
@@ -63,23 +67,40 @@ def publish_code(root: str) -> None:
             member.compress_type, member.external_attr = zipfile.ZIP_DEFLATED, 0o644 << 16
             archive.writestr(member, content)
     data = buffer.getvalue()
-    uri = storage.join(storage.absolute(root), "code", f"{hashlib.sha256(data).hexdigest()[:16]}.zip")
+    uri = storage.join(storage.absolute(root), "code", f"{hashlib.sha256(data).hexdigest()}.zip")
     storage.write_bytes(uri, data)
     os.environ[CODE] = uri
 
 
 def run_code(uri: str) -> None:
     """Start this process's command again with the code of the archive, in its place; return if it has that code."""
-    uri = storage.absolute(uri)
-    if os.environ.get(CODE) != uri:
-        path = os.pathsep.join(filter(None, (str(unpacked(uri)), os.environ.get("PYTHONPATH"))))
+    if os.environ.get(CODE) != storage.absolute(uri):
         # Not from the working directory, which may be another checkout.
-        command = [sys.executable, "-P", *sys.orig_argv[1:]]
-        os.execve(sys.executable, command, {**os.environ, "PYTHONPATH": path, CODE: uri})  # noqa: S606
+        _become([sys.executable, "-P", *sys.orig_argv[1:]], uri)
+
+
+def _become(command: list[str], uri: str) -> NoReturn:
+    uri = storage.absolute(uri)
+    path = os.pathsep.join(filter(None, (str(unpacked(uri)), os.environ.get("PYTHONPATH"))))
+    os.execvpe(command[0], command, {**os.environ, "PYTHONPATH": path, CODE: uri})  # noqa: S606
+
+
+def main() -> None:
+    """`python -m ncsn.runs.code URI COMMAND...`: become the command of a RayJob's driver, with the archive's code."""
+    uri, *command = sys.argv[1:]
+    try:
+        _become(command, uri)
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        root, _, run, _, step, _ = command[-1].rsplit("/", 5)  # the lease is in the step's folder
+        # The launcher reads it there, and lets nobody try again.
+        record = StepError(type(error).__name__, str(error), error.problems, os.environ.get(KFP_RUN_ID, ""))
+        update_step(RunFolder(root, run), step, state="FAILED", error=record)
+        sys.exit(2)
 
 
 def unpacked(uri: str) -> Path:
-    """The folder on this machine with the packages of the archive, which is what its name says."""
+    """This user's folder on this machine with the packages of the archive, whose bytes are those of its name."""
     name = _NAME.fullmatch(uri.rpartition("/")[2])
     hint = "give what `--code here` has published, or --code here in a clone"
     if name is None:
@@ -90,18 +111,24 @@ def unpacked(uri: str) -> Path:
             data = storage.read_bytes(uri)
         except FileNotFoundError:
             raise UserError("--code", "no such file", hint=hint, value=uri) from None
-        if not hashlib.sha256(data).hexdigest().startswith(name[1]) or not zipfile.is_zipfile(io.BytesIO(data)):
-            raise UserError("--code", "damaged: no archive whose bytes are those of its name", hint=hint, value=uri)
+        if hashlib.sha256(data).hexdigest() != name[1] or not zipfile.is_zipfile(io.BytesIO(data)):
+            reason = "damaged, or another one in its place: its bytes are not those of its name"
+            raise UserError("--code", reason, hint=hint, value=uri)
         with storage.scratch_folder(str(folder.parent)) as scratch, zipfile.ZipFile(io.BytesIO(data)) as archive:
+            (scratch / "code").mkdir(mode=0o700)
             archive.extractall(scratch / "code")
             if not folder.exists():  # else another process was faster
                 with suppress(OSError):
                     os.rename(scratch / "code", folder)
+    found = folder.stat()
+    if found.st_uid != os.getuid() or found.st_mode & 0o022:
+        hint = f"set {storage.CACHE_DIR_VARIABLE} to a folder of your own"
+        raise UserError("--code", f"somebody else may write to {folder}", hint=hint, value=uri)
     return folder
 
 
 def ray_environment(uri: str) -> dict[str, Any]:
-    """Ray's runtime environment that uploads the packages of the archive to a cluster."""
+    """Ray's runtime environment that uploads the packages of the archive from this machine to a cluster."""
     return {"py_modules": [str(unpacked(uri) / name) for name in PACKAGES], "env_vars": {CODE: uri}}
 
 
@@ -146,3 +173,7 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+if __name__ == "__main__":
+    main()

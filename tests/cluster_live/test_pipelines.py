@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING
 import pytest
 from edited_clone import SAYS, clone
 from kubeflow_pipelines import ENDED, NAMESPACE, Kubeflow
+from live_place import BUCKET
 from real_cluster import eventually, kubectl
 
+from ncsn.process import CODE
 from ncsn.runs.steps import STEPS
 
 if TYPE_CHECKING:
@@ -93,7 +95,7 @@ def test_a_terminated_run_is_submitted_again(pipelines: Place, kubeflow: Kubeflo
 
 @pytest.mark.timeout(2400)
 def test_a_pipeline_runs_the_edited_code_of_a_clone(pipelines: Place, kubeflow: Kubeflow, tmp_path: Path) -> None:
-    """In its tasks, in the driver and in the worker, with the image as it was."""
+    """In its tasks, in the driver and in the worker, with the image as it was. Another in its place is refused."""
     run, edited = pipelines.folder, clone(tmp_path / "clone")
     edited.edit("ncsn/training/loop.py")
     options = ("--json", "--wait", *pipelines.options(), "--run", run, "--code", "here")
@@ -105,6 +107,15 @@ def test_a_pipeline_runs_the_edited_code_of_a_clone(pipelines: Place, kubeflow: 
     (archive,) = pipelines.files("code")
     report = pipelines.text(f"runs/{run}/report/report.html")
     assert archive.removesuffix(".zip") in report and "Edited since that commit" in report
+
+    code = f"s3://{BUCKET}/{run}/code/{archive}"
+    pipelines._s3().put_object(Bucket=BUCKET, Key=f"{run}/code/{archive}", Body=b"another")
+    options = (*pipelines.options({"sampling.num_images": 8}), "--run", run, "--code", code)
+    # Of a launcher that has the right one, so that the driver finds it.
+    done = edited.ncsn("sample", *options, env={**os.environ, **pipelines.environment, CODE: code})
+    assert done.returncode == 2 and "--code" in done.stderr, done.stderr
+    assert pipelines.stored(f"runs/{run}/steps/sample/step.json")["error"]["problems"][0]["key"] == "--code"
+    eventually(lambda: not pipelines.at_work(run), "nothing of the run is left", seconds=240)
 
 
 @pytest.mark.timeout(3000)

@@ -12,7 +12,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -22,7 +21,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
 from kubernetes_api import Cluster, Refusal, Resource
 from ray_nodes import PATIENT_RAY
 
@@ -197,7 +195,7 @@ class Operator:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env=_with_runtime_environment(spec, self._environment(head)),
+            env=self._environment(head),
             start_new_session=True,
         )
         self.started.append(name)
@@ -263,24 +261,6 @@ class Operator:
         job = self.cluster.get("rayjobs", name)
         if job is None or "deletionTimestamp" in job["metadata"]:
             raise Deleted
-
-
-# What Ray's agent does on each node, with the pod's credentials.
-_UNPACK = """
-import asyncio, sys
-from ray._private.runtime_env.packaging import download_and_unpack_package
-print(asyncio.run(download_and_unpack_package(sys.argv[1], sys.argv[2])))
-"""
-
-
-def _with_runtime_environment(spec: Resource, environment: dict[str, str]) -> dict[str, str]:
-    ray = yaml.safe_load(spec.get("runtimeEnvYAML", "{}"))
-    folders = [environment["PYTHONPATH"]]
-    for uri in ray.get("py_modules", []):
-        command = [sys.executable, "-c", _UNPACK, uri, tempfile.mkdtemp()]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-        folders.insert(0, done.stdout.splitlines()[-1])
-    return environment | ray.get("env_vars", {}) | {"PYTHONPATH": os.pathsep.join(folders)}
 
 
 def _due(spec: Resource, status: Resource) -> list[tuple[float, str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,6 @@ from refused import refused
 
 from ncsn.config.compute import ComputeConfig
 from ncsn.errors import NotFound
-from ncsn.process import CODE
 from ncsn.remote.backend import RemoteStep
 from ncsn.remote.manifest import TASK_CONFIG, load_template, render
 
@@ -66,16 +66,12 @@ def test_api_server_and_house_accept_it(name: str) -> None:
     assert all_errors(VARIANTS[name]) == []
 
 
-def test_ray_brings_edited_code_to_its_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "runtimeEnvYAML" not in rendered()["spec"]
-    template = load_template()
-    template["spec"]["runtimeEnvYAML"] = "env_vars: {A: b}\npy_modules: [s3://more/m.zip]"
-    (tmp_path / "rayjob.yaml").write_text(yaml.safe_dump(template))
-    monkeypatch.setenv("NCSN_RAYJOB_TEMPLATE", str(tmp_path / "rayjob.yaml"))
-    edited, code = RemoteStep("a", "train", "s3://b/a", ("ncsn",), code="s3://b/code/0.zip"), "s3://b/code/0.zip"
+def test_the_driver_checks_edited_code_and_ray_fetches_none() -> None:
+    edited = step(code="s3://b/code/0.zip")
     manifest = render(edited, ComputeConfig(), namespace="kubeflow", image="ncsn:1", env={}, labels={})
-    ray = yaml.safe_load(manifest["spec"]["runtimeEnvYAML"])
-    assert ray == {"py_modules": [code, "s3://more/m.zip"], "env_vars": {"A": "b", CODE: code}}
+    checked = ("python", "-P", "-m", "ncsn.runs.code", "s3://b/code/0.zip")
+    assert tuple(shlex.split(manifest["spec"]["entrypoint"])) == (*checked, *edited.leased_command)
+    assert "runtimeEnvYAML" not in manifest["spec"]
     assert all_errors(manifest) == []
 
 

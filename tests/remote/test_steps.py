@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from edited_clone import SAYS, clone
 from kubernetes_api import rules_of
 from mlflow.tracking import MlflowClient
 from refused import refused
 from remote_places import TINY
 
 from ncsn import storage
-from ncsn.config import Config, from_yaml, to_json, to_yaml
+from ncsn.config import Config, from_yaml, to_json
 from ncsn.remote.kuberay import KubeRay
 from ncsn.steps import ingest, train
 
@@ -56,28 +55,6 @@ def test_a_mistake_that_the_pod_finds_is_told_as_one(emulation, on_s3: Config) -
     with refused(dataset):
         train.run(on_s3, run="mine", dataset=dataset)
     assert len(emulation.operator.started) == 1, "it would only be found again"
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_ray_reads_edited_code_from_the_store_with_the_credentials_of_the_pods(
-    emulation, on_s3: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    dataset = ingest.run(on_s3, run="mine").uri
-    edited = clone(tmp_path / "clone")
-    edited.edit("ncsn/training/loop.py")
-    config = tmp_path / "tiny.yaml"
-    config.write_text(to_yaml(on_s3))
-    done = edited.ncsn("train", "--config", str(config), "--run", "mine", "--dataset", dataset, "--code", "here")
-    assert done.returncode == 0, done.stderr
-    log = storage.read_text(f"{on_s3.storage.root}/runs/mine/steps/train/log.txt")
-    assert SAYS in log.splitlines(), "the driver's, which trains"
-    (uri,) = storage.list_names(f"{on_s3.storage.root}/code")
-    run = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").get_run(
-        step_file(on_s3, "mine", "train/step.json")["mlflow"]["run_id"]
-    )
-    assert run.data.tags["ncsn.code.digest"] == uri.removesuffix(".zip")
-    assert run.data.tags["mlflow.source.git.dirty"] == "true"
 
 
 # As in the slim image.

@@ -17,6 +17,7 @@ from refused import refused
 
 from ncsn.process import CODE
 from ncsn.runs import code
+from ncsn.runs.folder import RunFolder, read_step
 from pipelines.compile import compile_one
 
 
@@ -94,11 +95,36 @@ def test_an_archive_that_is_missing_damaged_or_none_is_refused(ours: Clone, tmp_
     Path(uri).write_bytes(Path(uri).read_bytes()[:-1])
     other = tmp_path / "code.zip"
     other.touch()
-    empty = tmp_path / f"{hashlib.sha256(b'').hexdigest()[:16]}.zip"
+    empty = tmp_path / f"{hashlib.sha256(b'').hexdigest()}.zip"
     empty.touch()
-    for wrong in (uri, f"{uri.rpartition('/')[0]}/{'0' * 16}.zip", str(other), str(empty)):
+    for wrong in (uri, f"{uri.rpartition('/')[0]}/{'0' * 64}.zip", str(other), str(empty)):
         with refused("--code"):
             code.unpacked(wrong)
+
+
+def test_a_driver_runs_what_its_archive_is_named_after_and_nothing_else(ours: Clone, tmp_path: Path) -> None:
+    uri, seen = published(tmp_path), "import ncsn, os; print(ncsn.__file__, os.environ['NCSN_CODE'])"
+    command = [sys.executable, "-P", "-c", seen, f"{tmp_path}/runs/mine/steps/train/lease"]
+
+    def driver(cache: str) -> tuple[int, str]:
+        given = [sys.executable, "-P", "-m", "ncsn.runs.code", uri, *command]
+        env = os.environ | {CODE: uri, "NCSN_CACHE_DIR": f"{tmp_path}/{cache}"}  # the variable proves nothing
+        done = subprocess.run(given, env=env, capture_output=True, text=True, check=False)
+        return done.returncode, done.stdout
+
+    digest = hashlib.sha256(Path(uri).read_bytes()).hexdigest()
+    assert uri == f"{tmp_path}/code/{digest}.zip"
+    right = (0, f"{tmp_path}/here/code/{digest}/ncsn/__init__.py {uri}\n")
+    assert driver("here") == right
+    ours.edit("ncsn/errors.py")
+    os.replace(published(tmp_path), uri)
+    assert driver("here") == right, "what was compared is what runs"
+    assert driver("there") == (2, "")
+    record = read_step(RunFolder(str(tmp_path), "mine"), "train")
+    assert record.state == "FAILED" and record.error is not None
+    assert [problem.key for problem in record.error.problems] == ["--code"]
+    (tmp_path / "here" / "code" / digest).chmod(0o777)
+    assert driver("here") == (2, ""), "somebody else may have written there"
 
 
 def test_packages_that_the_code_needs_and_the_image_lacks_are_named(
