@@ -40,7 +40,7 @@ def test_missing_verbs_are_named_with_the_folder_that_grants_them(
     emulation.cluster.rules = [rule | {"verbs": ["get", "list"]} for rule in emulation.cluster.rules]
     seen = examine(tmp_path, f"compute.kuberay.namespace={namespace}")["rights"]
     assert (seen["state"], seen["fix"]) == ("failed", f"kubectl apply --kustomize {folder}")
-    missing = "create rayjobs.ray.io, delete rayjobs.ray.io, patch configmaps ncsn-runs"
+    missing = "create rayjobs.ray.io, watch rayjobs.ray.io, delete rayjobs.ray.io, patch configmaps ncsn-runs"
     assert f" {missing} " in seen["detail"]
     assert (DIGITS.parents[1] / folder / "kustomization.yaml").is_file()
 
