@@ -6,6 +6,7 @@ A call is repeated while the API server is unreachable; a refusal is an error of
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -62,7 +63,7 @@ class KubernetesApi:
         return sorted(listed["items"], key=lambda found: str(found["metadata"].get("creationTimestamp", "")))
 
     def wait(self, resource: str, found: Resource, *, seconds: int) -> None:
-        """Return as soon as the object is no longer as it was found, after `seconds`, or sooner."""
+        """Return when the object is no longer as it was found, after `seconds`, or when the connection is lost."""
         name, version = (found["metadata"][field] for field in ("name", "resourceVersion"))
         # The first event is the object as it is, so that what happened before the watch is not missed.
         query = {"watch": "true", "fieldSelector": f"metadata.name={name}", "timeoutSeconds": str(seconds)}
@@ -72,7 +73,8 @@ class KubernetesApi:
                 events = (json.loads(line)["object"]["metadata"] for line in response)
                 next((each for each in events if each.get("resourceVersion") != version), None)
 
-        self._call("watch", resource, self._path(resource), query=query, parse=first_change, missing=None)
+        with suppress(ConnectionError):  # the next look asks again, and sees what was missed
+            self._call("watch", resource, self._path(resource), query=query, parse=first_change, patience=0)
 
     def create(self, resource: str, manifest: Resource) -> Resource:
         """The object as it was created; raises `Conflict` if there is one of that name."""
@@ -139,6 +141,7 @@ class KubernetesApi:
         *,
         body: Any = None,
         query: Mapping[str, str] | None = None,
+        patience: float = math.inf,
         parse: Callable[[Any], Any] = lambda response: json.loads(response.data),
         **missing: Any,
     ) -> Any:
@@ -160,7 +163,9 @@ class KubernetesApi:
             return parse(response)
 
         try:
-            return keep_asking(ask, server=f"the Kubernetes API at {self.server}", seconds=self._patience)
+            return keep_asking(
+                ask, server=f"the Kubernetes API at {self.server}", seconds=min(self._patience, patience)
+            )
         except ApiException as error:
             status, message = error.status, message_of(error)
         if status == 404 and missing:

@@ -28,10 +28,9 @@ class LeaseExpired(RuntimeError):
 def is_abandoned(uri: str, *, seconds: float = LEASE_SECONDS) -> bool:
     """Whether the leases in the folder were not renewed for so long; False without a lease."""
     probe = f".now-{uuid.uuid4().hex}"
-    try:
-        return seconds < _silence(uri, probe) < math.inf
-    finally:
-        storage.delete(storage.join(uri, probe))
+    silence = _silence(uri, probe)
+    storage.delete(storage.join(uri, probe))
+    return seconds < silence < math.inf
 
 
 def _silence(uri: str, name: str) -> float:
