@@ -30,12 +30,8 @@ def running(emulation: Any) -> Any:
     return emulation
 
 
-def leases(emulation: Any) -> dict[str, Path]:
-    return {path.name: path for path in Path(emulation.step("").lease).glob("[!.]*")}
-
-
-def grow_old(lease: Path) -> None:
-    os.utime(lease, (time.time() - 1.1 * LEASE_SECONDS,) * 2)
+def leases(emulation: Any) -> set[Path]:
+    return set(Path(emulation.step("").lease).glob("[!.]*"))
 
 
 def test_only_the_launcher_that_made_it_ends_a_rayjob(running: Any) -> None:
@@ -55,13 +51,13 @@ def test_only_the_launcher_that_made_it_ends_a_rayjob(running: Any) -> None:
 def test_a_rayjob_whose_maker_is_gone_is_that_of_the_launcher_that_is_left(running: Any, eventually: Wait) -> None:
     first = running.launch("")
     first.until("RayJob .* created .*")
-    (made,) = leases(running).values()
+    (made,) = leases(running)
     second = running.launch("")
     second.until("attached to .*")
     first.kill()
     first.communicate()
-    grow_old(made)
-    (mine,) = set(leases(running).values()) - {made}
+    os.utime(made, (time.time() - 1.1 * LEASE_SECONDS,) * 2)
+    (mine,) = leases(running) - {made}
     for _ in range(2):
         before = mine.stat().st_mtime_ns
         eventually(lambda before=before: mine.stat().st_mtime_ns != before, "it has looked again")  # type: ignore[misc]
