@@ -29,7 +29,7 @@ from ncsn.runs.folder import (
 )
 from ncsn.runs.steps import PIPELINE, STEPS, STEPS_ELSEWHERE, TUNE
 from ncsn.steps.step import launch
-from ncsn.storage.heartbeat import Lease
+from ncsn.storage.heartbeat import LeaseExpired, is_abandoned
 from ncsn.tracking.client import tracking_uri
 
 # Variable of KFP's: how often this task was tried before. KFP's own Retry counts from 0 again.
@@ -64,7 +64,8 @@ def run_step(
             update_step(folder, step, reads=inputs, request=request)
         leased = {}
         if lease:
-            Lease(lease).require("nothing was started")  # the cluster may retry a job whose launcher is gone
+            if is_abandoned(lease):  # the cluster may retry a job whose launcher is gone
+                raise LeaseExpired(f"no launcher renews a lease in {lease}: nothing was started")
             require_same_python()
             leased = {"lease": lease}
         elif step in STEPS_ELSEWHERE and config.compute.backend != "local" and find_spec("torch") is None:
