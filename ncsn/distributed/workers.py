@@ -8,7 +8,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import ray
@@ -166,23 +166,18 @@ def describe(errors: Mapping[int, Exception]) -> str:
 
 
 def _memory_of(error: OutOfMemoryError) -> str:
-    """What Ray's memory monitor saw on the node, and what its shared memory still holds."""
+    """What Ray's memory monitor saw on the node, and what its shared memory holds now."""
     seen = re.search(r"\(IP: (\S+), ID: (\w+)\) was (\S+) used / (\S+) limit", str(error))
-    if seen is None:
+    if seen is None or not ray.is_initialized():
         return ""
     address, node, used, limit = seen.groups()
-    text = f": node {address} used {used} of {limit}"
-    if ray.is_initialized():
-        here = NodeAffinitySchedulingStrategy(node, soft=False)
-        task: Any = ray.remote(num_cpus=0, max_retries=1, scheduling_strategy=here)(_shared_memory)
-        with suppress(RayError):  # the node is gone, or has no room for a process
-            held = ray.get(task.remote(), timeout=SHARED_SECONDS)
-            text += f", of which /dev/shm (objects of Ray and other shared memory) holds {held / 2**30:.2f}GB"
-    return text
-
-
-def _shared_memory() -> int:
-    return shutil.disk_usage("/dev/shm").used  # noqa: S108
+    task: Any = ray.remote(num_cpus=0)(lambda: shutil.disk_usage("/dev/shm").used)  # noqa: S108
+    there = task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))
+    try:
+        held = f"{ray.get(there.remote(), timeout=SHARED_SECONDS) / 2**30:.2f}GB"
+    except RayError:  # the node is gone, or has no room for a process
+        held = "nobody knows how much"
+    return f": node {address} used {used} of {limit}, {held} of it in /dev/shm (Ray's objects and other shared memory)"
 
 
 def _cause(error: Exception) -> Exception:
