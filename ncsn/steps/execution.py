@@ -21,14 +21,16 @@ from ncsn.runs.folder import (
     RunFolder,
     find_inputs,
     read_mistake,
+    read_outcome,
     read_step,
     recorded,
     run_folder,
+    state_after,
     update_step,
     write_outcome,
 )
 from ncsn.runs.steps import PIPELINE, STEPS, STEPS_ELSEWHERE, TUNE
-from ncsn.steps.step import launch
+from ncsn.steps.step import WHOLE, launch
 from ncsn.storage.heartbeat import Lease
 from ncsn.tracking.client import tracking_uri
 
@@ -73,16 +75,30 @@ def run_step(
 
 
 def run_all(config: Config, *, run: str, around: Around) -> None:
-    """Do the steps of a run that are not done, with a search first if the config has one."""
+    """Do the steps of a run that are not done, with a search first if the config has one; and write how it ended."""
     given: dict[str, str | None] = {}
-    for step in STEPS if config.search is None else PIPELINE:
-        result = run_step(step, config, run=run, given=given, around=around)
-        if step == STEPS[0]:
-            given["dataset"] = result.uri
-        elif step == TUNE:
-            from ncsn.steps.tune import trainable
+    whole = run_folder(config, run)
+    mark = WHOLE.set(whole)
+    try:
+        for step in STEPS if config.search is None else PIPELINE:
+            result = run_step(step, config, run=run, given=given, around=around)
+            if step == STEPS[0]:
+                given["dataset"] = result.uri
+            elif step == TUNE:
+                from ncsn.steps.tune import trainable
 
-            config, run = trainable(result, config), result.run
+                config, run = trainable(result, config), result.run
+    except BaseException as error:
+        with suppress(OSError):  # an unreachable store must not hide the first error
+            told = read_step(run_folder(config, run), step).error
+            for folder in {whole, run_folder(config, run)}:
+                if read_outcome(folder) is None:  # else nothing was done
+                    write_outcome(folder, Outcome(state_after(error), told.message if told else str(error), step))
+        raise
+    finally:
+        WHOLE.reset(mark)
+    for folder in {whole, run_folder(config, run)}:
+        write_outcome(folder, Outcome("FINISHED"))
 
 
 def preflight(step: str, config: Config, folder: RunFolder) -> None:
