@@ -89,17 +89,15 @@ class _Lost(LostWorkers, UserCallback):  # type: ignore[misc]
         self.count(worker_exceptions)
 
 
-class _Torch(TorchConfig):  # type: ignore[misc]
-    @property
-    def backend_cls(self) -> type[_TorchBackend]:
-        return _Backend
-
-
 class _Backend(_TorchBackend):  # type: ignore[misc]
     def on_shutdown(self, *group: Any) -> None:
         """Called before workers are started again. Ray expects any end of a worker here but by its memory monitor."""
         with suppress(OutOfMemoryError):
             super().on_shutdown(*group)
+
+
+class _Torch(TorchConfig):  # type: ignore[misc]
+    backend_cls = _Backend
 
 
 class _Trainer(TorchTrainer):  # type: ignore[misc]
@@ -128,6 +126,4 @@ def reason(failure: TrainingFailedError) -> str:
     if errors := getattr(failure, "worker_failures", None):
         return describe(errors)
     cause = getattr(failure, "controller_failure", failure)
-    if isinstance(cause, OutOfMemoryError):
-        return describe({0: cause})
     return f"{type(cause).__name__}: {next(iter(str(cause).strip().splitlines()), '')}"

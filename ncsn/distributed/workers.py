@@ -8,7 +8,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import ray
@@ -33,7 +33,7 @@ from ncsn.training.context import WorkerContext
 from ncsn.training.loop import TrainingJob, TrainOutcome, train_loop
 
 HUNG = "hung"  # folder of a run with the stacks of workers that hung
-SHARED_SECONDS = 10.0  # for a look at the shared memory of a node that is full
+LOOK_SECONDS = 10.0  # at a node that is full
 SLOWEST_READ = 5e6  # bytes of images per second that a node reads from a slow store
 
 # All buffers are constants. Torch 2.13 renamed the argument that says so.
@@ -166,18 +166,15 @@ def describe(errors: Mapping[int, Exception]) -> str:
 
 
 def _memory_of(error: OutOfMemoryError) -> str:
-    """What Ray's memory monitor saw on the node, and what its shared memory holds now."""
-    seen = re.search(r"\(IP: (\S+), ID: (\w+)\) was (\S+) used / (\S+) limit", str(error))
+    """What Ray's memory monitor saw on the node, and what its shared memory, with Ray's objects, holds now."""
+    seen = re.search(r"ID: (\w+)\) was (\S+ used / \S+ limit)", str(error))
     if seen is None or not ray.is_initialized():
         return ""
-    address, node, used, limit = seen.groups()
     task: Any = ray.remote(num_cpus=0)(lambda: shutil.disk_usage("/dev/shm").used)  # noqa: S108
-    there = task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))
-    try:
-        held = f"{ray.get(there.remote(), timeout=SHARED_SECONDS) / 2**30:.2f}GB"
-    except RayError:  # the node is gone, or has no room for a process
-        held = "nobody knows how much"
-    return f": node {address} used {used} of {limit}, {held} of it in /dev/shm (Ray's objects and other shared memory)"
+    there = task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(seen[1], soft=False))
+    with suppress(RayError):  # the node is gone, or has no room for a process
+        return f", {seen[2]}, {ray.get(there.remote(), timeout=LOOK_SECONDS) / 2**30:.2f}GB of it in /dev/shm"
+    return f", {seen[2]}"
 
 
 def _cause(error: Exception) -> Exception:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from ncsn.remote.backend import RemoteStep
     from ncsn.tracking.mlflow_runs import StepRun
 
-WHOLE = ContextVar[RunFolder | None]("WHOLE", default=None)  # the run of which this process does all steps, if it does
+WHOLE = ContextVar[Sequence[RunFolder]]("WHOLE", default=())  # where an end is taken away when a step has work to do
 MOST_STARTS = 10  # of a driver that gives its launcher up
 
 R = TypeVar("R")
@@ -107,7 +107,8 @@ class Step(Generic[R]):
 
         backend.connect()  # before the store is changed
         remote = self.remote(config, options)
-        self._begin()
+        for ended in WHOLE.get():
+            storage.delete(ended.status)
         for _ in range(MOST_STARTS):
             record = read_step(folder, step)
             # Another launcher may wait for the same request, and its driver may store the result right now.
@@ -182,7 +183,8 @@ class Step(Generic[R]):
 
         folder, started = self.folder, time.time()
         update_step(folder, self.name, state="RUNNING")
-        self._begin()
+        for ended in WHOLE.get():
+            storage.delete(ended.status)
         with step_run(config, run=folder.run, step=self.name) as tracked:
             try:
                 yield PublishedProgress(folder.step(self.name, "progress.json"), lease=lease), tracked
@@ -197,12 +199,6 @@ class Step(Generic[R]):
         finished = {"state": "FINISHED", "error": None, "finished_at": utc_now()}
         update_step(self.folder, self.name, inputs=self._inputs, result=values, **finished)
         return result
-
-    def _begin(self) -> None:
-        """Take away the end of the run, unless this is a single step."""
-        if (whole := WHOLE.get()) is not None:
-            for folder in (whole, self.folder):
-                storage.delete(folder.status)
 
     def _stored(self) -> Mapping[str, Any] | None:
         """The stored result, if it is of the same inputs."""

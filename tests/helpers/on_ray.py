@@ -12,13 +12,12 @@ from typing import Any
 import numpy as np
 import ray
 from ray.exceptions import OutOfMemoryError
-from ray.train import ControllerError
 from ray.train.v2._internal.callbacks.backend_setup import BackendSetupCallback
 
 from ncsn.config import Config
 from ncsn.distributed import trainer
 from ncsn.distributed.ray_calls import runner_of
-from ncsn.distributed.ray_train import _Torch, reason
+from ncsn.distributed.ray_train import _Torch
 from ncsn.distributed.sampling import make_shards, plan_shards
 from ncsn.distributed.workers import describe
 from ncsn.errors import UserError
@@ -93,8 +92,8 @@ def ends_by_a_mistake() -> tuple[object, dict[int, Exception], float]:
     return *trainer._end_of([task.remote(rank) for rank in range(2)]), time.perf_counter() - began
 
 
-def killed_for_memory(held: int) -> tuple[str, str]:
-    """While Ray holds some bytes: what is said of a worker that its memory monitor kills, and if it was starting."""
+def killed_for_memory(held: int) -> str:
+    """What is said of a worker that Ray's memory monitor kills while Ray holds some bytes of objects."""
     kept = ray.put(np.zeros(held, np.uint8))
     worker = ray.remote(num_cpus=0)(Sleeper).remote()
     try:
@@ -102,7 +101,7 @@ def killed_for_memory(held: int) -> tuple[str, str]:
     except OutOfMemoryError as error:
         BackendSetupCallback(_Torch()).before_execution_group_shutdown(Group([lambda: [worker.sleep.remote(0)]]))
         assert kept
-        return describe({0: RuntimeError("closed by peer"), 1: error}), reason(ControllerError(error))
+        return describe({0: RuntimeError("closed by peer"), 1: error})
     raise AssertionError
 
 
