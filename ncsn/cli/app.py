@@ -14,6 +14,7 @@ import click
 from ncsn.cli import cluster, registry, store
 from ncsn.cli.options import (
     ReportingCommand,
+    backend_options,
     code_option,
     existing_run_options,
     json_option,
@@ -121,6 +122,7 @@ def _ask_mirrored() -> bool:
 
 @app.command("run", cls=ReportingCommand, short_help="Run the whole pipeline, or its remaining steps.")
 @target_options
+@backend_options
 @code_option
 @json_option
 def run_command(*, options: TargetOptions, as_json: bool) -> None:

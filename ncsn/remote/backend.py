@@ -199,10 +199,12 @@ def ended_on_sigterm(end: Callable[[], None]) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def say(line: str) -> None:
-    """Print a line for the person who waits; the log of a KFP task is its stderr."""
+def say(line: str, *, of_driver: bool = False) -> None:
+    """Print a line for the person who waits, or one of the driver's log; the log of a KFP task is its stderr."""
     # Where a task is terminated, who reads its stderr may end first, and an error here would pass for the step's.
     with suppress(BrokenPipeError):
+        if (show := getattr(sys.stderr, "show", None)) is not None:  # the output of a command goes to a file
+            show(line, of_driver=of_driver)
         sys.stderr.write(f"{line}\n")
         sys.stderr.flush()
 
@@ -293,7 +295,7 @@ class DriverLog(ABC):
             try:
                 for line in self.read(over=over):
                     self.lines.append(line)
-                    say(line)
+                    say(line, of_driver=True)
             except PermissionError as error:
                 say(f"the log cannot be shown: {error}")
                 return

@@ -115,7 +115,7 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What a RayJob's launcher in this process says, as it says it: capsys may lose what is said while it is read."""
     lines: list[str] = []
     for module in (backend, kuberay, pods):
-        monkeypatch.setattr(module, "say", lines.append)
+        monkeypatch.setattr(module, "say", lambda line, **_: lines.append(line))
     return lines
 
 
