@@ -21,7 +21,7 @@ from ncsn.cli.options import (
     target_options,
 )
 from ncsn.errors import UserError
-from ncsn.process import reduce_gc
+from ncsn.process import reduce_gc, settle
 from ncsn.runs.steps import STEP_INFO
 
 if TYPE_CHECKING:
@@ -69,6 +69,7 @@ def app() -> None:
 def main() -> None:
     """Entry point of the `ncsn` command."""
     reduce_gc()
+    settle()
     app(prog_name="ncsn")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import subprocess
@@ -70,6 +71,36 @@ def test_what_is_promised_is_described() -> None:
         ncsn.nothing  # noqa: B018
 
 
+_SETTINGS = """
+import ctypes, os, torch
+
+class Info(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in "abcdmfghij"]
+
+glibc = ctypes.CDLL(None)
+glibc.mallinfo2.restype, glibc.malloc.restype, glibc.free.argtypes = Info, ctypes.c_void_p, [ctypes.c_void_p]
+
+def settings():
+    before, place = glibc.mallinfo2().m, glibc.malloc(ctypes.c_size_t(2**26))
+    mapped = glibc.mallinfo2().m - before
+    glibc.free(place)
+    return mapped > 0, torch.get_num_threads(), os.environ.get("GOMP_SPINCOUNT")
+
+first, threads = settings(), len(os.listdir("/proc/self/task"))
+import ncsn, sys
+assert len(os.listdir("/proc/self/task")) == threads
+images = torch.rand(16, 8, 8).numpy()
+ncsn.fit(images, hours=1e-5).sample(2)
+assert settings() == first and first[0] and "ncsn.distributed" not in sys.modules
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc")
+def test_a_callers_process_keeps_its_settings() -> None:
+    inherited = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    subprocess.run([sys.executable, "-c", _SETTINGS], env=inherited, check=True)
+
+
 def test_an_image_depends_on_the_seed_and_its_number_alone() -> None:
     model = model_of(*CLASSES)
     many, few = model.sample(5, seed=3), model.sample(3, seed=3)
@@ -125,6 +156,8 @@ def test_a_score_is_of_a_class_and_has_gradients() -> None:
     model, x = model_of(*CLASSES), torch.rand(2, 1, 8, 8, requires_grad=True)
     torch.testing.assert_close(model.score(x, 0.3, label="dog"), model.score(x, 0.3, label=1))
     assert not torch.allclose(model.score(x, 0.3, label="dog"), model.score(x, 0.3))
+    with refused("label"):
+        model_of(CLASSES[0]).denoise(x, 0.3)
     (gradient,) = torch.autograd.grad(model.denoise(x, 0.3).sum(), x)
     assert gradient.abs().sum() > 0
 
