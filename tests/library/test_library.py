@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from clock import Clock
 from PIL import Image
 from refused import refused
 from torch import Tensor
@@ -89,8 +90,9 @@ def settings():
 first, threads = settings(), len(os.listdir("/proc/self/task"))
 import ncsn, sys
 assert len(os.listdir("/proc/self/task")) == threads
-images = torch.rand(16, 8, 8).numpy()
-ncsn.fit(images, hours=1e-5).sample(2)
+from ncsn.tools import choose, plan
+choose.measure_speed = lambda _: plan.Speed(0.01, 0.01)  # which takes a while
+ncsn.fit(torch.rand(16, 8, 8).numpy(), hours=1e-5).sample(2)
 assert settings() == first and first[0] and "ncsn.distributed" not in sys.modules
 """
 
@@ -229,6 +231,20 @@ def test_fit_trains_on_a_folder_with_another_network(stripes: np.ndarray, tmp_pa
     assert model.sample(1, sampler=DpmSolver(num_steps=3)).shape == (1, 8, 8, 1)
 
 
+def test_fit_ends_by_the_clock_and_takes_a_few_images(stripes: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, seen = Clock(), list[tuple[int, int]]()
+    monkeypatch.setattr("ncsn.library.fit.time", clock)
+
+    def over(*count: int) -> None:
+        seen.append(count)
+        clock.sleep(3600)
+
+    model = fit(stripes[:2], hours=0.5, on_progress=over)
+    (start, planned), *_, (end, whole) = seen
+    assert (start, end, whole) == (0, model._trained.config.train.batch_size, end) and planned == 2000 > end
+    assert model.sample(2).shape == (2, 8, 8, 1)
+
+
 @pytest.mark.parametrize("floats", [False, True])
 def test_arrays_and_datasets_give_the_same_images(stripes: np.ndarray, *, floats: bool) -> None:
     tensor: Tensor = torch.from_numpy(stripes)[:, None]
@@ -253,7 +269,7 @@ def test_images_that_cannot_be_used_are_refused(stripes: np.ndarray) -> None:
         stripes.astype(float),
         stripes.astype(int),
         stripes[:0],
-        stripes[:3],
+        stripes[:1],
         [],
         "/nowhere",
     ):
