@@ -22,7 +22,7 @@ from ncsn.cli.options import (
     target_options,
 )
 from ncsn.errors import UserError
-from ncsn.process import reduce_gc
+from ncsn.process import reduce_gc, settle
 from ncsn.runs.steps import STEP_INFO
 
 if TYPE_CHECKING:
@@ -70,6 +70,7 @@ def app() -> None:
 def main() -> None:
     """Entry point of the `ncsn` command."""
     reduce_gc()
+    settle()
     app(prog_name="ncsn")
 
 

@@ -34,6 +34,7 @@ from ncsn.training.watchdog import LONG_SECONDS
 
 STARTUP_ATTEMPTS = 5
 STALLED_SECONDS = 600  # of GPUs, Ray's default: rank 0 may wait for a store that is away
+ENV_VARS_TO_PROPAGATE.add("GOMP_SPINCOUNT")  # whose workers load torch before `ncsn.distributed`
 
 # One of Ray Train's processes looks for its cluster by itself. Where this machine has several it ends with a traceback.
 ENV_VARS_TO_PROPAGATE.add("RAY_ADDRESS")

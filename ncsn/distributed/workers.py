@@ -25,6 +25,7 @@ from ncsn.config import Config
 from ncsn.data.format import load_manifest
 from ncsn.data.training_images import WINDOW_BYTES
 from ncsn.errors import InvalidValue, NotFound
+from ncsn.model import build
 from ncsn.model.checkpoint import DamagedError
 from ncsn.model.checkpoint_store import CHECKPOINTS, NEWEST, CheckpointStore
 from ncsn.storage.heartbeat import LeaseExpired
@@ -55,6 +56,7 @@ def attempt(job: TrainingJob, run_uri: str, context: Callable[[], WorkerContext]
     # What a worker raises is retried, so a mistake that would only repeat, and an order to end, is returned.
     try:
         worker = context()
+        build.tune_cuda(worker.device)
         worker.hung = storage.join(run_uri, HUNG)
         return train_loop(job, worker, checkpoint_store(job.config, run_uri))
     except _TRANSIENT:

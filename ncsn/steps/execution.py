@@ -14,7 +14,7 @@ from ncsn.config import Config
 from ncsn.config.search import require_search
 from ncsn.errors import UserError
 from ncsn.events import tell
-from ncsn.process import KFP_RUN_ID, TERMINATED, require_same_python, this_kfp_run
+from ncsn.process import CODE, KFP_RUN_ID, TERMINATED, require_same_python, this_kfp_run
 from ncsn.runs.code import require_packages
 from ncsn.runs.folder import (
     Outcome,
@@ -60,10 +60,11 @@ def run_step(
         preflight(step, config, folder)
         inputs = find_inputs(folder, step, given, config=config)
     with around(step, folder, inputs), recorded(config, run, step):
-        record = read_step(folder, step)
+        record, code = read_step(folder, step), os.environ.get(CODE)
+        reads = {**inputs, "code": code} if code else inputs
         request = record.request if lease or config.compute.backend != "local" else ""  # no launcher asks for work here
-        if (record.reads, record.request) != (inputs, request):  # cleanup spares what is read, days before a result
-            update_step(folder, step, reads=inputs, request=request)
+        if (record.reads, record.request) != (reads, request):  # cleanup spares what is read, days before a result
+            update_step(folder, step, reads=reads, request=request)
         leased = {}
         if lease:
             if is_abandoned(lease):  # the cluster may retry a job whose launcher is gone

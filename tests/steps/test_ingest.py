@@ -15,7 +15,10 @@ from refused import refused
 from ncsn.config import Config, from_yaml
 from ncsn.data.format import load_manifest, read_split
 from ncsn.errors import NotFound, UserError
+from ncsn.process import CODE
+from ncsn.runs.folder import RunFolder, read_step
 from ncsn.steps import ingest
+from ncsn.steps.execution import run_step
 
 EXPERIMENT = """
 name: digits
@@ -50,8 +53,10 @@ def datasets(tmp_path: Path) -> list[str]:
     return sorted(path.relative_to(tmp_path / "store" / "datasets").as_posix() for path in tmp_path.rglob("*.parquet"))
 
 
-def test_digits_become_a_dataset(config, tmp_path):
-    result = ingest.run(config(test_fraction=0.3), run="one")
+def test_digits_become_a_dataset(config, tmp_path, monkeypatch):
+    monkeypatch.setenv(CODE, code := f"{tmp_path}/store/code/{64 * 'a'}.zip")
+    result = run_step("ingest", config(test_fraction=0.3), run="one", given={})
+    assert read_step(RunFolder(f"{tmp_path}/store", "one"), "ingest").reads == {"code": code}
     assert result.counts == {"train": 1258, "test": 539}
     assert result.created
     assert result.uri == f"{tmp_path}/store/datasets/sklearn_digits/{result.digest}"
