@@ -88,7 +88,6 @@ def generate_joined(
     known = [image_labels(trained, own, first=first, count=count) for own, first, count in parts]
     labels = torch.cat([each for each in known if each is not None]) if known[0] is not None else None
     keep_freed_memory()
-    build.tune_cuda(device)
     score = score_function(trained, sampling, labels=labels, compiled=compiled)
     with torch.inference_mode():
         # On the CPU, where products are exact.

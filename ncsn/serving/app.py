@@ -31,6 +31,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from ncsn.distributed.cluster import LOOPBACK, ray_cluster
 from ncsn.errors import UserError
+from ncsn.model.build import tune_cuda
 from ncsn.model.generate import generate_joined
 from ncsn.runs.folder import DEFAULT_ROOT
 from ncsn.serving import asked
@@ -70,6 +71,7 @@ class Sampler:
         _call_on_loopback()
         self._address, self._registry = address, registry or server_uri(None, root=DEFAULT_ROOT)
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        tune_cuda(self._device)
         self._served = self._load(address)  # name and network
         self._images = Counter("ncsn_serve_images", "Images made.", ("model",))
         self._sizes = Histogram("ncsn_serve_batch_images", "Images of a batch.", [1, 4, 16, 64, 256, 1024])
