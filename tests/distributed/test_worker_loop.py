@@ -352,9 +352,9 @@ def test_training_that_is_told_to_end_or_has_no_launcher_saves_a_checkpoint_and_
         job = TrainingJob(config=config, dataset=dataset, lease=lease, stop=str(stop))
         return train_loop(job, WorkerContext(), CheckpointStore(str(folder)))
 
-    beat = tmp_path / "lease.json"
-    beat.write_text("the last beat")
-    lease = Lease(str(beat), check_seconds=0)
+    stop = tmp_path / "told"
+    stop.touch()
+    lease = Lease(str(tmp_path / "none"), check_seconds=0)
     assert not lease.expired()
     time.sleep(0.05)
     checkpoints = tmp_path / "checkpoints"
@@ -362,7 +362,7 @@ def test_training_that_is_told_to_end_or_has_no_launcher_saves_a_checkpoint_and_
         attempt(checkpoints, lease)
     assert [path.name for path in checkpoints.iterdir()] == ["resume-000000016"]
     with pytest.raises(LeaseExpired):
-        attempt(checkpoints, stop=beat)
+        attempt(checkpoints, stop=stop)
     assert [path.name for path in checkpoints.iterdir()] == ["resume-000000032"]
 
     assert attempt(checkpoints).images_seen == 160
