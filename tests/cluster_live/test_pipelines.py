@@ -109,7 +109,7 @@ def test_a_pipeline_runs_the_edited_code_of_a_clone(pipelines: Place, kubeflow: 
     assert archive.removesuffix(".zip") in report and "Edited since that commit" in report
 
     code = f"s3://{BUCKET}/{run}/code/{archive}"
-    pipelines._s3().put_object(Bucket=BUCKET, Key=f"{run}/code/{archive}", Body=b"another")
+    pipelines.s3().put_object(Bucket=BUCKET, Key=f"{run}/code/{archive}", Body=b"another")
     options = (*pipelines.options({"sampling.num_images": 8}), "--run", run, "--code", code)
     # Of a launcher that has the right one, so that the driver finds it.
     done = edited.ncsn("sample", *options, env={**os.environ, **pipelines.environment, CODE: code})
