@@ -21,7 +21,7 @@ from benchmarks.measure import Row, in_turns, own_process, ratio
 from ncsn.evaluation.extractors import batches, joined
 from ncsn.evaluation.extractors.published import PUBLISHED_SHA256, InceptionExtractor
 from ncsn.evaluation.frechet import FrechetStatistics, frechet_distance
-from ncsn.process import keep_freed_memory
+from ncsn.process import settle
 
 DIMENSIONS, BATCH = 2048, 64
 
@@ -80,7 +80,7 @@ def features_row(*, images: int, rounds: int) -> Row:
 
 def prepare_ours(weights: str, images: int) -> Callable[[], object]:
     """As the evaluate step does it."""
-    keep_freed_memory()
+    settle()
     PUBLISHED_SHA256["inception"] = hashlib.sha256(Path(weights).read_bytes()).hexdigest()  # they are random
     extractor = InceptionExtractor(weights)
     pixels = _pixels(images)

@@ -18,7 +18,7 @@ from ncsn.core.noise_schedule import geometric_sigmas
 from ncsn.core.samplers.chain import sample
 from ncsn.core.samplers.settings import KarrasHeun
 from ncsn.core.training import StepOptions, TrainState, train_step
-from ncsn.process import keep_freed_memory
+from ncsn.process import settle
 
 BATCHES = (8, 32, 128, 512)
 SIZES = (8, 16, 32, 64)
@@ -46,7 +46,7 @@ def network(size: int) -> UnetNetwork:
 def prepare_training(batch: int, size: int) -> Callable[[], None]:
     """One training step in bfloat16 on one thread."""
     torch.set_num_threads(1)
-    keep_freed_memory()
+    settle()
     net, level = network(size), torch.arange(batch) % LEVELS
     state = TrainState(net, torch.optim.Adam(net.parameters(), lr=1e-3, fused=True), Ema(net, step_decay(0.999)))
     x, z = torch.rand(batch, 1, size, size), torch.randn(batch, 1, size, size)
@@ -62,7 +62,7 @@ def prepare_training(batch: int, size: int) -> Callable[[], None]:
 def prepare_sampling(images: int) -> Callable[[], None]:
     """28x28 images by the EDM grid at 9 evaluations, on one thread."""
     torch.set_num_threads(1)
-    keep_freed_memory()
+    settle()
     net, sigmas = network(28).eval(), geometric_sigmas(3.0, 0.03, LEVELS)
 
     def generate() -> None:

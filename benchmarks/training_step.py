@@ -24,7 +24,7 @@ from ncsn.core.losses import Batch, DenoisingScoreMatching
 from ncsn.core.networks.refinenet import NcsnNetwork
 from ncsn.core.noise_schedule import geometric_sigmas
 from ncsn.core.training import StepOptions, TrainState, train_step
-from ncsn.process import keep_freed_memory
+from ncsn.process import settle
 
 SIZE, LEVELS, FEATURES = 28, 10, 64
 # Of one 28x28x1 image through the network of 64 features, convolutions only, 2 per multiplication and addition.
@@ -101,7 +101,7 @@ def _steps(device: torch.device) -> int:
 def prepare_convolution(name: str, batch: int) -> Callable[[], None]:
     """`REPEATS` forward and backward passes of the network's most common convolution in bfloat16."""
     torch.set_num_threads(1)
-    keep_freed_memory()
+    settle()
     device = torch.device(name)
     images = _peak_batch(batch, device)
     x = torch.randn(images, 2 * FEATURES, SIZE // 2, SIZE // 2, device=device, dtype=torch.bfloat16)
@@ -169,7 +169,7 @@ def prepare_plain(device: str, batch: int) -> Callable[[], None]:
 
 def prepare_ours(device: str, batch: int, mode: str) -> Callable[[], None]:
     """Steps of ours; `mode` is "eager" or "compiled"."""
-    keep_freed_memory()
+    settle()
     _, ours, sigmas = _start(torch.device(device))
     if device != "cpu":
         ours.to(memory_format=torch.channels_last)

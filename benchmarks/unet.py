@@ -42,7 +42,7 @@ from ncsn.evaluation.reference import open_evaluator
 from ncsn.model.checkpoint import load_checkpoint
 from ncsn.model.checkpoint_store import CheckpointStore
 from ncsn.model.generate import generate
-from ncsn.process import keep_freed_memory
+from ncsn.process import settle
 from ncsn.storage import CACHE_DIR_VARIABLE
 from ncsn.training.context import WorkerContext
 from ncsn.training.loop import Training, TrainingJob
@@ -124,7 +124,7 @@ class Ours:
     """The loop of `ncsn train` in this process."""
 
     def __init__(self, dataset: str, *, config: Config, folder: Path) -> None:
-        keep_freed_memory()
+        settle()
         self.training = Training(
             TrainingJob(config=config, dataset=dataset), WorkerContext(), CheckpointStore(str(folder))
         )

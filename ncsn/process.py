@@ -110,11 +110,6 @@ def settle() -> None:
     # from working whom they waited for: a small network took 100 times as long. Read when torch is loaded.
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
         os.environ["GOMP_SPINCOUNT"] = "2000"
-    keep_freed_memory()
-
-
-def keep_freed_memory() -> None:
-    """Let glibc, if it is used, keep freed memory for the next allocation."""
     # On a CPU, training, sampling and evaluation free and allocate the same feature maps again and again. To map and
     # clear them each time took 7 % of the time of training, a third of sampling and half of a classifier's features.
     with suppress(AttributeError, OSError):

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from ncsn import storage
-from ncsn.storage.heartbeat import Lease
+from ncsn.storage.heartbeat import LEASE_SECONDS, Lease, LeaseExpired
 from ncsn.storage.retry import limited
 
 _LAST_SECONDS = 5.0  # longest wait for the last progress to be written
@@ -77,8 +77,9 @@ class PublishedProgress(Progress):
         return {"done": self.done, "total": self.total, "unit": self.unit, "text": self.text}
 
     def check_lease(self) -> None:
-        if self._lease is not None:
-            self._lease.require(f"{self.done:,} of {self.total:,} {self.unit} were done")
+        if self._lease is not None and self._lease.expired():
+            what = f"no launcher has renewed a lease in {self._lease.uri} for {LEASE_SECONDS:g} s"
+            raise LeaseExpired(f"{what}: stopped; {self.done:,} of {self.total:,} {self.unit} were done")
 
     def changed(self) -> None:
         if not self.total:

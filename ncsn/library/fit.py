@@ -9,7 +9,8 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ from ncsn.model.checkpoint_store import CheckpointStore
 from ncsn.progress import Progress
 from ncsn.report.images import evenly_spread
 from ncsn.storage import cache_folder
-from ncsn.storage.heartbeat import Lease, LeaseExpired
+from ncsn.storage.heartbeat import LeaseExpired
 from ncsn.tools.choose import TRAINING, choose
 from ncsn.tools.plan import Machine
 from ncsn.tools.survey import MOST_LOOKED_AT, Look, Survey, survey
@@ -113,16 +114,6 @@ def fit(
         ) from error
 
 
-@dataclass
-class _Clock(Lease):
-    """A lease until a time."""
-
-    ends: float = 0.0
-
-    def expired(self) -> bool:
-        return time.monotonic() > self.ends
-
-
 def _train(config: Config, source: Source, on_progress: Callable[[int, int], object] | None, ends: float) -> ScoreModel:
     """The training loop on the source's training images, with all its files in a temporary folder."""
 
@@ -130,6 +121,8 @@ def _train(config: Config, source: Source, on_progress: Callable[[int, int], obj
         def changed(self) -> None:
             if on_progress is not None:
                 on_progress(self.done, self.total)
+            if time.monotonic() > ends:
+                Path(stop).touch()
 
     with tempfile.TemporaryDirectory(prefix="ncsn-") as folder:
         images = replace(source, splits={"train": source.splits["train"]})
@@ -137,8 +130,8 @@ def _train(config: Config, source: Source, on_progress: Callable[[int, int], obj
         cached = cache_folder() / dataset.manifest.digest
         was_cached = cached.exists()
         checkpoints = CheckpointStore(f"{folder}/checkpoints", keep=1)
-        told, config = Told(), resolve_noise(config, dataset.manifest)
-        job = TrainingJob(config, dataset.uri, progress=told, lease=_Clock("", ends=ends))
+        told, stop, config = Told(), f"{folder}/stop", resolve_noise(config, dataset.manifest)
+        job = TrainingJob(config, dataset.uri, progress=told, stop=stop)
         try:
             with suppress(LeaseExpired):  # the time is over, and the state is saved
                 train_loop(job, WorkerContext(config.compute.device), checkpoints)

@@ -39,7 +39,7 @@ from ncsn.remote.manifest import (
     selector,
 )
 from ncsn.remote.pods import PodLog, PodWatch
-from ncsn.storage.heartbeat import RENEW_SECONDS, Heartbeat
+from ncsn.storage.heartbeat import Heartbeat
 
 STANDALONE = "kubeflow"  # namespace of the runs where Kubeflow Pipelines serves one user
 NOTES = "ncsn-runs"  # the ConfigMap of infra/base/janitor: by their id, the pipeline runs that are not closed
@@ -109,15 +109,8 @@ def find_launcher(api: KubernetesApi) -> Launcher:
 class KubeRay:
     """The backend `kuberay`. `namespace` is the default of `compute.kuberay.namespace`."""
 
-    def __init__(
-        self,
-        compute: ComputeConfig,
-        *,
-        namespace: str | None = None,
-        patience: float = PATIENCE_SECONDS,
-        renew_seconds: float = RENEW_SECONDS,
-    ) -> None:
-        self._compute, self._patience, self._renew_seconds = compute, patience, renew_seconds
+    def __init__(self, compute: ComputeConfig, *, namespace: str | None = None) -> None:
+        self._compute = compute
         self._namespace = compute.kuberay.namespace or namespace
         self._launcher = Launcher()
         self._job: Mapping[str, str] = {}  # labels of the RayJob; empty while there is none for this launcher
@@ -125,7 +118,7 @@ class KubeRay:
 
     @cached_property
     def _api(self) -> KubernetesApi:
-        return KubernetesApi(self._namespace, patience=self._patience)
+        return KubernetesApi(self._namespace, patience=PATIENCE_SECONDS)
 
     def connect(self) -> None:
         _ = self._api
@@ -137,7 +130,7 @@ class KubeRay:
         not for its pipeline. A RayJob that failed stays for as long as the template says.
         """
         self._launcher, self._job = find_launcher(self._api), {}
-        self._heart = Heartbeat(step.lease, every=self._renew_seconds)
+        self._heart = Heartbeat(step.lease)
         manifest, name = self._manifest(step), step.job_name
         with ended_on_sigterm(lambda: self._end_at_once(name)), self._heart:
             try:
@@ -152,8 +145,6 @@ class KubeRay:
                 outage = isinstance(error, OSError) and not isinstance(error, (PermissionError, UserError))
                 if self._ours and not outage:
                     self._delete(name, KubernetesApi(self._api.namespace, patience=DELETE_SECONDS))
-                elif self._job and isinstance(error, KeyboardInterrupt):
-                    say(self._stays(name))
                 raise
         if self._ours and not (state.kept and "deletionStrategy" in manifest["spec"]):
             self._api.delete("rayjobs", name, uid=self._uid)
@@ -215,10 +206,6 @@ class KubeRay:
         """Whether the RayJob ends with this process. Others come and go: to be asked when it matters."""
         job, this_run = self._job, self._launcher.labels.get(KFP_RUN_LABEL)
         return bool(job) and is_ours(self._heart, job.get(ATTEMPT_LABEL), job.get(KFP_RUN_LABEL), this_run)
-
-    def _stays(self, name: str) -> str:
-        how = f"kubectl delete rayjob {name} --namespace {self._api.namespace}"
-        return f"RayJob {name} keeps running for another launcher; with none it ends by itself, or now by: {how}"
 
     def _start(self, step: RemoteStep, manifest: Resource) -> str:
         """Create the RayJob, or attach to one; the label of its pods, since those of an earlier one may still end."""
@@ -295,8 +282,6 @@ class KubeRay:
         evicted pod is started again and attaches to the work. Without a Workflow a person stopped this process.
         """
         if not self._ours:
-            if self._job:
-                say(self._stays(name))
             return
         ending = self._launcher.workflow is None
         # New clients: a signal handler must not wait for a lock of the client that it interrupts.

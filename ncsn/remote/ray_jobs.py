@@ -39,7 +39,7 @@ from ncsn.remote.backend import (
     say,
 )
 from ncsn.runs.code import ray_environment
-from ncsn.storage.heartbeat import RENEW_SECONDS, Heartbeat
+from ncsn.storage.heartbeat import Heartbeat
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
@@ -71,9 +71,8 @@ class Refused(RuntimeError):
 class RayJobs:
     """The backend `ray-jobs`."""
 
-    def __init__(self, compute: ComputeConfig, *, renew_seconds: float = RENEW_SECONDS) -> None:
+    def __init__(self, compute: ComputeConfig) -> None:
         self._given = compute.ray_jobs.address
-        self._renew_seconds = renew_seconds
         self._running: str | None = None  # the job that this launcher waits for
         self._about: Mapping[str, str] = {}  # its metadata
 
@@ -103,7 +102,7 @@ class RayJobs:
         SIGTERM and Ctrl-C stop the job if it `is_ours`.
         """
         self.connect()
-        self._running, self._heart = None, Heartbeat(step.lease, every=self._renew_seconds)
+        self._running, self._heart = None, Heartbeat(step.lease)
         with self._heart, ended_on_sigterm(lambda: None):
             try:
                 name = self._start(step)
@@ -114,7 +113,6 @@ class RayJobs:
                 _require_success(job, step, log)
             except (KeyboardInterrupt, SystemExit):
                 self._stop_running()
-                self._wait_for_end()
                 raise
 
     def stop(self, *, run: str | None, kfp_run: str | None) -> list[str]:
@@ -263,21 +261,16 @@ class RayJobs:
         return self._running is not None and is_ours(self._heart, about.get(MADE_BY), about.get(KFP_RUN), this_run)
 
     def _stop_running(self) -> None:
-        if self._running is None:
-            return
-        if not self._ours:
-            say(f"Ray job {self._running} keeps running for another launcher; with none it ends by itself")
+        """Wait for the end, so that the same command, given again at once, does not attach to a job that is ending."""
+        if self._running is None or not self._ours:
             return
         try:
             self._client.stop_job(self._running)
         except (OSError, RuntimeError) as error:
             say(f"Ray job {self._running} could not be stopped ({error}); its driver ends when its lease expires")
-
-    def _wait_for_end(self) -> None:
-        """Wait, so that the same command, given again at once, does not attach to a job that is ending."""
         ends = time.monotonic() + _STOP_WAIT_SECONDS
         with suppress(OSError, RuntimeError):
-            while self._running and self._ours and time.monotonic() < ends:
+            while time.monotonic() < ends:
                 job = self._job(self._running, patience=0)
                 if job is None or job.status.is_terminal():
                     return

@@ -42,11 +42,6 @@ class Asked(BaseModel):
     def count(self) -> int:
         return self.number or (1 if self.format == "png" else 16)
 
-    @property
-    def wishes(self) -> dict[str, Any]:
-        """Those of `with_wishes`."""
-        return {"seed": self.seed, "guidance": self.guidance, "label": self.label, "sampler": self.sampler}
-
 
 def read(body: bytes) -> Asked:
     """The request in a JSON object of number, seed, class, sampler, guidance and format, none of which is required."""
@@ -62,7 +57,7 @@ def read(body: bytes) -> Asked:
 
 def settings(trained: TrainedNetwork, asked: Asked) -> SamplingConfig:
     """The settings of sampling that the request means for a model; `UserError` if it cannot follow them."""
-    config = with_wishes(trained.config, asked.wishes)
+    config = with_wishes(trained.config, vars(asked))
     require_label(config.sampling.label, trained.classes, key="class")
 
     def evaluations(sampling: SamplingConfig) -> int:

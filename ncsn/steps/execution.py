@@ -21,7 +21,6 @@ from ncsn.runs.folder import (
     RunFolder,
     find_inputs,
     read_mistake,
-    read_outcome,
     read_step,
     recorded,
     run_folder,
@@ -30,7 +29,7 @@ from ncsn.runs.folder import (
     write_outcome,
 )
 from ncsn.runs.steps import PIPELINE, STEPS, STEPS_ELSEWHERE, TUNE
-from ncsn.steps.step import WHOLE, launch
+from ncsn.steps.step import launch
 from ncsn.storage.heartbeat import LeaseExpired, is_abandoned
 from ncsn.tracking.client import tracking_uri
 
@@ -80,7 +79,7 @@ def run_all(config: Config, *, run: str, around: Around) -> None:
     """Do the steps of a run that are not done, with a search first if the config has one; and write how it ended."""
     given: dict[str, str | None] = {}
     folders = [run_folder(config, run)]
-    mark = WHOLE.set(folders)
+    storage.delete(folders[0].status)  # the run has not ended
     try:
         for step in STEPS if config.search is None else PIPELINE:
             result = run_step(step, config, run=run, given=given, around=around)
@@ -91,22 +90,20 @@ def run_all(config: Config, *, run: str, around: Around) -> None:
 
                 config, run = trainable(result, config), result.run
                 folders.append(run_folder(config, run))
+                storage.delete(folders[-1].status)
     except BaseException as error:
         _write_end(folders, step, error)
         raise
-    finally:
-        WHOLE.reset(mark)
     for folder in folders:
         write_outcome(folder, Outcome("FINISHED"))
 
 
 def _write_end(folders: Sequence[RunFolder], step: str, error: BaseException) -> None:
-    """Make the error of a step in the last of the runs the outcome of those that have none, since work was begun."""
+    """Make the error of a step in the last of the runs the outcome of all."""
     with suppress(OSError):  # an unreachable store must not hide the first error
         told = read_step(folders[-1], step).error  # by the driver, perhaps, who knew more
         for folder in folders:
-            if read_outcome(folder) is None:
-                write_outcome(folder, Outcome(state_after(error), told.message if told else str(error), step))
+            write_outcome(folder, Outcome(state_after(error), told.message if told else str(error), step))
 
 
 def preflight(step: str, config: Config, folder: RunFolder) -> None:

@@ -68,13 +68,6 @@ class Lease:
             self._seen, self._changed_at = seen, now
         return now - self._changed_at > LEASE_SECONDS
 
-    def require(self, done: str) -> None:
-        """Raise `LeaseExpired` if it has expired; `done` says in the message how far the work is."""
-        if self.expired():
-            raise LeaseExpired(
-                f"no launcher has renewed a lease in {self.uri} for {LEASE_SECONDS:g} s: stopped; {done}"
-            )
-
 
 class Heartbeat:
     """The launcher's side: a context in which a thread renews the launcher's lease in the folder `uri`.
@@ -83,10 +76,9 @@ class Heartbeat:
     one was renewed last; a signal handler may read it.
     """
 
-    def __init__(self, uri: str, *, every: float = RENEW_SECONDS) -> None:
+    def __init__(self, uri: str) -> None:
         self.id, self.alone = uuid.uuid4().hex, False
-        self._uri, self._every = uri, every
-        self._ended = threading.Event()
+        self._uri, self._ended = uri, threading.Event()
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 
     def __enter__(self) -> Heartbeat:
@@ -100,8 +92,8 @@ class Heartbeat:
         self._thread.join(timeout=5)
 
     def _beat(self) -> None:
-        while not self._ended.wait(self._every):
-            with suppress(OSError), limited(self._every):  # a beat that fails is no loss: the lease outlasts several
+        while not self._ended.wait(RENEW_SECONDS):
+            with suppress(OSError), limited(RENEW_SECONDS):  # a beat that fails is no loss: the lease outlasts several
                 self._renew()
 
     def _renew(self) -> None:

@@ -2,8 +2,7 @@
 service accounts, pods, logs, events and Argo's Workflows.
 
 Reads and writes behave as the real server's do for one namespace: 409 for a name that exists, finalizers, RBAC with the
-real wording of a refusal. The switches of `Cluster` make it fail as real ones do. `kuberay_operator` plays the operator
-behind it.
+real wording of a refusal. The switches of `Cluster` make it fail as real ones do.
 """
 
 from __future__ import annotations

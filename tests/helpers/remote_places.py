@@ -1,14 +1,12 @@
-"""Steps on a backend, as a launcher in another process sees them: a real Ray head, or an emulated KubeRay."""
+"""Steps on a backend, as a launcher in another process sees them, and a real Ray head for them."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,9 +33,10 @@ import json, sys
 from ncsn.config.compute import ComputeConfig
 from ncsn.remote import backend as common, kuberay, open_backend
 from ncsn.remote.backend import RemoteFailure, RemoteStep
+from ncsn.storage import heartbeat
 compute, step = json.loads(sys.argv[1]), json.loads(sys.argv[2])
 backend = open_backend(ComputeConfig.model_validate(compute))
-backend._renew_seconds = 0.2
+heartbeat.RENEW_SECONDS = 0.2
 kuberay.POLL_SECONDS = common._LOG_SECONDS = 0.1
 kuberay.LOOK_SECONDS = (0.1, 0.1)
 kuberay._AT_ONCE, common._LAST_READ_SECONDS = (60.0, 60.0), 120.0  # this machine may be slower than a cluster
@@ -82,19 +81,23 @@ class Launched(subprocess.Popen[str]):
 
 
 @dataclass
-class Place(ABC):
-    """A backend, and steps whose command is Python code."""
+class RayHead:
+    """A job server behind a proxy that can be cut, and steps whose command is Python code."""
 
     folder: Path
+    nodes: RayNodes
+    proxy: TcpProxy
 
-    compute: dict[str, Any]
+    @property
+    def compute(self) -> str:
+        return json.dumps({"backend": "ray-jobs", "ray_jobs": {"address": self.proxy.url}})
 
     def launch(self, run: str, code: str, **changes: Any) -> Launched:
         step = {"run": run, "step": "train", "uri": str(self.step_folder(run)), "command": ("python", "-c", code)}
-        return Launched(json.dumps(self.compute), json.dumps(step | changes), env=self.environment)
+        return Launched(self.compute, json.dumps(step | changes), env=self.environment)
 
     def stop(self, run: str) -> list[str]:
-        stopping = Launched(json.dumps(self.compute), "null", run, env=self.environment)
+        stopping = Launched(self.compute, "null", run, env=self.environment)
         out, err = stopping.communicate(timeout=240)
         assert stopping.returncode == 0, err
         names: list[str] = json.loads(out)
@@ -105,35 +108,6 @@ class Place(ABC):
 
     def log(self, run: str) -> str:
         return (self.step_folder(run) / "log.txt").read_text()
-
-    @property
-    def environment(self) -> dict[str, str]:
-        return dict(os.environ)
-
-    @abstractmethod
-    def running(self, run: str) -> list[str]:
-        """Names of the jobs of the run that have not ended."""
-
-    @abstractmethod
-    def attempts(self, run: str) -> int:
-        """How many jobs the run has had."""
-
-    @abstractmethod
-    @contextmanager
-    def outage(self) -> Iterator[None]:
-        """The server is unavailable."""
-
-    @abstractmethod
-    def lose(self, run: str) -> None:
-        """The server forgets the running job."""
-
-
-@dataclass
-class RayHead(Place):
-    """A job server behind a proxy that can be cut."""
-
-    nodes: RayNodes
-    proxy: TcpProxy
 
     @property
     def environment(self) -> dict[str, str]:
@@ -152,9 +126,6 @@ class RayHead(Place):
     def running(self, run: str) -> list[str]:
         return [job["submission_id"] for job in self.of(run) if job["status"] in ("PENDING", "RUNNING")]
 
-    def attempts(self, run: str) -> int:
-        return len(self.of(run))
-
     @contextmanager
     def outage(self) -> Iterator[None]:
         self.proxy.cut()
@@ -170,27 +141,3 @@ class RayHead(Place):
                 time.sleep(0.2)
             time.sleep(3)  # Ray's monitor of the job must have ended, else it writes a status once more
             self.nodes.get(f"/api/jobs/{name}", method="DELETE")
-
-
-@dataclass
-class KubeRayCluster(Place):
-    """See `conftest.Emulation`."""
-
-    emulation: Any
-
-    def running(self, run: str) -> list[str]:
-        mine = [job for job in self.emulation.jobs if job["metadata"]["labels"]["ncsn.dev/run"] == run]
-        return [job["metadata"]["name"] for job in mine if "deletionTimestamp" not in job["metadata"]]
-
-    def attempts(self, run: str) -> int:
-        return len(self.emulation.operator.started)
-
-    @contextmanager
-    def outage(self) -> Iterator[None]:
-        self.emulation.cluster.away = True
-        yield
-        self.emulation.cluster.away = False
-
-    def lose(self, run: str) -> None:
-        (name,) = self.running(run)
-        self.emulation.cluster.delete("rayjobs", name)

@@ -1,28 +1,29 @@
-"""An emulated cluster with KubeRay, which the kubeconfig of the environment names."""
+"""An emulated API server, which the kubeconfig of the environment names: a test says what an operator would do."""
 
 from __future__ import annotations
 
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from kuberay_operator import Operator
-from kubernetes_api import ApiServer, Cluster, rules_of
+from kubernetes_api import ApiServer, Cluster, Resource, rules_of
 from ray_nodes import RayNodes
 from remote_places import Launched
 from s3_server import S3Server
 
 from ncsn.config.compute import ComputeConfig
 from ncsn.remote import backend, kuberay, pods
-from ncsn.remote.backend import RemoteStep
+from ncsn.remote.backend import RemoteLost, RemoteStep
 from ncsn.remote.kuberay import KubeRay
+from ncsn.storage import heartbeat
 
 BASE = Path(__file__).parents[2] / "infra" / "base"
 ROLE, NOTES = BASE / "rbac" / "launcher-role.yaml", BASE / "janitor" / "notes.yaml"
@@ -30,75 +31,93 @@ ROLE, NOTES = BASE / "rbac" / "launcher-role.yaml", BASE / "janitor" / "notes.ya
 
 @dataclass
 class Emulation:
-    """The cluster, its operator, and a step to run on it."""
+    """The cluster, and a step to run on it."""
 
     cluster: Cluster
-    operator: Operator
-    server: ApiServer
     folder: Path
 
-    def step(self, code: str, **changes: Any) -> RemoteStep:
-        """A step whose entrypoint is Python code."""
+    def step(self, work: str = "") -> RemoteStep:
         uri = self.folder / "runs" / "mine" / "steps" / "train"
-        return replace(RemoteStep(run="mine", step="train", uri=str(uri), command=("python", "-c", code)), **changes)
+        return RemoteStep(run="mine", step="train", uri=str(uri), command=("ncsn", "train", work))
 
-    def execute(
-        self, code: str, *, meanwhile: Callable[[], object] = lambda: None, patience: float = 60, **compute: Any
-    ) -> None:
-        """Run the code as a RayJob, in this process, and something beside it."""
+    def execute(self, *, meanwhile: Callable[[], object] = lambda: None, **compute: Any) -> None:
+        """Run the step as a RayJob, in this process, and something beside it, with whose failure the RayJob goes."""
+
+        def work() -> None:
+            try:
+                meanwhile()
+            except BaseException:
+                self.cluster.away = False
+                self.cluster.delete("rayjobs", self.step().job_name)
+                raise
+
         settings = ComputeConfig.model_validate(compute)
         with ThreadPoolExecutor(1) as pool:
-            beside = pool.submit(meanwhile)
-            KubeRay(settings, patience=patience, renew_seconds=0.2).execute(self.step(code))
+            beside = pool.submit(work)
+            try:
+                KubeRay(settings).execute(self.step())
+            except RemoteLost as lost:
+                raise beside.exception() or lost from None
             beside.result()
 
-    def execute_until(self, condition: Callable[[], object]) -> None:
-        """Run a RayJob, in this process, that ends when the condition holds."""
-        go = self.folder / "go-on"
-
-        def release() -> None:
-            ends = time.monotonic() + 60
-            while not condition() and time.monotonic() < ends:
-                time.sleep(0.02)
-            go.touch()
-
-        waiting = f"import pathlib, time\nwhile not pathlib.Path({str(go)!r}).exists(): time.sleep(0.02)"
-        self.execute(waiting, meanwhile=release)
-        assert condition()
-
-    def launch(self, code: str) -> Launched:
-        """Run the code as a RayJob, from another process."""
-        step = json.dumps({key: value for key, value in vars(self.step(code)).items() if not callable(value)})
+    def launch(self, work: str = "") -> Launched:
+        """Run the step as a RayJob, from another process."""
+        step = json.dumps({key: value for key, value in vars(self.step(work)).items() if not callable(value)})
         return Launched('{"backend": "kuberay"}', step, env=dict(os.environ))
 
     @property
-    def jobs(self) -> list[dict[str, Any]]:
+    def jobs(self) -> list[Resource]:
         return self.cluster.list("rayjobs")
+
+    def set_status(self, deployment: str, job: str = "", **more: Any) -> None:
+        """That of the RayJobs that there are."""
+        status = {"jobDeploymentStatus": deployment, "jobStatus": job, **more}
+        for each in self.jobs:
+            self.cluster.update("rayjobs", each["metadata"]["name"], lambda rayjob: rayjob.update(status=status))
+
+    def add_pod(self, name: str, *, log: Iterable[str] = (), attempt: str = "", **labels: str) -> None:
+        """One that runs, of the RayJob that there is, with the lines of its log."""
+        (job,) = self.jobs
+        labels |= {"ncsn.dev/attempt": attempt or job["metadata"]["labels"]["ncsn.dev/attempt"]}
+        container = {"name": "main", "image": "ours:1", "state": {"running": {}}, "restartCount": 0}
+        status = {"phase": "Running", "containerStatuses": [container]}
+        self.cluster.logs[name] = []
+        self.write_log(name, *log)
+        self.cluster.create("pods", {"metadata": {"name": name, "labels": labels}, "status": status})
+
+    def add_submitter(self, name: str = "submitter", **more: Any) -> None:
+        self.add_pod(name, **more, **{"job-name": self.step().job_name})
+
+    def write_log(self, pod: str, *lines: str) -> None:
+        for line in lines:
+            now = time.time_ns()
+            stamp = datetime.fromtimestamp(now // 10**9, UTC).strftime("%Y-%m-%dT%H:%M:%S")
+            self.cluster.logs[pod].append(f"{stamp}.{now % 10**9:09d}Z {line}\n".encode())
 
     @property
     def log(self) -> str:
-        return (self.folder / "runs/mine/steps/train/log.txt").read_text()
+        return Path(self.step().log).read_text()
 
 
 @pytest.fixture
 def emulation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulation]:
+    """A RayJob runs as soon as it is created, until the test says otherwise."""
     cluster = Cluster(rules=rules_of(ROLE))
     cluster.create("configmaps", yaml.safe_load(NOTES.read_text()))
-    server, operator = ApiServer(cluster), Operator(cluster)
+    server, emulation = ApiServer(cluster), Emulation(cluster, tmp_path)
+    cluster.on_create = lambda _: emulation.set_status("Running", "RUNNING")
     server.write_kubeconfig(tmp_path / "kubeconfig")
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "kubeconfig"))
     monkeypatch.setenv("NCSN_IMAGE", "registry.example/ncsn-python:0.1.0")
     monkeypatch.setattr(backend, "_LAST_READ_SECONDS", 120.0)  # of a log, on a busy machine
     monkeypatch.setattr(backend, "_LOG_SECONDS", 0.1)
+    monkeypatch.setattr(heartbeat, "RENEW_SECONDS", 0.2)
     monkeypatch.setattr(kuberay, "POLL_SECONDS", 0.02)
     monkeypatch.setattr(kuberay, "LOOK_SECONDS", (0.1, 0.1))
     for name in ("KFP_POD_NAME", "NCSN_RAYJOB_TEMPLATE", "HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"):
         monkeypatch.delenv(name, raising=False)
-    yield Emulation(cluster, operator, server, tmp_path)
-    cluster.away = False
-    operator.close()
+    yield emulation
     server.close()
-    assert cluster.list("rayjobs") == [] and cluster.list("pods") == []
 
 
 @pytest.fixture(scope="session")

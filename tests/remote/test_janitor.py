@@ -167,7 +167,6 @@ def test_a_running_pipeline_is_left_alone(emulation: Any, config: Config, janito
     rayjob(emulation, "working", ownerReferences=[OWNER])
     assert janitor() == []
     assert (outcome(config), len(notes(emulation)), len(emulation.jobs)) == (None, 1, 1)
-    emulation.cluster.delete("rayjobs", "working")
 
 
 def test_a_pipeline_run_starts_once_however_many_tasks_it_has(emulation: Any, config: Config) -> None:
@@ -180,17 +179,16 @@ def test_a_pipeline_run_starts_once_however_many_tasks_it_has(emulation: Any, co
         started, end = sent.wait_for(2)
     assert (started["event"], started["run"], started["kfp_run"]) == ("started", "mine", "77aa")
     assert (end["event"], len(sent.tries)) == ("finished", 2)
-    KubernetesApi().patch("configmaps", NOTES, {"data": {"77aa": None}})
 
 
 @pytest.mark.usefixtures("begun")
 def test_a_rayjob_goes_with_its_pipeline_and_the_last_word_comes_later(
-    emulation: Any, config: Config, janitor: Any, eventually: Any
+    emulation: Any, config: Config, janitor: Any
 ) -> None:
     workflow(emulation, "Running", activeDeadlineSeconds=0)
     rayjob(emulation, "working", ownerReferences=[OWNER])
     janitor()
-    eventually(lambda: not emulation.jobs, "the RayJob is gone")
+    assert emulation.jobs == []
     assert statuses(config)["run"] == "KILLED"
     assert len(notes(emulation)) == 1, "its driver may still write to MLflow"
     emulation.cluster.update("workflows", WORKFLOW, lambda each: each["status"].update(phase="Failed"))
@@ -210,7 +208,6 @@ def test_a_run_that_another_pipeline_run_goes_on_with_is_left_to_it(
     assert [action.split()[0] for action in janitor()] == ["ignore"]
     assert list(notes(emulation)) == ["77aa"]
     assert (outcome(config), statuses(config)["run"], len(emulation.jobs)) == (None, "RUNNING", 1)
-    emulation.cluster.delete("rayjobs", "working")
 
 
 @pytest.mark.usefixtures("begun")
@@ -256,8 +253,6 @@ def test_a_rayjob_without_a_workflow_lives_as_long_as_one_of_its_launchers(
     assert outcome(config) is None, "another RayJob of this run has a launcher"
     assert {job["metadata"]["name"] for job in emulation.jobs} == silent.keys() - {"waits", "hangs"}
     assert storage.list_names(f"{root}/alive") == ["0", "1"]
-    for job in emulation.jobs:
-        emulation.cluster.delete("rayjobs", job["metadata"]["name"])
 
 
 @pytest.mark.usefixtures("begun")
@@ -284,7 +279,6 @@ def test_the_pod_tells_what_the_step_could_not(emulation: Any, config: Config, j
     found = outcome(config)
     assert found is not None and (found.status, found.failed_step) == ("FAILED", "train")
     assert "OOMKilled" in found.reason
-    emulation.cluster.delete("pods", f"{WORKFLOW}-system-container-impl-1")
 
 
 def test_a_run_that_cannot_be_noted_works_nevertheless(
@@ -315,7 +309,6 @@ def test_its_role_has_what_is_needed_and_no_more(emulation: Any, config: Config,
     emulation.cluster.create("pods", {"metadata": pod, "spec": spec, "status": {"phase": "Succeeded"}})
     emulation.cluster.requests.clear()
     janitor()
-    emulation.cluster.delete("pods", "p")
     assert set(emulation.cluster.requests) == set(pairs(rules_of(INFRA / "janitor" / "role.yaml")))
 
 
@@ -324,7 +317,7 @@ def cleanup(*options: str) -> Any:
 
 
 @pytest.mark.usefixtures("begun")
-def test_a_person_ends_a_run_by_name_and_may_look_first(emulation: Any, config: Config, eventually: Any) -> None:
+def test_a_person_ends_a_run_by_name_and_may_look_first(emulation: Any, config: Config) -> None:
     emulation.cluster.rules = rules_of(INFRA / "janitor" / "role.yaml")
     KubernetesApi().patch("configmaps", NOTES, {"data": None})  # a person's run has none
     rayjob(emulation, "working", root=config.storage.root)
@@ -333,7 +326,7 @@ def test_a_person_ends_a_run_by_name_and_may_look_first(emulation: Any, config: 
     assert (outcome(config), len(emulation.jobs)) == (None, 1)
     done = cleanup("--run", "mine")
     assert [line.split()[0] for line in done.stdout.splitlines()] == ["deleted", "closed"]
-    eventually(lambda: not emulation.jobs, "the RayJob is gone")
+    assert emulation.jobs == []
     assert outcome(config) == Outcome("KILLED", "terminated", "train")
     assert statuses(config)["run"] == "KILLED"
 
@@ -361,8 +354,6 @@ def test_the_exit_handler_cancels_what_still_runs(emulation: Any, on_kuberay: Co
     assert result.canceled == ["working"]
     assert "- working " in result.page
     assert sorted(job["metadata"]["name"] for job in emulation.jobs) == ["another", "failed"]
-    for name in ("another", "failed"):
-        emulation.cluster.delete("rayjobs", name)
 
 
 def test_the_outcome_is_written_though_the_cluster_refuses(emulation: Any, on_kuberay: Config) -> None:

@@ -44,8 +44,7 @@ slow = pytest.mark.slow
 @pytest.fixture
 def jobs(ray_head: RayNodes, tmp_path: Path) -> Iterator[RayHead]:
     with TcpProxy(ray_head.dashboard) as proxy:
-        compute = {"backend": "ray-jobs", "ray_jobs": {"address": ray_head.dashboard}}
-        yield RayHead(tmp_path, compute, ray_head, proxy)
+        yield RayHead(tmp_path, ray_head, proxy)
 
 
 @pytest.fixture
