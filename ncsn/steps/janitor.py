@@ -110,11 +110,20 @@ def clean_up(api: KubernetesApi, *, run: str | None = None, dry_run: bool = Fals
             return Action(verb, what, error)
         return Action(verb, what)
 
-    notes = [NotedRun(id=name, **json.loads(note)) for name, note in _notes(api).items()]
+    notes = list[NotedRun]()
+    for name, note in _notes(api).items():
+        try:
+            noted = NotedRun(id=name, **json.loads(note))
+            _ = noted.folder
+        except (TypeError, ValueError, UserError) as error:  # whoever may patch the ConfigMap may write anything
+            yield Action("read", f"the note of {name}", error)
+        else:
+            notes.append(noted)
     workflows = {each.id: api.get("workflows", each.workflow) for each in notes}
     resumed = {each.folder for each in notes if not is_ending(workflows[each.id])}
     mine = [each for each in notes if run in (None, each.run)]
-    working = [each for each in api.find("rayjobs", labels=selector(run=run)) if not JobState(each).finished]
+    ours = [each for each in api.find("rayjobs", labels=selector(run=run)) if RUN_LABEL in each["metadata"]["labels"]]
+    working = [each for each in ours if not JobState(each).finished]
     left = [each for each in working if run or _is_left(api, each)]
     others = {each["metadata"]["labels"][RUN_LABEL] for each in working if each not in left}
     for rayjob in left:
@@ -139,12 +148,10 @@ def _is_left(api: KubernetesApi, rayjob: Resource) -> bool:
     """Whether its pipeline run has ended; without one, whether no launcher is alive. False if the store is away."""
     if workflow := owner_of(rayjob).get("name"):
         return is_ending(api.get("workflows", workflow))
-    words = shlex.split(rayjob["spec"]["entrypoint"])
-    if "--lease" not in words:
-        return False
     # A driver at work ends by itself, and needs time to save.
     seconds = LEASE_SECONDS * (2 if JobState(rayjob).deployment == "Running" else 1)
-    with suppress(OSError, UserError), limited(_STORE_SECONDS):
+    with suppress(OSError, UserError, ValueError, LookupError), limited(_STORE_SECONDS):  # or it is not of ncsn
+        words = shlex.split(rayjob["spec"]["entrypoint"])
         return is_abandoned(words[words.index("--lease") + 1], seconds=seconds)
     return False
 

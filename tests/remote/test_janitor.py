@@ -256,6 +256,20 @@ def test_a_rayjob_without_a_workflow_lives_as_long_as_one_of_its_launchers(
 
 
 @pytest.mark.usefixtures("begun")
+def test_what_is_not_of_ncsn_keeps_it_from_nothing(emulation: Any) -> None:
+    """Whoever may make RayJobs or change the notes of a namespace may write anything there."""
+    rayjob(emulation, "theirs")
+    emulation.cluster.update("rayjobs", "theirs", lambda job: job["metadata"]["labels"].pop("ncsn.dev/run"))
+    rayjob(emulation, "quote", lease="'")
+    rayjob(emulation, "left", ownerReferences=[OWNER])
+    broken = {"text": "{", "list": "[]", "config": json.dumps({"workflow": "w", "run": "mine", "config": "a: ["})}
+    KubernetesApi().patch("configmaps", NOTES, {"data": broken})
+    actions = list(clean_up(KubernetesApi()))
+    assert [action.what.split()[-1] for action in actions if action.error] == list(broken)
+    assert {job["metadata"]["name"] for job in emulation.jobs} == {"theirs", "quote"}
+
+
+@pytest.mark.usefixtures("begun")
 def test_the_pod_tells_what_the_step_could_not(emulation: Any, config: Config, janitor: Any) -> None:
     """The names of pods and nodes are those of KFP 2.17.0 on Argo 4.0.5."""
     workflow(emulation, "Failed")
