@@ -31,7 +31,7 @@ _LEVELS = {"noise.sigma_1", "noise.sigma_L", "noise.num_levels"}
 
 
 class ForeignRun(UserError):
-    """The run belongs to another config."""
+    """The run belongs to another config, or has read other images."""
 
 
 class _Below:
@@ -90,6 +90,10 @@ class RunFolder:
     def step(self, step: str, file: str) -> str:
         """A file of one step, `step.json`, `progress.json`, `lease`, `stop`, `log.txt` or `workers.txt`."""
         return storage.join(self.steps, step, file)
+
+    def refusal(self, kfp_run: str) -> str:
+        """A file that says why the first task of a pipeline run left this run as it is."""
+        return storage.join(self.uri, "refused", kfp_run)
 
 
 def run_folder(config: Config, run: str) -> RunFolder:

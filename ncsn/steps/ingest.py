@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
+import logging
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
 
 from ncsn import storage
 from ncsn.config import Config
 from ncsn.data.dataset import Dataset, write_dataset
-from ncsn.data.format import MANIFEST, part_images
+from ncsn.data.format import MANIFEST, load_manifest, part_images, read_part
 from ncsn.data.sources import open_source
-from ncsn.data.sources.base import source_fingerprint
+from ncsn.data.sources.base import NO_FILES, source_fingerprint
 from ncsn.progress import Progress
+from ncsn.runs.folder import ForeignRun, RunFolder, claim_run, read_step, run_folder, update_step
 from ncsn.steps.step import Step
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -26,17 +35,18 @@ class IngestResult:
     notes: list[str] = field(default_factory=list)  # on images that were converted or left out, for people
 
 
-def run(config: Config, *, run: str) -> IngestResult:
-    """Bring the source's images to one shape and publish them under the digest of their content."""
+def run(config: Config, *, run: str, inputs: Mapping[str, Any] | None = None) -> IngestResult:
+    """Bring the source's images to one shape and publish them under the digest of their content.
+
+    `inputs` are `agreed_inputs`, if the caller has them. `ForeignRun` if the run has read other images.
+    """
+    if inputs is None:
+        inputs = agreed_inputs(config, run_folder(config, run))
     step = Step("ingest", config, run, IngestResult)
-    fingerprint = source_fingerprint(config.data)
-    inputs = {"data": config.data.model_dump(mode="json"), "files": fingerprint}
     if result := step.find_result(inputs, needs=lambda result: [storage.join(result.uri, MANIFEST)]):
         return result
     with step.work(config) as (progress, tracked):
-        # Named after the source, not the experiment, so that experiments on the same images share one dataset.
-        datasets = storage.join(step.folder.root, "datasets", config.data.source)
-        dataset = write_images(config, datasets, fingerprint=fingerprint, progress=progress)
+        dataset = write_images(config, _datasets(config, step.folder), fingerprint=inputs["files"], progress=progress)
         manifest = dataset.manifest
         tracked.log_dataset(manifest.name, digest=manifest.digest, uri=dataset.uri)
         tracked.log_metrics({f"ingest/{split}_images": count for split, count in manifest.counts.items()})
@@ -46,6 +56,55 @@ def run(config: Config, *, run: str) -> IngestResult:
     if manifest.skipped:
         notes.append(f"{len(manifest.skipped)} images could not be used; the first is {manifest.skipped[0].name}")
     return step.store_result(IngestResult(dataset.uri, manifest.digest, dict(manifest.counts), dataset.created, notes))
+
+
+def agreed_inputs(config: Config, folder: RunFolder) -> Mapping[str, Any]:
+    """What decides the dataset of the run; `ForeignRun`, with nothing changed, if it has read other images.
+
+    Names, sizes and dates of the source are compared with those at that time. Where they differ the images are read.
+    """
+    inputs = {"data": config.data.model_dump(mode="json"), "files": source_fingerprint(config.data)}
+    stored = read_step(folder, "ingest")
+    if not stored.result or stored.inputs == inputs:
+        return inputs
+    claim_run(config, folder.run)
+    files, root = stored.inputs["files"], stored.inputs["data"]["root"]
+    if inputs["files"] == NO_FILES and config.data.root == root:  # the source is away, and the run has its images
+        return stored.inputs
+    if inputs["files"] != files:
+        _logger.warning("data.root is not as run %s has read it: reading the images, to compare them", folder.run)
+        found = write_images(config, _datasets(config, folder), fingerprint=inputs["files"])
+        if found.manifest.digest != stored.result["digest"]:
+            raise ForeignRun(
+                "--run",
+                f"has read other images than those of data.root: {_changes(stored.result['uri'], found.uri)}",
+                hint=f"choose another name, such as --run {config.name}-{found.manifest.digest[:8]}",
+                value=folder.run,
+            )
+    update_step(folder, "ingest", inputs=inputs)
+    return inputs
+
+
+def _changes(before: str, after: str) -> str:
+    """How two datasets differ, in words; equal images count as often as they occur."""
+    if not storage.exists(storage.join(before, MANIFEST)):
+        return "how many differ is not known, since its dataset is gone"
+    sides = []
+    for uri in (before, after):
+        manifest = load_manifest(uri)
+        parts = (part for split in manifest.parts.values() for part in split)
+        images = (image for part in parts for rows in read_part(uri, part, manifest.pixels) for image in rows.images)
+        digests = (int.from_bytes(hashlib.sha256(image.tobytes()).digest()[:8]) for image in images)
+        sides.append(np.fromiter(digests, np.uint64))
+    kinds, places = np.unique(np.concatenate(sides), return_inverse=True)
+    old, new = (np.bincount(some, minlength=len(kinds)) for some in np.split(places, [len(sides[0])]))
+    count = [int(np.maximum(difference, 0).sum()) for difference in (new - old, old - new)]
+    return f"{count[0]:,} are new, {count[1]:,} are gone" if any(count) else "equal ones have other names or classes"
+
+
+def _datasets(config: Config, folder: RunFolder) -> str:
+    # Named after the source, not the experiment, so that experiments on the same images share one dataset.
+    return storage.join(folder.root, "datasets", config.data.source)
 
 
 def write_images(

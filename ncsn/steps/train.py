@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -18,19 +18,22 @@ from ncsn.distributed.cluster import ray_cluster, ray_tags
 from ncsn.errors import UserError
 from ncsn.model import build
 from ncsn.model.averages import ensure_average
-from ncsn.model.checkpoint import FILES, INDEX, TrainedNetwork, load_checkpoint
+from ncsn.model.checkpoint import FILES, INDEX, TrainedNetwork, folder_name, images_seen_at, load_checkpoint
+from ncsn.model.checkpoint_store import CheckpointStore
 from ncsn.model.classes import require_label, require_same_classes
 from ncsn.model.trained import TRAINED_CONFIG, adapted, load_checkpoint_or_model, save_model, start_notes
-from ncsn.runs.folder import RUN_PATTERN, RunFolder, find_inputs, folders_of, read_step, run_folder
+from ncsn.runs.folder import RUN_PATTERN, RunFolder, find_inputs, folders_of, read_step, run_folder, update_step
+from ncsn.runs.history import load_history
 from ncsn.steps.step import Step
 from ncsn.storage.heartbeat import Lease
 from ncsn.tracking.client import client_at, mlflow_errors, tracking_uri
 from ncsn.tracking.lineage import INIT_FROM
 from ncsn.tracking.live import LiveMetrics
+from ncsn.tracking.mlflow_runs import StepRun
 from ncsn.tracking.promotion import SCHEME, resolve_version
 from ncsn.tracking.registry import fetch_weights
 from ncsn.training.batches import classes_of
-from ncsn.training.loop import TrainingJob
+from ncsn.training.loop import TrainingJob, TrainOutcome
 
 _SOURCE = "source.json"  # in the folder of the network that training starts from: where it is from
 
@@ -48,21 +51,26 @@ class TrainResult:
     notes: list[str] = field(default_factory=list)  # for people
 
 
-def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> TrainResult:
+def run(config: Config, *, run: str, dataset: str, lease: str | None = None, finish: bool = False) -> TrainResult:
     """Train, or resume the run from its newest checkpoint, or return the result if it is complete.
 
     `lease` is the URI of the launcher's heartbeat; when it stops, training saves a checkpoint and ends. So it does once
-    the file `stop` of the step exists.
+    the file `stop` of the step exists. With `finish` the result is what there is; without it, training goes on then.
     """
     step = Step("train", config, run, TrainResult)
     manifest = load_manifest(dataset)
     config = step.fix_noise_levels(config, manifest)
     require_classes(config, manifest, dataset)
-    inputs = {"dataset": dataset, "num_images": config.train.num_images}
-    if result := step.find_result(
-        inputs, needs=lambda result: [storage.join(result.checkpoint, name) for name in (INDEX, *FILES)]
-    ):
+    step.set_length(config)
+    result = step.find_result(
+        {"dataset": dataset}, needs=lambda result: [storage.join(result.checkpoint, name) for name in (INDEX, *FILES)]
+    )
+    if result is not None and (finish or result.images_seen >= config.train.num_images):
         return result
+    if finish:
+        return _finish(step, config, dataset)
+    if result is not None:  # the steps that follow are those of the longer training, which may delete this checkpoint
+        update_step(step.folder, "train", state="", inputs={}, result={})
     start = start_of(config, step.folder, manifest)
     if result := step.run_elsewhere(config, {"dataset": dataset}):
         return result
@@ -84,21 +92,53 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> 
             start=start.uri,
         )
         outcome = trainer.train(job, run_uri=step.folder.uri)
-        checkpoint = storage.join(step.folder.checkpoints, outcome.checkpoint)
-        tags = {"checkpoint.uri": checkpoint, "checkpoint.images_seen": str(outcome.images_seen)}
-        tracked.set_tags({**tags, "train.computed_on": outcome.computed})
-        loss = {} if outcome.loss is None else {"train/loss": outcome.loss}
-        tracked.parent.log_metrics({"train/images_seen": outcome.images_seen, **loss}, step=outcome.images_seen)
-        result = TrainResult(
-            checkpoint=checkpoint,
-            images_seen=outcome.images_seen,
-            loss=outcome.loss,
-            images_per_second=round(outcome.images_per_second, 1),
-            seconds=round(outcome.seconds, 1),
-            dataset=dataset,
-            notes=[*start.notes, *outcome.notes],
-        )
+        result = _result(step, tracked, outcome, dataset, notes=(*start.notes, *outcome.notes))
     return step.store_result(result)
+
+
+def _finish(step: Step[TrainResult], config: Config, dataset: str) -> TrainResult:
+    """What the newest checkpoint holds as the result of the training."""
+    folder = step.folder
+    newest = trained_so_far(folder)
+    name = folder_name(seen := images_seen_at(newest))
+    with step.work(config) as (_, tracked):
+        if newest != name:
+            storage.publish_folder(
+                storage.join(folder.checkpoints, newest), storage.join(folder.checkpoints, name), marker=INDEX
+            )
+        losses = [point["train/loss"] for point in load_history(folder.history).points if "train/loss" in point]
+        seconds = read_step(folder, "train").seconds
+        outcome = TrainOutcome(seen, losses[-1] if losses else None, seen / max(seconds, 1e-9), seconds, name)
+        notes = [f"training ended early, by --finish; `ncsn train {folder.options}` goes on from there"]
+        result = _result(step, tracked, outcome, dataset, notes=notes)
+    return step.store_result(result)
+
+
+def trained_so_far(folder: RunFolder) -> str:
+    """Name of the newest checkpoint of a run; `UserError` if there is none."""
+    if (newest := CheckpointStore(folder.checkpoints).newest()) is None:
+        hint = "leave it out, and training begins"
+        raise UserError("--finish", f"run {folder.run!r} has no checkpoint yet", hint=hint)
+    return newest
+
+
+def _result(
+    step: Step[TrainResult], tracked: StepRun, outcome: TrainOutcome, dataset: str, *, notes: Iterable[str]
+) -> TrainResult:
+    checkpoint = storage.join(step.folder.checkpoints, outcome.checkpoint)
+    tags = {"checkpoint.uri": checkpoint, "checkpoint.images_seen": str(outcome.images_seen)}
+    tracked.set_tags(tags | ({"train.computed_on": outcome.computed} if outcome.computed else {}))
+    loss = {} if outcome.loss is None else {"train/loss": outcome.loss}
+    tracked.parent.log_metrics({"train/images_seen": outcome.images_seen, **loss}, step=outcome.images_seen)
+    return TrainResult(
+        checkpoint=checkpoint,
+        images_seen=outcome.images_seen,
+        loss=outcome.loss,
+        images_per_second=round(outcome.images_per_second, 1),
+        seconds=round(outcome.seconds, 1),
+        dataset=dataset,
+        notes=list(notes),
+    )
 
 
 def require_classes(config: Config, manifest: Manifest, dataset: str) -> None:
