@@ -1,3 +1,3 @@
 """Benchmarks of what a user waits for: `python -m benchmarks`."""
 
-import ncsn  # noqa: F401 - sets the environment before torch is loaded
+import ncsn.distributed  # noqa: F401 - sets the environment before torch is loaded

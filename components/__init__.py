@@ -22,9 +22,10 @@ def config_and_run(config: str, run: str) -> tuple[Any, str]:
 
     Tasks call it before they import their step, which makes those imports faster.
     """
-    from ncsn.process import reduce_gc
+    from ncsn.process import reduce_gc, settle
 
     reduce_gc()
+    settle()
     from ncsn.config import from_yaml
     from ncsn.errors import UserError
     from ncsn.process import KFP_RUN_ID

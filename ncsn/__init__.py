@@ -5,8 +5,6 @@ named, so that `import ncsn` loads no torch.
 """
 
 import importlib
-import os
-import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -16,15 +14,6 @@ if TYPE_CHECKING:
     from ncsn.library.model import ScoreModel
 
 __all__ = ["AnnealedLangevin", "Consistency", "DpmSolver", "KarrasHeun", "Langevin", "ScoreModel", "UserError", "fit"]
-
-# The threads of an operation wait for each other by spinning, for milliseconds. Beside other programs they kept from
-# working whom they waited for: a small network took 100 times as long. Read when torch is loaded.
-if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
-    os.environ["GOMP_SPINCOUNT"] = "2000"
-    if "torch" in sys.modules:
-        from ncsn.process import spin_less
-
-        spin_less()
 
 _MODULES = {"UserError": "ncsn.errors", "fit": "ncsn.library.fit", "ScoreModel": "ncsn.library.model"}
 

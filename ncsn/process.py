@@ -10,7 +10,6 @@ import os
 import platform
 import signal
 import sys
-import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -105,26 +104,13 @@ def _skip_last_collections() -> None:
         gc.freeze()
 
 
-def spin_less() -> None:
-    """Let the threads of operations spin for a shorter time, after libgomp has read GOMP_SPINCOUNT; only on Linux."""
-    # While a process has more of these threads than cores, libgomp spins 1,000 times instead of 300,000. So the threads
-    # of one call stay here, asleep, as long as the thread that has made the call.
-    try:
-        maps = Path("/proc/self/maps").read_text()
-    except OSError:
-        return
-    ready = threading.Event()
-
-    def hold() -> None:
-        nothing = ctypes.cast(ctypes.CDLL(None).getpid, ctypes.c_void_p)
-        for path in {line.split(maxsplit=5)[-1] for line in maps.splitlines() if "libgomp" in line}:
-            with suppress(OSError, AttributeError):  # the file is gone, or is something else
-                ctypes.CDLL(path).GOMP_parallel(nothing, None, len(os.sched_getaffinity(0)) + 1, 0)
-        ready.set()
-        threading.Event().wait()
-
-    threading.Thread(target=hold, name="spin-less", daemon=True).start()
-    ready.wait()
+def settle() -> None:
+    """Let operations' threads spin for a shorter time and glibc keep freed memory; for a process that is ncsn's own."""
+    # The threads of an operation wait for each other by spinning, for milliseconds. Beside other programs they kept
+    # from working whom they waited for: a small network took 100 times as long. Read when torch is loaded.
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+        os.environ["GOMP_SPINCOUNT"] = "2000"
+    keep_freed_memory()
 
 
 def keep_freed_memory() -> None:

@@ -34,6 +34,7 @@ os.environ.update(
     MLFLOW_DISABLE_TELEMETRY="true",
     DO_NOT_TRACK="1",
     MPLBACKEND="Agg",
+    GOMP_SPINCOUNT="2000",  # as the processes of ncsn have it
     OMP_NUM_THREADS="1",  # over tensors as small as those of tests, threads only wait for each other
 )
 for _inherited in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "NCSN_CACHE_DIR"):

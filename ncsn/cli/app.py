@@ -14,6 +14,7 @@ import click
 from ncsn.cli import cluster, registry, store
 from ncsn.cli.options import (
     ReportingCommand,
+    backend_options,
     code_option,
     existing_run_options,
     json_option,
@@ -21,7 +22,7 @@ from ncsn.cli.options import (
     target_options,
 )
 from ncsn.errors import UserError
-from ncsn.process import reduce_gc
+from ncsn.process import reduce_gc, settle
 from ncsn.runs.steps import STEP_INFO
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ def app() -> None:
 def main() -> None:
     """Entry point of the `ncsn` command."""
     reduce_gc()
+    settle()
     app(prog_name="ncsn")
 
 
@@ -121,6 +123,7 @@ def _ask_mirrored() -> bool:
 
 @app.command("run", cls=ReportingCommand, short_help="Run the whole pipeline, or its remaining steps.")
 @target_options
+@backend_options
 @code_option
 @json_option
 @click.option("--finish", is_flag=True, help="Train no further: make the model of what an interrupted run has trained.")

@@ -110,13 +110,18 @@ def console_on(stream: TextIO) -> Console:
 
 
 class Log:
-    """A text file that shows the messages about retries on a console too, without the words that Ray puts before.
+    """A text file that shows on a console too what a launcher says, and messages about retries without Ray's words.
 
     A full disk delays or loses its lines and raises nothing, so that what comes next is shown.
     """
 
     def __init__(self, file: TextIO, console: Console) -> None:
         self._file, self._console = file, console
+
+    def show(self, line: str, *, of_driver: bool) -> None:
+        """Show a line that will be written; of the driver's log only where no bars show its progress."""
+        if RETRY not in line and not (of_driver and self._console.is_terminal):
+            self._console.print(line, markup=False, soft_wrap=True)
 
     def write(self, text: str) -> int:
         for line in text.splitlines():

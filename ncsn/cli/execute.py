@@ -62,12 +62,9 @@ def run_one(step: str, target: Target, *, given: Mapping[str, str | None]) -> di
             console.print(f"run {folder.run}" + (f"   log {log}" if log else ""), soft_wrap=True)
             if not given.get("checkpoint"):
                 _say_if_selected(console, folder, inputs.get("checkpoint"))
-            # Without a terminal, the log of a step elsewhere is printed as it comes, with these lines in it.
-            in_log = target.config.compute.backend != "local" and step in STEPS_ELSEWHERE and not console.is_terminal
-            here = _saved_first(folder, console) if _trains_here(step, target.config) else nullcontext()
             end = _ends_as_told(console, lambda: _continues(target.config, step, folder))
             events = nullcontext() if lease else announced(folder.run, root=folder.root, step=step)  # by the launcher
-            with _shown(step, folder, view, watched=not in_log), end, events, here:
+            with end, events, _shown(step, folder, view, target.config):
                 yield
 
     lease = given.get("lease")
@@ -136,8 +133,7 @@ def _execute(config: Config, folder: RunFolder, options: Mapping[str, Mapping[st
             ray_started()
         if step == "sample":
             _say_if_selected(view.console, of, inputs["checkpoint"])
-        here = _saved_first(of, view.console) if _trains_here(step, config) else nullcontext()
-        with nullcontext() if of == folder else _alone(of, step), _shown(step, of, view), here:
+        with nullcontext() if of == folder else _alone(of, step), _shown(step, of, view, config):
             yield
 
     # One Ray cluster for all steps, which starts during the first. None where each step is a job; and a run that was
@@ -193,10 +189,6 @@ def _continues(config: Config, step: str, folder: RunFolder) -> str:
     return f"the same command continues training from image {seen:,} of {length:,}; {instead}"
 
 
-def _trains_here(step: str, config: Config) -> bool:
-    return step == "train" and config.compute.backend == "local"
-
-
 @contextmanager
 def _saved_first(folder: RunFolder, console: Console) -> Iterator[None]:
     """On Ctrl-C or SIGTERM let the training in this block save and end, before the block ends as it does without this.
@@ -238,9 +230,12 @@ def _saved_first(folder: RunFolder, console: Console) -> Iterator[None]:
 
 
 @contextmanager
-def _shown(step: str, folder: RunFolder, view: ProgressView, *, watched: bool = True) -> Iterator[None]:
-    """Show when the step starts and ends, and if `watched` the progress that it publishes."""
+def _shown(step: str, folder: RunFolder, view: ProgressView, config: Config) -> Iterator[None]:
+    """Show when the step starts and ends, and the progress that it publishes; a training here may save first."""
     ended = threading.Event()
+    here = config.compute.backend == "local" or step not in STEPS_ELSEWHERE
+    watched = here or view.console.is_terminal  # else the driver's log has these lines, and is shown
+    saved = _saved_first(folder, view.console) if here and step == "train" else nullcontext()
 
     def watch() -> None:
         while not ended.wait(_POLL_SECONDS):
@@ -255,7 +250,8 @@ def _shown(step: str, folder: RunFolder, view: ProgressView, *, watched: bool = 
     if watched:
         watcher.start()
     try:
-        yield
+        with saved:
+            yield
     finally:
         ended.set()
         if watched:

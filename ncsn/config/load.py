@@ -8,11 +8,12 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import yaml
 
-from ncsn.config.problems import leaves, set_value
+from ncsn.config.problems import leaves, set_value, types_at
 from ncsn.config.rules import checked
 from ncsn.config.schema import Config
 from ncsn.config.search import space_problems
@@ -44,7 +45,7 @@ _UniqueKeys.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _map
 
 
 def from_yaml(text: str, *, overrides: Sequence[str] = (), origin: str = "config") -> Config:
-    """The config in a YAML or JSON text, after `overrides` like `a.b=value`, whose values are YAML.
+    """The config in a YAML or JSON text, after `overrides` like `a.b=value`, see `parse_override`.
 
     `ConfigError` with each wrong key or value; `origin` says there where the text comes from.
     """
@@ -79,32 +80,27 @@ def _parsed(text: str, overrides: tuple[str, ...], origin: str) -> Config:
     return config
 
 
-def with_sampler(config: Config, sampler: str) -> Config:
-    """The config with another sampler: a kind, for its default settings, or `{kind: ..., ...}`.
-
-    The kind that the config has already leaves the settings as they are.
-    """
-    if sampler == config.sampling.sampler.kind:
-        return config
-    chosen = sampler if sampler.lstrip().startswith("{") else f"{{kind: {sampler}}}"
-    return from_yaml(to_yaml(config), overrides=[f"sampling.sampler={chosen}"], origin="sampler")
-
-
 def with_wishes(config: Config, wishes: Mapping[str, Any]) -> Config:
     """The config with the `sampler`, `seed`, `label` and weight of `guidance` that somebody asks for.
 
-    Wishes that are missing, None or empty change nothing, and so does a guidance of 0. Where none is configured, it is
-    away from the images of all classes.
+    A sampler is a kind, of the default settings unless it is the config's, or `{kind: ..., ...}` as text or mapping.
+    Guidance, where none is configured, is away from the images of all classes. Wishes that are missing, None or empty
+    change nothing.
     """
-    if sampler := wishes.get("sampler"):
-        config = with_sampler(config, str(sampler))
-    changes = [f"sampling.{key}={wishes[key]}" for key in ("seed", "label") if wishes.get(key) not in (None, "")]
-    weight, guidance = float(wishes.get("guidance") or 0), config.sampling.guidance
-    if guidance is not None and weight:
-        changes.append(f"sampling.guidance.weight={weight}")
-    elif weight not in (0, 1):
-        changes.append(f"sampling.guidance={{kind: classifier_free, weight: {weight}}}")
-    return from_yaml(to_yaml(config), overrides=changes, origin="the model's config")
+    tree = config.model_dump(mode="json")
+    sampling = tree["sampling"]
+    wanted = {key: wish for key, wish in wishes.items() if wish not in (None, "")}
+    sampling |= {"seed": wanted.get("seed", sampling["seed"]), "label": str(wanted.get("label", sampling["label"]))}
+    sampler = wanted.get("sampler", sampling["sampler"])
+    if isinstance(sampler, str):
+        _, sampler = parse_override(f"sampling.sampler={sampler}")
+    if sampler != config.sampling.sampler.kind:
+        sampling["sampler"] = {"kind": sampler} if isinstance(sampler, str) else sampler
+    if (weight := wanted.get("guidance")) is not None and sampling["guidance"] is not None:
+        sampling["guidance"]["weight"] = weight
+    elif weight not in (None, 1):
+        sampling["guidance"] = {"kind": "classifier_free", "weight": weight}
+    return checked(tree)
 
 
 def to_json(config: Config) -> str:
@@ -118,19 +114,27 @@ def to_yaml(config: Config) -> str:
 
 
 def parse_override(override: str) -> tuple[str, Any]:
-    """Dotted path and value of `a.b=value`; `ConfigError` if it is none."""
+    """Dotted path and value of `a.b=value`; `ConfigError` if it is none.
+
+    A value is YAML. That of a setting which is text is this text, such as no, null or 2024, unless it is in quotes;
+    null and nothing are None for one that may be null.
+    """
     path, equals, raw = override.partition("=")
-    if not equals or not all(path.strip().split(".")):
+    path, text = path.strip(), raw.strip()
+    if not equals or not all(path.split(".")):
         raise ConfigError("--set", "expected a.b=value", hint="for example noise.num_levels=50", value=override)
+    quoted, types = text.startswith(("'", '"')), types_at(path, Config)
+    if str in types and not quoted:
+        return path, None if NoneType in types and text in ("", "~", "null") else text
     try:
-        value = yaml.safe_load(raw)
+        value = yaml.safe_load(text)
     except NOT_YAML:
         raise ConfigError("--set", "the value is not valid YAML", value=override) from None
     # YAML 1.1 reads 1e-3, without a dot, as text.
-    if isinstance(value, str) and not raw.lstrip().startswith(("'", '"')):
+    if isinstance(value, str) and not quoted:
         with suppress(ValueError):
             value = float(value)
-    return path.strip(), value
+    return path, value
 
 
 def overrides_between(one: Config, other: Config) -> list[str]:
@@ -141,7 +145,7 @@ def overrides_between(one: Config, other: Config) -> list[str]:
             for key, value in right.items():
                 yield from changes(left[key], value, f"{path}.{key}" if path else key)
         elif left != right:
-            yield f"{path}={json.dumps(right)}"
+            yield f"{path}={json.dumps(right, ensure_ascii=False)}"  # of YAML, whose escapes have other surrogates
 
     return list(changes(one.model_dump(mode="json"), other.model_dump(mode="json"), ""))
 

@@ -6,7 +6,8 @@ import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields, replace
 from functools import cache
-from typing import Any, get_args, get_type_hints
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
@@ -72,6 +73,24 @@ def section_models(model: type[Any], field: str) -> list[type[Any]]:
     return list(within(fields_of(model)[field].annotation))
 
 
+def types_at(path: str, root: type[Any]) -> list[Any]:
+    """What the value at a dotted path may be, whatever the kinds of its sections: types, sections and `Literal`s."""
+
+    def arms(annotation: Any) -> Iterator[Any]:
+        if get_origin(annotation) not in (Union, UnionType, Annotated):
+            yield annotation
+        else:
+            yield from (arm for each in get_args(annotation) for arm in arms(each))
+
+    found: list[Any] = [root]
+    for key in path.split("."):
+        models = [each for each in found if isinstance(each, type) and issubclass(each, BaseModel | Sampler)]
+        below = [fields_of(model)[key].annotation for model in models if key in fields_of(model)]
+        below += [get_args(each)[1] for each in found if get_origin(each) is dict]
+        found = [arm for annotation in below for arm in arms(annotation)]
+    return found
+
+
 def kinds_of(models: Iterable[type[Any]]) -> list[str]:
     """The values of `kind` that these sections have; none for a section without it."""
     found = [fields_of(model).get("kind") for model in models]
@@ -100,6 +119,8 @@ def _explain(detail: ErrorDetails, tree: dict[str, Any], model: type[Any]) -> li
         kinds = kinds_of(_models([*parts, "kind"], tree, model))
         example = f", such as {{kind: {kinds[0]}, ...}}" if kinds else ""
         return [Problem(path, f"expected a mapping{example}", value=value)]
+    if kind == "string_type":
+        return [Problem(path, "is no text", "put it in quotes, in which YAML leaves it as it is", value)]
     if kind == "value_error":
         raised: ValueError = detail["ctx"]["error"]
         if not (found := problems_of(raised)):  # a bug

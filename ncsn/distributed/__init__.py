@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import sys
 
+from ncsn.process import settle
+
+settle()  # No program that uses the library comes here, and all that computes for a step does, before it loads torch.
 # Ray Train takes at most one report per interval and sees the end of training at the next; its default is 2 s.
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
+from contextlib import suppress
 from typing import Any
 
 import ray.train
 import ray.train.torch
+from ray.exceptions import OutOfMemoryError
 from ray.train import (
     FailureConfig,
     LoggingConfig,
@@ -22,7 +24,9 @@ from ray.train import (
     UserCallback,
 )
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch.config import _TorchBackend
 from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
+from ray.train.v2._internal.execution.failure_handling import default
 
 from ncsn.distributed.workers import End, GroupContext, LostWorkers, attempt, describe, patience
 from ncsn.training.loop import TrainingJob, TrainOutcome
@@ -30,9 +34,12 @@ from ncsn.training.watchdog import LONG_SECONDS
 
 STARTUP_ATTEMPTS = 5
 STALLED_SECONDS = 600  # of GPUs, Ray's default: rank 0 may wait for a store that is away
+ENV_VARS_TO_PROPAGATE.add("GOMP_SPINCOUNT")  # whose workers load torch before `ncsn.distributed`
 
 # One of Ray Train's processes looks for its cluster by itself. Where this machine has several it ends with a traceback.
 ENV_VARS_TO_PROPAGATE.add("RAY_ADDRESS")
+# Ray Train starts workers again that are lost while they start, but not those that Ray kills for memory meanwhile.
+default.RETRYABLE_CONTROLLER_ERRORS += (OutOfMemoryError,)
 
 _logger = logging.getLogger(__name__)
 
@@ -48,7 +55,7 @@ def train_by_ray(job: TrainingJob, *, run_uri: str) -> TrainOutcome:
     with tempfile.TemporaryDirectory(prefix="ncsn-") as folder:
         trainer = _Trainer(
             lambda arguments: attempt(**arguments),
-            torch_config=TorchConfig(timeout_s=round(LONG_SECONDS + longest)),
+            torch_config=_Torch(timeout_s=round(LONG_SECONDS + longest)),
             train_loop_config={"job": job, "run_uri": run_uri, "context": RayContext},
             scaling_config=ScalingConfig(
                 num_workers=compute.num_workers,
@@ -81,6 +88,17 @@ class _Lost(LostWorkers, UserCallback):  # type: ignore[misc]
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:  # noqa: ARG002 - Ray's
         """Called in the controller before it decides."""
         self.count(worker_exceptions)
+
+
+class _Backend(_TorchBackend):  # type: ignore[misc]
+    def on_shutdown(self, *group: Any) -> None:
+        """Called before workers are started again. Ray expects any end of a worker here but by its memory monitor."""
+        with suppress(OutOfMemoryError):
+            super().on_shutdown(*group)
+
+
+class _Torch(TorchConfig):  # type: ignore[misc]
+    backend_cls = _Backend
 
 
 class _Trainer(TorchTrainer):  # type: ignore[misc]

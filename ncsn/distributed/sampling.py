@@ -23,6 +23,7 @@ from ncsn.distributed.ray_calls import call_all
 from ncsn.errors import InvalidValue
 from ncsn.evaluation.extractors import batches
 from ncsn.evaluation.features import extractor_of
+from ncsn.model import build
 from ncsn.model.generate import Strip, evaluations_per_image, generate, guide_of, image_labels
 from ncsn.model.trained import load_checkpoint_or_model
 from ncsn.progress import Progress
@@ -174,6 +175,7 @@ def _score(part: Part) -> Features | None:
 
 def _generate(part: Part, on_level: Strip | None = None) -> NDArray[Any]:
     config, sampling, device = part.config, part.sampling, part.config.compute.device
+    build.tune_cuda(device)
     trained, first = _load(part.checkpoint, device=device), part.first
     share = evaluations_per_image(config) * config.sampling.num_images / config.compute.max_workers
     many = part.folder is not None and share >= MANY_EVALUATIONS and device == "cuda"

@@ -6,8 +6,10 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,16 +29,17 @@ from ncsn.data.sources.base import Source
 from ncsn.data.sources.published_sets import Arrays
 from ncsn.errors import UserError
 from ncsn.library.model import ScoreModel
-from ncsn.model.checkpoint import load_checkpoint
+from ncsn.model.checkpoint import images_seen_at, load_checkpoint
 from ncsn.model.checkpoint_store import CheckpointStore
 from ncsn.progress import Progress
 from ncsn.report.images import evenly_spread
 from ncsn.storage import cache_folder
+from ncsn.storage.heartbeat import Lease, LeaseExpired
 from ncsn.tools.choose import TRAINING, choose
 from ncsn.tools.plan import Machine
 from ncsn.tools.survey import MOST_LOOKED_AT, Look, Survey, survey
 from ncsn.training.context import WorkerContext
-from ncsn.training.loop import TrainingJob, train_loop
+from ncsn.training.loop import DivergedError, TrainingJob, train_loop
 
 _LEAST_SIDE = 8  # of `data.image_size`
 
@@ -61,16 +64,18 @@ def fit(
         labels: A class for each image of an array or a dataset, numbers or names [N].
         network: unet, ddpmpp, ncsnv2 or ncsn; or {"kind": ..., ...} with settings of the section `network` of a config.
             All but a unet have by default the size of their paper, for a GPU.
-        hours: How long to train, about; but no longer than until each image was seen a thousand times.
+        hours: When training ends, by the clock, counted from this call; earlier if each image was seen a thousand
+            times. It makes one step at least.
         seed: Of the weights, the order of images and the noise.
-        on_progress: Called with the number of images that training has seen, and of those that it will have seen at its
-            end. What it raises ends training.
+        on_progress: Called with the number of images that training has seen, and of those that it is to see. What it
+            raises ends training.
 
     Raises:
         UserError: The images cannot be used, the network does not fit them, or training diverged.
     """
     if not 0 < hours < float("inf"):
         raise UserError("hours", "must be more than 0", value=hours)
+    ends = time.monotonic() + 3600 * hours
     here, threads = Machine.here(), torch.get_num_threads()
     chosen = {"kind": network} if isinstance(network, str) else network
     settings = [
@@ -99,7 +104,7 @@ def fit(
             overrides=settings,
             machine=replace(here, cores=threads, gpus=min(1, here.gpus)),
         ).config
-        return _train(config, source or open_source(config.data), on_progress)
+        return _train(config, source or open_source(config.data), on_progress, ends)
     except UserError as error:
         # Their keys and origins are those of `ncsn init`.
         raise type(error).of(
@@ -108,7 +113,17 @@ def fit(
         ) from error
 
 
-def _train(config: Config, source: Source, on_progress: Callable[[int, int], object] | None) -> ScoreModel:
+@dataclass
+class _Clock(Lease):
+    """A lease until a time."""
+
+    ends: float = 0.0
+
+    def expired(self) -> bool:
+        return time.monotonic() > self.ends
+
+
+def _train(config: Config, source: Source, on_progress: Callable[[int, int], object] | None, ends: float) -> ScoreModel:
     """The training loop on the source's training images, with all its files in a temporary folder."""
 
     class Told(Progress):
@@ -122,13 +137,18 @@ def _train(config: Config, source: Source, on_progress: Callable[[int, int], obj
         cached = cache_folder() / dataset.manifest.digest
         was_cached = cached.exists()
         checkpoints = CheckpointStore(f"{folder}/checkpoints", keep=1)
-        job = TrainingJob(resolve_noise(config, dataset.manifest), dataset.uri, progress=Told())
+        told, config = Told(), resolve_noise(config, dataset.manifest)
+        job = TrainingJob(config, dataset.uri, progress=told, lease=_Clock("", ends=ends))
         try:
-            outcome = train_loop(job, WorkerContext(config.compute.device), checkpoints)
+            with suppress(LeaseExpired):  # the time is over, and the state is saved
+                train_loop(job, WorkerContext(config.compute.device), checkpoints)
         finally:
             if not was_cached:
                 shutil.rmtree(cached, ignore_errors=True)
-        return ScoreModel(load_checkpoint(f"{checkpoints.uri}/{outcome.checkpoint}", device=config.compute.device))
+        if (name := checkpoints.newest()) is None:
+            raise DivergedError("hours", "were over when training had diverged", hint="give other images or settings")
+        told.start(images_seen_at(name), "images", done=images_seen_at(name))
+        return ScoreModel(load_checkpoint(f"{checkpoints.uri}/{name}", device=config.compute.device))
 
 
 def _in_memory(images: Any, labels: ArrayLike | None) -> tuple[Source, Survey]:

@@ -122,10 +122,12 @@ class ScoreModel:
         Args:
             x: [B, C, H, W], clean pixels in [0, 1]. Gradients pass through to it.
             sigma: Standard deviation of the noise in units of these pixels, one or [B].
-            label: Name or number of a class; None = the density of all classes.
+            label: Name or number of a class; None = the density of all classes, for a model that was trained with
+                train.label_dropout.
 
         Raises:
-            UserError: x or sigma are none, there is no such class, or a network of kind ncsn does not know the sigma.
+            UserError: x or sigma are none, there is no such class, or the network does not know this sigma, or x
+                without a class.
         """
         network, classes = self._trained.network, self._trained.classes
         images: Any = x  # whatever a caller gives
@@ -139,6 +141,9 @@ class ScoreModel:
         sigmas = sigmas.expand(len(x))
         conditions = {}
         if classes is not None:
+            if label is None and not self._trained.config.train.label_dropout:
+                reason = "is missing, and with train.label_dropout = 0 the network has never seen an image without one"
+                raise UserError("label", reason, hint="give one of `classes`")
             number = -1 if label is None else classes.index(str(label), key="label")
             conditions["labels"] = torch.full((len(x),), number, device=self._device)
         elif label is not None:

@@ -29,7 +29,6 @@ from ncsn.model import build
 from ncsn.model.checkpoint import TrainedNetwork, weights_digest
 from ncsn.model.classes import AS_DATA, BALANCED
 from ncsn.model.trained import load_checkpoint_or_model
-from ncsn.process import keep_freed_memory
 
 CHECKPOINT = "sampling.guidance.checkpoint"
 STRIP_IMAGES, STRIP_STAGES, STRIP_BYTES = 8, 12, 1_500_000
@@ -87,8 +86,6 @@ def generate_joined(
 
     known = [image_labels(trained, own, first=first, count=count) for own, first, count in parts]
     labels = torch.cat([each for each in known if each is not None]) if known[0] is not None else None
-    keep_freed_memory()
-    build.tune_cuda(device)
     score = score_function(trained, sampling, labels=labels, compiled=compiled)
     with torch.inference_mode():
         # On the CPU, where products are exact.

@@ -26,6 +26,7 @@ from typing import Any, Protocol, Self, TypeVar
 from ncsn import storage
 from ncsn.errors import UserError
 from ncsn.process import KFP_RUN_ID, TERMINATED
+from ncsn.storage.heartbeat import Heartbeat
 from ncsn.storage.retry import Retry, unavailable
 
 MAX_NAME = 47  # KubeRay adds up to 6 characters to a RayJob's name, and a name has at most 53
@@ -44,7 +45,7 @@ _FORWARDED = (
 )
 _LOOPBACK = re.compile(r"https?://(localhost|127(\.\d+){3}|\[::1\])(:|/|$)")
 
-_LOG_SECONDS = 2.0  # between two looks at a driver's log
+_LOG_SECONDS = 2.0  # between the first two looks at a driver's log; later five times as long
 _LAST_READ_SECONDS = 15.0
 _SAID = "error: "
 _COLOR = re.compile(r"\x1b\[[0-9;]*m")
@@ -64,7 +65,7 @@ class RemoteStep:
 
     run: str
     step: str
-    uri: str  # folder of the step in the store: holds its log and the launcher's lease
+    uri: str  # folder of the step in the store: holds its log and the launchers' leases
     command: tuple[str, ...]  # decides whether an attempt can attach; `leased_command` is what runs
     code: str | None = None  # URI of an archive of the packages to run, in place of those that are installed there
     facts: Mapping[str, str] = field(default_factory=dict)  # shown with the job, such as the name of its MLflow run
@@ -74,7 +75,7 @@ class RemoteStep:
 
     @property
     def lease(self) -> str:
-        """The object that the backend renews with a `Heartbeat` while it waits for the step."""
+        """The folder where the backend renews its lease with a `Heartbeat` while it waits for the step."""
         return storage.join(self.uri, "lease")
 
     @property
@@ -113,7 +114,7 @@ class RemoteLost(RemoteFailure):
 
 
 class EndedByOther(RemoteLost):
-    """The pipeline run that had started the job ended it; this launcher had attached to it, and may start it again."""
+    """The launcher that had started the job ended it; this one had attached to it, and may start it again."""
 
 
 class NotConfigured(Exception):
@@ -139,13 +140,13 @@ class Backend(Protocol):
     def execute(self, step: RemoteStep) -> None:
         """Run `step.leased_command` to its end, or attach to it if it is running.
 
-        Ctrl-C, and SIGTERM unless another attempt will follow, must end the work there, unless another pipeline run
-        started it. Until then the backend renews `step.lease`: when it is stale, the step saves and ends.
+        Ctrl-C, and SIGTERM unless another attempt will follow, must end the work there if `is_ours`. Until then the
+        backend renews its lease in `step.lease`: when all there are stale, the step saves and ends.
 
         Raises:
             RemoteFailure: It failed.
             RemoteLost: The backend no longer knows it.
-            EndedByOther: Another pipeline run ended it.
+            EndedByOther: Another launcher ended it.
         """
 
     def stop(self, *, run: str | None, kfp_run: str | None) -> list[str]:
@@ -153,6 +154,14 @@ class Backend(Protocol):
 
     def checks(self) -> Iterator[Check]:
         """What the backend needs."""
+
+
+def is_ours(heart: Heartbeat, made_by: str | None, kfp_run: str | None, this_run: str | None) -> bool:
+    """Whether a job ends with this launcher; without asking anybody, as a signal handler needs.
+
+    The pipeline run decides. Without one, a launcher's job is what it made, or what no other launcher waits for.
+    """
+    return kfp_run == this_run if kfp_run or this_run else made_by == heart.id or heart.alone
 
 
 def refuse_other_work(name: str, how_to_end: str) -> UserError:
@@ -190,10 +199,12 @@ def ended_on_sigterm(end: Callable[[], None]) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def say(line: str) -> None:
-    """Print a line for the person who waits; the log of a KFP task is its stderr."""
+def say(line: str, *, of_driver: bool = False) -> None:
+    """Print a line for the person who waits, or one of the driver's log; the log of a KFP task is its stderr."""
     # Where a task is terminated, who reads its stderr may end first, and an error here would pass for the step's.
     with suppress(BrokenPipeError):
+        if (show := getattr(sys.stderr, "show", None)) is not None:  # the output of a command goes to a file
+            show(line, of_driver=of_driver)
         sys.stderr.write(f"{line}\n")
         sys.stderr.flush()
 
@@ -248,7 +259,7 @@ class DriverLog(ABC):
     def __init__(self, uri: str) -> None:
         self.uri = uri
         self.lines: list[str] = []
-        self._job_over = threading.Event()
+        self.due, self._job_over = threading.Event(), False  # `due` is set to read at once
         self._thread = threading.Thread(target=self._follow, name="driver-log", daemon=True)
 
     def __enter__(self) -> Self:
@@ -256,7 +267,8 @@ class DriverLog(ABC):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_error: object) -> None:
-        self._job_over.set()
+        self._job_over = True
+        self.due.set()
         if kind is not None and not issubclass(kind, Exception):
             return
         self._thread.join(_LAST_READ_SECONDS)
@@ -274,13 +286,16 @@ class DriverLog(ABC):
         """The lines since the last call; `over`: there will be no more."""
 
     def _follow(self) -> None:
-        over = False
+        over, pause = False, _LOG_SECONDS
         while not over:
-            over = self._job_over.wait(_LOG_SECONDS)  # asked before reading, so that the last read sees the whole log
+            self.due.wait(pause)
+            self.due.clear()
+            over = self._job_over  # asked before reading, so that the last read sees the whole log
+            pause = min(1.2 * pause, 5 * _LOG_SECONDS)
             try:
                 for line in self.read(over=over):
                     self.lines.append(line)
-                    say(line)
+                    say(line, of_driver=True)
             except PermissionError as error:
                 say(f"the log cannot be shown: {error}")
                 return

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -19,11 +18,13 @@ from ncsn.remote.backend import (
     Check,
     Conflict,
     EndedByOther,
+    NotConfigured,
     RemoteFailure,
     RemoteLost,
     RemoteStep,
     ended_on_sigterm,
     forwarded_environment,
+    is_ours,
     refuse_other_work,
     say,
 )
@@ -43,14 +44,15 @@ from ncsn.storage.heartbeat import RENEW_SECONDS, Heartbeat
 STANDALONE = "kubeflow"  # namespace of the runs where Kubeflow Pipelines serves one user
 NOTES = "ncsn-runs"  # the ConfigMap of infra/base/janitor: by their id, the pipeline runs that are not closed
 NEEDED = (  # what infra/base/rbac/launcher-role.yaml grants
-    *((verb, "rayjobs.ray.io") for verb in ("create", "get", "list", "delete")),
+    *((verb, "rayjobs.ray.io") for verb in ("create", "get", "list", "watch", "delete")),
     *((verb, "pods") for verb in ("get", "list")),
     ("get", "pods/log"),
     ("list", "events"),
     ("get", "workflows.argoproj.io"),
     *((verb, "configmaps", NOTES) for verb in ("get", "patch")),
 )
-POLL_SECONDS = 3.0
+POLL_SECONDS = 1.0  # at least, between two looks at a RayJob
+LOOK_SECONDS = (10, 20)  # between two looks at its pods, until they run and later; less than a request may take
 DELETE_SECONDS = 30.0  # patience of a deletion while a person waits
 
 _AT_ONCE = (2.0, 3.0)  # seconds to connect and to answer, for a process that is being killed
@@ -118,7 +120,7 @@ class KubeRay:
         self._compute, self._patience, self._renew_seconds = compute, patience, renew_seconds
         self._namespace = compute.kuberay.namespace or namespace
         self._launcher = Launcher()
-        self._ours = False  # whether the RayJob ends with this process
+        self._job: Mapping[str, str] = {}  # labels of the RayJob; empty while there is none for this launcher
         self._uid: str | None = None  # of the RayJob; another of its name may be another launcher's
 
     @cached_property
@@ -131,17 +133,18 @@ class KubeRay:
     def execute(self, step: RemoteStep) -> None:
         """Run the step as a RayJob, or attach to the one that an earlier attempt left; return when it has ended.
 
-        Ctrl-C deletes the RayJob. So does SIGTERM, unless it is meant for the pod of this process and not for its
-        pipeline. That of another pipeline run stays. A RayJob that failed stays for as long as the template says.
+        Ctrl-C deletes the RayJob if it `is_ours`. So does SIGTERM, unless it is meant for the pod of this process and
+        not for its pipeline. A RayJob that failed stays for as long as the template says.
         """
-        self._launcher = find_launcher(self._api)
+        self._launcher, self._job = find_launcher(self._api), {}
+        self._heart = Heartbeat(step.lease, every=self._renew_seconds)
         manifest, name = self._manifest(step), step.job_name
-        with ended_on_sigterm(lambda: self._end_at_once(name)), Heartbeat(step.lease, every=self._renew_seconds):
+        with ended_on_sigterm(lambda: self._end_at_once(name)), self._heart:
             try:
                 attempt = self._start(step, manifest)
                 pods = PodWatch(self._api, f"{ATTEMPT_LABEL}={attempt}", resumes=step.resumes)
-                with PodLog(self._api, name, attempt=attempt, uri=step.log) as log:
-                    state = self._watch(step, pods, attempt)
+                with PodLog(self._api, name, pods, attempt=attempt, uri=step.log) as log:
+                    state = self._watch(step, pods, log, attempt)
             except (SystemExit, RemoteLost):  # on SIGTERM the handler has decided
                 raise
             except BaseException as error:
@@ -149,6 +152,8 @@ class KubeRay:
                 outage = isinstance(error, OSError) and not isinstance(error, (PermissionError, UserError))
                 if self._ours and not outage:
                     self._delete(name, KubernetesApi(self._api.namespace, patience=DELETE_SECONDS))
+                elif self._job and isinstance(error, KeyboardInterrupt):
+                    say(self._stays(name))
                 raise
         if self._ours and not (state.kept and "deletionStrategy" in manifest["spec"]):
             self._api.delete("rayjobs", name, uid=self._uid)
@@ -176,10 +181,12 @@ class KubeRay:
             return
         folder = "base/rbac" if api.namespace == STANDALONE else "overlays/multi-user"
         unreachable: Mapping[type[Exception], str] = {ConnectionError: "kubectl cluster-info"}
+        needs = f"kubectl apply --kustomize infra/{folder.replace('rbac', 'kuberay')}"
         for_crd = {**unreachable, FileNotFoundError: f"unset {TEMPLATE_VARIABLE}"}
         yield Check("kubernetes", lambda: f"{api.server}, namespace {api.namespace!r}", "")
         yield Check("rights", lambda: _check_rights(api), f"kubectl apply --kustomize infra/{folder}", unreachable)
         yield Check("kuberay", lambda: _check_crd(api), INSTALL_KUBERAY, for_crd)
+        yield Check("pod needs", lambda: _check_references(api), needs, for_crd)
         yield Check("pod image", self._image, f"export {IMAGE_VARIABLE}=REGISTRY/ncsn-python:TAG")
 
     def _image(self) -> str:
@@ -199,23 +206,33 @@ class KubeRay:
             namespace=self._api.namespace,
             image=image,
             env=forwarded_environment(to_pods=True) | {CONTAINER_IMAGE: image},
-            labels={ATTEMPT_LABEL: uuid.uuid4().hex, **self._launcher.labels},
+            labels={ATTEMPT_LABEL: self._heart.id, **self._launcher.labels},
             owner=self._launcher.owner,
         )
 
+    @property
+    def _ours(self) -> bool:
+        """Whether the RayJob ends with this process. Others come and go: to be asked when it matters."""
+        job, this_run = self._job, self._launcher.labels.get(KFP_RUN_LABEL)
+        return bool(job) and is_ours(self._heart, job.get(ATTEMPT_LABEL), job.get(KFP_RUN_LABEL), this_run)
+
+    def _stays(self, name: str) -> str:
+        how = f"kubectl delete rayjob {name} --namespace {self._api.namespace}"
+        return f"RayJob {name} keeps running for another launcher; with none it ends by itself, or now by: {how}"
+
     def _start(self, step: RemoteStep, manifest: Resource) -> str:
         """Create the RayJob, or attach to one; the label of its pods, since those of an earlier one may still end."""
-        name, kfp_run = step.job_name, self._launcher.labels.get(KFP_RUN_LABEL)
+        name, made = step.job_name, manifest["metadata"]["labels"]
         while True:
-            self._ours, self._uid = True, None  # before it exists, because this process may be killed meanwhile
+            self._job, self._uid = made, None  # before it exists, because this process may be killed meanwhile
             try:
                 self._uid = self._api.create("rayjobs", manifest)["metadata"]["uid"]
                 say(f"RayJob {name} created in namespace {self._api.namespace}")
-                return str(manifest["metadata"]["labels"][ATTEMPT_LABEL])
+                return str(made[ATTEMPT_LABEL])
             except Conflict:
-                self._ours = False
+                self._job = {}
             except (PermissionError, UserError):
-                self._ours = False
+                self._job = {}
                 raise
             found = self._api.get("rayjobs", name)
             if found is None:
@@ -226,9 +243,9 @@ class KubeRay:
                 if metadata.get("annotations", {}).get(REQUEST_ANNOTATION) != step.request:
                     how = f"kubectl delete rayjob {name} --namespace {self._api.namespace}"
                     raise refuse_other_work(name, how)
-                self._ours, self._uid = metadata["labels"].get(KFP_RUN_LABEL) == kfp_run, metadata["uid"]
-                whose = "" if self._ours else " and another pipeline run's"
-                say(f"attached to RayJob {name}, which is {state}{whose}")
+                self._job, self._uid = metadata["labels"], metadata["uid"]
+                end = "ends it" if self._ours else "leaves it to another launcher"
+                say(f"attached to RayJob {name}, which is {state}; Ctrl-C {end}")
                 return str(metadata["labels"][ATTEMPT_LABEL])
             self._api.delete("rayjobs", name, uid=metadata["uid"])
             while ((self._api.get("rayjobs", name) or {}).get("metadata") or {}).get("uid") == metadata["uid"]:
@@ -242,7 +259,7 @@ class KubeRay:
                 return is_ending(self._api.get("workflows", workflow))
         return False
 
-    def _watch(self, step: RemoteStep, pods: PodWatch, attempt: str) -> JobState:
+    def _watch(self, step: RemoteStep, pods: PodWatch, log: PodLog, attempt: str) -> JobState:
         """Wait for the end of the RayJob."""
         name, shown, settings = step.job_name, "", self._compute.kuberay
         ran, late = False, time.monotonic() + 60 * settings.max_start_minutes
@@ -255,6 +272,7 @@ class KubeRay:
                 shown = str(state)
                 suspended = f", waiting for quota in Kueue's queue {settings.queue}"
                 say(f"RayJob {name}: {shown}" + (suspended if state.deployment == "Suspended" else ""))
+                log.due.set()  # an attempt that has failed is deleted with its log
             if state.finished:
                 return state
             if state.failed and step.mistaken():
@@ -268,6 +286,7 @@ class KubeRay:
             if hopeless and state.deployment in ("", "Initializing"):
                 raise RemoteFailure(f"RayJob {name} cannot start: {hopeless}")
             time.sleep(POLL_SECONDS)
+            self._api.wait("rayjobs", found, seconds=LOOK_SECONDS[state.deployment == "Running"])
 
     def _end_at_once(self, name: str) -> None:
         """On SIGTERM: delete the RayJob, unless only this process is to end.
@@ -276,6 +295,8 @@ class KubeRay:
         evicted pod is started again and attaches to the work. Without a Workflow a person stopped this process.
         """
         if not self._ours:
+            if self._job:
+                say(self._stays(name))
             return
         ending = self._launcher.workflow is None
         # New clients: a signal handler must not wait for a lock of the client that it interrupts.
@@ -289,6 +310,11 @@ class KubeRay:
 
     def _delete(self, name: str, api: KubernetesApi) -> None:
         try:
+            if self._uid is None:  # the answer to its creation is not known
+                found = (api.get("rayjobs", name) or {"metadata": {}})["metadata"]
+                if found.get("labels", {}).get(ATTEMPT_LABEL) != self._heart.id:
+                    return
+                self._uid = found["uid"]
             api.delete("rayjobs", name, uid=self._uid)
             say(f"RayJob {name} deleted")
         except (ConnectionError, PermissionError, UserError) as error:
@@ -301,6 +327,26 @@ def _check_rights(api: KubernetesApi) -> str:
     if missing:
         raise PermissionError(f"this account may not {', '.join(missing)} in namespace {api.namespace!r}")
     return f"{len(NEEDED)} verbs in namespace {api.namespace!r}"
+
+
+def _check_references(api: KubernetesApi) -> str:
+    """Without its account no pod is made; without what is optional it starts, perhaps without addresses or keys."""
+    spec = load_template()["spec"]
+    groups = [spec["rayClusterSpec"]["headGroupSpec"], *spec["rayClusterSpec"]["workerGroupSpecs"]]
+    pods = [spec["submitterPodTemplate"]["spec"], *(group["template"]["spec"] for group in groups)]
+    required = {f"serviceaccounts {pod.get('serviceAccountName', 'default')}": True for pod in pods}
+    for source in (source for pod in pods for source in pod["containers"][0].get("envFrom", [])):
+        for kind, reference in (("configmaps", source.get("configMapRef")), ("secrets", source.get("secretRef"))):
+            if reference:
+                required[f"{kind} {reference['name']}"] = not reference.get("optional", False)
+    seen = {each: bool(api.get(*each.split())) if api.allowed("get", *each.split()) else None for each in required}
+    missing, hidden = ([each for each in seen if seen[each] is found] for found in (False, None))
+    if any(required[each] for each in missing):
+        raise UserError(f"namespace {api.namespace}", f"lacks {', '.join(missing)}")
+    if missing or hidden:
+        lacks = f"lacks {', '.join(missing)}: is it given in another way?" if missing else ""
+        raise NotConfigured(lacks or f"this account may not look for {', '.join(hidden)}")
+    return ", ".join(seen)
 
 
 def _check_crd(api: KubernetesApi) -> str:

@@ -6,10 +6,10 @@ A call is repeated while the API server is unreachable; a refusal is an error of
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from functools import partial
 from typing import Any
 
 import yaml
@@ -62,6 +62,20 @@ class KubernetesApi:
         listed = self._call("list", resource, self._path(resource), query=query, missing={"items": []})
         return sorted(listed["items"], key=lambda found: str(found["metadata"].get("creationTimestamp", "")))
 
+    def wait(self, resource: str, found: Resource, *, seconds: int) -> None:
+        """Return when the object is no longer as it was found, after `seconds`, or when the connection is lost."""
+        name, version = (found["metadata"][field] for field in ("name", "resourceVersion"))
+        # The first event is the object as it is, so that what happened before the watch is not missed.
+        query = {"watch": "true", "fieldSelector": f"metadata.name={name}", "timeoutSeconds": str(seconds)}
+
+        def first_change(response: Any) -> None:
+            with response:
+                events = (json.loads(line)["object"]["metadata"] for line in response)
+                next((each for each in events if each.get("resourceVersion") != version), None)
+
+        with suppress(ConnectionError):  # the next look asks again, and sees what was missed
+            self._call("watch", resource, self._path(resource), query=query, parse=first_change, patience=0)
+
     def create(self, resource: str, manifest: Resource) -> Resource:
         """The object as it was created; raises `Conflict` if there is one of that name."""
         created: Resource = self._call("create", resource, self._path(resource), body=manifest)
@@ -111,7 +125,7 @@ class KubernetesApi:
         """Lines of the pod's log; empty if it is gone or its container has not started (HTTP 400)."""
         try:
             path = self._path("pods", pod, "log")
-            text = self._call("get", "pods/log", path, query=query, parse=partial(bytes.decode, errors="replace"))
+            text = self._call("get", "pods/log", path, query=query, parse=lambda log: log.data.decode(errors="replace"))
         except UserError:
             return []
         return [line for line in text.split("\n") if line and not line.startswith(_LOST_LOG)]
@@ -127,7 +141,8 @@ class KubernetesApi:
         *,
         body: Any = None,
         query: Mapping[str, str] | None = None,
-        parse: Callable[[bytes], Any] = json.loads,
+        patience: float = math.inf,
+        parse: Callable[[Any], Any] = lambda response: json.loads(response.data),
         **missing: Any,
     ) -> Any:
         """The answer of the API server, asked until it gives one. With `missing` given, that stands for 404."""
@@ -145,10 +160,12 @@ class KubernetesApi:
                 _preload_content=False,
                 _request_timeout=self._timeouts,
             )
-            return parse(response.data)
+            return parse(response)
 
         try:
-            return keep_asking(ask, server=f"the Kubernetes API at {self.server}", seconds=self._patience)
+            return keep_asking(
+                ask, server=f"the Kubernetes API at {self.server}", seconds=min(self._patience, patience)
+            )
         except ApiException as error:
             status, message = error.status, message_of(error)
         if status == 404 and missing:

@@ -135,7 +135,8 @@ def _message(said: Resource) -> str:
 class PodWatch:
     """Prints once why the pods of a RayJob do not run, and each loss of the head, with what `resumes` says.
 
-    `labels` selects the pods; `cause` is the latest reason, `ended` why a container ended that runs again.
+    `labels` selects the pods; `cause` is the latest reason, `ended` why a container ended that runs again, `submitter`
+    the name of the newest pod that has the driver's log.
     """
 
     def __init__(self, api: KubernetesApi, labels: str, *, resumes: Callable[[], str] = lambda: "") -> None:
@@ -145,12 +146,15 @@ class PodWatch:
         self._head: Resource | None = None  # the pod, as it was seen at work
         self.cause: str | None = None
         self.ended: str | None = None
+        self.submitter = ""
 
     def look(self, rayjob: Resource) -> str | None:
         """Print what is new and set `cause`; the cause if waiting does not help, else None."""
         try:
             pods = self._api.find("pods", labels=self._labels)
             for pod in pods:
+                if "job-name" in pod["metadata"]["labels"]:
+                    self.submitter = pod["metadata"]["name"]
                 if ended := end_of(pod):
                     self.ended = f"{pod['metadata']['name']}: {ended}"
                     self._say_once(f"{ended.reason} {ended.container}", self.ended)
@@ -223,28 +227,29 @@ class PodLog(DriverLog):
     Pods of an earlier RayJob of the same name may still be ending; they have another `attempt` label.
     """
 
-    def __init__(self, api: KubernetesApi, job: str, *, attempt: str, uri: str) -> None:
+    def __init__(self, api: KubernetesApi, job: str, pods: PodWatch, *, attempt: str, uri: str) -> None:
         super().__init__(uri)
-        self._api, self._labels = api, f"job-name={job},{ATTEMPT_LABEL}={attempt}"
+        self._api, self._pods, self._labels = api, pods, f"job-name={job},{ATTEMPT_LABEL}={attempt}"
         self._pod, self._begins, self._last_time = "", 0, ""
 
     def first_error(self) -> str | None:
         """What failed in the latest pod; if its log does not say, in those before."""
         return first_error(self.lines[self._begins :]) or first_error(self.lines)
 
-    def read(self, *, over: bool) -> list[str]:  # noqa: ARG002  (a pod's log has whole lines)
-        text = "".join(f"{line}\n" for line in self._new_lines())
+    def read(self, *, over: bool) -> list[str]:
+        text = "".join(f"{line}\n" for line in self._new_lines(over=over))
         return _LOST_CONNECTION.sub("", text).split("\n")[:-1]
 
-    def _new_lines(self) -> Iterator[str]:
-        for pod in self._api.find("pods", labels=self._labels)[-1:]:
-            if pod["metadata"]["name"] != self._pod:
-                self._pod, self._begins, self._last_time = pod["metadata"]["name"], len(self.lines), ""
-            for line in self._api.read_log(self._pod, timestamps="true", sinceTime=self._last_time):
-                at, _, text = line.partition(" ")
-                if at > self._last_time:  # the others are of the same second
-                    self._last_time = at
-                    yield text
+    def _new_lines(self, *, over: bool) -> Iterator[str]:
+        found = self._api.find("pods", labels=self._labels) if over else []  # one that the watch may not have seen
+        newest = found[-1]["metadata"]["name"] if found else self._pods.submitter
+        if newest != self._pod:
+            self._pod, self._begins, self._last_time = newest, len(self.lines), ""
+        for line in self._api.read_log(newest, timestamps="true", sinceTime=self._last_time) if newest else ():
+            at, _, text = line.partition(" ")
+            if at > self._last_time:  # the others are of the same second
+                self._last_time = at
+                yield text
 
 
 def troubles_of_run(api: KubernetesApi, run_id: str, *, pending: bool = False) -> Mapping[str, Trouble]:

@@ -9,7 +9,7 @@ import os
 import re
 import shlex
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import cached_property, partial
 from importlib import metadata
@@ -33,6 +33,7 @@ from ncsn.remote.backend import (
     ended_on_sigterm,
     first_error,
     forwarded_environment,
+    is_ours,
     keep_asking,
     refuse_other_work,
     say,
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 # Keys in the metadata of a job.
-RUN, STEP, REQUEST, KFP_RUN = "ncsn.run", "ncsn.step", "ncsn.request", "ncsn.kfp_run"
+RUN, STEP, REQUEST, KFP_RUN, MADE_BY = "ncsn.run", "ncsn.step", "ncsn.request", "ncsn.kfp_run", "ncsn.launcher"
 FIRST_PATIENCE_SECONDS = 10.0  # for the first answer: a wrong address is more likely than an outage
 NOT_FOUND = 127  # a shell's exit code for an unknown command
 STOP_SECONDS = 30  # for a driver that is asked to stop: training saves, and the store and MLflow get the record
@@ -73,7 +74,8 @@ class RayJobs:
     def __init__(self, compute: ComputeConfig, *, renew_seconds: float = RENEW_SECONDS) -> None:
         self._given = compute.ray_jobs.address
         self._renew_seconds = renew_seconds
-        self._running: str | None = None  # the job that ends with this process
+        self._running: str | None = None  # the job that this launcher waits for
+        self._about: Mapping[str, str] = {}  # its metadata
 
     @cached_property
     def address(self) -> str:
@@ -98,15 +100,16 @@ class RayJobs:
     def execute(self, step: RemoteStep) -> None:
         """Run the step as a job, or attach to the one that an earlier attempt left; return when it has ended.
 
-        SIGTERM and Ctrl-C stop the job, unless it is another pipeline run's.
+        SIGTERM and Ctrl-C stop the job if it `is_ours`.
         """
         self.connect()
-        with Heartbeat(step.lease, every=self._renew_seconds), ended_on_sigterm(self._stop_running):
+        self._running, self._heart = None, Heartbeat(step.lease, every=self._renew_seconds)
+        with self._heart, ended_on_sigterm(lambda: None):
             try:
                 name = self._start(step)
                 with JobLog(self._client, name, uri=step.log) as log:
                     job = self._watch(name)
-                if job.status == "STOPPED" and self._running is None:
+                if job.status == "STOPPED" and not self._ours:
                     raise EndedByOther(f"Ray job {name} was stopped")
                 _require_success(job, step, log)
             except (KeyboardInterrupt, SystemExit):
@@ -191,10 +194,9 @@ class RayJobs:
                 name = str(last.submission_id)
                 if (last.metadata or {}).get(REQUEST) != step.request:
                     raise refuse_other_work(name, f"ray job stop {name} --address {self.address}")
-                ours = (last.metadata or {}).get(KFP_RUN) == os.environ.get(KFP_RUN_ID)
-                self._running = name if ours else None
-                whose = "" if ours else " and another pipeline run's"
-                say(f"attached to Ray job {name}, which is {last.status.value}{whose}")
+                self._running, self._about = name, last.metadata or {}
+                end = "ends it" if self._ours else "leaves it to another launcher"
+                say(f"attached to Ray job {name}, which is {last.status.value}; Ctrl-C {end}")
                 return name
             name = f"{step.job_name}-{max(jobs) + 1}" if jobs else step.job_name
             if self._submit(step, name):
@@ -205,7 +207,8 @@ class RayJobs:
         """Start a job with the step's code or what is installed there; False if another launcher took the name."""
         kfp_run = os.environ.get(KFP_RUN_ID)
         about = {"job_name": step.job_name, RUN: step.run, STEP: step.step, REQUEST: step.request}
-        about |= {PYTHON: python_version(), **step.facts, **({KFP_RUN: kfp_run} if kfp_run else {})}
+        about |= {PYTHON: python_version(), MADE_BY: self._heart.id, **step.facts}
+        about |= {KFP_RUN: kfp_run} if kfp_run else {}
         ray = {} if step.code is None else ray_environment(step.code)
         env = {**forwarded_environment(), **ray.get("env_vars", {}), "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)}
         options: dict[str, Any] = {"submission_id": name, "metadata": about, "runtime_env": {**ray, "env_vars": env}}
@@ -221,7 +224,7 @@ class RayJobs:
                 return False
             return True
 
-        self._running = name  # before it may run, because this process may be killed meanwhile
+        self._running, self._about = name, about  # before it may run, because this process may be killed meanwhile
         try:
             started = self._ask(submit)
         except Refused:
@@ -253,8 +256,17 @@ class RayJobs:
             time.sleep(pause)
             pause = min(1.2 * pause, _POLL_SECONDS[1])
 
+    @property
+    def _ours(self) -> bool:
+        """Whether the job ends with this process. Others come and go: to be asked when it matters."""
+        about, this_run = self._about, os.environ.get(KFP_RUN_ID)
+        return self._running is not None and is_ours(self._heart, about.get(MADE_BY), about.get(KFP_RUN), this_run)
+
     def _stop_running(self) -> None:
         if self._running is None:
+            return
+        if not self._ours:
+            say(f"Ray job {self._running} keeps running for another launcher; with none it ends by itself")
             return
         try:
             self._client.stop_job(self._running)
@@ -265,7 +277,7 @@ class RayJobs:
         """Wait, so that the same command, given again at once, does not attach to a job that is ending."""
         ends = time.monotonic() + _STOP_WAIT_SECONDS
         with suppress(OSError, RuntimeError):
-            while self._running and time.monotonic() < ends:
+            while self._running and self._ours and time.monotonic() < ends:
                 job = self._job(self._running, patience=0)
                 if job is None or job.status.is_terminal():
                     return

@@ -27,6 +27,7 @@ RUNS, BEGUN = "runs", "begun"  # folders of a store
 DEFAULT_ROOT: str = Config.model_fields["storage"].default.root  # the store if no option names one
 RUN_PATTERN = re.compile(r"[a-z0-9]([a-z0-9_.-]{0,61}[a-z0-9])?")
 State = Literal["", "RUNNING", "FINISHED", "FAILED", "KILLED"]  # as in MLflow; empty before the first attempt
+_STOPPED: dict[type[BaseException], str] = {SystemExit: "terminated", KeyboardInterrupt: "interrupted"}
 _LEVELS = {"noise.sigma_1", "noise.sigma_L", "noise.num_levels"}
 
 
@@ -88,7 +89,7 @@ class RunFolder:
         return storage.join(self.previews, f"images-{images_seen:09d}.png")
 
     def step(self, step: str, file: str) -> str:
-        """A file of one step, `step.json`, `progress.json`, `lease`, `stop`, `log.txt` or `workers.txt`."""
+        """A file of one step, `step.json`, `progress.json`, `lease/`, `stop`, `log.txt` or `workers.txt`."""
         return storage.join(self.steps, step, file)
 
     def refusal(self, kfp_run: str) -> str:
@@ -202,16 +203,17 @@ def recorded(config: Config, run: str, step: str) -> Iterator[RunFolder]:
     except BaseException as error:
         try:
             now, state = read_step(folder, step), state_after(error)
+            message = _STOPPED.get(type(error)) or str(error)
             # What the driver elsewhere wrote says more than what its launcher saw, unless it was only told to end, for
             # a reason that the launcher knows, or the launcher repeats it and says more.
             stronger = (
                 now.error is None
                 or (now.state, state) == ("KILLED", "FAILED")
-                or (now.error.message != str(error) and now.error.message in str(error))
+                or (now.error.message != message and now.error.message in message)
             )
             if stronger and now.finished_at == before.finished_at:
                 kfp_run = os.environ.get(KFP_RUN_ID, "")
-                record = StepError(type(error).__name__, str(error), problems_of(error), kfp_run)
+                record = StepError(type(error).__name__, message, problems_of(error), kfp_run)
                 update_step(folder, step, state=state, error=record)
         except OSError as failure:  # a full disk must not hide the first error
             error.add_note(f"(the error could not be recorded in the store: {failure})")
@@ -224,7 +226,7 @@ def state_after(error: BaseException) -> State:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended."""
+    """How the last pipeline of a run ended."""
 
     status: str  # FINISHED, FAILED or KILLED, as in MLflow
     reason: str = ""
@@ -244,7 +246,7 @@ def write_outcome(folder: RunFolder, outcome: Outcome, *, closed: bool = False) 
 
 
 def read_outcome(folder: RunFolder) -> Outcome | None:
-    """How the run ended; None if it has not ended or never started."""
+    """How the last pipeline of the run ended; None if it has not ended or never started. A single step leaves it."""
     record = storage.find_json(folder.status)
     return None if record is None else Outcome(record["status"], record["reason"], record["failed_step"])
 

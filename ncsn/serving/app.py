@@ -31,6 +31,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from ncsn.distributed.cluster import LOOPBACK, ray_cluster
 from ncsn.errors import UserError
+from ncsn.model.build import tune_cuda
 from ncsn.model.generate import generate_joined
 from ncsn.runs.folder import DEFAULT_ROOT
 from ncsn.serving import asked
@@ -70,8 +71,9 @@ class Sampler:
         _call_on_loopback()
         self._address, self._registry = address, registry or server_uri(None, root=DEFAULT_ROOT)
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        tune_cuda(self._device)
         self._served = self._load(address)  # name and network
-        self._images = Counter("ncsn_serve_images", "Images made.", ("model",))
+        self._images = Counter("ncsn_serve_images", "Images made, by version.", ("model",))
         self._sizes = Histogram("ncsn_serve_batch_images", "Images of a batch.", [1, 4, 16, 64, 256, 1024])
         self._batches = Batches(self._make)
         threading.Thread(target=self._follow, name="follow", daemon=True).start()
@@ -83,7 +85,6 @@ class Sampler:
     def _make(self, trained: Any, parts: Any) -> NDArray[Any]:
         images = generate_joined(trained, parts, device=self._device)
         self._sizes.observe(len(images))
-        self._images.inc(len(images), {"model": self._served[0].rpartition("/")[0]})
         return images
 
     def _follow(self) -> None:
@@ -111,6 +112,7 @@ class Sampler:
         name, trained = self._served
         try:
             images = await self._batches.images(trained, asked.settings(trained, wanted), wanted.count)
+            self._images.inc(wanted.count, {"model": name})  # another version may be served by now
             limits = trained.config.data.pixels.limits
             return 200, name, await asyncio.to_thread(asked.answer, images, wanted.format, limits=limits)
         except UserError as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -46,9 +45,7 @@ class Asked(BaseModel):
     @property
     def wishes(self) -> dict[str, Any]:
         """Those of `with_wishes`."""
-        label = None if self.label is None else json.dumps(str(self.label))  # in quotes, so that it is text in YAML too
-        sampler = json.dumps(self.sampler) if isinstance(self.sampler, dict) else self.sampler
-        return {"seed": self.seed, "guidance": self.guidance, "label": label, "sampler": sampler}
+        return {"seed": self.seed, "guidance": self.guidance, "label": self.label, "sampler": self.sampler}
 
 
 def read(body: bytes) -> Asked:

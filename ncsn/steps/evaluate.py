@@ -128,8 +128,8 @@ def evaluate(
         generated.metrics["score_ratio"] = Metric(generated.metrics["score"].value / real.metrics["score"].value, count)
     name, fingerprint, extractor = evaluator.name, evaluator.reference.fingerprint, evaluator.extractor.name
     root = storage.absolute(config.storage.root)
-    of_samples = storage.digest(storage.relative_uris({"samples": samples}, root), 12)
-    place = storage.join(folder, f"{name}-n{count}-{of_samples}")
+    compared = storage.relative_uris({"samples": samples, "reference": fingerprint}, root)
+    place = storage.join(folder, f"{name}-n{count}-{storage.digest(compared, 12)}")
     classes = _classes(generated, real, manifest, by_probe=extractor != "classifier")
     gate = Measurement(
         name=metric_name("fid", extractor=name, num_images=count),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from importlib.util import find_spec
 from typing import Any
@@ -14,22 +14,24 @@ from ncsn.config import Config
 from ncsn.config.search import require_search
 from ncsn.errors import UserError
 from ncsn.events import tell
-from ncsn.process import KFP_RUN_ID, TERMINATED, require_same_python, this_kfp_run
+from ncsn.process import CODE, KFP_RUN_ID, TERMINATED, require_same_python, this_kfp_run
 from ncsn.runs.code import require_packages
 from ncsn.runs.folder import (
     Outcome,
     RunFolder,
     find_inputs,
     read_mistake,
+    read_outcome,
     read_step,
     recorded,
     run_folder,
+    state_after,
     update_step,
     write_outcome,
 )
 from ncsn.runs.steps import PIPELINE, STEPS, STEPS_ELSEWHERE, TUNE
-from ncsn.steps.step import launch
-from ncsn.storage.heartbeat import Lease
+from ncsn.steps.step import WHOLE, launch
+from ncsn.storage.heartbeat import LeaseExpired, is_abandoned
 from ncsn.tracking.client import tracking_uri
 
 # Variable of KFP's: how often this task was tried before. KFP's own Retry counts from 0 again.
@@ -61,13 +63,15 @@ def run_step(
         inputs = find_inputs(folder, step, given, config=config)
     options = options or images_of_run(step, config, folder)
     with around(step, folder, inputs), recorded(config, run, step):
-        record = read_step(folder, step)
+        record, code = read_step(folder, step), os.environ.get(CODE)
+        reads = {**inputs, "code": code} if code else inputs
         request = record.request if lease or config.compute.backend != "local" else ""  # no launcher asks for work here
-        if (record.reads, record.request) != (inputs, request):  # cleanup spares what is read, days before a result
-            update_step(folder, step, reads=inputs, request=request)
+        if (record.reads, record.request) != (reads, request):  # cleanup spares what is read, days before a result
+            update_step(folder, step, reads=reads, request=request)
         leased = {}
         if lease:
-            Lease(lease).require("nothing was started")  # the cluster may retry a job whose launcher is gone
+            if is_abandoned(lease):  # the cluster may retry a job whose launcher is gone
+                raise LeaseExpired(f"no launcher renews a lease in {lease}: nothing was started")
             require_same_python()
             leased = {"lease": lease}
         elif step in STEPS_ELSEWHERE and config.compute.backend != "local" and find_spec("torch") is None:
@@ -84,17 +88,37 @@ def images_of_run(step: str, config: Config, folder: RunFolder) -> Mapping[str, 
     return {"inputs": agreed_inputs(config, folder)}
 
 
-def run_all(config: Config, *, run: str, around: Around, options: Mapping[str, Mapping[str, Any]]) -> None:
-    """Do the steps of a run that are not done, with a search first if the config has one."""
+def run_all(config: Config, *, run: str, around: Around, options: Mapping[str, Mapping[str, Any]] = {}) -> None:
+    """Do the steps of a run that are not done, with a search first if the config has one; and write how it ended."""
     given: dict[str, str | None] = {}
-    for step in STEPS if config.search is None else PIPELINE:
-        result = run_step(step, config, run=run, given=given, around=around, options=options.get(step, {}))
-        if step == STEPS[0]:
-            given["dataset"] = result.uri
-        elif step == TUNE:
-            from ncsn.steps.tune import trainable
+    folders = [run_folder(config, run)]
+    mark = WHOLE.set(folders)
+    try:
+        for step in STEPS if config.search is None else PIPELINE:
+            result = run_step(step, config, run=run, given=given, around=around, options=options.get(step, {}))
+            if step == STEPS[0]:
+                given["dataset"] = result.uri
+            elif step == TUNE:
+                from ncsn.steps.tune import trainable
 
-            config, run = trainable(result, config), result.run
+                config, run = trainable(result, config), result.run
+                folders.append(run_folder(config, run))
+    except BaseException as error:
+        _write_end(folders, step, error)
+        raise
+    finally:
+        WHOLE.reset(mark)
+    for folder in folders:
+        write_outcome(folder, Outcome("FINISHED"))
+
+
+def _write_end(folders: Sequence[RunFolder], step: str, error: BaseException) -> None:
+    """Make the error of a step in the last of the runs the outcome of those that have none, since work was begun."""
+    with suppress(OSError):  # an unreachable store must not hide the first error
+        told = read_step(folders[-1], step).error  # by the driver, perhaps, who knew more
+        for folder in folders:
+            if read_outcome(folder) is None:
+                write_outcome(folder, Outcome(state_after(error), told.message if told else str(error), step))
 
 
 def preflight(step: str, config: Config, folder: RunFolder) -> None:
@@ -145,9 +169,7 @@ def run_kfp_task(step: str, config: Config, *, run: str, given: Mapping[str, str
             if _terminated():  # the janitor may delete a RayJob before Argo ends this process
                 update_step(folder, step, state="KILLED")
                 raise SystemExit(TERMINATED) from error
-            with suppress(OSError):  # an unreachable store must not hide the first error
-                told = read_step(folder, step).error  # by the driver, perhaps, who knew more
-                write_outcome(folder, Outcome("FAILED", told.message if told else str(error), step))
+            _write_end([folder], step, error)
             raise
         if last:
             write_outcome(folder, Outcome("FINISHED"))

@@ -21,6 +21,7 @@ from ncsn.runs.folder import (
     folders_of,
     read_outcome,
     read_step,
+    update_step,
     write_outcome,
 )
 from ncsn.runs.steps import STEPS, TUNE
@@ -81,8 +82,12 @@ def run(
         canceled += backend.stop(run=None, kfp_run=ours) if backend and ours else []
     else:
         runs = {folder.run: folder for folder in folders.values()}
+        alone = kfp is None and state.upper().startswith("CANCEL")  # a launcher is gone, perhaps of a later step
+        before = read_outcome(folders[STEPS[0]]) if alone else None
         if state.upper() in STEPS_SUCCEEDED:
             outcome = Outcome("FINISHED")
+        elif before is not None:
+            outcome = before
         else:
             terminated, troubles = _look(kfp, namespace, notes)
             terminated = terminated or state.upper().startswith("CANCEL") or _DEADLINE in message
@@ -93,8 +98,11 @@ def run(
                 canceled += backend.stop(run=each, kfp_run=ours)  # type: ignore[union-attr]
         finally:
             tags = kfp_run()
-            for folder in runs.values():
+            for folder in () if before else runs.values():
                 write_outcome(folder, outcome, closed=folder.run == run)
+            for step, folder in folders.items() if before else ():
+                if read_step(folder, step).state == "RUNNING":
+                    update_step(folder, step, state="KILLED")
             for each in runs:
                 places |= close_run(config, run=each, status=outcome.status, tags=tags)
         records = {step: read_step(folder, step) for step, folder in folders.items()}

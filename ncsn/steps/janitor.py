@@ -2,7 +2,8 @@
 
 The tasks of a terminated or deleted pipeline run have less than a second to stop, and its exit handler may never start.
 So a RayJob without a driver may wait for its quota and an MLflow run be open, and the janitor looks for both at
-intervals. (A driver ends by its lease, a RayJob by its limits of time.)
+intervals. Of a RayJob without a Workflow it reads the launchers' leases. (A driver ends by them itself, a RayJob by its
+limits of time.)
 
 A task notes its run in the ConfigMap `ncsn-runs`. Neither Argo's Workflow, which may be deleted at any time, nor a
 RayJob, which not every run has, tells the janitor later which run of which store to close.
@@ -13,7 +14,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -26,6 +27,7 @@ from ncsn.remote.kuberay import NOTES, JobState
 from ncsn.remote.kubernetes import KubernetesApi, Resource, is_ending, is_over, owner_of, was_stopped
 from ncsn.remote.manifest import RUN_LABEL, STEP_LABEL, selector
 from ncsn.runs.folder import RunFolder, read_outcome, run_folder
+from ncsn.storage.heartbeat import LEASE_SECONDS, is_abandoned
 from ncsn.storage.retry import limited
 
 _STORE_SECONDS = 20.0
@@ -94,7 +96,7 @@ def _note(api: KubernetesApi, run: KfpRun, note: str | None) -> None:
 
 
 def clean_up(api: KubernetesApi, *, run: str | None = None, dry_run: bool = False) -> Iterator[Action]:
-    """Delete running RayJobs whose pipeline run has ended, and close the runs that pipeline runs left open.
+    """Delete RayJobs whose pipeline run has ended or whose launchers are gone, and close the runs that were left open.
 
     With `run` only what belongs to it, and its RayJobs also if their launcher lives. An action that fails does not stop
     the others.
@@ -112,15 +114,14 @@ def clean_up(api: KubernetesApi, *, run: str | None = None, dry_run: bool = Fals
     workflows = {each.id: api.get("workflows", each.workflow) for each in notes}
     resumed = {each.folder for each in notes if not is_ending(workflows[each.id])}
     mine = [each for each in notes if run in (None, each.run)]
-    for rayjob in api.find("rayjobs", labels=selector(run=run)):
-        state, workflow, metadata = JobState(rayjob), owner_of(rayjob).get("name"), rayjob["metadata"]
-        ended = workflow is not None and is_ending(api.get("workflows", workflow))
-        if state.finished or not (ended or run):
-            continue
-        name, labels = metadata["name"], metadata["labels"]
-        what = f"{name}: run {labels[RUN_LABEL]}, step {labels.get(STEP_LABEL)}, {state}"
-        yield do("delete", what, partial(api.delete, "rayjobs", name))
-        if labels[RUN_LABEL] not in {each.run for each in mine}:
+    working = [each for each in api.find("rayjobs", labels=selector(run=run)) if not JobState(each).finished]
+    left = [each for each in working if run or _is_left(api, each)]
+    others = {each["metadata"]["labels"][RUN_LABEL] for each in working if each not in left}
+    for rayjob in left:
+        metadata, labels = rayjob["metadata"], rayjob["metadata"]["labels"]
+        what = f"{metadata['name']}: run {labels[RUN_LABEL]}, step {labels.get(STEP_LABEL)}, {JobState(rayjob)}"
+        yield do("delete", what, partial(api.delete, "rayjobs", metadata["name"], uid=metadata["uid"]))
+        if labels[RUN_LABEL] not in others | {each.run for each in mine}:
             yield do("close", f"run {labels[RUN_LABEL]}: KILLED", partial(_close_run_of, rayjob))
     for each in mine:
         ended_workflow = workflows[each.id]
@@ -132,6 +133,20 @@ def clean_up(api: KubernetesApi, *, run: str | None = None, dry_run: bool = Fals
         else:
             what = f"run {each.run}: pipeline run {each.id}: {_state_of(ended_workflow)}"
             yield do("close", what, partial(_close, api, each, ended_workflow))
+
+
+def _is_left(api: KubernetesApi, rayjob: Resource) -> bool:
+    """Whether its pipeline run has ended; without one, whether no launcher is alive. False if the store is away."""
+    if workflow := owner_of(rayjob).get("name"):
+        return is_ending(api.get("workflows", workflow))
+    words = shlex.split(rayjob["spec"]["entrypoint"])
+    if "--lease" not in words:
+        return False
+    # A driver at work ends by itself, and needs time to save.
+    seconds = LEASE_SECONDS * (2 if JobState(rayjob).deployment == "Running" else 1)
+    with suppress(OSError, UserError), limited(_STORE_SECONDS):
+        return is_abandoned(words[words.index("--lease") + 1], seconds=seconds)
+    return False
 
 
 def _state_of(workflow: Resource | None) -> str:

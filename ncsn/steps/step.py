@@ -13,6 +13,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from ncsn import storage
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from ncsn.remote.backend import RemoteStep
     from ncsn.tracking.mlflow_runs import StepRun
 
+WHOLE = ContextVar[Sequence[RunFolder]]("WHOLE", default=())  # where an end is taken away when a step has work to do
 MOST_STARTS = 10  # of a driver that gives its launcher up
 
 R = TypeVar("R")
@@ -112,7 +114,8 @@ class Step(Generic[R]):
 
         backend.connect()  # before the store is changed
         remote = self.remote(config, options)
-        storage.delete(folder.status)  # the run has not ended
+        for ended in WHOLE.get():
+            storage.delete(ended.status)
         for _ in range(MOST_STARTS):
             record = read_step(folder, step)
             # Another launcher may wait for the same request, and its driver may store the result right now.
@@ -187,6 +190,8 @@ class Step(Generic[R]):
 
         folder, started = self.folder, time.time()
         update_step(folder, self.name, state="RUNNING")
+        for ended in WHOLE.get():
+            storage.delete(ended.status)
         with step_run(config, run=folder.run, step=self.name) as tracked:
             try:
                 yield PublishedProgress(folder.step(self.name, "progress.json"), lease=lease), tracked

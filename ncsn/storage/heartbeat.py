@@ -1,13 +1,16 @@
-"""A heartbeat in the store, so that work whose launcher is gone ends by itself.
+"""Heartbeats in the store, so that work whose launchers are gone ends by itself.
 
-The launcher renews a small object, the lease. The worker compares its content with what it read before, by its own
-clock: the clocks of two machines need not agree.
+Each launcher renews a small object of its own, its lease, in a folder that belongs to the work. A worker compares the
+dates of these objects with those that it saw before, by its own clock. Who looks only once compares them with the date
+of an object that it writes. So the clocks of two machines need not agree.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 import time
+import uuid
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -19,47 +22,69 @@ LEASE_SECONDS = 300.0  # without a renewal for so long, the launcher is given up
 
 
 class LeaseExpired(RuntimeError):
-    """The launcher of this work is gone, or has told it to end."""
+    """The launchers of this work are gone, or have told it to end."""
+
+
+def is_abandoned(uri: str, *, seconds: float = LEASE_SECONDS) -> bool:
+    """Whether the leases in the folder were not renewed for so long; False without a lease."""
+    probe = f".now-{uuid.uuid4().hex}"
+    silence = _silence(uri, probe)
+    storage.delete(storage.join(uri, probe))
+    return seconds < silence < math.inf
+
+
+def _silence(uri: str, name: str) -> float:
+    """Writes the object `name` in the folder; seconds since the last renewal of another lease, infinite without one."""
+    storage.write_bytes(storage.join(uri, name), b"")
+    dates = {entry.path: entry.changed for entry in storage.list_entries(uri)}
+    now = dates.pop(name, 0.0)  # gone only if somebody deletes the folder
+    return now - max((date for other, date in dates.items() if not other.startswith(".")), default=-math.inf)
 
 
 @dataclass
 class Lease:
     """The worker's side. Picklable before its first use."""
 
-    uri: str  # the object that the launcher renews
+    uri: str  # the folder of the launchers' leases
     check_seconds: float = 10.0  # between two looks at it
-    _seen: bytes | None = field(default=None, repr=False)
+    _seen: set[tuple[str, float]] | None = field(default=None, repr=False)
     _changed_at: float = field(default=0.0, repr=False)
     _next_look: float = field(default=0.0, repr=False)
 
     def expired(self) -> bool:
-        """Whether the lease was not renewed for too long; False while the store cannot be read."""
+        """Whether no lease was renewed for too long; False while the store cannot be read."""
         now = time.monotonic()
         if now < self._next_look:
             return False
         self._next_look = now + self.check_seconds
         try:
             with limited(0):
-                content = storage.read_bytes(self.uri)
-        except FileNotFoundError:
-            content = self._seen or b""
+                found = storage.list_entries(self.uri)
         except OSError:
             self._changed_at = now
             return False
-        if content != self._seen:
-            self._seen, self._changed_at = content, now
+        seen = {(entry.path, entry.changed) for entry in found if not entry.path.startswith(".")}
+        if self._seen is None or seen - self._seen:
+            self._seen, self._changed_at = seen, now
         return now - self._changed_at > LEASE_SECONDS
 
     def require(self, done: str) -> None:
         """Raise `LeaseExpired` if it has expired; `done` says in the message how far the work is."""
         if self.expired():
-            raise LeaseExpired(f"the launcher has not renewed {self.uri} for {LEASE_SECONDS:g} s: stopped; {done}")
+            raise LeaseExpired(
+                f"no launcher has renewed a lease in {self.uri} for {LEASE_SECONDS:g} s: stopped; {done}"
+            )
 
 
 class Heartbeat:
-    """The launcher's side: a context in which a thread renews the lease at `uri`."""
+    """The launcher's side: a context in which a thread renews the launcher's lease in the folder `uri`.
+
+    `id` names the launcher and its lease. `alone` says whether no other lease was younger than LEASE_SECONDS when this
+    one was renewed last; a signal handler may read it.
+    """
 
     def __init__(self, uri: str, *, every: float = RENEW_SECONDS) -> None:
+        self.id, self.alone = uuid.uuid4().hex, False
         self._uri, self._every = uri, every
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
@@ -70,6 +95,7 @@ class Heartbeat:
         return self
 
     def __exit__(self, *_: object) -> None:
+        # The lease stays: what runs on may be attached to until it is old.
         self._ended.set()
         self._thread.join(timeout=5)
 
@@ -79,4 +105,4 @@ class Heartbeat:
                 self._renew()
 
     def _renew(self) -> None:
-        storage.write_json(self._uri, {"renewed_at": time.time()})
+        self.alone = _silence(self._uri, self.id) > LEASE_SECONDS

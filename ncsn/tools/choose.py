@@ -46,6 +46,7 @@ MOST_REPEATS = 1000  # of an image in training: more of them only memorize it
 NFE = 35  # of the sampler
 _BRIGHT = 128
 _NAMED = 3  # classes in a reason
+_STEPS = 64  # of a training, at least
 _SPLITS = EvaluationConfig.model_fields["num_splits"].default
 _LARGEST = 160  # sigma_1 of Karras et al. over sigma_data: 80 over 0.5
 _LEAST = 1.0  # of sigma_1: less would start within the images
@@ -150,9 +151,10 @@ def _choose_images(draft: Draft, found: Survey) -> None:
     if found.square < 1 and not _keeps_shape(draft, found):
         fit, why = ("pad", "The background grows.") if len(clear) > len(found.looks) / 2 else ("crop", "pad cuts none.")
         draft.choose("data.fit", fit, f"Not square: {percent(1 - found.square)}. {why}")
-    if found.own_train is not None:
+    given = draft.get("data.test_fraction") is not None  # then so many as somebody wants
+    if found.own_train is not None and not given:
         _require_enough(found.own_train, found.num_images - found.own_train)
-    else:
+    elif not given:
         fraction = held_out(found.num_images - len(found.bad))
         draft.choose("data.test_fraction", fraction, "Held out: measured with, and not trained on.")
     if found.bad:
@@ -383,6 +385,9 @@ def _choose_noise(draft: Draft, x: Tensor) -> None:
 def _choose_training(draft: Draft, *, train_images: int, seconds: float, speed: Speed) -> int:
     """Length and schedule; the number of images."""
     affordable, most = seconds / speed.train_image, MOST_REPEATS * train_images
+    batch, least = draft.get("train.batch_size"), int(np.max(draft.get("compute.num_workers")))
+    if affordable < _STEPS * batch:
+        draft.choose("train.batch_size", max(least, int(affordable / _STEPS)), f"For about {_STEPS} steps.")
     every = int(max(significant(min(affordable, most) / 8, 2), 8 * draft.get("train.batch_size")))
     length = 8 * every
     why = f"About {duration(length * speed.train_image)} here; each image {length / train_images:,.0f} times."

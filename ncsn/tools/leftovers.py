@@ -35,6 +35,7 @@ CLASSES = {
     "trials": "checkpoints of trials that lost",
     "features": "features of evaluations without a registered version",
     "datasets": "datasets without a run",
+    "code": "archives of --code that no run names",
     "artifacts": "artifacts of deleted MLflow runs",
 }
 _QUIET_SECONDS = 86400.0  # a run whose pod waits for room changes nothing, and a stopped one may go on the next morning
@@ -42,12 +43,13 @@ _LOOK_SECONDS = 5.0  # between two looks for steps that have begun
 _INDEX = "checkpoint.json"
 _MARKERS = (MANIFEST, _INDEX, "reference.json")  # without its own, a folder is not complete
 # A URI in a text, by what follows the root of the store; of one with such a word in its root, also the rest.
-_NAMED = re.compile(rf"(?=(?<![\w-])((?:{RUNS}|{DATASETS})/[^\s\"'\\]+))")
+_NAMED = re.compile(rf"(?=(?<![\w-])((?:{RUNS}|{DATASETS}|code)/[^\s\"'\\]+))")
 # Files by the place that they belong to.
 _RUN, _CONFIG = rf"{RUNS}/([^/]+)/.+", rf"({RUNS}/[^/]+/config\.yaml)"
 _RECORD = rf"({RUNS}/[^/]+/steps/[^/]+/step\.json)"
 _TEMPORARY = rf"((?:.+?/)?(?:{storage.TEMPORARY}))(?:/.*)?"
 _CHECKPOINT = rf"({RUNS}/.+/(?:checkpoints|ema|selected)/(?:images|resume)-\d+)/.+"
+_CODE = r"(code/[^/.]+\.zip)"
 _OF_TRAINING = rf"({RUNS}/[^/]+/checkpoints/(?:images|resume)-\d+)/.+"
 _SAMPLES, _TRIAL = rf"({RUNS}/[^/]+/samples)/.+", rf"({RUNS}/[^/]+/search/trials/[^/]+/[^/]+/checkpoints)/.+"
 _DATASET, _FEATURES = rf"({DATASETS}/[^/.][^/]*/[^/.]+)/.+", rf"({DATASETS}/[^/]+/[^/]+/reference/[^/]+)/.+"
@@ -84,7 +86,8 @@ def find_leftovers(root: str, registry: str) -> tuple[list[Leftover], dict[str, 
     active = {run for run, when in began.items() if time.time() - when < _QUIET_SECONDS}
     active |= {run for run, held in runs.items() if not _is_quiet(held)}
     registered = {each.get("ncsn.run") for each in tags}
-    candidates = _cut([entry for entry in files if _run_of(entry.path) not in active])
+    candidates = [("code", *each) for each in grouped(_CODE, files).items() if _is_quiet(each[1])]
+    candidates += _cut([entry for entry in files if _run_of(entry.path) not in active])
     for run in runs.keys() - active:
         candidates += _surplus(root, runs[run]) + _lost(root, runs[run], records[run])
         if run in sampled and run not in registered:

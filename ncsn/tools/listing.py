@@ -90,11 +90,13 @@ def describe_run(root: str, run: str) -> Item:
         state = f"{record.state or state} {step}"
         if record.error is not None:
             facts["error"] = record.error.message
-        ended = files.get("status.json")
-        if ended is not None and ended.changed >= last and (outcome := read_outcome(folder)) is not None:
-            state = " ".join(filter(None, (outcome.status, outcome.failed_step)))
-        elif record.state == "RUNNING" and time.time() - changed > _QUIET_SECONDS:
+        if record.state == "RUNNING" and time.time() - changed > _QUIET_SECONDS:
             state = f"LOST {step}"  # its process cannot say so
+        ended = files.get("status.json")
+        if ended is not None and (outcome := read_outcome(folder)) is not None:
+            end = " ".join(filter(None, (outcome.status, outcome.failed_step)))
+            # A single step may have begun after the pipeline.
+            state = end if ended.changed >= last or state == end else f"{end}; {step} {state.split()[0]}"
         if places["evaluate"] in files:
             step, record = "evaluate", read_step(folder, "evaluate")
         if record.result:

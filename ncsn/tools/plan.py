@@ -95,38 +95,42 @@ def measure_speed(config: Config) -> Speed:
         x = x.to(memory_format=build.memory_format(config))
         batch = Batch(x, sigma.to(device), z, level, conditions=conditions, lower=lower)
 
-        def train() -> None:
-            train_step(state.network, batch, state=state, loss=loss, options=options)
+        def train(part: Batch) -> None:
+            train_step(state.network, part, state=state, loss=loss, options=options)
 
         @torch.inference_mode()
-        def evaluate() -> Tensor:
+        def evaluate(part: Batch) -> Tensor:
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=options.autocast_dtype is not None):
-                score: Tensor = state.network(batch.x, **batch.inputs)
+                score: Tensor = state.network(part.x, **part.inputs)
             return score
 
-        per_image = workers * count * (TOGETHER if workers > 1 else 1.0)
-        return Speed(_seconds(train, device) / per_image, _seconds(evaluate, device) / per_image)
+        together = workers * (TOGETHER if workers > 1 else 1.0)
+        return Speed(_seconds(train, batch) / together, _seconds(evaluate, batch) / together)
     finally:
         torch.set_num_threads(before)
 
 
-def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Of one call; the first warms up."""
+def _seconds(work: Callable[[Batch], object], batch: Batch) -> float:
+    """Of an image of the batch, or of its first ones if they take long enough."""
+    device = batch.x.device
     # A CPU's own time, so that other work on the machine does not count.
     on_gpu = device.type == "cuda"
     clock, threads = (time.perf_counter, 1) if on_gpu else (time.process_time, torch.get_num_threads())
 
-    def call() -> None:
-        work()
+    def call(count: int) -> None:
+        work(batch[:count])
         if on_gpu:
             torch.cuda.synchronize(device)
 
-    call()
-    calls, started = 0, clock()
-    while (taken := (clock() - started) / threads) < SECONDS:
-        call()
-        calls += 1
-    return taken / calls
+    images, calls, started, taken = 0, 0, 0.0, 0.0
+    while taken < SECONDS:
+        if images < len(batch):  # all of a large network would take minutes on a CPU
+            images = min(max(1, 4 * images), len(batch))
+            call(images)  # warms up
+            calls, started = 0, clock()
+        call(images)
+        calls, taken = calls + 1, (clock() - started) / threads
+    return taken / calls / images
 
 
 def with_levels(config: Config, run: str) -> Config:

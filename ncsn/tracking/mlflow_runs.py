@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from ncsn import storage
 from ncsn.config import Config, flatten, to_yaml
 from ncsn.process import now_ms
-from ncsn.runs.folder import RunFolder, cost_of, read_step, spent, state_after, total_cost, update_step
+from ncsn.runs.folder import RunFolder, cost_of, read_outcome, read_step, spent, state_after, total_cost, update_step
 from ncsn.tracking.client import (
     Connection,
     TrackingError,
@@ -119,6 +119,8 @@ def step_run(config: Config, *, run: str, step: str) -> Iterator[StepRun]:
     with mlflow_errors(connection.uri):
         params, whole = flatten(config), _identity(folder, part="run")
         parent = _adopted(client) or _open(connection, whole, name=run, params=params, tags=provenance("ncsn run"))
+        if (pipeline := read_outcome(folder)) and not os.environ.get(ADOPTED):  # this is a single step after it
+            client.update_run(parent.info.run_id, status=pipeline.status)
         set_tags(client, parent.info.run_id, _identity(folder))
         # A digest of what can change a result: other settings are another run, another machine is not.
         unused = {*PLACES, *UNUSED_SECTIONS.get(step, ("search", "select"))}
@@ -144,7 +146,7 @@ def step_run(config: Config, *, run: str, step: str) -> Iterator[StepRun]:
 
 
 def _end(tracked: StepRun, config: Config, step: str, status: str) -> None:
-    """Send what the step's run lacks and the costs, and end it and, unless others have opened it, the parent."""
+    """Send what the step's run lacks and the costs, and end it and the parent, unless others opened or ended it."""
     from mlflow.exceptions import MlflowException
 
     ended = now_ms()
@@ -156,7 +158,8 @@ def _end(tracked: StepRun, config: Config, step: str, status: str) -> None:
         whole = total_cost(spent(config, tracked.folder).values())
         for run_id, cost in ((tracked.run_id, own), (tracked.parent_run_id, whole)):
             set_tags(client, run_id, {f"cost.{name}": f"{value:.6g}" for name, value in cost._asdict().items()})
-        for run_id in (tracked.run_id,) if os.environ.get(ADOPTED) else (tracked.run_id, tracked.parent_run_id):
+        alone = os.environ.get(ADOPTED) or read_outcome(tracked.folder) is not None
+        for run_id in (tracked.run_id,) if alone else (tracked.run_id, tracked.parent_run_id):
             client.set_terminated(run_id, status, end_time=ended)
     except (MlflowException, TrackingError, OSError) as error:  # the work itself is done, and the run folder has it
         where = shown(tracked.uri)

@@ -46,11 +46,11 @@ class ScoreModel(PythonModel):
         - `seed`: image i is a function of (seed, i) and the same as the sample step's.
         - `sampler`: a kind such as `dpm_solver`, or `{kind: ..., ...}` with its settings.
         - `label`: the name or number of a class, `balanced` or `data`, see `sampling.label`.
-        - `guidance`: its weight, 1 for none; away from the images of all classes if none is configured.
+        - `guidance`: its weight, 1 for none; away from the images of all classes if none is configured. 0 is empty.
         """
         params = params or {}
         try:
-            sampling = with_wishes(self.trained.config, params).sampling
+            sampling = with_wishes(self.trained.config, params | {"guidance": params.get("guidance") or None}).sampling
             require_label(sampling.label, self.trained.classes, key="label")
             total = int(params.get("n_images", DEFAULT_IMAGES))
             if not 1 <= total <= MAX_IMAGES:

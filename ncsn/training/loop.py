@@ -26,7 +26,7 @@ from ncsn.errors import UserError
 from ncsn.model import averages, build, checkpoint
 from ncsn.model.checkpoint_store import CheckpointStore
 from ncsn.model.trained import start_from, teacher
-from ncsn.process import keep_freed_memory, now_ms
+from ncsn.process import now_ms
 from ncsn.progress import Progress
 from ncsn.runs.history import load_history
 from ncsn.storage.heartbeat import Lease, LeaseExpired
@@ -284,8 +284,6 @@ def train_loop(job: TrainingJob, context: WorkerContext, checkpoints: Checkpoint
     """
     train = job.config.train
     torch.set_num_threads(job.config.compute.cpus_per_worker)
-    keep_freed_memory()
-    build.tune_cuda(context.device)
     training = Training(job, context, checkpoints)
     started, first = time.perf_counter(), training.state.images_seen
     if context.rank == 0:

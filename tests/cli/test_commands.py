@@ -46,6 +46,7 @@ def test_show_config_as_json_is_the_canonical_form(run_in_process, config_file: 
         (["ingest", "--set", "nonsense"], "--set 'nonsense'"),
         (["ingest", "--run", "Not Valid"], "--run 'Not Valid'"),
         (["run", "--set", "storage.root=s3://bucket/prefix"], "tracking.uri"),
+        (["run", "--backend", "kuberay", "--address", "http://head:8265"], "--address 'http://head:8265'"),
         (["select"], "--dataset"),
         (["sample", "--png", "CONFIG"], "--png 'CONFIG'"),
         (["tune"], "search"),

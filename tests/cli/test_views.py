@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import sys
 from collections.abc import Callable, Iterable
 from contextlib import closing
 from pathlib import Path
@@ -14,11 +15,12 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from ncsn.cli import app
-from ncsn.cli.console import Log, ProgressView, print_plan, print_summary
+from ncsn.cli.console import Log, ProgressView, print_plan, print_summary, shown_progress
 from ncsn.cli.doctor import Finding, report
 from ncsn.cli.target import TargetOptions
 from ncsn.config import flatten, from_yaml
 from ncsn.progress import Progress
+from ncsn.remote.backend import say
 from ncsn.runs.folder import RunFolder, StepRecord
 from ncsn.tools.draft import documented_yaml
 
@@ -137,6 +139,23 @@ def test_the_log_shows_a_retry_and_its_cause_on_the_terminal_in_one_line(tmp_pat
         print(text, end="", file=cast(TextIO, Log(file, Console(file=stream, width=20))))
     assert stream.getvalue() == "retry: worker 0: [Errno 28] full\n"
     assert (tmp_path / "log.txt").read_text() == text
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_what_a_launcher_says_is_shown_while_the_rest_goes_to_the_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, terminal: bool
+) -> None:
+    """With the log of the driver, unless bars show its progress."""
+    stream, log = io.StringIO(), tmp_path / "log.txt"
+    stream.isatty = lambda: terminal  # type: ignore[method-assign]
+    monkeypatch.setattr(sys, "stderr", stream)
+    with shown_progress(log):
+        sys.stderr.write("chatter\n")
+        say("RayJob mine: Running")
+        say("retry: MLflow is away")
+        say("train 10 / 20 images", of_driver=True)
+    counts = [stream.getvalue().count(line) for line in log.read_text().splitlines()]
+    assert counts == [0, 1, 1, 0 if terminal else 1]
 
 
 def test_a_log_on_a_full_disk_does_not_end_what_the_terminal_shows() -> None:

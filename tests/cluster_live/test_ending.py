@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from real_cluster import WORKERS, eventually, kubectl
+from real_cluster import WORKERS, apply, eventually, kubectl
 
 from ncsn.storage.heartbeat import LEASE_SECONDS
 
@@ -35,6 +35,46 @@ def test_ctrl_c_deletes_the_rayjob(place: Place, dataset: str) -> None:
         command.signal(signal.SIGINT)
         assert command.wait(60) == 130, command.said[-3000:]
     eventually(place.namespace.is_empty, "the RayJob and its pods are gone", seconds=120)
+
+
+@pytest.mark.timeout(1500)
+def test_ctrl_c_ends_what_the_launcher_has_started_and_nothing_else(place: Place, dataset: str) -> None:
+    with training(place, dataset) as first, training(place, dataset) as second:
+        place.wait_for_checkpoint(RUN, first)
+        made, attached = (first, second) if " created " in first.said else (second, first)
+        assert "attached to RayJob" in attached.said
+        (before,) = place.namespace.rayjobs()
+        attached.signal(signal.SIGINT)
+        assert attached.wait(60) == 130, attached.said[-3000:]
+        (after,) = place.namespace.rayjobs()
+        assert (after["metadata"]["uid"], "deletionTimestamp" in after["metadata"]) == (
+            before["metadata"]["uid"],
+            False,
+        )
+        with training(place, dataset) as third:
+            eventually(lambda: "attached to RayJob" in third.said, "another one attaches", seconds=120)
+            made.signal(signal.SIGINT)
+            assert made.wait(60) == 130, made.said[-3000:]
+            eventually(lambda: " created " in third.said or third.ended, "it starts again", seconds=120)
+            assert not third.ended, third.said[-3000:]
+            third.signal(signal.SIGINT)
+            assert third.wait(60) == 130, third.said[-3000:]
+    eventually(place.namespace.is_empty, "the RayJob and its pods are gone", seconds=120)
+
+
+@pytest.mark.timeout(900)
+def test_a_rayjob_that_cannot_start_ends_after_its_launcher(place: Place, dataset: str) -> None:
+    """The janitor reads the lease."""
+    quota = {"name": "no-workers", "namespace": place.namespace.name}
+    hard = {"spec": {"hard": {"count/rayclusters.ray.io": "0"}}}
+    apply({"apiVersion": "v1", "kind": "ResourceQuota", "metadata": quota} | hard)
+    with training(place, dataset) as command:
+        eventually(place.namespace.rayjobs, "there is a RayJob", seconds=120)
+        command.signal(signal.SIGKILL)
+        command.wait(10)
+    seconds = eventually(lambda: not place.namespace.rayjobs(), "it is gone", seconds=LEASE_SECONDS + 180)
+    assert seconds > LEASE_SECONDS / 2
+    eventually(lambda: place.stored(f"runs/{RUN}/status.json"), "its run is closed", seconds=60)
 
 
 @pytest.mark.timeout(1200)

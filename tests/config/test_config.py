@@ -10,7 +10,7 @@ import pytest
 from pydantic import AfterValidator, BaseModel, ValidationError
 from refused import refused
 
-from ncsn.config import Config, ConfigError, changed_settings, from_yaml, to_json, to_yaml
+from ncsn.config import Config, ConfigError, changed_settings, from_yaml, overrides_between, to_json, to_yaml
 from ncsn.config.problems import fields_of, problems, section_models
 from ncsn.errors import problems_of
 
@@ -59,7 +59,7 @@ def test_a_value_that_does_not_exist_is_no_yaml(value: str) -> None:
     with refused("digits.yaml", error=ConfigError):
         from_yaml(f"name: {value}", origin="digits.yaml")
     with refused("--set", error=ConfigError):
-        from_yaml(DIGITS, overrides=[f"name={value}"])
+        from_yaml(DIGITS, overrides=[f"seed={value}"])
 
 
 def test_a_bug_in_a_validator_is_raised_as_it_is() -> None:
@@ -278,6 +278,26 @@ def test_a_gpu_is_why_networks_are_compiled_and_channels_go_last() -> None:
 def test_every_missing_section_is_named() -> None:
     with refused("data", "network", "train", "sampling", error=ConfigError):
         from_yaml("name: x")
+
+
+@pytest.mark.parametrize("typed", ["yes", "no", "null", "~", "nan", "1e3", "3.50", "010", "a: b", "#1", "2024-01-31"])
+def test_text_is_taken_as_it_is_typed(typed: str) -> None:
+    keys = ("tracking.experiment", "sampling.label", "compute.kuberay.node_selector.disk", "data.label_column")
+    config = from_yaml(DIGITS, overrides=["data.num_classes=10", *(f"{key}= {typed} " for key in keys)])
+    assert (config.tracking.experiment, config.sampling.label) == (typed, typed)
+    assert config.compute.kuberay.node_selector == {"disk": typed}
+    assert config.data.label_column == (None if typed in ("null", "~") else typed)
+    in_quotes = ["data.num_classes=10", f"sampling.label='{typed}'", "data.label_column='null'"]
+    quoted = from_yaml(DIGITS, overrides=in_quotes)
+    assert (quoted.sampling.label, quoted.data.label_column) == (typed, "null")
+    assert from_yaml(to_yaml(config)) == config
+    assert from_yaml(to_yaml(quoted), overrides=overrides_between(quoted, config)) == config
+
+
+def test_text_that_is_none_to_yaml_is_refused_in_a_file() -> None:
+    with refused("sampling.label", "tracking.experiment"):
+        text = f"{DIGITS}\ntracking: {{experiment: null}}"
+        from_yaml(text, overrides=["sampling={label: no, sampler: {kind: langevin}}"])
 
 
 def test_yaml_floats_without_a_dot_are_numbers() -> None:

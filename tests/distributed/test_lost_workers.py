@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import logging
+import os
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from ray.exceptions import ActorDiedError
-from ray.train import WorkerGroupError
+from on_ray import Group, killed_for_memory
+from ray.exceptions import ActorDiedError, OutOfMemoryError
+from ray.train import ControllerError, FailureConfig, WorkerGroupError
+from ray.train.v2._internal.callbacks.backend_setup import BackendSetupCallback
 from ray.train.v2._internal.constants import get_env_vars_to_propagate
+from ray.train.v2._internal.execution.failure_handling import create_failure_policy
+from ray_driver import ray_driver
 
+from ncsn.config import from_yaml
 from ncsn.distributed import workers
-from ncsn.distributed.ray_train import reason
+from ncsn.distributed.ray_train import _Torch, reason
 from ncsn.distributed.workers import LostWorkers, describe
 from ncsn.errors import InvalidValue, NotFound, UserError
 from ncsn.storage.retry import RETRY
@@ -84,3 +91,31 @@ def test_ray_train_repeats_what_a_worker_raises_but_not_a_mistake(
 def test_the_processes_of_ray_train_know_their_cluster_among_several(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
     assert get_env_vars_to_propagate()["RAY_ADDRESS"] == "127.0.0.1:6379"
+
+
+def test_ray_train_starts_workers_again_that_were_killed_for_memory_at_any_time() -> None:
+    error = OutOfMemoryError("1 worker(s) were killed")
+    policy = create_failure_policy(FailureConfig(max_failures=0, controller_failure_limit=1))
+    assert [policy.make_decision(ControllerError(error)).name for _ in range(2)] == ["RETRY", "RAISE"], "at its start"
+
+    def killed() -> list[object]:
+        raise error
+
+    BackendSetupCallback(_Torch()).before_execution_group_shutdown(Group([killed]))
+    assert describe({0: RuntimeError("closed by peer"), 1: error}) == describe({1: error}) != describe({1: died()})
+
+
+@pytest.mark.slow
+def test_what_a_node_held_is_said_when_ray_kills_a_worker_for_memory(
+    tiny: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By Ray's memory monitor, which holds any use of memory for too much here, every eight seconds."""
+    for name, value in (("usage_threshold", 0), ("monitor_refresh_ms", 8000)):
+        monkeypatch.setenv(f"RAY_memory_{name}", str(value))
+    monkeypatch.setenv("RAY_worker_killing_policy_by_group", "1")  # one worker at a time
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1] / "helpers"), prepend=os.pathsep)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with ray_driver(from_yaml(tiny)) as (driver, _):
+        said = driver(killed_for_memory, held=2**28)
+    used, limit, shared = map(float, re.findall(r"([\d.]+)GB", said))
+    assert limit > used > shared >= 0.25

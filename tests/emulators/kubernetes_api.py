@@ -1,5 +1,5 @@
-"""Kubernetes API over real HTTP. Leaves out TLS, tokens, webhooks, pagination and all but RayJobs, ConfigMaps, pods,
-logs, events and Argo's Workflows.
+"""Kubernetes API over real HTTP. Leaves out TLS, tokens, webhooks, pagination and all but RayJobs, ConfigMaps, Secrets,
+service accounts, pods, logs, events and Argo's Workflows.
 
 Reads and writes behave as the real server's do for one namespace: 409 for a name that exists, finalizers, RBAC with the
 real wording of a refusal. The switches of `Cluster` make it fail as real ones do. `kuberay_operator` plays the operator
@@ -11,8 +11,10 @@ from __future__ import annotations
 import copy
 import json
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -54,6 +56,7 @@ class Cluster:
     last_words: dict[str, list[str]] = field(default_factory=dict)
     on_create: Callable[[str], None] = lambda _name: None
     _objects: dict[tuple[str, str], Resource] = field(default_factory=dict)
+    _changes: list[tuple[str, str, Resource]] = field(default_factory=list)  # event, kind, object
     _lock: threading.RLock = field(default_factory=threading.RLock)
 
     def get(self, plural: str, name: str) -> Resource | None:
@@ -91,6 +94,7 @@ class Cluster:
             metadata = resource["metadata"]
             if "deletionTimestamp" in metadata and not metadata.get("finalizers"):
                 del self._objects[plural, name]
+                self._note("DELETED", plural, resource)
                 return resource
             return self._store(plural, resource)
 
@@ -112,7 +116,25 @@ class Cluster:
 
     def _store(self, plural: str, resource: Resource) -> Resource:
         self._objects[plural, resource["metadata"]["name"]] = resource
+        self._note("MODIFIED", plural, resource)
         return copy.deepcopy(resource)
+
+    def _note(self, event: str, plural: str, resource: Resource) -> None:
+        resource["metadata"]["resourceVersion"] = str(len(self._changes))
+        self._changes.append((event, plural, copy.deepcopy(resource)))
+
+    def watch(self, plural: str, name: str) -> Iterator[tuple[str, Resource] | None]:
+        """The events of one object, of which the first says what it is now; None while there is no other."""
+        with self._lock:
+            found, seen = self.get(plural, name), len(self._changes)
+        if found is not None:
+            yield "ADDED", found
+        while True:
+            for event, kind, resource in self._changes[seen:]:
+                seen += 1
+                if (kind, resource["metadata"]["name"]) == (plural, name):
+                    yield event, resource
+            yield None
 
 
 class Refusal(Exception):
@@ -229,14 +251,18 @@ class _Handler(BaseHTTPRequestHandler):
                 about = query["fieldSelector"].removeprefix("involvedObject.name=")
                 found = [each for each in self.cluster.list("events") if each["involvedObject"]["name"] == about]
                 self._send({"metadata": {}, "items": found})
-            case ["api", "v1", "namespaces", _, "configmaps", *name]:
-                self._change_or_show(verb, "", "configmaps", name, query, body)
+            case ["api", "v1", "namespaces", _, "configmaps" | "secrets" | "serviceaccounts" as plural, *name]:
+                self._change_or_show(verb, "", plural, name, query, body)
             case _:
                 raise Refusal(404, "NotFound", f"the emulator has no {self.path}")
 
     def _change_or_show(
         self, verb: str, group: str, plural: str, name: list[str], query: dict[str, str], body: Any
     ) -> None:
+        if verb == "get" and "watch" in query:
+            self._authorize("watch", group, plural)
+            self._send_changes(plural, query)
+            return
         self._authorize("list" if verb == "get" and not name else verb, group, plural, *name)
         if verb == "create":
             created = self.cluster.create(plural, body)
@@ -269,6 +295,24 @@ class _Handler(BaseHTTPRequestHandler):
         if found is None:
             raise Refusal(404, "NotFound", f'{plural} "{name[0]}" not found')
         self._send(found)
+
+    def _send_changes(self, plural: str, query: dict[str, str]) -> None:
+        """A watch, which ends after its time."""
+        self.send_response(200)
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        ends, self.close_connection = time.monotonic() + float(query["timeoutSeconds"]), True
+        with suppress(OSError):  # who has seen enough goes away
+            for change in self.cluster.watch(plural, query["fieldSelector"].removeprefix("metadata.name=")):
+                if self.cluster.away:
+                    return
+                if change is not None:
+                    line = json.dumps({"type": change[0], "object": change[1]}).encode() + b"\n"
+                    self.wfile.write(b"%x\r\n%s\r\n" % (len(line), line))
+                elif time.monotonic() > ends:
+                    break
+                time.sleep(0.02)
+            self.wfile.write(b"0\r\n\r\n")
 
     def _send_schema(self) -> None:
         if not self.cluster.installed:

@@ -5,16 +5,21 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
+from ray.exceptions import OutOfMemoryError
+from ray.train.v2._internal.callbacks.backend_setup import BackendSetupCallback
 
 from ncsn.config import Config
 from ncsn.distributed import trainer
 from ncsn.distributed.ray_calls import runner_of
+from ncsn.distributed.ray_train import _Torch
 from ncsn.distributed.sampling import make_shards, plan_shards
+from ncsn.distributed.workers import describe
 from ncsn.errors import UserError
 from ncsn.evaluation.frechet import RunningDistance, RunningScore
 from ncsn.evaluation.reference import open_evaluator
@@ -85,3 +90,28 @@ def ends_by_a_mistake() -> tuple[object, dict[int, Exception], float]:
     trainer.LAST_WORDS_SECONDS, began = 0.5, time.perf_counter()
     task = ray.remote(num_cpus=0, max_retries=0)(work)
     return *trainer._end_of([task.remote(rank) for rank in range(2)]), time.perf_counter() - began
+
+
+def killed_for_memory(held: int) -> str:
+    """What is said of a worker that Ray's memory monitor kills while Ray holds some bytes of objects."""
+    kept = ray.put(np.zeros(held, np.uint8))
+    worker = ray.remote(num_cpus=0)(Sleeper).remote()
+    try:
+        ray.get(worker.sleep.remote(600))
+    except OutOfMemoryError as error:
+        BackendSetupCallback(_Torch()).before_execution_group_shutdown(Group([lambda: [worker.sleep.remote(0)]]))
+        assert kept
+        return describe({0: RuntimeError("closed by peer"), 1: error})
+    raise AssertionError
+
+
+class Sleeper:
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+
+class Group(list[Callable[[], list[Any]]]):
+    """Ray Train's workers, which answer by what they hold."""
+
+    def execute_async(self, *_: object, **__: object) -> list[Any]:
+        return self[0]()

@@ -39,6 +39,7 @@ compute, step = json.loads(sys.argv[1]), json.loads(sys.argv[2])
 backend = open_backend(ComputeConfig.model_validate(compute))
 backend._renew_seconds = 0.2
 kuberay.POLL_SECONDS = common._LOG_SECONDS = 0.1
+kuberay.LOOK_SECONDS = (0.1, 0.1)
 kuberay._AT_ONCE, common._LAST_READ_SECONDS = (60.0, 60.0), 120.0  # this machine may be slower than a cluster
 try:
     if step is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from clock import Clock
 from PIL import Image
 from refused import refused
 from torch import Tensor
@@ -70,6 +72,37 @@ def test_what_is_promised_is_described() -> None:
         ncsn.nothing  # noqa: B018
 
 
+_SETTINGS = """
+import ctypes, os, torch
+
+class Info(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in "abcdmfghij"]
+
+glibc = ctypes.CDLL(None)
+glibc.mallinfo2.restype, glibc.malloc.restype, glibc.free.argtypes = Info, ctypes.c_void_p, [ctypes.c_void_p]
+
+def settings():
+    before, place = glibc.mallinfo2().m, glibc.malloc(ctypes.c_size_t(2**26))
+    mapped = glibc.mallinfo2().m - before
+    glibc.free(place)
+    return mapped > 0, torch.get_num_threads(), os.environ.get("GOMP_SPINCOUNT")
+
+first, threads = settings(), len(os.listdir("/proc/self/task"))
+import ncsn, sys
+assert len(os.listdir("/proc/self/task")) == threads
+from ncsn.tools import choose, plan
+choose.measure_speed = lambda _: plan.Speed(0.01, 0.01)  # which takes a while
+ncsn.fit(torch.rand(16, 8, 8).numpy(), hours=1e-5).sample(2)
+assert settings() == first and first[0] and "ncsn.distributed" not in sys.modules
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc")
+def test_a_callers_process_keeps_its_settings() -> None:
+    inherited = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    subprocess.run([sys.executable, "-c", _SETTINGS], env=inherited, check=True)
+
+
 def test_an_image_depends_on_the_seed_and_its_number_alone() -> None:
     model = model_of(*CLASSES)
     many, few = model.sample(5, seed=3), model.sample(3, seed=3)
@@ -125,6 +158,8 @@ def test_a_score_is_of_a_class_and_has_gradients() -> None:
     model, x = model_of(*CLASSES), torch.rand(2, 1, 8, 8, requires_grad=True)
     torch.testing.assert_close(model.score(x, 0.3, label="dog"), model.score(x, 0.3, label=1))
     assert not torch.allclose(model.score(x, 0.3, label="dog"), model.score(x, 0.3))
+    with refused("label"):
+        model_of(CLASSES[0]).denoise(x, 0.3)
     (gradient,) = torch.autograd.grad(model.denoise(x, 0.3).sum(), x)
     assert gradient.abs().sum() > 0
 
@@ -196,6 +231,20 @@ def test_fit_trains_on_a_folder_with_another_network(stripes: np.ndarray, tmp_pa
     assert model.sample(1, sampler=DpmSolver(num_steps=3)).shape == (1, 8, 8, 1)
 
 
+def test_fit_ends_by_the_clock_and_takes_a_few_images(stripes: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, seen = Clock(), list[tuple[int, int]]()
+    monkeypatch.setattr("ncsn.library.fit.time", clock)
+
+    def over(*count: int) -> None:
+        seen.append(count)
+        clock.sleep(3600)
+
+    model = fit(stripes[:2], hours=0.5, on_progress=over)
+    (start, planned), *_, (end, whole) = seen
+    assert (start, end, whole) == (0, model._trained.config.train.batch_size, end) and planned == 2000 > end
+    assert model.sample(2).shape == (2, 8, 8, 1)
+
+
 @pytest.mark.parametrize("floats", [False, True])
 def test_arrays_and_datasets_give_the_same_images(stripes: np.ndarray, *, floats: bool) -> None:
     tensor: Tensor = torch.from_numpy(stripes)[:, None]
@@ -220,7 +269,7 @@ def test_images_that_cannot_be_used_are_refused(stripes: np.ndarray) -> None:
         stripes.astype(float),
         stripes.astype(int),
         stripes[:0],
-        stripes[:3],
+        stripes[:1],
         [],
         "/nowhere",
     ):

@@ -135,6 +135,7 @@ def test_a_chain_waits_for_no_score_and_convolves_in_bfloat16_with_channels_last
     config: Config, gpu: PretendedGpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(generate, "level_images", lambda x, *_: x)  # which reads the values
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     network = build.network(config).eval().to(CUDA)
     classes = Classes(tuple("abcdefghij"), (5,) * 10) if config.data.num_classes else None
     moments = fit_moments(torch.rand(3, *config.data.network_shape))
@@ -152,6 +153,7 @@ def test_a_chain_waits_for_no_score_and_convolves_in_bfloat16_with_channels_last
     assert (found.shape, found.dtype, found.device) == ((COUNT, *config.data.network_shape), torch.float32, CUDA)
     assert [call for call in gpu.calls if call.waits] == []
     assert_convolutions_are_for_tensor_cores(gpu.calls, torch.bfloat16)
+    assert not torch.backends.cudnn.benchmark, "which is the caller's"
 
 
 @pytest.fixture

@@ -90,7 +90,8 @@ def emulation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emula
     monkeypatch.setenv("NCSN_IMAGE", "registry.example/ncsn-python:0.1.0")
     monkeypatch.setattr(backend, "_LAST_READ_SECONDS", 120.0)  # of a log, on a busy machine
     monkeypatch.setattr(backend, "_LOG_SECONDS", 0.1)
-    monkeypatch.setattr(kuberay, "POLL_SECONDS", 0.1)
+    monkeypatch.setattr(kuberay, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(kuberay, "LOOK_SECONDS", (0.1, 0.1))
     for name in ("KFP_POD_NAME", "NCSN_RAYJOB_TEMPLATE", "HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"):
         monkeypatch.delenv(name, raising=False)
     yield Emulation(cluster, operator, server, tmp_path)
@@ -114,7 +115,7 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What a RayJob's launcher in this process says, as it says it: capsys may lose what is said while it is read."""
     lines: list[str] = []
     for module in (backend, kuberay, pods):
-        monkeypatch.setattr(module, "say", lines.append)
+        monkeypatch.setattr(module, "say", lambda line, **_: lines.append(line))
     return lines
 
 

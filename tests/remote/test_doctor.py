@@ -40,9 +40,34 @@ def test_missing_verbs_are_named_with_the_folder_that_grants_them(
     emulation.cluster.rules = [rule | {"verbs": ["get", "list"]} for rule in emulation.cluster.rules]
     seen = examine(tmp_path, f"compute.kuberay.namespace={namespace}")["rights"]
     assert (seen["state"], seen["fix"]) == ("failed", f"kubectl apply --kustomize {folder}")
-    missing = "create rayjobs.ray.io, delete rayjobs.ray.io, patch configmaps ncsn-runs"
+    missing = "create rayjobs.ray.io, watch rayjobs.ray.io, delete rayjobs.ray.io, patch configmaps ncsn-runs"
     assert f" {missing} " in seen["detail"]
     assert (DIGITS.parents[1] / folder / "kustomization.yaml").is_file()
+
+
+@pytest.mark.parametrize(
+    ("there", "state"),
+    [
+        ({"serviceaccounts": "ncsn-ray", "configmaps": "ncsn-environment", "secrets": "ncsn-credentials"}, "ok"),
+        ({"serviceaccounts": "ncsn-ray", "configmaps": "ncsn-environment"}, "not configured"),
+        ({"configmaps": "ncsn-environment", "secrets": "ncsn-credentials"}, "failed"),
+    ],
+)
+def test_what_the_pods_refer_to(emulation: Any, tmp_path: Path, there: dict[str, str], state: str) -> None:
+    user = {"apiGroups": [""], "resources": ["serviceaccounts", "configmaps", "secrets"], "verbs": ["get"]}
+    emulation.cluster.rules = [*emulation.cluster.rules, user]
+    for kind, name in there.items():
+        emulation.cluster.create(kind, {"metadata": {"name": name}})
+    seen = examine(tmp_path)["pod needs"]
+    assert seen["state"] == state
+    named = ("serviceaccounts ncsn-ray", "secrets ncsn-credentials")
+    assert [each in seen["detail"] for each in named] == [state != "not configured", state != "failed"]
+    assert (seen["fix"] == "kubectl apply --kustomize infra/base/kuberay") == (state == "failed")
+
+
+def test_who_may_not_look_for_a_secret_asks_for_none(emulation: Any, tmp_path: Path) -> None:
+    assert examine(tmp_path)["pod needs"]["state"] == "not configured"
+    assert {resource for _, resource in emulation.cluster.requests} == set()
 
 
 @pytest.mark.parametrize(

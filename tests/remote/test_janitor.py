@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from kubernetes_api import pairs, rules_of
 from mlflow.tracking import MlflowClient
 from webhook import receiver
 
+from ncsn import storage
 from ncsn.cli import app
 from ncsn.config import Config, from_yaml, to_json
 from ncsn.events import tell
@@ -20,10 +23,11 @@ from ncsn.process import KFP_RUN_ID, KFP_WORKFLOW
 from ncsn.remote.backend import RemoteLost
 from ncsn.remote.kuberay import NOTES
 from ncsn.remote.kubernetes import KubernetesApi
-from ncsn.runs.folder import Outcome, read_outcome, read_step, run_folder, write_outcome
+from ncsn.runs.folder import Outcome, claim_run, read_outcome, read_step, run_folder, write_outcome
 from ncsn.steps import finish, ingest
 from ncsn.steps.execution import run_kfp_task
 from ncsn.steps.janitor import clean_up, note_run
+from ncsn.storage.heartbeat import LEASE_SECONDS
 from ncsn.tracking.mlflow_runs import step_run
 
 INFRA = Path(__file__).parents[2] / "infra" / "base"
@@ -68,12 +72,19 @@ def workflow(emulation: Any, phase: str, **spec: Any) -> None:
 
 
 def rayjob(
-    emulation: Any, name: str, *, run: str = "mine", root: str = "", state: str = "Running", **metadata: Any
+    emulation: Any,
+    name: str,
+    *,
+    run: str = "mine",
+    root: str = "",
+    state: str = "Running",
+    lease: str = "none",
+    **metadata: Any,
 ) -> None:
     labels = {"app.kubernetes.io/managed-by": "ncsn", "ncsn.dev/run": run, "ncsn.dev/step": "train"}
     manifest = {
         "metadata": {"name": name, "labels": labels, **metadata},
-        "spec": {"entrypoint": f"ncsn train --run mine --set storage.root={root} --json"},
+        "spec": {"entrypoint": f"ncsn train --run mine --set storage.root={root} --lease {lease}"},
         "status": {"jobDeploymentStatus": state, "jobStatus": "RUNNING"},
     }
     emulation.cluster.create("rayjobs", manifest)
@@ -209,6 +220,44 @@ def test_a_run_whose_workflow_is_gone_keeps_the_end_that_is_known(emulation: Any
     assert outcome(config) == Outcome("FINISHED")
     assert statuses(config)["run"] == "FINISHED"
     assert notes(emulation) == {}
+
+
+@pytest.mark.usefixtures("begun")
+def test_a_rayjob_without_a_workflow_lives_as_long_as_one_of_its_launchers(
+    emulation: Any, config: Config, janitor: Any
+) -> None:
+    KubernetesApi().patch("configmaps", NOTES, {"data": None})
+    root, limit = config.storage.root, LEASE_SECONDS
+    silent = {
+        "alive": ("Initializing", [10 * limit, 0.5 * limit]),
+        "waits": ("Suspended", [10 * limit, 1.5 * limit]),
+        "saves": ("Running", [1.5 * limit]),
+        "hangs": ("Running", [2.5 * limit]),
+        "ended": ("Failed", [2.5 * limit]),
+        "unknown": ("Initializing", []),
+        "away": ("Initializing", []),
+    }
+    for name, (state, ages) in silent.items():
+        lease = Path(root, name)
+        lease.mkdir()
+        for number, age in enumerate(ages):
+            (lease / str(number)).touch()
+            os.utime(lease / str(number), (time.time() - age,) * 2)
+        run = {"hangs": "theirs"}.get(name, "mine")
+        place = "s3://bucket/lease" if name == "away" else str(lease)
+        rayjob(emulation, name, run=run, root=root, state=state, lease=place)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+        patch.setattr("ncsn.steps.janitor._STORE_SECONDS", 0.1)
+        claim_run(config, "theirs")
+        done = janitor()
+    assert [line.split()[:2] for line in done] == [["delete", "waits:"], ["delete", "hangs:"], ["close", "run"]]
+    assert read_outcome(run_folder(config, "theirs")) is not None
+    assert outcome(config) is None, "another RayJob of this run has a launcher"
+    assert {job["metadata"]["name"] for job in emulation.jobs} == silent.keys() - {"waits", "hangs"}
+    assert storage.list_names(f"{root}/alive") == ["0", "1"]
+    for job in emulation.jobs:
+        emulation.cluster.delete("rayjobs", job["metadata"]["name"])
 
 
 @pytest.mark.usefixtures("begun")

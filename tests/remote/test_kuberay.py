@@ -127,7 +127,7 @@ def test_an_answer_that_is_cut_is_asked_for_again(emulation, capsys: pytest.Capt
         ask(KubernetesApi(patience=0))
 
 
-@pytest.mark.parametrize("verb", ["create", "get", "delete"])
+@pytest.mark.parametrize("verb", ["create", "get", "watch", "delete"])
 def test_a_missing_right_is_named(emulation, verb: str) -> None:
     rules = emulation.cluster.rules
     rules[0]["verbs"] = [other for other in rules[0]["verbs"] if other != verb]

@@ -11,15 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from kubernetes_api import rules_of
 from mlflow.tracking import MlflowClient
 from refused import refused
 from remote_places import TINY
 
 from ncsn import storage
-from ncsn.config import Config, from_yaml, to_json
+from ncsn.cli import app
+from ncsn.config import Config, from_yaml, to_json, to_yaml
 from ncsn.remote.kuberay import KubeRay
 from ncsn.steps import ingest, train
+from ncsn.tools.listing import describe_run
 
 INFRA = Path(__file__).parents[2] / "infra" / "base"
 
@@ -55,6 +58,18 @@ def test_a_mistake_that_the_pod_finds_is_told_as_one(emulation, on_s3: Config) -
     with refused(dataset):
         train.run(on_s3, run="mine", dataset=dataset)
     assert len(emulation.operator.started) == 1, "it would only be found again"
+
+
+def test_a_run_of_all_steps_shows_the_states_of_its_rayjobs(emulation, on_s3: Config, tmp_path: Path) -> None:
+    cluster, config = emulation.cluster, tmp_path / "tiny.yaml"
+    config.write_text(to_yaml(on_s3).replace("backend: kuberay", "backend: local"))
+    failed = {"status": {"jobDeploymentStatus": "Failed", "jobStatus": "FAILED"}}
+    cluster.on_create = lambda name: cluster.update("rayjobs", name, lambda job: job.update(failed))
+    done = CliRunner().invoke(app, ["run", "--config", str(config), "--run", "mine", "--backend", "kuberay"])
+    created, state, *_ = [line for line in done.stderr.splitlines() if line.startswith("RayJob ncsn-mine-train-")]
+    assert " created " in created and state.endswith(": Failed / FAILED")
+    assert done.exit_code == 1
+    assert describe_run(on_s3.storage.root, "mine").state == "FAILED train"
 
 
 # As in the slim image.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from starlette.responses import Response
 from ncsn.config.load import with_wishes
 from ncsn.model.generate import generate
 from ncsn.serving import app
+from ncsn.serving.asked import read
 
 MODEL = "models:/tiny/1"
 
@@ -59,6 +61,23 @@ def test_images_are_those_of_the_model_by_seed_and_class(handle: Any) -> None:
     alone = generate(trained, sampling=sampling, first=0, count=5)
     with np.load(io.BytesIO(answer.body)) as found:
         assert np.abs(found["images"].astype(int) - alone).max() <= 1
+
+
+def test_images_count_for_the_version_that_made_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = Counter[str]()
+    monkeypatch.setattr(app, "load_version", lambda *_, **__: (MODEL, trained_by(0)))
+    monkeypatch.setattr(app.Counter, "inc", lambda _, value, tags: counted.update({tags["model"]: value}))
+    sampler = app.Sampler("models:/tiny@champion", "")
+
+    async def ask() -> None:
+        asked = asyncio.create_task(sampler.sample(read(b'{"number": 3}')))
+        await asyncio.sleep(0)
+        sampler._served = ("models:/tiny/2", trained_by(1))
+        await asked
+        await sampler.sample(read(b'{"number": 2}'))
+
+    asyncio.run(ask())
+    assert counted == {MODEL: 3, "models:/tiny/2": 2}
 
 
 def test_the_page_and_the_facts_behind_it(handle: Any) -> None:

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 from refused import refused
-from served import trained_by
+from served import TEXT, trained_by
 
+from ncsn.config import from_yaml, to_yaml
+from ncsn.config.load import with_wishes
+from ncsn.data.dataset import write_dataset
+from ncsn.data.sources import open_source
+from ncsn.model import build
+from ncsn.model.generate import generate, image_labels
 from ncsn.serving.asked import answer, read, settings
+from ncsn.tracking.model import ScoreModel
+from ncsn.training.batches import classes_of
 
 TRAINED = trained_by(0)
 
@@ -59,6 +69,36 @@ def test_a_request_that_is_none_is_refused_with_the_key(given: Any, key: str) ->
 def test_what_the_model_cannot_follow_is_refused_with_the_key(given: dict[str, Any], key: str) -> None:
     with refused(key):
         settings(TRAINED, read(json.dumps(given).encode()))
+
+
+def test_classes_have_the_names_of_their_folders_whatever_yaml_takes_them_for(tmp_path: Path) -> None:
+    names = ["1e3", "no", "null", "on", "yes", "😀"]
+    for name in names:
+        (tmp_path / name).mkdir()
+        for number in range(4):
+            Image.new("L", (8, 8), number).save(tmp_path / name / f"{number}.png")
+    given = {"source": "image_folder", "root": tmp_path, "num_classes": len(names)}
+    config = from_yaml(TEXT, overrides=[f"data.{key}={value}" for key, value in given.items()])
+    manifest = write_dataset(open_source(config.data), f"{tmp_path}/store", name="answers", data=config.data).manifest
+    assert manifest.class_names == names
+    network, classes = build.network(config).eval(), classes_of(config, manifest)
+    trained = replace(TRAINED, config=config, network=network, classes=classes)
+    model = ScoreModel()
+    model.trained, model.device = trained, "cpu"
+    for number, name in enumerate(names):
+        sampling = from_yaml(to_yaml(config), overrides=[f"sampling.label={name}"]).sampling
+        assert image_labels(trained, sampling, first=0, count=2).tolist() == [number, number]
+        assert settings(trained, read(json.dumps({"class": name}).encode())) == sampling
+        image = generate(trained, sampling=sampling, first=0, count=1)
+        np.testing.assert_array_equal(model.predict(None, None, {"label": name, "n_images": 1}), image)
+
+
+def test_a_guidance_of_zero_is_one() -> None:
+    for given in (TRAINED, replace(TRAINED, config=with_wishes(TRAINED.config, {"guidance": 3.0}))):
+        for weight in (0, 0.0):
+            found = settings(given, read(json.dumps({"guidance": weight}).encode())).guidance
+            assert found is not None and found.weight == 0
+    assert settings(TRAINED, read(b'{"guidance": 1}')).guidance is None
 
 
 def test_a_request_changes_what_it_names() -> None:

@@ -149,16 +149,20 @@ def test_few_images_without_labels_are_enough(store: Path, tmp_path: Path) -> No
     """They have no score, and so no splits, whose number `evaluation.num_splits` gives."""
     config = make_config(store, "sampling.num_images=20")
     labeled = open_source(config.data)
-    splits = {
-        name: replace(split.section(0, count), labels=np.full(count, -1))
-        for (name, split), count in zip(labeled.splits.items(), (30, 3), strict=True)
-    }
-    source = replace(labeled, class_names=(), splits=splits)
-    dataset = write_dataset(source, str(store / "datasets" / "few"), name="few", data=config.data).uri
-    samples = write_samples(tmp_path / "few", open_cache(dataset, "train").images[:20])
-    result = evaluate(config, samples=samples, dataset=dataset, folder=tmp_path)
-    assert all(np.isfinite(value) for value in (result.metrics | result.real_metrics).values())
-    assert (result.num_images, result.num_real_images) == (20, 3)
+    written = dict[str, bytes]()
+    for train in (30, 40):  # with each its own file
+        splits = {
+            name: replace(split.section(0, count), labels=np.full(count, -1))
+            for (name, split), count in zip(labeled.splits.items(), (train, 3), strict=True)
+        }
+        source = replace(labeled, class_names=(), splits=splits)
+        dataset = write_dataset(source, str(store / "datasets" / "few"), name="few", data=config.data).uri
+        samples = write_samples(tmp_path / "few", open_cache(dataset, "train").images[:20])
+        result = evaluate(config, samples=samples, dataset=dataset, folder=tmp_path)
+        assert all(np.isfinite(value) for value in (result.metrics | result.real_metrics).values())
+        assert (result.num_images, result.num_real_images) == (20, 3)
+        written[result.uri] = Path(result.uri).read_bytes()
+    assert {uri: Path(uri).read_bytes() for uri in written} == written and len(written) == 2
 
 
 def test_fewer_test_images_than_samples_is_said(store: Path, dataset: str, tmp_path: Path) -> None:

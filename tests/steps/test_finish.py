@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,10 @@ from webhook import receiver
 from ncsn import storage
 from ncsn.config import Config, from_yaml, to_yaml
 from ncsn.process import KFP_RUN_ID, KfpRun
-from ncsn.runs.folder import Outcome, RunFolder, StepError, run_folder, update_step, write_outcome
-from ncsn.steps import finish, ingest
+from ncsn.runs.folder import Outcome, RunFolder, StepError, read_outcome, run_folder, update_step, write_outcome
+from ncsn.steps import execution, finish, ingest
+from ncsn.steps.step import Step
+from ncsn.tools.listing import describe_run
 from ncsn.tracking.client import TrackingError
 from ncsn.tracking.mlflow_runs import step_run
 
@@ -89,6 +92,47 @@ def test_a_canceled_run_is_killed_with_the_step_that_could_not_say_so(config: Co
         client.update_run(each, status="RUNNING")
     assert finish.run(config, run=run, state=state, message=message).status == "KILLED"
     assert mlflow_statuses(config, run) == {"run": "KILLED", "train": "KILLED"}
+
+
+@pytest.mark.parametrize(("stop", "words"), [(SystemExit(143), "terminated"), (KeyboardInterrupt(), "interrupted")])
+def test_a_step_after_the_pipeline_takes_its_end_away_nowhere(
+    config: Config, monkeypatch: pytest.MonkeyPatch, stop: BaseException, words: str
+) -> None:
+    """But a pipeline with work to do does."""
+    run, ends = words, list[Outcome | None]()
+    folder = run_folder(config, run)
+
+    def sample(config: Config, *, run: str) -> None:
+        with Step("sample", config, run, object).work(config):
+            ends.append(read_outcome(folder))
+            raise stop
+
+    def pipeline(*steps: str) -> Outcome | None:
+        monkeypatch.setattr(execution, "STEPS", steps)
+        with suppress(type(stop)):
+            execution.run_all(config, run=run, around=lambda *_: nullcontext())
+        return read_outcome(folder)
+
+    monkeypatch.setattr(execution, "find_inputs", lambda *_, **__: {})
+    monkeypatch.setattr("ncsn.steps.sample.run", sample)
+    assert pipeline("ingest") == Outcome("FINISHED")
+    with pytest.raises(type(stop)):
+        execution.run_step("sample", config, run=run, given={})
+    assert read_outcome(folder) == ends.pop() == Outcome("FINISHED")
+    assert mlflow_statuses(config, run) == {"run": "FINISHED", "ingest": "FINISHED", "sample": "KILLED"}
+    item = describe_run(config.storage.root, run)
+    assert (item.state, item.facts["error"]) == ("FINISHED; sample KILLED", words)
+
+    update_step(folder, "sample", state="RUNNING")  # of a launcher that is gone, whose RayJob the janitor deletes
+    assert finish.run(config, run=run, state="CANCELED").status == "FINISHED"
+    assert describe_run(config.storage.root, run).state == "FINISHED; sample KILLED"
+    assert mlflow_statuses(config, run)["run"] == "FINISHED"
+
+    assert pipeline("ingest", "sample") == Outcome("KILLED", words, "sample")
+    assert ends == [None]
+    assert describe_run(config.storage.root, run).state == "KILLED sample"
+    assert mlflow_statuses(config, run)["run"] == "KILLED"
+    assert pipeline("ingest") == Outcome("FINISHED")
 
 
 def test_a_driver_that_gave_up_ends_the_run_as_killed(config: Config) -> None:

@@ -19,10 +19,10 @@ from ncsn.cli import app
 from ncsn.config import Config, from_yaml, to_yaml
 from ncsn.data.format import load_manifest, read_split
 from ncsn.errors import NotFound, UserError
-from ncsn.process import KFP_RUN_ID, KfpRun
-from ncsn.runs.folder import ForeignRun, Outcome, run_folder, write_outcome
+from ncsn.process import CODE, KFP_RUN_ID, KfpRun
+from ncsn.runs.folder import ForeignRun, Outcome, RunFolder, read_step, run_folder, write_outcome
 from ncsn.steps import finish, ingest
-from ncsn.steps.execution import run_kfp_task
+from ncsn.steps.execution import run_kfp_task, run_step
 
 EXPERIMENT = """
 name: digits
@@ -57,8 +57,10 @@ def datasets(tmp_path: Path) -> list[str]:
     return sorted(path.relative_to(tmp_path / "store" / "datasets").as_posix() for path in tmp_path.rglob("*.parquet"))
 
 
-def test_digits_become_a_dataset(config, tmp_path):
-    result = ingest.run(config(test_fraction=0.3), run="one")
+def test_digits_become_a_dataset(config, tmp_path, monkeypatch):
+    monkeypatch.setenv(CODE, code := f"{tmp_path}/store/code/{64 * 'a'}.zip")
+    result = run_step("ingest", config(test_fraction=0.3), run="one", given={})
+    assert read_step(RunFolder(f"{tmp_path}/store", "one"), "ingest").reads == {"code": code}
     assert result.counts == {"train": 1258, "test": 539}
     assert result.created
     assert result.uri == f"{tmp_path}/store/datasets/sklearn_digits/{result.digest}"

@@ -206,7 +206,7 @@ def test_a_result_that_comes_while_a_second_launcher_attaches_is_its_own(
         (InvalidValue("too small"), [{"key": "", "reason": "too small", "hint": ""}]),
         (ValueError("a bug"), []),
         (RuntimeError("lost"), []),
-        (SystemExit(143), []),
+        (SystemExit("terminated"), []),
     ],
     ids=["mistake", "sentence", "bug", "failure", "stop"],
 )
@@ -264,7 +264,7 @@ def test_what_the_driver_wrote_is_stronger_than_what_its_launcher_saw(tmp_path: 
         (RuntimeError("worker lost"), RuntimeError("RayJob x failed: worker lost; a pod was OOMKilled"), "launcher"),
         (RuntimeError("worker lost"), RuntimeError("RayJob x was deleted"), "driver"),
         (SystemExit(143), RuntimeError("RayJob x failed: DeadlineExceeded"), "launcher"),
-        (SystemExit(143), SystemExit(143), "driver"),
+        (SystemExit(143), SystemExit("terminated"), "launcher"),
     ],
 )
 def test_a_reason_is_replaced_only_by_a_stronger_one(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 import pickle
 import time
 from pathlib import Path
@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from clock import Clock
 
+from ncsn import storage
 from ncsn.storage import heartbeat
-from ncsn.storage.heartbeat import LEASE_SECONDS, Heartbeat, Lease, LeaseExpired
+from ncsn.storage.heartbeat import LEASE_SECONDS, Heartbeat, Lease, LeaseExpired, is_abandoned
 
 
 @pytest.fixture
@@ -22,46 +23,76 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def test_silence_is_measured_on_the_readers_clock(tmp_path: Path, clock: Clock) -> None:
-    path = tmp_path / "lease.json"
-    path.write_text("a beat, whatever its time")
-    lease = pickle.loads(pickle.dumps(Lease(str(path), check_seconds=0)))
-    assert not lease.expired(), "what the launcher's clock says does not matter"
+def renew(folder: Path, launcher: str, *, age: float = 0) -> None:
+    """As a launcher does, at the store's time."""
+    folder.mkdir(exist_ok=True)
+    (folder / launcher).touch()
+    os.utime(folder / launcher, (time.time() - age,) * 2)
+
+
+def test_silence_of_all_launchers_is_measured_on_the_readers_clock(tmp_path: Path, clock: Clock) -> None:
+    renew(tmp_path, "first", age=1e6)
+    renew(tmp_path, "second", age=3e6)
+    lease = pickle.loads(pickle.dumps(Lease(str(tmp_path), check_seconds=0)))
+    assert not lease.expired(), "what other clocks say does not matter"
     clock.sleep(0.7 * LEASE_SECONDS)
-    path.write_text("another")
+    renew(tmp_path, "second", age=2e6)
     assert not lease.expired()
     clock.sleep(0.7 * LEASE_SECONDS)
+    (tmp_path / "first").unlink()
     assert not lease.expired()
     clock.sleep(0.7 * LEASE_SECONDS)
-    assert lease.expired()
+    assert lease.expired(), "the end of a launcher is no sign of life"
     with pytest.raises(LeaseExpired, match="all is saved"):
         lease.require("all is saved")
 
 
 @pytest.mark.parametrize("unreadable", [False, True])
-def test_a_lease_that_vanishes_expires_and_one_that_cannot_be_read_does_not(
+def test_leases_that_vanish_expire_and_those_that_cannot_be_read_do_not(
     tmp_path: Path, clock: Clock, unreadable: bool
 ) -> None:
-    path = tmp_path / "lease.json"
-    path.write_text("1")
-    lease = Lease(str(path), check_seconds=0)
+    folder = tmp_path / "lease"
+    renew(folder, "first")
+    lease = Lease(str(folder), check_seconds=0)
     assert not lease.expired()
-    path.unlink()
+    (folder / "first").unlink()
     if unreadable:
-        path.mkdir()
+        folder.rmdir()
+        folder.touch()
     clock.sleep(1.3 * LEASE_SECONDS)
     assert lease.expired() != unreadable
 
 
 def test_the_heart_beats_until_the_block_ends(tmp_path: Path) -> None:
-    path, seen = tmp_path / "lease", set[float]()
-    with Heartbeat(str(path), every=0.05):
+    seen = set[int]()
+    with Heartbeat(str(tmp_path), every=0.05) as heart:
         ends = time.monotonic() + 60
         while len(seen) < 3:
             assert time.monotonic() < ends
-            seen.add(json.loads(path.read_text())["renewed_at"])
+            seen.add((tmp_path / heart.id).stat().st_mtime_ns)
             time.sleep(0.01)
-    last = path.read_text()
+    last = (tmp_path / heart.id).stat().st_mtime_ns
     time.sleep(0.2)
-    assert path.read_text() == last
+    assert (tmp_path / heart.id).stat().st_mtime_ns == last
     assert LEASE_SECONDS > 2 * heartbeat.RENEW_SECONDS, "one beat that is lost is no silence"
+
+
+def test_a_launcher_knows_whether_it_is_alone(tmp_path: Path) -> None:
+    """By the store's clock: the launchers' may be wrong."""
+    renew(tmp_path, "gone", age=1.1 * LEASE_SECONDS)
+    with Heartbeat(str(tmp_path), every=1000) as first:
+        assert first.alone
+        renew(tmp_path, "another", age=0.9 * LEASE_SECONDS)
+        with Heartbeat(str(tmp_path), every=1000) as second:
+            assert not second.alone
+
+
+def test_leases_in_s3(s3_root: str) -> None:
+    folder = f"{s3_root}/lease"
+    assert not is_abandoned(folder, seconds=-60), "nobody ever held one"
+    with Heartbeat(folder) as first, Heartbeat(folder) as second:
+        assert (first.alone, second.alone) == (True, False)
+        assert not is_abandoned(folder)
+        assert is_abandoned(folder, seconds=-60)
+        assert not Lease(folder).expired()
+    assert storage.list_names(folder) == sorted((first.id, second.id))

@@ -63,7 +63,8 @@ def store(config: Config, client: MlflowClient) -> Config:
     put(config, "runs/reused/samples/s1/f1/shard", "runs/elsewhere/samples/s1/f1/shard")
     reused = from_yaml(to_yaml(config), overrides=[f"data.root={config.storage.root}/runs/reused/samples/s1/f1"])
     run(reused, "reuses", "ingest")
-    run(config, "elsewhere", "sample")
+    put(config, f"code/{'a' * 64}.zip", "code/bbbb.zip")
+    run(config, "elsewhere", "sample", reads={"code": f"{config.storage.root}/code/bbbb.zip"})
 
     run(config, "searched", "tune", state="FINISHED", result={"values": {"noise.sigma_1": 2.0}})
     for key, sigma in (("won", 2.0), ("lost", 1.0)):
@@ -95,6 +96,7 @@ FOUND = {
     ("trials", "runs/searched/search/trials/0123/lost/checkpoints"),
     ("features", f"datasets/digits/aaaa1111/reference/{FINGERPRINTS[1]}"),
     ("datasets", "datasets/digits/cccc3333"),
+    ("code", f"code/{'a' * 64}.zip"),
 }
 
 
