@@ -97,20 +97,13 @@ def run_pipeline(target: Target, *, as_json: bool, finish: bool = False) -> None
     config = target.config
     for step in STEPS if config.search is None else PIPELINE:
         preflight(step, config, run_folder(config, target.run))
-    folder = run_folder(config, target.run)
-    options = {STEPS[0]: images_of_run(STEPS[0], config, folder)}
+    images = images_of_run(STEPS[0], config, run_folder(config, target.run))
     if target.code_here:
         publish_code(config.storage.root)
-    with _alone(folder, "run"):
-        if finish:
-            from ncsn.steps.train import trained_so_far
-
-            trained_so_far(folders_of(folder, config)["train"])
-            options["train"] = {"finish": True}
-        claim_run(config, folder.run)
-        before = read_results(folders_of(folder, config))
-        with announced(folder.run, root=folder.root):
-            _execute(config, folder, options)
+    folder = claim_run(config, target.run)
+    before = read_results(folders_of(folder, config))
+    with _alone(folder, "run"), announced(folder.run, root=folder.root):
+        _execute(config, folder, {STEPS[0]: images, "train": {"finish": finish}})
     records = read_results(folders_of(folder, config))
     if as_json:
         results = {step: record.result for step, record in records.items()}
@@ -184,9 +177,9 @@ def _continues(config: Config, step: str, folder: RunFolder) -> str:
         return "the same command continues training from its last checkpoint"
     if newest is None:
         return "there is no checkpoint yet: the same command begins training again"
-    seen, length = images_seen_at(newest), config.train.num_images
-    instead = f"`ncsn run {folder.options} --finish` makes the model of these"
-    return f"the same command continues training from image {seen:,} of {length:,}; {instead}"
+    place = f"image {images_seen_at(newest):,} of {config.train.num_images:,}"
+    instead = f"`ncsn run {folder.options} --finish` makes the model of what is trained"
+    return f"the same command continues training from {place}; {instead}"
 
 
 @contextmanager

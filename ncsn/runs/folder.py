@@ -92,10 +92,6 @@ class RunFolder:
         """A file of one step, `step.json`, `progress.json`, `lease/`, `stop`, `log.txt` or `workers.txt`."""
         return storage.join(self.steps, step, file)
 
-    def refusal(self, kfp_run: str) -> str:
-        """A file that says why the first task of a pipeline run left this run as it is."""
-        return storage.join(self.uri, "refused", kfp_run)
-
 
 def run_folder(config: Config, run: str) -> RunFolder:
     """The folder of `run` below `config.storage.root`."""

@@ -146,7 +146,7 @@ def run_kfp_task(step: str, config: Config, *, run: str, given: Mapping[str, str
         options = images_of_run(step, config, folder)
     except UserError as refusal:
         if kfp_run := os.environ.get(KFP_RUN_ID):  # for the exit handler, which leaves the run as it is too
-            storage.write_text(folder.refusal(kfp_run), str(refusal))
+            storage.write_text(folder.step(step, f"refused-{kfp_run}"), str(refusal))
         raise
     # The exit handler writes the same outcome again, but after KFP's Retry there is none.
     before = read_step(folder, step).error

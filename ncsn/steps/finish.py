@@ -74,7 +74,7 @@ def run(
     steps, places = dict[str, str](), {"image": container_image(), "KFP run": ours or ""}
     try:
         folder = claim_run(config, run)
-        if ours and storage.exists(refused := folder.refusal(ours)):
+        if ours and storage.exists(refused := folder.step(STEPS[0], f"refused-{ours}")):
             raise ForeignRun("", storage.read_text(refused))
         folders = folders_of(folder, config)
     except ForeignRun as refusal:  # its store and MLflow run stay as they are

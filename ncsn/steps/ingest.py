@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import logging
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,10 +18,9 @@ from ncsn.data.format import MANIFEST, load_manifest, part_images, read_part
 from ncsn.data.sources import open_source
 from ncsn.data.sources.base import NO_FILES, source_fingerprint
 from ncsn.progress import Progress
+from ncsn.remote.backend import say
 from ncsn.runs.folder import ForeignRun, RunFolder, claim_run, read_step, run_folder, update_step
 from ncsn.steps.step import Step
-
-_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -40,13 +39,14 @@ def run(config: Config, *, run: str, inputs: Mapping[str, Any] | None = None) ->
 
     `inputs` are `agreed_inputs`, if the caller has them. `ForeignRun` if the run has read other images.
     """
-    if inputs is None:
-        inputs = agreed_inputs(config, run_folder(config, run))
+    inputs = agreed_inputs(config, run_folder(config, run)) if inputs is None else inputs
     step = Step("ingest", config, run, IngestResult)
     if result := step.find_result(inputs, needs=lambda result: [storage.join(result.uri, MANIFEST)]):
         return result
     with step.work(config) as (progress, tracked):
-        dataset = write_images(config, _datasets(config, step.folder), fingerprint=inputs["files"], progress=progress)
+        # Named after the source, not the experiment, so that experiments on the same images share one dataset.
+        datasets = storage.join(step.folder.root, "datasets", config.data.source)
+        dataset = write_images(config, datasets, fingerprint=inputs["files"], progress=progress)
         manifest = dataset.manifest
         tracked.log_dataset(manifest.name, digest=manifest.digest, uri=dataset.uri)
         tracked.log_metrics({f"ingest/{split}_images": count for split, count in manifest.counts.items()})
@@ -63,48 +63,42 @@ def agreed_inputs(config: Config, folder: RunFolder) -> Mapping[str, Any]:
 
     Names, sizes and dates of the source are compared with those at that time. Where they differ the images are read.
     """
-    inputs = {"data": config.data.model_dump(mode="json"), "files": source_fingerprint(config.data)}
-    stored = read_step(folder, "ingest")
-    if not stored.result or stored.inputs == inputs:
+    inputs: dict[str, Any] = {"data": config.data.model_dump(mode="json"), "files": source_fingerprint(config.data)}
+    record = read_step(folder, "ingest")
+    before, stored = record.inputs, record.result
+    if not stored or before == inputs:
         return inputs
     claim_run(config, folder.run)
-    files, root = stored.inputs["files"], stored.inputs["data"]["root"]
-    if inputs["files"] == NO_FILES and config.data.root == root:  # the source is away, and the run has its images
-        return stored.inputs
-    if inputs["files"] != files:
-        _logger.warning("data.root is not as run %s has read it: reading the images, to compare them", folder.run)
-        found = write_images(config, _datasets(config, folder), fingerprint=inputs["files"])
-        if found.manifest.digest != stored.result["digest"]:
-            raise ForeignRun(
-                "--run",
-                f"has read other images than those of data.root: {_changes(stored.result['uri'], found.uri)}",
-                hint=f"choose another name, such as --run {config.name}-{found.manifest.digest[:8]}",
-                value=folder.run,
-            )
+    if inputs["files"] == NO_FILES and inputs["data"] == before["data"]:  # the source is away
+        return before
+    if inputs["files"] != before["files"]:
+        say(f"data.root is not as run {folder.run} has read it: reading the images, to compare them")
+        datasets = storage.join(folder.root, "datasets", config.data.source)
+        found = write_images(config, datasets, fingerprint=inputs["files"])
+        if (digest := found.manifest.digest) != stored["digest"]:
+            difference = f"has read other images than those of data.root: {_difference(stored['uri'], found.uri)}"
+            hint = f"choose another --run NAME, such as --run {config.name}-{digest[:8]}"
+            raise ForeignRun("--run", difference, hint=hint, value=folder.run)
     update_step(folder, "ingest", inputs=inputs)
     return inputs
 
 
-def _changes(before: str, after: str) -> str:
-    """How two datasets differ, in words; equal images count as often as they occur."""
+def _difference(before: str, after: str) -> str:
+    """How many images of each dataset the other lacks."""
     if not storage.exists(storage.join(before, MANIFEST)):
-        return "how many differ is not known, since its dataset is gone"
-    sides = []
-    for uri in (before, after):
+        return "how many is not known, since its dataset is gone"
+
+    def digests(uri: str) -> Iterator[int]:
         manifest = load_manifest(uri)
-        parts = (part for split in manifest.parts.values() for part in split)
-        images = (image for part in parts for rows in read_part(uri, part, manifest.pixels) for image in rows.images)
-        digests = (int.from_bytes(hashlib.sha256(image.tobytes()).digest()[:8]) for image in images)
-        sides.append(np.fromiter(digests, np.uint64))
-    kinds, places = np.unique(np.concatenate(sides), return_inverse=True)
-    old, new = (np.bincount(some, minlength=len(kinds)) for some in np.split(places, [len(sides[0])]))
-    count = [int(np.maximum(difference, 0).sum()) for difference in (new - old, old - new)]
-    return f"{count[0]:,} are new, {count[1]:,} are gone" if any(count) else "equal ones have other names or classes"
+        for part in itertools.chain.from_iterable(manifest.parts.values()):
+            for rows in read_part(uri, part, manifest.pixels):
+                yield from (int.from_bytes(hashlib.sha256(image.tobytes()).digest()[:8]) for image in rows.images)
 
-
-def _datasets(config: Config, folder: RunFolder) -> str:
-    # Named after the source, not the experiment, so that experiments on the same images share one dataset.
-    return storage.join(folder.root, "datasets", config.data.source)
+    old, new = (np.fromiter(digests(uri), np.uint64) for uri in (before, after))
+    added, gone = (np.isin(one, other, invert=True).sum() for one, other in ((new, old), (old, new)))
+    return (
+        f"{added:,} are new, {gone:,} are gone" if added or gone else "equal ones have other names, classes or numbers"
+    )
 
 
 def write_images(

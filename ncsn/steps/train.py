@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -23,17 +23,15 @@ from ncsn.model.checkpoint_store import CheckpointStore
 from ncsn.model.classes import require_label, require_same_classes
 from ncsn.model.trained import TRAINED_CONFIG, adapted, load_checkpoint_or_model, save_model, start_notes
 from ncsn.runs.folder import RUN_PATTERN, RunFolder, find_inputs, folders_of, read_step, run_folder, update_step
-from ncsn.runs.history import load_history
 from ncsn.steps.step import Step
 from ncsn.storage.heartbeat import Lease
 from ncsn.tracking.client import client_at, mlflow_errors, tracking_uri
 from ncsn.tracking.lineage import INIT_FROM
 from ncsn.tracking.live import LiveMetrics
-from ncsn.tracking.mlflow_runs import StepRun
 from ncsn.tracking.promotion import SCHEME, resolve_version
 from ncsn.tracking.registry import fetch_weights
 from ncsn.training.batches import classes_of
-from ncsn.training.loop import TrainingJob, TrainOutcome
+from ncsn.training.loop import TrainingJob
 
 _SOURCE = "source.json"  # in the folder of the network that training starts from: where it is from
 
@@ -55,7 +53,7 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None, fin
     """Train, or resume the run from its newest checkpoint, or return the result if it is complete.
 
     `lease` is the URI of the launcher's heartbeat; when it stops, training saves a checkpoint and ends. So it does once
-    the file `stop` of the step exists. With `finish` the result is what there is; without it, training goes on then.
+    the file `stop` of the step exists. With `finish` the newest checkpoint is the result; without, training goes on.
     """
     step = Step("train", config, run, TrainResult)
     manifest = load_manifest(dataset)
@@ -68,8 +66,8 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None, fin
     if result is not None and (finish or result.images_seen >= config.train.num_images):
         return result
     if finish:
-        return _finish(step, config, dataset)
-    if result is not None:  # the steps that follow are those of the longer training, which may delete this checkpoint
+        return step.store_result(_as_it_is(step, config, dataset))
+    if result is not None:  # a longer training may delete that checkpoint
         update_step(step.folder, "train", state="", inputs={}, result={})
     start = start_of(config, step.folder, manifest)
     if result := step.run_elsewhere(config, {"dataset": dataset}):
@@ -92,53 +90,36 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None, fin
             start=start.uri,
         )
         outcome = trainer.train(job, run_uri=step.folder.uri)
-        result = _result(step, tracked, outcome, dataset, notes=(*start.notes, *outcome.notes))
+        checkpoint = storage.join(step.folder.checkpoints, outcome.checkpoint)
+        tags = {"checkpoint.uri": checkpoint, "checkpoint.images_seen": str(outcome.images_seen)}
+        tracked.set_tags({**tags, "train.computed_on": outcome.computed})
+        loss = {} if outcome.loss is None else {"train/loss": outcome.loss}
+        tracked.parent.log_metrics({"train/images_seen": outcome.images_seen, **loss}, step=outcome.images_seen)
+        result = TrainResult(
+            checkpoint=checkpoint,
+            images_seen=outcome.images_seen,
+            loss=outcome.loss,
+            images_per_second=round(outcome.images_per_second, 1),
+            seconds=round(outcome.seconds, 1),
+            dataset=dataset,
+            notes=[*start.notes, *outcome.notes],
+        )
     return step.store_result(result)
 
 
-def _finish(step: Step[TrainResult], config: Config, dataset: str) -> TrainResult:
-    """What the newest checkpoint holds as the result of the training."""
+def _as_it_is(step: Step[TrainResult], config: Config, dataset: str) -> TrainResult:
+    """The newest checkpoint as the result."""
     folder = step.folder
-    newest = trained_so_far(folder)
-    name = folder_name(seen := images_seen_at(newest))
-    with step.work(config) as (_, tracked):
-        if newest != name:
-            storage.publish_folder(
-                storage.join(folder.checkpoints, newest), storage.join(folder.checkpoints, name), marker=INDEX
-            )
-        losses = [point["train/loss"] for point in load_history(folder.history).points if "train/loss" in point]
-        seconds = read_step(folder, "train").seconds
-        outcome = TrainOutcome(seen, losses[-1] if losses else None, seen / max(seconds, 1e-9), seconds, name)
-        notes = [f"training ended early, by --finish; `ncsn train {folder.options}` goes on from there"]
-        result = _result(step, tracked, outcome, dataset, notes=notes)
-    return step.store_result(result)
-
-
-def trained_so_far(folder: RunFolder) -> str:
-    """Name of the newest checkpoint of a run; `UserError` if there is none."""
     if (newest := CheckpointStore(folder.checkpoints).newest()) is None:
-        hint = "leave it out, and training begins"
+        hint = "run the command without it"
         raise UserError("--finish", f"run {folder.run!r} has no checkpoint yet", hint=hint)
-    return newest
-
-
-def _result(
-    step: Step[TrainResult], tracked: StepRun, outcome: TrainOutcome, dataset: str, *, notes: Iterable[str]
-) -> TrainResult:
-    checkpoint = storage.join(step.folder.checkpoints, outcome.checkpoint)
-    tags = {"checkpoint.uri": checkpoint, "checkpoint.images_seen": str(outcome.images_seen)}
-    tracked.set_tags(tags | ({"train.computed_on": outcome.computed} if outcome.computed else {}))
-    loss = {} if outcome.loss is None else {"train/loss": outcome.loss}
-    tracked.parent.log_metrics({"train/images_seen": outcome.images_seen, **loss}, step=outcome.images_seen)
-    return TrainResult(
-        checkpoint=checkpoint,
-        images_seen=outcome.images_seen,
-        loss=outcome.loss,
-        images_per_second=round(outcome.images_per_second, 1),
-        seconds=round(outcome.seconds, 1),
-        dataset=dataset,
-        notes=list(notes),
-    )
+    seen, seconds = images_seen_at(newest), read_step(folder, "train").seconds
+    uri = storage.join(folder.checkpoints, folder_name(seen))
+    storage.publish_folder(storage.join(folder.checkpoints, newest), uri, marker=INDEX)
+    with step.work(config) as (_, tracked):
+        tracked.set_tags({"checkpoint.uri": uri, "checkpoint.images_seen": str(seen)})
+    notes = [f"training ended at {seen:,} of {config.train.num_images:,} images; `ncsn run` without --finish goes on"]
+    return TrainResult(uri, seen, None, round(seen / max(seconds, 1e-9), 1), round(seconds, 1), dataset, notes)
 
 
 def require_classes(config: Config, manifest: Manifest, dataset: str) -> None:
