@@ -221,7 +221,7 @@ def _rounded(value: float) -> str:
 def next_step(grade: str, config: Config, folder: RunFolder) -> tuple[str, str]:
     """What to do after a verdict, a command and what that makes: more images, or longer or shorter training."""
     length, new = config.train.num_images, f"ncsn run --config {shlex.quote(folder.config)}"
-    seen = min(length, read_step(folder, "train").result.get("images_seen", length))
+    longest = max(length, seen := read_step(folder, "train").result.get("images_seen", length))
     if grade == "close":
         return f"ncsn sample {folder.options} --set sampling.seed={config.sampling.seed + 1}", "other images"
     if grade == "copied":
@@ -230,7 +230,7 @@ def next_step(grade: str, config: Config, folder: RunFolder) -> tuple[str, str]:
     if seen < length:
         return f"ncsn run {folder.options}", f"this run, trained to its {length:,} images"
     if continues(config):
-        return f"ncsn run {folder.options} --set train.num_images={2 * length}", "this run, trained twice as long"
+        return f"ncsn run {folder.options} --set train.num_images={2 * longest}", "this run, trained twice as long"
     if config.loss.kind == "consistency":
         return f"{new} --set train.num_images={2 * length}", "a new run from the same trained network, twice as long"
     what = f"a new run on {length:,} images more, from these EMA weights: the learning rate of this one has ended"
