@@ -182,18 +182,28 @@ class Teacher:
     network: nn.Module  # frozen, in eval mode
     weight: float = 1.0  # w; 1 = no guidance
     band: tuple[float, float] = (0.0, math.inf)  # low, high
+    autocast_dtype: torch.dtype | None = None  # of the network's convolutions; None for that of the parameters
 
     @torch.no_grad()
     def __call__(self, noisy: Tensor, batch: Batch) -> Tensor:
         """Of the noisy images [B, C, H, W] of a batch, in their shape."""
-        score: Tensor = self.network(noisy, **batch.inputs).to(noisy.dtype)
         if self.weight == 1:
-            return score
+            return self._scores(noisy, batch.inputs)
         labels, (low, high) = batch.conditions["labels"], self.band
         guided = (labels >= 0) & (low < batch.sigma) & (batch.sigma <= high)
-        unknown = {**batch.inputs, "labels": torch.full_like(labels, -1)}
-        difference: Tensor = score - self.network(noisy, **unknown).to(noisy.dtype)
-        return score + _per_pixel((self.weight - 1) * guided, noisy) * difference
+        passes = batch.inputs, {**batch.inputs, "labels": torch.full_like(labels, -1)}
+        if noisy.device.type == "cpu":  # where twice the images gain nothing, and their maps leave its cache
+            score, other = (self._scores(noisy, each) for each in passes)
+        else:
+            joined = {name: torch.cat([each[name] for each in passes]) for name in batch.inputs}
+            score, other = self._scores(torch.cat([noisy, noisy]), joined).chunk(2)
+        return score + _per_pixel((self.weight - 1) * guided, noisy) * (score - other)
+
+    def _scores(self, noisy: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+        dtype = self.autocast_dtype
+        with torch.autocast("cuda" if noisy.is_cuda else "cpu", dtype=dtype, enabled=dtype is not None):
+            scores: Tensor = self.network(noisy, **inputs)
+        return scores.to(noisy.dtype)
 
 
 @dataclass(frozen=True)
@@ -208,6 +218,7 @@ class ConsistencyTuning:
 
     c: float = 0.0  # in units of pixels in [0, 1]; 0 = the plain norm
     teacher: Teacher | None = None
+    compiled: bool = False  # whether the network is; if not, a CPU computes no score at r = 0
 
     def __call__(self, network: ScoreFunction, batch: Batch) -> LossValue:
         assert batch.lower is not None
@@ -217,10 +228,18 @@ class ConsistencyTuning:
         noisy = torch.addcmul(x, batch.z, t)
         slope = batch.z if self.teacher is None else -t * self.teacher(noisy, batch)
         with torch.no_grad():
-            # At r = 0 the score counts nothing, but it must be finite.
+            # At r = 0 the score counts nothing, but it must be finite. To leave it out, a GPU would wait for the number
+            # of such images, and a compiler make code for each.
             inputs = {**batch.inputs, "sigma": torch.where(lower > 0, lower, batch.sigma)}
-            target = network(torch.addcmul(noisy, slope, r - t), **inputs, dropout_keys=image_keys(noisy))
-            target = r.square() * target.to(x.dtype)
+            near, inputs["dropout_keys"] = torch.addcmul(noisy, slope, r - t), image_keys(noisy)
+            if x.device.type != "cpu" or self.compiled:
+                target = network(near, **inputs).to(x.dtype)
+            else:
+                rows, target = lower.nonzero()[:, 0], torch.zeros_like(x)
+                if len(rows):
+                    given = {name: values[rows] for name, values in inputs.items()}
+                    target[rows] = network(near[rows], **given).to(x.dtype)
+            target = r.square() * target
         # In units of t - r, since the difference of two nearly equal images would be that of their rounding.
         score = network(noisy, **batch.inputs).to(x.dtype)
         difference = slope + (t.square() * score - target) / (t - r)

@@ -120,8 +120,9 @@ class PairSchedule:
     sigma_data: float  # in the unit of t
 
     def lower(self, t: Tensor, *, first: int | None = None) -> Tensor:
-        """The r of each t [B], of the images at places `first .. first + B`; None for all in the last stage."""
-        places = torch.full((len(t),), self.num_images) if first is None else torch.arange(first, first + len(t))
+        """The r of each t [B], of the images at places `first .. first + B`; None for places all over the training."""
+        count = len(t)
+        places = torch.arange(count) * self.num_images // count if first is None else torch.arange(first, first + count)
         stage = (places * self.stages // self.num_images).clamp_(max=self.stages - 1)
         n = 1 + K * torch.sigmoid(-B * t.double() * (0.5 / self.sigma_data))
         return (t * (1 - n / self.q ** (stage + 1.0))).clamp_(min=0).to(t.dtype)

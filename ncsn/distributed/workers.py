@@ -124,13 +124,12 @@ class GroupContext(WorkerContext):
         """All-reduce a copy, because CUDA graphs own the gradients' memory."""
         if self.world_size == 1 or not gradients:
             return
-        flat = torch.cat([each.flatten() for each in gradients])
+        # In the order of the memory, which autograd makes that of the parameters, so the same on all workers.
+        values = [each.as_strided((each.numel(),), (1,)) for each in gradients]
+        flat = torch.cat(values)
         torch.distributed.all_reduce(flat)
         flat /= self.world_size
-        means = torch.split(flat, [each.numel() for each in gradients])
-        torch._foreach_copy_(
-            list(gradients), [mean.view(each.shape) for mean, each in zip(means, gradients, strict=True)]
-        )
+        torch._foreach_copy_(values, torch.split(flat, [len(each) for each in values]))
 
     def sum_over_workers(self, tensor: Tensor) -> Tensor:
         """All-reduce."""

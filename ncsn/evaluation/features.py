@@ -23,7 +23,6 @@ from ncsn.evaluation import evaluation_of
 from ncsn.evaluation.extractors import Extracted, Extractor, Images, joined
 from ncsn.evaluation.extractors.classifier import ClassifierRecipe, classifier_uri, load_classifier, num_clusters
 from ncsn.model import build
-from ncsn.process import keep_freed_memory
 from ncsn.progress import Progress
 
 T = TypeVar("T")
@@ -117,7 +116,6 @@ def extractor_of(config: Config, dataset: str) -> Extractor:
 
 @lru_cache(maxsize=1)
 def _extractor(config_json: str, dataset: str) -> Extractor:
-    keep_freed_memory()
     config = from_yaml(config_json)
     settings, device = config.evaluation, device_of(config)
     build.tune_cuda(device)

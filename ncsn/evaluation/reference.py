@@ -23,7 +23,6 @@ from ncsn.evaluation.extractors import Extracted, Identity, batches
 from ncsn.evaluation.extractors.classifier import classifier_uri, describe_classifier, ensure_classifier
 from ncsn.evaluation.features import Runner, SplitSet, device_of, extract_set, here, recipe_of
 from ncsn.evaluation.frechet import FrechetStatistics, frechet_distance, merged
-from ncsn.process import keep_freed_memory
 from ncsn.progress import Progress
 
 FOLDER = "reference"  # below that of the dataset
@@ -157,7 +156,6 @@ def _identify(config: Config, dataset: str, manifest: Manifest) -> tuple[Identit
 
 def _train_classifier(work: tuple[Config, str, Progress]) -> None:
     config, dataset, progress = work
-    keep_freed_memory()
     ensure_classifier(
         dataset,
         recipe_of(config, load_manifest(dataset)),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, assert_never
 
@@ -33,6 +35,7 @@ from ncsn.core.losses import (
     Uncertainty,
     Weight,
 )
+from ncsn.core.networks.layers import narrowed
 from ncsn.core.networks.transfer import light_parameters
 from ncsn.core.noise_schedule import geometric_sigmas
 from ncsn.core.samplers.settings import AnySampler, Consistency
@@ -131,17 +134,26 @@ def loss(config: Config, uncertainty: Uncertainty | None = None, teacher: nn.Mod
     """The training loss, with the `TrainState.uncertainty` that it learns, and the network of its `Teacher`."""
     settings = config.loss
     if isinstance(settings, ConsistencyLossConfig):
-        if settings.pairs == "image":
-            return ConsistencyTuning(settings.c)
-        assert teacher is not None
-        guidance = settings.guidance
-        if guidance is None:
-            return ConsistencyTuning(settings.c, Teacher(teacher))
-        band = guidance.sigma_min, guidance.sigma_max
-        return ConsistencyTuning(settings.c, Teacher(teacher, guidance.weight, band))
+        taught, compiled = None, config.compute.compiled
+        if settings.pairs == "teacher":
+            assert teacher is not None
+            taught = Teacher(teacher, autocast_dtype=autocast_dtype(config))
+            if (guidance := settings.guidance) is not None:
+                band = guidance.sigma_min, guidance.sigma_max
+                taught = replace(taught, weight=guidance.weight, band=band)
+        return ConsistencyTuning(settings.c, taught, compiled)
     if isinstance(settings, SsmLossConfig):
         return SlicedScoreMatching(anneal_power=settings.anneal_power)
     return DenoisingScoreMatching(loss_weight(config), uncertainty)
+
+
+def frozen(network: nn.Module, config: Config) -> nn.Module:
+    """The network as a teacher, in eval mode; on a GPU with weights in the precision of training."""
+    dtype = autocast_dtype(config)
+    if dtype is not None and next(network.parameters()).is_cuda:  # autocast would cast them in each pass
+        for layer in narrowed(network).values():
+            layer.to(dtype)
+    return network.eval().requires_grad_(requires_grad=False)
 
 
 def num_projections(config: Config) -> int:
@@ -168,11 +180,16 @@ def edm_weight(config: Config) -> EdmWeight | None:
     return None if sigma_data is None else EdmWeight(sigma_data)
 
 
+def autocast_dtype(config: Config) -> torch.dtype | None:
+    """Of the network's convolutions in training; None for that of the parameters."""
+    return torch.bfloat16 if config.train.precision == "bfloat16" else None
+
+
 def step_options(config: Config, *, world_size: int) -> StepOptions:
     """Options of a training step for one of `world_size` workers."""
     return StepOptions(
         grad_clip_norm=config.optimizer.grad_clip_norm,
-        autocast_dtype=torch.bfloat16 if config.train.precision == "bfloat16" else None,
+        autocast_dtype=autocast_dtype(config),
         microbatch=config.compute.microbatch,
         batch_size=config.train.batch_size,
         world_size=world_size,
@@ -193,6 +210,16 @@ def tune_cuda(device: str | torch.device) -> None:
         torch.backends.cudnn.benchmark = True
         # PyTorch's default for convolutions. With its new setting alone, fp32_precision, parts of Inductor fail.
         torch.backends.cuda.matmul.allow_tf32 = True
+
+
+@contextmanager
+def without_search() -> Iterator[None]:
+    """For shapes that come seldom: cuDNN would try all its convolutions on each before their first use."""
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def train_state(config: Config, *, device: str | torch.device = "cpu") -> TrainState:

@@ -66,7 +66,8 @@ def _network(config: Config, step: str) -> float:
     kept = kept_bytes(network, config)
     sampling = weights + _SAMPLING_SHARE * kept * config.sampling.batch_size
     share = math.ceil(config.train.batch_size / compute.min_workers)
-    training = (_STATE + _SNAPSHOT) * weights + kept * min(share, compute.microbatch or share)
+    taught = getattr(config.loss, "pairs", None) == "teacher"
+    training = (_STATE + _SNAPSHOT + taught) * weights + kept * min(share, compute.microbatch or share)
     by_step = {"sample": sampling, "select": sampling, "train": training}
     return by_step.get(step, max(sampling, training))
 

@@ -83,12 +83,12 @@ def start_from(uri: str, *, state: TrainState, config: Config, classes: Classes 
 
 
 def teacher(uri: str, *, config: Config, classes: Classes | None, device: torch.device) -> nn.Module:
-    """The network with which a training starts from `uri`, frozen, in eval mode."""
+    """The network with which a training starts from `uri`, see `build.frozen`."""
     network = build.network(config)
     weights, _ = adapted(load_checkpoint_or_model(uri), network, config=config, classes=classes)
     network.load_state_dict(weights, strict=False)
     network.to(memory_format=build.memory_format(config))
-    return network.to(device).eval().requires_grad_(requires_grad=False)
+    return build.frozen(network.to(device), config)
 
 
 def adapted(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import time
 from collections.abc import Callable
@@ -84,7 +85,7 @@ def measure_speed(config: Config) -> Speed:
     try:
         state = build.train_state(config, device=device)
         options = build.step_options(config, world_size=1)
-        loss = build.loss(config, state.uncertainty, teacher=state.network)
+        loss = build.loss(config, state.uncertainty, build.frozen(copy.deepcopy(state.network), config))
         sigma, level = build.training_noise(config).draw(0, first=0, count=count)
         pairs = build.pair_schedule(config)
         lower = None if pairs is None else pairs.lower(sigma).to(device)
@@ -183,6 +184,7 @@ def plan(config: Config, run: str, *, gpu: str | None, price_per_hour: float | N
     together = compute.microbatch or training.images
     maps = kept_bytes(network, config) * together / (1 if train.precision == "float32" else 2)
     has_teacher = getattr(config.loss, "pairs", None) == "teacher"
+    narrow = train.precision == "bfloat16" and (gpu is not None or compute.use_gpu)  # the teacher's weights
     steps = {step: cost_of(config, step, seconds)._asdict() for step, seconds in taken.items()}
     if price_per_hour is not None:
         steps = {step: {**cost, "money": price_per_hour * taken[step] / 3600} for step, cost in steps.items()}
@@ -193,6 +195,6 @@ def plan(config: Config, run: str, *, gpu: str | None, price_per_hour: float | N
         "nfe": nfe,
         "parameters": parameters,
         "gflop": {"train": training.flop / 1e9, "sample": evaluation.flop / 1e9},
-        "worker_gb": ((_STATE_BYTES + 4 * has_teacher) * parameters + maps) / 1e9,
+        "worker_gb": ((_STATE_BYTES + (2 if narrow else 4) * has_teacher) * parameters + maps) / 1e9,
         "notes": build.noise_notes(config, images=train.num_images),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -89,7 +90,7 @@ def works(config: Config) -> tuple[nn.Module, Work, Work]:
     share = math.ceil(config.train.batch_size / config.compute.max_workers)
     with torch.device("meta"):
         network = build.network(config).to("meta")
-        loss = build.loss(config, teacher=network)
+        loss = build.loss(config, teacher=copy.deepcopy(network).eval())
         images, samples = torch.empty(share, *shape), torch.empty(config.sampling.batch_size, *shape)
         of_images, of_samples = (torch.empty(len(each), dtype=torch.int64) for each in (images, samples))
         projections = torch.empty(build.num_projections(config), *images.shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shutil
 import time
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from ncsn.config import Config
 from ncsn.config.training import SsmLossConfig
+from ncsn.core.keyed_random import to_device
 from ncsn.core.networks.layers import FUSION
 from ncsn.errors import UserError
 
@@ -74,23 +76,31 @@ class StepTimer:
         self._since = time.perf_counter()
 
     def due(self) -> bool:
-        """Count a step, and say whether it is time. A collective call when it is."""
+        """Count a step, and say whether it is time. Then `exchange` is to follow."""
         self._left -= 1
-        if self._left:
-            return False
-        now = time.perf_counter()
-        mean = torch.tensor([(now - self._since) / self._steps], device=self._context.device)
-        step_seconds = float(self._context.sum_over_workers(mean)) / self._context.world_size
+        return not self._left
+
+    def exchange(self, *values: float) -> list[float]:
+        """The sums of the workers' values, once it is time. A collective call, which waits for the device once."""
+        now, context = time.perf_counter(), self._context
+        own = torch.tensor([(now - self._since) / self._steps, *values], dtype=torch.float64)
+        seconds, *sums = context.sum_over_workers(to_device(own, context.device)).cpu().tolist()
+        step_seconds = seconds / context.world_size
         # At most twice as far as before, because the first steps of a training are slower.
         self._steps = self._left = max(1, min(2 * self._steps, round(self._seconds / max(step_seconds, 1e-9))))
         self._since = now
-        return True
+        return sums
 
 
 def prepare_network(
-    network: nn.Module, config: Config, context: WorkerContext, *, dtype: torch.dtype | None
+    network: nn.Module,
+    config: Config,
+    context: WorkerContext,
+    *,
+    dtype: torch.dtype | None,
+    teacher: nn.Module | None = None,
 ) -> tuple[nn.Module, str]:
-    """Compile the network in place, if that is chosen, and wrap it where its backward pass averages gradients.
+    """Compile network and teacher in place, if that is chosen, and wrap the network where its passes average gradients.
 
     The names of its tensors stay. A collective call.
 
@@ -103,7 +113,8 @@ def prepare_network(
         # Shares and their parts differ by at most one image, so shapes are few. Where DistributedDataParallel calls the
         # network, Dynamo makes a graph for each bucket, so that averaging overlaps with the backward pass.
         options = None if context.device.type == "cpu" else {**FUSION, "triton.cudagraphs": graphs}
-        network.compile(dynamic=False, options=options)
+        for each in [network] if teacher is None else [network, teacher]:
+            each.compile(dynamic=False, options=options)
     name = torch.cuda.get_device_name(context.device) if context.device.type == "cuda" else "cpu"
     order = "channels last" if config.compute.uses_channels_last else "channels first"
     how = "not compiled" if not compiled else "compiled, in CUDA graphs" if graphs else "compiled"
@@ -118,7 +129,8 @@ def prepare_network(
 
 def fits_cuda_graphs(config: Config, context: WorkerContext) -> bool:
     """Whether a compiled network is to run in CUDA graphs, which spare a GPU with few images its wait for Python."""
-    share = len(context.share(config.train.batch_size))
+    # Of the largest share, because all workers must do the same: those with graphs average in another exchange.
+    share = math.ceil(config.train.batch_size / context.world_size)
     one_pass = share <= (config.compute.microbatch or share)  # the next one would overwrite the gradients of the first
     # Between nodes an exchange takes long, and is to overlap with the backward pass.
     return context.device.type == "cuda" and not context.spans_nodes and one_pass and share <= FEW_IMAGES

@@ -103,7 +103,8 @@ class Probe:
         size = max(1, config.train.batch_size // context.world_size)
         losses = torch.zeros(len(self._sigmas), share.whole, dtype=torch.float64, device=context.device)
         kind = context.device.type
-        with torch.inference_mode(), torch.autocast(kind, dtype=dtype, enabled=dtype is not None):
+        autocast = torch.autocast(kind, dtype=dtype, enabled=dtype is not None)
+        with torch.inference_mode(), build.without_search(), autocast:
             for places, x, labels in share.batches(config, min(size, config.compute.microbatch or size)):
                 losses[:, places.start : places.stop] = losses_at(
                     network,

@@ -113,7 +113,7 @@ class Training:
             kept = job.history if context.rank == 0 else None
             self.history = load_history(kept, until=self.state.images_seen) if kept else None
         self.model, self.computed = prepare_network(
-            self.state.network, self.config, context, dtype=self.options.autocast_dtype
+            self.state.network, self.config, context, dtype=self.options.autocast_dtype, teacher=taught
         )
         if self.history is not None:
             _logger.warning("training on %s", self.computed)
@@ -227,7 +227,6 @@ class Training:
 
         Raises LeaseExpired if training is to end.
         """
-        self.watchdog.stepped()
         context, job, now = self.context, self.job, time.perf_counter()
         end = late = check = False
         if context.rank == 0:
@@ -238,8 +237,8 @@ class Training:
                 with suppress(OSError), limited(0):
                     end = job.stop is not None and storage.exists(job.stop)
                 end |= job.lease is not None and job.lease.expired()
-        shared = torch.tensor([end, late, check, self.split.fetching], dtype=torch.float64, device=context.device)
-        end, late, check, fetching = context.sum_over_workers(shared).bool().tolist()
+        end, late, check, fetching = map(bool, self.timer.exchange(end, late, check, self.split.fetching))
+        self.watchdog.stepped()
         if fetching:
             self.watchdog.expect_long()
         lost = check and not self.warned and context.preempted()

@@ -125,6 +125,7 @@ PIXELS = 256  # wanted side of the picture; small images are enlarged by whole f
 _logger = logging.getLogger(__name__)
 
 
+@build.without_search()
 def preview_png(*, config: Config, state: TrainState, moments: DataMoments) -> bytes | None:
     """A few images from the present weights as a PNG file; None if there is no time for them.
 

@@ -122,6 +122,23 @@ def test_both_terms_have_the_same_dropout():
     assert torch.equal(network(x, sigma=sigma), network(x, sigma=sigma, dropout_keys=image_keys(x)))
 
 
+def test_a_cpu_computes_no_score_where_r_is_zero():
+    network, near = shaken(unet(dropout=0.5)).train(), pairs(size=8)
+    counts = []
+
+    def counted(x, **inputs):
+        counts.append(len(x))
+        return network(x, **inputs)
+
+    for compared in ([1, 0, 0, 1, 1, 0], [1] * 6, [0] * 6):
+        lower = 0.9 * near.sigma.float() * torch.tensor(compared)
+        batch = Batch(near.x.float(), near.sigma.float(), near.z.float(), lower=lower)
+        found, whole = (ConsistencyTuning(0.1, compiled=each)(counted, batch) for each in (False, True))
+        torch.testing.assert_close(found.per_image, whole.per_image)
+        assert found.per_image[lower == 0].equal(whole.per_image[lower == 0])
+    assert counts == [3, *[6] * 10], "4 passes, 4, and 3"
+
+
 @pytest.mark.oracle(24)
 def test_pairs_of_a_teacher_are_on_one_trajectory():
     """The distance of a pair is the error of Euler's step, of second order, where the network is exact."""
@@ -156,11 +173,13 @@ def test_a_pair_is_on_the_trajectory_of_the_guided_flow():
 
     loss = ConsistencyTuning(teacher=Teacher(teacher, weight, band))(network, batch)
     low, high = seen
-    weights = per_pixel(torch.tensor([1, weight, weight, weight, 0, weight]))  # the first is below the band
+    weights = per_pixel(torch.tensor([1, weight, weight, weight, 0, weight], dtype=torch.float64))
+    # The first is below the band.
     denoised = M + weights * (batch.x - M)
     t, r = per_pixel(batch.sigma), per_pixel(batch.lower)
-    torch.testing.assert_close(low, high + (r - t) * (high - denoised) / t)
-    expected = ((high - low) / (t - r)).square().flatten(1).mean(1)  # D of a zero network is what it is given
+    lower = high + (r - t) * (high - denoised) / t
+    torch.testing.assert_close(low, lower[1:])  # the first is at r = 0
+    expected = ((high - lower) / (t - r)).square().flatten(1).mean(1)  # D of a zero network is what it is given
     torch.testing.assert_close(loss.per_image, expected)
 
 
@@ -170,7 +189,7 @@ def test_levels_of_the_stages():
     t = torch.ones(12, dtype=torch.float64)
     assert schedule.lower(t, first=0).tolist() == pytest.approx([1 - n / 4] * 4 + [1 - n / 16] * 8, rel=1e-12)
     assert schedule.lower(t[:3], first=3).equal(schedule.lower(t, first=0)[3:6]), "a function of the image's place"
-    assert schedule.lower(t).tolist() == pytest.approx([0.8030293] * 12, abs=1e-7)
+    assert schedule.lower(t).tolist() == pytest.approx([0.2121172] * 6 + [0.8030293] * 6, abs=1e-7)
     # Near t = 0 n is 5, so r is 0 in the first stage; far above it n is 1. In another unit the same.
     ends = torch.tensor([0.01, 100.0])
     assert schedule.lower(ends, first=0).tolist() == pytest.approx([0, 75])

@@ -6,14 +6,14 @@ import json
 import shutil
 import time
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 import torch.multiprocessing
 from clock import Clock
-from gloo_workers import average_gradients, resume_from_a_torn_copy, work, work_in_graphs
+from gloo_workers import GlooContext, average_gradients, resume_from_a_torn_copy, work, work_in_graphs
 from local_training import (
     Recorder,
     assert_close_tensors,
@@ -23,13 +23,16 @@ from local_training import (
     train_locally,
     train_until_killed,
 )
+from pretended_gpu import pretended_gpu
 from refused import refused
 from safetensors.torch import load_file
 from torch import nn
 
 from ncsn import storage
 from ncsn.config import Config, from_yaml
-from ncsn.model import build
+from ncsn.errors import InvalidValue
+from ncsn.evaluation.extractors import full_float32
+from ncsn.model import build, generate
 from ncsn.model.averages import build_average, snapshots
 from ncsn.model.checkpoint import load_checkpoint
 from ncsn.model.checkpoint_store import CheckpointStore
@@ -37,6 +40,7 @@ from ncsn.progress import Progress
 from ncsn.runs.history import load_history
 from ncsn.storage import heartbeat
 from ncsn.storage.heartbeat import Lease, LeaseExpired
+from ncsn.training import held_out, loop, monitor
 from ncsn.training.context import StepTimer, WorkerContext, fits_cuda_graphs, prepare_network
 from ncsn.training.loop import TrainingJob, TrainOutcome, train_loop
 
@@ -157,15 +161,90 @@ def test_where_a_worker_lacks_a_compiler_none_compiles(
 
 
 def test_cuda_graphs_are_for_one_pass_of_few_images(tiny: str) -> None:
+    """The same on all workers, whose shares differ."""
+
     def fit(images: int, *, workers: int = 1, nodes: int = 1, microbatch: str = "null", device: str = "cuda") -> bool:
-        settings = ["train.num_images=1000", f"train.batch_size={images}", f"compute.microbatch={microbatch}"]
-        context = WorkerContext(device)
-        context.world_size, context.spans_nodes = workers, nodes > 1
-        return fits_cuda_graphs(from_yaml(tiny, overrides=settings), context)
+        settings = ["train.num_images=10000", f"train.batch_size={images}", f"compute.microbatch={microbatch}"]
+        config, contexts = from_yaml(tiny, overrides=settings), [WorkerContext(device) for _ in range(workers)]
+        for rank, context in enumerate(contexts):
+            context.rank, context.world_size, context.spans_nodes = rank, workers, nodes > 1
+        (found,) = {fits_cuda_graphs(config, context) for context in contexts}
+        return found
 
     assert fit(128) and fit(128, microbatch="128") and fit(256, workers=2)
     refused = fit(129), fit(128, microbatch="127"), fit(256, workers=2, nodes=2), fit(128, device="cpu")
     assert not any(refused)
+    for workers in (2, 3, 5, 7):
+        for limit in (64, 128):
+            for more in (-1, 0, 1, workers - 1):
+                assert fit(workers * limit + more, workers=workers, microbatch=str(limit)) == (more <= 0)
+
+
+def test_gradients_are_averaged_in_the_order_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gradients(device: str) -> list[torch.Tensor]:
+        found = [torch.rand(*shape, device=device) for shape in ((4, 3, 3, 3), (6, 4, 1, 1), (5,), (3, 4))]
+        return [each.contiguous(memory_format=torch.channels_last) if each.ndim == 4 else each for each in found]
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda flat: flat.mul_(3))
+    context, found = GlooContext(0, 2), gradients("cpu")
+    means = [1.5 * each for each in found]
+    context.average(found)
+    assert all(map(torch.equal, found, means))
+    with pretended_gpu() as gpu:
+        given = gradients("cuda")
+        gpu.calls.clear()
+        context.average(given)
+    assert [call.name for call in gpu.calls] == ["cat", "mul_", "div_", "_foreach_copy_"]
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer")  # of a copy of a network
+def test_a_gpu_waits_once_between_reports_and_tries_convolutions_for_steps_alone(
+    tiny: str, dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    three_steps = "train={batch_size: 16, num_images: 48, checkpoint_every_images: 48, report_every_images: 48}"
+    others = "compute={use_gpu: true, compile: false}", "noise={training: {kind: lognormal}}"
+    config = from_yaml(tiny, overrides=[three_steps, *others])
+    searches, waits = dict[str, bool](), list[int]()
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+
+    def noted(module: Any, name: str) -> None:
+        function = getattr(module, name)
+
+        def call(*given: Any, **named: Any) -> Any:
+            searches[name] = torch.backends.cudnn.benchmark
+            if name == "sample":
+                raise InvalidValue("makes images, whose values are looked at")
+            return function(*given, **named)
+
+        monkeypatch.setattr(module, name, call)
+
+    for module, name in ((loop, "train_step"), (generate, "sample"), (held_out, "losses_at")):
+        noted(module, name)
+    for module, name, value in ((monitor, "SHARE", 1), (held_out, "SHARE", 1), (held_out, "MOST_IMAGES", 4)):
+        monkeypatch.setattr(module, name, value)
+    # What reads a value or the GPU's name.
+    finite = {"train/loss": 1.0, "train/grad_norm_max": 1.0}
+    for place, name, given in (
+        (torch.cuda, "get_device_name", ""),
+        (loop, "machine_usage", {}),
+        (loop.Curves, "point", finite),
+        (loop.Training, "publish", None),
+        (loop.Training, "_newest_checkpoint", None),
+    ):
+        monkeypatch.setattr(place, name, lambda *_, given=given, **__: given)
+    with full_float32(), pretended_gpu() as gpu:
+        between = loop.Training.save_between
+
+        def counted(training: loop.Training) -> None:
+            gpu.calls.clear()
+            between(training)
+            waits.append(sum(call.waits for call in gpu.calls))
+
+        monkeypatch.setattr(loop.Training, "save_between", counted)
+        job = TrainingJob(config=config, dataset=dataset, sink=Recorder())
+        train_loop(job, WorkerContext("cuda:0"), CheckpointStore(str(tmp_path)))
+    assert searches == {"train_step": True, "sample": False, "losses_at": False}
+    assert set(waits) == {1}
 
 
 @pytest.mark.slow
@@ -243,7 +322,7 @@ def test_a_step_timer_is_the_same_on_all_workers_and_slows_down_gently(monkeypat
 
     monkeypatch.setattr("ncsn.training.loop.time", Clock())
     timer = StepTimer(Two(), seconds=4.0)
-    due = [step for step in range(1, 40) if timer.due()]
+    due = [step for step in range(1, 40) if timer.due() and timer.exchange(2.0) == [3.0]]
     assert due == [1, 3, 7, 15, 23, 31, 39], "2, 4, then every 8 steps of half a second"
 
 
@@ -273,9 +352,9 @@ def test_training_that_is_told_to_end_or_has_no_launcher_saves_a_checkpoint_and_
         job = TrainingJob(config=config, dataset=dataset, lease=lease, stop=str(stop))
         return train_loop(job, WorkerContext(), CheckpointStore(str(folder)))
 
-    beat = tmp_path / "lease.json"
-    beat.write_text("the last beat")
-    lease = Lease(str(beat), check_seconds=0)
+    stop = tmp_path / "told"
+    stop.touch()
+    lease = Lease(str(tmp_path / "none"), check_seconds=0)
     assert not lease.expired()
     time.sleep(0.05)
     checkpoints = tmp_path / "checkpoints"
@@ -283,7 +362,7 @@ def test_training_that_is_told_to_end_or_has_no_launcher_saves_a_checkpoint_and_
         attempt(checkpoints, lease)
     assert [path.name for path in checkpoints.iterdir()] == ["resume-000000016"]
     with pytest.raises(LeaseExpired):
-        attempt(checkpoints, stop=beat)
+        attempt(checkpoints, stop=stop)
     assert [path.name for path in checkpoints.iterdir()] == ["resume-000000032"]
 
     assert attempt(checkpoints).images_seen == 160
@@ -300,7 +379,8 @@ def test_any_number_of_workers_follows_the_same_curve(tiny: str, dataset: str, t
 
     train_locally(job(tmp_path / "1"), tmp_path / "1" / "checkpoints")
     one = load_history(str(tmp_path / "1" / "history.json"))
-    for workers, overrides in ((2, ["compute.microbatch=3"]), (3, []), (4, [])):
+    # Three have 5, 5 and 6 images, so the last one makes two passes.
+    for workers, overrides in ((2, ["compute.microbatch=3"]), (3, ["compute.microbatch=5"]), (4, [])):
         folder = tmp_path / str(workers)
         torch.multiprocessing.spawn(work, (workers, job(folder, *overrides), str(folder)), nprocs=workers)
         many = load_history(str(folder / "history.json"))

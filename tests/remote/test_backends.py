@@ -160,6 +160,23 @@ def test_a_signal_ends_the_job(
     eventually(lambda: not place.running(run), "the job has ended")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["ray-jobs"], indirect=True)  # of RayJobs test_launchers.py tells
+def test_only_the_launcher_that_made_it_stops_a_ray_job(
+    place: Place, run: str, tmp_path: Path, eventually: Callable[..., None]
+) -> None:
+    first, second = (place.launch(run, waiting(tmp_path / "never")) for _ in range(2))
+    for launcher in (first, second):
+        launcher.until("running")
+    made, attached = (first, second) if any(" submitted " in line for line in first.said) else (second, first)
+    attached.send_signal(signal.SIGTERM)
+    assert attached.ended() == 143, attached.said
+    assert len(place.running(run)) == 1
+    made.send_signal(signal.SIGINT)
+    assert made.ended() in (130, -signal.SIGINT), made.said
+    eventually(lambda: not place.running(run), "the job has ended")
+
+
 @both
 def test_stop_ends_the_jobs_of_a_run(place: Place, run: str, tmp_path: Path) -> None:
     launcher = place.launch(run, waiting(tmp_path / "never"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
@@ -27,7 +29,9 @@ from ncsn.runs.folder import (
     state_after,
     update_step,
 )
+from ncsn.steps.execution import run_step
 from ncsn.steps.step import Step, launch
+from ncsn.storage.heartbeat import LEASE_SECONDS, LeaseExpired
 from ncsn.tracking import mlflow_runs
 
 DIGITS = (Path(__file__).parents[2] / "configs" / "digits.yaml").read_text()
@@ -244,6 +248,16 @@ def recorded_attempt(config: Config, run: str, work: Callable[[], object]) -> St
     with pytest.raises(SystemExit):
         launch()
     return read_step(run_folder(config, run), "train")
+
+
+def test_a_driver_whose_launchers_are_gone_starts_nothing(tmp_path: Path) -> None:
+    lease = tmp_path / "lease"
+    lease.mkdir()
+    (lease / "first").touch()
+    os.utime(lease / "first", (time.time() - 1.1 * LEASE_SECONDS,) * 2)
+    with pytest.raises(LeaseExpired):
+        run_step("ingest", config_at(tmp_path), run="left", given={}, lease=str(lease))
+    assert read_step(run_folder(config_at(tmp_path), "left"), "ingest").state == "KILLED"
 
 
 def test_what_the_driver_wrote_is_stronger_than_what_its_launcher_saw(tmp_path: Path) -> None:

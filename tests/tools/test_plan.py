@@ -9,6 +9,7 @@ import pytest
 from refused import refused
 
 from ncsn.config import Config, from_yaml
+from ncsn.core.losses import Batch, ConsistencyTuning
 from ncsn.runs.folder import cost_of
 from ncsn.steps import ingest
 from ncsn.tools.plan import chosen_levels, plan
@@ -56,6 +57,30 @@ def test_this_machine_is_measured(tmp_path: Path) -> None:
     assert found["nfe"] == 21 and found["steps"]["train"].keys() == {"seconds", "cpu_hours", "gpu_hours"}
     with refused("compute.use_gpu"):
         plan(config("compute.use_gpu=true"), "run", gpu=None, price_per_hour=None)
+
+
+def test_a_teacher_counts_as_training_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without dropout, at pairs of all stages, and in its precision."""
+    steps: list[tuple[Batch, ConsistencyTuning]] = []
+    monkeypatch.setattr("ncsn.tools.plan.SECONDS", 0.001)
+    monkeypatch.setattr("ncsn.tools.plan.train_step", lambda _, batch, *, loss, **__: steps.append((batch, loss)))
+
+    def tuning(pairs: str, precision: str = "float32") -> Config:
+        loss = f"loss={{kind: consistency, q: 2, stages: 8, pairs: {pairs}}}"
+        noise = "noise={training: {kind: lognormal}}"
+        sampler = "sampling.sampler={kind: consistency}"
+        return config(noise, loss, sampler, "network.dropout=0.2", "train.init_from=a", f"train.precision={precision}")
+
+    plan(tuning("teacher"), "run", gpu=None, price_per_hour=None)
+    batch, loss = steps[0]
+    assert loss.teacher is not None and not any(each.training for each in loss.teacher.network.modules())
+    assert batch.lower is not None and 0.02 < float((batch.lower == 0).float().mean()) < 0.5
+    for precision, value_bytes in (("float32", 4), ("bfloat16", 2)):
+        whole, without = (
+            plan(tuning(pairs, precision), "run", gpu="h100", price_per_hour=None) for pairs in ("teacher", "image")
+        )
+        added = whole["worker_gb"] - without["worker_gb"]
+        assert 1e9 * added == pytest.approx(value_bytes * whole["parameters"])
 
 
 def test_a_plan_notes_noise_that_the_network_never_sees() -> None:
