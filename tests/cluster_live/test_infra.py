@@ -153,7 +153,7 @@ def test_a_namespace_has_its_own_prefix_of_the_bucket(home: Place) -> None:
 def test_an_ingest_waits_for_an_object_store_that_is_away(infra: Infra, place: Place) -> None:
     """In a pod: a forwarded port ends with the pod that it leads to."""
     scale = ("scale", "statefulset/seaweedfs", "--namespace", infra.system)
-    settings = ("--set", f"storage.root=s3://{BUCKET}/{place.folder}", "--set", "data.max_images=777")
+    settings = ("--set", f"storage.root=s3://{BUCKET}/{place.prefix}", "--set", "data.max_images=777")
     kubectl(*scale, "--replicas=0")
     try:
         eventually(

@@ -9,7 +9,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -56,7 +56,9 @@ class Infra:
 
     def make_secrets(self) -> None:
         """Those of the servers and of the pipelines, as docs/kubernetes.md makes them."""
-        identities = [_identity("pipelines", "live-*", self.keys), _identity("mlflow", "mlflow/*", self.mlflow_keys)]
+        # A key for all namespaces of a test session, and for that of Kubeflow's runs.
+        places = f"{self.pipelines}*", "kubeflow/*"
+        identities = [_identity("ncsn", places, self.keys), _identity("mlflow", ["mlflow/*"], self.mlflow_keys)]
         apply(
             _credentials(self.system, self.mlflow_keys),
             _credentials(self.pipelines, self.keys),
@@ -114,8 +116,8 @@ def image_under_test() -> str:
     return image
 
 
-def _identity(name: str, place: str, keys: tuple[str, str]) -> Resource:
-    actions = [f"{action}:ncsn/{place}" for action in ("Read", "Write", "List", "Tagging")]
+def _identity(name: str, places: Sequence[str], keys: tuple[str, str]) -> Resource:
+    actions = [f"{action}:ncsn/{place}" for place in places for action in ("Read", "Write", "List", "Tagging")]
     return {"name": name, "credentials": [{"accessKey": keys[0], "secretKey": keys[1]}], "actions": actions}
 
 

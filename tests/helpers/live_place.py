@@ -44,12 +44,17 @@ class Place:
 
     @property
     def folder(self) -> str:
-        """Where in the bucket `ncsn` the experiments of this test are."""
+        """The name of this test's own place."""
         return self.commands.folder.name
+
+    @property
+    def prefix(self) -> str:
+        """Where in the bucket `ncsn` its experiments are: in what the key of the namespace may read and write."""
+        return f"{self.namespace.name}/{self.folder}"
 
     def options(self, settings: Mapping[str, Any] | None = None) -> tuple[str, ...]:
         here = {
-            "storage.root": f"s3://{BUCKET}/{self.folder}",
+            "storage.root": f"s3://{BUCKET}/{self.prefix}",
             "compute.backend": "kuberay",
             "compute.kuberay.namespace": self.namespace.name,
         }
@@ -60,8 +65,8 @@ class Place:
     def stored(self, path: str) -> Any:
         """The JSON at a path of `storage.root`; None where there is none."""
         try:
-            found = json.load(self.s3().get_object(Bucket=BUCKET, Key=f"{self.folder}/{path}")["Body"])
-            return absolute_uris(found, f"s3://{BUCKET}/{self.folder}")
+            found = json.load(self.s3().get_object(Bucket=BUCKET, Key=f"{self.prefix}/{path}")["Body"])
+            return absolute_uris(found, f"s3://{BUCKET}/{self.prefix}")
         except ClientError as error:
             if error.response["Error"]["Code"] == "NoSuchKey":
                 return None
@@ -91,12 +96,12 @@ class Place:
 
     def files(self, path: str) -> dict[str, datetime]:
         """When each object below a path of `storage.root` was written."""
-        prefix = f"{self.folder}/{path}/"
+        prefix = f"{self.prefix}/{path}/"
         found = self.s3().list_objects_v2(Bucket=BUCKET, Prefix=prefix).get("Contents", [])
         return {each["Key"].removeprefix(prefix): each["LastModified"] for each in found}
 
     def text(self, path: str) -> str:
-        body: bytes = self.s3().get_object(Bucket=BUCKET, Key=f"{self.folder}/{path}")["Body"].read()
+        body: bytes = self.s3().get_object(Bucket=BUCKET, Key=f"{self.prefix}/{path}")["Body"].read()
         return body.decode()
 
     def tracked(self, run: str) -> set[str]:
