@@ -89,7 +89,7 @@ class RunFolder:
         return storage.join(self.previews, f"images-{images_seen:09d}.png")
 
     def step(self, step: str, file: str) -> str:
-        """A file of one step, `step.json`, `progress.json`, `lease/`, `stop`, `log.txt`, `workers.txt`, `refused-<KFP run>`."""
+        """A file of one step, such as `step.json`, `progress.json`, `stop`, `log.txt` or `refused-<KFP run>`."""
         return storage.join(self.steps, step, file)
 
 
