@@ -126,14 +126,15 @@ def _ask_mirrored() -> bool:
 @backend_options
 @code_option
 @json_option
-def run_command(*, options: TargetOptions, as_json: bool) -> None:
+@click.option("--finish", is_flag=True, help="Train no further: make the model of what an interrupted run has trained.")
+def run_command(*, options: TargetOptions, as_json: bool, finish: bool) -> None:
     """Run the whole pipeline: ingest, tune if the config has a search, train, sample, evaluate, register, report.
 
     The same command again resumes an interrupted run, and repeats nothing that is done.
     """
     from ncsn.cli.execute import run_pipeline
 
-    run_pipeline(options.resolve(), as_json=as_json)
+    run_pipeline(options.resolve(), as_json=as_json, finish=finish)
 
 
 def _do_step(

@@ -25,7 +25,7 @@ from rich.table import Column, Table
 
 from ncsn.config import Config
 from ncsn.progress import Progress
-from ncsn.report.words import SCORES_HEAD, duration, next_command, result_line, score_lines
+from ncsn.report.words import SCORES_HEAD, duration, next_step, result_line, score_lines
 from ncsn.runs.folder import RunFolder, StepRecord
 from ncsn.storage.retry import RETRY
 
@@ -194,7 +194,8 @@ def print_summary(
 
     measured = records["evaluate"].result
     console.print(f"[bold]{measured['verdict']}[/]", soft_wrap=True)
-    console.print(f"next: {next_command(measured['grade'], config, folder)}", soft_wrap=True)
+    command, what = next_step(measured["grade"], config, folder)
+    console.print(f"next: {command}\n      ({what})", soft_wrap=True)
     steps = Table("step", Column("seconds", justify="right"), "result", box=SIMPLE_HEAD)
     for step, record in records.items():
         when = "  [dim](earlier)[/]" if step in earlier else ""

@@ -41,7 +41,7 @@ from ncsn.runs.folder import (
     run_folder,
 )
 from ncsn.runs.steps import CONTINUING, PIPELINE, STEPS, STEPS_ELSEWHERE
-from ncsn.steps.execution import preflight, run_all, run_step
+from ncsn.steps.execution import images_of_run, preflight, run_all, run_step
 from ncsn.storage.retry import limited
 
 _POLL_SECONDS = 0.5
@@ -92,17 +92,18 @@ def _say_if_selected(console: Console, folder: RunFolder, checkpoint: str | None
         console.print(f"checkpoint {checkpoint}, chosen by `ncsn select`", soft_wrap=True)
 
 
-def run_pipeline(target: Target, *, as_json: bool) -> None:
-    """Run the steps that are not done, on one Ray cluster, and print the summary."""
+def run_pipeline(target: Target, *, as_json: bool, finish: bool = False) -> None:
+    """Run the steps that are not done, on one Ray cluster, and print the summary; with `finish` train no further."""
     config = target.config
     for step in STEPS if config.search is None else PIPELINE:
         preflight(step, config, run_folder(config, target.run))
+    images = images_of_run(STEPS[0], config, run_folder(config, target.run))
     if target.code_here:
         publish_code(config.storage.root)
     folder = claim_run(config, target.run)
     before = read_results(folders_of(folder, config))
     with _alone(folder, "run"), announced(folder.run, root=folder.root):
-        _execute(config, folder)
+        _execute(config, folder, {STEPS[0]: images, "train": {"finish": finish}})
     records = read_results(folders_of(folder, config))
     if as_json:
         results = {step: record.result for step, record in records.items()}
@@ -113,7 +114,7 @@ def run_pipeline(target: Target, *, as_json: bool) -> None:
         print_summary(console_on(sys.stdout), trained, config, records, earlier=earlier)
 
 
-def _execute(config: Config, folder: RunFolder) -> None:
+def _execute(config: Config, folder: RunFolder, options: Mapping[str, Mapping[str, Any]]) -> None:
     log = work_folder(folder) / "log.txt"
     working_on, working_in = "", folder
 
@@ -141,7 +142,7 @@ def _execute(config: Config, folder: RunFolder) -> None:
         try:
             end = _ends_as_told(view.console, lambda: _continues(config, working_on, working_in))
             with end, cluster as ray_started:
-                run_all(config, run=folder.run, around=around)
+                run_all(config, run=folder.run, around=around, options=options)
         except Exception as error:
             traceback.print_exc()
             if not working_on:
@@ -176,7 +177,9 @@ def _continues(config: Config, step: str, folder: RunFolder) -> str:
         return "the same command continues training from its last checkpoint"
     if newest is None:
         return "there is no checkpoint yet: the same command begins training again"
-    return f"the same command continues training from image {images_seen_at(newest):,} of {config.train.num_images:,}"
+    place = f"image {images_seen_at(newest):,} of {config.train.num_images:,}"
+    instead = f"`ncsn run {folder.options} --finish` makes the model of what is trained"
+    return f"the same command continues training from {place}; {instead}"
 
 
 @contextmanager

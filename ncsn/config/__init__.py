@@ -3,6 +3,7 @@
 from ncsn.config.load import (
     NOT_YAML,
     changed_settings,
+    continues,
     explain_changes,
     flatten,
     from_yaml,
@@ -19,6 +20,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "changed_settings",
+    "continues",
     "explain_changes",
     "flatten",
     "from_yaml",

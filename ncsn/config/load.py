@@ -17,6 +17,7 @@ from ncsn.config.problems import leaves, set_value, types_at
 from ncsn.config.rules import checked
 from ncsn.config.schema import Config
 from ncsn.config.search import space_problems
+from ncsn.config.training import ConsistencyLossConfig
 from ncsn.errors import ConfigError, shown_value
 
 # Of a number or a date that does not exist PyYAML says so with Python's own errors.
@@ -164,13 +165,20 @@ def flatten(config: Config) -> dict[str, Any]:
     return dict(leaves(config.model_dump(mode="json")))
 
 
+def continues(config: Config) -> bool:
+    """Whether a training may go on after train.num_images, of which nothing before depends on it."""
+    scheduled = config.optimizer.decay != "constant" or isinstance(config.loss, ConsistencyLossConfig)
+    return not scheduled and config.search is None  # whose rungs are shares of it
+
+
 def training_settings(config: Config) -> dict[str, Any]:
     """The settings that decide the weights, dotted path -> value. A run belongs to one choice of these."""
     # Not where data and work are, nor how often something is kept or reported.
+    left_out = {*_NOT_DECIDING, *(["train.num_images"] if continues(config) else [])}
     return {
         path: value
         for path, value in flatten(config).items()
-        if path.split(".")[0] in _DECIDING and path not in _NOT_DECIDING
+        if path.split(".")[0] in _DECIDING and path not in left_out
     }
 
 
@@ -178,6 +186,8 @@ def changed_settings(one: Config, other: Config) -> dict[str, tuple[Any, Any]]:
     """The `training_settings` that differ: dotted path -> (value in one, value in other)."""
     # Noise levels are not compared if one config leaves their choice to the images.
     left, right = training_settings(one), training_settings(other)
+    if continues(one) or continues(other):
+        left, right = ({**settings, "train.num_images": None} for settings in (left, right))
     chosen_later = one.noise.kind != other.noise.kind and one.noise.training == other.noise.training
     return {
         path: (left.get(path), right.get(path))

@@ -156,7 +156,7 @@ class HalfLifeEmaConfig(Section):
     kind: Literal["half_life"]
     """Half is forgotten over a number of images, whatever the batch size."""
     images: int = Field(500_000, ge=1)
-    """Training images over which the average forgets half."""
+    """Training images over which the average forgets half; with train.init_from at most a tenth of train.num_images."""
     ramp_up: float | None = Field(0.05, gt=0, le=1)
     """Upper limit of images, as a share of the images seen so far; null = off, as it always is with train.init_from."""
 
@@ -215,9 +215,10 @@ class TrainConfig(Section):
 
     @property
     def averaging(self) -> EmaSettings:
-        """The EMA of the weights. What starts from trained weights has no ramp, to keep them."""
+        """The EMA of the weights. What starts from trained weights has no ramp, to keep them, but not for long."""
         if isinstance(self.ema, HalfLifeEmaConfig) and self.init_from is not None:
-            return self.ema.model_copy(update={"ramp_up": None})
+            images = min(self.ema.images, max(1, self.num_images // 10))
+            return self.ema.model_copy(update={"images": images, "ramp_up": None})
         return self.ema
 
     @property

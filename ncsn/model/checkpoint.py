@@ -270,10 +270,11 @@ def network_from_weights(config: Config, weights: Mapping[str, Tensor], *, origi
 
 
 def require_same_training(saved: Config, wanted: Config, *, origin: str) -> Config:
-    """`wanted`, with the checkpoint's noise levels if it leaves them to the images; refuses another training."""
+    """`wanted` with the checkpoint's noise levels, which it may leave to the images, and length; refuses another."""
     if changed := changed_settings(saved, wanted):
         raise CheckpointError(origin, f"was trained with another config: {explain_changes(changed)}")
-    return wanted.model_copy(update={"noise": saved.noise})
+    train = wanted.train.model_copy(update={"num_images": saved.train.num_images})
+    return wanted.model_copy(update={"noise": saved.noise, "train": train})
 
 
 def _load_strictly(network: nn.Module, tensors: Mapping[str, Tensor], *, origin: str) -> None:

@@ -10,9 +10,9 @@ import shlex
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from ncsn.config import Config
+from ncsn.config import Config, continues
 from ncsn.evaluation import VERSUS
-from ncsn.runs.folder import Cost, RunFolder, total_cost
+from ncsn.runs.folder import Cost, RunFolder, read_step, total_cost
 
 if TYPE_CHECKING:
     from ncsn.evaluation.frechet import RunningScore
@@ -218,12 +218,23 @@ def _rounded(value: float) -> str:
     return f"{value:,.1f}" if value >= 1 else f"{value:.2g}" if value >= 1e-4 else "0"
 
 
-def next_command(grade: str, config: Config, folder: RunFolder) -> str:
-    """What to do after a verdict: more images, or another run that trains twice or half as long."""
+def next_step(grade: str, config: Config, folder: RunFolder) -> tuple[str, str]:
+    """What to do after a verdict, a command and what that makes: more images, or longer or shorter training."""
+    length, new = config.train.num_images, f"ncsn run --config {shlex.quote(folder.config)}"
+    longest = max(length, seen := read_step(folder, "train").result.get("images_seen", length))
     if grade == "close":
-        return f"ncsn sample {folder.options} --set sampling.seed={config.sampling.seed + 1}"
-    images = config.train.num_images // 2 if grade == "copied" else 2 * config.train.num_images
-    return f"ncsn run --config {shlex.quote(folder.config)} --set train.num_images={images}"
+        return f"ncsn sample {folder.options} --set sampling.seed={config.sampling.seed + 1}", "other images"
+    if grade == "copied":
+        name = f" --run {config.name}-{seen // 2}" if continues(config) else ""
+        return f"{new}{name} --set train.num_images={seen // 2}", "a new run, half as long"
+    if seen < length:
+        return f"ncsn run {folder.options}", f"this run, trained to its {length:,} images"
+    if continues(config):
+        return f"ncsn run {folder.options} --set train.num_images={2 * longest}", "this run, trained twice as long"
+    if config.loss.kind == "consistency":
+        return f"{new} --set train.num_images={2 * length}", "a new run from the same trained network, twice as long"
+    what = f"a new run on {length:,} images more, from these EMA weights: the learning rate of this one has ended"
+    return f"{new} --set train.init_from={folder.run}", what
 
 
 EXTRACTORS = {  # as the subjects of a sentence

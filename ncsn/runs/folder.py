@@ -32,7 +32,7 @@ _LEVELS = {"noise.sigma_1", "noise.sigma_L", "noise.num_levels"}
 
 
 class ForeignRun(UserError):
-    """The run belongs to another config."""
+    """The run belongs to another config, or has read other images."""
 
 
 class _Below:
@@ -89,7 +89,7 @@ class RunFolder:
         return storage.join(self.previews, f"images-{images_seen:09d}.png")
 
     def step(self, step: str, file: str) -> str:
-        """A file of one step, `step.json`, `progress.json`, `lease/`, `stop`, `log.txt` or `workers.txt`."""
+        """A file of one step, such as `step.json`, `progress.json`, `stop`, `log.txt` or `refused-<KFP run>`."""
         return storage.join(self.steps, step, file)
 
 

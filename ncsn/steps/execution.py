@@ -48,16 +48,19 @@ def run_step(
     given: Mapping[str, str | None],
     lease: str | None = None,
     around: Around = lambda *_: nullcontext(),
+    options: Mapping[str, Any] = {},
 ) -> Any:
     """Do a step, or find its result, which is a frozen dataclass; an error is recorded.
 
     `given` are URIs of inputs; those that lack are the run's own. `lease` is the URI of a launcher's heartbeat.
+    `options` are for the function of this step alone.
     """
     folder = run_folder(config, run)
     with recorded(config, run, step) if lease else nullcontext():  # a launcher reads there what its driver refuses
         require_packages()
         preflight(step, config, folder)
         inputs = find_inputs(folder, step, given, config=config)
+    options = options or images_of_run(step, config, folder)
     with around(step, folder, inputs), recorded(config, run, step):
         record, code = read_step(folder, step), os.environ.get(CODE)
         reads = {**inputs, "code": code} if code else inputs
@@ -72,17 +75,26 @@ def run_step(
             leased = {"lease": lease}
         elif step in STEPS_ELSEWHERE and config.compute.backend != "local" and find_spec("torch") is None:
             return launch(step, config, run, inputs)
-        return importlib.import_module(f"ncsn.steps.{step}").run(config, run=run, **inputs, **leased)
+        return importlib.import_module(f"ncsn.steps.{step}").run(config, run=run, **inputs, **leased, **options)
 
 
-def run_all(config: Config, *, run: str, around: Around) -> None:
+def images_of_run(step: str, config: Config, folder: RunFolder) -> Mapping[str, Any]:
+    """The option of the first step, before the store is changed: `ForeignRun` if the run has read other images."""
+    if step != STEPS[0] or not read_step(folder, step).result:
+        return {}
+    from ncsn.steps.ingest import agreed_inputs  # loads NumPy and Arrow
+
+    return {"inputs": agreed_inputs(config, folder)}
+
+
+def run_all(config: Config, *, run: str, around: Around, options: Mapping[str, Mapping[str, Any]] = {}) -> None:
     """Do the steps of a run that are not done, with a search first if the config has one; and write how it ended."""
     given: dict[str, str | None] = {}
     folders = [run_folder(config, run)]
     storage.delete(folders[0].status)  # the run has not ended
     try:
         for step in STEPS if config.search is None else PIPELINE:
-            result = run_step(step, config, run=run, given=given, around=around)
+            result = run_step(step, config, run=run, given=given, around=around, options=options.get(step, {}))
             if step == STEPS[0]:
                 given["dataset"] = result.uri
             elif step == TUNE:
@@ -126,11 +138,18 @@ def preflight(step: str, config: Config, folder: RunFolder) -> None:
 
 def run_kfp_task(step: str, config: Config, *, run: str, given: Mapping[str, str], last: bool = False) -> Any:
     """The result of a task's step; its failure, or the end of the `last` step, becomes the outcome of the run."""
+    folder = run_folder(config, run)
+    try:
+        options = images_of_run(step, config, folder)
+    except UserError as refusal:
+        if kfp_run := os.environ.get(KFP_RUN_ID):  # for the exit handler, which leaves the run as it is too
+            storage.write_text(folder.step(step, f"refused-{kfp_run}"), str(refusal))
+        raise
     # The exit handler writes the same outcome again, but after KFP's Retry there is none.
-    before = read_step(run_folder(config, run), step).error
+    before = read_step(folder, step).error
     tried = bool(int(os.environ.get(_TRY) or 0)) and before is not None and before.kfp_run == os.environ.get(KFP_RUN_ID)
-    mistake = read_mistake(run_folder(config, run), step) if tried else None  # another try would only repeat it
-    with recorded(config, run, step) as folder:
+    mistake = read_mistake(folder, step) if tried else None  # another try would only repeat it
+    with recorded(config, run, step):
         if mistake is not None:
             raise mistake
         first = step == STEPS[0]
@@ -142,7 +161,7 @@ def run_kfp_task(step: str, config: Config, *, run: str, given: Mapping[str, str
             tell("started", run=run, root=folder.root)
         storage.delete(folder.status)  # the run has not ended
         try:
-            result = run_step(step, config, run=run, given=given)
+            result = run_step(step, config, run=run, given=given, options=options)
         except Exception as error:
             if _terminated():  # the janitor may delete a RayJob before Argo ends this process
                 update_step(folder, step, state="KILLED")

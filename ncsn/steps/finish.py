@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from ncsn import storage
 from ncsn.config import Config
 from ncsn.errors import UserError
 from ncsn.process import KFP_RUN_ID, KfpRun
@@ -72,7 +73,10 @@ def run(
     ours, canceled, notes = kfp.id if kfp else None, list[str](), list[str]()
     steps, places = dict[str, str](), {"image": container_image(), "KFP run": ours or ""}
     try:
-        folders = folders_of(claim_run(config, run), config)
+        folder = claim_run(config, run)
+        if ours and storage.exists(refused := folder.step(STEPS[0], f"refused-{ours}")):
+            raise ForeignRun("", storage.read_text(refused))
+        folders = folders_of(folder, config)
     except ForeignRun as refusal:  # its store and MLflow run stay as they are
         outcome = Outcome("FAILED", str(refusal))
         canceled += backend.stop(run=None, kfp_run=ours) if backend and ours else []

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
 
 from ncsn import storage
 from ncsn.config import Config
 from ncsn.data.dataset import Dataset, write_dataset
-from ncsn.data.format import MANIFEST, part_images
+from ncsn.data.format import MANIFEST, load_manifest, part_images, read_part
 from ncsn.data.sources import open_source
-from ncsn.data.sources.base import source_fingerprint
+from ncsn.data.sources.base import NO_FILES, source_fingerprint
 from ncsn.progress import Progress
+from ncsn.remote.backend import say
+from ncsn.runs.folder import ForeignRun, RunFolder, claim_run, read_step, run_folder, update_step
 from ncsn.steps.step import Step
 
 
@@ -26,17 +34,19 @@ class IngestResult:
     notes: list[str] = field(default_factory=list)  # on images that were converted or left out, for people
 
 
-def run(config: Config, *, run: str) -> IngestResult:
-    """Bring the source's images to one shape and publish them under the digest of their content."""
+def run(config: Config, *, run: str, inputs: Mapping[str, Any] | None = None) -> IngestResult:
+    """Bring the source's images to one shape and publish them under the digest of their content.
+
+    `inputs` are `agreed_inputs`, if the caller has them. `ForeignRun` if the run has read other images.
+    """
+    inputs = agreed_inputs(config, run_folder(config, run)) if inputs is None else inputs
     step = Step("ingest", config, run, IngestResult)
-    fingerprint = source_fingerprint(config.data)
-    inputs = {"data": config.data.model_dump(mode="json"), "files": fingerprint}
     if result := step.find_result(inputs, needs=lambda result: [storage.join(result.uri, MANIFEST)]):
         return result
     with step.work(config) as (progress, tracked):
         # Named after the source, not the experiment, so that experiments on the same images share one dataset.
         datasets = storage.join(step.folder.root, "datasets", config.data.source)
-        dataset = write_images(config, datasets, fingerprint=fingerprint, progress=progress)
+        dataset = write_images(config, datasets, fingerprint=inputs["files"], progress=progress)
         manifest = dataset.manifest
         tracked.log_dataset(manifest.name, digest=manifest.digest, uri=dataset.uri)
         tracked.log_metrics({f"ingest/{split}_images": count for split, count in manifest.counts.items()})
@@ -46,6 +56,49 @@ def run(config: Config, *, run: str) -> IngestResult:
     if manifest.skipped:
         notes.append(f"{len(manifest.skipped)} images could not be used; the first is {manifest.skipped[0].name}")
     return step.store_result(IngestResult(dataset.uri, manifest.digest, dict(manifest.counts), dataset.created, notes))
+
+
+def agreed_inputs(config: Config, folder: RunFolder) -> Mapping[str, Any]:
+    """What decides the dataset of the run; `ForeignRun`, with nothing changed, if it has read other images.
+
+    Names, sizes and dates of the source are compared with those at that time. Where they differ the images are read.
+    """
+    inputs: dict[str, Any] = {"data": config.data.model_dump(mode="json"), "files": source_fingerprint(config.data)}
+    record = read_step(folder, "ingest")
+    before, stored = record.inputs, record.result
+    if not stored or before == inputs:
+        return inputs
+    claim_run(config, folder.run)
+    if inputs["files"] == NO_FILES and inputs["data"] == before["data"]:  # the source is away
+        return before
+    if inputs["files"] != before["files"]:
+        say(f"data.root is not as run {folder.run} has read it: reading the images, to compare them")
+        datasets = storage.join(folder.root, "datasets", config.data.source)
+        found = write_images(config, datasets, fingerprint=inputs["files"])
+        if (digest := found.manifest.digest) != stored["digest"]:
+            difference = f"has read other images than those of data.root: {_difference(stored['uri'], found.uri)}"
+            hint = f"choose another --run NAME, such as --run {config.name}-{digest[:8]}"
+            raise ForeignRun("--run", difference, hint=hint, value=folder.run)
+    update_step(folder, "ingest", inputs=inputs)
+    return inputs
+
+
+def _difference(before: str, after: str) -> str:
+    """How many images of each dataset the other lacks."""
+    if not storage.exists(storage.join(before, MANIFEST)):
+        return "how many is not known, since its dataset is gone"
+
+    def digests(uri: str) -> Iterator[int]:
+        manifest = load_manifest(uri)
+        for part in itertools.chain.from_iterable(manifest.parts.values()):
+            for rows in read_part(uri, part, manifest.pixels):
+                yield from (int.from_bytes(hashlib.sha256(image.tobytes()).digest()[:8]) for image in rows.images)
+
+    old, new = (np.fromiter(digests(uri), np.uint64) for uri in (before, after))
+    added, gone = (np.isin(one, other, invert=True).sum() for one, other in ((new, old), (old, new)))
+    return (
+        f"{added:,} are new, {gone:,} are gone" if added or gone else "equal ones have other names, classes or numbers"
+    )
 
 
 def write_images(

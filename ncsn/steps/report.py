@@ -16,7 +16,7 @@ from ncsn.report import hints, plots
 from ncsn.report.html import LOOK, render
 from ncsn.report.images import GRID_CLASSES
 from ncsn.report.plots import to_svg
-from ncsn.report.words import Fact, cost_facts, next_command, read_metrics, tag_facts
+from ncsn.report.words import Fact, cost_facts, next_step, read_metrics, tag_facts
 from ncsn.runs.folder import RunFolder, StepRecord, read_results, read_step, spent
 from ncsn.runs.history import held_out_curves, load_history, loss_names
 from ncsn.runs.steps import BEST, STEPS, TUNE
@@ -107,7 +107,7 @@ def _results(sources: ReportSources) -> dict[str, Any]:
     search = next(filter(None, (read_step(each, TUNE).result for each in runs)), None)
     return {
         "title": config.name,
-        "next_command": next_command(evaluation["grade"], config, folder),
+        "next_step": next_step(evaluation["grade"], config, folder),
         "run": folder.run,
         "finished_at": max((record.finished_at for record in records.values()), default="")[:16].replace("T", " "),
         "decision": records["register"].result if "register" in records else None,

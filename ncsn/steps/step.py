@@ -65,6 +65,13 @@ class Step(Generic[R]):
             storage.write_text(self.folder.config, to_yaml(owner.model_copy(update={"noise": settled.noise})))
         return settled
 
+    def set_length(self, config: Config) -> None:
+        """Let the run's config have the length of this training, if that is longer."""
+        owner, length = self._owner(), config.train.num_images
+        if length > owner.train.num_images:
+            train = owner.train.model_copy(update={"num_images": length})
+            storage.write_text(self.folder.config, to_yaml(owner.model_copy(update={"train": train})))
+
     def _owner(self) -> Config:
         """The config that the run's name belongs to."""
         return from_yaml(storage.read_text(self.folder.config), origin=self.folder.config)

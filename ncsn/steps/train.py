@@ -18,10 +18,11 @@ from ncsn.distributed.cluster import ray_cluster, ray_tags
 from ncsn.errors import UserError
 from ncsn.model import build
 from ncsn.model.averages import ensure_average
-from ncsn.model.checkpoint import FILES, INDEX, TrainedNetwork, load_checkpoint
+from ncsn.model.checkpoint import FILES, INDEX, TrainedNetwork, folder_name, images_seen_at, load_checkpoint
+from ncsn.model.checkpoint_store import CheckpointStore
 from ncsn.model.classes import require_label, require_same_classes
 from ncsn.model.trained import TRAINED_CONFIG, adapted, load_checkpoint_or_model, save_model, start_notes
-from ncsn.runs.folder import RUN_PATTERN, RunFolder, find_inputs, folders_of, read_step, run_folder
+from ncsn.runs.folder import RUN_PATTERN, RunFolder, find_inputs, folders_of, read_step, run_folder, update_step
 from ncsn.steps.step import Step
 from ncsn.storage.heartbeat import Lease
 from ncsn.tracking.client import client_at, mlflow_errors, tracking_uri
@@ -48,21 +49,26 @@ class TrainResult:
     notes: list[str] = field(default_factory=list)  # for people
 
 
-def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> TrainResult:
+def run(config: Config, *, run: str, dataset: str, lease: str | None = None, finish: bool = False) -> TrainResult:
     """Train, or resume the run from its newest checkpoint, or return the result if it is complete.
 
     `lease` is the URI of the launcher's heartbeat; when it stops, training saves a checkpoint and ends. So it does once
-    the file `stop` of the step exists.
+    the file `stop` of the step exists. With `finish` the newest checkpoint is the result; without, training goes on.
     """
     step = Step("train", config, run, TrainResult)
     manifest = load_manifest(dataset)
     config = step.fix_noise_levels(config, manifest)
     require_classes(config, manifest, dataset)
-    inputs = {"dataset": dataset, "num_images": config.train.num_images}
-    if result := step.find_result(
-        inputs, needs=lambda result: [storage.join(result.checkpoint, name) for name in (INDEX, *FILES)]
-    ):
+    step.set_length(config)
+    result = step.find_result(
+        {"dataset": dataset}, needs=lambda result: [storage.join(result.checkpoint, name) for name in (INDEX, *FILES)]
+    )
+    if result is not None and (finish or result.images_seen >= config.train.num_images):
         return result
+    if finish:
+        return step.store_result(_as_it_is(step, config, dataset))
+    if result is not None:  # a longer training may delete that checkpoint
+        update_step(step.folder, "train", state="", inputs={}, result={})
     start = start_of(config, step.folder, manifest)
     if result := step.run_elsewhere(config, {"dataset": dataset}):
         return result
@@ -99,6 +105,21 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> 
             notes=[*start.notes, *outcome.notes],
         )
     return step.store_result(result)
+
+
+def _as_it_is(step: Step[TrainResult], config: Config, dataset: str) -> TrainResult:
+    """The newest checkpoint as the result."""
+    folder = step.folder
+    if (newest := CheckpointStore(folder.checkpoints).newest()) is None:
+        hint = "run the command without it"
+        raise UserError("--finish", f"run {folder.run!r} has no checkpoint yet", hint=hint)
+    seen, seconds = images_seen_at(newest), read_step(folder, "train").seconds
+    uri = storage.join(folder.checkpoints, folder_name(seen))
+    storage.publish_folder(storage.join(folder.checkpoints, newest), uri, marker=INDEX)
+    with step.work(config) as (_, tracked):
+        tracked.set_tags({"checkpoint.uri": uri, "checkpoint.images_seen": str(seen)})
+    notes = [f"training ended at {seen:,} of {config.train.num_images:,} images; `ncsn run` without --finish goes on"]
+    return TrainResult(uri, seen, None, round(seen / max(seconds, 1e-9), 1), round(seconds, 1), dataset, notes)
 
 
 def require_classes(config: Config, manifest: Manifest, dataset: str) -> None:

@@ -29,7 +29,8 @@ def folder(config: Config) -> RunFolder:
     ("override", "same"),
     [
         ("seed=0", True),
-        ("train.num_images=320", False),
+        ("train.num_images=320", True),  # it goes on
+        ("optimizer.decay=cosine", False),
         ("seed=1", False),
         ("data.max_images=32", False),
         ("sampling.num_images=9", True),

@@ -84,8 +84,8 @@ def test_a_summary_has_scores_next_to_real_images_and_what_comes_next(config_fil
     for part in ("60.0", "only 539 real images", "12.5 is worse than 11", "/r/report.html", "ncsn ui --run mine"):
         assert part in text
     verdict, then, *_ = text.splitlines()
-    longer = f"--set train.num_images={2 * config.train.num_images}"
-    assert verdict == "512 images made." and f"--config {folder.config} {longer}" in then
+    longer = f"ncsn run {folder.options} --set train.num_images={2 * config.train.num_images}"
+    assert verdict == "512 images made." and longer in then
 
 
 def test_a_plan_has_money_where_there_is_a_price() -> None:

@@ -87,9 +87,11 @@ def test_a_light_training_leaves_the_convolutions_and_resumes_as_any(
 def test_the_average_of_a_trained_network_has_no_ramp(tiny: str, source: str, tmp_path: Path) -> None:
     ema = "train.ema={kind: half_life, images: 4000, ramp_up: 0.05}"
     ours, other = experiment(tiny, tmp_path, source, ema), from_yaml(tiny, overrides=[ema])
-    for config, share in ((ours, 0.5 ** (16 / 4000)), (other, 0.5 ** (16 / (0.05 * 16)))):
+    long = experiment(tiny, tmp_path, source, ema, "train.num_images=80000")
+    # Of a short training at most a tenth, or the average would stay where it started.
+    for config, images in ((long, 4000), (ours, ours.train.num_images // 10), (other, 0.05 * 16)):
         average, _ = build.new_emas(config, build.network(config))
-        assert average.decay(16, 16) == pytest.approx(share)
+        assert average.decay(16, 16) == pytest.approx(0.5 ** (16 / images))
     assert "train.init_from" in changed_settings(ours, other)
     with refused("train.trainable", error=ConfigError):
         from_yaml(tiny, overrides=["train.trainable=light"])
@@ -107,7 +109,7 @@ def test_the_run_keeps_its_source_and_says_what_differs(tiny: str, dataset: str,
     assert found.tags == {"ncsn.init_from": f"{lost}/{load_checkpoint(source).digest}"}
     shutil.rmtree(lost)
     assert start_of(config, folder, manifest) == found
-    slow = from_yaml(to_yaml(config), overrides=["train.ema.images=500000"])
+    slow = from_yaml(to_yaml(config), overrides=["train.ema={kind: decay, per_step: 0.9999}"])
     assert len(start_of(slow, folder, manifest).notes) == 3, "the average stays with the source"
 
 

@@ -39,7 +39,9 @@ def where_it_continues(workplace, process: subprocess.Popen[str], run: str, code
     stdout, stderr = process.communicate(timeout=600)
     assert (process.returncode, stdout) == (code, ""), stderr
     assert "Traceback" not in stderr
-    told = re.search(r"^interrupted; .* image ([\d,]+) of 6,400,000$", stderr.splitlines()[-1])
+    told = re.search(
+        rf"^interrupted; .* image ([\d,]+) of 6,400,000; .* --run {run} .*--finish", stderr.splitlines()[-1]
+    )
     assert told, stderr
     saved = int(told[1].replace(",", ""))
     assert storage.list_names(str(workplace.folder(run) / "checkpoints")) == [f"resume-{saved:09d}"]

@@ -57,7 +57,7 @@ def page(images: np.ndarray) -> dict[str, Any]:
     plot = to_png(plots.selection_figure([candidate], metric="fid"))
     return {
         "title": "digits",
-        "next_command": "ncsn run --config s3://bucket/runs/digits-0123abcd/config.yaml --set train.num_images=280000",
+        "next_step": ("ncsn run --run digits-0123abcd", "this run, trained to its 280,000 images"),
         "run": "digits-0123abcd",
         "finished_at": "2026-01-01 12:00",
         "decision": {"promoted": True, "version": "1", "model": "a-model", "reason": "there was none"},

@@ -30,7 +30,7 @@ def test_a_page_that_is_too_large_is_refused(page) -> None:
 def test_hostile_names_stay_text(page) -> None:
     hostile = {
         "title": HOSTILE,
-        "next_command": HOSTILE,
+        "next_step": (HOSTILE, HOSTILE),
         "run": HOSTILE,
         "config": HOSTILE,
         "manifest": SimpleNamespace(shape=(8, 8, 1), source=HOSTILE, count=lambda _: 1000),

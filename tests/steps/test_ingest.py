@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from PIL import Image
 from refused import refused
 
-from ncsn.config import Config, from_yaml
+from ncsn.cli import app
+from ncsn.config import Config, from_yaml, to_yaml
 from ncsn.data.format import load_manifest, read_split
 from ncsn.errors import NotFound, UserError
-from ncsn.process import CODE
-from ncsn.runs.folder import RunFolder, read_step
-from ncsn.steps import ingest
-from ncsn.steps.execution import run_step
+from ncsn.process import CODE, KFP_RUN_ID, KfpRun
+from ncsn.runs.folder import ForeignRun, Outcome, RunFolder, read_step, run_folder, write_outcome
+from ncsn.steps import finish, ingest
+from ncsn.steps.execution import run_kfp_task, run_step
 
 EXPERIMENT = """
 name: digits
@@ -80,19 +84,77 @@ def test_nothing_is_written_twice_and_what_is_gone_is_made_again(config, monkeyp
     assert load_manifest(first.uri).digest == first.digest
 
 
-def test_new_files_in_the_folder_are_noticed(config, tmp_path):
-    folder = tmp_path / "images"
-    for label in ("a", "b"):
-        (folder / label).mkdir(parents=True)
-        for k in range(20):
-            Image.fromarray(np.full((8, 8), 10 * k, np.uint8)).save(folder / label / f"{k}.png")
-    experiment = config(source="image_folder", root=str(folder), test_fraction=0.2)
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    for number in range(40):
+        path = tmp_path / "images" / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((8, 8), 6 * number, np.uint8)).save(path)
+    return tmp_path / "images"
+
+
+def files_of(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_run_refuses_other_images_before_it_is_touched(config, photos: Path, tmp_path: Path) -> None:
+    experiment = config(source="image_folder", root=str(photos), test_fraction=0.2)
+    (experiment_file := tmp_path / "grows.yaml").write_text(to_yaml(experiment))
     first = ingest.run(experiment, run="grows")
-    assert ingest.run(experiment, run="grows") == first
-    Image.fromarray(np.full((8, 8), 255, np.uint8)).save(folder / "a" / "new.png")
-    second = ingest.run(experiment, run="grows")
-    assert sum(second.counts.values()) == sum(first.counts.values()) + 1
-    assert second.digest != first.digest
+    folder = run_folder(experiment, "grows")
+    write_outcome(folder, Outcome("FINISHED"))
+    before = files_of(Path(folder.uri))
+    Image.fromarray(np.full((8, 8), 255, np.uint8)).save(photos / "a" / "new.png")
+    for number in (0, 2):
+        (photos / "a" / f"{number}.png").unlink()
+    for command in ("run", "ingest"):
+        done = CliRunner().invoke(app, [command, "--config", str(experiment_file), "--run", "grows"])
+        assert (done.exit_code, done.output.count("\n")) == (2, 2)  # that the images are read, and the refusal
+        assert re.search(r"'grows'.* 1 are new, 2 are gone.* --run digits-[0-9a-f]{8}$", done.output)
+    assert files_of(Path(folder.uri)) == before
+    offered = done.output.split()[-1]
+    own = ingest.run(experiment, run=offered)
+    assert own.digest.startswith(offered.removeprefix("digits-")) and own.digest != first.digest
+    (photos / "a" / "4.png").rename(photos / "a" / "renamed.png")
+    with refused("--run", error=ForeignRun):
+        ingest.run(experiment, run=offered)
+    with refused("--run", error=ForeignRun):  # of the config, and no image is read
+        ingest.run(config(source="image_folder", root=str(photos), test_fraction=0.3), run="grows")
+
+
+def test_a_folder_that_has_moved_or_is_away_is_that_of_the_run(config, photos: Path, tmp_path: Path, monkeypatch):
+    def experiment(root: Path) -> Config:
+        return config(source="image_folder", root=str(root), test_fraction=0.2)
+
+    first = ingest.run(experiment(photos), run="one")
+    os.utime(photos / "a" / "0.png")  # it may have changed
+    assert ingest.run(experiment(photos), run="one") == first
+    copied = shutil.copytree(photos, tmp_path / "copied")
+    with monkeypatch.context() as patch:
+        patch.setattr(ingest, "open_source", None)  # nothing is read
+        shutil.move(copied, moved := tmp_path / "moved")
+        assert ingest.run(experiment(moved), run="one") == first
+        shutil.rmtree(moved)
+        assert ingest.run(experiment(moved), run="one") == first
+    before = files_of(tmp_path / "store" / "runs")
+    with refused("data.root", error=NotFound):
+        ingest.run(experiment(tmp_path / "nowhere"), run="one")
+    assert files_of(tmp_path / "store" / "runs") == before
+
+
+def test_the_ingest_task_of_kfp_and_its_end_leave_a_run_of_other_images(config, photos: Path, monkeypatch) -> None:
+    experiment = config(source="image_folder", root=str(photos))
+    ingest.run(experiment, run="kfp")
+    write_outcome(folder := run_folder(experiment, "kfp"), Outcome("FINISHED"))
+    before = files_of(Path(folder.uri))
+    (photos / "a" / "0.png").unlink()
+    monkeypatch.setenv(KFP_RUN_ID, "r-1")
+    with refused("--run", error=ForeignRun):
+        run_kfp_task("ingest", experiment, run="kfp", given={})
+    ended = finish.run(experiment, run="kfp", state="FAILED", kfp=KfpRun("r-1", "w"))
+    assert ended.status == "FAILED" and "1 are gone" in ended.reason
+    after = files_of(Path(folder.uri))
+    assert after.pop(Path(folder.step("ingest", "refused-r-1"))) and after == before
 
 
 def test_a_failure_leaves_no_dataset_and_the_run_to_another_folder(config, tmp_path):

@@ -29,6 +29,7 @@ from ncsn.storage.retry import unavailable
 if TYPE_CHECKING:
     from ncsn.data.pixels import Example
 
+NO_FILES = f"{0:016x}"  # the fingerprint of a source that is away or empty, or comes with a library
 _LISTED = 4096  # files that are objects of Python at a time
 
 

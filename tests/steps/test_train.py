@@ -1,0 +1,76 @@
+"""How long a run trains: longer than at first, or no further."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from local_training import assert_same_tensors, train_locally
+from refused import refused
+
+from ncsn import storage
+from ncsn.config import Config, changed_settings, from_yaml, to_yaml
+from ncsn.errors import UserError
+from ncsn.report.words import next_step
+from ncsn.runs.folder import RunFolder, read_step, run_folder, update_step
+from ncsn.steps import ingest, train
+from ncsn.training.loop import TrainingJob
+
+
+def of_length(config: Config, images: int, *overrides: str) -> Config:
+    return from_yaml(to_yaml(config), overrides=[f"train.num_images={images}", *overrides])
+
+
+def test_a_run_ends_with_what_it_has_and_goes_on_to_any_length(
+    config: Config, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    config = of_length(config, 16)
+    dataset, folder = ingest.run(config, run="long").uri, run_folder(config, "long")
+    with refused("--finish", error=UserError):
+        train.run(config, run="long", dataset=dataset, finish=True)
+    train_locally(TrainingJob(config, dataset, stop_at=8), folder.checkpoints)
+    (Path(folder.checkpoints) / "images-000000008").rename(Path(folder.checkpoints) / "resume-000000008")
+    early = train.run(config, run="long", dataset=dataset, finish=True)
+    assert (early.images_seen, early.checkpoint) == (8, f"{folder.checkpoints}/images-000000008")
+    assert train.run(config, run="long", dataset=dataset, finish=True) == early
+    assert next_step("short", config, folder)[0] == f"ncsn run {folder.options}"
+
+    longer = of_length(config, 24)
+    monkeypatch.setattr(train.trainer, "train", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train.run(longer, run="long", dataset=dataset)
+    assert not read_step(folder, "train").result, "this checkpoint may be deleted by now"
+    monkeypatch.undo()
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    whole = train.run(longer, run="long", dataset=dataset)
+    assert whole.images_seen == 24 and train.run(config, run="long", dataset=dataset) == whole
+    assert from_yaml(storage.read_text(folder.config)).train.num_images == 24
+    train_locally(TrainingJob(longer, dataset), root / "at-once")
+    assert_same_tensors(whole.checkpoint, root / "at-once" / "images-000000024")
+    command = next_step("short", config, folder)[0]
+    assert command == f"ncsn run {folder.options} --set train.num_images=48"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named", "options"),
+    [
+        (["optimizer.decay=cosine"], ["train.num_images"], ["train.init_from=mine"]),
+        (["loss={kind: consistency, from_scratch: true}"], ["train.num_images"], ["train.num_images=16"]),
+        ([], [], ["train.num_images=16"]),
+    ],
+)
+def test_a_schedule_with_an_end_belongs_to_its_length(
+    config: Config, tmp_path: Path, overrides: list[str], named: list[str], options: list[str]
+) -> None:
+    if "consistency" in "".join(overrides):
+        overrides = [*overrides, "noise.training={kind: lognormal}", "sampling.sampler={kind: consistency}"]
+        overrides.append("network.sigma_data=0.5")
+    short = of_length(config, 8, f"storage.root={tmp_path}", *overrides)
+    assert [*changed_settings(short, of_length(short, 16))] == named
+    folder = RunFolder(str(tmp_path), "mine")
+    update_step(folder, "train", result={"images_seen": 8})
+    command = next_step("far", short, folder)[0].split()
+    assert command[-2 * len(options) :] == ["--set", *options] and folder.config in command
+    own = "--run" in next_step("copied", short, folder)[0]
+    assert own is not bool(named), "half as long is another run"
