@@ -21,11 +21,13 @@ from ncsn.data.training_images import open_cache
 from ncsn.evaluation import extractor_name, require_test_images
 from ncsn.evaluation.extractors import Extracted, Identity, batches
 from ncsn.evaluation.extractors.classifier import classifier_uri, describe_classifier, ensure_classifier
-from ncsn.evaluation.features import Runner, SplitSet, device_of, extract_set, here, recipe_of
+from ncsn.evaluation.features import GaussianSet, Runner, SplitSet, device_of, extract_set, here, recipe_of
 from ncsn.evaluation.frechet import FrechetStatistics, frechet_distance, merged
+from ncsn.evaluation.scores import kernel_distance
 from ncsn.process import keep_freed_memory
 from ncsn.progress import Progress
 
+GAUSSIAN_IMAGES = 1024
 FOLDER = "reference"  # below that of the dataset
 FEATURES = "features.npy"
 STATISTICS = "statistics.safetensors"
@@ -40,6 +42,7 @@ class Reference:
     statistics: FrechetStatistics  # of all N feature vectors
     class_histogram: npt.NDArray[np.float64]  # [K], shares of the images by most probable class
     fingerprint: str  # of the extractor, the dataset and the split: what a metric against it depends on
+    gaussian: float  # kernel distance of images drawn from the Gaussian of the training pixels
 
     @cached_property
     def features(self) -> npt.NDArray[np.float32]:
@@ -59,16 +62,22 @@ def load_reference(dataset_uri: str, fingerprint: str) -> Reference | None:
         return None
     tensors = load(storage.read_bytes(storage.join(uri, STATISTICS)))
     statistics = FrechetStatistics(description["images"], tensors["mean"], tensors["scatter"])
-    return Reference(uri, statistics, tensors["class_histogram"], fingerprint)
+    return Reference(uri, statistics, tensors["class_histogram"], fingerprint, description["gaussian"])
 
 
 def publish_reference(
-    dataset_uri: str, fingerprint: str, extracted: Extracted, *, batch_size: int, origin: dict[str, str]
+    dataset_uri: str,
+    fingerprint: str,
+    extracted: Extracted,
+    gaussian: Extracted,
+    *,
+    batch_size: int,
+    origin: dict[str, str],
 ) -> None:
     """Store a reference, complete or not at all; the first of two writers wins.
 
     `extracted` is of the images of the split in stored order; the moments of `batch_size` of them are taken at once.
-    `origin` names the extractor and the images.
+    `gaussian` is of a `GaussianSet`, `origin` names the extractor and the images.
     """
     with storage.staged_folder(_reference_uri(dataset_uri, fingerprint), marker=DESCRIPTION) as folder:
         np.save(folder / FEATURES, extracted.features)
@@ -79,6 +88,7 @@ def publish_reference(
         moments = {"mean": statistics.mean, "scatter": statistics.scatter}
         save_file({**moments, "class_histogram": np.asarray(histogram) / statistics.count}, folder / STATISTICS)
         description = {"fingerprint": fingerprint, **origin, "images": statistics.count}
+        description["gaussian"] = kernel_distance(gaussian.features, extracted.features)[0]
         (folder / DESCRIPTION).write_text(json.dumps(description, indent=1))
 
 
@@ -124,13 +134,15 @@ def open_evaluator(
     identity, accuracy = found
     split = settings.reference_split
     compared = {"extractor": identity.fingerprint, "dataset": manifest.digest, "split": split}
-    fingerprint = storage.digest(compared, 64)
+    fingerprint = storage.digest({**compared, "gaussian": GAUSSIAN_IMAGES}, 64)
     reference = load_reference(dataset, fingerprint)
     if reference is None:
         images = SplitSet(dataset, split, manifest.count(split))
         extracted = extract_set(config, dataset, images, runner=runner, progress=progress)
         origin = {"extractor": identity.name, "dataset": manifest.digest, "split": split}
-        publish_reference(dataset, fingerprint, extracted, batch_size=settings.batch_size, origin=origin)
+        noise = GaussianSet(dataset, GAUSSIAN_IMAGES)
+        drawn = extract_set(config, dataset, noise, runner=runner, progress=progress)
+        publish_reference(dataset, fingerprint, extracted, drawn, batch_size=settings.batch_size, origin=origin)
         reference = load_reference(dataset, fingerprint)
         assert reference is not None, "it was made now, or by another process"
     # What the store had, and what another process has trained with its own copy of the progress.
@@ -143,7 +155,7 @@ def images_to_prepare(config: Config, manifest: Manifest) -> int:
     """Images that are processed to train the extractor, if it is trained, and to make the reference."""
     settings = config.evaluation
     trained = 0 if settings.pretrained else settings.classifier_epochs * manifest.count("train")
-    return trained + manifest.count(settings.reference_split)
+    return trained + manifest.count(settings.reference_split) + GAUSSIAN_IMAGES
 
 
 def _identify(config: Config, dataset: str, manifest: Manifest) -> tuple[Identity, float | None] | None:

@@ -15,7 +15,7 @@ Array = npt.NDArray[np.float64]
 Vectors = npt.NDArray[np.number]
 Features = npt.NDArray[np.floating]
 
-BLOCK_VALUES = 1 << 23
+BLOCK_VALUES, KERNEL_ROWS = 1 << 23, 1024
 # A copy is this much nearer to its nearest training image than to the second nearest (Yoon et al. 2023).
 MEMORIZED_RATIO = 1 / 3
 
@@ -180,6 +180,56 @@ def squared_mmd(x: Array, y: Array, *, member: npt.NDArray[np.bool_]) -> tuple[f
     known, left = left >= 2, np.maximum(left, 2)
     rest = rest_x / (left * (left - 1)) + same_y - 2 * rest_across / (left * n)
     return estimate, np.where(known, rest, estimate)
+
+
+def excess_distance(x: Features, y: Features, reference: Features, *, classes_in_turn: int = 1) -> tuple[float, float]:
+    """Kernel distance of x [n, D] less that of y [m, D], both to the reference [N, D], n and m at least 3, N at least 2.
+
+    It is of all vectors and unbiased, so n and m may differ. `classes_in_turn` is of x.
+
+    Returns:
+        The difference, and its standard deviation over other x, y and references: the variance is the sum of three
+        delete-a-group jackknives (see `frechet_jackknife`). That over the reference is of the difference itself, in
+        which most of it cancels.
+    """
+    groups = [_members(x, classes_in_turn), _members(y, 1), _members(reference, 1)]
+    to_reference = [_pair_sums(own, reference, member, groups[2]) for own, member in zip((x, y), groups, strict=False)]
+    value = variance = 0.0
+    size, left = len(reference), len(reference) - groups[2].sum(axis=1)
+    without_reference = np.zeros(len(left))
+    for sign, own, member, across in zip((1, -1), (x, y), groups, to_reference, strict=False):
+        pairs, n = _pair_sums(own, own, member, member), len(own)
+        value += sign * (pairs.sum() / (n * (n - 1)) - 2 * across.sum() / (n * size))
+        rest = n - member.sum(axis=1)
+        within = (pairs.sum() - 2 * pairs.sum(axis=1) + pairs.diagonal()) / (rest * (rest - 1))
+        each = within - 2 * (across.sum() - across.sum(axis=1)) / (rest * size)
+        variance += (len(rest) - 1) * each.var()
+        without_reference -= sign * 2 * (across.sum() - across.sum(axis=0)) / (n * left)
+    variance += (len(left) - 1) * without_reference.var()
+    return float(value), float(np.sqrt(variance))
+
+
+def _members(vectors: Features, classes_in_turn: int) -> npt.NDArray[np.float32]:
+    """Which of K groups of the jackknife a vector is in, 0 or 1 [K, N]."""
+    numbers = jackknife_groups(0, len(vectors), classes_in_turn=classes_in_turn)
+    return (numbers == np.unique(numbers)[:, None]).astype(np.float32)
+
+
+def _pair_sums(
+    a: Features, b: Features, groups_a: npt.NDArray[np.float32], groups_b: npt.NDArray[np.float32]
+) -> Array:
+    """Sums [K, L] of the kernel over the pairs of a group of a and one of b; where a is b, of different vectors."""
+    sums = np.zeros((len(groups_a), len(groups_b)))
+    columns = BLOCK_VALUES // max(KERNEL_ROWS, b.shape[1])
+    for left in range(0, len(b), columns):
+        y = np.asarray(b[left : left + columns], np.float64)
+        for top in range(0, len(a), KERNEL_ROWS):
+            kernel = _kernel(np.asarray(a[top : top + KERNEL_ROWS], np.float64), y)
+            if a is b:
+                same = np.arange(max(top, left), min(top + len(kernel), left + len(y)))
+                kernel[same - top, same - left] = 0
+            sums += groups_a[:, top : top + KERNEL_ROWS] @ kernel @ groups_b[:, left : left + columns].T
+    return sums
 
 
 def _kernel(x: Array, y: Array) -> Array:

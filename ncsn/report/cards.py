@@ -65,7 +65,7 @@ def model_card(facts: ModelFacts, *, config: Config, manifest: Manifest, evaluat
     counts = ", ".join(f"{count:,} {split}" for split, count in manifest.counts.items())
     skipped = f"; {len(manifest.skipped)} more could not be used" if manifest.skipped else ""
     scores = [(f"`{name}`", value, real) for name, value, real in score_lines(evaluation)]
-    notes = [*evaluation["notes"], "± is a standard deviation over other samples of this number"]
+    notes = [*evaluation["notes"], "in parentheses are 95 % intervals, over other samples of this number"]
     parts = [
         f"# {facts.name}",
         f"Generates {manifest.pixels} images: {_KINDS[config.loss.kind]}, trained on "

@@ -22,24 +22,24 @@ EVALUATION = {
         "eval/classifier_score_n512": 8.0,
         "eval/classifier_score_std_n512": 0.25,
         "eval/classifier_kid_n512": 0.5,
-        "eval/classifier_kid_std_n512": 0.2,
+        "eval/classifier_kid_low_n512": -0.1,
+        "eval/classifier_kid_high_n512": 1.1,
         "eval/classifier_class_tv_n512": 0.1,
         "eval/classifier_test_accuracy": 0.97,
     },
     "real_metrics": {
         "eval/real_classifier_score_n500": 10.0,
         "eval/real_classifier_kid_n500": 0.3,
-        "eval/real_classifier_kid_std_n500": 0.2,
     },
 }
 
 
 def test_metrics_are_read_from_their_names() -> None:
     readings = read_metrics(EVALUATION["metrics"])
-    assert set(readings) == {"score", "score_std", "kid", "kid_std", "class_tv"}
+    assert set(readings) == {"score", "score_std", "kid", "kid_low", "kid_high", "class_tv"}
     assert (readings["class_tv"].extractor, readings["class_tv"].num_images) == ("classifier", 512)
     assert read_metrics(EVALUATION["real_metrics"])["kid"].value == 0.3
-    against = read_metrics({"eval/dinov2_vs_test_fid_std_n20": 1.0})["fid_std"]
+    against = read_metrics({"eval/dinov2_vs_test_fid_low_n20": 1.0})["fid_low"]
     assert (against.extractor, against.split) == ("dinov2", "test")
 
 
@@ -48,12 +48,12 @@ def test_scores_are_next_to_the_real_ones() -> None:
     assert (score.text, score.real_text, score.meaning.better) == ("8", "10", "higher")
     assert score.bars[0] == pytest.approx(0.8 * score.bars[1], abs=0.1)
     assert (class_tv.real_text, class_tv.bars) == ("", None)
-    assert (kid.text, kid.real_text) == ("0.5 ±\u00a00.2", "not different from 0"), "0.3 is within two deviations"
+    assert (kid.text, kid.real_text) == ("0.50 (-0.10 to 1.1)", "0.3")
     assert score_lines(EVALUATION)[2] == ("eval/classifier_class_tv_n512", "0.1", "")
     negative, _ = score_rows(
         {"metrics": {"eval/clusters_kid_n5": -1.0, "eval/clusters_fid_n5": 1.0}, "real_metrics": {}}
     )[::-1]
-    assert (negative.text, negative.bars) == ("not different from 0", None)
+    assert (negative.text, negative.bars) == ("-1", None)
 
 
 @pytest.mark.parametrize(
