@@ -15,8 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from ncsn.config import Config, from_yaml, to_json
-from ncsn.core.images import DataMoments, fit_moments, moment_matched, to_stored, to_unit
-from ncsn.core.keyed_random import COMMON_SEED, Stream, keyed_normal, keyed_permutation
+from ncsn.core.keyed_random import COMMON_SEED, keyed_permutation
 from ncsn.data.format import Manifest, load_manifest
 from ncsn.data.samples import batch_starts, read_labels, read_samples
 from ncsn.data.training_images import open_cache
@@ -27,7 +26,6 @@ from ncsn.model import build
 from ncsn.process import keep_freed_memory
 from ncsn.progress import Progress
 
-MOMENT_IMAGES = 2_000
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -88,39 +86,14 @@ class SplitSet:
         return keyed_permutation(COMMON_SEED, epoch=0, size=size)
 
 
-@dataclass(frozen=True)
-class GaussianSet:
-    """`count` draws of the normal distribution with the mean and covariance of the training pixels."""
-
-    dataset: str
-    count: int
-
-    def starts(self, batch_size: int) -> list[int]:
-        return list(range(0, self.count, batch_size))
-
-    def read(self, first: int, last: int) -> Images:
-        moments = _pixel_moments(self.dataset)
-        shape = (last - first, *moments.mean.shape)
-        z = keyed_normal(COMMON_SEED, stream=Stream.GAUSSIAN, first=first, count=shape[0], size=moments.mean.numel())
-        return to_stored(moment_matched(moments, sigma=0.0, z=z.view(shape))).numpy()
-
-
-@lru_cache(maxsize=1)
-def _pixel_moments(dataset: str) -> DataMoments:
-    images = open_cache(dataset, "train", as_bytes=True).images
-    return fit_moments(to_unit(torch.from_numpy(np.array(images[:MOMENT_IMAGES]))))
-
-
 ImageSet = SampleSet | SplitSet
 
 
 # The first and last image of a batch of a set; config and dataset say what extracts them.
-_Batch = tuple[Config, str, ImageSet | GaussianSet, int, int]
+_Batch = tuple[Config, str, ImageSet, int, int]
 
 
-def extract_set(
-    config: Config, dataset: str, images: ImageSet | GaussianSet, *, runner: Runner, progress: Progress
-) -> Extracted:
+def extract_set(config: Config, dataset: str, images: ImageSet, *, runner: Runner, progress: Progress) -> Extracted:
     """Features and probabilities of all images of a set, in order; `progress` counts the images."""
     starts = images.starts(config.evaluation.batch_size)
     ends = [*starts[1:], images.count]

@@ -219,8 +219,8 @@ def measure_sets(
             if config.compute.use_gpu and images is not sets[-1]:
                 begun.append(pool.submit(measured, [works.pop()]))
         results = [*measured(works), *(each for future in begun for each in future.result())]
-        turns = classes_in_turn(config)
-        ((_, excess),) = runner(_measure_excess, [(dataset, fingerprint, *features, turns)], gpu=False)
+        sources = (dataset, fingerprint, classes_in_turn(config))
+        ((_, excess),) = runner(_measure_excess, [(*sources, features)], gpu=False)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
     found = {work[2]: result for work, result in results}
@@ -228,13 +228,9 @@ def measure_sets(
     return [found[images] for images in sets]
 
 
-def _measure_excess(
-    work: tuple[str, str, npt.NDArray[np.floating], npt.NDArray[np.floating], int],
-) -> dict[str, Metric]:
-    """`excess` and its 95 % interval: by how much samples are further away than real images, as a share of how much
-    further noise is with the mean and covariance of the training pixels.
-    """
-    dataset, fingerprint, samples, real, in_turn = work
+def _measure_excess(work: tuple[str, str, int, list[npt.NDArray[np.floating]]]) -> dict[str, Metric]:
+    """`excess` of samples over real images and its 95 % interval, as shares of the distance `Reference.gaussian`."""
+    dataset, fingerprint, in_turn, (samples, real) = work
     reference = load_reference(dataset, fingerprint)
     assert reference is not None, "the evaluator has it"
     excess, std = excess_distance(samples, real, reference.features, classes_in_turn=in_turn)

@@ -12,22 +12,25 @@ from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from safetensors.numpy import load, save_file
 
 from ncsn import storage
 from ncsn.config import Config
+from ncsn.core.images import fit_moments, moment_matched, to_stored, to_unit
+from ncsn.core.keyed_random import COMMON_SEED, Stream, keyed_normal
 from ncsn.data.format import Manifest, load_manifest
 from ncsn.data.training_images import open_cache
-from ncsn.evaluation import extractor_name, require_test_images
-from ncsn.evaluation.extractors import Extracted, Identity, batches
+from ncsn.evaluation import DEVIATIONS, extractor_name, require_test_images
+from ncsn.evaluation.extractors import Extracted, Identity, batches, joined
 from ncsn.evaluation.extractors.classifier import classifier_uri, describe_classifier, ensure_classifier
-from ncsn.evaluation.features import GaussianSet, Runner, SplitSet, device_of, extract_set, here, recipe_of
+from ncsn.evaluation.features import Runner, SplitSet, device_of, extract_set, extractor_of, here, recipe_of
 from ncsn.evaluation.frechet import FrechetStatistics, frechet_distance, merged
 from ncsn.evaluation.scores import kernel_distance
 from ncsn.process import keep_freed_memory
 from ncsn.progress import Progress
 
-GAUSSIAN_IMAGES = 1024
+GAUSSIAN_IMAGES, MOMENT_IMAGES = 1024, 2000
 FOLDER = "reference"  # below that of the dataset
 FEATURES = "features.npy"
 STATISTICS = "statistics.safetensors"
@@ -66,18 +69,12 @@ def load_reference(dataset_uri: str, fingerprint: str) -> Reference | None:
 
 
 def publish_reference(
-    dataset_uri: str,
-    fingerprint: str,
-    extracted: Extracted,
-    gaussian: Extracted,
-    *,
-    batch_size: int,
-    origin: dict[str, str],
+    dataset_uri: str, fingerprint: str, extracted: Extracted, *, batch_size: int, origin: dict[str, object]
 ) -> None:
     """Store a reference, complete or not at all; the first of two writers wins.
 
     `extracted` is of the images of the split in stored order; the moments of `batch_size` of them are taken at once.
-    `gaussian` is of a `GaussianSet`, `origin` names the extractor and the images.
+    `origin` names the extractor and the images, and has the distance `gaussian`.
     """
     with storage.staged_folder(_reference_uri(dataset_uri, fingerprint), marker=DESCRIPTION) as folder:
         np.save(folder / FEATURES, extracted.features)
@@ -88,7 +85,6 @@ def publish_reference(
         moments = {"mean": statistics.mean, "scatter": statistics.scatter}
         save_file({**moments, "class_histogram": np.asarray(histogram) / statistics.count}, folder / STATISTICS)
         description = {"fingerprint": fingerprint, **origin, "images": statistics.count}
-        description["gaussian"] = kernel_distance(gaussian.features, extracted.features)[0]
         (folder / DESCRIPTION).write_text(json.dumps(description, indent=1))
 
 
@@ -139,10 +135,11 @@ def open_evaluator(
     if reference is None:
         images = SplitSet(dataset, split, manifest.count(split))
         extracted = extract_set(config, dataset, images, runner=runner, progress=progress)
-        origin = {"extractor": identity.name, "dataset": manifest.digest, "split": split}
-        noise = GaussianSet(dataset, GAUSSIAN_IMAGES)
-        drawn = extract_set(config, dataset, noise, runner=runner, progress=progress)
-        publish_reference(dataset, fingerprint, extracted, drawn, batch_size=settings.batch_size, origin=origin)
+        ((_, noise),) = runner(_gaussian_features, [(config, dataset)], gpu=True)
+        distance, error = kernel_distance(noise, extracted.features)
+        scale = max(distance, DEVIATIONS * error, 1e-9)  # of images that are noise themselves, its error
+        origin = {"extractor": identity.name, "dataset": manifest.digest, "split": split, "gaussian": scale}
+        publish_reference(dataset, fingerprint, extracted, batch_size=settings.batch_size, origin=origin)
         reference = load_reference(dataset, fingerprint)
         assert reference is not None, "it was made now, or by another process"
     # What the store had, and what another process has trained with its own copy of the progress.
@@ -165,6 +162,17 @@ def _identify(config: Config, dataset: str, manifest: Manifest) -> tuple[Identit
     from ncsn.evaluation.extractors.published import identity
 
     return identity(published), None
+
+
+def _gaussian_features(work: tuple[Config, str]) -> npt.NDArray[np.floating]:
+    """Features of draws from the normal distribution with the mean and covariance of the training pixels."""
+    config, dataset = work
+    images = np.array(open_cache(dataset, "train", as_bytes=True).images[:MOMENT_IMAGES])
+    moments, count = fit_moments(to_unit(torch.from_numpy(images))), GAUSSIAN_IMAGES
+    z = keyed_normal(COMMON_SEED, stream=Stream.GAUSSIAN, first=0, count=count, size=images[0].size)
+    drawn = to_stored(moment_matched(moments, sigma=0.0, z=z.view(-1, *moments.mean.shape))).numpy()
+    parts = batches(drawn, batch_size=config.evaluation.batch_size)
+    return joined([extractor_of(config, dataset).extract(part) for part in parts]).features
 
 
 def _train_classifier(work: tuple[Config, str, Progress]) -> None:

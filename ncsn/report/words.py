@@ -107,8 +107,10 @@ def read_metrics(metrics: Mapping[str, float]) -> dict[str, Reading]:
     for name, value in metrics.items():
         stem, _, count = name.removeprefix(REAL).removeprefix(GENERATED).rpartition("_n")
         metric = next((known for known in _KNOWN if f"_{stem}".endswith(f"_{known}")), None)
-        if metric is not None and count.isdigit() and (
-            metric not in readings or int(count) < readings[metric].num_images
+        if (
+            metric is not None
+            and count.isdigit()
+            and (metric not in readings or int(count) < readings[metric].num_images)
         ):
             extractor, _, split = stem.removesuffix(metric).removesuffix("_").partition(VERSUS)
             readings[metric] = Reading(name, extractor, int(count), float(value), split or "train")
@@ -122,18 +124,32 @@ class Score(NamedTuple):
     name: str  # in MLflow
     meaning: Meaning
     value: float
-    text: str  # the value, and of a distance its standard deviation over other samples of as many images
+    text: str  # the value, and of a distance its 95 % interval over other samples of as many images
     real: float | None
     real_text: str  # empty if there is none
+    interval: tuple[float, ...] = ()  # its ends, of a distance
+    real_interval: tuple[float, ...] = ()
 
     @property
-    def bars(self) -> tuple[float, float] | None:
-        """Length of a bar of both values in percent; None if one is negative or unknown, or both are zero."""
-        if self.real is None or min(self.value, self.real) < 0 or self.value + self.real == 0:
-            return None
-        scale = 1.1 * max(self.value, self.real)
-        return round(100 * self.value / scale, 1), round(100 * self.real / scale, 1)
+    def bars(self) -> dict[str, Any]:
+        """What is drawn of both values: places on an axis in percent of its length, and the texts of the axis."""
+        numbers = [self.value, *self.interval, *self.real_interval, *([] if self.real is None else [self.real])]
+        low, high = min(0.0, *numbers), max(0.0, *numbers)
+        unit = 10.0 ** math.floor(math.log10(max(-low, high) or 1.0)) / 2  # the axis ends at round numbers
+        low, high = unit * math.floor(low / unit), unit * math.ceil(high / unit) or (0.0 if low else unit)
 
+        def at(*values: float) -> list[float]:
+            return [round(100 * (value - low) / (high - low), 1) for value in values]
+
+        marks = [low, *([0.0] if 20 < at(0.0)[0] < 80 else []), high]  # zero has no room beside an end
+        texts = [f"{100 * mark:,.4g} %" if self.metric == "excess" else f"{mark:,.4g}" for mark in marks]
+        return {
+            "axis": list(zip(at(*marks), texts, strict=True)),
+            "bar": at(min(0.0, self.value), max(0.0, self.value)),
+            "interval": at(*self.interval),
+            "real": [] if self.real is None else at(self.real),
+            "real_interval": at(*self.real_interval),
+        }
 
 
 def _shown(metric: str, readings: Mapping[str, Reading]) -> str:
@@ -157,7 +173,8 @@ def score_rows(evaluation: Mapping[str, Any]) -> list[Score]:
             of_real = None if other is None else other.value
             number = f" of {other.num_images:,}" if other and other.num_images != own.num_images else ""
             texts = _shown(metric, generated), of_real, _shown(metric, real) + number
-            rows.append(Score(metric, own.name, meaning._replace(text=text), own.value, *texts))
+            ends = [tuple(of[metric + end].value for end in INTERVAL if metric + end in of) for of in (generated, real)]
+            rows.append(Score(metric, own.name, meaning._replace(text=text), own.value, *texts, *ends))
     return rows
 
 
@@ -185,11 +202,11 @@ GRADES = {
     "close": "close to real",
     "short": "not yet close to real: train longer",
     "far": "far from real: train longer or add images",
-    "unsure": "too few test images to tell",
+    "unsure": "too few test images to tell how close to real",
     "copied": "copies of training images: add images or train shorter",
 }
 # Shares of the distance of noise with the mean and covariance of the training pixels: see docs/evaluation.md.
-CLOSE, FAR = 0.02, 0.2
+CLOSE, FAR = 0.05, 0.1
 
 
 class Verdict(NamedTuple):
@@ -225,7 +242,7 @@ def verdict_of(metrics: Mapping[str, float], real_metrics: Mapping[str, float], 
 
 def next_command(grade: str, config: Config, folder: RunFolder) -> str:
     """What to do after a verdict: more images, or another run that trains twice or half as long."""
-    if grade in ("close", "unsure"):
+    if grade == "close":
         return f"ncsn sample {folder.options} --set sampling.seed={config.sampling.seed + 1}"
     images = config.train.num_images // 2 if grade == "copied" else 2 * config.train.num_images
     return f"ncsn run --config {shlex.quote(folder.config)} --set train.num_images={images}"
@@ -353,7 +370,7 @@ def result_line(step: str, result: Mapping[str, Any]) -> str:
             before = "" if result["baseline"] is None else f" (original settings: {result['baseline']:.4g})"
             return f"{result['objective_name']} = {result['objective']:.4g}{before}, {len(result['trials'])} trials"
         case "train":
-            loss = "" if result["loss"] is None else f", loss {result['loss']:.4f}"
+            loss = "" if result["loss"] is None else f", loss {result['loss']:.4f} (share of the noise not predicted)"
             return f"{result['images_seen']:,} images{loss}, {result['images_per_second']:,.0f} images/s"
         case "sample":
             return f"{result['num_images']:,} images, {result['nfe']:,} network evaluations per image"

@@ -150,6 +150,8 @@ def decide(evidence: Evidence, *, version: str, champion: str, of_champion: Evid
         return refuse(f"not comparable with champion version {champion}: {mismatch}")
     factor = math.exp(math.hypot(measured.log_std, other.log_std))  # one deviation of the difference of the logs
     better = other.value > measured.value * factor  # NaN is never better
-    verdict = f"is {'' if better else 'not '}smaller by more than the combined uncertainty, a factor of {factor:.3g}, than"
+    verdict = (
+        f"is {'' if better else 'not '}smaller by more than the combined uncertainty, a factor of {factor:.3g}, than"
+    )
     sets = f"each from one set of {measured.num_images:,} images"
     return (promote if better else refuse)(f"{shown} {verdict} {other} of champion version {champion}, {sets}")
