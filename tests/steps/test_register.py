@@ -82,7 +82,9 @@ def test_first_version_is_champion_and_a_second_call_changes_nothing(config, sav
     assert register.run(config, run="one", checkpoint=saved, evaluation=evaluation) == first
     client = connect(config).client
     (version,) = client.search_model_versions("name = 'ncsn-tiny'")
-    assert "# ncsn-tiny" in version.description
+    order = ["# ncsn-tiny", "256 images made.", f"Gate: {first.reason}", "## Use", "](", "## Data"]
+    places = [version.description.index(part) for part in order]
+    assert places == sorted(places) and version.description.count("Gate: ") == 1
     assert version.tags["ncsn.run"] == "one"
     run = client.get_run(version.run_id)
     assert (run.data.tags["ncsn.step"], run.info.status) == ("register", "FINISHED")
