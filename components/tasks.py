@@ -119,15 +119,14 @@ def evaluate(
     task_config: dsl.TaskConfig,
 ) -> None:
     """Measure the samples, next to real test images."""
-    import re
-
     from components import publish, publish_metrics, run_task
+    from ncsn.report.words import read_metrics
 
     result = run_task("evaluate", config, run, samples=samples, dataset=dataset, task_config=task_config)
     publish(evaluation, result, uri=result.uri, fingerprint=result.fingerprint)
-    figures = {**result.metrics, **result.real_metrics}
-    shown = r"eval/[\w-]+_(score|score_std|fid|kid)_n\d+"  # KFP's page compares runs by them
-    publish_metrics(metrics, {name: value for name, value in figures.items() if re.fullmatch(shown, name)})
+    figures = [*read_metrics(result.metrics).items(), *read_metrics(result.real_metrics).items()]
+    shown = ("excess", "score", "fid", "kid")  # KFP's page compares runs by them and their intervals
+    publish_metrics(metrics, {figure.name: figure.value for name, figure in figures if name.startswith(shown)})
 
 
 @_component

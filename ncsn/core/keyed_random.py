@@ -44,6 +44,7 @@ class Stream(IntEnum):
     HELD_OUT_DEQUANTIZE = 11
     TRAINED_DEQUANTIZE = 12
     SUBSPACE = 13
+    GAUSSIAN = 14
     HELD_OUT_NOISE = 1024
     TRAINED_NOISE = 2048
     STRATUM = 2**31  # of permutations, whose other streams are epochs

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from ncsn.config import Config
 from ncsn.config.schema import EvaluationConfig
 from ncsn.data.format import Manifest
@@ -11,6 +13,22 @@ from ncsn.model.classes import BALANCED
 VERSUS = "_vs_"  # before the split in the names of metrics against another split than train
 WITH_SCORE = ("classifier", "inception")  # the extractors whose classes mean something
 LEAST_TEST_IMAGES = 3  # for the uncertainty of a Fréchet distance
+DEVIATIONS = 1.96  # of the normal distribution, in which 95 % lie
+
+
+def with_interval(value: float, low: float, high: float) -> str:
+    """`7.6 (4.4 to 13)`: with two digits, and one more for each power of ten by which the interval is narrower."""
+    largest = max(abs(value), abs(low), abs(high))
+    if not math.isfinite(value + low + high) or largest == 0:
+        return f"{value:g} ({low:g} to {high:g})"
+    digits = 2 + max(0, math.floor(math.log10(largest / max(high - low, 1e-9 * largest))))
+    least = largest / 100  # so that a bound near zero has no more decimals than tell something
+
+    def rounded(number: float) -> str:
+        decimals = max(0, digits - 1 - math.floor(math.log10(max(abs(number), least))))
+        return f"{round(number, decimals) + 0.0:,.{decimals}f}"
+
+    return f"{rounded(value)} ({rounded(low)} to {rounded(high)})"
 
 
 def evaluation_of(config: Config, manifest: Manifest) -> EvaluationConfig:

@@ -15,6 +15,7 @@ from scipy.linalg.lapack import dpstrf
 from threadpoolctl import threadpool_limits
 
 from ncsn.errors import InvalidValue, UserError
+from ncsn.evaluation import DEVIATIONS, with_interval
 
 Array = npt.NDArray[np.float64]
 
@@ -101,25 +102,26 @@ def frechet_distance(a: FrechetStatistics, b: FrechetStatistics) -> float:
 
 
 def frechet_jackknife(groups: Sequence[FrechetStatistics], reference: FrechetStatistics) -> float:
-    """Standard deviation of the Fréchet distance of the union of K disjoint groups over other samples of its size.
+    """Standard deviation of the log of the Fréchet distance of K disjoint groups over other samples of their size.
 
     Delete-a-group jackknife (Kott 2001; Shao and Wu 1989): each group is left out once, and the variance is
-    (K - 1) / K times the sum of squares of the K distances about their mean. The reference counts as known, because
-    metrics that are compared share it.
+    (K - 1) / K times the sum of squares of the K values about their mean. That of the distance itself grows with the
+    distance, so the luckiest set would claim the least error. The reference counts as known, because metrics that are
+    compared share it.
     """
     whole = merged(groups)
     if whole.count < 3:
         raise UserError(
             "sampling.num_images", "the uncertainty of a Fréchet distance needs at least 3 images", value=whole.count
         )
-    reference_factor = factor(reference.covariance)
+    reference_factor, traces = factor(reference.covariance), np.trace(whole.covariance + reference.covariance)
 
     def distance(group: FrechetStatistics) -> float:
         rest = whole.without(group)
         shift, covariance = rest.mean - reference.mean, rest.covariance
         # The reference's factor is at hand, so that of the rest is not needed.
         root_trace = _trace_of_root(reference_factor.T @ covariance @ reference_factor)
-        return float(shift @ shift + np.trace(covariance) - 2 * root_trace)
+        return float(shift @ shift + np.trace(covariance + reference.covariance) - 2 * root_trace)
 
     with ExitStack() as stack:
         each: Iterable[float] = map(distance, groups)
@@ -130,7 +132,8 @@ def frechet_jackknife(groups: Sequence[FrechetStatistics], reference: FrechetSta
             stack.enter_context(threadpool_limits(1, user_api="blas"))
             each = stack.enter_context(ThreadPoolExecutor(cores)).map(distance, groups)
         distances = np.array(list(each))
-    return float(np.sqrt((len(groups) - 1) * distances.var()))
+    least = np.finfo(float).eps * traces + np.finfo(float).tiny  # below this a distance is rounding error
+    return float(np.sqrt((len(groups) - 1) * np.log(np.maximum(distances, least)).var()))
 
 
 def factor(matrix: Array) -> Array:
@@ -152,14 +155,20 @@ class RunningScore:
 
     num_images: int
     fid: float
-    fid_std: float  # its standard deviation over other samples of as many images
+    log_std: float  # standard deviation of its log over other samples of as many images
+
+    @property
+    def values(self) -> dict[str, float]:
+        """The distance and its 95 % interval, which is symmetric in its log."""
+        factor = float(np.exp(DEVIATIONS * self.log_std))
+        return {"fid": self.fid, "fid_low": self.fid / factor, "fid_high": self.fid * factor}
 
     def __str__(self) -> str:
-        return f"FID {self.fid:.4g} \u00b1 {self.fid_std:.2g} (std) of {self.num_images:,}"
+        return f"FID {with_interval(*self.values.values())} of {self.num_images:,}"
 
     def named(self, area: str, *, extractor: str) -> dict[str, float]:
-        """Metric name -> value at `num_images`, a point of two curves."""
-        return {f"{area}/running_{extractor}_{name}": getattr(self, name) for name in ("fid", "fid_std")}
+        """Metric name -> value at `num_images`, a point of three curves."""
+        return {f"{area}/running_{extractor}_{name}": value for name, value in self.values.items()}
 
 
 def score_of(

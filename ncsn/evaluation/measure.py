@@ -13,7 +13,7 @@ import numpy.typing as npt
 from ncsn.config import Config
 from ncsn.core.keyed_random import COMMON_SEED, keyed_permutation
 from ncsn.data.training_images import open_cache
-from ncsn.evaluation import WITH_SCORE, classes_in_turn
+from ncsn.evaluation import DEVIATIONS, WITH_SCORE, classes_in_turn
 from ncsn.evaluation.class_scores import AskedClasses, ClassScores, asked_classes, class_scores
 from ncsn.evaluation.extractors import Extracted, Identity, Images
 from ncsn.evaluation.features import ImageSet, Runner, SplitSet, extract_set
@@ -23,7 +23,13 @@ from ncsn.evaluation.frechet import (
     score_of,
 )
 from ncsn.evaluation.reference import Evaluator, Reference, class_histogram, load_reference
-from ncsn.evaluation.scores import inception_score, kernel_distance, nearest_neighbors, precision_recall
+from ncsn.evaluation.scores import (
+    excess_distance,
+    inception_score,
+    kernel_distance,
+    nearest_neighbors,
+    precision_recall,
+)
 from ncsn.progress import Progress
 
 # Images for precision, recall, density and coverage; the cost grows with the square.
@@ -47,14 +53,14 @@ class Measured:
     metrics: dict[str, Metric]  # by short name
     nearest: list[dict[str, Any]]  # rows of the train split that are nearest to the first 16 images
     running: list[RunningScore]
-    compared: RunningScore  # the Fréchet distance of as many of the images as the sets have that are compared
+    equal: dict[str, Metric]  # what depends on the number of images, of as many as the smallest set has
     classes: ClassScores | None = None  # of images with classes that were asked for
 
     def named(self, extractor: str, *, real: bool = False) -> dict[str, float]:
         """Full metric name -> value."""
         return {
             metric_name(name, extractor=extractor, num_images=metric.num_images, real=real): metric.value
-            for name, metric in self.metrics.items()
+            for name, metric in (*self.metrics.items(), *self.equal.items())
         }
 
 
@@ -95,21 +101,26 @@ def measure_extracted(
         seed: Of the subsets that are drawn.
         classes: Whether the extractor's classes mean something; without, there is no score.
         asked: The classes of the images; None for a model without.
-        num_compared: Images of the smallest set that these are compared with; None for as many as these.
+        num_compared: Images of the smallest set that these are compared with; None for as many as these. Scores of
+            more images, which depend on their number, are only of samples.
         in_turn: How many classes the images show in turn.
         by_features: Whether the reference is the training images, so that the nearest by features are shown.
-        early: Whether there are running scores of fewer images than all.
+        early: Whether they are samples, with running scores of fewer images than all.
     """
     count = len(extracted.features)
-    running = RunningDistance(reference.statistics, count=count, classes_in_turn=in_turn, early=early)
-    scores = running.add(0, extracted.features)
+    fewest = min(count, num_compared or count)
+    most = count if early else fewest
+    running = RunningDistance(reference.statistics, count=most, classes_in_turn=in_turn, early=early)
+    scores = running.add(0, extracted.features[:most])
     compared = scores[-1]
-    # Distances compare only at one number of images.
-    if num_compared is not None and num_compared < compared.num_images:
-        compared = score_of(extracted.features[:num_compared], reference.statistics, classes_in_turn=in_turn)
-    metrics = feature_metrics(extracted, reference, distance=scores[-1], seed=seed, in_turn=in_turn)
+    if fewest < most:
+        compared = score_of(extracted.features[:fewest], reference.statistics, classes_in_turn=in_turn)
+    equal = {name: Metric(value, fewest) for name, value in compared.values.items()}
+    metrics = feature_metrics(extracted, reference, distance=scores[-1], balls=fewest, seed=seed, in_turn=in_turn)
     if classes:
-        metrics |= class_metrics(extracted.log_probabilities, reference, num_splits=num_splits)
+        probabilities = extracted.log_probabilities
+        metrics |= class_metrics(probabilities[:most], reference, num_splits=num_splits)
+        equal |= class_metrics(probabilities[:fewest], reference, num_splits=num_splits)
     found = None if asked is None else class_scores(extracted, asked, reference=reference.features, seed=seed)
     if found is not None:
         metrics |= {name: Metric(value, found.count) for name, value in found.metrics.items()}
@@ -128,29 +139,26 @@ def measure_extracted(
         }
         for row in range(min(SHOWN_NEIGHBORS, len(pixels.indices)))
     ]
-    return Measured(metrics=metrics, nearest=nearest, running=scores, compared=compared, classes=found)
+    return Measured(metrics=metrics, nearest=nearest, running=scores, equal=equal, classes=found)
 
 
 def feature_metrics(
-    extracted: Extracted, reference: Reference, *, distance: RunningScore, seed: int, in_turn: int
+    extracted: Extracted, reference: Reference, *, distance: RunningScore, balls: int, seed: int, in_turn: int
 ) -> dict[str, Metric]:
     """Metrics of features by short name.
 
-    - `fid`: Fréchet distance to all reference images: `distance`, of all images.
+    - `fid`: Fréchet distance to all reference images: `distance`.
     - `kid`: kernel distance, over 100 subsets of at most 1,000 images.
-    - `fid_std`, `kid_std`: their standard deviations over other samples of this size, by the jackknife.
-    - `precision`, `recall`, `density`, `coverage`: against as many reference images, at most 10,000.
+    - `fid_low`, `fid_high`, `kid_low`, `kid_high`: their 95 % intervals, by the jackknife over the images.
+    - `precision`, `recall`, `density`, `coverage`: of the first `balls` images against as many reference images, at
+      most 10,000.
     """
     count = len(extracted.features)
     kid, kid_std = kernel_distance(extracted.features, reference.features, seed=seed, classes_in_turn=in_turn)
-    values = {
-        "fid": distance.fid,
-        "fid_std": distance.fid_std,
-        "kid": kid,
-        "kid_std": kid_std,
-    }
+    values = {"kid": kid, "kid_low": kid - DEVIATIONS * kid_std, "kid_high": kid + DEVIATIONS * kid_std}
     metrics = {name: Metric(value, count) for name, value in values.items()}
-    balls = min(count, len(reference.features), BALL_IMAGES)
+    metrics |= {name: Metric(value, distance.num_images) for name, value in distance.values.items()}
+    balls = min(balls, len(reference.features), BALL_IMAGES)
     if balls >= FEWEST_BALLS:
         chosen = np.sort(keyed_permutation(seed, epoch=0, size=len(reference.features))[:balls])
         shares = precision_recall(extracted.features[:balls], reference.features[chosen])
@@ -192,12 +200,12 @@ def measure_sets(
     runner: Runner,
     progress: Progress,
 ) -> list[Measured]:
-    """All metrics of each set, running scores of the first; `progress` counts the images."""
+    """All metrics of each of two sets, running scores and the excess of the first; `progress` counts the images."""
     extractor, fingerprint = evaluator.extractor, evaluator.reference.fingerprint
     fewest = min(images.count for images in sets)
     # Beside a GPU, which extracts the features of the next set; CPUs would have to do both.
     pool, begun = ThreadPoolExecutor(1), list[Future[list[tuple[_Work, Measured]]]]()
-    works = list[_Work]()
+    works, features = list[_Work](), list[npt.NDArray[np.floating]]()
 
     def measured(some: list[_Work]) -> list[tuple[_Work, Measured]]:
         return list(runner(_measure_set, some, gpu=False))
@@ -206,14 +214,29 @@ def measure_sets(
         for images in sets:
             extracted = extract_set(config, dataset, images, runner=runner, progress=progress)
             first = images is sets[0]
+            features.append(extracted.features)
             works.append((config, dataset, images, extracted, fewest, extractor, fingerprint, first))
             if config.compute.use_gpu and images is not sets[-1]:
                 begun.append(pool.submit(measured, [works.pop()]))
         results = [*measured(works), *(each for future in begun for each in future.result())]
+        sources = (dataset, fingerprint, classes_in_turn(config))
+        ((_, excess),) = runner(_measure_excess, [(*sources, features)], gpu=False)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
     found = {work[2]: result for work, result in results}
+    found[sets[0]].metrics.update(excess)
     return [found[images] for images in sets]
+
+
+def _measure_excess(work: tuple[str, str, int, list[npt.NDArray[np.floating]]]) -> dict[str, Metric]:
+    """`excess` of samples over real images and its 95 % interval, as shares of the distance `Reference.gaussian`."""
+    dataset, fingerprint, in_turn, (samples, real) = work
+    reference = load_reference(dataset, fingerprint)
+    assert reference is not None, "the evaluator has it"
+    excess, std = excess_distance(samples, real, reference.features, classes_in_turn=in_turn)
+    low, high = excess - DEVIATIONS * std, excess + DEVIATIONS * std
+    values = {"excess": excess, "excess_low": low, "excess_high": high}
+    return {name: Metric(value / reference.gaussian, len(samples)) for name, value in values.items()}
 
 
 def _measure_set(work: _Work) -> Measured:

@@ -12,19 +12,24 @@ from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from safetensors.numpy import load, save_file
 
 from ncsn import storage
 from ncsn.config import Config
+from ncsn.core.images import fit_moments, moment_matched, to_stored, to_unit
+from ncsn.core.keyed_random import COMMON_SEED, Stream, keyed_normal
 from ncsn.data.format import Manifest, load_manifest
 from ncsn.data.training_images import open_cache
-from ncsn.evaluation import extractor_name, require_test_images
-from ncsn.evaluation.extractors import Extracted, Identity, batches
+from ncsn.evaluation import DEVIATIONS, extractor_name, require_test_images
+from ncsn.evaluation.extractors import Extracted, Identity, batches, joined
 from ncsn.evaluation.extractors.classifier import classifier_uri, describe_classifier, ensure_classifier
-from ncsn.evaluation.features import Runner, SplitSet, device_of, extract_set, here, recipe_of
+from ncsn.evaluation.features import Runner, SplitSet, device_of, extract_set, extractor_of, here, recipe_of
 from ncsn.evaluation.frechet import FrechetStatistics, frechet_distance, merged
+from ncsn.evaluation.scores import kernel_distance
 from ncsn.progress import Progress
 
+GAUSSIAN_IMAGES, MOMENT_IMAGES = 1024, 2000
 FOLDER = "reference"  # below that of the dataset
 FEATURES = "features.npy"
 STATISTICS = "statistics.safetensors"
@@ -39,6 +44,7 @@ class Reference:
     statistics: FrechetStatistics  # of all N feature vectors
     class_histogram: npt.NDArray[np.float64]  # [K], shares of the images by most probable class
     fingerprint: str  # of the extractor, the dataset and the split: what a metric against it depends on
+    gaussian: float  # kernel distance of images drawn from the Gaussian of the training pixels
 
     @cached_property
     def features(self) -> npt.NDArray[np.float32]:
@@ -58,16 +64,16 @@ def load_reference(dataset_uri: str, fingerprint: str) -> Reference | None:
         return None
     tensors = load(storage.read_bytes(storage.join(uri, STATISTICS)))
     statistics = FrechetStatistics(description["images"], tensors["mean"], tensors["scatter"])
-    return Reference(uri, statistics, tensors["class_histogram"], fingerprint)
+    return Reference(uri, statistics, tensors["class_histogram"], fingerprint, description["gaussian"])
 
 
 def publish_reference(
-    dataset_uri: str, fingerprint: str, extracted: Extracted, *, batch_size: int, origin: dict[str, str]
+    dataset_uri: str, fingerprint: str, extracted: Extracted, *, batch_size: int, origin: dict[str, object]
 ) -> None:
     """Store a reference, complete or not at all; the first of two writers wins.
 
     `extracted` is of the images of the split in stored order; the moments of `batch_size` of them are taken at once.
-    `origin` names the extractor and the images.
+    `origin` names the extractor and the images, and has the distance `gaussian`.
     """
     with storage.staged_folder(_reference_uri(dataset_uri, fingerprint), marker=DESCRIPTION) as folder:
         np.save(folder / FEATURES, extracted.features)
@@ -123,12 +129,15 @@ def open_evaluator(
     identity, accuracy = found
     split = settings.reference_split
     compared = {"extractor": identity.fingerprint, "dataset": manifest.digest, "split": split}
-    fingerprint = storage.digest(compared, 64)
+    fingerprint = storage.digest({**compared, "gaussian": GAUSSIAN_IMAGES}, 64)
     reference = load_reference(dataset, fingerprint)
     if reference is None:
         images = SplitSet(dataset, split, manifest.count(split))
         extracted = extract_set(config, dataset, images, runner=runner, progress=progress)
-        origin = {"extractor": identity.name, "dataset": manifest.digest, "split": split}
+        ((_, noise),) = runner(_gaussian_features, [(config, dataset)], gpu=True)
+        distance, error = kernel_distance(noise, extracted.features)
+        scale = max(distance, DEVIATIONS * error, 1e-9)  # of images that are noise themselves, its error
+        origin = {"extractor": identity.name, "dataset": manifest.digest, "split": split, "gaussian": scale}
         publish_reference(dataset, fingerprint, extracted, batch_size=settings.batch_size, origin=origin)
         reference = load_reference(dataset, fingerprint)
         assert reference is not None, "it was made now, or by another process"
@@ -142,7 +151,7 @@ def images_to_prepare(config: Config, manifest: Manifest) -> int:
     """Images that are processed to train the extractor, if it is trained, and to make the reference."""
     settings = config.evaluation
     trained = 0 if settings.pretrained else settings.classifier_epochs * manifest.count("train")
-    return trained + manifest.count(settings.reference_split)
+    return trained + manifest.count(settings.reference_split) + GAUSSIAN_IMAGES
 
 
 def _identify(config: Config, dataset: str, manifest: Manifest) -> tuple[Identity, float | None] | None:
@@ -152,6 +161,17 @@ def _identify(config: Config, dataset: str, manifest: Manifest) -> tuple[Identit
     from ncsn.evaluation.extractors.published import identity
 
     return identity(published), None
+
+
+def _gaussian_features(work: tuple[Config, str]) -> npt.NDArray[np.floating]:
+    """Features of draws from the normal distribution with the mean and covariance of the training pixels."""
+    config, dataset = work
+    images = np.array(open_cache(dataset, "train", as_bytes=True).images[:MOMENT_IMAGES])
+    moments, count = fit_moments(to_unit(torch.from_numpy(images))), GAUSSIAN_IMAGES
+    z = keyed_normal(COMMON_SEED, stream=Stream.GAUSSIAN, first=0, count=count, size=images[0].size)
+    drawn = to_stored(moment_matched(moments, sigma=0.0, z=z.view(-1, *moments.mean.shape))).numpy()
+    parts = batches(drawn, batch_size=config.evaluation.batch_size)
+    return joined([extractor_of(config, dataset).extract(part) for part in parts]).features
 
 
 def _train_classifier(work: tuple[Config, str, Progress]) -> None:

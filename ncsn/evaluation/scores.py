@@ -15,7 +15,7 @@ Array = npt.NDArray[np.float64]
 Vectors = npt.NDArray[np.number]
 Features = npt.NDArray[np.floating]
 
-BLOCK_VALUES = 1 << 23
+BLOCK_VALUES, KERNEL_ROWS = 1 << 23, 1024
 # A copy is this much nearer to its nearest training image than to the second nearest (Yoon et al. 2023).
 MEMORIZED_RATIO = 1 / 3
 
@@ -167,19 +167,62 @@ def squared_mmd(x: Array, y: Array, *, member: npt.NDArray[np.bool_]) -> tuple[f
 
     The first is of all features, the others [K] leave out one group of x each; `member` [K, m] divides x into groups.
     """
-    m, n = len(x), len(y)
-    within_x, within_y, across = _kernel(x, x), _kernel(y, y), _kernel(x, y)
-    same_y = (within_y.sum() - np.trace(within_y)) / (n * (n - 1))
-    estimate = float((within_x.sum() - np.trace(within_x)) / (m * (m - 1)) + same_y - 2 * across.mean())
-    np.fill_diagonal(within_x, 0)
-    pairs = member @ within_x @ member.T  # sums over the pairs of two groups
-    rest_x = pairs.sum() - pairs.sum(axis=0) - pairs.sum(axis=1) + pairs.diagonal()
-    rest_across = across.sum() - member @ across.sum(axis=1)
-    left = m - member.sum(axis=1)
+    everything, n = np.ones((1, len(y))), len(y)
+    same_y = _pair_sums(y, y, everything, everything).sum() / (n * (n - 1))
+    estimate, rest, _ = _distances_without(x, y, member.astype(np.float64), everything)
+    return float(estimate + same_y), rest + same_y
+
+
+def excess_distance(x: Features, y: Features, reference: Features, *, classes_in_turn: int = 1) -> tuple[float, float]:
+    """Kernel distance of x [n, D] less that of y [m, D], both to the reference [N, D].
+
+    It is of all vectors and unbiased, so n and m, at least 3, may differ. `classes_in_turn` is of x.
+
+    Returns:
+        The difference, and its standard deviation over other x, y and references: the variance is the sum of three
+        delete-a-group jackknives (see `frechet_jackknife`). That over the reference is of the difference itself, in
+        which most of it cancels.
+    """
+    known = _members(reference, 1)
+    ours = _distances_without(x, reference, _members(x, classes_in_turn), known)
+    theirs = _distances_without(y, reference, _members(y, 1), known)
+    variance = sum((len(each) - 1) * each.var() for each in (ours[1], theirs[1], ours[2] - theirs[2]))
+    return float(ours[0] - theirs[0]), float(np.sqrt(variance))
+
+
+def _distances_without(x: Features, y: Features, groups_x: Array, groups_y: Array) -> tuple[float, Array, Array]:
+    """What depends on x of its kernel distance to y: of all, without each group of x [K], and without each of y [L]."""
+    pairs, across = _pair_sums(x, x, groups_x, groups_x), _pair_sums(x, y, groups_x, groups_y)
+    left, left_y = (own.shape[1] - own.sum(axis=1) for own in (groups_x, groups_y))
+    within = pairs.sum() / (len(x) * (len(x) - 1))
+    whole = within - 2 * across.sum() / (len(x) * len(y))
     # A small subset may lie in one group; then it says nothing about the others.
-    known, left = left >= 2, np.maximum(left, 2)
-    rest = rest_x / (left * (left - 1)) + same_y - 2 * rest_across / (left * n)
-    return estimate, np.where(known, rest, estimate)
+    known, left, left_y = left >= 2, np.maximum(left, 2), np.maximum(left_y, 1)
+    rest = (pairs.sum() - 2 * pairs.sum(axis=1) + pairs.diagonal()) / (left * (left - 1))
+    without_x = rest - 2 * (across.sum() - across.sum(axis=1)) / (left * len(y))
+    without_y = within - 2 * (across.sum() - across.sum(axis=0)) / (len(x) * left_y)
+    return whole, np.where(known, without_x, whole), without_y
+
+
+def _members(vectors: Features, classes_in_turn: int) -> Array:
+    """Which of K groups of the jackknife a vector is in, 0 or 1 [K, N]."""
+    numbers = jackknife_groups(0, len(vectors), classes_in_turn=classes_in_turn)
+    return np.equal(numbers, np.unique(numbers)[:, None]).astype(np.float64)
+
+
+def _pair_sums(a: Features, b: Features, groups_a: Array, groups_b: Array) -> Array:
+    """Sums [K, L] of the kernel over the pairs of a group of a and one of b; where a is b, of different vectors."""
+    sums = np.zeros((len(groups_a), len(groups_b)))
+    columns = BLOCK_VALUES // max(KERNEL_ROWS, b.shape[1])
+    for left in range(0, len(b), columns):
+        y = np.asarray(b[left : left + columns], np.float64)
+        for top in range(0, len(a), KERNEL_ROWS):
+            kernel = _kernel(np.asarray(a[top : top + KERNEL_ROWS], np.float64), y)
+            if a is b:
+                same = np.arange(max(top, left), min(top + len(kernel), left + len(y)))
+                kernel[same - top, same - left] = 0
+            sums += groups_a[:, top : top + KERNEL_ROWS] @ kernel @ groups_b[:, left : left + columns].T
+    return sums
 
 
 def _kernel(x: Array, y: Array) -> Array:

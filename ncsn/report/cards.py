@@ -65,17 +65,20 @@ def model_card(facts: ModelFacts, *, config: Config, manifest: Manifest, evaluat
     counts = ", ".join(f"{count:,} {split}" for split, count in manifest.counts.items())
     skipped = f"; {len(manifest.skipped)} more could not be used" if manifest.skipped else ""
     scores = [(f"`{name}`", value, real) for name, value, real in score_lines(evaluation)]
-    notes = [*evaluation["notes"], "± is a standard deviation over other samples of this number"]
+    notes = [*evaluation["notes"], "in parentheses are 95 % intervals, over other samples of this number"]
     parts = [
         f"# {facts.name}",
         f"Generates {manifest.pixels} images: {_KINDS[config.loss.kind]}, trained on "
         f"{manifest.name} in run `{facts.run}`, checkpoint `{facts.checkpoint}`.",
+        f"{evaluation['verdict']}.",
+        "## Use\n\n```python\nimport mlflow\n\n"
+        f'model = mlflow.pyfunc.load_model("models:/{facts.name}@champion")\n'
+        f'images = model.predict(None, params={{"n_images": 16, "seed": 1{label}}})  # {kind} [16, H, W, C]\n```',
         " ".join(f"![{shown}]({file})" for shown, file in (facts.pictures or {}).items()),
         f"## Intended use\n\n{INTENDED}",
         f"## Data\n\n{manifest.source.rstrip('.')}. Images: {counts}{skipped}. Content digest `{manifest.digest}`.",
         f"## Settings\n\n{markdown_table(('', ''), _settings(facts, config))}",
-        f"## Scores\n\n{evaluation['verdict']}\n\n{markdown_table(SCORES_HEAD, scores)}\n\n"
-        + "\n".join(f"- {note}" for note in notes),
+        f"## Scores\n\n{markdown_table(SCORES_HEAD, scores)}\n\n" + "\n".join(f"- {note}" for note in notes),
     ]
     if chosen := facts.selection:
         lines = candidate_lines(chosen["candidates"], most=MOST_CANDIDATES)
@@ -95,9 +98,6 @@ def model_card(facts: ModelFacts, *, config: Config, manifest: Manifest, evaluat
     parts += [
         "## Limits\n\n" + "\n".join(f"- {limit}" for limit in (*facts.warnings, *LIMITS)),
         f"## License\n\nCode: Apache-2.0. The weights derive from the data, which has these terms: {manifest.license}",
-        "## Use\n\n```python\nimport mlflow\n\n"
-        f'model = mlflow.pyfunc.load_model("models:/{facts.name}@champion")\n'
-        f'images = model.predict(None, params={{"n_images": 16, "seed": 1{label}}})  # {kind} [16, H, W, C]\n```',
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 

@@ -100,6 +100,20 @@ def overfitting_hints(curves: HeldOutCurves) -> list[str]:
     return [f"The held-out loss was lowest at {curves.lowest_at:,} images: longer training memorizes. {ADVICE}"]
 
 
+GROWN = 0.02  # of the gap in the last half, relative to the held-out loss; less may be noise
+
+
+def held_out_conclusion(curves: HeldOutCurves) -> str:
+    """What the curves of the held-out loss say, in a sentence; empty for too few points."""
+    if curves.lowest_at is not None:
+        return f"Here it has risen since {curves.lowest_at:,} images: longer training memorizes."
+    before, now = curves.gap[len(curves.gap) // 2], curves.gap[-1]
+    if now - before > GROWN * curves.loss[-1]:
+        grown = f"Here the gap grew from {before:.2g} to {now:.2g} in the second half"
+        return f"{grown}, and the held-out loss did not rise: the model begins to memorize."
+    return "" if len(curves.gap) < 3 else "Here neither is seen: longer training does not memorize yet."
+
+
 def copying_hints(generated: Mapping[str, Reading], real: Mapping[str, Reading], *, copies: str) -> list[str]:
     """Warnings that generated images are nearer to the training images than held-out images are.
 

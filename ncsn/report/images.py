@@ -35,6 +35,18 @@ def grid_png(images: Images, *, columns: int | None = None) -> bytes:
     return buffer.getvalue()
 
 
+CARD_PIXELS = 400  # at most, of a picture on MLflow's page, which shows it in full size
+
+
+def smaller_png(png: bytes) -> bytes:
+    """The picture for a model card."""
+    buffer = io.BytesIO()
+    with Image.open(io.BytesIO(png)) as picture:
+        picture.thumbnail((CARD_PIXELS, CARD_PIXELS), Image.Resampling.BOX)
+        picture.save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()
+
+
 GRID_CLASSES, GRID_OF_CLASS = 16, 8
 
 

@@ -8,14 +8,11 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from ncsn.config import Config, continues
-from ncsn.evaluation import VERSUS
+from ncsn.evaluation import VERSUS, with_interval
 from ncsn.runs.folder import Cost, RunFolder, read_step, total_cost
-
-if TYPE_CHECKING:
-    from ncsn.evaluation.frechet import RunningScore
 
 REAL = "eval/real_"
 GENERATED = "eval/"
@@ -32,6 +29,12 @@ class Meaning(NamedTuple):
 
 # In the order in which they are shown.
 MEANINGS: Mapping[str, Meaning] = {
+    "excess": Meaning(
+        "Distance beyond real images",
+        "By how much the kernel distance of these images exceeds that of real images the model has not seen: 0 % would "
+        "be as good as real, 100 % is noise with the mean and covariance of the training pixels.",
+        "lower",
+    ),
     "score": Meaning(
         "Score",
         "The Inception Score formula: high when each image clearly shows one class and all classes occur. Ranges from "
@@ -51,8 +54,7 @@ MEANINGS: Mapping[str, Meaning] = {
     "memorized": Meaning("Copies", "Share of these images that copy a training image, by pixel distance.", "lower"),
     "kid": Meaning(
         "Kernel distance",
-        "Distance to {reference} that does not depend on the number of images. It averages zero for real images, and "
-        "within two standard deviations it is not different from zero.",
+        "Distance to {reference} that does not depend on the number of images. It averages zero for real images.",
         "lower",
     ),
     "density": Meaning(
@@ -80,10 +82,10 @@ MEANINGS: Mapping[str, Meaning] = {
         "",
     ),
 }
-MAIN = ("score", "fid", "class_agreement", "precision", "recall", "memorized")  # the page folds the others
-ERROR = "_std"  # after the name of a metric: its standard deviation
-# Longest first, because `score_std` also ends like `std` would.
-_KNOWN = sorted((f"{metric}{error}" for metric in MEANINGS for error in ("", ERROR)), key=len, reverse=True)
+MAIN = ("excess", "score", "fid", "class_agreement", "precision", "recall", "memorized")  # the page folds the others
+INTERVAL = ("_low", "_high")  # after the name of a distance: its 95 % interval
+# Longest first, because `fid_low` also ends like `low` would.
+_KNOWN = sorted((f"{metric}{end}" for metric in MEANINGS for end in ("", "_std", *INTERVAL)), key=len, reverse=True)
 
 
 class Reading(NamedTuple):
@@ -97,12 +99,19 @@ class Reading(NamedTuple):
 
 
 def read_metrics(metrics: Mapping[str, float]) -> dict[str, Reading]:
-    """The metrics named `eval/[real_]<extractor>_<metric>_n<count>`, by `<metric>`; others are left out."""
-    readings = {}
+    """The metrics named `eval/[real_]<extractor>_<metric>_n<count>`, by `<metric>`; others are left out.
+
+    Of a metric of several numbers of images this is that of the fewest, which is known of real images too.
+    """
+    readings = dict[str, Reading]()
     for name, value in metrics.items():
         stem, _, count = name.removeprefix(REAL).removeprefix(GENERATED).rpartition("_n")
         metric = next((known for known in _KNOWN if f"_{stem}".endswith(f"_{known}")), None)
-        if metric is not None and count.isdigit():
+        if (
+            metric is not None
+            and count.isdigit()
+            and (metric not in readings or int(count) < readings[metric].num_images)
+        ):
             extractor, _, split = stem.removesuffix(metric).removesuffix("_").partition(VERSUS)
             readings[metric] = Reading(name, extractor, int(count), float(value), split or "train")
     return readings
@@ -115,30 +124,42 @@ class Score(NamedTuple):
     name: str  # in MLflow
     meaning: Meaning
     value: float
-    text: str  # the value, and of a distance its standard deviation over other samples of as many images
+    text: str  # the value, and of a distance its 95 % interval over other samples of as many images
     real: float | None
     real_text: str  # empty if there is none
+    interval: tuple[float, ...] = ()  # its ends, of a distance
+    real_interval: tuple[float, ...] = ()
 
     @property
-    def bars(self) -> tuple[float, float] | None:
-        """Length of a bar of both values in percent; None if one is negative or unknown, or both are zero."""
-        if self.real is None or min(self.value, self.real) < 0 or self.value + self.real == 0:
-            return None
-        scale = 1.1 * max(self.value, self.real)
-        return round(100 * self.value / scale, 1), round(100 * self.real / scale, 1)
+    def bars(self) -> dict[str, Any]:
+        """What is drawn of both values: places on an axis in percent of its length, and the texts of the axis."""
+        numbers = [self.value, *self.interval, *self.real_interval, *([] if self.real is None else [self.real])]
+        low, high = min(0.0, *numbers), max(0.0, *numbers)
+        unit = 10.0 ** math.floor(math.log10(max(-low, high) or 1.0)) / 2  # the axis ends at round numbers
+        low, high = unit * math.floor(low / unit), unit * math.ceil(high / unit) or (0.0 if low else unit)
 
+        def at(*values: float) -> list[float]:
+            return [round(100 * (value - low) / (high - low), 1) for value in values]
 
-DISTANCES = ("fid", "kid")  # the error of a score is over parts of the images, as in papers, and says something else
+        marks = [low, *([0.0] if 20 < at(0.0)[0] < 80 else []), high]  # zero has no room beside an end
+        texts = [f"{100 * mark:,.4g} %" if self.metric == "excess" else f"{mark:,.4g}" for mark in marks]
+        return {
+            "axis": list(zip(at(*marks), texts, strict=True)),
+            "bar": at(min(0.0, self.value), max(0.0, self.value)),
+            "interval": at(*self.interval),
+            "real": [] if self.real is None else at(self.real),
+            "real_interval": at(*self.real_interval),
+        }
 
 
 def _shown(metric: str, readings: Mapping[str, Reading]) -> str:
-    """`14.2 ± 1.1`; empty without a value."""
+    """`14.2 (11.9 to 17.0)`; empty without a value."""
     if metric not in readings:
         return ""
-    value, error = readings[metric].value, readings.get(metric + ERROR) if metric in DISTANCES else None
-    if metric.endswith("kid") and value <= (0 if error is None else 2 * error.value):
-        return "not different from 0"
-    return f"{value:.4g}" + ("" if error is None else f" ±\u00a0{error.value:.2g}")
+    value, *ends = (readings[name].value for end in ("", *INTERVAL) if (name := metric + end) in readings)
+    if metric == "excess":
+        return with_interval(*(100 * each for each in (value, *ends))) + " %"
+    return with_interval(value, *ends) if ends else f"{value:.4g}"
 
 
 def score_rows(evaluation: Mapping[str, Any]) -> list[Score]:
@@ -150,8 +171,10 @@ def score_rows(evaluation: Mapping[str, Any]) -> list[Score]:
             own, other = generated[metric], real.get(metric)
             text = meaning.text.format(reference=reference_images(own.split))
             of_real = None if other is None else other.value
-            texts = _shown(metric, generated), of_real, _shown(metric, real)
-            rows.append(Score(metric, own.name, meaning._replace(text=text), own.value, *texts))
+            number = f" of {other.num_images:,}" if other and other.num_images != own.num_images else ""
+            texts = _shown(metric, generated), of_real, _shown(metric, real) + number
+            ends = [tuple(of[metric + end].value for end in INTERVAL if metric + end in of) for of in (generated, real)]
+            rows.append(Score(metric, own.name, meaning._replace(text=text), own.value, *texts, *ends))
     return rows
 
 
@@ -179,9 +202,11 @@ GRADES = {
     "close": "close to real",
     "short": "not yet close to real: train longer",
     "far": "far from real: train longer or add images",
+    "unsure": "too few test images to tell how close to real",
     "copied": "copies of training images: add images or train shorter",
 }
-FAR = 4  # times the distance of real images; with 8 times, clothes are visibly wrong, with 3 times, digits are not
+# Shares of the distance of noise with the mean and covariance of the training pixels: see docs/evaluation.md.
+CLOSE, FAR = 0.05, 0.1
 
 
 class Verdict(NamedTuple):
@@ -191,31 +216,28 @@ class Verdict(NamedTuple):
     text: str  # a line with the numbers
 
 
-def verdict_of(samples: RunningScore, real: RunningScore, *, num_images: int, copies: str) -> Verdict:
-    """The verdict on `num_images` samples, by the distances of as many samples as real images.
+def verdict_of(metrics: Mapping[str, float], real_metrics: Mapping[str, float], *, copies: str) -> Verdict:
+    """The verdict by the `metrics` of an evaluation; `copies` says how many there are, if chance does not explain them.
 
-    `copies` says how many copies there are, if they are more than chance explains. Samples are close to real if their
-    distance exceeds that of real images by at most two standard deviations of the difference. The more images there
-    are, the stricter this is.
+    It is by the whole 95 % interval of the distance beyond real images: more images make it surer, not stricter.
     """
-    gap, error = samples.fid - real.fid, math.hypot(samples.fid_std, real.fid_std)
+    samples, real = read_metrics(metrics), read_metrics(real_metrics)
+    low, high = samples["excess_low"].value, samples["excess_high"].value
     if copies:
         grade = "copied"
-    elif gap <= 2 * error:
+    elif high < CLOSE:
         grade = "close"
+    elif low > FAR:
+        grade = "far"
     else:
-        grade = "far" if samples.fid > FAR * real.fid else "short"
-    ours, theirs = (f"{_rounded(each.fid)} ±\u00a0{_rounded(each.fid_std)}" for each in (samples, real))
+        grade = "short" if low > 0 else "unsure"
+    number = real["fid"].num_images
     return Verdict(
         grade,
-        f"{num_images:,} images made. Samples {ours}, real images {theirs}: {GRADES[grade]} "
-        f"(Fréchet distance of one set of {real.num_images:,} each, ± one standard deviation)",
+        f"{samples['excess'].num_images:,} images made: {GRADES[grade]}. Their distance exceeds that of real images by "
+        f"{_shown('excess', samples)} of that of noise; Fréchet distance of {number:,} each: samples "
+        f"{_shown('fid', samples)}, real images {_shown('fid', real)}",
     )
-
-
-def _rounded(value: float) -> str:
-    """To one decimal, or to two digits if it is small; never with an exponent."""
-    return f"{value:,.1f}" if value >= 1 else f"{value:.2g}" if value >= 1e-4 else "0"
 
 
 def next_step(grade: str, config: Config, folder: RunFolder) -> tuple[str, str]:
@@ -359,12 +381,13 @@ def result_line(step: str, result: Mapping[str, Any]) -> str:
             before = "" if result["baseline"] is None else f" (original settings: {result['baseline']:.4g})"
             return f"{result['objective_name']} = {result['objective']:.4g}{before}, {len(result['trials'])} trials"
         case "train":
-            loss = "" if result["loss"] is None else f", loss {result['loss']:.4f}"
+            loss = "" if result["loss"] is None else f", loss {result['loss']:.4f} (share of the noise not predicted)"
             return f"{result['images_seen']:,} images{loss}, {result['images_per_second']:,.0f} images/s"
         case "sample":
             return f"{result['num_images']:,} images, {result['nfe']:,} network evaluations per image"
         case "evaluate":
-            return f"{result['gate']['name']} = {result['gate']['value']:.4g}"
+            own, real = read_metrics(result["metrics"]), read_metrics(result["real_metrics"])
+            return f"{own['fid'].name} = {_shown('fid', own)}, real images {_shown('fid', real)}"
         case "register":
             aliases = ", ".join(result["aliases"]) or "no alias"
             return f"{result['model']} version {result['version']} ({aliases})"

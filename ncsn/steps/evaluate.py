@@ -45,7 +45,7 @@ class EvaluateResult:
     verdict: str  # a line for people: how many images, how near they are to real ones
     grade: str  # the same as a key of `ncsn.report.words.GRADES`
     metrics: dict[str, float]  # `eval/<metric>_n<num_images>` of the samples
-    real_metrics: dict[str, float]  # `eval/real_<metric>_n<num_real_images>`: what a perfect model would reach
+    real_metrics: dict[str, float]  # `eval/real_<metric>_n<images>`: what a perfect model would reach
     fingerprint: str  # of extractor, weights and reference images; metrics of different ones do not compare
     num_images: int
     num_real_images: int
@@ -95,7 +95,7 @@ def run(config: Config, *, run: str, samples: str, dataset: str, lease: str | No
         progress.note(str(RunningScore(**result.running[-1])))
         for each in (tracked, tracked.parent):
             each.log_metrics({**result.metrics, **result.real_metrics})
-        tracked.parent.set_tags({NOTE: result.verdict})
+        tracked.parent.set_tags({NOTE: result.verdict, "eval.verdict": result.grade})
         extractor, by_class = extractor_name(config, manifest), {}
         for number, line in enumerate(result.classes["table"][:MOST_CLASSES] if result.classes else []):
             for metric in ("agreement", "kid"):  # `eval/classifier_class_agreement_n51/3-dress`
@@ -119,13 +119,16 @@ def evaluate(
     manifest = load_manifest(dataset)
     _require_same_kind(config, samples, manifest)
     evaluation = evaluation_of(config, manifest)
-    num_real = min(count, manifest.count(evaluation.other_split))
+    num_real = manifest.count(evaluation.other_split)
+    if evaluation.other_split == "train":  # all of which would take longer than the rest
+        num_real = min(count, num_real)
     progress.start(images_to_prepare(config, manifest) + count + num_real, "images")
     evaluator = open_evaluator(config, dataset, runner=runner, progress=progress)
     sets = (SampleSet(samples, count), SplitSet(dataset, evaluation.other_split, num_real, drawn=True))
     generated, real = measure_sets(config, dataset, evaluator, sets, runner=runner, progress=progress)
     if "score" in generated.metrics:
-        generated.metrics["score_ratio"] = Metric(generated.metrics["score"].value / real.metrics["score"].value, count)
+        ratio = generated.equal["score"].value / real.equal["score"].value
+        generated.equal["score_ratio"] = Metric(ratio, generated.equal["score"].num_images)
     name, fingerprint, extractor = evaluator.name, evaluator.reference.fingerprint, evaluator.extractor.name
     root = storage.absolute(config.storage.root)
     compared = storage.relative_uris({"samples": samples, "reference": fingerprint}, root)
@@ -134,10 +137,9 @@ def evaluate(
     gate = Measurement(
         name=metric_name("fid", extractor=name, num_images=count),
         value=generated.metrics["fid"].value,
-        uncertainty=generated.metrics["fid_std"].value,
+        log_std=generated.running[-1].log_std,
         num_images=count,
         fingerprint=fingerprint,
-        lower_is_better=True,
     )
     copies, real_copies = generated.metrics["memorized"], real.metrics["memorized"]
     memorization = Memorization(
@@ -146,13 +148,14 @@ def evaluate(
         real_copies=round(real_copies.value * real_copies.num_images),
         num_real_images=real_copies.num_images,
     )
-    verdict = verdict_of(generated.compared, real.compared, num_images=count, copies=memorization.objection)
+    metrics, real_metrics = evaluator.facts | generated.named(name), real.named(name, real=True)
+    verdict = verdict_of(metrics, real_metrics, copies=memorization.objection)
     result = EvaluateResult(
         uri=f"{place}.json",
         verdict=verdict.text,
         grade=verdict.grade,
-        metrics=evaluator.facts | generated.named(name),
-        real_metrics=real.named(name, real=True),
+        metrics=metrics,
+        real_metrics=real_metrics,
         fingerprint=fingerprint,
         num_images=count,
         num_real_images=num_real,
@@ -211,10 +214,10 @@ def _classes(generated: Measured, real: Measured, manifest: Manifest, *, by_prob
 
 def _notes(config: Config, num_real: int, *, extractor: str, real_split: str) -> Iterator[str]:
     num_images, guidance = config.sampling.num_images, config.sampling.guidance
-    if num_real != num_images:
+    if num_real < num_images:
         yield (
-            f"the {real_split} split has only {num_real} images, so the real metrics are over {num_real} and those of "
-            f"the samples over {num_images}: fewer images alone give a larger Fréchet distance and a smaller score"
+            f"the {real_split} split has only {num_real} images, so what depends on the number of images compares the "
+            f"first {num_real} samples with them; the gate compares models by all {num_images}"
         )
     if extractor in PUBLISHED_METRICS and num_images != PUBLISHED_IMAGES:
         yield (

@@ -19,6 +19,7 @@ from ncsn.model.checkpoint import SamplingCheckpoint, weights_digest
 from ncsn.model.generate import evaluations_per_image, guide_of
 from ncsn.report.cards import ModelFacts, model_card
 from ncsn.report.hints import copying_hints, overfitting_hints
+from ncsn.report.images import smaller_png
 from ncsn.report.words import cost_line, read_metrics
 from ncsn.runs.folder import read_step, run_folder, spent
 from ncsn.runs.history import held_out_curves, load_history
@@ -92,6 +93,7 @@ def run(config: Config, *, run: str, checkpoint: str, evaluation: str) -> Regist
         progress.advance()
         ask = config.tracking.promote == "ask"
         decision = pass_gate(tracked.client, name=candidate.name, version=version, evidence=evidence, ask=ask)
+        registry.describe_gate(tracked.client, candidate.name, version, decision.reason)
         result = RegisterResult(
             model=candidate.name,
             version=version,
@@ -135,7 +137,7 @@ def _candidate(
 ) -> registry.Registration:
     config, guide, samples = loaded.config, loaded.guide, measured["samples"]
     pictures = {"grid.png": storage.join(samples, "grid.png"), "neighbors.png": measured["neighbors"]}
-    files = {file: storage.read_bytes(uri) for file, uri in pictures.items() if storage.exists(uri)}
+    files = {file: smaller_png(storage.read_bytes(uri)) for file, uri in pictures.items() if storage.exists(uri)}
     held_out = held_out_curves(load_history(run_folder(config, run).history))
     generated, real = read_metrics(measured["metrics"]), read_metrics(measured["real_metrics"])
     copies = Memorization(**measured["memorization"]).objection

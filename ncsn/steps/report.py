@@ -174,4 +174,5 @@ def _training(sources: ReportSources) -> dict[str, Any]:
             found += hints.training_hints(plots.last_losses(losses), linear=linear, sigmas=sigmas)
         found += hints.average_hints(config.train, images_seen=sources.checkpoint.images_seen)
         found += hints.sampler_hints(config.sampling.sampler, levels)
-    return {"loss_plot": loss_plot, "held_out_plot": held_out_plot, "training_hints": found}
+    said = "" if held_out is None else hints.held_out_conclusion(held_out)
+    return {"loss_plot": loss_plot, "held_out_plot": held_out_plot, "training_hints": found, "held_out": said}

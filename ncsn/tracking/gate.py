@@ -7,22 +7,24 @@ import math
 from dataclasses import dataclass
 from functools import partial
 
+from ncsn.evaluation import DEVIATIONS, with_interval
+
 COPY_ERRORS = 3  # standard errors by which the share of copies may exceed that of real images
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One metric of a set of generated images."""
+    """The Fréchet distance of a set of generated images."""
 
     name: str  # area/what_n<count>, for example eval/classifier_fid_n512
     value: float
-    uncertainty: float  # standard deviation over other samples of the same size
+    log_std: float  # standard deviation of its log over other samples of the same size
     num_images: int
     fingerprint: str  # hash of extractor, weights, resizing, reference split and dataset
-    lower_is_better: bool
 
     def __str__(self) -> str:
-        return f"{self.value:.4g} \u00b1 {self.uncertainty:.2g}"
+        factor = math.exp(DEVIATIONS * self.log_std)
+        return with_interval(self.value, self.value / factor, self.value * factor)
 
     def differs_from(self, other: Measurement) -> str:
         """Why the two cannot be compared; empty if they can."""
@@ -97,7 +99,7 @@ class Evidence:
     def objection(self) -> str:
         """Why the version may not be champion, whichever it is compared with; empty if it may."""
         measured = self.measurement
-        if not (math.isfinite(measured.value) and math.isfinite(measured.uncertainty)):
+        if not (math.isfinite(measured.value) and math.isfinite(measured.log_std)):
             return f"{measured.name} = {measured} is not a finite number"
         if self.not_finite:
             return f"{', '.join(self.not_finite[:3])} hold NaN or infinity"
@@ -146,9 +148,10 @@ def decide(evidence: Evidence, *, version: str, champion: str, of_champion: Evid
     other = of_champion.measurement
     if mismatch := measured.differs_from(other):
         return refuse(f"not comparable with champion version {champion}: {mismatch}")
-    gain = other.value - measured.value if measured.lower_is_better else measured.value - other.value
-    uncertainty = math.hypot(measured.uncertainty, other.uncertainty)  # of the difference
-    better = gain > uncertainty  # NaN is never better
-    verdict = f"is {'' if better else 'not '}better by more than the combined uncertainty {uncertainty:.2g} than"
+    factor = math.exp(math.hypot(measured.log_std, other.log_std))  # one deviation of the difference of the logs
+    better = other.value > measured.value * factor  # NaN is never better
+    verdict = (
+        f"is {'' if better else 'not '}smaller by more than the combined uncertainty, a factor of {factor:.3g}, than"
+    )
     sets = f"each from one set of {measured.num_images:,} images"
     return (promote if better else refuse)(f"{shown} {verdict} {other} of champion version {champion}, {sets}")

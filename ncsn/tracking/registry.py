@@ -34,6 +34,7 @@ from ncsn.tracking.promotion import SCHEME, resolve_version
 if TYPE_CHECKING:
     import torch
     from mlflow.entities.model_registry import ModelVersion
+    from mlflow.tracking import MlflowClient
 
 
 MODEL_FILE = Path(__file__).with_name("model.py")
@@ -150,6 +151,13 @@ def register(tracked: StepRun, candidate: Registration) -> ModelVersion:
     )
     tell("registered", model=candidate.name, version=str(version.version), run=candidate.tags.get("ncsn.run", ""))
     return version
+
+
+def describe_gate(client: MlflowClient, name: str, version: str, reason: str) -> None:
+    """Put the gate's decision into the description of a version, before the use."""
+    card = re.sub(r"\n\nGate: .*", "", client.get_model_version(name, version).description or "")
+    told = card.replace("\n\n## Use\n", f"\n\nGate: {reason}.\n\n## Use\n", 1)
+    client.update_model_version(name, version, told[:DESCRIPTION_LENGTH])
 
 
 def fetch_weights(uri: str, version: ModelVersion, into: Path) -> Path:

@@ -24,7 +24,7 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> str:
     for value in (9.0, 8.0, 7.0, 7.1):
         tags = {"ncsn.model": "0123", "ncsn.bytes": "2500000"}
         version = str(client.create_model_version("digits", "file:///nowhere", tags=tags).version)
-        measured = Measurement("eval/classifier_fid_n512", value, 0.1, 512, "f" * 64, lower_is_better=True)
+        measured = Measurement("eval/classifier_fid_n512", value, 0.03, 512, "f" * 64)
         pass_gate(client, name="digits", version=version, evidence=Evidence(measured, Memorization(0, 9, 0, 9)))
     return uri
 
@@ -51,7 +51,7 @@ def test_rollback_and_promote_say_what_they_did_and_dry_runs_what_they_would(ncs
     assert str(client.get_model_version_by_alias("digits", "champion").version) == "2"
     back = ncsn("promote", "digits", "--version", "3")
     assert back.output.startswith("digits version 3 ")
-    assert "eval/classifier_fid_n512 = 7 ± 0.1" in back.output
+    assert "eval/classifier_fid_n512 = 7.0 (" in back.output
     again = ncsn("promote", "digits", "--version", "3", "--json")
     assert json.loads(again.output)["replaced"] == "3"
 
@@ -76,7 +76,7 @@ def test_a_refused_promotion_leaves_the_champion(ncsn, require_mistake, client: 
     before = client.get_model_version_by_alias("digits", "champion").version
     refused = ncsn("promote", "digits", "--version", "1")
     require_mistake(refused, "models:/digits/1")
-    assert "eval/classifier_fid_n512 = 9 ± 0.1" in refused.stderr
+    assert "eval/classifier_fid_n512 = 9.0 (" in refused.stderr
     assert client.get_model_version_by_alias("digits", "champion").version == before
 
 

@@ -36,7 +36,8 @@ RESULTS: dict[str, dict[str, Any]] = {
             "eval/classifier_score_n512": 9.0,
             "eval/classifier_score_std_n512": 0.25,
             "eval/classifier_fid_n512": 12.5,
-            "eval/classifier_fid_std_n512": 1.25,
+            "eval/classifier_fid_low_n512": 10.27,
+            "eval/classifier_fid_high_n512": 15.21,
         },
         "real_metrics": {
             "eval/real_classifier_score_n539": 10.0,
@@ -80,7 +81,7 @@ def test_a_summary_has_scores_next_to_real_images_and_what_comes_next(config_fil
         step: StepRecord(result=result, seconds=10.0, finished_at="2026-01-01") for step, result in RESULTS.items()
     }
     text = printed(lambda console: print_summary(console, folder, config, records, earlier=["ingest"]))
-    assert re.search(r"classifier_fid_n512 +12\.5 ±\s1\.2 +2\.5", text) and re.search(r"score_n512 +9 +10 ", text)
+    assert re.search(r"classifier_fid_n512 +12 \(10 to 15\) +2\.5", text) and re.search(r"score_n512 +9 +10 ", text)
     for part in ("60.0", "only 539 real images", "12.5 is worse than 11", "/r/report.html", "ncsn ui --run mine"):
         assert part in text
     verdict, then, *_ = text.splitlines()

@@ -100,7 +100,7 @@ def extract(images: np.ndarray) -> Extracted:
 
 def test_holds_all_features_their_moments_and_the_histogram(tmp_path: Path) -> None:
     extracted, store = extract(IMAGES), str(tmp_path)
-    publish_reference(store, "f" * 64, extracted, batch_size=7, origin={"split": "train"})
+    publish_reference(store, "f" * 64, extracted, batch_size=7, origin={"split": "train", "gaussian": 1.0})
     reference = load_reference(store, "f" * 64)
     assert reference is not None and load_reference(store, "e" * 64) is None
     np.testing.assert_array_equal(reference.features, extracted.features)
@@ -114,5 +114,5 @@ def test_a_failed_computation_leaves_nothing(tmp_path: Path) -> None:
     seen = extract(IMAGES)
     seen.features[0] = np.nan
     with pytest.raises(ValueError, match="1 of 7"):
-        publish_reference(str(tmp_path), "f" * 64, seen, batch_size=7, origin={"split": "train"})
+        publish_reference(str(tmp_path), "f" * 64, seen, batch_size=7, origin={"split": "train", "gaussian": 1.0})
     assert list((tmp_path / "reference").iterdir()) == []

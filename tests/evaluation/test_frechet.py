@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from refused import refused
 from threadpoolctl import threadpool_info
 
+from ncsn.evaluation import with_interval
 from ncsn.evaluation.frechet import (
     JACKKNIFE_GROUPS,
     FrechetStatistics,
@@ -96,7 +97,7 @@ def test_uncertainty_is_the_spread_of_repeated_draws(count: int) -> None:
     rng = np.random.default_rng(6)
     reference = FrechetStatistics.of(rng.standard_normal((5000, 8)))
     draws = [np.maximum(0.3 + 1.3 * rng.standard_normal((count, 8)), -1) for _ in range(150)]
-    spread = np.std([frechet_distance(FrechetStatistics.of(draw), reference) for draw in draws])
+    spread = np.std(np.log([frechet_distance(FrechetStatistics.of(draw), reference) for draw in draws]))
     assert np.mean([frechet_uncertainty(draw, reference) for draw in draws]) == pytest.approx(spread, rel=0.2)
 
 
@@ -149,15 +150,33 @@ def test_a_score_is_due_when_its_images_are_there_and_is_of_these_alone(rng, ref
     for score in (score for found in due for score in found):
         first_images = features[: score.num_images]
         fid = frechet_distance(FrechetStatistics.of(first_images), reference)
-        assert (score.fid, score.fid_std) == pytest.approx(
+        assert (score.fid, score.log_std) == pytest.approx(
             (fid, frechet_uncertainty(first_images, reference)), rel=1e-9
         )
 
 
-def test_two_deviations_hold_the_expected_distance_of_as_many_images(rng, reference) -> None:
-    scores = [score_of(rng.standard_normal((400, 4)) + 0.5, reference) for _ in range(100)]
-    expected = np.mean([score.fid for score in scores])
-    assert 88 <= sum(abs(score.fid - expected) <= 2 * score.fid_std for score in scores) <= 100
+@pytest.mark.parametrize(("shift", "count"), [(0.5, 400), (0.2, 60)])
+def test_intervals_hold_the_expected_distance_of_as_many_images(rng, reference, shift: float, count: int) -> None:
+    """Also where half of the distance is its spread, and the luckiest set would claim the least error."""
+    scores = [score_of(rng.standard_normal((count, 4)) + shift, reference).values for _ in range(200)]
+    expected = np.exp(np.mean(np.log([score["fid"] for score in scores])))
+    assert 0.90 <= np.mean([score["fid_low"] <= expected <= score["fid_high"] for score in scores]) <= 0.99
+    for score in scores:
+        assert score["fid"] ** 2 == pytest.approx(score["fid_low"] * score["fid_high"])
+
+
+@pytest.mark.parametrize(
+    ("numbers", "text"),
+    [
+        ((7.61, 4.43, 13.07), "7.6 (4.4 to 13)"),
+        ((397.2, 299.0, 527.6), "397 (299 to 528)"),
+        ((1.971, 1.951, 1.991), "1.97 (1.95 to 1.99)"),
+        ((0.0123, -0.0004, 0.025), "0.012 (-0.00040 to 0.025)"),
+        ((0.0, 0.0, 0.0), "0 (0 to 0)"),
+    ],
+)
+def test_an_interval_has_as_many_digits_as_are_known(numbers: tuple[float, ...], text: str) -> None:
+    assert with_interval(*numbers) == text
 
 
 @pytest.mark.parametrize(("images", "due"), [(100, [8, 16, 32, 64, 100]), (64, [8, 16, 32, 64]), (8, [8]), (5, [5])])
@@ -206,6 +225,6 @@ def test_the_uncertainty_of_classes_in_turn_is_not_the_distance_between_them() -
             running = RunningDistance(reference, count=count, classes_in_turn=10)
             last = running.add(0, draw(count))[-1]
             assert len(running.groups) == JACKKNIFE_GROUPS
-            found.append(last.fid)
-            claimed.append(last.fid_std)
+            found.append(np.log(last.fid))
+            claimed.append(last.log_std)
         assert 0.8 < np.mean(claimed) / np.std(found) < 2.5

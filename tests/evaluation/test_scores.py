@@ -17,6 +17,7 @@ from ncsn.data.format import Rows
 from ncsn.evaluation.class_scores import AskedClasses, class_scores, classes_by_probe, fit_probe
 from ncsn.evaluation.extractors import Extracted
 from ncsn.evaluation.scores import (
+    excess_distance,
     inception_score,
     kernel_distance,
     nearest_distances,
@@ -235,6 +236,36 @@ def test_images_are_counted_by_what_was_asked_and_what_is_seen(*, own: bool) -> 
     assert [(line["name"], line["num_images"]) for line in table] == [("cat", 3), ("dog", 1), ("bird", 2)]
     assert [line["agreement"] for line in table] == pytest.approx([2 / 3, 1, 1 / 2])
     assert table[1]["kid"] is None, "one image has no distance"
+
+
+def test_an_excess_is_the_difference_of_two_kernel_distances(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all vectors, in blocks of any size."""
+    rng = np.random.default_rng(0)
+    x, y, reference = 0.5 + rng.standard_normal((70, 6)), rng.standard_normal((40, 6)), rng.standard_normal((90, 6))
+
+    def distance(vectors: np.ndarray) -> float:
+        return squared_mmd(vectors, reference, member=np.ones((1, len(vectors)), bool))[0]
+
+    found = excess_distance(x, y, reference)
+    assert found[0] == pytest.approx(distance(x) - distance(y))
+    monkeypatch.setattr("ncsn.evaluation.scores.KERNEL_ROWS", 16)
+    monkeypatch.setattr("ncsn.evaluation.scores.BLOCK_VALUES", 16 * 25)
+    assert excess_distance(x, y, reference) == pytest.approx(found)
+    assert excess_distance(x, x.copy(), reference)[0] == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize(("shift", "sizes"), [(0.15, (300, 60, 120)), (0.0, (200, 50, 100)), (1.0, (60, 60, 2000))])
+def test_the_interval_of_an_excess_holds_the_true_one(shift: float, sizes: tuple[int, int, int]) -> None:
+    """Over other samples, test images and references; without a difference it is somewhat too wide."""
+    rng, (n, m, size) = np.random.default_rng(0), sizes
+    far, near = (rng.standard_normal((2500, 4)) + move for move in (shift, 0.0))
+    expected = excess_distance(far, near, rng.standard_normal((2500, 4)))[0] if shift else 0.0
+    held = 0
+    for _ in range(200):
+        x, y, reference = (rng.standard_normal((count, 4)) for count in (n, m, size))
+        value, std = excess_distance(x + shift, y, reference)
+        held += abs(value - expected) <= 1.96 * std
+    assert 0.9 <= held / 200 <= (0.99 if shift else 1)
 
 
 def test_the_kernel_distance_of_a_class_is_to_its_own_training_images() -> None:

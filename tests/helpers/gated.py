@@ -13,11 +13,9 @@ CLEAN = Memorization(copies=1, num_images=256, real_copies=0, num_real_images=25
 COPIES = Memorization(copies=60, num_images=256, real_copies=3, num_real_images=256)
 
 
-def figure(
-    value: float, *, uncertainty: float = 0.3, num_images: int = 512, fingerprint: str = "f" * 64
-) -> Measurement:
+def figure(value: float, *, log_std: float = 0.03, num_images: int = 512, fingerprint: str = "f" * 64) -> Measurement:
     name = f"eval/classifier_fid_n{num_images}"
-    return Measurement(name, value, uncertainty, num_images, fingerprint, lower_is_better=True)
+    return Measurement(name, value, log_std, num_images, fingerprint)
 
 
 def evidence(

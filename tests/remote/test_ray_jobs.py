@@ -210,7 +210,7 @@ def test_a_search_its_best_and_scored_samples_run_as_jobs(jobs: RayHead, config:
     )
     job("sample", found["config"], "sought-best", "--score", dataset)
     progress = json.loads(storage.read_text(f"{root}/runs/sought-best/steps/sample/progress.json"))
-    assert re.fullmatch(r"FID \S+ \u00b1 \S+ \(std\) of 8", progress["text"])
+    assert re.fullmatch(r"FID \S+ \(\S+ to \S+\) of 8", progress["text"])
 
 
 @slow

@@ -15,9 +15,15 @@ from ncsn.report.words import Fact
 
 EVALUATION = {
     "metrics": {
+        "eval/classifier_excess_n64": 0.161,
+        "eval/classifier_excess_low_n64": -0.02,
+        "eval/classifier_excess_high_n64": 0.33,
         "eval/classifier_score_n64": 1.23,
         "eval/classifier_score_std_n64": 0.00123,
         "eval/classifier_fid_n64": 14.0,
+        "eval/classifier_fid_n60": 15.0,
+        "eval/classifier_fid_low_n60": 11.7,
+        "eval/classifier_fid_high_n60": 19.0,
         "eval/classifier_kid_n64": -0.00123,
         "eval/classifier_memorized_n64": 1 / 64,
         "eval/classifier_test_accuracy": 0.97,
@@ -25,11 +31,14 @@ EVALUATION = {
     "real_metrics": {
         "eval/real_classifier_score_n60": 1.24,
         "eval/real_classifier_fid_n60": 7.0,
+        "eval/real_classifier_fid_low_n60": 5.5,
+        "eval/real_classifier_fid_high_n60": 9.1,
         "eval/real_classifier_kid_n60": -0.00421,
         "eval/real_classifier_memorized_n60": 0.0,
     },
-    "verdict": "64 images made. Samples 14.0 ± 1.2, real images 7.0 ± 1.3: not yet close to real: train longer",
-    "grade": "short",
+    "verdict": "64 images made: too few test images to tell how close to real. Their distance exceeds that of real "
+    "images by 16 (-2.0 to 33) % of that of noise",
+    "grade": "unsure",
     "num_images": 64,
     "num_real_images": 60,
     "fingerprint": "f" * 64,
@@ -87,4 +96,5 @@ def page(images: np.ndarray) -> dict[str, Any]:
         "loss_plot": to_svg(plots.loss_curves(seen, losses, sigmas=sigmas), salt="lines"),
         "held_out_plot": to_svg(plots.held_out_losses(seen, losses[:, 3], losses[:, 2]), salt="held-out"),
         "training_hints": ["Train longer."],
+        "held_out": "Here neither is seen.",
     }

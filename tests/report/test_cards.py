@@ -84,7 +84,7 @@ def test_the_card_of_a_tuned_model_says_so() -> None:
 
 def test_scores_are_next_to_those_of_real_images_with_their_counts() -> None:
     text = card()
-    assert "| `eval/classifier_score_n512` | 8.765 | 9.25 |" in text
+    assert "| `eval/classifier_score_n512` | 8.765 | 9.25 of 539 |" in text
     assert "| `eval/classifier_fid_n512` | 14 |  |" in text and "_std_" not in text
     assert EVALUATION["verdict"] in text and EVALUATION["notes"][0] in text
 

@@ -14,6 +14,7 @@ from ncsn.report.hints import (
     NEAR,
     average_hints,
     copying_hints,
+    held_out_conclusion,
     linear_loss,
     overfitting_hints,
     sampler_hints,
@@ -78,6 +79,21 @@ def test_a_held_out_loss_that_rises_is_told_with_its_lowest_point() -> None:
     (hint,) = overfitting_hints(HeldOutCurves(seen, loss, 0.1 * loss))
     assert "2,000 images" in hint
     assert overfitting_hints(HeldOutCurves(seen[:2], loss[:2], loss[:2])) == []
+
+
+@pytest.mark.parametrize(
+    ("loss", "gap", "said"),
+    [
+        ([0.5, 0.4, 0.6], [0.0, 0.1, 0.2], ["risen since 200"]),
+        ([0.5, 0.4, 0.4], [0.0, 0.01, 0.03], ["grew from 0.01 to 0.03", "memorize"]),
+        ([0.5, 0.4, 0.3], [0.0, 0.01, 0.012], ["neither"]),
+        ([0.5, 0.4], [0.0, 0.001], [""]),
+    ],
+)
+def test_the_held_out_curves_have_a_conclusion(loss: list[float], gap: list[float], said: list[str]) -> None:
+    seen = 100.0 * np.arange(1, len(loss) + 1)
+    found = held_out_conclusion(HeldOutCurves(seen, np.array(loss), np.array(gap)))
+    assert all(part in found for part in said) and bool(found) == bool(said[0])
 
 
 def test_copies_and_nearness_are_warnings() -> None:

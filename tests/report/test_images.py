@@ -7,7 +7,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from ncsn.report.images import neighbors_png, rows_by_class, strip_png
+from ncsn.report.images import CARD_PIXELS, grid_png, neighbors_png, rows_by_class, smaller_png, strip_png
 
 
 def pixels(png: bytes) -> np.ndarray:
@@ -24,6 +24,15 @@ def test_each_sample_is_beside_its_nearest_training_images() -> None:
     wide = np.zeros((9, 512, 512, 3), np.uint8)
     large = neighbors_png(table, samples=wide, training_images=wide)
     assert pixels(large).shape[0] < 600, "two samples, in one row"
+
+
+def test_a_card_has_a_small_picture() -> None:
+    grid = grid_png(np.zeros((64, 8, 4, 1), np.uint8))
+    assert (
+        max(Image.open(io.BytesIO(grid)).size)
+        > 2 * CARD_PIXELS
+        == 2 * max(Image.open(io.BytesIO(smaller_png(grid))).size)
+    )
 
 
 def test_a_strip_has_a_row_for_each_image() -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from ncsn.evaluation.frechet import RunningScore
+from ncsn.evaluation import with_interval
 from ncsn.report.words import (
+    CLOSE,
+    FAR,
     class_lines,
     cost_facts,
     cost_line,
@@ -22,56 +24,65 @@ EVALUATION = {
         "eval/classifier_score_n512": 8.0,
         "eval/classifier_score_std_n512": 0.25,
         "eval/classifier_kid_n512": 0.5,
-        "eval/classifier_kid_std_n512": 0.2,
+        "eval/classifier_kid_low_n512": -0.1,
+        "eval/classifier_kid_high_n512": 1.1,
         "eval/classifier_class_tv_n512": 0.1,
         "eval/classifier_test_accuracy": 0.97,
     },
     "real_metrics": {
         "eval/real_classifier_score_n500": 10.0,
         "eval/real_classifier_kid_n500": 0.3,
-        "eval/real_classifier_kid_std_n500": 0.2,
     },
 }
 
 
 def test_metrics_are_read_from_their_names() -> None:
     readings = read_metrics(EVALUATION["metrics"])
-    assert set(readings) == {"score", "score_std", "kid", "kid_std", "class_tv"}
+    assert set(readings) == {"score", "score_std", "kid", "kid_low", "kid_high", "class_tv"}
     assert (readings["class_tv"].extractor, readings["class_tv"].num_images) == ("classifier", 512)
     assert read_metrics(EVALUATION["real_metrics"])["kid"].value == 0.3
-    against = read_metrics({"eval/dinov2_vs_test_fid_std_n20": 1.0})["fid_std"]
+    against = read_metrics({"eval/dinov2_vs_test_fid_low_n20": 1.0})["fid_low"]
     assert (against.extractor, against.split) == ("dinov2", "test")
 
 
 def test_scores_are_next_to_the_real_ones() -> None:
     score, kid, class_tv = score_rows(EVALUATION)
-    assert (score.text, score.real_text, score.meaning.better) == ("8", "10", "higher")
-    assert score.bars[0] == pytest.approx(0.8 * score.bars[1], abs=0.1)
-    assert (class_tv.real_text, class_tv.bars) == ("", None)
-    assert (kid.text, kid.real_text) == ("0.5 ±\u00a00.2", "not different from 0"), "0.3 is within two deviations"
+    assert (score.text, score.real_text, score.meaning.better) == ("8", "10 of 500", "higher")
+    bars = score.bars
+    assert (bars["bar"], bars["real"], bars["axis"]) == ([0.0, 80.0], [100.0], [(0.0, "0"), (100.0, "10")])
+    assert (class_tv.real_text, class_tv.bars["real"]) == ("", [])
+    assert kid.bars["axis"] == [(0.0, "-0.5"), (25.0, "0"), (100.0, "1.5")] and kid.bars["bar"] == [25.0, 50.0]
+    assert (kid.bars["interval"], kid.bars["real"]) == ([20.0, 80.0], [40.0])
+    assert (kid.text, kid.real_text) == ("0.50 (-0.10 to 1.1)", "0.3 of 500")
     assert score_lines(EVALUATION)[2] == ("eval/classifier_class_tv_n512", "0.1", "")
     negative, _ = score_rows(
         {"metrics": {"eval/clusters_kid_n5": -1.0, "eval/clusters_fid_n5": 1.0}, "real_metrics": {}}
     )[::-1]
-    assert (negative.text, negative.bars) == ("not different from 0", None)
+    assert (negative.text, negative.bars["bar"]) == ("-1", [0.0, 100.0])
 
 
 @pytest.mark.parametrize(
-    ("samples", "real", "copies", "grade"),
+    ("excess", "copies", "grade"),
     [
-        ((7.4, 1.7), (7.1, 1.6), "", "close"),
-        ((4.0, 1.0), (7.1, 1.6), "", "close"),
-        ((14.0, 3.0), (5.0, 4.0), "", "close"),  # 9 is within two deviations of 5
-        ((15.1, 3.0), (5.0, 4.0), "", "short"),
-        ((84.2, 4.0), (10.1, 2.0), "", "far"),
-        ((4.0, 1.0), (7.1, 1.6), "40 of 256 samples copy a training image", "copied"),
+        ((0.0, -0.9 * CLOSE, 0.9 * CLOSE), "", "close"),
+        ((0.5 * CLOSE, 0.1 * CLOSE, 0.9 * CLOSE), "", "close"),  # it is surely not zero, and surely close
+        ((0.6 * CLOSE, 0.1 * CLOSE, 1.1 * CLOSE), "", "short"),
+        ((2 * FAR, 0.9 * FAR, 3 * FAR), "", "short"),
+        ((2 * FAR, 1.1 * FAR, 3 * FAR), "", "far"),
+        ((0.3, -0.1, 0.7), "", "unsure"),
+        ((0.0, -0.9 * CLOSE, 0.9 * CLOSE), "40 of 256 samples copy a training image", "copied"),
     ],
 )
-def test_a_verdict_compares_the_distances_by_their_deviations(samples, real, copies: str, grade: str) -> None:
-    verdict = verdict_of(RunningScore(200, *samples), RunningScore(200, *real), num_images=1024, copies=copies)
+def test_a_verdict_is_by_the_whole_interval_and_shows_equal_numbers(excess, copies: str, grade: str) -> None:
+    numbers = dict(zip(("excess", "excess_low", "excess_high"), excess, strict=True))
+    made = {f"eval/clusters_{name}_n1024": value for name, value in numbers.items()}
+    made |= {"eval/clusters_fid_n1024": 61.5, "eval/clusters_fid_n200": 92.9}
+    verdict = verdict_of(made, {"eval/real_clusters_fid_n200": 56.7}, copies=copies)
     assert verdict.grade == grade
-    assert all(f"{number:.1f}" in verdict.text for number in (*samples, *real))
-    assert "1,024" in verdict.text and " 200 " in verdict.text, "how many were made, and how many were compared"
+    assert all(part in verdict.text for part in ("1,024", " 200 ", "92.9", "56.7")) and "61.5" not in verdict.text
+    assert with_interval(*(100 * each for each in excess)) in verdict.text
+    _, row = score_rows({"metrics": made, "real_metrics": {"eval/real_clusters_fid_n200": 56.7}})
+    assert (row.name, row.value, row.real) == ("eval/clusters_fid_n200", 92.9, 56.7)
 
 
 def test_of_many_classes_those_that_agree_least_are_shown() -> None:

@@ -1,7 +1,8 @@
 """The evaluate step on real digits: real images score as real, noise does not, and a second call does nothing."""
 
 import json
-from dataclasses import replace
+import re
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,10 @@ from ncsn.data.format import Rows, to_table
 from ncsn.data.sources import open_source
 from ncsn.data.training_images import open_cache
 from ncsn.errors import NotFound
+from ncsn.evaluation import with_interval
 from ncsn.evaluation.frechet import RunningScore
 from ncsn.progress import Progress
+from ncsn.report.words import result_line, score_rows
 from ncsn.steps import evaluate as step
 from ncsn.tracking.client import connect
 from ncsn.tracking.gate import Measurement, Memorization
@@ -61,6 +64,7 @@ def test_real_images_as_samples_reach_the_real_figures(store: Path, dataset: str
     samples = write_samples(store / "real", open_cache(dataset, "test").images[:500])
     result = step.run(config, run="real", samples=samples, dataset=dataset)
     metrics, real = result.metrics, result.real_metrics
+    unseen = len(open_cache(dataset, "test").images)
     assert metrics["eval/classifier_test_accuracy"] >= 0.97
     assert metrics["eval/classifier_score_n500"] > 8
     assert metrics["eval/classifier_score_ratio_n500"] == pytest.approx(1, abs=0.06)
@@ -68,27 +72,30 @@ def test_real_images_as_samples_reach_the_real_figures(store: Path, dataset: str
     assert metrics["eval/classifier_class_tv_n500"] < 0.06
     assert metrics["eval/classifier_confidence_n500"] > 0.95
     assert metrics["eval/classifier_kid_n500"] == pytest.approx(
-        real["eval/real_classifier_kid_n500"], abs=4 * metrics["eval/classifier_kid_std_n500"]
+        real[f"eval/real_classifier_kid_n{unseen}"],
+        abs=metrics["eval/classifier_kid_high_n500"] - metrics["eval/classifier_kid_low_n500"],
     )
     assert min(metrics[f"eval/classifier_{share}_n500"] for share in ("precision", "recall", "coverage")) > 0.8
     assert metrics["eval/classifier_density_n500"] == pytest.approx(1, abs=0.2)
     assert metrics["eval/classifier_memorized_n256"] < 0.05
-    assert (result.num_images, result.num_real_images, result.classes, len(result.notes)) == (500, 500, None, 1)
+    assert metrics["eval/classifier_excess_low_n500"] < 0 < metrics["eval/classifier_excess_high_n500"] < 0.1
+    assert (result.num_images, result.num_real_images, result.classes, len(result.notes)) == (500, unseen, None, 1)
     assert not [name for name in metrics if "agreement" in name or "class_kid" in name]
     assert [score["num_images"] for score in result.running] == [256, 500]  # twice the features, and all
     last = result.running[-1]
     assert last["fid"] == metrics["eval/classifier_fid_n500"]
-    assert last["fid_std"] == metrics["eval/classifier_fid_std_n500"]
+    assert 0 < metrics["eval/classifier_fid_low_n500"] < last["fid"] < metrics["eval/classifier_fid_high_n500"]
     progress = json.loads((store / "runs" / "real" / "steps" / "evaluate" / "progress.json").read_text())
     assert progress["text"] == str(RunningScore(**last))
-    assert result.grade == "close" and f"{last['fid']:.1f} ±" in result.verdict
+    assert (
+        result.grade in ("close", "unsure") and with_interval(*RunningScore(**last).values.values()) in result.verdict
+    )
     assert Path(result.real_images).read_bytes().startswith(b"\x89PNG")
     gate = Measurement(**result.gate)
     assert gate.name == "eval/classifier_fid_n500"
     assert gate.value == metrics[gate.name]
-    assert 0 < gate.uncertainty == metrics["eval/classifier_fid_std_n500"] < gate.value
+    assert gate.log_std == last["log_std"]
     assert not Memorization(**result.memorization).objection
-    assert gate.lower_is_better
     assert gate.fingerprint == result.fingerprint
     written = json.loads(Path(result.uri).read_text())
     assert written["metrics"] == metrics
@@ -107,7 +114,7 @@ def test_noise_and_a_single_class_are_told_from_digits(store: Path, dataset: str
     real = result.real_metrics
     assert result.metrics["eval/classifier_fid_n500"] > 10 * real["eval/real_classifier_fid_n500"]
     assert result.metrics["eval/classifier_score_n500"] < 0.8 * real["eval/real_classifier_score_n500"]
-    assert result.grade == "far"
+    assert result.grade == "far" and result.metrics["eval/classifier_excess_low_n500"] > 0.5
     threes = np.tile(test.images[np.asarray(test.labels) == 3], (11, 1, 1, 1))[:500]
     result = evaluate(config, samples=write_samples(tmp_path / "threes", threes), dataset=dataset, folder=tmp_path)
     assert result.metrics["eval/classifier_class_tv_n500"] == pytest.approx(0.9, abs=0.03)
@@ -174,7 +181,14 @@ def test_fewer_test_images_than_samples_is_said(store: Path, dataset: str, tmp_p
     assert f"eval/real_classifier_fid_n{count}" in result.real_metrics
     assert str(count) in result.notes[0]
     assert f" {count} each" in result.verdict, "a distance depends on the number of images"
-    assert f"{result.metrics['eval/classifier_fid_n600']:.1f} ±" not in result.verdict
+    numbers = {name.rpartition("_n")[2] for name in result.metrics if re.search("_(fid|score|class_tv)", name)}
+    assert numbers == {"600", str(count)}, "the gate's of all samples, and those beside real images"
+    of_equal = result.metrics[f"eval/classifier_fid_n{count}"]
+    shown = {row.metric: row for row in score_rows(asdict(result))}
+    assert (shown["fid"].value, result.gate["value"]) == (of_equal, result.metrics["eval/classifier_fid_n600"])
+    assert shown["fid"].text in result.verdict and f"n{count} = {shown['fid'].text}" in result_line(
+        "evaluate", asdict(result)
+    )
 
 
 def test_notes_say_what_figures_do_not_compare(store: Path) -> None:
@@ -219,8 +233,9 @@ def test_images_are_judged_by_the_classes_that_they_were_asked_for(store: Path, 
     accuracy = result.metrics["eval/classifier_test_accuracy"]
     agreement = result.metrics["eval/classifier_class_agreement_n500"]
     assert agreement == pytest.approx(0.9 * accuracy, abs=0.02)
-    assert result.real_metrics["eval/real_classifier_class_agreement_n500"] == pytest.approx(accuracy, abs=0.02)
-    assert result.metrics["eval/classifier_class_kid_n500"] > result.real_metrics["eval/real_classifier_class_kid_n500"]
+    real = {name.rpartition("_n")[0]: value for name, value in result.real_metrics.items()}
+    assert real["eval/real_classifier_class_agreement"] == pytest.approx(accuracy, abs=0.02)
+    assert result.metrics["eval/classifier_class_kid_n500"] > real["eval/real_classifier_class_kid"]
     found = result.classes
     assert found is not None and found["agreement"] == agreement and not found["by_probe"]
     assert [line["num_images"] for line in found["table"]] == np.bincount(labels, minlength=10).tolist()

@@ -56,10 +56,9 @@ def evaluate(config, root, dataset, saved):
             "gate": {
                 "name": name,
                 "value": value,
-                "uncertainty": 0.25,
+                "log_std": 0.04,
                 "num_images": 4,
                 "fingerprint": "f" * 64,
-                "lower_is_better": True,
             },
             "memorization": {"copies": copies, "num_images": 256, "real_copies": 0, "num_real_images": 256},
             "samples": samples,
@@ -83,7 +82,9 @@ def test_first_version_is_champion_and_a_second_call_changes_nothing(config, sav
     assert register.run(config, run="one", checkpoint=saved, evaluation=evaluation) == first
     client = connect(config).client
     (version,) = client.search_model_versions("name = 'ncsn-tiny'")
-    assert "# ncsn-tiny" in version.description
+    order = ["# ncsn-tiny", "256 images made.", f"Gate: {first.reason}", "## Use", "](", "## Data"]
+    places = [version.description.index(part) for part in order]
+    assert places == sorted(places) and version.description.count("Gate: ") == 1
     assert version.tags["ncsn.run"] == "one"
     run = client.get_run(version.run_id)
     assert (run.data.tags["ncsn.step"], run.info.status) == ("register", "FINISHED")
@@ -103,7 +104,7 @@ def test_other_sampler_is_a_version_that_has_to_beat_the_champion(config, saved,
     longer = from_yaml(to_yaml(config), overrides=["sampling.sampler.steps_per_level=3"])
     result = register.run(longer, run="longer", checkpoint=saved, evaluation=evaluate(6.0, of=longer))
     assert (result.version, result.promoted, result.aliases) == ("2", False, ["challenger"])
-    for part in ("eval/classifier_fid_n4 = 6 ± 0.25", " 0.35 ", "5 ± 0.25", "version 1"):
+    for part in ("eval/classifier_fid_n4 = 6.0 (5.5 to 6.5)", " 1.06,", "5.0 (4.6 to 5.4)", "version 1"):
         assert part in result.reason
 
 
@@ -122,7 +123,7 @@ def named(config: Config, model: str) -> Config:
 def test_nan_and_copies_are_no_champion(config, saved, evaluate):
     nan = register.run(named(config, "nan"), run="nan", checkpoint=saved, evaluation=evaluate(float("nan")))
     assert (nan.promoted, nan.aliases) == (False, ["challenger"])
-    assert "nan ± 0.25" in nan.reason
+    assert "eval/classifier_fid_n4 = nan" in nan.reason
     copied = evaluate(1.0, copies=200, name_of_file="copies")
     copies = register.run(named(config, "copies"), run="copies", checkpoint=saved, evaluation=copied)
     assert (copies.promoted, copies.aliases) == (False, ["challenger"])

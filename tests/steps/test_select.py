@@ -128,7 +128,7 @@ class Fakes:
     @property
     def evaluator(self) -> Evaluator:
         moments = FrechetStatistics(10_001, np.zeros(4), 10_000 * np.eye(4))
-        return Evaluator("classifier", Identity("classifier", "f"), Reference("", moments, np.ones(1), "f"), {})
+        return Evaluator("classifier", Identity("classifier", "f"), Reference("", moments, np.ones(1), "f", 1.0), {})
 
 
 def test_the_nearest_of_five_candidates_is_chosen_and_all_are_recorded(

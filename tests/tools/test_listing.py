@@ -116,13 +116,13 @@ def test_versions_have_their_aliases_figures_and_what_they_wait_for(tmp_path: Pa
     for value, ask in ((9.0, False), (8.0, True)):
         tags = {"ncsn.model": "0123", "ncsn.bytes": "1500"}
         version = str(client.create_model_version("digits", "file:///nowhere", tags=tags).version)
-        measured = Measurement("eval/classifier_fid_n512", value, 0.1, 512, "f" * 64, lower_is_better=True)
+        measured = Measurement("eval/classifier_fid_n512", value, 0.03, 512, "f" * 64)
         pass_gate(
             client, name="digits", version=version, evidence=Evidence(measured, Memorization(0, 9, 0, 9)), ask=ask
         )
     second, first = list_models(registry)
     assert (first.name, first.state, first.size) == ("models:/digits/1", "champion", 1500)
     assert (second.name, second.state) == ("models:/digits/2", "challenger, waits")
-    assert second.figures == "eval/classifier_fid_n512 = 8 ± 0.1"
+    assert second.figures == "eval/classifier_fid_n512 = 8.0 (7.5 to 8.5)"
     assert find_items(str(tmp_path), registry, "digits") == [second, first]
     assert [asdict(item) for item in find_items(str(tmp_path), registry, "digits@champion")] == [asdict(first)]

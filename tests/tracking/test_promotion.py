@@ -32,11 +32,6 @@ NAN = float("nan")
 FLOORS = Floors(figure(0.0).name, fid_below=9.0, copies_below=0.01)  # 2 of 256 are fewer, 3 are not
 
 
-def higher(value: float) -> Evidence:
-    """A metric of which higher is better."""
-    return Evidence(replace(figure(value), lower_is_better=False), CLEAN)
-
-
 @pytest.mark.parametrize(
     ("copies", "real_copies", "num_real_images", "passed"),
     [
@@ -57,27 +52,27 @@ def test_copies_beyond_those_of_real_images_and_chance_fail(copies, real_copies,
 @pytest.mark.parametrize(
     ("of", "champion", "promoted", "reason"),
     [
-        (evidence(9.0), None, True, ["= 9 ± 0.3"]),
-        (evidence(9.0), ("1", figure(9.5)), True, ["9 ± 0.3", " 0.42 ", "9.5 ± 0.3", "version 1"]),
-        (evidence(9.0), ("1", figure(9.4)), False, ["9 ± 0.3", " 0.42 ", "9.4 ± 0.3", "version 1"]),
-        (evidence(9.0, uncertainty=0.4), ("1", figure(9.5)), False, ["9 ± 0.4", " 0.5 ", "9.5 ± 0.3"]),
-        (evidence(9.0), ("1", figure(8.0)), False, ["8 ± 0.3", "version 1"]),
-        (higher(9.0), ("1", figure(8.0)), True, ["8 ± 0.3", "version 1"]),
-        (evidence(9.0), ("1", figure(NAN)), False, ["nan ± 0.3"]),
-        (evidence(NAN), None, False, ["nan ± 0.3"]),
-        (evidence(9.0, uncertainty=NAN), None, False, ["9 ± nan"]),
-        (evidence(float("-inf")), ("1", figure(8.0)), False, ["-inf ± 0.3"]),
+        (evidence(9.0), None, True, ["= 9.0 (8.5 to 9.5)"]),
+        (evidence(9.0), ("1", figure(9.4)), True, ["9.0 (8.5 to 9.5)", " 1.04,", "9.4 (8.9 to 10.0)", "version 1"]),
+        (evidence(9.0), ("1", figure(9.38)), False, ["9.0 (8.5 to 9.5)", " 1.04,", "version 1"]),
+        (evidence(90.0), ("1", figure(94.0)), True, ["94 (89 to 100)"]),  # as the first: the logs are compared
+        (evidence(9.0, log_std=0.04), ("1", figure(9.4)), False, ["9.0 (8.3 to 9.7)", " 1.05,"]),
+        (evidence(9.0), ("1", figure(8.0)), False, ["8.0 (7.5 to 8.5)", "version 1"]),
+        (evidence(9.0), ("1", figure(NAN)), False, ["nan"]),
+        (evidence(NAN), None, False, ["nan"]),
+        (evidence(9.0, log_std=NAN), None, False, ["9 (nan to nan)"]),
+        (evidence(float("-inf")), ("1", figure(8.0)), False, ["-inf"]),
         (evidence(1.0, broken=("a", "b")), ("1", figure(8.0)), False, ["a, b"]),
         (evidence(1.0, COPIES), None, False, ["60 of 256", "3 of 256"]),
         (evidence(1.0, fingerprint="e" * 64), ("1", figure(8.0)), False, ["version 1"]),
         (evidence(1.0, num_images=64), ("1", figure(8.0)), False, ["64 images"]),
         (evidence(1.0), ("1", None), False, ["version 1"]),
-        (evidence(9.0), ("2", figure(1.0)), True, ["= 9 ± 0.3"]),
+        (evidence(9.0), ("2", figure(1.0)), True, ["= 9.0 ("]),
         (evidence(1.0, COPIES), ("2", figure(1.0)), False, ["60 of 256"]),
-        (replace(evidence(8.9), floors=FLOORS), None, True, ["8.9 ± 0.3"]),
-        (replace(evidence(9.0), floors=FLOORS), None, False, ["9 ± 0.3", "fid_below = 9"]),
+        (replace(evidence(8.9), floors=FLOORS), None, True, ["8.9 ("]),
+        (replace(evidence(9.0), floors=FLOORS), None, False, ["9.0 (", "fid_below = 9"]),
         (replace(evidence(9.0), floors=FLOORS), ("1", figure(19.0)), False, ["fid_below = 9"]),
-        (replace(evidence(8.9, Memorization(2, 256, 2, 256)), floors=FLOORS), None, True, ["8.9 ± 0.3"]),
+        (replace(evidence(8.9, Memorization(2, 256, 2, 256)), floors=FLOORS), None, True, ["8.9 ("]),
         (replace(evidence(8.9, Memorization(3, 256, 3, 256)), floors=FLOORS), None, False, ["3 of 256", "= 0.01"]),
         (replace(evidence(1.0, num_images=64), floors=FLOORS), None, False, ["fid_n512", "fid_n64"]),
     ],
@@ -290,7 +285,7 @@ def test_promote_asks_the_gate_and_force_overrides_it(client):
     first, second = register(client, "by-hand", 9.0, 9.1)
     with refused("models:/by-hand/2") as caught:
         promote_version(client, "by-hand")
-    assert "9 ± 0.3" in str(caught.value)
+    assert "9.0 (8.5 to 9.5)" in str(caught.value)
     assert "--force" in caught.value.problems[0].hint
     planned = promote_version(client, "by-hand", force=True, dry_run=True)
     assert (planned.version, planned.replaced) == (second, first)

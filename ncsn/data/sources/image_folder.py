@@ -65,7 +65,7 @@ def open_image_folder(data: DataConfig) -> Source:
         chosen = {split: order[places] for split, places in held_out.items()}
     images = found.drop_columns(["place", "word"])
     return Source(
-        description="A folder of images",
+        description=f"The images of the folder {root.rpartition('/')[2]}",
         license="as the owner of the images says",
         class_names=class_names,
         splits={split: EncodedImages(root, images, rows, labels[rows], Fit.of(data)) for split, rows in chosen.items()},
