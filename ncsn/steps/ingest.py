@@ -23,6 +23,8 @@ class IngestResult:
     digest: str  # of its content
     counts: dict[str, int]  # images of each split
     created: bool  # False if the store held this content already, so nothing was written
+    repeated: int  # images that equal an earlier one of their split
+    left_out: int  # test images that equal a training image
     notes: list[str] = field(default_factory=list)  # on images that were converted or left out, for people
 
 
@@ -45,7 +47,18 @@ def run(config: Config, *, run: str) -> IngestResult:
         notes.append(f"{manifest.unlabeled} images have no label, unlike the others; each is kept with label -1")
     if manifest.skipped:
         notes.append(f"{len(manifest.skipped)} images could not be used; the first is {manifest.skipped[0].name}")
-    return step.store_result(IngestResult(dataset.uri, manifest.digest, dict(manifest.counts), dataset.created, notes))
+    if manifest.equal_images:
+        notes.append(manifest.equal_images)
+    result = IngestResult(
+        uri=dataset.uri,
+        digest=manifest.digest,
+        counts=dict(manifest.counts),
+        created=dataset.created,
+        repeated=sum(manifest.repeated.values()),
+        left_out=manifest.left_out,
+        notes=notes,
+    )
+    return step.store_result(result)
 
 
 def write_images(
