@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from refused import refused
 from ncsn.config import Config, from_yaml
 from ncsn.data.format import load_manifest, read_split
 from ncsn.errors import NotFound, UserError
+from ncsn.report.words import result_line
 from ncsn.steps import ingest
 
 EXPERIMENT = """
@@ -77,10 +78,10 @@ def test_nothing_is_written_twice_and_what_is_gone_is_made_again(config, monkeyp
 
 def test_new_files_in_the_folder_are_noticed(config, tmp_path):
     folder = tmp_path / "images"
-    for label in ("a", "b"):
+    for place, label in enumerate(("a", "b")):
         (folder / label).mkdir(parents=True)
         for k in range(20):
-            Image.fromarray(np.full((8, 8), 10 * k, np.uint8)).save(folder / label / f"{k}.png")
+            Image.fromarray(np.full((8, 8), 10 * k + place, np.uint8)).save(folder / label / f"{k}.png")
     experiment = config(source="image_folder", root=str(folder), test_fraction=0.2)
     first = ingest.run(experiment, run="grows")
     assert ingest.run(experiment, run="grows") == first
@@ -113,3 +114,26 @@ def test_bad_images_are_skipped_and_named_in_the_manifest(config, tmp_path):
     assert sum(result.counts.values()) == 19
     assert [Path(image.name).name for image in load_manifest(result.uri).skipped] == ["5.png"]
     assert len(result.notes) == 1 and "5.png" in result.notes[0]
+
+
+def test_equal_images_are_told(config, tmp_path):
+    folder = tmp_path / "images"
+    for split, numbers in (("train", [0, 1, 2, 2, 3, 3, 3]), ("test", [2, 7, 3, 8, 8])):
+        (folder / split).mkdir(parents=True)
+        for place, number in enumerate(numbers):
+            Image.fromarray(np.full((9, 9), number, np.uint8)).save(folder / split / f"{place}.png")
+    result = ingest.run(config(source="image_folder", root=str(folder)), run="some")
+    assert (result.counts, result.repeated, result.left_out) == ({"train": 7, "test": 3}, 4, 2)
+    (note,) = result.notes
+    assert note.startswith("3 of 7 training images repeat") and "; 1 of 3 test images" in note and "; 2 left" in note
+    assert result_line("ingest", asdict(result)).startswith("7 train + 3 test images, 4 repeat another, 2 left out")
+
+
+def test_a_folder_of_few_contents_leaves_no_test_images(config, tmp_path):
+    (tmp_path / "images").mkdir()
+    for number in range(100):
+        Image.fromarray(np.full((9, 9), number % 11, np.uint8)).save(tmp_path / "images" / f"{number}.png")
+    with refused("data.source") as error:
+        ingest.run(config(source="image_folder", root=str(tmp_path / "images")), run="few")
+    assert "79 of 90 training images" in str(error.value) and "10 left out" in str(error.value)
+    assert datasets(tmp_path) == []
