@@ -98,10 +98,7 @@ class PartWriter:
     def write(
         self, known: Hashes = NO_HASHES, *, cores: int | None = None, advance: Callable[[int], object] | None = None
     ) -> Written:
-        """Write the part without `known` images, and publish it; `advance` is told of images.
-
-        Where training mirrors, their mirror images are known too. The hashes ascend.
-        """
+        """Write and publish the part without images of `known` hashes, ascending; `advance` is told of images."""
         pixels, position = self.data.pixels, 0
         block_rows = max(1, _BLOCK_BYTES // pixels.num_bytes)
         bad = BadImages(skip=self.data.on_bad_image == "skip")
@@ -234,17 +231,16 @@ def _write(
     chosen = sample_places(len(source.splits["train"]), pixels.num_bytes)
     sample, taken = np.empty((len(chosen), *pixels.shape), pixels.dtype), 0
     sums, minimum, maximum = np.zeros((2, data.channels)), math.inf, -math.inf
-    hashes, counts, repeated, left_out = NO_HASHES, dict[str, int](), dict[str, int](), 0
-    for split in (split for split in SPLITS if split in source.splits):  # training images are known to the test split
-        images, known, own = source.splits[split], np.sort(hashes), [NO_HASHES]
-        parts[split] = []
+    counts, repeated, left_out, known = dict[str, int](), dict[str, int](), 0, NO_HASHES
+    for split in filter(source.splits.__contains__, SPLITS):
+        parts[split], own = [], [NO_HASHES]
         there, sampled = storage.join(staging, split), chosen if split == "train" else chosen[:0]
-        written = _parts(there, images, sampled, known, near, data, write_parts, progress.advance)
-        for file, (notes, some, of_part) in written:
+        found = _parts(there, source.splits[split], sampled, known, near, data, write_parts, progress.advance)
+        for file, (notes, some, hashes) in found:
             skipped += notes.skipped
             conversions.update(notes.conversions)
             left_out += notes.left_out
-            own.append(of_part)
+            own.append(hashes)
             if not notes.rows:
                 storage.delete(storage.join(there, file))
                 continue
@@ -255,15 +251,14 @@ def _write(
                 taken += len(some)
                 sums += notes.sums
                 minimum, maximum = min(minimum, notes.minimum), max(maximum, notes.maximum)
-        counts[split], hashes = sum(part.rows for part in parts[split]), np.concatenate(own)
-        repeated[split] = repeats(hashes)
-        if counts[split] < LEAST_IMAGES:
-            equal = equal_in_words(repeated, counts, left_out=left_out)
-            lost = "; ".join([f"{len(skipped)} could not be used"] * bool(skipped) + [equal] * bool(left_out))
-            found = f"{counts[split]} image(s) for the {split} split{f' ({lost})' if lost else ''}"
+        known = np.sort(np.concatenate(own))
+        counts[split], repeated[split] = len(known), repeats(known)
+        if len(known) < LEAST_IMAGES:
+            bad = f"{len(skipped)} could not be used" if skipped else ""
+            lost = "".join(f"; {why}" for why in (bad, equal_in_words(repeated, counts, left_out=left_out)) if why)
             raise UserError(
                 "data.source",
-                f"gives {found}; at least {LEAST_IMAGES} are needed",
+                f"gives {len(known)} image(s) for the {split} split, and at least {LEAST_IMAGES} are needed{lost}",
                 hint="add images, or change data.test_fraction",
                 value=data.source,
             )

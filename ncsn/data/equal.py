@@ -11,13 +11,11 @@ from numpy.typing import NDArray
 
 Hashes = NDArray[np.uint64]
 NO_HASHES: Hashes = np.empty(0, np.uint64)
-_WORDS = {"train": "training images", "test": "test images"}
 
 
 def image_hashes(images: NDArray[Any]) -> Hashes:
     """A hash of the bytes of each of N images [N, H, W, C]; any two of ten million are the same by a chance of 3e-6."""
-    digests = (hashlib.blake2b(image.tobytes(), digest_size=8).digest() for image in images)
-    return np.frombuffer(b"".join(digests), "<u8").astype(np.uint64, copy=False)
+    return np.frombuffer(b"".join(hashlib.blake2b(each.tobytes(), digest_size=8).digest() for each in images), "<u8")
 
 
 def repeats(hashes: Hashes) -> int:
@@ -28,17 +26,14 @@ def repeats(hashes: Hashes) -> int:
 def equal_in_words(repeated: Mapping[str, int], counts: Mapping[str, int], *, left_out: int = 0) -> str:
     """How many of `counts` images of each kind equal an earlier one; and how many test images are left out for it."""
     found = [
-        f"{count:,} of {counts[kind]:,} {_WORDS.get(kind, kind)} repeat{'s' * (count == 1)} another, which leaves "
-        f"{counts[kind] - count:,} different"
-        for kind, count in repeated.items()
-        if count
+        f"{few:,} of {counts[kind]:,} {kind} images repeat{'s' * (few == 1)} another: {counts[kind] - few:,} different"
+        for kind, few in repeated.items()
+        if few
     ]
-    if left_out:
-        found.append(f"{left_out:,} left out of the test split as equal to a training image or its mirror image")
-    return "; ".join(found)
+    out = f"{left_out:,} left out of the test split as equal to a training image or its mirror image"
+    return "; ".join([*found, *[out] * bool(left_out)])
 
 
 def are_among(hashes: Hashes, others: Hashes) -> NDArray[np.bool_]:
     """[N] whether each of N hashes is one of the others, which ascend."""
-    found: NDArray[np.bool_] = np.searchsorted(others, hashes) < np.searchsorted(others, hashes, side="right")
-    return found
+    return np.asarray(np.searchsorted(others, hashes) < np.searchsorted(others, hashes, side="right"))

@@ -17,19 +17,9 @@ from ncsn.evaluation import WITH_SCORE, classes_in_turn
 from ncsn.evaluation.class_scores import AskedClasses, ClassScores, asked_classes, class_scores
 from ncsn.evaluation.extractors import Extracted, Identity, Images
 from ncsn.evaluation.features import ImageSet, Runner, SplitSet, extract_set
-from ncsn.evaluation.frechet import (
-    RunningDistance,
-    RunningScore,
-    score_of,
-)
+from ncsn.evaluation.frechet import RunningDistance, RunningScore, score_of
 from ncsn.evaluation.reference import Evaluator, Reference, class_histogram, load_reference
-from ncsn.evaluation.scores import (
-    inception_score,
-    kernel_distance,
-    nearest_images,
-    nearest_neighbors,
-    precision_recall,
-)
+from ncsn.evaluation.scores import inception_score, kernel_distance, nearest_images, nearest_neighbors, precision_recall
 from ncsn.progress import Progress
 
 # Images for precision, recall, density and coverage; the cost grows with the square.

@@ -31,10 +31,7 @@ class Neighbors:
 
     @property
     def memorized(self) -> npt.NDArray[np.bool_]:
-        """[Q] whether a query is a copy: under a third as far from its nearest neighbor as from its second.
-
-        Of images, see `nearest_images`.
-        """
+        """[Q] whether a query is a copy: under a third as far from its nearest neighbor as from its second."""
         flags: npt.NDArray[np.bool_] = self.distances[:, 0] < MEMORIZED_RATIO * self.distances[:, 1]
         return flags
 
@@ -52,19 +49,14 @@ def nearest_images(images: Vectors, training_images: Vectors, *, mirrors: bool) 
     near = nearest_neighbors(images, training_images, k=last + 1, rows=rows, mirrors=mirrors)
     mirrored = image_hashes(training_images[near.indices[:, 0]][:, :, ::-1])
     second = np.minimum(1 + (hashes[near.indices[:, min(1, last)]] == mirrored), last)
-    both = np.stack([np.zeros_like(second), second], axis=1)
-    return Neighbors(np.take_along_axis(near.indices, both, axis=1), np.take_along_axis(near.distances, both, axis=1))
+    both = np.arange(len(images))[:, None], np.stack([np.zeros_like(second), second], axis=1)
+    return Neighbors(near.indices[both], near.distances[both])
 
 
 def nearest_neighbors(
-    queries: Vectors,
-    reference: Vectors,
-    *,
-    k: int = 2,
-    block_size: int | None = None,
-    rows: npt.NDArray[np.int64] | None = None,
-    mirrors: bool = False,
-) -> Neighbors:
+    queries: Vectors, reference: Vectors, *, k: int = 2, block_size: int | None = None,
+    rows: npt.NDArray[np.int64] | None = None, mirrors: bool = False,
+) -> Neighbors:  # fmt: skip
     """Exact k nearest neighbors by Euclidean distance, in one pass over the reference.
 
     Args:
@@ -76,15 +68,15 @@ def nearest_neighbors(
     """
     flat = [_rows(queries), *([_rows(queries[:, :, ::-1])] if mirrors else [])]
     rows = np.arange(len(reference)) if rows is None else rows
-    block_size, count = block_size or max(BLOCK_VALUES // flat[0].shape[1], 1), len(queries)
-    distances, indices = np.full((count, k), np.inf), np.zeros((count, k), np.int64)
+    block_size = block_size or max(BLOCK_VALUES // flat[0].shape[1], 1)
+    distances, indices = np.full((len(queries), k), np.inf), np.zeros((len(queries), k), np.int64)
     for first in range(0, len(rows), block_size):
         some = rows[first : first + block_size]
         block = _rows(reference[some])
         found = functools.reduce(np.minimum, (_distances(each, block) for each in flat))
         candidates = np.concatenate([distances, found], axis=1)
-        keep = np.argpartition(candidates, k - 1, axis=1)[:, :k]
         numbers = np.concatenate([indices, np.broadcast_to(some, found.shape)], axis=1)
+        keep = np.argpartition(candidates, k - 1, axis=1)[:, :k]
         indices = np.take_along_axis(numbers, keep, axis=1)
         distances = np.take_along_axis(candidates, keep, axis=1)
     order = np.lexsort((indices, distances), axis=1)

@@ -342,10 +342,10 @@ def result_line(step: str, result: Mapping[str, Any]) -> str:
     """The stored result of a step in one line."""
     match step:
         case "ingest":
-            counts = " + ".join(f"{count:,} {split}" for split, count in result["counts"].items()) + " images"
-            for key, word in (("repeated", "repeat another"), ("left_out", "left out as equal")):
-                counts += f", {result[key]:,} {word}" if result[key] else ""
-            return f"{counts}, digest {result['digest'][:DIGEST_SHOWN]}"
+            counts = " + ".join(f"{count:,} {split}" for split, count in result["counts"].items())
+            same, out = result["repeated"], result["left_out"]
+            equal = f", {same:,} repeated, {out:,} left out as equal" if same or out else ""
+            return f"{counts} images{equal}, digest {result['digest'][:DIGEST_SHOWN]}"
         case "tune":
             before = "" if result["baseline"] is None else f" (original settings: {result['baseline']:.4g})"
             return f"{result['objective_name']} = {result['objective']:.4g}{before}, {len(result['trials'])} trials"

@@ -47,18 +47,10 @@ def run(config: Config, *, run: str) -> IngestResult:
         notes.append(f"{manifest.unlabeled} images have no label, unlike the others; each is kept with label -1")
     if manifest.skipped:
         notes.append(f"{len(manifest.skipped)} images could not be used; the first is {manifest.skipped[0].name}")
-    if manifest.equal_images:
-        notes.append(manifest.equal_images)
-    result = IngestResult(
-        uri=dataset.uri,
-        digest=manifest.digest,
-        counts=dict(manifest.counts),
-        created=dataset.created,
-        repeated=sum(manifest.repeated.values()),
-        left_out=manifest.left_out,
-        notes=notes,
-    )
-    return step.store_result(result)
+    notes += filter(None, [manifest.equal_images])
+    equal = {"repeated": sum(manifest.repeated.values()), "left_out": manifest.left_out}
+    counts = dict(manifest.counts)
+    return step.store_result(IngestResult(dataset.uri, manifest.digest, counts, dataset.created, notes=notes, **equal))
 
 
 def write_images(

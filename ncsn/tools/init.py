@@ -182,7 +182,7 @@ def _details(found: Survey) -> Iterator[str]:
 
 def _equal(chosen: FirstConfig) -> Iterator[str]:
     if count := repeats(image_hashes(chosen.images)):
-        yield equal_in_words({"images": count}, {"images": len(chosen.images)})
+        yield equal_in_words({"decoded": count}, {"decoded": len(chosen.images)})
 
 
 def _choices(found: Survey, chosen: FirstConfig) -> Iterator[str]:

@@ -57,7 +57,7 @@ def test_json_says_what_was_found_and_why(place, run_in_process) -> None:
     found = json.loads(result.stdout)
     assert (found["config"], found["picture"]) == ("a.yaml", "a.png")
     assert found["found"][0].startswith("14 images in ") and "PNG, 20x24" in found["found"][0]
-    assert any(line.startswith("2 of 14 images repeat another") for line in found["found"])
+    assert any(line.startswith("2 of 14 decoded images repeat another") for line in found["found"])
     assert found["reasons"]["data.test_fraction"] and found["seconds"].keys() == {"train", "sample", "other"}
     config = from_yaml(Path("a.yaml").read_text())
     assert config.data.horizontal_flip and config.data.image_size == 8

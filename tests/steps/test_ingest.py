@@ -125,8 +125,8 @@ def test_equal_images_are_told(config, tmp_path):
     result = ingest.run(config(source="image_folder", root=str(folder)), run="some")
     assert (result.counts, result.repeated, result.left_out) == ({"train": 7, "test": 3}, 4, 2)
     (note,) = result.notes
-    assert note.startswith("3 of 7 training images repeat") and "; 1 of 3 test images" in note and "; 2 left" in note
-    assert result_line("ingest", asdict(result)).startswith("7 train + 3 test images, 4 repeat another, 2 left out")
+    assert note.startswith("3 of 7 train images repeat") and "; 1 of 3 test images" in note and "; 2 left" in note
+    assert result_line("ingest", asdict(result)).startswith("7 train + 3 test images, 4 repeated, 2 left out")
 
 
 def test_a_folder_of_few_contents_leaves_no_test_images(config, tmp_path):
@@ -135,5 +135,5 @@ def test_a_folder_of_few_contents_leaves_no_test_images(config, tmp_path):
         Image.fromarray(np.full((9, 9), number % 11, np.uint8)).save(tmp_path / "images" / f"{number}.png")
     with refused("data.source") as error:
         ingest.run(config(source="image_folder", root=str(tmp_path / "images")), run="few")
-    assert "79 of 90 training images" in str(error.value) and "10 left out" in str(error.value)
+    assert "79 of 90 train images" in str(error.value) and "10 left out" in str(error.value)
     assert datasets(tmp_path) == []
