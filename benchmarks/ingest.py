@@ -28,6 +28,7 @@ class Noise:
 
     count: int
     side: int = SIZE
+    seed: int = 0
     in_tasks: ClassVar[bool] = False
 
     def __len__(self) -> int:
@@ -35,11 +36,11 @@ class Noise:
 
     def section(self, first: int, last: int) -> Noise:
         """Images `first .. last`."""
-        return Noise(min(last, self.count) - first, self.side)
+        return Noise(min(last, self.count) - first, self.side, self.seed)
 
     def stream(self, *, cores: int | None = None) -> Iterator[Example]:  # noqa: ARG002
         """Each image; noise compresses worse than any photograph."""
-        draw = np.random.default_rng(0)
+        draw = np.random.default_rng(self.seed)
         shape = (BLOCK, self.side, self.side, 1)
         images = draw.integers(0, 256, shape, np.uint8) * draw.integers(0, 2, shape, np.uint8)
         labels = draw.integers(0, 10, BLOCK).tolist()
@@ -49,7 +50,7 @@ class Noise:
 
 def ingestion(folder: str, rows: int, found: str) -> None:
     """Ingest this many images, and leave seconds, CPU seconds and peak MiB in the file `found`."""
-    source = Source("noise", "none", tuple("0123456789"), {"train": Noise(rows), "test": Noise(TEST)})
+    source = Source("noise", "none", tuple("0123456789"), {"train": Noise(rows), "test": Noise(TEST, seed=1)})
     data = DataConfig(source="mnist", image_size=SIZE, channels=1)
     before = peak_mebibytes()
     began, worked = time.perf_counter(), time.process_time()

@@ -152,6 +152,11 @@ class DataConfig(Section):
         return channels, height, width
 
     @property
+    def mirrors(self) -> bool:
+        """Whether training mirrors images."""
+        return self.horizontal_flip or self.augmentation is not None
+
+    @property
     def background_color(self) -> tuple[int, int, int] | None:
         """RGB of `background`; None for none."""
         return _COLORS[self.background] if isinstance(self.background, str) else self.background

@@ -21,16 +21,19 @@ from numpy.typing import NDArray
 
 from ncsn import storage
 from ncsn.config.schema import DataConfig
+from ncsn.data.equal import NO_HASHES, Hashes, are_among, equal_in_words, image_hashes, repeats
 from ncsn.data.format import (
     DIGEST_LENGTH,
     DIGEST_VERSION,
     FORMAT_VERSION,
     MANIFEST,
     PARQUET_OPTIONS,
+    SPLITS,
     Manifest,
     Part,
     Rows,
     SkippedImage,
+    from_table,
     load_manifest,
     open_images,
     part_images,
@@ -75,11 +78,13 @@ class Notes:
     maximum: float
     skipped: list[SkippedImage]  # images that were left out
     conversions: dict[str, int]  # what others lost
+    left_out: int  # images that equal one of another split
 
 
 class Written(NamedTuple):
     notes: Notes
     sample: NDArray[Any]  # the images that the noise levels are found by, [n, H, W, C]
+    hashes: Hashes  # of the part's images
 
 
 @dataclass(frozen=True)
@@ -90,21 +95,34 @@ class PartWriter:
     data: DataConfig
     sampled: NDArray[np.int64]  # rows of the part that its sample has, as far as there are so many
 
-    def write(self, *, cores: int | None = None, advance: Callable[[int], object] | None = None) -> Written:
-        """Write the part, and publish it; `advance` is told of rows."""
+    def write(
+        self, known: Hashes = NO_HASHES, *, cores: int | None = None, advance: Callable[[int], object] | None = None
+    ) -> Written:
+        """Write and publish the part without images of `known` hashes, ascending; `advance` is told of images."""
         pixels, position = self.data.pixels, 0
         block_rows = max(1, _BLOCK_BYTES // pixels.num_bytes)
         bad = BadImages(skip=self.data.on_bad_image == "skip")
         examples = bad.filter(self.images.stream(cores=cores))
         digest: Any = hashlib.sha256()
         labels, sample = np.empty(0, "<i8"), [np.empty((0, *pixels.shape), pixels.dtype)]
+        hashes, left_out = NO_HASHES, 0
         sums, minimum, maximum = np.zeros((2, pixels.shape[2])), math.inf, -math.inf
         with storage.scratch_folder(self.near) as scratch:
             file = scratch / "part.parquet"
             with pq.ParquetWriter(file, schema(pixels), **PARQUET_OPTIONS) as writer:
                 while rows := list(itertools.islice(examples, block_rows)):
                     images = np.stack([example.image for example in rows])
-                    block = Rows(images, np.array([example.label for example in rows], np.int64))
+                    own = image_hashes(images)
+                    new = ~are_among(own, known)
+                    if len(known) and self.data.mirrors:
+                        new &= ~are_among(image_hashes(images[:, :, ::-1]), known)
+                    images, hashes = images[new], np.append(hashes, own[new])
+                    left_out += len(rows) - len(images)
+                    if advance:
+                        advance(len(rows))
+                    if not len(images):
+                        continue
+                    block = Rows(images, np.array([example.label for example in rows], np.int64)[new])
                     writer.write_table(to_table(block, pixels.limits), row_group_size=len(block))
                     digest.update(images)
                     values = images.reshape(-1, pixels.shape[2])
@@ -114,8 +132,6 @@ class PartWriter:
                     first, last = np.searchsorted(self.sampled, [position, position + len(block)])
                     sample.append(images[self.sampled[first:last] - position])
                     labels, position = np.append(labels, block.labels), position + len(block)
-                    if advance:
-                        advance(len(block))
                 digest.update(labels)
                 notes = Notes(
                     rows=position,
@@ -126,20 +142,24 @@ class PartWriter:
                     maximum=maximum,
                     skipped=bad.skipped,
                     conversions=dict(bad.conversions),
+                    left_out=left_out,
                 )
                 writer.add_key_value_metadata({_NOTES: json.dumps(asdict(notes))})
             storage.publish_file(file, self.uri)
-        return Written(notes, np.concatenate(sample))
+        return Written(notes, np.concatenate(sample), hashes)
 
     def read(self) -> Written:
         """What `write` gave when the part was written before."""
         with open_images(self.uri, hint="delete it and ingest again") as file:
             fields = json.loads(file.metadata.metadata[_NOTES])
             notes = Notes(**fields | {"skipped": [SkippedImage(**image) for image in fields["skipped"]]})
-            return Written(notes, read_rows(file, self.sampled[self.sampled < notes.rows]).images)
+            groups = map(file.read_row_group, range(file.num_row_groups))
+            hashes = np.concatenate([NO_HASHES, *(image_hashes(from_table(group).images) for group in groups)])
+            return Written(notes, read_rows(file, self.sampled[self.sampled < notes.rows]).images, hashes)
 
 
-WriteParts = Callable[[Iterable[PartWriter]], Iterator[Written]]
+# Given parts and known images, as `PartWriter.write` gets them.
+WriteParts = Callable[[Iterable[PartWriter], Hashes], Iterator[Written]]
 
 
 def write_dataset(
@@ -169,9 +189,8 @@ def write_dataset(
     if fingerprint is None:
         with storage.scratch_folder(folder) as scratch:
             return _write(source, folder, str(scratch), name, data, write_parts, progress or Progress())
-    key = storage.digest(
-        [fingerprint, shaping_settings(data) | {"root": data.root}, PIXELS_VERSION, FORMAT_VERSION], 16
-    )
+    settings = shaping_settings(data) | {"root": data.root, "mirrors": data.mirrors}
+    key = storage.digest([fingerprint, settings, PIXELS_VERSION, FORMAT_VERSION], 16)
     receipt, staging = storage.join(folder, f".ingested-{key}.json"), storage.join(folder, f".parts-{key}")
     if (known := _known(folder, receipt)) is not None:
         return known
@@ -212,13 +231,16 @@ def _write(
     chosen = sample_places(len(source.splits["train"]), pixels.num_bytes)
     sample, taken = np.empty((len(chosen), *pixels.shape), pixels.dtype), 0
     sums, minimum, maximum = np.zeros((2, data.channels)), math.inf, -math.inf
-    for split, images in source.splits.items():
-        parts[split] = []
+    counts, repeated, left_out, known = dict[str, int](), dict[str, int](), 0, NO_HASHES
+    for split in filter(source.splits.__contains__, SPLITS):
+        parts[split], own = [], [NO_HASHES]
         there, sampled = storage.join(staging, split), chosen if split == "train" else chosen[:0]
-        found = _parts(there, images, sampled, near, data, write_parts, progress.advance)
-        for file, (notes, some) in found:
+        found = _parts(there, source.splits[split], sampled, known, near, data, write_parts, progress.advance)
+        for file, (notes, some, hashes) in found:
             skipped += notes.skipped
             conversions.update(notes.conversions)
+            left_out += notes.left_out
+            own.append(hashes)
             if not notes.rows:
                 storage.delete(storage.join(there, file))
                 continue
@@ -229,11 +251,14 @@ def _write(
                 taken += len(some)
                 sums += notes.sums
                 minimum, maximum = min(minimum, notes.minimum), max(maximum, notes.maximum)
-        if (count := sum(part.rows for part in parts[split])) < LEAST_IMAGES:
-            bad = f" ({len(skipped)} could not be used)" if skipped else ""
+        known = np.sort(np.concatenate(own))
+        counts[split], repeated[split] = len(known), repeats(known)
+        if len(known) < LEAST_IMAGES:
+            bad = f"{len(skipped)} could not be used" if skipped else ""
+            lost = "".join(f"; {why}" for why in (bad, equal_in_words(repeated, counts, left_out=left_out)) if why)
             raise UserError(
                 "data.source",
-                f"gives {count} image(s) for the {split} split{bad}; at least {LEAST_IMAGES} are needed",
+                f"gives {len(known)} image(s) for the {split} split, and at least {LEAST_IMAGES} are needed{lost}",
                 hint="add images, or change data.test_fraction",
                 value=data.source,
             )
@@ -245,7 +270,6 @@ def _write(
     uri = storage.join(folder, dataset := storage.digest(identity, DIGEST_LENGTH))
     if storage.exists(storage.join(uri, MANIFEST)):
         return Dataset(uri, load_manifest(uri), created=False)
-    counts = {split: sum(part.rows for part in found) for split, found in parts.items()}
     (low, high), (mean, square) = pixels.limits, sums / (counts["train"] * math.prod(pixels.shape[:2]))
     manifest = Manifest(
         name=name,
@@ -265,6 +289,8 @@ def _write(
         settings=shaping_settings(data),
         suggested_noise=suggestions(sample[:taken], pixels.limits, whole=taken == counts["train"]),
         conversions=dict(sorted(conversions.items())),
+        repeated=repeated,
+        left_out=left_out,
     )
     fields = {"format_version": FORMAT_VERSION, **asdict(manifest)}
     storage.write_json(storage.join(staging, MANIFEST), fields, indent=1)
@@ -273,8 +299,8 @@ def _write(
 
 
 def _parts(
-    folder: str, images: Split, sampled: NDArray[np.int64], near: str, data: DataConfig, write_parts: WriteParts | None,
-    advance: Callable[[int], object],
+    folder: str, images: Split, sampled: NDArray[np.int64], known: Hashes, near: str, data: DataConfig,
+    write_parts: WriteParts | None, advance: Callable[[int], object],
 ) -> Iterator[tuple[str, Written]]:  # fmt: skip
     """Name of each part of a split and what is known of it, in order; what is in the folder stays."""
     most, there = part_images(data.pixels), set(storage.list_names(folder))
@@ -285,9 +311,9 @@ def _parts(
         return PartWriter(images.section(first, first + most), storage.join(folder, names[first]), near, data, within)
 
     missing = (part(first) for first, name in names.items() if name not in there)
-    others = write_parts(missing) if write_parts else (one.write(advance=advance) for one in missing)
+    others = write_parts(missing, known) if write_parts else (one.write(known, advance=advance) for one in missing)
     for first, name in names.items():
         written = part(first).read() if name in there else next(others)
         if name in there or write_parts:
-            advance(written.notes.rows)
+            advance(written.notes.rows + written.notes.left_out)
         yield name, written

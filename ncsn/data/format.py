@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from ncsn import storage
 from ncsn.config.schema import Pixels
+from ncsn.data.equal import equal_in_words
 from ncsn.errors import InvalidValue, NotFound, UserError
 
 IMAGE = "image"
@@ -28,7 +29,7 @@ DIGEST_VERSION = 2
 DIGEST_LENGTH = 16
 
 MANIFEST = "manifest.json"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 # Limits of a part: small enough to share the work, and large enough for few files.
 PART_IMAGES, PART_BYTES = 16_384, 192 << 20
 _DAMAGED = "delete the dataset and ingest again"
@@ -159,11 +160,18 @@ class Manifest:
     # (`plain`) and with mirrored ones (`mirrored`). Empty if all images are alike.
     suggested_noise: Mapping[str, Any]
     conversions: Mapping[str, int]  # what pixels lost, and had to become (see `Picture`) -> number of images
+    repeated: Mapping[str, int]  # images of each split that equal an earlier one of it
+    left_out: int  # test images that equal a training image or, where training mirrors, its mirror image
 
     @property
     def unlabeled(self) -> int:
         """Images without a label, where others have one."""
         return sum(self.counts.values()) - sum(map(sum, self.class_counts.values())) if self.class_names else 0
+
+    @property
+    def equal_images(self) -> str:
+        """How many images equal others, in words; empty if none does."""
+        return equal_in_words(self.repeated, self.counts, left_out=self.left_out)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -186,7 +194,9 @@ def load_manifest(uri: str) -> Manifest:
     version = fields.pop("format_version", None)
     if version != FORMAT_VERSION:
         raise UserError(
-            uri, f"the dataset has format version {version}, not {FORMAT_VERSION}", hint="run `ncsn ingest` again"
+            uri,
+            f"the dataset has format version {version}, not {FORMAT_VERSION}",
+            hint="delete it and run `ncsn ingest` again",
         )
     pixels = fields["pixels"]
     fields["pixels"] = Pixels(tuple(pixels["shape"]), pixels["dtype"], tuple(pixels["limits"]))

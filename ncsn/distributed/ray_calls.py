@@ -14,6 +14,7 @@ from ray.util.actor_pool import ActorPool
 
 from ncsn.config.compute import ComputeConfig
 from ncsn.data.dataset import PartWriter, Written
+from ncsn.data.equal import Hashes
 from ncsn.distributed.cluster import on_this_machine
 from ncsn.evaluation.features import Runner, here
 from ncsn.storage.heartbeat import LeaseExpired
@@ -49,15 +50,17 @@ def few_cores() -> bool:
     return on_this_machine() and (os.cpu_count() or 1) <= FEW_CORES
 
 
-def write_parts(parts: Iterable[PartWriter]) -> Iterator[Written]:
-    """Write parts on the connected cluster; yields in their order what is known of them."""
+def write_parts(parts: Iterable[PartWriter], known: Hashes) -> Iterator[Written]:
+    """Write parts without `known` images on the connected cluster; yields in their order what is known of them."""
+    held: Any = ray.put(known)  # once for all tasks of a node
 
-    def write_part(part: PartWriter) -> Written:
-        return part.write(cores=1)
+    def write_part(item: tuple[PartWriter, Any]) -> Written:
+        part, held = item
+        return part.write(ray.get(held), cores=1)
 
     # One running and one waiting per core, so that the queue of a million images stays small.
     most = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
-    for _, written in call_all(write_part, parts, cpus=1, in_flight=most, ordered=True):
+    for _, written in call_all(write_part, ((part, held) for part in parts), cpus=1, in_flight=most, ordered=True):
         yield written
 
 

@@ -17,16 +17,13 @@ from ncsn.evaluation import DEVIATIONS, WITH_SCORE, classes_in_turn
 from ncsn.evaluation.class_scores import AskedClasses, ClassScores, asked_classes, class_scores
 from ncsn.evaluation.extractors import Extracted, Identity, Images
 from ncsn.evaluation.features import ImageSet, Runner, SplitSet, extract_set
-from ncsn.evaluation.frechet import (
-    RunningDistance,
-    RunningScore,
-    score_of,
-)
+from ncsn.evaluation.frechet import RunningDistance, RunningScore, score_of
 from ncsn.evaluation.reference import Evaluator, Reference, class_histogram, load_reference
 from ncsn.evaluation.scores import (
     excess_distance,
     inception_score,
     kernel_distance,
+    nearest_images,
     nearest_neighbors,
     precision_recall,
 )
@@ -75,6 +72,7 @@ def measure_extracted(
     first_images: Images,
     reference: Reference,
     training_images: Images,
+    mirrors: bool = False,
     num_splits: int,
     seed: int,
     classes: bool = True,
@@ -97,6 +95,7 @@ def measure_extracted(
         first_images: The first 256 of them, or all if there are fewer, [n, H, W, C] uint8; for training images as
             many test images instead.
         training_images: Of the dataset, [N, H, W, C] uint8; a memory map is fine.
+        mirrors: Whether training mirrors images.
         num_splits: Of the score.
         seed: Of the subsets that are drawn.
         classes: Whether the extractor's classes mean something; without, there is no score.
@@ -124,7 +123,7 @@ def measure_extracted(
     found = None if asked is None else class_scores(extracted, asked, reference=reference.features, seed=seed)
     if found is not None:
         metrics |= {name: Metric(value, found.count) for name, value in found.metrics.items()}
-    pixels = nearest_neighbors(first_images, training_images)
+    pixels = nearest_images(first_images, training_images, mirrors=mirrors)
     metrics["memorized"] = Metric(float(pixels.memorized.mean()), len(first_images))
     metrics["nn_distance"] = Metric(float(np.median(pixels.distances[:, 0])), len(first_images))
     spaces = {"pixels": pixels}
@@ -252,6 +251,7 @@ def _measure_set(work: _Work) -> Measured:
         first_images=compared.read(0, min(images.count, NEIGHBOR_IMAGES)),
         reference=reference,
         training_images=open_cache(dataset, "train", as_bytes=True).images,
+        mirrors=config.data.mirrors,
         num_splits=config.evaluation.num_splits,
         seed=COMMON_SEED,
         classes=extractor.name in WITH_SCORE,

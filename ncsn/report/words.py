@@ -376,7 +376,9 @@ def result_line(step: str, result: Mapping[str, Any]) -> str:
     match step:
         case "ingest":
             counts = " + ".join(f"{count:,} {split}" for split, count in result["counts"].items())
-            return f"{counts} images, digest {result['digest'][:DIGEST_SHOWN]}"
+            same, out = result["repeated"], result["left_out"]
+            equal = f", {same:,} repeated, {out:,} left out as equal" if same or out else ""
+            return f"{counts} images{equal}, digest {result['digest'][:DIGEST_SHOWN]}"
         case "tune":
             before = "" if result["baseline"] is None else f" (original settings: {result['baseline']:.4g})"
             return f"{result['objective_name']} = {result['objective']:.4g}{before}, {len(result['trials'])} trials"

@@ -31,6 +31,8 @@ class IngestResult:
     digest: str  # of its content
     counts: dict[str, int]  # images of each split
     created: bool  # False if the store held this content already, so nothing was written
+    repeated: int  # images that equal an earlier one of their split
+    left_out: int  # test images that equal a training image
     notes: list[str] = field(default_factory=list)  # on images that were converted or left out, for people
 
 
@@ -55,7 +57,10 @@ def run(config: Config, *, run: str, inputs: Mapping[str, Any] | None = None) ->
         notes.append(f"{manifest.unlabeled} images have no label, unlike the others; each is kept with label -1")
     if manifest.skipped:
         notes.append(f"{len(manifest.skipped)} images could not be used; the first is {manifest.skipped[0].name}")
-    return step.store_result(IngestResult(dataset.uri, manifest.digest, dict(manifest.counts), dataset.created, notes))
+    notes += filter(None, [manifest.equal_images])
+    equal = {"repeated": sum(manifest.repeated.values()), "left_out": manifest.left_out}
+    counts = dict(manifest.counts)
+    return step.store_result(IngestResult(dataset.uri, manifest.digest, counts, dataset.created, notes=notes, **equal))
 
 
 def agreed_inputs(config: Config, folder: RunFolder) -> Mapping[str, Any]:

@@ -11,6 +11,7 @@ import numpy as np
 
 from ncsn.config.load import EXAMPLES
 from ncsn.core.images import eight_bit
+from ncsn.data.equal import equal_in_words, image_hashes, repeats
 from ncsn.data.sources.image_folder import how_to_convert, in_words
 from ncsn.errors import NotFound, Problem, UserError
 from ncsn.report.images import evenly_spread, grid_png
@@ -39,7 +40,7 @@ class Written:
         """For a person: a word, which may be empty, and a text."""
         if self.found and self.chosen:
             yield "found", _what(self.found)
-            yield from (("", detail) for detail in _details(self.found))
+            yield from (("", detail) for detail in [*_details(self.found), *_equal(self.chosen)])
             yield "chose", ", ".join(_choices(self.found, self.chosen))
             yield "wrote", f"{self.config} with the reasons, and {self.picture}: what training will see"
             seconds = self.chosen.seconds
@@ -56,7 +57,7 @@ class Written:
         return {
             "config": str(self.config),
             "picture": str(self.picture),
-            "found": [_what(self.found), *_details(self.found)],
+            "found": [_what(self.found), *_details(self.found), *_equal(self.chosen)],
             "reasons": {path: reason for path, reason in self.chosen.draft.reasons.items() if reason},
             "seconds": self.chosen.seconds,
         }
@@ -177,6 +178,11 @@ def _details(found: Survey) -> Iterator[str]:
         yield f"{found.unlabeled:,} without a label"
     if found.ignored:
         yield ": ".join(filter(None, (f"ignored {in_words(found.ignored)}", how_to_convert(found.ignored))))
+
+
+def _equal(chosen: FirstConfig) -> Iterator[str]:
+    if count := repeats(image_hashes(chosen.images)):
+        yield equal_in_words({"decoded": count}, {"decoded": len(chosen.images)})
 
 
 def _choices(found: Survey, chosen: FirstConfig) -> Iterator[str]:

@@ -47,7 +47,7 @@ class Memorization:
 
     copies: int  # of num_images samples
     num_images: int
-    real_copies: int  # of num_real_images real test images: the data has some images more than once
+    real_copies: int  # of num_real_images real test images: the data has images that are nearly equal
     num_real_images: int
 
     @property

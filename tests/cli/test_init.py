@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -50,10 +51,13 @@ def test_a_config_and_a_picture_are_written_once(place, run_in_process) -> None:
 
 def test_json_says_what_was_found_and_why(place, run_in_process) -> None:
     given = ("--set", "data.horizontal_flip=true", "--set", "data.image_size=8", "--out", "a.yaml")
+    for copy in ("again", "and again"):
+        shutil.copy(place / "3.png", place / f"{copy}.png")
     result = run_in_process("init", str(place), "--json", "--minutes", "30", *given)
     found = json.loads(result.stdout)
     assert (found["config"], found["picture"]) == ("a.yaml", "a.png")
-    assert found["found"][0].startswith("12 images in ") and "PNG, 20x24" in found["found"][0]
+    assert found["found"][0].startswith("14 images in ") and "PNG, 20x24" in found["found"][0]
+    assert any(line.startswith("2 of 14 decoded images repeat another") for line in found["found"])
     assert found["reasons"]["data.test_fraction"] and found["seconds"].keys() == {"train", "sample", "other"}
     config = from_yaml(Path("a.yaml").read_text())
     assert config.data.horizontal_flip and config.data.image_size == 8

@@ -26,7 +26,14 @@ from ncsn.tools.draft import documented_yaml
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 RESULTS: dict[str, dict[str, Any]] = {
-    "ingest": {"uri": "/d", "digest": "0123456789abcdef", "counts": {"train": 1258, "test": 539}, "created": True},
+    "ingest": {
+        "uri": "/d",
+        "digest": "0123456789abcdef",
+        "counts": {"train": 1258, "test": 539},
+        "created": True,
+        "repeated": 0,
+        "left_out": 0,
+    },
     "train": {"checkpoint": "/c", "images_seen": 200064, "loss": 0.5, "images_per_second": 1500.4},
     "sample": {"uri": "/s", "grid": "/s/grid.png", "strip": "/s/strip.png", "num_images": 512, "nfe": 501},
     "evaluate": {

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import tracemalloc
-from functools import partial
-from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +21,7 @@ from ncsn.data.format import Rows, load_manifest, read_split, to_table
 from ncsn.data.pixels import Example
 from ncsn.data.sources.base import Source
 from ncsn.errors import InvalidValue, NotFound
+from ncsn.progress import Progress
 
 
 @pytest.fixture
@@ -52,6 +50,10 @@ def source_of(images, **fields) -> Source:
 
 def write(images, folder, config, **fields):
     return write_dataset(source_of(images, **fields), str(folder), name="noise", data=config)
+
+
+def write_each(parts, known):
+    return (part.write(known, cores=1) for part in parts)
 
 
 def files_below(folder: Path) -> list[str]:
@@ -101,7 +103,8 @@ def test_the_manifest_describes_the_dataset(tmp_path, images, config, monkeypatc
     assert manifest.settings["test_fraction"] == 0.25
     assert "root" not in manifest.settings  # where the files lay is no property of their content
     text = json.loads((Path(dataset.uri) / "manifest.json").read_text())
-    assert text["format_version"] == 2
+    assert text["format_version"] == 3
+    assert (text["repeated"], text["left_out"]) == ({"train": 0, "test": 0}, 0)
 
 
 def test_blocks_do_not_change_what_is_known_of_a_dataset(tmp_path, images, config, monkeypatch):
@@ -123,8 +126,35 @@ def test_parts_that_others_write_are_not_read_again(tmp_path, images, config, mo
     monkeypatch.setattr("ncsn.data.dataset.open_images", None)
 
     source, folder = source_of(images), str(tmp_path / "elsewhere")
-    write_parts = partial(map, methodcaller("write", cores=1))
-    assert write_dataset(source, folder, name="noise", data=config, write_parts=write_parts).manifest == whole
+    assert write_dataset(source, folder, name="noise", data=config, write_parts=write_each).manifest == whole
+
+
+@pytest.mark.parametrize("mirrors", [{}, {"horizontal_flip": True}, {"augmentation": {"probability": 0.5}}])
+@pytest.mark.parametrize("write_parts", [None, write_each])
+def test_test_images_that_equal_training_images_are_left_out(
+    tmp_path, images, data_config, monkeypatch, mirrors, write_parts
+):
+    """Mirror images too where training mirrors; those that repeat stay, and what is left is as without the others."""
+    config = data_config("image_folder", channels=3, **mirrors)
+    train, test = images["train"], images["test"]
+    equal = np.concatenate([train.images[[49, 3]], train.images[[0, 40, 40], :, ::-1]])
+    given = {
+        "train": Rows(np.concatenate([train.images, train.images[:4]]), np.append(train.labels, train.labels[:4])),
+        "test": Rows(np.concatenate([equal, test.images, test.images[5:7]]), np.arange(27) % 3),
+    }
+    monkeypatch.setattr("ncsn.data.format.PART_IMAGES", 2)  # the first test part has nothing left
+    monkeypatch.setattr("ncsn.data.dataset._BLOCK_BYTES", 8 * 8 * 3)
+    progress = Progress()
+    found = write_dataset(
+        source_of(given), str(tmp_path), name="noise", data=config, write_parts=write_parts, progress=progress
+    )
+    left_out = 5 if mirrors else 2
+    expected = Rows(given["test"].images[left_out:], given["test"].labels[left_out:])
+    assert (found.manifest.repeated, found.manifest.left_out) == ({"train": 4, "test": 2 if mirrors else 3}, left_out)
+    assert found.manifest.counts == {"train": 54, "test": len(expected)} and progress.done == progress.total == 81
+    assert np.array_equal(read_split(found.uri, "test").images, expected.images)
+    assert np.array_equal(read_split(found.uri, "test").labels, expected.labels)
+    assert sum(found.manifest.class_counts["test"]) == len(expected)
 
 
 def test_any_change_of_the_content_changes_the_digest(tmp_path, images, config):
@@ -155,8 +185,8 @@ def test_memory_does_not_grow_with_the_dataset(tmp_path, data_config, monkeypatc
 
     def peak(count: int) -> int:
         splits = {
-            name: GeneratedSplit(count, lambda: itertools.repeat(Example(image.copy(), 0), count))
-            for name in ("train", "test")
+            name: GeneratedSplit(count, lambda gray=gray: (Example(image + np.uint8(gray), 0) for _ in range(count)))
+            for gray, name in enumerate(("train", "test"))
         }
         tracemalloc.start()
         pa.default_memory_pool().release_unused()
@@ -209,6 +239,6 @@ def test_datasets_that_cannot_be_read_are_named(tmp_path, images, config):
     with refused(part, error=NotFound):
         read_split(uri, "train")
     path = Path(uri) / "manifest.json"
-    path.write_text(path.read_text().replace('"format_version": 2', '"format_version": 1'))
+    path.write_text(path.read_text().replace('"format_version": 3', '"format_version": 1'))
     with refused(uri):
         load_manifest(uri)

@@ -158,13 +158,13 @@ def numbered(tmp_path, data_config, monkeypatch):
     """Writes 500 and 20 images whose first two pixels are their number."""
 
     def make(in_part: int) -> str:
-        def row(number: int) -> Example:
-            image = np.zeros((8, 8, 1), np.uint8)
+        def row(number: int, split: str) -> Example:
+            image = np.full((8, 8, 1), len(split), np.uint8)
             image[0, :2, 0] = divmod(number, 256)
             return Example(image, number % 10)
 
         splits = {
-            split: GeneratedSplit(count, lambda count=count: map(row, range(count)))
+            split: GeneratedSplit(count, lambda count=count, split=split: (row(n, split) for n in range(count)))
             for split, count in (("train", 500), ("test", 20))
         }
         source = Source("numbers", "none", tuple("0123456789"), splits)

@@ -45,10 +45,10 @@ def png(value: int, *, side: int = 12, deep: bool = False) -> bytes:
 
 
 def shard(first: int, last: int) -> bytes:
-    """A WebDataset shard whose image 7 is broken and whose image 70 has 16 bits."""
+    """A WebDataset shard whose image 7 is broken, whose image 70 has 16 bits, and whose images repeat from 110 on."""
     members = {}
     for number in range(first, last):
-        members[f"{number:05d}.png"] = b"broken" if number == 7 else png(number, deep=number == 70)
+        members[f"{number:05d}.png"] = b"broken" if number == 7 else png(number % 110, deep=number == 70)
         members[f"{number:05d}.cls"] = str(number % 3).encode()
     return Formats.tar(members)
 
@@ -85,8 +85,9 @@ def test_shards_in_a_bucket_become_the_dataset_of_one_pass(s3_root, tmp_path, co
     expected = in_one_pass(text, tmp_path / "one-pass", rows=50)
     assert result["digest"] == expected.manifest.digest
     assert result["created"]
-    assert sum(result["counts"].values()) == 179
     manifest = load_manifest(result["uri"])
+    assert (manifest.repeated, manifest.left_out) == (expected.manifest.repeated, expected.manifest.left_out)
+    assert manifest.left_out > 0 and sum(result["counts"].values()) == 179 - manifest.left_out
     assert [image.name for image in manifest.skipped] == [f"{s3_root}/shards/0.tar:00007.png"]
     assert manifest.conversions == expected.manifest.conversions == {"16-bit": 1}
     assert manifest.suggested_noise == expected.manifest.suggested_noise
@@ -127,6 +128,8 @@ def test_one_process_goes_on_where_it_was(tmp_path, monkeypatch):
     expected = in_one_pass(text, tmp_path / "one-pass", rows=20)
     assert dataset.created and dataset.manifest.digest == expected.manifest.digest
     assert dataset.manifest.skipped == expected.manifest.skipped
+    assert dataset.manifest.repeated == expected.manifest.repeated != {"train": 0, "test": 0}
+    assert dataset.manifest.left_out == expected.manifest.left_out > 0
     assert dataset.manifest.conversions == expected.manifest.conversions == {"16-bit": 1}
     assert dataset.manifest.suggested_noise == expected.manifest.suggested_noise  # the sample of old parts too
     assert sum(part.rows for part in dataset.manifest.parts["train"]) == dataset.manifest.counts["train"]

@@ -21,6 +21,7 @@ from ncsn.evaluation.scores import (
     inception_score,
     kernel_distance,
     nearest_distances,
+    nearest_images,
     nearest_neighbors,
     precision_recall,
     squared_mmd,
@@ -136,6 +137,37 @@ def test_a_copied_training_image_is_found_at_distance_zero_and_flagged(digits: t
     assert found.distances[:2, 0].tolist() == [0, 1]
     assert found.memorized[:2].all()
     assert found.memorized[2:].mean() < 0.1
+
+
+def test_copies_are_found_whatever_equals_them(digits: tuple[Rows, Rows]) -> None:
+    """Planted copies are all found where training images are there once, twice, or with their mirror images."""
+    train, test = digits[0].images, digits[1].images
+    nudged = train[:200].copy()
+    nudged[:, 0, 0, 0] += 1
+    once = nearest_images(test, train, mirrors=False).memorized.mean()
+    assert once < 0.1
+    for images in (train, np.concatenate([train, train]), np.concatenate([train, train[:, :, ::-1]] * 2)):
+        found = nearest_images(nudged, images, mirrors=False)
+        assert found.memorized.all() and found.distances[:, 0].tolist() == [1] * 200
+        assert found.indices[:, 0].tolist() == list(range(200))
+        for queries in (nudged, nudged[:, :, ::-1]):
+            assert nearest_images(queries, images, mirrors=True).memorized.all()
+        assert nearest_images(test, images, mirrors=False).memorized.mean() == pytest.approx(once, abs=0.02)
+        assert nearest_images(test, images, mirrors=True).memorized.mean() < 0.1
+    assert not nearest_images(nudged[:, :, ::-1], train, mirrors=False).memorized.all()
+
+
+@pytest.mark.parametrize("mirrors", [False, True])
+def test_the_second_nearest_image_differs_from_the_first_by_hand(mirrors: bool) -> None:
+    rows = [[0, 0, 9], [9, 0, 0], [0, 0, 9], [0, 0, 5], [0, 0, 0]]
+    images = np.array(rows, np.uint8).reshape(5, 1, 3, 1)
+    queries = np.array([[0, 0, 8], [8, 0, 0]], np.uint8).reshape(2, 1, 3, 1)
+    found = nearest_images(queries, images, mirrors=mirrors)
+    second = 3 if mirrors else 4
+    assert found.indices.tolist() == [[0, 3], [0 if mirrors else 1, second]]
+    assert found.distances.tolist() == [[1, 3], [1, 3 if mirrors else 8]]
+    alike = nearest_images(queries, images[[0, 2]], mirrors=mirrors)
+    assert alike.indices.tolist() == [[0, 0], [0, 0]] and not alike.memorized.any()
 
 
 def test_equal_distances_come_in_order_of_index() -> None:

@@ -20,7 +20,7 @@ train: {batch_size: 4, num_images: 8, checkpoint_every_images: 8, report_every_i
 sampling: {sampler: {kind: annealed_langevin, steps_per_level: 2, epsilon: 1.0e-4}}
 evaluation: {num_splits: 25}
 """
-EMPTY = ("class_counts", "parts", "settings", "suggested_noise", "conversions")
+EMPTY = ("class_counts", "parts", "settings", "suggested_noise", "conversions", "repeated")
 MANIFEST = Manifest(
     name="digits",
     digest="0123abcd",
@@ -32,6 +32,7 @@ MANIFEST = Manifest(
     minimum=0,
     maximum=255,
     skipped=[],
+    left_out=0,
     source="Handwritten digits.",
     license="CC BY 4.0",
     **{name: {} for name in EMPTY},

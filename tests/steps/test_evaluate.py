@@ -122,8 +122,11 @@ def test_noise_and_a_single_class_are_told_from_digits(store: Path, dataset: str
 
 
 def test_copies_of_training_images_are_flagged(store: Path, dataset: str, tmp_path: Path) -> None:
-    copies = write_samples(tmp_path / "copies", open_cache(dataset, "train").images[:500])
-    result = evaluate(make_config(store), samples=copies, dataset=dataset, folder=tmp_path)
+    images = open_cache(dataset, "train").images[:500].copy()
+    images[::2] = images[::2, :, ::-1]
+    copies = write_samples(tmp_path / "copies", images)
+    config = make_config(store, "data.horizontal_flip=true")
+    result = evaluate(config, samples=copies, dataset=dataset, folder=tmp_path)
     assert result.metrics["eval/classifier_memorized_n256"] > 0.99
     assert Memorization(**result.memorization).objection and result.grade == "copied"
     assert result.metrics["eval/classifier_nn_distance_n256"] == 0

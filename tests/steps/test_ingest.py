@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ from ncsn.config import Config, from_yaml, to_yaml
 from ncsn.data.format import load_manifest, read_split
 from ncsn.errors import NotFound, UserError
 from ncsn.process import CODE, KFP_RUN_ID, KfpRun
+from ncsn.report.words import result_line
 from ncsn.runs.folder import ForeignRun, Outcome, RunFolder, read_step, run_folder, write_outcome
 from ncsn.steps import finish, ingest
 from ncsn.steps.execution import run_kfp_task, run_step
@@ -180,3 +181,26 @@ def test_bad_images_are_skipped_and_named_in_the_manifest(config, tmp_path):
     assert sum(result.counts.values()) == 19
     assert [Path(image.name).name for image in load_manifest(result.uri).skipped] == ["5.png"]
     assert len(result.notes) == 1 and "5.png" in result.notes[0]
+
+
+def test_equal_images_are_told(config, tmp_path):
+    folder = tmp_path / "images"
+    for split, numbers in (("train", [0, 1, 2, 2, 3, 3, 3]), ("test", [2, 7, 3, 8, 8])):
+        (folder / split).mkdir(parents=True)
+        for place, number in enumerate(numbers):
+            Image.fromarray(np.full((9, 9), number, np.uint8)).save(folder / split / f"{place}.png")
+    result = ingest.run(config(source="image_folder", root=str(folder)), run="some")
+    assert (result.counts, result.repeated, result.left_out) == ({"train": 7, "test": 3}, 4, 2)
+    (note,) = result.notes
+    assert note.startswith("3 of 7 train images repeat") and "; 1 of 3 test images" in note and "; 2 left" in note
+    assert result_line("ingest", asdict(result)).startswith("7 train + 3 test images, 4 repeated, 2 left out")
+
+
+def test_a_folder_of_few_contents_leaves_no_test_images(config, tmp_path):
+    (tmp_path / "images").mkdir()
+    for number in range(100):
+        Image.fromarray(np.full((9, 9), number % 11, np.uint8)).save(tmp_path / "images" / f"{number}.png")
+    with refused("data.source") as error:
+        ingest.run(config(source="image_folder", root=str(tmp_path / "images")), run="few")
+    assert "79 of 90 train images" in str(error.value) and "10 left out" in str(error.value)
+    assert datasets(tmp_path) == []
