@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 from ncsn import storage
 from ncsn.config import Config
 from ncsn.data.dataset import Dataset, write_dataset
+from ncsn.data.equal import Hashes, image_hashes
 from ncsn.data.format import MANIFEST, load_manifest, part_images, read_part
 from ncsn.data.sources import open_source
 from ncsn.data.sources.base import NO_FILES, source_fingerprint
@@ -93,13 +93,13 @@ def _difference(before: str, after: str) -> str:
     if not storage.exists(storage.join(before, MANIFEST)):
         return "how many is not known, since its dataset is gone"
 
-    def digests(uri: str) -> Iterator[int]:
+    def hashes(uri: str) -> Hashes:
         manifest = load_manifest(uri)
-        for part in itertools.chain.from_iterable(manifest.parts.values()):
-            for rows in read_part(uri, part, manifest.pixels):
-                yield from (int.from_bytes(hashlib.sha256(image.tobytes()).digest()[:8]) for image in rows.images)
+        parts = itertools.chain.from_iterable(manifest.parts.values())
+        blocks = (rows.images for part in parts for rows in read_part(uri, part, manifest.pixels))
+        return np.concatenate([image_hashes(images) for images in blocks])
 
-    old, new = (np.fromiter(digests(uri), np.uint64) for uri in (before, after))
+    old, new = hashes(before), hashes(after)
     added, gone = (np.isin(one, other, invert=True).sum() for one, other in ((new, old), (old, new)))
     return (
         f"{added:,} are new, {gone:,} are gone" if added or gone else "equal ones have other names, classes or numbers"
