@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ncsn.config import Config
-from ncsn.config.choices import DdpmppNetworkConfig, UnetNetworkConfig
+from ncsn.config.choices import ClassifierFreeConfig, DdpmppNetworkConfig, UnetNetworkConfig
 from ncsn.config.schema import SamplingConfig
 from ncsn.config.training import (
     RELATIVE_WIDTHS,
@@ -134,14 +134,13 @@ def loss(config: Config, uncertainty: Uncertainty | None = None, teacher: nn.Mod
     """The training loss, with the `TrainState.uncertainty` that it learns, and the network of its `Teacher`."""
     settings = config.loss
     if isinstance(settings, ConsistencyLossConfig):
-        taught, compiled = None, config.compute.compiled
+        taught = None
         if settings.pairs == "teacher":
             assert teacher is not None
-            taught = Teacher(teacher, autocast_dtype=autocast_dtype(config))
-            if (guidance := settings.guidance) is not None:
-                band = guidance.sigma_min, guidance.sigma_max
-                taught = replace(taught, weight=guidance.weight, band=band)
-        return ConsistencyTuning(settings.c, taught, compiled)
+            guidance = settings.guidance or ClassifierFreeConfig(kind="classifier_free", weight=1)
+            band = guidance.sigma_min, guidance.sigma_max
+            taught = Teacher(teacher, guidance.weight, band, autocast_dtype(config))
+        return ConsistencyTuning(settings.c, taught, config.compute.compiled)
     if isinstance(settings, SsmLossConfig):
         return SlicedScoreMatching(anneal_power=settings.anneal_power)
     return DenoisingScoreMatching(loss_weight(config), uncertainty)

@@ -18,6 +18,7 @@ from ncsn.config.training import SsmLossConfig
 from ncsn.core.keyed_random import to_device
 from ncsn.core.networks.layers import FUSION
 from ncsn.errors import UserError
+from ncsn.model import build
 
 FEW_IMAGES = 128  # of a worker: Python launches a thousand kernels per step, which takes longer than to compute these
 
@@ -93,12 +94,7 @@ class StepTimer:
 
 
 def prepare_network(
-    network: nn.Module,
-    config: Config,
-    context: WorkerContext,
-    *,
-    dtype: torch.dtype | None,
-    teacher: nn.Module | None = None,
+    network: nn.Module, config: Config, context: WorkerContext, *, teacher: nn.Module | None = None
 ) -> tuple[nn.Module, str]:
     """Compile network and teacher in place, if that is chosen, and wrap the network where its passes average gradients.
 
@@ -113,6 +109,7 @@ def prepare_network(
         # Shares and their parts differ by at most one image, so shapes are few. Where DistributedDataParallel calls the
         # network, Dynamo makes a graph for each bucket, so that averaging overlaps with the backward pass.
         options = None if context.device.type == "cpu" else {**FUSION, "triton.cudagraphs": graphs}
+        # A graph may overwrite what the one before has returned; the loss has used it by then.
         for each in [network] if teacher is None else [network, teacher]:
             each.compile(dynamic=False, options=options)
     name = torch.cuda.get_device_name(context.device) if context.device.type == "cuda" else "cpu"
@@ -123,7 +120,7 @@ def prepare_network(
         # average when a step's gradients are there costs a node's GPUs a millisecond, and Python tens of them.
         context.share_weights(network)
     else:
-        network = context.wrap(network, dtype=dtype)
+        network = context.wrap(network, dtype=build.autocast_dtype(config))
     return network, f"{context.world_size} x {name}: {config.train.precision}, {order}, {how}"
 
 

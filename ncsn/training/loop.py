@@ -112,9 +112,7 @@ class Training:
                 start_from(job.start, state=self.state, config=self.config, classes=self.classes)
             kept = job.history if context.rank == 0 else None
             self.history = load_history(kept, until=self.state.images_seen) if kept else None
-        self.model, self.computed = prepare_network(
-            self.state.network, self.config, context, dtype=self.options.autocast_dtype, teacher=taught
-        )
+        self.model, self.computed = prepare_network(self.state.network, self.config, context, teacher=taught)
         if self.history is not None:
             _logger.warning("training on %s", self.computed)
         self.ahead = ThreadPoolExecutor(2)  # of the moments, and of the next batch

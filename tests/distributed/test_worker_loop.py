@@ -147,7 +147,7 @@ def test_where_a_worker_lacks_a_compiler_none_compiles(
 
     def compiled(config: Config, context: WorkerContext) -> bool:
         network = nn.Identity()
-        prepare_network(network, config, context, dtype=None)
+        prepare_network(network, config, context)
         return network._compiled_call_impl is not None
 
     config = from_yaml(tiny, overrides=["compute.use_gpu=true"])
@@ -205,46 +205,36 @@ def test_a_gpu_waits_once_between_reports_and_tries_convolutions_for_steps_alone
     others = "compute={use_gpu: true, compile: false}", "noise={training: {kind: lognormal}}"
     config = from_yaml(tiny, overrides=[three_steps, *others])
     searches, waits = dict[str, bool](), list[int]()
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    step, losses_at, between = loop.train_step, held_out.losses_at, loop.Training.save_between
 
-    def noted(module: Any, name: str) -> None:
-        function = getattr(module, name)
+    def searched(name: str, result: Any) -> Any:
+        searches[name] = torch.backends.cudnn.benchmark
+        return result
 
-        def call(*given: Any, **named: Any) -> Any:
-            searches[name] = torch.backends.cudnn.benchmark
-            if name == "sample":
-                raise InvalidValue("makes images, whose values are looked at")
-            return function(*given, **named)
+    def counted(training: loop.Training) -> None:
+        gpu.calls.clear()
+        between(training)
+        waits.append(sum(call.waits for call in gpu.calls))
 
-        monkeypatch.setattr(module, name, call)
+    def sample(*_: Any, **__: Any) -> None:
+        raise searched("preview", InvalidValue("nobody looks at values here"))
 
-    for module, name in ((loop, "train_step"), (generate, "sample"), (held_out, "losses_at")):
-        noted(module, name)
-    for module, name, value in ((monitor, "SHARE", 1), (held_out, "SHARE", 1), (held_out, "MOST_IMAGES", 4)):
-        monkeypatch.setattr(module, name, value)
-    # What reads a value or the GPU's name.
-    finite = {"train/loss": 1.0, "train/grad_norm_max": 1.0}
-    for place, name, given in (
-        (torch.cuda, "get_device_name", ""),
-        (loop, "machine_usage", {}),
-        (loop.Curves, "point", finite),
-        (loop.Training, "publish", None),
-        (loop.Training, "_newest_checkpoint", None),
+    for place, name, value in (
+        (loop, "train_step", lambda *given, **named: searched("steps", step(*given, **named))),
+        (held_out, "losses_at", lambda *given, **named: searched("losses", losses_at(*given, **named))),
+        *((generate, "sample", sample), (loop.Training, "save_between", counted)),
+        *((monitor, "SHARE", 1), (held_out, "SHARE", 1), (held_out, "MOST_IMAGES", 4)),
+        # What reads a value or the GPU's name.
+        *((loop.Training, "publish", lambda _: None), (loop.Training, "_newest_checkpoint", lambda _: None)),
+        (loop.Curves, "point", lambda _: {"train/loss": 1.0, "train/grad_norm_max": 1.0}),
+        *((torch.cuda, "get_device_name", lambda _: ""), (loop, "machine_usage", lambda _: {})),
+        (torch.backends.cudnn, "benchmark", False),
     ):
-        monkeypatch.setattr(place, name, lambda *_, given=given, **__: given)
+        monkeypatch.setattr(place, name, value)
     with full_float32(), pretended_gpu() as gpu:
-        between = loop.Training.save_between
-
-        def counted(training: loop.Training) -> None:
-            gpu.calls.clear()
-            between(training)
-            waits.append(sum(call.waits for call in gpu.calls))
-
-        monkeypatch.setattr(loop.Training, "save_between", counted)
         job = TrainingJob(config=config, dataset=dataset, sink=Recorder())
         train_loop(job, WorkerContext("cuda:0"), CheckpointStore(str(tmp_path)))
-    assert searches == {"train_step": True, "sample": False, "losses_at": False}
-    assert set(waits) == {1}
+    assert searches == {"steps": True, "preview": False, "losses": False} and set(waits) == {1}
 
 
 @pytest.mark.slow

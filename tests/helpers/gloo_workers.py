@@ -128,7 +128,7 @@ def average_gradients(rank: int, world_size: int, config: Config, folder: str) -
         context = GlooContext(rank, world_size)
         compiled, compressed = copy.deepcopy(plain), copy.deepcopy(plain)
         with patch.object(nn.Module, "compile", partialmethod(nn.Module.compile, backend=backend)):
-            wrapped, _ = prepare_network(compiled, config, context, dtype=torch.bfloat16)
+            wrapped, _ = prepare_network(compiled, config, context)
         wrapped.bucket_bytes_cap = 2**20  # the weights of a layer
         context.spans_nodes = True
         halved = context.wrap(compressed, dtype=torch.bfloat16)

@@ -66,21 +66,19 @@ def test_a_teacher_counts_as_training_has_it(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("ncsn.tools.plan.train_step", lambda _, batch, *, loss, **__: steps.append((batch, loss)))
 
     def tuning(pairs: str, precision: str = "float32") -> Config:
-        loss = f"loss={{kind: consistency, q: 2, stages: 8, pairs: {pairs}}}"
-        noise = "noise={training: {kind: lognormal}}"
-        sampler = "sampling.sampler={kind: consistency}"
-        return config(noise, loss, sampler, "network.dropout=0.2", "train.init_from=a", f"train.precision={precision}")
+        loss = f"loss={{kind: consistency, q: 2, stages: 8, pairs: {pairs}}}", "sampling.sampler={kind: consistency}"
+        others = "noise={training: {kind: lognormal}}", "network.dropout=0.2", "train.init_from=a"
+        return config(*loss, *others, f"train.precision={precision}")
 
     plan(tuning("teacher"), "run", gpu=None, price_per_hour=None)
     batch, loss = steps[0]
     assert loss.teacher is not None and not any(each.training for each in loss.teacher.network.modules())
     assert batch.lower is not None and 0.02 < float((batch.lower == 0).float().mean()) < 0.5
     for precision, value_bytes in (("float32", 4), ("bfloat16", 2)):
-        whole, without = (
-            plan(tuning(pairs, precision), "run", gpu="h100", price_per_hour=None) for pairs in ("teacher", "image")
-        )
-        added = whole["worker_gb"] - without["worker_gb"]
-        assert 1e9 * added == pytest.approx(value_bytes * whole["parameters"])
+        configs = tuning("teacher", precision), tuning("image", precision)
+        found, without = (plan(each, "run", gpu="h100", price_per_hour=None) for each in configs)
+        added = found["worker_gb"] - without["worker_gb"]
+        assert 1e9 * added == pytest.approx(value_bytes * found["parameters"])
 
 
 def test_a_plan_notes_noise_that_the_network_never_sees() -> None:
