@@ -25,9 +25,9 @@ INFRA = Path(__file__).parents[2] / "infra" / "base"
 
 
 @pytest.fixture
-def config(emulation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
+def config(emulation, s3_root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    return from_yaml(TINY.format(root=f"{tmp_path}/store"), overrides=["compute={backend: kuberay, num_workers: 1}"])
+    return from_yaml(TINY.format(root=s3_root), overrides=["compute={backend: kuberay, num_workers: 1}"])
 
 
 def test_a_mistake_that_the_pod_finds_is_told_as_one(emulation, config: Config) -> None:
@@ -70,17 +70,17 @@ def in_slim_image(code: str, config: Config, dataset: str = "") -> subprocess.Co
 
 @pytest.mark.slow
 def test_a_launcher_needs_no_torch_and_finds_what_it_has_launched(
-    emulation, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    emulation, config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset = ingest.run(config, run="mine").uri
-    checkpoint, sizes = tmp_path / "store" / "images-1", list[str]()
-    checkpoint.touch()
+    checkpoint, sizes = f"{config.storage.root}/images-1", list[str]()
+    storage.write_bytes(checkpoint, b"")
     monkeypatch.setenv("NCSN_WORKER_MEMORY", "5120Mi")
 
     def finish(name: str) -> None:
         (workers,) = emulation.cluster.get("rayjobs", name)["spec"]["rayClusterSpec"]["workerGroupSpecs"]
         sizes.append(workers["template"]["spec"]["containers"][0]["resources"]["limits"]["memory"])
-        update_step(run_folder(config, "mine"), "train", state="FINISHED", result={"checkpoint": str(checkpoint)})
+        update_step(run_folder(config, "mine"), "train", state="FINISHED", result={"checkpoint": checkpoint})
         emulation.set_status("Complete", "SUCCEEDED")
 
     emulation.cluster.on_create = finish
@@ -92,9 +92,9 @@ print(run_kfp_task("train", from_yaml(config), run="mine", given={"dataset": dat
     # What is found is returned; when it is gone, the driver decides what becomes of it.
     for is_there, launched in ((True, 1), (True, 1), (False, 2)):
         if not is_there:
-            checkpoint.unlink()
+            storage.delete(checkpoint)
         done = in_slim_image(launch, config, dataset)
-        assert done.stdout.splitlines()[-1:] == [str(checkpoint)], done.stderr
+        assert done.stdout.splitlines()[-1:] == [checkpoint], done.stderr
         assert sizes == ["5120Mi"] * launched
 
 
