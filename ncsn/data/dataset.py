@@ -292,8 +292,7 @@ def _write(
         repeated=repeated,
         left_out=left_out,
     )
-    fields = {"format_version": FORMAT_VERSION, **asdict(manifest)}
-    storage.write_json(storage.join(staging, MANIFEST), fields, indent=1)
+    storage.write_json(storage.join(staging, MANIFEST), {"format_version": FORMAT_VERSION} | asdict(manifest), indent=1)
     created = storage.publish_folder(staging, uri, marker=MANIFEST)
     return Dataset(uri, manifest if created else load_manifest(uri), created)
 

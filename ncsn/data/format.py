@@ -193,11 +193,7 @@ def load_manifest(uri: str) -> Manifest:
         raise NotFound(uri, "no dataset here", hint="run `ncsn ingest` first") from None
     version = fields.pop("format_version", None)
     if version != FORMAT_VERSION:
-        raise UserError(
-            uri,
-            f"the dataset has format version {version}, not {FORMAT_VERSION}",
-            hint="delete it and run `ncsn ingest` again",
-        )
+        raise UserError(uri, f"the dataset has format version {version}, not {FORMAT_VERSION}", hint=_DAMAGED)
     pixels = fields["pixels"]
     fields["pixels"] = Pixels(tuple(pixels["shape"]), pixels["dtype"], tuple(pixels["limits"]))
     fields["skipped"] = [SkippedImage(**image) for image in fields["skipped"]]

@@ -77,12 +77,9 @@ def nearest_neighbors(
         candidates = np.concatenate([distances, found], axis=1)
         numbers = np.concatenate([indices, np.broadcast_to(some, found.shape)], axis=1)
         keep = np.argpartition(candidates, k - 1, axis=1)[:, :k]
-        indices = np.take_along_axis(numbers, keep, axis=1)
-        distances = np.take_along_axis(candidates, keep, axis=1)
+        indices, distances = (np.take_along_axis(each, keep, axis=1) for each in (numbers, candidates))
     order = np.lexsort((indices, distances), axis=1)
-    return Neighbors(
-        indices=np.take_along_axis(indices, order, axis=1), distances=np.take_along_axis(distances, order, axis=1)
-    )
+    return Neighbors(*(np.take_along_axis(each, order, axis=1) for each in (indices, distances)))
 
 
 def nearest_distances(vectors: Vectors, *, k: int, block_size: int = 1024) -> Array:
