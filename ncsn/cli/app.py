@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,7 @@ from ncsn.runs.steps import STEP_INFO
 
 if TYPE_CHECKING:
     from ncsn.cli.target import TargetOptions
+    from ncsn.progress import Progress
 
 
 # What people need first stands first; within a group, commands are in the order of work.
@@ -94,20 +96,19 @@ def init_command(
     """Look at the images in PLACE, choose every setting, and write a config that `ncsn run` takes.
 
     PLACE is a folder, an s3:// prefix, a .tar, .zip or .parquet file, or the name of an example, such as digits. The
-    choices fit the images, this machine and the length of the run. Of many images it looks at a sample. The reasons
-    are in the file, and a picture next to it shows what training will see.
+    choices fit the images, this machine and the length of the run. Of more than 4,096 images it looks at a sample. The
+    reasons are in the file, and a picture next to it shows what training will see.
     """
     from ncsn.tools import init
 
     if init.is_example(place):
-        if given := "--set" if overrides else "--minutes" if minutes else "":
-            raise UserError(given, "an example is copied as it is", hint="edit the copy, or pass --set to `ncsn run`")
-        written = init.copy_example(place, out)
+        written = init.copy_example(place, out, given="--set" if overrides else "--minutes" if minutes else "")
     else:
         seconds = 60 * (minutes or _MINUTES)
         if not seconds < math.inf:
             raise UserError("--minutes", "not a length of time", value=minutes)
-        written = init.from_images(place, out, seconds=seconds, overrides=overrides, ask_mirrored=_ask_mirrored)
+        asks = init.Asks(_looking, _ask_left_out, _ask_mirrored)
+        written = init.from_images(place, out, seconds=seconds, overrides=overrides, asks=asks)
     if as_json:
         click.echo(json.dumps(written.to_json(), indent=1))
         return
@@ -115,10 +116,34 @@ def init_command(
         click.echo(f"{word:<9} {text}")
 
 
-def _ask_mirrored() -> bool:
-    """Ask, but only on a terminal."""
-    asked = sys.stdin.isatty() and sys.stdout.isatty()
-    return asked and click.confirm("Are mirrored images still realistic? (faces yes, text no)", default=False)
+@contextmanager
+def _looking() -> Iterator[Progress | None]:
+    """Shows the progress of a look at all images, on a terminal."""
+    from ncsn.cli.console import ProgressView, ShownProgress, console_on
+
+    view = ProgressView(console_on(sys.stderr))
+    with view.bars:
+        if view.console.is_terminal:
+            view.start("look")
+        yield ShownProgress(view, "look") if view.console.is_terminal else None
+
+
+def _asked(question: str, *, default: bool) -> bool:
+    """The answer, on a terminal."""
+    return click.confirm(question, default=default) if sys.stdin.isatty() and sys.stdout.isatty() else default
+
+
+def _ask_left_out(classes: str) -> bool:
+    return _asked(f"These are too few to learn a class: {classes}. Leave them out?", default=False)
+
+
+def _ask_mirrored(png: bytes, default: bool) -> bool:  # noqa: FBT001 - `Callable` knows no keywords
+    from ncsn.cli.console import console_on, picture
+
+    if (console := console_on(sys.stdout)).is_terminal:
+        console.print(picture(png))
+    question = "The lower images are mirrored. Are they still realistic? (faces yes; text, flags and clocks no)"
+    return _asked(question, default=default)
 
 
 @app.command("run", cls=ReportingCommand, short_help="Run the whole pipeline, or its remaining steps.")

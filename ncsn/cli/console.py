@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import time
@@ -10,7 +11,9 @@ from contextlib import ExitStack, closing, contextmanager, redirect_stderr, redi
 from pathlib import Path
 from typing import Any, TextIO, cast
 
+from PIL import Image
 from rich.box import SIMPLE_HEAD
+from rich.color import Color
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -21,7 +24,9 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.style import Style
 from rich.table import Column, Table
+from rich.text import Text
 
 from ncsn.config import Config
 from ncsn.progress import Progress
@@ -100,7 +105,21 @@ class ShownProgress(Progress):
         self._view.update(self._step, self)
 
 
+def picture(png: bytes) -> Text:
+    """A PNG file for a terminal, two pixels in a character."""
+    shown = Image.open(io.BytesIO(png)).convert("RGB")
+    shown.thumbnail((_PICTURE_WIDTH, _PICTURE_WIDTH))
+    text = Text()
+    for y in range(0, shown.height - 1, 2):
+        for x in range(shown.width):
+            colors = (Color.from_rgb(*cast(tuple[int, int, int], shown.getpixel((x, y + row)))) for row in (0, 1))
+            text.append("▀", Style.from_color(*colors))
+        text.append("\n")
+    return text
+
+
 _PLAIN_WIDTH = 120
+_PICTURE_WIDTH = 76
 
 
 def console_on(stream: TextIO) -> Console:

@@ -129,7 +129,7 @@ def parse_override(override: str) -> tuple[str, Any]:
     try:
         value = yaml.safe_load(text)
     except NOT_YAML:
-        raise ConfigError("--set", "the value is not valid YAML", value=override) from None
+        raise ConfigError(path.strip(), "not valid YAML", value=raw) from None
     # YAML 1.1 reads 1e-3, without a dot, as text.
     if isinstance(value, str) and not quoted:
         with suppress(ValueError):

@@ -33,7 +33,7 @@ def set_value(tree: dict[str, Any], path: str, value: Any) -> None:
     for section in sections:
         node = node.setdefault(section, {})
         if not isinstance(node, dict):
-            raise ConfigError("--set", f"{section!r} is a value, not a section", value=path)
+            raise ConfigError(path, f"{section!r} is a value, not a section")
     node[last] = value
 
 

@@ -63,6 +63,8 @@ def _network(config: Config) -> Iterator[Problem]:
         )
     if data.crop is not None and data.fit != "crop":
         yield Problem("data.crop", f"needs data.fit = crop, not {data.fit}", "leave one of them out", data.crop)
+    if data.leave_out and data.source != "image_folder":
+        yield Problem("data.leave_out", "needs data.source = image_folder", "leave it out", list(data.leave_out))
     own = data.source in ("image_folder", "parquet")
     if not own and (data.dtype != "uint8" or data.channels not in (1, 3)):
         reason = f"has gray and color images of 8 bits, not {data.channels} channels of {data.dtype}"

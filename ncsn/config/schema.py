@@ -104,6 +104,8 @@ class DataConfig(Section):
     """Share of the images to hold out as test split, for sources without one."""
     max_images: int | None = Field(None, ge=2)
     """Keep only the first N images of each split; null = all."""
+    leave_out: tuple[str, ...] = ()
+    """Names of classes of an image_folder whose images are left out, such as those of too few images to learn."""
     on_bad_image: Literal["fail", "skip"] = "fail"
     """What to do with an image that cannot be used: fail = stop and name it, skip = leave it out and count it."""
     num_classes: int | None = Field(None, ge=1, le=100_000)

@@ -170,6 +170,8 @@ def _start(config: Config | None) -> str:
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     # Nobody announces that this machine will be preempted, and a process that waits for it takes seconds to start.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    # Ray's 15 more than this process has leaves them a tenth of a core that somebody else uses.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     cores, wanted = os.cpu_count() or 1, 0
     if config is not None and (wanted := config.compute.min_workers * config.compute.cpus_per_worker) > (
         _MOST_PER_CORE * cores

@@ -107,6 +107,7 @@ def _results(sources: ReportSources) -> dict[str, Any]:
     search = next(filter(None, (read_step(each, TUNE).result for each in runs)), None)
     return {
         "title": config.name,
+        "mirrored": config.data.horizontal_flip,
         "next_step": next_step(evaluation["grade"], config, folder),
         "run": folder.run,
         "finished_at": max((record.finished_at for record in records.values()), default="")[:16].replace("T", " "),

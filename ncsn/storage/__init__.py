@@ -8,6 +8,7 @@ unavailable (`ncsn.storage.retry`).
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -334,6 +335,10 @@ def local_file(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:  # of a write it names no file, and of a copy the one that is read
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

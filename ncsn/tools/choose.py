@@ -26,10 +26,11 @@ from ncsn.core.training_noise import FEW_DRAWS, LognormalNoise
 from ncsn.data.sources.parquet_files import SPLIT_OF
 from ncsn.errors import UserError
 from ncsn.evaluation import LEAST_TEST_IMAGES
+from ncsn.report.images import evenly_spread
 from ncsn.report.words import duration
 from ncsn.tools.draft import Draft, any_config
 from ncsn.tools.plan import Machine, Speed, measure_speed
-from ncsn.tools.survey import Survey, percent, told_from_mirror
+from ncsn.tools.survey import MOST_LOOKED_AT, Survey, percent, told_from_mirror
 
 SIZES = (8, 16, 32, 64)  # pixels; more needs more than the compact network and an hour
 ENOUGH_IMAGES = 80_000  # trained on, for a larger size to be worth it
@@ -43,6 +44,7 @@ NEARLY_ALL = 0.9  # of the images in classes that have enough, so that a small c
 LABEL_DROPOUT = 0.1
 MIRRORED = 0.65  # `told_from_mirror` up to which mirrored images count as alike
 MOST_REPEATS = 1000  # of an image in training: more of them only memorize it
+LEARNED_BY_HEART = 500  # times that training sees an image, from which samples may be copies
 NFE = 35  # of the sampler
 _BRIGHT = 128
 _NAMED = 3  # classes in a reason
@@ -59,6 +61,9 @@ _READING = 0.2
 TRAINING, _SAMPLING = 0.75, 0.12  # of the remaining time
 
 
+AskMirrored = Callable[[npt.NDArray[np.uint8], bool], bool]  # of images [N, H, W, C] and what was measured
+
+
 @dataclass(frozen=True)
 class FirstConfig:
     """A config, and the seconds that a run of it takes on this machine."""
@@ -67,6 +72,7 @@ class FirstConfig:
     config: Config
     seconds: dict[str, float]  # train, sample and other
     images: npt.NDArray[Any]  # of the sample, as training will see them, [N, H, W, C]
+    warning: str  # why these images cannot make a model, or empty
 
 
 def choose(
@@ -76,7 +82,7 @@ def choose(
     startup: float = _START_SECONDS,  # of these
     overrides: Sequence[str] = (),  # `a.b=value`
     machine: Machine,
-    ask_mirrored: Callable[[], bool] = lambda: False,  # called where there are too few images to tell
+    ask_mirrored: AskMirrored = lambda _, measured: measured,
 ) -> FirstConfig:
     """Choose every setting that is not given to fit the images, the machine and the given settings."""
     _require_valid(overrides, found)
@@ -95,8 +101,9 @@ def choose(
     _choose_classes(draft, found.class_names, class_counts)
     data = _trial(draft).data
     images, limits = found.fitted(data), data.pixels.limits
-    _choose_flip(draft, eight_bit(images, limits), ask_mirrored)
-    _choose_noise(draft, to_unit(torch.from_numpy(images), limits))
+    some = images[evenly_spread(len(images), most=MOST_LOOKED_AT)]
+    _choose_flip(draft, eight_bit(some, limits), ask_mirrored)
+    _choose_noise(draft, to_unit(torch.from_numpy(some), limits))
     length = _choose_training(draft, train_images=train_images, seconds=TRAINING * left, speed=speed)
     sampling = _choose_sampling(draft, seconds=_SAMPLING * left, speed=speed)
     _choose_evaluation(draft, found, class_counts, train_images=train_images)
@@ -105,7 +112,13 @@ def choose(
         "sample": sampling,
         "other": startup + reading + (1 - TRAINING - _SAMPLING) * left,
     }
-    return FirstConfig(draft, from_yaml(draft.to_yaml(), origin="--set"), taken, images)
+    warning, repeats = "", length / train_images
+    if repeats >= LEARNED_BY_HEART:
+        warning = (
+            f"training sees each of {train_images:,} images {repeats:,.0f} times, so expect copies of them rather "
+        )
+        warning += "than new images: add images, thousands if you can"
+    return FirstConfig(draft, from_yaml(draft.to_yaml(), origin=""), taken, images, warning)
 
 
 def _require_valid(overrides: Sequence[str], found: Survey) -> None:
@@ -127,6 +140,17 @@ def slug(root: str) -> str:
     """A name of an experiment from a path or URI."""
     last = re.sub(r"(\.(tar|zip|parquet))+$", "", root.rstrip("/").rpartition("/")[2].lower())
     return re.sub(r"[^a-z0-9]+", "-", last).strip("-")[:40].strip("-") or "images"
+
+
+def small_classes(found: Survey) -> dict[str, int]:
+    """Classes with too few images to learn, beside those that hold most images; with the number of images of each."""
+    share = found.train_images(0.1) / found.num_images
+    for least in () if _are_splits(found.class_names) else (ENOUGH_OF_CLASS, ENOUGH_TO_CLASSIFY):
+        counts = dict(zip(found.class_names, found.class_counts, strict=True))
+        small = {name: count for name, count in counts.items() if count * share < least}
+        if len(counts) - len(small) > 1 and sum(small.values()) < sum(counts.values()) / 2:
+            return small
+    return {}
 
 
 def _choose_images(draft: Draft, found: Survey) -> None:
@@ -175,8 +199,8 @@ def _require_enough(train: int, test: int) -> None:
         least = LEAST_TEST_IMAGES
         raise UserError(
             "PLACE",
-            f"has {train + test} images that can be used, at most {train} to train on and {test} to test with; "
-            f"needed are {least} and {least}",
+            f"has {train + test} image{'s' * (train + test != 1)} that can be used, for training at most {train} and "
+            f"for tests {test}; needed are {least} of each",
             hint="add more",
         )
 
@@ -224,7 +248,7 @@ def _choose_network(draft: Draft, found: Survey, *, seconds: float) -> Speed:
         return per_pixel * math.prod(_sides(size))
 
     best = [size for size in sizes if size in sizes[:2] or seconds >= ENOUGH_IMAGES * cost(size)][-1]
-    reason = f"There is time to train on {seconds / cost(best):,.0f} images of this size."
+    reason = "There is no time for larger ones." if best != sizes[-1] else "There is time for this size."
     shape = "Height and width: the shape of the images. " if found.aspect != 1 else ""
     size = draft.choose(
         "data.image_size", best, f"{shape}Half of the images have a shorter side of {found.side} or more. {reason}"
@@ -276,19 +300,18 @@ def _trial(draft: Draft, *, size: int | list[int] | None = None, precision: str 
     )
 
 
-def _choose_flip(draft: Draft, images: npt.NDArray[np.uint8], ask_mirrored: Callable[[], bool]) -> None:
+def _choose_flip(draft: Draft, images: npt.NDArray[np.uint8], ask_mirrored: AskMirrored) -> None:
     if draft.get("data.horizontal_flip") is not None or draft.get("data.augmentation"):
         return
     told = told_from_mirror(images)
-    if told is None:
-        why = "Too few images to tell. Set true if mirrored images are still realistic: it doubles their number."
-        draft.choose("data.horizontal_flip", ask_mirrored(), why)
-    else:
-        share = f"A linear classifier tells {told:.0%} of the images from their mirror images"
-        alike = "mirroring is safe" if told <= MIRRORED else "mirrored images would look different"
-        draft.choose(
-            "data.horizontal_flip", told <= MIRRORED, f"{share} (chance: 50%, limit: {MIRRORED:.0%}): {alike}."
-        )
+    default = told is not None and told <= MIRRORED
+    why = "Too few images to tell. Set true if mirrored images are still realistic: it doubles their number."
+    if told is not None:
+        why = f"A linear classifier tells {told:.0%} of the images from their mirror images (chance: 50%, limit: 65%)."
+        why += " It does not know clocks, flags and text: look at the picture." * default
+    if (mirrored := ask_mirrored(images, default)) != default:
+        why = f"As answered. {why}"
+    draft.choose("data.horizontal_flip", mirrored, why)
 
 
 def _mostly_in_classes_of(least: int, class_counts: Sequence[float]) -> bool:
@@ -392,7 +415,7 @@ def _choose_training(draft: Draft, *, train_images: int, seconds: float, speed: 
     length = 8 * every
     why = f"About {duration(length * speed.train_image)} here; each image {length / train_images:,.0f} times."
     if affordable > most:
-        why = f"Each image {MOST_REPEATS} times; with more, training would only memorize them."
+        why = f"Each image {MOST_REPEATS:,} times; there is time for more, but it would only learn them by heart."
     length = int(draft.choose("train.num_images", length, why))
     why = "Half is forgotten over 5 % of the images seen so far, or over 500,000; batch size does not matter."
     draft.section("train.ema", "half_life", why)

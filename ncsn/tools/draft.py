@@ -35,7 +35,7 @@ class Draft:
         self._given = dict(map(parse_override, overrides))
         for path, value in self._given.items():
             set_value(self.tree, path, value)
-            self.reasons[path] = "Given with --set."
+            self.reasons[path] = "As given."
 
     def choose(self, path: str, value: Any, reason: str = "") -> Any:
         """Set a value unless it is given; returns the one that holds."""
@@ -90,7 +90,7 @@ def any_config(*, overrides: Sequence[str] = (), train: Mapping[str, Any] | None
         "train": {**never, **(train or {})},
         "sampling": {"sampler": {"kind": "annealed_langevin"}},
     }
-    return from_yaml(json.dumps({**others, **sections}), overrides=overrides, origin="--set")
+    return from_yaml(json.dumps({**others, **sections}), overrides=overrides, origin="")
 
 
 def _comment(text: str, indent: str = "") -> list[str]:

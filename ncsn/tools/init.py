@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from ncsn.config.load import EXAMPLES
 from ncsn.core.images import eight_bit
 from ncsn.data.equal import equal_in_words, image_hashes, repeats
 from ncsn.data.sources.image_folder import how_to_convert, in_words
-from ncsn.errors import NotFound, Problem, UserError
+from ncsn.errors import MISSING, NotFound, Problem, UserError
+from ncsn.progress import Progress
 from ncsn.report.images import evenly_spread, grid_png
 from ncsn.report.words import duration
 from ncsn.tools import choose
@@ -21,8 +26,16 @@ from ncsn.tools.choose import FirstConfig
 from ncsn.tools.plan import Machine
 from ncsn.tools.survey import Survey, percent, survey
 
-_SHOWN = 32  # images in the picture
 _NAMED = 3  # classes
+
+
+@dataclass(frozen=True)
+class Asks:
+    """What may be shown to somebody and asked meanwhile; nobody answers by default."""
+
+    looking: Callable[[], AbstractContextManager[Progress | None]] = nullcontext
+    left_out: Callable[[str], bool] = lambda _: False  # these classes, in words
+    mirrored: Callable[[bytes, bool], bool] = lambda _, measured: measured  # of a picture, whether mirroring is right
 
 
 @dataclass(frozen=True)
@@ -42,10 +55,15 @@ class Written:
             yield "found", _what(self.found)
             yield from (("", detail) for detail in [*_details(self.found), *_equal(self.chosen)])
             yield "chose", ", ".join(_choices(self.found, self.chosen))
-            yield "wrote", f"{self.config} with the reasons, and {self.picture}: what training will see"
-            seconds = self.chosen.seconds
+            below = ", and below mirrored" if self.chosen.config.data.horizontal_flip else ""
+            yield "wrote", f"{self.config} with the reasons, and {self.picture}: what training will see{below}"
+            seconds, machine = self.chosen.seconds, Machine.here()
             steps = ", ".join(f"{step} {duration(value)}" for step, value in seconds.items())
-            yield "estimate", f"{duration(sum(seconds.values()))} on this machine: {steps}"
+            cores = f"{machine.cores} idle cores (their load is {os.getloadavg()[0]:.1f} now)"
+            where = "this machine" if machine.gpus else cores
+            yield "estimate", f"{duration(sum(seconds.values()))} on {where}: {steps}"
+            if self.chosen.warning:
+                yield "warning", self.chosen.warning
         else:
             yield "wrote", f"{self.config}, a copy of the example {self.example}: nothing here has that name"
         yield "next", f"ncsn run --config {self.config}"
@@ -60,6 +78,7 @@ class Written:
             "found": [_what(self.found), *_details(self.found), *_equal(self.chosen)],
             "reasons": {path: reason for path, reason in self.chosen.draft.reasons.items() if reason},
             "seconds": self.chosen.seconds,
+            "warning": self.chosen.warning,
         }
 
 
@@ -73,21 +92,22 @@ def is_example(place: str) -> bool:
         return True
 
 
-def copy_example(name: str, out: str | None) -> Written:
-    """Write an example to `out`, by default its name."""
+def copy_example(name: str, out: str | None, *, given: str = "") -> Written:
+    """Write an example to `out`, by default its name; refuse a `given` option that only images have."""
     examples = sorted(path.stem for path in EXAMPLES.glob("*.yaml"))
+    if "/" in name:
+        raise NotFound("PLACE", "does not exist", hint="give the folder of your images", value=name)
     if name not in examples:
-        raise NotFound(
-            "PLACE", "does not exist, and is no example", hint=f"the examples are {', '.join(examples)}", value=name
-        )
+        hint = f"give the folder of your images, or an example: {', '.join(examples)}"
+        raise NotFound("PLACE", "does not exist", hint=hint, value=name)
+    if given:
+        raise UserError(given, "an example is copied as it is", hint="edit the copy, or pass --set to `ncsn run`")
     file = _config_file(out or f"{name}.yaml")
     _write_new(file, (EXAMPLES / f"{name}.yaml").read_bytes())
     return Written(file, name)
 
 
-def from_images(
-    place: str, out: str | None, *, seconds: float, overrides: Sequence[str], ask_mirrored: Callable[[], bool]
-) -> Written:
+def from_images(place: str, out: str | None, *, seconds: float, overrides: Sequence[str], asks: Asks) -> Written:
     """Look at images, choose every setting for a run of about `seconds`, and write the config and a picture.
 
     The default of `out` is the name of the experiment.
@@ -98,30 +118,48 @@ def from_images(
     for each in (file, picture):
         if each.exists():
             raise _exists(each)
+
+    def look(overrides: Sequence[str]) -> Survey:
+        with asks.looking() as progress:
+            return survey(place, overrides=overrides, progress=progress)
+
     try:
-        found = survey(place, overrides=overrides)
+        found = look(overrides)
+        small = choose.small_classes(found)
+        if small and found.source == "image_folder" and asks.left_out(in_words(small)):
+            overrides = [*overrides, f"data.leave_out={json.dumps(list(small))}"]
+            found = look(overrides)
         chosen = choose.choose(
-            found, seconds=seconds, overrides=overrides, machine=Machine.here(), ask_mirrored=ask_mirrored
+            found,
+            seconds=seconds,
+            overrides=overrides,
+            machine=Machine.here(),
+            ask_mirrored=lambda images, measured: asks.mirrored(_seen(images, rows=2, columns=4), measured),
         )
     except UserError as error:
-        raise type(error).of(map(_of_place, error.problems)) from error
+        raise type(error).of(_of_place(problem, place) for problem in error.problems) from error
     heading = [
         f"Written by `ncsn init` for {_what(found)}.",
         f"`ncsn show-config --config {file.name}` explains every setting, also those that are not here.",
     ]
-    # Images as training sees them, and below them, if it mirrors, the same mirrored.
-    mirrored = chosen.config.data.horizontal_flip
-    seen = chosen.images[evenly_spread(len(chosen.images), most=_SHOWN // 2 if mirrored else _SHOWN)]
-    seen = eight_bit(seen, chosen.config.data.pixels.limits)
-    grid = grid_png(np.concatenate([seen, seen[:, :, ::-1]]) if mirrored else seen, columns=8)
+    images = eight_bit(chosen.images, chosen.config.data.pixels.limits)
+    grid = _seen(images, mirrored=chosen.config.data.horizontal_flip)
     _write_new(file, chosen.draft.to_yaml(heading).encode())
     _write_new(picture, grid)
     return Written(file, picture=picture, found=found, chosen=chosen)
 
 
-def _of_place(problem: Problem) -> Problem:
-    """With PLACE where it names data.root, which the user did not set."""
+def _seen(images: npt.NDArray[np.uint8], *, rows: int = 4, columns: int = 8, mirrored: bool = True) -> bytes:
+    """A PNG file of images [N, H, W, C] as training sees them, and below them, if it mirrors, the same mirrored."""
+    seen = images[evenly_spread(len(images), most=rows * columns // (1 + mirrored))]
+    return grid_png(np.concatenate([seen, seen[:, :, ::-1]]) if mirrored else seen, columns=columns)
+
+
+def _of_place(problem: Problem, place: str) -> Problem:
+    """With PLACE, and its value, where it names data.root, which the user did not set."""
     words = {name: getattr(problem, name).replace("data.root", "PLACE") for name in ("key", "reason", "hint")}
+    if words["key"] == "PLACE" and problem.value is MISSING:
+        words["value"] = place
     return replace(problem, **words)
 
 
@@ -174,6 +212,9 @@ def _details(found: Survey) -> Iterator[str]:
     if len(found.class_names) > 1:
         least, most = min(found.class_counts), max(found.class_counts)
         yield f"{least:,} to {most:,} images of a class" if least < most else f"{most:,} images of each class"
+    if small := choose.small_classes(found):
+        how = "; data.leave_out leaves them out" if found.source == "image_folder" else ""
+        yield f"too few to learn a class: {in_words(small)}{how}"
     if found.unlabeled:
         yield f"{found.unlabeled:,} without a label"
     if found.ignored:

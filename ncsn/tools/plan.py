@@ -28,7 +28,7 @@ from ncsn.runs.folder import cost_of, read_step, run_folder
 from ncsn.tools.roofline import SHARE, works
 
 _STATE_BYTES = 5 * 4  # per parameter in float32: weights, their average, gradients, and Adam's two moments
-SECONDS = 0.25  # of one measurement, at least
+MEASUREMENTS, SECONDS = 10, 0.5  # the fastest counts; no more of them after so long
 # Of several workers together, by one that has the machine for itself: they exchange gradients and share its caches.
 TOGETHER = 0.75
 
@@ -123,15 +123,16 @@ def _seconds(work: Callable[[Batch], object], batch: Batch) -> float:
         if on_gpu:
             torch.cuda.synchronize(device)
 
-    images, calls, started, taken = 0, 0, 0.0, 0.0
-    while taken < SECONDS:
+    images, begun, measured = 0, clock(), list[float]()
+    while len(measured) < MEASUREMENTS and (not measured or clock() - begun < SECONDS * threads):
         if images < len(batch):  # all of a large network would take minutes on a CPU
             images = min(max(1, 4 * images), len(batch))
             call(images)  # warms up
-            calls, started = 0, clock()
+            measured.clear()
+        started = clock()
         call(images)
-        calls, taken = calls + 1, (clock() - started) / threads
-    return taken / calls / images
+        measured.append((clock() - started) / threads / images)
+    return min(measured)  # the others shared caches with what else runs here
 
 
 def with_levels(config: Config, run: str) -> Config:

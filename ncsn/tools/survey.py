@@ -33,13 +33,15 @@ from ncsn.data.sources.image_files import (
 )
 from ncsn.data.sources.parquet_files import SUFFIX
 from ncsn.errors import UserError
+from ncsn.progress import Progress
 from ncsn.tools.draft import any_config
 
-MOST_LOOKED_AT = 1024
+ALL_LOOKED_AT = 4096  # up to so many images all are
+MOST_LOOKED_AT = 1024  # of more images
 FEWEST_LOOKED_AT = 32
-SECONDS = 5.0  # after which no more images are looked at
+SECONDS = 5.0  # after which no more of a sample are looked at
 THUMBNAIL = 128  # pixels, longer side
-_OF_PLACE = ("data.source", "data.image_column", "data.label_column")
+_OF_PLACE = ("data.source", "data.image_column", "data.label_column", "data.leave_out")
 _RUNS = 8  # places of a split that the sample is from, since Parquet files are often sorted by class
 _HELD_OUT = 0.4375  # what no test split of the place itself is likely to be; exact in binary
 _SAME_GRAY = 4  # levels by which JPEG moves the channels of a gray image apart
@@ -48,6 +50,7 @@ _MOST_OF_16_BITS = 65535
 _MIRROR_SIDE = 16
 _MIRROR_FEWEST = 50
 _MIRROR_FOLDS = 5
+_SHOWN_EVERY = 16  # images
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ class Look:
         """Whether a pixel is transparent."""
         return isinstance(self.thumbnail, Image.Image) and self.thumbnail.mode == "RGBA"
 
-    @cached_property
+    @property
     def pixels(self) -> npt.NDArray[np.uint8]:
         """RGB of the visible pixels, [N, 3]."""
         assert isinstance(self.thumbnail, Image.Image)
@@ -81,7 +84,8 @@ class Look:
         """Whether it has no color, however it is stored."""
         if self.bands != 3 or isinstance(self.thumbnail, np.ndarray):
             return self.bands == 1
-        return not len(self.pixels) or int(np.ptp(self.pixels, axis=1).max()) <= _SAME_GRAY
+        pixels = self.pixels
+        return not len(pixels) or int(np.ptp(pixels, axis=1).max()) <= _SAME_GRAY
 
     def fitted(self, fit: Fit) -> Example | SkippedImage:
         """As training would see it, or why it cannot be used."""
@@ -227,10 +231,10 @@ def _look_at_values(encoded: Encoded, picture: Picture) -> Look:
     return Look(encoded.name, kind, picture.size, small, bands, conversions, dtype, low, high)
 
 
-def survey(place: str, *, overrides: Sequence[str] = ()) -> Survey:
-    """Look at the images of a folder, an archive, an S3 prefix or Parquet files.
+def survey(place: str, *, overrides: Sequence[str] = (), progress: Progress | None = None) -> Survey:
+    """Look at the images of a folder, an archive, an S3 prefix or Parquet files: at all, or at a sample of many.
 
-    Of the overrides, those count that say what images and labels are.
+    Of the overrides, those count that say what images and labels are. `progress` counts the images.
     """
     root = storage.absolute(place)
     root = os.path.normpath(root) if storage.is_local(root) else root
@@ -239,7 +243,7 @@ def survey(place: str, *, overrides: Sequence[str] = ()) -> Survey:
     splits = [split for split in halves.splits.values() if isinstance(split, DecodedSplit)]  # both, of such a source
     train, test = (len(halves.splits[split]) for split in SPLITS)
     started = time.perf_counter()
-    sample = list(_sample(splits, total=train + test))
+    sample = list(_sample(splits, total=train + test, progress=progress or Progress()))
     taken = time.perf_counter() - started
     bad = [row for row in sample if isinstance(row, SkippedImage)]
     looks = tuple(sorted((row for row in sample if isinstance(row, Look)), key=lambda look: look.name))
@@ -287,20 +291,23 @@ def _read_as(source: str, root: str, given: Sequence[str]) -> DataConfig:
     return any_config(data={**data, "test_fraction": _HELD_OUT}, overrides=given).data
 
 
-def _sample(splits: Sequence[DecodedSplit], *, total: int) -> Iterator[Look | SkippedImage]:
-    done, end = 0, time.perf_counter() + SECONDS
+def _sample(splits: Sequence[DecodedSplit], *, total: int, progress: Progress) -> Iterator[Look | SkippedImage]:
+    done, end = 0, time.perf_counter() + (math.inf if total <= ALL_LOOKED_AT else SECONDS)
+    progress.start(total if total <= ALL_LOOKED_AT else MOST_LOOKED_AT, "images")
     for part in _parts(splits, total=total):
         with closing(part.each(_look_at, least_side=THUMBNAIL, cores=os.cpu_count())) as looks:
             for look in looks:
                 done += 1
+                if not done % _SHOWN_EVERY:
+                    progress.advance(_SHOWN_EVERY)
                 yield look
                 if done >= FEWEST_LOOKED_AT and time.perf_counter() > end:
                     return
 
 
 def _parts(splits: Sequence[DecodedSplit], *, total: int) -> list[DecodedSplit]:
-    """Sections of the splits with about `MOST_LOOKED_AT` images together, the first of each split before the second."""
-    if total <= MOST_LOOKED_AT:
+    """The splits, or of many images sections with about `MOST_LOOKED_AT`, the first of each before the second."""
+    if total <= ALL_LOOKED_AT:
         return list(splits)
     parts = []
     for run in range(_RUNS):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -10,9 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ncsn.cli.console import picture
 from ncsn.config import from_yaml
-from ncsn.tools import choose
+from ncsn.tools import choose, init
 from ncsn.tools.plan import Speed
+from ncsn.tools.survey import told_from_mirror
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -35,7 +38,7 @@ def test_a_config_and_a_picture_are_written_once(place, run_in_process) -> None:
     result = run_in_process("init", str(place), "--minutes", "5")
     assert result.exit_code == 0, result.output
     assert [line.split()[0] for line in result.stdout.splitlines() if not line.startswith(" ")] == [
-        "found", "chose", "wrote", "estimate", "next",
+        "found", "chose", "wrote", "estimate", "warning", "next",
     ]  # fmt: skip
     assert sorted(path.name for path in Path().iterdir()) == ["my-photos.png", "my-photos.yaml"]
     config = from_yaml(Path("my-photos.yaml").read_text())
@@ -63,6 +66,43 @@ def test_json_says_what_was_found_and_why(place, run_in_process) -> None:
     assert config.data.horizontal_flip and config.data.image_size == 8
 
 
+def test_too_few_images_are_told_with_the_folder(place, run_in_process) -> None:
+    for file in list(place.iterdir())[1:]:
+        file.unlink()
+    result = run_in_process("init", str(place))
+    assert result.exit_code == 2 and result.stderr.startswith(f"error: PLACE = '{place}': has 1 image that ")
+
+
+def test_small_classes_and_mirroring_are_as_answered(place) -> None:
+    def mirrored(png: bytes, measured: bool) -> bool:
+        asked.append(Image.open(io.BytesIO(png)).size)
+        return not measured
+
+    for number, file in enumerate(sorted(place.iterdir())):
+        (place / (name := "abcd"[number % 4])).mkdir(exist_ok=True)
+        for copy in range(20 if name in "ab" else 1):
+            (place / name / f"{number} {copy}.png").write_bytes(file.read_bytes())
+        file.unlink()
+    asked: list[object] = []
+    asks = init.Asks(left_out=lambda classes: asked.append(classes) is None, mirrored=mirrored)
+    written = init.from_images(str(place), "x.yaml", seconds=300, overrides=["data.image_size=8"], asks=asks)
+    data = from_yaml(Path("x.yaml").read_text()).data
+    assert asked == ["3 c, 3 d", (37 * 25, 19 * 25)] and data.leave_out == ("c", "d")
+    assert written.found.num_images == 120 and written.found.class_names == ("a", "b")
+    told = told_from_mirror(written.chosen.images)
+    assert told is not None and data.horizontal_flip == (told > choose.MIRRORED)
+
+
+def test_the_terminal_shows_two_pixels_in_a_character() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 3, 3), np.uint8)
+    Image.fromarray(pixels).save(buffer := io.BytesIO(), "PNG")
+    shown = picture(buffer.getvalue())
+    assert shown.plain == "▀▀▀\n" * 2
+    styles = [span.style for span in shown.spans]
+    assert [tuple(style.color.triplet) for style in styles] == list(map(tuple, pixels[::2].reshape(-1, 3).tolist()))
+    assert [tuple(style.bgcolor.triplet) for style in styles] == list(map(tuple, pixels[1::2].reshape(-1, 3).tolist()))
+
+
 def test_examples(place, run_in_process) -> None:
     result = run_in_process("init", "digits")
     assert result.exit_code == 0 and "example digits" in result.stdout
@@ -74,15 +114,16 @@ def test_examples(place, run_in_process) -> None:
     ("arguments", "subject"),
     [
         (("nowhere",), "PLACE = 'nowhere'"),
+        (("no/where", "--minutes", "3", "--set", "x"), "PLACE = 'no/where'"),
         (("",), "PLACE = ''"),
         (("~no-such-user/x",), "PLACE = '~no-such-user/x'"),
         (("x" * 300,), "PLACE"),
-        (("{place}", "--set", "name="), "--set: name"),
+        (("{place}", "--set", "name="), "name"),
         (("{place}", "--set", "data.crop=21"), "{place}/0.png"),
         (("digits", "--out", "x.png"), "--out 'x.png'"),
         (("digits", "--minutes", "5"), "--minutes"),
-        (("{place}", "--set", "data.image_size=huge"), "--set: data.image_size = 'huge'"),
-        (("{place}", "--set", "train.batchsize=3"), "--set: train.batchsize"),
+        (("{place}", "--set", "data.image_size=huge"), "data.image_size = 'huge'"),
+        (("{place}", "--set", "train.batchsize=3"), "train.batchsize"),
         (("{place}", "--out", "absent/x.yaml"), "--out 'absent/x.yaml'"),
         (("{place}", "--minutes", "nan"), "--minutes nan"),
         (("{place}/0.png",), "PLACE = '{place}/0.png'"),

@@ -58,7 +58,7 @@ def test_a_text_that_is_no_config_is_refused_by_its_name(text: str) -> None:
 def test_a_value_that_does_not_exist_is_no_yaml(value: str) -> None:
     with refused("digits.yaml", error=ConfigError):
         from_yaml(f"name: {value}", origin="digits.yaml")
-    with refused("--set", error=ConfigError):
+    with refused("seed", error=ConfigError):
         from_yaml(DIGITS, overrides=[f"seed={value}"])
 
 
@@ -132,8 +132,9 @@ WRONG = [
     (["compute.ray_jobs.address=head"], "compute.ray_jobs.address"),
     (["sampling.sampler.kind=ddim"], "sampling.sampler.kind"),
     (["noise"], "--set"),
-    (["seed.x=1"], "--set"),
-    (["noise.sigma_1=["], "--set"),
+    (["seed.x=1"], "seed.x"),
+    (["noise.sigma_1=["], "noise.sigma_1"),
+    (["data.leave_out=[a]"], "data.leave_out"),
     (["compute.num_workers=65"], "train.batch_size"),
     (["loss={kind: ssm}", "compute.compile=true"], "compute.compile"),
     (["compute.compile=maybe"], "compute.compile"),

@@ -58,6 +58,17 @@ def test_folders_are_classes_held_out_class_by_class(folder, data_config):
     assert sorted(label for _, label in rows["test"]) == [0, 0, 1, 1]
 
 
+def test_classes_are_left_out_by_name(folder, data_config):
+    root = folder({f"{name}/{number}.png": number for name in "abc" for number in range(8)})
+    source = open_source(data_config("image_folder", root, leave_out=["b"]))
+    rows = rows_of(source)
+    assert source.class_names == ("a", "c")
+    assert sorted(rows["train"] + rows["test"]) == sorted([(k, label) for label in (0, 1) for k in range(8)])
+    for names in (["d"], ["a", "b", "c"]):
+        with refused("data.leave_out"):
+            open_source(data_config("image_folder", root, leave_out=names))
+
+
 def test_folders_train_and_test_are_the_splits(folder, members, tmp_path, data_config, formats):
     paths = {"train/cat/1.png": 10, "train/dog/2.png": 20, "train/dog/3.png": 30, "test/dog/4.png": 40}
     source = open_source(data_config("image_folder", folder(paths)))

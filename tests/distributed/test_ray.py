@@ -87,6 +87,13 @@ def test_everything_listens_on_loopback(cluster: Cluster) -> None:
         assert connection.getpeername()[1] == int(port)
 
 
+@pytest.mark.usefixtures("trained")
+def test_workers_are_as_nice_as_the_command() -> None:
+    here = psutil.Process()
+    workers = [process for process in here.children(recursive=True) if process.name().startswith("ray::")]
+    assert workers and {process.nice() for process in workers} == {here.nice()}
+
+
 def test_two_workers_follow_one(trained: Path, tiny: str, dataset: str, tmp_path: Path) -> None:
     """The same images, levels and noise whatever the worker count: equal weights to rounding."""
     train_locally(TrainingJob(config=from_yaml(tiny), dataset=dataset), tmp_path)

@@ -66,6 +66,7 @@ def page(images: np.ndarray) -> dict[str, Any]:
     plot = to_png(plots.selection_figure([candidate], metric="fid"))
     return {
         "title": "digits",
+        "mirrored": True,
         "next_step": ("ncsn run --run digits-0123abcd", "this run, trained to its 280,000 images"),
         "run": "digits-0123abcd",
         "finished_at": "2026-01-01 12:00",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -152,6 +154,11 @@ def test_a_write_that_fails_keeps_the_old_file(small_disk):
     with pytest.raises(OSError, match=os.strerror(small_disk.full)) as failure:
         storage.write_bytes(uri, bytes(16 << 20))
     assert failure.value.errno == small_disk.full
+    assert failure.value.filename == (uri if small_disk.full == errno.ENOSPC else None)
+    (copied := small_disk.folder.with_name("copied")).write_bytes(bytes(16 << 20))
+    with pytest.raises(OSError, match=os.strerror(small_disk.full)) as failure, storage.local_file(Path(uri)) as file:
+        shutil.copyfile(copied, file)
+    assert small_disk.full != errno.ENOSPC or (failure.value.filename, failure.value.filename2) == (uri, None)
     assert storage.read_bytes(uri) == b"old"
     assert names_below(small_disk.folder) == ["file"]
 

@@ -172,6 +172,21 @@ def test_a_small_class_beside_large_ones_changes_neither_model_nor_evaluation(of
     assert config.evaluation.extractor == "classifier" and "eel" in chosen.draft.reasons["data.num_classes"]
 
 
+@pytest.mark.parametrize(
+    ("counts", "small"),
+    [
+        ({"cat": 70, "dog": 60, "eel": 55, "fox": 1}, {"eel": 55, "fox": 1}),
+        ({"cat": 40, "dog": 30, "eel": 11}, {"eel": 11}),
+        ({"cat": 40, "dog": 30, "eel": 20}, {}),
+        ({"cat": 8, "dog": 7, "eel": 9}, {}),
+        ({"train": 80, "val": 70, "dev": 1}, {}),
+    ],
+)
+def test_classes_too_small_beside_others_are_named(of_classes, tmp_path, counts, small) -> None:
+    of_classes(counts)
+    assert choices.small_classes(survey(str(tmp_path / f"{sum(counts.values())}-8-L"))) == small
+
+
 def test_classes_of_few_images_are_not_learned(of_classes) -> None:
     few = of_classes({"cat": 40, "dog": 30})
     assert few.config.data.num_classes is None and few.config.sampling.guidance is None
@@ -224,17 +239,22 @@ def test_noise_is_that_of_karras_for_the_spread_of_the_images(choose) -> None:
     assert choose("train.ema={kind: decay, per_step: 0.99}").config.train.ema.kind == "decay"
 
 
-def test_a_person_is_asked_about_mirroring_only_where_the_images_do_not_tell(choose, monkeypatch, tmp_path) -> None:
-    def ask() -> bool:
-        asked.append(True)
-        return True
+def test_a_person_answers_about_mirroring_and_sees_what_was_measured(choose, monkeypatch) -> None:
+    def ask(images: np.ndarray, measured: bool) -> bool:
+        asked.append((len(images), measured))
+        return not measured
 
-    asked: list[bool] = []
+    assert choose(count=100).config.data.horizontal_flip and not choose(count=20).config.data.horizontal_flip
+    asked: list[tuple[int, bool]] = []
     monkeypatch.setattr(choices, "choose", lambda *a, _=choices.choose, **k: _(*a, **k, ask_mirrored=ask))
-    assert choose(count=20).config.data.horizontal_flip and asked == [True]
-    choose(count=100)
+    assert choose(count=20).config.data.horizontal_flip and not choose(count=100).config.data.horizontal_flip
     choose("data.horizontal_flip=false", count=20)
-    assert asked == [True]
+    assert asked == [(20, False), (100, True)]
+
+
+def test_images_that_training_sees_hundreds_of_times_are_warned_of(choose) -> None:
+    few, given = choose(count=20, side=16), choose("train.num_images=1000", count=20)
+    assert "960 times" in few.warning and not given.warning
 
 
 def test_the_picture_shows_the_center_that_data_crop_takes(choose) -> None:

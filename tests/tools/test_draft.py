@@ -43,6 +43,6 @@ def test_the_file_has_the_order_of_the_schema_and_the_reasons_above_the_values()
     text = draft.to_yaml(["What."])
     assert text.splitlines() == [
         "# What.", "", "# A name.", "name: x", "data:", "  source: image_folder", "  # Small.", "  image_size: 32",
-        "train:", "  # Given with --set.", "  num_images: 7",
+        "train:", "  # As given.", "  num_images: 7",
     ]  # fmt: skip
     assert yaml.safe_load(text) == draft.tree

@@ -13,11 +13,13 @@ import pyarrow.parquet as pq
 import pytest
 from image_folders import put
 from PIL import Image
+from ray_driver import with_progress
 from refused import refused
 from sklearn.datasets import load_digits
 
 from ncsn.errors import NotFound
-from ncsn.tools.survey import MOST_LOOKED_AT, survey, told_from_mirror
+from ncsn.tools import survey as look
+from ncsn.tools.survey import survey, told_from_mirror
 
 
 def picture(seed: int, *, size: tuple[int, int] = (40, 30), bands: int = 3) -> Image.Image:
@@ -144,10 +146,16 @@ def test_parquet_and_archives(tmp_path: Path) -> None:
     assert (found.source, found.num_images) == ("image_folder", 8)
 
 
-def test_of_many_images_a_sample_is_looked_at(folder) -> None:
-    count = MOST_LOOKED_AT + 200
-    found = survey(str(folder({f"{n}.png": picture(n, size=(8, 8)) for n in range(count)})))
-    assert found.num_images == count and 1000 <= found.looked_at <= MOST_LOOKED_AT and not found.complete
+def test_of_many_images_a_sample_is_looked_at_and_of_fewer_all(folder, monkeypatch) -> None:
+    root, count = str(folder({f"{n}.png": picture(n, size=(8, 8)) for n in range(300)})), 300
+    monkeypatch.setattr(look, "SECONDS", 0.0)
+    found, told = with_progress(survey, root)
+    assert found.looked_at == count and found.complete and told[0] == (0, count) and told[-1] == (288, count)
+    monkeypatch.setattr(look, "ALL_LOOKED_AT", 299)
+    monkeypatch.setattr(look, "MOST_LOOKED_AT", 200)
+    monkeypatch.setattr(look, "SECONDS", 60.0)
+    found = survey(root)
+    assert found.num_images == count and 180 <= found.looked_at <= 200 and not found.complete
 
 
 def test_what_cannot_be_used_is_counted_and_named(folder) -> None:

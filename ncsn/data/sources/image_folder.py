@@ -56,7 +56,15 @@ def open_image_folder(data: DataConfig) -> Source:
         ignored[f"stray label{'s' * (labeled > 1)}"] += labeled
         labeled = 0
     words = pc.if_else(pc.equal(found["word"], ""), None, found["word"]) if labeled else folders
-    class_names = class_names_of({*words.unique().drop_null().to_pylist()}, numbers=labeled > 0)
+    held = {*words.unique().drop_null().to_pylist()}
+    if data.leave_out:
+        order = order[pc.invert(pc.is_in(words, pa.array(data.leave_out, words.type))).to_numpy()[order]]
+    if not (held.issuperset(data.leave_out) and len(order)):
+        reason = "is no class of these images" if len(order) else "leaves no image"
+        hint = f"their classes: {', '.join(sorted(held)) or 'none'}"
+        raise UserError("data.leave_out", reason, hint=hint, value=list(data.leave_out))
+    # A number that is left out would otherwise stay as a class without images.
+    class_names = class_names_of(held.difference(data.leave_out), numbers=labeled > 0 and not data.leave_out)
     labels = labels_of(words, class_names)
     if own_splits:
         chosen = {split: order[pc.equal(tops, split).to_numpy()[order]] for split in SPLITS}
