@@ -265,8 +265,7 @@ def _write(
     progress.advance(len(skipped))
     content = {split: [part.digest for part in found] for split, found in parts.items()}
     identity = {"version": DIGEST_VERSION, "shape": pixels.shape, "class_names": source.class_names, "parts": content}
-    if pixels.dtype != "uint8":
-        identity |= {"dtype": pixels.dtype, "limits": pixels.limits}
+    identity |= {"dtype": pixels.dtype, "limits": pixels.limits} if pixels.dtype != "uint8" else {}
     uri = storage.join(folder, dataset := storage.digest(identity, DIGEST_LENGTH))
     if storage.exists(storage.join(uri, MANIFEST)):
         return Dataset(uri, load_manifest(uri), created=False)
