@@ -93,7 +93,7 @@ def test_the_same_images_and_settings_stay_the_same_dataset(tmp_path, members, d
     stored = json.loads(Path(dataset.uri, "manifest.json").read_text())
     assert list(stored["settings"]) == [
         "source", "image_column", "label_column", "image_size", "channels", "dtype", "value_range", "fit", "crop",
-        "background", "test_fraction", "max_images", "on_bad_image",
+        "background", "test_fraction", "max_images", "leave_out", "on_bad_image",
     ]  # fmt: skip
 
 

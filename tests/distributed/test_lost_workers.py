@@ -79,7 +79,7 @@ def test_ray_train_repeats_what_a_worker_raises_but_not_a_mistake(
     monkeypatch.setattr(workers, "checkpoint_store", lambda *_: None)
 
     def attempt() -> object:
-        return workers.attempt(SimpleNamespace(config=None), "/runs/mine", SimpleNamespace)
+        return workers.attempt(SimpleNamespace(config=None), "/runs/mine", lambda: SimpleNamespace(device="cpu"))
 
     if returned:
         assert attempt() is error

@@ -232,6 +232,7 @@ def test_a_gpu_waits_once_between_reports_and_tries_convolutions_for_steps_alone
     ):
         monkeypatch.setattr(place, name, value)
     with full_float32(), pretended_gpu() as gpu:
+        build.tune_cuda("cuda:0")
         job = TrainingJob(config=config, dataset=dataset, sink=Recorder())
         train_loop(job, WorkerContext("cuda:0"), CheckpointStore(str(tmp_path)))
     assert searches == {"steps": True, "preview": False, "losses": False} and set(waits) == {1}

@@ -73,10 +73,10 @@ def test_what_the_model_cannot_follow_is_refused_with_the_key(given: dict[str, A
 
 def test_classes_have_the_names_of_their_folders_whatever_yaml_takes_them_for(tmp_path: Path) -> None:
     names = ["1e3", "no", "null", "on", "yes", "😀"]
-    for name in names:
+    for place, name in enumerate(names):
         (tmp_path / name).mkdir()
         for number in range(4):
-            Image.new("L", (8, 8), number).save(tmp_path / name / f"{number}.png")
+            Image.new("L", (8, 8), 4 * place + number).save(tmp_path / name / f"{number}.png")
     given = {"source": "image_folder", "root": tmp_path, "num_classes": len(names)}
     config = from_yaml(TEXT, overrides=[f"data.{key}={value}" for key, value in given.items()])
     manifest = write_dataset(open_source(config.data), f"{tmp_path}/store", name="answers", data=config.data).manifest

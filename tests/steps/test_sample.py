@@ -187,9 +187,8 @@ def test_test_images_can_be_the_reference(config: Config, dataset: str, checkpoi
     assert test.metrics["eval/classifier_vs_test_memorized_n10"] == train.metrics["eval/classifier_memorized_n10"]
     assert "eval/real_classifier_vs_test_fid_n10" in test.real_metrics and test.fingerprint != train.fingerprint
     # The real images are training images then, but not those whose copies are counted.
-    for name in ("memorized", "nn_distance"):
-        real = train.real_metrics[f"eval/real_classifier_{name}_n10"]
-        assert test.real_metrics[f"eval/real_classifier_vs_test_{name}_n10"] == real
+    assert test.real_metrics["eval/real_classifier_vs_test_memorized_n10"] < 1
+    assert test.real_metrics["eval/real_classifier_vs_test_nn_distance_n10"] > 0
     assert train.memorization == test.memorization
     assert {reading.split for reading in read_metrics(test.metrics).values()} == {"test"}
     written = storage.read_json(test.uri)
