@@ -1,8 +1,8 @@
-"""What the recipes for GPUs would take on H100s: a table of `ncsn plan --gpu`.
+"""What the recipes for GPUs would take on H100s: a table of `benchmarks.roofline`.
 
     python -m benchmarks.recipes [--gpu h100]
 
-Nothing is measured. FLOP and operations are counted, memory traffic is that of a model, `ncsn.tools.roofline.Work`.
+Nothing is measured. FLOP and operations are counted, memory traffic is that of a model, `benchmarks.roofline.Work`.
 Time is not less than each operation's products or traffic take at the most that the data sheet says; prediction and MFU
 allow for twice as much. The operations of a step of one worker, without views, are at least as many kernel launches
 where it is not compiled; Adam and the EMA add a few dozen. The exchange of gradients is not counted.
@@ -13,9 +13,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from benchmarks.roofline import GPUS, SHARE, predict, works
 from ncsn.config import Config, from_yaml
-from ncsn.tools.plan import plan
-from ncsn.tools.roofline import GPUS, SHARE, works
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -28,7 +27,7 @@ def recipes() -> dict[str, Config]:
 
 def row(name: str, config: Config, *, gpu: str) -> str:
     """A line of Markdown."""
-    predicted, (_, training, _) = plan(config, name, gpu=gpu, price_per_hour=None), works(config)
+    predicted, (_, training, _) = predict(config, gpu=gpu), works(config)
     workers, images, rate = config.compute.max_workers, training.images, predicted["images_per_second"]
     train, sample = (predicted["steps"][step]["seconds"] / 3600 for step in ("train", "sample"))
     cells = (

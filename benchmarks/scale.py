@@ -15,8 +15,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.roofline import works
 from ncsn.config import Config, from_yaml
-from ncsn.tools.roofline import works
 
 GPUS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 GPUS_PER_NODE = 8

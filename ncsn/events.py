@@ -18,7 +18,6 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from html import escape
 from queue import SimpleQueue
 from threading import Thread
 from typing import Literal
@@ -26,10 +25,9 @@ from typing import Literal
 from ncsn.process import KFP_RUN_ID, utc_now
 from ncsn.storage.retry import Retry
 
-# Variables. The address may be a secret itself, as Slack's is, so nothing shows it.
+# Variables. The address may be a secret itself, so nothing shows it.
 WEBHOOK = "NCSN_WEBHOOK_URL"
 SECRET = "NCSN_WEBHOOK_SECRET"  # noqa: S105 - the name of a variable
-FORMAT = "NCSN_WEBHOOK_FORMAT"  # json, or slack
 
 TRY_SECONDS = 600.0  # for which an event is sent again while the receiver is away
 END_SECONDS = 10.0  # for all that waits when the process ends
@@ -92,9 +90,7 @@ def _send(event: dict[str, str]) -> None:
     """Send once; a `ConnectionError` if another try may help."""
     import requests
 
-    if (kind := os.environ.get(FORMAT, "json")) not in ("json", "slack"):
-        raise ValueError(f"{FORMAT} = {kind!r} is neither json nor slack")
-    body = json.dumps(_for_slack(event) if kind == "slack" else event)
+    body = json.dumps(event)
     headers = {"Content-Type": "application/json", "X-NCSN-Delivery-Id": event["id"]}
     headers["X-NCSN-Timestamp"] = now = str(int(time.time()))  # of this try, so that a late one is no replay
     if secret := os.environ.get(SECRET):
@@ -112,13 +108,3 @@ def _send(event: dict[str, str]) -> None:
         raise ConnectionError(f"HTTP {status}")
     if not 200 <= status < 300:
         raise ValueError(f"HTTP {status}")
-
-
-def _for_slack(event: dict[str, str]) -> dict[str, str]:
-    """The body that Slack, and what imitates it, shows as a line."""
-    facts = dict(event)
-    for name in ("id", "time"):
-        del facts[name]
-    subject = facts.pop("model", "") or facts.pop("run", "")
-    line = f"{subject} {facts.pop('event')}; " + ", ".join(f"{name} {value}" for name, value in facts.items())
-    return {"text": escape(line, quote=False)}

@@ -17,7 +17,6 @@ ADDRESSES = (
     "NCSN_KFP_UI",
     "NCSN_MLFLOW_UI",
     "NCSN_RAYJOB_TEMPLATE",
-    "NCSN_WEBHOOK_FORMAT",
 )
 CREDENTIALS = "ncsn-credentials"  # Secret, in the namespace of the runs
 SECRETS = (

@@ -93,14 +93,6 @@ def test_nothing_is_sent_without_a_webhook(sent: Receiver, monkeypatch: pytest.M
     assert [event["run"] for event in sent.wait_for(1)] == ["loud"]
 
 
-def test_slack_gets_a_line(sent: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(events.FORMAT, "slack")
-    tell("failed", run="digits", root="/store", reason="loss < 0 & more")
-    ((body,),) = ([event] for event in sent.wait_for(1))
-    assert body.keys() == {"text"}
-    assert body["text"].startswith("digits failed") and body["text"].endswith("loss &lt; 0 &amp; more")
-
-
 def test_the_last_events_of_a_process_are_sent(sent: Receiver) -> None:
     sent.answers = [503]
     done = in_a_process("with announced('digits', root='/store'):\n    raise SystemExit(143)")

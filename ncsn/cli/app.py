@@ -243,20 +243,15 @@ def ui_command(*, options: TargetOptions, host: str, port: int) -> None:
 
 @app.command("plan", cls=ReportingCommand, short_help="Estimate what training and sampling will take.")
 @target_options
-@click.option(
-    "--gpu",
-    type=click.Choice(("a100", "h100", "h200"), case_sensitive=False),
-    help="Predict for workers with such a GPU each, from the network's FLOP and memory traffic.",
-)
 @click.option("--price-per-hour", type=click.FloatRange(0), help="Of all workers together, for the column money.")
 @json_option
-def plan_command(*, options: TargetOptions, gpu: str | None, price_per_hour: float | None, as_json: bool) -> None:
+def plan_command(*, options: TargetOptions, price_per_hour: float | None, as_json: bool) -> None:
     """Estimate the time of training and sampling, and the memory of a worker, by a few steps on this machine."""
     from ncsn.cli.console import console_on, print_plan
     from ncsn.tools.plan import plan
 
     target = options.resolve()
-    found = plan(target.config, target.run, gpu=gpu, price_per_hour=price_per_hour)
+    found = plan(target.config, target.run, price_per_hour=price_per_hour)
     if as_json:
         click.echo(json.dumps(found, indent=1))
     else:

@@ -1,8 +1,9 @@
-"""What training and sampling will take, by a few steps on noise that are measured here, or by a model of a GPU."""
+"""What training and sampling will take, by a few steps on noise that are measured here."""
 
 from __future__ import annotations
 
 import copy
+import math
 import os
 import time
 from collections.abc import Callable
@@ -10,10 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from ncsn.config import Config
-from ncsn.config.training import AutoNoiseConfig
+from ncsn.config.training import AutoNoiseConfig, NoiseConfig
 from ncsn.core.losses import Batch
 from ncsn.core.noise_schedule import best_epsilon
 from ncsn.core.samplers.settings import AnnealedLangevin
@@ -25,7 +27,6 @@ from ncsn.model import build
 from ncsn.model.generate import evaluations_per_image
 from ncsn.model.memory import kept_bytes
 from ncsn.runs.folder import cost_of, read_step, run_folder
-from ncsn.tools.roofline import SHARE, works
 
 _STATE_BYTES = 5 * 4  # per parameter in float32: weights, their average, gradients, and Adam's two moments
 MEASUREMENTS, SECONDS = 10, 0.5  # the fastest counts; no more of them after so long
@@ -74,9 +75,7 @@ class Speed:
 def measure_speed(config: Config) -> Speed:
     """Time a few training steps and evaluations of one worker's share; the config has noise levels."""
     if config.compute.use_gpu and not torch.cuda.is_available():
-        raise UserError(
-            "compute.use_gpu", "no GPU here to measure", hint="use false, or predict with --gpu h100", value=True
-        )
+        raise UserError("compute.use_gpu", "no GPU here to measure", hint="use false", value=True)
     workers, cores = config.compute.max_workers, config.compute.cpus_per_worker
     device = torch.device(config.compute.device)
     count = max(1, config.train.batch_size // workers)
@@ -136,16 +135,22 @@ def _seconds(work: Callable[[Batch], object], batch: Batch) -> float:
 
 
 def with_levels(config: Config, run: str) -> Config:
-    """The config with what `noise: auto` chooses for the run's dataset; as it is while the run has none."""
-    ingested = read_step(run_folder(config, run), "ingest").result
-    return resolve_noise(config, load_manifest(str(ingested["uri"]))) if ingested else config
+    """The config with what `noise: auto` chooses for the run's dataset; `UserError` while the run has none."""
+    if not isinstance(config.noise, AutoNoiseConfig):
+        return config
+    if ingested := read_step(run_folder(config, run), "ingest").result:
+        return resolve_noise(config, load_manifest(str(ingested["uri"])))
+    raise UserError(
+        "noise", "chosen from images that are not ingested yet", hint="run `ncsn ingest` first", value="auto"
+    )
 
 
 def chosen_levels(config: Config, run: str) -> list[str]:
     """What `noise: auto` chooses for the run's dataset, for people; empty while the run has none."""
-    levels = with_levels(config, run).noise
-    if isinstance(levels, AutoNoiseConfig):
+    if not read_step(run_folder(config, run), "ingest").result:
         return []
+    levels = with_levels(config, run).noise
+    assert isinstance(levels, NoiseConfig)
     lines = [f"noise: {{sigma_1: {levels.sigma_1:g}, sigma_L: {levels.sigma_L:g}, num_levels: {levels.num_levels}}}"]
     sampler = config.sampling.sampler
     if isinstance(sampler, AnnealedLangevin) and levels.num_levels > 1:
@@ -156,36 +161,55 @@ def chosen_levels(config: Config, run: str) -> list[str]:
     return lines
 
 
-def plan(config: Config, run: str, *, gpu: str | None, price_per_hour: float | None) -> dict[str, Any]:
+def without_values(config: Config) -> tuple[nn.Module, dict[str, tuple[int, Callable[[], object]]]]:
+    """The network on the device `meta`; by step, images of one worker and what computes them once there."""
+    shape = config.data.network_shape
+    share = math.ceil(config.train.batch_size / config.compute.max_workers)
+    with torch.device("meta"):
+        network = build.network(config).to("meta")
+        loss = build.loss(config, teacher=copy.deepcopy(network).eval())
+        images, samples = torch.empty(share, *shape), torch.empty(config.sampling.batch_size, *shape)
+        of_images, of_samples = (torch.empty(len(each), dtype=torch.int64) for each in (images, samples))
+        projections = torch.empty(build.num_projections(config), *images.shape)
+    level = None if config.noise.training.kind == "lognormal" else of_images
+    sigma, conditions = images[:, 0, 0, 0], {"labels": of_images} if config.data.num_classes else {}
+    batch = Batch(images, sigma, images, level, projections, conditions=conditions, lower=sigma)
+    evaluate = torch.no_grad()(lambda: network(samples, of_samples))
+    return network, {
+        "train": (share, lambda: torch.autograd.backward(loss(network, batch).loss)),
+        "sample": (len(samples), evaluate),
+    }
+
+
+def plan(config: Config, run: str, *, price_per_hour: float | None) -> dict[str, Any]:
+    """The estimate by the speed of this machine, measured. `price_per_hour` is that of all workers together."""
+    config = with_levels(config, run)
+    basis = f"measured on this machine ({Machine.here()})"
+    return estimate(config, measure_speed(config), basis=basis, price_per_hour=price_per_hour)
+
+
+def estimate(config: Config, speed: Speed, *, basis: str, price_per_hour: float | None = None) -> dict[str, Any]:
     """Seconds, reserved hours and money of training and sampling, and a worker's memory, as plain values.
 
-    `gpu` is that of each worker, one of `roofline.GPUS`; without one, the speed of this machine is measured.
-    `price_per_hour` is that of all workers together.
+    The config has noise levels. `basis` says in words where the speed is from.
     """
-    config = with_levels(config, run)
-    if isinstance(config.noise, AutoNoiseConfig):
-        raise UserError(
-            "noise", "chosen from images that are not ingested yet", hint="run `ncsn ingest` first", value="auto"
-        )
     compute, train, sampling = config.compute, config.train, config.sampling
-    workers, nfe = compute.max_workers, evaluations_per_image(config)
-    network, training, evaluation = works(config)
+    nfe = evaluations_per_image(config)
+    network, work = without_values(config)
     parameters = sum(parameter.numel() for parameter in network.parameters())
-    if gpu is None:
-        speed, basis = measure_speed(config), f"measured on this machine ({Machine.here()})"
-    else:
-        train_image = training.seconds(gpu, precision=train.precision)
-        precision = {"auto": train.precision}.get(sampling.precision, sampling.precision)
-        speed = Speed(train_image / workers, evaluation.seconds(gpu, precision=precision) / workers)
-        basis = f"predicted for {workers} x {gpu} at {SHARE:.0%} of what its data sheet allows"
+    gflop = {}
+    for step, (images, compute_once) in work.items():
+        with FlopCounterMode(display=False) as counter:
+            compute_once()
+        gflop[step] = counter.get_total_flops() / images / 1e9
     taken = {
         "train": train.num_images * speed.train_image,
         "sample": sampling.num_images * nfe * speed.evaluate_image,
     }
-    together = compute.microbatch or training.images
+    together = compute.microbatch or work["train"][0]
     maps = kept_bytes(network, config) * together / (1 if train.precision == "float32" else 2)
     has_teacher = getattr(config.loss, "pairs", None) == "teacher"
-    narrow = train.precision == "bfloat16" and (gpu is not None or compute.use_gpu)  # the teacher's weights
+    narrow = train.precision == "bfloat16" and compute.use_gpu  # the teacher's weights
     steps = {step: cost_of(config, step, seconds)._asdict() for step, seconds in taken.items()}
     if price_per_hour is not None:
         steps = {step: {**cost, "money": price_per_hour * taken[step] / 3600} for step, cost in steps.items()}
@@ -195,7 +219,7 @@ def plan(config: Config, run: str, *, gpu: str | None, price_per_hour: float | N
         "images_per_second": 1 / speed.train_image,
         "nfe": nfe,
         "parameters": parameters,
-        "gflop": {"train": training.flop / 1e9, "sample": evaluation.flop / 1e9},
+        "gflop": gflop,
         "worker_gb": ((_STATE_BYTES + (2 if narrow else 4) * has_teacher) * parameters + maps) / 1e9,
         "notes": build.noise_notes(config, images=train.num_images),
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,9 +14,9 @@ from ncsn.core.losses import Batch, ConsistencyTuning
 from ncsn.runs.folder import cost_of
 from ncsn.steps import ingest
 from ncsn.tools import plan as planning
-from ncsn.tools.plan import chosen_levels, plan
+from ncsn.tools.plan import Speed, chosen_levels, estimate, plan
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+ANY = Speed(0.01, 0.002)
 TINY = """
 name: plan
 data: {source: sklearn_digits, image_size: 8, channels: 1, max_images: 50}
@@ -30,28 +29,6 @@ compute: {num_workers: 2, cpus_per_worker: 4}
 
 def config(*overrides: str) -> Config:
     return from_yaml(TINY, overrides=overrides)
-
-
-PUBLISHED = {"cifar10_edm": (55_733_891, 127.134), "celeba64_edm": (61_805_571, 251.143)}  # parameters, GFLOP
-GPU_RECIPES = [path for path in sorted(CONFIGS.glob("*.yaml")) if "use_gpu: true" in path.read_text()]
-
-
-@pytest.mark.parametrize("path", GPU_RECIPES, ids=lambda path: path.stem)
-def test_a_recipe_for_gpus_says_what_is_predicted_and_ends_in_time(path: Path) -> None:
-    recipe = from_yaml(path.read_text())
-    found = plan(recipe, "run", gpu="h100", price_per_hour=2.5)
-    train, workers = found["steps"]["train"], recipe.compute.max_workers
-    hours = train["seconds"] / 3600
-    assert hours == pytest.approx(recipe.train.num_images / found["images_per_second"] / 3600)
-    assert train["gpu_hours"] == pytest.approx(workers * hours) and train["money"] == pytest.approx(2.5 * hours)
-    said = re.search(r"Predicted, not measured: ([\d.]+) hours on (\w+) H100", path.read_text())
-    assert said and float(said[1]) == pytest.approx(hours, rel=0.02, abs=0.05)
-    assert {"one": 1, "two": 2, "four": 4}[said[2]] == workers
-    for cost in found["steps"].values():
-        assert cost["seconds"] / 3600 < recipe.compute.kuberay.max_hours
-    counted = found["parameters"], pytest.approx(found["gflop"]["train"], rel=1e-4)
-    assert counted == PUBLISHED.get(path.stem, counted)
-    assert 16 * found["parameters"] < 1e9 * found["worker_gb"] < 80e9
 
 
 def test_the_fastest_measurement_counts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,11 +44,11 @@ def test_the_fastest_measurement_counts(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_this_machine_is_measured(tmp_path: Path) -> None:
-    found = plan(config(), "run", gpu=None, price_per_hour=None)
+    found = plan(config(), "run", price_per_hour=None)
     assert found["steps"]["train"]["seconds"] == pytest.approx(1000 / found["images_per_second"])
     assert found["nfe"] == 21 and found["steps"]["train"].keys() == {"seconds", "cpu_hours", "gpu_hours"}
     with refused("compute.use_gpu"):
-        plan(config("compute.use_gpu=true"), "run", gpu=None, price_per_hour=None)
+        plan(config("compute.use_gpu=true"), "run", price_per_hour=None)
 
 
 def test_a_teacher_counts_as_training_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,25 +57,25 @@ def test_a_teacher_counts_as_training_has_it(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("ncsn.tools.plan.SECONDS", 0.001)
     monkeypatch.setattr("ncsn.tools.plan.train_step", lambda _, batch, *, loss, **__: steps.append((batch, loss)))
 
-    def tuning(pairs: str, precision: str = "float32") -> Config:
+    def tuning(pairs: str, precision: str = "float32", *more: str) -> Config:
         loss = f"loss={{kind: consistency, q: 2, stages: 8, pairs: {pairs}}}", "sampling.sampler={kind: consistency}"
         others = "noise={training: {kind: lognormal}}", "network.dropout=0.2", "train.init_from=a"
-        return config(*loss, *others, f"train.precision={precision}")
+        return config(*loss, *others, f"train.precision={precision}", *more)
 
-    plan(tuning("teacher"), "run", gpu=None, price_per_hour=None)
+    plan(tuning("teacher"), "run", price_per_hour=None)
     batch, loss = steps[-1]
     assert loss.teacher is not None and not any(each.training for each in loss.teacher.network.modules())
     assert batch.lower is not None and 0.02 < float((batch.lower == 0).float().mean()) < 0.5
     for precision, value_bytes in (("float32", 4), ("bfloat16", 2)):
-        configs = tuning("teacher", precision), tuning("image", precision)
-        found, without = (plan(each, "run", gpu="h100", price_per_hour=None) for each in configs)
+        configs = (tuning(pairs, precision, "compute.use_gpu=true") for pairs in ("teacher", "image"))
+        found, without = (estimate(each, ANY, basis="") for each in configs)
         added = found["worker_gb"] - without["worker_gb"]
         assert 1e9 * added == pytest.approx(value_bytes * found["parameters"])
 
 
 def test_a_plan_notes_noise_that_the_network_never_sees() -> None:
     def notes(*overrides: str) -> list[str]:
-        return plan(config("train.num_images=800000", *overrides), "run", gpu="h100", price_per_hour=None)["notes"]
+        return estimate(config("train.num_images=800000", *overrides), ANY, basis="")["notes"]
 
     lognormal = "noise={sigma_1: %s, sigma_L: 0.01, training: {kind: lognormal}}"
     assert notes() == notes(lognormal % 5) == notes(lognormal % 7.5) == []
@@ -111,11 +88,11 @@ def test_the_levels_of_noise_auto_are_known_once_there_is_a_dataset(tmp_path: Pa
     auto = config("noise=auto", f"storage.root={tmp_path}")
     assert chosen_levels(auto, "run") == []
     with refused("noise"):
-        plan(auto, "run", gpu="h100", price_per_hour=None)
+        plan(auto, "run", price_per_hour=None)
     ingest.run(auto, run="run")
     levels, epsilon = chosen_levels(auto, "run")
     assert "sigma_1: " in levels and "2 steps per level" in epsilon
-    assert plan(auto, "run", gpu="h100", price_per_hour=None)["nfe"] > 2
+    assert plan(auto, "run", price_per_hour=None)["nfe"] > 2
 
 
 def test_cost_is_of_what_is_reserved() -> None:

@@ -1,10 +1,16 @@
-"""What a network asks of a GPU, counted without one, and how long it should take there: a model, not a measurement."""
+"""What a network asks of a GPU, counted without one, and how long it should take there: a model, not a measurement.
+
+    python -m benchmarks.roofline CONFIG [--gpu h100] [--price-per-hour 2.5] [--set KEY=VALUE] [--run RUN]
+
+It prints what `ncsn plan` measures, for workers with such a GPU each.
+"""
 
 from __future__ import annotations
 
-import copy
-import math
+import argparse
+import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,9 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from ncsn.config import Config
-from ncsn.core.losses import Batch
-from ncsn.model import build
+from ncsn.cli.console import console_on, print_plan
+from ncsn.config import Config, from_yaml
+from ncsn.tools.plan import Speed, estimate, with_levels, without_values
 
 # FLOP/s of matrix products in bfloat16 and bytes/s from and to memory, at most, by data sheets.
 GPUS = {"a100": (312e12, 2.04e12), "h100": (989e12, 3.35e12), "h200": (989e12, 4.8e12)}
@@ -86,20 +92,39 @@ class Work(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def works(config: Config) -> tuple[nn.Module, Work, Work]:
     """The network without values, and the work of one worker: a training step, and the scores of a batch of samples."""
-    shape = config.data.network_shape
-    share = math.ceil(config.train.batch_size / config.compute.max_workers)
-    with torch.device("meta"):
-        network = build.network(config).to("meta")
-        loss = build.loss(config, teacher=copy.deepcopy(network).eval())
-        images, samples = torch.empty(share, *shape), torch.empty(config.sampling.batch_size, *shape)
-        of_images, of_samples = (torch.empty(len(each), dtype=torch.int64) for each in (images, samples))
-        projections = torch.empty(build.num_projections(config), *images.shape)
-    level = None if config.noise.training.kind == "lognormal" else of_images
-    sigma, conditions = images[:, 0, 0, 0], {"labels": of_images} if config.data.num_classes else {}
-    batch = Batch(images, sigma, images, level, projections, conditions=conditions, lower=sigma)
-    with Work(len(images)) as training:
-        torch.autograd.backward(loss(network, batch).loss)
+    network, work = without_values(config)
+    counted = []
+    for images, compute in work.values():
+        with Work(images) as operations:
+            compute()
+        counted.append(operations)
+    training, sampling = counted
     training.operations.append((0, _OF_UPDATE * sum(parameter.numel() for parameter in network.parameters())))
-    with torch.no_grad(), Work(len(samples)) as sampling:
-        network(samples, of_samples)
     return network, training, sampling
+
+
+def predict(config: Config, *, gpu: str, price_per_hour: float | None = None) -> dict[str, Any]:
+    """The estimate of `ncsn plan` for workers with one of `GPUS` each. The config has noise levels and uses GPUs."""
+    _, training, sampling = works(config)
+    workers, train, sample = config.compute.max_workers, config.train.precision, config.sampling.precision
+    times = training.seconds(gpu, precision=train), sampling.seconds(gpu, precision={"auto": train}.get(sample, sample))
+    basis = f"predicted for {workers} x {gpu} at {SHARE:.0%} of what its data sheet allows"
+    return estimate(config, Speed(*(time / workers for time in times)), basis=basis, price_per_hour=price_per_hour)
+
+
+def main() -> None:
+    """Print the estimate."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--gpu", choices=GPUS, default="h100")
+    parser.add_argument("--price-per-hour", type=float, help="of all workers together")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="another value of a setting")
+    parser.add_argument("--run", help="whose dataset `noise: auto` chooses levels for; default: the config's name")
+    options = parser.parse_args()
+    config = from_yaml(options.config.read_text(), overrides=[*options.set, "compute.use_gpu=true"])
+    config = with_levels(config, options.run or config.name)
+    print_plan(console_on(sys.stdout), predict(config, gpu=options.gpu, price_per_hour=options.price_per_hour))
+
+
+if __name__ == "__main__":
+    main()
