@@ -56,7 +56,7 @@ def _memory() -> Row:
     """Peak memory of a training worker over the estimate of `ncsn plan`."""
     run = digits_run()
     plan = subprocess.run([*NCSN, "plan", *run.options, "--json"], check=True, capture_output=True, text=True)
-    planned = 1000 * json.loads(plan.stdout)["memory"]["worker_gb"]
+    planned = 1000 * json.loads(plan.stdout)["worker_gb"]
     taken = load_history(run_folder(run.config, RUN).history).curve("system/worker_memory_megabytes").max()
     return Row(
         "growth",

@@ -35,7 +35,7 @@ _KERNEL = 3.4e-6 * SHARE
 _OF_UPDATE = 20
 
 
-class Work(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Work(TorchDispatchMode):
     """Counts the operations of a block, for tensors on the device `meta`, as a GPU does them in a compiled network.
 
     An elementwise operation is fused with others: it reads what they have written, and what it makes is written when
@@ -43,7 +43,7 @@ class Work(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """
 
     def __init__(self, images: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.images = images
         self.operations: list[tuple[int, int]] = []  # FLOP, and values from and to memory; before fusion
         self._unwritten: set[int] = set()  # storages
