@@ -201,12 +201,15 @@ def ended_on_sigterm(end: Callable[[], None]) -> Iterator[None]:
 
 def say(line: str, *, of_driver: bool = False) -> None:
     """Print a line for the person who waits, or one of the driver's log; the log of a KFP task is its stderr."""
-    # Where a task is terminated, who reads its stderr may end first, and an error here would pass for the step's.
-    with suppress(BrokenPipeError):
+    try:
         if (show := getattr(sys.stderr, "show", None)) is not None:  # the output of a command goes to a file
             show(line, of_driver=of_driver)
         sys.stderr.write(f"{line}\n")
         sys.stderr.flush()
+    except BrokenPipeError:
+        # Where a task is terminated, who reads its stderr may end first. An error here would pass for the step's, and
+        # what is still in Python's buffer would change the exit code at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 def message_of(error: Any) -> str:
