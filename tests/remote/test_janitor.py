@@ -78,13 +78,13 @@ def rayjob(
     run: str = "mine",
     root: str = "",
     state: str = "Running",
-    lease: str = "none",
+    lease: str = "",
     **metadata: Any,
 ) -> None:
     labels = {"app.kubernetes.io/managed-by": "ncsn", "ncsn.dev/run": run, "ncsn.dev/step": "train"}
     manifest = {
         "metadata": {"name": name, "labels": labels, **metadata},
-        "spec": {"entrypoint": f"ncsn train --run mine --set storage.root={root} --lease {lease}"},
+        "spec": {"entrypoint": f"ncsn train --run mine --set storage.root={root}" + f" --lease {lease}" * bool(lease)},
         "status": {"jobDeploymentStatus": state, "jobStatus": "RUNNING"},
     }
     emulation.cluster.create("rayjobs", manifest)
