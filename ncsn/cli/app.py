@@ -193,15 +193,14 @@ train_command = _step_command("train")
 @app.command("sample", cls=ReportingCommand, help=STEP_INFO["sample"].summary)
 @step_options("sample")
 @click.option("--model", metavar="URI", help="A registered model instead of a run: models:/NAME@champion.")
-@click.option("--out", metavar="FOLDER", help="With --model: where the images go.")
 @click.option("--png", metavar="DIR", help="Also write each image as a PNG file into this new or empty folder.")
 def sample_command(
-    *, options: TargetOptions, as_json: bool, model: str | None, out: str | None, png: str | None, **given: str | None
+    *, options: TargetOptions, as_json: bool, model: str | None, png: str | None, **given: str | None
 ) -> None:
     if png and (folder := Path(png)).exists() and not (folder.is_dir() and next(folder.iterdir(), None) is None):
         raise UserError("--png", "not an empty folder", hint="choose another", value=png)
-    if model or out:
-        registry.sample_from_model(options, given, model=model, out=out, png=png, as_json=as_json)
+    if model:
+        registry.sample_from_model(options, given, model=model, png=png, as_json=as_json)
     else:
         _do_step("sample", options, given, as_json=as_json, png=png)
 

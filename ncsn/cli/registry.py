@@ -80,8 +80,7 @@ def sample_from_model(
     options: TargetOptions,
     given: Mapping[str, str | None],
     *,
-    model: str | None,
-    out: str | None,
+    model: str,
     png: str | None,
     as_json: bool,
 ) -> None:
@@ -90,21 +89,17 @@ def sample_from_model(
     from ncsn.data.samples import write_pngs
     from ncsn.tools import models
 
-    if model is None:
-        raise click.UsageError("--out goes with --model; the samples of a run are in the run's folder")
     for option in ("score", "checkpoint"):
         if given.get(option):
             raise click.UsageError(f"--{option} needs a run, not --model")
     if options.backend:
         raise click.UsageError("--backend and --address need a run; a registered model is sampled here")
-    registry = options.registry
     with shown_progress(None) as view:
         view.start("sample")
         result = models.sample_model(
             model,
-            registry=registry,
+            registry=options.registry,
             root=options.store_root,
-            out=out,
             overrides=options.overrides,
             progress=ShownProgress(view, "sample"),
         )

@@ -83,7 +83,7 @@ def test_a_refused_promotion_leaves_the_champion(ncsn, require_mistake, client: 
 def test_sampling_from_a_version_without_weights_leaves_nothing(
     run_command, require_mistake, registry: str, tmp_path: Path
 ) -> None:
-    options = ("--model", "digits/2", "--out", str(tmp_path / "images"))
+    options = ("--model", "digits/2", "--set", f"storage.root={tmp_path}")
     done = run_command("sample", *options, MLFLOW_TRACKING_URI=registry)
     require_mistake(done, "models:/digits/2")
     assert "file:///nowhere" in done.stderr
