@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 @click.option("--version", metavar="N", help="Version to promote; default: the challenger.")
 @click.option("--force", is_flag=True, help="Promote even if the gate objects.")
 @click.option("--rollback", is_flag=True, help="Restore the previous champion instead; again, the one before that.")
-@click.option("--dry-run", is_flag=True, help="Print what would change, and change nothing.")
 @registry_options
 @json_option
 def promote_command(
@@ -31,7 +30,6 @@ def promote_command(
     version: str | None,
     force: bool,
     rollback: bool,
-    dry_run: bool,
     options: TargetOptions,
     as_json: bool,
 ) -> None:
@@ -44,14 +42,9 @@ def promote_command(
     uri = options.registry
     with mlflow_errors(uri):
         client = client_at(uri)
-        if rollback:
-            done = roll_back(client, model, dry_run=dry_run)
-        else:
-            done = promote_version(client, model, version=version, force=force, dry_run=dry_run)
-    changed = done.version != done.replaced
-    verb = "would become" if dry_run and changed else "is"
-    instead = f" in place of version {done.replaced}" if changed and done.replaced else ""
-    text = f"{done.model} version {done.version} {verb} champion{instead}: {done.reason}"
+        done = roll_back(client, model) if rollback else promote_version(client, model, version=version, force=force)
+    instead = f" in place of version {done.replaced}" if done.replaced not in ("", done.version) else ""
+    text = f"{done.model} version {done.version} is champion{instead}: {done.reason}"
     click.echo(json.dumps(asdict(done), indent=1) if as_json else text)
 
 

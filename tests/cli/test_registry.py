@@ -40,10 +40,7 @@ def ncsn(run_in_process, registry: str) -> Callable[..., Result]:
     return lambda *arguments: run_in_process(*arguments, MLFLOW_TRACKING_URI=registry)
 
 
-def test_rollback_and_promote_say_what_they_did_and_dry_runs_what_they_would(ncsn, client) -> None:
-    planned = ncsn("promote", "digits", "--rollback", "--dry-run")
-    assert planned.output.startswith("digits version 2 ") and planned.output.count("\n") == 1
-    assert str(client.get_model_version_by_alias("digits", "champion").version) == "3"
+def test_rollback_and_promote_say_what_they_did(ncsn, client) -> None:
     done = ncsn("promote", "digits", "--rollback", "--json")
     change = json.loads(done.output)
     assert change.pop("reason")
