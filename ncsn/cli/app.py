@@ -242,15 +242,14 @@ def ui_command(*, options: TargetOptions, host: str, port: int) -> None:
 
 @app.command("plan", cls=ReportingCommand, short_help="Estimate what training and sampling will take.")
 @target_options
-@click.option("--price-per-hour", type=click.FloatRange(0), help="Of all workers together, for the column money.")
 @json_option
-def plan_command(*, options: TargetOptions, price_per_hour: float | None, as_json: bool) -> None:
+def plan_command(*, options: TargetOptions, as_json: bool) -> None:
     """Estimate the time of training and sampling, and the memory of a worker, by a few steps on this machine."""
     from ncsn.cli.console import console_on, print_plan
     from ncsn.tools.plan import plan
 
     target = options.resolve()
-    found = plan(target.config, target.run, price_per_hour=price_per_hour)
+    found = plan(target.config, target.run)
     if as_json:
         click.echo(json.dumps(found, indent=1))
     else:
@@ -259,16 +258,14 @@ def plan_command(*, options: TargetOptions, price_per_hour: float | None, as_jso
 
 @app.command("select", cls=ReportingCommand, short_help="Find the best checkpoint of a run by samples of each.")
 @step_options("select")
-@click.option("--only-choose", is_flag=True, help="Stop after the choice.")
-def select_command(*, options: TargetOptions, only_choose: bool, as_json: bool, **given: str | None) -> None:
+def select_command(*, options: TargetOptions, as_json: bool, **given: str | None) -> None:
     """Score every kept checkpoint and average by a few samples; then sample, evaluate and register the best one.
 
     The section select of the config says how. Training keeps checkpoints with train.keep_checkpoints=all.
     """
     from ncsn.cli.execute import select_best
 
-    only_choose = only_choose or given.get("lease") is not None  # the launcher does the rest
-    select_best(options.resolve(), given=given, as_json=as_json, only_choose=only_choose)
+    select_best(options.resolve(), given=given, as_json=as_json)
 
 
 for _command in (
