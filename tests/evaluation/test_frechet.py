@@ -185,10 +185,11 @@ def test_scores_are_due_at_twice_the_features_and_doubled(rng, reference, images
     assert [score.num_images for score in found] == due
 
 
-def test_without_early_scores_all_images_have_the_same(rng, reference) -> None:
+def test_all_images_at_once_have_the_last_of_the_running_scores(rng, reference) -> None:
     features = rng.standard_normal((100, 4))
-    running = RunningDistance(reference, count=100, early=False)
-    assert running.add(0, features) == RunningDistance(reference, count=100).add(0, features)[-1:]
+    last = RunningDistance(reference, count=100).add(0, features)[-1]
+    once = score_of(features, reference)
+    assert (once.num_images, once.fid, once.log_std) == pytest.approx((100, last.fid, last.log_std), rel=1e-9)
 
 
 def test_groups_have_a_core_each(rng, reference, monkeypatch: pytest.MonkeyPatch) -> None:
