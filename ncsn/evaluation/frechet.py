@@ -90,8 +90,6 @@ def frechet_distance(a: FrechetStatistics, b: FrechetStatistics) -> float:
 
     Biased upwards by about 1/N for N images, so compare only distances of equal counts.
     """
-    if a.mean.shape != b.mean.shape:
-        raise InvalidValue(f"features of {a.mean.shape[0]} and {b.mean.shape[0]} dimensions cannot be compared")
     # With S = F F^T, Tr (S_a S_b)^(1/2) = Tr (G G^T)^(1/2) for G = F_a^T F_b: nothing complex appears, and directions
     # in which a set of few images has no variance drop out instead of adding their rounding error.
     g = factor(a.covariance).T @ factor(b.covariance)

@@ -79,9 +79,7 @@ def measure_speed(config: Config) -> Speed:
     workers, cores = config.compute.max_workers, config.compute.cpus_per_worker
     device = torch.device(config.compute.device)
     count = max(1, config.train.batch_size // workers)
-    before = torch.get_num_threads()
-    torch.set_num_threads(cores)
-    try:
+    with build.torch_threads(cores):
         state = build.train_state(config, device=device)
         options = build.step_options(config, world_size=1)
         loss = build.loss(config, state.uncertainty, build.frozen(copy.deepcopy(state.network), config))
@@ -106,8 +104,6 @@ def measure_speed(config: Config) -> Speed:
 
         together = workers * (TOGETHER if workers > 1 else 1.0)
         return Speed(_seconds(train, batch) / together, _seconds(evaluate, batch) / together)
-    finally:
-        torch.set_num_threads(before)
 
 
 def _seconds(work: Callable[[Batch], object], batch: Batch) -> float:

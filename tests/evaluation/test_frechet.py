@@ -131,9 +131,7 @@ def test_finite_sample_bias_falls_as_one_over_n() -> None:
 def test_what_has_no_distance_is_refused() -> None:
     with pytest.raises(ValueError, match="1 of 2"):
         FrechetStatistics.of(np.array([[0.0, np.nan], [1.0, 2.0]]))
-    one, two = FrechetStatistics.of(np.zeros((3, 4))), FrechetStatistics.of(np.zeros((3, 5)))
-    with pytest.raises(ValueError, match="4 and 5"):
-        frechet_distance(one, two)
+    one = FrechetStatistics.of(np.zeros((3, 4)))
     with refused("images"):
         frechet_distance(FrechetStatistics.of(np.zeros((1, 4))), one)
     with refused("sampling.num_images"):
