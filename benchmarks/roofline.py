@@ -1,6 +1,6 @@
 """What a network asks of a GPU, counted without one, and how long it should take there: a model, not a measurement.
 
-    python -m benchmarks.roofline CONFIG [--gpu h100] [--price-per-hour 2.5] [--set KEY=VALUE] [--run RUN]
+    python -m benchmarks.roofline CONFIG [--gpu h100] [--set KEY=VALUE] [--run RUN]
 
 It prints what `ncsn plan` measures, for workers with such a GPU each.
 """
@@ -103,13 +103,13 @@ def works(config: Config) -> tuple[nn.Module, Work, Work]:
     return network, training, sampling
 
 
-def predict(config: Config, *, gpu: str, price_per_hour: float | None = None) -> dict[str, Any]:
+def predict(config: Config, *, gpu: str) -> dict[str, Any]:
     """The estimate of `ncsn plan` for workers with one of `GPUS` each. The config has noise levels and uses GPUs."""
     _, training, sampling = works(config)
     workers, train, sample = config.compute.max_workers, config.train.precision, config.sampling.precision
     times = training.seconds(gpu, precision=train), sampling.seconds(gpu, precision={"auto": train}.get(sample, sample))
     basis = f"predicted for {workers} x {gpu} at {SHARE:.0%} of what its data sheet allows"
-    return estimate(config, Speed(*(time / workers for time in times)), basis=basis, price_per_hour=price_per_hour)
+    return estimate(config, Speed(*(time / workers for time in times)), basis=basis)
 
 
 def main() -> None:
@@ -117,13 +117,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path)
     parser.add_argument("--gpu", choices=GPUS, default="h100")
-    parser.add_argument("--price-per-hour", type=float, help="of all workers together")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="another value of a setting")
     parser.add_argument("--run", help="whose dataset `noise: auto` chooses levels for; default: the config's name")
     options = parser.parse_args()
     config = from_yaml(options.config.read_text(), overrides=[*options.set, "compute.use_gpu=true"])
     config = with_levels(config, options.run or config.name)
-    print_plan(console_on(sys.stdout), predict(config, gpu=options.gpu, price_per_hour=options.price_per_hour))
+    print_plan(console_on(sys.stdout), predict(config, gpu=options.gpu))
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ LATE = HEAVY | {
     "pydantic",
     "requests",
     "rich",
+    "tifffile",
     "torch_fidelity",
 }
 # They serve --help, show-config, submit, promote, the launcher's pod and the Finish task.

@@ -193,15 +193,14 @@ train_command = _step_command("train")
 @app.command("sample", cls=ReportingCommand, help=STEP_INFO["sample"].summary)
 @step_options("sample")
 @click.option("--model", metavar="URI", help="A registered model instead of a run: models:/NAME@champion.")
-@click.option("--out", metavar="FOLDER", help="With --model: where the images go.")
 @click.option("--png", metavar="DIR", help="Also write each image as a PNG file into this new or empty folder.")
 def sample_command(
-    *, options: TargetOptions, as_json: bool, model: str | None, out: str | None, png: str | None, **given: str | None
+    *, options: TargetOptions, as_json: bool, model: str | None, png: str | None, **given: str | None
 ) -> None:
     if png and (folder := Path(png)).exists() and not (folder.is_dir() and next(folder.iterdir(), None) is None):
         raise UserError("--png", "not an empty folder", hint="choose another", value=png)
-    if model or out:
-        registry.sample_from_model(options, given, model=model, out=out, png=png, as_json=as_json)
+    if model:
+        registry.sample_from_model(options, given, model=model, png=png, as_json=as_json)
     else:
         _do_step("sample", options, given, as_json=as_json, png=png)
 
@@ -243,15 +242,14 @@ def ui_command(*, options: TargetOptions, host: str, port: int) -> None:
 
 @app.command("plan", cls=ReportingCommand, short_help="Estimate what training and sampling will take.")
 @target_options
-@click.option("--price-per-hour", type=click.FloatRange(0), help="Of all workers together, for the column money.")
 @json_option
-def plan_command(*, options: TargetOptions, price_per_hour: float | None, as_json: bool) -> None:
+def plan_command(*, options: TargetOptions, as_json: bool) -> None:
     """Estimate the time of training and sampling, and the memory of a worker, by a few steps on this machine."""
     from ncsn.cli.console import console_on, print_plan
     from ncsn.tools.plan import plan
 
     target = options.resolve()
-    found = plan(target.config, target.run, price_per_hour=price_per_hour)
+    found = plan(target.config, target.run)
     if as_json:
         click.echo(json.dumps(found, indent=1))
     else:
@@ -260,16 +258,14 @@ def plan_command(*, options: TargetOptions, price_per_hour: float | None, as_jso
 
 @app.command("select", cls=ReportingCommand, short_help="Find the best checkpoint of a run by samples of each.")
 @step_options("select")
-@click.option("--only-choose", is_flag=True, help="Stop after the choice.")
-def select_command(*, options: TargetOptions, only_choose: bool, as_json: bool, **given: str | None) -> None:
+def select_command(*, options: TargetOptions, as_json: bool, **given: str | None) -> None:
     """Score every kept checkpoint and average by a few samples; then sample, evaluate and register the best one.
 
     The section select of the config says how. Training keeps checkpoints with train.keep_checkpoints=all.
     """
     from ncsn.cli.execute import select_best
 
-    only_choose = only_choose or given.get("lease") is not None  # the launcher does the rest
-    select_best(options.resolve(), given=given, as_json=as_json, only_choose=only_choose)
+    select_best(options.resolve(), given=given, as_json=as_json)
 
 
 for _command in (

@@ -36,9 +36,6 @@ if TYPE_CHECKING:
     type=click.Choice(["train", "sample"]),
     help="Pipeline to start.",
 )
-@click.option(
-    "--experiment", "kfp_experiment", metavar="NAME", help="KFP experiment; default: tracking.experiment of the config."
-)
 @click.option("--namespace", metavar="PROFILE", help="Your profile, where Kubeflow serves several users.")
 @click.option("--service-account", metavar="NAME", help="Service account of the pods; default: the cluster's.")
 @click.option("--param", "params", metavar="K=V", multiple=True, help="Another parameter of the pipeline; repeatable.")

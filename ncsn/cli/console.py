@@ -266,12 +266,11 @@ def _trials_table(result: Mapping[str, Any]) -> str:
 
 def print_plan(console: Console, plan: Mapping[str, Any]) -> None:
     """Time and cost of training and sampling, and what they are computed from."""
-    table = Table("step", box=SIMPLE_HEAD)
-    names = [name for name in ("cpu_hours", "gpu_hours", "money") if name in plan["steps"]["train"]]
-    for column in ("time", *(name.replace("cpu", "CPU").replace("gpu", "GPU").replace("_", " ") for name in names)):
-        table.add_column(column, justify="right")
+    table = Table(
+        "step", *(Column(name, justify="right") for name in ("time", "CPU hours", "GPU hours")), box=SIMPLE_HEAD
+    )
     for step, cost in plan["steps"].items():
-        table.add_row(step, duration(cost["seconds"]), *(f"{cost[name]:,.2f}" for name in names))
+        table.add_row(step, duration(cost["seconds"]), f"{cost['cpu_hours']:,.2f}", f"{cost['gpu_hours']:,.2f}")
     console.print(table)
     flop = plan["gflop"]
     lines = [

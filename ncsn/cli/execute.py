@@ -72,17 +72,17 @@ def run_one(step: str, target: Target, *, given: Mapping[str, str | None]) -> di
     return dataclasses.asdict(result)
 
 
-def select_best(target: Target, *, given: Mapping[str, str | None], as_json: bool, only_choose: bool) -> None:
-    """Choose the best checkpoint of a run; then sample, evaluate and register it, and report, unless `only_choose`."""
+def select_best(target: Target, *, given: Mapping[str, str | None], as_json: bool) -> None:
+    """Choose the best checkpoint of a run; then sample, evaluate and register it, and report."""
     found = {"select": run_one("select", target, given=given)}
-    if not only_choose:
+    if given.get("lease") is None:  # else the launcher does the rest
         sampling = target.config.sampling.model_copy(update={"relative_width": None})  # that of the chosen weights
         target = replace(target, config=target.config.model_copy(update={"sampling": sampling}))
         inputs: dict[str, str | None] = {"dataset": given.get("dataset"), "checkpoint": found["select"]["checkpoint"]}
         for step in STEPS[STEPS.index("sample") :]:
             found[step] = run_one(step, target, given=inputs)
     if as_json:
-        click.echo(json.dumps(found["select"] if only_choose else found, indent=1))
+        click.echo(json.dumps(found, indent=1))
     else:
         click.echo("\n".join(describe_result(step, result) for step, result in found.items()))
 

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 @click.option("--version", metavar="N", help="Version to promote; default: the challenger.")
 @click.option("--force", is_flag=True, help="Promote even if the gate objects.")
 @click.option("--rollback", is_flag=True, help="Restore the previous champion instead; again, the one before that.")
-@click.option("--dry-run", is_flag=True, help="Print what would change, and change nothing.")
 @registry_options
 @json_option
 def promote_command(
@@ -31,7 +30,6 @@ def promote_command(
     version: str | None,
     force: bool,
     rollback: bool,
-    dry_run: bool,
     options: TargetOptions,
     as_json: bool,
 ) -> None:
@@ -44,14 +42,9 @@ def promote_command(
     uri = options.registry
     with mlflow_errors(uri):
         client = client_at(uri)
-        if rollback:
-            done = roll_back(client, model, dry_run=dry_run)
-        else:
-            done = promote_version(client, model, version=version, force=force, dry_run=dry_run)
-    changed = done.version != done.replaced
-    verb = "would become" if dry_run and changed else "is"
-    instead = f" in place of version {done.replaced}" if changed and done.replaced else ""
-    text = f"{done.model} version {done.version} {verb} champion{instead}: {done.reason}"
+        done = roll_back(client, model) if rollback else promote_version(client, model, version=version, force=force)
+    instead = f" in place of version {done.replaced}" if done.replaced not in ("", done.version) else ""
+    text = f"{done.model} version {done.version} is champion{instead}: {done.reason}"
     click.echo(json.dumps(asdict(done), indent=1) if as_json else text)
 
 
@@ -80,8 +73,7 @@ def sample_from_model(
     options: TargetOptions,
     given: Mapping[str, str | None],
     *,
-    model: str | None,
-    out: str | None,
+    model: str,
     png: str | None,
     as_json: bool,
 ) -> None:
@@ -90,21 +82,17 @@ def sample_from_model(
     from ncsn.data.samples import write_pngs
     from ncsn.tools import models
 
-    if model is None:
-        raise click.UsageError("--out goes with --model; the samples of a run are in the run's folder")
     for option in ("score", "checkpoint"):
         if given.get(option):
             raise click.UsageError(f"--{option} needs a run, not --model")
     if options.backend:
         raise click.UsageError("--backend and --address need a run; a registered model is sampled here")
-    registry = options.registry
     with shown_progress(None) as view:
         view.start("sample")
         result = models.sample_model(
             model,
-            registry=registry,
+            registry=options.registry,
             root=options.store_root,
-            out=out,
             overrides=options.overrides,
             progress=ShownProgress(view, "sample"),
         )

@@ -19,7 +19,6 @@ from ncsn.runs.folder import read_outcome, require_owner, run_folder
 from ncsn.storage.retry import limited
 from pipelines.submit import Submission
 
-DEFAULT_EXPERIMENT = "KF_PIPELINES_DEFAULT_EXPERIMENT_NAME"
 _LOOK_SECONDS = 5.0
 
 
@@ -29,7 +28,6 @@ def prepare(
     pipeline: str,
     params: Sequence[str],
     scheduled: bool,
-    kfp_experiment: str | None,
     service_account: str | None,
     cache: bool,
 ) -> Submission:
@@ -61,7 +59,7 @@ def prepare(
         pipeline=pipeline,
         name=name,
         arguments={**arguments, **given},
-        experiment=kfp_experiment or os.environ.get(DEFAULT_EXPERIMENT) or tracked_as,
+        experiment=tracked_as,
         service_account=service_account,
         cache=cache and not scheduled,
         known=("ingest",) if "content" in arguments else (),

@@ -36,7 +36,6 @@ class Stream(IntEnum):
     DEQUANTIZE = 3
     MIRROR = 4
     PROJECTION = 5
-    SUBSET = 6
     AUGMENTATION = 7
     LABEL = 8
     HUTCHINSON = 9

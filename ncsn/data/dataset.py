@@ -1,7 +1,7 @@
 """From a source to a dataset in the store: its rows as Parquet parts, what is learned of them, and its manifest.
 
 Which images a part holds is decided before any of them is read, so any process can write it, and write it again. The
-writer of a part notes its digest and statistics in it, and they are combined in order: nothing is read a second time.
+writer of a part notes in it what is known of it, and these notes are combined in order: nothing is read a second time.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -73,9 +72,6 @@ class Notes:
     rows: int
     digest: str
     class_counts: list[int]  # up to the largest class
-    sums: list[list[float]]  # of the pixels and of their squares, by channel
-    minimum: float
-    maximum: float
     skipped: list[SkippedImage]  # images that were left out
     conversions: dict[str, int]  # what others lost
     left_out: int  # images that equal one of another split
@@ -106,7 +102,6 @@ class PartWriter:
         digest: Any = hashlib.sha256()
         labels, sample = np.empty(0, "<i8"), [np.empty((0, *pixels.shape), pixels.dtype)]
         hashes, left_out = NO_HASHES, 0
-        sums, minimum, maximum = np.zeros((2, pixels.shape[2])), math.inf, -math.inf
         with storage.scratch_folder(self.near) as scratch:
             file = scratch / "part.parquet"
             with pq.ParquetWriter(file, schema(pixels), **PARQUET_OPTIONS) as writer:
@@ -125,10 +120,6 @@ class PartWriter:
                     block = Rows(images, np.array([example.label for example in rows], np.int64)[new])
                     writer.write_table(to_table(block, pixels.limits), row_group_size=len(block))
                     digest.update(images)
-                    values = images.reshape(-1, pixels.shape[2])
-                    sums[0] += values.sum(axis=0, dtype=np.float64)
-                    sums[1] += np.einsum("nc,nc->c", values, values, dtype=np.float64)
-                    minimum, maximum = min(minimum, images.min().item()), max(maximum, images.max().item())
                     first, last = np.searchsorted(self.sampled, [position, position + len(block)])
                     sample.append(images[self.sampled[first:last] - position])
                     labels, position = np.append(labels, block.labels), position + len(block)
@@ -137,9 +128,6 @@ class PartWriter:
                     rows=position,
                     digest=digest.hexdigest(),
                     class_counts=np.bincount(labels[labels >= 0]).tolist(),
-                    sums=sums.tolist(),
-                    minimum=minimum,
-                    maximum=maximum,
                     skipped=bad.skipped,
                     conversions=dict(bad.conversions),
                     left_out=left_out,
@@ -230,7 +218,6 @@ def _write(
     class_counts = {split: np.zeros(len(source.class_names), np.int64) for split in source.splits}
     chosen = sample_places(len(source.splits["train"]), pixels.num_bytes)
     sample, taken = np.empty((len(chosen), *pixels.shape), pixels.dtype), 0
-    sums, minimum, maximum = np.zeros((2, data.channels)), math.inf, -math.inf
     counts, repeated, left_out, known = dict[str, int](), dict[str, int](), 0, NO_HASHES
     for split in filter(source.splits.__contains__, SPLITS):
         parts[split], own = [], [NO_HASHES]
@@ -249,8 +236,6 @@ def _write(
             if split == "train":
                 sample[taken : taken + len(some)] = some
                 taken += len(some)
-                sums += notes.sums
-                minimum, maximum = min(minimum, notes.minimum), max(maximum, notes.maximum)
         known = np.sort(np.concatenate(own))
         counts[split], repeated[split] = len(known), repeats(known)
         if len(known) < LEAST_IMAGES:
@@ -269,7 +254,6 @@ def _write(
     uri = storage.join(folder, dataset := storage.digest(identity, DIGEST_LENGTH))
     if storage.exists(storage.join(uri, MANIFEST)):
         return Dataset(uri, load_manifest(uri), created=False)
-    (low, high), (mean, square) = pixels.limits, sums / (counts["train"] * math.prod(pixels.shape[:2]))
     manifest = Manifest(
         name=name,
         digest=dataset,
@@ -277,10 +261,6 @@ def _write(
         counts=counts,
         class_names=list(source.class_names),
         class_counts={split: found.tolist() for split, found in class_counts.items()},
-        mean=((mean - low) / (high - low)).tolist(),
-        std=(np.sqrt(np.maximum(square - mean**2, 0.0)) / (high - low)).tolist(),
-        minimum=minimum,
-        maximum=maximum,
         skipped=skipped,
         parts=parts,
         source=source.description,

@@ -29,7 +29,7 @@ DIGEST_VERSION = 2
 DIGEST_LENGTH = 16
 
 MANIFEST = "manifest.json"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 # Limits of a part: small enough to share the work, and large enough for few files.
 PART_IMAGES, PART_BYTES = 16_384, 192 << 20
 _DAMAGED = "delete the dataset and ingest again"
@@ -147,10 +147,6 @@ class Manifest:
     counts: Mapping[str, int]  # images of each split
     class_names: Sequence[str]  # of label 0, 1, ...; empty if there are no labels
     class_counts: Mapping[str, Sequence[int]]  # images of each class in each split
-    mean: Sequence[float]  # of each channel over the train split, of pixels scaled to [0, 1]
-    std: Sequence[float]  # likewise
-    minimum: float  # pixel value of the train split, as it is stored
-    maximum: float
     skipped: Sequence[SkippedImage]
     parts: Mapping[str, Sequence[Part]]
     source: str  # what the images are, in words

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ncsn.config import Config, from_yaml
 from ncsn.config.training import AutoNoiseConfig
 from ncsn.core.images import BYTE, Limits, to_unit
-from ncsn.core.keyed_random import Stream, keyed_permutation, keyed_uniform
+from ncsn.core.keyed_random import keyed_permutation
 from ncsn.core.noise_schedule import distance_quantile, largest_distance, suggest_noise
 from ncsn.data.format import Manifest
 from ncsn.errors import UserError
@@ -22,7 +22,6 @@ from ncsn.errors import UserError
 MOST_IMAGES = 60_000
 _MOST_BYTES = MOST_IMAGES * 32 * 32 * 3  # of the images that are kept for the largest distance
 _MOST_WORK = 2e11  # multiplications for the largest distance: some seconds on two CPU cores; real images need a tenth
-_KEYS = 1 << 20  # random numbers in memory at a time
 _FEW, _FEW_WORK = 2_000, 6e9  # images compared in pairs for the percentile, and multiplications that this may take
 
 
@@ -31,17 +30,8 @@ def sample_places(count: int, image_bytes: int) -> NDArray[np.int64]:
     size = max(2, min(MOST_IMAGES, _MOST_BYTES // image_bytes))
     if count <= size:
         return np.arange(count)
-    # Each place has a random number; those with the smallest stay.
-    places, keys, largest = np.empty(0, np.int64), np.empty(0, np.float32), 1.0
-    for first in range(0, count, _KEYS):
-        some = min(_KEYS, count - first)
-        more = keyed_uniform(0, stream=Stream.SUBSET, first=first, count=some, size=1)[:, 0].numpy()
-        few = np.flatnonzero(more < largest)  # of later blocks few still have a chance
-        places, keys = np.append(places, first + few), np.append(keys, more[few])
-        kept = np.sort(np.argsort(keys, kind="stable")[:size])
-        places, keys = places[kept], keys[kept]
-        largest = float(keys.max()) if len(keys) == size else 1.0
-    return places
+    generator = np.random.Generator(np.random.Philox(0))
+    return np.sort(generator.choice(count, size, replace=False, shuffle=False))
 
 
 def suggestions(sample: NDArray[Any], limits: Limits = BYTE, *, whole: bool = True) -> dict[str, dict[str, Any]]:

@@ -17,6 +17,7 @@ from ncsn.data.dataset import PartWriter, Written
 from ncsn.data.equal import Hashes
 from ncsn.distributed.cluster import on_this_machine
 from ncsn.evaluation.features import Runner, here
+from ncsn.model.build import torch_threads
 from ncsn.storage.heartbeat import LeaseExpired
 
 T = TypeVar("T")
@@ -89,13 +90,9 @@ def call_all(
 
 
 def _here(function: Callable[[T], R], items: Iterable[T], *, cpus: int) -> Iterator[tuple[T, R]]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(cpus)
-    try:
+    with torch_threads(cpus):
         for item in items:
             yield item, function(item)
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _on_cpus(

@@ -29,7 +29,6 @@ from ncsn.config.compute import ComputeConfig
 from ncsn.config.search import searched_space, setting, significant
 from ncsn.distributed.cluster import autoscales
 from ncsn.distributed.trials import FAILED, SearchPlan, TrialFolder, TrialRecord, read_trials, run_trial, trial_key
-from ncsn.errors import UserError
 
 # It misses the files of those loggers.
 logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
@@ -98,16 +97,8 @@ def trials_at_once(resources: Mapping[str, float], compute: ComputeConfig) -> in
         "GPU": float(compute.min_workers if compute.use_gpu else 0),
         "memory": float(DRIVER_MEMORY),
     }
-    room = {kind: int(resources.get(kind, 0) // need) for kind, need in each.items() if need}
-    scarce = min(room, key=lambda kind: room[kind])
-    if room[scarce] < 1:
-        raise UserError(
-            "compute.num_workers",
-            f"a trial takes {each[scarce]:g} {scarce}, but the cluster has {resources.get(scarce, 0):g}",
-            hint="lower it or compute.cpus_per_worker",
-            value=compute.num_workers,
-        )
-    return room[scarce]
+    # At least one: `require_resources` has refused a cluster without room for its workers.
+    return max(1, min(int(resources.get(kind, 0) // need) for kind, need in each.items() if need))
 
 
 def _suggestions(plan: SearchPlan, before: Sequence[TrialRecord]) -> Suggestions:

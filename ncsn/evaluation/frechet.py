@@ -90,8 +90,6 @@ def frechet_distance(a: FrechetStatistics, b: FrechetStatistics) -> float:
 
     Biased upwards by about 1/N for N images, so compare only distances of equal counts.
     """
-    if a.mean.shape != b.mean.shape:
-        raise InvalidValue(f"features of {a.mean.shape[0]} and {b.mean.shape[0]} dimensions cannot be compared")
     # With S = F F^T, Tr (S_a S_b)^(1/2) = Tr (G G^T)^(1/2) for G = F_a^T F_b: nothing complex appears, and directions
     # in which a set of few images has no variance drop out instead of adding their rounding error.
     g = factor(a.covariance).T @ factor(b.covariance)
@@ -184,14 +182,12 @@ def score_of(
 class RunningDistance:
     """Fréchet distance to `reference` of the first images, at more and more of `count` images.
 
-    It keeps the moments of the images in the groups of the jackknife. Without `early`, all images have the only score.
+    It keeps the moments of the images in the groups of the jackknife.
     """
 
-    def __init__(
-        self, reference: FrechetStatistics, *, count: int, classes_in_turn: int = 1, early: bool = True
-    ) -> None:
+    def __init__(self, reference: FrechetStatistics, *, count: int, classes_in_turn: int = 1) -> None:
         self.reference = reference
-        self._classes, self._early = classes_in_turn, early  # image i has class i mod this number
+        self._classes = classes_in_turn  # image i has class i mod this number
         self.count = 0  # images taken so far, without a gap
         # A score is due at twice as many images as features, then at doubled numbers, and at the end: with fewer images
         # the covariance has no full rank, and the distance says little.
@@ -228,8 +224,6 @@ class RunningDistance:
             self.count += len(block)
             if self.count == self._marks[0]:
                 self._marks.pop(0)
-                if self._marks and not self._early:
-                    continue
                 distance = frechet_distance(merged(self.groups), self.reference)
                 due.append(RunningScore(self.count, distance, frechet_jackknife(self.groups, self.reference)))
         return due

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,8 +108,10 @@ def measure_extracted(
     count = len(extracted.features)
     fewest = min(count, num_compared or count)
     most = count if early else fewest
-    running = RunningDistance(reference.statistics, count=most, classes_in_turn=in_turn, early=early)
-    scores = running.add(0, extracted.features[:most])
+    if early:
+        scores = RunningDistance(reference.statistics, count=most, classes_in_turn=in_turn).add(0, extracted.features)
+    else:
+        scores = [score_of(extracted.features[:most], reference.statistics, classes_in_turn=in_turn)]
     compared = scores[-1]
     if fewest < most:
         compared = score_of(extracted.features[:fewest], reference.statistics, classes_in_turn=in_turn)
@@ -202,27 +203,15 @@ def measure_sets(
     """All metrics of each of two sets, running scores and the excess of the first; `progress` counts the images."""
     extractor, fingerprint = evaluator.extractor, evaluator.reference.fingerprint
     fewest = min(images.count for images in sets)
-    # Beside a GPU, which extracts the features of the next set; CPUs would have to do both.
-    pool, begun = ThreadPoolExecutor(1), list[Future[list[tuple[_Work, Measured]]]]()
     works, features = list[_Work](), list[npt.NDArray[np.floating]]()
-
-    def measured(some: list[_Work]) -> list[tuple[_Work, Measured]]:
-        return list(runner(_measure_set, some, gpu=False))
-
-    try:
-        for images in sets:
-            extracted = extract_set(config, dataset, images, runner=runner, progress=progress)
-            first = images is sets[0]
-            features.append(extracted.features)
-            works.append((config, dataset, images, extracted, fewest, extractor, fingerprint, first))
-            if config.compute.use_gpu and images is not sets[-1]:
-                begun.append(pool.submit(measured, [works.pop()]))
-        results = [*measured(works), *(each for future in begun for each in future.result())]
-        sources = (dataset, fingerprint, classes_in_turn(config))
-        ((_, excess),) = runner(_measure_excess, [(*sources, features)], gpu=False)
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-    found = {work[2]: result for work, result in results}
+    for images in sets:
+        extracted = extract_set(config, dataset, images, runner=runner, progress=progress)
+        first = images is sets[0]
+        features.append(extracted.features)
+        works.append((config, dataset, images, extracted, fewest, extractor, fingerprint, first))
+    found = {work[2]: result for work, result in runner(_measure_set, works, gpu=False)}
+    sources = (dataset, fingerprint, classes_in_turn(config))
+    ((_, excess),) = runner(_measure_excess, [(*sources, features)], gpu=False)
     found[sets[0]].metrics.update(excess)
     return [found[images] for images in sets]
 

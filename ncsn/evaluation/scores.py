@@ -82,15 +82,6 @@ def nearest_neighbors(
     return Neighbors(*(np.take_along_axis(each, order, axis=1) for each in (indices, distances)))
 
 
-def nearest_distances(vectors: Vectors, *, k: int, block_size: int = 1024) -> Array:
-    """[N, k] ascending distances of each of N > k vectors to its nearest others."""
-    nearest = np.empty((len(vectors), k))
-    for rows, distances in distance_blocks(vectors, vectors, block_size=block_size):
-        distances[np.arange(len(rows)), rows] = np.inf
-        nearest[rows] = np.sort(np.partition(distances, k - 1, axis=1)[:, :k], axis=1)
-    return nearest
-
-
 def distance_blocks(a: Vectors, b: Vectors, *, block_size: int) -> Iterator[tuple[npt.NDArray[np.int64], Array]]:
     """The [N, M] Euclidean distance matrix in blocks of rows: (row numbers, distances)."""
     columns = _rows(b)
@@ -283,9 +274,12 @@ def precision_recall(
     density and coverage.
     """
     largest = max(neighborhood, density_neighborhood)
-    real_radii = nearest_distances(real, k=largest, block_size=block_size)
-    generated_radii = nearest_distances(generated, k=neighborhood, block_size=block_size)[:, neighborhood - 1]
-    small, large = real_radii[:, neighborhood - 1], real_radii[:, density_neighborhood - 1]
+    # The nearest of its own set is a vector itself.
+    real_radii = nearest_neighbors(real, real, k=1 + largest, block_size=block_size).distances
+    generated_radii = nearest_neighbors(generated, generated, k=1 + neighborhood, block_size=block_size).distances[
+        :, -1
+    ]
+    small, large = real_radii[:, neighborhood], real_radii[:, density_neighborhood]
     inside, hits = 0, 0
     recalled, covered = np.zeros(len(real), bool), np.zeros(len(real), bool)
     for rows, distances in distance_blocks(generated, real, block_size=block_size):

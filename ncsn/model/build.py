@@ -212,6 +212,17 @@ def tune_cuda(device: str | torch.device) -> None:
 
 
 @contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Compute with so many threads in this block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
 def without_search() -> Iterator[None]:
     """For shapes that come seldom: cuDNN would try all its convolutions on each before their first use."""
     before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False

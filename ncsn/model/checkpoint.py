@@ -5,8 +5,7 @@
     ema_2.safetensors      the second EMA, if training has two
     moments.safetensors    mean and covariance of the training images, from which some samplers start
     optimizer.safetensors  Adam's moments and step, keyed `<parameter>/<moment>`
-    state.json             images_seen, EMA counter, digest of the dataset, classes; what the loss learns;
-                           unreported curves
+    state.json             images_seen, EMA counter, digest of the dataset, classes; what the loss learns
     config.yaml            the experiment
     checkpoint.json        format version and the SHA-256 of each file above; written last
 
@@ -153,11 +152,10 @@ def snapshot(
     moments: DataMoments,
     dataset_digest: str,
     classes: Classes | None = None,
-    curves: Mapping[str, Any] | None = None,
 ) -> Callable[[Path], None]:
     """Copy the state, so that training can go on while it is written; a function that does that.
 
-    It writes the complete checkpoint into an existing, empty folder. `curves` are the unreported ones.
+    It writes the complete checkpoint into an existing, empty folder.
     """
     facts: dict[str, Any] = {
         "images_seen": state.images_seen,
@@ -168,8 +166,6 @@ def snapshot(
         facts["classes"] = asdict(classes)
     if state.uncertainty is not None:
         facts["uncertainty"] = {name: value.tolist() for name, value in state.uncertainty.named_parameters()}
-    if curves is not None:
-        facts["curves"] = curves
     tensors = {
         "weights.safetensors": _copies(state.network.state_dict()),
         "ema.safetensors": _copies(state.ema.weights),
@@ -196,8 +192,8 @@ def snapshot(
     return write
 
 
-def restore(folder: Path, *, config: Config, state: TrainState, dataset_digest: str) -> dict[str, Any] | None:
-    """Restore everything into `state`, strictly, and return the `curves` that were saved.
+def restore(folder: Path, *, config: Config, state: TrainState, dataset_digest: str) -> None:
+    """Restore everything into `state`, strictly.
 
     Raises:
         CheckpointError: if a file is missing or damaged, or the config or the images were others.
@@ -222,8 +218,6 @@ def restore(folder: Path, *, config: Config, state: TrainState, dataset_digest: 
         with torch.no_grad():
             for name, parameter in state.uncertainty.named_parameters():
                 parameter.copy_(torch.tensor(facts["uncertainty"][name]))
-    curves: dict[str, Any] | None = facts.get("curves")
-    return curves
 
 
 def load_checkpoint(uri: str, *, device: str | torch.device = "cpu") -> SamplingCheckpoint:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from ncsn import storage
 from ncsn.config import Config, from_yaml, to_yaml
@@ -46,8 +44,7 @@ def sample_model(
     address: str,
     *,
     registry: str,  # URI of the tracking server
-    root: str,  # without `out`, the images go to `<root>/generated/<name>/<version>/<settings>`
-    out: str | None = None,
+    root: str,  # the images go to `<root>/generated/<name>/<version>/<settings>`
     overrides: Sequence[str] = (),  # of the sampling and compute sections of the registered config
     progress: Progress,
 ) -> ModelSamples:
@@ -55,11 +52,11 @@ def sample_model(
     with mlflow_errors(registry):
         version = resolve_version(client_at(registry), address)
     model = f"models:/{version.name}/{version.version}"
-    near = storage.absolute(out).rpartition("/")[0] if out else storage.absolute(root)
-    with storage.scratch_folder(near) as scratch:
+    root = storage.absolute(root)
+    with storage.scratch_folder(root) as scratch:
         weights = fetch_weights(registry, version, scratch)
         trained = load_model(weights, origin=model)
-        config = copy_guide(_config(trained, overrides, origin=model), near=near, registry=registry)
+        config = copy_guide(_config(trained, overrides, origin=model), near=root, registry=registry)
         source = {
             "model": model,
             "registry": shown(registry).removeprefix(SQLITE),
@@ -68,10 +65,9 @@ def sample_model(
                 with_precision(config.sampling, trained, config.compute.device), guide_of(trained, config.sampling)
             ),
         }
-        source = storage.relative_uris(source, storage.absolute(root))
-        default = storage.join(near, "generated", version.name, str(version.version), storage.digest(source, 12))
-        folder = storage.absolute(out) if out else default
-        _claim(folder, source)
+        source = storage.relative_uris(source, root)
+        folder = storage.join(root, "generated", version.name, str(version.version), storage.digest(source, 12))
+        storage.write_json(storage.join(folder, MANIFEST), source, indent=1)
         storage.publish_folder(weights, storage.join(folder, MODEL_FOLDER), marker=TRAINED_CONFIG)
     shards = plan_shards(config, checkpoint=storage.join(folder, MODEL_FOLDER), folder=folder)
     started = time.perf_counter()
@@ -99,24 +95,6 @@ def _config(trained: TrainedNetwork, overrides: Sequence[str], *, origin: str) -
             value=width,
         )
     return config
-
-
-def _claim(folder: str, source: dict[str, Any]) -> None:
-    """Claim the folder for images of this source; refuse it if it has other images."""
-    manifest = storage.join(folder, MANIFEST)
-    if storage.exists(folder) and storage.list_names(folder) and not storage.exists(manifest):
-        raise UserError("--out", "not empty and not a folder of samples", hint="choose another folder", value=folder)
-    if storage.publish_once(manifest, json.dumps(source, indent=1).encode()):
-        return
-    found = storage.read_json(manifest)
-    for key in {**source, **found}:
-        if found.get(key) != source.get(key):
-            raise UserError(
-                "--out",
-                f"has images of {key} {found.get(key)!r}, not of {source.get(key)!r}",
-                hint="choose another folder",
-                value=folder,
-            )
 
 
 def run_of_images(images: ModelSamples, *, root: str, overrides: Sequence[str] = ()) -> tuple[Config, str]:

@@ -79,9 +79,7 @@ def measure_speed(config: Config) -> Speed:
     workers, cores = config.compute.max_workers, config.compute.cpus_per_worker
     device = torch.device(config.compute.device)
     count = max(1, config.train.batch_size // workers)
-    before = torch.get_num_threads()
-    torch.set_num_threads(cores)
-    try:
+    with build.torch_threads(cores):
         state = build.train_state(config, device=device)
         options = build.step_options(config, world_size=1)
         loss = build.loss(config, state.uncertainty, build.frozen(copy.deepcopy(state.network), config))
@@ -106,8 +104,6 @@ def measure_speed(config: Config) -> Speed:
 
         together = workers * (TOGETHER if workers > 1 else 1.0)
         return Speed(_seconds(train, batch) / together, _seconds(evaluate, batch) / together)
-    finally:
-        torch.set_num_threads(before)
 
 
 def _seconds(work: Callable[[Batch], object], batch: Batch) -> float:
@@ -181,15 +177,15 @@ def without_values(config: Config) -> tuple[nn.Module, dict[str, tuple[int, Call
     }
 
 
-def plan(config: Config, run: str, *, price_per_hour: float | None) -> dict[str, Any]:
-    """The estimate by the speed of this machine, measured. `price_per_hour` is that of all workers together."""
+def plan(config: Config, run: str) -> dict[str, Any]:
+    """The estimate by the speed of this machine, measured."""
     config = with_levels(config, run)
     basis = f"measured on this machine ({Machine.here()})"
-    return estimate(config, measure_speed(config), basis=basis, price_per_hour=price_per_hour)
+    return estimate(config, measure_speed(config), basis=basis)
 
 
-def estimate(config: Config, speed: Speed, *, basis: str, price_per_hour: float | None = None) -> dict[str, Any]:
-    """Seconds, reserved hours and money of training and sampling, and a worker's memory, as plain values.
+def estimate(config: Config, speed: Speed, *, basis: str) -> dict[str, Any]:
+    """Seconds and reserved hours of training and sampling, and a worker's memory, as plain values.
 
     The config has noise levels. `basis` says in words where the speed is from.
     """
@@ -211,8 +207,6 @@ def estimate(config: Config, speed: Speed, *, basis: str, price_per_hour: float 
     has_teacher = getattr(config.loss, "pairs", None) == "teacher"
     narrow = train.precision == "bfloat16" and compute.use_gpu  # the teacher's weights
     steps = {step: cost_of(config, step, seconds)._asdict() for step, seconds in taken.items()}
-    if price_per_hour is not None:
-        steps = {step: {**cost, "money": price_per_hour * taken[step] / 3600} for step, cost in steps.items()}
     return {
         "steps": steps,
         "basis": basis,

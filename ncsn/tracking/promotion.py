@@ -154,7 +154,7 @@ def pass_gate(client: MlflowClient, *, name: str, version: str, evidence: Eviden
 
 @dataclass(frozen=True)
 class AliasChange:
-    """What `ncsn promote` did, or would do."""
+    """What `ncsn promote` did."""
 
     model: str
     version: str  # the champion now
@@ -162,9 +162,7 @@ class AliasChange:
     reason: str
 
 
-def promote_version(
-    client: MlflowClient, name: str, *, version: str | None = None, force: bool = False, dry_run: bool = False
-) -> AliasChange:
+def promote_version(client: MlflowClient, name: str, *, version: str | None = None, force: bool = False) -> AliasChange:
     """Ask the gate again about a registered version, the challenger if None, and make it champion if it may.
 
     With `force` it becomes champion whatever the gate says.
@@ -174,7 +172,7 @@ def promote_version(
     chosen = version or challenger
     if not chosen:
         raise UserError(f"models:/{name}@{CHALLENGER}", "there is no challenger", hint="name the version: --version N")
-    promotions = read_promotions(client, name) if dry_run else resolve_promotions(client, name)
+    promotions = resolve_promotions(client, name)
     if chosen not in promotions.tags:
         raise UserError(f"models:/{name}/{chosen}", "there is no such version")
     champion = promotions.champion
@@ -190,7 +188,7 @@ def promote_version(
     if force and not decision.promoted:
         by = "hand"
         decision = replace(decision, promoted=True, reason=f"promoted by hand although {decision.reason}")
-    if decision.promoted and not dry_run:
+    if decision.promoted:
         _write(client, name, promotions, chosen, decision, by=by)
         decision = resolve_promotions(client, name).decision(chosen) or decision
     if not decision.promoted:
@@ -199,11 +197,11 @@ def promote_version(
     return AliasChange(name, chosen, champion, decision.reason)
 
 
-def roll_back(client: MlflowClient, name: str, *, dry_run: bool = False) -> AliasChange:
+def roll_back(client: MlflowClient, name: str) -> AliasChange:
     """Make the champion before the present one champion again; completes a rollback that was interrupted."""
     with named(f"models:/{name}"):
         replaced = aliased_version(client, name, CHAMPION)
-    promotions = read_promotions(client, name) if dry_run else resolve_promotions(client, name)
+    promotions = resolve_promotions(client, name)
     if ROLLED_BACK in promotions.tags.get(replaced, {}):
         champion = promotions.champion
     else:
@@ -212,10 +210,8 @@ def roll_back(client: MlflowClient, name: str, *, dry_run: bool = False) -> Alia
             what = f"version {replaced} is the first champion" if replaced else "there is no champion"
             hint = f"choose one with `ncsn promote {name} --version N`"
             raise UserError(f"models:/{name}@{CHAMPION}", f"{what}, so there is none to go back to", hint=hint)
-        champion = earlier[-1]
-        if not dry_run:
-            client.set_model_version_tag(name, replaced, ROLLED_BACK, utc_now())
-            champion = resolve_promotions(client, name).champion
+        client.set_model_version_tag(name, replaced, ROLLED_BACK, utc_now())
+        champion = resolve_promotions(client, name).champion
     return AliasChange(name, champion, replaced, f"rolled back from version {replaced}")
 
 

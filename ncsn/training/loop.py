@@ -104,9 +104,7 @@ class Training:
             if newest is not None:
                 with self.checkpoints.open(newest) as folder:
                     digest = self.manifest.digest
-                    unreported = checkpoint.restore(folder, config=self.config, state=self.state, dataset_digest=digest)
-                if unreported is not None:
-                    self.curves.restore(unreported)
+                    checkpoint.restore(folder, config=self.config, state=self.state, dataset_digest=digest)
                 self.saved = newest
             elif job.start is not None:
                 start_from(job.start, state=self.state, config=self.config, classes=self.classes)
@@ -125,7 +123,7 @@ class Training:
         self.warned = False  # of the loss of a machine: one checkpoint is enough
         machine_usage(context.device)  # starts the first interval
         self.last_loss: float | None = None
-        self.reported = 0
+        self.reported, self.reported_at = 0, self.state.images_seen  # by the clock, and in images
 
     def ended(self) -> bool:
         """Whether no batch is to follow."""
@@ -173,7 +171,7 @@ class Training:
     def report(self) -> None:
         """Add a point to the curves, with the losses that are due. A collective call."""
         self.watchdog.expect_long()
-        point, images_seen, every = self.curves.point(), self.state.images_seen, self.config.train.report_every_images
+        point, images_seen = self.curves.point(), self.state.images_seen
         if not (math.isfinite(point["train/loss"]) and math.isfinite(point["train/grad_norm_max"])):
             kept = f"the last good checkpoint is {self.saved}" if self.saved else "there is no checkpoint yet"
             raise DivergedError(
@@ -183,17 +181,11 @@ class Training:
                 hint="lower it or set optimizer.grad_clip_norm",
                 value=self.config.optimizer.learning_rate,
             )
-        whole = self.crossed(every) or (self.ended() and images_seen < every)
-        if whole or self.last_loss is None:
-            self.last_loss = point["train/loss"]
-        if whole:
-            self.curves.clear()
-        else:  # a checkpoint is due in the middle of an interval, and the mean of a few batches would be a jump
-            point = {}
+        self.last_loss = point["train/loss"]
         if self.probe is not None and self.measurement_due():
             point |= self.probe.measure(self.state, dtype=self.options.autocast_dtype)
         point |= {"train/learning_rate": build.learning_rate(self.config, images_seen)}
-        self.reported = now_ms()
+        self.reported, self.reported_at = now_ms(), images_seen
         system = machine_usage(self.context.device) if self.context.rank == 0 else {}
         if self.sink:
             self.sink.log(system | point, images_seen, self.reported)
@@ -242,6 +234,8 @@ class Training:
         lost = check and not self.warned and context.preempted()
         self.warned |= lost
         if end or late or lost:
+            if self.reported_at < self.state.images_seen:
+                self.report()
             self.publish(for_resume=True)
         if end:
             saved = f"saved {self.saved}" if self.saved else "nothing is saved"
@@ -250,12 +244,8 @@ class Training:
             )
 
     def publish(self, *, for_resume: bool = False) -> None:
-        """Publish a checkpoint; the one for a resume only if the losses are finite. A collective call."""
-        # With the curves, so that the points after a resume are those of an undisturbed run.
+        """Publish a checkpoint, after a report, which finds a training that diverged. A collective call."""
         self.watchdog.expect_long()
-        curves = self.curves.unreported()
-        if for_resume and not math.isfinite(curves["grad_norm"] + sum(map(sum, curves["sums"]))):
-            return
         self.saved = checkpoint.folder_name(self.state.images_seen, for_resume=for_resume)
         self.saved_at = time.perf_counter()
         if self.context.rank == 0:
@@ -267,7 +257,6 @@ class Training:
                 moments=self.moments.result(),
                 dataset_digest=self.manifest.digest,
                 classes=self.classes,
-                curves=curves,
             )
             self.checkpoints.publish(write, name=self.saved)
 

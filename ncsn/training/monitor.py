@@ -5,9 +5,8 @@ from __future__ import annotations
 import io
 import logging
 import time
-from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import psutil
@@ -85,19 +84,8 @@ class Curves:
         self._grad_norm = torch.maximum(self._grad_norm, grad_norm.double())
         self._images += images
 
-    def unreported(self) -> dict[str, Any]:
-        """The sums since the last point, as JSON values. A collective call."""
-        sums = self._context.sum_over_workers(self._sums.clone())
-        return {"sums": sums.tolist(), "grad_norm": float(self._grad_norm)}
-
-    def restore(self, unreported: Mapping[str, Any]) -> None:
-        """Add what `unreported` gave; the sums on rank 0 alone, since they are summed over all workers."""
-        if self._context.rank == 0:
-            self._sums += torch.tensor(unreported["sums"], dtype=torch.float64, device=self._sums.device)
-        self._grad_norm.fill_(unreported["grad_norm"])
-
     def point(self) -> dict[str, float]:
-        """The curves' next point, if it were now. A collective call."""
+        """The means since the last point; the next begins with nothing. A collective call."""
         sums = self._context.sum_over_workers(self._sums.clone()).cpu()
         losses, counts = sums[:2]
         point = {
@@ -109,13 +97,10 @@ class Curves:
             point[EDM_LOSS] = float(sums[2].sum() / counts.sum())
         for index in counts.nonzero().flatten().tolist():
             point[self._names[index]] = float(losses[index] / counts[index])
-        return point
-
-    def clear(self) -> None:
-        """Begin the next interval."""
         self._sums.zero_()
         self._grad_norm.zero_()
         self._started, self._images = time.perf_counter(), 0
+        return point
 
 
 SHARE = 0.01  # of the training time that previews may take

@@ -66,7 +66,6 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
     "args",
     [
         ["submit", "--pipeline", "cook"],
-        ["sample", "--out", "folder"],
         ["sample", "--model", "digits/1", "--checkpoint", "folder"],
         ["sample", "--model", "digits/1", "--score"],
         ["sample", "--model", "digits/1", "--backend", "local"],

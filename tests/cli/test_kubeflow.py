@@ -56,11 +56,12 @@ def test_submit_sends_the_resolved_config_and_prints_the_page(submit, server: Kf
 
 
 def test_no_cache_reaches_every_task(submit, server: KfpServer) -> None:
-    done = submit("--run", "again", "--no-cache", "--experiment", "e", "--json")
+    done = submit("--run", "again", "--no-cache", "--set", "tracking.experiment=e", "--json")
     assert done.exit_code == 0, done.output
     run = only(server.runs)
     assert json.loads(done.stdout)["id"] == run["run_id"]
     assert run["display_name"] == "again"
+    assert only(server.experiments)["display_name"] == "e"
     assert cached_tasks(run) == set()
 
 

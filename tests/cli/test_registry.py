@@ -40,10 +40,7 @@ def ncsn(run_in_process, registry: str) -> Callable[..., Result]:
     return lambda *arguments: run_in_process(*arguments, MLFLOW_TRACKING_URI=registry)
 
 
-def test_rollback_and_promote_say_what_they_did_and_dry_runs_what_they_would(ncsn, client) -> None:
-    planned = ncsn("promote", "digits", "--rollback", "--dry-run")
-    assert planned.output.startswith("digits version 2 ") and planned.output.count("\n") == 1
-    assert str(client.get_model_version_by_alias("digits", "champion").version) == "3"
+def test_rollback_and_promote_say_what_they_did(ncsn, client) -> None:
     done = ncsn("promote", "digits", "--rollback", "--json")
     change = json.loads(done.output)
     assert change.pop("reason")
@@ -83,7 +80,7 @@ def test_a_refused_promotion_leaves_the_champion(ncsn, require_mistake, client: 
 def test_sampling_from_a_version_without_weights_leaves_nothing(
     run_command, require_mistake, registry: str, tmp_path: Path
 ) -> None:
-    options = ("--model", "digits/2", "--out", str(tmp_path / "images"))
+    options = ("--model", "digits/2", "--set", f"storage.root={tmp_path}")
     done = run_command("sample", *options, MLFLOW_TRACKING_URI=registry)
     require_mistake(done, "models:/digits/2")
     assert "file:///nowhere" in done.stderr

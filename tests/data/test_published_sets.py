@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from refused import refused
-from sklearn.datasets import load_digits, load_sample_image
+from sklearn.datasets import load_digits
 from torchvision.datasets import CIFAR10
 
 from ncsn.data.sources import open_source
@@ -44,30 +44,48 @@ def test_every_digit_is_in_one_split_with_its_ink_to_the_gray_step(data_config):
     assert read(open_source(data_config("sklearn_digits", image_size=16)), "test")[0].shape[1:] == (16, 16, 1)
 
 
-def test_patches_are_the_pixels_of_the_photographs(data_config):
-    photographs = [load_sample_image(f"{name}.jpg") for name in ("china", "flower")]
+@pytest.fixture
+def photographs(monkeypatch):
+    """In place of scikit-learn's two: the pixels of each say where they are, see `patches_of`."""
+    rows, columns = np.indices((427, 640))
+    found = [np.stack([rows % 256, columns % 256, rows // 256 + 2 * (columns // 256) + 8 * n], 2) for n in (0, 1)]
+    named = dict(zip(("china.jpg", "flower.jpg"), (each.astype(np.uint8) for each in found), strict=True))
+    monkeypatch.setattr("sklearn.datasets.load_sample_image", named.__getitem__)
+    return list(named.values())
+
+
+def patches_of(split):
+    """Photograph, side, top and left of each patch."""
+    corners = np.array([image[0, 0] for image in split.images], int)
+    tops, lefts = corners[:, 0] + 256 * (corners[:, 2] % 2), corners[:, 1] + 256 * (corners[:, 2] // 2 % 4)
+    sides = [len(image) for image in split.images]
+    return list(zip((corners[:, 2] // 8).tolist(), sides, tops.tolist(), lefts.tolist(), strict=True))
+
+
+def test_patches_are_the_pixels_of_the_photographs(data_config, photographs):
     source = open_source(data_config("sklearn_photos", **PHOTOS))
     assert source.class_names == ("china", "flower")
     for split, count in (("train", 300), ("test", 120)):
         first = source.splits[split].section(0, count)
-        assert {patch.side for patch in first.patches} == {32, 64, 128}  # shuffled
-        assert {patch.photograph for patch in first.patches} == {0, 1}
-        for patch, (image, label, _) in zip(first.patches, first.stream(), strict=True):
-            rows, columns = (slice(start, start + patch.side) for start in (patch.top, patch.left))
-            pixels = photographs[label][rows, columns]
-            assert (label, image.shape, image.dtype) == (patch.photograph, (32, 32, 3), np.uint8)
-            assert np.abs(image.mean((0, 1)) - pixels.mean((0, 1))).max() < (1e-9 if patch.side == 32 else 1)
-            assert patch.side != 32 or np.array_equal(image, pixels)
+        patches = patches_of(first)
+        assert {side for _, side, _, _ in patches} == {32, 64, 128}  # shuffled
+        assert {photograph for photograph, *_ in patches} == {0, 1}
+        for (photograph, side, top, left), (image, label, _) in zip(patches, first.stream(), strict=True):
+            pixels = photographs[label][top : top + side, left : left + side]
+            assert (label, image.shape, image.dtype) == (photograph, (32, 32, 3), np.uint8)
+            assert np.abs(image.mean((0, 1)) - pixels.mean((0, 1))).max() < (1e-9 if side == 32 else 1)
+            assert side != 32 or np.array_equal(image, pixels)
 
 
+@pytest.mark.usefixtures("photographs")
 def test_patches_for_training_and_for_testing_share_no_pixel(data_config):
     """The strip has 0.2 * 640 = 128 columns, and starts at 0.5 and at 0.2 of the other 512."""
     source = open_source(data_config("sklearn_photos", **PHOTOS))
     strips = [slice(256, 384), slice(102, 230)]
     for split, per_side in (("train", [5750, 4554, 2660]), ("test", [1300, 828, 76])):
-        patches = source.splits[split].patches
+        patches = patches_of(source.splits[split])
         assert len(set(patches)) == len(patches) == len(source.splits[split])
-        assert [sum(patch.side == side for patch in patches) for side in (32, 64, 128)] == per_side
+        assert [sum(each[1] == side for each in patches) for side in (32, 64, 128)] == per_side
         covered = np.zeros((2, 427, 640), bool)
         for number, side, top, left in patches:
             assert 0 <= top <= 427 - side and 0 <= left <= 640 - side
@@ -86,7 +104,7 @@ def test_patches_are_the_same_each_time_and_fit_the_photographs(data_config):
         assert np.array_equal(found, expected)
     assert 0.4 < labels.mean() < 0.6
     large = open_source(data_config("sklearn_photos", **PHOTOS | {"image_size": 65}))
-    assert {patch.side for split in large.splits.values() for patch in split.patches} == {65}
+    assert {len(image) for split in large.splits.values() for image in split.images} == {65}
     for fraction, largest in ((0.2, 128), (0.01, 6), (0.9, 32)):
         settings = PHOTOS | {"image_size": max(8, largest + 1), "test_fraction": fraction}
         with refused("data.image_size") as caught:

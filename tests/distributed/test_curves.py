@@ -196,18 +196,16 @@ def test_previews_take_a_hundredth_of_the_time(tiny: str, overrides: list[str], 
 
 
 def test_curves_have_a_point_per_report_and_checkpoint(tiny: str, dataset: str, tmp_path: Path) -> None:
-    """A checkpoint in the middle of an interval does not divide it."""
     sink = Recorder()
     train_for_tensors(from_yaml(tiny), dataset, tmp_path, sink)
     points = dict(sink.points)
     assert list(points) == [32, 64, 80, 96, 128, 160]
-    assert {name.partition("/")[0] for name in points[80]} == {"system", "train"}
-    assert [name for name in points.pop(80) if name.startswith("train/")] == ["train/learning_rate"]
     rare = Recorder()
     train_for_tensors(from_yaml(tiny, overrides=["train.checkpoint_every_images=160"]), dataset, tmp_path / "r", rare)
-    assert {seen: point["train/loss"] for seen, point in points.items()} == {
-        seen: point["train/loss"] for seen, point in rare.points
-    }
+    assert [seen for seen, _ in rare.points] == [32, 64, 96, 128, 160]
+    losses = {seen: point["train/loss"] for seen, point in sink.points}
+    parts = (losses[80] + losses[96]) / 2  # of 16 images each
+    assert dict(rare.points)[96]["train/loss"] == pytest.approx(parts, rel=1e-5)
     for point in points.values():
         assert {"train/loss", "train/grad_norm_max", "train/images_per_second"} <= point.keys()
         assert 0 <= point["system/cpu_utilization_percentage"] <= 100
@@ -216,17 +214,3 @@ def test_curves_have_a_point_per_report_and_checkpoint(tiny: str, dataset: str, 
         levels = [point[key] for key in point if key.startswith("train/loss_sigma_")]
         assert levels and min(levels) <= point["train/loss"] <= max(levels)
     assert sink.points[0][1]["train/loss"] == pytest.approx(1.0, abs=0.25)  # a fresh U-Net gives a score near zero
-
-
-def test_the_end_of_an_interval_that_training_does_not_complete_is_no_point(
-    tiny: str, dataset: str, tmp_path: Path
-) -> None:
-    def losses(every: int) -> list[int]:
-        sink, config = Recorder(), from_yaml(tiny, overrides=[f"train.report_every_images={every}"])
-        outcome = train_locally(TrainingJob(config=config, dataset=dataset, sink=sink), tmp_path / str(every))
-        found = {seen: point["train/loss"] for seen, point in sink.points if "train/loss" in point}
-        assert outcome.loss == list(found.values())[-1]
-        return list(found)
-
-    assert losses(48) == [48, 96, 144]
-    assert losses(1000) == [160], "the only one"

@@ -38,7 +38,7 @@ def whole(tiny: str, dataset: str, tmp_path_factory: pytest.TempPathFactory) -> 
     """A run that nothing disturbed."""
     folder = tmp_path_factory.mktemp("whole")
     run(folder, from_yaml(tiny), dataset)
-    assert [seen for seen, _ in curves(str(folder))["train/loss"]] == [32, 64, 96, 128, 160]
+    assert [seen for seen, _ in curves(str(folder))["train/loss"]] == [32, 64, 80, 96, 128, 160]
     return folder
 
 

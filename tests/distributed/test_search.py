@@ -57,12 +57,6 @@ def test_as_many_trials_as_the_cluster_holds(
     assert found == expected
 
 
-def test_a_cluster_that_cannot_hold_one_trial_is_refused() -> None:
-    with refused("compute.num_workers") as caught:
-        trials_at_once({"CPU": 64, "GPU": 1, "memory": GIB}, ComputeConfig(num_workers=4, use_gpu=True))
-    assert "4 GPU" in str(caught.value)
-
-
 def follow(scheduler: Halving, name: str, values: dict[str, Any], objectives: list[float], rungs: list[int]) -> int:
     """Images at which the scheduler stops a trial that would reach these objectives."""
     trial = SimpleNamespace(trial_id=name, config={"values": values})

@@ -168,7 +168,7 @@ def test_trace_prints_every_link_of_the_model(workplace, finished) -> None:
 def test_images_come_from_the_registry_alone(workplace, finished, tmp_path, monkeypatch) -> None:
     one_shard = ("--set", "sampling.batch_size=16")  # which needs no cluster
     pictures = tmp_path / "pictures"
-    options = ("--out", str(tmp_path / "images"), "--png", str(pictures), "--json", *one_shard)
+    options = ("--png", str(pictures), "--json", *one_shard)
     done = workplace.run("sample", "--model", "models:/ncsn-tiny@champion", *options)
     assert done.returncode == 0, done.stderr
     made = json.loads(done.stdout)

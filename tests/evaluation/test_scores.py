@@ -20,7 +20,6 @@ from ncsn.evaluation.scores import (
     excess_distance,
     inception_score,
     kernel_distance,
-    nearest_distances,
     nearest_images,
     nearest_neighbors,
     precision_recall,
@@ -173,11 +172,6 @@ def test_the_second_nearest_image_differs_from_the_first_by_hand(mirrors: bool) 
 def test_equal_distances_come_in_order_of_index() -> None:
     found = nearest_neighbors(np.zeros((1, 1)), np.array([[1.0], [-1.0], [0.5], [1.0]]), k=4)
     assert found.indices.tolist() == [[2, 0, 1, 3]]
-
-
-def test_distances_within_a_set_leave_each_vector_itself_out() -> None:
-    points = np.array([[0.0], [1.0], [3.0], [3.0]])
-    assert nearest_distances(points, k=2, block_size=3).tolist() == [[1, 3], [1, 2], [0, 2], [0, 2]]
 
 
 @pytest.mark.parametrize(("shift", "shares"), [(0, (1, 1, 1, 1)), (100, (0, 0, 0, 0))])

@@ -5,26 +5,19 @@ from __future__ import annotations
 import re
 from types import SimpleNamespace
 
-import pytest
-
-from ncsn.report.html import MAX_BYTES, render
+from ncsn.report.html import render
 
 HOSTILE = "\"><script>alert(1)</script><img src=x onerror='alert(2)'>{{ 7 * 7 }}"
 
 
 def test_nothing_is_fetched_and_the_size_is_bounded(page) -> None:
     text = render(**page)
-    assert len(text.encode()) < MAX_BYTES
+    assert len(text.encode()) < 5_000_000  # MLflow and KFP load the page as a whole
     sources = re.findall(r"""(?:src|srcset|poster|data|action|xlink:href)\s*=\s*["']([^"']*)""", text)
     assert sources and all(source.startswith(("data:image/", "#")) for source in sources)
     assert re.findall(r"<link|@import|<iframe|<object|<embed|<base|<script", text) == []
     assert all(address.startswith(("#", "data:")) for address in re.findall(r"url\(([^)]*)", text))
     assert "default-src 'none'" in text
-
-
-def test_a_page_that_is_too_large_is_refused(page) -> None:
-    with pytest.raises(ValueError, match=f"{MAX_BYTES:,}"):
-        render(**page | {"grid": bytes(4_000_000)})
 
 
 def test_hostile_names_stay_text(page) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -16,35 +15,9 @@ from ncsn.model.checkpoint import TrainedNetwork
 from ncsn.model.classes import Classes
 from ncsn.runs.folder import RUN_PATTERN
 from ncsn.tools import models
-from ncsn.tools.models import ModelSamples, _claim, run_of_images
+from ncsn.tools.models import ModelSamples, run_of_images
 
 DIGITS = (Path(__file__).parents[2] / "configs" / "digits.yaml").read_text()
-SOURCE = {"model": "models:/digits/1", "seed": 0, "sampler": {"kind": "annealed_langevin", "epsilon": 1e-4}}
-
-
-def test_a_folder_is_claimed_once_and_found_again(tmp_path: Path) -> None:
-    folder = str(tmp_path / "images")
-    _claim(folder, SOURCE)
-    _claim(folder, SOURCE)
-    assert json.loads((tmp_path / "images" / "manifest.json").read_text()) == SOURCE
-
-
-@pytest.mark.parametrize(
-    "change", [{"seed": 5}, {"model": "models:/digits/2"}, {"sampler": {"kind": "langevin"}}], ids=lambda it: min(it)
-)
-def test_images_of_two_sources_are_not_mixed(tmp_path: Path, change: dict[str, object]) -> None:
-    _claim(str(tmp_path), SOURCE)
-    with refused("--out") as caught:
-        _claim(str(tmp_path), SOURCE | change)
-    (name,) = change
-    assert f"{name} {SOURCE[name]!r}" in str(caught.value) and repr(change[name]) in str(caught.value)
-
-
-def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "thesis.pdf").write_bytes(b"")
-    with refused("--out"):
-        _claim(str(tmp_path), SOURCE)
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.pdf"]
 
 
 @pytest.mark.parametrize(("change", "key"), [("label=fish", "label"), ("relative_width=0.1", "relative_width")])

@@ -44,11 +44,11 @@ def test_the_fastest_measurement_counts(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_this_machine_is_measured(tmp_path: Path) -> None:
-    found = plan(config(), "run", price_per_hour=None)
+    found = plan(config(), "run")
     assert found["steps"]["train"]["seconds"] == pytest.approx(1000 / found["images_per_second"])
     assert found["nfe"] == 21 and found["steps"]["train"].keys() == {"seconds", "cpu_hours", "gpu_hours"}
     with refused("compute.use_gpu"):
-        plan(config("compute.use_gpu=true"), "run", price_per_hour=None)
+        plan(config("compute.use_gpu=true"), "run")
 
 
 def test_a_teacher_counts_as_training_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,7 +62,7 @@ def test_a_teacher_counts_as_training_has_it(monkeypatch: pytest.MonkeyPatch) ->
         others = "noise={training: {kind: lognormal}}", "network.dropout=0.2", "train.init_from=a"
         return config(*loss, *others, f"train.precision={precision}", *more)
 
-    plan(tuning("teacher"), "run", price_per_hour=None)
+    plan(tuning("teacher"), "run")
     batch, loss = steps[-1]
     assert loss.teacher is not None and not any(each.training for each in loss.teacher.network.modules())
     assert batch.lower is not None and 0.02 < float((batch.lower == 0).float().mean()) < 0.5
@@ -88,11 +88,11 @@ def test_the_levels_of_noise_auto_are_known_once_there_is_a_dataset(tmp_path: Pa
     auto = config("noise=auto", f"storage.root={tmp_path}")
     assert chosen_levels(auto, "run") == []
     with refused("noise"):
-        plan(auto, "run", price_per_hour=None)
+        plan(auto, "run")
     ingest.run(auto, run="run")
     levels, epsilon = chosen_levels(auto, "run")
     assert "sigma_1: " in levels and "2 steps per level" in epsilon
-    assert plan(auto, "run", price_per_hour=None)["nfe"] > 2
+    assert plan(auto, "run")["nfe"] > 2
 
 
 def test_cost_is_of_what_is_reserved() -> None:

@@ -287,9 +287,6 @@ def test_promote_asks_the_gate_and_force_overrides_it(client):
         promote_version(client, "by-hand")
     assert "9.0 (8.5 to 9.5)" in str(caught.value)
     assert "--force" in caught.value.problems[0].hint
-    planned = promote_version(client, "by-hand", force=True, dry_run=True)
-    assert (planned.version, planned.replaced) == (second, first)
-    assert champion_version(client, "by-hand") == first
     done = promote_version(client, "by-hand", force=True)
     assert (done.version, done.replaced, champion_version(client, "by-hand")) == (second, first, second)
     tags = client.get_model_version("by-hand", second).tags
@@ -306,8 +303,6 @@ def test_promote_asks_the_gate_and_force_overrides_it(client):
 def test_rollback_goes_back_one_champion_at_a_time_and_a_former_champion_can_return(client):
     versions = register(client, "back", 9.0, 8.0, 7.0, 6.0)
     client.delete_model_version("back", versions[2])
-    assert roll_back(client, "back", dry_run=True).version == versions[1]
-    assert champion_version(client, "back") == versions[3]
     change = roll_back(client, "back")
     assert (change.version, change.replaced, champion_version(client, "back")) == ("2", "4", "2")
     assert "rolled_back_at" in client.get_model_version("back", "4").tags

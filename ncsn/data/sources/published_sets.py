@@ -9,7 +9,7 @@ import gzip
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +26,7 @@ from ncsn.errors import NotFound, UserError
 
 @dataclass(frozen=True)
 class Arrays:
-    images: np.ndarray  # uint8 [N, H, W, C], of any size
+    images: Sequence[np.ndarray] | np.ndarray  # N of uint8 [H, W, C], of any size
     labels: np.ndarray  # [N]
     fit: Fit
     in_tasks: ClassVar[bool] = False
@@ -45,34 +45,6 @@ class Arrays:
 # petals and leaves.
 _PHOTOGRAPHS = {"china": 0.5, "flower": 0.2}
 _SCALES = (1, 2, 4)  # sides of the patches over the longer one of data.image_size
-
-
-class Patch(NamedTuple):
-    photograph: int  # which one, which is also the label
-    side: int
-    top: int
-    left: int
-
-
-@dataclass(frozen=True)
-class Patches:
-    """A split of patches, which are cut out when they are read."""
-
-    photographs: tuple[np.ndarray, ...]  # uint8 [H, W, 3]
-    patches: tuple[Patch, ...]
-    fit: Fit
-    in_tasks: ClassVar[bool] = False
-
-    def __len__(self) -> int:
-        return len(self.patches)
-
-    def section(self, first: int, last: int) -> Patches:
-        return replace(self, patches=self.patches[first:last])
-
-    def stream(self, *, cores: int | None = None) -> Iterator[Example]:  # noqa: ARG002
-        for photograph, side, top, left in self.patches:
-            pixels = self.photographs[photograph][top : top + side, left : left + side]
-            yield self.fit.array(pixels, photograph)
 
 
 def open_digits(data: DataConfig) -> Source:
@@ -117,15 +89,17 @@ def open_photos(data: DataConfig) -> Source:
     splits = {}
     for split in ("train", "test"):
         patches = [
-            Patch(label, side, top, left)
+            (label, side, top, left)
             for label, (name, image) in enumerate(photographs.items())
             for side in sides
             for first, last in columns[name][split]
             for left in range(first, last - side + 1, size // 4)
             for top in range(0, len(image) - side + 1, size // 4)
         ]
-        order = np.argsort(name_ranks(str(tuple(patch)) for patch in patches))
-        splits[split] = Patches(tuple(photographs.values()), tuple(patches[place] for place in order), Fit.of(data))
+        shuffled = [patches[place] for place in np.argsort(name_ranks(map(str, patches)))]
+        images = list(photographs.values())
+        cut = [images[label][top : top + side, left : left + side] for label, side, top, left in shuffled]
+        splits[split] = Arrays(cut, np.array([label for label, *_ in shuffled]), Fit.of(data))
     return Source(
         description="patches of the photographs china by danielbuechele and flower by vultilion, 640x427 RGB",
         license="CC BY 2.0; shipped with scikit-learn",
@@ -210,8 +184,7 @@ def _place(data: DataConfig) -> Path:
 
 
 def _idx_file(folder: Path, name: str) -> Path | None:
-    names = [name, name.replace("-idx", ".idx")]
-    return next((path for one in names for path in (folder / one, folder / f"{one}.gz") if path.is_file()), None)
+    return next((path for path in (folder / name, folder / f"{name}.gz") if path.is_file()), None)
 
 
 @contextmanager

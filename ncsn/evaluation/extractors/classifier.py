@@ -10,8 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -26,6 +25,7 @@ from ncsn.data.format import Rows
 from ncsn.data.training_images import CachedSplit
 from ncsn.errors import UserError
 from ncsn.evaluation.extractors import Extracted, Identity, Images, batches, full_float32
+from ncsn.model.build import torch_threads
 from ncsn.progress import Progress
 
 Labels = npt.NDArray[np.int64]
@@ -126,12 +126,13 @@ def train_classifier(
     if (found := recipe.num_classes if len(labeled) else 0) < 2:
         reason = f"a classifier needs labeled images of at least 2 classes, but the dataset has {found}"
         raise UserError("data.source", reason, hint="use a source with classes, such as one subfolder per class")
-    # Small sets need small batches to take enough steps in a few passes.
-    batch_size = 32 if len(labeled) < SMALL_SET else 128
+    # Small sets need small batches to take enough steps in a few passes, and one thread for work too small to share:
+    # it is faster on a busy machine, and equal on any number of cores.
+    batch_size, threads = (32, 1) if len(labeled) < SMALL_SET else (128, torch.get_num_threads())
     steps = recipe.epochs * -(-len(labeled) // batch_size)
     devices = [torch.device(device)] if torch.device(device).type == "cuda" else []
     # Dropout and initialization use the global generators.
-    with torch.random.fork_rng(devices), _threads(small=len(labeled) < SMALL_SET):
+    with torch.random.fork_rng(devices), torch_threads(threads):
         torch.manual_seed(recipe.seed)
         network = ClassifierNetwork(recipe)
         _set_pixel_statistics(network, images)
@@ -184,17 +185,6 @@ def _set_pixel_statistics(network: ClassifierNetwork, images: Images) -> None:
     std = np.sqrt(np.maximum(squares / count - mean**2, 1.0))
     network.pixel_mean.copy_(torch.from_numpy(mean))
     network.pixel_std.copy_(torch.from_numpy(std))
-
-
-@contextmanager
-def _threads(*, small: bool) -> Iterator[None]:
-    """One thread for work too small to share: faster on a busy machine, and equal on any number of cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1 if small else before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def num_clusters(num_images: int) -> int:
