@@ -5,14 +5,17 @@ from __future__ import annotations
 import inspect
 import logging
 import re
+import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
+import ray
 import torch
 import torch.distributed
-from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError, WorkerCrashedError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError, WorkerCrashedError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
@@ -31,6 +34,7 @@ from ncsn.training.context import WorkerContext
 from ncsn.training.loop import TrainingJob, TrainOutcome, train_loop
 
 HUNG = "hung"  # folder of a run with the stacks of workers that hung
+LOOK_SECONDS = 10.0  # at a node that is full
 SLOWEST_READ = 5e6  # bytes of images per second that a node reads from a slow store
 
 # All buffers are constants. Torch 2.13 renamed the argument that says so.
@@ -154,13 +158,24 @@ def describe(errors: Mapping[int, Exception]) -> str:
     """Why the workers of these ranks failed. A lost one makes the others fail too, so it goes first."""
     for cause in map(_cause, errors.values()):
         if isinstance(cause, OutOfMemoryError):
-            seen = re.search(r"was (\S+ used / \S+ limit)", str(cause))  # by Ray's memory monitor, on the node
-            return f"worker killed for memory{f', {seen[1]}' if seen else ''}"
+            return f"worker killed for memory{_memory_of(cause)}"
     if any(isinstance(_cause(error), (RayActorError, WorkerCrashedError)) for error in errors.values()):
         return "worker lost"
     rank, error = min((rank, _cause(error)) for rank, error in errors.items())
     first = next(iter(str(error).strip().splitlines()), "")
     return f"worker {rank} failed with {type(error).__name__}: {first}"
+
+
+def _memory_of(error: OutOfMemoryError) -> str:
+    """What Ray's memory monitor saw on the node, and what its shared memory, with Ray's objects, holds now."""
+    seen = re.search(r"ID: (\w+)\) was (\S+ used / \S+ limit)", str(error))
+    if seen is None or not ray.is_initialized():
+        return ""
+    task: Any = ray.remote(num_cpus=0)(lambda: shutil.disk_usage("/dev/shm").used)  # noqa: S108
+    there = task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(seen[1], soft=False))
+    with suppress(RayError):  # the node is gone, or has no room for a process
+        return f", {seen[2]}, {ray.get(there.remote(), timeout=LOOK_SECONDS) / 2**30:.2f}GB of it in /dev/shm"
+    return f", {seen[2]}"
 
 
 def _cause(error: Exception) -> Exception:

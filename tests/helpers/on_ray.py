@@ -92,13 +92,15 @@ def ends_by_a_mistake() -> tuple[object, dict[int, Exception], float]:
     return *trainer._end_of([task.remote(rank) for rank in range(2)]), time.perf_counter() - began
 
 
-def killed_for_memory() -> str:
-    """What is said of a worker that Ray's memory monitor kills."""
+def killed_for_memory(held: int) -> str:
+    """What is said of a worker that Ray's memory monitor kills while Ray holds some bytes of objects."""
+    kept = ray.put(np.zeros(held, np.uint8))
     worker = ray.remote(num_cpus=0)(Sleeper).remote()
     try:
         ray.get(worker.sleep.remote(600))
     except OutOfMemoryError as error:
         BackendSetupCallback(_Torch()).before_execution_group_shutdown(Group([lambda: [worker.sleep.remote(0)]]))
+        assert kept
         return describe({0: RuntimeError("closed by peer"), 1: error})
     raise AssertionError
 
