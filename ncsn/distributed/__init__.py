@@ -11,6 +11,8 @@ settle()  # No program that uses the library comes here, and all that computes f
 # Ray Train takes at most one report per interval and sees the end of training at the next; its default is 2 s.
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
 
+os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # The lines of its workers go to files too.
+
 if "ray" not in sys.modules:
     # Settings that Ray reads when it is imported; the user's come first.
     # Its autoscaler, which runs where it has no node to add too, repeats every five seconds that a worker is missing.

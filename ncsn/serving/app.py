@@ -29,7 +29,7 @@ from ray.util.metrics import Counter, Histogram
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
-from ncsn.distributed.cluster import LOOPBACK, ray_cluster
+from ncsn.distributed.cluster import LOOPBACK, is_own, ray_cluster
 from ncsn.errors import UserError
 from ncsn.model.build import tune_cuda
 from ncsn.model.generate import generate_joined
@@ -46,9 +46,10 @@ _LOST_SECONDS = 120.0  # for which a request waits for another replica
 _MOST_BYTES = 65536  # of a request
 _BODY_SECONDS = 30.0  # in which they come
 _MOST_REQUESTS = 1000  # at once, of a replica: enough for full batches of single images
-_QUIET = {"log_level": "WARNING", "enable_access_log": False}
+_QUIET = {"log_level": "ERROR", "enable_access_log": False}
+_HOW_TO_ASK = """POST JSON: curl -H 'Content-Type: application/json' -d '{"number": 16, "seed": 1}' %s > grid.png\n"""
 
-_logger = logging.getLogger("ray.serve")
+_logger = logging.getLogger(__name__)
 
 
 class Turn:
@@ -124,7 +125,8 @@ class Sampler:
         """What the page needs to know."""
         name, trained = self._served
         classes = [] if trained.classes is None else trained.classes.names
-        return {"status": "ok", "model": name, "classes": classes, "most_images": asked.MOST_IMAGES}
+        guided = asked.can_guide(trained)
+        return {"status": "ok", "model": name, "classes": classes, "guided": guided, "most_images": asked.MOST_IMAGES}
 
 
 class Front:
@@ -145,8 +147,10 @@ class Front:
                 return PlainTextResponse(await asyncio.to_thread(_node_metrics))
             case "POST", "/images":
                 return await self._images(request)
-            case _, "" | "/health" | "/metrics" | "/images":
-                return PlainTextResponse("not this method\n", 405)
+            case _, "/images":
+                return PlainTextResponse(_HOW_TO_ASK % request.url, 405, {"Allow": "POST"})
+            case _, "" | "/health" | "/metrics":
+                return PlainTextResponse("only GET is answered here\n", 405, {"Allow": "GET"})
         return PlainTextResponse("nothing is here; POST to /images, or GET /, /health or /metrics\n", 404)
 
     async def _images(self, request: Request) -> Response:
@@ -218,13 +222,17 @@ def application(model: str, *, registry: str = "", **options: Any) -> serve.Appl
     return front.bind(samplers.bind(model, registry))
 
 
-def run(model: str, *, registry: str, port: int, replicas: int, ready: Callable[[], object]) -> None:
-    """Serve a registered model on loopback until SIGINT or SIGTERM; `ready` is called when it answers.
+def run(
+    model: str, *, registry: str, port: int, replicas: int, say: Callable[[str], object], ready: Callable[[], object]
+) -> None:
+    """Serve a registered model on loopback until SIGINT or SIGTERM.
 
+    `say` is told what happens until it answers, and then `ready` is called.
     Each replica has its share of this machine's processors, and a GPU if there are enough.
     """
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)  # of this process
     with mlflow_errors(registry):
-        resolve_version(client_at(registry), model)
+        version = resolve_version(client_at(registry), model)
     with ray_cluster():
         have = ray.cluster_resources()
         if replicas > (cores := int(have.get("CPU", 0))):  # Ray would wait for them without end.
@@ -235,6 +243,7 @@ def run(model: str, *, registry: str, port: int, replicas: int, ready: Callable[
             )
         gpus = 1 if have.get("GPU", 0) >= replicas else 0
         share = {"num_cpus": cores // replicas, "num_gpus": gpus}
+        say(f"loading version {version.version} of {version.name}")
         serve.start(proxy_location="HeadOnly", http_options={"host": LOOPBACK, "port": port}, logging_config=_QUIET)
         # An address with a password stays in the environment, which the replicas inherit.
         hidden = shown(registry) != registry == os.environ.get("MLFLOW_TRACKING_URI")
@@ -247,5 +256,6 @@ def run(model: str, *, registry: str, port: int, replicas: int, ready: Callable[
         stop.wait()
         with suppress(TimeoutError):
             front.end.remote().result(timeout_s=_LOST_SECONDS)
-        serve.delete(NAME)
-        serve.shutdown()  # The cluster may be another program's.
+        if not is_own():  # else it ends now
+            serve.delete(NAME)
+            serve.shutdown()

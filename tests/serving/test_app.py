@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import shlex
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -83,8 +84,15 @@ def test_images_count_for_the_version_that_made_them(monkeypatch: pytest.MonkeyP
 def test_the_page_and_the_facts_behind_it(handle: Any) -> None:
     assert ask(handle, "GET", "/").media_type == "text/html"
     facts = json.loads(ask(handle, "GET", "/health").body)
-    assert facts == {"status": "ok", "model": MODEL, "classes": ["cat", "dog", "bird"], "most_images": 256}
+    classes = ["cat", "dog", "bird"]
+    assert facts == {"status": "ok", "model": MODEL, "classes": classes, "guided": True, "most_images": 256}
     assert ask(handle, "POST", "/images", b'{"format": "png"}').media_type == "image/png"
+
+
+def test_what_is_said_about_how_to_ask_gets_images(handle: Any) -> None:
+    words = shlex.split(bytes(ask(handle, "GET", "/images").body).decode())
+    answer = ask(handle, "POST", "/images", words[words.index("-d") + 1].encode())
+    assert (answer.status_code, answer.media_type) == (200, "image/png")
 
 
 @pytest.mark.parametrize(
@@ -115,12 +123,13 @@ def test_a_body_that_does_not_come_whole_is_waited_for_no_longer(handle: Any, mo
 
 
 def test_more_replicas_than_cores_and_a_cluster_that_serves_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    silent: Any = {"say": lambda _: None, "ready": lambda: None}
     monkeypatch.setattr(app, "client_at", lambda _: None)
     monkeypatch.setattr(app, "resolve_version", lambda *_: None)
     monkeypatch.setattr(app, "ray_cluster", nullcontext)
     monkeypatch.setattr(app.ray, "cluster_resources", lambda: {"CPU": 2.0})
     with refused("--replicas"):
-        app.run("models:/tiny@champion", registry="", port=0, replicas=3, ready=lambda: None)
+        app.run("models:/tiny@champion", registry="", port=0, replicas=3, **silent)
     monkeypatch.setattr(app.serve, "status", lambda: SimpleNamespace(proxies={"node": "HEALTHY"}))
     with refused("RAY_ADDRESS"):
-        app.run("models:/tiny@champion", registry="", port=0, replicas=2, ready=lambda: None)
+        app.run("models:/tiny@champion", registry="", port=0, replicas=2, **silent)
