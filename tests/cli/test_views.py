@@ -7,14 +7,16 @@ import re
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import closing
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TextIO, cast
 
 import pytest
 from click.testing import CliRunner
+from clock import Clock
 from rich.console import Console
 
-from ncsn.cli import app
+from ncsn.cli import app, console
 from ncsn.cli.console import Log, ProgressView, print_plan, print_summary, shown_progress
 from ncsn.cli.doctor import Finding, report
 from ncsn.cli.target import TargetOptions
@@ -138,7 +140,27 @@ def test_progress_without_a_terminal_is_a_few_lines_and_none_for_repeated_work()
     shown = re.findall(r"([\d,]+) / ", progress(terminal=False, done=range(0, 1001, 10)))
     assert shown == ["250", "500", "750", "1,000"]
     after_a_failure = progress(terminal=False, done=[250, 500, 500, 260, 510, 760, 1000])
-    assert re.findall(r"([\d,]+) / ", after_a_failure) == ["250", "500", "760", "1,000"]
+    assert re.findall(r"([\d,]+) / ", after_a_failure) == ["250", "500", "760"]
+
+
+@pytest.mark.parametrize("hours", [0.1, 40])
+def test_lines_of_a_resumed_step_have_its_rate_and_the_time_left(monkeypatch: pytest.MonkeyPatch, hours: float) -> None:
+    clock, stream, total = Clock(), io.StringIO(), round(hours * 3600 * 100)
+    monkeypatch.setattr(console, "time", clock)
+    view = ProgressView(Console(file=stream, width=100))
+    view.bars.get_time = clock.time
+    view.start("train")
+    for images in range(total // 10, total + 1, 100):
+        view.update("train", Progress(images, total, "images", "of digits"))
+        clock.sleep(1)
+    view.finish("train", "done in 2.0 s")
+    shown = re.findall(r"train +([\d,]+) / [\d,]+ images   100 images/s, ([\d.]+) (s|min|h) left   of", stream.getvalue())
+    done = [int(images.replace(",", "")) for images, *_ in shown]
+    unit = {"s": 1, "min": 60, "h": 3600}
+    for images, (_, left, of) in zip(done, shown, strict=True):
+        assert float(left) * unit[of] == pytest.approx((total - images) / 100, abs=unit[of] / 20 + 1)
+    assert 8 < len(done) < 50 and done[0] == total // 10 + 3000
+    assert all(later - images >= 0.02 * total for images, later in pairwise(done))
 
 
 def test_the_log_shows_a_retry_and_its_cause_on_the_terminal_in_one_line(tmp_path: Path) -> None:
