@@ -15,6 +15,7 @@ Array = NDArray[np.float64]
 
 EDM_LOSS = "train/loss_edm"  # mean of the weight of Karras et al. times the normalized loss
 LOSS, GAP = "val/loss", "val/gap"  # means over the noise levels, weighted as in training
+RATE = "train/images_per_second"  # since the point before; none if training resumed since
 HELD_OUT_EDM = "val/loss_edm"  # their mean with the weight of Karras et al.: that objective on held-out images
 PREVIEW = "train/preview"  # no curve but a series of images that training made of itself
 
@@ -51,6 +52,14 @@ class TrainingHistory:
         """Values [P] of one curve, NaN where a point lacks it."""
         pairs = zip(self.points, self.system, strict=True)
         return np.array([point.get(name, system.get(name, np.nan)) for point, system in pairs])
+
+    @property
+    def images_per_second(self) -> float:
+        """Of the whole training, however often it was interrupted, without its starts; 0 without a point."""
+        rates, images = self.curve(RATE), np.array(self.images_seen)
+        known = np.isfinite(rates)
+        seconds = np.diff(images[known], prepend=0) / rates[known]
+        return float(images[known].max(initial=0) / max(seconds.sum(), 1e-9))
 
     def losses(self, names: Sequence[str]) -> Array:
         """Values [P, S] of several curves, such as those of the levels; NaN where no image had that level."""

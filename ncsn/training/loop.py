@@ -84,11 +84,10 @@ class Training:
     def __init__(self, job: TrainingJob, context: WorkerContext, checkpoints: CheckpointStore) -> None:
         self.job, self.config, self.context, self.checkpoints = job, job.config, context, checkpoints
         self.options = build.step_options(self.config, world_size=context.world_size)
-        self.curves = Curves(self.config, context)
         self.sink = job.sink if context.rank == 0 else None
         self.last_image = min(job.stop_at or self.config.train.num_images, self.config.train.num_images)
         self.saved, self.saved_at, self.pauses = "", time.perf_counter(), list[float]()
-        newest = self._newest_checkpoint()
+        newest, unreported = self._newest_checkpoint(), None
         with context.mistakes_shared():  # a file may be missing or damaged on one node alone
             self.split = open_training_images(job.dataset)
             self.manifest = load_manifest(job.dataset)
@@ -105,8 +104,6 @@ class Training:
                 with self.checkpoints.open(newest) as folder:
                     digest = self.manifest.digest
                     unreported = checkpoint.restore(folder, config=self.config, state=self.state, dataset_digest=digest)
-                if unreported is not None:
-                    self.curves.restore(unreported)
                 self.saved = newest
             elif job.start is not None:
                 start_from(job.start, state=self.state, config=self.config, classes=self.classes)
@@ -126,6 +123,9 @@ class Training:
         machine_usage(context.device)  # starts the first interval
         self.last_loss: float | None = None
         self.reported = 0
+        self.curves = Curves(self.config, context)  # last, since its clock runs
+        if unreported is not None:
+            self.curves.restore(unreported)
 
     def ended(self) -> bool:
         """Whether no batch is to follow."""
