@@ -8,10 +8,12 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
 import traceback
+import webbrowser
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
@@ -25,7 +27,7 @@ from rich.console import Console
 from ncsn import storage
 from ncsn.cli.console import ProgressView, console_on, describe_result, print_summary, shown_progress
 from ncsn.cli.options import INTERRUPTED, StepFailed, stop_cleanly_on_sigterm
-from ncsn.cli.target import Target
+from ncsn.cli.target import Target, TargetOptions
 from ncsn.config import Config
 from ncsn.errors import UserError
 from ncsn.events import announced
@@ -272,14 +274,27 @@ def _alone(folder: RunFolder, step: str) -> Iterator[None]:
         yield
 
 
-def serve_ui(uri: str, *, host: str, port: int) -> None:
-    """Replace this process by the MLflow server."""
+def serve_ui(options: TargetOptions, *, host: str, port: int) -> None:
+    """Serve MLflow's pages until Ctrl-C, and open that of the run, or the list of runs, where there is a browser."""
     from ncsn.tracking.client import server_command
+    from ncsn.tracking.mlflow_runs import front_page
 
+    uri = options.registry
     command = server_command(uri, host=host, port=port)
     require_free(host, port)  # MLflow's server exits with 0 if it cannot listen
-    click.echo(f"http://{host}:{port}", err=True)
-    os.execv(command[0], command)  # noqa: S606
+    address = f"http://{host}:{port}{front_page(uri, run=options.run)}"
+    with subprocess.Popen(command) as server:
+        try:
+            while server.poll() is None:
+                with suppress(ConnectionError), socket.create_connection((host, port)):
+                    click.echo(address, err=True)
+                    break
+                time.sleep(_POLL_SECONDS)
+            if sys.stderr.isatty() and (os.environ.keys() & {"DISPLAY", "WAYLAND_DISPLAY"} or sys.platform == "darwin"):
+                webbrowser.open(address)
+            sys.exit(server.wait())
+        finally:
+            server.terminate()
 
 
 def require_free(host: str, port: int) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from ncsn import storage
 from ncsn.config import Config, flatten, to_yaml
 from ncsn.process import now_ms
 from ncsn.runs.folder import RunFolder, cost_of, read_outcome, read_step, spent, state_after, total_cost, update_step
+from ncsn.runs.history import RATE
 from ncsn.tracking.client import (
     Connection,
     TrackingError,
@@ -28,6 +30,7 @@ from ncsn.tracking.client import (
     mlflow_errors,
     one_line,
     page,
+    path,
     shown,
     tag_filter,
     tracking_uri,
@@ -53,6 +56,7 @@ UNUSED_SECTIONS = {
     "train": ("search", "select", "sampling", "evaluation"),
     "select": ("search",),
 }
+_DISTANCE, _LIST = re.compile(r"eval/(?!real_)\w+_fid_n\d+"), "ncsn"  # metrics, and the name of a view of the runs
 OUTAGE_SECONDS = 180.0  # how long a step waits for a server that the first one has reached, at its start and end
 
 _logger = logging.getLogger(__name__)
@@ -222,6 +226,29 @@ def steps_of_run(client: MlflowClient, parent: Run) -> dict[str, Run]:
     """The latest run of each step below the run of a whole pipeline."""
     below = search_runs(client, parent.info.experiment_id, {PARENT: parent.info.run_id})
     return {run.data.tags["ncsn.step"]: run for run in below if "ncsn.step" in run.data.tags}
+
+
+def front_page(uri: str, *, run: str | None) -> str:
+    """Where the page of this run is at a server of the database; without one, the list of the newest runs.
+
+    The list has columns for the distance of the samples, the verdict and the speed of training.
+    """
+    client, tags = client_at(uri), {"ncsn.part": "run"} | ({"ncsn.run": run} if run else {})
+    with mlflow_errors(uri):
+        experiments = [each.experiment_id for each in client.search_experiments()]
+        runs = client.search_runs(experiments, tag_filter(tags), order_by=["attributes.start_time DESC"])
+        if not runs:
+            return "/#/experiments"
+        newest = runs[0].info
+        if run:
+            return path(newest.experiment_id, newest.run_id)
+        names = [name for each in runs if each.info.experiment_id == newest.experiment_id for name in each.data.metrics]
+        distances = [f"metrics.`{name}`" for name in dict.fromkeys(filter(_DISTANCE.fullmatch, names))]
+        columns = ["tags.`eval.verdict`", *distances, f"metrics.`{RATE}`"]
+        client.set_experiment_tag(
+            newest.experiment_id, f"mlflow.sharedViewState.{_LIST}", json.dumps({"selectedColumns": columns})
+        )
+        return f"{path(newest.experiment_id)}&viewStateShareKey={_LIST}"
 
 
 def close_run(config: Config, *, run: str, status: str, tags: Mapping[str, str]) -> dict[str, str]:
