@@ -35,7 +35,6 @@ from ncsn.storage.retry import RETRY
 
 _LINE_EVERY_SECONDS = 30.0
 _LINE_EVERY_SHARE, _LEAST_SHARE = 0.25, 0.02  # of a step
-_RATE_SECONDS = 600.0  # over which the rate is a mean: what a step pauses for is part of it
 
 
 class ProgressView:
@@ -53,7 +52,7 @@ class ProgressView:
             TimeRemainingColumn(compact=True),
             console=console,
             transient=True,
-            speed_estimate_period=_RATE_SECONDS,
+            speed_estimate_period=600.0,  # seconds, so that pauses are part of the rate
             disable=not console.is_terminal,
             # Ray keeps the sys.stdout that it finds until the interpreter ends, so do not replace it.
             redirect_stdout=False,
@@ -74,14 +73,12 @@ class ProgressView:
         self.bars.update(
             task.id, completed=progress.done, total=progress.total or None, text=count + note, refresh=True
         )
-        if self.console.is_terminal:
-            return
-        # A line at every quarter of a step and every half minute, but none close behind another, of which a day would
-        # have hundreds and the end two, and none for work repeated after a failure.
+        # Elsewhere, a line at every quarter of a step and every half minute, but none close behind another, of which a
+        # day would have hundreds and the end two, and none for work repeated after a failure.
         done, share, then = self._shown
         now, reached = time.monotonic(), progress.done / progress.total if progress.total else 0.0
         due = now >= then + _LINE_EVERY_SECONDS and (done < 0 or reached >= share + _LEAST_SHARE)
-        if progress.done > done and (due or reached >= share + _LINE_EVERY_SHARE):
+        if not self.console.is_terminal and progress.done > done and (due or reached >= share + _LINE_EVERY_SHARE):
             self._shown = progress.done, reached, now
             if (speed := task.speed) and (left := task.time_remaining):
                 rate = f"{speed:,.0f}" if speed >= 10 else f"{speed:.2g}"

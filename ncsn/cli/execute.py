@@ -13,7 +13,6 @@ import sys
 import threading
 import time
 import traceback
-import webbrowser
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
@@ -283,7 +282,7 @@ def serve_ui(options: TargetOptions, *, host: str, port: int) -> None:
     command = server_command(uri, host=host, port=port)
     require_free(host, port)  # MLflow's server exits with 0 if it cannot listen
     address = f"http://{host}:{port}{front_page(uri, run=options.run)}"
-    with subprocess.Popen(command) as server:
+    with subprocess.Popen(command) as server:  # noqa: S603
         try:
             while server.poll() is None:
                 with suppress(ConnectionError), socket.create_connection((host, port)):
@@ -291,7 +290,7 @@ def serve_ui(options: TargetOptions, *, host: str, port: int) -> None:
                     break
                 time.sleep(_POLL_SECONDS)
             if sys.stderr.isatty() and (os.environ.keys() & {"DISPLAY", "WAYLAND_DISPLAY"} or sys.platform == "darwin"):
-                webbrowser.open(address)
+                click.launch(address)
             sys.exit(server.wait())
         finally:
             server.terminate()

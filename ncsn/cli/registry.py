@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -70,14 +69,12 @@ def serve_command(*, model: str, port: int, replicas: int, options: TargetOption
 
     registry, host = options.registry, "127.0.0.1"
     require_free(host, port)
-    say = partial(click.echo, err=True)
-    say("starting Ray")  # the import alone takes seconds
+    click.echo(f"starting Ray, then loading {model}", err=True)
     try:
         from ncsn.serving.app import run
     except ImportError as error:
         raise UserError("ray[serve]", f"not installed: {error}", hint="pip install 'ncsn[serve]'") from None
-    address = f"http://{host}:{port}"
-    run(model, registry=registry, port=port, replicas=replicas, say=say, ready=partial(click.echo, address))
+    run(model, registry=registry, port=port, replicas=replicas, ready=lambda: click.echo(f"http://{host}:{port}"))
 
 
 def sample_from_model(

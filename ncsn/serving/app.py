@@ -47,7 +47,9 @@ _MOST_BYTES = 65536  # of a request
 _BODY_SECONDS = 30.0  # in which they come
 _MOST_REQUESTS = 1000  # at once, of a replica: enough for full batches of single images
 _QUIET = {"log_level": "ERROR", "enable_access_log": False}
-_HOW_TO_ASK = """POST JSON: curl -H 'Content-Type: application/json' -d '{"number": 16, "seed": 1}' %s > grid.png\n"""
+_HOW_TO_ASK = """GET /, /health or /metrics; for images: \
+curl -H 'Content-Type: application/json' -d '{"number": 16, "seed": 1}' %simages > grid.png
+"""
 
 _logger = logging.getLogger(__name__)
 
@@ -125,7 +127,9 @@ class Sampler:
         """What the page needs to know."""
         name, trained = self._served
         classes = [] if trained.classes is None else trained.classes.names
-        guided = asked.can_guide(trained)
+        guided = False
+        with suppress(UserError):
+            guided = bool(asked.settings(trained, asked.Asked(guidance=2.0)))
         return {"status": "ok", "model": name, "classes": classes, "guided": guided, "most_images": asked.MOST_IMAGES}
 
 
@@ -147,11 +151,8 @@ class Front:
                 return PlainTextResponse(await asyncio.to_thread(_node_metrics))
             case "POST", "/images":
                 return await self._images(request)
-            case _, "/images":
-                return PlainTextResponse(_HOW_TO_ASK % request.url, 405, {"Allow": "POST"})
-            case _, "" | "/health" | "/metrics":
-                return PlainTextResponse("only GET is answered here\n", 405, {"Allow": "GET"})
-        return PlainTextResponse("nothing is here; POST to /images, or GET /, /health or /metrics\n", 404)
+        known = request.url.path.rstrip("/") in ("", "/health", "/metrics", "/images")
+        return PlainTextResponse(_HOW_TO_ASK % request.base_url, 405 if known else 404)
 
     async def _images(self, request: Request) -> Response:
         # A page of another origin cannot send this type unless it is allowed to.
@@ -222,17 +223,14 @@ def application(model: str, *, registry: str = "", **options: Any) -> serve.Appl
     return front.bind(samplers.bind(model, registry))
 
 
-def run(
-    model: str, *, registry: str, port: int, replicas: int, say: Callable[[str], object], ready: Callable[[], object]
-) -> None:
-    """Serve a registered model on loopback until SIGINT or SIGTERM.
+def run(model: str, *, registry: str, port: int, replicas: int, ready: Callable[[], object]) -> None:
+    """Serve a registered model on loopback until SIGINT or SIGTERM; `ready` is called when it answers.
 
-    `say` is told what happens until it answers, and then `ready` is called.
     Each replica has its share of this machine's processors, and a GPU if there are enough.
     """
     logging.getLogger("ray.serve").setLevel(logging.ERROR)  # of this process
     with mlflow_errors(registry):
-        version = resolve_version(client_at(registry), model)
+        resolve_version(client_at(registry), model)
     with ray_cluster():
         have = ray.cluster_resources()
         if replicas > (cores := int(have.get("CPU", 0))):  # Ray would wait for them without end.
@@ -243,7 +241,6 @@ def run(
             )
         gpus = 1 if have.get("GPU", 0) >= replicas else 0
         share = {"num_cpus": cores // replicas, "num_gpus": gpus}
-        say(f"loading version {version.version} of {version.name}")
         serve.start(proxy_location="HeadOnly", http_options={"host": LOOPBACK, "port": port}, logging_config=_QUIET)
         # An address with a password stays in the environment, which the replicas inherit.
         hidden = shown(registry) != registry == os.environ.get("MLFLOW_TRACKING_URI")

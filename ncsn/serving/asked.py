@@ -69,15 +69,6 @@ def settings(trained: TrainedNetwork, asked: Asked) -> SamplingConfig:
     return config.sampling
 
 
-def can_guide(trained: TrainedNetwork) -> bool:
-    """Whether a request may have a weight of guidance."""
-    try:
-        settings(trained, Asked(guidance=2.0))
-    except UserError:
-        return False
-    return True
-
-
 def answer(images: NDArray[Any], form: Format, *, limits: tuple[float, float]) -> bytes:
     """The file for images [N, H, W, C] as stored, whose values are within `limits`."""
     file = io.BytesIO()

@@ -95,9 +95,8 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None, fin
         tags = {"checkpoint.uri": checkpoint, "checkpoint.images_seen": str(outcome.images_seen)}
         tracked.set_tags({**tags, "train.computed_on": outcome.computed})
         rate = load_history(step.folder.history).images_per_second or outcome.images_per_second
-        loss = {} if outcome.loss is None else {"train/loss": outcome.loss}
-        figures = {"train/images_seen": outcome.images_seen, RATE: rate, **loss}
-        tracked.parent.log_metrics(figures, step=outcome.images_seen)
+        figures = {RATE: rate} if outcome.loss is None else {RATE: rate, "train/loss": outcome.loss}
+        tracked.parent.log_metrics({"train/images_seen": outcome.images_seen, **figures}, step=outcome.images_seen)
         result = TrainResult(
             checkpoint=checkpoint,
             images_seen=outcome.images_seen,

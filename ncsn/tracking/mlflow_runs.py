@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from ncsn.process import now_ms
 from ncsn.runs.folder import RunFolder, cost_of, read_outcome, read_step, spent, state_after, total_cost, update_step
 from ncsn.runs.history import RATE
 from ncsn.tracking.client import (
+    VIEW,
     Connection,
     TrackingError,
     client_at,
@@ -30,7 +30,6 @@ from ncsn.tracking.client import (
     mlflow_errors,
     one_line,
     page,
-    path,
     shown,
     tag_filter,
     tracking_uri,
@@ -56,7 +55,6 @@ UNUSED_SECTIONS = {
     "train": ("search", "select", "sampling", "evaluation"),
     "select": ("search",),
 }
-_DISTANCE, _LIST = re.compile(r"eval/(?!real_)\w+_fid_n\d+"), "ncsn"  # metrics, and the name of a view of the runs
 OUTAGE_SECONDS = 180.0  # how long a step waits for a server that the first one has reached, at its start and end
 
 _logger = logging.getLogger(__name__)
@@ -229,10 +227,7 @@ def steps_of_run(client: MlflowClient, parent: Run) -> dict[str, Run]:
 
 
 def front_page(uri: str, *, run: str | None) -> str:
-    """Where the page of this run is at a server of the database; without one, the list of the newest runs.
-
-    The list has columns for the distance of the samples, the verdict and the speed of training.
-    """
+    """Where a server has this run or, without one, the list of runs with their distances, verdicts and speeds."""
     client, tags = client_at(uri), {"ncsn.part": "run"} | ({"ncsn.run": run} if run else {})
     with mlflow_errors(uri):
         experiments = [each.experiment_id for each in client.search_experiments()]
@@ -240,15 +235,15 @@ def front_page(uri: str, *, run: str | None) -> str:
         if not runs:
             return "/#/experiments"
         newest = runs[0].info
+        place = f"/#/experiments/{newest.experiment_id}/runs"
         if run:
-            return path(newest.experiment_id, newest.run_id)
+            return f"{place}/{newest.run_id}{VIEW}"
+        # MLflow has a view of the list, which an address can name, as a tag of the experiment.
         names = [name for each in runs if each.info.experiment_id == newest.experiment_id for name in each.data.metrics]
-        distances = [f"metrics.`{name}`" for name in dict.fromkeys(filter(_DISTANCE.fullmatch, names))]
-        columns = ["tags.`eval.verdict`", *distances, f"metrics.`{RATE}`"]
-        client.set_experiment_tag(
-            newest.experiment_id, f"mlflow.sharedViewState.{_LIST}", json.dumps({"selectedColumns": columns})
-        )
-        return f"{path(newest.experiment_id)}&viewStateShareKey={_LIST}"
+        distances = [name for name in dict.fromkeys(names) if "_fid_n" in name and "/real_" not in name]
+        view = {"selectedColumns": ["tags.`eval.verdict`", *(f"metrics.`{name}`" for name in (*distances, RATE))]}
+        client.set_experiment_tag(newest.experiment_id, "mlflow.sharedViewState.ncsn", json.dumps(view))
+    return f"{place}{VIEW}&viewStateShareKey=ncsn"
 
 
 def close_run(config: Config, *, run: str, status: str, tags: Mapping[str, str]) -> dict[str, str]:

@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from local_training import Recorder, assert_same_tensors, train_for_tensors, train_locally
+from local_training import Recorder, assert_same_tensors, train_for_tensors, train_locally, train_until_killed
 
 from ncsn.config import Config, from_yaml
 from ncsn.core.training import TrainState
 from ncsn.data.format import read_split
 from ncsn.data.training_images import StreamedSplit, open_training_images
 from ncsn.model import build
-from ncsn.runs.history import TrainingHistory, held_out_curves, load_history
+from ncsn.runs.history import RATE, TrainingHistory, held_out_curves, load_history
 from ncsn.training import held_out, monitor
 from ncsn.training.context import WorkerContext
 from ncsn.training.held_out import effort_of, open_probe
@@ -208,8 +208,12 @@ def test_curves_have_a_point_per_report_and_checkpoint(tiny: str, dataset: str, 
     assert {seen: point["train/loss"] for seen, point in points.items()} == {
         seen: point["train/loss"] for seen, point in rare.points
     }
+    resumed = Recorder()
+    train_until_killed(TrainingJob(from_yaml(tiny), dataset), tmp_path / "r2", at="80")
+    train_locally(TrainingJob(from_yaml(tiny), dataset, sink=resumed), tmp_path / "r2")
+    assert [seen for seen, point in resumed.points if RATE in point] == [128, 160]
     for point in points.values():
-        assert {"train/loss", "train/grad_norm_max", "train/images_per_second"} <= point.keys()
+        assert {"train/loss", "train/grad_norm_max", RATE} <= point.keys()
         assert 0 <= point["system/cpu_utilization_percentage"] <= 100
         assert 50 < point["system/worker_memory_megabytes"] < point["system/system_memory_usage_megabytes"] + 1e5
         assert list(point)[-1] == "train/learning_rate", "names the series, so it must be in every point"

@@ -26,6 +26,7 @@ from ncsn.serving import app
 from ncsn.serving.asked import read
 
 MODEL = "models:/tiny/1"
+WORSE = "sampling.guidance={kind: autoguidance, checkpoint: runs/worse, weight: 2}"
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +90,12 @@ def test_the_page_and_the_facts_behind_it(handle: Any) -> None:
     assert ask(handle, "POST", "/images", b'{"format": "png"}').media_type == "image/png"
 
 
+def test_guidance_needs_training_without_classes_or_a_worse_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    for overrides, guided in ((), True), (["train.label_dropout=0"], False), (["train.label_dropout=0", WORSE], True):
+        monkeypatch.setattr(app, "load_version", lambda *_, given=overrides, **__: (MODEL, trained_by(0, *given)))
+        assert app.Sampler("models:/tiny@champion", "").describe()["guided"] == guided
+
+
 def test_what_is_said_about_how_to_ask_gets_images(handle: Any) -> None:
     words = shlex.split(bytes(ask(handle, "GET", "/images").body).decode())
     answer = ask(handle, "POST", "/images", words[words.index("-d") + 1].encode())
@@ -123,13 +130,12 @@ def test_a_body_that_does_not_come_whole_is_waited_for_no_longer(handle: Any, mo
 
 
 def test_more_replicas_than_cores_and_a_cluster_that_serves_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    silent: Any = {"say": lambda _: None, "ready": lambda: None}
     monkeypatch.setattr(app, "client_at", lambda _: None)
     monkeypatch.setattr(app, "resolve_version", lambda *_: None)
     monkeypatch.setattr(app, "ray_cluster", nullcontext)
     monkeypatch.setattr(app.ray, "cluster_resources", lambda: {"CPU": 2.0})
     with refused("--replicas"):
-        app.run("models:/tiny@champion", registry="", port=0, replicas=3, **silent)
+        app.run("models:/tiny@champion", registry="", port=0, replicas=3, ready=lambda: None)
     monkeypatch.setattr(app.serve, "status", lambda: SimpleNamespace(proxies={"node": "HEALTHY"}))
     with refused("RAY_ADDRESS"):
-        app.run("models:/tiny@champion", registry="", port=0, replicas=2, **silent)
+        app.run("models:/tiny@champion", registry="", port=0, replicas=2, ready=lambda: None)

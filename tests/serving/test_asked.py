@@ -20,7 +20,7 @@ from ncsn.data.dataset import write_dataset
 from ncsn.data.sources import open_source
 from ncsn.model import build
 from ncsn.model.generate import generate, image_labels
-from ncsn.serving.asked import answer, can_guide, read, settings
+from ncsn.serving.asked import answer, read, settings
 from ncsn.tracking.model import ScoreModel
 from ncsn.training.batches import classes_of
 
@@ -99,12 +99,6 @@ def test_a_guidance_of_zero_is_one() -> None:
             found = settings(given, read(json.dumps({"guidance": weight}).encode())).guidance
             assert found is not None and found.weight == 0
     assert settings(TRAINED, read(b'{"guidance": 1}')).guidance is None
-
-
-def test_guidance_needs_training_without_classes_or_a_worse_network() -> None:
-    assert can_guide(TRAINED) and not can_guide(trained_by(0, "train.label_dropout=0"))
-    worse = "sampling.guidance={kind: autoguidance, checkpoint: runs/worse, weight: 2}"
-    assert can_guide(trained_by(0, "train.label_dropout=0", worse))
 
 
 def test_a_request_changes_what_it_names() -> None:
