@@ -282,18 +282,18 @@ def serve_ui(options: TargetOptions, *, host: str, port: int) -> None:
     command = server_command(uri, host=host, port=port)
     require_free(host, port)  # MLflow's server exits with 0 if it cannot listen
     address = f"http://{host}:{port}{front_page(uri, run=options.run)}"
-    with subprocess.Popen(command) as server:  # noqa: S603
+    with subprocess.Popen(command, start_new_session=True) as server, suppress(KeyboardInterrupt):  # noqa: S603
         try:
             while server.poll() is None:
                 with suppress(ConnectionError), socket.create_connection((host, port)):
                     click.echo(address, err=True)
+                    if sys.stderr.isatty() and ("DISPLAY" in os.environ or sys.platform == "darwin"):
+                        click.launch(address)
                     break
                 time.sleep(_POLL_SECONDS)
-            if sys.stderr.isatty() and (os.environ.keys() & {"DISPLAY", "WAYLAND_DISPLAY"} or sys.platform == "darwin"):
-                click.launch(address)
             sys.exit(server.wait())
         finally:
-            server.terminate()
+            server.terminate()  # and no Ctrl-C, which in a session of its own it does not get
 
 
 def require_free(host: str, port: int) -> None:

@@ -99,9 +99,7 @@ def test_pages_on_a_busy_port_are_refused(
     assert run_in_process(*args, "--port", "99999").stderr.startswith("Usage: ")
 
 
-def test_pages_open_in_a_browser_once_they_are_there_and_end_with_the_command(
-    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pages_open_in_a_browser_and_end_with_the_command(config_file: Path, tmp_path: Path, monkeypatch) -> None:
     opened, browser, port, (_, terminal) = tmp_path / "opened", tmp_path / "xdg-open", free_port(), pty.openpty()
     browser.write_text(f'#!/bin/sh\necho "$1" > {tmp_path}/new && mv {tmp_path}/new {opened}\n')
     browser.chmod(0o755)

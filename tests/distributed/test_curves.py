@@ -208,9 +208,8 @@ def test_curves_have_a_point_per_report_and_checkpoint(tiny: str, dataset: str, 
     assert {seen: point["train/loss"] for seen, point in points.items()} == {
         seen: point["train/loss"] for seen, point in rare.points
     }
-    resumed = Recorder()
     train_until_killed(TrainingJob(from_yaml(tiny), dataset), tmp_path / "r2", at="80")
-    train_locally(TrainingJob(from_yaml(tiny), dataset, sink=resumed), tmp_path / "r2")
+    train_for_tensors(from_yaml(tiny), dataset, tmp_path / "r2", resumed := Recorder())
     assert [seen for seen, point in resumed.points if RATE in point] == [128, 160]
     for point in points.values():
         assert {"train/loss", "train/grad_norm_max", RATE} <= point.keys()
