@@ -234,10 +234,10 @@ def show_config_command(*, options: TargetOptions, as_json: bool) -> None:
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", default=5000, show_default=True, type=click.IntRange(1, 65535), help="Port to listen on.")
 def ui_command(*, options: TargetOptions, host: str, port: int) -> None:
-    """Serve MLflow's pages for the runs in the store. Ctrl-C ends it."""
+    """Serve MLflow's pages until Ctrl-C, and open the list of runs, or with --run the page of the run."""
     from ncsn.cli.execute import serve_ui
 
-    serve_ui(options.registry, host=host, port=port)
+    serve_ui(options, host=host, port=port)
 
 
 @app.command("plan", cls=ReportingCommand, short_help="Estimate what training and sampling will take.")

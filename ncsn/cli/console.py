@@ -19,7 +19,6 @@ from rich.progress import (
     BarColumn,
     Progress as Bars,
     SpinnerColumn,
-    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -35,7 +34,7 @@ from ncsn.runs.folder import RunFolder, StepRecord
 from ncsn.storage.retry import RETRY
 
 _LINE_EVERY_SECONDS = 30.0
-_LINE_EVERY_SHARE = 0.25
+_LINE_EVERY_SHARE, _LEAST_SHARE = 0.25, 0.02  # of a step
 
 
 class ProgressView:
@@ -43,7 +42,6 @@ class ProgressView:
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self._tasks: dict[str, TaskID] = {}
         self._shown = 0, 0.0, 0.0  # units, their share, and the time of the last line
         self.bars = Bars(
             SpinnerColumn(finished_text="[green]✓[/]"),
@@ -54,6 +52,7 @@ class ProgressView:
             TimeRemainingColumn(compact=True),
             console=console,
             transient=True,
+            speed_estimate_period=600.0,  # seconds, so that pauses are part of the rate
             disable=not console.is_terminal,
             # Ray keeps the sys.stdout that it finds until the interpreter ends, so do not replace it.
             redirect_stdout=False,
@@ -62,34 +61,34 @@ class ProgressView:
 
     def start(self, step: str) -> None:
         """A step starts; its length is not known yet."""
-        if self.console.is_terminal:
-            self._tasks[step] = self.bars.add_task(step, total=None, text="starting")
-        else:
+        self.bars.add_task(step, total=None, text="starting")
+        if not self.console.is_terminal:
             self.console.print(f"{step:<9} starting", highlight=False)
         self._shown = -1, 0.0, time.monotonic()
 
     def update(self, step: str, progress: Progress) -> None:
         """Show the progress that a step published."""
-        text = f"{progress.done:,} / {progress.total:,} {progress.unit}"
-        if progress.text:
-            text += f"   {progress.text}"
-        if self.console.is_terminal:
-            self.bars.update(
-                self._tasks[step], completed=progress.done, total=progress.total or None, text=text, refresh=True
-            )
-            return
-        # A line at every quarter of a step and every half minute; never one for work repeated after a failure.
+        task, count = self.bars.tasks[-1], f"{progress.done:,} / {progress.total:,} {progress.unit}"
+        note = f"   {progress.text}" if progress.text else ""
+        self.bars.update(
+            task.id, completed=progress.done, total=progress.total or None, text=count + note, refresh=True
+        )
+        # Elsewhere, a line at every quarter of a step and every half minute, but none close behind another, of which a
+        # day would have hundreds and the end two, and none for work repeated after a failure.
         done, share, then = self._shown
         now, reached = time.monotonic(), progress.done / progress.total if progress.total else 0.0
-        if progress.done > done and (reached >= share + _LINE_EVERY_SHARE or now >= then + _LINE_EVERY_SECONDS):
-            self._shown = progress.done, reached - reached % _LINE_EVERY_SHARE, now
-            self.console.print(f"{step:<9} {text}", highlight=False)
+        due = now >= then + _LINE_EVERY_SECONDS and (done < 0 or reached >= share + _LEAST_SHARE)
+        if not self.console.is_terminal and progress.done > done and (due or reached >= share + _LINE_EVERY_SHARE):
+            self._shown = progress.done, reached, now
+            if (speed := task.speed) and (left := task.time_remaining):
+                rate = f"{speed:,.0f}" if speed >= 10 else f"{speed:.2g}"
+                count += f"   {rate} {progress.unit}/s, {duration(left)} left"
+            self.console.print(f"{step:<9} {count}{note}", highlight=False)
 
     def finish(self, step: str, text: str) -> None:
         """A step ended with `text`."""
-        if self.console.is_terminal:
-            self.bars.remove_task(self._tasks.pop(step))
-            self.bars.refresh()
+        self.bars.remove_task(self.bars.tasks[-1].id)
+        self.bars.refresh()
         mark = "[green]✓[/] " if self.console.is_terminal else ""
         self.console.print(f"{mark}{step:<9} {text}", highlight=False, soft_wrap=True)
 
@@ -118,7 +117,7 @@ def picture(png: bytes) -> Text:
     return text
 
 
-_PLAIN_WIDTH = 120
+_PLAIN_WIDTH = 100_000  # where nobody sees the edge, nothing is cut or wrapped
 _PICTURE_WIDTH = 76
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -25,7 +26,7 @@ from rich.console import Console
 from ncsn import storage
 from ncsn.cli.console import ProgressView, console_on, describe_result, print_summary, shown_progress
 from ncsn.cli.options import INTERRUPTED, StepFailed, stop_cleanly_on_sigterm
-from ncsn.cli.target import Target
+from ncsn.cli.target import Target, TargetOptions
 from ncsn.config import Config
 from ncsn.errors import UserError
 from ncsn.events import announced
@@ -272,14 +273,27 @@ def _alone(folder: RunFolder, step: str) -> Iterator[None]:
         yield
 
 
-def serve_ui(uri: str, *, host: str, port: int) -> None:
-    """Replace this process by the MLflow server."""
+def serve_ui(options: TargetOptions, *, host: str, port: int) -> None:
+    """Serve MLflow's pages until Ctrl-C, and open that of the run, or the list of runs, where there is a browser."""
     from ncsn.tracking.client import server_command
+    from ncsn.tracking.mlflow_runs import front_page
 
+    uri = options.registry
     command = server_command(uri, host=host, port=port)
     require_free(host, port)  # MLflow's server exits with 0 if it cannot listen
-    click.echo(f"http://{host}:{port}", err=True)
-    os.execv(command[0], command)  # noqa: S606
+    address = f"http://{host}:{port}{front_page(uri, run=options.run)}"
+    with subprocess.Popen(command, start_new_session=True) as server, suppress(KeyboardInterrupt):  # noqa: S603
+        try:
+            while server.poll() is None:
+                with suppress(ConnectionError), socket.create_connection((host, port)):
+                    click.echo(address, err=True)
+                    if sys.stderr.isatty() and ("DISPLAY" in os.environ or sys.platform == "darwin"):
+                        click.launch(address)
+                    break
+                time.sleep(_POLL_SECONDS)
+            sys.exit(server.wait())
+        finally:
+            server.terminate()  # and no Ctrl-C, which in a session of its own it does not get
 
 
 def require_free(host: str, port: int) -> None:

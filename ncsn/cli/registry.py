@@ -62,6 +62,7 @@ def serve_command(*, model: str, port: int, replicas: int, options: TargetOption
 
     registry, host = options.registry, "127.0.0.1"
     require_free(host, port)
+    click.echo(f"starting Ray, then loading {model}", err=True)
     try:
         from ncsn.serving.app import run
     except ImportError as error:

@@ -103,9 +103,9 @@ def show_command(*, name: str, options: TargetOptions, as_json: bool) -> None:
     console = console_on(sys.stdout)
     for item in items:
         known = {"state": item.state, "size": decimal(item.size), "date": _date(item.changed), "figures": item.figures}
-        console.print(_tree(Link(item.kind, item.name, known | {**item.facts})), soft_wrap=True)
+        console.print(_tree(Link(item.kind, item.name, known | {**item.facts})))
     for chain in chains:
-        console.print(_tree(chain), soft_wrap=True)
+        console.print(_tree(chain))
 
 
 def _tree(link: Link) -> Tree:

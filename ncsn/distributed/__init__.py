@@ -10,6 +10,7 @@ from ncsn.process import settle
 settle()  # No program that uses the library comes here, and all that computes for a step does, before it loads torch.
 # Ray Train takes at most one report per interval and sees the end of training at the next; its default is 2 s.
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # the workers' lines go to files too
 
 if "ray" not in sys.modules:
     # Settings that Ray reads when it is imported; the user's come first.

@@ -32,6 +32,8 @@ _POLL_SECONDS = 1.0
 _CONNECTING = threading.RLock()
 
 _logger = logging.getLogger(__name__)
+# Of `ray_cluster_meanwhile`: Ray warns that it leaves SIGTERM alone there, which is as it should be.
+logging.getLogger(ray.init.__module__).addFilter(lambda record: not record.getMessage().startswith("SIGTERM handler"))
 
 
 @contextmanager

@@ -15,6 +15,7 @@ Array = NDArray[np.float64]
 
 EDM_LOSS = "train/loss_edm"  # mean of the weight of Karras et al. times the normalized loss
 LOSS, GAP = "val/loss", "val/gap"  # means over the noise levels, weighted as in training
+RATE = "train/images_per_second"  # since the point before, or since training resumed
 HELD_OUT_EDM = "val/loss_edm"  # their mean with the weight of Karras et al.: that objective on held-out images
 PREVIEW = "train/preview"  # no curve but a series of images that training made of itself
 
@@ -51,6 +52,13 @@ class TrainingHistory:
         """Values [P] of one curve, NaN where a point lacks it."""
         pairs = zip(self.points, self.system, strict=True)
         return np.array([point.get(name, system.get(name, np.nan)) for point, system in pairs])
+
+    @property
+    def images_per_second(self) -> float:
+        """Of the whole training, however often it was interrupted, without its starts; 0 without a point."""
+        images = np.array(self.images_seen)
+        seconds = np.diff(images, prepend=0) / self.curve(RATE)
+        return float(images.max(initial=0) / max(seconds.sum(), 1e-9))
 
     def losses(self, names: Sequence[str]) -> Array:
         """Values [P, S] of several curves, such as those of the levels; NaN where no image had that level."""

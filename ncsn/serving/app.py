@@ -29,7 +29,7 @@ from ray.util.metrics import Counter, Histogram
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
-from ncsn.distributed.cluster import LOOPBACK, ray_cluster
+from ncsn.distributed.cluster import LOOPBACK, is_own, ray_cluster
 from ncsn.errors import UserError
 from ncsn.model.build import tune_cuda
 from ncsn.model.generate import generate_joined
@@ -46,9 +46,12 @@ _LOST_SECONDS = 120.0  # for which a request waits for another replica
 _MOST_BYTES = 65536  # of a request
 _BODY_SECONDS = 30.0  # in which they come
 _MOST_REQUESTS = 1000  # at once, of a replica: enough for full batches of single images
-_QUIET = {"log_level": "WARNING", "enable_access_log": False}
+_QUIET = {"log_level": "ERROR", "enable_access_log": False}
+_HOW_TO_ASK = """GET /, /health or /metrics; for images: \
+curl -H 'Content-Type: application/json' -d '{"number": 16, "seed": 1}' %simages > grid.png
+"""
 
-_logger = logging.getLogger("ray.serve")
+_logger = logging.getLogger(__name__)
 
 
 class Turn:
@@ -124,7 +127,10 @@ class Sampler:
         """What the page needs to know."""
         name, trained = self._served
         classes = [] if trained.classes is None else trained.classes.names
-        return {"status": "ok", "model": name, "classes": classes, "most_images": asked.MOST_IMAGES}
+        guided = False
+        with suppress(UserError):
+            guided = bool(asked.settings(trained, asked.Asked(guidance=2.0)))
+        return {"status": "ok", "model": name, "classes": classes, "guided": guided, "most_images": asked.MOST_IMAGES}
 
 
 class Front:
@@ -145,9 +151,8 @@ class Front:
                 return PlainTextResponse(await asyncio.to_thread(_node_metrics))
             case "POST", "/images":
                 return await self._images(request)
-            case _, "" | "/health" | "/metrics" | "/images":
-                return PlainTextResponse("not this method\n", 405)
-        return PlainTextResponse("nothing is here; POST to /images, or GET /, /health or /metrics\n", 404)
+        known = request.url.path.rstrip("/") in ("", "/health", "/metrics", "/images")
+        return PlainTextResponse(_HOW_TO_ASK % request.base_url, 405 if known else 404)
 
     async def _images(self, request: Request) -> Response:
         # A page of another origin cannot send this type unless it is allowed to.
@@ -223,6 +228,7 @@ def run(model: str, *, registry: str, port: int, replicas: int, ready: Callable[
 
     Each replica has its share of this machine's processors, and a GPU if there are enough.
     """
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)  # of this process
     with mlflow_errors(registry):
         resolve_version(client_at(registry), model)
     with ray_cluster():
@@ -247,5 +253,6 @@ def run(model: str, *, registry: str, port: int, replicas: int, ready: Callable[
         stop.wait()
         with suppress(TimeoutError):
             front.end.remote().result(timeout_s=_LOST_SECONDS)
-        serve.delete(NAME)
-        serve.shutdown()  # The cluster may be another program's.
+        if not is_own():  # else it ends now
+            serve.delete(NAME)
+            serve.shutdown()

@@ -23,6 +23,7 @@ from ncsn.model.checkpoint_store import CheckpointStore
 from ncsn.model.classes import require_label, require_same_classes
 from ncsn.model.trained import TRAINED_CONFIG, adapted, load_checkpoint_or_model, save_model, start_notes
 from ncsn.runs.folder import RUN_PATTERN, RunFolder, find_inputs, folders_of, read_step, run_folder, update_step
+from ncsn.runs.history import RATE, load_history
 from ncsn.steps.step import Step
 from ncsn.storage.heartbeat import Lease
 from ncsn.tracking.client import client_at, mlflow_errors, tracking_uri
@@ -43,7 +44,7 @@ class TrainResult:
     checkpoint: str  # URI of the last one
     images_seen: int  # by all workers
     loss: float | None  # normalized, at the end (a zero network reads 1); None if there was nothing left to train
-    images_per_second: float  # in this call, without startup
+    images_per_second: float  # in all attempts, without startup
     seconds: float  # of this call
     dataset: str  # URI
     notes: list[str] = field(default_factory=list)  # for people
@@ -93,13 +94,14 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None, fin
         checkpoint = storage.join(step.folder.checkpoints, outcome.checkpoint)
         tags = {"checkpoint.uri": checkpoint, "checkpoint.images_seen": str(outcome.images_seen)}
         tracked.set_tags({**tags, "train.computed_on": outcome.computed})
-        loss = {} if outcome.loss is None else {"train/loss": outcome.loss}
-        tracked.parent.log_metrics({"train/images_seen": outcome.images_seen, **loss}, step=outcome.images_seen)
+        rate = load_history(step.folder.history).images_per_second or outcome.images_per_second
+        figures = {RATE: rate} if outcome.loss is None else {RATE: rate, "train/loss": outcome.loss}
+        tracked.parent.log_metrics({"train/images_seen": outcome.images_seen, **figures}, step=outcome.images_seen)
         result = TrainResult(
             checkpoint=checkpoint,
             images_seen=outcome.images_seen,
             loss=outcome.loss,
-            images_per_second=round(outcome.images_per_second, 1),
+            images_per_second=round(rate, 1),
             seconds=round(outcome.seconds, 1),
             dataset=dataset,
             notes=[*start.notes, *outcome.notes],
@@ -119,7 +121,8 @@ def _as_it_is(step: Step[TrainResult], config: Config, dataset: str) -> TrainRes
     with step.work(config) as (_, tracked):
         tracked.set_tags({"checkpoint.uri": uri, "checkpoint.images_seen": str(seen)})
     notes = [f"training ended at {seen:,} of {config.train.num_images:,} images; `ncsn run` without --finish goes on"]
-    return TrainResult(uri, seen, None, round(seen / max(seconds, 1e-9), 1), round(seconds, 1), dataset, notes)
+    rate = load_history(folder.history, until=seen).images_per_second or seen / max(seconds, 1e-9)
+    return TrainResult(uri, seen, None, round(rate, 1), round(seconds, 1), dataset, notes)
 
 
 def require_classes(config: Config, manifest: Manifest, dataset: str) -> None:

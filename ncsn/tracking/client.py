@@ -37,7 +37,7 @@ SERVERS = (*REMOTE, SQLITE, "postgresql", "mysql", "mssql", "databricks")
 
 UI = "NCSN_MLFLOW_UI"  # variable with the address of MLflow's pages, if that is not the tracking server's own
 
-_VIEW = "?workflowType=machine_learning"  # without it MLflow 3.17 shows its pages for language models
+VIEW = "?workflowType=machine_learning"  # without it MLflow 3.17 shows its pages for language models
 
 _ARTIFACTS = "mlartifacts"  # the folder beside a database of ours
 # Table and column of what may be an address below the folder of the database.
@@ -135,7 +135,7 @@ def server_command(uri: str, *, host: str = "127.0.0.1", port: int = 5000) -> li
 def page(uri: str, experiment_id: str, run_id: str) -> str:
     """The address of a run's page; empty for a database, which has none."""
     served = os.environ.get(UI) or (shown(uri) if uri.startswith(REMOTE) else "")
-    return f"{served.rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}{_VIEW}" if served else ""
+    return f"{served.rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}{VIEW}" if served else ""
 
 
 def shown(uri: str) -> str:

@@ -20,7 +20,9 @@ from ncsn import storage
 from ncsn.config import Config, flatten, to_yaml
 from ncsn.process import now_ms
 from ncsn.runs.folder import RunFolder, cost_of, read_outcome, read_step, spent, state_after, total_cost, update_step
+from ncsn.runs.history import RATE
 from ncsn.tracking.client import (
+    VIEW,
     Connection,
     TrackingError,
     client_at,
@@ -222,6 +224,26 @@ def steps_of_run(client: MlflowClient, parent: Run) -> dict[str, Run]:
     """The latest run of each step below the run of a whole pipeline."""
     below = search_runs(client, parent.info.experiment_id, {PARENT: parent.info.run_id})
     return {run.data.tags["ncsn.step"]: run for run in below if "ncsn.step" in run.data.tags}
+
+
+def front_page(uri: str, *, run: str | None) -> str:
+    """Where a server has this run or, without one, the list of runs with their distances, verdicts and speeds."""
+    client, tags = client_at(uri), {"ncsn.part": "run"} | ({"ncsn.run": run} if run else {})
+    with mlflow_errors(uri):
+        experiments = [each.experiment_id for each in client.search_experiments()]
+        runs = client.search_runs(experiments, tag_filter(tags), order_by=["attributes.start_time DESC"])
+        if not runs:
+            return "/#/experiments"
+        newest = runs[0].info
+        place = f"/#/experiments/{newest.experiment_id}/runs"
+        if run:
+            return f"{place}/{newest.run_id}{VIEW}"
+        # MLflow has a view of the list, which an address can name, as a tag of the experiment.
+        names = [name for each in runs if each.info.experiment_id == newest.experiment_id for name in each.data.metrics]
+        distances = [name for name in dict.fromkeys(names) if "_fid_n" in name and "/real_" not in name]
+        view = {"selectedColumns": ["tags.`eval.verdict`", *(f"metrics.`{name}`" for name in (*distances, RATE))]}
+        client.set_experiment_tag(newest.experiment_id, "mlflow.sharedViewState.ncsn", json.dumps(view))
+    return f"{place}{VIEW}&viewStateShareKey=ncsn"
 
 
 def close_run(config: Config, *, run: str, status: str, tags: Mapping[str, str]) -> dict[str, str]:

@@ -84,7 +84,6 @@ class Training:
     def __init__(self, job: TrainingJob, context: WorkerContext, checkpoints: CheckpointStore) -> None:
         self.job, self.config, self.context, self.checkpoints = job, job.config, context, checkpoints
         self.options = build.step_options(self.config, world_size=context.world_size)
-        self.curves = Curves(self.config, context)
         self.sink = job.sink if context.rank == 0 else None
         self.last_image = min(job.stop_at or self.config.train.num_images, self.config.train.num_images)
         self.saved, self.saved_at, self.pauses = "", time.perf_counter(), list[float]()
@@ -124,6 +123,7 @@ class Training:
         machine_usage(context.device)  # starts the first interval
         self.last_loss: float | None = None
         self.reported, self.reported_at = 0, self.state.images_seen  # by the clock, and in images
+        self.curves = Curves(self.config, context)  # last, since its clock runs
 
     def ended(self) -> bool:
         """Whether no batch is to follow."""

@@ -25,7 +25,7 @@ from ncsn.model import build
 from ncsn.model.checkpoint import TrainedNetwork
 from ncsn.model.classes import BALANCED
 from ncsn.model.generate import generate
-from ncsn.runs.history import EDM_LOSS, loss_names
+from ncsn.runs.history import EDM_LOSS, RATE, loss_names
 from ncsn.training.context import WorkerContext
 
 
@@ -91,7 +91,7 @@ class Curves:
         point = {
             "train/loss": float(losses.sum() / counts.sum()),
             "train/grad_norm_max": float(self._grad_norm),
-            "train/images_per_second": self._images / (time.perf_counter() - self._started),
+            RATE: self._images / (time.perf_counter() - self._started),
         }
         if self._edm is not None:
             point[EDM_LOSS] = float(sums[2].sum() / counts.sum())

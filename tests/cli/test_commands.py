@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import pty
 import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from ports import free_port
 
+from ncsn.cli.execute import require_free
 from ncsn.cli.target import TargetOptions
 from ncsn.config import from_yaml
 
@@ -83,13 +89,28 @@ def test_pages_on_a_busy_port_are_refused(
     def execute(*_: object) -> None:
         raise AssertionError("the server was started")
 
-    monkeypatch.setattr("os.execv", execute)
+    monkeypatch.setattr("subprocess.Popen", execute)
     args = ["ui", "--config", str(config_file), "--set", "tracking.uri=postgresql://server/runs"]
     with socket.create_server(("127.0.0.1", 0)) as busy:
         port = str(busy.getsockname()[1])
         require_mistake(run_in_process(*args, "--port", port), f"--port {port}")
     require_mistake(run_in_process(*args, "--host", "192.0.2.1"), "--host '192.0.2.1'")
     assert run_in_process(*args, "--port", "99999").stderr.startswith("Usage: ")
+
+
+def test_pages_open_in_a_browser_and_end_with_the_command(config_file: Path, tmp_path: Path, monkeypatch) -> None:
+    opened, browser, port, (_, terminal) = tmp_path / "opened", tmp_path / "xdg-open", free_port(), pty.openpty()
+    browser.write_text(f'#!/bin/sh\necho "$1" > {tmp_path}/new && mv {tmp_path}/new {opened}\n')
+    browser.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setenv("DISPLAY", ":0")
+    command = [sys.executable, "-m", "ncsn", "ui", "--config", str(config_file), "--port", str(port)]
+    with subprocess.Popen(command, stdout=terminal, stderr=terminal) as process:
+        while not opened.exists() and process.poll() is None:
+            time.sleep(0.1)
+        process.terminate()
+    assert opened.read_text() == f"http://127.0.0.1:{port}/#/experiments\n"
+    require_free("127.0.0.1", port)
 
 
 def test_one_run_is_not_trained_twice_at_once(run_command, require_mistake, config_file: Path, store: Path) -> None:

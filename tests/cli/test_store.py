@@ -42,6 +42,10 @@ def test_ls_has_a_line_for_each_run_and_its_number(ncsn, store: Path) -> None:
     assert json.loads(ncsn("ls", "models", "--json").output) == {"models": [], "count": 0}
     shown = json.loads(ncsn("show", "mine", "--json").output)
     assert ([each["name"] for each in shown["items"]], shown["chains"]) == (["mine"], [])
+    found = {"figure": "f" * 150, "value": 1.0, "images_seen": 1, "candidates": []}
+    update_step(RunFolder(str(store), "mine"), "select", state="FINISHED", result=found)
+    for command in (["ls"], ["show", "mine"]):
+        assert f"{'f' * 150} = 1 at" in ncsn(*command).output, "nothing that is piped is cut or wrapped"
 
 
 def test_cleanup_says_what_it_would_delete_and_deletes_it_if_told(ncsn, store: Path) -> None:

@@ -7,14 +7,16 @@ import re
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import closing
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TextIO, cast
 
 import pytest
 from click.testing import CliRunner
+from clock import Clock
 from rich.console import Console
 
-from ncsn.cli import app
+from ncsn.cli import app, console
 from ncsn.cli.console import Log, ProgressView, print_plan, print_summary, shown_progress
 from ncsn.cli.doctor import Finding, report
 from ncsn.cli.target import TargetOptions
@@ -135,7 +137,22 @@ def test_progress_without_a_terminal_is_a_few_lines_and_none_for_repeated_work()
     shown = re.findall(r"([\d,]+) / ", progress(terminal=False, done=range(0, 1001, 10)))
     assert shown == ["250", "500", "750", "1,000"]
     after_a_failure = progress(terminal=False, done=[250, 500, 500, 260, 510, 760, 1000])
-    assert re.findall(r"([\d,]+) / ", after_a_failure) == ["250", "500", "760", "1,000"]
+    assert re.findall(r"([\d,]+) / ", after_a_failure) == ["250", "500", "760"]
+
+
+def test_lines_of_a_resumed_step_have_its_rate_and_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, stream, total = Clock(), io.StringIO(), 40 * 3600 * 100
+    monkeypatch.setattr(console, "time", clock)
+    view = ProgressView(Console(file=stream, width=100))
+    view.bars.get_time = clock.time
+    view.start("train")
+    for images in range(total // 10, total + 1, 100):
+        view.update("train", Progress(images, total, "images", "of digits"))
+        clock.sleep(1)
+    shown = re.findall(r"train +([\d,]+) / .* images   100 images/s, ([\d.]+ \w+) left   of digits", stream.getvalue())
+    done = [int(images.replace(",", "")) for images, _ in shown]
+    assert (done[0], shown[0][1]) == (total // 10 + 3000, "36.0 h") and len(done) > 30
+    assert all(later - images >= 0.02 * total for images, later in pairwise(done))
 
 
 def test_the_log_shows_a_retry_and_its_cause_on_the_terminal_in_one_line(tmp_path: Path) -> None:

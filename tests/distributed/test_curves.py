@@ -14,7 +14,7 @@ from ncsn.core.training import TrainState
 from ncsn.data.format import read_split
 from ncsn.data.training_images import StreamedSplit, open_training_images
 from ncsn.model import build
-from ncsn.runs.history import TrainingHistory, held_out_curves, load_history
+from ncsn.runs.history import RATE, TrainingHistory, held_out_curves, load_history
 from ncsn.training import held_out, monitor
 from ncsn.training.context import WorkerContext
 from ncsn.training.held_out import effort_of, open_probe
@@ -207,7 +207,7 @@ def test_curves_have_a_point_per_report_and_checkpoint(tiny: str, dataset: str, 
     parts = (losses[80] + losses[96]) / 2  # of 16 images each
     assert dict(rare.points)[96]["train/loss"] == pytest.approx(parts, rel=1e-5)
     for point in points.values():
-        assert {"train/loss", "train/grad_norm_max", "train/images_per_second"} <= point.keys()
+        assert {"train/loss", "train/grad_norm_max", RATE} <= point.keys()
         assert 0 <= point["system/cpu_utilization_percentage"] <= 100
         assert 50 < point["system/worker_memory_megabytes"] < point["system/system_memory_usage_megabytes"] + 1e5
         assert list(point)[-1] == "train/learning_rate", "names the series, so it must be in every point"

@@ -66,6 +66,8 @@ def test_the_terminal_shows_steps_and_not_the_chatter(workplace, finished) -> No
     for step in STEPS:
         assert f"{step:<9} starting" in lines
     assert all(line.startswith((*STEPS, "run ", "log ")) for line in lines), finished.stderr
+    log = (workplace.folder(RUN) / "log.txt").read_text()
+    assert "(train pid=" in log and "\x1b" not in log and "SIGTERM" not in log
 
 
 def test_the_store_has_the_agreed_layout(workplace, finished) -> None:
@@ -126,7 +128,8 @@ def test_the_run_of_the_pipeline_shows_what_came_out(workplace, client) -> None:
     results = {step: workplace.result(RUN, step) for step in STEPS}
     (read,) = whole.inputs.dataset_inputs
     assert read.dataset.digest == results["ingest"]["digest"][:36]
-    trained = {"train/loss": results["train"]["loss"], "train/images_seen": 640}
+    rate = pytest.approx(results["train"]["images_per_second"], abs=0.1)
+    trained = {"train/loss": results["train"]["loss"], "train/images_seen": 640, "train/images_per_second": rate}
     assert whole.data.metrics == trained | results["evaluate"]["metrics"] | results["evaluate"]["real_metrics"]
     points = [point for name in whole.data.metrics for point in client.get_metric_history(whole.info.run_id, name)]
     assert {point.step for point in points} == {0, 640}, "images seen, and none is a time"

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ncsn.runs.history import GAP, LOSS, TrainingHistory, held_out_curves, load_history, loss_names
+from ncsn.runs.history import GAP, LOSS, RATE, TrainingHistory, held_out_curves, load_history, loss_names
 
 
 def test_points_come_back_up_to_a_place(tmp_path: Path) -> None:
@@ -17,6 +17,13 @@ def test_points_come_back_up_to_a_place(tmp_path: Path) -> None:
     history.publish()
     assert load_history(uri) == history
     assert load_history(uri, until=200) == TrainingHistory(uri, [100, 200], history.points[:2])
+
+
+def test_the_speed_is_that_of_all_images_whatever_interrupted_them() -> None:
+    history = TrainingHistory("nowhere")
+    for seen, point in ((100, {RATE: 10.0}), (200, {RATE: 50.0}), (500, {RATE: 100.0})):
+        history.add(point, seen)
+    assert history.images_per_second == pytest.approx(500 / (100 / 10 + 100 / 50 + 300 / 100))
 
 
 def test_level_losses_are_by_level_and_nan_where_unknown() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import shlex
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -83,8 +84,21 @@ def test_images_count_for_the_version_that_made_them(monkeypatch: pytest.MonkeyP
 def test_the_page_and_the_facts_behind_it(handle: Any) -> None:
     assert ask(handle, "GET", "/").media_type == "text/html"
     facts = json.loads(ask(handle, "GET", "/health").body)
-    assert facts == {"status": "ok", "model": MODEL, "classes": ["cat", "dog", "bird"], "most_images": 256}
+    classes = ["cat", "dog", "bird"]
+    assert facts == {"status": "ok", "model": MODEL, "classes": classes, "guided": True, "most_images": 256}
     assert ask(handle, "POST", "/images", b'{"format": "png"}').media_type == "image/png"
+
+
+def test_guidance_needs_training_without_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    for overrides, guided in ((), True), (["train.label_dropout=0"], False):
+        monkeypatch.setattr(app, "load_version", lambda *_, given=overrides, **__: (MODEL, trained_by(0, *given)))
+        assert app.Sampler("models:/tiny@champion", "").describe()["guided"] == guided
+
+
+def test_what_is_said_about_how_to_ask_gets_images(handle: Any) -> None:
+    words = shlex.split(bytes(ask(handle, "GET", "/images").body).decode())
+    answer = ask(handle, "POST", "/images", words[words.index("-d") + 1].encode())
+    assert (answer.status_code, answer.media_type) == (200, "image/png")
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,7 @@ def images(response: requests.Response) -> Any:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_it_answers_on_loopback_only(served: Served) -> None:
+    assert len((served.root / "log.txt").read_text().splitlines()) == 1, "what it does, and nothing of Ray"
     made = served.post(number=5, seed=3, format="npz", **{"class": "bird"})
     assert made.headers["X-NCSN-Model"] == "models:/tiny/1"
     trained = trained_by(0)
@@ -108,6 +109,12 @@ def test_the_page_shows_images_and_what_is_wrong(served: Served, browser: Browse
     page.get_by_label("Seed").fill("1e30")
     page.get_by_role("button").click()
     expect(page.get_by_role("alert")).to_contain_text("seed")
+    expect(page.get_by_label("Guidance")).to_be_visible()
+    page.route("**/health", lambda route: route.fulfill(json={"model": "without", "classes": [], "guided": False}))
+    page.reload()
+    expect(page.get_by_role("heading")).to_have_text("without")
+    for name in ("Class", "Guidance"):
+        expect(page.get_by_label(name)).to_be_hidden()
     page.close()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterator
 from contextlib import closing
 
@@ -13,9 +14,10 @@ from playwright.sync_api import Browser, Page, expect
 
 from ncsn.process import now_ms
 from ncsn.report.images import grid_png
+from ncsn.runs.history import RATE
 from ncsn.tracking import client
 from ncsn.tracking.live import LiveMetrics
-from ncsn.tracking.mlflow_runs import StepRun, step_run
+from ncsn.tracking.mlflow_runs import StepRun, front_page, step_run
 from ncsn.tracking.registry import Registration, register
 
 PATIENCE = 60_000
@@ -65,6 +67,18 @@ def test_a_link_to_a_run_opens_among_the_runs_of_trainings(page: Page, server, t
     page.goto(client.page(server.url, tracked.experiment_id, tracked.run_id))
     expect(page.get_by_role("link", name="Runs", exact=True).first).to_be_visible(timeout=PATIENCE)
     expect(page.get_by_role("link", name="Judges")).to_have_count(0)
+
+
+def test_the_list_of_runs_shows_their_distance_verdict_and_speed(page: Page, server, tracked: StepRun) -> None:
+    tracked.parent.log_metrics({"eval/classifier_fid_n512": 12.5, "eval/real_classifier_fid_n512": 1, RATE: 984})
+    tracked.parent.set_tags({"eval.verdict": "near"})
+    page.goto(server.url + front_page(server.url, run=None))
+    for name in ("eval/classifier_fid_n512", RATE, "eval.verdict"):
+        expect(page.get_by_role("columnheader", name=name).first).to_be_visible(timeout=PATIENCE)
+    expect(page.get_by_role("columnheader", name="real_")).to_have_count(0)
+    expect(page.get_by_role("row").filter(has_text="near")).to_contain_text(re.compile("12.5.*984"))
+    path = front_page(server.url, run="seen-by-a-browser")
+    assert server.url + path == client.page(server.url, tracked.experiment_id, tracked.parent_run_id)
 
 
 def test_the_card_of_a_model_shows_its_pictures(page: Page, server, make_config, checkpoint) -> None:
