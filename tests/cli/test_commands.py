@@ -40,9 +40,9 @@ def test_show_config_as_json_is_the_canonical_form(run_in_process, config_file: 
 @pytest.mark.parametrize(
     ("args", "subject"),
     [
-        (["ingest", "--set", "noise.num_level=5"], "CONFIG: noise.num_level"),
-        (["ingest", "--set", "noise.sigma_1=0.001"], "CONFIG: noise.sigma_1 = 0.001"),
-        (["ingest", "--set", "compute.num_workers=17"], "CONFIG: train.batch_size = 16"),
+        (["ingest", "--set", "noise.num_level=5"], "--set: noise.num_level"),
+        (["ingest", "--set", "noise.sigma_1=0.001"], "--set: noise.sigma_1 = 0.001"),
+        (["ingest", "--set", "compute.num_workers=17"], "--set: train.batch_size = 16"),
         (["ingest", "--set", "nonsense"], "--set 'nonsense'"),
         (["ingest", "--run", "Not Valid"], "--run 'Not Valid'"),
         (["run", "--set", "storage.root=s3://bucket/prefix"], "tracking.uri"),
