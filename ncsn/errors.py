@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self, TypeVar
 
 E = TypeVar("E", bound="UserError")
@@ -70,6 +71,13 @@ class UserError(InvalidValue):
     def of(cls, problems: Iterable[Problem]) -> Self:
         """An error with these problems, at least one."""
         return _restore(cls, tuple(problems), {})
+
+    def reworded(self, words: Mapping[str, str]) -> Self:
+        """The same for a caller who knows no config and uses other words."""
+        problems = self.problems
+        for (old, new), part in itertools.product(words.items(), ("key", "reason", "hint", "origin")):
+            problems = tuple(replace(each, **{part: getattr(each, part).replace(old, new)}) for each in problems)
+        return self.of(problems)
 
     @property
     def keys(self) -> list[str]:

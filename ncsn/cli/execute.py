@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
+from heapq import nlargest
 from pathlib import Path
 from typing import Any
 
@@ -27,23 +28,18 @@ from ncsn import storage
 from ncsn.cli.console import ProgressView, console_on, describe_result, print_summary, shown_progress
 from ncsn.cli.options import INTERRUPTED, StepFailed, stop_cleanly_on_sigterm
 from ncsn.cli.target import Target, TargetOptions
-from ncsn.config import Config
+from ncsn.config import Config, changed_settings, continues, from_yaml
 from ncsn.errors import UserError
 from ncsn.events import announced
 from ncsn.process import TERMINATED
 from ncsn.progress import read_progress
+from ncsn.report.words import next_step
 from ncsn.runs.code import publish_code
-from ncsn.runs.folder import (
-    RunFolder,
-    claim_run,
-    folders_of,
-    read_results,
-    read_step,
-    run_folder,
-)
+from ncsn.runs.folder import RunFolder, claim_run, folders_of, read_results, read_step, run_folder
 from ncsn.runs.steps import CONTINUING, PIPELINE, STEPS, STEPS_ELSEWHERE
 from ncsn.steps.execution import images_of_run, preflight, run_all, run_step
 from ncsn.storage.retry import limited
+from ncsn.tools.listing import MOST, begun
 
 _POLL_SECONDS = 0.5
 _SAVE_SECONDS = 10.0
@@ -103,6 +99,7 @@ def run_pipeline(target: Target, *, as_json: bool, finish: bool = False) -> None
         publish_code(config.storage.root)
     folder = claim_run(config, target.run)
     before = read_results(folders_of(folder, config))
+    _say_if_longer(config, folder)
     with _alone(folder, "run"), announced(folder.run, root=folder.root):
         _execute(config, folder, {STEPS[0]: images, "train": {"finish": finish}})
     records = read_results(folders_of(folder, config))
@@ -113,6 +110,23 @@ def run_pipeline(target: Target, *, as_json: bool, finish: bool = False) -> None
         earlier = [step for step, record in records.items() if record == before.get(step)]
         trained = folders_of(folder, config)["train"]
         print_summary(console_on(sys.stdout), trained, config, records, earlier=earlier)
+
+
+def _say_if_longer(config: Config, folder: RunFolder) -> None:
+    """Say of a new run that is as one of the newest, but longer, that it does not go on from that one's weights."""
+    if continues(config) or config.loss.kind == "consistency" or read_step(folder, "train").state:
+        return
+    dates = begun(folder.root)
+    for run in nlargest(MOST, dates, key=dates.__getitem__):
+        other = RunFolder(folder.root, run)
+        with suppress(OSError, UserError):  # of another version, or deleted
+            owner = from_yaml(storage.read_text(other.config))
+            changed, longer = changed_settings(owner, config), config.train.num_images > owner.train.num_images
+            if longer and changed.keys() == {"train.num_images"} and read_step(other, "train").result:
+                command, what = next_step("short", owner, other)
+                told = f"{run} is as this one but shorter, and `{command}` is {what}"
+                click.echo(f"note: this run starts at zero; {told}", err=True)
+                return
 
 
 def _execute(config: Config, folder: RunFolder, options: Mapping[str, Mapping[str, Any]]) -> None:

@@ -47,7 +47,7 @@ _UniqueKeys.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _map
 def from_yaml(text: str, *, overrides: Sequence[str] = (), origin: str = "config") -> Config:
     """The config in a YAML or JSON text, after `overrides` like `a.b=value`, see `parse_override`.
 
-    `ConfigError` with each wrong key or value; `origin` says there where the text comes from.
+    `ConfigError` with each wrong key or value, which says whether that is of the text, by its `origin`, or of `--set`.
     """
     return _parsed(text, tuple(overrides), origin)
 
@@ -63,21 +63,29 @@ def _parsed(text: str, overrides: tuple[str, ...], origin: str) -> Config:
         raise ConfigError(origin, "the file is empty" if origin != "config" else "the config is empty")
     if not isinstance(tree, dict):
         raise ConfigError(origin, "expected a mapping of sections")
-    for override in overrides:
-        set_value(tree, *parse_override(override))
-    if tree.get("noise") == "auto":
-        tree["noise"] = {"kind": "auto"}
-    for section, kind in _DEFAULT_KINDS.items():
-        if isinstance(tree.get(section), dict):
-            tree[section] = {"kind": kind, **tree[section]}
     try:
+        for override in overrides:
+            set_value(tree, *parse_override(override))
+        if tree.get("noise") == "auto":
+            tree["noise"] = {"kind": "auto"}
+        for section, kind in _DEFAULT_KINDS.items():
+            if isinstance(tree.get(section), dict):
+                tree[section] = {"kind": kind, **tree[section]}
         config = checked(tree)
         found = space_problems(config)
     except ConfigError as error:
         found = list(error.problems)
-    if found:
-        raise ConfigError.of(replace(problem, origin=origin) for problem in found)
-    return config
+    if not found:
+        return config
+    own = found
+    if overrides:
+        try:
+            own = []
+            _parsed(text, (), "")
+        except ConfigError as error:
+            own = list(error.problems)
+    at_fault = [origin if each in own else "--set" * (each.key != "--set") for each in found]
+    raise ConfigError.of(replace(each, origin=where) for each, where in zip(found, at_fault, strict=True))
 
 
 def with_wishes(config: Config, wishes: Mapping[str, Any]) -> Config:

@@ -34,7 +34,7 @@ from ncsn.model.checkpoint import images_seen_at, load_checkpoint
 from ncsn.model.checkpoint_store import CheckpointStore
 from ncsn.progress import Progress
 from ncsn.report.images import evenly_spread
-from ncsn.storage import cache_folder
+from ncsn.storage import CACHE_DIR_VARIABLE, cache_folder, scratch_folder
 from ncsn.storage.heartbeat import LeaseExpired
 from ncsn.tools.choose import TRAINING, choose
 from ncsn.tools.plan import Machine
@@ -74,11 +74,11 @@ def fit(
     Raises:
         UserError: The images cannot be used, the network does not fit them, or training diverged.
     """
-    if not 0 < hours < float("inf"):
+    if not 0 < (hours or 0) < float("inf"):
         raise UserError("hours", "must be more than 0", value=hours)
     ends = time.monotonic() + 3600 * hours
     here, threads = Machine.here(), torch.get_num_threads()
-    chosen = {"kind": network} if isinstance(network, str) else network
+    chosen = network if isinstance(network, Mapping) else {"kind": network}
     settings = [
         *(f"network.{key}={json.dumps(value)}" for key, value in chosen.items()),
         f"seed={seed}",
@@ -107,11 +107,8 @@ def fit(
         ).config
         return _train(config, source or open_source(config.data), on_progress, ends)
     except UserError as error:
-        # Their keys and origins are those of `ncsn init`.
-        raise type(error).of(
-            replace(problem, key=problem.key.replace("PLACE", "images").replace("data.root", "images"), origin="")
-            for problem in error.problems
-        ) from error
+        words = {"PLACE": "images", "data.root": "images", "data.image_size": "image size", "--set": ""}
+        raise error.reworded(words) from error
 
 
 def _train(config: Config, source: Source, on_progress: Callable[[int, int], object] | None, ends: float) -> ScoreModel:
@@ -128,7 +125,12 @@ def _train(config: Config, source: Source, on_progress: Callable[[int, int], obj
         images = replace(source, splits={"train": source.splits["train"]})
         dataset = write_dataset(images, f"{folder}/dataset", name="images", data=config.data)
         cached = cache_folder() / dataset.manifest.digest
-        was_cached = cached.exists()
+        try:
+            was_cached = cached.exists()
+            with scratch_folder(place := str(cache_folder())):
+                pass
+        except OSError as error:
+            raise UserError(CACHE_DIR_VARIABLE, f"cannot be written: {error.strerror}", value=place) from error
         checkpoints = CheckpointStore(f"{folder}/checkpoints", keep=1)
         told, stop, config = Told(), f"{folder}/stop", resolve_noise(config, dataset.manifest)
         job = TrainingJob(config, dataset.uri, progress=told, stop=stop)
@@ -147,6 +149,8 @@ def _train(config: Config, source: Source, on_progress: Callable[[int, int], obj
 def _in_memory(images: Any, labels: ArrayLike | None) -> tuple[Source, Survey]:
     """An array or dataset as a source of images, and what `choose` asks about them."""
     if not isinstance(images, np.ndarray):
+        if not hasattr(images, "__len__"):
+            raise UserError("images", "are neither array, dataset nor place", value=type(images).__name__)
         items = [images[number] for number in range(len(images))]
         if items and isinstance(items[0], tuple | list):
             labels = [item[1] for item in items] if labels is None else labels
@@ -169,15 +173,9 @@ def _in_memory(images: Any, labels: ArrayLike | None) -> tuple[Source, Survey]:
     if labels is not None:
         names, numbers = np.unique(np.asarray(labels), return_inverse=True)
         if numbers.shape != (count,):
-            raise UserError(
-                "labels", f"have the shape {list(numbers.shape)}", hint=f"give one for each of {count} images"
-            )
-    source = Source(
-        "memory",
-        "",
-        tuple(map(str, names.tolist())),
-        {"train": Arrays(images, numbers, Fit((height, width), channels))},
-    )
+            raise UserError("labels", f"have the shape {list(numbers.shape)}", hint=f"give {count}, one for each image")
+    train = Arrays(images, numbers, Fit((height, width), channels))
+    source = Source("memory", "", tuple(map(str, names.tolist())), {"train": train})
     found = Survey(
         root="memory",
         source="parquet",  # as which training reads them

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, is_dataclass
+import reprlib
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from torch import Tensor
 from ncsn import storage
 from ncsn.config import from_yaml
 from ncsn.config.rules import checked
+from ncsn.core.images import to_unit
 from ncsn.core.networks.base import ContinuousNetwork
-from ncsn.core.samplers.settings import AnySampler
+from ncsn.core.samplers.settings import AnySampler, Sampler
 from ncsn.errors import NotFound, UserError
 from ncsn.model import build
 from ncsn.model.averages import ensure_average
@@ -27,14 +29,22 @@ from ncsn.model.trained import TRAINED_CONFIG, load_checkpoint_or_model, save_mo
 from ncsn.runs.folder import DEFAULT_ROOT, RunFolder, find_inputs, folders_of
 
 _SAME_LEVEL = 1e-3  # difference in ln sigma
+# How far from [0, 1] noisy pixels may lie: so many sigma, beyond which is one in 10^15 normal numbers, and a little, by
+# which what a network makes of noise may miss, and which samplers give back to it at a small sigma.
+_FARTHEST, _LITTLE = 8.0, 0.1
 
 
 class ScoreModel:
     """A trained score network: images, scores and denoised images. It comes from `ncsn.fit` or from `load`."""
 
-    def __init__(self, trained: TrainedNetwork) -> None:
-        self._trained = trained
+    def __init__(self, trained: TrainedNetwork, *, origin: str = "this process") -> None:
+        self._trained, self._origin = trained, origin
         self._device = next(trained.network.parameters()).device
+
+    def __repr__(self) -> str:
+        parameters = sum(each.numel() for each in self._trained.network.parameters())
+        facts = f"image_shape={self.image_shape}, classes={reprlib.repr(self.classes)}, parameters={parameters:,}"
+        return f"ScoreModel({facts}, origin={self._origin!r})"
 
     @classmethod
     def load(cls, address: str | os.PathLike[str], *, device: str | torch.device | None = None) -> ScoreModel:
@@ -46,31 +56,41 @@ class ScoreModel:
                 checkpoint, or of `save`. Of a run it is the checkpoint that `ncsn sample` takes.
             device: None = a GPU if there is one.
         """
+        hint = "give models:/NAME@ALIAS, a run in .ncsn, or the folder of a run, a checkpoint or a saved model"
+        if not isinstance(address, str | os.PathLike):
+            raise UserError("address", "is no address", hint=hint, value=address)
         place = os.fspath(address)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            torch.zeros(1, device=device).item()
+        except (RuntimeError, AssertionError, TypeError) as error:
+            raise UserError("device", "is none of this machine", hint="use cpu, or None", value=str(device)) from error
         if place.startswith("models:/"):
-            return cls(_registered(place, device))
+            name, trained = _registered(place, device)
+            return cls(trained, origin=name)
         uri = storage.absolute(place)
-        for folder in (uri, storage.join(_store(), "runs", place)):
+        for folder in (uri, storage.join(storage.absolute(DEFAULT_ROOT), "runs", place)):
             if any(storage.exists(storage.join(folder, name)) for name in (INDEX, TRAINED_CONFIG)):
-                return cls(load_checkpoint_or_model(folder, device=device))
+                return cls(load_checkpoint_or_model(folder, device=device), origin=folder)
             root, _, run = folder.rpartition("/runs/")
             if root and storage.exists(RunFolder(root, run).config):
-                return cls(load_checkpoint_or_model(_checkpoint(RunFolder(root, run)), device=device))
-        hint = (
-            "give models:/NAME@ALIAS, the name of a run in .ncsn, or the folder of a run, a checkpoint or a saved model"
-        )
+                checkpoint = _checkpoint(RunFolder(root, run))
+                return cls(load_checkpoint_or_model(checkpoint, device=device), origin=checkpoint)
         raise NotFound("address", "no model here", hint=hint, value=place)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write a new folder, a path or URI, that `load` reads."""
-        uri = storage.absolute(os.fspath(folder))
-        if storage.is_local(uri) and Path(uri).exists():
-            raise UserError("folder", "is there already", hint="choose another", value=uri)
-        with storage.scratch_folder(uri.rpartition("/")[0]) as scratch:
-            save_model(self._trained, scratch)
-            if not storage.publish_folder(scratch, uri, marker=TRAINED_CONFIG):
-                raise UserError("folder", "has a model already", hint="choose another", value=uri)
+        try:
+            uri = storage.absolute(os.fspath(folder))
+            if storage.is_local(uri) and Path(uri).exists():
+                raise UserError("folder", "is there already", hint="choose another", value=uri)
+            with storage.scratch_folder(uri.rpartition("/")[0]) as scratch:
+                save_model(self._trained, scratch)
+                if not storage.publish_folder(scratch, uri, marker=TRAINED_CONFIG):
+                    raise UserError("folder", "has a model already", hint="choose another", value=uri)
+        except (OSError, TypeError) as error:
+            reason = f"cannot be written: {getattr(error, 'strerror', None) or error}"
+            raise UserError("folder", reason, hint="choose another", value=folder) from error
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -99,29 +119,32 @@ class ScoreModel:
         count: Any = n  # whatever a caller gives
         if not isinstance(count, int | np.integer) or count < 1:
             raise UserError("n", "must be a whole number, at least 1", value=n)
-        if not (sampler is None or is_dataclass(sampler)):
+        if not isinstance(sampler, Sampler | None):
             raise UserError("sampler", "is no sampler", hint="use one of ncsn, such as KarrasHeun()", value=sampler)
+        if label is not None and self._trained.classes is None:
+            raise UserError("label", "needs a model with classes", hint="leave it out", value=label)
         tree = self._trained.config.model_dump(mode="json")
-        changes = {
-            "seed": seed,
-            **({} if sampler is None else {"sampler": asdict(sampler)}),
-            **({} if label is None else {"label": str(label)}),
-        }
-        sampling = checked({**tree, "sampling": {**tree["sampling"], **changes}}).sampling
-        require_label(sampling.label, self._trained.classes)
-        size = sampling.batch_size
-        parts = [
-            generate(self._trained, sampling=sampling, first=first, count=min(size, n - first), device=self._device)
-            for first in range(0, n, size)
-        ]
+        tree["sampling"] |= {"seed": seed} | ({} if sampler is None else {"sampler": asdict(sampler)})
+        tree["sampling"] |= {} if label is None else {"label": str(label)}
+        try:
+            sampling = checked(tree).sampling
+            require_label(sampling.label, self._trained.classes)
+            size = sampling.batch_size
+            parts = [
+                generate(self._trained, sampling=sampling, first=first, count=min(size, n - first), device=self._device)
+                for first in range(0, n, size)
+            ]
+        except UserError as error:
+            raise error.reworded({"sampling.": "", "noise.num_levels = ": "the model's "}) from error
         return np.concatenate(parts)
 
-    def score(self, x: Tensor, sigma: float | Tensor, *, label: int | str | None = None) -> Tensor:
+    def score(self, x: Tensor | NDArray[Any], sigma: float | Tensor, *, label: int | str | None = None) -> Tensor:
         """Score [B, C, H, W] of noisy images: the gradient of the log density of images with noise of sigma.
 
         Args:
-            x: [B, C, H, W], clean pixels in [0, 1]. Gradients pass through to it.
-            sigma: Standard deviation of the noise in units of these pixels, one or [B].
+            x: A tensor [B, C, H, W] of floats, in which clean pixels are in [0, 1], or of uint8, 0 to 255; or an array
+                as `sample` gives it. Gradients pass through to floats. The score is of their type, else float32.
+            sigma: Standard deviation of the noise in units of pixels in [0, 1], one or [B].
             label: Name or number of a class; None = the density of all classes, for a model that was trained with
                 train.label_dropout.
 
@@ -130,47 +153,59 @@ class ScoreModel:
                 without a class.
         """
         network, classes = self._trained.network, self._trained.classes
-        images: Any = x  # whatever a caller gives
-        shape = self._trained.config.data.network_shape
-        if not (isinstance(images, Tensor) and x.dtype == torch.float32 and x.shape[1:] == shape and len(x)):
-            given = f"{x.dtype} {list(x.shape)}" if isinstance(images, Tensor) else type(images).__name__
-            raise UserError("x", f"must be a tensor float32 [B, {', '.join(map(str, shape))}]", value=given)
-        sigmas, noisy = torch.as_tensor(sigma, dtype=x.dtype, device=self._device), x.to(self._device)
-        if sigmas.shape not in ((), (len(x),)) or not bool(((sigmas > 0) & sigmas.isfinite()).all()):
-            raise UserError("sigma", "must be one positive number or one for each image", value=sigma)
-        sigmas = sigmas.expand(len(x))
+        noisy, sigmas = self._noisy(x, sigma)
+        pixels = noisy.to(self._device, torch.float32)
         conditions = {}
         if classes is not None:
             if label is None and not self._trained.config.train.label_dropout:
                 reason = "is missing, and with train.label_dropout = 0 the network has never seen an image without one"
                 raise UserError("label", reason, hint="give one of `classes`")
             number = -1 if label is None else classes.index(str(label), key="label")
-            conditions["labels"] = torch.full((len(x),), number, device=self._device)
+            conditions["labels"] = torch.full((len(noisy),), number, device=self._device)
         elif label is not None:
             raise UserError("label", "needs a model with classes", hint="leave it out", value=label)
         if isinstance(network, ContinuousNetwork):
-            found: Tensor = network(noisy, sigma=sigmas, **conditions)
-            return found.to(x.device)
+            found: Tensor = network(pixels, sigma=sigmas, **conditions)
+            return found.to(noisy)
         own = build.sigmas(self._trained.config).to(self._device)
         differences, levels = (sigmas[:, None] / own).log().abs().min(dim=1)
         if float(differences.max()) > _SAME_LEVEL:
             hint = f"use one of {', '.join(f'{level:.4g}' for level in own.tolist())}"
             unknown = float(sigmas[differences.argmax()])
             raise UserError("sigma", "this network knows its own noise levels only", hint=hint, value=unknown)
-        found = network(noisy, levels)
-        return found.to(x.device)
+        found = network(pixels, levels)
+        return found.to(noisy)
 
-    def denoise(self, x: Tensor, sigma: float | Tensor, *, label: int | str | None = None) -> Tensor:
+    def denoise(self, x: Tensor | NDArray[Any], sigma: float | Tensor, *, label: int | str | None = None) -> Tensor:
         """The mean of the clean images given noisy ones, x + sigma^2 s(x) [B, C, H, W]; see `score`.
 
         Of a model tuned for consistency, the image where the trajectory of x ends: its `score` is of no distribution.
         """
-        score = self.score(x, sigma, label=label)
-        return x + torch.as_tensor(sigma, dtype=x.dtype, device=x.device).square().view(-1, 1, 1, 1) * score
+        noisy, sigmas = self._noisy(x, sigma)
+        variance = sigmas.to(noisy.device).square().view(-1, 1, 1, 1)
+        return (noisy + variance * self.score(noisy, sigmas, label=label)).to(noisy)
 
-
-def _store() -> str:
-    return storage.absolute(DEFAULT_ROOT)
+    def _noisy(self, x: Any, sigma: Any) -> tuple[Tensor, Tensor]:
+        """Noisy pixels, floats [B, C, H, W] on the device of x, and sigma, float32 [B] on that of the network."""
+        data = self._trained.config.data
+        given = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor | np.ndarray) else type(x).__name__
+        if isinstance(x, np.ndarray) and x.dtype == data.dtype and x.shape[1:] == data.stored_shape:
+            x = to_unit(torch.from_numpy(np.ascontiguousarray(x)), data.pixels.limits)
+        elif isinstance(x, Tensor) and x.dtype == torch.uint8:
+            x = x / 255
+        if not (isinstance(x, Tensor) and x.is_floating_point() and x.shape[1:] == data.network_shape and len(x)):
+            reason = f"is no tensor [B, {', '.join(map(str, data.network_shape))}] of floats or uint8"
+            raise UserError("x", reason, hint="give one, or an array as `sample` gives it", value=given)
+        sigmas = torch.as_tensor(float("nan") if sigma is None else sigma, dtype=torch.float32, device=self._device)
+        if sigmas.shape not in ((), (len(x),)) or not bool(((sigmas > 0) & sigmas.isfinite()).all()):
+            raise UserError("sigma", "must be one positive number or one for each image", value=sigma)
+        sigmas = sigmas.expand(len(x))
+        room = _LITTLE + _FARTHEST * sigmas.to(x.device)
+        beyond = torch.maximum(-x.detach(), x.detach() - 1).flatten(1).amax(dim=1)  # NaN if a pixel is
+        if not bool((beyond <= room).all()):
+            reason = f"is {float((beyond - room).max()):.3g} farther from [0, 1] than noise of this sigma explains"
+            raise UserError("x", reason, hint="give clean pixels in [0, 1] plus the noise", value=given)
+        return x, sigmas
 
 
 def _checkpoint(folder: RunFolder) -> str:
@@ -180,13 +215,13 @@ def _checkpoint(folder: RunFolder) -> str:
     return ensure_average(find_inputs(trained, "sample", {}, config=config)["checkpoint"], config)
 
 
-def _registered(address: str, device: str | torch.device) -> TrainedNetwork:
+def _registered(address: str, device: str | torch.device) -> tuple[str, TrainedNetwork]:
     # MLflow takes seconds to load.
     from ncsn.tracking.client import SQLITE, server_uri
     from ncsn.tracking.registry import load_version
 
-    registry = server_uri(None, root=_store())
+    registry = server_uri(None, root=storage.absolute(DEFAULT_ROOT))
     if registry.startswith(SQLITE) and not Path(registry.removeprefix(SQLITE)).exists():
         hint = "set MLFLOW_TRACKING_URI, or change to the folder that has .ncsn"
         raise NotFound(address, f"no registry at {registry}", hint=hint)
-    return load_version(registry, address, device=device)[1]
+    return load_version(registry, address, device=device)

@@ -27,7 +27,7 @@ RUNS, BEGUN = "runs", "begun"  # folders of a store
 DEFAULT_ROOT: str = Config.model_fields["storage"].default.root  # the store if no option names one
 RUN_PATTERN = re.compile(r"[a-z0-9]([a-z0-9_.-]{0,61}[a-z0-9])?")
 State = Literal["", "RUNNING", "FINISHED", "FAILED", "KILLED"]  # as in MLflow; empty before the first attempt
-_STOPPED: dict[type[BaseException], str] = {SystemExit: "terminated", KeyboardInterrupt: "interrupted"}
+STOPPED: dict[type[BaseException], str] = {SystemExit: "terminated", KeyboardInterrupt: "interrupted"}
 _LEVELS = {"noise.sigma_1", "noise.sigma_L", "noise.num_levels"}
 
 
@@ -199,7 +199,7 @@ def recorded(config: Config, run: str, step: str) -> Iterator[RunFolder]:
     except BaseException as error:
         try:
             now, state = read_step(folder, step), state_after(error)
-            message = _STOPPED.get(type(error)) or str(error)
+            message = STOPPED.get(type(error)) or str(error)
             # What the driver elsewhere wrote says more than what its launcher saw, unless it was only told to end, for
             # a reason that the launcher knows, or the launcher repeats it and says more.
             stronger = (
@@ -207,7 +207,8 @@ def recorded(config: Config, run: str, step: str) -> Iterator[RunFolder]:
                 or (now.state, state) == ("KILLED", "FAILED")
                 or (now.error.message != message and now.error.message in message)
             )
-            if stronger and now.finished_at == before.finished_at:
+            idle = type(error) in STOPPED and now.state == "FINISHED"  # no work has begun since
+            if stronger and now.finished_at == before.finished_at and not idle:
                 kfp_run = os.environ.get(KFP_RUN_ID, "")
                 record = StepError(type(error).__name__, message, problems_of(error), kfp_run)
                 update_step(folder, step, state=state, error=record)

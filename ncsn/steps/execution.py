@@ -17,9 +17,11 @@ from ncsn.events import tell
 from ncsn.process import CODE, KFP_RUN_ID, TERMINATED, require_same_python, this_kfp_run
 from ncsn.runs.code import require_packages
 from ncsn.runs.folder import (
+    STOPPED,
     Outcome,
     RunFolder,
     find_inputs,
+    folders_of,
     read_mistake,
     read_step,
     recorded,
@@ -90,7 +92,7 @@ def images_of_run(step: str, config: Config, folder: RunFolder) -> Mapping[str, 
 def run_all(config: Config, *, run: str, around: Around, options: Mapping[str, Mapping[str, Any]] = {}) -> None:
     """Do the steps of a run that are not done, with a search first if the config has one; and write how it ended."""
     given: dict[str, str | None] = {}
-    folders = [run_folder(config, run)]
+    whole, folders = config, [run_folder(config, run)]
     storage.delete(folders[0].status)  # the run has not ended
     try:
         for step in STEPS if config.search is None else PIPELINE:
@@ -104,18 +106,22 @@ def run_all(config: Config, *, run: str, around: Around, options: Mapping[str, M
                 folders.append(run_folder(config, run))
                 storage.delete(folders[-1].status)
     except BaseException as error:
-        _write_end(folders, step, error)
+        _write_end(whole, folders, step, error)
         raise
     for folder in folders:
         write_outcome(folder, Outcome("FINISHED"))
 
 
-def _write_end(folders: Sequence[RunFolder], step: str, error: BaseException) -> None:
-    """Make the error of a step in the last of the runs the outcome of all."""
+def _write_end(config: Config, folders: Sequence[RunFolder], step: str, error: BaseException) -> None:
+    """Make the error of a step in the last of the runs the outcome of all; a finished run that is stopped keeps its."""
     with suppress(OSError):  # an unreachable store must not hide the first error
         told = read_step(folders[-1], step).error  # by the driver, perhaps, who knew more
+        outcome = Outcome(state_after(error), told.message if told else STOPPED.get(type(error), str(error)), step)
+        steps = folders_of(folders[0], config).items()
+        if outcome.status == "KILLED" and all(read_step(of, each).state == "FINISHED" for each, of in steps):
+            outcome = Outcome("FINISHED")  # no step has begun to work again
         for folder in folders:
-            write_outcome(folder, Outcome(state_after(error), told.message if told else str(error), step))
+            write_outcome(folder, outcome)
 
 
 def preflight(step: str, config: Config, folder: RunFolder) -> None:
@@ -166,7 +172,7 @@ def run_kfp_task(step: str, config: Config, *, run: str, given: Mapping[str, str
             if _terminated():  # the janitor may delete a RayJob before Argo ends this process
                 update_step(folder, step, state="KILLED")
                 raise SystemExit(TERMINATED) from error
-            _write_end([folder], step, error)
+            _write_end(config, [folder], step, error)
             raise
         if last:
             write_outcome(folder, Outcome("FINISHED"))

@@ -44,7 +44,9 @@ NEARLY_ALL = 0.9  # of the images in classes that have enough, so that a small c
 LABEL_DROPOUT = 0.1
 MIRRORED = 0.65  # `told_from_mirror` up to which mirrored images count as alike
 MOST_REPEATS = 1000  # of an image in training: more of them only memorize it
-LEARNED_BY_HEART = 500  # times that training sees an image, from which samples may be copies
+# Times that training sees an image, from which samples may be copies. Of samples of trainings on 60 and 200 digits, 1
+# and 0 % are copies after 200 times, 12 and 0 % after 300, 54 and 25 % after 500; on 1,138 icons none are after 225.
+LEARNED_BY_HEART = 300
 NFE = 35  # of the sampler
 _BRIGHT = 128
 _NAMED = 3  # classes in a reason
@@ -115,9 +117,9 @@ def choose(
     warning, repeats = "", length / train_images
     if repeats >= LEARNED_BY_HEART:
         warning = (
-            f"training sees each of {train_images:,} images {repeats:,.0f} times, so expect copies of them rather "
+            f"training sees each of {train_images:,} images {repeats:,.0f} times, so expect copies of them among the "
+            "samples: add images, thousands if you can"
         )
-        warning += "than new images: add images, thousands if you can"
     return FirstConfig(draft, from_yaml(draft.to_yaml(), origin=""), taken, images, warning)
 
 

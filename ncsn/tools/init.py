@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -15,9 +16,11 @@ import numpy.typing as npt
 
 from ncsn.config.load import EXAMPLES
 from ncsn.core.images import eight_bit
+from ncsn.data.dataset import write_dataset
 from ncsn.data.equal import equal_in_words, image_hashes, repeats
+from ncsn.data.sources import open_source
 from ncsn.data.sources.image_folder import how_to_convert, in_words
-from ncsn.errors import MISSING, NotFound, Problem, UserError
+from ncsn.errors import MISSING, NotFound, UserError
 from ncsn.progress import Progress
 from ncsn.report.images import evenly_spread, grid_png
 from ncsn.report.words import duration
@@ -95,11 +98,9 @@ def is_example(place: str) -> bool:
 def copy_example(name: str, out: str | None, *, given: str = "") -> Written:
     """Write an example to `out`, by default its name; refuse a `given` option that only images have."""
     examples = sorted(path.stem for path in EXAMPLES.glob("*.yaml"))
-    if "/" in name:
-        raise NotFound("PLACE", "does not exist", hint="give the folder of your images", value=name)
     if name not in examples:
-        hint = f"give the folder of your images, or an example: {', '.join(examples)}"
-        raise NotFound("PLACE", "does not exist", hint=hint, value=name)
+        others = "" if "/" in name else f", or an example: {', '.join(examples)}"
+        raise NotFound("PLACE", "does not exist", hint=f"give the folder of your images{others}", value=name)
     if given:
         raise UserError(given, "an example is copied as it is", hint="edit the copy, or pass --set to `ncsn run`")
     file = _config_file(out or f"{name}.yaml")
@@ -136,8 +137,15 @@ def from_images(place: str, out: str | None, *, seconds: float, overrides: Seque
             machine=Machine.here(),
             ask_mirrored=lambda images, measured: asks.mirrored(_seen(images, rows=2, columns=4), measured),
         )
+        if found.complete and 2 * repeats(image_hashes(chosen.images)) >= len(chosen.images):
+            data = chosen.config.data
+            with tempfile.TemporaryDirectory(prefix="ncsn-") as folder:
+                write_dataset(open_source(data), folder, name=data.source, data=data)  # or refuse so few contents
     except UserError as error:
-        raise type(error).of(_of_place(problem, place) for problem in error.problems) from error
+        raise type(error).of(
+            replace(each, value=place) if (each.key, each.value) == ("PLACE", MISSING) else each
+            for each in error.reworded({"data.root": "PLACE"}).problems
+        ) from error
     heading = [
         f"Written by `ncsn init` for {_what(found)}.",
         f"`ncsn show-config --config {file.name}` explains every setting, also those that are not here.",
@@ -153,14 +161,6 @@ def _seen(images: npt.NDArray[np.uint8], *, rows: int = 4, columns: int = 8, mir
     """A PNG file of images [N, H, W, C] as training sees them, and below them, if it mirrors, the same mirrored."""
     seen = images[evenly_spread(len(images), most=rows * columns // (1 + mirrored))]
     return grid_png(np.concatenate([seen, seen[:, :, ::-1]]) if mirrored else seen, columns=columns)
-
-
-def _of_place(problem: Problem, place: str) -> Problem:
-    """With PLACE, and its value, where it names data.root, which the user did not set."""
-    words = {name: getattr(problem, name).replace("data.root", "PLACE") for name in ("key", "reason", "hint")}
-    if words["key"] == "PLACE" and problem.value is MISSING:
-        words["value"] = place
-    return replace(problem, **words)
 
 
 def _config_file(name: str) -> Path:

@@ -14,9 +14,11 @@ import pytest
 from filelock import FileLock
 from ports import free_port
 
-from ncsn.cli.execute import require_free
+from ncsn import storage
+from ncsn.cli.execute import _say_if_longer, require_free
 from ncsn.cli.target import TargetOptions
 from ncsn.config import from_yaml
+from ncsn.runs.folder import RunFolder, claim_run, update_step
 
 DIGITS = Path(__file__).parents[2] / "configs" / "digits.yaml"
 
@@ -38,6 +40,24 @@ def test_a_step_prints_its_result_and_the_second_call_finds_it(run_command, conf
     assert (folder / "step.json").stat().st_mtime_ns == written
 
 
+def test_a_longer_run_that_starts_at_zero_says_so(
+    config_file: Path, store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def said(run: str, *overrides: str) -> str:
+        config = from_yaml(config_file.read_text(), overrides=["optimizer.decay=cosine", *overrides])
+        _say_if_longer(config, folder := claim_run(config, run))
+        storage.write_bytes(folder.begun, b"")
+        return capsys.readouterr().err
+
+    longer = "train.num_images=320"
+    assert said("mine") + said("untrained", longer) == ""
+    mine = RunFolder(str(store), "mine")
+    update_step(mine, "train", state="FINISHED", result={"images_seen": 160})
+    assert f"`ncsn run --config {mine.config} --set train.init_from=mine`" in said("longer", longer)
+    others = ["train.num_images=80"], [longer, "seed=1"], [longer, "optimizer.decay=constant"]
+    assert [said(f"other-{number}", *other) for number, other in enumerate(others)] == ["", "", ""]
+
+
 def test_show_config_as_json_is_the_canonical_form(run_in_process, config_file: Path) -> None:
     shown = run_in_process("show-config", "--config", str(config_file), "--set", "noise.num_levels=7", "--json")
     assert from_yaml(shown.stdout) == TargetOptions(str(config_file), ("noise.num_levels=7",)).resolve().config
@@ -46,9 +66,9 @@ def test_show_config_as_json_is_the_canonical_form(run_in_process, config_file: 
 @pytest.mark.parametrize(
     ("args", "subject"),
     [
-        (["ingest", "--set", "noise.num_level=5"], "CONFIG: noise.num_level"),
-        (["ingest", "--set", "noise.sigma_1=0.001"], "CONFIG: noise.sigma_1 = 0.001"),
-        (["ingest", "--set", "compute.num_workers=17"], "CONFIG: train.batch_size = 16"),
+        (["ingest", "--set", "noise.num_level=5"], "--set: noise.num_level"),
+        (["ingest", "--set", "noise.sigma_1=0.001"], "--set: noise.sigma_1 = 0.001"),
+        (["ingest", "--set", "compute.num_workers=17"], "--set: train.batch_size = 16"),
         (["ingest", "--set", "nonsense"], "--set 'nonsense'"),
         (["ingest", "--run", "Not Valid"], "--run 'Not Valid'"),
         (["run", "--set", "storage.root=s3://bucket/prefix"], "tracking.uri"),

@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from refused import refused
 
 from ncsn.cli.console import picture
 from ncsn.config import from_yaml
+from ncsn.steps.ingest import write_images
 from ncsn.tools import choose, init
 from ncsn.tools.plan import Speed
 from ncsn.tools.survey import told_from_mirror
@@ -81,7 +83,8 @@ def test_small_classes_and_mirroring_are_as_answered(place) -> None:
     for number, file in enumerate(sorted(place.iterdir())):
         (place / (name := "abcd"[number % 4])).mkdir(exist_ok=True)
         for copy in range(20 if name in "ab" else 1):
-            (place / name / f"{number} {copy}.png").write_bytes(file.read_bytes())
+            darker = Image.open(file).point([value * (30 - copy) // 30 for value in range(256)] * 3)
+            darker.save(place / name / f"{number} {copy}.png")
         file.unlink()
     asked: list[object] = []
     asks = init.Asks(left_out=lambda classes: asked.append(classes) is None, mirrored=mirrored)
@@ -118,12 +121,12 @@ def test_examples(place, run_in_process) -> None:
         (("",), "PLACE = ''"),
         (("~no-such-user/x",), "PLACE = '~no-such-user/x'"),
         (("x" * 300,), "PLACE"),
-        (("{place}", "--set", "name="), "name"),
+        (("{place}", "--set", "name="), "--set: name"),
         (("{place}", "--set", "data.crop=21"), "{place}/0.png"),
         (("digits", "--out", "x.png"), "--out 'x.png'"),
         (("digits", "--minutes", "5"), "--minutes"),
-        (("{place}", "--set", "data.image_size=huge"), "data.image_size = 'huge'"),
-        (("{place}", "--set", "train.batchsize=3"), "train.batchsize"),
+        (("{place}", "--set", "data.image_size=huge"), "--set: data.image_size = 'huge'"),
+        (("{place}", "--set", "train.batchsize=3"), "--set: train.batchsize"),
         (("{place}", "--out", "absent/x.yaml"), "--out 'absent/x.yaml'"),
         (("{place}", "--minutes", "nan"), "--minutes nan"),
         (("{place}/0.png",), "PLACE = '{place}/0.png'"),
@@ -135,6 +138,18 @@ def test_mistakes_take_one_line_and_write_nothing(place, run_in_process, argumen
     assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr.startswith(f"error: {subject.format(place=place)}") and result.stderr.count("\n") == 1
     assert list(Path().iterdir()) == []
+
+
+def test_what_ingest_refuses_init_refuses_with_the_same_line(place, run_in_process) -> None:
+    assert run_in_process("init", str(place), "--out", "x.yaml").exit_code == 0
+    for number in range(100):
+        shutil.copy(place / f"{number % 12}.png", place / f"more {number}.png")
+    done = run_in_process("init", str(place))
+    config = from_yaml(Path("x.yaml").read_text(), overrides=["data.test_fraction=0.1"])
+    with refused("data.source") as caught:
+        write_images(config, str(place.parent / "datasets"))
+    assert (done.exit_code, done.stderr) == (2, f"error: {caught.value}\n")
+    assert sorted(path.name for path in Path().iterdir()) == ["x.png", "x.yaml"]
 
 
 @pytest.mark.parametrize("name", ["x.npz", "x.csv", "x.tar.gz", "x.parquet", "x.zip"])

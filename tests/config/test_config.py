@@ -33,7 +33,7 @@ def test_a_misspelled_key_is_told_its_neighbor_and_a_wrong_value_itself() -> Non
     unknown, wrong = caught.value.problems
     assert "'num_levels'" in unknown.hint and "sigma_1" in unknown.hint
     assert wrong.value == -1
-    assert {unknown.origin, wrong.origin} == {"digits.yaml"}
+    assert {unknown.origin, wrong.origin} == {"--set"}
 
 
 @pytest.mark.parametrize(
@@ -221,6 +221,16 @@ def test_the_nearest_sizes_that_a_network_takes_are_named(size: str, nearest: st
         with pytest.raises(ConfigError) as caught:
             from_yaml(DIGITS, overrides=[f"data.image_size={size}", f"network={network}"])
         assert [problem.hint.endswith(nearest) for problem in caught.value.problems] == [True]
+
+
+def test_a_problem_is_blamed_on_the_text_or_on_what_changes_it() -> None:
+    wrong = DIGITS.replace("batch_size: 64", "batch_size: many", 1)
+    own, changed = ("FILE", "train.batch_size"), ("--set", "seed")
+    cases = (wrong, [], {own}), (DIGITS, ["seed=x"], {changed}), (wrong, ["seed=x"], {own, changed})
+    for text, overrides, blamed in (*cases, (DIGITS, ["compute.num_workers=65"], {("--set", own[1])})):
+        with pytest.raises(ConfigError) as caught:
+            from_yaml(text, overrides=overrides, origin="FILE")
+        assert {(problem.origin, problem.key) for problem in caught.value.problems} == blamed
 
 
 def test_two_equal_sides_are_a_square() -> None:

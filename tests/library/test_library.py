@@ -117,25 +117,30 @@ def test_an_image_depends_on_the_seed_and_its_number_alone() -> None:
 
 def test_a_sampler_or_label_that_does_not_fit_is_refused() -> None:
     model = model_of()
-    with refused("n"):
-        model.sample(0)
-    with refused("sampling.label"):
+    for number in (0, None):
+        with refused("n"):
+            model.sample(number)
+    with refused("seed"):
+        model.sample(1, seed=None)
+    with refused("label"):
         model.sample(1, label=3)
-    with refused("sampling.label"):
+    with refused("label"):
         model_of(*CLASSES).sample(1, label="fish")
-    with refused("sampling.sampler.level"):
+    with refused("sampler.level") as caught:
         model.sample(1, sampler=Langevin(level=4))
-    with refused("sampling.sampler.kind"):
+    assert "noise." not in str(caught.value) and "sampling." not in str(caught.value)
+    with refused("sampler.kind"):
         model_of(*NCSN).sample(1, sampler=KarrasHeun())
     with refused("label"):
         model.score(torch.zeros(1, 1, 8, 8), 0.1, label=0)
-    with refused("sampler"):
-        model.sample(1, sampler="karras_heun")
+    for sampler in ("karras_heun", KarrasHeun):
+        with refused("sampler"):
+            model.sample(1, sampler=sampler)
     x = torch.zeros(2, 1, 8, 8)
-    for wrong in (x[0], x[:, :, 1:], x[:0], x.double(), x.numpy(), torch.zeros(2, 3, 8, 8)):
+    for wrong in (x[0], x[:, :, 1:], x[:0], x.long(), x.numpy(), torch.zeros(2, 3, 8, 8), None):
         with refused("x"):
             model.score(wrong, 0.1)
-    for sigma in (0, -1.0, float("nan"), torch.ones(3), torch.ones(2, 1)):
+    for sigma in (0, -1.0, float("nan"), torch.ones(3), torch.ones(2, 1), None):
         with refused("sigma"):
             model.denoise(x, sigma)
     with refused("label"):
@@ -152,6 +157,32 @@ def test_the_score_of_a_network_without_weights_is_that_of_a_normal_distribution
     torch.testing.assert_close(model.score(x, sigma), (0.5 - x) / variance)
     torch.testing.assert_close(model.denoise(x, sigma), x + (0.5 - x) * sigma.square()[:, None, None, None] / variance)
     torch.testing.assert_close(model.score(x, 0.5)[1], model.score(x, sigma)[1])
+
+
+def test_noisy_pixels_are_floats_of_any_type_or_bytes_as_sample_gives_them() -> None:
+    model, wide = model_of(), model_of("data.source=image_folder", "data.dtype=float32", "data.value_range=[-2, 6]")
+    images = model.sample(2)
+    x = torch.from_numpy(images).movedim(3, 1).contiguous()
+    expected = model.denoise(x.float() / 255, 0.1)
+    for given in (images, images[:, ::-1].copy()[:, ::-1], x):
+        torch.testing.assert_close(model.denoise(given, 0.1), expected)
+    torch.testing.assert_close(model.denoise(x.double() / 255, 0.1), expected.double())
+    torch.testing.assert_close(model.score(x.half() / 255, 0.1).float(), model.score(x / 255, 0.1), rtol=0.02, atol=0.1)
+    torch.testing.assert_close(wide.denoise(images.astype(np.float32) / 255 * 8 - 2, 0.1), wide.denoise(x / 255, 0.1))
+
+
+def test_pixels_farther_from_the_clean_ones_than_noise_goes_are_refused() -> None:
+    model, clean = model_of(), torch.arange(2.0).repeat(2, 1, 8, 4)
+    for sigma in (0.002, 0.1, 50.0):
+        assert model.score(clean + sigma * torch.randn(clean.shape), sigma).isfinite().all()
+    wrong = clean.clone()
+    wrong[1, 0, 3, 3] = float("nan")
+    for x, sigma in ((255 * clean, 0.5), (2 * clean - 1, 0.1), (wrong, 50.0), (clean / 0, 50.0)):
+        with refused("x"):
+            model.score(x, sigma)
+    model.score(clean + 2, 1.0)
+    with refused("x"):
+        model.score(clean + 2, torch.tensor([1.0, 0.1]))
 
 
 def test_a_score_is_of_a_class_and_has_gradients() -> None:
@@ -179,9 +210,16 @@ def test_a_model_is_saved_once_and_loaded(store: Path) -> None:
     again = ScoreModel.load(Path("here/model"), device="cpu")
     assert again.classes == ("cat", "dog", "bird")
     np.testing.assert_array_equal(again.sample(2), model.sample(2))
-    with refused("folder"):
-        model.save("here/model")
+    for folder in ("here/model", f"{__file__}/model", None):
+        with refused("folder"):
+            model.save(folder)
     assert [path.name for path in Path("here").iterdir()] == ["model"]
+    for device in ("gpu", "meta", "cuda:99"):
+        with refused("device"):
+            ScoreModel.load("here/model", device=device)
+    count = sum(each.numel() for each in model._trained.network.parameters())
+    facts = "(8, 8, 1)", "'cat', 'dog', 'bird'", f"={count:,}, ", str(Path("here/model").absolute())
+    assert [fact for fact in facts if fact not in repr(again)] == []
 
 
 def test_a_run_gives_its_checkpoint(store: Path) -> None:
@@ -198,8 +236,9 @@ def test_a_run_gives_its_checkpoint(store: Path) -> None:
 
 
 def test_an_address_without_a_model_is_refused(store: Path) -> None:
-    with refused("address"):
-        ScoreModel.load("nothing")
+    for address in ("nothing", None):
+        with refused("address"):
+            ScoreModel.load(address)
     with refused("models:/digits@champion"):
         ScoreModel.load("models:/digits@champion")
     assert list(store.parent.iterdir()) == []  # nor is there a new database
@@ -263,26 +302,27 @@ def test_arrays_and_datasets_give_the_same_images(stripes: np.ndarray, *, floats
     np.testing.assert_array_equal(source.splits["train"].labels, labels)
 
 
-def test_images_that_cannot_be_used_are_refused(stripes: np.ndarray) -> None:
-    for images in (
-        stripes[:, :4],
-        stripes.astype(float),
-        stripes.astype(int),
-        stripes[:0],
-        stripes[:1],
-        [],
-        "/nowhere",
-    ):
+def test_what_cannot_be_used_is_refused(stripes: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = stripes[:, :4], stripes[:0], stripes[:1]
+    for images in (*few, stripes.astype(float), stripes.astype(int), [], None, "/nowhere"):
         with refused("images"):
             fit(images)
     with refused("labels"):
         fit(stripes, [0, 1])
     with refused("labels"):
         fit("/nowhere", [0, 1])
-    with refused("network.kind"):
-        fit(stripes, network="vgg")
-    with refused("hours"):
-        fit(stripes, hours=0)
+    for network in ("vgg", None):
+        with refused("network.kind"):
+            fit(stripes, network=network)
+    with refused("image size") as caught:
+        fit(np.pad(stripes, [(0, 0), (0, 1), (0, 1)]), network="ncsnv2")
+    assert not caught.value.problems[0].origin
+    for hours in (0, None):
+        with refused("hours"):
+            fit(stripes, hours=hours)
+    monkeypatch.setenv("NCSN_CACHE_DIR", f"{__file__}/cache")
+    with refused("NCSN_CACHE_DIR"):
+        fit(stripes, hours=1e-5)
 
 
 @pytest.mark.slow

@@ -137,9 +137,13 @@ def test_no_request_is_lost_when_a_champion_comes_and_a_replica_goes(served: Ser
     }
     for version, found in load.answers:
         assert np.abs(found.astype(int) - alone[version]).max() <= 1
-    metrics = served.get("/metrics").text
-    for version in alone:
-        assert re.search(rf'^ray_ncsn_serve_images_total\{{.*model="{version}".*\}} [1-9]', metrics, flags=re.MULTILINE)
+    counts = [
+        re.compile(rf'^ray_ncsn_serve_images_total\{{.*model="{version}".*\}} [1-9]', re.MULTILINE) for version in alone
+    ]
+    end = time.monotonic() + 60  # Ray exports what replicas count every few seconds
+    while not all(each.search(metrics := served.get("/metrics").text) for each in counts):
+        assert time.monotonic() < end
+        time.sleep(1)
     assert re.search(r"^ray_ncsn_serve_batch_images_bucket", metrics, flags=re.MULTILINE)
 
 

@@ -14,7 +14,17 @@ from webhook import receiver
 from ncsn import storage
 from ncsn.config import Config, from_yaml, to_yaml
 from ncsn.process import KFP_RUN_ID, KfpRun
-from ncsn.runs.folder import Outcome, RunFolder, StepError, read_outcome, run_folder, update_step, write_outcome
+from ncsn.runs.folder import (
+    Outcome,
+    RunFolder,
+    StepError,
+    read_outcome,
+    read_step,
+    run_folder,
+    update_step,
+    write_outcome,
+)
+from ncsn.runs.steps import STEPS
 from ncsn.steps import execution, finish, ingest
 from ncsn.steps.step import Step
 from ncsn.tools.listing import describe_run
@@ -133,6 +143,16 @@ def test_a_step_after_the_pipeline_takes_its_end_away_nowhere(
     assert describe_run(config.storage.root, run).state == "KILLED sample"
     assert mlflow_statuses(config, run)["run"] == "KILLED"
     assert pipeline("ingest") == Outcome("FINISHED")
+
+    def stopped(*_: object, **__: object) -> None:
+        raise stop
+
+    monkeypatch.setattr("ncsn.steps.ingest.run", stopped)  # before it has begun to work
+    assert pipeline("ingest") == Outcome("KILLED", words, "ingest"), "others of its steps have not finished"
+    for step in STEPS:
+        update_step(folder, step, state="FINISHED", error=None)
+    assert pipeline("ingest") == Outcome("FINISHED")
+    assert describe_run(config.storage.root, run).state == read_step(folder, "ingest").state == "FINISHED"
 
 
 def test_a_driver_that_gave_up_ends_the_run_as_killed(config: Config) -> None:
