@@ -77,25 +77,25 @@ LEAST_MODULES, MOST_MODULES = 2, 14  # of a package
 
 # Lines of each part; a change that takes it 10 % over its budget has to say why.
 BUDGETS = {
-    "ncsn/core": 3815,
-    "ncsn/data": 2740,
-    "ncsn/evaluation": 1713,
-    "ncsn/steps ncsn/runs": 2790,
-    "ncsn/model": 1500,
-    "ncsn/distributed": 1546,
+    "ncsn/core": 3814,
+    "ncsn/data": 2634,
+    "ncsn/evaluation": 1683,
+    "ncsn/steps ncsn/runs": 2796,
+    "ncsn/model": 1505,
+    "ncsn/distributed": 1536,
     "ncsn/config": 1627,
-    "ncsn/cli": 1774,
-    "ncsn/tracking": 1452,
-    "ncsn/report": 1200,
+    "ncsn/cli": 1764,
+    "ncsn/tracking": 1448,
+    "ncsn/report": 1194,
     "ncsn/remote": 1508,
     "ncsn/library": 396,
-    "ncsn/tools": 1898,
-    "ncsn/serving": 400,
-    "ncsn/training": 975,
+    "ncsn/tools": 1868,
+    "ncsn/serving": 407,
+    "ncsn/training": 949,
     "components pipelines": 960,
     "ncsn/storage": 757,
     "examples": 1000,
-    "tests": 27372,
+    "tests": 27361,
 }
 
 
