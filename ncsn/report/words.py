@@ -389,7 +389,8 @@ def result_line(step: str, result: Mapping[str, Any]) -> str:
             return f"{result['num_images']:,} images, {result['nfe']:,} network evaluations per image"
         case "evaluate":
             own, real = read_metrics(result["metrics"]), read_metrics(result["real_metrics"])
-            return f"{own['fid'].name} = {_shown('fid', own)}, real images {_shown('fid', real)}"
+            grade = GRADES[result["grade"]].partition(":")[0]
+            return f"{grade}; {own['fid'].name} = {_shown('fid', own)}, real images {_shown('fid', real)}"
         case "register":
             aliases = ", ".join(result["aliases"]) or "no alias"
             return f"{result['model']} version {result['version']} ({aliases})"

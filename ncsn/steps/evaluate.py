@@ -25,7 +25,7 @@ from ncsn.progress import Progress
 from ncsn.report.images import neighbors_png
 from ncsn.report.plots import confusion_matrix, to_png
 from ncsn.report.words import few_samples, verdict_of
-from ncsn.steps.sample import first_images_png
+from ncsn.steps.sample import class_rows, first_images_png
 from ncsn.steps.step import Step
 from ncsn.tracking.gate import Measurement, Memorization
 from ncsn.tracking.mlflow_runs import NOTE
@@ -168,7 +168,9 @@ def evaluate(
         neighbors=f"{place}-neighbors.png",
         confusion=None if classes is None else f"{place}-classes.png",
     )
-    storage.write_bytes(result.real_images, first_images_png(config, sets[1], classes=sets[0].labels()))
+    storage.write_bytes(
+        result.real_images, first_images_png(sets[1], class_rows(config, sets[1], classes=sets[0].labels()))
+    )
     if classes is not None:
         storage.write_bytes(f"{place}-classes.png", to_png(confusion_matrix(classes)))
     shown, training = sets[0].read(0, len(generated.nearest)), open_cache(dataset, "train", as_bytes=True).images
@@ -216,8 +218,8 @@ def _notes(config: Config, num_real: int, *, extractor: str, real_split: str) ->
     num_images, guidance = config.sampling.num_images, config.sampling.guidance
     if num_real < num_images:
         yield (
-            f"the {real_split} split has only {num_real} images, so what depends on the number of images compares the "
-            f"first {num_real} samples with them; the gate compares models by all {num_images}"
+            f"the {real_split} split has only {num_real:,} images, so what depends on the number of images compares "
+            f"the first {num_real:,} samples with them; the gate compares models by all {num_images:,}"
         )
     if extractor in PUBLISHED_METRICS and num_images != PUBLISHED_IMAGES:
         yield (

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ncsn import storage
-from ncsn.config import Config
+from ncsn.config import Config, from_yaml, to_yaml
 from ncsn.data.dataset import Dataset, write_dataset
 from ncsn.data.equal import Hashes, image_hashes
 from ncsn.data.format import MANIFEST, load_manifest, part_images, read_part
@@ -52,11 +52,11 @@ def run(config: Config, *, run: str, inputs: Mapping[str, Any] | None = None) ->
         manifest = dataset.manifest
         tracked.log_dataset(manifest.name, digest=manifest.digest, uri=dataset.uri)
         tracked.log_metrics({f"ingest/{split}_images": count for split, count in manifest.counts.items()})
-    notes = [f"{count} images were {what}" for what, count in manifest.conversions.items()]
+    notes = [f"{count:,} images were {what}" for what, count in manifest.conversions.items()]
     if manifest.unlabeled:
-        notes.append(f"{manifest.unlabeled} images have no label, unlike the others; each is kept with label -1")
+        notes.append(f"{manifest.unlabeled:,} images have no label, unlike the others; each is kept with label -1")
     if manifest.skipped:
-        notes.append(f"{len(manifest.skipped)} images could not be used; the first is {manifest.skipped[0].name}")
+        notes.append(f"{len(manifest.skipped):,} images could not be used; the first is {manifest.skipped[0].name}")
     notes += filter(None, [manifest.equal_images])
     equal = {"repeated": sum(manifest.repeated.values()), "left_out": manifest.left_out}
     counts = dict(manifest.counts)
@@ -67,6 +67,7 @@ def agreed_inputs(config: Config, folder: RunFolder) -> Mapping[str, Any]:
     """What decides the dataset of the run; `ForeignRun`, with nothing changed, if it has read other images.
 
     Names, sizes and dates of the source are compared with those at that time. Where they differ the images are read.
+    The same images in another place are those of the run, whose config names the place from now on.
     """
     inputs: dict[str, Any] = {"data": config.data.model_dump(mode="json"), "files": source_fingerprint(config.data)}
     record = read_step(folder, "ingest")
@@ -74,7 +75,9 @@ def agreed_inputs(config: Config, folder: RunFolder) -> Mapping[str, Any]:
     if not stored or before == inputs:
         return inputs
     claim_run(config, folder.run)
-    if inputs["files"] == NO_FILES and inputs["data"] == before["data"]:  # the source is away
+    owner, here = from_yaml(storage.read_text(folder.config), origin=folder.config), config.data.root
+    places, inputs["data"]["root"] = (before["data"]["root"], owner.data.root), before["data"]["root"]
+    if inputs["files"] == NO_FILES and inputs["data"] == before["data"] and here in places:  # the source is away
         return before
     if inputs["files"] != before["files"]:
         say(f"data.root is not as run {folder.run} has read it: reading the images, to compare them")
@@ -84,6 +87,9 @@ def agreed_inputs(config: Config, folder: RunFolder) -> Mapping[str, Any]:
             difference = f"has read other images than those of data.root: {_difference(stored['uri'], found.uri)}"
             hint = f"choose another --run NAME, such as --run {config.name}-{digest[:8]}"
             raise ForeignRun("--run", difference, hint=hint, value=folder.run)
+    if owner.data.root != here:
+        data = owner.data.model_copy(update={"root": here})
+        storage.write_text(folder.config, to_yaml(owner.model_copy(update={"data": data})))
     update_step(folder, "ingest", inputs=inputs)
     return inputs
 

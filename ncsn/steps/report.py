@@ -14,7 +14,6 @@ from ncsn.model.checkpoint import SamplingCheckpoint
 from ncsn.model.classes import AS_DATA, BALANCED
 from ncsn.report import hints, plots
 from ncsn.report.html import LOOK, render
-from ncsn.report.images import GRID_CLASSES
 from ncsn.report.plots import to_svg
 from ncsn.report.words import Fact, cost_facts, next_step, read_metrics, tag_facts
 from ncsn.runs.folder import RunFolder, StepRecord, read_results, read_step, spent
@@ -99,7 +98,7 @@ def _results(sources: ReportSources) -> dict[str, Any]:
     caption = f"The first images that the model generated with seed {sources.samples['seed']}, not hand-picked."
     names, label = sources.samples.get("classes"), sources.samples.get("label", BALANCED)
     if names and label in (BALANCED, AS_DATA):
-        caption += f" A row for each class: {', '.join(names[:GRID_CLASSES])}."
+        caption += f" A row for each class: {', '.join([*names, 'none'][row] for row in sources.samples['rows'])}."
     elif names:
         caption += f" All are of the class {label if label in names else names[int(label)]}."
     # The search in this run, or in the one whose best settings this run trains.

@@ -56,7 +56,7 @@ def run(
     score: str | None = None,
     lease: str | None = None,
 ) -> SampleResult:
-    """Generate `config.sampling.num_images` images; only those that are missing are made.
+    """Generate `config.sampling.num_images` images; only those that are missing are made, and none that is there goes.
 
     With the URI of a dataset as `score`, the Fréchet distance so far to its training images is published meanwhile.
     When the launcher's heartbeat at the URI `lease` stops, sampling ends and keeps the finished shards.
@@ -70,7 +70,10 @@ def run(
     guide = guide_of(trained, config.sampling)
     facts = sampling_facts(with_precision(config.sampling, trained, config.compute.device), guide)
     uri = storage.join(step.folder.samples, trained.digest, storage.digest(facts, 12))
-    inputs = {"uri": uri, "num_images": config.sampling.num_images}
+    there = (storage.find_json(storage.join(uri, "manifest.json")) or {}).get("num_images", 0)
+    count = max(there, config.sampling.num_images)
+    config = config.model_copy(update={"sampling": config.sampling.model_copy(update={"num_images": count})})
+    inputs = {"uri": uri, "num_images": count}
     if result := step.find_result(inputs, needs=lambda result: [result.uri, result.grid, result.strip]):
         return result
     options = {"checkpoint": checkpoint} | ({"score": score} if score else {})
@@ -98,7 +101,9 @@ def run(
             images_per_second=round(made / seconds, 3) if made else None,
             notes=build.noise_notes(config, images=trained.images_seen),
         )
-        storage.write_bytes(result.grid, first_images_png(config, SampleSet(uri, result.num_images)))
+        images = SampleSet(uri, result.num_images)
+        rows = class_rows(config, images)
+        storage.write_bytes(result.grid, first_images_png(images, rows))
         levels = eight_bit(storage.read_array(storage.join(uri, LEVELS)), trained.config.data.pixels.limits)
         storage.write_bytes(result.strip, strip_png(levels))
         manifest = {
@@ -108,6 +113,7 @@ def run(
             "nfe": result.nfe,
             **facts,
             **({} if trained.classes is None else {"classes": trained.classes.names}),
+            "rows": [] if rows is None else images.labels()[rows[:, 0]].tolist(),  # class of each row of the grid
         }
         manifest = storage.relative_uris(manifest, step.folder.root)
         storage.write_json(storage.join(uri, "manifest.json"), manifest, indent=1)
@@ -149,15 +155,22 @@ class _Scores:
         tracked.set_tags({"eval.fingerprint": self._fingerprint})
 
 
-def first_images_png(config: Config, images: ImageSet, *, classes: npt.NDArray[np.int64] | None = None) -> bytes:
-    """A PNG of the first images; if the model knows classes, a row for each of the first 16 that occur in `images`.
+def class_rows(
+    config: Config, images: ImageSet, *, classes: npt.NDArray[np.int64] | None = None
+) -> npt.NDArray[np.int64] | None:
+    """Numbers of images [rows, columns], a row for each of the first 16 classes that occur; None without classes.
 
     With `classes`, of these alone; if none of them occurs, it is as without classes.
     """
-    if config.data.num_classes is not None:
-        labels = images.labels()[:MOST_LABELS]
-        known = np.flatnonzero(np.isin(labels, labels if classes is None else classes))
-        if len(known):
-            rows = known[rows_by_class(labels[known])]
-            return grid_png(images.read(0, 1 + int(rows.max()))[rows.flatten()], columns=rows.shape[1])
-    return grid_png(images.read(0, min(GRID_IMAGES, images.count)))
+    if config.data.num_classes is None:
+        return None
+    labels = images.labels()[:MOST_LABELS]
+    known = np.flatnonzero(np.isin(labels, labels if classes is None else classes))
+    return known[rows_by_class(labels[known])] if len(known) else None
+
+
+def first_images_png(images: ImageSet, rows: npt.NDArray[np.int64] | None) -> bytes:
+    """A PNG of the images in these rows, or of the first ones."""
+    if rows is None:
+        return grid_png(images.read(0, min(GRID_IMAGES, images.count)))
+    return grid_png(images.read(0, 1 + int(rows.max()))[rows.flatten()], columns=rows.shape[1])

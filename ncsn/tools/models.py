@@ -19,7 +19,7 @@ from ncsn.model.classes import require_label
 from ncsn.model.generate import evaluations_per_image, guide_of, sampling_facts, with_precision
 from ncsn.model.trained import TRAINED_CONFIG, load_model
 from ncsn.progress import Progress
-from ncsn.steps.sample import first_images_png
+from ncsn.steps.sample import class_rows, first_images_png
 from ncsn.tracking.client import SQLITE, client_at, mlflow_errors, shown
 from ncsn.tracking.promotion import resolve_version
 from ncsn.tracking.registry import copy_guide, fetch_weights
@@ -74,7 +74,8 @@ def sample_model(
     with cluster_for(config, start=len(shards) > 1):
         make_shards(config, shards, progress=progress)
     grid = storage.join(folder, "grid.png")
-    storage.write_bytes(grid, first_images_png(config, SampleSet(folder, config.sampling.num_images)))
+    images = SampleSet(folder, config.sampling.num_images)
+    storage.write_bytes(grid, first_images_png(images, class_rows(config, images)))
     seconds = round(time.perf_counter() - started, 1)
     return ModelSamples(folder, grid, config.sampling.num_images, evaluations_per_image(config), seconds, model)
 

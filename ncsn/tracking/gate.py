@@ -36,7 +36,7 @@ class Measurement:
         if self.fingerprint != other.fingerprint:
             return (
                 f"fingerprints {self.fingerprint[:12]} and {other.fingerprint[:12]} differ (extractor, weights or "
-                "reference images); evaluate both again with one extractor and dataset"
+                "reference images): `ncsn promote --force` decides between models of other images"
             )
         return ""
 

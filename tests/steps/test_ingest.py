@@ -135,8 +135,12 @@ def test_a_folder_that_has_moved_or_is_away_is_that_of_the_run(config, photos: P
         patch.setattr(ingest, "open_source", None)  # nothing is read
         shutil.move(copied, moved := tmp_path / "moved")
         assert ingest.run(experiment(moved), run="one") == first
+        owner = from_yaml(Path(run_folder(experiment(moved), "one").config).read_text())
+        assert owner.data.root == str(moved)
         shutil.rmtree(moved)
-        assert ingest.run(experiment(moved), run="one") == first
+        shutil.move(photos, photos.with_name("away"))
+        for known in (moved, photos, Path(owner.data.root)):
+            assert ingest.run(experiment(known), run="one") == first
     before = files_of(tmp_path / "store" / "runs")
     with refused("data.root", error=NotFound):
         ingest.run(experiment(tmp_path / "nowhere"), run="one")

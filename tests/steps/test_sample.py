@@ -135,6 +135,9 @@ def test_only_what_is_missing_is_made_again(config: Config, checkpoint: str) -> 
     sample.run(config, run="mine", checkpoint=checkpoint)
     after = read_samples(result.uri, 0, 10)
     assert np.array_equal(before, after)
+    fewer = from_yaml(to_yaml(config), overrides=["sampling.num_images=4"])
+    kept = sample.run(fewer, run="mine", checkpoint=checkpoint)
+    assert (kept.uri, kept.num_images) == (result.uri, 10), "the set and what is said of it stay whole"
 
 
 CLASSES = ("data.num_classes=10", "train.label_dropout=0.1", "sampling.sampler={kind: karras_heun, num_steps: 3}")
@@ -150,7 +153,7 @@ def test_images_of_classes_keep_them_and_the_grid_has_a_row_for_each(
     assert read_labels(result.uri, num_images=23).tolist() == [number % 10 for number in range(23)]
     assert read_labels(result.uri, num_images=5).tolist() == list(range(5))
     manifest = json.loads((Path(result.uri) / "manifest.json").read_text())
-    assert manifest["classes"] == list(load_manifest(dataset).class_names)
+    assert manifest["classes"] == list(load_manifest(dataset).class_names) and manifest["rows"] == list(range(10))
     with Image.open(result.grid) as grid:
         images = read_samples(result.uri, 0, 23)
         rows = np.stack([images[:10], images[10:20]], axis=1).reshape(-1, 8, 8, 1)

@@ -64,9 +64,10 @@ def test_a_run_has_state_size_date_and_figures(config: Config) -> None:
     fid = {"fid": 12.5, "fid_low": 9.0, "fid_high": 17.0}
     of_samples = {f"eval/classifier_{name}_n210": value for name, value in fid.items()}
     of_real = {f"eval/real_classifier_{name}_n210": value for name, value in fid.items()}
-    update_step(folder, "evaluate", state="FINISHED", result={"metrics": of_samples, "real_metrics": of_real})
+    result = {"grade": "far", "metrics": of_samples, "real_metrics": of_real}
+    update_step(folder, "evaluate", state="FINISHED", result=result)
     item = describe_run(root, "mine")
-    assert item.figures == "eval/classifier_fid_n210 = 12 (9.0 to 17), real images 12 (9.0 to 17)"
+    assert item.figures == "far from real; eval/classifier_fid_n210 = 12 (9.0 to 17), real images 12 (9.0 to 17)"
     update_step(folder, "register", state="FAILED", error=StepError("OSError", "no answer"))
     write_outcome(folder, Outcome("FAILED", "no answer", "register"))
     item = describe_run(root, "mine")
