@@ -12,6 +12,7 @@ from ncsn.data.format import Manifest, load_manifest
 from ncsn.model import build, checkpoint as checkpoints
 from ncsn.model.checkpoint import SamplingCheckpoint
 from ncsn.model.classes import AS_DATA, BALANCED
+from ncsn.model.objective import objective_of
 from ncsn.report import hints, plots
 from ncsn.report.html import LOOK, render
 from ncsn.report.images import GRID_CLASSES
@@ -164,14 +165,14 @@ def _training(sources: ReportSources) -> dict[str, Any]:
         held_out_plot = to_svg(figure, salt="held-out")
         found += hints.overfitting_hints(held_out)
     if history.images_seen:
-        noise = build.training_noise(config)
+        noise = objective_of(config).noise
         sigmas = noise.bins.tolist()
         losses = history.losses(loss_names(sigmas))
         linear = hints.linear_loss(sources.checkpoint.moments, noise.spread(16).flatten().tolist())
         linear = linear.reshape(len(sigmas), -1).mean(axis=1)
         levels = build.sigmas(config, config.sampling).tolist()
         loss_plot = to_svg(plots.loss_curves(history.images_seen, losses, sigmas=sigmas), salt="lines")
-        if config.loss.kind != "consistency":  # which has other losses
+        if config.loss.learns_score:
             found += hints.training_hints(plots.last_losses(losses), linear=linear, sigmas=sigmas)
         found += hints.average_hints(config.train, images_seen=sources.checkpoint.images_seen)
         found += hints.sampler_hints(config.sampling.sampler, levels)

@@ -19,6 +19,7 @@ from ncsn.data.training_images import open_training_images
 from ncsn.model import trained
 from ncsn.model.checkpoint import load_checkpoint
 from ncsn.model.generate import evaluations_per_image, generate
+from ncsn.model.objective import objective_of
 from ncsn.runs.folder import run_folder, update_step
 from ncsn.runs.history import HELD_OUT_EDM, LOSS
 from ncsn.steps.train import require_start, start_of
@@ -91,12 +92,15 @@ def test_resume_is_bitwise_and_shows_its_own_objective(
 
 def test_a_pair_is_a_function_of_the_images_place(tiny: str, dataset: str, tmp_path: Path) -> None:
     config = experiment(tiny, tmp_path, "anything")
-    split = open_training_images(dataset)
-    whole = draw_batch(config, split, first=48, count=16)
-    assert whole.lower is not None and whole.lower[6:9].equal(draw_batch(config, split, first=54, count=3).lower)
+    split, objective = open_training_images(dataset), objective_of(config)
+    whole = draw_batch(config, objective, split, first=48, count=16)
+    assert whole.lower is not None and whole.lower[6:9].equal(
+        draw_batch(config, objective, split, first=54, count=3).lower
+    )
     shares = (whole.lower / whole.sigma)[whole.lower > 0]
     assert len(shares) > 0 and (whole.lower < whole.sigma).all()
-    assert draw_batch(from_yaml(tiny), split, first=0, count=2).lower is None
+    plain = from_yaml(tiny)
+    assert draw_batch(plain, objective_of(plain), split, first=0, count=2).lower is None
 
 
 @pytest.mark.slow
