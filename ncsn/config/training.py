@@ -79,6 +79,8 @@ class _ScoreMatching(Section):
     """What the losses of a score network say of themselves to modules without torch, as each loss does."""
 
     model: ClassVar[str] = "a noise conditional score network (Song & Ermon 2019)"  # what training makes
+    learned: ClassVar[str] = "the score: the direction in which the pixels become more likely"
+    followed: ClassVar[str] = "follows the score"  # from noise, to generate an image
     learns_score: ClassVar[bool] = True  # at each sigma, as samplers, held-out loss and further trainings need it
     scheduled: ClassVar[bool] = False  # by the share of train.num_images that is done
     differentiates_twice: ClassVar[bool] = False  # the network, which cannot be compiled then
@@ -113,6 +115,8 @@ class ConsistencyLossConfig(Section):
     """Consistency tuning: what the network makes of an image at two noise levels is to be equal."""
 
     model: ClassVar[str] = "a consistency model (Song et al. 2023; Geng et al. 2024)"
+    learned: ClassVar[str] = "where the path ends that a score network follows from noise to an image"
+    followed: ClassVar[str] = "jumps to the end of this path, and again from less noise,"
     learns_score: ClassVar[bool] = False
     scheduled: ClassVar[bool] = True
     differentiates_twice: ClassVar[bool] = False

@@ -1,7 +1,7 @@
 """The objective of a training: its loss, and what a batch draws for it.
 
-An objective is its settings in `ncsn.config.training`, which say what modules without torch ask of it (and what does
-not fit it, `ncsn.config.rules`), its loss in `ncsn.core.losses`, and its case here.
+The next one is its settings in `ncsn.config.training` (what does not fit them is in its `rules`), its loss in
+`ncsn.core.losses`, and its case here.
 """
 
 from __future__ import annotations
@@ -68,13 +68,12 @@ def objective_of(config: Config) -> Objective:
 def require_teacher(own: Config, config: Config, *, kept: Sequence[int | None] | None) -> None:
     """Raise `UserError` if a network with the config `own` cannot teach one, whose classes it numbers `kept`."""
     loss, name = config.loss, config.train.init_from
-    assert isinstance(loss, ConsistencyLossConfig)
     unknown = config.data.num_classes is not None and (own.data.num_classes is None or None in (kept or ()))
     if unknown or own.data.network_shape != config.data.network_shape:
         reason = f"cannot teach classes or colors that {name} does not have"
-        raise UserError("loss.pairs", reason, hint="use image", value=loss.pairs)
+        raise UserError("loss.pairs", reason, hint="use image", value="teacher")
     if not own.loss.learns_score:
-        raise UserError("loss.pairs", f"needs a score network, and {name} is none any more", value=loss.pairs)
+        raise UserError("loss.pairs", f"needs a score network, and {name} is none any more", value="teacher")
     if loss.guidance is not None and (own.data.num_classes is None or not own.train.label_dropout):
         reason = f"needs a network that was trained with data.num_classes and train.label_dropout; {name} was not"
         raise UserError("loss.guidance", reason, hint="use null")

@@ -95,8 +95,7 @@ def _results(sources: ReportSources) -> dict[str, Any]:
     pictures = {name: storage.join(evaluation["samples"], f"{name}.png") for name in ("grid", "strip")}
     generated, real = (read_metrics(evaluation[name]) for name in ("metrics", "real_metrics"))
     copies = Memorization(**evaluation["memorization"]).objection
-    levels = config.noise.training.kind == "levels"
-    strengths = f"{config.levels.num_levels} strengths" if levels else "any strength"
+    any_sigma = config.noise.training.kind == "lognormal"
     caption = f"The first images that the model generated with seed {sources.samples['seed']}, not hand-picked."
     names, label = sources.samples.get("classes"), sources.samples.get("label", BALANCED)
     if names and label in (BALANCED, AS_DATA):
@@ -116,7 +115,8 @@ def _results(sources: ReportSources) -> dict[str, Any]:
         "manifest": sources.manifest,
         "samples": sources.samples,
         "images_seen": sources.checkpoint.images_seen,
-        "strengths": strengths,
+        "strengths": "any strength" if any_sigma else f"{config.levels.num_levels} strengths",
+        "loss": config.loss,
         "records": records,
         "costs": list(cost_facts(spent(config, folder), num_images=sampled)),
         "config": to_yaml(config),
@@ -168,13 +168,12 @@ def _training(sources: ReportSources) -> dict[str, Any]:
         noise = objective_of(config).noise
         sigmas = noise.bins.tolist()
         losses = history.losses(loss_names(sigmas))
-        linear = hints.linear_loss(sources.checkpoint.moments, noise.spread(16).flatten().tolist())
-        linear = linear.reshape(len(sigmas), -1).mean(axis=1)
-        levels = build.sigmas(config, config.sampling).tolist()
         loss_plot = to_svg(plots.loss_curves(history.images_seen, losses, sigmas=sigmas), salt="lines")
         if config.loss.learns_score:
+            linear = hints.linear_loss(sources.checkpoint.moments, noise.spread(16).flatten().tolist())
+            linear = linear.reshape(len(sigmas), -1).mean(axis=1)
             found += hints.training_hints(plots.last_losses(losses), linear=linear, sigmas=sigmas)
         found += hints.average_hints(config.train, images_seen=sources.checkpoint.images_seen)
-        found += hints.sampler_hints(config.sampling.sampler, levels)
+        found += hints.sampler_hints(config.sampling.sampler, build.sigmas(config, config.sampling).tolist())
     said = "" if held_out is None else hints.held_out_conclusion(held_out)
     return {"loss_plot": loss_plot, "held_out_plot": held_out_plot, "training_hints": found, "held_out": said}

@@ -75,9 +75,8 @@ def draw_batch(config: Config, objective: Objective, split: TrainingImages, *, f
     """The images at places `first .. first + count` of the endless shuffled order, with their draws."""
     seed = config.seed
     drawn = split.ordered(seed, first=first, count=count)
-    images = torch.from_numpy(drawn.images)
+    images, pairs = torch.from_numpy(drawn.images), objective.pairs
     _, height, width, _ = images.shape
-    size, pairs = images[0].numel(), objective.pairs
     mirrored, conditions, transforms = None, {}, None
     if config.data.horizontal_flip:
         mirrored = keyed_uniform(seed, stream=Stream.MIRROR, first=first, count=count, size=1)[:, 0] < 0.5
@@ -90,7 +89,7 @@ def draw_batch(config: Config, objective: Objective, split: TrainingImages, *, f
         a = draw_transforms(seed, first=first, count=count, probability=settings.probability, y_flip=settings.y_flip)
         conditions["augmentation"] = augmentation_labels(a)
         transforms = Transforms.of(a, height=height, width=width)
-    words = partial(normal_words, seed, first=first, count=count, size=size)
+    words = partial(normal_words, seed, first=first, count=count, size=images[0].numel())
     return DrawnBatch(
         images,
         _gray_words(config, images, seed=seed, stream=Stream.DEQUANTIZE, first=first),

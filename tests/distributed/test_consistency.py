@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,15 +93,11 @@ def test_resume_is_bitwise_and_shows_its_own_objective(
 
 def test_a_pair_is_a_function_of_the_images_place(tiny: str, dataset: str, tmp_path: Path) -> None:
     config = experiment(tiny, tmp_path, "anything")
-    split, objective = open_training_images(dataset), objective_of(config)
-    whole = draw_batch(config, objective, split, first=48, count=16)
-    assert whole.lower is not None and whole.lower[6:9].equal(
-        draw_batch(config, objective, split, first=54, count=3).lower
-    )
+    draw = partial(draw_batch, config, objective_of(config), open_training_images(dataset))
+    whole = draw(first=48, count=16)
+    assert whole.lower is not None and whole.lower[6:9].equal(draw(first=54, count=3).lower)
     shares = (whole.lower / whole.sigma)[whole.lower > 0]
-    assert len(shares) > 0 and (whole.lower < whole.sigma).all()
-    plain = from_yaml(tiny)
-    assert draw_batch(plain, objective_of(plain), split, first=0, count=2).lower is None
+    assert len(shares) > 0 and (whole.lower < whole.sigma).all() and objective_of(from_yaml(tiny)).pairs is None
 
 
 @pytest.mark.slow

@@ -89,6 +89,23 @@ def test_sliced_score_matching_differentiates_every_network_twice(network: str, 
     assert all(gradient is not None and torch.isfinite(gradient).all() for gradient in gradients)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "weights"),  # at sigma = 2, of the held-out loss and of Karras et al.
+    [
+        (["loss={weighting: edm}"], [17, None]),
+        ([ANY_SIGMA, "loss={weighting: learned}"], [17, 17]),
+        ([ANY_SIGMA, "loss={kind: ssm, anneal_power: 3}"], [2, 17]),
+        (
+            [ANY_SIGMA, "loss={kind: consistency, from_scratch: true}", "sampling.sampler={kind: consistency}"],
+            [None, None],
+        ),
+    ],
+)
+def test_an_objective_weighs_its_losses(tiny: str, overrides: list[str], weights: list[float | None]) -> None:
+    found = objective_of(from_yaml(tiny, overrides=[*overrides, "network.sigma_data=0.5"]))
+    assert [each and each(torch.tensor(2.0)) for each in (found.weight, found.edm_weight)] == weights
+
+
 def trained(tiny: str, dataset: str, folder: Path, *overrides: str) -> TrainingHistory:
     uri = str(folder / "history.json")
     job = TrainingJob(config=from_yaml(tiny, overrides=[ANY_SIGMA, *overrides]), dataset=dataset, history=uri)

@@ -139,9 +139,8 @@ def test_a_teacher_evaluates_both_scores_in_one_pass_in_the_precision_of_trainin
     monkeypatch.setattr(trained, "load_checkpoint_or_model", lambda _: None)
     monkeypatch.setattr(trained, "adapted", lambda *_, **__: ({}, []))
     network = trained.teacher("uri", config=config, classes=None, device=CUDA)
-    objective = objective_of(config)
-    loss = objective.loss(None, network)
-    batch = draw_batch(config, objective, Split(config), first=0, count=COUNT).on(CUDA, config)
+    loss = objective_of(config).loss(None, network)
+    batch = draw_batch(config, objective_of(config), Split(config), first=0, count=COUNT).on(CUDA, config)
     gpu.calls.clear()
     loss.teacher(batch.x, batch)  # type: ignore[union-attr]
     assert [call for call in gpu.calls if call.waits] == []
