@@ -55,14 +55,13 @@ def objective_of(config: Config) -> Objective:
             guidance = loss.guidance or ClassifierFreeConfig(kind="classifier_free", weight=1)
             band, dtype = (guidance.sigma_min, guidance.sigma_max), build.autocast_dtype(config)
 
-            def tuning(_: losses.Uncertainty | None, network: nn.Module | None) -> losses.Loss:
+            def tuned(_: losses.Uncertainty | None, network: nn.Module | None) -> losses.Loss:
                 assert (network is not None) is loss.has_teacher
                 teacher = None if network is None else losses.Teacher(network, guidance.weight, band, dtype)
                 return losses.ConsistencyTuning(loss.c, teacher, config.compute.compiled)
 
             # It has no held-out loss: that may rise towards the function that training looks for.
-            pairs = PairSchedule(loss.q, loss.stages, config.train.num_images, sigma_data)
-            return Objective(noise, tuning, pairs=pairs)
+            return Objective(noise, tuned, pairs=PairSchedule(loss.q, loss.stages, config.train.num_images, sigma_data))
 
 
 def require_teacher(own: Config, config: Config, *, kept: Sequence[int | None] | None) -> None:

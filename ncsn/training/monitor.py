@@ -69,7 +69,7 @@ class Curves:
         self._context, self._noise, self._edm = context, objective.noise, objective.edm_weight
         self._names = loss_names(self._noise.bins.tolist())
         # Rows: the normalized loss, the number of images, and, if it is known, the loss with the weight of EDM.
-        shape = 2 + (self._edm is not None), len(self._names)
+        shape = (2 if self._edm is None else 3, len(self._names))
         self._sums = torch.zeros(shape, dtype=torch.float64, device=context.device)
         self._grad_norm = torch.zeros((), dtype=torch.float64, device=context.device)
         self._started, self._images = time.perf_counter(), 0
