@@ -73,8 +73,7 @@ class DrawnBatch:
 
 def draw_batch(config: Config, objective: Objective, split: TrainingImages, *, first: int, count: int) -> DrawnBatch:
     """The images at places `first .. first + count` of the endless shuffled order, with their draws."""
-    seed = config.seed
-    drawn = split.ordered(seed, first=first, count=count)
+    seed, drawn = config.seed, split.ordered(config.seed, first=first, count=count)
     images, pairs = torch.from_numpy(drawn.images), objective.pairs
     _, height, width, _ = images.shape
     mirrored, conditions, transforms = None, {}, None
