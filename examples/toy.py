@@ -69,7 +69,7 @@ def fit_clean_score(*, num_steps: int, seed: int = 0) -> nn.Module:
     loss, no_noise = SlicedScoreMatching(anneal_power=0.0), (torch.zeros(128), torch.zeros(128, 2))
     for _ in range(num_steps):
         x = MIXTURE.sample(128, generator=generator)
-        v = torch.randn(1, 128, 2, generator=generator)
+        v = torch.randn(128, 2, generator=generator)
         optimizer.zero_grad()
         loss(lambda x, **_: network(x), Batch(x, *no_noise, v=v)).loss.backward()
         optimizer.step()

@@ -114,7 +114,7 @@ def run_pipeline(target: Target, *, as_json: bool, finish: bool = False) -> None
 
 def _say_if_longer(config: Config, folder: RunFolder) -> None:
     """Say of a new run that is as one of the newest, but longer, that it does not go on from that one's weights."""
-    if continues(config) or config.loss.kind == "consistency" or read_step(folder, "train").state:
+    if continues(config) or not config.loss.learns_score or read_step(folder, "train").state:
         return
     dates = begun(folder.root)
     for run in nlargest(MOST, dates, key=dates.__getitem__):

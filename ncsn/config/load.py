@@ -17,7 +17,6 @@ from ncsn.config.problems import leaves, set_value, types_at
 from ncsn.config.rules import checked
 from ncsn.config.schema import Config
 from ncsn.config.search import space_problems
-from ncsn.config.training import ConsistencyLossConfig
 from ncsn.errors import ConfigError, shown_value
 
 # Of a number or a date that does not exist PyYAML says so with Python's own errors.
@@ -175,7 +174,7 @@ def flatten(config: Config) -> dict[str, Any]:
 
 def continues(config: Config) -> bool:
     """Whether a training may go on after train.num_images, of which nothing before depends on it."""
-    scheduled = config.optimizer.decay != "constant" or isinstance(config.loss, ConsistencyLossConfig)
+    scheduled = config.optimizer.decay != "constant" or config.loss.scheduled
     return not scheduled and config.search is None  # whose rungs are shares of it
 
 

@@ -19,11 +19,9 @@ from ncsn.config.problems import problems
 from ncsn.config.schema import Config
 from ncsn.config.training import (
     ConsistencyLossConfig,
-    DsmLossConfig,
     LevelsConfig,
     LognormalTraining,
     PowerEmaConfig,
-    SsmLossConfig,
 )
 from ncsn.core.samplers.settings import AnnealedLangevin, Consistency, DpmSolver, Langevin
 from ncsn.errors import ConfigError, Problem
@@ -124,7 +122,7 @@ def _training(config: Config) -> Iterator[Problem]:
     workers = compute.max_workers
     if isinstance(config.noise.training, LognormalTraining) and isinstance(network, NcsnNetworkConfig):
         yield Problem("noise.training.kind", _ANY_SIGMA, "use levels, or another network.kind", "lognormal")
-    if isinstance(loss, DsmLossConfig) and loss.weighting != "power" and not hasattr(network, "sigma_data"):
+    if loss.weighting in ("edm", "learned") and not hasattr(network, "sigma_data"):
         yield Problem(
             "loss.weighting",
             f"needs network.sigma_data, which network.kind = {network.kind} does not have",
@@ -144,8 +142,8 @@ def _training(config: Config) -> Iterator[Problem]:
             "set train.init_from, or use all",
             "light",
         )
-    if compute.compile is True and isinstance(loss, SsmLossConfig):
-        reason = "not possible with loss.kind = ssm, which differentiates the network twice"
+    if compute.compile is True and loss.differentiates_twice:
+        reason = f"not possible with loss.kind = {loss.kind}, which differentiates the network twice"
         yield Problem("compute.compile", reason, "use compute.compile = auto", value=True)
     size = compute.kuberay.workers_per_pod
     if compute.backend == "kuberay" and (odd := [count for count in (compute.min_workers, workers) if count % size]):
@@ -289,11 +287,9 @@ def _consistency(config: Config) -> Iterator[Problem]:
     elif loss.guidance is not None and not loss.guidance.sigma_min < loss.guidance.sigma_max:
         reason = f"must be below sigma_max = {loss.guidance.sigma_max:g}"
         yield Problem("loss.guidance.sigma_min", reason, value=loss.guidance.sigma_min)
-    levels, network = config.sampling.levels or noise, config.network
-    if not isinstance(sampler, Consistency) or not isinstance(levels, LevelsConfig):
-        return
-    if isinstance(network, UnetNetworkConfig | DdpmppNetworkConfig):
-        given = sampler.placed(network.sigma_data)
+    levels, sigma_data = config.sampling.levels or noise, getattr(config.network, "sigma_data", None)
+    if isinstance(sampler, Consistency) and isinstance(levels, LevelsConfig) and sigma_data is not None:
+        given = sampler.placed(sigma_data)
         if given and not levels.sigma_1 > max(given):
             reason = f"has {max(given):.4g}, which is not below sigma_1 = {levels.sigma_1:g}, where sampling starts"
             yield Problem("sampling.sampler.sigmas", reason, "raise sigma_1, or set smaller numbers", sampler.sigmas)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -75,7 +75,21 @@ NoiseChoice = Annotated[NoiseConfig | AutoNoiseConfig, Field(discriminator="kind
 _ANNEAL_POWER = Field(2.0, ge=0, le=4, description="The weight at sigma is sigma ** anneal_power; the paper uses 2.")
 
 
-class DsmLossConfig(Section):
+class _ScoreMatching(Section):
+    """What the losses of a score network say of themselves to modules without torch, as each loss does."""
+
+    model: ClassVar[str] = "a noise conditional score network (Song & Ermon 2019)"  # what training makes
+    learned: ClassVar[str] = "the score: the direction in which the pixels become more likely"
+    followed: ClassVar[str] = "follows the score"  # from noise, to generate an image
+    learns_score: ClassVar[bool] = True  # at each sigma, as samplers, held-out loss and further trainings need it
+    scheduled: ClassVar[bool] = False  # by the share of train.num_images that is done
+    differentiates_twice: ClassVar[bool] = False  # the network, which cannot be compiled then
+    has_teacher: ClassVar[bool] = False  # the network of train.init_from, at each step
+    guidance: ClassVar[ClassifierFreeConfig | None] = None  # that the network learns
+    summary: ClassVar[str] = ""  # of its settings, for people
+
+
+class DsmLossConfig(_ScoreMatching):
     """Denoising score matching (paper eq. 5 and 6)."""
 
     kind: Literal["dsm"] = "dsm"
@@ -87,17 +101,26 @@ class DsmLossConfig(Section):
     anneal_power: float = _ANNEAL_POWER
 
 
-class SsmLossConfig(Section):
+class SsmLossConfig(_ScoreMatching):
     """Sliced score matching with variance reduction (paper eq. 3), at each noise level."""
 
     kind: Literal["ssm"]
     """Does not need to know the noise; costs two to four times as much as dsm."""
     anneal_power: float = _ANNEAL_POWER
+    weighting: ClassVar[str] = "power"
+    differentiates_twice: ClassVar[bool] = True
 
 
 class ConsistencyLossConfig(Section):
     """Consistency tuning: what the network makes of an image at two noise levels is to be equal."""
 
+    model: ClassVar[str] = "a consistency model (Song et al. 2023; Geng et al. 2024)"
+    learned: ClassVar[str] = "where the path ends that a score network follows from noise to an image"
+    followed: ClassVar[str] = "jumps to the end of this path, and again from less noise,"
+    learns_score: ClassVar[bool] = False
+    scheduled: ClassVar[bool] = True
+    differentiates_twice: ClassVar[bool] = False
+    weighting: ClassVar[None] = None
     kind: Literal["consistency"]
     """Turns the network of train.init_from into one for sampling.sampler.kind = consistency."""
     q: float = Field(256.0, gt=1, le=4096)
@@ -115,6 +138,14 @@ class ConsistencyLossConfig(Section):
     network that was trained with train.label_dropout. Its band holds for the noise of training."""
     from_scratch: bool = False
     """Start from random weights, without train.init_from, which takes far longer."""
+
+    @property
+    def has_teacher(self) -> bool:
+        return self.pairs == "teacher"
+
+    @property
+    def summary(self) -> str:
+        return f"consistency, q = {self.q:g}, stages = {self.stages}, pairs = {self.pairs}"
 
 
 LossConfig = Annotated[DsmLossConfig | SsmLossConfig | ConsistencyLossConfig, Field(discriminator="kind")]

@@ -29,7 +29,7 @@ class Batch:
     sigma: Tensor  # standard deviation of the noise of each, [B]
     z: Tensor  # standard normal, x's shape
     level: Tensor | None = None  # number of each sigma among the levels, int64 [B], 0 = most noise; None for any sigma
-    v: Tensor | None = None  # projections [P, B, C, H, W], standard normal, for sliced score matching
+    v: Tensor | None = None  # directions, standard normal, x's shape, for sliced score matching
     # What the network is told beside the noise, by name as `ncsn.core.networks.base` says; each [B, ...].
     conditions: Mapping[str, Tensor] = field(default_factory=dict)
     lower: Tensor | None = None  # the smaller noise of each pair, [B], for consistency; 0 = the image itself
@@ -49,7 +49,7 @@ class Batch:
             self.sigma[part],
             self.z[part],
             None if self.level is None else self.level[part],
-            None if self.v is None else self.v[:, part],
+            None if self.v is None else self.v[part],
             {name: values[part] for name, values in self.conditions.items()},
             None if self.lower is None else self.lower[part],
         )
@@ -145,28 +145,23 @@ class DenoisingScoreMatching:
 class SlicedScoreMatching:
     """Sliced score matching with variance reduction (2019, section 2.1 and equation 3) on perturbed data.
 
-    The loss of an image is sigma^p (1/2 |s|^2 + v . grad_x (v . s)) at x + sigma z, averaged over the projections. It
-    equals denoising score matching up to a constant in expectation, and is negative once the network has learned. The
-    network must be twice differentiable. `per_image` is 1 + 2 sigma^2 l / D for the unweighted loss l, which has the
-    expectation of denoising score matching's, so that the two trainings compare.
+    The loss of an image is sigma^p (1/2 |s|^2 + v . grad_x (v . s)) at x + sigma z, for a random v. It equals denoising
+    score matching up to a constant in expectation, and is negative once the network has learned. The network must be
+    twice differentiable. `per_image` is 1 + 2 sigma^2 l / D for the unweighted loss l, which has the expectation of
+    denoising score matching's, so that the two trainings compare.
     """
 
     anneal_power: float = 2.0
-    num_projections: int = 1  # random directions per image, `Batch.v`
 
     def __call__(self, network: ScoreFunction, batch: Batch) -> LossValue:
         assert batch.v is not None
-        x = batch.x
-        sigma = batch.sigma.to(x.dtype)
+        x, sigma = batch.x, batch.sigma.to(batch.x.dtype)
         noisy = torch.addcmul(x, batch.z, _per_pixel(sigma, x)).requires_grad_()
         # Of the attention kernels only the plain one can be differentiated twice.
         with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
             score = network(noisy, **batch.inputs).to(x.dtype)
-            slopes = []
-            for projection in batch.v:
-                (gradient,) = torch.autograd.grad((projection * score).sum(), noisy, create_graph=True)
-                slopes.append((projection * gradient).flatten(1).sum(dim=1))
-            unweighted = 0.5 * score.square().flatten(1).sum(dim=1) + torch.stack(slopes).mean(dim=0)
+            (gradient,) = torch.autograd.grad((batch.v * score).sum(), noisy, create_graph=True)
+            unweighted = 0.5 * score.square().flatten(1).sum(dim=1) + (batch.v * gradient).flatten(1).sum(dim=1)
         normalized = 1 + 2 * sigma.square() * unweighted.detach() / x[0].numel()
         return LossValue(loss=(sigma**self.anneal_power * unweighted).mean(), per_image=normalized)
 

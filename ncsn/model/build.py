@@ -12,35 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from ncsn.config import Config
-from ncsn.config.choices import ClassifierFreeConfig, DdpmppNetworkConfig, UnetNetworkConfig
+from ncsn.config.choices import DdpmppNetworkConfig, UnetNetworkConfig
 from ncsn.config.schema import SamplingConfig
-from ncsn.config.training import (
-    RELATIVE_WIDTHS,
-    ConsistencyLossConfig,
-    DsmLossConfig,
-    HalfLifeEmaConfig,
-    LognormalTraining,
-    PowerEmaConfig,
-    SsmLossConfig,
-)
+from ncsn.config.training import RELATIVE_WIDTHS, HalfLifeEmaConfig, PowerEmaConfig
 from ncsn.core.ema import Ema, exponent_of, half_life, power_function, step_decay
-from ncsn.core.losses import (
-    ConsistencyTuning,
-    DenoisingScoreMatching,
-    EdmWeight,
-    Loss,
-    PowerWeight,
-    SlicedScoreMatching,
-    Teacher,
-    Uncertainty,
-    Weight,
-)
+from ncsn.core.losses import Uncertainty
 from ncsn.core.networks.layers import narrowed
 from ncsn.core.networks.transfer import light_parameters
 from ncsn.core.noise_schedule import geometric_sigmas
 from ncsn.core.samplers.settings import AnySampler, Consistency
 from ncsn.core.training import StepOptions, TrainState
-from ncsn.core.training_noise import FEW_DRAWS, LevelNoise, LognormalNoise, PairSchedule, TrainingNoise
 
 
 def sigmas(config: Config, sampling: SamplingConfig | None = None) -> Tensor:
@@ -56,44 +37,6 @@ def sampler(config: Config, sampling: SamplingConfig) -> AnySampler:
         return found
     assert isinstance(config.network, UnetNetworkConfig | DdpmppNetworkConfig), "the config's rules"
     return replace(found, sigmas=found.placed(config.network.sigma_data))
-
-
-def training_noise(config: Config) -> TrainingNoise:
-    """How much noise training adds to its images."""
-    settings = config.noise.training
-    if isinstance(settings, LognormalTraining):
-        return LognormalNoise(settings.mean, settings.std)
-    return LevelNoise(sigmas(config))
-
-
-def pair_schedule(config: Config) -> PairSchedule | None:
-    """The second noise level of each image in consistency tuning; None for other losses."""
-    loss = config.loss
-    if not isinstance(loss, ConsistencyLossConfig):
-        return None
-    assert isinstance(config.network, UnetNetworkConfig | DdpmppNetworkConfig), "the config's rules"
-    return PairSchedule(loss.q, loss.stages, config.train.num_images, config.network.sigma_data)
-
-
-# How far above the sigmas of training sampling may start: that of Karras et al. 2022, which works, is at 1.33 times.
-_TOLERANCE = 1.35
-
-
-def noise_notes(config: Config, *, images: int) -> list[str]:
-    """A sentence if sampling starts far above the sigmas that a network trained on `images` images does not know.
-
-    A network that another one started has seen more, and fewer than `FEW_DRAWS` images teach no sigma at all.
-    """
-    noise, sigma_1 = training_noise(config), (config.sampling.levels or config.levels).sigma_1
-    if not isinstance(noise, LognormalNoise) or config.train.init_from is not None or images < FEW_DRAWS:
-        return []
-    if sigma_1 <= _TOLERANCE * (seen := noise.largest_seen(images)):
-        return []
-    section = "sampling.levels" if config.sampling.levels else "noise"
-    return [
-        f"{section}.sigma_1 = {sigma_1:g} is beyond what the network sees in training: only about {FEW_DRAWS:,} of "
-        f"{images:,} images have a sigma above {seen:.3g}"
-    ]
 
 
 def network(config: Config) -> nn.Module:
@@ -130,22 +73,6 @@ def network(config: Config) -> nn.Module:
                 assert_never(kind)
 
 
-def loss(config: Config, uncertainty: Uncertainty | None = None, teacher: nn.Module | None = None) -> Loss:
-    """The training loss, with the `TrainState.uncertainty` that it learns, and the network of its `Teacher`."""
-    settings = config.loss
-    if isinstance(settings, ConsistencyLossConfig):
-        taught = None
-        if settings.pairs == "teacher":
-            assert teacher is not None
-            guidance = settings.guidance or ClassifierFreeConfig(kind="classifier_free", weight=1)
-            band = guidance.sigma_min, guidance.sigma_max
-            taught = Teacher(teacher, guidance.weight, band, autocast_dtype(config))
-        return ConsistencyTuning(settings.c, taught, config.compute.compiled)
-    if isinstance(settings, SsmLossConfig):
-        return SlicedScoreMatching(anneal_power=settings.anneal_power)
-    return DenoisingScoreMatching(loss_weight(config), uncertainty)
-
-
 def frozen(network: nn.Module, config: Config) -> nn.Module:
     """The network as a teacher, in eval mode; on a GPU with weights in the precision of training."""
     dtype = autocast_dtype(config)
@@ -153,30 +80,6 @@ def frozen(network: nn.Module, config: Config) -> nn.Module:
         for layer in narrowed(network).values():
             layer.to(dtype)
     return network.eval().requires_grad_(requires_grad=False)
-
-
-def num_projections(config: Config) -> int:
-    """Random directions of each image that the loss needs."""
-    return SlicedScoreMatching().num_projections if isinstance(config.loss, SsmLossConfig) else 0
-
-
-def loss_weight(config: Config) -> Weight:
-    """The weight of |sigma s + z|^2 at each sigma, for any loss; a learned one is left out."""
-    settings = config.loss
-    if isinstance(settings, DsmLossConfig) and settings.weighting != "power":
-        weight = edm_weight(config)
-        assert weight is not None
-        return weight
-    assert not isinstance(settings, ConsistencyLossConfig), "it has no weight"
-    return PowerWeight(settings.anneal_power)
-
-
-def edm_weight(config: Config) -> EdmWeight | None:
-    """The weight of Karras et al. for the network's sigma_data; None if it has none, or learns no score."""
-    if isinstance(config.loss, ConsistencyLossConfig):
-        return None
-    sigma_data = getattr(config.network, "sigma_data", None)
-    return None if sigma_data is None else EdmWeight(sigma_data)
 
 
 def autocast_dtype(config: Config) -> torch.dtype | None:
@@ -241,8 +144,7 @@ def train_state(config: Config, *, device: str | torch.device = "cpu") -> TrainS
         for name, parameter in score_network.named_parameters():
             parameter.requires_grad_(name in light)
     ema, second_ema = new_emas(config, score_network)
-    learned = getattr(config.loss, "weighting", None) == "learned"
-    uncertainty = Uncertainty(seed=config.seed).to(device) if learned else None
+    uncertainty = Uncertainty(seed=config.seed).to(device) if config.loss.weighting == "learned" else None
     trained = [*score_network.parameters(), *(uncertainty.parameters() if uncertainty else ())]
     return TrainState(
         network=score_network,

@@ -66,8 +66,7 @@ def _network(config: Config, step: str) -> float:
     kept = kept_bytes(network, config)
     sampling = weights + _SAMPLING_SHARE * kept * config.sampling.batch_size
     share = math.ceil(config.train.batch_size / compute.min_workers)
-    taught = getattr(config.loss, "pairs", None) == "teacher"
-    training = (_STATE + _SNAPSHOT + taught) * weights + kept * min(share, compute.microbatch or share)
+    training = (_STATE + _SNAPSHOT + config.loss.has_teacher) * weights + kept * min(share, compute.microbatch or share)
     by_step = {"sample": sampling, "select": sampling, "train": training}
     return by_step.get(step, max(sampling, training))
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ncsn import storage
 from ncsn.config import Config, from_yaml, to_json
-from ncsn.config.training import ConsistencyLossConfig, ema_setting
+from ncsn.config.training import ema_setting
 from ncsn.core.networks.transfer import transfer
 from ncsn.core.training import TrainState
 from ncsn.errors import InvalidValue, UserError, shown_value
@@ -32,6 +32,7 @@ from ncsn.model.checkpoint import (
     plain_weights,
 )
 from ncsn.model.classes import Classes
+from ncsn.model.objective import require_teacher
 
 MUCH_OF_THE_SOURCE = 0.05  # in the average after a training that starts from it
 TRAINED_CONFIG = "config.json"
@@ -103,18 +104,8 @@ def adapted(
     if source.classes is not None and classes is not None:
         labels = {name: label for label, name in enumerate(source.classes.names)}
         kept = [labels.get(name) for name in classes.names]
-    loss = config.loss
-    if isinstance(loss, ConsistencyLossConfig) and loss.pairs == "teacher":
-        own, name = source.config, config.train.init_from
-        unknown = config.data.num_classes is not None and (own.data.num_classes is None or None in (kept or ()))
-        if unknown or own.data.network_shape != config.data.network_shape:
-            reason = f"cannot teach classes or colors that {name} does not have"
-            raise UserError("loss.pairs", reason, hint="use image", value=loss.pairs)
-        if isinstance(own.loss, ConsistencyLossConfig):
-            raise UserError("loss.pairs", f"needs a score network, and {name} is none any more", value=loss.pairs)
-        if loss.guidance is not None and (own.data.num_classes is None or not own.train.label_dropout):
-            reason = f"needs a network that was trained with data.num_classes and train.label_dropout; {name} was not"
-            raise UserError("loss.guidance", reason, hint="use null")
+    if config.loss.has_teacher:
+        require_teacher(source.config, config, kept=kept)
     try:
         return transfer(dict(source.network.named_parameters()), network, classes=kept)
     except InvalidValue as error:

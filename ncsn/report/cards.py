@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from ncsn.config import Config
-from ncsn.config.training import ConsistencyLossConfig, LognormalTraining, ema_setting
+from ncsn.config.training import LognormalTraining, ema_setting
 from ncsn.report.words import (
     CLASSES_HEAD,
     SCORES_HEAD,
@@ -36,8 +36,6 @@ LIMITS = (
     "Inception Scores or FID only if the extractor is the 2015 Inception network, and with published FD-DINOv2 only if "
     "it is DINOv2.",
 )
-_SCORE = "a noise conditional score network (Song & Ermon 2019)"
-_KINDS = {"dsm": _SCORE, "ssm": _SCORE, "consistency": "a consistency model (Song et al. 2023; Geng et al. 2024)"}
 MOST_NAMES, MOST_ROWS = 20, 12  # of classes, so that the card stays short
 
 
@@ -68,7 +66,7 @@ def model_card(facts: ModelFacts, *, config: Config, manifest: Manifest, evaluat
     notes = [*evaluation["notes"], "in parentheses are 95 % intervals, over other samples of this number"]
     parts = [
         f"# {facts.name}",
-        f"Generates {manifest.pixels} images: {_KINDS[config.loss.kind]}, trained on "
+        f"Generates {manifest.pixels} images: {config.loss.model}, trained on "
         f"{manifest.name} in run `{facts.run}`, checkpoint `{facts.checkpoint}`.",
         f"{evaluation['verdict']}.",
         "## Use\n\n```python\nimport mlflow\n\n"
@@ -112,9 +110,8 @@ def _settings(facts: ModelFacts, config: Config) -> list[tuple[str, str]]:
         "training": f"{facts.images_seen:,} images, batch {train.batch_size}, Adam at {optimizer.learning_rate:g} "
         f"({optimizer.decay}){clip}",
     }
-    if isinstance(config.loss, ConsistencyLossConfig):
-        loss = config.loss
-        settings["loss"] = f"consistency, q = {loss.q:g}, stages = {loss.stages}, pairs = {loss.pairs}"
+    if config.loss.summary:
+        settings["loss"] = config.loss.summary
     if train.init_from is not None:
         settings["start"] = (
             f"the weights of {train.init_from}, which derive from its data; train.trainable = {train.trainable}"
@@ -124,7 +121,7 @@ def _settings(facts: ModelFacts, config: Config) -> list[tuple[str, str]]:
         settings["noise"] += f"; trained at any sigma, ln sigma ~ N({any_sigma.mean:.4g}, {any_sigma.std:.4g}²)"
     chosen = ", ".join(f"{name} {value}" for name, value in asdict(sampling.sampler).items())
     settings["sampler"] = f"{chosen}: NFE {facts.nfe}"
-    if guidance := sampling.guidance or getattr(config.loss, "guidance", None):  # never both
+    if guidance := sampling.guidance or config.loss.guidance:  # never both
         band = f"above sigma {guidance.sigma_min:g} up to {guidance.sigma_max:g}"
         learned = "" if sampling.guidance else ", learned in training"
         settings["guidance"] = f"{guidance.kind}, weight {guidance.weight:g}, {band}{learned}"

@@ -253,7 +253,7 @@ def next_step(grade: str, config: Config, folder: RunFolder) -> tuple[str, str]:
         return f"ncsn run {folder.options}", f"this run, trained to its {length:,} images"
     if continues(config):
         return f"ncsn run {folder.options} --set train.num_images={2 * longest}", "this run, trained twice as long"
-    if config.loss.kind == "consistency":
+    if not config.loss.learns_score:
         return f"{new} --set train.num_images={2 * length}", "a new run from the same trained network, twice as long"
     what = f"a new run on {length:,} images more, from these EMA weights: the learning rate of this one has ended"
     return f"{new} --set train.init_from={folder.run}", what

@@ -12,6 +12,7 @@ from ncsn.data.format import Manifest, load_manifest
 from ncsn.model import build, checkpoint as checkpoints
 from ncsn.model.checkpoint import SamplingCheckpoint
 from ncsn.model.classes import AS_DATA, BALANCED
+from ncsn.model.objective import objective_of
 from ncsn.report import hints, plots
 from ncsn.report.html import LOOK, render
 from ncsn.report.plots import to_svg
@@ -93,8 +94,7 @@ def _results(sources: ReportSources) -> dict[str, Any]:
     pictures = {name: storage.join(evaluation["samples"], f"{name}.png") for name in ("grid", "strip")}
     generated, real = (read_metrics(evaluation[name]) for name in ("metrics", "real_metrics"))
     copies = Memorization(**evaluation["memorization"]).objection
-    levels = config.noise.training.kind == "levels"
-    strengths = f"{config.levels.num_levels} strengths" if levels else "any strength"
+    any_sigma = config.noise.training.kind == "lognormal"
     caption = f"The first images that the model generated with seed {sources.samples['seed']}, not hand-picked."
     names, label = sources.samples.get("classes"), sources.samples.get("label", BALANCED)
     if names and label in (BALANCED, AS_DATA):
@@ -114,7 +114,8 @@ def _results(sources: ReportSources) -> dict[str, Any]:
         "manifest": sources.manifest,
         "samples": sources.samples,
         "images_seen": sources.checkpoint.images_seen,
-        "strengths": strengths,
+        "strengths": "any strength" if any_sigma else f"{config.levels.num_levels} strengths",
+        "loss": config.loss,
         "records": records,
         "costs": list(cost_facts(spent(config, folder), num_images=sampled)),
         "config": to_yaml(config),
@@ -163,16 +164,15 @@ def _training(sources: ReportSources) -> dict[str, Any]:
         held_out_plot = to_svg(figure, salt="held-out")
         found += hints.overfitting_hints(held_out)
     if history.images_seen:
-        noise = build.training_noise(config)
+        noise = objective_of(config).noise
         sigmas = noise.bins.tolist()
         losses = history.losses(loss_names(sigmas))
-        linear = hints.linear_loss(sources.checkpoint.moments, noise.spread(16).flatten().tolist())
-        linear = linear.reshape(len(sigmas), -1).mean(axis=1)
-        levels = build.sigmas(config, config.sampling).tolist()
         loss_plot = to_svg(plots.loss_curves(history.images_seen, losses, sigmas=sigmas), salt="lines")
-        if config.loss.kind != "consistency":  # which has other losses
+        if config.loss.learns_score:
+            linear = hints.linear_loss(sources.checkpoint.moments, noise.spread(16).flatten().tolist())
+            linear = linear.reshape(len(sigmas), -1).mean(axis=1)
             found += hints.training_hints(plots.last_losses(losses), linear=linear, sigmas=sigmas)
         found += hints.average_hints(config.train, images_seen=sources.checkpoint.images_seen)
-        found += hints.sampler_hints(config.sampling.sampler, levels)
+        found += hints.sampler_hints(config.sampling.sampler, build.sigmas(config, config.sampling).tolist())
     said = "" if held_out is None else hints.held_out_conclusion(held_out)
     return {"loss_plot": loss_plot, "held_out_plot": held_out_plot, "training_hints": found, "held_out": said}

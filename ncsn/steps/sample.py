@@ -19,10 +19,11 @@ from ncsn.evaluation import classes_in_turn, extractor_name
 from ncsn.evaluation.features import ImageSet, SampleSet
 from ncsn.evaluation.frechet import RunningDistance, RunningScore
 from ncsn.evaluation.reference import open_evaluator
-from ncsn.model import build, checkpoint as checkpoints
+from ncsn.model import checkpoint as checkpoints
 from ncsn.model.averages import ensure_average
 from ncsn.model.classes import require_label
 from ncsn.model.generate import evaluations_per_image, guide_of, sampling_facts, with_precision
+from ncsn.model.objective import noise_notes
 from ncsn.progress import Progress
 from ncsn.report.images import grid_png, rows_by_class, strip_png
 from ncsn.steps.step import Step
@@ -99,7 +100,7 @@ def run(
             seconds=round(seconds, 3),
             checkpoint=checkpoint,
             images_per_second=round(made / seconds, 3) if made else None,
-            notes=build.noise_notes(config, images=trained.images_seen),
+            notes=noise_notes(config, images=trained.images_seen),
         )
         images = SampleSet(uri, result.num_images)
         rows = class_rows(config, images)

@@ -26,6 +26,7 @@ from ncsn.errors import UserError
 from ncsn.model import build
 from ncsn.model.generate import evaluations_per_image
 from ncsn.model.memory import kept_bytes
+from ncsn.model.objective import noise_notes, objective_of
 from ncsn.runs.folder import cost_of, read_step, run_folder
 
 _STATE_BYTES = 5 * 4  # per parameter in float32: weights, their average, gradients, and Adam's two moments
@@ -80,18 +81,17 @@ def measure_speed(config: Config) -> Speed:
     device = torch.device(config.compute.device)
     count = max(1, config.train.batch_size // workers)
     with build.torch_threads(cores):
-        state = build.train_state(config, device=device)
+        state, objective = build.train_state(config, device=device), objective_of(config)
         options = build.step_options(config, world_size=1)
-        loss = build.loss(config, state.uncertainty, build.frozen(copy.deepcopy(state.network), config))
-        sigma, level = build.training_noise(config).draw(0, first=0, count=count)
-        pairs = build.pair_schedule(config)
+        taught = build.frozen(copy.deepcopy(state.network), config) if config.loss.has_teacher else None
+        loss, pairs = objective.loss(state.uncertainty, taught), objective.pairs
+        sigma, level = objective.noise.draw(0, first=0, count=count)
         lower = None if pairs is None else pairs.lower(sigma).to(device)
-        classes = torch.zeros(count, dtype=torch.int64, device=device)
-        conditions = {} if config.data.num_classes is None else {"labels": classes}
+        conditions = {"labels": torch.zeros(count, dtype=torch.int64, device=device)} if config.data.num_classes else {}
         x, z = (torch.randn(count, *config.data.network_shape, device=device) for _ in range(2))
         level = level if level is None else level.to(device)
         x = x.to(memory_format=build.memory_format(config))
-        batch = Batch(x, sigma.to(device), z, level, conditions=conditions, lower=lower)
+        batch = Batch(x, sigma.to(device), z, level, z, conditions, lower)
 
         def train(part: Batch) -> None:
             train_step(state.network, part, state=state, loss=loss, options=options)
@@ -163,18 +163,18 @@ def without_values(config: Config) -> tuple[nn.Module, dict[str, tuple[int, Call
     share = math.ceil(config.train.batch_size / config.compute.max_workers)
     with torch.device("meta"):
         network = build.network(config).to("meta")
-        loss = build.loss(config, teacher=copy.deepcopy(network).eval())
+        loss = objective_of(config).loss(None, copy.deepcopy(network).eval() if config.loss.has_teacher else None)
         images, samples = torch.empty(share, *shape), torch.empty(config.sampling.batch_size, *shape)
         of_images, of_samples = (torch.empty(len(each), dtype=torch.int64) for each in (images, samples))
-        projections = torch.empty(build.num_projections(config), *images.shape)
     level = None if config.noise.training.kind == "lognormal" else of_images
     sigma, conditions = images[:, 0, 0, 0], {"labels": of_images} if config.data.num_classes else {}
-    batch = Batch(images, sigma, images, level, projections, conditions=conditions, lower=sigma)
+    batch = Batch(images, sigma, images, level, images, conditions, lower=sigma)
     evaluate = torch.no_grad()(lambda: network(samples, of_samples))
-    return network, {
-        "train": (share, lambda: torch.autograd.backward(loss(network, batch).loss)),
-        "sample": (len(samples), evaluate),
-    }
+
+    def train() -> None:  # FlopCounterMode fails at a gradient with respect to a leaf
+        torch.autograd.backward(loss(lambda x, **given: network(x.view_as(x), **given), batch).loss)
+
+    return network, {"train": (share, train), "sample": (len(samples), evaluate)}
 
 
 def plan(config: Config, run: str) -> dict[str, Any]:
@@ -204,7 +204,6 @@ def estimate(config: Config, speed: Speed, *, basis: str) -> dict[str, Any]:
     }
     together = compute.microbatch or work["train"][0]
     maps = kept_bytes(network, config) * together / (1 if train.precision == "float32" else 2)
-    has_teacher = getattr(config.loss, "pairs", None) == "teacher"
     narrow = train.precision == "bfloat16" and compute.use_gpu  # the teacher's weights
     steps = {step: cost_of(config, step, seconds)._asdict() for step, seconds in taken.items()}
     return {
@@ -214,6 +213,6 @@ def estimate(config: Config, speed: Speed, *, basis: str) -> dict[str, Any]:
         "nfe": nfe,
         "parameters": parameters,
         "gflop": gflop,
-        "worker_gb": ((_STATE_BYTES + (2 if narrow else 4) * has_teacher) * parameters + maps) / 1e9,
-        "notes": build.noise_notes(config, images=train.num_images),
+        "worker_gb": ((_STATE_BYTES + (2 if narrow else 4) * config.loss.has_teacher) * parameters + maps) / 1e9,
+        "notes": noise_notes(config, images=train.num_images),
     }

@@ -31,6 +31,7 @@ from ncsn.data.training_images import TrainingImages
 from ncsn.model import build
 from ncsn.model.checkpoint import moment_tensors, moments_of
 from ncsn.model.classes import Classes
+from ncsn.model.objective import Objective
 
 MOMENT_IMAGES = 10_000
 
@@ -46,7 +47,7 @@ class DrawnBatch:
     level: Tensor | None  # [B]
     lower: Tensor | None  # [B]
     noise: Tensor  # bits
-    projections: Tensor | None  # bits
+    projection: Tensor | None  # bits
     conditions: dict[str, Tensor]
     transforms: Transforms | None
 
@@ -58,34 +59,27 @@ class DrawnBatch:
             x = mirror(x, moved(self.mirrored))
         if self.transforms is not None:
             x = self.transforms.map(moved).apply(x)
-        count, size, v, order = len(x), x[0].numel(), None, build.memory_format(config)
-        if self.projections is not None:
-            projections = build.num_projections(config)
-            rows = normal_of(moved(self.projections), projections * size)
-            v = rows.view(count, projections, *x.shape[1:]).transpose(0, 1).contiguous()
+        size, order = x[0].numel(), build.memory_format(config)
         return Batch(
             x.contiguous(memory_format=order),
             moved(self.sigma),
             normal_of(moved(self.noise), size).view(x.shape).contiguous(memory_format=order),
             None if self.level is None else moved(self.level),
-            v,
+            None if self.projection is None else normal_of(moved(self.projection), size).view(x.shape),
             {name: moved(values) for name, values in self.conditions.items()},
             None if self.lower is None else moved(self.lower),
         )
 
 
-def draw_batch(config: Config, split: TrainingImages, *, first: int, count: int) -> DrawnBatch:
+def draw_batch(config: Config, objective: Objective, split: TrainingImages, *, first: int, count: int) -> DrawnBatch:
     """The images at places `first .. first + count` of the endless shuffled order, with their draws."""
-    seed = config.seed
-    drawn = split.ordered(seed, first=first, count=count)
-    images = torch.from_numpy(drawn.images)
+    seed, drawn = config.seed, split.ordered(config.seed, first=first, count=count)
+    images, pairs = torch.from_numpy(drawn.images), objective.pairs
     _, height, width, _ = images.shape
-    size, projections = images[0].numel(), build.num_projections(config)
     mirrored, conditions, transforms = None, {}, None
     if config.data.horizontal_flip:
         mirrored = keyed_uniform(seed, stream=Stream.MIRROR, first=first, count=count, size=1)[:, 0] < 0.5
-    sigma, level = build.training_noise(config).draw(seed, first=first, count=count)
-    pairs = build.pair_schedule(config)
+    sigma, level = objective.noise.draw(seed, first=first, count=count)
     if config.data.num_classes is not None:
         # Without its class for some images, the network learns the distribution of all too (Ho & Salimans 2022).
         hidden = keyed_uniform(seed, stream=Stream.LABEL, first=first, count=count, size=1)[:, 0]
@@ -94,6 +88,7 @@ def draw_batch(config: Config, split: TrainingImages, *, first: int, count: int)
         a = draw_transforms(seed, first=first, count=count, probability=settings.probability, y_flip=settings.y_flip)
         conditions["augmentation"] = augmentation_labels(a)
         transforms = Transforms.of(a, height=height, width=width)
+    words = partial(normal_words, seed, first=first, count=count, size=images[0].numel())
     return DrawnBatch(
         images,
         _gray_words(config, images, seed=seed, stream=Stream.DEQUANTIZE, first=first),
@@ -101,10 +96,8 @@ def draw_batch(config: Config, split: TrainingImages, *, first: int, count: int)
         sigma,
         level,
         None if pairs is None else pairs.lower(sigma, first=first),
-        normal_words(seed, stream=Stream.NOISE, first=first, count=count, size=size),
-        normal_words(seed, stream=Stream.PROJECTION, first=first, count=count, size=projections * size)
-        if projections
-        else None,
+        words(stream=Stream.NOISE),
+        words(stream=Stream.PROJECTION) if objective.projects else None,
         conditions,
         transforms,
     )

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from ncsn.config import Config
-from ncsn.config.training import SsmLossConfig
 from ncsn.core.keyed_random import to_device
 from ncsn.core.networks.layers import FUSION
 from ncsn.errors import UserError
@@ -136,7 +135,7 @@ def fits_cuda_graphs(config: Config, context: WorkerContext) -> bool:
 def compiles(config: Config, context: WorkerContext) -> bool:
     """Whether the network is to be compiled, the same on each worker; each needs a compiler for it."""
     compute = config.compute
-    if not compute.compiled or isinstance(config.loss, SsmLossConfig):  # which differentiates the network twice
+    if not compute.compiled or config.loss.differentiates_twice:
         return False
     on_cpu = context.device.type == "cpu"
     compilers = [os.environ.get("CXX", "g++"), "clang++"] if on_cpu else ["cc", "gcc", "clang"]

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from ncsn.config import Config
-from ncsn.config.training import ConsistencyLossConfig
 from ncsn.core.keyed_random import COMMON_SEED, Stream
 from ncsn.core.losses import losses_at
 from ncsn.core.samplers.level_grid import choose_levels
 from ncsn.core.training import EVALUATIONS_PER_STEP, TrainState
-from ncsn.core.training_noise import LevelNoise
+from ncsn.core.training_noise import LevelNoise, TrainingNoise
 from ncsn.data.format import Rows, load_manifest
 from ncsn.data.training_images import TrainingImages, open_training_images
 from ncsn.model import build
+from ncsn.model.objective import Objective
 from ncsn.runs.history import GAP, HELD_OUT_EDM, LOSS, Array
 from ncsn.training.batches import encoded
 from ncsn.training.context import WorkerContext
@@ -29,13 +29,13 @@ MOST_IMAGES = 1000  # of each set
 FEW_IMAGES = 50  # with fewer, it is measured less often instead
 
 
-def effort_of(config: Config, *, held_out: int, training: int) -> tuple[int, int, int] | None:
+def effort_of(config: Config, noise: TrainingNoise, *, held_out: int, training: int) -> tuple[int, int, int] | None:
     """What fits in `SHARE` of the time for splits of these sizes; None if that is nothing.
 
     Numbers of held-out images, of training images, and of training images between two measurements.
     """
     between = min(config.train.checkpoint_every_images, config.train.num_images)
-    bins = len(_measured_at(config)[0])
+    bins = len(_measured_at(noise)[0])
     affordable = SHARE * EVALUATIONS_PER_STEP * between / bins  # images of both sets at each measurement
     held_out, training = min(held_out, MOST_IMAGES), min(training, MOST_IMAGES)
     least = min(FEW_IMAGES, held_out) + min(FEW_IMAGES, training)
@@ -69,39 +69,41 @@ class ImageShare:
             yield places, x, None if config.data.num_classes is None else labels
 
 
+@dataclass(frozen=True)
 class Probe:
     """Measures the loss of held-out and of training images, after each `every` training images.
 
     All workers call the same methods in the same order.
     """
 
-    def __init__(
-        self, config: Config, held_out: ImageShare, training: ImageShare, *, every: int, context: WorkerContext
-    ) -> None:
-        self._config, self._sets, self.every, self._context = config, (held_out, training), every, context
-        self._sigmas, self._levels = _measured_at(config)
+    config: Config
+    objective: Objective
+    sets: tuple[ImageShare, ImageShare]  # held-out and training images
+    every: int
+    context: WorkerContext
 
     def measure(self, state: TrainState, *, dtype: torch.dtype | None) -> dict[str, float]:
         """Metrics `val/...` of the EMA weights, whose convolutions compute in `dtype`. A collective call.
 
         Draws from no generator, so that training goes on as without it.
         """
-        network = state.averaged()
-        held_out, training = (self._losses(network, each, dtype).mean(axis=1) for each in self._sets)
-        config, sigmas = self._config, self._sigmas.double()
-        weights = build.loss_weight(config)(sigmas).numpy()
+        network, objective = state.averaged(), self.objective
+        held_out, training = (self._losses(network, each, dtype).mean(axis=1) for each in self.sets)
+        sigmas = _measured_at(objective.noise)[0].double()
+        assert objective.weight is not None, "open_probe"
+        weights = objective.weight(sigmas).numpy()
         share = weights / weights.sum()
         point = {LOSS: float(share @ held_out), GAP: float(share @ (held_out - training))}
         # The objective of Karras et al., if each of the levels is as probable.
-        if self._levels is None and (edm := build.edm_weight(config)) is not None:
+        if (edm := objective.edm_weight) is not None:
             point[HELD_OUT_EDM] = float((edm(sigmas).numpy() * held_out).mean())
         return {name: value for name, value in point.items() if math.isfinite(value)}
 
     def _losses(self, network: nn.Module, share: ImageShare, dtype: torch.dtype | None) -> Array:
         """Loss at each sigma of each image of the whole set, [S, N]."""
-        config, context = self._config, self._context
+        config, context, (sigmas, levels) = self.config, self.context, _measured_at(self.objective.noise)
         size = max(1, config.train.batch_size // context.world_size)
-        losses = torch.zeros(len(self._sigmas), share.whole, dtype=torch.float64, device=context.device)
+        losses = torch.zeros(len(sigmas), share.whole, dtype=torch.float64, device=context.device)
         kind = context.device.type
         autocast = torch.autocast(kind, dtype=dtype, enabled=dtype is not None)
         with torch.inference_mode(), build.without_search(), autocast:
@@ -110,8 +112,8 @@ class Probe:
                     network,
                     x.to(context.device, memory_format=build.memory_format(config)),
                     first=places.start,
-                    sigmas=self._sigmas,
-                    levels=self._levels,
+                    sigmas=sigmas,
+                    levels=levels,
                     stream=share.noise,
                     labels=None if labels is None else labels.to(context.device),
                 )
@@ -120,9 +122,8 @@ class Probe:
         return values
 
 
-def _measured_at(config: Config) -> tuple[Tensor, list[int] | None]:
+def _measured_at(noise: TrainingNoise) -> tuple[Tensor, list[int] | None]:
     """The sigmas at which the loss is measured [S], and their numbers if they are levels of the network."""
-    noise = build.training_noise(config)
     if not isinstance(noise, LevelNoise):
         return noise.bins, None
     sigmas = noise.sigmas
@@ -130,25 +131,22 @@ def _measured_at(config: Config) -> tuple[Tensor, list[int] | None]:
     return sigmas[levels], levels
 
 
-def open_probe(config: Config, dataset: str, training: TrainingImages, context: WorkerContext) -> Probe | None:
-    """The probe of a training, with this worker's share of the images; None if it would take too long.
-
-    Nor has consistency tuning one: its loss may rise towards the function that it looks for.
-    """
-    if isinstance(config.loss, ConsistencyLossConfig):
+def open_probe(
+    config: Config, objective: Objective, dataset: str, training: TrainingImages, context: WorkerContext
+) -> Probe | None:
+    """The probe of a training, with this worker's share of the images; None if it has none, or no time for it."""
+    if objective.weight is None:
         return None
     count = load_manifest(dataset).counts.get("test", 0)
-    effort = effort_of(config, held_out=count, training=len(training))
+    effort = effort_of(config, objective.noise, held_out=count, training=len(training))
     if effort is None:
         return None
     held_out, (first, second, every) = open_training_images(dataset, "test"), effort
-    return Probe(
-        config,
+    sets = (
         _share(held_out, first, context, Stream.HELD_OUT_NOISE, Stream.HELD_OUT_DEQUANTIZE),
         _share(training, second, context, Stream.TRAINED_NOISE, Stream.TRAINED_DEQUANTIZE),
-        every=every,
-        context=context,
     )
+    return Probe(config, objective, sets, every, context)
 
 
 def _share(split: TrainingImages, count: int, context: WorkerContext, noise: int, dequantize: int) -> ImageShare:

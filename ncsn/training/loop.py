@@ -25,6 +25,7 @@ from ncsn.data.training_images import open_training_images
 from ncsn.errors import UserError
 from ncsn.model import averages, build, checkpoint
 from ncsn.model.checkpoint_store import CheckpointStore
+from ncsn.model.objective import objective_of
 from ncsn.model.trained import start_from, teacher
 from ncsn.process import now_ms
 from ncsn.progress import Progress
@@ -83,6 +84,7 @@ class Training:
 
     def __init__(self, job: TrainingJob, context: WorkerContext, checkpoints: CheckpointStore) -> None:
         self.job, self.config, self.context, self.checkpoints = job, job.config, context, checkpoints
+        self.objective = objective_of(self.config)
         self.options = build.step_options(self.config, world_size=context.world_size)
         self.sink = job.sink if context.rank == 0 else None
         self.last_image = min(job.stop_at or self.config.train.num_images, self.config.train.num_images)
@@ -93,13 +95,13 @@ class Training:
             self.manifest = load_manifest(job.dataset)
             self.classes = classes_of(self.config, self.manifest)
             recorded = job.sink is not None or job.history is not None
-            self.probe = open_probe(self.config, job.dataset, self.split, context) if recorded else None
+            self.probe = open_probe(job.config, self.objective, job.dataset, self.split, context) if recorded else None
             self.state = build.train_state(self.config, device=context.device)
             taught = None
-            if getattr(self.config.loss, "pairs", None) == "teacher":
+            if self.config.loss.has_teacher:
                 assert job.start is not None, "the config's rules"
                 taught = teacher(job.start, config=self.config, classes=self.classes, device=context.device)
-            self.loss = build.loss(self.config, self.state.uncertainty, taught)
+            self.loss = self.objective.loss(self.state.uncertainty, taught)
             if newest is not None:
                 with self.checkpoints.open(newest) as folder:
                     digest = self.manifest.digest
@@ -123,7 +125,7 @@ class Training:
         machine_usage(context.device)  # starts the first interval
         self.last_loss: float | None = None
         self.reported, self.reported_at = 0, self.state.images_seen  # by the clock, and in images
-        self.curves = Curves(self.config, context)  # last, since its clock runs
+        self.curves = Curves(self.objective, context)  # last, since its clock runs
 
     def ended(self) -> bool:
         """Whether no batch is to follow."""
@@ -162,7 +164,7 @@ class Training:
     def _draw(self) -> DrawnBatch:
         """This worker's share of the next batch, which was drawn while the one before was computed."""
         share, size = self.context.share(self.config.train.batch_size), self.config.train.batch_size
-        first, draw = self.state.images_seen + share.start, partial(draw_batch, self.config, self.split)
+        first, draw = self.state.images_seen + share.start, partial(draw_batch, self.config, self.objective, self.split)
         batch = draw(first=first, count=len(share)) if self.coming is None else self.coming.result()
         if self.state.images_seen + size < self.last_image:
             self.coming = self.ahead.submit(draw, first=first + size, count=len(share))

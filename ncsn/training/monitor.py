@@ -18,13 +18,14 @@ from torch import Tensor
 from ncsn.config import Config
 from ncsn.core.images import DataMoments, eight_bit, image_grid
 from ncsn.core.losses import Batch, bin_sums
-from ncsn.core.samplers.settings import Consistency, DpmSolver
+from ncsn.core.samplers.settings import DpmSolver
 from ncsn.core.training import EVALUATIONS_PER_STEP, TrainState
 from ncsn.errors import InvalidValue
 from ncsn.model import build
 from ncsn.model.checkpoint import TrainedNetwork
 from ncsn.model.classes import BALANCED
 from ncsn.model.generate import generate
+from ncsn.model.objective import Objective
 from ncsn.runs.history import EDM_LOSS, RATE, loss_names
 from ncsn.training.context import WorkerContext
 
@@ -64,11 +65,9 @@ def machine_usage(device: torch.device) -> dict[str, float]:
 class Curves:
     """Sums of the losses by bin of sigma over all workers, between two points."""
 
-    def __init__(self, config: Config, context: WorkerContext) -> None:
-        self._context, self._noise = context, build.training_noise(config)
+    def __init__(self, objective: Objective, context: WorkerContext) -> None:
+        self._context, self._noise, self._edm = context, objective.noise, objective.edm_weight
         self._names = loss_names(self._noise.bins.tolist())
-        # Of levels, whose distribution the config chooses, the mean says nothing to other trainings.
-        self._edm = build.edm_weight(config) if config.noise.training.kind == "lognormal" else None
         # Rows: the normalized loss, the number of images, and, if it is known, the loss with the weight of EDM.
         shape = (2 if self._edm is None else 3, len(self._names))
         self._sums = torch.zeros(shape, dtype=torch.float64, device=context.device)
@@ -121,9 +120,8 @@ def preview_png(*, config: Config, state: TrainState, moments: DataMoments) -> b
     if not evaluations:
         return None
     network, rows = state.averaged(), _rows(config)
-    sampler = config.sampling.sampler
-    if not isinstance(sampler, Consistency):
-        sampler = DpmSolver(num_levels=max(2, evaluations), spacing="geometric")
+    solver = DpmSolver(num_levels=max(2, evaluations), spacing="geometric")
+    sampler = solver if config.loss.learns_score else config.sampling.sampler
     try:
         images = generate(
             TrainedNetwork(config=config, network=network, moments=moments),
@@ -155,8 +153,8 @@ def preview_evaluations(config: Config) -> int:
     # The other workers wait while rank 0 makes the preview.
     between = min(config.train.checkpoint_every_images, config.train.num_images) / config.compute.max_workers
     affordable = int(SHARE * EVALUATIONS_PER_STEP * between / images)
-    if isinstance(config.sampling.sampler, Consistency):
-        own = config.sampling.sampler.steps
+    if not config.loss.learns_score:  # then other samplers do not fit
+        own = config.sampling.sampler.num_evaluations(config.levels.num_levels)
         return own if own <= affordable else 0
     wanted = min(affordable, MOST_EVALUATIONS, config.levels.num_levels)
     return wanted if wanted >= min(LEAST_EVALUATIONS, config.levels.num_levels) else 0

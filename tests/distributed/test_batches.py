@@ -16,6 +16,7 @@ from ncsn.core.training import StepOptions, train_step
 from ncsn.data import training_images
 from ncsn.data.training_images import StreamedSplit, image_indices, open_cache, open_training_images
 from ncsn.model import build
+from ncsn.model.objective import objective_of
 from ncsn.training.batches import draw_batch, image_moments
 from ncsn.training.context import WorkerContext
 
@@ -25,7 +26,7 @@ DRAWS = {
     "levels": (),
     "any sigma": ("noise={training: {kind: lognormal}}",),
     "classes": CLASSES,
-    "projections": ("loss={kind: ssm}",),
+    "projection": ("loss={kind: ssm}",),
     "augmentation": (
         "data.horizontal_flip=false",
         "data.augmentation={probability: 0.5}",
@@ -36,8 +37,7 @@ DRAWS = {
 
 def tensors(batch: Batch) -> dict[str, torch.Tensor]:
     """Everything that was drawn, the images first."""
-    found = {"x": batch.x, "z": batch.z, "sigma": batch.sigma, "level": batch.level, **batch.conditions}
-    found["v"] = None if batch.v is None else batch.v.transpose(0, 1)
+    found = {"x": batch.x, "z": batch.z, "sigma": batch.sigma, "level": batch.level, "v": batch.v, **batch.conditions}
     return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
@@ -51,7 +51,7 @@ def test_parts_of_a_batch_are_the_batch(
     assert isinstance(split, StreamedSplit) == (window == 64 * 64)
 
     def draw(first: int, count: int) -> Batch:  # over the end of the first epoch of 1258
-        return draw_batch(config, split, first=first, count=count).on(CPU, config)
+        return draw_batch(config, objective_of(config), split, first=first, count=count).on(CPU, config)
 
     whole, parts = tensors(draw(1250, 16)), [tensors(draw(1250 + 4 * rank, 4)) for rank in range(4)]
     for name, tensor in whole.items():
@@ -67,7 +67,7 @@ def test_parts_of_a_batch_are_the_batch(
 
 def test_a_share_of_the_labels_is_hidden(tiny: str, dataset: str) -> None:
     config, split = from_yaml(tiny, overrides=CLASSES), open_cache(dataset, "train")
-    labels = draw_batch(config, split, first=1250, count=64).conditions["labels"]
+    labels = draw_batch(config, objective_of(config), split, first=1250, count=64).conditions["labels"]
     rows = image_indices(config.seed, first=1250, count=64, size=len(split))
     hidden = keyed_uniform(config.seed, stream=Stream.LABEL, first=1250, count=64, size=1)[:, 0].numpy() < 0.3
     np.testing.assert_array_equal(labels, np.where(hidden, -1, split.labels[rows]))
@@ -76,7 +76,7 @@ def test_a_share_of_the_labels_is_hidden(tiny: str, dataset: str) -> None:
 
 def test_augmentation_moves_no_other_draw(tiny: str, dataset: str) -> None:
     config, split = from_yaml(tiny, overrides=DRAWS["augmentation"]), open_cache(dataset, "train")
-    drawn = draw_batch(config, split, first=1250, count=8)
+    drawn = draw_batch(config, objective_of(config), split, first=1250, count=8)
     whole, plain = drawn.on(CPU, config), replace(drawn, transforms=None).on(CPU, config)
     assert torch.equal(whole.z, plain.z) and torch.equal(whole.sigma, plain.sigma)
     told = whole.conditions["augmentation"]
@@ -100,9 +100,9 @@ def test_gradients_of_parts_average_to_the_gradient_of_the_batch(
         state.optimizer = torch.optim.SGD(state.network.parameters(), lr=0.0)
         train_step(
             state.network,
-            draw_batch(config, split, first=first, count=count).on(CPU, config),
+            draw_batch(config, objective_of(config), split, first=first, count=count).on(CPU, config),
             state=state,
-            loss=build.loss(config),
+            loss=objective_of(config).loss(None, None),
             options=StepOptions(batch_size=8, world_size=workers),
         )
         return [parameter.grad for parameter in state.network.parameters() if parameter.grad is not None]

@@ -14,6 +14,7 @@ from ncsn.core.training import TrainState
 from ncsn.data.format import read_split
 from ncsn.data.training_images import StreamedSplit, open_training_images
 from ncsn.model import build
+from ncsn.model.objective import objective_of
 from ncsn.runs.history import RATE, TrainingHistory, held_out_curves, load_history
 from ncsn.training import held_out, monitor
 from ncsn.training.context import WorkerContext
@@ -56,7 +57,7 @@ def point(config: Config, dataset: str, context: WorkerContext) -> dict[str, flo
     for weight in state.ema.weights.values():
         weight.add_(0.1 * torch.randn(weight.shape, generator=generator))
     training = open_training_images(dataset)
-    probe = open_probe(config, dataset, training, context)
+    probe = open_probe(config, objective_of(config), dataset, training, context)
     assert probe is not None
     return probe.measure(state, dtype=None)
 
@@ -149,7 +150,7 @@ def test_the_held_out_loss_takes_a_fiftieth_of_the_time(
     tiny: str, overrides: list[str], held_out_images: int, effort: tuple[int, int, int] | None
 ) -> None:
     config = from_yaml(tiny, overrides=overrides)
-    found = effort_of(config, held_out=held_out_images, training=1258)
+    found = effort_of(config, objective_of(config).noise, held_out=held_out_images, training=1258)
     assert found == effort
     if found is not None:
         passes = 4 * (found[0] + found[1]) / found[2]

@@ -16,6 +16,7 @@ from ncsn.data.training_images import open_cache
 from ncsn.model import build, checkpoint
 from ncsn.model.classes import Classes
 from ncsn.model.generate import generate
+from ncsn.model.objective import objective_of
 from ncsn.runs.history import EDM_LOSS, HELD_OUT_EDM, TrainingHistory, load_history, loss_names
 from ncsn.steps import train as train_step
 from ncsn.training import held_out
@@ -80,11 +81,29 @@ def test_sliced_score_matching_differentiates_every_network_twice(network: str, 
     with torch.no_grad():
         for parameter in state.network.parameters():
             parameter.add_(0.02)  # an output layer that starts at zero hides the gradients behind it
-    batch = draw_batch(config, open_cache(dataset, "train"), first=0, count=4).on(torch.device("cpu"), config)
-    loss = build.loss(config)(state.network, batch).loss
+    objective, split = objective_of(config), open_cache(dataset, "train")
+    batch = draw_batch(config, objective, split, first=0, count=4).on(torch.device("cpu"), config)
+    loss = objective.loss(None, None)(state.network, batch).loss
     torch.autograd.backward(loss)
     gradients = [parameter.grad for parameter in state.network.parameters()]
     assert all(gradient is not None and torch.isfinite(gradient).all() for gradient in gradients)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "weights"),  # at sigma = 2, of the held-out loss and of Karras et al.
+    [
+        (["loss={weighting: edm}"], [17, None]),
+        ([ANY_SIGMA, "loss={weighting: learned}"], [17, 17]),
+        ([ANY_SIGMA, "loss={kind: ssm, anneal_power: 3}"], [2, 17]),
+        (
+            [ANY_SIGMA, "loss={kind: consistency, from_scratch: true}", "sampling.sampler={kind: consistency}"],
+            [None, None],
+        ),
+    ],
+)
+def test_an_objective_weighs_its_losses(tiny: str, overrides: list[str], weights: list[float | None]) -> None:
+    found = objective_of(from_yaml(tiny, overrides=[*overrides, "network.sigma_data=0.5"]))
+    assert [each and each(torch.tensor(2.0)) for each in (found.weight, found.edm_weight)] == weights
 
 
 def trained(tiny: str, dataset: str, folder: Path, *overrides: str) -> TrainingHistory:
@@ -102,7 +121,7 @@ def test_curves_at_any_sigma_are_by_bin(
     heun = "sampling.sampler={kind: karras_heun, num_steps: 4}"
     history = trained(tiny, dataset, tmp_path, "network.sigma_data=0.42", "loss={kind: dsm, weighting: edm}", heun)
     model = checkpoint.load_checkpoint(str(tmp_path / "images-000000160"))
-    names = loss_names(build.training_noise(model.config).bins.tolist())
+    names = loss_names(objective_of(model.config).noise.bins.tolist())
     found = {name for point in history.points for name in point if "loss_sigma_" in name}
     assert len(set(names)) == 10 and found == set(names)
     first, last = history.curve(EDM_LOSS)[[0, -1]]

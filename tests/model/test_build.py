@@ -26,7 +26,7 @@ NCSN = {"channels", "num_levels"}
     ("section", "built", "others"),
     [
         (training.LognormalTraining, LognormalNoise, set()),
-        (training.SsmLossConfig, SlicedScoreMatching, {"num_projections"}),
+        (training.SsmLossConfig, SlicedScoreMatching, set()),
         (choices.NcsnNetworkConfig, NcsnNetwork, NCSN),
         (choices.NcsnV2NetworkConfig, NcsnV2Network, OTHERS),
         (choices.UnetNetworkConfig, UnetNetwork, OTHERS),

@@ -19,6 +19,7 @@ from ncsn.core.losses import Batch
 from ncsn.core.training import TrainState, train_step
 from ncsn.model import build, checkpoint
 from ncsn.model.checkpoint_store import CheckpointStore
+from ncsn.model.objective import objective_of
 
 TEXT = """
 name: tiny
@@ -40,7 +41,7 @@ def trained(config: Config) -> TrainState:
     levels = torch.arange(4)
     batch = Batch(torch.rand(4, 1, 8, 8), build.sigmas(config)[levels], torch.randn(4, 1, 8, 8), levels)
     options = build.step_options(config, world_size=1)
-    train_step(state.network, batch, state=state, loss=build.loss(config), options=options)
+    train_step(state.network, batch, state=state, loss=objective_of(config).loss(None, None), options=options)
     state.images_seen = 32
     return state
 

@@ -23,6 +23,7 @@ from ncsn.evaluation.extractors.classifier import ClassifierNetwork, ClassifierR
 from ncsn.model import build, generate, trained
 from ncsn.model.checkpoint import TrainedNetwork
 from ncsn.model.classes import Classes
+from ncsn.model.objective import objective_of
 from ncsn.training.batches import draw_batch
 from ncsn.training.context import WorkerContext
 from ncsn.training.monitor import Curves
@@ -105,11 +106,11 @@ def test_a_step_waits_for_nothing_and_convolves_in_its_precision_with_channels_l
     config: Config, gpu: PretendedGpu
 ) -> None:
     state = build.train_state(config, device=CUDA)
-    loss, options = build.loss(config, state.uncertainty), build.step_options(config, world_size=1)
-    curves, split = Curves(config, WorkerContext(CUDA)), Split(config)
+    objective, options, split = objective_of(config), build.step_options(config, world_size=1), Split(config)
+    loss, curves = objective.loss(state.uncertainty, None), Curves(objective, WorkerContext(CUDA))
 
     def drawn() -> Batch:
-        return draw_batch(config, split, first=0, count=COUNT).on(CUDA, config)
+        return draw_batch(config, objective, split, first=0, count=COUNT).on(CUDA, config)
 
     # Constants are copied once.
     curves.add(drawn(), torch.zeros(COUNT, device=CUDA), torch.zeros((), device=CUDA), images=COUNT)
@@ -138,8 +139,8 @@ def test_a_teacher_evaluates_both_scores_in_one_pass_in_the_precision_of_trainin
     monkeypatch.setattr(trained, "load_checkpoint_or_model", lambda _: None)
     monkeypatch.setattr(trained, "adapted", lambda *_, **__: ({}, []))
     network = trained.teacher("uri", config=config, classes=None, device=CUDA)
-    loss = build.loss(config, teacher=network)
-    batch = draw_batch(config, Split(config), first=0, count=COUNT).on(CUDA, config)
+    loss = objective_of(config).loss(None, network)
+    batch = draw_batch(config, objective_of(config), Split(config), first=0, count=COUNT).on(CUDA, config)
     gpu.calls.clear()
     loss.teacher(batch.x, batch)  # type: ignore[union-attr]
     assert [call for call in gpu.calls if call.waits] == []

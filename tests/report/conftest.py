@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ncsn.config.training import DsmLossConfig
 from ncsn.report import plots
 from ncsn.report.images import grid_png, neighbors_png, strip_png
 from ncsn.report.plots import to_png, to_svg
@@ -75,6 +76,7 @@ def page(images: np.ndarray) -> dict[str, Any]:
         "samples": {"nfe": 5},
         "images_seen": 1200,
         "strengths": "any strength",
+        "loss": DsmLossConfig(),
         "records": {"sample": SimpleNamespace(seconds=5.0, result={"num_images": 64, "nfe": 5})},
         "costs": [Fact("Reserved", "3 s")],
         "lineage": [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from types import SimpleNamespace
 
+from ncsn.config.training import ConsistencyLossConfig
 from ncsn.report.html import render
 
 HOSTILE = "\"><script>alert(1)</script><img src=x onerror='alert(2)'>{{ 7 * 7 }}"
@@ -33,6 +34,11 @@ def test_hostile_names_stay_text(page) -> None:
     assert text.count("<script>") == 0
     assert text.count("<img") == harmless.count("<img")
     assert text.count("{{ 7 * 7 }}") == text.count("&lt;script&gt;alert(1)") > 5
+
+
+def test_the_page_says_what_the_model_has_learned(page) -> None:
+    text = render(**page | {"loss": ConsistencyLossConfig(kind="consistency")})
+    assert "a consistency model (Song" in text and "Ermon 2019" not in text and "score network (Song" in render(**page)
 
 
 def test_missing_parts_have_no_section(page) -> None:

@@ -14,7 +14,7 @@ from refused import refused
 
 from ncsn.data.format import Rows, read_split, to_table
 from ncsn.errors import NotFound
-from ncsn.model import build
+from ncsn.model.objective import objective_of
 from ncsn.report.images import grid_png
 from ncsn.runs.folder import find_inputs, run_folder, update_step
 from ncsn.runs.history import GAP, LOSS, TrainingHistory, loss_names
@@ -98,7 +98,7 @@ def test_it_is_made_again_only_for_new_results(config, evaluation, made):
 
     folder = run_folder(config, RUN)
     history = TrainingHistory(folder.history)
-    names = loss_names(build.training_noise(config).bins.tolist())
+    names = loss_names(objective_of(config).noise.bins.tolist())
     for seen, loss in ((4, 0.5), (8, 0.6)):
         history.add(dict(zip(names, (5.0, 0.01), strict=True)) | {LOSS: loss, GAP: 0.1}, seen)
     history.publish()

@@ -12,7 +12,7 @@ from refused import refused
 
 from ncsn.config import Config, ConfigError, from_yaml
 from ncsn.errors import UserError
-from ncsn.model import build
+from ncsn.model.objective import noise_notes
 from ncsn.tools import choose as choices
 from ncsn.tools.choose import FirstConfig, held_out, sizes_for, slug, unet
 from ncsn.tools.plan import Machine, Speed, measure_speed
@@ -224,7 +224,7 @@ def test_noise_is_that_of_karras_for_the_spread_of_the_images(choose) -> None:
     assert (noise.kind, noise.training.kind, noise.training.std) == ("geometric", "lognormal", 1.2)
     assert noise.training.mean == pytest.approx(-1.398, abs=1e-3)
     # 1,000 of the draws are above exp(-1.398 + 1.2 x 3.023), and the sampler starts below that.
-    assert noise.sigma_1 == 9.2 and build.noise_notes(config, images=800_000) == []
+    assert noise.sigma_1 == 9.2 and noise_notes(config, images=800_000) == []
     assert (config.loss.weighting, config.train.averaging.kind, config.sampling.grays) == ("edm", "half_life", "exact")
     assert choose("train.num_images=100000000000", "network.sigma_data=0.25").config.noise.sigma_1 == 40
     assert choose("train.num_images=777").config.noise.sigma_1 == 1

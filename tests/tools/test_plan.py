@@ -46,6 +46,7 @@ def test_the_fastest_measurement_counts(monkeypatch: pytest.MonkeyPatch) -> None
 def test_this_machine_is_measured(tmp_path: Path) -> None:
     found = plan(config(), "run")
     assert found["steps"]["train"]["seconds"] == pytest.approx(1000 / found["images_per_second"])
+    assert plan(config("loss={kind: ssm}"), "run")["gflop"]["train"] > 1.5 * found["gflop"]["train"]
     assert found["nfe"] == 21 and found["steps"]["train"].keys() == {"seconds", "cpu_hours", "gpu_hours"}
     with refused("compute.use_gpu"):
         plan(config("compute.use_gpu=true"), "run")
