@@ -35,7 +35,7 @@ from ncsn.process import TERMINATED
 from ncsn.progress import read_progress
 from ncsn.report.words import next_step
 from ncsn.runs.code import publish_code
-from ncsn.runs.folder import RunFolder, claim_run, folders_of, read_results, read_step, run_folder
+from ncsn.runs.folder import DEFAULT_ROOT, RunFolder, claim_run, folders_of, read_results, read_step, run_folder
 from ncsn.runs.steps import CONTINUING, PIPELINE, STEPS, STEPS_ELSEWHERE
 from ncsn.steps.execution import images_of_run, preflight, run_all, run_step
 from ncsn.storage.retry import limited
@@ -324,4 +324,4 @@ def work_folder(folder: RunFolder) -> Path:
     """Local folder for the log: the run's own, or below `.ncsn` if the store is not local."""
     if storage.is_local(folder.uri):
         return Path(folder.uri)
-    return Path(".ncsn").absolute() / "runs" / folder.run
+    return Path(RunFolder(storage.absolute(DEFAULT_ROOT), folder.run).uri)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +12,6 @@ from ncsn.errors import NotFound, UserError
 from ncsn.runs.folder import DEFAULT_ROOT, RunFolder
 
 _ROOT = "storage.root"
-_RUN_CONFIG = re.compile(r"(?P<folder>(?P<root>.+)/runs/[^/]+)/((checkpoints|ema|selected)/.+/)?config\.yaml")
 _ANOTHER_STORE = f"pass --config, or --set {_ROOT}=URI of another store"
 
 
@@ -43,7 +41,7 @@ class TargetOptions:
         elif checkpoint is not None:
             origin = storage.join(storage.absolute(checkpoint), "config.yaml")
         elif self.run is not None:
-            origin = storage.join(self.store_root, "runs", self.run, "config.yaml")
+            origin = RunFolder(self.store_root, self.run).config
             if not storage.exists(origin):
                 raise NotFound("--run", f"no file at {origin}", hint=_ANOTHER_STORE, value=self.run)
         else:
@@ -56,8 +54,8 @@ class TargetOptions:
         except UnicodeDecodeError:
             raise ConfigError(origin, "is not a text file; expected YAML") from None
         overrides = (*self.overrides, *self.backend)
-        if (place := _RUN_CONFIG.fullmatch(absolute)) and storage.exists(storage.join(place["folder"], "steps")):
-            overrides = (f"{_ROOT}={place['root']}", *overrides)  # the file says where it was when the run began
+        if absolute.endswith("/config.yaml") and (place := RunFolder.of(absolute)) and storage.exists(place.steps):
+            overrides = (f"{_ROOT}={place.root}", *overrides)  # the file says where it was when the run began
         config = from_yaml(text, overrides=overrides, origin=origin)
         run = self.run
         if run is None and checkpoint is not None:
@@ -106,7 +104,8 @@ def _file_of(config: str) -> str:
 
 
 def _run_of_checkpoint(checkpoint: str, config: Config) -> str | None:
-    root, uri = storage.absolute(config.storage.root), storage.absolute(checkpoint)
-    folder = RunFolder(root, uri.removeprefix(f"{storage.join(root, 'runs')}/").partition("/")[0])
+    uri = storage.absolute(checkpoint)
+    if (folder := RunFolder.of(uri)) is None or folder.root != storage.absolute(config.storage.root):
+        return None
     places = (folder.checkpoints, folder.selected, folder.averages)
     return folder.run if uri.startswith(tuple(f"{place}/" for place in places)) else None

@@ -35,7 +35,7 @@ from ncsn.distributed.sampling import sample_features
 from ncsn.errors import InvalidValue, NotFound, UserError
 from ncsn.evaluation.reference import open_evaluator
 from ncsn.model.checkpoint import CheckpointError
-from ncsn.model.checkpoint_store import CHECKPOINTS
+from ncsn.runs.folder import TrainingFolder
 from ncsn.training.loop import TrainingJob
 
 FAILED = 1e12  # objective of a trial that cannot go on: a number, so that the search learns to keep away
@@ -228,7 +228,7 @@ def run_trial(plan: SearchPlan, values: Mapping[str, Any], *, report: Report) ->
 def _reach(plan: SearchPlan, values: Mapping[str, Any], folder: TrialFolder, images: int) -> Rung:
     started = time.monotonic()
     samplings = plan.samplings(values)
-    checkpoints = storage.join(folder.uri, CHECKPOINTS)
+    checkpoints = TrainingFolder(folder.uri).checkpoints
     job = TrainingJob(config=plan.trial_config(values), dataset=plan.dataset, start=plan.start, stop_at=images)
     train = trainer.train_by_tasks if job.config.compute.num_workers == 1 else trainer.train
     outcome = train(job, run_uri=folder.uri)

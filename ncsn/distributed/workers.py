@@ -20,20 +20,19 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from ncsn import storage
 from ncsn.config import Config
 from ncsn.data.format import load_manifest
 from ncsn.data.training_images import WINDOW_BYTES
 from ncsn.errors import InvalidValue, NotFound
 from ncsn.model import build
 from ncsn.model.checkpoint import DamagedError
-from ncsn.model.checkpoint_store import CHECKPOINTS, NEWEST, CheckpointStore
+from ncsn.model.checkpoint_store import NEWEST, CheckpointStore
+from ncsn.runs.folder import TrainingFolder
 from ncsn.storage.heartbeat import LeaseExpired
 from ncsn.storage.retry import RETRY, limited
 from ncsn.training.context import WorkerContext
 from ncsn.training.loop import TrainingJob, TrainOutcome, train_loop
 
-HUNG = "hung"  # folder of a run with the stacks of workers that hung
 LOOK_SECONDS = 10.0  # at a node that is full
 SLOWEST_READ = 5e6  # bytes of images per second that a node reads from a slow store
 
@@ -57,7 +56,7 @@ def attempt(job: TrainingJob, run_uri: str, context: Callable[[], WorkerContext]
     try:
         worker = context()
         build.tune_cuda(worker.device)
-        worker.hung = storage.join(run_uri, HUNG)
+        worker.hung = TrainingFolder(run_uri).hung
         return train_loop(job, worker, checkpoint_store(job.config, run_uri))
     except _TRANSIENT:
         raise
@@ -74,7 +73,7 @@ def patience(job: TrainingJob) -> float:
 
 def checkpoint_store(config: Config, run_uri: str) -> CheckpointStore:
     """The checkpoints of a run, of which as many stay as the config says."""
-    uri, keep = storage.join(run_uri, CHECKPOINTS), config.train.keep_checkpoints
+    uri, keep = TrainingFolder(run_uri).checkpoints, config.train.keep_checkpoints
     return CheckpointStore(uri, keep=NEWEST, thin_every=1) if keep == "all" else CheckpointStore(uri, keep=keep)
 
 
@@ -187,6 +186,6 @@ def _cause(error: Exception) -> Exception:
 def _newest_checkpoint(run_uri: str) -> str:
     try:
         with limited(0):
-            return next(CheckpointStore(storage.join(run_uri, CHECKPOINTS)).resumable(), "the start")
+            return next(CheckpointStore(TrainingFolder(run_uri).checkpoints).resumable(), "the start")
     except OSError:
         return "its last checkpoint"

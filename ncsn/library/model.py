@@ -69,12 +69,11 @@ class ScoreModel:
             name, trained = _registered(place, device)
             return cls(trained, origin=name)
         uri = storage.absolute(place)
-        for folder in (uri, storage.join(storage.absolute(DEFAULT_ROOT), "runs", place)):
+        for folder in (uri, RunFolder(storage.absolute(DEFAULT_ROOT), place).uri):
             if any(storage.exists(storage.join(folder, name)) for name in (INDEX, TRAINED_CONFIG)):
                 return cls(load_checkpoint_or_model(folder, device=device), origin=folder)
-            root, _, run = folder.rpartition("/runs/")
-            if root and storage.exists(RunFolder(root, run).config):
-                checkpoint = _checkpoint(RunFolder(root, run))
+            if (run := RunFolder.of(folder)) and run.uri == folder and storage.exists(run.config):
+                checkpoint = _checkpoint(run)
                 return cls(load_checkpoint_or_model(checkpoint, device=device), origin=checkpoint)
         raise NotFound("address", "no model here", hint=hint, value=place)
 

@@ -36,8 +36,8 @@ from ncsn.model.checkpoint import (
     verify,
     write_index,
 )
+from ncsn.runs.folder import WIDTHS, RunFolder, TrainingFolder
 
-WIDTHS = "widths"
 MOST_FLOAT16 = 6e4  # of a weight; float16 ends at 65,504
 _KEY = "sampling.relative_width"
 POOR = 0.1  # relative error of a weight profile from which on the average is another one than was asked for
@@ -94,9 +94,9 @@ def build_average(checkpoint: str, *, relative_width: float) -> str:
 
     It ends at the checkpoint's images and has all but the weights from there. It is made once.
     """
-    run, _, name = checkpoint.rpartition("/")
-    seen, folder = images_seen_at(name), storage.join(run.rpartition("/")[0], "ema")
-    target = storage.join(folder, WIDTHS, f"{relative_width:g}-{name}")
+    name, trained = checkpoint.rpartition("/")[2], TrainingFolder.of(checkpoint)
+    seen, folder = images_seen_at(name), trained.averages
+    target = storage.join(trained.built, f"{relative_width:g}-{name}")
     if storage.exists(storage.join(target, INDEX)):
         return target
     times = snapshots(folder)
@@ -162,10 +162,6 @@ def _combined(folder: str, parts: Sequence[str], coefficients: Sequence[float]) 
     return weights
 
 
-# Folders of a run with checkpoints; of the same weights the first is taken.
-_PLACES = ("checkpoints", "selected")
-
-
 @dataclass(frozen=True)
 class Weights:
     """EMA weights to sample from."""
@@ -176,18 +172,17 @@ class Weights:
     relative_width: float | None  # of an average that was put together after training
 
 
-def find_weights(run: str) -> list[Weights]:
-    """All different EMA weights below the folder of a run, by images seen and relative width."""
+def find_weights(trained: TrainingFolder | RunFolder) -> list[Weights]:
+    """All different EMA weights of a training, by images seen and relative width; of the same ones the first place."""
     places: list[tuple[str, str, float | None]] = [
-        (storage.join(run, place, name), name, None)
-        for place in _PLACES
-        for name in storage.list_names(storage.join(run, place))
+        (storage.join(place, name), name, None)
+        for place in (trained.checkpoints, trained.selected)
+        for name in storage.list_names(place)
         if FOLDER_NAME.fullmatch(name)
     ]
-    built = storage.join(run, "ema", WIDTHS)
-    for name in storage.list_names(built):
+    for name in storage.list_names(trained.built):
         width, _, end = name.partition("-")
-        places.append((storage.join(built, name), end, float(width)))
+        places.append((storage.join(trained.built, name), end, float(width)))
     found: dict[str, Weights] = {}
     for uri, name, relative_width in places:
         index = storage.find_json(storage.join(uri, INDEX))

@@ -17,7 +17,6 @@ from pathlib import Path
 from ncsn import storage
 from ncsn.model import checkpoint
 
-CHECKPOINTS = "checkpoints"
 NEWEST = 3  # of the checkpoints that stay whole where all are kept
 
 _NAME = re.compile(rf"{checkpoint.FOLDER_NAME.pattern}|{checkpoint.RESUME}\d+")

@@ -29,7 +29,7 @@ from packaging.requirements import Requirement
 from ncsn import storage
 from ncsn.errors import Problem, UserError
 from ncsn.process import CODE, KFP_RUN_ID
-from ncsn.runs.folder import RunFolder, StepError, update_step
+from ncsn.runs.folder import RunFolder, StepError, Store, update_step
 
 PACKAGES = ("ncsn", "components", "pipelines")
 
@@ -67,7 +67,7 @@ def publish_code(root: str) -> None:
             member.compress_type, member.external_attr = zipfile.ZIP_DEFLATED, 0o644 << 16
             archive.writestr(member, content)
     data = buffer.getvalue()
-    uri = storage.join(storage.absolute(root), "code", f"{hashlib.sha256(data).hexdigest()}.zip")
+    uri = storage.join(Store(storage.absolute(root)).code, f"{hashlib.sha256(data).hexdigest()}.zip")
     storage.write_bytes(uri, data)
     os.environ[CODE] = uri
 

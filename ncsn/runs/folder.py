@@ -1,4 +1,4 @@
-"""The folder of a run: its paths, the claim of its name, and what it holds of each step, of their cost and of the end.
+"""Where everything lies in a store; and of a run the claim of its name, and what it holds of each step, of their cost and of the end.
 
 A step may run in another process or on another machine than the command that waits for it, so all of this travels
 through the store. Each step has one record, `step.json`. One process writes it at a time: the driver of the step while
@@ -23,9 +23,10 @@ from ncsn.process import KFP_RUN_ID, utc_now
 from ncsn.runs.steps import OWN, STEP_INFO, STEPS, STEPS_BY_WORKERS, TUNE
 from ncsn.storage.heartbeat import LeaseExpired
 
-RUNS, BEGUN = "runs", "begun"  # folders of a store
 DEFAULT_ROOT: str = Config.model_fields["storage"].default.root  # the store if no option names one
 RUN_PATTERN = re.compile(r"[a-z0-9]([a-z0-9_.-]{0,61}[a-z0-9])?")
+INDEX = "checkpoint.json"  # of a checkpoint, written last
+WIDTHS = "widths"  # folder of averages of other widths
 State = Literal["", "RUNNING", "FINISHED", "FAILED", "KILLED"]  # as in MLflow; empty before the first attempt
 STOPPED: dict[type[BaseException], str] = {SystemExit: "terminated", KeyboardInterrupt: "interrupted"}
 _LEVELS = {"noise.sigma_1", "noise.sigma_L", "noise.num_levels"}
@@ -36,17 +37,53 @@ class ForeignRun(UserError):
 
 
 class _Below:
-    """The URI of what has this name in a run's folder."""
+    """The URI of what has this name in a folder."""
 
     def __init__(self, name: str) -> None:
         self._name = name
 
-    def __get__(self, folder: RunFolder, owner: type[RunFolder]) -> str:
+    def __get__(self, folder: Any, owner: type) -> str:
         return storage.join(folder.uri, self._name)
 
 
 @dataclass(frozen=True)
-class RunFolder:
+class Store:
+    """What lies at the root of a store."""
+
+    uri: str
+
+    runs = _Below("runs")
+    begun = _Below("begun")  # for each run an empty file with the date of the last beginning of a step
+    datasets = _Below("datasets")  # by source and digest
+    code = _Below("code")  # the archives of `--code`, by their digest
+    generated = _Below("generated")  # images of registered models
+    guides = _Below("guides")  # copies of the registered models that guide these
+
+
+class _Trained:
+    """The URIs of what a training leaves in its folder."""
+
+    checkpoints = _Below("checkpoints")
+    averages = _Below("ema")  # snapshots of two EMAs
+    built = _Below(f"ema/{WIDTHS}")  # EMAs put together from them
+    selected = _Below("selected")  # copies of the checkpoints that were chosen
+    hung = _Below("hung")  # stacks of workers that hung
+
+
+@dataclass(frozen=True)
+class TrainingFolder(_Trained):
+    """The folder of a run, or of a trial of a search."""
+
+    uri: str
+
+    @classmethod
+    def of(cls, checkpoint: str) -> TrainingFolder:
+        """The folder that a checkpoint of training is in."""
+        return cls(checkpoint.rsplit("/", 2)[0])
+
+
+@dataclass(frozen=True)
+class RunFolder(_Trained):
     """The URIs of a run's files."""
 
     root: str
@@ -55,22 +92,26 @@ class RunFolder:
     config = _Below("config.yaml")  # owns the name of the run
     status = _Below("status.json")  # how the run ended
     steps = _Below("steps")  # the records of each step
-    checkpoints = _Below("checkpoints")
-    averages = _Below("ema")  # snapshots of two EMAs, and EMAs put together from them
     samples = _Below("samples")  # by the checkpoint's digest and the sampler's
     history = _Below("history.json")  # the training curves
     previews = _Below("previews")  # images that training made of itself
     start = _Below("start")  # the weights that training starts from, if it starts from a trained network
+    guides = _Below("guides")  # copies of the registered models that guide samples
     report = _Below("report")
     evaluation = _Below("evaluation")  # the metrics
     selection = _Below("selection")  # the scores of checkpoints and the choice among them
-    selected = _Below("selected")  # copies of the checkpoints that were chosen
     search = _Below("search")  # a search and its result
 
     @property
     def uri(self) -> str:
         """The folder itself."""
-        return storage.join(self.root, RUNS, self.run)
+        return storage.join(Store(self.root).runs, self.run)
+
+    @classmethod
+    def of(cls, uri: str) -> RunFolder | None:
+        """The run that something is in, whether or not it is there."""
+        found = re.fullmatch(rf"(.+)/runs/({RUN_PATTERN.pattern})(/.*)?", uri)
+        return cls(found[1], found[2]) if found else None
 
     @property
     def options(self) -> str:
@@ -82,7 +123,7 @@ class RunFolder:
     def begun(self) -> str:
         """An empty file, whose date is that of the last beginning of a step: runs are listed by it."""
         # Beside the runs, since S3 gives the dates of a folder's files with their names, and of its folders none.
-        return storage.join(self.root, BEGUN, self.run)
+        return storage.join(Store(self.root).begun, self.run)
 
     def preview(self, images_seen: int) -> str:
         """The preview at this many training images, a PNG file."""
@@ -104,6 +145,33 @@ def run_folder(config: Config, run: str) -> RunFolder:
             value=run,
         )
     return RunFolder(root=storage.absolute(config.storage.root), run=run)
+
+
+def run_of(path: str) -> str:
+    """The run that a path below the root belongs to; empty for other paths."""
+    return path.split("/")[1] if path.startswith("runs/") else ""
+
+
+def folder_of(path: str) -> str:
+    """The path of the folder of that run."""
+    return f"runs/{run_of(path)}"
+
+
+# Files of a store by the place that they belong to, which is the first group.
+OF_RUN = r"runs/([^/]+)/.+"
+CONFIG = r"(runs/[^/]+/config\.yaml)"
+RECORD = r"(runs/[^/]+/steps/[^/]+/step\.json)"
+OF_CHECKPOINT = r"(runs/.+/(?:checkpoints|ema|selected)/(?:images|resume)-\d+)/.+"
+OF_TRAINING = r"(runs/[^/]+/checkpoints/(?:images|resume)-\d+)/.+"
+OF_SAMPLES = r"(runs/[^/]+/samples)/.+"
+OF_TRIAL = r"(runs/[^/]+/search/trials/[^/]+/[^/]+/checkpoints)/.+"
+DATASET = r"([^/.][^/]*/[^/.]+)/.+"  # below `Store.datasets`
+OF_DATASET = rf"(datasets/{DATASET.removeprefix('(')}"
+OF_FEATURES = r"(datasets/[^/]+/[^/]+/reference/[^/]+)/.+"
+ARCHIVE = r"(code/[^/.]+\.zip)"
+TEMPORARY = rf"((?:.+?/)?(?:{storage.TEMPORARY}))(?:/.*)?"
+# A URI in a text, by what follows the root of the store; of one with such a word in its root, also the rest.
+NAMED = r"(?=(?<![\w-])((?:runs|datasets|code)/[^\s\"'\\]+))"
 
 
 def claim_run(config: Config, run: str) -> RunFolder:

@@ -19,7 +19,7 @@ from ncsn.data.sources import open_source
 from ncsn.data.sources.base import NO_FILES, source_fingerprint
 from ncsn.progress import Progress
 from ncsn.remote.backend import say
-from ncsn.runs.folder import ForeignRun, RunFolder, claim_run, read_step, run_folder, update_step
+from ncsn.runs.folder import ForeignRun, RunFolder, Store, claim_run, read_step, run_folder, update_step
 from ncsn.steps.step import Step
 
 
@@ -47,7 +47,7 @@ def run(config: Config, *, run: str, inputs: Mapping[str, Any] | None = None) ->
         return result
     with step.work(config) as (progress, tracked):
         # Named after the source, not the experiment, so that experiments on the same images share one dataset.
-        datasets = storage.join(step.folder.root, "datasets", config.data.source)
+        datasets = storage.join(Store(step.folder.root).datasets, config.data.source)
         dataset = write_images(config, datasets, fingerprint=inputs["files"], progress=progress)
         manifest = dataset.manifest
         tracked.log_dataset(manifest.name, digest=manifest.digest, uri=dataset.uri)
@@ -81,7 +81,7 @@ def agreed_inputs(config: Config, folder: RunFolder) -> Mapping[str, Any]:
         return before
     if inputs["files"] != before["files"]:
         say(f"data.root is not as run {folder.run} has read it: reading the images, to compare them")
-        datasets = storage.join(folder.root, "datasets", config.data.source)
+        datasets = storage.join(Store(folder.root).datasets, config.data.source)
         found = write_images(config, datasets, fingerprint=inputs["files"])
         if (digest := found.manifest.digest) != stored["digest"]:
             difference = f"has read other images than those of data.root: {_difference(stored['uri'], found.uri)}"

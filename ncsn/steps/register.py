@@ -52,7 +52,7 @@ def run(config: Config, *, run: str, checkpoint: str, evaluation: str) -> Regist
     checkpoint = ensure_average(checkpoint, config)
     loaded = checkpoints.load_checkpoint(checkpoint)
     config = checkpoints.require_same_training(loaded.config, config, origin=checkpoint)
-    config = registry.copy_guide(config, near=step.folder.uri)
+    config = registry.copy_guide(config, folder=step.folder.guides)
     loaded = replace(loaded, config=config, guide=guide_of(loaded, config.sampling))
     measured = storage.absolute_uris(storage.read_json(evaluation), step.folder.root)
     manifest = _require_own_evaluation(measured, loaded, checkpoint)

@@ -59,7 +59,7 @@ def run(config: Config, *, run: str, evaluation: str) -> ReportResult:
     loaded = checkpoints.load_checkpoint(samples["checkpoint"])
     config = checkpoints.require_same_training(loaded.config, config, origin=samples["checkpoint"])
     sources = ReportSources(
-        config=copy_guide(config, near=step.folder.uri),
+        config=copy_guide(config, folder=step.folder.guides),
         folder=step.folder,
         checkpoint=loaded,
         evaluation=measured,

@@ -67,7 +67,7 @@ def run(
     trained = checkpoints.load_checkpoint(checkpoint)
     config = checkpoints.require_same_training(trained.config, config, origin=checkpoint)
     require_label(config.sampling.label, trained.classes)
-    config = copy_guide(config, near=step.folder.uri)
+    config = copy_guide(config, folder=step.folder.guides)
     guide = guide_of(trained, config.sampling)
     facts = sampling_facts(with_precision(config.sampling, trained, config.compute.device), guide)
     uri = storage.join(step.folder.samples, trained.digest, storage.digest(facts, 12))

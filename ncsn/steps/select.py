@@ -59,8 +59,8 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> 
     """
     step = Step("select", config, run, SelectResult)
     manifest = load_manifest(dataset)
-    config = copy_guide(step.fix_noise_levels(config, manifest), near=step.folder.uri)
-    found = find_weights(step.folder.uri)
+    config = copy_guide(step.fix_noise_levels(config, manifest), folder=step.folder.guides)
+    found = find_weights(step.folder)
     if not found:
         raise NotFound(step.folder.checkpoints, "no checkpoint", hint="run `ncsn train` first")
     inputs = {

@@ -64,7 +64,7 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> 
     config = step.fix_noise_levels(config, manifest)
     # Trials that grew would take the resources of those that wait.
     compute = config.compute.model_copy(update={"num_workers": config.compute.min_workers})
-    config = copy_guide(config.model_copy(update={"compute": compute}), near=step.folder.uri)
+    config = copy_guide(config.model_copy(update={"compute": compute}), folder=step.folder.guides)
     require_classes(config, manifest, dataset)
     assert config.search is not None
     scored_by = {

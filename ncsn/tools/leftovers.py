@@ -21,10 +21,11 @@ from ncsn import storage
 from ncsn.config import ConfigError, from_yaml
 from ncsn.data.format import MANIFEST
 from ncsn.errors import UserError
-from ncsn.runs.folder import BEGUN, RUN_PATTERN, RUNS
+from ncsn.runs import folder
+from ncsn.runs.folder import RUN_PATTERN, Store
 from ncsn.runs.steps import TUNE
 from ncsn.storage import Entry
-from ncsn.tools.listing import DATASETS, at_once, begun, grouped
+from ncsn.tools.listing import at_once, begun, grouped
 from ncsn.tracking.client import client_at
 from ncsn.tracking.deleted import delete_artifacts, deleted_artifacts, every_version, sampled_runs
 
@@ -40,19 +41,7 @@ CLASSES = {
 }
 _QUIET_SECONDS = 86400.0  # a run whose pod waits for room changes nothing, and a stopped one may go on the next morning
 _LOOK_SECONDS = 5.0  # between two looks for steps that have begun
-_INDEX = "checkpoint.json"
-_MARKERS = (MANIFEST, _INDEX, "reference.json")  # without its own, a folder is not complete
-# A URI in a text, by what follows the root of the store; of one with such a word in its root, also the rest.
-_NAMED = re.compile(rf"(?=(?<![\w-])((?:{RUNS}|{DATASETS}|code)/[^\s\"'\\]+))")
-# Files by the place that they belong to.
-_RUN, _CONFIG = rf"{RUNS}/([^/]+)/.+", rf"({RUNS}/[^/]+/config\.yaml)"
-_RECORD = rf"({RUNS}/[^/]+/steps/[^/]+/step\.json)"
-_TEMPORARY = rf"((?:.+?/)?(?:{storage.TEMPORARY}))(?:/.*)?"
-_CHECKPOINT = rf"({RUNS}/.+/(?:checkpoints|ema|selected)/(?:images|resume)-\d+)/.+"
-_CODE = r"(code/[^/.]+\.zip)"
-_OF_TRAINING = rf"({RUNS}/[^/]+/checkpoints/(?:images|resume)-\d+)/.+"
-_SAMPLES, _TRIAL = rf"({RUNS}/[^/]+/samples)/.+", rf"({RUNS}/[^/]+/search/trials/[^/]+/[^/]+/checkpoints)/.+"
-_DATASET, _FEATURES = rf"({DATASETS}/[^/.][^/]*/[^/.]+)/.+", rf"({DATASETS}/[^/]+/[^/]+/reference/[^/]+)/.+"
+_MARKERS = (MANIFEST, folder.INDEX, "reference.json")  # without its own, a folder is not complete
 _Candidate = tuple[str, str, list[Entry]]  # what may go unless somebody refers to it: class, place and files
 
 
@@ -71,35 +60,35 @@ def find_leftovers(root: str, registry: str) -> tuple[list[Leftover], dict[str, 
     versions, sampled = every_version(client), sampled_runs(client, root)
     tags = [version.tags for version in versions]
     files = storage.list_entries(root, files=True)
-    runs = {run: held for run, held in grouped(_RUN, files).items() if RUN_PATTERN.fullmatch(run)}
+    runs = {run: held for run, held in grouped(folder.OF_RUN, files).items() if RUN_PATTERN.fullmatch(run)}
     if began and not runs:  # A store whose disk with the runs is not mounted looks the same.
-        hint = f"find them, or delete {storage.join(root, BEGUN)} if they are gone for good"
-        raise UserError(storage.join(root, RUNS), "has none of the runs that have begun", hint=hint)
+        hint = f"find them, or delete {Store(root).begun} if they are gone for good"
+        raise UserError(Store(root).runs, "has none of the runs that have begun", hint=hint)
     records = dict(zip(runs, at_once(partial(_read, root), [*runs.values()]), strict=True))
     # By place the runs that name it, and those that name it or something in it; "" for versions.
     whole, named = defaultdict[str, set[str]](set), defaultdict[str, set[str]](set)
     for who, said in [("", tags), *records.items()]:
-        for path in map(PurePosixPath, _NAMED.findall(json.dumps(said))):
+        for path in map(PurePosixPath, re.findall(folder.NAMED, json.dumps(said))):
             whole[str(path)].add(who)
             for place in (path, *path.parents):
                 named[str(place)].add(who)
     active = {run for run, when in began.items() if time.time() - when < _QUIET_SECONDS}
     active |= {run for run, held in runs.items() if not _is_quiet(held)}
     registered = {each.get("ncsn.run") for each in tags}
-    candidates = [("code", *each) for each in grouped(_CODE, files).items() if _is_quiet(each[1])]
-    candidates += _cut([entry for entry in files if _run_of(entry.path) not in active])
+    candidates = [("code", *each) for each in grouped(folder.ARCHIVE, files).items() if _is_quiet(each[1])]
+    candidates += _cut([entry for entry in files if folder.run_of(entry.path) not in active])
     for run in runs.keys() - active:
         candidates += _surplus(root, runs[run]) + _lost(root, runs[run], records[run])
         if run in sampled and run not in registered:
-            candidates += [("samples", *each) for each in grouped(_SAMPLES, runs[run]).items()]
+            candidates += [("samples", *each) for each in grouped(folder.OF_SAMPLES, runs[run]).items()]
     # An active run may read any dataset until it has recorded its own.
     if all(records.get(run, {}).get("ingest", {}).get("result") for run in active):
         candidates += _of_datasets(files, named, active, tags)
     found = [
         Leftover(kind, storage.join(root, place), sum(entry.size for entry in held))
         for kind, place, held in candidates
-        if not named[place] - ({_run_of(place)} if kind == "samples" else set())
-        if not whole[f"{RUNS}/{_run_of(place)}"] - {_run_of(place), ""}  # Another run reads the whole folder.
+        if not named[place] - ({folder.run_of(place)} if kind == "samples" else set())
+        if not whole[folder.folder_of(place)] - {folder.run_of(place), ""}  # Another run reads the whole folder.
         if not _is_linked(root, place)
     ]
     found += [Leftover("artifacts", uri, size) for uri, size in deleted_artifacts(client, root, versions)]
@@ -129,15 +118,12 @@ def delete_leftovers(
 
 def _read(root: str, held: Iterable[Entry]) -> dict[str, Any]:
     """What a run has recorded: of each step, and its config."""
-    found = {place.split("/")[3]: storage.read_json(storage.join(root, place)) for place in grouped(_RECORD, held)}
-    for place in grouped(_CONFIG, held):
+    found = {
+        place.split("/")[3]: storage.read_json(storage.join(root, place)) for place in grouped(folder.RECORD, held)
+    }
+    for place in grouped(folder.CONFIG, held):
         found["config"] = storage.read_text(storage.join(root, place))
     return found
-
-
-def _run_of(place: str) -> str:
-    """The run that a place belongs to; empty for other places."""
-    return place.split("/")[1] if place.startswith(f"{RUNS}/") else ""
 
 
 def _cut(files: Sequence[Entry]) -> list[_Candidate]:
@@ -145,7 +131,11 @@ def _cut(files: Sequence[Entry]) -> list[_Candidate]:
     paths = {entry.path for entry in files}
     return [
         ("temporary", place, held)
-        for pattern, marker in ((_TEMPORARY, ""), (_CHECKPOINT, _INDEX), (_DATASET, MANIFEST))
+        for pattern, marker in (
+            (folder.TEMPORARY, ""),
+            (folder.OF_CHECKPOINT, folder.INDEX),
+            (folder.OF_DATASET, MANIFEST),
+        )
         for place, held in grouped(pattern, files).items()
         if f"{place}/{marker}" not in paths and _is_quiet(held)
     ]
@@ -153,8 +143,8 @@ def _cut(files: Sequence[Entry]) -> list[_Candidate]:
 
 def _surplus(root: str, files: Sequence[Entry]) -> list[_Candidate]:
     """Checkpoints that training would have deleted."""
-    paths, checkpoints = {entry.path for entry in files}, grouped(_OF_TRAINING, files)
-    whole = [place for place in checkpoints if f"{place}/{_INDEX}" in paths]
+    paths, checkpoints = {entry.path for entry in files}, grouped(folder.OF_TRAINING, files)
+    whole = [place for place in checkpoints if f"{place}/{folder.INDEX}" in paths]
     whole.sort(key=lambda place: int(place.rpartition("-")[2]))
     images = [place for place in whole if "/images-" in place]
     if not images:
@@ -171,7 +161,7 @@ def _surplus(root: str, files: Sequence[Entry]) -> list[_Candidate]:
 def _lost(root: str, files: Sequence[Entry], records: Mapping[str, Any]) -> list[_Candidate]:
     """Checkpoints of the trials that a search which has ended did not choose."""
     found, tuned = list[_Candidate](), records.get(TUNE, {})
-    for place, held in grouped(_TRIAL, files).items() if tuned.get("state") == "FINISHED" else ():
+    for place, held in grouped(folder.OF_TRIAL, files).items() if tuned.get("state") == "FINISHED" else ():
         trial = storage.find_json(storage.join(root, place.rpartition("/")[0], "trial.json"))
         if trial is not None and trial["values"] != tuned["result"]["values"]:
             found.append(("trials", place, held))
@@ -185,10 +175,10 @@ def _of_datasets(
     # By digests and the beginnings of fingerprints, since the tags of a store that was moved have its old addresses.
     needed = {each.get("dataset.digest") for each in tags} | {each.get("eval.fingerprint", "")[:16] for each in tags}
     whole = grouped(rf"(.+)/{MANIFEST}", files)
-    for place, held in grouped(_DATASET, files).items():
+    for place, held in grouped(folder.OF_DATASET, files).items():
         if place in whole and not named[place] and place.rpartition("/")[2] not in needed and _is_quiet(held):
             yield "datasets", place, held
-    for place, held in grouped(_FEATURES, files).items():
+    for place, held in grouped(folder.OF_FEATURES, files).items():
         users = named[place.rpartition("/reference/")[0]]  # without any, the dataset goes
         if users and not users & active and place.rpartition("/")[2] not in needed and _is_quiet(held):
             yield "features", place, held

@@ -20,7 +20,7 @@ from ncsn.data.format import MANIFEST, load_manifest
 from ncsn.errors import UserError
 from ncsn.progress import read_progress
 from ncsn.report.words import result_line
-from ncsn.runs.folder import BEGUN, RUN_PATTERN, RUNS, RunFolder, read_outcome, read_step
+from ncsn.runs.folder import DATASET, RUN_PATTERN, RunFolder, Store, read_outcome, read_step
 from ncsn.runs.steps import STEP_INFO
 from ncsn.storage import Entry
 from ncsn.tracking.client import client_at
@@ -29,7 +29,6 @@ from ncsn.tracking.promotion import DECISION, SCHEME, resolve_version
 
 MOST = 50  # of the newest that are listed
 _QUIET_SECONDS = 3600.0  # without a change for so long, nobody works on a run: it renews a lease and its progress
-DATASETS, DATASET = "datasets", r"([^/.][^/]*/[^/.]+)/.+"  # folder of a store, and files of a dataset below it
 _AT_ONCE = 16  # requests to the store
 T = TypeVar("T")
 R = TypeVar("R")
@@ -56,12 +55,12 @@ def at_once(call: Callable[[T], R], each: Sequence[T]) -> list[R]:
 
 def begun(root: str) -> dict[str, float]:
     """Run -> when one of its steps last began, by the clock of the store."""
-    return {entry.path: entry.changed for entry in storage.list_entries(storage.join(root, BEGUN))}
+    return {entry.path: entry.changed for entry in storage.list_entries(Store(root).begun)}
 
 
 def list_runs(root: str) -> tuple[list[Item], int]:
     """The newest runs, and the number of all."""
-    held, dated = at_once(storage.list_entries, [storage.join(root, place) for place in (RUNS, BEGUN)])
+    held, dated = at_once(storage.list_entries, [Store(root).runs, Store(root).begun])
     dates = {entry.path: entry.changed for entry in held if not entry.is_file and RUN_PATTERN.fullmatch(entry.path)}
     dates |= {entry.path: entry.changed for entry in dated if entry.path in dates}
 
@@ -117,7 +116,7 @@ def grouped(pattern: str, entries: Iterable[Entry]) -> dict[str, list[Entry]]:
 
 def list_datasets(root: str, wanted: str = "") -> tuple[list[Item], int]:
     """The newest datasets whose digest begins with `wanted` or that have this name or URI, and the number of all."""
-    place = storage.join(root, DATASETS)
+    place = Store(root).datasets
     wanted = wanted.removeprefix(f"{place}/")
     groups = {
         name: files

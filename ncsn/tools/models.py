@@ -19,6 +19,7 @@ from ncsn.model.classes import require_label
 from ncsn.model.generate import evaluations_per_image, guide_of, sampling_facts, with_precision
 from ncsn.model.trained import TRAINED_CONFIG, load_model
 from ncsn.progress import Progress
+from ncsn.runs.folder import Store
 from ncsn.steps.sample import class_rows, first_images_png
 from ncsn.tracking.client import SQLITE, client_at, mlflow_errors, shown
 from ncsn.tracking.promotion import resolve_version
@@ -56,7 +57,7 @@ def sample_model(
     with storage.scratch_folder(root) as scratch:
         weights = fetch_weights(registry, version, scratch)
         trained = load_model(weights, origin=model)
-        config = copy_guide(_config(trained, overrides, origin=model), near=root, registry=registry)
+        config = copy_guide(_config(trained, overrides, origin=model), folder=Store(root).guides, registry=registry)
         source = {
             "model": model,
             "registry": shown(registry).removeprefix(SQLITE),
@@ -66,7 +67,7 @@ def sample_model(
             ),
         }
         source = storage.relative_uris(source, root)
-        folder = storage.join(root, "generated", version.name, str(version.version), storage.digest(source, 12))
+        folder = storage.join(Store(root).generated, version.name, str(version.version), storage.digest(source, 12))
         storage.write_json(storage.join(folder, MANIFEST), source, indent=1)
         storage.publish_folder(weights, storage.join(folder, MODEL_FOLDER), marker=TRAINED_CONFIG)
     shards = plan_shards(config, checkpoint=storage.join(folder, MODEL_FOLDER), folder=folder)

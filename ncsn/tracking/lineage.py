@@ -17,6 +17,7 @@ from ncsn import storage
 from ncsn.config.schema import MODEL_NAME_PATTERN
 from ncsn.process import CODE, CONTAINER_IMAGE, IMAGE_VARIABLE, KFP_RUN_ID
 from ncsn.runs.code import origin
+from ncsn.runs.folder import RunFolder
 from ncsn.tracking.client import quoted, tag_filter
 from ncsn.tracking.promotion import SCHEME, resolve_version
 
@@ -45,7 +46,6 @@ SHOWN = (
     *("dataset.", "checkpoint.", "samples.", "evaluation.", "eval.", "report.", "tune.", "gate.promoted"),
     *("gate.reason", "promot", "rolled_back", "mlflow.source.git", "mlflow.docker", "ncsn.code."),
 )
-_RUN_FOLDER = re.compile(r"(?P<root>.+)/runs/(?P<run>[^/]+)(/.*)?")
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,8 @@ def _queries(identifier: str) -> Iterator[str]:
         uri = storage.absolute(identifier)
         for tag in URIS:
             yield tag_filter({tag: uri})
-        if place := _RUN_FOLDER.fullmatch(uri):
-            yield tag_filter({"ncsn.root": place["root"], "ncsn.run": place["run"]})
+        if place := RunFolder.of(uri):
+            yield tag_filter({"ncsn.root": place.root, "ncsn.run": place.run})
 
 
 def _chain(client: MlflowClient, run: Run, above: Mapping[str, str]) -> Link:

@@ -186,10 +186,10 @@ def load_version(uri: str, address: str, *, device: str | torch.device) -> tuple
         return name, load_model(fetch_weights(uri, version, Path(folder)), origin=name, device=device)
 
 
-def copy_guide(config: Config, *, near: str, registry: str | None = None) -> Config:
+def copy_guide(config: Config, *, folder: str, registry: str | None = None) -> Config:
     """The config with an address of the network of autoguidance that needs no registry.
 
-    A registered model is copied to `<near>/guides`; `registry` is by default that of the config.
+    A registered model is copied into the `folder`; `registry` is by default that of the config.
     """
     guidance = config.sampling.guidance
     if not isinstance(guidance, AutoguidanceConfig):
@@ -199,7 +199,6 @@ def copy_guide(config: Config, *, near: str, registry: str | None = None) -> Con
         uri = registry or tracking_uri(config)
         with mlflow_errors(uri):
             version = resolve_version(client_at(uri), guidance.checkpoint)
-            folder = storage.join(near, "guides")
             copy = storage.join(folder, f"{version.name}-{version.version}")
             if not storage.exists(storage.join(copy, TRAINED_CONFIG)):
                 with storage.scratch_folder(folder) as scratch:

@@ -16,6 +16,7 @@ from ncsn.core.images import fit_moments
 from ncsn.core.training import TrainState
 from ncsn.model import averages, build, checkpoint
 from ncsn.model.averages import build_average, ensure_average
+from ncsn.runs.folder import TrainingFolder
 
 TEXT = """
 name: tiny
@@ -103,7 +104,7 @@ def test_an_average_of_another_width_is_near_the_one_that_was_not_stored(
     assert worst({name: weights[name] for name in wanted}, wanted) < 0.02
     assert loaded.digest != checkpoint.load_checkpoint(str(folder)).digest
     assert build_average(str(folder), relative_width=0.15) == built
-    (found,) = (each for each in averages.find_weights(str(folder.parents[1])) if each.relative_width)
+    (found,) = (each for each in averages.find_weights(TrainingFolder(str(folder.parents[1]))) if each.relative_width)
     assert (found.uri, found.relative_width, found.images_seen) == (built, 0.15, 800)
 
 

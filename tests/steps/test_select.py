@@ -72,7 +72,7 @@ def test_older_checkpoints_keep_what_images_need(trained: RunFolder) -> None:
     whole = [storage.exists(storage.join(trained.checkpoints, name, "optimizer.safetensors")) for name in names]
     assert whole == [False, False, True, True, True]
     assert load_checkpoint(storage.join(trained.checkpoints, names[0])).images_seen == 32
-    found = find_weights(trained.uri)
+    found = find_weights(trained)
     assert [each.images_seen for each in found] == [32, 64, 96, 128, 160, 160, 160]
     assert [each.relative_width for each in found][-3:] == [None, 0.08, 0.15]
 

@@ -100,10 +100,10 @@ def test_a_registered_model_is_copied_to_guide_another(config, checkpoint, make_
     with step_run(config, run="guides", step="register") as tracked:
         registry.register(tracked, candidate(checkpoint, "guides"))
     guided = make_config("sampling.guidance={kind: autoguidance, checkpoint: 'models:/guides/1'}")
-    settled = registry.copy_guide(guided, near=str(tmp_path / "run"))
+    settled = registry.copy_guide(guided, folder=str(tmp_path / "run/guides"))
     guide = load_checkpoint_or_model(settled.sampling.guidance.checkpoint)
     assert weights_digest(guide.network) == weights_digest(checkpoint.network)
-    assert registry.copy_guide(guided, near=str(tmp_path / "run")) == settled
+    assert registry.copy_guide(guided, folder=str(tmp_path / "run/guides")) == settled
 
 
 REQUESTS = (
