@@ -1,4 +1,4 @@
-"""Where everything lies in a store; and of a run the claim of its name, and what it holds of each step, of their cost and of the end.
+"""Where everything lies in a store, and what a run holds: its name's owner, a record of each step, cost and end.
 
 A step may run in another process or on another machine than the command that waits for it, so all of this travels
 through the store. Each step has one record, `step.json`. One process writes it at a time: the driver of the step while
