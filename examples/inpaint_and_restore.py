@@ -15,14 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from matplotlib.figure import Figure
-from small_images import Images, Model, arguments, digits, fashion, train
-from torch import Tensor
-from torch.nn.functional import interpolate
-
-from ncsn.core.keyed_random import KeyedNoise
-from ncsn.core.samplers.chain import start
-from ncsn.core.samplers.langevin import inpaint
-from ncsn.core.samplers.restoration import (
+from restoration import (
     KnownPixels,
     Observation,
     Operator,
@@ -32,6 +25,13 @@ from ncsn.core.samplers.restoration import (
     peak_signal_to_noise,
     restored,
 )
+from small_images import Images, Model, arguments, digits, fashion, train
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from ncsn.core.keyed_random import KeyedNoise
+from ncsn.core.samplers.chain import start
+from ncsn.core.samplers.langevin import inpaint
 from ncsn.core.samplers.settings import KarrasHeun
 
 

@@ -15,13 +15,13 @@ import tempfile
 from pathlib import Path
 
 import torch
+from released import load_released_checkpoint, read_released_checkpoint
 from torch import Tensor, nn
 from torchvision.utils import save_image
 
 from ncsn.core.ema import Ema, step_decay
 from ncsn.core.keyed_random import KeyedNoise
 from ncsn.core.networks.refinenet import NcsnNetwork, NcsnV2Network
-from ncsn.core.networks.released import load_released_checkpoint, read_released_checkpoint
 from ncsn.core.noise_schedule import geometric_sigmas
 from ncsn.core.samplers.langevin import annealed_langevin
 

@@ -78,7 +78,7 @@ LEAST_MODULES, MOST_MODULES = 2, 14  # of a package
 
 # Lines of each part; a change that takes it 10 % over its budget has to say why.
 BUDGETS = {
-    "ncsn/core": 3814,
+    "ncsn/core": 3450,
     "ncsn/data": 2634,
     "ncsn/evaluation": 1683,
     "ncsn/steps ncsn/runs": 2875,
@@ -95,7 +95,7 @@ BUDGETS = {
     "ncsn/training": 949,
     "components pipelines": 960,
     "ncsn/storage": 757,
-    "examples": 1000,
+    "examples": 1132,
     "tests": 27401,
 }
 

@@ -16,9 +16,9 @@ import released_checkpoint
 import small_images
 import torch
 from PIL import Image
+from restoration import means
 
 from ncsn.core.noise_schedule import geometric_sigmas
-from ncsn.core.samplers.restoration import means
 
 SCRIPTS = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
 

@@ -36,11 +36,6 @@ def field_of(network: ScoreFunction | Fields, sigma: float) -> ScoreFunction:
     return cast("ScoreFunction", network) if field_at is None else field_at(sigma)
 
 
-def told(field: ScoreFunction, sigma: float) -> dict[str, float]:
-    """The argument `number` of a score function that has to know sigma as a number, and says so; else nothing."""
-    return {"number": sigma} if getattr(field, "takes_number", False) else {}
-
-
 def level_steps(sigmas: Tensor, epsilon: float, *, consistent: bool) -> list[tuple[float, float]]:
     """Step size a_i = epsilon sigma_i^2 / sigma_L^2 of each level and the deviation of its steps' noise.
 
@@ -76,7 +71,7 @@ def denoise_step(network: ScoreFunction | Fields, x: Tensor, *, level: int, sigm
 def score_at_level(network: ScoreFunction | Fields, x: Tensor, *, level: int, sigma: float) -> Tensor:
     """Score of a batch that is at one level, whose sigma it is, in x's type."""
     field, levels = field_of(network, sigma), torch.full((len(x),), level, dtype=torch.int64, device=x.device)
-    return field(x, levels, **told(field, sigma)).to(x.dtype)
+    return field(x, levels).to(x.dtype)
 
 
 @torch.no_grad()

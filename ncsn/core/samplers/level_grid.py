@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ncsn.core.losses import ScoreFunction
-from ncsn.core.samplers.langevin import Fields, field_of, score_at_level, told
+from ncsn.core.samplers.langevin import Fields, field_of, score_at_level
 from ncsn.core.samplers.settings import Spacing
 from ncsn.errors import InvalidValue
 
@@ -87,4 +87,4 @@ def spaced_sigmas(sigmas: Tensor, num_steps: int, *, spacing: Spacing) -> list[f
 def score_at_sigma(network: ScoreFunction, x: Tensor, *, sigma: float) -> Tensor:
     """Score of a batch at any sigma, in x's type."""
     sigmas = torch.full((len(x),), sigma, dtype=x.dtype, device=x.device)
-    return network(x, sigma=sigmas, **told(network, sigma)).to(x.dtype)
+    return network(x, sigma=sigmas).to(x.dtype)

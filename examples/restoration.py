@@ -143,16 +143,21 @@ def gaussian_variance(sigma_data: float) -> Variance:
 class Conditioned:
     """Score functions that a measurement of a batch guides, as samplers take them.
 
-    `variance` is r^2 at sigma, and `scale` the root mean square of the data, by which divergence is noticed.
+    `variance` is r^2 at sigma, `sigmas` are the network's levels [L]; by `scale`, the root mean square of the data,
+    divergence is noticed.
     """
 
-    takes_number = True  # see `told`
-
     def __init__(
-        self, network: ScoreFunction | Fields, measured: Observation, variance: Variance, *, scale: float
+        self,
+        network: ScoreFunction | Fields,
+        measured: Observation,
+        variance: Variance,
+        *,
+        sigmas: Tensor,
+        scale: float,
     ) -> None:
         self._network, self._measured, self._variance = network, measured, variance
-        self._scale, self._fields = scale, dict[int, Conditioned]()
+        self._sigmas, self._scale, self._fields = sigmas, scale, dict[int, Conditioned]()
 
     def field_at(self, sigma: float) -> Conditioned:
         """The score function that holds at sigma, see `field_of`."""
@@ -160,14 +165,15 @@ class Conditioned:
         if field is self._network:
             return self
         if id(field) not in self._fields:
-            self._fields[id(field)] = Conditioned(field, self._measured, self._variance, scale=self._scale)
+            self._fields[id(field)] = Conditioned(
+                field, self._measured, self._variance, sigmas=self._sigmas, scale=self._scale
+            )
         return self._fields[id(field)]
 
-    def __call__(self, x: Tensor, level: Tensor | None = None, *, sigma: Tensor | None = None, number: float) -> Tensor:
-        """Score of a batch that is at one level, or at one sigma, of which `number` is the value."""
-        at = float(torch.tensor(number, dtype=x.dtype))  # as the network sees it
-        if x.device.type == "cpu":  # a GPU would have to end all its work first
-            require_bounded(x, sigma=at, scale=self._scale)
+    def __call__(self, x: Tensor, level: Tensor | None = None, *, sigma: Tensor | None = None) -> Tensor:
+        """Score of a batch that is at one level, or at one sigma."""
+        at = float((self._sigmas[level[:1]] if level is not None else sigma[:1]).to(x.dtype))
+        require_bounded(x, sigma=at, scale=self._scale)
         measured, spread = self._measured, self._variance(at)
         if not spread + measured.noise > 0:
             raise Diverged("r^2 and sigma_y are both 0")
@@ -217,7 +223,7 @@ def restored(
     operator = measured.operator.to(x.device)
     if operator.blind:
         return sample(sampler, network, x=x, sigmas=sigmas, noise=noise)
-    guided = Conditioned(network, replace(measured, operator=operator), variance, scale=scale)
+    guided = Conditioned(network, replace(measured, operator=operator), variance, sigmas=sigmas, scale=scale)
     x = sample(sampler, guided, x=x, sigmas=sigmas, noise=noise)
     require_bounded(x, sigma=0.0, scale=scale)
     if isinstance(operator, KnownPixels) and measured.noise == 0:

@@ -6,10 +6,10 @@ import pickle
 
 import pytest
 import torch
+from released import load_released_checkpoint, read_released_checkpoint
 
 from ncsn.core.ema import Ema, step_decay
 from ncsn.core.networks.refinenet import NcsnNetwork, NcsnV2Network
-from ncsn.core.networks.released import load_released_checkpoint, read_released_checkpoint
 
 SIGMAS = torch.tensor([1.0, 0.1, 0.01])
 
