@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from click.testing import Result
 from mlflow.tracking import MlflowClient
+from ports import free_port
 
 from ncsn.tracking.client import client_at
 from ncsn.tracking.gate import Evidence, Measurement, Memorization
@@ -67,6 +69,12 @@ def test_rollback_and_promote_say_what_they_did(ncsn, client) -> None:
 )
 def test_a_mistake_is_one_line(ncsn, require_mistake, args: list[str], key: str) -> None:
     require_mistake(ncsn(*args), key)
+
+
+def test_what_cannot_be_served_is_refused_before_ray_loads(ncsn, require_mistake, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "ncsn.serving.app", None)  # its import fails
+    for model in ("nope", "models:/nothing@champion"):
+        require_mistake(ncsn("serve", model, "--port", str(free_port())), model)
 
 
 def test_a_refused_promotion_leaves_the_champion(ncsn, require_mistake, client: MlflowClient) -> None:
