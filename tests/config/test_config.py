@@ -233,6 +233,14 @@ def test_a_problem_is_blamed_on_the_text_or_on_what_changes_it() -> None:
         assert {(problem.origin, problem.key) for problem in caught.value.problems} == blamed
 
 
+def test_a_value_in_place_of_a_list_is_told_how_to_write_one() -> None:
+    own = ["data.source=image_folder", "data.root=/images"]
+    with refused("data.leave_out", error=ConfigError) as caught:
+        from_yaml(DIGITS, overrides=[*own, "data.leave_out=lonely"])
+    written = caught.value.problems[0].hint.rpartition(" ")[2]
+    assert from_yaml(DIGITS, overrides=[*own, written]).data.leave_out == ("lonely",)
+
+
 def test_two_equal_sides_are_a_square() -> None:
     assert from_yaml(DIGITS, overrides=["data.image_size=[8, 8]"]) == from_yaml(DIGITS)
 
