@@ -65,16 +65,12 @@ def test_rollback_and_promote_say_what_they_did(ncsn, client) -> None:
         (["promote", "digits", "--rollback", "--force"], "--rollback"),
         (["show", "models:/digits@best"], "models:/digits@best"),
         (["show", "whatever"], "whatever"),
+        (["serve", "nope", "--port", str(free_port())], "nope"),
     ],
 )
-def test_a_mistake_is_one_line(ncsn, require_mistake, args: list[str], key: str) -> None:
+def test_a_mistake_is_one_line(ncsn, require_mistake, monkeypatch, args: list[str], key: str) -> None:
+    monkeypatch.setitem(sys.modules, "ncsn.serving.app", None)  # fails to load, with Ray and torch
     require_mistake(ncsn(*args), key)
-
-
-def test_what_cannot_be_served_is_refused_before_ray_loads(ncsn, require_mistake, monkeypatch) -> None:
-    monkeypatch.setitem(sys.modules, "ncsn.serving.app", None)  # its import fails
-    for model in ("nope", "models:/nothing@champion"):
-        require_mistake(ncsn("serve", model, "--port", str(free_port())), model)
 
 
 def test_a_refused_promotion_leaves_the_champion(ncsn, require_mistake, client: MlflowClient) -> None:
