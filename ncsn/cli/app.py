@@ -173,7 +173,7 @@ def _do_step(
         from ncsn.data.samples import write_pngs
 
         write_pngs(result["uri"], Path(png), num_images=result["num_images"])
-    click.echo(json.dumps(result, indent=1) if as_json else describe_result(step, result))
+    click.echo(json.dumps(result, indent=1) if as_json else describe_result(step, {**result, "png": png}))
 
 
 def _step_command(step: str) -> click.Command:

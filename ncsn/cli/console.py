@@ -196,7 +196,7 @@ def _moved(descriptor: int, target: TextIO) -> Iterator[None]:
 
 def describe_result(step: str, result: Mapping[str, Any]) -> str:
     """The result of one step in a few lines."""
-    places = ("uri", "config", "table", "grid", "strip", "checkpoint")
+    places = ("uri", "config", "table", "grid", "strip", "checkpoint", "png")
     lines = [*([result["verdict"]] if step == "evaluate" else []), f"{step}: {result_line(step, result)}"]
     lines += [f"{key}: {result[key]}" for key in places if isinstance(result.get(key), str)]
     if step == "tune":

@@ -296,7 +296,8 @@ def serve_ui(options: TargetOptions, *, host: str, port: int) -> None:
     command = server_command(uri, host=host, port=port)
     require_free(host, port)  # MLflow's server exits with 0 if it cannot listen
     address = f"http://{host}:{port}{front_page(uri, run=options.run)}"
-    with subprocess.Popen(command, start_new_session=True) as server, suppress(KeyboardInterrupt):  # noqa: S603
+    quiet = os.environ | {"PYTHONWARNINGS": "ignore"}  # of deprecations that only MLflow can mend
+    with subprocess.Popen(command, start_new_session=True, env=quiet) as server, suppress(KeyboardInterrupt):  # noqa: S603
         try:
             while server.poll() is None:
                 with suppress(ConnectionError), socket.create_connection((host, port)):

@@ -59,9 +59,13 @@ def serve_command(*, model: str, port: int, replicas: int, options: TargetOption
     POST JSON to /images; the page at / does that for you.
     """
     from ncsn.cli.execute import require_free
+    from ncsn.tracking.client import client_at, mlflow_errors
+    from ncsn.tracking.promotion import resolve_version
 
     registry, host = options.registry, "127.0.0.1"
     require_free(host, port)
+    with mlflow_errors(registry):
+        resolve_version(client_at(registry), model)  # before Ray takes seconds
     click.echo(f"starting Ray, then loading {model}", err=True)
     try:
         from ncsn.serving.app import run
@@ -103,4 +107,5 @@ def sample_from_model(
     text = f"""sample: {result.num_images:,} images of {result.model}, {result.nfe:,} network evaluations per image
 uri: {result.uri}
 grid: {result.grid}"""
+    text += f"\npng: {png}" if png else ""
     click.echo(json.dumps(asdict(result), indent=1) if as_json else text)

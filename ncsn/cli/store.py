@@ -61,7 +61,8 @@ def ls_command(*, kind: str, options: TargetOptions, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({kind: _plain(items), "count": count}, indent=1))
         return
-    table = Table("name", "state", Column("size", justify="right"), "date", "figures", box=SIMPLE_HEAD)
+    name, date, figures = Column("name", no_wrap=True), Column("date", min_width=10), Column("figures", overflow="fold")
+    table = Table(name, "state", Column("size", justify="right"), date, figures, box=SIMPLE_HEAD)
     for item in items:
         table.add_row(item.name, item.state, decimal(item.size), _date(item.changed), item.figures)
     if items:

@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from ncsn.core.samplers.settings import Sampler
-from ncsn.errors import ConfigError, Problem, problems_of
+from ncsn.errors import ConfigError, Problem, problems_of, shown_value
 
 
 def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -121,6 +121,8 @@ def _explain(detail: ErrorDetails, tree: dict[str, Any], model: type[Any]) -> li
         return [Problem(path, f"expected a mapping{example}", value=value)]
     if kind == "string_type":
         return [Problem(path, "is no text", "put it in quotes, in which YAML leaves it as it is", value)]
+    if kind == "tuple_type":
+        return [Problem(path, "is no list", f"write one, as {path}=[{shown_value(value)}]", value)]
     if kind == "value_error":
         raised: ValueError = detail["ctx"]["error"]
         if not (found := problems_of(raised)):  # a bug

@@ -51,7 +51,7 @@ def to_stored(x: Tensor, *, dtype: str = "uint8", limits: Limits = BYTE, dequant
         InvalidValue: A value is NaN or infinite, which would otherwise become a plausible gray.
     """
     if bad := int((~torch.isfinite(x)).sum()):
-        raise InvalidValue(f"{bad} of {x.numel()} pixel values are NaN or infinite: the sampler diverged")
+        raise InvalidValue(f"{bad:,} of {x.numel():,} pixel values are NaN or infinite: the sampler diverged")
     low, high = limits
     unit = x.float().clamp(0, 1)
     if dtype == "float32":

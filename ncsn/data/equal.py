@@ -26,7 +26,7 @@ def repeats(hashes: Hashes) -> int:
 def equal_in_words(repeated: Mapping[str, int], counts: Mapping[str, int], *, left_out: int = 0) -> str:
     """How many of `counts` images of each kind equal an earlier one; and how many test images are left out for it."""
     found = [
-        f"{few:,} of {counts[kind]:,} {kind} images repeat{'s' * (few == 1)} another: {counts[kind] - few:,} different"
+        f"{few:,} of {counts[kind]:,} {kind} images repeat{'s' * (few == 1)} another, so {counts[kind] - few:,} differ"
         for kind, few in repeated.items()
         if few
     ]

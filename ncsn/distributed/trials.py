@@ -242,7 +242,7 @@ def _reach(plan: SearchPlan, values: Mapping[str, Any], folder: TrialFolder, ima
     if best.objective is None:
         raise UserError(
             "sampling.sampler",
-            f"all {len(sweep)} samplers give images with NaN or infinity at {images} training images",
+            f"all {len(sweep)} samplers give images with NaN or infinity at {images:,} training images",
         )
     return Rung(
         images_seen=images,

@@ -53,7 +53,7 @@ def require_test_images(config: Config, manifest: Manifest) -> None:
     count, splits = manifest.count("test"), config.evaluation.num_splits
     if evaluation_of(config, manifest).extractor in WITH_SCORE:
         if count < splits:
-            reason, hint = f"the test split has only {count} images", "lower it or raise data.test_fraction"
+            reason, hint = f"the test split has only {count:,} images", "lower it or raise data.test_fraction"
             raise UserError("evaluation.num_splits", reason, hint=hint, value=splits)
     elif count < LEAST_TEST_IMAGES:  # no score, and so no splits
         reason = f"leaves {count} test images, and the evaluation needs {LEAST_TEST_IMAGES}"

@@ -48,7 +48,7 @@ class FrechetStatistics:
         bad = int((~np.isfinite(values)).any(axis=1).sum())
         if bad:
             raise InvalidValue(
-                f"{bad} of {len(values)} feature vectors hold NaN or infinity; check the samples for them"
+                f"{bad:,} of {len(values):,} feature vectors hold NaN or infinity; check the samples for them"
             )
         mean = values.mean(axis=0)
         centered = values - mean

@@ -74,8 +74,9 @@ def fit(
     Raises:
         UserError: The images cannot be used, the network does not fit them, or training diverged.
     """
-    if not 0 < (hours or 0) < float("inf"):
-        raise UserError("hours", "must be more than 0", value=hours)
+    given: Any = hours  # whatever a caller gives
+    if not isinstance(given, int | float | np.number) or not 0 < given < float("inf"):
+        raise UserError("hours", f"must be a number above 0, not {hours!r}")
     ends = time.monotonic() + 3600 * hours
     here, threads = Machine.here(), torch.get_num_threads()
     chosen = network if isinstance(network, Mapping) else {"kind": network}

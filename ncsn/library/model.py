@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import reprlib
 from dataclasses import asdict
@@ -58,7 +59,7 @@ class ScoreModel:
         """
         hint = "give models:/NAME@ALIAS, a run in .ncsn, or the folder of a run, a checkpoint or a saved model"
         if not isinstance(address, str | os.PathLike):
-            raise UserError("address", "is no address", hint=hint, value=address)
+            raise UserError("address", f"is no address but {address!r}", hint=hint)
         place = os.fspath(address)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         try:
@@ -117,7 +118,7 @@ class ScoreModel:
         """
         count: Any = n  # whatever a caller gives
         if not isinstance(count, int | np.integer) or count < 1:
-            raise UserError("n", "must be a whole number, at least 1", value=n)
+            raise UserError("n", f"must be a whole number of at least 1, not {n!r}")
         if not isinstance(sampler, Sampler | None):
             raise UserError("sampler", "is no sampler", hint="use one of ncsn, such as KarrasHeun()", value=sampler)
         if label is not None and self._trained.classes is None:
@@ -195,14 +196,19 @@ class ScoreModel:
         if not (isinstance(x, Tensor) and x.is_floating_point() and x.shape[1:] == data.network_shape and len(x)):
             reason = f"is no tensor [B, {', '.join(map(str, data.network_shape))}] of floats or uint8"
             raise UserError("x", reason, hint="give one, or an array as `sample` gives it", value=given)
-        sigmas = torch.as_tensor(float("nan") if sigma is None else sigma, dtype=torch.float32, device=self._device)
+        try:
+            sigmas = torch.as_tensor(sigma, dtype=torch.float32, device=self._device)
+        except (TypeError, ValueError, RuntimeError):
+            sigmas = torch.tensor(torch.nan)
         if sigmas.shape not in ((), (len(x),)) or not bool(((sigmas > 0) & sigmas.isfinite()).all()):
-            raise UserError("sigma", "must be one positive number or one for each image", value=sigma)
+            raise UserError("sigma", f"must be one positive number or one for each image, not {sigma!r}")
         sigmas = sigmas.expand(len(x))
         room = _LITTLE + _FARTHEST * sigmas.to(x.device)
         beyond = torch.maximum(-x.detach(), x.detach() - 1).flatten(1).amax(dim=1)  # NaN if a pixel is
         if not bool((beyond <= room).all()):
-            reason = f"is {float((beyond - room).max()):.3g} farther from [0, 1] than noise of this sigma explains"
+            far = float((beyond - room).max())
+            reason = f"is {far:.3g} farther from [0, 1] than noise of this sigma explains"
+            reason = "has pixels that are no numbers (NaN)" if math.isnan(far) else reason
             raise UserError("x", reason, hint="give clean pixels in [0, 1] plus the noise", value=given)
         return x, sigmas
 

@@ -109,8 +109,10 @@ def held_out_conclusion(curves: HeldOutCurves) -> str:
         return f"Here it has risen since {curves.lowest_at:,} images: longer training memorizes."
     before, now = curves.gap[len(curves.gap) // 2], curves.gap[-1]
     if now - before > GROWN * curves.loss[-1]:
-        grown = f"Here the gap grew from {before:.2g} to {now:.2g} in the second half"
-        return f"{grown}, and the held-out loss did not rise: the model begins to memorize."
+        grown = f"Here the gap grew from {before:.2g} to {now:.2g} in the second half, "
+        if curves.loss[-1] < curves.loss[len(curves.loss) // 2]:
+            return f"{grown}as in any training, while the held-out loss fell: longer training does not memorize yet."
+        return f"{grown}and the held-out loss no longer falls: the model begins to memorize."
     return "" if len(curves.gap) < 3 else "Here neither is seen: longer training does not memorize yet."
 
 

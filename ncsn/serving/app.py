@@ -229,8 +229,6 @@ def run(model: str, *, registry: str, port: int, replicas: int, ready: Callable[
     Each replica has its share of this machine's processors, and a GPU if there are enough.
     """
     logging.getLogger("ray.serve").setLevel(logging.ERROR)  # of this process
-    with mlflow_errors(registry):
-        resolve_version(client_at(registry), model)
     with ray_cluster():
         have = ray.cluster_resources()
         if replicas > (cores := int(have.get("CPU", 0))):  # Ray would wait for them without end.

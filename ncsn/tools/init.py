@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -56,14 +57,15 @@ class Written:
         """For a person: a word, which may be empty, and a text."""
         if self.found and self.chosen:
             yield "found", _what(self.found)
-            yield from (("", detail) for detail in [*_details(self.found), *_equal(self.chosen)])
+            yield from (("", detail) for detail in _details(self.found, self.chosen))
             yield "chose", ", ".join(_choices(self.found, self.chosen))
             below = ", and below mirrored" if self.chosen.config.data.horizontal_flip else ""
             yield "wrote", f"{self.config} with the reasons, and {self.picture}: what training will see{below}"
             seconds, machine = self.chosen.seconds, Machine.here()
             steps = ", ".join(f"{step} {duration(value)}" for step, value in seconds.items())
-            cores = f"{machine.cores} idle cores (their load is {os.getloadavg()[0]:.1f} now)"
-            where = "this machine" if machine.gpus else cores
+            load = os.getloadavg()[0]
+            busy = f" (longer now, as their load is {load:.1f})" if load > machine.cores / 2 else ""
+            where = "this machine" if machine.gpus else f"{machine.cores} idle cores{busy}"
             yield "estimate", f"{duration(sum(seconds.values()))} on {where}: {steps}"
             if self.chosen.warning:
                 yield "warning", self.chosen.warning
@@ -78,7 +80,7 @@ class Written:
         return {
             "config": str(self.config),
             "picture": str(self.picture),
-            "found": [_what(self.found), *_details(self.found), *_equal(self.chosen)],
+            "found": [_what(self.found), *_details(self.found, self.chosen)],
             "reasons": {path: reason for path, reason in self.chosen.draft.reasons.items() if reason},
             "seconds": self.chosen.seconds,
             "warning": self.chosen.warning,
@@ -196,7 +198,7 @@ def _what(found: Survey) -> str:
     return f"{found.num_images:,} images in {found.root}{sample}: {kinds}, {size} pixels{classes}"
 
 
-def _details(found: Survey) -> Iterator[str]:
+def _details(found: Survey, chosen: FirstConfig) -> Iterator[str]:
     gray, clear = found.share("gray"), found.share("transparent")
     bands, _ = found.bands.most_common(1)[0]
     if bands in (1, 3):
@@ -208,7 +210,7 @@ def _details(found: Survey) -> Iterator[str]:
     if converted := found.conversions:
         yield "converted: " + ", ".join(f"{count:,} {kind}" for kind, count in converted.items())
     if found.bad:
-        yield f"{len(found.bad)} cannot be used, such as {found.bad[0].name}: {found.bad[0].reason}"
+        yield f"{len(found.bad):,} cannot be used, such as {found.bad[0].name}: {found.bad[0].reason}"
     if len(found.class_names) > 1:
         least, most = min(found.class_counts), max(found.class_counts)
         yield f"{least:,} to {most:,} images of a class" if least < most else f"{most:,} images of each class"
@@ -219,11 +221,15 @@ def _details(found: Survey) -> Iterator[str]:
         yield f"{found.unlabeled:,} without a label"
     if found.ignored:
         yield ": ".join(filter(None, (f"ignored {in_words(found.ignored)}", how_to_convert(found.ignored))))
-
-
-def _equal(chosen: FirstConfig) -> Iterator[str]:
     if count := repeats(image_hashes(chosen.images)):
         yield equal_in_words({"decoded": count}, {"decoded": len(chosen.images)})
+    fraction = chosen.config.data.test_fraction
+    test, enough = found.num_images - found.train_images(fraction), choose.ENOUGH_TEST_IMAGES
+    if test < enough:
+        more = math.ceil(100 * enough / found.num_images) / 100
+        how = f"; --set data.test_fraction={more:g} holds out {int(more * found.num_images):,}"
+        can_more = found.own_train is None and fraction < more <= 0.5
+        yield f"{test:,} test images may be too few to tell how close samples are to real{how * can_more}"
 
 
 def _choices(found: Survey, chosen: FirstConfig) -> Iterator[str]:

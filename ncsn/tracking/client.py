@@ -124,7 +124,7 @@ def server_command(uri: str, *, host: str = "127.0.0.1", port: int = 5000) -> li
     if uri.startswith((*REMOTE, "databricks")):
         raise TrackingError("tracking.uri", "a server with its own pages", hint=f"open {shown(uri)}", value=shown(uri))
     command = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", uri]
+    command += ["--uvicorn-opts", "--log-level=warning", "--backend-store-uri", uri]  # no line for each request
     if uri.startswith(SQLITE):
         database = Path(uri.removeprefix(SQLITE))
         _create_database(database)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import pty
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 from filelock import FileLock
@@ -119,7 +121,7 @@ def test_pages_on_a_busy_port_are_refused(
 
 
 def test_pages_open_in_a_browser_and_end_with_the_command(config_file: Path, tmp_path: Path, monkeypatch) -> None:
-    opened, browser, port, (_, terminal) = tmp_path / "opened", tmp_path / "xdg-open", free_port(), pty.openpty()
+    opened, browser, port, (seen, terminal) = tmp_path / "opened", tmp_path / "xdg-open", free_port(), pty.openpty()
     browser.write_text(f'#!/bin/sh\necho "$1" > {tmp_path}/new && mv {tmp_path}/new {opened}\n')
     browser.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
@@ -128,7 +130,10 @@ def test_pages_open_in_a_browser_and_end_with_the_command(config_file: Path, tmp
     with subprocess.Popen(command, stdout=terminal, stderr=terminal) as process:
         while not opened.exists() and process.poll() is None:
             time.sleep(0.1)
+        urlopen(f"http://127.0.0.1:{port}/health").close()
         process.terminate()
+    said = os.read(seen, 10_000)
+    assert said.count(b"http://127.0.0.1") == 1 and b"GET" not in said and b"Warning" not in said
     assert opened.read_text() == f"http://127.0.0.1:{port}/#/experiments\n"
     require_free("127.0.0.1", port)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +95,18 @@ def test_small_classes_and_mirroring_are_as_answered(place) -> None:
     assert written.found.num_images == 120 and written.found.class_names == ("a", "b")
     told = told_from_mirror(written.chosen.images)
     assert told is not None and data.horizontal_flip == (told > choose.MIRRORED)
+
+
+def test_few_test_images_and_a_busy_machine_are_told(place, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = ["data.image_size=8", "data.test_fraction=0.1"]
+    written = init.from_images(str(place), "x.yaml", seconds=300, overrides=given, asks=init.Asks())
+    for count, told in ((999, "99 test images"), (1500, "--set data.test_fraction=0.34"), (5000, "")):
+        many = replace(written, found=replace(written.found, num_images=count))
+        said = " ".join(text for _, text in many.lines if "test images" in text)
+        assert told in said and bool(told) == bool(said)
+    for load, busy in ((0.1, False), (90.0, True)):
+        monkeypatch.setattr("os.getloadavg", lambda load=load: (load,) * 3)
+        assert (f"{load:.1f}" in dict(written.lines)["estimate"].partition(":")[0]) == busy
 
 
 def test_the_terminal_shows_two_pixels_in_a_character() -> None:

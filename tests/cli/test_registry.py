@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from click.testing import Result
 from mlflow.tracking import MlflowClient
+from ports import free_port
 
 from ncsn.tracking.client import client_at
 from ncsn.tracking.gate import Evidence, Measurement, Memorization
@@ -63,9 +65,11 @@ def test_rollback_and_promote_say_what_they_did(ncsn, client) -> None:
         (["promote", "digits", "--rollback", "--force"], "--rollback"),
         (["show", "models:/digits@best"], "models:/digits@best"),
         (["show", "whatever"], "whatever"),
+        (["serve", "nope", "--port", str(free_port())], "nope"),
     ],
 )
-def test_a_mistake_is_one_line(ncsn, require_mistake, args: list[str], key: str) -> None:
+def test_a_mistake_is_one_line(ncsn, require_mistake, monkeypatch, args: list[str], key: str) -> None:
+    monkeypatch.setitem(sys.modules, "ncsn.serving.app", None)  # fails to load, with Ray and torch
     require_mistake(ncsn(*args), key)
 
 

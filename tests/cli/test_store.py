@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import Result
+from rich.console import Console
 
 from ncsn.runs.folder import RunFolder, update_step
 from ncsn.tracking.client import client_at
@@ -31,7 +32,7 @@ def ncsn(run_in_process, store: Path) -> Callable[..., Result]:
     return lambda *arguments, **variables: run_in_process(*arguments, "--set", f"storage.root={store}", **variables)
 
 
-def test_ls_has_a_line_for_each_run_and_its_number(ncsn, store: Path) -> None:
+def test_ls_has_a_line_for_each_run_and_its_number(ncsn, store: Path, monkeypatch) -> None:
     done = ncsn("ls")
     (line,) = [line for line in done.output.splitlines() if " mine " in line]
     assert "FAILED train" in line
@@ -46,6 +47,9 @@ def test_ls_has_a_line_for_each_run_and_its_number(ncsn, store: Path) -> None:
     update_step(RunFolder(str(store), "mine"), "select", state="FINISHED", result=found)
     for command in (["ls"], ["show", "mine"]):
         assert f"{'f' * 150} = 1 at" in ncsn(*command).output, "nothing that is piped is cut or wrapped"
+    update_step(RunFolder(str(store), "classes-ff9ba0c1d2e3-again"), "select", state="FINISHED", result=found)
+    monkeypatch.setattr("ncsn.cli.console.console_on", lambda stream: Console(file=stream, width=80))
+    assert " classes-ff9ba0c1d2e3-again " in ncsn("ls").output, "of a terminal"
 
 
 def test_cleanup_says_what_it_would_delete_and_deletes_it_if_told(ncsn, store: Path) -> None:

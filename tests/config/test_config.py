@@ -76,6 +76,9 @@ def test_a_bug_in_a_validator_is_raised_as_it_is() -> None:
 def test_a_value_in_place_of_a_section_is_refused_by_its_key() -> None:
     with refused("noise", "train.ema", "storage"):
         from_yaml(DIGITS, overrides=["noise=autoo", "train.ema=half_life", "storage=.ncsn"])
+    with refused("network.widths", error=ConfigError) as caught:
+        from_yaml(DIGITS, overrides=["network={kind: unet, widths: 8}"])
+    assert caught.value.problems[0].hint.endswith(" network.widths=[8]")
 
 
 def test_a_key_that_another_kind_left_is_told_how_to_replace_the_section() -> None:

@@ -140,9 +140,10 @@ def test_a_sampler_or_label_that_does_not_fit_is_refused() -> None:
     for wrong in (x[0], x[:, :, 1:], x[:0], x.long(), x.numpy(), torch.zeros(2, 3, 8, 8), None):
         with refused("x"):
             model.score(wrong, 0.1)
-    for sigma in (0, -1.0, float("nan"), torch.ones(3), torch.ones(2, 1), None):
-        with refused("sigma"):
+    for sigma in (0, -1.0, float("nan"), torch.ones(3), torch.ones(2, 1), "a", {}, None):
+        with refused("sigma") as caught:
             model.denoise(x, sigma)
+        assert repr(sigma)[:6] in str(caught.value), "as Python says it"
     with refused("label"):
         Classes(("1", "2"), (5, 5)).index("0", key="label")
 
@@ -178,8 +179,9 @@ def test_pixels_farther_from_the_clean_ones_than_noise_goes_are_refused() -> Non
     wrong = clean.clone()
     wrong[1, 0, 3, 3] = float("nan")
     for x, sigma in ((255 * clean, 0.5), (2 * clean - 1, 0.1), (wrong, 50.0), (clean / 0, 50.0)):
-        with refused("x"):
+        with refused("x") as caught:
             model.score(x, sigma)
+        assert ("NaN" in str(caught.value)) == bool(x.isnan().any())
     model.score(clean + 2, 1.0)
     with refused("x"):
         model.score(clean + 2, torch.tensor([1.0, 0.1]))
@@ -317,7 +319,7 @@ def test_what_cannot_be_used_is_refused(stripes: np.ndarray, monkeypatch: pytest
     with refused("image size") as caught:
         fit(np.pad(stripes, [(0, 0), (0, 1), (0, 1)]), network="ncsnv2")
     assert not caught.value.problems[0].origin
-    for hours in (0, None):
+    for hours in (0, None, "a"):
         with refused("hours"):
             fit(stripes, hours=hours)
     monkeypatch.setenv("NCSN_CACHE_DIR", f"{__file__}/cache")

@@ -85,7 +85,8 @@ def test_a_held_out_loss_that_rises_is_told_with_its_lowest_point() -> None:
     ("loss", "gap", "said"),
     [
         ([0.5, 0.4, 0.6], [0.0, 0.1, 0.2], ["risen since 200"]),
-        ([0.5, 0.4, 0.4], [0.0, 0.01, 0.03], ["grew from 0.01 to 0.03", "memorize"]),
+        ([0.5, 0.4, 0.4], [0.0, 0.01, 0.03], ["grew from 0.01 to 0.03", "begins"]),
+        ([0.5, 0.4, 0.39], [0.0, 0.01, 0.03], ["grew from 0.01 to 0.03", "not memorize"]),
         ([0.5, 0.4, 0.3], [0.0, 0.01, 0.012], ["neither"]),
         ([0.5, 0.4], [0.0, 0.001], [""]),
     ],

@@ -129,8 +129,6 @@ def test_a_body_that_does_not_come_whole_is_waited_for_no_longer(handle: Any, mo
 
 
 def test_more_replicas_than_cores_and_a_cluster_that_serves_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(app, "client_at", lambda _: None)
-    monkeypatch.setattr(app, "resolve_version", lambda *_: None)
     monkeypatch.setattr(app, "ray_cluster", nullcontext)
     monkeypatch.setattr(app.ray, "cluster_resources", lambda: {"CPU": 2.0})
     with refused("--replicas"):
