@@ -33,7 +33,7 @@ from ncsn.report.words import SCORES_HEAD, duration, next_step, result_line, sco
 from ncsn.runs.folder import RunFolder, StepRecord
 from ncsn.storage.retry import RETRY
 
-_LINE_EVERY_SECONDS = 30.0
+_LINE_EVERY_SECONDS, _MOST_SECONDS = 30.0, 600.0
 _LINE_EVERY_SHARE, _LEAST_SHARE = 0.25, 0.02  # of a step
 
 
@@ -73,11 +73,12 @@ class ProgressView:
         self.bars.update(
             task.id, completed=progress.done, total=progress.total or None, text=count + note, refresh=True
         )
-        # Elsewhere, a line at every quarter of a step and every half minute, but none close behind another, of which a
-        # day would have hundreds and the end two, and none for work repeated after a failure.
+        # Elsewhere, a line at every quarter of a step and every half minute, but of a long step none close behind
+        # another, of which a day would have hundreds and the end two, and none for work repeated after a failure.
         done, share, then = self._shown
         now, reached = time.monotonic(), progress.done / progress.total if progress.total else 0.0
-        due = now >= then + _LINE_EVERY_SECONDS and (done < 0 or reached >= share + _LEAST_SHARE)
+        farther = done < 0 or reached >= share + _LEAST_SHARE or now >= then + _MOST_SECONDS
+        due = now >= then + _LINE_EVERY_SECONDS and farther
         if not self.console.is_terminal and progress.done > done and (due or reached >= share + _LINE_EVERY_SHARE):
             self._shown = progress.done, reached, now
             if (speed := task.speed) and (left := task.time_remaining):
