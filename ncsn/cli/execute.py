@@ -308,7 +308,7 @@ def serve_ui(options: TargetOptions, *, host: str, port: int) -> None:
                 time.sleep(_POLL_SECONDS)
             sys.exit(server.wait())
         finally:
-            server.terminate()  # and no Ctrl-C, which in a session of its own it does not get
+            server.terminate()  # Ctrl-C does not reach it: it has its own session
 
 
 def require_free(host: str, port: int) -> None:

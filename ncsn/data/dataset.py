@@ -89,7 +89,7 @@ class PartWriter:
     uri: str
     near: str  # folder on the same disk for scratch files
     data: DataConfig
-    sampled: NDArray[np.int64]  # rows of the part that its sample has, as far as there are so many
+    sampled: NDArray[np.int64]  # rows of the part in its sample, or all if there are fewer
 
     def write(
         self, known: Hashes = NO_HASHES, *, cores: int | None = None, advance: Callable[[int], object] | None = None

@@ -274,7 +274,7 @@ def precision_recall(
     density and coverage.
     """
     largest = max(neighborhood, density_neighborhood)
-    # The nearest of its own set is a vector itself.
+    # The nearest vector of the own set is the vector itself.
     real_radii = nearest_neighbors(real, real, k=1 + largest, block_size=block_size).distances
     generated_radii = nearest_neighbors(generated, generated, k=1 + neighborhood, block_size=block_size).distances[
         :, -1

@@ -30,7 +30,7 @@ from ncsn.model.trained import TRAINED_CONFIG, load_checkpoint_or_model, save_mo
 from ncsn.runs.folder import DEFAULT_ROOT, RunFolder, find_inputs, folders_of
 
 _SAME_LEVEL = 1e-3  # difference in ln sigma
-# How far from [0, 1] noisy pixels may lie: so many sigma, beyond which is one in 10^15 normal numbers, and a little, by
+# How far from [0, 1] noisy pixels may lie: this many sigma (one in 10^15 normal numbers is farther), and a little, by
 # which what a network makes of noise may miss, and which samplers give back to it at a small sigma.
 _FARTHEST, _LITTLE = 8.0, 0.1
 

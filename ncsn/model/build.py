@@ -116,7 +116,7 @@ def tune_cuda(device: str | torch.device) -> None:
 
 @contextmanager
 def torch_threads(count: int) -> Iterator[None]:
-    """Compute with so many threads in this block."""
+    """Compute with this number of threads in the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

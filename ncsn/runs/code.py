@@ -4,7 +4,7 @@ The archive is a zip with the same bytes for the same files, and its SHA-256 is 
 code it is. The file `ncsn/code.json` in it says where the code comes from and which packages it needs. A process that
 runs it has its URI in `NCSN_CODE`, and hands it on to the processes that it starts elsewhere.
 
-Whoever may write to the store may put another archive in its place. So each process that reads one unpacks the very
+Anyone who may write to the store may put another archive in its place. So each process that reads one unpacks the very
 bytes that it has compared with the name, and a cluster's workers get that folder from their driver, through Ray.
 """
 

@@ -115,7 +115,7 @@ def clean_up(api: KubernetesApi, *, run: str | None = None, dry_run: bool = Fals
         try:
             noted = NotedRun(id=name, **json.loads(note))
             _ = noted.folder
-        except (TypeError, ValueError, UserError) as error:  # whoever may patch the ConfigMap may write anything
+        except (TypeError, ValueError, UserError) as error:  # who may patch the ConfigMap may write anything
             yield Action("read", f"the note of {name}", error)
         else:
             notes.append(noted)

@@ -179,7 +179,7 @@ def _choose_images(draft: Draft, found: Survey) -> None:
     if found.square < 1 and not _keeps_shape(draft, found):
         fit, why = ("pad", "The background grows.") if len(clear) > len(found.looks) / 2 else ("crop", "pad cuts none.")
         draft.choose("data.fit", fit, f"Not square: {percent(1 - found.square)}. {why}")
-    given = draft.get("data.test_fraction") is not None  # then so many as somebody wants
+    given = draft.get("data.test_fraction") is not None  # then as many as the user wants
     if found.own_train is not None and not given:
         _require_enough(found.own_train, found.num_images - found.own_train)
     elif not given:

@@ -36,7 +36,7 @@ from ncsn.errors import UserError
 from ncsn.progress import Progress
 from ncsn.tools.draft import any_config
 
-ALL_LOOKED_AT = 4096  # up to so many images all are
+ALL_LOOKED_AT = 4096  # up to this number of images, all are
 MOST_LOOKED_AT = 1024  # of more images
 FEWEST_LOOKED_AT = 32
 SECONDS = 5.0  # after which no more of a sample are looked at
