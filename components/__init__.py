@@ -50,15 +50,17 @@ def run_task(
     The pipeline ends with the `last` task. `task_config` is what KFP holds for the pods that the task may start.
     """
     settings, name = config_and_run(config, run)
-    from ncsn.runs.folder import default_checkpoint, run_folder
-    from ncsn.steps.execution import run_kfp_task
+    from ncsn.runs.folder import Run, default_checkpoint
+    from ncsn.steps.execute import execute
+    from ncsn.steps.kfp_task import Task
 
     if task_config is not None:
         pass_on(task_config, settings)
+    work = Run(settings, name)
     given = {name: artifact.metadata["uri"] for name, artifact in inputs.items()}
     if step == "sample":  # `ncsn select` may have chosen another one since the task before
-        given["checkpoint"] = default_checkpoint(run_folder(settings, name), settings, last=given["checkpoint"])
-    return run_kfp_task(step, settings, run=name, given=given, last=last)
+        given["checkpoint"] = default_checkpoint(work.folder, settings, last=given["checkpoint"])
+    return execute(step, work, Task(step, work, last=last), given=given)
 
 
 def pass_on(task_config: dsl.TaskConfig, settings: Any) -> None:

@@ -8,7 +8,6 @@ import gc
 import json
 import os
 import platform
-import signal
 import sys
 import time
 from contextlib import suppress
@@ -27,7 +26,6 @@ KFP_RUN_ID = "NCSN_KFP_RUN_ID"  # variable with the id of the pipeline run, in a
 RUN_ID_LABEL = "pipeline/runid"  # KFP's, of a run's Workflow and of its pods
 POD_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")  # Kubernetes mounts it
 KFP_WORKFLOW = "NCSN_KFP_WORKFLOW"  # variable with its Argo Workflow, only in the pods of its tasks
-TERMINATED = 128 + signal.SIGTERM  # exit code
 Backend = Literal["local", "ray-jobs", "kuberay"]  # of compute.backend, for --help too, which does not load the config
 PYTHON = "ncsn.python"  # key of the launcher's Python version in the metadata of a Ray job
 

@@ -157,7 +157,7 @@ def run_command(*, options: TargetOptions, as_json: bool, finish: bool) -> None:
 
     The same command again resumes an interrupted run, and repeats nothing that is done.
     """
-    from ncsn.cli.execute import run_pipeline
+    from ncsn.cli.run import run_pipeline
 
     run_pipeline(options.resolve(), as_json=as_json, finish=finish)
 
@@ -166,9 +166,9 @@ def _do_step(
     step: str, options: TargetOptions, given: Mapping[str, str | None], *, as_json: bool, png: str | None = None
 ) -> None:
     from ncsn.cli.console import describe_result
-    from ncsn.cli.execute import run_one
+    from ncsn.cli.run import run_step
 
-    result = run_one(step, options.resolve(checkpoint=given.get("checkpoint")), given=given)
+    result = run_step(step, options.resolve(checkpoint=given.get("checkpoint")), given=given)
     if png:
         from ncsn.data.samples import write_pngs
 
@@ -235,9 +235,7 @@ def show_config_command(*, options: TargetOptions, as_json: bool) -> None:
 @click.option("--port", default=5000, show_default=True, type=click.IntRange(1, 65535), help="Port to listen on.")
 def ui_command(*, options: TargetOptions, host: str, port: int) -> None:
     """Serve MLflow's pages until Ctrl-C, and open the list of runs, or with --run the page of the run."""
-    from ncsn.cli.execute import serve_ui
-
-    serve_ui(options, host=host, port=port)
+    registry.serve_ui(options, host=host, port=port)
 
 
 @app.command("plan", cls=ReportingCommand, short_help="Estimate what training and sampling will take.")
@@ -263,9 +261,9 @@ def select_command(*, options: TargetOptions, as_json: bool, **given: str | None
 
     The section select of the config says how. Training keeps checkpoints with train.keep_checkpoints=all.
     """
-    from ncsn.cli.execute import select_best
+    from ncsn.cli.run import run_select
 
-    select_best(options.resolve(), given=given, as_json=as_json)
+    run_select(options.resolve(), given=given, as_json=as_json)
 
 
 for _command in (

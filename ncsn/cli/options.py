@@ -5,25 +5,22 @@ from __future__ import annotations
 import errno
 import json
 import re
-import signal
-import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial, wraps
 from pathlib import Path
-from threading import Event
 from typing import Any, get_args
 
 import click
 
+from ncsn.answer import INTERRUPTED, answer
 from ncsn.errors import Problem, UserError, problems_of
-from ncsn.process import TERMINATED, Backend
+from ncsn.process import Backend
 from ncsn.runs.steps import OWN, STEP_INFO
 
 FAILURE = 1
 MISTAKE = 2  # the user's
-INTERRUPTED = 130  # Ctrl-C
 
 HERE = "here"  # of --code
 
@@ -86,7 +83,7 @@ class ReportingCommand(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; exit with the code of `describe` if it raises."""
-        stop_cleanly_on_sigterm()
+        answer.install()
         try:
             return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
@@ -102,24 +99,6 @@ class ReportingCommand(click.Command):
                 ctx.exit(0)
             as_json = bool(ctx.params.get("as_json"))
             ctx.exit(_report(error, with_traceback=ctx.meta.get(_TRACEBACK_KEY, False), as_json=as_json))
-
-
-def stop_cleanly_on_sigterm() -> Event:
-    """Make SIGTERM raise SystemExit, so that `finally` blocks stop what this process started; set once it arrives."""
-    # From the outermost answer to the innermost, each of which holds during the block inside which it was installed:
-    # 1. this one, of every command;
-    # 2. `ncsn.cli.execute._ends_as_told`, around steps: the same, and the exit code whatever Ray makes of the signal;
-    # 3. `ncsn.cli.execute._saved_first`, around a training here: lets it save first; Ctrl-C too;
-    # 4. `ncsn.distributed.cluster._own_sigterm` restores 3 after Ray has installed its own while it connects;
-    # 5. `ncsn.remote.backend.ended_on_sigterm`, while a job elsewhere runs: ends the job first.
-    told = Event()
-
-    def handle(*_: object) -> None:
-        told.set()
-        sys.exit(TERMINATED)
-
-    signal.signal(signal.SIGTERM, handle)
-    return told
 
 
 def _report(error: Exception, *, with_traceback: bool, as_json: bool) -> int:

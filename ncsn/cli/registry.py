@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import socket
+import subprocess
+import sys
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -58,7 +65,6 @@ def serve_command(*, model: str, port: int, replicas: int, options: TargetOption
 
     POST JSON to /images; the page at / does that for you.
     """
-    from ncsn.cli.execute import require_free
     from ncsn.tracking.client import client_at, mlflow_errors
     from ncsn.tracking.promotion import resolve_version
 
@@ -109,3 +115,37 @@ uri: {result.uri}
 grid: {result.grid}"""
     text += f"\npng: {png}" if png else ""
     click.echo(json.dumps(asdict(result), indent=1) if as_json else text)
+
+
+def serve_ui(options: TargetOptions, *, host: str, port: int) -> None:
+    """Serve MLflow's pages until Ctrl-C, and open that of the run, or the list of runs, where there is a browser."""
+    from ncsn.tracking.client import server_command
+    from ncsn.tracking.mlflow_runs import front_page
+
+    uri = options.registry
+    command = server_command(uri, host=host, port=port)
+    require_free(host, port)  # MLflow's server exits with 0 if it cannot listen
+    address = f"http://{host}:{port}{front_page(uri, run=options.run)}"
+    quiet = os.environ | {"PYTHONWARNINGS": "ignore"}  # of deprecations that only MLflow can mend
+    with subprocess.Popen(command, start_new_session=True, env=quiet) as server, suppress(KeyboardInterrupt):  # noqa: S603
+        try:
+            while server.poll() is None:
+                with suppress(ConnectionError), socket.create_connection((host, port)):
+                    click.echo(address, err=True)
+                    if sys.stderr.isatty() and ("DISPLAY" in os.environ or sys.platform == "darwin"):
+                        click.launch(address)
+                    break
+                time.sleep(0.5)
+            sys.exit(server.wait())
+        finally:
+            server.terminate()  # Ctrl-C does not reach it: it has its own session
+
+
+def require_free(host: str, port: int) -> None:
+    """Raise `UserError` if this process cannot listen there."""
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError as error:
+        reason = (error.strerror or str(error)).partition(" (")[0].lower()
+        key, value = ("--port", port) if error.errno in (errno.EADDRINUSE, errno.EACCES) else ("--host", host)
+        raise UserError(key, reason, hint=f"choose another {key}", value=value) from None

@@ -29,7 +29,7 @@ from ncsn.model.checkpoint import DamagedError
 from ncsn.model.checkpoint_store import NEWEST, CheckpointStore
 from ncsn.runs.folder import TrainingFolder
 from ncsn.storage.heartbeat import LeaseExpired
-from ncsn.storage.retry import RETRY, limited
+from ncsn.storage.retry import RETRY
 from ncsn.training.context import WorkerContext
 from ncsn.training.loop import TrainingJob, TrainOutcome, train_loop
 
@@ -149,7 +149,10 @@ class LostWorkers:
             self.left -= 1  # Ray Train does not count preemptions
         if self.left >= 0:
             _logger.warning(
-                "%s%s, training resumes from %s", RETRY, describe(worker_exceptions), _newest_checkpoint(self._run_uri)
+                "%s%s, training resumes from %s",
+                RETRY,
+                describe(worker_exceptions),
+                said_newest(TrainingFolder(self._run_uri).checkpoints),
             )
 
 
@@ -181,11 +184,3 @@ def _cause(error: Exception) -> Exception:
     # A worker that does not answer is reported inside a failed health check, and a task's error inside Ray's.
     cause: Exception = error.cause if isinstance(error, RayTaskError) else getattr(error, "health_check_failure", error)
     return cause
-
-
-def _newest_checkpoint(run_uri: str) -> str:
-    try:
-        with limited(0):
-            return next(CheckpointStore(TrainingFolder(run_uri).checkpoints).resumable(), "the start")
-    except OSError:
-        return "its last checkpoint"

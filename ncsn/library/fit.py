@@ -30,10 +30,11 @@ from ncsn.data.sources.base import Source
 from ncsn.data.sources.published_sets import Arrays
 from ncsn.errors import UserError
 from ncsn.library.model import ScoreModel
-from ncsn.model.checkpoint import images_seen_at, load_checkpoint
+from ncsn.model.checkpoint import load_checkpoint
 from ncsn.model.checkpoint_store import CheckpointStore
 from ncsn.progress import Progress
 from ncsn.report.images import evenly_spread
+from ncsn.runs.folder import images_seen_at
 from ncsn.storage import CACHE_DIR_VARIABLE, cache_folder, scratch_folder
 from ncsn.storage.heartbeat import LeaseExpired
 from ncsn.tools.choose import TRAINING, choose

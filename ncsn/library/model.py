@@ -23,11 +23,11 @@ from ncsn.core.samplers.settings import AnySampler, Sampler
 from ncsn.errors import NotFound, UserError
 from ncsn.model import build
 from ncsn.model.averages import ensure_average
-from ncsn.model.checkpoint import INDEX, TrainedNetwork
+from ncsn.model.checkpoint import TrainedNetwork
 from ncsn.model.classes import require_label
 from ncsn.model.generate import generate
 from ncsn.model.trained import TRAINED_CONFIG, load_checkpoint_or_model, save_model
-from ncsn.runs.folder import DEFAULT_ROOT, RunFolder, find_inputs, folders_of
+from ncsn.runs.folder import DEFAULT_ROOT, INDEX, RunFolder, find_inputs, folders_of
 
 _SAME_LEVEL = 1e-3  # difference in ln sigma
 # How far from [0, 1] noisy pixels may lie: this many sigma (one in 10^15 normal numbers is farther), and a little, by

@@ -26,17 +26,8 @@ from ncsn.config.training import RELATIVE_WIDTHS
 from ncsn.core.ema import Profile, exponent_of, reconstruction
 from ncsn.core.training import TrainState
 from ncsn.errors import UserError
-from ncsn.model.checkpoint import (
-    FOLDER_NAME,
-    INDEX,
-    SAMPLING_FILES,
-    DamagedError,
-    folder_name,
-    images_seen_at,
-    verify,
-    write_index,
-)
-from ncsn.runs.folder import WIDTHS, RunFolder, TrainingFolder
+from ncsn.model.checkpoint import FOLDER_NAME, SAMPLING_FILES, DamagedError, folder_name, verify, write_index
+from ncsn.runs.folder import INDEX, WIDTHS, RunFolder, TrainingFolder, images_seen_at
 
 MOST_FLOAT16 = 6e4  # of a weight; float16 ends at 65,504
 _KEY = "sampling.relative_width"

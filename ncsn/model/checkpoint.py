@@ -37,11 +37,10 @@ from ncsn.core.training import TrainState
 from ncsn.errors import UserError
 from ncsn.model import build
 from ncsn.model.classes import Classes
+from ncsn.runs.folder import INDEX, RESUME
 
 FOLDER_NAME = re.compile(r"images-\d+")
-RESUME = "resume-"  # instead of `images-`, for one that is only to resume from
 FORMAT_VERSION = 1
-INDEX = "checkpoint.json"
 SECOND_EMA = "ema_2.safetensors"  # of a training with two averages
 SAMPLING_FILES = ("ema.safetensors", "moments.safetensors", "state.json", "config.yaml")
 # Training resumes from these; those above are enough for images.
@@ -138,11 +137,6 @@ class SamplingCheckpoint(TrainedNetwork):
 def folder_name(images_seen: int, *, for_resume: bool = False) -> str:
     """Name of the checkpoint folder."""
     return f"{RESUME if for_resume else 'images-'}{images_seen:09d}"
-
-
-def images_seen_at(name: str) -> int:
-    """Inverse of `folder_name`."""
-    return int(name.rpartition("-")[2])
 
 
 def snapshot(

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -16,10 +15,9 @@ from pathlib import Path
 
 from ncsn import storage
 from ncsn.model import checkpoint
+from ncsn.runs.folder import INDEX, RESUME, checkpoint_names, images_seen_at, resumable
 
 NEWEST = 3  # of the checkpoints that stay whole where all are kept
-
-_NAME = re.compile(rf"{checkpoint.FOLDER_NAME.pattern}|{checkpoint.RESUME}\d+")
 
 _logger = logging.getLogger(__name__)
 
@@ -42,14 +40,8 @@ class CheckpointStore:
         self._pending: Future[None] | None = None
 
     def names(self) -> Iterator[str]:
-        """Complete checkpoints, the newest first."""
-        return (name for name in self.resumable() if not name.startswith(checkpoint.RESUME))
-
-    def resumable(self) -> Iterator[str]:
-        """The same with the one that is only for a resume."""
-        for name in reversed(self._folders()):
-            if storage.exists(storage.join(self.uri, name, checkpoint.INDEX)):
-                yield name
+        """Complete checkpoints, the newest first, without one that is only to resume from."""
+        return (name for name in resumable(self.uri) if not name.startswith(RESUME))
 
     def newest(self) -> str | None:
         """The newest whole checkpoint. Damaged ones are deleted with a warning: training makes them again.
@@ -59,7 +51,7 @@ class CheckpointStore:
         if storage.is_local(self.uri):
             storage.remove_scratch(self.uri)
         damaged, found = list[str](), None
-        for name in self.resumable():
+        for name in resumable(self.uri):
             with self.open(name) as folder:
                 try:
                     files = checkpoint.verify(folder)
@@ -102,12 +94,12 @@ class CheckpointStore:
         with storage.scratch_folder(self.uri) as folder:
             write(folder)
             storage.delete(target)  # the rest of an upload that was cut short
-            storage.publish_folder(folder, target, marker=checkpoint.INDEX)
-        for old in self._folders():
-            if old.startswith(checkpoint.RESUME) and old != name:
+            storage.publish_folder(folder, target, marker=INDEX)
+        for old in checkpoint_names(self.uri):
+            if old.startswith(RESUME) and old != name:
                 storage.delete(storage.join(self.uri, old))
-        if self._keep is not None and not name.startswith(checkpoint.RESUME):
-            folders, kept = self._folders(), set(islice(self.names(), self._keep))
+        if self._keep is not None and not name.startswith(RESUME):
+            folders, kept = checkpoint_names(self.uri), set(islice(self.names(), self._keep))
             # The rest of an upload that was cut short does not count. A newer one is overwritten later.
             self._reduce([old for old in folders[: folders.index(name)] if old not in kept])
 
@@ -116,14 +108,10 @@ class CheckpointStore:
         last = -1  # the number of the last stretch of `thin_every` images that has a checkpoint
         for name in names:
             uri = storage.join(self.uri, name)
-            stretch = last if self._thin_every is None else checkpoint.images_seen_at(name) // self._thin_every
-            if stretch > max(last, 0) and storage.exists(storage.join(uri, checkpoint.INDEX)):
+            stretch = last if self._thin_every is None else images_seen_at(name) // self._thin_every
+            if stretch > max(last, 0) and storage.exists(storage.join(uri, INDEX)):
                 last = stretch
                 if storage.exists(storage.join(uri, "optimizer.safetensors")):
                     checkpoint.thin(uri)
             else:
                 storage.delete(uri)
-
-    def _folders(self) -> list[str]:
-        found = [name for name in storage.list_names(self.uri) if _NAME.fullmatch(name)]
-        return sorted(found, key=checkpoint.images_seen_at)

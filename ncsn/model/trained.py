@@ -23,7 +23,6 @@ from ncsn.core.training import TrainState
 from ncsn.errors import InvalidValue, UserError, shown_value
 from ncsn.model import build
 from ncsn.model.checkpoint import (
-    INDEX,
     TrainedNetwork,
     load_checkpoint,
     moment_tensors,
@@ -33,6 +32,7 @@ from ncsn.model.checkpoint import (
 )
 from ncsn.model.classes import Classes
 from ncsn.model.objective import require_teacher
+from ncsn.runs.folder import INDEX
 
 MUCH_OF_THE_SOURCE = 0.05  # in the average after a training that starts from it
 TRAINED_CONFIG = "config.json"

@@ -13,19 +13,18 @@ import hashlib
 import json
 import os
 import re
-import signal
 import sys
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import Any, Protocol, Self, TypeVar
 
 from ncsn import storage
 from ncsn.errors import UserError
-from ncsn.process import KFP_RUN_ID, TERMINATED
+from ncsn.process import KFP_RUN_ID
+from ncsn.runs.folder import RunFolder, read_step, said_newest
 from ncsn.storage.heartbeat import Heartbeat
 from ncsn.storage.retry import Retry, unavailable
 
@@ -63,15 +62,21 @@ T = TypeVar("T")
 class RemoteStep:
     """One step to run elsewhere."""
 
+    root: str  # of the store
     run: str
     step: str
-    uri: str  # folder of the step in the store: holds its log and the launchers' leases
     command: tuple[str, ...]  # decides whether an attempt can attach; `leased_command` is what runs
     code: str | None = None  # URI of an archive of the packages to run, in place of those that are installed there
     facts: Mapping[str, str] = field(default_factory=dict)  # shown with the job, such as the name of its MLflow run
-    mistaken: Callable[[], bool] = lambda: False  # whether the step has recorded a mistake, which a retry would repeat
-    told: Callable[[], str | None] = lambda: None  # the reason of its failure that the step has recorded
-    resumes: Callable[[], str] = lambda: "the step starts again"  # what happens after the loss of its driver
+
+    @property
+    def folder(self) -> RunFolder:
+        return RunFolder(self.root, self.run)
+
+    @property
+    def uri(self) -> str:
+        """The step's folder in the store, which holds its record, its log and the launchers' leases."""
+        return storage.join(self.folder.steps, self.step)
 
     @property
     def lease(self) -> str:
@@ -94,6 +99,17 @@ class RemoteStep:
         readable = re.sub(r"[^a-z0-9]+", "-", self.run.lower()).strip("-")
         room = MAX_NAME - len(f"ncsn--{self.step}-{digest}")
         return f"ncsn-{readable[:room].strip('-')}-{self.step}-{digest}"
+
+    def told(self) -> str | None:
+        """Why the step failed, as its driver has recorded it."""
+        record = read_step(self.folder, self.step)
+        return f"{record.error.kind}: {record.error.message}" if record.error and record.state == "FAILED" else None
+
+    def resumes(self) -> str:
+        """What the next driver of the step does after the loss of one, as a clause."""
+        if self.step != "train":
+            return f"the step {self.step} goes on with what is stored"
+        return f"training resumes from {said_newest(self.folder.checkpoints)}"
 
     @property
     def request(self) -> str:
@@ -179,24 +195,6 @@ def forwarded_environment(*, to_pods: bool = False) -> dict[str, str]:
     return {
         name: value for name, value in values.items() if "@" not in value and not (to_pods and _LOOPBACK.match(value))
     }
-
-
-@contextmanager
-def ended_on_sigterm(end: Callable[[], None]) -> Iterator[None]:
-    """On SIGTERM call `end` before any cleanup: KFP kills a canceled task after less than a second."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def handle(_number: int, _frame: FrameType | None) -> None:
-        end()
-        sys.exit(TERMINATED)
-
-    before: Any = signal.signal(signal.SIGTERM, handle)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def say(line: str, *, of_driver: bool = False) -> None:

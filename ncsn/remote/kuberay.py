@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from ncsn.answer import answer
 from ncsn.config.compute import ComputeConfig
 from ncsn.errors import UserError
 from ncsn.process import CONTAINER_IMAGE, IMAGE_VARIABLE, RUN_ID_LABEL
@@ -22,7 +23,6 @@ from ncsn.remote.backend import (
     RemoteFailure,
     RemoteLost,
     RemoteStep,
-    ended_on_sigterm,
     forwarded_environment,
     is_ours,
     refuse_other_work,
@@ -39,6 +39,7 @@ from ncsn.remote.manifest import (
     selector,
 )
 from ncsn.remote.pods import PodLog, PodWatch
+from ncsn.runs.folder import read_mistake
 from ncsn.storage.heartbeat import Heartbeat
 
 STANDALONE = "kubeflow"  # namespace of the runs where Kubeflow Pipelines serves one user
@@ -132,7 +133,7 @@ class KubeRay:
         self._launcher, self._job = find_launcher(self._api), {}
         self._heart = Heartbeat(step.lease)
         manifest, name = self._manifest(step), step.job_name
-        with ended_on_sigterm(lambda: self._end_at_once(name)), self._heart:
+        with answer.waiting(lambda: self._end_at_once(name)), self._heart:
             try:
                 attempt = self._start(step, manifest)
                 pods = PodWatch(self._api, f"{ATTEMPT_LABEL}={attempt}", resumes=step.resumes)
@@ -262,7 +263,7 @@ class KubeRay:
                 log.due.set()  # an attempt that has failed is deleted with its log
             if state.finished:
                 return state
-            if state.failed and step.mistaken():
+            if state.failed and read_mistake(step.folder, step.step):
                 raise RemoteFailure(f"RayJob {name} failed, and another attempt would only repeat the mistake")
             # KubeRay would try again for the same time. It may show the reason for less than a second.
             ran = ran or state.deployment == "Running"

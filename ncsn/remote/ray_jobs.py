@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import requests
 
+from ncsn.answer import answer
 from ncsn.config.compute import ComputeConfig
 from ncsn.errors import UserError
 from ncsn.process import KFP_RUN_ID, PYTHON, python_version
@@ -30,7 +31,6 @@ from ncsn.remote.backend import (
     RemoteFailure,
     RemoteLost,
     RemoteStep,
-    ended_on_sigterm,
     first_error,
     forwarded_environment,
     is_ours,
@@ -103,7 +103,7 @@ class RayJobs:
         """
         self.connect()
         self._running, self._heart = None, Heartbeat(step.lease)
-        with self._heart, ended_on_sigterm(lambda: None):
+        with self._heart, answer.waiting(lambda: None):
             try:
                 name = self._start(step)
                 with JobLog(self._client, name, uri=step.log) as log:

@@ -10,10 +10,13 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
+
+from filelock import FileLock, Timeout
 
 from ncsn import storage
 from ncsn.config import Config, changed_settings, explain_changes, from_yaml, to_yaml
@@ -22,10 +25,13 @@ from ncsn.events import tell
 from ncsn.process import KFP_RUN_ID, utc_now
 from ncsn.runs.steps import OWN, STEP_INFO, STEPS, STEPS_BY_WORKERS, TUNE
 from ncsn.storage.heartbeat import LeaseExpired
+from ncsn.storage.retry import limited
 
 DEFAULT_ROOT: str = Config.model_fields["storage"].default.root  # the store if no option names one
 RUN_PATTERN = re.compile(r"[a-z0-9]([a-z0-9_.-]{0,61}[a-z0-9])?")
 INDEX = "checkpoint.json"  # of a checkpoint, written last
+RESUME = "resume-"  # instead of `images-`, of a checkpoint that is only to resume from
+_CHECKPOINT = re.compile(rf"(images-|{RESUME})\d+")
 WIDTHS = "widths"  # folder of averages of other widths
 State = Literal["", "RUNNING", "FINISHED", "FAILED", "KILLED"]  # as in MLflow; empty before the first attempt
 STOPPED: dict[type[BaseException], str] = {SystemExit: "terminated", KeyboardInterrupt: "interrupted"}
@@ -58,6 +64,30 @@ class Store:
     code = _Below("code")  # the archives of `--code`, by their digest
     generated = _Below("generated")  # images of registered models
     guides = _Below("guides")  # copies of the registered models that guide these
+
+
+def images_seen_at(name: str) -> int:
+    """The training images that the checkpoint of this name has seen."""
+    return int(name.rpartition("-")[2])
+
+
+def checkpoint_names(uri: str) -> list[str]:
+    """The names of the checkpoints in a folder, also of the rest of an upload that was cut short; the oldest first."""
+    return sorted(filter(_CHECKPOINT.fullmatch, storage.list_names(uri)), key=images_seen_at)
+
+
+def resumable(uri: str) -> Iterator[str]:
+    """The complete ones, also one that is only to resume from; the newest first."""
+    return (name for name in reversed(checkpoint_names(uri)) if storage.exists(storage.join(uri, name, INDEX)))
+
+
+def said_newest(uri: str) -> str:
+    """The newest of them in words: a name, or what can be said without one."""
+    try:
+        with limited(0):
+            return next(resumable(uri), "the start")
+    except OSError:
+        return "its last checkpoint"
 
 
 class _Trained:
@@ -174,12 +204,45 @@ TEMPORARY = rf"((?:.+?/)?(?:{storage.TEMPORARY}))(?:/.*)?"
 NAMED = r"(?=(?<![\w-])((?:runs|datasets|code)/[^\s\"'\\]+))"
 
 
-def claim_run(config: Config, run: str) -> RunFolder:
-    """Claim the name of the run for this config; `ForeignRun` if it belongs to one that trains other weights."""
-    folder, text = run_folder(config, run), to_yaml(config)
-    if not storage.publish_once(folder.config, text.encode()) and (owner := storage.read_text(folder.config)) != text:
-        require_owner(from_yaml(owner, origin=folder.config), config, run)
-    return folder
+@dataclass
+class Run:
+    """A run, and the config that a command has for it. Its name belongs to the first config that claims it."""
+
+    config: Config
+    name: str
+    claimed: bool = False
+    images: Mapping[str, Any] | None = None  # the key of the first step, once its images are known to be the run's
+
+    def __post_init__(self) -> None:
+        self.folder = run_folder(self.config, self.name)
+
+    def claim(self) -> None:
+        """Claim the name, once; `ForeignRun` if it belongs to a config that trains other weights."""
+        if self.claimed:
+            return
+        text, place = to_yaml(self.config), self.folder.config
+        if not storage.publish_once(place, text.encode()) and (owner := storage.read_text(place)) != text:
+            require_owner(from_yaml(owner, origin=place), self.config, self.name)
+        storage.write_bytes(self.folder.begun, b"")
+        self.claimed = True
+
+    @property
+    def owner(self) -> Config:
+        """The config that the name belongs to."""
+        return from_yaml(storage.read_text(self.folder.config), origin=self.folder.config)
+
+    def alone(self) -> AbstractContextManager[object]:
+        """A lock, so that one process at a time trains the run; `UserError` if another one does."""
+        # The kernel frees it when its process ends, however it ends. A store that is not local has none.
+        if not storage.is_local(self.folder.uri):
+            return nullcontext()
+        path = Path(self.folder.uri) / ".lock"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            return FileLock(path, is_singleton=True).acquire(timeout=0)  # which this process may have already
+        except Timeout:
+            hint = "wait for it, or choose another --run NAME"
+            raise UserError("--run", "running in another process", hint=hint, value=self.name) from None
 
 
 def require_owner(owner: Config, config: Config, run: str) -> None:
@@ -252,37 +315,25 @@ def read_mistake(folder: RunFolder, step: str) -> UserError | None:
     return UserError.of(error.problems) if error is not None and error.problems else None
 
 
-@contextmanager
-def recorded(config: Config, run: str, step: str) -> Iterator[RunFolder]:
-    """Record an error in the block as that of `step`, in place of the error of an earlier attempt."""
-    # Commands and pipeline tasks put a whole step into one such block, so that a failure before its work is recorded.
-    # The records of a run that belongs to another config stay as they are.
-    folder = claim_run(config, run)
-    storage.write_bytes(folder.begun, b"")
-    before = read_step(folder, step)
-    if before.error is not None:
-        update_step(folder, step, error=None)
+def record_failure(folder: RunFolder, step: str, error: BaseException, *, before: StepRecord) -> None:
+    """Record what ended an attempt of the step, whose record was `before`, unless more is known already."""
     try:
-        yield folder
-    except BaseException as error:
-        try:
-            now, state = read_step(folder, step), state_after(error)
-            message = STOPPED.get(type(error)) or str(error)
-            # What the driver elsewhere wrote says more than what its launcher saw, unless it was only told to end, for
-            # a reason that the launcher knows, or the launcher repeats it and says more.
-            stronger = (
-                now.error is None
-                or (now.state, state) == ("KILLED", "FAILED")
-                or (now.error.message != message and now.error.message in message)
-            )
-            idle = type(error) in STOPPED and now.state == "FINISHED"  # no work has begun since
-            if stronger and now.finished_at == before.finished_at and not idle:
-                kfp_run = os.environ.get(KFP_RUN_ID, "")
-                record = StepError(type(error).__name__, message, problems_of(error), kfp_run)
-                update_step(folder, step, state=state, error=record)
-        except OSError as failure:  # a full disk must not hide the first error
-            error.add_note(f"(the error could not be recorded in the store: {failure})")
-        raise
+        now, state = read_step(folder, step), state_after(error)
+        message = STOPPED.get(type(error)) or str(error)
+        # What the driver elsewhere wrote says more than what its launcher saw, unless it was only told to end, for a
+        # reason that the launcher knows, or the launcher repeats it and says more.
+        stronger = (
+            now.error in (None, before.error)
+            or (now.state, state) == ("KILLED", "FAILED")
+            or (now.error.message != message and now.error.message in message)
+        )
+        idle = type(error) in STOPPED and now.state == "FINISHED"  # no work has begun since
+        if stronger and now.finished_at == before.finished_at and not idle:
+            kfp_run = os.environ.get(KFP_RUN_ID, "")
+            record = StepError(type(error).__name__, message, problems_of(error), kfp_run)
+            update_step(folder, step, state=state, error=record)
+    except OSError as failure:  # a full disk must not hide the first error
+        error.add_note(f"(the error could not be recorded in the store: {failure})")
 
 
 def state_after(error: BaseException) -> State:
@@ -308,6 +359,18 @@ def write_outcome(folder: RunFolder, outcome: Outcome, *, closed: bool = False) 
     if closed and not (before.get("closed") and before["status"] == outcome.status):
         facts = {"step": outcome.failed_step or "", "status": outcome.status, "reason": outcome.reason}
         tell("finished" if outcome.status == "FINISHED" else "failed", run=folder.run, root=folder.root, **facts)
+
+
+def write_end(config: Config, folders: Sequence[RunFolder], step: str, error: BaseException) -> None:
+    """Make the error of a step in the last of the runs the outcome of all; a finished run that is stopped keeps its."""
+    with suppress(OSError):  # an unreachable store must not hide the first error
+        told = read_step(folders[-1], step).error  # by the driver, perhaps, who knew more
+        outcome = Outcome(state_after(error), told.message if told else STOPPED.get(type(error), str(error)), step)
+        steps = folders_of(folders[0], config).items()
+        if outcome.status == "KILLED" and all(read_step(of, each).state == "FINISHED" for each, of in steps):
+            outcome = Outcome("FINISHED")  # no step has begun to work again
+        for folder in folders:
+            write_outcome(folder, outcome)
 
 
 def read_outcome(folder: RunFolder) -> Outcome | None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from ncsn import storage
@@ -25,8 +26,10 @@ from ncsn.progress import Progress
 from ncsn.report.images import neighbors_png
 from ncsn.report.plots import confusion_matrix, to_png
 from ncsn.report.words import few_samples, verdict_of
+from ncsn.runs.folder import Run
+from ncsn.steps.execute import Context, Prepared
+from ncsn.steps.results import EvaluateResult
 from ncsn.steps.sample import class_rows, first_images_png
-from ncsn.steps.step import Step
 from ncsn.tracking.gate import Measurement, Memorization
 from ncsn.tracking.mlflow_runs import NOTE
 
@@ -37,84 +40,58 @@ MOST_CLASSES = 100  # with metrics of their own in MLflow
 FEW_IMAGES = 1024  # up to here a second GPU saves less time than starting Ray takes
 
 
-@dataclass(frozen=True)
-class EvaluateResult:
-    """Metrics of one set of samples."""
-
-    uri: str  # JSON file with everything below
-    verdict: str  # a line for people: how many images, how near they are to real ones
-    grade: str  # the same as a key of `ncsn.report.words.GRADES`
-    metrics: dict[str, float]  # `eval/<metric>_n<num_images>` of the samples
-    real_metrics: dict[str, float]  # `eval/real_<metric>_n<images>`: what a perfect model would reach
-    fingerprint: str  # of extractor, weights and reference images; metrics of different ones do not compare
-    num_images: int
-    num_real_images: int
-    gate: dict[str, Any]  # the `Measurement` that decides about promotion, as plain values
-    memorization: dict[str, Any]  # the `Memorization` that can forbid it, as plain values
-    running: list[dict[str, Any]]  # `RunningScore`s as plain values
-    notes: list[str]
-    # Of a model of classes: `agreement` and `real_agreement`, a line for each class in `table` and `real_table`, see
-    # `ncsn.evaluation.class_scores`, the matrix `confusion`, and whether a probe saw the classes (`by_probe`).
-    classes: dict[str, Any] | None
-    real_images: str  # URI of a PNG of real images, laid out as that of the samples
-    neighbors: str  # URI of a PNG of samples and their nearest training images
-    confusion: str | None  # URI of a PNG of the matrix
-
-
-def run(config: Config, *, run: str, samples: str, dataset: str, lease: str | None = None) -> EvaluateResult:
-    """Measure the first `config.sampling.num_images` images of a samples folder.
-
-    When the launcher's heartbeat at the URI `lease` stops, evaluation ends.
-    """
-    step = Step("evaluate", config, run, EvaluateResult)
-    samples, dataset = storage.absolute(samples), storage.absolute(dataset)
+def prepare(run: Run, *, samples: str, dataset: str) -> Prepared[EvaluateResult]:
+    """The first `config.sampling.num_images` images of a folder of samples, and how they are measured."""
+    config, samples, dataset = run.config, storage.absolute(samples), storage.absolute(dataset)
     manifest = load_manifest(dataset)
     if not storage.exists(samples):
         raise NotFound(samples, "no samples", hint="run `ncsn sample` first")
     evaluation = evaluation_of(config, manifest)
     places = {"samples": samples, "dataset": dataset}
     settings = {"num_images": config.sampling.num_images, "evaluation": evaluation.model_dump(mode="json")}
-    if result := step.find_result(places | settings, needs=lambda result: [result.uri, result.neighbors]):
-        return result
-    if result := step.run_elsewhere(config, places):
-        return result
+    work = partial(measure, config, manifest, evaluation.extractor, places)
+    return Prepared(config, places | settings, work, lambda result: [result.uri, result.neighbors])
+
+
+def measure(
+    config: Config, manifest: Manifest, wanted: str, places: Mapping[str, str], context: Context
+) -> EvaluateResult:
+    """`evaluate` on the machines that are worth it, with its figures in MLflow."""
+    progress, tracked, lease = context.progress, context.tracked, context.lease
     on_cluster = lease is not None or not on_this_machine()  # whose head, where this process may be, has no cores
     # Here, only several GPUs make it worth starting Ray: a single process has all cores.
     images = max(manifest.count("train"), config.sampling.num_images)
     on_gpus = config.compute.use_gpu and config.compute.max_workers > 1 and images > FEW_IMAGES
-    with (
-        step.work(config, lease=lease) as (progress, tracked),
-        cluster_for(config, start=on_gpus, join=on_cluster, last_lines=step.last_lines),
-    ):
+    with cluster_for(config, start=on_gpus, join=on_cluster, last_lines=context.last_lines):
         tracked.set_tags(ray_tags())
-        if evaluation.extractor == "dinov2" and not config.compute.use_gpu:
+        if wanted == "dinov2" and not config.compute.use_gpu:
             progress.note("DINOv2 takes about two seconds per image and core without a GPU")
-        tracked.log_dataset(manifest.name, digest=manifest.digest, uri=dataset, context="evaluation")
+        tracked.log_dataset(manifest.name, digest=manifest.digest, uri=places["dataset"], context="evaluation")
         runner = runner_of(config.compute) if on_cluster or on_gpus else here
-        result = evaluate(config, **places, folder=step.folder.evaluation, progress=progress, runner=runner)
-        progress.note(str(RunningScore(**result.running[-1])))
-        for each in (tracked, tracked.parent):
-            each.log_metrics({**result.metrics, **result.real_metrics})
-        tracked.parent.set_tags({NOTE: result.verdict, "eval.verdict": result.grade})
-        extractor, by_class = extractor_name(config, manifest), {}
-        for number, line in enumerate(result.classes["table"][:MOST_CLASSES] if result.classes else []):
-            for metric in ("agreement", "kid"):  # `eval/classifier_class_agreement_n51/3-dress`
-                full = metric_name(f"class_{metric}", extractor=extractor, num_images=line["num_images"])
-                by_class[f"{full}/{number}-{re.sub(r'[^A-Za-z0-9]+', '-', line['name'])[:40]}"] = line[metric]
-        tracked.log_metrics({name: value for name, value in by_class.items() if value is not None})
-        for uri in filter(None, (result.uri, result.real_images, result.neighbors, result.confusion)):
-            tracked.log_file(uri)
-        for score in (RunningScore(**point) for point in result.running):
-            tracked.log_metrics(score.named("eval", extractor=extractor), step=score.num_images)
-        facts = {"eval.fingerprint": result.fingerprint, "samples.uri": samples, "evaluation.uri": result.uri}
-        tracked.set_tags(facts)
-    return step.store_result(result)
+        result = evaluate(config, **places, folder=context.folder.evaluation, progress=progress, runner=runner)
+    progress.note(str(RunningScore(**result.running[-1])))
+    for each in (tracked, tracked.parent):
+        each.log_metrics({**result.metrics, **result.real_metrics})
+    tracked.parent.set_tags({NOTE: result.verdict, "eval.verdict": result.grade})
+    extractor, by_class = extractor_name(config, manifest), {}
+    for number, line in enumerate(result.classes["table"][:MOST_CLASSES] if result.classes else []):
+        for metric in ("agreement", "kid"):  # `eval/classifier_class_agreement_n51/3-dress`
+            full = metric_name(f"class_{metric}", extractor=extractor, num_images=line["num_images"])
+            by_class[f"{full}/{number}-{re.sub(r'[^A-Za-z0-9]+', '-', line['name'])[:40]}"] = line[metric]
+    tracked.log_metrics({name: value for name, value in by_class.items() if value is not None})
+    for uri in filter(None, (result.uri, result.real_images, result.neighbors, result.confusion)):
+        tracked.log_file(uri)
+    for score in (RunningScore(**point) for point in result.running):
+        tracked.log_metrics(score.named("eval", extractor=extractor), step=score.num_images)
+    facts = {"eval.fingerprint": result.fingerprint, "samples.uri": places["samples"], "evaluation.uri": result.uri}
+    tracked.set_tags(facts)
+    return result
 
 
 def evaluate(
     config: Config, *, samples: str, dataset: str, folder: str, progress: Progress, runner: Runner = here
 ) -> EvaluateResult:
-    """Compute the metrics and write them below `folder`; `run` without its bookkeeping."""
+    """Compute the metrics and write them below `folder`."""
     count = config.sampling.num_images
     manifest = load_manifest(dataset)
     _require_same_kind(config, samples, manifest)

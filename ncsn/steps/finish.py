@@ -16,8 +16,8 @@ from ncsn.report.cards import run_page
 from ncsn.runs.folder import (
     ForeignRun,
     Outcome,
+    Run,
     RunFolder,
-    claim_run,
     folders_of,
     read_outcome,
     read_step,
@@ -73,7 +73,9 @@ def run(
     ours, canceled, notes = kfp.id if kfp else None, list[str](), list[str]()
     steps, places = dict[str, str](), {"image": container_image(), "KFP run": ours or ""}
     try:
-        folder = claim_run(config, run)
+        mine = Run(config, run)
+        mine.claim()
+        folder = mine.folder
         if ours and storage.exists(refused := folder.step(STEPS[0], f"refused-{ours}")):
             raise ForeignRun("", storage.read_text(refused))
         folders = folders_of(folder, config)

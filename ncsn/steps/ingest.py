@@ -5,13 +5,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from ncsn import storage
-from ncsn.config import Config, from_yaml, to_yaml
+from ncsn.config import Config, to_yaml
 from ncsn.data.dataset import Dataset, write_dataset
 from ncsn.data.equal import Hashes, image_hashes
 from ncsn.data.format import MANIFEST, load_manifest, part_images, read_part
@@ -19,39 +18,30 @@ from ncsn.data.sources import open_source
 from ncsn.data.sources.base import NO_FILES, source_fingerprint
 from ncsn.progress import Progress
 from ncsn.remote.backend import say
-from ncsn.runs.folder import ForeignRun, RunFolder, Store, claim_run, read_step, run_folder, update_step
-from ncsn.steps.step import Step
+from ncsn.runs.folder import ForeignRun, Run, Store, read_step, update_step
+from ncsn.steps.execute import Context, Prepared
+from ncsn.steps.results import IngestResult
 
 
-@dataclass(frozen=True)
-class IngestResult:
-    """The dataset."""
-
-    uri: str  # its folder in the store
-    digest: str  # of its content
-    counts: dict[str, int]  # images of each split
-    created: bool  # False if the store held this content already, so nothing was written
-    repeated: int  # images that equal an earlier one of their split
-    left_out: int  # test images that equal a training image
-    notes: list[str] = field(default_factory=list)  # on images that were converted or left out, for people
+def prepare(run: Run) -> Prepared[IngestResult]:
+    """The names, sizes and dates of the source's files decide; `ForeignRun` if the run has read other images."""
+    inputs = agreed_inputs(run) if run.images is None else run.images
+    return Prepared(
+        run.config,
+        inputs,
+        lambda context: ingest(run.config, context, fingerprint=inputs["files"]),
+        needs=lambda result: [storage.join(result.uri, MANIFEST)],
+    )
 
 
-def run(config: Config, *, run: str, inputs: Mapping[str, Any] | None = None) -> IngestResult:
-    """Bring the source's images to one shape and publish them under the digest of their content.
-
-    `inputs` are `agreed_inputs`, if the caller has them. `ForeignRun` if the run has read other images.
-    """
-    inputs = agreed_inputs(config, run_folder(config, run)) if inputs is None else inputs
-    step = Step("ingest", config, run, IngestResult)
-    if result := step.find_result(inputs, needs=lambda result: [storage.join(result.uri, MANIFEST)]):
-        return result
-    with step.work(config) as (progress, tracked):
-        # Named after the source, not the experiment, so that experiments on the same images share one dataset.
-        datasets = storage.join(Store(step.folder.root).datasets, config.data.source)
-        dataset = write_images(config, datasets, fingerprint=inputs["files"], progress=progress)
-        manifest = dataset.manifest
-        tracked.log_dataset(manifest.name, digest=manifest.digest, uri=dataset.uri)
-        tracked.log_metrics({f"ingest/{split}_images": count for split, count in manifest.counts.items()})
+def ingest(config: Config, context: Context, *, fingerprint: str) -> IngestResult:
+    """Bring the source's images to one shape and publish them under the digest of their content."""
+    # Named after the source, not the experiment, so that experiments on the same images share one dataset.
+    datasets = storage.join(Store(context.folder.root).datasets, config.data.source)
+    dataset = write_images(config, datasets, fingerprint=fingerprint, progress=context.progress)
+    manifest = dataset.manifest
+    context.tracked.log_dataset(manifest.name, digest=manifest.digest, uri=dataset.uri)
+    context.tracked.log_metrics({f"ingest/{split}_images": count for split, count in manifest.counts.items()})
     notes = [f"{count:,} images were {what}" for what, count in manifest.conversions.items()]
     if manifest.unlabeled:
         notes.append(f"{manifest.unlabeled:,} images have no label, unlike the others; each is kept with label -1")
@@ -60,22 +50,23 @@ def run(config: Config, *, run: str, inputs: Mapping[str, Any] | None = None) ->
     notes += filter(None, [manifest.equal_images])
     equal = {"repeated": sum(manifest.repeated.values()), "left_out": manifest.left_out}
     counts = dict(manifest.counts)
-    return step.store_result(IngestResult(dataset.uri, manifest.digest, counts, dataset.created, notes=notes, **equal))
+    return IngestResult(dataset.uri, manifest.digest, counts, dataset.created, notes=notes, **equal)
 
 
-def agreed_inputs(config: Config, folder: RunFolder) -> Mapping[str, Any]:
+def agreed_inputs(run: Run) -> Mapping[str, Any]:
     """What decides the dataset of the run; `ForeignRun`, with nothing changed, if it has read other images.
 
     Names, sizes and dates of the source are compared with those at that time. Where they differ the images are read.
     The same images in another place are those of the run, whose config names the place from now on.
     """
+    config, folder = run.config, run.folder
     inputs: dict[str, Any] = {"data": config.data.model_dump(mode="json"), "files": source_fingerprint(config.data)}
     record = read_step(folder, "ingest")
     before, stored = record.inputs, record.result
     if not stored or before == inputs:
         return inputs
-    claim_run(config, folder.run)
-    owner, here = from_yaml(storage.read_text(folder.config), origin=folder.config), config.data.root
+    run.claim()
+    owner, here = run.owner, config.data.root
     places, inputs["data"]["root"] = (before["data"]["root"], owner.data.root), before["data"]["root"]
     if inputs["files"] == NO_FILES and inputs["data"] == before["data"] and here in places:  # the source is away
         return before

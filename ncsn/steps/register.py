@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 from ncsn import storage
@@ -21,9 +22,10 @@ from ncsn.report.cards import ModelFacts, model_card
 from ncsn.report.hints import copying_hints, overfitting_hints
 from ncsn.report.images import smaller_png
 from ncsn.report.words import cost_line, read_metrics
-from ncsn.runs.folder import read_step, run_folder, spent
+from ncsn.runs.folder import Run, read_step, run_folder, spent
 from ncsn.runs.history import held_out_curves, load_history
-from ncsn.steps.step import Step
+from ncsn.steps.execute import Context, Prepared
+from ncsn.steps.results import RegisterResult
 from ncsn.tracking import registry
 from ncsn.tracking.client import SQLITE, client_at, mlflow_errors, shown, tracking_uri
 from ncsn.tracking.gate import Evidence, Floors, Measurement, Memorization
@@ -34,27 +36,15 @@ from ncsn.tracking.promotion import pass_gate
 PICTURES = {"grid.png": "samples", "neighbors.png": "samples and their nearest training images"}
 
 
-@dataclass(frozen=True)
-class RegisterResult:
-    """A version in the registry."""
-
-    model: str
-    version: str
-    aliases: list[str]  # when the step ended
-    promoted: bool  # whether the gate made it champion
-    reason: str
-    uri: str  # models:/<model>/<version>
-
-
-def run(config: Config, *, run: str, checkpoint: str, evaluation: str) -> RegisterResult:
-    """Register the checkpoint at the URI `checkpoint` once, judged by the `evaluation` of its samples."""
-    step = Step("register", config, run, RegisterResult)
+def prepare(run: Run, *, checkpoint: str, evaluation: str) -> Prepared[RegisterResult]:
+    """A checkpoint is registered once, judged by the `evaluation` of its samples."""
+    config, root = run.config, run.folder.root
     checkpoint = ensure_average(checkpoint, config)
     loaded = checkpoints.load_checkpoint(checkpoint)
     config = checkpoints.require_same_training(loaded.config, config, origin=checkpoint)
-    config = registry.copy_guide(config, folder=step.folder.guides)
+    config = registry.copy_guide(config, folder=run.folder.guides)
     loaded = replace(loaded, config=config, guide=guide_of(loaded, config.sampling))
-    measured = storage.absolute_uris(storage.read_json(evaluation), step.folder.root)
+    measured = storage.absolute_uris(storage.read_json(evaluation), root)
     manifest = _require_own_evaluation(measured, loaded, checkpoint)
     weights = {name: float(tensor.abs().max()) for name, tensor in loaded.network.named_parameters()}
     values = {**measured["metrics"], **measured["real_metrics"], **weights}
@@ -65,7 +55,13 @@ def run(config: Config, *, run: str, checkpoint: str, evaluation: str) -> Regist
     measurement, memorization = Measurement(**measured["gate"]), Memorization(**measured["memorization"])
     evidence = Evidence(measurement, memorization, not_finite, Floors(**floors))
     uri = tracking_uri(config)
-    inputs = {
+
+    def is_registered(result: RegisterResult) -> bool:
+        with mlflow_errors(uri):  # the version may have been deleted
+            wanted = f"name = '{result.model}' and version_number = {result.version}"
+            return bool(client_at(uri).search_model_versions(wanted))
+
+    key = {
         "checkpoint": loaded.digest,
         **registry.deciding(loaded),
         "evaluation": evaluation,
@@ -74,40 +70,49 @@ def run(config: Config, *, run: str, checkpoint: str, evaluation: str) -> Regist
         "model": config.registered_model,
         "registry": shown(uri).removeprefix(SQLITE),
     }
-    if result := step.find_result(inputs, needs=lambda _: []):
-        with mlflow_errors(uri):  # the version may have been deleted
-            wanted = f"name = '{result.model}' and version_number = {result.version}"
-            if client_at(uri).search_model_versions(wanted):
-                return result
-    with step.work(config) as (progress, tracked):
-        progress.start(3, "stages")
-        tracked.log_dataset(manifest.name, digest=manifest.digest, uri=measured["dataset"])
-        origin = {"checkpoint.uri": checkpoint, "checkpoint.digest": loaded.digest}
-        tracked.set_tags({**origin, "samples.uri": measured["samples"], "evaluation.uri": measured["uri"]})
-        candidate = _candidate(loaded, measured, manifest, run=run, checkpoint=checkpoint)
-        tracked.log_bytes(candidate.card.encode(), "model_card.md")
-        for file, content in candidate.files.items():
-            tracked.log_bytes(content, file)
-        progress.advance()
-        version = str(registry.register(tracked, candidate).version)
-        progress.advance()
-        ask = config.tracking.promote == "ask"
-        decision = pass_gate(tracked.client, name=candidate.name, version=version, evidence=evidence, ask=ask)
-        registry.describe_gate(tracked.client, candidate.name, version, decision.reason)
-        result = RegisterResult(
-            model=candidate.name,
-            version=version,
-            aliases=sorted(tracked.client.get_model_version(candidate.name, version).aliases),
-            promoted=decision.promoted,
-            reason=decision.reason,
-            uri=f"models:/{candidate.name}/{version}",
-        )
-        told = {"gate.promoted": str(result.promoted).lower(), "gate.reason": result.reason}
-        tracked.set_tags({"model.uri": result.uri, **told})
-        aliases = f" ({', '.join(result.aliases)})" if result.aliases else ""
-        tracked.parent.set_tags({"model.uri": result.uri})
-        tracked.parent.set_tags({NOTE: f"{measured['verdict']}\n\nModel `{result.uri}`{aliases}: {result.reason}"})
-    return step.store_result(result)
+    return Prepared(
+        config, key, partial(register, loaded, measured, manifest, evidence, checkpoint), holds=is_registered
+    )
+
+
+def register(
+    loaded: SamplingCheckpoint,
+    measured: Mapping[str, Any],
+    manifest: Manifest,
+    evidence: Evidence,
+    checkpoint: str,
+    context: Context,
+) -> RegisterResult:
+    """Register the version with its card, then ask the gate."""
+    config, run, progress, tracked = loaded.config, context.folder.run, context.progress, context.tracked
+    progress.start(3, "stages")
+    tracked.log_dataset(manifest.name, digest=manifest.digest, uri=measured["dataset"])
+    origin = {"checkpoint.uri": checkpoint, "checkpoint.digest": loaded.digest}
+    tracked.set_tags({**origin, "samples.uri": measured["samples"], "evaluation.uri": measured["uri"]})
+    candidate = _candidate(loaded, measured, manifest, run=run, checkpoint=checkpoint)
+    tracked.log_bytes(candidate.card.encode(), "model_card.md")
+    for file, content in candidate.files.items():
+        tracked.log_bytes(content, file)
+    progress.advance()
+    version = str(registry.register(tracked, candidate).version)
+    progress.advance()
+    ask = config.tracking.promote == "ask"
+    decision = pass_gate(tracked.client, name=candidate.name, version=version, evidence=evidence, ask=ask)
+    registry.describe_gate(tracked.client, candidate.name, version, decision.reason)
+    result = RegisterResult(
+        model=candidate.name,
+        version=version,
+        aliases=sorted(tracked.client.get_model_version(candidate.name, version).aliases),
+        promoted=decision.promoted,
+        reason=decision.reason,
+        uri=f"models:/{candidate.name}/{version}",
+    )
+    told = {"gate.promoted": str(result.promoted).lower(), "gate.reason": result.reason}
+    tracked.set_tags({"model.uri": result.uri, **told})
+    aliases = f" ({', '.join(result.aliases)})" if result.aliases else ""
+    tracked.parent.set_tags({"model.uri": result.uri})
+    tracked.parent.set_tags({NOTE: f"{measured['verdict']}\n\nModel `{result.uri}`{aliases}: {result.reason}"})
+    return result
 
 
 def _require_own_evaluation(measured: Mapping[str, Any], loaded: SamplingCheckpoint, checkpoint: str) -> Manifest:

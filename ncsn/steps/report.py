@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from ncsn import storage
@@ -17,23 +18,16 @@ from ncsn.report import hints, plots
 from ncsn.report.html import LOOK, render
 from ncsn.report.plots import to_svg
 from ncsn.report.words import Fact, cost_facts, next_step, read_metrics, tag_facts
-from ncsn.runs.folder import RunFolder, StepRecord, read_results, read_step, spent
+from ncsn.runs.folder import Run, RunFolder, StepRecord, read_results, read_step, spent
 from ncsn.runs.history import held_out_curves, load_history, loss_names
 from ncsn.runs.steps import BEST, STEPS, TUNE
+from ncsn.steps.execute import Context, Prepared
 from ncsn.steps.register import selection_of
-from ncsn.steps.step import Step
+from ncsn.steps.results import ReportResult
 from ncsn.tracking.client import page
 from ncsn.tracking.gate import Memorization
 from ncsn.tracking.mlflow_runs import StepRun, steps_of_run
 from ncsn.tracking.registry import copy_guide
-
-
-@dataclass(frozen=True)
-class ReportResult:
-    """The HTML file of a report, and its bytes."""
-
-    uri: str
-    size: int
 
 
 @dataclass(frozen=True)
@@ -50,40 +44,43 @@ class ReportSources:
     selection: Mapping[str, Any] | None  # the choice of the checkpoint by `ncsn select`
 
 
-def run(config: Config, *, run: str, evaluation: str) -> ReportResult:
-    """Write `<run>/report/report.html` from the results of the run's other steps; some of them may be missing."""
-    step = Step("report", config, run, ReportResult)
-    measured = storage.absolute_uris(storage.read_json(storage.absolute(evaluation)), step.folder.root)
+def prepare(run: Run, *, evaluation: str) -> Prepared[ReportResult]:
+    """The results of the run's other steps decide; some of them may be missing."""
+    folder, config = run.folder, run.config
+    measured = storage.absolute_uris(storage.read_json(storage.absolute(evaluation)), folder.root)
     samples = storage.read_json(storage.join(measured["samples"], "manifest.json"))
-    samples = storage.absolute_uris(samples, step.folder.root)
+    samples = storage.absolute_uris(samples, folder.root)
     loaded = checkpoints.load_checkpoint(samples["checkpoint"])
     config = checkpoints.require_same_training(loaded.config, config, origin=samples["checkpoint"])
     sources = ReportSources(
-        config=copy_guide(config, folder=step.folder.guides),
-        folder=step.folder,
+        config=copy_guide(config, folder=folder.guides),
+        folder=folder,
         checkpoint=loaded,
         evaluation=measured,
         samples=samples,
         manifest=load_manifest(measured["dataset"]),
-        records=read_results({name: step.folder for name in STEPS if name != "report"}),
-        selection=selection_of(config, run, samples["checkpoint"]),
+        records=read_results({name: folder for name in STEPS if name != "report"}),
+        selection=selection_of(config, run.name, samples["checkpoint"]),
     )
-    inputs = {
+    key = {
         "evaluation": measured,
         "steps": {name: record.finished_at for name, record in sources.records.items()},
         "config": config.model_dump(mode="json", exclude={"storage"}),  # which may be moved
         "look": LOOK,
         "selection": sources.selection,
     }
-    if result := step.find_result(inputs, needs=lambda result: [result.uri]):
-        return result
-    with step.work(config) as (_, tracked):
-        text = render(**_results(sources), lineage=list(_lineage(sources, tracked)), **_training(sources))
-        uri = storage.join(step.folder.report, "report.html")
-        storage.write_text(uri, text)
-        tracked.parent.log_file(uri)
-        tracked.set_tags({"report.uri": uri})
-    return step.store_result(ReportResult(uri=uri, size=len(text.encode())))
+    return Prepared(config, key, partial(report, sources), lambda result: [result.uri])
+
+
+def report(sources: ReportSources, context: Context) -> ReportResult:
+    """Write `<run>/report/report.html`."""
+    tracked = context.tracked
+    text = render(**_results(sources), lineage=list(_lineage(sources, tracked)), **_training(sources))
+    uri = storage.join(context.folder.report, "report.html")
+    storage.write_text(uri, text)
+    tracked.parent.log_file(uri)
+    tracked.set_tags({"report.uri": uri})
+    return ReportResult(uri=uri, size=len(text.encode()))
 
 
 def _results(sources: ReportSources) -> dict[str, Any]:

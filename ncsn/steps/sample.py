@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,12 +23,15 @@ from ncsn.evaluation.frechet import RunningDistance, RunningScore
 from ncsn.evaluation.reference import open_evaluator
 from ncsn.model import checkpoint as checkpoints
 from ncsn.model.averages import ensure_average
+from ncsn.model.checkpoint import SamplingCheckpoint
 from ncsn.model.classes import require_label
 from ncsn.model.generate import evaluations_per_image, guide_of, sampling_facts, with_precision
 from ncsn.model.objective import noise_notes
 from ncsn.progress import Progress
 from ncsn.report.images import grid_png, rows_by_class, strip_png
-from ncsn.steps.step import Step
+from ncsn.runs.folder import Run
+from ncsn.steps.execute import Context, Prepared
+from ncsn.steps.results import SampleResult
 from ncsn.tracking.mlflow_runs import StepRun
 from ncsn.tracking.registry import copy_guide
 
@@ -34,100 +39,86 @@ GRID_IMAGES = 64
 MOST_LABELS = 10_000  # of the images from which those of the grid are chosen by class
 
 
-@dataclass(frozen=True)
-class SampleResult:
-    """One set of samples."""
-
-    uri: str  # folder of the Parquet shards and their manifest
-    grid: str  # URI of a PNG with the first images
-    strip: str  # URI of a PNG that shows some images at an even choice of the noise levels
-    num_images: int
-    nfe: int  # score-network evaluations per image
-    seconds: float  # of this call's sampling
-    checkpoint: str
-    images_per_second: float | None = None  # of those that this call made; None if it made none
-    notes: list[str] = field(default_factory=list)  # for people
-
-
-def run(
-    config: Config,
-    *,
-    run: str,
-    checkpoint: str,
-    score: str | None = None,
-    lease: str | None = None,
-) -> SampleResult:
-    """Generate `config.sampling.num_images` images; only those that are missing are made, and none that is there goes.
+def prepare(run: Run, *, checkpoint: str, score: str | None = None) -> Prepared[SampleResult]:
+    """Images are by their weights and sampler in one folder: what is there stays, and only missing ones are made.
 
     With the URI of a dataset as `score`, the Fréchet distance so far to its training images is published meanwhile.
-    When the launcher's heartbeat at the URI `lease` stops, sampling ends and keeps the finished shards.
     """
-    step = Step("sample", config, run, SampleResult)
-    checkpoint = ensure_average(checkpoint, config)
+    checkpoint = ensure_average(checkpoint, run.config)
     trained = checkpoints.load_checkpoint(checkpoint)
-    config = checkpoints.require_same_training(trained.config, config, origin=checkpoint)
+    config = checkpoints.require_same_training(trained.config, run.config, origin=checkpoint)
     require_label(config.sampling.label, trained.classes)
-    config = copy_guide(config, folder=step.folder.guides)
+    config = copy_guide(config, folder=run.folder.guides)
     guide = guide_of(trained, config.sampling)
     facts = sampling_facts(with_precision(config.sampling, trained, config.compute.device), guide)
-    uri = storage.join(step.folder.samples, trained.digest, storage.digest(facts, 12))
+    uri = storage.join(run.folder.samples, trained.digest, storage.digest(facts, 12))
     there = (storage.find_json(storage.join(uri, "manifest.json")) or {}).get("num_images", 0)
     count = max(there, config.sampling.num_images)
     config = config.model_copy(update={"sampling": config.sampling.model_copy(update={"num_images": count})})
-    inputs = {"uri": uri, "num_images": count}
-    if result := step.find_result(inputs, needs=lambda result: [result.uri, result.grid, result.strip]):
-        return result
-    options = {"checkpoint": checkpoint} | ({"score": score} if score else {})
-    if result := step.run_elsewhere(config, options):
-        return result
+    return Prepared(
+        config,
+        {"uri": uri, "num_images": count},
+        partial(sample, config, trained, facts, uri, checkpoint, score),
+        lambda result: [result.uri, result.grid, result.strip],
+    )
+
+
+def sample(
+    config: Config,
+    trained: SamplingCheckpoint,
+    facts: Mapping[str, Any],
+    uri: str,
+    checkpoint: str,
+    score: str | None,
+    context: Context,
+) -> SampleResult:
+    """Generate the images that are missing; when the launcher's heartbeat stops, finished shards stay."""
+    progress, tracked = context.progress, context.tracked
     shards = plan_shards(config, checkpoint=checkpoint, folder=uri, dataset=score)
-    with (
-        step.work(config, lease=lease) as (progress, tracked),
-        cluster_for(config, start=len(shards) > 1, last_lines=step.last_lines),
-    ):
+    with cluster_for(config, start=len(shards) > 1, last_lines=context.last_lines):
         tracked.set_tags(ray_tags())
         scores = _Scores(config, score, progress) if score else None
         started = time.perf_counter()
         on_features = None if scores is None else scores.add
         made = make_shards(config, shards, progress=progress, on_features=on_features)
         seconds = time.perf_counter() - started
-        result = SampleResult(
-            uri=uri,
-            grid=storage.join(uri, "grid.png"),
-            strip=storage.join(uri, "strip.png"),
-            num_images=config.sampling.num_images,
-            nfe=evaluations_per_image(config),
-            seconds=round(seconds, 3),
-            checkpoint=checkpoint,
-            images_per_second=round(made / seconds, 3) if made else None,
-            notes=noise_notes(config, images=trained.images_seen),
-        )
-        images = SampleSet(uri, result.num_images)
-        rows = class_rows(config, images)
-        storage.write_bytes(result.grid, first_images_png(images, rows))
-        levels = eight_bit(storage.read_array(storage.join(uri, LEVELS)), trained.config.data.pixels.limits)
-        storage.write_bytes(result.strip, strip_png(levels))
-        manifest = {
-            "checkpoint": checkpoint,
-            "checkpoint_digest": trained.digest,
-            "num_images": result.num_images,
-            "nfe": result.nfe,
-            **facts,
-            **({} if trained.classes is None else {"classes": trained.classes.names}),
-            "rows": [] if rows is None else images.labels()[rows[:, 0]].tolist(),  # class of each row of the grid
-        }
-        manifest = storage.relative_uris(manifest, step.folder.root)
-        storage.write_json(storage.join(uri, "manifest.json"), manifest, indent=1)
-        origin = {"checkpoint.uri": checkpoint, "checkpoint.digest": trained.digest}
-        tracked.set_tags({**origin, "dataset.digest": trained.dataset_digest, "samples.uri": uri})
-        rate = {} if result.images_per_second is None else {"sample/images_per_second": result.images_per_second}
-        tracked.log_metrics({"sample/nfe": result.nfe, **rate})
-        for picture in (result.grid, result.strip):
-            tracked.log_file(picture)
-        tracked.parent.log_file(result.grid)
-        if scores is not None:
-            scores.log(tracked)
-    return step.store_result(result)
+    result = SampleResult(
+        uri=uri,
+        grid=storage.join(uri, "grid.png"),
+        strip=storage.join(uri, "strip.png"),
+        num_images=config.sampling.num_images,
+        nfe=evaluations_per_image(config),
+        seconds=round(seconds, 3),
+        checkpoint=checkpoint,
+        images_per_second=round(made / seconds, 3) if made else None,
+        notes=noise_notes(config, images=trained.images_seen),
+    )
+    images = SampleSet(uri, result.num_images)
+    rows = class_rows(config, images)
+    storage.write_bytes(result.grid, first_images_png(images, rows))
+    levels = eight_bit(storage.read_array(storage.join(uri, LEVELS)), trained.config.data.pixels.limits)
+    storage.write_bytes(result.strip, strip_png(levels))
+    manifest = {
+        "checkpoint": checkpoint,
+        "checkpoint_digest": trained.digest,
+        "num_images": result.num_images,
+        "nfe": result.nfe,
+        **facts,
+        **({} if trained.classes is None else {"classes": trained.classes.names}),
+        "rows": [] if rows is None else images.labels()[rows[:, 0]].tolist(),  # class of each row of the grid
+    }
+    manifest = storage.relative_uris(manifest, context.folder.root)
+    storage.write_json(storage.join(uri, "manifest.json"), manifest, indent=1)
+    origin = {"checkpoint.uri": checkpoint, "checkpoint.digest": trained.digest}
+    tracked.set_tags({**origin, "dataset.digest": trained.dataset_digest, "samples.uri": uri})
+    rate = {} if result.images_per_second is None else {"sample/images_per_second": result.images_per_second}
+    tracked.log_metrics({"sample/nfe": result.nfe, **rate})
+    for picture in (result.grid, result.strip):
+        tracked.log_file(picture)
+    tracked.parent.log_file(result.grid)
+    if scores is not None:
+        scores.log(tracked)
+    return result
 
 
 class _Scores:

@@ -11,7 +11,8 @@ stored as it is known, so that a second call continues an interrupted one.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from ncsn import storage
@@ -29,65 +30,49 @@ from ncsn.evaluation.scores import kernel_distance
 from ncsn.model.averages import Weights, find_weights, keep_copy
 from ncsn.report.plots import selection_figure, to_png
 from ncsn.report.words import few_samples
-from ncsn.runs.folder import RunFolder
-from ncsn.steps.step import Step
+from ncsn.runs.folder import Run, RunFolder
+from ncsn.steps.execute import Context, Prepared
+from ncsn.steps.results import SelectResult
+from ncsn.steps.train import settle_noise
 from ncsn.tracking.registry import copy_guide
 
 KEPT = 3  # of the best candidates, in the run's folder selected/
 
 
-@dataclass(frozen=True)
-class SelectResult:
-    """The choice among the checkpoints of a run."""
+def prepare(run: Run, *, dataset: str) -> Prepared[SelectResult]:
+    """The weights of every checkpoint of the run, and of every average that was put together, and how they are scored.
 
-    uri: str  # JSON file with all candidates
-    plot: str  # URI of a PNG file
-    checkpoint: str  # URI of a copy of the best candidate, to sample from
-    figure: str  # the metric that was minimized, with extractor and number of samples
-    value: float  # of the best candidate
-    images_seen: int  # by the best candidate
-    relative_width: float | None  # of its average, if it was put together after training
-    candidates: list[dict[str, Any]]  # rows: checkpoint, weights, images_seen, relative_width, value (None: not finite)
-    kept: list[str]  # URIs of copies of the best ones, the best first
-    notes: list[str] = field(default_factory=list)  # for people
-
-
-def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> SelectResult:
-    """Score every checkpoint of the run, and every average that was put together, by a few samples.
-
-    When the launcher's heartbeat at the URI `lease` stops, the step ends; the scores that are known stay.
+    A second call continues: the scores that are known stay.
     """
-    step = Step("select", config, run, SelectResult)
     manifest = load_manifest(dataset)
-    config = copy_guide(step.fix_noise_levels(config, manifest), folder=step.folder.guides)
-    found = find_weights(step.folder)
+    config = copy_guide(settle_noise(run, manifest), folder=run.folder.guides)
+    found = find_weights(run.folder)
     if not found:
-        raise NotFound(step.folder.checkpoints, "no checkpoint", hint="run `ncsn train` first")
-    inputs = {
-        "weights": [each.digest for each in found],
-        "scored": _scored_by(config, manifest),
-    }
-    if result := step.find_result(inputs, needs=lambda result: [result.uri, result.plot, *result.kept]):
-        return result
-    if result := step.run_elsewhere(config, {"dataset": dataset}):
-        return result
+        raise NotFound(run.folder.checkpoints, "no checkpoint", hint="run `ncsn train` first")
+    key = {"weights": [each.digest for each in found], "scored": _scored_by(config, manifest)}
+    work = partial(select, config, manifest, dataset, found)
+    return Prepared(config, key, work, lambda result: [result.uri, result.plot, *result.kept])
+
+
+def select(
+    config: Config, manifest: Manifest, dataset: str, found: Sequence[Weights], context: Context
+) -> SelectResult:
+    """Score every candidate by a few samples, and choose."""
+    progress, tracked = context.progress, context.tracked
     at_once = min(config.compute.max_workers, len(found))
-    with (
-        step.work(config, lease=lease) as (progress, tracked),
-        cluster_for(config, start=at_once > 1, last_lines=step.last_lines),
-    ):
+    with cluster_for(config, start=at_once > 1, last_lines=context.last_lines):
         tracked.set_tags({**ray_tags(), "dataset.digest": manifest.digest, "dataset.uri": dataset})
         evaluator = open_evaluator(config, dataset, runner=runner_of(config.compute))
         values = {}
         progress.start(len(found), "candidates")
-        for weights, value in scores(config, found, evaluator, folder=step.folder, dataset=dataset):
+        for weights, value in scores(config, found, evaluator, folder=context.folder, dataset=dataset):
             values[weights.digest] = value
             progress.advance()
-        result = conclude(config, found, values, folder=step.folder, extractor=evaluator.name)
-        tracked.log_metrics({result.figure: result.value}, result.images_seen)
-        for uri in (result.uri, result.plot):
-            tracked.log_file(uri)
-    return step.store_result(result)
+    result = conclude(config, found, values, folder=context.folder, extractor=evaluator.name)
+    tracked.log_metrics({result.figure: result.value}, result.images_seen)
+    for uri in (result.uri, result.plot):
+        tracked.log_file(uri)
+    return result
 
 
 def _scored_by(config: Config, manifest: Manifest) -> dict[str, Any]:

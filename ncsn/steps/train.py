@@ -4,28 +4,48 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
 from ncsn import storage
-from ncsn.config import Config, from_yaml
+from ncsn.answer import SAVE_SECONDS, answer
+from ncsn.config import Config, from_yaml, to_yaml
 from ncsn.config.load import EXAMPLES
 from ncsn.config.training import NoiseConfig
 from ncsn.data.format import Manifest, load_manifest
+from ncsn.data.noise_levels import resolve_noise
 from ncsn.distributed import trainer
 from ncsn.distributed.cluster import ray_cluster, ray_tags
 from ncsn.errors import UserError
 from ncsn.model import build
 from ncsn.model.averages import ensure_average
-from ncsn.model.checkpoint import FILES, INDEX, TrainedNetwork, folder_name, images_seen_at, load_checkpoint
+from ncsn.model.checkpoint import FILES, TrainedNetwork, folder_name, load_checkpoint
 from ncsn.model.checkpoint_store import CheckpointStore
 from ncsn.model.classes import require_label, require_same_classes
 from ncsn.model.trained import TRAINED_CONFIG, adapted, load_checkpoint_or_model, save_model, start_notes
-from ncsn.runs.folder import RUN_PATTERN, RunFolder, find_inputs, folders_of, read_step, run_folder, update_step
+from ncsn.progress import read_progress
+from ncsn.remote.backend import say
+from ncsn.runs.folder import (
+    INDEX,
+    RUN_PATTERN,
+    Run,
+    RunFolder,
+    find_inputs,
+    folders_of,
+    images_seen_at,
+    read_step,
+    require_owner,
+    run_folder,
+    update_step,
+)
 from ncsn.runs.history import RATE, load_history
-from ncsn.steps.step import Step
+from ncsn.steps.execute import Context, Prepared
+from ncsn.steps.results import TrainResult, stored_result
 from ncsn.storage.heartbeat import Lease
+from ncsn.storage.retry import limited
 from ncsn.tracking.client import client_at, mlflow_errors, tracking_uri
 from ncsn.tracking.lineage import INIT_FROM
 from ncsn.tracking.live import LiveMetrics
@@ -37,92 +57,102 @@ from ncsn.training.loop import TrainingJob
 _SOURCE = "source.json"  # in the folder of the network that training starts from: where it is from
 
 
-@dataclass(frozen=True)
-class TrainResult:
-    """The result of training."""
+def prepare(run: Run, *, dataset: str, finish: bool = False) -> Prepared[TrainResult]:
+    """A run trains on one dataset, from random weights or from what `train.init_from` names, which is copied here.
 
-    checkpoint: str  # URI of the last one
-    images_seen: int  # by all workers
-    loss: float | None  # normalized, at the end (a zero network reads 1); None if there was nothing left to train
-    images_per_second: float  # in all attempts, without startup
-    seconds: float  # of this call
-    dataset: str  # URI
-    notes: list[str] = field(default_factory=list)  # for people
-
-
-def run(config: Config, *, run: str, dataset: str, lease: str | None = None, finish: bool = False) -> TrainResult:
-    """Train, or resume the run from its newest checkpoint, or return the result if it is complete.
-
-    `lease` is the URI of the launcher's heartbeat; when it stops, training saves a checkpoint and ends. So it does once
-    the file `stop` of the step exists. With `finish` the newest checkpoint is the result; without, training goes on.
+    With `finish` the newest checkpoint is the result, of however many images; without, training goes on.
     """
-    step = Step("train", config, run, TrainResult)
-    manifest = load_manifest(dataset)
-    config = step.fix_noise_levels(config, manifest)
+    manifest, folder = load_manifest(dataset), run.folder
+    config = settle_noise(run, manifest)
     require_classes(config, manifest, dataset)
-    step.set_length(config)
-    result = step.find_result(
-        {"dataset": dataset}, needs=lambda result: [storage.join(result.checkpoint, name) for name in (INDEX, *FILES)]
-    )
-    if result is not None and (finish or result.images_seen >= config.train.num_images):
-        return result
-    if finish:
-        return step.store_result(_as_it_is(step, config, dataset))
-    if result is not None:  # a longer training may delete that checkpoint
-        update_step(step.folder, "train", state="", inputs={}, result={})
-    start = start_of(config, step.folder, manifest)
-    if result := step.run_elsewhere(config, {"dataset": dataset}):
-        return result
-    with step.work(config) as (progress, tracked), ray_cluster(config, last_lines=step.last_lines):
+    owner, length = run.owner, config.train.num_images
+    if length > owner.train.num_images:  # the length of the run is that of its longest training
+        longer = owner.train.model_copy(update={"num_images": length})
+        storage.write_text(folder.config, to_yaml(owner.model_copy(update={"train": longer})))
+    key = {"dataset": dataset}
+    if not finish and (stored := stored_result(folder, "train", key)) and stored.images_seen < length:
+        update_step(folder, "train", state="", inputs={}, result={})  # a longer training may delete that checkpoint
+    start = Start() if finish else start_of(config, folder, manifest)
+    work = partial(as_it_is, config, dataset) if finish else partial(train, config, manifest, dataset, start)
+    files = (INDEX, *FILES)
+    return Prepared(config, key, work, lambda result: [storage.join(result.checkpoint, name) for name in files])
+
+
+def train(config: Config, manifest: Manifest, dataset: str, start: Start, context: Context) -> TrainResult:
+    """Train, or resume from the newest checkpoint.
+
+    When the launcher's heartbeat stops, training saves a checkpoint and ends. So it does on Ctrl-C and SIGTERM, and
+    once the file `stop` of the step exists.
+    """
+    folder, tracked = context.folder, context.tracked
+    stop = folder.step("train", "stop")
+    storage.delete(stop)  # of an earlier attempt
+
+    def ask_to_save() -> bool:
+        if begun := read_progress(folder.step("train", "progress.json")) is not None:
+            say(f"interrupted: saving, for at most {SAVE_SECONDS:.0f} s; Ctrl-C again ends at once")
+            with suppress(OSError), limited(SAVE_SECONDS):
+                storage.write_text(stop, "")
+        return begun
+
+    with answer.saving(ask_to_save), ray_cluster(config, last_lines=context.last_lines):
         tracked.set_tags({**ray_tags(), **start.tags})
         tracked.log_dataset(manifest.name, digest=manifest.digest, uri=dataset)
-        stop = step.folder.step("train", "stop")
-        storage.delete(stop)  # of an earlier attempt
         job = TrainingJob(
             config=config,
             dataset=dataset,
             sink=LiveMetrics(tracked.uri, tracked.run_id),
-            progress=progress,
-            history=step.folder.history,
-            preview=step.folder.preview,
-            averages=step.folder.averages,
-            lease=Lease(lease) if lease else None,
+            progress=context.progress,
+            history=folder.history,
+            preview=folder.preview,
+            averages=folder.averages,
+            lease=Lease(context.lease) if context.lease else None,
             stop=stop,
             start=start.uri,
         )
-        outcome = trainer.train(job, run_uri=step.folder.uri)
-        checkpoint = storage.join(step.folder.checkpoints, outcome.checkpoint)
-        tags = {"checkpoint.uri": checkpoint, "checkpoint.images_seen": str(outcome.images_seen)}
-        tracked.set_tags({**tags, "train.computed_on": outcome.computed})
-        rate = load_history(step.folder.history).images_per_second or outcome.images_per_second
-        figures = {RATE: rate} if outcome.loss is None else {RATE: rate, "train/loss": outcome.loss}
-        tracked.parent.log_metrics({"train/images_seen": outcome.images_seen, **figures}, step=outcome.images_seen)
-        result = TrainResult(
-            checkpoint=checkpoint,
-            images_seen=outcome.images_seen,
-            loss=outcome.loss,
-            images_per_second=round(rate, 1),
-            seconds=round(outcome.seconds, 1),
-            dataset=dataset,
-            notes=[*start.notes, *outcome.notes],
-        )
-    return step.store_result(result)
+        outcome = trainer.train(job, run_uri=folder.uri)
+    checkpoint = storage.join(folder.checkpoints, outcome.checkpoint)
+    tags = {"checkpoint.uri": checkpoint, "checkpoint.images_seen": str(outcome.images_seen)}
+    tracked.set_tags({**tags, "train.computed_on": outcome.computed})
+    rate = load_history(folder.history).images_per_second or outcome.images_per_second
+    figures = {RATE: rate} if outcome.loss is None else {RATE: rate, "train/loss": outcome.loss}
+    tracked.parent.log_metrics({"train/images_seen": outcome.images_seen, **figures}, step=outcome.images_seen)
+    return TrainResult(
+        checkpoint=checkpoint,
+        images_seen=outcome.images_seen,
+        loss=outcome.loss,
+        images_per_second=round(rate, 1),
+        seconds=round(outcome.seconds, 1),
+        dataset=dataset,
+        notes=[*start.notes, *outcome.notes],
+    )
 
 
-def _as_it_is(step: Step[TrainResult], config: Config, dataset: str) -> TrainResult:
+def as_it_is(config: Config, dataset: str, context: Context) -> TrainResult:
     """The newest checkpoint as the result."""
-    folder = step.folder
+    folder = context.folder
     if (newest := CheckpointStore(folder.checkpoints).newest()) is None:
         hint = "run the command without it"
         raise UserError("--finish", f"run {folder.run!r} has no checkpoint yet", hint=hint)
     seen, seconds = images_seen_at(newest), read_step(folder, "train").seconds
     uri = storage.join(folder.checkpoints, folder_name(seen))
     storage.publish_folder(storage.join(folder.checkpoints, newest), uri, marker=INDEX)
-    with step.work(config) as (_, tracked):
-        tracked.set_tags({"checkpoint.uri": uri, "checkpoint.images_seen": str(seen)})
+    context.tracked.set_tags({"checkpoint.uri": uri, "checkpoint.images_seen": str(seen)})
     notes = [f"training ended at {seen:,} of {config.train.num_images:,} images; `ncsn run` without --finish goes on"]
     rate = load_history(folder.history, until=seen).images_per_second or seen / max(seconds, 1e-9)
     return TrainResult(uri, seen, None, round(rate, 1), round(seconds, 1), dataset, notes)
+
+
+def settle_noise(run: Run, manifest: Manifest) -> Config:
+    """The config with the levels that `noise: auto` stands for, which the run keeps from now on."""
+    config, place = run.config, run.folder.config
+    if config.noise.kind != "auto" and storage.read_text(place) == to_yaml(config):
+        return config
+    settled, owner = resolve_noise(config, manifest), run.owner
+    require_owner(resolve_noise(owner, manifest), settled, run.name)
+    if owner.noise != settled.noise:
+        storage.write_text(place, to_yaml(owner.model_copy(update={"noise": settled.noise})))
+    return settled
 
 
 def require_classes(config: Config, manifest: Manifest, dataset: str) -> None:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from ncsn import storage
 from ncsn.config import Config, from_yaml, to_yaml
-from ncsn.config.search import EPSILON, require_search, rungs, variant
+from ncsn.config.search import EPSILON, rungs, variant
 from ncsn.config.training import ema_setting
-from ncsn.data.format import load_manifest
+from ncsn.data.format import Manifest, load_manifest
 from ncsn.distributed.cluster import ray_cluster, ray_tags, require_resources
 from ncsn.distributed.ray_calls import runner_of
 from ncsn.distributed.search import search
@@ -23,48 +24,26 @@ from ncsn.evaluation.measure import metric_name
 from ncsn.evaluation.reference import open_evaluator
 from ncsn.progress import Progress
 from ncsn.report.plots import epsilon_versus_quality, search_coordinates, to_png
-from ncsn.runs.folder import RunFolder, run_folder
+from ncsn.runs.folder import Run, RunFolder, run_folder
 from ncsn.runs.steps import BEST
-from ncsn.steps.step import Step
-from ncsn.steps.train import require_classes, start_of
+from ncsn.steps.execute import Context, Prepared
+from ncsn.steps.results import TuneResult
+from ncsn.steps.train import Start, require_classes, settle_noise, start_of
 from ncsn.tracking.mlflow_runs import StepRun
 from ncsn.tracking.registry import copy_guide
 
 _logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class TuneResult:
-    """What a search found."""
-
-    uri: str  # folder of the search
-    config: str  # URI of the YAML with the best settings, complete, for `ncsn run` and `ncsn train`
-    run: str  # name for the run that trains it
-    table: str  # URI of the JSON with all trials and everything that was measured
-    plots: list[str]  # URIs of PNG files
-    objective_name: str  # the metric that was minimized, with extractor and sample count
-    objective: float  # of the best trial
-    baseline: float | None  # of the config as it stands, after as much training; None if it failed
-    values: dict[str, Any]  # of the best trial, by dotted path
-    sampler: dict[str, Any]  # reached the objective
-    images_seen: int  # training images of the best trial
-    trials: list[dict[str, Any]]  # rows: trial, values, status, images_seen, objective, sampler, seconds, reason
-
-
-def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> TuneResult:
-    """Search, or go on with a search that was interrupted, or return its result.
-
-    What the search finds is trained under another name. If the launcher's heartbeat at the URI `lease` has stopped when
-    a trial is scored, the search ends; its results so far are kept.
-    """
-    require_search(config)
-    step = Step("tune", config, run, TuneResult)
-    best_run = run_folder(config, f"{run}{BEST}").run  # a run name belongs to one config, and the best one is another
+def prepare(run: Run, *, dataset: str) -> Prepared[TuneResult]:
+    """What the trials train, and how they are scored. What the search finds is trained under another name."""
+    folder = run.folder
+    best_run = run_folder(run.config, f"{run.name}{BEST}").run  # a name belongs to one config, and the best is another
     manifest = load_manifest(dataset)
-    config = step.fix_noise_levels(config, manifest)
+    config = settle_noise(run, manifest)
     # Trials that grew would take the resources of those that wait.
     compute = config.compute.model_copy(update={"num_workers": config.compute.min_workers})
-    config = copy_guide(config.model_copy(update={"compute": compute}), folder=step.folder.guides)
+    config = copy_guide(config.model_copy(update={"compute": compute}), folder=folder.guides)
     require_classes(config, manifest, dataset)
     assert config.search is not None
     scored_by = {
@@ -75,11 +54,9 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> 
         **config.search.model_dump(mode="json", include={"num_samples", "epsilons", "seed"}),
     }
     # Trials that are scored alike share a folder: a search with more of them reuses those of an earlier one.
-    folder = storage.join(
-        step.folder.search, "trials", storage.digest(storage.relative_uris(scored_by, step.folder.root), 12)
-    )
-    start = start_of(config, step.folder, manifest)
-    plan = SearchPlan(config=config, dataset=dataset, trials=folder, start=start.uri)
+    trials = storage.join(folder.search, "trials", storage.digest(storage.relative_uris(scored_by, folder.root), 12))
+    start = start_of(config, folder, manifest)
+    plan = SearchPlan(config=config, dataset=dataset, trials=trials, start=start.uri)
     plan.samplings(plan.baseline)  # raises now what every trial would find
     untrained = config.train.averaging.untrained_share(plan.rungs[0], batch_size=config.train.batch_size)
     if untrained > 0.1 and not config.train.init_from:
@@ -90,23 +67,27 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> 
             100 * untrained,
             ema_setting(config.train),
         )
-    inputs = {"trials": plan.trials, "search": plan.settings.model_dump(mode="json")}
-    if result := step.find_result(inputs, needs=lambda result: [result.config, result.table, *result.plots]):
-        return result
-    if result := step.run_elsewhere(config, {"dataset": dataset}):
-        return result
-    with step.work(config, lease=lease) as (progress, tracked), ray_cluster(config, last_lines=step.last_lines):
+    key = {"trials": plan.trials, "search": plan.settings.model_dump(mode="json")}
+    work = partial(tune, plan, manifest, start, best_run)
+    return Prepared(config, key, work, lambda result: [result.config, result.table, *result.plots])
+
+
+def tune(plan: SearchPlan, manifest: Manifest, start: Start, best_run: str, context: Context) -> TuneResult:
+    """Search, or go on with a search; when the launcher's heartbeat stops, it ends, and its results so far are kept."""
+    config, tracked = plan.config, context.tracked
+    with ray_cluster(config, last_lines=context.last_lines):
         require_resources(config)
-        tracked.set_tags({**ray_tags(), **start.tags, "dataset.digest": manifest.digest, "dataset.uri": dataset})
-        evaluator = open_evaluator(config, dataset, runner=runner_of(config.compute))
+        dataset = {"dataset.digest": manifest.digest, "dataset.uri": plan.dataset}
+        tracked.set_tags({**ray_tags(), **start.tags, **dataset})
+        evaluator = open_evaluator(config, plan.dataset, runner=runner_of(config.compute))
         objective = metric_name("fid", extractor=evaluator.name, num_images=plan.settings.num_samples)
-        follower = _Follower(progress, tracked, plan, objective)
+        follower = _Follower(context.progress, tracked, plan, objective)
         search(plan, follower)
-        result = _conclude(plan, step.folder, follower, run=best_run)
-        tracked.log_metrics({objective: result.objective}, result.images_seen)
-        for uri in (result.config, result.table, *result.plots):
-            tracked.log_file(uri)
-    return step.store_result(result)
+    result = _conclude(plan, context.folder, follower, run=best_run)
+    tracked.log_metrics({objective: result.objective}, result.images_seen)
+    for uri in (result.config, result.table, *result.plots):
+        tracked.log_file(uri)
+    return result
 
 
 def trainable(result: TuneResult, config: Config) -> Config:

@@ -29,6 +29,7 @@ from ncsn.model.objective import objective_of
 from ncsn.model.trained import start_from, teacher
 from ncsn.process import now_ms
 from ncsn.progress import Progress
+from ncsn.runs.folder import RESUME, images_seen_at
 from ncsn.runs.history import load_history
 from ncsn.storage.heartbeat import Lease, LeaseExpired
 from ncsn.storage.retry import limited
@@ -145,7 +146,7 @@ class Training:
         context, found = self.context, [0, 0]
         with context.mistakes_shared():
             if context.rank == 0 and (newest := self.checkpoints.newest()) is not None:
-                found = [1 + checkpoint.images_seen_at(newest), newest.startswith(checkpoint.RESUME)]
+                found = [1 + images_seen_at(newest), newest.startswith(RESUME)]
         shared, resume = context.sum_over_workers(torch.tensor(found, device=context.device)).tolist()
         return checkpoint.folder_name(shared - 1, for_resume=bool(resume)) if shared else None
 
@@ -278,7 +279,7 @@ def train_loop(job: TrainingJob, context: WorkerContext, checkpoints: Checkpoint
         job.progress.start(training.last_image, "images", done=first)
     try:
         training.watchdog.start()
-        if training.ended() and training.saved.startswith(checkpoint.RESUME):
+        if training.ended() and training.saved.startswith(RESUME):
             training.publish()  # the job became shorter since
         while not training.ended():
             training.step()

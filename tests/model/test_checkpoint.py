@@ -85,7 +85,7 @@ def test_a_snapshot_stays_as_it_was_while_training_goes_on(config: Config, tmp_p
             for moment in moments.values():
                 moment.add_(1)
     write(folders[1])
-    for name in (*checkpoint.FILES, checkpoint.INDEX):
+    for name in (*checkpoint.FILES, INDEX):
         assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
 
 
@@ -101,7 +101,7 @@ def test_sampling_needs_the_checkpoint_and_nothing_else(config: Config, saved: P
 
 
 @pytest.mark.parametrize("damage", [None, b"{", b"\xff"])
-@pytest.mark.parametrize("name", [*checkpoint.FILES, checkpoint.INDEX])
+@pytest.mark.parametrize("name", [*checkpoint.FILES, INDEX])
 def test_a_missing_cut_or_altered_file_is_named(config: Config, saved: Path, name: str, damage: bytes | None) -> None:
     if damage is None:
         (saved / name).unlink()
@@ -206,10 +206,10 @@ def test_the_rest_of_an_upload_does_not_count_among_the_kept(root: str, write: W
 def test_damaged_ones_are_deleted_with_a_note(root: str, write: Write, caplog: pytest.LogCaptureFixture) -> None:
     publish(CheckpointStore(root), write, *NAMES[:3])
     cut(storage.join(root, NAMES[2], "ema.safetensors"))
-    cut(storage.join(root, NAMES[1], checkpoint.INDEX))
+    cut(storage.join(root, NAMES[1], INDEX))
     store = CheckpointStore(root)
     assert store.newest() == NAMES[0] and list(store.names()) == [NAMES[0]]
-    for note, facts in zip(store.notes, ((NAMES[2], "ema.safetensors"), (NAMES[1], checkpoint.INDEX)), strict=True):
+    for note, facts in zip(store.notes, ((NAMES[2], "ema.safetensors"), (NAMES[1], INDEX)), strict=True):
         assert all(fact in note for fact in (*facts, NAMES[0])) and note in caplog.text
     cut(storage.join(root, NAMES[0], "moments.safetensors"))
     assert store.newest() is None and storage.list_names(root) == []
@@ -218,7 +218,7 @@ def test_damaged_ones_are_deleted_with_a_note(root: str, write: Write, caplog: p
 def test_a_checkpoint_of_another_version_stays(tmp_path: Path, write: Write) -> None:
     store = CheckpointStore(str(tmp_path))
     publish(store, write, NAMES[0])
-    file = tmp_path / NAMES[0] / checkpoint.INDEX
+    file = tmp_path / NAMES[0] / INDEX
     file.write_text(json.dumps(json.loads(file.read_text()) | {"version": 99}))
     with refused(str(tmp_path / NAMES[0]), error=checkpoint.CheckpointError):
         store.newest()

@@ -1,0 +1,242 @@
+"""`ncsn run`, `ncsn <step>` and `ncsn select`: one step, or all in turn, and what a person sees of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from dataclasses import replace
+from heapq import nlargest
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import click
+
+from ncsn import storage
+from ncsn.answer import answer
+from ncsn.cli.console import ProgressView, console_on, describe_result, print_summary, shown_progress
+from ncsn.cli.options import StepFailed
+from ncsn.cli.target import Target
+from ncsn.config import changed_settings, continues, from_yaml
+from ncsn.errors import UserError
+from ncsn.events import announced
+from ncsn.progress import read_progress
+from ncsn.report.words import next_step
+from ncsn.runs.code import publish_code
+from ncsn.runs.folder import (
+    DEFAULT_ROOT,
+    Outcome,
+    Run,
+    RunFolder,
+    folders_of,
+    images_seen_at,
+    read_results,
+    read_step,
+    said_newest,
+    write_end,
+    write_outcome,
+)
+from ncsn.runs.steps import PIPELINE, STEPS, STEPS_ELSEWHERE, TUNE
+from ncsn.steps.execute import Observer, execute, refuse
+from ncsn.tools.listing import MOST, begun
+
+_POLL_SECONDS = 0.5
+
+
+class Terminal(Observer):
+    """Shows steps on stderr, with bars on a terminal; all other output goes to the log. Says what an interruption left.
+
+    `whole` is the run whose steps these are; None for a single step.
+    """
+
+    def __init__(self, whole: Run | None = None) -> None:
+        self.whole, self.log = whole, None if whole is None else _work_folder(whole) / "log.txt"
+        self.step, self.run = "", whole  # at work
+        self._stack = ExitStack()
+        self._view: ProgressView | None = None
+        self._ended, self._watcher, self._since = threading.Event(), threading.Thread(), 0.0
+
+    @property
+    def view(self) -> ProgressView:
+        if self._view is None:
+            self._view = self._stack.enter_context(shown_progress(self.log))
+        return self._view
+
+    def __enter__(self) -> Terminal:
+        if self.whole is not None:
+            self.view.console.print(f"run    {self.whole.folder.uri}\nlog    {self.log}", soft_wrap=True)
+        return self
+
+    def __exit__(self, _kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        with self._stack:
+            if self.run is not None and isinstance(error, KeyboardInterrupt | SystemExit):
+                told = f"interrupted; {_continues(self.step, self.run)}"
+                self.view.console.print(told, highlight=False, soft_wrap=True)
+                sys.exit(answer.code)
+            if self.whole is not None and self.log is not None and isinstance(error, Exception):
+                traceback.print_exc()
+                if self.step:
+                    raise StepFailed(self.step, error, log=self.log) from error
+
+    def started(self, step: str, run: Run, inputs: Mapping[str, str]) -> None:
+        """Show the step, and from now on the progress that it publishes."""
+        folder = run.folder
+        if self.whole is None:
+            self.log = _work_folder(run) / "steps" / step / "log.txt" if sys.stderr.isatty() else None
+            line = f"run {run.name}" + (f"   log {self.log}" if self.log else "")
+            self.view.console.print(line, soft_wrap=True)
+        self.step, self.run, self._since = step, run, time.monotonic()
+        chosen = read_step(folder, "select").result.get("checkpoint")
+        if step != "register" and chosen is not None and chosen == inputs.get("checkpoint"):
+            self.view.console.print(f"checkpoint {chosen}, chosen by `ncsn select`", soft_wrap=True)
+        self.view.start(step)
+        self._ended = ended = threading.Event()
+
+        def watch() -> None:
+            while not ended.wait(_POLL_SECONDS):
+                progress = read_progress(folder.step(step, "progress.json"))
+                if progress is not None:
+                    self.view.update(step, progress)
+
+        self._watcher = threading.Thread(target=watch, daemon=True)
+        here = run.config.compute.backend == "local" or step not in STEPS_ELSEWHERE
+        if here or self.view.console.is_terminal:  # else the driver's log has these lines, and is shown
+            self._watcher.start()
+
+    def ended(self, step: str, run: Run, *, again: bool) -> None:  # noqa: ARG002
+        """Show in how many seconds it was done."""
+        self._stop_watching()
+        self.view.finish(step, "already done" if again else f"done in {time.monotonic() - self._since:,.1f} s")
+
+    def failed(self, step: str, run: Run, error: BaseException) -> None:  # noqa: ARG002
+        """The command says why."""
+        self._stop_watching()
+
+    def _stop_watching(self) -> None:
+        self._ended.set()
+        if self._watcher.is_alive():
+            self._watcher.join()
+
+
+def run_pipeline(target: Target, *, as_json: bool, finish: bool = False) -> None:
+    """Do the steps that are not done, on one Ray cluster, and print the summary; with `finish` train no further."""
+    run, config = Run(target.config, target.run), target.config
+    steps = STEPS if config.search is None else PIPELINE
+    for step in steps:
+        refuse(step, run)
+    if target.code_here:
+        publish_code(config.storage.root)
+    with run.alone():
+        run.claim()
+        before = read_results(folders_of(run.folder, config))
+        _say_if_longer(run)
+        with announced(run.name, root=run.folder.root):
+            do_steps(run, steps, finish=finish)
+    folders = folders_of(run.folder, config)
+    records = read_results(folders)
+    if as_json:
+        results = {step: record.result for step, record in records.items()}
+        click.echo(json.dumps({"run": run.name, "uri": run.folder.uri, "steps": results}, indent=1))
+    else:
+        earlier = [step for step, record in records.items() if record == before.get(step)]
+        print_summary(console_on(sys.stdout), folders["train"], config, records, earlier=earlier)
+
+
+def do_steps(run: Run, steps: tuple[str, ...], *, finish: bool = False) -> None:
+    """Do these steps of a run, and write how it ended; what a search finds is trained as another run."""
+    # One Ray cluster for all steps, which starts during the first. None where each step is a job; and a run that was
+    # finished once is hardly worth one: a step that has work to do after all starts its own.
+    cluster: AbstractContextManager[Callable[[], object]] = nullcontext(lambda: None)
+    config, step = run.config, steps[0]
+    if config.compute.backend == "local" and STEPS[-1] not in read_results(folders_of(run.folder, config)):
+        from ncsn.distributed.cluster import ray_cluster_meanwhile
+
+        cluster = ray_cluster_meanwhile(config)
+    runs, given = [run], dict[str, str | None]()
+    storage.delete(run.folder.status)  # the run has not ended
+    with Terminal(run) as terminal, cluster as ray_started:
+        try:
+            for step in steps:
+                if step != STEPS[0]:
+                    ray_started()
+                options: dict[str, Any] = {"finish": True} if finish and step == "train" else {}
+                result = execute(step, runs[-1], terminal, given=given, **options)
+                if step == STEPS[0]:
+                    given["dataset"] = result.uri
+                elif step == TUNE:
+                    from ncsn.steps.tune import trainable
+
+                    runs.append(Run(trainable(result, config), result.run))
+                    storage.delete(runs[-1].folder.status)
+        except BaseException as error:
+            write_end(config, [each.folder for each in runs], step, error)
+            raise
+        for each in runs:
+            write_outcome(each.folder, Outcome("FINISHED"))
+
+
+def run_step(step: str, target: Target, *, given: Mapping[str, str | None]) -> dict[str, Any]:
+    """Do one step; its result as plain values."""
+    if target.code_here:
+        publish_code(target.config.storage.root)
+    run, lease = Run(target.config, target.run), given.get("lease")
+    refuse(step, run)
+    told = nullcontext() if lease else announced(run.name, root=run.folder.root, step=step)  # else by the launcher
+    with told, Terminal() as terminal:
+        return dataclasses.asdict(execute(step, run, terminal, given=given, lease=lease))
+
+
+def run_select(target: Target, *, given: Mapping[str, str | None], as_json: bool) -> None:
+    """Choose the best checkpoint of a run; then sample, evaluate and register it, and report."""
+    found = {"select": run_step("select", target, given=given)}
+    if given.get("lease") is None:  # else the launcher does the rest
+        sampling = target.config.sampling.model_copy(update={"relative_width": None})  # that of the chosen weights
+        target = replace(target, config=target.config.model_copy(update={"sampling": sampling}))
+        inputs: dict[str, str | None] = {"dataset": given.get("dataset"), "checkpoint": found["select"]["checkpoint"]}
+        for step in STEPS[STEPS.index("sample") :]:
+            found[step] = run_step(step, target, given=inputs)
+    if as_json:
+        click.echo(json.dumps(found, indent=1))
+    else:
+        click.echo("\n".join(describe_result(step, result) for step, result in found.items()))
+
+
+def _continues(step: str, run: Run) -> str:
+    """What the same command does after an interruption."""
+    if step != "train":
+        return f"the same command continues with {step or STEPS[0]}"
+    newest = said_newest(run.folder.checkpoints)
+    if "-" in newest:
+        newest = f"image {images_seen_at(newest):,} of {run.config.train.num_images:,}"
+        newest += f"; `ncsn run {run.folder.options} --finish` makes the model of what is trained"
+    return f"the same command continues training from {newest}"
+
+
+def _say_if_longer(run: Run) -> None:
+    """Say of a new run that is as one of the newest, but longer, that it does not go on from that one's weights."""
+    config, folder = run.config, run.folder
+    if continues(config) or not config.loss.learns_score or read_step(folder, "train").state:
+        return
+    dates = begun(folder.root)
+    for name in nlargest(MOST, dates, key=dates.__getitem__):
+        other = RunFolder(folder.root, name)
+        with suppress(OSError, UserError):  # of another version, or deleted
+            owner = from_yaml(storage.read_text(other.config))
+            changed, longer = changed_settings(owner, config), config.train.num_images > owner.train.num_images
+            if longer and changed.keys() == {"train.num_images"} and read_step(other, "train").result:
+                command, what = next_step("short", owner, other)
+                told = f"{name} is as this one but shorter, and `{command}` is {what}"
+                click.echo(f"note: this run starts at zero; {told}", err=True)
+                return
+
+
+def _work_folder(run: Run) -> Path:
+    """Local folder for the log: the run's own, or below `.ncsn` if the store is not local."""
+    uri = run.folder.uri
+    return Path(uri if storage.is_local(uri) else RunFolder(storage.absolute(DEFAULT_ROOT), run.name).uri)

@@ -1,0 +1,199 @@
+"""The one way to run a step: `ncsn run`, `ncsn <step>`, a task of KFP and the driver of a job elsewhere call `execute`.
+
+A step is a line in the table of `ncsn.runs.steps`, which says what it reads and where it runs, and the module
+`ncsn.steps.<name>` with `prepare`, which settles what decides the result and returns the work. It is idempotent: asked
+again for the same, it returns the stored result.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext, suppress
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from ncsn import storage
+from ncsn.config import Config
+from ncsn.config.search import require_search
+from ncsn.errors import NotFound, UserError
+from ncsn.process import CODE, require_same_python, utc_now
+from ncsn.progress import PublishedProgress
+from ncsn.runs.code import require_packages
+from ncsn.runs.folder import ForeignRun, Run, RunFolder, find_inputs, read_step, record_failure, update_step
+from ncsn.runs.steps import CONTINUING, STEP_INFO, STEPS, TUNE
+from ncsn.steps.elsewhere import do_elsewhere, remote_step
+from ncsn.steps.results import stored_result
+from ncsn.storage.heartbeat import LeaseExpired, is_abandoned
+from ncsn.tracking.client import tracking_uri
+
+if TYPE_CHECKING:
+    from ncsn.tracking.mlflow_runs import StepRun
+
+R = TypeVar("R")
+
+
+class Observer:
+    """Is told about the steps of a run; this class tells nobody."""
+
+    def started(self, step: str, run: Run, inputs: Mapping[str, str]) -> None:
+        """A step begins, with these URIs of inputs."""
+
+    def ended(self, step: str, run: Run, *, again: bool) -> None:
+        """It has its result; `again` if that was there before."""
+
+    def failed(self, step: str, run: Run, error: BaseException) -> None:
+        """It was refused, has failed or was interrupted, and its record says so."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the work of a step is given."""
+
+    folder: RunFolder
+    progress: PublishedProgress  # ends the work when the launcher of the lease is gone
+    tracked: StepRun  # the MLflow run of the step
+    lease: str | None  # URI of the launcher's heartbeat
+    last_lines: str  # URI for what the workers wrote last, if the step fails
+
+
+@dataclass(frozen=True)
+class Prepared(Generic[R]):
+    """A step whose inputs are settled."""
+
+    config: Config
+    key: Mapping[str, Any]  # plain values that decide the result
+    work: Callable[[Context], R]
+    needs: Callable[[R], list[str]] = lambda _: []  # URIs of files without which a result is of no use
+    holds: Callable[[R], bool] = lambda _: True  # whether what a result names elsewhere is still there
+
+
+def execute(
+    step: str,
+    run: Run,
+    observer: Observer = Observer(),  # noqa: B008 - has no state
+    *,
+    given: Mapping[str, str | None] = {},
+    lease: str | None = None,
+    **options: Any,
+) -> Any:
+    """Do a step, or find its result, which is a dataclass of `ncsn.steps.results`; an error is recorded.
+
+    `given` are URIs of inputs; those that lack are the run's own. `lease` is the URI of a launcher's heartbeat.
+    `options` are for the `prepare` of this step alone.
+    """
+    folder, config = run.folder, run.config
+    there = STEP_INFO[step].elsewhere and config.compute.backend != "local" and not options
+    if lease:
+        run.claim()  # a launcher reads in the record what its driver refuses
+    before = read_step(folder, step)
+    try:
+        refuse(step, run)
+        inputs = find_inputs(folder, step, given, config=config)
+        # A step with a launcher needs no lock: the launcher's lock, or the name of the job, is one.
+        with run.alone() if step in CONTINUING and lease is None else nullcontext():
+            run.claim()
+            observer.started(step, run, inputs)
+            _note_beginning(step, run, inputs, launched=bool(lease))
+            if lease:
+                if is_abandoned(lease):  # the cluster may retry a job whose launcher is gone
+                    raise LeaseExpired(f"no launcher renews a lease in {lease}: nothing was started")
+                require_same_python()
+            if there and find_spec("torch") is None:  # as in the slim image: the driver prepares
+                key, found = None, _is_answered(step, run, inputs)
+            else:
+                prepared = import_module(f"ncsn.steps.{step}").prepare(run, **inputs, **options)
+                config, key = prepared.config, json.loads(json.dumps(prepared.key))
+                found = _is_done(step, folder, prepared, key)
+            if found:
+                pass
+            elif there:
+                do_elsewhere(step, run, config, inputs, key)
+            else:
+                values = asdict(_work(step, folder, prepared, lease))
+                finished = {"state": "FINISHED", "error": None, "finished_at": utc_now()}
+                update_step(folder, step, inputs=key, result=values, **finished)
+            result = stored_result(folder, step, key)
+    except BaseException as error:
+        if run.claimed and not isinstance(error, ForeignRun):  # else the records are another's
+            record_failure(folder, step, error, before=before)
+        observer.failed(step, run, error)
+        raise
+    observer.ended(step, run, again=read_step(folder, step).finished_at == before.finished_at)
+    return result
+
+
+def refuse(step: str, run: Run) -> None:
+    """Refuse what can be refused before the name of the run is claimed and anything is read or started."""
+    config, folder = run.config, run.folder
+    require_packages()
+    tracking_uri(config)
+    if step == TUNE:
+        require_search(config)
+    if STEP_INFO[step].elsewhere and config.compute.backend == "kuberay" and storage.is_local(folder.uri):
+        raise UserError(
+            "storage.root",
+            "a folder of this machine, which the pods of a cluster cannot reach",
+            hint="use s3://BUCKET/PREFIX",
+            value=config.storage.root,
+        )
+    if step in (TUNE, "train") and config.train.init_from is not None and find_spec("torch"):
+        from ncsn.steps.train import require_start  # loads torch
+
+        require_start(config, folder)
+    if step == STEPS[0] and run.images is None and read_step(folder, step).result:
+        from ncsn.steps.ingest import agreed_inputs  # loads NumPy and Arrow
+
+        run.images = agreed_inputs(run)
+
+
+def _note_beginning(step: str, run: Run, inputs: Mapping[str, str], *, launched: bool) -> None:
+    """Record what the step reads, which cleanup spares, days before there is a result."""
+    storage.delete(run.folder.step(step, "progress.json"))
+    record, code = read_step(run.folder, step), os.environ.get(CODE)
+    reads = {**inputs, "code": code} if code else inputs
+    launched = launched or run.config.compute.backend != "local"
+    request = record.request if launched else ""  # no launcher asks for work here
+    if (record.reads, record.request, record.error) != (reads, request, None):
+        update_step(run.folder, step, reads=reads, request=request, error=None)
+
+
+def _is_done(step: str, folder: RunFolder, prepared: Prepared[Any], key: Mapping[str, Any]) -> bool:
+    """Whether there is a result for this key. What took hours of training is not done again for a missing file."""
+    result = stored_result(folder, step, key)
+    if result is None or not prepared.holds(result):
+        return False
+    missing = next((uri for uri in prepared.needs(result) if not storage.exists(uri)), None)
+    if missing is not None and step in CONTINUING:
+        reason = f"it is gone, but the step {step} of run {folder.run!r} has finished"
+        raise NotFound(missing, reason, hint=f"restore it, or delete {folder.step(step, 'step.json')} to {step} again")
+    if missing is None and read_step(folder, step).state != "FINISHED":  # a later attempt had another key
+        update_step(folder, step, state="FINISHED")
+    return missing is None
+
+
+def _is_answered(step: str, run: Run, inputs: Mapping[str, str]) -> bool:
+    """Whether a launcher without torch has had the answer to the same request, whose files are still there."""
+    record = read_step(run.folder, step)
+    files = [uri for uri in record.result.values() if str(uri).startswith(f"{run.folder.root}/")]
+    same = record.state == "FINISHED" and record.request == remote_step(step, run, run.config, inputs).request
+    return same and bool(record.result) and all(map(storage.exists, files))
+
+
+def _work(step: str, folder: RunFolder, prepared: Prepared[R], lease: str | None) -> R:
+    """The result of the work, with its progress, its MLflow run and its seconds, which add to those of the step."""
+    from ncsn.tracking.mlflow_runs import step_run
+
+    started, progress = time.time(), PublishedProgress(folder.step(step, "progress.json"), lease=lease)
+    update_step(folder, step, state="RUNNING")
+    with step_run(prepared.config, run=folder.run, step=step) as tracked:
+        try:
+            return prepared.work(Context(folder, progress, tracked, lease, folder.step(step, "workers.txt")))
+        finally:
+            with suppress(OSError):  # a full disk must not hide the first error
+                seconds = read_step(folder, step).seconds + time.time() - started
+                update_step(folder, step, seconds=round(seconds, 3))

@@ -1,0 +1,72 @@
+"""What a task of KFP does around its step: the janitor knows of it, and its failure is the end of the run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+from ncsn import storage
+from ncsn.answer import TERMINATED
+from ncsn.errors import UserError
+from ncsn.events import tell
+from ncsn.process import KFP_RUN_ID, this_kfp_run
+from ncsn.runs.folder import ForeignRun, Outcome, Run, read_mistake, read_step, update_step, write_end, write_outcome
+from ncsn.runs.steps import STEPS
+from ncsn.steps.execute import Observer
+
+_TRY = "KFP_RETRY_INDEX"  # KFP's: how often this task was tried before. KFP's own Retry counts from 0 again.
+_LOOK_SECONDS = 10.0
+
+
+class Task(Observer):
+    """The observer of a task's step; the end of the `last` one is that of the run."""
+
+    def __init__(self, step: str, run: Run, *, last: bool) -> None:
+        run.claim()  # so that a refusal is recorded too
+        self._last, self._mistake = last, None
+        error = read_step(run.folder, step).error
+        if int(os.environ.get(_TRY) or 0) and error is not None and error.kfp_run == os.environ.get(KFP_RUN_ID):
+            self._mistake = read_mistake(run.folder, step)
+
+    def started(self, step: str, run: Run, inputs: Mapping[str, str]) -> None:  # noqa: ARG002
+        """Tell the janitor and the webhook of the run, once; another try does not repeat a mistake."""
+        if self._mistake is not None:
+            raise self._mistake
+        first = step == STEPS[0]
+        if this_kfp_run() is not None:  # then there is a cluster, whose client takes a while to import
+            from ncsn.steps.janitor import note_run
+
+            first = note_run(run.config, run.name)
+        if first:
+            tell("started", run=run.name, root=run.folder.root)
+        storage.delete(run.folder.status)  # the run has not ended
+
+    def ended(self, step: str, run: Run, *, again: bool) -> None:  # noqa: ARG002
+        """Write the end of the run."""
+        if self._last:
+            write_outcome(run.folder, Outcome("FINISHED"))
+
+    def failed(self, step: str, run: Run, error: BaseException) -> None:
+        """Write it as the end of the run: the exit handler does too, but after KFP's Retry there is none."""
+        kfp_run = os.environ.get(KFP_RUN_ID)
+        if isinstance(error, ForeignRun):
+            if kfp_run:  # for the exit handler, which leaves the run as it is too
+                storage.write_text(run.folder.step(step, f"refused-{kfp_run}"), str(error))
+        elif isinstance(error, Exception):
+            if _terminated():  # the janitor may delete a RayJob before Argo ends this process
+                update_step(run.folder, step, state="KILLED")
+                raise SystemExit(TERMINATED) from error
+            write_end(run.config, [run.folder], step, error)
+
+
+def _terminated() -> bool:
+    """Whether a person has ended the pipeline run of this process."""
+    here = this_kfp_run()
+    if here is None:
+        return False
+    from ncsn.remote.kubernetes import KubernetesApi, was_stopped
+
+    try:
+        return was_stopped(KubernetesApi(patience=_LOOK_SECONDS).get("workflows", here.workflow))
+    except (OSError, UserError):
+        return False

@@ -1,0 +1,145 @@
+"""What each step results in: plain values, as they stand in its record. Without torch, which launchers may lack."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any
+
+from ncsn.runs.folder import RunFolder, read_step
+
+Key = Mapping[str, Any] | None  # what decides a result; None where only the driver of the step knows
+
+
+def stored_result(folder: RunFolder, step: str, key: Key) -> Any:
+    """The stored result of a step, if it is of this key; None else."""
+    record = read_step(folder, step)
+    ours = record.state == "FINISHED" if key is None else record.inputs == key
+    return result_type(step)(**record.result) if record.result and ours else None
+
+
+def result_type(step: str) -> Callable[..., Any]:
+    """The dataclass of a step's result, here or, of a step without torch, in its own module."""
+    name = f"{step.capitalize()}Result"
+    found: Callable[..., Any] = globals().get(name) or getattr(import_module(f"ncsn.steps.{step}"), name)
+    return found
+
+
+@dataclass(frozen=True)
+class IngestResult:
+    """The dataset."""
+
+    uri: str  # its folder in the store
+    digest: str  # of its content
+    counts: dict[str, int]  # images of each split
+    created: bool  # False if the store held this content already, so nothing was written
+    repeated: int  # images that equal an earlier one of their split
+    left_out: int  # test images that equal a training image
+    notes: list[str] = field(default_factory=list)  # on images that were converted or left out, for people
+
+
+@dataclass(frozen=True)
+class TuneResult:
+    """What a search found."""
+
+    uri: str  # folder of the search
+    config: str  # URI of the YAML with the best settings, complete, for `ncsn run` and `ncsn train`
+    run: str  # name for the run that trains it
+    table: str  # URI of the JSON with all trials and everything that was measured
+    plots: list[str]  # URIs of PNG files
+    objective_name: str  # the metric that was minimized, with extractor and sample count
+    objective: float  # of the best trial
+    baseline: float | None  # of the config as it stands, after as much training; None if it failed
+    values: dict[str, Any]  # of the best trial, by dotted path
+    sampler: dict[str, Any]  # reached the objective
+    images_seen: int  # training images of the best trial
+    trials: list[dict[str, Any]]  # rows: trial, values, status, images_seen, objective, sampler, seconds, reason
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """The result of training."""
+
+    checkpoint: str  # URI of the last one
+    images_seen: int  # by all workers
+    loss: float | None  # normalized, at the end (a zero network reads 1); None if there was nothing left to train
+    images_per_second: float  # in all attempts, without startup
+    seconds: float  # of this call
+    dataset: str  # URI
+    notes: list[str] = field(default_factory=list)  # for people
+
+
+@dataclass(frozen=True)
+class SampleResult:
+    """One set of samples."""
+
+    uri: str  # folder of the Parquet shards and their manifest
+    grid: str  # URI of a PNG with the first images
+    strip: str  # URI of a PNG that shows some images at an even choice of the noise levels
+    num_images: int
+    nfe: int  # score-network evaluations per image
+    seconds: float  # of this call's sampling
+    checkpoint: str
+    images_per_second: float | None = None  # of those that this call made; None if it made none
+    notes: list[str] = field(default_factory=list)  # for people
+
+
+@dataclass(frozen=True)
+class EvaluateResult:
+    """Metrics of one set of samples."""
+
+    uri: str  # JSON file with everything below
+    verdict: str  # a line for people: how many images, how near they are to real ones
+    grade: str  # the same as a key of `ncsn.report.words.GRADES`
+    metrics: dict[str, float]  # `eval/<metric>_n<num_images>` of the samples
+    real_metrics: dict[str, float]  # `eval/real_<metric>_n<images>`: what a perfect model would reach
+    fingerprint: str  # of extractor, weights and reference images; metrics of different ones do not compare
+    num_images: int
+    num_real_images: int
+    gate: dict[str, Any]  # the `Measurement` that decides about promotion, as plain values
+    memorization: dict[str, Any]  # the `Memorization` that can forbid it, as plain values
+    running: list[dict[str, Any]]  # `RunningScore`s as plain values
+    notes: list[str]
+    # Of a model of classes: `agreement` and `real_agreement`, a line for each class in `table` and `real_table`, see
+    # `ncsn.evaluation.class_scores`, the matrix `confusion`, and whether a probe saw the classes (`by_probe`).
+    classes: dict[str, Any] | None
+    real_images: str  # URI of a PNG of real images, laid out as that of the samples
+    neighbors: str  # URI of a PNG of samples and their nearest training images
+    confusion: str | None  # URI of a PNG of the matrix
+
+
+@dataclass(frozen=True)
+class RegisterResult:
+    """A version in the registry."""
+
+    model: str
+    version: str
+    aliases: list[str]  # when the step ended
+    promoted: bool  # whether the gate made it champion
+    reason: str
+    uri: str  # models:/<model>/<version>
+
+
+@dataclass(frozen=True)
+class ReportResult:
+    """The HTML file of a report, and its bytes."""
+
+    uri: str
+    size: int
+
+
+@dataclass(frozen=True)
+class SelectResult:
+    """The choice among the checkpoints of a run."""
+
+    uri: str  # JSON file with all candidates
+    plot: str  # URI of a PNG file
+    checkpoint: str  # URI of a copy of the best candidate, to sample from
+    figure: str  # the metric that was minimized, with extractor and number of samples
+    value: float  # of the best candidate
+    images_seen: int  # by the best candidate
+    relative_width: float | None  # of its average, if it was put together after training
+    candidates: list[dict[str, Any]]  # rows: checkpoint, weights, images_seen, relative_width, value (None: not finite)
+    kept: list[str]  # URIs of copies of the best ones, the best first
+    notes: list[str] = field(default_factory=list)  # for people
