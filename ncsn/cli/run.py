@@ -52,11 +52,12 @@ _POLL_SECONDS = 0.5
 class Terminal(Observer):
     """Shows steps on stderr, with bars on a terminal; all other output goes to the log. Says what an interruption left.
 
-    `whole` is the run whose steps these are; None for a single step.
+    `whole` is the run whose steps these are; None for a single step, of which `events` are sent.
     """
 
-    def __init__(self, whole: Run | None = None) -> None:
-        self.whole, self.log = whole, None if whole is None else _work_folder(whole) / "log.txt"
+    def __init__(self, whole: Run | None = None, *, events: bool = False) -> None:
+        self.whole, self._events = whole, events
+        self.log = None if whole is None else _work_folder(whole) / "log.txt"
         self.step, self.run = "", whole  # at work
         self._stack = ExitStack()
         self._view: ProgressView | None = None
@@ -73,8 +74,10 @@ class Terminal(Observer):
             self.view.console.print(f"run    {self.whole.folder.uri}\nlog    {self.log}", soft_wrap=True)
         return self
 
-    def __exit__(self, _kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        with self._stack:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
             if self.run is not None and isinstance(error, KeyboardInterrupt | SystemExit):
                 told = f"interrupted; {_continues(self.step, self.run)}"
                 self.view.console.print(told, highlight=False, soft_wrap=True)
@@ -83,6 +86,8 @@ class Terminal(Observer):
                 traceback.print_exc()
                 if self.step:
                     raise StepFailed(self.step, error, log=self.log) from error
+        finally:
+            self._stack.__exit__(kind, error, trace)
 
     def started(self, step: str, run: Run, inputs: Mapping[str, str]) -> None:
         """Show the step, and from now on the progress that it publishes."""
@@ -91,6 +96,8 @@ class Terminal(Observer):
             self.log = _work_folder(run) / "steps" / step / "log.txt" if sys.stderr.isatty() else None
             line = f"run {run.name}" + (f"   log {self.log}" if self.log else "")
             self.view.console.print(line, soft_wrap=True)
+        if self._events:
+            self._stack.enter_context(announced(run.name, root=folder.root, step=step))
         self.step, self.run, self._since = step, run, time.monotonic()
         chosen = read_step(folder, "select").result.get("checkpoint")
         if step != "register" and chosen is not None and chosen == inputs.get("checkpoint"):
@@ -186,9 +193,7 @@ def run_step(step: str, target: Target, *, given: Mapping[str, str | None]) -> d
     if target.code_here:
         publish_code(target.config.storage.root)
     run, lease = Run(target.config, target.run), given.get("lease")
-    refuse(step, run)
-    told = nullcontext() if lease else announced(run.name, root=run.folder.root, step=step)  # else by the launcher
-    with told, Terminal() as terminal:
+    with Terminal(events=lease is None) as terminal:  # else the launcher sends them
         return dataclasses.asdict(execute(step, run, terminal, given=given, lease=lease))
 
 

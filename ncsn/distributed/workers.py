@@ -27,7 +27,7 @@ from ncsn.errors import InvalidValue, NotFound
 from ncsn.model import build
 from ncsn.model.checkpoint import DamagedError
 from ncsn.model.checkpoint_store import NEWEST, CheckpointStore
-from ncsn.runs.folder import TrainingFolder
+from ncsn.runs.folder import TrainingFolder, said_newest
 from ncsn.storage.heartbeat import LeaseExpired
 from ncsn.storage.retry import RETRY
 from ncsn.training.context import WorkerContext

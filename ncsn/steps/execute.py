@@ -90,13 +90,14 @@ def execute(
     there = STEP_INFO[step].elsewhere and config.compute.backend != "local" and not options
     if lease:
         run.claim()  # a launcher reads in the record what its driver refuses
-    before = read_step(folder, step)
+    before, claimed = read_step(folder, step), run.claimed
     try:
         refuse(step, run)
         inputs = find_inputs(folder, step, given, config=config)
         # A step with a launcher needs no lock: the launcher's lock, or the name of the job, is one.
         with run.alone() if step in CONTINUING and lease is None else nullcontext():
             run.claim()
+            claimed = True
             observer.started(step, run, inputs)
             _note_beginning(step, run, inputs, launched=bool(lease))
             if lease:
@@ -119,7 +120,7 @@ def execute(
                 update_step(folder, step, inputs=key, result=values, **finished)
             result = stored_result(folder, step, key)
     except BaseException as error:
-        if run.claimed and not isinstance(error, ForeignRun):  # else the records are another's
+        if claimed and not isinstance(error, ForeignRun):  # else the records are perhaps another's
             record_failure(folder, step, error, before=before)
         observer.failed(step, run, error)
         raise

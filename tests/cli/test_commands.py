@@ -13,14 +13,15 @@ from pathlib import Path
 from urllib.request import urlopen
 
 import pytest
+from do import claimed
 from filelock import FileLock
 from ports import free_port
 
-from ncsn import storage
-from ncsn.cli.execute import _say_if_longer, require_free
+from ncsn.cli.registry import require_free
+from ncsn.cli.run import _say_if_longer
 from ncsn.cli.target import TargetOptions
 from ncsn.config import from_yaml
-from ncsn.runs.folder import RunFolder, claim_run, update_step
+from ncsn.runs.folder import Run, RunFolder, update_step
 
 DIGITS = Path(__file__).parents[2] / "configs" / "digits.yaml"
 
@@ -47,8 +48,8 @@ def test_a_longer_run_that_starts_at_zero_says_so(
 ) -> None:
     def said(run: str, *overrides: str) -> str:
         config = from_yaml(config_file.read_text(), overrides=["optimizer.decay=cosine", *overrides])
-        _say_if_longer(config, folder := claim_run(config, run))
-        storage.write_bytes(folder.begun, b"")
+        claimed(config, run)
+        _say_if_longer(Run(config, run))
         return capsys.readouterr().err
 
     longer = "train.num_images=320"

@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import errno
-import io
 import json
 import os
 import signal
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import click
 import pytest
 from click.testing import CliRunner
-from rich.console import Console
 
-from ncsn import storage
+from ncsn.answer import Answer
 from ncsn.cli import app
-from ncsn.cli.execute import _ends_as_told, _saved_first
 from ncsn.cli.options import ReportingCommand, StepFailed, describe
 from ncsn.errors import ConfigError, InvalidValue, NotFound, Problem, UserError
-from ncsn.progress import Progress
-from ncsn.runs.folder import RunFolder
 from ncsn.storage.heartbeat import LeaseExpired
 
 SHOWS_WHERE = "(--traceback or NCSN_TRACEBACK=1 shows where)"
@@ -123,7 +119,7 @@ def test_of_what_a_step_raises_only_mistakes_are_the_users(
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr("ncsn.steps.ingest.run", fail)
+    monkeypatch.setattr("ncsn.steps.ingest.ingest", fail)
     with pytest.raises(SystemExit) as ended:
         app(["ingest", "--config", str(config_file), "--run", "mine", "--json"])
     printed = capfd.readouterr()
@@ -133,26 +129,29 @@ def test_of_what_a_step_raises_only_mistakes_are_the_users(
     assert ("error" in json.loads(printed.out or "{}")) == (code == 2)
 
 
+@contextmanager
+def installed() -> Iterator[Answer]:
+    """An answer to signals during the block, as a command has it."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    ours = Answer()
+    ours.install()
+    try:
+        yield ours
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("code", [0, 1])
 def test_sigterm_and_ctrl_c_have_their_exit_codes_whatever_ray_makes_of_them(code: int) -> None:
     """A wait for Ray makes 1 of any exit code."""
-    console = Console(file=io.StringIO())
-
-    def wait_for_ray() -> None:
-        with suppress(SystemExit):
-            signal.raise_signal(signal.SIGTERM)
-        sys.exit(code)
-
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        with pytest.raises(SystemExit) as ended, _ends_as_told(console, str):
-            wait_for_ray()
-        assert ended.value.code == 143
-        with pytest.raises(SystemExit) as ended, _ends_as_told(console, str):
-            sys.exit(code)
-        assert ended.value.code == 130
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    for number, expected in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        with installed() as ours, suppress(SystemExit, KeyboardInterrupt):
+            try:
+                signal.raise_signal(number)
+            finally:
+                sys.exit(code)
+        assert ours.code == expected
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -160,11 +159,14 @@ def test_sigterm_and_ctrl_c_have_their_exit_codes_whatever_ray_makes_of_them(cod
 def test_the_first_signal_lets_a_training_save(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, case: str
 ) -> None:
-    monkeypatch.setattr("ncsn.cli.execute._SAVE_SECONDS", 0.1 if case == "too slow" else 600.0)
-    folder = RunFolder(str(tmp_path), "mine")
-    stop = Path(folder.step("train", "stop"))
-    if case != "not begun":
-        storage.write_json(folder.step("train", "progress.json"), vars(Progress(1, 2, "images")))
+    monkeypatch.setattr("ncsn.answer.SAVE_SECONDS", 0.1 if case == "too slow" else 600.0)
+    stop = tmp_path / "stop"
+
+    def ask() -> bool:
+        if case != "not begun":
+            stop.touch()
+        return case != "not begun"
+
     seen = list[str]()
 
     def train() -> None:
@@ -180,13 +182,7 @@ def test_the_first_signal_lets_a_training_save(
         seen.append("saved")
         raise LeaseExpired
 
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        console = Console(file=io.StringIO())
-        with pytest.raises(SystemExit) as ended, _ends_as_told(console, str), _saved_first(folder, console):
-            train()
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    assert ended.value.code == {signal.SIGINT: 130, signal.SIGTERM: 143}[number]
+    with installed() as ours, pytest.raises((SystemExit, KeyboardInterrupt)), ours.saving(ask):
+        train()
+    assert ours.code == {signal.SIGINT: 130, signal.SIGTERM: 143}[number]
     assert seen == {"saves": ["told", "saved"], "not begun": []}.get(case, ["told"])
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

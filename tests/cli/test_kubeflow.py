@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 from click.testing import Result
+from do import claimed
 from kfp_api import KfpServer
 
 from ncsn.cli.target import TargetOptions
 from ncsn.config import from_yaml
-from ncsn.runs.folder import claim_run
 
 
 @pytest.fixture
@@ -133,7 +133,7 @@ def test_an_image_must_be_named(submit, require_mistake, server: KfpServer, monk
 def test_a_run_name_of_another_config_is_refused_where_the_store_can_be_read(
     submit, require_mistake, server: KfpServer, config_file: Path
 ) -> None:
-    claim_run(TargetOptions(str(config_file)).resolve().config, "theirs")
+    claimed(TargetOptions(str(config_file)).resolve().config, "theirs")
     assert submit("--run", "theirs").exit_code == 0, "the same experiment again"
     done = submit("--run", "theirs", "--set", "seed=9")
     require_mistake(done, "--run 'theirs'")

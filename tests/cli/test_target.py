@@ -6,13 +6,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+from do import claimed
 from refused import refused
 
 from ncsn import storage
 from ncsn.cli.target import TargetOptions
 from ncsn.config import Config
 from ncsn.errors import ConfigError, NotFound
-from ncsn.runs.folder import RunFolder, claim_run, find_inputs, update_step
+from ncsn.runs.folder import RunFolder, find_inputs, update_step
 
 
 @pytest.fixture
@@ -22,7 +23,7 @@ def config(config_file: Path) -> Config:
 
 @pytest.fixture
 def folder(config: Config) -> RunFolder:
-    return claim_run(config, "mine")
+    return claimed(config, "mine")
 
 
 @pytest.mark.parametrize(
@@ -46,8 +47,8 @@ def test_the_run_name_depends_on_what_decides_the_weights(config_file: Path, ove
 
 
 def test_a_run_brings_its_config(config_file: Path, store: Path) -> None:
-    claimed = TargetOptions(str(config_file), ("seed=7",), "mine").resolve()
-    claim_run(claimed.config, claimed.run)
+    first = TargetOptions(str(config_file), ("seed=7",), "mine").resolve()
+    claimed(first.config, first.run)
     found = TargetOptions(None, (f"storage.root={store}", "sampling.num_images=9"), "mine").resolve()
     assert (found.run, found.config.seed, found.config.sampling.num_images) == ("mine", 7, 9)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from do import claimed
 from refused import refused
 
 from ncsn import storage
@@ -19,9 +20,8 @@ from ncsn.data.format import load_manifest
 from ncsn.data.noise_levels import resolve_noise, sample_places, suggestions
 from ncsn.data.sources import open_source
 from ncsn.data.training_images import open_cache
-from ncsn.runs.folder import claim_run
-from ncsn.steps.step import Step
-from ncsn.steps.train import TrainResult
+from ncsn.runs.folder import Run
+from ncsn.steps.train import settle_noise
 
 AUTO = """
 name: auto
@@ -62,17 +62,16 @@ def test_auto_is_the_largest_distance_and_the_overlap(dataset: str, tmp_path: Pa
 
 def test_the_run_gets_the_levels_that_were_chosen(dataset: str, tmp_path: Path) -> None:
     manifest, config = load_manifest(dataset), auto(tmp_path)
-    folder = claim_run(config, "mine")
-    step = Step("train", config, "mine", TrainResult)
-    settled = step.fix_noise_levels(config, manifest)
+    folder = claimed(config, "mine")
+    settled = settle_noise(Run(config, "mine"), manifest)
     assert from_yaml(storage.read_text(folder.config)) == settled
-    assert claim_run(config, "mine") == claim_run(settled, "mine") == folder
+    assert claimed(config, "mine") == claimed(settled, "mine") == folder
     assert changed_settings(config, settled) == {}
-    assert step.fix_noise_levels(config, manifest) == settled
+    assert settle_noise(Run(config, "mine"), manifest) == settled
     with pytest.raises(ValueError, match=r"noise\.num_levels"):
-        step.fix_noise_levels(auto(tmp_path, "noise={num_levels: 3}"), manifest)
+        settle_noise(Run(auto(tmp_path, "noise={num_levels: 3}"), "mine"), manifest)
     with pytest.raises(ValueError, match=r"noise\.num_levels"):
-        step.fix_noise_levels(auto(tmp_path, "noise={kind: auto, sigma_L: 0.02}"), manifest)
+        settle_noise(Run(auto(tmp_path, "noise={kind: auto, sigma_L: 0.02}"), "mine"), manifest)
 
 
 def test_images_that_are_all_alike_have_no_levels(dataset: str, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from do import do
 from local_training import assert_same_tensors, tensors, train_locally, train_until_killed
 from refused import refused
 
@@ -18,7 +19,6 @@ from ncsn.model.classes import Classes
 from ncsn.model.generate import generate
 from ncsn.model.objective import objective_of
 from ncsn.runs.history import EDM_LOSS, HELD_OUT_EDM, TrainingHistory, load_history, loss_names
-from ncsn.steps import train as train_step
 from ncsn.training import held_out
 from ncsn.training.batches import draw_batch
 from ncsn.training.loop import TrainingJob
@@ -163,7 +163,7 @@ def test_classes_that_the_images_do_not_have_are_refused(
 ) -> None:
     config = from_yaml(tiny, overrides=["data.num_classes=10", f"storage.root={tmp_path}", *overrides])
     with refused(key) as caught:
-        train_step.run(config, run="classes", dataset=dataset)
+        do("train", config, "classes", dataset=dataset)
     (problem,) = caught.value.problems
     names = problem.hint if key == "sampling.label" else problem.reason
     assert all(name in names for name in load_manifest(dataset).class_names)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from do import do
 from local_training import assert_same_tensors, tensors, train_locally
 from refused import refused
 
@@ -19,7 +20,6 @@ from ncsn.model.checkpoint import load_checkpoint
 from ncsn.model.checkpoint_store import CheckpointStore
 from ncsn.model.generate import generate
 from ncsn.runs.folder import run_folder
-from ncsn.steps import train
 from ncsn.steps.train import require_start, start_of
 from ncsn.training.context import WorkerContext
 from ncsn.training.loop import Training, TrainingJob
@@ -128,4 +128,4 @@ def test_an_unfit_source_is_refused(tiny: str, dataset: str, source: str, tmp_pa
         require_start(config, run_folder(config, "tuned"))
     assert not (tmp_path / "runs").exists(), "the name is free for the corrected command"
     with refused("train.init_from"):
-        train.run(config, run="tuned", dataset=dataset)
+        do("train", config, "tuned", dataset=dataset)

@@ -93,7 +93,7 @@ class RayHead:
         return json.dumps({"backend": "ray-jobs", "ray_jobs": {"address": self.proxy.url}})
 
     def launch(self, run: str, code: str, **changes: Any) -> Launched:
-        step = {"run": run, "step": "train", "uri": str(self.step_folder(run)), "command": ("python", "-c", code)}
+        step = {"root": str(self.folder), "run": run, "step": "train", "command": ("python", "-c", code)}
         return Launched(self.compute, json.dumps(step | changes), env=self.environment)
 
     def stop(self, run: str) -> list[str]:

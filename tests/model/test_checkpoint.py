@@ -20,6 +20,7 @@ from ncsn.core.training import TrainState, train_step
 from ncsn.model import build, checkpoint
 from ncsn.model.checkpoint_store import CheckpointStore
 from ncsn.model.objective import objective_of
+from ncsn.runs.folder import INDEX
 
 TEXT = """
 name: tiny

@@ -37,8 +37,7 @@ class Emulation:
     folder: Path
 
     def step(self, work: str = "") -> RemoteStep:
-        uri = self.folder / "runs" / "mine" / "steps" / "train"
-        return RemoteStep(run="mine", step="train", uri=str(uri), command=("ncsn", "train", work))
+        return RemoteStep(str(self.folder), "mine", "train", ("ncsn", "train", work))
 
     def execute(self, *, meanwhile: Callable[[], object] = lambda: None, **compute: Any) -> None:
         """Run the step as a RayJob, in this process, and something beside it, with whose failure the RayJob goes."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from do import claimed, do_as_task
 from kubernetes_api import pairs, rules_of
 from mlflow.tracking import MlflowClient
 from webhook import receiver
@@ -23,9 +24,8 @@ from ncsn.process import KFP_RUN_ID, KFP_WORKFLOW
 from ncsn.remote.backend import RemoteLost
 from ncsn.remote.kuberay import NOTES
 from ncsn.remote.kubernetes import KubernetesApi
-from ncsn.runs.folder import Outcome, claim_run, read_outcome, read_step, run_folder, write_outcome
+from ncsn.runs.folder import Outcome, read_outcome, read_step, run_folder, write_outcome
 from ncsn.steps import finish, ingest
-from ncsn.steps.execution import run_kfp_task
 from ncsn.steps.janitor import clean_up, note_run
 from ncsn.storage.heartbeat import LEASE_SECONDS
 from ncsn.tracking.mlflow_runs import step_run
@@ -60,7 +60,7 @@ def begun(emulation: Any, config: Config, monkeypatch: pytest.MonkeyPatch) -> No
     with monkeypatch.context() as patch:
         patch.setenv(KFP_RUN_ID, "5f3a")
         patch.setenv(KFP_WORKFLOW, WORKFLOW)
-        run_kfp_task("ingest", config, run="mine", given={})
+        do_as_task("ingest", config, "mine")
     with step_run(config, run="mine", step="train") as tracked:
         pass
     for run_id in (tracked.run_id, tracked.parent_run_id):
@@ -152,10 +152,10 @@ def test_what_fails_because_the_pipeline_was_terminated_is_no_failure(
 ) -> None:
     monkeypatch.setenv(KFP_RUN_ID, "5f3a")
     monkeypatch.setenv(KFP_WORKFLOW, WORKFLOW)
-    monkeypatch.setattr(ingest, "run", lost)
+    monkeypatch.setattr(ingest, "ingest", lost)
     workflow(emulation, "Running", **spec)
     with pytest.raises(raised):
-        run_kfp_task("ingest", config, run="mine", given={})
+        do_as_task("ingest", config, "mine")
     assert read_step(run_folder(config, "mine"), "ingest").state == state
     found = outcome(config)
     assert (found and found.status) == ended
@@ -174,7 +174,7 @@ def test_a_pipeline_run_starts_once_however_many_tasks_it_has(emulation: Any, co
         patch.setenv(KFP_RUN_ID, "77aa")
         patch.setenv(KFP_WORKFLOW, WORKFLOW)
         for _ in range(2):
-            run_kfp_task("ingest", config, run="mine", given={})
+            do_as_task("ingest", config, "mine")
         tell("finished", run="mine")
         started, end = sent.wait_for(2)
     assert (started["event"], started["run"], started["kfp_run"]) == ("started", "mine", "77aa")
@@ -246,7 +246,7 @@ def test_a_rayjob_without_a_workflow_lives_as_long_as_one_of_its_launchers(
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
         patch.setattr("ncsn.steps.janitor._STORE_SECONDS", 0.1)
-        claim_run(config, "theirs")
+        claimed(config, "theirs")
         done = janitor()
     assert [line.split()[:2] for line in done] == [["delete", "waits:"], ["delete", "hangs:"], ["close", "run"]]
     assert read_outcome(run_folder(config, "theirs")) is not None

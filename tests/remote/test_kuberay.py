@@ -259,7 +259,7 @@ def test_a_lost_head_is_one_line_and_the_reason_is_in_the_error(emulation, event
         emulation.cluster.update("pods", "head", lambda pod: pod["status"]["containerStatuses"][0].update(ended))
         eventually(lambda: any("the head is lost" in line for line in said), "the loss is told")
         (line,) = (line for line in said if "the head is lost" in line)
-        assert "(head: OOMKilled" in line and "the step starts again" in line
+        assert "(head: OOMKilled" in line and "training resumes from" in line
         emulation.write_log("submitter", *cut, *TRACEBACK)
         emulation.set_status("Failed", "FAILED")
 

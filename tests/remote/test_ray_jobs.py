@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from do import do
 from edited_clone import SAYS, clone
 from ray_nodes import RayNodes
 from refused import refused
@@ -32,9 +33,8 @@ from ncsn.remote.backend import RemoteStep
 from ncsn.remote.manifest import render
 from ncsn.remote.ray_jobs import RayJobs, Refused
 from ncsn.runs.code import publish_code
-from ncsn.steps import ingest
-from ncsn.steps.step import Step
-from ncsn.steps.train import TrainResult
+from ncsn.runs.folder import Run, read_mistake
+from ncsn.steps.elsewhere import remote_step
 from ncsn.storage.heartbeat import Heartbeat
 
 pytestmark = pytest.mark.timeout(900)
@@ -58,7 +58,7 @@ def config(ray_head: RayNodes, s3_root: str, tmp_path: Path, monkeypatch: pytest
 
 def test_training_runs_as_a_job(jobs: RayHead, config: Path) -> None:
     settings = from_yaml(config.read_text())
-    ingest.run(settings, run="mine")
+    do("ingest", settings, "mine")
     arguments = ("train", "--config", str(config), "--run", "mine", "--address", jobs.nodes.dashboard, "--json")
     done = jobs.ncsn(*arguments)
     assert done.returncode == 0, done.stderr
@@ -88,7 +88,7 @@ def test_training_runs_as_a_job(jobs: RayHead, config: Path) -> None:
 @slow
 def test_driver_and_worker_run_the_edited_code_of_a_clone(jobs: RayHead, config: Path, tmp_path: Path) -> None:
     """Ray has no trace of the clone but what the job client uploads."""
-    ingest.run(from_yaml(config.read_text()), run="edited")
+    do("ingest", from_yaml(config.read_text()), "edited")
     edited = clone(tmp_path / "clone")
     edited.edit("ncsn/training/loop.py")
     arguments = ("train", "--config", str(config), "--run", "edited", "--address", jobs.nodes.dashboard)
@@ -119,7 +119,7 @@ def test_workers_of_a_rayjob_run_what_its_driver_has_checked(
 ) -> None:
     """Its entrypoint on a real Ray, beside a template's modules; the driver puts another archive in the place."""
     settings = from_yaml(config.read_text())
-    dataset = ingest.run(settings, run="checked").uri
+    dataset = do("ingest", settings, "checked").uri
     edited = clone(tmp_path / "clone")
     edited.edit("ncsn/training/loop.py")
     with (edited.folder / "ncsn/training/loop.py").open("a") as text:
@@ -128,7 +128,7 @@ def test_workers_of_a_rayjob_run_what_its_driver_has_checked(
     monkeypatch.setattr("ncsn.runs.code._PACKAGE", edited.folder / "ncsn")
     monkeypatch.setenv(CODE, "")
     publish_code(s3_root)
-    step = Step("train", settings, "checked", TrainResult).remote(settings, {"dataset": dataset})
+    step = remote_step("train", Run(settings, "checked"), settings, {"dataset": dataset})
     manifest = render(step, ComputeConfig(), namespace="kubeflow", image="ncsn:1", env={}, labels={})
     (tmp_path / "more").mkdir()
     (tmp_path / "more" / "__init__.py").touch()
@@ -154,14 +154,14 @@ def test_workers_of_a_rayjob_run_what_its_driver_has_checked(
     assert storage.read_bytes(os.environ[CODE]) == b"another"
     emptied = json.dumps({"env_vars": {"NCSN_CACHE_DIR": str(tmp_path / "another")}})  # as on the next cluster
     assert submitted("replaced", ["--runtime-env-json", emptied]) == ("FAILED", 2, [])
-    assert step.mistaken()
+    assert read_mistake(step.folder, "train")
 
 
 @slow
 def test_plain_ray_job_submit_trains_from_a_config_in_s3(jobs: RayHead, config: Path, s3_root: str) -> None:
     """`ray job submit -- ncsn train --config s3://...`: nothing but Ray's own command and the installed package."""
     settings = from_yaml(config.read_text())
-    ingest.run(settings, run="plain")
+    do("ingest", settings, "plain")
     uri = f"{s3_root}/configs/tiny.yaml"
     storage.write_text(uri, config.read_text())
     ray = Path(sys.executable).with_name("ray")
@@ -186,7 +186,7 @@ def test_plain_ray_job_submit_trains_from_a_config_in_s3(jobs: RayHead, config: 
 def test_a_search_its_best_and_scored_samples_run_as_jobs(jobs: RayHead, config: Path) -> None:
     """What the search leaves in the store is trained and sampled there; the score comes back while images are made."""
     root = from_yaml(config.read_text()).storage.root
-    dataset = ingest.run(from_yaml(config.read_text()), run="sought").uri
+    dataset = do("ingest", from_yaml(config.read_text()), "sought").uri
 
     def job(step: str, config_uri: str, run: str, *options: str) -> dict[str, Any]:
         place = ("--address", jobs.nodes.dashboard, "--json")
@@ -217,7 +217,7 @@ def test_a_search_its_best_and_scored_samples_run_as_jobs(jobs: RayHead, config:
 def test_another_python_is_refused_by_the_driver(jobs: RayHead, config: Path) -> None:
     """Nothing but the driver knows the cluster's Python, so it compares, and its mistake comes back as ours."""
     run = "python"
-    ingest.run(from_yaml(config.read_text()), run=run)
+    do("ingest", from_yaml(config.read_text()), run)
     pretend = "import runpy, ncsn.process as l; l.python_version = lambda: '3.9'; "
     code = f"{pretend}runpy.run_module('ncsn', run_name='__main__', alter_sys=True)"
     arguments = ["train", "--config", str(config), "--run", run, "--address", jobs.nodes.dashboard]
@@ -332,7 +332,7 @@ def test_a_refused_submission_is_told_with_its_last_line(
     monkeypatch.setenv(KFP_RUN_ID, "5f3a")
     dashboard.answers |= {"GET /api/jobs/": [(200, [])], "POST /api/jobs/": [(400, "Traceback\nValueError: no")]}
     with pytest.raises(Refused, match="ValueError: no"):
-        client_of(dashboard.url).execute(RemoteStep("mine", "train", str(tmp_path), ("ncsn", "train")))
+        client_of(dashboard.url).execute(RemoteStep(str(tmp_path), "mine", "train", ("ncsn", "train")))
     (body,) = [body for request, body in dashboard.seen if request == "POST /api/jobs/"]
     assert body["metadata"]["ncsn.kfp_run"] == "5f3a"
     assert body["runtime_env"].keys() == {"env_vars"}, "nothing is uploaded"

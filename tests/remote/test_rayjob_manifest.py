@@ -30,8 +30,7 @@ OWNER = {"apiVersion": "argoproj.io/v1alpha1", "kind": "Workflow", "name": "ncsn
 
 
 def step(run: str = "digits-0a1b2c3d", **changes: Any) -> RemoteStep:
-    uri = f"s3://bucket/ncsn/runs/{run}/steps/train"
-    values = {"run": run, "step": "train", "uri": uri, "command": ("ncsn", "train", "--run", run)}
+    values = {"root": "s3://bucket/ncsn", "run": run, "step": "train", "command": ("ncsn", "train", "--run", run)}
     return RemoteStep(**values | changes)
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from do import do
 from kubernetes_api import rules_of
 from refused import refused
 from remote_places import TINY
@@ -17,8 +19,8 @@ from ncsn import storage
 from ncsn.cli import app
 from ncsn.config import Config, from_yaml, to_json, to_yaml
 from ncsn.errors import Problem
-from ncsn.runs.folder import StepError, run_folder, update_step
-from ncsn.steps import ingest, train
+from ncsn.runs.folder import StepError, read_step, run_folder, update_step
+from ncsn.steps.results import TrainResult
 from ncsn.tools.listing import describe_run
 
 INFRA = Path(__file__).parents[2] / "infra" / "base"
@@ -40,7 +42,7 @@ def test_a_mistake_that_the_pod_finds_is_told_as_one(emulation, config: Config) 
 
     emulation.cluster.on_create = mistake
     with refused("dataset"):
-        train.run(config, run="mine", dataset=ingest.run(config, run="mine").uri)
+        do("train", config, "mine", dataset=do("ingest", config, "mine").uri)
     assert emulation.jobs == []
 
 
@@ -72,22 +74,26 @@ def in_slim_image(code: str, config: Config, dataset: str = "") -> subprocess.Co
 def test_a_launcher_needs_no_torch_and_finds_what_it_has_launched(
     emulation, config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    dataset = ingest.run(config, run="mine").uri
+    dataset = do("ingest", config, "mine").uri
     checkpoint, sizes = f"{config.storage.root}/images-1", list[str]()
+    result = asdict(TrainResult(checkpoint, 1, None, 1.0, 1.0, dataset))
     storage.write_bytes(checkpoint, b"")
     monkeypatch.setenv("NCSN_WORKER_MEMORY", "5120Mi")
 
     def finish(name: str) -> None:
         (workers,) = emulation.cluster.get("rayjobs", name)["spec"]["rayClusterSpec"]["workerGroupSpecs"]
         sizes.append(workers["template"]["spec"]["containers"][0]["resources"]["limits"]["memory"])
-        update_step(run_folder(config, "mine"), "train", state="FINISHED", result={"checkpoint": checkpoint})
+        update_step(run_folder(config, "mine"), "train", state="FINISHED", result=result)
         emulation.set_status("Complete", "SUCCEEDED")
 
     emulation.cluster.on_create = finish
     launch = """
 from ncsn.config import from_yaml
-from ncsn.steps.execution import run_kfp_task
-print(run_kfp_task("train", from_yaml(config), run="mine", given={"dataset": dataset}).checkpoint)
+from ncsn.runs.folder import Run
+from ncsn.steps.execute import execute
+from ncsn.steps.kfp_task import Task
+run = Run(from_yaml(config), "mine")
+print(execute("train", run, Task("train", run, last=False), given={"dataset": dataset}).checkpoint)
 """
     # What is found is returned; when it is gone, the driver decides what becomes of it.
     for is_there, launched in ((True, 1), (True, 1), (False, 2)):
@@ -100,7 +106,7 @@ print(run_kfp_task("train", from_yaml(config), run="mine", given={"dataset": dat
 
 @pytest.mark.slow
 def test_finish_and_the_janitor_need_no_torch(emulation, config: Config) -> None:
-    ingest.run(config, run="mine")
+    do("ingest", config, "mine")
     finish = """
 from ncsn.config import from_yaml
 from ncsn.steps import finish
@@ -113,11 +119,12 @@ print(finish.run(from_yaml(config), run="mine", state="SUCCEEDED").status)
     assert cleaned.returncode == 0, cleaned.stderr
 
 
-def test_without_a_cluster_the_store_is_left_alone(
+def test_without_a_cluster_no_step_has_begun(
     emulation, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    dataset = ingest.run(config, run="mine").uri
+    dataset = do("ingest", config, "mine").uri
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
     with refused("KUBECONFIG"):
-        train.run(config, run="mine", dataset=dataset)
-    assert not storage.list_names(f"{config.storage.root}/runs/mine/steps/train")
+        do("train", config, "mine", dataset=dataset)
+    record = read_step(run_folder(config, "mine"), "train")
+    assert (record.state, record.request, bool(record.error)) == ("FAILED", "", True)

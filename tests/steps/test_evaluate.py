@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from do import do
 from refused import refused
 
 from ncsn.config import Config, from_yaml
@@ -62,7 +63,7 @@ def evaluate(config: Config, *, samples: str, dataset: str, folder: Path) -> ste
 def test_real_images_as_samples_reach_the_real_figures(store: Path, dataset: str) -> None:
     config = make_config(store)
     samples = write_samples(store / "real", open_cache(dataset, "test").images[:500])
-    result = step.run(config, run="real", samples=samples, dataset=dataset)
+    result = do("evaluate", config, "real", samples=samples, dataset=dataset)
     metrics, real = result.metrics, result.real_metrics
     unseen = len(open_cache(dataset, "test").images)
     assert metrics["eval/classifier_test_accuracy"] >= 0.97
@@ -103,7 +104,7 @@ def test_real_images_as_samples_reach_the_real_figures(store: Path, dataset: str
     assert len(written["nearest_training_images"]) == 16
     assert Path(result.uri).parent == store / "runs" / "real" / "evaluation"
     at = Path(result.uri).stat().st_mtime_ns
-    assert step.run(config, run="real", samples=samples, dataset=dataset) == result
+    assert do("evaluate", config, "real", samples=samples, dataset=dataset) == result
     assert Path(result.uri).stat().st_mtime_ns == at, "nothing is measured again"
 
 
@@ -217,10 +218,10 @@ def test_bad_input_is_one_clear_line(store: Path, dataset: str, tmp_path: Path) 
     assert "28 x 28 x 1" in str(caught.value) and "8 x 8 x 1" in str(caught.value)
     assert not (tmp_path / "out").exists()
     with refused(str(tmp_path / "nowhere"), error=NotFound) as caught:
-        step.run(config, run="bad", samples=str(tmp_path / "nowhere"), dataset=dataset)
+        do("evaluate", config, "bad", samples=str(tmp_path / "nowhere"), dataset=dataset)
     assert "`ncsn sample`" in caught.value.problems[0].hint
     with refused(str(tmp_path), error=NotFound) as caught:
-        step.run(config, run="bad", samples=samples, dataset=str(tmp_path))
+        do("evaluate", config, "bad", samples=samples, dataset=str(tmp_path))
     assert "`ncsn ingest`" in caught.value.problems[0].hint
 
 
@@ -232,7 +233,7 @@ def test_images_are_judged_by_the_classes_that_they_were_asked_for(store: Path, 
     labels = np.array(test.labels[:500])
     labels[:50] = (labels[:50] + 1) % 10
     samples = write_samples(store / "asked", test.images[:500], labels)
-    result = step.run(config, run="asked", samples=samples, dataset=dataset)
+    result = do("evaluate", config, "asked", samples=samples, dataset=dataset)
     accuracy = result.metrics["eval/classifier_test_accuracy"]
     agreement = result.metrics["eval/classifier_class_agreement_n500"]
     assert agreement == pytest.approx(0.9 * accuracy, abs=0.02)

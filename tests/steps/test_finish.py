@@ -7,15 +7,18 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import pytest
+from do import do
 from mlflow.tracking import MlflowClient
 from refused import refused
 from webhook import receiver
 
 from ncsn import storage
+from ncsn.cli.run import do_steps
 from ncsn.config import Config, from_yaml, to_yaml
 from ncsn.process import KFP_RUN_ID, KfpRun
 from ncsn.runs.folder import (
     Outcome,
+    Run,
     RunFolder,
     StepError,
     read_outcome,
@@ -25,8 +28,8 @@ from ncsn.runs.folder import (
     write_outcome,
 )
 from ncsn.runs.steps import STEPS
-from ncsn.steps import execution, finish, ingest
-from ncsn.steps.step import Step
+from ncsn.steps import finish
+from ncsn.steps.execute import Context, Prepared
 from ncsn.tools.listing import describe_run
 from ncsn.tracking.client import TrackingError
 from ncsn.tracking.mlflow_runs import step_run
@@ -63,7 +66,7 @@ def test_a_success_is_finished_everywhere_and_the_page_leads_on(
 ) -> None:
     monkeypatch.setenv("NCSN_IMAGE", "registry/ncsn-python:9")
     monkeypatch.setenv(KFP_RUN_ID, "5f3a0000")
-    ingested = ingest.run(config, run="good")
+    ingested = do("ingest", config, "good")
     for state in ("COMPLETE", "CACHED", "SUCCEEDED"):  # KFP 2.17.0's backend says MLMD's words; kfp.local the last
         result = finish.run(config, run="good", state=state)
         assert (result.status, result.failed_step, result.reason) == ("FINISHED", None, "")
@@ -82,7 +85,7 @@ def test_a_success_is_finished_everywhere_and_the_page_leads_on(
 
 def test_a_failed_step_gives_the_reason(config: Config) -> None:
     folder = run_folder(config, "bad")
-    ingest.run(config, run="bad")
+    do("ingest", config, "bad")
     fail(folder, StepError("ValueError", "loss is NaN"))
     result = finish.run(config, run="bad", state="FAILED", message="Task exit-handler-1 failed.")
     assert (result.status, result.failed_step, result.reason) == ("FAILED", "train", "loss is NaN")
@@ -112,22 +115,21 @@ def test_a_step_after_the_pipeline_takes_its_end_away_nowhere(
     run, ends = words, list[Outcome | None]()
     folder = run_folder(config, run)
 
-    def sample(config: Config, *, run: str) -> None:
-        with Step("sample", config, run, object).work(config):
-            ends.append(read_outcome(folder))
-            raise stop
+    def sample(_: Context) -> None:
+        ends.append(read_outcome(folder))
+        raise stop
 
     def pipeline(*steps: str) -> Outcome | None:
-        monkeypatch.setattr(execution, "STEPS", steps)
-        with suppress(type(stop)):
-            execution.run_all(config, run=run, around=lambda *_: nullcontext())
+        with suppress(SystemExit):
+            do_steps(Run(config, run), steps)
         return read_outcome(folder)
 
-    monkeypatch.setattr(execution, "find_inputs", lambda *_, **__: {})
-    monkeypatch.setattr("ncsn.steps.sample.run", sample)
+    monkeypatch.setattr("ncsn.steps.execute.find_inputs", lambda *_, **__: {})
+    monkeypatch.setattr("ncsn.steps.sample.prepare", lambda run: Prepared(run.config, {}, sample))
+    monkeypatch.setattr("ncsn.distributed.cluster.ray_cluster_meanwhile", lambda _: nullcontext(lambda: None))
     assert pipeline("ingest") == Outcome("FINISHED")
     with pytest.raises(type(stop)):
-        execution.run_step("sample", config, run=run, given={})
+        do("sample", config, run)
     assert read_outcome(folder) == ends.pop() == Outcome("FINISHED")
     assert mlflow_statuses(config, run) == {"run": "FINISHED", "ingest": "FINISHED", "sample": "KILLED"}
     item = describe_run(config.storage.root, run)
@@ -147,7 +149,7 @@ def test_a_step_after_the_pipeline_takes_its_end_away_nowhere(
     def stopped(*_: object, **__: object) -> None:
         raise stop
 
-    monkeypatch.setattr("ncsn.steps.ingest.run", stopped)  # before it has begun to work
+    monkeypatch.setattr("ncsn.steps.ingest.prepare", stopped)  # before it has begun to work
     assert pipeline("ingest") == Outcome("KILLED", words, "ingest"), "others of its steps have not finished"
     for step in STEPS:
         update_step(folder, step, state="FINISHED", error=None)
@@ -157,14 +159,14 @@ def test_a_step_after_the_pipeline_takes_its_end_away_nowhere(
 
 def test_a_driver_that_gave_up_ends_the_run_as_killed(config: Config) -> None:
     """Its launcher was told to end, or is gone for good; the driver saved."""
-    ingest.run(config, run="left")
+    do("ingest", config, "left")
     fail(run_folder(config, "left"), StepError("LeaseExpired", "without a launcher"))
     result = finish.run(config, run="left", state="FAILED")
     assert (result.status, result.failed_step, stored(config, "left")["status"]) == ("KILLED", "train", "KILLED")
 
 
 def test_what_a_search_found_is_followed_to_its_own_run(config: Config) -> None:
-    ingested = ingest.run(config, run="searched")
+    ingested = do("ingest", config, "searched")
     config = from_yaml(to_yaml(config), overrides=["search={space: {noise.sigma_1: {kind: log, low: 0.5, high: 2}}}"])
     found = {"result": {"run": "searched-best"}, "seconds": 5.0, "finished_at": "2026-01-01T00:00:00+00:00"}
     update_step(run_folder(config, "searched"), "tune", state="FINISHED", **found)
@@ -212,7 +214,7 @@ def test_the_store_is_told_though_mlflow_is_away(config: Config) -> None:
 
 
 def test_the_end_of_a_run_is_told_once_and_what_its_tasks_wrote_does_not_count(config: Config) -> None:
-    ingest.run(config, run="loud")
+    do("ingest", config, "loud")
     with receiver() as sent:
         write_outcome(run_folder(config, "loud"), Outcome("FAILED", "of a task that is tried again", "train"))
         for state in ("FAILED", "FAILED", "SUCCEEDED"):  # the exit handler, the janitor, and KFP's Retry
@@ -224,7 +226,7 @@ def test_the_end_of_a_run_is_told_once_and_what_its_tasks_wrote_does_not_count(c
 
 
 def test_the_run_of_another_config_is_not_touched_and_the_page_says_so(config: Config) -> None:
-    ingest.run(config, run="theirs")
+    do("ingest", config, "theirs")
     finish.run(config, run="theirs", state="SUCCEEDED")
     result = finish.run(config.model_copy(update={"seed": 9}), run="theirs", state="FAILED")
     assert result.status == "FAILED"
@@ -235,7 +237,7 @@ def test_the_run_of_another_config_is_not_touched_and_the_page_says_so(config: C
 
 
 def test_an_error_of_another_pipeline_run_explains_nothing(config: Config) -> None:
-    ingest.run(config, run="again")
+    do("ingest", config, "again")
     fail(run_folder(config, "again"), StepError("ValueError", "of yesterday", kfp_run="yesterday"))
     result = finish.run(config, run="again", state="FAILED", kfp=KfpRun("today", "ncsn-train-x"))
     assert (result.failed_step, "yesterday" in result.reason) == ("train", False)
@@ -245,7 +247,7 @@ def test_an_error_of_another_pipeline_run_explains_nothing(config: Config) -> No
 
 def test_the_reason_of_another_pipeline_run_on_the_same_run_stays(config: Config) -> None:
     """The run that ends later, because it attached or because it was terminated, knows less."""
-    ingest.run(config, run="shared")
+    do("ingest", config, "shared")
     folder = run_folder(config, "shared")
     fail(folder, StepError("RemoteFailure", "worker lost; OOMKilled", kfp_run="other"))
     for state in ("FAILED", "CANCELED"):
@@ -257,7 +259,7 @@ def test_the_reason_of_another_pipeline_run_on_the_same_run_stays(config: Config
 
 
 def test_a_step_that_was_told_to_end_is_terminated(config: Config) -> None:
-    ingest.run(config, run="told")
+    do("ingest", config, "told")
     fail(run_folder(config, "told"), StepError("SystemExit", "143"))
     result = finish.run(config, run="told", state="FAILED")
     assert (result.status, result.failed_step, result.reason) == ("KILLED", "train", "terminated")

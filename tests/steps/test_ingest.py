@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from do import do, do_as_task
 from PIL import Image
 from refused import refused
 
@@ -23,7 +24,6 @@ from ncsn.process import CODE, KFP_RUN_ID, KfpRun
 from ncsn.report.words import result_line
 from ncsn.runs.folder import ForeignRun, Outcome, RunFolder, read_step, run_folder, write_outcome
 from ncsn.steps import finish, ingest
-from ncsn.steps.execution import run_kfp_task, run_step
 
 EXPERIMENT = """
 name: digits
@@ -60,7 +60,7 @@ def datasets(tmp_path: Path) -> list[str]:
 
 def test_digits_become_a_dataset(config, tmp_path, monkeypatch):
     monkeypatch.setenv(CODE, code := f"{tmp_path}/store/code/{64 * 'a'}.zip")
-    result = run_step("ingest", config(test_fraction=0.3), run="one", given={})
+    result = do("ingest", config(test_fraction=0.3), "one")
     assert read_step(RunFolder(f"{tmp_path}/store", "one"), "ingest").reads == {"code": code}
     assert result.counts == {"train": 1258, "test": 539}
     assert result.created
@@ -69,19 +69,19 @@ def test_digits_become_a_dataset(config, tmp_path, monkeypatch):
     assert read_split(result.uri, "train").images.shape == (1258, 8, 8, 1)
     progress = json.loads((tmp_path / "store" / "runs" / "one" / "steps" / "ingest" / "progress.json").read_text())
     assert progress["done"] == progress["total"] == 1797 and progress["unit"] == "images"
-    assert ingest.run(config(test_fraction=0.2), run="other").digest != result.digest
+    assert do("ingest", config(test_fraction=0.2), "other").digest != result.digest
 
 
 def test_nothing_is_written_twice_and_what_is_gone_is_made_again(config, monkeypatch):
-    first = ingest.run(config(), run="one")
+    first = do("ingest", config(), "one")
     before = {path: path.stat().st_mtime_ns for path in Path(first.uri).rglob("*")}
-    assert ingest.run(config(), run="two") == replace(first, created=False)
+    assert do("ingest", config(), "two") == replace(first, created=False)
     assert {path: path.stat().st_mtime_ns for path in Path(first.uri).rglob("*")} == before
     with monkeypatch.context() as patch:
         patch.setattr(ingest, "open_source", None)  # the source is not even opened
-        assert ingest.run(config(), run="one") == first
+        assert do("ingest", config(), "one") == first
     shutil.rmtree(first.uri)
-    assert ingest.run(config(), run="one") == first
+    assert do("ingest", config(), "one") == first
     assert load_manifest(first.uri).digest == first.digest
 
 
@@ -101,7 +101,7 @@ def files_of(folder: Path) -> dict[Path, bytes]:
 def test_a_run_refuses_other_images_before_it_is_touched(config, photos: Path, tmp_path: Path) -> None:
     experiment = config(source="image_folder", root=str(photos), test_fraction=0.2)
     (experiment_file := tmp_path / "grows.yaml").write_text(to_yaml(experiment))
-    first = ingest.run(experiment, run="grows")
+    first = do("ingest", experiment, "grows")
     folder = run_folder(experiment, "grows")
     write_outcome(folder, Outcome("FINISHED"))
     before = files_of(Path(folder.uri))
@@ -114,48 +114,48 @@ def test_a_run_refuses_other_images_before_it_is_touched(config, photos: Path, t
         assert re.search(r"'grows'.* 1 are new, 2 are gone.* --run digits-[0-9a-f]{8}$", done.output)
     assert files_of(Path(folder.uri)) == before
     offered = done.output.split()[-1]
-    own = ingest.run(experiment, run=offered)
+    own = do("ingest", experiment, offered)
     assert own.digest.startswith(offered.removeprefix("digits-")) and own.digest != first.digest
     (photos / "a" / "4.png").rename(photos / "a" / "renamed.png")
     with refused("--run", error=ForeignRun):
-        ingest.run(experiment, run=offered)
+        do("ingest", experiment, offered)
     with refused("--run", error=ForeignRun):  # of the config, and no image is read
-        ingest.run(config(source="image_folder", root=str(photos), test_fraction=0.3), run="grows")
+        do("ingest", config(source="image_folder", root=str(photos), test_fraction=0.3), "grows")
 
 
 def test_a_folder_that_has_moved_or_is_away_is_that_of_the_run(config, photos: Path, tmp_path: Path, monkeypatch):
     def experiment(root: Path) -> Config:
         return config(source="image_folder", root=str(root), test_fraction=0.2)
 
-    first = ingest.run(experiment(photos), run="one")
+    first = do("ingest", experiment(photos), "one")
     os.utime(photos / "a" / "0.png")  # it may have changed
-    assert ingest.run(experiment(photos), run="one") == first
+    assert do("ingest", experiment(photos), "one") == first
     copied = shutil.copytree(photos, tmp_path / "copied")
     with monkeypatch.context() as patch:
         patch.setattr(ingest, "open_source", None)  # nothing is read
         shutil.move(copied, moved := tmp_path / "moved")
-        assert ingest.run(experiment(moved), run="one") == first
+        assert do("ingest", experiment(moved), "one") == first
         owner = from_yaml(Path(run_folder(experiment(moved), "one").config).read_text())
         assert owner.data.root == str(moved)
         shutil.rmtree(moved)
         shutil.move(photos, photos.with_name("away"))
         for known in (moved, photos, Path(owner.data.root)):
-            assert ingest.run(experiment(known), run="one") == first
+            assert do("ingest", experiment(known), "one") == first
     before = files_of(tmp_path / "store" / "runs")
     with refused("data.root", error=NotFound):
-        ingest.run(experiment(tmp_path / "nowhere"), run="one")
+        do("ingest", experiment(tmp_path / "nowhere"), "one")
     assert files_of(tmp_path / "store" / "runs") == before
 
 
 def test_the_ingest_task_of_kfp_and_its_end_leave_a_run_of_other_images(config, photos: Path, monkeypatch) -> None:
     experiment = config(source="image_folder", root=str(photos))
-    ingest.run(experiment, run="kfp")
+    do("ingest", experiment, "kfp")
     write_outcome(folder := run_folder(experiment, "kfp"), Outcome("FINISHED"))
     before = files_of(Path(folder.uri))
     (photos / "a" / "0.png").unlink()
     monkeypatch.setenv(KFP_RUN_ID, "r-1")
     with refused("--run", error=ForeignRun):
-        run_kfp_task("ingest", experiment, run="kfp", given={})
+        do_as_task("ingest", experiment, "kfp")
     ended = finish.run(experiment, run="kfp", state="FAILED", kfp=KfpRun("r-1", "w"))
     assert ended.status == "FAILED" and "1 are gone" in ended.reason
     after = files_of(Path(folder.uri))
@@ -167,7 +167,7 @@ def test_a_failure_leaves_no_dataset_and_the_run_to_another_folder(config, tmp_p
     (tmp_path / "images" / "notes.txt").write_text("x")
     for root, error in (("nowhere", NotFound), ("images", UserError)):
         with refused("data.root", error=error):
-            ingest.run(config(source="image_folder", root=str(tmp_path / root)), run="one")
+            do("ingest", config(source="image_folder", root=str(tmp_path / root)), "one")
     assert datasets(tmp_path) == []
 
 
@@ -179,9 +179,9 @@ def test_bad_images_are_skipped_and_named_in_the_manifest(config, tmp_path):
     (folder / "5.png").write_bytes(b"broken")
     settings = {"source": "image_folder", "root": str(folder), "test_fraction": 0.25}
     with refused(str(folder / "5.png")):
-        ingest.run(config(**settings), run="strict")
+        do("ingest", config(**settings), "strict")
     assert datasets(tmp_path) == []
-    result = ingest.run(config(**settings, on_bad_image="skip"), run="lenient")
+    result = do("ingest", config(**settings, on_bad_image="skip"), "lenient")
     assert sum(result.counts.values()) == 19
     assert [Path(image.name).name for image in load_manifest(result.uri).skipped] == ["5.png"]
     assert len(result.notes) == 1 and "5.png" in result.notes[0]
@@ -193,7 +193,7 @@ def test_equal_images_are_told(config, tmp_path):
         (folder / split).mkdir(parents=True)
         for place, number in enumerate(numbers):
             Image.fromarray(np.full((9, 9), number, np.uint8)).save(folder / split / f"{place}.png")
-    result = ingest.run(config(source="image_folder", root=str(folder)), run="some")
+    result = do("ingest", config(source="image_folder", root=str(folder)), "some")
     assert (result.counts, result.repeated, result.left_out) == ({"train": 7, "test": 3}, 4, 2)
     (note,) = result.notes
     assert note.startswith("3 of 7 train images repeat") and "; 1 of 3 test images" in note and "; 2 left" in note
@@ -205,6 +205,6 @@ def test_a_folder_of_few_contents_leaves_no_test_images(config, tmp_path):
     for number in range(100):
         Image.fromarray(np.full((9, 9), number % 11, np.uint8)).save(tmp_path / "images" / f"{number}.png")
     with refused("data.source") as error:
-        ingest.run(config(source="image_folder", root=str(tmp_path / "images")), run="few")
+        do("ingest", config(source="image_folder", root=str(tmp_path / "images")), "few")
     assert "79 of 90 train images" in str(error.value) and "10 left out" in str(error.value)
     assert datasets(tmp_path) == []

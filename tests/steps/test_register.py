@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from do import do
 from refused import refused
 
 from ncsn import storage
@@ -14,7 +15,6 @@ from ncsn.config import Config, from_yaml, to_yaml
 from ncsn.errors import NotFound
 from ncsn.model import checkpoint
 from ncsn.report.images import grid_png
-from ncsn.steps import ingest, register
 from ncsn.tracking import registry
 from ncsn.tracking.client import connect
 from ncsn.tracking.promotion import promote_version
@@ -22,7 +22,7 @@ from ncsn.tracking.promotion import promote_version
 
 @pytest.fixture(scope="module")
 def dataset(config) -> str:
-    return ingest.run(config, run="data").uri
+    return do("ingest", config, "data").uri
 
 
 @pytest.fixture(scope="module")
@@ -74,12 +74,12 @@ def evaluate(config, root, dataset, saved):
 
 def test_first_version_is_champion_and_a_second_call_changes_nothing(config, saved, evaluate):
     evaluation = evaluate(5.0)
-    first = register.run(config, run="one", checkpoint=saved, evaluation=evaluation)
+    first = do("register", config, "one", checkpoint=saved, evaluation=evaluation)
     assert (first.model, first.version, first.uri) == ("ncsn-tiny", "1", "models:/ncsn-tiny/1")
     assert (first.promoted, first.aliases) == (True, ["challenger", "champion"])
-    assert register.run(config, run="one", checkpoint=saved, evaluation=evaluation) == first
+    assert do("register", config, "one", checkpoint=saved, evaluation=evaluation) == first
     storage.delete(storage.join(config.storage.root, "runs/one/steps/register/step.json"))
-    assert register.run(config, run="one", checkpoint=saved, evaluation=evaluation) == first
+    assert do("register", config, "one", checkpoint=saved, evaluation=evaluation) == first
     client = connect(config).client
     (version,) = client.search_model_versions("name = 'ncsn-tiny'")
     order = ["# ncsn-tiny", "256 images made.", f"Gate: {first.reason}", "## Use", "](", "## Data"]
@@ -100,9 +100,9 @@ def test_first_version_is_champion_and_a_second_call_changes_nothing(config, sav
 
 
 def test_other_sampler_is_a_version_that_has_to_beat_the_champion(config, saved, evaluate):
-    register.run(config, run="one", checkpoint=saved, evaluation=evaluate(5.0))
+    do("register", config, "one", checkpoint=saved, evaluation=evaluate(5.0))
     longer = from_yaml(to_yaml(config), overrides=["sampling.sampler.steps_per_level=3"])
-    result = register.run(longer, run="longer", checkpoint=saved, evaluation=evaluate(6.0, of=longer))
+    result = do("register", longer, "longer", checkpoint=saved, evaluation=evaluate(6.0, of=longer))
     assert (result.version, result.promoted, result.aliases) == ("2", False, ["challenger"])
     for part in ("eval/classifier_fid_n4 = 6.0 (5.5 to 6.5)", " 1.06,", "5.0 (4.6 to 5.4)", "version 1"):
         assert part in result.reason
@@ -110,8 +110,8 @@ def test_other_sampler_is_a_version_that_has_to_beat_the_champion(config, saved,
 
 def test_a_new_figure_at_the_same_place_is_decided_on(config, saved, evaluate):
     renewed = named(config, "renewed")
-    first = register.run(renewed, run="renewed", checkpoint=saved, evaluation=evaluate(9.0, name_of_file="same"))
-    second = register.run(renewed, run="renewed", checkpoint=saved, evaluation=evaluate(8.0, name_of_file="same"))
+    first = do("register", renewed, "renewed", checkpoint=saved, evaluation=evaluate(9.0, name_of_file="same"))
+    second = do("register", renewed, "renewed", checkpoint=saved, evaluation=evaluate(8.0, name_of_file="same"))
     assert first.reason.startswith("eval/classifier_fid_n4 = 9")
     assert "8" in second.reason and second.version == first.version
 
@@ -121,11 +121,11 @@ def named(config: Config, model: str) -> Config:
 
 
 def test_nan_and_copies_are_no_champion(config, saved, evaluate):
-    nan = register.run(named(config, "nan"), run="nan", checkpoint=saved, evaluation=evaluate(float("nan")))
+    nan = do("register", named(config, "nan"), "nan", checkpoint=saved, evaluation=evaluate(float("nan")))
     assert (nan.promoted, nan.aliases) == (False, ["challenger"])
     assert "eval/classifier_fid_n4 = nan" in nan.reason
     copied = evaluate(1.0, copies=200, name_of_file="copies")
-    copies = register.run(named(config, "copies"), run="copies", checkpoint=saved, evaluation=copied)
+    copies = do("register", named(config, "copies"), "copies", checkpoint=saved, evaluation=copied)
     assert (copies.promoted, copies.aliases) == (False, ["challenger"])
     assert "200 of 256" in copies.reason and "0 of 256" in copies.reason
     client = connect(config).client
@@ -136,7 +136,7 @@ def test_nan_and_copies_are_no_champion(config, saved, evaluate):
 def test_a_floor_and_a_person_keep_a_version_from_the_alias(config, saved, evaluate):
     settings = ("tracking.registered_model=floors", "tracking.require={fid_below: 5, copies_below: 0.3}")
     strict = from_yaml(to_yaml(config), overrides=settings)
-    far = register.run(strict, run="floors", checkpoint=saved, evaluation=evaluate(5.0))
+    far = do("register", strict, "floors", checkpoint=saved, evaluation=evaluate(5.0))
     assert (far.promoted, far.aliases) == (False, ["challenger"])
     assert "fid_below = 5" in far.reason
     client = connect(config).client
@@ -144,19 +144,19 @@ def test_a_floor_and_a_person_keep_a_version_from_the_alias(config, saved, evalu
     with refused("models:/floors/1"):
         promote_version(client, "floors")
     asking = from_yaml(to_yaml(strict), overrides=["tracking.require.fid_below=5.1", "tracking.promote=ask"])
-    asked = register.run(asking, run="floors", checkpoint=saved, evaluation=evaluate(5.0))
+    asked = do("register", asking, "floors", checkpoint=saved, evaluation=evaluate(5.0))
     assert (asked.version, asked.promoted, asked.aliases) == (far.version, False, ["challenger"])
     assert promote_version(client, "floors").reason.startswith("eval/classifier_fid_n4 = 5")
     more = from_yaml(to_yaml(strict), overrides=["sampling.num_images=5", "tracking.registered_model=five"])
-    five = register.run(more, run="five", checkpoint=saved, evaluation=evaluate(1.0))
+    five = do("register", more, "five", checkpoint=saved, evaluation=evaluate(1.0))
     assert not five.promoted and "fid_n5" in five.reason and "fid_n4" in five.reason
 
 
 def test_version_that_was_deleted_is_registered_anew(config, saved, evaluate):
     gone = named(config, "gone")
-    first = register.run(gone, run="gone", checkpoint=saved, evaluation=evaluate(5.0))
+    first = do("register", gone, "gone", checkpoint=saved, evaluation=evaluate(5.0))
     connect(gone).client.delete_model_version("gone", first.version)
-    again = register.run(gone, run="gone", checkpoint=saved, evaluation=evaluate(5.0))
+    again = do("register", gone, "gone", checkpoint=saved, evaluation=evaluate(5.0))
     assert again.version == "2"
 
 
@@ -167,14 +167,14 @@ def test_what_does_not_belong_together_is_refused(config, root, saved, evaluate)
     )
     evaluation = evaluate(5.0)
     with refused(evaluation) as caught:
-        register.run(longer, run="mixed", checkpoint=saved, evaluation=evaluation)
+        do("register", longer, "mixed", checkpoint=saved, evaluation=evaluation)
     assert "steps_per_level: 2" in str(caught.value) and "steps_per_level: 4" in str(caught.value)
-    against_others = evaluate(4.0, dataset=ingest.run(fewer, run="fewer").uri)
+    against_others = evaluate(4.0, dataset=do("ingest", fewer, "fewer").uri)
     with refused(against_others):
-        register.run(config, run="one", checkpoint=saved, evaluation=against_others)
+        do("register", config, "one", checkpoint=saved, evaluation=against_others)
     with refused(saved, error=checkpoint.CheckpointError) as caught:
-        register.run(other, run="other", checkpoint=saved, evaluation=evaluation)
+        do("register", other, "other", checkpoint=saved, evaluation=evaluation)
     assert "noise.num_levels" in str(caught.value)
     nothing = str(root / "nothing.json")
     with refused(nothing, error=NotFound):
-        register.run(config, run="none", checkpoint=saved, evaluation=nothing)
+        do("register", config, "none", checkpoint=saved, evaluation=nothing)

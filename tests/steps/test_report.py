@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from do import do
 from refused import refused
 
 from ncsn.data.format import Rows, read_split, to_table
@@ -18,7 +19,7 @@ from ncsn.model.objective import objective_of
 from ncsn.report.images import grid_png
 from ncsn.runs.folder import find_inputs, run_folder, update_step
 from ncsn.runs.history import GAP, LOSS, TrainingHistory, loss_names
-from ncsn.steps import ingest, report
+from ncsn.steps import report
 from ncsn.tracking.client import connect
 
 RUN = "mine"
@@ -27,7 +28,7 @@ RUN = "mine"
 @pytest.fixture(scope="module")
 def evaluation(config, root, save_untrained) -> str:
     """The results of the steps before: a dataset, an untrained checkpoint, samples and their metrics."""
-    data = ingest.run(config, run=RUN)
+    data = do("ingest", config, RUN)
     folder = root / "checkpoint"
     save_untrained(config, data.uri, folder)
     training = read_split(data.uri, "train").images
@@ -66,7 +67,7 @@ def evaluation(config, root, save_untrained) -> str:
 
 @pytest.fixture(scope="module")
 def made(config, evaluation) -> report.ReportResult:
-    return report.run(config, run=RUN, evaluation=evaluation)
+    return do("report", config, RUN, evaluation=evaluation)
 
 
 def test_each_result_has_a_section_and_mlflow_has_the_page(config, root, made, tmp_path):
@@ -89,11 +90,11 @@ def test_each_result_has_a_section_and_mlflow_has_the_page(config, root, made, t
 
 def test_it_is_made_again_only_for_new_results(config, evaluation, made):
     before = Path(made.uri).stat().st_mtime_ns
-    assert report.run(config, run=RUN, evaluation=evaluation) == made
+    assert do("report", config, RUN, evaluation=evaluation) == made
     assert Path(made.uri).stat().st_mtime_ns == before
 
     Path(made.uri).unlink()
-    assert report.run(config, run=RUN, evaluation=evaluation).uri == made.uri
+    assert do("report", config, RUN, evaluation=evaluation).uri == made.uri
     assert Path(made.uri).exists()
 
     folder = run_folder(config, RUN)
@@ -104,7 +105,7 @@ def test_it_is_made_again_only_for_new_results(config, evaluation, made):
     history.publish()
     decision = {"model": "ncsn-tiny", "version": "7", "promoted": False, "aliases": [], "reason": "4 is worse than 3"}
     update_step(folder, "register", result={**decision, "uri": "models:/ncsn-tiny/7"}, finished_at="2026-01-01T00:00")
-    again = report.run(config, run=RUN, evaluation=evaluation)
+    again = do("report", config, RUN, evaluation=evaluation)
     text = Path(again.uri).read_text()
     assert '<section id="training"' in text
     assert "version 7 of ncsn-tiny" in text and decision["reason"] in text
@@ -118,5 +119,5 @@ def test_a_run_without_an_evaluation_is_refused(config, root):
         find_inputs(folder, "report", {}, config=config)
     nothing = str(root / "nothing.json")
     with refused(nothing, error=NotFound):
-        report.run(config, run="unmeasured", evaluation=nothing)
+        do("report", config, "unmeasured", evaluation=nothing)
     assert not Path(folder.report).exists()

@@ -10,6 +10,7 @@ from pathlib import Path
 import mlflow.pyfunc
 import numpy as np
 import pytest
+from do import do
 from PIL import Image
 
 from ncsn import storage
@@ -22,7 +23,6 @@ from ncsn.data.sources import open_source
 from ncsn.model.checkpoint import load_checkpoint
 from ncsn.report.images import grid_png
 from ncsn.report.words import read_metrics
-from ncsn.steps import evaluate, ingest, sample, train
 from ncsn.tracking.client import connect
 from ncsn.tracking.registry import write_model
 
@@ -59,7 +59,7 @@ def checkpoint(config: Config, dataset: str, save_untrained: SaveUntrained, tmp_
 def test_images_pictures_and_their_score_are_stored_and_found_again(
     config: Config, dataset: str, checkpoint: str
 ) -> None:
-    result = sample.run(config, run="mine", checkpoint=checkpoint, score=dataset)
+    result = do("sample", config, "mine", checkpoint=checkpoint, score=dataset)
     assert (result.num_images, result.nfe, result.checkpoint) == (10, 4 + 1, checkpoint)
     images = read_samples(result.uri, 0, 10)
     assert images.shape == (10, 8, 8, 1)
@@ -73,7 +73,7 @@ def test_images_pictures_and_their_score_are_stored_and_found_again(
     assert run.data.metrics["sample/nfe"] == 5
     assert run.data.metrics["sample/running_classifier_fid"] > 0
     assert {"samples.uri": result.uri, "checkpoint.uri": checkpoint}.items() <= run.data.tags.items()
-    assert sample.run(config, run="mine", checkpoint=checkpoint) == result, "its seconds too"
+    assert do("sample", config, "mine", checkpoint=checkpoint) == result, "its seconds too"
 
 
 SCANS = """
@@ -98,20 +98,20 @@ def test_scans_of_sixteen_bits_from_their_files_to_the_registered_model(
     for number, scan in enumerate(scans):
         Image.fromarray(scan).save(tmp_path / "scans" / f"{number}.tif")
     config = from_yaml(SCANS.format(images=tmp_path / "scans", root=tmp_path / "store"))
-    dataset = ingest.run(config, run="mine").uri
+    dataset = do("ingest", config, "mine").uri
     manifest, stored = load_manifest(dataset), read_split(dataset, "train").images
     assert (manifest.pixels, manifest.conversions) == (Pixels((8, 12, 1), "uint16", (0, 4095)), {})
     assert {image.tobytes() for image in stored} < {scan.tobytes() for scan in scans}
     again = config.data.model_copy(update={"source": "parquet", "root": dataset})
     rows = next(iter(open_source(again).splits["train"].stream()))
     assert rows.image.dtype == np.uint16 and np.array_equal(rows.image, stored[0])
-    checkpoint = load_checkpoint(train.run(config, run="mine", dataset=dataset).checkpoint)
+    checkpoint = load_checkpoint(do("train", config, "mine", dataset=dataset).checkpoint)
     assert float(checkpoint.moments.mean.mean()) == pytest.approx(stored.mean() / 4095, abs=1e-3)
-    result = sample.run(config, run="mine", checkpoint=train.run(config, run="mine", dataset=dataset).checkpoint)
+    result = do("sample", config, "mine", checkpoint=do("train", config, "mine", dataset=dataset).checkpoint)
     samples = read_samples(result.uri, 0, 6)
     assert (samples.dtype, samples.shape) == (np.uint16, (6, 8, 12, 1)) and 255 < samples.max() <= 4095
     assert Image.open(result.grid).mode == Image.open(result.strip).mode == "L"
-    measured = evaluate.run(config, run="mine", samples=result.uri, dataset=dataset)
+    measured = do("evaluate", config, "mine", samples=result.uri, dataset=dataset)
     assert 0 < measured.metrics["eval/clusters_nn_distance_n6"] < 255 * 96**0.5
     write_model(tmp_path / "model", checkpoint, files={})
     made = mlflow.pyfunc.load_model(str(tmp_path / "model")).predict(None, params={"n_images": 6})
@@ -120,23 +120,23 @@ def test_scans_of_sixteen_bits_from_their_files_to_the_registered_model(
 
 
 def test_only_what_is_missing_is_made_again(config: Config, checkpoint: str) -> None:
-    result = sample.run(config, run="mine", checkpoint=checkpoint)
+    result = do("sample", config, "mine", checkpoint=checkpoint)
     (shard,) = Path(result.uri).glob("shard-*.parquet")
     before = read_samples(result.uri, 0, 10)
     Path(result.grid).unlink()
     written = shard.stat().st_mtime_ns
     assert result.images_per_second == pytest.approx(10 / result.seconds, rel=0.1)
-    again = sample.run(config, run="mine", checkpoint=checkpoint)
+    again = do("sample", config, "mine", checkpoint=checkpoint)
     assert again.images_per_second is None, "it made none"
     assert Path(result.grid).exists()
     assert shard.stat().st_mtime_ns == written
     Path(result.grid).unlink()
     shard.unlink()
-    sample.run(config, run="mine", checkpoint=checkpoint)
+    do("sample", config, "mine", checkpoint=checkpoint)
     after = read_samples(result.uri, 0, 10)
     assert np.array_equal(before, after)
     fewer = from_yaml(to_yaml(config), overrides=["sampling.num_images=4"])
-    kept = sample.run(fewer, run="mine", checkpoint=checkpoint)
+    kept = do("sample", fewer, "mine", checkpoint=checkpoint)
     assert (kept.uri, kept.num_images) == (result.uri, 10), "the set and what is said of it stay whole"
 
 
@@ -149,7 +149,7 @@ def test_images_of_classes_keep_them_and_the_grid_has_a_row_for_each(
     many = [*CLASSES, "sampling.num_images=23", "sampling.batch_size=23"]
     known = from_yaml(to_yaml(config), overrides=many)
     save_untrained(known, dataset, tmp_path / "known")
-    result = sample.run(known, run="mine", checkpoint=str(tmp_path / "known"))
+    result = do("sample", known, "mine", checkpoint=str(tmp_path / "known"))
     assert read_labels(result.uri, num_images=23).tolist() == [number % 10 for number in range(23)]
     assert read_labels(result.uri, num_images=5).tolist() == list(range(5))
     manifest = json.loads((Path(result.uri) / "manifest.json").read_text())
@@ -159,7 +159,7 @@ def test_images_of_classes_keep_them_and_the_grid_has_a_row_for_each(
         rows = np.stack([images[:10], images[10:20]], axis=1).reshape(-1, 8, 8, 1)
         np.testing.assert_array_equal(np.asarray(grid), np.asarray(Image.open(io.BytesIO(grid_png(rows, columns=2)))))
     one = from_yaml(to_yaml(known), overrides=["sampling.label=7", "sampling.num_images=3"])
-    other = sample.run(one, run="mine", checkpoint=str(tmp_path / "known"))
+    other = do("sample", one, "mine", checkpoint=str(tmp_path / "known"))
     assert other.uri != result.uri and read_labels(other.uri, num_images=3).tolist() == [7, 7, 7]
 
 
@@ -171,19 +171,19 @@ def test_samples_by_autoguidance_are_those_of_the_guides_weights(
         save_untrained(from_yaml(to_yaml(config), overrides=[f"network.widths=[{width}]"]), dataset, tmp_path / name)
         guides.append(f"sampling.guidance={{kind: autoguidance, checkpoint: {tmp_path / name}, weight: 2}}")
     found = [
-        sample.run(from_yaml(to_yaml(config), overrides=[each]), run="mine", checkpoint=checkpoint) for each in guides
+        do("sample", from_yaml(to_yaml(config), overrides=[each]), "mine", checkpoint=checkpoint) for each in guides
     ]
     assert found[0].uri == found[1].uri != found[2].uri
     assert found[0].nfe == 10
-    plain = sample.run(config, run="mine", checkpoint=checkpoint)
+    plain = do("sample", config, "mine", checkpoint=checkpoint)
     assert plain.uri not in {each.uri for each in found}
 
 
 def test_test_images_can_be_the_reference(config: Config, dataset: str, checkpoint: str) -> None:
-    samples = sample.run(config, run="mine", checkpoint=checkpoint).uri
-    train = evaluate.run(config, run="mine", samples=samples, dataset=dataset)
+    samples = do("sample", config, "mine", checkpoint=checkpoint).uri
+    train = do("evaluate", config, "mine", samples=samples, dataset=dataset)
     against = from_yaml(to_yaml(config), overrides=["evaluation.reference_split=test"])
-    test = evaluate.run(against, run="mine", samples=samples, dataset=dataset)
+    test = do("evaluate", against, "mine", samples=samples, dataset=dataset)
     assert test.metrics["eval/classifier_vs_test_fid_n10"] != train.metrics["eval/classifier_fid_n10"]
     assert test.metrics["eval/classifier_vs_test_memorized_n10"] == train.metrics["eval/classifier_memorized_n10"]
     assert "eval/real_classifier_vs_test_fid_n10" in test.real_metrics and test.fingerprint != train.fingerprint

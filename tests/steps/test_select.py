@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from do import do
 from local_training import train_locally
 from ray_driver import without_dashboard
 from refused import refused
@@ -83,7 +84,7 @@ def test_the_best_of_a_run_is_chosen_on_a_cluster_kept_and_logged(
 ) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with without_dashboard():
-        result = select.run(config, run="mine", dataset=dataset)
+        result = do("select", config, "mine", dataset=dataset)
     values = [row["value"] for row in result.candidates]
     assert len(values) == 7 and result.value == min(values) and result.figure == "eval/classifier_fid_n24"
     best = result.candidates[values.index(min(values))]
@@ -100,10 +101,10 @@ def test_the_best_of_a_run_is_chosen_on_a_cluster_kept_and_logged(
 
     # The copies that were kept are no new candidates, and known scores are not measured again.
     monkeypatch.setattr(select, "sample_features", none_is_made)
-    assert select.run(config, run="mine", dataset=dataset) == result
+    assert do("select", config, "mine", dataset=dataset) == result
     storage.delete(trained.step("select", "step.json"))
     alone = config.model_copy(update={"compute": config.compute.model_copy(update={"num_workers": 1})})
-    assert select.run(alone, run="mine", dataset=dataset).candidates == result.candidates
+    assert do("select", alone, "mine", dataset=dataset).candidates == result.candidates
 
 
 def test_a_thinned_checkpoint_is_not_resumed_from(config: Config, dataset: str, trained: RunFolder) -> None:
@@ -155,7 +156,7 @@ def test_the_nearest_of_five_candidates_is_chosen_and_all_are_recorded(
 
 def test_nothing_to_choose_from_is_refused(config: Config, dataset: str, tmp_path: Path) -> None:
     with refused(run_folder(config, "empty").checkpoints, error=NotFound):
-        select.run(config, run="empty", dataset=dataset)
+        do("select", config, "empty", dataset=dataset)
     fakes = Fakes([0.0])
     with refused("sampling.sampler"):
         select.conclude(config, fakes.weights, {"0" * 16: None}, folder=RunFolder(str(tmp_path), "x"), extractor="c")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+from do import claimed, do
 from refused import refused
 
 from ncsn import storage
@@ -21,16 +23,15 @@ from ncsn.runs.folder import (
     ForeignRun,
     StepError,
     StepRecord,
-    claim_run,
     read_mistake,
     read_step,
-    recorded,
+    record_failure,
     run_folder,
     state_after,
     update_step,
 )
-from ncsn.steps.execution import run_step
-from ncsn.steps.step import Step, launch
+from ncsn.steps import elsewhere, results
+from ncsn.steps.execute import Context, Prepared
 from ncsn.storage.heartbeat import LEASE_SECONDS, LeaseExpired
 from ncsn.tracking import mlflow_runs
 
@@ -52,23 +53,50 @@ def config_at(root: Path, *overrides: str) -> Config:
     return from_yaml(DIGITS, overrides=[f"storage.root={root}", *overrides])
 
 
-def make(config: Config, run: str, *, inputs: dict[str, object], number: int = 1, name: str = "train") -> Made:
-    step = Step(name, config, run, Made)
-    if result := step.find_result(inputs, needs=lambda result: [result.uri]):
-        return result
-    target = storage.join(step.folder.uri, "made.txt")
-    with step.work(config) as (progress, _):
-        progress.start(1, "files")
-        progress.advance()
+def work(
+    config: Config,
+    run: str,
+    do_it: Callable[[Context], object],
+    *,
+    inputs: Mapping[str, object] = {},
+    name: str = "train",
+    **given: Any,
+) -> Any:
+    """A step whose work is `do_it`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            f"ncsn.steps.{name}.prepare", lambda run, **_: Prepared(run.config, inputs, do_it, lambda made: [made.uri])
+        )
+        patch.setattr(results, "result_type", lambda _: Made)
+        patch.setattr("ncsn.steps.execute.find_inputs", lambda *_, **__: {})
+        return do(name, config, run, **given)
+
+
+def make(
+    config: Config, run: str, *, inputs: dict[str, object], number: int = 1, name: str = "train", **given: Any
+) -> Made:
+    def make_it(context: Context) -> Made:
+        target = storage.join(context.folder.uri, "made.txt")
+        context.progress.start(1, "files")
+        context.progress.advance()
         storage.write_text(target, str(number))
-    return step.store_result(Made(uri=target, number=number))
+        return Made(uri=target, number=number)
+
+    return work(config, run, make_it, inputs=inputs, name=name, **given)
+
+
+def fail_with(error: BaseException) -> Callable[[Context], object]:
+    def fail(_: Context) -> None:
+        raise error
+
+    return fail
 
 
 def test_same_config_claims_again_and_another_is_refused(tmp_path: Path) -> None:
-    claim_run(config_at(tmp_path), "first")
-    claim_run(config_at(tmp_path, "compute.num_workers=1", "sampling.seed=4"), "first")
+    claimed(config_at(tmp_path), "first")
+    claimed(config_at(tmp_path, "compute.num_workers=1", "sampling.seed=4"), "first")
     with refused("--run", error=ForeignRun) as caught:
-        claim_run(config_at(tmp_path, "seed=7"), "first")
+        claimed(config_at(tmp_path, "seed=7"), "first")
     assert caught.value.problems[0].value == "first"
     assert "seed" in caught.value.problems[0].reason
 
@@ -95,7 +123,7 @@ def test_work_is_done_again_when_an_output_is_gone_but_no_training(tmp_path: Pat
     assert make(config, "gone", inputs={}, number=2, name="sample").number == 2
     Path(made.uri).unlink()
     for _ in range(2):  # the failure changes nothing
-        with refused(made.uri, error=NotFound), recorded(config, "gone", "train"):
+        with refused(made.uri, error=NotFound):
             make(config, "gone", inputs={}, number=2)
     storage.delete(run_folder(config, "gone").step("train", "step.json"))
     assert make(config, "gone", inputs={}, number=2).number == 2
@@ -129,15 +157,14 @@ def test_a_lost_step_counts_only_with_a_result_of_the_same_inputs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = config_at(tmp_path, "compute.backend=ray-jobs")
-    make(config, "lost", inputs={"a": 1})
-    step = Step("train", config, "lost", Made)
-    assert step.find_result({"a": 2}, needs=lambda result: [result.uri]) is None
-    monkeypatch.setattr("ncsn.steps.step.open_backend", lambda _compute: LosingBackend(lambda: None))
+    here = config_at(tmp_path)
+    uri = make(here, "lost", inputs={"a": 1}).uri
+    monkeypatch.setattr(elsewhere, "open_backend", lambda _compute: LosingBackend(lambda: None))
     with pytest.raises(RemoteLost):
-        step.run_elsewhere(config, {})
-    there = LosingBackend(lambda: make(config, "lost", inputs={"a": 2}, number=2))
-    monkeypatch.setattr("ncsn.steps.step.open_backend", lambda _compute: there)
-    assert step.run_elsewhere(config, {}) == Made(uri=storage.join(step.folder.uri, "made.txt"), number=2)
+        make(config, "lost", inputs={"a": 2})
+    there = LosingBackend(lambda: make(here, "lost", inputs={"a": 2}, number=2))
+    monkeypatch.setattr(elsewhere, "open_backend", lambda _compute: there)
+    assert make(config, "lost", inputs={"a": 2}, number=3) == Made(uri, 2)
 
 
 class EndedBackend(LosingBackend):
@@ -158,12 +185,11 @@ class EndedBackend(LosingBackend):
 
 def test_a_step_that_another_pipeline_run_ended_starts_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_at(tmp_path, "compute.backend=ray-jobs")
-    backend = EndedBackend(lambda: make(config, "shared", inputs={"a": 1}))
+    backend = EndedBackend(lambda: make(config_at(tmp_path), "shared", inputs={"a": 1}))
     backend.config = config
-    monkeypatch.setattr("ncsn.steps.step.open_backend", lambda _compute: backend)
-    step = Step("train", config, "shared", Made)
-    assert step.find_result({"a": 1}, needs=lambda result: [result.uri]) is None
-    assert step.run_elsewhere(config, {}) == Made(storage.join(step.folder.uri, "made.txt"), 1)
+    monkeypatch.setattr(elsewhere, "open_backend", lambda _compute: backend)
+    made = make(config, "shared", inputs={"a": 1}, number=2)
+    assert made == Made(storage.join(run_folder(config, "shared").uri, "made.txt"), 1)
     assert backend.starts == 2
 
 
@@ -182,11 +208,15 @@ def test_a_result_that_comes_while_a_second_launcher_attaches_is_its_own(
     folder, asked = run_folder(config, "shared"), {"dataset": "a"}
 
     def launched(work: Callable[[], object]) -> str:
-        monkeypatch.setattr("ncsn.steps.step.open_backend", lambda _compute: SharedBackend(work))
-        return str(launch("train", config, "shared", asked).uri)
+        monkeypatch.setattr(elsewhere, "open_backend", lambda _compute: SharedBackend(work))
+        monkeypatch.setattr("ncsn.steps.execute.find_spec", lambda _: None)
+        monkeypatch.setattr(results, "result_type", lambda _: Made)
+        return str(do("train", config, "shared", **asked).uri)
 
     def while_it_works() -> None:
-        make(config, "shared", inputs={"a": 1})
+        monkeypatch.undo()
+        monkeypatch.setattr(mlflow_runs, "step_run", lambda *_, **__: nullcontext())
+        make(config_at(tmp_path), "shared", inputs={"a": 1}, lease=str(tmp_path / "lease"))
         # The first has not seen the end yet; the second attaches to a job that has just ended, or takes the result.
         assert launched(lambda: None) == uri
 
@@ -219,8 +249,9 @@ def test_whatever_ends_a_step_is_recorded_until_it_starts_again(
 ) -> None:
     monkeypatch.setenv(KFP_RUN_ID, "5f3a")
     config = config_at(tmp_path)
-    with pytest.raises(type(error)), recorded(config, "fails", "train") as folder:
-        raise error
+    folder = run_folder(config, "fails")
+    with pytest.raises(type(error)):
+        work(config, "fails", fail_with(error))
     record = storage.read_json(folder.step("train", "step.json"))
     assert record["state"] == ("FAILED" if isinstance(error, Exception) else "KILLED")
     assert record["error"] == {
@@ -232,22 +263,22 @@ def test_whatever_ends_a_step_is_recorded_until_it_starts_again(
     again = read_mistake(folder, "train")
     assert problems_of(again) == problems_of(error) if again else not problems
     assert not read_step(folder, "train").result
-    with recorded(config, "fails", "train"):
-        assert read_step(folder, "train").error is None
+    seen = list[object]()
+    with pytest.raises(ZeroDivisionError):
+        work(config, "fails", lambda _: seen.append(read_step(folder, "train").error) or 1 / 0)
+    assert seen == [None]
 
 
-def recorded_attempt(config: Config, run: str, work: Callable[[], object]) -> StepRecord:
-    """The record after an attempt whose launcher is stopped when `work`, its driver, has ended."""
+def recorded_attempt(config: Config, run: str, attempt: Callable[[], object]) -> StepRecord:
+    """The record after an attempt whose launcher is stopped when its driver has ended."""
 
-    def launch() -> None:
-        with recorded(config, run, "train"):
-            with suppress(ValueError):
-                work()
-            raise SystemExit(143)
-
-    with pytest.raises(SystemExit):
-        launch()
-    return read_step(run_folder(config, run), "train")
+    folder = run_folder(config, run)
+    before = read_step(folder, "train")
+    update_step(folder, "train", error=None)
+    with suppress(ValueError, SystemExit):
+        attempt()
+    record_failure(folder, "train", SystemExit(143), before=before)
+    return read_step(folder, "train")
 
 
 def test_a_driver_whose_launchers_are_gone_starts_nothing(tmp_path: Path) -> None:
@@ -256,18 +287,15 @@ def test_a_driver_whose_launchers_are_gone_starts_nothing(tmp_path: Path) -> Non
     (lease / "first").touch()
     os.utime(lease / "first", (time.time() - 1.1 * LEASE_SECONDS,) * 2)
     with pytest.raises(LeaseExpired):
-        run_step("ingest", config_at(tmp_path), run="left", given={}, lease=str(lease))
+        do("ingest", config_at(tmp_path), "left", lease=str(lease))
     assert read_step(run_folder(config_at(tmp_path), "left"), "ingest").state == "KILLED"
 
 
 def test_what_the_driver_wrote_is_stronger_than_what_its_launcher_saw(tmp_path: Path) -> None:
     config = config_at(tmp_path)
 
-    def fail() -> None:
-        with recorded(config, "both", "train"):
-            raise ValueError("the cause")
-
-    assert recorded_attempt(config, "both", fail).error.message == "the cause"
+    failing = fail_with(ValueError("the cause"))
+    assert recorded_attempt(config, "both", lambda: work(config, "both", failing)).error.message == "the cause"
     record = recorded_attempt(config, "both", lambda: make(config, "both", inputs={}))
     assert (record.state, record.error) == ("FINISHED", None)
 
@@ -285,10 +313,9 @@ def test_a_reason_is_replaced_only_by_a_stronger_one(
     tmp_path: Path, driver: BaseException, launcher: BaseException, kept: str
 ) -> None:
     config = config_at(tmp_path)
-    with suppress(type(launcher)), recorded(config, "told", "train") as folder:
-        with suppress(type(driver)), recorded(config, "told", "train"):
-            raise driver
-        raise launcher
+    folder = claimed(config, "told")
+    for error in (driver, launcher):
+        record_failure(folder, "train", error, before=StepRecord())
     record, expected = read_step(folder, "train"), {"driver": driver, "launcher": launcher}[kept]
     assert record.error is not None and record.error.message == str(expected)
     assert record.state == state_after(expected)
@@ -298,19 +325,21 @@ def test_a_stopped_attempt_with_other_inputs_keeps_the_result(tmp_path: Path) ->
     config = config_at(tmp_path)
     made = make(config, "kept", inputs={"a": 1})
 
-    def start() -> None:
-        with Step("train", config, "kept", Made).work(config):
-            assert read_step(run_folder(config, "kept"), "train").state == "RUNNING"
+    def start(context: Context) -> None:
+        assert read_step(context.folder, "train").state == "RUNNING"
+        raise SystemExit(143)
 
-    assert recorded_attempt(config, "kept", start).state == "KILLED"
+    with pytest.raises(SystemExit):
+        work(config, "kept", start, inputs={"a": 2})
+    assert read_step(run_folder(config, "kept"), "train").state == "KILLED"
     assert make(config, "kept", inputs={"a": 1}, number=2) == made
     assert read_step(run_folder(config, "kept"), "train").state == "FINISHED"
 
 
 def test_the_records_of_another_config_stay_as_they_are(tmp_path: Path) -> None:
     config = config_at(tmp_path)
-    with pytest.raises(RuntimeError), recorded(config, "theirs", "train") as folder:
-        raise RuntimeError("theirs")
-    with pytest.raises(ForeignRun), recorded(config.model_copy(update={"seed": 9}), "theirs", "train"):
-        pass
-    assert read_step(folder, "train").error.message == "theirs"
+    with pytest.raises(RuntimeError):
+        work(config, "theirs", fail_with(RuntimeError("theirs")))
+    with pytest.raises(ForeignRun):
+        work(config.model_copy(update={"seed": 9}), "theirs", fail_with(RuntimeError("mine")))
+    assert read_step(run_folder(config, "theirs"), "train").error.message == "theirs"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from do import do
 from local_training import assert_same_tensors, train_locally
 from refused import refused
 
@@ -13,7 +14,7 @@ from ncsn.config import Config, changed_settings, from_yaml, to_yaml
 from ncsn.errors import UserError
 from ncsn.report.words import next_step
 from ncsn.runs.folder import RunFolder, read_step, run_folder, update_step
-from ncsn.steps import ingest, train
+from ncsn.steps import train
 from ncsn.training.loop import TrainingJob
 
 
@@ -26,25 +27,25 @@ def test_a_run_ends_with_what_it_has_and_goes_on_to_any_length(
 ) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     config = of_length(config, 16)
-    dataset, folder = ingest.run(config, run="long").uri, run_folder(config, "long")
+    dataset, folder = do("ingest", config, "long").uri, run_folder(config, "long")
     with refused("--finish", error=UserError):
-        train.run(config, run="long", dataset=dataset, finish=True)
+        do("train", config, "long", dataset=dataset, finish=True)
     train_locally(TrainingJob(config, dataset, stop_at=8), folder.checkpoints)
     (Path(folder.checkpoints) / "images-000000008").rename(Path(folder.checkpoints) / "resume-000000008")
-    early = train.run(config, run="long", dataset=dataset, finish=True)
+    early = do("train", config, "long", dataset=dataset, finish=True)
     assert (early.images_seen, early.checkpoint) == (8, f"{folder.checkpoints}/images-000000008")
-    assert train.run(config, run="long", dataset=dataset, finish=True) == early
+    assert do("train", config, "long", dataset=dataset, finish=True) == early
     assert next_step("short", config, folder)[0] == f"ncsn run {folder.options}"
 
     longer = of_length(config, 24)
     monkeypatch.setattr(train.trainer, "train", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        train.run(longer, run="long", dataset=dataset)
+        do("train", longer, "long", dataset=dataset)
     assert not read_step(folder, "train").result, "this checkpoint may be deleted by now"
     monkeypatch.undo()
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    whole = train.run(longer, run="long", dataset=dataset)
-    assert whole.images_seen == 24 and train.run(config, run="long", dataset=dataset) == whole
+    whole = do("train", longer, "long", dataset=dataset)
+    assert whole.images_seen == 24 and do("train", config, "long", dataset=dataset) == whole
     assert from_yaml(storage.read_text(folder.config)).train.num_images == 24
     train_locally(TrainingJob(longer, dataset), root / "at-once")
     assert_same_tensors(whole.checkpoint, root / "at-once" / "images-000000024")

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from do import do
 from kfp import dsl
 from PIL import Image
 from ray_driver import RayDriver, ray_driver
@@ -27,6 +28,7 @@ from ncsn.data.dataset import write_dataset
 from ncsn.data.sources import open_source
 from ncsn.distributed.trials import Rung, Scored, SearchPlan, TrialRecord
 from ncsn.steps import tune
+from ncsn.steps.results import TuneResult
 from ncsn.tracking.client import connect
 
 TINY = """
@@ -56,7 +58,7 @@ class Searched:
     config: Config
     dataset: str
     before: dict[str, bytes]
-    result: tune.TuneResult
+    result: TuneResult
     driver: RayDriver
 
 
@@ -78,7 +80,7 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Searched]:
         patch.delenv("RAY_ADDRESS", raising=False)
         with ray_driver(config) as (driver, joining):
             before = kill_after_first_rung(folder, dataset, joining)
-            result = driver(tune.run, config, run="hunt", dataset=dataset)
+            result = driver(do, "tune", config, run="hunt", dataset=dataset)
             yield Searched(config, dataset, before, result, driver)
 
 
@@ -161,17 +163,17 @@ def test_each_trial_is_a_run_below_that_of_the_step(searched: Searched) -> None:
 
 def test_a_search_that_is_complete_is_returned_also_where_its_store_was_moved_to(searched: Searched) -> None:
     root = Path(searched.config.storage.root)
-    assert tune.run(searched.config, run="hunt", dataset=searched.dataset) == searched.result
+    assert do("tune", searched.config, "hunt", dataset=searched.dataset) == searched.result
     moved = root.rename(root.with_name("moved"))
     there = searched.config.model_copy(
         update={"storage": searched.config.storage.model_copy(update={"root": str(moved)})}
     )
-    again = tune.run(there, run="hunt", dataset=searched.dataset.replace(f"{root}/", f"{moved}/"))
+    again = do("tune", there, "hunt", dataset=searched.dataset.replace(f"{root}/", f"{moved}/"))
     moved.rename(root)
     assert tune.trainable(searched.result, there).storage.root == str(moved)
     assert storage.relative_uris(asdict(again), str(moved)) == storage.relative_uris(asdict(searched.result), str(root))
     with refused("search"):
-        tune.run(searched.config.model_copy(update={"search": None}), run="hunt", dataset=searched.dataset)
+        do("tune", searched.config.model_copy(update={"search": None}), "hunt", dataset=searched.dataset)
 
 
 def test_the_component_hands_over_the_best(searched: Searched, tmp_path: Path) -> None:
@@ -202,7 +204,7 @@ def test_trials_of_two_workers_take_turns(searched: Searched) -> None:
         "search.num_trials=3",
     ]
     config = from_yaml(TINY.format(root=searched.config.storage.root), overrides=overrides)
-    result = searched.driver(tune.run, config, run="pairs", dataset=searched.dataset)
+    result = searched.driver(do, "tune", config, run="pairs", dataset=searched.dataset)
     assert [row["trial"] for row in result.trials] == [0, 1, 2]
     assert {row["status"] for row in result.trials} <= {"finished", "stopped"}
     assert result.trials[0]["status"] == "finished"

@@ -7,12 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from do import do
 from refused import refused
 
 from ncsn.config import Config, from_yaml
 from ncsn.core.losses import Batch, ConsistencyTuning
 from ncsn.runs.folder import cost_of
-from ncsn.steps import ingest
 from ncsn.tools import plan as planning
 from ncsn.tools.plan import Speed, chosen_levels, estimate, plan
 
@@ -90,7 +90,7 @@ def test_the_levels_of_noise_auto_are_known_once_there_is_a_dataset(tmp_path: Pa
     assert chosen_levels(auto, "run") == []
     with refused("noise"):
         plan(auto, "run")
-    ingest.run(auto, run="run")
+    do("ingest", auto, "run")
     levels, epsilon = chosen_levels(auto, "run")
     assert "sigma_1: " in levels and "2 steps per level" in epsilon
     assert plan(auto, "run")["nfe"] > 2
