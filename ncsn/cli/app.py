@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 # What people need first stands first; within a group, commands are in the order of work.
 _GROUPS = {
     "Start": ("init", "run", "sample", "ui", "show-config", "plan", "doctor", "select"),
-    "Steps": ("ingest", "tune", "train", "evaluate", "register", "report"),
+    "Steps": tuple(step for step in STEP_INFO if step not in ("sample", "select")),
     "Results": ("ls", "show", "promote", "serve", "cleanup"),
     "Cluster": ("submit",),
 }
@@ -172,22 +173,8 @@ def _do_step(
     if png:
         from ncsn.data.samples import write_pngs
 
-        write_pngs(result["uri"], Path(png), num_images=result["num_images"])
-    click.echo(json.dumps(result, indent=1) if as_json else describe_result(step, {**result, "png": png}))
-
-
-def _step_command(step: str) -> click.Command:
-    @app.command(step, cls=ReportingCommand, help=STEP_INFO[step].summary)
-    @step_options(step)
-    def command(*, options: TargetOptions, as_json: bool, **given: str | None) -> None:
-        _do_step(step, options, given, as_json=as_json)
-
-    return command
-
-
-ingest_command = _step_command("ingest")
-tune_command = _step_command("tune")
-train_command = _step_command("train")
+        write_pngs(result.uri, Path(png), num_images=result.num_images)
+    click.echo(json.dumps(asdict(result), indent=1) if as_json else describe_result(step, result, png=png))
 
 
 @app.command("sample", cls=ReportingCommand, help=STEP_INFO["sample"].summary)
@@ -203,11 +190,6 @@ def sample_command(
         registry.sample_from_model(options, given, model=model, png=png, as_json=as_json)
     else:
         _do_step("sample", options, given, as_json=as_json, png=png)
-
-
-evaluate_command = _step_command("evaluate")
-register_command = _step_command("register")
-report_command = _step_command("report")
 
 
 @app.command("show-config", cls=ReportingCommand, short_help="Print every setting with its meaning and range.")
@@ -266,6 +248,15 @@ def select_command(*, options: TargetOptions, as_json: bool, **given: str | None
     run_select(options.resolve(), given=given, as_json=as_json)
 
 
+def _step_command(step: str) -> None:
+    @app.command(step, cls=ReportingCommand, help=STEP_INFO[step].summary)
+    @step_options(step)
+    def command(*, options: TargetOptions, as_json: bool, **given: str | None) -> None:
+        _do_step(step, options, given, as_json=as_json)
+
+
+for _step in STEP_INFO.keys() - app.commands.keys():
+    _step_command(_step)
 for _command in (
     *(cluster.submit_command, cluster.doctor_command, registry.promote_command, registry.serve_command),
     *(store.ls_command, store.show_command, store.cleanup_command),

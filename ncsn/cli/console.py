@@ -29,8 +29,9 @@ from rich.text import Text
 
 from ncsn.config import Config
 from ncsn.progress import Progress
-from ncsn.report.words import SCORES_HEAD, duration, next_step, result_line, score_lines
+from ncsn.report.words import SCORES_HEAD, duration, next_step, score_lines
 from ncsn.runs.folder import RunFolder, StepRecord
+from ncsn.steps.results import result_type
 from ncsn.storage.retry import RETRY
 
 _LINE_EVERY_SECONDS, _MOST_SECONDS = 30.0, 600.0
@@ -195,14 +196,15 @@ def _moved(descriptor: int, target: TextIO) -> Iterator[None]:
         os.close(saved)
 
 
-def describe_result(step: str, result: Mapping[str, Any]) -> str:
-    """The result of one step in a few lines."""
-    places = ("uri", "config", "table", "grid", "strip", "checkpoint", "png")
-    lines = [*([result["verdict"]] if step == "evaluate" else []), f"{step}: {result_line(step, result)}"]
-    lines += [f"{key}: {result[key]}" for key in places if isinstance(result.get(key), str)]
+def describe_result(step: str, result: Any, **more: str | None) -> str:
+    """The result of one step in a few lines, and `more` places."""
+    values = {**vars(result), **more}
+    places = ("uri", "config", "table", "grid", "strip", "checkpoint", *more)
+    lines = [*([result.verdict] if step == "evaluate" else []), f"{step}: {result}"]
+    lines += [f"{key}: {values[key]}" for key in places if isinstance(values.get(key), str)]
     if step == "tune":
-        lines = [_trials_table(result), *lines, f"next: ncsn run --config {result['config']}"]
-    return "\n".join([*lines, *(f"note: {note}" for note in result.get("notes", ()))])
+        lines = [_trials_table(values), *lines, f"next: ncsn run --config {result.config}"]
+    return "\n".join([*lines, *(f"note: {note}" for note in values.get("notes", ()))])
 
 
 def print_summary(
@@ -218,7 +220,7 @@ def print_summary(
     steps = Table("step", Column("seconds", justify="right"), "result", box=SIMPLE_HEAD)
     for step, record in records.items():
         when = "  [dim](earlier)[/]" if step in earlier else ""
-        steps.add_row(step, f"{record.seconds:,.1f}", f"{result_line(step, record.result)}{when}")
+        steps.add_row(step, f"{record.seconds:,.1f}", f"{result_type(step)(**record.result)}{when}")
     steps.add_row("[bold]all", f"[bold]{sum(record.seconds for record in records.values()):,.1f}", "")
     first, *others = SCORES_HEAD
     scores = Table(first, *(Column(name, justify="right") for name in others), box=SIMPLE_HEAD)

@@ -188,13 +188,13 @@ def do_steps(run: Run, steps: tuple[str, ...], *, finish: bool = False) -> None:
             write_outcome(each.folder, Outcome("FINISHED"))
 
 
-def run_step(step: str, target: Target, *, given: Mapping[str, str | None]) -> dict[str, Any]:
-    """Do one step; its result as plain values."""
+def run_step(step: str, target: Target, *, given: Mapping[str, str | None]) -> Any:
+    """Do one step; its result."""
     if target.code_here:
         publish_code(target.config.storage.root)
     run, lease = Run(target.config, target.run), given.get("lease")
     with Terminal(events=lease is None) as terminal:  # else the launcher sends them
-        return dataclasses.asdict(execute(step, run, terminal, given=given, lease=lease))
+        return execute(step, run, terminal, given=given, lease=lease)
 
 
 def run_select(target: Target, *, given: Mapping[str, str | None], as_json: bool) -> None:
@@ -203,11 +203,11 @@ def run_select(target: Target, *, given: Mapping[str, str | None], as_json: bool
     if given.get("lease") is None:  # else the launcher does the rest
         sampling = target.config.sampling.model_copy(update={"relative_width": None})  # that of the chosen weights
         target = replace(target, config=target.config.model_copy(update={"sampling": sampling}))
-        inputs: dict[str, str | None] = {"dataset": given.get("dataset"), "checkpoint": found["select"]["checkpoint"]}
+        inputs: dict[str, str | None] = {"dataset": given.get("dataset"), "checkpoint": found["select"].checkpoint}
         for step in STEPS[STEPS.index("sample") :]:
             found[step] = run_step(step, target, given=inputs)
     if as_json:
-        click.echo(json.dumps(found, indent=1))
+        click.echo(json.dumps({step: dataclasses.asdict(result) for step, result in found.items()}, indent=1))
     else:
         click.echo("\n".join(describe_result(step, result) for step, result in found.items()))
 

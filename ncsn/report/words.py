@@ -152,7 +152,7 @@ class Score(NamedTuple):
         }
 
 
-def _shown(metric: str, readings: Mapping[str, Reading]) -> str:
+def shown_reading(metric: str, readings: Mapping[str, Reading]) -> str:
     """`14.2 (11.9 to 17.0)`; empty without a value."""
     if metric not in readings:
         return ""
@@ -172,7 +172,7 @@ def score_rows(evaluation: Mapping[str, Any]) -> list[Score]:
             text = meaning.text.format(reference=reference_images(own.split))
             of_real = None if other is None else other.value
             number = f" of {other.num_images:,}" if other and other.num_images != own.num_images else ""
-            texts = _shown(metric, generated), of_real, _shown(metric, real) + number
+            texts = shown_reading(metric, generated), of_real, shown_reading(metric, real) + number
             ends = [tuple(of[metric + end].value for end in INTERVAL if metric + end in of) for of in (generated, real)]
             rows.append(Score(metric, own.name, meaning._replace(text=text), own.value, *texts, *ends))
     return rows
@@ -235,8 +235,8 @@ def verdict_of(metrics: Mapping[str, float], real_metrics: Mapping[str, float], 
     return Verdict(
         grade,
         f"{samples['excess'].num_images:,} images made: {GRADES[grade]}. Their distance exceeds that of real images by "
-        f"{_shown('excess', samples)} of that of noise; Fréchet distance of {number:,} each: samples "
-        f"{_shown('fid', samples)}, real images {_shown('fid', real)}",
+        f"{shown_reading('excess', samples)} of that of noise; Fréchet distance of {number:,} each: samples "
+        f"{shown_reading('fid', samples)}, real images {shown_reading('fid', real)}",
     )
 
 
@@ -369,37 +369,6 @@ def cost_facts(spent: Mapping[str, Cost], *, num_images: int) -> Iterator[Fact]:
 
 
 DIGEST_SHOWN = 12
-
-
-def result_line(step: str, result: Mapping[str, Any]) -> str:
-    """The stored result of a step in one line."""
-    match step:
-        case "ingest":
-            counts = " + ".join(f"{count:,} {split}" for split, count in result["counts"].items())
-            same, out = result["repeated"], result["left_out"]
-            equal = f", {same:,} repeated, {out:,} left out as equal" if same or out else ""
-            return f"{counts} images{equal}, digest {result['digest'][:DIGEST_SHOWN]}"
-        case "tune":
-            before = "" if result["baseline"] is None else f" (original settings: {result['baseline']:.4g})"
-            return f"{result['objective_name']} = {result['objective']:.4g}{before}, {len(result['trials'])} trials"
-        case "train":
-            loss = "" if result["loss"] is None else f", loss {result['loss']:.4f} (share of the noise not predicted)"
-            return f"{result['images_seen']:,} images{loss}, {result['images_per_second']:,.0f} images/s"
-        case "sample":
-            return f"{result['num_images']:,} images, {result['nfe']:,} network evaluations per image"
-        case "evaluate":
-            own, real = read_metrics(result["metrics"]), read_metrics(result["real_metrics"])
-            grade = GRADES[result["grade"]].partition(":")[0]
-            return f"{grade}; {own['fid'].name} = {_shown('fid', own)}, real images {_shown('fid', real)}"
-        case "register":
-            aliases = ", ".join(result["aliases"]) or "no alias"
-            return f"{result['model']} version {result['version']} ({aliases})"
-        case "report":
-            return f"{result['size'] / 1000:,.0f} kB"
-        case "select":
-            best = f"{result['figure']} = {result['value']:.4g} at {result['images_seen']:,} images"
-            return f"{best}, the best of {len(result['candidates'])}"
-    raise AssertionError(step)
 
 
 # The other tags are versions of packages, or for MLflow alone.

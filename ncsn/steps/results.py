@@ -1,4 +1,7 @@
-"""What each step results in: plain values, as they stand in its record. Without torch, which launchers may lack."""
+"""What each step results in: plain values, as they stand in its record, and a line for people.
+
+Without torch, which launchers may lack. A step whose module needs none may have its result there.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
+from ncsn.report.words import DIGEST_SHOWN, GRADES, read_metrics, shown_reading
 from ncsn.runs.folder import RunFolder, read_step
 
 Key = Mapping[str, Any] | None  # what decides a result; None where only the driver of the step knows
@@ -38,6 +42,12 @@ class IngestResult:
     left_out: int  # test images that equal a training image
     notes: list[str] = field(default_factory=list)  # on images that were converted or left out, for people
 
+    def __str__(self) -> str:
+        counts = " + ".join(f"{count:,} {split}" for split, count in self.counts.items())
+        same, out = self.repeated, self.left_out
+        equal = f", {same:,} repeated, {out:,} left out as equal" if same or out else ""
+        return f"{counts} images{equal}, digest {self.digest[:DIGEST_SHOWN]}"
+
 
 @dataclass(frozen=True)
 class TuneResult:
@@ -56,6 +66,10 @@ class TuneResult:
     images_seen: int  # training images of the best trial
     trials: list[dict[str, Any]]  # rows: trial, values, status, images_seen, objective, sampler, seconds, reason
 
+    def __str__(self) -> str:
+        before = "" if self.baseline is None else f" (original settings: {self.baseline:.4g})"
+        return f"{self.objective_name} = {self.objective:.4g}{before}, {len(self.trials)} trials"
+
 
 @dataclass(frozen=True)
 class TrainResult:
@@ -68,6 +82,10 @@ class TrainResult:
     seconds: float  # of this call
     dataset: str  # URI
     notes: list[str] = field(default_factory=list)  # for people
+
+    def __str__(self) -> str:
+        loss = "" if self.loss is None else f", loss {self.loss:.4f} (share of the noise not predicted)"
+        return f"{self.images_seen:,} images{loss}, {self.images_per_second:,.0f} images/s"
 
 
 @dataclass(frozen=True)
@@ -83,6 +101,9 @@ class SampleResult:
     checkpoint: str
     images_per_second: float | None = None  # of those that this call made; None if it made none
     notes: list[str] = field(default_factory=list)  # for people
+
+    def __str__(self) -> str:
+        return f"{self.num_images:,} images, {self.nfe:,} network evaluations per image"
 
 
 @dataclass(frozen=True)
@@ -108,6 +129,11 @@ class EvaluateResult:
     neighbors: str  # URI of a PNG of samples and their nearest training images
     confusion: str | None  # URI of a PNG of the matrix
 
+    def __str__(self) -> str:
+        own, real = read_metrics(self.metrics), read_metrics(self.real_metrics)
+        grade = GRADES[self.grade].partition(":")[0]
+        return f"{grade}; {own['fid'].name} = {shown_reading('fid', own)}, real images {shown_reading('fid', real)}"
+
 
 @dataclass(frozen=True)
 class RegisterResult:
@@ -120,6 +146,10 @@ class RegisterResult:
     reason: str
     uri: str  # models:/<model>/<version>
 
+    def __str__(self) -> str:
+        aliases = ", ".join(self.aliases) or "no alias"
+        return f"{self.model} version {self.version} ({aliases})"
+
 
 @dataclass(frozen=True)
 class ReportResult:
@@ -127,6 +157,9 @@ class ReportResult:
 
     uri: str
     size: int
+
+    def __str__(self) -> str:
+        return f"{self.size / 1000:,.0f} kB"
 
 
 @dataclass(frozen=True)
@@ -143,3 +176,7 @@ class SelectResult:
     candidates: list[dict[str, Any]]  # rows: checkpoint, weights, images_seen, relative_width, value (None: not finite)
     kept: list[str]  # URIs of copies of the best ones, the best first
     notes: list[str] = field(default_factory=list)  # for people
+
+    def __str__(self) -> str:
+        best = f"{self.figure} = {self.value:.4g} at {self.images_seen:,} images"
+        return f"{best}, the best of {len(self.candidates)}"

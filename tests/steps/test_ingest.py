@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,6 @@ from ncsn.config import Config, from_yaml, to_yaml
 from ncsn.data.format import load_manifest, read_split
 from ncsn.errors import NotFound, UserError
 from ncsn.process import CODE, KFP_RUN_ID, KfpRun
-from ncsn.report.words import result_line
 from ncsn.runs.folder import ForeignRun, Outcome, RunFolder, read_step, run_folder, write_outcome
 from ncsn.steps import finish, ingest
 
@@ -197,7 +196,7 @@ def test_equal_images_are_told(config, tmp_path):
     assert (result.counts, result.repeated, result.left_out) == ({"train": 7, "test": 3}, 4, 2)
     (note,) = result.notes
     assert note.startswith("3 of 7 train images repeat") and "; 1 of 3 test images" in note and "; 2 left" in note
-    assert result_line("ingest", asdict(result)).startswith("7 train + 3 test images, 4 repeated, 2 left out")
+    assert str(result).startswith("7 train + 3 test images, 4 repeated, 2 left out")
 
 
 def test_a_folder_of_few_contents_leaves_no_test_images(config, tmp_path):
