@@ -50,9 +50,9 @@ def run_task(
     The pipeline ends with the `last` task. `task_config` is what KFP holds for the pods that the task may start.
     """
     settings, name = config_and_run(config, run)
+    from ncsn.kubeflow.task import Task
     from ncsn.runs.folder import Run, default_checkpoint
     from ncsn.steps.execute import execute
-    from ncsn.steps.kfp_task import Task
 
     if task_config is not None:
         pass_on(task_config, settings)

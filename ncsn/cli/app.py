@@ -25,7 +25,7 @@ from ncsn.cli.options import (
 )
 from ncsn.errors import UserError
 from ncsn.process import reduce_gc, settle
-from ncsn.runs.steps import STEP_INFO
+from ncsn.runs.steps import STEP_TABLE
 
 if TYPE_CHECKING:
     from ncsn.cli.target import TargetOptions
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 # What people need first stands first; within a group, commands are in the order of work.
 _GROUPS = {
     "Start": ("init", "run", "sample", "ui", "show-config", "plan", "doctor", "select"),
-    "Steps": tuple(step for step in STEP_INFO if step not in ("sample", "select")),
+    "Steps": tuple(step for step in STEP_TABLE if step not in ("sample", "select")),
     "Results": ("ls", "show", "promote", "serve", "cleanup"),
     "Cluster": ("submit",),
 }
@@ -177,7 +177,7 @@ def _do_step(
     click.echo(json.dumps(asdict(result), indent=1) if as_json else describe_result(step, result, png=png))
 
 
-@app.command("sample", cls=ReportingCommand, help=STEP_INFO["sample"].summary)
+@app.command("sample", cls=ReportingCommand, help=STEP_TABLE["sample"].summary)
 @step_options("sample")
 @click.option("--model", metavar="URI", help="A registered model instead of a run: models:/NAME@champion.")
 @click.option("--png", metavar="DIR", help="Also write each image as a PNG file into this new or empty folder.")
@@ -249,13 +249,13 @@ def select_command(*, options: TargetOptions, as_json: bool, **given: str | None
 
 
 def _step_command(step: str) -> None:
-    @app.command(step, cls=ReportingCommand, help=STEP_INFO[step].summary)
+    @app.command(step, cls=ReportingCommand, help=STEP_TABLE[step].summary)
     @step_options(step)
     def command(*, options: TargetOptions, as_json: bool, **given: str | None) -> None:
         _do_step(step, options, given, as_json=as_json)
 
 
-for _step in STEP_INFO.keys() - app.commands.keys():
+for _step in STEP_TABLE.keys() - app.commands.keys():
     _step_command(_step)
 for _command in (
     *(cluster.submit_command, cluster.doctor_command, registry.promote_command, registry.serve_command),

@@ -17,7 +17,7 @@ import click
 from ncsn.answer import INTERRUPTED, answer
 from ncsn.errors import Problem, UserError, problems_of
 from ncsn.process import Backend
-from ncsn.runs.steps import OWN, STEP_INFO
+from ncsn.runs.steps import OWN, STEP_TABLE
 
 FAILURE = 1
 MISTAKE = 2  # the user's
@@ -193,7 +193,7 @@ lease_option = click.option(
 
 def step_options(step: str) -> Callable[[Decorated], Decorated]:
     """All options of the command of a step."""
-    info = STEP_INFO[step]
+    info = STEP_TABLE[step]
 
     def decorate(command: Decorated) -> Decorated:
         command = code_option(json_option(command))

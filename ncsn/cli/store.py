@@ -169,8 +169,8 @@ def cleanup_command(
 
 
 def _end_jobs(ctx: click.Context, *, namespace: str | None, run: str | None, dry_run: bool) -> None:
+    from ncsn.kubeflow.janitor import clean_up
     from ncsn.remote.kubernetes import KubernetesApi
-    from ncsn.steps.janitor import clean_up
 
     api = KubernetesApi(namespace, patience=_PATIENCE_SECONDS)
     actions = []

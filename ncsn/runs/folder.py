@@ -23,7 +23,7 @@ from ncsn.config import Config, changed_settings, explain_changes, from_yaml, to
 from ncsn.errors import Problem, UserError, problems_of
 from ncsn.events import tell
 from ncsn.process import KFP_RUN_ID, utc_now
-from ncsn.runs.steps import OWN, STEP_INFO, STEPS, STEPS_BY_WORKERS, TUNE
+from ncsn.runs.steps import OWN, STEP_TABLE, STEPS, STEPS_BY_WORKERS, TUNE
 from ncsn.storage.heartbeat import LeaseExpired
 from ncsn.storage.retry import limited
 
@@ -381,7 +381,7 @@ def read_outcome(folder: RunFolder) -> Outcome | None:
 
 def find_inputs(folder: RunFolder, step: str, given: Mapping[str, str | None], *, config: Config) -> dict[str, str]:
     """URIs of the inputs of a step: as given, else from the run; those on demand only if given."""
-    info = STEP_INFO[step]
+    info = STEP_TABLE[step]
     asked = {name: source for name, source in info.on_demand.items() if given.get(name)}
     found = {}
     for name, source in {**info.inputs, **asked}.items():

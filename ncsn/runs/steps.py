@@ -9,7 +9,7 @@ OWN = "own"  # instead of a URI: the run's own
 
 
 @dataclass(frozen=True)
-class InputFrom:
+class Input:
     """The field of an earlier step's result that an input comes from if nobody names it."""
 
     step: str
@@ -19,73 +19,73 @@ class InputFrom:
 
 
 @dataclass(frozen=True)
-class StepInfo:
+class Step:
     """What a step does, where its inputs come from, and where and how it runs."""
 
     summary: str
-    inputs: Mapping[str, InputFrom] = field(default_factory=dict)
-    on_demand: Mapping[str, InputFrom] = field(default_factory=dict)  # inputs only if they are asked for
+    inputs: Mapping[str, Input] = field(default_factory=dict)
+    on_demand: Mapping[str, Input] = field(default_factory=dict)  # inputs only if they are asked for
     always: bool = False  # part of every run
     elsewhere: bool = False  # where `compute.backend` says, under its launcher's lease; others are too small
 
 
-_DATASET = InputFrom("ingest", "uri", "ingested dataset")
-_CHOSEN = InputFrom("train", "checkpoint", "checkpoint", selectable=True)
-_SAMPLED = InputFrom("sample", "checkpoint", "checkpoint of the samples")  # not always the last, see `ncsn select`
-_SAMPLES = InputFrom("sample", "uri", "folder of samples")
+_DATASET = Input("ingest", "uri", "ingested dataset")
+_CHOSEN = Input("train", "checkpoint", "checkpoint", selectable=True)
+_SAMPLED = Input("sample", "checkpoint", "checkpoint of the samples")  # not always the last, see `ncsn select`
+_SAMPLES = Input("sample", "uri", "folder of samples")
 
-STEP_INFO: Mapping[str, StepInfo] = {
+STEP_TABLE: Mapping[str, Step] = {
     # Those of the pipeline, in its order.
-    "ingest": StepInfo("Read the images into the store, once.", always=True),
-    "tune": StepInfo(
+    "ingest": Step("Read the images into the store, once.", always=True),
+    "tune": Step(
         "Search for better settings, if the config has a search.",
         inputs={"dataset": _DATASET},
         elsewhere=True,
     ),
-    "train": StepInfo(
+    "train": Step(
         "Train the score network, or resume it.",
         inputs={"dataset": _DATASET},
         always=True,
         elsewhere=True,
     ),
-    "sample": StepInfo(
+    "sample": Step(
         "Generate images with the configured sampler.",
         inputs={"checkpoint": _CHOSEN},
         on_demand={"score": _DATASET},
         always=True,
         elsewhere=True,
     ),
-    "evaluate": StepInfo(
+    "evaluate": Step(
         "Measure the samples, and real images for comparison.",
         inputs={"samples": _SAMPLES, "dataset": _DATASET},
         always=True,
         elsewhere=True,
     ),
-    "register": StepInfo(
+    "register": Step(
         "Register the model in MLflow.",
         inputs={
             "checkpoint": _SAMPLED,
-            "evaluation": InputFrom("evaluate", "uri", "evaluation that decides whether it becomes champion"),
+            "evaluation": Input("evaluate", "uri", "evaluation that decides whether it becomes champion"),
         },
         always=True,
     ),
-    "report": StepInfo(
+    "report": Step(
         "Write one HTML page about the run.",
-        inputs={"evaluation": InputFrom("evaluate", "uri", "evaluation to report on")},
+        inputs={"evaluation": Input("evaluate", "uri", "evaluation to report on")},
         always=True,
     ),
     # Those on a finished run.
-    "select": StepInfo(
+    "select": Step(
         "Choose the best checkpoint of a run by samples of each; sample, evaluate and register it.",
         inputs={"dataset": _DATASET},
         elsewhere=True,
     ),
 }
 
-STEPS = tuple(name for name, info in STEP_INFO.items() if info.always)
+STEPS = tuple(name for name, info in STEP_TABLE.items() if info.always)
 BEST = "-best"  # behind the name of a searched run, the name of the run that trains what was found
 TUNE = "tune"  # the optional step of the pipeline, between the first and the second
 PIPELINE = (STEPS[0], TUNE, *STEPS[1:])
-STEPS_ELSEWHERE = tuple(name for name, info in STEP_INFO.items() if info.elsewhere)
+STEPS_ELSEWHERE = tuple(name for name, info in STEP_TABLE.items() if info.elsewhere)
 STEPS_BY_WORKERS = tuple(name for name in STEPS_ELSEWHERE if name != TUNE)  # reserve all workers; other steps one
 CONTINUING = ("run", TUNE, "train")  # commands that save checkpoints, and continue from the last one

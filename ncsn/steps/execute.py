@@ -25,7 +25,7 @@ from ncsn.process import CODE, require_same_python, utc_now
 from ncsn.progress import PublishedProgress
 from ncsn.runs.code import require_packages
 from ncsn.runs.folder import ForeignRun, Run, RunFolder, find_inputs, read_step, record_failure, update_step
-from ncsn.runs.steps import CONTINUING, STEP_INFO, STEPS, TUNE
+from ncsn.runs.steps import CONTINUING, STEP_TABLE, STEPS, TUNE
 from ncsn.steps.elsewhere import do_elsewhere, remote_step
 from ncsn.steps.results import stored_result
 from ncsn.storage.heartbeat import LeaseExpired, is_abandoned
@@ -87,7 +87,7 @@ def execute(
     `options` are for the `prepare` of this step alone.
     """
     folder, config = run.folder, run.config
-    there = STEP_INFO[step].elsewhere and config.compute.backend != "local" and not options
+    there = STEP_TABLE[step].elsewhere and config.compute.backend != "local" and not options
     if lease:
         run.claim()  # a launcher reads in the record what its driver refuses
     before, claimed = read_step(folder, step), run.claimed
@@ -135,7 +135,7 @@ def refuse(step: str, run: Run) -> None:
     tracking_uri(config)
     if step == TUNE:
         require_search(config)
-    if STEP_INFO[step].elsewhere and config.compute.backend == "kuberay" and storage.is_local(folder.uri):
+    if STEP_TABLE[step].elsewhere and config.compute.backend == "kuberay" and storage.is_local(folder.uri):
         raise UserError(
             "storage.root",
             "a folder of this machine, which the pods of a cluster cannot reach",

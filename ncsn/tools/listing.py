@@ -20,7 +20,7 @@ from ncsn.data.format import MANIFEST, load_manifest
 from ncsn.errors import UserError
 from ncsn.progress import read_progress
 from ncsn.runs.folder import DATASET, RUN_PATTERN, RunFolder, Store, read_outcome, read_step
-from ncsn.runs.steps import STEP_INFO
+from ncsn.runs.steps import STEP_TABLE
 from ncsn.steps.results import result_type
 from ncsn.storage import Entry
 from ncsn.tracking.client import client_at
@@ -80,7 +80,7 @@ def describe_run(root: str, run: str) -> Item:
     folder = RunFolder(root, run)
     files = {entry.path: entry for entry in storage.list_entries(folder.uri, files=True)}
     changed = max((entry.changed for entry in files.values()), default=0.0)
-    places = {step: folder.step(step, "step.json").removeprefix(f"{folder.uri}/") for step in STEP_INFO}
+    places = {step: folder.step(step, "step.json").removeprefix(f"{folder.uri}/") for step in STEP_TABLE}
     records = [(files[place].changed, step) for step, place in places.items() if place in files]
     state, figures, facts = "NEW", "", {"uri": folder.uri}  # nothing was begun yet
     if records:
@@ -174,7 +174,7 @@ def find_items(root: str, registry: str, name: str) -> list[Item]:
     items = []
     if RUN_PATTERN.fullmatch(name) and storage.exists(RunFolder(root, name).config):
         folder, run = RunFolder(root, name), describe_run(root, name)
-        done = {step: record for step in STEP_INFO if (record := read_step(folder, step)).result}
+        done = {step: record for step in STEP_TABLE if (record := read_step(folder, step)).result}
         steps = {
             step: f"{result_type(step)(**record.result)}; {record.seconds:,.1f} s" for step, record in done.items()
         }

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from ncsn.config import Config
+from ncsn.kubeflow.task import Task
 from ncsn.runs.folder import Run, RunFolder
 from ncsn.steps.execute import execute
-from ncsn.steps.kfp_task import Task
 
 _OPTIONS = {"finish", "lease", "observer"}
 

@@ -20,13 +20,14 @@ from ncsn import storage
 from ncsn.cli import app
 from ncsn.config import Config, from_yaml, to_json
 from ncsn.events import tell
+from ncsn.kubeflow import finish
+from ncsn.kubeflow.janitor import clean_up, note_run
 from ncsn.process import KFP_RUN_ID, KFP_WORKFLOW
 from ncsn.remote.backend import RemoteLost
 from ncsn.remote.kuberay import NOTES
 from ncsn.remote.kubernetes import KubernetesApi
 from ncsn.runs.folder import Outcome, read_outcome, read_step, run_folder, write_outcome
-from ncsn.steps import finish, ingest
-from ncsn.steps.janitor import clean_up, note_run
+from ncsn.steps import ingest
 from ncsn.storage.heartbeat import LEASE_SECONDS
 from ncsn.tracking.mlflow_runs import step_run
 
@@ -245,7 +246,7 @@ def test_a_rayjob_without_a_workflow_lives_as_long_as_one_of_its_launchers(
         rayjob(emulation, name, run=run, root=root, state=state, lease=place)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-        patch.setattr("ncsn.steps.janitor._STORE_SECONDS", 0.1)
+        patch.setattr("ncsn.kubeflow.janitor._STORE_SECONDS", 0.1)
         claimed(config, "theirs")
         done = janitor()
     assert [line.split()[:2] for line in done] == [["delete", "waits:"], ["delete", "hangs:"], ["close", "run"]]

@@ -13,13 +13,13 @@ from kubernetes_api import pairs
 from refused import refused
 
 from ncsn.config import from_yaml
+from ncsn.kubeflow.janitor import forget_this_run, note_run
 from ncsn.process import KFP_RUN_ID, KFP_WORKFLOW
 from ncsn.remote import kuberay, pods
 from ncsn.remote.backend import EndedByOther, RemoteFailure, forwarded_environment
 from ncsn.remote.kuberay import NEEDED
 from ncsn.remote.kubernetes import KubernetesApi
 from ncsn.remote.pods import troubles_of_run
-from ncsn.steps.janitor import forget_this_run, note_run
 
 DIGITS = Path(__file__).parents[2] / "configs" / "digits.yaml"
 OWNER = {"apiVersion": "argoproj.io/v1alpha1", "kind": "Workflow", "name": "ncsn-train-x7", "uid": "0c9d"}

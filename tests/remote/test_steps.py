@@ -91,7 +91,7 @@ def test_a_launcher_needs_no_torch_and_finds_what_it_has_launched(
 from ncsn.config import from_yaml
 from ncsn.runs.folder import Run
 from ncsn.steps.execute import execute
-from ncsn.steps.kfp_task import Task
+from ncsn.kubeflow.task import Task
 run = Run(from_yaml(config), "mine")
 print(execute("train", run, Task("train", run, last=False), given={"dataset": dataset}).checkpoint)
 """
@@ -109,7 +109,7 @@ def test_finish_and_the_janitor_need_no_torch(emulation, config: Config) -> None
     do("ingest", config, "mine")
     finish = """
 from ncsn.config import from_yaml
-from ncsn.steps import finish
+from ncsn.kubeflow import finish
 print(finish.run(from_yaml(config), run="mine", state="SUCCEEDED").status)
 """
     ended = in_slim_image(finish, config)

@@ -15,6 +15,7 @@ from webhook import receiver
 from ncsn import storage
 from ncsn.cli.run import do_steps
 from ncsn.config import Config, from_yaml, to_yaml
+from ncsn.kubeflow import finish
 from ncsn.process import KFP_RUN_ID, KfpRun
 from ncsn.runs.folder import (
     Outcome,
@@ -28,7 +29,6 @@ from ncsn.runs.folder import (
     write_outcome,
 )
 from ncsn.runs.steps import STEPS
-from ncsn.steps import finish
 from ncsn.steps.execute import Context, Prepared
 from ncsn.tools.listing import describe_run
 from ncsn.tracking.client import TrackingError

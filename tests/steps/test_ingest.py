@@ -20,9 +20,10 @@ from ncsn.cli import app
 from ncsn.config import Config, from_yaml, to_yaml
 from ncsn.data.format import load_manifest, read_split
 from ncsn.errors import NotFound, UserError
+from ncsn.kubeflow import finish
 from ncsn.process import CODE, KFP_RUN_ID, KfpRun
 from ncsn.runs.folder import ForeignRun, Outcome, RunFolder, read_step, run_folder, write_outcome
-from ncsn.steps import finish, ingest
+from ncsn.steps import ingest
 
 EXPERIMENT = """
 name: digits

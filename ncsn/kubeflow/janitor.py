@@ -197,7 +197,7 @@ def _finish(
     config: Config, run: str, state: str, *, kfp: KfpRun | None = None, namespace: str | None = None
 ) -> list[str]:
     # MLflow takes seconds to import, and usually there is nothing to close.
-    from ncsn.steps import finish
+    from ncsn.kubeflow import finish
 
     with limited(_STORE_SECONDS):
         return finish.run(config, run=run, state=state, kfp=kfp, namespace=namespace).canceled

@@ -34,7 +34,7 @@ class Task(Observer):
             raise self._mistake
         first = step == STEPS[0]
         if this_kfp_run() is not None:  # then there is a cluster, whose client takes a while to import
-            from ncsn.steps.janitor import note_run
+            from ncsn.kubeflow.janitor import note_run
 
             first = note_run(run.config, run.name)
         if first:
