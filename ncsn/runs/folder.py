@@ -217,9 +217,7 @@ class Run:
         self.folder = run_folder(self.config, self.name)
 
     def claim(self) -> None:
-        """Claim the name, once; `ForeignRun` if it belongs to a config that trains other weights."""
-        if self.claimed:
-            return
+        """Claim the name; `ForeignRun` if it belongs to a config that trains other weights."""
         text, place = to_yaml(self.config), self.folder.config
         if not storage.publish_once(place, text.encode()) and (owner := storage.read_text(place)) != text:
             require_owner(from_yaml(owner, origin=place), self.config, self.name)

@@ -96,7 +96,8 @@ def execute(
         inputs = find_inputs(folder, step, given, config=config)
         # A step with a launcher needs no lock: the launcher's lock, or the name of the job, is one.
         with run.alone() if step in CONTINUING and lease is None else nullcontext():
-            run.claim()
+            if not run.claimed:
+                run.claim()
             claimed = True
             observer.started(step, run, inputs)
             _note_beginning(step, run, inputs, launched=bool(lease))

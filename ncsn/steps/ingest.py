@@ -65,7 +65,8 @@ def agreed_inputs(run: Run) -> Mapping[str, Any]:
     before, stored = record.inputs, record.result
     if not stored or before == inputs:
         return inputs
-    run.claim()
+    if not run.claimed:
+        run.claim()
     owner, here = run.owner, config.data.root
     places, inputs["data"]["root"] = (before["data"]["root"], owner.data.root), before["data"]["root"]
     if inputs["files"] == NO_FILES and inputs["data"] == before["data"] and here in places:  # the source is away
