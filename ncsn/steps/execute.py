@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -116,9 +116,14 @@ def execute(
             elif there:
                 do_elsewhere(step, run, config, inputs, key)
             else:
-                values = asdict(_work(step, folder, prepared, lease))
+                from ncsn.tracking.mlflow_runs import step_run  # loads MLflow, for seconds
+
+                update_step(folder, step, state="RUNNING")
+                progress = PublishedProgress(folder.step(step, "progress.json"), lease=lease)
+                with step_run(config, run=run.name, step=step) as tracked, _timed(folder, step):
+                    made = prepared.work(Context(folder, progress, tracked, lease, folder.step(step, "workers.txt")))
                 finished = {"state": "FINISHED", "error": None, "finished_at": utc_now()}
-                update_step(folder, step, inputs=key, result=values, **finished)
+                update_step(folder, step, inputs=key, result=asdict(made), **finished)
             result = stored_result(folder, step, key)
     except BaseException as error:
         if claimed and not isinstance(error, ForeignRun):  # else the records are perhaps another's
@@ -186,16 +191,13 @@ def _is_answered(step: str, run: Run, inputs: Mapping[str, str]) -> bool:
     return same and bool(record.result) and all(map(storage.exists, files))
 
 
-def _work(step: str, folder: RunFolder, prepared: Prepared[R], lease: str | None) -> R:
-    """The result of the work, with its progress, its MLflow run and its seconds, which add to those of the step."""
-    from ncsn.tracking.mlflow_runs import step_run
-
-    started, progress = time.time(), PublishedProgress(folder.step(step, "progress.json"), lease=lease)
-    update_step(folder, step, state="RUNNING")
-    with step_run(prepared.config, run=folder.run, step=step) as tracked:
-        try:
-            return prepared.work(Context(folder, progress, tracked, lease, folder.step(step, "workers.txt")))
-        finally:
-            with suppress(OSError):  # a full disk must not hide the first error
-                seconds = read_step(folder, step).seconds + time.time() - started
-                update_step(folder, step, seconds=round(seconds, 3))
+@contextmanager
+def _timed(folder: RunFolder, step: str) -> Iterator[None]:
+    """Adds the seconds of the block to those of the step."""
+    started = time.time()
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # a full disk must not hide the first error
+            seconds = read_step(folder, step).seconds + time.time() - started
+            update_step(folder, step, seconds=round(seconds, 3))
