@@ -1,4 +1,7 @@
-"""The steps of a run, and commands that run like a step on a finished one: their inputs, and where they run."""
+"""The steps of a run, and commands that run like a step on a finished one: their inputs, and where they run.
+
+A new one is a line of `STEP_TABLE`, and a module of `ncsn.steps` with its name, as `ncsn.steps.execute` says.
+"""
 
 from __future__ import annotations
 
