@@ -15,6 +15,7 @@ import click
 from ncsn.cli import cluster, registry, store
 from ncsn.cli.options import (
     ReportingCommand,
+    address_argument,
     backend_options,
     code_option,
     existing_run_options,
@@ -163,12 +164,23 @@ def run_command(*, options: TargetOptions, as_json: bool, finish: bool) -> None:
 
 
 def _do_step(
-    step: str, options: TargetOptions, given: Mapping[str, str | None], *, as_json: bool, png: str | None = None
+    step: str,
+    options: TargetOptions,
+    given: Mapping[str, str | None],
+    *,
+    as_json: bool,
+    named: str | None = None,
+    png: str | None = None,
 ) -> None:
     from ncsn.cli.console import describe_result
     from ncsn.cli.execute import run_one
 
-    result = run_one(step, options.resolve(checkpoint=given.get("checkpoint")), given=given)
+    target = options.resolve(named)
+    if target.checkpoint is not None:
+        if step != "sample":
+            raise UserError("ADDRESS", "names a checkpoint", hint="name its run, whose samples are meant", value=named)
+        given = {**given, "checkpoint": target.checkpoint}
+    result = run_one(step, target, given=given)
     if png:
         from ncsn.data.samples import write_pngs
 
@@ -190,22 +202,34 @@ tune_command = _step_command("tune")
 train_command = _step_command("train")
 
 
-@app.command("sample", cls=ReportingCommand, help=STEP_INFO["sample"].summary)
+@app.command("sample", cls=ReportingCommand, short_help=STEP_INFO["sample"].summary)
 @step_options("sample")
-@click.option("--model", metavar="URI", help="A registered model instead of a run: models:/NAME@champion.")
+@address_argument
 @click.option("--png", metavar="DIR", help="Also write each image as a PNG file into this new or empty folder.")
 def sample_command(
-    *, options: TargetOptions, as_json: bool, model: str | None, png: str | None, **given: str | None
+    *, options: TargetOptions, as_json: bool, named: str | None, png: str | None, **given: str | None
 ) -> None:
+    """Generate images with the configured sampler.
+
+    ADDRESS, instead of --config or --run: models:/NAME@ALIAS, the name of a run, or the folder or URI of a run, of a
+    checkpoint or of a saved model.
+    """
     if png and (folder := Path(png)).exists() and not (folder.is_dir() and next(folder.iterdir(), None) is None):
         raise UserError("--png", "not an empty folder", hint="choose another", value=png)
-    if model:
-        registry.sample_from_model(options, given, model=model, png=png, as_json=as_json)
-    else:
-        _do_step("sample", options, given, as_json=as_json, png=png)
+    _do_step("sample", options, given, as_json=as_json, named=named, png=png)
 
 
-evaluate_command = _step_command("evaluate")
+@app.command("evaluate", cls=ReportingCommand, short_help=STEP_INFO["evaluate"].summary)
+@step_options("evaluate")
+@address_argument
+def evaluate_command(*, options: TargetOptions, as_json: bool, named: str | None, **given: str | None) -> None:
+    """Measure the samples, and real images for comparison.
+
+    ADDRESS, instead of --config or --run: what was sampled, models:/NAME@ALIAS or the name, folder or URI of a run.
+    """
+    _do_step("evaluate", options, given, as_json=as_json, named=named)
+
+
 register_command = _step_command("register")
 report_command = _step_command("report")
 

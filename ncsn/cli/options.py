@@ -199,6 +199,8 @@ code_option = click.option(
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print the result as JSON, and nothing else on stdout."
 )
+# Not `address`, which is an option of `backend_options`.
+address_argument = click.argument("named", metavar="[ADDRESS]", required=False)
 score_option = click.option(
     "--score",
     is_flag=False,

@@ -26,9 +26,8 @@ from ncsn.core.samplers.guidance import AtLevels, Guided, Labeled, band_on_grid
 from ncsn.core.samplers.langevin import Fields
 from ncsn.errors import InvalidValue, UserError, shown_value
 from ncsn.model import build
-from ncsn.model.checkpoint import TrainedNetwork, weights_digest
+from ncsn.model.checkpoint import TrainedNetwork, load_checkpoint, weights_digest
 from ncsn.model.classes import AS_DATA, BALANCED
-from ncsn.model.trained import load_checkpoint_or_model
 
 CHECKPOINT = "sampling.guidance.checkpoint"
 STRIP_IMAGES, STRIP_STAGES, STRIP_BYTES = 8, 12, 1_500_000
@@ -247,19 +246,23 @@ def evaluations_per_image(config: Config) -> int:
     return evaluations
 
 
+def packed_guide(trained: TrainedNetwork, sampling: SamplingConfig) -> TrainedNetwork | None:
+    """The network of autoguidance that a registered model has with it; None for another one."""
+    asked, own = (
+        each.guidance.checkpoint if isinstance(each.guidance, AutoguidanceConfig) else None
+        for each in (sampling, trained.config.sampling)
+    )
+    return trained.guide if asked == own else None
+
+
 def guide_of(trained: TrainedNetwork, sampling: SamplingConfig) -> TrainedNetwork | None:
-    """The worse network of autoguidance, which a registered model has with it; None for other settings."""
-    guidance, own = sampling.guidance, trained.config.sampling.guidance
+    """The worse network of autoguidance, at the URI of a checkpoint or packed; None for other settings."""
+    guidance = sampling.guidance
     if not isinstance(guidance, AutoguidanceConfig):
         return None
-    packed = isinstance(own, AutoguidanceConfig) and own.checkpoint == guidance.checkpoint
-    if packed and trained.guide is not None:
-        return trained.guide
-    if guidance.checkpoint.startswith("models:/"):
-        raise UserError(
-            CHECKPOINT, "a registered model is copied by the steps of a run only", value=guidance.checkpoint
-        )
-    guide = _load(guidance.checkpoint, str(next(trained.network.parameters()).device))
+    guide = packed_guide(trained, sampling)
+    if guide is None:
+        guide = _load(guidance.checkpoint, str(next(trained.network.parameters()).device))
     _require_fitting(trained, guide, guidance.checkpoint, sampling)
     return guide
 
@@ -276,7 +279,7 @@ def sampling_facts(sampling: SamplingConfig, guide: TrainedNetwork | None) -> di
 @lru_cache(maxsize=1)
 def _load(uri: str, device: str) -> TrainedNetwork:
     try:
-        return load_checkpoint_or_model(uri, device=device)
+        return load_checkpoint(uri, device=device)
     except UserError as error:
         raise UserError(CHECKPOINT, f"cannot be read: {error}", value=uri) from None
 

@@ -15,7 +15,7 @@ from ncsn.evaluation import extractor_name
 from ncsn.evaluation.measure import metric_name
 from ncsn.model import checkpoint as checkpoints
 from ncsn.model.averages import ensure_average
-from ncsn.model.checkpoint import SamplingCheckpoint, weights_digest
+from ncsn.model.checkpoint import TrainedNetwork, weights_digest
 from ncsn.model.generate import evaluations_per_image, guide_of
 from ncsn.report.cards import ModelFacts, model_card
 from ncsn.report.hints import copying_hints, overfitting_hints
@@ -23,6 +23,7 @@ from ncsn.report.images import smaller_png
 from ncsn.report.words import cost_line, read_metrics
 from ncsn.runs.folder import read_step, run_folder, spent
 from ncsn.runs.history import held_out_curves, load_history
+from ncsn.steps.address import keep_guide
 from ncsn.steps.step import Step
 from ncsn.tracking import registry
 from ncsn.tracking.client import SQLITE, client_at, mlflow_errors, shown, tracking_uri
@@ -52,7 +53,7 @@ def run(config: Config, *, run: str, checkpoint: str, evaluation: str) -> Regist
     checkpoint = ensure_average(checkpoint, config)
     loaded = checkpoints.load_checkpoint(checkpoint)
     config = checkpoints.require_same_training(loaded.config, config, origin=checkpoint)
-    config = registry.copy_guide(config, folder=step.folder.guides)
+    config = keep_guide(config, step.folder, loaded)
     loaded = replace(loaded, config=config, guide=guide_of(loaded, config.sampling))
     measured = storage.absolute_uris(storage.read_json(evaluation), step.folder.root)
     manifest = _require_own_evaluation(measured, loaded, checkpoint)
@@ -110,7 +111,7 @@ def run(config: Config, *, run: str, checkpoint: str, evaluation: str) -> Regist
     return step.store_result(result)
 
 
-def _require_own_evaluation(measured: Mapping[str, Any], loaded: SamplingCheckpoint, checkpoint: str) -> Manifest:
+def _require_own_evaluation(measured: Mapping[str, Any], loaded: TrainedNetwork, checkpoint: str) -> Manifest:
     """The dataset of an evaluation; refuses one of other weights, of another sampler or against other images."""
     samples = storage.read_json(storage.join(measured["samples"], "manifest.json"))
     facts = registry.deciding(loaded)
@@ -133,7 +134,7 @@ def _require_own_evaluation(measured: Mapping[str, Any], loaded: SamplingCheckpo
 
 
 def _candidate(
-    loaded: SamplingCheckpoint, measured: Mapping[str, Any], manifest: Manifest, *, run: str, checkpoint: str
+    loaded: TrainedNetwork, measured: Mapping[str, Any], manifest: Manifest, *, run: str, checkpoint: str
 ) -> registry.Registration:
     config, guide, samples = loaded.config, loaded.guide, measured["samples"]
     pictures = {"grid.png": storage.join(samples, "grid.png"), "neighbors.png": measured["neighbors"]}

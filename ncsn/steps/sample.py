@@ -26,9 +26,10 @@ from ncsn.model.generate import evaluations_per_image, guide_of, sampling_facts,
 from ncsn.model.objective import noise_notes
 from ncsn.progress import Progress
 from ncsn.report.images import grid_png, rows_by_class, strip_png
+from ncsn.runs.folder import opened_from
+from ncsn.steps.address import keep_guide
 from ncsn.steps.step import Step
 from ncsn.tracking.mlflow_runs import StepRun
-from ncsn.tracking.registry import copy_guide
 
 GRID_IMAGES = 64
 MOST_LABELS = 10_000  # of the images from which those of the grid are chosen by class
@@ -67,7 +68,7 @@ def run(
     trained = checkpoints.load_checkpoint(checkpoint)
     config = checkpoints.require_same_training(trained.config, config, origin=checkpoint)
     require_label(config.sampling.label, trained.classes)
-    config = copy_guide(config, folder=step.folder.guides)
+    config = keep_guide(config, step.folder, trained)
     guide = guide_of(trained, config.sampling)
     facts = sampling_facts(with_precision(config.sampling, trained, config.compute.device), guide)
     uri = storage.join(step.folder.samples, trained.digest, storage.digest(facts, 12))
@@ -107,8 +108,10 @@ def run(
         storage.write_bytes(result.grid, first_images_png(images, rows))
         levels = eight_bit(storage.read_array(storage.join(uri, LEVELS)), trained.config.data.pixels.limits)
         storage.write_bytes(result.strip, strip_png(levels))
+        model = opened_from(step.folder)
         manifest = {
             "checkpoint": checkpoint,
+            **({"model": model} if model else {}),
             "checkpoint_digest": trained.digest,
             "num_images": result.num_images,
             "nfe": result.nfe,

@@ -30,8 +30,8 @@ from ncsn.model.averages import Weights, find_weights, keep_copy
 from ncsn.report.plots import selection_figure, to_png
 from ncsn.report.words import few_samples
 from ncsn.runs.folder import RunFolder
+from ncsn.steps.address import keep_guide
 from ncsn.steps.step import Step
-from ncsn.tracking.registry import copy_guide
 
 KEPT = 3  # of the best candidates, in the run's folder selected/
 
@@ -59,7 +59,7 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> 
     """
     step = Step("select", config, run, SelectResult)
     manifest = load_manifest(dataset)
-    config = copy_guide(step.fix_noise_levels(config, manifest), folder=step.folder.guides)
+    config = keep_guide(step.fix_noise_levels(config, manifest), step.folder)
     found = find_weights(step.folder)
     if not found:
         raise NotFound(step.folder.checkpoints, "no checkpoint", hint="run `ncsn train` first")

@@ -25,10 +25,10 @@ from ncsn.progress import Progress
 from ncsn.report.plots import epsilon_versus_quality, search_coordinates, to_png
 from ncsn.runs.folder import RunFolder, run_folder
 from ncsn.runs.steps import BEST
+from ncsn.steps.address import keep_guide
 from ncsn.steps.step import Step
 from ncsn.steps.train import require_classes, start_of
 from ncsn.tracking.mlflow_runs import StepRun
-from ncsn.tracking.registry import copy_guide
 
 _logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> 
     config = step.fix_noise_levels(config, manifest)
     # Trials that grew would take the resources of those that wait.
     compute = config.compute.model_copy(update={"num_workers": config.compute.min_workers})
-    config = copy_guide(config.model_copy(update={"compute": compute}), folder=step.folder.guides)
+    config = keep_guide(config.model_copy(update={"compute": compute}), step.folder)
     require_classes(config, manifest, dataset)
     assert config.search is not None
     scored_by = {

@@ -19,7 +19,7 @@ from mlflow_server import MLFLOW, Server
 
 from ncsn.config import Config
 from ncsn.model import build
-from ncsn.model.checkpoint import SamplingCheckpoint
+from ncsn.model.checkpoint import TrainedNetwork
 from ncsn.model.classes import Classes
 from ncsn.model.generate import generate
 from ncsn.tracking.registry import write_model
@@ -56,7 +56,7 @@ FREE = "sampling.guidance={kind: classifier_free, weight: 2.5, sigma_max: 0.5}"
 
 
 @pytest.fixture(scope="module")
-def known(checkpoint, make_config) -> SamplingCheckpoint:
+def known(checkpoint, make_config) -> TrainedNetwork:
     """A checkpoint of classes, whose score depends on the class."""
     config: Config = make_config(*CLASSES, FREE)
     network = build.network(config).eval().requires_grad_(False)

@@ -19,7 +19,7 @@ from mlflow_server import tracking_server
 from refused import refused
 
 from ncsn.model import build
-from ncsn.model.checkpoint import SamplingCheckpoint, weights_digest
+from ncsn.model.checkpoint import TrainedNetwork, weights_digest
 from ncsn.model.trained import load_checkpoint_or_model, load_model
 from ncsn.tracking import registry
 from ncsn.tracking.client import TrackingError
@@ -27,7 +27,7 @@ from ncsn.tracking.mlflow_runs import step_run
 from ncsn.tracking.registry import Registration, fetch_weights
 
 
-def candidate(checkpoint: SamplingCheckpoint, name: str) -> Registration:
+def candidate(checkpoint: TrainedNetwork, name: str) -> Registration:
     return Registration(
         name=name,
         checkpoint=checkpoint,
