@@ -20,8 +20,7 @@ from ncsn.core.keyed_random import COMMON_SEED, Stream
 from ncsn.core.losses import EdmWeight, losses_at
 from ncsn.core.training_noise import LognormalNoise
 from ncsn.data.format import Rows, read_split
-from ncsn.model.checkpoint import TrainedNetwork
-from ncsn.model.checkpoint import load_checkpoint
+from ncsn.model.checkpoint import TrainedNetwork, load_checkpoint
 from ncsn.training.batches import encoded
 
 BATCH = 250

@@ -25,10 +25,9 @@ from ncsn.data.format import Rows, read_split
 from ncsn.evaluation.extractors import batches, joined
 from ncsn.evaluation.features import extractor_of
 from ncsn.evaluation.reference import Evaluator, open_evaluator
-from ncsn.model.checkpoint import TrainedNetwork
+from ncsn.model.checkpoint import TrainedNetwork, load_checkpoint
 from ncsn.model.checkpoint_store import CheckpointStore
 from ncsn.model.generate import generate
-from ncsn.model.checkpoint import load_checkpoint
 
 EXTRACTORS = ("classifier", "clusters")
 BATCH = 100

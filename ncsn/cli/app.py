@@ -15,10 +15,10 @@ import click
 from ncsn.cli import cluster, registry, store
 from ncsn.cli.options import (
     ReportingCommand,
-    address_argument,
     backend_options,
     code_option,
     existing_run_options,
+    help_of,
     json_option,
     step_options,
     target_options,
@@ -189,10 +189,10 @@ def _do_step(
 
 
 def _step_command(step: str) -> click.Command:
-    @app.command(step, cls=ReportingCommand, help=STEP_INFO[step].summary)
+    @app.command(step, cls=ReportingCommand, help=help_of(step), short_help=STEP_INFO[step].summary)
     @step_options(step)
-    def command(*, options: TargetOptions, as_json: bool, **given: str | None) -> None:
-        _do_step(step, options, given, as_json=as_json)
+    def command(*, options: TargetOptions, as_json: bool, named: str | None = None, **given: str | None) -> None:
+        _do_step(step, options, given, as_json=as_json, named=named)
 
     return command
 
@@ -202,34 +202,18 @@ tune_command = _step_command("tune")
 train_command = _step_command("train")
 
 
-@app.command("sample", cls=ReportingCommand, short_help=STEP_INFO["sample"].summary)
+@app.command("sample", cls=ReportingCommand, help=help_of("sample"), short_help=STEP_INFO["sample"].summary)
 @step_options("sample")
-@address_argument
 @click.option("--png", metavar="DIR", help="Also write each image as a PNG file into this new or empty folder.")
 def sample_command(
     *, options: TargetOptions, as_json: bool, named: str | None, png: str | None, **given: str | None
 ) -> None:
-    """Generate images with the configured sampler.
-
-    ADDRESS, instead of --config or --run: models:/NAME@ALIAS, the name of a run, or the folder or URI of a run, of a
-    checkpoint or of a saved model.
-    """
     if png and (folder := Path(png)).exists() and not (folder.is_dir() and next(folder.iterdir(), None) is None):
         raise UserError("--png", "not an empty folder", hint="choose another", value=png)
     _do_step("sample", options, given, as_json=as_json, named=named, png=png)
 
 
-@app.command("evaluate", cls=ReportingCommand, short_help=STEP_INFO["evaluate"].summary)
-@step_options("evaluate")
-@address_argument
-def evaluate_command(*, options: TargetOptions, as_json: bool, named: str | None, **given: str | None) -> None:
-    """Measure the samples, and real images for comparison.
-
-    ADDRESS, instead of --config or --run: what was sampled, models:/NAME@ALIAS or the name, folder or URI of a run.
-    """
-    _do_step("evaluate", options, given, as_json=as_json, named=named)
-
-
+evaluate_command = _step_command("evaluate")
 register_command = _step_command("register")
 report_command = _step_command("report")
 

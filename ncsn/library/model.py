@@ -20,7 +20,7 @@ from ncsn.core.samplers.settings import AnySampler, Sampler
 from ncsn.errors import UserError
 from ncsn.model import build
 from ncsn.model.checkpoint import INDEX, TrainedNetwork, save_network
-from ncsn.model.wish import Wish, images
+from ncsn.model.generate import Wish, images
 from ncsn.runs.folder import DEFAULT_ROOT
 from ncsn.steps.address import load_guided, resolve
 

@@ -15,7 +15,7 @@ from ncsn.core.images import eight_bit, picture_channels
 from ncsn.errors import Problem, UserError
 from ncsn.model import build
 from ncsn.model.checkpoint import TrainedNetwork
-from ncsn.model.wish import Wish
+from ncsn.model.generate import Wish
 from ncsn.report.images import grid_png
 
 MOST_IMAGES = 256  # of one request

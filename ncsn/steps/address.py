@@ -126,8 +126,11 @@ def _fetch(place: Place, into: Path) -> Path:
     from ncsn.tracking.client import server_uri
     from ncsn.tracking.promotion import fetch_files
 
-    assert place.version is not None
-    return fetch_files(server_uri(place.registry, root=place.root), place.version, into)
+    try:
+        return fetch_files(server_uri(place.registry, root=place.root), place.version, into)
+    except UserError as error:
+        (problem,) = error.problems
+        raise UserError(place.key, problem.reason, hint=problem.hint, value=place.address) from error
 
 
 def load_guided(place: Place, *, device: str | torch.device) -> TrainedNetwork:

@@ -59,7 +59,7 @@ def run(config: Config, *, run: str, evaluation: str) -> ReportResult:
     loaded = checkpoints.load_checkpoint(samples["checkpoint"])
     config = checkpoints.require_same_training(loaded.config, config, origin=samples["checkpoint"])
     sources = ReportSources(
-        config=keep_guide(config, step.folder),
+        config=keep_guide(config, step.folder, loaded),
         folder=step.folder,
         checkpoint=loaded,
         evaluation=measured,

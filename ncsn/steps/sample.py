@@ -108,10 +108,9 @@ def run(
         storage.write_bytes(result.grid, first_images_png(images, rows))
         levels = eight_bit(storage.read_array(storage.join(uri, LEVELS)), trained.config.data.pixels.limits)
         storage.write_bytes(result.strip, strip_png(levels))
-        model = opened_from(step.folder)
         manifest = {
             "checkpoint": checkpoint,
-            **({"model": model} if model else {}),
+            **({"model": model} if (model := opened_from(step.folder)) else {}),
             "checkpoint_digest": trained.digest,
             "num_images": result.num_images,
             "nfe": result.nfe,

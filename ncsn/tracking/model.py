@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from ncsn.config.load import parse_override
 from ncsn.errors import InvalidValue, UserError
 from ncsn.model.checkpoint import load_checkpoint
-from ncsn.model.wish import Wish, images
+from ncsn.model.generate import Wish, images
 
 DEFAULT_IMAGES = 16
 MAX_IMAGES = 65536
