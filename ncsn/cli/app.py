@@ -178,7 +178,7 @@ def _do_step(
     target = options.resolve(named)
     if target.checkpoint is not None:
         if step != "sample":
-            raise UserError("ADDRESS", "names a checkpoint", hint="name its run, whose samples are meant", value=named)
+            raise UserError("ADDRESS", f"names a checkpoint, but `{step}` is of a run", hint="name it", value=named)
         given = {**given, "checkpoint": target.checkpoint}
     result = run_one(step, target, given=given)
     if png:

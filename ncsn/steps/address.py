@@ -91,17 +91,16 @@ def resolve(address: str, *, key: str, root: str, registry: str | None = None) -
         (problem, *_) = error.problems
         reason = problem.reason if problem.key == address else problem.statement
         raise UserError(key, reason, hint=problem.hint or _HINT, value=address) from error
-    owner = RunFolder.of(uri)
+    owner, named = RunFolder.of(uri), RunFolder(root, address) if RUN_PATTERN.fullmatch(address) else None
     if storage.exists(storage.join(uri, INDEX)):
-        places = () if owner is None else (owner.checkpoints, owner.selected, owner.averages)
-        owned = owner is not None and uri.startswith(tuple(f"{place}/" for place in places))
-        run = owner if owned and owner is not None and storage.exists(owner.config) else None
+        # Not of a trial, whose settings are others.
+        own = owner and uri.startswith((f"{owner.checkpoints}/", f"{owner.selected}/", f"{owner.averages}/"))
+        run = owner if own and owner and storage.exists(owner.config) else None
         return Place(key, uri, root, registry, run=run, uri=uri)
-    named = RunFolder(root, address) if RUN_PATTERN.fullmatch(address) else None
-    for run in (owner if owner is not None and owner.uri == uri else None, named):
-        if run is not None and storage.exists(run.config):
-            return Place(key, run.uri, root, registry, run=run)
-    reason, hint = f"no run, checkpoint or saved model at {uri}", _HINT
+    run = owner if owner is not None and owner.uri == uri else named
+    if run is not None and storage.exists(run.config):
+        return Place(key, run.uri, root, registry, run=run)
+    reason, hint = f"no run, checkpoint or saved model is at {uri}", _HINT
     if named is not None:
         reason += f", and no run of this name in {root}"
         if (EXAMPLES / f"{(recipe := address.replace('-', '_'))}.yaml").is_file():

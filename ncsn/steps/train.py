@@ -15,13 +15,13 @@ from ncsn.distributed import trainer
 from ncsn.distributed.cluster import ray_cluster, ray_tags
 from ncsn.errors import UserError
 from ncsn.model import build
-from ncsn.model.checkpoint import FILES, INDEX, TrainedNetwork, folder_name, images_seen_at, load_checkpoint
+from ncsn.model.checkpoint import FILES, INDEX, folder_name, images_seen_at, load_checkpoint
 from ncsn.model.checkpoint_store import CheckpointStore
 from ncsn.model.classes import require_label, require_same_classes
 from ncsn.model.trained import adapted, start_notes
 from ncsn.runs.folder import RunFolder, opened_from, read_step, update_step
 from ncsn.runs.history import RATE, load_history
-from ncsn.steps.address import SOURCE, keep, resolve
+from ncsn.steps.address import SOURCE, Place, keep, load, resolve
 from ncsn.steps.step import Step
 from ncsn.storage.heartbeat import Lease
 from ncsn.tracking.lineage import INIT_FROM
@@ -150,7 +150,9 @@ def start_of(config: Config, folder: RunFolder, manifest: Manifest) -> Start:
     if config.train.init_from is None:
         return Start()
     uri = folder.start
-    source = _source(config, uri)
+    if not storage.exists(storage.join(uri, INDEX)):
+        keep(_named(config), uri)
+    source = load_checkpoint(uri)
     with torch.device("meta"):
         network = build.network(config)
     _, changes = adapted(source, network, config=config, classes=classes_of(config, manifest))
@@ -167,13 +169,9 @@ def require_start(config: Config, folder: RunFolder) -> None:
         config = config.model_copy(update={"noise": NoiseConfig()})  # no weights depend on the levels
     with torch.device("meta"):
         network = build.network(config)
-    with storage.scratch_folder(folder.root) as scratch:
-        adapted(_source(config, str(scratch / "start")), network, config=config, classes=None)
+    adapted(load(_named(config)), network, config=config, classes=None)
 
 
-def _source(config: Config, uri: str) -> TrainedNetwork:
-    """The trained network that `train.init_from` names, of which a copy is kept at `uri`."""
-    if not storage.exists(storage.join(uri, INDEX)):
-        root, registry = config.storage.root, config.tracking.uri
-        keep(resolve(str(config.train.init_from), key="train.init_from", root=root, registry=registry), uri)
-    return load_checkpoint(uri)
+def _named(config: Config) -> Place:
+    root, registry = config.storage.root, config.tracking.uri
+    return resolve(str(config.train.init_from), key="train.init_from", root=root, registry=registry)

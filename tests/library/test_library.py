@@ -86,20 +86,22 @@ def settings():
     glibc.free(place)
     return mapped > 0, torch.get_num_threads(), os.environ.get("GOMP_SPINCOUNT")
 
-first, threads = settings(), len(os.listdir("/proc/self/task"))
+first, threads, environment = settings(), len(os.listdir("/proc/self/task")), dict(os.environ)
 import ncsn, sys
 assert len(os.listdir("/proc/self/task")) == threads
 from ncsn.tools import choose, plan
 choose.measure_speed = lambda _: plan.Speed(0.01, 0.01)  # which takes a while
-ncsn.fit(torch.rand(16, 8, 8).numpy(), hours=1e-5).sample(2)
-assert settings() == first and first[0] and "ncsn.distributed" not in sys.modules
+ncsn.fit(torch.rand(16, 8, 8).numpy(), hours=1e-5).save(sys.argv[1])
+ncsn.ScoreModel.load(sys.argv[1]).sample(2)
+assert settings() == first and first[0] and dict(os.environ) == environment
+assert not {"ncsn.distributed", "ncsn.tracking"} & sys.modules.keys()
 """
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc")
-def test_a_callers_process_keeps_its_settings() -> None:
+def test_a_callers_process_keeps_its_settings(tmp_path: Path) -> None:
     inherited = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
-    subprocess.run([sys.executable, "-c", _SETTINGS], env=inherited, check=True)
+    subprocess.run([sys.executable, "-c", _SETTINGS, str(tmp_path / "model")], env=inherited, check=True)
 
 
 def test_an_image_depends_on_the_seed_and_its_number_alone() -> None:
