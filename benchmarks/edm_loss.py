@@ -20,8 +20,7 @@ from ncsn.core.keyed_random import COMMON_SEED, Stream
 from ncsn.core.losses import EdmWeight, losses_at
 from ncsn.core.training_noise import LognormalNoise
 from ncsn.data.format import Rows, read_split
-from ncsn.model.checkpoint import TrainedNetwork
-from ncsn.model.trained import load_checkpoint_or_model
+from ncsn.model.checkpoint import TrainedNetwork, load_checkpoint
 from ncsn.training.batches import encoded
 
 BATCH = 250
@@ -44,7 +43,7 @@ def main() -> None:
     sigmas, weight = LognormalNoise(options.mean, options.std).bins, EdmWeight(options.sigma_data)
     print("loss_edm ± error  " + " ".join(f"{sigma:>7.3g}" for sigma in sigmas.tolist()) + "  checkpoint")
     for checkpoint in options.checkpoints:
-        losses = held_out_losses(load_checkpoint_or_model(checkpoint), rows, sigmas=sigmas)
+        losses = held_out_losses(load_checkpoint(checkpoint), rows, sigmas=sigmas)
         edm = (weight(sigmas.double()).numpy()[:, None] * losses).mean(axis=0)
         values = " ".join(f"{loss:7.4f}" for loss in losses.mean(axis=1))
         print(f"{edm.mean():.4f} ± {edm.std() / len(edm) ** 0.5:.4f}   {values}  {checkpoint}", flush=True)

@@ -29,6 +29,7 @@ from ncsn.config.training import (
 from ncsn.core.samplers.settings import AnySampler
 from ncsn.errors import UserError
 
+SCHEME = "models:/"  # of the address of a registered version
 MODEL_NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,249}"
 _LIMITS = {"uint8": (0, 255), "uint16": (0, 65535), "float32": (0, 1)}
 _BYTES = {"uint8": 1, "uint16": 2, "float32": 4}

@@ -7,7 +7,11 @@
     optimizer.safetensors  Adam's moments and step, keyed `<parameter>/<moment>`
     state.json             images_seen, EMA counter, digest of the dataset, classes; what the loss learns
     config.yaml            the experiment
+    guide.safetensors      weights of the network that guides a saved model, with its config in guide_config.yaml
     checkpoint.json        format version and the SHA-256 of each file above; written last
+
+Images need the files without weights.safetensors, ema_2.safetensors and optimizer.safetensors: a registered or saved
+model has these alone.
 
 No generator state is kept, because all randomness is a function of (seed, place in the image order).
 """
@@ -19,8 +23,8 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +49,7 @@ SECOND_EMA = "ema_2.safetensors"  # of a training with two averages
 SAMPLING_FILES = ("ema.safetensors", "moments.safetensors", "state.json", "config.yaml")
 # Training resumes from these; those above are enough for images.
 FILES = ("weights.safetensors", "optimizer.safetensors", *SAMPLING_FILES)
+GUIDE = ("guide.safetensors", "guide_config.yaml")
 
 
 class CheckpointError(UserError):
@@ -107,13 +112,17 @@ def sha256(path: Path) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedNetwork:
-    """The input of image generation."""
+    """The input of image generation, and where it comes from."""
 
     config: Config
     network: nn.Module  # with EMA weights, in eval mode
     moments: DataMoments  # of the training images
     classes: Classes | None = None  # of a network with `data.num_classes`
     guide: TrainedNetwork | None = None  # of autoguidance, if it is kept with the network
+    images_seen: int = 0
+    dataset_digest: str = ""
+    digest: str = ""  # first 16 hex digits of the SHA-256 of the EMA weights
+    average: Mapping[str, Any] | None = None  # how the weights were put together after training, if they were
 
     @cached_property
     def halved(self) -> nn.Module:
@@ -122,16 +131,6 @@ class TrainedNetwork:
         for layer in narrowed(network).values():
             layer.to(torch.bfloat16)
         return network
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplingCheckpoint(TrainedNetwork):
-    """A trained network and its origin."""
-
-    images_seen: int
-    dataset_digest: str
-    digest: str  # first 16 hex digits of the SHA-256 of the EMA weights
-    average: Mapping[str, Any] | None = None  # how the weights were put together after training, if they were
 
 
 def folder_name(images_seen: int, *, for_resume: bool = False) -> str:
@@ -176,14 +175,7 @@ def snapshot(
         tensors[SECOND_EMA] = _copies(state.second_ema.weights)
     texts = {"state.json": json.dumps(facts), "config.yaml": to_yaml(config)}
 
-    def write(folder: Path) -> None:
-        for name, copies in tensors.items():
-            save_file(copies, folder / name)
-        for name, text in texts.items():
-            (folder / name).write_text(text)
-        write_index(folder, (*tensors, *texts))
-
-    return write
+    return partial(_write, tensors=tensors, texts=texts)
 
 
 def restore(folder: Path, *, config: Config, state: TrainState, dataset_digest: str) -> None:
@@ -214,7 +206,7 @@ def restore(folder: Path, *, config: Config, state: TrainState, dataset_digest: 
                 parameter.copy_(torch.tensor(facts["uncertainty"][name]))
 
 
-def load_checkpoint(uri: str, *, device: str | torch.device = "cpu") -> SamplingCheckpoint:
+def load_checkpoint(uri: str, *, device: str | torch.device = "cpu") -> TrainedNetwork:
     """Read the EMA weights and the config of the checkpoint at `uri`.
 
     Raises:
@@ -228,19 +220,49 @@ def load_checkpoint(uri: str, *, device: str | torch.device = "cpu") -> Sampling
             weights = load_file(folder / "ema.safetensors")
             moments = moments_of(load_file(folder / "moments.safetensors"))
             digest = sha256(folder / "ema.safetensors")[:16]
+            guide = None
+            if (folder / GUIDE[0]).exists():
+                other = from_yaml((folder / GUIDE[1]).read_text(), origin=storage.join(uri, GUIDE[1]))
+                worse = network_from_weights(other, load_file(folder / GUIDE[0]), origin=f"{uri}, {GUIDE[0]}")
+                guide = TrainedNetwork(config=other, network=worse.to(device), moments=moments)
     except FileNotFoundError:
         raise CheckpointError(uri, "no such checkpoint") from None
     network = network_from_weights(config, weights, origin=uri).to(device)
-    return SamplingCheckpoint(
+    classes = Classes.of(facts.get("classes"))
+    return TrainedNetwork(
         config=config,
         network=network,
         moments=moments,
-        classes=Classes.of(facts.get("classes")),
+        classes=classes,
+        guide=guide if guide is None else replace(guide, classes=classes),
         images_seen=int(facts["images_seen"]),
         dataset_digest=facts["dataset_digest"],
         digest=digest,
         average=facts.get("average"),
     )
+
+
+def save_network(trained: TrainedNetwork, folder: Path) -> None:
+    """Write what images need as a checkpoint into an existing, empty folder."""
+    facts = {name: getattr(trained, name) for name in ("images_seen", "dataset_digest", "average")}
+    if trained.classes is not None:
+        facts["classes"] = asdict(trained.classes)
+    tensors = {
+        "ema.safetensors": plain_weights(trained.network),
+        "moments.safetensors": moment_tensors(trained.moments),
+    }
+    texts = {"state.json": json.dumps(facts), "config.yaml": to_yaml(trained.config)}
+    if trained.guide is not None:
+        tensors[GUIDE[0]], texts[GUIDE[1]] = plain_weights(trained.guide.network), to_yaml(trained.guide.config)
+    _write(folder, tensors, texts)
+
+
+def _write(folder: Path, tensors: Mapping[str, dict[str, Tensor]], texts: Mapping[str, str]) -> None:
+    for name, each in tensors.items():
+        save_file(each, folder / name)
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+    write_index(folder, (*tensors, *texts))
 
 
 def weights_digest(network: nn.Module) -> str:

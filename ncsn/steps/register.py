@@ -16,7 +16,7 @@ from ncsn.evaluation import extractor_name
 from ncsn.evaluation.measure import metric_name
 from ncsn.model import checkpoint as checkpoints
 from ncsn.model.averages import ensure_average
-from ncsn.model.checkpoint import SamplingCheckpoint, weights_digest
+from ncsn.model.checkpoint import TrainedNetwork, weights_digest
 from ncsn.model.generate import evaluations_per_image, guide_of
 from ncsn.report.cards import ModelFacts, model_card
 from ncsn.report.hints import copying_hints, overfitting_hints
@@ -24,6 +24,7 @@ from ncsn.report.images import smaller_png
 from ncsn.report.words import cost_line, read_metrics
 from ncsn.runs.folder import Run, read_step, run_folder, spent
 from ncsn.runs.history import held_out_curves, load_history
+from ncsn.steps.address import keep_guide
 from ncsn.steps.execute import Context, Prepared
 from ncsn.steps.results import RegisterResult
 from ncsn.tracking import registry
@@ -42,7 +43,7 @@ def prepare(run: Run, *, checkpoint: str, evaluation: str) -> Prepared[RegisterR
     checkpoint = ensure_average(checkpoint, config)
     loaded = checkpoints.load_checkpoint(checkpoint)
     config = checkpoints.require_same_training(loaded.config, config, origin=checkpoint)
-    config = registry.copy_guide(config, folder=run.folder.guides)
+    config = keep_guide(config, run.folder, loaded)
     loaded = replace(loaded, config=config, guide=guide_of(loaded, config.sampling))
     measured = storage.absolute_uris(storage.read_json(evaluation), root)
     manifest = _require_own_evaluation(measured, loaded, checkpoint)
@@ -76,7 +77,7 @@ def prepare(run: Run, *, checkpoint: str, evaluation: str) -> Prepared[RegisterR
 
 
 def register(
-    loaded: SamplingCheckpoint,
+    loaded: TrainedNetwork,
     measured: Mapping[str, Any],
     manifest: Manifest,
     evidence: Evidence,
@@ -115,7 +116,7 @@ def register(
     return result
 
 
-def _require_own_evaluation(measured: Mapping[str, Any], loaded: SamplingCheckpoint, checkpoint: str) -> Manifest:
+def _require_own_evaluation(measured: Mapping[str, Any], loaded: TrainedNetwork, checkpoint: str) -> Manifest:
     """The dataset of an evaluation; refuses one of other weights, of another sampler or against other images."""
     samples = storage.read_json(storage.join(measured["samples"], "manifest.json"))
     facts = registry.deciding(loaded)
@@ -138,7 +139,7 @@ def _require_own_evaluation(measured: Mapping[str, Any], loaded: SamplingCheckpo
 
 
 def _candidate(
-    loaded: SamplingCheckpoint, measured: Mapping[str, Any], manifest: Manifest, *, run: str, checkpoint: str
+    loaded: TrainedNetwork, measured: Mapping[str, Any], manifest: Manifest, *, run: str, checkpoint: str
 ) -> registry.Registration:
     config, guide, samples = loaded.config, loaded.guide, measured["samples"]
     pictures = {"grid.png": storage.join(samples, "grid.png"), "neighbors.png": measured["neighbors"]}

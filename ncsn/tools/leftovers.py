@@ -75,6 +75,7 @@ def find_leftovers(root: str, registry: str) -> tuple[list[Leftover], dict[str, 
     active = {run for run, when in began.items() if time.time() - when < _QUIET_SECONDS}
     active |= {run for run, held in runs.items() if not _is_quiet(held)}
     registered = {each.get("ncsn.run") for each in tags}
+    registered |= {run for run, said in records.items() if said.get("train", {}).get("inputs", {}).get("model")}
     candidates = [("code", *each) for each in grouped(folder.ARCHIVE, files).items() if _is_quiet(each[1])]
     candidates += _cut([entry for entry in files if folder.run_of(entry.path) not in active])
     for run in runs.keys() - active:

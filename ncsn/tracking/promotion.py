@@ -15,19 +15,21 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ncsn.config.schema import SCHEME
 from ncsn.errors import UserError
 from ncsn.events import tell
 from ncsn.process import utc_now
-from ncsn.tracking.client import one_line
+from ncsn.runs.folder import INDEX
+from ncsn.tracking.client import TrackingError, one_line, shown
 from ncsn.tracking.gate import Decision, Evidence, decide
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
     from mlflow.tracking import MlflowClient
 
-SCHEME = "models:/"
 CHAMPION, CHALLENGER = "champion", "challenger"
 PROMOTION, PROMOTED_FROM, ROLLED_BACK = "promotion", "promoted_from", "rolled_back_at"
 DECISION = "gate.decision"
@@ -241,3 +243,20 @@ def resolve_version(client: MlflowClient, address: str) -> ModelVersion:
 def aliased_version(client: MlflowClient, name: str, alias: str) -> str:
     """The version that an alias points to; empty if there is none."""
     return str(client.get_registered_model(name).aliases.get(alias, ""))
+
+
+def fetch_files(uri: str, version: ModelVersion, into: Path) -> Path:
+    """Download the checkpoint of a version from the server at `uri` into an existing folder."""
+    from mlflow.artifacts import download_artifacts
+    from mlflow.exceptions import MlflowException
+
+    try:
+        # The source is the artifacts' own address: a name would be looked up in MLflow's global registry.
+        source = f"{str(version.source).rstrip('/')}/artifacts"
+        folder = Path(download_artifacts(source, dst_path=str(into), tracking_uri=uri))
+        (folder / INDEX).stat()
+    except (MlflowException, OSError) as error:
+        reason = f"{shown(uri)} gives no checkpoint of ncsn at {version.source}: {one_line(error)}"
+        hint = "restore its files; only a version of `ncsn register` has them"
+        raise TrackingError(f"{SCHEME}{version.name}/{version.version}", reason, hint=hint) from error
+    return folder
