@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ncsn.steps.execution import run_step
+from do import claimed, do
 from refused import refused
 
 from ncsn import storage
@@ -18,8 +18,7 @@ from ncsn.data.samples import read_samples
 from ncsn.library.model import ScoreModel
 from ncsn.model.checkpoint import load_checkpoint, weights_digest
 from ncsn.model.generate import guide_of
-from ncsn.runs.folder import RunFolder, claim_run, opened_from, read_step, update_step
-from ncsn.steps import evaluate, ingest, sample, train
+from ncsn.runs.folder import RunFolder, opened_from, read_step, update_step
 from ncsn.steps.address import keep_guide, load, load_guided, resolve
 from ncsn.tracking import registry
 from ncsn.tracking.client import SQLITE
@@ -29,13 +28,13 @@ from ncsn.tracking.mlflow_runs import step_run
 @pytest.fixture(scope="module")
 def trained(config: Config, save_untrained) -> RunFolder:
     """The run `mine`, whose training is done, with version 1 of the model `pets`, the champion."""
-    dataset, folder = ingest.run(config, run="mine").uri, claim_run(config, "mine")
+    dataset, folder = do("ingest", config, "mine").uri, claimed(config, "mine")
     checkpoint = Path(folder.checkpoints) / "images-000000008"
     checkpoint.parent.mkdir()
     save_untrained(config, dataset, checkpoint)
     update_step(folder, "train", state="FINISHED", result={"checkpoint": str(checkpoint)}, finished_at="2026-01-01")
     _register(config, str(checkpoint), "pets")
-    claim_run(config, "untrained")
+    claimed(config, "untrained")
     return folder
 
 
@@ -123,26 +122,26 @@ def test_damage_is_told_by_the_setting_that_has_the_address(trained: RunFolder, 
 
 
 def test_a_version_is_sampled_and_evaluated_as_a_run_that_nobody_trains(config: Config, trained: RunFolder) -> None:
-    own = sample.run(config, run="mine", checkpoint=f"{trained.checkpoints}/images-000000008")
+    own = do("sample", config, "mine", checkpoint=f"{trained.checkpoints}/images-000000008")
     options = TargetOptions(None, (f"storage.root={trained.root}",))
     target = options.resolve("models:/pets@champion")
     folder = RunFolder(trained.root, target.run)
     assert opened_from(folder) == "models:/pets/1" and opened_from(trained) == ""
-    result = run_step("sample", target.config, run=target.run, given={})
+    result = do("sample", target.config, target.run)
     np.testing.assert_array_equal(read_samples(result.uri, 0, 4), read_samples(own.uri, 0, 4))
     manifest = storage.read_json(f"{result.uri}/manifest.json")
     assert manifest["model"] == "models:/pets/1" and "model" not in storage.read_json(f"{own.uri}/manifest.json")
     files = {path: path.stat().st_mtime_ns for path in Path(trained.root).rglob("*") if path.is_file()}
     again = options.resolve("models:/pets/1")
-    assert again == target and run_step("sample", again.config, run=again.run, given={}) == result
+    assert again == target and do("sample", again.config, again.run) == result
     after = {path: path.stat().st_mtime_ns for path in files if "mlflow.db" not in path.name}
     assert {path for path, date in after.items() if date != files[path]} <= {Path(folder.begun)}
-    measured = run_step("evaluate", target.config, run=target.run, given={})
+    measured = do("evaluate", target.config, target.run)
     assert measured.num_images == 4
-    direct = evaluate.run(config, run="mine", samples=own.uri, dataset=read_step(folder, "ingest").result["uri"])
+    direct = do("evaluate", config, "mine", samples=own.uri, dataset=read_step(folder, "ingest").result["uri"])
     assert measured.metrics == pytest.approx(direct.metrics)
     with refused("--run"):
-        train.run(target.config, run=target.run, dataset=read_step(folder, "ingest").result["uri"])
+        do("train", target.config, target.run, dataset=read_step(folder, "ingest").result["uri"])
 
 
 def test_an_average_that_was_registered_has_its_width(config: Config, trained: RunFolder, root: Path) -> None:
@@ -152,15 +151,15 @@ def test_an_average_that_was_registered_has_its_width(config: Config, trained: R
     _register(averaged, f"{trained.checkpoints}/images-000000008", "averaged", average=average)
     target = TargetOptions(None, (f"storage.root={root}",)).resolve("models:/averaged/1")
     checkpoint = read_step(RunFolder(str(root), target.run), "train").result["checkpoint"]
-    assert sample.run(target.config, run=target.run, checkpoint=checkpoint).num_images == 4
+    assert do("sample", target.config, target.run, checkpoint=checkpoint).num_images == 4
     for width in (0.2, 0.05):
         with refused("sampling.relative_width"):
             other = target.config.sampling.model_copy(update={"relative_width": width})
-            sample.run(target.config.model_copy(update={"sampling": other}), run=target.run, checkpoint=checkpoint)
+            do("sample", target.config.model_copy(update={"sampling": other}), target.run, checkpoint=checkpoint)
 
 
 def test_a_guide_of_any_address_is_kept(config: Config, trained: RunFolder, places: dict[str, str]) -> None:
-    model, folder = load_checkpoint(f"{trained.checkpoints}/images-000000008"), claim_run(config, "guided")
+    model, folder = load_checkpoint(f"{trained.checkpoints}/images-000000008"), claimed(config, "guided")
     for address in ("models:/pets/1", "mine", f"{places['ELSEWHERE']}/saved"):
         auto = f"sampling.guidance={{kind: autoguidance, checkpoint: '{address}', weight: 2}}"
         guided = from_yaml(to_yaml(config), overrides=[auto])
@@ -179,7 +178,7 @@ def test_a_guide_of_any_address_is_kept(config: Config, trained: RunFolder, plac
 def test_a_run_is_loaded_with_its_guide(config: Config, trained: RunFolder, save_untrained) -> None:
     auto = "sampling.guidance={kind: autoguidance, checkpoint: 'models:/pets/1', weight: 2}"
     guided = from_yaml(to_yaml(config), overrides=[auto])
-    folder, dataset = claim_run(guided, "with-guide"), read_step(trained, "ingest").result["uri"]
+    folder, dataset = claimed(guided, "with-guide"), read_step(trained, "ingest").result["uri"]
     Path(folder.checkpoints).mkdir()
     save_untrained(guided, dataset, Path(folder.checkpoints) / "images-000000008")
     update_step(folder, "train", result={"checkpoint": f"{folder.checkpoints}/images-000000008"})
