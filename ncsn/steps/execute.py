@@ -111,11 +111,11 @@ def execute(
                 prepared = import_module(f"ncsn.steps.{step}").prepare(run, **inputs, **options)
                 config, key = prepared.config, json.loads(json.dumps(prepared.key))
                 found = _is_done(step, folder, prepared, key)
-            if found:
-                pass
-            elif there:
+            if not found:
+                storage.delete(folder.step(step, "progress.json"))  # of an earlier attempt
+            if there and not found:
                 do_elsewhere(step, run, config, inputs, key)
-            else:
+            elif not found:
                 from ncsn.tracking.mlflow_runs import step_run  # loads MLflow, for seconds
 
                 update_step(folder, step, state="RUNNING")
@@ -160,7 +160,6 @@ def refuse(step: str, run: Run) -> None:
 
 def _note_beginning(step: str, run: Run, inputs: Mapping[str, str], *, launched: bool) -> None:
     """Record what the step reads, which cleanup spares, days before there is a result."""
-    storage.delete(run.folder.step(step, "progress.json"))
     record, code = read_step(run.folder, step), os.environ.get(CODE)
     reads = {**inputs, "code": code} if code else inputs
     launched = launched or run.config.compute.backend != "local"
