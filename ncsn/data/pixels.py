@@ -15,7 +15,6 @@ from PIL import ExifTags, Image, ImageOps
 
 from ncsn.config.schema import DataConfig
 from ncsn.data.format import NO_LABEL
-from ncsn.data.tiff import tiff_channels
 from ncsn.errors import InvalidValue
 
 # Pillow widens its filters when it shrinks, so this resize is antialiased. The paper's code uses the same one.
@@ -32,6 +31,9 @@ _ALPHA = ("P", "PA", "LA", "La", "RGBA", "RGBa")
 # Pillow has readers for forty more formats. Few people need them, and each can be attacked.
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
 _NPY = b"\x93NUMPY"
+_TIFFS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # headers; the last two of BigTIFF
+_TIFF_GRAY = 1  # photometric interpretation
+_MOST_TIFF_BYTES = 1 << 31
 MOST_CHANNELS = 8
 # All that Pillow was seen to raise for damaged and for hostile files.
 _NOT_DECODED = (
@@ -255,7 +257,7 @@ def decode(data: bytes, *, least_side: int | None = None) -> Picture:
     if data.startswith(_NPY):
         return _of_npy(data)
     try:
-        if (channels := tiff_channels(data)) is not None:
+        if (channels := _tiff_channels(data)) is not None:
             return Picture.of(channels)
         image = Image.open(io.BytesIO(data), formats=_FORMATS)
         stored = image.size
@@ -274,6 +276,28 @@ def decode(data: bytes, *, least_side: int | None = None) -> Picture:
         unknown = isinstance(error, OSError) and "cannot identify" in str(error)
         reason = f"not one of {', '.join(_FORMATS)}" if unknown else str(error) or type(error).__name__
         raise BadImageError(" ".join(reason.split())) from error
+
+
+def _tiff_channels(data: bytes) -> np.ndarray | None:
+    """The channels [H, W, C] of the first picture of a TIFF file; None if Pillow can read all of it.
+
+    Pillow has no mode for several channels of 16 bits or floating point, and for more than four. Raises what a damaged
+    file may make tifffile, its codecs and numpy raise.
+    """
+    if data[:4] not in _TIFFS:
+        return None
+    import tifffile
+
+    with tifffile.TiffFile(io.BytesIO(data)) as file:
+        page = file.pages.first
+        channels = page.samplesperpixel
+        # Pillow knows gray with alpha, but no other channels that claim to be gray.
+        known = channels == 2 or page.photometric != _TIFF_GRAY
+        if channels == 1 or (channels <= 4 and page.bitspersample <= 8 and known):
+            return None
+        if page.nbytes > _MOST_TIFF_BYTES:
+            raise ValueError(f"has {page.imagewidth}x{page.imagelength} pixels of {channels} channels, too many")
+        return np.moveaxis(page.asarray(), page.axes.index("S"), 2)
 
 
 def _of_npy(data: bytes) -> Picture:
