@@ -197,13 +197,8 @@ class RunningDistance:
             self._marks.append(mark)
             mark *= 2
         self._marks.append(count)
-        self._groups: list[FrechetStatistics | None] = [None] * JACKKNIFE_GROUPS
+        self.groups: list[FrechetStatistics | None] = [None] * JACKKNIFE_GROUPS  # None without an image
         self._waiting: dict[int, npt.NDArray[np.floating]] = {}
-
-    @property
-    def groups(self) -> list[FrechetStatistics]:
-        """The groups that have an image."""
-        return [group for group in self._groups if group is not None]
 
     def add(self, first: int, features: npt.NDArray[np.floating]) -> list[RunningScore]:
         """Take the features [n, D] of images `first .. first + n`, in any order; the scores that are due now.
@@ -219,11 +214,12 @@ class RunningDistance:
                 block = block[:room]
             numbers = jackknife_groups(self.count, self.count + len(block), classes_in_turn=self._classes)
             for number in np.unique(numbers):
-                part, group = FrechetStatistics.of(block[numbers == number]), self._groups[number]
-                self._groups[number] = part if group is None else group.merge(part)
+                part, group = FrechetStatistics.of(block[numbers == number]), self.groups[number]
+                self.groups[number] = part if group is None else group.merge(part)
             self.count += len(block)
             if self.count == self._marks[0]:
                 self._marks.pop(0)
-                distance = frechet_distance(merged(self.groups), self.reference)
-                due.append(RunningScore(self.count, distance, frechet_jackknife(self.groups, self.reference)))
+                groups = [group for group in self.groups if group is not None]
+                distance = frechet_distance(merged(groups), self.reference)
+                due.append(RunningScore(self.count, distance, frechet_jackknife(groups, self.reference)))
         return due

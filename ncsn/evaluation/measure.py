@@ -13,12 +13,14 @@ from ncsn.config import Config
 from ncsn.core.keyed_random import COMMON_SEED, keyed_permutation
 from ncsn.data.training_images import open_cache
 from ncsn.evaluation import DEVIATIONS, WITH_SCORE, classes_in_turn
-from ncsn.evaluation.class_scores import AskedClasses, ClassScores, asked_classes, class_scores
 from ncsn.evaluation.extractors import Extracted, Identity, Images
 from ncsn.evaluation.features import ImageSet, Runner, SplitSet, extract_set
 from ncsn.evaluation.frechet import RunningDistance, RunningScore, score_of
 from ncsn.evaluation.reference import Evaluator, Reference, class_histogram, load_reference
 from ncsn.evaluation.scores import (
+    AskedClasses,
+    ClassScores,
+    class_scores,
     excess_distance,
     inception_score,
     kernel_distance,
@@ -231,10 +233,14 @@ def _measure_set(work: _Work) -> Measured:
     config, dataset, images, extracted, fewest, extractor, fingerprint, first = work
     reference = load_reference(dataset, fingerprint)
     assert reference is not None, "the evaluator has it"
-    compared = images
+    compared, asked = images, None
     if isinstance(images, SplitSet) and images.split == "train":
-        # Training images are their own nearest: test images say how near unseen ones are.
+        # Training images are their own nearest: test images say how near unseen ones are. And the extractor has seen
+        # their classes, so these say nothing beside the samples.
         compared = SplitSet(dataset, "test", images.count, drawn=images.drawn)
+    elif (num_classes := config.data.num_classes) is not None:
+        known = open_cache(dataset, config.evaluation.reference_split, as_bytes=True).labels
+        asked = AskedClasses(images.labels(), known, num_classes, own=extractor.name == "classifier")
     return measure_extracted(
         extracted,
         first_images=compared.read(0, min(images.count, NEIGHBOR_IMAGES)),
@@ -244,7 +250,7 @@ def _measure_set(work: _Work) -> Measured:
         num_splits=config.evaluation.num_splits,
         seed=COMMON_SEED,
         classes=extractor.name in WITH_SCORE,
-        asked=asked_classes(config, dataset, images, extractor=extractor.name),
+        asked=asked,
         num_compared=fewest,
         in_turn=1 if isinstance(images, SplitSet) else classes_in_turn(config),
         by_features=config.evaluation.reference_split == "train",

@@ -21,7 +21,8 @@ from ncsn.core.images import fit_moments, moment_matched, to_stored, to_unit
 from ncsn.core.keyed_random import COMMON_SEED, Stream, keyed_normal
 from ncsn.data.format import Manifest, load_manifest
 from ncsn.data.training_images import open_cache
-from ncsn.evaluation import DEVIATIONS, extractor_name, require_test_images
+from ncsn.errors import UserError
+from ncsn.evaluation import DEVIATIONS, LEAST_TEST_IMAGES, WITH_SCORE, evaluation_of, extractor_name
 from ncsn.evaluation.extractors import Extracted, Identity, batches, joined
 from ncsn.evaluation.extractors.classifier import classifier_uri, describe_classifier, ensure_classifier
 from ncsn.evaluation.features import Runner, SplitSet, device_of, extract_set, extractor_of, here, recipe_of
@@ -116,11 +117,18 @@ def open_evaluator(
 ) -> Evaluator:
     """The evaluator of `config.evaluation` for an ingested dataset; `runner` makes what the store lacks.
 
-    `progress` advances by `images_to_prepare`.
+    `progress` advances by `images_to_prepare`. `UserError` for fewer test images than the evaluation needs.
     """
     progress = progress or Progress()
     manifest, before, settings = load_manifest(dataset), progress.done, config.evaluation
-    require_test_images(config, manifest)
+    count, splits = manifest.count("test"), settings.num_splits
+    if evaluation_of(config, manifest).extractor in WITH_SCORE:
+        if count < splits:
+            reason, hint = f"the test split has only {count:,} images", "lower it or raise data.test_fraction"
+            raise UserError("evaluation.num_splits", reason, hint=hint, value=splits)
+    elif count < LEAST_TEST_IMAGES:  # no score, and so no splits
+        reason = f"leaves {count} test images, and the evaluation needs {LEAST_TEST_IMAGES}"
+        raise UserError("data.test_fraction", reason, hint="raise it", value=config.data.test_fraction)
     found = _identify(config, dataset, manifest)
     if found is None:
         list(runner(_train_classifier, [(config, dataset, progress)], gpu=True))

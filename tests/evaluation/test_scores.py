@@ -14,10 +14,13 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from ncsn.data.format import Rows
-from ncsn.evaluation.class_scores import AskedClasses, class_scores, classes_by_probe, fit_probe
 from ncsn.evaluation.extractors import Extracted
 from ncsn.evaluation.scores import (
+    AskedClasses,
+    class_scores,
+    classes_by_probe,
     excess_distance,
+    fit_probe,
     inception_score,
     kernel_distance,
     nearest_images,
