@@ -98,7 +98,16 @@ def kinds_of(models: Iterable[type[Any]]) -> list[str]:
 
 
 def _explain(detail: ErrorDetails, tree: dict[str, Any], model: type[Any]) -> list[Problem]:
-    parts = _path_parts(detail["loc"], tree)
+    parts: list[str] = []
+    node: Any = tree
+    for part in detail["loc"]:
+        if isinstance(node, dict) and part not in node and node.get("kind") == part:
+            continue  # pydantic adds the tags of discriminated unions to the location
+        parts.append(str(part))
+        if isinstance(node, dict):
+            node = node.get(part)
+        elif isinstance(node, list) and isinstance(part, int) and part < len(node):
+            node = node[part]
     path = ".".join(parts)
     kind, value = detail["type"], detail["input"]
     if kind in ("extra_forbidden", "unexpected_keyword_argument"):
@@ -158,18 +167,3 @@ def _models(parts: Sequence[str], tree: dict[str, Any], root: type[Any]) -> list
         arms = [arm for model in named for arm in section_models(model, part)] if named else models
         models = [arm for arm in arms if kind in kinds_of([arm])] or arms
     return models
-
-
-def _path_parts(location: Sequence[int | str], tree: Any) -> list[str]:
-    # Pydantic adds the tags of discriminated unions to the location.
-    parts: list[str] = []
-    node = tree
-    for part in location:
-        if isinstance(node, dict) and part not in node and node.get("kind") == part:
-            continue
-        parts.append(str(part))
-        if isinstance(node, dict):
-            node = node.get(part)
-        elif isinstance(node, list) and isinstance(part, int) and part < len(node):
-            node = node[part]
-    return parts

@@ -20,23 +20,28 @@ from numpy.typing import NDArray
 
 from ncsn import storage
 from ncsn.config.schema import DataConfig
-from ncsn.data.equal import NO_HASHES, Hashes, are_among, equal_in_words, image_hashes, repeats
 from ncsn.data.format import (
     DIGEST_LENGTH,
     DIGEST_VERSION,
     FORMAT_VERSION,
     MANIFEST,
+    NO_HASHES,
     PARQUET_OPTIONS,
     SPLITS,
+    Hashes,
     Manifest,
     Part,
     Rows,
     SkippedImage,
+    are_among,
+    equal_in_words,
     from_table,
+    image_hashes,
     load_manifest,
     open_images,
     part_images,
     read_rows,
+    repeats,
     schema,
     to_table,
 )

@@ -188,8 +188,8 @@ def class_metrics(
     return {name: Metric(value, len(log_probabilities)) for name, value in values.items()}
 
 
-# A set with its features, the images of the smallest set, the extractor and the fingerprint of the reference; and
-# whether it is the first set.
+# A set with its features, the images of the smallest set, the extractor and the URI of the reference; and whether it is
+# the first set.
 _Work = tuple[Config, str, ImageSet, Extracted, int, Identity, str, bool]
 
 
@@ -203,25 +203,24 @@ def measure_sets(
     progress: Progress,
 ) -> list[Measured]:
     """All metrics of each of two sets, running scores and the excess of the first; `progress` counts the images."""
-    extractor, fingerprint = evaluator.extractor, evaluator.reference.fingerprint
+    extractor, reference = evaluator.extractor, evaluator.reference.uri
     fewest = min(images.count for images in sets)
     works, features = list[_Work](), list[npt.NDArray[np.floating]]()
     for images in sets:
         extracted = extract_set(config, dataset, images, runner=runner, progress=progress)
         first = images is sets[0]
         features.append(extracted.features)
-        works.append((config, dataset, images, extracted, fewest, extractor, fingerprint, first))
+        works.append((config, dataset, images, extracted, fewest, extractor, reference, first))
     found = {work[2]: result for work, result in runner(_measure_set, works, gpu=False)}
-    sources = (dataset, fingerprint, classes_in_turn(config))
-    ((_, excess),) = runner(_measure_excess, [(*sources, features)], gpu=False)
+    ((_, excess),) = runner(_measure_excess, [(reference, classes_in_turn(config), features)], gpu=False)
     found[sets[0]].metrics.update(excess)
     return [found[images] for images in sets]
 
 
-def _measure_excess(work: tuple[str, str, int, list[npt.NDArray[np.floating]]]) -> dict[str, Metric]:
+def _measure_excess(work: tuple[str, int, list[npt.NDArray[np.floating]]]) -> dict[str, Metric]:
     """`excess` of samples over real images and its 95 % interval, as shares of the distance `Reference.gaussian`."""
-    dataset, fingerprint, in_turn, (samples, real) = work
-    reference = load_reference(dataset, fingerprint)
+    uri, in_turn, (samples, real) = work
+    reference = load_reference(uri)
     assert reference is not None, "the evaluator has it"
     excess, std = excess_distance(samples, real, reference.features, classes_in_turn=in_turn)
     low, high = excess - DEVIATIONS * std, excess + DEVIATIONS * std
@@ -230,8 +229,8 @@ def _measure_excess(work: tuple[str, str, int, list[npt.NDArray[np.floating]]]) 
 
 
 def _measure_set(work: _Work) -> Measured:
-    config, dataset, images, extracted, fewest, extractor, fingerprint, first = work
-    reference = load_reference(dataset, fingerprint)
+    config, dataset, images, extracted, fewest, extractor, uri, first = work
+    reference = load_reference(uri)
     assert reference is not None, "the evaluator has it"
     compared, asked = images, None
     if isinstance(images, SplitSet) and images.split == "train":

@@ -57,26 +57,24 @@ class Reference:
         return storage.read_array(uri)
 
 
-def load_reference(dataset_uri: str, fingerprint: str) -> Reference | None:
-    """The stored reference with this fingerprint, or None if there is none."""
-    uri = _reference_uri(dataset_uri, fingerprint)
+def load_reference(uri: str) -> Reference | None:
+    """The reference in the folder `uri`, or None if there is none."""
     description = storage.find_json(storage.join(uri, DESCRIPTION))
     if description is None:
         return None
     tensors = load(storage.read_bytes(storage.join(uri, STATISTICS)))
     statistics = FrechetStatistics(description["images"], tensors["mean"], tensors["scatter"])
-    return Reference(uri, statistics, tensors["class_histogram"], fingerprint, description["gaussian"])
+    histogram, fingerprint = tensors["class_histogram"], description["fingerprint"]
+    return Reference(uri, statistics, histogram, fingerprint, description["gaussian"])
 
 
-def publish_reference(
-    dataset_uri: str, fingerprint: str, extracted: Extracted, *, batch_size: int, origin: dict[str, object]
-) -> None:
+def publish_reference(uri: str, extracted: Extracted, *, batch_size: int, origin: dict[str, object]) -> None:
     """Store a reference, complete or not at all; the first of two writers wins.
 
     `extracted` is of the images of the split in stored order; the moments of `batch_size` of them are taken at once.
-    `origin` names the extractor and the images, and has the distance `gaussian`.
+    `origin` names the extractor and the images, and has the `fingerprint` and the distance `gaussian`.
     """
-    with storage.staged_folder(_reference_uri(dataset_uri, fingerprint), marker=DESCRIPTION) as folder:
+    with storage.staged_folder(uri, marker=DESCRIPTION) as folder:
         np.save(folder / FEATURES, extracted.features)
         statistics = merged(map(FrechetStatistics.of, batches(extracted.features, batch_size=batch_size)))
         histogram: npt.NDArray[np.float64] | float = 0.0
@@ -84,18 +82,13 @@ def publish_reference(
             histogram = histogram + class_histogram(batch) * len(batch)
         moments = {"mean": statistics.mean, "scatter": statistics.scatter}
         save_file({**moments, "class_histogram": np.asarray(histogram) / statistics.count}, folder / STATISTICS)
-        description = {"fingerprint": fingerprint, **origin, "images": statistics.count}
-        (folder / DESCRIPTION).write_text(json.dumps(description, indent=1))
+        (folder / DESCRIPTION).write_text(json.dumps({**origin, "images": statistics.count}, indent=1))
 
 
 def class_histogram(log_probabilities: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """[K] shares of the images by most probable class, from [N, K] log probabilities."""
     counts = np.bincount(log_probabilities.argmax(axis=1), minlength=log_probabilities.shape[1])
     return counts / len(log_probabilities)
-
-
-def _reference_uri(dataset_uri: str, fingerprint: str) -> str:
-    return storage.join(dataset_uri, FOLDER, fingerprint[:16])
 
 
 @dataclass(frozen=True)
@@ -138,16 +131,17 @@ def open_evaluator(
     split = settings.reference_split
     compared = {"extractor": identity.fingerprint, "dataset": manifest.digest, "split": split}
     fingerprint = storage.digest({**compared, "gaussian": GAUSSIAN_IMAGES}, 64)
-    reference = load_reference(dataset, fingerprint)
+    uri = storage.join(dataset, FOLDER, fingerprint[:16])
+    reference = load_reference(uri)
     if reference is None:
         images = SplitSet(dataset, split, manifest.count(split))
         extracted = extract_set(config, dataset, images, runner=runner, progress=progress)
         ((_, noise),) = runner(_gaussian_features, [(config, dataset)], gpu=True)
         distance, error = kernel_distance(noise, extracted.features)
         scale = max(distance, DEVIATIONS * error, 1e-9)  # of images that are noise themselves, its error
-        origin = {"extractor": identity.name, "dataset": manifest.digest, "split": split, "gaussian": scale}
-        publish_reference(dataset, fingerprint, extracted, batch_size=settings.batch_size, origin=origin)
-        reference = load_reference(dataset, fingerprint)
+        origin = {"fingerprint": fingerprint, **compared, "extractor": identity.name, "gaussian": scale}
+        publish_reference(uri, extracted, batch_size=settings.batch_size, origin=origin)
+        reference = load_reference(uri)
         assert reference is not None, "it was made now, or by another process"
     # What the store had, and what another process has trained with its own copy of the progress.
     progress.advance(before + images_to_prepare(config, manifest) - progress.done)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ncsn.data.equal import image_hashes
+from ncsn.data.format import image_hashes
 from ncsn.errors import UserError
 from ncsn.evaluation.extractors import Extracted
 from ncsn.evaluation.frechet import jackknife_groups

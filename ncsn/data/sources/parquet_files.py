@@ -142,7 +142,8 @@ def choose_columns(schema: pa.Schema, data: DataConfig, *, uri: str) -> Columns:
         raise UserError(uri, f"has no column of images: {held}", hint=hint)
     if data.label_column == _NO_LABELS:
         return Columns(image, kinds[image], None, numbers=False, class_names=None)
-    possible = [field.name for field in schema if _is_label(field.type)]
+    values = {one.name: one.type.value_type if pa.types.is_dictionary(one.type) else one.type for one in schema}
+    possible = [name for name, kind in values.items() if kind in _WORDS or pa.types.is_integer(kind)]
     marked = [name for name in possible if types.get(name) == "ClassLabel"]
     others = [name for name in possible if name.lower() in _LABEL_NAMES]
     label = _choose("data.label_column", data.label_column, possible, marked or others, _LABEL_NAMES, held)
@@ -168,11 +169,6 @@ def _choose(
     if len(found) > 1 and len(chosen) != 1:
         raise UserError(key, f"is not set, and several may be meant in {held}", hint=f"set it to {' or '.join(found)}")
     return chosen[0] if chosen else None
-
-
-def _is_label(kind: pa.DataType) -> bool:
-    value = kind.value_type if pa.types.is_dictionary(kind) else kind
-    return value in _WORDS or bool(pa.types.is_integer(value))
 
 
 def _image_kind(field: pa.Field) -> ImageKind | None:

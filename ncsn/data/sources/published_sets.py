@@ -10,7 +10,7 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -73,10 +73,14 @@ def open_photos(data: DataConfig) -> Source:
     from sklearn.datasets import load_sample_image
 
     photographs = {name: load_sample_image(f"{name}.jpg") for name in _PHOTOGRAPHS}
-    columns = {name: _columns(image.shape[1], data.test_fraction, name) for name, image in photographs.items()}
-    height = min(len(image) for image in photographs.values())
-    widest = [max(last - first for first, last in found) for each in columns.values() for found in each.values()]
-    largest = min(height, *widest)
+    largest = min(len(image) for image in photographs.values())
+    columns = {}  # name -> split -> first and last + 1 of the columns that are its own
+    for name, image in photographs.items():
+        width = image.shape[1]
+        strip = round(width * data.test_fraction)
+        left = round((width - strip) * _PHOTOGRAPHS[name])
+        columns[name] = {"train": [(0, left), (left + strip, width)], "test": [(left, left + strip)]}
+        largest = min(largest, strip, max(left, width - left - strip))
     size = max(data.stored_shape[:2])
     sides = [scale * size for scale in _SCALES if scale * size <= largest]
     if not sides:
@@ -108,13 +112,6 @@ def open_photos(data: DataConfig) -> Source:
     )
 
 
-def _columns(width: int, test_fraction: float, name: str) -> dict[str, list[tuple[int, int]]]:
-    """Split -> first and last + 1 of the columns of a photograph that are its own."""
-    strip = round(width * test_fraction)
-    left = round((width - strip) * _PHOTOGRAPHS[name])
-    return {"train": [(0, left), (left + strip, width)], "test": [(left, left + strip)]}
-
-
 class _Set(NamedTuple):
     name: str  # of its class in torchvision
     description: str
@@ -144,9 +141,19 @@ def open_torchvision(data: DataConfig) -> Source:
 
     this = _SETS[data.source]
     kind = getattr(datasets, this.name)
-    if data.download and data.root is not None:
-        _download(data, this, kind)
-    place, splits = _place(data), {}
+    try:
+        place = _place(data)
+    except NotFound:
+        if not data.download or data.root is None:
+            raise
+        root = Path(data.root).expanduser()
+        try:
+            kind(str(root), download=True)  # which verifies the digest
+        except (OSError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            raise ConnectionError(f"torchvision could not download {this.name} into {root}: {reason}") from error
+        place = _place(data)
+    splits = {}
     class_names: tuple[str, ...] = tuple("0123456789")
     with _laid_out(place, this, kind) as folder:
         for split in SPLITS:
@@ -215,16 +222,3 @@ def _laid_out(place: Path, this: _Set, kind: Any) -> Iterator[Path]:
                 except (EOFError, gzip.BadGzipFile, zlib.error) as error:
                     raise UserError(str(path), f"is a damaged gzip file ({error})", hint="fetch it again") from error
         yield folder
-
-
-def _download(data: DataConfig, this: _Set, kind: Any) -> None:
-    """Download what is not there, with its digest verified."""
-    with suppress(NotFound):
-        _place(data)
-        return
-    root = Path(str(data.root)).expanduser()
-    try:
-        kind(str(root), download=True)
-    except (OSError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise ConnectionError(f"torchvision could not download {this.name} into {root}: {reason}") from error
