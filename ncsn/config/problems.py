@@ -75,19 +75,17 @@ def section_models(model: type[Any], field: str) -> list[type[Any]]:
 
 def types_at(path: str, root: type[Any]) -> list[Any]:
     """What the value at a dotted path may be, whatever the kinds of its sections: types, sections and `Literal`s."""
-
-    def arms(annotation: Any) -> Iterator[Any]:
-        if get_origin(annotation) not in (Union, UnionType, Annotated):
-            yield annotation
-        else:
-            yield from (arm for each in get_args(annotation) for arm in arms(each))
-
     found: list[Any] = [root]
     for key in path.split("."):
         models = [each for each in found if isinstance(each, type) and issubclass(each, BaseModel | Sampler)]
         below = [fields_of(model)[key].annotation for model in models if key in fields_of(model)]
         below += [get_args(each)[1] for each in found if get_origin(each) is dict]
-        found = [arm for annotation in below for arm in arms(annotation)]
+        found = []
+        while below:
+            if get_origin(each := below.pop(0)) in (Union, UnionType, Annotated):
+                below = [*get_args(each), *below]
+            else:
+                found.append(each)
     return found
 
 

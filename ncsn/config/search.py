@@ -115,9 +115,8 @@ def space_problems(config: Config) -> list[Problem]:
     space, kind = searched_space(config), config.sampling.sampler.kind
     found = [problem for path in space for problem in _path_problems(config, path)]
     if search.epsilons is not None and not hasattr(config.sampling.sampler, "epsilon"):
-        found.append(
-            Problem("search.epsilons", f"sampling.sampler.kind = {kind} has no epsilon", "remove this setting")
-        )
+        reason = f"sampling.sampler.kind = {kind} has no epsilon"
+        found.append(Problem("search.epsilons", reason, "remove this setting"))
     if found:
         return found
     # The ends of every range and all choices: in combination, and if there are too many of these, alone first.

@@ -80,11 +80,7 @@ def are_among(hashes: Hashes, others: Hashes) -> NDArray[np.bool_]:
 
 
 def schema(pixels: Pixels) -> pa.Schema:
-    facts = {
-        _SHAPE: json.dumps(pixels.shape),
-        _DTYPE: pixels.dtype,
-        _LIMITS: json.dumps(pixels.limits),
-    }
+    facts = {_SHAPE: json.dumps(pixels.shape), _DTYPE: pixels.dtype, _LIMITS: json.dumps(pixels.limits)}
     images = pa.field(IMAGE, pa.binary(pixels.num_bytes), nullable=False, metadata=facts)
     return pa.schema([images, pa.field(LABEL, pa.int64(), nullable=False)])
 
@@ -124,13 +120,11 @@ def from_table(table: pa.Table) -> Rows:
     pixels = image_pixels_of(table.schema)
     shape, size = pixels.shape, math.prod(pixels.shape)
     pieces = [
-        np.frombuffer(chunk.buffers()[1], pixels.dtype, len(chunk) * size, chunk.offset * pixels.num_bytes).reshape(
-            -1, *shape
-        )
+        np.frombuffer(chunk.buffers()[1], pixels.dtype, len(chunk) * size, chunk.offset * pixels.num_bytes)
         for chunk in table.column(IMAGE).chunks
     ]
-    images = pieces[0] if len(pieces) == 1 else np.concatenate(pieces or [np.empty((0, *shape), pixels.dtype)])
-    return Rows(images, table.column(LABEL).to_numpy())
+    images = pieces[0] if len(pieces) == 1 else np.concatenate(pieces or [np.empty(0, pixels.dtype)])
+    return Rows(images.reshape(-1, *shape), table.column(LABEL).to_numpy())
 
 
 def group_lengths(file: pq.ParquetFile) -> list[int]:

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
-from ncsn.config.schema import DataConfig
+from ncsn.config.schema import COLORS, DataConfig
 from ncsn.data.format import NO_LABEL
 from ncsn.errors import InvalidValue
 
@@ -99,7 +99,8 @@ class Fit:
     def of(cls, data: DataConfig, *, crop: int | None = None) -> Fit:
         """The conversion that the config asks for; `crop` if it names none."""
         pixels, crop = data.pixels, data.crop or crop
-        return cls(pixels.shape[:2], data.channels, crop, data.fit, data.background_color, pixels.dtype, pixels.limits)
+        background = COLORS[data.background] if isinstance(data.background, str) else data.background
+        return cls(pixels.shape[:2], data.channels, crop, data.fit, background, pixels.dtype, pixels.limits)
 
     @property
     def least_side(self) -> int | None:

@@ -194,13 +194,7 @@ _Work = tuple[Config, str, ImageSet, Extracted, int, Identity, str, bool]
 
 
 def measure_sets(
-    config: Config,
-    dataset: str,
-    evaluator: Evaluator,
-    sets: Sequence[ImageSet],
-    *,
-    runner: Runner,
-    progress: Progress,
+    config: Config, dataset: str, evaluator: Evaluator, sets: Sequence[ImageSet], *, runner: Runner, progress: Progress
 ) -> list[Measured]:
     """All metrics of each of two sets, running scores and the excess of the first; `progress` counts the images."""
     extractor, reference = evaluator.extractor, evaluator.reference.uri

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +21,7 @@ from ncsn.config import Config
 from ncsn.core.images import fit_moments, moment_matched, to_stored, to_unit
 from ncsn.core.keyed_random import COMMON_SEED, Stream, keyed_normal
 from ncsn.data.format import Manifest, load_manifest
-from ncsn.data.training_images import open_cache
+from ncsn.data.training_images import mapped, open_cache
 from ncsn.errors import UserError
 from ncsn.evaluation import DEVIATIONS, LEAST_TEST_IMAGES, WITH_SCORE, evaluation_of, extractor_name
 from ncsn.evaluation.extractors import Extracted, Identity, batches, joined
@@ -51,10 +52,7 @@ class Reference:
     def features(self) -> npt.NDArray[np.float32]:
         """[N, D], memory-mapped where the store is local; read when first asked for."""
         uri = storage.join(self.uri, FEATURES)
-        if storage.is_local(uri):
-            mapped: npt.NDArray[np.float32] = np.load(uri, mmap_mode="r", allow_pickle=False)
-            return mapped
-        return storage.read_array(uri)
+        return mapped(Path(uri)) if storage.is_local(uri) else storage.read_array(uri)
 
 
 def load_reference(uri: str) -> Reference | None:

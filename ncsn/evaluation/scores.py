@@ -169,28 +169,27 @@ def kernel_distance(
     generator = np.random.Generator(np.random.Philox(seed))
     # Subsets that are all of both sets do not differ: one is enough.
     repeats = 1 if size == len(a) == len(b) else num_subsets
-    _, groups = np.unique(jackknife_groups(0, len(a), classes_in_turn=classes_in_turn), return_inverse=True)
-    estimates, without_group = [], []
+    groups, estimates, without_group = _members(a, classes_in_turn), [], []
     for _ in range(repeats):
         # Sorted, because a memory map is read faster in order and the estimate does not depend on the order.
         rows, columns = (np.sort(generator.choice(len(each), size, replace=False)) for each in (a, b))
-        member = groups[rows] == np.arange(groups.max() + 1)[:, None]
         x, y = (np.asarray(each, dtype=np.float64) for each in (a[rows], b[columns]))
-        estimate, rest = squared_mmd(x, y, member=member)
+        estimate, rest = squared_mmd(x, y, member=groups[:, rows])
         estimates.append(estimate)
         without_group.append(rest)
     spread = np.mean(without_group, axis=0).var()
-    return float(np.mean(estimates)), float(np.sqrt(groups.max() * spread))
+    return float(np.mean(estimates)), float(np.sqrt((len(groups) - 1) * spread))
 
 
-def squared_mmd(x: Array, y: Array, *, member: npt.NDArray[np.bool_]) -> tuple[float, Array]:
+def squared_mmd(x: Array, y: Array, *, member: Array) -> tuple[float, Array]:
     """Unbiased estimates of MMD^2 from [m, D] and [n, D] float64 features, m and n at least 2.
 
-    The first is of all features, the others [K] leave out one group of x each; `member` [K, m] divides x into groups.
+    The first is of all features, the others [K] leave out one group of x each; `member` [K, m] of 0 and 1 divides x
+    into groups.
     """
     everything, n = np.ones((1, len(y))), len(y)
     same_y = _pair_sums(y, y, everything, everything).sum() / (n * (n - 1))
-    estimate, rest, _ = _distances_without(x, y, member.astype(np.float64), everything)
+    estimate, rest, _ = _distances_without(x, y, member, everything)
     return float(estimate + same_y), rest + same_y
 
 
@@ -250,12 +249,7 @@ def _pair_sums(a: Features, b: Features, groups_a: Array, groups_b: Array) -> Ar
 
 
 def precision_recall(
-    generated: Features,
-    real: Features,
-    *,
-    neighborhood: int = 3,
-    density_neighborhood: int = 5,
-    block_size: int = 1024,
+    generated: Features, real: Features, *, neighborhood: int = 3, density_neighborhood: int = 5, block_size: int = 1024
 ) -> dict[str, float]:
     """Shares of images in the other set's support (Kynkaanniemi et al. 2019, Naeem et al. 2020).
 
@@ -273,9 +267,7 @@ def precision_recall(
     largest = max(neighborhood, density_neighborhood)
     # The nearest vector of the own set is the vector itself.
     real_radii = nearest_neighbors(real, real, k=1 + largest, block_size=block_size).distances
-    generated_radii = nearest_neighbors(generated, generated, k=1 + neighborhood, block_size=block_size).distances[
-        :, -1
-    ]
+    generated_radii = nearest_neighbors(generated, generated, k=1 + neighborhood, block_size=block_size).distances
     small, large = real_radii[:, neighborhood], real_radii[:, density_neighborhood]
     inside, hits = 0, 0
     recalled, covered = np.zeros(len(real), bool), np.zeros(len(real), bool)
@@ -285,7 +277,7 @@ def precision_recall(
         distances = _distances(_rows(generated[rows]), columns)
         inside += int((distances <= small).any(axis=1).sum())
         hits += int((distances < large).sum())
-        recalled |= (distances <= generated_radii[rows, None]).any(axis=0)
+        recalled |= (distances <= generated_radii[rows, -1:]).any(axis=0)
         covered |= (distances < large).any(axis=0)
     return {
         "precision": inside / len(generated),

@@ -207,7 +207,7 @@ def selection_figure(rows: Sequence[Mapping[str, Any]], *, metric: str) -> Figur
 
 @styled
 def epsilon_versus_quality(
-    epsilon: Sequence[float], quality: Sequence[float], *, quality_label: str, chosen: float | None = None
+    epsilon: Sequence[float], quality: Sequence[float], *, quality_label: str, chosen: float
 ) -> Figure:
     """Quality over the step size of Langevin dynamics; NaN, of a chain that diverged, is marked at the upper edge."""
     figure = Figure(figsize=(7, 3.4), layout="constrained")
@@ -220,12 +220,10 @@ def epsilon_versus_quality(
     if not finite.all():
         top = axes.get_xaxis_transform()
         axes.plot(x[~finite], np.full((~finite).sum(), 0.97), "x", color=PALETTE[1], transform=top, label="diverged")
-    if chosen is not None:
-        axes.axvline(chosen, color=PALETTE[2], linestyle="--", linewidth=1.2, label=f"chosen: {chosen:.3g}")
+    axes.axvline(chosen, color=PALETTE[2], linestyle="--", linewidth=1.2, label=f"chosen: {chosen:.3g}")
     axes.set(xlabel="epsilon (step size at the last level, squared pixels)", ylabel=quality_label, xscale="log")
     _log_scale_where_positive(axes, y[finite])
-    if axes.get_legend_handles_labels()[0]:
-        figure.legend(loc="outside upper left", ncols=2)
+    figure.legend(loc="outside upper left", ncols=2)
     return figure
 
 

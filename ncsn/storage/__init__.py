@@ -148,8 +148,7 @@ def relative_uris(values: Any, root: str) -> Any:
 def absolute_uris(values: Any, root: str) -> Any:
     """The inverse of `relative_uris`, in the store at `root`."""
     return _map_texts(
-        values,
-        lambda text: join(root, text.removeprefix(_STORE)).rstrip("/") if text.startswith(_STORE) else text,
+        values, lambda text: join(root, text.removeprefix(_STORE)).rstrip("/") if text.startswith(_STORE) else text
     )
 
 

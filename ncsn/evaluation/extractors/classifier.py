@@ -107,12 +107,7 @@ class ClassifierNetwork(nn.Module):
 
 
 def train_classifier(
-    recipe: ClassifierRecipe,
-    *,
-    images: Images,
-    labels: Labels,
-    device: str = "cpu",
-    progress: Progress | None = None,
+    recipe: ClassifierRecipe, *, images: Images, labels: Labels, device: str = "cpu", progress: Progress | None = None
 ) -> ClassifierNetwork:
     """Train by cross-entropy with AdamW and a one-cycle learning rate; deterministic for a seed and a thread count.
 
