@@ -82,7 +82,7 @@ LEAST_MODULES, MOST_MODULES = 2, 14  # of a package
 BUDGETS = {
     "ncsn/core": 3450,
     "ncsn/data": 2556,
-    "ncsn/evaluation": 1596,
+    "ncsn/evaluation": 1592,
     "ncsn/steps ncsn/runs": 2875,
     "ncsn/model": 1505,
     "ncsn/distributed": 1536,

@@ -188,42 +188,31 @@ def class_metrics(
     return {name: Metric(value, len(log_probabilities)) for name, value in values.items()}
 
 
-# A set with its features, the images of the smallest set, the extractor and the URI of the reference; and whether it is
-# the first set.
-_Work = tuple[Config, str, ImageSet, Extracted, int, Identity, str, bool]
+# A set with its features, the images of the smallest set, the extractor and the URI of the reference; and of samples,
+# which are the first set, the features of the real images.
+_Work = tuple[Config, str, ImageSet, Extracted, int, Identity, str, npt.NDArray[np.floating] | None]
 
 
 def measure_sets(
     config: Config, dataset: str, evaluator: Evaluator, sets: Sequence[ImageSet], *, runner: Runner, progress: Progress
 ) -> list[Measured]:
-    """All metrics of each of two sets, running scores and the excess of the first; `progress` counts the images."""
+    """All metrics of each of two sets, running scores and the excess of the first; `progress` counts the images.
+
+    `excess` is that of samples over real images, as a share of the distance `Reference.gaussian`.
+    """
     extractor, reference = evaluator.extractor, evaluator.reference.uri
     fewest = min(images.count for images in sets)
-    works, features = list[_Work](), list[npt.NDArray[np.floating]]()
-    for images in sets:
-        extracted = extract_set(config, dataset, images, runner=runner, progress=progress)
-        first = images is sets[0]
-        features.append(extracted.features)
-        works.append((config, dataset, images, extracted, fewest, extractor, reference, first))
+    samples, real = [extract_set(config, dataset, images, runner=runner, progress=progress) for images in sets]
+    works: list[_Work] = [
+        (config, dataset, sets[0], samples, fewest, extractor, reference, real.features),
+        (config, dataset, sets[1], real, fewest, extractor, reference, None),
+    ]
     found = {work[2]: result for work, result in runner(_measure_set, works, gpu=False)}
-    ((_, excess),) = runner(_measure_excess, [(reference, classes_in_turn(config), features)], gpu=False)
-    found[sets[0]].metrics.update(excess)
     return [found[images] for images in sets]
 
 
-def _measure_excess(work: tuple[str, int, list[npt.NDArray[np.floating]]]) -> dict[str, Metric]:
-    """`excess` of samples over real images and its 95 % interval, as shares of the distance `Reference.gaussian`."""
-    uri, in_turn, (samples, real) = work
-    reference = load_reference(uri)
-    assert reference is not None, "the evaluator has it"
-    excess, std = excess_distance(samples, real, reference.features, classes_in_turn=in_turn)
-    low, high = excess - DEVIATIONS * std, excess + DEVIATIONS * std
-    values = {"excess": excess, "excess_low": low, "excess_high": high}
-    return {name: Metric(value / reference.gaussian, len(samples)) for name, value in values.items()}
-
-
 def _measure_set(work: _Work) -> Measured:
-    config, dataset, images, extracted, fewest, extractor, uri, first = work
+    config, dataset, images, extracted, fewest, extractor, uri, real = work
     reference = load_reference(uri)
     assert reference is not None, "the evaluator has it"
     compared, asked = images, None
@@ -234,7 +223,8 @@ def _measure_set(work: _Work) -> Measured:
     elif (num_classes := config.data.num_classes) is not None:
         known = open_cache(dataset, config.evaluation.reference_split, as_bytes=True).labels
         asked = AskedClasses(images.labels(), known, num_classes, own=extractor.name == "classifier")
-    return measure_extracted(
+    in_turn = 1 if isinstance(images, SplitSet) else classes_in_turn(config)
+    measured = measure_extracted(
         extracted,
         first_images=compared.read(0, min(images.count, NEIGHBOR_IMAGES)),
         reference=reference,
@@ -245,7 +235,13 @@ def _measure_set(work: _Work) -> Measured:
         classes=extractor.name in WITH_SCORE,
         asked=asked,
         num_compared=fewest,
-        in_turn=1 if isinstance(images, SplitSet) else classes_in_turn(config),
+        in_turn=in_turn,
         by_features=config.evaluation.reference_split == "train",
-        early=first,
+        early=real is not None,
     )
+    if real is not None:
+        excess, std = excess_distance(extracted.features, real, reference.features, classes_in_turn=in_turn)
+        low, high = excess - DEVIATIONS * std, excess + DEVIATIONS * std
+        for name, value in (("excess", excess), ("excess_low", low), ("excess_high", high)):
+            measured.metrics[name] = Metric(value / reference.gaussian, len(extracted.features))
+    return measured
