@@ -81,8 +81,8 @@ LEAST_MODULES, MOST_MODULES = 2, 14  # of a package
 # Lines of each part; a change that takes it 10 % over its budget has to say why.
 BUDGETS = {
     "ncsn/core": 3450,
-    "ncsn/data": 2556,
-    "ncsn/evaluation": 1592,
+    "ncsn/data": 2563,
+    "ncsn/evaluation": 1600,
     "ncsn/steps ncsn/runs": 2875,
     "ncsn/model": 1505,
     "ncsn/distributed": 1536,
