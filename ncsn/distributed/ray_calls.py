@@ -14,7 +14,7 @@ from ray.util.actor_pool import ActorPool
 
 from ncsn.config.compute import ComputeConfig
 from ncsn.data.dataset import PartWriter, Written
-from ncsn.data.equal import Hashes
+from ncsn.data.format import Hashes
 from ncsn.distributed.cluster import on_this_machine
 from ncsn.evaluation.features import Runner, here
 from ncsn.model.build import torch_threads

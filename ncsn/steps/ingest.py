@@ -12,8 +12,7 @@ import numpy as np
 from ncsn import storage
 from ncsn.config import Config, to_yaml
 from ncsn.data.dataset import Dataset, write_dataset
-from ncsn.data.equal import Hashes, image_hashes
-from ncsn.data.format import MANIFEST, load_manifest, part_images, read_part
+from ncsn.data.format import MANIFEST, Hashes, image_hashes, load_manifest, part_images, read_part
 from ncsn.data.sources import open_source
 from ncsn.data.sources.base import NO_FILES, source_fingerprint
 from ncsn.progress import Progress
