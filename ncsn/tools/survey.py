@@ -336,16 +336,12 @@ def told_from_mirror(images: npt.NDArray[np.uint8]) -> float | None:
     count, half = len(images), _MIRROR_SIDE // 2
     if count < _MIRROR_FEWEST:
         return None
-    small = np.stack([_small(image) for image in images])
+    shown, side = picture_channels(images), (_MIRROR_SIDE, _MIRROR_SIDE)
+    gray = [Image.fromarray(each[..., 0] if each.shape[2] == 1 else each).convert("L") for each in shown]
+    small = np.stack([np.asarray(each.resize(side, Image.Resampling.BOX), np.float32) for each in gray])
     # What changes its sign in the mirror. So an image and its mirror image are (x, 1) and (-x, 0), on two sides of 0.
     odd = (small - small[:, :, ::-1])[:, :, :half].reshape(count, -1)
     odd /= max(float(odd.std()), 1e-6)
     rows, sides = np.concatenate([odd, -odd]), np.repeat([1, 0], count)
     folds = PredefinedSplit(np.tile(np.arange(count) % _MIRROR_FOLDS, 2))  # the two of an image are in one fold
     return float(cross_val_score(LogisticRegression(C=0.1, fit_intercept=False), rows, sides, cv=folds).mean())
-
-
-def _small(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-    shown = picture_channels(image)
-    gray = Image.fromarray(shown[..., 0] if shown.shape[2] == 1 else shown).convert("L")
-    return np.asarray(gray.resize((_MIRROR_SIDE, _MIRROR_SIDE), Image.Resampling.BOX), np.float32)
