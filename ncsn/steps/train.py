@@ -22,8 +22,7 @@ from ncsn.distributed.cluster import ray_cluster, ray_tags
 from ncsn.errors import UserError
 from ncsn.model import build
 from ncsn.model.averages import ensure_average
-from ncsn.model.checkpoint import FILES, TrainedNetwork, folder_name, load_checkpoint
-from ncsn.model.checkpoint_store import CheckpointStore
+from ncsn.model.checkpoint import FILES, CheckpointStore, TrainedNetwork, folder_name, load_checkpoint
 from ncsn.model.classes import require_label, require_same_classes
 from ncsn.model.trained import TRAINED_CONFIG, adapted, load_checkpoint_or_model, save_model, start_notes
 from ncsn.progress import read_progress

@@ -294,7 +294,14 @@ def _read_as(source: str, root: str, given: Sequence[str]) -> DataConfig:
 def _sample(splits: Sequence[DecodedSplit], *, total: int, progress: Progress) -> Iterator[Look | SkippedImage]:
     done, end = 0, time.perf_counter() + (math.inf if total <= ALL_LOOKED_AT else SECONDS)
     progress.start(total if total <= ALL_LOOKED_AT else MOST_LOOKED_AT, "images")
-    for part in _parts(splits, total=total):
+    parts = list(splits)
+    if total > ALL_LOOKED_AT:  # sections with about `MOST_LOOKED_AT`, the first of each split before the second
+        parts = []
+        for run in range(_RUNS):
+            for split in splits:
+                first = len(split) * run // _RUNS
+                parts.append(split.section(first, first + max(1, MOST_LOOKED_AT * len(split) // (total * _RUNS))))
+    for part in parts:
         with closing(part.each(_look_at, least_side=THUMBNAIL, cores=os.cpu_count())) as looks:
             for look in looks:
                 done += 1
@@ -303,18 +310,6 @@ def _sample(splits: Sequence[DecodedSplit], *, total: int, progress: Progress) -
                 yield look
                 if done >= FEWEST_LOOKED_AT and time.perf_counter() > end:
                     return
-
-
-def _parts(splits: Sequence[DecodedSplit], *, total: int) -> list[DecodedSplit]:
-    """The splits, or of many images sections with about `MOST_LOOKED_AT`, the first of each before the second."""
-    if total <= ALL_LOOKED_AT:
-        return list(splits)
-    parts = []
-    for run in range(_RUNS):
-        for split in splits:
-            first = len(split) * run // _RUNS
-            parts.append(split.section(first, first + max(1, MOST_LOOKED_AT * len(split) // (total * _RUNS))))
-    return parts
 
 
 def percent(share: float) -> str:
