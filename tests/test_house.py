@@ -80,12 +80,12 @@ LEAST_MODULES, MOST_MODULES = 2, 14  # of a package
 
 # Lines of each part; a change that takes it 10 % over its budget has to say why.
 BUDGETS = {
-    "ncsn/core": 3369,
+    "ncsn/core": 3355,
     "ncsn/data": 2634,
     "ncsn/evaluation": 1683,
     "ncsn/steps ncsn/runs": 2875,
     "ncsn/model": 1476,
-    "ncsn/distributed": 1424,
+    "ncsn/distributed": 1421,
     "ncsn/config": 1655,
     "ncsn/cli": 1772,
     "ncsn/tracking": 1423,
