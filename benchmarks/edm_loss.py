@@ -21,7 +21,7 @@ from ncsn.core.losses import EdmWeight, losses_at
 from ncsn.core.training_noise import LognormalNoise
 from ncsn.data.format import Rows, read_split
 from ncsn.model.checkpoint import TrainedNetwork, load_checkpoint
-from ncsn.training.batches import encoded
+from ncsn.training.batches import encoded, gray_words
 
 BATCH = 250
 
@@ -55,7 +55,8 @@ def held_out_losses(trained: TrainedNetwork, rows: Rows, *, sigmas: torch.Tensor
     for first in range(0, len(rows.images), BATCH):
         part = slice(first, first + BATCH)
         images = torch.from_numpy(np.array(rows.images[part]))
-        x = encoded(trained.config, images, seed=COMMON_SEED, stream=Stream.HELD_OUT_DEQUANTIZE, first=first)
+        gray = gray_words(trained.config, images, seed=COMMON_SEED, stream=Stream.HELD_OUT_DEQUANTIZE, first=first)
+        x = encoded(trained.config, images, gray)
         labels = None if trained.config.data.num_classes is None else torch.from_numpy(np.array(rows.labels[part]))
         with torch.inference_mode():
             parts.append(

@@ -25,8 +25,7 @@ from ncsn.data.format import Rows, read_split
 from ncsn.evaluation.extractors import batches, joined
 from ncsn.evaluation.features import extractor_of
 from ncsn.evaluation.reference import Evaluator, open_evaluator
-from ncsn.model.checkpoint import TrainedNetwork, load_checkpoint
-from ncsn.model.checkpoint_store import CheckpointStore
+from ncsn.model.checkpoint import CheckpointStore, TrainedNetwork, load_checkpoint
 from ncsn.model.generate import generate
 
 EXTRACTORS = ("classifier", "clusters")

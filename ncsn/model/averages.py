@@ -121,9 +121,17 @@ def build_average(checkpoint: str, *, relative_width: float) -> str:
         "error": error,
         "coefficients": dict(zip(parts, coefficients, strict=True)),
     }
+    total: dict[str, Tensor] = {}
+    for part, coefficient in zip(parts, coefficients, strict=True):
+        for tensor_name, tensor in load(storage.read_bytes(storage.join(folder, part))).items():
+            share = coefficient * tensor.double()
+            total[tensor_name] = total[tensor_name] + share if tensor_name in total else share
+    combined = {tensor_name: tensor.float() for tensor_name, tensor in total.items()}
+    if not all(math.isfinite(float(tensor.sum())) for tensor in combined.values()):
+        raise DamagedError(folder, "a snapshot has weights that are not finite")
     with storage.staged_folder(target, marker=INDEX) as made:
         source = load_checkpoint(checkpoint)
-        source.network.load_state_dict(_combined(folder, parts, coefficients), strict=False)  # buffers stay
+        source.network.load_state_dict(combined, strict=False)  # buffers stay
         save_network(replace(source, average=average), made)
     return target
 
@@ -142,18 +150,6 @@ def _whole(folder: str, times: Sequence[int]) -> Iterator[tuple[int, float]]:
                 _logger.warning("a snapshot of the averages is left out: %s", damage)
                 continue
         yield from ((time, width) for width in RELATIVE_WIDTHS)
-
-
-def _combined(folder: str, parts: Sequence[str], coefficients: Sequence[float]) -> dict[str, Tensor]:
-    total: dict[str, Tensor] = {}
-    for part, coefficient in zip(parts, coefficients, strict=True):
-        for name, tensor in load(storage.read_bytes(storage.join(folder, part))).items():
-            share = coefficient * tensor.double()
-            total[name] = total[name] + share if name in total else share
-    weights = {name: tensor.float() for name, tensor in total.items()}
-    if not all(math.isfinite(float(tensor.sum())) for tensor in weights.values()):
-        raise DamagedError(folder, "a snapshot has weights that are not finite")
-    return weights
 
 
 @dataclass(frozen=True)

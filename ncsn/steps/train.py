@@ -19,8 +19,7 @@ from ncsn.distributed import trainer
 from ncsn.distributed.cluster import ray_cluster, ray_tags
 from ncsn.errors import UserError
 from ncsn.model import build
-from ncsn.model.checkpoint import FILES, folder_name, load_checkpoint
-from ncsn.model.checkpoint_store import CheckpointStore
+from ncsn.model.checkpoint import FILES, CheckpointStore, folder_name, load_checkpoint
 from ncsn.model.classes import require_label, require_same_classes
 from ncsn.model.trained import adapted, start_notes
 from ncsn.progress import read_progress

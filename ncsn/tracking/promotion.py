@@ -66,29 +66,18 @@ class Promotions:
         known = self.decision(champion)
         return decide(evidence, version=version, champion=champion, of_champion=known.evidence if known else None)
 
-    def contested(self) -> tuple[str, str] | None:
-        """A version that did not see another promotion, and the champion that it is to be compared with."""
-        champions = self.champions
-        followed = {self.tags[version][PROMOTED_FROM] for version in champions}
-        for first, second in pairwise(champions):
-            if self.number(first) == self.number(second):
-                late, other = (first, second) if second in followed else (second, first)
-                return late, other if champions[-1] in (first, second) else champions[-1]
-        return None
-
-
-def read_promotions(client: MlflowClient, name: str) -> Promotions:
-    """The versions of a model and their tags."""
-    found = client.search_model_versions(f"name = '{name}'")
-    return Promotions({str(version.version): version.tags for version in found})
-
 
 def resolve_promotions(client: MlflowClient, name: str) -> Promotions:
     """Decide between promotions that did not see each other, and let the alias point to the champion."""
     while True:
-        promotions = read_promotions(client, name)
-        if contested := promotions.contested():
-            late, champion = contested
+        found = client.search_model_versions(f"name = '{name}'")
+        promotions = Promotions({str(version.version): version.tags for version in found})
+        champions, number = promotions.champions, promotions.number
+        if pair := next((pair for pair in pairwise(champions) if number(pair[0]) == number(pair[1])), None):
+            followed = {promotions.tags[version][PROMOTED_FROM] for version in champions}
+            # The one that did not see the other, and the champion that it is to be compared with.
+            late, other = pair if pair[1] in followed else reversed(pair)
+            champion = other if champions[-1] in pair else champions[-1]
             by, decision = promotions.tags[late]["promoted_by"], promotions.decision(late)
             assert decision is not None, "it is written before the promotion"
             if by == "hand" or decision.evidence is None:

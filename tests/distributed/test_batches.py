@@ -107,12 +107,7 @@ def test_gradients_of_parts_average_to_the_gradient_of_the_batch(
         )
         return [parameter.grad for parameter in state.network.parameters() if parameter.grad is not None]
 
-    class Worker(WorkerContext):
-        def __init__(self, rank: int) -> None:
-            super().__init__()
-            self.rank, self.world_size = rank, workers
-
-    shares = [Worker(rank).share(8) for rank in range(workers)]
+    shares = [WorkerContext(rank=rank, world_size=workers).share(8) for rank in range(workers)]
     assert [place for share in shares for place in share] == list(range(8))
     parts = [gradients(share.start, len(share), workers) for share in shares]
     for together, *each in zip(gradients(0, 8), *parts, strict=True):
