@@ -65,6 +65,7 @@ LIGHT = (
     "ncsn.steps.execute",
     "ncsn.kubeflow.task",
     "ncsn.steps.results",
+    "ncsn.steps.step",
     "ncsn.cli.app",
     "ncsn.cli.console",
     "ncsn.cli.doctor",

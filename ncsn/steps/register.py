@@ -25,8 +25,8 @@ from ncsn.report.words import cost_line, read_metrics
 from ncsn.runs.folder import Run, read_step, run_folder, spent
 from ncsn.runs.history import held_out_curves, load_history
 from ncsn.steps.address import keep_guide
-from ncsn.steps.execute import Context, Prepared
 from ncsn.steps.results import RegisterResult
+from ncsn.steps.step import Context, Prepared
 from ncsn.tracking import registry
 from ncsn.tracking.client import SQLITE, client_at, mlflow_errors, shown, tracking_uri
 from ncsn.tracking.gate import Evidence, Floors, Measurement, Memorization

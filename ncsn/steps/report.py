@@ -22,9 +22,9 @@ from ncsn.runs.folder import Run, RunFolder, StepRecord, read_results, read_step
 from ncsn.runs.history import held_out_curves, load_history, loss_names
 from ncsn.runs.steps import BEST, STEPS, TUNE
 from ncsn.steps.address import keep_guide
-from ncsn.steps.execute import Context, Prepared
 from ncsn.steps.register import selection_of
 from ncsn.steps.results import ReportResult, result_type
+from ncsn.steps.step import Context, Prepared
 from ncsn.tracking.client import page
 from ncsn.tracking.gate import Memorization
 from ncsn.tracking.mlflow_runs import StepRun, steps_of_run

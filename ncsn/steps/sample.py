@@ -31,8 +31,8 @@ from ncsn.progress import Progress
 from ncsn.report.images import grid_png, rows_by_class, strip_png
 from ncsn.runs.folder import Run, opened_from
 from ncsn.steps.address import keep_guide
-from ncsn.steps.execute import Context, Prepared
 from ncsn.steps.results import SampleResult
+from ncsn.steps.step import Context, Prepared
 from ncsn.tracking.mlflow_runs import StepRun
 
 GRID_IMAGES = 64

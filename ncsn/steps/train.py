@@ -36,8 +36,8 @@ from ncsn.runs.folder import (
 )
 from ncsn.runs.history import RATE, load_history
 from ncsn.steps.address import SOURCE, Place, keep, load, resolve
-from ncsn.steps.execute import Context, Prepared
 from ncsn.steps.results import TrainResult, stored_result
+from ncsn.steps.step import Context, Prepared
 from ncsn.storage.heartbeat import Lease
 from ncsn.storage.retry import limited
 from ncsn.tracking.lineage import INIT_FROM
