@@ -18,7 +18,7 @@ from collections.abc import Mapping
 
 import torch
 from matplotlib.figure import Figure
-from small_images import Images, Model, arguments, digits, train
+from small_images import Images, Model, arguments, digits, statistics, train
 from torch import Tensor
 
 from ncsn.core.samplers.settings import KarrasHeun
@@ -57,24 +57,8 @@ def moved(model: Model, self_trained: Model, w: float) -> Model:
     return Model(network, model.moments)
 
 
-def statistics(images: Tensor) -> FrechetStatistics:
-    """Mean and covariance of the pixels, on a scale on which the distances are a few units."""
-    return FrechetStatistics.of(10 * images.clamp(0, 1).flatten(1).numpy())
-
-
 def distance(model: Model, real: FrechetStatistics, *, seed: int, count: int) -> float:
     return frechet_distance(statistics(model.sample(count, seed=seed, sampler=FEW_STEPS)), real)
-
-
-def draw(distances: dict[float, float], measured: dict[str, float], path: str) -> None:
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
-    axes = figure.subplots()
-    places = sorted(distances)
-    axes.plot(places, [distances[w] for w in places], "o-")
-    axes.set(xlabel="w", ylabel="Fréchet distance of pixels", title="weights moved away from the self-training")
-    axes.text(0.5, 0.9, "\n".join(f"{name}: {value:.2f}" for name, value in measured.items()),
-              transform=axes.transAxes, ha="center", va="top")  # fmt: skip
-    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
@@ -99,7 +83,13 @@ def main() -> None:
     }
     for name, value in measured.items():
         print(f"{name:32} Fréchet distance of pixels {value:.3f}")
-    draw(distances, measured, given.out)
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(MULTIPLES, list(distances.values()), "o-")
+    axes.set(xlabel="w", ylabel="Fréchet distance of pixels", title="weights moved away from the self-training")
+    axes.text(0.5, 0.9, "\n".join(f"{name}: {value:.2f}" for name, value in measured.items()),
+              transform=axes.transAxes, ha="center", va="top")  # fmt: skip
+    figure.savefig(given.out, dpi=110)
 
 
 if __name__ == "__main__":

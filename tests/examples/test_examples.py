@@ -16,12 +16,10 @@ import released_checkpoint
 import small_images
 import torch
 from PIL import Image
-from restoration import means
 
 from ncsn.core.noise_schedule import geometric_sigmas
 
-EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
-SCRIPTS = [path for path in EXAMPLES if "__main__" in path.read_text()]  # others are modules of a script
+SCRIPTS = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +37,7 @@ def test_training_learns_and_an_image_depends_on_its_seed_and_number_alone(image
     few, many = model.sample(2, seed=3), model.sample(5, seed=3)
     torch.testing.assert_close(few, many[:2], rtol=0, atol=1e-4)
     fresh = small_images.train(images, num_images=64, widths=(16, 32))
-    real = neon.statistics(images.train)
+    real = small_images.statistics(images.train)
     learned, before = (neon.distance(each, real, seed=0, count=128) for each in (model, fresh))
     assert learned < 0.5 * before
 
@@ -89,7 +87,7 @@ def test_known_pixels_come_back_and_measurements_are_met(images, model):
     left[:, :4] = True
     completed = inpaint_and_restore.complete(model, truth, left)
     assert torch.equal(completed[..., :4], truth[..., :4])
-    operator = means(8, 8, factor=2)
+    operator = inpaint_and_restore.means(8, 8, factor=2)
     y = operator.apply(truth)
     made = inpaint_and_restore.restore(model, y, operator, sigma_y=0.0)
     error, unguided = ((operator.apply(x) - y).square().mean() for x in (made, model.sample(4)))
