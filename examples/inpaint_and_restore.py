@@ -291,16 +291,6 @@ def run_tasks(model: Model, truth: Tensor) -> list[Outcome]:
     return outcomes
 
 
-def draw(outcomes: list[Outcome], truth: Tensor, path: str, *, shown: int = 12) -> None:
-    """A panel for each task: what is given, what is made, the truth."""
-    figure = Figure(figsize=(13, 4), layout="constrained")
-    for axes, outcome in zip(figure.subplots(2, 2).flat, outcomes, strict=True):
-        show(axes, [images[:shown] for images in (outcome.given, outcome.made, truth)], outcome.name)
-        size = truth.shape[-1]
-        axes.set_yticks([size / 2 + size * row for row in range(3)], ["given", "made", "truth"])
-    figure.savefig(path, dpi=110)
-
-
 def main() -> None:
     given = arguments(__doc__, out="restored.png")
     images: Images = fashion(given.data) if given.full else digits()
@@ -308,10 +298,13 @@ def main() -> None:
     model = train(images, num_images=100_000 if given.full else 40_000, widths=widths)
     truth = images.test[:32]
     outcomes = run_tasks(model, truth)
-    for outcome in outcomes:
+    figure, size = Figure(figsize=(13, 4), layout="constrained"), truth.shape[-1]
+    for axes, outcome in zip(figure.subplots(2, 2).flat, outcomes, strict=True):
+        show(axes, [x[:12] for x in (outcome.given, outcome.made, truth)], outcome.name)
+        axes.set_yticks([size / 2 + size * row for row in range(3)], ["given", "made", "truth"])
         made, simple = (peak_signal_to_noise(x.clamp(0, 1), truth) for x in (outcome.made, outcome.simple))
         print(f"{outcome.name:25} PSNR {made:5.1f} dB, without a network {simple:5.1f} dB")
-    draw(outcomes, truth, given.out)
+    figure.savefig(given.out, dpi=110)
 
 
 if __name__ == "__main__":

@@ -48,14 +48,6 @@ def test_a_longer_training_starts_from_the_model_that_it_is_given(images, model)
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
 
 
-def test_the_weights_move_away_from_those_of_the_self_training():
-    one, other = ({"a": torch.randn(100, 7), "b": torch.randn(3)} for _ in range(2))
-    for w, expected in ((0.0, one), (-1.0, other)):
-        found = neon.extrapolated(one, other, w)
-        assert all(torch.equal(found[name], expected[name]) for name in one)
-    torch.testing.assert_close(neon.extrapolated(one, other, 1.5)["a"], one["a"] - 1.5 * (other["a"] - one["a"]))
-
-
 def test_the_least_value_is_between_the_places():
     assert neon.lowest_point({0.5: 0.545, 1.0: 0.4635, 2.0: 0.478}) == pytest.approx(1.44, abs=0.005)
     assert neon.lowest_point({w: (w - 1.3) ** 2 for w in (0.0, 0.5, 1.0, 1.5, 3.0)}) == pytest.approx(1.3)
@@ -100,6 +92,9 @@ def test_weights_move_away_from_the_self_training(model):
     for w, expected in ((0.0, model), (-1.0, other)):
         found = neon.moved(model, other, w).network.state_dict()
         assert all(torch.equal(found[name], value) for name, value in expected.network.named_parameters())
+    one, two, found = (each.network.state_dict() for each in (model, other, neon.moved(model, other, 1.5)))
+    for name, _ in model.network.named_parameters():
+        torch.testing.assert_close(found[name], one[name] - 1.5 * (two[name] - one[name]))
 
 
 def test_interpolations_end_in_the_samples_and_the_chain_has_a_state_per_level(images, model):
