@@ -82,8 +82,7 @@ def train_pipeline(config: str, run: str = "", content: str = "") -> None:
         )
         # Not cached: `ncsn select` may have chosen another checkpoint since. The store has the images of this one.
         sampled = configured(
-            sample(config=best_config, run=best_run, checkpoint=trained.outputs["checkpoint"]),
-            "Sample images",
+            sample(config=best_config, run=best_run, checkpoint=trained.outputs["checkpoint"]), "Sample images"
         )
         # Not cached: KFP takes the images of each run for new ones. The store has the results of the same images.
         evaluated = configured(
@@ -122,10 +121,7 @@ def sample_pipeline(
         evaluated: Measure the images too, for which the model's dataset is ingested if the store does not have it.
     """
     # Not cached: who is champion changes without any argument.
-    sampled = configured(
-        sample_model(model=model, registry=registry, root=root, overrides=overrides),
-        "Sample images",
-    )
+    sampled = configured(sample_model(model=model, registry=registry, root=root, overrides=overrides), "Sample images")
     with dsl.If(evaluated == True, name="if evaluated"):  # noqa: E712 - KFP records the comparison
         config, run = sampled.outputs["config"], sampled.outputs["run"]
         ingested = configured(ingest(config=config, run=run, content=""), "Ingest images")
