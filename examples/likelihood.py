@@ -46,17 +46,6 @@ def normal_bits(training: Tensor, x: Tensor) -> Tensor:
     return bits(normal.log_prob(x.flatten(1).double()), flat.shape[1])
 
 
-def draw(all_bits: dict[str, Tensor], path: str) -> None:
-    figure = Figure(figsize=(7, 3.5), layout="constrained")
-    axes = figure.subplots()
-    for name, values in all_bits.items():
-        axes.hist(values.numpy(), bins=30, alpha=0.6, label=f"{name}: {float(values.mean()):.2f}")
-    axes.axvline(math.log2(GRAYS), color="gray", label=f"uniform pixels: {math.log2(GRAYS):.2f}")
-    axes.set(xlabel="bits per dimension of a test image", ylabel="images")
-    axes.legend()
-    figure.savefig(path, dpi=110)
-
-
 def main() -> None:
     given = arguments(__doc__, out="likelihood.png")
     generator = torch.Generator().manual_seed(0)
@@ -67,11 +56,17 @@ def main() -> None:
         "network": network_bits(model, x, steps=64 if given.full else 32, probes=4 if given.full else 1),
         "normal distribution": normal_bits(dequantized(images.train, generator), x),
     }
+    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    axes = figure.subplots()
     for name, values in found.items():
+        axes.hist(values.numpy(), bins=30, alpha=0.6, label=f"{name}: {float(values.mean()):.2f}")
         error = float(values.std()) / math.sqrt(len(values))
         print(f"{name:20} {float(values.mean()):.3f} +- {error:.3f} bits per dimension (deviation over other images)")
     print(f"sigma from {float(model.network.sigmas[-1]):g} to {HIGHEST_SIGMA:g}, {len(x)} test images")
-    draw(found, given.out)
+    axes.axvline(math.log2(GRAYS), color="gray", label=f"uniform pixels: {math.log2(GRAYS):.2f}")
+    axes.set(xlabel="bits per dimension of a test image", ylabel="images")
+    axes.legend()
+    figure.savefig(given.out, dpi=110)
 
 
 if __name__ == "__main__":

@@ -18,8 +18,7 @@ from collections.abc import Mapping
 
 import torch
 from matplotlib.figure import Figure
-from small_images import Images, Model, arguments, digits, train
-from torch import Tensor
+from small_images import Images, Model, arguments, digits, statistics, train
 
 from ncsn.core.samplers.settings import KarrasHeun
 from ncsn.evaluation.frechet import FrechetStatistics, frechet_distance
@@ -27,11 +26,6 @@ from ncsn.evaluation.frechet import FrechetStatistics, frechet_distance
 FEW_STEPS = KarrasHeun(num_steps=5)
 MULTIPLES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)
 TO_TRAIN, TO_CHOOSE, TO_MEASURE = 1, 2, 3  # seeds
-
-
-def extrapolated(weights: Mapping[str, Tensor], self_trained: Mapping[str, Tensor], w: float) -> dict[str, Tensor]:
-    """The weights theta_r - w (theta_s - theta_r): theta_r for w = 0 and theta_s for w = -1, to the last bit."""
-    return {name: torch.lerp(tensor, self_trained[name], -w) for name, tensor in weights.items()}
 
 
 def lowest_point(values: Mapping[float, float]) -> float:
@@ -50,31 +44,17 @@ def lowest_point(values: Mapping[float, float]) -> float:
 
 
 def moved(model: Model, self_trained: Model, w: float) -> Model:
-    """The model with its weights moved away from those of the self-training."""
+    """The model with weights theta_r - w (theta_s - theta_r): theta_r for w = 0, theta_s for w = -1, bit by bit."""
     network = copy.deepcopy(model.network)
-    theta_r, theta_s = (dict(each.network.named_parameters()) for each in (model, self_trained))
-    network.load_state_dict(extrapolated(theta_r, theta_s, w), strict=False)  # buffers stay
+    theta_s = dict(self_trained.network.named_parameters())
+    with torch.no_grad():
+        for name, theta_r in network.named_parameters():
+            theta_r.lerp_(theta_s[name], -w)
     return Model(network, model.moments)
-
-
-def statistics(images: Tensor) -> FrechetStatistics:
-    """Mean and covariance of the pixels, on a scale on which the distances are a few units."""
-    return FrechetStatistics.of(10 * images.clamp(0, 1).flatten(1).numpy())
 
 
 def distance(model: Model, real: FrechetStatistics, *, seed: int, count: int) -> float:
     return frechet_distance(statistics(model.sample(count, seed=seed, sampler=FEW_STEPS)), real)
-
-
-def draw(distances: dict[float, float], measured: dict[str, float], path: str) -> None:
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
-    axes = figure.subplots()
-    places = sorted(distances)
-    axes.plot(places, [distances[w] for w in places], "o-")
-    axes.set(xlabel="w", ylabel="Fréchet distance of pixels", title="weights moved away from the self-training")
-    axes.text(0.5, 0.9, "\n".join(f"{name}: {value:.2f}" for name, value in measured.items()),
-              transform=axes.transAxes, ha="center", va="top")  # fmt: skip
-    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
@@ -99,7 +79,13 @@ def main() -> None:
     }
     for name, value in measured.items():
         print(f"{name:32} Fréchet distance of pixels {value:.3f}")
-    draw(distances, measured, given.out)
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(MULTIPLES, list(distances.values()), "o-")
+    axes.set(xlabel="w", ylabel="Fréchet distance of pixels", title="weights moved away from the self-training")
+    axes.text(0.5, 0.9, "\n".join(f"{name}: {value:.2f}" for name, value in measured.items()),
+              transform=axes.transAxes, ha="center", va="top")  # fmt: skip
+    figure.savefig(given.out, dpi=110)
 
 
 if __name__ == "__main__":

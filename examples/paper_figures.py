@@ -14,15 +14,14 @@ import math
 from statistics import mean, stdev
 
 import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from small_images import Images, Model, arguments, digits, train
+from small_images import Images, Model, arguments, digits, show, statistics, train
 from torch import Tensor
 
 from ncsn.core.keyed_random import KeyedNoise
 from ncsn.core.samplers.chain import sample, start
 from ncsn.core.samplers.settings import AnnealedLangevin, DpmSolver, KarrasHeun, Sampler
-from ncsn.evaluation.frechet import FrechetStatistics, frechet_distance
+from ncsn.evaluation.frechet import frechet_distance
 
 HEUN = KarrasHeun(num_steps=18)
 LANGEVIN = AnnealedLangevin(epsilon=3e-5, steps_per_level=10)
@@ -35,11 +34,8 @@ def chain(model: Model, *, rows: int = ROWS) -> Tensor:
     noise = KeyedNoise(0, first=0, count=rows, shape=model.moments.mean.shape)
     sigmas = model.network.sigmas
     states = [start(LANGEVIN, model.moments, sigma_1=float(sigmas[0]), noise=noise)]
-
-    def keep(_level: int, x: Tensor) -> None:
-        states.append(x.clone())
-
-    sample(LANGEVIN, model.network, x=states[0], sigmas=sigmas, noise=noise, on_level=keep)
+    sample(LANGEVIN, model.network, x=states[0], sigmas=sigmas, noise=noise,
+           on_level=lambda _, x: states.append(x.clone()))  # fmt: skip
     return torch.stack(states)
 
 
@@ -67,11 +63,6 @@ def neighbors(model: Model, images: Images, *, rows: int = ROWS, columns: int = 
     return torch.cat([samples[:, None], images.train[nearest]], dim=1)
 
 
-def statistics(images: Tensor) -> FrechetStatistics:
-    """Of pixels times ten, which makes the distances a few units."""
-    return FrechetStatistics.of(10 * images.clamp(0, 1).flatten(1).numpy())
-
-
 def quality(model: Model, images: Images) -> dict[str, dict[int, tuple[float, float]]]:
     """Sampler -> NFE -> mean and standard deviation of the Fréchet distance over the sets of samples."""
     levels, real = len(model.network.sigmas), statistics(images.train)
@@ -89,13 +80,6 @@ def quality(model: Model, images: Images) -> dict[str, dict[int, tuple[float, fl
             found.setdefault(name, {})[nfe] = mean(distances), stdev(distances)
             print(f"{name:18} NFE {nfe:3d}: {mean(distances):6.2f} +- {stdev(distances):.2f}")
     return found
-
-
-def show(axes: Axes, images: Tensor, title: str) -> None:
-    """Images [rows, columns, 1, H, W]."""
-    rows = [torch.cat(list(row[:, 0]), dim=1) for row in images]
-    axes.imshow(torch.cat(rows).clamp(0, 1), cmap="gray", vmin=0, vmax=1)
-    axes.set(xticks=[], yticks=[], title=title)
 
 
 def main() -> None:

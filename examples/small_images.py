@@ -10,9 +10,11 @@ from __future__ import annotations
 import argparse
 import copy
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+from matplotlib.axes import Axes
 from sklearn.datasets import load_digits
 from torch import Tensor
 from torchvision.datasets import FashionMNIST
@@ -27,6 +29,7 @@ from ncsn.core.noise_schedule import geometric_sigmas
 from ncsn.core.samplers.chain import sample, start
 from ncsn.core.samplers.settings import KarrasHeun, Sampler
 from ncsn.core.training import StepOptions, TrainState, train_step
+from ncsn.evaluation.frechet import FrechetStatistics
 
 BATCH = 64
 
@@ -130,18 +133,24 @@ def arguments(description: str | None, *, out: str) -> argparse.Namespace:
     return parser.parse_args()
 
 
-def save_grid(images: Tensor, path: str, *, columns: int) -> None:
-    """Draw images [N, 1, H, W] in rows."""
-    scale = max(1, 48 // images.shape[-1])
-    enlarged = images.clamp(0, 1).repeat_interleave(scale, -1).repeat_interleave(scale, -2)
-    save_image(enlarged, path, nrow=columns, padding=scale)
+def show(axes: Axes, rows: Iterable[Tensor], title: str) -> None:
+    """Draw rows of images, each [columns, 1, H, W]."""
+    pixels = torch.cat([torch.cat(list(row[:, 0]), dim=1) for row in rows])
+    axes.imshow(pixels.clamp(0, 1), cmap="gray", vmin=0, vmax=1)
+    axes.set(xticks=[], yticks=[], title=title)
+
+
+def statistics(images: Tensor) -> FrechetStatistics:
+    """Mean and covariance of the pixels times ten, a scale on which the distances are a few units."""
+    return FrechetStatistics.of(10 * images.clamp(0, 1).flatten(1).numpy())
 
 
 def main() -> None:
     given = arguments(__doc__, out="digits.png")
     images = digits()
     model = train(images, num_images=140_000 if given.full else 40_000)
-    save_grid(torch.cat([images.train[:32], model.sample(64)]), given.out, columns=16)
+    shown = torch.cat([images.train[:32], model.sample(64)]).clamp(0, 1)
+    save_image(shown.repeat_interleave(6, -1).repeat_interleave(6, -2), given.out, nrow=16, padding=6)
     print(f"{given.out}: two rows of real digits, four of generated ones")
 
 

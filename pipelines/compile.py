@@ -60,7 +60,6 @@ SIZES = {
 LAUNCHER = _size(("100m", "512Mi"), ("1", "2Gi"))
 # Of a task that may work in its own pod, by a config that is not known yet.
 UNKNOWN = _size(("1", "2Gi"), ("8", "16Gi"))
-REFERENCE_IMAGES = 50_000  # of a dataset that is not ingested yet: as many as the larger published ones have
 
 # Before the source of a task, and so before what it imports.
 _RUN_CODE = """
@@ -116,7 +115,11 @@ def fit(spec: dict[str, Any], platforms: Sequence[dict[str, Any]], config: Confi
         container = spec["deploymentSpec"]["executors"][label]["container"]
         step = label.removeprefix("exec-")
         container["resources"] = dict(SIZES.get(step) or _size_of(step, config))
-        if SLIM_IMAGE and _only_launches(step, config):
+        # Finish needs no torch, nor do launchers whose job is known, as it is not before a search.
+        needs_none = step == "finish"
+        if config is not None and config.search is None and step in STEPS_ELSEWHERE:
+            needs_none = step == "tune" or (config.compute.backend == "kuberay" and config.train.init_from is None)
+        if SLIM_IMAGE and needs_none:
             container["image"] = SLIM_IMAGE
             if config is not None and step in STEPS_ELSEWHERE and config.compute.kuberay.memory_per_worker is None:
                 container["env"].append({"name": WORKER_MEMORY, "value": f"{_memory(config, step) // 2**20}Mi"})
@@ -148,14 +151,8 @@ def _size_of(step: str, config: Config | None) -> dict[str, Any]:
 def _memory(config: Config, step: str) -> int:
     from ncsn.model.memory import worker_memory
 
-    return worker_memory(config, step, reference_images=REFERENCE_IMAGES)
-
-
-def _only_launches(step: str, config: Config | None) -> bool:
-    """Whether the task needs no torch: Finish, and launchers whose job is known, as it is not before a search."""
-    if config is None or config.search is not None or step not in STEPS_ELSEWHERE:
-        return step == "finish"
-    return step == "tune" or (config.compute.backend == "kuberay" and config.train.init_from is None)
+    # The dataset is not ingested yet: as many images as the larger published ones have.
+    return worker_memory(config, step, reference_images=50_000)
 
 
 if __name__ == "__main__":

@@ -82,8 +82,7 @@ def train_pipeline(config: str, run: str = "", content: str = "") -> None:
         )
         # Not cached: `ncsn select` may have chosen another checkpoint since. The store has the images of this one.
         sampled = configured(
-            sample(config=best_config, run=best_run, checkpoint=trained.outputs["checkpoint"]),
-            "Sample images",
+            sample(config=best_config, run=best_run, checkpoint=trained.outputs["checkpoint"]), "Sample images"
         )
         # Not cached: KFP takes the images of each run for new ones. The store has the results of the same images.
         evaluated = configured(

@@ -35,7 +35,6 @@ COOKIE = "NCSN_KFP_COOKIE"
 TOKEN_PATH = "KF_PIPELINES_SA_TOKEN_PATH"  # noqa: S105 - the name of a variable
 POD_TOKEN = Path("/var/run/secrets/kubeflow/pipelines/token")
 TIMEOUT_SECONDS = 10
-_FIELDS = 5  # of a schedule as people write it: minute, hour, day, month, weekday
 
 
 class KfpError(UserError):
@@ -65,7 +64,19 @@ def connect(host: str | None, *, namespace: str | None = None) -> KfpConnection:
 
     A Kubeflow of several users needs a namespace; None = that of this pod.
     """
-    address, (source, token, cookie, file) = _endpoint(host), _credentials()
+    given, name = (host or os.environ.get(ENDPOINT, "")).rstrip("/"), "--host" if host else ENDPOINT
+    if not given:
+        example = "http://localhost:8080 after `kubectl port-forward -n kubeflow svc/ml-pipeline-ui 8080:80`"
+        raise KfpError("--host", "no Kubeflow given", hint=f"pass it or set {ENDPOINT}, for example {example}")
+    try:
+        parts = urlsplit(given if "://" in given else f"https://{given}")
+    except ValueError as error:
+        raise KfpError(name, f"not an address: {error}", value=given) from None
+    if parts.username or parts.password:
+        shown = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+        hint = f"leave them out, and set {TOKEN} or {COOKIE} in the environment"
+        raise KfpError(name, "contains a user or a password", hint=hint, value=shown)
+    address, (source, token, cookie, file) = urlunsplit(parts), _credentials()
     bearer = token or (file.read_text().strip() if file else None)
     headers = {"Authorization": f"Bearer {bearer}"} if bearer else {"Cookie": cookie} if cookie else {}
     health = _health(address, headers, source)
@@ -103,23 +114,6 @@ def _credentials() -> tuple[str, str | None, str | None, Path | None]:
     if os.access(POD_TOKEN, os.R_OK):
         return str(POD_TOKEN), None, None, POD_TOKEN
     return "no credentials", None, None, None
-
-
-def _endpoint(host: str | None) -> str:
-    """The address of the API: `host`, else the environment's."""
-    address, name = (host or os.environ.get(ENDPOINT, "")).rstrip("/"), "--host" if host else ENDPOINT
-    if not address:
-        example = "http://localhost:8080 after `kubectl port-forward -n kubeflow svc/ml-pipeline-ui 8080:80`"
-        raise KfpError("--host", "no Kubeflow given", hint=f"pass it or set {ENDPOINT}, for example {example}")
-    try:
-        parts = urlsplit(address if "://" in address else f"https://{address}")
-    except ValueError as error:
-        raise KfpError(name, f"not an address: {error}", value=address) from None
-    if parts.username or parts.password:
-        shown = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
-        hint = f"leave them out, and set {TOKEN} or {COOKIE} in the environment"
-        raise KfpError(name, "contains a user or a password", hint=hint, value=shown)
-    return urlunsplit(parts)
 
 
 def reason_of(error: Exception) -> str:
@@ -200,7 +194,8 @@ def submit(connection: KfpConnection, submission: Submission, *, every: str | No
         if every is None:
             started = client.run_pipeline(**settings).run_id
         else:
-            cron = f"0 {every.strip()}" if len(every.split()) == _FIELDS else every  # KFP's first field is the second
+            # KFP's first field is the second; people write minute, hour, day, month and weekday.
+            cron = f"0 {every.strip()}" if len(every.split()) == 5 else every
             settings |= {"cron_expression": cron, "max_concurrency": 1, "no_catchup": True}
             started = client.create_recurring_run(**settings).recurring_run_id
     url = connection.run_url(started, kind="recurringrun" if every else "runs")

@@ -57,7 +57,14 @@ def wait(
         except (kfp_server_api.ApiException, urllib3.exceptions.HTTPError) as error:
             hint = "it may still be running; look at that page"
             raise KfpError(page, f"cannot watch this run any longer: {reason_of(error)}", hint=hint) from None
-        titles = _titles(run)
+        document = run.pipeline_spec or {}
+        spec = document.get("pipeline_spec", document)
+        titles = {  # of tasks, without groups of tasks such as an exit handler
+            name: task.get("taskInfo", {}).get("name", name)
+            for component in (spec["root"], *spec["components"].values())
+            for name, task in component.get("dag", {}).get("tasks", {}).items()
+            if "executorLabel" in spec["components"][task["componentRef"]["name"]]
+        }
         states = _states(run, titles)
         for name, state in {**states, "": run.state or "PENDING"}.items():
             if shown.get(name) != state:
@@ -124,19 +131,6 @@ class _Pods:
     def _give_up(self, error: Exception) -> None:
         self._api = None
         self._say(f"cannot read the pods of this run, so why one does not start is not shown: {error}")
-
-
-def _titles(run: Any) -> dict[str, str]:
-    """Task of the pipeline -> its title, without groups of tasks such as an exit handler."""
-    document = run.pipeline_spec or {}
-    spec = document.get("pipeline_spec", document)
-    graphs = [each["dag"]["tasks"] for each in (spec["root"], *spec["components"].values()) if "dag" in each]
-    return {
-        name: task.get("taskInfo", {}).get("name", name)
-        for graph in graphs
-        for name, task in graph.items()
-        if "executorLabel" in spec["components"][task["componentRef"]["name"]]
-    }
 
 
 def _states(run: Any, titles: Mapping[str, str]) -> dict[str, str]:

@@ -109,7 +109,7 @@ class ShownProgress(Progress):
 def picture(png: bytes) -> Text:
     """A PNG file for a terminal, two pixels in a character."""
     shown = Image.open(io.BytesIO(png)).convert("RGB")
-    shown.thumbnail((_PICTURE_WIDTH, _PICTURE_WIDTH))
+    shown.thumbnail((76, 76))
     text = Text()
     for y in range(0, shown.height - 1, 2):
         for x in range(shown.width):
@@ -119,14 +119,9 @@ def picture(png: bytes) -> Text:
     return text
 
 
-_PLAIN_WIDTH = 100_000  # where nobody sees the edge, nothing is cut or wrapped
-_PICTURE_WIDTH = 76
-
-
 def console_on(stream: TextIO) -> Console:
-    """A console on `stream`, with a fixed width unless it is a terminal."""
-    terminal = stream.isatty()
-    return Console(file=stream, width=None if terminal else _PLAIN_WIDTH, highlight=False)
+    """A console on `stream`. Unless that is a terminal, nobody sees the edge, and nothing is cut or wrapped."""
+    return Console(file=stream, width=None if stream.isatty() else 100_000, highlight=False)
 
 
 class Log:

@@ -7,7 +7,6 @@ import json
 import os
 import socket
 import uuid
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -21,8 +20,6 @@ from ncsn.errors import NotFound, UserError
 from ncsn.remote import open_backend
 from ncsn.remote.backend import CHECK_SECONDS, Check, NotConfigured
 from ncsn.storage.retry import limited
-
-WELL, ILL, SKIPPED = "ok", "failed", "not configured"
 
 
 @dataclass(frozen=True)
@@ -38,19 +35,30 @@ class Finding:
 def look(check: Check) -> Finding:
     """The result of a check, whatever it raises."""
     try:
-        return Finding(check.name, WELL, check.probe())
+        return Finding(check.name, "ok", check.probe())
     except NotConfigured as reason:
-        return Finding(check.name, SKIPPED, str(reason))
+        return Finding(check.name, "not configured", str(reason))
     except Exception as error:  # noqa: BLE001 - the other checks must run
         fix = next((fix for kind, fix in check.fixes.items() if isinstance(error, kind)), check.fix)
-        return Finding(check.name, ILL, "; ".join(map(str, describe(error)[0])), fix)
+        return Finding(check.name, "failed", "; ".join(map(str, describe(error)[0])), fix)
 
 
 def examine(config: Config, *, host: str | None, namespace: str | None) -> list[Finding]:
     """All findings, in the order in which a run would fail."""
-    findings = [look(check) for check in _base_checks(config, host, namespace)]
-    backend = open_backend(config.compute)
-    return [*findings, *(look(check) for check in (backend.checks() if backend else ()))]
+    from pipelines.submit import ENDPOINT, TOKEN, KfpRefusalError
+
+    root, backend = storage.absolute(config.storage.root), open_backend(config.compute)
+    keys = "export AWS_ENDPOINT_URL=http://HOST:PORT AWS_ACCESS_KEY_ID=... AWS_SECRET_ACCESS_KEY=..."
+    forward = "kubectl port-forward -n kubeflow svc/ml-pipeline-ui 8080:80"
+    away = f"{forward} & export {ENDPOINT}=http://localhost:8080"
+    checks = [
+        Check("store", lambda: _check_store(root), f"mkdir -p {root}" if storage.is_local(root) else keys),
+        Check("mlflow", lambda: _check_mlflow(config), "export MLFLOW_TRACKING_URI=http://HOST:PORT"),
+        Check("ray", _check_ray, "unset RAY_ADDRESS"),
+        Check("data", lambda: _check_data(config, host), "--set data.root=FOLDER, or --set data.download=true"),
+        Check("kfp", lambda: _check_kfp(host, namespace), away, {KfpRefusalError: f"export {TOKEN}=..."}),
+    ]
+    return [look(check) for check in (*checks, *(backend.checks() if backend else ()))]
 
 
 def report(findings: list[Finding], *, as_json: bool) -> bool:
@@ -61,21 +69,7 @@ def report(findings: list[Finding], *, as_json: bool) -> bool:
         click.echo(f"{finding.check:<13} {finding.state:<15} {finding.detail}")
         if finding.fix:
             click.echo(f"{'':<13} {'fix:':<15} {finding.fix}")
-    return all(finding.state != ILL for finding in findings)
-
-
-def _base_checks(config: Config, host: str | None, namespace: str | None) -> Iterator[Check]:
-    from pipelines.submit import ENDPOINT, TOKEN, KfpRefusalError
-
-    root = storage.absolute(config.storage.root)
-    keys = "export AWS_ENDPOINT_URL=http://HOST:PORT AWS_ACCESS_KEY_ID=... AWS_SECRET_ACCESS_KEY=..."
-    yield Check("store", lambda: _check_store(root), f"mkdir -p {root}" if storage.is_local(root) else keys)
-    yield Check("mlflow", lambda: _check_mlflow(config), "export MLFLOW_TRACKING_URI=http://HOST:PORT")
-    yield Check("ray", _check_ray, "unset RAY_ADDRESS")
-    yield Check("data", lambda: _check_data(config, host), "--set data.root=FOLDER, or --set data.download=true")
-    forward = "kubectl port-forward -n kubeflow svc/ml-pipeline-ui 8080:80"
-    away = f"{forward} & export {ENDPOINT}=http://localhost:8080"
-    yield Check("kfp", lambda: _check_kfp(host, namespace), away, {KfpRefusalError: f"export {TOKEN}=..."})
+    return all(finding.state != "failed" for finding in findings)
 
 
 def _check_store(root: str) -> str:

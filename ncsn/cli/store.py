@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from ncsn.tools.listing import Item
     from ncsn.tracking.lineage import Link
 
-_PATIENCE_SECONDS = 30.0
-
 
 def _date(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).isoformat(" ", "seconds").removesuffix("+00:00") if seconds else ""
@@ -165,29 +163,6 @@ def cleanup_command(
     for option, value in (("--run", options.run), ("--namespace", namespace), ("--dry-run", dry_run or None)):
         if value is not None:
             raise UserError(option, "goes with --jobs", hint="add it, or leave this out")
-    _delete_leftovers(options, yes=yes, as_json=as_json)
-
-
-def _end_jobs(ctx: click.Context, *, namespace: str | None, run: str | None, dry_run: bool) -> None:
-    from ncsn.kubeflow.janitor import clean_up
-    from ncsn.remote.kubernetes import KubernetesApi
-
-    api = KubernetesApi(namespace, patience=_PATIENCE_SECONDS)
-    actions = []
-    for action in clean_up(api, run=run, dry_run=dry_run):
-        actions.append(action)
-        if action.error is None:
-            click.echo(f"would {action.verb} {action.what}" if dry_run else f"{action.verb}d {action.what}")
-        else:
-            why = "; ".join(map(str, describe(action.error)[0]))
-            click.echo(f"error: could not {action.verb} {action.what}: {why}", err=True)
-    if not actions:
-        click.echo(f"nothing to do in {api.namespace}")
-    if any(action.error for action in actions):
-        ctx.exit(FAILURE)
-
-
-def _delete_leftovers(options: TargetOptions, *, yes: bool, as_json: bool) -> None:
     from rich.filesize import decimal
 
     from ncsn.tools.leftovers import CLASSES, delete_leftovers, find_leftovers
@@ -209,3 +184,22 @@ def _delete_leftovers(options: TargetOptions, *, yes: bool, as_json: bool) -> No
     click.echo(f"{'deleted' if yes else 'found'} {decimal(total)} in {root} that nothing refers to{rest}")
     if len(deleted) < len(found):
         click.echo(f"a step began meanwhile: {len(found) - len(deleted):,} more stay; run the command again")
+
+
+def _end_jobs(ctx: click.Context, *, namespace: str | None, run: str | None, dry_run: bool) -> None:
+    from ncsn.kubeflow.janitor import clean_up
+    from ncsn.remote.kubernetes import KubernetesApi
+
+    api = KubernetesApi(namespace, patience=30.0)
+    actions = []
+    for action in clean_up(api, run=run, dry_run=dry_run):
+        actions.append(action)
+        if action.error is None:
+            click.echo(f"would {action.verb} {action.what}" if dry_run else f"{action.verb}d {action.what}")
+        else:
+            why = "; ".join(map(str, describe(action.error)[0]))
+            click.echo(f"error: could not {action.verb} {action.what}: {why}", err=True)
+    if not actions:
+        click.echo(f"nothing to do in {api.namespace}")
+    if any(action.error for action in actions):
+        ctx.exit(FAILURE)

@@ -43,7 +43,16 @@ def prepare(
         given[key] = value
     config = None
     if pipeline == "sample":
-        arguments = _sample_arguments(options)
+        if options.config_uri is not None:
+            hint = "leave it out, and change values with --set"
+            raise UserError("--config", "a registered model brings its own config", hint=hint)
+        root = options.override("storage.root")
+        if root is None:
+            reason = "not set, and a registered model has no place for images"
+            raise UserError("storage.root", reason, hint="pass --set storage.root=s3://BUCKET/PREFIX")
+        _require_shared_store(root)
+        # The config is the registered one with the overrides.
+        arguments: dict[str, Any] = {"root": root, "overrides": list(options.overrides)}
         name = options.run or given.get("model", "").removeprefix("models:/") or pipeline
         tracked_as = TrackingConfig.model_fields["experiment"].default
     else:
@@ -79,19 +88,6 @@ def why_it_failed(submission: Submission) -> str:
     except Exception:  # noqa: BLE001 - a store fails in many ways, and the run's page has the reason too
         return ""
     return str(outcome or "")
-
-
-def _sample_arguments(options: TargetOptions) -> dict[str, Any]:
-    """Parameters of the sample pipeline, whose config is the registered one with the overrides."""
-    if options.config_uri is not None:
-        hint = "leave it out, and change values with --set"
-        raise UserError("--config", "a registered model brings its own config", hint=hint)
-    root = options.override("storage.root")
-    if root is None:
-        reason = "not set, and a registered model has no place for images"
-        raise UserError("storage.root", reason, hint="pass --set storage.root=s3://BUCKET/PREFIX")
-    _require_shared_store(root)
-    return {"root": root, "overrides": list(options.overrides)}
 
 
 def _experiment_arguments(target: Target, *, given_run: str | None, scheduled: bool) -> dict[str, Any]:

@@ -36,7 +36,6 @@ PACKAGES = ("ncsn", "components", "pipelines")
 _PACKAGE = Path(__file__).parents[1]
 _ABOUT = "code.json"  # in the package
 _SOURCES = (*PACKAGES, "configs", "infra", "pyproject.toml")  # what the packages and their links come from
-_CACHES = {"__pycache__"}
 _NAME = re.compile(r"([0-9a-f]{64})\.zip")
 
 
@@ -53,7 +52,7 @@ def publish_code(root: str) -> None:
     files = {f"ncsn/{_ABOUT}": json.dumps({"origin": origin(), "requires": project["dependencies"]}).encode()}
     for package in PACKAGES:
         for folder, below, names in os.walk(checkout / package, followlinks=True):
-            below[:] = [name for name in below if name not in _CACHES and not name.startswith(".")]
+            below[:] = [name for name in below if name != "__pycache__" and not name.startswith(".")]
             paths = (Path(folder, name) for name in names if not name.startswith(".") and not name.endswith(".pyc"))
             for path in paths:
                 if not path.is_file():

@@ -45,8 +45,7 @@ class TrainingHistory:
 
     def publish(self) -> None:
         """Write all points."""
-        stored = {"images_seen": self.images_seen, "points": self.points, "system": self.system, "times": self.times}
-        storage.write_json(self.uri, stored)
+        storage.write_json(self.uri, {name: values for name, values in vars(self).items() if name != "uri"})
 
     def curve(self, name: str) -> Array:
         """Values [P] of one curve, NaN where a point lacks it."""
@@ -70,13 +69,7 @@ def load_history(uri: str, *, until: int | None = None) -> TrainingHistory:
     if (stored := storage.find_json(uri)) is None:
         return TrainingHistory(uri)
     count = sum(1 for seen in stored["images_seen"] if until is None or seen <= until)
-    return TrainingHistory(
-        uri,
-        stored["images_seen"][:count],
-        stored["points"][:count],
-        stored["system"][:count],
-        stored["times"][:count],
-    )
+    return TrainingHistory(uri, **{name: values[:count] for name, values in stored.items()})
 
 
 def loss_names(sigmas: Sequence[float]) -> list[str]:
@@ -105,9 +98,6 @@ class HeldOutCurves:
 
 def held_out_curves(history: TrainingHistory) -> HeldOutCurves | None:
     """The curves in the history of a run; None if the held-out loss was never measured."""
-    found = [
-        (seen, point[LOSS], point[GAP])
-        for seen, point in zip(history.images_seen, history.points, strict=True)
-        if {LOSS, GAP} <= point.keys()
-    ]
+    pairs = zip(history.images_seen, history.points, strict=True)
+    found = [(seen, point[LOSS], point[GAP]) for seen, point in pairs if {LOSS, GAP} <= point.keys()]
     return HeldOutCurves(*np.array(found, np.float64).T) if found else None

@@ -33,9 +33,6 @@ from ncsn.tracking.gate import Evidence, Floors, Measurement, Memorization
 from ncsn.tracking.mlflow_runs import NOTE
 from ncsn.tracking.promotion import pass_gate
 
-# Name -> what it shows, of the pictures of the card.
-PICTURES = {"grid.png": "samples", "neighbors.png": "samples and their nearest training images"}
-
 
 def prepare(run: Run, *, checkpoint: str, evaluation: str) -> Prepared[RegisterResult]:
     """A checkpoint is registered once, judged by the `evaluation` of its samples."""
@@ -46,7 +43,21 @@ def prepare(run: Run, *, checkpoint: str, evaluation: str) -> Prepared[RegisterR
     config = keep_guide(config, run.folder, loaded)
     loaded = replace(loaded, config=config, guide=guide_of(loaded, config.sampling))
     measured = storage.absolute_uris(storage.read_json(evaluation), root)
-    manifest = _require_own_evaluation(measured, loaded, checkpoint)
+    # Not an evaluation of other weights, of another sampler or against other images.
+    samples = storage.read_json(storage.join(measured["samples"], "manifest.json"))
+    facts = registry.deciding(loaded)
+    wanted = {"checkpoint_digest": loaded.digest, **{name: facts.get(name) for name in registry.DECIDING}}
+    for name, value in wanted.items():
+        if samples.get(name) != value:
+            reason = f"measures samples with {name} = {shown_value(samples.get(name))}, not {shown_value(value)}"
+            hint = "sample and evaluate with the checkpoint and settings to be registered"
+            raise UserError(measured["uri"], reason, hint=hint)
+    manifest = load_manifest(measured["dataset"])
+    if manifest.digest != loaded.dataset_digest:
+        reason = (
+            f"measures against the dataset {manifest.digest}, but {checkpoint} was trained on {loaded.dataset_digest}"
+        )
+        raise UserError(measured["uri"], reason, hint="evaluate with the dataset that it was trained on")
     weights = {name: float(tensor.abs().max()) for name, tensor in loaded.network.named_parameters()}
     values = {**measured["metrics"], **measured["real_metrics"], **weights}
     not_finite = tuple(name for name, value in values.items() if not math.isfinite(value))
@@ -64,7 +75,7 @@ def prepare(run: Run, *, checkpoint: str, evaluation: str) -> Prepared[RegisterR
 
     key = {
         "checkpoint": loaded.digest,
-        **registry.deciding(loaded),
+        **facts,
         "evaluation": evaluation,
         "evidence": asdict(evidence),
         "promote": config.tracking.promote,
@@ -111,31 +122,9 @@ def register(
     told = {"gate.promoted": str(result.promoted).lower(), "gate.reason": result.reason}
     tracked.set_tags({"model.uri": result.uri, **told})
     aliases = f" ({', '.join(result.aliases)})" if result.aliases else ""
-    tracked.parent.set_tags({"model.uri": result.uri})
-    tracked.parent.set_tags({NOTE: f"{measured['verdict']}\n\nModel `{result.uri}`{aliases}: {result.reason}"})
+    note = f"{measured['verdict']}\n\nModel `{result.uri}`{aliases}: {result.reason}"
+    tracked.parent.set_tags({"model.uri": result.uri, NOTE: note})
     return result
-
-
-def _require_own_evaluation(measured: Mapping[str, Any], loaded: TrainedNetwork, checkpoint: str) -> Manifest:
-    """The dataset of an evaluation; refuses one of other weights, of another sampler or against other images."""
-    samples = storage.read_json(storage.join(measured["samples"], "manifest.json"))
-    facts = registry.deciding(loaded)
-    wanted = {"checkpoint_digest": loaded.digest, **{name: facts.get(name) for name in registry.DECIDING}}
-    for key, value in wanted.items():
-        if samples.get(key) != value:
-            raise UserError(
-                measured["uri"],
-                f"measures samples with {key} = {shown_value(samples.get(key))}, not {shown_value(value)}",
-                hint="sample and evaluate with the checkpoint and settings to be registered",
-            )
-    manifest = load_manifest(measured["dataset"])
-    if manifest.digest != loaded.dataset_digest:
-        raise UserError(
-            measured["uri"],
-            f"measures against the dataset {manifest.digest}, but {checkpoint} was trained on {loaded.dataset_digest}",
-            hint="evaluate with the dataset that it was trained on",
-        )
-    return manifest
 
 
 def _candidate(
@@ -144,6 +133,7 @@ def _candidate(
     config, guide, samples = loaded.config, loaded.guide, measured["samples"]
     pictures = {"grid.png": storage.join(samples, "grid.png"), "neighbors.png": measured["neighbors"]}
     files = {file: smaller_png(storage.read_bytes(uri)) for file, uri in pictures.items() if storage.exists(uri)}
+    shown_in = {"samples": "grid.png", "samples and their nearest training images": "neighbors.png"}
     held_out = held_out_curves(load_history(run_folder(config, run).history))
     generated, real = read_metrics(measured["metrics"]), read_metrics(measured["real_metrics"])
     copies = Memorization(**measured["memorization"]).objection
@@ -155,7 +145,7 @@ def _candidate(
         num_parameters=sum(parameter.numel() for parameter in loaded.network.parameters()),
         nfe=evaluations_per_image(config),
         cost=cost_line(spent(config, run_folder(config, run)).values()),
-        pictures={shown: file for file, shown in PICTURES.items() if file in files},
+        pictures={text: file for text, file in shown_in.items() if file in files},
         warnings=[
             *([] if held_out is None else overfitting_hints(held_out)),
             *copying_hints(generated, real, copies=copies),

@@ -24,7 +24,7 @@ from ncsn.evaluation.measure import metric_name
 from ncsn.evaluation.reference import open_evaluator
 from ncsn.progress import Progress
 from ncsn.report.plots import epsilon_versus_quality, search_coordinates, to_png
-from ncsn.runs.folder import Run, RunFolder, run_folder
+from ncsn.runs.folder import Run, run_folder
 from ncsn.runs.steps import BEST
 from ncsn.steps.address import keep_guide
 from ncsn.steps.results import TuneResult
@@ -83,7 +83,38 @@ def tune(plan: SearchPlan, manifest: Manifest, start: Start, best_run: str, cont
         objective = metric_name("fid", extractor=evaluator.name, num_images=plan.settings.num_samples)
         follower = _Follower(context.progress, tracked, plan, objective)
         search(plan, follower)
-    result = _conclude(plan, context.folder, follower, run=best_run)
+    uri, accidents = context.folder.search, follower.accidents
+    trials = read_trials(plan.trials, last_rung=plan.rungs[-1])
+    for trial in trials:
+        follower.close(trial)  # also those of earlier attempts, which may have been killed in between
+    best = best_trial(trials, accidents=accidents)
+    rung = best.rungs[-1]
+    plots = {storage.join(uri, name): png for name, png in pictures(trials, best, objective).items()}
+    for place, png in plots.items():
+        storage.write_bytes(place, png)
+    result = TuneResult(
+        uri=uri,
+        config=storage.join(uri, "best.yaml"),
+        run=best_run,
+        table=storage.join(uri, "trials.json"),
+        plots=list(plots),
+        objective_name=objective,
+        objective=rung.objective,
+        baseline=baseline_objective(plan, trials, images_seen=rung.images_seen),
+        values=best.values,
+        sampler=rung.sampler,
+        images_seen=rung.images_seen,
+        trials=table(trials, accidents=accidents),
+    )
+    everything = {"objective": objective, "best": best.number, "trials": [asdict(trial) for trial in trials]}
+    storage.write_json(result.table, storage.relative_uris(everything, context.folder.root), indent=1)
+    before = "" if result.baseline is None else f"; the config it started from: {result.baseline:.4g}"
+    header = (
+        f"# Trial {best.number} of {len(trials)} found by `ncsn tune`: {objective} = "
+        f"{rung.objective:.4g} at {rung.images_seen:,} training images{before}\n"
+    )
+    chosen = variant(variant(config, best.values), {"sampling.sampler": rung.sampler})
+    storage.write_text(result.config, header + to_yaml(chosen))
     tracked.log_metrics({objective: result.objective}, result.images_seen)
     for uri in (result.config, result.table, *result.plots):
         tracked.log_file(uri)
@@ -140,42 +171,6 @@ class _Follower:
                 run.log_metrics({name: each for name, each in found.items() if each is not None}, rung.images_seen)
                 logged.add(rung.images_seen)
         return run
-
-
-def _conclude(plan: SearchPlan, folder: RunFolder, follower: _Follower, *, run: str) -> TuneResult:
-    uri, accidents, objective = folder.search, follower.accidents, follower.objective
-    trials = read_trials(plan.trials, last_rung=plan.rungs[-1])
-    for trial in trials:
-        follower.close(trial)  # also those of earlier attempts, which may have been killed in between
-    best = best_trial(trials, accidents=accidents)
-    rung = best.rungs[-1]
-    plots = {storage.join(uri, name): png for name, png in pictures(trials, best, objective).items()}
-    for place, png in plots.items():
-        storage.write_bytes(place, png)
-    result = TuneResult(
-        uri=uri,
-        config=storage.join(uri, "best.yaml"),
-        run=run,
-        table=storage.join(uri, "trials.json"),
-        plots=list(plots),
-        objective_name=objective,
-        objective=rung.objective,
-        baseline=baseline_objective(plan, trials, images_seen=rung.images_seen),
-        values=best.values,
-        sampler=rung.sampler,
-        images_seen=rung.images_seen,
-        trials=table(trials, accidents=accidents),
-    )
-    everything = {"objective": objective, "best": best.number, "trials": [asdict(trial) for trial in trials]}
-    storage.write_json(result.table, storage.relative_uris(everything, folder.root), indent=1)
-    before = "" if result.baseline is None else f"; the config it started from: {result.baseline:.4g}"
-    header = (
-        f"# Trial {best.number} of {len(trials)} found by `ncsn tune`: {objective} = "
-        f"{rung.objective:.4g} at {rung.images_seen:,} training images{before}\n"
-    )
-    chosen = variant(variant(plan.config, best.values), {"sampling.sampler": rung.sampler})
-    storage.write_text(result.config, header + to_yaml(chosen))
-    return result
 
 
 def best_trial(trials: Sequence[TrialRecord], *, accidents: Mapping[str, str]) -> TrialRecord:

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from released import load_released_checkpoint, read_released_checkpoint
+from released_checkpoint import load_released_checkpoint, read_released_checkpoint
 
 from ncsn.core.ema import Ema, step_decay
 from ncsn.core.networks.refinenet import NcsnNetwork, NcsnV2Network

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from restoration import (
+from inpaint_and_restore import (
     Diverged,
     KnownPixels,
     Observation,
