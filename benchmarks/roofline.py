@@ -21,7 +21,7 @@ from torch.utils.flop_counter import flop_registry
 
 from ncsn.cli.console import console_on, print_plan
 from ncsn.config import Config, from_yaml
-from ncsn.tools.plan import Speed, estimate, with_levels, without_values
+from ncsn.init.plan import Speed, estimate, with_levels, without_values
 
 # FLOP/s of matrix products in bfloat16 and bytes/s from and to memory, at most, by data sheets.
 GPUS = {"a100": (312e12, 2.04e12), "h100": (989e12, 3.35e12), "h200": (989e12, 4.8e12)}

@@ -27,8 +27,8 @@ def config_and_run(config: str, run: str) -> tuple[Any, str]:
     reduce_gc()
     settle()
     from ncsn.config import from_yaml
+    from ncsn.environment import KFP_RUN_ID
     from ncsn.errors import UserError
-    from ncsn.process import KFP_RUN_ID
 
     settings = from_yaml(config)
     if not run and not os.environ.get(KFP_RUN_ID):

@@ -174,9 +174,9 @@ def finish(
     from components import config_and_run, publish
 
     settings, name = config_and_run(config, run)
+    from ncsn.environment import this_kfp_run
     from ncsn.kubeflow import finish
     from ncsn.kubeflow.janitor import forget_this_run
-    from ncsn.process import this_kfp_run
 
     result = finish.run(settings, run=name, state=status.state, message=status.error_message or "", kfp=this_kfp_run())
     publish(outcome, result, status=result.status)

@@ -22,7 +22,7 @@ from queue import SimpleQueue
 from threading import Thread
 from typing import Literal
 
-from ncsn.process import KFP_RUN_ID, utc_now
+from ncsn.environment import KFP_RUN_ID, utc_now
 from ncsn.storage.retry import Retry
 
 # Variables. The address may be a secret itself, so nothing shows it.

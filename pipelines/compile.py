@@ -16,7 +16,7 @@ from kfp import compiler
 
 from ncsn.config import Config
 from ncsn.config.compute import bytes_of
-from ncsn.process import WORKER_MEMORY
+from ncsn.environment import WORKER_MEMORY
 from ncsn.remote.manifest import GPU
 from ncsn.runs.steps import STEPS_ELSEWHERE
 from pipelines.definitions import sample_pipeline, train_pipeline

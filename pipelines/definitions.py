@@ -6,7 +6,7 @@ from kfp import dsl, kubernetes
 
 from components import IMAGE
 from components.tasks import evaluate, finish, ingest, open_model, register, report, sample, train, tune
-from ncsn.process import IMAGE_VARIABLE, KFP_RUN_ID, KFP_WORKFLOW, RUN_ID_LABEL
+from ncsn.environment import IMAGE_VARIABLE, KFP_RUN_ID, KFP_WORKFLOW, RUN_ID_LABEL
 
 ENVIRONMENT = "ncsn-environment"  # ConfigMap with addresses, in the namespace of the runs
 ADDRESSES = (

@@ -23,8 +23,8 @@ import yaml
 from kfp.client import Client, ServiceAccountTokenVolumeCredentials
 
 from ncsn.config import NOT_YAML, Config
+from ncsn.environment import POD_NAMESPACE
 from ncsn.errors import UserError
-from ncsn.process import POD_NAMESPACE
 from ncsn.remote.backend import message_of
 from pipelines.compile import PIPELINES, compile_one
 

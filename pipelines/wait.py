@@ -12,8 +12,8 @@ from typing import Any
 import kfp_server_api
 import urllib3
 
+from ncsn.environment import RUN_ID_LABEL
 from ncsn.errors import UserError
-from ncsn.process import RUN_ID_LABEL
 from ncsn.remote.kuberay import STANDALONE
 from ncsn.remote.kubernetes import KubernetesApi
 from ncsn.remote.pods import troubles_of_run

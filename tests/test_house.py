@@ -50,8 +50,8 @@ LIGHT = (
     "ncsn.remote.manifest",
     "ncsn.report.cards",
     "ncsn.report.words",
-    "ncsn.tools.leftovers",
-    "ncsn.tools.listing",
+    "ncsn.inspection.leftovers",
+    "ncsn.inspection.listing",
     "ncsn.tracking.client",
     "ncsn.tracking.deleted",
     "ncsn.tracking.gate",
@@ -94,7 +94,7 @@ BUDGETS = {
     "ncsn/report": 1181,
     "ncsn/remote": 1484,
     "ncsn/library": 355,
-    "ncsn/tools": 1720,
+    "ncsn/init ncsn/inspection": 1720,
     "ncsn/serving": 407,
     "ncsn/training": 966,
     "components pipelines": 960,
@@ -162,7 +162,7 @@ def test_few_modules_know_which_objectives_there_are() -> None:
     known = re.compile(r"(Dsm|Ssm|Consistency)LossConfig|loss\.kind( [=!]=|\]|\", )|config\.loss, ")
     found = {name for name, path in SOURCES.items() if known.search(path.read_text())}
     config = {f"ncsn.config.{name}" for name in ("training", "rules", "schema")}  # settings, what fits them, a default
-    assert found == {*config, "ncsn.model.objective", "ncsn.tools.choose"}  # the last one writes the settings of one
+    assert found == {*config, "ncsn.model.objective", "ncsn.init.choose"}  # the last one writes the settings of one
 
 
 def test_every_module_has_a_layer() -> None:

@@ -101,16 +101,16 @@ def init_command(
     choices fit the images, this machine and the length of the run. Of more than 4,096 images it looks at a sample. The
     reasons are in the file, and a picture next to it shows what training will see.
     """
-    from ncsn.tools import init
+    from ncsn.init import write
 
-    if init.is_example(place):
-        written = init.copy_example(place, out, given="--set" if overrides else "--minutes" if minutes else "")
+    if write.is_example(place):
+        written = write.copy_example(place, out, given="--set" if overrides else "--minutes" if minutes else "")
     else:
         seconds = 60 * (minutes or _MINUTES)
         if not seconds < math.inf:
             raise UserError("--minutes", "not a length of time", value=minutes)
-        asks = init.Asks(_looking, _ask_left_out, _ask_mirrored)
-        written = init.from_images(place, out, seconds=seconds, overrides=overrides, asks=asks)
+        asks = write.Asks(_looking, _ask_left_out, _ask_mirrored)
+        written = write.from_images(place, out, seconds=seconds, overrides=overrides, asks=asks)
     if as_json:
         click.echo(json.dumps(written.to_json(), indent=1))
         return
@@ -209,11 +209,11 @@ def show_config_command(*, options: TargetOptions, as_json: bool) -> None:
     Where noise = auto and the run has its dataset, it begins with the levels that were chosen.
     """
     from ncsn.config import to_json
-    from ncsn.tools.draft import documented_yaml
+    from ncsn.init.draft import documented_yaml
 
     target = options.resolve()
     if not as_json and target.config.noise.kind == "auto":
-        from ncsn.tools.plan import chosen_levels
+        from ncsn.init.plan import chosen_levels
 
         click.echo("".join(f"# {line}\n" for line in chosen_levels(target.config, target.run)), nl=False)
     click.echo(to_json(target.config) if as_json else documented_yaml(target.config), nl=as_json)
@@ -234,7 +234,7 @@ def ui_command(*, options: TargetOptions, host: str, port: int) -> None:
 def plan_command(*, options: TargetOptions, as_json: bool) -> None:
     """Estimate the time of training and sampling, and the memory of a worker, by a few steps on this machine."""
     from ncsn.cli.console import console_on, print_plan
-    from ncsn.tools.plan import plan
+    from ncsn.init.plan import plan
 
     target = options.resolve()
     found = plan(target.config, target.run)

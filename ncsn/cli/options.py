@@ -15,8 +15,8 @@ from typing import Any, get_args
 import click
 
 from ncsn.answer import INTERRUPTED, answer
+from ncsn.environment import BackendName
 from ncsn.errors import Problem, UserError, problems_of
-from ncsn.process import Backend
 from ncsn.runs.steps import OWN, STEP_TABLE
 
 FAILURE = 1
@@ -169,7 +169,7 @@ def backend_options(command: Decorated) -> Decorated:
     """`--backend` and `--address`, which `target_options` above this takes."""
     words = "Where the work runs; short for --set compute.backend=..."
     address = click.option("--address", metavar="URL", help="Dashboard of the Ray cluster, http://HEAD:8265.")
-    return click.option("--backend", type=click.Choice(get_args(Backend)), help=words)(address(command))
+    return click.option("--backend", type=click.Choice(get_args(BackendName)), help=words)(address(command))
 
 
 code_option = click.option(

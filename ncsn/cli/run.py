@@ -26,6 +26,7 @@ from ncsn.cli.target import Target
 from ncsn.config import changed_settings, continues, from_yaml
 from ncsn.errors import UserError
 from ncsn.events import announced
+from ncsn.inspection.listing import MOST, begun
 from ncsn.progress import read_progress
 from ncsn.report.words import next_step
 from ncsn.runs.code import publish_code
@@ -44,7 +45,6 @@ from ncsn.runs.folder import (
 )
 from ncsn.runs.steps import PIPELINE, STEPS, STEPS_ELSEWHERE, TUNE
 from ncsn.steps.execute import Observer, execute, refuse
-from ncsn.tools.listing import MOST, begun
 
 _POLL_SECONDS = 0.5
 

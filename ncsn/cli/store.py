@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.tree import Tree
 
     from ncsn.cli.target import TargetOptions
-    from ncsn.tools.listing import Item
+    from ncsn.inspection.listing import Item
     from ncsn.tracking.lineage import Link
 
 
@@ -44,7 +44,7 @@ def ls_command(*, kind: str, options: TargetOptions, as_json: bool) -> None:
     from rich.table import Column, Table
 
     from ncsn.cli.console import console_on
-    from ncsn.tools.listing import list_datasets, list_models, list_runs
+    from ncsn.inspection.listing import list_datasets, list_models, list_runs
 
     root = options.store_root
     if kind == "models":
@@ -84,7 +84,7 @@ def show_command(*, name: str, options: TargetOptions, as_json: bool) -> None:
     from rich.filesize import decimal
 
     from ncsn.cli.console import console_on
-    from ncsn.tools.listing import find_items
+    from ncsn.inspection.listing import find_items
     from ncsn.tracking.client import client_at, mlflow_errors, shown
     from ncsn.tracking.lineage import ACCEPTED, Link, trace
 
@@ -165,7 +165,7 @@ def cleanup_command(
             raise UserError(option, "goes with --jobs", hint="add it, or leave this out")
     from rich.filesize import decimal
 
-    from ncsn.tools.leftovers import CLASSES, delete_leftovers, find_leftovers
+    from ncsn.inspection.leftovers import CLASSES, delete_leftovers, find_leftovers
     from ncsn.tracking.client import mlflow_errors
 
     uri, root = options.registry, options.store_root

@@ -12,8 +12,8 @@ from ncsn.cli.target import Target, TargetOptions
 from ncsn.config import from_yaml, to_json
 from ncsn.config.schema import TrackingConfig
 from ncsn.data.sources.base import source_fingerprint
+from ncsn.environment import CODE, IMAGE_VARIABLE
 from ncsn.errors import UserError
-from ncsn.process import CODE, IMAGE_VARIABLE
 from ncsn.runs.code import publish_code
 from ncsn.runs.folder import read_outcome, require_owner, run_folder
 from ncsn.storage.retry import limited

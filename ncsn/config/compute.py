@@ -9,7 +9,6 @@ from pydantic import Field, field_validator
 
 from ncsn.config.choices import Section
 from ncsn.errors import UserError
-from ncsn.process import Backend
 
 MOST_WORKERS = 4096
 LEAST_MEMORY = "4Gi"  # of a worker, unless the user or an estimate asks for more
@@ -76,7 +75,7 @@ class RayJobsConfig(Section):
 class ComputeConfig(Section):
     """Where steps run, and on how many workers. Changes speed, not results."""
 
-    backend: Backend = "local"
+    backend: BackendName = "local"
     """Where tune, train, select, sample and evaluate run: local = in this process, on a Ray cluster that it starts or,
     with RAY_ADDRESS, joins; ray-jobs = as a job on an existing Ray cluster; kuberay = as a RayJob on Kubernetes. The
     last two need storage.root in S3; for ray-jobs a folder that the cluster shares works too."""

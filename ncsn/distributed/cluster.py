@@ -20,8 +20,8 @@ from ray.exceptions import RayError, RayTaskError
 
 from ncsn import storage
 from ncsn.config import Config
+from ncsn.environment import CODE, job_config
 from ncsn.errors import UserError
-from ncsn.process import CODE, job_config
 from ncsn.runs.code import ray_environment
 from ncsn.storage.heartbeat import LeaseExpired
 from ncsn.storage.retry import limited

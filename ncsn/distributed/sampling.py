@@ -37,7 +37,7 @@ MANY_EVALUATIONS = 500_000
 
 
 @dataclass(frozen=True)
-class Part:
+class Chunk:
     """Images `first .. first + count` of a seed: kept as a shard in `folder`, or else features alone."""
 
     config: Config  # its section compute; for features, evaluation too
@@ -51,7 +51,7 @@ class Part:
     number: int = 0  # of the samples that it is a part of, where there are several
 
 
-def plan_shards(config: Config, *, checkpoint: str, folder: str, dataset: str | None = None) -> list[Part]:
+def plan_shards(config: Config, *, checkpoint: str, folder: str, dataset: str | None = None) -> list[Chunk]:
     """The shards of the config's images that are still missing, each of `sampling.batch_size` images.
 
     With a `dataset`, whose extractor is used, the features of all images are wanted too. Then the images that exist
@@ -59,7 +59,7 @@ def plan_shards(config: Config, *, checkpoint: str, folder: str, dataset: str | 
     """
     sampling = config.sampling
     gaps = missing_ranges(storage.list_names(folder), num_images=sampling.num_images)
-    shard = Part(config, sampling, checkpoint, 0, sampling.batch_size, folder, dataset)
+    shard = Chunk(config, sampling, checkpoint, 0, sampling.batch_size, folder, dataset)
     missing = _cut(shard, gaps)
     if dataset is None:
         return missing
@@ -67,7 +67,7 @@ def plan_shards(config: Config, *, checkpoint: str, folder: str, dataset: str | 
     return [*_cut(replace(shard, exists=True), zip(firsts, lasts, strict=True)), *missing]
 
 
-def _cut(template: Part, ranges: Iterable[tuple[int, int]]) -> list[Part]:
+def _cut(template: Chunk, ranges: Iterable[tuple[int, int]]) -> list[Chunk]:
     """Parts like the template over all of these ranges, each of at most its `count` images."""
     return [
         replace(template, first=first, count=min(template.count, last - first))
@@ -78,7 +78,7 @@ def _cut(template: Part, ranges: Iterable[tuple[int, int]]) -> list[Part]:
 
 def make_shards(
     config: Config,
-    shards: Sequence[Part],
+    shards: Sequence[Chunk],
     *,
     progress: Progress,
     on_features: Callable[[int, Features], None] | None = None,
@@ -98,7 +98,7 @@ def make_shards(
     return made
 
 
-def _sample_shard(shard: Part) -> Features | None:
+def _sample_shard(shard: Chunk) -> Features | None:
     """Publish the shard unless it exists; the features of its images if they are wanted."""
     assert shard.folder is not None, "a shard is kept"
     if shard.exists:
@@ -140,7 +140,7 @@ def sample_features(
         part
         for number, (checkpoint, sampling) in enumerate(wanted)
         for part in _cut(
-            Part(config, sampling, checkpoint, 0, sampling.batch_size, dataset=dataset, number=number),
+            Chunk(config, sampling, checkpoint, 0, sampling.batch_size, dataset=dataset, number=number),
             [(0, num_images)],
         )
         if number not in broken  # asked when a call begins
@@ -162,7 +162,7 @@ def sample_features(
             found[number] = {}
 
 
-def _score(part: Part) -> Features | None:
+def _score(part: Chunk) -> Features | None:
     trained = _load(part.checkpoint, device=part.config.compute.device)
     guide_of(trained, part.sampling)  # an error of either file is not the sampler's
     try:
@@ -173,7 +173,7 @@ def _score(part: Part) -> Features | None:
     return extractor_of(part.config, part.dataset).extract(images).features
 
 
-def _generate(part: Part, on_level: Strip | None = None) -> NDArray[Any]:
+def _generate(part: Chunk, on_level: Strip | None = None) -> NDArray[Any]:
     config, sampling, device = part.config, part.sampling, part.config.compute.device
     build.tune_cuda(device)
     trained, first = _load(part.checkpoint, device=device), part.first

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from ncsn import storage
 from ncsn.config import Config
+from ncsn.environment import KFP_RUN_ID, KfpRun
 from ncsn.errors import UserError
-from ncsn.process import KFP_RUN_ID, KfpRun
 from ncsn.remote import open_backend
 from ncsn.report.cards import run_page
 from ncsn.runs.folder import (

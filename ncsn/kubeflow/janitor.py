@@ -20,8 +20,8 @@ from functools import partial
 
 from ncsn import storage
 from ncsn.config import Config, from_yaml, to_json
+from ncsn.environment import KfpRun, this_kfp_run
 from ncsn.errors import UserError
-from ncsn.process import KfpRun, this_kfp_run
 from ncsn.remote.backend import say
 from ncsn.remote.kuberay import NOTES, JobState
 from ncsn.remote.kubernetes import KubernetesApi, Resource, is_ending, is_over, owner_of, was_stopped

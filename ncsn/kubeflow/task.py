@@ -7,9 +7,9 @@ from collections.abc import Mapping
 
 from ncsn import storage
 from ncsn.answer import TERMINATED
+from ncsn.environment import KFP_RUN_ID, this_kfp_run
 from ncsn.errors import UserError
 from ncsn.events import tell
-from ncsn.process import KFP_RUN_ID, this_kfp_run
 from ncsn.runs.folder import ForeignRun, Outcome, Run, read_mistake, read_step, update_step, write_end, write_outcome
 from ncsn.runs.steps import STEPS
 from ncsn.steps.execute import Observer

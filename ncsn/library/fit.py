@@ -29,6 +29,9 @@ from ncsn.data.sources import open_source
 from ncsn.data.sources.base import Source
 from ncsn.data.sources.published_sets import Arrays
 from ncsn.errors import UserError
+from ncsn.init.choose import TRAINING, choose
+from ncsn.init.plan import Machine
+from ncsn.init.survey import MOST_LOOKED_AT, Look, Survey, survey
 from ncsn.library.model import ScoreModel
 from ncsn.model.checkpoint import CheckpointStore, load_checkpoint
 from ncsn.progress import Progress
@@ -36,9 +39,6 @@ from ncsn.report.images import evenly_spread
 from ncsn.runs.folder import images_seen_at
 from ncsn.storage import CACHE_DIR_VARIABLE, cache_folder, scratch_folder
 from ncsn.storage.heartbeat import LeaseExpired
-from ncsn.tools.choose import TRAINING, choose
-from ncsn.tools.plan import Machine
-from ncsn.tools.survey import MOST_LOOKED_AT, Look, Survey, survey
 from ncsn.training.context import WorkerContext
 from ncsn.training.loop import DivergedError, TrainingJob, train_loop
 

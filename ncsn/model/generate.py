@@ -88,11 +88,11 @@ def generate(
     compiled: bool = False,
 ) -> NDArray[Any]:
     """Images `first .. first + count` of the seed as one batch, `[count, H, W, C]` as stored; see `generate_joined`."""
-    parts = [Part(sampling, first, count)]
+    parts = [SeedRange(sampling, first, count)]
     return generate_joined(trained, parts, device=device, on_level=on_level, compiled=compiled)
 
 
-class Part(NamedTuple):
+class SeedRange(NamedTuple):
     """Images `first .. first + count` of the seed and label of these settings."""
 
     sampling: SamplingConfig
@@ -102,7 +102,7 @@ class Part(NamedTuple):
 
 def generate_joined(
     trained: TrainedNetwork,
-    parts: Sequence[Part],
+    parts: Sequence[SeedRange],
     *,
     device: str | torch.device = "cpu",
     on_level: Callable[[int, Tensor], None] | None = None,

@@ -4,7 +4,7 @@ The command is the `ncsn <step>` that a person types, with the local backend. Co
 through the store, so a backend carries only the command.
 
 A new one is a class with the methods of `Backend`, a branch of `ncsn.remote.open_backend`, a name in
-`ncsn.process.Backend`, and a section of its settings in `ncsn.config.compute`.
+`ncsn.environment.BackendName`, and a section of its settings in `ncsn.config.compute`.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, Self, TypeVar
 
 from ncsn import storage
+from ncsn.environment import KFP_RUN_ID
 from ncsn.errors import UserError
-from ncsn.process import KFP_RUN_ID
 from ncsn.runs.folder import RunFolder, read_step, said_newest
 from ncsn.storage.heartbeat import Heartbeat
 from ncsn.storage.retry import Retry, unavailable

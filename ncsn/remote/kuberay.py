@@ -11,8 +11,8 @@ from functools import cached_property
 
 from ncsn.answer import answer
 from ncsn.config.compute import ComputeConfig
+from ncsn.environment import CONTAINER_IMAGE, IMAGE_VARIABLE, RUN_ID_LABEL
 from ncsn.errors import UserError
-from ncsn.process import CONTAINER_IMAGE, IMAGE_VARIABLE, RUN_ID_LABEL
 from ncsn.remote.backend import (
     CHECK_SECONDS,
     PATIENCE_SECONDS,

@@ -16,8 +16,8 @@ import yaml
 from kubernetes import client, config
 from kubernetes.client.exceptions import ApiException
 
+from ncsn.environment import POD_NAMESPACE
 from ncsn.errors import UserError
-from ncsn.process import POD_NAMESPACE
 from ncsn.remote.backend import PATIENCE_SECONDS, keep_asking, message_of
 
 Resource = dict[str, Any]

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from ncsn.process import RUN_ID_LABEL
+from ncsn.environment import RUN_ID_LABEL
 from ncsn.remote.backend import TRACEBACK, DriverLog, first_error, say
 from ncsn.remote.kubernetes import KubernetesApi, Resource, time_of_event
 from ncsn.remote.manifest import ATTEMPT_LABEL

@@ -20,8 +20,8 @@ import requests
 
 from ncsn.answer import answer
 from ncsn.config.compute import ComputeConfig
+from ncsn.environment import KFP_RUN_ID, PYTHON, python_version
 from ncsn.errors import UserError
-from ncsn.process import KFP_RUN_ID, PYTHON, python_version
 from ncsn.remote.backend import (
     CHECK_SECONDS,
     PATIENCE_SECONDS,

@@ -27,8 +27,8 @@ from typing import Any, NoReturn
 from packaging.requirements import Requirement
 
 from ncsn import storage
+from ncsn.environment import CODE, KFP_RUN_ID
 from ncsn.errors import Problem, UserError
-from ncsn.process import CODE, KFP_RUN_ID
 from ncsn.runs.folder import RunFolder, StepError, Store, update_step
 
 PACKAGES = ("ncsn", "components", "pipelines")

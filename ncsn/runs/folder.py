@@ -20,9 +20,9 @@ from filelock import FileLock, Timeout
 
 from ncsn import storage
 from ncsn.config import Config, changed_settings, explain_changes, from_yaml, to_yaml
+from ncsn.environment import KFP_RUN_ID, utc_now
 from ncsn.errors import Problem, UserError, problems_of
 from ncsn.events import tell
-from ncsn.process import KFP_RUN_ID, utc_now
 from ncsn.runs.steps import OWN, STEP_TABLE, STEPS, STEPS_BY_WORKERS, TUNE
 from ncsn.storage.heartbeat import LeaseExpired
 from ncsn.storage.retry import limited

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ncsn import storage
-from ncsn.process import now_ms
+from ncsn.environment import now_ms
 
 Array = NDArray[np.float64]
 

@@ -66,7 +66,7 @@ def _call_on_loopback() -> None:
         module["add_port_to_grpc_server"] = lambda server, address: add(server, address.replace("[::]", LOOPBACK))
 
 
-class Sampler:
+class Replica:
     """Makes images of what the address names; loads another network beside it when the alias moves."""
 
     def __init__(self, address: str, root: str, registry: str | None) -> None:
@@ -210,15 +210,15 @@ def _node_metrics() -> str:
 
 
 def build(args: dict[str, str]) -> serve.Application:
-    """The application for `args` of Serve's config, which sets the replicas of Front and Sampler."""
+    """The application for `args` of Serve's config, which sets the replicas of Front and Replica."""
     return application(args["model"])
 
 
 def application(
     address: str, *, root: str = DEFAULT_ROOT, registry: str | None = None, **options: Any
 ) -> serve.Application:
-    """The application for what an address names in a store and a registry, with these options of Sampler."""
-    samplers = serve.deployment(max_ongoing_requests=_MOST_REQUESTS, **options)(Sampler)
+    """The application for what an address names in a store and a registry, with these options of Replica."""
+    samplers = serve.deployment(max_ongoing_requests=_MOST_REQUESTS, **options)(Replica)
     front = serve.deployment(max_ongoing_requests=_MOST_REQUESTS, ray_actor_options={"num_cpus": 0})(Front)
     return front.bind(samplers.bind(address, root, registry))
 

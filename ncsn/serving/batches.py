@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 from ncsn.config.schema import SamplingConfig
 from ncsn.model.checkpoint import TrainedNetwork
 from ncsn.model.classes import BALANCED
-from ncsn.model.generate import Part
+from ncsn.model.generate import SeedRange
 
 MOST_WAITING = 4096  # images
 _GATHER_SECONDS = 0.01  # for requests that come together
 
 Images = NDArray[Any]
-Make = Callable[[TrainedNetwork, Sequence[Part]], Images]
+Make = Callable[[TrainedNetwork, Sequence[SeedRange]], Images]
 
 
 class Busy(Exception):
@@ -71,7 +71,7 @@ class Batches:
             self._waiting, first = wanted, wanted[0]
             batch = [each for each in wanted if each.kind == first.kind][: first.sampling.batch_size]
             requests = [list(own) for _, own in groupby(batch, key=lambda each: each.request)]
-            parts = [Part(own[0].sampling, own[0].number, len(own)) for own in requests]
+            parts = [SeedRange(own[0].sampling, own[0].number, len(own)) for own in requests]
             try:
                 images = [
                     *await asyncio.get_running_loop().run_in_executor(self._thread, self._make, first.trained, parts)

@@ -23,8 +23,8 @@ from ncsn.config.load import EXAMPLES
 from ncsn.config.schema import SCHEME
 from ncsn.data.format import MANIFEST, load_manifest
 from ncsn.data.sources.base import source_fingerprint
+from ncsn.environment import utc_now
 from ncsn.errors import UserError
-from ncsn.process import utc_now
 from ncsn.runs.folder import INDEX, RUN_PATTERN, RunFolder, Store, find_inputs, folders_of, read_step, update_step
 
 if TYPE_CHECKING:

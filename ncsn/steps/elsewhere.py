@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from ncsn import storage
 from ncsn.config import Config, overrides_between, to_json
 from ncsn.data.format import load_manifest
-from ncsn.process import CODE, WORKER_MEMORY
+from ncsn.environment import CODE, WORKER_MEMORY
 from ncsn.remote import open_backend
 from ncsn.remote.backend import EndedByOther, RemoteFailure, RemoteLost, RemoteStep, say
 from ncsn.runs.folder import Run, read_mistake, read_step, update_step

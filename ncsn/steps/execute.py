@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from ncsn import storage
 from ncsn.config.search import require_search
+from ncsn.environment import CODE, require_same_python, utc_now
 from ncsn.errors import NotFound, UserError
-from ncsn.process import CODE, require_same_python, utc_now
 from ncsn.progress import PublishedProgress
 from ncsn.runs.code import require_packages
 from ncsn.runs.folder import ForeignRun, Run, RunFolder, find_inputs, read_step, record_failure, update_step

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from ncsn import storage
 from ncsn.config.schema import MODEL_NAME_PATTERN, SCHEME
-from ncsn.process import CODE, CONTAINER_IMAGE, IMAGE_VARIABLE, KFP_RUN_ID
+from ncsn.environment import CODE, CONTAINER_IMAGE, IMAGE_VARIABLE, KFP_RUN_ID
 from ncsn.runs.code import origin
 from ncsn.runs.folder import RunFolder
 from ncsn.tracking.client import quoted, tag_filter

@@ -31,7 +31,7 @@ _logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Entry:
+class Point:
     """One point of the curves, or one picture."""
 
     step: int  # images seen
@@ -48,7 +48,7 @@ class LiveMetrics:
 
     def __init__(self, uri: str, run_id: str) -> None:
         self.uri, self.run_id = uri, run_id
-        self._waiting: list[Entry] = []
+        self._waiting: list[Point] = []
         self._lock, self._closing = threading.Lock(), threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -58,7 +58,7 @@ class LiveMetrics:
     def log(self, metrics: Mapping[str, float], images_seen: int, when: int, *, png: bytes = b"") -> None:
         """Take the metrics of one moment, in milliseconds since 1970, or one preview of a series."""
         with self._lock:
-            self._waiting.append(Entry(images_seen, when, metrics, png))
+            self._waiting.append(Point(images_seen, when, metrics, png))
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="mlflow-metrics", daemon=True)
             self._thread.start()
@@ -91,7 +91,7 @@ class LiveMetrics:
                 away = True
 
 
-def send(client: MlflowClient, run_id: str, entries: Sequence[Entry]) -> None:
+def send(client: MlflowClient, run_id: str, entries: Sequence[Point]) -> None:
     """Record the metrics and pictures of these entries."""
     from mlflow.entities import Metric
 
@@ -114,7 +114,7 @@ def send_missing(client: MlflowClient, run_id: str, folder: RunFolder) -> None:
     if not points:
         return
     known = {metric.step for metric in client.get_metric_history(run_id, MARK)}
-    send(client, run_id, [Entry(seen, when, load | point) for seen, when, load, point in points if seen not in known])
+    send(client, run_id, [Point(seen, when, load | point) for seen, when, load, point in points if seen not in known])
     # MLflow sends the small copy of a picture last, and names it train~preview+step+64+...+compressed.webp.
     names = [Path(file.path).name for file in client.list_artifacts(run_id, "images")]
     sent = {int(name.split("+")[2]) for name in names if name.endswith(".webp")}
@@ -122,4 +122,4 @@ def send_missing(client: MlflowClient, run_id: str, folder: RunFolder) -> None:
     for seen, when, *_ in points:
         uri = folder.preview(seen)
         if seen not in sent and uri.rpartition("/")[2] in kept:
-            send(client, run_id, [Entry(seen, when, {}, storage.read_bytes(uri))])
+            send(client, run_id, [Point(seen, when, {}, storage.read_bytes(uri))])

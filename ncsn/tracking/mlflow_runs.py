@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ncsn import storage
 from ncsn.config import Config, flatten, to_yaml
-from ncsn.process import now_ms
+from ncsn.environment import now_ms
 from ncsn.runs.folder import RunFolder, cost_of, read_outcome, read_step, spent, state_after, total_cost, update_step
 from ncsn.runs.history import RATE
 from ncsn.tracking.client import (
@@ -35,7 +35,7 @@ from ncsn.tracking.client import (
     tracking_uri,
 )
 from ncsn.tracking.lineage import PARENT, provenance
-from ncsn.tracking.live import Entry, send, send_missing
+from ncsn.tracking.live import Point, send, send_missing
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -76,7 +76,7 @@ class StepRun(Connection):
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
         """Record results, `area/what` -> number; the step is in images seen, where these are counted."""
         values = {name: float(value) for name, value in metrics.items()}
-        send(self.client, self.run_id, [Entry(step, now_ms(), values)])
+        send(self.client, self.run_id, [Point(step, now_ms(), values)])
 
     def log_file(self, uri: str) -> None:
         """Copy a file of the store to the run's artifacts."""

@@ -24,7 +24,7 @@ DEFAULT_IMAGES = 16
 MAX_IMAGES = 65536
 
 
-class ScoreModel(PythonModel):
+class PyfuncModel(PythonModel):
     """Generates images; `predict` takes everything as params."""
 
     def load_context(self, context: PythonModelContext) -> None:
@@ -60,4 +60,4 @@ class ScoreModel(PythonModel):
             raise MlflowException.invalid_parameter_value(str(error)) from None
 
 
-mlflow.models.set_model(ScoreModel())
+mlflow.models.set_model(PyfuncModel())

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ncsn.config.schema import SCHEME
+from ncsn.environment import utc_now
 from ncsn.errors import UserError
 from ncsn.events import tell
-from ncsn.process import utc_now
 from ncsn.runs.folder import INDEX
 from ncsn.tracking.client import TrackingError, one_line, shown
 from ncsn.tracking.gate import Decision, Evidence, decide

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ncsn import storage
+from ncsn.environment import now_ms
 from ncsn.events import tell
 from ncsn.model.checkpoint import TrainedNetwork, save_network
 from ncsn.model.generate import sampling_facts
-from ncsn.process import now_ms
 from ncsn.tracking.client import suppress_exists
 from ncsn.tracking.mlflow_runs import StepRun
 

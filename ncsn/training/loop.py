@@ -22,12 +22,12 @@ from ncsn.config import Config
 from ncsn.core.training import train_step
 from ncsn.data.format import load_manifest
 from ncsn.data.training_images import open_training_images
+from ncsn.environment import now_ms
 from ncsn.errors import UserError
 from ncsn.model import averages, build, checkpoint
 from ncsn.model.checkpoint import CheckpointStore
 from ncsn.model.objective import objective_of
 from ncsn.model.trained import start_from, teacher
-from ncsn.process import now_ms
 from ncsn.progress import Progress
 from ncsn.runs.folder import RESUME, images_seen_at
 from ncsn.runs.history import load_history

@@ -10,15 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from ncsn.tools import choose, init
 from PIL import Image
 from refused import refused
 
 from ncsn.cli.console import picture
 from ncsn.config import from_yaml
+from ncsn.init.plan import Speed
+from ncsn.init.survey import told_from_mirror
 from ncsn.steps.ingest import write_images
-from ncsn.tools import choose, init
-from ncsn.tools.plan import Speed
-from ncsn.tools.survey import told_from_mirror
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

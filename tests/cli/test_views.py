@@ -21,10 +21,10 @@ from ncsn.cli.console import Log, ProgressView, print_plan, print_summary, shown
 from ncsn.cli.doctor import Finding, report
 from ncsn.cli.target import TargetOptions
 from ncsn.config import flatten, from_yaml
+from ncsn.init.draft import documented_yaml
 from ncsn.progress import Progress
 from ncsn.remote.backend import say
 from ncsn.runs.folder import RunFolder, StepRecord
-from ncsn.tools.draft import documented_yaml
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 RESULTS: dict[str, dict[str, Any]] = {

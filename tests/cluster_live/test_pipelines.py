@@ -15,7 +15,7 @@ from kubeflow_pipelines import ENDED, NAMESPACE, Kubeflow
 from live_place import BUCKET
 from real_cluster import eventually, kubectl
 
-from ncsn.process import CODE
+from ncsn.environment import CODE
 from ncsn.runs.steps import STEPS
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from refused import refused
 from components import config_and_run, pass_on, publish_metrics, publish_pictures, run_task
 from components.tasks import ingest, train, tune
 from ncsn.config import from_yaml, to_json
+from ncsn.environment import KFP_RUN_ID
 from ncsn.errors import InvalidValue, NotFound
-from ncsn.process import KFP_RUN_ID
 from ncsn.remote.manifest import TASK_CONFIG, task_config
 from ncsn.runs.folder import Outcome, read_outcome, read_step, run_folder
 from ncsn.steps import ingest as ingest_step

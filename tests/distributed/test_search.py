@@ -16,7 +16,7 @@ from ncsn.config import Config, from_yaml
 from ncsn.config.choices import AutoguidanceConfig, ChoiceDomain, Domain, LogDomain, UniformDomain
 from ncsn.config.compute import ComputeConfig
 from ncsn.distributed import sampling, trials
-from ncsn.distributed.sampling import Part
+from ncsn.distributed.sampling import Chunk
 from ncsn.distributed.search import DRIVER_MEMORY, Halving, Suggestions, trials_at_once
 from ncsn.distributed.trials import FAILED, Rung, Scored, SearchPlan, TrialFolder, read_trials, run_trial
 from ncsn.errors import NotFound, UserError
@@ -138,7 +138,7 @@ def test_what_is_missing_or_damaged_fails_no_trial(
 
 
 def test_a_missing_checkpoint_is_not_a_sampler_that_diverges(plan: SearchPlan) -> None:
-    part = Part(plan.config, plan.config.sampling, f"{plan.trials}/nowhere", 0, 4, dataset=plan.dataset)
+    part = Chunk(plan.config, plan.config.sampling, f"{plan.trials}/nowhere", 0, 4, dataset=plan.dataset)
     with refused(part.checkpoint, error=CheckpointError):
         sampling._score(part)
 
@@ -147,7 +147,7 @@ def test_a_missing_guide_is_not_a_sampler_that_diverges(plan: SearchPlan, datase
     outcome = train_locally(TrainingJob(config=plan.config, dataset=dataset), tmp_path / "checkpoints")
     guidance = AutoguidanceConfig(kind="autoguidance", weight=2.0, checkpoint=f"{plan.trials}/nowhere")
     guided = plan.config.sampling.model_copy(update={"guidance": guidance})
-    part = Part(plan.config, guided, str(tmp_path / "checkpoints" / outcome.checkpoint), 0, 4, dataset=dataset)
+    part = Chunk(plan.config, guided, str(tmp_path / "checkpoints" / outcome.checkpoint), 0, 4, dataset=dataset)
     with refused("sampling.guidance.checkpoint"):
         sampling._score(part)
 

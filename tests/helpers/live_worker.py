@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from ncsn import storage
-from ncsn.process import now_ms
+from ncsn.environment import now_ms
 from ncsn.runs.folder import RunFolder
 from ncsn.runs.history import load_history
 from ncsn.tracking.live import LiveMetrics

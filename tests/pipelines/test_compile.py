@@ -13,7 +13,7 @@ from kfp_api import check_spec
 from components import IMAGE
 from ncsn.config import from_yaml
 from ncsn.config.compute import ComputeConfig
-from ncsn.process import KFP_RUN_ID, KFP_WORKFLOW
+from ncsn.environment import KFP_RUN_ID, KFP_WORKFLOW
 from pipelines.compile import COMPILED, GPU, LAUNCHER, PIPELINES, UNKNOWN, compile_all, compile_one
 
 UPSTREAM = {

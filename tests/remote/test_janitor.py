@@ -19,10 +19,10 @@ from webhook import receiver
 from ncsn import storage
 from ncsn.cli import app
 from ncsn.config import Config, from_yaml, to_json
+from ncsn.environment import KFP_RUN_ID, KFP_WORKFLOW
 from ncsn.events import tell
 from ncsn.kubeflow import finish
 from ncsn.kubeflow.janitor import clean_up, note_run
-from ncsn.process import KFP_RUN_ID, KFP_WORKFLOW
 from ncsn.remote.backend import RemoteLost
 from ncsn.remote.kuberay import NOTES
 from ncsn.remote.kubernetes import KubernetesApi

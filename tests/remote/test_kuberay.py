@@ -13,8 +13,8 @@ from kubernetes_api import pairs
 from refused import refused
 
 from ncsn.config import from_yaml
+from ncsn.environment import KFP_RUN_ID, KFP_WORKFLOW
 from ncsn.kubeflow.janitor import forget_this_run, note_run
-from ncsn.process import KFP_RUN_ID, KFP_WORKFLOW
 from ncsn.remote import kuberay, pods
 from ncsn.remote.backend import EndedByOther, RemoteFailure, forwarded_environment
 from ncsn.remote.kuberay import NEEDED

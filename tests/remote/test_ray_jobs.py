@@ -27,8 +27,8 @@ from tcp_proxy import TcpProxy
 from ncsn import storage
 from ncsn.config import from_yaml
 from ncsn.config.compute import ComputeConfig
+from ncsn.environment import CODE, KFP_RUN_ID
 from ncsn.errors import UserError
-from ncsn.process import CODE, KFP_RUN_ID
 from ncsn.remote.backend import RemoteStep
 from ncsn.remote.manifest import render
 from ncsn.remote.ray_jobs import RayJobs, Refused

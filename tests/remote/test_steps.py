@@ -19,9 +19,9 @@ from ncsn import storage
 from ncsn.cli import app
 from ncsn.config import Config, from_yaml, to_json, to_yaml
 from ncsn.errors import Problem
+from ncsn.inspection.listing import describe_run
 from ncsn.runs.folder import StepError, read_step, run_folder, update_step
 from ncsn.steps.results import TrainResult
-from ncsn.tools.listing import describe_run
 
 INFRA = Path(__file__).parents[2] / "infra" / "base"
 

@@ -15,7 +15,7 @@ import yaml
 from edited_clone import ROOT, SAYS, Clone, clone
 from refused import refused
 
-from ncsn.process import CODE
+from ncsn.environment import CODE
 from ncsn.runs import code
 from ncsn.runs.folder import RunFolder, read_step
 from pipelines.compile import compile_one

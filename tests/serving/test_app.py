@@ -74,7 +74,7 @@ def test_images_count_for_the_version_that_made_them(monkeypatch: pytest.MonkeyP
     counted = Counter[str]()
     serves(monkeypatch)
     monkeypatch.setattr(app.Counter, "inc", lambda _, value, tags: counted.update({tags["model"]: value}))
-    sampler = app.Sampler("models:/tiny@champion", ".ncsn", None)
+    sampler = app.Replica("models:/tiny@champion", ".ncsn", None)
 
     async def ask() -> None:
         asked = asyncio.create_task(sampler.sample(read(b'{"number": 3}')))
@@ -98,7 +98,7 @@ def test_the_page_and_the_facts_behind_it(handle: Any) -> None:
 def test_guidance_needs_training_without_classes(monkeypatch: pytest.MonkeyPatch) -> None:
     for overrides, guided in ((), True), (["train.label_dropout=0"], False):
         serves(monkeypatch, *overrides)
-        assert app.Sampler("models:/tiny@champion", ".ncsn", None).describe()["guided"] == guided
+        assert app.Replica("models:/tiny@champion", ".ncsn", None).describe()["guided"] == guided
 
 
 def test_what_is_said_about_how_to_ask_gets_images(handle: Any) -> None:

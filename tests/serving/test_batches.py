@@ -13,7 +13,7 @@ from served import trained_by
 
 from ncsn.errors import UserError
 from ncsn.model.checkpoint import TrainedNetwork
-from ncsn.model.generate import Part, Wish, generate, generate_joined
+from ncsn.model.generate import SeedRange, Wish, generate, generate_joined
 from ncsn.serving import batches
 from ncsn.serving.batches import Batches, Busy
 
@@ -25,10 +25,10 @@ class Held:
 
     def __init__(self) -> None:
         self.begun, self.open = threading.Event(), threading.Event()
-        self.made: list[list[Part]] = []
+        self.made: list[list[SeedRange]] = []
         self.threads = set[int]()
 
-    def __call__(self, trained: TrainedNetwork, parts: Sequence[Part]) -> Any:
+    def __call__(self, trained: TrainedNetwork, parts: Sequence[SeedRange]) -> Any:
         self.begun.set()
         assert self.open.wait(60)
         self.made.append(list(parts))

@@ -43,7 +43,7 @@ class Served:
 
     def replicas(self) -> list[psutil.Process]:
         below = psutil.Process(self.process.pid).children(recursive=True)
-        return [each for each in below if "ServeReplica:ncsn:Sampler" in " ".join(each.cmdline())]
+        return [each for each in below if "ServeReplica:ncsn:Replica" in " ".join(each.cmdline())]
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,9 @@ from webhook import receiver
 from ncsn import storage
 from ncsn.cli.run import do_steps
 from ncsn.config import Config, from_yaml, to_yaml
+from ncsn.environment import KFP_RUN_ID, KfpRun
+from ncsn.inspection.listing import describe_run
 from ncsn.kubeflow import finish
-from ncsn.process import KFP_RUN_ID, KfpRun
 from ncsn.runs.folder import (
     Outcome,
     Run,
@@ -30,7 +31,6 @@ from ncsn.runs.folder import (
 )
 from ncsn.runs.steps import STEPS
 from ncsn.steps.step import Context, Prepared
-from ncsn.tools.listing import describe_run
 from ncsn.tracking.client import TrackingError
 from ncsn.tracking.mlflow_runs import step_run
 

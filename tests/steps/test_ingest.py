@@ -19,9 +19,9 @@ from refused import refused
 from ncsn.cli import app
 from ncsn.config import Config, from_yaml, to_yaml
 from ncsn.data.format import load_manifest, read_split
+from ncsn.environment import CODE, KFP_RUN_ID, KfpRun
 from ncsn.errors import NotFound, UserError
 from ncsn.kubeflow import finish
-from ncsn.process import CODE, KFP_RUN_ID, KfpRun
 from ncsn.runs.folder import ForeignRun, Outcome, RunFolder, read_step, run_folder, write_outcome
 from ncsn.steps import ingest
 

@@ -16,8 +16,8 @@ from refused import refused
 
 from ncsn import storage
 from ncsn.config import Config, from_yaml
+from ncsn.environment import KFP_RUN_ID
 from ncsn.errors import InvalidValue, NotFound, UserError, problems_of
-from ncsn.process import KFP_RUN_ID
 from ncsn.remote.backend import EndedByOther, RemoteLost, RemoteStep
 from ncsn.runs.folder import (
     ForeignRun,

@@ -14,7 +14,7 @@ from local_training import train_locally
 from ncsn.config import to_yaml
 from ncsn.data.dataset import write_dataset
 from ncsn.data.sources import open_source
-from ncsn.process import now_ms
+from ncsn.environment import now_ms
 from ncsn.progress import Progress
 from ncsn.runs.history import load_history
 from ncsn.tracking import live, mlflow_runs

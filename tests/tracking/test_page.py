@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect
 
-from ncsn.process import now_ms
+from ncsn.environment import now_ms
 from ncsn.report.images import grid_png
 from ncsn.runs.history import RATE
 from ncsn.tracking import client

@@ -22,13 +22,13 @@ from ncsn.data.format import equal_in_words, image_hashes, repeats
 from ncsn.data.sources import open_source
 from ncsn.data.sources.image_folder import how_to_convert, in_words
 from ncsn.errors import MISSING, NotFound, UserError
+from ncsn.init import choose
+from ncsn.init.choose import FirstConfig
+from ncsn.init.plan import Machine
+from ncsn.init.survey import Survey, percent, survey
 from ncsn.progress import Progress
 from ncsn.report.images import evenly_spread, grid_png
 from ncsn.report.words import duration
-from ncsn.tools import choose
-from ncsn.tools.choose import FirstConfig
-from ncsn.tools.plan import Machine
-from ncsn.tools.survey import Survey, percent, survey
 
 _NAMED = 3  # classes
 

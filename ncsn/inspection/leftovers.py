@@ -21,11 +21,11 @@ from ncsn import storage
 from ncsn.config import ConfigError, from_yaml
 from ncsn.data.format import MANIFEST
 from ncsn.errors import UserError
+from ncsn.inspection.listing import at_once, begun, grouped
 from ncsn.runs import folder
 from ncsn.runs.folder import RUN_PATTERN, Store
 from ncsn.runs.steps import TUNE
 from ncsn.storage import Entry
-from ncsn.tools.listing import at_once, begun, grouped
 from ncsn.tracking.client import client_at
 from ncsn.tracking.deleted import delete_artifacts, deleted_artifacts, every_version, sampled_runs
 

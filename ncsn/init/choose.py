@@ -26,11 +26,11 @@ from ncsn.core.training_noise import FEW_DRAWS, LognormalNoise
 from ncsn.data.sources.parquet_files import SPLIT_OF
 from ncsn.errors import UserError
 from ncsn.evaluation import LEAST_TEST_IMAGES
+from ncsn.init.draft import Draft, any_config
+from ncsn.init.plan import Machine, Speed, measure_speed
+from ncsn.init.survey import MOST_LOOKED_AT, Survey, percent, told_from_mirror
 from ncsn.report.images import evenly_spread
 from ncsn.report.words import duration
-from ncsn.tools.draft import Draft, any_config
-from ncsn.tools.plan import Machine, Speed, measure_speed
-from ncsn.tools.survey import MOST_LOOKED_AT, Survey, percent, told_from_mirror
 
 SIZES = (8, 16, 32, 64)  # pixels; more needs more than the compact network and an hour
 ENOUGH_IMAGES = 80_000  # trained on, for a larger size to be worth it

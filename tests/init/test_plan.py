@@ -8,13 +8,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from do import do
+from ncsn.tools import plan as planning
 from refused import refused
 
 from ncsn.config import Config, from_yaml
 from ncsn.core.losses import Batch, ConsistencyTuning
+from ncsn.init.plan import Speed, chosen_levels, estimate, plan
 from ncsn.runs.folder import cost_of
-from ncsn.tools import plan as planning
-from ncsn.tools.plan import Speed, chosen_levels, estimate, plan
 
 ANY = Speed(0.01, 0.002)
 TINY = """
@@ -55,8 +55,8 @@ def test_this_machine_is_measured(tmp_path: Path) -> None:
 def test_a_teacher_counts_as_training_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without dropout, at pairs of all stages, and in its precision."""
     steps: list[tuple[Batch, ConsistencyTuning]] = []
-    monkeypatch.setattr("ncsn.tools.plan.SECONDS", 0.001)
-    monkeypatch.setattr("ncsn.tools.plan.train_step", lambda _, batch, *, loss, **__: steps.append((batch, loss)))
+    monkeypatch.setattr("ncsn.init.plan.SECONDS", 0.001)
+    monkeypatch.setattr("ncsn.init.plan.train_step", lambda _, batch, *, loss, **__: steps.append((batch, loss)))
 
     def tuning(pairs: str, precision: str = "float32", *more: str) -> Config:
         loss = f"loss={{kind: consistency, q: 2, stages: 8, pairs: {pairs}}}", "sampling.sampler={kind: consistency}"

@@ -33,8 +33,8 @@ from ncsn.data.sources.image_files import (
 )
 from ncsn.data.sources.parquet_files import SUFFIX
 from ncsn.errors import UserError
+from ncsn.init.draft import any_config
 from ncsn.progress import Progress
-from ncsn.tools.draft import any_config
 
 ALL_LOOKED_AT = 4096  # up to this number of images, all are
 MOST_LOOKED_AT = 1024  # of more images

@@ -7,16 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from ncsn.tools import choose as choices
 from PIL import Image
 from refused import refused
 
 from ncsn.config import Config, ConfigError, from_yaml
 from ncsn.errors import UserError
+from ncsn.init.choose import FirstConfig, held_out, sizes_for, slug, unet
+from ncsn.init.plan import Machine, Speed, measure_speed
+from ncsn.init.survey import survey
 from ncsn.model.objective import noise_notes
-from ncsn.tools import choose as choices
-from ncsn.tools.choose import FirstConfig, held_out, sizes_for, slug, unet
-from ncsn.tools.plan import Machine, Speed, measure_speed
-from ncsn.tools.survey import survey
 
 CPU, GPU = Machine(cores=2, gpus=0), Machine(cores=16, gpus=1, gpu="some GPU")
 

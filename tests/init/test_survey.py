@@ -12,14 +12,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from image_folders import put
+from ncsn.tools import survey as look
 from PIL import Image
 from ray_driver import with_progress
 from refused import refused
 from sklearn.datasets import load_digits
 
 from ncsn.errors import NotFound
-from ncsn.tools import survey as look
-from ncsn.tools.survey import survey, told_from_mirror
+from ncsn.init.survey import survey, told_from_mirror
 
 
 def picture(seed: int, *, size: tuple[int, int] = (40, 30), bands: int = 3) -> Image.Image:

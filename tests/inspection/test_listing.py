@@ -8,13 +8,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from ncsn.tools import listing
 
 from ncsn import storage
 from ncsn.config import Config, from_yaml, to_yaml
+from ncsn.inspection.listing import describe_run, find_items, list_datasets, list_models, list_runs
 from ncsn.runs.folder import Outcome, RunFolder, StepError, update_step, write_outcome
 from ncsn.steps.ingest import write_images
-from ncsn.tools import listing
-from ncsn.tools.listing import describe_run, find_items, list_datasets, list_models, list_runs
 from ncsn.tracking.client import client_at, tracking_uri
 from ncsn.tracking.gate import Evidence, Measurement, Memorization
 from ncsn.tracking.promotion import pass_gate

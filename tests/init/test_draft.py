@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from ncsn.config import ConfigError
-from ncsn.tools.draft import Draft
+from ncsn.init.draft import Draft
 
 
 def test_what_is_given_is_not_chosen() -> None:

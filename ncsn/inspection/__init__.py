@@ -1,0 +1,1 @@
+"""What is in a store and its registry, and what nothing there refers to."""

@@ -1,1 +1,0 @@
-"""Everything that is not a pipeline step: first configs, planning, listing, cleaning up."""
