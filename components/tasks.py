@@ -40,7 +40,7 @@ def ingest(
 
 
 @_may_start_pods
-def tune(
+def search(
     config: str,
     run: str,
     dataset: dsl.Input[dsl.Dataset],
@@ -57,13 +57,13 @@ def tune(
         publish_nothing(search, plots, metrics)
         return (config, run)
     from ncsn.config import to_json
-    from ncsn.steps.tune import trainable
+    from ncsn.steps.search import trainable
     from ncsn.storage import read_bytes
 
-    result = run_task("tune", config, run, dataset=dataset, task_config=task_config)
+    result = run_task("search", config, run, dataset=dataset, task_config=task_config)
     publish(search, result, uri=result.uri, config=result.config)
     publish_pictures(plots, {uri.rpartition("/")[2]: read_bytes(uri) for uri in result.plots})
-    publish_metrics(metrics, {"tune/objective": result.objective, "tune/baseline": result.baseline})
+    publish_metrics(metrics, {"search/objective": result.objective, "search/baseline": result.baseline})
     return (to_json(trainable(result, settings)), result.run)
 
 

@@ -118,7 +118,7 @@ def fit(spec: dict[str, Any], platforms: Sequence[dict[str, Any]], config: Confi
         # Finish needs no torch, nor do launchers whose job is known, as it is not before a search.
         needs_none = step == "finish"
         if config is not None and config.search is None and step in STEPS_ELSEWHERE:
-            needs_none = step == "tune" or (config.compute.backend == "kuberay" and config.train.init_from is None)
+            needs_none = step == "search" or (config.compute.backend == "kuberay" and config.train.init_from is None)
         if SLIM_IMAGE and needs_none:
             container["image"] = SLIM_IMAGE
             if config is not None and step in STEPS_ELSEWHERE and config.compute.kuberay.memory_per_worker is None:
@@ -138,7 +138,7 @@ def fit(spec: dict[str, Any], platforms: Sequence[dict[str, Any]], config: Confi
 def _size_of(step: str, config: Config | None) -> dict[str, Any]:
     if config is None:
         return UNKNOWN
-    compute, idle = config.compute, step == "tune" and config.search is None
+    compute, idle = config.compute, step == "search" and config.search is None
     if idle or compute.backend != "local":
         return LAUNCHER
     # One CPU and 2 GiB more, for the driver, Ray and MLflow's client.

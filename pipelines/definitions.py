@@ -5,7 +5,7 @@ from typing import List  # noqa: UP035 - the form that KFP reads
 from kfp import dsl, kubernetes
 
 from components import IMAGE
-from components.tasks import evaluate, finish, ingest, open_model, register, report, sample, train, tune
+from components.tasks import evaluate, finish, ingest, open_model, register, report, sample, search, train
 from ncsn.environment import IMAGE_VARIABLE, KFP_RUN_ID, KFP_WORKFLOW, RUN_ID_LABEL
 
 ENVIRONMENT = "ncsn-environment"  # ConfigMap with addresses, in the namespace of the runs
@@ -30,7 +30,7 @@ SECRETS = (
     "NCSN_WEBHOOK_SECRET",
 )
 # Tasks that may compute in their own pod.
-COMPUTING = ("tune", "train", "sample", "evaluate")
+COMPUTING = ("search", "train", "sample", "evaluate")
 
 
 def configured(task: dsl.PipelineTask, title: str, *, cached: bool = False) -> dsl.PipelineTask:
@@ -75,7 +75,7 @@ def train_pipeline(config: str, run: str = "", content: str = "") -> None:
         ingested = configured(ingest(config=config, run=run, content=content), "Ingest images")
         dataset = ingested.outputs["dataset"]
         # A task and not a branch: only a task that reads the config knows whether it asks for a search.
-        tuned = configured(tune(config=config, run=run, dataset=dataset), "Search settings, if asked", cached=True)
+        tuned = configured(search(config=config, run=run, dataset=dataset), "Search settings, if asked", cached=True)
         best_config, best_run = tuned.outputs["best_config"], tuned.outputs["best_run"]
         trained = configured(
             train(config=best_config, run=best_run, dataset=dataset), "Train score network", cached=True

@@ -197,7 +197,7 @@ def describe_result(step: str, result: Any, **more: str | None) -> str:
     places = ("uri", "config", "table", "grid", "strip", "checkpoint", *more)
     lines = [*([result.verdict] if step == "evaluate" else []), f"{step}: {result}"]
     lines += [f"{key}: {values[key]}" for key in places if isinstance(values.get(key), str)]
-    if step == "tune":
+    if step == "search":
         lines = [_trials_table(values), *lines, f"next: ncsn run --config {result.config}"]
     return "\n".join([*lines, *(f"note: {note}" for note in values.get("notes", ()))])
 

@@ -43,7 +43,7 @@ from ncsn.runs.folder import (
     write_end,
     write_outcome,
 )
-from ncsn.runs.steps import PIPELINE, STEPS, STEPS_ELSEWHERE, TUNE
+from ncsn.runs.steps import PIPELINE, SEARCH, STEPS, STEPS_ELSEWHERE
 from ncsn.steps.execute import Observer, execute, refuse
 
 _POLL_SECONDS = 0.5
@@ -176,8 +176,8 @@ def do_steps(run: Run, steps: tuple[str, ...], *, finish: bool = False) -> None:
                 result = execute(step, runs[-1], terminal, given=given, **options)
                 if step == STEPS[0]:
                     given["dataset"] = result.uri
-                elif step == TUNE:
-                    from ncsn.steps.tune import trainable
+                elif step == SEARCH:
+                    from ncsn.steps.search import trainable
 
                     runs.append(Run(trainable(result, config), result.run))
                     storage.delete(runs[-1].folder.status)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from ncsn.config.choices import Section
+from ncsn.environment import BackendName
 from ncsn.errors import UserError
 
 MOST_WORKERS = 4096
@@ -76,9 +77,9 @@ class ComputeConfig(Section):
     """Where steps run, and on how many workers. Changes speed, not results."""
 
     backend: BackendName = "local"
-    """Where tune, train, select, sample and evaluate run: local = in this process, on a Ray cluster that it starts or,
-    with RAY_ADDRESS, joins; ray-jobs = as a job on an existing Ray cluster; kuberay = as a RayJob on Kubernetes. The
-    last two need storage.root in S3; for ray-jobs a folder that the cluster shares works too."""
+    """Where search, train, select, sample and evaluate run: local = in this process, on a Ray cluster that it starts
+    or, with RAY_ADDRESS, joins; ray-jobs = as a job on an existing Ray cluster; kuberay = as a RayJob on Kubernetes.
+    The last two need storage.root in S3; for ray-jobs a folder that the cluster shares works too."""
     num_workers: int | tuple[int, int] = 1
     """Number of Ray Train workers, 1 to 4096, and of concurrent Ray tasks for sampling. [min, max] = elastic: training
     starts with as many workers as the cluster has room for, continues with fewer when it loses a node, and grows again;

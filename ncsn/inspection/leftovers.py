@@ -24,7 +24,7 @@ from ncsn.errors import UserError
 from ncsn.inspection.listing import at_once, begun, grouped
 from ncsn.runs import folder
 from ncsn.runs.folder import RUN_PATTERN, Store
-from ncsn.runs.steps import TUNE
+from ncsn.runs.steps import SEARCH
 from ncsn.storage import Entry
 from ncsn.tracking.client import client_at
 from ncsn.tracking.deleted import delete_artifacts, deleted_artifacts, every_version, sampled_runs
@@ -80,7 +80,7 @@ def find_leftovers(root: str, registry: str) -> tuple[list[Leftover], dict[str, 
     candidates += _cut([entry for entry in files if folder.run_of(entry.path) not in active])
     for run in runs.keys() - active:
         candidates += _surplus(root, runs[run])
-        tuned = records[run].get(TUNE, {})
+        tuned = records[run].get(SEARCH, {})
         trials = grouped(folder.OF_TRIAL, runs[run]) if tuned.get("state") == "FINISHED" else {}
         for checkpoints, held in trials.items():
             trial = storage.find_json(storage.join(root, checkpoints.rpartition("/")[0], "trial.json"))

@@ -24,7 +24,7 @@ from ncsn.runs.folder import (
     update_step,
     write_outcome,
 )
-from ncsn.runs.steps import STEPS, TUNE
+from ncsn.runs.steps import SEARCH, STEPS
 from ncsn.tracking.lineage import container_image, kfp_run
 from ncsn.tracking.mlflow_runs import close_run
 
@@ -138,7 +138,7 @@ def _look(kfp: KfpRun | None, namespace: str | None, notes: list[str]) -> tuple[
         troubles = troubles_of_run(api, kfp.id)
     except (OSError, UserError) as error:
         notes.append(f"The cluster could not be asked for the reason: {error}")
-    return stopped, {task: trouble for task, trouble in troubles.items() if task in (*STEPS, TUNE)}
+    return stopped, {task: trouble for task, trouble in troubles.items() if task in (*STEPS, SEARCH)}
 
 
 def _outcome(

@@ -30,13 +30,13 @@ _GROUPS = 20 + 10 * 6  # [D, D] matrices of the Fréchet distance's jackknife: o
 def worker_memory(config: Config, step: str, *, reference_images: int = 0) -> int:
     """Bytes for one worker of a step, /dev/shm included; at least `LEAST_MEMORY`, and a quarter more than estimated.
 
-    Evaluate, select and tune need the number of `reference_images`, the training images.
+    Evaluate, select and search need the number of `reference_images`, the training images.
     """
     if isinstance(config.noise, AutoNoiseConfig):
         config = config.model_copy(update={"noise": NoiseConfig()})  # the levels take next to no memory
     need = _PROCESS + (_CUDA if config.compute.use_gpu else 0.0)
     need += 0.0 if step == "evaluate" else _network(config, step)
-    if step in ("evaluate", "select", "tune"):
+    if step in ("evaluate", "select", "search"):
         # The extractor on a batch, or afterwards the metrics.
         if (kind := config.evaluation.pretrained) is None:
             need += 1e9

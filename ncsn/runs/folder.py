@@ -23,7 +23,7 @@ from ncsn.config import Config, changed_settings, explain_changes, from_yaml, to
 from ncsn.environment import KFP_RUN_ID, utc_now
 from ncsn.errors import Problem, UserError, problems_of
 from ncsn.events import tell
-from ncsn.runs.steps import OWN, STEP_TABLE, STEPS, STEPS_BY_WORKERS, TUNE
+from ncsn.runs.steps import OWN, SEARCH, STEP_TABLE, STEPS, STEPS_BY_WORKERS
 from ncsn.storage.heartbeat import LeaseExpired
 from ncsn.storage.retry import limited
 
@@ -298,10 +298,10 @@ def opened_from(folder: RunFolder) -> str:
 
 def folders_of(folder: RunFolder, config: Config) -> dict[str, RunFolder]:
     """Step -> the folder of its run. The best trial of a search is trained as another run, which the search names."""
-    if config.search is None or not read_step(folder, TUNE).state:
+    if config.search is None or not read_step(folder, SEARCH).state:
         return dict.fromkeys(STEPS, folder)
-    found = replace(folder, run=read_step(folder, TUNE).result.get("run", folder.run))
-    return {STEPS[0]: folder, TUNE: folder, **dict.fromkeys(STEPS[1:], found)}
+    found = replace(folder, run=read_step(folder, SEARCH).result.get("run", folder.run))
+    return {STEPS[0]: folder, SEARCH: folder, **dict.fromkeys(STEPS[1:], found)}
 
 
 def read_results(folders: Mapping[str, RunFolder]) -> dict[str, StepRecord]:

@@ -40,7 +40,7 @@ _SAMPLES = Input("sample", "uri", "folder of samples")
 STEP_TABLE: Mapping[str, Step] = {
     # Those of the pipeline, in its order.
     "ingest": Step("Read the images into the store, once.", always=True),
-    "tune": Step(
+    "search": Step(
         "Search for better settings, if the config has a search.",
         inputs={"dataset": _DATASET},
         elsewhere=True,
@@ -87,8 +87,8 @@ STEP_TABLE: Mapping[str, Step] = {
 
 STEPS = tuple(name for name, info in STEP_TABLE.items() if info.always)
 BEST = "-best"  # behind the name of a searched run, the name of the run that trains what was found
-TUNE = "tune"  # the optional step of the pipeline, between the first and the second
-PIPELINE = (STEPS[0], TUNE, *STEPS[1:])
+SEARCH = "search"  # the optional step of the pipeline, between the first and the second
+PIPELINE = (STEPS[0], SEARCH, *STEPS[1:])
 STEPS_ELSEWHERE = tuple(name for name, info in STEP_TABLE.items() if info.elsewhere)
-STEPS_BY_WORKERS = tuple(name for name in STEPS_ELSEWHERE if name != TUNE)  # reserve all workers; other steps one
-CONTINUING = ("run", TUNE, "train")  # commands that save checkpoints, and continue from the last one
+STEPS_BY_WORKERS = tuple(name for name in STEPS_ELSEWHERE if name != SEARCH)  # reserve all workers; other steps one
+CONTINUING = ("run", SEARCH, "train")  # commands that save checkpoints, and continue from the last one

@@ -24,7 +24,7 @@ from ncsn.errors import NotFound, UserError
 from ncsn.progress import PublishedProgress
 from ncsn.runs.code import require_packages
 from ncsn.runs.folder import ForeignRun, Run, RunFolder, find_inputs, read_step, record_failure, update_step
-from ncsn.runs.steps import CONTINUING, STEP_TABLE, STEPS, TUNE
+from ncsn.runs.steps import CONTINUING, SEARCH, STEP_TABLE, STEPS
 from ncsn.steps.elsewhere import do_elsewhere, remote_step
 from ncsn.steps.results import stored_result
 from ncsn.steps.step import Context, Prepared
@@ -115,7 +115,7 @@ def refuse(step: str, run: Run) -> None:
     config, folder = run.config, run.folder
     require_packages()
     tracking_uri(config)
-    if step == TUNE:
+    if step == SEARCH:
         require_search(config)
     if STEP_TABLE[step].elsewhere and config.compute.backend == "kuberay" and storage.is_local(folder.uri):
         raise UserError(
@@ -124,7 +124,7 @@ def refuse(step: str, run: Run) -> None:
             hint="use s3://BUCKET/PREFIX",
             value=config.storage.root,
         )
-    if step in (TUNE, "train") and config.train.init_from is not None and find_spec("torch"):
+    if step in (SEARCH, "train") and config.train.init_from is not None and find_spec("torch"):
         from ncsn.steps.train import require_start  # loads torch
 
         require_start(config, folder)

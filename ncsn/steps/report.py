@@ -20,7 +20,7 @@ from ncsn.report.plots import to_svg
 from ncsn.report.words import Fact, cost_facts, next_step, read_metrics, tag_facts
 from ncsn.runs.folder import Run, RunFolder, StepRecord, read_results, read_step, spent
 from ncsn.runs.history import held_out_curves, load_history, loss_names
-from ncsn.runs.steps import BEST, STEPS, TUNE
+from ncsn.runs.steps import BEST, SEARCH, STEPS
 from ncsn.steps.address import keep_guide
 from ncsn.steps.register import selection_of
 from ncsn.steps.results import ReportResult, result_type
@@ -100,7 +100,7 @@ def _results(sources: ReportSources) -> dict[str, Any]:
         caption += f" All are of the class {label if label in names else names[int(label)]}."
     # The search in this run, or in the one whose best settings this run trains.
     runs = (RunFolder(folder.root, name) for name in (folder.run, folder.run.removesuffix(BEST)))
-    search = next(filter(None, (read_step(each, TUNE).result for each in runs)), None)
+    search = next(filter(None, (read_step(each, SEARCH).result for each in runs)), None)
     return {
         "title": config.name,
         "mirrored": config.data.horizontal_flip,

@@ -50,7 +50,7 @@ class IngestResult:
 
 
 @dataclass(frozen=True)
-class TuneResult:
+class SearchResult:
     """What a search found."""
 
     uri: str  # folder of the search

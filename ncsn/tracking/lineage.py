@@ -43,7 +43,7 @@ ACCEPTED = (
 # How the tags begin that are shown.
 SHOWN = (
     *("ncsn.run", "ncsn.root", "ncsn.checkpoint", INIT_FROM, "kfp.", "ray.", "mlflow.user"),
-    *("dataset.", "checkpoint.", "samples.", "evaluation.", "eval.", "report.", "tune.", "gate.promoted"),
+    *("dataset.", "checkpoint.", "samples.", "evaluation.", "eval.", "report.", "search.", "gate.promoted"),
     *("gate.reason", "promot", "rolled_back", "mlflow.source.git", "mlflow.docker", "ncsn.code."),
 )
 

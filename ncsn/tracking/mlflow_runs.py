@@ -51,7 +51,7 @@ PLACES = ("compute", "storage", "tracking")  # sections of the config that do no
 # Sections that a step does not use.
 UNUSED_SECTIONS = {
     "ingest": ("search", "select", "sampling", "evaluation"),
-    "tune": ("select",),
+    "search": ("select",),
     "train": ("search", "select", "sampling", "evaluation"),
     "select": ("search",),
 }

@@ -78,7 +78,7 @@ def test_show_config_as_json_is_the_canonical_form(run_in_process, config_file: 
         (["run", "--backend", "kuberay", "--address", "http://head:8265"], "--address 'http://head:8265'"),
         (["select"], "--dataset"),
         (["sample", "--png", "CONFIG"], "--png 'CONFIG'"),
-        (["tune"], "search"),
+        (["search"], "search"),
         (["plan", "--set", "noise=auto"], "noise = 'auto'"),
     ],
 )

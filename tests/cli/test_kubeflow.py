@@ -52,7 +52,7 @@ def test_submit_sends_the_resolved_config_and_prints_the_page(submit, server: Kf
     assert arguments["run"] == run["display_name"] == target.run
     assert run["service_account"] == "mine"
     assert only(server.experiments)["display_name"] == "ncsn"
-    assert cached_tasks(run) == {"ingest", "tune", "train"}
+    assert cached_tasks(run) == {"ingest", "search", "train"}
 
 
 def test_no_cache_reaches_every_task(submit, server: KfpServer) -> None:

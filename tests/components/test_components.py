@@ -9,7 +9,7 @@ from kfp import dsl
 from refused import refused
 
 from components import config_and_run, pass_on, publish_metrics, publish_pictures, run_task
-from components.tasks import ingest, train, tune
+from components.tasks import ingest, search, train
 from ncsn.config import from_yaml, to_json
 from ncsn.environment import KFP_RUN_ID
 from ncsn.errors import InvalidValue, NotFound
@@ -108,7 +108,7 @@ def test_a_search_that_nobody_asked_for_hands_on_what_it_got(tmp_path: Path, mon
     config = to_json(from_yaml(DIGITS, overrides=[f"storage.root={tmp_path}/store"]))
     kinds = {"dataset": dsl.Dataset, "search": dsl.Artifact, "plots": dsl.HTML, "metrics": dsl.Metrics}
     artifacts = {name: kind(uri=str(tmp_path / name)) for name, kind in kinds.items()}
-    chosen = tune.python_func(config=config, run="", **artifacts, task_config=dsl.TaskConfig())
+    chosen = search.python_func(config=config, run="", **artifacts, task_config=dsl.TaskConfig())
     assert chosen == (config, "")
     assert all((tmp_path / name).read_text() for name in ("search", "plots", "metrics"))
 

@@ -37,7 +37,7 @@ def outputs(workplace, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dic
 
 
 def test_the_tasks_hand_on_what_the_steps_store(workplace, outputs: dict[str, Any]) -> None:
-    assert set(outputs) == {*STEPS, "tune", "finish"}
+    assert set(outputs) == {*STEPS, "search", "finish"}
     metadata = {
         (step, name): artifact["artifacts"][0]["metadata"]
         for step, output in outputs.items()

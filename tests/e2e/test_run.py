@@ -230,9 +230,9 @@ def test_a_config_with_a_search_trains_what_it_finds(workplace) -> None:
     done = workplace.run("run", "--run", "searched", "--json", "--set", f"search={search}")
     assert done.returncode == 0, done.stderr
     steps = json.loads(done.stdout)["steps"]
-    assert list(steps) == ["ingest", "tune", *STEPS[1:]]
+    assert list(steps) == ["ingest", "search", *STEPS[1:]]
     assert steps["train"]["checkpoint"].startswith(f"{workplace.folder('searched-best')}/")
     found = from_yaml((workplace.folder("searched-best") / "config.yaml").read_text())
-    assert found.search is None and found.levels.sigma_1 == steps["tune"]["values"].get("noise.sigma_1", 1.0)
+    assert found.search is None and found.levels.sigma_1 == steps["search"]["values"].get("noise.sigma_1", 1.0)
     again = workplace.run("run", "--run", "searched", "--json", "--set", f"search={search}")
     assert again.stdout == done.stdout

@@ -68,7 +68,7 @@ def store(config: Config, client: MlflowClient) -> Config:
     put(config, f"code/{'a' * 64}.zip", "code/bbbb.zip")
     run(config, "elsewhere", "sample", reads={"code": f"{config.storage.root}/code/bbbb.zip"})
 
-    run(config, "searched", "tune", state="FINISHED", result={"values": {"noise.sigma_1": 2.0}})
+    run(config, "searched", "search", state="FINISHED", result={"values": {"noise.sigma_1": 2.0}})
     for key, sigma in (("won", 2.0), ("lost", 1.0)):
         trial = f"runs/searched/search/trials/0123/{key}"
         put(config, f"{trial}/checkpoints/images-001/checkpoint.json")

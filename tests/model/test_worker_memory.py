@@ -45,4 +45,4 @@ def test_evaluation_holds_the_reference() -> None:
 
 def test_a_small_experiment_gets_the_least() -> None:
     digits = from_yaml((Path(__file__).parents[2] / "configs" / "digits.yaml").read_text())
-    assert {worker_memory(digits, step) for step in ("train", "sample", "evaluate", "tune")} == {4 * GIB}
+    assert {worker_memory(digits, step) for step in ("train", "sample", "evaluate", "search")} == {4 * GIB}

@@ -18,15 +18,15 @@ from pipelines.compile import COMPILED, GPU, LAUNCHER, PIPELINES, UNKNOWN, compi
 
 UPSTREAM = {
     "ingest": set(),
-    "tune": {"ingest"},
-    "train": {"ingest", "tune"},
-    "sample": {"train", "tune"},
-    "evaluate": {"ingest", "sample", "tune"},
-    "register": {"sample", "evaluate", "tune"},
-    "report": {"evaluate", "register", "tune"},
+    "search": {"ingest"},
+    "train": {"ingest", "search"},
+    "sample": {"train", "search"},
+    "evaluate": {"ingest", "sample", "search"},
+    "register": {"sample", "evaluate", "search"},
+    "report": {"evaluate", "register", "search"},
 }
 DIGITS = (Path(__file__).parents[2] / "configs" / "digits.yaml").read_text()
-COMPUTING = ("train", "sample", "tune")
+COMPUTING = ("train", "sample", "search")
 LARGE = {
     "num_workers": [2, 4],
     "cpus_per_worker": 8,
@@ -100,7 +100,7 @@ def test_a_task_that_computes_has_its_shared_memory_in_memory(name: str) -> None
     executors = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
     mounted = {label.removeprefix("exec-"): each.get("emptyDirMounts", []) for label, each in executors.items()}
     shm = {"volumeName": "shm", "mountPath": "/dev/shm", "medium": "Memory"}
-    computing = {"tune", "train", "sample", "evaluate"} & mounted.keys()
+    computing = {"search", "train", "sample", "evaluate"} & mounted.keys()
     assert len(computing) >= 2
     assert {task: found for task, found in mounted.items() if found} == {task: [shm] for task in computing}
 
@@ -142,13 +142,13 @@ def test_only_tasks_that_need_no_torch_get_the_slim_image(tmp_path: Path, monkey
         }
 
     launched = slim(backend="kuberay", searching=False)
-    assert launched.keys() == {"finish", "tune", "train", "sample", "evaluate"}
+    assert launched.keys() == {"finish", "search", "train", "sample", "evaluate"}
     assert all(each["NCSN_IMAGE"] == IMAGE for each in launched.values()), "what they start has torch"
     assert "NCSN_WORKER_MEMORY" not in launched["train"], "the config says it"
     sized = slim(backend="kuberay", searching=False, kuberay={})
     assert re.fullmatch(r"\d{4,}Mi", sized["train"]["NCSN_WORKER_MEMORY"])
     assert slim(backend="kuberay").keys() == {"finish"}, "the search decides about the others"
-    assert slim(searching=False).keys() == slim(backend="ray-jobs", searching=False).keys() == {"finish", "tune"}
+    assert slim(searching=False).keys() == slim(backend="ray-jobs", searching=False).keys() == {"finish", "search"}
     spec, _ = yaml.safe_load_all(compile_one("train_pipeline", tmp_path).read_text())
     images = {name: each["container"]["image"] for name, each in spec["deploymentSpec"]["executors"].items()}
     assert [name for name, image in images.items() if image == "slim:1"] == ["exec-finish"]
@@ -167,5 +167,5 @@ def test_a_task_that_works_itself_is_as_large_as_its_workers(tmp_path: Path) -> 
     assert "accelerator" not in resources(spec)["ingest"]
     assert "nodeSelector" not in executors["exec-ingest"]
     spec, _ = fitted(tmp_path, searching=False)
-    assert resources(spec)["tune"] == LAUNCHER
+    assert resources(spec)["search"] == LAUNCHER
     assert "accelerator" in resources(spec)["train"]

@@ -197,7 +197,7 @@ def test_a_search_its_best_and_scored_samples_run_as_jobs(jobs: RayHead, config:
         return found
 
     search = "search={num_trials: 3, num_samples: 20, reduction_factor: 3}"
-    found = job("tune", str(config), "sought", "--set", search)
+    found = job("search", str(config), "sought", "--set", search)
     assert found["config"] == f"{root}/runs/sought/search/best.yaml"
     assert [row["trial"] for row in found["trials"]] == [0, 1, 2]
     assert found["objective"] <= found["baseline"]

@@ -152,7 +152,7 @@ def test_a_task_and_a_command_run_the_archive_in_place_of_what_is_installed(ours
     uri = published(tmp_path)
     compile_one("train_pipeline", tmp_path, code=uri)
     spec, _ = yaml.safe_load_all((tmp_path / "train_pipeline.yaml").read_text())
-    container = spec["deploymentSpec"]["executors"]["exec-tune"]["container"]
+    container = spec["deploymentSpec"]["executors"]["exec-search"]["container"]
     outputs = {name: {"artifacts": [{"uri": str(tmp_path / name)}]} for name in ("search", "plots", "metrics")}
     config = (ROOT / "configs" / "digits.yaml").read_text()
     given = {

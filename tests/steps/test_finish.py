@@ -169,7 +169,7 @@ def test_what_a_search_found_is_followed_to_its_own_run(config: Config) -> None:
     ingested = do("ingest", config, "searched")
     config = from_yaml(to_yaml(config), overrides=["search={space: {noise.sigma_1: {kind: log, low: 0.5, high: 2}}}"])
     found = {"result": {"run": "searched-best"}, "seconds": 5.0, "finished_at": "2026-01-01T00:00:00+00:00"}
-    update_step(run_folder(config, "searched"), "tune", state="FINISHED", **found)
+    update_step(run_folder(config, "searched"), "search", state="FINISHED", **found)
     with step_run(config, run="searched-best", step="train") as tracked:
         client, parent_id = tracked.client, tracked.parent_run_id
     client.update_run(parent_id, status="RUNNING")
@@ -181,7 +181,7 @@ def test_what_a_search_found_is_followed_to_its_own_run(config: Config) -> None:
     assert client.get_run(parent_id).info.status == "FAILED"
     rows = (
         "| ingest | done in",
-        "| tune | done in 5.0 s",
+        "| search | done in 5.0 s",
         "| train | failed |",
         f"`{ingested.digest}`",
         f"`{parent_id}`",

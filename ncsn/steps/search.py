@@ -27,7 +27,7 @@ from ncsn.report.plots import epsilon_versus_quality, search_coordinates, to_png
 from ncsn.runs.folder import Run, run_folder
 from ncsn.runs.steps import BEST
 from ncsn.steps.address import keep_guide
-from ncsn.steps.results import TuneResult
+from ncsn.steps.results import SearchResult
 from ncsn.steps.step import Context, Prepared
 from ncsn.steps.train import Start, require_classes, settle_noise, start_of
 from ncsn.tracking.mlflow_runs import StepRun
@@ -35,7 +35,7 @@ from ncsn.tracking.mlflow_runs import StepRun
 _logger = logging.getLogger(__name__)
 
 
-def prepare(run: Run, *, dataset: str) -> Prepared[TuneResult]:
+def prepare(run: Run, *, dataset: str) -> Prepared[SearchResult]:
     """What the trials train, and how they are scored. What the search finds is trained under another name."""
     folder = run.folder
     best_run = run_folder(run.config, f"{run.name}{BEST}").run  # a name belongs to one config, and the best is another
@@ -68,11 +68,11 @@ def prepare(run: Run, *, dataset: str) -> Prepared[TuneResult]:
             ema_setting(config.train),
         )
     key = {"trials": plan.trials, "search": plan.settings.model_dump(mode="json")}
-    work = partial(tune, plan, manifest, start, best_run)
+    work = partial(find_settings, plan, manifest, start, best_run)
     return Prepared(config, key, work, lambda result: [result.config, result.table, *result.plots])
 
 
-def tune(plan: SearchPlan, manifest: Manifest, start: Start, best_run: str, context: Context) -> TuneResult:
+def find_settings(plan: SearchPlan, manifest: Manifest, start: Start, best_run: str, context: Context) -> SearchResult:
     """Search, or go on with a search; when the launcher's heartbeat stops, it ends, and its results so far are kept."""
     config, tracked = plan.config, context.tracked
     with ray_cluster(config, last_lines=context.last_lines):
@@ -92,7 +92,7 @@ def tune(plan: SearchPlan, manifest: Manifest, start: Start, best_run: str, cont
     plots = {storage.join(uri, name): png for name, png in pictures(trials, best, objective).items()}
     for place, png in plots.items():
         storage.write_bytes(place, png)
-    result = TuneResult(
+    result = SearchResult(
         uri=uri,
         config=storage.join(uri, "best.yaml"),
         run=best_run,
@@ -110,7 +110,7 @@ def tune(plan: SearchPlan, manifest: Manifest, start: Start, best_run: str, cont
     storage.write_json(result.table, storage.relative_uris(everything, context.folder.root), indent=1)
     before = "" if result.baseline is None else f"; the config it started from: {result.baseline:.4g}"
     header = (
-        f"# Trial {best.number} of {len(trials)} found by `ncsn tune`: {objective} = "
+        f"# Trial {best.number} of {len(trials)} found by `ncsn search`: {objective} = "
         f"{rung.objective:.4g} at {rung.images_seen:,} training images{before}\n"
     )
     chosen = variant(variant(config, best.values), {"sampling.sampler": rung.sampler})
@@ -121,7 +121,7 @@ def tune(plan: SearchPlan, manifest: Manifest, start: Start, best_run: str, cont
     return result
 
 
-def trainable(result: TuneResult, config: Config) -> Config:
+def trainable(result: SearchResult, config: Config) -> Config:
     """The best config, to be trained where `config` says: the search may have been on another machine or moved."""
     best = from_yaml(storage.read_text(result.config), origin=result.config)
     sampling = best.sampling.model_copy(update={"guidance": config.sampling.guidance})  # not by the search's copy
@@ -154,7 +154,7 @@ class _Follower:
         run = self._log(trial)
         if trial.uri not in self._closed:
             reason = trial.failure or self.accidents.get(trial.uri)
-            run.set_tags({"tune.status": trial.status} | ({"tune.reason": reason} if reason else {}))
+            run.set_tags({"search.status": trial.status} | ({"search.reason": reason} if reason else {}))
             run.client.set_terminated(run.run_id, "FAILED" if reason else "FINISHED")
             self._closed.add(trial.uri)
 

@@ -21,14 +21,14 @@ from PIL import Image
 from ray_driver import RayDriver, ray_driver
 from refused import refused
 
-from components.tasks import tune as component
+from components.tasks import search as component
 from ncsn import storage
 from ncsn.config import Config, from_yaml, to_json
 from ncsn.data.dataset import write_dataset
 from ncsn.data.sources import open_source
 from ncsn.distributed.trials import Rung, Scored, SearchPlan, TrialRecord
-from ncsn.steps import tune
-from ncsn.steps.results import TuneResult
+from ncsn.steps import search
+from ncsn.steps.results import SearchResult
 from ncsn.tracking.client import connect
 
 TINY = """
@@ -58,7 +58,7 @@ class Searched:
     config: Config
     dataset: str
     before: dict[str, bytes]
-    result: TuneResult
+    result: SearchResult
     driver: RayDriver
 
 
@@ -70,7 +70,7 @@ def rung_files(root: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def searched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Searched]:
-    folder = tmp_path_factory.mktemp("tune")
+    folder = tmp_path_factory.mktemp("search")
     text = TINY.format(root=folder / "store")
     (folder / "tiny.yaml").write_text(text)
     config = from_yaml(text)
@@ -80,12 +80,12 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Searched]:
         patch.delenv("RAY_ADDRESS", raising=False)
         with ray_driver(config) as (driver, joining):
             before = kill_after_first_rung(folder, dataset, joining)
-            result = driver(do, "tune", config, run="hunt", dataset=dataset)
+            result = driver(do, "search", config, run="hunt", dataset=dataset)
             yield Searched(config, dataset, before, result, driver)
 
 
 def kill_after_first_rung(folder: Path, dataset: str, joining: dict[str, str]) -> dict[str, bytes]:
-    command = [sys.executable, "-m", "ncsn", "tune", "--config", str(folder / "tiny.yaml"), "--run", "hunt"]
+    command = [sys.executable, "-m", "ncsn", "search", "--config", str(folder / "tiny.yaml"), "--run", "hunt"]
     with (folder / "log.txt").open("wb") as log:
         process = subprocess.Popen([*command, "--dataset", dataset], stdout=log, stderr=log, env=os.environ | joining)
         deadline = time.monotonic() + PATIENCE_SECONDS
@@ -148,13 +148,13 @@ def test_the_best_is_a_config_to_train(searched: Searched) -> None:
 def test_each_trial_is_a_run_below_that_of_the_step(searched: Searched) -> None:
     connection = connect(searched.config)
     runs = connection.client.search_runs([connection.experiment_id])
-    (step,) = [run for run in runs if run.data.tags.get("ncsn.step") == "tune"]
+    (step,) = [run for run in runs if run.data.tags.get("ncsn.step") == "search"]
     trials = {run.info.run_name: run for run in runs if run.data.tags.get("mlflow.parentRunId") == step.info.run_id}
     assert set(trials) == {f"trial-{row['trial']:03d}" for row in searched.result.trials}
     for row in searched.result.trials:
         run = trials[f"trial-{row['trial']:03d}"]
         assert run.data.params == {path: str(value) for path, value in row["values"].items()}
-        assert run.data.tags["tune.status"] == row["status"]
+        assert run.data.tags["search.status"] == row["status"]
         assert run.info.status == "FINISHED"
         history = connection.client.get_metric_history(run.info.run_id, searched.result.objective_name)
         assert [point.step for point in history] == [each for each in (32, 64, 128) if each <= row["images_seen"]]
@@ -163,17 +163,17 @@ def test_each_trial_is_a_run_below_that_of_the_step(searched: Searched) -> None:
 
 def test_a_search_that_is_complete_is_returned_also_where_its_store_was_moved_to(searched: Searched) -> None:
     root = Path(searched.config.storage.root)
-    assert do("tune", searched.config, "hunt", dataset=searched.dataset) == searched.result
+    assert do("search", searched.config, "hunt", dataset=searched.dataset) == searched.result
     moved = root.rename(root.with_name("moved"))
     there = searched.config.model_copy(
         update={"storage": searched.config.storage.model_copy(update={"root": str(moved)})}
     )
-    again = do("tune", there, "hunt", dataset=searched.dataset.replace(f"{root}/", f"{moved}/"))
+    again = do("search", there, "hunt", dataset=searched.dataset.replace(f"{root}/", f"{moved}/"))
     moved.rename(root)
-    assert tune.trainable(searched.result, there).storage.root == str(moved)
+    assert search.trainable(searched.result, there).storage.root == str(moved)
     assert storage.relative_uris(asdict(again), str(moved)) == storage.relative_uris(asdict(searched.result), str(root))
     with refused("search"):
-        do("tune", searched.config.model_copy(update={"search": None}), "hunt", dataset=searched.dataset)
+        do("search", searched.config.model_copy(update={"search": None}), "hunt", dataset=searched.dataset)
 
 
 def test_the_component_hands_over_the_best(searched: Searched, tmp_path: Path) -> None:
@@ -189,8 +189,8 @@ def test_the_component_hands_over_the_best(searched: Searched, tmp_path: Path) -
     assert run == "hunt-best"
     assert from_yaml(config) == from_yaml(Path(searched.result.config).read_text())
     assert artifacts["metrics"].metadata == {
-        "tune/objective": searched.result.objective,
-        "tune/baseline": searched.result.baseline,
+        "search/objective": searched.result.objective,
+        "search/baseline": searched.result.baseline,
     }
     assert (tmp_path / "plots").read_text().count("data:image/png;base64,") == 2
 
@@ -204,7 +204,7 @@ def test_trials_of_two_workers_take_turns(searched: Searched) -> None:
         "search.num_trials=3",
     ]
     config = from_yaml(TINY.format(root=searched.config.storage.root), overrides=overrides)
-    result = searched.driver(do, "tune", config, run="pairs", dataset=searched.dataset)
+    result = searched.driver(do, "search", config, run="pairs", dataset=searched.dataset)
     assert [row["trial"] for row in result.trials] == [0, 1, 2]
     assert {row["status"] for row in result.trials} <= {"finished", "stopped"}
     assert result.trials[0]["status"] == "finished"
@@ -252,17 +252,17 @@ def test_the_furthest_come_first_and_the_earlier_of_equals() -> None:
         trial(2, (10, 5.0), (40, 3.0)),
         trial(3, (10, 0.1), (40, 0.1), failure="it diverged"),
     )
-    assert tune.best_trial([early, as_far, far, further_but_failed], accidents={}) is far
-    assert tune.best_trial([early, further_but_failed], accidents={}) is early
+    assert search.best_trial([early, as_far, far, further_but_failed], accidents={}) is far
+    assert search.best_trial([early, further_but_failed], accidents={}) is early
 
 
 def test_when_all_have_failed_the_reason_is_said() -> None:
     failed = [trial(0, failure="training diverged: loss nan"), trial(1)]
     with refused("search.space") as caught:
-        tune.best_trial(failed, accidents={})
+        search.best_trial(failed, accidents={})
     assert "loss nan" in str(caught.value)
     with refused("search.space") as caught:
-        tune.best_trial([trial(1)], accidents={"trial-1": "Traceback ...\nNodeDied: gone\n"})
+        search.best_trial([trial(1)], accidents={"trial-1": "Traceback ...\nNodeDied: gone\n"})
     assert "NodeDied: gone" in str(caught.value)
 
 
@@ -270,13 +270,13 @@ def test_the_baseline_is_scored_by_its_own_sampler() -> None:
     config = from_yaml((Path(__file__).parents[2] / "configs" / "digits.yaml").read_text(), overrides=["search={}"])
     plan = SearchPlan(config=config, dataset="", trials="")
     trials = [trial(0, (10, 5.0), (40, 3.0)), trial(1, (40, 2.0), sigma_1=2.0)]
-    assert tune.baseline_objective(plan, trials, images_seen=40) == 4.0
-    assert tune.baseline_objective(plan, trials, images_seen=160) is None
-    assert tune.baseline_objective(plan, trials[1:], images_seen=40) is None
+    assert search.baseline_objective(plan, trials, images_seen=40) == 4.0
+    assert search.baseline_objective(plan, trials, images_seen=160) is None
+    assert search.baseline_objective(plan, trials[1:], images_seen=40) is None
 
 
 def test_the_table_has_a_row_per_trial() -> None:
-    rows = tune.table(
+    rows = search.table(
         [trial(0, (10, 5.0), (40, 3.0)), trial(1, failure="too far"), trial(2)], accidents={"trial-2": "lost"}
     )
     assert [(row["trial"], row["status"], row["objective"], row["seconds"], row["reason"]) for row in rows] == [
@@ -288,7 +288,7 @@ def test_the_table_has_a_row_per_trial() -> None:
 
 def test_plots_are_drawn_also_with_trials_that_failed() -> None:
     trials = [trial(0, (10, 5.0), (40, 3.0)), trial(1, (10, 9.0), sigma_1=3.0), trial(2, failure="no", sigma_1=9.0)]
-    drawn = tune.pictures(trials, trials[0], "eval/classifier_fid_n256")
+    drawn = search.pictures(trials, trials[0], "eval/classifier_fid_n256")
     assert set(drawn) == {"coordinates.png", "epsilon.png"}
     for png in drawn.values():
         assert np.asarray(Image.open(io.BytesIO(png)).convert("RGBA")).std() > 0
