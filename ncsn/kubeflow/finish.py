@@ -33,13 +33,6 @@ if TYPE_CHECKING:
 
 # States of the steps together that mean success: of `kfp.local`, and of KFP 2.17's backend, which uses MLMD's.
 STEPS_SUCCEEDED = ("SUCCEEDED", "COMPLETE", "CACHED")
-PLACES = (  # on the page, if they are known: name, step, field of its result
-    ("dataset", "ingest", "uri"),
-    ("dataset digest", "ingest", "digest"),
-    ("checkpoint", "train", "checkpoint"),
-    ("model", "register", "uri"),
-    ("report", "report", "uri"),
-)
 # In Argo's message about a terminated step: Argo terminates a step by a zero deadline.
 _DEADLINE = "exceeded its deadline"
 _LOOK_SECONDS = 30.0
@@ -108,9 +101,14 @@ def run(
             for each in runs:
                 places |= close_run(config, run=each, status=outcome.status, tags=tags)
         records = {step: read_step(folder, step) for step, folder in folders.items()}
-        for name, step, key in PLACES:
-            places[name] = records[step].result.get(key, "")
-        places["store"] = folders["register"].uri
+        places |= {  # the page shows those that are known
+            "dataset": records["ingest"].result.get("uri", ""),
+            "dataset digest": records["ingest"].result.get("digest", ""),
+            "checkpoint": records["train"].result.get("checkpoint", ""),
+            "model": records["register"].result.get("uri", ""),
+            "report": records["report"].result.get("uri", ""),
+            "store": folders["register"].uri,
+        }
         for step, record in records.items():
             done = f"done in {record.seconds:,.1f} s, {record.finished_at}" if record.result else "not done"
             steps[step] = "failed" if step == outcome.failed_step else done
@@ -161,20 +159,15 @@ def _outcome(
             break
     if error is not None and error.kind == "SystemExit" and looked and not terminated:
         error = None  # an evicted pod gets SIGTERM too, and its state says more
-    if (error is None or terminated) and (told := _told_by_others(folders, ours)) is not None:
-        return told
+    told = read_outcome(folders["train"]) if error is None or terminated else None
+    if told is not None and told.status == "FAILED" and told.failed_step in folders:
+        theirs = read_step(folders[str(told.failed_step)], str(told.failed_step)).error
+        # A task of another pipeline run, which works on the same run, said that it failed, and that still holds.
+        if theirs is not None and theirs.message == told.reason and theirs.kfp_run != ours:
+            return told
     if not error and troubles:
         step, lost = next(iter(troubles.items()))
     if terminated or (error is not None and error.kind in ("KeyboardInterrupt", "SystemExit", "LeaseExpired")):
         return Outcome("KILLED", "terminated", step)
     reason = (error.message if error else str(lost or "")) or message
     return Outcome("FAILED", reason or "no reason is known; look at the log of the task", step)
-
-
-def _told_by_others(folders: Mapping[str, RunFolder], ours: str) -> Outcome | None:
-    """How a task of another pipeline run, which works on the same run, said that it failed, if that still holds."""
-    told = read_outcome(folders["train"])
-    if told is None or told.status != "FAILED" or told.failed_step is None or told.failed_step not in folders:
-        return None
-    error = read_step(folders[told.failed_step], told.failed_step).error
-    return told if error is not None and error.message == told.reason and error.kfp_run != ours else None
