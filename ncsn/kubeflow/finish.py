@@ -33,6 +33,13 @@ if TYPE_CHECKING:
 
 # States of the steps together that mean success: of `kfp.local`, and of KFP 2.17's backend, which uses MLMD's.
 STEPS_SUCCEEDED = ("SUCCEEDED", "COMPLETE", "CACHED")
+PLACES = (  # on the page, if they are known: name, step, field of its result
+    ("dataset", "ingest", "uri"),
+    ("dataset digest", "ingest", "digest"),
+    ("checkpoint", "train", "checkpoint"),
+    ("model", "register", "uri"),
+    ("report", "report", "uri"),
+)
 # In Argo's message about a terminated step: Argo terminates a step by a zero deadline.
 _DEADLINE = "exceeded its deadline"
 _LOOK_SECONDS = 30.0
@@ -101,14 +108,9 @@ def run(
             for each in runs:
                 places |= close_run(config, run=each, status=outcome.status, tags=tags)
         records = {step: read_step(folder, step) for step, folder in folders.items()}
-        places |= {  # the page shows those that are known
-            "dataset": records["ingest"].result.get("uri", ""),
-            "dataset digest": records["ingest"].result.get("digest", ""),
-            "checkpoint": records["train"].result.get("checkpoint", ""),
-            "model": records["register"].result.get("uri", ""),
-            "report": records["report"].result.get("uri", ""),
-            "store": folders["register"].uri,
-        }
+        for name, step, key in PLACES:
+            places[name] = records[step].result.get(key, "")
+        places["store"] = folders["register"].uri
         for step, record in records.items():
             done = f"done in {record.seconds:,.1f} s, {record.finished_at}" if record.result else "not done"
             steps[step] = "failed" if step == outcome.failed_step else done
