@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.measure import Row, in_turns, ratio
-from ncsn.data.training_images import image_indices, mapped
+from ncsn.data.training_images import CachedSplit, mapped
 
 IMAGES, SIZE, BATCH = 60_000, 28, 128
 BATCHES = 400
@@ -27,8 +27,9 @@ def cache_row(*, rounds: int) -> Row:
         cached = mapped(Path(folder) / "images.npy")
 
         def gather(source: NDArray[np.uint8]) -> None:
+            split = CachedSplit(source, np.empty(IMAGES))
             for step in range(BATCHES):
-                places = image_indices(0, first=step * BATCH, count=BATCH, size=IMAGES)
+                places = split.order(0, first=step * BATCH, count=BATCH)
                 torch.from_numpy(source[places]).float()
 
         seconds = in_turns({"cache": partial(gather, cached), "memory": partial(gather, memory)}, rounds=rounds)

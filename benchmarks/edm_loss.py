@@ -20,9 +20,8 @@ from ncsn.core.keyed_random import COMMON_SEED, Stream
 from ncsn.core.losses import EdmWeight, losses_at
 from ncsn.core.training_noise import LognormalNoise
 from ncsn.data.format import Rows, read_split
-from ncsn.model.checkpoint import TrainedNetwork
-from ncsn.model.trained import load_checkpoint_or_model
-from ncsn.training.batches import encoded
+from ncsn.model.checkpoint import TrainedNetwork, load_checkpoint
+from ncsn.training.batches import encoded, gray_words
 
 BATCH = 250
 
@@ -44,7 +43,7 @@ def main() -> None:
     sigmas, weight = LognormalNoise(options.mean, options.std).bins, EdmWeight(options.sigma_data)
     print("loss_edm ± error  " + " ".join(f"{sigma:>7.3g}" for sigma in sigmas.tolist()) + "  checkpoint")
     for checkpoint in options.checkpoints:
-        losses = held_out_losses(load_checkpoint_or_model(checkpoint), rows, sigmas=sigmas)
+        losses = held_out_losses(load_checkpoint(checkpoint), rows, sigmas=sigmas)
         edm = (weight(sigmas.double()).numpy()[:, None] * losses).mean(axis=0)
         values = " ".join(f"{loss:7.4f}" for loss in losses.mean(axis=1))
         print(f"{edm.mean():.4f} ± {edm.std() / len(edm) ** 0.5:.4f}   {values}  {checkpoint}", flush=True)
@@ -56,7 +55,8 @@ def held_out_losses(trained: TrainedNetwork, rows: Rows, *, sigmas: torch.Tensor
     for first in range(0, len(rows.images), BATCH):
         part = slice(first, first + BATCH)
         images = torch.from_numpy(np.array(rows.images[part]))
-        x = encoded(trained.config, images, seed=COMMON_SEED, stream=Stream.HELD_OUT_DEQUANTIZE, first=first)
+        gray = gray_words(trained.config, images, seed=COMMON_SEED, stream=Stream.HELD_OUT_DEQUANTIZE, first=first)
+        x = encoded(trained.config, images, gray)
         labels = None if trained.config.data.num_classes is None else torch.from_numpy(np.array(rows.labels[part]))
         with torch.inference_mode():
             parts.append(

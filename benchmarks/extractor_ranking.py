@@ -25,10 +25,8 @@ from ncsn.data.format import Rows, read_split
 from ncsn.evaluation.extractors import batches, joined
 from ncsn.evaluation.features import extractor_of
 from ncsn.evaluation.reference import Evaluator, open_evaluator
-from ncsn.model.checkpoint import TrainedNetwork
-from ncsn.model.checkpoint_store import CheckpointStore
+from ncsn.model.checkpoint import CheckpointStore, TrainedNetwork, load_checkpoint
 from ncsn.model.generate import generate
-from ncsn.model.trained import load_checkpoint_or_model
 
 EXTRACTORS = ("classifier", "clusters")
 BATCH = 100
@@ -91,7 +89,7 @@ def damages(test: Rows, *, count: int) -> dict[str, list[np.ndarray]]:
 
 
 def _network(checkpoints: str, name: str) -> TrainedNetwork:
-    return load_checkpoint_or_model(f"{checkpoints}/{name}")
+    return load_checkpoint(f"{checkpoints}/{name}")
 
 
 def _generated(trained: TrainedNetwork, count: int) -> np.ndarray:

@@ -17,7 +17,7 @@ from ncsn.data.dataset import write_dataset
 from ncsn.data.sources import open_source
 from ncsn.distributed import trainer
 from ncsn.distributed.cluster import ray_cluster
-from ncsn.model.checkpoint_store import CheckpointStore
+from ncsn.model.checkpoint import CheckpointStore
 from ncsn.training.context import WorkerContext
 from ncsn.training.loop import TrainingJob, train_loop
 

@@ -36,12 +36,12 @@ from ncsn.config import Config, from_yaml, to_yaml
 from ncsn.config.schema import SamplingConfig
 from ncsn.data.format import load_manifest
 from ncsn.data.training_images import open_cache
-from ncsn.evaluation.class_scores import AskedClasses
 from ncsn.evaluation.extractors import joined
 from ncsn.evaluation.features import extractor_of
 from ncsn.evaluation.measure import NEIGHBOR_IMAGES, measure_extracted
 from ncsn.evaluation.reference import open_evaluator
-from ncsn.model.checkpoint import SamplingCheckpoint, load_checkpoint
+from ncsn.evaluation.scores import AskedClasses
+from ncsn.model.checkpoint import TrainedNetwork, load_checkpoint
 from ncsn.model.generate import generate, image_labels
 
 QUOTED = 64  # the table has the seconds for this many images
@@ -128,7 +128,7 @@ def _options() -> argparse.Namespace:
 
 
 def settings_of(
-    entries: list[dict[str, Any]], checkpoint: SamplingCheckpoint, *, common: dict[str, int], work: Path
+    entries: list[dict[str, Any]], checkpoint: TrainedNetwork, *, common: dict[str, int], work: Path
 ) -> list[Setting]:
     """The entries of a settings file, over `common` settings of a config's section `sampling`."""
     settings = []
@@ -165,7 +165,7 @@ def _make_batch(checkpoint: str, sampling: SamplingConfig, first: int, count: in
 
 
 @lru_cache(maxsize=1)
-def _load(uri: str) -> SamplingCheckpoint:
+def _load(uri: str) -> TrainedNetwork:
     return load_checkpoint(uri)
 
 

@@ -21,7 +21,7 @@ from typing import Any
 from ncsn.config import Config, from_yaml
 from ncsn.data.dataset import write_dataset
 from ncsn.data.sources import open_source
-from ncsn.model.checkpoint_store import CheckpointStore
+from ncsn.model.checkpoint import CheckpointStore
 from ncsn.tracking.live import LiveMetrics
 from ncsn.tracking.mlflow_runs import step_run
 from ncsn.training import loop

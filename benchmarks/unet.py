@@ -39,8 +39,7 @@ from ncsn.evaluation.extractors import batches, joined
 from ncsn.evaluation.features import extractor_of
 from ncsn.evaluation.measure import NEIGHBOR_IMAGES, measure_extracted
 from ncsn.evaluation.reference import open_evaluator
-from ncsn.model.checkpoint import load_checkpoint
-from ncsn.model.checkpoint_store import CheckpointStore
+from ncsn.model.checkpoint import CheckpointStore, load_checkpoint
 from ncsn.model.generate import generate
 from ncsn.process import settle
 from ncsn.storage import CACHE_DIR_VARIABLE

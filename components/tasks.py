@@ -186,27 +186,21 @@ def finish(
 
 
 @_component
-def sample_model(
+def open_model(
     model: str,
     registry: str,
     root: str,
     overrides: List[str],  # noqa: UP006
-    samples: dsl.Output[dsl.Dataset],
-    pictures: dsl.Output[dsl.HTML],
-    metrics: dsl.Output[dsl.Metrics],
-) -> NamedTuple("Sampled", [("config", str), ("run", str)]):  # type: ignore[valid-type]
-    """Generate the images that are missing in the model's folder; hand on a config and a run to measure them with."""
-    from components import publish, publish_metrics, publish_pictures
-    from ncsn.config import to_json
-    from ncsn.progress import Progress
-    from ncsn.storage import read_bytes
-    from ncsn.tools import models
-    from ncsn.tracking.client import server_uri
+    checkpoint: dsl.Output[dsl.Model],
+) -> NamedTuple("Opened", [("config", str), ("run", str)]):  # type: ignore[valid-type]
+    """Open a registered model as a run whose training is done; hand on its config with the overrides, and its name."""
+    from components import publish
+    from ncsn.config import from_yaml, to_json
+    from ncsn.runs.folder import read_step
+    from ncsn.steps.address import resolve
+    from ncsn.storage import read_text
 
-    server = server_uri(registry or None, root=root)
-    result = models.sample_model(model, registry=server, root=root, overrides=overrides, progress=Progress())
-    publish(samples, result, display_name=f"{result.num_images:,} images", uri=result.uri, model=result.model)
-    publish_pictures(pictures, {"samples": read_bytes(result.grid)})
-    publish_metrics(metrics, {"sample/num_images": result.num_images, "sample/nfe": result.nfe})
-    config, run = models.run_of_images(result, root=root, overrides=overrides)
-    return (to_json(config), run)
+    run = resolve(model, key="model", root=root, registry=registry or None).opened()
+    assert run is not None, "a version has a run"
+    publish(checkpoint, run, display_name=model, uri=read_step(run, "train").result["checkpoint"], framework="pytorch")
+    return (to_json(from_yaml(read_text(run.config), overrides=overrides, origin=run.config)), run.run)

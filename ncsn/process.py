@@ -55,11 +55,6 @@ def job_config() -> dict[str, Any]:
     return found
 
 
-def job_metadata() -> dict[str, str]:
-    """The metadata of the Ray job that this process drives; empty for other processes."""
-    return {key: str(value) for key, value in job_config().get("metadata", {}).items()}
-
-
 def python_version() -> str:
     """Python's version as it must be the same for a launcher and its cluster."""
     return ".".join(platform.python_version_tuple()[:2])
@@ -69,7 +64,7 @@ def require_same_python() -> None:
     """Raise `UserError` if the launcher of this Ray job has another Python."""
     # Ray does not check it, and fails later where something cannot be unpickled.
     here = python_version()
-    there = job_metadata().get(PYTHON, here)
+    there = job_config().get("metadata", {}).get(PYTHON, here)
     if there != here:
         raise UserError(
             "Python",
@@ -93,13 +88,8 @@ def reduce_gc() -> None:
     # Their imports make half a million objects, none of which is garbage. With Python's defaults the collector
     # searches them for 0.2 s during the imports and for a second at exit.
     gc.set_threshold(_ALLOCATIONS, 10, 10)
-    atexit.register(_skip_last_collections)
-
-
-def _skip_last_collections() -> None:
     # Triton's bindings print each object that outlives the interpreter, hundreds of lines.
-    if "triton" not in sys.modules:
-        gc.freeze()
+    atexit.register(lambda: None if "triton" in sys.modules else gc.freeze())
 
 
 def settle() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -13,11 +14,14 @@ from ncsn.storage.retry import limited
 _LAST_SECONDS = 5.0  # longest wait for the last progress to be written
 
 
+@dataclass(eq=False)
 class Progress:
     """Counts the units of work that are done; this class tells nobody. A pickled copy goes on from the same count."""
 
-    def __init__(self, done: int = 0, total: int = 0, unit: str = "", text: str = "") -> None:
-        self.done, self.total, self.unit, self.text = done, total, unit, text
+    done: int = 0
+    total: int = 0
+    unit: str = ""
+    text: str = ""
 
     def start(self, total: int, unit: str, *, done: int = 0) -> None:
         """From now on `advance` counts from `done` up to `total` of `unit`, a plural such as images."""
@@ -65,16 +69,14 @@ class PublishedProgress(Progress):
     def __init__(self, uri: str, *, lease: str | None = None, interval: float = 1.0, **count: Any) -> None:
         super().__init__(**count)
         self._uri, self._lease, self._interval = uri, Lease(lease) if lease else None, interval
-        self._record: dict[str, Any] | None = None
+        self._record: dict[str, Any] | None = None  # to write
+        self._is_last = False
         self._news = threading.Condition()
         self._writer: threading.Thread | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         lease = self._lease.uri if self._lease else None
-        return partial(PublishedProgress, self._uri, lease=lease, interval=self._interval, **self._count()), ()
-
-    def _count(self) -> dict[str, Any]:
-        return {"done": self.done, "total": self.total, "unit": self.unit, "text": self.text}
+        return partial(PublishedProgress, self._uri, lease=lease, interval=self._interval, **asdict(self)), ()
 
     def check_lease(self) -> None:
         if self._lease is not None and self._lease.expired():
@@ -84,14 +86,13 @@ class PublishedProgress(Progress):
     def changed(self) -> None:
         if not self.total:
             return
-        record = self._count()
         with self._news:
-            self._record = record
+            self._record, self._is_last = asdict(self), self.done >= self.total
             if self._writer is None:
                 self._writer = threading.Thread(target=self._write, name="progress", daemon=True)
                 self._writer.start()
             self._news.notify_all()
-            if _is_last(record):
+            if self._is_last:
                 self._news.wait_for(lambda: self._record is None, _LAST_SECONDS)
 
     def _write(self) -> None:
@@ -109,11 +110,7 @@ class PublishedProgress(Progress):
                 if self._record is record:
                     self._record = None
                     self._news.notify_all()
-                    if _is_last(record):
+                    if self._is_last:
                         self._writer = None
                         return
-                self._news.wait_for(lambda: _is_last(self._record), pause)
-
-
-def _is_last(record: dict[str, Any] | None) -> bool:
-    return record is not None and record["done"] >= record["total"]
+                self._news.wait_for(lambda: self._is_last, pause)

@@ -5,7 +5,7 @@ from typing import List  # noqa: UP035 - the form that KFP reads
 from kfp import dsl, kubernetes
 
 from components import IMAGE
-from components.tasks import evaluate, finish, ingest, register, report, sample, sample_model, train, tune
+from components.tasks import evaluate, finish, ingest, open_model, register, report, sample, train, tune
 from ncsn.process import IMAGE_VARIABLE, KFP_RUN_ID, KFP_WORKFLOW, RUN_ID_LABEL
 
 ENVIRONMENT = "ncsn-environment"  # ConfigMap with addresses, in the namespace of the runs
@@ -30,7 +30,7 @@ SECRETS = (
     "NCSN_WEBHOOK_SECRET",
 )
 # Tasks that may compute in their own pod.
-COMPUTING = ("tune", "train", "sample", "evaluate", "sample-model")
+COMPUTING = ("tune", "train", "sample", "evaluate")
 
 
 def configured(task: dsl.PipelineTask, title: str, *, cached: bool = False) -> dsl.PipelineTask:
@@ -115,15 +115,16 @@ def sample_pipeline(
 
     Args:
         model: `models:/NAME@champion`, or another alias or version.
-        root: Store for the images: `<root>/generated/<name>/<version>/<settings>`.
+        root: Store in which the model is opened as a run, `<root>/runs/<name>-<version>-<digest>`, with its images.
         registry: Tracking server; empty = that of the cluster's environment.
         overrides: `a.b=value` for the config that is registered with the model, such as `sampling.num_images=1000`.
         evaluated: Measure the images too, for which the model's dataset is ingested if the store does not have it.
     """
     # Not cached: who is champion changes without any argument.
-    sampled = configured(sample_model(model=model, registry=registry, root=root, overrides=overrides), "Sample images")
+    opened = configured(open_model(model=model, registry=registry, root=root, overrides=overrides), "Open model")
+    config, run = opened.outputs["config"], opened.outputs["run"]
+    sampled = configured(sample(config=config, run=run, checkpoint=opened.outputs["checkpoint"]), "Sample images")
     with dsl.If(evaluated == True, name="if evaluated"):  # noqa: E712 - KFP records the comparison
-        config, run = sampled.outputs["config"], sampled.outputs["run"]
         ingested = configured(ingest(config=config, run=run, content=""), "Ingest images")
         configured(
             evaluate(config=config, run=run, dataset=ingested.outputs["dataset"], samples=sampled.outputs["samples"]),

@@ -19,6 +19,7 @@ from ncsn.cli.options import (
     backend_options,
     code_option,
     existing_run_options,
+    help_of,
     json_option,
     step_options,
     target_options,
@@ -164,12 +165,23 @@ def run_command(*, options: TargetOptions, as_json: bool, finish: bool) -> None:
 
 
 def _do_step(
-    step: str, options: TargetOptions, given: Mapping[str, str | None], *, as_json: bool, png: str | None = None
+    step: str,
+    options: TargetOptions,
+    given: Mapping[str, str | None],
+    *,
+    as_json: bool,
+    named: str | None = None,
+    png: str | None = None,
 ) -> None:
     from ncsn.cli.console import describe_result
     from ncsn.cli.run import run_step
 
-    result = run_step(step, options.resolve(checkpoint=given.get("checkpoint")), given=given)
+    target = options.resolve(named)
+    if target.checkpoint is not None:
+        if step != "sample":
+            raise UserError("ADDRESS", f"names a checkpoint, but `{step}` is of a run", hint="name it", value=named)
+        given = {**given, "checkpoint": target.checkpoint}
+    result = run_step(step, target, given=given)
     if png:
         from ncsn.data.samples import write_pngs
 
@@ -177,19 +189,15 @@ def _do_step(
     click.echo(json.dumps(asdict(result), indent=1) if as_json else describe_result(step, result, png=png))
 
 
-@app.command("sample", cls=ReportingCommand, help=STEP_TABLE["sample"].summary)
+@app.command("sample", cls=ReportingCommand, help=help_of("sample"), short_help=STEP_TABLE["sample"].summary)
 @step_options("sample")
-@click.option("--model", metavar="URI", help="A registered model instead of a run: models:/NAME@champion.")
 @click.option("--png", metavar="DIR", help="Also write each image as a PNG file into this new or empty folder.")
 def sample_command(
-    *, options: TargetOptions, as_json: bool, model: str | None, png: str | None, **given: str | None
+    *, options: TargetOptions, as_json: bool, named: str | None, png: str | None, **given: str | None
 ) -> None:
     if png and (folder := Path(png)).exists() and not (folder.is_dir() and next(folder.iterdir(), None) is None):
         raise UserError("--png", "not an empty folder", hint="choose another", value=png)
-    if model:
-        registry.sample_from_model(options, given, model=model, png=png, as_json=as_json)
-    else:
-        _do_step("sample", options, given, as_json=as_json, png=png)
+    _do_step("sample", options, given, as_json=as_json, named=named, png=png)
 
 
 @app.command("show-config", cls=ReportingCommand, short_help="Print every setting with its meaning and range.")
@@ -249,10 +257,10 @@ def select_command(*, options: TargetOptions, as_json: bool, **given: str | None
 
 
 def _step_command(step: str) -> None:
-    @app.command(step, cls=ReportingCommand, help=STEP_TABLE[step].summary)
+    @app.command(step, cls=ReportingCommand, help=help_of(step), short_help=STEP_TABLE[step].summary)
     @step_options(step)
-    def command(*, options: TargetOptions, as_json: bool, **given: str | None) -> None:
-        _do_step(step, options, given, as_json=as_json)
+    def command(*, options: TargetOptions, as_json: bool, named: str | None = None, **given: str | None) -> None:
+        _do_step(step, options, given, as_json=as_json, named=named)
 
 
 for _step in STEP_TABLE.keys() - app.commands.keys():

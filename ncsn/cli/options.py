@@ -178,6 +178,9 @@ code_option = click.option(
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print the result as JSON, and nothing else on stdout."
 )
+_ADDRESSED = ("ingest", "sample", "evaluate")  # steps on what an address names
+_ADDRESS = """ADDRESS, instead of --config or --run: models:/NAME@ALIAS, the name of a run, or the folder or URI of a
+run, of a checkpoint or of a saved model."""
 score_option = click.option(
     "--score",
     is_flag=False,
@@ -191,6 +194,11 @@ lease_option = click.option(
 )
 
 
+def help_of(step: str) -> str:
+    """The help of the command of a step."""
+    return "\n\n".join([STEP_TABLE[step].summary, *([_ADDRESS] if step in _ADDRESSED else [])])
+
+
 def step_options(step: str) -> Callable[[Decorated], Decorated]:
     """All options of the command of a step."""
     info = STEP_TABLE[step]
@@ -201,6 +209,8 @@ def step_options(step: str) -> Callable[[Decorated], Decorated]:
             command = backend_options(lease_option(command))
         if info.on_demand:
             command = score_option(command)
+        if step in _ADDRESSED:  # not `address`, which is an option of `backend_options`
+            command = click.argument("named", metavar="[ADDRESS]", required=False)(command)
         for name, source in reversed([*info.inputs.items()]):
             option = click.option(f"--{name}", metavar="URI", help=f"The {source.what}; default: the run's own.")
             command = option(command)

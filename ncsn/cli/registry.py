@@ -1,4 +1,4 @@
-"""The commands for registered models, also as a source of samples. Imports are inside, as in `ncsn.cli.app`."""
+"""The commands for registered models. Imports are inside, as in `ncsn.cli.app`."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -55,66 +53,26 @@ def promote_command(
     click.echo(json.dumps(asdict(done), indent=1) if as_json else text)
 
 
-@click.command("serve", cls=ReportingCommand, short_help="Serve images of a registered model over HTTP.")
-@click.argument("model", metavar="MODEL")
+@click.command("serve", cls=ReportingCommand, short_help="Serve images of a trained network over HTTP.")
+@click.argument("named", metavar="ADDRESS")
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(1, 65535), help="Port to listen on.")
 @click.option("--replicas", default=1, show_default=True, type=click.IntRange(1), help="Processes that make images.")
 @registry_options
-def serve_command(*, model: str, port: int, replicas: int, options: TargetOptions) -> None:
-    """Serve images of MODEL, models:/NAME@champion, on loopback until Ctrl-C, and follow the alias when it moves.
+def serve_command(*, named: str, port: int, replicas: int, options: TargetOptions) -> None:
+    """Serve images of ADDRESS on loopback until Ctrl-C, and follow an alias when it moves.
 
-    POST JSON to /images; the page at / does that for you.
+    ADDRESS is models:/NAME@champion, the name of a run, or the folder or URI of a run, of a checkpoint or of a saved
+    model. POST JSON to /images; the page at / does that for you.
     """
-    from ncsn.tracking.client import client_at, mlflow_errors
-    from ncsn.tracking.promotion import resolve_version
-
-    registry, host = options.registry, "127.0.0.1"
+    host = "127.0.0.1"
     require_free(host, port)
-    with mlflow_errors(registry):
-        resolve_version(client_at(registry), model)  # before Ray takes seconds
-    click.echo(f"starting Ray, then loading {model}", err=True)
+    place = options.named(named)  # before Ray takes seconds
+    click.echo(f"starting Ray, then loading {named}", err=True)
     try:
         from ncsn.serving.app import run
     except ImportError as error:
         raise UserError("ray[serve]", f"not installed: {error}", hint="pip install 'ncsn[serve]'") from None
-    run(model, registry=registry, port=port, replicas=replicas, ready=lambda: click.echo(f"http://{host}:{port}"))
-
-
-def sample_from_model(
-    options: TargetOptions,
-    given: Mapping[str, str | None],
-    *,
-    model: str,
-    png: str | None,
-    as_json: bool,
-) -> None:
-    """`ncsn sample --model`: generate images from a registered model and print where they are."""
-    from ncsn.cli.console import ShownProgress, shown_progress
-    from ncsn.data.samples import write_pngs
-    from ncsn.tools import models
-
-    for option in ("score", "checkpoint"):
-        if given.get(option):
-            raise click.UsageError(f"--{option} needs a run, not --model")
-    if options.backend:
-        raise click.UsageError("--backend and --address need a run; a registered model is sampled here")
-    with shown_progress(None) as view:
-        view.start("sample")
-        result = models.sample_model(
-            model,
-            registry=options.registry,
-            root=options.store_root,
-            overrides=options.overrides,
-            progress=ShownProgress(view, "sample"),
-        )
-        view.finish("sample", f"done in {result.seconds:,.1f} s")
-    if png:
-        write_pngs(result.uri, Path(png), num_images=result.num_images)
-    text = f"""sample: {result.num_images:,} images of {result.model}, {result.nfe:,} network evaluations per image
-uri: {result.uri}
-grid: {result.grid}"""
-    text += f"\npng: {png}" if png else ""
-    click.echo(json.dumps(asdict(result), indent=1) if as_json else text)
+    run(place, port=port, replicas=replicas, ready=lambda: click.echo(f"http://{host}:{port}"))
 
 
 def serve_ui(options: TargetOptions, *, host: str, port: int) -> None:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ncsn import storage
 from ncsn.config import Config, ConfigError, from_yaml, training_settings
 from ncsn.config.load import EXAMPLES
 from ncsn.errors import NotFound, UserError
 from ncsn.runs.folder import DEFAULT_ROOT, RunFolder
+
+if TYPE_CHECKING:
+    from ncsn.steps.address import Place
 
 _ROOT = "storage.root"
 _ANOTHER_STORE = f"pass --config, or --set {_ROOT}=URI of another store"
@@ -22,6 +26,7 @@ class Target:
     config: Config
     run: str
     code_here: bool = False  # whether jobs run the packages of this checkout
+    checkpoint: str | None = None  # URI, if an address named it
 
 
 @dataclass(frozen=True)
@@ -34,12 +39,18 @@ class TargetOptions:
     backend: tuple[str, ...] = ()  # the overrides that --backend and --address stand for
     code_here: bool = False
 
-    def resolve(self, *, checkpoint: str | None = None) -> Target:
-        """The config of --config, else of the checkpoint, else of --run, and the run that it belongs to."""
-        if self.config_uri is not None:
+    def resolve(self, address: str | None = None) -> Target:
+        """The config of what an address names, else of --config, else of --run, and the run that it belongs to."""
+        run, checkpoint = self.run, None
+        if address is not None:
+            if self.config_uri is not None or self.run is not None:
+                hint = "leave out --config and --run; --set changes values, such as storage.root for another store"
+                raise UserError("ADDRESS", "brings its own config and run", hint=hint, value=address)
+            named = self.named(address)
+            folder, checkpoint = named.opened(), named.uri
+            origin, run = (folder.config, folder.run) if folder else (f"{checkpoint}/config.yaml", None)
+        elif self.config_uri is not None:
             origin = _file_of(self.config_uri)
-        elif checkpoint is not None:
-            origin = storage.join(storage.absolute(checkpoint), "config.yaml")
         elif self.run is not None:
             origin = RunFolder(self.store_root, self.run).config
             if not storage.exists(origin):
@@ -57,12 +68,20 @@ class TargetOptions:
         if absolute.endswith("/config.yaml") and (place := RunFolder.of(absolute)) and storage.exists(place.steps):
             overrides = (f"{_ROOT}={place.root}", *overrides)  # the file says where it was when the run began
         config = from_yaml(text, overrides=overrides, origin=origin)
-        run = self.run
-        if run is None and checkpoint is not None:
-            run = _run_of_checkpoint(checkpoint, config)
         # A hash of what decides the weights: the same experiment resumes, another one starts.
         run = run or f"{config.name}-{storage.digest(training_settings(config), 8)}"
-        return Target(config, run, self.code_here)
+        return Target(config, run, self.code_here, checkpoint)
+
+    def named(self, address: str) -> Place:
+        """What an address names in the store and registry of these options."""
+        from ncsn.steps.address import resolve
+
+        if self.config_uri is None and self.run is None:
+            root, registry = self.store_root, self.override("tracking.uri")
+        else:
+            config = self.resolve().config
+            root, registry = config.storage.root, config.tracking.uri
+        return resolve(address, key="ADDRESS", root=root, registry=registry)
 
     @property
     def registry(self) -> str:
@@ -72,7 +91,7 @@ class TargetOptions:
         if self.config_uri is not None or self.run is not None:
             return tracking_uri(self.resolve().config)
         for text in self.overrides:
-            if not text.startswith((f"{_ROOT}=", "tracking.uri=", "sampling.", "compute.")):  # the last two: of a model
+            if not text.startswith((f"{_ROOT}=", "tracking.uri=")):
                 raise UserError("--set", "changes a config, and none is given", hint="pass --config", value=text)
         uri = server_uri(self.override("tracking.uri"), root=self.store_root)
         if uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).exists():
@@ -101,11 +120,3 @@ def _file_of(config: str) -> str:
         return f"{config}.yaml"
     example = EXAMPLES / f"{config}.yaml"
     return str(example) if "/" not in config and not Path(path).exists() and example.is_file() else config
-
-
-def _run_of_checkpoint(checkpoint: str, config: Config) -> str | None:
-    uri = storage.absolute(checkpoint)
-    if (folder := RunFolder.of(uri)) is None or folder.root != storage.absolute(config.storage.root):
-        return None
-    places = (folder.checkpoints, folder.selected, folder.averages)
-    return folder.run if uri.startswith(tuple(f"{place}/" for place in places)) else None

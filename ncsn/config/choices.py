@@ -107,8 +107,8 @@ class AutoguidanceConfig(_Guidance):
     kind: Literal["autoguidance"]
     """s_1 is the network and s_0 a smaller one, or one with less training; with or without classes."""
     checkpoint: str = Field(min_length=1)
-    """The worse network: the URI of a checkpoint, for example an early one of the same run, or a registered model,
-    models:/NAME@ALIAS or models:/NAME/VERSION."""
+    """The worse network: the URI of a checkpoint, for example an early one of the same run, the name of a run,
+    or a registered model, models:/NAME@ALIAS or models:/NAME/VERSION."""
 
 
 GuidanceConfig = Annotated[ClassifierFreeConfig | AutoguidanceConfig, Field(discriminator="kind")]

@@ -87,29 +87,6 @@ def _parsed(text: str, overrides: tuple[str, ...], origin: str) -> Config:
     raise ConfigError.of(replace(each, origin=where) for each, where in zip(found, at_fault, strict=True))
 
 
-def with_wishes(config: Config, wishes: Mapping[str, Any]) -> Config:
-    """The config with the `sampler`, `seed`, `label` and weight of `guidance` that somebody asks for.
-
-    A sampler is a kind, of the default settings unless it is the config's, or `{kind: ..., ...}` as text or mapping.
-    Guidance, where none is configured, is away from the images of all classes. Wishes that are missing, None or empty
-    change nothing.
-    """
-    tree = config.model_dump(mode="json")
-    sampling = tree["sampling"]
-    wanted = {key: wish for key, wish in wishes.items() if wish not in (None, "")}
-    sampling |= {"seed": wanted.get("seed", sampling["seed"]), "label": str(wanted.get("label", sampling["label"]))}
-    sampler = wanted.get("sampler", sampling["sampler"])
-    if isinstance(sampler, str):
-        _, sampler = parse_override(f"sampling.sampler={sampler}")
-    if sampler != config.sampling.sampler.kind:
-        sampling["sampler"] = {"kind": sampler} if isinstance(sampler, str) else sampler
-    if (weight := wanted.get("guidance")) is not None and sampling["guidance"] is not None:
-        sampling["guidance"]["weight"] = weight
-    elif weight not in (None, 1):
-        sampling["guidance"] = {"kind": "classifier_free", "weight": weight}
-    return checked(tree)
-
-
 def to_json(config: Config) -> str:
     """Canonical text with sorted keys and no spaces: the same for equal configs."""
     return json.dumps(config.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))

@@ -75,19 +75,17 @@ def section_models(model: type[Any], field: str) -> list[type[Any]]:
 
 def types_at(path: str, root: type[Any]) -> list[Any]:
     """What the value at a dotted path may be, whatever the kinds of its sections: types, sections and `Literal`s."""
-
-    def arms(annotation: Any) -> Iterator[Any]:
-        if get_origin(annotation) not in (Union, UnionType, Annotated):
-            yield annotation
-        else:
-            yield from (arm for each in get_args(annotation) for arm in arms(each))
-
     found: list[Any] = [root]
     for key in path.split("."):
         models = [each for each in found if isinstance(each, type) and issubclass(each, BaseModel | Sampler)]
         below = [fields_of(model)[key].annotation for model in models if key in fields_of(model)]
         below += [get_args(each)[1] for each in found if get_origin(each) is dict]
-        found = [arm for annotation in below for arm in arms(annotation)]
+        found = []
+        while below:
+            if get_origin(each := below.pop(0)) in (Union, UnionType, Annotated):
+                below = [*get_args(each), *below]
+            else:
+                found.append(each)
     return found
 
 
@@ -98,7 +96,16 @@ def kinds_of(models: Iterable[type[Any]]) -> list[str]:
 
 
 def _explain(detail: ErrorDetails, tree: dict[str, Any], model: type[Any]) -> list[Problem]:
-    parts = _path_parts(detail["loc"], tree)
+    parts: list[str] = []
+    node: Any = tree
+    for part in detail["loc"]:
+        if isinstance(node, dict) and part not in node and node.get("kind") == part:
+            continue  # pydantic adds the tags of discriminated unions to the location
+        parts.append(str(part))
+        if isinstance(node, dict):
+            node = node.get(part)
+        elif isinstance(node, list) and isinstance(part, int) and part < len(node):
+            node = node[part]
     path = ".".join(parts)
     kind, value = detail["type"], detail["input"]
     if kind in ("extra_forbidden", "unexpected_keyword_argument"):
@@ -158,18 +165,3 @@ def _models(parts: Sequence[str], tree: dict[str, Any], root: type[Any]) -> list
         arms = [arm for model in named for arm in section_models(model, part)] if named else models
         models = [arm for arm in arms if kind in kinds_of([arm])] or arms
     return models
-
-
-def _path_parts(location: Sequence[int | str], tree: Any) -> list[str]:
-    # Pydantic adds the tags of discriminated unions to the location.
-    parts: list[str] = []
-    node = tree
-    for part in location:
-        if isinstance(node, dict) and part not in node and node.get("kind") == part:
-            continue
-        parts.append(str(part))
-        if isinstance(node, dict):
-            node = node.get(part)
-        elif isinstance(node, list) and isinstance(part, int) and part < len(node):
-            node = node[part]
-    return parts

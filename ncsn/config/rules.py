@@ -17,12 +17,7 @@ from ncsn.config.choices import (
 )
 from ncsn.config.problems import problems
 from ncsn.config.schema import Config
-from ncsn.config.training import (
-    ConsistencyLossConfig,
-    LevelsConfig,
-    LognormalTraining,
-    PowerEmaConfig,
-)
+from ncsn.config.training import ConsistencyLossConfig, LevelsConfig, LognormalTraining, PowerEmaConfig
 from ncsn.core.samplers.settings import AnnealedLangevin, Consistency, DpmSolver, Langevin
 from ncsn.errors import ConfigError, Problem
 
@@ -53,12 +48,8 @@ def _network(config: Config) -> Iterator[Problem]:
         reason = f"needs a network that is told about it, but network.kind = {network.kind} is not"
         yield Problem(key, reason, "use network.kind = unet or ddpmpp, or null")
     if data.augmentation is not None and data.horizontal_flip:
-        yield Problem(
-            "data.horizontal_flip",
-            "mirrors images without telling the network, but data.augmentation mirrors them and tells it",
-            "use one of them",
-            value=True,
-        )
+        reason = "mirrors images without telling the network, but data.augmentation mirrors them and tells it"
+        yield Problem("data.horizontal_flip", reason, "use one of them", value=True)
     if data.crop is not None and data.fit != "crop":
         yield Problem("data.crop", f"needs data.fit = crop, not {data.fit}", "leave one of them out", data.crop)
     if data.leave_out and data.source != "image_folder":
@@ -84,10 +75,8 @@ def _network(config: Config) -> Iterator[Problem]:
             hint = f"use at most {most} {key}"
         else:
             key, widths, halved = "multipliers", network.multipliers, "divided by 2"
-            sizes, most = (
-                [size >> depth for depth in range(len(widths))],
-                (math.gcd(*sides) & -math.gcd(*sides)).bit_length(),
-            )
+            sizes = [size >> depth for depth in range(len(widths))]
+            most = (math.gcd(*sides) & -math.gcd(*sides)).bit_length()
             hint = f"use at most {most} {key}, or data.image_size = {_nearest(sides, 2 ** (len(widths) - 1))}"
         if len(sizes) > most:
             reason = f"too many: data.image_size = {given_size} can be {halved} only {most - 1} times"
@@ -99,15 +88,11 @@ def _network(config: Config) -> Iterator[Problem]:
                 f"resolutions they have sizes {sizes}",
                 "use some of these",
             )
-    elif math.gcd(*sides) % (
-        step := 2 ** (_HALVINGS[network.depth] if isinstance(network, NcsnV2NetworkConfig) else 1)
-    ):
-        yield Problem(
-            "data.image_size",
-            f"not divisible by {step}, which network.kind = {network.kind} needs",
-            f"use {_nearest(sides, step)}",
-            given_size,
-        )
+        return
+    step = 2 ** (_HALVINGS[network.depth] if isinstance(network, NcsnV2NetworkConfig) else 1)
+    if math.gcd(*sides) % step:
+        reason = f"not divisible by {step}, which network.kind = {network.kind} needs"
+        yield Problem("data.image_size", reason, f"use {_nearest(sides, step)}", given_size)
 
 
 def _nearest(sides: Sequence[int], step: int) -> str:
@@ -123,12 +108,8 @@ def _training(config: Config) -> Iterator[Problem]:
     if isinstance(config.noise.training, LognormalTraining) and isinstance(network, NcsnNetworkConfig):
         yield Problem("noise.training.kind", _ANY_SIGMA, "use levels, or another network.kind", "lognormal")
     if loss.weighting in ("edm", "learned") and not hasattr(network, "sigma_data"):
-        yield Problem(
-            "loss.weighting",
-            f"needs network.sigma_data, which network.kind = {network.kind} does not have",
-            "use power, or network.kind = unet",
-            loss.weighting,
-        )
+        reason = f"needs network.sigma_data, which network.kind = {network.kind} does not have"
+        yield Problem("loss.weighting", reason, "use power, or network.kind = unet", loss.weighting)
     if train.num_images < train.batch_size:
         reason = f"less than one batch: train.batch_size = {train.batch_size}"
         yield Problem("train.num_images", reason, "raise it", train.num_images)
@@ -136,12 +117,8 @@ def _training(config: Config) -> Iterator[Problem]:
         reason = f"less than one image for each of compute.num_workers = {workers}"
         yield Problem("train.batch_size", reason, "raise it, or lower compute.num_workers", train.batch_size)
     if train.trainable == "light" and train.init_from is None:
-        yield Problem(
-            "train.trainable",
-            "leaves convolutions as they are, and without train.init_from they are random",
-            "set train.init_from, or use all",
-            "light",
-        )
+        reason = "leaves convolutions as they are, and without train.init_from they are random"
+        yield Problem("train.trainable", reason, "set train.init_from, or use all", "light")
     if compute.compile is True and loss.differentiates_twice:
         reason = f"not possible with loss.kind = {loss.kind}, which differentiates the network twice"
         yield Problem("compute.compile", reason, "use compute.compile = auto", value=True)
@@ -197,12 +174,8 @@ def _sampling(config: Config) -> Iterator[Problem]:
         reason = f"needs a network trained at any sigma, but noise.training.kind = {training.kind}"
         yield Problem("sampling.levels", reason, "use null, or train with lognormal")
     if evaluation.num_splits > sampling.num_images:
-        yield Problem(
-            "sampling.num_images",
-            f"less than one for each of evaluation.num_splits = {evaluation.num_splits}",
-            "raise it, or lower evaluation.num_splits",
-            sampling.num_images,
-        )
+        reason = f"less than one for each of evaluation.num_splits = {evaluation.num_splits}"
+        yield Problem("sampling.num_images", reason, "raise it, or lower evaluation.num_splits", sampling.num_images)
     if evaluation.pretrained is not None and config.data.channels not in (1, 3):
         reason = f"needs gray or RGB images, but data.channels = {config.data.channels}"
         yield Problem("evaluation.extractor", reason, "use classifier or clusters", evaluation.pretrained)

@@ -29,10 +29,11 @@ from ncsn.config.training import (
 from ncsn.core.samplers.settings import AnySampler
 from ncsn.errors import UserError
 
+SCHEME = "models:/"  # of the address of a registered version
 MODEL_NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,249}"
 _LIMITS = {"uint8": (0, 255), "uint16": (0, 65535), "float32": (0, 1)}
 _BYTES = {"uint8": 1, "uint16": 2, "float32": 4}
-_COLORS = {"none": None, "white": (255, 255, 255), "black": (0, 0, 0)}
+COLORS: dict[str, tuple[int, int, int] | None] = {"none": None, "white": (255, 255, 255), "black": (0, 0, 0)}
 NAME_PATTERN = r"^[a-z0-9]([a-z0-9_-]{0,38}[a-z0-9])?$"
 
 
@@ -130,7 +131,7 @@ class DataConfig(Section):
     @field_validator("background", mode="before")
     @classmethod
     def _is_color(cls, value: Any) -> Any:
-        word = isinstance(value, str) and value in _COLORS
+        word = isinstance(value, str) and value in COLORS
         color = isinstance(value, list | tuple) and [type(v) is int and 0 <= v <= 255 for v in value] == [True] * 3
         if not (word or color):
             raise UserError("", "not a color", hint="use white, black, none or [r, g, b], from 0 to 255", value=value)
@@ -157,11 +158,6 @@ class DataConfig(Section):
     def mirrors(self) -> bool:
         """Whether training mirrors images."""
         return self.horizontal_flip or self.augmentation is not None
-
-    @property
-    def background_color(self) -> tuple[int, int, int] | None:
-        """RGB of `background`; None for none."""
-        return _COLORS[self.background] if isinstance(self.background, str) else self.background
 
 
 class SamplingConfig(Section):

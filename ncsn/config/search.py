@@ -115,12 +115,21 @@ def space_problems(config: Config) -> list[Problem]:
     space, kind = searched_space(config), config.sampling.sampler.kind
     found = [problem for path in space for problem in _path_problems(config, path)]
     if search.epsilons is not None and not hasattr(config.sampling.sampler, "epsilon"):
-        found.append(
-            Problem("search.epsilons", f"sampling.sampler.kind = {kind} has no epsilon", "remove this setting")
-        )
+        reason = f"sampling.sampler.kind = {kind} has no epsilon"
+        found.append(Problem("search.epsilons", reason, "remove this setting"))
     if found:
         return found
-    for values in _corners(space):
+    # The ends of every range and all choices: in combination, and if there are too many of these, alone first.
+    ends: dict[str, Sequence[Any]] = {
+        path: domain.values
+        if isinstance(domain, ChoiceDomain)
+        else [int(end) if end.is_integer() and end < _EXACT else end for end in (domain.low, domain.high)]
+        for path, domain in space.items()
+    }
+    corners = [dict(zip(ends, values, strict=True)) for values in islice(product(*ends.values()), _MOST_CORNERS)]
+    if math.prod(map(len, ends.values())) > _MOST_CORNERS:
+        corners = [{path: value} for path, values in ends.items() for value in values] + corners
+    for values in corners:
         try:
             variant(config, values)
         except ConfigError as error:
@@ -150,17 +159,3 @@ def _path_problems(config: Config, path: str) -> Iterator[Problem]:
         )
     elif path not in searchable or isinstance(value, dict):
         yield Problem(key, "cannot be searched", choices)
-
-
-def _corners(space: Mapping[str, Domain]) -> Iterator[dict[str, Any]]:
-    """The ends of every range and all choices: in combination, and if there are too many of these, alone first."""
-    ends: dict[str, Sequence[Any]] = {
-        path: domain.values
-        if isinstance(domain, ChoiceDomain)
-        else [int(end) if end.is_integer() and end < _EXACT else end for end in (domain.low, domain.high)]
-        for path, domain in space.items()
-    }
-    if math.prod(map(len, ends.values())) > _MOST_CORNERS:
-        yield from ({path: value} for path, values in ends.items() for value in values)
-    for values in islice(product(*ends.values()), _MOST_CORNERS):
-        yield dict(zip(ends, values, strict=True))

@@ -15,7 +15,6 @@ A network that was told draws images without augmentation when it is told of non
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -90,10 +89,6 @@ class Transforms:
         rows = a[:, 2:].any(dim=1).nonzero().flatten()
         return cls(a[:, :2].T.bool(), rows, inverse_maps(a[rows], aspect=width / height).float())
 
-    def map(self, move: Callable[[Tensor], Tensor]) -> Transforms:
-        """The same elsewhere."""
-        return Transforms(move(self.flips), move(self.rows), move(self.maps))
-
     def apply(self, x: Tensor) -> Tensor:
         """Augment images x [B, C, H, W], which are where these numbers are.
 
@@ -104,7 +99,11 @@ class Transforms:
         flipped = torch.where(self.flips[1].view(-1, 1, 1, 1), flipped.flip(-2), flipped)
         if len(self.rows) == 0:
             return flipped
-        return flipped.index_copy(0, self.rows, _warped(flipped[self.rows], self.maps.to(x.dtype)))
+        # By way of images of twice the size, which are sampled at the places that the maps give to each pixel.
+        rows, columns = (_filters(size, x.device, x.dtype) for size in x.shape[2:])
+        enlarged = rows[0] @ flipped[self.rows] @ columns[0].T
+        warped = rows[1] @ sampled(enlarged, self.maps.to(x.dtype), margin=_MARGIN) @ columns[1].T
+        return flipped.index_copy(0, self.rows, warped)
 
 
 def inverse_maps(a: Tensor, *, aspect: float = 1.0) -> Tensor:
@@ -124,13 +123,6 @@ def _rotations(angle: Tensor) -> Tensor:
     """Rotations [B, 2, 2] that turn u toward v by angles [B]."""
     cos, sin = angle.cos(), angle.sin()
     return torch.stack((torch.stack((cos, -sin), dim=1), torch.stack((sin, cos), dim=1)), dim=1)
-
-
-def _warped(x: Tensor, maps: Tensor) -> Tensor:
-    """Images [B, C, H, W] at the places that the maps give to each pixel, by way of images of twice the size."""
-    rows, columns = (_filters(size, x.device, x.dtype) for size in x.shape[2:])
-    enlarged = rows[0] @ x @ columns[0].T
-    return rows[1] @ sampled(enlarged, maps, margin=_MARGIN) @ columns[1].T
 
 
 def sampled(x: Tensor, maps: Tensor, *, margin: int = 0) -> Tensor:

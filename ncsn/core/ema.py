@@ -34,12 +34,8 @@ def half_life(images: float, ramp_up: float | None) -> Decay:
     While r n is the smaller, this is the power-function average of exponent ln 2 / r - 1 (Karras et al. 2024). H is
     `images` and r `ramp_up`, None for h = H.
     """
-
-    def decay(images_seen: int, batch: int) -> float:
-        h = images if ramp_up is None else min(images, ramp_up * images_seen)
-        return float(0.5 ** (batch / h))
-
-    return decay
+    share = math.inf if ramp_up is None else ramp_up
+    return lambda images_seen, batch: float(0.5 ** (batch / min(images, share * images_seen)))
 
 
 def power_function(exponent: float) -> Decay:

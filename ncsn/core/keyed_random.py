@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 _WORDS_PER_BLOCK = 4
-_UNIFORM, _NORMAL, _PERMUTATION = range(3)
+UNIFORM, NORMAL, PERMUTATION = range(3)  # kinds of draws, each with words of its own
 _LOW_32 = 0xFFFFFFFF
 
 COMMON_SEED = 0  # of draws that are the same for all experiments on a dataset, so that their results compare
@@ -57,16 +57,12 @@ def keyed_uniform(
 
     They are odd multiples of 2^-24. The seed is in [0, 2^64); another size gives other numbers.
     """
-    return uniform_of(to_device(uniform_words(seed, stream=stream, first=first, count=count, size=size), device), size)
-
-
-def uniform_words(seed: int, *, stream: int, first: int, count: int, size: int) -> Tensor:
-    """The bits of `keyed_uniform`, int64 [count, W]; `uniform_of` makes the numbers of them, on any device."""
-    return _words(seed, kind=_UNIFORM, stream=stream, first=first, count=count, words=(size + 1) // 2)
+    words = random_words(seed, kind=UNIFORM, stream=stream, first=first, count=count, size=size)
+    return uniform_of(to_device(words, device), size)
 
 
 def uniform_of(words: Tensor, size: int) -> Tensor:
-    """The numbers, float32 [count, size]."""
+    """The numbers of `keyed_uniform`, float32 [count, size], of their words."""
     # 23 bits and a half: the largest count whose midpoints are exact in float32, so neither 0 nor 1 can be rounded to.
     bits = torch.cat(((words >> 41) & 0x7FFFFF, (words >> 9) & 0x7FFFFF), dim=1)
     return (bits[:, :size].to(torch.float32) + 0.5) * 2.0**-23
@@ -79,16 +75,12 @@ def keyed_normal(
 
     The arguments are those of `keyed_uniform`.
     """
-    return normal_of(to_device(normal_words(seed, stream=stream, first=first, count=count, size=size), device), size)
-
-
-def normal_words(seed: int, *, stream: int, first: int, count: int, size: int) -> Tensor:
-    """The bits of `keyed_normal`, int64 [count, W]; `normal_of` makes the numbers of them, on any device."""
-    return _words(seed, kind=_NORMAL, stream=stream, first=first, count=count, words=(size + 1) // 2)
+    words = random_words(seed, kind=NORMAL, stream=stream, first=first, count=count, size=size)
+    return normal_of(to_device(words, device), size)
 
 
 def normal_of(words: Tensor, size: int) -> Tensor:
-    """The numbers, float32 [count, size], by the Box-Muller transform."""
+    """The numbers of `keyed_normal`, float32 [count, size], of their words, by the Box-Muller transform."""
     uniform = ((words >> 32) & _LOW_32).to(torch.float64).add_(0.5).mul_(2.0**-32)
     radius = uniform.log_().mul_(-2.0).sqrt_()
     angle = (words & _LOW_32).to(torch.float64).mul_(2.0 * math.pi * 2.0**-32)
@@ -100,14 +92,8 @@ def normal_of(words: Tensor, size: int) -> Tensor:
 
 def keyed_permutation(seed: int, *, epoch: int, size: int) -> np.ndarray:
     """A random order of 0, ..., size - 1, int64 [size], that depends on (seed, epoch, size) only."""
-    words = _words(seed, kind=_PERMUTATION, stream=epoch, first=0, count=1, words=size).numpy()[0]
+    words = random_words(seed, kind=PERMUTATION, stream=epoch, first=0, count=1, size=size).numpy()[0]
     return np.argsort(words, kind="stable")
-
-
-def keyed_permutations(seed: int, *, stream: int, first: int, count: int, size: int) -> Tensor:
-    """Random orders of 0, ..., size - 1, numbers `first .. first + count`, int64 [count, size]."""
-    words = _words(seed, kind=_PERMUTATION, stream=stream, first=first, count=count, words=size)
-    return words.argsort(dim=1, stable=True)
 
 
 @dataclass(frozen=True)
@@ -160,8 +146,12 @@ def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
     return source.to(device, non_blocking=True)
 
 
-def _words(seed: int, *, kind: int, stream: int, first: int, count: int, words: int) -> Tensor:
-    """Random 64-bit words as int64 [count, words]. A row takes a whole number of blocks."""
+def random_words(seed: int, *, kind: int, stream: int, first: int, count: int, size: int) -> Tensor:
+    """Random bits for `size` numbers of each row, int64 [count, W]; `uniform_of` and `normal_of` work on any device.
+
+    A row takes a whole number of blocks.
+    """
+    words = size if kind == PERMUTATION else (size + 1) // 2
     for name, value in (("seed", seed), ("stream", stream), ("first", first)):
         if not 0 <= value < 2**64:
             raise ValueError(f"{name} must be in [0, 2^64), got {value}")

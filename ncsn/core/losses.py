@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ncsn.core.keyed_random import COMMON_SEED, keyed_normal
-from ncsn.core.networks.normalization import image_keys
+from ncsn.core.networks.layers import image_keys
 
 # A score network, called as `ncsn.core.networks.base` says.
 ScoreFunction = Callable[..., Tensor]
@@ -33,9 +33,6 @@ class Batch:
     # What the network is told beside the noise, by name as `ncsn.core.networks.base` says; each [B, ...].
     conditions: Mapping[str, Tensor] = field(default_factory=dict)
     lower: Tensor | None = None  # the smaller noise of each pair, [B], for consistency; 0 = the image itself
-
-    def __len__(self) -> int:
-        return len(self.x)
 
     @property
     def inputs(self) -> dict[str, Tensor]:
@@ -245,12 +242,6 @@ class ConsistencyTuning:
 
 
 Loss = DenoisingScoreMatching | SlicedScoreMatching | ConsistencyTuning
-
-
-def bin_sums(values: Tensor, *, bins: Tensor, num_bins: int) -> Tensor:
-    """Sums in each bin, float64 [..., S], of values [..., B] in bins int64 [B]; add them up over batches."""
-    member = bins[:, None] == torch.arange(num_bins, device=bins.device)
-    return torch.where(member, values.detach().to(torch.float64)[..., None], 0.0).sum(dim=-2)
 
 
 def _per_pixel(values: Tensor, x: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ def distance_quantile(x: Tensor, q: float, *, flips: bool = False) -> float:
     if len(x) < 2:
         raise InvalidValue(f"distances need at least 2 images, got {len(x)}")
     # Two mirror images are as far apart as their originals, so they are not compared with each other.
-    size = _block_size(x)
+    size = max(1, min(_BLOCK, _BLOCK_VALUES // x[0].numel()))
     starts = range(0, len(x), size)
     norms = torch.cat([_rows(x[start : start + size]).square().sum(dim=1) for start in starts])
     limit = 2 * float(norms.max().sqrt()) or 1.0
@@ -82,9 +82,23 @@ def largest_distance(x: Tensor, *, flips: bool = False, most_work: float = math.
     Returns:
         The distance in pixel units of [0, 1], and whether there is no larger one.
     """
-    center, radii = _mean_and_radii(x, flips=flips)
+    # A few images at a time stay in the processor's cache: of all images at once, torch takes ten times as long.
+    values, in_bytes = x.numpy(), x.dtype == torch.uint8
+    mean = values.sum(axis=0, dtype=np.int64 if in_bytes else np.float64) / len(x)
+    if flips:
+        # With the mirror images in the mean, each of them is as far from it as the original.
+        mean = (mean + np.flip(mean, -2 if in_bytes else -1)) / 2
+    mean = mean.astype(np.float32)
+    distances_to_mean = np.empty(len(x), np.float32)
+    for start in range(0, len(x), _CACHED):
+        away = (values[start : start + _CACHED] - mean).reshape(-1, mean.size)
+        distances_to_mean[start : start + _CACHED] = np.sqrt(np.einsum("nd,nd->n", away, away))
+    radii, center = torch.from_numpy(distances_to_mean), torch.from_numpy(mean)
+    if in_bytes:
+        radii, center = radii / 255, center.permute(2, 0, 1) / 255
+    center = center.flatten()
     order = radii.argsort(descending=True)
-    starts = torch.split(order, min(_SMALL_BLOCK, _block_size(x)))
+    starts = torch.split(order, max(1, min(_SMALL_BLOCK, _BLOCK_VALUES // x[0].numel())))
     reach = [float(radii[indices[0]]) for indices in starts]
     best, work = 0.0, 0.0
 
@@ -101,29 +115,6 @@ def largest_distance(x: Tensor, *, flips: bool = False, most_work: float = math.
             distances = torch.cdist(rows(row), rows(column, mirrored=mirrored))
             best, work = max(best, float(distances.max())), work + distances.numel() * len(center)
     return best, True
-
-
-def _mean_and_radii(x: Tensor, *, flips: bool) -> tuple[Tensor, Tensor]:
-    """The mean image as a row [D], and the distance of each image from it [N]."""
-    # A few images at a time stay in the processor's cache: of all images at once, torch takes ten times as long.
-    values, in_bytes = x.numpy(), x.dtype == torch.uint8
-    mean = values.sum(axis=0, dtype=np.int64 if in_bytes else np.float64) / len(x)
-    if flips:
-        # With the mirror images in the mean, each of them is as far from it as the original.
-        mean = (mean + np.flip(mean, -2 if in_bytes else -1)) / 2
-    center = mean.astype(np.float32)
-    radii = np.empty(len(x), np.float32)
-    for start in range(0, len(x), _CACHED):
-        away = (values[start : start + _CACHED] - center).reshape(-1, center.size)
-        radii[start : start + _CACHED] = np.sqrt(np.einsum("nd,nd->n", away, away))
-    row = torch.from_numpy(center)
-    if in_bytes:
-        return row.permute(2, 0, 1).flatten() / 255, torch.from_numpy(radii) / 255
-    return row.flatten(), torch.from_numpy(radii)
-
-
-def _block_size(x: Tensor) -> int:
-    return max(1, min(_BLOCK, _BLOCK_VALUES // x[0].numel()))
 
 
 def _rows(x: Tensor, *, mirrored: bool = False) -> Tensor:

@@ -154,7 +154,7 @@ def train_step(
         return result
 
     optimizer.zero_grad(set_to_none=True)
-    count, per_image = len(batch), []
+    count, per_image = len(batch.x), []
     global_batch = options.batch_size or count * options.world_size
     # The fewest parts of at most `microbatch` images, whose sizes differ by at most one.
     parts = 1 if options.microbatch is None else math.ceil(count / options.microbatch)

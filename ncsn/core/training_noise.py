@@ -8,7 +8,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ncsn.core.keyed_random import Stream, keyed_permutations, keyed_uniform
+from ncsn.core.keyed_random import PERMUTATION, Stream, keyed_uniform, random_words
 from ncsn.core.losses import Batch
 
 STRATA = 64  # consecutive draws that are spread evenly over the distribution
@@ -81,8 +81,8 @@ class LognormalNoise:
         """See `LevelNoise`; finite always, since the uniform numbers stay away from 0 and 1."""
         u = keyed_uniform(seed, stream=Stream.LEVEL, first=first, count=count, size=1)[:, 0].double()
         block, end = first // STRATA, -(-(first + count) // STRATA)
-        order = keyed_permutations(seed, stream=Stream.STRATUM, first=block, count=end - block, size=STRATA)
-        stratum = order.flatten()[first - block * STRATA :][:count]
+        words = random_words(seed, kind=PERMUTATION, stream=Stream.STRATUM, first=block, count=end - block, size=STRATA)
+        stratum = words.argsort(dim=1, stable=True).flatten()[first - block * STRATA :][:count]
         return self.quantile((stratum + u) / STRATA).float(), None
 
     def bin_of(self, batch: Batch) -> Tensor:

@@ -20,23 +20,28 @@ from numpy.typing import NDArray
 
 from ncsn import storage
 from ncsn.config.schema import DataConfig
-from ncsn.data.equal import NO_HASHES, Hashes, are_among, equal_in_words, image_hashes, repeats
 from ncsn.data.format import (
     DIGEST_LENGTH,
     DIGEST_VERSION,
     FORMAT_VERSION,
     MANIFEST,
+    NO_HASHES,
     PARQUET_OPTIONS,
     SPLITS,
+    Hashes,
     Manifest,
     Part,
     Rows,
     SkippedImage,
+    are_among,
+    equal_in_words,
     from_table,
+    image_hashes,
     load_manifest,
     open_images,
     part_images,
     read_rows,
+    repeats,
     schema,
     to_table,
 )
@@ -51,11 +56,6 @@ _WITHOUT_EFFECT = {"root", "download", "dequantize", "horizontal_flip", "augment
 LEAST_IMAGES = 2
 _BLOCK_BYTES = 2 << 20  # of pixels that are in memory at a time
 _NOTES = b"ncsn.notes"
-
-
-def shaping_settings(data: DataConfig) -> dict[str, Any]:
-    """The settings that decide the content of a dataset, as plain values."""
-    return {name: value for name, value in data.model_dump(mode="json").items() if name not in _WITHOUT_EFFECT}
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ def write_dataset(
     if fingerprint is None:
         with storage.scratch_folder(folder) as scratch:
             return _write(source, folder, str(scratch), name, data, write_parts, progress or Progress())
-    settings = shaping_settings(data) | {"root": data.root, "mirrors": data.mirrors}
+    settings = data.model_dump(mode="json", exclude=_WITHOUT_EFFECT) | {"root": data.root, "mirrors": data.mirrors}
     key = storage.digest([fingerprint, settings, PIXELS_VERSION, FORMAT_VERSION], 16)
     receipt, staging = storage.join(folder, f".ingested-{key}.json"), storage.join(folder, f".parts-{key}")
     if (known := _known(folder, receipt)) is not None:
@@ -265,7 +265,7 @@ def _write(
         parts=parts,
         source=source.description,
         license=source.license,
-        settings=shaping_settings(data),
+        settings=data.model_dump(mode="json", exclude=_WITHOUT_EFFECT),
         suggested_noise=suggestions(sample[:taken], pixels.limits, whole=taken == counts["train"]),
         conversions=dict(sorted(conversions.items())),
         repeated=repeated,

@@ -13,9 +13,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
-from ncsn.config.schema import DataConfig
+from ncsn.config.schema import COLORS, DataConfig
 from ncsn.data.format import NO_LABEL
-from ncsn.data.tiff import tiff_channels
 from ncsn.errors import InvalidValue
 
 # Pillow widens its filters when it shrinks, so this resize is antialiased. The paper's code uses the same one.
@@ -32,6 +31,9 @@ _ALPHA = ("P", "PA", "LA", "La", "RGBA", "RGBa")
 # Pillow has readers for forty more formats. Few people need them, and each can be attacked.
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
 _NPY = b"\x93NUMPY"
+_TIFFS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # headers; the last two of BigTIFF
+_TIFF_GRAY = 1  # photometric interpretation
+_MOST_TIFF_BYTES = 1 << 31
 MOST_CHANNELS = 8
 # All that Pillow was seen to raise for damaged and for hostile files.
 _NOT_DECODED = (
@@ -97,7 +99,8 @@ class Fit:
     def of(cls, data: DataConfig, *, crop: int | None = None) -> Fit:
         """The conversion that the config asks for; `crop` if it names none."""
         pixels, crop = data.pixels, data.crop or crop
-        return cls(pixels.shape[:2], data.channels, crop, data.fit, data.background_color, pixels.dtype, pixels.limits)
+        background = COLORS[data.background] if isinstance(data.background, str) else data.background
+        return cls(pixels.shape[:2], data.channels, crop, data.fit, background, pixels.dtype, pixels.limits)
 
     @property
     def least_side(self) -> int | None:
@@ -123,32 +126,28 @@ class Fit:
         return Example(pixels, label, plain.conversions)
 
     def _by_channel(self, picture: Picture, label: int) -> Example:
-        """Fit each channel by itself, as it is stored."""
+        """Fit each channel by itself, as it is stored: by float32, which holds 16 bits exactly, unless by bytes."""
         values = stored_values(picture.image)
         if values.shape[2] != self.channels:
             raise BadImageError(f"has {values.shape[2]} channels, and data.channels is {self.channels}")
-        conversions = picture.conversions
+        conversions, kind, (low, high) = picture.conversions, values.dtype, self.limits
+        if self.dtype == "uint16" and (kind.kind not in "iu" or kind.itemsize == 1):
+            lost = ", which is all that Pillow reads of other color than TIFF; save it as .npy"
+            raise BadImageError(
+                f"has pixels of type {kind}, and data.dtype is uint16{lost if kind == np.uint8 else ''}"
+            )
         if self.dtype != "uint8":
-            values, clipped = self._within_limits(values)
-            conversions = (*(one for one in conversions if one != "16-bit"), *["clipped"] * clipped)
+            if kind.kind not in "iuf" or not np.isfinite(values).all():
+                raise BadImageError(f"has pixels of type {kind} that are no finite numbers")
+            conversions = tuple(one for one in conversions if one != "16-bit")
+            if values.min() < low or values.max() > high:
+                values, conversions = values.clip(low, high), (*conversions, "clipped")
+            values = values.astype(np.float32)
         bands = [self._shaped(picture._replace(image=Image.fromarray(band))) for band in np.moveaxis(values, 2, 0)]
         pixels = np.stack([np.asarray(band) for band in bands], axis=2)
         if self.dtype == "uint16":
             pixels = np.floor(pixels + 0.5)
         return Example(pixels.astype(self.dtype, copy=False), label, conversions)
-
-    def _within_limits(self, values: np.ndarray) -> tuple[np.ndarray, bool]:
-        """Values as float32, which holds 16 bits exactly, within the limits, and whether some were beyond."""
-        kind, (low, high) = values.dtype, self.limits
-        if self.dtype == "uint16" and (kind.kind not in "iu" or kind.itemsize == 1):
-            lost = (
-                ", which is all that Pillow reads of other color than TIFF; save it as .npy" if kind == np.uint8 else ""
-            )
-            raise BadImageError(f"has pixels of type {kind}, and data.dtype is uint16{lost}")
-        if kind.kind not in "iuf" or not np.isfinite(values).all():
-            raise BadImageError(f"has pixels of type {kind} that are no finite numbers")
-        beyond = bool(values.min() < low or values.max() > high)
-        return (values.clip(low, high) if beyond else values).astype(np.float32), beyond
 
     def plain(self, picture: Picture) -> Picture:
         """As mode L or RGB; palettes are looked up, and opaque alpha is dropped."""
@@ -255,11 +254,17 @@ def decode(data: bytes, *, least_side: int | None = None) -> Picture:
     if data.startswith(_NPY):
         return _of_npy(data)
     try:
-        if (channels := tiff_channels(data)) is not None:
+        if (channels := _tiff_channels(data)) is not None:
             return Picture.of(channels)
         image = Image.open(io.BytesIO(data), formats=_FORMATS)
         stored = image.size
-        scale = _shrink(image, least_side) if least_side and image.format in ("JPEG", "MPO") else 1
+        scale = 1
+        if least_side and image.format in ("JPEG", "MPO"):
+            # Turned, the pixels that reach over its edge would come first.
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+            if not (turned and any(side % _JPEG_BLOCK for side in stored)):
+                drafted = image.draft(None, (least_side, least_side))
+                scale = 1 if drafted is None else round(stored[0] / drafted[1][2])
         conversions = []
         if image.format in ("PNG", "TIFF") and ";16" in str(image.tile[:1]):  # the layout of the stored pixels
             conversions.append("16-bit")
@@ -274,6 +279,28 @@ def decode(data: bytes, *, least_side: int | None = None) -> Picture:
         unknown = isinstance(error, OSError) and "cannot identify" in str(error)
         reason = f"not one of {', '.join(_FORMATS)}" if unknown else str(error) or type(error).__name__
         raise BadImageError(" ".join(reason.split())) from error
+
+
+def _tiff_channels(data: bytes) -> np.ndarray | None:
+    """The channels [H, W, C] of the first picture of a TIFF file; None if Pillow can read all of it.
+
+    Pillow has no mode for several channels of 16 bits or floating point, and for more than four. Raises what a damaged
+    file may make tifffile, its codecs and numpy raise.
+    """
+    if data[:4] not in _TIFFS:
+        return None
+    import tifffile
+
+    with tifffile.TiffFile(io.BytesIO(data)) as file:
+        page = file.pages.first
+        channels = page.samplesperpixel
+        # Pillow knows gray with alpha, but no other channels that claim to be gray.
+        known = channels == 2 or page.photometric != _TIFF_GRAY
+        if channels == 1 or (channels <= 4 and page.bitspersample <= 8 and known):
+            return None
+        if page.nbytes > _MOST_TIFF_BYTES:
+            raise ValueError(f"has {page.imagewidth}x{page.imagelength} pixels of {channels} channels, too many")
+        return np.moveaxis(page.asarray(), page.axes.index("S"), 2)
 
 
 def _of_npy(data: bytes) -> Picture:
@@ -291,14 +318,3 @@ def _of_npy(data: bytes) -> Picture:
             f"is an array of shape {list(values.shape)}, not [H, W] with up to {MOST_CHANNELS} channels"
         )
     return Picture.of(values.astype(values.dtype.newbyteorder("="), copy=False))
-
-
-def _shrink(image: Image.Image, least_side: int) -> int:
-    """Have a JPEG decoded 2, 4 or 8 times smaller if it may be, and return this number; else 1."""
-    width, height = image.size
-    # Turned, the pixels that reach over its edge would come first.
-    turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
-    if turned and (width % _JPEG_BLOCK or height % _JPEG_BLOCK):
-        return 1
-    drafted = image.draft(None, (least_side, least_side))
-    return 1 if drafted is None else round(width / drafted[1][2])

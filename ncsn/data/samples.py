@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -55,7 +55,7 @@ def write_shard(
 def missing_ranges(names: Sequence[str], *, num_images: int) -> list[tuple[int, int]]:
     """Index ranges [first, last) below `num_images` that no shard among `names` holds."""
     gaps, position = [], 0
-    for first, last, _ in [*_ranges(names), (num_images, num_images, "")]:
+    for first, last in [*_ranges(names), (num_images, num_images)]:
         if min(first, num_images) > position:
             gaps.append((position, min(first, num_images)))
         position = max(position, last)
@@ -64,7 +64,7 @@ def missing_ranges(names: Sequence[str], *, num_images: int) -> list[tuple[int, 
 
 def samples_pixels(uri: str, *, num_images: int) -> Pixels:
     """How the images are stored in the folder `uri`, which must hold images `0 .. num_images`."""
-    with _open_shard(uri, _shards(uri, 0, num_images)[0]) as file:
+    with _open_shard(uri, *_shards(uri, 0, num_images)[0]) as file:
         return image_pixels_of(file.schema_arrow)
 
 
@@ -96,40 +96,33 @@ def read_labels(uri: str, *, num_images: int) -> NDArray[np.int64]:
 def _tables(uri: str, columns: list[str], first: int, last: int) -> Iterator[pa.Table]:
     """Rows `first .. last`, shard by shard."""
     position = first
-    for shard in _shards(uri, first, last):
-        with _open_shard(uri, shard) as file:
+    for start, end in _shards(uri, first, last):
+        with _open_shard(uri, start, end) as file:
             table = file.read(columns)
-        yield table.slice(position - shard.first, min(last, shard.last) - position)
-        position = shard.last
+        yield table.slice(position - start, min(last, end) - position)
+        position = end
 
 
 def batch_starts(uri: str, *, num_images: int, batch_size: int) -> list[int]:
     """Index of the first image of each batch of the first images. No batch holds images of two shards."""
-    borders = [0, *(min(shard.last, num_images) for shard in _shards(uri, 0, num_images))]
+    borders = [0, *(min(last, num_images) for _, last in _shards(uri, 0, num_images))]
     return [start for first, last in itertools.pairwise(borders) for start in range(first, last, batch_size)]
 
 
-class _Shard(NamedTuple):
-    first: int
-    last: int
-    name: str
+def _ranges(names: Sequence[str]) -> list[tuple[int, int]]:
+    """The image ranges [first, last) of the shards among the names, sorted."""
+    return sorted((int(match[1]), int(match[2])) for match in map(_NAME.fullmatch, names) if match)
 
 
-def _ranges(names: Sequence[str]) -> list[_Shard]:
-    """The shards among the names, sorted."""
-    found = filter(None, map(_NAME.fullmatch, names))
-    return sorted(_Shard(int(match[1]), int(match[2]), match[0]) for match in found)
-
-
-def _shards(uri: str, first: int, last: int) -> list[_Shard]:
-    """The shards that hold images `first .. last`, each with images that those before it lack."""
+def _shards(uri: str, first: int, last: int) -> list[tuple[int, int]]:
+    """The ranges of the shards that hold images `first .. last`, each with images that those before it lack."""
     if not storage.exists(uri):
         raise NotFound(uri, "no samples folder here", hint="run the sample step first")
     useful, position = [], first
-    for shard in _ranges(storage.list_names(uri)):
-        if shard.first <= position < min(shard.last, last):
-            useful.append(shard)
-            position = shard.last
+    for start, end in _ranges(storage.list_names(uri)):
+        if start <= position < min(end, last):
+            useful.append((start, end))
+            position = end
     if not useful:
         raise UserError(uri, f"does not hold image {first}", hint="run the sample step first")
     if position < last:
@@ -141,6 +134,6 @@ def _shards(uri: str, first: int, last: int) -> list[_Shard]:
     return useful
 
 
-def _open_shard(uri: str, shard: _Shard) -> AbstractContextManager[pq.ParquetFile]:
-    place, count = storage.join(uri, shard.name), shard.last - shard.first
-    return open_images(place, rows=count, hint="delete it and sample again")
+def _open_shard(uri: str, first: int, last: int) -> AbstractContextManager[pq.ParquetFile]:
+    place = storage.join(uri, shard_name(first, last))
+    return open_images(place, rows=last - first, hint="delete it and sample again")

@@ -67,7 +67,8 @@ class CachedSplit:
 
     def order(self, seed: int, *, first: int, count: int) -> np.ndarray:
         """The rows at places `first .. first + count` of the order of `seed`, int64 [count]."""
-        return image_indices(seed, first=first, count=count, size=len(self))
+        size = len(self)
+        return rows_at(lambda place: _epoch(seed, place // size, size), first=first, count=count)
 
     def rows(self, indices: np.ndarray) -> Rows:
         return Rows(self.images[indices], self.labels[indices])
@@ -173,13 +174,9 @@ def rows_at(window_of: Callable[[int], Window], *, first: int, count: int) -> np
     return rows
 
 
-def image_indices(seed: int, *, first: int, count: int, size: int) -> np.ndarray:
-    """Rows at places `first .. first + count` of the endless order of a split of `size` rows in one window."""
-    return rows_at(lambda place: _epoch(seed, place // size, size), first=first, count=count)
-
-
 @functools.lru_cache(maxsize=2)
 def _epoch(seed: int, epoch: int, size: int) -> Window:
+    """The window of a split of `size` rows that are one window."""
     return window_at(seed, epoch * size, lengths=np.array([size]), parts=1)
 
 
@@ -201,10 +198,19 @@ class StreamedSplit:
         self._ahead: Future[Window] | None = None
         self._seed, self._window = -1, Window(0, np.empty(0, np.int64), ())
         self._opened: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # images and labels
-        self._mine: set[int] = set()
-        self._keep_all = self._has_room()
-        if not self._keep_all:  # those that earlier processes left count as room
-            self._mine = {int(file.stem) for file in self._folder.glob("*.npy")}
+        # Parts that earlier processes left count as room.
+        left = list(self._folder.glob("*.npy"))
+        room = shutil.disk_usage(self._folder).free + sum(file.stat().st_size for file in left)
+        image_bytes = self._manifest.pixels.num_bytes + np.dtype(np.int64).itemsize
+        two_windows = 2 * self._per_window * int(self._lengths.max()) * image_bytes
+        if room < min(two_windows, len(self) * image_bytes):
+            raise UserError(
+                str(self._folder),
+                f"the disk has room for {room / 2**30:.1f} GiB of images, but training needs {two_windows / 2**30:.1f}",
+                hint=f"free some, or set {CACHE_DIR_VARIABLE} to a folder on a larger disk",
+            )
+        self._keep_all = room >= len(self) * image_bytes
+        self._mine = set() if self._keep_all else {int(file.stem) for file in left}
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -261,19 +267,6 @@ class StreamedSplit:
 
     def _find(self, seed: int, place: int) -> Window:
         return window_at(seed, place, lengths=self._lengths, parts=self._per_window)
-
-    def _has_room(self) -> bool:
-        """Whether the node's disk can hold all parts; `UserError` if it cannot even hold two windows."""
-        room = shutil.disk_usage(self._folder).free + sum(file.stat().st_size for file in self._folder.glob("*.npy"))
-        image_bytes = self._manifest.pixels.num_bytes + np.dtype(np.int64).itemsize
-        two_windows = 2 * self._per_window * int(self._lengths.max()) * image_bytes
-        if room < min(two_windows, len(self) * image_bytes):
-            raise UserError(
-                str(self._folder),
-                f"the disk has room for {room / 2**30:.1f} GiB of images, but training needs {two_windows / 2**30:.1f}",
-                hint=f"free some, or set {CACHE_DIR_VARIABLE} to a folder on a larger disk",
-            )
-        return room >= len(self) * image_bytes
 
     def _open(self, part: int) -> tuple[np.ndarray, np.ndarray]:
         while True:

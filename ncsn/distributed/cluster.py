@@ -8,26 +8,33 @@ import secrets
 import signal
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import ray
 from ray.exceptions import RayError, RayTaskError
 
+from ncsn import storage
 from ncsn.config import Config
-from ncsn.distributed.last_lines import keep_last_lines
 from ncsn.errors import UserError
-from ncsn.process import CODE, job_config, job_metadata
+from ncsn.process import CODE, job_config
 from ncsn.runs.code import ray_environment
 from ncsn.storage.heartbeat import LeaseExpired
+from ncsn.storage.retry import limited
 
 LOOPBACK = "127.0.0.1"
 JOIN_SECONDS = 180.0  # how long nodes may still join a cluster that another process started
 
 _OWN = "NCSN_OWN_RAY"
 _POLL_SECONDS = 1.0
+_LOG_LINES = 100  # of each log
+_MOST_CHARACTERS = 500_000  # of all
+_LOG_SECONDS = 20.0  # for the logs of all nodes: some may hang
+_LOG_TIMEOUT = 5  # seconds
 
 _CONNECTING = threading.RLock()
 
@@ -83,25 +90,14 @@ def ray_cluster(config: Config | None = None, *, last_lines: str | None = None) 
 @contextmanager
 def ray_cluster_meanwhile(config: Config) -> Iterator[Callable[[], str]]:
     """The same cluster, which starts while the block begins; the function that it yields waits for the address."""
-    started, ended = Future[str](), threading.Event()
-
-    def hold() -> None:
+    cluster = ray_cluster(config)
+    # One thread for all of it, since the kernel ends Ray's processes with the thread that started them.
+    with ThreadPoolExecutor(1, thread_name_prefix="ray") as thread:
+        started = thread.submit(cluster.__enter__)
         try:
-            with ray_cluster(config) as address:
-                started.set_result(address)
-                # The kernel ends Ray's processes with the thread that started them.
-                ended.wait()
-        except BaseException as error:  # noqa: BLE001 - the waiting thread raises it
-            if not started.done():
-                started.set_exception(error)
-
-    thread = threading.Thread(target=hold, name="ray")
-    thread.start()
-    try:
-        yield started.result
-    finally:
-        ended.set()
-        thread.join()
+            yield started.result
+        finally:
+            thread.submit(lambda: None if started.exception() else cluster.__exit__(None, None, None))
 
 
 @contextmanager
@@ -217,43 +213,81 @@ def ray_tags() -> dict[str, str]:
         dashboard = ray.init(ignore_reinit_error=True, logging_level=logging.WARNING).dashboard_url
     if dashboard and not is_own():  # else the page ends with this process
         tags["ray.dashboard_url"] = dashboard if "://" in dashboard else f"http://{dashboard}"
-    metadata = job_metadata()  # of the Jobs API; empty if the process was not submitted there
+    metadata = job_config().get("metadata", {})  # of the Jobs API; empty if the process was not submitted there
     names = {"ray.submission_id": "job_submission_id", "ray.job_name": "job_name"}
     return tags | {tag: metadata[name] for tag, name in names.items() if name in metadata}
 
 
 def require_resources(config: Config) -> None:
     """Refuse work that the cluster can never start, instead of waiting forever."""
-    if autoscales() or (lack := _lack(config)) is None:
+    if autoscales():
         return
-    if is_own():
-        raise lack
-    # On Kubernetes the driver restarts as soon as a lost head is replaced, half a minute before the workers are back.
-    _logger.warning("%s; waiting %d s for more nodes", lack, JOIN_SECONDS)
-    ends = time.monotonic() + JOIN_SECONDS
-    while lack := _lack(config):
-        if time.monotonic() > ends:
-            raise RuntimeError(f"{lack} (waited {JOIN_SECONDS:g} s for more nodes)")
-        time.sleep(_POLL_SECONDS)
-    _logger.warning("the cluster is large enough now")
-
-
-def _lack(config: Config) -> UserError | None:
-    compute, have = config.compute, ray.cluster_resources()
+    compute, ends = config.compute, 0.0
     workers = compute.min_workers
     needed = {"CPU": workers * compute.cpus_per_worker, "GPU": workers if compute.use_gpu else 0}
     hints = {"CPU": "lower it or compute.cpus_per_worker", "GPU": "lower it, or set compute.use_gpu to false"}
-    for kind, count in needed.items():
-        if count > have.get(kind, 0):
-            return UserError(
-                "compute.num_workers",
-                f"needs {count} {kind}s, but the cluster has {have.get(kind, 0):g}",
-                hint=hints[kind],
-                value=compute.num_workers,
-            )
-    return None
+    while True:
+        have = ray.cluster_resources()
+        short = next((kind for kind, count in needed.items() if count > have.get(kind, 0)), None)
+        if short is None:
+            if ends:
+                _logger.warning("the cluster is large enough now")
+            return
+        reason = f"needs {needed[short]} {short}s, but the cluster has {have.get(short, 0):g}"
+        lack = UserError("compute.num_workers", reason, hint=hints[short], value=compute.num_workers)
+        if is_own():
+            raise lack
+        if not ends:
+            # On Kubernetes the driver restarts as soon as a lost head is replaced, half a minute before the workers
+            # are back.
+            _logger.warning("%s; waiting %d s for more nodes", lack, JOIN_SECONDS)
+            ends = time.monotonic() + JOIN_SECONDS
+        if time.monotonic() > ends:
+            raise RuntimeError(f"{lack} (waited {JOIN_SECONDS:g} s for more nodes)")
+        time.sleep(_POLL_SECONDS)
 
 
 def autoscales() -> bool:
     """Whether KubeRay's autoscaler adds nodes; it sets this variable on the head and its workers."""
     return os.environ.get("RAY_ENABLE_AUTOSCALER_V2") is not None
+
+
+def keep_last_lines(uri: str, error: BaseException) -> bool:
+    """Write to `uri` the whole error and what the processes of this Ray job wrote last; whether there was anything.
+
+    Ray has their logs on the nodes, which a cluster takes along. What workers print is in their driver's log too, but
+    without what it drops as repeated, or was still on its way. Processes that are gone are among them, as long as their
+    node is there.
+    """
+    parts = list[str]()
+    # In a thread, since Ray's client would wait for a dashboard without a limit.
+    thread = threading.Thread(target=_collect, args=(parts,), name="last-lines", daemon=True)
+    thread.start()
+    thread.join(_LOG_SECONDS)
+    if not parts:
+        return False
+    with suppress(OSError), limited(_LOG_SECONDS):
+        storage.write_text(uri, "\n".join([*traceback.format_exception(error), *parts])[:_MOST_CHARACTERS])
+        return True
+    return False
+
+
+def _collect(parts: list[str]) -> None:
+    from ray.util.state import get_log, list_logs  # takes a second, which only a failure waits for
+    from ray.util.state.exception import RayStateApiException
+
+    job = ray.get_runtime_context().get_job_id()
+    for node in (node for node in ray.nodes() if node["Alive"]):
+        with suppress(OSError, RayStateApiException):  # this node's agent has not started, or ends
+            found = list_logs(node_id=node["NodeID"], glob_filter="worker-*", timeout=_LOG_TIMEOUT)
+            for name in sorted(name for names in found.values() for name in names):
+                log = partial(get_log, node_id=node["NodeID"], filename=name, timeout=_LOG_TIMEOUT, errors="replace")
+                # Ray marks where a job's lines begin. The cluster may have other people's jobs.
+                if not next(log(), "").startswith(f":job_id:{job}"):
+                    continue
+                text = "".join(log(tail=_LOG_LINES, filter_ansi_code=True))
+                lines = [
+                    line for line in text.splitlines() if line and not line.startswith((":job_id:", ":task_name:"))
+                ]
+                if lines:
+                    parts.append("\n".join([f"--- {node['NodeManagerAddress']} {name}", *lines, ""]))

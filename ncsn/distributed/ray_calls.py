@@ -14,7 +14,7 @@ from ray.util.actor_pool import ActorPool
 
 from ncsn.config.compute import ComputeConfig
 from ncsn.data.dataset import PartWriter, Written
-from ncsn.data.equal import Hashes
+from ncsn.data.format import Hashes
 from ncsn.distributed.cluster import on_this_machine
 from ncsn.evaluation.features import Runner, here
 from ncsn.model.build import torch_threads
@@ -82,22 +82,15 @@ def call_all(
     `ray.exceptions.RayError` if the processes of one call are lost again and again.
     """
     if not ray.is_initialized():
-        return _here(function, items, cpus=cpus)
+        with torch_threads(cpus):
+            yield from ((item, function(item)) for item in items)
+        return
+    left = iter(items)
     if gpu:
         assert not ordered, "actors give results as they finish"
-        return _on_gpus(function, iter(items), cpus=cpus, in_flight=in_flight)
-    return _on_cpus(function, iter(items), cpus=cpus, in_flight=in_flight, ordered=ordered)
+        yield from _on_gpus(function, left, cpus=cpus, in_flight=in_flight)
+        return
 
-
-def _here(function: Callable[[T], R], items: Iterable[T], *, cpus: int) -> Iterator[tuple[T, R]]:
-    with torch_threads(cpus):
-        for item in items:
-            yield item, function(item)
-
-
-def _on_cpus(
-    function: Callable[[T], R], items: Iterator[T], *, cpus: int, in_flight: int | None, ordered: bool
-) -> Iterator[tuple[T, R]]:
     def call(item: T) -> R:
         torch.set_num_threads(cpus)
         return function(item)
@@ -106,7 +99,7 @@ def _on_cpus(
     running: dict[Any, T] = {}
     try:
         while True:
-            for item in islice(items, None if in_flight is None else in_flight - len(running)):
+            for item in islice(left, None if in_flight is None else in_flight - len(running)):
                 running[task.remote(item)] = item
             if not running:
                 return

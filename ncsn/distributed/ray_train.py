@@ -28,9 +28,9 @@ from ray.train.torch.config import _TorchBackend
 from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 from ray.train.v2._internal.execution.failure_handling import default
 
-from ncsn.distributed.workers import End, GroupContext, LostWorkers, attempt, describe, patience
+from ncsn.distributed.workers import End, LostWorkers, attempt, describe, patience
+from ncsn.training.context import LONG_SECONDS, WorkerContext
 from ncsn.training.loop import TrainingJob, TrainOutcome
-from ncsn.training.watchdog import LONG_SECONDS
 
 STARTUP_ATTEMPTS = 5
 STALLED_SECONDS = 600  # of GPUs, Ray's default: rank 0 may wait for a store that is away
@@ -68,7 +68,7 @@ def train_by_ray(job: TrainingJob, *, run_uri: str) -> TrainOutcome:
                 failure_config=FailureConfig(
                     max_failures=compute.max_failures, controller_failure_limit=STARTUP_ATTEMPTS
                 ),
-                callbacks=[_Lost(run_uri, max_failures=compute.max_failures)],
+                callbacks=[_Lost(run_uri, compute.max_failures)],
                 logging_config=LoggingConfig(log_level="ERROR"),  # the files of Ray's session have the rest
             ),
         )
@@ -108,7 +108,7 @@ class _Trainer(TorchTrainer):  # type: ignore[misc]
         pass
 
 
-class RayContext(GroupContext):
+class RayContext(WorkerContext):
     """A worker of a Ray `TorchTrainer`."""
 
     def __init__(self) -> None:

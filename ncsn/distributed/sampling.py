@@ -24,8 +24,8 @@ from ncsn.errors import InvalidValue
 from ncsn.evaluation.extractors import batches
 from ncsn.evaluation.features import extractor_of
 from ncsn.model import build
+from ncsn.model.checkpoint import load_checkpoint
 from ncsn.model.generate import Strip, evaluations_per_image, generate, guide_of, image_labels
-from ncsn.model.trained import load_checkpoint_or_model
 from ncsn.progress import Progress
 from ncsn.training.context import WorkerContext, compiles
 
@@ -42,7 +42,7 @@ class Part:
 
     config: Config  # its section compute; for features, evaluation too
     sampling: SamplingConfig
-    checkpoint: str  # URI of a checkpoint, or of the files of a registered model
+    checkpoint: str  # URI
     first: int
     count: int
     folder: str | None = None  # URI; the images are kept there, as a shard
@@ -188,4 +188,4 @@ def _generate(part: Part, on_level: Strip | None = None) -> NDArray[Any]:
     return images[: part.count]
 
 
-_load = lru_cache(maxsize=1)(load_checkpoint_or_model)
+_load = lru_cache(maxsize=1)(load_checkpoint)

@@ -58,6 +58,16 @@ def search(plan: SearchPlan, observer: Observer) -> None:
     left = settings.num_trials - len(done)
     if left <= 0:
         return
+    # First the points that were interrupted and the config's own, then new ones.
+    space = searched_space(plan.config)
+    suggestions = Suggestions(
+        space,
+        whole=[path for path in space if type(setting(plan.config, path)) is int],
+        seed=settings.seed,
+        first=[*(trial.values for trial in before if trial.status == "unfinished"), plan.baseline],
+    )
+    for trial in done:
+        suggestions.learn(trial.values, FAILED if trial.failure is not None else trial.rungs[-1].objective)
     # An autoscaler brings the workers of an elastic training.
     grown = compute.max_workers // compute.min_workers if autoscales() else None
     filesystem, path = storage.filesystem(storage.join(plan.trials, ".tune"))
@@ -67,7 +77,7 @@ def search(plan: SearchPlan, observer: Observer) -> None:
         tune_config=tune.TuneConfig(
             num_samples=left,
             max_concurrent_trials=grown or trials_at_once(ray.cluster_resources(), compute),
-            search_alg=_suggestions(plan, before),
+            search_alg=suggestions,
             scheduler=Halving(plan, earlier=done),
             reuse_actors=True,
         ),
@@ -99,23 +109,6 @@ def trials_at_once(resources: Mapping[str, float], compute: ComputeConfig) -> in
     }
     # At least one: `require_resources` has refused a cluster without room for its workers.
     return max(1, min(int(resources.get(kind, 0) // need) for kind, need in each.items() if need))
-
-
-def _suggestions(plan: SearchPlan, before: Sequence[TrialRecord]) -> Suggestions:
-    """The points of a search: first those that were interrupted and the config's own, then new ones."""
-    settings = plan.settings
-    space = searched_space(plan.config)
-    unfinished = [trial.values for trial in before if trial.status == "unfinished"]
-    found = Suggestions(
-        space,
-        whole=[path for path in space if type(setting(plan.config, path)) is int],
-        seed=settings.seed,
-        first=[*unfinished, plan.baseline],
-    )
-    for trial in before:
-        if trial.status != "unfinished":
-            found.learn(trial.values, FAILED if trial.failure is not None else trial.rungs[-1].objective)
-    return found
 
 
 class Suggestions(Searcher):
@@ -173,7 +166,13 @@ class Suggestions(Searcher):
                 return values
         for _ in range(_TRIES + len(self._given)):
             drawn = self._study.ask(self._distributions)
-            values = {path: self._decode(path, value) for path, value in drawn.params.items()}
+            values = {}
+            for path, value in drawn.params.items():
+                domain = self._space[path]
+                if isinstance(domain, ChoiceDomain):
+                    values[path] = _plain(domain.values[value])
+                else:
+                    values[path] = significant(value) if isinstance(value, float) else value
             # The result comes back by `learn` as a new trial, also for points that were not drawn here.
             self._study.tell(drawn, state=TrialState.FAIL)
             if self._is_new(values):
@@ -197,12 +196,6 @@ class Suggestions(Searcher):
             return False
         self._given.add(key)
         return True
-
-    def _decode(self, path: str, value: Any) -> Any:
-        domain = self._space[path]
-        if isinstance(domain, ChoiceDomain):
-            return _plain(domain.values[value])
-        return significant(value) if isinstance(value, float) else value
 
     def _encode(self, path: str, value: Any) -> Any:
         """Optuna's number for the value, or None if the value is outside the space."""

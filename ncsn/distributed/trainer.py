@@ -19,9 +19,9 @@ from ray.exceptions import RayError
 
 from ncsn.distributed.cluster import is_own, on_this_machine, require_resources
 from ncsn.distributed.ray_calls import ANYWHERE
-from ncsn.distributed.workers import End, GroupContext, LostWorkers, attempt, describe, patience
+from ncsn.distributed.workers import End, LostWorkers, attempt, describe, patience
+from ncsn.training.context import LONG_SECONDS, WorkerContext
 from ncsn.training.loop import TrainingJob, TrainOutcome
-from ncsn.training.watchdog import LONG_SECONDS
 
 LAST_WORDS_SECONDS = 5.0  # for the other workers to end, once one has failed
 
@@ -51,7 +51,7 @@ def train_by_tasks(job: TrainingJob, *, run_uri: str) -> TrainOutcome:
         max_retries=0,  # here, with a word
         **ANYWHERE,
     )(_attempt_of).options(name="train")
-    lost = LostWorkers(run_uri, max_failures=compute.max_failures)
+    lost = LostWorkers(run_uri, compute.max_failures)
     longest = LONG_SECONDS + (patience(job) if compute.max_workers > 1 else 0.0)
     while True:
         with tempfile.TemporaryDirectory(prefix="ncsn-") as folder:
@@ -70,7 +70,7 @@ def train_by_tasks(job: TrainingJob, *, run_uri: str) -> TrainOutcome:
 
 
 def _attempt_of(job: TrainingJob, run_uri: str, rank: int, world_size: int, meeting: str, longest: float) -> End:
-    context = partial(GroupContext, job.config.compute.device, rank=rank, world_size=world_size)
+    context = partial(WorkerContext, job.config.compute.device, rank=rank, world_size=world_size)
     if world_size == 1:
         return attempt(job, run_uri, context)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", socket.if_indextoname(1))  # loopback

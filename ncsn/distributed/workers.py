@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import re
 import shutil
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import ray
-import torch
-import torch.distributed
 from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError, WorkerCrashedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-from torch import Tensor, nn
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
-from torch.nn.parallel import DistributedDataParallel
 
-from ncsn.config import Config
 from ncsn.data.format import load_manifest
 from ncsn.data.training_images import WINDOW_BYTES
 from ncsn.errors import InvalidValue, NotFound
 from ncsn.model import build
-from ncsn.model.checkpoint import DamagedError
-from ncsn.model.checkpoint_store import NEWEST, CheckpointStore
+from ncsn.model.checkpoint import CheckpointStore, DamagedError
 from ncsn.runs.folder import TrainingFolder, said_newest
 from ncsn.storage.heartbeat import LeaseExpired
 from ncsn.storage.retry import RETRY
@@ -35,13 +27,6 @@ from ncsn.training.loop import TrainingJob, TrainOutcome, train_loop
 
 LOOK_SECONDS = 10.0  # at a node that is full
 SLOWEST_READ = 5e6  # bytes of images per second that a node reads from a slow store
-
-# All buffers are constants. Torch 2.13 renamed the argument that says so.
-_NO_BUFFER_SYNC: dict[str, Any] = {
-    "forward_sync_buffers"
-    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
-    else "broadcast_buffers": False
-}
 
 _TRANSIENT = (NotFound, DamagedError)  # another node may have it; a copy may be torn on its way to this one
 
@@ -56,8 +41,9 @@ def attempt(job: TrainingJob, run_uri: str, context: Callable[[], WorkerContext]
     try:
         worker = context()
         build.tune_cuda(worker.device)
-        worker.hung = TrainingFolder(run_uri).hung
-        return train_loop(job, worker, checkpoint_store(job.config, run_uri))
+        folder, keep = TrainingFolder(run_uri), job.config.train.keep_checkpoints
+        worker.hung = folder.hung
+        return train_loop(job, worker, CheckpointStore(folder.checkpoints, keep=keep))
     except _TRANSIENT:
         raise
     except (InvalidValue, LeaseExpired) as end:
@@ -71,77 +57,12 @@ def patience(job: TrainingJob) -> float:
     return filling / SLOWEST_READ
 
 
-def checkpoint_store(config: Config, run_uri: str) -> CheckpointStore:
-    """The checkpoints of a run, of which as many stay as the config says."""
-    uri, keep = TrainingFolder(run_uri).checkpoints, config.train.keep_checkpoints
-    return CheckpointStore(uri, keep=NEWEST, thin_every=1) if keep == "all" else CheckpointStore(uri, keep=keep)
-
-
-class GroupContext(WorkerContext):
-    """A worker of torch's process group: gloo on CPUs, NCCL on GPUs."""
-
-    def __init__(self, device: str | torch.device, *, rank: int, world_size: int) -> None:
-        super().__init__(device)
-        self.rank, self.world_size = rank, world_size
-
-    @contextmanager
-    def mistakes_shared(self) -> Iterator[None]:
-        """Context manager: of several workers' errors that of the lowest rank is raised."""
-        own: InvalidValue | None = None
-        try:
-            yield
-        except InvalidValue as mistake:
-            own = mistake
-        mistakes = [own] * self.world_size
-        if self.world_size > 1:
-            torch.distributed.all_gather_object(mistakes, own)
-        for each in mistakes:
-            if each is not None:
-                raise each
-
-    def wrap(self, network: nn.Module, *, dtype: torch.dtype | None) -> nn.Module:
-        """The network under DistributedDataParallel, if there is more than one worker.
-
-        Between nodes the gradients of a network that computes in bfloat16 travel in it, in half the bytes.
-        """
-        if self.world_size == 1:
-            return network
-        # For 1x1 convolutions two kinds of strides name one layout in memory, so no copy is made.
-        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-        wrapped = DistributedDataParallel(network, gradient_as_bucket_view=True, **_NO_BUFFER_SYNC)
-        if self.spans_nodes and dtype is torch.bfloat16:
-            wrapped.register_comm_hook(None, bf16_compress_hook)
-        return wrapped
-
-    def share_weights(self, network: nn.Module) -> None:
-        """Broadcast the parameters; equal seeds do not give equal bits on unlike CPUs."""
-        if self.world_size > 1:
-            for parameter in network.parameters():
-                torch.distributed.broadcast(parameter.detach(), src=0)
-
-    def average(self, gradients: Sequence[Tensor]) -> None:
-        """All-reduce a copy, because CUDA graphs own the gradients' memory."""
-        if self.world_size == 1 or not gradients:
-            return
-        # In the order of the memory, which autograd makes that of the parameters, so the same on all workers.
-        values = [each.as_strided((each.numel(),), (1,)) for each in gradients]
-        flat = torch.cat(values)
-        torch.distributed.all_reduce(flat)
-        flat /= self.world_size
-        torch._foreach_copy_(values, torch.split(flat, [len(each) for each in values]))
-
-    def sum_over_workers(self, tensor: Tensor) -> Tensor:
-        """All-reduce."""
-        if self.world_size > 1:
-            torch.distributed.all_reduce(tensor)
-        return tensor
-
-
+@dataclass(eq=False)
 class LostWorkers:
     """Logs what failed and where training resumes, as long as the workers are started again."""
 
-    def __init__(self, run_uri: str, *, max_failures: int) -> None:
-        self._run_uri, self.left = run_uri, max_failures
+    run_uri: str
+    left: int  # failures that may follow
 
     def count(self, worker_exceptions: Mapping[int, Exception]) -> None:
         """Count a failure of these ranks."""
@@ -152,7 +73,7 @@ class LostWorkers:
                 "%s%s, training resumes from %s",
                 RETRY,
                 describe(worker_exceptions),
-                said_newest(TrainingFolder(self._run_uri).checkpoints),
+                said_newest(TrainingFolder(self.run_uri).checkpoints),
             )
 
 

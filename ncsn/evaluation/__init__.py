@@ -7,7 +7,6 @@ import math
 from ncsn.config import Config
 from ncsn.config.schema import EvaluationConfig
 from ncsn.data.format import Manifest
-from ncsn.errors import UserError
 from ncsn.model.classes import BALANCED
 
 VERSUS = "_vs_"  # before the split in the names of metrics against another split than train
@@ -23,12 +22,11 @@ def with_interval(value: float, low: float, high: float) -> str:
         return f"{value:g} ({low:g} to {high:g})"
     digits = 2 + max(0, math.floor(math.log10(largest / max(high - low, 1e-9 * largest))))
     least = largest / 100  # so that a bound near zero has no more decimals than tell something
-
-    def rounded(number: float) -> str:
+    texts = []
+    for number in (value, low, high):
         decimals = max(0, digits - 1 - math.floor(math.log10(max(abs(number), least))))
-        return f"{round(number, decimals) + 0.0:,.{decimals}f}"
-
-    return f"{rounded(value)} ({rounded(low)} to {rounded(high)})"
+        texts.append(f"{round(number, decimals) + 0.0:,.{decimals}f}")
+    return f"{texts[0]} ({texts[1]} to {texts[2]})"
 
 
 def evaluation_of(config: Config, manifest: Manifest) -> EvaluationConfig:
@@ -46,15 +44,3 @@ def classes_in_turn(config: Config) -> int:
     """How many classes the samples show in turn; 1 if they do not."""
     classes = config.data.num_classes
     return classes if classes is not None and config.sampling.label == BALANCED else 1
-
-
-def require_test_images(config: Config, manifest: Manifest) -> None:
-    """Refuse a dataset with fewer test images than its evaluation needs."""
-    count, splits = manifest.count("test"), config.evaluation.num_splits
-    if evaluation_of(config, manifest).extractor in WITH_SCORE:
-        if count < splits:
-            reason, hint = f"the test split has only {count:,} images", "lower it or raise data.test_fraction"
-            raise UserError("evaluation.num_splits", reason, hint=hint, value=splits)
-    elif count < LEAST_TEST_IMAGES:  # no score, and so no splits
-        reason = f"leaves {count} test images, and the evaluation needs {LEAST_TEST_IMAGES}"
-        raise UserError("data.test_fraction", reason, hint="raise it", value=config.data.test_fraction)

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import reduce
 
 import numpy as np
 import numpy.typing as npt
@@ -54,18 +53,8 @@ class FrechetStatistics:
         centered = values - mean
         return cls(count=len(values), mean=mean, scatter=centered.T @ centered)
 
-    def merge(self, other: FrechetStatistics) -> FrechetStatistics:
-        """Statistics of the union of two disjoint sets (the pairwise update of Chan et al. 1979)."""
-        count = self.count + other.count
-        shift = other.mean - self.mean
-        return FrechetStatistics(
-            count=count,
-            mean=self.mean + shift * (other.count / count),
-            scatter=self.scatter + other.scatter + np.outer(shift, shift) * (self.count * other.count / count),
-        )
-
     def without(self, part: FrechetStatistics) -> FrechetStatistics:
-        """Statistics of the set less a subset of it: the inverse of `merge`."""
+        """Statistics of the set less a subset of it: the inverse of `merged`."""
         count = self.count - part.count
         mean = (self.count * self.mean - part.count * part.mean) / count
         shift = part.mean - mean
@@ -80,9 +69,18 @@ class FrechetStatistics:
         return self.scatter / (self.count - 1)
 
 
-def merged(groups: Iterable[FrechetStatistics]) -> FrechetStatistics:
-    """The moments of all groups together."""
-    return reduce(FrechetStatistics.merge, groups)
+def merged(parts: Iterable[FrechetStatistics]) -> FrechetStatistics:
+    """Statistics of the union of disjoint sets, one or more (the pairwise update of Chan et al. 1979)."""
+    parts = iter(parts)
+    whole = next(parts)
+    for part in parts:
+        count, shift = whole.count + part.count, part.mean - whole.mean
+        whole = FrechetStatistics(
+            count=count,
+            mean=whole.mean + shift * (part.count / count),
+            scatter=whole.scatter + part.scatter + np.outer(shift, shift) * (whole.count * part.count / count),
+        )
+    return whole
 
 
 def frechet_distance(a: FrechetStatistics, b: FrechetStatistics) -> float:
@@ -197,13 +195,8 @@ class RunningDistance:
             self._marks.append(mark)
             mark *= 2
         self._marks.append(count)
-        self._groups: list[FrechetStatistics | None] = [None] * JACKKNIFE_GROUPS
+        self.groups: list[FrechetStatistics | None] = [None] * JACKKNIFE_GROUPS  # None without an image
         self._waiting: dict[int, npt.NDArray[np.floating]] = {}
-
-    @property
-    def groups(self) -> list[FrechetStatistics]:
-        """The groups that have an image."""
-        return [group for group in self._groups if group is not None]
 
     def add(self, first: int, features: npt.NDArray[np.floating]) -> list[RunningScore]:
         """Take the features [n, D] of images `first .. first + n`, in any order; the scores that are due now.
@@ -219,11 +212,12 @@ class RunningDistance:
                 block = block[:room]
             numbers = jackknife_groups(self.count, self.count + len(block), classes_in_turn=self._classes)
             for number in np.unique(numbers):
-                part, group = FrechetStatistics.of(block[numbers == number]), self._groups[number]
-                self._groups[number] = part if group is None else group.merge(part)
+                part, group = FrechetStatistics.of(block[numbers == number]), self.groups[number]
+                self.groups[number] = part if group is None else merged([group, part])
             self.count += len(block)
             if self.count == self._marks[0]:
                 self._marks.pop(0)
-                distance = frechet_distance(merged(self.groups), self.reference)
-                due.append(RunningScore(self.count, distance, frechet_jackknife(self.groups, self.reference)))
+                groups = [group for group in self.groups if group is not None]
+                distance = frechet_distance(merged(groups), self.reference)
+                due.append(RunningScore(self.count, distance, frechet_jackknife(groups, self.reference)))
         return due

@@ -13,12 +13,14 @@ from ncsn.config import Config
 from ncsn.core.keyed_random import COMMON_SEED, keyed_permutation
 from ncsn.data.training_images import open_cache
 from ncsn.evaluation import DEVIATIONS, WITH_SCORE, classes_in_turn
-from ncsn.evaluation.class_scores import AskedClasses, ClassScores, asked_classes, class_scores
 from ncsn.evaluation.extractors import Extracted, Identity, Images
 from ncsn.evaluation.features import ImageSet, Runner, SplitSet, extract_set
 from ncsn.evaluation.frechet import RunningDistance, RunningScore, score_of
 from ncsn.evaluation.reference import Evaluator, Reference, class_histogram, load_reference
 from ncsn.evaluation.scores import (
+    AskedClasses,
+    ClassScores,
+    class_scores,
     excess_distance,
     inception_score,
     kernel_distance,
@@ -186,56 +188,43 @@ def class_metrics(
     return {name: Metric(value, len(log_probabilities)) for name, value in values.items()}
 
 
-# A set with its features, the images of the smallest set, the extractor and the fingerprint of the reference; and
-# whether it is the first set.
-_Work = tuple[Config, str, ImageSet, Extracted, int, Identity, str, bool]
+# A set with its features, the images of the smallest set, the extractor and the URI of the reference; and of samples,
+# which are the first set, the features of the real images.
+_Work = tuple[Config, str, ImageSet, Extracted, int, Identity, str, npt.NDArray[np.floating] | None]
 
 
 def measure_sets(
-    config: Config,
-    dataset: str,
-    evaluator: Evaluator,
-    sets: Sequence[ImageSet],
-    *,
-    runner: Runner,
-    progress: Progress,
+    config: Config, dataset: str, evaluator: Evaluator, sets: Sequence[ImageSet], *, runner: Runner, progress: Progress
 ) -> list[Measured]:
-    """All metrics of each of two sets, running scores and the excess of the first; `progress` counts the images."""
-    extractor, fingerprint = evaluator.extractor, evaluator.reference.fingerprint
+    """All metrics of each of two sets, running scores and the excess of the first; `progress` counts the images.
+
+    `excess` is that of samples over real images, as a share of the distance `Reference.gaussian`.
+    """
+    extractor, reference = evaluator.extractor, evaluator.reference.uri
     fewest = min(images.count for images in sets)
-    works, features = list[_Work](), list[npt.NDArray[np.floating]]()
-    for images in sets:
-        extracted = extract_set(config, dataset, images, runner=runner, progress=progress)
-        first = images is sets[0]
-        features.append(extracted.features)
-        works.append((config, dataset, images, extracted, fewest, extractor, fingerprint, first))
+    samples, real = [extract_set(config, dataset, images, runner=runner, progress=progress) for images in sets]
+    works: list[_Work] = [
+        (config, dataset, sets[0], samples, fewest, extractor, reference, real.features),
+        (config, dataset, sets[1], real, fewest, extractor, reference, None),
+    ]
     found = {work[2]: result for work, result in runner(_measure_set, works, gpu=False)}
-    sources = (dataset, fingerprint, classes_in_turn(config))
-    ((_, excess),) = runner(_measure_excess, [(*sources, features)], gpu=False)
-    found[sets[0]].metrics.update(excess)
     return [found[images] for images in sets]
 
 
-def _measure_excess(work: tuple[str, str, int, list[npt.NDArray[np.floating]]]) -> dict[str, Metric]:
-    """`excess` of samples over real images and its 95 % interval, as shares of the distance `Reference.gaussian`."""
-    dataset, fingerprint, in_turn, (samples, real) = work
-    reference = load_reference(dataset, fingerprint)
-    assert reference is not None, "the evaluator has it"
-    excess, std = excess_distance(samples, real, reference.features, classes_in_turn=in_turn)
-    low, high = excess - DEVIATIONS * std, excess + DEVIATIONS * std
-    values = {"excess": excess, "excess_low": low, "excess_high": high}
-    return {name: Metric(value / reference.gaussian, len(samples)) for name, value in values.items()}
-
-
 def _measure_set(work: _Work) -> Measured:
-    config, dataset, images, extracted, fewest, extractor, fingerprint, first = work
-    reference = load_reference(dataset, fingerprint)
+    config, dataset, images, extracted, fewest, extractor, uri, real = work
+    reference = load_reference(uri)
     assert reference is not None, "the evaluator has it"
-    compared = images
+    compared, asked = images, None
     if isinstance(images, SplitSet) and images.split == "train":
-        # Training images are their own nearest: test images say how near unseen ones are.
+        # Training images are their own nearest: test images say how near unseen ones are. And the extractor has seen
+        # their classes, so these say nothing beside the samples.
         compared = SplitSet(dataset, "test", images.count, drawn=images.drawn)
-    return measure_extracted(
+    elif (num_classes := config.data.num_classes) is not None:
+        known = open_cache(dataset, config.evaluation.reference_split, as_bytes=True).labels
+        asked = AskedClasses(images.labels(), known, num_classes, own=extractor.name == "classifier")
+    in_turn = 1 if isinstance(images, SplitSet) else classes_in_turn(config)
+    measured = measure_extracted(
         extracted,
         first_images=compared.read(0, min(images.count, NEIGHBOR_IMAGES)),
         reference=reference,
@@ -244,9 +233,15 @@ def _measure_set(work: _Work) -> Measured:
         num_splits=config.evaluation.num_splits,
         seed=COMMON_SEED,
         classes=extractor.name in WITH_SCORE,
-        asked=asked_classes(config, dataset, images, extractor=extractor.name),
+        asked=asked,
         num_compared=fewest,
-        in_turn=1 if isinstance(images, SplitSet) else classes_in_turn(config),
+        in_turn=in_turn,
         by_features=config.evaluation.reference_split == "train",
-        early=first,
+        early=real is not None,
     )
+    if real is not None:
+        excess, std = excess_distance(extracted.features, real, reference.features, classes_in_turn=in_turn)
+        low, high = excess - DEVIATIONS * std, excess + DEVIATIONS * std
+        for name, value in (("excess", excess), ("excess_low", low), ("excess_high", high)):
+            measured.metrics[name] = Metric(value / reference.gaussian, len(extracted.features))
+    return measured

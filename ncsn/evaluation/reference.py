@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -20,8 +21,9 @@ from ncsn.config import Config
 from ncsn.core.images import fit_moments, moment_matched, to_stored, to_unit
 from ncsn.core.keyed_random import COMMON_SEED, Stream, keyed_normal
 from ncsn.data.format import Manifest, load_manifest
-from ncsn.data.training_images import open_cache
-from ncsn.evaluation import DEVIATIONS, extractor_name, require_test_images
+from ncsn.data.training_images import mapped, open_cache
+from ncsn.errors import UserError
+from ncsn.evaluation import DEVIATIONS, LEAST_TEST_IMAGES, WITH_SCORE, evaluation_of, extractor_name
 from ncsn.evaluation.extractors import Extracted, Identity, batches, joined
 from ncsn.evaluation.extractors.classifier import classifier_uri, describe_classifier, ensure_classifier
 from ncsn.evaluation.features import Runner, SplitSet, device_of, extract_set, extractor_of, here, recipe_of
@@ -50,32 +52,27 @@ class Reference:
     def features(self) -> npt.NDArray[np.float32]:
         """[N, D], memory-mapped where the store is local; read when first asked for."""
         uri = storage.join(self.uri, FEATURES)
-        if storage.is_local(uri):
-            mapped: npt.NDArray[np.float32] = np.load(uri, mmap_mode="r", allow_pickle=False)
-            return mapped
-        return storage.read_array(uri)
+        return mapped(Path(uri)) if storage.is_local(uri) else storage.read_array(uri)
 
 
-def load_reference(dataset_uri: str, fingerprint: str) -> Reference | None:
-    """The stored reference with this fingerprint, or None if there is none."""
-    uri = _reference_uri(dataset_uri, fingerprint)
+def load_reference(uri: str) -> Reference | None:
+    """The reference in the folder `uri`, or None if there is none."""
     description = storage.find_json(storage.join(uri, DESCRIPTION))
     if description is None:
         return None
     tensors = load(storage.read_bytes(storage.join(uri, STATISTICS)))
     statistics = FrechetStatistics(description["images"], tensors["mean"], tensors["scatter"])
-    return Reference(uri, statistics, tensors["class_histogram"], fingerprint, description["gaussian"])
+    histogram, fingerprint = tensors["class_histogram"], description["fingerprint"]
+    return Reference(uri, statistics, histogram, fingerprint, description["gaussian"])
 
 
-def publish_reference(
-    dataset_uri: str, fingerprint: str, extracted: Extracted, *, batch_size: int, origin: dict[str, object]
-) -> None:
+def publish_reference(uri: str, extracted: Extracted, *, batch_size: int, origin: dict[str, object]) -> None:
     """Store a reference, complete or not at all; the first of two writers wins.
 
     `extracted` is of the images of the split in stored order; the moments of `batch_size` of them are taken at once.
-    `origin` names the extractor and the images, and has the distance `gaussian`.
+    `origin` names the extractor and the images, and has the `fingerprint` and the distance `gaussian`.
     """
-    with storage.staged_folder(_reference_uri(dataset_uri, fingerprint), marker=DESCRIPTION) as folder:
+    with storage.staged_folder(uri, marker=DESCRIPTION) as folder:
         np.save(folder / FEATURES, extracted.features)
         statistics = merged(map(FrechetStatistics.of, batches(extracted.features, batch_size=batch_size)))
         histogram: npt.NDArray[np.float64] | float = 0.0
@@ -83,18 +80,13 @@ def publish_reference(
             histogram = histogram + class_histogram(batch) * len(batch)
         moments = {"mean": statistics.mean, "scatter": statistics.scatter}
         save_file({**moments, "class_histogram": np.asarray(histogram) / statistics.count}, folder / STATISTICS)
-        description = {"fingerprint": fingerprint, **origin, "images": statistics.count}
-        (folder / DESCRIPTION).write_text(json.dumps(description, indent=1))
+        (folder / DESCRIPTION).write_text(json.dumps({**origin, "images": statistics.count}, indent=1))
 
 
 def class_histogram(log_probabilities: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """[K] shares of the images by most probable class, from [N, K] log probabilities."""
     counts = np.bincount(log_probabilities.argmax(axis=1), minlength=log_probabilities.shape[1])
     return counts / len(log_probabilities)
-
-
-def _reference_uri(dataset_uri: str, fingerprint: str) -> str:
-    return storage.join(dataset_uri, FOLDER, fingerprint[:16])
 
 
 @dataclass(frozen=True)
@@ -116,11 +108,18 @@ def open_evaluator(
 ) -> Evaluator:
     """The evaluator of `config.evaluation` for an ingested dataset; `runner` makes what the store lacks.
 
-    `progress` advances by `images_to_prepare`.
+    `progress` advances by `images_to_prepare`. `UserError` for fewer test images than the evaluation needs.
     """
     progress = progress or Progress()
     manifest, before, settings = load_manifest(dataset), progress.done, config.evaluation
-    require_test_images(config, manifest)
+    count, splits = manifest.count("test"), settings.num_splits
+    if evaluation_of(config, manifest).extractor in WITH_SCORE:
+        if count < splits:
+            reason, hint = f"the test split has only {count:,} images", "lower it or raise data.test_fraction"
+            raise UserError("evaluation.num_splits", reason, hint=hint, value=splits)
+    elif count < LEAST_TEST_IMAGES:  # no score, and so no splits
+        reason = f"leaves {count} test images, and the evaluation needs {LEAST_TEST_IMAGES}"
+        raise UserError("data.test_fraction", reason, hint="raise it", value=config.data.test_fraction)
     found = _identify(config, dataset, manifest)
     if found is None:
         list(runner(_train_classifier, [(config, dataset, progress)], gpu=True))
@@ -130,16 +129,17 @@ def open_evaluator(
     split = settings.reference_split
     compared = {"extractor": identity.fingerprint, "dataset": manifest.digest, "split": split}
     fingerprint = storage.digest({**compared, "gaussian": GAUSSIAN_IMAGES}, 64)
-    reference = load_reference(dataset, fingerprint)
+    uri = storage.join(dataset, FOLDER, fingerprint[:16])
+    reference = load_reference(uri)
     if reference is None:
         images = SplitSet(dataset, split, manifest.count(split))
         extracted = extract_set(config, dataset, images, runner=runner, progress=progress)
         ((_, noise),) = runner(_gaussian_features, [(config, dataset)], gpu=True)
         distance, error = kernel_distance(noise, extracted.features)
         scale = max(distance, DEVIATIONS * error, 1e-9)  # of images that are noise themselves, its error
-        origin = {"extractor": identity.name, "dataset": manifest.digest, "split": split, "gaussian": scale}
-        publish_reference(dataset, fingerprint, extracted, batch_size=settings.batch_size, origin=origin)
-        reference = load_reference(dataset, fingerprint)
+        origin = {"fingerprint": fingerprint, **compared, "extractor": identity.name, "gaussian": scale}
+        publish_reference(uri, extracted, batch_size=settings.batch_size, origin=origin)
+        reference = load_reference(uri)
         assert reference is not None, "it was made now, or by another process"
     # What the store had, and what another process has trained with its own copy of the progress.
     progress.advance(before + images_to_prepare(config, manifest) - progress.done)

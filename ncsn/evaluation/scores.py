@@ -1,25 +1,39 @@
-"""Nearest neighbors, Inception score, kernel distance, precision and recall."""
+"""Nearest neighbors, Inception score, kernel distance, precision and recall; how well images show classes asked for.
+
+Each image is given to the class that a classifier finds most probable: the extractor's own, if it was trained on the
+labels of the data, else a linear probe of its features, fitted to the training images.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ncsn.data.equal import image_hashes
+from ncsn.data.format import image_hashes
 from ncsn.errors import UserError
+from ncsn.evaluation.extractors import Extracted
 from ncsn.evaluation.frechet import jackknife_groups
 
 Array = npt.NDArray[np.float64]
 Vectors = npt.NDArray[np.number]
 Features = npt.NDArray[np.floating]
+Labels = npt.NDArray[np.int64]
 
 BLOCK_VALUES, KERNEL_ROWS = 1 << 23, 1024
 # A copy is this much nearer to its nearest training image than to the next that differs (Yoon et al. 2023).
 MEMORIZED_RATIO = 1 / 3
+
+RIDGE = 1e-3  # of the probe, relative to the variance of the features
+BLOCK = 4096  # feature vectors in memory at a time
+# Fewer subsets than for all images: there are many classes, and a small class has few different subsets.
+NUM_SUBSETS = 10
+FEWEST_IMAGES = 2  # of a class, for a kernel distance
 
 
 @dataclass(frozen=True)
@@ -80,14 +94,6 @@ def nearest_neighbors(
         indices, distances = (np.take_along_axis(each, keep, axis=1) for each in (numbers, candidates))
     order = np.lexsort((indices, distances), axis=1)
     return Neighbors(*(np.take_along_axis(each, order, axis=1) for each in (indices, distances)))
-
-
-def distance_blocks(a: Vectors, b: Vectors, *, block_size: int) -> Iterator[tuple[npt.NDArray[np.int64], Array]]:
-    """The [N, M] Euclidean distance matrix in blocks of rows: (row numbers, distances)."""
-    columns = _rows(b)
-    for first in range(0, len(a), block_size):
-        rows = _rows(a[first : first + block_size])
-        yield np.arange(first, first + len(rows)), _distances(rows, columns)
 
 
 def _rows(vectors: Vectors) -> Array:
@@ -163,27 +169,27 @@ def kernel_distance(
     generator = np.random.Generator(np.random.Philox(seed))
     # Subsets that are all of both sets do not differ: one is enough.
     repeats = 1 if size == len(a) == len(b) else num_subsets
-    _, groups = np.unique(jackknife_groups(0, len(a), classes_in_turn=classes_in_turn), return_inverse=True)
-    estimates, without_group = [], []
+    groups, estimates, without_group = _members(a, classes_in_turn), [], []
     for _ in range(repeats):
-        rows, columns = _draw(len(a), size, generator), _draw(len(b), size, generator)
-        member = groups[rows] == np.arange(groups.max() + 1)[:, None]
+        # Sorted, because a memory map is read faster in order and the estimate does not depend on the order.
+        rows, columns = (np.sort(generator.choice(len(each), size, replace=False)) for each in (a, b))
         x, y = (np.asarray(each, dtype=np.float64) for each in (a[rows], b[columns]))
-        estimate, rest = squared_mmd(x, y, member=member)
+        estimate, rest = squared_mmd(x, y, member=groups[:, rows])
         estimates.append(estimate)
         without_group.append(rest)
     spread = np.mean(without_group, axis=0).var()
-    return float(np.mean(estimates)), float(np.sqrt(groups.max() * spread))
+    return float(np.mean(estimates)), float(np.sqrt((len(groups) - 1) * spread))
 
 
-def squared_mmd(x: Array, y: Array, *, member: npt.NDArray[np.bool_]) -> tuple[float, Array]:
+def squared_mmd(x: Array, y: Array, *, member: Array) -> tuple[float, Array]:
     """Unbiased estimates of MMD^2 from [m, D] and [n, D] float64 features, m and n at least 2.
 
-    The first is of all features, the others [K] leave out one group of x each; `member` [K, m] divides x into groups.
+    The first is of all features, the others [K] leave out one group of x each; `member` [K, m] of 0 and 1 divides x
+    into groups.
     """
     everything, n = np.ones((1, len(y))), len(y)
     same_y = _pair_sums(y, y, everything, everything).sum() / (n * (n - 1))
-    estimate, rest, _ = _distances_without(x, y, member.astype(np.float64), everything)
+    estimate, rest, _ = _distances_without(x, y, member, everything)
     return float(estimate + same_y), rest + same_y
 
 
@@ -231,7 +237,10 @@ def _pair_sums(a: Features, b: Features, groups_a: Array, groups_b: Array) -> Ar
     for left in range(0, len(b), columns):
         y = np.asarray(b[left : left + columns], np.float64)
         for top in range(0, len(a), KERNEL_ROWS):
-            kernel = _kernel(np.asarray(a[top : top + KERNEL_ROWS], np.float64), y)
+            base = np.asarray(a[top : top + KERNEL_ROWS], np.float64) @ y.T
+            base /= y.shape[1]
+            base += 1
+            kernel = base * base * base  # a power of floats is many times slower
             if a is b:
                 same = np.arange(max(top, left), min(top + len(kernel), left + len(y)))
                 kernel[same - top, same - left] = 0
@@ -239,26 +248,8 @@ def _pair_sums(a: Features, b: Features, groups_a: Array, groups_b: Array) -> Ar
     return sums
 
 
-def _kernel(x: Array, y: Array) -> Array:
-    base = x @ y.T
-    base /= x.shape[1]
-    base += 1
-    cube: Array = base * base * base  # a power of floats is many times slower
-    return cube
-
-
-def _draw(count: int, size: int, generator: np.random.Generator) -> npt.NDArray[np.int64]:
-    # Sorted, because a memory map is read faster in order and the estimate does not depend on the order.
-    return np.sort(generator.choice(count, size, replace=False))
-
-
 def precision_recall(
-    generated: Features,
-    real: Features,
-    *,
-    neighborhood: int = 3,
-    density_neighborhood: int = 5,
-    block_size: int = 1024,
+    generated: Features, real: Features, *, neighborhood: int = 3, density_neighborhood: int = 5, block_size: int = 1024
 ) -> dict[str, float]:
     """Shares of images in the other set's support (Kynkaanniemi et al. 2019, Naeem et al. 2020).
 
@@ -276,16 +267,17 @@ def precision_recall(
     largest = max(neighborhood, density_neighborhood)
     # The nearest vector of the own set is the vector itself.
     real_radii = nearest_neighbors(real, real, k=1 + largest, block_size=block_size).distances
-    generated_radii = nearest_neighbors(generated, generated, k=1 + neighborhood, block_size=block_size).distances[
-        :, -1
-    ]
+    generated_radii = nearest_neighbors(generated, generated, k=1 + neighborhood, block_size=block_size).distances
     small, large = real_radii[:, neighborhood], real_radii[:, density_neighborhood]
     inside, hits = 0, 0
     recalled, covered = np.zeros(len(real), bool), np.zeros(len(real), bool)
-    for rows, distances in distance_blocks(generated, real, block_size=block_size):
+    columns = _rows(real)
+    for first in range(0, len(generated), block_size):
+        rows = slice(first, first + block_size)
+        distances = _distances(_rows(generated[rows]), columns)
         inside += int((distances <= small).any(axis=1).sum())
         hits += int((distances < large).sum())
-        recalled |= (distances <= generated_radii[rows, None]).any(axis=0)
+        recalled |= (distances <= generated_radii[rows, -1:]).any(axis=0)
         covered |= (distances < large).any(axis=0)
     return {
         "precision": inside / len(generated),
@@ -293,3 +285,97 @@ def precision_recall(
         "density": hits / (density_neighborhood * len(generated)),
         "coverage": float(covered.mean()),
     }
+
+
+@dataclass(frozen=True)
+class AskedClasses:
+    """The classes of images to measure, and of the reference images."""
+
+    labels: Labels  # [N] that were asked for, -1 for none
+    reference: Labels  # [M] of the reference images, -1 for none
+    num_classes: int
+    own: bool  # whether the extractor's probabilities are those of these classes
+
+
+@dataclass(frozen=True)
+class ClassScores:
+    """Agreement with the K classes that were asked for, over the images that have one."""
+
+    confusion: npt.NDArray[np.int64]  # [K, K] images by the class asked for and the class seen
+    kids: npt.NDArray[np.float64]  # [K] kernel distance to training images of the class, NaN for too few images
+
+    @property
+    def count(self) -> int:
+        return int(self.confusion.sum())
+
+    @property
+    def agreement(self) -> float:
+        """Share of the images that are classified as the requested class."""
+        return float(np.trace(self.confusion) / self.count)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """`class_agreement`, and the mean `class_kid` over the classes that have one."""
+        kid = {"class_kid": float(np.nanmean(self.kids))} if np.isfinite(self.kids).any() else {}
+        return {"class_agreement": self.agreement, **kid}
+
+    def table(self, names: Sequence[str]) -> list[dict[str, Any]]:
+        """A line of plain values for each class: `name`, `num_images`, `agreement` and `kid`, None where unknown."""
+        counts = self.confusion.sum(axis=1)
+        shares = np.diagonal(self.confusion) / np.maximum(counts, 1)
+        return [
+            {
+                "name": name,
+                "num_images": int(count),
+                "agreement": float(share) if count else None,
+                "kid": None if math.isnan(kid) else float(kid),
+            }
+            for name, count, share, kid in zip(names, counts, shares, self.kids, strict=True)
+        ]
+
+
+def class_scores(extracted: Extracted, asked: AskedClasses, *, reference: Features, seed: int) -> ClassScores | None:
+    """The scores of images [N] beside the features of the reference images [M, D]; None if none has a class."""
+    known, size = np.flatnonzero(asked.labels >= 0), asked.num_classes
+    if not len(known):
+        return None
+    if asked.own:
+        seen = extracted.log_probabilities.argmax(axis=1)
+    else:
+        seen = classes_by_probe(fit_probe(reference, asked.reference, num_classes=size), extracted.features)
+    confusion = np.zeros((size, size), np.int64)
+    np.add.at(confusion, (asked.labels[known], seen[known]), 1)
+    kids = np.full(size, np.nan)
+    for label in range(size):
+        own, others = np.flatnonzero(asked.labels == label), np.flatnonzero(asked.reference == label)
+        if min(len(own), len(others)) >= FEWEST_IMAGES:
+            features = extracted.features[own]
+            kids[label], _ = kernel_distance(features, reference[others], num_subsets=NUM_SUBSETS, seed=seed)
+    return ClassScores(confusion, kids)
+
+
+def fit_probe(features: Features, labels: Labels, *, num_classes: int) -> npt.NDArray[np.float64]:
+    """Ridge regression of features [M, D] on one-hot labels [M] without those of -1: [D + 1, K], the shift last."""
+    size = features.shape[1] + 1
+    squares, targets = np.zeros((size, size)), np.zeros((size, num_classes))
+    for first in range(0, len(features), BLOCK):
+        own = labels[first : first + BLOCK]
+        x = _with_one(features[first : first + BLOCK][own >= 0])
+        squares += x.T @ x
+        np.add.at(targets.T, own[own >= 0], x)
+    count = squares[-1, -1]
+    variances = np.diagonal(squares)[:-1] / count - (squares[-1, :-1] / count) ** 2
+    # So that the penalty does not depend on the scale of a feature, and the shift has none.
+    penalty = np.append(RIDGE * count * np.maximum(variances, 1e-12 * (1 + variances.max())), 0.0)
+    return np.linalg.solve(squares + np.diag(penalty), targets)
+
+
+def classes_by_probe(probe: npt.NDArray[np.float64], features: Features) -> Labels:
+    """The class of each of [N, D], int64 [N]."""
+    parts = range(0, len(features), BLOCK)
+    return np.concatenate([(_with_one(features[at : at + BLOCK]) @ probe).argmax(axis=1) for at in parts])
+
+
+def _with_one(features: Features) -> npt.NDArray[np.float64]:
+    x = np.asarray(features, np.float64)
+    return np.concatenate([x, np.ones((len(x), 1))], axis=1)

@@ -30,8 +30,7 @@ from ncsn.data.sources.base import Source
 from ncsn.data.sources.published_sets import Arrays
 from ncsn.errors import UserError
 from ncsn.library.model import ScoreModel
-from ncsn.model.checkpoint import load_checkpoint
-from ncsn.model.checkpoint_store import CheckpointStore
+from ncsn.model.checkpoint import CheckpointStore, load_checkpoint
 from ncsn.progress import Progress
 from ncsn.report.images import evenly_spread
 from ncsn.runs.folder import images_seen_at

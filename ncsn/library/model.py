@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import reprlib
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +14,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ncsn import storage
-from ncsn.config import from_yaml
-from ncsn.config.rules import checked
 from ncsn.core.images import to_unit
 from ncsn.core.networks.base import ContinuousNetwork
 from ncsn.core.samplers.settings import AnySampler, Sampler
-from ncsn.errors import NotFound, UserError
+from ncsn.errors import UserError
 from ncsn.model import build
-from ncsn.model.averages import ensure_average
-from ncsn.model.checkpoint import TrainedNetwork
-from ncsn.model.classes import require_label
-from ncsn.model.generate import generate
-from ncsn.model.trained import TRAINED_CONFIG, load_checkpoint_or_model, save_model
-from ncsn.runs.folder import DEFAULT_ROOT, INDEX, RunFolder, find_inputs, folders_of
+from ncsn.model.checkpoint import TrainedNetwork, save_network
+from ncsn.model.generate import Wish, images
+from ncsn.runs.folder import DEFAULT_ROOT, INDEX
+from ncsn.steps.address import load_guided, resolve
 
 _SAME_LEVEL = 1e-3  # difference in ln sigma
 # How far from [0, 1] noisy pixels may lie: this many sigma (one in 10^15 normal numbers is farther), and a little, by
@@ -57,26 +52,15 @@ class ScoreModel:
                 checkpoint, or of `save`. Of a run it is the checkpoint that `ncsn sample` takes.
             device: None = a GPU if there is one.
         """
-        hint = "give models:/NAME@ALIAS, a run in .ncsn, or the folder of a run, a checkpoint or a saved model"
         if not isinstance(address, str | os.PathLike):
-            raise UserError("address", f"is no address but {address!r}", hint=hint)
-        place = os.fspath(address)
+            raise UserError("address", f"is no address but {address!r}", hint="give a name, a path or a URI")
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         try:
             torch.zeros(1, device=device).item()
         except (RuntimeError, AssertionError, TypeError) as error:
             raise UserError("device", "is none of this machine", hint="use cpu, or None", value=str(device)) from error
-        if place.startswith("models:/"):
-            name, trained = _registered(place, device)
-            return cls(trained, origin=name)
-        uri = storage.absolute(place)
-        for folder in (uri, RunFolder(storage.absolute(DEFAULT_ROOT), place).uri):
-            if any(storage.exists(storage.join(folder, name)) for name in (INDEX, TRAINED_CONFIG)):
-                return cls(load_checkpoint_or_model(folder, device=device), origin=folder)
-            if (run := RunFolder.of(folder)) and run.uri == folder and storage.exists(run.config):
-                checkpoint = _checkpoint(run)
-                return cls(load_checkpoint_or_model(checkpoint, device=device), origin=checkpoint)
-        raise NotFound("address", "no model here", hint=hint, value=place)
+        place = resolve(os.fspath(address), key="address", root=DEFAULT_ROOT)
+        return cls(load_guided(place, device=device), origin=place.name)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write a new folder, a path or URI, that `load` reads."""
@@ -85,8 +69,8 @@ class ScoreModel:
             if storage.is_local(uri) and Path(uri).exists():
                 raise UserError("folder", "is there already", hint="choose another", value=uri)
             with storage.scratch_folder(uri.rpartition("/")[0]) as scratch:
-                save_model(self._trained, scratch)
-                if not storage.publish_folder(scratch, uri, marker=TRAINED_CONFIG):
+                save_network(self._trained, scratch)
+                if not storage.publish_folder(scratch, uri, marker=INDEX):
                     raise UserError("folder", "has a model already", hint="choose another", value=uri)
         except (OSError, TypeError) as error:
             reason = f"cannot be written: {getattr(error, 'strerror', None) or error}"
@@ -121,22 +105,7 @@ class ScoreModel:
             raise UserError("n", f"must be a whole number of at least 1, not {n!r}")
         if not isinstance(sampler, Sampler | None):
             raise UserError("sampler", "is no sampler", hint="use one of ncsn, such as KarrasHeun()", value=sampler)
-        if label is not None and self._trained.classes is None:
-            raise UserError("label", "needs a model with classes", hint="leave it out", value=label)
-        tree = self._trained.config.model_dump(mode="json")
-        tree["sampling"] |= {"seed": seed} | ({} if sampler is None else {"sampler": asdict(sampler)})
-        tree["sampling"] |= {} if label is None else {"label": str(label)}
-        try:
-            sampling = checked(tree).sampling
-            require_label(sampling.label, self._trained.classes)
-            size = sampling.batch_size
-            parts = [
-                generate(self._trained, sampling=sampling, first=first, count=min(size, n - first), device=self._device)
-                for first in range(0, n, size)
-            ]
-        except UserError as error:
-            raise error.reworded({"sampling.": "", "noise.num_levels = ": "the model's "}) from error
-        return np.concatenate(parts)
+        return images(self._trained, n, Wish(label=label, sampler=sampler, seed=seed))
 
     def score(self, x: Tensor | NDArray[Any], sigma: float | Tensor, *, label: int | str | None = None) -> Tensor:
         """Score [B, C, H, W] of noisy images: the gradient of the log density of images with noise of sigma.
@@ -211,22 +180,3 @@ class ScoreModel:
             reason = "has pixels that are no numbers (NaN)" if math.isnan(far) else reason
             raise UserError("x", reason, hint="give clean pixels in [0, 1] plus the noise", value=given)
         return x, sigmas
-
-
-def _checkpoint(folder: RunFolder) -> str:
-    """The checkpoint that `ncsn sample` takes of a run, or the average that it puts together."""
-    config = from_yaml(storage.read_text(folder.config), origin=folder.config)
-    trained = folders_of(folder, config)["sample"]
-    return ensure_average(find_inputs(trained, "sample", {}, config=config)["checkpoint"], config)
-
-
-def _registered(address: str, device: str | torch.device) -> tuple[str, TrainedNetwork]:
-    # MLflow takes seconds to load.
-    from ncsn.tracking.client import SQLITE, server_uri
-    from ncsn.tracking.registry import load_version
-
-    registry = server_uri(None, root=storage.absolute(DEFAULT_ROOT))
-    if registry.startswith(SQLITE) and not Path(registry.removeprefix(SQLITE)).exists():
-        hint = "set MLFLOW_TRACKING_URI, or change to the folder that has .ncsn"
-        raise NotFound(address, f"no registry at {registry}", hint=hint)
-    return load_version(registry, address, device=device)

@@ -10,11 +10,10 @@ Buffers are not averaged: they come from the config.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from safetensors.torch import load, save_file
@@ -26,7 +25,15 @@ from ncsn.config.training import RELATIVE_WIDTHS
 from ncsn.core.ema import Profile, exponent_of, reconstruction
 from ncsn.core.training import TrainState
 from ncsn.errors import UserError
-from ncsn.model.checkpoint import FOLDER_NAME, SAMPLING_FILES, DamagedError, folder_name, verify, write_index
+from ncsn.model.checkpoint import (
+    FOLDER_NAME,
+    DamagedError,
+    folder_name,
+    load_checkpoint,
+    save_network,
+    verify,
+    write_index,
+)
 from ncsn.runs.folder import INDEX, WIDTHS, RunFolder, TrainingFolder, images_seen_at
 
 MOST_FLOAT16 = 6e4  # of a weight; float16 ends at 65,504
@@ -114,14 +121,18 @@ def build_average(checkpoint: str, *, relative_width: float) -> str:
         "error": error,
         "coefficients": dict(zip(parts, coefficients, strict=True)),
     }
-    with storage.local_copy(checkpoint) as source, storage.staged_folder(target, marker=INDEX) as made:
-        for file in ("moments.safetensors", "config.yaml"):
-            (made / file).write_bytes((source / file).read_bytes())
-        known = json.loads((source / "state.json").read_text())
-        kept = {name: known[name] for name in ("dataset_digest", "classes", "images_seen") if name in known}
-        (made / "state.json").write_text(json.dumps({**kept, "average": average}))
-        save_file(_combined(folder, parts, coefficients), made / "ema.safetensors")
-        write_index(made, SAMPLING_FILES)
+    total: dict[str, Tensor] = {}
+    for part, coefficient in zip(parts, coefficients, strict=True):
+        for tensor_name, tensor in load(storage.read_bytes(storage.join(folder, part))).items():
+            share = coefficient * tensor.double()
+            total[tensor_name] = total[tensor_name] + share if tensor_name in total else share
+    combined = {tensor_name: tensor.float() for tensor_name, tensor in total.items()}
+    if not all(math.isfinite(float(tensor.sum())) for tensor in combined.values()):
+        raise DamagedError(folder, "a snapshot has weights that are not finite")
+    with storage.staged_folder(target, marker=INDEX) as made:
+        source = load_checkpoint(checkpoint)
+        source.network.load_state_dict(combined, strict=False)  # buffers stay
+        save_network(replace(source, average=average), made)
     return target
 
 
@@ -139,18 +150,6 @@ def _whole(folder: str, times: Sequence[int]) -> Iterator[tuple[int, float]]:
                 _logger.warning("a snapshot of the averages is left out: %s", damage)
                 continue
         yield from ((time, width) for width in RELATIVE_WIDTHS)
-
-
-def _combined(folder: str, parts: Sequence[str], coefficients: Sequence[float]) -> dict[str, Tensor]:
-    total: dict[str, Tensor] = {}
-    for part, coefficient in zip(parts, coefficients, strict=True):
-        for name, tensor in load(storage.read_bytes(storage.join(folder, part))).items():
-            share = coefficient * tensor.double()
-            total[name] = total[name] + share if name in total else share
-    weights = {name: tensor.float() for name, tensor in total.items()}
-    if not all(math.isfinite(float(tensor.sum())) for tensor in weights.values()):
-        raise DamagedError(folder, "a snapshot has weights that are not finite")
-    return weights
 
 
 @dataclass(frozen=True)
@@ -192,9 +191,7 @@ def keep_copy(uri: str, folder: str) -> str:
     if place == folder or place.endswith(f"/{WIDTHS}"):
         return uri
     target = storage.join(folder, name)
-    with storage.local_copy(uri) as source, storage.scratch_folder(folder) as copy:
-        for file in SAMPLING_FILES:
-            (copy / file).write_bytes((source / file).read_bytes())
-        write_index(copy, SAMPLING_FILES)
+    with storage.scratch_folder(folder) as copy:
+        save_network(load_checkpoint(uri), copy)
         storage.publish_folder(copy, target, marker=INDEX, replace=True)
     return target

@@ -1,4 +1,4 @@
-"""A checkpoint: one folder, from which training resumes and samples are drawn.
+"""A checkpoint: one folder, from which training resumes and samples are drawn; and the checkpoints of a run.
 
     weights.safetensors    network parameters and buffers
     ema.safetensors        EMA weights, which generate the images
@@ -7,9 +7,16 @@
     optimizer.safetensors  Adam's moments and step, keyed `<parameter>/<moment>`
     state.json             images_seen, EMA counter, digest of the dataset, classes; what the loss learns
     config.yaml            the experiment
+    guide.safetensors      weights of the network that guides a saved model, with its config in guide_config.yaml
     checkpoint.json        format version and the SHA-256 of each file above; written last
 
+Images need the files without weights.safetensors, ema_2.safetensors and optimizer.safetensors: a registered or saved
+model has these alone.
+
 No generator state is kept, because all randomness is a function of (seed, place in the image order).
+
+Those of a run are `<run>/checkpoints/images-000000160/`. `resume-000000224/` is one between them, which only a resume
+reads. There is at most one, until the next of any kind.
 """
 
 from __future__ import annotations
@@ -17,12 +24,16 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import logging
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file, save as tensors_to_bytes, save_file
@@ -37,7 +48,7 @@ from ncsn.core.training import TrainState
 from ncsn.errors import UserError
 from ncsn.model import build
 from ncsn.model.classes import Classes
-from ncsn.runs.folder import INDEX, RESUME
+from ncsn.runs.folder import INDEX, RESUME, checkpoint_names, resumable
 
 FOLDER_NAME = re.compile(r"images-\d+")
 FORMAT_VERSION = 1
@@ -45,6 +56,10 @@ SECOND_EMA = "ema_2.safetensors"  # of a training with two averages
 SAMPLING_FILES = ("ema.safetensors", "moments.safetensors", "state.json", "config.yaml")
 # Training resumes from these; those above are enough for images.
 FILES = ("weights.safetensors", "optimizer.safetensors", *SAMPLING_FILES)
+GUIDE = ("guide.safetensors", "guide_config.yaml")
+NEWEST = 3  # of the checkpoints that stay whole where all are kept
+
+_logger = logging.getLogger(__name__)
 
 
 class CheckpointError(UserError):
@@ -107,13 +122,17 @@ def sha256(path: Path) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedNetwork:
-    """The input of image generation."""
+    """The input of image generation, and where it comes from."""
 
     config: Config
     network: nn.Module  # with EMA weights, in eval mode
     moments: DataMoments  # of the training images
     classes: Classes | None = None  # of a network with `data.num_classes`
     guide: TrainedNetwork | None = None  # of autoguidance, if it is kept with the network
+    images_seen: int = 0
+    dataset_digest: str = ""
+    digest: str = ""  # first 16 hex digits of the SHA-256 of the EMA weights
+    average: Mapping[str, Any] | None = None  # how the weights were put together after training, if they were
 
     @cached_property
     def halved(self) -> nn.Module:
@@ -122,16 +141,6 @@ class TrainedNetwork:
         for layer in narrowed(network).values():
             layer.to(torch.bfloat16)
         return network
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplingCheckpoint(TrainedNetwork):
-    """A trained network and its origin."""
-
-    images_seen: int
-    dataset_digest: str
-    digest: str  # first 16 hex digits of the SHA-256 of the EMA weights
-    average: Mapping[str, Any] | None = None  # how the weights were put together after training, if they were
 
 
 def folder_name(images_seen: int, *, for_resume: bool = False) -> str:
@@ -176,14 +185,7 @@ def snapshot(
         tensors[SECOND_EMA] = _copies(state.second_ema.weights)
     texts = {"state.json": json.dumps(facts), "config.yaml": to_yaml(config)}
 
-    def write(folder: Path) -> None:
-        for name, copies in tensors.items():
-            save_file(copies, folder / name)
-        for name, text in texts.items():
-            (folder / name).write_text(text)
-        write_index(folder, (*tensors, *texts))
-
-    return write
+    return partial(_write, tensors=tensors, texts=texts)
 
 
 def restore(folder: Path, *, config: Config, state: TrainState, dataset_digest: str) -> None:
@@ -206,15 +208,24 @@ def restore(folder: Path, *, config: Config, state: TrainState, dataset_digest: 
     _load_strictly(state.network, load_file(folder / "weights.safetensors"), origin=str(folder))
     for ema, name in zip(state.averages, ("ema.safetensors", SECOND_EMA), strict=False):
         ema.load_state_dict({"weights": load_file(folder / name), "num_updates": facts["ema_updates"]})
-    _load_optimizer(state, load_file(folder / "optimizer.safetensors"))
+    found: dict[int, dict[str, Any]] = {}
+    trained = {name: (index, parameter) for index, (name, parameter) in enumerate(state.trained())}
+    for path, moment in load_file(folder / "optimizer.safetensors").items():
+        name, _, key = path.rpartition("/")
+        index, parameter = trained[name]
+        # Fused Adam needs moments with the memory format of their parameters; its step is a number.
+        like = moment.shape == parameter.shape
+        found.setdefault(index, {})[key] = torch.empty_like(parameter).copy_(moment) if like else moment
+    groups = state.optimizer.state_dict()["param_groups"]
+    state.optimizer.load_state_dict({"state": found, "param_groups": groups})
     state.images_seen = int(facts["images_seen"])
     if state.uncertainty is not None:
         with torch.no_grad():
-            for name, parameter in state.uncertainty.named_parameters():
-                parameter.copy_(torch.tensor(facts["uncertainty"][name]))
+            for name, learned in state.uncertainty.named_parameters():
+                learned.copy_(torch.tensor(facts["uncertainty"][name]))
 
 
-def load_checkpoint(uri: str, *, device: str | torch.device = "cpu") -> SamplingCheckpoint:
+def load_checkpoint(uri: str, *, device: str | torch.device = "cpu") -> TrainedNetwork:
     """Read the EMA weights and the config of the checkpoint at `uri`.
 
     Raises:
@@ -228,19 +239,49 @@ def load_checkpoint(uri: str, *, device: str | torch.device = "cpu") -> Sampling
             weights = load_file(folder / "ema.safetensors")
             moments = moments_of(load_file(folder / "moments.safetensors"))
             digest = sha256(folder / "ema.safetensors")[:16]
+            guide = None
+            if (folder / GUIDE[0]).exists():
+                other = from_yaml((folder / GUIDE[1]).read_text(), origin=storage.join(uri, GUIDE[1]))
+                worse = network_from_weights(other, load_file(folder / GUIDE[0]), origin=f"{uri}, {GUIDE[0]}")
+                guide = TrainedNetwork(config=other, network=worse.to(device), moments=moments)
     except FileNotFoundError:
         raise CheckpointError(uri, "no such checkpoint") from None
     network = network_from_weights(config, weights, origin=uri).to(device)
-    return SamplingCheckpoint(
+    classes = Classes.of(facts.get("classes"))
+    return TrainedNetwork(
         config=config,
         network=network,
         moments=moments,
-        classes=Classes.of(facts.get("classes")),
+        classes=classes,
+        guide=guide if guide is None else replace(guide, classes=classes),
         images_seen=int(facts["images_seen"]),
         dataset_digest=facts["dataset_digest"],
         digest=digest,
         average=facts.get("average"),
     )
+
+
+def save_network(trained: TrainedNetwork, folder: Path) -> None:
+    """Write what images need as a checkpoint into an existing, empty folder."""
+    facts = {name: getattr(trained, name) for name in ("images_seen", "dataset_digest", "average")}
+    if trained.classes is not None:
+        facts["classes"] = asdict(trained.classes)
+    tensors = {
+        "ema.safetensors": plain_weights(trained.network),
+        "moments.safetensors": moment_tensors(trained.moments),
+    }
+    texts = {"state.json": json.dumps(facts), "config.yaml": to_yaml(trained.config)}
+    if trained.guide is not None:
+        tensors[GUIDE[0]], texts[GUIDE[1]] = plain_weights(trained.guide.network), to_yaml(trained.guide.config)
+    _write(folder, tensors, texts)
+
+
+def _write(folder: Path, tensors: Mapping[str, dict[str, Tensor]], texts: Mapping[str, str]) -> None:
+    for name, each in tensors.items():
+        save_file(each, folder / name)
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+    write_index(folder, (*tensors, *texts))
 
 
 def weights_digest(network: nn.Module) -> str:
@@ -271,19 +312,6 @@ def _load_strictly(network: nn.Module, tensors: Mapping[str, Tensor], *, origin:
     network.load_state_dict(dict(tensors), strict=True)
 
 
-def _load_optimizer(state: TrainState, tensors: Mapping[str, Tensor]) -> None:
-    found: dict[int, dict[str, Any]] = {}
-    trained = {name: (index, parameter) for index, (name, parameter) in enumerate(state.trained())}
-    for path, moment in tensors.items():
-        name, _, key = path.rpartition("/")
-        index, parameter = trained[name]
-        # Fused Adam needs moments with the memory format of their parameters; its step is a number.
-        like = moment.shape == parameter.shape
-        found.setdefault(index, {})[key] = torch.empty_like(parameter).copy_(moment) if like else moment
-    groups = state.optimizer.state_dict()["param_groups"]
-    state.optimizer.load_state_dict({"state": found, "param_groups": groups})
-
-
 def moments_of(tensors: Mapping[str, Tensor]) -> DataMoments:
     """Inverse of `moment_tensors`."""
     return DataMoments(tensors["mean"], tensors["directions"], tensors["variances"], float(tensors["rest"]))
@@ -303,3 +331,93 @@ def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def plain_weights(network: nn.Module) -> dict[str, Tensor]:
     """A network's parameters as a file keeps them: contiguous, on the CPU."""
     return {name: parameter.detach().cpu().contiguous() for name, parameter in network.named_parameters()}
+
+
+class CheckpointStore:
+    """Publishes checkpoints in a thread, and finds the newest whole one.
+
+    Args:
+        uri: Folder of the checkpoints.
+        keep: How many of the newest stay, or None for all. With `all` the `NEWEST` stay whole, and the older ones keep
+            what images need.
+    """
+
+    def __init__(self, uri: str, *, keep: int | Literal["all"] | None = None) -> None:
+        self.uri = uri
+        self.notes: list[str] = []  # about damaged checkpoints, for people
+        self._keep = keep
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+
+    def names(self) -> Iterator[str]:
+        """Complete checkpoints, the newest first, without one that is only to resume from."""
+        return (name for name in resumable(self.uri) if not name.startswith(RESUME))
+
+    def newest(self) -> str | None:
+        """The newest whole checkpoint. Damaged ones are deleted with a warning: training makes them again.
+
+        For one process at a time, before it publishes.
+        """
+        if storage.is_local(self.uri):
+            storage.remove_scratch(self.uri)
+        damaged, found = list[str](), None
+        for name in resumable(self.uri):
+            with self.open(name) as folder:
+                try:
+                    files = verify(folder)
+                except DamagedError as damage:
+                    damaged.append(f"checkpoint {name} is damaged ({damage.reason})")
+                    storage.delete(storage.join(self.uri, name))
+                    continue
+            if files >= set(FILES):  # others have what images need alone
+                found = name
+                break
+        for what in damaged:
+            self.notes.append(f"{what}: training resumed from {found or 'the start'}")
+            _logger.warning(self.notes[-1])
+        return found
+
+    def open(self, name: str) -> AbstractContextManager[Path]:
+        """Context manager: the checkpoint as a local folder."""
+        return storage.local_copy(storage.join(self.uri, name))
+
+    def publish(self, write: Callable[[Path], None], *, name: str) -> None:
+        """Begin to store what `write` writes into an empty local folder.
+
+        Waits for the checkpoint before, so that a slow store does not fill this machine's memory, and raises its error.
+        """
+        self.later(partial(self._store, write, name))
+
+    def later(self, work: Callable[[], None]) -> None:
+        """Do work in the thread, after what was begun before; waits for that, and raises its error."""
+        self.wait()
+        self._pending = self._thread.submit(work)
+
+    def wait(self) -> None:
+        """Wait until everything is stored. Raises what went wrong; the checkpoints before are still there."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def _store(self, write: Callable[[Path], None], name: str) -> None:
+        target = storage.join(self.uri, name)
+        with storage.scratch_folder(self.uri) as folder:
+            write(folder)
+            storage.delete(target)  # the rest of an upload that was cut short
+            storage.publish_folder(folder, target, marker=INDEX)
+        for old in checkpoint_names(self.uri):
+            if old.startswith(RESUME) and old != name:
+                storage.delete(storage.join(self.uri, old))
+        if self._keep is None or name.startswith(RESUME):
+            return
+        # The rest of an upload that was cut short does not count. A newer one is overwritten later.
+        folders = checkpoint_names(self.uri)
+        kept = set(islice(self.names(), NEWEST if self._keep == "all" else self._keep))
+        for old in folders[: folders.index(name)]:
+            if old in kept:
+                continue
+            uri = storage.join(self.uri, old)
+            if self._keep != "all" or not storage.exists(storage.join(uri, INDEX)):
+                storage.delete(uri)
+            elif storage.exists(storage.join(uri, "optimizer.safetensors")):
+                thin(uri)

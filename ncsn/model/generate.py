@@ -1,10 +1,10 @@
-"""Images from a trained network, whose score function is told their classes and has the guidance of the settings."""
+"""Images from a trained network, as a caller wishes: the score is told their classes, and has guidance."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ncsn.config import Config
 from ncsn.config.choices import AutoguidanceConfig
+from ncsn.config.rules import checked
 from ncsn.config.schema import SamplingConfig
 from ncsn.core.images import to_stored
 from ncsn.core.keyed_random import JoinedNoise, KeyedNoise, Stream, keyed_uniform
@@ -24,14 +25,56 @@ from ncsn.core.networks.layers import FUSION
 from ncsn.core.samplers.chain import sample, start, visited
 from ncsn.core.samplers.guidance import AtLevels, Guided, Labeled, band_on_grid
 from ncsn.core.samplers.langevin import Fields
+from ncsn.core.samplers.settings import Sampler
 from ncsn.errors import InvalidValue, UserError, shown_value
 from ncsn.model import build
-from ncsn.model.checkpoint import TrainedNetwork, weights_digest
-from ncsn.model.classes import AS_DATA, BALANCED
-from ncsn.model.trained import load_checkpoint_or_model
+from ncsn.model.checkpoint import TrainedNetwork, load_checkpoint, weights_digest
+from ncsn.model.classes import AS_DATA, BALANCED, require_label
 
 CHECKPOINT = "sampling.guidance.checkpoint"
 STRIP_IMAGES, STRIP_STAGES, STRIP_BYTES = 8, 12, 1_500_000
+
+
+@dataclass(frozen=True)
+class Wish:
+    """Changes of `sampling` in the network's config; None leaves what stands there."""
+
+    label: int | str | None = None  # of `sampling.label`
+    guidance: float | None = None  # its weight; where none is configured, away from the images of all classes
+    sampler: Sampler | Mapping[str, Any] | str | None = None  # or its settings, or its kind, with default settings
+    seed: int | None = None
+
+    def sampling(self, trained: TrainedNetwork) -> SamplingConfig:
+        """The settings for a network; `UserError`, with keys as here, if it cannot follow them."""
+        config = trained.config
+        own, changes = config.sampling, dict[str, Any]()
+        if self.label is not None:
+            changes["label"] = str(self.label)
+        if self.seed is not None:
+            changes["seed"] = self.seed
+        if self.sampler is not None and self.sampler != own.sampler.kind:
+            changes["sampler"] = {"kind": self.sampler} if isinstance(self.sampler, str) else self.sampler
+        if self.guidance is not None and own.guidance is not None:
+            changes["guidance"] = {**dict(own.guidance), "weight": self.guidance}
+        elif self.guidance not in (None, 1):
+            changes["guidance"] = {"kind": "classifier_free", "weight": self.guidance}
+        try:
+            found = checked({**dict(config), "sampling": {**dict(own), **changes}}).sampling
+            require_label(found.label, trained.classes)
+        except UserError as error:
+            raise error.reworded({"sampling.": "", "noise.num_levels = ": "the model's "}) from None
+        return found
+
+
+def images(trained: TrainedNetwork, count: int, wish: Wish) -> NDArray[Any]:
+    """The first `count` images of a seed, [count, H, W, C] as stored; see `Wish.sampling` and `generate`."""
+    sampling, device = wish.sampling(trained), next(trained.network.parameters()).device
+    size = sampling.batch_size
+    parts = [
+        generate(trained, sampling=sampling, first=first, count=min(size, count - first), device=device)
+        for first in range(0, count, size)
+    ]
+    return np.concatenate(parts)
 
 
 def generate(
@@ -247,19 +290,23 @@ def evaluations_per_image(config: Config) -> int:
     return evaluations
 
 
+def packed_guide(trained: TrainedNetwork, sampling: SamplingConfig) -> TrainedNetwork | None:
+    """The network of autoguidance that a registered model has with it; None for another one."""
+    asked, own = (
+        each.guidance.checkpoint if isinstance(each.guidance, AutoguidanceConfig) else None
+        for each in (sampling, trained.config.sampling)
+    )
+    return trained.guide if asked == own else None
+
+
 def guide_of(trained: TrainedNetwork, sampling: SamplingConfig) -> TrainedNetwork | None:
-    """The worse network of autoguidance, which a registered model has with it; None for other settings."""
-    guidance, own = sampling.guidance, trained.config.sampling.guidance
+    """The worse network of autoguidance, at the URI of a checkpoint or packed; None for other settings."""
+    guidance = sampling.guidance
     if not isinstance(guidance, AutoguidanceConfig):
         return None
-    packed = isinstance(own, AutoguidanceConfig) and own.checkpoint == guidance.checkpoint
-    if packed and trained.guide is not None:
-        return trained.guide
-    if guidance.checkpoint.startswith("models:/"):
-        raise UserError(
-            CHECKPOINT, "a registered model is copied by the steps of a run only", value=guidance.checkpoint
-        )
-    guide = _load(guidance.checkpoint, str(next(trained.network.parameters()).device))
+    guide = packed_guide(trained, sampling)
+    if guide is None:
+        guide = _load(guidance.checkpoint, str(next(trained.network.parameters()).device))
     _require_fitting(trained, guide, guidance.checkpoint, sampling)
     return guide
 
@@ -276,7 +323,7 @@ def sampling_facts(sampling: SamplingConfig, guide: TrainedNetwork | None) -> di
 @lru_cache(maxsize=1)
 def _load(uri: str, device: str) -> TrainedNetwork:
     try:
-        return load_checkpoint_or_model(uri, device=device)
+        return load_checkpoint(uri, device=device)
     except UserError as error:
         raise UserError(CHECKPOINT, f"cannot be read: {error}", value=uri) from None
 

@@ -36,7 +36,16 @@ def worker_memory(config: Config, step: str, *, reference_images: int = 0) -> in
         config = config.model_copy(update={"noise": NoiseConfig()})  # the levels take next to no memory
     need = _PROCESS + (_CUDA if config.compute.use_gpu else 0.0)
     need += 0.0 if step == "evaluate" else _network(config, step)
-    need += _evaluation(config, reference_images) if step in ("evaluate", "select", "tune") else 0.0
+    if step in ("evaluate", "select", "tune"):
+        # The extractor on a batch, or afterwards the metrics.
+        if (kind := config.evaluation.pretrained) is None:
+            need += 1e9
+        else:
+            features, weights, image = _PRETRAINED[kind]
+            extracting = weights + (0.0 if config.compute.use_gpu else image * config.evaluation.batch_size)
+            samples = (_FLOAT * features + _DOUBLE * _CLASSES) * config.sampling.num_images
+            metrics = 2 * _FLOAT * features * reference_images + samples + _DOUBLE * features**2 * _GROUPS
+            need += max(extracting, metrics + 2 * _DOUBLE * 10_000 * (features + 2 * 1024))  # with the balls
     whole = _MARGIN * (need + _NODE) + _SHM
     return max(round(bytes_of(LEAST_MEMORY)), math.ceil(whole / _UNIT) * _UNIT)
 
@@ -69,16 +78,3 @@ def _network(config: Config, step: str) -> float:
     training = (_STATE + _SNAPSHOT + config.loss.has_teacher) * weights + kept * min(share, compute.microbatch or share)
     by_step = {"sample": sampling, "select": sampling, "train": training}
     return by_step.get(step, max(sampling, training))
-
-
-def _evaluation(config: Config, reference_images: int) -> float:
-    # The extractor on a batch, or afterwards the metrics.
-    kind = config.evaluation.pretrained
-    if kind is None:
-        return 1e9
-    features, weights, image = _PRETRAINED[kind]
-    extracting = weights + (0.0 if config.compute.use_gpu else image * config.evaluation.batch_size)
-    samples = (_FLOAT * features + _DOUBLE * _CLASSES) * config.sampling.num_images
-    metrics = 2 * _FLOAT * features * reference_images + samples + _DOUBLE * features**2 * _GROUPS
-    balls = 2 * _DOUBLE * 10_000 * (features + 2 * 1024)
-    return max(extracting, metrics + balls)

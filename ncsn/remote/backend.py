@@ -117,10 +117,6 @@ class RemoteStep:
         return hashlib.sha256("\0".join(self.command).encode()).hexdigest()[:16]
 
 
-class Conflict(Exception):
-    """The name is taken."""
-
-
 class RemoteFailure(RuntimeError):
     """The step failed elsewhere; the message is one line with the reason."""
 

@@ -17,7 +17,6 @@ from ncsn.remote.backend import (
     CHECK_SECONDS,
     PATIENCE_SECONDS,
     Check,
-    Conflict,
     EndedByOther,
     NotConfigured,
     RemoteFailure,
@@ -28,7 +27,7 @@ from ncsn.remote.backend import (
     refuse_other_work,
     say,
 )
-from ncsn.remote.kubernetes import INSTALL_KUBERAY, KubernetesApi, Resource, is_ending, owner_of
+from ncsn.remote.kubernetes import INSTALL_KUBERAY, Conflict, KubernetesApi, Resource, is_ending, owner_of
 from ncsn.remote.manifest import (
     ATTEMPT_LABEL,
     KFP_RUN_LABEL,
@@ -132,7 +131,16 @@ class KubeRay:
         """
         self._launcher, self._job = find_launcher(self._api), {}
         self._heart = Heartbeat(step.lease)
-        manifest, name = self._manifest(step), step.job_name
+        image, name = self._image(), step.job_name
+        manifest = render(
+            step,
+            self._compute,
+            namespace=self._api.namespace,
+            image=image,
+            env=forwarded_environment(to_pods=True) | {CONTAINER_IMAGE: image},
+            labels={ATTEMPT_LABEL: self._heart.id, **self._launcher.labels},
+            owner=self._launcher.owner,
+        )
         with answer.waiting(lambda: self._end_at_once(name)), self._heart:
             try:
                 attempt = self._start(step, manifest)
@@ -190,18 +198,6 @@ class KubeRay:
             raise UserError("compute.kuberay.image", "no image for the Ray pods", hint=hint)
         return image
 
-    def _manifest(self, step: RemoteStep) -> Resource:
-        image = self._image()
-        return render(
-            step,
-            self._compute,
-            namespace=self._api.namespace,
-            image=image,
-            env=forwarded_environment(to_pods=True) | {CONTAINER_IMAGE: image},
-            labels={ATTEMPT_LABEL: self._heart.id, **self._launcher.labels},
-            owner=self._launcher.owner,
-        )
-
     @property
     def _ours(self) -> bool:
         """Whether the RayJob ends with this process. Others come and go: to be asked when it matters."""
@@ -226,7 +222,11 @@ class KubeRay:
             if found is None:
                 continue
             state, metadata = JobState(found), found["metadata"]
-            going = "deletionTimestamp" in metadata or self._belongs_to_ended_pipeline(found)
+            going, workflow = "deletionTimestamp" in metadata, owner_of(found).get("name")
+            with suppress(PermissionError):
+                if not going and workflow not in (None, self._launcher.workflow):
+                    # Of a pipeline run that has ended, the janitor deletes it, or Kubernetes with its owner.
+                    going = is_ending(self._api.get("workflows", workflow))
             if not going and not state.finished:  # of one that has finished, the step's result was looked for
                 if metadata.get("annotations", {}).get(REQUEST_ANNOTATION) != step.request:
                     how = f"kubectl delete rayjob {name} --namespace {self._api.namespace}"
@@ -238,14 +238,6 @@ class KubeRay:
             self._api.delete("rayjobs", name, uid=metadata["uid"])
             while ((self._api.get("rayjobs", name) or {}).get("metadata") or {}).get("uid") == metadata["uid"]:
                 time.sleep(POLL_SECONDS)
-
-    def _belongs_to_ended_pipeline(self, rayjob: Resource) -> bool:
-        """Whether its pipeline run has ended: then the janitor deletes it, or Kubernetes with its owner."""
-        workflow = owner_of(rayjob).get("name")
-        with suppress(PermissionError):
-            if workflow not in (None, self._launcher.workflow):
-                return is_ending(self._api.get("workflows", workflow))
-        return False
 
     def _watch(self, step: RemoteStep, pods: PodWatch, log: PodLog, attempt: str) -> JobState:
         """Wait for the end of the RayJob."""

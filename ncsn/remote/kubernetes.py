@@ -18,7 +18,7 @@ from kubernetes.client.exceptions import ApiException
 
 from ncsn.errors import UserError
 from ncsn.process import POD_NAMESPACE
-from ncsn.remote.backend import PATIENCE_SECONDS, Conflict, keep_asking, message_of
+from ncsn.remote.backend import PATIENCE_SECONDS, keep_asking, message_of
 
 Resource = dict[str, Any]
 
@@ -30,6 +30,10 @@ _CORE = "api/v1"
 _METHODS = {"create": "POST", "patch": "PATCH", "delete": "DELETE"}  # of a verb; the others read
 _ENDED = {"Succeeded", "Failed", "Error"}  # of an Argo Workflow
 _LOST_LOG = "unable to retrieve container logs"  # what the kubelet answers for one that is gone
+
+
+class Conflict(Exception):
+    """The name is taken."""
 
 
 class KubernetesApi:
@@ -45,7 +49,20 @@ class KubernetesApi:
         patience: float = PATIENCE_SECONDS,
         timeouts: tuple[float, float] = (5, 30),
     ) -> None:
-        configuration, self.own_namespace = _load_configuration()
+        configuration = client.Configuration()
+        try:
+            config.load_incluster_config(client_configuration=configuration)
+            self.own_namespace = POD_NAMESPACE.read_text().strip()
+        except config.ConfigException:
+            file = os.environ.get("KUBECONFIG")
+            try:
+                config.load_kube_config(config_file=file, client_configuration=configuration)
+                _, context = config.list_kube_config_contexts(config_file=file)
+            except (config.ConfigException, yaml.YAMLError, ValueError) as error:
+                reason = f"no Kubernetes cluster: this is not a pod, and the kubeconfig is not usable ({error})"
+                hint = "set it to the kubeconfig of a cluster"
+                raise UserError("KUBECONFIG", reason, hint=hint, value=file or "~/.kube/config") from None
+            self.own_namespace = context["context"].get("namespace", "default")
         configuration.retries = False
         self.server: str = configuration.host
         self.namespace = namespace or self.own_namespace
@@ -181,23 +198,6 @@ class KubernetesApi:
             raise PermissionError(f"the Kubernetes API at {self.server} does not accept the credentials: {message}")
         hint = INSTALL_KUBERAY if status == 404 and resource == "rayjobs" else ""
         raise UserError(self.server, f"refuses to {verb} {resource} (HTTP {status}): {message}", hint=hint)
-
-
-def _load_configuration() -> tuple[client.Configuration, str]:
-    configuration = client.Configuration()
-    try:
-        config.load_incluster_config(client_configuration=configuration)
-        return configuration, POD_NAMESPACE.read_text().strip()
-    except config.ConfigException:
-        file = os.environ.get("KUBECONFIG")
-    try:
-        config.load_kube_config(config_file=file, client_configuration=configuration)
-        _, context = config.list_kube_config_contexts(config_file=file)
-    except (config.ConfigException, yaml.YAMLError, ValueError) as error:
-        reason = f"no Kubernetes cluster: this is not a pod, and the kubeconfig is not usable ({error})"
-        hint = "set it to the kubeconfig of a cluster"
-        raise UserError("KUBECONFIG", reason, hint=hint, value=file or "~/.kube/config") from None
-    return configuration, context["context"].get("namespace", "default")
 
 
 def time_of_event(event: Resource) -> str:

@@ -6,7 +6,6 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from ncsn.process import RUN_ID_LABEL
 from ncsn.remote.backend import TRACEBACK, DriverLog, first_error, say
@@ -237,34 +236,29 @@ class PodLog(DriverLog):
         return first_error(self.lines[self._begins :]) or first_error(self.lines)
 
     def read(self, *, over: bool) -> list[str]:
-        text = "".join(f"{line}\n" for line in self._new_lines(over=over))
-        return _LOST_CONNECTION.sub("", text).split("\n")[:-1]
-
-    def _new_lines(self, *, over: bool) -> Iterator[str]:
         found = self._api.find("pods", labels=self._labels) if over else []  # one that the watch may not have seen
         newest = found[-1]["metadata"]["name"] if found else self._pods.submitter
         if newest != self._pod:
             self._pod, self._begins, self._last_time = newest, len(self.lines), ""
+        lines = []
         for line in self._api.read_log(newest, timestamps="true", sinceTime=self._last_time) if newest else ():
             at, _, text = line.partition(" ")
             if at > self._last_time:  # the others are of the same second
                 self._last_time = at
-                yield text
+                lines.append(f"{text}\n")
+        return _LOST_CONNECTION.sub("", "".join(lines)).split("\n")[:-1]
 
 
 def troubles_of_run(api: KubernetesApi, run_id: str, *, pending: bool = False) -> Mapping[str, Trouble]:
     """Task of KFP's run -> what keeps its last pod from running, or ended it; `pending`: only what has not started."""
     found = {}
-    pods = {_task_of(pod): pod for pod in api.find("pods", labels=f"{RUN_ID_LABEL}={run_id}")}
+    pods = {}
+    for pod in api.find("pods", labels=f"{RUN_ID_LABEL}={run_id}"):
+        node = (pod["metadata"].get("annotations") or {}).get("workflows.argoproj.io/node-name", "")
+        *path, last = [_NODE_SUFFIX.sub("", part) for part in node.split(".")]
+        if path and last == "executor":  # and no driver of KFP; the path ends with the pipeline's name of the task
+            pods[path[-1]] = pod
     for task, pod in pods.items():
-        if task and (not pending or pod["status"].get("phase") == "Pending"):
+        if not pending or pod["status"].get("phase") == "Pending":
             found[task] = trouble_of(pod, api.events(pod["metadata"]["name"]))
     return {task: trouble for task, trouble in found.items() if trouble is not None}
-
-
-def _task_of(pod: Resource) -> str:
-    """The pipeline's name of the task that the pod executes; empty for a driver of KFP."""
-    annotations: dict[str, Any] = pod["metadata"].get("annotations") or {}
-    node = annotations.get("workflows.argoproj.io/node-name", "")
-    *path, last = [_NODE_SUFFIX.sub("", part) for part in node.split(".")]
-    return path[-1] if path and last == "executor" else ""

@@ -110,10 +110,16 @@ class RayJobs:
                     job = self._watch(name)
                 if job.status == "STOPPED" and not self._ours:
                     raise EndedByOther(f"Ray job {name} was stopped")
-                _require_success(job, step, log)
             except (KeyboardInterrupt, SystemExit):
                 self._stop_running()
                 raise
+        if job.status == "STOPPED":
+            raise RemoteFailure(log.describe(f"Ray job {name} was stopped", "the same command resumes"))
+        if job.status != "SUCCEEDED":  # Ray derives it from the exit code of the driver
+            cause = step.told() or first_error(log.lines) or " ".join((job.message or "").split())
+            if job.driver_exit_code == NOT_FOUND:
+                cause = "the cluster has no command `ncsn`; install this package in the environment of `ray start`"
+            raise RemoteFailure(f"Ray job {name} failed (exit code {job.driver_exit_code}): {log.describe(cause)}")
 
     def stop(self, *, run: str | None, kfp_run: str | None) -> list[str]:
         wanted = {key: value for key, value in ((RUN, run), (KFP_RUN, kfp_run)) if value}
@@ -296,16 +302,3 @@ def _last_line(text: str) -> str:
 
 def _first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
-def _require_success(job: JobDetails, step: RemoteStep, log: JobLog) -> None:
-    """The exit code of the driver counts; Ray derives the job's status from it."""
-    name = job.submission_id
-    if job.status == "SUCCEEDED":
-        return
-    if job.status == "STOPPED":
-        raise RemoteFailure(log.describe(f"Ray job {name} was stopped", "the same command resumes"))
-    cause = step.told() or first_error(log.lines) or " ".join((job.message or "").split())
-    if job.driver_exit_code == NOT_FOUND:
-        cause = "the cluster has no command `ncsn`; install this package in the environment of `ray start`"
-    raise RemoteFailure(f"Ray job {name} failed (exit code {job.driver_exit_code}): {log.describe(cause)}")

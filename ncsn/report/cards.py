@@ -142,13 +142,13 @@ def run_page(
     if reason:
         lines += [*(f"> {_plain(line)}" for line in reason.splitlines() if line.strip()), ""]
     lines += ["| step | state |", "|---|---|", *(f"| {step} | {_plain(state)} |" for step, state in steps.items()), ""]
-    shown = [f"| {name} | {_place(place)} |" for name, place in places.items() if place]
-    lines += ["| name | location |", "|---|---|", *shown, "", *(f"- {_plain(note)}" for note in notes)]
+    lines += ["| name | location |", "|---|---|"]
+    for name, place in places.items():
+        if place:
+            is_page = place.startswith(("http://", "https://"))
+            lines.append(f"| {name} | <{place}> |" if is_page else f"| {name} | `{place}` |")
+    lines += ["", *(f"- {_plain(note)}" for note in notes)]
     return "\n".join(lines).rstrip() + "\n"
-
-
-def _place(place: str) -> str:
-    return f"<{place}>" if place.startswith(("http://", "https://")) else f"`{place}`"
 
 
 def _plain(text: str) -> str:

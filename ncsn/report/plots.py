@@ -130,8 +130,8 @@ def loss_curves(images_seen: ArrayLike, losses: ArrayLike, *, sigmas: ArrayLike)
         color = LEVEL_COLORS(norm(sigma))
         axes.plot(seen[known], values[known, level], color=color, linewidth=1.1, marker=marker, markersize=3)
     axes.axhline(1, color=INK, linestyle="--", linewidth=0.8)
-    axes.set(xlabel=SEEN_LABEL, ylabel=LOSS_LABEL, yscale="log")
-    _count_axis(axes)
+    axes.set(xlabel=SEEN_LABEL, ylabel=LOSS_LABEL, yscale="log", xlim=(0, None))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     bar = figure.colorbar(ScalarMappable(norm, LEVEL_COLORS), ax=axes, label=SIGMA_LABEL)
     bar.outline.set_visible(False)
     return figure
@@ -145,9 +145,9 @@ def held_out_losses(images_seen: ArrayLike, held_out: ArrayLike, training: Array
     axes = figure.subplots()
     for number, (name, losses) in enumerate((("training images", training), ("held-out images", held_out))):
         axes.plot(seen, np.asarray(losses), "o-", color=PALETTE[number], markersize=4, label=name)
-    axes.set(xlabel=SEEN_LABEL, ylabel="mean normalized loss")
+    axes.set(xlabel=SEEN_LABEL, ylabel="mean normalized loss", xlim=(0, None))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     _log_scale_where_positive(axes, np.concatenate([np.asarray(held_out), np.asarray(training)]))
-    _count_axis(axes)
     axes.legend(loc="best")
     return figure
 
@@ -162,11 +162,6 @@ def _log_scale_where_positive(axes: Axes, values: ArrayLike) -> None:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         # Minor ticks at 2, 3 and 5 times a power of ten have labels; those of the others would be too close.
         axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "235" else ""))
-
-
-def _count_axis(axes: Axes) -> None:
-    axes.set_xlim(left=0)
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 
 @styled
@@ -212,7 +207,7 @@ def selection_figure(rows: Sequence[Mapping[str, Any]], *, metric: str) -> Figur
 
 @styled
 def epsilon_versus_quality(
-    epsilon: Sequence[float], quality: Sequence[float], *, quality_label: str, chosen: float | None = None
+    epsilon: Sequence[float], quality: Sequence[float], *, quality_label: str, chosen: float
 ) -> Figure:
     """Quality over the step size of Langevin dynamics; NaN, of a chain that diverged, is marked at the upper edge."""
     figure = Figure(figsize=(7, 3.4), layout="constrained")
@@ -225,12 +220,10 @@ def epsilon_versus_quality(
     if not finite.all():
         top = axes.get_xaxis_transform()
         axes.plot(x[~finite], np.full((~finite).sum(), 0.97), "x", color=PALETTE[1], transform=top, label="diverged")
-    if chosen is not None:
-        axes.axvline(chosen, color=PALETTE[2], linestyle="--", linewidth=1.2, label=f"chosen: {chosen:.3g}")
+    axes.axvline(chosen, color=PALETTE[2], linestyle="--", linewidth=1.2, label=f"chosen: {chosen:.3g}")
     axes.set(xlabel="epsilon (step size at the last level, squared pixels)", ylabel=quality_label, xscale="log")
     _log_scale_where_positive(axes, y[finite])
-    if axes.get_legend_handles_labels()[0]:
-        figure.legend(loc="outside upper left", ncols=2)
+    figure.legend(loc="outside upper left", ncols=2)
     return figure
 
 
@@ -274,14 +267,11 @@ def search_coordinates(
 
 def _column(values: Sequence[Any] | Array) -> _Column:
     """One axis of parallel coordinates."""
-    if all(isinstance(value, int | float | np.number) and not isinstance(value, bool) for value in values):
-        return _column_of_numbers(np.array(values, np.float64))
-    words = sorted({str(value) for value in values})
-    places = {word: index / (len(words) - 1) if len(words) > 1 else 0.5 for index, word in enumerate(words)}
-    return np.array([places[str(value)] for value in values]), [(at, word) for word, at in places.items()]
-
-
-def _column_of_numbers(values: Array) -> _Column:
+    if not all(isinstance(value, int | float | np.number) and not isinstance(value, bool) for value in values):
+        words = sorted({str(value) for value in values})
+        places = {word: index / (len(words) - 1) if len(words) > 1 else 0.5 for index, word in enumerate(words)}
+        return np.array([places[str(value)] for value in values]), [(at, word) for word, at in places.items()]
+    values = np.array(values, np.float64)
     finite = values[np.isfinite(values)]
     if not len(finite):
         return np.full(len(values), math.nan), []

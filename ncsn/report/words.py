@@ -390,19 +390,16 @@ VERSION = ".version"
 
 def tag_facts(runs: Sequence[Mapping[str, str]]) -> list[Fact]:
     """Facts from the tags of MLflow runs; where steps have different values, all of them in order."""
-    facts = []
+    facts, values = list[Fact](), dict[str, list[str]]()
+    for tags in runs:
+        for tag, value in tags.items():
+            if value not in (*values.setdefault(tag, []), ""):
+                values[tag].append(value)
     for tag, label in TAGS.items():
-        if values := _values(runs, tag):
-            links = _values(runs, LINKS.get(tag, ""))
+        if found := values.get(tag):
+            link, *_ = values.get(LINKS.get(tag, "")) or [""]
             # A tag may hold anything; only an address of a page becomes a link.
-            link = links[0] if links and links[0].startswith(("http://", "https://")) else ""
-            facts.append(Fact(label, ", ".join(values), link))
-    versions = {tag.removesuffix(VERSION): None for tags in runs for tag in tags if tag.endswith(VERSION)}
-    if versions:
-        shown = (f"{name} {', '.join(_values(runs, name + VERSION))}" for name in versions)
+            facts.append(Fact(label, ", ".join(found), link if link.startswith(("http://", "https://")) else ""))
+    if shown := [f"{tag.removesuffix(VERSION)} {', '.join(values[tag])}" for tag in values if tag.endswith(VERSION)]:
         facts.append(Fact("Versions", " · ".join(shown)))
     return facts
-
-
-def _values(runs: Sequence[Mapping[str, str]], tag: str) -> list[str]:
-    return list(dict.fromkeys(tags[tag] for tags in runs if tags.get(tag)))

@@ -62,8 +62,6 @@ class Store:
     begun = _Below("begun")  # for each run an empty file with the date of the last beginning of a step
     datasets = _Below("datasets")  # by source and digest
     code = _Below("code")  # the archives of `--code`, by their digest
-    generated = _Below("generated")  # images of registered models
-    guides = _Below("guides")  # copies of the registered models that guide these
 
 
 def images_seen_at(name: str) -> int:
@@ -126,7 +124,7 @@ class RunFolder(_Trained):
     history = _Below("history.json")  # the training curves
     previews = _Below("previews")  # images that training made of itself
     start = _Below("start")  # the weights that training starts from, if it starts from a trained network
-    guides = _Below("guides")  # copies of the registered models that guide samples
+    guides = _Below("guides")  # copies of the networks that guide samples
     report = _Below("report")
     evaluation = _Below("evaluation")  # the metrics
     selection = _Below("selection")  # the scores of checkpoints and the choice among them
@@ -287,6 +285,11 @@ def update_step(folder: RunFolder, step: str, **changes: Any) -> None:
     error = record.error and vars(record.error) | {"problems": [each.to_json() for each in record.error.problems]}
     values = storage.relative_uris(vars(record) | {"error": error}, folder.root)
     storage.write_json(folder.step(step, "step.json"), values, indent=1)
+
+
+def opened_from(folder: RunFolder) -> str:
+    """The registered version, models:/NAME/VERSION, that was opened as this run; empty for a run that is trained."""
+    return str(read_step(folder, "train").inputs.get("model", ""))
 
 
 def folders_of(folder: RunFolder, config: Config) -> dict[str, RunFolder]:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import signal
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from importlib import resources
 from typing import Any
 from urllib.request import urlopen
@@ -36,9 +36,8 @@ from ncsn.model.generate import generate_joined
 from ncsn.runs.folder import DEFAULT_ROOT
 from ncsn.serving import asked
 from ncsn.serving.batches import Batches, Busy
-from ncsn.tracking.client import client_at, mlflow_errors, one_line, server_uri, shown
-from ncsn.tracking.promotion import SCHEME, resolve_version
-from ncsn.tracking.registry import load_version
+from ncsn.steps.address import Place, load_guided, resolve
+from ncsn.tracking.client import one_line
 
 NAME = "ncsn"
 POLL_SECONDS = 10.0  # between two looks at the alias
@@ -68,22 +67,22 @@ def _call_on_loopback() -> None:
 
 
 class Sampler:
-    """Makes images of the version that the address names; loads another one beside it when the alias moves."""
+    """Makes images of what the address names; loads another network beside it when the alias moves."""
 
-    def __init__(self, address: str, registry: str) -> None:
+    def __init__(self, address: str, root: str, registry: str | None) -> None:
         _call_on_loopback()
-        self._address, self._registry = address, registry or server_uri(None, root=DEFAULT_ROOT)
+        self._find = partial(resolve, address, key="ADDRESS", root=root, registry=registry)
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         tune_cuda(self._device)
-        self._served = self._load(address)  # name and network
+        self._served = self._load(self._find())  # name and network
         self._images = Counter("ncsn_serve_images", "Images made, by version.", ("model",))
         self._sizes = Histogram("ncsn_serve_batch_images", "Images of a batch.", [1, 4, 16, 64, 256, 1024])
         self._batches = Batches(self._make)
         threading.Thread(target=self._follow, name="follow", daemon=True).start()
 
-    def _load(self, address: str) -> tuple[str, Any]:
+    def _load(self, place: Place) -> tuple[str, Any]:
         with ThreadPoolExecutor(1) as ends:  # and with it its threads of OpenMP, see `Batches`
-            return ends.submit(load_version, self._registry, address, device=self._device).result()
+            return place.name, ends.submit(load_guided, place, device=self._device).result()
 
     def _make(self, trained: Any, parts: Any) -> NDArray[Any]:
         images = generate_joined(trained, parts, device=self._device)
@@ -95,16 +94,15 @@ class Sampler:
             time.sleep(POLL_SECONDS)
             name, _ = self._served
             try:
-                with mlflow_errors(self._registry):
-                    found = resolve_version(client_at(self._registry), self._address)
-                if name == (new := f"{SCHEME}{found.name}/{found.version}"):
+                found = self._find()
+                if name == found.name:
                     continue
                 turn: Any = ray.remote(Turn).options(name="ncsn-turn", num_cpus=0).remote()
                 try:
-                    self._served = self._load(new)
+                    self._served = self._load(found)
                 finally:
                     ray.kill(turn)
-                _logger.warning("%s is served in place of %s", new, name)
+                _logger.warning("%s is served in place of %s", found.name, name)
             except ActorAlreadyExistsError:
                 continue
             except Exception as error:  # noqa: BLE001 - the version that is loaded goes on
@@ -216,15 +214,17 @@ def build(args: dict[str, str]) -> serve.Application:
     return application(args["model"])
 
 
-def application(model: str, *, registry: str = "", **options: Any) -> serve.Application:
-    """The application for models:/NAME@ALIAS in a registry, "" for the environment's, with these options of Sampler."""
+def application(
+    address: str, *, root: str = DEFAULT_ROOT, registry: str | None = None, **options: Any
+) -> serve.Application:
+    """The application for what an address names in a store and a registry, with these options of Sampler."""
     samplers = serve.deployment(max_ongoing_requests=_MOST_REQUESTS, **options)(Sampler)
     front = serve.deployment(max_ongoing_requests=_MOST_REQUESTS, ray_actor_options={"num_cpus": 0})(Front)
-    return front.bind(samplers.bind(model, registry))
+    return front.bind(samplers.bind(address, root, registry))
 
 
-def run(model: str, *, registry: str, port: int, replicas: int, ready: Callable[[], object]) -> None:
-    """Serve a registered model on loopback until SIGINT or SIGTERM; `ready` is called when it answers.
+def run(place: Place, *, port: int, replicas: int, ready: Callable[[], object]) -> None:
+    """Serve a trained network on loopback until SIGINT or SIGTERM; `ready` is called when it answers.
 
     Each replica has its share of this machine's processors, and a GPU if there are enough.
     """
@@ -240,9 +240,8 @@ def run(model: str, *, registry: str, port: int, replicas: int, ready: Callable[
         gpus = 1 if have.get("GPU", 0) >= replicas else 0
         share = {"num_cpus": cores // replicas, "num_gpus": gpus}
         serve.start(proxy_location="HeadOnly", http_options={"host": LOOPBACK, "port": port}, logging_config=_QUIET)
-        # An address with a password stays in the environment, which the replicas inherit.
-        hidden = shown(registry) != registry == os.environ.get("MLFLOW_TRACKING_URI")
-        wanted = application(model, registry="" if hidden else registry, num_replicas=replicas, ray_actor_options=share)
+        options = {"num_replicas": replicas, "ray_actor_options": share}
+        wanted = application(place.address, root=place.root, registry=place.registry, **options)
         front: Any = serve.run(wanted, name=NAME, logging_config=_QUIET)
         stop = threading.Event()
         for number in (signal.SIGINT, signal.SIGTERM):

@@ -10,13 +10,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ncsn.config.load import with_wishes
 from ncsn.config.schema import SamplingConfig
 from ncsn.core.images import eight_bit, picture_channels
 from ncsn.errors import Problem, UserError
 from ncsn.model import build
 from ncsn.model.checkpoint import TrainedNetwork
-from ncsn.model.classes import require_label
+from ncsn.model.generate import Wish
 from ncsn.report.images import grid_png
 
 MOST_IMAGES = 256  # of one request
@@ -57,16 +56,18 @@ def read(body: bytes) -> Asked:
 
 def settings(trained: TrainedNetwork, asked: Asked) -> SamplingConfig:
     """The settings of sampling that the request means for a model; `UserError` if it cannot follow them."""
-    config = with_wishes(trained.config, vars(asked))
-    require_label(config.sampling.label, trained.classes, key="class")
+    try:
+        found = Wish(asked.label, asked.guidance, asked.sampler, asked.seed).sampling(trained)
+    except UserError as error:
+        raise error.reworded({"label": "class"}) from None
 
     def evaluations(sampling: SamplingConfig) -> int:
         return sampling.sampler.num_evaluations(len(build.sigmas(trained.config, sampling)))
 
     most = max(MOST_EVALUATIONS, evaluations(trained.config.sampling))
-    if (needed := evaluations(config.sampling)) > most:
+    if (needed := evaluations(found)) > most:
         raise UserError("sampler", f"needs {needed:,} evaluations for an image, and {most:,} are the most here")
-    return config.sampling
+    return found
 
 
 def answer(images: NDArray[Any], form: Format, *, limits: tuple[float, float]) -> bytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
@@ -33,7 +33,7 @@ class _Image:
     trained: TrainedNetwork
     sampling: SamplingConfig
     number: int
-    kind: Hashable  # A batch has images of one kind.
+    kind: tuple[int, SamplingConfig]  # A batch has images of one kind.
     request: object
     future: asyncio.Future[Any]
 
@@ -57,8 +57,8 @@ class Batches:
         """The first `count` images, as stored; a canceled call makes no more. `Busy` if too many wait."""
         if len(self._waiting) + count > MOST_WAITING:
             raise Busy
-        same = sampling.model_copy(update={"seed": 0, "label": BALANCED}).model_dump_json()
-        kind, request, loop = (id(trained), same), object(), asyncio.get_running_loop()
+        kind = (id(trained), sampling.model_copy(update={"seed": 0, "label": BALANCED}))
+        request, loop = object(), asyncio.get_running_loop()
         new = [_Image(trained, sampling, number, kind, request, loop.create_future()) for number in range(count)]
         self._waiting += new
         if self._work is None or self._work.done():

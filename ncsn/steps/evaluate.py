@@ -27,9 +27,9 @@ from ncsn.report.images import neighbors_png
 from ncsn.report.plots import confusion_matrix, to_png
 from ncsn.report.words import few_samples, verdict_of
 from ncsn.runs.folder import Run
-from ncsn.steps.execute import Context, Prepared
 from ncsn.steps.results import EvaluateResult
 from ncsn.steps.sample import class_rows, first_images_png
+from ncsn.steps.step import Context, Prepared
 from ncsn.tracking.gate import Measurement, Memorization
 from ncsn.tracking.mlflow_runs import NOTE
 

@@ -10,15 +10,14 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib import import_module
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from ncsn import storage
-from ncsn.config import Config
 from ncsn.config.search import require_search
 from ncsn.errors import NotFound, UserError
 from ncsn.process import CODE, require_same_python, utc_now
@@ -28,13 +27,12 @@ from ncsn.runs.folder import ForeignRun, Run, RunFolder, find_inputs, read_step,
 from ncsn.runs.steps import CONTINUING, STEP_TABLE, STEPS, TUNE
 from ncsn.steps.elsewhere import do_elsewhere, remote_step
 from ncsn.steps.results import stored_result
+from ncsn.steps.step import Context, Prepared
 from ncsn.storage.heartbeat import LeaseExpired, is_abandoned
 from ncsn.tracking.client import tracking_uri
 
 if TYPE_CHECKING:
-    from ncsn.tracking.mlflow_runs import StepRun
-
-R = TypeVar("R")
+    pass
 
 
 class Observer:
@@ -48,28 +46,6 @@ class Observer:
 
     def failed(self, step: str, run: Run, error: BaseException) -> None:
         """It was refused, has failed or was interrupted, and its record says so."""
-
-
-@dataclass(frozen=True)
-class Context:
-    """What the work of a step is given."""
-
-    folder: RunFolder
-    progress: PublishedProgress  # ends the work when the launcher of the lease is gone
-    tracked: StepRun  # the MLflow run of the step
-    lease: str | None  # URI of the launcher's heartbeat
-    last_lines: str  # URI for what the workers wrote last, if the step fails
-
-
-@dataclass(frozen=True)
-class Prepared(Generic[R]):
-    """A step whose inputs are settled."""
-
-    config: Config
-    key: Mapping[str, Any]  # plain values that decide the result
-    work: Callable[[Context], R]
-    needs: Callable[[R], list[str]] = lambda _: []  # URIs of files without which a result is of no use
-    holds: Callable[[R], bool] = lambda _: True  # whether what a result names elsewhere is still there
 
 
 def execute(
@@ -111,11 +87,11 @@ def execute(
                 prepared = import_module(f"ncsn.steps.{step}").prepare(run, **inputs, **options)
                 config, key = prepared.config, json.loads(json.dumps(prepared.key))
                 found = _is_done(step, folder, prepared, key)
-            if found:
-                pass
-            elif there:
+            if not found:
+                storage.delete(folder.step(step, "progress.json"))  # of an earlier attempt
+            if there and not found:
                 do_elsewhere(step, run, config, inputs, key)
-            else:
+            elif not found:
                 from ncsn.tracking.mlflow_runs import step_run  # loads MLflow, for seconds
 
                 update_step(folder, step, state="RUNNING")
@@ -160,7 +136,6 @@ def refuse(step: str, run: Run) -> None:
 
 def _note_beginning(step: str, run: Run, inputs: Mapping[str, str], *, launched: bool) -> None:
     """Record what the step reads, which cleanup spares, days before there is a result."""
-    storage.delete(run.folder.step(step, "progress.json"))
     record, code = read_step(run.folder, step), os.environ.get(CODE)
     reads = {**inputs, "code": code} if code else inputs
     launched = launched or run.config.compute.backend != "local"

@@ -12,15 +12,14 @@ import numpy as np
 from ncsn import storage
 from ncsn.config import Config, to_yaml
 from ncsn.data.dataset import Dataset, write_dataset
-from ncsn.data.equal import Hashes, image_hashes
-from ncsn.data.format import MANIFEST, load_manifest, part_images, read_part
+from ncsn.data.format import MANIFEST, Hashes, image_hashes, load_manifest, part_images, read_part
 from ncsn.data.sources import open_source
 from ncsn.data.sources.base import NO_FILES, source_fingerprint
 from ncsn.progress import Progress
 from ncsn.remote.backend import say
 from ncsn.runs.folder import ForeignRun, Run, Store, read_step, update_step
-from ncsn.steps.execute import Context, Prepared
 from ncsn.steps.results import IngestResult
+from ncsn.steps.step import Context, Prepared
 
 
 def prepare(run: Run) -> Prepared[IngestResult]:

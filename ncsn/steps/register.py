@@ -16,7 +16,7 @@ from ncsn.evaluation import extractor_name
 from ncsn.evaluation.measure import metric_name
 from ncsn.model import checkpoint as checkpoints
 from ncsn.model.averages import ensure_average
-from ncsn.model.checkpoint import SamplingCheckpoint, weights_digest
+from ncsn.model.checkpoint import TrainedNetwork, weights_digest
 from ncsn.model.generate import evaluations_per_image, guide_of
 from ncsn.report.cards import ModelFacts, model_card
 from ncsn.report.hints import copying_hints, overfitting_hints
@@ -24,8 +24,9 @@ from ncsn.report.images import smaller_png
 from ncsn.report.words import cost_line, read_metrics
 from ncsn.runs.folder import Run, read_step, run_folder, spent
 from ncsn.runs.history import held_out_curves, load_history
-from ncsn.steps.execute import Context, Prepared
+from ncsn.steps.address import keep_guide
 from ncsn.steps.results import RegisterResult
+from ncsn.steps.step import Context, Prepared
 from ncsn.tracking import registry
 from ncsn.tracking.client import SQLITE, client_at, mlflow_errors, shown, tracking_uri
 from ncsn.tracking.gate import Evidence, Floors, Measurement, Memorization
@@ -39,7 +40,7 @@ def prepare(run: Run, *, checkpoint: str, evaluation: str) -> Prepared[RegisterR
     checkpoint = ensure_average(checkpoint, config)
     loaded = checkpoints.load_checkpoint(checkpoint)
     config = checkpoints.require_same_training(loaded.config, config, origin=checkpoint)
-    config = registry.copy_guide(config, folder=run.folder.guides)
+    config = keep_guide(config, run.folder, loaded)
     loaded = replace(loaded, config=config, guide=guide_of(loaded, config.sampling))
     measured = storage.absolute_uris(storage.read_json(evaluation), root)
     # Not an evaluation of other weights, of another sampler or against other images.
@@ -86,7 +87,7 @@ def prepare(run: Run, *, checkpoint: str, evaluation: str) -> Prepared[RegisterR
 
 
 def register(
-    loaded: SamplingCheckpoint,
+    loaded: TrainedNetwork,
     measured: Mapping[str, Any],
     manifest: Manifest,
     evidence: Evidence,
@@ -126,7 +127,7 @@ def register(
 
 
 def _candidate(
-    loaded: SamplingCheckpoint, measured: Mapping[str, Any], manifest: Manifest, *, run: str, checkpoint: str
+    loaded: TrainedNetwork, measured: Mapping[str, Any], manifest: Manifest, *, run: str, checkpoint: str
 ) -> registry.Registration:
     config, guide, samples = loaded.config, loaded.guide, measured["samples"]
     pictures = {"grid.png": storage.join(samples, "grid.png"), "neighbors.png": measured["neighbors"]}

@@ -11,7 +11,7 @@ from ncsn import storage
 from ncsn.config import Config, to_yaml
 from ncsn.data.format import Manifest, load_manifest
 from ncsn.model import build, checkpoint as checkpoints
-from ncsn.model.checkpoint import SamplingCheckpoint
+from ncsn.model.checkpoint import TrainedNetwork
 from ncsn.model.classes import AS_DATA, BALANCED
 from ncsn.model.objective import objective_of
 from ncsn.report import hints, plots
@@ -21,13 +21,13 @@ from ncsn.report.words import Fact, cost_facts, next_step, read_metrics, tag_fac
 from ncsn.runs.folder import Run, RunFolder, StepRecord, read_results, read_step, spent
 from ncsn.runs.history import held_out_curves, load_history, loss_names
 from ncsn.runs.steps import BEST, STEPS, TUNE
-from ncsn.steps.execute import Context, Prepared
+from ncsn.steps.address import keep_guide
 from ncsn.steps.register import selection_of
 from ncsn.steps.results import ReportResult, result_type
+from ncsn.steps.step import Context, Prepared
 from ncsn.tracking.client import page
 from ncsn.tracking.gate import Memorization
 from ncsn.tracking.mlflow_runs import steps_of_run
-from ncsn.tracking.registry import copy_guide
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class ReportSources:
 
     config: Config  # with noise levels
     folder: RunFolder
-    checkpoint: SamplingCheckpoint  # that made the samples
+    checkpoint: TrainedNetwork  # that made the samples
     evaluation: Mapping[str, Any]
     samples: Mapping[str, Any]  # their manifest
     manifest: Manifest  # of the dataset
@@ -53,7 +53,7 @@ def prepare(run: Run, *, evaluation: str) -> Prepared[ReportResult]:
     loaded = checkpoints.load_checkpoint(samples["checkpoint"])
     config = checkpoints.require_same_training(loaded.config, config, origin=samples["checkpoint"])
     sources = ReportSources(
-        config=copy_guide(config, folder=folder.guides),
+        config=keep_guide(config, folder, loaded),
         folder=folder,
         checkpoint=loaded,
         evaluation=measured,

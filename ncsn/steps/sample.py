@@ -23,17 +23,17 @@ from ncsn.evaluation.frechet import RunningDistance, RunningScore
 from ncsn.evaluation.reference import open_evaluator
 from ncsn.model import checkpoint as checkpoints
 from ncsn.model.averages import ensure_average
-from ncsn.model.checkpoint import SamplingCheckpoint
+from ncsn.model.checkpoint import TrainedNetwork
 from ncsn.model.classes import require_label
 from ncsn.model.generate import evaluations_per_image, guide_of, sampling_facts, with_precision
 from ncsn.model.objective import noise_notes
 from ncsn.progress import Progress
 from ncsn.report.images import grid_png, rows_by_class, strip_png
-from ncsn.runs.folder import Run
-from ncsn.steps.execute import Context, Prepared
+from ncsn.runs.folder import Run, opened_from
+from ncsn.steps.address import keep_guide
 from ncsn.steps.results import SampleResult
+from ncsn.steps.step import Context, Prepared
 from ncsn.tracking.mlflow_runs import StepRun
-from ncsn.tracking.registry import copy_guide
 
 GRID_IMAGES = 64
 MOST_LABELS = 10_000  # of the images from which those of the grid are chosen by class
@@ -48,7 +48,7 @@ def prepare(run: Run, *, checkpoint: str, score: str | None = None) -> Prepared[
     trained = checkpoints.load_checkpoint(checkpoint)
     config = checkpoints.require_same_training(trained.config, run.config, origin=checkpoint)
     require_label(config.sampling.label, trained.classes)
-    config = copy_guide(config, folder=run.folder.guides)
+    config = keep_guide(config, run.folder, trained)
     guide = guide_of(trained, config.sampling)
     facts = sampling_facts(with_precision(config.sampling, trained, config.compute.device), guide)
     uri = storage.join(run.folder.samples, trained.digest, storage.digest(facts, 12))
@@ -65,7 +65,7 @@ def prepare(run: Run, *, checkpoint: str, score: str | None = None) -> Prepared[
 
 def sample(
     config: Config,
-    trained: SamplingCheckpoint,
+    trained: TrainedNetwork,
     facts: Mapping[str, Any],
     uri: str,
     checkpoint: str,
@@ -100,6 +100,7 @@ def sample(
     storage.write_bytes(result.strip, strip_png(levels))
     manifest = {
         "checkpoint": checkpoint,
+        **({"model": model} if (model := opened_from(context.folder)) else {}),
         "checkpoint_digest": trained.digest,
         "num_images": result.num_images,
         "nfe": result.nfe,

@@ -31,10 +31,10 @@ from ncsn.model.averages import Weights, find_weights, keep_copy
 from ncsn.report.plots import selection_figure, to_png
 from ncsn.report.words import few_samples
 from ncsn.runs.folder import Run, RunFolder
-from ncsn.steps.execute import Context, Prepared
+from ncsn.steps.address import keep_guide
 from ncsn.steps.results import SelectResult
+from ncsn.steps.step import Context, Prepared
 from ncsn.steps.train import settle_noise
-from ncsn.tracking.registry import copy_guide
 
 KEPT = 3  # of the best candidates, in the run's folder selected/
 
@@ -45,7 +45,7 @@ def prepare(run: Run, *, dataset: str) -> Prepared[SelectResult]:
     A second call continues: the scores that are known stay.
     """
     manifest = load_manifest(dataset)
-    config = copy_guide(settle_noise(run, manifest), folder=run.folder.guides)
+    config = keep_guide(settle_noise(run, manifest), run.folder)
     found = find_weights(run.folder)
     if not found:
         raise NotFound(run.folder.checkpoints, "no checkpoint", hint="run `ncsn train` first")

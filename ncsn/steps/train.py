@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -12,8 +11,7 @@ import torch
 
 from ncsn import storage
 from ncsn.answer import SAVE_SECONDS, answer
-from ncsn.config import Config, from_yaml, to_yaml
-from ncsn.config.load import EXAMPLES
+from ncsn.config import Config, to_yaml
 from ncsn.config.training import NoiseConfig
 from ncsn.data.format import Manifest, load_manifest
 from ncsn.data.noise_levels import resolve_noise
@@ -21,40 +19,31 @@ from ncsn.distributed import trainer
 from ncsn.distributed.cluster import ray_cluster, ray_tags
 from ncsn.errors import UserError
 from ncsn.model import build
-from ncsn.model.averages import ensure_average
-from ncsn.model.checkpoint import FILES, TrainedNetwork, folder_name, load_checkpoint
-from ncsn.model.checkpoint_store import CheckpointStore
+from ncsn.model.checkpoint import FILES, CheckpointStore, folder_name, load_checkpoint
 from ncsn.model.classes import require_label, require_same_classes
-from ncsn.model.trained import TRAINED_CONFIG, adapted, load_checkpoint_or_model, save_model, start_notes
+from ncsn.model.trained import adapted, start_notes
 from ncsn.progress import read_progress
 from ncsn.remote.backend import say
 from ncsn.runs.folder import (
     INDEX,
-    RUN_PATTERN,
     Run,
     RunFolder,
-    find_inputs,
-    folders_of,
     images_seen_at,
+    opened_from,
     read_step,
     require_owner,
-    run_folder,
     update_step,
 )
 from ncsn.runs.history import RATE, load_history
-from ncsn.steps.execute import Context, Prepared
+from ncsn.steps.address import SOURCE, Place, keep, load, resolve
 from ncsn.steps.results import TrainResult, stored_result
+from ncsn.steps.step import Context, Prepared
 from ncsn.storage.heartbeat import Lease
 from ncsn.storage.retry import limited
-from ncsn.tracking.client import client_at, mlflow_errors, tracking_uri
 from ncsn.tracking.lineage import INIT_FROM
 from ncsn.tracking.live import LiveMetrics
-from ncsn.tracking.promotion import SCHEME, resolve_version
-from ncsn.tracking.registry import fetch_weights
 from ncsn.training.batches import classes_of
 from ncsn.training.loop import TrainingJob
-
-_SOURCE = "source.json"  # in the folder of the network that training starts from: where it is from
 
 
 def prepare(run: Run, *, dataset: str, finish: bool = False) -> Prepared[TrainResult]:
@@ -63,6 +52,9 @@ def prepare(run: Run, *, dataset: str, finish: bool = False) -> Prepared[TrainRe
     With `finish` the newest checkpoint is the result, of however many images; without, training goes on.
     """
     manifest, folder = load_manifest(dataset), run.folder
+    if model := opened_from(folder):
+        hint = f"start another run from it: train.init_from={model}"
+        raise UserError("--run", f"is {model}, whose training is done", hint=hint, value=run.name)
     config = settle_noise(run, manifest)
     require_classes(config, manifest, dataset)
     owner, length = run.owner, config.train.num_images
@@ -184,66 +176,28 @@ def start_of(config: Config, folder: RunFolder, manifest: Manifest) -> Start:
     if config.train.init_from is None:
         return Start()
     uri = folder.start
-    source = _source(config, config.train.init_from, uri)
+    if not storage.exists(storage.join(uri, INDEX)):
+        keep(_named(config), uri)
+    source = load_checkpoint(uri)
     with torch.device("meta"):
         network = build.network(config)
     _, changes = adapted(source, network, config=config, classes=classes_of(config, manifest))
-    record = storage.absolute_uris(storage.read_json(storage.join(uri, _SOURCE)), folder.root)
+    record = storage.absolute_uris(storage.read_json(storage.join(uri, SOURCE)), folder.root)
     tags = {INIT_FROM: f"{record['source']}/{record['digest']}"}
     return Start(uri, tags, tuple(start_notes(source, config, changes)))
 
 
 def require_start(config: Config, folder: RunFolder) -> None:
     """Refuse what `train.init_from` names if it does not fit, before the name of a new run is claimed."""
-    address = config.train.init_from
-    if address is None or storage.exists(folder.config):
+    if config.train.init_from is None or storage.exists(folder.config):
         return
     if config.noise.kind == "auto":
         config = config.model_copy(update={"noise": NoiseConfig()})  # no weights depend on the levels
     with torch.device("meta"):
         network = build.network(config)
-    with storage.scratch_folder(folder.root) as scratch:
-        adapted(_source(config, address, str(scratch / "start")), network, config=config, classes=None)
+    adapted(load(_named(config)), network, config=config, classes=None)
 
 
-def _source(config: Config, address: str, uri: str) -> TrainedNetwork:
-    """The trained network at an address, of which a copy is kept at `uri`, with where it is from."""
-    if storage.exists(storage.join(uri, TRAINED_CONFIG)):
-        return load_checkpoint_or_model(uri)
-    named = storage.absolute(address)
-    if RUN_PATTERN.fullmatch(address) and not storage.exists(storage.join(named, INDEX)):
-        named = _checkpoint_of(run_folder(config, address))
-    try:
-        with storage.scratch_folder(uri.rpartition("/")[0]) as scratch:
-            if address.startswith(SCHEME):
-                registry = tracking_uri(config)
-                with mlflow_errors(registry):
-                    version = resolve_version(client_at(registry), address)
-                    folder = fetch_weights(registry, version, scratch)
-                source, digest = f"{SCHEME}{version.name}/{version.version}", version.tags["ncsn.checkpoint"]
-            else:
-                folder, source = scratch / "trained", named
-                folder.mkdir()
-                trained = load_checkpoint(source)
-                save_model(trained, folder)
-                digest = trained.digest
-            record = {"source": source, "digest": digest}
-            root = storage.absolute(config.storage.root)
-            (folder / _SOURCE).write_text(json.dumps(storage.relative_uris(record, root)))
-            storage.publish_folder(folder, uri, marker=TRAINED_CONFIG)
-    except (UserError, FileNotFoundError) as error:
-        raise UserError("train.init_from", str(error), value=address) from None
-    return load_checkpoint_or_model(uri)
-
-
-def _checkpoint_of(folder: RunFolder) -> str:
-    """The checkpoint of a run that `ncsn sample` takes."""
-    if storage.exists(folder.config):
-        config = from_yaml(storage.read_text(folder.config), origin=folder.config)
-        trained = folders_of(folder, config)["sample"]
-        if read_step(trained, "train").result:
-            return ensure_average(find_inputs(trained, "sample", {}, config=config)["checkpoint"], config)
-    recipe = folder.run.replace("-", "_")
-    shown = recipe if (EXAMPLES / f"{recipe}.yaml").is_file() else "FILE"
-    hint = f"train it first, with `ncsn run --config {shown} --run {folder.run}`"
-    raise UserError("train.init_from", f"no trained run of this name in {folder.root}", hint=hint, value=folder.run)
+def _named(config: Config) -> Place:
+    root, registry = config.storage.root, config.tracking.uri
+    return resolve(str(config.train.init_from), key="train.init_from", root=root, registry=registry)

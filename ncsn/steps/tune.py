@@ -26,11 +26,11 @@ from ncsn.progress import Progress
 from ncsn.report.plots import epsilon_versus_quality, search_coordinates, to_png
 from ncsn.runs.folder import Run, run_folder
 from ncsn.runs.steps import BEST
-from ncsn.steps.execute import Context, Prepared
+from ncsn.steps.address import keep_guide
 from ncsn.steps.results import TuneResult
+from ncsn.steps.step import Context, Prepared
 from ncsn.steps.train import Start, require_classes, settle_noise, start_of
 from ncsn.tracking.mlflow_runs import StepRun
-from ncsn.tracking.registry import copy_guide
 
 _logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def prepare(run: Run, *, dataset: str) -> Prepared[TuneResult]:
     config = settle_noise(run, manifest)
     # Trials that grew would take the resources of those that wait.
     compute = config.compute.model_copy(update={"num_workers": config.compute.min_workers})
-    config = copy_guide(config.model_copy(update={"compute": compute}), folder=folder.guides)
+    config = keep_guide(config.model_copy(update={"compute": compute}), folder)
     require_classes(config, manifest, dataset)
     assert config.search is not None
     scored_by = {

@@ -147,11 +147,9 @@ def relative_uris(values: Any, root: str) -> Any:
 
 def absolute_uris(values: Any, root: str) -> Any:
     """The inverse of `relative_uris`, in the store at `root`."""
-
-    def absolute(text: str) -> str:
-        return join(root, text.removeprefix(_STORE)).rstrip("/") if text.startswith(_STORE) else text
-
-    return _map_texts(values, absolute)
+    return _map_texts(
+        values, lambda text: join(root, text.removeprefix(_STORE)).rstrip("/") if text.startswith(_STORE) else text
+    )
 
 
 def _map_texts(values: Any, change: Callable[[str], str]) -> Any:

@@ -66,11 +66,10 @@ class _Retrying(fs.FileSystemHandler):  # type: ignore[misc]
     def normalize_path(self, path: str) -> str:
         return str(self._fs.normalize_path(path))
 
-    def get_file_info(self, paths: list[str]) -> list[fs.FileInfo]:
+    def get_file_info(self, paths: list[str] | fs.FileSelector) -> list[fs.FileInfo]:
         return call_store(partial(self._fs.get_file_info, paths))
 
-    def get_file_info_selector(self, selector: fs.FileSelector) -> list[fs.FileInfo]:
-        return call_store(partial(self._fs.get_file_info, selector))
+    get_file_info_selector = get_file_info
 
     def create_dir(self, path: str, recursive: bool) -> None:  # noqa: FBT001 - Arrow's order
         call_store(partial(self._fs.create_dir, path, recursive=recursive))
@@ -84,11 +83,10 @@ class _Retrying(fs.FileSystemHandler):  # type: ignore[misc]
     def copy_file(self, src: str, dest: str) -> None:
         call_store(partial(self._fs.copy_file, src, dest))
 
-    def open_input_stream(self, path: str) -> pa.NativeFile:
-        return self.open_input_file(path)
-
     def open_input_file(self, path: str) -> pa.NativeFile:
         return pa.PythonFile(_Reader(lambda: self._fs.open_input_file(path)), mode="r")
+
+    open_input_stream = open_input_file
 
     def open_output_stream(self, path: str, metadata: dict[str, str]) -> pa.NativeFile:  # noqa: ARG002 - Arrow's
         return pa.PythonFile(_Writer(f"{SCHEME}{path}"), mode="w")

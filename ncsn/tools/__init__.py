@@ -1,1 +1,1 @@
-"""Everything that is not a pipeline step: first configs, planning, images from registered models."""
+"""Everything that is not a pipeline step: first configs, planning, listing, cleaning up."""

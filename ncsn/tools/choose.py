@@ -97,7 +97,13 @@ def choose(
     left = max(seconds - startup - reading, seconds / 5)
     train_images = found.train_images(draft.get("data.test_fraction", 0))
     train_images = min(train_images, draft.get("data.max_images") or train_images)
-    _choose_compute(draft, machine, train_images=train_images)
+    draft.choose("compute.num_workers", machine.workers, f"For the machine that this was written on: {machine}.")
+    if machine.cores_per_worker > 1:
+        draft.choose("compute.cpus_per_worker", machine.cores_per_worker)
+    if machine.gpus:
+        draft.choose("compute.use_gpu", True)
+    most = 256 * machine.gpus or 64
+    draft.choose("train.batch_size", min(most, max(16, 2 ** int(math.log2(train_images)))))
     speed = _choose_network(draft, found, seconds=TRAINING * left)
     class_counts = [count * train_images / found.num_images for count in found.class_counts]
     if _are_splits(found.class_names):
@@ -176,7 +182,9 @@ def _choose_images(draft: Draft, found: Survey) -> None:
         color_behind = "black" if gray > _BRIGHT else "white"
         why = f"Transparent pixels: in {percent(found.share('transparent'))}; the rest shows well on {color_behind}."
         draft.choose("data.background", color_behind, why)
-    if found.square < 1 and not _keeps_shape(draft, found):
+    # Images of one shape that is not square keep it.
+    keeps_shape = found.aspect != 1 and not isinstance(draft.get("data.image_size"), int)
+    if found.square < 1 and not keeps_shape:
         fit, why = ("pad", "The background grows.") if len(clear) > len(found.looks) / 2 else ("crop", "pad cuts none.")
         draft.choose("data.fit", fit, f"Not square: {percent(1 - found.square)}. {why}")
     given = draft.get("data.test_fraction") is not None  # then as many as the user wants
@@ -217,16 +225,6 @@ def _choose_max_images(draft: Draft, found: Survey, *, seconds: float) -> float:
         return whole
     draft.choose("data.max_images", train, f"Of each split. Reading all would take {duration(whole)}.")
     return seconds
-
-
-def _choose_compute(draft: Draft, machine: Machine, *, train_images: int) -> None:
-    draft.choose("compute.num_workers", machine.workers, f"For the machine that this was written on: {machine}.")
-    if machine.cores_per_worker > 1:
-        draft.choose("compute.cpus_per_worker", machine.cores_per_worker)
-    if machine.gpus:
-        draft.choose("compute.use_gpu", True)
-    most = 256 * machine.gpus or 64
-    draft.choose("train.batch_size", min(most, max(16, 2 ** int(math.log2(train_images)))))
 
 
 def unet(size: int, *, scale: float) -> dict[str, Any]:
@@ -274,11 +272,6 @@ def sizes_for(side: int) -> list[int]:
     sizes = [size for size in SIZES if size <= side] or [SIZES[0]]
     own = side <= SIZES[-1] and side % 4 == 0 and side > sizes[-1]
     return [*sizes, side] if own else sizes
-
-
-def _keeps_shape(draft: Draft, found: Survey) -> bool:
-    """Whether images of one shape that is not square keep it."""
-    return found.aspect != 1 and not isinstance(draft.get("data.image_size"), int)
 
 
 def _image_size(side: int, aspect: float) -> int | list[int]:
@@ -429,25 +422,18 @@ def _choose_training(draft: Draft, *, train_images: int, seconds: float, speed: 
     draft.choose("optimizer.learning_rate", 1e-3 if is_wide else 2e-3)
     draft.choose("optimizer.warmup_images", int(significant(length / 50, 2)))
     draft.choose("optimizer.decay", "cosine")
-    if draft.get("noise.kind") == "geometric" and _draws_any_sigma(draft):
-        _choose_levels(draft, length)
+    if draft.get("noise.kind") == "geometric" and _draws_any_sigma(draft):  # where the sampler starts and ends
+        training = LognormalTraining.model_validate(draft.get("noise.training"))
+        seen = LognormalNoise(training.mean, training.std).largest_seen(length)
+        start = max(_LEAST, min(seen, _LARGEST * _sigma_data(draft)))
+        magnitude = 10 ** (math.floor(math.log10(start)) - 1)
+        why = "Where samplers start. So short a training sees little of it."
+        if seen >= _LEAST:
+            why = f"Where samplers start. Training sees about {FEW_DRAWS:,} draws above {seen:.3g}."
+        draft.choose("noise.sigma_1", round(math.floor(start / magnitude + 1e-9) * magnitude, 6), why)
+        draft.choose("noise.sigma_L", 0.01, "Where they end: less than the eye sees.")
+        draft.choose("noise.num_levels", (NFE + 1) // 2, "For samplers of levels; karras_heun has its own grid.")
     return length
-
-
-def _choose_levels(draft: Draft, images: int) -> None:
-    """Where the sampler starts and ends, for a training on `images` images."""
-    training = LognormalTraining.model_validate(draft.get("noise.training"))
-    seen = LognormalNoise(training.mean, training.std).largest_seen(images)
-    start = max(_LEAST, min(seen, _LARGEST * _sigma_data(draft)))
-    magnitude = 10 ** (math.floor(math.log10(start)) - 1)
-    why = (
-        f"Where samplers start. Training sees about {FEW_DRAWS:,} draws above {seen:.3g}."
-        if seen >= _LEAST
-        else "Where samplers start. So short a training sees little of it."
-    )
-    draft.choose("noise.sigma_1", round(math.floor(start / magnitude + 1e-9) * magnitude, 6), why)
-    draft.choose("noise.sigma_L", 0.01, "Where they end: less than the eye sees.")
-    draft.choose("noise.num_levels", (NFE + 1) // 2, "For samplers of levels; karras_heun has its own grid.")
 
 
 def _choose_sampling(draft: Draft, *, seconds: float, speed: Speed) -> float:

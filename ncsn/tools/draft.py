@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-import annotated_types
 import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -19,6 +19,15 @@ from ncsn.config.load import parse_override
 from ncsn.config.problems import fields_of, kinds_of, section_models, set_value
 from ncsn.core.samplers.settings import Sampler
 
+# Attributes of `annotated_types`, whose classes have one each.
+_LIMITS = {
+    "ge": ">= {}",
+    "gt": "> {}",
+    "le": "<= {}",
+    "lt": "< {}",
+    "min_length": "at least {} long",
+    "max_length": "at most {} long",
+}
 _WIDTH = 118
 _INDENT = "  "
 
@@ -121,7 +130,8 @@ def _section(section: Any, indent: str) -> Iterator[str]:
             yield f"{indent}{name}:"
             yield from _section(value, indent + _INDENT)
         else:
-            yield from _comment(_meaning(field), indent)
+            limits = [*_limits(field), *([] if field.is_required() else [f"default {_shown(field.default)}"])]
+            yield from _comment(f"{field.description}" + (f" [{'; '.join(limits)}]" if limits else ""), indent)
             yield f"{indent}{name}: {_shown(value)}"
 
 
@@ -138,29 +148,13 @@ def _shown(value: Any) -> str:
     return _scalar(to_jsonable_python(value))
 
 
-def _meaning(field: FieldInfo) -> str:
-    limits = [*_limits(field), *([] if field.is_required() else [f"default {_shown(field.default)}"])]
-    return f"{field.description} [{'; '.join(limits)}]" if limits else str(field.description)
-
-
 def _limits(field: FieldInfo) -> Iterator[str]:
     choices = _choices(field.annotation)
     if choices:
         yield "one of " + ", ".join(_shown(choice) for choice in choices)
-    for limit in field.metadata:
-        match limit:
-            case annotated_types.Ge(ge):
-                yield f">= {ge}"
-            case annotated_types.Gt(gt):
-                yield f"> {gt}"
-            case annotated_types.Le(le):
-                yield f"<= {le}"
-            case annotated_types.Lt(lt):
-                yield f"< {lt}"
-            case annotated_types.MinLen(min_length):
-                yield f"at least {min_length} long"
-            case annotated_types.MaxLen(max_length):
-                yield f"at most {max_length} long"
+    for limit, (key, words) in itertools.product(field.metadata, _LIMITS.items()):
+        if hasattr(limit, key):
+            yield words.format(getattr(limit, key))
 
 
 def _choices(annotation: Any) -> tuple[Any, ...]:

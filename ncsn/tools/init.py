@@ -18,7 +18,7 @@ import numpy.typing as npt
 from ncsn.config.load import EXAMPLES
 from ncsn.core.images import eight_bit
 from ncsn.data.dataset import write_dataset
-from ncsn.data.equal import equal_in_words, image_hashes, repeats
+from ncsn.data.format import equal_in_words, image_hashes, repeats
 from ncsn.data.sources import open_source
 from ncsn.data.sources.image_folder import how_to_convert, in_words
 from ncsn.errors import MISSING, NotFound, UserError

@@ -75,10 +75,17 @@ def find_leftovers(root: str, registry: str) -> tuple[list[Leftover], dict[str, 
     active = {run for run, when in began.items() if time.time() - when < _QUIET_SECONDS}
     active |= {run for run, held in runs.items() if not _is_quiet(held)}
     registered = {each.get("ncsn.run") for each in tags}
+    registered |= {run for run, said in records.items() if said.get("train", {}).get("inputs", {}).get("model")}
     candidates = [("code", *each) for each in grouped(folder.ARCHIVE, files).items() if _is_quiet(each[1])]
     candidates += _cut([entry for entry in files if folder.run_of(entry.path) not in active])
     for run in runs.keys() - active:
-        candidates += _surplus(root, runs[run]) + _lost(root, runs[run], records[run])
+        candidates += _surplus(root, runs[run])
+        tuned = records[run].get(TUNE, {})
+        trials = grouped(folder.OF_TRIAL, runs[run]) if tuned.get("state") == "FINISHED" else {}
+        for checkpoints, held in trials.items():
+            trial = storage.find_json(storage.join(root, checkpoints.rpartition("/")[0], "trial.json"))
+            if trial is not None and trial["values"] != tuned["result"]["values"]:  # the search did not choose it
+                candidates.append(("trials", checkpoints, held))
         if run in sampled and run not in registered:
             candidates += [("samples", *each) for each in grouped(folder.OF_SAMPLES, runs[run]).items()]
     # An active run may read any dataset until it has recorded its own.
@@ -89,7 +96,8 @@ def find_leftovers(root: str, registry: str) -> tuple[list[Leftover], dict[str, 
         for kind, place, held in candidates
         if not named[place] - ({folder.run_of(place)} if kind == "samples" else set())
         if not whole[folder.folder_of(place)] - {folder.run_of(place), ""}  # Another run reads the whole folder.
-        if not _is_linked(root, place)
+        # Not where a symbolic link below the root leads: others may use what is behind it.
+        if not (storage.is_local(root) and Path(root, place).resolve() != Path(root).resolve() / place)
     ]
     found += [Leftover("artifacts", uri, size) for uri, size in deleted_artifacts(client, root, versions)]
     return sorted(found, key=lambda each: [*CLASSES].index(each.kind)), began
@@ -158,16 +166,6 @@ def _surplus(root: str, files: Sequence[Entry]) -> list[_Candidate]:
     return [("checkpoints", place, checkpoints[place]) for place in before if place not in kept]
 
 
-def _lost(root: str, files: Sequence[Entry], records: Mapping[str, Any]) -> list[_Candidate]:
-    """Checkpoints of the trials that a search which has ended did not choose."""
-    found, tuned = list[_Candidate](), records.get(TUNE, {})
-    for place, held in grouped(folder.OF_TRIAL, files).items() if tuned.get("state") == "FINISHED" else ():
-        trial = storage.find_json(storage.join(root, place.rpartition("/")[0], "trial.json"))
-        if trial is not None and trial["values"] != tuned["result"]["values"]:
-            found.append(("trials", place, held))
-    return found
-
-
 def _of_datasets(
     files: Sequence[Entry], named: Mapping[str, set[str]], active: set[str], tags: Sequence[Mapping[str, str]]
 ) -> Iterator[_Candidate]:
@@ -182,11 +180,6 @@ def _of_datasets(
         users = named[place.rpartition("/reference/")[0]]  # without any, the dataset goes
         if users and not users & active and place.rpartition("/")[2] not in needed and _is_quiet(held):
             yield "features", place, held
-
-
-def _is_linked(root: str, place: str) -> bool:
-    """Whether a symbolic link below the root leads there: others may use what is behind it."""
-    return storage.is_local(root) and Path(root, place).resolve() != Path(root).resolve() / place
 
 
 def _is_quiet(entries: Iterable[Entry]) -> bool:

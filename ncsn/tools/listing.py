@@ -15,7 +15,7 @@ from heapq import nlargest
 from typing import TypeVar
 
 from ncsn import storage
-from ncsn.config.schema import MODEL_NAME_PATTERN
+from ncsn.config.schema import MODEL_NAME_PATTERN, SCHEME
 from ncsn.data.format import MANIFEST, load_manifest
 from ncsn.errors import UserError
 from ncsn.progress import read_progress
@@ -25,7 +25,7 @@ from ncsn.steps.results import result_type
 from ncsn.storage import Entry
 from ncsn.tracking.client import client_at
 from ncsn.tracking.gate import Decision
-from ncsn.tracking.promotion import DECISION, SCHEME, resolve_version
+from ncsn.tracking.promotion import DECISION, resolve_version
 
 MOST = 50  # of the newest that are listed
 _QUIET_SECONDS = 3600.0  # without a change for so long, nobody works on a run: it renews a lease and its progress

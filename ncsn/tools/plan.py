@@ -120,8 +120,8 @@ def _seconds(work: Callable[[Batch], object], batch: Batch) -> float:
 
     images, begun, measured = 0, clock(), list[float]()
     while len(measured) < MEASUREMENTS and (not measured or clock() - begun < SECONDS * threads):
-        if images < len(batch):  # all of a large network would take minutes on a CPU
-            images = min(max(1, 4 * images), len(batch))
+        if images < len(batch.x):  # all of a large network would take minutes on a CPU
+            images = min(max(1, 4 * images), len(batch.x))
             call(images)  # warms up
             measured.clear()
         started = clock()

@@ -294,7 +294,14 @@ def _read_as(source: str, root: str, given: Sequence[str]) -> DataConfig:
 def _sample(splits: Sequence[DecodedSplit], *, total: int, progress: Progress) -> Iterator[Look | SkippedImage]:
     done, end = 0, time.perf_counter() + (math.inf if total <= ALL_LOOKED_AT else SECONDS)
     progress.start(total if total <= ALL_LOOKED_AT else MOST_LOOKED_AT, "images")
-    for part in _parts(splits, total=total):
+    parts = list(splits)
+    if total > ALL_LOOKED_AT:  # sections with about `MOST_LOOKED_AT`, the first of each split before the second
+        parts = []
+        for run in range(_RUNS):
+            for split in splits:
+                first = len(split) * run // _RUNS
+                parts.append(split.section(first, first + max(1, MOST_LOOKED_AT * len(split) // (total * _RUNS))))
+    for part in parts:
         with closing(part.each(_look_at, least_side=THUMBNAIL, cores=os.cpu_count())) as looks:
             for look in looks:
                 done += 1
@@ -303,18 +310,6 @@ def _sample(splits: Sequence[DecodedSplit], *, total: int, progress: Progress) -
                 yield look
                 if done >= FEWEST_LOOKED_AT and time.perf_counter() > end:
                     return
-
-
-def _parts(splits: Sequence[DecodedSplit], *, total: int) -> list[DecodedSplit]:
-    """The splits, or of many images sections with about `MOST_LOOKED_AT`, the first of each before the second."""
-    if total <= ALL_LOOKED_AT:
-        return list(splits)
-    parts = []
-    for run in range(_RUNS):
-        for split in splits:
-            first = len(split) * run // _RUNS
-            parts.append(split.section(first, first + max(1, MOST_LOOKED_AT * len(split) // (total * _RUNS))))
-    return parts
 
 
 def percent(share: float) -> str:
@@ -336,16 +331,12 @@ def told_from_mirror(images: npt.NDArray[np.uint8]) -> float | None:
     count, half = len(images), _MIRROR_SIDE // 2
     if count < _MIRROR_FEWEST:
         return None
-    small = np.stack([_small(image) for image in images])
+    shown, side = picture_channels(images), (_MIRROR_SIDE, _MIRROR_SIDE)
+    gray = [Image.fromarray(each[..., 0] if each.shape[2] == 1 else each).convert("L") for each in shown]
+    small = np.stack([np.asarray(each.resize(side, Image.Resampling.BOX), np.float32) for each in gray])
     # What changes its sign in the mirror. So an image and its mirror image are (x, 1) and (-x, 0), on two sides of 0.
     odd = (small - small[:, :, ::-1])[:, :, :half].reshape(count, -1)
     odd /= max(float(odd.std()), 1e-6)
     rows, sides = np.concatenate([odd, -odd]), np.repeat([1, 0], count)
     folds = PredefinedSplit(np.tile(np.arange(count) % _MIRROR_FOLDS, 2))  # the two of an image are in one fold
     return float(cross_val_score(LogisticRegression(C=0.1, fit_intercept=False), rows, sides, cv=folds).mean())
-
-
-def _small(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-    shown = picture_channels(image)
-    gray = Image.fromarray(shown[..., 0] if shown.shape[2] == 1 else shown).convert("L")
-    return np.asarray(gray.resize((_MIRROR_SIDE, _MIRROR_SIDE), Image.Resampling.BOX), np.float32)

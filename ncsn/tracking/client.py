@@ -100,7 +100,7 @@ def connect(config: Config, *, patience: float = 0.0) -> Connection:
     uri, name, location = tracking_uri(config), config.tracking.experiment, None
     client = client_at(uri, patience=patience)
     if uri.startswith(SQLITE):
-        location = _artifacts_uri(Path(uri.removeprefix(SQLITE)))
+        location = Path(uri.removeprefix(SQLITE)).with_name(_ARTIFACTS).as_uri()
     with mlflow_errors(uri):
         while (experiment := client.get_experiment_by_name(name)) is None:
             with suppress_exists():
@@ -128,7 +128,7 @@ def server_command(uri: str, *, host: str = "127.0.0.1", port: int = 5000) -> li
     if uri.startswith(SQLITE):
         database = Path(uri.removeprefix(SQLITE))
         _create_database(database)
-        command += ["--artifacts-destination", _artifacts_uri(database)]
+        command += ["--artifacts-destination", database.with_name(_ARTIFACTS).as_uri()]
     return command
 
 
@@ -179,35 +179,29 @@ def mlflow_errors(uri: str) -> Iterator[None]:
         raise TrackingError(shown(uri), one_line(error)) from error
 
 
-def _artifacts_uri(database: Path) -> str:
-    return database.with_name(_ARTIFACTS).as_uri()
-
-
-def _follow_move(database: Path) -> None:
-    """Let MLflow's database, if it was moved or copied, name its files and those of the store where they are now."""
-    # MLflow makes an absolute address of each relative one that it is given.
-    try:
-        with closing(sqlite3.connect(database, timeout=_LOCKED_SECONDS)) as connection, connection:
-            found = connection.execute("SELECT artifact_location FROM experiments WHERE experiment_id = 0").fetchone()
-            before, now = Path(unquote(urlsplit(found[0] if found else "").path)), database.parent
-            if before.parent.name != _ARTIFACTS or before.parents[1] == now:
-                return
-            for form in (str, Path.as_uri, lambda path: f'{{"uri": {json.dumps(str(path))[:-1]}'):
-                old, new = form(before.parents[1]), form(now)
-                for table, column in _ADDRESSES:
-                    connection.execute(
-                        f"UPDATE {table} SET {column} = ? || substr({column}, ?)"  # noqa: S608 - ours
-                        f" WHERE {column} = ? OR substr({column}, 1, ?) = ?",
-                        (new, len(old) + 1, old, len(old) + 1, f"{old}/"),
-                    )
-    except sqlite3.Error as error:
-        raise TrackingError(f"{SQLITE}{database}", f"cannot be used: {error}") from error
-
-
 def _create_database(path: Path) -> None:
-    """Publish a database with all tables at `path`, unless there is one, which may be from another place."""
+    """Publish a database with all tables at `path`, unless there is one.
+
+    One that was moved or copied here names its files and those of the store where they are now.
+    """
     if path.exists():
-        _follow_move(path)
+        # MLflow makes an absolute address of each relative one that it is given.
+        try:
+            with closing(sqlite3.connect(path, timeout=_LOCKED_SECONDS)) as connection, connection:
+                row = connection.execute("SELECT artifact_location FROM experiments WHERE experiment_id = 0").fetchone()
+                before, now = Path(unquote(urlsplit(row[0] if row else "").path)), path.parent
+                if before.parent.name != _ARTIFACTS or before.parents[1] == now:
+                    return
+                for form in (str, Path.as_uri, lambda path: f'{{"uri": {json.dumps(str(path))[:-1]}'):
+                    old, new = form(before.parents[1]), form(now)
+                    for table, column in _ADDRESSES:
+                        connection.execute(
+                            f"UPDATE {table} SET {column} = ? || substr({column}, ?)"  # noqa: S608 - ours
+                            f" WHERE {column} = ? OR substr({column}, 1, ?) = ?",
+                            (new, len(old) + 1, old, len(old) + 1, f"{old}/"),
+                        )
+        except sqlite3.Error as error:
+            raise TrackingError(f"{SQLITE}{path}", f"cannot be used: {error}") from error
         return
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
@@ -220,7 +214,7 @@ def _create_database(path: Path) -> None:
         memory = MEMORY_FOLDER if os.access(MEMORY_FOLDER, os.W_OK) else None
         with tempfile.TemporaryDirectory(prefix="ncsn-", dir=memory) as folder:
             database = Path(folder) / "mlflow.db"
-            SqlAlchemyStore(f"{SQLITE}{database}", _artifacts_uri(path)).engine.dispose()  # type: ignore[no-untyped-call]
+            SqlAlchemyStore(f"{SQLITE}{database}", path.with_name(_ARTIFACTS).as_uri()).engine.dispose()  # type: ignore[no-untyped-call]
             # With it readers and the writer do not wait for each other, and a commit waits for the disk once.
             with closing(sqlite3.connect(database)) as connection:
                 connection.execute("PRAGMA journal_mode = WAL")

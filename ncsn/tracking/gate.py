@@ -26,20 +26,6 @@ class Measurement:
         factor = math.exp(DEVIATIONS * self.log_std)
         return with_interval(self.value, self.value / factor, self.value * factor)
 
-    def differs_from(self, other: Measurement) -> str:
-        """Why the two cannot be compared; empty if they can."""
-        if (self.name, self.num_images) != (other.name, other.num_images):
-            return (
-                f"{self.name} over {self.num_images} images, not {other.name} over {other.num_images}; evaluate both "
-                "with one extractor and the same number of images"
-            )
-        if self.fingerprint != other.fingerprint:
-            return (
-                f"fingerprints {self.fingerprint[:12]} and {other.fingerprint[:12]} differ (extractor, weights or "
-                "reference images): `ncsn promote --force` decides between models of other images"
-            )
-        return ""
-
 
 @dataclass(frozen=True)
 class Memorization:
@@ -73,18 +59,6 @@ class Floors:
     fid_below: float | None = None
     copies_below: float | None = None  # share of the samples
 
-    def objection(self, measured: Measurement, memorization: Memorization) -> str:
-        """The floor that is not reached, with the numbers; empty if there is none."""
-        if self.figure not in ("", measured.name):
-            return f"tracking.require is of {self.figure}, not {measured.name}; evaluate with the run's own settings"
-        if self.fid_below is not None and not measured.value < self.fid_below:
-            return f"{measured.name} = {measured} is not below tracking.require.fid_below = {self.fid_below:g}"
-        share = memorization.copies / memorization.num_images
-        if self.copies_below is not None and not share < self.copies_below:
-            found = f"{memorization.copies} of {memorization.num_images} samples copy a training image"
-            return f"{found}: not below tracking.require.copies_below = {self.copies_below:g}"
-        return ""
-
 
 @dataclass(frozen=True)
 class Evidence:
@@ -98,12 +72,22 @@ class Evidence:
     @property
     def objection(self) -> str:
         """Why the version may not be champion, whichever it is compared with; empty if it may."""
-        measured = self.measurement
+        measured, memorization, floors = self.measurement, self.memorization, self.floors
         if not (math.isfinite(measured.value) and math.isfinite(measured.log_std)):
             return f"{measured.name} = {measured} is not a finite number"
         if self.not_finite:
             return f"{', '.join(self.not_finite[:3])} hold NaN or infinity"
-        return self.memorization.objection or self.floors.objection(measured, self.memorization)
+        if memorization.objection:
+            return memorization.objection
+        if floors.figure not in ("", measured.name):
+            return f"tracking.require is of {floors.figure}, not {measured.name}; evaluate with the run's own settings"
+        if floors.fid_below is not None and not measured.value < floors.fid_below:
+            return f"{measured.name} = {measured} is not below tracking.require.fid_below = {floors.fid_below:g}"
+        share = memorization.copies / memorization.num_images
+        if floors.copies_below is not None and not share < floors.copies_below:
+            found = f"{memorization.copies} of {memorization.num_images} samples copy a training image"
+            return f"{found}: not below tracking.require.copies_below = {floors.copies_below:g}"
+        return ""
 
 
 @dataclass(frozen=True)
@@ -146,7 +130,18 @@ def decide(evidence: Evidence, *, version: str, champion: str, of_champion: Evid
             "register its run again"
         )
     other = of_champion.measurement
-    if mismatch := measured.differs_from(other):
+    mismatch = ""
+    if (measured.name, measured.num_images) != (other.name, other.num_images):
+        mismatch = (
+            f"{measured.name} over {measured.num_images} images, not {other.name} over {other.num_images}; evaluate "
+            "both with one extractor and the same number of images"
+        )
+    elif measured.fingerprint != other.fingerprint:
+        mismatch = (
+            f"fingerprints {measured.fingerprint[:12]} and {other.fingerprint[:12]} differ (extractor, weights or "
+            "reference images): `ncsn promote --force` decides between models of other images"
+        )
+    if mismatch:
         return refuse(f"not comparable with champion version {champion}: {mismatch}")
     factor = math.exp(math.hypot(measured.log_std, other.log_std))  # one deviation of the difference of the logs
     better = other.value > measured.value * factor  # NaN is never better

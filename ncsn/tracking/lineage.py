@@ -14,12 +14,12 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from ncsn import storage
-from ncsn.config.schema import MODEL_NAME_PATTERN
+from ncsn.config.schema import MODEL_NAME_PATTERN, SCHEME
 from ncsn.process import CODE, CONTAINER_IMAGE, IMAGE_VARIABLE, KFP_RUN_ID
 from ncsn.runs.code import origin
 from ncsn.runs.folder import RunFolder
 from ncsn.tracking.client import quoted, tag_filter
-from ncsn.tracking.promotion import SCHEME, resolve_version
+from ncsn.tracking.promotion import resolve_version
 
 if TYPE_CHECKING:
     from mlflow.entities import Run

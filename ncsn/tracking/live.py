@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import logging
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -91,11 +91,10 @@ class LiveMetrics:
                 away = True
 
 
-def send(client: MlflowClient, run_id: str, entries: Iterable[Entry]) -> None:
+def send(client: MlflowClient, run_id: str, entries: Sequence[Entry]) -> None:
     """Record the metrics and pictures of these entries."""
     from mlflow.entities import Metric
 
-    entries = list(entries)
     metrics = [
         Metric(name, value, entry.time, entry.step)
         for entry in entries

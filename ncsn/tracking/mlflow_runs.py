@@ -116,6 +116,8 @@ def step_run(config: Config, *, run: str, step: str) -> Iterator[StepRun]:
     It is identified by `storage.root`, the name of the pipeline run, the step, and the settings that the step uses. If
     `MLFLOW_RUN_ID` is set, as KFP's MLflow plugin does, that run is the parent, which stays open.
     """
+    from mlflow.exceptions import MlflowException
+
     connection = connect(config, patience=0 if step == FIRST_STEP else OUTAGE_SECONDS)
     client, folder = connection.client, RunFolder(storage.absolute(config.storage.root), run)
     with mlflow_errors(connection.uri):
@@ -138,34 +140,30 @@ def step_run(config: Config, *, run: str, step: str) -> Iterator[StepRun]:
         update_step(folder, step, mlflow={"run_id": tracked.run_id, "parent_run_id": tracked.parent_run_id})
         if step == CURVES:
             send_missing(client, tracked.run_id, folder)  # of an attempt that was killed
+    status = "FINISHED"
     try:
         with mlflow_errors(connection.uri):
             yield tracked
     except BaseException as error:
-        _end(tracked, config, step, state_after(error))
+        status = state_after(error)
         raise
-    _end(tracked, config, step, "FINISHED")
-
-
-def _end(tracked: StepRun, config: Config, step: str, status: str) -> None:
-    """Send what the step's run lacks and the costs, and end it and the parent, unless others opened or ended it."""
-    from mlflow.exceptions import MlflowException
-
-    ended = now_ms()
-    try:
-        client = connect(config, patience=OUTAGE_SECONDS if status == "FINISHED" else 0).client
-        if step == CURVES:
-            send_missing(client, tracked.run_id, tracked.folder)
-        own = cost_of(config, step, read_step(tracked.folder, step).seconds)
-        whole = total_cost(spent(config, tracked.folder).values())
-        for run_id, cost in ((tracked.run_id, own), (tracked.parent_run_id, whole)):
-            set_tags(client, run_id, {f"cost.{name}": f"{value:.6g}" for name, value in cost._asdict().items()})
-        alone = os.environ.get(ADOPTED) or read_outcome(tracked.folder) is not None
-        for run_id in (tracked.run_id,) if alone else (tracked.run_id, tracked.parent_run_id):
-            client.set_terminated(run_id, status, end_time=ended)
-    except (MlflowException, TrackingError, OSError) as error:  # the work itself is done, and the run folder has it
-        where = shown(tracked.uri)
-        _logger.warning("the run of the step %s at %s is not complete: %s", step, where, one_line(error))
+    finally:
+        # Send what the step's run lacks and the costs, and end it and the parent, unless others opened or ended it.
+        ended = now_ms()
+        try:
+            client = connect(config, patience=OUTAGE_SECONDS if status == "FINISHED" else 0).client
+            if step == CURVES:
+                send_missing(client, tracked.run_id, folder)
+            own = cost_of(config, step, read_step(folder, step).seconds)
+            whole_cost = total_cost(spent(config, folder).values())
+            for run_id, cost in ((tracked.run_id, own), (tracked.parent_run_id, whole_cost)):
+                set_tags(client, run_id, {f"cost.{name}": f"{value:.6g}" for name, value in cost._asdict().items()})
+            alone = os.environ.get(ADOPTED) or read_outcome(folder) is not None
+            for run_id in (tracked.run_id,) if alone else (tracked.run_id, tracked.parent_run_id):
+                client.set_terminated(run_id, status, end_time=ended)
+        except (MlflowException, TrackingError, OSError) as error:  # the work is done, and the run folder has it
+            where = shown(tracked.uri)
+            _logger.warning("the run of the step %s at %s is not complete: %s", step, where, one_line(error))
 
 
 def _adopted(client: MlflowClient) -> Run | None:

@@ -15,11 +15,10 @@ from mlflow.exceptions import MlflowException
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 from numpy.typing import NDArray
 
-from ncsn.config.load import with_wishes
+from ncsn.config.load import parse_override
 from ncsn.errors import InvalidValue, UserError
-from ncsn.model.classes import require_label
-from ncsn.model.generate import generate
-from ncsn.model.trained import load_model
+from ncsn.model.checkpoint import load_checkpoint
+from ncsn.model.generate import Wish, images
 
 DEFAULT_IMAGES = 16
 MAX_IMAGES = 65536
@@ -29,10 +28,9 @@ class ScoreModel(PythonModel):
     """Generates images; `predict` takes everything as params."""
 
     def load_context(self, context: PythonModelContext) -> None:
-        """Rebuild the network of `config.json` with the EMA weights, and read the moments."""
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        folder = Path(context.artifacts["config"]).parent
-        self.trained = load_model(folder, origin="the model", device=self.device)
+        """Rebuild the network of `config.yaml` with the EMA weights, and read the moments."""
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.trained = load_checkpoint(str(Path(context.artifacts["config"]).parent), device=device)
 
     def predict(
         self,
@@ -48,21 +46,16 @@ class ScoreModel(PythonModel):
         - `label`: the name or number of a class, `balanced` or `data`, see `sampling.label`.
         - `guidance`: its weight, 1 for none; away from the images of all classes if none is configured. 0 is empty.
         """
-        params = params or {}
+        wanted = {name: wish for name, wish in (params or {}).items() if wish not in (None, "")}
+        total = int(wanted.get("n_images", DEFAULT_IMAGES))
         try:
-            sampling = with_wishes(self.trained.config, params | {"guidance": params.get("guidance") or None}).sampling
-            require_label(sampling.label, self.trained.classes, key="label")
-            total = int(params.get("n_images", DEFAULT_IMAGES))
             if not 1 <= total <= MAX_IMAGES:
                 raise UserError("n_images", f"must be 1 to {MAX_IMAGES}", value=total)
-            size = sampling.batch_size
-            batches = [(first, min(size, total - first)) for first in range(0, total, size)]
-            return np.concatenate(
-                [
-                    generate(self.trained, sampling=sampling, first=first, count=count, device=self.device)
-                    for first, count in batches
-                ]
-            )
+            sampler = wanted.get("sampler")
+            if isinstance(sampler, str):
+                _, sampler = parse_override(f"sampling.sampler={sampler}")
+            wish = Wish(wanted.get("label"), wanted.get("guidance") or None, sampler, wanted.get("seed"))
+            return images(self.trained, total, wish)
         except InvalidValue as error:
             raise MlflowException.invalid_parameter_value(str(error)) from None
 

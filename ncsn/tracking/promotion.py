@@ -15,19 +15,21 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ncsn.config.schema import SCHEME
 from ncsn.errors import UserError
 from ncsn.events import tell
 from ncsn.process import utc_now
-from ncsn.tracking.client import one_line
+from ncsn.runs.folder import INDEX
+from ncsn.tracking.client import TrackingError, one_line, shown
 from ncsn.tracking.gate import Decision, Evidence, decide
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
     from mlflow.tracking import MlflowClient
 
-SCHEME = "models:/"
 CHAMPION, CHALLENGER = "champion", "challenger"
 PROMOTION, PROMOTED_FROM, ROLLED_BACK = "promotion", "promoted_from", "rolled_back_at"
 DECISION = "gate.decision"
@@ -64,29 +66,18 @@ class Promotions:
         known = self.decision(champion)
         return decide(evidence, version=version, champion=champion, of_champion=known.evidence if known else None)
 
-    def contested(self) -> tuple[str, str] | None:
-        """A version that did not see another promotion, and the champion that it is to be compared with."""
-        champions = self.champions
-        followed = {self.tags[version][PROMOTED_FROM] for version in champions}
-        for first, second in pairwise(champions):
-            if self.number(first) == self.number(second):
-                late, other = (first, second) if second in followed else (second, first)
-                return late, other if champions[-1] in (first, second) else champions[-1]
-        return None
-
-
-def read_promotions(client: MlflowClient, name: str) -> Promotions:
-    """The versions of a model and their tags."""
-    found = client.search_model_versions(f"name = '{name}'")
-    return Promotions({str(version.version): version.tags for version in found})
-
 
 def resolve_promotions(client: MlflowClient, name: str) -> Promotions:
     """Decide between promotions that did not see each other, and let the alias point to the champion."""
     while True:
-        promotions = read_promotions(client, name)
-        if contested := promotions.contested():
-            late, champion = contested
+        found = client.search_model_versions(f"name = '{name}'")
+        promotions = Promotions({str(version.version): version.tags for version in found})
+        champions, number = promotions.champions, promotions.number
+        if pair := next((pair for pair in pairwise(champions) if number(pair[0]) == number(pair[1])), None):
+            followed = {promotions.tags[version][PROMOTED_FROM] for version in champions}
+            # The one that did not see the other, and the champion that it is to be compared with.
+            late, other = pair if pair[1] in followed else reversed(pair)
+            champion = other if champions[-1] in pair else champions[-1]
             by, decision = promotions.tags[late]["promoted_by"], promotions.decision(late)
             assert decision is not None, "it is written before the promotion"
             if by == "hand" or decision.evidence is None:
@@ -241,3 +232,20 @@ def resolve_version(client: MlflowClient, address: str) -> ModelVersion:
 def aliased_version(client: MlflowClient, name: str, alias: str) -> str:
     """The version that an alias points to; empty if there is none."""
     return str(client.get_registered_model(name).aliases.get(alias, ""))
+
+
+def fetch_files(uri: str, version: ModelVersion, into: Path) -> Path:
+    """Download the checkpoint of a version from the server at `uri` into an existing folder."""
+    from mlflow.artifacts import download_artifacts
+    from mlflow.exceptions import MlflowException
+
+    try:
+        # The source is the artifacts' own address: a name would be looked up in MLflow's global registry.
+        source = f"{str(version.source).rstrip('/')}/artifacts"
+        folder = Path(download_artifacts(source, dst_path=str(into), tracking_uri=uri))
+        (folder / INDEX).stat()
+    except (MlflowException, OSError) as error:
+        reason = f"{shown(uri)} gives no checkpoint of ncsn at {version.source}: {one_line(error)}"
+        hint = "restore its files; only a version of `ncsn register` has them"
+        raise TrackingError(f"{SCHEME}{version.name}/{version.version}", reason, hint=hint) from error
+    return folder

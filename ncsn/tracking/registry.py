@@ -1,4 +1,4 @@
-"""A checkpoint in MLflow's registry: packaged, registered once per weights and sampler, fetched again."""
+"""A checkpoint in MLflow's registry: packaged, and registered once per weights and sampler."""
 
 from __future__ import annotations
 
@@ -12,27 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ncsn import storage
-from ncsn.config import Config
-from ncsn.config.choices import AutoguidanceConfig
 from ncsn.events import tell
-from ncsn.model.checkpoint import SamplingCheckpoint, TrainedNetwork
+from ncsn.model.checkpoint import TrainedNetwork, save_network
 from ncsn.model.generate import sampling_facts
-from ncsn.model.trained import TRAINED_CONFIG, load_model, save_model
 from ncsn.process import now_ms
-from ncsn.tracking.client import (
-    TrackingError,
-    client_at,
-    mlflow_errors,
-    one_line,
-    shown,
-    suppress_exists,
-    tracking_uri,
-)
+from ncsn.tracking.client import suppress_exists
 from ncsn.tracking.mlflow_runs import StepRun
-from ncsn.tracking.promotion import SCHEME, resolve_version
 
 if TYPE_CHECKING:
-    import torch
     from mlflow.entities.model_registry import ModelVersion
     from mlflow.tracking import MlflowClient
 
@@ -42,9 +29,7 @@ MODEL_FILE = Path(__file__).with_name("model.py")
 NEEDED = ("mlflow", "numpy", "pyarrow", "pydantic", "pyyaml", "safetensors", "torch")
 
 
-def write_model(
-    folder: Path, checkpoint: SamplingCheckpoint, *, files: Mapping[str, bytes], origin: Any = None
-) -> None:
+def write_model(folder: Path, checkpoint: TrainedNetwork, *, files: Mapping[str, bytes], origin: Any = None) -> None:
     """Write a complete MLflow model to `folder`, which does not exist yet, with these files (name -> content).
 
     `origin` is MLflow's `Model` with the ids of the run and the logged model.
@@ -58,7 +43,7 @@ def write_model(
     params = {"n_images": 16, "seed": config.sampling.seed, "sampler": "", "label": "", "guidance": 0.0}
     inputs = folder.with_name(f"{folder.name}-inputs")
     inputs.mkdir()
-    save_model(checkpoint, inputs)
+    save_network(checkpoint, inputs)
     # With the version ranges of this project.
     own = [line for line in importlib.metadata.requires("ncsn") or [] if "extra ==" not in line]
     requirements = {re.split(r"[^A-Za-z0-9_.-]", line, maxsplit=1)[0].lower(): line for line in own}
@@ -89,7 +74,7 @@ class Registration:
     """A checkpoint to register."""
 
     name: str  # of the registered model
-    checkpoint: SamplingCheckpoint  # its config has the sampler that becomes the default
+    checkpoint: TrainedNetwork  # its config has the sampler that becomes the default
     card: str  # Markdown, which becomes the version's description
     files: Mapping[str, bytes]  # name -> content of files next to the weights, such as the grid
     metrics: Mapping[str, float]
@@ -158,51 +143,3 @@ def describe_gate(client: MlflowClient, name: str, version: str, reason: str) ->
     card = re.sub(r"\n\nGate: .*", "", client.get_model_version(name, version).description or "")
     told = card.replace("\n\n## Use\n", f"\n\nGate: {reason}.\n\n## Use\n", 1)
     client.update_model_version(name, version, told[:DESCRIPTION_LENGTH])
-
-
-def fetch_weights(uri: str, version: ModelVersion, into: Path) -> Path:
-    """Download the weights and config of a version into an existing folder; see `ncsn.model.trained.save_model`."""
-    from mlflow.artifacts import download_artifacts
-    from mlflow.exceptions import MlflowException
-
-    try:
-        # The source is the artifacts' own address: a name would be looked up in MLflow's global registry.
-        source = f"{str(version.source).rstrip('/')}/artifacts"
-        folder = Path(download_artifacts(source, dst_path=str(into), tracking_uri=uri))
-        (folder / TRAINED_CONFIG).stat()
-    except (MlflowException, OSError) as error:
-        reason = f"{shown(uri)} gives no weights and config of ncsn at {version.source}: {one_line(error)}"
-        hint = "restore its files; only a version of `ncsn register` has them"
-        raise TrackingError(f"{SCHEME}{version.name}/{version.version}", reason, hint=hint) from error
-    return folder
-
-
-def load_version(uri: str, address: str, *, device: str | torch.device) -> tuple[str, TrainedNetwork]:
-    """The version `models:/NAME/VERSION` that an address names in the registry at `uri`, and its network."""
-    with mlflow_errors(uri):
-        version = resolve_version(client_at(uri), address)
-    name = f"{SCHEME}{version.name}/{version.version}"
-    with tempfile.TemporaryDirectory(prefix="ncsn-") as folder:
-        return name, load_model(fetch_weights(uri, version, Path(folder)), origin=name, device=device)
-
-
-def copy_guide(config: Config, *, folder: str, registry: str | None = None) -> Config:
-    """The config with an address of the network of autoguidance that needs no registry.
-
-    A registered model is copied into the `folder`; `registry` is by default that of the config.
-    """
-    guidance = config.sampling.guidance
-    if not isinstance(guidance, AutoguidanceConfig):
-        return config
-    copy = storage.absolute(guidance.checkpoint) if not guidance.checkpoint.startswith(SCHEME) else ""
-    if not copy:
-        uri = registry or tracking_uri(config)
-        with mlflow_errors(uri):
-            version = resolve_version(client_at(uri), guidance.checkpoint)
-            copy = storage.join(folder, f"{version.name}-{version.version}")
-            if not storage.exists(storage.join(copy, TRAINED_CONFIG)):
-                with storage.scratch_folder(folder) as scratch:
-                    weights = fetch_weights(uri, version, scratch)
-                    storage.publish_folder(weights, copy, marker=TRAINED_CONFIG)
-    sampling = config.sampling.model_copy(update={"guidance": guidance.model_copy(update={"checkpoint": copy})})
-    return config.model_copy(update={"sampling": sampling})

@@ -17,13 +17,14 @@ from ncsn.core.augmentation import Transforms, augmentation_labels, draw_transfo
 from ncsn.core.images import DataMoments, dequantize, fit_moments, mirror, to_unit
 from ncsn.core.keyed_random import (
     COMMON_SEED,
+    NORMAL,
+    UNIFORM,
     Stream,
     keyed_uniform,
     normal_of,
-    normal_words,
+    random_words,
     to_device,
     uniform_of,
-    uniform_words,
 )
 from ncsn.core.losses import Batch
 from ncsn.data.format import Manifest
@@ -54,11 +55,11 @@ class DrawnBatch:
     def on(self, device: torch.device, config: Config) -> Batch:
         """The batch on the device. Nothing here waits for a GPU."""
         moved = partial(to_device, device=device)
-        x = _encoded(config, moved(self.images), None if self.gray is None else moved(self.gray))
+        x = encoded(config, moved(self.images), None if self.gray is None else moved(self.gray))
         if self.mirrored is not None:
             x = mirror(x, moved(self.mirrored))
-        if self.transforms is not None:
-            x = self.transforms.map(moved).apply(x)
+        if (here := self.transforms) is not None:
+            x = Transforms(moved(here.flips), moved(here.rows), moved(here.maps)).apply(x)
         size, order = x[0].numel(), build.memory_format(config)
         return Batch(
             x.contiguous(memory_format=order),
@@ -88,10 +89,10 @@ def draw_batch(config: Config, objective: Objective, split: TrainingImages, *, f
         a = draw_transforms(seed, first=first, count=count, probability=settings.probability, y_flip=settings.y_flip)
         conditions["augmentation"] = augmentation_labels(a)
         transforms = Transforms.of(a, height=height, width=width)
-    words = partial(normal_words, seed, first=first, count=count, size=images[0].numel())
+    words = partial(random_words, seed, kind=NORMAL, first=first, count=count, size=images[0].numel())
     return DrawnBatch(
         images,
-        _gray_words(config, images, seed=seed, stream=Stream.DEQUANTIZE, first=first),
+        gray_words(config, images, seed=seed, stream=Stream.DEQUANTIZE, first=first),
         mirrored,
         sigma,
         level,
@@ -109,24 +110,22 @@ def image_moments(config: Config, dataset: str, split: TrainingImages) -> DataMo
     if storage.exists(uri):
         return moments_of(load(storage.read_bytes(uri)))
     images = torch.from_numpy(split.rows(np.arange(min(MOMENT_IMAGES, len(split)))).images)
-    moments = fit_moments(encoded(config, images, seed=COMMON_SEED, stream=Stream.DEQUANTIZE, first=0))
+    gray = gray_words(config, images, seed=COMMON_SEED, stream=Stream.DEQUANTIZE, first=0)
+    moments = fit_moments(encoded(config, images, gray))
     with suppress(OSError):  # of a dataset that may only be read
         storage.publish_once(uri, save(moment_tensors(moments)))
     return moments
 
 
-def encoded(config: Config, images: Tensor, *, seed: int, stream: int, first: int) -> Tensor:
-    """Stored images [N, H, W, C] in the network's space, dequantized by rows `first .. first + N` of the stream."""
-    return _encoded(config, images, _gray_words(config, images, seed=seed, stream=stream, first=first))
-
-
-def _gray_words(config: Config, images: Tensor, *, seed: int, stream: int, first: int) -> Tensor | None:
+def gray_words(config: Config, images: Tensor, *, seed: int, stream: int, first: int) -> Tensor | None:
+    """The bits that dequantize images [N, H, W, C], rows `first .. first + N` of the stream; None if nothing does."""
     if not config.data.dequantize or images.is_floating_point():
         return None
-    return uniform_words(seed, stream=stream, first=first, count=len(images), size=images[0].numel())
+    return random_words(seed, kind=UNIFORM, stream=stream, first=first, count=len(images), size=images[0].numel())
 
 
-def _encoded(config: Config, images: Tensor, words: Tensor | None) -> Tensor:
+def encoded(config: Config, images: Tensor, words: Tensor | None) -> Tensor:
+    """Stored images [N, H, W, C] in the network's space, dequantized by their `gray_words`."""
     limits = config.data.pixels.limits
     if words is None:
         return to_unit(images, limits)

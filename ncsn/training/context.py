@@ -1,39 +1,66 @@
-"""Where the training loop runs: one worker among several."""
+"""Where the training loop runs: one worker among several, which ends itself when it hangs."""
 
 from __future__ import annotations
 
+import faulthandler
+import inspect
 import logging
 import math
 import os
 import shutil
+import sys
+import threading
 import time
+import traceback
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+import torch.distributed
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.nn.parallel import DistributedDataParallel
 
+from ncsn import storage
 from ncsn.config import Config
 from ncsn.core.keyed_random import to_device
 from ncsn.core.networks.layers import FUSION
-from ncsn.errors import UserError
+from ncsn.errors import InvalidValue, UserError
 from ncsn.model import build
+from ncsn.storage.retry import RETRY, limited
 
 FEW_IMAGES = 128  # of a worker: Python launches a thousand kernels per step, which takes longer than to compute these
+
+STEP_SECONDS = 120.0  # that a step may take in any case
+SLOWER = 10  # times as long as before it may take too
+LONG_SECONDS = 1800.0  # where it compiles, or waits for the store; also torch's default limit of a collective operation
+TICK_SECONDS = 1.0
+END_SECONDS = 10.0  # in which each worker leaves its stacks: they fail when the first one ends
+
+# All buffers are constants. Torch 2.13 renamed the argument that says so.
+_NO_BUFFER_SYNC: dict[str, Any] = {
+    "forward_sync_buffers"
+    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    else "broadcast_buffers": False
+}
 
 _logger = logging.getLogger(__name__)
 
 
 class WorkerContext:
-    """One worker among `world_size`; by itself, a single one. All call the same methods in the same order."""
+    """One worker among `world_size`; all call the same methods in the same order.
 
-    rank = 0  # the worker that writes has 0
-    world_size = 1
+    Several are those of torch's process group: gloo on CPUs, NCCL on GPUs.
+    """
+
     hung: str | None = None  # URI of the folder where a worker that hangs leaves its stacks before it ends; None: never
     spans_nodes = False  # whether gradients go from GPUs of one node to those of another
 
-    def __init__(self, device: str | torch.device = "cpu") -> None:
+    def __init__(self, device: str | torch.device = "cpu", *, rank: int = 0, world_size: int = 1) -> None:
         self.device = torch.device(device)
+        self.rank, self.world_size = rank, world_size  # the worker that writes has rank 0
 
     def share(self, batch_size: int) -> range:
         """This worker's places in a global batch; shares differ by at most one image."""
@@ -41,26 +68,66 @@ class WorkerContext:
 
     @contextmanager
     def mistakes_shared(self) -> Iterator[None]:
-        """Context manager: an InvalidValue of one worker in the block is raised by all. A barrier at its end."""
+        """Context manager: an InvalidValue in the block is raised by all, of several that of the lowest rank.
+
+        A barrier at its end.
+        """
         # Such an error is no failure for Ray, so the others would wait for this worker forever.
-        yield
+        own: InvalidValue | None = None
+        try:
+            yield
+        except InvalidValue as mistake:
+            own = mistake
+        mistakes = [own] * self.world_size
+        if self.world_size > 1:
+            torch.distributed.all_gather_object(mistakes, own)
+        for each in mistakes:
+            if each is not None:
+                raise each
 
     def preempted(self) -> bool:
         """Whether a machine of the workers is about to be preempted, the same on every worker. A barrier."""
         return False
 
-    def wrap(self, network: nn.Module, *, dtype: torch.dtype | None) -> nn.Module:  # noqa: ARG002 - of several
-        """The network, which computes in `dtype` (None: its parameters'), with gradients averaged over the workers."""
-        return network
+    def wrap(self, network: nn.Module, *, dtype: torch.dtype | None) -> nn.Module:
+        """The network, which computes in `dtype` (None: its parameters'), with gradients averaged over the workers.
+
+        Several have it under DistributedDataParallel. Between nodes the gradients of a network that computes in
+        bfloat16 travel in it, in half the bytes.
+        """
+        if self.world_size == 1:
+            return network
+        # For 1x1 convolutions two kinds of strides name one layout in memory, so no copy is made.
+        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+        wrapped = DistributedDataParallel(network, gradient_as_bucket_view=True, **_NO_BUFFER_SYNC)
+        if self.spans_nodes and dtype is torch.bfloat16:
+            wrapped.register_comm_hook(None, bf16_compress_hook)
+        return wrapped
 
     def share_weights(self, network: nn.Module) -> None:
-        """Give all workers the parameters of rank 0. `wrap` does that too."""
+        """Give all workers the parameters of rank 0: equal seeds do not give equal bits on unlike CPUs.
+
+        `wrap` does that too.
+        """
+        if self.world_size > 1:
+            for parameter in network.parameters():
+                torch.distributed.broadcast(parameter.detach(), src=0)
 
     def average(self, gradients: Sequence[Tensor]) -> None:
-        """Replace gradients by their means over the workers, in one exchange."""
+        """Replace gradients by their means over the workers, in one exchange of a copy, as CUDA graphs own theirs."""
+        if self.world_size == 1 or not gradients:
+            return
+        # In the order of the memory, which autograd makes that of the parameters, so the same on all workers.
+        values = [each.as_strided((each.numel(),), (1,)) for each in gradients]
+        flat = torch.cat(values)
+        torch.distributed.all_reduce(flat)
+        flat /= self.world_size
+        torch._foreach_copy_(values, torch.split(flat, [len(each) for each in values]))
 
     def sum_over_workers(self, tensor: Tensor) -> Tensor:
-        """The sum of the workers' tensors, the same on each."""
+        """The sum of the workers' tensors, the same on each, in the place of this one's."""
+        if self.world_size > 1:
+            torch.distributed.all_reduce(tensor)
         return tensor
 
 
@@ -90,6 +157,66 @@ class StepTimer:
         self._steps = self._left = max(1, min(2 * self._steps, round(self._seconds / max(step_seconds, 1e-9))))
         self._since = now
         return sums
+
+
+class Watchdog:
+    """A thread that ends this process if its training comes no further, where `context.hung` says so.
+
+    Then training starts again from its last checkpoint.
+
+    Its clock are its own ticks: it stands still while the process is stopped or the machine is suspended, and while
+    another thread keeps Python's lock, which none does that waits for a device, a worker or a file.
+    """
+
+    # The others wait for the worker that hangs, so all of them end; whose stack differs from the others' is the one.
+
+    def __init__(self, context: WorkerContext) -> None:
+        self._context = context
+        # Nobody knows how long the first step takes on a CPU, where a large batch may be an hour's work.
+        self._limit = LONG_SECONDS if context.device.type == "cuda" else math.inf
+        self._now = self._since = self._usual = 0.0  # seconds; the last decays, because the first step is slow
+        self._ended, self._ending, self._fired = threading.Event(), threading.Lock(), False
+
+    def start(self) -> None:
+        """Begin to watch."""
+        if self._context.hung is not None:
+            threading.Thread(target=self._watch, args=[self._context.hung], name="watchdog", daemon=True).start()
+
+    def stop(self) -> None:
+        """What follows may take any time, in this process too."""
+        with self._ending:
+            self._ended.set()
+            if self._fired:
+                faulthandler.cancel_dump_traceback_later()
+
+    def stepped(self) -> None:
+        """All workers have come this far, on their devices too."""
+        self._usual /= 2
+        self.allow(STEP_SECONDS)
+
+    def allow(self, least: float) -> None:
+        """What this worker, or one that it waits for, does until the next call may take so long. For all to call."""
+        self._usual = max(self._now - self._since, self._usual)
+        self._since, self._limit = self._now, max(least, SLOWER * self._usual)
+
+    def _watch(self, folder: str) -> None:
+        while self._now - self._since <= self._limit:
+            if self._ended.wait(TICK_SECONDS):
+                return
+            self._now += TICK_SECONDS
+        with self._ending:
+            if self._ended.is_set():
+                return
+            self._fired = True
+            faulthandler.dump_traceback_later(END_SECONDS, exit=True, file=2)  # whatever becomes of the following
+        rank, idle = self._context.rank, self._now - self._since
+        _logger.warning("%sworker %d made no step for %.0f s; the workers' stacks are in %s", RETRY, rank, idle, folder)
+        frames, lines = sys._current_frames(), list[str]()
+        for thread in threading.enumerate():
+            if thread.ident in frames:
+                lines += [f"{thread.name}:\n", *traceback.format_stack(frames[thread.ident]), "\n"]
+        with limited(0):
+            storage.write_text(storage.join(folder, f"worker-{rank}.txt"), "".join(lines))
 
 
 def prepare_network(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,15 +11,15 @@ from torch import Tensor, nn
 from ncsn.config import Config
 from ncsn.core.keyed_random import COMMON_SEED, Stream
 from ncsn.core.losses import losses_at
-from ncsn.core.samplers.level_grid import choose_levels
+from ncsn.core.samplers.chain import choose_levels
 from ncsn.core.training import EVALUATIONS_PER_STEP, TrainState
-from ncsn.core.training_noise import LevelNoise, TrainingNoise
+from ncsn.core.training_noise import LevelNoise
 from ncsn.data.format import Rows, load_manifest
 from ncsn.data.training_images import TrainingImages, open_training_images
 from ncsn.model import build
 from ncsn.model.objective import Objective
 from ncsn.runs.history import GAP, HELD_OUT_EDM, LOSS, Array
-from ncsn.training.batches import encoded
+from ncsn.training.batches import encoded, gray_words
 from ncsn.training.context import WorkerContext
 
 SHARE = 0.02  # of the training time that the held-out loss may take
@@ -29,13 +28,12 @@ MOST_IMAGES = 1000  # of each set
 FEW_IMAGES = 50  # with fewer, it is measured less often instead
 
 
-def effort_of(config: Config, noise: TrainingNoise, *, held_out: int, training: int) -> tuple[int, int, int] | None:
-    """What fits in `SHARE` of the time for splits of these sizes; None if that is nothing.
+def effort_of(config: Config, *, bins: int, held_out: int, training: int) -> tuple[int, int, int] | None:
+    """What fits in `SHARE` of the time for `bins` noise levels and splits of these sizes; None if that is nothing.
 
     Numbers of held-out images, of training images, and of training images between two measurements.
     """
     between = min(config.train.checkpoint_every_images, config.train.num_images)
-    bins = len(_measured_at(noise)[0])
     affordable = SHARE * EVALUATIONS_PER_STEP * between / bins  # images of both sets at each measurement
     held_out, training = min(held_out, MOST_IMAGES), min(training, MOST_IMAGES)
     least = min(FEW_IMAGES, held_out) + min(FEW_IMAGES, training)
@@ -60,14 +58,6 @@ class ImageShare:
     noise: int  # stream
     dequantize: int  # stream
 
-    def batches(self, config: Config, size: int) -> Iterator[tuple[range, Tensor, Tensor | None]]:
-        """Places, images in the network's space, and their labels if it takes some, at most `size` at a time."""
-        for first in range(0, len(self.places), size):
-            places, part = self.places[first : first + size], slice(first, first + size)
-            images, labels = torch.from_numpy(self.rows.images[part]), torch.from_numpy(self.rows.labels[part])
-            x = encoded(config, images, seed=COMMON_SEED, stream=self.dequantize, first=places.start)
-            yield places, x, None if config.data.num_classes is None else labels
-
 
 @dataclass(frozen=True)
 class Probe:
@@ -78,7 +68,9 @@ class Probe:
 
     config: Config
     objective: Objective
-    sets: tuple[ImageShare, ImageShare]  # held-out and training images
+    sigmas: Tensor  # at which the loss is measured [S]
+    levels: list[int] | None  # their numbers if they are levels of the network
+    sets: list[ImageShare]  # held-out and training images
     every: int
     context: WorkerContext
 
@@ -89,7 +81,7 @@ class Probe:
         """
         network, objective = state.averaged(), self.objective
         held_out, training = (self._losses(network, each, dtype).mean(axis=1) for each in self.sets)
-        sigmas = _measured_at(objective.noise)[0].double()
+        sigmas = self.sigmas.double()
         assert objective.weight is not None, "open_probe"
         weights = objective.weight(sigmas).numpy()
         share = weights / weights.sum()
@@ -101,34 +93,29 @@ class Probe:
 
     def _losses(self, network: nn.Module, share: ImageShare, dtype: torch.dtype | None) -> Array:
         """Loss at each sigma of each image of the whole set, [S, N]."""
-        config, context, (sigmas, levels) = self.config, self.context, _measured_at(self.objective.noise)
+        config, context = self.config, self.context
         size = max(1, config.train.batch_size // context.world_size)
-        losses = torch.zeros(len(sigmas), share.whole, dtype=torch.float64, device=context.device)
+        losses = torch.zeros(len(self.sigmas), share.whole, dtype=torch.float64, device=context.device)
         kind = context.device.type
         autocast = torch.autocast(kind, dtype=dtype, enabled=dtype is not None)
+        size = min(size, config.compute.microbatch or size)
         with torch.inference_mode(), build.without_search(), autocast:
-            for places, x, labels in share.batches(config, min(size, config.compute.microbatch or size)):
+            for first in range(0, len(share.places), size):
+                places, part = share.places[first : first + size], slice(first, first + size)
+                images, labels = torch.from_numpy(share.rows.images[part]), torch.from_numpy(share.rows.labels[part])
+                gray = gray_words(config, images, seed=COMMON_SEED, stream=share.dequantize, first=places.start)
                 losses[:, places.start : places.stop] = losses_at(
                     network,
-                    x.to(context.device, memory_format=build.memory_format(config)),
+                    encoded(config, images, gray).to(context.device, memory_format=build.memory_format(config)),
                     first=places.start,
-                    sigmas=sigmas,
-                    levels=levels,
+                    sigmas=self.sigmas,
+                    levels=self.levels,
                     stream=share.noise,
-                    labels=None if labels is None else labels.to(context.device),
+                    labels=None if config.data.num_classes is None else labels.to(context.device),
                 )
         # Each image is one worker's, so the sum is the same for any number of workers.
         values: Array = context.sum_over_workers(losses).cpu().numpy()
         return values
-
-
-def _measured_at(noise: TrainingNoise) -> tuple[Tensor, list[int] | None]:
-    """The sigmas at which the loss is measured [S], and their numbers if they are levels of the network."""
-    if not isinstance(noise, LevelNoise):
-        return noise.bins, None
-    sigmas = noise.sigmas
-    levels = choose_levels(sigmas, min(MOST_BINS, len(sigmas)) if len(sigmas) > 1 else None)
-    return sigmas[levels], levels
 
 
 def open_probe(
@@ -138,19 +125,22 @@ def open_probe(
     if objective.weight is None:
         return None
     count = load_manifest(dataset).counts.get("test", 0)
-    effort = effort_of(config, objective.noise, held_out=count, training=len(training))
+    levels, sigmas = None, objective.noise.bins
+    if isinstance(objective.noise, LevelNoise):
+        known = objective.noise.sigmas
+        levels = choose_levels(known, min(MOST_BINS, len(known)) if len(known) > 1 else None)
+        sigmas = known[levels]
+    effort = effort_of(config, bins=len(sigmas), held_out=count, training=len(training))
     if effort is None:
         return None
     held_out, (first, second, every) = open_training_images(dataset, "test"), effort
-    sets = (
-        _share(held_out, first, context, Stream.HELD_OUT_NOISE, Stream.HELD_OUT_DEQUANTIZE),
-        _share(training, second, context, Stream.TRAINED_NOISE, Stream.TRAINED_DEQUANTIZE),
-    )
-    return Probe(config, objective, sets, every, context)
-
-
-def _share(split: TrainingImages, count: int, context: WorkerContext, noise: int, dequantize: int) -> ImageShare:
-    places = context.share(count)
-    # A random choice, because a split may be sorted by class.
-    chosen = split.order(COMMON_SEED, first=places.start, count=len(places))
-    return ImageShare(split.rows(chosen), places, count, noise, dequantize)
+    shares = []
+    for split, whole, noise, dequantize in (
+        (held_out, first, Stream.HELD_OUT_NOISE, Stream.HELD_OUT_DEQUANTIZE),
+        (training, second, Stream.TRAINED_NOISE, Stream.TRAINED_DEQUANTIZE),
+    ):
+        places = context.share(whole)
+        # A random choice, because a split may be sorted by class.
+        chosen = split.order(COMMON_SEED, first=places.start, count=len(places))
+        shares.append(ImageShare(split.rows(chosen), places, whole, noise, dequantize))
+    return Probe(config, objective, sigmas, levels, shares, every, context)

@@ -24,7 +24,7 @@ from ncsn.data.format import load_manifest
 from ncsn.data.training_images import open_training_images
 from ncsn.errors import UserError
 from ncsn.model import averages, build, checkpoint
-from ncsn.model.checkpoint_store import CheckpointStore
+from ncsn.model.checkpoint import CheckpointStore
 from ncsn.model.objective import objective_of
 from ncsn.model.trained import start_from, teacher
 from ncsn.process import now_ms
@@ -34,10 +34,9 @@ from ncsn.runs.history import load_history
 from ncsn.storage.heartbeat import Lease, LeaseExpired
 from ncsn.storage.retry import limited
 from ncsn.training.batches import DrawnBatch, classes_of, draw_batch, image_moments
-from ncsn.training.context import StepTimer, WorkerContext, prepare_network
+from ncsn.training.context import LONG_SECONDS, StepTimer, Watchdog, WorkerContext, prepare_network
 from ncsn.training.held_out import open_probe
 from ncsn.training.monitor import Curves, LiveSink, machine_usage, preview_png
-from ncsn.training.watchdog import Watchdog
 
 CHECK_SECONDS = 2.0  # until training sees that it is to end: the workers wait for that for a hundredth of the time
 RESUME_SECONDS = 300.0  # of training that a lost machine may cost; a copy of the state so seldom costs next to nothing
@@ -132,10 +131,6 @@ class Training:
         """Whether no batch is to follow."""
         return self.state.images_seen >= self.last_image
 
-    def measurement_due(self) -> bool:
-        """Whether the held-out loss is to be measured now."""
-        return self.probe is not None and (self.ended() or self.crossed(self.probe.every))
-
     def crossed(self, every: int) -> bool:
         """Whether the last batch reached or passed a multiple of `every` images."""
         seen = self.state.images_seen
@@ -153,27 +148,24 @@ class Training:
     def step(self) -> None:
         """One optimizer step on the next global batch."""
         config, context, state = self.config, self.context, self.state
-        batch = self._draw().on(context.device, config)
+        # This worker's share of the next batch, which was drawn while the one before was computed.
+        share, size = context.share(config.train.batch_size), config.train.batch_size
+        first, draw = state.images_seen + share.start, partial(draw_batch, config, self.objective, self.split)
+        drawn = draw(first=first, count=len(share)) if self.coming is None else self.coming.result()
+        if state.images_seen + size < self.last_image:
+            self.coming = self.ahead.submit(draw, first=first + size, count=len(share))
+        batch = drawn.on(context.device, config)
         for group in state.optimizer.param_groups:
             group["lr"] = build.learning_rate(config, state.images_seen)
         losses, grad_norm = train_step(
             self.model, batch, state=state, loss=self.loss, options=self.options, average=context.average
         )
-        state.images_seen += config.train.batch_size
-        self.curves.add(batch, losses, grad_norm, images=config.train.batch_size)
+        state.images_seen += size
+        self.curves.add(batch, losses, grad_norm, images=size)
 
-    def _draw(self) -> DrawnBatch:
-        """This worker's share of the next batch, which was drawn while the one before was computed."""
-        share, size = self.context.share(self.config.train.batch_size), self.config.train.batch_size
-        first, draw = self.state.images_seen + share.start, partial(draw_batch, self.config, self.objective, self.split)
-        batch = draw(first=first, count=len(share)) if self.coming is None else self.coming.result()
-        if self.state.images_seen + size < self.last_image:
-            self.coming = self.ahead.submit(draw, first=first + size, count=len(share))
-        return batch
-
-    def report(self) -> None:
-        """Add a point to the curves, with the losses that are due. A collective call."""
-        self.watchdog.expect_long()
+    def report(self, *, measured: bool = False) -> None:
+        """Add a point to the curves, perhaps with the held-out loss measured. A collective call."""
+        self.watchdog.allow(LONG_SECONDS)
         point, images_seen = self.curves.point(), self.state.images_seen
         if not (math.isfinite(point["train/loss"]) and math.isfinite(point["train/grad_norm_max"])):
             kept = f"the last good checkpoint is {self.saved}" if self.saved else "there is no checkpoint yet"
@@ -185,7 +177,7 @@ class Training:
                 value=self.config.optimizer.learning_rate,
             )
         self.last_loss = point["train/loss"]
-        if self.probe is not None and self.measurement_due():
+        if self.probe is not None and measured:
             point |= self.probe.measure(self.state, dtype=self.options.autocast_dtype)
         point |= {"train/learning_rate": build.learning_rate(self.config, images_seen)}
         self.reported, self.reported_at = now_ms(), images_seen
@@ -205,16 +197,6 @@ class Training:
         self.publish()
         self.pauses.append(time.perf_counter() - began)
 
-    def keep_averages(self) -> None:
-        """Store a snapshot of both EMAs if it is due, before the checkpoint that implies it."""
-        train, seen, uri = self.config.train, self.state.images_seen, self.job.averages
-        if train.snapshot_every is None or uri is None or not (self.ended() or self.crossed(train.snapshot_every)):
-            return
-        self.watchdog.expect_long()
-        if self.context.rank == 0:
-            taken = averages.copies(self.state)
-            self.checkpoints.later(partial(averages.store, uri, taken, images_seen=seen))
-
     def save_between(self) -> None:
         """Save for a resume alone if it is time, a machine will be lost or training is to end. A collective call.
 
@@ -233,7 +215,7 @@ class Training:
         end, late, check, fetching = map(bool, self.timer.exchange(end, late, check, self.split.fetching))
         self.watchdog.stepped()
         if fetching:
-            self.watchdog.expect_long()
+            self.watchdog.allow(LONG_SECONDS)
         lost = check and not self.warned and context.preempted()
         self.warned |= lost
         if end or late or lost:
@@ -248,7 +230,7 @@ class Training:
 
     def publish(self, *, for_resume: bool = False) -> None:
         """Publish a checkpoint, after a report, which finds a training that diverged. A collective call."""
-        self.watchdog.expect_long()
+        self.watchdog.allow(LONG_SECONDS)
         self.saved = checkpoint.folder_name(self.state.images_seen, for_resume=for_resume)
         self.saved_at = time.perf_counter()
         if self.context.rank == 0:
@@ -284,9 +266,16 @@ def train_loop(job: TrainingJob, context: WorkerContext, checkpoints: Checkpoint
         while not training.ended():
             training.step()
             save = training.ended() or training.crossed(train.checkpoint_every_images)
-            if save or training.measurement_due() or training.crossed(train.report_every_images):
-                training.report()
-            training.keep_averages()
+            probe = training.probe
+            measured = probe is not None and (training.ended() or training.crossed(probe.every))
+            if save or measured or training.crossed(train.report_every_images):
+                training.report(measured=measured)
+            every = train.snapshot_every
+            if every is not None and job.averages is not None and (training.ended() or training.crossed(every)):
+                training.watchdog.allow(LONG_SECONDS)
+                if context.rank == 0:  # before the checkpoint that implies the snapshot
+                    taken, seen = averages.copies(training.state), training.state.images_seen
+                    checkpoints.later(partial(averages.store, job.averages, taken, images_seen=seen))
             if save:
                 training.save()
             elif training.timer.due():

@@ -11,13 +11,12 @@ from typing import Protocol
 import numpy as np
 import psutil
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from ncsn.config import Config
 from ncsn.core.images import DataMoments, eight_bit, image_grid
-from ncsn.core.losses import Batch, bin_sums
+from ncsn.core.losses import Batch
 from ncsn.core.samplers.settings import DpmSolver
 from ncsn.core.training import EVALUATIONS_PER_STEP, TrainState
 from ncsn.errors import InvalidValue
@@ -79,7 +78,9 @@ class Curves:
         rows = [losses, torch.ones_like(losses)]
         if self._edm is not None:
             rows.append(losses * self._edm(batch.sigma))
-        self._sums += bin_sums(torch.stack(rows), bins=self._noise.bin_of(batch), num_bins=len(self._names))
+        bins = self._noise.bin_of(batch)
+        member = bins[:, None] == torch.arange(len(self._names), device=bins.device)
+        self._sums += torch.where(member, torch.stack(rows).to(torch.float64)[..., None], 0.0).sum(dim=-2)
         self._grad_norm = torch.maximum(self._grad_norm, grad_norm.double())
         self._images += images
 
@@ -116,10 +117,15 @@ def preview_png(*, config: Config, state: TrainState, moments: DataMoments) -> b
     They are images 0, 1, ... of the seed of `config.sampling` from the EMA weights, a row for each class if the network
     knows some, but not too many. Draws from no generator, so that training goes on as without it.
     """
-    evaluations = preview_evaluations(config)
+    count, num_classes = config.tracking.preview_images, config.data.num_classes
+    if num_classes is None or num_classes > count:
+        rows = [np.arange(count)]  # numbers of the images; a single row has any number of columns
+    else:  # balanced images have the classes in turn
+        rows = list(np.arange(-(-count // num_classes) * num_classes).reshape(-1, num_classes).T)
+    evaluations = preview_evaluations(config, images=sum(map(len, rows)))
     if not evaluations:
         return None
-    network, rows = state.averaged(), _rows(config)
+    network = state.averaged()
     solver = DpmSolver(num_levels=max(2, evaluations), spacing="geometric")
     sampler = solver if config.loss.learns_score else config.sampling.sampler
     try:
@@ -144,12 +150,10 @@ def preview_png(*, config: Config, state: TrainState, moments: DataMoments) -> b
     return buffer.getvalue()
 
 
-def preview_evaluations(config: Config) -> int:
-    """NFE of a preview image, as many as fit in `SHARE` of the time between two checkpoints; 0 for no preview."""
-    images = config.tracking.preview_images
+def preview_evaluations(config: Config, *, images: int) -> int:
+    """NFE of each image of a preview, as many as fit in `SHARE` of the time between two checkpoints; 0 for none."""
     if not images or config.levels.num_levels == 1:
         return 0
-    images = sum(map(len, _rows(config)))
     # The other workers wait while rank 0 makes the preview.
     between = min(config.train.checkpoint_every_images, config.train.num_images) / config.compute.max_workers
     affordable = int(SHARE * EVALUATIONS_PER_STEP * between / images)
@@ -158,12 +162,3 @@ def preview_evaluations(config: Config) -> int:
         return own if own <= affordable else 0
     wanted = min(affordable, MOST_EVALUATIONS, config.levels.num_levels)
     return wanted if wanted >= min(LEAST_EVALUATIONS, config.levels.num_levels) else 0
-
-
-def _rows(config: Config) -> list[NDArray[np.int64]]:
-    """Numbers of the images of the preview in each row; a single row has any number of columns."""
-    count, num_classes = config.tracking.preview_images, config.data.num_classes
-    if num_classes is None or num_classes > count:
-        return [np.arange(count)]
-    # Balanced images have the classes in turn.
-    return list(np.arange(-(-count // num_classes) * num_classes).reshape(-1, num_classes).T)

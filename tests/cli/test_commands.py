@@ -95,9 +95,8 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
     "args",
     [
         ["submit", "--pipeline", "cook"],
-        ["sample", "--model", "digits/1", "--checkpoint", "folder"],
-        ["sample", "--model", "digits/1", "--score"],
-        ["sample", "--model", "digits/1", "--backend", "local"],
+        ["serve"],
+        ["sample", "one", "two"],
     ],
 )
 def test_options_that_do_not_go_together_are_refused(run_in_process, args: list[str]) -> None:

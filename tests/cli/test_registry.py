@@ -65,7 +65,7 @@ def test_rollback_and_promote_say_what_they_did(ncsn, client) -> None:
         (["promote", "digits", "--rollback", "--force"], "--rollback"),
         (["show", "models:/digits@best"], "models:/digits@best"),
         (["show", "whatever"], "whatever"),
-        (["serve", "nope", "--port", str(free_port())], "nope"),
+        (["serve", "nope", "--port", str(free_port())], "ADDRESS = 'nope'"),
     ],
 )
 def test_a_mistake_is_one_line(ncsn, require_mistake, monkeypatch, args: list[str], key: str) -> None:
@@ -84,9 +84,9 @@ def test_a_refused_promotion_leaves_the_champion(ncsn, require_mistake, client: 
 def test_sampling_from_a_version_without_weights_leaves_nothing(
     run_command, require_mistake, registry: str, tmp_path: Path
 ) -> None:
-    options = ("--model", "digits/2", "--set", f"storage.root={tmp_path}")
+    options = ("models:/digits/2", "--set", f"storage.root={tmp_path}")
     done = run_command("sample", *options, MLFLOW_TRACKING_URI=registry)
-    require_mistake(done, "models:/digits/2")
+    require_mistake(done, "ADDRESS = 'models:/digits/2'")
     assert "file:///nowhere" in done.stderr
     assert list(tmp_path.iterdir()) == []
 

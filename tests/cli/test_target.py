@@ -57,11 +57,12 @@ def test_a_run_is_where_its_store_is_now(config: Config, folder: RunFolder, stor
     update_step(folder, "ingest", state="RUNNING")
     moved = store.rename(tmp_path / "moved")
     checkpoint = moved / "runs/mine/checkpoints/images-000000160"
-    storage.write_text(str(checkpoint / "config.yaml"), storage.read_text(str(moved / "runs/mine/config.yaml")))
+    storage.write_text(str(checkpoint / "checkpoint.json"), "{}")
     for found in (
         TargetOptions(str(moved / "runs/mine/config.yaml"), run="mine").resolve(),
         TargetOptions(None, (f"storage.root={moved}",), "mine").resolve(),
-        TargetOptions().resolve(checkpoint=str(checkpoint)),
+        TargetOptions().resolve(str(checkpoint)),
+        TargetOptions(None, (f"storage.root={moved}",)).resolve("mine"),
     ):
         assert (found.config.storage.root, found.run) == (str(moved), "mine")
     elsewhere = TargetOptions(str(moved / "runs/mine/config.yaml"), ("storage.root=/elsewhere",))
@@ -72,13 +73,16 @@ def test_a_run_is_where_its_store_is_now(config: Config, folder: RunFolder, stor
 
 
 def test_a_checkpoint_brings_its_config_and_its_run(config_file: Path, store: Path, tmp_path: Path) -> None:
-    own = TargetOptions(str(config_file)).resolve().run
+    own = TargetOptions(str(config_file)).resolve()
+    claimed(own.config, "mine")
     of_run = [(store / "runs" / "mine" / name, "mine") for name in ("checkpoints", "selected", "ema/widths")]
-    for folder, run in (*of_run, (tmp_path / "a" / "checkpoints", own)):
+    of_none = [tmp_path / "a" / "checkpoints", store / "runs/mine/search/trials/a/b/checkpoints"]
+    for folder, run in (*of_run, *((each, own.run) for each in of_none)):
         checkpoint = folder / "images-000000160"
         storage.write_text(str(checkpoint / "config.yaml"), config_file.read_text())
-        found = TargetOptions().resolve(checkpoint=str(checkpoint))
-        assert (found.run, found.config.name) == (run, "tiny")
+        storage.write_text(str(checkpoint / "checkpoint.json"), "{}")
+        found = TargetOptions().resolve(str(checkpoint))
+        assert (found.run, found.config.name, found.checkpoint) == (run, "tiny", str(checkpoint))
 
 
 def test_a_name_is_a_config_here_or_else_an_example(config_file: Path, tmp_path: Path, monkeypatch) -> None:
@@ -94,6 +98,9 @@ def test_a_name_is_a_config_here_or_else_an_example(config_file: Path, tmp_path:
 def test_a_config_that_is_not_there(config_file: Path, store: Path, tmp_path: Path) -> None:
     with refused("--config"):
         TargetOptions().resolve()
+    for both in (TargetOptions(str(config_file)), TargetOptions(run="mine")):
+        with refused("ADDRESS"):
+            both.resolve("mine")
     with refused("--run", error=NotFound) as caught:
         TargetOptions(None, (f"storage.root={store}",), "gone").resolve()
     assert f"{store}/runs/gone/config.yaml" in str(caught.value)
@@ -104,7 +111,7 @@ def test_a_config_that_is_not_there(config_file: Path, store: Path, tmp_path: Pa
 
 
 def test_the_server_without_a_config_is_the_database_of_the_store(store: Path) -> None:
-    of_a_model = TargetOptions(None, (f"storage.root={store}", "sampling.label=cat", "sampling.sampler.num_steps=4"))
+    of_a_model = TargetOptions(None, (f"storage.root={store}",))
     with refused("tracking.uri", error=NotFound):
         of_a_model.registry  # noqa: B018
     storage.write_text(f"{store}/mlflow.db", "")

@@ -12,6 +12,7 @@ from refused import refused
 
 from ncsn.config import Config, ConfigError, changed_settings, from_yaml, overrides_between, to_json, to_yaml
 from ncsn.config.problems import fields_of, problems, section_models
+from ncsn.data.pixels import Fit
 from ncsn.errors import problems_of
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -359,9 +360,8 @@ def test_changed_settings_ignore_where_the_work_happens_and_how_often_something_
 def test_a_background_is_a_word_or_three_bytes() -> None:
     for value, color in (("none", None), ("white", (255, 255, 255)), ("[1, 2, 3]", (1, 2, 3))):
         config = from_yaml(DIGITS, overrides=[f"data.background={value}"])
-        assert (
-            config.data.background_color == color and from_yaml(to_json(config)) == from_yaml(to_yaml(config)) == config
-        )
+        assert Fit.of(config.data).background == color
+        assert from_yaml(to_json(config)) == from_yaml(to_yaml(config)) == config
     for wrong in ("blue", "null", "[1, 2]", "[1, 2, 300]", "[1, 2, -1]", "[1, 2, 0.5]", "3"):
         with refused("data.background"):
             from_yaml(DIGITS, overrides=[f"data.background={wrong}"])

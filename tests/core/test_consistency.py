@@ -9,7 +9,7 @@ import torch
 from tiny_networks import shaken, unet
 
 from ncsn.core.losses import Batch, ConsistencyTuning, DenoisingScoreMatching, PowerWeight, Teacher
-from ncsn.core.networks.normalization import image_keys
+from ncsn.core.networks.layers import image_keys
 from ncsn.core.samplers.chain import sample
 from ncsn.core.samplers.settings import Consistency
 from ncsn.core.training_noise import PairSchedule

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from ncsn.core.losses import Batch, DenoisingScoreMatching, PowerWeight, SlicedScoreMatching, bin_sums
+from ncsn.core.losses import Batch, DenoisingScoreMatching, PowerWeight, SlicedScoreMatching
 from ncsn.core.noise_schedule import geometric_sigmas
 
 SIGMAS = geometric_sigmas(1.0, 0.01, 10)
@@ -82,16 +82,6 @@ def test_regression_of_the_noise_on_the_noisy_image_has_the_scores_slope():
     noisy = x + sigma * z
     slope = -(noisy * z).sum() / noisy.square().sum()
     assert slope.item() == pytest.approx(-sigma / (s2 + sigma**2), rel=0.01)
-
-
-def test_bin_sums_add_up_over_batches_to_the_mean_at_each_level():
-    values, level = torch.rand(50), torch.randint(0, 4, (50,), generator=torch.Generator().manual_seed(0))
-    level[level == 2] = 1
-    rows = torch.stack([values, torch.ones(50)])
-    sums, counts = sum(bin_sums(rows[:, a:b], bins=level[a:b], num_bins=4) for a, b in ((0, 20), (20, 50)))
-    assert counts.tolist() == torch.bincount(level, minlength=4).tolist() and counts[2] == 0
-    for index in (0, 1, 3):
-        assert (sums / counts)[index].item() == pytest.approx(values[level == index].double().mean().item(), rel=1e-12)
 
 
 def test_power_zero_is_unweighted_at_one_sigma():

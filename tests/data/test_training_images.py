@@ -24,7 +24,6 @@ from ncsn.data.sources.base import Source
 from ncsn.data.training_images import (
     CachedSplit,
     StreamedSplit,
-    image_indices,
     open_cache,
     open_training_images,
     window_at,
@@ -109,18 +108,18 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(small_disk, tmp_path, data_c
 
 @given(size=st.integers(1, 40), cuts=st.lists(st.integers(0, 30), min_size=1, max_size=8), start=st.integers(0, 1000))
 def test_the_order_does_not_depend_on_the_batches(size, cuts, start):
-    whole = image_indices(3, first=start, count=sum(cuts), size=size)
+    split = CachedSplit(np.empty(size), np.empty(size))
+    whole = split.order(3, first=start, count=sum(cuts))
     firsts = start + np.cumsum([0, *cuts[:-1]])
-    pieces = [
-        image_indices(3, first=int(first), count=count, size=size) for first, count in zip(firsts, cuts, strict=True)
-    ]
+    pieces = [split.order(3, first=int(first), count=count) for first, count in zip(firsts, cuts, strict=True)]
     assert np.array_equal(np.concatenate(pieces), whole)
     assert whole.dtype == np.int64
 
 
 def test_the_order_of_one_window_stays_what_it_was():
     """Over the end of an epoch: checkpoints go on where they were."""
-    assert image_indices(3, first=95, count=10, size=100).tolist() == [11, 52, 35, 16, 37, 86, 36, 71, 8, 6]
+    split = CachedSplit(np.empty(100), np.empty(100))
+    assert split.order(3, first=95, count=10).tolist() == [11, 52, 35, 16, 37, 86, 36, 71, 8, 6]
 
 
 @pytest.mark.parametrize("lengths", [[10] * 100, [10] * 100 + [7], [9, 10, 1, 10], [33], [1] * 16])

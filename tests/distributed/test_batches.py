@@ -14,7 +14,7 @@ from ncsn.core.keyed_random import Stream, keyed_uniform
 from ncsn.core.losses import Batch
 from ncsn.core.training import StepOptions, train_step
 from ncsn.data import training_images
-from ncsn.data.training_images import StreamedSplit, image_indices, open_cache, open_training_images
+from ncsn.data.training_images import StreamedSplit, open_cache, open_training_images
 from ncsn.model import build
 from ncsn.model.objective import objective_of
 from ncsn.training.batches import draw_batch, image_moments
@@ -68,7 +68,7 @@ def test_parts_of_a_batch_are_the_batch(
 def test_a_share_of_the_labels_is_hidden(tiny: str, dataset: str) -> None:
     config, split = from_yaml(tiny, overrides=CLASSES), open_cache(dataset, "train")
     labels = draw_batch(config, objective_of(config), split, first=1250, count=64).conditions["labels"]
-    rows = image_indices(config.seed, first=1250, count=64, size=len(split))
+    rows = split.order(config.seed, first=1250, count=64)
     hidden = keyed_uniform(config.seed, stream=Stream.LABEL, first=1250, count=64, size=1)[:, 0].numpy() < 0.3
     np.testing.assert_array_equal(labels, np.where(hidden, -1, split.labels[rows]))
     assert 0 < hidden.sum() < 64
@@ -107,12 +107,7 @@ def test_gradients_of_parts_average_to_the_gradient_of_the_batch(
         )
         return [parameter.grad for parameter in state.network.parameters() if parameter.grad is not None]
 
-    class Worker(WorkerContext):
-        def __init__(self, rank: int) -> None:
-            super().__init__()
-            self.rank, self.world_size = rank, workers
-
-    shares = [Worker(rank).share(8) for rank in range(workers)]
+    shares = [WorkerContext(rank=rank, world_size=workers).share(8) for rank in range(workers)]
     assert [place for share in shares for place in share] == list(range(8))
     parts = [gradients(share.start, len(share), workers) for share in shares]
     for together, *each in zip(gradients(0, 8), *parts, strict=True):

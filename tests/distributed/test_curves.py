@@ -10,16 +10,20 @@ import torch
 from local_training import Recorder, assert_same_tensors, train_for_tensors, train_locally
 
 from ncsn.config import Config, from_yaml
+from ncsn.core.losses import Batch
+from ncsn.core.noise_schedule import geometric_sigmas
 from ncsn.core.training import TrainState
+from ncsn.core.training_noise import LevelNoise
 from ncsn.data.format import read_split
 from ncsn.data.training_images import StreamedSplit, open_training_images
 from ncsn.model import build
-from ncsn.model.objective import objective_of
-from ncsn.runs.history import RATE, TrainingHistory, held_out_curves, load_history
+from ncsn.model.objective import Objective, objective_of
+from ncsn.runs.history import RATE, TrainingHistory, held_out_curves, load_history, loss_names
 from ncsn.training import held_out, monitor
 from ncsn.training.context import WorkerContext
 from ncsn.training.held_out import effort_of, open_probe
 from ncsn.training.loop import TrainingJob
+from ncsn.training.monitor import Curves
 
 # A share of the time at which even the tiny training measures 14 images of both sets.
 SHARE = 14 * 4 / (3 * 80)
@@ -31,19 +35,26 @@ def affordable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(held_out, "FEW_IMAGES", 7)
 
 
-class Worker(WorkerContext):
-    """One of several, whose sums are only its own part."""
+def test_curves_add_up_over_batches_to_the_mean_at_each_level():
+    values, level = torch.rand(50), torch.randint(0, 4, (50,), generator=torch.Generator().manual_seed(0))
+    level[level == 2] = 1
+    noise, x = LevelNoise(geometric_sigmas(1.0, 0.01, 4)), torch.zeros(50, 1, 1, 1)
+    curves = Curves(Objective(noise, lambda *_: None), WorkerContext())
+    for part in (slice(0, 20), slice(20, 50)):
+        curves.add(Batch(x, noise.sigmas[level], x, level)[part], values[part], torch.zeros(()), images=50)
+    point = curves.point()
+    found = [point.get(name) for name in loss_names(noise.sigmas.tolist())]
+    assert found.pop(2) is None
+    wanted = [values[level == index].double().mean().item() for index in (0, 1, 3)]
+    assert found == pytest.approx(wanted, rel=1e-12)
+    assert point["train/loss"] == pytest.approx(values.double().mean().item(), rel=1e-12)
 
-    def __init__(self, rank: int, world_size: int) -> None:
-        super().__init__()
-        self.rank, self.world_size = rank, world_size
 
-
-class Summing(Worker):
+class Summing(WorkerContext):
     """The last of several workers, which knows what the others found."""
 
     def __init__(self, others: list[list[torch.Tensor]]) -> None:
-        super().__init__(len(others), len(others) + 1)
+        super().__init__(rank=len(others), world_size=len(others) + 1)
         self._others = others
 
     def sum_over_workers(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -101,7 +112,7 @@ def test_the_network_is_told_the_classes(tiny: str, dataset: str, monkeypatch: p
 
 @pytest.mark.usefixtures("affordable")
 def test_any_number_of_workers_finds_the_same_held_out_loss(tiny: str, dataset: str) -> None:
-    class Noting(Worker):
+    class Noting(WorkerContext):
         def sum_over_workers(self, tensor: torch.Tensor) -> torch.Tensor:
             found.append(tensor.clone())
             return tensor
@@ -109,7 +120,7 @@ def test_any_number_of_workers_finds_the_same_held_out_loss(tiny: str, dataset: 
     config, others = from_yaml(tiny), []
     for rank in range(2):
         found: list[torch.Tensor] = []
-        point(config, dataset, Noting(rank, 3))
+        point(config, dataset, Noting(rank=rank, world_size=3))
         others.append(found)
     alone = point(config, dataset, WorkerContext())
     assert point(config, dataset, Summing(others)) == pytest.approx(alone, rel=1e-5)
@@ -150,7 +161,7 @@ def test_the_held_out_loss_takes_a_fiftieth_of_the_time(
     tiny: str, overrides: list[str], held_out_images: int, effort: tuple[int, int, int] | None
 ) -> None:
     config = from_yaml(tiny, overrides=overrides)
-    found = effort_of(config, objective_of(config).noise, held_out=held_out_images, training=1258)
+    found = effort_of(config, bins=4, held_out=held_out_images, training=1258)
     assert found == effort
     if found is not None:
         passes = 4 * (found[0] + found[1]) / found[2]
@@ -193,7 +204,8 @@ def test_previews_come_with_checkpoints_and_do_not_disturb_the_training(
     ],
 )
 def test_previews_take_a_hundredth_of_the_time(tiny: str, overrides: list[str], evaluations: int) -> None:
-    assert monitor.preview_evaluations(from_yaml(tiny, overrides=overrides)) == evaluations
+    config = from_yaml(tiny, overrides=overrides)
+    assert monitor.preview_evaluations(config, images=config.tracking.preview_images) == evaluations
 
 
 def test_curves_have_a_point_per_report_and_checkpoint(tiny: str, dataset: str, tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ def test_a_lost_worker_is_one_line_until_training_ends(tmp_path: Path, caplog: p
     for name, file in (("images-000070016", "checkpoint.json"), ("images-000080000", "weights.safetensors")):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
         (tmp_path / "checkpoints" / name / file).touch()
-    lost = LostWorkers(str(tmp_path), max_failures=1)
+    lost = LostWorkers(str(tmp_path), left=1)
 
     def said(*errors: Exception) -> list[str]:
         caplog.clear()
@@ -76,10 +76,11 @@ def test_ray_train_repeats_what_a_worker_raises_but_not_a_mistake(
         raise error
 
     monkeypatch.setattr(workers, "train_loop", fail)
-    monkeypatch.setattr(workers, "checkpoint_store", lambda *_: None)
+
+    job = SimpleNamespace(config=SimpleNamespace(train=SimpleNamespace(keep_checkpoints=1)))
 
     def attempt() -> object:
-        return workers.attempt(SimpleNamespace(config=None), "/runs/mine", lambda: SimpleNamespace(device="cpu"))
+        return workers.attempt(job, "/runs/mine", lambda: SimpleNamespace(device="cpu"))
 
     if returned:
         assert attempt() is error

@@ -16,8 +16,7 @@ from ncsn.config import Config, ConfigError, changed_settings, from_yaml, to_yam
 from ncsn.core.networks.transfer import light_parameters
 from ncsn.data.format import load_manifest
 from ncsn.model import build
-from ncsn.model.checkpoint import load_checkpoint
-from ncsn.model.checkpoint_store import CheckpointStore
+from ncsn.model.checkpoint import CheckpointStore, load_checkpoint
 from ncsn.model.generate import generate
 from ncsn.runs.folder import run_folder
 from ncsn.steps.train import require_start, start_of

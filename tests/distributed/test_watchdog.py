@@ -11,8 +11,8 @@ from gloo_workers import hang
 
 from ncsn.config import from_yaml
 from ncsn.data.training_images import CachedSplit
-from ncsn.model.checkpoint_store import CheckpointStore
-from ncsn.training import loop, watchdog
+from ncsn.model.checkpoint import CheckpointStore
+from ncsn.training import context as training_context, loop
 from ncsn.training.context import WorkerContext
 from ncsn.training.loop import TrainingJob, train_loop
 
@@ -39,8 +39,8 @@ def test_a_worker_that_hangs_ends(tiny, dataset, tmp_path, monkeypatch, each, lo
 
     monkeypatch.setattr(faulthandler, "dump_traceback_later", lambda _, **order: orders.append(order))
     monkeypatch.setattr(faulthandler, "cancel_dump_traceback_later", lambda: orders.append("canceled"))
-    monkeypatch.setattr(watchdog, "STEP_SECONDS", 0.2)
-    monkeypatch.setattr(watchdog, "TICK_SECONDS", 0.01)
+    monkeypatch.setattr(training_context, "STEP_SECONDS", 0.2)
+    monkeypatch.setattr(training_context, "TICK_SECONDS", 0.01)
     monkeypatch.setattr(loop, "draw_batch", slow_draw)
     monkeypatch.setattr(loop, "CHECK_SECONDS", 0.0)  # steps are looked at one by one, as where they are slow
     monkeypatch.setattr(CachedSplit, "fetching", fetching)

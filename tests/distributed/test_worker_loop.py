@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.multiprocessing
 from clock import Clock
-from gloo_workers import GlooContext, average_gradients, resume_from_a_torn_copy, work, work_in_graphs
+from gloo_workers import average_gradients, resume_from_a_torn_copy, work, work_in_graphs
 from local_training import (
     Recorder,
     assert_close_tensors,
@@ -34,8 +34,7 @@ from ncsn.errors import InvalidValue
 from ncsn.evaluation.extractors import full_float32
 from ncsn.model import build, generate
 from ncsn.model.averages import build_average, snapshots
-from ncsn.model.checkpoint import load_checkpoint
-from ncsn.model.checkpoint_store import CheckpointStore
+from ncsn.model.checkpoint import CheckpointStore, load_checkpoint
 from ncsn.progress import Progress
 from ncsn.runs.history import load_history
 from ncsn.storage import heartbeat
@@ -186,7 +185,7 @@ def test_gradients_are_averaged_in_the_order_of_memory(monkeypatch: pytest.Monke
         return [each.contiguous(memory_format=torch.channels_last) if each.ndim == 4 else each for each in found]
 
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda flat: flat.mul_(3))
-    context, found = GlooContext(0, 2), gradients("cpu")
+    context, found = WorkerContext(rank=0, world_size=2), gradients("cpu")
     means = [1.5 * each for each in found]
     context.average(found)
     assert all(map(torch.equal, found, means))
@@ -306,13 +305,11 @@ def test_a_step_timer_is_the_same_on_all_workers_and_slows_down_gently(monkeypat
     class Two(WorkerContext):
         """The other worker's step takes 1 second, this one's no time."""
 
-        world_size = 2
-
         def sum_over_workers(self, tensor: torch.Tensor) -> torch.Tensor:
             return tensor + 1.0
 
     monkeypatch.setattr("ncsn.training.loop.time", Clock())
-    timer = StepTimer(Two(), seconds=4.0)
+    timer = StepTimer(Two(world_size=2), seconds=4.0)
     due = [step for step in range(1, 40) if timer.due() and timer.exchange(2.0) == [3.0]]
     assert due == [1, 3, 7, 15, 23, 31, 39], "2, 4, then every 8 steps of half a second"
 

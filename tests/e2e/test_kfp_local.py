@@ -64,6 +64,6 @@ def test_the_tasks_hand_on_what_the_steps_store(workplace, outputs: dict[str, An
 def test_a_registered_model_is_sampled(workplace, outputs: dict[str, Any]) -> None:
     few, model = ["sampling.num_images=8", "evaluation.num_splits=2"], "models:/ncsn-tiny@champion"
     sample_pipeline(model=model, root=str(workplace.root), overrides=few, evaluated=True)
-    (images,) = (workplace.root / "generated" / "ncsn-tiny" / "1").iterdir()
-    assert list(images.glob("shard-*.parquet"))
-    assert "eval/classifier_fid_n8" in workplace.result(f"ncsn-tiny-1-{images.name}", "evaluate")["metrics"]
+    (run,) = (workplace.root / "runs").glob("ncsn-tiny-1-*")
+    assert list(Path(workplace.result(run.name, "sample")["uri"]).glob("shard-*.parquet"))
+    assert "eval/classifier_fid_n8" in workplace.result(run.name, "evaluate")["metrics"]

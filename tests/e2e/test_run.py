@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -171,11 +172,13 @@ def test_trace_prints_every_link_of_the_model(workplace, finished) -> None:
 def test_images_come_from_the_registry_alone(workplace, finished, tmp_path, monkeypatch) -> None:
     one_shard = ("--set", "sampling.batch_size=16")  # which needs no cluster
     pictures = tmp_path / "pictures"
-    options = ("--png", str(pictures), "--json", *one_shard)
-    done = workplace.run("sample", "--model", "models:/ncsn-tiny@champion", *options)
+    options = ("--png", str(pictures), "--json", *one_shard, "--set", f"storage.root={workplace.root}")
+    command = [sys.executable, "-m", "ncsn", "sample", "models:/ncsn-tiny@champion", *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     made = json.loads(done.stdout)
-    assert made["model"] == workplace.result(RUN, "register")["uri"]
+    manifest = json.loads(Path(made["uri"], "manifest.json").read_text())
+    assert manifest["model"] == workplace.result(RUN, "register")["uri"]
     images, sampled = (read_samples(uri, 0, 16) for uri in (made["uri"], workplace.result(RUN, "sample")["uri"]))
     assert np.abs(images.astype(int) - sampled.astype(int)).max() <= 1
     assert Path(made["grid"]).read_bytes().startswith(b"\x89PNG")

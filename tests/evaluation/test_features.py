@@ -99,10 +99,11 @@ def extract(images: np.ndarray) -> Extracted:
 
 
 def test_holds_all_features_their_moments_and_the_histogram(tmp_path: Path) -> None:
-    extracted, store = extract(IMAGES), str(tmp_path)
-    publish_reference(store, "f" * 64, extracted, batch_size=7, origin={"split": "train", "gaussian": 1.0})
-    reference = load_reference(store, "f" * 64)
-    assert reference is not None and load_reference(store, "e" * 64) is None
+    extracted, uri = extract(IMAGES), str(tmp_path / "reference")
+    publish_reference(uri, extracted, batch_size=7, origin={"fingerprint": "f" * 64, "gaussian": 1.0})
+    reference = load_reference(uri)
+    assert reference is not None and load_reference(str(tmp_path)) is None
+    assert (reference.fingerprint, reference.gaussian) == ("f" * 64, 1.0)
     np.testing.assert_array_equal(reference.features, extracted.features)
     np.testing.assert_allclose(reference.statistics.mean, extracted.features.mean(0), rtol=1e-6)
     np.testing.assert_allclose(reference.statistics.covariance, np.cov(extracted.features, rowvar=False), rtol=1e-5)
@@ -114,5 +115,5 @@ def test_a_failed_computation_leaves_nothing(tmp_path: Path) -> None:
     seen = extract(IMAGES)
     seen.features[0] = np.nan
     with pytest.raises(ValueError, match="1 of 7"):
-        publish_reference(str(tmp_path), "f" * 64, seen, batch_size=7, origin={"split": "train", "gaussian": 1.0})
-    assert list((tmp_path / "reference").iterdir()) == []
+        publish_reference(str(tmp_path / "reference"), seen, batch_size=7, origin={"fingerprint": "", "gaussian": 1.0})
+    assert list(tmp_path.iterdir()) == []

@@ -14,10 +14,13 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from ncsn.data.format import Rows
-from ncsn.evaluation.class_scores import AskedClasses, class_scores, classes_by_probe, fit_probe
 from ncsn.evaluation.extractors import Extracted
 from ncsn.evaluation.scores import (
+    AskedClasses,
+    class_scores,
+    classes_by_probe,
     excess_distance,
+    fit_probe,
     inception_score,
     kernel_distance,
     nearest_images,
@@ -86,10 +89,10 @@ def test_two_points_each_by_hand() -> None:
 def test_the_distance_without_a_group_is_that_of_the_others() -> None:
     rng = np.random.default_rng(4)
     x, y, groups = rng.standard_normal((30, 3)), rng.standard_normal((20, 3)), np.arange(30) % 4
-    _, without = squared_mmd(x, y, member=groups == np.arange(4)[:, None])
+    _, without = squared_mmd(x, y, member=np.equal(groups, np.arange(4)[:, None]).astype(float))
     for group, found in enumerate(without):
         rest = x[groups != group]
-        assert found == pytest.approx(squared_mmd(rest, y, member=np.ones((1, len(rest)), bool))[0], abs=1e-12)
+        assert found == pytest.approx(squared_mmd(rest, y, member=np.ones((1, len(rest))))[0], abs=1e-12)
 
 
 @pytest.mark.parametrize(("count", "classes"), [(150, 1), (150, 10), (400, 1)])
@@ -270,7 +273,7 @@ def test_an_excess_is_the_difference_of_two_kernel_distances(monkeypatch: pytest
     x, y, reference = 0.5 + rng.standard_normal((70, 6)), rng.standard_normal((40, 6)), rng.standard_normal((90, 6))
 
     def distance(vectors: np.ndarray) -> float:
-        return squared_mmd(vectors, reference, member=np.ones((1, len(vectors)), bool))[0]
+        return squared_mmd(vectors, reference, member=np.ones((1, len(vectors))))[0]
 
     found = excess_distance(x, y, reference)
     assert found[0] == pytest.approx(distance(x) - distance(y))

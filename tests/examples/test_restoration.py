@@ -23,9 +23,8 @@ from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
 from ncsn.core.keyed_random import KeyedNoise
-from ncsn.core.samplers.chain import sample
+from ncsn.core.samplers.chain import sample, spaced_sigmas
 from ncsn.core.samplers.guidance import Guided
-from ncsn.core.samplers.level_grid import spaced_sigmas
 from ncsn.core.samplers.settings import DpmSolver, KarrasHeun, Sampler
 
 RHO, KNOWN, HIGH, LOW = 0.8, 1.3, 40.0, 0.002

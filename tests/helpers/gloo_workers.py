@@ -21,19 +21,10 @@ from torch._dynamo.backends.debugging import aot_eager
 
 from ncsn.config import Config
 from ncsn.core.training import TrainState
-from ncsn.distributed.workers import GroupContext
-from ncsn.model.checkpoint import DamagedError
-from ncsn.model.checkpoint_store import CheckpointStore
-from ncsn.training import context as training_context, loop, watchdog
-from ncsn.training.context import prepare_network
+from ncsn.model.checkpoint import CheckpointStore, DamagedError
+from ncsn.training import context as training_context, loop
+from ncsn.training.context import WorkerContext, prepare_network
 from ncsn.training.loop import Training, TrainingJob, train_loop
-
-
-class GlooContext(GroupContext):
-    """A worker like Ray's."""
-
-    def __init__(self, rank: int, world_size: int) -> None:
-        super().__init__("cpu", rank=rank, world_size=world_size)
 
 
 class TornCopy(CheckpointStore):
@@ -59,7 +50,7 @@ def group(rank: int, world_size: int, folder: str) -> Iterator[None]:
 
 def work(rank: int, world_size: int, job: TrainingJob, folder: str) -> None:
     with group(rank, world_size, folder):
-        train_loop(job, GlooContext(rank, world_size), CheckpointStore(f"{folder}/checkpoints"))
+        train_loop(job, WorkerContext(rank=rank, world_size=world_size), CheckpointStore(f"{folder}/checkpoints"))
 
 
 def work_in_graphs(rank: int, world_size: int, job: TrainingJob, folder: str) -> None:
@@ -82,7 +73,8 @@ def work_in_graphs(rank: int, world_size: int, job: TrainingJob, folder: str) ->
 def hang(rank: int, world_size: int, job: TrainingJob, folder: str) -> None:
     """The checkpoint of rank 0 at 32 images takes as long as a hundred steps may; at 80 images rank 2 hangs."""
     loop.CHECK_SECONDS = 0.0  # steps are looked at one by one, as where they are slow
-    watchdog.STEP_SECONDS, watchdog.SLOWER, watchdog.TICK_SECONDS, watchdog.END_SECONDS = 1.0, 2, 0.02, 3.0
+    training_context.STEP_SECONDS, training_context.SLOWER = 1.0, 2
+    training_context.TICK_SECONDS, training_context.END_SECONDS = 0.02, 3.0
     step, save = Training.step, Training.save
 
     def hangs(training: Training) -> None:
@@ -95,7 +87,7 @@ def hang(rank: int, world_size: int, job: TrainingJob, folder: str) -> None:
         save(training)
 
     Training.step, Training.save = hangs, is_long  # type: ignore[method-assign]
-    context = GlooContext(rank, world_size)
+    context = WorkerContext(rank=rank, world_size=world_size)
     context.hung = f"{folder}/hung"
     with group(rank, world_size, folder):
         train_loop(job, context, CheckpointStore(f"{folder}/checkpoints"))
@@ -106,7 +98,7 @@ def resume_from_a_torn_copy(rank: int, world_size: int, job: TrainingJob, folder
     store = TornCopy if rank == world_size - 1 else CheckpointStore
     with group(rank, world_size, folder):
         try:
-            train_loop(job, GlooContext(rank, world_size), store(f"{folder}/checkpoints"))
+            train_loop(job, WorkerContext(rank=rank, world_size=world_size), store(f"{folder}/checkpoints"))
         except DamagedError as mistake:
             Path(folder, f"mistake-{rank}").write_text(mistake.reason)
 
@@ -125,7 +117,7 @@ def average_gradients(rank: int, world_size: int, config: Config, folder: str) -
         nn.init.uniform_(parameter, -0.1, 0.1, generator=generator)
     x = torch.rand(2 + rank, 512, generator=generator.manual_seed(rank))
     with group(rank, world_size, folder):
-        context = GlooContext(rank, world_size)
+        context = WorkerContext(rank=rank, world_size=world_size)
         compiled, compressed = copy.deepcopy(plain), copy.deepcopy(plain)
         with patch.object(nn.Module, "compile", partialmethod(nn.Module.compile, backend=backend)):
             wrapped, _ = prepare_network(compiled, config, context)

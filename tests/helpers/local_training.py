@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ncsn import storage
 from ncsn.config import Config
-from ncsn.model.checkpoint_store import CheckpointStore
+from ncsn.model.checkpoint import CheckpointStore
 from ncsn.training.context import WorkerContext
 from ncsn.training.loop import TrainingJob, TrainOutcome, train_loop
 

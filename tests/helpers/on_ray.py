@@ -25,7 +25,7 @@ from ncsn.evaluation.frechet import RunningDistance, RunningScore
 from ncsn.evaluation.reference import open_evaluator
 from ncsn.progress import Progress
 from ncsn.steps.evaluate import EvaluateResult, evaluate
-from ncsn.training import loop, watchdog
+from ncsn.training import context, loop
 
 
 class KillsWorker(Progress):
@@ -42,7 +42,7 @@ class KillsWorker(Progress):
         """In each worker, where a few seconds take the place of minutes, and steps are looked at one by one."""
         self.__dict__ |= state
         loop.CHECK_SECONDS = 0.0
-        watchdog.STEP_SECONDS, watchdog.TICK_SECONDS, watchdog.END_SECONDS = 3.0, 0.1, 2.0
+        context.STEP_SECONDS, context.TICK_SECONDS, context.END_SECONDS = 3.0, 0.1, 2.0
 
     def changed(self) -> None:
         if self.done < self.at or self.killed.exists():

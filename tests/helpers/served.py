@@ -17,7 +17,7 @@ import torch
 from ncsn.config import from_yaml
 from ncsn.core.images import fit_moments
 from ncsn.model import build
-from ncsn.model.checkpoint import SamplingCheckpoint
+from ncsn.model.checkpoint import TrainedNetwork
 from ncsn.model.classes import Classes
 
 TEXT = """
@@ -31,12 +31,12 @@ evaluation: {num_splits: 2}
 """
 
 
-def trained_by(seed: int, *overrides: str) -> SamplingCheckpoint:
+def trained_by(seed: int, *overrides: str) -> TrainedNetwork:
     config = from_yaml(TEXT, overrides=overrides)
     network, draw = build.network(config).eval().requires_grad_(False), torch.Generator().manual_seed(seed)
     for parameter in network.parameters():
         parameter.add_(0.2 * torch.randn(parameter.shape, generator=draw))
-    return SamplingCheckpoint(
+    return TrainedNetwork(
         config=config,
         network=network,
         moments=fit_moments(torch.rand(64, 1, 8, 8, generator=draw)),

@@ -18,7 +18,7 @@ from ncsn.core.images import fit_moments
 from ncsn.core.losses import Batch
 from ncsn.core.training import TrainState, train_step
 from ncsn.model import build, checkpoint
-from ncsn.model.checkpoint_store import CheckpointStore
+from ncsn.model.checkpoint import CheckpointStore
 from ncsn.model.objective import objective_of
 from ncsn.runs.folder import INDEX
 

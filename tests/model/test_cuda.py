@@ -136,7 +136,7 @@ def test_a_teacher_evaluates_both_scores_in_one_pass_in_the_precision_of_trainin
     guidance = "pairs: teacher, guidance: {kind: classifier_free, weight: 2.0}"
     guided = f"loss={{kind: consistency, {guidance}}}", "train.precision=bfloat16", "data.num_classes=10"
     config = from_yaml(to_yaml(RECIPES["cifar10-two-step"]), overrides=guided)
-    monkeypatch.setattr(trained, "load_checkpoint_or_model", lambda _: None)
+    monkeypatch.setattr(trained, "load_checkpoint", lambda _: None)
     monkeypatch.setattr(trained, "adapted", lambda *_, **__: ({}, []))
     network = trained.teacher("uri", config=config, classes=None, device=CUDA)
     loss = objective_of(config).loss(None, network)

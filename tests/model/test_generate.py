@@ -16,7 +16,7 @@ from ncsn.config import Config, from_yaml
 from ncsn.core.images import fit_moments
 from ncsn.core.samplers.chain import visited
 from ncsn.model import build, checkpoint
-from ncsn.model.checkpoint import TrainedNetwork, weights_digest
+from ncsn.model.checkpoint import SAMPLING_FILES, TrainedNetwork, load_checkpoint, save_network, weights_digest
 from ncsn.model.classes import Classes, require_label, require_same_classes
 from ncsn.model.generate import (
     Strip,
@@ -27,7 +27,6 @@ from ncsn.model.generate import (
     sampling_facts,
     with_precision,
 )
-from ncsn.model.trained import load_checkpoint_or_model, load_model, save_model
 
 TEXT = """
 name: tiny
@@ -304,21 +303,17 @@ def test_a_registered_model_has_its_guide_and_classes_with_it(trained: TrainedNe
     auto = f"sampling.guidance={{kind: autoguidance, checkpoint: {uri}, weight: 2.0}}"
     guided = replace(trained, config=config_with(auto), guide=worse)
     (tmp_path / "model").mkdir()
-    save_model(guided, tmp_path / "model")
-    assert {"guide.safetensors", "classes.json"} <= {file.name for file in (tmp_path / "model").iterdir()}
+    save_network(guided, tmp_path / "model")
     expected = images(trained, auto)
     Path(uri).rename(tmp_path / "gone")
-    for loaded in (load_model(tmp_path / "model", origin="m"), load_checkpoint_or_model(str(tmp_path / "model"))):
-        assert loaded.classes == PETS and loaded.guide is not None
-        assert weights_digest(loaded.guide.network) == weights_digest(worse.network)
-        np.testing.assert_array_equal(images(loaded, auto), expected)
+    loaded = load_checkpoint(str(tmp_path / "model"))
+    assert loaded.classes == PETS and loaded.guide is not None
+    assert loaded.digest == weights_digest(trained.network)
+    assert weights_digest(loaded.guide.network) == weights_digest(worse.network)
+    np.testing.assert_array_equal(images(loaded, auto), expected)
     (tmp_path / "plain").mkdir()
-    save_model(network_of(config_with("data.num_classes=null", "train.label_dropout=0")), tmp_path / "plain")
-    assert sorted(file.name for file in (tmp_path / "plain").iterdir()) == [
-        "config.json",
-        "ema.safetensors",
-        "moments.safetensors",
-    ]
+    save_network(network_of(config_with("data.num_classes=null", "train.label_dropout=0")), tmp_path / "plain")
+    assert {file.name for file in (tmp_path / "plain").iterdir()} == {"checkpoint.json", *SAMPLING_FILES}
 
 
 @pytest.mark.parametrize("sampler", [HEUN, "sampling.sampler={kind: dpm_solver, num_levels: 4}", LANGEVIN])

@@ -100,7 +100,7 @@ def test_a_task_that_computes_has_its_shared_memory_in_memory(name: str) -> None
     executors = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
     mounted = {label.removeprefix("exec-"): each.get("emptyDirMounts", []) for label, each in executors.items()}
     shm = {"volumeName": "shm", "mountPath": "/dev/shm", "medium": "Memory"}
-    computing = {"tune", "train", "sample", "evaluate", "sample-model"} & mounted.keys()
+    computing = {"tune", "train", "sample", "evaluate"} & mounted.keys()
     assert len(computing) >= 2
     assert {task: found for task, found in mounted.items() if found} == {task: [shm] for task in computing}
 

@@ -89,7 +89,7 @@ def test_search_lays_numbers_out_by_their_logarithm_and_words_by_the_alphabet() 
 
 def test_files_depend_on_the_figure_alone_and_have_no_background() -> None:
     def files(salt: str = "one") -> tuple[bytes, str]:
-        figure = epsilon_versus_quality([1.0, 2.0], [3.0, 4.0], quality_label=FID)
+        figure = epsilon_versus_quality([1.0, 2.0], [3.0, 4.0], quality_label=FID, chosen=1.0)
         return to_png(figure), to_svg(figure, salt=salt)
 
     png, svg = files()

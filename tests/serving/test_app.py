@@ -20,19 +20,25 @@ from served import trained_by
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ncsn.config.load import with_wishes
-from ncsn.model.generate import generate
+from ncsn.model.generate import Wish, generate
 from ncsn.serving import app
 from ncsn.serving.asked import read
+from ncsn.steps.address import Place
 
 MODEL = "models:/tiny/1"
+
+
+def serves(patch: pytest.MonkeyPatch, *overrides: str) -> None:
+    """Let every address name this model."""
+    patch.setattr(app, "resolve", lambda *_, **__: SimpleNamespace(name=MODEL))
+    patch.setattr(app, "load_guided", lambda *_, **__: trained_by(0, *overrides))
 
 
 @pytest.fixture(scope="module")
 def handle() -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(app, "POLL_SECONDS", 3600.0)
-        patch.setattr(app, "load_version", lambda *_, **__: (MODEL, trained_by(0)))
+        serves(patch)
         yield serve.run(app.build({"model": "models:/tiny@champion"}), _local_testing_mode=True)
 
 
@@ -58,7 +64,7 @@ def test_images_are_those_of_the_model_by_seed_and_class(handle: Any) -> None:
     answer = ask(handle, "POST", "/images", b'{"number": 5, "seed": 3, "class": "bird", "format": "npz"}')
     assert (answer.status_code, answer.headers["x-ncsn-model"]) == (200, MODEL)
     trained = trained_by(0)
-    sampling = with_wishes(trained.config, {"seed": 3, "label": "bird"}).sampling
+    sampling = Wish(seed=3, label="bird").sampling(trained)
     alone = generate(trained, sampling=sampling, first=0, count=5)
     with np.load(io.BytesIO(answer.body)) as found:
         assert np.abs(found["images"].astype(int) - alone).max() <= 1
@@ -66,9 +72,9 @@ def test_images_are_those_of_the_model_by_seed_and_class(handle: Any) -> None:
 
 def test_images_count_for_the_version_that_made_them(monkeypatch: pytest.MonkeyPatch) -> None:
     counted = Counter[str]()
-    monkeypatch.setattr(app, "load_version", lambda *_, **__: (MODEL, trained_by(0)))
+    serves(monkeypatch)
     monkeypatch.setattr(app.Counter, "inc", lambda _, value, tags: counted.update({tags["model"]: value}))
-    sampler = app.Sampler("models:/tiny@champion", "")
+    sampler = app.Sampler("models:/tiny@champion", ".ncsn", None)
 
     async def ask() -> None:
         asked = asyncio.create_task(sampler.sample(read(b'{"number": 3}')))
@@ -91,8 +97,8 @@ def test_the_page_and_the_facts_behind_it(handle: Any) -> None:
 
 def test_guidance_needs_training_without_classes(monkeypatch: pytest.MonkeyPatch) -> None:
     for overrides, guided in ((), True), (["train.label_dropout=0"], False):
-        monkeypatch.setattr(app, "load_version", lambda *_, given=overrides, **__: (MODEL, trained_by(0, *given)))
-        assert app.Sampler("models:/tiny@champion", "").describe()["guided"] == guided
+        serves(monkeypatch, *overrides)
+        assert app.Sampler("models:/tiny@champion", ".ncsn", None).describe()["guided"] == guided
 
 
 def test_what_is_said_about_how_to_ask_gets_images(handle: Any) -> None:
@@ -132,7 +138,7 @@ def test_more_replicas_than_cores_and_a_cluster_that_serves_are_refused(monkeypa
     monkeypatch.setattr(app, "ray_cluster", nullcontext)
     monkeypatch.setattr(app.ray, "cluster_resources", lambda: {"CPU": 2.0})
     with refused("--replicas"):
-        app.run("models:/tiny@champion", registry="", port=0, replicas=3, ready=lambda: None)
+        app.run(Place("ADDRESS", "models:/tiny@champion", ".ncsn", None), port=0, replicas=3, ready=lambda: None)
     monkeypatch.setattr(app.serve, "status", lambda: SimpleNamespace(proxies={"node": "HEALTHY"}))
     with refused("RAY_ADDRESS"):
-        app.run("models:/tiny@champion", registry="", port=0, replicas=2, ready=lambda: None)
+        app.run(Place("ADDRESS", "models:/tiny@champion", ".ncsn", None), port=0, replicas=2, ready=lambda: None)

@@ -15,7 +15,6 @@ from refused import refused
 from served import TEXT, trained_by
 
 from ncsn.config import from_yaml, to_yaml
-from ncsn.config.load import with_wishes
 from ncsn.data.dataset import write_dataset
 from ncsn.data.sources import open_source
 from ncsn.model import build
@@ -61,9 +60,9 @@ def test_a_request_that_is_none_is_refused_with_the_key(given: Any, key: str) ->
         ({"class": "fish"}, "class"),
         ({"class": "3"}, "class"),
         ({"class": "a: {b"}, "class"),
-        ({"sampler": "nothing"}, "sampling.sampler.kind"),
+        ({"sampler": "nothing"}, "sampler.kind"),
         ({"sampler": {"kind": "karras_heun", "num_steps": 1000}}, "sampler"),
-        ({"sampler": {"kind": "karras_heun", "steps": 3}}, "sampling.sampler.steps"),
+        ({"sampler": {"kind": "karras_heun", "steps": 3}}, "sampler.steps"),
     ],
 )
 def test_what_the_model_cannot_follow_is_refused_with_the_key(given: dict[str, Any], key: str) -> None:
@@ -84,7 +83,7 @@ def test_classes_have_the_names_of_their_folders_whatever_yaml_takes_them_for(tm
     network, classes = build.network(config).eval(), classes_of(config, manifest)
     trained = replace(TRAINED, config=config, network=network, classes=classes)
     model = ScoreModel()
-    model.trained, model.device = trained, "cpu"
+    model.trained = trained
     for number, name in enumerate(names):
         sampling = from_yaml(to_yaml(config), overrides=[f"sampling.label={name}"]).sampling
         assert image_labels(trained, sampling, first=0, count=2).tolist() == [number, number]
@@ -94,7 +93,10 @@ def test_classes_have_the_names_of_their_folders_whatever_yaml_takes_them_for(tm
 
 
 def test_a_guidance_of_zero_is_one() -> None:
-    for given in (TRAINED, replace(TRAINED, config=with_wishes(TRAINED.config, {"guidance": 3.0}))):
+    for given in (
+        TRAINED,
+        replace(TRAINED, config=from_yaml(TEXT, overrides=["sampling.guidance={kind: classifier_free, weight: 3}"])),
+    ):
         for weight in (0, 0.0):
             found = settings(given, read(json.dumps({"guidance": weight}).encode())).guidance
             assert found is not None and found.weight == 0

@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 from served import trained_by
 
-from ncsn.config.load import with_wishes
 from ncsn.errors import UserError
 from ncsn.model.checkpoint import TrainedNetwork
-from ncsn.model.generate import Part, generate, generate_joined
+from ncsn.model.generate import Part, Wish, generate, generate_joined
 from ncsn.serving import batches
 from ncsn.serving.batches import Batches, Busy
 
@@ -40,7 +39,7 @@ class Held:
 
 
 def wished(**wishes: Any) -> Any:
-    return with_wishes(TRAINED.config, wishes).sampling
+    return Wish(**wishes).sampling(TRAINED)
 
 
 def together(held: Held, *asked: tuple[TrainedNetwork, Any, int], cancel: int | None = None) -> list[Any]:
@@ -82,7 +81,7 @@ def test_other_settings_and_other_weights_are_other_batches(held: Held) -> None:
     _, *images = together(
         held,
         (TRAINED, wished(seed=1), 2),
-        (TRAINED, wished(sampler="{kind: karras_heun, num_steps: 3}"), 2),
+        (TRAINED, wished(sampler={"kind": "karras_heun", "num_steps": 3}), 2),
         (TRAINED, wished(guidance=2.0), 2),
         (trained_by(1), wished(seed=1), 2),
         (TRAINED, wished(seed=2), 2),

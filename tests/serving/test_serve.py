@@ -24,8 +24,7 @@ from playwright.sync_api import Browser, expect
 from ports import free_port
 from served import load_on, make_champion, trained_by
 
-from ncsn.config.load import with_wishes
-from ncsn.model.generate import generate
+from ncsn.model.generate import Wish, generate
 
 STORE = "sqlite:///{}/mlflow.db"
 
@@ -84,7 +83,7 @@ def test_it_answers_on_loopback_only(served: Served) -> None:
     made = served.post(number=5, seed=3, format="npz", **{"class": "bird"})
     assert made.headers["X-NCSN-Model"] == "models:/tiny/1"
     trained = trained_by(0)
-    sampling = with_wishes(trained.config, {"seed": 3, "label": "bird"}).sampling
+    sampling = Wish(seed=3, label="bird").sampling(trained)
     alone = generate(trained, sampling=sampling, first=0, count=5)
     assert np.abs(images(made).astype(int) - alone).max() <= 1
     assert served.get("/health").json()["model"] == "models:/tiny/1"
@@ -133,7 +132,7 @@ def test_no_request_is_lost_when_a_champion_comes_and_a_replica_goes(served: Ser
         f"models:/tiny/{seed + 1}": generate(trained, sampling=sampling, first=0, count=2)
         for seed in (0, 1)
         for trained in [trained_by(seed)]
-        for sampling in [with_wishes(trained.config, {"seed": 3}).sampling]
+        for sampling in [Wish(seed=3).sampling(trained)]
     }
     for version, found in load.answers:
         assert np.abs(found.astype(int) - alone[version]).max() <= 1

@@ -29,7 +29,7 @@ from ncsn.runs.folder import (
     write_outcome,
 )
 from ncsn.runs.steps import STEPS
-from ncsn.steps.execute import Context, Prepared
+from ncsn.steps.step import Context, Prepared
 from ncsn.tools.listing import describe_run
 from ncsn.tracking.client import TrackingError
 from ncsn.tracking.mlflow_runs import step_run

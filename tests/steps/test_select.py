@@ -16,13 +16,12 @@ from ncsn import storage
 from ncsn.config import Config, from_yaml
 from ncsn.data.dataset import write_dataset
 from ncsn.data.sources import open_source
-from ncsn.distributed.workers import checkpoint_store
 from ncsn.errors import NotFound
 from ncsn.evaluation.extractors import Identity
 from ncsn.evaluation.frechet import FrechetStatistics
 from ncsn.evaluation.reference import Evaluator, Reference
 from ncsn.model.averages import Weights, build_average, find_weights
-from ncsn.model.checkpoint import load_checkpoint
+from ncsn.model.checkpoint import CheckpointStore, load_checkpoint
 from ncsn.runs.folder import RunFolder, run_folder
 from ncsn.steps import select
 from ncsn.steps.register import selection_of
@@ -61,7 +60,7 @@ def trained(config: Config, dataset: str) -> RunFolder:
     folder = run_folder(config, "mine")
     alone = config.model_copy(update={"compute": config.compute.model_copy(update={"num_workers": 1})})
     job = TrainingJob(config=alone, dataset=dataset, averages=folder.averages)
-    outcome = train_loop(job, WorkerContext(), checkpoint_store(alone, folder.uri))
+    outcome = train_loop(job, WorkerContext(), CheckpointStore(folder.checkpoints, keep=alone.train.keep_checkpoints))
     for width in (0.08, 0.15):
         build_average(storage.join(folder.checkpoints, outcome.checkpoint), relative_width=width)
     return folder

@@ -52,8 +52,10 @@ def store(config: Config, client: MlflowClient) -> Config:
     register(config, client)
 
     run(config, "stopped", "ingest", result={"uri": dataset(config, "bbbb2222")})
-    for name in ("registered", "stopped", "reused"):
+    for name in ("registered", "stopped", "reused", "opened"):
         client.create_run("0", tags={"ncsn.root": config.storage.root, "ncsn.step": "sample", "ncsn.run": name})
+    run(config, "opened", "train", inputs={"model": "models:/ncsn-digits/1"})
+    put(config, "runs/opened/samples/s1/f1/shard")
     put(config, "runs/stopped/samples/s1/f1/shard", "runs/stopped/samples/s2/f2/shard")
     put(
         config,

@@ -12,7 +12,7 @@ from mlflow_server import Server, tracking_server
 from ncsn.config import Config, from_yaml
 from ncsn.core.images import fit_moments
 from ncsn.model import build
-from ncsn.model.checkpoint import SamplingCheckpoint
+from ncsn.model.checkpoint import TrainedNetwork
 from ncsn.tracking import client
 
 EXPERIMENT = """
@@ -61,8 +61,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="session")
-def checkpoint(config: Config) -> SamplingCheckpoint:
-    return SamplingCheckpoint(
+def checkpoint(config: Config) -> TrainedNetwork:
+    return TrainedNetwork(
         config=config,
         network=build.network(config).eval(),
         moments=fit_moments(torch.rand(16, 1, 8, 8, generator=torch.Generator().manual_seed(0))),

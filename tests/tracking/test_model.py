@@ -19,7 +19,7 @@ from mlflow_server import MLFLOW, Server
 
 from ncsn.config import Config
 from ncsn.model import build
-from ncsn.model.checkpoint import SamplingCheckpoint
+from ncsn.model.checkpoint import TrainedNetwork
 from ncsn.model.classes import Classes
 from ncsn.model.generate import generate
 from ncsn.tracking.registry import write_model
@@ -56,7 +56,7 @@ FREE = "sampling.guidance={kind: classifier_free, weight: 2.5, sigma_max: 0.5}"
 
 
 @pytest.fixture(scope="module")
-def known(checkpoint, make_config) -> SamplingCheckpoint:
+def known(checkpoint, make_config) -> TrainedNetwork:
     """A checkpoint of classes, whose score depends on the class."""
     config: Config = make_config(*CLASSES, FREE)
     network = build.network(config).eval().requires_grad_(False)
@@ -151,14 +151,14 @@ def test_a_class_and_the_weight_of_guidance_are_params(model_of_classes, known, 
 @pytest.mark.parametrize(
     ("served", "params", "subject"),
     [
-        ("model", {"sampler": "{kind: dpm_solver, order: 3}"}, "sampling.sampler.order"),
+        ("model", {"sampler": "{kind: dpm_solver, order: 3}"}, "sampler.order"),
         ("model", {"n_images": 70000}, "n_images = 70000"),
-        ("model", {"seed": -1}, "sampling.seed = -1"),
-        ("model", {"label": "cat"}, "sampling.label = 'cat'"),
-        ("model", {"guidance": 2.0}, "sampling.guidance.kind"),
+        ("model", {"seed": -1}, "seed = -1"),
+        ("model", {"label": "cat"}, "label = 'cat'"),
+        ("model", {"guidance": 2.0}, "guidance.kind"),
         ("model_of_classes", {"label": "fish"}, "cat, dog, bird"),
         ("model_of_classes", {"label": "3"}, "cat, dog, bird"),
-        *(("model_of_classes", {"guidance": each}, "sampling.guidance.weight") for each in (float("nan"), 1e6, -1.0)),
+        *(("model_of_classes", {"guidance": each}, "guidance.weight") for each in (float("nan"), 1e6, -1.0)),
     ],
 )
 def test_param_out_of_range_is_named(request, served, params, subject):

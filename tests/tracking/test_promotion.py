@@ -23,7 +23,6 @@ from ncsn.tracking.promotion import (
     aliased_version,
     pass_gate,
     promote_version,
-    read_promotions,
     resolve_promotions,
     roll_back,
 )
@@ -134,7 +133,7 @@ def test_new_figure_of_the_champion_replaces_the_old_one(client):
     (only,) = register(client, "renewed", 9.0)
     renewed = pass_gate(client, name="renewed", version=only, evidence=evidence(7.0, num_images=2048))
     assert renewed.promoted
-    assert read_promotions(client, "renewed").decision(only).evidence == evidence(7.0, num_images=2048)
+    assert resolve_promotions(client, "renewed").decision(only).evidence == evidence(7.0, num_images=2048)
     assert client.get_model_version("renewed", only).tags["promoted_from"] == ""
 
 

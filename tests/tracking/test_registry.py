@@ -19,15 +19,15 @@ from mlflow_server import tracking_server
 from refused import refused
 
 from ncsn.model import build
-from ncsn.model.checkpoint import SamplingCheckpoint, weights_digest
-from ncsn.model.trained import load_checkpoint_or_model, load_model
+from ncsn.model.checkpoint import TrainedNetwork, load_checkpoint
 from ncsn.tracking import registry
 from ncsn.tracking.client import TrackingError
 from ncsn.tracking.mlflow_runs import step_run
-from ncsn.tracking.registry import Registration, fetch_weights
+from ncsn.tracking.promotion import fetch_files
+from ncsn.tracking.registry import Registration
 
 
-def candidate(checkpoint: SamplingCheckpoint, name: str) -> Registration:
+def candidate(checkpoint: TrainedNetwork, name: str) -> Registration:
     return Registration(
         name=name,
         checkpoint=checkpoint,
@@ -93,17 +93,7 @@ def test_runs_and_models_move_with_their_store(make_config, checkpoint, tmp_path
     assert run.data.tags["dataset.uri"] == f"{new}/datasets/a" and run.data.tags["elsewhere"] == f"{old}-2/a"
     assert json.loads(run.inputs.dataset_inputs[0].dataset.source) == {"uri": f"{new}/datasets/a"}
     assert not old.exists(), "nothing was written there"
-    assert load_model(fetch_weights(after.uri, version, tmp_path), origin="moved").config == checkpoint.config
-
-
-def test_a_registered_model_is_copied_to_guide_another(config, checkpoint, make_config, tmp_path):
-    with step_run(config, run="guides", step="register") as tracked:
-        registry.register(tracked, candidate(checkpoint, "guides"))
-    guided = make_config("sampling.guidance={kind: autoguidance, checkpoint: 'models:/guides/1'}")
-    settled = registry.copy_guide(guided, folder=str(tmp_path / "run/guides"))
-    guide = load_checkpoint_or_model(settled.sampling.guidance.checkpoint)
-    assert weights_digest(guide.network) == weights_digest(checkpoint.network)
-    assert registry.copy_guide(guided, folder=str(tmp_path / "run/guides")) == settled
+    assert load_checkpoint(str(fetch_files(after.uri, version, tmp_path))).config == checkpoint.config
 
 
 REQUESTS = (
@@ -160,7 +150,7 @@ def test_weights_go_up_and_down_through_the_server(url, make_config, checkpoint,
     with step_run(make_config(f"tracking.uri={url}"), run="s3", step="register") as tracked:
         versions = [registry.register(tracked, candidate(checkpoint, "s3")) for _ in range(2)]
     assert [str(version.version) for version in versions] == ["1", "1"]
-    fetched = load_model(fetch_weights(url, versions[0], tmp_path), origin="the registry")
+    fetched = load_checkpoint(str(fetch_files(url, versions[0], tmp_path)))
     assert fetched.config == checkpoint.config
     for name, tensor in checkpoint.network.named_parameters():
         assert torch.equal(dict(fetched.network.named_parameters())[name], tensor)
@@ -172,5 +162,5 @@ def test_a_store_that_refuses_the_server_is_named(s3_root, monkeypatch, tmp_path
     version = ModelVersion("digits", "7", 0, source="mlflow-artifacts:/1/models/m-1/artifacts")
     serving = tracking_server(tmp_path, artifacts=f"{s3_root}/mlflow")
     with serving as server, refused("models:/digits/7", error=TrackingError) as caught:
-        fetch_weights(server.url, version, tmp_path)
+        fetch_files(server.url, version, tmp_path)
     assert "signature" in str(caught.value)

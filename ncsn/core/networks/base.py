@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ncsn.core.augmentation import NUM_LABELS
-from ncsn.core.networks.normalization import KeyedDropout, image_keys
+from ncsn.core.networks.layers import KeyedDropout, image_keys
 
 
 class ContinuousNetwork(nn.Module):

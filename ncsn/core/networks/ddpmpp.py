@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ncsn.core.networks.base import ConditionTerms, PreconditionedNetwork, attend, num_groups
-from ncsn.core.networks.layers import Conv2d
-from ncsn.core.networks.normalization import GroupNorm, KeyedDropout
+from ncsn.core.networks.layers import Conv2d, GroupNorm, KeyedDropout
 from ncsn.errors import InvalidValue
 
 _EPS = 1e-6  # of all group norms
@@ -194,7 +193,13 @@ class DdpmppNetwork(PreconditionedNetwork):
     ) -> None:
         super().__init__(sigmas=sigmas, sigma_data=sigma_data, dropout=dropout)
         widths = [base_width * multiplier for multiplier in multipliers]
-        _check_sizes(image_size, num_resolutions=len(widths), attention_sizes=attention_sizes)
+        if image_size % 2 ** (len(widths) - 1):
+            raise InvalidValue(
+                f"{len(widths)} resolutions need an image size divisible by {2 ** (len(widths) - 1)}, got {image_size}"
+            )
+        sizes = [image_size >> depth for depth in range(len(widths))]
+        if missing := sorted(set(attention_sizes) - set(sizes)):
+            raise InvalidValue(f"attention_sizes = {missing} do not occur: feature maps have sizes {sizes}")
         features = base_width * embedding_multiplier
         exponents = torch.linspace(0, math.log(_LOWEST_FREQUENCY), base_width // 2, dtype=torch.float64)
         self.register_buffer("frequencies", exponents.exp().float(), persistent=False)
@@ -225,7 +230,10 @@ class DdpmppNetwork(PreconditionedNetwork):
     def _raw(self, x: Tensor, c_noise: Tensor, keys: Tensor | None = None, **conditions: Tensor | None) -> Tensor:
         # In bfloat16 the features would tell noise levels apart to a percent only.
         with torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False):
-            embedding = self._embedding(c_noise, **conditions)
+            angles = c_noise[:, None] * self.frequencies
+            embedding = self.condition_terms(torch.cat([angles.cos(), angles.sin()], dim=1), **conditions)
+            # After the activation that every reader would apply.
+            embedding = functional.silu(self.map_layer1(functional.silu(self.map_layer0(embedding))))
         h = self.enc[f"{self._whole}_conv"](x)
         skips = [h]
         for place in self._encoder:
@@ -237,20 +245,3 @@ class DdpmppNetwork(PreconditionedNetwork):
         h = functional.silu(self.dec[f"{self._whole}_aux_norm"](h))
         raw: Tensor = self.dec[f"{self._whole}_aux_conv"](h)
         return raw
-
-    def _embedding(self, c_noise: Tensor, **conditions: Tensor | None) -> Tensor:
-        """[B] to [B, features], after the activation that every reader would apply."""
-        angles = c_noise[:, None] * self.frequencies
-        h = self.condition_terms(torch.cat([angles.cos(), angles.sin()], dim=1), **conditions)
-        return functional.silu(self.map_layer1(functional.silu(self.map_layer0(h))))
-
-
-def _check_sizes(image_size: int, *, num_resolutions: int, attention_sizes: Sequence[int]) -> None:
-    if image_size % 2 ** (num_resolutions - 1):
-        raise InvalidValue(
-            f"{num_resolutions} resolutions need an image size divisible by {2 ** (num_resolutions - 1)}, "
-            f"got {image_size}"
-        )
-    sizes = [image_size >> depth for depth in range(num_resolutions)]
-    if missing := sorted(set(attention_sizes) - set(sizes)):
-        raise InvalidValue(f"attention_sizes = {missing} do not occur: feature maps have sizes {sizes}")

@@ -14,8 +14,61 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ncsn.core.networks.base import ContinuousNetwork, check_levels
-from ncsn.core.networks.normalization import ConditionalInstanceNormPlus, InstanceNormPlus, NormFactory
+from ncsn.core.networks.layers import EPS, group_norm_by_image
 from ncsn.errors import InvalidValue
+
+# Number of channels -> a normalization module whose forward takes (x, level).
+NormFactory = Callable[[int], nn.Module]
+
+
+def instance_norm_plus(x: Tensor, *, gamma: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
+    """Compute gamma (IN(x) + alpha m) + beta, the form of the released weights.
+
+    IN normalizes each channel of each image over its pixels. m is the channel's mean, standardized over the image's
+    channels (with divisor C - 1): it restores the relative brightness of the channels, which IN removes. The paper
+    prints gamma IN + beta + alpha m.
+
+    Feature maps x [B, C, H, W] keep their floating type; the result is computed in float32, or wider if x is. gamma,
+    alpha and beta are [B, C] or [C].
+    """
+    channels, height, width = x.shape[1:]
+    # A sum over a number, since the backward pass of a mean divides maps instead of numbers.
+    mean = x.sum(dim=(2, 3), dtype=torch.promote_types(x.dtype, torch.float32)) / (height * width)
+    channel_variance, channel_mean = torch.var_mean(mean, dim=1, keepdim=True)
+    standardized = (mean - channel_mean) * torch.rsqrt(channel_variance + EPS)
+    scale = gamma.to(mean.dtype).expand_as(mean)
+    shift = scale * alpha * standardized + beta
+    return group_norm_by_image(x, groups=channels, scale=scale, shift=shift.to(mean.dtype))
+
+
+class ConditionalInstanceNormPlus(nn.Module):
+    """Instance normalization++ with parameters per noise level: a row [gamma | alpha | beta] of `embed` for each."""
+
+    def __init__(self, num_features: int, *, num_levels: int) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(num_levels, 3 * num_features)
+        with torch.no_grad():
+            self.embed.weight[:, : 2 * num_features].normal_(1.0, 0.02)
+            self.embed.weight[:, 2 * num_features :].zero_()
+
+    def forward(self, x: Tensor, level: Tensor) -> Tensor:
+        """Normalize x [B, C, H, W] at level int64 [B]."""
+        gamma, alpha, beta = self.embed(level).chunk(3, dim=1)
+        return instance_norm_plus(x, gamma=gamma, alpha=alpha, beta=beta)
+
+
+class InstanceNormPlus(nn.Module):
+    """Instance normalization++ with one set of parameters for all noise levels (NCSNv2)."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.alpha = nn.Parameter(torch.empty(num_features).normal_(1.0, 0.02))
+        self.gamma = nn.Parameter(torch.empty(num_features).normal_(1.0, 0.02))
+        self.beta = nn.Parameter(torch.zeros(num_features))
+
+    def forward(self, x: Tensor, _level: Tensor) -> Tensor:
+        """Normalize x [B, C, H, W], the same at every level."""
+        return instance_norm_plus(x, gamma=self.gamma, alpha=self.alpha, beta=self.beta)
 
 
 def elu(x: Tensor) -> Tensor:
@@ -64,15 +117,6 @@ def max_pool(x: Tensor) -> Tensor:
 def conv3x3(in_channels: int, out_channels: int, *, dilation: int = 1, bias: bool = True) -> nn.Conv2d:
     """A 3x3 convolution that keeps height and width."""
     return nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=dilation, dilation=dilation, bias=bias)
-
-
-def check_size(x: Tensor, *, halvings: int) -> None:
-    """Raise InvalidValue unless height and width can be halved `halvings` times."""
-    step = 2**halvings
-    if x.shape[2] % step or x.shape[3] % step:
-        raise InvalidValue(
-            f"this network needs a height and width divisible by {step}, got {x.shape[2]} x {x.shape[3]} pixels"
-        )
 
 
 class _PooledConv(nn.Module):
@@ -312,7 +356,11 @@ class _RefineNet(nn.Module):
         self._halvings = sum(stage.dilation is None for stage in stages[1:])
 
     def _unscaled(self, x: Tensor, level: Tensor) -> Tensor:
-        check_size(x, halvings=self._halvings)
+        step = 2**self._halvings
+        if x.shape[2] % step or x.shape[3] % step:
+            raise InvalidValue(
+                f"this network needs a height and width divisible by {step}, got {x.shape[2]} x {x.shape[3]} pixels"
+            )
         h: Tensor = self.begin_conv(2 * x - 1)
         features = []
         for name in self._encoder:

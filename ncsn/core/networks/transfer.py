@@ -55,11 +55,15 @@ def transfer(
     """
     wanted = {name: parameter.detach() for name, parameter in network.named_parameters()}
     adapted = dict(weights)
-    changes = [
-        *_adapt_classes(adapted, wanted, network, classes),
-        *_adapt_augmentation(adapted, wanted),
-        *_adapt_channels(adapted, wanted),
-    ]
+    changes = _adapt_classes(adapted, wanted, network, classes)
+    name, there = _ending(adapted, _AUGMENT), _ending(wanted, _AUGMENT)
+    if name is None and there is not None:
+        adapted[there] = torch.zeros_like(wanted[there])
+        changes.append("augmentation is new to the network")
+    if name is not None and there is None:
+        del adapted[name]
+        changes.append("the source was told of augmentation, and starts as for images without it")
+    changes += _adapt_channels(adapted, wanted)
     if found := misfits(adapted, wanted):
         raise InvalidValue(f"tensors {found}")
     return {name: adapted[name].to(tensor.dtype) for name, tensor in wanted.items()}, changes
@@ -94,17 +98,6 @@ def _adapt_classes(
     if not new:
         return [f"its {count} classes are some of the source's {terms.shape[1]}, or have another order there"]
     return [f"{new} of {count} classes are new, and start as the mean of the source's {terms.shape[1]}"]
-
-
-def _adapt_augmentation(weights: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> list[str]:
-    name, there = _ending(weights, _AUGMENT), _ending(wanted, _AUGMENT)
-    if name is None and there is not None:
-        weights[there] = torch.zeros_like(wanted[there])
-        return ["augmentation is new to the network"]
-    if name is not None and there is None:
-        del weights[name]
-        return ["the source was told of augmentation, and starts as for images without it"]
-    return []
 
 
 def _adapt_channels(weights: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> list[str]:

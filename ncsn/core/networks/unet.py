@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ncsn.core.networks.base import ConditionTerms, PreconditionedNetwork, attend, num_groups
-from ncsn.core.networks.layers import Conv2d
-from ncsn.core.networks.normalization import GroupNorm, KeyedDropout, group_norm_by_image
+from ncsn.core.networks.layers import Conv2d, GroupNorm, KeyedDropout, group_norm_by_image
 from ncsn.errors import InvalidValue
 
 # The embedding's frequencies per unit of ln(sigma) / 4, which spans about two units over a useful schedule: the lowest
@@ -127,7 +126,14 @@ class UnetNetwork(PreconditionedNetwork):
         augmentation: bool = False,
     ) -> None:
         super().__init__(sigmas=sigmas, sigma_data=sigma_data, dropout=dropout)
-        sizes = _feature_map_sizes(image_size, num_resolutions=len(widths))
+        sizes = [image_size]  # of the feature maps in pixels, from the image's own down
+        while len(sizes) < len(widths):
+            if sizes[-1] < 2:
+                raise InvalidValue(
+                    f"widths has {len(widths)} entries, but a {image_size}-pixel image can be halved only "
+                    f"{len(sizes) - 1} times; use at most {len(sizes)} widths"
+                )
+            sizes.append((sizes[-1] + 1) // 2)
         if missing := sorted(set(attention_sizes) - set(sizes)):
             raise InvalidValue(
                 f"attention_sizes = {missing} do not occur: feature maps of a {image_size}-pixel image with "
@@ -175,16 +181,3 @@ class UnetNetwork(PreconditionedNetwork):
                 h = block(h, embedding, keys)
         raw: Tensor = self.output(functional.silu(self.output_norm(h)))
         return raw
-
-
-def _feature_map_sizes(image_size: int, *, num_resolutions: int) -> list[int]:
-    """Sizes in pixels from the image's own down, each half of the one before, rounded up."""
-    sizes = [image_size]
-    while len(sizes) < num_resolutions:
-        if sizes[-1] < 2:
-            raise InvalidValue(
-                f"widths has {num_resolutions} entries, but a {image_size}-pixel image can be halved only "
-                f"{len(sizes) - 1} times; use at most {len(sizes)} widths"
-            )
-        sizes.append((sizes[-1] + 1) // 2)
-    return sizes

@@ -55,24 +55,18 @@ class Guided:
         self, network: ScoreFunction, guide: ScoreFunction, *, weight: float, band: tuple[float, float]
     ) -> None:
         self.network, self.band = network, band if weight != 1 else (0.0, 0.0)
-        self._inside = _Inside(network, guide, weight)
+
+        def inside(x: Tensor, level: Tensor | None = None, *, sigma: Tensor | None = None) -> Tensor:
+            # In x's type: under autocast a network of kind ncsn gives bfloat16.
+            base, score = (each(x, level, sigma=sigma).to(x.dtype) for each in (guide, network))
+            return torch.lerp(base, score, weight)
+
+        self._inside = inside
 
     def field_at(self, sigma: float) -> ScoreFunction:
         """The score function that holds at sigma."""
         low, high = self.band
         return self._inside if low < sigma <= high else self.network
-
-
-class _Inside:
-    """The guided score function, at all noise levels."""
-
-    def __init__(self, network: ScoreFunction, guide: ScoreFunction, weight: float) -> None:
-        self._network, self._guide, self._weight = network, guide, weight
-
-    def __call__(self, x: Tensor, level: Tensor | None = None, *, sigma: Tensor | None = None) -> Tensor:
-        # In x's type: under autocast a network of kind ncsn gives bfloat16.
-        guide, score = (each(x, level, sigma=sigma).to(x.dtype) for each in (self._guide, self._network))
-        return torch.lerp(guide, score, self._weight)
 
 
 def band_on_grid(low: float, high: float, grid: Sequence[float]) -> tuple[float, float]:

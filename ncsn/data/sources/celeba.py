@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from ncsn.config.schema import DataConfig
 from ncsn.data.format import NO_LABEL
@@ -35,7 +33,13 @@ def open_celeba(data: DataConfig) -> Source:
     names, partition = members["path"].to_pylist(), archive.with_name(_PARTITION)
     labels, fit = np.full(len(names), NO_LABEL), Fit.of(data, crop=_CROP)
     if partition.is_file():
-        chosen = _official_splits(names, partition)
+        # A line `NAME 0` is train, and `NAME 2` test; `NAME 1` is left out.
+        try:
+            numbers = {name: int(number) for name, number in map(str.split, partition.read_text().splitlines())}
+            given = np.array([numbers[Path(name).name] for name in names])
+        except (ValueError, KeyError) as error:
+            raise UserError(str(partition), f"does not say the split of each image: {error}") from error
+        chosen = {split: np.flatnonzero(given == number) for split, number in _PARTITION_NUMBERS.items()}
     else:
         chosen = hold_out(name_ranks(names), labels, data.test_fraction)
     images = members.add_column(0, "file", pa.repeat("", len(names)))  # members of the archive itself
@@ -45,13 +49,3 @@ def open_celeba(data: DataConfig) -> Source:
         class_names=(),
         splits={split: EncodedImages(str(archive), images, rows, labels[rows], fit) for split, rows in chosen.items()},
     )
-
-
-def _official_splits(names: Sequence[str], partition: Path) -> dict[str, NDArray[np.int64]]:
-    """Places of the names in each split. A line `NAME 0` is train, and `NAME 2` test; `NAME 1` is left out."""
-    try:
-        numbers = {name: int(number) for name, number in map(str.split, partition.read_text().splitlines())}
-        given = np.array([numbers[Path(name).name] for name in names])
-    except (ValueError, KeyError) as error:
-        raise UserError(str(partition), f"does not say the split of each image: {error}") from error
-    return {split: np.flatnonzero(given == number) for split, number in _PARTITION_NUMBERS.items()}

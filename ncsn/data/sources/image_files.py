@@ -43,7 +43,6 @@ COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 HEIC_SUFFIXES = (".heic", ".heif")  # of phones; Pillow does not read them
 LABEL_TABLES = ("metadata.jsonl", "metadata.csv", "dataset.json", "labels.csv")  # of Hugging Face, EDM and Kaggle
 
-_LABEL_SUFFIXES = ("cls", "json")
 _LABEL_KEYS = ("cls", "label")
 _INDEX_BUFFER = 256 << 10
 _ZIP_HEADER = struct.Struct("<4s5H3L2H")
@@ -79,8 +78,8 @@ def kind_of(path: str) -> str:
 def index_archive(uri: str) -> tuple[pa.Table, dict[str, bytes], Counter[str]]:
     """The images of a `.tar` or `.zip` in its order, its label tables, path -> content, and its other files by kind.
 
-    Hidden files do not count. An image is a row of `MEMBER`, and its `word` the label in `x.cls` or `x.json` next to
-    `x.png`, or null.
+    Hidden files do not count. An image is a row of `MEMBER`, and its `word` the label in `x.cls`, or under `cls` or
+    `label` in `x.json`, next to `x.png`; empty for JSON that has neither, null without such a file.
     """
     with _opened(uri) as stream:
         found = _zip_members(stream, uri) if uri.lower().endswith(".zip") else _tar_members(stream, uri)
@@ -100,8 +99,12 @@ def index_archive(uri: str) -> tuple[pa.Table, dict[str, bytes], Counter[str]]:
             try:
                 if name.name in LABEL_TABLES:
                     tables[member.path] = read_member(stream, member)
-                elif suffix in _LABEL_SUFFIXES:
-                    words[_key(member.path)] = _word(member, stream)
+                elif suffix == "cls":
+                    words[_key(member.path)] = read_member(stream, member).decode().strip()
+                elif suffix == "json":
+                    fields = json.loads(read_member(stream, member).decode())
+                    values = [fields[key] for key in _LABEL_KEYS if key in fields] if isinstance(fields, dict) else []
+                    words[_key(member.path)] = str(values[0]) if values else ""
                 else:
                     others[kind_of(member.path)] += 1
             except ValueError as error:
@@ -123,16 +126,6 @@ def _key(path: str) -> str:
     """What the names of an image and of its label share: the path up to the first dot of the file's name."""
     folder, slash, name = path.rpartition("/")
     return folder + slash + name.partition(".")[0]
-
-
-def _word(member: Member, stream: Any) -> str:
-    """The label in a `.cls` file, or under `cls` or `label` in a `.json` file; empty for JSON that has neither."""
-    text = read_member(stream, member).decode()
-    if member.path.endswith(".cls"):
-        return text.strip()
-    fields = json.loads(text)
-    values = [fields[key] for key in _LABEL_KEYS if key in fields] if isinstance(fields, dict) else []
-    return str(values[0]) if values else ""
 
 
 def _tar_members(stream: Any, uri: str) -> Iterator[Member]:
@@ -216,10 +209,10 @@ class DecodedSplit(ABC):
         """The images in order; `least_side` as of `decode`."""
 
     def stream(self, *, cores: int | None = None) -> Iterator[Example | SkippedImage]:
-        def fitted(image: Encoded, picture: Picture) -> Example:
-            return self.fit.picture(picture, label=image.label)
-
-        return self.each(fitted, least_side=self.fit.least_side, cores=cores)
+        fit = self.fit
+        return self.each(
+            lambda image, picture: fit.picture(picture, label=image.label), least_side=fit.least_side, cores=cores
+        )
 
     def each(
         self, function: Callable[[Encoded, Picture], R], *, least_side: int | None, cores: int | None

@@ -174,7 +174,13 @@ def _read_table(content: bytes, *, origin: str, path: str, archive: str = "") ->
     try:
         text = content.decode("utf-8-sig")
         if name == "dataset.json":
-            rows = _rows_of_edm(json.loads(text))
+            fields = json.loads(text)
+            rows = fields.get("labels") if isinstance(fields, dict) else None
+            # StyleGAN's tools also write vectors there, which are no classes.
+            if not isinstance(rows, list) or not all(
+                isinstance(row, list) and list(map(type, row)) in ([str, int], [str, type(None)]) for row in rows
+            ):
+                return None
         elif name == "metadata.jsonl":
             rows = _rows_of_columns([json.loads(line) for line in text.split("\n") if line.strip()])
         else:
@@ -203,15 +209,6 @@ def _rows_of_columns(rows: Sequence[Any]) -> Iterable[tuple[str, Any]] | None:
     if column is None or not any("label" in row for row in rows):
         return None
     return [(row[column], row.get("label")) for row in rows if isinstance(row.get(column), str)]
-
-
-def _rows_of_edm(content: Any) -> Iterable[tuple[str, Any]] | None:
-    pairs = content.get("labels") if isinstance(content, dict) else None
-    # StyleGAN's tools also write vectors there, which are no classes.
-    whole = isinstance(pairs, list) and all(
-        isinstance(pair, list) and list(map(type, pair)) in ([str, int], [str, type(None)]) for pair in pairs
-    )
-    return pairs if whole else None
 
 
 def _words_of(tables: Iterable[_Table], found: pa.Table) -> dict[int, str | None]:

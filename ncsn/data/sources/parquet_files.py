@@ -142,7 +142,8 @@ def choose_columns(schema: pa.Schema, data: DataConfig, *, uri: str) -> Columns:
         raise UserError(uri, f"has no column of images: {held}", hint=hint)
     if data.label_column == _NO_LABELS:
         return Columns(image, kinds[image], None, numbers=False, class_names=None)
-    possible = [field.name for field in schema if _is_label(field.type)]
+    values = {one.name: one.type.value_type if pa.types.is_dictionary(one.type) else one.type for one in schema}
+    possible = [name for name, kind in values.items() if kind in _WORDS or pa.types.is_integer(kind)]
     marked = [name for name in possible if types.get(name) == "ClassLabel"]
     others = [name for name in possible if name.lower() in _LABEL_NAMES]
     label = _choose("data.label_column", data.label_column, possible, marked or others, _LABEL_NAMES, held)
@@ -170,11 +171,6 @@ def _choose(
     return chosen[0] if chosen else None
 
 
-def _is_label(kind: pa.DataType) -> bool:
-    value = kind.value_type if pa.types.is_dictionary(kind) else kind
-    return value in _WORDS or bool(pa.types.is_integer(value))
-
-
 def _image_kind(field: pa.Field) -> ImageKind | None:
     kind = field.type
     if kind in _BYTES:
@@ -184,22 +180,19 @@ def _image_kind(field: pa.Field) -> ImageKind | None:
     return "pixels" if pixels_of(field) is not None else None
 
 
-def _labels_of(one: _Found, class_names: Sequence[str]) -> NDArray[np.int64]:
-    """The label of each row of a file; -1 for none."""
-    classes = list(map(str, range(len(class_names))) if one.columns.numbers else class_names)
-    labels = labels_of(one.words, classes)
-    wrong = pc.and_(pa.array(labels == NO_LABEL), one.words.is_valid()).index(pa.scalar(value=True)).as_py()
-    if wrong >= 0:
-        reason = f"has the label {one.words[wrong].as_py()!r}, which is none of the {len(class_names)} classes"
-        raise UserError(one.file.name(wrong), reason)
-    return labels
-
-
 def _splits(found: Mapping[str, _Found], class_names: Sequence[str], data: DataConfig) -> dict[str, ParquetImages]:
     def images(chosen: Iterable[_Found]) -> ParquetImages:
-        chosen = list(chosen)
-        labels = np.concatenate([_labels_of(one, class_names) for one in chosen])
-        columns, files = chosen[0].columns, [one.file for one in chosen]
+        files, parts = [], []
+        for file, columns, words in chosen:
+            classes = list(map(str, range(len(class_names))) if columns.numbers else class_names)
+            own = labels_of(words, classes)
+            wrong = pc.and_(pa.array(own == NO_LABEL), words.is_valid()).index(pa.scalar(value=True)).as_py()
+            if wrong >= 0:
+                reason = f"has the label {words[wrong].as_py()!r}, which is none of the {len(class_names)} classes"
+                raise UserError(file.name(wrong), reason)
+            files.append(file)
+            parts.append(own)
+        labels = np.concatenate(parts)
         return ParquetImages(files, columns.image, columns.kind, np.arange(len(labels)), labels, Fit.of(data))
 
     named: dict[str | None, list[_Found]] = {}

@@ -10,10 +10,10 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -73,10 +73,14 @@ def open_photos(data: DataConfig) -> Source:
     from sklearn.datasets import load_sample_image
 
     photographs = {name: load_sample_image(f"{name}.jpg") for name in _PHOTOGRAPHS}
-    columns = {name: _columns(image.shape[1], data.test_fraction, name) for name, image in photographs.items()}
-    height = min(len(image) for image in photographs.values())
-    widest = [max(last - first for first, last in found) for each in columns.values() for found in each.values()]
-    largest = min(height, *widest)
+    largest = min(len(image) for image in photographs.values())
+    columns = {}  # name -> split -> first and last + 1 of the columns that are its own
+    for name, image in photographs.items():
+        width = image.shape[1]
+        strip = round(width * data.test_fraction)
+        left = round((width - strip) * _PHOTOGRAPHS[name])
+        columns[name] = {"train": [(0, left), (left + strip, width)], "test": [(left, left + strip)]}
+        largest = min(largest, strip, max(left, width - left - strip))
     size = max(data.stored_shape[:2])
     sides = [scale * size for scale in _SCALES if scale * size <= largest]
     if not sides:
@@ -108,27 +112,15 @@ def open_photos(data: DataConfig) -> Source:
     )
 
 
-def _columns(width: int, test_fraction: float, name: str) -> dict[str, list[tuple[int, int]]]:
-    """Split -> first and last + 1 of the columns of a photograph that are its own."""
-    strip = round(width * test_fraction)
-    left = round((width - strip) * _PHOTOGRAPHS[name])
-    return {"train": [(0, left), (left + strip, width)], "test": [(left, left + strip)]}
-
-
-class _Set(NamedTuple):
-    name: str  # of its class in torchvision
-    description: str
-    license: str
-
-
+# The name of the class in torchvision, a description, and the license.
 _SETS = {
-    "mnist": _Set("MNIST", "MNIST handwritten digits, Y. LeCun, C. Cortes and C. Burges, 28x28 gray", "CC BY-SA 3.0"),
-    "fashion_mnist": _Set(
+    "mnist": ("MNIST", "MNIST handwritten digits, Y. LeCun, C. Cortes and C. Burges, 28x28 gray", "CC BY-SA 3.0"),
+    "fashion_mnist": (
         "FashionMNIST",
         "Fashion-MNIST articles of clothing, H. Xiao, K. Rasul and R. Vollgraf 2017, 28x28 gray",
         "MIT",
     ),
-    "cifar10": _Set(
+    "cifar10": (
         "CIFAR10",
         "CIFAR-10, A. Krizhevsky 2009, 32x32 RGB",
         "no license stated by its authors; collected from the web",
@@ -142,13 +134,23 @@ def open_torchvision(data: DataConfig) -> Source:
     """One of the sets from data.root, into which it is downloaded first if data.download says so."""
     from torchvision import datasets
 
-    this = _SETS[data.source]
-    kind = getattr(datasets, this.name)
-    if data.download and data.root is not None:
-        _download(data, this, kind)
-    place, splits = _place(data), {}
+    name, description, terms = _SETS[data.source]
+    kind = getattr(datasets, name)
+    try:
+        place = _place(data)
+    except NotFound:
+        if not data.download or data.root is None:
+            raise
+        root = Path(data.root).expanduser()
+        try:
+            kind(str(root), download=True)  # which verifies the digest
+        except (OSError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            raise ConnectionError(f"torchvision could not download {name} into {root}: {reason}") from error
+        place = _place(data)
+    splits = {}
     class_names: tuple[str, ...] = tuple("0123456789")
-    with _laid_out(place, this, kind) as folder:
+    with _laid_out(place, name, kind) as folder:
         for split in SPLITS:
             try:
                 found = kind(str(folder), train=split == "train")
@@ -163,7 +165,7 @@ def open_torchvision(data: DataConfig) -> Source:
             splits[split] = Arrays(images if images.ndim == 4 else images[..., None], labels, Fit.of(data))
     if data.source != "mnist":  # whose classes torchvision calls `0 - zero`
         class_names = tuple(found.classes)
-    return Source(this.description, this.license, class_names, splits)
+    return Source(description, terms, class_names, splits)
 
 
 def _place(data: DataConfig) -> Path:
@@ -174,7 +176,7 @@ def _place(data: DataConfig) -> Path:
         found = next((place for place in places if place.is_file() or (place / _CIFAR_BATCH).is_file()), None)
         wanted = f"{_CIFAR_ARCHIVE}, nor {_CIFAR_FOLDER}"
     else:
-        places = [root, root / "raw", root / _SETS[data.source].name / "raw"]
+        places = [root, root / "raw", root / _SETS[data.source][0] / "raw"]
         found = next((place for place in places if all(_idx_file(place, name) for name in _IDX_FILES)), None)
         wanted = f"{', '.join(_IDX_FILES)} (or .gz)"
     if found is None:
@@ -188,20 +190,20 @@ def _idx_file(folder: Path, name: str) -> Path | None:
 
 
 @contextmanager
-def _laid_out(place: Path, this: _Set, kind: Any) -> Iterator[Path]:
+def _laid_out(place: Path, name: str, kind: Any) -> Iterator[Path]:
     """A temporary folder as torchvision wants it: it reads no archives, and no `.gz` files in a read-only folder."""
-    with tempfile.TemporaryDirectory(prefix="ncsn-") as name:
-        folder = Path(name)
-        if this.name == "CIFAR10" and place.is_dir():
+    with tempfile.TemporaryDirectory(prefix="ncsn-") as temporary:
+        folder = Path(temporary)
+        if name == "CIFAR10" and place.is_dir():
             (folder / _CIFAR_FOLDER).symlink_to(place.absolute())
-        elif this.name == "CIFAR10":
+        elif name == "CIFAR10":
             from torchvision.datasets.utils import check_integrity, extract_archive
 
             if not check_integrity(str(place), kind.tgz_md5):
                 raise UserError(str(place), "is not the published archive, or damaged", hint="fetch it again")
-            extract_archive(str(place), name)
+            extract_archive(str(place), temporary)
         else:
-            raw = folder / this.name / "raw"
+            raw = folder / name / "raw"
             raw.mkdir(parents=True)
             for file in _IDX_FILES:
                 path = _idx_file(place, file)
@@ -215,16 +217,3 @@ def _laid_out(place: Path, this: _Set, kind: Any) -> Iterator[Path]:
                 except (EOFError, gzip.BadGzipFile, zlib.error) as error:
                     raise UserError(str(path), f"is a damaged gzip file ({error})", hint="fetch it again") from error
         yield folder
-
-
-def _download(data: DataConfig, this: _Set, kind: Any) -> None:
-    """Download what is not there, with its digest verified."""
-    with suppress(NotFound):
-        _place(data)
-        return
-    root = Path(str(data.root)).expanduser()
-    try:
-        kind(str(root), download=True)
-    except (OSError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise ConnectionError(f"torchvision could not download {this.name} into {root}: {reason}") from error

@@ -107,12 +107,7 @@ class ClassifierNetwork(nn.Module):
 
 
 def train_classifier(
-    recipe: ClassifierRecipe,
-    *,
-    images: Images,
-    labels: Labels,
-    device: str = "cpu",
-    progress: Progress | None = None,
+    recipe: ClassifierRecipe, *, images: Images, labels: Labels, device: str = "cpu", progress: Progress | None = None
 ) -> ClassifierNetwork:
     """Train by cross-entropy with AdamW and a one-cycle learning rate; deterministic for a seed and a thread count.
 
@@ -130,12 +125,18 @@ def train_classifier(
     # it is faster on a busy machine, and equal on any number of cores.
     batch_size, threads = (32, 1) if len(labeled) < SMALL_SET else (128, torch.get_num_threads())
     steps = recipe.epochs * -(-len(labeled) // batch_size)
+    count, total, squares = 0, 0.0, 0.0  # of the values of each channel
+    for batch in batches(images, batch_size=max(1, min(4096, _BATCH_VALUES // images[0].size))):
+        pixels = batch.reshape(-1, images.shape[-1]).astype(np.float64)
+        count, total, squares = count + len(pixels), total + pixels.sum(0), squares + (pixels**2).sum(0)
+    mean = total / count
     devices = [torch.device(device)] if torch.device(device).type == "cuda" else []
     # Dropout and initialization use the global generators.
     with torch.random.fork_rng(devices), torch_threads(threads):
         torch.manual_seed(recipe.seed)
         network = ClassifierNetwork(recipe)
-        _set_pixel_statistics(network, images)
+        network.pixel_mean.copy_(torch.from_numpy(mean))
+        network.pixel_std.copy_(torch.from_numpy(np.sqrt(np.maximum(squares / count - mean**2, 1.0))))
         network.to(device).train()
         optimizer = torch.optim.AdamW(network.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
         # Of exactly 5, a fifth would be a rise of one step, and torch divides by its length less one.
@@ -173,18 +174,6 @@ def _reduction(sides: Sequence[int]) -> tuple[int, ...]:
 def _to_network(images: Images, device: torch.device | str) -> Tensor:
     pixels = torch.from_numpy(np.array(images)).to(device)  # a copy: torch takes no read-only memory map
     return pixels.permute(0, 3, 1, 2).contiguous().float()
-
-
-def _set_pixel_statistics(network: ClassifierNetwork, images: Images) -> None:
-    channels = images.shape[-1]
-    count, total, squares = 0, np.zeros(channels), np.zeros(channels)
-    for batch in batches(images, batch_size=max(1, min(4096, _BATCH_VALUES // images[0].size))):
-        pixels = batch.reshape(-1, channels).astype(np.float64)
-        count, total, squares = count + len(pixels), total + pixels.sum(0), squares + (pixels**2).sum(0)
-    mean = total / count
-    std = np.sqrt(np.maximum(squares / count - mean**2, 1.0))
-    network.pixel_mean.copy_(torch.from_numpy(mean))
-    network.pixel_std.copy_(torch.from_numpy(std))
 
 
 def num_clusters(num_images: int) -> int:

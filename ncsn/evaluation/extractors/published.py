@@ -43,6 +43,17 @@ _KINDS = {
     "inception": {"kind": "inception-2015-12-05", "port": "torch-fidelity", "resize": "tf1-bilinear-299"},
     "dinov2": {"kind": "dinov2-vitl14", "port": "torchvision", "resize": "bicubic-antialias-224"},
 }
+# Of a block: torchvision's names -> the published ones.
+_PARTS = {
+    "ln_1.": "norm1.",
+    "self_attention.in_proj_": "attn.qkv.",
+    "self_attention.out_proj.": "attn.proj.",
+    "ln_2.": "norm2.",
+    "mlp.0.": "mlp.fc1.",
+    "mlp.3.": "mlp.fc2.",
+}
+# torchvision has no LayerScale: it becomes a factor of the linear layer before it.
+_SCALES = {"self_attention.out_proj.": "ls1.gamma", "mlp.3.": "ls2.gamma"}
 
 
 def identity(name: Literal["inception", "dinov2"]) -> Identity:
@@ -117,25 +128,6 @@ def network_of(state: Mapping[str, Tensor]) -> nn.Module:
             norm_layer=partial(nn.LayerNorm, eps=1e-6),
         )
     network.heads = nn.Identity()
-    network.load_state_dict(_renamed(state, depth), assign=True)
-    loaded: nn.Module = network.eval().requires_grad_(False)
-    return loaded
-
-
-# Of a block: torchvision's names -> the published ones.
-_PARTS = {
-    "ln_1.": "norm1.",
-    "self_attention.in_proj_": "attn.qkv.",
-    "self_attention.out_proj.": "attn.proj.",
-    "ln_2.": "norm2.",
-    "mlp.0.": "mlp.fc1.",
-    "mlp.3.": "mlp.fc2.",
-}
-# torchvision has no LayerScale: it becomes a factor of the linear layer before it.
-_SCALES = {"self_attention.out_proj.": "ls1.gamma", "mlp.3.": "ls2.gamma"}
-
-
-def _renamed(state: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]:
     found = {
         "class_token": state["cls_token"],
         "conv_proj.weight": state["patch_embed.proj.weight"],
@@ -153,7 +145,9 @@ def _renamed(state: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]:
             gamma = state[f"{theirs}{scale}"]
             found[f"{ours}{part}weight"] = gamma[:, None] * found[f"{ours}{part}weight"]
             found[f"{ours}{part}bias"] = gamma * found[f"{ours}{part}bias"]
-    return found
+    network.load_state_dict(found, assign=True)
+    loaded: nn.Module = network.eval().requires_grad_(False)
+    return loaded
 
 
 def positions(embedding: Tensor, grid: int) -> Tensor:

@@ -10,8 +10,7 @@ import torch
 
 from ncsn.core.keyed_random import KeyedNoise
 from ncsn.core.noise_schedule import geometric_sigmas
-from ncsn.core.samplers.chain import sample, visited
-from ncsn.core.samplers.level_grid import choose_levels, spaced_sigmas
+from ncsn.core.samplers.chain import choose_levels, sample, spaced_sigmas, visited
 from ncsn.core.samplers.settings import AnnealedLangevin, Consistency, DpmSolver, KarrasHeun, Langevin
 from ncsn.errors import UserError
 

@@ -9,16 +9,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ncsn.core.networks import layers, normalization
-from ncsn.core.networks.normalization import (
-    ConditionalInstanceNormPlus,
+from ncsn.core.networks import layers
+from ncsn.core.networks.layers import (
     GroupNorm,
-    InstanceNormPlus,
     KeyedDropout,
     group_norm_by_image,
     image_keys,
-    instance_norm_plus,
 )
+from ncsn.core.networks.refinenet import ConditionalInstanceNormPlus, InstanceNormPlus, instance_norm_plus
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -73,7 +71,7 @@ def test_more_groups_than_one_call_takes_are_normalized_in_parts(monkeypatch):
     scale, shift = random(5, 6, seed=1), random(5, 6, seed=2)
     found = []
     for most in (65_535, 7):  # 3 groups an image: 5 images at once, or 2, 2 and 1
-        monkeypatch.setattr(normalization, "_MOST_GROUPS", most)
+        monkeypatch.setattr(layers, "_MOST_GROUPS", most)
         x = random(5, 6, 4, 4).requires_grad_()
         y = group_norm_by_image(x, groups=3, scale=scale, shift=shift)
         y.square().sum().backward()

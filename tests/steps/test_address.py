@@ -1,0 +1,190 @@
+"""What an address of a trained network names, in every form; and a registered version, opened as a run."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from do import claimed, do
+from refused import refused
+
+from ncsn import storage
+from ncsn.cli.target import TargetOptions
+from ncsn.config import Config, from_yaml, to_yaml
+from ncsn.data.samples import read_samples
+from ncsn.library.model import ScoreModel
+from ncsn.model.checkpoint import load_checkpoint, weights_digest
+from ncsn.model.generate import guide_of
+from ncsn.runs.folder import RunFolder, opened_from, read_step, update_step
+from ncsn.steps.address import keep_guide, load, load_guided, resolve
+from ncsn.tracking import registry
+from ncsn.tracking.client import SQLITE
+from ncsn.tracking.mlflow_runs import step_run
+
+
+@pytest.fixture(scope="module")
+def trained(config: Config, save_untrained) -> RunFolder:
+    """The run `mine`, whose training is done, with version 1 of the model `pets`, the champion."""
+    dataset, folder = do("ingest", config, "mine").uri, claimed(config, "mine")
+    checkpoint = Path(folder.checkpoints) / "images-000000008"
+    checkpoint.parent.mkdir()
+    save_untrained(config, dataset, checkpoint)
+    update_step(folder, "train", state="FINISHED", result={"checkpoint": str(checkpoint)}, finished_at="2026-01-01")
+    _register(config, str(checkpoint), "pets")
+    claimed(config, "untrained")
+    return folder
+
+
+def _register(config: Config, checkpoint: str, name: str, **changes: object) -> None:
+    found = replace(load_checkpoint(checkpoint), config=config, **changes)  # type: ignore[arg-type]
+    with step_run(config, run="mine", step="register") as tracked:
+        registry.register(tracked, registry.Registration(name, found, card="", files={}, metrics={}, tags={}))
+        tracked.client.set_registered_model_alias(name, "champion", "1")
+
+
+@pytest.fixture
+def places(trained: RunFolder, tmp_path: Path) -> dict[str, str]:
+    """What an address in a table may begin with."""
+    shutil.copytree(f"{trained.checkpoints}/images-000000008", tmp_path / "copy")
+    ScoreModel.load(tmp_path / "copy", device="cpu").save(tmp_path / "saved")
+    return {"RUN": trained.uri, "ELSEWHERE": str(tmp_path)}
+
+
+@pytest.mark.parametrize(
+    ("address", "run", "name"),
+    [
+        ("models:/pets@champion", "pets-1-DIGEST", "models:/pets/1"),
+        ("models:/pets/1", "pets-1-DIGEST", "models:/pets/1"),
+        ("mine", "mine", "RUN/checkpoints/images-000000008"),
+        ("RUN", "mine", "RUN/checkpoints/images-000000008"),
+        ("RUN/", "mine", "RUN/checkpoints/images-000000008"),
+        ("file://RUN", "mine", "RUN/checkpoints/images-000000008"),
+        ("RUN/checkpoints/images-000000008", "mine", "RUN/checkpoints/images-000000008"),
+        ("ELSEWHERE/copy", None, "ELSEWHERE/copy"),
+        ("ELSEWHERE/saved", None, "ELSEWHERE/saved"),
+    ],
+)
+def test_every_address_names_the_same_network(
+    trained: RunFolder, places: dict[str, str], address: str, run: str | None, name: str
+) -> None:
+    def put(text: str) -> str:
+        for word, place in places.items():
+            text = text.replace(word, place)
+        return text
+
+    place = resolve(put(address), key="here", root=trained.root)
+    assert place.name == put(name)
+    expected = load_checkpoint(f"{trained.checkpoints}/images-000000008")
+    found = load(place)
+    assert place.digest == found.digest == expected.digest == weights_digest(found.network)
+    assert (found.images_seen, found.dataset_digest) == (expected.images_seen, expected.dataset_digest)
+    opened = place.opened()
+    if run is None or opened is None:
+        assert opened is run is None
+    else:
+        assert opened.run.rpartition("-")[0] == "pets-1" if "DIGEST" in run else opened.run == run
+    assert resolve(place.address, key="here", root=trained.root).name == place.name
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        *("nothing", "No name", "untrained", "mine/checkpoints", "s3://", "http://host/x", "a\0b", ""),
+        *("RUN/checkpoints", "RUN/steps", "ELSEWHERE", "ELSEWHERE/nowhere"),
+        *("models:/", "models:/pets", "models:/pets/2", "models:/pets@best", "models:/no/1", "pets/1", "pets@champion"),
+    ],
+)
+def test_what_names_nothing_is_refused_in_one_line(
+    trained: RunFolder, places: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, address: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for word, place in places.items():
+        address = address.replace(word, place)
+    with refused("here") as caught:
+        load(resolve(address, key="here", root=trained.root))
+    assert caught.value.problems[0].hint
+
+
+def test_a_store_without_a_registry_gets_none(tmp_path: Path) -> None:
+    with refused("here"):
+        resolve("models:/pets/1", key="here", root=str(tmp_path / "store"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_damage_is_told_by_the_setting_that_has_the_address(trained: RunFolder, places: dict[str, str]) -> None:
+    saved = Path(places["ELSEWHERE"], "saved")
+    (saved / "ema.safetensors").write_bytes(b"torn")
+    with refused("train.init_from"):
+        load(resolve(str(saved), key="train.init_from", root=trained.root))
+
+
+def test_a_version_is_sampled_and_evaluated_as_a_run_that_nobody_trains(config: Config, trained: RunFolder) -> None:
+    own = do("sample", config, "mine", checkpoint=f"{trained.checkpoints}/images-000000008")
+    options = TargetOptions(None, (f"storage.root={trained.root}",))
+    target = options.resolve("models:/pets@champion")
+    folder = RunFolder(trained.root, target.run)
+    assert opened_from(folder) == "models:/pets/1" and opened_from(trained) == ""
+    result = do("sample", target.config, target.run)
+    np.testing.assert_array_equal(read_samples(result.uri, 0, 4), read_samples(own.uri, 0, 4))
+    manifest = storage.read_json(f"{result.uri}/manifest.json")
+    assert manifest["model"] == "models:/pets/1" and "model" not in storage.read_json(f"{own.uri}/manifest.json")
+    files = {path: path.stat().st_mtime_ns for path in Path(trained.root).rglob("*") if path.is_file()}
+    again = options.resolve("models:/pets/1")
+    assert again == target and do("sample", again.config, again.run) == result
+    after = {path: path.stat().st_mtime_ns for path in files if "mlflow.db" not in path.name}
+    assert {path for path, date in after.items() if date != files[path]} <= {Path(folder.begun)}
+    measured = do("evaluate", target.config, target.run)
+    assert measured.num_images == 4
+    direct = do("evaluate", config, "mine", samples=own.uri, dataset=read_step(folder, "ingest").result["uri"])
+    assert measured.metrics == pytest.approx(direct.metrics)
+    with refused("--run"):
+        do("train", target.config, target.run, dataset=read_step(folder, "ingest").result["uri"])
+
+
+def test_an_average_that_was_registered_has_its_width(config: Config, trained: RunFolder, root: Path) -> None:
+    ema = ["train.ema={kind: power}", "sampling.relative_width=0.1"]
+    averaged = from_yaml(to_yaml(config), overrides=ema)
+    average = {"relative_width": 0.1, "error": 0.0, "coefficients": {}}
+    _register(averaged, f"{trained.checkpoints}/images-000000008", "averaged", average=average)
+    target = TargetOptions(None, (f"storage.root={root}",)).resolve("models:/averaged/1")
+    checkpoint = read_step(RunFolder(str(root), target.run), "train").result["checkpoint"]
+    assert do("sample", target.config, target.run, checkpoint=checkpoint).num_images == 4
+    for width in (0.2, 0.05):
+        with refused("sampling.relative_width"):
+            other = target.config.sampling.model_copy(update={"relative_width": width})
+            do("sample", target.config.model_copy(update={"sampling": other}), target.run, checkpoint=checkpoint)
+
+
+def test_a_guide_of_any_address_is_kept(config: Config, trained: RunFolder, places: dict[str, str]) -> None:
+    model, folder = load_checkpoint(f"{trained.checkpoints}/images-000000008"), claimed(config, "guided")
+    for address in ("models:/pets/1", "mine", f"{places['ELSEWHERE']}/saved"):
+        auto = f"sampling.guidance={{kind: autoguidance, checkpoint: '{address}', weight: 2}}"
+        guided = from_yaml(to_yaml(config), overrides=[auto])
+        settled = keep_guide(guided, folder)
+        assert settled.sampling.guidance.checkpoint == f"{folder.guides}/{model.digest}"
+        assert keep_guide(settled, folder) == settled
+        assert storage.read_json(f"{folder.guides}/{model.digest}/source.json")["source"] == "models:/pets/1"
+    assert [path.name for path in Path(folder.guides).iterdir()] == [model.digest]
+    packed = replace(model, config=guided, guide=model)
+    shutil.rmtree(places["ELSEWHERE"])
+    assert keep_guide(guided, folder, packed) == guided and guide_of(packed, guided.sampling) is model
+    with refused("sampling.guidance.checkpoint"):
+        keep_guide(guided, folder, model)
+
+
+def test_a_run_is_loaded_with_its_guide(config: Config, trained: RunFolder, save_untrained) -> None:
+    auto = "sampling.guidance={kind: autoguidance, checkpoint: 'models:/pets/1', weight: 2}"
+    guided = from_yaml(to_yaml(config), overrides=[auto])
+    folder, dataset = claimed(guided, "with-guide"), read_step(trained, "ingest").result["uri"]
+    Path(folder.checkpoints).mkdir()
+    save_untrained(guided, dataset, Path(folder.checkpoints) / "images-000000008")
+    update_step(folder, "train", result={"checkpoint": f"{folder.checkpoints}/images-000000008"})
+    found = load_guided(resolve("with-guide", key="here", root=trained.root), device="cpu")
+    digest = resolve("mine", key="here", root=trained.root).digest
+    assert found.guide is not None and weights_digest(found.guide.network) == digest
+    assert guide_of(found, guided.sampling) is found.guide
+    elsewhere = resolve(folder.uri, key="here", root=trained.root, registry=f"{SQLITE}/nowhere/mlflow.db")
+    assert load_guided(elsewhere, device="cpu").guide is None
