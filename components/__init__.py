@@ -75,12 +75,8 @@ def pass_on(task_config: dsl.TaskConfig, settings: Any) -> None:
     given = {name: value for name, value in dataclasses.asdict(task_config).items() if value}
     for_other_pods = sorted(given.keys() & {"node_selector", "tolerations", "affinity"})
     if for_other_pods and settings.compute.backend != "kuberay":
-        raise UserError(
-            "compute.backend",
-            f"starts no pods, so it has no use for the task's {', '.join(for_other_pods)}",
-            hint="set it to kuberay",
-            value=settings.compute.backend,
-        )
+        reason = f"starts no pods, so it has no use for the task's {', '.join(for_other_pods)}"
+        raise UserError("compute.backend", reason, hint="set it to kuberay", value=settings.compute.backend)
     os.environ[TASK_CONFIG] = json.dumps(given)
 
 

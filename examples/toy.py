@@ -167,8 +167,18 @@ def relative_error(network: Callable[[Tensor], Tensor], x: Tensor) -> float:
     return float((network(x) - exact).square().sum() / exact.square().sum())
 
 
-def draw(points: dict[str, Tensor], clean: nn.Module) -> Figure:
-    """The exact and the learned score as arrows, and the points of each sampler with the share of each mode."""
+def main() -> None:
+    given = arguments(__doc__, out="toy.png")
+    clean = fit_clean_score(num_steps=10_000 if given.full else 3000)
+    noisy = fit_noisy_scores(num_steps=6000 if given.full else 1500)
+    points = sample_all(clean, noisy)
+    for name, x in points.items():
+        print(f"{name:34} {share_of_heavy_mode(x):.2f} of the points at (5, 5); 0.80 is right")
+    near = MIXTURE.sample(4000, generator=torch.Generator().manual_seed(1))
+    between = 2 * torch.rand(4000, 2, generator=torch.Generator().manual_seed(1)) + torch.tensor([-4.0, 3.0])
+    print(f"error of the clean score: {relative_error(clean, near):.3f} near the modes, "
+          f"{relative_error(clean, between):.3f} between them")  # fmt: skip
+    # The exact and the learned score as arrows, and the points of each sampler with the share of each mode.
     axis = torch.linspace(-LIMIT, LIMIT, 17)
     grid = torch.cartesian_prod(axis, axis)
     with torch.no_grad():
@@ -185,21 +195,7 @@ def draw(points: dict[str, Tensor], clean: nn.Module) -> Figure:
         cell.set_title(f"{title}\n{1 - share:.2f} and {share:.2f} of the points")
     for cell in cells:
         cell.set(xlim=(-LIMIT, LIMIT), ylim=(-LIMIT, LIMIT), aspect="equal")
-    return figure
-
-
-def main() -> None:
-    given = arguments(__doc__, out="toy.png")
-    clean = fit_clean_score(num_steps=10_000 if given.full else 3000)
-    noisy = fit_noisy_scores(num_steps=6000 if given.full else 1500)
-    points = sample_all(clean, noisy)
-    for name, x in points.items():
-        print(f"{name:34} {share_of_heavy_mode(x):.2f} of the points at (5, 5); 0.80 is right")
-    near = MIXTURE.sample(4000, generator=torch.Generator().manual_seed(1))
-    between = 2 * torch.rand(4000, 2, generator=torch.Generator().manual_seed(1)) + torch.tensor([-4.0, 3.0])
-    print(f"error of the clean score: {relative_error(clean, near):.3f} near the modes, "
-          f"{relative_error(clean, between):.3f} between them")  # fmt: skip
-    draw(points, clean).savefig(given.out, dpi=110)
+    figure.savefig(given.out, dpi=110)
 
 
 if __name__ == "__main__":

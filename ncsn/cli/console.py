@@ -15,14 +15,7 @@ from PIL import Image
 from rich.box import SIMPLE_HEAD
 from rich.color import Color
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress as Bars,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, Progress as Bars, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.style import Style
 from rich.table import Column, Table
 from rich.text import Text

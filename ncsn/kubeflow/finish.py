@@ -161,20 +161,15 @@ def _outcome(
             break
     if error is not None and error.kind == "SystemExit" and looked and not terminated:
         error = None  # an evicted pod gets SIGTERM too, and its state says more
-    if (error is None or terminated) and (told := _told_by_others(folders, ours)) is not None:
-        return told
+    told = read_outcome(folders["train"]) if error is None or terminated else None
+    if told is not None and told.status == "FAILED" and told.failed_step in folders:
+        theirs = read_step(folders[str(told.failed_step)], str(told.failed_step)).error
+        # A task of another pipeline run, which works on the same run, said that it failed, and that still holds.
+        if theirs is not None and theirs.message == told.reason and theirs.kfp_run != ours:
+            return told
     if not error and troubles:
         step, lost = next(iter(troubles.items()))
     if terminated or (error is not None and error.kind in ("KeyboardInterrupt", "SystemExit", "LeaseExpired")):
         return Outcome("KILLED", "terminated", step)
     reason = (error.message if error else str(lost or "")) or message
     return Outcome("FAILED", reason or "no reason is known; look at the log of the task", step)
-
-
-def _told_by_others(folders: Mapping[str, RunFolder], ours: str) -> Outcome | None:
-    """How a task of another pipeline run, which works on the same run, said that it failed, if that still holds."""
-    told = read_outcome(folders["train"])
-    if told is None or told.status != "FAILED" or told.failed_step is None or told.failed_step not in folders:
-        return None
-    error = read_step(folders[told.failed_step], told.failed_step).error
-    return told if error is not None and error.message == told.reason and error.kfp_run != ours else None

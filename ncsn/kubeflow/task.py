@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 
 from ncsn import storage
 from ncsn.answer import TERMINATED
@@ -66,7 +67,6 @@ def _terminated() -> bool:
         return False
     from ncsn.remote.kubernetes import KubernetesApi, was_stopped
 
-    try:
+    with suppress(OSError, UserError):
         return was_stopped(KubernetesApi(patience=_LOOK_SECONDS).get("workflows", here.workflow))
-    except (OSError, UserError):
-        return False
+    return False

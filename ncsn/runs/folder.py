@@ -166,12 +166,8 @@ def run_folder(config: Config, run: str) -> RunFolder:
     """The folder of `run` below `config.storage.root`."""
     # One name for a folder, a Ray job and an MLflow run.
     if not RUN_PATTERN.fullmatch(run):
-        raise UserError(
-            "--run",
-            "not a valid name",
-            hint="use 1 to 63 lower-case letters, digits, '-', '_' and '.', starting and ending with a letter or digit",
-            value=run,
-        )
+        hint = "use 1 to 63 lower-case letters, digits, '-', '_' and '.', starting and ending with a letter or digit"
+        raise UserError("--run", "not a valid name", hint=hint, value=run)
     return RunFolder(root=storage.absolute(config.storage.root), run=run)
 
 
@@ -392,11 +388,9 @@ def find_inputs(folder: RunFolder, step: str, given: Mapping[str, str | None], *
             continue
         record = read_step(folder, source.step)
         if not record.result:
-            raise UserError(
-                f"--{name}",
-                f"{step} needs the {source.what}, and run {folder.run!r} has none yet",
-                hint=f"run `ncsn {source.step}` with the same options first, or pass --{name} URI",
-            )
+            reason = f"{step} needs the {source.what}, and run {folder.run!r} has none yet"
+            hint = f"run `ncsn {source.step}` with the same options first, or pass --{name} URI"
+            raise UserError(f"--{name}", reason, hint=hint)
         found[name] = str(record.result[source.field])
         if source.selectable and not uri:
             found[name] = default_checkpoint(folder, config, last=found[name])

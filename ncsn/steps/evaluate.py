@@ -145,9 +145,8 @@ def evaluate(
         neighbors=f"{place}-neighbors.png",
         confusion=None if classes is None else f"{place}-classes.png",
     )
-    storage.write_bytes(
-        result.real_images, first_images_png(sets[1], class_rows(config, sets[1], classes=sets[0].labels()))
-    )
+    rows = class_rows(config, sets[1], classes=sets[0].labels())
+    storage.write_bytes(result.real_images, first_images_png(sets[1], rows))
     if classes is not None:
         storage.write_bytes(f"{place}-classes.png", to_png(confusion_matrix(classes)))
     shown, training = sets[0].read(0, len(generated.nearest)), open_cache(dataset, "train", as_bytes=True).images
@@ -169,10 +168,9 @@ def _require_same_kind(config: Config, samples: str, manifest: Manifest) -> None
     require_same_classes(config.data.num_classes, manifest.class_names, where=f"the dataset {manifest.name}")
     known = (storage.find_json(storage.join(samples, MANIFEST)) or {}).get("classes")
     if known is not None and known != list(manifest.class_names):
-        changed = next(
-            f"{old!r} instead of {new!r}" for old, new in zip(known, manifest.class_names, strict=True) if old != new
-        )
-        reason = f"the samples {samples} have other classes than the dataset {manifest.name}, such as {changed}"
+        old, new = next(pair for pair in zip(known, manifest.class_names, strict=True) if pair[0] != pair[1])
+        change = f"{old!r} instead of {new!r}"
+        reason = f"the samples {samples} have other classes than the dataset {manifest.name}, such as {change}"
         raise UserError("data.num_classes", reason, hint=hint, value=config.data.num_classes)
 
 

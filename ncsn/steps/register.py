@@ -54,9 +54,8 @@ def prepare(run: Run, *, checkpoint: str, evaluation: str) -> Prepared[RegisterR
             raise UserError(measured["uri"], reason, hint=hint)
     manifest = load_manifest(measured["dataset"])
     if manifest.digest != loaded.dataset_digest:
-        reason = (
-            f"measures against the dataset {manifest.digest}, but {checkpoint} was trained on {loaded.dataset_digest}"
-        )
+        other = f"{checkpoint} was trained on {loaded.dataset_digest}"
+        reason = f"measures against the dataset {manifest.digest}, but {other}"
         raise UserError(measured["uri"], reason, hint="evaluate with the dataset that it was trained on")
     weights = {name: float(tensor.abs().max()) for name, tensor in loaded.network.named_parameters()}
     values = {**measured["metrics"], **measured["real_metrics"], **weights}

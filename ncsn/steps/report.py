@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -27,7 +27,7 @@ from ncsn.steps.results import ReportResult, result_type
 from ncsn.steps.step import Context, Prepared
 from ncsn.tracking.client import page
 from ncsn.tracking.gate import Memorization
-from ncsn.tracking.mlflow_runs import StepRun, steps_of_run
+from ncsn.tracking.mlflow_runs import steps_of_run
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,30 @@ def prepare(run: Run, *, evaluation: str) -> Prepared[ReportResult]:
 
 def report(sources: ReportSources, context: Context) -> ReportResult:
     """Write `<run>/report/report.html`."""
-    tracked = context.tracked
-    text = render(**_results(sources), lineage=list(_lineage(sources, tracked)), **_training(sources))
+    tracked, records, evaluation = context.tracked, sources.records, sources.evaluation
+    whole = tracked.client.get_run(tracked.parent_run_id)
+    run_id, steps = whole.info.run_id, steps_of_run(tracked.client, whole)
+    lineage = [
+        Fact("Run", sources.folder.uri),
+        Fact("Dataset", evaluation["dataset"]),
+        Fact("Dataset digest", sources.manifest.digest),
+        Fact("Data license", sources.manifest.license),
+        Fact("Checkpoint", sources.samples["checkpoint"]),
+        Fact("Weights digest", sources.checkpoint.digest),
+    ]
+    if (start := sources.config.train.init_from) is not None:
+        lineage.append(Fact("Training started from", start))
+    lineage += [Fact("Samples", evaluation["samples"]), Fact("Evaluation", evaluation["uri"])]
+    if "register" in records:
+        registered = records["register"].result
+        aliases = ", ".join(registered["aliases"]) or "no alias"
+        lineage.append(Fact("Registered model", f"{registered['uri']} ({aliases})"))
+    lineage += [
+        Fact("MLflow run", run_id, link=page(tracked.uri, whole.info.experiment_id, run_id)),
+        Fact("MLflow runs by step", " · ".join(f"{step} {run.info.run_id}" for step, run in steps.items())),
+        *tag_facts([whole.data.tags, *(run.data.tags for run in steps.values())]),
+    ]
+    text = render(**_results(sources), lineage=lineage, **_training(sources))
     uri = storage.join(context.folder.report, "report.html")
     storage.write_text(uri, text)
     tracked.parent.log_file(uri)
@@ -129,28 +151,6 @@ def _results(sources: ReportSources) -> dict[str, Any]:
         "search": search,
         "search_plots": [] if search is None else [storage.read_bytes(plot) for plot in search["plots"]],
     }
-
-
-def _lineage(sources: ReportSources, tracked: StepRun) -> Iterator[Fact]:
-    whole = tracked.client.get_run(tracked.parent_run_id)
-    steps = steps_of_run(tracked.client, whole)
-    yield Fact("Run", sources.folder.uri)
-    yield Fact("Dataset", sources.evaluation["dataset"])
-    yield Fact("Dataset digest", sources.manifest.digest)
-    yield Fact("Data license", sources.manifest.license)
-    yield Fact("Checkpoint", sources.samples["checkpoint"])
-    yield Fact("Weights digest", sources.checkpoint.digest)
-    if (start := sources.config.train.init_from) is not None:
-        yield Fact("Training started from", start)
-    yield Fact("Samples", sources.evaluation["samples"])
-    yield Fact("Evaluation", sources.evaluation["uri"])
-    if "register" in sources.records:
-        registered = sources.records["register"].result
-        yield Fact("Registered model", f"{registered['uri']} ({', '.join(registered['aliases']) or 'no alias'})")
-    run_id = whole.info.run_id
-    yield Fact("MLflow run", run_id, link=page(tracked.uri, whole.info.experiment_id, run_id))
-    yield Fact("MLflow runs by step", " · ".join(f"{step} {run.info.run_id}" for step, run in steps.items()))
-    yield from tag_facts([whole.data.tags, *(run.data.tags for run in steps.values())])
 
 
 def _training(sources: ReportSources) -> dict[str, Any]:

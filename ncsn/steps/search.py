@@ -178,11 +178,8 @@ def best_trial(trials: Sequence[TrialRecord], *, accidents: Mapping[str, str]) -
     sound = [trial for trial in trials if trial.failure is None and trial.rungs]
     if not sound:
         reasons = [trial.failure or accidents.get(trial.uri) or "it reached no rung" for trial in trials]
-        raise UserError(
-            "search.space",
-            f"all {len(trials)} trials failed; the first: {reasons[0].strip().splitlines()[-1]}",
-            hint="narrow it to settings that train",
-        )
+        reason = f"all {len(trials)} trials failed; the first: {reasons[0].strip().splitlines()[-1]}"
+        raise UserError("search.space", reason, hint="narrow it to settings that train")
     return min(sound, key=lambda trial: (-trial.rungs[-1].images_seen, trial.rungs[-1].objective, trial.number))
 
 
