@@ -196,11 +196,13 @@ def open_model(
     """Open a registered model as a run whose training is done; hand on its config with the overrides, and its name."""
     from components import publish
     from ncsn.config import from_yaml, to_json
+    from ncsn.errors import UserError
     from ncsn.runs.folder import read_step
     from ncsn.steps.address import resolve
     from ncsn.storage import read_text
 
     run = resolve(model, key="model", root=root, registry=registry or None).opened()
-    assert run is not None, "a version has a run"
+    if run is None:
+        raise UserError("model", "is a checkpoint of no run", hint="name a version or a run", value=model)
     publish(checkpoint, run, display_name=model, uri=read_step(run, "train").result["checkpoint"], framework="pytorch")
     return (to_json(from_yaml(read_text(run.config), overrides=overrides, origin=run.config)), run.run)

@@ -23,7 +23,16 @@ from ncsn.environment import CODE, require_same_python, utc_now
 from ncsn.errors import NotFound, UserError
 from ncsn.progress import PublishedProgress
 from ncsn.runs.code import require_packages
-from ncsn.runs.folder import ForeignRun, Run, RunFolder, find_inputs, read_step, record_failure, update_step
+from ncsn.runs.folder import (
+    ForeignRun,
+    Run,
+    RunFolder,
+    find_inputs,
+    opened_from,
+    read_step,
+    record_failure,
+    update_step,
+)
 from ncsn.runs.steps import CONTINUING, SEARCH, STEP_TABLE, STEPS
 from ncsn.steps.elsewhere import do_elsewhere, remote_step
 from ncsn.steps.results import stored_result
@@ -117,6 +126,9 @@ def refuse(step: str, run: Run) -> None:
     tracking_uri(config)
     if step == SEARCH:
         require_search(config)
+    if step in (SEARCH, "train") and (model := opened_from(folder)):
+        hint = f"start another run from it: train.init_from={model}"
+        raise UserError("--run", f"is {model}, whose training is done", hint=hint, value=run.name)
     if STEP_TABLE[step].elsewhere and config.compute.backend == "kuberay" and storage.is_local(folder.uri):
         raise UserError(
             "storage.root",

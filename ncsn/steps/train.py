@@ -29,7 +29,6 @@ from ncsn.runs.folder import (
     Run,
     RunFolder,
     images_seen_at,
-    opened_from,
     read_step,
     require_owner,
     update_step,
@@ -52,9 +51,6 @@ def prepare(run: Run, *, dataset: str, finish: bool = False) -> Prepared[TrainRe
     With `finish` the newest checkpoint is the result, of however many images; without, training goes on.
     """
     manifest, folder = load_manifest(dataset), run.folder
-    if model := opened_from(folder):
-        hint = f"start another run from it: train.init_from={model}"
-        raise UserError("--run", f"is {model}, whose training is done", hint=hint, value=run.name)
     config = settle_noise(run, manifest)
     require_classes(config, manifest, dataset)
     owner, length = run.owner, config.train.num_images

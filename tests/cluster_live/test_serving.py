@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 KILL = """
 import os, pathlib
 for process in pathlib.Path("/proc").glob("[0-9]*"):
-    if b"ServeReplica:ncsn:Sampler" in (process / "cmdline").read_bytes():
+    if b"ServeReplica:ncsn:Replica" in (process / "cmdline").read_bytes():
         os.kill(int(process.name), 9)
         print("killed")
         break
