@@ -43,7 +43,9 @@ def test_ls_has_a_line_for_each_run_and_its_number(ncsn, store: Path, monkeypatc
     assert json.loads(ncsn("ls", "models", "--json").output) == {"models": [], "count": 0}
     shown = json.loads(ncsn("show", "mine", "--json").output)
     assert ([each["name"] for each in shown["items"]], shown["chains"]) == (["mine"], [])
-    found = {"figure": "f" * 150, "value": 1.0, "images_seen": 1, "candidates": []}
+    places = dict.fromkeys(("uri", "plot", "checkpoint"), "")
+    choice = {"figure": "f" * 150, "value": 1.0, "images_seen": 1, "relative_width": None}
+    found = {**places, **choice, "candidates": [], "kept": []}
     update_step(RunFolder(str(store), "mine"), "select", state="FINISHED", result=found)
     for command in (["ls"], ["show", "mine"]):
         assert f"{'f' * 150} = 1 at" in ncsn(*command).output, "nothing that is piped is cut or wrapped"
