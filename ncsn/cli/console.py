@@ -24,7 +24,7 @@ from ncsn.config import Config
 from ncsn.progress import Progress
 from ncsn.report.words import SCORES_HEAD, duration, next_step, score_lines
 from ncsn.runs.folder import RunFolder, StepRecord
-from ncsn.steps.results import result_type
+from ncsn.steps.results import result_line
 from ncsn.storage.retry import RETRY
 
 _LINE_EVERY_SECONDS, _MOST_SECONDS = 30.0, 600.0
@@ -208,7 +208,7 @@ def print_summary(
     steps = Table("step", Column("seconds", justify="right"), "result", box=SIMPLE_HEAD)
     for step, record in records.items():
         when = "  [dim](earlier)[/]" if step in earlier else ""
-        steps.add_row(step, f"{record.seconds:,.1f}", f"{result_type(step)(**record.result)}{when}")
+        steps.add_row(step, f"{record.seconds:,.1f}", f"{result_line(step, record.result)}{when}")
     steps.add_row("[bold]all", f"[bold]{sum(record.seconds for record in records.values()):,.1f}", "")
     first, *others = SCORES_HEAD
     scores = Table(first, *(Column(name, justify="right") for name in others), box=SIMPLE_HEAD)

@@ -21,7 +21,7 @@ from ncsn.errors import UserError
 from ncsn.progress import read_progress
 from ncsn.runs.folder import DATASET, RUN_PATTERN, RunFolder, Store, read_outcome, read_step
 from ncsn.runs.steps import STEP_TABLE
-from ncsn.steps.results import result_type
+from ncsn.steps.results import result_line
 from ncsn.storage import Entry
 from ncsn.tracking.client import client_at
 from ncsn.tracking.gate import Decision
@@ -99,7 +99,7 @@ def describe_run(root: str, run: str) -> Item:
         if places["evaluate"] in files:
             step, record = "evaluate", read_step(folder, "evaluate")
         if record.result:
-            figures = str(result_type(step)(**record.result))
+            figures = result_line(step, record.result)
         elif progress := read_progress(folder.step(step, "progress.json")):
             figures = f"{progress.done:,} / {progress.total:,} {progress.unit}"
     return Item("run", run, state, sum(entry.size for entry in files.values()), changed, figures, facts)
@@ -175,9 +175,7 @@ def find_items(root: str, registry: str, name: str) -> list[Item]:
     if RUN_PATTERN.fullmatch(name) and storage.exists(RunFolder(root, name).config):
         folder, run = RunFolder(root, name), describe_run(root, name)
         done = {step: record for step in STEP_TABLE if (record := read_step(folder, step)).result}
-        steps = {
-            step: f"{result_type(step)(**record.result)}; {record.seconds:,.1f} s" for step, record in done.items()
-        }
+        steps = {step: f"{result_line(step, record.result)}; {record.seconds:,.1f} s" for step, record in done.items()}
         items.append(replace(run, facts={**run.facts, **steps}))
     if re.fullmatch(r"(.*/)?[0-9a-f]{8,64}", name):
         items += list_datasets(root, name)[0]

@@ -23,7 +23,7 @@ from ncsn.runs.history import held_out_curves, load_history, loss_names
 from ncsn.runs.steps import BEST, SEARCH, STEPS
 from ncsn.steps.address import keep_guide
 from ncsn.steps.register import selection_of
-from ncsn.steps.results import ReportResult, result_type
+from ncsn.steps.results import ReportResult, result_line
 from ncsn.steps.step import Context, Prepared
 from ncsn.tracking.client import page
 from ncsn.tracking.gate import Memorization
@@ -136,7 +136,7 @@ def _results(sources: ReportSources) -> dict[str, Any]:
         "strengths": "any strength" if any_sigma else f"{config.levels.num_levels} strengths",
         "loss": config.loss,
         "records": records,
-        "lines": {step: str(result_type(step)(**record.result)) for step, record in records.items()},
+        "lines": {step: result_line(step, record.result) for step, record in records.items()},
         "costs": list(cost_facts(spent(config, folder), num_images=sampled)),
         "config": to_yaml(config),
         **{name: storage.read_bytes(uri) if storage.exists(uri) else None for name, uri in pictures.items()},

@@ -30,6 +30,14 @@ def result_type(step: str) -> Callable[..., Any]:
     return found
 
 
+def result_line(step: str, values: Mapping[str, Any]) -> str:
+    """A stored result in one line, for people."""
+    try:
+        return str(result_type(step)(**values))
+    except TypeError:
+        return "a result of another version of this program"
+
+
 @dataclass(frozen=True)
 class IngestResult:
     """The dataset."""

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ncsn.tools import choose, init
 from PIL import Image
 from refused import refused
 
 from ncsn.cli.console import picture
 from ncsn.config import from_yaml
+from ncsn.init import choose, write
 from ncsn.init.plan import Speed
 from ncsn.init.survey import told_from_mirror
 from ncsn.steps.ingest import write_images
@@ -88,8 +88,8 @@ def test_small_classes_and_mirroring_are_as_answered(place) -> None:
             darker.save(place / name / f"{number} {copy}.png")
         file.unlink()
     asked: list[object] = []
-    asks = init.Asks(left_out=lambda classes: asked.append(classes) is None, mirrored=mirrored)
-    written = init.from_images(str(place), "x.yaml", seconds=300, overrides=["data.image_size=8"], asks=asks)
+    asks = write.Asks(left_out=lambda classes: asked.append(classes) is None, mirrored=mirrored)
+    written = write.from_images(str(place), "x.yaml", seconds=300, overrides=["data.image_size=8"], asks=asks)
     data = from_yaml(Path("x.yaml").read_text()).data
     assert asked == ["3 c, 3 d", (37 * 25, 19 * 25)] and data.leave_out == ("c", "d")
     assert written.found.num_images == 120 and written.found.class_names == ("a", "b")
@@ -99,7 +99,7 @@ def test_small_classes_and_mirroring_are_as_answered(place) -> None:
 
 def test_few_test_images_and_a_busy_machine_are_told(place, monkeypatch: pytest.MonkeyPatch) -> None:
     given = ["data.image_size=8", "data.test_fraction=0.1"]
-    written = init.from_images(str(place), "x.yaml", seconds=300, overrides=given, asks=init.Asks())
+    written = write.from_images(str(place), "x.yaml", seconds=300, overrides=given, asks=write.Asks())
     for count, told in ((999, "99 test images"), (1500, "--set data.test_fraction=0.34"), (5000, "")):
         many = replace(written, found=replace(written.found, num_images=count))
         said = " ".join(text for _, text in many.lines if "test images" in text)

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ncsn.tools import choose as choices
 from PIL import Image
 from refused import refused
 
 from ncsn.config import Config, ConfigError, from_yaml
 from ncsn.errors import UserError
+from ncsn.init import choose as choices
 from ncsn.init.choose import FirstConfig, held_out, sizes_for, slug, unet
 from ncsn.init.plan import Machine, Speed, measure_speed
 from ncsn.init.survey import survey

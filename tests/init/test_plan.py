@@ -8,11 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from do import do
-from ncsn.tools import plan as planning
 from refused import refused
 
 from ncsn.config import Config, from_yaml
 from ncsn.core.losses import Batch, ConsistencyTuning
+from ncsn.init import plan as planning
 from ncsn.init.plan import Speed, chosen_levels, estimate, plan
 from ncsn.runs.folder import cost_of
 

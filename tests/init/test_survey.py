@@ -12,13 +12,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from image_folders import put
-from ncsn.tools import survey as look
 from PIL import Image
 from ray_driver import with_progress
 from refused import refused
 from sklearn.datasets import load_digits
 
 from ncsn.errors import NotFound
+from ncsn.init import survey as look
 from ncsn.init.survey import survey, told_from_mirror
 
 

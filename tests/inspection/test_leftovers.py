@@ -9,11 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 from mlflow.tracking import MlflowClient
-from ncsn.tools import leftovers
 from refused import refused
 
 from ncsn import storage
 from ncsn.config import Config, from_yaml, to_yaml
+from ncsn.inspection import leftovers
 from ncsn.inspection.leftovers import CLASSES, delete_leftovers, find_leftovers
 from ncsn.runs.folder import RunFolder, update_step
 from ncsn.tracking.client import connect, tracking_uri

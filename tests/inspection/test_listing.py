@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
-from ncsn.tools import listing
 
 from ncsn import storage
 from ncsn.config import Config, from_yaml, to_yaml
+from ncsn.inspection import listing
 from ncsn.inspection.listing import describe_run, find_items, list_datasets, list_models, list_runs
 from ncsn.runs.folder import Outcome, RunFolder, StepError, update_step, write_outcome
 from ncsn.steps.ingest import write_images
+from ncsn.steps.results import EvaluateResult
 from ncsn.tracking.client import client_at, tracking_uri
 from ncsn.tracking.gate import Evidence, Measurement, Memorization
 from ncsn.tracking.promotion import pass_gate
@@ -64,7 +65,8 @@ def test_a_run_has_state_size_date_and_figures(config: Config) -> None:
     fid = {"fid": 12.5, "fid_low": 9.0, "fid_high": 17.0}
     of_samples = {f"eval/classifier_{name}_n210": value for name, value in fid.items()}
     of_real = {f"eval/real_classifier_{name}_n210": value for name, value in fid.items()}
-    result = {"grade": "far", "metrics": of_samples, "real_metrics": of_real}
+    missing = {each.name: None for each in fields(EvaluateResult)}
+    result = missing | {"grade": "far", "metrics": of_samples, "real_metrics": of_real}
     update_step(folder, "evaluate", state="FINISHED", result=result)
     item = describe_run(root, "mine")
     assert item.figures == "far from real; eval/classifier_fid_n210 = 12 (9.0 to 17), real images 12 (9.0 to 17)"

@@ -89,7 +89,7 @@ def settings():
 first, threads, environment = settings(), len(os.listdir("/proc/self/task")), dict(os.environ)
 import ncsn, sys
 assert len(os.listdir("/proc/self/task")) == threads
-from ncsn.tools import choose, plan
+from ncsn.init import choose, plan
 choose.measure_speed = lambda _: plan.Speed(0.01, 0.01)  # which takes a while
 ncsn.fit(torch.rand(16, 8, 8).numpy(), hours=1e-5).save(sys.argv[1])
 ncsn.ScoreModel.load(sys.argv[1]).sample(2)

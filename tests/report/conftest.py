@@ -77,6 +77,7 @@ def page(images: np.ndarray) -> dict[str, Any]:
         "images_seen": 1200,
         "strengths": "any strength",
         "loss": DsmLossConfig(),
+        "lines": {"sample": "64 images"},
         "records": {"sample": SimpleNamespace(seconds=5.0, result={"num_images": 64, "nfe": 5})},
         "costs": [Fact("Reserved", "3 s")],
         "lineage": [

@@ -20,7 +20,7 @@ from ncsn.data.sources import open_source
 from ncsn.model import build
 from ncsn.model.generate import generate, image_labels
 from ncsn.serving.asked import answer, read, settings
-from ncsn.tracking.model import ScoreModel
+from ncsn.tracking.model import PyfuncModel
 from ncsn.training.batches import classes_of
 
 TRAINED = trained_by(0)
@@ -82,7 +82,7 @@ def test_classes_have_the_names_of_their_folders_whatever_yaml_takes_them_for(tm
     assert manifest.class_names == names
     network, classes = build.network(config).eval(), classes_of(config, manifest)
     trained = replace(TRAINED, config=config, network=network, classes=classes)
-    model = ScoreModel()
+    model = PyfuncModel()
     model.trained = trained
     for number, name in enumerate(names):
         sampling = from_yaml(to_yaml(config), overrides=[f"sampling.label={name}"]).sampling
