@@ -161,7 +161,7 @@ def run_command(*, options: TargetOptions, as_json: bool, finish: bool) -> None:
     """
     from ncsn.cli.run import run_pipeline
 
-    run_pipeline(options.resolve(), as_json=as_json, finish=finish)
+    run_pipeline(options.resolve(), code_here=options.code_here, as_json=as_json, finish=finish)
 
 
 def _do_step(
@@ -176,12 +176,12 @@ def _do_step(
     from ncsn.cli.console import describe_result
     from ncsn.cli.run import run_step
 
-    target = options.resolve(named)
-    if target.checkpoint is not None:
+    run = options.resolve(named)
+    if run.checkpoint is not None:
         if step != "sample":
             raise UserError("ADDRESS", f"names a checkpoint, but `{step}` is of a run", hint="name it", value=named)
-        given = {**given, "checkpoint": target.checkpoint}
-    result = run_step(step, target, given=given)
+        given = {**given, "checkpoint": run.checkpoint}
+    result = run_step(step, run, code_here=options.code_here, given=given)
     if png:
         from ncsn.data.samples import write_pngs
 
@@ -211,12 +211,12 @@ def show_config_command(*, options: TargetOptions, as_json: bool) -> None:
     from ncsn.config import to_json
     from ncsn.init.draft import documented_yaml
 
-    target = options.resolve()
-    if not as_json and target.config.noise.kind == "auto":
+    run = options.resolve()
+    if not as_json and run.config.noise.kind == "auto":
         from ncsn.init.plan import chosen_levels
 
-        click.echo("".join(f"# {line}\n" for line in chosen_levels(target.config, target.run)), nl=False)
-    click.echo(to_json(target.config) if as_json else documented_yaml(target.config), nl=as_json)
+        click.echo("".join(f"# {line}\n" for line in chosen_levels(run.config, run.name)), nl=False)
+    click.echo(to_json(run.config) if as_json else documented_yaml(run.config), nl=as_json)
 
 
 @app.command("ui", cls=ReportingCommand)
@@ -236,8 +236,8 @@ def plan_command(*, options: TargetOptions, as_json: bool) -> None:
     from ncsn.cli.console import console_on, print_plan
     from ncsn.init.plan import plan
 
-    target = options.resolve()
-    found = plan(target.config, target.run)
+    run = options.resolve()
+    found = plan(run.config, run.name)
     if as_json:
         click.echo(json.dumps(found, indent=1))
     else:
@@ -253,7 +253,7 @@ def select_command(*, options: TargetOptions, as_json: bool, **given: str | None
     """
     from ncsn.cli.run import run_select
 
-    run_select(options.resolve(), given=given, as_json=as_json)
+    run_select(options.resolve(), code_here=options.code_here, given=given, as_json=as_json)
 
 
 def _step_command(step: str) -> None:

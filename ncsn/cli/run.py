@@ -10,7 +10,6 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
-from dataclasses import replace
 from heapq import nlargest
 from pathlib import Path
 from types import TracebackType
@@ -22,7 +21,6 @@ from ncsn import storage
 from ncsn.answer import answer
 from ncsn.cli.console import ProgressView, console_on, describe_result, print_summary, shown_progress
 from ncsn.cli.options import StepFailed
-from ncsn.cli.target import Target
 from ncsn.config import changed_settings, continues, from_yaml
 from ncsn.errors import UserError
 from ncsn.events import announced
@@ -131,13 +129,13 @@ class Terminal(Observer):
             self._watcher.join()
 
 
-def run_pipeline(target: Target, *, as_json: bool, finish: bool = False) -> None:
+def run_pipeline(run: Run, *, code_here: bool, as_json: bool, finish: bool = False) -> None:
     """Do the steps that are not done, on one Ray cluster, and print the summary; with `finish` train no further."""
-    run, config = Run(target.config, target.run), target.config
+    config = run.config
     steps = STEPS if config.search is None else PIPELINE
     for step in steps:
         refuse(step, run)
-    if target.code_here:
+    if code_here:
         publish_code(config.storage.root)
     with run.alone():
         run.claim()
@@ -188,24 +186,24 @@ def do_steps(run: Run, steps: tuple[str, ...], *, finish: bool = False) -> None:
             write_outcome(each.folder, Outcome("FINISHED"))
 
 
-def run_step(step: str, target: Target, *, given: Mapping[str, str | None]) -> Any:
+def run_step(step: str, run: Run, *, code_here: bool, given: Mapping[str, str | None]) -> Any:
     """Do one step; its result."""
-    if target.code_here:
-        publish_code(target.config.storage.root)
-    run, lease = Run(target.config, target.run), given.get("lease")
+    if code_here:
+        publish_code(run.config.storage.root)
+    lease = given.get("lease")
     with Terminal(events=lease is None) as terminal:  # else the launcher sends them
         return execute(step, run, terminal, given=given, lease=lease)
 
 
-def run_select(target: Target, *, given: Mapping[str, str | None], as_json: bool) -> None:
+def run_select(run: Run, *, code_here: bool, given: Mapping[str, str | None], as_json: bool) -> None:
     """Choose the best checkpoint of a run; then sample, evaluate and register it, and report."""
-    found = {"select": run_step("select", target, given=given)}
+    found = {"select": run_step("select", run, code_here=code_here, given=given)}
     if given.get("lease") is None:  # else the launcher does the rest
-        sampling = target.config.sampling.model_copy(update={"relative_width": None})  # that of the chosen weights
-        target = replace(target, config=target.config.model_copy(update={"sampling": sampling}))
+        sampling = run.config.sampling.model_copy(update={"relative_width": None})  # that of the chosen weights
+        run = Run(run.config.model_copy(update={"sampling": sampling}), run.name)
         inputs: dict[str, str | None] = {"dataset": given.get("dataset"), "checkpoint": found["select"].checkpoint}
         for step in STEPS[STEPS.index("sample") :]:
-            found[step] = run_step(step, target, given=inputs)
+            found[step] = run_step(step, run, code_here=False, given=inputs)
     if as_json:
         click.echo(json.dumps({step: dataclasses.asdict(result) for step, result in found.items()}, indent=1))
     else:

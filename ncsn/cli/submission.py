@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from ncsn import storage
-from ncsn.cli.target import Target, TargetOptions
+from ncsn.cli.target import TargetOptions
 from ncsn.config import from_yaml, to_json
 from ncsn.config.schema import TrackingConfig
 from ncsn.data.sources.base import source_fingerprint
 from ncsn.environment import CODE, IMAGE_VARIABLE
 from ncsn.errors import UserError
 from ncsn.runs.code import publish_code
-from ncsn.runs.folder import read_outcome, require_owner, run_folder
+from ncsn.runs.folder import Run, read_outcome, require_owner, run_folder
 from ncsn.storage.retry import limited
 from pipelines.submit import Submission
 
@@ -56,10 +56,10 @@ def prepare(
         name = options.run or given.get("model", "").removeprefix("models:/") or pipeline
         tracked_as = TrackingConfig.model_fields["experiment"].default
     else:
-        target = options.resolve()
-        config, tracked_as = target.config, target.config.tracking.experiment
-        arguments = _experiment_arguments(target, given_run=options.run, scheduled=scheduled)
-        name = config.name if scheduled else target.run
+        run = options.resolve()
+        config, tracked_as = run.config, run.config.tracking.experiment
+        arguments = _experiment_arguments(run, given_run=options.run, scheduled=scheduled)
+        name = config.name if scheduled else run.name
     if options.code_here:
         publish_code(config.storage.root if config else arguments["root"])
     if taken := arguments.keys() & given.keys():
@@ -90,18 +90,18 @@ def why_it_failed(submission: Submission) -> str:
     return str(outcome or "")
 
 
-def _experiment_arguments(target: Target, *, given_run: str | None, scheduled: bool) -> dict[str, Any]:
+def _experiment_arguments(run: Run, *, given_run: str | None, scheduled: bool) -> dict[str, Any]:
     """Parameters of the pipelines that train."""
-    config = target.config
+    config = run.config
     _require_shared_store(config.storage.root)
     weights = config.evaluation.weights
     if weights is not None and "://" not in weights and not Path(weights).is_absolute():  # known only after training
         hint = "use https://..., s3://BUCKET/..., or the absolute path of a volume that every pod mounts"
         raise UserError("evaluation.weights", "a file of this machine, not of the cluster", hint=hint, value=weights)
     if given_run or not scheduled:
-        _require_own_run(target)
+        _require_own_run(run)
     # Without a given name, a schedule names each run after KFP's: under one name the second would find all done.
-    arguments = {"config": to_json(config), "run": (given_run or "") if scheduled else target.run}
+    arguments = {"config": to_json(config), "run": (given_run or "") if scheduled else run.name}
     source_is_here = config.data.root is None or Path(config.data.root).expanduser().exists()
     return arguments | ({"content": source_fingerprint(config.data)} if source_is_here else {})
 
@@ -112,11 +112,11 @@ def _require_shared_store(root: str) -> None:
         raise UserError("storage.root", "a folder of this machine, not of the cluster", hint=hint, value=root)
 
 
-def _require_own_run(target: Target) -> None:
-    folder = run_folder(target.config, target.run)
+def _require_own_run(run: Run) -> None:
+    folder = run.folder
     try:
         with limited(_LOOK_SECONDS):
             owner = storage.read_text(folder.config)
     except Exception:  # noqa: BLE001 - the store is out of reach, or the name is free; the first task checks again
         return
-    require_owner(from_yaml(owner, origin=folder.config), target.config, target.run)
+    require_owner(from_yaml(owner, origin=folder.config), run.config, run.name)

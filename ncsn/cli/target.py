@@ -7,26 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ncsn import storage
-from ncsn.config import Config, ConfigError, from_yaml, training_settings
+from ncsn.config import ConfigError, from_yaml, training_settings
 from ncsn.config.load import EXAMPLES
 from ncsn.errors import NotFound, UserError
-from ncsn.runs.folder import DEFAULT_ROOT, RunFolder
+from ncsn.runs.folder import DEFAULT_ROOT, Run, RunFolder
 
 if TYPE_CHECKING:
     from ncsn.steps.address import Place
 
 _ROOT = "storage.root"
 _ANOTHER_STORE = f"pass --config, or --set {_ROOT}=URI of another store"
-
-
-@dataclass(frozen=True)
-class Target:
-    """What a command works on."""
-
-    config: Config
-    run: str
-    code_here: bool = False  # whether jobs run the packages of this checkout
-    checkpoint: str | None = None  # URI, if an address named it
 
 
 @dataclass(frozen=True)
@@ -37,10 +27,10 @@ class TargetOptions:
     overrides: tuple[str, ...] = ()
     run: str | None = None
     backend: tuple[str, ...] = ()  # the overrides that --backend and --address stand for
-    code_here: bool = False
+    code_here: bool = False  # whether jobs run the packages of this checkout
 
-    def resolve(self, address: str | None = None) -> Target:
-        """The config of what an address names, else of --config, else of --run, and the run that it belongs to."""
+    def resolve(self, address: str | None = None) -> Run:
+        """The run, with the config of what an address names, else of --config, else of --run."""
         run, checkpoint = self.run, None
         if address is not None:
             if self.config_uri is not None or self.run is not None:
@@ -70,7 +60,7 @@ class TargetOptions:
         config = from_yaml(text, overrides=overrides, origin=origin)
         # A hash of what decides the weights: the same experiment resumes, another one starts.
         run = run or f"{config.name}-{storage.digest(training_settings(config), 8)}"
-        return Target(config, run, self.code_here, checkpoint)
+        return Run(config, run, checkpoint)
 
     def named(self, address: str) -> Place:
         """What an address names in the store and registry of these options."""

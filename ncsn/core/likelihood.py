@@ -18,7 +18,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ncsn.core.images import DataMoments
 from ncsn.core.keyed_random import Stream, keyed_uniform
 
 GRAYS = 256
@@ -77,20 +76,8 @@ class LikelihoodOde:
         return -gain * raw.detach(), -gain * trace
 
 
-def sigma_data_of(moments: DataMoments, *, center: float = 0.5) -> float:
-    """Root mean square of the pixels around mid-gray, for networks that do not have it among their settings."""
-    count = moments.mean.numel()
-    spread = float(moments.variances.sum()) + moments.rest * (count - len(moments.variances))
-    return math.sqrt(float((moments.mean - center).square().mean()) + spread / count)
-
-
 def hutchinson_probes(seed: int, *, first: int, count: int, number: int, shape: tuple[int, ...]) -> Tensor:
     """Vectors of independent signs for images `first .. first + count`, float32 [number, count, *shape]."""
     u = keyed_uniform(seed, stream=Stream.HUTCHINSON, first=first, count=count, size=number * math.prod(shape))
     signs = torch.where(u < 0.5, -1.0, 1.0)
     return signs.view(count, number, *shape).transpose(0, 1).contiguous()
-
-
-def uniform_bits(log_density: Tensor, *, size: int) -> Tensor:
-    """Bits per dimension [B] of images (k + u) / 256 with uniform u, of `size` values each."""
-    return math.log2(GRAYS) - log_density / (size * math.log(2))

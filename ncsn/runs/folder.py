@@ -204,6 +204,7 @@ class Run:
 
     config: Config
     name: str
+    checkpoint: str | None = None  # URI, if that of an address is meant instead of the run's own
     claimed: bool = False
     images: Mapping[str, Any] | None = None  # the key of the first step, once its images are known to be the run's
 

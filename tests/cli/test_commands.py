@@ -32,7 +32,7 @@ def test_a_step_prints_its_result_and_the_second_call_finds_it(run_command, conf
     result = json.loads(first.stdout)
     assert result["counts"] == {"train": 64, "test": 64}
     assert Path(result["uri"], "manifest.json").is_file()
-    run = TargetOptions(str(config_file)).resolve().run
+    run = TargetOptions(str(config_file)).resolve().name
     assert "select" not in first.stderr  # what is said of a checkpoint that was selected
     folder = store / "runs" / run / "steps" / "ingest"
     written = (folder / "step.json").stat().st_mtime_ns

@@ -49,7 +49,7 @@ def test_submit_sends_the_resolved_config_and_prints_the_page(submit, server: Kf
     target = TargetOptions(str(config_file), ("noise.num_levels=7",)).resolve()
     arguments = run["runtime_config"]["parameters"]
     assert from_yaml(arguments["config"]) == target.config
-    assert arguments["run"] == run["display_name"] == target.run
+    assert arguments["run"] == run["display_name"] == target.name
     assert run["service_account"] == "mine"
     assert only(server.experiments)["display_name"] == "ncsn"
     assert cached_tasks(run) == {"ingest", "search", "train"}

@@ -41,16 +41,16 @@ def folder(config: Config) -> RunFolder:
     ],
 )
 def test_the_run_name_depends_on_what_decides_the_weights(config_file: Path, override: str, same: bool) -> None:
-    run = TargetOptions(str(config_file)).resolve().run
+    run = TargetOptions(str(config_file)).resolve().name
     assert run.startswith("tiny-")
-    assert (TargetOptions(str(config_file), (override,)).resolve().run == run) is same
+    assert (TargetOptions(str(config_file), (override,)).resolve().name == run) is same
 
 
 def test_a_run_brings_its_config(config_file: Path, store: Path) -> None:
     first = TargetOptions(str(config_file), ("seed=7",), "mine").resolve()
-    claimed(first.config, first.run)
+    claimed(first.config, first.name)
     found = TargetOptions(None, (f"storage.root={store}", "sampling.num_images=9"), "mine").resolve()
-    assert (found.run, found.config.seed, found.config.sampling.num_images) == ("mine", 7, 9)
+    assert (found.name, found.config.seed, found.config.sampling.num_images) == ("mine", 7, 9)
 
 
 def test_a_run_is_where_its_store_is_now(config: Config, folder: RunFolder, store: Path, tmp_path: Path) -> None:
@@ -64,7 +64,7 @@ def test_a_run_is_where_its_store_is_now(config: Config, folder: RunFolder, stor
         TargetOptions().resolve(str(checkpoint)),
         TargetOptions(None, (f"storage.root={moved}",)).resolve("mine"),
     ):
-        assert (found.config.storage.root, found.run) == (str(moved), "mine")
+        assert (found.config.storage.root, found.name) == (str(moved), "mine")
     elsewhere = TargetOptions(str(moved / "runs/mine/config.yaml"), ("storage.root=/elsewhere",))
     assert elsewhere.resolve().config.storage.root == "/elsewhere"
     (tmp_path / "runs/by-hand").mkdir(parents=True)
@@ -77,12 +77,12 @@ def test_a_checkpoint_brings_its_config_and_its_run(config_file: Path, store: Pa
     claimed(own.config, "mine")
     of_run = [(store / "runs" / "mine" / name, "mine") for name in ("checkpoints", "selected", "ema/widths")]
     of_none = [tmp_path / "a" / "checkpoints", store / "runs/mine/search/trials/a/b/checkpoints"]
-    for folder, run in (*of_run, *((each, own.run) for each in of_none)):
+    for folder, run in (*of_run, *((each, own.name) for each in of_none)):
         checkpoint = folder / "images-000000160"
         storage.write_text(str(checkpoint / "config.yaml"), config_file.read_text())
         storage.write_text(str(checkpoint / "checkpoint.json"), "{}")
         found = TargetOptions().resolve(str(checkpoint))
-        assert (found.run, found.config.name, found.checkpoint) == (run, "tiny", str(checkpoint))
+        assert (found.name, found.config.name, found.checkpoint) == (run, "tiny", str(checkpoint))
 
 
 def test_a_name_is_a_config_here_or_else_an_example(config_file: Path, tmp_path: Path, monkeypatch) -> None:

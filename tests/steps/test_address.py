@@ -125,23 +125,23 @@ def test_a_version_is_sampled_and_evaluated_as_a_run_that_nobody_trains(config: 
     own = do("sample", config, "mine", checkpoint=f"{trained.checkpoints}/images-000000008")
     options = TargetOptions(None, (f"storage.root={trained.root}",))
     target = options.resolve("models:/pets@champion")
-    folder = RunFolder(trained.root, target.run)
+    folder = RunFolder(trained.root, target.name)
     assert opened_from(folder) == "models:/pets/1" and opened_from(trained) == ""
-    result = do("sample", target.config, target.run)
+    result = do("sample", target.config, target.name)
     np.testing.assert_array_equal(read_samples(result.uri, 0, 4), read_samples(own.uri, 0, 4))
     manifest = storage.read_json(f"{result.uri}/manifest.json")
     assert manifest["model"] == "models:/pets/1" and "model" not in storage.read_json(f"{own.uri}/manifest.json")
     files = {path: path.stat().st_mtime_ns for path in Path(trained.root).rglob("*") if path.is_file()}
     again = options.resolve("models:/pets/1")
-    assert again == target and do("sample", again.config, again.run) == result
+    assert again == target and do("sample", again.config, again.name) == result
     after = {path: path.stat().st_mtime_ns for path in files if "mlflow.db" not in path.name}
     assert {path for path, date in after.items() if date != files[path]} <= {Path(folder.begun)}
-    measured = do("evaluate", target.config, target.run)
+    measured = do("evaluate", target.config, target.name)
     assert measured.num_images == 4
     direct = do("evaluate", config, "mine", samples=own.uri, dataset=read_step(folder, "ingest").result["uri"])
     assert measured.metrics == pytest.approx(direct.metrics)
     with refused("--run"):
-        do("train", target.config, target.run, dataset=read_step(folder, "ingest").result["uri"])
+        do("train", target.config, target.name, dataset=read_step(folder, "ingest").result["uri"])
 
 
 def test_an_average_that_was_registered_has_its_width(config: Config, trained: RunFolder, root: Path) -> None:
@@ -150,12 +150,12 @@ def test_an_average_that_was_registered_has_its_width(config: Config, trained: R
     average = {"relative_width": 0.1, "error": 0.0, "coefficients": {}}
     _register(averaged, f"{trained.checkpoints}/images-000000008", "averaged", average=average)
     target = TargetOptions(None, (f"storage.root={root}",)).resolve("models:/averaged/1")
-    checkpoint = read_step(RunFolder(str(root), target.run), "train").result["checkpoint"]
-    assert do("sample", target.config, target.run, checkpoint=checkpoint).num_images == 4
+    checkpoint = read_step(RunFolder(str(root), target.name), "train").result["checkpoint"]
+    assert do("sample", target.config, target.name, checkpoint=checkpoint).num_images == 4
     for width in (0.2, 0.05):
         with refused("sampling.relative_width"):
             other = target.config.sampling.model_copy(update={"relative_width": width})
-            do("sample", target.config.model_copy(update={"sampling": other}), target.run, checkpoint=checkpoint)
+            do("sample", target.config.model_copy(update={"sampling": other}), target.name, checkpoint=checkpoint)
 
 
 def test_a_guide_of_any_address_is_kept(config: Config, trained: RunFolder, places: dict[str, str]) -> None:
