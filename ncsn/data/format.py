@@ -27,7 +27,7 @@ NO_LABEL = -1
 DIGEST_VERSION = 2
 DIGEST_LENGTH = 16
 
-MANIFEST = "manifest.json"
+MANIFEST = "manifest.json"  # of a dataset or of samples, written last
 FORMAT_VERSION = 4
 # Limits of a part: small enough to share the work, and large enough for few files.
 PART_IMAGES, PART_BYTES = 16_384, 192 << 20

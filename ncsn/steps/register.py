@@ -10,7 +10,7 @@ from typing import Any
 
 from ncsn import storage
 from ncsn.config import Config
-from ncsn.data.format import Manifest, load_manifest
+from ncsn.data.format import MANIFEST, Manifest, load_manifest
 from ncsn.errors import UserError, shown_value
 from ncsn.evaluation import extractor_name
 from ncsn.evaluation.measure import metric_name
@@ -44,7 +44,7 @@ def prepare(run: Run, *, checkpoint: str, evaluation: str) -> Prepared[RegisterR
     loaded = replace(loaded, config=config, guide=guide_of(loaded, config.sampling))
     measured = storage.absolute_uris(storage.read_json(evaluation), root)
     # Not an evaluation of other weights, of another sampler or against other images.
-    samples = storage.read_json(storage.join(measured["samples"], "manifest.json"))
+    samples = storage.read_json(storage.join(measured["samples"], MANIFEST))
     facts = registry.deciding(loaded)
     wanted = {"checkpoint_digest": loaded.digest, **{name: facts.get(name) for name in registry.DECIDING}}
     for name, value in wanted.items():

@@ -9,7 +9,7 @@ from typing import Any
 
 from ncsn import storage
 from ncsn.config import Config, to_yaml
-from ncsn.data.format import Manifest, load_manifest
+from ncsn.data.format import MANIFEST, Manifest, load_manifest
 from ncsn.model import build, checkpoint as checkpoints
 from ncsn.model.checkpoint import TrainedNetwork
 from ncsn.model.classes import AS_DATA, BALANCED
@@ -48,7 +48,7 @@ def prepare(run: Run, *, evaluation: str) -> Prepared[ReportResult]:
     """The results of the run's other steps decide; some of them may be missing."""
     folder, config = run.folder, run.config
     measured = storage.absolute_uris(storage.read_json(storage.absolute(evaluation)), folder.root)
-    samples = storage.read_json(storage.join(measured["samples"], "manifest.json"))
+    samples = storage.read_json(storage.join(measured["samples"], MANIFEST))
     samples = storage.absolute_uris(samples, folder.root)
     loaded = checkpoints.load_checkpoint(samples["checkpoint"])
     config = checkpoints.require_same_training(loaded.config, config, origin=samples["checkpoint"])

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from ncsn import storage
 from ncsn.config import Config
 from ncsn.core.images import eight_bit
-from ncsn.data.format import load_manifest
+from ncsn.data.format import MANIFEST, load_manifest
 from ncsn.distributed.cluster import cluster_for, ray_tags
 from ncsn.distributed.ray_calls import runner_of
 from ncsn.distributed.sampling import LEVELS, Features, make_shards, plan_shards
@@ -52,7 +52,7 @@ def prepare(run: Run, *, checkpoint: str, score: str | None = None) -> Prepared[
     guide = guide_of(trained, config.sampling)
     facts = sampling_facts(with_precision(config.sampling, trained, config.compute.device), guide)
     uri = storage.join(run.folder.samples, trained.digest, storage.digest(facts, 12))
-    there = (storage.find_json(storage.join(uri, "manifest.json")) or {}).get("num_images", 0)
+    there = (storage.find_json(storage.join(uri, MANIFEST)) or {}).get("num_images", 0)
     count = max(there, config.sampling.num_images)
     config = config.model_copy(update={"sampling": config.sampling.model_copy(update={"num_images": count})})
     return Prepared(
@@ -109,7 +109,7 @@ def sample(
         "rows": [] if rows is None else images.labels()[rows[:, 0]].tolist(),  # class of each row of the grid
     }
     manifest = storage.relative_uris(manifest, context.folder.root)
-    storage.write_json(storage.join(uri, "manifest.json"), manifest, indent=1)
+    storage.write_json(storage.join(uri, MANIFEST), manifest, indent=1)
     origin = {"checkpoint.uri": checkpoint, "checkpoint.digest": trained.digest}
     tracked.set_tags({**origin, "dataset.digest": trained.dataset_digest, "samples.uri": uri})
     rate = {} if result.images_per_second is None else {"sample/images_per_second": result.images_per_second}
