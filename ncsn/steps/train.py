@@ -22,7 +22,7 @@ from ncsn.model import build
 from ncsn.model.checkpoint import FILES, CheckpointStore, folder_name, load_checkpoint
 from ncsn.model.classes import require_label, require_same_classes
 from ncsn.model.trained import adapted, start_notes
-from ncsn.progress import read_progress
+from ncsn.progress import PublishedProgress, read_progress
 from ncsn.remote.backend import say
 from ncsn.runs.folder import (
     INDEX,
@@ -90,7 +90,8 @@ def train(config: Config, manifest: Manifest, dataset: str, start: Start, contex
             config=config,
             dataset=dataset,
             sink=LiveMetrics(tracked.uri, tracked.run_id),
-            progress=context.progress,
+            # Without the lease: at its end, training looks at it itself and saves first.
+            progress=PublishedProgress(folder.step("train", "progress.json")),
             history=folder.history,
             preview=folder.preview,
             averages=folder.averages,
