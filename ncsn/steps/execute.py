@@ -15,7 +15,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from importlib import import_module
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ncsn import storage
 from ncsn.config.search import require_search
@@ -39,9 +39,6 @@ from ncsn.steps.results import stored_result
 from ncsn.steps.step import Context, Prepared
 from ncsn.storage.heartbeat import LeaseExpired, is_abandoned
 from ncsn.tracking.client import tracking_uri
-
-if TYPE_CHECKING:
-    pass
 
 
 class Observer:

@@ -15,6 +15,7 @@ from ncsn.errors import UserError
 from ncsn.report.words import next_step
 from ncsn.runs.folder import RunFolder, read_step, run_folder, update_step
 from ncsn.steps import train
+from ncsn.storage.heartbeat import Lease, LeaseExpired
 from ncsn.training.loop import TrainingJob
 
 
@@ -75,3 +76,24 @@ def test_a_schedule_with_an_end_belongs_to_its_length(
     assert command[-2 * len(options) :] == ["--set", *options] and folder.config in command
     own = "--run" in next_step("copied", short, folder)[0]
     assert own is not bool(named), "half as long is another run"
+
+
+def test_a_lease_that_ends_lets_training_save_first(
+    config: Config, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other steps end at once by their progress."""
+    jobs = list[TrainingJob]()
+
+    def seen(job: TrainingJob, **_: object) -> None:
+        jobs.append(job)
+        raise LeaseExpired
+
+    monkeypatch.setattr(train.trainer, "train", seen)
+    dataset = do("ingest", config, "leased").uri
+    with pytest.raises(LeaseExpired):
+        do("train", config, "leased", dataset=dataset, lease=f"{root}/lease")
+    (job,) = jobs
+    assert job.lease is not None
+    monkeypatch.setattr(Lease, "expired", lambda _: True)
+    job.progress.start(2, "images")
+    job.progress.advance()
