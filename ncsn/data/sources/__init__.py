@@ -1,4 +1,7 @@
-"""Where images come from. A new source is a function that opens it, and a line here and in `DataConfig`."""
+"""Where images come from. A new source is a function that opens it, and a line here and in `DataConfig`.
+
+`ncsn.config.rules` says which pixels it may have, and `ncsn.init` what a place looks like that has it.
+"""
 
 from __future__ import annotations
 
