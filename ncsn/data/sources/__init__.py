@@ -1,6 +1,5 @@
-"""Where images come from. A new source is a function that opens it, and a line here and in `DataConfig`.
-
-`ncsn.config.rules` says which pixels it may have, and `ncsn.init` what a place looks like that has it.
+"""Where images come from. A new source is a function that opens it, a line here and in `DataConfig`, and what
+`ncsn.config.rules` and `ncsn.init` have to know of it.
 """
 
 from __future__ import annotations
