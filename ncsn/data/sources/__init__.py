@@ -1,6 +1,4 @@
-"""Where images come from. A new source is a function that opens it, a line here and in `DataConfig`, and what
-`ncsn.config.rules` and `ncsn.init` have to know of it.
-"""
+"""Where images come from. A new one is a function that opens it, and a line here, in `DataConfig` and in its rules."""
 
 from __future__ import annotations
 
