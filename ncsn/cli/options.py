@@ -178,8 +178,8 @@ code_option = click.option(
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print the result as JSON, and nothing else on stdout."
 )
-_ADDRESSED = ("ingest", "sample", "evaluate")  # steps on what an address names
-_ADDRESS = """ADDRESS, instead of --config or --run: models:/NAME@ALIAS, the name of a run, or the folder or URI of a
+ADDRESSED = ("ingest", "sample", "evaluate")  # steps on what an address names
+ADDRESS = """ADDRESS, instead of --config or --run: models:/NAME@ALIAS, the name of a run, or the folder or URI of a
 run, of a checkpoint or of a saved model."""
 score_option = click.option(
     "--score",
@@ -189,14 +189,12 @@ score_option = click.option(
     help="Show the Fréchet distance so far, with its interval, while images are made; URI: a dataset other than the "
     "run's.",
 )
+png_option = click.option(
+    "--png", metavar="DIR", help="Also write each image as a PNG file into this new or empty folder."
+)
 lease_option = click.option(
     "--lease", metavar="URI", hidden=True, help="Heartbeat of a launcher elsewhere: when it stops, save and end."
 )
-
-
-def help_of(step: str) -> str:
-    """The help of the command of a step."""
-    return "\n\n".join([STEP_TABLE[step].summary, *([_ADDRESS] if step in _ADDRESSED else [])])
 
 
 def step_options(step: str) -> Callable[[Decorated], Decorated]:
@@ -204,12 +202,14 @@ def step_options(step: str) -> Callable[[Decorated], Decorated]:
     info = STEP_TABLE[step]
 
     def decorate(command: Decorated) -> Decorated:
+        if step == "sample":
+            command = png_option(command)
         command = code_option(json_option(command))
         if info.elsewhere:
             command = backend_options(lease_option(command))
         if info.on_demand:
             command = score_option(command)
-        if step in _ADDRESSED:  # not `address`, which is an option of `backend_options`
+        if step in ADDRESSED:  # not `address`, which is an option of `backend_options`
             command = click.argument("named", metavar="[ADDRESS]", required=False)(command)
         for name, source in reversed([*info.inputs.items()]):
             option = click.option(f"--{name}", metavar="URI", help=f"The {source.what}; default: the run's own.")
