@@ -209,15 +209,6 @@ def show_config_command(*, options: TargetOptions, as_json: bool) -> None:
     click.echo(to_json(run.config) if as_json else documented_yaml(run.config), nl=as_json)
 
 
-@app.command("ui", cls=ReportingCommand)
-@existing_run_options
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option("--port", default=5000, show_default=True, type=click.IntRange(1, 65535), help="Port to listen on.")
-def ui_command(*, options: TargetOptions, host: str, port: int) -> None:
-    """Serve MLflow's pages until Ctrl-C, and open the list of runs, or with --run the page of the run."""
-    registry.serve_ui(options, host=host, port=port)
-
-
 @app.command("plan", cls=ReportingCommand, short_help="Estimate what training and sampling will take.")
 @target_options
 @json_option
@@ -253,7 +244,8 @@ for _step in STEP_TABLE.keys() - app.commands.keys():
     _add = app.command(_step, cls=ReportingCommand, help=_help, short_help=_summary)
     _add(step_options(_step)(partial(_do_step, _step)))
 for _command in (
-    *(cluster.submit_command, cluster.doctor_command, registry.promote_command, registry.serve_command),
+    *(cluster.submit_command, cluster.doctor_command),
+    *(registry.promote_command, registry.serve_command, registry.ui_command),
     *(store.ls_command, store.show_command, store.cleanup_command),
 ):
     app.add_command(_command)

@@ -97,35 +97,34 @@ class ReportingCommand(click.Command):
             if isinstance(error, LeaseExpired):  # recorded; with exit code 0, no cluster starts the command again
                 click.echo(str(error), err=True)
                 ctx.exit(0)
-            as_json = bool(ctx.params.get("as_json"))
-            ctx.exit(_report(error, with_traceback=ctx.meta.get(_TRACEBACK_KEY, False), as_json=as_json))
-
-
-def _report(error: Exception, *, with_traceback: bool, as_json: bool) -> int:
-    problems, code = describe(error)
-    if with_traceback:
-        traceback.print_exception(error)
-    if as_json and code == MISTAKE:
-        cause = error.error if isinstance(error, StepFailed) else error
-        found = [problem.to_json() for problem in problems_of(cause)]
-        click.echo(json.dumps({"error": {"type": type(cause).__name__, "problems": found}}, indent=1))
-    for problem in problems:
-        hint = click.style(str(problem).removeprefix(problem.statement), dim=True) if problem.hint else ""
-        click.echo(f"error: {problem.statement}{hint}", err=True)
-    if isinstance(error, StepFailed):
-        click.echo(f"({error.log} says more)", err=True)
-    elif code == FAILURE and not with_traceback:
-        click.echo(f"(--traceback or {TRACEBACK_VARIABLE}=1 shows where)", err=True)
-    return code
+            problems, code = describe(error)
+            if with_traceback := ctx.meta.get(_TRACEBACK_KEY, False):
+                traceback.print_exception(error)
+            if ctx.params.get("as_json") and code == MISTAKE:
+                cause = error.error if isinstance(error, StepFailed) else error
+                found = [problem.to_json() for problem in problems_of(cause)]
+                click.echo(json.dumps({"error": {"type": type(cause).__name__, "problems": found}}, indent=1))
+            for problem in problems:
+                hint = click.style(str(problem).removeprefix(problem.statement), dim=True) if problem.hint else ""
+                click.echo(f"error: {problem.statement}{hint}", err=True)
+            if isinstance(error, StepFailed):
+                click.echo(f"({error.log} says more)", err=True)
+            elif code == FAILURE and not with_traceback:
+                click.echo(f"(--traceback or {TRACEBACK_VARIABLE}=1 shows where)", err=True)
+            ctx.exit(code)
 
 
 Decorated = Callable[..., Any]
+_SET = "Change one value of the config; repeatable."
 _NEW_RUN = "Name of the run; default: made from the config. Without --config, an existing run."
 
 
 def target_options(command: Decorated, *, run_help: str = _NEW_RUN) -> Decorated:
     """`--config`, `--set`, `--run`, and `--backend`, `--address` and `--code` where the command has them: `options`."""
 
+    @click.option("--config", "config_uri", metavar="PATH|URI", help="A YAML file, or an example such as digits.")
+    @click.option("--set", "overrides", metavar="A.B=VALUE", multiple=True, help=_SET)
+    @click.option("--run", "run_name", metavar="NAME", help=run_help)
     @wraps(command)
     def with_target_options(
         *,
@@ -143,7 +142,6 @@ def target_options(command: Decorated, *, run_help: str = _NEW_RUN) -> Decorated
             from ncsn.runs.code import run_code
 
             run_code(code)
-
         if address is not None and backend not in (None, "ray-jobs"):
             why = f"needs --backend ray-jobs, not {backend}"
             raise UserError("--address", why, hint="leave one out", value=address)
@@ -152,13 +150,7 @@ def target_options(command: Decorated, *, run_help: str = _NEW_RUN) -> Decorated
             elsewhere = ("compute.backend=ray-jobs", f"compute.ray_jobs.address={address}")
         return command(options=TargetOptions(config_uri, overrides, run_name, elsewhere, code == HERE), **others)
 
-    decorated = click.option("--run", "run_name", metavar="NAME", help=run_help)(with_target_options)
-    decorated = click.option(
-        "--set", "overrides", metavar="A.B=VALUE", multiple=True, help="Change one value of the config; repeatable."
-    )(decorated)
-    return click.option(
-        "--config", "config_uri", metavar="PATH|URI", help="A YAML file, or an example such as digits."
-    )(decorated)
+    return with_target_options
 
 
 existing_run_options = partial(target_options, run_help="An existing run, instead of --config.")

@@ -77,8 +77,15 @@ class Terminal(Observer):
     ) -> None:
         try:
             if self.run is not None and isinstance(error, KeyboardInterrupt | SystemExit):
-                told = f"interrupted; {_continues(self.step, self.run)}"
-                self.view.console.print(told, highlight=False, soft_wrap=True)
+                told = f"continues with {self.step or STEPS[0]}"
+                if self.step == "train":
+                    newest = said_newest(self.run.folder.checkpoints)
+                    if "-" in newest:
+                        newest = f"image {images_seen_at(newest):,} of {self.run.config.train.num_images:,}"
+                        finish = f"`ncsn run {self.run.folder.options} --finish`"
+                        newest += f"; {finish} makes the model of what is trained"
+                    told = f"continues training from {newest}"
+                self.view.console.print(f"interrupted; the same command {told}", highlight=False, soft_wrap=True)
                 sys.exit(answer.code)
             if self.whole is not None and self.log is not None and isinstance(error, Exception):
                 traceback.print_exc()
@@ -208,17 +215,6 @@ def run_select(run: Run, *, code_here: bool, given: Mapping[str, str | None], as
         click.echo(json.dumps({step: dataclasses.asdict(result) for step, result in found.items()}, indent=1))
     else:
         click.echo("\n".join(describe_result(step, result) for step, result in found.items()))
-
-
-def _continues(step: str, run: Run) -> str:
-    """What the same command does after an interruption."""
-    if step != "train":
-        return f"the same command continues with {step or STEPS[0]}"
-    newest = said_newest(run.folder.checkpoints)
-    if "-" in newest:
-        newest = f"image {images_seen_at(newest):,} of {run.config.train.num_images:,}"
-        newest += f"; `ncsn run {run.folder.options} --finish` makes the model of what is trained"
-    return f"the same command continues training from {newest}"
 
 
 def _say_if_longer(run: Run) -> None:
