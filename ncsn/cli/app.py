@@ -226,7 +226,7 @@ def plan_command(*, options: TargetOptions, as_json: bool) -> None:
 
 
 @app.command("select", cls=ReportingCommand, short_help="Find the best checkpoint of a run by samples of each.")
-@step_options("select")
+@partial(step_options, step="select")
 def select_command(*, options: TargetOptions, as_json: bool, **given: str | None) -> None:
     """Score every kept checkpoint and average by a few samples; then sample, evaluate and register the best one.
 
@@ -242,7 +242,7 @@ for _step in STEP_TABLE.keys() - app.commands.keys():
     if _step in ADDRESSED:
         _help = f"{_summary}\n\n{ADDRESS}"
     _add = app.command(_step, cls=ReportingCommand, help=_help, short_help=_summary)
-    _add(step_options(_step)(partial(_do_step, _step)))
+    _add(step_options(partial(_do_step, _step), step=_step))
 for _command in (
     *(cluster.submit_command, cluster.doctor_command),
     *(registry.promote_command, registry.serve_command, registry.ui_command),

@@ -173,39 +173,25 @@ json_option = click.option(
 ADDRESSED = ("ingest", "sample", "evaluate")  # steps on what an address names
 ADDRESS = """ADDRESS, instead of --config or --run: models:/NAME@ALIAS, the name of a run, or the folder or URI of a
 run, of a checkpoint or of a saved model."""
-score_option = click.option(
-    "--score",
-    is_flag=False,
-    flag_value=OWN,
-    metavar="[URI]",
-    help="Show the Fréchet distance so far, with its interval, while images are made; URI: a dataset other than the "
-    "run's.",
-)
-png_option = click.option(
-    "--png", metavar="DIR", help="Also write each image as a PNG file into this new or empty folder."
-)
-lease_option = click.option(
-    "--lease", metavar="URI", hidden=True, help="Heartbeat of a launcher elsewhere: when it stops, save and end."
-)
 
 
-def step_options(step: str) -> Callable[[Decorated], Decorated]:
+def step_options(command: Decorated, *, step: str) -> Decorated:
     """All options of the command of a step."""
     info = STEP_TABLE[step]
-
-    def decorate(command: Decorated) -> Decorated:
-        if step == "sample":
-            command = png_option(command)
-        command = code_option(json_option(command))
-        if info.elsewhere:
-            command = backend_options(lease_option(command))
-        if info.on_demand:
-            command = score_option(command)
-        if step in ADDRESSED:  # not `address`, which is an option of `backend_options`
-            command = click.argument("named", metavar="[ADDRESS]", required=False)(command)
-        for name, source in reversed([*info.inputs.items()]):
-            option = click.option(f"--{name}", metavar="URI", help=f"The {source.what}; default: the run's own.")
-            command = option(command)
-        return target_options(command)
-
-    return decorate
+    if step == "sample":
+        words = "Also write each image as a PNG file into this new or empty folder."
+        command = click.option("--png", metavar="DIR", help=words)(command)
+    command = code_option(json_option(command))
+    if info.elsewhere:
+        words = "Heartbeat of a launcher elsewhere: when it stops, save and end."
+        command = backend_options(click.option("--lease", metavar="URI", hidden=True, help=words)(command))
+    if info.on_demand:
+        words = "Show the Fréchet distance so far, with its interval, while images are made; URI: a dataset other than "
+        words += "the run's."
+        command = click.option("--score", is_flag=False, flag_value=OWN, metavar="[URI]", help=words)(command)
+    if step in ADDRESSED:  # not `address`, which is an option of `backend_options`
+        command = click.argument("named", metavar="[ADDRESS]", required=False)(command)
+    for name, source in reversed([*info.inputs.items()]):
+        words = f"The {source.what}; default: the run's own."
+        command = click.option(f"--{name}", metavar="URI", help=words)(command)
+    return target_options(command)

@@ -10,6 +10,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from functools import cached_property
 from heapq import nlargest
 from pathlib import Path
 from types import TracebackType
@@ -58,14 +59,11 @@ class Terminal(Observer):
         self.log = None if whole is None else _work_folder(whole) / "log.txt"
         self.step, self.run = "", whole  # at work
         self._stack = ExitStack()
-        self._view: ProgressView | None = None
         self._ended, self._watcher, self._since = threading.Event(), threading.Thread(), 0.0
 
-    @property
+    @cached_property
     def view(self) -> ProgressView:
-        if self._view is None:
-            self._view = self._stack.enter_context(shown_progress(self.log))
-        return self._view
+        return self._stack.enter_context(shown_progress(self.log))
 
     def __enter__(self) -> Terminal:
         if self.whole is not None:
