@@ -376,14 +376,13 @@ def _choose_noise(draft: Draft, x: Tensor) -> None:
         why = "Root mean square of the pixels around mid-gray, measured."
         draft.choose("network.sigma_data", round(max(0.05, spread), 2), why)
     wanted = {
+        "loss.anneal_power": None,
         "loss.kind": "dsm",
         "loss.weighting": "edm",
         "noise.kind": "geometric",
         "noise.training.kind": "lognormal",
     }
-    is_open = draft.get("loss.anneal_power") is None and all(
-        draft.get(path, kind) == kind for path, kind in wanted.items()
-    )
+    is_open = all(draft.get(path, kind) == kind for path, kind in wanted.items())
     if takes_any and is_open and draft.section("noise", "geometric"):
         draft.choose("noise.training.kind", "lognormal", "Training draws any sigma (Karras et al. 2022).")
         why = "That of Karras et al. for photographs, moved by ln(sigma_data / 0.25)."
