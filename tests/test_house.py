@@ -83,11 +83,11 @@ LEAST_MODULES, MOST_MODULES = 2, 14  # of a package
 # Lines of each part; a change that takes it 10 % over its budget has to say why.
 BUDGETS = {
     "ncsn/core": 3347,
-    "ncsn/data": 2559,
+    "ncsn/data": 2560,
     "ncsn/evaluation": 1600,
     "ncsn/steps ncsn/runs ncsn/kubeflow": 3148,
     "ncsn/model": 1476,
-    "ncsn/distributed": 1398,
+    "ncsn/distributed": 1400,
     "ncsn/config": 1610,
     "ncsn/cli": 1678,
     "ncsn/tracking": 1375,
