@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,11 +16,12 @@ import click
 
 from ncsn.cli import cluster, registry, store
 from ncsn.cli.options import (
+    ADDRESS,
+    ADDRESSED,
     ReportingCommand,
     backend_options,
     code_option,
     existing_run_options,
-    help_of,
     json_option,
     step_options,
     target_options,
@@ -109,7 +111,8 @@ def init_command(
         seconds = 60 * (minutes or _MINUTES)
         if not seconds < math.inf:
             raise UserError("--minutes", "not a length of time", value=minutes)
-        asks = write.Asks(_looking, _ask_left_out, _ask_mirrored)
+        few = "These are too few to learn a class: {}. Leave them out?"
+        asks = write.Asks(_looking, lambda classes: _asked(few.format(classes), default=False), _ask_mirrored)
         written = write.from_images(place, out, seconds=seconds, overrides=overrides, asks=asks)
     if as_json:
         click.echo(json.dumps(written.to_json(), indent=1))
@@ -133,10 +136,6 @@ def _looking() -> Iterator[Progress | None]:
 def _asked(question: str, *, default: bool) -> bool:
     """The answer, on a terminal."""
     return click.confirm(question, default=default) if sys.stdin.isatty() and sys.stdout.isatty() else default
-
-
-def _ask_left_out(classes: str) -> bool:
-    return _asked(f"These are too few to learn a class: {classes}. Leave them out?", default=False)
 
 
 def _ask_mirrored(png: bytes, default: bool) -> bool:  # noqa: FBT001 - `Callable` knows no keywords
@@ -166,38 +165,29 @@ def run_command(*, options: TargetOptions, as_json: bool, finish: bool) -> None:
 
 def _do_step(
     step: str,
-    options: TargetOptions,
-    given: Mapping[str, str | None],
     *,
+    options: TargetOptions,
     as_json: bool,
     named: str | None = None,
     png: str | None = None,
+    **given: str | None,
 ) -> None:
     from ncsn.cli.console import describe_result
     from ncsn.cli.run import run_step
 
+    if png and (folder := Path(png)).exists() and not (folder.is_dir() and next(folder.iterdir(), None) is None):
+        raise UserError("--png", "not an empty folder", hint="choose another", value=png)
     run = options.resolve(named)
     if run.checkpoint is not None:
         if step != "sample":
             raise UserError("ADDRESS", f"names a checkpoint, but `{step}` is of a run", hint="name it", value=named)
-        given = {**given, "checkpoint": run.checkpoint}
+        given["checkpoint"] = run.checkpoint
     result = run_step(step, run, code_here=options.code_here, given=given)
     if png:
         from ncsn.data.samples import write_pngs
 
         write_pngs(result.uri, Path(png), num_images=result.num_images)
     click.echo(json.dumps(asdict(result), indent=1) if as_json else describe_result(step, result, png=png))
-
-
-@app.command("sample", cls=ReportingCommand, help=help_of("sample"), short_help=STEP_TABLE["sample"].summary)
-@step_options("sample")
-@click.option("--png", metavar="DIR", help="Also write each image as a PNG file into this new or empty folder.")
-def sample_command(
-    *, options: TargetOptions, as_json: bool, named: str | None, png: str | None, **given: str | None
-) -> None:
-    if png and (folder := Path(png)).exists() and not (folder.is_dir() and next(folder.iterdir(), None) is None):
-        raise UserError("--png", "not an empty folder", hint="choose another", value=png)
-    _do_step("sample", options, given, as_json=as_json, named=named, png=png)
 
 
 @app.command("show-config", cls=ReportingCommand, short_help="Print every setting with its meaning and range.")
@@ -219,15 +209,6 @@ def show_config_command(*, options: TargetOptions, as_json: bool) -> None:
     click.echo(to_json(run.config) if as_json else documented_yaml(run.config), nl=as_json)
 
 
-@app.command("ui", cls=ReportingCommand)
-@existing_run_options
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option("--port", default=5000, show_default=True, type=click.IntRange(1, 65535), help="Port to listen on.")
-def ui_command(*, options: TargetOptions, host: str, port: int) -> None:
-    """Serve MLflow's pages until Ctrl-C, and open the list of runs, or with --run the page of the run."""
-    registry.serve_ui(options, host=host, port=port)
-
-
 @app.command("plan", cls=ReportingCommand, short_help="Estimate what training and sampling will take.")
 @target_options
 @json_option
@@ -245,7 +226,7 @@ def plan_command(*, options: TargetOptions, as_json: bool) -> None:
 
 
 @app.command("select", cls=ReportingCommand, short_help="Find the best checkpoint of a run by samples of each.")
-@step_options("select")
+@partial(step_options, step="select")
 def select_command(*, options: TargetOptions, as_json: bool, **given: str | None) -> None:
     """Score every kept checkpoint and average by a few samples; then sample, evaluate and register the best one.
 
@@ -256,17 +237,15 @@ def select_command(*, options: TargetOptions, as_json: bool, **given: str | None
     run_select(options.resolve(), code_here=options.code_here, given=given, as_json=as_json)
 
 
-def _step_command(step: str) -> None:
-    @app.command(step, cls=ReportingCommand, help=help_of(step), short_help=STEP_TABLE[step].summary)
-    @step_options(step)
-    def command(*, options: TargetOptions, as_json: bool, named: str | None = None, **given: str | None) -> None:
-        _do_step(step, options, given, as_json=as_json, named=named)
-
-
 for _step in STEP_TABLE.keys() - app.commands.keys():
-    _step_command(_step)
+    _help = _summary = STEP_TABLE[_step].summary
+    if _step in ADDRESSED:
+        _help = f"{_summary}\n\n{ADDRESS}"
+    _add = app.command(_step, cls=ReportingCommand, help=_help, short_help=_summary)
+    _add(step_options(partial(_do_step, _step), step=_step))
 for _command in (
-    *(cluster.submit_command, cluster.doctor_command, registry.promote_command, registry.serve_command),
+    *(cluster.submit_command, cluster.doctor_command),
+    *(registry.promote_command, registry.serve_command, registry.ui_command),
     *(store.ls_command, store.show_command, store.cleanup_command),
 ):
     app.add_command(_command)

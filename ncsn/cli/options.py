@@ -97,35 +97,34 @@ class ReportingCommand(click.Command):
             if isinstance(error, LeaseExpired):  # recorded; with exit code 0, no cluster starts the command again
                 click.echo(str(error), err=True)
                 ctx.exit(0)
-            as_json = bool(ctx.params.get("as_json"))
-            ctx.exit(_report(error, with_traceback=ctx.meta.get(_TRACEBACK_KEY, False), as_json=as_json))
-
-
-def _report(error: Exception, *, with_traceback: bool, as_json: bool) -> int:
-    problems, code = describe(error)
-    if with_traceback:
-        traceback.print_exception(error)
-    if as_json and code == MISTAKE:
-        cause = error.error if isinstance(error, StepFailed) else error
-        found = [problem.to_json() for problem in problems_of(cause)]
-        click.echo(json.dumps({"error": {"type": type(cause).__name__, "problems": found}}, indent=1))
-    for problem in problems:
-        hint = click.style(str(problem).removeprefix(problem.statement), dim=True) if problem.hint else ""
-        click.echo(f"error: {problem.statement}{hint}", err=True)
-    if isinstance(error, StepFailed):
-        click.echo(f"({error.log} says more)", err=True)
-    elif code == FAILURE and not with_traceback:
-        click.echo(f"(--traceback or {TRACEBACK_VARIABLE}=1 shows where)", err=True)
-    return code
+            problems, code = describe(error)
+            if with_traceback := ctx.meta.get(_TRACEBACK_KEY, False):
+                traceback.print_exception(error)
+            if ctx.params.get("as_json") and code == MISTAKE:
+                cause = error.error if isinstance(error, StepFailed) else error
+                found = [problem.to_json() for problem in problems_of(cause)]
+                click.echo(json.dumps({"error": {"type": type(cause).__name__, "problems": found}}, indent=1))
+            for problem in problems:
+                hint = click.style(str(problem).removeprefix(problem.statement), dim=True) if problem.hint else ""
+                click.echo(f"error: {problem.statement}{hint}", err=True)
+            if isinstance(error, StepFailed):
+                click.echo(f"({error.log} says more)", err=True)
+            elif code == FAILURE and not with_traceback:
+                click.echo(f"(--traceback or {TRACEBACK_VARIABLE}=1 shows where)", err=True)
+            ctx.exit(code)
 
 
 Decorated = Callable[..., Any]
+_SET = "Change one value of the config; repeatable."
 _NEW_RUN = "Name of the run; default: made from the config. Without --config, an existing run."
 
 
 def target_options(command: Decorated, *, run_help: str = _NEW_RUN) -> Decorated:
     """`--config`, `--set`, `--run`, and `--backend`, `--address` and `--code` where the command has them: `options`."""
 
+    @click.option("--config", "config_uri", metavar="PATH|URI", help="A YAML file, or an example such as digits.")
+    @click.option("--set", "overrides", metavar="A.B=VALUE", multiple=True, help=_SET)
+    @click.option("--run", "run_name", metavar="NAME", help=run_help)
     @wraps(command)
     def with_target_options(
         *,
@@ -143,7 +142,6 @@ def target_options(command: Decorated, *, run_help: str = _NEW_RUN) -> Decorated
             from ncsn.runs.code import run_code
 
             run_code(code)
-
         if address is not None and backend not in (None, "ray-jobs"):
             why = f"needs --backend ray-jobs, not {backend}"
             raise UserError("--address", why, hint="leave one out", value=address)
@@ -152,13 +150,7 @@ def target_options(command: Decorated, *, run_help: str = _NEW_RUN) -> Decorated
             elsewhere = ("compute.backend=ray-jobs", f"compute.ray_jobs.address={address}")
         return command(options=TargetOptions(config_uri, overrides, run_name, elsewhere, code == HERE), **others)
 
-    decorated = click.option("--run", "run_name", metavar="NAME", help=run_help)(with_target_options)
-    decorated = click.option(
-        "--set", "overrides", metavar="A.B=VALUE", multiple=True, help="Change one value of the config; repeatable."
-    )(decorated)
-    return click.option(
-        "--config", "config_uri", metavar="PATH|URI", help="A YAML file, or an example such as digits."
-    )(decorated)
+    return with_target_options
 
 
 existing_run_options = partial(target_options, run_help="An existing run, instead of --config.")
@@ -178,42 +170,28 @@ code_option = click.option(
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print the result as JSON, and nothing else on stdout."
 )
-_ADDRESSED = ("ingest", "sample", "evaluate")  # steps on what an address names
-_ADDRESS = """ADDRESS, instead of --config or --run: models:/NAME@ALIAS, the name of a run, or the folder or URI of a
+ADDRESSED = ("ingest", "sample", "evaluate")  # steps on what an address names
+ADDRESS = """ADDRESS, instead of --config or --run: models:/NAME@ALIAS, the name of a run, or the folder or URI of a
 run, of a checkpoint or of a saved model."""
-score_option = click.option(
-    "--score",
-    is_flag=False,
-    flag_value=OWN,
-    metavar="[URI]",
-    help="Show the Fréchet distance so far, with its interval, while images are made; URI: a dataset other than the "
-    "run's.",
-)
-lease_option = click.option(
-    "--lease", metavar="URI", hidden=True, help="Heartbeat of a launcher elsewhere: when it stops, save and end."
-)
 
 
-def help_of(step: str) -> str:
-    """The help of the command of a step."""
-    return "\n\n".join([STEP_TABLE[step].summary, *([_ADDRESS] if step in _ADDRESSED else [])])
-
-
-def step_options(step: str) -> Callable[[Decorated], Decorated]:
+def step_options(command: Decorated, *, step: str) -> Decorated:
     """All options of the command of a step."""
     info = STEP_TABLE[step]
-
-    def decorate(command: Decorated) -> Decorated:
-        command = code_option(json_option(command))
-        if info.elsewhere:
-            command = backend_options(lease_option(command))
-        if info.on_demand:
-            command = score_option(command)
-        if step in _ADDRESSED:  # not `address`, which is an option of `backend_options`
-            command = click.argument("named", metavar="[ADDRESS]", required=False)(command)
-        for name, source in reversed([*info.inputs.items()]):
-            option = click.option(f"--{name}", metavar="URI", help=f"The {source.what}; default: the run's own.")
-            command = option(command)
-        return target_options(command)
-
-    return decorate
+    if step == "sample":
+        words = "Also write each image as a PNG file into this new or empty folder."
+        command = click.option("--png", metavar="DIR", help=words)(command)
+    command = code_option(json_option(command))
+    if info.elsewhere:
+        words = "Heartbeat of a launcher elsewhere: when it stops, save and end."
+        command = backend_options(click.option("--lease", metavar="URI", hidden=True, help=words)(command))
+    if info.on_demand:
+        words = "Show the Fréchet distance so far, with its interval, while images are made; URI: a dataset other than "
+        words += "the run's."
+        command = click.option("--score", is_flag=False, flag_value=OWN, metavar="[URI]", help=words)(command)
+    if step in ADDRESSED:  # not `address`, which is an option of `backend_options`
+        command = click.argument("named", metavar="[ADDRESS]", required=False)(command)
+    for name, source in reversed([*info.inputs.items()]):
+        words = f"The {source.what}; default: the run's own."
+        command = click.option(f"--{name}", metavar="URI", help=words)(command)
+    return target_options(command)

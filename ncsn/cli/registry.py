@@ -1,4 +1,4 @@
-"""The commands for registered models. Imports are inside, as in `ncsn.cli.app`."""
+"""The commands for registered models and MLflow's pages. Imports are inside, as in `ncsn.cli.app`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ncsn.cli.options import ReportingCommand, json_option, registry_options
+from ncsn.cli.options import ReportingCommand, existing_run_options, json_option, registry_options
 from ncsn.errors import UserError
 
 if TYPE_CHECKING:
@@ -75,8 +75,12 @@ def serve_command(*, named: str, port: int, replicas: int, options: TargetOption
     run(place, port=port, replicas=replicas, ready=lambda: click.echo(f"http://{host}:{port}"))
 
 
-def serve_ui(options: TargetOptions, *, host: str, port: int) -> None:
-    """Serve MLflow's pages until Ctrl-C, and open that of the run, or the list of runs, where there is a browser."""
+@click.command("ui", cls=ReportingCommand)
+@existing_run_options
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", default=5000, show_default=True, type=click.IntRange(1, 65535), help="Port to listen on.")
+def ui_command(*, options: TargetOptions, host: str, port: int) -> None:
+    """Serve MLflow's pages until Ctrl-C, and open the list of runs, or with --run the page of the run."""
     from ncsn.tracking.client import server_command
     from ncsn.tracking.mlflow_runs import front_page
 

@@ -10,6 +10,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from functools import cached_property
 from heapq import nlargest
 from pathlib import Path
 from types import TracebackType
@@ -58,14 +59,11 @@ class Terminal(Observer):
         self.log = None if whole is None else _work_folder(whole) / "log.txt"
         self.step, self.run = "", whole  # at work
         self._stack = ExitStack()
-        self._view: ProgressView | None = None
         self._ended, self._watcher, self._since = threading.Event(), threading.Thread(), 0.0
 
-    @property
+    @cached_property
     def view(self) -> ProgressView:
-        if self._view is None:
-            self._view = self._stack.enter_context(shown_progress(self.log))
-        return self._view
+        return self._stack.enter_context(shown_progress(self.log))
 
     def __enter__(self) -> Terminal:
         if self.whole is not None:
@@ -77,8 +75,15 @@ class Terminal(Observer):
     ) -> None:
         try:
             if self.run is not None and isinstance(error, KeyboardInterrupt | SystemExit):
-                told = f"interrupted; {_continues(self.step, self.run)}"
-                self.view.console.print(told, highlight=False, soft_wrap=True)
+                told = f"continues with {self.step or STEPS[0]}"
+                if self.step == "train":
+                    newest = said_newest(self.run.folder.checkpoints)
+                    if "-" in newest:
+                        newest = f"image {images_seen_at(newest):,} of {self.run.config.train.num_images:,}"
+                        finish = f"`ncsn run {self.run.folder.options} --finish`"
+                        newest += f"; {finish} makes the model of what is trained"
+                    told = f"continues training from {newest}"
+                self.view.console.print(f"interrupted; the same command {told}", highlight=False, soft_wrap=True)
                 sys.exit(answer.code)
             if self.whole is not None and self.log is not None and isinstance(error, Exception):
                 traceback.print_exc()
@@ -208,17 +213,6 @@ def run_select(run: Run, *, code_here: bool, given: Mapping[str, str | None], as
         click.echo(json.dumps({step: dataclasses.asdict(result) for step, result in found.items()}, indent=1))
     else:
         click.echo("\n".join(describe_result(step, result) for step, result in found.items()))
-
-
-def _continues(step: str, run: Run) -> str:
-    """What the same command does after an interruption."""
-    if step != "train":
-        return f"the same command continues with {step or STEPS[0]}"
-    newest = said_newest(run.folder.checkpoints)
-    if "-" in newest:
-        newest = f"image {images_seen_at(newest):,} of {run.config.train.num_images:,}"
-        newest += f"; `ncsn run {run.folder.options} --finish` makes the model of what is trained"
-    return f"the same command continues training from {newest}"
 
 
 def _say_if_longer(run: Run) -> None:

@@ -40,7 +40,14 @@ class TargetOptions:
             folder, checkpoint = named.opened(), named.uri
             origin, run = (folder.config, folder.run) if folder else (f"{checkpoint}/config.yaml", None)
         elif self.config_uri is not None:
-            origin = _file_of(self.config_uri)
+            # Of a name without a file it is NAME.yaml, or else the example, as `ncsn init NAME` takes it.
+            origin, path = self.config_uri, storage.absolute(self.config_uri)
+            if storage.is_local(path) and not Path(path).is_file():
+                example = EXAMPLES / f"{origin}.yaml"
+                if Path(f"{path}.yaml").is_file():
+                    origin = f"{origin}.yaml"
+                elif "/" not in origin and not Path(path).exists() and example.is_file():
+                    origin = str(example)
         elif self.run is not None:
             origin = RunFolder(self.store_root, self.run).config
             if not storage.exists(origin):
@@ -99,14 +106,3 @@ class TargetOptions:
         """The value that --set gives to `path`; the last one wins."""
         values = [value for name, _, value in (text.partition("=") for text in self.overrides) if name == path]
         return values[-1] if values else None
-
-
-def _file_of(config: str) -> str:
-    """The config itself; of a name without a file, NAME.yaml or else the example, as `ncsn init NAME` takes it."""
-    path = storage.absolute(config)
-    if not storage.is_local(path) or Path(path).is_file():
-        return config
-    if Path(f"{path}.yaml").is_file():
-        return f"{config}.yaml"
-    example = EXAMPLES / f"{config}.yaml"
-    return str(example) if "/" not in config and not Path(path).exists() and example.is_file() else config

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from ncsn.core.keyed_random import Stream, keyed_uniform
 
-GRAYS = 256
 HIGHEST_SIGMA = 40.0  # in [0, 1]; the normal prior there errs by less than 1e-9 bits per dimension
 ScoreAt = Callable[[Tensor, Tensor], Tensor]  # images [B, C, H, W] with pixels in [0, 1] and sigma [B] to scores
 

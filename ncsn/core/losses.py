@@ -41,15 +41,8 @@ class Batch:
         return {**noise, **self.conditions}
 
     def __getitem__(self, part: slice) -> Batch:
-        return Batch(
-            self.x[part],
-            self.sigma[part],
-            self.z[part],
-            None if self.level is None else self.level[part],
-            None if self.v is None else self.v[part],
-            {name: values[part] for name, values in self.conditions.items()},
-            None if self.lower is None else self.lower[part],
-        )
+        own = {name: values[part] for name, values in vars(self).items() if isinstance(values, Tensor)}
+        return replace(self, **own, conditions={name: values[part] for name, values in self.conditions.items()})
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any, Protocol
+from typing import Any
 
 import optuna
 import ray
@@ -39,19 +39,16 @@ DRIVER_MEMORY = 400 * 2**20
 # Draws without anything new after which the space counts as used up, on top of those for the known trials.
 _TRIES = 1000
 
-
-class Observer(Protocol):
-    """Follows a search from the process that leads it."""
-
-    def updated(self, trial: TrialRecord) -> None:
-        """A trial has started, resumed or reached a rung."""
-
-    def ended(self, trial: TrialRecord, error: str | None) -> None:
-        """A trial is over; `error` says what ended it from outside, if something did."""
+# Of a trial that has started, resumed or reached a rung (false), or is over (true), then with what ended it from
+# outside, if something did.
+Tell = Callable[[TrialRecord, bool, str | None], None]
 
 
-def search(plan: SearchPlan, observer: Observer) -> None:
-    """Run the remaining trials of a search on the connected cluster; their folders hold the results."""
+def search(plan: SearchPlan, tell: Tell) -> None:
+    """Run the remaining trials of a search on the connected cluster; their folders hold the results.
+
+    `tell` is called in this process.
+    """
     settings, compute = plan.settings, plan.config.compute
     before = read_trials(plan.trials, last_rung=plan.rungs[-1])
     done = [trial for trial in before if trial.status != "unfinished"]
@@ -71,9 +68,13 @@ def search(plan: SearchPlan, observer: Observer) -> None:
     # An autoscaler brings the workers of an elastic training.
     grown = compute.max_workers // compute.min_workers if autoscales() else None
     filesystem, path = storage.filesystem(storage.join(plan.trials, ".tune"))
+
+    def trainable(point: dict[str, Any], *, plan: SearchPlan) -> None:
+        run_trial(plan, point["values"], report=tune.report)
+
     tuner = tune.Tuner(
         # A driver that holds a CPU can deadlock with the workers it waits for.
-        tune.with_resources(tune.with_parameters(_trainable, plan=plan), {"memory": DRIVER_MEMORY}),
+        tune.with_resources(tune.with_parameters(trainable, plan=plan), {"memory": DRIVER_MEMORY}),
         tune_config=tune.TuneConfig(
             num_samples=left,
             max_concurrent_trials=grown or trials_at_once(ray.cluster_resources(), compute),
@@ -86,15 +87,11 @@ def search(plan: SearchPlan, observer: Observer) -> None:
             storage_path=path,
             storage_filesystem=filesystem,
             failure_config=tune.FailureConfig(max_failures=compute.max_failures),
-            callbacks=[_Follow(plan, observer, numbers={trial_key(trial.values): trial.number for trial in before})],
+            callbacks=[_Follow(plan, tell, numbers={trial_key(trial.values): trial.number for trial in before})],
             verbose=0,
         ),
     )
     tuner.fit()
-
-
-def _trainable(point: dict[str, Any], *, plan: SearchPlan) -> None:
-    run_trial(plan, point["values"], report=tune.report)
 
 
 def trials_at_once(resources: Mapping[str, float], compute: ComputeConfig) -> int:
@@ -125,7 +122,7 @@ class Suggestions(Searcher):
         self,
         space: Mapping[str, Domain],
         *,
-        whole: Iterable[str],
+        whole: Collection[str],
         seed: int,
         first: Iterable[Mapping[str, Any]] = (),
     ) -> None:
@@ -133,19 +130,29 @@ class Suggestions(Searcher):
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed))
         self._space = dict(space)
-        self._distributions = {path: _distribution(domain, path in set(whole)) for path, domain in space.items()}
+        self._distributions: dict[str, BaseDistribution] = {}
+        for path, domain in space.items():
+            log = isinstance(domain, LogDomain)
+            if isinstance(domain, ChoiceDomain):
+                self._distributions[path] = CategoricalDistribution(range(len(domain.values)))
+            elif path in whole:
+                self._distributions[path] = IntDistribution(int(domain.low), int(domain.high), log=log)
+            else:
+                self._distributions[path] = FloatDistribution(domain.low, domain.high, log=log)
         self._first = [dict(values) for values in first]
         self._given: set[str] = set()
         self._open: dict[str, dict[str, Any]] = {}
 
     def suggest(self, trial_id: str) -> Any:
-        """The next point, or that there are no more."""
-        values = self.next()
-        if values is None:
-            return Searcher.FINISHED
-        self._open[trial_id] = values
-        # One entry, because Tune takes a dot or a list in a value's name for structure.
-        return {"values": values}
+        """A point that was neither given nor learned before, or that there seem to be no more."""
+        for values in self._points():
+            key = trial_key(values)
+            if key not in self._given:
+                self._given.add(key)
+                self._open[trial_id] = values
+                # One entry, because Tune takes a dot or a list in a value's name for structure.
+                return {"values": values}
+        return Searcher.FINISHED
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:  # noqa: FBT001, FBT002
         """Learn from the last rung, unless the trial was ended from outside."""
@@ -159,11 +166,9 @@ class Suggestions(Searcher):
     def restore(self, checkpoint_path: str) -> None:
         """Never called."""
 
-    def next(self) -> dict[str, Any] | None:
-        """A point that was neither given nor learned before; None if there seem to be no more."""
+    def _points(self) -> Iterator[dict[str, Any]]:
         while self._first:
-            if self._is_new(values := self._first.pop(0)):
-                return values
+            yield self._first.pop(0)
         for _ in range(_TRIES + len(self._given)):
             drawn = self._study.ask(self._distributions)
             values = {}
@@ -175,46 +180,27 @@ class Suggestions(Searcher):
                     values[path] = significant(value) if isinstance(value, float) else value
             # The result comes back by `learn` as a new trial, also for points that were not drawn here.
             self._study.tell(drawn, state=TrialState.FAIL)
-            if self._is_new(values):
-                return values
-        return None
+            yield values
 
     def learn(self, values: Mapping[str, Any], objective: float) -> None:
         """Take in what a point reached, less is better."""
         self._given.add(trial_key(values))
-        params = {path: self._encode(path, value) for path, value in values.items()}
-        if any(value is None for value in params.values()):
-            return  # the config's own values may be outside the space
+        params = {}  # Optuna's numbers for the values
+        for path, value in values.items():
+            domain = self._space[path]
+            if isinstance(domain, ChoiceDomain):
+                choices = [_plain(each) for each in domain.values]
+                if value not in choices:
+                    return  # the config's own values may be outside the space
+                params[path] = choices.index(value)
+            elif value is None or not (significant(domain.low) <= value <= significant(domain.high)):
+                return
+            else:
+                params[path] = min(max(value, domain.low), domain.high)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             trial = create_trial(params=params, distributions=self._distributions, value=objective)
         self._study.add_trial(trial)
-
-    def _is_new(self, values: Mapping[str, Any]) -> bool:
-        key = trial_key(values)
-        if key in self._given:
-            return False
-        self._given.add(key)
-        return True
-
-    def _encode(self, path: str, value: Any) -> Any:
-        """Optuna's number for the value, or None if the value is outside the space."""
-        domain = self._space[path]
-        if isinstance(domain, ChoiceDomain):
-            values = [_plain(each) for each in domain.values]
-            return values.index(value) if value in values else None
-        if value is None or not (significant(domain.low) <= value <= significant(domain.high)):
-            return None
-        return min(max(value, domain.low), domain.high)
-
-
-def _distribution(domain: Domain, whole: bool) -> BaseDistribution:  # noqa: FBT001
-    if isinstance(domain, ChoiceDomain):
-        return CategoricalDistribution(range(len(domain.values)))
-    log = isinstance(domain, LogDomain)
-    if whole:
-        return IntDistribution(int(domain.low), int(domain.high), log=log)
-    return FloatDistribution(domain.low, domain.high, log=log)
 
 
 def _plain(value: Any) -> Any:
@@ -252,44 +238,36 @@ class Halving(ASHAScheduler):
 
 
 class _Follow(tune.Callback):
-    """Numbers the trials, records which were stopped, and informs the observer."""
+    """Numbers the trials, records which were stopped, and tells of all."""
 
-    def __init__(self, plan: SearchPlan, observer: Observer, *, numbers: dict[str, int]) -> None:
-        self._plan, self._observer, self._numbers = plan, observer, numbers
+    def __init__(self, plan: SearchPlan, tell: Tell, *, numbers: dict[str, int]) -> None:
+        self._plan, self._tell, self._numbers = plan, tell, numbers
 
     def __reduce__(self) -> tuple[type[tune.Callback], tuple[()]]:
-        # Tune pickles its callbacks with an experiment that is never restored: the observer stays here.
+        # Tune pickles its callbacks with an experiment that is never restored: what `tell` knows stays here.
         return tune.Callback, ()
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:  # noqa: ARG002
-        folder, values = self._folder(trial), trial.config["values"]
-        folder.start(self._numbers.setdefault(trial_key(values), len(self._numbers)), values)
-        self._observer.updated(self._record(folder))
+        values = trial.config["values"]
+        self._folder(trial).start(self._numbers.setdefault(trial_key(values), len(self._numbers)), values)
+        self._tell_of(trial)
 
-    def on_trial_result(
-        self,
-        iteration: int,  # noqa: ARG002
-        trials: list[Trial],  # noqa: ARG002
-        trial: Trial,
-        result: dict[str, Any],  # noqa: ARG002
-        **info: Any,  # noqa: ARG002
-    ) -> None:
-        self._observer.updated(self._record(self._folder(trial)))
+    def on_trial_result(self, *_: Any, **info: Any) -> None:
+        self._tell_of(info["trial"])
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:  # noqa: ARG002
         folder, last = self._folder(trial), trial.last_result["images_seen"]
         if last < self._plan.rungs[-1] and folder.failure is None:
             folder.stop()
-        self._observer.ended(self._record(folder), None)
+        self._tell_of(trial, over=True)
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:  # noqa: ARG002
-        error = trial.get_error()
-        self._observer.ended(self._record(self._folder(trial)), str(error) if error else "lost")
+        self._tell_of(trial, over=True, error=str(trial.get_error() or "lost"))
 
     def _folder(self, trial: Trial) -> TrialFolder:
         return TrialFolder.of(self._plan.trials, trial.config["values"])
 
-    def _record(self, folder: TrialFolder) -> TrialRecord:
-        record = folder.record(last_rung=self._plan.rungs[-1])
+    def _tell_of(self, trial: Trial, *, over: bool = False, error: str | None = None) -> None:
+        record = self._folder(trial).record(last_rung=self._plan.rungs[-1])
         assert record is not None, "this process has started it"
-        return record
+        self._tell(record, over, error)

@@ -228,11 +228,10 @@ def run_trial(plan: SearchPlan, values: Mapping[str, Any], *, report: Report) ->
 def _reach(plan: SearchPlan, values: Mapping[str, Any], folder: TrialFolder, images: int) -> Rung:
     started = time.monotonic()
     samplings = plan.samplings(values)
-    checkpoints = TrainingFolder(folder.uri).checkpoints
     job = TrainingJob(config=plan.trial_config(values), dataset=plan.dataset, start=plan.start, stop_at=images)
     train = trainer.train_by_tasks if job.config.compute.num_workers == 1 else trainer.train
     outcome = train(job, run_uri=folder.uri)
-    checkpoint = storage.join(checkpoints, outcome.checkpoint)
+    checkpoint = storage.join(TrainingFolder(folder.uri).checkpoints, outcome.checkpoint)
     candidates = [(checkpoint, sampling) for sampling in samplings]
     evaluator = open_evaluator(plan.config, plan.dataset, runner=runner_of(plan.config.compute))
     found = sample_features(plan.config, candidates, dataset=plan.dataset, num_images=plan.settings.num_samples)

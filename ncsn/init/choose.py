@@ -322,33 +322,27 @@ def _are_splits(names: Sequence[str]) -> bool:
     return bool(names) and all(name.lower() in SPLIT_OF for name in names)
 
 
-def _can_learn_classes(draft: Draft, names: Sequence[str], class_counts: Sequence[float]) -> tuple[bool, str]:
-    """Whether a network can learn the classes, of these numbers of images to train on, and why."""
+def _choose_classes(draft: Draft, names: Sequence[str], class_counts: Sequence[float]) -> None:
+    """Whether the network learns the classes, of these numbers of images to train on, and how the samples show them."""
+    num_classes = None
     if _are_splits(names):
-        return (
-            False,
-            f"Unconditional: {', '.join(names)} are no classes; just two folders, train and test, are the splits.",
-        )
-    if len(names) < 2:
-        return False, "Unconditional: the images have no classes, such as a folder for each."
-    if not _takes_any_sigma(draft):
-        return False, f"Unconditional: the network {draft.get('network.kind')} takes no classes; unet and ddpmpp do."
-    if not _mostly_in_classes_of(ENOUGH_OF_CLASS, class_counts):
-        return False, (
+        why = f"Unconditional: {', '.join(names)} are no classes; just two folders, train and test, are the splits."
+    elif len(names) < 2:
+        why = "Unconditional: the images have no classes, such as a folder for each."
+    elif not _takes_any_sigma(draft):
+        why = f"Unconditional: the network {draft.get('network.kind')} takes no classes; unet and ddpmpp do."
+    elif not _mostly_in_classes_of(ENOUGH_OF_CLASS, class_counts):
+        why = (
             f"Unconditional: of the {len(names)} classes too few have {ENOUGH_OF_CLASS} images to train on, and fewer "
             f"teach little of a class. `--set data.num_classes={len(names)}` has them learned nevertheless."
         )
-    why = f"Class-conditional: nearly all images are of classes with {ENOUGH_OF_CLASS} or more to train on."
-    if small := [name for name, count in zip(names, class_counts, strict=True) if count < ENOUGH_OF_CLASS]:
-        more = ", ..." if len(small) > _NAMED else ""
-        why += f" Smaller ones may be learned by heart: {', '.join(small[:_NAMED])}{more}."
-    return True, why
-
-
-def _choose_classes(draft: Draft, names: Sequence[str], class_counts: Sequence[float]) -> None:
-    """Whether the network learns the classes, and how the samples show them."""
-    learned, why = _can_learn_classes(draft, names, class_counts)
-    if draft.choose("data.num_classes", len(names) if learned else None, why) is None:
+    else:
+        num_classes = len(names)
+        why = f"Class-conditional: nearly all images are of classes with {ENOUGH_OF_CLASS} or more to train on."
+        if small := [name for name, count in zip(names, class_counts, strict=True) if count < ENOUGH_OF_CLASS]:
+            more = ", ..." if len(small) > _NAMED else ""
+            why += f" Smaller ones may be learned by heart: {', '.join(small[:_NAMED])}{more}."
+    if draft.choose("data.num_classes", num_classes, why) is None:
         return
     if max(class_counts, default=0) <= 2 * min(class_counts, default=0):
         draft.choose("sampling.label", "balanced", "The classes in turn, since they have about as many images.")
@@ -382,14 +376,13 @@ def _choose_noise(draft: Draft, x: Tensor) -> None:
         why = "Root mean square of the pixels around mid-gray, measured."
         draft.choose("network.sigma_data", round(max(0.05, spread), 2), why)
     wanted = {
+        "loss.anneal_power": None,
         "loss.kind": "dsm",
         "loss.weighting": "edm",
         "noise.kind": "geometric",
         "noise.training.kind": "lognormal",
     }
-    is_open = draft.get("loss.anneal_power") is None and all(
-        draft.get(path, kind) == kind for path, kind in wanted.items()
-    )
+    is_open = all(draft.get(path, kind) == kind for path, kind in wanted.items())
     if takes_any and is_open and draft.section("noise", "geometric"):
         draft.choose("noise.training.kind", "lognormal", "Training draws any sigma (Karras et al. 2022).")
         why = "That of Karras et al. for photographs, moved by ln(sigma_data / 0.25)."

@@ -11,7 +11,6 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel
-from pydantic.fields import FieldInfo
 from pydantic_core import to_jsonable_python
 
 from ncsn.config import Config, from_yaml
@@ -126,11 +125,20 @@ def _section(section: Any, indent: str) -> Iterator[str]:
         if not indent and section_models(type(section), name):
             yield ""
         if isinstance(value, BaseModel | Sampler):
-            yield from _comment(_first_line(type(value)) + _other_kinds(type(section), name, value), indent)
+            text, own = _first_line(type(value)), getattr(value, "kind", None)
+            if others := [kind for kind in kinds_of(section_models(type(section), name)) if kind != own]:
+                text += f" Other kinds, with other settings: {', '.join(others)}."
+            yield from _comment(text, indent)
             yield f"{indent}{name}:"
             yield from _section(value, indent + _INDENT)
         else:
-            limits = [*_limits(field), *([] if field.is_required() else [f"default {_shown(field.default)}"])]
+            choices = ", ".join(map(_shown, _choices(field.annotation)))
+            limits = [f"one of {choices}"] if choices else []
+            for limit, (key, words) in itertools.product(field.metadata, _LIMITS.items()):
+                if hasattr(limit, key):
+                    limits.append(words.format(getattr(limit, key)))
+            if not field.is_required():
+                limits.append(f"default {_shown(field.default)}")
             yield from _comment(f"{field.description}" + (f" [{'; '.join(limits)}]" if limits else ""), indent)
             yield f"{indent}{name}: {_shown(value)}"
 
@@ -139,22 +147,8 @@ def _first_line(model: type[Any]) -> str:
     return (model.__doc__ or model.__name__).strip().splitlines()[0]
 
 
-def _other_kinds(section: type[Any], name: str, value: Any) -> str:
-    others = [kind for kind in kinds_of(section_models(section, name)) if kind != getattr(value, "kind", None)]
-    return f" Other kinds, with other settings: {', '.join(others)}." if others else ""
-
-
 def _shown(value: Any) -> str:
     return _scalar(to_jsonable_python(value))
-
-
-def _limits(field: FieldInfo) -> Iterator[str]:
-    choices = _choices(field.annotation)
-    if choices:
-        yield "one of " + ", ".join(_shown(choice) for choice in choices)
-    for limit, (key, words) in itertools.product(field.metadata, _LIMITS.items()):
-        if hasattr(limit, key):
-            yield words.format(getattr(limit, key))
 
 
 def _choices(annotation: Any) -> tuple[Any, ...]:

@@ -65,7 +65,39 @@ class Place:
 
     def opened(self) -> RunFolder | None:
         """The run; None of a checkpoint in no run. That of a version is made once and named after it."""
-        return self.run if self.version is None else _opened(self)
+        if self.version is None:
+            return self.run
+        version = self.version
+        words = re.sub(r"[^a-z0-9]+", "-", f"{version.name}-{version.version}".lower())[:50].strip("-")
+        # Versions of this name in two registries are two runs, unless they are the same.
+        folder = RunFolder(self.root, f"{words}-{version.tags.get('ncsn.model', '')[:8]}".strip("-"))
+        if read_step(folder, "train").result:
+            return folder
+        with tempfile.TemporaryDirectory(prefix="ncsn-") as scratch:
+            files = _fetch(self, Path(scratch))
+            text, facts = (files / "config.yaml").read_text(), storage.read_json(str(files / "state.json"))
+            here = ["compute.backend=local", f"storage.root={self.root}", f"tracking.uri={self.registry or 'null'}"]
+            config = from_yaml(text, overrides=here, origin=self.name)
+            seen, average = facts["images_seen"], facts["average"]
+            name = f"images-{seen:09d}"
+            checkpoint = storage.join(folder.checkpoints, name)
+            if average is not None:
+                checkpoint = storage.join(folder.built, f"{average['relative_width']:g}-{name}")
+            with storage.staged_folder(checkpoint, marker=INDEX) as copy:
+                shutil.copytree(files, copy, dirs_exist_ok=True)
+        storage.publish_once(folder.config, to_yaml(config).encode())
+        dataset = storage.join(Store(self.root).datasets, config.data.source, facts["dataset_digest"])
+        done = {"state": "FINISHED", "finished_at": utc_now()}
+        if storage.exists(storage.join(dataset, MANIFEST)):  # else `ncsn ingest` makes it again
+            manifest = load_manifest(dataset)
+            found = {"uri": dataset, "digest": manifest.digest, "counts": dict(manifest.counts), "created": False}
+            found |= {"repeated": sum(manifest.repeated.values()), "left_out": manifest.left_out}
+            read = {"data": config.data.model_dump(mode="json"), "files": source_fingerprint(config.data)}
+            update_step(folder, "ingest", inputs=read, result=found, **done)
+        trained = {"checkpoint": checkpoint, "images_seen": seen, "loss": None}
+        trained |= {"images_per_second": 0.0, "seconds": 0.0, "dataset": dataset}
+        update_step(folder, "train", inputs={"model": self.name}, result=trained, **done)
+        return folder
 
     @property
     def name(self) -> str:
@@ -85,7 +117,18 @@ def resolve(address: str, *, key: str, root: str, registry: str | None = None) -
     root = storage.absolute(root)
     try:
         if address.startswith(SCHEME):
-            return Place(key, address, root, registry, version=_version(address, root, registry))
+            from ncsn.tracking.client import SQLITE, client_at, mlflow_errors, server_uri
+            from ncsn.tracking.promotion import resolve_version
+
+            server = server_uri(registry, root=root)
+            if server.startswith(SQLITE) and not Path(server.removeprefix(SQLITE)).exists():
+                hint = (
+                    "set MLFLOW_TRACKING_URI, or name the store: --set storage.root=URI, or the folder that has .ncsn"
+                )
+                raise UserError(address, f"no registry at {server}", hint=hint)
+            with mlflow_errors(server):
+                version = resolve_version(client_at(server), address)
+            return Place(key, address, root, registry, version=version)
         uri = storage.absolute(address)
     except UserError as error:
         (problem, *_) = error.problems
@@ -106,18 +149,6 @@ def resolve(address: str, *, key: str, root: str, registry: str | None = None) -
         if (EXAMPLES / f"{(recipe := address.replace('-', '_'))}.yaml").is_file():
             hint = f"train it first, with `ncsn run --config {recipe} --run {address}`"
     raise UserError(key, reason, hint=hint, value=address)
-
-
-def _version(address: str, root: str, registry: str | None) -> Any:
-    from ncsn.tracking.client import SQLITE, client_at, mlflow_errors, server_uri
-    from ncsn.tracking.promotion import resolve_version
-
-    server = server_uri(registry, root=root)
-    if server.startswith(SQLITE) and not Path(server.removeprefix(SQLITE)).exists():
-        hint = "set MLFLOW_TRACKING_URI, or name the store: --set storage.root=URI, or the folder that has .ncsn"
-        raise UserError(address, f"no registry at {server}", hint=hint)
-    with mlflow_errors(server):
-        return resolve_version(client_at(server), address)
 
 
 def _fetch(place: Place, into: Path) -> Path:
@@ -184,36 +215,3 @@ def keep_guide(config: Config, folder: RunFolder, trained: TrainedNetwork | None
         keep(place, copy)
     sampling = config.sampling.model_copy(update={"guidance": guidance.model_copy(update={"checkpoint": copy})})
     return config.model_copy(update={"sampling": sampling})
-
-
-def _opened(place: Place) -> RunFolder:
-    version = place.version
-    words = re.sub(r"[^a-z0-9]+", "-", f"{version.name}-{version.version}".lower())[:50].strip("-")
-    # Versions of this name in two registries are two runs, unless they are the same.
-    folder = RunFolder(place.root, f"{words}-{version.tags.get('ncsn.model', '')[:8]}".strip("-"))
-    if read_step(folder, "train").result:
-        return folder
-    with tempfile.TemporaryDirectory(prefix="ncsn-") as scratch:
-        files = _fetch(place, Path(scratch))
-        text, facts = (files / "config.yaml").read_text(), storage.read_json(str(files / "state.json"))
-        here = ["compute.backend=local", f"storage.root={place.root}", f"tracking.uri={place.registry or 'null'}"]
-        config = from_yaml(text, overrides=here, origin=place.name)
-        seen, average = facts["images_seen"], facts["average"]
-        name = f"images-{seen:09d}"
-        checkpoint = storage.join(folder.checkpoints, name)
-        if average is not None:
-            checkpoint = storage.join(folder.built, f"{average['relative_width']:g}-{name}")
-        with storage.staged_folder(checkpoint, marker=INDEX) as copy:
-            shutil.copytree(files, copy, dirs_exist_ok=True)
-    storage.publish_once(folder.config, to_yaml(config).encode())
-    dataset = storage.join(Store(place.root).datasets, config.data.source, facts["dataset_digest"])
-    done = {"state": "FINISHED", "finished_at": utc_now()}
-    if storage.exists(storage.join(dataset, MANIFEST)):  # else `ncsn ingest` makes it again
-        manifest = load_manifest(dataset)
-        found = {"uri": dataset, "digest": manifest.digest, "counts": dict(manifest.counts), "created": False}
-        found |= {"repeated": sum(manifest.repeated.values()), "left_out": manifest.left_out}
-        read = {"data": config.data.model_dump(mode="json"), "files": source_fingerprint(config.data)}
-        update_step(folder, "ingest", inputs=read, result=found, **done)
-    trained = {"checkpoint": checkpoint, "images_seen": seen, "loss": None, "images_per_second": 0.0, "seconds": 0.0}
-    update_step(folder, "train", inputs={"model": place.name}, result={**trained, "dataset": dataset}, **done)
-    return folder

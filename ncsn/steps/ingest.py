@@ -35,9 +35,7 @@ def prepare(run: Run) -> Prepared[IngestResult]:
 
 def ingest(config: Config, context: Context, *, fingerprint: str) -> IngestResult:
     """Bring the source's images to one shape and publish them under the digest of their content."""
-    # Named after the source, not the experiment, so that experiments on the same images share one dataset.
-    datasets = storage.join(Store(context.folder.root).datasets, config.data.source)
-    dataset = write_images(config, datasets, fingerprint=fingerprint, progress=context.progress)
+    dataset = write_images(config, context.folder.root, fingerprint=fingerprint, progress=context.progress)
     manifest = dataset.manifest
     context.tracked.log_dataset(manifest.name, digest=manifest.digest, uri=dataset.uri)
     context.tracked.log_metrics({f"ingest/{split}_images": count for split, count in manifest.counts.items()})
@@ -72,8 +70,7 @@ def agreed_inputs(run: Run) -> Mapping[str, Any]:
         return before
     if inputs["files"] != before["files"]:
         say(f"data.root is not as run {folder.run} has read it: reading the images, to compare them")
-        datasets = storage.join(Store(folder.root).datasets, config.data.source)
-        found = write_images(config, datasets, fingerprint=inputs["files"])
+        found = write_images(config, folder.root, fingerprint=inputs["files"])
         if (digest := found.manifest.digest) != stored["digest"]:
             difference = f"has read other images than those of data.root: {_difference(stored['uri'], found.uri)}"
             hint = f"choose another --run NAME, such as --run {config.name}-{digest[:8]}"
@@ -104,9 +101,9 @@ def _difference(before: str, after: str) -> str:
 
 
 def write_images(
-    config: Config, folder: str, *, fingerprint: str | None = None, progress: Progress | None = None
+    config: Config, root: str, *, fingerprint: str | None = None, progress: Progress | None = None
 ) -> Dataset:
-    """Write the images of the config's source as a dataset below the URI `folder`, on Ray where that is faster."""
+    """Write the images of the config's source as a dataset of the store `root`, on Ray where that is faster."""
     data, source = config.data, open_source(config.data)
     most = part_images(data.pixels)
     large = any(split.in_tasks and len(split) > most for split in source.splits.values())  # one part is one task
@@ -122,7 +119,8 @@ def write_images(
     with cluster:
         return write_dataset(
             source,
-            folder,
+            # Named after the source, not the experiment, so that experiments on the same images share one dataset.
+            storage.join(Store(root).datasets, data.source),
             name=data.source,
             data=data,
             fingerprint=fingerprint or source_fingerprint(data) if large else None,

@@ -79,8 +79,7 @@ def sample(
         tracked.set_tags(ray_tags())
         scores = _Scores(config, score, progress) if score else None
         started = time.perf_counter()
-        on_features = None if scores is None else scores.add
-        made = make_shards(config, shards, progress=progress, on_features=on_features)
+        made = make_shards(config, shards, progress=progress, on_features=scores.add if scores else None)
         seconds = time.perf_counter() - started
     result = SampleResult(
         uri=uri,

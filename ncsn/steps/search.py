@@ -82,7 +82,7 @@ def find_settings(plan: SearchPlan, manifest: Manifest, start: Start, best_run: 
         evaluator = open_evaluator(config, plan.dataset, runner=runner_of(config.compute))
         objective = metric_name("fid", extractor=evaluator.name, num_images=plan.settings.num_samples)
         follower = _Follower(context.progress, tracked, plan, objective)
-        search(plan, follower)
+        search(plan, follower.tell)
     uri, accidents = context.folder.search, follower.accidents
     trials = read_trials(plan.trials, last_rung=plan.rungs[-1])
     for trial in trials:
@@ -138,17 +138,17 @@ class _Follower:
         self.accidents: dict[str, str] = {}  # what ended a trial from outside, by its URI
         progress.start(plan.settings.num_trials, "trials")
 
-    def updated(self, trial: TrialRecord) -> None:
-        self._log(trial)
-        self._progress.check_lease()
-
-    def ended(self, trial: TrialRecord, error: str | None) -> None:
+    def tell(self, trial: TrialRecord, over: bool, error: str | None) -> None:  # noqa: FBT001 - as of `search`
+        if not over:
+            self._log(trial)
+            self._progress.check_lease()
+            return
         if error is not None:
             self.accidents[trial.uri] = error
         self.close(trial)
         trials = read_trials(self._plan.trials, last_rung=self._plan.rungs[-1])
-        over = sum(trial.status != "unfinished" or trial.uri in self.accidents for trial in trials)
-        self._progress.advance(over - self._progress.done)
+        ended = sum(trial.status != "unfinished" or trial.uri in self.accidents for trial in trials)
+        self._progress.advance(ended - self._progress.done)
 
     def close(self, trial: TrialRecord) -> None:
         run = self._log(trial)

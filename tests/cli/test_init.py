@@ -160,7 +160,7 @@ def test_what_ingest_refuses_init_refuses_with_the_same_line(place, run_in_proce
     done = run_in_process("init", str(place))
     config = from_yaml(Path("x.yaml").read_text(), overrides=["data.test_fraction=0.1"])
     with refused("data.source") as caught:
-        write_images(config, str(place.parent / "datasets"))
+        write_images(config, str(place.parent))
     assert (done.exit_code, done.stderr) == (2, f"error: {caught.value}\n")
     assert sorted(path.name for path in Path().iterdir()) == ["x.png", "x.yaml"]
 

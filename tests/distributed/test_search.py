@@ -189,7 +189,8 @@ def suggestions(space: dict[str, Domain] = SPACE, **settings: Any) -> Suggestion
 
 
 def draw(source: Suggestions, count: int) -> list[dict[str, Any]]:
-    return [values for _ in range(count) if (values := source.next()) is not None]
+    points = [source.suggest(str(number)) for number in range(count)]
+    return [point["values"] for point in points if point != Suggestions.FINISHED]
 
 
 def test_values_are_those_that_a_config_takes() -> None:
@@ -214,15 +215,15 @@ def test_nothing_is_given_twice_and_the_end_is_said() -> None:
     few: dict[str, Domain] = {"loss.anneal_power": ChoiceDomain(kind="choice", values=(1.0, 2.0, 3.0))}
     source = suggestions(few, first=[{"loss.anneal_power": 2.0}, {"loss.anneal_power": 2.0}])
     assert sorted(values["loss.anneal_power"] for values in draw(source, 10)) == [1.0, 2.0, 3.0]
-    assert source.next() is None
+    assert source.suggest("last") == Suggestions.FINISHED
 
 
 def test_what_lies_outside_the_space_is_given_first_and_teaches_nothing() -> None:
     own = {"noise.sigma_1": 50.0, "train.ema.images": 10, "network.widths": [64]}
     source = suggestions(first=[own])
-    assert source.next() == own
+    assert draw(source, 1) == [own]
     source.learn(own, 1.0)
-    assert source.next() != own
+    assert draw(source, 1) != [own]
 
 
 def test_it_learns_where_it_is_good() -> None:
@@ -232,8 +233,7 @@ def test_it_learns_where_it_is_good() -> None:
         source = suggestions({"noise.sigma_1": SPACE["noise.sigma_1"]}, whole=[])
         distances = []
         for _ in range(60):
-            values = source.next()
-            assert values is not None
+            (values,) = draw(source, 1)
             distances.append(abs(math.log(values["noise.sigma_1"] / 3)))
             if learns:
                 source.learn(values, distances[-1])

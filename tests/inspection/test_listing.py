@@ -102,7 +102,7 @@ def test_what_cannot_be_read_hides_nothing_else(tmp_path: Path) -> None:
 def test_datasets_have_counts_and_are_found_by_their_digest(config: Config) -> None:
     root = config.storage.root
     small = from_yaml(to_yaml(config), overrides=["data.max_images=20"])
-    made = write_images(small, f"{root}/datasets/sklearn_digits")
+    made = write_images(small, root)
     storage.write_bytes(f"{root}/datasets/sklearn_digits/0000000000000000/train/part-0.parquet", b"1234")
     items, count = list_datasets(root)
     assert count == 2 and {item.state for item in items} == {"COMPLETE", "INCOMPLETE"}

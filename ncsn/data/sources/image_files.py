@@ -119,7 +119,25 @@ def read_member(stream: Any, member: Member) -> bytes:
     data: bytes = stream.read_at(member.span, member.offset)
     if len(data) < member.span:
         raise BadImageError("the archive ends within it")
-    return data if member.method is None else _unzip(data, member)
+    if member.method is None:
+        return data
+    info: Any = zipfile.ZipInfo(member.path)
+    info.compress_type, info.flag_bits, info.CRC, info.compress_size, info.file_size = member[3:]
+    if info.flag_bits & _ENCRYPTED:
+        raise BadImageError("is encrypted")
+    if len(data) < _ZIP_HEADER.size or not data.startswith(b"PK\x03\x04"):
+        raise BadImageError("has no zip header where the archive's directory says")
+    *_, name_length, extra_length = _ZIP_HEADER.unpack_from(data)
+    packed = io.BytesIO(data)
+    packed.seek(_ZIP_HEADER.size + name_length + extra_length)
+    try:
+        with zipfile.ZipExtFile(packed, "r", info) as file:  # checks the CRC
+            content = file.read()
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, NotImplementedError) as error:
+        raise BadImageError(str(error) or "its data ends early") from error
+    if len(content) != info.file_size:
+        raise BadImageError("its data ends early")
+    return content
 
 
 def _key(path: str) -> str:
@@ -157,26 +175,6 @@ def _zip_members(stream: Any, uri: str) -> Iterator[Member]:
             span = min(last - info.header_offset, _LONGEST_ZIP_HEADER + info.compress_size)
             packing = info.compress_type, info.flag_bits, info.CRC, info.compress_size, info.file_size
             yield Member(info.filename, info.header_offset, span, *packing)
-
-
-def _unzip(data: bytes, member: Member) -> bytes:
-    info: Any = zipfile.ZipInfo(member.path)
-    info.compress_type, info.flag_bits, info.CRC, info.compress_size, info.file_size = member[3:]
-    if info.flag_bits & _ENCRYPTED:
-        raise BadImageError("is encrypted")
-    if len(data) < _ZIP_HEADER.size or not data.startswith(b"PK\x03\x04"):
-        raise BadImageError("has no zip header where the archive's directory says")
-    *_, name_length, extra_length = _ZIP_HEADER.unpack_from(data)
-    packed = io.BytesIO(data)
-    packed.seek(_ZIP_HEADER.size + name_length + extra_length)
-    try:
-        with zipfile.ZipExtFile(packed, "r", info) as file:  # checks the CRC
-            content = file.read()
-    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, NotImplementedError) as error:
-        raise BadImageError(str(error) or "its data ends early") from error
-    if len(content) != info.file_size:
-        raise BadImageError("its data ends early")
-    return content
 
 
 class Encoded(NamedTuple):

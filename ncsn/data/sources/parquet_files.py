@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, NamedTuple, Self
@@ -96,11 +96,9 @@ def open_parquet(data: DataConfig) -> Source:
             raise UserError(one.file.uri, reason, hint="set data.root to the files of one dataset")
     class_names, terms = first.columns.class_names, "as the owner of the images says"
     if first.columns.kind == "pixels":
-        try:  # files of a store of ours do not name the classes
+        with suppress(FileNotFoundError):  # files of a store of ours do not name the classes
             manifest = load_manifest(root)
             class_names, terms = tuple(manifest.class_names), manifest.license
-        except FileNotFoundError:
-            pass
     if class_names is None:
         words = {word for one in found.values() for word in one.words.unique().drop_null().to_pylist()}
         class_names = class_names_of(words, numbers=True)
