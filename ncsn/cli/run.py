@@ -107,12 +107,12 @@ class Terminal(Observer):
             self.view.console.print(f"checkpoint {chosen}, chosen by `ncsn select`", soft_wrap=True)
         self.view.start(step)
         self._ended = ended = threading.Event()
-        before = read_progress(folder.step(step, "progress.json"))  # of an earlier attempt
+        before = repr(read_progress(folder.step(step, "progress.json")))  # of an earlier attempt
 
         def watch() -> None:
             while not ended.wait(_POLL_SECONDS):
                 progress = read_progress(folder.step(step, "progress.json"))
-                if progress is not None and progress != before:
+                if progress is not None and repr(progress) != before:
                     self.view.update(step, progress)
 
         self._watcher = threading.Thread(target=watch, daemon=True)
