@@ -255,7 +255,7 @@ def test_the_service_is_a_valid_rayservice_whose_pods_are_as_those_of_a_rayjob()
     module, _, function = application.import_path.partition(":")
     assert callable(getattr(import_module(module), function))
     cpus = {each.name: each.num_replicas * each.ray_actor_options.num_cpus for each in application.deployments}
-    assert cpus.keys() == {"Front", "Sampler"}
+    assert cpus.keys() == {"Front", "Replica"}
     assert sum(cpus.values()) <= cluster["workerGroupSpecs"][0]["replicas"] * int(wanted)
 
 
