@@ -14,7 +14,7 @@ from ncsn import storage
 
 LONG = ("run", "--json", "--set", "train.num_images=6400000", "--set", "train.checkpoint_every_images=6400000")
 # The command, which gives a busy machine more than ten seconds to save.
-PATIENT = ("-c", "from ncsn.cli import execute, main; execute._SAVE_SECONDS = 1800.0; main()")
+PATIENT = ("-c", "from ncsn import answer; from ncsn.cli import main; answer.SAVE_SECONDS = 1800.0; main()")
 
 
 def trains(workplace, *args: str) -> tuple[subprocess.Popen[str], int]:
