@@ -110,7 +110,7 @@ def test_a_pipeline_runs_the_edited_code_of_a_clone(pipelines: Place, kubeflow: 
 
     code = f"s3://{BUCKET}/{pipelines.prefix}/code/{archive}"
     pipelines.s3().put_object(Bucket=BUCKET, Key=f"{pipelines.prefix}/code/{archive}", Body=b"another")
-    options = (*pipelines.options({"sampling.num_images": 32}), "--run", run, "--code", code)
+    options = (*pipelines.options({"sampling.num_images": 128}), "--run", run, "--code", code)
     # Of a launcher that has the right one, so that the driver finds it.
     done = edited.ncsn("sample", *options, env={**os.environ, **pipelines.environment, CODE: code})
     assert done.returncode == 2 and "--code" in done.stderr, done.stderr
