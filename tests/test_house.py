@@ -36,6 +36,8 @@ LATE = HEAVY | {
 LIGHT = (
     "ncsn.errors",
     "ncsn.events",
+    "ncsn.environment",
+    "ncsn.answer",
     "ncsn.process",
     "ncsn.progress",
     "ncsn.config",

@@ -218,7 +218,7 @@ def test_another_python_is_refused_by_the_driver(jobs: RayHead, config: Path) ->
     """Nothing but the driver knows the cluster's Python, so it compares, and its mistake comes back as ours."""
     run = "python"
     do("ingest", from_yaml(config.read_text()), run)
-    pretend = "import runpy, ncsn.process as l; l.python_version = lambda: '3.9'; "
+    pretend = "import runpy, ncsn.environment as l; l.python_version = lambda: '3.9'; "
     code = f"{pretend}runpy.run_module('ncsn', run_name='__main__', alter_sys=True)"
     arguments = ["train", "--config", str(config), "--run", run, "--address", jobs.nodes.dashboard]
     done = jobs.ncsn(*arguments, code=code)
