@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 from do import claimed, do_as_task
-from kubernetes_api import pairs, rules_of
+from kubernetes_api import pairs
 from mlflow.tracking import MlflowClient
+from rayjobs import JANITOR
 from webhook import receiver
 
 from ncsn import storage
@@ -31,7 +32,6 @@ from ncsn.steps import ingest
 from ncsn.storage.heartbeat import LEASE_SECONDS
 from ncsn.tracking.mlflow_runs import step_run
 
-INFRA = Path(__file__).parents[2] / "infra" / "base"
 DIGITS = (Path(__file__).parents[2] / "configs" / "digits.yaml").read_text()
 WORKFLOW = "ncsn-train-sd9mr"
 OWNER = {"apiVersion": "argoproj.io/v1alpha1", "kind": "Workflow", "name": WORKFLOW, "uid": "0c9d"}
@@ -47,7 +47,7 @@ def janitor(emulation: Any) -> Callable[[], list[str]]:
     """One call of it, with its own rights; what it did."""
 
     def call() -> list[str]:
-        emulation.cluster.rules = rules_of(INFRA / "janitor" / "role.yaml")
+        emulation.cluster.rules = JANITOR
         actions = list(clean_up(KubernetesApi()))
         assert [action.error for action in actions] == [None] * len(actions)
         return [f"{action.verb} {action.what}" for action in actions]
@@ -324,7 +324,7 @@ def test_its_role_has_what_is_needed_and_no_more(emulation: Any, config: Config,
     emulation.cluster.create("pods", {"metadata": pod, "spec": spec, "status": {"phase": "Succeeded"}})
     emulation.cluster.requests.clear()
     janitor()
-    assert set(emulation.cluster.requests) == set(pairs(rules_of(INFRA / "janitor" / "role.yaml")))
+    assert set(emulation.cluster.requests) == set(pairs(JANITOR))
 
 
 def cleanup(*options: str) -> Any:
@@ -333,7 +333,7 @@ def cleanup(*options: str) -> Any:
 
 @pytest.mark.usefixtures("begun")
 def test_a_person_ends_a_run_by_name_and_may_look_first(emulation: Any, config: Config) -> None:
-    emulation.cluster.rules = rules_of(INFRA / "janitor" / "role.yaml")
+    emulation.cluster.rules = JANITOR
     KubernetesApi().patch("configmaps", NOTES, {"data": None})  # a person's run has none
     rayjob(emulation, "working", root=config.storage.root)
     assert cleanup("--run", "another").stdout.count("\n") == 1
@@ -350,7 +350,7 @@ def test_a_person_ends_a_run_by_name_and_may_look_first(emulation: Any, config: 
 def test_an_mlflow_that_is_away_keeps_the_note_and_nothing_else(emulation: Any, config: Config) -> None:
     away = config.model_copy(update={"tracking": config.tracking.model_copy(update={"uri": "http://127.0.0.1:9"})})
     note("0000", "gone", away)
-    emulation.cluster.rules = rules_of(INFRA / "janitor" / "role.yaml")
+    emulation.cluster.rules = JANITOR
     done = cleanup()
     assert done.exit_code == 1 and "run mine" in done.stdout and "run mine" in done.stderr
     assert list(notes(emulation)) == ["0000"]

@@ -1,0 +1,35 @@
+"""What is in a manifest, and what the schemas of KubeRay's CRDs refuse, in each version at hand."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+
+NAMED = os.environ.get("NCSN_CRD_SCHEMAS")
+FOLDER = Path(NAMED) if NAMED else Path(__file__).parents[2].parent / "shared" / "crds"  # beside the checkout
+
+
+def api_server_errors(manifest: dict[str, Any]) -> list[str]:
+    """A line for each mistake in a resource; none where no schema of its kind is at hand."""
+    schemas = [json.loads(file.read_text()) for file in FOLDER.glob(f"{manifest['kind'].lower()}-v*.json")]
+    errors = [error for schema in schemas for error in jsonschema.Draft202012Validator(schema).iter_errors(manifest)]
+    return [f"{error.json_path}: {error.message}" for error in errors]
+
+
+def within(node: Any, *keys: str) -> Iterator[tuple[str, Any]]:
+    """(key, value) of these keys, wherever they are."""
+    if isinstance(node, dict):
+        yield from ((key, node[key]) for key in keys if key in node)
+    for each in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+        yield from within(each, *keys)
+
+
+def names_of(node: Any, key: str) -> set[str]:
+    """Of the Secrets (`secret`) or ConfigMaps (`configMap`) that pods within refer to."""
+    found = within(node, key, f"{key}Ref", f"{key}KeyRef")
+    return {value.get("name", value.get("secretName")) for _, value in found if isinstance(value, dict)}
