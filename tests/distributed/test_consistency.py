@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing
-from gloo_workers import work
-from local_training import Recorder, assert_close_tensors, assert_same_tensors, train_locally, train_until_killed
 from refused import refused
+from workers import Recorder, assert_close_tensors, assert_same_tensors, train_locally, train_until_killed, work
 
 from ncsn import storage
 from ncsn.config import Config, from_yaml, to_yaml

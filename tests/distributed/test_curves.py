@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from local_training import Recorder, assert_same_tensors, train_for_tensors, train_locally
+from workers import Recorder, assert_same_tensors, train_for_tensors, train_locally
 
 from ncsn.config import Config, from_yaml
 from ncsn.core.losses import Batch

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from local_training import assert_close_tensors, train_locally
 from ray_nodes import RayNodes
+from workers import assert_close_tensors, train_locally
 
 from ncsn.config import from_yaml
 from ncsn.data.samples import read_samples

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from do import do
 from kfp import dsl
+from on_ray import RayDriver, ray_driver
 from PIL import Image
-from ray_driver import RayDriver, ray_driver
 from refused import refused
 
 from components.tasks import search as component

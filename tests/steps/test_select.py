@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from do import do
-from local_training import train_locally
-from ray_driver import without_dashboard
+from on_ray import without_dashboard
 from refused import refused
+from workers import train_locally
 
 from ncsn import storage
 from ncsn.config import Config, from_yaml
