@@ -246,7 +246,7 @@ def test_servers_stop_change_and_keep_as_they_must() -> None:
 
 
 def test_of_the_object_store_s3_alone_is_open_and_nobody_is_its_administrator() -> None:
-    """`tests/infra/test_servers.py` tries these arguments, and `tests/cluster_live` every port of the pod."""
+    """`tests/cluster_live/test_infra.py` tries every port of the pod, and what a key may do."""
     (container,) = RESOURCES["base/object-store/stateful-set.yaml"]["spec"]["template"]["spec"]["containers"]
     server = COMPOSE["services"]["seaweedfs"]
     assert set(container["args"]) == set(server["command"])

@@ -272,28 +272,17 @@ def test_what_is_not_of_ncsn_keeps_it_from_nothing(emulation: Any) -> None:
 
 @pytest.mark.usefixtures("begun")
 def test_the_pod_tells_what_the_step_could_not(emulation: Any, config: Config, janitor: Any) -> None:
-    """The names of pods and nodes are those of KFP 2.17.0 on Argo 4.0.5."""
+    """With a RayJob that is left, all that the janitor's role grants is needed."""
     workflow(emulation, "Failed")
+    rayjob(emulation, "left", ownerReferences=[OWNER])
     killed = {"name": "main", "state": {"terminated": {"exitCode": 137, "reason": "OOMKilled"}}}
-    node = f"{WORKFLOW}(0).root(0).exit-handler-1(0).train(0).executor(0)"
-    emulation.cluster.create(
-        "pods",
-        {
-            "apiVersion": "v1",
-            "kind": "Pod",
-            "metadata": {
-                "name": f"{WORKFLOW}-system-container-impl-1",
-                "labels": {"pipeline/runid": "5f3a"},
-                "annotations": {"workflows.argoproj.io/node-name": node},
-            },
-            "spec": {"containers": [{"name": "main", "image": "ours:1"}]},
-            "status": {"phase": "Failed", "containerStatuses": [killed]},
-        },
-    )
+    emulation.add_task_pod("train", run_id="5f3a", phase="Failed", containerStatuses=[killed])
+    emulation.cluster.requests.clear()
     janitor()
     found = outcome(config)
     assert found is not None and (found.status, found.failed_step) == ("FAILED", "train")
     assert "OOMKilled" in found.reason
+    assert set(emulation.cluster.requests) == set(pairs(JANITOR))
 
 
 def test_a_run_that_cannot_be_noted_works_nevertheless(
@@ -312,19 +301,6 @@ def test_the_note_of_the_first_task_stays(
     monkeypatch.setenv(KFP_WORKFLOW, WORKFLOW)
     note_run(config, "mine-best")
     assert {run: json.loads(text)["run"] for run, text in notes(emulation).items()} == {"5f3a": "mine"}
-
-
-@pytest.mark.usefixtures("begun")
-def test_its_role_has_what_is_needed_and_no_more(emulation: Any, config: Config, janitor: Any) -> None:
-    workflow(emulation, "Failed")
-    rayjob(emulation, "left", ownerReferences=[OWNER])
-    pod = {"name": "p", "labels": {"pipeline/runid": "5f3a"}, "annotations": {}}
-    pod["annotations"] = {"workflows.argoproj.io/node-name": f"{WORKFLOW}.root.train.executor"}
-    spec = {"containers": [{"name": "main", "image": "ours:1"}]}
-    emulation.cluster.create("pods", {"metadata": pod, "spec": spec, "status": {"phase": "Succeeded"}})
-    emulation.cluster.requests.clear()
-    janitor()
-    assert set(emulation.cluster.requests) == set(pairs(JANITOR))
 
 
 def cleanup(*options: str) -> Any:

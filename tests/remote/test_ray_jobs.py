@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -26,13 +25,7 @@ from tcp_proxy import TcpProxy
 
 from ncsn import storage
 from ncsn.config import from_yaml
-from ncsn.config.compute import ComputeConfig
 from ncsn.environment import CODE
-from ncsn.remote.manifest import render
-from ncsn.runs.code import publish_code
-from ncsn.runs.folder import Run, read_mistake
-from ncsn.steps.elsewhere import remote_step
-from ncsn.storage.heartbeat import Heartbeat
 from ncsn.tracking.client import client_at
 
 pytestmark = pytest.mark.timeout(900)
@@ -109,50 +102,6 @@ def test_driver_and_worker_run_the_edited_code_of_a_clone(jobs: RayHead, config:
     jobs.nodes.get("/api/jobs/")  # the cluster is well
     again = jobs.ncsn(*arguments, "--code", f"{uri.removesuffix('.zip')}-not.zip")
     assert again.returncode == 2, again.stderr
-
-
-@slow
-def test_workers_of_a_rayjob_run_what_its_driver_has_checked(
-    jobs: RayHead, config: Path, s3_root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its entrypoint on a real Ray, beside a template's modules; the driver puts another archive in the place."""
-    settings = from_yaml(config.read_text())
-    dataset = do("ingest", settings, "checked").uri
-    edited = clone(tmp_path / "clone")
-    edited.edit("ncsn/training/loop.py")
-    with (edited.folder / "ncsn/training/loop.py").open("a") as text:
-        text.write("import os\nfrom ncsn import storage\nstorage.write_bytes(os.environ['NCSN_CODE'], b'another')\n")
-    monkeypatch.chdir(edited.folder)
-    monkeypatch.setattr("ncsn.runs.code._PACKAGE", edited.folder / "ncsn")
-    monkeypatch.setenv(CODE, "")
-    publish_code(s3_root)
-    step = remote_step("train", Run(settings, "checked"), settings, {"dataset": dataset})
-    manifest = render(step, ComputeConfig(), namespace="kubeflow", image="ncsn:1", env={}, labels={})
-    (tmp_path / "more").mkdir()
-    (tmp_path / "more" / "__init__.py").touch()
-    more = json.dumps({"py_modules": [str(tmp_path / "more")], "env_vars": {"A": "b"}})
-    ray = [str(Path(sys.executable).with_name("ray")), "job", "submit", "--address", jobs.nodes.dashboard]
-
-    def submitted(name: str, place: list[str]) -> tuple[str, int, list[str]]:
-        with Heartbeat(step.lease):
-            done = subprocess.run(
-                [*ray, "--submission-id", name, *place, "--", *shlex.split(manifest["spec"]["entrypoint"])],
-                env=jobs.environment | {"RAY_AUTH_MODE": "token"},
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-        job = jobs.nodes.get(f"/api/jobs/{name}")
-        said = [line for line in done.stdout.splitlines() if line.endswith(SAYS)]
-        return job["status"], job["driver_exit_code"], said
-
-    status, code, said = submitted("checked", ["--runtime-env-json", more])
-    assert (status, code) == ("SUCCEEDED", 0)
-    assert {line == SAYS for line in said} == {True, False}, "a worker's and the driver's"
-    assert storage.read_bytes(os.environ[CODE]) == b"another"
-    emptied = json.dumps({"env_vars": {"NCSN_CACHE_DIR": str(tmp_path / "another")}})  # as on the next cluster
-    assert submitted("replaced", ["--runtime-env-json", emptied]) == ("FAILED", 2, [])
-    assert read_mistake(step.folder, "train")
 
 
 @slow
