@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -59,15 +58,13 @@ def rendered(code: str | None = None, **compute: Any) -> dict[str, Any]:
     return render(step, ComputeConfig.model_validate(compute), **where, labels=labels, owner=OWNER)
 
 
-def flat(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """The leaves below a node, by path; of what has a name, the path has that."""
-    items = list(node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ())
-    for key, value in items:
-        name = value.get("name", key) if isinstance(node, list) and isinstance(value, dict) else key
-        yield from flat(value, f"{path}.{name}")
-    if not items:
-        path = path.replace(".template.", ".").replace("workerGroupSpecs.0", "worker")
-        yield path.removeprefix(".").removeprefix("spec.rayClusterSpec."), node
+def flat(node: Any, path: str = "") -> dict[str, Any]:
+    """What is below a node, by path; lists too, if all that is in them has a name."""
+    if isinstance(node, list) and all("name" in each or "groupName" in each for each in node):
+        node = {each.get("name", each.get("groupName")): each for each in node}
+    if not isinstance(node, dict) or not node:
+        return {path.removeprefix("spec.rayClusterSpec.").replace(".template.", "."): node}
+    return {leaf: v for key, below in node.items() for leaf, v in flat(below, f"{path}.{key}".lstrip(".")).items()}
 
 
 @pytest.fixture(scope="module")
@@ -81,10 +78,10 @@ def manifests() -> dict[str, dict[str, Any]]:
 
 def test_what_is_filled_is_as_reviewed_and_all_else_as_in_the_template(manifests: dict[str, dict[str, Any]]) -> None:
     """RENEW_SNAPSHOTS=1 writes `filled.yaml` anew: what differs from the template, and what from the plain RayJob."""
-    before, lines = dict(flat(load_template())), []
+    before, lines = flat(load_template()), []
     del before["rayVersion"]
     for name, manifest in manifests.items():
-        now = dict(flat(manifest))
+        now = flat(manifest)
         assert now.pop("rayVersion") == metadata.version("ray")
         paths = [path for path in {**before, **now} if path not in now or now[path] != before.get(path)]
         lines.append(yaml.safe_dump({name: {path: now.get(path) for path in paths}}, width=1000))
