@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import yaml
 from kubernetes_api import ApiServer, Cluster, Resource, rules_of
-from remote_places import Launched
+from launched import Launched
 
 from ncsn.config.compute import ComputeConfig
 from ncsn.remote import backend, kuberay

@@ -11,16 +11,18 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 from do import do
 from edited_clone import SAYS, clone
+from launched import TINY, Launched
 from ray_nodes import RayNodes
-from remote_places import TINY, RayHead
 from tcp_proxy import TcpProxy
 
 from ncsn import storage
@@ -31,6 +33,69 @@ from ncsn.tracking.client import client_at
 pytestmark = pytest.mark.timeout(900)
 slow = pytest.mark.slow
 COUNTED = [f"line {n}" for n in range(10)]
+
+
+@dataclass
+class RayHead:
+    """A job server behind a proxy that can be cut, and steps whose command is Python code."""
+
+    folder: Path
+    nodes: RayNodes
+    proxy: TcpProxy
+
+    @property
+    def compute(self) -> str:
+        return json.dumps({"backend": "ray-jobs", "ray_jobs": {"address": self.proxy.url}})
+
+    def launch(self, run: str, code: str, **changes: Any) -> Launched:
+        step = {"root": str(self.folder), "run": run, "step": "train", "command": ("python", "-c", code)}
+        return Launched(self.compute, json.dumps(step | changes), env=self.environment)
+
+    def stop(self, run: str) -> list[str]:
+        stopping = Launched(self.compute, "null", run, env=self.environment)
+        out, err = stopping.communicate(timeout=240)
+        assert stopping.returncode == 0, err
+        names: list[str] = json.loads(out)
+        return names
+
+    def step_folder(self, run: str) -> Path:
+        return self.folder / "runs" / run / "steps" / "train"
+
+    def log(self, run: str) -> str:
+        return (self.step_folder(run) / "log.txt").read_text()
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """As a user has it: the token, and no mode and no address."""
+        return {name: text for name, text in self.nodes.client.items() if name not in ("RAY_ADDRESS", "RAY_AUTH_MODE")}
+
+    def ncsn(self, *args: str, code: str = "") -> subprocess.CompletedProcess[str]:
+        """The command as a user has it."""
+        command = [sys.executable, *(["-c", code] if code else ["-m", "ncsn"]), *args]
+        return subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False)
+
+    def of(self, run: str) -> list[dict[str, Any]]:
+        mine = [job for job in self.nodes.get("/api/jobs/") if (job["metadata"] or {}).get("ncsn.run") == run]
+        return sorted(mine, key=lambda job: job["start_time"])
+
+    def running(self, run: str) -> list[str]:
+        return [job["submission_id"] for job in self.of(run) if job["status"] in ("PENDING", "RUNNING")]
+
+    @contextmanager
+    def outage(self) -> Iterator[None]:
+        self.proxy.cut()
+        yield
+        self.proxy.restore()
+
+    def lose(self, run: str) -> None:
+        """Ray forgets a job that has ended only, so the launcher does not see it end."""
+        (name,) = self.running(run)
+        with self.outage():
+            self.nodes.get(f"/api/jobs/{name}/stop", method="POST")
+            while self.running(run):
+                time.sleep(0.2)
+            time.sleep(3)  # Ray's monitor of the job must have ended, else it writes a status once more
+            self.nodes.get(f"/api/jobs/{name}", method="DELETE")
 
 
 @pytest.fixture

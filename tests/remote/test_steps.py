@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from do import do
+from launched import TINY
 from rayjobs import JANITOR
 from refused import refused
-from remote_places import TINY
 
 from ncsn import storage
 from ncsn.cli import app
