@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from ncsn.remote.backend import RemoteStep, first_error, forwarded_environment, is_ours
+from ncsn.runs.folder import RUN_PATTERN
 
 
 @pytest.mark.parametrize(
@@ -50,7 +51,7 @@ def test_a_job_is_its_pipeline_runs_else_its_makers_else_the_last_launchers(
     assert is_ours(heart, made_by, kfp_run, this_run) == ours
 
 
-@given(run=st.from_regex(r"[A-Za-z0-9][\w.-]{0,62}", fullmatch=True), kind=st.sampled_from(["train", "evaluate"]))
+@given(run=st.from_regex(RUN_PATTERN, fullmatch=True), kind=st.sampled_from(["train", "evaluate"]))
 def test_names_are_valid_and_the_same_for_every_attempt(run: str, kind: str) -> None:
     name = RemoteStep("s3://bucket/ncsn", run, kind, ("ncsn", "train")).job_name
     assert re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name) and len(name) <= 47
