@@ -20,7 +20,8 @@ from ncsn.cli import app
 from ncsn.config import from_yaml
 
 ROOT = Path(__file__).parents[1]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+_PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT, TOOLS = _PYPROJECT["project"], _PYPROJECT["tool"]
 # Which of these there are depends on the build of torch, which pins them itself.
 OF_TORCH = re.compile(r"(nvidia|cuda)-|triton\b")
 
@@ -193,3 +194,12 @@ def test_the_tree_is_the_tree() -> None:
     tree = next(text for language, text in _BLOCK.findall((ROOT / "CONTRIBUTING.md").read_text()) if language == "text")
     paths = [line.split()[0] for line in tree.splitlines() if line and not line.startswith(" ")]
     assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+def test_the_picture_of_the_layers_is_the_contract() -> None:
+    (contract,) = (each for each in TOOLS["importlinter"]["contracts"] if each["type"] == "layers")
+    blocks = _BLOCK.findall((ROOT / "docs" / "architecture.md").read_text())
+    picture = next(text for language, text in blocks if language == "text")
+    drawn = [line.strip().split("  ")[0] for line in picture.splitlines() if not line.startswith("  ")]
+    layers = [layer.replace("ncsn.", "") for layer in contract["layers"]]
+    assert [set(line.split(" | ")) for line in drawn] == [set(layer.split(" | ")) for layer in layers]
