@@ -42,14 +42,14 @@ class ForeignRun(UserError):
     """The run belongs to another config, or has read other images."""
 
 
+@dataclass(frozen=True)
 class _Below:
     """The URI of what has this name in a folder."""
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+    name: str
 
     def __get__(self, folder: Any, owner: type) -> str:
-        return storage.join(folder.uri, self._name)
+        return storage.join(folder.uri, self.name)
 
 
 @dataclass(frozen=True)
@@ -160,6 +160,11 @@ class RunFolder(_Trained):
     def step(self, step: str, file: str) -> str:
         """A file of one step, such as `step.json`, `progress.json`, `stop`, `log.txt` or `refused-<KFP run>`."""
         return storage.join(self.steps, step, file)
+
+
+def begun(root: str) -> dict[str, float]:
+    """Run -> when one of its steps last began, by the clock of the store."""
+    return {entry.path: entry.changed for entry in storage.list_entries(Store(root).begun)}
 
 
 def run_folder(config: Config, run: str) -> RunFolder:
@@ -393,19 +398,13 @@ def find_inputs(folder: RunFolder, step: str, given: Mapping[str, str | None], *
             hint = f"run `ncsn {source.step}` with the same options first, or pass --{name} URI"
             raise UserError(f"--{name}", reason, hint=hint)
         found[name] = str(record.result[source.field])
-        if source.selectable and not uri:
-            found[name] = default_checkpoint(folder, config, last=found[name])
+        if source.selectable and not uri and config.sampling.relative_width is None:  # else it is an average
+            # The one that `ncsn select` chose since training reached the last one.
+            chosen = read_step(folder, "select")
+            best = str(chosen.result.get("checkpoint", ""))
+            if best and record.finished_at <= chosen.finished_at and storage.exists(best):
+                found[name] = best
     return found
-
-
-def default_checkpoint(folder: RunFolder, config: Config, *, last: str) -> str:
-    """The checkpoint that `ncsn select` chose since training reached the `last` one of the run, else that one."""
-    trained, chosen = read_step(folder, "train"), read_step(folder, "select")
-    if not trained.result or not chosen.result or config.sampling.relative_width is not None:  # that is an average
-        return last
-    uri = str(chosen.result["checkpoint"])
-    current = trained.result["checkpoint"] == last and trained.finished_at <= chosen.finished_at
-    return uri if current and storage.exists(uri) else last
 
 
 class Cost(NamedTuple):
