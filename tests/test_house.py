@@ -67,7 +67,6 @@ LIGHT = (
     "ncsn.steps.execute",
     "ncsn.kubeflow.task",
     "ncsn.steps.results",
-    "ncsn.steps.step",
     "ncsn.cli.app",
     "ncsn.cli.console",
     "ncsn.cli.doctor",

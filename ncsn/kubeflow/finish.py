@@ -25,8 +25,7 @@ from ncsn.runs.folder import (
     write_outcome,
 )
 from ncsn.runs.steps import SEARCH, STEPS
-from ncsn.tracking.lineage import container_image, kfp_run
-from ncsn.tracking.mlflow_runs import close_run
+from ncsn.tracking.mlflow_runs import close_run, container_image, kfp_run
 
 if TYPE_CHECKING:
     from ncsn.remote.pods import Trouble

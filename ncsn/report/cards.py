@@ -16,7 +16,7 @@ from ncsn.report.words import (
     class_lines,
     few_samples,
     markdown_table,
-    score_lines,
+    score_rows,
 )
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def model_card(facts: ModelFacts, *, config: Config, manifest: Manifest, evaluat
     label = "" if config.data.num_classes is None else f', "label": "{manifest.class_names[0]}"'
     counts = ", ".join(f"{count:,} {split}" for split, count in manifest.counts.items())
     skipped = f"; {len(manifest.skipped)} more could not be used" if manifest.skipped else ""
-    scores = [(f"`{name}`", value, real) for name, value, real in score_lines(evaluation)]
+    scores = [(f"`{row.name}`", row.text, row.real_text) for row in score_rows(evaluation)]
     notes = [*evaluation["notes"], "in parentheses are 95 % intervals, over other samples of this number"]
     parts = [
         f"# {facts.name}",

@@ -27,9 +27,8 @@ from ncsn.report.images import neighbors_png
 from ncsn.report.plots import confusion_matrix, to_png
 from ncsn.report.words import few_samples, verdict_of
 from ncsn.runs.folder import Run
-from ncsn.steps.results import EvaluateResult
-from ncsn.steps.sample import class_rows, first_images_png
-from ncsn.steps.step import Context, Prepared
+from ncsn.steps.results import Context, EvaluateResult, Prepared
+from ncsn.steps.sample import grid_of
 from ncsn.tracking.gate import Measurement, Memorization
 from ncsn.tracking.mlflow_runs import NOTE
 
@@ -106,7 +105,7 @@ def evaluate(
     if "score" in generated.metrics:
         ratio = generated.equal["score"].value / real.equal["score"].value
         generated.equal["score_ratio"] = Metric(ratio, generated.equal["score"].num_images)
-    name, fingerprint, extractor = evaluator.name, evaluator.reference.fingerprint, evaluator.extractor.name
+    name, fingerprint, extractor = evaluator.name, evaluator.reference.fingerprint, evaluator.extractor
     root = storage.absolute(config.storage.root)
     compared = storage.relative_uris({"samples": samples, "reference": fingerprint}, root)
     place = storage.join(folder, f"{name}-n{count}-{storage.digest(compared, 12)}")
@@ -126,11 +125,11 @@ def evaluate(
         num_real_images=real_copies.num_images,
     )
     metrics, real_metrics = evaluator.facts | generated.named(name), real.named(name, real=True)
-    verdict = verdict_of(metrics, real_metrics, copies=memorization.objection)
+    grade, verdict = verdict_of(metrics, real_metrics, copies=memorization.objection)
     result = EvaluateResult(
         uri=f"{place}.json",
-        verdict=verdict.text,
-        grade=verdict.grade,
+        verdict=verdict,
+        grade=grade,
         metrics=metrics,
         real_metrics=real_metrics,
         fingerprint=fingerprint,
@@ -145,8 +144,7 @@ def evaluate(
         neighbors=f"{place}-neighbors.png",
         confusion=None if classes is None else f"{place}-classes.png",
     )
-    rows = class_rows(config, sets[1], classes=sets[0].labels())
-    storage.write_bytes(result.real_images, first_images_png(sets[1], rows))
+    storage.write_bytes(result.real_images, grid_of(config, sets[1], classes=sets[0].labels())[0])
     if classes is not None:
         storage.write_bytes(f"{place}-classes.png", to_png(confusion_matrix(classes)))
     shown, training = sets[0].read(0, len(generated.nearest)), open_cache(dataset, "train", as_bytes=True).images

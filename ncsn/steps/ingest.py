@@ -18,8 +18,7 @@ from ncsn.data.sources.base import NO_FILES, source_fingerprint
 from ncsn.progress import Progress
 from ncsn.remote.backend import say
 from ncsn.runs.folder import ForeignRun, Run, Store, read_step, update_step
-from ncsn.steps.results import IngestResult
-from ncsn.steps.step import Context, Prepared
+from ncsn.steps.results import Context, IngestResult, Prepared
 
 
 def prepare(run: Run) -> Prepared[IngestResult]:

@@ -35,12 +35,11 @@ from ncsn.runs.folder import (
 )
 from ncsn.runs.history import RATE, load_history
 from ncsn.steps.address import SOURCE, Place, keep, load, resolve
-from ncsn.steps.results import TrainResult, stored_result
-from ncsn.steps.step import Context, Prepared
+from ncsn.steps.results import Context, Prepared, TrainResult, stored_result
 from ncsn.storage.heartbeat import Lease
 from ncsn.storage.retry import limited
-from ncsn.tracking.lineage import INIT_FROM
 from ncsn.tracking.live import LiveMetrics
+from ncsn.tracking.mlflow_runs import INIT_FROM
 from ncsn.training.batches import classes_of
 from ncsn.training.loop import TrainingJob
 
