@@ -398,13 +398,19 @@ def find_inputs(folder: RunFolder, step: str, given: Mapping[str, str | None], *
             hint = f"run `ncsn {source.step}` with the same options first, or pass --{name} URI"
             raise UserError(f"--{name}", reason, hint=hint)
         found[name] = str(record.result[source.field])
-        if source.selectable and not uri and config.sampling.relative_width is None:  # else it is an average
-            # The one that `ncsn select` chose since training reached the last one.
-            chosen = read_step(folder, "select")
-            best = str(chosen.result.get("checkpoint", ""))
-            if best and record.finished_at <= chosen.finished_at and storage.exists(best):
-                found[name] = best
+        if source.selectable and not uri:
+            found[name] = default_checkpoint(folder, config, last=found[name])
     return found
+
+
+def default_checkpoint(folder: RunFolder, config: Config, *, last: str) -> str:
+    """The checkpoint that `ncsn select` chose since training reached the `last` one of the run, else that one."""
+    trained, chosen = read_step(folder, "train"), read_step(folder, "select")
+    if not trained.result or not chosen.result or config.sampling.relative_width is not None:  # that is an average
+        return last
+    uri = str(chosen.result["checkpoint"])
+    current = trained.result["checkpoint"] == last and trained.finished_at <= chosen.finished_at
+    return uri if current and storage.exists(uri) else last
 
 
 class Cost(NamedTuple):
