@@ -9,13 +9,12 @@ from functools import partial
 
 import torch
 
-from ncsn import storage
+from ncsn import distributed, storage
 from ncsn.answer import SAVE_SECONDS, answer
 from ncsn.config import Config, to_yaml
 from ncsn.config.training import NoiseConfig
 from ncsn.data.format import Manifest, load_manifest
 from ncsn.data.noise_levels import resolve_noise
-from ncsn.distributed import trainer
 from ncsn.distributed.cluster import ray_cluster, ray_tags
 from ncsn.errors import UserError
 from ncsn.model import build
@@ -98,7 +97,7 @@ def train(config: Config, manifest: Manifest, dataset: str, start: Start, contex
             stop=stop,
             start=start.uri,
         )
-        outcome = trainer.train(job, run_uri=folder.uri)
+        outcome = distributed.train(job, run_uri=folder.uri)
     checkpoint = storage.join(folder.checkpoints, outcome.checkpoint)
     tags = {"checkpoint.uri": checkpoint, "checkpoint.images_seen": str(outcome.images_seen)}
     tracked.set_tags({**tags, "train.computed_on": outcome.computed})
