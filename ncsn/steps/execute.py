@@ -33,7 +33,6 @@ from ncsn.runs.folder import (
     update_step,
 )
 from ncsn.runs.steps import CONTINUING, SEARCH, STEP_TABLE, STEPS
-from ncsn.steps.elsewhere import do_elsewhere, remote_step
 from ncsn.steps.results import Context, Prepared, stored_result
 from ncsn.storage.heartbeat import LeaseExpired, is_abandoned
 from ncsn.tracking.client import tracking_uri
@@ -100,6 +99,8 @@ def execute(
             if not found:
                 storage.delete(folder.step(step, "progress.json"))  # of an earlier attempt
             if there and not found:
+                from ncsn.steps.elsewhere import do_elsewhere
+
                 do_elsewhere(step, run, config, inputs, key)
             elif not found:
                 from ncsn.tracking.mlflow_runs import step_run  # loads MLflow, for seconds
@@ -163,6 +164,8 @@ def _is_done(step: str, folder: RunFolder, prepared: Prepared[Any], key: Mapping
 
 def _is_answered(step: str, run: Run, inputs: Mapping[str, str]) -> bool:
     """Whether a launcher without torch has had the answer to the same request, whose files are still there."""
+    from ncsn.steps.elsewhere import remote_step
+
     record = read_step(run.folder, step)
     files = [uri for uri in record.result.values() if str(uri).startswith(f"{run.folder.root}/")]
     same = record.state == "FINISHED" and record.request == remote_step(step, run, run.config, inputs).request

@@ -21,8 +21,7 @@ from ncsn.model import build
 from ncsn.model.checkpoint import FILES, CheckpointStore, folder_name, load_checkpoint
 from ncsn.model.classes import require_label, require_same_classes
 from ncsn.model.trained import adapted, start_notes
-from ncsn.progress import PublishedProgress, read_progress
-from ncsn.remote.backend import say
+from ncsn.progress import PublishedProgress, read_progress, say
 from ncsn.runs.folder import (
     INDEX,
     Run,
