@@ -38,7 +38,6 @@ LIGHT = (
     "ncsn.events",
     "ncsn.environment",
     "ncsn.answer",
-    "ncsn.process",
     "ncsn.progress",
     "ncsn.config",
     "ncsn.storage",

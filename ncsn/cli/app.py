@@ -26,8 +26,8 @@ from ncsn.cli.options import (
     step_options,
     target_options,
 )
+from ncsn.environment import reduce_gc, settle
 from ncsn.errors import UserError
-from ncsn.process import reduce_gc, settle
 from ncsn.runs.steps import STEP_TABLE
 
 if TYPE_CHECKING:
