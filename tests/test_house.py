@@ -49,7 +49,7 @@ LIGHT = (
     "ncsn.remote.backend",
     "ncsn.remote.kuberay",
     "ncsn.remote.manifest",
-    "ncsn.report.cards",
+    "ncsn.report.pages",
     "ncsn.report.words",
     "ncsn.inspection.leftovers",
     "ncsn.inspection.listing",

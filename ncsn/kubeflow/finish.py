@@ -12,7 +12,7 @@ from ncsn.config import Config
 from ncsn.environment import KFP_RUN_ID, KfpRun
 from ncsn.errors import UserError
 from ncsn.remote import open_backend
-from ncsn.report.cards import run_page
+from ncsn.report.pages import run_page
 from ncsn.runs.folder import (
     ForeignRun,
     Outcome,

@@ -19,9 +19,9 @@ from ncsn.model import checkpoint as checkpoints
 from ncsn.model.averages import ensure_average
 from ncsn.model.checkpoint import TrainedNetwork, weights_digest
 from ncsn.model.generate import evaluations_per_image, guide_of
-from ncsn.report.cards import ModelFacts, model_card
 from ncsn.report.hints import copying_hints, overfitting_hints
 from ncsn.report.images import smaller_png
+from ncsn.report.pages import ModelFacts, model_card
 from ncsn.report.words import cost_line, read_metrics
 from ncsn.runs.folder import Run, read_step, run_folder, spent
 from ncsn.runs.history import held_out_curves, load_history

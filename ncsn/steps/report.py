@@ -17,7 +17,7 @@ from ncsn.model.checkpoint import TrainedNetwork
 from ncsn.model.classes import AS_DATA, BALANCED
 from ncsn.model.objective import objective_of
 from ncsn.report import hints, plots
-from ncsn.report.html import LOOK, render
+from ncsn.report.pages import LOOK, render
 from ncsn.report.plots import to_svg
 from ncsn.report.words import Fact, cost_facts, next_step, read_metrics, tag_facts
 from ncsn.runs.folder import Run, RunFolder, StepRecord, read_results, read_step, spent

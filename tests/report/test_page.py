@@ -6,7 +6,7 @@ import re
 from types import SimpleNamespace
 
 from ncsn.config.training import ConsistencyLossConfig
-from ncsn.report.html import render
+from ncsn.report.pages import render
 
 HOSTILE = "\"><script>alert(1)</script><img src=x onerror='alert(2)'>{{ 7 * 7 }}"
 
