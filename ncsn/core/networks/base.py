@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ncsn.core.augmentation import NUM_LABELS
 from ncsn.core.networks.layers import KeyedDropout, image_keys
+
+NUM_LABELS = 9  # of an augmentation, see `ncsn.core.augmentation.augmentation_labels`
 
 
 class ContinuousNetwork(nn.Module):
