@@ -103,9 +103,9 @@ def _copy(folder: Path, dataset_uri: str, split: str, manifest: Manifest, *, as_
     headers, row_bytes = list[int](), list[int]()
     for name, kind, shape in ((_IMAGES, pixel, manifest.pixels.shape), (_LABELS, np.dtype("<i8"), ())):
         header = {"descr": kind.str, "fortran_order": False, "shape": (count, *shape)}
-        with (folder / name).open("wb") as file:
-            np.lib.format.write_array_header_1_0(file, header)
-            headers.append(file.tell())
+        with (folder / name).open("wb") as made:
+            np.lib.format.write_array_header_1_0(made, header)
+            headers.append(made.tell())
         row_bytes.append(kind.itemsize * math.prod(shape))
 
     def copy(part: Part, first: int) -> None:
