@@ -282,11 +282,6 @@ class EvaluationConfig(Section):
     """Split that the samples are compared with. Metrics against test images say so in their names."""
 
     @property
-    def other_split(self) -> Literal["train", "test"]:
-        """The split of the real images that are measured for comparison."""
-        return "test" if self.reference_split == "train" else "train"
-
-    @property
     def pretrained(self) -> Literal["inception", "dinov2"] | None:
         """The extractor, if its weights come from a file; None for one that is trained on the images."""
         if self.extractor == "inception" or (self.extractor == "auto" and self.weights is not None):

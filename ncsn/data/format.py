@@ -189,6 +189,11 @@ class Manifest:
         """Images without a label, where others have one."""
         return sum(self.counts.values()) - sum(map(sum, self.class_counts.values())) if self.class_names else 0
 
+    @property
+    def equal_images(self) -> str:
+        """How many images equal others, in words; empty if none does."""
+        return equal_in_words(self.repeated, self.counts, left_out=self.left_out)
+
     def count(self, split: str) -> int:
         """Images of a split, which must exist."""
         if split not in self.counts:

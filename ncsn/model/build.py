@@ -18,7 +18,6 @@ from ncsn.config.training import RELATIVE_WIDTHS, HalfLifeEmaConfig, PowerEmaCon
 from ncsn.core.ema import Ema, exponent_of, half_life, power_function, step_decay
 from ncsn.core.losses import Uncertainty
 from ncsn.core.networks.layers import narrowed
-from ncsn.core.networks.transfer import light_parameters
 from ncsn.core.noise_schedule import geometric_sigmas
 from ncsn.core.samplers.settings import AnySampler, Consistency
 from ncsn.core.training import StepOptions, TrainState
@@ -142,6 +141,8 @@ def train_state(config: Config, *, device: str | torch.device = "cpu") -> TrainS
     score_network = network(config).to(device)
     score_network.to(memory_format=memory_format(config))
     if config.train.trainable == "light":
+        from ncsn.core.networks.transfer import light_parameters
+
         light = light_parameters(score_network)
         for name, parameter in score_network.named_parameters():
             parameter.requires_grad_(name in light)

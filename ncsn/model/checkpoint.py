@@ -42,8 +42,8 @@ from torch import Tensor, nn
 from ncsn import storage
 from ncsn.config import Config, changed_settings, explain_changes, from_yaml, to_yaml
 from ncsn.core.images import DataMoments
+from ncsn.core.networks.base import misfits
 from ncsn.core.networks.layers import narrowed
-from ncsn.core.networks.transfer import misfits
 from ncsn.core.training import TrainState
 from ncsn.errors import UserError
 from ncsn.model import build

@@ -12,7 +12,7 @@ import numpy as np
 from ncsn import storage
 from ncsn.config import Config, to_yaml
 from ncsn.data.dataset import Dataset, write_dataset
-from ncsn.data.format import MANIFEST, Hashes, equal_in_words, image_hashes, load_manifest, part_images, read_part
+from ncsn.data.format import MANIFEST, Hashes, image_hashes, load_manifest, part_images, read_part
 from ncsn.data.sources import open_source
 from ncsn.data.sources.base import NO_FILES, source_fingerprint
 from ncsn.progress import Progress
@@ -44,7 +44,7 @@ def ingest(config: Config, context: Context, *, fingerprint: str) -> IngestResul
         notes.append(f"{manifest.unlabeled:,} images have no label, unlike the others; each is kept with label -1")
     if manifest.skipped:
         notes.append(f"{len(manifest.skipped):,} images could not be used; the first is {manifest.skipped[0].name}")
-    notes += filter(None, [equal_in_words(manifest.repeated, manifest.counts, left_out=manifest.left_out)])
+    notes += filter(None, [manifest.equal_images])
     equal = {"repeated": sum(manifest.repeated.values()), "left_out": manifest.left_out}
     counts = dict(manifest.counts)
     return IngestResult(dataset.uri, manifest.digest, counts, dataset.created, notes=notes, **equal)

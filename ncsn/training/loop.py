@@ -28,7 +28,6 @@ from ncsn.errors import UserError
 from ncsn.model import averages, build, checkpoint
 from ncsn.model.checkpoint import CheckpointStore
 from ncsn.model.objective import objective_of
-from ncsn.model.trained import start_from, teacher
 from ncsn.progress import Progress
 from ncsn.runs.folder import RESUME, images_seen_at
 from ncsn.runs.history import load_history
@@ -100,6 +99,8 @@ class Training:
             self.state = build.train_state(self.config, device=context.device)
             taught = None
             if self.config.loss.has_teacher:
+                from ncsn.model.trained import teacher
+
                 assert job.start is not None, "the config's rules"
                 taught = teacher(job.start, config=self.config, classes=self.classes, device=context.device)
             self.loss = self.objective.loss(self.state.uncertainty, taught)
@@ -109,6 +110,8 @@ class Training:
                     checkpoint.restore(folder, config=self.config, state=self.state, dataset_digest=digest)
                 self.saved = newest
             elif job.start is not None:
+                from ncsn.model.trained import start_from
+
                 start_from(job.start, state=self.state, config=self.config, classes=self.classes)
             kept = job.history if context.rank == 0 else None
             self.history = load_history(kept, until=self.state.images_seen) if kept else None
