@@ -283,8 +283,8 @@ def test_other_numbers_of_workers_are_refused(value: str) -> None:
 
 def test_a_gpu_is_why_networks_are_compiled_and_channels_go_last() -> None:
     def chosen(*overrides: str) -> tuple[bool, bool]:
-        config = from_yaml(DIGITS, overrides=overrides)
-        return config.compute.compiled, memory_format(config) is torch.channels_last
+        found = from_yaml(DIGITS, overrides=overrides)
+        return found.compute.compiled, memory_format(found) is torch.channels_last
 
     assert chosen() == (False, False) and chosen("compute.use_gpu=true", "loss={kind: ssm}") == (True, True)
     for value in (False, True):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -55,8 +54,8 @@ def test_auto_is_the_largest_distance_and_the_overlap(dataset: str, tmp_path: Pa
     wider = resolve_noise(auto(tmp_path, "noise={kind: auto, sigma_L: 0.1}"), manifest).levels
     assert wider.sigma_L == 0.1
     for each in (levels, wider):
-        factors = math.log(each.sigma_1 / each.sigma_L) / math.log(ratio_for_overlap(64))
-        assert each.num_levels == 1 + math.ceil(factors)
+        assert (each.sigma_1 / each.sigma_L) ** (1 / (each.num_levels - 1)) <= ratio_for_overlap(64)
+        assert (each.sigma_1 / each.sigma_L) ** (1 / (each.num_levels - 2)) > ratio_for_overlap(64)
     mirrored = resolve_noise(auto(tmp_path, "data.horizontal_flip=true"), manifest).levels
     assert mirrored.sigma_1 >= levels.sigma_1
     assert manifest.suggested_noise is not None and manifest.suggested_noise["plain"]["distances"]["exact"]

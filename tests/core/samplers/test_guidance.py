@@ -99,12 +99,8 @@ def test_one_of_two_classes(weight, band, mean, std):
     places = (torch.arange(count, dtype=torch.float64) + 0.5) / count
     start, network = HIGH * torch.special.ndtri(places), TwoClasses(sigmas)
     ones = torch.ones(count, dtype=torch.int64)
-    guided = Guided(
-        partial(network, labels=ones),
-        partial(network, labels=-ones),
-        weight=weight,
-        band=band_on_grid(*band, sigmas.tolist()),
-    )
+    one, other = (partial(network, labels=labels) for labels in (ones, -ones))
+    guided = Guided(one, other, weight=weight, band=band_on_grid(*band, sigmas.tolist()))
     ends = flowed(guided, sigmas, start)
     assert float(ends.mean()) == pytest.approx(mean, abs=1.5e-3)
     assert float(ends.std()) == pytest.approx(std, abs=1.5e-3)
