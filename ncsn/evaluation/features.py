@@ -140,7 +140,7 @@ def recipe_of(config: Config, manifest: Manifest) -> ClassifierRecipe:
     """The classifier of the config for a dataset, by its labels or by clusters."""
     clustered = evaluation_of(config, manifest).extractor == "clusters"
     return ClassifierRecipe(
-        shape=manifest.shape,
+        shape=manifest.pixels.shape,
         num_classes=num_clusters(manifest.count("train")) if clustered else len(manifest.class_names),
         epochs=config.evaluation.classifier_epochs,
         seed=COMMON_SEED,

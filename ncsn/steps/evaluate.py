@@ -95,12 +95,13 @@ def evaluate(
     manifest = load_manifest(dataset)
     _require_same_kind(config, samples, manifest)
     evaluation = evaluation_of(config, manifest)
-    num_real = manifest.count(evaluation.other_split)
-    if evaluation.other_split == "train":  # all of which would take longer than the rest
+    other_split = "test" if evaluation.reference_split == "train" else "train"
+    num_real = manifest.count(other_split)
+    if other_split == "train":  # all of which would take longer than the rest
         num_real = min(count, num_real)
     progress.start(images_to_prepare(config, manifest) + count + num_real, "images")
     evaluator = open_evaluator(config, dataset, runner=runner, progress=progress)
-    sets = (SampleSet(samples, count), SplitSet(dataset, evaluation.other_split, num_real, drawn=True))
+    sets = (SampleSet(samples, count), SplitSet(dataset, other_split, num_real, drawn=True))
     generated, real = measure_sets(config, dataset, evaluator, sets, runner=runner, progress=progress)
     if "score" in generated.metrics:
         ratio = generated.equal["score"].value / real.equal["score"].value
@@ -138,7 +139,7 @@ def evaluate(
         gate=asdict(gate),
         memorization=asdict(memorization),
         running=[asdict(score) for score in generated.running],
-        notes=list(_notes(config, num_real, extractor=extractor, real_split=evaluation.other_split)),
+        notes=list(_notes(config, num_real, extractor=extractor, real_split=other_split)),
         classes=classes,
         real_images=f"{place}-real.png",
         neighbors=f"{place}-neighbors.png",

@@ -17,7 +17,6 @@ from importlib.util import find_spec
 from typing import Any
 
 from ncsn import storage
-from ncsn.config.search import require_search
 from ncsn.environment import CODE, require_same_python, utc_now
 from ncsn.errors import NotFound, UserError
 from ncsn.progress import PublishedProgress
@@ -126,8 +125,9 @@ def refuse(step: str, run: Run) -> None:
     config, folder = run.config, run.folder
     require_packages()
     tracking_uri(config)
-    if step == SEARCH:
-        require_search(config)
+    if step == SEARCH and config.search is None:
+        hint = "add this section, or pass --set search.num_trials=16 for a search with defaults"
+        raise UserError("search", "missing", hint=hint)
     if step in (SEARCH, "train") and (model := opened_from(folder)):
         hint = f"start another run from it: train.init_from={model}"
         raise UserError("--run", f"is {model}, whose training is done", hint=hint, value=run.name)

@@ -20,7 +20,6 @@ from ncsn.errors import UserError
 from ncsn.model import build
 from ncsn.model.checkpoint import FILES, CheckpointStore, folder_name, load_checkpoint
 from ncsn.model.classes import require_label, require_same_classes
-from ncsn.model.trained import adapted, start_notes
 from ncsn.progress import PublishedProgress, read_progress, say
 from ncsn.runs.folder import (
     INDEX,
@@ -169,6 +168,8 @@ def start_of(config: Config, folder: RunFolder, manifest: Manifest) -> Start:
     """What `train.init_from` names, kept in the run's folder, so that training can start there anywhere."""
     if config.train.init_from is None:
         return Start()
+    from ncsn.model.trained import adapted, start_notes  # here, so that others do not load it
+
     uri = folder.start
     if not storage.exists(storage.join(uri, INDEX)):
         keep(_named(config), uri)
@@ -185,6 +186,8 @@ def require_start(config: Config, folder: RunFolder) -> None:
     """Refuse what `train.init_from` names if it does not fit, before the name of a new run is claimed."""
     if config.train.init_from is None or storage.exists(folder.config):
         return
+    from ncsn.model.trained import adapted
+
     if config.noise.kind == "auto":
         config = config.model_copy(update={"noise": NoiseConfig()})  # no weights depend on the levels
     with torch.device("meta"):

@@ -72,8 +72,7 @@ def test_a_resumed_training_has_the_same_averages_and_snapshots(
     tiny: str, dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     power = ["train.ema={kind: power}", "train.keep_checkpoints=1"]
-    assert from_yaml(tiny, overrides=power).train.snapshot_every == 10
-    monkeypatch.setattr("ncsn.config.training.SNAPSHOTS", 3)  # one at every 53 images
+    monkeypatch.setattr("ncsn.training.loop.SNAPSHOTS", 3)  # one at every 53 images
     config = from_yaml(tiny, overrides=power)
     runs = [tmp_path / name for name in ("whole", "halves")]
     whole, halves = (TrainingJob(config=config, dataset=dataset, averages=str(run / "ema")) for run in runs)
