@@ -27,7 +27,9 @@ def test_hostile_names_stay_text(page) -> None:
         "next_step": (HOSTILE, HOSTILE),
         "run": HOSTILE,
         "config": HOSTILE,
-        "manifest": SimpleNamespace(shape=(8, 8, 1), source=HOSTILE, count=lambda _: 1000, equal_images=""),
+        "manifest": SimpleNamespace(
+            pixels=SimpleNamespace(shape=(8, 8, 1)), source=HOSTILE, count=lambda _: 1000, equal_images=""
+        ),
         "decision": page["decision"] | {"reason": HOSTILE},
     }
     text, harmless = render(**page | hostile), render(**page)
