@@ -22,7 +22,7 @@ from ncsn import storage
 from ncsn.config import Config, from_yaml, to_json
 from ncsn.environment import KfpRun, this_kfp_run
 from ncsn.errors import UserError
-from ncsn.remote.backend import say
+from ncsn.progress import say
 from ncsn.remote.kuberay import NOTES, JobState
 from ncsn.remote.kubernetes import KubernetesApi, Resource, is_ending, is_over, owner_of, was_stopped
 from ncsn.remote.manifest import RUN_LABEL, STEP_LABEL, selector

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ncsn.environment import RUN_ID_LABEL
-from ncsn.remote.backend import TRACEBACK, DriverLog, first_error, say
+from ncsn.progress import say
+from ncsn.remote.backend import TRACEBACK, DriverLog, first_error
 from ncsn.remote.kubernetes import KubernetesApi, Resource, time_of_event
 from ncsn.remote.manifest import ATTEMPT_LABEL
 

@@ -27,8 +27,10 @@ LONG = {"train.num_images": 192_000, "train.checkpoint_every_images": 6400}
 JANITOR_SECONDS = 60
 
 
-@pytest.mark.timeout(3600)
-def test_a_run_succeeds_and_the_same_again_comes_from_the_cache(pipelines: Place, kubeflow: Kubeflow) -> None:
+@pytest.mark.timeout(5400)
+def test_a_run_succeeds_the_same_again_comes_from_the_cache_and_its_model_is_sampled(
+    pipelines: Place, kubeflow: Kubeflow
+) -> None:
     run = pipelines.folder
     options = ("--json", "--wait", *pipelines.options(), "--run", run)
     first = pipelines.commands.run("submit", *options, seconds=2400).result()["id"]
@@ -51,6 +53,17 @@ def test_a_run_succeeds_and_the_same_again_comes_from_the_cache(pipelines: Place
     assert chain["facts"]["kfp.pipeline_run_id"] in (first, second)
     found = pipelines.commands.run("cleanup", *store, seconds=600).result()
     assert not [each for each in found["items"] if f"/runs/{run}/" in each["uri"]], "all of it is young"
+
+    model = pipelines.stored(f"runs/{run}/steps/register/step.json")["result"]["uri"]
+    asked = ("--set", f"storage.root=s3://{BUCKET}/{pipelines.prefix}", "--set", "sampling.num_images=32")
+    asked += ("--pipeline", "sample", "--param", f"model={model}", "--param", "evaluated=true", "--run", run)
+    third = pipelines.commands.run("submit", "--json", "--wait", *asked, seconds=1500).result()["id"]
+    assert kubeflow.run(third)["state"] == "SUCCEEDED"
+    (opened,) = {name.partition("/")[0] for name in pipelines.files("runs")} - {run}
+    assert pipelines.stored(f"runs/{opened}/steps/sample/step.json")["result"]["num_images"] == 32
+    measured = pipelines.stored(f"runs/{opened}/steps/evaluate/step.json")["result"]
+    assert measured["num_images"] == 32 and measured["gate"]["value"] > 0
+    assert not pipelines.at_work(opened)
 
 
 @pytest.mark.timeout(2700)
