@@ -12,10 +12,10 @@ import boto3
 
 from benchmarks.digits_run import CONFIG
 from benchmarks.measure import Row
+from ncsn import distributed
 from ncsn.config import from_yaml
 from ncsn.data.dataset import write_dataset
 from ncsn.data.sources import open_source
-from ncsn.distributed import trainer
 from ncsn.distributed.cluster import ray_cluster
 from ncsn.model import build
 from ncsn.training.loop import TrainingJob
@@ -43,7 +43,9 @@ def rows() -> list[Row]:
         boto3.client("s3").create_bucket(Bucket=BUCKET)
         dataset = write_dataset(open_source(config.data), folder, name="digits", data=config.data).uri
         with ray_cluster(config):
-            outcome = trainer.train(TrainingJob(config=config, dataset=dataset), run_uri=f"s3://{BUCKET}/runs/bench")
+            outcome = distributed.train(
+                TrainingJob(config=config, dataset=dataset), run_uri=f"s3://{BUCKET}/runs/bench"
+            )
     pauses = outcome.pauses[1:]  # the first one includes measuring the training images
     return [
         Row(

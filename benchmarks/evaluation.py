@@ -18,10 +18,10 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from torch_fidelity.utils import get_featuresdict_from_dataset
 
 from benchmarks.measure import Row, in_turns, own_process, ratio
+from ncsn.environment import settle
 from ncsn.evaluation.extractors import batches, joined
 from ncsn.evaluation.extractors.published import PUBLISHED_SHA256, InceptionExtractor
 from ncsn.evaluation.frechet import FrechetStatistics, frechet_distance
-from ncsn.process import settle
 
 DIMENSIONS, BATCH = 2048, 64
 

@@ -18,7 +18,7 @@ from ncsn.core.noise_schedule import geometric_sigmas
 from ncsn.core.samplers.chain import sample
 from ncsn.core.samplers.settings import KarrasHeun
 from ncsn.core.training import StepOptions, TrainState, train_step
-from ncsn.process import settle
+from ncsn.environment import settle
 
 BATCHES = (8, 32, 128, 512)
 SIZES = (8, 16, 32, 64)

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from benchmarks.digits_run import CONFIG
 from benchmarks.measure import Row
+from ncsn import distributed
 from ncsn.config import Config, from_yaml
 from ncsn.data.dataset import write_dataset
 from ncsn.data.sources import open_source
-from ncsn.distributed import trainer
 from ncsn.distributed.cluster import ray_cluster
 from ncsn.model.checkpoint import CheckpointStore
 from ncsn.training.context import WorkerContext
@@ -93,7 +93,7 @@ def _on_ray(changes: tuple[str, ...], folder: str, dataset: str, run: str, *, wo
 def train_on_ray(settings: Config, dataset: str, run_uri: str) -> float:
     """Images per second of a training on a new Ray cluster."""
     with ray_cluster(settings):
-        return trainer.train(TrainingJob(config=settings, dataset=dataset), run_uri=run_uri).images_per_second
+        return distributed.train(TrainingJob(config=settings, dataset=dataset), run_uri=run_uri).images_per_second
 
 
 def config(changes: tuple[str, ...], folder: str, *, workers: int) -> Config:

@@ -24,7 +24,7 @@ from ncsn.core.losses import Batch, DenoisingScoreMatching
 from ncsn.core.networks.refinenet import NcsnNetwork
 from ncsn.core.noise_schedule import geometric_sigmas
 from ncsn.core.training import StepOptions, TrainState, train_step
-from ncsn.process import settle
+from ncsn.environment import settle
 
 SIZE, LEVELS, FEATURES = 28, 10, 64
 # Of one 28x28x1 image through the network of 64 features, convolutions only, 2 per multiplication and addition.

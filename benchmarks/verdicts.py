@@ -47,7 +47,7 @@ def judge(root: str, run: str, *, pictures: Path | None, noise: bool = False) ->
     with tempfile.TemporaryDirectory() as temporary:
         samples, count = made["uri"], config.sampling.num_images
         if noise:
-            shape = (count, *load_manifest(ingested["uri"]).shape)
+            shape = (count, *load_manifest(ingested["uri"]).pixels.shape)
             pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
             samples = storage.join(temporary, "noise")
             write_shard(storage.join(samples, shard_name(0, count)), pixels)

@@ -22,12 +22,11 @@ def config_and_run(config: str, run: str) -> tuple[Any, str]:
 
     Tasks call it before they import their step, which makes those imports faster.
     """
-    from ncsn.process import reduce_gc, settle
+    from ncsn.environment import KFP_RUN_ID, reduce_gc, settle
 
     reduce_gc()
     settle()
     from ncsn.config import from_yaml
-    from ncsn.environment import KFP_RUN_ID
     from ncsn.errors import UserError
 
     settings = from_yaml(config)

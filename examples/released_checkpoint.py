@@ -24,8 +24,8 @@ from torchvision.utils import save_image
 
 from ncsn.core.ema import Ema, step_decay
 from ncsn.core.keyed_random import KeyedNoise
+from ncsn.core.networks.base import misfits
 from ncsn.core.networks.refinenet import NcsnNetwork, NcsnV2Network
-from ncsn.core.networks.transfer import misfits
 from ncsn.core.noise_schedule import geometric_sigmas
 from ncsn.core.samplers.langevin import annealed_langevin
 from ncsn.errors import InvalidValue

@@ -33,10 +33,10 @@ class Problem:
         """`ORIGIN: KEY = VALUE: REASON`, for an option `--key VALUE: REASON`."""
         equals = " " if self.key.startswith("--") else " = "
         subject = self.key if self.value is MISSING else f"{self.key}{equals}{shown_value(self.value)}"
-        return _one_line(": ".join(part for part in (self.origin, subject, self.reason) if part))
+        return " ".join(": ".join(part for part in (self.origin, subject, self.reason) if part).split())
 
     def __str__(self) -> str:
-        return f"{self.statement}; {_one_line(self.hint)}" if self.hint else self.statement
+        return f"{self.statement}; {' '.join(self.hint.split())}" if self.hint else self.statement
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, without a missing value or origin."""
@@ -134,7 +134,3 @@ def _restore(kind: type[E], problems: tuple[Problem, ...], attributes: Mapping[s
     error.args, error.problems = tuple(map(str, problems)), problems
     error.__dict__.update(attributes)
     return error
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())

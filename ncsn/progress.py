@@ -1,7 +1,9 @@
-"""How much of its work a step has done: told by the code that does it, and published for the process that shows it."""
+"""What a step says while it works: how much it has done, published for the process that shows it, and lines."""
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -114,3 +116,16 @@ class PublishedProgress(Progress):
                         self._writer = None
                         return
                 self._news.wait_for(lambda: self._is_last, pause)
+
+
+def say(line: str, *, of_driver: bool = False) -> None:
+    """Print a line for the person who waits, or one of the driver's log; the log of a KFP task is its stderr."""
+    try:
+        if (show := getattr(sys.stderr, "show", None)) is not None:  # the output of a command goes to a file
+            show(line, of_driver=of_driver)
+        sys.stderr.write(f"{line}\n")
+        sys.stderr.flush()
+    except BrokenPipeError:
+        # Where a task is terminated, who reads its stderr may end first. An error here would pass for the step's, and
+        # what is still in Python's buffer would change the exit code at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)

@@ -54,7 +54,7 @@ def test_an_event_is_sent_again_until_it_is_taken_in_order_and_signed_as_mlflow_
 
 def _genuine(headers: dict[str, str], body: str, secret: str) -> bool:
     """What the page tells receivers to do."""
-    (example,) = re.findall(r"```python\n(import base64.*?)```", (DOCS / "registry.md").read_text(), flags=re.DOTALL)
+    (example,) = re.findall(r"```python\n(import base64.*?)```", (DOCS / "events.md").read_text(), flags=re.DOTALL)
     names: dict[str, Any] = {}
     exec(example, names)
     found: bool = names["genuine"](CaseInsensitiveDict(headers), body.encode(), secret)

@@ -20,7 +20,8 @@ from ncsn.cli import app
 from ncsn.config import from_yaml
 
 ROOT = Path(__file__).parents[1]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+_PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT, TOOLS = _PYPROJECT["project"], _PYPROJECT["tool"]
 # Which of these there are depends on the build of torch, which pins them itself.
 OF_TORCH = re.compile(r"(nvidia|cuda)-|triton\b")
 
@@ -119,7 +120,7 @@ def test_make_keeps_the_environment_under_each_name_of_its_python(tmp_path: Path
     assert len(keys) == 1
 
 
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md")])
 README = (ROOT / "README.md").read_text()
 _BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
 
@@ -163,7 +164,8 @@ def test_ncsn_command_takes_these_options(words: list[str], tmp_path: Path, monk
     monkeypatch.chdir(tmp_path)
     for file in (word for word in arguments if re.fullmatch(r"[\w.-]+\.pth", word)):
         (tmp_path / file).touch()  # a reader brings it
-    context = app.commands[name].make_context(name, list(arguments), parent=click.Context(app))
+    parent = click.Context(app)
+    context = app.get_command(parent, name).make_context(name, list(arguments), parent=parent)
     uri = context.params.get("config_uri")
     if uri is not None and uri.startswith("configs/"):
         from_yaml((ROOT / uri).read_text(), overrides=context.params["overrides"])
@@ -172,7 +174,7 @@ def test_ncsn_command_takes_these_options(words: list[str], tmp_path: Path, monk
 def test_every_command_is_on_a_page() -> None:
     commands = [words for page in PAGES for words in _commands(page) + _table_commands(page)]
     shown = {words[1] for words in commands if words[0].removeprefix(".venv/bin/") == "ncsn"}
-    assert {name for name, command in app.commands.items() if not command.hidden} - shown == set()
+    assert set(app.list_commands(click.Context(app))) - shown == set()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
@@ -186,10 +188,20 @@ def test_links_and_anchors_exist(page: Path) -> None:
 
 
 def test_every_page_is_linked_from_the_readme() -> None:
-    assert [page.name for page in PAGES if page.name not in README and page.name != "README.md"] == []
+    pages = [page.relative_to(ROOT).as_posix() for page in PAGES if page.name not in ("README.md", "history.md")]
+    assert [page for page in [*pages, "benchmarks/README.md"] if f"({page})" not in README] == []
 
 
 def test_the_tree_is_the_tree() -> None:
     tree = next(text for language, text in _BLOCK.findall((ROOT / "CONTRIBUTING.md").read_text()) if language == "text")
     paths = [line.split()[0] for line in tree.splitlines() if line and not line.startswith(" ")]
     assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+def test_the_picture_of_the_layers_is_the_contract() -> None:
+    (contract,) = (each for each in TOOLS["importlinter"]["contracts"] if each["type"] == "layers")
+    blocks = _BLOCK.findall((ROOT / "docs" / "architecture.md").read_text())
+    picture = next(text for language, text in blocks if language == "text")
+    drawn = [line.strip().split("  ")[0] for line in picture.splitlines() if not line.startswith("  ")]
+    layers = [layer.replace("ncsn.", "") for layer in contract["layers"]]
+    assert [set(line.split(" | ")) for line in drawn] == [set(layer.split(" | ")) for layer in layers]

@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from ncsn.cli import cluster, registry, store
 from ncsn.cli.options import (
     ADDRESS,
     ADDRESSED,
@@ -26,8 +26,8 @@ from ncsn.cli.options import (
     step_options,
     target_options,
 )
+from ncsn.environment import reduce_gc, settle
 from ncsn.errors import UserError
-from ncsn.process import reduce_gc, settle
 from ncsn.runs.steps import STEP_TABLE
 
 if TYPE_CHECKING:
@@ -42,18 +42,29 @@ _GROUPS = {
     "Results": ("ls", "show", "promote", "serve", "cleanup"),
     "Cluster": ("submit",),
 }
+_OTHERS = ("cluster", "registry", "store")  # modules with commands; those of this one need none of them
 
 
 class _Grouped(click.Group):
-    """Lists its commands in `_GROUPS`."""
+    """Lists its commands in `_GROUPS`, and loads other modules for one that is not here."""
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in self.commands:  # click also suggests those of others for a mistake
+            for module in _OTHERS:
+                for each in vars(import_module(f"ncsn.cli.{module}")).values():
+                    if isinstance(each, click.Command):
+                        self.add_command(each)
+        return super().get_command(ctx, cmd_name)
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
         return [name for names in _GROUPS.values() for name in names]
 
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         for group, names in _GROUPS.items():
             with formatter.section(group):
-                formatter.write_dl([(name, self.commands[name].get_short_help_str(80)) for name in names])
+                formatter.write_dl(
+                    [(name, each.get_short_help_str(80)) for name in names if (each := self.get_command(ctx, name))]
+                )
 
 
 _HELP = """Noise conditional score networks: from images to a registered model that generates images.
@@ -243,9 +254,3 @@ for _step in STEP_TABLE.keys() - app.commands.keys():
         _help = f"{_summary}\n\n{ADDRESS}"
     _add = app.command(_step, cls=ReportingCommand, help=_help, short_help=_summary)
     _add(step_options(partial(_do_step, _step), step=_step))
-for _command in (
-    *(cluster.submit_command, cluster.doctor_command),
-    *(registry.promote_command, registry.serve_command, registry.ui_command),
-    *(store.ls_command, store.show_command, store.cleanup_command),
-):
-    app.add_command(_command)

@@ -22,7 +22,7 @@ from rich.text import Text
 
 from ncsn.config import Config
 from ncsn.progress import Progress
-from ncsn.report.words import SCORES_HEAD, duration, next_step, score_lines
+from ncsn.report.words import SCORES_HEAD, duration, next_step, score_rows
 from ncsn.runs.folder import RunFolder, StepRecord
 from ncsn.steps.results import result_line
 from ncsn.storage.retry import RETRY
@@ -212,8 +212,8 @@ def print_summary(
     steps.add_row("[bold]all", f"[bold]{sum(record.seconds for record in records.values()):,.1f}", "")
     first, *others = SCORES_HEAD
     scores = Table(first, *(Column(name, justify="right") for name in others), box=SIMPLE_HEAD)
-    for line in score_lines(measured):
-        scores.add_row(*line)
+    for row in score_rows(measured):
+        scores.add_row(row.name, row.text, row.real_text)
     console.print(steps, scores)
     for note in (note for record in records.values() for note in record.result.get("notes", ())):
         console.print(f"note: {note}", soft_wrap=True)

@@ -111,12 +111,12 @@ def _check_ray() -> str:
 
 
 def _check_data(config: Config, host: str | None) -> str:
-    from ncsn.data.sources import SOURCES
+    from ncsn.data.sources import OF_LIBRARIES
     from ncsn.data.sources.base import list_files, required_root
     from pipelines.submit import ENDPOINT
 
     source, root = config.data.source, config.data.root
-    if not SOURCES[source].reads_files:
+    if source in OF_LIBRARIES:
         return f"{source}: comes with scikit-learn {metadata.version('scikit-learn')}"
     try:
         with limited(CHECK_SECONDS):

@@ -25,7 +25,6 @@ from ncsn.cli.options import StepFailed
 from ncsn.config import changed_settings, continues, from_yaml
 from ncsn.errors import UserError
 from ncsn.events import announced
-from ncsn.inspection.listing import MOST, begun
 from ncsn.progress import read_progress
 from ncsn.report.words import next_step
 from ncsn.runs.code import publish_code
@@ -34,6 +33,7 @@ from ncsn.runs.folder import (
     Outcome,
     Run,
     RunFolder,
+    begun,
     folders_of,
     images_seen_at,
     read_results,
@@ -46,6 +46,7 @@ from ncsn.runs.steps import PIPELINE, SEARCH, STEPS, STEPS_ELSEWHERE
 from ncsn.steps.execute import Observer, execute, refuse
 
 _POLL_SECONDS = 0.5
+_COMPARED_RUNS = 50  # of the newest
 
 
 class Terminal(Observer):
@@ -57,7 +58,7 @@ class Terminal(Observer):
     def __init__(self, whole: Run | None = None, *, events: bool = False) -> None:
         self.whole, self._events = whole, events
         self.log = None if whole is None else _work_folder(whole) / "log.txt"
-        self.step, self.run = "", whole  # at work
+        self.step, self.run = "", whole  # what is being done
         self._stack = ExitStack()
         self._ended, self._watcher, self._since = threading.Event(), threading.Thread(), 0.0
 
@@ -222,7 +223,7 @@ def _say_if_longer(run: Run) -> None:
     if continues(config) or not config.loss.learns_score or read_step(folder, "train").state:
         return
     dates = begun(folder.root)
-    for name in nlargest(MOST, dates, key=dates.__getitem__):
+    for name in nlargest(_COMPARED_RUNS, dates, key=dates.__getitem__):
         other = RunFolder(folder.root, name)
         with suppress(OSError, UserError):  # of another version, or deleted
             owner = from_yaml(storage.read_text(other.config))

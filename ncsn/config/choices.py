@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -13,6 +14,13 @@ class Section(BaseModel):
     """A frozen group of settings without unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+def matching(value: str, *, pattern: str, reason: str, hint: str) -> str:
+    """The value, of which the whole must have a pattern; for an annotated type."""
+    if not re.fullmatch(pattern, value):
+        raise UserError("", reason, hint=hint, value=value)
+    return value
 
 
 class NcsnNetworkConfig(Section):
@@ -114,35 +122,21 @@ class AutoguidanceConfig(_Guidance):
 GuidanceConfig = Annotated[ClassifierFreeConfig | AutoguidanceConfig, Field(discriminator="kind")]
 
 
-class _RangeDomain(Section):
+class RangeDomain(Section):
+    """Values in a range; whole numbers if the setting is one."""
+
+    kind: Literal["uniform", "log"]
+    """A range: uniform = all values equally likely; log = all orders of magnitude, of positive numbers."""
     low: float
     """Smallest value."""
     high: float
     """Largest value."""
 
     @model_validator(mode="after")
-    def _ascending(self) -> _RangeDomain:
+    def _is_range(self) -> RangeDomain:
         if self.low >= self.high:
             raise UserError("low", f"must be less than high = {self.high:g}", value=self.low)
-        return self
-
-
-class UniformDomain(_RangeDomain):
-    """Values in a range, all equally likely; whole numbers if the setting is one."""
-
-    kind: Literal["uniform"]
-    """A range."""
-
-
-class LogDomain(_RangeDomain):
-    """Values in a range, all orders of magnitude equally likely."""
-
-    kind: Literal["log"]
-    """A range of positive numbers, on a logarithmic scale."""
-
-    @model_validator(mode="after")
-    def _positive(self) -> LogDomain:
-        if self.low <= 0:
+        if self.kind == "log" and self.low <= 0:
             raise UserError("low", "must be positive for kind: log", hint="use kind: uniform", value=self.low)
         return self
 
@@ -156,4 +150,4 @@ class ChoiceDomain(Section):
     """The values."""
 
 
-Domain = Annotated[UniformDomain | LogDomain | ChoiceDomain, Field(discriminator="kind")]
+Domain = Annotated[RangeDomain | ChoiceDomain, Field(discriminator="kind")]

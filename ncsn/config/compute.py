@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
-from typing import Any, Literal
+from functools import partial
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field, field_validator
 
-from ncsn.config.choices import Section
+from ncsn.config.choices import Section, matching
 from ncsn.environment import BackendName
 from ncsn.errors import UserError
 
@@ -16,7 +16,13 @@ LEAST_MEMORY = "4Gi"  # of a worker, unless the user or an estimate asks for mor
 
 Choice = Literal["auto", True, False]  # auto: with a GPU
 
-_QUANTITY = re.compile(r"[1-9][0-9]*(\.[0-9]+)?(Mi|Gi|Ti|M|G|T)")
+_is_quantity = partial(
+    matching,
+    pattern=r"[1-9][0-9]*(\.[0-9]+)?(Mi|Gi|Ti|M|G|T)",
+    reason="not an amount of memory",
+    hint="use an amount such as 512Mi or 8Gi",
+)
+Quantity = Annotated[str, AfterValidator(_is_quantity)]
 _UNITS = {"M": 10**6, "G": 10**9, "T": 10**12, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 
 
@@ -45,24 +51,17 @@ class KubeRayConfig(Section):
     workers_per_pod: int = Field(1, ge=1, le=64)
     """Workers per pod; each adds its CPUs, memory, /dev/shm and GPU to the pod. Use the number of GPUs in a node, since
     workers in different pods cannot use NVLink. compute.num_workers, or both ends of its range, must be a multiple."""
-    memory_per_worker: str | None = None
+    memory_per_worker: Quantity | None = None
     """Memory of each worker, including its /dev/shm, for example 512Mi or 8Gi; null = an estimate from network, batch
     and extractor, at least 4Gi."""
     head_cpus: int | None = Field(None, ge=1, le=1024)
     """CPU cores of the head pod, which runs the driver; null = 2, as in the template."""
-    head_memory: str | None = None
+    head_memory: Quantity | None = None
     """Memory of the head pod; null = 6Gi, as in the template."""
     max_start_minutes: float = Field(30.0, gt=0, le=10080)
     """Minutes that the cluster may take to start, counted from its admission by the queue."""
     max_hours: float = Field(24.0, gt=0, le=8760)
     """Hours after which the step is stopped, finished or not."""
-
-    @field_validator("memory_per_worker", "head_memory")
-    @classmethod
-    def _is_quantity(cls, value: str | None) -> str | None:
-        if value is not None and not _QUANTITY.fullmatch(value):
-            raise UserError("", "not an amount of memory", hint="use an amount such as 512Mi or 8Gi", value=value)
-        return value
 
 
 class RayJobsConfig(Section):
@@ -130,11 +129,6 @@ class ComputeConfig(Section):
     def compiled(self) -> bool:
         """Whether networks are compiled, where workers have a compiler."""
         return self.use_gpu if self.compile == "auto" else self.compile
-
-    @property
-    def uses_channels_last(self) -> bool:
-        """Whether images and weights are in channels-last order."""
-        return self.use_gpu if self.channels_last == "auto" else self.channels_last
 
     @property
     def device(self) -> str:

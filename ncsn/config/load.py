@@ -16,8 +16,7 @@ import yaml
 from ncsn.config.problems import leaves, set_value, types_at
 from ncsn.config.rules import checked
 from ncsn.config.schema import Config
-from ncsn.config.search import space_problems
-from ncsn.errors import ConfigError, shown_value
+from ncsn.errors import ConfigError, Problem, shown_value
 
 # Of a number or a date that does not exist PyYAML says so with Python's own errors.
 NOT_YAML = (yaml.YAMLError, ValueError, AttributeError)
@@ -70,8 +69,11 @@ def _parsed(text: str, overrides: tuple[str, ...], origin: str) -> Config:
         for section, kind in _DEFAULT_KINDS.items():
             if isinstance(tree.get(section), dict):
                 tree[section] = {"kind": kind, **tree[section]}
-        config = checked(tree)
-        found = space_problems(config)
+        config, found = checked(tree), list[Problem]()
+        if config.search is not None:
+            from ncsn.config.search import space_problems  # here, so that others do not load it
+
+            found = space_problems(config)
     except ConfigError as error:
         found = list(error.problems)
     if not found:

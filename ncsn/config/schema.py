@@ -9,13 +9,13 @@ or epochs, so that a schedule does not depend on batch size and number of worker
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator
 
-from ncsn.config.choices import Domain, GuidanceConfig, NetworkConfig, Section
+from ncsn.config.choices import Domain, GuidanceConfig, NetworkConfig, Section, matching
 from ncsn.config.compute import ComputeConfig
 from ncsn.config.training import (
     DsmLossConfig,
@@ -34,7 +34,21 @@ MODEL_NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,249}"
 _LIMITS = {"uint8": (0, 255), "uint16": (0, 65535), "float32": (0, 1)}
 _BYTES = {"uint8": 1, "uint16": 2, "float32": 4}
 COLORS: dict[str, tuple[int, int, int] | None] = {"none": None, "white": (255, 255, 255), "black": (0, 0, 0)}
-NAME_PATTERN = r"^[a-z0-9]([a-z0-9_-]{0,38}[a-z0-9])?$"
+_is_name = partial(
+    matching,
+    pattern=r"^[a-z0-9]([a-z0-9_-]{0,38}[a-z0-9])?$",
+    reason="not a valid name",
+    hint="use 1 to 40 lower-case letters, digits, '-' and '_', starting and ending with a letter or digit",
+)
+_is_model_name = partial(
+    matching,
+    pattern=MODEL_NAME_PATTERN,
+    reason="not valid in an address such as models:/NAME@champion",
+    hint="use letters, digits, '.', '-' and '_'",
+)
+Name = Annotated[str, AfterValidator(_is_name)]
+ModelName = Annotated[str, AfterValidator(_is_model_name)]
+_NUMBER_AS_TEXT = BeforeValidator(lambda value: str(value) if type(value) is int else value)
 
 
 @dataclass(frozen=True)
@@ -176,7 +190,7 @@ class SamplingConfig(Section):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the network's convolutions; the images themselves use float32. auto = bfloat16 on a GPU for a
     network that was trained in it, else float32."""
-    label: str = Field("balanced", min_length=1)
+    label: Annotated[str, _NUMBER_AS_TEXT] = Field("balanced", min_length=1)
     """Classes of the images, with data.num_classes: balanced = in turn; data = drawn as often as in the training
     images; or the name or number of one class."""
     guidance: GuidanceConfig | None = None
@@ -189,11 +203,6 @@ class SamplingConfig(Section):
     = those of noise."""
     sampler: AnySampler = Field(discriminator="kind")
     """The sampler and its settings."""
-
-    @field_validator("label", mode="before")
-    @classmethod
-    def _number_as_text(cls, label: Any) -> Any:
-        return str(label) if type(label) is int else label
 
 
 class SearchConfig(Section):
@@ -244,20 +253,12 @@ class TrackingConfig(Section):
     preview_images: int = Field(16, ge=0, le=256)
     """Images to generate at each checkpoint for MLflow, by DPM-Solver, or by the sampler itself if that is consistency;
     0 = none. They are skipped where they would take more than 1 % of the time."""
-    registered_model: str | None = None
+    registered_model: ModelName | None = None
     """Name in the model registry: letters, digits, '.', '-' and '_'; null = ncsn-<name>."""
     require: RequireConfig = RequireConfig()
     """Floors of the gate."""
     promote: Literal["auto", "ask"] = "auto"
     """What becomes of a version that passes the gate: auto = it is champion; ask = it waits for `ncsn promote`."""
-
-    @field_validator("registered_model")
-    @classmethod
-    def _addressable(cls, name: str | None) -> str | None:
-        if name is not None and not re.fullmatch(MODEL_NAME_PATTERN, name):
-            reason = "not valid in an address such as models:/NAME@champion"
-            raise UserError("", reason, hint="use letters, digits, '.', '-' and '_'", value=name)
-        return name
 
 
 class EvaluationConfig(Section):
@@ -279,11 +280,6 @@ class EvaluationConfig(Section):
     """Images per pass of the extractor."""
     reference_split: Literal["train", "test"] = "train"
     """Split that the samples are compared with. Metrics against test images say so in their names."""
-
-    @property
-    def other_split(self) -> Literal["train", "test"]:
-        """The split of the real images that are measured for comparison."""
-        return "test" if self.reference_split == "train" else "train"
 
     @property
     def pretrained(self) -> Literal["inception", "dinov2"] | None:
@@ -316,7 +312,7 @@ class SelectConfig(Section):
 class Config(Section):
     """One complete experiment."""
 
-    name: str
+    name: Name
     """Name of the experiment: lower-case letters, digits, '-' and '_'."""
     seed: int = Field(0, ge=0, lt=2**63)
     """Seed of the weights, the order of images, the noise and the levels."""
@@ -334,14 +330,6 @@ class Config(Section):
     compute: ComputeConfig = ComputeConfig()
     storage: StorageConfig = StorageConfig()
     tracking: TrackingConfig = TrackingConfig()
-
-    @field_validator("name")
-    @classmethod
-    def _is_name(cls, name: str) -> str:
-        if not re.fullmatch(NAME_PATTERN, name):
-            hint = "use 1 to 40 lower-case letters, digits, '-' and '_', starting and ending with a letter or digit"
-            raise UserError("", "not a valid name", hint=hint, value=name)
-        return name
 
     @property
     def levels(self) -> NoiseConfig:

@@ -8,11 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice, product
 from typing import Any
 
-from ncsn.config.choices import ChoiceDomain, Domain, LogDomain
+from ncsn.config.choices import ChoiceDomain, Domain, RangeDomain
 from ncsn.config.problems import leaves, set_value
 from ncsn.config.rules import checked
 from ncsn.config.schema import Config
-from ncsn.errors import ConfigError, Problem, UserError
+from ncsn.errors import ConfigError, Problem
 
 EPSILON = "sampling.sampler.epsilon"
 _SEARCHED = ("noise.", "network.", "loss.", "optimizer.", "train.", "sampling.sampler.", "sampling.guidance.")
@@ -34,13 +34,6 @@ _MOST_CORNERS = 128
 _EXACT = 2**53  # from here on not every integer is a float
 
 
-def require_search(config: Config) -> None:
-    """Refuse a config without a search."""
-    if config.search is None:
-        hint = "add this section, or pass --set search.num_trials=16 for a search with defaults"
-        raise UserError("search", "missing", hint=hint)
-
-
 def searched_space(config: Config) -> dict[str, Domain]:
     """Dotted path -> domain of the search, by default that of the noise levels."""
     assert config.search is not None
@@ -48,7 +41,7 @@ def searched_space(config: Config) -> dict[str, Domain]:
         return config.search.space
     noise = {"noise.sigma_1": config.levels.sigma_1, "noise.sigma_L": config.levels.sigma_L}
     return {
-        path: LogDomain(kind="log", low=significant(value / _SPREAD), high=significant(value * _SPREAD))
+        path: RangeDomain(kind="log", low=significant(value / _SPREAD), high=significant(value * _SPREAD))
         for path, value in noise.items()
     }
 

@@ -252,13 +252,6 @@ class TrainConfig(Section):
             return self.ema.model_copy(update={"images": images, "ramp_up": None})
         return self.ema
 
-    @property
-    def snapshot_every(self) -> int | None:
-        """Training images between snapshots of two averages; None if there is one."""
-        if not isinstance(self.ema, PowerEmaConfig):
-            return None
-        return max(1, self.num_images // SNAPSHOTS)
-
 
 def ema_setting(settings: TrainConfig) -> str:
     """The setting that says how long the EMA remembers, with its value."""

@@ -26,8 +26,6 @@ from torch.nn import functional
 from ncsn.core.images import mirror
 from ncsn.core.keyed_random import Stream, keyed_uniform
 
-NUM_LABELS = 9
-
 _SPREAD = 0.2  # standard deviation of the scalings, in powers of 2
 _TRANSLATION = 2 / 8  # standard deviation, in units of u and v
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ncsn.core.networks.transfer import misfits
+from ncsn.core.networks.base import misfits
 from ncsn.errors import InvalidValue
 
 # How much of the EMA a step keeps: (images seen after the step, images of the step) -> m in [0, 1].

@@ -16,36 +16,30 @@ Limits = tuple[float, float]  # the stored values that are 0 and 1 to a network
 BYTE: Limits = (0, 255)
 
 
-def to_unit(images: Tensor, limits: Limits = BYTE) -> Tensor:
-    """Stored images [B, H, W, C] as contiguous float32 [B, C, H, W] in [0, 1]."""
-    low, high = limits
-    return _values(images, low).div_(high - low)
+def to_unit(images: Tensor, limits: Limits = BYTE, *, u: Tensor | None = None) -> Tensor:
+    """Stored images [B, H, W, C] as contiguous float32 [B, C, H, W] in [0, 1].
 
-
-def dequantize(images: Tensor, u: Tensor, limits: Limits = BYTE) -> Tensor:
-    """Stored images uint8 or uint16 [B, H, W, C] with each gray step spread evenly, u uniform in (0, 1).
-
-    The result (value - low + u) / (high - low + 1) is float32 [B, C, H, W] in [0, 1). Of uint8 it is (gray + u) / 256,
-    and floor(256 result) the gray value for every input.
+    With u uniform in (0, 1), in the shape of the result, each gray step of uint8 or uint16 is spread evenly: the result
+    is (value - low + u) / (high - low + 1), in [0, 1). Of uint8 it is (gray + u) / 256, and floor(256 result) the gray
+    value for every input.
     """
-    # Bits of the value and of the noise fill float32's 24 exactly, so no sum rounds up into the next gray step or to 1.
-    steps = 65536 if images.dtype == torch.uint8 else 256
-    low, high = limits
-    return _values(images, low).add_((u * steps).floor_(), alpha=1 / steps).div_(high - low + 1)
-
-
-def _values(images: Tensor, low: float) -> Tensor:
     if images.dtype not in (torch.uint8, torch.uint16, torch.float32) or images.ndim != 4:
         raise ValueError(f"expected stored images [B, H, W, C], got {images.dtype} of shape {list(images.shape)}")
+    low, high = limits
     values = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format, copy=True)
-    return values.sub_(low) if low else values
+    values = values.sub_(low) if low else values
+    if u is None:
+        return values.div_(high - low)
+    # Bits of the value and of the noise fill float32's 24 exactly, so no sum rounds up into the next gray step or to 1.
+    steps = 65536 if images.dtype == torch.uint8 else 256
+    return values.add_((u * steps).floor_(), alpha=1 / steps).div_(high - low + 1)
 
 
 def to_stored(x: Tensor, *, dtype: str = "uint8", limits: Limits = BYTE, dequantized: bool = False) -> Tensor:
     """Samples [B, C, H, W] as stored images [B, H, W, C].
 
     They are clamped to [0, 1]. Whole numbers are rounded half up, which inverts `to_unit`. With `dequantized` they are
-    what `dequantize` spreads, for uint8 floor(256 x).
+    what `to_unit` spreads, for uint8 floor(256 x).
 
     Raises:
         InvalidValue: A value is NaN or infinite, which would otherwise become a plausible gray.

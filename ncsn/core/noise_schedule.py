@@ -147,11 +147,6 @@ def ratio_for_overlap(dimension: int, *, overlap: float = 0.5) -> float:
     return 0.5 * (low + high)
 
 
-def num_levels_for(sigma_1: float, sigma_L: float, *, ratio: float) -> int:
-    """Number of levels L so that neighbors are at most `ratio` apart (technique 2)."""
-    return 1 + math.ceil(math.log(sigma_1 / sigma_L) / math.log(ratio))
-
-
 def variance_ratio(epsilon: float, *, sigma_L: float, ratio: float, steps_per_level: int) -> float:
     """Technique 4: variance after T Langevin steps at a level over its sigma^2, for a point mass as data.
 
@@ -206,8 +201,8 @@ def suggest_noise(
             f"the largest distance between images is {sigma_1:g}, not above sigma_L = {sigma_L:g}: "
             "the images are all alike; lower sigma_L"
         )
-    wanted = ratio_for_overlap(dimension, overlap=overlap)
-    num_levels = max(2, num_levels_for(sigma_1, sigma_L, ratio=wanted))
+    widest = ratio_for_overlap(dimension, overlap=overlap)  # of neighboring levels
+    num_levels = max(2, 1 + math.ceil(math.log(sigma_1 / sigma_L) / math.log(widest)))
     ratio = (sigma_1 / sigma_L) ** (1 / (num_levels - 1))
     epsilon = best_epsilon(sigma_L=sigma_L, ratio=ratio, steps_per_level=steps_per_level)
     return NoiseSuggestion(

@@ -101,28 +101,3 @@ def _edges(noise: LognormalNoise, device: torch.device) -> Tensor:
 
 
 TrainingNoise = LevelNoise | LognormalNoise
-
-
-K, B = 8.0, 1.0  # of n(t)
-
-
-@dataclass(frozen=True)
-class PairSchedule:
-    """The two noise levels of consistency tuning, t and r = max(0, t (1 - n(t) / q^(stage + 1))) (Geng et al. 2024).
-
-    n(t) = 1 + k sigmoid(-b t) with t in units of sigma_data / 0.5, as for pixels in [-1, 1] of deviation 0.5. The
-    stages are equal parts of the training, a function of the image's place in the order like all draws.
-    """
-
-    q: float
-    stages: int
-    num_images: int  # of all stages
-    sigma_data: float  # in the unit of t
-
-    def lower(self, t: Tensor, *, first: int | None = None) -> Tensor:
-        """The r of each t [B], of the images at places `first .. first + B`; None for places all over the training."""
-        count = len(t)
-        places = torch.arange(count) * self.num_images // count if first is None else torch.arange(first, first + count)
-        stage = (places * self.stages // self.num_images).clamp_(max=self.stages - 1)
-        n = 1 + K * torch.sigmoid(-B * t.double() * (0.5 / self.sigma_data))
-        return (t * (1 - n / self.q ** (stage + 1.0))).clamp_(min=0).to(t.dtype)

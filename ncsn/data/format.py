@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -194,11 +194,6 @@ class Manifest:
         """How many images equal others, in words; empty if none does."""
         return equal_in_words(self.repeated, self.counts, left_out=self.left_out)
 
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Height, width and channels of an image."""
-        return self.pixels.shape
-
     def count(self, split: str) -> int:
         """Images of a split, which must exist."""
         if split not in self.counts:
@@ -240,15 +235,11 @@ def open_images(
         raise UserError(uri, f"is not the Parquet file that was written: {error}", hint=hint) from error
 
 
-def _open_part(uri: str, part: Part, pixels: Pixels) -> AbstractContextManager[pq.ParquetFile]:
-    return open_images(storage.join(uri, part.path), rows=part.rows, pixels=pixels, hint=_DAMAGED)
-
-
 def read_part(uri: str, part: Part, pixels: Pixels) -> Iterator[Rows]:
     """The rows of a part of the dataset at `uri`, a few megabytes at a time, and an error if they are not those."""
     digest: Any = hashlib.sha256()
-    labels = np.empty(0, "<i8")
-    with _open_part(uri, part, pixels) as file:
+    labels, place = np.empty(0, "<i8"), storage.join(uri, part.path)
+    with open_images(place, rows=part.rows, pixels=pixels, hint=_DAMAGED) as file:
         for group in range(file.num_row_groups):
             rows = from_table(file.read_row_group(group))
             digest.update(np.ascontiguousarray(rows.images))
@@ -256,7 +247,7 @@ def read_part(uri: str, part: Part, pixels: Pixels) -> Iterator[Rows]:
             yield rows
     digest.update(labels)
     if digest.hexdigest() != part.digest:
-        raise UserError(storage.join(uri, part.path), "does not have the content of the manifest", hint=_DAMAGED)
+        raise UserError(place, "does not have the content of the manifest", hint=_DAMAGED)
 
 
 def read_rows(file: pq.ParquetFile, rows: NDArray[np.int64]) -> Rows:
@@ -273,11 +264,13 @@ def read_split(uri: str, split: str, rows: Sequence[int] | NDArray[np.int64] | N
     """The images at `rows` [N] of a split, in any order, with their labels; None = all."""
     manifest = load_manifest(uri)
     wanted = np.asarray(range(manifest.count(split)) if rows is None else rows, np.int64)
-    images = np.empty((len(wanted), *manifest.shape), manifest.pixels.dtype)
+    pixels = manifest.pixels
+    images = np.empty((len(wanted), *pixels.shape), pixels.dtype)
     labels = np.empty(len(wanted), np.int64)
     order, parts = np.argsort(wanted), manifest.parts[split]
     for number, of_part, in_part in pieces_of(wanted[order], (part.rows for part in parts)):
-        with _open_part(uri, parts[number], manifest.pixels) as file:
+        place = storage.join(uri, parts[number].path)
+        with open_images(place, rows=parts[number].rows, pixels=pixels, hint=_DAMAGED) as file:
             held, places = read_rows(file, in_part), order[of_part]
         images[places], labels[places] = held.images, held.labels
     return Rows(images, labels)

@@ -74,7 +74,7 @@ def resolve_noise(config: Config, manifest: Manifest) -> Config:
             value="auto",
         )
     suggested = manifest.suggested_noise["mirrored" if config.data.horizontal_flip else "plain"]
-    largest, dimension = suggested["distances"]["maximum"], math.prod(manifest.shape)
+    largest, dimension = suggested["distances"]["maximum"], math.prod(manifest.pixels.shape)
     chosen = suggest_noise(largest, dimension=dimension, sigma_L=noise.sigma_L)
     levels = {name: getattr(chosen, name) for name in ("sigma_1", "sigma_L", "num_levels")}
     section = {**levels, "training": noise.training.model_dump(mode="json")}

@@ -17,7 +17,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -89,7 +88,7 @@ def open_cache(dataset_uri: str, split: str, *, as_bytes: bool = False) -> Cache
                     temporary.rename(folder)
     try:
         images, labels = (mapped(folder / name) for name in (_IMAGES, _LABELS))
-        intact = images.shape == (count, *manifest.shape) and labels.shape == (count,)
+        intact = images.shape == (count, *manifest.pixels.shape) and labels.shape == (count,)
     except (OSError, ValueError, EOFError):
         intact = False
     if not intact:
@@ -101,11 +100,13 @@ def _copy(folder: Path, dataset_uri: str, split: str, manifest: Manifest, *, as_
     count, parts = manifest.count(split), manifest.parts[split]
     pixel = np.dtype(np.uint8 if as_bytes else manifest.pixels.dtype)
     # Not through a memory map: there a full disk would kill the process.
-    with (folder / _IMAGES).open("wb") as images, (folder / _LABELS).open("wb") as labels:
-        _write_header(images, pixel.str, (count, *manifest.shape))
-        _write_header(labels, "<i8", (count,))
-        headers = images.tell(), labels.tell()
-    row_bytes = pixel.itemsize * math.prod(manifest.shape), 8
+    headers, row_bytes = list[int](), list[int]()
+    for name, kind, shape in ((_IMAGES, pixel, manifest.pixels.shape), (_LABELS, np.dtype("<i8"), ())):
+        header = {"descr": kind.str, "fortran_order": False, "shape": (count, *shape)}
+        with (folder / name).open("wb") as made:
+            np.lib.format.write_array_header_1_0(made, header)
+            headers.append(made.tell())
+        row_bytes.append(kind.itemsize * math.prod(shape))
 
     def copy(part: Part, first: int) -> None:
         with (folder / _IMAGES).open("r+b") as images, (folder / _LABELS).open("r+b") as labels:
@@ -121,10 +122,6 @@ def _copy(folder: Path, dataset_uri: str, split: str, manifest: Manifest, *, as_
     for name in (_IMAGES, _LABELS):
         with (folder / name).open("rb") as file:
             os.fsync(file.fileno())
-
-
-def _write_header(file: BinaryIO, kind: Any, shape: tuple[int, ...]) -> None:
-    np.lib.format.write_array_header_1_0(file, {"descr": kind, "fortran_order": False, "shape": shape})
 
 
 @dataclass(frozen=True)
@@ -236,7 +233,9 @@ class StreamedSplit:
         rows = rows_at(partial(self._enter, seed), first=first, count=count)
         parts = np.searchsorted(self._ends, rows, side="right")
         within = rows - (self._ends - self._lengths)[parts]
-        found = Rows(np.empty((count, *self._manifest.shape), self._manifest.pixels.dtype), np.empty(count, np.int64))
+        found = Rows(
+            np.empty((count, *self._manifest.pixels.shape), self._manifest.pixels.dtype), np.empty(count, np.int64)
+        )
         for place, (part, row) in enumerate(zip(parts.tolist(), within.tolist(), strict=True)):
             images, labels = self._opened[part]
             found.images[place], found.labels[place] = images[row], labels[row]
@@ -289,8 +288,10 @@ class StreamedSplit:
             if file.exists():
                 return
             kind = np.dtype([("image", pixels.dtype, pixels.shape), ("label", np.int64)])
+            shape = (self._parts[part].rows,)
+            header = {"descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False, "shape": shape}
             with storage.local_file(file) as temporary, temporary.open("wb") as stream:
-                _write_header(stream, np.lib.format.dtype_to_descr(kind), (self._parts[part].rows,))
+                np.lib.format.write_array_header_1_0(stream, header)
                 for block in read_part(self._uri, self._parts[part], pixels):
                     rows = np.empty(len(block), kind)
                     rows["image"], rows["label"] = block.images, block.labels

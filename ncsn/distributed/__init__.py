@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import TYPE_CHECKING
 
-from ncsn.process import settle
+from ncsn.environment import settle
+
+if TYPE_CHECKING:
+    from ncsn.training.loop import TrainingJob, TrainOutcome
 
 settle()  # No program that uses the library comes here, and all that computes for a step does, before it loads torch.
 # Ray Train takes at most one report per interval and sees the end of training at the next; its default is 2 s.
@@ -23,3 +27,21 @@ if "ray" not in sys.modules:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     elif {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
         os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray's default does not send a token that is there
+
+
+def train(job: TrainingJob, *, run_uri: str) -> TrainOutcome:
+    """Train on the connected Ray cluster; the same `run_uri` resumes from its newest whole checkpoint.
+
+    `RuntimeError` if workers failed more often than `compute.max_failures`, or could not be started.
+    """
+    from ncsn.distributed.cluster import is_own, on_this_machine, require_resources
+    from ncsn.distributed.trainer import train_by_tasks
+
+    require_resources(job.config)
+    compute = job.config.compute
+    fixed = compute.min_workers == compute.max_workers and not compute.use_gpu
+    if (compute.num_workers == 1 and on_this_machine()) or (fixed and is_own()):  # which is not preempted
+        return train_by_tasks(job, run_uri=run_uri)
+    from ncsn.distributed.ray_train import train_by_ray  # takes a second, which tasks need not wait for
+
+    return train_by_ray(job, run_uri=run_uri)

@@ -28,7 +28,7 @@ from ray.train.torch.config import _TorchBackend
 from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 from ray.train.v2._internal.execution.failure_handling import default
 
-from ncsn.distributed.workers import End, LostWorkers, attempt, describe, patience
+from ncsn.distributed.trainer import End, LostWorkers, attempt, describe, patience
 from ncsn.training.context import LONG_SECONDS, WorkerContext
 from ncsn.training.loop import TrainingJob, TrainOutcome
 
@@ -45,7 +45,7 @@ _logger = logging.getLogger(__name__)
 
 
 def train_by_ray(job: TrainingJob, *, run_uri: str) -> TrainOutcome:
-    """Train on the connected cluster; `RuntimeError` as `trainer.train`."""
+    """Train on the connected cluster; `RuntimeError` as `ncsn.distributed.train`."""
     compute = job.config.compute
     longest = patience(job)
     if compute.use_gpu:  # Ray asks NCCL's program `ncclras`, where it is, and names the ranks that hang

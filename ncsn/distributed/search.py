@@ -24,7 +24,7 @@ from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search import Searcher
 
 from ncsn import storage
-from ncsn.config.choices import ChoiceDomain, Domain, LogDomain
+from ncsn.config.choices import ChoiceDomain, Domain
 from ncsn.config.compute import ComputeConfig
 from ncsn.config.search import searched_space, setting, significant
 from ncsn.distributed.cluster import autoscales
@@ -132,7 +132,7 @@ class Suggestions(Searcher):
         self._space = dict(space)
         self._distributions: dict[str, BaseDistribution] = {}
         for path, domain in space.items():
-            log = isinstance(domain, LogDomain)
+            log = domain.kind == "log"
             if isinstance(domain, ChoiceDomain):
                 self._distributions[path] = CategoricalDistribution(range(len(domain.values)))
             elif path in whole:

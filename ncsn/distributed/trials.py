@@ -25,13 +25,13 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-from ncsn import storage
+from ncsn import distributed, storage
 from ncsn.config import Config
 from ncsn.config.schema import SamplingConfig, SearchConfig
 from ncsn.config.search import rungs, searched_space, setting, swept, variant
-from ncsn.distributed import trainer
 from ncsn.distributed.ray_calls import runner_of
 from ncsn.distributed.sampling import sample_features
+from ncsn.distributed.trainer import train_by_tasks
 from ncsn.errors import InvalidValue, NotFound, UserError
 from ncsn.evaluation.reference import open_evaluator
 from ncsn.model.checkpoint import CheckpointError
@@ -229,7 +229,7 @@ def _reach(plan: SearchPlan, values: Mapping[str, Any], folder: TrialFolder, ima
     started = time.monotonic()
     samplings = plan.samplings(values)
     job = TrainingJob(config=plan.trial_config(values), dataset=plan.dataset, start=plan.start, stop_at=images)
-    train = trainer.train_by_tasks if job.config.compute.num_workers == 1 else trainer.train
+    train = train_by_tasks if job.config.compute.num_workers == 1 else distributed.train
     outcome = train(job, run_uri=folder.uri)
     checkpoint = storage.join(TrainingFolder(folder.uri).checkpoints, outcome.checkpoint)
     candidates = [(checkpoint, sampling) for sampling in samplings]

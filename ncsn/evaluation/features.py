@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ncsn.config import Config, from_yaml, to_json
+from ncsn.config import Config, to_json
 from ncsn.core.keyed_random import COMMON_SEED, keyed_permutation
 from ncsn.data.format import Manifest, load_manifest
 from ncsn.data.samples import batch_starts, read_labels, read_samples
@@ -75,14 +74,15 @@ class SplitSet:
 
     def read(self, first: int, last: int) -> Images:
         images = open_cache(self.dataset, self.split, as_bytes=True).images
-        return np.asarray(images[self._rows(len(images))[first:last] if self.drawn else slice(first, last)])
+        if not self.drawn:
+            return np.asarray(images[first:last])
+        return np.asarray(images[keyed_permutation(COMMON_SEED, epoch=0, size=len(images))[first:last]])
 
     def labels(self) -> NDArray[np.int64]:
         labels = open_cache(self.dataset, self.split, as_bytes=True).labels
-        return np.asarray(labels[self._rows(len(labels)) if self.drawn else slice(None)][: self.count])
-
-    def _rows(self, size: int) -> NDArray[np.int64]:
-        return keyed_permutation(COMMON_SEED, epoch=0, size=size)
+        if not self.drawn:
+            return np.asarray(labels[: self.count])
+        return np.asarray(labels[keyed_permutation(COMMON_SEED, epoch=0, size=len(labels))[: self.count]])
 
 
 ImageSet = SampleSet | SplitSet
@@ -109,24 +109,26 @@ def _extract(batch: _Batch) -> Extracted:
     return extractor_of(config, dataset).extract(images.read(first, last))
 
 
+_loaded: dict[tuple[str, str], Extractor] = {}  # the last one, by the config and the dataset
+
+
 def extractor_of(config: Config, dataset: str) -> Extractor:
     """The configured extractor, loaded in this process and kept for the next call."""
-    return _extractor(to_json(config), dataset)
+    key = to_json(config), dataset
+    if key not in _loaded:
+        _loaded.clear()
+        settings, device = config.evaluation, device_of(config)
+        build.tune_cuda(device)
+        if settings.pretrained is None:
+            recipe = recipe_of(config, load_manifest(dataset))
+            _loaded[key] = load_classifier(classifier_uri(dataset, recipe), device=device)
+        else:
+            from ncsn.evaluation.extractors.published import Dinov2Extractor, InceptionExtractor
 
-
-@lru_cache(maxsize=1)
-def _extractor(config_json: str, dataset: str) -> Extractor:
-    config = from_yaml(config_json)
-    settings, device = config.evaluation, device_of(config)
-    build.tune_cuda(device)
-    if settings.pretrained is None:
-        recipe = recipe_of(config, load_manifest(dataset))
-        return load_classifier(classifier_uri(dataset, recipe), device=device)
-    from ncsn.evaluation.extractors.published import Dinov2Extractor, InceptionExtractor
-
-    assert settings.weights is not None, "the schema asks for weights"
-    kind = InceptionExtractor if settings.pretrained == "inception" else Dinov2Extractor
-    return kind(settings.weights, device=device)
+            assert settings.weights is not None, "the schema asks for weights"
+            kind = InceptionExtractor if settings.pretrained == "inception" else Dinov2Extractor
+            _loaded[key] = kind(settings.weights, device=device)
+    return _loaded[key]
 
 
 def device_of(config: Config) -> str:
@@ -138,7 +140,7 @@ def recipe_of(config: Config, manifest: Manifest) -> ClassifierRecipe:
     """The classifier of the config for a dataset, by its labels or by clusters."""
     clustered = evaluation_of(config, manifest).extractor == "clusters"
     return ClassifierRecipe(
-        shape=manifest.shape,
+        shape=manifest.pixels.shape,
         num_classes=num_clusters(manifest.count("train")) if clustered else len(manifest.class_names),
         epochs=config.evaluation.classifier_epochs,
         seed=COMMON_SEED,

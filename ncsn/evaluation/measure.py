@@ -13,7 +13,7 @@ from ncsn.config import Config
 from ncsn.core.keyed_random import COMMON_SEED, keyed_permutation
 from ncsn.data.training_images import open_cache
 from ncsn.evaluation import DEVIATIONS, WITH_SCORE, classes_in_turn
-from ncsn.evaluation.extractors import Extracted, Identity, Images
+from ncsn.evaluation.extractors import Extracted, Images
 from ncsn.evaluation.features import ImageSet, Runner, SplitSet, extract_set
 from ncsn.evaluation.frechet import RunningDistance, RunningScore, score_of
 from ncsn.evaluation.reference import Evaluator, Reference, class_histogram, load_reference
@@ -190,7 +190,7 @@ def class_metrics(
 
 # A set with its features, the images of the smallest set, the extractor and the URI of the reference; and of samples,
 # which are the first set, the features of the real images.
-_Work = tuple[Config, str, ImageSet, Extracted, int, Identity, str, npt.NDArray[np.floating] | None]
+_Work = tuple[Config, str, ImageSet, Extracted, int, str, str, npt.NDArray[np.floating] | None]
 
 
 def measure_sets(
@@ -222,7 +222,7 @@ def _measure_set(work: _Work) -> Measured:
         compared = SplitSet(dataset, "test", images.count, drawn=images.drawn)
     elif (num_classes := config.data.num_classes) is not None:
         known = open_cache(dataset, config.evaluation.reference_split, as_bytes=True).labels
-        asked = AskedClasses(images.labels(), known, num_classes, own=extractor.name == "classifier")
+        asked = AskedClasses(images.labels(), known, num_classes, own=extractor == "classifier")
     in_turn = 1 if isinstance(images, SplitSet) else classes_in_turn(config)
     measured = measure_extracted(
         extracted,
@@ -232,7 +232,7 @@ def _measure_set(work: _Work) -> Measured:
         mirrors=config.data.mirrors,
         num_splits=config.evaluation.num_splits,
         seed=COMMON_SEED,
-        classes=extractor.name in WITH_SCORE,
+        classes=extractor in WITH_SCORE,
         asked=asked,
         num_compared=fewest,
         in_turn=in_turn,

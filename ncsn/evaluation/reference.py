@@ -24,7 +24,7 @@ from ncsn.data.format import Manifest, load_manifest
 from ncsn.data.training_images import mapped, open_cache
 from ncsn.errors import UserError
 from ncsn.evaluation import DEVIATIONS, LEAST_TEST_IMAGES, WITH_SCORE, evaluation_of, extractor_name
-from ncsn.evaluation.extractors import Extracted, Identity, batches, joined
+from ncsn.evaluation.extractors import Extracted, batches, joined
 from ncsn.evaluation.extractors.classifier import classifier_uri, describe_classifier, ensure_classifier
 from ncsn.evaluation.features import Runner, SplitSet, device_of, extract_set, extractor_of, here, recipe_of
 from ncsn.evaluation.frechet import FrechetStatistics, frechet_distance, merged
@@ -94,7 +94,7 @@ class Evaluator:
     """The extractor of an experiment, and the reference images through it."""
 
     name: str  # of the extractor as metrics have it, with the split of the reference unless that is train
-    extractor: Identity
+    extractor: str  # `classifier`, `clusters`, `inception` or `dinov2`
     reference: Reference
     facts: dict[str, float]  # the quality of the extractor, as metrics
 
@@ -113,21 +113,26 @@ def open_evaluator(
     progress = progress or Progress()
     manifest, before, settings = load_manifest(dataset), progress.done, config.evaluation
     count, splits = manifest.count("test"), settings.num_splits
-    if evaluation_of(config, manifest).extractor in WITH_SCORE:
+    if (extractor := evaluation_of(config, manifest).extractor) in WITH_SCORE:
         if count < splits:
             reason, hint = f"the test split has only {count:,} images", "lower it or raise data.test_fraction"
             raise UserError("evaluation.num_splits", reason, hint=hint, value=splits)
     elif count < LEAST_TEST_IMAGES:  # no score, and so no splits
         reason = f"leaves {count} test images, and the evaluation needs {LEAST_TEST_IMAGES}"
         raise UserError("data.test_fraction", reason, hint="raise it", value=config.data.test_fraction)
-    found = _identify(config, dataset, manifest)
-    if found is None:
-        list(runner(_train_classifier, [(config, dataset, progress)], gpu=True))
-        found = _identify(config, dataset, manifest)
-        assert found is not None, "its description is in the store"
-    identity, accuracy = found
+    if settings.pretrained is None:
+        uri = classifier_uri(dataset, recipe_of(config, manifest))
+        if (found := describe_classifier(uri)) is None:
+            list(runner(_train_classifier, [(config, dataset, progress)], gpu=True))
+            found = describe_classifier(uri)
+            assert found is not None, "its description is in the store"
+        digest, accuracy = found
+    else:
+        from ncsn.evaluation.extractors import published
+
+        digest, accuracy = published.fingerprint(settings.pretrained), None
     split = settings.reference_split
-    compared = {"extractor": identity.fingerprint, "dataset": manifest.digest, "split": split}
+    compared = {"extractor": digest, "dataset": manifest.digest, "split": split}
     fingerprint = storage.digest({**compared, "gaussian": GAUSSIAN_IMAGES}, 64)
     uri = storage.join(dataset, FOLDER, fingerprint[:16])
     reference = load_reference(uri)
@@ -137,14 +142,14 @@ def open_evaluator(
         ((_, noise),) = runner(_gaussian_features, [(config, dataset)], gpu=True)
         distance, error = kernel_distance(noise, extracted.features)
         scale = max(distance, DEVIATIONS * error, 1e-9)  # of images that are noise themselves, its error
-        origin = {"fingerprint": fingerprint, **compared, "extractor": identity.name, "gaussian": scale}
+        origin = {"fingerprint": fingerprint, **compared, "extractor": extractor, "gaussian": scale}
         publish_reference(uri, extracted, batch_size=settings.batch_size, origin=origin)
         reference = load_reference(uri)
         assert reference is not None, "it was made now, or by another process"
     # What the store had, and what another process has trained with its own copy of the progress.
     progress.advance(before + images_to_prepare(config, manifest) - progress.done)
     facts = {} if accuracy is None else {"eval/classifier_test_accuracy": accuracy}
-    return Evaluator(extractor_name(config, manifest), identity, reference, facts)
+    return Evaluator(extractor_name(config, manifest), extractor, reference, facts)
 
 
 def images_to_prepare(config: Config, manifest: Manifest) -> int:
@@ -152,15 +157,6 @@ def images_to_prepare(config: Config, manifest: Manifest) -> int:
     settings = config.evaluation
     trained = 0 if settings.pretrained else settings.classifier_epochs * manifest.count("train")
     return trained + manifest.count(settings.reference_split) + GAUSSIAN_IMAGES
-
-
-def _identify(config: Config, dataset: str, manifest: Manifest) -> tuple[Identity, float | None] | None:
-    """Which extractor it is, and its accuracy; None for a classifier that is not trained yet."""
-    if (published := config.evaluation.pretrained) is None:
-        return describe_classifier(classifier_uri(dataset, recipe_of(config, manifest)))
-    from ncsn.evaluation.extractors.published import identity
-
-    return identity(published), None
 
 
 def _gaussian_features(work: tuple[Config, str]) -> npt.NDArray[np.floating]:

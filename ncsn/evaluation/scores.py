@@ -169,28 +169,18 @@ def kernel_distance(
     generator = np.random.Generator(np.random.Philox(seed))
     # Subsets that are all of both sets do not differ: one is enough.
     repeats = 1 if size == len(a) == len(b) else num_subsets
-    groups, estimates, without_group = _members(a, classes_in_turn), [], []
+    groups, everything = _members(a, classes_in_turn), np.ones((1, size))
+    estimates, without_group = [], []
     for _ in range(repeats):
         # Sorted, because a memory map is read faster in order and the estimate does not depend on the order.
         rows, columns = (np.sort(generator.choice(len(each), size, replace=False)) for each in (a, b))
         x, y = (np.asarray(each, dtype=np.float64) for each in (a[rows], b[columns]))
-        estimate, rest = squared_mmd(x, y, member=groups[:, rows])
-        estimates.append(estimate)
-        without_group.append(rest)
+        same_y = _pair_sums(y, y, everything, everything).sum() / (size * (size - 1))
+        estimate, rest, _ = _distances_without(x, y, groups[:, rows], everything)
+        estimates.append(float(estimate + same_y))
+        without_group.append(rest + same_y)
     spread = np.mean(without_group, axis=0).var()
     return float(np.mean(estimates)), float(np.sqrt((len(groups) - 1) * spread))
-
-
-def squared_mmd(x: Array, y: Array, *, member: Array) -> tuple[float, Array]:
-    """Unbiased estimates of MMD^2 from [m, D] and [n, D] float64 features, m and n at least 2.
-
-    The first is of all features, the others [K] leave out one group of x each; `member` [K, m] of 0 and 1 divides x
-    into groups.
-    """
-    everything, n = np.ones((1, len(y))), len(y)
-    same_y = _pair_sums(y, y, everything, everything).sum() / (n * (n - 1))
-    estimate, rest, _ = _distances_without(x, y, member, everything)
-    return float(estimate + same_y), rest + same_y
 
 
 def excess_distance(x: Features, y: Features, reference: Features, *, classes_in_turn: int = 1) -> tuple[float, float]:

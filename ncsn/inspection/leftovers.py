@@ -21,9 +21,9 @@ from ncsn import storage
 from ncsn.config import ConfigError, from_yaml
 from ncsn.data.format import MANIFEST
 from ncsn.errors import UserError
-from ncsn.inspection.listing import at_once, begun, grouped
+from ncsn.inspection.listing import at_once, grouped
 from ncsn.runs import folder
-from ncsn.runs.folder import RUN_PATTERN, Store
+from ncsn.runs.folder import RUN_PATTERN, Store, begun
 from ncsn.runs.steps import SEARCH
 from ncsn.storage import Entry
 from ncsn.tracking.client import client_at

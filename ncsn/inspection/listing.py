@@ -53,11 +53,6 @@ def at_once(call: Callable[[T], R], each: Sequence[T]) -> list[R]:
         return list(threads.map(call, each))
 
 
-def begun(root: str) -> dict[str, float]:
-    """Run -> when one of its steps last began, by the clock of the store."""
-    return {entry.path: entry.changed for entry in storage.list_entries(Store(root).begun)}
-
-
 def list_runs(root: str) -> tuple[list[Item], int]:
     """The newest runs, and the number of all."""
     held, dated = at_once(storage.list_entries, [Store(root).runs, Store(root).begun])

@@ -12,7 +12,7 @@ from ncsn.config import Config
 from ncsn.environment import KFP_RUN_ID, KfpRun
 from ncsn.errors import UserError
 from ncsn.remote import open_backend
-from ncsn.report.cards import run_page
+from ncsn.report.pages import run_page
 from ncsn.runs.folder import (
     ForeignRun,
     Outcome,
@@ -25,8 +25,7 @@ from ncsn.runs.folder import (
     write_outcome,
 )
 from ncsn.runs.steps import SEARCH, STEPS
-from ncsn.tracking.lineage import container_image, kfp_run
-from ncsn.tracking.mlflow_runs import close_run
+from ncsn.tracking.mlflow_runs import close_run, container_image, kfp_run
 
 if TYPE_CHECKING:
     from ncsn.remote.pods import Trouble

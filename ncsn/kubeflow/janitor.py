@@ -22,7 +22,7 @@ from ncsn import storage
 from ncsn.config import Config, from_yaml, to_json
 from ncsn.environment import KfpRun, this_kfp_run
 from ncsn.errors import UserError
-from ncsn.remote.backend import say
+from ncsn.progress import say
 from ncsn.remote.kuberay import NOTES, JobState
 from ncsn.remote.kubernetes import KubernetesApi, Resource, is_ending, is_over, owner_of, was_stopped
 from ncsn.remote.manifest import RUN_LABEL, STEP_LABEL, selector
@@ -148,7 +148,7 @@ def _is_left(api: KubernetesApi, rayjob: Resource) -> bool:
     """Whether its pipeline run has ended; without one, whether no launcher is alive. False if the store is away."""
     if workflow := owner_of(rayjob).get("name"):
         return is_ending(api.get("workflows", workflow))
-    # A driver at work ends by itself, and needs time to save.
+    # A running driver ends by itself, and needs time to save.
     seconds = LEASE_SECONDS * (2 if JobState(rayjob).deployment == "Running" else 1)
     with suppress(OSError, UserError, ValueError, LookupError), limited(_STORE_SECONDS):  # or it is not of ncsn
         words = shlex.split(rayjob["spec"]["entrypoint"])

@@ -18,7 +18,6 @@ from ncsn.config.training import RELATIVE_WIDTHS, HalfLifeEmaConfig, PowerEmaCon
 from ncsn.core.ema import Ema, exponent_of, half_life, power_function, step_decay
 from ncsn.core.losses import Uncertainty
 from ncsn.core.networks.layers import narrowed
-from ncsn.core.networks.transfer import light_parameters
 from ncsn.core.noise_schedule import geometric_sigmas
 from ncsn.core.samplers.settings import AnySampler, Consistency
 from ncsn.core.training import StepOptions, TrainState
@@ -100,7 +99,9 @@ def step_options(config: Config, *, world_size: int) -> StepOptions:
 
 def memory_format(config: Config) -> torch.memory_format:
     """Memory format of images and convolutions."""
-    return torch.channels_last if config.compute.uses_channels_last else torch.contiguous_format
+    compute = config.compute
+    last = compute.use_gpu if compute.channels_last == "auto" else compute.channels_last
+    return torch.channels_last if last else torch.contiguous_format
 
 
 def tune_cuda(device: str | torch.device) -> None:
@@ -140,6 +141,8 @@ def train_state(config: Config, *, device: str | torch.device = "cpu") -> TrainS
     score_network = network(config).to(device)
     score_network.to(memory_format=memory_format(config))
     if config.train.trainable == "light":
+        from ncsn.core.networks.transfer import light_parameters
+
         light = light_parameters(score_network)
         for name, parameter in score_network.named_parameters():
             parameter.requires_grad_(name in light)

@@ -29,7 +29,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import KW_ONLY, asdict, dataclass, field, replace
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
@@ -42,8 +42,8 @@ from torch import Tensor, nn
 from ncsn import storage
 from ncsn.config import Config, changed_settings, explain_changes, from_yaml, to_yaml
 from ncsn.core.images import DataMoments
+from ncsn.core.networks.base import misfits
 from ncsn.core.networks.layers import narrowed
-from ncsn.core.networks.transfer import misfits
 from ncsn.core.training import TrainState
 from ncsn.errors import UserError
 from ncsn.model import build
@@ -247,7 +247,8 @@ def load_checkpoint(uri: str, *, device: str | torch.device = "cpu") -> TrainedN
     except FileNotFoundError:
         raise CheckpointError(uri, "no such checkpoint") from None
     network = network_from_weights(config, weights, origin=uri).to(device)
-    classes = Classes.of(facts.get("classes"))
+    known = facts.get("classes")
+    classes = None if known is None else Classes(tuple(known["names"]), tuple(known["counts"]))
     return TrainedNetwork(
         config=config,
         network=network,
@@ -333,21 +334,18 @@ def plain_weights(network: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.detach().cpu().contiguous() for name, parameter in network.named_parameters()}
 
 
+@dataclass(eq=False)
 class CheckpointStore:
-    """Publishes checkpoints in a thread, and finds the newest whole one.
+    """Publishes checkpoints in a thread, and finds the newest whole one."""
 
-    Args:
-        uri: Folder of the checkpoints.
-        keep: How many of the newest stay, or None for all. With `all` the `NEWEST` stay whole, and the older ones keep
-            what images need.
-    """
-
-    def __init__(self, uri: str, *, keep: int | Literal["all"] | None = None) -> None:
-        self.uri = uri
-        self.notes: list[str] = []  # about damaged checkpoints, for people
-        self._keep = keep
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._pending: Future[None] | None = None
+    uri: str  # folder of the checkpoints
+    _: KW_ONLY
+    # How many of the newest stay, or None for all. With `all` the `NEWEST` stay whole, and the older ones keep what
+    # images need.
+    keep: int | Literal["all"] | None = None
+    notes: list[str] = field(default_factory=list, init=False)  # about damaged checkpoints, for people
+    _thread: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, 1, "checkpoint"), init=False)
+    _pending: Future[None] | None = field(default=None, init=False)
 
     def names(self) -> Iterator[str]:
         """Complete checkpoints, the newest first, without one that is only to resume from."""
@@ -408,16 +406,16 @@ class CheckpointStore:
         for old in checkpoint_names(self.uri):
             if old.startswith(RESUME) and old != name:
                 storage.delete(storage.join(self.uri, old))
-        if self._keep is None or name.startswith(RESUME):
+        if self.keep is None or name.startswith(RESUME):
             return
         # The rest of an upload that was cut short does not count. A newer one is overwritten later.
         folders = checkpoint_names(self.uri)
-        kept = set(islice(self.names(), NEWEST if self._keep == "all" else self._keep))
+        kept = set(islice(self.names(), NEWEST if self.keep == "all" else self.keep))
         for old in folders[: folders.index(name)]:
             if old in kept:
                 continue
             uri = storage.join(self.uri, old)
-            if self._keep != "all" or not storage.exists(storage.join(uri, INDEX)):
+            if self.keep != "all" or not storage.exists(storage.join(uri, INDEX)):
                 storage.delete(uri)
             elif storage.exists(storage.join(uri, "optimizer.safetensors")):
                 thin(uri)

@@ -5,9 +5,8 @@ A label is the index of a class, or -1 for none.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from ncsn.errors import UserError
 
@@ -21,11 +20,6 @@ class Classes:
 
     names: tuple[str, ...]
     counts: tuple[int, ...]  # training images of each
-
-    @classmethod
-    def of(cls, facts: Mapping[str, Any] | None) -> Classes | None:
-        """From the plain values of `dataclasses.asdict`."""
-        return None if facts is None else cls(tuple(facts["names"]), tuple(facts["counts"]))
 
     def index(self, text: str, *, key: str) -> int:
         """The label of the class with this name, or else this number; `UserError` with all names if there is none.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,8 +22,7 @@ from ncsn.core.keyed_random import JoinedNoise, KeyedNoise, Stream, keyed_unifor
 from ncsn.core.losses import ScoreFunction
 from ncsn.core.networks.base import ContinuousNetwork
 from ncsn.core.networks.layers import FUSION
-from ncsn.core.samplers.chain import sample, start, visited
-from ncsn.core.samplers.guidance import AtLevels, Guided, Labeled, band_on_grid
+from ncsn.core.samplers.chain import AtLevels, sample, start, visited
 from ncsn.core.samplers.langevin import Fields
 from ncsn.core.samplers.settings import Sampler
 from ncsn.errors import InvalidValue, UserError, shown_value
@@ -122,17 +121,18 @@ def generate_joined(
     """
     sampling, config, shape = parts[0].sampling, trained.config, trained.config.data.network_shape
     sampler = build.sampler(config, sampling)
-
-    def noise_on(device: str | torch.device) -> JoinedNoise:
-        drawn = [KeyedNoise(own.seed, first=first, count=n, shape=shape, device=device) for own, first, n in parts]
-        return JoinedNoise(tuple(drawn))
-
+    # The start is made on the CPU, where products are exact.
+    at_start, in_chain = (
+        JoinedNoise(
+            tuple(KeyedNoise(own.seed, first=first, count=n, shape=shape, device=place) for own, first, n in parts)
+        )
+        for place in ("cpu", device)
+    )
     known = [image_labels(trained, own, first=first, count=count) for own, first, count in parts]
     labels = torch.cat([each for each in known if each is not None]) if known[0] is not None else None
     score = score_function(trained, sampling, labels=labels, compiled=compiled)
     with torch.inference_mode():
-        # On the CPU, where products are exact.
-        x = start(sampler, trained.moments, sigma_1=(sampling.levels or config.levels).sigma_1, noise=noise_on("cpu"))
+        x = start(sampler, trained.moments, sigma_1=(sampling.levels or config.levels).sigma_1, noise=at_start)
         x = x.to(device, memory_format=_memory_format(trained))
         if on_level is not None:
             on_level(0, x)
@@ -141,7 +141,7 @@ def generate_joined(
             score,
             x=x,
             sigmas=build.sigmas(config, sampling),
-            noise=noise_on(device),
+            noise=in_chain,
             on_level=None if on_level is None else lambda level, state: on_level(level + 1, state),
         )
     return level_images(x, sampling, config)
@@ -248,9 +248,12 @@ def score_function(
     network = _evaluated(trained, bfloat16=bfloat16, compiled=compiled)
     if sampling.levels is not None:
         network = AtLevels(network, levels.to(device))
-    score = network if labels is None else Labeled(network, labels)
+    score = network if labels is None else partial(network, labels=labels)
     if guidance is None or guidance.weight == 1:
         return score
+    # Imported here, so that a run loads no guidance that it does not use.
+    from ncsn.core.samplers.guidance import Guided, band_on_grid
+
     worse = guide_of(trained, sampling)
     if worse is not None:
         # Its own levels may be others.
@@ -258,10 +261,10 @@ def score_function(
         if isinstance(worse.network, ContinuousNetwork):
             guide = AtLevels(guide, levels.to(device))
         if labels is not None and worse.config.data.num_classes is not None:
-            guide = Labeled(guide, labels)
+            guide = partial(guide, labels=labels)
     else:
         assert labels is not None, "the config's rules"
-        guide = Labeled(network, torch.full_like(labels, -1))
+        guide = partial(network, labels=torch.full_like(labels, -1))
     band = band_on_grid(
         guidance.sigma_min, guidance.sigma_max, visited(build.sampler(trained.config, sampling), levels)
     )
@@ -275,6 +278,8 @@ def evaluations_per_image(config: Config) -> int:
     whole = sampler.num_evaluations(len(levels))
     if guidance is None or guidance.weight == 1:
         return whole
+    from ncsn.core.samplers.guidance import Guided, band_on_grid
+
     # Those of a chain whose scores are zero.
     band = band_on_grid(guidance.sigma_min, guidance.sigma_max, visited(sampler, levels))
     evaluations = 0

@@ -1,14 +1,14 @@
 """The objective of a training: its loss, and what a batch draws for it.
 
 The next one is its settings in `ncsn.config.training` (what does not fit them is in its `rules`), its loss in
-`ncsn.core.losses`, and its case here.
+`ncsn.core`, and its case here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -16,9 +16,12 @@ from ncsn.config import Config
 from ncsn.config.choices import ClassifierFreeConfig
 from ncsn.config.training import ConsistencyLossConfig, DsmLossConfig, LognormalTraining, SsmLossConfig
 from ncsn.core import losses
-from ncsn.core.training_noise import FEW_DRAWS, LevelNoise, LognormalNoise, PairSchedule, TrainingNoise
+from ncsn.core.training_noise import FEW_DRAWS, LevelNoise, LognormalNoise, TrainingNoise
 from ncsn.errors import UserError
 from ncsn.model import build
+
+if TYPE_CHECKING:
+    from ncsn.core.consistency import PairSchedule
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class Objective:
     """What a training minimizes; see `objective_of`."""
 
     noise: TrainingNoise
-    # With the `TrainState.uncertainty` that it learns, and the network of its `Teacher`; each None if it has none.
+    # With the `TrainState.uncertainty` that it learns, and the network of its teacher; each None if it has none.
     loss: Callable[[losses.Uncertainty | None, nn.Module | None], losses.Loss]
     weight: losses.Weight | None = None  # of the held-out loss at each sigma, but no learned one; None: no such loss
     edm_weight: losses.EdmWeight | None = None  # of the losses that compare with other trainings'; None: no such losses
@@ -52,13 +55,16 @@ def objective_of(config: Config) -> Objective:
             sliced, weight = losses.SlicedScoreMatching(loss.anneal_power), losses.PowerWeight(loss.anneal_power)
             return Objective(noise, lambda *_: sliced, weight, compared, projects=True)
         case ConsistencyLossConfig():
+            # Imported here, so that a run loads no loss but its own.
+            from ncsn.core.consistency import ConsistencyTuning, PairSchedule, Teacher
+
             guidance = loss.guidance or ClassifierFreeConfig(kind="classifier_free", weight=1)
             band, dtype = (guidance.sigma_min, guidance.sigma_max), build.autocast_dtype(config)
 
             def tuned(_: losses.Uncertainty | None, network: nn.Module | None) -> losses.Loss:
                 assert (network is not None) is loss.has_teacher
-                teacher = None if network is None else losses.Teacher(network, guidance.weight, band, dtype)
-                return losses.ConsistencyTuning(loss.c, teacher, config.compute.compiled)
+                teacher = None if network is None else Teacher(network, guidance.weight, band, dtype)
+                return ConsistencyTuning(loss.c, teacher, config.compute.compiled)
 
             # It has no held-out loss: that may rise towards the function that training looks for.
             return Objective(noise, tuned, pairs=PairSchedule(loss.q, loss.stages, config.train.num_images, sigma_data))

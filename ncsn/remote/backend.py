@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import re
-import sys
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -24,6 +23,7 @@ from typing import Any, Protocol, Self, TypeVar
 from ncsn import storage
 from ncsn.environment import KFP_RUN_ID
 from ncsn.errors import UserError
+from ncsn.progress import say
 from ncsn.runs.folder import RunFolder, read_step, said_newest
 from ncsn.storage.heartbeat import Heartbeat
 from ncsn.storage.retry import Retry, unavailable
@@ -191,19 +191,6 @@ def forwarded_environment(*, to_pods: bool = False) -> dict[str, str]:
     return {
         name: value for name, value in values.items() if "@" not in value and not (to_pods and _LOOPBACK.match(value))
     }
-
-
-def say(line: str, *, of_driver: bool = False) -> None:
-    """Print a line for the person who waits, or one of the driver's log; the log of a KFP task is its stderr."""
-    try:
-        if (show := getattr(sys.stderr, "show", None)) is not None:  # the output of a command goes to a file
-            show(line, of_driver=of_driver)
-        sys.stderr.write(f"{line}\n")
-        sys.stderr.flush()
-    except BrokenPipeError:
-        # Where a task is terminated, who reads its stderr may end first. An error here would pass for the step's, and
-        # what is still in Python's buffer would change the exit code at the end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 def message_of(error: Any) -> str:

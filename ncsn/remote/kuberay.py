@@ -13,6 +13,7 @@ from ncsn.answer import answer
 from ncsn.config.compute import ComputeConfig
 from ncsn.environment import CONTAINER_IMAGE, IMAGE_VARIABLE, RUN_ID_LABEL
 from ncsn.errors import UserError
+from ncsn.progress import say
 from ncsn.remote.backend import (
     CHECK_SECONDS,
     PATIENCE_SECONDS,
@@ -25,7 +26,6 @@ from ncsn.remote.backend import (
     forwarded_environment,
     is_ours,
     refuse_other_work,
-    say,
 )
 from ncsn.remote.kubernetes import INSTALL_KUBERAY, Conflict, KubernetesApi, Resource, is_ending, owner_of
 from ncsn.remote.manifest import (

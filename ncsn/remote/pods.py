@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ncsn.environment import RUN_ID_LABEL
-from ncsn.remote.backend import TRACEBACK, DriverLog, first_error, say
+from ncsn.progress import say
+from ncsn.remote.backend import TRACEBACK, DriverLog, first_error
 from ncsn.remote.kubernetes import KubernetesApi, Resource, time_of_event
 from ncsn.remote.manifest import ATTEMPT_LABEL
 
@@ -142,7 +143,7 @@ class PodWatch:
         self._api, self._labels, self._resumes = api, labels, resumes
         self._said: set[str] = set()
         self._hopeless_since: dict[str, float] = {}
-        self._head: Resource | None = None  # the pod, as it was seen at work
+        self._head: Resource | None = None  # the pod, as it was seen running
         self.cause: str | None = None
         self.ended: str | None = None
         self.submitter = ""

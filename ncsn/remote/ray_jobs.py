@@ -22,6 +22,7 @@ from ncsn.answer import answer
 from ncsn.config.compute import ComputeConfig
 from ncsn.environment import KFP_RUN_ID, PYTHON, python_version
 from ncsn.errors import UserError
+from ncsn.progress import say
 from ncsn.remote.backend import (
     CHECK_SECONDS,
     PATIENCE_SECONDS,
@@ -36,7 +37,6 @@ from ncsn.remote.backend import (
     is_ours,
     keep_asking,
     refuse_other_work,
-    say,
 )
 from ncsn.runs.code import ray_environment
 from ncsn.storage.heartbeat import Heartbeat

@@ -36,15 +36,18 @@ def linear_loss(moments: DataMoments, sigmas: Sequence[float]) -> Array:
 
 
 def training_hints(losses: Array, *, linear: Array, sigmas: Sequence[float]) -> list[str]:
-    """A hint if a linear denoiser beats the network at some levels; the arrays are [L], unknown losses NaN."""
-    behind = np.flatnonzero(losses > LINEAR_MARGIN * linear)
+    """A hint if a linear denoiser, with losses [L], beats the network, with losses [P, L] over time, NaN if unknown."""
+    known = np.isfinite(losses)
+    rows = len(losses) - 1 - known[::-1].argmax(axis=0)  # of the last one that is known
+    last = np.where(known.any(axis=0), losses[rows, np.arange(losses.shape[1])], np.nan)
+    behind = np.flatnonzero(last > LINEAR_MARGIN * linear)
     if not len(behind):
         return []
-    worst = int(behind[np.argmax(losses[behind] / linear[behind])])
+    worst = int(behind[np.argmax(last[behind] / linear[behind])])
     where = ", ".join(f"{sigmas[number]:.3g}" for number in behind.tolist())
     return [
         f"Undertrained at sigma {where}: the best linear denoiser of the training images has a lower loss, most "
-        f"clearly at {sigmas[worst]:.3g} ({linear[worst]:.3g} versus {losses[worst]:.3g}). Increase train.num_images "
+        f"clearly at {sigmas[worst]:.3g} ({linear[worst]:.3g} versus {last[worst]:.3g}). Increase train.num_images "
         "or the width of the network."
     ]
 

@@ -98,14 +98,6 @@ def to_svg(figure: Figure, *, salt: str = "ncsn") -> str:
     return text[text.index("<svg") :].replace(INK, "currentColor")
 
 
-def last_losses(losses: ArrayLike) -> Array:
-    """The last loss of each level that is not NaN, [L] of [P, L]; NaN if there is none."""
-    values = np.asarray(losses, np.float64)
-    known = np.isfinite(values)
-    rows = len(values) - 1 - known[::-1].argmax(axis=0)
-    return np.where(known.any(axis=0), values[rows, np.arange(values.shape[1])], np.nan)
-
-
 @styled
 def loss_curves(images_seen: ArrayLike, losses: ArrayLike, *, sigmas: ArrayLike) -> Figure:
     """One line per level, colored by sigma.

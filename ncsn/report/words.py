@@ -162,6 +162,9 @@ def shown_reading(metric: str, readings: Mapping[str, Reading]) -> str:
     return with_interval(value, *ends) if ends else f"{value:.4g}"
 
 
+SCORES_HEAD = ("score", "generated", "real images")  # of a table of name, text and real text of each
+
+
 def score_rows(evaluation: Mapping[str, Any]) -> list[Score]:
     """A row for each metric with a meaning, from the result of an evaluation."""
     generated, real = read_metrics(evaluation["metrics"]), read_metrics(evaluation["real_metrics"])
@@ -178,24 +181,9 @@ def score_rows(evaluation: Mapping[str, Any]) -> list[Score]:
     return rows
 
 
-SCORES_HEAD = ("score", "generated", "real images")
-
-
-def score_lines(evaluation: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """The same as text, for tables with `SCORES_HEAD`."""
-    return [(row.name, row.text, row.real_text) for row in score_rows(evaluation)]
-
-
 def reference_images(split: str) -> str:
     """What samples are compared with, in words."""
     return "the training images" if split == "train" else f"the {split} images"
-
-
-def copies_sentence(memorized: Reading) -> str:
-    """How many of the generated images copy a training image."""
-    copies = round(memorized.value * memorized.num_images)
-    found = {0: "none is a copy", 1: "one is a copy"}.get(copies, f"{copies:,} are copies")
-    return f"Of {memorized.num_images:,} generated images compared with every training image, {found}."
 
 
 GRADES = {
@@ -209,17 +197,11 @@ GRADES = {
 CLOSE, FAR = 0.05, 0.1
 
 
-class Verdict(NamedTuple):
-    """How near samples are to real images."""
+def verdict_of(metrics: Mapping[str, float], real_metrics: Mapping[str, float], *, copies: str) -> tuple[str, str]:
+    """How near samples are to real images, by the metrics of an evaluation: a key of `GRADES`, a line with the numbers.
 
-    grade: str  # a key of GRADES
-    text: str  # a line with the numbers
-
-
-def verdict_of(metrics: Mapping[str, float], real_metrics: Mapping[str, float], *, copies: str) -> Verdict:
-    """The verdict by the `metrics` of an evaluation; `copies` says how many there are, if chance does not explain them.
-
-    It is by the whole 95 % interval of the distance beyond real images: more images make it surer, not stricter.
+    `copies` says how many there are, if chance does not explain them. The verdict is by the whole 95 % interval of the
+    distance beyond real images: more images make it surer, not stricter.
     """
     samples, real = read_metrics(metrics), read_metrics(real_metrics)
     low, high = samples["excess_low"].value, samples["excess_high"].value
@@ -232,12 +214,12 @@ def verdict_of(metrics: Mapping[str, float], real_metrics: Mapping[str, float], 
     else:
         grade = "short" if low > 0 else "unsure"
     number = real["fid"].num_images
-    return Verdict(
-        grade,
+    text = (
         f"{samples['excess'].num_images:,} images made: {GRADES[grade]}. Their distance exceeds that of real images by "
         f"{shown_reading('excess', samples)} of that of noise; Fréchet distance of {number:,} each: samples "
-        f"{shown_reading('fid', samples)}, real images {shown_reading('fid', real)}",
+        f"{shown_reading('fid', samples)}, real images {shown_reading('fid', real)}"
     )
+    return grade, text
 
 
 def next_step(grade: str, config: Config, folder: RunFolder) -> tuple[str, str]:

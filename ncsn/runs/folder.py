@@ -42,14 +42,14 @@ class ForeignRun(UserError):
     """The run belongs to another config, or has read other images."""
 
 
+@dataclass(frozen=True)
 class _Below:
     """The URI of what has this name in a folder."""
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+    name: str
 
     def __get__(self, folder: Any, owner: type) -> str:
-        return storage.join(folder.uri, self._name)
+        return storage.join(folder.uri, self.name)
 
 
 @dataclass(frozen=True)
@@ -160,6 +160,11 @@ class RunFolder(_Trained):
     def step(self, step: str, file: str) -> str:
         """A file of one step, such as `step.json`, `progress.json`, `stop`, `log.txt` or `refused-<KFP run>`."""
         return storage.join(self.steps, step, file)
+
+
+def begun(root: str) -> dict[str, float]:
+    """Run -> when one of its steps last began, by the clock of the store."""
+    return {entry.path: entry.changed for entry in storage.list_entries(Store(root).begun)}
 
 
 def run_folder(config: Config, run: str) -> RunFolder:

@@ -59,10 +59,6 @@ class TrainingHistory:
         seconds = np.diff(images, prepend=0) / self.curve(RATE)
         return float(images.max(initial=0) / max(seconds.sum(), 1e-9))
 
-    def losses(self, names: Sequence[str]) -> Array:
-        """Values [P, S] of several curves, such as those of the levels; NaN where no image had that level."""
-        return np.stack([self.curve(name) for name in names], axis=1)
-
 
 def load_history(uri: str, *, until: int | None = None) -> TrainingHistory:
     """The stored points up to and including `until` images seen; none if there is no file."""

@@ -12,8 +12,9 @@ from ncsn import storage
 from ncsn.config import Config, overrides_between, to_json
 from ncsn.data.format import load_manifest
 from ncsn.environment import CODE, WORKER_MEMORY
+from ncsn.progress import say
 from ncsn.remote import open_backend
-from ncsn.remote.backend import EndedByOther, RemoteFailure, RemoteLost, RemoteStep, say
+from ncsn.remote.backend import EndedByOther, RemoteFailure, RemoteLost, RemoteStep
 from ncsn.runs.folder import Run, read_mistake, read_step, update_step
 from ncsn.steps.results import Key, stored_result
 

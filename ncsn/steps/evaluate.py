@@ -27,9 +27,8 @@ from ncsn.report.images import neighbors_png
 from ncsn.report.plots import confusion_matrix, to_png
 from ncsn.report.words import few_samples, verdict_of
 from ncsn.runs.folder import Run
-from ncsn.steps.results import EvaluateResult
-from ncsn.steps.sample import class_rows, first_images_png
-from ncsn.steps.step import Context, Prepared
+from ncsn.steps.results import Context, EvaluateResult, Prepared
+from ncsn.steps.sample import grid_of
 from ncsn.tracking.gate import Measurement, Memorization
 from ncsn.tracking.mlflow_runs import NOTE
 
@@ -96,17 +95,18 @@ def evaluate(
     manifest = load_manifest(dataset)
     _require_same_kind(config, samples, manifest)
     evaluation = evaluation_of(config, manifest)
-    num_real = manifest.count(evaluation.other_split)
-    if evaluation.other_split == "train":  # all of which would take longer than the rest
+    other_split = "test" if evaluation.reference_split == "train" else "train"
+    num_real = manifest.count(other_split)
+    if other_split == "train":  # all of which would take longer than the rest
         num_real = min(count, num_real)
     progress.start(images_to_prepare(config, manifest) + count + num_real, "images")
     evaluator = open_evaluator(config, dataset, runner=runner, progress=progress)
-    sets = (SampleSet(samples, count), SplitSet(dataset, evaluation.other_split, num_real, drawn=True))
+    sets = (SampleSet(samples, count), SplitSet(dataset, other_split, num_real, drawn=True))
     generated, real = measure_sets(config, dataset, evaluator, sets, runner=runner, progress=progress)
     if "score" in generated.metrics:
         ratio = generated.equal["score"].value / real.equal["score"].value
         generated.equal["score_ratio"] = Metric(ratio, generated.equal["score"].num_images)
-    name, fingerprint, extractor = evaluator.name, evaluator.reference.fingerprint, evaluator.extractor.name
+    name, fingerprint, extractor = evaluator.name, evaluator.reference.fingerprint, evaluator.extractor
     root = storage.absolute(config.storage.root)
     compared = storage.relative_uris({"samples": samples, "reference": fingerprint}, root)
     place = storage.join(folder, f"{name}-n{count}-{storage.digest(compared, 12)}")
@@ -126,11 +126,11 @@ def evaluate(
         num_real_images=real_copies.num_images,
     )
     metrics, real_metrics = evaluator.facts | generated.named(name), real.named(name, real=True)
-    verdict = verdict_of(metrics, real_metrics, copies=memorization.objection)
+    grade, verdict = verdict_of(metrics, real_metrics, copies=memorization.objection)
     result = EvaluateResult(
         uri=f"{place}.json",
-        verdict=verdict.text,
-        grade=verdict.grade,
+        verdict=verdict,
+        grade=grade,
         metrics=metrics,
         real_metrics=real_metrics,
         fingerprint=fingerprint,
@@ -139,14 +139,13 @@ def evaluate(
         gate=asdict(gate),
         memorization=asdict(memorization),
         running=[asdict(score) for score in generated.running],
-        notes=list(_notes(config, num_real, extractor=extractor, real_split=evaluation.other_split)),
+        notes=list(_notes(config, num_real, extractor=extractor, real_split=other_split)),
         classes=classes,
         real_images=f"{place}-real.png",
         neighbors=f"{place}-neighbors.png",
         confusion=None if classes is None else f"{place}-classes.png",
     )
-    rows = class_rows(config, sets[1], classes=sets[0].labels())
-    storage.write_bytes(result.real_images, first_images_png(sets[1], rows))
+    storage.write_bytes(result.real_images, grid_of(config, sets[1], classes=sets[0].labels())[0])
     if classes is not None:
         storage.write_bytes(f"{place}-classes.png", to_png(confusion_matrix(classes)))
     shown, training = sets[0].read(0, len(generated.nearest)), open_cache(dataset, "train", as_bytes=True).images

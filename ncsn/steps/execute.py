@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import json
 import os
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
 from ncsn import storage
-from ncsn.config.search import require_search
 from ncsn.environment import CODE, require_same_python, utc_now
 from ncsn.errors import NotFound, UserError
 from ncsn.progress import PublishedProgress
@@ -34,9 +32,7 @@ from ncsn.runs.folder import (
     update_step,
 )
 from ncsn.runs.steps import CONTINUING, SEARCH, STEP_TABLE, STEPS
-from ncsn.steps.elsewhere import do_elsewhere, remote_step
-from ncsn.steps.results import stored_result
-from ncsn.steps.step import Context, Prepared
+from ncsn.steps.results import Context, Prepared, stored_result
 from ncsn.storage.heartbeat import LeaseExpired, is_abandoned
 from ncsn.tracking.client import tracking_uri
 
@@ -82,7 +78,13 @@ def execute(
                 run.claim()
             claimed = True
             observer.started(step, run, inputs)
-            _note_beginning(step, run, inputs, launched=bool(lease))
+            # What the step reads, which cleanup spares, days before there is a result.
+            record, code = read_step(folder, step), os.environ.get(CODE)
+            reads = {**inputs, "code": code} if code else inputs
+            launched = lease is not None or config.compute.backend != "local"
+            request = record.request if launched else ""  # no launcher asks for work here
+            if (record.reads, record.request, record.error) != (reads, request, None):
+                update_step(folder, step, reads=reads, request=request, error=None)
             if lease:
                 if is_abandoned(lease):  # the cluster may retry a job whose launcher is gone
                     raise LeaseExpired(f"no launcher renews a lease in {lease}: nothing was started")
@@ -96,13 +98,15 @@ def execute(
             if not found:
                 storage.delete(folder.step(step, "progress.json"))  # of an earlier attempt
             if there and not found:
+                from ncsn.steps.elsewhere import do_elsewhere
+
                 do_elsewhere(step, run, config, inputs, key)
             elif not found:
                 from ncsn.tracking.mlflow_runs import step_run  # loads MLflow, for seconds
 
                 update_step(folder, step, state="RUNNING")
                 progress = PublishedProgress(folder.step(step, "progress.json"), lease=lease)
-                with step_run(config, run=run.name, step=step) as tracked, _timed(folder, step):
+                with step_run(config, run=run.name, step=step) as tracked:
                     made = prepared.work(Context(folder, progress, tracked, lease, folder.step(step, "workers.txt")))
                 finished = {"state": "FINISHED", "error": None, "finished_at": utc_now()}
                 update_step(folder, step, inputs=key, result=asdict(made), **finished)
@@ -121,8 +125,9 @@ def refuse(step: str, run: Run) -> None:
     config, folder = run.config, run.folder
     require_packages()
     tracking_uri(config)
-    if step == SEARCH:
-        require_search(config)
+    if step == SEARCH and config.search is None:
+        hint = "add this section, or pass --set search.num_trials=16 for a search with defaults"
+        raise UserError("search", "missing", hint=hint)
     if step in (SEARCH, "train") and (model := opened_from(folder)):
         hint = f"start another run from it: train.init_from={model}"
         raise UserError("--run", f"is {model}, whose training is done", hint=hint, value=run.name)
@@ -143,16 +148,6 @@ def refuse(step: str, run: Run) -> None:
         run.images = agreed_inputs(run)
 
 
-def _note_beginning(step: str, run: Run, inputs: Mapping[str, str], *, launched: bool) -> None:
-    """Record what the step reads, which cleanup spares, days before there is a result."""
-    record, code = read_step(run.folder, step), os.environ.get(CODE)
-    reads = {**inputs, "code": code} if code else inputs
-    launched = launched or run.config.compute.backend != "local"
-    request = record.request if launched else ""  # no launcher asks for work here
-    if (record.reads, record.request, record.error) != (reads, request, None):
-        update_step(run.folder, step, reads=reads, request=request, error=None)
-
-
 def _is_done(step: str, folder: RunFolder, prepared: Prepared[Any], key: Mapping[str, Any]) -> bool:
     """Whether there is a result for this key. What took hours of training is not done again for a missing file."""
     result = stored_result(folder, step, key)
@@ -169,19 +164,9 @@ def _is_done(step: str, folder: RunFolder, prepared: Prepared[Any], key: Mapping
 
 def _is_answered(step: str, run: Run, inputs: Mapping[str, str]) -> bool:
     """Whether a launcher without torch has had the answer to the same request, whose files are still there."""
+    from ncsn.steps.elsewhere import remote_step
+
     record = read_step(run.folder, step)
     files = [uri for uri in record.result.values() if str(uri).startswith(f"{run.folder.root}/")]
     same = record.state == "FINISHED" and record.request == remote_step(step, run, run.config, inputs).request
     return same and bool(record.result) and all(map(storage.exists, files))
-
-
-@contextmanager
-def _timed(folder: RunFolder, step: str) -> Iterator[None]:
-    """Adds the seconds of the block to those of the step."""
-    started = time.time()
-    try:
-        yield
-    finally:
-        with suppress(OSError):  # a full disk must not hide the first error
-            seconds = read_step(folder, step).seconds + time.time() - started
-            update_step(folder, step, seconds=round(seconds, 3))

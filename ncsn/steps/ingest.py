@@ -15,11 +15,9 @@ from ncsn.data.dataset import Dataset, write_dataset
 from ncsn.data.format import MANIFEST, Hashes, image_hashes, load_manifest, part_images, read_part
 from ncsn.data.sources import open_source
 from ncsn.data.sources.base import NO_FILES, source_fingerprint
-from ncsn.progress import Progress
-from ncsn.remote.backend import say
+from ncsn.progress import Progress, say
 from ncsn.runs.folder import ForeignRun, Run, Store, read_step, update_step
-from ncsn.steps.results import IngestResult
-from ncsn.steps.step import Context, Prepared
+from ncsn.steps.results import Context, IngestResult, Prepared
 
 
 def prepare(run: Run) -> Prepared[IngestResult]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import partial
@@ -18,15 +19,14 @@ from ncsn.model import checkpoint as checkpoints
 from ncsn.model.averages import ensure_average
 from ncsn.model.checkpoint import TrainedNetwork, weights_digest
 from ncsn.model.generate import evaluations_per_image, guide_of
-from ncsn.report.cards import ModelFacts, model_card
 from ncsn.report.hints import copying_hints, overfitting_hints
 from ncsn.report.images import smaller_png
+from ncsn.report.pages import ModelFacts, model_card
 from ncsn.report.words import cost_line, read_metrics
 from ncsn.runs.folder import Run, read_step, run_folder, spent
 from ncsn.runs.history import held_out_curves, load_history
 from ncsn.steps.address import keep_guide
-from ncsn.steps.results import RegisterResult
-from ncsn.steps.step import Context, Prepared
+from ncsn.steps.results import Context, Prepared, RegisterResult
 from ncsn.tracking import registry
 from ncsn.tracking.client import SQLITE, client_at, mlflow_errors, shown, tracking_uri
 from ncsn.tracking.gate import Evidence, Floors, Measurement, Memorization
@@ -109,7 +109,10 @@ def register(
     progress.advance()
     ask = config.tracking.promote == "ask"
     decision = pass_gate(tracked.client, name=candidate.name, version=version, evidence=evidence, ask=ask)
-    registry.describe_gate(tracked.client, candidate.name, version, decision.reason)
+    # The card of the version says so too, before the use.
+    card = re.sub(r"\n\nGate: .*", "", tracked.client.get_model_version(candidate.name, version).description or "")
+    card = card.replace("\n\n## Use\n", f"\n\nGate: {decision.reason}.\n\n## Use\n", 1)
+    tracked.client.update_model_version(candidate.name, version, card[: registry.DESCRIPTION_LENGTH])
     result = RegisterResult(
         model=candidate.name,
         version=version,

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from ncsn import storage
 from ncsn.config import Config, to_yaml
 from ncsn.data.format import MANIFEST, Manifest, load_manifest
@@ -15,7 +17,7 @@ from ncsn.model.checkpoint import TrainedNetwork
 from ncsn.model.classes import AS_DATA, BALANCED
 from ncsn.model.objective import objective_of
 from ncsn.report import hints, plots
-from ncsn.report.html import LOOK, render
+from ncsn.report.pages import LOOK, render
 from ncsn.report.plots import to_svg
 from ncsn.report.words import Fact, cost_facts, next_step, read_metrics, tag_facts
 from ncsn.runs.folder import Run, RunFolder, StepRecord, read_results, read_step, spent
@@ -23,11 +25,10 @@ from ncsn.runs.history import held_out_curves, load_history, loss_names
 from ncsn.runs.steps import BEST, SEARCH, STEPS
 from ncsn.steps.address import keep_guide
 from ncsn.steps.register import selection_of
-from ncsn.steps.results import ReportResult, result_line
-from ncsn.steps.step import Context, Prepared
+from ncsn.steps.results import Context, Prepared, ReportResult, result_line
 from ncsn.tracking.client import page
 from ncsn.tracking.gate import Memorization
-from ncsn.tracking.mlflow_runs import steps_of_run
+from ncsn.tracking.mlflow_runs import PARENT, search_runs
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,9 @@ def report(sources: ReportSources, context: Context) -> ReportResult:
     """Write `<run>/report/report.html`."""
     tracked, records, evaluation = context.tracked, sources.records, sources.evaluation
     whole = tracked.client.get_run(tracked.parent_run_id)
-    run_id, steps = whole.info.run_id, steps_of_run(tracked.client, whole)
+    run_id = whole.info.run_id
+    below = search_runs(tracked.client, whole.info.experiment_id, {PARENT: run_id})
+    steps = {run.data.tags["ncsn.step"]: run for run in below if "ncsn.step" in run.data.tags}  # the latest of each
     lineage = [
         Fact("Run", sources.folder.uri),
         Fact("Dataset", evaluation["dataset"]),
@@ -164,12 +167,12 @@ def _training(sources: ReportSources) -> dict[str, Any]:
     if history.images_seen:
         noise = objective_of(config).noise
         sigmas = noise.bins.tolist()
-        losses = history.losses(loss_names(sigmas))
+        losses = np.stack([history.curve(name) for name in loss_names(sigmas)], axis=1)  # NaN where no image had it
         loss_plot = to_svg(plots.loss_curves(history.images_seen, losses, sigmas=sigmas), salt="lines")
         if config.loss.learns_score:
             linear = hints.linear_loss(sources.checkpoint.moments, noise.spread(16).flatten().tolist())
             linear = linear.reshape(len(sigmas), -1).mean(axis=1)
-            found += hints.training_hints(plots.last_losses(losses), linear=linear, sigmas=sigmas)
+            found += hints.training_hints(losses, linear=linear, sigmas=sigmas)
         found += hints.average_hints(config.train, images_seen=sources.checkpoint.images_seen)
         found += hints.sampler_hints(config.sampling.sampler, build.sigmas(config, config.sampling).tolist())
     said = "" if held_out is None else hints.held_out_conclusion(held_out)

@@ -1,6 +1,8 @@
-"""What each step results in: plain values, as they stand in its record, and a line for people.
+"""What the module of a step and `execute` exchange, and what each step results in.
 
-Without torch, which launchers may lack. A step whose module needs none may have its result there.
+A step's `prepare` returns a `Prepared`, whose work gets a `Context` and returns the result: plain values, as they stand
+in its record, and a line for people. Without torch, which launchers may lack. A step whose module needs none may have
+its result there.
 """
 
 from __future__ import annotations
@@ -8,12 +10,40 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from ncsn.config import Config
+from ncsn.progress import PublishedProgress
 from ncsn.report.words import DIGEST_SHOWN, GRADES, read_metrics, shown_reading
 from ncsn.runs.folder import RunFolder, read_step
 
+if TYPE_CHECKING:
+    from ncsn.tracking.mlflow_runs import StepRun
+
+R = TypeVar("R")
 Key = Mapping[str, Any] | None  # what decides a result; None where only the driver of the step knows
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the work of a step is given."""
+
+    folder: RunFolder
+    progress: PublishedProgress  # ends the work when the launcher of the lease is gone
+    tracked: StepRun  # the MLflow run of the step
+    lease: str | None  # URI of the launcher's heartbeat
+    last_lines: str  # URI for what the workers wrote last, if the step fails
+
+
+@dataclass(frozen=True)
+class Prepared(Generic[R]):
+    """A step whose inputs are settled."""
+
+    config: Config
+    key: Mapping[str, Any]  # plain values that decide the result
+    work: Callable[[Context], R]
+    needs: Callable[[R], list[str]] = lambda _: []  # URIs of files without which a result is of no use
+    holds: Callable[[R], bool] = lambda _: True  # whether what a result names elsewhere is still there
 
 
 def stored_result(folder: RunFolder, step: str, key: Key) -> Any:

@@ -31,8 +31,7 @@ from ncsn.progress import Progress
 from ncsn.report.images import grid_png, rows_by_class, strip_png
 from ncsn.runs.folder import Run, opened_from
 from ncsn.steps.address import keep_guide
-from ncsn.steps.results import SampleResult
-from ncsn.steps.step import Context, Prepared
+from ncsn.steps.results import Context, Prepared, SampleResult
 from ncsn.tracking.mlflow_runs import StepRun
 
 GRID_IMAGES = 64
@@ -93,8 +92,8 @@ def sample(
         notes=noise_notes(config, images=trained.images_seen),
     )
     images = SampleSet(uri, result.num_images)
-    rows = class_rows(config, images)
-    storage.write_bytes(result.grid, first_images_png(images, rows))
+    grid, rows = grid_of(config, images)
+    storage.write_bytes(result.grid, grid)
     levels = eight_bit(storage.read_array(storage.join(uri, LEVELS)), trained.config.data.pixels.limits)
     storage.write_bytes(result.strip, strip_png(levels))
     manifest = {
@@ -105,7 +104,7 @@ def sample(
         "nfe": result.nfe,
         **facts,
         **({} if trained.classes is None else {"classes": trained.classes.names}),
-        "rows": [] if rows is None else images.labels()[rows[:, 0]].tolist(),  # class of each row of the grid
+        "rows": rows,  # class of each row of the grid
     }
     manifest = storage.relative_uris(manifest, context.folder.root)
     storage.write_json(storage.join(uri, MANIFEST), manifest, indent=1)
@@ -147,22 +146,18 @@ class _Scores:
         tracked.set_tags({"eval.fingerprint": self._fingerprint})
 
 
-def class_rows(
+def grid_of(
     config: Config, images: ImageSet, *, classes: npt.NDArray[np.int64] | None = None
-) -> npt.NDArray[np.int64] | None:
-    """Numbers of images [rows, columns], a row for each of the first 16 classes that occur; None without classes.
+) -> tuple[bytes, list[int]]:
+    """A PNG with a row for each of the first 16 classes that occur, and these classes; without, of the first images.
 
     With `classes`, of these alone; if none of them occurs, it is as without classes.
     """
-    if config.data.num_classes is None:
-        return None
-    labels = images.labels()[:MOST_LABELS]
-    known = np.flatnonzero(np.isin(labels, labels if classes is None else classes))
-    return known[rows_by_class(labels[known])] if len(known) else None
-
-
-def first_images_png(images: ImageSet, rows: npt.NDArray[np.int64] | None) -> bytes:
-    """A PNG of the images in these rows, or of the first ones."""
-    if rows is None:
-        return grid_png(images.read(0, min(GRID_IMAGES, images.count)))
-    return grid_png(images.read(0, 1 + int(rows.max()))[rows.flatten()], columns=rows.shape[1])
+    if config.data.num_classes is not None:
+        labels = images.labels()[:MOST_LABELS]
+        known = np.flatnonzero(np.isin(labels, labels if classes is None else classes))
+        if len(known):
+            rows = known[rows_by_class(labels[known])]
+            png = grid_png(images.read(0, 1 + int(rows.max()))[rows.flatten()], columns=rows.shape[1])
+            return png, labels[rows[:, 0]].tolist()
+    return grid_png(images.read(0, min(GRID_IMAGES, images.count))), []

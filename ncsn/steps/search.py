@@ -27,8 +27,7 @@ from ncsn.report.plots import epsilon_versus_quality, search_coordinates, to_png
 from ncsn.runs.folder import Run, run_folder
 from ncsn.runs.steps import BEST
 from ncsn.steps.address import keep_guide
-from ncsn.steps.results import SearchResult
-from ncsn.steps.step import Context, Prepared
+from ncsn.steps.results import Context, Prepared, SearchResult
 from ncsn.steps.train import Start, require_classes, settle_noise, start_of
 from ncsn.tracking.mlflow_runs import StepRun
 

@@ -32,8 +32,7 @@ from ncsn.report.plots import selection_figure, to_png
 from ncsn.report.words import few_samples
 from ncsn.runs.folder import Run, RunFolder
 from ncsn.steps.address import keep_guide
-from ncsn.steps.results import SelectResult
-from ncsn.steps.step import Context, Prepared
+from ncsn.steps.results import Context, Prepared, SelectResult
 from ncsn.steps.train import settle_noise
 
 KEPT = 3  # of the best candidates, in the run's folder selected/

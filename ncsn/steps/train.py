@@ -9,21 +9,18 @@ from functools import partial
 
 import torch
 
-from ncsn import storage
+from ncsn import distributed, storage
 from ncsn.answer import SAVE_SECONDS, answer
 from ncsn.config import Config, to_yaml
 from ncsn.config.training import NoiseConfig
 from ncsn.data.format import Manifest, load_manifest
 from ncsn.data.noise_levels import resolve_noise
-from ncsn.distributed import trainer
 from ncsn.distributed.cluster import ray_cluster, ray_tags
 from ncsn.errors import UserError
 from ncsn.model import build
 from ncsn.model.checkpoint import FILES, CheckpointStore, folder_name, load_checkpoint
 from ncsn.model.classes import require_label, require_same_classes
-from ncsn.model.trained import adapted, start_notes
-from ncsn.progress import PublishedProgress, read_progress
-from ncsn.remote.backend import say
+from ncsn.progress import PublishedProgress, read_progress, say
 from ncsn.runs.folder import (
     INDEX,
     Run,
@@ -35,12 +32,11 @@ from ncsn.runs.folder import (
 )
 from ncsn.runs.history import RATE, load_history
 from ncsn.steps.address import SOURCE, Place, keep, load, resolve
-from ncsn.steps.results import TrainResult, stored_result
-from ncsn.steps.step import Context, Prepared
+from ncsn.steps.results import Context, Prepared, TrainResult, stored_result
 from ncsn.storage.heartbeat import Lease
 from ncsn.storage.retry import limited
-from ncsn.tracking.lineage import INIT_FROM
 from ncsn.tracking.live import LiveMetrics
+from ncsn.tracking.mlflow_runs import INIT_FROM
 from ncsn.training.batches import classes_of
 from ncsn.training.loop import TrainingJob
 
@@ -99,7 +95,7 @@ def train(config: Config, manifest: Manifest, dataset: str, start: Start, contex
             stop=stop,
             start=start.uri,
         )
-        outcome = trainer.train(job, run_uri=folder.uri)
+        outcome = distributed.train(job, run_uri=folder.uri)
     checkpoint = storage.join(folder.checkpoints, outcome.checkpoint)
     tags = {"checkpoint.uri": checkpoint, "checkpoint.images_seen": str(outcome.images_seen)}
     tracked.set_tags({**tags, "train.computed_on": outcome.computed})
@@ -172,6 +168,8 @@ def start_of(config: Config, folder: RunFolder, manifest: Manifest) -> Start:
     """What `train.init_from` names, kept in the run's folder, so that training can start there anywhere."""
     if config.train.init_from is None:
         return Start()
+    from ncsn.model.trained import adapted, start_notes  # here, so that others do not load it
+
     uri = folder.start
     if not storage.exists(storage.join(uri, INDEX)):
         keep(_named(config), uri)
@@ -188,6 +186,8 @@ def require_start(config: Config, folder: RunFolder) -> None:
     """Refuse what `train.init_from` names if it does not fit, before the name of a new run is claimed."""
     if config.train.init_from is None or storage.exists(folder.config):
         return
+    from ncsn.model.trained import adapted
+
     if config.noise.kind == "auto":
         config = config.model_copy(update={"noise": NoiseConfig()})  # no weights depend on the levels
     with torch.device("meta"):

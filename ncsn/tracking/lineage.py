@@ -1,24 +1,18 @@
-"""What led to something and what it led to, read from MLflow's tags; and the tags that say so."""
+"""What led to something and what it led to, read from MLflow's tags."""
 
 from __future__ import annotations
 
-import getpass
-import importlib.metadata
-import os
-import platform
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from ncsn import storage
 from ncsn.config.schema import MODEL_NAME_PATTERN, SCHEME
-from ncsn.environment import CODE, CONTAINER_IMAGE, IMAGE_VARIABLE, KFP_RUN_ID
-from ncsn.runs.code import origin
 from ncsn.runs.folder import RunFolder
 from ncsn.tracking.client import quoted, tag_filter
+from ncsn.tracking.mlflow_runs import INIT_FROM, PARENT
 from ncsn.tracking.promotion import resolve_version
 
 if TYPE_CHECKING:
@@ -26,8 +20,6 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 
-PARENT = "mlflow.parentRunId"
-INIT_FROM = "ncsn.init_from"  # weights that training started from: models:/NAME/VERSION/DIGEST, or URI/DIGEST
 # Tags whose value names a run or one of its results.
 IDS = (
     *("ncsn.run", "kfp.pipeline_run_id", "kfp.pipeline_run_url"),
@@ -119,40 +111,3 @@ def _chain(client: MlflowClient, run: Run, above: Mapping[str, str]) -> Link:
 
 def _shown(tags: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in sorted(tags.items()) if name.startswith(SHOWN)}
-
-
-def provenance(command: str) -> dict[str, str]:
-    """The tags of a run that `command` opened."""
-    tags = {"mlflow.source.name": command, "mlflow.source.type": "LOCAL", "python.version": platform.python_version()}
-    for package in ("ncsn", "torch", "ray", "kfp", "mlflow"):
-        with suppress(importlib.metadata.PackageNotFoundError):
-            tags[f"{package}.version"] = importlib.metadata.version(package)
-    tags |= kfp_run()
-    if image := container_image():
-        tags["mlflow.docker.image.uri"] = image
-    tags |= {f"mlflow.source.git.{name}": value for name, value in origin().items()}
-    if code := os.environ.get(CODE):
-        tags |= {"ncsn.code.uri": code, "ncsn.code.digest": code.rpartition("/")[2].removesuffix(".zip")}
-    try:
-        tags["mlflow.user"] = getpass.getuser()
-    except (KeyError, OSError):  # a container's numeric user has no name
-        tags["mlflow.user"] = str(os.getuid())
-    return tags
-
-
-def container_image() -> str:
-    """The image that this process runs in; empty if none is known."""
-    # NCSN_IMAGE alone does not say so: a task that KFP runs on this machine has it too, and so has a shell that
-    # submits pipelines. /.dockerenv and KUBERNETES_SERVICE_HOST also exist on build servers.
-    image = os.environ.get(CONTAINER_IMAGE, "")
-    return image or (os.environ.get(IMAGE_VARIABLE, "") if os.environ.get(KFP_RUN_ID) else "")
-
-
-def kfp_run() -> dict[str, str]:
-    """Tags of the KFP run that this process is a task of, as KFP's MLflow plugin names them; empty if it is none."""
-    # The pod knows the run's id; the address of its page is known if the namespace has that of KFP's pages.
-    run, pages = os.environ.get(KFP_RUN_ID), os.environ.get("NCSN_KFP_UI")
-    if not run:
-        return {}
-    page = {"kfp.pipeline_run_url": f"{pages.rstrip('/')}/#/runs/details/{run}"} if pages else {}
-    return {"kfp.pipeline_run_id": run} | page

@@ -6,19 +6,24 @@ names its run.
 
 from __future__ import annotations
 
+import getpass
+import importlib.metadata
 import json
 import logging
 import os
+import platform
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ncsn import storage
 from ncsn.config import Config, flatten, to_yaml
-from ncsn.environment import now_ms
+from ncsn.environment import CODE, CONTAINER_IMAGE, IMAGE_VARIABLE, KFP_RUN_ID, now_ms
+from ncsn.runs.code import origin
 from ncsn.runs.folder import RunFolder, cost_of, read_outcome, read_step, spent, state_after, total_cost, update_step
 from ncsn.runs.history import RATE
 from ncsn.tracking.client import (
@@ -34,7 +39,6 @@ from ncsn.tracking.client import (
     tag_filter,
     tracking_uri,
 )
-from ncsn.tracking.lineage import PARENT, provenance
 from ncsn.tracking.live import Point, send, send_missing
 
 if TYPE_CHECKING:
@@ -45,6 +49,8 @@ if TYPE_CHECKING:
 PARAM_LENGTH, DIGEST_LENGTH = 6000, 36  # MLflow's limits
 FIRST_STEP = "ingest"
 NOTE = "mlflow.note.content"  # tag with the description of a run, Markdown
+PARENT = "mlflow.parentRunId"
+INIT_FROM = "ncsn.init_from"  # weights that training started from: models:/NAME/VERSION/DIGEST, or URI/DIGEST
 ADOPTED = "MLFLOW_RUN_ID"  # variable with the run of the whole pipeline, if others have opened it
 CURVES = "train"  # the step that has curves and previews
 PLACES = ("compute", "storage", "tracking")  # sections of the config that do not change a result
@@ -111,7 +117,7 @@ class StepRun(Connection):
 
 @contextmanager
 def step_run(config: Config, *, run: str, step: str) -> Iterator[StepRun]:
-    """The MLflow run of one step, which ends with the block.
+    """The MLflow run of one step, which ends with the block; the block's seconds are added to those of the step.
 
     It is identified by `storage.root`, the name of the pipeline run, the step, and the settings that the step uses. If
     `MLFLOW_RUN_ID` is set, as KFP's MLflow plugin does, that run is the parent, which stays open.
@@ -140,7 +146,7 @@ def step_run(config: Config, *, run: str, step: str) -> Iterator[StepRun]:
         update_step(folder, step, mlflow={"run_id": tracked.run_id, "parent_run_id": tracked.parent_run_id})
         if step == CURVES:
             send_missing(client, tracked.run_id, folder)  # of an attempt that was killed
-    status = "FINISHED"
+    started, status = time.time(), "FINISHED"
     try:
         with mlflow_errors(connection.uri):
             yield tracked
@@ -148,6 +154,9 @@ def step_run(config: Config, *, run: str, step: str) -> Iterator[StepRun]:
         status = state_after(error)
         raise
     finally:
+        with suppress(OSError):  # a full disk must not hide the first error
+            seconds = read_step(folder, step).seconds + time.time() - started
+            update_step(folder, step, seconds=round(seconds, 3))
         # Send what the step's run lacks and the costs, and end it and the parent, unless others opened or ended it.
         ended = now_ms()
         try:
@@ -218,10 +227,41 @@ def search_runs(client: MlflowClient, experiment_id: str, tags: Mapping[str, str
     return list(client.search_runs([experiment_id], tag_filter(tags), order_by=["attributes.start_time ASC"]))
 
 
-def steps_of_run(client: MlflowClient, parent: Run) -> dict[str, Run]:
-    """The latest run of each step below the run of a whole pipeline."""
-    below = search_runs(client, parent.info.experiment_id, {PARENT: parent.info.run_id})
-    return {run.data.tags["ncsn.step"]: run for run in below if "ncsn.step" in run.data.tags}
+def provenance(command: str) -> dict[str, str]:
+    """The tags of a run that `command` opened."""
+    tags = {"mlflow.source.name": command, "mlflow.source.type": "LOCAL", "python.version": platform.python_version()}
+    for package in ("ncsn", "torch", "ray", "kfp", "mlflow"):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            tags[f"{package}.version"] = importlib.metadata.version(package)
+    tags |= kfp_run()
+    if image := container_image():
+        tags["mlflow.docker.image.uri"] = image
+    tags |= {f"mlflow.source.git.{name}": value for name, value in origin().items()}
+    if code := os.environ.get(CODE):
+        tags |= {"ncsn.code.uri": code, "ncsn.code.digest": code.rpartition("/")[2].removesuffix(".zip")}
+    try:
+        tags["mlflow.user"] = getpass.getuser()
+    except (KeyError, OSError):  # a container's numeric user has no name
+        tags["mlflow.user"] = str(os.getuid())
+    return tags
+
+
+def container_image() -> str:
+    """The image that this process runs in; empty if none is known."""
+    # NCSN_IMAGE alone does not say so: a task that KFP runs on this machine has it too, and so has a shell that
+    # submits pipelines. /.dockerenv and KUBERNETES_SERVICE_HOST also exist on build servers.
+    image = os.environ.get(CONTAINER_IMAGE, "")
+    return image or (os.environ.get(IMAGE_VARIABLE, "") if os.environ.get(KFP_RUN_ID) else "")
+
+
+def kfp_run() -> dict[str, str]:
+    """Tags of the KFP run that this process is a task of, as KFP's MLflow plugin names them; empty if it is none."""
+    # The pod knows the run's id; the address of its page is known if the namespace has that of KFP's pages.
+    run, pages = os.environ.get(KFP_RUN_ID), os.environ.get("NCSN_KFP_UI")
+    if not run:
+        return {}
+    page = {"kfp.pipeline_run_url": f"{pages.rstrip('/')}/#/runs/details/{run}"} if pages else {}
+    return {"kfp.pipeline_run_id": run} | page
 
 
 def front_page(uri: str, *, run: str | None) -> str:

@@ -21,7 +21,6 @@ from ncsn.tracking.mlflow_runs import StepRun
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
-    from mlflow.tracking import MlflowClient
 
 
 MODEL_FILE = Path(__file__).with_name("model.py")
@@ -136,10 +135,3 @@ def register(tracked: StepRun, candidate: Registration) -> ModelVersion:
     )
     tell("registered", model=candidate.name, version=str(version.version), run=candidate.tags.get("ncsn.run", ""))
     return version
-
-
-def describe_gate(client: MlflowClient, name: str, version: str, reason: str) -> None:
-    """Put the gate's decision into the description of a version, before the use."""
-    card = re.sub(r"\n\nGate: .*", "", client.get_model_version(name, version).description or "")
-    told = card.replace("\n\n## Use\n", f"\n\nGate: {reason}.\n\n## Use\n", 1)
-    client.update_model_version(name, version, told[:DESCRIPTION_LENGTH])

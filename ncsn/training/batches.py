@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,8 +14,7 @@ from torch import Tensor
 
 from ncsn import storage
 from ncsn.config import Config
-from ncsn.core.augmentation import Transforms, augmentation_labels, draw_transforms
-from ncsn.core.images import DataMoments, dequantize, fit_moments, mirror, to_unit
+from ncsn.core.images import DataMoments, fit_moments, mirror, to_unit
 from ncsn.core.keyed_random import (
     COMMON_SEED,
     NORMAL,
@@ -33,6 +33,9 @@ from ncsn.model import build
 from ncsn.model.checkpoint import moment_tensors, moments_of
 from ncsn.model.classes import Classes
 from ncsn.model.objective import Objective
+
+if TYPE_CHECKING:
+    from ncsn.core.augmentation import Transforms
 
 MOMENT_IMAGES = 10_000
 
@@ -59,7 +62,7 @@ class DrawnBatch:
         if self.mirrored is not None:
             x = mirror(x, moved(self.mirrored))
         if (here := self.transforms) is not None:
-            x = Transforms(moved(here.flips), moved(here.rows), moved(here.maps)).apply(x)
+            x = replace(here, flips=moved(here.flips), rows=moved(here.rows), maps=moved(here.maps)).apply(x)
         size, order = x[0].numel(), build.memory_format(config)
         return Batch(
             x.contiguous(memory_format=order),
@@ -86,6 +89,8 @@ def draw_batch(config: Config, objective: Objective, split: TrainingImages, *, f
         hidden = keyed_uniform(seed, stream=Stream.LABEL, first=first, count=count, size=1)[:, 0]
         conditions["labels"] = torch.where(hidden < config.train.label_dropout, -1, torch.from_numpy(drawn.labels))
     if settings := config.data.augmentation:
+        from ncsn.core.augmentation import Transforms, augmentation_labels, draw_transforms
+
         a = draw_transforms(seed, first=first, count=count, probability=settings.probability, y_flip=settings.y_flip)
         conditions["augmentation"] = augmentation_labels(a)
         transforms = Transforms.of(a, height=height, width=width)
@@ -126,12 +131,9 @@ def gray_words(config: Config, images: Tensor, *, seed: int, stream: int, first:
 
 def encoded(config: Config, images: Tensor, words: Tensor | None) -> Tensor:
     """Stored images [N, H, W, C] in the network's space, dequantized by their `gray_words`."""
-    limits = config.data.pixels.limits
-    if words is None:
-        return to_unit(images, limits)
     count, height, width, channels = images.shape
-    u = uniform_of(words, height * width * channels).view(count, channels, height, width)
-    return dequantize(images, u, limits)
+    u = None if words is None else uniform_of(words, images[0].numel()).view(count, channels, height, width)
+    return to_unit(images, config.data.pixels.limits, u=u)
 
 
 def classes_of(config: Config, manifest: Manifest) -> Classes | None:

@@ -15,6 +15,7 @@ import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 import torch
@@ -131,16 +132,19 @@ class WorkerContext:
         return tensor
 
 
+@dataclass
 class StepTimer:
     """Due about every `seconds`, on all workers at the same step."""
 
     # Collective work cannot follow each worker's own clock, and a fixed number of steps is too often for a small
     # network and too seldom for a large one. So the workers agree each time on the steps to the next.
 
-    def __init__(self, context: WorkerContext, *, seconds: float) -> None:
-        self._context, self._seconds = context, seconds
-        self._steps = self._left = 1
-        self._since = time.perf_counter()
+    context: WorkerContext
+    _: KW_ONLY
+    seconds: float
+    _steps: int = field(default=1, init=False)  # between the last time and the next
+    _left: int = field(default=1, init=False)
+    _since: float = field(default_factory=time.perf_counter, init=False)
 
     def due(self) -> bool:
         """Count a step, and say whether it is time. Then `exchange` is to follow."""
@@ -149,18 +153,18 @@ class StepTimer:
 
     def exchange(self, *values: float) -> list[float]:
         """The sums of the workers' values, once it is time. A collective call, which waits for the device once."""
-        now, context = time.perf_counter(), self._context
+        now, context = time.perf_counter(), self.context
         own = torch.tensor([(now - self._since) / self._steps, *values], dtype=torch.float64)
         seconds, *sums = context.sum_over_workers(to_device(own, context.device)).cpu().tolist()
         step_seconds = seconds / context.world_size
         # At most twice as far as before, because the first steps of a training are slower.
-        self._steps = self._left = max(1, min(2 * self._steps, round(self._seconds / max(step_seconds, 1e-9))))
+        self._steps = self._left = max(1, min(2 * self._steps, round(self.seconds / max(step_seconds, 1e-9))))
         self._since = now
         return sums
 
 
 class Watchdog:
-    """A thread that ends this process if its training comes no further, where `context.hung` says so.
+    """A thread that ends this process if its training comes no further, where `context.hung` says so, until `stop`.
 
     Then training starts again from its last checkpoint.
 
@@ -176,11 +180,8 @@ class Watchdog:
         self._limit = LONG_SECONDS if context.device.type == "cuda" else math.inf
         self._now = self._since = self._usual = 0.0  # seconds; the last decays, because the first step is slow
         self._ended, self._ending, self._fired = threading.Event(), threading.Lock(), False
-
-    def start(self) -> None:
-        """Begin to watch."""
-        if self._context.hung is not None:
-            threading.Thread(target=self._watch, args=[self._context.hung], name="watchdog", daemon=True).start()
+        if context.hung is not None:
+            threading.Thread(target=self._watch, args=[context.hung], name="watchdog", daemon=True).start()
 
     def stop(self) -> None:
         """What follows may take any time, in this process too."""
@@ -239,7 +240,7 @@ def prepare_network(
         for each in [network] if teacher is None else [network, teacher]:
             each.compile(dynamic=False, options=options)
     name = torch.cuda.get_device_name(context.device) if context.device.type == "cuda" else "cpu"
-    order = "channels last" if config.compute.uses_channels_last else "channels first"
+    order = "channels last" if build.memory_format(config) is torch.channels_last else "channels first"
     how = "not compiled" if not compiled else "compiled, in CUDA graphs" if graphs else "compiled"
     if graphs:
         # Under DistributedDataParallel they are recorded again and again (PyTorch's issue 140395, open in 2.15). To

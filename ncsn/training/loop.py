@@ -19,6 +19,7 @@ import torch
 
 from ncsn import storage
 from ncsn.config import Config
+from ncsn.config.training import SNAPSHOTS, PowerEmaConfig
 from ncsn.core.training import train_step
 from ncsn.data.format import load_manifest
 from ncsn.data.training_images import open_training_images
@@ -27,7 +28,6 @@ from ncsn.errors import UserError
 from ncsn.model import averages, build, checkpoint
 from ncsn.model.checkpoint import CheckpointStore
 from ncsn.model.objective import objective_of
-from ncsn.model.trained import start_from, teacher
 from ncsn.progress import Progress
 from ncsn.runs.folder import RESUME, images_seen_at
 from ncsn.runs.history import load_history
@@ -99,6 +99,8 @@ class Training:
             self.state = build.train_state(self.config, device=context.device)
             taught = None
             if self.config.loss.has_teacher:
+                from ncsn.model.trained import teacher
+
                 assert job.start is not None, "the config's rules"
                 taught = teacher(job.start, config=self.config, classes=self.classes, device=context.device)
             self.loss = self.objective.loss(self.state.uncertainty, taught)
@@ -108,6 +110,8 @@ class Training:
                     checkpoint.restore(folder, config=self.config, state=self.state, dataset_digest=digest)
                 self.saved = newest
             elif job.start is not None:
+                from ncsn.model.trained import start_from
+
                 start_from(job.start, state=self.state, config=self.config, classes=self.classes)
             kept = job.history if context.rank == 0 else None
             self.history = load_history(kept, until=self.state.images_seen) if kept else None
@@ -119,13 +123,14 @@ class Training:
             self.moments = self.ahead.submit(image_moments, self.config, job.dataset, self.split)
         self.coming: Future[DrawnBatch] | None = None
         self.timer = StepTimer(context, seconds=CHECK_SECONDS / 4)  # steps may become slower
-        self.watchdog = Watchdog(context)
         self.checked_at = 0.0
         self.warned = False  # of the loss of a machine: one checkpoint is enough
         machine_usage(context.device)  # starts the first interval
         self.last_loss: float | None = None
         self.reported, self.reported_at = 0, self.state.images_seen  # by the clock, and in images
-        self.curves = Curves(self.objective, context)  # last, since its clock runs
+        # Last, since their clocks run.
+        self.curves = Curves(self.objective, context)
+        self.watchdog = Watchdog(context)
 
     def ended(self) -> bool:
         """Whether no batch is to follow."""
@@ -257,10 +262,9 @@ def train_loop(job: TrainingJob, context: WorkerContext, checkpoints: Checkpoint
     torch.set_num_threads(job.config.compute.cpus_per_worker)
     training = Training(job, context, checkpoints)
     started, first = time.perf_counter(), training.state.images_seen
-    if context.rank == 0:
-        job.progress.start(training.last_image, "images", done=first)
     try:
-        training.watchdog.start()
+        if context.rank == 0:
+            job.progress.start(training.last_image, "images", done=first)
         if training.ended() and training.saved.startswith(RESUME):
             training.publish()  # the job became shorter since
         while not training.ended():
@@ -270,8 +274,9 @@ def train_loop(job: TrainingJob, context: WorkerContext, checkpoints: Checkpoint
             measured = probe is not None and (training.ended() or training.crossed(probe.every))
             if save or measured or training.crossed(train.report_every_images):
                 training.report(measured=measured)
-            every = train.snapshot_every
-            if every is not None and job.averages is not None and (training.ended() or training.crossed(every)):
+            every = max(1, train.num_images // SNAPSHOTS)
+            due = isinstance(train.ema, PowerEmaConfig) and (training.ended() or training.crossed(every))
+            if due and job.averages is not None:
                 training.watchdog.allow(LONG_SECONDS)
                 if context.rank == 0:  # before the checkpoint that implies the snapshot
                     taken, seen = averages.copies(training.state), training.state.images_seen

@@ -22,8 +22,7 @@ from ncsn.cli.doctor import Finding, report
 from ncsn.cli.target import TargetOptions
 from ncsn.config import flatten, from_yaml
 from ncsn.init.draft import documented_yaml
-from ncsn.progress import Progress
-from ncsn.remote.backend import say
+from ncsn.progress import Progress, say
 from ncsn.runs.folder import RunFolder, StepRecord
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import pytest
+import torch
 from pydantic import AfterValidator, BaseModel, ValidationError
 from refused import refused
 
@@ -14,6 +15,7 @@ from ncsn.config import Config, ConfigError, changed_settings, from_yaml, overri
 from ncsn.config.problems import fields_of, problems, section_models
 from ncsn.data.pixels import Fit
 from ncsn.errors import problems_of
+from ncsn.model.build import memory_format
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 DIGITS = (Path(__file__).parents[2] / "configs" / "digits.yaml").read_text()
@@ -281,8 +283,8 @@ def test_other_numbers_of_workers_are_refused(value: str) -> None:
 
 def test_a_gpu_is_why_networks_are_compiled_and_channels_go_last() -> None:
     def chosen(*overrides: str) -> tuple[bool, bool]:
-        compute = from_yaml(DIGITS, overrides=overrides).compute
-        return compute.compiled, compute.uses_channels_last
+        found = from_yaml(DIGITS, overrides=overrides)
+        return found.compute.compiled, memory_format(found) is torch.channels_last
 
     assert chosen() == (False, False) and chosen("compute.use_gpu=true", "loss={kind: ssm}") == (True, True)
     for value in (False, True):

@@ -8,11 +8,11 @@ import pytest
 import torch
 from tiny_networks import shaken, unet
 
-from ncsn.core.losses import Batch, ConsistencyTuning, DenoisingScoreMatching, PowerWeight, Teacher
+from ncsn.core.consistency import ConsistencyTuning, PairSchedule, Teacher
+from ncsn.core.losses import Batch, DenoisingScoreMatching, PowerWeight
 from ncsn.core.networks.layers import image_keys
 from ncsn.core.samplers.chain import sample
 from ncsn.core.samplers.settings import Consistency
-from ncsn.core.training_noise import PairSchedule
 
 M, S = 0.4, 0.3
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ncsn.core.images import dequantize, eight_bit, fit_moments, image_grid, mirror, moment_matched, to_stored, to_unit
+from ncsn.core.images import eight_bit, fit_moments, image_grid, mirror, moment_matched, to_stored, to_unit
 from ncsn.core.keyed_random import keyed_normal
 
 
@@ -35,7 +35,7 @@ def test_grays_of_dequantized_images():
     """Rounding makes half of the pixels of gray 0 one step too bright; floor(256 x) makes none wrong."""
     u = torch.rand(1, 1, 256, 4000, generator=torch.Generator().manual_seed(0))
     grays = torch.arange(256, dtype=torch.uint8).view(1, 256, 1, 1).expand(1, 256, 4000, 1)
-    x = dequantize(grays, u)
+    x = to_unit(grays, u=u)
     assert torch.equal(to_stored(x, dequantized=True), grays)
     rounded = to_stored(x).double().mean(dim=(0, 2, 3))
     for gray, mean in ((0, 0.498), (1, 1.494), (64, 64.25), (128, 128.0), (254, 253.51), (255, 254.50)):
@@ -55,7 +55,7 @@ def test_to_stored_refuses_what_is_not_a_number(bad):
 @pytest.mark.oracle(16)
 @pytest.mark.parametrize("u", [2.0**-24, 0.5, 1 - 2.0**-24])
 def test_dequantized_gray_is_recovered_at_the_ends_of_the_noise(u):
-    spread = dequantize(every_gray(), torch.full((1, 1, 16, 16), u))
+    spread = to_unit(every_gray(), u=torch.full((1, 1, 16, 16), u))
     assert spread.min() >= 0 and spread.max() < 1
     assert torch.equal((256 * spread).floor().to(torch.uint8), every_gray().permute(0, 3, 1, 2))
 
@@ -63,7 +63,7 @@ def test_dequantized_gray_is_recovered_at_the_ends_of_the_noise(u):
 @pytest.mark.oracle(16)
 def test_dequantized_gray_is_always_recovered():
     grays = every_gray().expand(2000, 16, 16, 1)
-    spread = dequantize(grays, torch.rand(2000, 1, 16, 16, generator=torch.Generator().manual_seed(0)))
+    spread = to_unit(grays, u=torch.rand(2000, 1, 16, 16, generator=torch.Generator().manual_seed(0)))
     assert spread.max() < 1
     misses = (256 * spread).floor() != grays.permute(0, 3, 1, 2)
     assert int(misses.sum()) == 0, "512,000 draws: the spec allows 4 misses in float32, this form has none"
@@ -90,7 +90,7 @@ def test_every_stored_value_comes_back(dtype: str, limits: tuple[float, float]) 
     )
     if dtype == "uint16":
         u = torch.rand(1, 1, 2, len(values) // 2, generator=torch.Generator().manual_seed(0)).clamp(1e-2)
-        spread = dequantize(stored, u, limits)
+        spread = to_unit(stored, limits, u=u)
         assert float(spread.min()) >= 0 and float(spread.max()) < 1
         whole = to_stored(spread, dtype=dtype, limits=limits, dequantized=True)
         assert torch.equal(whole.float(), values.view_as(stored))

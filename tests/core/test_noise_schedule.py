@@ -11,7 +11,6 @@ from ncsn.core.noise_schedule import (
     geometric_sigmas,
     largest_distance,
     level_overlap,
-    num_levels_for,
     ratio_for_overlap,
     suggest_noise,
     variance_ratio,
@@ -70,15 +69,14 @@ def test_techniques_2_and_4_reproduce_the_published_settings(row):
     assert variance_ratio(published, **settings) == pytest.approx(at_published, abs=1e-4)
     assert best_epsilon(**settings) == pytest.approx(best, rel=0.01)
     assert variance_ratio(best, **settings) == pytest.approx(at_best, abs=1e-4)
-    wanted = ratio_for_overlap(dimension)
-    assert wanted == pytest.approx(half, abs=1e-5)
-    assert num_levels_for(sigma_1, 0.01, ratio=wanted) == half_L
+    assert ratio_for_overlap(dimension) == pytest.approx(half, abs=1e-5)
+    assert suggest_noise(sigma_1, dimension=dimension).num_levels == half_L
 
 
 @pytest.mark.oracle(7)
 def test_ratio_for_28_pixels():
     assert ratio_for_overlap(784) == pytest.approx(1.08197, abs=1e-5)
-    assert num_levels_for(1.0, 0.01, ratio=ratio_for_overlap(784)) == 60
+    assert suggest_noise(1.0, dimension=784).num_levels == 60
 
 
 def test_variance_ratio_is_what_the_chain_does():

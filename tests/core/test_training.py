@@ -11,11 +11,12 @@ import torch
 
 from ncsn.core.ema import Ema, step_decay
 from ncsn.core.losses import Batch, DenoisingScoreMatching
+from ncsn.core.narrow_weights import NarrowWeights
 from ncsn.core.networks import layers
 from ncsn.core.networks.ddpmpp import DdpmppNetwork
 from ncsn.core.networks.refinenet import NcsnNetwork
 from ncsn.core.noise_schedule import geometric_sigmas
-from ncsn.core.training import NarrowWeights, StepOptions, TrainState, train_step
+from ncsn.core.training import StepOptions, TrainState, train_step
 
 SIGMAS = geometric_sigmas(1.0, 0.01, 4)
 

@@ -13,7 +13,7 @@ from refused import refused
 
 from ncsn import storage
 from ncsn.config import Config, changed_settings, from_yaml
-from ncsn.core.noise_schedule import distance_quantile, num_levels_for, ratio_for_overlap
+from ncsn.core.noise_schedule import distance_quantile, ratio_for_overlap
 from ncsn.data import noise_levels
 from ncsn.data.dataset import write_dataset
 from ncsn.data.format import load_manifest
@@ -51,10 +51,11 @@ def test_auto_is_the_largest_distance_and_the_overlap(dataset: str, tmp_path: Pa
     largest = np.sqrt((squared[:, None] + squared - 2 * flat @ flat.T).max())
     levels = resolve_noise(auto(tmp_path), manifest).levels
     assert levels.sigma_1 == pytest.approx(largest, rel=1e-3) and levels.sigma_L == 0.01
-    assert levels.num_levels == num_levels_for(levels.sigma_1, 0.01, ratio=ratio_for_overlap(64))
     wider = resolve_noise(auto(tmp_path, "noise={kind: auto, sigma_L: 0.1}"), manifest).levels
     assert wider.sigma_L == 0.1
-    assert wider.num_levels == num_levels_for(levels.sigma_1, 0.1, ratio=ratio_for_overlap(64))
+    for each in (levels, wider):
+        assert (each.sigma_1 / each.sigma_L) ** (1 / (each.num_levels - 1)) <= ratio_for_overlap(64)
+        assert (each.sigma_1 / each.sigma_L) ** (1 / (each.num_levels - 2)) > ratio_for_overlap(64)
     mirrored = resolve_noise(auto(tmp_path, "data.horizontal_flip=true"), manifest).levels
     assert mirrored.sigma_1 >= levels.sigma_1
     assert manifest.suggested_noise is not None and manifest.suggested_noise["plain"]["distances"]["exact"]

@@ -95,7 +95,7 @@ def test_the_manifest_describes_the_dataset(tmp_path, images, config, monkeypatc
     assert manifest == dataset.manifest
     assert manifest.counts == {"train": 50, "test": 20}
     assert manifest.class_counts == {s: np.bincount(rows.labels, minlength=3).tolist() for s, rows in images.items()}
-    assert manifest.shape == (8, 8, 3)
+    assert manifest.pixels.shape == (8, 8, 3)
     assert [part.rows for part in manifest.parts["train"]] == [30, 20]
     assert manifest.settings["test_fraction"] == 0.25
     assert "root" not in manifest.settings  # where the files lay is no property of their content

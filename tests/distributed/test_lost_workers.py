@@ -17,9 +17,9 @@ from ray.train.v2._internal.constants import get_env_vars_to_propagate
 from ray.train.v2._internal.execution.failure_handling import create_failure_policy
 
 from ncsn.config import from_yaml
-from ncsn.distributed import workers
+from ncsn.distributed import trainer
 from ncsn.distributed.ray_train import _Torch, reason
-from ncsn.distributed.workers import LostWorkers, describe
+from ncsn.distributed.trainer import LostWorkers, describe
 from ncsn.errors import InvalidValue, NotFound, UserError
 from ncsn.storage.retry import RETRY
 
@@ -74,12 +74,12 @@ def test_ray_train_repeats_what_a_worker_raises_but_not_a_mistake(
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(workers, "train_loop", fail)
+    monkeypatch.setattr(trainer, "train_loop", fail)
 
     job = SimpleNamespace(config=SimpleNamespace(train=SimpleNamespace(keep_checkpoints=1)))
 
     def attempt() -> object:
-        return workers.attempt(job, "/runs/mine", lambda: SimpleNamespace(device="cpu"))
+        return trainer.attempt(job, "/runs/mine", lambda: SimpleNamespace(device="cpu"))
 
     if returned:
         assert attempt() is error

@@ -30,9 +30,9 @@ from on_ray import (
 from refused import refused
 from workers import assert_close_tensors, assert_same_tensors, train_locally
 
+from ncsn import distributed
 from ncsn.config import Config, from_yaml
 from ncsn.data.format import Rows, from_table, to_table
-from ncsn.distributed import trainer
 from ncsn.distributed.cluster import cluster_for, ray_tags, require_resources
 from ncsn.distributed.sampling import LEVELS, make_shards, plan_shards
 from ncsn.errors import UserError
@@ -69,7 +69,7 @@ def trained(cluster: Cluster, tiny: str, dataset: str, tmp_path_factory: pytest.
     """A run trained by two workers."""
     run = tmp_path_factory.mktemp("run")
     job = TrainingJob(config=two_workers(tiny), dataset=dataset)
-    outcome = cluster.driver(trainer.train, job, run_uri=str(run))
+    outcome = cluster.driver(distributed.train, job, run_uri=str(run))
     assert outcome.images_seen == 160
     return run
 
@@ -125,7 +125,7 @@ def test_a_killed_worker_and_a_damaged_checkpoint_change_nothing(
     kill = KillsWorker(112, tmp_path / "killed", cut=run / "checkpoints" / "images-000000096", hangs=hangs)
     config = from_yaml(tiny, overrides=[f"compute.num_workers={workers}", "train.checkpoint_every_images=48"])
     job = TrainingJob(config=config, dataset=dataset, progress=kill)
-    outcome = cluster.driver(trainer.train, job, run_uri=str(run))
+    outcome = cluster.driver(distributed.train, job, run_uri=str(run))
     (note,) = outcome.notes
     assert all(name in note for name in ("images-000000096", "weights.safetensors", "images-000000048"))
     assert kill.killed.exists()
@@ -143,7 +143,7 @@ def test_a_mistake_is_not_retried(cluster: Cluster, trained: Path, tiny: str, da
     """A checkpoint of another config would fail at every retry."""
     other = two_workers(tiny, "noise.sigma_1=2.0")
     with pytest.raises(CheckpointError, match=r"noise\.sigma_1"):
-        cluster.driver(trainer.train, TrainingJob(config=other, dataset=dataset), run_uri=str(trained))
+        cluster.driver(distributed.train, TrainingJob(config=other, dataset=dataset), run_uri=str(trained))
 
 
 def test_more_workers_than_the_cluster_has_are_refused(cluster: Cluster, tiny: str) -> None:

@@ -13,7 +13,7 @@ from refused import refused
 from workers import train_locally
 
 from ncsn.config import Config, from_yaml
-from ncsn.config.choices import AutoguidanceConfig, ChoiceDomain, Domain, LogDomain, UniformDomain
+from ncsn.config.choices import AutoguidanceConfig, ChoiceDomain, Domain, RangeDomain
 from ncsn.config.compute import ComputeConfig
 from ncsn.distributed import sampling, trials
 from ncsn.distributed.sampling import Chunk
@@ -178,8 +178,8 @@ def test_records_keep_their_first_content(plan: SearchPlan) -> None:
 
 
 SPACE: dict[str, Domain] = {
-    "noise.sigma_1": LogDomain(kind="log", low=0.1, high=10),
-    "train.ema.images": UniformDomain(kind="uniform", low=4, high=40),
+    "noise.sigma_1": RangeDomain(kind="log", low=0.1, high=10),
+    "train.ema.images": RangeDomain(kind="uniform", low=4, high=40),
     "network.widths": ChoiceDomain(kind="choice", values=([8], [8, 16])),
 }
 

@@ -15,8 +15,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
+from ncsn import distributed
 from ncsn.config import from_yaml
-from ncsn.distributed import trainer
 from ncsn.progress import Progress
 from ncsn.training.loop import TrainingJob, TrainOutcome
 
@@ -91,7 +91,7 @@ def main(config: str, dataset: str, run: str, how: str, at_images: int) -> None:
         progress=progress,
     )
     with ThreadPoolExecutor(1) as pool:
-        training = pool.submit(trainer.train, job, run_uri=run)
+        training = pool.submit(distributed.train, job, run_uri=run)
         take_away(training)  # here, since Ray adds nodes in the main thread alone
         outcome = training.result()
     (folder / "result.json").write_text(json.dumps({"outcome": asdict(outcome), "seen": progress.seen(), "kept": kept}))

@@ -25,7 +25,7 @@ from ncsn.distributed.cluster import ray_cluster
 from ncsn.distributed.ray_calls import runner_of
 from ncsn.distributed.ray_train import _Torch
 from ncsn.distributed.sampling import make_shards, plan_shards
-from ncsn.distributed.workers import describe
+from ncsn.distributed.trainer import describe
 from ncsn.errors import UserError
 from ncsn.evaluation.frechet import RunningDistance, RunningScore
 from ncsn.evaluation.reference import open_evaluator

@@ -11,7 +11,8 @@ from do import do
 from refused import refused
 
 from ncsn.config import Config, from_yaml
-from ncsn.core.losses import Batch, ConsistencyTuning
+from ncsn.core.consistency import ConsistencyTuning
+from ncsn.core.losses import Batch
 from ncsn.init import plan as planning
 from ncsn.init.plan import Speed, chosen_levels, estimate, plan
 from ncsn.runs.folder import cost_of

@@ -30,7 +30,7 @@ from ncsn.runs.folder import (
     write_outcome,
 )
 from ncsn.runs.steps import STEPS
-from ncsn.steps.step import Context, Prepared
+from ncsn.steps.results import Context, Prepared
 from ncsn.tracking.client import TrackingError
 from ncsn.tracking.mlflow_runs import step_run
 

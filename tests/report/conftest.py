@@ -72,7 +72,9 @@ def page(images: np.ndarray) -> dict[str, Any]:
         "run": "digits-0123abcd",
         "finished_at": "2026-01-01 12:00",
         "decision": {"promoted": True, "version": "1", "model": "a-model", "reason": "there was none"},
-        "manifest": SimpleNamespace(shape=(8, 8, 1), source="Digits.", count=lambda _: 1000, equal_images=""),
+        "manifest": SimpleNamespace(
+            pixels=SimpleNamespace(shape=(8, 8, 1)), source="Digits.", count=lambda _: 1000, equal_images=""
+        ),
         "samples": {"nfe": 5},
         "images_seen": 1200,
         "strengths": "any strength",

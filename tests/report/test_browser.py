@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, Frame
 
-from ncsn.report.html import render
+from ncsn.report.pages import render
 
 SCREENSHOTS = "NCSN_SCREENSHOTS"  # folder for the screenshots; the default is pytest's own
 SIZES = {"desktop": (1280, 800), "phone": (360, 740)}

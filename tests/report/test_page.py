@@ -6,7 +6,7 @@ import re
 from types import SimpleNamespace
 
 from ncsn.config.training import ConsistencyLossConfig
-from ncsn.report.html import render
+from ncsn.report.pages import render
 
 HOSTILE = "\"><script>alert(1)</script><img src=x onerror='alert(2)'>{{ 7 * 7 }}"
 
@@ -27,7 +27,9 @@ def test_hostile_names_stay_text(page) -> None:
         "next_step": (HOSTILE, HOSTILE),
         "run": HOSTILE,
         "config": HOSTILE,
-        "manifest": SimpleNamespace(shape=(8, 8, 1), source=HOSTILE, count=lambda _: 1000, equal_images=""),
+        "manifest": SimpleNamespace(
+            pixels=SimpleNamespace(shape=(8, 8, 1)), source=HOSTILE, count=lambda _: 1000, equal_images=""
+        ),
         "decision": page["decision"] | {"reason": HOSTILE},
     }
     text, harmless = render(**page | hostile), render(**page)

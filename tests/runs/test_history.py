@@ -29,10 +29,8 @@ def test_the_speed_is_that_of_all_images_whatever_interrupted_them() -> None:
 def test_level_losses_are_by_level_and_nan_where_unknown() -> None:
     history, names = TrainingHistory("nowhere"), [f"train/loss_sigma_{number}" for number in range(11)]
     history.add({names[0]: 0.5, names[10]: 0.25}, 100)
-    losses = history.losses(names)
-    assert losses.shape == (1, 11)
-    assert (losses[0, 0], losses[0, 10]) == (0.5, 0.25)
-    assert np.isnan(losses[0, 1:10]).all()
+    assert (history.curve(names[0]), history.curve(names[10])) == ([0.5], [0.25])
+    assert all(np.isnan(history.curve(name)).tolist() == [True] for name in names[1:10])
 
 
 @pytest.mark.parametrize(

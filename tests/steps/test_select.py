@@ -17,7 +17,6 @@ from ncsn.config import Config, from_yaml
 from ncsn.data.dataset import write_dataset
 from ncsn.data.sources import open_source
 from ncsn.errors import NotFound
-from ncsn.evaluation.extractors import Identity
 from ncsn.evaluation.frechet import FrechetStatistics
 from ncsn.evaluation.reference import Evaluator, Reference
 from ncsn.model.averages import Weights, build_average, find_weights
@@ -128,7 +127,7 @@ class Fakes:
     @property
     def evaluator(self) -> Evaluator:
         moments = FrechetStatistics(10_001, np.zeros(4), 10_000 * np.eye(4))
-        return Evaluator("classifier", Identity("classifier", "f"), Reference("", moments, np.ones(1), "f", 1.0), {})
+        return Evaluator("classifier", "classifier", Reference("", moments, np.ones(1), "f", 1.0), {})
 
 
 def test_the_nearest_of_five_candidates_is_chosen_and_all_are_recorded(

@@ -31,7 +31,7 @@ from ncsn.runs.folder import (
     update_step,
 )
 from ncsn.steps import elsewhere, results
-from ncsn.steps.step import Context, Prepared
+from ncsn.steps.results import Context, Prepared
 from ncsn.storage.heartbeat import LEASE_SECONDS, LeaseExpired
 from ncsn.tracking import mlflow_runs
 

@@ -39,7 +39,7 @@ def test_a_run_ends_with_what_it_has_and_goes_on_to_any_length(
     assert next_step("short", config, folder)[0] == f"ncsn run {folder.options}"
 
     longer = of_length(config, 24)
-    monkeypatch.setattr(train.trainer, "train", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(train.distributed, "train", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         do("train", longer, "long", dataset=dataset)
     assert not read_step(folder, "train").result, "this checkpoint may be deleted by now"
@@ -88,7 +88,7 @@ def test_a_lease_that_ends_lets_training_save_first(
         jobs.append(job)
         raise LeaseExpired
 
-    monkeypatch.setattr(train.trainer, "train", seen)
+    monkeypatch.setattr(train.distributed, "train", seen)
     dataset = do("ingest", config, "leased").uri
     with pytest.raises(LeaseExpired):
         do("train", config, "leased", dataset=dataset, lease=f"{root}/lease")

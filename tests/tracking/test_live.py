@@ -20,7 +20,7 @@ from ncsn.runs.history import load_history
 from ncsn.tracking import live, mlflow_runs
 from ncsn.tracking.client import connect
 from ncsn.tracking.live import LiveMetrics
-from ncsn.tracking.mlflow_runs import close_run, step_run, steps_of_run
+from ncsn.tracking.mlflow_runs import PARENT, close_run, search_runs, step_run
 from ncsn.training import monitor
 from ncsn.training.loop import TrainingJob
 
@@ -120,7 +120,8 @@ def test_a_killed_driver_loses_nothing(config, tmp_path):
     killed(DRIVER_DIES, tmp_path / "config.yaml")
     closed = close_run(config, run="driver", status="FAILED", tags={})
     client, whole = connect(config).client, closed["MLflow run id"]
-    step = steps_of_run(client, client.get_run(whole))["train"].info.run_id
+    (run,) = search_runs(client, client.get_run(whole).info.experiment_id, {PARENT: whole})
+    step = run.info.run_id
     assert [client.get_run(run_id).info.status for run_id in (step, whole)] == ["FAILED"] * 2
     assert [point.step for point in client.get_metric_history(step, RATE)] == [0, 1, 2]
     with step_run(config, run="driver", step="train") as tracked:

@@ -6,14 +6,16 @@ DistributedDataParallel and compilation see `forward` alone, so training goes th
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ncsn.core.augmentation import NUM_LABELS
 from ncsn.core.networks.layers import KeyedDropout, image_keys
+
+NUM_LABELS = 9  # of an augmentation, see `ncsn.core.augmentation.augmentation_labels`
 
 
 class ContinuousNetwork(nn.Module):
@@ -91,6 +93,24 @@ def attend(query_key_value: Tensor, *, num_heads: int) -> Tensor:
     query, key, value = (heads.contiguous() if heads.is_cuda else heads).unbind(1)
     mixed = functional.scaled_dot_product_attention(query, key, value)
     return mixed.transpose(2, 3).reshape(batch, width // 3, height, columns)
+
+
+def misfits(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
+    """The tensors that are missing, not wanted or of another shape, with the names of some; empty if there is none."""
+    problems = {
+        "missing": sorted(wanted.keys() - found.keys()),
+        "not in this network": sorted(found.keys() - wanted.keys()),
+        "of another shape": [
+            f"{name} {list(found[name].shape)} instead of {list(wanted[name].shape)}"
+            for name in sorted(wanted.keys() & found.keys())
+            if found[name].shape != wanted[name].shape
+        ],
+    }
+    return "; ".join(
+        f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for what, names in problems.items()
+        if names
+    )
 
 
 class ConditionTerms(nn.Module):

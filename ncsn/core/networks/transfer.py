@@ -12,28 +12,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from ncsn.core.networks.base import misfits
 from ncsn.errors import InvalidValue
 
 _LABEL, _LABEL_BIAS, _AUGMENT = "map_label.weight", "map_label.bias", "map_augment.weight"
 _CHANNELS = {(1, 3), (3, 1)}
-
-
-def misfits(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
-    """The tensors that are missing, not wanted or of another shape, with the names of some; empty if there is none."""
-    problems = {
-        "missing": sorted(wanted.keys() - found.keys()),
-        "not in this network": sorted(found.keys() - wanted.keys()),
-        "of another shape": [
-            f"{name} {list(found[name].shape)} instead of {list(wanted[name].shape)}"
-            for name in sorted(wanted.keys() & found.keys())
-            if found[name].shape != wanted[name].shape
-        ],
-    }
-    return "; ".join(
-        f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-        for what, names in problems.items()
-        if names
-    )
 
 
 def transfer(

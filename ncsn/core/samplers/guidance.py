@@ -17,38 +17,12 @@ from torch import Tensor
 from ncsn.core.losses import ScoreFunction
 
 
-class Labeled:
-    """A score network for given classes, one for each image of the batch: int64 [B], -1 for none."""
-
-    def __init__(self, network: ScoreFunction, labels: Tensor) -> None:
-        self.network, self.labels = network, labels
-
-    def __call__(self, x: Tensor, level: Tensor | None = None, *, sigma: Tensor | None = None) -> Tensor:
-        """Score at a level, or at any sigma."""
-        return self.network(x, level, sigma=sigma, labels=self.labels)
-
-
-class AtLevels:
-    """A score network for any sigma, at other levels [L] than its own; `sigmas` are on its device."""
-
-    def __init__(self, network: ScoreFunction, sigmas: Tensor) -> None:
-        self.network, self.sigmas = network, sigmas
-
-    def __call__(
-        self, x: Tensor, level: Tensor | None = None, *, sigma: Tensor | None = None, **conditions: Tensor
-    ) -> Tensor:
-        """Score at one of the levels, or at any sigma."""
-        if level is not None:
-            sigma = self.sigmas[level]
-        return self.network(x, sigma=sigma, **conditions)
-
-
 class Guided:
     """A score function with guidance, as samplers take it.
 
     It is another function of x inside the band low < sigma <= high than outside, so samplers ask for the one that holds
     at a noise level, and a step of theirs stays with that of the level where it starts. The guide has the same levels
-    as the network, see `AtLevels`.
+    as the network, see `ncsn.core.samplers.chain.AtLevels`.
     """
 
     def __init__(

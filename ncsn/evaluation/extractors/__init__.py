@@ -34,14 +34,6 @@ class Extracted:
     log_probabilities: npt.NDArray[np.float64]  # [N, K], log p(class | image)
 
 
-@dataclass(frozen=True)
-class Identity:
-    """Which extractor it is, without its weights."""
-
-    name: str  # prefix of metric names: `classifier`, `clusters`, `inception` or `dinov2`
-    fingerprint: str  # hash of kind, weights, resize and preprocessing: if equal, features compare
-
-
 class Extractor(Protocol):
     """A fixed function from uint8 images to features and class probabilities, independent of batch composition."""
 

@@ -24,7 +24,7 @@ from ncsn import storage
 from ncsn.data.format import Rows
 from ncsn.data.training_images import CachedSplit
 from ncsn.errors import UserError
-from ncsn.evaluation.extractors import Extracted, Identity, Images, batches, full_float32
+from ncsn.evaluation.extractors import Extracted, Images, batches, full_float32
 from ncsn.model.build import torch_threads
 from ncsn.progress import Progress
 
@@ -218,16 +218,18 @@ def classifier_uri(dataset_uri: str, recipe: ClassifierRecipe) -> str:
     return storage.join(dataset_uri, "classifier", storage.digest({"version": RECIPE_VERSION, **asdict(recipe)}, 16))
 
 
-def describe_classifier(uri: str) -> tuple[Identity, float | None] | None:
-    """The classifier in the folder `uri` with its test accuracy (None if unknown, or for clusters), if it is there."""
+def describe_classifier(uri: str) -> tuple[str, float | None] | None:
+    """Fingerprint and test accuracy (None if unknown, or for clusters) of the classifier in `uri`, if it is there.
+
+    The fingerprint is a hash of weights, resize and preprocessing: if it is equal, features compare.
+    """
     description = storage.find_json(storage.join(uri, DESCRIPTION))
     if description is None:
         return None
     recipe = ClassifierRecipe(**description["recipe"])
     kind = "clusters" if recipe.clustered else "classifier"
     parts = {"kind": kind, "version": RECIPE_VERSION, "weights": description["weights_sha256"]}
-    fingerprint = storage.digest(parts | {"reduction": _reduction(recipe.shape[:2])}, 64)
-    return Identity(kind, fingerprint), description["test_accuracy"]
+    return storage.digest(parts | {"reduction": _reduction(recipe.shape[:2])}, 64), description["test_accuracy"]
 
 
 def ensure_classifier(

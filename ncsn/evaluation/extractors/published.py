@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ncsn import storage
 from ncsn.errors import NotFound, UserError
-from ncsn.evaluation.extractors import Extracted, Identity, Images, full_float32
+from ncsn.evaluation.extractors import Extracted, Images, full_float32
 from ncsn.storage import cache_folder
 
 PUBLISHED_SHA256 = {
@@ -56,8 +56,9 @@ _PARTS = {
 _SCALES = {"self_attention.out_proj.": "ls1.gamma", "mlp.3.": "ls2.gamma"}
 
 
-def identity(name: Literal["inception", "dinov2"]) -> Identity:
-    return Identity(name, storage.digest({**_KINDS[name], "weights": PUBLISHED_SHA256[name]}, 64))
+def fingerprint(name: Literal["inception", "dinov2"]) -> str:
+    """Hash of kind, weights, resize and preprocessing: if equal, features compare."""
+    return storage.digest({**_KINDS[name], "weights": PUBLISHED_SHA256[name]}, 64)
 
 
 class InceptionExtractor:

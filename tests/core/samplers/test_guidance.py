@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from itertools import pairwise
 
 import pytest
 import torch
 
 from ncsn.core.keyed_random import KeyedNoise
-from ncsn.core.samplers.chain import sample, spaced_sigmas, visited
-from ncsn.core.samplers.guidance import AtLevels, Guided, Labeled, band_on_grid
+from ncsn.core.samplers.chain import AtLevels, sample, spaced_sigmas, visited
+from ncsn.core.samplers.guidance import Guided, band_on_grid
 from ncsn.core.samplers.langevin import field_of
 from ncsn.core.samplers.settings import AnnealedLangevin, DpmSolver, KarrasHeun, Langevin
 
@@ -98,12 +99,8 @@ def test_one_of_two_classes(weight, band, mean, std):
     places = (torch.arange(count, dtype=torch.float64) + 0.5) / count
     start, network = HIGH * torch.special.ndtri(places), TwoClasses(sigmas)
     ones = torch.ones(count, dtype=torch.int64)
-    guided = Guided(
-        Labeled(network, ones),
-        Labeled(network, -ones),
-        weight=weight,
-        band=band_on_grid(*band, sigmas.tolist()),
-    )
+    one, other = (partial(network, labels=labels) for labels in (ones, -ones))
+    guided = Guided(one, other, weight=weight, band=band_on_grid(*band, sigmas.tolist()))
     ends = flowed(guided, sigmas, start)
     assert float(ends.mean()) == pytest.approx(mean, abs=1.5e-3)
     assert float(ends.std()) == pytest.approx(std, abs=1.5e-3)

@@ -1,13 +1,24 @@
-"""Pages in Markdown: the model card in the registry, and the page of a run in KFP. Imports no torch."""
+"""Pages: the report in HTML, and in Markdown the model card in the registry and the page of a run in KFP.
+
+The report is one file that loads nothing: pictures are `data:` URIs, plots are SVG. A content security policy in the
+page forbids every request and every script, whatever its texts contain. Imports no torch.
+"""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 from ncsn.config import Config
 from ncsn.config.training import LognormalTraining, ema_setting
+from ncsn.report import words
 from ncsn.report.words import (
     CLASSES_HEAD,
     SCORES_HEAD,
@@ -16,12 +27,15 @@ from ncsn.report.words import (
     class_lines,
     few_samples,
     markdown_table,
-    score_lines,
+    score_rows,
 )
 
 if TYPE_CHECKING:
     from ncsn.data.format import Manifest
 
+TEMPLATES = Path(__file__).with_name("templates")
+# Digest of the templates, which decide how a page looks.
+LOOK = hashlib.sha256(b"\0".join(path.read_bytes() for path in sorted(TEMPLATES.iterdir()))).hexdigest()[:16]
 MOST_CANDIDATES = 5
 INTENDED = (
     "For studying and demonstrating score-based generative models, and for synthetic images that resemble the dataset "
@@ -37,6 +51,25 @@ LIMITS = (
     "it is DINOv2.",
 )
 MOST_NAMES, MOST_ROWS = 20, 12  # of classes, so that the card stays short
+
+
+def render(**records: Any) -> str:
+    """The page of these records, which `templates/report.html.j2` names, as HTML."""
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "data_uri": lambda png: f"data:image/png;base64,{base64.b64encode(png).decode()}",
+        "count": lambda number: f"{number:,.0f}",
+        "svg": Markup,  # drawn by our own plots
+    }
+    environment.globals["words"] = words
+    style = Markup((TEMPLATES / "report.css").read_text())  # noqa: S704  (our own file)
+    return environment.get_template("report.html.j2").render(style=style, **records)
 
 
 @dataclass(frozen=True)
@@ -62,7 +95,7 @@ def model_card(facts: ModelFacts, *, config: Config, manifest: Manifest, evaluat
     label = "" if config.data.num_classes is None else f', "label": "{manifest.class_names[0]}"'
     counts = ", ".join(f"{count:,} {split}" for split, count in manifest.counts.items())
     skipped = f"; {len(manifest.skipped)} more could not be used" if manifest.skipped else ""
-    scores = [(f"`{name}`", value, real) for name, value, real in score_lines(evaluation)]
+    scores = [(f"`{row.name}`", row.text, row.real_text) for row in score_rows(evaluation)]
     notes = [*evaluation["notes"], "in parentheses are 95 % intervals, over other samples of this number"]
     parts = [
         f"# {facts.name}",

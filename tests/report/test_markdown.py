@@ -8,7 +8,7 @@ from dataclasses import replace
 from ncsn.config import from_yaml
 from ncsn.config.schema import Pixels
 from ncsn.data.format import Manifest
-from ncsn.report.cards import ModelFacts, model_card, run_page
+from ncsn.report.pages import ModelFacts, model_card, run_page
 from ncsn.tracking.registry import DESCRIPTION_LENGTH
 
 CONFIG = """

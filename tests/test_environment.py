@@ -22,7 +22,7 @@ def test_garbage_is_collected_less_often_and_not_at_exit() -> None:
     said = _said(
         "import atexit, gc\n"
         "atexit.register(lambda: print(gc.get_freeze_count() > 1000))\n"
-        "from ncsn.process import reduce_gc\n"
+        "from ncsn.environment import reduce_gc\n"
         "reduce_gc()\n"
         "print(gc.get_threshold()[0], gc.isenabled())"
     )
@@ -36,7 +36,7 @@ def test_objects_of_triton_are_collected_at_exit(loaded: str) -> None:
         loaded = ""  # a build of torch without it, which has nothing to say
     said = _said(
         "import atexit, gc, sys, types\n"
-        "from ncsn.process import reduce_gc\n"
+        "from ncsn.environment import reduce_gc\n"
         "atexit.register(lambda: print('frozen', gc.get_freeze_count() > 1000))\n"
         "reduce_gc()\n" + loaded
     )
