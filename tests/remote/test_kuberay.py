@@ -294,7 +294,7 @@ def test_a_rayjob_that_its_own_launcher_ends_may_be_started_again(emulation, eve
 def test_a_rayjob_that_does_other_work_is_in_the_way(emulation) -> None:
     emulation.add_another_launchers(work="other work")
     with refused(emulation.step().job_name):
-        emulation.execute()
+        emulation.execute(meanwhile=lambda: (time.sleep(1), emulation.reach("succeeded")))  # it would attach
     assert len(emulation.jobs) == 1
 
 
