@@ -31,6 +31,7 @@ from ncsn.storage import CACHE_DIR_VARIABLE, cache_folder
 # A split with more images, or more bytes of them, is read in windows of this size, which shuffle less; see `window_at`.
 WINDOW_IMAGES, WINDOW_BYTES = 1 << 20, 4 << 30
 _THREADS = 4  # that fetch parts
+_permutation = functools.lru_cache(maxsize=2)(keyed_permutation)
 
 _IMAGES, _LABELS = "images.npy", "labels.npy"
 
@@ -66,8 +67,12 @@ class CachedSplit:
 
     def order(self, seed: int, *, first: int, count: int) -> np.ndarray:
         """The rows at places `first .. first + count` of the order of `seed`, int64 [count]."""
-        size = len(self)
-        return rows_at(lambda place: _epoch(seed, place // size, size), first=first, count=count)
+        size = len(self)  # each epoch is one window
+        return rows_at(
+            lambda place: Window(place // size * size, _permutation(seed, epoch=place // size, size=size), ()),
+            first=first,
+            count=count,
+        )
 
     def rows(self, indices: np.ndarray) -> Rows:
         return Rows(self.images[indices], self.labels[indices])
@@ -169,12 +174,6 @@ def rows_at(window_of: Callable[[int], Window], *, first: int, count: int) -> np
         rows[filled : filled + len(some)] = some
         filled += len(some)
     return rows
-
-
-@functools.lru_cache(maxsize=2)
-def _epoch(seed: int, epoch: int, size: int) -> Window:
-    """The window of a split of `size` rows that are one window."""
-    return window_at(seed, epoch * size, lengths=np.array([size]), parts=1)
 
 
 class StreamedSplit:

@@ -14,11 +14,12 @@ from ncsn import storage
 from ncsn.config import Config
 from ncsn.core.images import eight_bit
 from ncsn.data.format import MANIFEST, load_manifest
+from ncsn.data.samples import SampleSet
 from ncsn.distributed.cluster import cluster_for, ray_tags
 from ncsn.distributed.ray_calls import runner_of
 from ncsn.distributed.sampling import LEVELS, Features, make_shards, plan_shards
 from ncsn.evaluation import classes_in_turn, extractor_name
-from ncsn.evaluation.features import ImageSet, SampleSet
+from ncsn.evaluation.features import ImageSet
 from ncsn.evaluation.frechet import RunningDistance, RunningScore
 from ncsn.evaluation.reference import open_evaluator
 from ncsn.model import checkpoint as checkpoints
