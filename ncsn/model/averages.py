@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from safetensors.torch import load, save_file
+from safetensors.torch import load
 from torch import Tensor
 
 from ncsn import storage
@@ -32,7 +32,7 @@ from ncsn.model.checkpoint import (
     load_checkpoint,
     save_network,
     verify,
-    write_index,
+    write_files,
 )
 from ncsn.runs.folder import INDEX, WIDTHS, RunFolder, TrainingFolder, images_seen_at
 
@@ -59,9 +59,7 @@ def copies(state: TrainState) -> dict[str, dict[str, Tensor]]:
 def store(uri: str, taken: Mapping[str, dict[str, Tensor]], *, images_seen: int) -> None:
     """Store a snapshot below the folder `uri`; a resumed training stores the same ones again."""
     with storage.scratch_folder(uri) as folder:
-        for name, tensors in taken.items():
-            save_file(tensors, folder / name)
-        write_index(folder, taken)
+        write_files(folder, taken, {})
         storage.publish_folder(folder, storage.join(uri, folder_name(images_seen)), marker=INDEX, replace=True)
 
 
