@@ -218,9 +218,7 @@ class Training:
                     end = job.stop is not None and storage.exists(job.stop)
                 end |= job.lease is not None and job.lease.expired()
         end, late, check, fetching = map(bool, self.timer.exchange(end, late, check, self.split.fetching))
-        self.watchdog.stepped()
-        if fetching:
-            self.watchdog.allow(LONG_SECONDS)
+        self.watchdog.allow(LONG_SECONDS if fetching else 0.0, stepped=True)
         lost = check and not self.warned and context.preempted()
         self.warned |= lost
         if end or late or lost:
