@@ -29,7 +29,7 @@ from ncsn.model.classes import require_label
 from ncsn.model.generate import evaluations_per_image, guide_of, sampling_facts, with_precision
 from ncsn.model.objective import noise_notes
 from ncsn.progress import Progress
-from ncsn.report.images import grid_png, rows_by_class, strip_png
+from ncsn.report.images import grid_png, rows_by_class
 from ncsn.runs.folder import Run, opened_from
 from ncsn.steps.address import keep_guide
 from ncsn.steps.results import Context, Prepared, SampleResult
@@ -95,8 +95,9 @@ def sample(
     images = SampleSet(uri, result.num_images)
     grid, rows = grid_of(config, images)
     storage.write_bytes(result.grid, grid)
-    levels = eight_bit(storage.read_array(storage.join(uri, LEVELS)), trained.config.data.pixels.limits)
-    storage.write_bytes(result.strip, strip_png(levels))
+    stages = eight_bit(storage.read_array(storage.join(uri, LEVELS)), trained.config.data.pixels.limits)
+    rows_of_images = stages.swapaxes(0, 1).reshape(-1, *stages.shape[2:])  # with a column for each stage
+    storage.write_bytes(result.strip, grid_png(rows_of_images, columns=len(stages)))
     manifest = {
         "checkpoint": checkpoint,
         **({"model": model} if (model := opened_from(context.folder)) else {}),
