@@ -15,7 +15,8 @@ from ncsn.core.noise_schedule import geometric_sigmas
 from ncsn.core.training import TrainState
 from ncsn.core.training_noise import LevelNoise
 from ncsn.data.format import read_split
-from ncsn.data.training_images import StreamedSplit, open_training_images
+from ncsn.data.streamed import StreamedSplit
+from ncsn.data.training_images import open_training_images
 from ncsn.model import build
 from ncsn.model.objective import Objective, objective_of
 from ncsn.runs.history import RATE, TrainingHistory, held_out_curves, load_history, loss_names
