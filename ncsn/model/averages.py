@@ -20,9 +20,9 @@ from safetensors.torch import load
 from torch import Tensor
 
 from ncsn import storage
-from ncsn.config import Config
 from ncsn.config.training import RELATIVE_WIDTHS
-from ncsn.core.ema import Profile, exponent_of, reconstruction
+from ncsn.core.ema import exponent_of
+from ncsn.core.reconstruction import Profile, reconstruction
 from ncsn.core.training import TrainState
 from ncsn.errors import UserError
 from ncsn.model.checkpoint import (
@@ -72,16 +72,13 @@ def snapshots(uri: str) -> list[int]:
     )
 
 
-def ensure_average(checkpoint: str, config: Config) -> str:
-    """The checkpoint with the average of sampling.relative_width, put together if need be; without it the one given."""
-    width = config.sampling.relative_width
-    if width is None:
-        return checkpoint
+def ensure_average(checkpoint: str, *, relative_width: float) -> str:
+    """The checkpoint with the average of this relative width, put together if need be."""
     if not checkpoint.rpartition("/")[0].endswith(f"/{WIDTHS}"):
-        return build_average(checkpoint, relative_width=width)
+        return build_average(checkpoint, relative_width=relative_width)
     built = float(checkpoint.rpartition("/")[2].partition("-")[0])
-    if built != width:
-        raise UserError(_KEY, f"{checkpoint} has {built:g}", hint="leave one of them out", value=width)
+    if built != relative_width:
+        raise UserError(_KEY, f"{checkpoint} has {built:g}", hint="leave one of them out", value=relative_width)
     return checkpoint
 
 

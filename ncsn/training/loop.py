@@ -25,7 +25,7 @@ from ncsn.data.format import load_manifest
 from ncsn.data.training_images import open_training_images
 from ncsn.environment import now_ms
 from ncsn.errors import UserError
-from ncsn.model import averages, build, checkpoint
+from ncsn.model import build, checkpoint
 from ncsn.model.checkpoint import CheckpointStore
 from ncsn.model.objective import objective_of
 from ncsn.progress import Progress
@@ -275,6 +275,8 @@ def train_loop(job: TrainingJob, context: WorkerContext, checkpoints: Checkpoint
             every = max(1, train.num_images // SNAPSHOTS)
             due = isinstance(train.ema, PowerEmaConfig) and (training.ended() or training.crossed(every))
             if due and job.averages is not None:
+                from ncsn.model import averages  # here, since few runs have them
+
                 training.watchdog.allow(LONG_SECONDS)
                 if context.rank == 0:  # before the checkpoint that implies the snapshot
                     taken, seen = averages.copies(training.state), training.state.images_seen
