@@ -83,7 +83,7 @@ LEAST_MODULES, MOST_MODULES = 2, 14  # of a package
 # Lines of each part; a change that takes it 10 % over its budget has to say why.
 BUDGETS = {
     "ncsn/core": 3347,
-    "ncsn/data": 2560,
+    "ncsn/data": 2575,
     "ncsn/evaluation": 1600,
     "ncsn/steps ncsn/runs ncsn/kubeflow": 3148,
     "ncsn/model": 1476,
@@ -98,7 +98,7 @@ BUDGETS = {
     "ncsn/serving": 407,
     "ncsn/training": 966,
     "components pipelines": 933,
-    "ncsn/storage": 753,
+    "ncsn/storage": 768,
     "examples": 1051,
     "tests": 27700,
 }

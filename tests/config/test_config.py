@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any
 
 import pytest
@@ -15,6 +16,7 @@ from ncsn.config import Config, ConfigError, changed_settings, from_yaml, overri
 from ncsn.config.problems import fields_of, problems, section_models
 from ncsn.data.pixels import Fit
 from ncsn.errors import problems_of
+from ncsn.evaluation import evaluation_of
 from ncsn.model.build import memory_format
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -336,9 +338,9 @@ def test_yaml_floats_without_a_dot_are_numbers() -> None:
 def test_the_extractor_of_auto_follows_weights_and_classes(
     settings: list[str], num_classes: int, extractor: str
 ) -> None:
-    evaluation = from_yaml(DIGITS, overrides=settings).evaluation
-    assert evaluation.resolved(num_classes=num_classes).extractor == extractor
-    assert evaluation.pretrained == (extractor if extractor in ("inception", "dinov2") else None)
+    config, manifest = from_yaml(DIGITS, overrides=settings), SimpleNamespace(class_counts={"train": [5] * num_classes})
+    assert evaluation_of(config, manifest).extractor == extractor
+    assert config.evaluation.pretrained == (extractor if extractor in ("inception", "dinov2") else None)
 
 
 def test_changed_settings_ignore_where_the_work_happens_and_how_often_something_is_kept() -> None:

@@ -13,14 +13,13 @@ from ncsn.core.ema import (
     WIDEST,
     Decay,
     Ema,
-    Profile,
     exponent_of,
     half_life,
     power_function,
-    reconstruction,
     relative_width,
     step_decay,
 )
+from ncsn.core.reconstruction import Profile, reconstruction
 
 
 def constant(value: float) -> nn.Linear:

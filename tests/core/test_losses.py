@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 
-from ncsn.core.losses import Batch, DenoisingScoreMatching, PowerWeight, SlicedScoreMatching
+from ncsn.core.losses import Batch, DenoisingScoreMatching, PowerWeight
 from ncsn.core.noise_schedule import geometric_sigmas
+from ncsn.core.sliced import SlicedScoreMatching
 
 SIGMAS = geometric_sigmas(1.0, 0.01, 10)
 

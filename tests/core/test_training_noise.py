@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from ncsn.core.losses import Batch, DenoisingScoreMatching, EdmWeight, Uncertainty
+from ncsn.core.losses import Batch, DenoisingScoreMatching, EdmWeight
 from ncsn.core.noise_schedule import geometric_sigmas
 from ncsn.core.training_noise import STRATA, LevelNoise, LognormalNoise
+from ncsn.core.uncertainty import Uncertainty
 
 MEAN, STD, SIGMA_DATA = -1.893147, 1.2, 0.25
 NOISE = LognormalNoise(MEAN, STD)

@@ -21,13 +21,8 @@ from ncsn.data.format import load_manifest, read_split
 from ncsn.data.pixels import Example
 from ncsn.data.sources import open_source
 from ncsn.data.sources.base import Source
-from ncsn.data.training_images import (
-    CachedSplit,
-    StreamedSplit,
-    open_cache,
-    open_training_images,
-    window_at,
-)
+from ncsn.data.streamed import StreamedSplit, window_at
+from ncsn.data.training_images import CachedSplit, open_cache, open_training_images
 from ncsn.errors import NotFound
 
 

@@ -11,11 +11,12 @@ import pytest
 from ncsn.config import Config, from_yaml
 from ncsn.data.dataset import write_dataset
 from ncsn.data.format import Rows, to_table
+from ncsn.data.samples import SampleSet
 from ncsn.data.sources import open_source
 from ncsn.data.training_images import open_cache
 from ncsn.evaluation import features as module
 from ncsn.evaluation.extractors import Extracted
-from ncsn.evaluation.features import SampleSet, SplitSet, extract_set
+from ncsn.evaluation.features import SplitSet, extract_set
 from ncsn.evaluation.reference import load_reference, publish_reference
 from ncsn.progress import Progress
 

@@ -116,14 +116,12 @@ def test_a_stored_average_comes_back(config: Config, trained: tuple[Path, dict[s
     assert all(torch.equal(weights[name].half(), tensor.half()) for name, tensor in exact.items())
 
 
-def test_the_config_chooses_the_average(config: Config, trained: tuple[Path, dict[str, torch.Tensor]]) -> None:
+def test_an_average_is_of_one_width(trained: tuple[Path, dict[str, torch.Tensor]]) -> None:
     folder, _ = trained
-    chosen = from_yaml(TEXT, overrides=["sampling.relative_width=0.08"])
-    assert ensure_average(str(folder), config) == str(folder)
-    uri = ensure_average(str(folder), chosen)
-    assert uri == ensure_average(uri, chosen) != str(folder)
+    uri = ensure_average(str(folder), relative_width=0.08)
+    assert uri == ensure_average(uri, relative_width=0.08) != str(folder)
     with refused(KEY):
-        ensure_average(uri, from_yaml(TEXT, overrides=["sampling.relative_width=0.09"]))
+        ensure_average(uri, relative_width=0.09)
 
 
 def test_the_others_do_without_a_lost_or_damaged_snapshot(config: Config, tmp_path: Path) -> None:

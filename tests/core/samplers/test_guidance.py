@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from ncsn.core.keyed_random import KeyedNoise
-from ncsn.core.samplers.chain import AtLevels, sample, spaced_sigmas, visited
-from ncsn.core.samplers.guidance import Guided, band_on_grid
+from ncsn.core.samplers.chain import sample, spaced_sigmas, visited
+from ncsn.core.samplers.guidance import AtLevels, Guided, band_on_grid
 from ncsn.core.samplers.langevin import field_of
 from ncsn.core.samplers.settings import AnnealedLangevin, DpmSolver, KarrasHeun, Langevin
 
