@@ -89,7 +89,7 @@ BUDGETS = {
     "ncsn/steps ncsn/runs ncsn/kubeflow": 3440,
     "ncsn/model": 1468,
     "ncsn/distributed": 1527,
-    "ncsn/config": 1706,
+    "ncsn/config": 1707,
     "ncsn/cli": 1771,
     "ncsn/tracking": 1496,
     "ncsn/report": 1072,
@@ -101,7 +101,7 @@ BUDGETS = {
     "components pipelines": 1006,
     "ncsn/storage": 843,
     "examples": 1141,
-    "tests": 29733,
+    "tests": 29734,
 }
 MOST_WORDS = 17421
 
@@ -163,8 +163,8 @@ def test_no_module_imports_itself_through_others() -> None:
 def test_few_modules_know_which_objectives_there_are() -> None:
     known = re.compile(r"(Dsm|Ssm|Consistency)LossConfig|loss\.kind( [=!]=|\]|\", )|config\.loss, ")
     found = {name for name, path in SOURCES.items() if known.search(path.read_text())}
-    config = {f"ncsn.config.{name}" for name in ("training", "rules", "schema")}  # settings, what fits them, a default
-    assert found == {*config, "ncsn.model.objective", "ncsn.init.choose"}  # the last one writes the settings of one
+    knowing = {"ncsn.config.training", "ncsn.config.rules", "ncsn.model.objective"}  # settings, what fits them, the rest
+    assert found == {*knowing, "ncsn.init.choose"}  # which writes the settings of one
 
 
 def test_every_module_has_a_layer() -> None:

@@ -18,7 +18,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, field_validator
 from ncsn.config.choices import Domain, GuidanceConfig, NetworkConfig, Section, matching
 from ncsn.config.compute import ComputeConfig
 from ncsn.config.training import (
-    DsmLossConfig,
+    DEFAULT_LOSS,
     LevelsConfig,
     LossConfig,
     NoiseChoice,
@@ -312,7 +312,7 @@ class Config(Section):
     data: DataConfig
     noise: NoiseChoice = NoiseConfig()
     network: NetworkConfig
-    loss: LossConfig = DsmLossConfig()
+    loss: LossConfig = DEFAULT_LOSS
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig
     sampling: SamplingConfig
