@@ -163,7 +163,7 @@ def test_no_module_imports_itself_through_others() -> None:
 def test_few_modules_know_which_objectives_there_are() -> None:
     known = re.compile(r"(Dsm|Ssm|Consistency)LossConfig|loss\.kind( [=!]=|\]|\", )|config\.loss, ")
     found = {name for name, path in SOURCES.items() if known.search(path.read_text())}
-    knowing = {"ncsn.config.training", "ncsn.config.rules", "ncsn.model.objective"}  # settings, what fits them, the rest
+    knowing = {"ncsn.config.training", "ncsn.config.rules", "ncsn.model.objective"}  # settings, rules, the rest
     assert found == {*knowing, "ncsn.init.choose"}  # which writes the settings of one
 
 
