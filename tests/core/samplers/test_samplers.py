@@ -166,12 +166,6 @@ def test_errors_on_gaussian_data_are_those_of_the_table(grid, count, analytic):
             assert value == pytest.approx(expected, rel=0.01) and half == pytest.approx(value, rel=1e-6)
 
 
-@pytest.mark.oracle(10)
-def test_orders_of_convergence(analytic):
-    coarse, fine = (errors(NARROW, count, analytic) for count in (72, 144))
-    assert [a / b for a, b in zip(coarse, fine, strict=True)] == pytest.approx([4.08, 4.09], rel=5e-3)
-
-
 def test_churn_keeps_the_variance_and_uses_its_noise(analytic):
     sigmas, s = torch.tensor([10.0, 0.01], dtype=torch.float64), 0.5
     generator, asked = torch.Generator().manual_seed(0), []
@@ -228,33 +222,6 @@ def test_on_a_point_mass_each_level_has_its_variance(order, eta, analytic):
     )
     assert seen == pytest.approx([sigma**2 for sigma in visited(sampler, sigmas)], rel=1e-12)
     assert x.abs().max() < 1e-14
-
-
-class Line:
-    """A denoised image that is linear in t = -ln sigma and does not depend on x."""
-
-    def __call__(self, x, *, sigma):
-        return (0.3 - 0.7 * sigma[0].log().item() - x) / sigma.view(-1, 1, 1, 1) ** 2
-
-
-def test_two_values_are_weighed_in_the_middle_of_the_step():
-    """2M takes phi_0 h / 2 for phi_1: its error on a line is 0.7 (phi_1 - phi_0 h / 2), of each step but the first."""
-    seen, sigmas, h = [], torch.tensor([5.0, 0.05], dtype=torch.float64), math.log(100) / 8
-    sampler = DpmSolver(num_steps=9, spacing="geometric", denoise=False)
-    start = torch.ones(1, 1, 1, 1, dtype=torch.float64)
-    sample(sampler, Line(), x=start, sigmas=sigmas, noise=None, on_level=lambda _, x: seen.append(x.item()))
-    levels = visited(sampler, sigmas)
-
-    def particular(sigma):
-        return 0.3 - 0.7 * math.log(sigma) - 0.7
-
-    exact = [
-        particular(low) + (x - particular(high)) * low / high
-        for x, high, low in zip(seen, levels, levels[1:], strict=False)
-    ]
-    found = [abs(after - wanted) for after, wanted in zip(seen[1:], exact, strict=True)]
-    phi_0 = 1 - math.exp(-h)
-    assert found[1:] == pytest.approx([0.7 * (h - phi_0 - phi_0 * h / 2)] * 7, rel=1e-9)
 
 
 @pytest.mark.parametrize("spacing", ["geometric", "karras"])
