@@ -11,22 +11,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torchvision
 from torch.nn import functional
 
 from benchmarks import gpu, roofline, training_step
-from benchmarks.edm_loss import held_out_losses
 from benchmarks.measure import Clock, in_turns, ratio
 from benchmarks.roofline import SHARE
 from benchmarks.scale import Machines, Work, step_on
 from benchmarks.training_step import loss_curves, measure
 from ncsn.config import from_yaml
-from ncsn.data.format import Rows
-from ncsn.model import build
-from ncsn.model.checkpoint import TrainedNetwork
 
 WORK = Work(parameters=25_000_000, flop=1e9, image_bytes=1000, batch=64, checkpoint_every=6400)
 MACHINES = Machines(flops=1e12, inside=1e11, network=1e10, store=1e9, hop_seconds=0.0)
@@ -152,18 +147,3 @@ def test_the_gpu_rows_need_only_torch_and_numpy() -> None:
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert set(json.loads(done.stdout)) - sys.stdlib_module_names == {"benchmarks", "ncsn"}
-
-
-def test_the_held_out_loss_of_an_image_is_its_own_and_that_of_a_fresh_network_is_known() -> None:
-    config = from_yaml((CONFIGS / "digits.yaml").read_text())
-    trained = TrainedNetwork(config=config, network=build.network(config).eval(), moments=None)  # type: ignore[arg-type]
-    grays = np.random.default_rng(0).integers(0, 256, (300, 8, 8, 1), np.uint8)
-    rows = Rows(grays, np.zeros(300, np.int64))
-    sigmas = torch.tensor([1.0, 0.1])
-    losses = held_out_losses(trained, rows, sigmas=sigmas)
-    assert losses.shape == (2, 300)
-    np.testing.assert_allclose(held_out_losses(trained, Rows(grays[:7], rows.labels[:7]), sigmas=sigmas), losses[:, :7])
-    # Its score is that of a Gaussian of deviation d = 0.35 around mid-gray; uniform grays have a variance of 1/12.
-    for sigma, loss in zip((1.0, 0.1), losses.mean(axis=1), strict=True):
-        total = sigma**2 + 0.35**2
-        assert loss == pytest.approx((sigma**2 / 12 + 0.35**4) / total**2, rel=0.02)

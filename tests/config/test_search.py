@@ -35,10 +35,6 @@ def test_the_first_rung_of_the_example_judges_trained_weights() -> None:
     assert share == pytest.approx(0.98**121)
 
 
-def test_a_search_does_not_change_whose_run_it_is() -> None:
-    assert changed_settings(digits(), digits("search.num_trials=3")) == {}
-
-
 @pytest.mark.parametrize(
     ("text", "key", "token"),
     [

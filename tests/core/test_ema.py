@@ -62,10 +62,7 @@ def averages(decay: Decay, batch: int) -> tuple[float, float]:
     return constant, growing
 
 
-@pytest.mark.parametrize(
-    ("batch", "plain", "ramped"),
-    [(64, 0.674838, 0.932733), (2048, 0.675285, 0.933173)],
-)
+@pytest.mark.parametrize(("batch", "plain", "ramped"), [(64, 0.674838, 0.932733), (2048, 0.675285, 0.933173)])
 def test_a_half_life_in_images_does_not_depend_on_the_batch_size(batch: int, plain: float, ramped: float) -> None:
     constant, growing = averages(half_life(HALF, None), batch)
     assert constant == pytest.approx(1 - 0.5 ** (IMAGES / HALF), abs=1e-12)

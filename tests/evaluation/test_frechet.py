@@ -17,7 +17,6 @@ from ncsn.evaluation.frechet import (
     JACKKNIFE_GROUPS,
     FrechetStatistics,
     RunningDistance,
-    factor,
     frechet_distance,
     frechet_jackknife,
     merged,
@@ -81,14 +80,6 @@ def test_agrees_with_scipys_square_root(rank: int) -> None:
     zero = np.zeros(30)
     expected = np.trace(a + b) - 2 * np.trace(scipy.linalg.sqrtm(a @ b)).real
     assert frechet_distance(gaussian(zero, a), gaussian(zero, b)) == pytest.approx(expected, rel=1e-5)
-
-
-@pytest.mark.parametrize(("size", "rank"), [(30, 40), (30, 10), (30, 1), (3, 0)])
-def test_factors_have_no_more_columns_than_the_rank(size: int, rank: int) -> None:
-    covariance = random_covariance(np.random.default_rng(rank), size, rank=rank) if rank else np.zeros((size, size))
-    found = factor(covariance)
-    assert found.shape == (size, min(size, rank))
-    np.testing.assert_allclose(found @ found.T, covariance, atol=1e-12)
 
 
 @pytest.mark.parametrize("count", [60, 200])
@@ -180,13 +171,6 @@ def test_an_interval_has_as_many_digits_as_are_known(numbers: tuple[float, ...],
 def test_scores_are_due_at_twice_the_features_and_doubled(rng, reference, images: int, due: list[int]) -> None:
     found = RunningDistance(reference, count=images).add(0, rng.standard_normal((images, 4)))
     assert [score.num_images for score in found] == due
-
-
-def test_all_images_at_once_have_the_last_of_the_running_scores(rng, reference) -> None:
-    features = rng.standard_normal((100, 4))
-    last = RunningDistance(reference, count=100).add(0, features)[-1]
-    once = score_of(features, reference)
-    assert (once.num_images, once.fid, once.log_std) == pytest.approx((100, last.fid, last.log_std), rel=1e-9)
 
 
 def test_groups_have_a_core_each(rng, reference, monkeypatch: pytest.MonkeyPatch) -> None:

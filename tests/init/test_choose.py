@@ -13,7 +13,7 @@ from refused import refused
 from ncsn.config import Config, ConfigError, from_yaml
 from ncsn.errors import UserError
 from ncsn.init import choose as choices
-from ncsn.init.choose import FirstConfig, held_out, sizes_for, slug, unet
+from ncsn.init.choose import FirstConfig, held_out, slug, unet
 from ncsn.init.plan import Machine, Speed, measure_speed
 from ncsn.init.survey import survey
 from ncsn.model.objective import noise_notes
@@ -293,15 +293,6 @@ def test_few_test_images_of_ones_own_are_splits_of_one_each(choose, tmp_path) ->
         (root / f"{number}.png").rename(folder / f"{number}.png")
     evaluation = choose(count=34).config.evaluation
     assert (evaluation.extractor, evaluation.num_splits) == ("classifier", 4)
-
-
-def test_sizes_and_widths() -> None:
-    assert [sizes_for(side) for side in (5, 8, 28, 33, 48, 500)] == [
-        [8], [8], [8, 16, 28], [8, 16, 32], [8, 16, 32, 48], [8, 16, 32, 64],
-    ]  # fmt: skip
-    assert unet(8, scale=1) == {"widths": [96, 96], "blocks_per_resolution": 1, "attention_sizes": []}
-    assert unet(28, scale=1) == {"widths": [24, 48, 96], "blocks_per_resolution": 1, "attention_sizes": [7]}
-    assert unet(64, scale=2) == {"widths": [32, 48, 96, 192], "blocks_per_resolution": 2, "attention_sizes": [8]}
 
 
 def test_at_least_three_images_are_held_out() -> None:

@@ -191,16 +191,6 @@ def test_the_class_decides_the_image_and_the_batch_does_not(trained: TrainedNetw
         images(trained, "sampling.label=fish")
 
 
-def test_weight_one_is_no_guidance_bitwise(trained: TrainedNetwork) -> None:
-    plain, guided = images(trained), images(trained, FREE)
-    assert (plain != guided).any(axis=(1, 2, 3)).all()
-    np.testing.assert_array_equal(images(trained, FREE, "sampling.guidance.weight=1.0"), plain)
-    alone = images(trained, FREE, first=2, count=1)
-    np.testing.assert_array_equal(alone, guided[2:3])
-    none = network_of(config_with("data.num_classes=null", "train.label_dropout=0"))
-    assert images(none).shape == plain.shape
-
-
 def test_weight_zero_is_the_network_without_classes(trained: TrainedNetwork, monkeypatch: pytest.MonkeyPatch) -> None:
     unaware = images(trained, FREE, "sampling.guidance.weight=0.0")
     score_at = type(trained.network).score_at
@@ -349,11 +339,7 @@ def test_labels_are_a_function_of_the_image() -> None:
     assert labels("data", first=400, count=7) == drawn[400:407]
     assert labels("data", count=1000, seed=1) != drawn[:1000]
     assert labels("dog") == [1] * 6
-
-
-def test_drawn_labels_are_as_frequent_as_in_training() -> None:
-    drawn = torch.tensor(labels("data", count=100_000))
-    shares = torch.bincount(drawn, minlength=3) / len(drawn)
+    shares = torch.bincount(torch.tensor(drawn), minlength=3) / len(drawn)
     assert shares.tolist() == pytest.approx([0.25, 0.0, 0.75], abs=4 * (0.25 * 0.75 / len(drawn)) ** 0.5)
 
 

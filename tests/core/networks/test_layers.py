@@ -10,12 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ncsn.core.networks import layers
-from ncsn.core.networks.layers import (
-    GroupNorm,
-    KeyedDropout,
-    group_norm_by_image,
-    image_keys,
-)
+from ncsn.core.networks.layers import GroupNorm, KeyedDropout, group_norm_by_image, image_keys
 from ncsn.core.networks.refinenet import ConditionalInstanceNormPlus, InstanceNormPlus, instance_norm_plus
 
 

@@ -101,16 +101,6 @@ def test_a_step_stays_with_the_score_of_its_start(analytic):
     assert errors[0] / errors[1] == pytest.approx(4, abs=0.6) and errors[1] / errors[2] == pytest.approx(4, abs=0.6)
 
 
-def test_multistep_samplers_forget_at_the_ends_of_the_band(analytic):
-    sigmas, sampler = torch.tensor([10.0, 0.02], dtype=torch.float64), DpmSolver(num_steps=61, denoise=False)
-    grid = visited(sampler, sigmas)
-    guided = gaussians(analytic, torch.tensor(grid), weight=3, band=(grid[45], grid[15]))
-    fields = [field_of(guided, sigma) for sigma in grid]
-    assert [k for k in range(60) if fields[k] is not fields[k + 1]] == [14, 44]
-    exact = spread(guided, sigmas, sampler=KarrasHeun(num_steps=61, denoise=False))
-    assert spread(guided, sigmas, sampler=sampler) == pytest.approx(exact, rel=0.02)
-
-
 def test_ends_of_a_band_move_to_the_grid():
     grid = spaced_sigmas(torch.tensor([80.0, 0.002], dtype=torch.float64), 18, spacing="karras")
 
