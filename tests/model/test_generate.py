@@ -240,16 +240,8 @@ def save_checkpoint(trained: TrainedNetwork, folder: Path) -> str:
     return str(folder)
 
 
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        [],
-        ["data.num_classes=null", "train.label_dropout=0", "network.widths=[8]"],
-        ["data.num_classes=null", "train.label_dropout=0", "network={kind: ncsnv2, num_features: 4}"],
-        ["noise.num_levels=3"],
-    ],
-)
-def test_another_checkpoint_guides(trained: TrainedNetwork, tmp_path: Path, overrides: list[str]) -> None:
+@pytest.mark.parametrize("overrides", [(), (*PLAIN, "network.widths=[8]"), (*PLAIN, NCSNV2), ("noise.num_levels=3",)])
+def test_another_checkpoint_guides(trained: TrainedNetwork, tmp_path: Path, overrides: tuple[str, ...]) -> None:
     worse = network_of(config_with(*overrides), seed=1)
     uri = save_checkpoint(worse, tmp_path / "worse")
     auto = f"sampling.guidance={{kind: autoguidance, checkpoint: {uri}, weight: 0.0}}"
@@ -265,24 +257,15 @@ def test_another_checkpoint_guides(trained: TrainedNetwork, tmp_path: Path, over
     assert facts["guidance"]["checkpoint"] == checkpoint.load_checkpoint(uri).digest
 
 
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        ["data.image_size=16"],
-        ["data.channels=3"],
-        ["data.num_classes=null", "train.label_dropout=0", "network={kind: ncsn, num_features: 4}",
-         "noise.num_levels=3", "sampling.sampler={kind: annealed_langevin}"],
-    ],
-)  # fmt: skip
-def test_a_guide_of_other_images_is_refused(trained: TrainedNetwork, tmp_path: Path, overrides: list[str]) -> None:
-    uri = save_checkpoint(network_of(config_with(*overrides)), tmp_path / "other")
-    with refused("sampling.guidance.checkpoint"):
-        images(trained, f"sampling.guidance={{kind: autoguidance, checkpoint: {uri}}}")
-
-
-def test_a_guide_that_is_missing_or_of_other_classes_is_refused(trained: TrainedNetwork, tmp_path: Path) -> None:
-    other = replace(network_of(config_with()), classes=Classes(("fish", "dog", "bird"), (1, 2, 3)))
-    for uri in (str(tmp_path / "nowhere"), save_checkpoint(other, tmp_path / "other"), "models:/x@weak"):
+def test_a_guide_that_is_missing_or_of_other_images_is_refused(trained: TrainedNetwork, tmp_path: Path) -> None:
+    others = [
+        replace(network_of(config_with()), classes=Classes(("fish", "dog", "bird"), (1, 2, 3))),
+        network_of(config_with("data.image_size=16")),
+        network_of(config_with("data.channels=3")),
+        network_of(config_with(NCSN, *PLAIN, LANGEVIN, "noise.num_levels=3")),
+    ]
+    saved = [save_checkpoint(each, tmp_path / str(number)) for number, each in enumerate(others)]
+    for uri in (str(tmp_path / "nowhere"), "models:/x@weak", *saved):
         with refused("sampling.guidance.checkpoint"):
             images(trained, f"sampling.guidance={{kind: autoguidance, checkpoint: '{uri}'}}")
 
@@ -302,7 +285,7 @@ def test_a_registered_model_has_its_guide_and_classes_with_it(trained: TrainedNe
     assert weights_digest(loaded.guide.network) == weights_digest(worse.network)
     np.testing.assert_array_equal(images(loaded, auto), expected)
     (tmp_path / "plain").mkdir()
-    save_network(network_of(config_with("data.num_classes=null", "train.label_dropout=0")), tmp_path / "plain")
+    save_network(network_of(config_with(*PLAIN)), tmp_path / "plain")
     assert {file.name for file in (tmp_path / "plain").iterdir()} == {"checkpoint.json", *SAMPLING_FILES}
 
 
@@ -362,7 +345,3 @@ def test_other_numbers_of_classes_are_refused() -> None:
         with refused("data.num_classes") as caught:
             require_same_classes(number, names, where="here")
         assert caught.value.problems[0].value == number
-    many = tuple(f"class-{number}" for number in range(1000))
-    with refused("data.num_classes") as caught:
-        require_same_classes(10, many, where="here")
-    assert len(str(caught.value)) < 500 and "1000" in str(caught.value)
