@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from image_folders import put, rows_of, skipped_of, sorted_rows
 from refused import refused
+from tiny_networks import tiny_config
 
-from ncsn.config import Config
 from ncsn.data.dataset import write_dataset
 from ncsn.data.format import SkippedImage
 from ncsn.data.sources import open_source
@@ -297,12 +297,8 @@ def test_training_is_refused_where_the_classifier_would_be(tmp_path, members, da
     files = {f"{n % classes}/{n}.png" if classes else f"{n}.png": image for n, image in enumerate(members.values())}
     data = data_config("image_folder", put(tmp_path / "images", files))
     manifest = write_dataset(open_source(data), str(tmp_path / "store"), name="x", data=data).manifest
-    tree = {"network": {"kind": "unet"}, "sampling": {"sampler": {"kind": "annealed_langevin"}}}
-    length = {"num_images": 128, "checkpoint_every_images": 128, "report_every_images": 128}
-    evaluation = {"extractor": "classifier"}
-    config = Config.model_validate({"name": "x", "data": data, **tree, "train": length, "evaluation": evaluation})
     with nullcontext() if classes > 1 else refused("evaluation.extractor"):
-        train.require_classes(config, manifest, "the dataset")
+        train.require_classes(tiny_config("evaluation.extractor=classifier"), manifest, "the dataset")
 
 
 FACES = [f"img_align_celeba/{number:06d}.jpg" for number in range(1, 9)]

@@ -117,29 +117,22 @@ def test_idx_images_and_labels_come_in_order(idx_folder, data_config, tmp_path, 
     assert len(opened.class_names) == 10
 
 
-IDX_DAMAGE = {  # how the 16 + 768 bytes of the train images change
-    "truncated": lambda content: content[:-1],
-    "labels": lambda content: struct.pack(">2I", 0x801, 12) + content[16:],
-    "a web page": lambda _: b"<!DOCTYPE html><html>",
-    "no sizes": lambda _: struct.pack(">4I", 0x803, 12, 0, 0),
-}
-
-
-@pytest.mark.parametrize("damage", IDX_DAMAGE)
-def test_damaged_idx_files_are_refused(idx_folder, data_config, damage):
-    folder, _ = idx_folder()
-    path = folder / TRAIN_IMAGES
-    path.write_bytes(IDX_DAMAGE[damage](path.read_bytes()))
-    with refused(str(folder)):
-        open_source(data_config("mnist", folder))
-
-
-@pytest.mark.parametrize("damage", [lambda whole: whole[:600], lambda whole: whole[:400] + bytes(100) + whole[500:]])
-def test_damaged_gzip_files_are_refused(idx_folder, data_config, damage):
-    folder, _ = idx_folder(compress=True)
-    path = folder / f"{TRAIN_IMAGES}.gz"
+@pytest.mark.parametrize(
+    ("compress", "damage"),
+    [
+        (False, lambda whole: whole[:-1]),
+        (False, lambda whole: struct.pack(">2I", 0x801, 12) + whole[16:]),  # of labels
+        (False, lambda _: b"<!DOCTYPE html><html>"),
+        (False, lambda _: struct.pack(">4I", 0x803, 12, 0, 0)),  # no sizes
+        (True, lambda whole: whole[:600]),
+        (True, lambda whole: whole[:400] + bytes(100) + whole[500:]),
+    ],
+)
+def test_damaged_idx_files_are_refused(idx_folder, data_config, compress, damage):
+    folder, _ = idx_folder(compress=compress)
+    path = folder / (f"{TRAIN_IMAGES}.gz" if compress else TRAIN_IMAGES)
     path.write_bytes(damage(path.read_bytes()))
-    with refused(str(path)):
+    with refused(str(path if compress else folder)):
         open_source(data_config("mnist", folder))
 
 

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 from refused import refused
+from tiny_networks import tiny_config
 
-from ncsn.config import Config, from_yaml
+from ncsn.config import Config
 from ncsn.core.images import fit_moments
 from ncsn.core.samplers.chain import visited
 from ncsn.model import build, checkpoint
@@ -28,15 +29,8 @@ from ncsn.model.generate import (
     with_precision,
 )
 
-TEXT = """
-name: tiny
-data: {source: sklearn_digits, image_size: 8, channels: 1, num_classes: 3}
-noise: {num_levels: 6, sigma_1: 2.0, sigma_L: 0.05}
-network: {kind: unet, widths: [8, 8], blocks_per_resolution: 1, embedding_features: 8}
-train: {batch_size: 8, num_images: 16, checkpoint_every_images: 8, report_every_images: 8, label_dropout: 0.1}
-sampling: {num_images: 4, sampler: {kind: karras_heun, num_steps: 5}}
-evaluation: {num_splits: 2}
-"""
+CLASSES = ("data.num_classes=3", "train.label_dropout=0.1", "sampling.sampler={kind: karras_heun, num_steps: 5}",
+           "noise={num_levels: 6, sigma_1: 2.0, sigma_L: 0.05}")  # fmt: skip
 FREE = "sampling.guidance={kind: classifier_free, weight: 3.0}"
 PETS = Classes(("cat", "dog", "bird"), (10, 20, 30))
 HEUN = "sampling.sampler={kind: karras_heun, num_steps: 5, churn: 2}"
@@ -44,7 +38,7 @@ LANGEVIN = "sampling.sampler={kind: annealed_langevin, steps_per_level: 2}"
 
 
 def config_with(*overrides: str) -> Config:
-    return from_yaml(TEXT, overrides=overrides)
+    return tiny_config(*CLASSES, *overrides)
 
 
 def network_of(config: Config, *, seed: int = 0) -> TrainedNetwork:
@@ -58,8 +52,7 @@ def network_of(config: Config, *, seed: int = 0) -> TrainedNetwork:
 
 
 def images(trained: TrainedNetwork, *overrides: str, first: int = 0, count: int = 4) -> np.ndarray:
-    sampling = from_yaml(TEXT, overrides=overrides).sampling
-    return generate(trained, sampling=sampling, first=first, count=count)
+    return generate(trained, sampling=config_with(*overrides).sampling, first=first, count=count)
 
 
 @pytest.fixture

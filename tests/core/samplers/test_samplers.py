@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -222,22 +223,12 @@ def test_networks_that_know_their_own_levels_are_asked_at_these(sampler, spacing
         assert by_level.item() == pytest.approx(sample(free, network, **arguments).item(), rel=1e-6)
 
 
-class TwoFields:
-    """The exact score of one Gaussian above a sigma, and of another below it."""
-
-    def __init__(self, analytic, *, boundary):
-        self.above, self.below = analytic.GaussianScore(None, s2=1.0), analytic.GaussianScore(None, s2=0.25)
-        self.boundary = boundary
-
-    def field_at(self, sigma):
-        return self.above if sigma > self.boundary else self.below
-
-
 def test_the_history_ends_where_the_score_becomes_another(analytic):
     sampler = DpmSolver(num_steps=9, denoise=False)
     sigmas, start = ends(NARROW), torch.full((1, 1, 1, 1), 6.0, dtype=torch.float64)
     levels, seen = visited(sampler, sigmas), []
-    network = TwoFields(analytic, boundary=levels[4] * (1 + 1e-9))
+    above, below = analytic.GaussianScore(None, s2=1.0), analytic.GaussianScore(None, s2=0.25)
+    network = SimpleNamespace(field_at=lambda sigma: above if sigma > levels[4] * (1 + 1e-9) else below)
     x = sample(sampler, network, x=start, sigmas=sigmas, noise=None, on_level=lambda _, state: seen.append(state))
 
     def stretch(x, part, s2):
