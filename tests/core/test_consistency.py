@@ -47,6 +47,32 @@ def test_two_points_of_one_trajectory_have_no_loss_and_two_of_one_noise_have():
     assert ConsistencyTuning()(exact, batch).per_image.min() > 1e-8
 
 
+@pytest.mark.oracle(24)
+@pytest.mark.parametrize("share", [0.5, 0.99, 0.9999])
+def test_the_gradient_at_the_consistency_function_vanishes_with_the_distance_of_the_levels(share):
+    """Of the slope a in M + (x - M) a: (a(t) (s^2 + t^2) - a(r) (s^2 + r t)) / c / (t - r), for c beyond all d."""
+    corners = torch.tensor([[1.0, 1], [1, -1], [-1, 1], [-1, -1]], dtype=torch.float64)  # moments of two normals
+    t, c, a = 0.5, 1e5, torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
+    r = share * t
+
+    def gradient(slope):
+        def network(x, *, sigma, dropout_keys=None):
+            found = slope(sigma[0]) * (a if torch.is_grad_enabled() else a.detach())
+            return (M + (x - M) * found - x) / sigma[0] ** 2
+
+        x, z = (M + S * corners[:, 0]).view(-1, 1, 1, 1), corners[:, 1].view(-1, 1, 1, 1)
+        levels = {"sigma": torch.full((4,), t).double(), "lower": torch.full((4,), r).double()}
+        loss = ConsistencyTuning(c=c)(network, Batch(x, z=z, **levels)).loss
+        (found,) = torch.autograd.grad(loss, a)
+        high, low = slope(t), slope(r)
+        expected = high * (high * (S**2 + t**2) - low * (S**2 + r * t)) / c / (t - r)
+        assert found.item() == pytest.approx(expected, rel=1e-4)
+        return found.item() * c
+
+    assert abs(gradient(lambda t: S / (S**2 + t**2) ** 0.5)) < 0.5 * (1 - share)
+    assert abs(gradient(lambda t: S**2 / (S**2 + t**2))) > 0.03, "the posterior mean is none"
+
+
 def test_where_r_is_zero_it_is_score_matching():
     batch, network = pairs(), lambda x, *, sigma, dropout_keys=None: torch.sin(5 * x) / per_pixel(sigma)
     of_image = Batch(batch.x, batch.sigma, batch.z, lower=torch.zeros_like(batch.sigma))
