@@ -83,12 +83,6 @@ def squared_mmd(x: np.ndarray, y: np.ndarray) -> float:
     return float(sum(means) - 2 * across.mean())
 
 
-def test_two_points_each_by_hand() -> None:
-    # D = 1, k = (xy + 1)^3: within x k(0,1) = 1, within y k(1,2) = 27, across the mean of 1, 1, 8, 27.
-    x, y = np.array([[0.0], [1.0]]), np.array([[1.0], [2.0]])
-    assert kernel_distance(x, y)[0] == pytest.approx(1 + 27 - 2 * (1 + 1 + 8 + 27) / 4, abs=1e-12)
-
-
 def test_the_distance_without_a_group_is_that_of_the_others() -> None:
     x, y = np.random.default_rng(4).standard_normal((2, 40, 3))
     without = [squared_mmd(np.delete(x, [group, group + 20], axis=0), y) for group in range(20)]
@@ -127,18 +121,6 @@ def test_agrees_with_the_full_matrix_in_any_blocks() -> None:
         found = nearest_neighbors(queries, reference, k=4, block_size=block_size)
         np.testing.assert_array_equal(found.indices, np.argsort(full, axis=1)[:, :4])
         np.testing.assert_allclose(found.distances, np.sort(full, axis=1)[:, :4], atol=1e-12)
-
-
-def test_a_copied_training_image_is_found_at_distance_zero_and_flagged(digits: tuple[Rows, Rows]) -> None:
-    train, test = digits
-    nudged = train.images[7].copy()
-    nudged[0, 0, 0] += 1
-    queries = np.concatenate([train.images[[3]], nudged[None], test.images[:30]])
-    found = nearest_neighbors(queries, train.images, k=2, block_size=500)
-    assert found.indices[:2, 0].tolist() == [3, 7]
-    assert found.distances[:2, 0].tolist() == [0, 1]
-    assert found.memorized[:2].all()
-    assert found.memorized[2:].mean() < 0.1
 
 
 def test_copies_are_found_whatever_equals_them(digits: tuple[Rows, Rows]) -> None:
