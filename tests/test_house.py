@@ -84,14 +84,14 @@ LEAST_MODULES, MOST_MODULES = 2, 14  # of a package
 # could.
 BUDGETS = {
     "ncsn/core": 3552,
-    "ncsn/data": 2817,
+    "ncsn/data": 2824,
     "ncsn/evaluation": 1740,
     "ncsn/steps ncsn/runs ncsn/kubeflow": 3440,
     "ncsn/model": 1468,
     "ncsn/distributed": 1527,
     "ncsn/config": 1707,
     "ncsn/cli": 1771,
-    "ncsn/tracking": 1496,
+    "ncsn/tracking": 1498,
     "ncsn/report": 1072,
     "ncsn/remote": 1620,
     "ncsn/library": 388,
@@ -103,7 +103,7 @@ BUDGETS = {
     "examples": 1141,
     "tests": 29027,
 }
-MOST_WORDS = 17413
+MOST_WORDS = 17437
 
 
 def _name(path: Path) -> str:

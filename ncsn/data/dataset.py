@@ -281,15 +281,17 @@ def _parts(
     write_parts: WriteParts | None, advance: Callable[[int], object],
 ) -> Iterator[tuple[str, Written]]:  # fmt: skip
     """Name of each part of a split and what is known of it, in order; what is in the folder stays."""
-    most, there, parts = part_images(data.pixels), set(storage.list_names(folder)), dict[str, PartWriter]()
-    for number, first in enumerate(range(0, len(images), most)):
-        name, within = f"part-{number:05d}.parquet", sampled[slice(*np.searchsorted(sampled, [first, first + most]))]
-        section = images.section(first, first + most)
-        parts[name] = PartWriter(section, storage.join(folder, name), near, data, within - first)
-    missing = (part for name, part in parts.items() if name not in there)
-    others = write_parts(missing, known) if write_parts else (part.write(known, advance=advance) for part in missing)
-    for name, part in parts.items():
-        written = part.read() if name in there else next(others)
+    most, there = part_images(data.pixels), set(storage.list_names(folder))
+    names = {first: f"part-{number:05d}.parquet" for number, first in enumerate(range(0, len(images), most))}
+
+    def part(first: int) -> PartWriter:  # made when it is its turn: a section may be a copy of the listing
+        within = sampled[slice(*np.searchsorted(sampled, [first, first + most]))] - first
+        return PartWriter(images.section(first, first + most), storage.join(folder, names[first]), near, data, within)
+
+    missing = (part(first) for first, name in names.items() if name not in there)
+    others = write_parts(missing, known) if write_parts else (one.write(known, advance=advance) for one in missing)
+    for first, name in names.items():
+        written = part(first).read() if name in there else next(others)
         if name in there or write_parts:
             advance(written.notes.rows + written.notes.left_out)
         yield name, written

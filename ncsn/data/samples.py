@@ -9,6 +9,7 @@ import io
 import itertools
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,8 @@ class SampleSet:
 
     def pixels(self) -> Pixels:
         """How the images are stored; all of them must be there."""
-        return image_pixels_of(next(self._tables([IMAGE], 0, self.count)).schema)
+        with self._open(*_shards(self.uri, 0, self.count)[0]) as file:
+            return image_pixels_of(file.schema_arrow)
 
     def starts(self, batch_size: int) -> list[int]:
         """Index of the first image of each batch, ascending from 0."""
@@ -92,11 +94,14 @@ class SampleSet:
         """Rows `first .. last`, shard by shard."""
         position = first
         for start, end in _shards(self.uri, first, last):
-            place = storage.join(self.uri, shard_name(start, end))
-            with open_images(place, rows=end - start, hint="delete it and sample again") as file:
+            with self._open(start, end) as file:
                 table = file.read(columns)
             yield table.slice(position - start, min(last, end) - position)
             position = end
+
+    def _open(self, first: int, last: int) -> AbstractContextManager[pq.ParquetFile]:
+        place = storage.join(self.uri, shard_name(first, last))
+        return open_images(place, rows=last - first, hint="delete it and sample again")
 
 
 def write_pngs(uri: str, folder: Path, *, num_images: int) -> None:

@@ -43,7 +43,6 @@ def prepare(run: Run, *, checkpoint: str, score: str | None = None) -> Prepared[
     With the URI of a dataset as `score`, the Fréchet distance so far to its training images is published meanwhile.
     """
     checkpoint, config, trained = opened(run, checkpoint, relative_width=run.config.sampling.relative_width)
-    require_label(config.sampling.label, trained.classes)
     guide = guide_of(trained, config.sampling)
     facts = sampling_facts(with_precision(config.sampling, trained, config.compute.device), guide)
     uri = storage.join(run.folder.samples, trained.digest, storage.digest(facts, 12))
@@ -129,6 +128,7 @@ def opened(run: Run, checkpoint: str, *, relative_width: float | None = None) ->
         checkpoint = ensure_average(checkpoint, relative_width=relative_width)
     trained = load_checkpoint(checkpoint)
     config = require_same_training(trained.config, run.config, origin=checkpoint)
+    require_label(config.sampling.label, trained.classes)
     if isinstance(config.sampling.guidance, AutoguidanceConfig):
         from ncsn.steps.address import keep_guide
 

@@ -145,14 +145,16 @@ def step_run(config: Config, *, run: str, step: str) -> Iterator[StepRun]:
     started, status = time.time(), "FINISHED"
     try:
         with mlflow_errors(connection.uri):
-            yield tracked
+            try:
+                yield tracked
+            finally:
+                with suppress(OSError):  # a full disk must not hide the first error
+                    seconds = read_step(folder, step).seconds + time.time() - started
+                    update_step(folder, step, seconds=round(seconds, 3))
     except BaseException as error:
         status = state_after(error)
         raise
     finally:
-        with suppress(OSError):  # a full disk must not hide the first error
-            seconds = read_step(folder, step).seconds + time.time() - started
-            update_step(folder, step, seconds=round(seconds, 3))
         # Send what the step's run lacks and the costs, and end it and the parent, unless others opened or ended it.
         ended = now_ms()
         try:
