@@ -12,6 +12,7 @@ from refused import refused
 
 from ncsn.config import flatten, from_yaml
 from ncsn.runs.folder import read_step, update_step
+from ncsn.tracking import mlflow_runs
 from ncsn.tracking.client import TrackingError, connect, tracking_uri
 from ncsn.tracking.mlflow_runs import provenance, step_run
 
@@ -43,6 +44,18 @@ def test_retried_step_goes_on_in_its_run_below_the_parent_and_says_how_it_ended(
     assert [run.info.run_name for run in (child, parent)] == ["train", f"retry-{status}"]
     assert child.data.tags["mlflow.parentRunId"] == ids[1]
     assert {"python.version", "torch.version", "mlflow.user", "mlflow.source.git.commit"} <= child.data.tags.keys()
+
+
+def test_an_interruption_while_the_seconds_are_written_ends_the_runs(config, monkeypatch):
+    def interrupt(*_, **changes):
+        if "seconds" in changes:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(mlflow_runs, "update_step", interrupt)
+    with pytest.raises(KeyboardInterrupt), step_run(config, run="seconds", step="train") as tracked:
+        pass
+    ids = (tracked.run_id, tracked.parent_run_id)
+    assert [tracked.client.get_run(run_id).info.status for run_id in ids] == ["KILLED", "KILLED"]
 
 
 def test_settings_that_a_step_uses_are_another_run_and_others_are_not(make_config):
