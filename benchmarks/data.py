@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.measure import Row, in_turns, ratio
-from ncsn.data.training_images import CachedSplit, mapped
+from ncsn import storage
+from ncsn.data.training_images import CachedSplit
 
 IMAGES, SIZE, BATCH = 60_000, 28, 128
 BATCHES = 400
@@ -24,7 +25,7 @@ def cache_row(*, rounds: int) -> Row:
     with tempfile.TemporaryDirectory() as folder:
         memory = draw.integers(0, 256, (IMAGES, SIZE, SIZE, 1), dtype=np.uint8)
         np.save(Path(folder) / "images.npy", memory)
-        cached = mapped(Path(folder) / "images.npy")
+        cached = storage.mapped(Path(folder) / "images.npy")
 
         def gather(source: NDArray[np.uint8]) -> None:
             split = CachedSplit(source, np.empty(IMAGES))

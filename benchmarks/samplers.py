@@ -36,11 +36,11 @@ from ncsn.config import Config, from_yaml, to_yaml
 from ncsn.config.schema import SamplingConfig
 from ncsn.data.format import load_manifest
 from ncsn.data.training_images import open_cache
+from ncsn.evaluation.class_scores import AskedClasses
 from ncsn.evaluation.extractors import joined
 from ncsn.evaluation.features import extractor_of
 from ncsn.evaluation.measure import NEIGHBOR_IMAGES, measure_extracted
 from ncsn.evaluation.reference import open_evaluator
-from ncsn.evaluation.scores import AskedClasses
 from ncsn.model.checkpoint import TrainedNetwork, load_checkpoint
 from ncsn.model.generate import generate, image_labels
 

@@ -18,9 +18,10 @@ from small_images import arguments
 from torch import Tensor, nn
 
 from ncsn.core.ema import Ema, step_decay
-from ncsn.core.losses import Batch, DenoisingScoreMatching, SlicedScoreMatching
+from ncsn.core.losses import Batch, DenoisingScoreMatching
 from ncsn.core.noise_schedule import geometric_sigmas
 from ncsn.core.samplers.langevin import annealed_langevin, langevin_step
+from ncsn.core.sliced import SlicedScoreMatching
 from ncsn.core.training import StepOptions, TrainState, train_step
 
 LEARNED_SIGMAS = geometric_sigmas(10.0, 0.1, 10)

@@ -10,7 +10,8 @@ import shutil
 import signal
 import subprocess
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +23,7 @@ from ray_nodes import PATIENT_RAY
 if TYPE_CHECKING:
     from kfp_api import KfpServer
     from playwright.sync_api import Browser
+    from rayjobs import Emulation
     from s3_server import S3Server
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -49,7 +51,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the files that wait longest, so that the short ones run beside them, and give them time."""
     folders = Path(__file__).parent
-    longest = [folders / name for name in ("e2e", "distributed", "remote", "steps", "tracking")]
+    longest = [folders / name for name in ("e2e", "distributed", "remote", "kubeflow", "steps", "tracking")]
 
     def place(item: pytest.Item) -> int:
         return next((n for n, each in enumerate(longest) if each in item.path.parents), len(longest))
@@ -121,6 +123,28 @@ def kfp_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[KfpServer]:
 
     with KfpServer() as server:
         yield server
+
+
+@pytest.fixture
+def emulation(tmp_path: Path) -> Iterator[Emulation]:
+    """An emulated Kubernetes API that the kubeconfig of the environment names, and a step to run on it."""
+    from rayjobs import emulated
+
+    with emulated(tmp_path) as emulation:
+        yield emulation
+
+
+@pytest.fixture
+def eventually() -> Callable[..., None]:
+    """Wait until a condition holds; fail if it never does."""
+
+    def wait(condition: Callable[[], object], what: str, seconds: float = 60) -> None:
+        ends = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < ends, f"waited in vain until {what}"
+            time.sleep(0.02)
+
+    return wait
 
 
 @pytest.fixture(scope="module")

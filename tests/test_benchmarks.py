@@ -11,27 +11,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torchvision
 from torch.nn import functional
 
 from benchmarks import gpu, roofline, training_step
-from benchmarks.edm_loss import held_out_losses
 from benchmarks.measure import Clock, in_turns, ratio
-from benchmarks.roofline import SHARE
 from benchmarks.scale import Machines, Work, step_on
 from benchmarks.training_step import loss_curves, measure
 from ncsn.config import from_yaml
-from ncsn.data.format import Rows
-from ncsn.model import build
-from ncsn.model.checkpoint import TrainedNetwork
 
 WORK = Work(parameters=25_000_000, flop=1e9, image_bytes=1000, batch=64, checkpoint_every=6400)
 MACHINES = Machines(flops=1e12, inside=1e11, network=1e10, store=1e9, hop_seconds=0.0)
-MAPS = torch.empty(2, 3, 4, 4, device="meta")
-WEIGHT = torch.empty(5, 3, 3, 3, device="meta")
 CONFIGS = Path(__file__).parents[1] / "configs"
 PUBLISHED = {"cifar10_edm": (55_733_891, 127.134), "celeba64_edm": (61_805_571, 251.143)}  # parameters, GFLOP
 GPU_RECIPES = [path for path in sorted(CONFIGS.glob("*.yaml")) if "use_gpu: true" in path.read_text()]
@@ -64,32 +56,6 @@ def test_gradients_go_around_the_rings_in_and_between_nodes() -> None:
     assert far.all_reduce == pytest.approx(near.all_reduce + 2 * 1 / 2 * 100e6 / 1e10)
     assert far.seconds == pytest.approx(far.compute / 3 + far.all_reduce)  # the backward pass hides two thirds
     assert far.limit(MACHINES) == "gradients"
-
-
-def test_an_elementwise_operation_is_part_of_others() -> None:
-    with roofline.Work(2) as work:
-        functional.conv2d(2 * functional.silu(MAPS), WEIGHT, padding=1)
-    # The first reads the maps. The convolution's are written before it reads them.
-    assert work.operations == [(0, 96), (0, 0), (2 * 32 * 5 * 27, 96 + 96 + 135 + 160)]
-    assert work.flop == 32 * 5 * 27 and work.bytes == 96 + 487
-
-
-def test_a_norm_reads_its_maps_twice_and_is_part_of_what_reads_it() -> None:
-    with roofline.Work(2) as work:
-        functional.silu(functional.group_norm(functional.conv2d(MAPS, WEIGHT), 1)).sum()
-    values = [values for _, values in work.operations]
-    # 40 values come from the convolution, and are written by the activation before the sum reads them.
-    assert values == [96 + 135 + 40, 2 * 40, 0, 40 + 40 + 1]
-
-
-def test_an_operation_waits_for_its_products_or_for_memory() -> None:
-    work = roofline.Work(10)
-    work.operations = [(989 * 10**9, 1), (0, 3_350 * 10**6), (989 * 10**9, 3_350 * 10**6)]
-    # Of a millisecond each, twice that, and the larger of both.
-    assert work.seconds("h100", precision="bfloat16") == pytest.approx((1 + 2 + 2) * 1e-4 / SHARE, rel=1e-3)
-    work.operations += [(0, 0), (0, 1), (1, 0)]  # one that is fused, and two of the shortest
-    assert work.seconds("h100", precision="bfloat16") == pytest.approx(5e-4 / SHARE + 2 * 3.4e-7, rel=1e-3, abs=1e-9)
-    assert work.seconds("h100", precision="float32") == 2 * work.seconds("h100", precision="bfloat16")
 
 
 def test_half_of_what_a_gpu_allows_is_what_nvidia_s_resnet_50_reaches() -> None:
@@ -152,18 +118,3 @@ def test_the_gpu_rows_need_only_torch_and_numpy() -> None:
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert set(json.loads(done.stdout)) - sys.stdlib_module_names == {"benchmarks", "ncsn"}
-
-
-def test_the_held_out_loss_of_an_image_is_its_own_and_that_of_a_fresh_network_is_known() -> None:
-    config = from_yaml((CONFIGS / "digits.yaml").read_text())
-    trained = TrainedNetwork(config=config, network=build.network(config).eval(), moments=None)  # type: ignore[arg-type]
-    grays = np.random.default_rng(0).integers(0, 256, (300, 8, 8, 1), np.uint8)
-    rows = Rows(grays, np.zeros(300, np.int64))
-    sigmas = torch.tensor([1.0, 0.1])
-    losses = held_out_losses(trained, rows, sigmas=sigmas)
-    assert losses.shape == (2, 300)
-    np.testing.assert_allclose(held_out_losses(trained, Rows(grays[:7], rows.labels[:7]), sigmas=sigmas), losses[:, :7])
-    # Its score is that of a Gaussian of deviation d = 0.35 around mid-gray; uniform grays have a variance of 1/12.
-    for sigma, loss in zip((1.0, 0.1), losses.mean(axis=1), strict=True):
-        total = sigma**2 + 0.35**2
-        assert loss == pytest.approx((sigma**2 / 12 + 0.35**4) / total**2, rel=0.02)

@@ -80,28 +80,30 @@ LIGHT = (
 MOST_LINES, MOST_LINES_OF_A_FUNCTION, MOST_LINES_OF_A_COMPONENT = 500, 80, 15
 LEAST_MODULES, MOST_MODULES = 2, 14  # of a package
 
-# Lines of each part; a change that takes it 10 % over its budget has to say why.
+# Lines of each part, as it is, and words of all pages. Who raises a number says in the commit what went, or why nothing
+# could.
 BUDGETS = {
-    "ncsn/core": 3347,
-    "ncsn/data": 2560,
-    "ncsn/evaluation": 1600,
-    "ncsn/steps ncsn/runs ncsn/kubeflow": 3148,
-    "ncsn/model": 1476,
-    "ncsn/distributed": 1400,
-    "ncsn/config": 1610,
-    "ncsn/cli": 1678,
-    "ncsn/tracking": 1375,
-    "ncsn/report": 1181,
-    "ncsn/remote": 1484,
-    "ncsn/library": 355,
-    "ncsn/init ncsn/inspection": 1707,
-    "ncsn/serving": 407,
-    "ncsn/training": 966,
-    "components pipelines": 933,
-    "ncsn/storage": 753,
-    "examples": 1051,
-    "tests": 27700,
+    "ncsn/core": 3552,
+    "ncsn/data": 2817,
+    "ncsn/evaluation": 1740,
+    "ncsn/steps ncsn/runs ncsn/kubeflow": 3440,
+    "ncsn/model": 1468,
+    "ncsn/distributed": 1527,
+    "ncsn/config": 1707,
+    "ncsn/cli": 1771,
+    "ncsn/tracking": 1496,
+    "ncsn/report": 1072,
+    "ncsn/remote": 1620,
+    "ncsn/library": 388,
+    "ncsn/init ncsn/inspection": 1807,
+    "ncsn/serving": 437,
+    "ncsn/training": 1037,
+    "components pipelines": 1006,
+    "ncsn/storage": 843,
+    "examples": 1141,
+    "tests": 29027,
 }
+MOST_WORDS = 17413
 
 
 def _name(path: Path) -> str:
@@ -161,8 +163,8 @@ def test_no_module_imports_itself_through_others() -> None:
 def test_few_modules_know_which_objectives_there_are() -> None:
     known = re.compile(r"(Dsm|Ssm|Consistency)LossConfig|loss\.kind( [=!]=|\]|\", )|config\.loss, ")
     found = {name for name, path in SOURCES.items() if known.search(path.read_text())}
-    config = {f"ncsn.config.{name}" for name in ("training", "rules", "schema")}  # settings, what fits them, a default
-    assert found == {*config, "ncsn.model.objective", "ncsn.init.choose"}  # the last one writes the settings of one
+    knowing = {"ncsn.config.training", "ncsn.config.rules", "ncsn.model.objective"}  # settings, rules, the rest
+    assert found == {*knowing, "ncsn.init.choose"}  # which writes the settings of one
 
 
 def test_every_module_has_a_layer() -> None:
@@ -282,4 +284,9 @@ def test_packages_keep_their_budgets() -> None:
         return sum(path.read_text().count("\n") for path in (ROOT / folder).rglob("*.py"))
 
     found = {parts: sum(map(lines, parts.split())) for parts in BUDGETS}
-    assert {parts: count for parts, count in found.items() if count > 1.1 * BUDGETS[parts]} == {}
+    assert {parts: count for parts, count in found.items() if count > BUDGETS[parts]} == {}
+
+
+def test_the_pages_keep_their_budget() -> None:
+    pages = [*(ROOT / "docs").glob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+    assert sum(len(page.read_text().split()) for page in pages) <= MOST_WORDS

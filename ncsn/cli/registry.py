@@ -88,7 +88,7 @@ def ui_command(*, options: TargetOptions, host: str, port: int) -> None:
     command = server_command(uri, host=host, port=port)
     require_free(host, port)  # MLflow's server exits with 0 if it cannot listen
     address = f"http://{host}:{port}{front_page(uri, run=options.run)}"
-    quiet = os.environ | {"PYTHONWARNINGS": "ignore"}  # of deprecations that only MLflow can mend
+    quiet = os.environ | {"PYTHONWARNINGS": "ignore"}  # MLflow warns of its own dependencies
     with subprocess.Popen(command, start_new_session=True, env=quiet) as server, suppress(KeyboardInterrupt):  # noqa: S603
         try:
             while server.poll() is None:

@@ -58,7 +58,7 @@ class Terminal(Observer):
     def __init__(self, whole: Run | None = None, *, events: bool = False) -> None:
         self.whole, self._events = whole, events
         self.log = None if whole is None else _work_folder(whole) / "log.txt"
-        self.step, self.run = "", whole  # at work
+        self.step, self.run = "", whole  # what is being done
         self._stack = ExitStack()
         self._ended, self._watcher, self._since = threading.Event(), threading.Thread(), 0.0
 

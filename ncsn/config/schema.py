@@ -18,7 +18,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, field_validator
 from ncsn.config.choices import Domain, GuidanceConfig, NetworkConfig, Section, matching
 from ncsn.config.compute import ComputeConfig
 from ncsn.config.training import (
-    DsmLossConfig,
+    DEFAULT_LOSS,
     LevelsConfig,
     LossConfig,
     NoiseChoice,
@@ -288,13 +288,6 @@ class EvaluationConfig(Section):
             return "inception"
         return "dinov2" if self.extractor == "dinov2" else None
 
-    def resolved(self, *, num_classes: int) -> EvaluationConfig:
-        """The same settings with `auto` replaced by an extractor, for images of `num_classes` classes."""
-        if self.extractor != "auto":
-            return self
-        learned = "classifier" if num_classes >= 2 else "clusters"
-        return self.model_copy(update={"extractor": self.pretrained or learned})
-
 
 class SelectConfig(Section):
     """How `ncsn select` chooses among the checkpoints of a run."""
@@ -319,7 +312,7 @@ class Config(Section):
     data: DataConfig
     noise: NoiseChoice = NoiseConfig()
     network: NetworkConfig
-    loss: LossConfig = DsmLossConfig()
+    loss: LossConfig = DEFAULT_LOSS
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig
     sampling: SamplingConfig

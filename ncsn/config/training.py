@@ -149,6 +149,7 @@ class ConsistencyLossConfig(Section):
 
 
 LossConfig = Annotated[DsmLossConfig | SsmLossConfig | ConsistencyLossConfig, Field(discriminator="kind")]
+DEFAULT_LOSS = DsmLossConfig()
 
 
 class OptimizerConfig(Section):

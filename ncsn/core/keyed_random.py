@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 _WORDS_PER_BLOCK = 4
-UNIFORM, NORMAL, PERMUTATION = range(3)  # kinds of draws, each with words of its own
+UNIFORM, NORMAL, PERMUTATION = range(3)  # kinds of draws: each has other random words
 _LOW_32 = 0xFFFFFFFF
 
 COMMON_SEED = 0  # of draws that are the same for all experiments on a dataset, so that their results compare

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch import Tensor
 
 from ncsn.core.keyed_random import COMMON_SEED, keyed_normal
 
@@ -76,31 +74,6 @@ class EdmWeight:
         return 1 + (sigma / self.sigma_data).square()
 
 
-class Uncertainty(nn.Module):
-    """u(sigma), the logarithm of the weighted loss per pixel that is expected there (Karras et al. 2024).
-
-    A linear layer on fixed random Fourier features of ln(sigma) / 4. It starts at 0, and training learns it with the
-    network: the least of l e^-u + u over u is at u = ln l. So no sigma dominates the gradient because its loss is
-    larger.
-    """
-
-    frequencies: Tensor
-    phases: Tensor
-
-    def __init__(self, *, features: int = 128, seed: int = 0) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(seed)
-        self.register_buffer("frequencies", 2 * math.pi * torch.randn(features, generator=generator))
-        self.register_buffer("phases", 2 * math.pi * torch.rand(features, generator=generator))
-        self.weight = nn.Parameter(torch.zeros(features))
-
-    def forward(self, sigma: Tensor) -> Tensor:
-        """The logarithm at each sigma [B], [B]."""
-        angles = (2 * sigma.float()).log()[:, None] / 4 * self.frequencies + self.phases
-        u: Tensor = (2 / len(self.weight)) ** 0.5 * angles.cos() @ self.weight
-        return u
-
-
 @dataclass(frozen=True)
 class DenoisingScoreMatching:
     """Denoising score matching at one noise level per image (equations 5 and 6).
@@ -111,7 +84,7 @@ class DenoisingScoreMatching:
     """
 
     weight: Weight = PowerWeight()
-    uncertainty: Uncertainty | None = None
+    uncertainty: Callable[[Tensor], Tensor] | None = None  # such as `ncsn.core.uncertainty.Uncertainty`
 
     def __call__(self, network: ScoreFunction, batch: Batch) -> LossValue:
         sigma = batch.sigma.to(batch.x.dtype)
@@ -126,32 +99,7 @@ class DenoisingScoreMatching:
         return LossValue(loss=0.5 * weighted.mean(), per_image=squared.detach() / size)
 
 
-@dataclass(frozen=True)
-class SlicedScoreMatching:
-    """Sliced score matching with variance reduction (2019, section 2.1 and equation 3) on perturbed data.
-
-    The loss of an image is sigma^p (1/2 |s|^2 + v . grad_x (v . s)) at x + sigma z, for a random v. It equals denoising
-    score matching up to a constant in expectation, and is negative once the network has learned. The network must be
-    twice differentiable. `per_image` is 1 + 2 sigma^2 l / D for the unweighted loss l, which has the expectation of
-    denoising score matching's, so that the two trainings compare.
-    """
-
-    anneal_power: float = 2.0
-
-    def __call__(self, network: ScoreFunction, batch: Batch) -> LossValue:
-        assert batch.v is not None
-        x, sigma = batch.x, batch.sigma.to(batch.x.dtype)
-        noisy = torch.addcmul(x, batch.z, per_pixel(sigma, x)).requires_grad_()
-        # Of the attention kernels only the plain one can be differentiated twice.
-        with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
-            score = network(noisy, **batch.inputs).to(x.dtype)
-            (gradient,) = torch.autograd.grad((batch.v * score).sum(), noisy, create_graph=True)
-            unweighted = 0.5 * score.square().flatten(1).sum(dim=1) + (batch.v * gradient).flatten(1).sum(dim=1)
-        normalized = 1 + 2 * sigma.square() * unweighted.detach() / x[0].numel()
-        return LossValue(loss=(sigma**self.anneal_power * unweighted).mean(), per_image=normalized)
-
-
-# A loss that a training step minimizes, as those here and in `ncsn.core.consistency`.
+# A loss that a training step minimizes, as that here and those in `ncsn.core.sliced` and `ncsn.core.consistency`.
 Loss = Callable[[ScoreFunction, Batch], LossValue]
 
 

@@ -16,7 +16,7 @@ from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
 from ncsn.core.ema import Ema
-from ncsn.core.losses import Batch, Loss, Uncertainty
+from ncsn.core.losses import Batch, Loss
 
 if TYPE_CHECKING:
     from ncsn.core.narrow_weights import NarrowWeights
@@ -32,7 +32,7 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     ema: Ema
     images_seen: int = 0  # by all workers
-    uncertainty: Uncertainty | None = None  # that the loss learns with the network; without an average
+    uncertainty: nn.Module | None = None  # that the loss learns with the network; without an average
     second_ema: Ema | None = None  # with another memory, for averages that are put together after training
     narrow: NarrowWeights | None = field(default=None, init=False)  # that steps on a GPU use, and no checkpoint has
 

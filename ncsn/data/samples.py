@@ -9,7 +9,7 @@ import io
 import itertools
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -62,51 +62,53 @@ def missing_ranges(names: Sequence[str], *, num_images: int) -> list[tuple[int, 
     return gaps
 
 
-def samples_pixels(uri: str, *, num_images: int) -> Pixels:
-    """How the images are stored in the folder `uri`, which must hold images `0 .. num_images`."""
-    with _open_shard(uri, *_shards(uri, 0, num_images)[0]) as file:
-        return image_pixels_of(file.schema_arrow)
+@dataclass(frozen=True)
+class SampleSet:
+    """The first `count` images of a samples folder, whose shards may overlap. No batch holds images of two shards."""
 
+    uri: str
+    count: int
 
-def read_samples(uri: str, first: int, last: int, *, as_bytes: bool = False) -> NDArray[Any]:
-    """Images `first .. last` of the folder `uri`, [n, H, W, C] as stored or `eight_bit`. Shards may overlap."""
-    tables = list(_tables(uri, [IMAGE, LABEL], first, last))
-    images = np.concatenate([from_table(table).images for table in tables])
-    return eight_bit(images, image_pixels_of(tables[0].schema).limits) if as_bytes else images
+    def pixels(self) -> Pixels:
+        """How the images are stored; all of them must be there."""
+        return image_pixels_of(next(self._tables([IMAGE], 0, self.count)).schema)
+
+    def starts(self, batch_size: int) -> list[int]:
+        """Index of the first image of each batch, ascending from 0."""
+        borders = [0, *(min(last, self.count) for _, last in _shards(self.uri, 0, self.count))]
+        return [start for first, last in itertools.pairwise(borders) for start in range(first, last, batch_size)]
+
+    def read(self, first: int, last: int) -> NDArray[np.uint8]:
+        """Images `first .. last`, [n, H, W, C] `eight_bit`."""
+        tables = list(self._tables([IMAGE, LABEL], first, last))
+        images = np.concatenate([from_table(table).images for table in tables])
+        return eight_bit(images, image_pixels_of(tables[0].schema).limits)
+
+    def labels(self) -> NDArray[np.int64]:
+        """The class of each image, int64 [count], -1 for none."""
+        return np.concatenate([table.column(LABEL).to_numpy() for table in self._tables([LABEL], 0, self.count)])
+
+    def _tables(self, columns: list[str], first: int, last: int) -> Iterator[pa.Table]:
+        """Rows `first .. last`, shard by shard."""
+        position = first
+        for start, end in _shards(self.uri, first, last):
+            place = storage.join(self.uri, shard_name(start, end))
+            with open_images(place, rows=end - start, hint="delete it and sample again") as file:
+                table = file.read(columns)
+            yield table.slice(position - start, min(last, end) - position)
+            position = end
 
 
 def write_pngs(uri: str, folder: Path, *, num_images: int) -> None:
     """Write images `0 .. num_images` of the folder `uri` as `000000.png`, ... into a new or empty folder, whole."""
-    folder = folder.absolute()
-    starts = batch_starts(uri, num_images=num_images, batch_size=num_images)  # of the shards
+    folder, samples = folder.absolute(), SampleSet(uri, num_images)
+    starts = samples.starts(num_images)  # of the shards
     with storage.scratch_folder(str(folder.parent)) as temporary:
         for first, last in itertools.pairwise([*starts, num_images]):
-            shown = picture_channels(read_samples(uri, first, last, as_bytes=True))
-            for number, image in enumerate(shown, first):
+            for number, image in enumerate(picture_channels(samples.read(first, last)), first):
                 picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
                 picture.save(temporary / f"{number:06d}.png")
         temporary.rename(folder)
-
-
-def read_labels(uri: str, *, num_images: int) -> NDArray[np.int64]:
-    """Class of each of images `0 .. num_images` of the folder `uri`, int64 [num_images], -1 for none."""
-    return np.concatenate([table.column(LABEL).to_numpy() for table in _tables(uri, [LABEL], 0, num_images)])
-
-
-def _tables(uri: str, columns: list[str], first: int, last: int) -> Iterator[pa.Table]:
-    """Rows `first .. last`, shard by shard."""
-    position = first
-    for start, end in _shards(uri, first, last):
-        with _open_shard(uri, start, end) as file:
-            table = file.read(columns)
-        yield table.slice(position - start, min(last, end) - position)
-        position = end
-
-
-def batch_starts(uri: str, *, num_images: int, batch_size: int) -> list[int]:
-    """Index of the first image of each batch of the first images. No batch holds images of two shards."""
-    borders = [0, *(min(last, num_images) for _, last in _shards(uri, 0, num_images))]
-    return [start for first, last in itertools.pairwise(borders) for start in range(first, last, batch_size)]
 
 
 def _ranges(names: Sequence[str]) -> list[tuple[int, int]]:
@@ -132,8 +134,3 @@ def _shards(uri: str, first: int, last: int) -> list[tuple[int, int]]:
             hint="run the sample step again to generate the missing ones, or lower sampling.num_images",
         )
     return useful
-
-
-def _open_shard(uri: str, first: int, last: int) -> AbstractContextManager[pq.ParquetFile]:
-    place = storage.join(uri, shard_name(first, last))
-    return open_images(place, rows=last - first, hint="delete it and sample again")

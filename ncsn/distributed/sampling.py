@@ -18,7 +18,7 @@ from ncsn import storage
 from ncsn.config import Config
 from ncsn.config.schema import SamplingConfig
 from ncsn.core.images import eight_bit
-from ncsn.data.samples import missing_ranges, read_samples, shard_name, write_shard
+from ncsn.data.samples import SampleSet, missing_ranges, shard_name, write_shard
 from ncsn.distributed.ray_calls import call_all
 from ncsn.errors import InvalidValue
 from ncsn.evaluation.extractors import batches
@@ -102,7 +102,8 @@ def _sample_shard(shard: Chunk) -> Features | None:
     """Publish the shard unless it exists; the features of its images if they are wanted."""
     assert shard.folder is not None, "a shard is kept"
     if shard.exists:
-        images = read_samples(shard.folder, shard.first, shard.first + shard.count, as_bytes=True)
+        last = shard.first + shard.count
+        images = SampleSet(shard.folder, last).read(shard.first, last)
     else:
         strip = None if shard.first else Strip(shard.sampling, shard.config)
         images = _generate(shard, on_level=strip)

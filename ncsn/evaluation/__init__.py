@@ -31,7 +31,11 @@ def with_interval(value: float, low: float, high: float) -> str:
 
 def evaluation_of(config: Config, manifest: Manifest) -> EvaluationConfig:
     """How the samples are evaluated, with the extractor that `auto` stands for."""
-    return config.evaluation.resolved(num_classes=sum(map(bool, manifest.class_counts["train"])))
+    settings = config.evaluation
+    if settings.extractor != "auto":
+        return settings
+    learned = "classifier" if sum(map(bool, manifest.class_counts["train"])) >= 2 else "clusters"
+    return settings.model_copy(update={"extractor": settings.pretrained or learned})
 
 
 def extractor_name(config: Config, manifest: Manifest) -> str:

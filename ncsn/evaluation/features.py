@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ncsn.config import Config, to_json
 from ncsn.core.keyed_random import COMMON_SEED, keyed_permutation
 from ncsn.data.format import Manifest, load_manifest
-from ncsn.data.samples import batch_starts, read_labels, read_samples
+from ncsn.data.samples import SampleSet
 from ncsn.data.training_images import open_cache
 from ncsn.evaluation import evaluation_of
 from ncsn.evaluation.extractors import Extracted, Extractor, Images, joined
@@ -38,26 +38,6 @@ class Runner(Protocol):
 def here(function: Callable[[T], R], items: Sequence[T], *, gpu: bool) -> Iterator[tuple[T, R]]:  # noqa: ARG001
     """A `Runner` in this process, one call after the other."""
     return ((item, function(item)) for item in items)
-
-
-@dataclass(frozen=True)
-class SampleSet:
-    """The first `count` images of a samples folder. No batch holds images of two shards."""
-
-    uri: str
-    count: int
-
-    def starts(self, batch_size: int) -> list[int]:
-        """Index of the first image of each batch, ascending from 0."""
-        return batch_starts(self.uri, num_images=self.count, batch_size=batch_size)
-
-    def read(self, first: int, last: int) -> Images:
-        """Images `first .. last` as [n, H, W, C] uint8."""
-        return read_samples(self.uri, first, last, as_bytes=True)
-
-    def labels(self) -> NDArray[np.int64]:
-        """The class of each image, int64 [count], -1 for none."""
-        return read_labels(self.uri, num_images=self.count)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,9 +18,6 @@ from ncsn.evaluation.features import ImageSet, Runner, SplitSet, extract_set
 from ncsn.evaluation.frechet import RunningDistance, RunningScore, score_of
 from ncsn.evaluation.reference import Evaluator, Reference, class_histogram, load_reference
 from ncsn.evaluation.scores import (
-    AskedClasses,
-    ClassScores,
-    class_scores,
     excess_distance,
     inception_score,
     kernel_distance,
@@ -29,6 +26,9 @@ from ncsn.evaluation.scores import (
     precision_recall,
 )
 from ncsn.progress import Progress
+
+if TYPE_CHECKING:
+    from ncsn.evaluation.class_scores import AskedClasses, ClassScores
 
 # Images for precision, recall, density and coverage; the cost grows with the square.
 FEWEST_BALLS, BALL_IMAGES = 6, 10_000
@@ -123,7 +123,7 @@ def measure_extracted(
         probabilities = extracted.log_probabilities
         metrics |= class_metrics(probabilities[:most], reference, num_splits=num_splits)
         equal |= class_metrics(probabilities[:fewest], reference, num_splits=num_splits)
-    found = None if asked is None else class_scores(extracted, asked, reference=reference.features, seed=seed)
+    found = None if asked is None else asked.scores(extracted, reference=reference.features, seed=seed)
     if found is not None:
         metrics |= {name: Metric(value, found.count) for name, value in found.metrics.items()}
     pixels = nearest_images(first_images, training_images, mirrors=mirrors)
@@ -221,6 +221,8 @@ def _measure_set(work: _Work) -> Measured:
         # their classes, so these say nothing beside the samples.
         compared = SplitSet(dataset, "test", images.count, drawn=images.drawn)
     elif (num_classes := config.data.num_classes) is not None:
+        from ncsn.evaluation.class_scores import AskedClasses  # here, so that a run without classes does not load it
+
         known = open_cache(dataset, config.evaluation.reference_split, as_bytes=True).labels
         asked = AskedClasses(images.labels(), known, num_classes, own=extractor == "classifier")
     in_turn = 1 if isinstance(images, SplitSet) else classes_in_turn(config)

@@ -21,7 +21,7 @@ from ncsn.config import Config
 from ncsn.core.images import fit_moments, moment_matched, to_stored, to_unit
 from ncsn.core.keyed_random import COMMON_SEED, Stream, keyed_normal
 from ncsn.data.format import Manifest, load_manifest
-from ncsn.data.training_images import mapped, open_cache
+from ncsn.data.training_images import open_cache
 from ncsn.errors import UserError
 from ncsn.evaluation import DEVIATIONS, LEAST_TEST_IMAGES, WITH_SCORE, evaluation_of, extractor_name
 from ncsn.evaluation.extractors import Extracted, batches, joined
@@ -52,7 +52,7 @@ class Reference:
     def features(self) -> npt.NDArray[np.float32]:
         """[N, D], memory-mapped where the store is local; read when first asked for."""
         uri = storage.join(self.uri, FEATURES)
-        return mapped(Path(uri)) if storage.is_local(uri) else storage.read_array(uri)
+        return storage.mapped(Path(uri)) if storage.is_local(uri) else storage.read_array(uri)
 
 
 def load_reference(uri: str) -> Reference | None:

@@ -148,7 +148,7 @@ def _is_left(api: KubernetesApi, rayjob: Resource) -> bool:
     """Whether its pipeline run has ended; without one, whether no launcher is alive. False if the store is away."""
     if workflow := owner_of(rayjob).get("name"):
         return is_ending(api.get("workflows", workflow))
-    # A driver at work ends by itself, and needs time to save.
+    # A running driver ends by itself, and needs time to save.
     seconds = LEASE_SECONDS * (2 if JobState(rayjob).deployment == "Running" else 1)
     with suppress(OSError, UserError, ValueError, LookupError), limited(_STORE_SECONDS):  # or it is not of ncsn
         words = shlex.split(rayjob["spec"]["entrypoint"])

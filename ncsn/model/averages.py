@@ -16,13 +16,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from safetensors.torch import load, save_file
+from safetensors.torch import load
 from torch import Tensor
 
 from ncsn import storage
-from ncsn.config import Config
 from ncsn.config.training import RELATIVE_WIDTHS
-from ncsn.core.ema import Profile, exponent_of, reconstruction
+from ncsn.core.ema import exponent_of
+from ncsn.core.reconstruction import Profile, reconstruction
 from ncsn.core.training import TrainState
 from ncsn.errors import UserError
 from ncsn.model.checkpoint import (
@@ -32,7 +32,7 @@ from ncsn.model.checkpoint import (
     load_checkpoint,
     save_network,
     verify,
-    write_index,
+    write_files,
 )
 from ncsn.runs.folder import INDEX, WIDTHS, RunFolder, TrainingFolder, images_seen_at
 
@@ -59,9 +59,7 @@ def copies(state: TrainState) -> dict[str, dict[str, Tensor]]:
 def store(uri: str, taken: Mapping[str, dict[str, Tensor]], *, images_seen: int) -> None:
     """Store a snapshot below the folder `uri`; a resumed training stores the same ones again."""
     with storage.scratch_folder(uri) as folder:
-        for name, tensors in taken.items():
-            save_file(tensors, folder / name)
-        write_index(folder, taken)
+        write_files(folder, taken, {})
         storage.publish_folder(folder, storage.join(uri, folder_name(images_seen)), marker=INDEX, replace=True)
 
 
@@ -74,16 +72,13 @@ def snapshots(uri: str) -> list[int]:
     )
 
 
-def ensure_average(checkpoint: str, config: Config) -> str:
-    """The checkpoint with the average of sampling.relative_width, put together if need be; without it the one given."""
-    width = config.sampling.relative_width
-    if width is None:
-        return checkpoint
+def ensure_average(checkpoint: str, *, relative_width: float) -> str:
+    """The checkpoint with the average of this relative width, put together if need be."""
     if not checkpoint.rpartition("/")[0].endswith(f"/{WIDTHS}"):
-        return build_average(checkpoint, relative_width=width)
+        return build_average(checkpoint, relative_width=relative_width)
     built = float(checkpoint.rpartition("/")[2].partition("-")[0])
-    if built != width:
-        raise UserError(_KEY, f"{checkpoint} has {built:g}", hint="leave one of them out", value=width)
+    if built != relative_width:
+        raise UserError(_KEY, f"{checkpoint} has {built:g}", hint="leave one of them out", value=relative_width)
     return checkpoint
 
 

@@ -16,7 +16,6 @@ from ncsn.config.choices import DdpmppNetworkConfig, UnetNetworkConfig
 from ncsn.config.schema import SamplingConfig
 from ncsn.config.training import RELATIVE_WIDTHS, HalfLifeEmaConfig, PowerEmaConfig
 from ncsn.core.ema import Ema, exponent_of, half_life, power_function, step_decay
-from ncsn.core.losses import Uncertainty
 from ncsn.core.networks.layers import narrowed
 from ncsn.core.noise_schedule import geometric_sigmas
 from ncsn.core.samplers.settings import AnySampler, Consistency
@@ -147,7 +146,11 @@ def train_state(config: Config, *, device: str | torch.device = "cpu") -> TrainS
         for name, parameter in score_network.named_parameters():
             parameter.requires_grad_(name in light)
     ema, second_ema = new_emas(config, score_network)
-    uncertainty = Uncertainty(seed=config.seed).to(device) if config.loss.weighting == "learned" else None
+    uncertainty = None
+    if config.loss.weighting == "learned":
+        from ncsn.core.uncertainty import Uncertainty
+
+        uncertainty = Uncertainty(seed=config.seed).to(device)
     trained = [*score_network.parameters(), *(uncertainty.parameters() if uncertainty else ())]
     return TrainState(
         network=score_network,

@@ -74,12 +74,6 @@ class DamagedError(CheckpointError):
         self.reason = reason
 
 
-def write_index(folder: Path, names: Iterable[str]) -> None:
-    """Make the checkpoint with these files in a local folder complete."""
-    index = {"version": FORMAT_VERSION, "sha256": {name: sha256(folder / name) for name in names}}
-    (folder / INDEX).write_text(json.dumps(index, indent=1))
-
-
 def verify(folder: Path, *, needs: Iterable[str] = SAMPLING_FILES) -> set[str]:
     """Check that every file is there and unchanged; their names.
 
@@ -185,7 +179,7 @@ def snapshot(
         tensors[SECOND_EMA] = _copies(state.second_ema.weights)
     texts = {"state.json": json.dumps(facts), "config.yaml": to_yaml(config)}
 
-    return partial(_write, tensors=tensors, texts=texts)
+    return partial(write_files, tensors=tensors, texts=texts)
 
 
 def restore(folder: Path, *, config: Config, state: TrainState, dataset_digest: str) -> None:
@@ -274,15 +268,17 @@ def save_network(trained: TrainedNetwork, folder: Path) -> None:
     texts = {"state.json": json.dumps(facts), "config.yaml": to_yaml(trained.config)}
     if trained.guide is not None:
         tensors[GUIDE[0]], texts[GUIDE[1]] = plain_weights(trained.guide.network), to_yaml(trained.guide.config)
-    _write(folder, tensors, texts)
+    write_files(folder, tensors, texts)
 
 
-def _write(folder: Path, tensors: Mapping[str, dict[str, Tensor]], texts: Mapping[str, str]) -> None:
+def write_files(folder: Path, tensors: Mapping[str, dict[str, Tensor]], texts: Mapping[str, str]) -> None:
+    """Write these files into an existing, empty folder, and their checksums, with which they are complete."""
     for name, each in tensors.items():
         save_file(each, folder / name)
     for name, text in texts.items():
         (folder / name).write_text(text)
-    write_index(folder, (*tensors, *texts))
+    index = {"version": FORMAT_VERSION, "sha256": {name: sha256(folder / name) for name in (*tensors, *texts)}}
+    (folder / INDEX).write_text(json.dumps(index, indent=1))
 
 
 def weights_digest(network: nn.Module) -> str:

@@ -22,7 +22,7 @@ from ncsn.core.keyed_random import JoinedNoise, KeyedNoise, Stream, keyed_unifor
 from ncsn.core.losses import ScoreFunction
 from ncsn.core.networks.base import ContinuousNetwork
 from ncsn.core.networks.layers import FUSION
-from ncsn.core.samplers.chain import AtLevels, sample, start, visited
+from ncsn.core.samplers.chain import sample, start, visited
 from ncsn.core.samplers.langevin import Fields
 from ncsn.core.samplers.settings import Sampler
 from ncsn.errors import InvalidValue, UserError, shown_value
@@ -246,13 +246,15 @@ def score_function(
     labels = None if labels is None else labels.to(device)
     levels, guidance = build.sigmas(trained.config, sampling), sampling.guidance
     network = _evaluated(trained, bfloat16=bfloat16, compiled=compiled)
+    # Imported here, so that a run loads no guidance and no other levels that it does not use.
     if sampling.levels is not None:
+        from ncsn.core.samplers.guidance import AtLevels
+
         network = AtLevels(network, levels.to(device))
     score = network if labels is None else partial(network, labels=labels)
     if guidance is None or guidance.weight == 1:
         return score
-    # Imported here, so that a run loads no guidance that it does not use.
-    from ncsn.core.samplers.guidance import Guided, band_on_grid
+    from ncsn.core.samplers.guidance import AtLevels, Guided, band_on_grid
 
     worse = guide_of(trained, sampling)
     if worse is not None:

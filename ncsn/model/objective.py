@@ -30,7 +30,7 @@ class Objective:
 
     noise: TrainingNoise
     # With the `TrainState.uncertainty` that it learns, and the network of its teacher; each None if it has none.
-    loss: Callable[[losses.Uncertainty | None, nn.Module | None], losses.Loss]
+    loss: Callable[[nn.Module | None, nn.Module | None], losses.Loss]
     weight: losses.Weight | None = None  # of the held-out loss at each sigma, but no learned one; None: no such loss
     edm_weight: losses.EdmWeight | None = None  # of the losses that compare with other trainings'; None: no such losses
     pairs: PairSchedule | None = None  # the second noise level of each image; None if it has one
@@ -52,16 +52,18 @@ def objective_of(config: Config) -> Objective:
             weight = losses.PowerWeight(loss.anneal_power) if loss.weighting == "power" else edm
             return Objective(noise, lambda u, _: losses.DenoisingScoreMatching(weight, u), weight, compared)
         case SsmLossConfig():
-            sliced, weight = losses.SlicedScoreMatching(loss.anneal_power), losses.PowerWeight(loss.anneal_power)
+            # Imported here, as below, so that a run loads no loss but its own.
+            from ncsn.core.sliced import SlicedScoreMatching
+
+            sliced, weight = SlicedScoreMatching(loss.anneal_power), losses.PowerWeight(loss.anneal_power)
             return Objective(noise, lambda *_: sliced, weight, compared, projects=True)
         case ConsistencyLossConfig():
-            # Imported here, so that a run loads no loss but its own.
             from ncsn.core.consistency import ConsistencyTuning, PairSchedule, Teacher
 
             guidance = loss.guidance or ClassifierFreeConfig(kind="classifier_free", weight=1)
             band, dtype = (guidance.sigma_min, guidance.sigma_max), build.autocast_dtype(config)
 
-            def tuned(_: losses.Uncertainty | None, network: nn.Module | None) -> losses.Loss:
+            def tuned(_: nn.Module | None, network: nn.Module | None) -> losses.Loss:
                 assert (network is not None) is loss.has_teacher
                 teacher = None if network is None else Teacher(network, guidance.weight, band, dtype)
                 return ConsistencyTuning(loss.c, teacher, config.compute.compiled)

@@ -143,7 +143,7 @@ class PodWatch:
         self._api, self._labels, self._resumes = api, labels, resumes
         self._said: set[str] = set()
         self._hopeless_since: dict[str, float] = {}
-        self._head: Resource | None = None  # the pod, as it was seen at work
+        self._head: Resource | None = None  # the pod, as it was seen running
         self.cause: str | None = None
         self.ended: str | None = None
         self.submitter = ""

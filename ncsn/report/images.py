@@ -66,12 +66,6 @@ def rows_by_class(labels: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.stack([np.flatnonzero(labels == label)[:columns] for label in classes])
 
 
-def strip_png(frames: Images) -> bytes:
-    """A PNG file of `[stages, N, H, W, C]`: one row per image, one column per stage."""
-    stages, count = frames.shape[:2]
-    return grid_png(frames.swapaxes(0, 1).reshape(stages * count, *frames.shape[2:]), columns=stages)
-
-
 NEIGHBORS_BYTES = 2_000_000  # of the picture before compression
 
 

@@ -53,15 +53,18 @@ class Place:
         """The checkpoint; of a run the one that `ncsn sample` takes, or the average that it puts together."""
         if self.uri is not None:
             return self.uri
-        from ncsn.model.averages import ensure_average
-
         assert self.run is not None
         config = from_yaml(storage.read_text(self.run.config), origin=self.run.config)
         trained = folders_of(self.run, config)["sample"]
         if not read_step(trained, "train").result:
             hint = f"train it first, with `ncsn run {self.run.options}`"
             raise UserError(self.key, f"run {trained.run!r} has no trained network yet", hint=hint, value=self.address)
-        return ensure_average(find_inputs(trained, "sample", {}, config=config)["checkpoint"], config)
+        last, width = find_inputs(trained, "sample", {}, config=config)["checkpoint"], config.sampling.relative_width
+        if width is None:
+            return last
+        from ncsn.model.averages import ensure_average
+
+        return ensure_average(last, relative_width=width)
 
     def opened(self) -> RunFolder | None:
         """The run; None of a checkpoint in no run. That of a version is made once and named after it."""

@@ -11,13 +11,13 @@ from typing import Any
 from ncsn import storage
 from ncsn.config import Config
 from ncsn.data.format import MANIFEST, Manifest, load_manifest
-from ncsn.data.samples import samples_pixels
+from ncsn.data.samples import SampleSet
 from ncsn.data.training_images import open_cache
 from ncsn.distributed.cluster import cluster_for, on_this_machine, ray_tags
 from ncsn.distributed.ray_calls import runner_of
 from ncsn.errors import NotFound, UserError
 from ncsn.evaluation import evaluation_of, extractor_name
-from ncsn.evaluation.features import Runner, SampleSet, SplitSet, here
+from ncsn.evaluation.features import Runner, SplitSet, here
 from ncsn.evaluation.frechet import RunningScore
 from ncsn.evaluation.measure import Measured, Metric, measure_sets, metric_name
 from ncsn.evaluation.reference import images_to_prepare, open_evaluator
@@ -159,7 +159,7 @@ def evaluate(
 def _require_same_kind(config: Config, samples: str, manifest: Manifest) -> None:
     """Refuse to judge images by a dataset of another shape, or by other classes than those that were asked for."""
     hint = "evaluate them against the dataset that their model was trained on"
-    pixels = samples_pixels(samples, num_images=config.sampling.num_images)
+    pixels = SampleSet(samples, config.sampling.num_images).pixels()
     if pixels != manifest.pixels:
         raise UserError(samples, f"the samples are {pixels}, but the dataset has {manifest.pixels}", hint=hint)
     if config.data.num_classes is None:

@@ -15,8 +15,6 @@ from ncsn.data.format import MANIFEST, Manifest, load_manifest
 from ncsn.errors import UserError, shown_value
 from ncsn.evaluation import extractor_name
 from ncsn.evaluation.measure import metric_name
-from ncsn.model import checkpoint as checkpoints
-from ncsn.model.averages import ensure_average
 from ncsn.model.checkpoint import TrainedNetwork, weights_digest
 from ncsn.model.generate import evaluations_per_image, guide_of
 from ncsn.report.hints import copying_hints, overfitting_hints
@@ -25,8 +23,8 @@ from ncsn.report.pages import ModelFacts, model_card
 from ncsn.report.words import cost_line, read_metrics
 from ncsn.runs.folder import Run, read_step, run_folder, spent
 from ncsn.runs.history import held_out_curves, load_history
-from ncsn.steps.address import keep_guide
 from ncsn.steps.results import Context, Prepared, RegisterResult
+from ncsn.steps.sample import opened
 from ncsn.tracking import registry
 from ncsn.tracking.client import SQLITE, client_at, mlflow_errors, shown, tracking_uri
 from ncsn.tracking.gate import Evidence, Floors, Measurement, Memorization
@@ -36,13 +34,9 @@ from ncsn.tracking.promotion import pass_gate
 
 def prepare(run: Run, *, checkpoint: str, evaluation: str) -> Prepared[RegisterResult]:
     """A checkpoint is registered once, judged by the `evaluation` of its samples."""
-    config, root = run.config, run.folder.root
-    checkpoint = ensure_average(checkpoint, config)
-    loaded = checkpoints.load_checkpoint(checkpoint)
-    config = checkpoints.require_same_training(loaded.config, config, origin=checkpoint)
-    config = keep_guide(config, run.folder, loaded)
+    checkpoint, config, loaded = opened(run, checkpoint, relative_width=run.config.sampling.relative_width)
     loaded = replace(loaded, config=config, guide=guide_of(loaded, config.sampling))
-    measured = storage.absolute_uris(storage.read_json(evaluation), root)
+    measured = storage.absolute_uris(storage.read_json(evaluation), run.folder.root)
     # Not an evaluation of other weights, of another sampler or against other images.
     samples = storage.read_json(storage.join(measured["samples"], MANIFEST))
     facts = registry.deciding(loaded)
@@ -101,9 +95,9 @@ def register(
     origin = {"checkpoint.uri": checkpoint, "checkpoint.digest": loaded.digest}
     tracked.set_tags({**origin, "samples.uri": measured["samples"], "evaluation.uri": measured["uri"]})
     candidate = _candidate(loaded, measured, manifest, run=run, checkpoint=checkpoint)
-    tracked.log_bytes(candidate.card.encode(), "model_card.md")
+    tracked.log_file("model_card.md", candidate.card.encode())
     for file, content in candidate.files.items():
-        tracked.log_bytes(content, file)
+        tracked.log_file(file, content)
     progress.advance()
     version = str(registry.register(tracked, candidate).version)
     progress.advance()

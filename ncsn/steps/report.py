@@ -12,7 +12,7 @@ import numpy as np
 from ncsn import storage
 from ncsn.config import Config, to_yaml
 from ncsn.data.format import MANIFEST, Manifest, load_manifest
-from ncsn.model import build, checkpoint as checkpoints
+from ncsn.model import build
 from ncsn.model.checkpoint import TrainedNetwork
 from ncsn.model.classes import AS_DATA, BALANCED
 from ncsn.model.objective import objective_of
@@ -23,9 +23,9 @@ from ncsn.report.words import Fact, cost_facts, next_step, read_metrics, tag_fac
 from ncsn.runs.folder import Run, RunFolder, StepRecord, read_results, read_step, spent
 from ncsn.runs.history import held_out_curves, load_history, loss_names
 from ncsn.runs.steps import BEST, SEARCH, STEPS
-from ncsn.steps.address import keep_guide
 from ncsn.steps.register import selection_of
 from ncsn.steps.results import Context, Prepared, ReportResult, result_line
+from ncsn.steps.sample import opened
 from ncsn.tracking.client import page
 from ncsn.tracking.gate import Memorization
 from ncsn.tracking.mlflow_runs import PARENT, search_runs
@@ -47,14 +47,13 @@ class ReportSources:
 
 def prepare(run: Run, *, evaluation: str) -> Prepared[ReportResult]:
     """The results of the run's other steps decide; some of them may be missing."""
-    folder, config = run.folder, run.config
+    folder = run.folder
     measured = storage.absolute_uris(storage.read_json(storage.absolute(evaluation)), folder.root)
     samples = storage.read_json(storage.join(measured["samples"], MANIFEST))
     samples = storage.absolute_uris(samples, folder.root)
-    loaded = checkpoints.load_checkpoint(samples["checkpoint"])
-    config = checkpoints.require_same_training(loaded.config, config, origin=samples["checkpoint"])
+    _, config, loaded = opened(run, samples["checkpoint"])
     sources = ReportSources(
-        config=keep_guide(config, folder, loaded),
+        config=config,
         folder=folder,
         checkpoint=loaded,
         evaluation=measured,

@@ -161,7 +161,7 @@ class EvaluateResult:
     running: list[dict[str, Any]]  # `RunningScore`s as plain values
     notes: list[str]
     # Of a model of classes: `agreement` and `real_agreement`, a line for each class in `table` and `real_table`, see
-    # `ncsn.evaluation.scores`, the matrix `confusion`, and whether a probe saw the classes (`by_probe`).
+    # `ncsn.evaluation.class_scores`, the matrix `confusion`, and whether a probe saw the classes (`by_probe`).
     classes: dict[str, Any] | None
     real_images: str  # URI of a PNG of real images, laid out as that of the samples
     neighbors: str  # URI of a PNG of samples and their nearest training images

@@ -12,25 +12,24 @@ import numpy.typing as npt
 
 from ncsn import storage
 from ncsn.config import Config
+from ncsn.config.choices import AutoguidanceConfig
 from ncsn.core.images import eight_bit
 from ncsn.data.format import MANIFEST, load_manifest
+from ncsn.data.samples import SampleSet
 from ncsn.distributed.cluster import cluster_for, ray_tags
 from ncsn.distributed.ray_calls import runner_of
 from ncsn.distributed.sampling import LEVELS, Features, make_shards, plan_shards
 from ncsn.evaluation import classes_in_turn, extractor_name
-from ncsn.evaluation.features import ImageSet, SampleSet
+from ncsn.evaluation.features import ImageSet
 from ncsn.evaluation.frechet import RunningDistance, RunningScore
 from ncsn.evaluation.reference import open_evaluator
-from ncsn.model import checkpoint as checkpoints
-from ncsn.model.averages import ensure_average
-from ncsn.model.checkpoint import TrainedNetwork
+from ncsn.model.checkpoint import TrainedNetwork, load_checkpoint, require_same_training
 from ncsn.model.classes import require_label
 from ncsn.model.generate import evaluations_per_image, guide_of, sampling_facts, with_precision
 from ncsn.model.objective import noise_notes
 from ncsn.progress import Progress
-from ncsn.report.images import grid_png, rows_by_class, strip_png
+from ncsn.report.images import grid_png, rows_by_class
 from ncsn.runs.folder import Run, opened_from
-from ncsn.steps.address import keep_guide
 from ncsn.steps.results import Context, Prepared, SampleResult
 from ncsn.tracking.mlflow_runs import StepRun
 
@@ -43,11 +42,8 @@ def prepare(run: Run, *, checkpoint: str, score: str | None = None) -> Prepared[
 
     With the URI of a dataset as `score`, the Fréchet distance so far to its training images is published meanwhile.
     """
-    checkpoint = ensure_average(checkpoint, run.config)
-    trained = checkpoints.load_checkpoint(checkpoint)
-    config = checkpoints.require_same_training(trained.config, run.config, origin=checkpoint)
+    checkpoint, config, trained = opened(run, checkpoint, relative_width=run.config.sampling.relative_width)
     require_label(config.sampling.label, trained.classes)
-    config = keep_guide(config, run.folder, trained)
     guide = guide_of(trained, config.sampling)
     facts = sampling_facts(with_precision(config.sampling, trained, config.compute.device), guide)
     uri = storage.join(run.folder.samples, trained.digest, storage.digest(facts, 12))
@@ -94,8 +90,9 @@ def sample(
     images = SampleSet(uri, result.num_images)
     grid, rows = grid_of(config, images)
     storage.write_bytes(result.grid, grid)
-    levels = eight_bit(storage.read_array(storage.join(uri, LEVELS)), trained.config.data.pixels.limits)
-    storage.write_bytes(result.strip, strip_png(levels))
+    stages = eight_bit(storage.read_array(storage.join(uri, LEVELS)), trained.config.data.pixels.limits)
+    rows_of_images = stages.swapaxes(0, 1).reshape(-1, *stages.shape[2:])  # with a column for each stage
+    storage.write_bytes(result.strip, grid_png(rows_of_images, columns=len(stages)))
     manifest = {
         "checkpoint": checkpoint,
         **({"model": model} if (model := opened_from(context.folder)) else {}),
@@ -118,6 +115,25 @@ def sample(
     if scores is not None:
         scores.log(tracked)
     return result
+
+
+def opened(run: Run, checkpoint: str, *, relative_width: float | None = None) -> tuple[str, Config, TrainedNetwork]:
+    """A checkpoint, or the average of this relative width up to it: its URI, the config of the run for it, and itself.
+
+    The config has the levels of the checkpoint, and a copy in the run of the network that guides it.
+    """
+    # Imported here, so that a run loads no average and no guide that it does not have.
+    if relative_width is not None:
+        from ncsn.model.averages import ensure_average
+
+        checkpoint = ensure_average(checkpoint, relative_width=relative_width)
+    trained = load_checkpoint(checkpoint)
+    config = require_same_training(trained.config, run.config, origin=checkpoint)
+    if isinstance(config.sampling.guidance, AutoguidanceConfig):
+        from ncsn.steps.address import keep_guide
+
+        config = keep_guide(config, run.folder, trained)
+    return checkpoint, config, trained
 
 
 class _Scores:

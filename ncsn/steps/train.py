@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -31,7 +32,6 @@ from ncsn.runs.folder import (
     update_step,
 )
 from ncsn.runs.history import RATE, load_history
-from ncsn.steps.address import SOURCE, Place, keep, load, resolve
 from ncsn.steps.results import Context, Prepared, TrainResult, stored_result
 from ncsn.storage.heartbeat import Lease
 from ncsn.storage.retry import limited
@@ -39,6 +39,9 @@ from ncsn.tracking.live import LiveMetrics
 from ncsn.tracking.mlflow_runs import INIT_FROM
 from ncsn.training.batches import classes_of
 from ncsn.training.loop import TrainingJob
+
+if TYPE_CHECKING:
+    from ncsn.steps.address import Place
 
 
 def prepare(run: Run, *, dataset: str, finish: bool = False) -> Prepared[TrainResult]:
@@ -169,6 +172,7 @@ def start_of(config: Config, folder: RunFolder, manifest: Manifest) -> Start:
     if config.train.init_from is None:
         return Start()
     from ncsn.model.trained import adapted, start_notes  # here, so that others do not load it
+    from ncsn.steps.address import SOURCE, keep
 
     uri = folder.start
     if not storage.exists(storage.join(uri, INDEX)):
@@ -187,6 +191,7 @@ def require_start(config: Config, folder: RunFolder) -> None:
     if config.train.init_from is None or storage.exists(folder.config):
         return
     from ncsn.model.trained import adapted
+    from ncsn.steps.address import load
 
     if config.noise.kind == "auto":
         config = config.model_copy(update={"noise": NoiseConfig()})  # no weights depend on the levels
@@ -196,5 +201,7 @@ def require_start(config: Config, folder: RunFolder) -> None:
 
 
 def _named(config: Config) -> Place:
+    from ncsn.steps.address import resolve
+
     root, registry = config.storage.root, config.tracking.uri
     return resolve(str(config.train.init_from), key="train.init_from", root=root, registry=registry)

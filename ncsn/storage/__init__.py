@@ -26,9 +26,8 @@ import numpy.typing as npt
 from pyarrow import fs
 
 from ncsn.errors import NotFound, UserError
-from ncsn.storage import s3
+from ncsn.storage.retry import S3_SCHEME
 
-S3_SCHEME = s3.SCHEME
 CACHE_DIR_VARIABLE = "NCSN_CACHE_DIR"
 
 TEMPORARY = r"\.[^/]*tmp-[0-9a-f]{8}|\.parts-[0-9a-f]{16}"  # pattern of the names of what is not published yet
@@ -62,12 +61,19 @@ def is_local(uri: str) -> bool:
     return not uri.startswith(S3_SCHEME)
 
 
+def _s3() -> Any:
+    """What S3 needs, which a process with a local store does not load."""
+    from ncsn.storage import s3
+
+    return s3
+
+
 def filesystem(uri: str) -> tuple[fs.FileSystem, str]:
     """The pyarrow file system of `uri` and the path inside it."""
     if is_local(uri):
         return fs.LocalFileSystem(), absolute(uri)
     bucket, _, key = uri.removeprefix(S3_SCHEME).partition("/")
-    return s3.bucket_filesystem(bucket), "/".join(part for part in (bucket, key) if part)
+    return _s3().bucket_filesystem(bucket), "/".join(part for part in (bucket, key) if part)
 
 
 def exists(uri: str) -> bool:
@@ -108,7 +114,7 @@ def list_entries(uri: str, *, files: bool = False) -> list[Entry]:
 def read_bytes(uri: str) -> bytes:
     """The whole file, as one writer left it; `NotFound` if there is none."""
     try:
-        return Path(absolute(uri)).read_bytes() if is_local(uri) else s3.get(uri)
+        return Path(absolute(uri)).read_bytes() if is_local(uri) else _s3().get(uri)
     except FileNotFoundError:
         raise NotFound(uri, "no such file") from None
 
@@ -175,7 +181,7 @@ def write_bytes(uri: str, data: bytes) -> None:
             temporary.write_bytes(data)
             _flush_to_disk(temporary)
     else:
-        s3.put(uri, io.BytesIO(data))
+        _s3().put(uri, io.BytesIO(data))
 
 
 def write_text(uri: str, text: str) -> None:
@@ -202,6 +208,12 @@ def read_array(uri: str) -> npt.NDArray[Any]:
     return array
 
 
+def mapped(path: Path) -> npt.NDArray[Any]:
+    """The array in a local `.npy` file, which stays there."""
+    array: np.memmap = np.load(path, mmap_mode="r")
+    return array.view(np.ndarray)  # gathering a batch from an `np.memmap` is slower
+
+
 def delete(uri: str) -> None:
     """Delete a file, or a folder with its content; no error if there is none."""
     filesystem_, path = filesystem(uri)
@@ -221,14 +233,15 @@ def publish_file(file: Path, uri: str) -> None:
     else:
         # Not by Arrow's `copy_files`, which hides an error of the last write.
         with file.open("rb") as stream:
-            s3.put(uri, stream)
+            _s3().put(uri, stream)
 
 
 def publish_once(uri: str, data: bytes) -> bool:
     """Publish a file unless there is one; whether this call did. Of several writers exactly one succeeds."""
     # Where S3's answer to a write is lost and the request is repeated, the first write counts as another's.
     if not is_local(uri):
-        return s3.put_if_absent(uri, data)
+        made: bool = _s3().put_if_absent(uri, data)
+        return made
     with scratch_folder(str(Path(uri).parent)) as folder:
         write_bytes(str(folder / "file"), data)
         try:

@@ -18,6 +18,7 @@ from ncsn.errors import UserError
 
 STORE_VARIABLE = "NCSN_STORE_PATIENCE"  # seconds for which a call to the store is repeated
 STORE_SECONDS = 180.0  # an outage of two minutes, and the time until the server is ready again
+S3_SCHEME = "s3://"  # of the address of a store that is not on a disk
 RETRY = "retry: "  # how a message about work that starts again begins, which the terminal shows beside the log
 
 T = TypeVar("T")

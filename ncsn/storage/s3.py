@@ -17,9 +17,8 @@ import pyarrow as pa
 from pyarrow import fs
 
 from ncsn.errors import NotFound, UserError
-from ncsn.storage.retry import call_store
+from ncsn.storage.retry import S3_SCHEME, call_store
 
-SCHEME = "s3://"
 IN_MEMORY = 8 << 20  # bytes of a file that is being written; a longer one is spooled to the local disk
 PART = 8 << 20  # bytes of a part of an upload; S3 takes 10,000 parts
 _CONNECT_SECONDS, _ANSWER_SECONDS = 5, 30
@@ -41,9 +40,11 @@ class _Retrying(fs.FileSystemHandler):  # type: ignore[misc]
         _require_address()
         self._bucket = bucket
         try:
-            self._found = call_store(partial(fs.FileSystem.from_uri, f"{SCHEME}{bucket}"))[0]
+            self._found = call_store(partial(fs.FileSystem.from_uri, f"{S3_SCHEME}{bucket}"))[0]
         except pa.ArrowInvalid as error:
-            raise UserError(f"{SCHEME}{bucket}", f"names no bucket: {error}", hint="use s3://bucket/prefix") from None
+            raise UserError(
+                f"{S3_SCHEME}{bucket}", f"names no bucket: {error}", hint="use s3://bucket/prefix"
+            ) from None
         self._credentials = _session().get_credentials()
 
     def __reduce__(self) -> Any:
@@ -53,7 +54,7 @@ class _Retrying(fs.FileSystemHandler):  # type: ignore[misc]
     def _fs(self) -> fs.FileSystem:
         if self._credentials is None:
             return self._found
-        keys = _request(f"{SCHEME}{self._bucket}", self._credentials.get_frozen_credentials)
+        keys = _request(f"{S3_SCHEME}{self._bucket}", self._credentials.get_frozen_credentials)
         address = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
         return _with_keys(address, self._found.region, keys.access_key, keys.secret_key, keys.token)
 
@@ -89,7 +90,7 @@ class _Retrying(fs.FileSystemHandler):  # type: ignore[misc]
     open_input_stream = open_input_file
 
     def open_output_stream(self, path: str, metadata: dict[str, str]) -> pa.NativeFile:  # noqa: ARG002 - Arrow's
-        return pa.PythonFile(_Writer(f"{SCHEME}{path}"), mode="w")
+        return pa.PythonFile(_Writer(f"{S3_SCHEME}{path}"), mode="w")
 
     def _unused(self, *_: object, **__: object) -> Any:
         raise NotImplementedError("neither this project nor Ray Tune asks for it")
@@ -254,7 +255,7 @@ def _require_address() -> None:
 
 
 def _place(uri: str) -> tuple[str, str]:
-    bucket, _, key = uri.removeprefix(SCHEME).partition("/")
+    bucket, _, key = uri.removeprefix(S3_SCHEME).partition("/")
     return bucket, key
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from ncsn import storage
 from ncsn.config.schema import MODEL_NAME_PATTERN, SCHEME
 from ncsn.runs.folder import RunFolder
+from ncsn.storage.retry import S3_SCHEME
 from ncsn.tracking.client import quoted, tag_filter
 from ncsn.tracking.mlflow_runs import INIT_FROM, PARENT
 from ncsn.tracking.promotion import resolve_version
@@ -82,7 +83,7 @@ def _queries(identifier: str) -> Iterator[str]:
     yield f"attributes.run_name = {quoted(identifier)}"
     if re.fullmatch(r"[0-9a-f]{8,64}", identifier):  # or the beginning of one
         yield from (f"tags.`{tag}` LIKE '{identifier}%'" for tag in DIGESTS)
-    if "/" in identifier and ("://" not in identifier or identifier.startswith((storage.S3_SCHEME, "file://"))):
+    if "/" in identifier and ("://" not in identifier or identifier.startswith((S3_SCHEME, "file://"))):
         uri = storage.absolute(identifier)
         for tag in URIS:
             yield tag_filter({tag: uri})

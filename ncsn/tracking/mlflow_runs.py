@@ -84,15 +84,11 @@ class StepRun(Connection):
         values = {name: float(value) for name, value in metrics.items()}
         send(self.client, self.run_id, [Point(step, now_ms(), values)])
 
-    def log_file(self, uri: str) -> None:
-        """Copy a file of the store to the run's artifacts."""
-        self.log_bytes(storage.read_bytes(uri), uri.rpartition("/")[2])
-
-    def log_bytes(self, content: bytes, name: str) -> None:
-        """Record the artifact `name`."""
+    def log_file(self, uri: str, content: bytes | None = None) -> None:
+        """Record a file of the store as an artifact, or one of this name and content."""
         with tempfile.TemporaryDirectory(prefix="ncsn-") as temporary:
-            local = Path(temporary) / name
-            local.write_bytes(content)
+            local = Path(temporary) / uri.rpartition("/")[2]
+            local.write_bytes(storage.read_bytes(uri) if content is None else content)
             self.client.log_artifact(self.run_id, str(local))
 
     def log_dataset(self, name: str, *, digest: str, uri: str, context: str = "training") -> None:

@@ -190,15 +190,13 @@ class Watchdog:
             if self._fired:
                 faulthandler.cancel_dump_traceback_later()
 
-    def stepped(self) -> None:
-        """All workers have come this far, on their devices too."""
-        self._usual /= 2
-        self.allow(STEP_SECONDS)
+    def allow(self, least: float, *, stepped: bool = False) -> None:
+        """What this worker, or one that it waits for, does until the next call may take `least` seconds, or more.
 
-    def allow(self, least: float) -> None:
-        """What this worker, or one that it waits for, does until the next call may take so long. For all to call."""
-        self._usual = max(self._now - self._since, self._usual)
-        self._since, self._limit = self._now, max(least, SLOWER * self._usual)
+        For all to call. `stepped`: all workers have come this far, on their devices too.
+        """
+        self._usual = max(self._now - self._since, self._usual / 2 if stepped else self._usual)
+        self._since, self._limit = self._now, max(STEP_SECONDS, least, SLOWER * self._usual)
 
     def _watch(self, folder: str) -> None:
         while self._now - self._since <= self._limit:

@@ -25,7 +25,7 @@ from ncsn.data.format import load_manifest
 from ncsn.data.training_images import open_training_images
 from ncsn.environment import now_ms
 from ncsn.errors import UserError
-from ncsn.model import averages, build, checkpoint
+from ncsn.model import build, checkpoint
 from ncsn.model.checkpoint import CheckpointStore
 from ncsn.model.objective import objective_of
 from ncsn.progress import Progress
@@ -218,9 +218,7 @@ class Training:
                     end = job.stop is not None and storage.exists(job.stop)
                 end |= job.lease is not None and job.lease.expired()
         end, late, check, fetching = map(bool, self.timer.exchange(end, late, check, self.split.fetching))
-        self.watchdog.stepped()
-        if fetching:
-            self.watchdog.allow(LONG_SECONDS)
+        self.watchdog.allow(LONG_SECONDS if fetching else 0.0, stepped=True)
         lost = check and not self.warned and context.preempted()
         self.warned |= lost
         if end or late or lost:
@@ -277,6 +275,8 @@ def train_loop(job: TrainingJob, context: WorkerContext, checkpoints: Checkpoint
             every = max(1, train.num_images // SNAPSHOTS)
             due = isinstance(train.ema, PowerEmaConfig) and (training.ended() or training.crossed(every))
             if due and job.averages is not None:
+                from ncsn.model import averages  # here, since few runs have them
+
                 training.watchdog.allow(LONG_SECONDS)
                 if context.rank == 0:  # before the checkpoint that implies the snapshot
                     taken, seen = averages.copies(training.state), training.state.images_seen

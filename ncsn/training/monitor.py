@@ -103,7 +103,7 @@ class Curves:
         return point
 
 
-SHARE = 0.01  # of the training time that previews may take
+SHARE = 0.01  # of the time between two checkpoints that a preview may take
 MOST_EVALUATIONS, LEAST_EVALUATIONS = 20, 5
 PIXELS = 256  # wanted side of the picture; small images are enlarged by whole factors
 
@@ -122,18 +122,27 @@ def preview_png(*, config: Config, state: TrainState, moments: DataMoments) -> b
         rows = [np.arange(count)]  # numbers of the images; a single row has any number of columns
     else:  # balanced images have the classes in turn
         rows = list(np.arange(-(-count // num_classes) * num_classes).reshape(-1, num_classes).T)
-    evaluations = preview_evaluations(config, images=sum(map(len, rows)))
-    if not evaluations:
+    total, num_levels = sum(map(len, rows)), config.levels.num_levels
+    if not total or num_levels == 1:
+        return None
+    # The other workers wait while rank 0 makes the preview.
+    between = min(config.train.checkpoint_every_images, config.train.num_images) / config.compute.max_workers
+    affordable = int(SHARE * EVALUATIONS_PER_STEP * between / total)  # evaluations of the network for each image
+    sampler = config.sampling.sampler
+    if config.loss.learns_score:  # else other samplers do not fit
+        sampler = DpmSolver(num_levels=max(2, min(affordable, MOST_EVALUATIONS, num_levels)), spacing="geometric")
+        needed = min(LEAST_EVALUATIONS, num_levels)
+    else:
+        needed = sampler.num_evaluations(num_levels)
+    if affordable < needed:
         return None
     network = state.averaged()
-    solver = DpmSolver(num_levels=max(2, evaluations), spacing="geometric")
-    sampler = solver if config.loss.learns_score else config.sampling.sampler
     try:
         images = generate(
             TrainedNetwork(config=config, network=network, moments=moments),
             sampling=config.sampling.model_copy(update={"sampler": sampler, "label": BALANCED, "guidance": None}),
             first=0,
-            count=sum(map(len, rows)),
+            count=total,
             device=next(network.parameters()).device,
         )
     except InvalidValue as error:  # early weights may not make finite images yet
@@ -148,17 +157,3 @@ def preview_png(*, config: Config, state: TrainState, moments: DataMoments) -> b
     buffer = io.BytesIO()
     Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture).save(buffer, format="PNG")
     return buffer.getvalue()
-
-
-def preview_evaluations(config: Config, *, images: int) -> int:
-    """NFE of each image of a preview, as many as fit in `SHARE` of the time between two checkpoints; 0 for none."""
-    if not images or config.levels.num_levels == 1:
-        return 0
-    # The other workers wait while rank 0 makes the preview.
-    between = min(config.train.checkpoint_every_images, config.train.num_images) / config.compute.max_workers
-    affordable = int(SHARE * EVALUATIONS_PER_STEP * between / images)
-    if not config.loss.learns_score:  # then other samplers do not fit
-        own = config.sampling.sampler.num_evaluations(config.levels.num_levels)
-        return own if own <= affordable else 0
-    wanted = min(affordable, MOST_EVALUATIONS, config.levels.num_levels)
-    return wanted if wanted >= min(LEAST_EVALUATIONS, config.levels.num_levels) else 0

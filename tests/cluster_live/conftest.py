@@ -14,15 +14,27 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cluster_evidence import save_evidence
 from installed_infra import ENVIRONMENT, Infra, image_under_test, reached
-from kubeflow_pipelines import NAMESPACE, Kubeflow, find_kubeflow
-from live_place import Place
-from ncsn_commands import ROOT, Commands
-from real_cluster import PATIENCE, Namespace, describe_versions, exists, kubectl, new_namespace, require_cluster
+from live import (
+    NAMESPACE,
+    PATIENCE,
+    ROOT,
+    Commands,
+    KubectlFailed,
+    Kubeflow,
+    Namespace,
+    Place,
+    describe_versions,
+    exists,
+    find_kubeflow,
+    kubectl,
+    new_namespace,
+    require_cluster,
+)
 
 EVIDENCE = Path(os.environ.get("NCSN_EVIDENCE", ROOT / "cluster-evidence"))
 FAILED = pytest.StashKey[bool]()
+OURS = ("rayjobs.ray.io", "rayclusters.ray.io", "workflows.argoproj.io")
 
 
 def pytest_configure() -> None:
@@ -153,3 +165,19 @@ def _save(test: str, place: Place, *others: str) -> None:
     for namespace in (place.namespace.name, *others):
         save_evidence(folder, namespace)
     place.commands.copy_to(folder / "commands")
+
+
+def save_evidence(folder: Path, namespace: str) -> None:
+    """Write the objects and events of the namespace, and the logs of all containers, to `folder/NAMESPACE`."""
+    folder = folder / namespace
+    folder.mkdir(parents=True, exist_ok=True)
+    where = ("--namespaces", namespace, "--output-directory", str(folder), "--output", "yaml")
+    for name, command in (
+        ("dump.txt", ("cluster-info", "dump", *where)),
+        ("pods.txt", ("get", "pods", "--output=wide", "--namespace", namespace)),
+        *((f"{kind}.yaml", ("get", kind, "--output=yaml", "--namespace", namespace)) for kind in OURS),
+    ):
+        try:
+            (folder / name).write_text(kubectl(*command, seconds=120))
+        except KubectlFailed as error:  # a kind that the cluster lacks, or no answer
+            (folder / name).write_text(f"{error}\n")

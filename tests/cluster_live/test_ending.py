@@ -5,16 +5,12 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
-from real_cluster import WORKERS, apply, eventually, kubectl
+from live import WORKERS, Command, Place, apply, eventually, kubectl
 
 from ncsn.storage.heartbeat import LEASE_SECONDS
-
-if TYPE_CHECKING:
-    from live_place import Place
-    from ncsn_commands import Command
 
 RUN = "mine"
 ENDLESS = {"train.num_images": 20_000_000, "train.checkpoint_every_images": 25600}

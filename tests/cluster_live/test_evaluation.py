@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import pytest
-from real_cluster import HEADS, WORKERS, eventually
-
-if TYPE_CHECKING:
-    from live_place import Place
+from live import HEADS, WORKERS, Place, eventually
 
 RUN = "mine"
 # Eight shards of images, each some seconds of work, and some ten seconds until the classifier is trained.

@@ -6,17 +6,11 @@ import json
 import os
 import subprocess
 import sys
-from typing import TYPE_CHECKING
 
 import pytest
 from botocore.exceptions import ClientError
 from installed_infra import CREDENTIALS, ENVIRONMENT, Infra, image_under_test
-from live_place import BUCKET
-from ncsn_commands import ROOT
-from real_cluster import PATIENCE, apply, eventually, kubectl
-
-if TYPE_CHECKING:
-    from live_place import Place
+from live import BUCKET, PATIENCE, ROOT, Place, apply, eventually, kubectl
 
 # 8 MB: above it MLflow would cut a file into parts, of which this size has two.
 _ROUND_TRIP = """

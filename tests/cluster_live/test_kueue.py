@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import pytest
 import yaml
 from installed_infra import INFRA
-from real_cluster import Resource, apply, eventually, exists, get, kubectl
-
-if TYPE_CHECKING:
-    from live_place import Place
+from live import Place, Resource, apply, eventually, exists, get, kubectl
 
 RUN, URGENT = "patient", "urgent"
 # Training goes on for a minute or more after its first checkpoint.

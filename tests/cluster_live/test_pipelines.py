@@ -7,19 +7,13 @@ import os
 import signal
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 from edited_clone import SAYS, clone
-from kubeflow_pipelines import ENDED, NAMESPACE, Kubeflow
-from live_place import BUCKET
-from real_cluster import eventually, kubectl
+from live import BUCKET, ENDED, NAMESPACE, Kubeflow, Place, eventually, kubectl
 
 from ncsn.environment import CODE
 from ncsn.runs.steps import STEPS
-
-if TYPE_CHECKING:
-    from live_place import Place
 
 ENDLESS = {"train.num_images": 20_000_000, "train.checkpoint_every_images": 25600}
 ENDLESS_SAMPLES = {"sampling.num_images": 100_000, "sampling.sampler.steps_per_level": 60}

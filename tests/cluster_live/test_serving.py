@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 import requests
 import yaml
 from installed_infra import Infra
-from real_cluster import WORKERS, apply, eventually, forwarded, kubectl
+from live import WORKERS, Place, apply, eventually, forwarded, kubectl
 from served import load_on, make_champion
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from live_place import Place
 
 # Of one process that makes images; the image has no pkill.
 KILL = """

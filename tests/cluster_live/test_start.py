@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import pytest
-from real_cluster import apply, eventually
-
-if TYPE_CHECKING:
-    from live_place import Place
+from live import Place, apply, eventually
 
 RUN = "mine"
 

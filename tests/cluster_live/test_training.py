@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
 
 import pytest
-from real_cluster import HEADS, WORKERS, Resource, eventually, kubectl
-
-if TYPE_CHECKING:
-    from live_place import Place
+from live import HEADS, WORKERS, Place, Resource, eventually, kubectl
 
 RUN = "mine"
 # Training goes on for a minute or more after its first checkpoint.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any
 
 import pytest
@@ -15,6 +16,7 @@ from ncsn.config import Config, ConfigError, changed_settings, from_yaml, overri
 from ncsn.config.problems import fields_of, problems, section_models
 from ncsn.data.pixels import Fit
 from ncsn.errors import problems_of
+from ncsn.evaluation import evaluation_of
 from ncsn.model.build import memory_format
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -142,6 +144,10 @@ WRONG = [
     (["noise.sigma_1=["], "noise.sigma_1"),
     (["data.leave_out=[a]"], "data.leave_out"),
     (["compute.num_workers=65"], "train.batch_size"),
+    *(
+        ([f"compute.num_workers={value}"], "compute.num_workers")
+        for value in ("0", "[2, 1]", "[0, 2]", "[1, 2, 3]", "two", "1.5", "true", "[1, 4097]", "null")
+    ),
     (["loss={kind: ssm}", "compute.compile=true"], "compute.compile"),
     (["compute.compile=maybe"], "compute.compile"),
     ([NCSN, "sampling.sampler={kind: karras_heun}"], "sampling.sampler.kind"),
@@ -239,15 +245,6 @@ def test_a_problem_is_blamed_on_the_text_or_on_what_changes_it() -> None:
         assert {(problem.origin, problem.key) for problem in caught.value.problems} == blamed
 
 
-def test_two_equal_sides_are_a_square() -> None:
-    assert from_yaml(DIGITS, overrides=["data.image_size=[8, 8]"]) == from_yaml(DIGITS)
-
-
-def test_all_that_does_not_go_together_is_listed() -> None:
-    with refused("train.batch_size", "sampling.num_images", error=ConfigError):
-        from_yaml(DIGITS, overrides=["sampling.num_images=9", "compute.num_workers=4000"])
-
-
 @pytest.mark.parametrize(
     ("workers", "size", "fits"), [("8", 4, True), ("[4, 8]", 4, True), ("6", 4, False), ("[2, 8]", 4, False)]
 )
@@ -263,22 +260,11 @@ def test_workers_fill_their_pods(workers: str, size: int, *, fits: bool) -> None
     assert f"{int(workers.strip('[]').split(',')[0]) / size:g} pods" in caught.value.problems[0].reason
 
 
-def test_pods_do_not_decide_who_a_run_is() -> None:
-    pods = ["compute.kuberay.workers_per_pod=8", "compute.kuberay.memory_per_worker=9Gi"]
-    assert changed_settings(from_yaml(DIGITS), from_yaml(DIGITS, overrides=pods)) == {}
-
-
 def test_workers_are_a_number_or_a_range() -> None:
     fixed, elastic = (from_yaml(DIGITS, overrides=[f"compute.num_workers={value}"]) for value in ("3", "[2, 5]"))
     assert (fixed.compute.min_workers, fixed.compute.max_workers) == (3, 3)
     assert (elastic.compute.min_workers, elastic.compute.max_workers) == (2, 5)
     assert from_yaml(to_json(elastic)) == elastic and changed_settings(fixed, elastic) == {}
-
-
-@pytest.mark.parametrize("value", ["0", "[2, 1]", "[0, 2]", "[1, 2, 3]", "two", "1.5", "true", "[1, 4097]", "null"])
-def test_other_numbers_of_workers_are_refused(value: str) -> None:
-    with refused("compute.num_workers", error=ConfigError):
-        from_yaml(DIGITS, overrides=[f"compute.num_workers={value}"])
 
 
 def test_a_gpu_is_why_networks_are_compiled_and_channels_go_last() -> None:
@@ -292,9 +278,11 @@ def test_a_gpu_is_why_networks_are_compiled_and_channels_go_last() -> None:
         assert chosen(*given) == chosen(*given, "compute.use_gpu=true") == (value, value)
 
 
-def test_every_missing_section_is_named() -> None:
+def test_all_that_is_missing_or_does_not_go_together_is_named() -> None:
     with refused("data", "network", "train", "sampling", error=ConfigError):
         from_yaml("name: x")
+    with refused("train.batch_size", "sampling.num_images", error=ConfigError):
+        from_yaml(DIGITS, overrides=["sampling.num_images=9", "compute.num_workers=4000"])
 
 
 @pytest.mark.parametrize("typed", ["yes", "no", "null", "~", "nan", "1e3", "3.50", "010", "a: b", "#1", "2024-01-31"])
@@ -317,10 +305,6 @@ def test_text_that_is_none_to_yaml_is_refused_in_a_file() -> None:
         from_yaml(text, overrides=["sampling={label: no, sampler: {kind: langevin}}"])
 
 
-def test_yaml_floats_without_a_dot_are_numbers() -> None:
-    assert from_yaml(DIGITS, overrides=["optimizer.learning_rate=2e-4"]).optimizer.learning_rate == 2e-4
-
-
 @pytest.mark.parametrize(
     ("settings", "num_classes", "extractor"),
     [
@@ -336,9 +320,14 @@ def test_yaml_floats_without_a_dot_are_numbers() -> None:
 def test_the_extractor_of_auto_follows_weights_and_classes(
     settings: list[str], num_classes: int, extractor: str
 ) -> None:
-    evaluation = from_yaml(DIGITS, overrides=settings).evaluation
-    assert evaluation.resolved(num_classes=num_classes).extractor == extractor
-    assert evaluation.pretrained == (extractor if extractor in ("inception", "dinov2") else None)
+    config, manifest = from_yaml(DIGITS, overrides=settings), SimpleNamespace(class_counts={"train": [5] * num_classes})
+    assert evaluation_of(config, manifest).extractor == extractor
+    assert config.evaluation.pretrained == (extractor if extractor in ("inception", "dinov2") else None)
+
+
+def test_what_is_written_otherwise_is_the_same() -> None:
+    assert from_yaml(DIGITS, overrides=["data.image_size=[8, 8]"]) == from_yaml(DIGITS)
+    assert from_yaml(DIGITS, overrides=["optimizer.learning_rate=2e-4"]).optimizer.learning_rate == 2e-4
 
 
 def test_changed_settings_ignore_where_the_work_happens_and_how_often_something_is_kept() -> None:
@@ -352,6 +341,9 @@ def test_changed_settings_ignore_where_the_work_happens_and_how_often_something_
             "data.root=/elsewhere",
             "train.keep_checkpoints=1",
             "train.checkpoint_every_images=777",
+            "compute.kuberay.workers_per_pod=1",
+            "compute.kuberay.memory_per_worker=9Gi",
+            "search.num_trials=3",
         ],
     )
     other = from_yaml(DIGITS, overrides=["seed=5"])

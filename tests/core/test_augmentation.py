@@ -30,13 +30,6 @@ def noise(*, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.rand(1, 2, SIZE, SIZE, generator=torch.Generator().manual_seed(0), dtype=dtype)
 
 
-def blob(u: float, v: float, *, width: float = 0.2, size: int = SIZE) -> Tensor:
-    """A smooth spot around (u, v) in [-1, 1]^2, [1, 1, size, size]."""
-    centers = (2 * torch.arange(size, dtype=torch.float64) + 1) / size - 1
-    squares = (centers[None, :] - u) ** 2 + (centers[:, None] - v) ** 2
-    return (-squares / (2 * width**2)).exp()[None, None]
-
-
 def transform(x: Tensor, a: Tensor) -> Tensor:
     return Transforms.of(a, height=x.shape[2], width=x.shape[3]).apply(x)
 
@@ -83,8 +76,6 @@ def test_a_quarter_turn() -> None:
     a, x = one(a3=1).double() * -math.pi / 2, noise(dtype=torch.float64)
     torch.testing.assert_close(sampled(x, inverse_maps(a)), x.rot90(-1, (2, 3)), rtol=0, atol=1e-6)
     torch.testing.assert_close(transform(x, a), x.rot90(-1, (2, 3)), rtol=0, atol=1e-2)
-    smooth = blob(0.3, -0.2)
-    torch.testing.assert_close(transform(smooth, a), smooth.rot90(-1, (2, 3)), rtol=0, atol=1e-3)
 
 
 def test_a_quarter_turn_of_a_rectangle_turns_the_square_in_its_center() -> None:

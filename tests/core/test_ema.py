@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pytest
 import torch
@@ -13,14 +11,13 @@ from ncsn.core.ema import (
     WIDEST,
     Decay,
     Ema,
-    Profile,
     exponent_of,
     half_life,
     power_function,
-    reconstruction,
     relative_width,
     step_decay,
 )
+from ncsn.core.reconstruction import Profile, reconstruction
 
 
 def constant(value: float) -> nn.Linear:
@@ -64,24 +61,14 @@ def averages(decay: Decay, batch: int) -> tuple[float, float]:
     return constant, growing
 
 
-@pytest.mark.parametrize(
-    ("batch", "plain", "ramped"),
-    [(64, 0.674838, 0.932733), (128, 0.674853, 0.932747), (512, 0.674939, 0.932832), (2048, 0.675285, 0.933173)],
-)
+@pytest.mark.parametrize(("batch", "plain", "ramped"), [(64, 0.674838, 0.932733), (2048, 0.675285, 0.933173)])
 def test_a_half_life_in_images_does_not_depend_on_the_batch_size(batch: int, plain: float, ramped: float) -> None:
     constant, growing = averages(half_life(HALF, None), batch)
     assert constant == pytest.approx(1 - 0.5 ** (IMAGES / HALF), abs=1e-12)
     assert 1 - constant == pytest.approx(0.0546246, abs=1e-7)
     assert growing == pytest.approx(plain, abs=1e-6)
+    # In the ramp it is the power-function average, of (g + 1) / (g + 2) = 0.932719 for small batches.
     assert averages(half_life(HALF, 0.05), batch)[1] == pytest.approx(ramped, abs=1e-6)
-
-
-def test_the_ramp_is_the_power_function_average() -> None:
-    """Its limit for small batches is (gamma + 1) / (gamma + 2) with gamma = ln 2 / r - 1."""
-    gamma = math.log(2) / 0.05 - 1
-    assert gamma == pytest.approx(12.86294, abs=5e-6)
-    assert (gamma + 1) / (gamma + 2) == pytest.approx(0.932719, abs=1e-6)
-    assert averages(half_life(HALF, 0.05), 64)[1] == pytest.approx((gamma + 1) / (gamma + 2), abs=5e-5)
 
 
 def test_the_average_of_a_network_follows_its_profile() -> None:
@@ -94,16 +81,6 @@ def test_the_average_of_a_network_follows_its_profile() -> None:
 
 
 PAIR = (exponent_of(0.05), exponent_of(0.10))
-TABLE = {
-    0.010: 96.99490,
-    0.025: 36.98684,
-    0.05: 16.97220,
-    0.075: 10.28912,
-    0.10: 6.93720,
-    0.15: 3.55787,
-    0.20: 1.82621,
-    0.25: 0.71982,
-}
 
 
 def average(exponent: float, values: np.ndarray) -> np.ndarray:
@@ -118,7 +95,7 @@ def snapshots(count: int) -> list[Profile]:
     return [Profile(exponent, (k + 1) / count) for k in range(count) for exponent in PAIR]
 
 
-@pytest.mark.parametrize(("width", "exponent"), TABLE.items())
+@pytest.mark.parametrize(("width", "exponent"), [(0.010, 96.99490), (0.05, 16.97220), (0.10, 6.93720), (0.25, 0.71982)])
 def test_widths_and_exponents(width: float, exponent: float) -> None:
     assert exponent_of(width) == pytest.approx(exponent, abs=5e-6)
     assert relative_width(exponent_of(width)) == pytest.approx(width, abs=1e-12)
@@ -129,17 +106,6 @@ def test_the_widest_average_has_exponent_zero_and_other_widths_are_refused() -> 
     for width in (0.0, 0.3):
         with pytest.raises(ValueError, match=rf" {width}$"):
             exponent_of(width)
-
-
-@pytest.mark.parametrize(
-    ("power", "exponent", "mean"),
-    [(1, 16.97, 0.947407), (1, 6.94, 0.888265), (2, 16.97, 0.900081), (2, 6.94, 0.799009)],
-)
-def test_averages_of_growing_weights(power: int, exponent: float, mean: float) -> None:
-    steps = np.arange(1, 4097) / 4096
-    assert average(exponent, steps**power) == pytest.approx(mean, abs=1e-6)
-    limit = (exponent + 1) / (exponent + 1 + power)
-    assert average(exponent, steps**power) == pytest.approx(limit, abs=3e-4)
 
 
 def test_weights_of_the_steps_are_exact() -> None:
@@ -177,16 +143,3 @@ def test_errors_of_reconstructions(count: int, width: float, error: float, drift
     coefficients, found = reconstruction(stored, target)
     assert found == pytest.approx(error, abs=6e-5)
     assert coefficients @ means - wanted == pytest.approx(drift, rel=0.08)
-
-
-@pytest.mark.parametrize(("count", "narrow", "wide"), [(8, 1.3e-3, 4.3e-3), (16, 1.1e-4, 3.8e-4)])
-def test_random_walks_are_reconstructed(count: int, narrow: float, wide: float) -> None:
-    steps = 4096
-    walk = np.random.default_rng(0).standard_normal((steps, 200)).cumsum(axis=0)
-    stored = snapshots(count)
-    values = np.stack([average(profile.exponent, walk[: round(profile.time * steps)]) for profile in stored])
-    for width, error in ((0.075, narrow), (0.15, wide)):
-        target = Profile(exponent_of(width), 1.0)
-        wanted = average(target.exponent, walk)
-        built = np.tensordot(reconstruction(stored, target)[0], values, 1)
-        assert math.sqrt(np.mean((built - wanted) ** 2) / np.mean(wanted**2)) < 3 * error

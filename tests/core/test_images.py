@@ -10,20 +10,12 @@ from ncsn.core.images import eight_bit, fit_moments, image_grid, mirror, moment_
 from ncsn.core.keyed_random import keyed_normal
 
 
-def every_gray() -> torch.Tensor:
-    return torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1)
-
-
 def test_to_unit_moves_channels_and_scales():
     images = torch.tensor([[[[0, 51, 255]], [[255, 102, 0]]]], dtype=torch.uint8)
     x = to_unit(images)
     assert x.shape == (1, 3, 2, 1) and x.dtype == torch.float32 and x.is_contiguous()
     torch.testing.assert_close(x[0, :, :, 0], torch.tensor([[0, 1], [0.2, 0.4], [1, 0]]))
     assert images[0, 0, 0, 2] == 255
-
-
-def test_every_gray_survives_the_round_trip():
-    assert torch.equal(to_stored(to_unit(every_gray())), every_gray())
 
 
 def test_to_stored_clamps_and_rounds_half_up():
@@ -53,25 +45,25 @@ def test_to_stored_refuses_what_is_not_a_number(bad):
 
 
 @pytest.mark.oracle(16)
-@pytest.mark.parametrize("u", [2.0**-24, 0.5, 1 - 2.0**-24])
-def test_dequantized_gray_is_recovered_at_the_ends_of_the_noise(u):
-    spread = to_unit(every_gray(), u=torch.full((1, 1, 16, 16), u))
-    assert spread.min() >= 0 and spread.max() < 1
-    assert torch.equal((256 * spread).floor().to(torch.uint8), every_gray().permute(0, 3, 1, 2))
-
-
-@pytest.mark.oracle(16)
 def test_dequantized_gray_is_always_recovered():
-    grays = every_gray().expand(2000, 16, 16, 1)
-    spread = to_unit(grays, u=torch.rand(2000, 1, 16, 16, generator=torch.Generator().manual_seed(0)))
-    assert spread.max() < 1
+    grays = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1).expand(2000, 16, 16, 1)
+    u = torch.rand(2000, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    u[:2] = torch.tensor([2.0**-24, 1 - 2.0**-24]).view(2, 1, 1, 1)  # the ends of the noise
+    spread = to_unit(grays, u=u)
+    assert spread.min() >= 0 and spread.max() < 1
     misses = (256 * spread).floor() != grays.permute(0, 3, 1, 2)
     assert int(misses.sum()) == 0, "512,000 draws: the spec allows 4 misses in float32, this form has none"
 
 
 @pytest.mark.parametrize(
     ("dtype", "limits"),
-    [("uint16", (0, 65535)), ("uint16", (0, 4095)), ("uint16", (100, 30000)), ("float32", (-1024, 3071))],
+    [
+        ("uint8", (0, 255)),
+        ("uint16", (0, 65535)),
+        ("uint16", (0, 4095)),
+        ("uint16", (100, 30000)),
+        ("float32", (-1024, 3071)),
+    ],
 )
 def test_every_stored_value_comes_back(dtype: str, limits: tuple[float, float]) -> None:
     low, high = limits
@@ -88,7 +80,7 @@ def test_every_stored_value_comes_back(dtype: str, limits: tuple[float, float]) 
         to_stored(torch.tensor([[[[-1.0, 2.0]]]]), dtype=dtype, limits=limits).flatten().float(),
         torch.tensor([low, high]).float(),
     )
-    if dtype == "uint16":
+    if dtype != "float32":
         u = torch.rand(1, 1, 2, len(values) // 2, generator=torch.Generator().manual_seed(0)).clamp(1e-2)
         spread = to_unit(stored, limits, u=u)
         assert float(spread.min()) >= 0 and float(spread.max()) < 1
@@ -140,7 +132,9 @@ def test_all_components_give_the_whole_covariance(count):
     kept = v.T @ torch.diag(moments.variances - moments.rest) @ v + moments.rest * torch.eye(6)
     if count > 6:
         torch.testing.assert_close(kept, x.flatten(1).T.cov(), rtol=1e-4, atol=1e-4)
-    assert torch.trace(kept).item() == pytest.approx(torch.trace(x.flatten(1).T.cov()).item(), rel=1e-5)
+    fewer = fit_moments(x, num_components=2)
+    for total in (float(torch.trace(kept)), float(fewer.variances.sum()) + 4 * fewer.rest):
+        assert total == pytest.approx(torch.trace(x.flatten(1).T.cov()).item(), rel=1e-5)
     torch.testing.assert_close(moments.mean, x.mean(dim=0))
     torch.testing.assert_close(v @ v.T, torch.eye(len(v)), rtol=0, atol=1e-5)
     assert (moments.variances.diff() <= 0).all()
@@ -155,13 +149,6 @@ def test_the_leading_components_of_large_images_are_those_of_the_svd():
     expected = (singular.square() / 399)[:64]
     torch.testing.assert_close(moments.variances.double(), expected, rtol=1e-3, atol=0)
     assert ((moments.directions.double() @ directions[:48].T).square().sum(dim=0) > 0.999).all()
-
-
-def test_fewer_components_keep_the_total_variance():
-    x = correlated(500)
-    moments = fit_moments(x, num_components=2)
-    total = float(moments.variances.sum()) + 4 * moments.rest
-    assert total == pytest.approx(torch.trace(x.flatten(1).T.cov()).item(), rel=1e-5)
 
 
 def test_draws_have_the_mean_and_covariance_of_data_plus_noise():

@@ -78,19 +78,3 @@ def test_keyed_noise_of_an_image_is_the_same_in_every_batch():
         assert whole.uniform(step).min() > 0 and whole.uniform(step).max() < 1
     assert not torch.equal(whole(0), whole(1))
     assert whole(0).shape == (6, 3, 4, 5)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"seed": -1}, r"seed .*-1"),
-        ({"first": -3}, "first"),
-        ({"stream": 2**64}, "stream"),
-        ({"count": -1}, "count"),
-        ({"size": 0}, "size"),
-    ],
-)
-def test_bad_addresses_are_refused(arguments, message):
-    good = {"seed": 0, "stream": 0, "first": 0, "count": 1, "size": 1} | arguments
-    with pytest.raises(ValueError, match=message):
-        keyed_normal(good.pop("seed"), **good)

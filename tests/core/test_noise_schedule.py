@@ -73,12 +73,6 @@ def test_techniques_2_and_4_reproduce_the_published_settings(row):
     assert suggest_noise(sigma_1, dimension=dimension).num_levels == half_L
 
 
-@pytest.mark.oracle(7)
-def test_ratio_for_28_pixels():
-    assert ratio_for_overlap(784) == pytest.approx(1.08197, abs=1e-5)
-    assert suggest_noise(1.0, dimension=784).num_levels == 60
-
-
 def test_variance_ratio_is_what_the_chain_does():
     # One level of a point mass in exact arithmetic: variance v <- (1 - r)^2 v + 2 r, in units of sigma^2.
     r, v = 0.06, 1.2**2

@@ -8,10 +8,10 @@ from contextlib import nullcontext
 
 import numpy as np
 import pytest
-from image_folders import put, rows_of, skipped_of
+from image_folders import put, rows_of, skipped_of, sorted_rows
 from refused import refused
+from tiny_networks import tiny_config
 
-from ncsn.config import Config
 from ncsn.data.dataset import write_dataset
 from ncsn.data.format import SkippedImage
 from ncsn.data.sources import open_source
@@ -61,9 +61,8 @@ def test_folders_are_classes_held_out_class_by_class(folder, data_config):
 def test_classes_are_left_out_by_name(folder, data_config):
     root = folder({f"{name}/{number}.png": number for name in "abc" for number in range(8)})
     source = open_source(data_config("image_folder", root, leave_out=["b"]))
-    rows = rows_of(source)
     assert source.class_names == ("a", "c")
-    assert sorted(rows["train"] + rows["test"]) == sorted([(k, label) for label in (0, 1) for k in range(8)])
+    assert sorted_rows(source) == sorted([(k, label) for label in (0, 1) for k in range(8)])
     for names in (["d"], ["a", "b", "c"]):
         with refused("data.leave_out"):
             open_source(data_config("image_folder", root, leave_out=names))
@@ -110,8 +109,7 @@ def test_labels_next_to_the_images_are_the_classes(tmp_path, formats, data_confi
         members[f"{number:04d}.png"] = formats.image(np.full((8, 8), number, np.uint8))
         members[f"{number:04d}.{kind}"] = label.encode()
     source = open_source(data_config("image_folder", put(tmp_path, {"shard.tar": formats.tar(members)})))
-    rows = rows_of(source)
-    assert sorted(rows["train"] + rows["test"]) == [(number, number % 3) for number in range(count)]
+    assert sorted_rows(source) == [(number, number % 3) for number in range(count)]
     assert source.class_names == ("0", "1", "2")
 
 
@@ -122,8 +120,8 @@ def test_shards_that_repeat_names_hold_different_images(tmp_path, formats, data_
         )
         for shard in range(3)
     }
-    rows = rows_of(open_source(data_config("image_folder", put(tmp_path, shards))))
-    assert sorted(value for value, _ in rows["train"] + rows["test"]) == list(range(30))
+    rows = sorted_rows(open_source(data_config("image_folder", put(tmp_path, shards))))
+    assert [value for value, _ in rows] == list(range(30))
 
 
 @pytest.mark.parametrize("pack", [None, "tar", "zip"])
@@ -193,11 +191,6 @@ def table_of(kind: str, labels: dict[str, object]) -> bytes:
     header = "file,label" if kind == "labels.csv" else "file_name,text,label"
     text = "" if kind == "labels.csv" else '"a, caption",'
     return "\r\n".join([header, *(f'"{name}",{text}{label}' for name, label in labels.items())]).encode("utf-8-sig")
-
-
-def sorted_rows(source) -> list[tuple[int, int]]:
-    rows = rows_of(source)
-    return sorted(rows["train"] + rows["test"])
 
 
 KINDS = ("metadata.jsonl", "metadata.csv", "dataset.json", "labels.csv")
@@ -304,12 +297,8 @@ def test_training_is_refused_where_the_classifier_would_be(tmp_path, members, da
     files = {f"{n % classes}/{n}.png" if classes else f"{n}.png": image for n, image in enumerate(members.values())}
     data = data_config("image_folder", put(tmp_path / "images", files))
     manifest = write_dataset(open_source(data), str(tmp_path / "store"), name="x", data=data).manifest
-    tree = {"network": {"kind": "unet"}, "sampling": {"sampler": {"kind": "annealed_langevin"}}}
-    length = {"num_images": 128, "checkpoint_every_images": 128, "report_every_images": 128}
-    evaluation = {"extractor": "classifier"}
-    config = Config.model_validate({"name": "x", "data": data, **tree, "train": length, "evaluation": evaluation})
     with nullcontext() if classes > 1 else refused("evaluation.extractor"):
-        train.require_classes(config, manifest, "the dataset")
+        train.require_classes(tiny_config("evaluation.extractor=classifier"), manifest, "the dataset")
 
 
 FACES = [f"img_align_celeba/{number:06d}.jpg" for number in range(1, 9)]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from do import claimed
 from refused import refused
+from tiny_networks import tiny_config
 
 from ncsn import storage
 from ncsn.config import Config, changed_settings, from_yaml
@@ -23,24 +24,15 @@ from ncsn.data.training_images import open_cache
 from ncsn.runs.folder import Run
 from ncsn.steps.train import settle_noise
 
-AUTO = """
-name: auto
-data: {source: sklearn_digits, image_size: 8, channels: 1, test_fraction: 0.3}
-noise: auto
-network: {kind: unet, widths: [8]}
-train: {batch_size: 16, num_images: 160, checkpoint_every_images: 80, report_every_images: 32}
-sampling: {sampler: {kind: annealed_langevin, steps_per_level: 2}}
-"""
-
 
 def auto(root: Path, *overrides: str) -> Config:
-    return from_yaml(AUTO, overrides=[f"storage.root={root}", *overrides])
+    return tiny_config("noise=auto", f"storage.root={root}", *overrides)
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
     root = tmp_path_factory.mktemp("store")
-    data = from_yaml(AUTO).data
+    data = tiny_config().data
     return write_dataset(open_source(data), str(root), name="digits", data=data).uri
 
 

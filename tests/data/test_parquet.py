@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from generated_split import GeneratedSplit
+from image_folders import files_below
 from refused import refused
 
 from ncsn import storage
@@ -54,10 +55,6 @@ def write(images, folder, config, **fields):
 
 def write_each(parts, known):
     return (part.write(known, cores=1) for part in parts)
-
-
-def files_below(folder: Path) -> list[str]:
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
 @pytest.mark.parametrize("place", ["local", "s3"])

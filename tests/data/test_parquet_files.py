@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from image_folders import Formats, rows_of
+from image_folders import Formats, rows_of, sorted_rows
 from refused import refused
 
 from ncsn import storage
@@ -33,19 +33,14 @@ def pictures(values: Sequence[int]) -> pa.Array:
     return pa.array([{"bytes": encoded(value), "path": f"{value}.png"} for value in values], PICTURE)
 
 
-def hub(features: dict[str, Any]) -> dict[str, str]:
-    """The metadata that Hugging Face's `datasets` writes into the schema."""
-    return {"huggingface": json.dumps({"info": {"features": features}})}
-
-
 FEATURES = {"image": {"_type": "Image"}, "label": {"names": NAMES, "_type": "ClassLabel"}}
 
 
 def write(uri: str | Path, columns: dict[str, Any], *, features: dict[str, Any] | None = None, **options: Any) -> str:
-    """Write a Parquet file; gives its URI."""
-    table = pa.table(columns)
+    """Write a Parquet file, with features as Hugging Face's `datasets` writes them; gives its URI."""
+    hub = {"huggingface": json.dumps({"info": {"features": features}})} if features else None
     buffer = io.BytesIO()
-    pq.write_table(table.replace_schema_metadata(hub(features) if features else None), buffer, **options)
+    pq.write_table(pa.table(columns).replace_schema_metadata(hub), buffer, **options)
     storage.write_bytes(str(uri), buffer.getvalue())
     return str(uri)
 
@@ -135,17 +130,16 @@ def test_images_are_found_by_their_type(tmp_path, source_of, kind):
     rows = [{"bytes": image, "path": None} for image in images] if "struct" in kind else images
     columns = {"id": pa.array(range(12)), "x": pa.array(rows, types.get(kind, pa.binary())), "note": ["a"] * 12}
     source = source_of(write(tmp_path / "x.parquet", columns))
-    found = rows_of(source)
     assert source.class_names == ()
-    assert sorted(found["train"] + found["test"]) == [(value, -1) for value in values]
+    assert sorted_rows(source) == [(value, -1) for value in values]
 
 
 def test_the_usual_names_and_the_metadata_decide_between_columns(tmp_path, source_of):
     images, others = pictures(range(12)), pictures(range(100, 112))
     numbers = pa.array([number % 2 for number in range(12)])
     both = {"mask": others, "image": images, "label": numbers, "id": numbers}
-    rows = rows_of(source_of(write(tmp_path / "names.parquet", both)))
-    assert sorted(rows["train"] + rows["test"]) == [(number, number % 2) for number in range(12)]
+    found = sorted_rows(source_of(write(tmp_path / "names.parquet", both)))
+    assert found == [(number, number % 2) for number in range(12)]
     columns = {"audio": others, "photograph": images, "fine": numbers, "label": pa.array(range(12))}
     features = {
         "audio": {"sampling_rate": 16000, "_type": "Audio"},
@@ -155,8 +149,7 @@ def test_the_usual_names_and_the_metadata_decide_between_columns(tmp_path, sourc
     }
     source = source_of(write(tmp_path / "marked.parquet", columns, features=features))
     assert source.class_names == ("a", "b")
-    rows = rows_of(source)
-    assert sorted(rows["train"] + rows["test"]) == [(number, number % 2) for number in range(12)]
+    assert sorted_rows(source) == [(number, number % 2) for number in range(12)]
 
 
 def test_settings_choose_the_columns(tmp_path, source_of):
@@ -185,14 +178,12 @@ def test_labels_without_metadata_are_words_or_numbers(tmp_path, source_of):
     for name, array in {"words": pa.array(words), "categories": pa.array(words).dictionary_encode()}.items():
         path = write(tmp_path / f"{name}.parquet", {"image": pictures(range(16)), "label": array})
         source = source_of(path)
-        rows = rows_of(source)
         assert source.class_names == ("cat", "owl")
-        assert [label for _, label in sorted(rows["train"] + rows["test"])] == [1, 0, -1, -1] * 4
+        assert [label for _, label in sorted_rows(source)] == [1, 0, -1, -1] * 4
     numbers = pa.array([[2, 0, None, -1][number % 4] for number in range(16)], pa.int8())
     source = source_of(write(tmp_path / "numbers.parquet", {"image": pictures(range(16)), "class": numbers}))
-    rows = rows_of(source)
     assert source.class_names == ("0", "1", "2")
-    assert [label for _, label in sorted(rows["train"] + rows["test"])] == [2, 0, -1, -1] * 4
+    assert [label for _, label in sorted_rows(source)] == [2, 0, -1, -1] * 4
 
 
 @pytest.mark.parametrize("wrong", [3, -2])

@@ -11,7 +11,7 @@ from refused import refused
 
 from ncsn.config.schema import Pixels
 from ncsn.data.format import Rows, to_table
-from ncsn.data.samples import missing_ranges, read_samples, samples_pixels, write_pngs
+from ncsn.data.samples import SampleSet, missing_ranges, write_pngs
 from ncsn.errors import NotFound
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (20, 4, 4, 3), dtype=np.uint8)
@@ -27,9 +27,9 @@ def test_overlapping_shards_give_each_image_once(tmp_path: Path) -> None:
     for first, last in [(0, 5), (3, 9), (4, 8), (9, 20)]:
         write_shard(tmp_path, first, last)
     (tmp_path / "manifest.json").write_text("{}")
-    assert samples_pixels(str(tmp_path), num_images=20) == Pixels((4, 4, 3))
+    assert SampleSet(str(tmp_path), 20).pixels() == Pixels((4, 4, 3))
     for first, last in [(0, 20), (0, 7), (2, 7), (5, 20), (9, 10)]:
-        np.testing.assert_array_equal(read_samples(str(tmp_path), first, last), IMAGES[first:last])
+        np.testing.assert_array_equal(SampleSet(str(tmp_path), last).read(first, last), IMAGES[first:last])
 
 
 def test_each_image_becomes_a_png_file(tmp_path: Path) -> None:
@@ -47,19 +47,19 @@ def test_each_image_becomes_a_png_file(tmp_path: Path) -> None:
 
 def test_gaps_and_missing_folders_say_what_is_missing(tmp_path: Path) -> None:
     with refused(str(tmp_path)):
-        read_samples(str(tmp_path), 0, 5)
+        SampleSet(str(tmp_path), 5).read(0, 5)
     write_shard(tmp_path, 0, 5)
     write_shard(tmp_path, 8, 20)
     with refused(str(tmp_path)) as caught:
-        read_samples(str(tmp_path), 0, 6)
+        SampleSet(str(tmp_path), 6).read(0, 6)
     assert "0 to 4" in caught.value.problems[0].reason
     with refused(str(tmp_path)):
-        samples_pixels(str(tmp_path), num_images=6)
-    np.testing.assert_array_equal(read_samples(str(tmp_path), 0, 5), IMAGES[:5])
+        SampleSet(str(tmp_path), 6).pixels()
+    np.testing.assert_array_equal(SampleSet(str(tmp_path), 5).read(0, 5), IMAGES[:5])
     with refused(str(tmp_path)):
-        read_samples(str(tmp_path), 6, 9)
+        SampleSet(str(tmp_path), 9).read(6, 9)
     with refused(str(tmp_path / "nowhere"), error=NotFound):
-        read_samples(str(tmp_path / "nowhere"), 0, 5)
+        SampleSet(str(tmp_path / "nowhere"), 5).read(0, 5)
 
 
 def test_damaged_shards_are_named(tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ def test_damaged_shards_are_named(tmp_path: Path) -> None:
         lambda: pq.write_table(pa.table({"image": [1] * 7}), damaged),
     ):
         damage()
-        for reading in (lambda: read_samples(str(tmp_path), 0, 6), lambda: samples_pixels(str(tmp_path), num_images=6)):
+        for reading in (lambda: SampleSet(str(tmp_path), 6).read(0, 6), lambda: SampleSet(str(tmp_path), 6).pixels()):
             with refused(str(damaged)):
                 reading()
 

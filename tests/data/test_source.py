@@ -40,15 +40,6 @@ def test_each_class_gives_its_share_of_the_names_that_come_first():
     assert hold_out(name_ranks(names), labels, 0.13)["test"].tolist() == expected
 
 
-def test_the_choice_goes_with_the_name_and_not_with_the_place():
-    names = [f"image {index}" for index in range(50)]
-    backwards = names[::-1]
-    none = np.full(50, -1)
-    chosen = {names[index] for index in hold_out(name_ranks(names), none, 0.2)["test"]}
-    assert {backwards[index] for index in hold_out(name_ranks(backwards), none, 0.2)["test"]} == chosen
-    assert chosen != set(names[:10])
-
-
 def test_a_config_names_the_known_sources() -> None:
     assert set(get_args(DataConfig.model_fields["source"].annotation)) == SOURCES.keys()
 

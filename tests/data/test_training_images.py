@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from generated_split import GeneratedSplit
 from hypothesis import given, strategies as st
+from image_folders import files_below
 from refused import refused
 
 from ncsn import storage
@@ -21,13 +22,8 @@ from ncsn.data.format import load_manifest, read_split
 from ncsn.data.pixels import Example
 from ncsn.data.sources import open_source
 from ncsn.data.sources.base import Source
-from ncsn.data.training_images import (
-    CachedSplit,
-    StreamedSplit,
-    open_cache,
-    open_training_images,
-    window_at,
-)
+from ncsn.data.streamed import StreamedSplit, window_at
+from ncsn.data.training_images import CachedSplit, open_cache, open_training_images
 from ncsn.errors import NotFound
 
 
@@ -41,10 +37,6 @@ def dataset(tmp_path, data_config, monkeypatch) -> str:
     monkeypatch.setattr("ncsn.data.format.PART_IMAGES", 500)
     config = data_config("sklearn_digits")
     return write_dataset(open_source(config), str(tmp_path / "digits"), name="digits", data=config).uri
-
-
-def files_below(folder: Path) -> list[str]:
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
 def test_the_copy_is_made_once_from_a_bucket(s3_root, tmp_path, data_config, monkeypatch):
@@ -218,23 +210,22 @@ def test_the_first_window_is_enough_to_begin_and_a_later_error_is_that_of_a_batc
         stream.ordered(0, first=10, count=10)
 
 
-def disk_with(monkeypatch, free: int) -> None:
-    monkeypatch.setattr("shutil.disk_usage", lambda _folder: SimpleNamespace(free=free))
-
-
 def test_only_windows_are_on_the_disk_if_there_is_no_room_for_all(numbered, tmp_path, monkeypatch):
+    def disk_with(free: int) -> None:
+        monkeypatch.setattr("shutil.disk_usage", lambda _folder: SimpleNamespace(free=free))
+
     uri = numbered(30)
-    disk_with(monkeypatch, 2 * 60 * (8 * 8 + 8) - 1)
+    disk_with(2 * 60 * (8 * 8 + 8) - 1)
     with refused(str(tmp_path / "cache" / Path(uri).name / "train-parts")):
         StreamedSplit(uri, "train", window_images=64)
-    disk_with(monkeypatch, 2 * 60 * (8 * 8 + 8))
+    disk_with(2 * 60 * (8 * 8 + 8))
     stream = StreamedSplit(uri, "train", window_images=64)
     most = 0
     for first in range(0, 1000, 10):
         stream.ordered(0, first=first, count=10)
         most = max(most, sum(1 for _ in (tmp_path / "cache").rglob("*.npy")))
     assert 2 < most <= 3 * 2  # of 17 parts
-    disk_with(monkeypatch, 1 << 40)
+    disk_with(1 << 40)
     stream = StreamedSplit(uri, "train", window_images=64)
     for first in range(0, 500, 10):
         stream.ordered(0, first=first, count=10)

@@ -14,7 +14,8 @@ from ncsn.core.keyed_random import Stream, keyed_uniform
 from ncsn.core.losses import Batch
 from ncsn.core.training import StepOptions, train_step
 from ncsn.data import training_images
-from ncsn.data.training_images import StreamedSplit, open_cache, open_training_images
+from ncsn.data.streamed import StreamedSplit
+from ncsn.data.training_images import open_cache, open_training_images
 from ncsn.model import build
 from ncsn.model.objective import objective_of
 from ncsn.training.batches import draw_batch, image_moments

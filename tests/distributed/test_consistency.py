@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from local_training import Recorder, assert_same_tensors, train_locally, train_until_killed
 from refused import refused
+from workers import Recorder, assert_same_tensors, train_locally, train_until_killed
 
 from ncsn.config import Config, from_yaml
 from ncsn.model import trained

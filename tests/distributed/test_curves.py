@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
-from local_training import Recorder, assert_same_tensors, train, train_locally
+from workers import Recorder, assert_same_tensors, train, train_locally
 
 from ncsn.config import Config, from_yaml
 from ncsn.core.losses import Batch
@@ -15,7 +17,9 @@ from ncsn.core.noise_schedule import geometric_sigmas
 from ncsn.core.training import TrainState
 from ncsn.core.training_noise import LevelNoise
 from ncsn.data.format import read_split
-from ncsn.data.training_images import StreamedSplit, open_training_images
+from ncsn.data.streamed import StreamedSplit
+from ncsn.data.training_images import open_training_images
+from ncsn.errors import InvalidValue
 from ncsn.model import build
 from ncsn.model.objective import Objective, objective_of
 from ncsn.runs.history import RATE, TrainingHistory, held_out_curves, load_history, loss_names
@@ -180,9 +184,14 @@ def test_rows_of_a_streamed_split_are_those_of_the_data(dataset: str) -> None:
         (["noise={num_levels: 1, sigma_1: 0.1, sigma_L: 0.1}", "sampling.sampler={kind: langevin}"], 0),
     ],
 )
-def test_previews_take_a_hundredth_of_the_time(tiny: str, overrides: list[str], evaluations: int) -> None:
-    config = from_yaml(tiny, overrides=overrides)
-    assert monitor.preview_evaluations(config, images=config.tracking.preview_images) == evaluations
+def test_previews_take_a_hundredth_of_the_time(
+    tiny: str, overrides: list[str], evaluations: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(monitor, "generate", generate := Mock(side_effect=InvalidValue("no images")))
+    state = SimpleNamespace(averaged=lambda: torch.nn.Linear(1, 1), images_seen=0)
+    monitor.preview_png(config=from_yaml(tiny, overrides=overrides), state=state, moments=None)
+    found = [call.kwargs["sampling"].sampler.num_levels for call in generate.mock_calls]
+    assert found == [evaluations] * bool(evaluations)
 
 
 def test_curves_have_a_point_per_report_and_checkpoint(tiny: str, dataset: str, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from local_training import assert_close_tensors, train_locally
+from workers import assert_close_tensors, train_locally
 
 from ncsn.config import from_yaml
 from ncsn.runs.history import TrainingHistory, load_history

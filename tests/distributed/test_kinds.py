@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from do import do
-from local_training import assert_same_tensors, tensors, train, train_locally, train_until_killed
 from refused import refused
+from workers import assert_same_tensors, tensors, train, train_locally, train_until_killed
 
 from ncsn.config import from_yaml
 from ncsn.data.format import load_manifest

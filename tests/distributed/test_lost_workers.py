@@ -10,13 +10,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from on_ray import Group, killed_for_memory
+from on_ray import Group, killed_for_memory, ray_driver
 from ray.exceptions import ActorDiedError, OutOfMemoryError
 from ray.train import ControllerError, FailureConfig, WorkerGroupError
 from ray.train.v2._internal.callbacks.backend_setup import BackendSetupCallback
 from ray.train.v2._internal.constants import get_env_vars_to_propagate
 from ray.train.v2._internal.execution.failure_handling import create_failure_policy
-from ray_driver import ray_driver
 
 from ncsn.config import from_yaml
 from ncsn.distributed import trainer

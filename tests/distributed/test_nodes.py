@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from local_training import assert_close_tensors, train_locally
 from ray_nodes import RayNodes
+from workers import assert_close_tensors, train_locally
 
 from ncsn.config import from_yaml
-from ncsn.data.samples import read_samples
+from ncsn.data.samples import SampleSet
 from ncsn.model.checkpoint import load_checkpoint
 from ncsn.model.generate import generate
 from ncsn.training.loop import TrainingJob
@@ -137,7 +137,7 @@ def test_images_made_on_three_nodes_are_those_of_one(cluster: RayNodes, trained:
     tasks = [task for task in cluster.listed("tasks") if task["name"] == "_sample_shard"]
     assert len(tasks) == 10
     assert {task["node_id"] for task in tasks} == {node.id for node in cluster.nodes}
-    images = read_samples(made["uri"], 0, 10)
+    images = SampleSet(made["uri"], 10).read(0, 10)
     loaded = load_checkpoint(trained["checkpoint"])
     alone = generate(loaded, sampling=loaded.config.sampling, first=0, count=10, device="cpu")
     np.testing.assert_array_equal(images, alone)

@@ -17,10 +17,18 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
-from local_training import assert_close_tensors, assert_same_tensors, train_locally
-from on_ray import KillsWorker, ends_by_a_mistake, evaluate_by_tasks, live_scores
-from ray_driver import RayDriver, ray_driver, with_environment, with_progress
+from on_ray import (
+    KillsWorker,
+    RayDriver,
+    ends_by_a_mistake,
+    evaluate_by_tasks,
+    live_scores,
+    ray_driver,
+    with_environment,
+    with_progress,
+)
 from refused import refused
+from workers import assert_close_tensors, assert_same_tensors, train_locally
 
 from ncsn import distributed
 from ncsn.config import Config, from_yaml

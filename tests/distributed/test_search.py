@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from local_training import train
 from refused import refused
+from workers import train
 
 from ncsn.config import Config, from_yaml
 from ncsn.config.choices import AutoguidanceConfig, ChoiceDomain, Domain, RangeDomain

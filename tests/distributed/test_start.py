@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from do import do
-from local_training import assert_same_tensors, tensors, train_locally
 from refused import refused
+from workers import assert_same_tensors, tensors, train_locally
 
 from ncsn.config import Config, ConfigError, changed_settings, from_yaml, to_yaml
 from ncsn.core.networks.transfer import light_parameters

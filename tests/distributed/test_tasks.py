@@ -11,7 +11,7 @@ from pathlib import Path
 
 import gpu_calls
 import pytest
-from ray_driver import RayDriver
+from on_ray import RayDriver
 
 HELPERS = Path(gpu_calls.__file__).parent
 

@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch.multiprocessing
-from gloo_workers import hang
+from workers import hang
 
 from ncsn.config import from_yaml
 from ncsn.data.training_images import CachedSplit

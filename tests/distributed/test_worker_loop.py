@@ -13,20 +13,23 @@ import pytest
 import torch
 import torch.multiprocessing
 from clock import Clock
-from gloo_workers import average_gradients, resume_from_a_torn_copy, work, work_in_graphs
-from local_training import (
-    Recorder,
-    assert_close_tensors,
-    assert_same_tensors,
-    tensors,
-    train,
-    train_locally,
-    train_until_killed,
-)
 from pretended_gpu import pretended_gpu
 from refused import refused
 from safetensors.torch import load_file
 from torch import nn
+from workers import (
+    Recorder,
+    assert_close_tensors,
+    assert_same_tensors,
+    average_gradients,
+    resume_from_a_torn_copy,
+    tensors,
+    train,
+    train_locally,
+    train_until_killed,
+    work,
+    work_in_graphs,
+)
 
 from ncsn import storage
 from ncsn.config import Config, from_yaml

@@ -17,7 +17,7 @@ from webhook import Receiver, receiver
 
 from ncsn import ScoreModel
 from ncsn.config import from_yaml
-from ncsn.data.samples import read_samples
+from ncsn.data.samples import SampleSet
 from ncsn.model.checkpoint import load_checkpoint
 from ncsn.runs.steps import STEPS
 
@@ -147,7 +147,7 @@ def test_the_registered_model_generates_images(workplace, client, monkeypatch: p
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{workplace.root}/mlflow.db")
     model = mlflow.pyfunc.load_model("models:/ncsn-tiny@champion")
     images = np.asarray(model.predict(None, params={"n_images": 2}))
-    sampled = read_samples(workplace.result(RUN, "sample")["uri"], 0, 2)
+    sampled = SampleSet(workplace.result(RUN, "sample")["uri"], 2).read(0, 2)
     np.testing.assert_array_equal(images, sampled)
 
 
@@ -179,7 +179,7 @@ def test_images_come_from_the_registry_alone(workplace, finished, tmp_path, monk
     made = json.loads(done.stdout)
     manifest = json.loads(Path(made["uri"], "manifest.json").read_text())
     assert manifest["model"] == workplace.result(RUN, "register")["uri"]
-    images, sampled = (read_samples(uri, 0, 16) for uri in (made["uri"], workplace.result(RUN, "sample")["uri"]))
+    images, sampled = (SampleSet(uri, 16).read(0, 16) for uri in (made["uri"], workplace.result(RUN, "sample")["uri"]))
     assert np.abs(images.astype(int) - sampled.astype(int)).max() <= 1
     assert Path(made["grid"]).read_bytes().startswith(b"\x89PNG")
     np.testing.assert_array_equal(np.array(Image.open(pictures / "000015.png")), images[15, ..., 0])

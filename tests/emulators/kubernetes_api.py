@@ -1,8 +1,8 @@
 """Kubernetes API over real HTTP. Leaves out TLS, tokens, webhooks, pagination and all but RayJobs, ConfigMaps, Secrets,
 service accounts, pods, logs, events and Argo's Workflows.
 
-Reads and writes behave as the real server's do for one namespace: 409 for a name that exists, finalizers, RBAC with the
-real wording of a refusal. The switches of `Cluster` make it fail as real ones do.
+Reads and writes behave as the real server's do for one namespace: 409 for a name that exists, RBAC with the words of a
+real refusal. The switches of `Cluster` make it fail as real ones do.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ Resource = dict[str, Any]
 
 NAMESPACE = "kubeflow"
 USER = f"system:serviceaccount:{NAMESPACE}:pipeline-runner"
+_VERBS = {"GET": "get", "POST": "create", "PATCH": "patch", "DELETE": "delete"}
 RAYJOB_KIND = {"group": "ray.io", "version": "v1", "kind": "RayJob"}
 
 
@@ -84,25 +85,26 @@ class Cluster:
             return self._store(plural, resource)
 
     def update(self, plural: str, name: str, change: Callable[[Resource], None]) -> Resource:
-        """Change it in place; gone if it is being deleted and has no finalizer left."""
+        """Change it in place."""
         with self._lock:
-            resource = self.get(plural, name)
-            if resource is None:
-                raise Refusal(404, "NotFound", f'{plural} "{name}" not found')
+            resource = self.known(plural, name)
             change(resource)
-            metadata = resource["metadata"]
-            if "deletionTimestamp" in metadata and not metadata.get("finalizers"):
-                del self._objects[plural, name]
-                self._note("DELETED", plural, resource)
-                return resource
             return self._store(plural, resource)
 
     def delete(self, plural: str, name: str, uid: str | None = None) -> Resource:
+        with self._lock:
+            resource = self.known(plural, name)
+            if uid not in (None, resource["metadata"]["uid"]):
+                raise Refusal(409, "Conflict", f"the UID in the precondition ({uid}) is not that of the object")
+            del self._objects[plural, name]
+            self._note("DELETED", plural, resource)
+            return resource
+
+    def known(self, plural: str, name: str) -> Resource:
         found = self.get(plural, name)
-        if found is not None and uid not in (None, found["metadata"]["uid"]):
-            raise Refusal(409, "Conflict", f"the UID in the precondition ({uid}) is not that of the object")
-        stamp = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-        return self.update(plural, name, lambda resource: resource["metadata"].setdefault("deletionTimestamp", stamp))
+        if found is None:
+            raise Refusal(404, "NotFound", f'{plural} "{name}" not found')
+        return found
 
     def allows(self, verb: str, group: str, resource: str, name: str) -> bool:
         return any(
@@ -201,19 +203,7 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *_: Any) -> None:
         """Say nothing."""
 
-    def do_GET(self) -> None:
-        self._answer("get")
-
-    def do_POST(self) -> None:
-        self._answer("create")
-
-    def do_PATCH(self) -> None:
-        self._answer("patch")
-
-    def do_DELETE(self) -> None:
-        self._answer("delete")
-
-    def _answer(self, verb: str) -> None:
+    def _answer(self) -> None:
         if self.cluster.away:
             self.close_connection = True
             return
@@ -221,9 +211,11 @@ class _Handler(BaseHTTPRequestHandler):
         split = urlsplit(self.path)
         query = {key: values[0] for key, values in parse_qs(split.query).items()}
         try:
-            self._route(verb, split.path.strip("/").split("/"), query, body)
+            self._route(_VERBS[self.command], split.path.strip("/").split("/"), query, body)
         except Refusal as refusal:
             self._send(refusal.status, refusal.status["code"])
+
+    do_GET = do_POST = do_PATCH = do_DELETE = _answer
 
     def _route(self, verb: str, path: list[str], query: dict[str, str], body: Any) -> None:
         match path:
@@ -234,46 +226,39 @@ class _Handler(BaseHTTPRequestHandler):
                 resource = "/".join(part for part in (asked["resource"], asked.get("subresource")) if part)
                 allowed = self.cluster.allows(asked["verb"], asked.get("group", ""), resource, asked.get("name", ""))
                 self._send(body | {"status": {"allowed": allowed}}, 201)
-            case ["apis", "ray.io", "v1", "namespaces", _, "rayjobs", *name]:
-                self._change_or_show(verb, "ray.io", "rayjobs", name, query, body)
-            case ["apis", "argoproj.io", "v1alpha1", "namespaces", _, "workflows", *name]:
-                self._authorize("get" if name else "list", "argoproj.io", "workflows")
-                self._send_found("workflows", name, query)
             case ["api", "v1", "namespaces", _, "pods", name, "log"]:
                 self._authorize(verb, "", "pods/log")
                 self._send_log(name, query)
-            case ["api", "v1", "namespaces", _, "pods", *name]:
-                self._authorize("get" if name else "list", "", "pods")
-                self._send_found("pods", name, query)
-            case ["api", "v1", "namespaces", _, "events"]:
-                self._authorize("list", "", "events")
-                about = query["fieldSelector"].removeprefix("involvedObject.name=")
-                found = [each for each in self.cluster.list("events") if each["involvedObject"]["name"] == about]
-                self._send({"metadata": {}, "items": found})
-            case ["api", "v1", "namespaces", _, "configmaps" | "secrets" | "serviceaccounts" as plural, *name]:
-                self._change_or_show(verb, "", plural, name, query, body)
+            case ["api", "v1", "namespaces", _, plural, *name]:
+                self._serve(verb, "", plural, name, query, body)
+            case ["apis", "ray.io" | "argoproj.io" as group, _, "namespaces", _, plural, *name]:
+                self._serve(verb, group, plural, name, query, body)
             case _:
                 raise Refusal(404, "NotFound", f"the emulator has no {self.path}")
 
-    def _change_or_show(
-        self, verb: str, group: str, plural: str, name: list[str], query: dict[str, str], body: Any
-    ) -> None:
-        if verb == "get" and "watch" in query:
-            self._authorize("watch", group, plural)
-            self._send_changes(plural, query)
-            return
-        self._authorize("list" if verb == "get" and not name else verb, group, plural, *name)
-        if verb == "create":
-            created = self.cluster.create(plural, body)
-            if plural == "rayjobs":
-                self.cluster.on_create(body["metadata"]["name"])
-            self._send(created, 201)
-        elif verb == "patch":
-            self._send(self.cluster.update(plural, name[0], lambda resource: _merge(resource, body)))
-        elif verb == "delete":
-            self._send(self.cluster.delete(plural, name[0], (body.get("preconditions") or {}).get("uid")))
-        else:
-            self._send_found(plural, name, query)
+    def _serve(self, verb: str, group: str, plural: str, name: list[str], query: dict[str, str], body: Any) -> None:
+        if verb == "get" and not name:
+            verb = "watch" if "watch" in query else "list"
+        self._authorize(verb, group, plural, *name)
+        match verb:
+            case "watch":
+                self._send_changes(plural, query)
+            case "list":
+                about = query.get("fieldSelector", "").removeprefix("involvedObject.name=")
+                found = self.cluster.list(plural, query.get("labelSelector", ""))
+                items = [each for each in found if not about or each["involvedObject"]["name"] == about]
+                self._send({"metadata": {}, "items": items})
+            case "create":
+                created = self.cluster.create(plural, body)
+                if plural == "rayjobs":
+                    self.cluster.on_create(body["metadata"]["name"])
+                self._send(created, 201)
+            case "patch":
+                self._send(self.cluster.update(plural, name[0], lambda resource: _merge(resource, body)))
+            case "delete":
+                self._send(self.cluster.delete(plural, name[0], (body.get("preconditions") or {}).get("uid")))
+            case _:
+                self._send(self.cluster.known(plural, name[0]))
 
     def _authorize(self, verb: str, group: str, resource: str, name: str = "") -> None:
         self.cluster.requests.append((verb, resource))
@@ -285,15 +270,6 @@ class _Handler(BaseHTTPRequestHandler):
                 f'{full} is forbidden: User "{USER}" cannot {verb} resource "{resource}" in API group "{group}" '
                 f'in the namespace "{NAMESPACE}"',
             )
-
-    def _send_found(self, plural: str, name: list[str], query: dict[str, str]) -> None:
-        if not name:
-            self._send({"metadata": {}, "items": self.cluster.list(plural, query.get("labelSelector", ""))})
-            return
-        found = self.cluster.get(plural, name[0])
-        if found is None:
-            raise Refusal(404, "NotFound", f'{plural} "{name[0]}" not found')
-        self._send(found)
 
     def _send_changes(self, plural: str, query: dict[str, str]) -> None:
         """A watch, which ends after its time."""

@@ -7,27 +7,19 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from tiny_networks import tiny_config
 
-from ncsn.config import Config, from_yaml
+from ncsn.config import Config
 from ncsn.data.dataset import write_dataset
 from ncsn.data.format import Rows, to_table
+from ncsn.data.samples import SampleSet
 from ncsn.data.sources import open_source
 from ncsn.data.training_images import open_cache
 from ncsn.evaluation import features as module
 from ncsn.evaluation.extractors import Extracted
-from ncsn.evaluation.features import SampleSet, SplitSet, extract_set
+from ncsn.evaluation.features import SplitSet, extract_set
 from ncsn.evaluation.reference import load_reference, publish_reference
 from ncsn.progress import Progress
-
-CONFIG = """
-name: pieces
-data: {source: sklearn_digits, image_size: 8, channels: 1, test_fraction: 0.3, max_images: 120}
-noise: {num_levels: 4}
-network: {kind: unet, widths: [8]}
-train: {num_images: 128, checkpoint_every_images: 128, report_every_images: 128}
-sampling: {sampler: {kind: annealed_langevin}}
-evaluation: {batch_size: 8}
-"""
 
 
 class Brightness:
@@ -40,7 +32,7 @@ class Brightness:
 
 @pytest.fixture(scope="module")
 def config() -> Config:
-    return from_yaml(CONFIG)
+    return tiny_config("data.test_fraction=0.3", "data.max_images=120", "evaluation.batch_size=8")
 
 
 @pytest.fixture(scope="module")

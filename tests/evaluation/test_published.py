@@ -20,12 +20,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from refused import refused
+from tiny_networks import tiny_config
 from torch import Tensor
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
 from ncsn import storage
-from ncsn.config import from_yaml
 from ncsn.data.dataset import write_dataset
 from ncsn.data.format import read_split, to_table
 from ncsn.data.sources import open_source
@@ -211,21 +211,9 @@ def test_features_of_dinov2_do_not_depend_on_the_batch_and_gray_is_repeated_to_r
     np.testing.assert_allclose(extractor.extract(gray).features, repeated, rtol=1e-5, atol=1e-6)
 
 
-from_settings = functools.partial(
-    from_yaml,
-    """
-name: digits
-data: {source: sklearn_digits, image_size: 8, channels: 1, max_images: 20}
-network: {kind: unet}
-train: {num_images: 128, checkpoint_every_images: 128, report_every_images: 128}
-sampling: {num_images: 20, sampler: {kind: annealed_langevin}}
-""",
-)
-
-
 def evaluated(folder: Path, split: str, *settings: str) -> tuple[evaluate.EvaluateResult, str]:
     """The images of a split, evaluated as samples; the URI of their dataset."""
-    config = from_settings(overrides=[f"storage.root={folder}", *settings])
+    config = tiny_config("data.max_images=20", f"storage.root={folder}", *settings)
     dataset = write_dataset(open_source(config.data), str(folder / "data"), name="digits", data=config.data).uri
     samples, count = folder / f"{split}-samples", config.sampling.num_images
     samples.mkdir()

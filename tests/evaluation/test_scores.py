@@ -14,13 +14,10 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from ncsn.data.format import Rows
+from ncsn.evaluation.class_scores import AskedClasses, classes_by_probe, fit_probe
 from ncsn.evaluation.extractors import Extracted
 from ncsn.evaluation.scores import (
-    AskedClasses,
-    class_scores,
-    classes_by_probe,
     excess_distance,
-    fit_probe,
     inception_score,
     kernel_distance,
     nearest_images,
@@ -86,12 +83,6 @@ def squared_mmd(x: np.ndarray, y: np.ndarray) -> float:
     return float(sum(means) - 2 * across.mean())
 
 
-def test_two_points_each_by_hand() -> None:
-    # D = 1, k = (xy + 1)^3: within x k(0,1) = 1, within y k(1,2) = 27, across the mean of 1, 1, 8, 27.
-    x, y = np.array([[0.0], [1.0]]), np.array([[1.0], [2.0]])
-    assert kernel_distance(x, y)[0] == pytest.approx(1 + 27 - 2 * (1 + 1 + 8 + 27) / 4, abs=1e-12)
-
-
 def test_the_distance_without_a_group_is_that_of_the_others() -> None:
     x, y = np.random.default_rng(4).standard_normal((2, 40, 3))
     without = [squared_mmd(np.delete(x, [group, group + 20], axis=0), y) for group in range(20)]
@@ -130,18 +121,6 @@ def test_agrees_with_the_full_matrix_in_any_blocks() -> None:
         found = nearest_neighbors(queries, reference, k=4, block_size=block_size)
         np.testing.assert_array_equal(found.indices, np.argsort(full, axis=1)[:, :4])
         np.testing.assert_allclose(found.distances, np.sort(full, axis=1)[:, :4], atol=1e-12)
-
-
-def test_a_copied_training_image_is_found_at_distance_zero_and_flagged(digits: tuple[Rows, Rows]) -> None:
-    train, test = digits
-    nudged = train.images[7].copy()
-    nudged[0, 0, 0] += 1
-    queries = np.concatenate([train.images[[3]], nudged[None], test.images[:30]])
-    found = nearest_neighbors(queries, train.images, k=2, block_size=500)
-    assert found.indices[:2, 0].tolist() == [3, 7]
-    assert found.distances[:2, 0].tolist() == [0, 1]
-    assert found.memorized[:2].all()
-    assert found.memorized[2:].mean() < 0.1
 
 
 def test_copies_are_found_whatever_equals_them(digits: tuple[Rows, Rows]) -> None:
@@ -260,7 +239,7 @@ def test_images_are_counted_by_what_was_asked_and_what_is_seen(*, own: bool) -> 
     shown = np.array([0, 1, 2, 0, 1, 1, 0])
     labels = np.array([0, 1, 2, 0, 0, 2, -1])
     asked = AskedClasses(labels, REFERENCE, 3, own)
-    scores = class_scores(extracted(shown, seed=1), asked, reference=FEATURES, seed=0)
+    scores = asked.scores(extracted(shown, seed=1), reference=FEATURES, seed=0)
     assert scores is not None
     assert scores.confusion.tolist() == [[2, 1, 0], [0, 1, 0], [0, 1, 1]]
     assert scores.count == 6 and scores.agreement == pytest.approx(4 / 6)
@@ -301,21 +280,21 @@ def test_the_kernel_distance_of_a_class_is_to_its_own_training_images() -> None:
     labels = np.arange(300) % 3
     asked = AskedClasses(labels, REFERENCE, 3, own=True)
     same, moved = (
-        class_scores(extracted(labels, seed=2, shift=shift), asked, reference=FEATURES, seed=0) for shift in (0.0, 0.5)
+        asked.scores(extracted(labels, seed=2, shift=shift), reference=FEATURES, seed=0) for shift in (0.0, 0.5)
     )
     assert same is not None and moved is not None
     assert np.abs(same.kids).max() < 0.02 and abs(same.metrics["class_kid"]) < 0.01
     assert moved.kids.min() > 0.1 and moved.metrics["class_kid"] == pytest.approx(moved.kids.mean())
     swapped = AskedClasses((labels + 1) % 3, REFERENCE, 3, own=True)
-    other = class_scores(extracted(labels, seed=2), swapped, reference=FEATURES, seed=0)
+    other = swapped.scores(extracted(labels, seed=2), reference=FEATURES, seed=0)
     assert other is not None and other.agreement == 0 and other.kids.min() > 0.3
 
 
 def test_without_a_class_there_is_no_score() -> None:
     none = AskedClasses(np.full(4, -1), REFERENCE, 3, own=True)
-    assert class_scores(extracted(np.zeros(4, int)), none, reference=FEATURES, seed=0) is None
+    assert none.scores(extracted(np.zeros(4, int)), reference=FEATURES, seed=0) is None
     few = AskedClasses(np.array([0, 1]), np.full(300, -1), 3, own=True)
-    scores = class_scores(extracted(np.array([0, 1])), few, reference=FEATURES, seed=0)
+    scores = few.scores(extracted(np.array([0, 1])), reference=FEATURES, seed=0)
     assert scores is not None and scores.metrics.keys() == {"class_agreement"}
 
 

@@ -12,12 +12,9 @@ import likelihood
 import neon
 import paper_figures
 import pytest
-import released_checkpoint
 import small_images
 import torch
 from PIL import Image
-
-from ncsn.core.noise_schedule import geometric_sigmas
 
 SCRIPTS = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
 
@@ -106,19 +103,6 @@ def test_interpolations_end_in_the_samples_and_the_chain_has_a_state_per_level(i
     shown = paper_figures.neighbors(model, images, rows=2, columns=3)
     distances = (shown[:, 1:] - shown[:, :1]).flatten(2).norm(dim=2)
     assert torch.equal(distances, distances.sort(dim=1).values)
-
-
-@pytest.mark.parametrize("kind", ["ncsn", "ncsnv2"])
-def test_a_released_file_gives_its_weights(tmp_path, kind):
-    sigmas = geometric_sigmas(1.0, 0.01, 3)
-    torch.manual_seed(0)
-    written, read = (released_checkpoint.new_network(kind, num_features=8, channels=1, sigmas=sigmas) for _ in range(2))
-    released_checkpoint.write_untrained(tmp_path / "checkpoint.pth", written)
-    ema = released_checkpoint.load(tmp_path / "checkpoint.pth", read)
-    for one, other in zip(written.parameters(), read.parameters(), strict=True):
-        assert torch.equal(one, other)
-    ema.copy_to(read)
-    assert all(torch.equal(a, b) for a, b in zip(written.parameters(), read.parameters(), strict=True))
 
 
 @pytest.mark.slow

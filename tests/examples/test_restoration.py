@@ -127,38 +127,6 @@ def test_all_or_nothing_known(sampler: Sampler) -> None:
     assert torch.equal(with_mask(False), sample(sampler, Curved(), x=start, sigmas=SIGMAS.float(), noise=noise))
 
 
-@pytest.mark.parametrize("noise", [0.0, 0.05])
-def test_means_of_independent_pixels_are_met(noise: float) -> None:
-    """For normal pixels the covariance form is exact: the images given their means are known."""
-    s, shape, operator = 0.5, (1, 8, 8), means(8, 8, factor=2)
-
-    class White:
-        def __call__(self, x: Tensor, *, sigma: Tensor) -> Tensor:
-            return -x / (s**2 + sigma.square().view(-1, 1, 1, 1))
-
-    draw = KeyedNoise(1, first=0, count=32, shape=shape)
-    truth, start = s * draw(0).double(), HIGH * draw(1).double()
-    y = operator.apply(truth)
-    x = restored(
-        White(),
-        Observation(operator, y, noise),
-        gaussian_variance(s),
-        sampler=KarrasHeun(num_steps=100),
-        x=start,
-        sigmas=SIGMAS,
-        noise=draw,
-        scale=s,
-    )
-    found, share = operator.apply(x), (s / 2) ** 2 / ((s / 2) ** 2 + noise**2)
-    if noise == 0:
-        torch.testing.assert_close(found, y, atol=2e-3, rtol=0)
-    else:
-        error = found - share * y
-        assert float(error.square().mean()) == pytest.approx(share * noise**2, rel=0.15)
-    within = x - operator.adjoint(found) * 4
-    assert float(within.square().mean()) == pytest.approx(0.75 * s**2, rel=0.05)
-
-
 def score_of_normal(s2: float):
     return lambda x, level=None, *, sigma: -x / (s2 + sigma.view(-1, 1, 1, 1) ** 2)
 
@@ -223,13 +191,6 @@ def test_blur_and_means_are_those_of_scipy_and_numpy() -> None:
     blocks = x[0, 0].numpy().reshape(4, 3, 3, 3).mean(axis=(1, 3))
     np.testing.assert_allclose(means(*SIZE, factor=3).apply(x)[0, 0].numpy(), blocks, atol=1e-12)
     assert means(*SIZE, factor=3).apply(x).shape == (1, 2, 4, 3)
-
-
-def test_what_cannot_be_measured() -> None:
-    with pytest.raises(ValueError, match="12"):
-        means(*SIZE, factor=2)
-    with pytest.raises(ValueError, match="deviation"):
-        blur(*SIZE, deviation=0.0)
 
 
 def test_signal_to_noise_of_known_errors() -> None:

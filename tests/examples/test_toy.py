@@ -40,13 +40,6 @@ def test_tweedie_is_the_exact_posterior_mean(sigma):
     torch.testing.assert_close(denoised, expected, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.oracle(9)
-def test_tweedie_of_gaussian_data():
-    x = torch.randn(5, 1, 2, 2, dtype=torch.float64, generator=seeded())
-    denoised = denoise_step(lambda x, _: -x / (0.3 + 0.49), x, level=0, sigma=0.7)
-    torch.testing.assert_close(denoised, x * 0.3 / (0.3 + 0.49), rtol=1e-10, atol=0)
-
-
 @pytest.mark.oracle(5)
 def test_plain_langevin_leaves_half_of_the_points_at_each_mode_and_annealed_finds_the_weights():
     def no_network(x, level=None):

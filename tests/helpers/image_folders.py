@@ -51,6 +51,10 @@ class Formats:
         return buffer.getvalue()
 
 
+def files_below(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
 def put(root: Path | str, files: dict[str, bytes]) -> str:
     for name, content in files.items():
         write_bytes(f"{root}/{name}", content)
@@ -63,6 +67,11 @@ def rows_of(source) -> dict[str, list[tuple[int, int]]]:
         split: [(int(row.image[0, 0, 0]), row.label) for row in part.stream() if not isinstance(row, SkippedImage)]
         for split, part in source.splits.items()
     }
+
+
+def sorted_rows(source) -> list[tuple[int, int]]:
+    """Those of both splits."""
+    return sorted(row for rows in rows_of(source).values() for row in rows)
 
 
 def skipped_of(source) -> list[str]:

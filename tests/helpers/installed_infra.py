@@ -15,7 +15,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import yaml
-from real_cluster import Namespace, Resource, apply, forwarded, get, kubectl
+from live import Namespace, Resource, apply, forwarded, get, kubectl
 
 INFRA = Path(__file__).parents[2] / "infra"
 ENVIRONMENT, CREDENTIALS = "ncsn-environment", "ncsn-credentials"

@@ -1,4 +1,4 @@
-"""Score networks of a few thousand weights, for 8 x 8 gray images."""
+"""Score networks of a few thousand weights for 8 x 8 gray images, a config of one, and the moments of such images."""
 
 from __future__ import annotations
 
@@ -7,9 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ncsn.config import Config, from_yaml
+from ncsn.core.images import fit_moments
 from ncsn.core.networks.ddpmpp import DdpmppNetwork
 from ncsn.core.networks.unet import UnetNetwork
 
+CONFIG = """
+name: tiny
+data: {source: sklearn_digits, image_size: 8, channels: 1}
+noise: {num_levels: 4}
+network: {kind: unet, widths: [8, 8], blocks_per_resolution: 1, embedding_features: 8}
+train: {batch_size: 8, num_images: 16, checkpoint_every_images: 8, report_every_images: 8}
+sampling: {num_images: 20, sampler: {kind: annealed_langevin, steps_per_level: 1}}
+"""
+MOMENTS = fit_moments(torch.rand(16, 1, 8, 8, generator=torch.Generator().manual_seed(0)), num_components=4)
 SIGMAS = torch.logspace(0, -2, 10)
 BOTH: dict[str, Any] = {
     "channels": 1,
@@ -19,6 +30,10 @@ BOTH: dict[str, Any] = {
     "dropout": 0.0,
     "sigma_data": 0.25,
 }
+
+
+def tiny_config(*overrides: str) -> Config:
+    return from_yaml(CONFIG, overrides=overrides)
 
 
 def unet(**changes: Any) -> UnetNetwork:

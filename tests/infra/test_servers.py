@@ -1,32 +1,22 @@
 """The server of `infra/base/mlflow` for real: MLflow with the arguments of the manifest, on loopback.
 
-`tests/cluster_live` sees it and SeaweedFS ready in a cluster, and artifacts that go through both.
+`tests/cluster_live` sees it and SeaweedFS ready, artifacts that go through both, and what SeaweedFS refuses.
 """
 
 from __future__ import annotations
 
-import functools
 import os
-import re
-import socket
-import ssl
-import subprocess
-import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import boto3
 import pytest
 import urllib3
 import yaml
-from botocore.exceptions import ClientError
 from mlflow_server import MLFLOW, Server
-from ports import free_ports
 
 BASE = Path(__file__).parents[2] / "infra" / "base"
-WEED = str(Path(sys.executable).with_name("weed"))
 HTTP = urllib3.PoolManager(retries=False)
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
@@ -107,80 +97,3 @@ def test_with_a_login_it_lets_in_who_has_the_account(tmp_path: Path, monkeypatch
         assert created("a", "") == created("b", "wrong-password") == 401
         assert created("c", account["MLFLOW_TRACKING_PASSWORD"]) == 200
         assert HTTP.request("GET", f"{url}{PROBE}", timeout=30).status == 200
-
-
-def test_the_object_store_lets_in_a_key_to_its_prefix_and_nobody_else(tmp_path: Path) -> None:
-    """SeaweedFS with the arguments, variables, hook and identities of its manifest, on loopback."""
-    pod = load(BASE / "object-store" / "stateful-set.yaml")["spec"]["template"]["spec"]
-    (certificate,), (container,) = pod["initContainers"], pod["containers"]
-    text = load(BASE / "object-store" / "identities.example.yaml")["stringData"]["s3.json"]
-    names = iter(["mlflow", "mlflow-secret", "kubeflow", "kubeflow-secret", "operator", "operator-secret"])
-    (tmp_path / "s3.json").write_text(re.sub("REPLACE-ME", lambda _: next(names), text))
-    (tmp_path / "certificate").mkdir()
-    s3, *ports = free_ports(8)
-    here = {"/certificate/": f"{tmp_path}/certificate/", "-dir=/data": f"-dir={tmp_path}", "0.0.0.0": "127.0.0.2"}
-    here |= {
-        "/etc/seaweedfs": str(tmp_path),
-        "-s3.port=8333": f"-s3.port={s3}",
-        "VolumeSizeLimitMB=1024": "VolumeSizeLimitMB=64",
-    }
-    here |= {"127.0.0.1:9333": f"127.0.0.1:{ports[0]}.{ports[1]}", "weed shell": f"{WEED} shell"}
-
-    def moved(texts: Iterable[str]) -> list[str]:
-        return [functools.reduce(lambda text, change: text.replace(*change), here.items(), each) for each in texts]
-
-    subprocess.run(moved(certificate["command"] + certificate["args"]), check=True, capture_output=True)
-    names = ("master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc")
-    more = [f"-{name}={port}" for name, port in zip((*names, "s3.port.grpc"), ports, strict=True)]
-    more += [f"-{name}.localSocket={tmp_path}/{name}.sock" for name in ("s3", "filer")]
-    values = moved(each["value"] for each in container["env"])
-    environment = os.environ | dict(zip((each["name"] for each in container["env"]), values, strict=True))
-    server = subprocess.Popen([WEED, *moved(container["args"]), *more], env=environment, stderr=subprocess.DEVNULL)
-    try:
-        subprocess.run(moved(container["lifecycle"]["postStart"]["exec"]["command"]), check=True, timeout=120)
-        for port in ports[:-1]:
-            with pytest.raises(OSError, match="refused"):
-                socket.create_connection(("127.0.0.2", port), timeout=5)
-        with socket.create_connection(("127.0.0.2", ports[-1]), timeout=5) as connection:
-            connection.sendall(
-                b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(9)
-            )  # gRPC without TLS: an answer is SETTINGS
-            assert connection.recv(9)[3:4] != b"\x04"
-        context = ssl.create_default_context(cafile=str(tmp_path / "certificate" / "tls.crt"))
-        context.check_hostname = False
-        with (
-            socket.create_connection(("127.0.0.2", ports[-1]), timeout=5) as plain,
-            context.wrap_socket(plain) as connection,
-            pytest.raises(ssl.SSLError, match="CERTIFICATE_REQUIRED"),
-        ):
-            connection.recv(1)
-        clients = {
-            name: boto3.client(
-                "s3",
-                endpoint_url=f"http://127.0.0.2:{s3}",
-                aws_access_key_id=name,
-                aws_secret_access_key=f"{name}-secret",
-                region_name="us-east-1",
-            )
-            for name in ("mlflow", "kubeflow", "operator")
-        }
-        clients["mlflow"].put_object(Bucket="ncsn", Key="mlflow/model", Body=b"weights")
-        clients["kubeflow"].put_object(Bucket="ncsn", Key="kubeflow/run", Body=b"image")
-        listed = clients["kubeflow"].list_objects_v2(Bucket="ncsn", Prefix="kubeflow/")["Contents"]
-        assert [each["Key"] for each in listed] == ["kubeflow/run"]
-        assert len(clients["operator"].list_objects_v2(Bucket="ncsn")["Contents"]) == 2
-        model, kubeflow = {"Bucket": "ncsn", "Key": "mlflow/model"}, clients["kubeflow"]
-        for refused in (
-            lambda: kubeflow.get_object(**model),
-            lambda: kubeflow.put_object(**model, Body=b"mine"),
-            lambda: kubeflow.delete_object(**model),
-            lambda: kubeflow.copy_object(Bucket="ncsn", Key="kubeflow/copy", CopySource=model),
-            lambda: kubeflow.list_objects_v2(Bucket="ncsn"),
-            lambda: clients["operator"].create_bucket(Bucket="another"),
-        ):
-            with pytest.raises(ClientError) as error:
-                refused()
-            assert error.value.response["Error"]["Code"] == "AccessDenied"
-    finally:
-        server.kill()
-        server.wait()

@@ -13,7 +13,7 @@ from refused import refused
 from ncsn.config import Config, ConfigError, from_yaml
 from ncsn.errors import UserError
 from ncsn.init import choose as choices
-from ncsn.init.choose import FirstConfig, held_out, sizes_for, slug, unet
+from ncsn.init.choose import FirstConfig, held_out, slug, unet
 from ncsn.init.plan import Machine, Speed, measure_speed
 from ncsn.init.survey import survey
 from ncsn.model.objective import noise_notes
@@ -128,8 +128,8 @@ def test_gray_images_transparent_ones_and_a_gpu(choose) -> None:
 
 
 @pytest.fixture
-def of_classes(choose, tmp_path: Path) -> Callable[..., FirstConfig]:
-    """`choose` for gray images, so many in the folder of each class, which are made once."""
+def in_folders(choose, tmp_path: Path) -> Callable[..., FirstConfig]:
+    """`choose` for gray images, so many in each folder, which are made once."""
 
     def call(counts: dict[str, int], *overrides: str) -> FirstConfig:
         total, done = sum(counts.values()), 0
@@ -137,7 +137,7 @@ def of_classes(choose, tmp_path: Path) -> Callable[..., FirstConfig]:
         if not root.exists():
             choose(count=total, side=8, mode="L")
             for name, count in counts.items():
-                (root / name).mkdir()
+                (root / name).mkdir(parents=True)
                 for number in range(done, done + count):
                     (root / f"{number}.png").rename(root / name / f"{number}.png")
                 done += count
@@ -146,27 +146,27 @@ def of_classes(choose, tmp_path: Path) -> Callable[..., FirstConfig]:
     return call
 
 
-def test_enough_images_of_each_class_make_a_class_conditional_model(of_classes) -> None:
-    chosen = of_classes({"cat": 60, "dog": 100})
+def test_enough_images_of_each_class_make_a_class_conditional_model(in_folders) -> None:
+    chosen = in_folders({"cat": 60, "dog": 100})
     config = chosen.config
     assert (config.data.num_classes, config.train.label_dropout, config.sampling.label) == (2, 0.1, "balanced")
     assert (config.sampling.guidance.kind, config.sampling.guidance.weight) == ("classifier_free", 1.5)
     assert config.evaluation.extractor == "classifier" and chosen.draft.reasons["data.num_classes"]
-    plain = of_classes({"cat": 60, "dog": 100}, "sampling.guidance=null", "sampling.num_images=64")
+    plain = in_folders({"cat": 60, "dog": 100}, "sampling.guidance=null", "sampling.num_images=64")
     assert plain.config.sampling.guidance is None and plain.config.data.num_classes == 2
-    guided = of_classes({"cat": 60, "dog": 100}, "train.label_dropout=0.2", "sampling.num_images=64")
+    guided = in_folders({"cat": 60, "dog": 100}, "train.label_dropout=0.2", "sampling.num_images=64")
     assert guided.config.train.label_dropout == 0.2
     assert guided.seconds["sample"] == pytest.approx(2 * plain.seconds["sample"])
     for given in ("data.num_classes=null", "network={kind: ncsn, num_features: 8}"):
-        config = of_classes({"cat": 60, "dog": 100}, given).config
+        config = in_folders({"cat": 60, "dog": 100}, given).config
         assert (config.data.num_classes, config.train.label_dropout, config.sampling.guidance) == (None, 0, None)
         assert config.evaluation.extractor == "classifier"
-    unseen = of_classes({"cat": 60, "dog": 100}, "train.label_dropout=0").config
+    unseen = in_folders({"cat": 60, "dog": 100}, "train.label_dropout=0").config
     assert unseen.data.num_classes == 2 and unseen.sampling.guidance is None
 
 
-def test_a_small_class_beside_large_ones_changes_neither_model_nor_evaluation(of_classes) -> None:
-    chosen = of_classes({"cat": 70, "dog": 70, "eel": 5})
+def test_a_small_class_beside_large_ones_changes_neither_model_nor_evaluation(in_folders) -> None:
+    chosen = in_folders({"cat": 70, "dog": 70, "eel": 5})
     config = chosen.config
     assert (config.data.num_classes, config.sampling.label) == (3, "data")
     assert config.evaluation.extractor == "classifier" and "eel" in chosen.draft.reasons["data.num_classes"]
@@ -182,19 +182,19 @@ def test_a_small_class_beside_large_ones_changes_neither_model_nor_evaluation(of
         ({"train": 80, "val": 70, "dev": 1}, {}),
     ],
 )
-def test_classes_too_small_beside_others_are_named(of_classes, tmp_path, counts, small) -> None:
-    of_classes(counts)
+def test_classes_too_small_beside_others_are_named(in_folders, tmp_path, counts, small) -> None:
+    in_folders(counts)
     assert choices.small_classes(survey(str(tmp_path / f"{sum(counts.values())}-8-L"))) == small
 
 
-def test_classes_of_few_images_are_not_learned(of_classes) -> None:
-    few = of_classes({"cat": 40, "dog": 30})
+def test_classes_of_few_images_are_not_learned(in_folders) -> None:
+    few = in_folders({"cat": 40, "dog": 30})
     assert few.config.data.num_classes is None and few.config.sampling.guidance is None
     assert few.config.evaluation.extractor == "classifier" and few.draft.reasons["data.num_classes"]
-    assert of_classes({"cat": 40, "dog": 30}, "data.num_classes=2").config.train.label_dropout == 0.1
-    least = of_classes({str(n): 6 for n in range(5)}).config
+    assert in_folders({"cat": 40, "dog": 30}, "data.num_classes=2").config.train.label_dropout == 0.1
+    least = in_folders({str(n): 6 for n in range(5)}).config
     assert (least.data.num_classes, least.evaluation.extractor) == (None, "clusters")
-    splits = of_classes({"train": 80, "val": 79}).config
+    splits = in_folders({"train": 80, "val": 79}).config
     assert (splits.data.num_classes, splits.evaluation.extractor) == (None, "clusters")
 
 
@@ -273,35 +273,15 @@ def test_images_that_are_all_alike_teach_nothing(choose, tmp_path) -> None:
         choose(side=60, count=8)
 
 
-def test_splits_too_small_to_measure_with_are_refused(choose, tmp_path) -> None:
-    choose(count=10)
-    root = tmp_path / "10-100-RGB"
-    for split, numbers in (("test", range(2)), ("train", range(2, 10))):
-        (root / split).mkdir()
-        for number in numbers:
-            (root / f"{number}.png").rename(root / split / f"{number}.png")
+def test_splits_too_small_to_measure_with_are_refused(in_folders) -> None:
     with refused("PLACE"):
-        choose(count=10)
+        in_folders({"test": 2, "train": 8})
 
 
-def test_few_test_images_of_ones_own_are_splits_of_one_each(choose, tmp_path) -> None:
-    choose(count=34)
-    root = tmp_path / "34-100-RGB"
-    for number in range(34):
-        folder = root / ("test" if number < 4 else "train") / ("cat" if number % 2 else "dog")
-        folder.mkdir(parents=True, exist_ok=True)
-        (root / f"{number}.png").rename(folder / f"{number}.png")
-    evaluation = choose(count=34).config.evaluation
+def test_few_test_images_of_ones_own_are_splits_of_one_each(in_folders) -> None:
+    counts = {"test/cat": 2, "test/dog": 2, "train/cat": 15, "train/dog": 15}
+    evaluation = in_folders(counts).config.evaluation
     assert (evaluation.extractor, evaluation.num_splits) == ("classifier", 4)
-
-
-def test_sizes_and_widths() -> None:
-    assert [sizes_for(side) for side in (5, 8, 28, 33, 48, 500)] == [
-        [8], [8], [8, 16, 28], [8, 16, 32], [8, 16, 32, 48], [8, 16, 32, 64],
-    ]  # fmt: skip
-    assert unet(8, scale=1) == {"widths": [96, 96], "blocks_per_resolution": 1, "attention_sizes": []}
-    assert unet(28, scale=1) == {"widths": [24, 48, 96], "blocks_per_resolution": 1, "attention_sizes": [7]}
-    assert unet(64, scale=2) == {"widths": [32, 48, 96, 192], "blocks_per_resolution": 2, "attention_sizes": [8]}
 
 
 def test_at_least_three_images_are_held_out() -> None:

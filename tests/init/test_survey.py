@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from image_folders import put
+from on_ray import with_progress
 from PIL import Image
-from ray_driver import with_progress
 from refused import refused
 from sklearn.datasets import load_digits
 

@@ -8,24 +8,17 @@ import pytest
 import torch
 from refused import refused
 from safetensors.torch import load_file
+from tiny_networks import MOMENTS, tiny_config
 
 from ncsn import storage
-from ncsn.config import Config, from_yaml
+from ncsn.config import Config
 from ncsn.core.ema import Ema, exponent_of, power_function
-from ncsn.core.images import fit_moments
 from ncsn.core.training import TrainState
 from ncsn.model import averages, build, checkpoint
 from ncsn.model.averages import build_average, ensure_average
 from ncsn.runs.folder import TrainingFolder
 
-TEXT = """
-name: tiny
-data: {source: sklearn_digits, image_size: 8, channels: 1}
-network: {kind: unet, widths: [8, 8], blocks_per_resolution: 1, embedding_features: 8}
-train: {batch_size: 8, num_images: 800, checkpoint_every_images: 800, report_every_images: 8, ema: {kind: power}}
-sampling: {num_images: 10, sampler: {kind: annealed_langevin, steps_per_level: 1}}
-"""
-MOMENTS = fit_moments(torch.rand(16, 1, 8, 8, generator=torch.Generator().manual_seed(0)), num_components=4)
+POWER = ("train.ema={kind: power}", "train.num_images=800", "train.checkpoint_every_images=800")
 KEY = "sampling.relative_width"
 
 
@@ -43,7 +36,7 @@ def walk(state: TrainState, images: int, *averages_: Ema) -> None:
 
 @pytest.fixture(scope="module")
 def config() -> Config:
-    return from_yaml(TEXT)
+    return tiny_config(*POWER)
 
 
 def train(config: Config, run: Path, *more: Ema, every: int) -> Path:
@@ -116,14 +109,12 @@ def test_a_stored_average_comes_back(config: Config, trained: tuple[Path, dict[s
     assert all(torch.equal(weights[name].half(), tensor.half()) for name, tensor in exact.items())
 
 
-def test_the_config_chooses_the_average(config: Config, trained: tuple[Path, dict[str, torch.Tensor]]) -> None:
+def test_an_average_is_of_one_width(trained: tuple[Path, dict[str, torch.Tensor]]) -> None:
     folder, _ = trained
-    chosen = from_yaml(TEXT, overrides=["sampling.relative_width=0.08"])
-    assert ensure_average(str(folder), config) == str(folder)
-    uri = ensure_average(str(folder), chosen)
-    assert uri == ensure_average(uri, chosen) != str(folder)
+    uri = ensure_average(str(folder), relative_width=0.08)
+    assert uri == ensure_average(uri, relative_width=0.08) != str(folder)
     with refused(KEY):
-        ensure_average(uri, from_yaml(TEXT, overrides=["sampling.relative_width=0.09"]))
+        ensure_average(uri, relative_width=0.09)
 
 
 def test_the_others_do_without_a_lost_or_damaged_snapshot(config: Config, tmp_path: Path) -> None:
@@ -145,4 +136,4 @@ def test_what_cannot_be_built_is_refused(
         with refused(KEY):
             build_average(str(missing), relative_width=0.1)
     with refused(KEY):
-        from_yaml(TEXT, overrides=["sampling.relative_width=0.1", "train.ema={kind: decay}"])
+        tiny_config(*POWER, "sampling.relative_width=0.1", "train.ema={kind: decay}")

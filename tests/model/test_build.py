@@ -10,10 +10,10 @@ import torch
 
 from ncsn.config import choices, from_yaml, training
 from ncsn.config.problems import fields_of
-from ncsn.core.losses import SlicedScoreMatching
 from ncsn.core.networks.ddpmpp import DdpmppNetwork
 from ncsn.core.networks.refinenet import NcsnNetwork, NcsnV2Network
 from ncsn.core.networks.unet import UnetNetwork
+from ncsn.core.sliced import SlicedScoreMatching
 from ncsn.core.training_noise import LognormalNoise
 from ncsn.model import build
 

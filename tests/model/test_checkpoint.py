@@ -11,29 +11,16 @@ import pytest
 import torch
 from refused import refused
 from safetensors.torch import load_file
+from tiny_networks import MOMENTS, tiny_config
 
 from ncsn import storage
-from ncsn.config import Config, from_yaml
-from ncsn.core.images import fit_moments
+from ncsn.config import Config
 from ncsn.core.losses import Batch
 from ncsn.core.training import TrainState, train_step
 from ncsn.model import build, checkpoint
 from ncsn.model.checkpoint import CheckpointStore
 from ncsn.model.objective import objective_of
 from ncsn.runs.folder import INDEX
-
-TEXT = """
-name: tiny
-data: {source: sklearn_digits, image_size: 8, channels: 1}
-noise: {num_levels: 4}
-network: {kind: unet, widths: [8, 8], blocks_per_resolution: 1, embedding_features: 8}
-train: {batch_size: 8, num_images: 16, checkpoint_every_images: 8, report_every_images: 8}
-sampling: {num_images: 4, sampler: {kind: annealed_langevin, steps_per_level: 1}}
-evaluation: {num_splits: 2}
-"""
-
-
-MOMENTS = fit_moments(torch.rand(16, 1, 8, 8, generator=torch.Generator().manual_seed(0)), num_components=4)
 
 
 def trained(config: Config) -> TrainState:
@@ -49,7 +36,7 @@ def trained(config: Config) -> TrainState:
 
 @pytest.fixture
 def config() -> Config:
-    return from_yaml(TEXT)
+    return tiny_config()
 
 
 @pytest.fixture
@@ -115,7 +102,7 @@ def test_a_missing_cut_or_altered_file_is_named(config: Config, saved: Path, nam
 
 @pytest.mark.parametrize(("overrides", "digest"), [(["noise.sigma_1=2.0"], "d1"), ([], "d2")])
 def test_another_config_and_other_images_are_refused(saved: Path, overrides: list[str], digest: str) -> None:
-    other = from_yaml(TEXT, overrides=overrides)
+    other = tiny_config(*overrides)
     with refused(str(saved), error=checkpoint.CheckpointError) as caught:
         checkpoint.restore(saved, config=other, state=build.train_state(other), dataset_digest=digest)
     assert (overrides or [digest])[0].partition("=")[0] in caught.value.problems[0].reason
@@ -143,7 +130,7 @@ Write = Callable[[Path], None]
 
 @pytest.fixture(scope="module")
 def write() -> Write:
-    config = from_yaml(TEXT)
+    config = tiny_config()
     state = build.train_state(config)
     return checkpoint.snapshot(config=config, state=state, moments=MOMENTS, dataset_digest="d1")
 

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 from refused import refused
+from tiny_networks import tiny_config
 
-from ncsn.config import Config, from_yaml
+from ncsn.config import Config
 from ncsn.core.images import fit_moments
 from ncsn.core.samplers.chain import visited
 from ncsn.model import build, checkpoint
@@ -28,15 +29,8 @@ from ncsn.model.generate import (
     with_precision,
 )
 
-TEXT = """
-name: tiny
-data: {source: sklearn_digits, image_size: 8, channels: 1, num_classes: 3}
-noise: {num_levels: 6, sigma_1: 2.0, sigma_L: 0.05}
-network: {kind: unet, widths: [8, 8], blocks_per_resolution: 1, embedding_features: 8}
-train: {batch_size: 8, num_images: 16, checkpoint_every_images: 8, report_every_images: 8, label_dropout: 0.1}
-sampling: {num_images: 4, sampler: {kind: karras_heun, num_steps: 5}}
-evaluation: {num_splits: 2}
-"""
+CLASSES = ("data.num_classes=3", "train.label_dropout=0.1", "sampling.sampler={kind: karras_heun, num_steps: 5}",
+           "noise={num_levels: 6, sigma_1: 2.0, sigma_L: 0.05}")  # fmt: skip
 FREE = "sampling.guidance={kind: classifier_free, weight: 3.0}"
 PETS = Classes(("cat", "dog", "bird"), (10, 20, 30))
 HEUN = "sampling.sampler={kind: karras_heun, num_steps: 5, churn: 2}"
@@ -44,7 +38,7 @@ LANGEVIN = "sampling.sampler={kind: annealed_langevin, steps_per_level: 2}"
 
 
 def config_with(*overrides: str) -> Config:
-    return from_yaml(TEXT, overrides=overrides)
+    return tiny_config(*CLASSES, *overrides)
 
 
 def network_of(config: Config, *, seed: int = 0) -> TrainedNetwork:
@@ -58,8 +52,7 @@ def network_of(config: Config, *, seed: int = 0) -> TrainedNetwork:
 
 
 def images(trained: TrainedNetwork, *overrides: str, first: int = 0, count: int = 4) -> np.ndarray:
-    sampling = from_yaml(TEXT, overrides=overrides).sampling
-    return generate(trained, sampling=sampling, first=first, count=count)
+    return generate(trained, sampling=config_with(*overrides).sampling, first=first, count=count)
 
 
 @pytest.fixture
@@ -191,16 +184,6 @@ def test_the_class_decides_the_image_and_the_batch_does_not(trained: TrainedNetw
         images(trained, "sampling.label=fish")
 
 
-def test_weight_one_is_no_guidance_bitwise(trained: TrainedNetwork) -> None:
-    plain, guided = images(trained), images(trained, FREE)
-    assert (plain != guided).any(axis=(1, 2, 3)).all()
-    np.testing.assert_array_equal(images(trained, FREE, "sampling.guidance.weight=1.0"), plain)
-    alone = images(trained, FREE, first=2, count=1)
-    np.testing.assert_array_equal(alone, guided[2:3])
-    none = network_of(config_with("data.num_classes=null", "train.label_dropout=0"))
-    assert images(none).shape == plain.shape
-
-
 def test_weight_zero_is_the_network_without_classes(trained: TrainedNetwork, monkeypatch: pytest.MonkeyPatch) -> None:
     unaware = images(trained, FREE, "sampling.guidance.weight=0.0")
     score_at = type(trained.network).score_at
@@ -250,16 +233,8 @@ def save_checkpoint(trained: TrainedNetwork, folder: Path) -> str:
     return str(folder)
 
 
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        [],
-        ["data.num_classes=null", "train.label_dropout=0", "network.widths=[8]"],
-        ["data.num_classes=null", "train.label_dropout=0", "network={kind: ncsnv2, num_features: 4}"],
-        ["noise.num_levels=3"],
-    ],
-)
-def test_another_checkpoint_guides(trained: TrainedNetwork, tmp_path: Path, overrides: list[str]) -> None:
+@pytest.mark.parametrize("overrides", [(), (*PLAIN, "network.widths=[8]"), (*PLAIN, NCSNV2), ("noise.num_levels=3",)])
+def test_another_checkpoint_guides(trained: TrainedNetwork, tmp_path: Path, overrides: tuple[str, ...]) -> None:
     worse = network_of(config_with(*overrides), seed=1)
     uri = save_checkpoint(worse, tmp_path / "worse")
     auto = f"sampling.guidance={{kind: autoguidance, checkpoint: {uri}, weight: 0.0}}"
@@ -275,24 +250,15 @@ def test_another_checkpoint_guides(trained: TrainedNetwork, tmp_path: Path, over
     assert facts["guidance"]["checkpoint"] == checkpoint.load_checkpoint(uri).digest
 
 
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        ["data.image_size=16"],
-        ["data.channels=3"],
-        ["data.num_classes=null", "train.label_dropout=0", "network={kind: ncsn, num_features: 4}",
-         "noise.num_levels=3", "sampling.sampler={kind: annealed_langevin}"],
-    ],
-)  # fmt: skip
-def test_a_guide_of_other_images_is_refused(trained: TrainedNetwork, tmp_path: Path, overrides: list[str]) -> None:
-    uri = save_checkpoint(network_of(config_with(*overrides)), tmp_path / "other")
-    with refused("sampling.guidance.checkpoint"):
-        images(trained, f"sampling.guidance={{kind: autoguidance, checkpoint: {uri}}}")
-
-
-def test_a_guide_that_is_missing_or_of_other_classes_is_refused(trained: TrainedNetwork, tmp_path: Path) -> None:
-    other = replace(network_of(config_with()), classes=Classes(("fish", "dog", "bird"), (1, 2, 3)))
-    for uri in (str(tmp_path / "nowhere"), save_checkpoint(other, tmp_path / "other"), "models:/x@weak"):
+def test_a_guide_that_is_missing_or_of_other_images_is_refused(trained: TrainedNetwork, tmp_path: Path) -> None:
+    others = [
+        replace(network_of(config_with()), classes=Classes(("fish", "dog", "bird"), (1, 2, 3))),
+        network_of(config_with("data.image_size=16")),
+        network_of(config_with("data.channels=3")),
+        network_of(config_with(NCSN, *PLAIN, LANGEVIN, "noise.num_levels=3")),
+    ]
+    saved = [save_checkpoint(each, tmp_path / str(number)) for number, each in enumerate(others)]
+    for uri in (str(tmp_path / "nowhere"), "models:/x@weak", *saved):
         with refused("sampling.guidance.checkpoint"):
             images(trained, f"sampling.guidance={{kind: autoguidance, checkpoint: '{uri}'}}")
 
@@ -312,7 +278,7 @@ def test_a_registered_model_has_its_guide_and_classes_with_it(trained: TrainedNe
     assert weights_digest(loaded.guide.network) == weights_digest(worse.network)
     np.testing.assert_array_equal(images(loaded, auto), expected)
     (tmp_path / "plain").mkdir()
-    save_network(network_of(config_with("data.num_classes=null", "train.label_dropout=0")), tmp_path / "plain")
+    save_network(network_of(config_with(*PLAIN)), tmp_path / "plain")
     assert {file.name for file in (tmp_path / "plain").iterdir()} == {"checkpoint.json", *SAMPLING_FILES}
 
 
@@ -349,11 +315,7 @@ def test_labels_are_a_function_of_the_image() -> None:
     assert labels("data", first=400, count=7) == drawn[400:407]
     assert labels("data", count=1000, seed=1) != drawn[:1000]
     assert labels("dog") == [1] * 6
-
-
-def test_drawn_labels_are_as_frequent_as_in_training() -> None:
-    drawn = torch.tensor(labels("data", count=100_000))
-    shares = torch.bincount(drawn, minlength=3) / len(drawn)
+    shares = torch.bincount(torch.tensor(drawn), minlength=3) / len(drawn)
     assert shares.tolist() == pytest.approx([0.25, 0.0, 0.75], abs=4 * (0.25 * 0.75 / len(drawn)) ** 0.5)
 
 
@@ -376,7 +338,3 @@ def test_other_numbers_of_classes_are_refused() -> None:
         with refused("data.num_classes") as caught:
             require_same_classes(number, names, where="here")
         assert caught.value.problems[0].value == number
-    many = tuple(f"class-{number}" for number in range(1000))
-    with refused("data.num_classes") as caught:
-        require_same_classes(10, many, where="here")
-    assert len(str(caught.value)) < 500 and "1000" in str(caught.value)

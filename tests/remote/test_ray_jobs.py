@@ -1,44 +1,101 @@
-"""Steps as jobs on a real Ray cluster with a token, through its dashboard. Launchers are processes of their own."""
+"""Steps as jobs on a real Ray cluster with a token, through its dashboard: train, attach, refuse, stop, lose.
+
+Launchers are processes of their own.
+"""
 
 from __future__ import annotations
 
-import http.server
 import json
 import os
 import re
-import shlex
+import signal
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
-from importlib import metadata
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 from do import do
 from edited_clone import SAYS, clone
+from launched import TINY, Launched
 from ray_nodes import RayNodes
-from refused import refused
-from remote_places import TINY, RayHead
 from tcp_proxy import TcpProxy
 
 from ncsn import storage
 from ncsn.config import from_yaml
-from ncsn.config.compute import ComputeConfig
-from ncsn.environment import CODE, KFP_RUN_ID
-from ncsn.errors import UserError
-from ncsn.remote.backend import RemoteStep
-from ncsn.remote.manifest import render
-from ncsn.remote.ray_jobs import RayJobs, Refused
-from ncsn.runs.code import publish_code
-from ncsn.runs.folder import Run, read_mistake
-from ncsn.steps.elsewhere import remote_step
-from ncsn.storage.heartbeat import Heartbeat
+from ncsn.environment import CODE
+from ncsn.tracking.client import client_at
 
 pytestmark = pytest.mark.timeout(900)
 slow = pytest.mark.slow
+COUNTED = [f"line {n}" for n in range(10)]
+
+
+@dataclass
+class RayHead:
+    """A job server behind a proxy that can be cut, and steps whose command is Python code."""
+
+    folder: Path
+    nodes: RayNodes
+    proxy: TcpProxy
+
+    @property
+    def compute(self) -> str:
+        return json.dumps({"backend": "ray-jobs", "ray_jobs": {"address": self.proxy.url}})
+
+    def launch(self, run: str, code: str, **changes: Any) -> Launched:
+        step = {"root": str(self.folder), "run": run, "step": "train", "command": ("python", "-c", code)}
+        return Launched(self.compute, json.dumps(step | changes), env=self.environment)
+
+    def stop(self, run: str) -> list[str]:
+        stopping = Launched(self.compute, "null", run, env=self.environment)
+        out, err = stopping.communicate(timeout=240)
+        assert stopping.returncode == 0, err
+        names: list[str] = json.loads(out)
+        return names
+
+    def step_folder(self, run: str) -> Path:
+        return self.folder / "runs" / run / "steps" / "train"
+
+    def log(self, run: str) -> str:
+        return (self.step_folder(run) / "log.txt").read_text()
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """As a user has it: the token, and no mode and no address."""
+        return {name: text for name, text in self.nodes.client.items() if name not in ("RAY_ADDRESS", "RAY_AUTH_MODE")}
+
+    def ncsn(self, *args: str, code: str = "") -> subprocess.CompletedProcess[str]:
+        """The command as a user has it."""
+        command = [sys.executable, *(["-c", code] if code else ["-m", "ncsn"]), *args]
+        return subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False)
+
+    def of(self, run: str) -> list[dict[str, Any]]:
+        mine = [job for job in self.nodes.get("/api/jobs/") if (job["metadata"] or {}).get("ncsn.run") == run]
+        return sorted(mine, key=lambda job: job["start_time"])
+
+    def running(self, run: str) -> list[str]:
+        return [job["submission_id"] for job in self.of(run) if job["status"] in ("PENDING", "RUNNING")]
+
+    @contextmanager
+    def outage(self) -> Iterator[None]:
+        self.proxy.cut()
+        yield
+        self.proxy.restore()
+
+    def lose(self, run: str) -> None:
+        """Ray forgets a job that has ended only, so the launcher does not see it end."""
+        (name,) = self.running(run)
+        with self.outage():
+            self.nodes.get(f"/api/jobs/{name}/stop", method="POST")
+            while self.running(run):
+                time.sleep(0.2)
+            time.sleep(3)  # Ray's monitor of the job must have ended, else it writes a status once more
+            self.nodes.get(f"/api/jobs/{name}", method="DELETE")
 
 
 @pytest.fixture
@@ -54,6 +111,14 @@ def config(ray_head: RayNodes, s3_root: str, tmp_path: Path, monkeypatch: pytest
     file = tmp_path / "tiny.yaml"
     file.write_text(TINY.format(root=s3_root))
     return file
+
+
+def tracked(jobs: RayHead, name: str) -> Any:
+    """The MLflow run of a job."""
+    client = client_at(jobs.nodes.environment["MLFLOW_TRACKING_URI"])
+    experiment = client.get_experiment_by_name("ncsn")
+    (found,) = client.search_runs([experiment.experiment_id], f"tags.`ray.submission_id` = '{name}'")
+    return found
 
 
 def test_training_runs_as_a_job(jobs: RayHead, config: Path) -> None:
@@ -76,13 +141,9 @@ def test_training_runs_as_a_job(jobs: RayHead, config: Path) -> None:
     assert f"Ray job {name}: SUCCEEDED" in done.stderr
     assert storage.list_names(f"{step}/lease") == [known["ncsn.launcher"]]
     assert "images_seen" in storage.read_text(f"{step}/log.txt")
-    from ncsn.tracking.client import client_at
-
-    client = client_at(jobs.nodes.environment["MLFLOW_TRACKING_URI"])
-    experiment = client.get_experiment_by_name("ncsn")
-    (tracked,) = client.search_runs([experiment.experiment_id], f"tags.`ray.submission_id` = '{name}'")
-    assert tracked.info.run_name == "train" and tracked.info.status == "FINISHED"
-    assert tracked.data.tags["ray.dashboard_url"] == jobs.nodes.dashboard
+    mlflow_run = tracked(jobs, name)
+    assert mlflow_run.info.run_name == "train" and mlflow_run.info.status == "FINISHED"
+    assert mlflow_run.data.tags["ray.dashboard_url"] == jobs.nodes.dashboard
 
 
 @slow
@@ -99,62 +160,13 @@ def test_driver_and_worker_run_the_edited_code_of_a_clone(jobs: RayHead, config:
     (job,) = jobs.of("edited")
     uri = job["runtime_env"]["env_vars"][CODE]
     assert len(job["runtime_env"]["py_modules"]) == 3
-    from ncsn.tracking.client import client_at
-
-    client = client_at(jobs.nodes.environment["MLFLOW_TRACKING_URI"])
-    experiment = client.get_experiment_by_name("ncsn")
-    (tracked,) = client.search_runs([experiment.experiment_id], f"tags.`ray.submission_id` = '{job['submission_id']}'")
-    tags = tracked.data.tags
+    tags = tracked(jobs, job["submission_id"]).data.tags
     assert (tags["ncsn.code.uri"], tags["mlflow.source.git.dirty"]) == (uri, "true")
     assert len(tags["mlflow.source.git.commit"]) == 40
 
     jobs.nodes.get("/api/jobs/")  # the cluster is well
     again = jobs.ncsn(*arguments, "--code", f"{uri.removesuffix('.zip')}-not.zip")
     assert again.returncode == 2, again.stderr
-
-
-@slow
-def test_workers_of_a_rayjob_run_what_its_driver_has_checked(
-    jobs: RayHead, config: Path, s3_root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its entrypoint on a real Ray, beside a template's modules; the driver puts another archive in the place."""
-    settings = from_yaml(config.read_text())
-    dataset = do("ingest", settings, "checked").uri
-    edited = clone(tmp_path / "clone")
-    edited.edit("ncsn/training/loop.py")
-    with (edited.folder / "ncsn/training/loop.py").open("a") as text:
-        text.write("import os\nfrom ncsn import storage\nstorage.write_bytes(os.environ['NCSN_CODE'], b'another')\n")
-    monkeypatch.chdir(edited.folder)
-    monkeypatch.setattr("ncsn.runs.code._PACKAGE", edited.folder / "ncsn")
-    monkeypatch.setenv(CODE, "")
-    publish_code(s3_root)
-    step = remote_step("train", Run(settings, "checked"), settings, {"dataset": dataset})
-    manifest = render(step, ComputeConfig(), namespace="kubeflow", image="ncsn:1", env={}, labels={})
-    (tmp_path / "more").mkdir()
-    (tmp_path / "more" / "__init__.py").touch()
-    more = json.dumps({"py_modules": [str(tmp_path / "more")], "env_vars": {"A": "b"}})
-    ray = [str(Path(sys.executable).with_name("ray")), "job", "submit", "--address", jobs.nodes.dashboard]
-
-    def submitted(name: str, place: list[str]) -> tuple[str, int, list[str]]:
-        with Heartbeat(step.lease):
-            done = subprocess.run(
-                [*ray, "--submission-id", name, *place, "--", *shlex.split(manifest["spec"]["entrypoint"])],
-                env=jobs.environment | {"RAY_AUTH_MODE": "token"},
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-        job = jobs.nodes.get(f"/api/jobs/{name}")
-        said = [line for line in done.stdout.splitlines() if line.endswith(SAYS)]
-        return job["status"], job["driver_exit_code"], said
-
-    status, code, said = submitted("checked", ["--runtime-env-json", more])
-    assert (status, code) == ("SUCCEEDED", 0)
-    assert {line == SAYS for line in said} == {True, False}, "a worker's and the driver's"
-    assert storage.read_bytes(os.environ[CODE]) == b"another"
-    emptied = json.dumps({"env_vars": {"NCSN_CACHE_DIR": str(tmp_path / "another")}})  # as on the next cluster
-    assert submitted("replaced", ["--runtime-env-json", emptied]) == ("FAILED", 2, [])
-    assert read_mistake(step.folder, "train")
 
 
 @slow
@@ -238,10 +250,6 @@ def test_a_cluster_without_the_command_is_named(jobs: RayHead) -> None:
     assert job["submission_id"] in failure and "`ncsn`" in failure
 
 
-def client_of(address: str | None) -> RayJobs:
-    return RayJobs(ComputeConfig.model_validate({"backend": "ray-jobs", "ray_jobs": {"address": address}}))
-
-
 @slow
 @pytest.mark.parametrize("token", ["", "f" * 64])
 def test_a_missing_or_wrong_token_is_refused(jobs: RayHead, token: str) -> None:
@@ -255,140 +263,130 @@ def test_a_missing_or_wrong_token_is_refused(jobs: RayHead, token: str) -> None:
     assert last.startswith("PermissionError: ") and jobs.nodes.dashboard in last, done.stderr
 
 
-@dataclass
-class Dashboard:
-    """Answers to `METHOD /path`, in order; the last one stays."""
-
-    answers: dict[str, list[tuple[int, Any]]]
-    url: str = ""
-    seen: list[tuple[str, Any]] = field(default_factory=list)  # request, body
-
-
 @pytest.fixture
-def dashboard(monkeypatch: pytest.MonkeyPatch) -> Iterator[Dashboard]:
-    for name in [name for name in os.environ if name.startswith("RAY_A")]:
-        monkeypatch.delenv(name)
-    played = Dashboard({"GET /api/version": [(200, {"ray_version": metadata.version("ray")})]})
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def _answer(self) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            request = f"{self.command} {self.path}"
-            played.seen.append((request, json.loads(body) if body else None))
-            answers = played.answers.get(request, [(404, "unknown")])
-            status, answer = answers.pop(0) if len(answers) > 1 else answers[0]
-            content = (answer if isinstance(answer, str) else json.dumps(answer)).encode()
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
-
-        do_GET = do_POST = _answer
-
-        def log_message(self, *_args: object) -> None:
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    played.url = f"http://127.0.0.1:{server.server_port}"
-    yield played
-    server.shutdown()
-    server.server_close()
+def run(request: pytest.FixtureRequest) -> str:
+    """A name that no other test has: one Ray head serves them all."""
+    return re.sub(r"[^a-z]+", "-", request.node.originalname.removeprefix("test_"))[:24].strip("-")
 
 
-def job(name: str, **metadata: str) -> dict[str, Any]:
-    return {"type": "SUBMISSION", "submission_id": name, "status": "RUNNING", "entrypoint": "", "metadata": metadata}
+def waiting(release: Path) -> str:
+    """Code that says it runs, waits until the file is there, and counts to nine."""
+    return (
+        "import pathlib, time\nprint('running', flush=True)\n"
+        f"while not pathlib.Path({str(release)!r}).exists(): time.sleep(0.05)\n"
+        "for n in range(10): print('line', n, flush=True)"
+    )
 
 
-@pytest.mark.parametrize(
-    ("run", "kfp_run", "stopped"),
-    [
-        ("mine", None, ["by-hand", "of-a", "of-b"]),
-        ("mine", "a", ["of-a"]),
-        (None, "a", ["of-a", "other-of-a"]),
-        (None, None, []),
-    ],
-)
-def test_only_jobs_of_the_pipeline_run_are_stopped(
-    dashboard: Dashboard, run: str | None, kfp_run: str | None, stopped: list[str]
+@slow
+def test_another_attempt_adopts_what_a_killed_launcher_left(jobs: RayHead, run: str, tmp_path: Path) -> None:
+    go = tmp_path / "go"
+    first = jobs.launch(run, waiting(go))
+    first.until("running")
+    first.kill()
+    first.communicate()
+    second = jobs.launch(run, waiting(go))
+    second.until("running")
+    go.touch()
+    assert second.ended() == 0, second.said
+    assert len(jobs.of(run)) == 1
+    assert jobs.log(run).splitlines()[-11:] == ["running", *COUNTED]
+
+
+@slow
+def test_launchers_at_once_start_one_job_and_other_work_is_refused(jobs: RayHead, run: str, tmp_path: Path) -> None:
+    go = tmp_path / "go"
+    launchers = [jobs.launch(run, waiting(go)) for _ in range(2)]
+    for launcher in launchers:
+        launcher.until("running")
+    (name,) = jobs.running(run)
+    assert re.fullmatch(rf"ncsn-{run}-train-[0-9a-f]{{8}}", name)
+    other = jobs.launch(run, "print('something else')")
+    assert other.ended() == 1
+    assert other.said[-1].startswith(f"UserError: {name}: ")
+    assert jobs.running(run) == [name]
+    go.touch()
+    for launcher in launchers:
+        assert launcher.ended() == 0, launcher.said
+        assert [line for line in launcher.said if line.startswith("line")] == COUNTED
+    assert jobs.log(run).splitlines()[-10:] == COUNTED
+    assert len(jobs.of(run)) == 1
+
+
+@slow
+def test_a_failure_is_one_line_and_does_not_block_the_next_attempt(jobs: RayHead, run: str, tmp_path: Path) -> None:
+    fixed = tmp_path / "fixed"
+    code = (
+        f"import pathlib\nprint('starting', flush=True)\nif not pathlib.Path({str(fixed)!r}).exists():\n"
+        "    raise ValueError('no such data')\nprint('done')"
+    )
+    first = jobs.launch(run, code)
+    assert first.ended() == 1
+    kind, failure = first.said[-1].split(": ", 1)
+    assert kind == "RemoteFailure"
+    assert re.search(rf"ncsn-{run}-train-\w{{8}} .*ValueError: no such data; log {jobs.step_folder(run)}", failure)
+    before = len(jobs.of(run))
+    fixed.touch()
+    second = jobs.launch(run, code)
+    assert second.ended() == 0, second.said
+    assert len(jobs.of(run)) == before + 1
+    assert jobs.log(run).splitlines()[-2:] == ["starting", "done"]
+    assert "Traceback" not in jobs.log(run), "the log is that of the last attempt"
+
+
+@slow
+def test_an_outage_stops_nothing_and_the_log_is_shown_once_and_whole(
+    jobs: RayHead, run: str, tmp_path: Path, eventually: Callable[..., None]
 ) -> None:
-    jobs = [
-        job("by-hand", **{"ncsn.run": "mine"}),
-        job("of-a", **{"ncsn.run": "mine", "ncsn.kfp_run": "a"}),
-        job("of-b", **{"ncsn.run": "mine", "ncsn.kfp_run": "b"}),
-        job("other-of-a", **{"ncsn.run": "theirs", "ncsn.kfp_run": "a"}),
-    ]
-    dashboard.answers["GET /api/jobs/"] = [(200, jobs)]
-    names = [each["submission_id"] for each in jobs]
-    dashboard.answers |= {f"POST /api/jobs/{name}/stop": [(200, {"stopped": True})] for name in names}
-    assert client_of(dashboard.url).stop(run=run, kfp_run=kfp_run) == stopped
-    posted = [request for request, _ in dashboard.seen if request.startswith("POST")]
-    assert posted == [f"POST /api/jobs/{name}/stop" for name in stopped]
+    go = tmp_path / "go"
+    launcher = jobs.launch(run, waiting(go))
+    launcher.until("running")
+    (lease,) = (jobs.step_folder(run) / "lease").glob("[!.]*")
+    with jobs.outage():
+        launcher.until(".*unavailable.*")
+        before = lease.stat().st_mtime_ns
+        eventually(lambda: lease.stat().st_mtime_ns != before, "the lease in the store is renewed all the same")
+    go.touch()
+    assert launcher.ended() == 0, launcher.said
+    assert [line for line in launcher.said if line in ("running", *COUNTED)] == ["running", *COUNTED]
+    assert jobs.log(run).splitlines()[-11:] == ["running", *COUNTED]
+    assert len(jobs.of(run)) == 1
 
 
-def test_a_refused_submission_is_told_with_its_last_line(
-    dashboard: Dashboard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_only_the_launcher_that_made_it_stops_a_ray_job(
+    jobs: RayHead, run: str, tmp_path: Path, eventually: Callable[..., None], number: signal.Signals
 ) -> None:
-    monkeypatch.setenv(KFP_RUN_ID, "5f3a")
-    dashboard.answers |= {"GET /api/jobs/": [(200, [])], "POST /api/jobs/": [(400, "Traceback\nValueError: no")]}
-    with pytest.raises(Refused, match="ValueError: no"):
-        client_of(dashboard.url).execute(RemoteStep(str(tmp_path), "mine", "train", ("ncsn", "train")))
-    (body,) = [body for request, body in dashboard.seen if request == "POST /api/jobs/"]
-    assert body["metadata"]["ncsn.kfp_run"] == "5f3a"
-    assert body["runtime_env"].keys() == {"env_vars"}, "nothing is uploaded"
+    run, code = f"{run[:18]}-{number:d}", 128 + number
+    first, second = (jobs.launch(run, waiting(tmp_path / "never")) for _ in range(2))
+    for launcher in (first, second):
+        launcher.until("running")
+    made, attached = (first, second) if any(" submitted " in line for line in first.said) else (second, first)
+    attached.send_signal(number)
+    assert attached.ended() in (code, -number), attached.said
+    assert len(jobs.running(run)) == 1
+    made.send_signal(number)
+    assert made.ended() in (code, -number), made.said
+    eventually(lambda: not jobs.running(run), "the job has ended")
 
 
-@pytest.mark.parametrize("answer", [(503, "busy"), (500, "No available agent to submit job")])
-def test_a_head_that_is_unavailable_is_asked_again(
-    dashboard: Dashboard, answer: tuple[int, str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    dashboard.answers["GET /api/jobs/"] = [answer, (200, [])]
-    assert client_of(dashboard.url).stop(run="mine", kfp_run=None) == []
-    assert str(answer[0]) in capsys.readouterr().err
+@slow
+def test_stop_ends_the_jobs_of_a_run(jobs: RayHead, run: str, tmp_path: Path) -> None:
+    launcher = jobs.launch(run, waiting(tmp_path / "never"))
+    launcher.until("running")
+    names = jobs.running(run)
+    assert jobs.stop("another") == []
+    assert jobs.stop(run) == names
+    assert launcher.ended() == 1
+    assert re.match(rf"Remote(Failure|Lost): \w+( job)? {names[0]} was ", launcher.said[-1])
+    assert jobs.stop(run) == []
 
 
-@pytest.mark.parametrize(
-    ("status", "answer", "error"),
-    [
-        (401, "no", PermissionError),
-        (403, "no", PermissionError),
-        (404, "no", UserError),
-        (400, "no", UserError),
-        (200, "<html>Sign in</html>", UserError),
-        (200, {"version": "4"}, UserError),
-        (200, {"ray_version": "2.99.0"}, UserError),
-    ],
-)
-def test_what_is_no_dashboard_of_ours_is_one_line(
-    dashboard: Dashboard, status: int, answer: Any, error: type[Exception]
-) -> None:
-    dashboard.answers["GET /api/version"] = [(status, answer)]
-    with pytest.raises(error) as caught:
-        client_of(dashboard.url).connect()
-    assert dashboard.url in str(caught.value) and "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("address", "variables", "key"),
-    [
-        (None, {}, "compute.ray_jobs.address"),
-        (None, {"RAY_ADDRESS": "head:6379"}, "RAY_ADDRESS"),
-        (None, {"RAY_API_SERVER_ADDRESS": "head", "RAY_ADDRESS": "http://head:8265"}, "RAY_API_SERVER_ADDRESS"),
-        ("http://head:8265", {"RAY_ADDRESS": "http://another:8265"}, "RAY_ADDRESS"),
-        ("http://[", {}, "http://["),
-    ],
-)
-def test_what_is_no_address_is_refused(
-    dashboard: Dashboard, monkeypatch: pytest.MonkeyPatch, address: str | None, variables: dict[str, str], key: str
-) -> None:
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    with refused(key):
-        client_of(address).connect()
-
-
-def test_nobody_there_is_one_line(dashboard: Dashboard, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ncsn.remote.ray_jobs.FIRST_PATIENCE_SECONDS", 0.1)
-    with pytest.raises(ConnectionError) as caught:
-        client_of("http://127.0.0.1:9").connect()
-    assert "http://127.0.0.1:9" in str(caught.value) and "\n" not in str(caught.value)
+@slow
+def test_a_job_that_is_gone_is_lost(jobs: RayHead, run: str, tmp_path: Path) -> None:
+    launcher = jobs.launch(run, waiting(tmp_path / "never"))
+    launcher.until("running")
+    jobs.lose(run)
+    assert launcher.ended() == 1
+    assert launcher.said[-1].startswith("RemoteLost: ")

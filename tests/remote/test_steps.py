@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from do import do
-from kubernetes_api import rules_of
+from launched import TINY
+from rayjobs import JANITOR
 from refused import refused
-from remote_places import TINY
 
 from ncsn import storage
 from ncsn.cli import app
@@ -22,8 +22,6 @@ from ncsn.errors import Problem
 from ncsn.inspection.listing import describe_run
 from ncsn.runs.folder import StepError, read_step, run_folder, update_step
 from ncsn.steps.results import TrainResult
-
-INFRA = Path(__file__).parents[2] / "infra" / "base"
 
 
 @pytest.fixture
@@ -38,7 +36,7 @@ def test_a_mistake_that_the_pod_finds_is_told_as_one(emulation, config: Config) 
     def mistake(_: str) -> None:
         error = StepError("NotFound", "it is gone", (Problem("dataset", "it is gone"),), "")
         update_step(run_folder(config, "mine"), "train", state="FAILED", error=error)
-        emulation.set_status("Retrying", failed=1)
+        emulation.reach("retries")
 
     emulation.cluster.on_create = mistake
     with refused("dataset"):
@@ -49,7 +47,7 @@ def test_a_mistake_that_the_pod_finds_is_told_as_one(emulation, config: Config) 
 def test_a_run_of_all_steps_shows_the_states_of_its_rayjobs(emulation, config: Config, tmp_path: Path) -> None:
     file = tmp_path / "tiny.yaml"
     file.write_text(to_yaml(config).replace("backend: kuberay", "backend: local"))
-    emulation.cluster.on_create = lambda _: emulation.set_status("Failed", "FAILED")
+    emulation.cluster.on_create = lambda _: emulation.reach("failed")
     done = CliRunner().invoke(app, ["run", "--config", str(file), "--run", "mine", "--backend", "kuberay"])
     created, state, *_ = [line for line in done.stderr.splitlines() if line.startswith("RayJob ncsn-mine-train-")]
     assert " created " in created and state.endswith(": Failed / FAILED")
@@ -84,7 +82,7 @@ def test_a_launcher_needs_no_torch_and_finds_what_it_has_launched(
         (workers,) = emulation.cluster.get("rayjobs", name)["spec"]["rayClusterSpec"]["workerGroupSpecs"]
         sizes.append(workers["template"]["spec"]["containers"][0]["resources"]["limits"]["memory"])
         update_step(run_folder(config, "mine"), "train", state="FINISHED", result=result)
-        emulation.set_status("Complete", "SUCCEEDED")
+        emulation.reach("succeeded")
 
     emulation.cluster.on_create = finish
     launch = """
@@ -114,7 +112,7 @@ print(finish.run(from_yaml(config), run="mine", state="SUCCEEDED").status)
 """
     ended = in_slim_image(finish, config)
     assert ended.stdout.splitlines() == ["FINISHED"], ended.stderr
-    emulation.cluster.rules = rules_of(INFRA / "janitor" / "role.yaml")
+    emulation.cluster.rules = JANITOR
     cleaned = in_slim_image("sys.argv = ['ncsn', 'cleanup']\nfrom ncsn.cli import main\nmain()", config)
     assert cleaned.returncode == 0, cleaned.stderr
 

@@ -10,7 +10,7 @@ import pytest
 
 from ncsn.config.training import DsmLossConfig
 from ncsn.report import plots
-from ncsn.report.images import grid_png, neighbors_png, strip_png
+from ncsn.report.images import grid_png, neighbors_png
 from ncsn.report.plots import to_png, to_svg
 from ncsn.report.words import Fact
 
@@ -90,7 +90,7 @@ def page(images: np.ndarray) -> dict[str, Any]:
         "grid": grid_png(images),
         "grid_caption": "The first images.",
         "real_grid": grid_png(images),
-        "strip": strip_png(np.stack([images[:8]] * 5)),
+        "strip": grid_png(images[:8].repeat(5, axis=0), columns=5),
         "evaluation": EVALUATION | {"classes": classes},
         "copying_hints": ["They are near."],
         "neighbors": neighbors_png(lines, samples=images, training_images=images),

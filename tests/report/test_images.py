@@ -7,7 +7,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from ncsn.report.images import CARD_PIXELS, grid_png, neighbors_png, rows_by_class, smaller_png, strip_png
+from ncsn.report.images import CARD_PIXELS, grid_png, neighbors_png, rows_by_class, smaller_png
 
 
 def pixels(png: bytes) -> np.ndarray:
@@ -35,12 +35,11 @@ def test_a_card_has_a_small_picture() -> None:
     )
 
 
-def test_a_strip_has_a_row_for_each_image() -> None:
-    frames = np.arange(6, dtype=np.uint8).repeat(64).reshape(3, 2, 8, 8, 1)
-    picture = pixels(strip_png(frames))
+def test_a_grid_has_its_images_in_rows() -> None:
+    picture = pixels(grid_png(np.arange(6, dtype=np.uint8).repeat(64).reshape(6, 8, 8, 1), columns=3))
     cell = picture.shape[0] * 9 // 19
     found = [[picture[int((row + 0.5) * cell), int((stage + 0.5) * cell)] for stage in range(3)] for row in range(2)]
-    assert found == [[0, 2, 4], [1, 3, 5]]
+    assert found == [[0, 1, 2], [3, 4, 5]]
 
 
 def test_a_grid_has_a_row_for_each_of_the_first_classes() -> None:

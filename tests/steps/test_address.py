@@ -14,7 +14,7 @@ from refused import refused
 from ncsn import storage
 from ncsn.cli.target import TargetOptions
 from ncsn.config import Config, from_yaml, to_yaml
-from ncsn.data.samples import read_samples
+from ncsn.data.samples import SampleSet
 from ncsn.library.model import ScoreModel
 from ncsn.model.checkpoint import load_checkpoint, weights_digest
 from ncsn.model.generate import guide_of
@@ -124,7 +124,7 @@ def test_a_version_is_sampled_and_evaluated_as_a_run_that_nobody_trains(config: 
     folder = RunFolder(trained.root, target.name)
     assert opened_from(folder) == "models:/pets/1" and opened_from(trained) == ""
     result = do("sample", target.config, target.name)
-    np.testing.assert_array_equal(read_samples(result.uri, 0, 4), read_samples(own.uri, 0, 4))
+    np.testing.assert_array_equal(SampleSet(result.uri, 4).read(0, 4), SampleSet(own.uri, 4).read(0, 4))
     manifest = storage.read_json(f"{result.uri}/manifest.json")
     assert manifest["model"] == "models:/pets/1" and "model" not in storage.read_json(f"{own.uri}/manifest.json")
     files = {path: path.stat().st_mtime_ns for path in Path(trained.root).rglob("*") if path.is_file()}

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import mlflow.pyfunc
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from do import do
 from experiments import digits, tiny
@@ -16,8 +17,8 @@ from PIL import Image
 
 from ncsn.config import Config, from_yaml, to_yaml
 from ncsn.config.schema import Pixels
-from ncsn.data.format import load_manifest, read_split
-from ncsn.data.samples import read_labels, read_samples
+from ncsn.data.format import from_table, load_manifest, read_split
+from ncsn.data.samples import SampleSet
 from ncsn.data.sources import open_source
 from ncsn.model.checkpoint import load_checkpoint
 from ncsn.report.images import grid_png
@@ -46,7 +47,7 @@ def checkpoint(config: Config, dataset: str, save_untrained: SaveUntrained, tmp_
 def test_images_pictures_and_their_score_are_stored_and_found_again(config, dataset, checkpoint) -> None:
     result = do("sample", config, "mine", checkpoint=checkpoint, score=dataset)
     assert (result.num_images, result.nfe, result.checkpoint) == (10, 4 + 1, checkpoint)
-    images = read_samples(result.uri, 0, 10)
+    images = SampleSet(result.uri, 10).read(0, 10)
     assert images.shape == (10, 8, 8, 1)
     levels = np.load(Path(result.uri) / "levels.npy")
     assert levels.shape == (5, 8, 8, 8, 1)
@@ -81,7 +82,7 @@ def test_scans_of_sixteen_bits_from_their_files_to_the_registered_model(tmp_path
     checkpoint = load_checkpoint(do("train", config, "mine", dataset=dataset).checkpoint)
     assert float(checkpoint.moments.mean.mean()) == pytest.approx(stored.mean() / 4095, abs=1e-3)
     result = do("sample", config, "mine", checkpoint=do("train", config, "mine", dataset=dataset).checkpoint)
-    samples = read_samples(result.uri, 0, 6)
+    samples = from_table(pq.read_table(Path(result.uri) / "shard-000000000-000000006.parquet")).images
     assert (samples.dtype, samples.shape) == (np.uint16, (6, 8, 12, 1)) and 255 < samples.max() <= 4095
     assert Image.open(result.grid).mode == Image.open(result.strip).mode == "L"
     measured = do("evaluate", config, "mine", samples=result.uri, dataset=dataset)
@@ -95,7 +96,7 @@ def test_scans_of_sixteen_bits_from_their_files_to_the_registered_model(tmp_path
 def test_only_what_is_missing_is_made_again(config: Config, checkpoint: str) -> None:
     result = do("sample", config, "mine", checkpoint=checkpoint)
     (shard,) = Path(result.uri).glob("shard-*.parquet")
-    before = read_samples(result.uri, 0, 10)
+    before = SampleSet(result.uri, 10).read(0, 10)
     Path(result.grid).unlink()
     written = shard.stat().st_mtime_ns
     assert result.images_per_second == pytest.approx(10 / result.seconds, rel=0.1)
@@ -106,7 +107,7 @@ def test_only_what_is_missing_is_made_again(config: Config, checkpoint: str) -> 
     Path(result.grid).unlink()
     shard.unlink()
     do("sample", config, "mine", checkpoint=checkpoint)
-    after = read_samples(result.uri, 0, 10)
+    after = SampleSet(result.uri, 10).read(0, 10)
     assert np.array_equal(before, after)
     fewer = from_yaml(to_yaml(config), overrides=["sampling.num_images=4"])
     kept = do("sample", fewer, "mine", checkpoint=checkpoint)
@@ -121,17 +122,17 @@ def test_images_of_classes_keep_them_and_the_grid_has_a_row_for_each(config, dat
     known = from_yaml(to_yaml(config), overrides=many)
     save_untrained(known, dataset, tmp_path / "known")
     result = do("sample", known, "mine", checkpoint=str(tmp_path / "known"))
-    assert read_labels(result.uri, num_images=23).tolist() == [number % 10 for number in range(23)]
-    assert read_labels(result.uri, num_images=5).tolist() == list(range(5))
+    assert SampleSet(result.uri, 23).labels().tolist() == [number % 10 for number in range(23)]
+    assert SampleSet(result.uri, 5).labels().tolist() == list(range(5))
     manifest = json.loads((Path(result.uri) / "manifest.json").read_text())
     assert manifest["classes"] == list(load_manifest(dataset).class_names) and manifest["rows"] == list(range(10))
     with Image.open(result.grid) as grid:
-        images = read_samples(result.uri, 0, 23)
+        images = SampleSet(result.uri, 23).read(0, 23)
         rows = np.stack([images[:10], images[10:20]], axis=1).reshape(-1, 8, 8, 1)
         np.testing.assert_array_equal(np.asarray(grid), np.asarray(Image.open(io.BytesIO(grid_png(rows, columns=2)))))
     one = from_yaml(to_yaml(known), overrides=["sampling.label=7", "sampling.num_images=3"])
     other = do("sample", one, "mine", checkpoint=str(tmp_path / "known"))
-    assert other.uri != result.uri and read_labels(other.uri, num_images=3).tolist() == [7, 7, 7]
+    assert other.uri != result.uri and SampleSet(other.uri, 3).labels().tolist() == [7, 7, 7]
 
 
 def test_samples_by_autoguidance_are_those_of_the_guides_weights(

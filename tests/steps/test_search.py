@@ -16,7 +16,7 @@ import pytest
 from do import do
 from experiments import digits, tiny
 from kfp import dsl
-from ray_driver import RayDriver, ray_driver
+from on_ray import RayDriver, ray_driver
 from refused import refused
 
 from components.tasks import search as component

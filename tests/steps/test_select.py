@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from do import do
 from experiments import digits, tiny
-from local_training import train_locally
-from ray_driver import without_dashboard
+from on_ray import without_dashboard
 from refused import refused
+from workers import train_locally
 
 from ncsn import storage
 from ncsn.config import Config

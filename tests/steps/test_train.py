@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 from do import do
-from local_training import assert_same_tensors, train_locally
 from refused import refused
+from workers import assert_same_tensors, train_locally
 
 from ncsn import storage
 from ncsn.config import Config, changed_settings, from_yaml, to_yaml

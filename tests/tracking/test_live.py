@@ -9,7 +9,7 @@ from contextlib import ExitStack
 import pytest
 from experiments import digits
 from live_worker import DEAD, RATE, Worker, assert_once, history, killed, pictures
-from local_training import train_locally
+from workers import train_locally
 
 from ncsn.config import to_yaml
 from ncsn.environment import now_ms

@@ -188,21 +188,6 @@ class LevelGrid:
         return torch.add(x, self.score(x, k), alpha=self.sigmas[k] ** 2)
 
 
-class AtLevels:
-    """A score network for any sigma, at other levels [L] than its own; `sigmas` are on its device."""
-
-    def __init__(self, network: ScoreFunction, sigmas: Tensor) -> None:
-        self.network, self.sigmas = network, sigmas
-
-    def __call__(
-        self, x: Tensor, level: Tensor | None = None, *, sigma: Tensor | None = None, **conditions: Tensor
-    ) -> Tensor:
-        """Score at one of the levels, or at any sigma."""
-        if level is not None:
-            sigma = self.sigmas[level]
-        return self.network(x, sigma=sigma, **conditions)
-
-
 def choose_levels(sigmas: Tensor, count: int | None, *, spacing: Spacing = "geometric") -> list[int]:
     """Indices of `count` of the levels [L], first and last among them; None, or more than L, for all.
 

@@ -2,7 +2,7 @@
 
 The score becomes s_0 + w (s_1 - s_0), and so does the denoised image. w = 1 is no guidance. s_1 is the network with the
 class of each image. s_0 is the same network without classes (classifier-free guidance, Ho & Salimans 2022, whose w is
-this one minus 1), or a worse network (autoguidance, Karras et al. 2024).
+this one minus 1), or a worse network (autoguidance, Karras et al. 2024). That one is asked at the network's levels.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Guided:
 
     It is another function of x inside the band low < sigma <= high than outside, so samplers ask for the one that holds
     at a noise level, and a step of theirs stays with that of the level where it starts. The guide has the same levels
-    as the network, see `ncsn.core.samplers.chain.AtLevels`.
+    as the network, see `AtLevels`.
     """
 
     def __init__(
@@ -57,3 +57,18 @@ def band_on_grid(low: float, high: float, grid: Sequence[float]) -> tuple[float,
 
 def _nearest(grid: Sequence[float], sigma: float) -> int:
     return min(range(len(grid)), key=lambda k: max(grid[k] / sigma, sigma / grid[k]))
+
+
+class AtLevels:
+    """A score network for any sigma, at other levels [L] than its own; `sigmas` are on its device."""
+
+    def __init__(self, network: ScoreFunction, sigmas: Tensor) -> None:
+        self.network, self.sigmas = network, sigmas
+
+    def __call__(
+        self, x: Tensor, level: Tensor | None = None, *, sigma: Tensor | None = None, **conditions: Tensor
+    ) -> Tensor:
+        """Score at one of the levels, or at any sigma."""
+        if level is not None:
+            sigma = self.sigmas[level]
+        return self.network(x, sigma=sigma, **conditions)

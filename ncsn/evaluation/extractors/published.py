@@ -27,6 +27,7 @@ from ncsn import storage
 from ncsn.errors import NotFound, UserError
 from ncsn.evaluation.extractors import Extracted, Images, full_float32
 from ncsn.storage import cache_folder
+from ncsn.storage.retry import S3_SCHEME
 
 PUBLISHED_SHA256 = {
     "inception": "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
@@ -164,7 +165,7 @@ def positions(embedding: Tensor, grid: int) -> Tensor:
 
 def obtain_weights(source: str, *, sha256: str) -> Path:
     """A local file with the weights at `source`: a local path, an http(s) URL or an s3 URI."""
-    if not source.startswith(("http://", "https://", storage.S3_SCHEME)):
+    if not source.startswith(("http://", "https://", S3_SCHEME)):
         path = Path(storage.absolute(source))
         if not path.is_file():
             raise NotFound("evaluation.weights", "no file here", value=str(path))
@@ -181,7 +182,7 @@ def obtain_weights(source: str, *, sha256: str) -> Path:
 
 def _open(source: str) -> BinaryIO:
     try:
-        if source.startswith(storage.S3_SCHEME):
+        if source.startswith(S3_SCHEME):
             filesystem, path = storage.filesystem(source)
             return cast("BinaryIO", filesystem.open_input_stream(path))
         # Scheme and source come from the config, which the user of this machine wrote.

@@ -1,30 +1,107 @@
-"""Training by several processes that average with gloo, like Ray's workers, without Ray."""
+"""Training by workers: one in this process, or several processes that average with gloo, like Ray's, without Ray."""
 
 from __future__ import annotations
 
 import copy
+import io
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from functools import partialmethod
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
+import pytest
 import torch
 import torch.distributed
-from torch import nn
+from PIL import Image
+from safetensors.torch import load
+from torch import Tensor, nn
 from torch._dynamo.backends.debugging import aot_eager
 
+from ncsn import storage
 from ncsn.config import Config
 from ncsn.core.training import TrainState
 from ncsn.model.checkpoint import CheckpointStore, DamagedError
 from ncsn.training import context as training_context, loop
 from ncsn.training.context import WorkerContext, prepare_network
-from ncsn.training.loop import Training, TrainingJob, train_loop
+from ncsn.training.loop import Training, TrainingJob, TrainOutcome, train_loop
+
+
+@dataclass
+class Recorder:
+    points: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+    pictures: list[tuple[int, np.ndarray]] = field(default_factory=list)
+    closed: bool = False
+
+    def log(self, metrics: dict[str, float], images_seen: int, when: int, *, png: bytes = b"") -> None:
+        if png:
+            self.pictures.append((images_seen, np.array(Image.open(io.BytesIO(png)))[..., None]))
+        else:
+            self.points.append((images_seen, metrics))
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def train_locally(job: TrainingJob, folder: Path | str) -> TrainOutcome:
+    return train_loop(job, WorkerContext(), CheckpointStore(str(folder)))
+
+
+class Killed(BaseException):
+    """Nothing after it happens."""
+
+
+def train_until_killed(
+    job: TrainingJob, folder: Path | str, *, at: str = "", context: WorkerContext | None = None
+) -> None:
+    """Train until a checkpoint is stored: the first, or the one with the name `at`."""
+
+    class Dies(CheckpointStore):
+        def publish(self, write: Callable[[Path], None], *, name: str) -> None:
+            super().publish(write, name=name)
+            self.wait()
+            if at in name:
+                raise Killed
+
+    with pytest.raises(Killed):
+        train_loop(job, context or WorkerContext(), Dies(str(folder)))
+
+
+def tensors(checkpoint: Path | str) -> dict[str, Tensor]:
+    """Weights, EMA and optimizer of a checkpoint, by file and name."""
+    return {
+        f"{file}:{name}": tensor
+        for file in ("weights", "ema", "optimizer")
+        for name, tensor in load(storage.read_bytes(storage.join(str(checkpoint), f"{file}.safetensors"))).items()
+    }
+
+
+def train(config: Config, dataset: str, folder: Path, sink: Recorder | None = None) -> Path:
+    """Train; the last checkpoint."""
+    return folder / train_locally(TrainingJob(config=config, dataset=dataset, sink=sink), folder).checkpoint
+
+
+def assert_same_tensors(one: Path | str, other: Path | str) -> None:
+    """Weights, EMA and optimizer of two checkpoints are equal to the last bit."""
+    left, right = tensors(one), tensors(other)
+    assert left.keys() == right.keys()
+    assert all(left[name].equal(right[name]) for name in left)
+
+
+def assert_close_tensors(one: Path | str, other: Path | str, *, rtol: float = 1e-4) -> None:
+    """Weights and EMA of two checkpoints are equal to rounding."""
+    left, right = tensors(one), tensors(other)
+    assert left.keys() == right.keys()
+    for name in left:
+        if not name.startswith("optimizer:"):
+            assert left[name].allclose(right[name], rtol=rtol, atol=1e-5), name
 
 
 class TornCopy(CheckpointStore):

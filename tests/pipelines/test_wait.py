@@ -7,28 +7,15 @@ from typing import Any
 
 import pytest
 from kfp_api import KfpServer
+from rayjobs import IMAGE
 
 from pipelines.submit import Submission, connect, submit
 from pipelines.wait import RunFailed, wait
 
-IMAGE = "registry.example/ncsn-python:lost"
 
-
-def waiting_pod(run_id: str, reason: str, message: str) -> dict[str, Any]:
-    """The pod of the task ingest, as Kubernetes 1.34 and Argo 4.0.5 make it."""
-    node = "ncsn-train-sd9mr(0).root(0).exit-handler-1(0).ingest(0).executor(0)"
+def waits(reason: str, message: str) -> dict[str, Any]:
     state = {"name": "main", "image": IMAGE, "state": {"waiting": {"reason": reason, "message": message}}}
-    return {
-        "apiVersion": "v1",
-        "kind": "Pod",
-        "metadata": {
-            "name": "ncsn-train-sd9mr-system-container-impl-1",
-            "labels": {"pipeline/runid": run_id},
-            "annotations": {"workflows.argoproj.io/node-name": node},
-        },
-        "spec": {"containers": [{"name": "main", "image": IMAGE}]},
-        "status": {"phase": "Pending", "containerStatuses": [state]},
-    }
+    return {"phase": "Pending", "containerStatuses": [state]}
 
 
 @pytest.fixture
@@ -46,7 +33,7 @@ def test_an_image_that_nobody_has_is_named_and_the_run_ended(
 ) -> None:
     connection, run_id = started
     said = f'Back-off pulling image "{IMAGE}": ErrImagePull: failed to pull: {IMAGE}: not found'
-    emulation.cluster.create("pods", waiting_pod(run_id, "ImagePullBackOff", said))
+    emulation.add_task_pod("ingest", run_id=run_id, **waits("ImagePullBackOff", said))
     with pytest.raises(RunFailed, match=f"Ingest images .*ImagePullBackOff: .*{IMAGE}"):
         wait(connection, run_id, say=lambda _: None, poll_seconds=0.1)
     assert f"POST /apis/v2beta1/runs/{run_id}:terminate" in kfp_server.requests
@@ -57,8 +44,7 @@ def test_what_may_get_better_is_told_once_and_waited_for(
 ) -> None:
     connection, run_id = started
     said: list[str] = []
-    pod = waiting_pod(run_id, "ErrImagePull", "dial tcp: i/o timeout")
-    emulation.cluster.create("pods", pod)
+    emulation.add_task_pod("ingest", run_id=run_id, **waits("ErrImagePull", "dial tcp: i/o timeout"))
     waiting = threading.Thread(target=wait, args=(connection, run_id), kwargs={"say": said.append, "poll_seconds": 0.1})
     waiting.start()
     listed = [("list", "pods")] * 3

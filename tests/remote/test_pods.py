@@ -1,13 +1,14 @@
-"""The cause of a failure: in a pod's status and events as Kubernetes 1.34 writes them, and in a driver's log."""
+"""Why a pod does not run, by its status and events as Kubernetes 1.34 writes them, and what is said of it."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
+from rayjobs import STATUSES
 
-from ncsn.remote.backend import first_error
-from ncsn.remote.pods import end_of, trouble_of, trouble_of_owner
+from ncsn.remote.kubernetes import KubernetesApi
+from ncsn.remote.pods import PodLog, PodWatch, end_of, trouble_of, trouble_of_owner
 
 IMAGE = "registry.example/ncsn-python:9"
 REFUSAL = (
@@ -40,6 +41,7 @@ def event(reason: str, message: str, kind: str = "Warning") -> dict[str, Any]:
     return {"type": kind, "reason": reason, "message": message}
 
 
+TRACEBACK = "Traceback (most recent call last):"
 BACK_OFF = f'Back-off pulling image "{IMAGE}": ErrImagePull: '
 NO_ROOM = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/1 nodes are available"}
 MOUNT = event("FailedMount", 'MountVolume.SetUp failed for volume "images"')
@@ -108,30 +110,49 @@ def test_pods_that_are_refused_are_told_by_their_owners_events() -> None:
     assert trouble_of_owner([quota, event("SuccessfulCreate", "Created pod: x", "Normal")]) is None
 
 
-TRACEBACK = "Traceback (most recent call last):"
-WORKER = "\x1b[36m(RayTrainWorker pid=7, ip=10.0.0.2)\x1b[0m"
+@pytest.fixture
+def watched(emulation, said) -> tuple[Any, PodWatch, dict[str, Any]]:
+    """The cluster, a watch on the pods of its RayJob, which runs, and the RayJob."""
+    emulation.add_another_launchers()
+    emulation.reach("runs")
+    watch = PodWatch(KubernetesApi(), "ncsn.dev/attempt=another", resumes=lambda: "training resumes from images-7")
+    return emulation, watch, emulation.jobs[0]
 
 
-@pytest.mark.parametrize(
-    ("lines", "cause"),
-    [
-        (["fine", "images_seen 320"], None),
-        ([TRACEBACK, '  File "x.py", line 1', "ValueError: no such data"], "ValueError: no such data"),
-        (
-            [
-                f"(TrainController pid=3) {TRACEBACK}",
-                "(TrainController pid=3) ray.exceptions.GetTimeoutError: Get timed out",
-                f"{WORKER} {TRACEBACK}",
-                f"{WORKER} torch.OutOfMemoryError: CUDA out of memory",
-                TRACEBACK,
-                "RuntimeError: a worker died",
-            ],
-            "torch.OutOfMemoryError: CUDA out of memory",
-        ),
-        (["error: first", "error: disk full: no space left to write x"], "disk full: no space left to write x"),
-        (["ValueError: not in a traceback"], None),
-    ],
-    ids=["success", "traceback", "worker", "ncsn's own", "no traceback"],
-)
-def test_the_first_traceback_is_the_cause_else_what_ncsn_said(lines: list[str], cause: str | None) -> None:
-    assert first_error(lines) == cause
+@pytest.mark.parametrize("status", ["runs", "starts"])
+def test_the_loss_of_a_head_is_one_line(watched, said: list[str], status: str) -> None:
+    """Unless the operator starts another cluster."""
+    emulation, watch, rayjob = watched
+    emulation.add_head()
+    ended_once = {"restartCount": 1, "lastState": ended(137, "OOMKilled")}
+    assert watch.look(rayjob) is None and said == []
+    emulation.cluster.update("pods", "head", lambda pod: pod["status"]["containerStatuses"][0].update(ended_once))
+    for _ in range(2):
+        assert watch.look(rayjob | {"status": STATUSES[status]}) is None
+    lost = [line for line in said if "training resumes from images-7" in line]
+    assert [("OOMKilled" in line, "head" in line) for line in lost] == [(True, True)] * (status == "runs")
+    assert "OOMKilled" in str(watch.ended)
+
+
+def test_what_the_submitter_says_of_the_lost_head_is_left_out_and_the_drivers_own_is_kept(watched) -> None:
+    emulation, watch, rayjob = watched
+    cut = (TRACEBACK, "    await y", "RuntimeError: WebSocket connection closed unexpectedly with close code 1006")
+    own = [TRACEBACK, "  File x, line 1", "ValueError: no such data"]
+    emulation.add_submitter(log=(*cut, *own))
+    watch.look(rayjob)
+    log = PodLog(KubernetesApi(), rayjob["metadata"]["name"], watch, attempt="another", uri="")
+    assert log.read(over=True) == own
+    assert log.read(over=True) == []
+
+
+def test_a_quota_is_named_once_though_there_is_no_pod(watched, said: list[str]) -> None:
+    """Not by what was said of an earlier job."""
+    emulation, watch, rayjob = watched
+    quota = 'Failed to create head Pod, pods "x" is forbidden: exceeded quota: small, requested: requests.memory=6Gi'
+    about = {"involvedObject": {"kind": "Job", "name": rayjob["metadata"]["name"]}, "reason": "FailedCreate"}
+    for time, message in (("2999-01-01T00:00:00Z", quota), ("2026-01-01T00:00:00Z", f"an earlier job's: {quota}")):
+        times = {"metadata": {"name": time}, "message": message, "lastTimestamp": time}
+        emulation.cluster.create("events", about | times)
+    for _ in range(2):
+        assert watch.look(rayjob) is None
+    assert [quota in line and "earlier" not in line for line in said] == [True]

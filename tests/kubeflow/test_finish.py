@@ -83,15 +83,29 @@ def test_a_success_is_finished_everywhere_and_the_page_leads_on(
     assert parent.data.tags["kfp.pipeline_run_id"] == "5f3a0000"
 
 
-def test_a_failed_step_gives_the_reason(config: Config) -> None:
-    folder = run_folder(config, "bad")
-    do("ingest", config, "bad")
-    fail(folder, StepError("ValueError", "loss is NaN"))
-    result = finish.run(config, run="bad", state="FAILED", message="Task exit-handler-1 failed.")
-    assert (result.status, result.failed_step, result.reason) == ("FAILED", "train", "loss is NaN")
-    assert mlflow_statuses(config, "bad")["run"] == "FAILED"
-    assert "> train: loss is NaN" in result.page
-    assert "| train | failed |" in result.page
+@pytest.mark.parametrize(
+    ("error", "message", "end"),
+    [
+        (StepError("ValueError", "loss is NaN"), "Task exit-handler-1 failed.", ("FAILED", "loss is NaN", "train")),
+        (StepError("LeaseExpired", "without a launcher"), "", ("KILLED", "terminated", "train")),  # the driver saved
+        (StepError("SystemExit", "143"), "", ("KILLED", "terminated", "train")),
+        (None, "ImagePullBackOff", ("FAILED", "ImagePullBackOff", "ingest")),  # it never began
+    ],
+    ids=["failed", "left", "told to end", "never began"],
+)
+def test_the_first_step_that_has_no_result_gives_the_reason(
+    config: Config, error: StepError | None, message: str, end: tuple[str, str, str]
+) -> None:
+    run = f"ended-{error.kind if error else message}".lower()
+    if error is not None:
+        do("ingest", config, run)
+        fail(run_folder(config, run), error)
+    result = finish.run(config, run=run, state="FAILED", message=message)
+    assert (result.status, result.reason, result.failed_step) == end
+    assert stored(config, run)["status"] == end[0]
+    assert mlflow_statuses(config, run).get("run") == (end[0] if error else None)
+    assert f"> {end[2]}: {end[1]}" in result.page or end[0] == "KILLED"
+    assert f"| {end[2]} | failed |" in result.page
 
 
 @pytest.mark.parametrize(
@@ -157,14 +171,6 @@ def test_a_step_after_the_pipeline_takes_its_end_away_nowhere(
     assert describe_run(config.storage.root, run).state == read_step(folder, "ingest").state == "FINISHED"
 
 
-def test_a_driver_that_gave_up_ends_the_run_as_killed(config: Config) -> None:
-    """Its launcher was told to end, or is gone for good; the driver saved."""
-    do("ingest", config, "left")
-    fail(run_folder(config, "left"), StepError("LeaseExpired", "without a launcher"))
-    result = finish.run(config, run="left", state="FAILED")
-    assert (result.status, result.failed_step, stored(config, "left")["status"]) == ("KILLED", "train", "KILLED")
-
-
 def test_what_a_search_found_is_followed_to_its_own_run(config: Config) -> None:
     ingested = do("ingest", config, "searched")
     config = from_yaml(to_yaml(config), overrides=["search={space: {noise.sigma_1: {kind: log, low: 0.5, high: 2}}}"])
@@ -188,12 +194,6 @@ def test_what_a_search_found_is_followed_to_its_own_run(config: Config) -> None:
     )
     for row in rows:
         assert row in result.page
-
-
-def test_a_run_that_never_began_ends_too(config: Config) -> None:
-    result = finish.run(config, run="nothing", state="FAILED", message="ImagePullBackOff")
-    assert (result.status, result.failed_step, result.reason) == ("FAILED", "ingest", "ImagePullBackOff")
-    assert mlflow_statuses(config, "nothing") == {}
 
 
 def test_a_run_that_another_opened_is_left_to_them(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,10 +256,3 @@ def test_the_reason_of_another_pipeline_run_on_the_same_run_stays(config: Config
         assert (result.status, result.reason) == ("FAILED", "worker lost; OOMKilled")
     fail(folder, StepError("ValueError", "a later try's", kfp_run="other"))
     assert finish.run(config, run="shared", state="CANCELED", kfp=KfpRun("mine", "x")).status == "KILLED"
-
-
-def test_a_step_that_was_told_to_end_is_terminated(config: Config) -> None:
-    do("ingest", config, "told")
-    fail(run_folder(config, "told"), StepError("SystemExit", "143"))
-    result = finish.run(config, run="told", state="FAILED")
-    assert (result.status, result.failed_step, result.reason) == ("KILLED", "train", "terminated")

@@ -1,0 +1,89 @@
+"""What all backends share: whose a job is, what it takes along, what it is called, and why it failed."""
+
+from __future__ import annotations
+
+import re
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given, strategies as st
+
+from ncsn.remote.backend import RemoteStep, first_error, forwarded_environment, is_ours
+from ncsn.runs.folder import RUN_PATTERN
+
+
+@pytest.mark.parametrize(
+    ("address", "to_pods", "to_jobs"),
+    [
+        ("http://mlflow.ncsn-system:5000", True, True),
+        ("https://localhost.example.com", True, True),
+        ("http://localhost:5000", False, True),
+        ("http://[::1]:5000", False, True),
+        ("http://user:word@mlflow", False, False),
+    ],
+)
+def test_a_port_forward_and_a_password_are_not_handed_on(
+    monkeypatch: pytest.MonkeyPatch, address: str, *, to_pods: bool, to_jobs: bool
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    monkeypatch.setenv("OF_THE_LAUNCHER", "1")
+    assert (forwarded_environment(to_pods=True) == {"MLFLOW_TRACKING_URI": address}) == to_pods
+    assert (forwarded_environment() == {"MLFLOW_TRACKING_URI": address}) == to_jobs
+
+
+@pytest.mark.parametrize(
+    ("made_by", "alone", "kfp_run", "this_run", "ours"),
+    [
+        ("me", False, None, None, True),
+        ("another", False, None, None, False),
+        ("another", True, None, None, True),  # whoever made it is gone
+        ("me", True, "a", "b", False),
+        ("another", False, "a", "a", True),  # another task of the same pipeline run
+        ("me", True, "a", None, False),
+        ("me", True, None, "a", False),
+    ],
+)
+def test_a_job_is_its_pipeline_runs_else_its_makers_else_the_last_launchers(
+    made_by: str, alone: bool, kfp_run: str | None, this_run: str | None, ours: bool
+) -> None:
+    heart: Any = SimpleNamespace(id="me", alone=alone)
+    assert is_ours(heart, made_by, kfp_run, this_run) == ours
+
+
+@given(run=st.from_regex(RUN_PATTERN, fullmatch=True), kind=st.sampled_from(["train", "evaluate"]))
+def test_names_are_valid_and_the_same_for_every_attempt(run: str, kind: str) -> None:
+    name = RemoteStep("s3://bucket/ncsn", run, kind, ("ncsn", "train")).job_name
+    assert re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name) and len(name) <= 47
+    assert name == RemoteStep("s3://bucket/ncsn", run, kind, ("another",)).job_name
+    assert name != RemoteStep("s3://another/ncsn", run, kind, ("ncsn", "train")).job_name
+    assert f"-{kind}-" in name
+
+
+TRACEBACK = "Traceback (most recent call last):"
+WORKER = "\x1b[36m(RayTrainWorker pid=7, ip=10.0.0.2)\x1b[0m"
+
+
+@pytest.mark.parametrize(
+    ("lines", "cause"),
+    [
+        (["fine", "images_seen 320"], None),
+        ([TRACEBACK, '  File "x.py", line 1', "ValueError: no such data"], "ValueError: no such data"),
+        (
+            [
+                f"(TrainController pid=3) {TRACEBACK}",
+                "(TrainController pid=3) ray.exceptions.GetTimeoutError: Get timed out",
+                f"{WORKER} {TRACEBACK}",
+                f"{WORKER} torch.OutOfMemoryError: CUDA out of memory",
+                TRACEBACK,
+                "RuntimeError: a worker died",
+            ],
+            "torch.OutOfMemoryError: CUDA out of memory",
+        ),
+        (["error: first", "error: disk full: no space left to write x"], "disk full: no space left to write x"),
+        (["ValueError: not in a traceback"], None),
+    ],
+    ids=["success", "traceback", "worker", "ncsn's own", "no traceback"],
+)
+def test_the_first_traceback_is_the_cause_else_what_ncsn_said(lines: list[str], cause: str | None) -> None:
+    assert first_error(lines) == cause

@@ -1,0 +1,165 @@
+"""What a launcher asks of a Ray dashboard, and what it says of one that refuses, is busy, or is none."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import os
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+from refused import refused
+
+from ncsn.config.compute import ComputeConfig
+from ncsn.environment import KFP_RUN_ID
+from ncsn.errors import UserError
+from ncsn.remote.backend import RemoteStep
+from ncsn.remote.ray_jobs import RayJobs, Refused
+
+
+def client_of(address: str | None) -> RayJobs:
+    return RayJobs(ComputeConfig.model_validate({"backend": "ray-jobs", "ray_jobs": {"address": address}}))
+
+
+@dataclass
+class Dashboard:
+    """Answers to `METHOD /path`, in order; the last one stays."""
+
+    answers: dict[str, list[tuple[int, Any]]]
+    url: str = ""
+    seen: list[tuple[str, Any]] = field(default_factory=list)  # request, body
+
+
+@pytest.fixture
+def dashboard(monkeypatch: pytest.MonkeyPatch) -> Iterator[Dashboard]:
+    for name in [name for name in os.environ if name.startswith("RAY_A")]:
+        monkeypatch.delenv(name)
+    played = Dashboard({"GET /api/version": [(200, {"ray_version": metadata.version("ray")})]})
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def _answer(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            request = f"{self.command} {self.path}"
+            played.seen.append((request, json.loads(body) if body else None))
+            answers = played.answers.get(request, [(404, "unknown")])
+            status, answer = answers.pop(0) if len(answers) > 1 else answers[0]
+            content = (answer if isinstance(answer, str) else json.dumps(answer)).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        do_GET = do_POST = _answer
+
+        def log_message(self, *_args: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    played.url = f"http://127.0.0.1:{server.server_port}"
+    yield played
+    server.shutdown()
+    server.server_close()
+
+
+def job(name: str, **metadata: str) -> dict[str, Any]:
+    return {"type": "SUBMISSION", "submission_id": name, "status": "RUNNING", "entrypoint": "", "metadata": metadata}
+
+
+@pytest.mark.parametrize(
+    ("run", "kfp_run", "stopped"),
+    [
+        ("mine", None, ["by-hand", "of-a", "of-b"]),
+        ("mine", "a", ["of-a"]),
+        (None, "a", ["of-a", "other-of-a"]),
+        (None, None, []),
+    ],
+)
+def test_only_jobs_of_the_pipeline_run_are_stopped(
+    dashboard: Dashboard, run: str | None, kfp_run: str | None, stopped: list[str]
+) -> None:
+    jobs = [
+        job("by-hand", **{"ncsn.run": "mine"}),
+        job("of-a", **{"ncsn.run": "mine", "ncsn.kfp_run": "a"}),
+        job("of-b", **{"ncsn.run": "mine", "ncsn.kfp_run": "b"}),
+        job("other-of-a", **{"ncsn.run": "theirs", "ncsn.kfp_run": "a"}),
+    ]
+    dashboard.answers["GET /api/jobs/"] = [(200, jobs)]
+    names = [each["submission_id"] for each in jobs]
+    dashboard.answers |= {f"POST /api/jobs/{name}/stop": [(200, {"stopped": True})] for name in names}
+    assert client_of(dashboard.url).stop(run=run, kfp_run=kfp_run) == stopped
+    posted = [request for request, _ in dashboard.seen if request.startswith("POST")]
+    assert posted == [f"POST /api/jobs/{name}/stop" for name in stopped]
+
+
+def test_a_refused_submission_is_told_with_its_last_line(
+    dashboard: Dashboard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(KFP_RUN_ID, "5f3a")
+    dashboard.answers |= {"GET /api/jobs/": [(200, [])], "POST /api/jobs/": [(400, "Traceback\nValueError: no")]}
+    with pytest.raises(Refused, match="ValueError: no"):
+        client_of(dashboard.url).execute(RemoteStep(str(tmp_path), "mine", "train", ("ncsn", "train")))
+    (body,) = [body for request, body in dashboard.seen if request == "POST /api/jobs/"]
+    assert body["metadata"]["ncsn.kfp_run"] == "5f3a"
+    assert body["runtime_env"].keys() == {"env_vars"}, "nothing is uploaded"
+
+
+@pytest.mark.parametrize("answer", [(503, "busy"), (500, "No available agent to submit job")])
+def test_a_head_that_is_unavailable_is_asked_again(
+    dashboard: Dashboard, answer: tuple[int, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    dashboard.answers["GET /api/jobs/"] = [answer, (200, [])]
+    assert client_of(dashboard.url).stop(run="mine", kfp_run=None) == []
+    assert str(answer[0]) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("status", "answer", "error"),
+    [
+        (401, "no", PermissionError),
+        (403, "no", PermissionError),
+        (404, "no", UserError),
+        (400, "no", UserError),
+        (200, "<html>Sign in</html>", UserError),
+        (200, {"version": "4"}, UserError),
+        (200, {"ray_version": "2.99.0"}, UserError),
+    ],
+)
+def test_what_is_no_dashboard_of_ours_is_one_line(
+    dashboard: Dashboard, status: int, answer: Any, error: type[Exception]
+) -> None:
+    dashboard.answers["GET /api/version"] = [(status, answer)]
+    with pytest.raises(error) as caught:
+        client_of(dashboard.url).connect()
+    assert dashboard.url in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("address", "variables", "key"),
+    [
+        (None, {}, "compute.ray_jobs.address"),
+        (None, {"RAY_ADDRESS": "head:6379"}, "RAY_ADDRESS"),
+        (None, {"RAY_API_SERVER_ADDRESS": "head", "RAY_ADDRESS": "http://head:8265"}, "RAY_API_SERVER_ADDRESS"),
+        ("http://head:8265", {"RAY_ADDRESS": "http://another:8265"}, "RAY_ADDRESS"),
+        ("http://[", {}, "http://["),
+    ],
+)
+def test_what_is_no_address_is_refused(
+    dashboard: Dashboard, monkeypatch: pytest.MonkeyPatch, address: str | None, variables: dict[str, str], key: str
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with refused(key):
+        client_of(address).connect()
+
+
+def test_nobody_there_is_one_line(dashboard: Dashboard, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ncsn.remote.ray_jobs.FIRST_PATIENCE_SECONDS", 0.1)
+    with pytest.raises(ConnectionError) as caught:
+        client_of("http://127.0.0.1:9").connect()
+    assert "http://127.0.0.1:9" in str(caught.value) and "\n" not in str(caught.value)
