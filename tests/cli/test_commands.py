@@ -37,9 +37,8 @@ def test_a_step_prints_its_result_and_the_second_call_finds_it(run_command, conf
 
     second = run_command("ingest", "--run", run, "--set", f"storage.root={store}")
     assert second.returncode == 0, second.stderr
-    assert (
-        second.stdout == f"ingest: 1258 train + 539 test images, digest {result['digest'][:12]}\nuri: {result['uri']}\n"
-    )
+    digest = result["digest"][:12]
+    assert second.stdout == f"ingest: 1,258 train + 539 test images, digest {digest}\nuri: {result['uri']}\n"
     assert (folder / "step.json").stat().st_mtime_ns == written
 
 
