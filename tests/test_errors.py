@@ -66,21 +66,13 @@ def test_an_error_travels_whole(error: UserError) -> None:
     assert sent.__dict__ == error.__dict__
 
 
-@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
-def test_an_error_leaves_a_ray_task_whole(error: UserError) -> None:
+@pytest.mark.parametrize("error", [*ERRORS, InvalidValue("of no key")], ids=lambda error: type(error).__name__)
+def test_an_error_leaves_a_ray_task_whole(error: ValueError) -> None:
     from ray.exceptions import RayTaskError
 
     raised = RayTaskError("task", "Traceback ...", error, "ray::task", 1, "127.0.0.1").as_instanceof_cause()
-    assert isinstance(raised, type(error)) and raised.problems == error.problems
-    assert pickle.loads(pickle.dumps(raised.cause)).problems == error.problems
-
-
-def test_a_value_without_a_key_leaves_a_ray_task_as_the_mistake_it_is() -> None:
-    from ray.exceptions import RayTaskError
-
-    raised = RayTaskError("task", "Traceback ...", InvalidValue("2 is too much"), "ray::task", 1, "127.0.0.1")
-    sent = pickle.loads(pickle.dumps(raised.as_instanceof_cause().cause))
-    assert (type(sent), problems_of(sent)) == (InvalidValue, (Problem("", "2 is too much"),))
+    assert isinstance(raised, type(error)) and getattr(raised, "problems", ()) == getattr(error, "problems", ())
+    assert problems_of(pickle.loads(pickle.dumps(raised.cause))) == problems_of(error) != ()
 
 
 @pytest.mark.parametrize(

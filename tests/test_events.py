@@ -17,7 +17,6 @@ from mlflow.webhooks.delivery import _generate_hmac_signature
 from requests.structures import CaseInsensitiveDict
 from webhook import CUT, Receiver, receiver
 
-from ncsn import events
 from ncsn.events import announced, tell
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -61,9 +60,7 @@ def _genuine(headers: dict[str, str], body: str, secret: str) -> bool:
     return found
 
 
-def test_what_is_refused_is_not_sent_again_and_the_address_stays_secret(
-    sent: Receiver, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_what_is_refused_is_not_sent_again_and_the_address_stays_secret(sent, caplog) -> None:
     sent.answers = [410, 302, 503]
     with caplog.at_level(logging.WARNING):
         for run in ("refused", "redirected", "taken"):
@@ -83,14 +80,6 @@ def test_a_step_does_not_wait_for_the_receiver(sent: Receiver) -> None:
     started, failed = sent.wait_for(2)
     assert (started["event"], started["step"]) == ("started", "train")
     assert (failed["event"], failed["status"], failed["reason"]) == ("failed", "FAILED", "no space")
-
-
-def test_nothing_is_sent_without_a_webhook(sent: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch:
-        patch.delenv(events.WEBHOOK)
-        tell("started", run="silent")
-    tell("started", run="loud")
-    assert [event["run"] for event in sent.wait_for(1)] == ["loud"]
 
 
 def test_the_last_events_of_a_process_are_sent(sent: Receiver) -> None:

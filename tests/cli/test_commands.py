@@ -23,14 +23,12 @@ from ncsn.cli.target import TargetOptions
 from ncsn.config import from_yaml
 from ncsn.runs.folder import Run, RunFolder, update_step
 
-DIGITS = Path(__file__).parents[2] / "configs" / "digits.yaml"
-
 
 def test_a_step_prints_its_result_and_the_second_call_finds_it(run_command, config_file: Path, store: Path) -> None:
     first = run_command("ingest", "--config", str(config_file), "--json")
     assert first.returncode == 0, first.stderr
     result = json.loads(first.stdout)
-    assert result["counts"] == {"train": 64, "test": 64}
+    assert result["counts"] == {"train": 1258, "test": 539}
     assert Path(result["uri"], "manifest.json").is_file()
     run = TargetOptions(str(config_file)).resolve().name
     assert "select" not in first.stderr  # what is said of a checkpoint that was selected
@@ -39,13 +37,12 @@ def test_a_step_prints_its_result_and_the_second_call_finds_it(run_command, conf
 
     second = run_command("ingest", "--run", run, "--set", f"storage.root={store}")
     assert second.returncode == 0, second.stderr
-    assert second.stdout == f"ingest: 64 train + 64 test images, digest {result['digest'][:12]}\nuri: {result['uri']}\n"
+    digest = result["digest"][:12]
+    assert second.stdout == f"ingest: 1,258 train + 539 test images, digest {digest}\nuri: {result['uri']}\n"
     assert (folder / "step.json").stat().st_mtime_ns == written
 
 
-def test_a_longer_run_that_starts_at_zero_says_so(
-    config_file: Path, store: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_longer_run_that_starts_at_zero_says_so(config_file, store, capsys) -> None:
     def said(run: str, *overrides: str) -> str:
         config = from_yaml(config_file.read_text(), overrides=["optimizer.decay=cosine", *overrides])
         claimed(config, run)
@@ -91,23 +88,14 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
     assert not store.exists()
 
 
-@pytest.mark.parametrize(
-    "args",
-    [
-        ["submit", "--pipeline", "cook"],
-        ["serve"],
-        ["sample", "one", "two"],
-    ],
-)
+@pytest.mark.parametrize("args", [["submit", "--pipeline", "cook"], ["serve"], ["sample", "one", "two"]])
 def test_options_that_do_not_go_together_are_refused(run_in_process, args: list[str]) -> None:
     done = run_in_process(*args)
     assert (done.exit_code, done.stdout) == (2, "")
     assert done.stderr.startswith("Usage: ")
 
 
-def test_pages_on_a_busy_port_are_refused(
-    run_in_process, require_mistake, config_file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pages_on_a_busy_port_are_refused(run_in_process, require_mistake, config_file, monkeypatch) -> None:
     def execute(*_: object) -> None:
         raise AssertionError("the server was started")
 

@@ -156,9 +156,7 @@ def test_sigterm_and_ctrl_c_have_their_exit_codes_whatever_ray_makes_of_them(cod
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("case", ["saves", "a second signal", "too slow", "not begun"])
-def test_the_first_signal_lets_a_training_save(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, case: str
-) -> None:
+def test_the_first_signal_lets_a_training_save(tmp_path, monkeypatch, number, case) -> None:
     monkeypatch.setattr("ncsn.answer.SAVE_SECONDS", 0.1 if case == "too slow" else 600.0)
     stop = tmp_path / "stop"
 

@@ -163,12 +163,3 @@ def test_what_ingest_refuses_init_refuses_with_the_same_line(place, run_in_proce
         write_images(config, str(place.parent))
     assert (done.exit_code, done.stderr) == (2, f"error: {caught.value}\n")
     assert sorted(path.name for path in Path().iterdir()) == ["x.png", "x.yaml"]
-
-
-@pytest.mark.parametrize("name", ["x.npz", "x.csv", "x.tar.gz", "x.parquet", "x.zip"])
-def test_a_file_without_images_is_told_in_the_words_of_the_command(place, run_in_process, name) -> None:
-    (place / name).write_bytes(b"no images")
-    result = run_in_process("init", str(place / name))
-    assert result.exit_code == 2 and str(place / name) in result.stderr
-    assert "data." not in result.stderr
-    assert ("a .tar, a .zip, a .parquet" in result.stderr) == (name in ("x.npz", "x.csv"))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import Result
+from do import result_of
 from rich.console import Console
 
 from ncsn.runs.folder import RunFolder, update_step
@@ -43,9 +44,7 @@ def test_ls_has_a_line_for_each_run_and_its_number(ncsn, store: Path, monkeypatc
     assert json.loads(ncsn("ls", "models", "--json").output) == {"models": [], "count": 0}
     shown = json.loads(ncsn("show", "mine", "--json").output)
     assert ([each["name"] for each in shown["items"]], shown["chains"]) == (["mine"], [])
-    places = dict.fromkeys(("uri", "plot", "checkpoint"), "")
-    choice = {"figure": "f" * 150, "value": 1.0, "images_seen": 1, "relative_width": None}
-    found = {**places, **choice, "candidates": [], "kept": []}
+    found = result_of("select", figure="f" * 150, value=1.0, images_seen=1, candidates=[], kept=[])
     update_step(RunFolder(str(store), "mine"), "select", state="FINISHED", result=found)
     for command in (["ls"], ["show", "mine"]):
         assert f"{'f' * 150} = 1 at" in ncsn(*command).output, "nothing that is piped is cut or wrapped"
@@ -76,8 +75,7 @@ def test_nothing_is_deleted_while_mlflow_is_away(ncsn, require_mistake, store: P
 
 
 @pytest.mark.parametrize(
-    ("arguments", "key"),
-    [(["--run", "mine"], "--run"), (["--dry-run"], "--dry-run"), (["--jobs", "--yes"], "--jobs")],
+    ("arguments", "key"), [(["--run", "mine"], "--run"), (["--dry-run"], "--dry-run"), (["--jobs", "--yes"], "--jobs")]
 )
 def test_jobs_and_files_are_cleaned_apart(ncsn, require_mistake, arguments: list[str], key: str) -> None:
     require_mistake(ncsn("cleanup", *arguments), key)

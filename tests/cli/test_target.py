@@ -101,9 +101,8 @@ def test_a_config_that_is_not_there(config_file: Path, store: Path, tmp_path: Pa
     for both in (TargetOptions(str(config_file)), TargetOptions(run="mine")):
         with refused("ADDRESS"):
             both.resolve("mine")
-    with refused("--run", error=NotFound) as caught:
+    with refused("--run", error=NotFound):
         TargetOptions(None, (f"storage.root={store}",), "gone").resolve()
-    assert f"{store}/runs/gone/config.yaml" in str(caught.value)
     (tmp_path / "image.yaml").write_bytes(b"\x89PNG\xff")
     for name, error in (("absent.yaml", NotFound), ("", ConfigError), ("image.yaml", ConfigError)):
         with refused(str(tmp_path / name), error=error):
@@ -130,14 +129,11 @@ def test_inputs_are_the_given_ones_else_those_of_the_run(config: Config, folder:
     assert find_inputs(folder, "register", {"evaluation": "/e"}, config=config)["checkpoint"] == "/selected"
     found = find_inputs(folder, "evaluate", {"samples": "/other/", "dataset": None}, config=config)
     assert found == {"samples": "/other", "dataset": "/data/set"}
-    with refused("--checkpoint") as caught:
+    with refused("--checkpoint"):
         find_inputs(folder, "sample", {"checkpoint": None}, config=config)
-    assert "`ncsn train`" in caught.value.problems[0].hint
 
 
-def test_a_run_is_sampled_from_the_checkpoint_that_select_chose_until_it_is_trained_again(
-    config: Config, folder: RunFolder
-) -> None:
+def test_a_run_is_sampled_from_the_checkpoint_that_select_chose_until_it_is_trained_again(config, folder) -> None:
     last, best = (storage.join(folder.uri, place) for place in ("checkpoints/images-9", "selected/images-5"))
     store_result(folder, "train", {"checkpoint": last})
     assert find_inputs(folder, "sample", {}, config=config) == {"checkpoint": last}

@@ -14,6 +14,7 @@ from typing import Any, TextIO, cast
 import pytest
 from click.testing import CliRunner
 from clock import Clock
+from do import result_of
 from rich.console import Console
 
 from ncsn.cli import app, console
@@ -26,69 +27,25 @@ from ncsn.progress import Progress, say
 from ncsn.runs.folder import RunFolder, StepRecord
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
-RESULTS: dict[str, dict[str, Any]] = {
-    "ingest": {
-        "uri": "/d",
-        "digest": "0123456789abcdef",
-        "counts": {"train": 1258, "test": 539},
-        "created": True,
-        "repeated": 0,
-        "left_out": 0,
-    },
-    "train": {
-        "checkpoint": "/c",
-        "images_seen": 200064,
-        "loss": 0.5,
-        "images_per_second": 1500.4,
-        "seconds": 10.0,
-        "dataset": "/d",
-    },
-    "sample": {
-        "uri": "/s",
-        "grid": "/s/grid.png",
-        "strip": "/s/strip.png",
-        "num_images": 512,
-        "nfe": 501,
-        "seconds": 10.0,
-        "checkpoint": "/c",
-    },
+SHOWN: dict[str, dict[str, Any]] = {
+    "ingest": {"digest": "0123456789abcdef", "counts": {"train": 1258, "test": 539}},
+    "train": {"images_seen": 200064, "loss": 0.5, "images_per_second": 1500.4},
+    "sample": {"num_images": 512, "nfe": 501},
     "evaluate": {
-        "uri": "/e",
         "metrics": {
-            "eval/classifier_test_accuracy": 0.97,
             "eval/classifier_score_n512": 9.0,
             "eval/classifier_score_std_n512": 0.25,
             "eval/classifier_fid_n512": 12.5,
             "eval/classifier_fid_low_n512": 10.27,
             "eval/classifier_fid_high_n512": 15.21,
         },
-        "real_metrics": {
-            "eval/real_classifier_score_n539": 10.0,
-            "eval/real_classifier_score_std_n539": 0.5,
-            "eval/real_classifier_fid_n539": 2.5,
-        },
-        "gate": {"name": "eval/classifier_fid_n512", "value": 12.5},
+        "real_metrics": {"eval/real_classifier_score_n539": 10.0, "eval/real_classifier_fid_n539": 2.5},
         "verdict": "512 images made.",
         "grade": "far",
         "notes": ["only 539 real images"],
-        "fingerprint": "f",
         "num_images": 512,
-        "num_real_images": 539,
-        "memorization": {},
-        "running": [],
-        "classes": None,
-        "real_images": "/e/real.png",
-        "neighbors": "/e/neighbors.png",
-        "confusion": None,
     },
-    "register": {
-        "model": "ncsn-tiny",
-        "version": "3",
-        "aliases": ["challenger"],
-        "promoted": False,
-        "reason": "12.5 is worse than 11",
-        "uri": "models:/ncsn-tiny/3",
-    },
+    "register": {"model": "ncsn-tiny", "version": "3", "promoted": False, "reason": "12.5 is worse than 11"},
     "report": {"uri": "/r/report.html", "size": 123_456},
 }
 
@@ -111,7 +68,8 @@ def test_a_summary_has_scores_next_to_real_images_and_what_comes_next(config_fil
     config = TargetOptions(str(config_file), ("storage.root=/store",)).resolve().config
     folder = RunFolder("/store", "mine")
     records = {
-        step: StepRecord(result=result, seconds=10.0, finished_at="2026-01-01") for step, result in RESULTS.items()
+        step: StepRecord(result=result_of(step, **known), seconds=10.0, finished_at="2026-01-01")
+        for step, known in SHOWN.items()
     }
     text = printed(lambda console: print_summary(console, folder, config, records, earlier=["ingest"]))
     assert re.search(r"classifier_fid_n512 +12 \(10 to 15\) +2\.5", text) and re.search(r"score_n512 +9 +10 ", text)
@@ -188,9 +146,7 @@ def test_the_log_shows_a_retry_and_its_cause_on_the_terminal_in_one_line(tmp_pat
 
 
 @pytest.mark.parametrize("terminal", [False, True])
-def test_what_a_launcher_says_is_shown_while_the_rest_goes_to_the_log(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, terminal: bool
-) -> None:
+def test_what_a_launcher_says_is_shown_while_the_rest_goes_to_the_log(tmp_path, monkeypatch, *, terminal) -> None:
     """With the log of the driver, unless bars show its progress."""
     stream, log = io.StringIO(), tmp_path / "log.txt"
     stream.isatty = lambda: terminal  # type: ignore[method-assign]

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
+from experiments import digits
 
 from ncsn.config import from_yaml
-from ncsn.data.dataset import write_dataset
-from ncsn.data.sources import open_source
 
 TINY = """
 name: tiny
@@ -32,19 +29,6 @@ def tiny() -> str:
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
     """URI of the digits, in parts of 32."""
-    config = from_yaml(TINY)
-    root = tmp_path_factory.mktemp("data")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ncsn.data.format.PART_IMAGES", 32)
-        return write_dataset(open_source(config.data), str(root), name="digits", data=config.data).uri
-
-
-@pytest.fixture(scope="session")
-def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A node-local cache of the tests' own."""
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NCSN_CACHE_DIR", str(cache_dir))
+        return digits(from_yaml(TINY), tmp_path_factory.mktemp("data"))

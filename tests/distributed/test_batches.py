@@ -28,6 +28,12 @@ DRAWS = {
     "any sigma": ("noise={training: {kind: lognormal}}",),
     "classes": CLASSES,
     "projection": ("loss={kind: ssm}",),
+    "pairs": (  # the second stage begins at 1256
+        "loss={kind: consistency, from_scratch: true, q: 2, stages: 2}",
+        "train.num_images=2512",
+        "noise={training: {kind: lognormal}}",
+        "sampling.sampler={kind: consistency}",
+    ),
     "augmentation": (
         "data.horizontal_flip=false",
         "data.augmentation={probability: 0.5}",
@@ -38,15 +44,14 @@ DRAWS = {
 
 def tensors(batch: Batch) -> dict[str, torch.Tensor]:
     """Everything that was drawn, the images first."""
-    found = {"x": batch.x, "z": batch.z, "sigma": batch.sigma, "level": batch.level, "v": batch.v, **batch.conditions}
+    names = ("x", "z", "sigma", "level", "v", "lower")
+    found = {name: getattr(batch, name) for name in names} | batch.conditions
     return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
 @pytest.mark.parametrize("window", [64 * 64, 1 << 30], ids=["streamed", "whole"])
 @pytest.mark.parametrize("overrides", DRAWS.values(), ids=DRAWS)
-def test_parts_of_a_batch_are_the_batch(
-    overrides: tuple[str, ...], window: int, tiny: str, dataset: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_parts_of_a_batch_are_the_batch(overrides, window, tiny, dataset, monkeypatch) -> None:
     monkeypatch.setattr(training_images, "WINDOW_BYTES", window)
     config, split = from_yaml(tiny, overrides=overrides), open_training_images(dataset)
     assert isinstance(split, StreamedSplit) == (window == 64 * 64)
@@ -57,6 +62,8 @@ def test_parts_of_a_batch_are_the_batch(
     whole, parts = tensors(draw(1250, 16)), [tensors(draw(1250 + 4 * rank, 4)) for rank in range(4)]
     for name, tensor in whole.items():
         torch.testing.assert_close(torch.cat([part[name] for part in parts]), tensor, rtol=0, atol=0)
+    if "lower" in whole:
+        assert whole["lower"].equal(objective_of(config).pairs.lower(whole["sigma"], first=1250))
     inside = draw(1250, 16)[3:7]
     assert all(torch.equal(part, whole[name][3:7]) for name, part in tensors(inside).items())
     file = Path(dataset, "moments", "dequantized.safetensors")
@@ -87,9 +94,7 @@ def test_augmentation_moves_no_other_draw(tiny: str, dataset: str) -> None:
 
 
 @pytest.mark.parametrize(("workers", "dropout"), [(2, 0.0), (3, 0.0), (3, 0.3)])
-def test_gradients_of_parts_average_to_the_gradient_of_the_batch(
-    tiny: str, dataset: str, workers: int, dropout: float
-) -> None:
+def test_gradients_of_parts_average_to_the_gradient_of_the_batch(tiny, dataset, workers, dropout) -> None:
     """1 worker x batch 8, 2 workers x batch 4, and 3 workers with 2, 3 and 3, give the same gradients (1e-6)."""
     config, split = from_yaml(tiny, overrides=[f"network.dropout={dropout}"]), open_cache(dataset, "train")
 

@@ -19,7 +19,6 @@ def test_a_cluster_that_does_not_start_is_one_line(tiny: str, monkeypatch: pytes
     def init(**_: object) -> None:
         raise own_words
 
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr("ray.is_initialized", lambda: False)
     monkeypatch.setattr("ray.init", init)
     with pytest.raises(RuntimeError) as caught, cluster_for(from_yaml(tiny), start=True):
@@ -38,7 +37,6 @@ def test_sigterm_while_ray_starts_is_answered_as_before(tiny: str, code: int, mo
     def answer(*_: object) -> None:
         sys.exit("ours")
 
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr("ray.init", init)
     before = signal.signal(signal.SIGTERM, answer)
     try:
@@ -51,15 +49,13 @@ def test_sigterm_while_ray_starts_is_answered_as_before(tiny: str, code: int, mo
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_gpu_that_is_not_there_is_a_mistake(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+def test_a_gpu_that_is_not_there_is_a_mistake(tiny: str) -> None:
     config = from_yaml(tiny, overrides=["compute.use_gpu=true"])
     with refused("compute.use_gpu"), cluster_for(config, start=False):
         pass
 
 
-def test_far_more_workers_than_cores_are_refused(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+def test_far_more_workers_than_cores_are_refused(tiny: str) -> None:
     config = from_yaml(tiny, overrides=["compute.num_workers=16", "compute.cpus_per_worker=256"])
     with refused("compute.num_workers"), cluster_for(config, start=True):
         pass

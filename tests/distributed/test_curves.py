@@ -9,7 +9,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from workers import Recorder, assert_same_tensors, train_for_tensors, train_locally
+from workers import Recorder, assert_same_tensors, train, train_locally
 
 from ncsn.config import Config, from_yaml
 from ncsn.core.losses import Batch
@@ -54,17 +54,6 @@ def test_curves_add_up_over_batches_to_the_mean_at_each_level():
     assert point["train/loss"] == pytest.approx(values.double().mean().item(), rel=1e-12)
 
 
-class Summing(WorkerContext):
-    """The last of several workers, which knows what the others found."""
-
-    def __init__(self, others: list[list[torch.Tensor]]) -> None:
-        super().__init__(rank=len(others), world_size=len(others) + 1)
-        self._others = others
-
-    def sum_over_workers(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor + sum(own.pop(0) for own in self._others)
-
-
 def point(config: Config, dataset: str, context: WorkerContext) -> dict[str, float]:
     """What a network with random weights measures."""
     state = build.train_state(config)
@@ -87,9 +76,7 @@ def point(config: Config, dataset: str, context: WorkerContext) -> dict[str, flo
         ["seed=0"],
     ],
 )
-def test_the_held_out_loss_depends_on_the_weights_and_the_images_only(
-    tiny: str, dataset: str, overrides: list[str]
-) -> None:
+def test_the_held_out_loss_depends_on_the_weights_and_the_images_only(tiny, dataset, overrides) -> None:
     plain = point(from_yaml(tiny), dataset, WorkerContext())
     assert plain.keys() == {"val/loss", "val/gap"}
     assert point(from_yaml(tiny, overrides=overrides), dataset, WorkerContext()) == pytest.approx(plain, rel=1e-4)
@@ -121,30 +108,39 @@ def test_any_number_of_workers_finds_the_same_held_out_loss(tiny: str, dataset: 
             found.append(tensor.clone())
             return tensor
 
+    class Last(WorkerContext):
+        """It knows what the others found."""
+
+        def sum_over_workers(self, tensor: torch.Tensor) -> torch.Tensor:
+            return tensor + sum(own.pop(0) for own in others)
+
     config, others = from_yaml(tiny), []
     for rank in range(2):
         found: list[torch.Tensor] = []
         point(config, dataset, Noting(rank=rank, world_size=3))
         others.append(found)
     alone = point(config, dataset, WorkerContext())
-    assert point(config, dataset, Summing(others)) == pytest.approx(alone, rel=1e-5)
+    assert point(config, dataset, Last(rank=2, world_size=3)) == pytest.approx(alone, rel=1e-5)
 
 
 @pytest.mark.usefixtures("affordable")
-def test_training_is_that_without_a_held_out_loss(
-    tiny: str, dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = from_yaml(tiny, overrides=["network.dropout=0.2"])
-
-    def train(name: str) -> TrainingHistory:
+def test_training_is_that_without_a_held_out_loss_and_previews(tiny, dataset, tmp_path, monkeypatch) -> None:
+    def trained(name: str, *overrides: str) -> tuple[TrainingHistory, list[tuple[int, np.ndarray]]]:
+        config, sink = from_yaml(tiny, overrides=["network.dropout=0.2", *overrides]), Recorder()
         uri = str(tmp_path / name / "history.json")
-        train_locally(TrainingJob(config=config, dataset=dataset, history=uri), tmp_path / name)
-        return load_history(uri)
+        train_locally(TrainingJob(config=config, dataset=dataset, history=uri, sink=sink), tmp_path / name)
+        return load_history(uri), sink.pictures
 
-    whole = train("whole")
-    assert [seen for seen, each in zip(whole.images_seen, whole.points, strict=True) if "val/loss" in each] == [80, 160]
+    monkeypatch.setattr(monitor, "SHARE", 1.0)  # so short a training would have no previews
+    whole, pictures = trained("whole")
+    first, second = (picture for _, picture in pictures)
+    measured = [seen for seen, each in zip(whole.images_seen, whole.points, strict=True) if "val/loss" in each]
+    assert measured == [seen for seen, _ in pictures] == [80, 160]
+    assert first.dtype == np.uint8 and first.shape == second.shape == (6 * 37, 6 * 37, 1)
+    assert not np.array_equal(first, second)
     monkeypatch.setattr(held_out, "SHARE", 0.0001)
-    assert held_out_curves(train("without")) is None
+    without, none = trained("without", "tracking.preview_images=0")
+    assert held_out_curves(without) is None and none == []
     for checkpoint in ("images-000000080", "images-000000160"):
         assert_same_tensors(*(tmp_path / name / checkpoint for name in ("whole", "without")))
 
@@ -161,9 +157,7 @@ def test_training_is_that_without_a_held_out_loss(
         (["train.num_images=100000", "train.checkpoint_every_images=20000"], 0, None),
     ],
 )
-def test_the_held_out_loss_takes_a_fiftieth_of_the_time(
-    tiny: str, overrides: list[str], held_out_images: int, effort: tuple[int, int, int] | None
-) -> None:
+def test_the_held_out_loss_takes_a_fiftieth_of_the_time(tiny, overrides, held_out_images, effort) -> None:
     config = from_yaml(tiny, overrides=overrides)
     found = effort_of(config, bins=4, held_out=held_out_images, training=1258)
     assert found == effort
@@ -179,23 +173,6 @@ def test_rows_of_a_streamed_split_are_those_of_the_data(dataset: str) -> None:
     found = streamed.rows(rows)
     np.testing.assert_array_equal(found.images, every.images[rows])
     np.testing.assert_array_equal(found.labels, every.labels[rows])
-
-
-def test_previews_come_with_checkpoints_and_do_not_disturb_the_training(
-    tiny: str, dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(monitor, "SHARE", 1.0)  # so short a training would have none
-    with_previews, without = Recorder(), Recorder()
-    seen = train_for_tensors(from_yaml(tiny), dataset, tmp_path / "with", with_previews)
-    unseen = train_for_tensors(
-        from_yaml(tiny, overrides=["tracking.preview_images=0"]), dataset, tmp_path / "without", without
-    )
-    assert [images for images, _ in with_previews.pictures] == [80, 160]
-    assert without.pictures == []
-    first, second = (picture for _, picture in with_previews.pictures)
-    assert first.dtype == np.uint8 and first.shape == second.shape == (6 * 37, 6 * 37, 1)
-    assert not np.array_equal(first, second)
-    assert all(torch.equal(seen[key], unseen[key]) for key in seen)
 
 
 @pytest.mark.parametrize(
@@ -219,11 +196,11 @@ def test_previews_take_a_hundredth_of_the_time(
 
 def test_curves_have_a_point_per_report_and_checkpoint(tiny: str, dataset: str, tmp_path: Path) -> None:
     sink = Recorder()
-    train_for_tensors(from_yaml(tiny), dataset, tmp_path, sink)
+    train(from_yaml(tiny), dataset, tmp_path, sink)
     points = dict(sink.points)
     assert list(points) == [32, 64, 80, 96, 128, 160]
     rare = Recorder()
-    train_for_tensors(from_yaml(tiny, overrides=["train.checkpoint_every_images=160"]), dataset, tmp_path / "r", rare)
+    train(from_yaml(tiny, overrides=["train.checkpoint_every_images=160"]), dataset, tmp_path / "r", rare)
     assert [seen for seen, _ in rare.points] == [32, 64, 96, 128, 160]
     losses = {seen: point["train/loss"] for seen, point in sink.points}
     parts = (losses[80] + losses[96]) / 2  # of 16 images each

@@ -39,8 +39,7 @@ def train_and_lose_a_node(tiny: str, dataset: str, run: Path, how: str, at_image
     run.mkdir()
     config = run / "config.yaml"
     config.write_text(json.dumps(from_yaml(tiny, overrides=ELASTIC).model_dump(mode="json")))
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | QUICK
-    environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}  # as on a clean machine
+    environment = os.environ | QUICK | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     environment["PYTHONPATH"] = os.pathsep.join([str(SCRIPT.parent), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, str(SCRIPT), str(config), dataset, str(run), how, str(at_images)]
     with (run / "log").open("w") as log:
@@ -51,13 +50,11 @@ def train_and_lose_a_node(tiny: str, dataset: str, run: Path, how: str, at_image
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tiny: str, dataset: str, tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Path:
+def undisturbed(tiny: str, dataset: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of one worker that nothing happens to."""
     run = tmp_path_factory.mktemp("undisturbed")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NCSN_CACHE_DIR", str(cache_dir))
-        job = TrainingJob(config=from_yaml(tiny, overrides=ELASTIC), dataset=dataset, history=str(run / "history.json"))
-        train_locally(job, run / "checkpoints")
+    job = TrainingJob(config=from_yaml(tiny, overrides=ELASTIC), dataset=dataset, history=str(run / "history.json"))
+    train_locally(job, run / "checkpoints")
     return run
 
 

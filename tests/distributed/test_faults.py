@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import math
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,7 +13,6 @@ from same_run import curves
 from workers import assert_same_tensors, train_locally
 
 from ncsn.config import Config, from_yaml
-from ncsn.model import checkpoint
 from ncsn.training.loop import DivergedError, Training, TrainingJob, TrainOutcome
 
 LAST = "images-000000160"
@@ -42,9 +38,7 @@ def whole(tiny: str, dataset: str, tmp_path_factory: pytest.TempPathFactory) -> 
     return folder
 
 
-def test_a_nan_ends_training_and_is_forgotten_by_the_same_command(
-    whole: Path, tiny: str, dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_nan_ends_training_and_is_forgotten_by_the_same_command(whole, tiny, dataset, tmp_path, monkeypatch) -> None:
     step = Training.step
 
     def broken(training: Training) -> None:
@@ -62,35 +56,8 @@ def test_a_nan_ends_training_and_is_forgotten_by_the_same_command(
     assert_same(whole, tmp_path)
 
 
-def test_a_full_disk_leaves_the_checkpoint_before(
-    whole: Path, tiny: str, dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    snapshot = checkpoint.snapshot
-
-    def with_full_disk(**what: Any) -> Callable[[Path], None]:
-        write, last = snapshot(**what), what["state"].images_seen == 160
-
-        def full(folder: Path) -> None:
-            if last:
-                (folder / "state.json").symlink_to("/dev/full")  # the kernel answers every write to it with ENOSPC
-            write(folder)
-
-        return full
-
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "snapshot", with_full_disk)
-        with pytest.raises(OSError, match="No space left") as caught:
-            run(tmp_path, from_yaml(tiny), dataset)
-    assert caught.value.errno == errno.ENOSPC
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["images-000000080"]
-    run(tmp_path, from_yaml(tiny), dataset)
-    assert_same(whole, tmp_path)
-
-
 @pytest.mark.parametrize("name", ["weights.safetensors", "checkpoint.json"])
-def test_the_checkpoint_before_a_damaged_one_is_used_and_named(
-    whole: Path, tiny: str, dataset: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
-) -> None:
+def test_the_checkpoint_before_a_damaged_one_is_used_and_named(whole, tiny, dataset, tmp_path, caplog, name) -> None:
     run(tmp_path, from_yaml(tiny), dataset)
     damaged = tmp_path / "checkpoints" / LAST / name
     damaged.write_bytes(damaged.read_bytes()[:100])

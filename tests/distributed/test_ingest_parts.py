@@ -1,46 +1,37 @@
-"""Ingestion part by part: the dataset of one pass, from a bucket too, and after a kill only what is missing."""
+"""Ingestion part by part: the dataset of one pass, from a bucket too; and after a stop only what is missing."""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import boto3
 import numpy as np
 import pytest
+from experiments import tiny
 from image_folders import Formats
 
 from ncsn import storage
-from ncsn.config import from_yaml
+from ncsn.config import to_yaml
 from ncsn.data.dataset import write_dataset
 from ncsn.data.format import load_manifest, read_split
 from ncsn.data.sources import open_source
 from ncsn.progress import Progress
 
 ON_RAY = """
-import os, runpy
+import runpy
 import ncsn.data.format as format
 import ncsn.distributed.ray_calls as ray_calls
-ray_calls.FEW_CORES, format.PART_IMAGES = 0, int(os.environ["PART_IMAGES"])
+ray_calls.FEW_CORES, format.PART_IMAGES = 0, 50
 runpy.run_module("ncsn", run_name="__main__", alter_sys=True)
 """
-EXPERIMENT = """
-name: packed
-data: {{source: {source}, root: {root}, image_size: 8, channels: 1, test_fraction: 0.2, on_bad_image: skip}}
-network: {{kind: unet, widths: [8]}}
-train: {{num_images: 128, checkpoint_every_images: 128, report_every_images: 128}}
-sampling: {{sampler: {{kind: annealed_langevin}}}}
-storage: {{root: {store}}}
-"""
+DATA = "data={source: image_folder, image_size: 8, channels: 1, test_fraction: 0.2, on_bad_image: skip}"
 
 
-def png(value: int, *, side: int = 12, deep: bool = False) -> bytes:
-    pixels = np.random.default_rng(value).integers(0, 256, (side, side), np.uint8)
+def png(value: int, *, deep: bool) -> bytes:
+    pixels = np.random.default_rng(value).integers(0, 256, (12, 12), np.uint8)
     return Formats.image(pixels.astype(np.uint16) * 257 if deep else pixels)
 
 
@@ -53,36 +44,24 @@ def shard(first: int, last: int) -> bytes:
     return Formats.tar(members)
 
 
-@pytest.fixture
-def command(tmp_path):
-    """Returns the command `ncsn ingest` for an experiment on Ray, and the experiment's text."""
-
-    def make(run: str, *, source: str = "image_folder", rows: int, **fields) -> tuple[list[str], str, dict[str, str]]:
-        text = EXPERIMENT.format(source=source, **fields)
-        (tmp_path / "config.yaml").write_text(text)
-        arguments = ["ingest", "--config", str(tmp_path / "config.yaml"), "--run", run, "--json"]
-        environment = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db", "PART_IMAGES": str(rows)}
-        return [sys.executable, "-c", ON_RAY, *arguments], text, environment
-
-    return make
-
-
-def in_one_pass(text: str, folder: Path, *, rows: int):
-    data = from_yaml(text).data
+def in_one_pass(data, folder: Path, *, rows: int):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ncsn.data.format.PART_IMAGES", rows)
         return write_dataset(open_source(data), str(folder), name="image_folder", data=data)
 
 
 @pytest.mark.slow
-def test_shards_in_a_bucket_become_the_dataset_of_one_pass(s3_root, tmp_path, command):
+def test_shards_in_a_bucket_become_the_dataset_of_one_pass(s3_root, tmp_path, monkeypatch):
     for number in range(3):
         storage.write_bytes(f"{s3_root}/shards/{number}.tar", shard(60 * number, 60 * number + 60))
-    arguments, text, environment = command("bucket", root=f"{s3_root}/shards", rows=50, store=f"{s3_root}/store")
-    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=600)
+    config = tiny(f"{s3_root}/store", DATA, f"data.root={s3_root}/shards")
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    command = [sys.executable, "-c", ON_RAY, "ingest", "--config", f"{tmp_path}/config.yaml", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(done.stdout)
-    expected = in_one_pass(text, tmp_path / "one-pass", rows=50)
+    expected = in_one_pass(config.data, tmp_path / "one-pass", rows=50)
     assert result["digest"] == expected.manifest.digest
     assert result["created"]
     manifest = load_manifest(result["uri"])
@@ -106,8 +85,7 @@ def test_one_process_goes_on_where_it_was(tmp_path, monkeypatch):
     for number in range(2):
         (tmp_path / "images" / f"{number}.tar").write_bytes(shard(60 * number, 60 * number + 60))
     store = tmp_path / "store"
-    text = EXPERIMENT.format(source="image_folder", root=tmp_path / "images", store=store)
-    data, folder = from_yaml(text).data, str(store / "datasets" / "image_folder")
+    data, folder = tiny(store, DATA, f"data.root={tmp_path}/images").data, str(store / "datasets" / "image_folder")
 
     def ingest(progress):
         source = open_source(data)
@@ -125,7 +103,7 @@ def test_one_process_goes_on_where_it_was(tmp_path, monkeypatch):
     dataset = ingest(None)
     after = parts(store)
     assert {name: after[name] for name in before} == before  # not written again
-    expected = in_one_pass(text, tmp_path / "one-pass", rows=20)
+    expected = in_one_pass(data, tmp_path / "one-pass", rows=20)
     assert dataset.created and dataset.manifest.digest == expected.manifest.digest
     assert dataset.manifest.skipped == expected.manifest.skipped
     assert dataset.manifest.repeated == expected.manifest.repeated != {"train": 0, "test": 0}
@@ -135,37 +113,6 @@ def test_one_process_goes_on_where_it_was(tmp_path, monkeypatch):
     assert sum(part.rows for part in dataset.manifest.parts["train"]) == dataset.manifest.counts["train"]
     again = ingest(None)
     assert (again.uri, again.created) == (dataset.uri, False)
-
-
-@pytest.mark.slow
-def test_a_killed_ingest_goes_on_where_it_was(tmp_path, command):
-    (tmp_path / "images").mkdir()
-    for number in range(4000):
-        (tmp_path / "images" / f"{number}.png").write_bytes(png(number, side=48))
-    store = tmp_path / "store"
-    arguments, text, environment = command("killed", root=tmp_path / "images", rows=40, store=store)
-    process = subprocess.Popen(arguments, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 240
-    while len(before := parts(store)) < 3:
-        assert process.poll() is None and time.monotonic() < deadline, "it ended before it could be killed"
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    time.sleep(5)  # its workers notice and end
-    before = parts(store)
-    assert 3 <= len(before) < 100
-    assert not list(store.glob("datasets/image_folder/*/manifest.json"))
-    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    result = json.loads(done.stdout)
-    after = parts(store)
-    assert {name: after[name] for name in before} == before  # not written again
-    assert len(after) == 100
-    assert result["digest"] == in_one_pass(text, tmp_path / "one-pass", rows=40).manifest.digest
-    again = subprocess.run(
-        [*arguments[:-3], "--run", "other", "--json"], env=environment, capture_output=True, timeout=240
-    )
-    assert json.loads(again.stdout) == {**result, "created": False}
 
 
 def parts(store: Path) -> dict[str, int]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from do import do
 from refused import refused
-from workers import assert_same_tensors, tensors, train_locally, train_until_killed
+from workers import assert_same_tensors, tensors, train, train_locally, train_until_killed
 
 from ncsn.config import from_yaml
 from ncsn.data.format import load_manifest
@@ -24,44 +24,40 @@ from ncsn.training.batches import draw_batch
 from ncsn.training.loop import TrainingJob
 
 SSM = "loss={kind: ssm}"
-ONE_SIGMA = (
-    "loss={kind: dsm, anneal_power: 0}",
-    "noise={sigma_1: 0.1, sigma_L: 0.1, num_levels: 1}",
-    "network={kind: ncsn, num_features: 4}",
-    "sampling.sampler={kind: langevin, num_steps: 3, step_size: 1.0e-4}",
-)
 ANY_SIGMA = "noise={sigma_1: 8.0, sigma_L: 0.01, num_levels: 6, training: {kind: lognormal, mean: -1.37}}"
-LEARNED = (ANY_SIGMA, "loss.weighting=learned", "train.ema={kind: half_life}", "network.dropout=0.1")
-AUGMENTED = (
-    "data.horizontal_flip=false",
-    "data.augmentation={probability: 0.5}",
-    "noise.training={kind: lognormal}",
-    "network={kind: ddpmpp, base_width: 8, multipliers: [1, 1], blocks_per_resolution: 1, attention_sizes: []}",
-    "loss={weighting: edm}",
-    "compute.microbatch=5",
-)
 CLASSES = ("data.num_classes=10", "train.label_dropout=0.3", "network.dropout=0.1")
-KINDS = {"ssm": (SSM,), "one": ONE_SIGMA, "learned": LEARNED, "augmented": AUGMENTED, "classes": CLASSES}
-
-
-def checkpoint_after(tiny: str, dataset: str, folder: Path, *overrides: str) -> Path:
-    config = from_yaml(tiny, overrides=overrides)
-    return folder / train_locally(TrainingJob(config=config, dataset=dataset), folder).checkpoint
+KINDS = {
+    "ssm": (SSM,),
+    "one": (
+        "loss={kind: dsm, anneal_power: 0}",
+        "noise={sigma_1: 0.1, sigma_L: 0.1, num_levels: 1}",
+        "network={kind: ncsn, num_features: 4}",
+        "sampling.sampler={kind: langevin, num_steps: 3, step_size: 1.0e-4}",
+    ),
+    "learned": (ANY_SIGMA, "loss.weighting=learned", "train.ema={kind: half_life}", "network.dropout=0.1"),
+    "augmented": (
+        "data.horizontal_flip=false",
+        "data.augmentation={probability: 0.5}",
+        "noise.training={kind: lognormal}",
+        "network={kind: ddpmpp, base_width: 8, multipliers: [1, 1], blocks_per_resolution: 1, attention_sizes: []}",
+        "loss={weighting: edm}",
+        "compute.microbatch=5",
+    ),
+    "classes": CLASSES,
+}
 
 
 @pytest.mark.parametrize("overrides", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("window", [64 * 64, 1 << 30], ids=["streamed", "whole"])
-def test_resume_is_bitwise(
-    overrides: tuple[str, ...], window: int, tiny: str, dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resume_is_bitwise(overrides, window, tiny, dataset, tmp_path, monkeypatch) -> None:
     """6 steps = 3 + resume + 3, for each loss and each way to read the images."""
     monkeypatch.setattr("ncsn.data.training_images.WINDOW_BYTES", window)
     short = ("train.num_images=96", "optimizer.decay=constant")
-    whole = checkpoint_after(tiny, dataset, tmp_path / "whole", *overrides, *short)
-
+    config = from_yaml(tiny, overrides=[*overrides, *short])
+    whole = train(config, dataset, tmp_path / "whole")
     halves = from_yaml(tiny, overrides=[*overrides, *short, "train.checkpoint_every_images=48"])
     train_until_killed(TrainingJob(config=halves, dataset=dataset), tmp_path / "halves")
-    second = checkpoint_after(tiny, dataset, tmp_path / "halves", *overrides, *short)
+    second = train(config, dataset, tmp_path / "halves")
     assert (tmp_path / "halves" / "images-000000048").is_dir()
     assert_same_tensors(whole, second)
 
@@ -113,9 +109,7 @@ def trained(tiny: str, dataset: str, folder: Path, *overrides: str) -> TrainingH
     return load_history(uri)
 
 
-def test_curves_at_any_sigma_are_by_bin(
-    tiny: str, dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_curves_at_any_sigma_are_by_bin(tiny, dataset, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(held_out, "SHARE", 1.0)
     monkeypatch.setattr(held_out, "FEW_IMAGES", 10)
     heun = "sampling.sampler={kind: karras_heun, num_steps: 4}"
@@ -131,9 +125,7 @@ def test_curves_at_any_sigma_are_by_bin(
 
 
 @pytest.mark.parametrize("overrides", [[SSM], ["network={kind: ncsnv2, num_features: 4}", "loss={}"]])
-def test_other_losses_and_networks_train_at_any_sigma(
-    tiny: str, dataset: str, tmp_path: Path, overrides: list[str]
-) -> None:
+def test_other_losses_and_networks_train_at_any_sigma(tiny, dataset, tmp_path, overrides) -> None:
     history = trained(tiny, dataset, tmp_path, *overrides, "train.num_images=32")
     assert np.isfinite(history.curve("train/loss")).all()
     assert np.isfinite(history.curve(EDM_LOSS)).all() == (SSM in overrides)  # whose network has a sigma_data
@@ -158,9 +150,7 @@ def test_the_network_learns_from_every_class(tiny: str, dataset: str, tmp_path: 
         (["sampling.label=10"], "sampling.label"),
     ],
 )
-def test_classes_that_the_images_do_not_have_are_refused(
-    tiny: str, dataset: str, tmp_path: Path, overrides: list[str], key: str
-) -> None:
+def test_classes_that_the_images_do_not_have_are_refused(tiny, dataset, tmp_path, overrides, key) -> None:
     config = from_yaml(tiny, overrides=["data.num_classes=10", f"storage.root={tmp_path}", *overrides])
     with refused(key) as caught:
         do("train", config, "classes", dataset=dataset)

@@ -52,13 +52,10 @@ class Cluster(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def cluster(tiny: str, cache_dir: Path) -> Iterator[Cluster]:
-    """One cluster for the module; its workers inherit the cache folder."""
+def cluster(tiny: str) -> Iterator[Cluster]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NCSN_CACHE_DIR", str(cache_dir))
         patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
         patch.setenv("PYTHONPATH", str(HELPERS), prepend=os.pathsep)
-        patch.delenv("RAY_ADDRESS", raising=False)
         config = from_yaml(tiny, overrides=["compute.num_workers=2"])
         with ray_driver(config, dashboard=True) as (driver, joining):
             yield Cluster(driver, joining["RAY_ADDRESS"])
@@ -185,19 +182,7 @@ def test_images_do_not_depend_on_how_they_are_sharded(sample: Sample, tiny: str,
     assert not np.array_equal(whole, other)
 
 
-def test_only_missing_images_are_made(sample: Sample, tiny: str, tmp_path: Path) -> None:
-    config = from_yaml(tiny)
-    _, before = sample(tmp_path, config, batch=4)
-    assert sample(tmp_path, config, batch=4)[0] == 0
-    (tmp_path / "shard-000000004-000000008.parquet").unlink()
-    made, after = sample(tmp_path, config, batch=3)
-    assert made == 4
-    assert np.array_equal(before, after)
-
-
-def test_the_score_is_known_while_images_are_made(
-    cluster: Cluster, sample: Sample, trained: Path, tiny: str, dataset: str, tmp_path: Path
-) -> None:
+def test_the_score_is_known_while_images_are_made(cluster, sample, trained, tiny, dataset, tmp_path) -> None:
     """With some shards there already, it is at every point that of an evaluation afterwards."""
     overrides = ["evaluation.classifier_epochs=1", "sampling.num_images=300", "sampling.batch_size=20"]
     config = from_yaml(tiny, overrides=overrides)
@@ -213,9 +198,7 @@ def test_the_score_is_known_while_images_are_made(
         assert asdict(score) == pytest.approx(point, rel=1e-5)
 
 
-def test_an_evaluation_by_tasks_has_the_figures_of_one_process(
-    cluster: Cluster, tiny: str, dataset: str, tmp_path: Path
-) -> None:
+def test_an_evaluation_by_tasks_has_the_figures_of_one_process(cluster, tiny, dataset, tmp_path) -> None:
     """The reference too; and no piece of the features is left."""
     noise = np.random.default_rng(0).integers(0, 256, (2100, 8, 8, 1), dtype=np.uint8)
     samples = tmp_path / "samples"
@@ -242,10 +225,7 @@ def test_an_evaluation_by_tasks_has_the_figures_of_one_process(
     assert not list(copy.glob("reference/.*")) and not list((tmp_path / "shared").glob(".*"))
 
 
-def test_a_single_shard_is_the_same_without_a_cluster(
-    sample: Sample, trained: Path, tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+def test_a_single_shard_is_the_same_without_a_cluster(sample, trained, tiny, tmp_path) -> None:
     config = from_yaml(tiny, overrides=["sampling.batch_size=10"])
     _, images = sample(tmp_path / "cluster", config, batch=10)
     plan = partial(plan_shards, checkpoint=checkpoint_of(trained), folder=str(tmp_path / "here"))
@@ -269,9 +249,8 @@ def test_a_single_shard_is_the_same_without_a_cluster(
 
 def test_a_sampler_that_diverges_is_a_mistake(sample: Sample, tiny: str, tmp_path: Path) -> None:
     config = from_yaml(tiny, overrides=["sampling.sampler.epsilon=1.0", "sampling.sampler.steps_per_level=200"])
-    with refused("sampling.sampler") as caught:
+    with refused("sampling.sampler"):
         sample(tmp_path, config, batch=10)
-    assert "epsilon: 1.0" in str(caught.value)
 
 
 def test_a_submitted_job_is_tagged_with_the_names_of_the_jobs_api(cluster: Cluster) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from refused import refused
-from workers import train_locally
+from workers import train
 
 from ncsn.config import Config, from_yaml
 from ncsn.config.choices import AutoguidanceConfig, ChoiceDomain, Domain, RangeDomain
@@ -21,7 +21,6 @@ from ncsn.distributed.search import DRIVER_MEMORY, Halving, Suggestions, trials_
 from ncsn.distributed.trials import FAILED, Rung, Scored, SearchPlan, TrialFolder, read_trials, run_trial
 from ncsn.errors import NotFound, UserError
 from ncsn.model.checkpoint import CheckpointError, DamagedError
-from ncsn.training.loop import TrainingJob
 
 SEARCH = "search={num_trials: 4, reduction_factor: 2, num_samples: 8}"
 GIB = float(2**30)
@@ -49,9 +48,7 @@ def plan(tiny: str, tmp_path: Path) -> SearchPlan:
         ({"CPU": 64, "memory": 2.5 * DRIVER_MEMORY}, {"num_workers": 1}, 2),
     ],
 )
-def test_as_many_trials_as_the_cluster_holds(
-    resources: dict[str, float], compute: dict[str, Any], expected: int
-) -> None:
+def test_as_many_trials_as_the_cluster_holds(resources, compute, expected) -> None:
     """All workers of all trials have room at once, so no trial waits for what another holds."""
     found = trials_at_once(resources, ComputeConfig(**compute))
     assert found == expected
@@ -105,9 +102,7 @@ def test_a_trial_only_reports_what_it_has_reached(plan: SearchPlan) -> None:
     assert reported(plan, plan.baseline) == [(40, 40.0), (80, 80.0), (160, 160.0)]
 
 
-def test_a_trial_that_cannot_go_on_fails_alone_and_is_not_tried_again(
-    plan: SearchPlan, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_trial_that_cannot_go_on_fails_alone_and_is_not_tried_again(plan, monkeypatch) -> None:
     def diverge(*_: object) -> None:
         raise UserError("optimizer.learning_rate", "it diverged")
 
@@ -125,9 +120,7 @@ def test_a_trial_that_cannot_go_on_fails_alone_and_is_not_tried_again(
 @pytest.mark.parametrize(
     "error", [NotFound("nowhere", "no dataset here"), DamagedError("nowhere", "a file is missing")]
 )
-def test_what_is_missing_or_damaged_fails_no_trial(
-    plan: SearchPlan, monkeypatch: pytest.MonkeyPatch, error: UserError
-) -> None:
+def test_what_is_missing_or_damaged_fails_no_trial(plan, monkeypatch, error) -> None:
     def reach(*_: object) -> None:
         raise error
 
@@ -144,16 +137,11 @@ def test_a_missing_checkpoint_is_not_a_sampler_that_diverges(plan: SearchPlan) -
 
 
 def test_a_missing_guide_is_not_a_sampler_that_diverges(plan: SearchPlan, dataset: str, tmp_path: Path) -> None:
-    outcome = train_locally(TrainingJob(config=plan.config, dataset=dataset), tmp_path / "checkpoints")
+    checkpoint = str(train(plan.config, dataset, tmp_path / "checkpoints"))
     guidance = AutoguidanceConfig(kind="autoguidance", weight=2.0, checkpoint=f"{plan.trials}/nowhere")
     guided = plan.config.sampling.model_copy(update={"guidance": guidance})
-    part = Chunk(plan.config, guided, str(tmp_path / "checkpoints" / outcome.checkpoint), 0, 4, dataset=dataset)
     with refused("sampling.guidance.checkpoint"):
-        sampling._score(part)
-
-
-def test_a_trial_keeps_one_checkpoint(plan: SearchPlan) -> None:
-    assert plan.trial_config(plan.baseline).train.keep_checkpoints == 1
+        sampling._score(Chunk(plan.config, guided, checkpoint, 0, 4, dataset=dataset))
 
 
 def test_samples_of_a_search_are_not_those_of_the_final_figures(plan: SearchPlan) -> None:

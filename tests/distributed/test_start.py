@@ -65,9 +65,7 @@ def test_before_the_first_step_it_samples_as_the_source(tiny: str, dataset: str,
     assert max(map(float, moved)) == pytest.approx(rate, rel=0.01)
 
 
-def test_a_light_training_leaves_the_convolutions_and_resumes_as_any(
-    tiny: str, dataset: str, source: str, tmp_path: Path
-) -> None:
+def test_a_light_training_leaves_the_convolutions_and_resumes_as_any(tiny, dataset, source, tmp_path) -> None:
     config = experiment(tiny, tmp_path, source, "train.trainable=light", "train.checkpoint_every_images=16")
     uri = start(config, dataset)
     job = TrainingJob(config=config, dataset=dataset, start=uri)

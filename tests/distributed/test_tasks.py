@@ -20,7 +20,6 @@ HELPERS = Path(gpu_calls.__file__).parent
 def driver() -> Iterator[RayDriver]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(HELPERS), prepend=os.pathsep)
-        patch.delenv("RAY_ADDRESS", raising=False)
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
             driver = RayDriver(pool)
             driver(gpu_calls.start, 2)

@@ -14,22 +14,14 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from experiments import tiny
 
 from ncsn.cli import app
+from ncsn.config import to_yaml
 from ncsn.runs.folder import RunFolder, read_step
 
-TINY = """
-name: tiny
-data: {{source: sklearn_digits, image_size: 8, channels: 1, test_fraction: 0.3, max_images: 256}}
-noise: {{num_levels: 4}}
-network: {{kind: unet, widths: [8, 8], blocks_per_resolution: 1, embedding_features: 8}}
-train: {{batch_size: 32, num_images: 640, ema: {{kind: decay, per_step: 0.9}},
-  checkpoint_every_images: 320, report_every_images: 160}}
-sampling: {{num_images: 16, batch_size: 8, sampler: {{kind: annealed_langevin, steps_per_level: 2}}}}
-evaluation: {{classifier_epochs: 1, num_splits: 2}}
-compute: {{num_workers: 2}}
-storage: {{root: {root}}}
-"""
+SIZES = ("network.widths=[8, 8]", "train.batch_size=32", "train.num_images=640", "sampling.num_images=16")
+SIZES += ("train.checkpoint_every_images=320", "train.report_every_images=160", "sampling.batch_size=8")
 MARK = "NCSN_TEST_MARK"
 PATIENCE_SECONDS = 600
 
@@ -94,7 +86,8 @@ class Workplace:
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
     folder = tmp_path_factory.mktemp("e2e")
     place = Workplace(folder / "store", folder / "tiny.yaml")
-    place.config.write_text(TINY.format(root=place.root))
+    settings = ("data.max_images=256", "train.ema={kind: decay, per_step: 0.9}", "sampling.sampler.steps_per_level=2")
+    place.config.write_text(to_yaml(tiny(place.root, *settings, *SIZES, "compute.num_workers=2")))
     yield place
     for pid in place.processes():
         os.kill(pid, 9)

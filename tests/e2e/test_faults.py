@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import os
-import random
 import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 
 import pytest
-from mlflow_server import tracking_server
 from same_run import assert_same_training, assert_told_once, checkpoints
 
 from ncsn import storage
@@ -63,19 +60,6 @@ def dataset(workplace, whole: str) -> tuple[str, str]:
     return "--dataset", workplace.result("whole", "ingest")["uri"]
 
 
-def test_workers_killed_at_three_random_points(workplace, whole: str, dataset) -> None:
-    uri = str(workplace.folder("workers"))
-    process = workplace.start(*command("train", "workers", *dataset))
-    for count in sorted(random.sample(range(1, 10), 3)):
-        reached(workplace, process, lambda count=count: len(checkpoints(uri)) >= count and training_workers(workplace))
-        os.kill(random.choice(training_workers(workplace)), signal.SIGKILL)
-    told = finished(process)
-    assert told.count("worker lost") == 3
-    assert "Traceback" not in told
-    assert_same_training(whole, uri)
-    assert_told_once(client_at(f"sqlite:///{workplace.root}/mlflow.db"), "workers", uri)
-
-
 def training_workers(workplace) -> list[int]:
     """Process ids of the running workers."""
     return [pid for pid, command in workplace.processes().items() if command.startswith("ray::train")]
@@ -113,19 +97,13 @@ def away(server) -> Iterator[None]:
         server.start()
 
 
-@pytest.fixture
-def bucket(s3_root: str, whole: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A store in S3, and a database for MLflow beside it."""
+def test_the_s3_server_is_away_while_checkpoints_are_due_and_while_sampling(
+    workplace, whole, dataset, s3_root, s3_server, tmp_path, monkeypatch
+) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     monkeypatch.setenv("NCSN_CACHE_DIR", str(tmp_path / "cache"))
-    return s3_root
-
-
-def test_the_s3_server_is_away_while_checkpoints_are_due_and_while_sampling(
-    workplace, whole: str, dataset, bucket: str, s3_server, tmp_path: Path
-) -> None:
-    uri = f"{bucket}/runs/away"
-    process = workplace.start(*command("train", "away", *dataset, root=bucket))
+    uri = f"{s3_root}/runs/away"
+    process = workplace.start(*command("train", "away", *dataset, root=s3_root))
     reached(workplace, process, lambda: checkpoints(uri))
     with away(s3_server):
         assert process.poll() is None, "training can neither end nor fail meanwhile"
@@ -133,7 +111,7 @@ def test_the_s3_server_is_away_while_checkpoints_are_due_and_while_sampling(
     assert_same_training(whole, uri)
     assert_told_once(client_at(f"sqlite:///{tmp_path}/mlflow.db"), "away", uri)
 
-    process = workplace.start(*command("sample", "away", root=bucket))
+    process = workplace.start(*command("sample", "away", root=s3_root))
     reached(workplace, process, lambda: samples(uri))
     with away(s3_server):
         assert process.poll() is None, "sampling can neither end nor fail meanwhile"
@@ -152,18 +130,3 @@ def samples(run: str) -> dict[str, str]:
                 if name.endswith(".parquet"):
                     found[f"{checkpoint}/{sampler}/{name}"] = storage.join(folder, checkpoint, sampler, name)
     return found
-
-
-def test_mlflow_is_away_for_a_minute(workplace, whole: str, dataset, tmp_path: Path, monkeypatch) -> None:
-    uri = str(workplace.folder("unheard"))
-    with tracking_server(tmp_path) as server:
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", server.url)
-        process = workplace.start(*command("train", "unheard", *dataset))
-        reached(workplace, process, lambda: checkpoints(uri))
-        with server.away():
-            assert process.poll() is None
-            time.sleep(60)
-        finished(process)
-        finished(workplace.start(*command("sample", "unheard")))  # which sends what training could not
-    assert_same_training(whole, uri)
-    assert_told_once(client_at(f"sqlite:///{tmp_path}/server.db"), "unheard", uri)

@@ -71,13 +71,6 @@ def test_after_ctrl_c_training_is_saved_and_a_second_one_ends_it_at_once(workpla
 
 
 @pytest.mark.slow
-def test_after_sigterm_a_single_worker_saves(workplace) -> None:
-    process, _ = trains(workplace, "--set", "compute.num_workers=1", "--run", "sigterm")
-    process.terminate()
-    assert where_it_continues(workplace, process, "sigterm", 143) > 0
-
-
-@pytest.mark.slow
 def test_a_killed_run_ends_with_all_that_it_started(workplace) -> None:
     process, _ = trains(workplace, "--run", "killed")
     process.kill()

@@ -208,22 +208,6 @@ def test_a_step_runs_by_hand_on_what_the_pipeline_left(workplace, finished, told
 
 
 @pytest.mark.slow
-def test_a_mistake_inside_a_step_is_one_line_and_exit_code_2(workplace) -> None:
-    run, step, subject = "nowhere", "ingest", "/no/such/folder"
-    done = workplace.run("run", "--run", run, "--set", "data.source=image_folder", "--set", f"data.root={subject}")
-    assert done.returncode == 2, done.stderr
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1
-    assert errors[0].startswith(f"error: step {step}: ")
-    assert subject in errors[0]
-    assert f"{workplace.folder(run)}/log.txt" in done.stderr.splitlines()[-1]
-    assert "Traceback" not in done.stderr
-    assert done.stdout == ""
-    assert not json.loads((workplace.folder(run) / "steps" / step / "step.json").read_text())["result"]
-    workplace.wait_for_silence()
-
-
-@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_config_with_a_search_trains_what_it_finds(workplace) -> None:
     search = "{space: {noise.sigma_1: {kind: log, low: 0.5, high: 2}}, num_trials: 2, num_samples: 20}"

@@ -18,9 +18,7 @@ def figure(value: float, *, log_std: float = 0.03, num_images: int = 512, finger
     return Measurement(name, value, log_std, num_images, fingerprint)
 
 
-def evidence(
-    value: float, memorization: Memorization = CLEAN, broken: tuple[str, ...] = (), **changes: Any
-) -> Evidence:
+def evidence(value, memorization=CLEAN, broken=(), **changes) -> Evidence:
     return Evidence(figure(value, **changes), memorization, broken)
 
 
@@ -37,9 +35,7 @@ class Killed(BaseException):
 class DiesAt(MlflowClient):
     """Its process is killed at the n-th of these requests; `counts` says of the arguments of one whether it counts."""
 
-    def __init__(
-        self, uri: str, requests: tuple[str, ...], *, at: int, counts: Callable[..., bool] = lambda *_: True
-    ) -> None:
+    def __init__(self, uri, requests, *, at, counts=lambda *_: True) -> None:
         super().__init__(uri, uri)
         self._left, self._counts = at, counts
         for name in requests:

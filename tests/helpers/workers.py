@@ -83,10 +83,9 @@ def tensors(checkpoint: Path | str) -> dict[str, Tensor]:
     }
 
 
-def train_for_tensors(config: Config, dataset: str, folder: Path, sink: Recorder | None = None) -> dict[str, Tensor]:
-    """Train; every tensor of the last checkpoint."""
-    outcome = train_locally(TrainingJob(config=config, dataset=dataset, sink=sink), folder)
-    return tensors(folder / outcome.checkpoint)
+def train(config: Config, dataset: str, folder: Path, sink: Recorder | None = None) -> Path:
+    """Train; the last checkpoint."""
+    return folder / train_locally(TrainingJob(config=config, dataset=dataset, sink=sink), folder).checkpoint
 
 
 def assert_same_tensors(one: Path | str, other: Path | str) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from do import result_of
+from gated import evidence
 
 from ncsn import storage
 from ncsn.config import Config, from_yaml, to_yaml
@@ -15,9 +17,7 @@ from ncsn.inspection import listing
 from ncsn.inspection.listing import describe_run, find_items, list_datasets, list_models, list_runs
 from ncsn.runs.folder import Outcome, RunFolder, StepError, update_step, write_outcome
 from ncsn.steps.ingest import write_images
-from ncsn.steps.results import EvaluateResult
 from ncsn.tracking.client import client_at, tracking_uri
-from ncsn.tracking.gate import Evidence, Measurement, Memorization
 from ncsn.tracking.promotion import pass_gate
 
 DIGITS = (Path(__file__).parents[2] / "configs" / "digits.yaml").read_text()
@@ -65,8 +65,7 @@ def test_a_run_has_state_size_date_and_figures(config: Config) -> None:
     fid = {"fid": 12.5, "fid_low": 9.0, "fid_high": 17.0}
     of_samples = {f"eval/classifier_{name}_n210": value for name, value in fid.items()}
     of_real = {f"eval/real_classifier_{name}_n210": value for name, value in fid.items()}
-    missing = {each.name: None for each in fields(EvaluateResult)}
-    result = missing | {"grade": "far", "metrics": of_samples, "real_metrics": of_real}
+    result = result_of("evaluate", grade="far", metrics=of_samples, real_metrics=of_real)
     update_step(folder, "evaluate", state="FINISHED", result=result)
     item = describe_run(root, "mine")
     assert item.figures == "far from real; eval/classifier_fid_n210 = 12 (9.0 to 17), real images 12 (9.0 to 17)"
@@ -121,10 +120,7 @@ def test_versions_have_their_aliases_figures_and_what_they_wait_for(tmp_path: Pa
     for value, ask in ((9.0, False), (8.0, True)):
         tags = {"ncsn.model": "0123", "ncsn.bytes": "1500"}
         version = str(client.create_model_version("digits", "file:///nowhere", tags=tags).version)
-        measured = Measurement("eval/classifier_fid_n512", value, 0.03, 512, "f" * 64)
-        pass_gate(
-            client, name="digits", version=version, evidence=Evidence(measured, Memorization(0, 9, 0, 9)), ask=ask
-        )
+        pass_gate(client, name="digits", version=version, evidence=evidence(value), ask=ask)
     second, first = list_models(registry)
     assert (first.name, first.state, first.size) == ("models:/digits/1", "champion", 1500)
     assert (second.name, second.state) == ("models:/digits/2", "challenger, waits")

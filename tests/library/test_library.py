@@ -15,42 +15,27 @@ import torch
 from clock import Clock
 from PIL import Image
 from refused import refused
+from served import trained_by
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
 import ncsn
 from ncsn import DpmSolver, KarrasHeun, Langevin, ScoreModel, fit
-from ncsn.config import from_yaml, to_yaml
-from ncsn.core.images import fit_moments
+from ncsn.config import to_yaml
 from ncsn.library.fit import _in_memory
 from ncsn.model import build
-from ncsn.model.checkpoint import TrainedNetwork, save_network
+from ncsn.model.checkpoint import save_network
 from ncsn.model.classes import Classes
 from ncsn.runs.folder import RunFolder, update_step
 
 ROOT = Path(__file__).parents[2]
-TEXT = """
-name: tiny
-data: {source: sklearn_digits, image_size: 8, channels: 1}
-noise: {num_levels: 4}
-network: {kind: unet, widths: [8, 8], blocks_per_resolution: 1, embedding_features: 8}
-train: {batch_size: 8, num_images: 16, checkpoint_every_images: 8, report_every_images: 8}
-sampling: {num_images: 4, batch_size: 2, sampler: {kind: karras_heun, num_steps: 5}}
-evaluation: {num_splits: 2}
-"""
 CLASSES = ("data.num_classes=3", "train.label_dropout=0.1")
 NCSN = ("network={kind: ncsn, num_features: 4}", "sampling.sampler={kind: annealed_langevin, steps_per_level: 1}")
 
 
 def model_of(*overrides: str) -> ScoreModel:
     """A model whose score depends on all its inputs."""
-    config = from_yaml(TEXT, overrides=overrides)
-    network, draw = build.network(config).eval().requires_grad_(False), torch.Generator().manual_seed(0)
-    for parameter in network.parameters():
-        parameter.add_(0.2 * torch.randn(parameter.shape, generator=draw))
-    classes = Classes(("cat", "dog", "bird"), (1, 2, 3)) if config.data.num_classes else None
-    moments = fit_moments(torch.rand(64, 1, 8, 8, generator=draw))
-    return ScoreModel(TrainedNetwork(config=config, network=network, moments=moments, classes=classes))
+    return ScoreModel(trained_by(0, "data.num_classes=null", "train.label_dropout=0", *overrides))
 
 
 @pytest.fixture

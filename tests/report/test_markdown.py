@@ -5,21 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ncsn.config import from_yaml
+from experiments import SHORT, tiny
+
 from ncsn.config.schema import Pixels
 from ncsn.data.format import Manifest
 from ncsn.report.pages import ModelFacts, model_card, run_page
 from ncsn.tracking.registry import DESCRIPTION_LENGTH
 
-CONFIG = """
-name: tiny
-data: {source: sklearn_digits, image_size: 8, channels: 1}
-noise: {num_levels: 2, sigma_L: 0.1}
-network: {kind: unet, widths: [8]}
-train: {batch_size: 4, num_images: 8, checkpoint_every_images: 8, report_every_images: 4}
-sampling: {sampler: {kind: annealed_langevin, steps_per_level: 2, epsilon: 1.0e-4}}
-evaluation: {num_splits: 25}
-"""
 EMPTY = ("class_counts", "parts", "settings", "suggested_noise", "conversions", "repeated")
 MANIFEST = Manifest(
     name="digits",
@@ -47,7 +39,7 @@ FACTS = ModelFacts("ncsn-tiny", run="a-run", checkpoint="cafe", images_seen=8, n
 
 
 def card(*overrides: str, manifest: Manifest = MANIFEST, classes: object = None, **facts: object) -> str:
-    config, evaluation = from_yaml(CONFIG, overrides=overrides), EVALUATION | {"classes": classes}
+    config, evaluation = tiny("store", *SHORT, *overrides), EVALUATION | {"classes": classes}
     return model_card(replace(FACTS, **facts), config=config, manifest=manifest, evaluation=evaluation)
 
 

@@ -28,10 +28,7 @@ EVALUATION = {
         "eval/classifier_class_tv_n512": 0.1,
         "eval/classifier_test_accuracy": 0.97,
     },
-    "real_metrics": {
-        "eval/real_classifier_score_n500": 10.0,
-        "eval/real_classifier_kid_n500": 0.3,
-    },
+    "real_metrics": {"eval/real_classifier_score_n500": 10.0, "eval/real_classifier_kid_n500": 0.3},
 }
 
 

@@ -74,9 +74,7 @@ def test_the_same_code_is_the_same_archive_and_an_edit_another(ours: Clone, tmp_
     assert code.origin()["dirty"] == "true"
 
 
-def test_what_is_no_clone_or_not_the_clone_of_this_folder_is_refused(
-    ours: Clone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_no_clone_or_not_the_clone_of_this_folder_is_refused(ours, tmp_path, monkeypatch) -> None:
     (tmp_path / "ncsn").mkdir()
     (tmp_path / "ncsn" / "__init__.py").touch()
     with refused("--code"):
@@ -127,9 +125,7 @@ def test_a_driver_runs_what_its_archive_is_named_after_and_nothing_else(ours: Cl
     assert driver("here") == (2, ""), "somebody else may have written there"
 
 
-def test_packages_that_the_code_needs_and_the_image_lacks_are_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_packages_that_the_code_needs_and_the_image_lacks_are_named(tmp_path, monkeypatch) -> None:
     code.require_packages()  # of code that comes from no archive
     monkeypatch.setattr(code, "_PACKAGE", tmp_path)
     have = {"torch": "2.9.0+cu130", "ray": "2.60.0"}

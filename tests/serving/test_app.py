@@ -42,9 +42,7 @@ def handle() -> Iterator[Any]:
         yield serve.run(app.build({"model": "models:/tiny@champion"}), _local_testing_mode=True)
 
 
-def ask(
-    handle: Any, method: str, path: str, body: bytes | None = b"", *, kind: str = "application/json", whole: bool = True
-) -> Response:
+def ask(handle, method, path, body=b"", *, kind="application/json", whole=True) -> Response:
     """What is answered to a body; None for a client that goes before it has sent one."""
     message = {"type": "http.disconnect"} if body is None else {"type": "http.request", "body": body}
     messages = [message | {"more_body": not whole}]
@@ -120,9 +118,7 @@ def test_what_is_said_about_how_to_ask_gets_images(handle: Any) -> None:
         ("POST", "/images", b"{}", "text/plain", 415),
     ],
 )
-def test_a_mistake_is_one_line_with_its_status(
-    handle: Any, method: str, path: str, body: bytes, kind: str, status: int
-) -> None:
+def test_a_mistake_is_one_line_with_its_status(handle, method, path, body, kind, status) -> None:
     answer = ask(handle, method, path, body, kind=kind)
     assert answer.status_code == status and answer.media_type == "text/plain"
     assert bytes(answer.body).count(b"\n") == 1 and bytes(answer.body).endswith(b"\n")

@@ -7,25 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from experiments import SHORT, tiny
 
 from ncsn import progress
-from ncsn.config import Config, from_yaml
+from ncsn.config import Config
 from ncsn.core.ema import Ema, step_decay
 from ncsn.core.images import fit_moments, to_unit
 from ncsn.core.training import TrainState
 from ncsn.data.format import load_manifest, read_split
 from ncsn.model import build, checkpoint
 from ncsn.training.batches import classes_of
-
-EXPERIMENT = """
-name: tiny
-data: {source: sklearn_digits, image_size: 8, channels: 1, max_images: 20}
-noise: {num_levels: 2, sigma_L: 0.1}
-network: {kind: unet, widths: [8], blocks_per_resolution: 1, embedding_features: 8}
-train: {batch_size: 4, num_images: 8, checkpoint_every_images: 8, report_every_images: 4}
-sampling: {num_images: 4, sampler: {kind: annealed_langevin, steps_per_level: 2, epsilon: 1.0e-4}}
-evaluation: {num_splits: 2}
-"""
 
 SaveUntrained = Callable[[Config, str, Path], None]
 
@@ -44,7 +35,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def config(root: Path) -> Config:
-    return from_yaml(EXPERIMENT, overrides=[f"storage.root={root}"])
+    return tiny(root, *SHORT, "data.max_images=20")
 
 
 @pytest.fixture(scope="session")

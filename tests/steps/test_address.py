@@ -67,9 +67,7 @@ def places(trained: RunFolder, tmp_path: Path) -> dict[str, str]:
         ("ELSEWHERE/saved", None, "ELSEWHERE/saved"),
     ],
 )
-def test_every_address_names_the_same_network(
-    trained: RunFolder, places: dict[str, str], address: str, run: str | None, name: str
-) -> None:
+def test_every_address_names_the_same_network(trained, places, address, run, name) -> None:
     def put(text: str) -> str:
         for word, place in places.items():
             text = text.replace(word, place)
@@ -97,9 +95,7 @@ def test_every_address_names_the_same_network(
         *("models:/", "models:/pets", "models:/pets/2", "models:/pets@best", "models:/no/1", "pets/1", "pets@champion"),
     ],
 )
-def test_what_names_nothing_is_refused_in_one_line(
-    trained: RunFolder, places: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, address: str
-) -> None:
+def test_what_names_nothing_is_refused_in_one_line(trained, places, monkeypatch, tmp_path, address) -> None:
     monkeypatch.chdir(tmp_path)
     for word, place in places.items():
         address = address.replace(word, place)

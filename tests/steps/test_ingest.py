@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from do import do, do_as_task
+from experiments import tiny
 from PIL import Image
 from refused import refused
 
@@ -24,14 +25,6 @@ from ncsn.errors import NotFound, UserError
 from ncsn.kubeflow import finish
 from ncsn.runs.folder import ForeignRun, Outcome, RunFolder, read_step, run_folder, write_outcome
 from ncsn.steps import ingest
-
-EXPERIMENT = """
-name: digits
-data: {source: sklearn_digits, image_size: 8, channels: 1}
-network: {kind: unet, widths: [8]}
-train: {num_images: 128, checkpoint_every_images: 128, report_every_images: 128}
-sampling: {sampler: {kind: annealed_langevin}}
-"""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -47,9 +40,7 @@ def config(tmp_path):
     """An experiment on digits with its store below the test's folder."""
 
     def make(**data) -> Config:
-        return from_yaml(
-            EXPERIMENT, overrides=[f"storage.root={tmp_path}/store", *(f"data.{k}={v}" for k, v in data.items())]
-        )
+        return tiny(tmp_path / "store", "name=digits", *(f"data.{k}={v}" for k, v in data.items()))
 
     return make
 
@@ -171,20 +162,15 @@ def test_a_failure_leaves_no_dataset_and_the_run_to_another_folder(config, tmp_p
     assert datasets(tmp_path) == []
 
 
-def test_bad_images_are_skipped_and_named_in_the_manifest(config, tmp_path):
-    folder = tmp_path / "images"
-    folder.mkdir()
-    for number in range(20):
-        Image.fromarray(np.full((10, 10), number, np.uint8)).save(folder / f"{number}.png")
-    (folder / "5.png").write_bytes(b"broken")
-    settings = {"source": "image_folder", "root": str(folder), "test_fraction": 0.25}
-    with refused(str(folder / "5.png")):
+def test_bad_images_are_skipped_and_named_in_the_manifest(config, photos, tmp_path):
+    (photos / "b" / "5.png").write_bytes(b"broken")
+    settings = {"source": "image_folder", "root": str(photos), "test_fraction": 0.25}
+    with refused(str(photos / "b" / "5.png")):
         do("ingest", config(**settings), "strict")
     assert datasets(tmp_path) == []
     result = do("ingest", config(**settings, on_bad_image="skip"), "lenient")
-    assert sum(result.counts.values()) == 19
+    assert sum(result.counts.values()) == 39 and len(result.notes) == 1
     assert [Path(image.name).name for image in load_manifest(result.uri).skipped] == ["5.png"]
-    assert len(result.notes) == 1 and "5.png" in result.notes[0]
 
 
 def test_equal_images_are_told(config, tmp_path):
@@ -195,16 +181,4 @@ def test_equal_images_are_told(config, tmp_path):
             Image.fromarray(np.full((9, 9), number, np.uint8)).save(folder / split / f"{place}.png")
     result = do("ingest", config(source="image_folder", root=str(folder)), "some")
     assert (result.counts, result.repeated, result.left_out) == ({"train": 7, "test": 3}, 4, 2)
-    (note,) = result.notes
-    assert note.startswith("3 of 7 train images repeat") and "; 1 of 3 test images" in note and "; 2 left" in note
-    assert str(result).startswith("7 train + 3 test images, 4 repeated, 2 left out")
-
-
-def test_a_folder_of_few_contents_leaves_no_test_images(config, tmp_path):
-    (tmp_path / "images").mkdir()
-    for number in range(100):
-        Image.fromarray(np.full((9, 9), number % 11, np.uint8)).save(tmp_path / "images" / f"{number}.png")
-    with refused("data.source") as error:
-        do("ingest", config(source="image_folder", root=str(tmp_path / "images")), "few")
-    assert "79 of 90 train images" in str(error.value) and "10 left out" in str(error.value)
-    assert datasets(tmp_path) == []
+    assert len(result.notes) == 1

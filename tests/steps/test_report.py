@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from do import do
+from do import do, result_of
 from refused import refused
 
 from ncsn.data.format import Rows, read_split, to_table
@@ -37,30 +37,24 @@ def evaluation(config, root, save_untrained) -> str:
     samples.mkdir()
     made = training[:4].copy()
     pq.write_table(to_table(Rows(made, np.full(4, -1))), samples / "shard-000000000-000000004.parquet")
-    (samples / "grid.png").write_bytes(grid_png(made))
-    (samples / "strip.png").write_bytes(grid_png(made))
+    for picture in (samples / "grid.png", samples / "strip.png", root / "neighbors.png"):
+        picture.write_bytes(grid_png(made))
     manifest = {"checkpoint": str(folder), "nfe": 5, "seed": 0, "sampler": asdict(config.sampling.sampler)}
     (samples / "manifest.json").write_text(json.dumps(manifest))
 
-    figures = {
-        "uri": str(root / "evaluation.json"),
-        "neighbors": str(root / "neighbors.png"),
-        "real_images": str(root / "neighbors.png"),
-        "verdict": "4 images made.",
-        "grade": "copied",
-        "classes": None,
-        "confusion": None,
-        "metrics": {"eval/classifier_score_n4": 2.0, "eval/classifier_memorized_n4": 0.25},
-        "real_metrics": {"eval/real_classifier_score_n4": 4.0},
-        "fingerprint": "f" * 64,
-        "num_images": 4,
-        "num_real_images": 4,
-        "notes": [],
-        "memorization": {"copies": 4, "num_images": 4, "real_copies": 0, "num_real_images": 20},
-        "samples": str(samples),
-        "dataset": data.uri,
-    }
-    (root / "neighbors.png").write_bytes(grid_png(made))
+    figures = result_of(
+        "evaluate",
+        uri=str(root / "evaluation.json"),
+        neighbors=str(root / "neighbors.png"),
+        real_images=str(root / "neighbors.png"),
+        verdict="4 images made.",
+        grade="copied",
+        metrics={"eval/classifier_score_n4": 2.0, "eval/classifier_memorized_n4": 0.25},
+        real_metrics={"eval/real_classifier_score_n4": 4.0},
+        num_images=4,
+        num_real_images=4,
+        memorization={"copies": 4, "num_images": 4, "real_copies": 0, "num_real_images": 20},
+    ) | {"samples": str(samples), "dataset": data.uri}
     (root / "evaluation.json").write_text(json.dumps(figures))
     return str(root / "evaluation.json")
 

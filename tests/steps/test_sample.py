@@ -12,43 +12,30 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from do import do
+from experiments import digits, tiny
 from PIL import Image
 
-from ncsn import storage
 from ncsn.config import Config, from_yaml, to_yaml
 from ncsn.config.schema import Pixels
-from ncsn.data.dataset import write_dataset
 from ncsn.data.format import from_table, load_manifest, read_split
 from ncsn.data.samples import SampleSet
 from ncsn.data.sources import open_source
 from ncsn.model.checkpoint import load_checkpoint
 from ncsn.report.images import grid_png
-from ncsn.report.words import read_metrics
 from ncsn.tracking.client import connect
 from ncsn.tracking.registry import write_model
 
-TINY = """
-name: tiny
-data: {{source: sklearn_digits, image_size: 8, channels: 1, test_fraction: 0.3}}
-noise: {{num_levels: 4}}
-network: {{kind: unet, widths: [8], blocks_per_resolution: 1, embedding_features: 8}}
-train: {{num_images: 128, checkpoint_every_images: 128, report_every_images: 128}}
-sampling: {{num_images: 10, batch_size: 10, sampler: {{kind: annealed_langevin, steps_per_level: 1}}}}
-evaluation: {{classifier_epochs: 1, num_splits: 2}}
-storage: {{root: {root}}}
-"""
 SaveUntrained = Callable[[Config, str, Path], None]
 
 
 @pytest.fixture
-def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    return from_yaml(TINY.format(root=tmp_path / "store"))
+def config(tmp_path: Path) -> Config:
+    return tiny(tmp_path / "store")
 
 
 @pytest.fixture
 def dataset(config: Config, tmp_path: Path) -> str:
-    return write_dataset(open_source(config.data), str(tmp_path / "data"), name="digits", data=config.data).uri
+    return digits(config, tmp_path / "data")
 
 
 @pytest.fixture
@@ -57,9 +44,7 @@ def checkpoint(config: Config, dataset: str, save_untrained: SaveUntrained, tmp_
     return str(tmp_path / "checkpoint")
 
 
-def test_images_pictures_and_their_score_are_stored_and_found_again(
-    config: Config, dataset: str, checkpoint: str
-) -> None:
+def test_images_pictures_and_their_score_are_stored_and_found_again(config, dataset, checkpoint) -> None:
     result = do("sample", config, "mine", checkpoint=checkpoint, score=dataset)
     assert (result.num_images, result.nfe, result.checkpoint) == (10, 4 + 1, checkpoint)
     images = SampleSet(result.uri, 10).read(0, 10)
@@ -77,28 +62,16 @@ def test_images_pictures_and_their_score_are_stored_and_found_again(
     assert do("sample", config, "mine", checkpoint=checkpoint) == result, "its seconds too"
 
 
-SCANS = """
-name: scans
-data: {{source: image_folder, root: {images}, image_size: [8, 12], channels: 1, dtype: uint16, value_range: [0, 4095]}}
-noise: {{num_levels: 4}}
-network: {{kind: unet, widths: [8], blocks_per_resolution: 1, embedding_features: 8}}
-train: {{batch_size: 8, num_images: 64, checkpoint_every_images: 64, report_every_images: 32}}
-sampling: {{num_images: 6, batch_size: 6, grays: exact, sampler: {{kind: annealed_langevin, steps_per_level: 1}}}}
-evaluation: {{classifier_epochs: 1, num_splits: 2}}
-storage: {{root: {root}}}
-"""
-
-
 @pytest.mark.slow
-def test_scans_of_sixteen_bits_from_their_files_to_the_registered_model(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+def test_scans_of_sixteen_bits_from_their_files_to_the_registered_model(tmp_path: Path) -> None:
     (tmp_path / "scans").mkdir()
     scans = np.random.default_rng(0).integers(2000, 4096, (30, 8, 12), np.uint16)
     for number, scan in enumerate(scans):
         Image.fromarray(scan).save(tmp_path / "scans" / f"{number}.tif")
-    config = from_yaml(SCANS.format(images=tmp_path / "scans", root=tmp_path / "store"))
+    data = "data={source: image_folder, image_size: [8, 12], channels: 1, dtype: uint16, value_range: [0, 4095]}"
+    train = "train={batch_size: 8, num_images: 64, checkpoint_every_images: 64, report_every_images: 32}"
+    settings = (data, f"data.root={tmp_path}/scans", train, "sampling.num_images=6", "sampling.grays=exact")
+    config = tiny(tmp_path / "store", *settings)
     dataset = do("ingest", config, "mine").uri
     manifest, stored = load_manifest(dataset), read_split(dataset, "train").images
     assert (manifest.pixels, manifest.conversions) == (Pixels((8, 12, 1), "uint16", (0, 4095)), {})
@@ -144,9 +117,7 @@ def test_only_what_is_missing_is_made_again(config: Config, checkpoint: str) -> 
 CLASSES = ("data.num_classes=10", "train.label_dropout=0.1", "sampling.sampler={kind: karras_heun, num_steps: 3}")
 
 
-def test_images_of_classes_keep_them_and_the_grid_has_a_row_for_each(
-    config: Config, dataset: str, save_untrained: SaveUntrained, tmp_path: Path
-) -> None:
+def test_images_of_classes_keep_them_and_the_grid_has_a_row_for_each(config, dataset, save_untrained, tmp_path) -> None:
     many = [*CLASSES, "sampling.num_images=23", "sampling.batch_size=23"]
     known = from_yaml(to_yaml(config), overrides=many)
     save_untrained(known, dataset, tmp_path / "known")
@@ -178,20 +149,3 @@ def test_samples_by_autoguidance_are_those_of_the_guides_weights(
     assert found[0].nfe == 10
     plain = do("sample", config, "mine", checkpoint=checkpoint)
     assert plain.uri not in {each.uri for each in found}
-
-
-def test_test_images_can_be_the_reference(config: Config, dataset: str, checkpoint: str) -> None:
-    samples = do("sample", config, "mine", checkpoint=checkpoint).uri
-    train = do("evaluate", config, "mine", samples=samples, dataset=dataset)
-    against = from_yaml(to_yaml(config), overrides=["evaluation.reference_split=test"])
-    test = do("evaluate", against, "mine", samples=samples, dataset=dataset)
-    assert test.metrics["eval/classifier_vs_test_fid_n10"] != train.metrics["eval/classifier_fid_n10"]
-    assert test.metrics["eval/classifier_vs_test_memorized_n10"] == train.metrics["eval/classifier_memorized_n10"]
-    assert "eval/real_classifier_vs_test_fid_n10" in test.real_metrics and test.fingerprint != train.fingerprint
-    # The real images are training images then, but not those whose copies are counted.
-    assert test.real_metrics["eval/real_classifier_vs_test_memorized_n10"] < 1
-    assert test.real_metrics["eval/real_classifier_vs_test_nn_distance_n10"] > 0
-    assert train.memorization | {"num_real_images": 10} == test.memorization
-    assert {reading.split for reading in read_metrics(test.metrics).values()} == {"test"}
-    written = storage.read_json(test.uri)
-    assert written["reference_split"] == "test" and "features_rows" not in written["nearest_training_images"][0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import subprocess
@@ -13,42 +12,23 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from do import do
+from experiments import digits, tiny
 from kfp import dsl
 from on_ray import RayDriver, ray_driver
-from PIL import Image
 from refused import refused
 
 from components.tasks import search as component
 from ncsn import storage
-from ncsn.config import Config, from_yaml, to_json
-from ncsn.data.dataset import write_dataset
-from ncsn.data.sources import open_source
+from ncsn.config import Config, from_yaml, to_json, to_yaml
 from ncsn.distributed.trials import Rung, Scored, SearchPlan, TrialRecord
 from ncsn.steps import search
 from ncsn.steps.results import SearchResult
 from ncsn.tracking.client import connect
 
-TINY = """
-name: tiny
-data: {{source: sklearn_digits, image_size: 8, channels: 1, test_fraction: 0.3, max_images: 256}}
-noise: {{num_levels: 4}}
-network: {{kind: unet, widths: [8, 8], blocks_per_resolution: 1, embedding_features: 8}}
-train: {{batch_size: 16, num_images: 128, ema: {{kind: decay, per_step: 0.9}},
-  checkpoint_every_images: 1000, report_every_images: 64}}
-sampling: {{num_images: 10, batch_size: 16, sampler: {{kind: annealed_langevin, steps_per_level: 2}}}}
-evaluation: {{classifier_epochs: 1, num_splits: 2}}
-search:
-  space:
-    noise.sigma_1: {{kind: log, low: 0.5, high: 2}}
-  num_trials: 5
-  num_samples: 20
-  reduction_factor: 2
-storage: {{root: {root}}}
-"""
-PATIENCE_SECONDS = 600
+LENGTHS = ("train.num_images=128", "train.checkpoint_every_images=1000", "train.report_every_images=64")
+SEARCH = "search={space: {noise.sigma_1: {kind: log, low: 0.5, high: 2}}, num_trials: 5, num_samples: 20}"
 
 
 @dataclass(frozen=True)
@@ -71,51 +51,33 @@ def rung_files(root: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def searched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Searched]:
     folder = tmp_path_factory.mktemp("search")
-    text = TINY.format(root=folder / "store")
-    (folder / "tiny.yaml").write_text(text)
-    config = from_yaml(text)
-    datasets = str(folder / "store" / "datasets")
-    dataset = write_dataset(open_source(config.data), datasets, name="digits", data=config.data).uri
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("RAY_ADDRESS", raising=False)
-        with ray_driver(config) as (driver, joining):
-            before = kill_after_first_rung(folder, dataset, joining)
-            result = driver(do, "search", config, run="hunt", dataset=dataset)
-            yield Searched(config, dataset, before, result, driver)
+    settings = ("data.max_images=256", "train.ema={kind: decay, per_step: 0.9}", "sampling.sampler.steps_per_level=2")
+    config = tiny(folder / "store", *settings, *LENGTHS, SEARCH, "search.reduction_factor=2")
+    (folder / "tiny.yaml").write_text(to_yaml(config))
+    dataset = digits(config, folder / "store" / "datasets")
+    with ray_driver(config) as (driver, joining):
+        command = [sys.executable, "-m", "ncsn", "search", "--config", str(folder / "tiny.yaml"), "--run", "hunt"]
+        command += ["--dataset", dataset]
+        with (folder / "log.txt").open("wb") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | joining)
+            deadline = time.monotonic() + 600
+            while not rung_files(folder) and process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.1)
+            process.kill()
+            process.wait()
+        before = rung_files(folder)
+        assert before, (folder / "log.txt").read_text()[-3000:]
+        result = driver(do, "search", config, run="hunt", dataset=dataset)
+        yield Searched(config, dataset, before, result, driver)
 
 
-def kill_after_first_rung(folder: Path, dataset: str, joining: dict[str, str]) -> dict[str, bytes]:
-    command = [sys.executable, "-m", "ncsn", "search", "--config", str(folder / "tiny.yaml"), "--run", "hunt"]
-    with (folder / "log.txt").open("wb") as log:
-        process = subprocess.Popen([*command, "--dataset", dataset], stdout=log, stderr=log, env=os.environ | joining)
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while not rung_files(folder) and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.1)
-        process.kill()
-        process.wait()
-    found = rung_files(folder)
-    assert found, (folder / "log.txt").read_text()[-3000:]
-    return found
-
-
-def test_what_was_reached_before_is_not_done_again(searched: Searched) -> None:
+def test_every_trial_has_an_end_and_what_was_reached_before_is_not_done_again(searched: Searched) -> None:
     after = rung_files(Path(searched.result.uri))
     assert len(after) > len(searched.before)
     assert {path: after[path] for path in searched.before} == searched.before
-
-
-def test_every_trial_has_an_end(searched: Searched) -> None:
-    rows = searched.result.trials
-    assert [row["trial"] for row in rows] == [0, 1, 2, 3, 4]
-    for row in rows:
+    assert [row["trial"] for row in searched.result.trials] == [0, 1, 2, 3, 4]
+    for row in searched.result.trials:
         assert row["images_seen"] in {"finished": [128], "stopped": [32, 64]}[row["status"]]
-
-
-def test_the_config_as_it_stands_goes_to_the_end(searched: Searched) -> None:
-    own = {"noise.sigma_1": 1.0}
-    assert [row["status"] for row in searched.result.trials if row["values"] == own] == ["finished"]
-    assert searched.result.baseline is not None
-    assert searched.result.objective <= searched.result.baseline
 
 
 def test_epsilon_costs_no_training(searched: Searched) -> None:
@@ -133,8 +95,11 @@ def test_epsilon_costs_no_training(searched: Searched) -> None:
 
 def test_the_best_is_a_config_to_train(searched: Searched) -> None:
     result = searched.result
-    finished = [row["objective"] for row in result.trials if row["status"] == "finished"]
+    finished = {row["objective"]: row["values"] for row in result.trials if row["status"] == "finished"}
     assert result.objective == min(finished)
+    assert {"noise.sigma_1": 1.0} in finished.values() and result.objective <= result.baseline, (
+        "the config as it stands"
+    )
     best = from_yaml(Path(result.config).read_text())
     assert best.search is None
     assert best.noise.sigma_1 == result.values["noise.sigma_1"]
@@ -199,11 +164,8 @@ def test_the_component_hands_over_the_best(searched: Searched, tmp_path: Path) -
 @pytest.mark.timeout(900)
 def test_trials_of_two_workers_take_turns(searched: Searched) -> None:
     """Ray Train inside a trial: on two cores there is room for one such trial, and none waits for another's cores."""
-    overrides = [
-        "compute.num_workers=2",
-        "search.num_trials=3",
-    ]
-    config = from_yaml(TINY.format(root=searched.config.storage.root), overrides=overrides)
+    overrides = ["compute.num_workers=2", "search.num_trials=3"]
+    config = from_yaml(to_yaml(searched.config), overrides=overrides)
     result = searched.driver(do, "search", config, run="pairs", dataset=searched.dataset)
     assert [row["trial"] for row in result.trials] == [0, 1, 2]
     assert {row["status"] for row in result.trials} <= {"finished", "stopped"}
@@ -223,11 +185,7 @@ def trial(number: int, *reached: tuple[int, float], failure: str | None = None, 
             images_seen=images,
             objective=objective,
             sampler=sampler(8e-5),
-            sweep=[
-                Scored(sampler(8e-5), objective),
-                Scored(sampler(9e-5), objective + 1),
-                Scored(sampler(1e-2), None),
-            ],
+            sweep=[Scored(sampler(8e-5), objective), Scored(sampler(9e-5), objective + 1), Scored(sampler(1e-2), None)],
             loss=0.5,
             seconds=1.5,
             checkpoint=f"images-{images:09d}",
@@ -284,11 +242,3 @@ def test_the_table_has_a_row_per_trial() -> None:
         (1, "failed", None, 0, "too far"),
         (2, "unfinished", None, 0, "lost"),
     ]
-
-
-def test_plots_are_drawn_also_with_trials_that_failed() -> None:
-    trials = [trial(0, (10, 5.0), (40, 3.0)), trial(1, (10, 9.0), sigma_1=3.0), trial(2, failure="no", sigma_1=9.0)]
-    drawn = search.pictures(trials, trials[0], "eval/classifier_fid_n256")
-    assert set(drawn) == {"coordinates.png", "epsilon.png"}
-    for png in drawn.values():
-        assert np.asarray(Image.open(io.BytesIO(png)).convert("RGBA")).std() > 0

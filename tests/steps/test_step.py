@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -53,28 +54,17 @@ def config_at(root: Path, *overrides: str) -> Config:
     return from_yaml(DIGITS, overrides=[f"storage.root={root}", *overrides])
 
 
-def work(
-    config: Config,
-    run: str,
-    do_it: Callable[[Context], object],
-    *,
-    inputs: Mapping[str, object] = {},
-    name: str = "train",
-    **given: Any,
-) -> Any:
+def work(config, run, do_it: Callable[[Context], object], *, inputs=(), name="train", **given) -> Any:
     """A step whose work is `do_it`."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            f"ncsn.steps.{name}.prepare", lambda run, **_: Prepared(run.config, inputs, do_it, lambda made: [made.uri])
-        )
+        prepared = Prepared(config, dict(inputs), do_it, lambda made: [made.uri])
+        patch.setattr(f"ncsn.steps.{name}.prepare", lambda *_, **__: prepared)
         patch.setattr(results, "result_type", lambda _: Made)
         patch.setattr("ncsn.steps.execute.find_inputs", lambda *_, **__: {})
         return do(name, config, run, **given)
 
 
-def make(
-    config: Config, run: str, *, inputs: dict[str, object], number: int = 1, name: str = "train", **given: Any
-) -> Made:
+def make(config, run, *, inputs, number=1, name="train", **given) -> Made:
     def make_it(context: Context) -> Made:
         target = storage.join(context.folder.uri, "made.txt")
         context.progress.start(1, "files")
@@ -139,76 +129,56 @@ def test_a_result_moves_with_its_store(tmp_path: Path) -> None:
     assert again == Made(made.uri.replace("/old/", "/new/"), 1)
 
 
-class LosingBackend:
-    """Loses sight of the step, which may have ended well before."""
+def elsewhere_by(monkeypatch: pytest.MonkeyPatch, execute: Callable[[RemoteStep], object]) -> None:
+    """A backend waits for the job of a step like this."""
+    backend = SimpleNamespace(connect=lambda: None, execute=execute)
+    monkeypatch.setattr(elsewhere, "open_backend", lambda _compute: backend)
 
-    def __init__(self, work: Callable[[], object]) -> None:
-        self._work = work
 
-    def connect(self) -> None:
-        pass
+def test_a_lost_step_counts_only_with_a_result_of_the_same_inputs(tmp_path: Path, monkeypatch) -> None:
+    """It may have ended well before it was lost sight of."""
+    config, here = config_at(tmp_path, "compute.backend=ray-jobs"), config_at(tmp_path)
+    uri = make(here, "lost", inputs={"a": 1}).uri
+    there = list[int]()
 
-    def execute(self, _step: RemoteStep) -> None:
-        self._work()
+    def lost(_: RemoteStep) -> None:
+        for number in there:
+            make(here, "lost", inputs={"a": 2}, number=number)
         raise RemoteLost("its head was restarted")
 
-
-def test_a_lost_step_counts_only_with_a_result_of_the_same_inputs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = config_at(tmp_path, "compute.backend=ray-jobs")
-    here = config_at(tmp_path)
-    uri = make(here, "lost", inputs={"a": 1}).uri
-    monkeypatch.setattr(elsewhere, "open_backend", lambda _compute: LosingBackend(lambda: None))
+    elsewhere_by(monkeypatch, lost)
     with pytest.raises(RemoteLost):
         make(config, "lost", inputs={"a": 2})
-    there = LosingBackend(lambda: make(here, "lost", inputs={"a": 2}, number=2))
-    monkeypatch.setattr(elsewhere, "open_backend", lambda _compute: there)
+    there.append(2)
     assert make(config, "lost", inputs={"a": 2}, number=3) == Made(uri, 2)
 
 
-class EndedBackend(LosingBackend):
-    """Another pipeline run ends the job that this one had attached to; the second job does the work."""
+def test_a_step_that_another_pipeline_run_ended_starts_again(tmp_path: Path, monkeypatch) -> None:
+    """It ends the job that this one had attached to; the second job does the work."""
+    config, here = config_at(tmp_path, "compute.backend=ray-jobs"), config_at(tmp_path)
+    folder, starts = run_folder(config, "shared"), list[str]()
 
-    starts = 0
-
-    def execute(self, step: RemoteStep) -> None:
-        self.starts += 1
-        if self.starts == 1:
-            update_step(
-                run_folder(self.config, "shared"), step.step, state="KILLED", error=StepError("SystemExit", "143")
-            )
+    def ended(step: RemoteStep) -> None:
+        starts.append(step.step)
+        if len(starts) == 1:
+            update_step(folder, "train", state="KILLED", error=StepError("SystemExit", "143"))
             raise EndedByOther("its RayJob was deleted")
-        assert read_step(run_folder(self.config, "shared"), step.step).error is None
-        self._work()
+        assert read_step(folder, "train").error is None
+        make(here, "shared", inputs={"a": 1})
 
-
-def test_a_step_that_another_pipeline_run_ended_starts_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = config_at(tmp_path, "compute.backend=ray-jobs")
-    backend = EndedBackend(lambda: make(config_at(tmp_path), "shared", inputs={"a": 1}))
-    backend.config = config
-    monkeypatch.setattr(elsewhere, "open_backend", lambda _compute: backend)
+    elsewhere_by(monkeypatch, ended)
     made = make(config, "shared", inputs={"a": 1}, number=2)
-    assert made == Made(storage.join(run_folder(config, "shared").uri, "made.txt"), 1)
-    assert backend.starts == 2
+    assert made == Made(storage.join(folder.uri, "made.txt"), 1)
+    assert starts == ["train", "train"]
 
 
-class SharedBackend(LosingBackend):
-    """Waits for a job, which another launcher of the same request may have started."""
-
-    def execute(self, _step: RemoteStep) -> None:
-        self._work()
-
-
-def test_a_result_that_comes_while_a_second_launcher_attaches_is_its_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_result_that_comes_while_a_second_launcher_attaches_is_its_own(tmp_path, monkeypatch) -> None:
     """Launchers without torch, which do not know what the inputs of the result are."""
     config = config_at(tmp_path, "compute.backend=ray-jobs")
     folder, asked = run_folder(config, "shared"), {"dataset": "a"}
 
     def launched(work: Callable[[], object]) -> str:
-        monkeypatch.setattr(elsewhere, "open_backend", lambda _compute: SharedBackend(work))
+        elsewhere_by(monkeypatch, lambda _: work())
         monkeypatch.setattr("ncsn.steps.execute.find_spec", lambda _: None)
         monkeypatch.setattr(results, "result_type", lambda _: Made)
         return str(do("train", config, "shared", **asked).uri)
@@ -244,9 +214,7 @@ def test_a_result_that_comes_while_a_second_launcher_attaches_is_its_own(
     ],
     ids=["mistake", "sentence", "bug", "failure", "stop"],
 )
-def test_whatever_ends_a_step_is_recorded_until_it_starts_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, problems: list[dict[str, str]]
-) -> None:
+def test_whatever_ends_a_step_is_recorded_until_it_starts_again(tmp_path, monkeypatch, error, problems) -> None:
     monkeypatch.setenv(KFP_RUN_ID, "5f3a")
     config = config_at(tmp_path)
     folder = run_folder(config, "fails")
@@ -269,18 +237,6 @@ def test_whatever_ends_a_step_is_recorded_until_it_starts_again(
     assert seen == [None]
 
 
-def recorded_attempt(config: Config, run: str, attempt: Callable[[], object]) -> StepRecord:
-    """The record after an attempt whose launcher is stopped when its driver has ended."""
-
-    folder = run_folder(config, run)
-    before = read_step(folder, "train")
-    update_step(folder, "train", error=None)
-    with suppress(ValueError, SystemExit):
-        attempt()
-    record_failure(folder, "train", SystemExit(143), before=before)
-    return read_step(folder, "train")
-
-
 def test_a_driver_whose_launchers_are_gone_starts_nothing(tmp_path: Path) -> None:
     lease = tmp_path / "lease"
     lease.mkdir()
@@ -292,11 +248,21 @@ def test_a_driver_whose_launchers_are_gone_starts_nothing(tmp_path: Path) -> Non
 
 
 def test_what_the_driver_wrote_is_stronger_than_what_its_launcher_saw(tmp_path: Path) -> None:
+    """The launcher is stopped when its driver has ended."""
     config = config_at(tmp_path)
+    folder = run_folder(config, "both")
+
+    def recorded(attempt: Callable[[], object]) -> StepRecord:
+        before = read_step(folder, "train")
+        update_step(folder, "train", error=None)
+        with suppress(ValueError):
+            attempt()
+        record_failure(folder, "train", SystemExit(143), before=before)
+        return read_step(folder, "train")
 
     failing = fail_with(ValueError("the cause"))
-    assert recorded_attempt(config, "both", lambda: work(config, "both", failing)).error.message == "the cause"
-    record = recorded_attempt(config, "both", lambda: make(config, "both", inputs={}))
+    assert recorded(lambda: work(config, "both", failing)).error.message == "the cause"
+    record = recorded(lambda: make(config, "both", inputs={}))
     assert (record.state, record.error) == ("FINISHED", None)
 
 
@@ -309,9 +275,7 @@ def test_what_the_driver_wrote_is_stronger_than_what_its_launcher_saw(tmp_path: 
         (SystemExit(143), SystemExit("terminated"), "launcher"),
     ],
 )
-def test_a_reason_is_replaced_only_by_a_stronger_one(
-    tmp_path: Path, driver: BaseException, launcher: BaseException, kept: str
-) -> None:
+def test_a_reason_is_replaced_only_by_a_stronger_one(tmp_path, driver, launcher, kept) -> None:
     config = config_at(tmp_path)
     folder = claimed(config, "told")
     for error in (driver, launcher):

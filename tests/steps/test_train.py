@@ -23,10 +23,7 @@ def of_length(config: Config, images: int, *overrides: str) -> Config:
     return from_yaml(to_yaml(config), overrides=[f"train.num_images={images}", *overrides])
 
 
-def test_a_run_ends_with_what_it_has_and_goes_on_to_any_length(
-    config: Config, root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+def test_a_run_ends_with_what_it_has_and_goes_on_to_any_length(config, root, monkeypatch) -> None:
     config = of_length(config, 16)
     dataset, folder = do("ingest", config, "long").uri, run_folder(config, "long")
     with refused("--finish", error=UserError):
@@ -44,7 +41,6 @@ def test_a_run_ends_with_what_it_has_and_goes_on_to_any_length(
         do("train", longer, "long", dataset=dataset)
     assert not read_step(folder, "train").result, "this checkpoint may be deleted by now"
     monkeypatch.undo()
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
     whole = do("train", longer, "long", dataset=dataset)
     assert whole.images_seen == 24 and do("train", config, "long", dataset=dataset) == whole
     assert from_yaml(storage.read_text(folder.config)).train.num_images == 24
@@ -62,9 +58,7 @@ def test_a_run_ends_with_what_it_has_and_goes_on_to_any_length(
         ([], [], ["train.num_images=16"]),
     ],
 )
-def test_a_schedule_with_an_end_belongs_to_its_length(
-    config: Config, tmp_path: Path, overrides: list[str], named: list[str], options: list[str]
-) -> None:
+def test_a_schedule_with_an_end_belongs_to_its_length(config, tmp_path, overrides, named, options) -> None:
     if "consistency" in "".join(overrides):
         overrides = [*overrides, "noise.training={kind: lognormal}", "sampling.sampler={kind: consistency}"]
         overrides.append("network.sigma_data=0.5")
@@ -78,9 +72,7 @@ def test_a_schedule_with_an_end_belongs_to_its_length(
     assert own is not bool(named), "half as long is another run"
 
 
-def test_a_lease_that_ends_lets_training_save_first(
-    config: Config, root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_lease_that_ends_lets_training_save_first(config, root, monkeypatch) -> None:
     """Other steps end at once by their progress."""
     jobs = list[TrainingJob]()
 

@@ -46,9 +46,7 @@ def test_silence_of_all_launchers_is_measured_on_the_readers_clock(tmp_path: Pat
 
 
 @pytest.mark.parametrize("unreadable", [False, True])
-def test_leases_that_vanish_expire_and_those_that_cannot_be_read_do_not(
-    tmp_path: Path, clock: Clock, unreadable: bool
-) -> None:
+def test_leases_that_vanish_expire_and_those_that_cannot_be_read_do_not(tmp_path, clock, unreadable) -> None:
     folder = tmp_path / "lease"
     renew(folder, "first")
     lease = Lease(str(folder), check_seconds=0)

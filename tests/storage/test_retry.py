@@ -95,13 +95,13 @@ def test_it_waits_for_servers_and_not_for_mistakes(error: Exception, waits: bool
     assert bool(unavailable(error)) == waits
 
 
-def use_the_store(root: str, network: TcpProxy, *, away: float, callers: int) -> None:
+def test_callers_outlast_an_outage(s3_root, network, caplog) -> None:
     """All that a store does, by many callers at once, while it is away for some seconds."""
-    content = bytes(range(256)) * (36 << 10)  # above a part of an upload
+    content, callers = bytes(range(256)) * (36 << 10), 4  # above a part of an upload
     ready = threading.Barrier(callers + 1)
 
     def call(number: int) -> None:
-        uri = f"{root}/{number}"
+        uri = f"{s3_root}/{number}"
         storage.write_bytes(f"{uri}/before", content)
         ready.wait()
         time.sleep(0.05 * number)
@@ -113,30 +113,18 @@ def use_the_store(root: str, network: TcpProxy, *, away: float, callers: int) ->
             assert file.read() == content
         assert storage.list_names(uri) == ["after", "before", "once"]
 
-    with ThreadPoolExecutor(callers) as pool:
+    with caplog.at_level(logging.WARNING), ThreadPoolExecutor(callers) as pool:
         calls = [pool.submit(call, number) for number in range(callers)]
         ready.wait()
         network.cut()
-        time.sleep(away)
+        time.sleep(3)
         network.restore()
         for each in calls:
             each.result()
-
-
-def test_callers_outlast_an_outage(s3_root: str, network: TcpProxy, caplog) -> None:
-    with caplog.at_level(logging.WARNING):
-        use_the_store(s3_root, network, away=3, callers=4)
     assert any("180 s" in record.message for record in caplog.records if record.name.startswith("ncsn"))
 
 
-@pytest.mark.slow
-def test_sixteen_callers_outlast_two_minutes(s3_root: str, network: TcpProxy) -> None:
-    use_the_store(s3_root, network, away=120, callers=16)
-
-
-def test_the_store_is_given_up_after_the_limit_or_the_variable(
-    s3_root: str, network: TcpProxy, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_store_is_given_up_after_the_limit_or_the_variable(s3_root, network, monkeypatch) -> None:
     network.cut()
     with limited(0), pytest.raises(OSError, match="s3://"):
         storage.read_bytes(f"{s3_root}/a")

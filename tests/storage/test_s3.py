@@ -5,16 +5,13 @@ from __future__ import annotations
 import gc
 import pickle
 import threading
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
 
 import pytest
 from refused import refused
-from s3_server import S3Server
 
 from ncsn import storage
 from ncsn.storage import s3
@@ -67,10 +64,9 @@ def test_wrong_keys_are_an_error_and_not_an_absent_file(s3_root, monkeypatch):
         storage.exists(f"{s3_root}/file")
 
 
-@pytest.fixture
-def identity(s3_root: str, s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A file with a token in place of keys, and the tokens that a server has given the store's keys for."""
-    seen: list[str] = []
+def test_a_token_that_changes_stands_in_for_keys_of_both_clients(s3_root, s3_server, tmp_path, monkeypatch) -> None:
+    """A server gives the store's keys for the token in a file."""
+    seen, file = list[str](), tmp_path / "token"
 
     class Sts(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
@@ -90,7 +86,6 @@ def identity(s3_root: str, s3_server: S3Server, tmp_path: Path, monkeypatch: pyt
         def log_message(self, *_: Any) -> None:
             pass
 
-    file = tmp_path / "token"
     with ThreadingHTTPServer(("127.0.0.1", 0), Sts) as server:
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
@@ -100,21 +95,16 @@ def identity(s3_root: str, s3_server: S3Server, tmp_path: Path, monkeypatch: pyt
         monkeypatch.setenv("AWS_ENDPOINT_URL_STS", f"http://127.0.0.1:{server.server_address[1]}")
         s3.bucket_filesystem.cache_clear()
         s3.client.cache_clear()
-        yield file, seen
+        for token in ("first", "second"):
+            file.write_text(token)
+            seen.clear()
+            assert storage.publish_once(f"{s3_root}/{token}", b"by boto3")
+            assert set(seen) == {token}
+            seen.clear()
+            filesystem, path = storage.filesystem(f"{s3_root}/{token}")
+            assert pickle.loads(pickle.dumps(filesystem)).get_file_info(path).size == len(b"by boto3")
+            assert set(seen) == {token}
         server.shutdown()
-
-
-def test_a_token_that_changes_stands_in_for_keys_of_both_clients(s3_root: str, identity: Any) -> None:
-    file, seen = identity
-    for token in ("first", "second"):
-        file.write_text(token)
-        seen.clear()
-        assert storage.publish_once(f"{s3_root}/{token}", b"by boto3")
-        assert set(seen) == {token}
-        seen.clear()
-        filesystem, path = storage.filesystem(f"{s3_root}/{token}")
-        assert pickle.loads(pickle.dumps(filesystem)).get_file_info(path).size == len(b"by boto3")
-        assert set(seen) == {token}
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, PermissionError])

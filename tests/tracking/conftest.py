@@ -7,23 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from experiments import SHORT, tiny
 from mlflow_server import Server, tracking_server
 
-from ncsn.config import Config, from_yaml
+from ncsn.config import Config
 from ncsn.core.images import fit_moments
 from ncsn.model import build
 from ncsn.model.checkpoint import TrainedNetwork
 from ncsn.tracking import client
-
-EXPERIMENT = """
-name: tiny
-data: {source: sklearn_digits, image_size: 8, channels: 1}
-noise: {num_levels: 2, sigma_L: 0.1}
-network: {kind: unet, widths: [8], blocks_per_resolution: 1, embedding_features: 8}
-train: {batch_size: 4, num_images: 8, checkpoint_every_images: 8, report_every_images: 4}
-sampling: {num_images: 4, batch_size: 3, sampler: {kind: annealed_langevin, steps_per_level: 2, epsilon: 1.0e-4}}
-evaluation: {num_splits: 2}
-"""
 
 MakeConfig = Callable[..., Config]
 
@@ -43,7 +34,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def make_config(root: Path) -> MakeConfig:
     def make(*overrides: str) -> Config:
-        return from_yaml(EXPERIMENT, overrides=[f"storage.root={root}", *overrides])
+        return tiny(root, *SHORT, "sampling.batch_size=3", *overrides)
 
     return make
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from refused import refused
 
+from ncsn.config import to_json
 from ncsn.errors import MISSING
 from ncsn.tracking import client
 from ncsn.tracking.client import TrackingError, connect, server_command, tracking_uri
@@ -82,8 +83,6 @@ def test_a_password_in_the_address_is_in_no_error_and_no_traceback(make_config, 
 
 @pytest.mark.slow
 def test_two_processes_that_start_at_once_share_one_database(make_config, tmp_path):
-    from ncsn.config import to_json
-
     config = make_config(f"storage.root={tmp_path / 'fresh'}")
     steps = ("sample", "evaluate")
     command = [sys.executable, "-c", BOTH_START, to_json(config)]
@@ -102,9 +101,8 @@ def test_command_of_the_pages_is_on_loopback_and_only_for_a_local_database(make_
     command = server_command(tracking_uri(make_config()), host="127.0.0.1", port=5001)
     assert f"sqlite:///{root}/mlflow.db" in command and Path(root, "mlflow.db").exists()
     assert command[command.index("--host") + 1] == "127.0.0.1"
-    with refused("tracking.uri", error=TrackingError) as caught:
+    with refused("tracking.uri", error=TrackingError):
         server_command("http://host:5000", host="127.0.0.1", port=5001)
-    assert "http://host:5000" in caught.value.problems[0].hint
 
 
 @contextmanager

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import pickle
 import threading
 import time
 from contextlib import ExitStack
 
 import pytest
+from experiments import digits
 from live_worker import DEAD, RATE, Worker, assert_once, history, killed, pictures
 from workers import train_locally
 
 from ncsn.config import to_yaml
-from ncsn.data.dataset import write_dataset
-from ncsn.data.sources import open_source
 from ncsn.environment import now_ms
 from ncsn.progress import Progress
 from ncsn.runs.history import load_history
@@ -23,19 +21,6 @@ from ncsn.tracking.live import LiveMetrics
 from ncsn.tracking.mlflow_runs import PARENT, close_run, search_runs, step_run
 from ncsn.training import monitor
 from ncsn.training.loop import TrainingJob
-
-DIES = """
-import os, pickle, signal, sys
-sys.path.insert(0, sys.argv[1])
-from live_worker import Worker
-sink, folder = pickle.load(open(sys.argv[2], "rb"))
-worker = Worker(sink, folder, since=5)
-worker.train(range(5, 8))
-worker.save()
-worker.train(range(8, 10))
-os.kill(os.getpid(), signal.SIGKILL)
-"""
-
 
 DRIVER_DIES = """
 import os, signal, sys
@@ -62,36 +47,6 @@ def until(condition) -> None:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(live, "SEND_EVERY", 0.1)
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("quick")
-def test_killed_server_and_killed_worker_lose_nothing_and_double_nothing(make_config, server, tmp_path, monkeypatch):
-    """The server is killed, then the worker; the next worker repeats what came after its checkpoint."""
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    with step_run(make_config(f"tracking.uri={server.url}"), run="killed", step="train") as tracked:
-        first = Worker(LiveMetrics(tracked.uri, tracked.run_id), tracked.folder, since=0)
-        first.train(range(5))
-        first.save()
-        until(lambda: len(history(tracked)) == 5)
-        first.sink.close()
-        with server.away():
-            pickled = tmp_path / "worker"
-            pickled.write_bytes(pickle.dumps((LiveMetrics(tracked.uri, tracked.run_id), tracked.folder)))
-            killed(DIES, pickled)
-            second = Worker(LiveMetrics(tracked.uri, tracked.run_id), tracked.folder, since=8)
-            second.train(range(8, 12))
-            second.sink.close()
-        third = Worker(LiveMetrics(tracked.uri, tracked.run_id), tracked.folder, since=8)
-        third.train(range(8, 13))
-        third.save()
-        third.sink.close(seconds=60)
-        assert [step for step, _ in history(tracked)] == [*range(5), *range(8, 13)]
-        # As if the third had been killed.
-        fourth = Worker(LiveMetrics(tracked.uri, tracked.run_id), tracked.folder, since=8)
-        fourth.train(range(8, 13))
-        fourth.sink.close(seconds=60)
-    assert_once(tracked, 13, previews={4, 7, 12})
 
 
 @pytest.mark.slow
@@ -159,7 +114,7 @@ def test_training_does_not_notice_that_the_server_is_killed(make_config, server,
     monkeypatch.setattr(monitor, "SHARE", 100.0)
     overrides = ["train.num_images=200", "train.checkpoint_every_images=100"]
     config = make_config(f"tracking.uri={server.url}", *overrides)
-    dataset = write_dataset(open_source(config.data), str(tmp_path / "data"), name="digits", data=config.data).uri
+    dataset = digits(config, tmp_path / "data")
     outage = ExitStack()
     starting = threading.Thread(target=outage.close)
 
@@ -186,7 +141,7 @@ def test_training_does_not_notice_that_the_server_is_killed(make_config, server,
 
 def test_a_training_that_fails_keeps_its_last_points(config, tmp_path):
     """It may fail there again, so no later attempt would send them."""
-    dataset = write_dataset(open_source(config.data), str(tmp_path / "data"), name="digits", data=config.data).uri
+    dataset = digits(config, tmp_path / "data")
 
     class Fails(Progress):
         def changed(self) -> None:

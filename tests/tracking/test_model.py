@@ -9,18 +9,14 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from mlflow_server import MLFLOW, Server
+from served import TEXT, trained_by
 
-from ncsn.config import Config
-from ncsn.model import build
-from ncsn.model.checkpoint import TrainedNetwork
-from ncsn.model.classes import Classes
+from ncsn.config import from_yaml
 from ncsn.model.generate import generate
 from ncsn.tracking.registry import write_model
 
@@ -51,27 +47,15 @@ def model(folder):
     return mlflow.pyfunc.load_model(str(folder))
 
 
-CLASSES = ("data.num_classes=3", "train.label_dropout=0.1")
 FREE = "sampling.guidance={kind: classifier_free, weight: 2.5, sigma_max: 0.5}"
 
 
 @pytest.fixture(scope="module")
-def known(checkpoint, make_config) -> TrainedNetwork:
-    """A checkpoint of classes, whose score depends on the class."""
-    config: Config = make_config(*CLASSES, FREE)
-    network = build.network(config).eval().requires_grad_(False)
-    draw = torch.Generator().manual_seed(0)
-    for parameter in network.parameters():
-        parameter.add_(0.3 * torch.randn(parameter.shape, generator=draw))
-    return replace(checkpoint, config=config, network=network, classes=Classes(("cat", "dog", "bird"), (1, 2, 3)))
-
-
-@pytest.fixture(scope="module")
-def model_of_classes(known, tmp_path_factory):
+def model_of_classes(tmp_path_factory):
     import mlflow.pyfunc
 
     folder: Path = tmp_path_factory.mktemp("known") / "model"
-    write_model(folder, known, files={})
+    write_model(folder, trained_by(0, FREE), files={})
     return mlflow.pyfunc.load_model(str(folder))
 
 
@@ -112,13 +96,6 @@ def test_fresh_process_loads_it_without_pickle_and_makes_the_sample_steps_images
     assert (images != expected).mean() < 0.01
 
 
-def test_nothing_in_the_folder_needs_pickle(folder):
-    suffixes = {path.suffix for path in folder.rglob("*") if path.is_file()} - {".py", ""}
-    templates = {".css", ".html", ".j2"}  # the package comes whole, with the template of its report and a page
-    assert suffixes == {".json", ".md", ".safetensors", ".txt", ".yaml"} | templates
-    assert not list(folder.rglob("__pycache__"))
-
-
 def test_defaults_are_the_experiments_own(model, checkpoint):
     images = model.predict([])
     assert images.shape == (16, 8, 8, 1)
@@ -142,10 +119,11 @@ def test_another_sampler_generates_by_itself(model, checkpoint, make_config, sam
         ({"guidance": 4.0}, "sampling.guidance.weight=4"),  # and the configured band
     ],
 )
-def test_a_class_and_the_weight_of_guidance_are_params(model_of_classes, known, make_config, params, override):
-    sampling = make_config(*CLASSES, FREE, override).sampling
+def test_a_class_and_the_weight_of_guidance_are_params(model_of_classes, params, override):
+    trained = trained_by(0, FREE)
+    sampling = from_yaml(TEXT, overrides=[FREE, override]).sampling
     images = model_of_classes.predict(None, params={"n_images": 5, **params})
-    assert_alike(images, generate(known, sampling=sampling, first=0, count=5))
+    assert_alike(images, generate(trained, sampling=sampling, first=0, count=5))
 
 
 @pytest.mark.parametrize(

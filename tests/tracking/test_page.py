@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Iterator
 from contextlib import closing
 
 import numpy as np
 import pytest
-from PIL import Image
 from playwright.sync_api import Browser, Page, expect
 
 from ncsn.environment import now_ms
@@ -24,12 +22,6 @@ PATIENCE = 60_000
 IMAGES = np.random.default_rng(0).integers(0, 256, (16, 8, 8, 1), dtype=np.uint8)
 
 
-def plain_png(shade: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("L", (64, 64), shade).save(buffer, format="PNG")
-    return buffer.getvalue()
-
-
 @pytest.fixture(scope="module")
 def tracked(make_config, server) -> StepRun:
     """A training on a real server, with a series of previews as a real one leaves it."""
@@ -40,7 +32,7 @@ def tracked(make_config, server) -> StepRun:
     ):
         for images_seen in (64, 128):
             sink.log({"train/loss": 1 / images_seen}, images_seen, now_ms())
-            sink.log({}, images_seen, now_ms(), png=plain_png(images_seen))
+            sink.log({}, images_seen, now_ms(), png=grid_png(IMAGES))
     return train
 
 
