@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -12,11 +13,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from do import do
 from experiments import digits, tiny
 from kfp import dsl
 from on_ray import RayDriver, ray_driver
+from PIL import Image
 from refused import refused
 
 from components.tasks import search as component
@@ -242,3 +245,11 @@ def test_the_table_has_a_row_per_trial() -> None:
         (1, "failed", None, 0, "too far"),
         (2, "unfinished", None, 0, "lost"),
     ]
+
+
+def test_plots_are_drawn_also_with_trials_that_failed() -> None:
+    trials = [trial(0, (10, 5.0), (40, 3.0)), trial(1, (10, 9.0), sigma_1=3.0), trial(2, failure="no", sigma_1=9.0)]
+    drawn = search.pictures(trials, trials[0], "eval/classifier_fid_n256")
+    assert set(drawn) == {"coordinates.png", "epsilon.png"}
+    for png in drawn.values():
+        assert np.asarray(Image.open(io.BytesIO(png)).convert("RGBA")).std() > 0
