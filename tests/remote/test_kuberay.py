@@ -242,6 +242,8 @@ def test_sigterm_deletes_the_rayjob_of_a_pipeline_that_ends_and_else_the_next_at
 ) -> None:
     """Also if who reads the launcher's output has ended before it, as in a pod of Kubeflow."""
     launcher = pipeline.launch()
+    pipeline.reach("starts")
+    launcher.until("RayJob .*: Initializing")
     if terminated:
         pipeline.cluster.update("workflows", OWNER["name"], lambda each: each["spec"].update(activeDeadlineSeconds=0))
     launcher.stderr.close()
