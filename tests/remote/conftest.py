@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 
 import pytest
@@ -28,13 +27,3 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     for module in (backend, kuberay, pods):
         monkeypatch.setattr(module, "say", lambda line, **_: lines.append(line))
     return lines
-
-
-@pytest.fixture(autouse=True)
-def _no_token_stays() -> Iterator[None]:
-    """Ray reads its token once per process, and a later test may start a Ray of its own here."""
-    yield
-    if "ray" in sys.modules:  # which nothing may import before ncsn.distributed has set its environment
-        from ray._private.authentication_test_utils import reset_auth_token_state
-
-        reset_auth_token_state()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.server
 import json
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -65,6 +66,11 @@ def dashboard(monkeypatch: pytest.MonkeyPatch) -> Iterator[Dashboard]:
     yield played
     server.shutdown()
     server.server_close()
+    monkeypatch.undo()
+    if "ray" in sys.modules:  # which reads its token once per process; a later test may start a Ray of its own here
+        from ray._private.authentication_test_utils import reset_auth_token_state
+
+        reset_auth_token_state()
 
 
 def job(name: str, **metadata: str) -> dict[str, Any]:
