@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -129,3 +130,6 @@ def say(line: str, *, of_driver: bool = False) -> None:
         # Where a task is terminated, who reads its stderr may end first. An error here would pass for the step's, and
         # what is still in Python's buffer would change the exit code at the end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    except RuntimeError:  # this is the answer to a signal that interrupts such a write, whose buffer takes no other
+        with suppress(OSError):
+            os.write(2, f"{line}\n".encode())

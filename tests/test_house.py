@@ -101,7 +101,7 @@ BUDGETS = {
     "components pipelines": 1006,
     "ncsn/storage": 843,
     "examples": 1141,
-    "tests": 28168,
+    "tests": 28190,
 }
 MOST_WORDS = 17437
 

@@ -1,7 +1,10 @@
 """The progress of a step: published by a thread, throttled, never in the way of the work."""
 
+import io
 import json
 import pickle
+import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -10,7 +13,7 @@ from typing import Any
 import pytest
 
 from ncsn import storage
-from ncsn.progress import Progress, PublishedProgress
+from ncsn.progress import Progress, PublishedProgress, say
 from ncsn.storage import heartbeat
 from ncsn.storage.heartbeat import LeaseExpired
 
@@ -74,3 +77,24 @@ def test_work_ends_when_its_launcher_is_gone(tmp_path: Path, monkeypatch: pytest
     progress = started(PublishedProgress(str(tmp_path / "progress.json"), lease=str(tmp_path / "lease.json")), 2)
     with pytest.raises(LeaseExpired, match="1 of 2 images"):
         progress.advance()
+
+
+def test_a_signal_that_interrupts_a_line_may_say_another(monkeypatch: pytest.MonkeyPatch, capfd) -> None:
+    """As SIGTERM does to a launcher, whose exit code must be its own."""
+
+    class Interrupted(io.RawIOBase):
+        def writable(self) -> bool:
+            return True
+
+        def write(self, data: Any) -> int:
+            if signal.getsignal(signal.SIGTERM) is not before:
+                signal.raise_signal(signal.SIGTERM)
+            return len(data)
+
+    before = signal.signal(signal.SIGTERM, lambda *_: say("the job is deleted"))
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(io.BufferedWriter(Interrupted())))
+    try:
+        say("the job runs")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert capfd.readouterr().err == "the job is deleted\n"

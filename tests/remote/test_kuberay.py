@@ -236,7 +236,6 @@ def test_a_kfp_task_hands_over_its_image_its_workflow_and_its_run(pipeline, monk
         assert job["metadata"]["labels"]["ncsn.dev/kfp-run-id"] == "5f3a"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("terminated", [True, False], ids=["terminated", "evicted"])
 def test_sigterm_deletes_the_rayjob_of_a_pipeline_that_ends_and_else_the_next_attempt_attaches(
     pipeline, eventually, said, *, terminated: bool
@@ -274,7 +273,6 @@ def test_ctrl_c_waits_for_an_api_server_that_is_away(emulation) -> None:
     assert any("deleted" in line and line.startswith("RayJob ") for line in launcher.said)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("silent", "left"), [(0.5 * LEASE_SECONDS, 1), (1.1 * LEASE_SECONDS, 0)])
 def test_another_launchers_rayjob_ends_with_the_last_launcher(emulation, silent: float, left: int) -> None:
     emulation.add_another_launchers(silent=silent)
