@@ -142,6 +142,9 @@ def _classes(config: Config) -> Iterator[Problem]:
         yield Problem(
             "sampling.label", "needs a class-conditional network", "set data.num_classes before training", label
         )
+    if isinstance(label, dict) and (total := sum(label.values())) != config.sampling.num_images:
+        reason, hint = f"is not the sum of sampling.label, {total:,}", f"set it to {total}"
+        yield Problem("sampling.num_images", reason, hint, config.sampling.num_images)
     if isinstance(guidance, ClassifierFreeConfig):
         key, instead = "sampling.guidance.kind", "before training, or use null or autoguidance"
         if not has_classes:

@@ -49,6 +49,7 @@ _is_model_name = partial(
 Name = Annotated[str, AfterValidator(_is_name)]
 ModelName = Annotated[str, AfterValidator(_is_model_name)]
 _NUMBER_AS_TEXT = BeforeValidator(lambda value: str(value) if type(value) is int else value)
+Label = Annotated[str, _NUMBER_AS_TEXT, Field(min_length=1)]
 
 
 @dataclass(frozen=True)
@@ -190,9 +191,10 @@ class SamplingConfig(Section):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the network's convolutions; the images themselves use float32. auto = bfloat16 on a GPU for a
     network that was trained in it, else float32."""
-    label: Annotated[str, _NUMBER_AS_TEXT] = Field("balanced", min_length=1)
+    label: Label | dict[Label, Annotated[int, Field(ge=1)]] = "balanced"
     """Classes of the images, with data.num_classes: balanced = in turn; data = drawn as often as in the training
-    images; or the name or number of one class."""
+    images; the name or number of one class; or images by class, such as {crack: 2000, scratch: 500}, whose sum is
+    num_images. Image i of a class is image i of that class alone."""
     guidance: GuidanceConfig | None = None
     """Guidance of the samples away from those of a worse score; null = none."""
     relative_width: float | None = Field(None, gt=0, le=0.2886)  # the plain mean's is 1 / sqrt(12)

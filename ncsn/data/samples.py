@@ -72,12 +72,12 @@ class SampleSet:
 
     def pixels(self) -> Pixels:
         """How the images are stored; all of them must be there."""
-        with self._open(*_shards(self.uri, 0, self.count)[0]) as file:
+        with self._open(*shards(self.uri, 0, self.count)[0]) as file:
             return image_pixels_of(file.schema_arrow)
 
     def starts(self, batch_size: int) -> list[int]:
         """Index of the first image of each batch, ascending from 0."""
-        borders = [0, *(min(last, self.count) for _, last in _shards(self.uri, 0, self.count))]
+        borders = [0, *(min(last, self.count) for _, last in shards(self.uri, 0, self.count))]
         return [start for first, last in itertools.pairwise(borders) for start in range(first, last, batch_size)]
 
     def read(self, first: int, last: int) -> NDArray[np.uint8]:
@@ -93,7 +93,7 @@ class SampleSet:
     def _tables(self, columns: list[str], first: int, last: int) -> Iterator[pa.Table]:
         """Rows `first .. last`, shard by shard."""
         position = first
-        for start, end in _shards(self.uri, first, last):
+        for start, end in shards(self.uri, first, last):
             with self._open(start, end) as file:
                 table = file.read(columns)
             yield table.slice(position - start, min(last, end) - position)
@@ -121,7 +121,7 @@ def _ranges(names: Sequence[str]) -> list[tuple[int, int]]:
     return sorted((int(match[1]), int(match[2])) for match in map(_NAME.fullmatch, names) if match)
 
 
-def _shards(uri: str, first: int, last: int) -> list[tuple[int, int]]:
+def shards(uri: str, first: int, last: int) -> list[tuple[int, int]]:
     """The ranges of the shards that hold images `first .. last`, each with images that those before it lack."""
     if not storage.exists(uri):
         raise NotFound(uri, "no samples folder here", hint="run the sample step first")

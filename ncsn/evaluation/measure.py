@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +13,7 @@ from ncsn.config import Config
 from ncsn.core.keyed_random import COMMON_SEED, keyed_permutation
 from ncsn.data.training_images import open_cache
 from ncsn.evaluation import DEVIATIONS, WITH_SCORE, classes_in_turn
-from ncsn.evaluation.extractors import Extracted, Images
+from ncsn.evaluation.extractors import Extracted
 from ncsn.evaluation.features import ImageSet, Runner, SplitSet, extract_set
 from ncsn.evaluation.frechet import RunningDistance, RunningScore, score_of
 from ncsn.evaluation.reference import Evaluator, Reference, class_histogram, load_reference
@@ -21,8 +21,6 @@ from ncsn.evaluation.scores import (
     excess_distance,
     inception_score,
     kernel_distance,
-    nearest_images,
-    nearest_neighbors,
     precision_recall,
 )
 from ncsn.progress import Progress
@@ -32,8 +30,6 @@ if TYPE_CHECKING:
 
 # Images for precision, recall, density and coverage; the cost grows with the square.
 FEWEST_BALLS, BALL_IMAGES = 6, 10_000
-NEIGHBOR_IMAGES = 256  # nearest training images are sought of these
-SHOWN_NEIGHBORS = 16  # nearest training images are listed of these
 
 
 @dataclass(frozen=True)
@@ -49,7 +45,6 @@ class Measured:
     """One set of images, measured."""
 
     metrics: dict[str, Metric]  # by short name
-    nearest: list[dict[str, Any]]  # rows of the train split that are nearest to the first 16 images
     running: list[RunningScore]
     equal: dict[str, Metric]  # what depends on the number of images, of as many as the smallest set has
     classes: ClassScores | None = None  # of images with classes that were asked for
@@ -70,33 +65,21 @@ def metric_name(metric: str, *, extractor: str, num_images: int, real: bool = Fa
 def measure_extracted(
     extracted: Extracted,
     *,
-    first_images: Images,
     reference: Reference,
-    training_images: Images,
-    mirrors: bool = False,
     num_splits: int,
     seed: int,
     classes: bool = True,
     asked: AskedClasses | None = None,
     num_compared: int | None = None,
     in_turn: int = 1,
-    by_features: bool = True,
     early: bool = True,
 ) -> Measured:
     """All metrics of images, given their features.
 
-    Beside those of `feature_metrics`, `class_metrics` and `ClassScores`:
-
-    - `memorized`: share of the first images that copy a training image.
-    - `nn_distance`: median distance of these to the nearest training image, in pixel units of 0..255. A value well
-      below that of real test images means that the model repeats its training images.
+    They are those of `feature_metrics`, `class_metrics` and `ClassScores`.
 
     Args:
         extracted: Features and probabilities of the images, in order.
-        first_images: The first 256 of them, or all if there are fewer, [n, H, W, C] uint8; for training images as
-            many test images instead.
-        training_images: Of the dataset, [N, H, W, C] uint8; a memory map is fine.
-        mirrors: Whether training mirrors images.
         num_splits: Of the score.
         seed: Of the subsets that are drawn.
         classes: Whether the extractor's classes mean something; without, there is no score.
@@ -104,7 +87,6 @@ def measure_extracted(
         num_compared: Images of the smallest set that these are compared with; None for as many as these. Scores of
             more images, which depend on their number, are only of samples.
         in_turn: How many classes the images show in turn.
-        by_features: Whether the reference is the training images, so that the nearest by features are shown.
         early: Whether they are samples, with running scores of fewer images than all.
     """
     count = len(extracted.features)
@@ -126,22 +108,7 @@ def measure_extracted(
     found = None if asked is None else asked.scores(extracted, reference=reference.features, seed=seed)
     if found is not None:
         metrics |= {name: Metric(value, found.count) for name, value in found.metrics.items()}
-    pixels = nearest_images(first_images, training_images, mirrors=mirrors)
-    metrics["memorized"] = Metric(float(pixels.memorized.mean()), len(first_images))
-    metrics["nn_distance"] = Metric(float(np.median(pixels.distances[:, 0])), len(first_images))
-    spaces = {"pixels": pixels}
-    if by_features:
-        spaces["features"] = nearest_neighbors(extracted.features[:SHOWN_NEIGHBORS], reference.features)
-    nearest = [
-        {
-            "image": row,
-            "memorized": bool(pixels.memorized[row]),
-            **{f"{name}_rows": near.indices[row].tolist() for name, near in spaces.items()},
-            **{f"{name}_distances": near.distances[row].round(3).tolist() for name, near in spaces.items()},
-        }
-        for row in range(min(SHOWN_NEIGHBORS, len(pixels.indices)))
-    ]
-    return Measured(metrics=metrics, nearest=nearest, running=scores, equal=equal, classes=found)
+    return Measured(metrics=metrics, running=scores, equal=equal, classes=found)
 
 
 def feature_metrics(
@@ -215,12 +182,9 @@ def _measure_set(work: _Work) -> Measured:
     config, dataset, images, extracted, fewest, extractor, uri, real = work
     reference = load_reference(uri)
     assert reference is not None, "the evaluator has it"
-    compared, asked = images, None
-    if isinstance(images, SplitSet) and images.split == "train":
-        # Training images are their own nearest: test images say how near unseen ones are. And the extractor has seen
-        # their classes, so these say nothing beside the samples.
-        compared = SplitSet(dataset, "test", images.count, drawn=images.drawn)
-    elif (num_classes := config.data.num_classes) is not None:
+    asked, num_classes = None, config.data.num_classes
+    # The extractor has seen the classes of training images, so these say nothing beside the samples.
+    if num_classes is not None and not (isinstance(images, SplitSet) and images.split == "train"):
         from ncsn.evaluation.class_scores import AskedClasses  # here, so that a run without classes does not load it
 
         known = open_cache(dataset, config.evaluation.reference_split, as_bytes=True).labels
@@ -228,17 +192,13 @@ def _measure_set(work: _Work) -> Measured:
     in_turn = 1 if isinstance(images, SplitSet) else classes_in_turn(config)
     measured = measure_extracted(
         extracted,
-        first_images=compared.read(0, min(images.count, NEIGHBOR_IMAGES)),
         reference=reference,
-        training_images=open_cache(dataset, "train", as_bytes=True).images,
-        mirrors=config.data.mirrors,
         num_splits=config.evaluation.num_splits,
         seed=COMMON_SEED,
         classes=extractor in WITH_SCORE,
         asked=asked,
         num_compared=fewest,
         in_turn=in_turn,
-        by_features=config.evaluation.reference_split == "train",
         early=real is not None,
     )
     if real is not None:

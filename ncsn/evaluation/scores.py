@@ -1,14 +1,12 @@
-"""Nearest neighbors, Inception score, kernel distance, precision and recall."""
+"""Nearest features, Inception score, kernel distance, precision and recall."""
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from ncsn.data.format import image_hashes
 from ncsn.errors import UserError
 from ncsn.evaluation.frechet import jackknife_groups
 
@@ -17,8 +15,6 @@ Vectors = npt.NDArray[np.number]
 Features = npt.NDArray[np.floating]
 
 BLOCK_VALUES, KERNEL_ROWS = 1 << 23, 1024
-# A copy is this much nearer to its nearest training image than to the next that differs (Yoon et al. 2023).
-MEMORIZED_RATIO = 1 / 3
 
 
 @dataclass(frozen=True)
@@ -28,53 +24,22 @@ class Neighbors:
     indices: npt.NDArray[np.int64]  # [Q, k], rows of the reference
     distances: Array  # [Q, k], Euclidean
 
-    @property
-    def memorized(self) -> npt.NDArray[np.bool_]:
-        """[Q] whether a query is a copy: under a third as far from its nearest neighbor as from its second."""
-        flags: npt.NDArray[np.bool_] = self.distances[:, 0] < MEMORIZED_RATIO * self.distances[:, 1]
-        return flags
 
-
-def nearest_images(images: Vectors, training_images: Vectors, *, mirrors: bool) -> Neighbors:
-    """The training image that is nearest to each image, and the nearest that equals neither it nor its mirror image.
-
-    Images are [N, H, W, C]. If training `mirrors`, a distance is the smaller one of an image and its mirror image. Of
-    equal training images the first counts. Where all are alike, it is the second one too.
-    """
-    hashes = image_hashes(training_images)
-    rows = np.sort(np.unique(hashes, return_index=True)[1])
-    # Where the second is the mirror image of the first, the third is not, since no two of these are equal.
-    last = min(3, len(rows)) - 1
-    near = nearest_neighbors(images, training_images, k=last + 1, rows=rows, mirrors=mirrors)
-    mirrored = image_hashes(training_images[near.indices[:, 0]][:, :, ::-1])
-    second = np.minimum(1 + (hashes[near.indices[:, min(1, last)]] == mirrored), last)
-    both = np.arange(len(images))[:, None], np.stack([np.zeros_like(second), second], axis=1)
-    return Neighbors(near.indices[both], near.distances[both])
-
-
-def nearest_neighbors(
-    queries: Vectors, reference: Vectors, *, k: int = 2, block_size: int | None = None,
-    rows: npt.NDArray[np.int64] | None = None, mirrors: bool = False,
-) -> Neighbors:  # fmt: skip
+def nearest_neighbors(queries: Vectors, reference: Vectors, *, k: int, block_size: int | None = None) -> Neighbors:
     """Exact k nearest neighbors by Euclidean distance, in one pass over the reference.
 
     Args:
-        queries: [Q, ...] vectors, or images as the vectors of their values.
+        queries: [Q, ...] vectors.
         reference: [N, ...] with N >= k; a memory map is read one block at a time.
         block_size: Reference vectors in memory at a time; None = about 64 MB of them.
-        rows: Of the reference that count, ascending; None = all.
-        mirrors: Whether a distance is the smaller one of an image [H, W, C] and its mirror image.
     """
-    flat = [_rows(queries), *([_rows(queries[:, :, ::-1])] if mirrors else [])]
-    rows = np.arange(len(reference)) if rows is None else rows
-    block_size = block_size or max(BLOCK_VALUES // flat[0].shape[1], 1)
+    flat = _rows(queries)
+    block_size = block_size or max(BLOCK_VALUES // flat.shape[1], 1)
     distances, indices = np.full((len(queries), k), np.inf), np.zeros((len(queries), k), np.int64)
-    for first in range(0, len(rows), block_size):
-        some = rows[first : first + block_size]
-        block = _rows(reference[some])
-        found = functools.reduce(np.minimum, (_distances(each, block) for each in flat))
+    for first in range(0, len(reference), block_size):
+        found = _distances(flat, _rows(reference[first : first + block_size]))
         candidates = np.concatenate([distances, found], axis=1)
-        numbers = np.concatenate([indices, np.broadcast_to(some, found.shape)], axis=1)
+        numbers = np.concatenate([indices, np.broadcast_to(first + np.arange(found.shape[1]), found.shape)], axis=1)
         keep = np.argpartition(candidates, k - 1, axis=1)[:, :k]
         indices, distances = (np.take_along_axis(each, keep, axis=1) for each in (numbers, candidates))
     order = np.lexsort((indices, distances), axis=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import reprlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,25 +88,31 @@ class ScoreModel:
         return () if self._trained.classes is None else self._trained.classes.names
 
     def sample(
-        self, n: int, *, sampler: AnySampler | None = None, label: int | str | None = None, seed: int = 0
+        self,
+        n: int | None = None,
+        *,
+        sampler: AnySampler | None = None,
+        label: int | str | Mapping[str, int] | None = None,
+        seed: int = 0,
     ) -> NDArray[Any]:
         """`n` images [n, H, W, C] of the type of the training images; image i depends on the seed and i alone.
 
         Args:
             sampler: None = that of the training's config. Start and noise are made to fit it. Guidance is that of the
                 config.
-            label: Name or number of a class, for a model with classes; None = as its config says,
-                by default all in turn.
+            label: Name or number of a class, for a model with classes; or how many of each class, which come class by
+                class in the order of the model's, and whose sum is `n`. None = as its config says, by default all in
+                turn.
 
         Raises:
             UserError: The model does not fit the sampler or the label, or an image is not finite.
         """
-        count: Any = n  # whatever a caller gives
+        count: Any = sum(label.values()) if n is None and isinstance(label, Mapping) else n  # whatever a caller gives
         if not isinstance(count, int | np.integer) or count < 1:
             raise UserError("n", f"must be a whole number of at least 1, not {n!r}")
         if not isinstance(sampler, Sampler | None):
             raise UserError("sampler", "is no sampler", hint="use one of ncsn, such as KarrasHeun()", value=sampler)
-        return images(self._trained, n, Wish(label=label, sampler=sampler, seed=seed))
+        return images(self._trained, int(count), Wish(label=label, sampler=sampler, seed=seed))
 
     def score(self, x: Tensor | NDArray[Any], sigma: float | Tensor, *, label: int | str | None = None) -> Tensor:
         """Score [B, C, H, W] of noisy images: the gradient of the log density of images with noise of sigma.

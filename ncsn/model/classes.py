@@ -5,7 +5,7 @@ A label is the index of a class, or -1 for none.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ncsn.errors import UserError
@@ -34,6 +34,13 @@ class Classes:
             key, "no such class", hint=f"use {BALANCED}, {AS_DATA} or one of {_shown(self.names)}", value=text
         )
 
+    def asked(self, label: Mapping[str, int]) -> list[int]:
+        """How many images of each class a label by class asks for."""
+        asked = [0] * len(self.names)
+        for name, count in label.items():
+            asked[self.index(name, key="sampling.label")] += count
+        return asked
+
 
 def require_same_classes(num_classes: int | None, names: Sequence[str], *, where: str) -> None:
     """Refuse data with another number of classes than the network's."""
@@ -44,10 +51,11 @@ def require_same_classes(num_classes: int | None, names: Sequence[str], *, where
     raise UserError("data.num_classes", f"{where} has {found}", hint=hint, value=num_classes)
 
 
-def require_label(label: str, classes: Classes | None, *, key: str = "sampling.label") -> None:
+def require_label(label: str | Mapping[str, int], classes: Classes | None, *, key: str = "sampling.label") -> None:
     """Refuse a label that names no class of a network that knows classes; `key` is what set it."""
     if classes is not None and label not in (BALANCED, AS_DATA):
-        classes.index(label, key=key)
+        for name in label if isinstance(label, Mapping) else [label]:
+            classes.index(name, key=key)
 
 
 def _shown(names: Sequence[str]) -> str:

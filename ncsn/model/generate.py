@@ -38,7 +38,7 @@ STRIP_IMAGES, STRIP_STAGES, STRIP_BYTES = 8, 12, 1_500_000
 class Wish:
     """Changes of `sampling` in the network's config; None leaves what stands there."""
 
-    label: int | str | None = None  # of `sampling.label`
+    label: int | str | Mapping[str, int] | None = None  # of `sampling.label`
     guidance: float | None = None  # its weight; where none is configured, away from the images of all classes
     sampler: Sampler | Mapping[str, Any] | str | None = None  # or its settings, or its kind, with default settings
     seed: int | None = None
@@ -47,7 +47,9 @@ class Wish:
         """The settings for a network; `UserError`, with keys as here, if it cannot follow them."""
         config = trained.config
         own, changes = config.sampling, dict[str, Any]()
-        if self.label is not None:
+        if isinstance(self.label, Mapping):
+            changes |= {"label": dict(self.label), "num_images": sum(self.label.values())}
+        elif self.label is not None:
             changes["label"] = str(self.label)
         if self.seed is not None:
             changes["seed"] = self.seed
@@ -69,6 +71,8 @@ def images(trained: TrainedNetwork, count: int, wish: Wish) -> NDArray[Any]:
     """The first `count` images of a seed, [count, H, W, C] as stored; see `Wish.sampling` and `generate`."""
     sampling, device = wish.sampling(trained), next(trained.network.parameters()).device
     size = sampling.batch_size
+    if isinstance(sampling.label, dict) and count > sampling.num_images:
+        raise UserError("n", f"is more than the {sampling.num_images:,} images of the label", value=count)
     parts = [
         generate(trained, sampling=sampling, first=first, count=min(size, count - first), device=device)
         for first in range(0, count, size)
@@ -87,7 +91,7 @@ def generate(
     compiled: bool = False,
 ) -> NDArray[Any]:
     """Images `first .. first + count` of the seed as one batch, `[count, H, W, C]` as stored; see `generate_joined`."""
-    parts = [SeedRange(sampling, first, count)]
+    parts = ranges_of(trained, sampling, first=first, count=count)
     return generate_joined(trained, parts, device=device, on_level=on_level, compiled=compiled)
 
 
@@ -97,6 +101,20 @@ class SeedRange(NamedTuple):
     sampling: SamplingConfig
     first: int
     length: int
+
+
+def ranges_of(trained: TrainedNetwork, sampling: SamplingConfig, *, first: int, count: int) -> list[SeedRange]:
+    """Images `first .. first + count` of the settings; those asked for by class in ranges of one class each."""
+    label, ranges, start = sampling.label, list[SeedRange](), 0
+    if trained.classes is None or not isinstance(label, dict):
+        return [SeedRange(sampling, first, count)]
+    for name, asked in zip(trained.classes.names, trained.classes.asked(label), strict=True):
+        low, high = max(first, start), min(first + count, start + asked)
+        if low < high:
+            own = sampling.model_copy(update={"label": name})
+            ranges.append(SeedRange(own, low - start, high - low))
+        start += asked
+    return ranges
 
 
 def generate_joined(
@@ -158,7 +176,8 @@ def with_precision(sampling: SamplingConfig, trained: TrainedNetwork, device: st
 def image_labels(trained: TrainedNetwork, sampling: SamplingConfig, *, first: int, count: int) -> Tensor | None:
     """Classes of images `first .. first + count` of the seed, int64 [count]; None for a network without classes.
 
-    Balanced ones come in turn. Those as in the data are drawn in proportion to how often training saw each.
+    Balanced ones come in turn. Those as in the data are drawn in proportion to how often training saw each. Those asked
+    for by class come class by class.
     """
     num_classes = trained.config.data.num_classes
     if num_classes is None:
@@ -166,6 +185,9 @@ def image_labels(trained: TrainedNetwork, sampling: SamplingConfig, *, first: in
     if sampling.label == BALANCED:
         return torch.arange(first, first + count) % num_classes
     assert trained.classes is not None
+    if isinstance(sampling.label, dict):
+        asked = torch.tensor(trained.classes.asked(sampling.label))
+        return torch.arange(num_classes).repeat_interleave(asked)[first : first + count]
     if sampling.label == AS_DATA:
         ends = torch.tensor(trained.classes.counts, dtype=torch.float64).cumsum(0)
         u = keyed_uniform(sampling.seed, stream=Stream.LABEL_CHOICE, first=first, count=count, size=1)[:, 0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +12,7 @@ from ncsn.config.training import TrainConfig, ema_setting
 from ncsn.core.images import DataMoments
 from ncsn.core.noise_schedule import best_epsilon, variance_ratio
 from ncsn.core.samplers.settings import AnnealedLangevin, Sampler
-from ncsn.report.words import Reading
+from ncsn.evaluation.copies import Copies
 from ncsn.runs.history import HeldOutCurves
 
 Array = NDArray[np.float64]
@@ -86,10 +87,6 @@ def sampler_hints(sampler: Sampler, sigmas: Sequence[float]) -> list[str]:
     ]
 
 
-# Of the median distance to the nearest training image, generated over real. Images of a good model are a little nearer
-# than real ones, because they lack rare detail.
-NEAR = 0.7
-
 ADVICE = (
     "Add images, train with data.augmentation, or set data.horizontal_flip if mirrored images are still realistic; or "
     "train a smaller network, or for fewer train.num_images."
@@ -119,18 +116,18 @@ def held_out_conclusion(curves: HeldOutCurves) -> str:
     return "" if len(curves.gap) < 3 else "Here neither is seen: longer training does not memorize yet."
 
 
-def copying_hints(generated: Mapping[str, Reading], real: Mapping[str, Reading], *, copies: str) -> list[str]:
-    """Warnings that generated images are nearer to the training images than held-out images are.
-
-    `generated` and `real` are metrics of the samples and of real test images; `copies` says how many copies there are,
-    if they are more than chance explains.
-    """
-    hints = [f"The model memorizes training images. {copies}. {ADVICE}"] if copies else []
-    if "nn_distance" in generated and "nn_distance" in real:
-        own, others = generated["nn_distance"].value, real["nn_distance"].value
-        if own < NEAR * others:
-            hints.append(
-                "The generated images are nearer to the training images than held-out images are: the median distance "
-                f"to the nearest one is {own:,.0f}, and {others:,.0f} for held-out images."
-            )
+def copying_hints(audit: Mapping[str, Any]) -> list[str]:
+    """Warnings that samples are nearer to the training images than unseen images are, by their audit."""
+    copies, share = Copies(**audit["copies"]), audit["closeness"]
+    hints = [f"The model memorizes training images. {copies}. {ADVICE}"] if copies.more_than_chance else []
+    if share["low"] > share["expected"]:
+        hints.append(
+            f"{share['value']:.1%} of the generated images are nearer to a training image than to any test image; of "
+            f"unseen images it would be {share['expected']:.1%}: the model leans on its training images."
+        )
+    if pairs := len(audit["near_duplicates"]):
+        hints.append(
+            f"{pairs:,} test images nearly equal a training image, so the audit leaves them out: they make the test "
+            "split look like what the model has seen, and every figure better than it is."
+        )
     return hints

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,15 +67,11 @@ def rows_by_class(labels: NDArray[np.int64]) -> NDArray[np.int64]:
 NEIGHBORS_BYTES = 2_000_000  # of the picture before compression
 
 
-def neighbors_png(table: Sequence[Mapping[str, Any]], *, samples: Images, training_images: Images) -> bytes:
-    """A PNG file of samples and the training images nearest to them, by pixels and, if known, by features.
+def neighbors_png(samples: Images, training_images: Images) -> bytes:
+    """A PNG file of samples [N, H, W, C], each beside the training image in the same row of `training_images`.
 
-    It has two samples per row, and fewer of them where images are large. `table` is that of an evaluation, `samples`
-    are [N, H, W, C] from image 0 on, and `training_images` [M, H, W, C] all rows of the train split.
+    It has two pairs in a line, and fewer of them where images are large.
     """
-    spaces = [space for space in ("pixels", "features") if f"{space}_rows" in table[0]]
-    most = max(2, NEIGHBORS_BYTES // ((1 + len(spaces)) * samples[0].size))
-    shown = []
-    for line in table[:most]:
-        shown += [samples[line["image"]], *(training_images[line[f"{space}_rows"][0]] for space in spaces)]
-    return grid_png(np.stack(shown), columns=min(2, len(table)) * (1 + len(spaces)))
+    most = min(len(samples), max(2, NEIGHBORS_BYTES // (2 * samples[0].size)))
+    pairs = np.stack([samples[:most], training_images[:most]], axis=1).reshape(-1, *samples.shape[1:])
+    return grid_png(pairs, columns=2 * min(2, most))

@@ -44,7 +44,7 @@ INTENDED = (
 )
 LIMITS = (
     "The images are samples from a distribution fitted to the data above, with its biases and its resolution. They are "
-    "not evidence of anything real. The metrics `memorized` and `nn_distance` tell how close they are to training "
+    "not evidence of anything real. The metrics `copies` and `closeness` tell how close they are to training "
     "images.",
     "The scores hold only for this sampler, number of images and extractor. They are comparable with published "
     "Inception Scores or FID only if the extractor is the 2015 Inception network, and with published FD-DINOv2 only if "
@@ -159,7 +159,9 @@ def _settings(facts: ModelFacts, config: Config) -> list[tuple[str, str]]:
         learned = "" if sampling.guidance else ", learned in training"
         settings["guidance"] = f"{guidance.kind}, weight {guidance.weight:g}, {band}{learned}"
     if config.data.num_classes is not None and sampling.label != "balanced":
-        settings["classes of the samples"] = sampling.label
+        by_class = isinstance(sampling.label, dict)
+        asked = ", ".join(f"{n:,} {name}" for name, n in sampling.label.items()) if by_class else sampling.label
+        settings["classes of the samples"] = asked
     settings["seed"] = str(config.seed)
     return [*settings.items(), *([("cost", facts.cost)] if facts.cost else [])]
 

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 from ncsn.config import Config, continues
 from ncsn.evaluation import VERSUS, with_interval
+from ncsn.evaluation.copies import Copies
 from ncsn.runs.folder import Cost, RunFolder, read_step, total_cost
 
 REAL = "eval/real_"
@@ -51,7 +52,15 @@ MEANINGS: Mapping[str, Meaning] = {
         "Precision", "Share of these images whose features fall among those of the real images.", "higher"
     ),
     "recall": Meaning("Recall", "Share of the real images whose features fall among those of these images.", "higher"),
-    "memorized": Meaning("Copies", "Share of these images that copy a training image, by pixel distance.", "lower"),
+    "copies": Meaning(
+        "Copies", "Share of these images that are nearer to a training image than unseen images are.", "lower"
+    ),
+    "closeness": Meaning(
+        "Closeness",
+        "Share of these images that are nearer to a training image than to any test image. Above that of unseen images "
+        "the model leans on its training images.",
+        "lower",
+    ),
     "kid": Meaning(
         "Kernel distance",
         "Distance to {reference} that does not depend on the number of images. It averages zero for real images.",
@@ -76,13 +85,17 @@ MEANINGS: Mapping[str, Meaning] = {
         "lower",
     ),
     "confidence": Meaning("Confidence", "Mean probability of the most likely class of an image.", "higher"),
-    "nn_distance": Meaning(
-        "Distance to the nearest training image",
-        "Median Euclidean distance over all pixel values (0 to 255). Copies make it much smaller than for real images.",
-        "",
-    ),
 }
-MAIN = ("excess", "score", "fid", "class_agreement", "precision", "recall", "memorized")  # the page folds the others
+MAIN = (
+    "excess",
+    "score",
+    "fid",
+    "class_agreement",
+    "precision",
+    "recall",
+    "copies",
+    "closeness",
+)  # the page folds the others
 INTERVAL = ("_low", "_high")  # after the name of a distance: its 95 % interval
 # Longest first, because `fid_low` also ends like `low` would.
 _KNOWN = sorted((f"{metric}{end}" for metric in MEANINGS for end in ("", "_std", *INTERVAL)), key=len, reverse=True)
@@ -197,15 +210,15 @@ GRADES = {
 CLOSE, FAR = 0.05, 0.1
 
 
-def verdict_of(metrics: Mapping[str, float], real_metrics: Mapping[str, float], *, copies: str) -> tuple[str, str]:
+def verdict_of(metrics: Mapping[str, float], real_metrics: Mapping[str, float], *, copies: Copies) -> tuple[str, str]:
     """How near samples are to real images, by the metrics of an evaluation: a key of `GRADES`, a line with the numbers.
 
-    `copies` says how many there are, if chance does not explain them. The verdict is by the whole 95 % interval of the
-    distance beyond real images: more images make it surer, not stricter.
+    The verdict is by the whole 95 % interval of the distance beyond real images, and by the copies that chance does not
+    explain: more images make it surer, not stricter.
     """
     samples, real = read_metrics(metrics), read_metrics(real_metrics)
     low, high = samples["excess_low"].value, samples["excess_high"].value
-    if copies:
+    if copies.more_than_chance:
         grade = "copied"
     elif high < CLOSE:
         grade = "close"
@@ -217,7 +230,7 @@ def verdict_of(metrics: Mapping[str, float], real_metrics: Mapping[str, float], 
     text = (
         f"{samples['excess'].num_images:,} images made: {GRADES[grade]}. Their distance exceeds that of real images by "
         f"{shown_reading('excess', samples)} of that of noise; Fréchet distance of {number:,} each: samples "
-        f"{shown_reading('fid', samples)}, real images {shown_reading('fid', real)}"
+        f"{shown_reading('fid', samples)}, real images {shown_reading('fid', real)}. {copies}"
     )
     return grade, text
 

@@ -32,14 +32,15 @@ class Asked(BaseModel):
 
     number: int | None = Field(None, ge=1, le=MOST_IMAGES)
     seed: int | None = Field(None, ge=0, lt=2**63)
-    label: str | int | None = Field(None, alias="class")
+    label: str | int | dict[str, Annotated[int, Field(ge=1)]] | None = Field(None, alias="class")
     sampler: Annotated[str, Field(pattern=r"^\w+$")] | dict[str, Any] | None = None
     guidance: float | None = Field(None, ge=0, le=100)
     format: Format = "grid"
 
     @property
     def count(self) -> int:
-        return self.number or (1 if self.format == "png" else 16)
+        by_class = sum(self.label.values()) if isinstance(self.label, dict) else 0
+        return self.number or by_class or (1 if self.format == "png" else 16)
 
 
 def read(body: bytes) -> Asked:
@@ -49,6 +50,10 @@ def read(body: bytes) -> Asked:
     except ValidationError as error:
         found = {"".join(map(str, each["loc"][:1])): each["msg"] for each in error.errors()}
         raise UserError.of([Problem(key, message[0].lower() + message[1:]) for key, message in found.items()]) from None
+    if asked.count > MOST_IMAGES:
+        raise UserError("class", f"asks for more than {MOST_IMAGES} images", value=asked.count)
+    if isinstance(asked.label, dict) and asked.count > sum(asked.label.values()):
+        raise UserError("number", "is more than the images of class", value=asked.count)
     if asked.format == "png" and asked.count != 1:
         raise UserError("format", "png is of one image", hint="use grid or npz", value=asked.format)
     return asked

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ncsn.config.schema import SamplingConfig
 from ncsn.model.checkpoint import TrainedNetwork
 from ncsn.model.classes import BALANCED
-from ncsn.model.generate import SeedRange
+from ncsn.model.generate import SeedRange, ranges_of
 
 MOST_WAITING = 4096  # images
 _GATHER_SECONDS = 0.01  # for requests that come together
@@ -59,7 +59,11 @@ class Batches:
             raise Busy
         kind = (id(trained), sampling.model_copy(update={"seed": 0, "label": BALANCED}))
         request, loop = object(), asyncio.get_running_loop()
-        new = [_Image(trained, sampling, number, kind, request, loop.create_future()) for number in range(count)]
+        new = [
+            _Image(trained, own, number, kind, (request, own.label), loop.create_future())
+            for own, first, length in ranges_of(trained, sampling, first=0, count=count)
+            for number in range(first, first + length)
+        ]
         self._waiting += new
         if self._work is None or self._work.done():
             self._work = loop.create_task(self._run())

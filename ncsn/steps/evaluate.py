@@ -8,6 +8,8 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from ncsn import storage
 from ncsn.config import Config
 from ncsn.data.format import MANIFEST, Manifest, load_manifest
@@ -17,6 +19,7 @@ from ncsn.distributed.cluster import cluster_for, on_this_machine, ray_tags
 from ncsn.distributed.ray_calls import runner_of
 from ncsn.errors import NotFound, UserError
 from ncsn.evaluation import evaluation_of, extractor_name
+from ncsn.evaluation.audit import audit, images_to_compare
 from ncsn.evaluation.features import Runner, SplitSet, here
 from ncsn.evaluation.frechet import RunningScore
 from ncsn.evaluation.measure import Measured, Metric, measure_sets, metric_name
@@ -29,7 +32,7 @@ from ncsn.report.words import few_samples, verdict_of
 from ncsn.runs.folder import Run
 from ncsn.steps.results import Context, EvaluateResult, Prepared
 from ncsn.steps.sample import grid_of
-from ncsn.tracking.gate import Measurement, Memorization
+from ncsn.tracking.gate import Measurement
 from ncsn.tracking.mlflow_runs import NOTE
 
 # Extractor -> its metrics in papers, and the number of samples that they are over.
@@ -99,10 +102,14 @@ def evaluate(
     num_real = manifest.count(other_split)
     if other_split == "train":  # all of which would take longer than the rest
         num_real = min(count, num_real)
-    progress.start(images_to_prepare(config, manifest) + count + num_real, "images")
-    evaluator = open_evaluator(config, dataset, runner=runner, progress=progress)
     sets = (SampleSet(samples, count), SplitSet(dataset, other_split, num_real, drawn=True))
+    compared = images_to_compare(config, dataset, sets[0])
+    progress.start(images_to_prepare(config, manifest) + count + num_real + compared, "images")
+    evaluator = open_evaluator(config, dataset, runner=runner, progress=progress)
     generated, real = measure_sets(config, dataset, evaluator, sets, runner=runner, progress=progress)
+    audited = audit(config, dataset, sets[0], runner=runner, progress=progress)
+    for measured, figures in zip((generated, real), audited.figures(), strict=True):
+        measured.metrics.update(figures)
     if "score" in generated.metrics:
         ratio = generated.equal["score"].value / real.equal["score"].value
         generated.equal["score_ratio"] = Metric(ratio, generated.equal["score"].num_images)
@@ -118,15 +125,8 @@ def evaluate(
         num_images=count,
         fingerprint=fingerprint,
     )
-    copies, real_copies = generated.metrics["memorized"], real.metrics["memorized"]
-    memorization = Memorization(
-        copies=round(copies.value * copies.num_images),
-        num_images=copies.num_images,
-        real_copies=round(real_copies.value * real_copies.num_images),
-        num_real_images=real_copies.num_images,
-    )
     metrics, real_metrics = evaluator.facts | generated.named(name), real.named(name, real=True)
-    grade, verdict = verdict_of(metrics, real_metrics, copies=memorization.objection)
+    grade, verdict = verdict_of(metrics, real_metrics, copies=audited.copies)
     result = EvaluateResult(
         uri=f"{place}.json",
         verdict=verdict,
@@ -137,7 +137,7 @@ def evaluate(
         num_images=count,
         num_real_images=num_real,
         gate=asdict(gate),
-        memorization=asdict(memorization),
+        audit=audited.plain(),
         running=[asdict(score) for score in generated.running],
         notes=list(_notes(config, num_real, extractor=extractor, real_split=other_split)),
         classes=classes,
@@ -148,10 +148,11 @@ def evaluate(
     storage.write_bytes(result.real_images, grid_of(config, sets[1], classes=sets[0].labels())[0])
     if classes is not None:
         storage.write_bytes(f"{place}-classes.png", to_png(confusion_matrix(classes)))
-    shown, training = sets[0].read(0, len(generated.nearest)), open_cache(dataset, "train", as_bytes=True).images
-    storage.write_bytes(result.neighbors, neighbors_png(generated.nearest, samples=shown, training_images=training))
-    evidence = {"reference_split": evaluation.reference_split, "nearest_training_images": generated.nearest}
-    everything = asdict(result) | {"samples": samples, "dataset": dataset} | evidence
+    training, pairs = open_cache(dataset, "train", as_bytes=True).images, audited.worst
+    shown = np.concatenate([sets[0].read(pair["image"], pair["image"] + 1) for pair in pairs])
+    storage.write_bytes(result.neighbors, neighbors_png(shown, training[[pair["row"] for pair in pairs]]))
+    everything = asdict(result) | {"samples": samples, "dataset": dataset}
+    everything["reference_split"] = evaluation.reference_split
     storage.write_json(result.uri, storage.relative_uris(everything, root), indent=1)
     return result
 

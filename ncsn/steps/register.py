@@ -14,20 +14,21 @@ from ncsn.config import Config
 from ncsn.data.format import MANIFEST, Manifest, load_manifest
 from ncsn.errors import UserError, shown_value
 from ncsn.evaluation import extractor_name
+from ncsn.evaluation.copies import Copies
 from ncsn.evaluation.measure import metric_name
 from ncsn.model.checkpoint import TrainedNetwork, weights_digest
 from ncsn.model.generate import evaluations_per_image, guide_of
 from ncsn.report.hints import copying_hints, overfitting_hints
 from ncsn.report.images import smaller_png
 from ncsn.report.pages import ModelFacts, model_card
-from ncsn.report.words import cost_line, read_metrics
+from ncsn.report.words import cost_line
 from ncsn.runs.folder import Run, read_step, run_folder, spent
 from ncsn.runs.history import held_out_curves, load_history
 from ncsn.steps.results import Context, Prepared, RegisterResult
 from ncsn.steps.sample import opened
 from ncsn.tracking import registry
 from ncsn.tracking.client import SQLITE, client_at, mlflow_errors, shown, tracking_uri
-from ncsn.tracking.gate import Evidence, Floors, Measurement, Memorization
+from ncsn.tracking.gate import Evidence, Floors, Measurement
 from ncsn.tracking.mlflow_runs import NOTE
 from ncsn.tracking.promotion import pass_gate
 
@@ -57,8 +58,8 @@ def prepare(run: Run, *, checkpoint: str, evaluation: str) -> Prepared[RegisterR
     floors, images = config.tracking.require.model_dump(exclude_none=True), config.sampling.num_images
     if floors:
         floors["figure"] = metric_name("fid", extractor=extractor_name(config, manifest), num_images=images)
-    measurement, memorization = Measurement(**measured["gate"]), Memorization(**measured["memorization"])
-    evidence = Evidence(measurement, memorization, not_finite, Floors(**floors))
+    measurement, copies = Measurement(**measured["gate"]), Copies(**measured["audit"]["copies"])
+    evidence = Evidence(measurement, copies, not_finite, Floors(**floors))
     uri = tracking_uri(config)
 
     def is_registered(result: RegisterResult) -> bool:
@@ -131,8 +132,6 @@ def _candidate(
     files = {file: smaller_png(storage.read_bytes(uri)) for file, uri in pictures.items() if storage.exists(uri)}
     shown_in = {"samples": "grid.png", "samples and their nearest training images": "neighbors.png"}
     held_out = held_out_curves(load_history(run_folder(config, run).history))
-    generated, real = read_metrics(measured["metrics"]), read_metrics(measured["real_metrics"])
-    copies = Memorization(**measured["memorization"]).objection
     facts = ModelFacts(
         name=config.registered_model,
         run=run,
@@ -144,7 +143,7 @@ def _candidate(
         pictures={text: file for text, file in shown_in.items() if file in files},
         warnings=[
             *([] if held_out is None else overfitting_hints(held_out)),
-            *copying_hints(generated, real, copies=copies),
+            *copying_hints(measured["audit"]),
         ],
         selection=selection_of(config, run, checkpoint),
         relative_width=None if loaded.average is None else loaded.average["relative_width"],

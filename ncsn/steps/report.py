@@ -12,6 +12,7 @@ import numpy as np
 from ncsn import storage
 from ncsn.config import Config, to_yaml
 from ncsn.data.format import MANIFEST, Manifest, load_manifest
+from ncsn.evaluation.copies import Copies
 from ncsn.model import build
 from ncsn.model.checkpoint import TrainedNetwork
 from ncsn.model.classes import AS_DATA, BALANCED
@@ -19,7 +20,7 @@ from ncsn.model.objective import objective_of
 from ncsn.report import hints, plots
 from ncsn.report.pages import LOOK, render
 from ncsn.report.plots import to_svg
-from ncsn.report.words import Fact, cost_facts, next_step, read_metrics, tag_facts
+from ncsn.report.words import Fact, cost_facts, next_step, tag_facts
 from ncsn.runs.folder import Run, RunFolder, StepRecord, read_results, read_step, spent
 from ncsn.runs.history import held_out_curves, load_history, loss_names
 from ncsn.runs.steps import BEST, SEARCH, STEPS
@@ -27,7 +28,6 @@ from ncsn.steps.register import selection_of
 from ncsn.steps.results import Context, Prepared, ReportResult, result_line
 from ncsn.steps.sample import opened
 from ncsn.tracking.client import page
-from ncsn.tracking.gate import Memorization
 from ncsn.tracking.mlflow_runs import PARENT, search_runs
 
 
@@ -113,12 +113,10 @@ def _results(sources: ReportSources) -> dict[str, Any]:
     evaluation, selection = sources.evaluation, sources.selection
     sampled = records["sample"].result["num_images"] if "sample" in records else 0
     pictures = {name: storage.join(evaluation["samples"], f"{name}.png") for name in ("grid", "strip")}
-    generated, real = (read_metrics(evaluation[name]) for name in ("metrics", "real_metrics"))
-    copies = Memorization(**evaluation["memorization"]).objection
     any_sigma = config.noise.training.kind == "lognormal"
     caption = f"The first images that the model generated with seed {sources.samples['seed']}, not hand-picked."
     names, label = sources.samples.get("classes"), sources.samples.get("label", BALANCED)
-    if names and label in (BALANCED, AS_DATA):
+    if names and (isinstance(label, dict) or label in (BALANCED, AS_DATA)):
         caption += f" A row for each class: {', '.join([*names, 'none'][row] for row in sources.samples['rows'])}."
     elif names:
         caption += f" All are of the class {label if label in names else names[int(label)]}."
@@ -145,7 +143,8 @@ def _results(sources: ReportSources) -> dict[str, Any]:
         "grid_caption": caption,
         "real_grid": storage.read_bytes(evaluation["real_images"]),
         "evaluation": evaluation,
-        "copying_hints": hints.copying_hints(generated, real, copies=copies),
+        "copies": str(Copies(**evaluation["audit"]["copies"])),
+        "copying_hints": hints.copying_hints(evaluation["audit"]),
         "neighbors": storage.read_bytes(evaluation["neighbors"]),
         "confusion": storage.read_bytes(evaluation["confusion"]) if evaluation["confusion"] else None,
         "selection": selection,

@@ -157,14 +157,14 @@ class EvaluateResult:
     num_images: int
     num_real_images: int
     gate: dict[str, Any]  # the `Measurement` that decides about promotion, as plain values
-    memorization: dict[str, Any]  # the `Memorization` that can forbid it, as plain values
+    audit: dict[str, Any]  # the `Audit` of the samples as plain values; its `copies` can forbid it
     running: list[dict[str, Any]]  # `RunningScore`s as plain values
     notes: list[str]
     # Of a model of classes: `agreement` and `real_agreement`, a line for each class in `table` and `real_table`, see
     # `ncsn.evaluation.class_scores`, the matrix `confusion`, and whether a probe saw the classes (`by_probe`).
     classes: dict[str, Any] | None
     real_images: str  # URI of a PNG of real images, laid out as that of the samples
-    neighbors: str  # URI of a PNG of samples and their nearest training images
+    neighbors: str  # URI of a PNG of the samples that are nearest to a training image, with these
     confusion: str | None  # URI of a PNG of the matrix
 
     def __str__(self) -> str:

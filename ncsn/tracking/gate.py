@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from ncsn.evaluation import DEVIATIONS, with_interval
-
-COPY_ERRORS = 3  # standard errors by which the share of copies may exceed that of real images
+from ncsn.evaluation.copies import Copies
 
 
 @dataclass(frozen=True)
@@ -28,30 +27,6 @@ class Measurement:
 
 
 @dataclass(frozen=True)
-class Memorization:
-    """How many samples copy a training image, compared with real test images."""
-
-    copies: int  # of num_images samples
-    num_images: int
-    real_copies: int  # of num_real_images real test images: the data has images that are nearly equal
-    num_real_images: int
-
-    @property
-    def objection(self) -> str:
-        """The numbers, if the samples copy more than chance explains; else empty."""
-        # The standard error of the difference of two equal shares, estimated from both sets together.
-        pooled = (self.copies + self.real_copies) / (self.num_images + self.num_real_images)
-        error = math.sqrt(pooled * (1 - pooled) * (1 / self.num_images + 1 / self.num_real_images))
-        limit = self.real_copies / self.num_real_images + COPY_ERRORS * error
-        if self.copies / self.num_images <= limit:
-            return ""
-        return (
-            f"{self.copies} of {self.num_images} samples copy a training image, {self.real_copies} of "
-            f"{self.num_real_images} real ones do: more than chance explains (up to {limit:.1%})"
-        )
-
-
-@dataclass(frozen=True)
 class Floors:
     """What a version must reach, whatever the champion is: `tracking.require`."""
 
@@ -65,28 +40,26 @@ class Evidence:
     """What the gate knows about a version, and asks of it."""
 
     measurement: Measurement
-    memorization: Memorization
+    copies: Copies
     not_finite: tuple[str, ...] = ()  # metrics and weights that hold NaN or infinity
     floors: Floors = Floors()
 
     @property
     def objection(self) -> str:
         """Why the version may not be champion, whichever it is compared with; empty if it may."""
-        measured, memorization, floors = self.measurement, self.memorization, self.floors
+        measured, copies, floors = self.measurement, self.copies, self.floors
         if not (math.isfinite(measured.value) and math.isfinite(measured.log_std)):
             return f"{measured.name} = {measured} is not a finite number"
         if self.not_finite:
             return f"{', '.join(self.not_finite[:3])} hold NaN or infinity"
-        if memorization.objection:
-            return memorization.objection
+        if copies.more_than_chance:
+            return str(copies)
         if floors.figure not in ("", measured.name):
             return f"tracking.require is of {floors.figure}, not {measured.name}; evaluate with the run's own settings"
         if floors.fid_below is not None and not measured.value < floors.fid_below:
             return f"{measured.name} = {measured} is not below tracking.require.fid_below = {floors.fid_below:g}"
-        share = memorization.copies / memorization.num_images
-        if floors.copies_below is not None and not share < floors.copies_below:
-            found = f"{memorization.copies} of {memorization.num_images} samples copy a training image"
-            return f"{found}: not below tracking.require.copies_below = {floors.copies_below:g}"
+        if floors.copies_below is not None and not copies.copies / copies.num_images < floors.copies_below:
+            return f"{copies}: not below tracking.require.copies_below = {floors.copies_below:g}"
         return ""
 
 
@@ -106,8 +79,8 @@ class Decision:
         """Inverse of `json.dumps(asdict(...))`."""
         values = json.loads(text)
         if of := values["evidence"]:
-            measured, memorization = Measurement(**of["measurement"]), Memorization(**of["memorization"])
-            values["evidence"] = Evidence(measured, memorization, tuple(of["not_finite"]), Floors(**of["floors"]))
+            measured, copies = Measurement(**of["measurement"]), Copies(**of["copies"])
+            values["evidence"] = Evidence(measured, copies, tuple(of["not_finite"]), Floors(**of["floors"]))
         return cls(**values)
 
 

@@ -43,18 +43,22 @@ class PyfuncModel(PythonModel):
         - `n_images`: how many images.
         - `seed`: image i is a function of (seed, i) and the same as the sample step's.
         - `sampler`: a kind such as `dpm_solver`, or `{kind: ..., ...}` with its settings.
-        - `label`: the name or number of a class, `balanced` or `data`, see `sampling.label`.
+        - `label`: the name or number of a class, `balanced`, `data` or `{crack: 20, ...}`, see `sampling.label`.
         - `guidance`: its weight, 1 for none; away from the images of all classes if none is configured. 0 is empty.
         """
         wanted = {name: wish for name, wish in (params or {}).items() if wish not in (None, "")}
-        total = int(wanted.get("n_images", DEFAULT_IMAGES))
         try:
+            label = wanted.get("label")
+            if isinstance(label, str) and label.startswith("{"):
+                _, label = parse_override(f"sampling.label={label}")
+            most = sum(label.values()) if isinstance(label, dict) else DEFAULT_IMAGES
+            total = int(wanted.get("n_images", most))
             if not 1 <= total <= MAX_IMAGES:
                 raise UserError("n_images", f"must be 1 to {MAX_IMAGES}", value=total)
             sampler = wanted.get("sampler")
             if isinstance(sampler, str):
                 _, sampler = parse_override(f"sampling.sampler={sampler}")
-            wish = Wish(wanted.get("label"), wanted.get("guidance") or None, sampler, wanted.get("seed"))
+            wish = Wish(label, wanted.get("guidance") or None, sampler, wanted.get("seed"))
             return images(self.trained, total, wish)
         except InvalidValue as error:
             raise MlflowException.invalid_parameter_value(str(error)) from None
