@@ -37,7 +37,7 @@ from ncsn.evaluation.features import ImageSet, Runner, SplitSet, device_of
 from ncsn.evaluation.measure import Metric
 from ncsn.progress import Progress
 
-CANDIDATES = 64  # training images that an image is compared with in pixels
+CANDIDATES = 32  # training images that an image is compared with in pixels
 OTHERS = 10  # nearest others of a training image, which say how far apart images of its kind are
 NEAR = 1 / 4  # of the statistic, below which a test image is a near duplicate of a training image
 SHIFT = 8  # images are compared over shifts of up to this part of a side
@@ -257,16 +257,18 @@ class Nearest:
 
 def reduced(images: Images, device: str) -> Tensor:
     """Images [N, H, W, C] as float32 [N, C, h, w] with sides of at most 64, in units of 0..255."""
-    pixels = torch.from_numpy(np.ascontiguousarray(images)).to(device).permute(0, 3, 1, 2).float()
+    pixels = torch.tensor(images, device=device).permute(0, 3, 1, 2).float()
     factor = -(-max(pixels.shape[2:]) // LARGEST)
     return pixels if factor == 1 else functional.avg_pool2d(pixels, factor)
 
 
 def spectra(images: Tensor) -> Tensor:
     """Unit vectors [N, D] of images [N, C, H, W] that shifts, mirrors and brightness hardly change."""
-    sizes = torch.fft.fft2(images - images.mean(dim=(1, 2, 3), keepdim=True)).abs().sqrt()
+    factor = max(1, min(images.shape[2:]) // (2 * WAVES))
+    small = functional.avg_pool2d(images, factor) if factor > 1 else images
+    sizes = torch.fft.fft2(small - small.mean(dim=(1, 2, 3), keepdim=True)).abs().sqrt()
     mirrored = sizes.flip(-1).roll(1, dims=-1)
-    few = [min(WAVES, side // 4) + 1 for side in images.shape[2:]]
+    few = [min(WAVES, side // 2) + 1 for side in small.shape[2:]]
     both = torch.cat([torch.maximum(sizes, mirrored), torch.minimum(sizes, mirrored)], dim=1)
     return functional.normalize(both[..., : few[0], : few[1]].flatten(1))
 
