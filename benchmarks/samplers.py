@@ -39,7 +39,7 @@ from ncsn.data.training_images import open_cache
 from ncsn.evaluation.class_scores import AskedClasses
 from ncsn.evaluation.extractors import joined
 from ncsn.evaluation.features import extractor_of
-from ncsn.evaluation.measure import NEIGHBOR_IMAGES, measure_extracted
+from ncsn.evaluation.measure import measure_extracted
 from ncsn.evaluation.reference import open_evaluator
 from ncsn.model.checkpoint import TrainedNetwork, load_checkpoint
 from ncsn.model.generate import generate, image_labels
@@ -181,9 +181,7 @@ def measured(dataset: str, config: Config, settings: list[Setting], *, num_image
     def row(name: str, images: list[np.ndarray], labels: np.ndarray, **known: Any) -> Row:
         figures = measure_extracted(
             joined([extractor.extract(batch) for batch in images]),
-            first_images=np.concatenate(images)[:NEIGHBOR_IMAGES],
             reference=evaluator.reference,
-            training_images=train.images,
             num_splits=10,
             seed=0,
             asked=AskedClasses(labels, (test if versus == "test" else train).labels, num_classes, own=own),

@@ -38,7 +38,7 @@ from ncsn.data.training_images import open_cache
 from ncsn.environment import settle
 from ncsn.evaluation.extractors import batches, joined
 from ncsn.evaluation.features import extractor_of
-from ncsn.evaluation.measure import NEIGHBOR_IMAGES, measure_extracted
+from ncsn.evaluation.measure import measure_extracted
 from ncsn.evaluation.reference import open_evaluator
 from ncsn.model.checkpoint import CheckpointStore, load_checkpoint
 from ncsn.model.generate import generate
@@ -181,9 +181,7 @@ class Scorer:
         extractor = extractor_of(_config(), self.dataset)
         measured = measure_extracted(
             joined([extractor.extract(batch) for batch in batches(images, batch_size=SAMPLE_BATCH)]),
-            first_images=images[:NEIGHBOR_IMAGES],
             reference=reference,
-            training_images=open_cache(self.dataset, "train").images,
             num_splits=2,
             seed=0,
         )

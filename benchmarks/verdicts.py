@@ -65,7 +65,7 @@ def judge(root: str, run: str, *, pictures: Path | None, noise: bool = False) ->
         f"{result.num_images} / {result.num_real_images}",
         "{:.2f} ({:.2f} to {:.2f})".format(*excess),
         f"{own['kid'].value:.4g}, {real['kid'].value:.4g}",
-        f"{result.memorization['copies']} / {result.memorization['num_images']}",
+        f"{result.audit['copies']['copies']} / {result.num_images}",
         result.grade,
     )
     print(f"| {' | '.join(row)} |", flush=True)

@@ -33,7 +33,7 @@ from ncsn.data.training_images import open_cache
 from ncsn.evaluation import DEVIATIONS
 from ncsn.evaluation.copies import Copies
 from ncsn.evaluation.extractors import Images
-from ncsn.evaluation.features import ImageSet, Runner, SplitSet, device_of
+from ncsn.evaluation.features import ImageSet, Runner, SplitSet, device_of, here
 from ncsn.evaluation.measure import Metric
 from ncsn.progress import Progress
 
@@ -65,7 +65,7 @@ class Audit:
 
     copies: Copies
     copied: NDArray[np.bool_]  # of each image
-    near_duplicates: list[tuple[int, int]]  # rows of test and of training images, which the test split should not have
+    near_duplicates: list[list[int]]  # rows of test and of training images, which the test split should not have
     closeness: Share  # of the images whose nearest real image is a training image, not a test image
     classes: list[dict[str, Any]]  # `label`, `copies` and `closeness` of those with 20 test images or more
     worst: list[dict[str, Any]]  # `image` and `row` of the nearest pairs, and how near: `statistic`, the least first
@@ -76,7 +76,8 @@ class Audit:
         own = {"copies": self.copies.copies / count, "closeness": share.value}
         own |= {"closeness_low": share.low, "closeness_high": share.high}
         unseen = {"copies": self.copies.expected, "closeness": share.expected}
-        return tuple({name: Metric(value, count) for name, value in each.items()} for each in (own, unseen))
+        ours, theirs = ({name: Metric(value, count) for name, value in each.items()} for each in (own, unseen))
+        return ours, theirs
 
     def plain(self) -> dict[str, Any]:
         """As it stands in a record."""
@@ -98,7 +99,6 @@ def audit(config: Config, dataset: str, images: SampleSet, *, runner: Runner, pr
     unseen = Copies(0, images.count, len(kept))
     limit = np.sort(statistics)[unseen.rank - 1] if len(kept) else 0.0
     copied, worst = ours < limit, np.argsort(ours, kind="stable")[:WORST]
-    near = np.flatnonzero(known["statistic"] < NEAR)
     classes = []
     for label in np.unique(labels[labels >= 0]):
         own = labels == label
@@ -109,7 +109,7 @@ def audit(config: Config, dataset: str, images: SampleSet, *, runner: Runner, pr
     return Audit(
         copies=replace(unseen, copies=int(copied.sum())),
         copied=copied,
-        near_duplicates=[(int(row), int(known["row"][row])) for row in near],
+        near_duplicates=leaked(config, dataset, runner=runner, progress=progress).tolist(),
         closeness=closeness(found, num_train=len(rows), num_test=len(kept)),
         classes=classes,
         worst=[{"image": int(i), "row": int(found["row"][i]), "statistic": round(float(ours[i]), 4)} for i in worst],
@@ -121,6 +121,26 @@ def calibrate(config: Config, dataset: str, *, runner: Runner, progress: Progres
     tests = SplitSet(dataset, "test", load_manifest(dataset).count("test"))
     rows = distinct(open_cache(dataset, "train", as_bytes=True).images, mirrors=config.data.mirrors)
     return _compared(config, dataset, tests, rows=rows, tests=np.arange(tests.count), runner=runner, progress=progress)
+
+
+def leaked(config: Config, dataset: str, *, runner: Runner = here, progress: Progress) -> NDArray[np.int64]:
+    """Rows [P, 2] of test images that nearly equal a training image, and of that."""
+    known = calibrate(config, dataset, runner=runner, progress=progress)
+    tests = np.flatnonzero(known["statistic"] < NEAR)
+    return np.stack([tests, known["row"][tests]], axis=1)
+
+
+def near_duplicates(images: Images, *, mirrors: bool) -> NDArray[np.int64]:
+    """Pairs [P, 2] of images that are nearly equal, each once; equal ones are none. The first ones are the nearest."""
+    rows = distinct(images, mirrors=mirrors)
+    if len(rows) < 2:
+        return np.empty((0, 2), np.int64)
+    near = nearest(images[rows], images, rows=rows, mirrors=mirrors, leave_out=rows)
+    found, distances = near.rows[:, 0], near.distances[:, :OTHERS]
+    scale = distances.mean(axis=1, where=np.isfinite(distances))[np.searchsorted(rows, found)]
+    close = np.flatnonzero(near.distances[:, 0] < NEAR * scale)
+    pairs = np.sort(np.stack([rows[close], found[close]], axis=1)[np.argsort(near.distances[close, 0])], axis=1)
+    return pairs[np.sort(np.unique(pairs, axis=0, return_index=True)[1])]
 
 
 def images_to_compare(config: Config, dataset: str, images: SampleSet) -> int:
@@ -322,7 +342,7 @@ def nearest(
     distances, size = alike.clone(), max(1, VALUES // values // count)
     for first in range(0, len(own), size):
         some = found[first : first + size].flatten().cpu().numpy()
-        others = reduced(reference[some], device).unflatten(0, (-1, count))
+        others = reduced(reference[some], device).reshape(-1, count, *queries.shape[1:])
         distances[first : first + size] = pixel_distances(queries[first : first + size], others, mirrors=mirrors)
     distances[alike == -torch.inf] = torch.inf
     distances, places = distances.sort(dim=1, stable=True)

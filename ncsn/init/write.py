@@ -22,6 +22,7 @@ from ncsn.data.format import equal_in_words, image_hashes, repeats
 from ncsn.data.sources import open_source
 from ncsn.data.sources.image_folder import how_to_convert, in_words
 from ncsn.errors import MISSING, NotFound, UserError
+from ncsn.evaluation.audit import near_duplicates
 from ncsn.init import choose
 from ncsn.init.choose import FirstConfig
 from ncsn.init.plan import Machine
@@ -223,6 +224,11 @@ def _details(found: Survey, chosen: FirstConfig) -> Iterator[str]:
         yield ": ".join(filter(None, (f"ignored {in_words(found.ignored)}", how_to_convert(found.ignored))))
     if count := repeats(image_hashes(chosen.images)):
         yield equal_in_words({"decoded": count}, {"decoded": len(chosen.images)})
+    seen = eight_bit(chosen.images, chosen.config.data.pixels.limits)
+    if len(pairs := near_duplicates(seen, mirrors=chosen.config.data.mirrors)):
+        first, second = (found.looks[image].name for image in pairs[0])
+        how = "remove one of each pair, or a test image may be one that the model has seen"
+        yield f"{len(pairs):,} pairs nearly equal, such as {first} and {second}: {how}"
     fraction = chosen.config.data.test_fraction
     test, enough = found.num_images - found.train_images(fraction), choose.ENOUGH_TEST_IMAGES
     if test < enough:

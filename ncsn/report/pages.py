@@ -159,9 +159,9 @@ def _settings(facts: ModelFacts, config: Config) -> list[tuple[str, str]]:
         learned = "" if sampling.guidance else ", learned in training"
         settings["guidance"] = f"{guidance.kind}, weight {guidance.weight:g}, {band}{learned}"
     if config.data.num_classes is not None and sampling.label != "balanced":
-        by_class = isinstance(sampling.label, dict)
-        asked = ", ".join(f"{n:,} {name}" for name, n in sampling.label.items()) if by_class else sampling.label
-        settings["classes of the samples"] = asked
+        asked = sampling.label
+        shown = asked if isinstance(asked, str) else ", ".join(f"{count:,} {name}" for name, count in asked.items())
+        settings["classes of the samples"] = shown
     settings["seed"] = str(config.seed)
     return [*settings.items(), *([("cost", facts.cost)] if facts.cost else [])]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -43,9 +43,34 @@ def ingest(config: Config, context: Context, *, fingerprint: str) -> IngestResul
     if manifest.skipped:
         notes.append(f"{len(manifest.skipped):,} images could not be used; the first is {manifest.skipped[0].name}")
     notes += filter(None, [manifest.equal_images])
+    notes += _near_duplicates(config, dataset.uri, context)
     equal = {"repeated": sum(manifest.repeated.values()), "left_out": manifest.left_out}
     counts = dict(manifest.counts)
     return IngestResult(dataset.uri, manifest.digest, counts, dataset.created, notes=notes, **equal)
+
+
+def _near_duplicates(config: Config, dataset: str, context: Context) -> Iterator[str]:
+    """A note, with a picture, if test images nearly equal training images."""
+    # Imported here: torch takes seconds, which a launcher that finds its dataset need not wait for.
+    from ncsn.data.training_images import CachedSplit, open_cache, open_training_images
+    from ncsn.evaluation.audit import leaked
+    from ncsn.report.images import neighbors_png
+
+    if not isinstance(open_training_images(dataset), CachedSplit):
+        return  # so many images that a copy of all of them is left to the evaluation
+    context.progress.start(load_manifest(dataset).count("test"), "test images, compared with the training images")
+    if len(pairs := leaked(config, dataset, progress=context.progress)):
+        shown = [
+            open_cache(dataset, split, as_bytes=True).images[pairs[:16, side]]
+            for side, split in enumerate(("test", "train"))
+        ]
+        uri = storage.join(dataset, "near_duplicates.png")
+        storage.write_bytes(uri, neighbors_png(*shown))
+        context.tracked.log_file(uri)
+        yield (
+            f"{len(pairs):,} test images nearly equal a training image, see {uri}: remove one of each pair, or the model "
+            "is judged by what it has seen"
+        )
 
 
 def agreed_inputs(run: Run) -> Mapping[str, Any]:
