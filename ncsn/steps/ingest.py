@@ -68,8 +68,8 @@ def _near_duplicates(config: Config, dataset: str, context: Context) -> Iterator
         storage.write_bytes(uri, neighbors_png(*shown))
         context.tracked.log_file(uri)
         yield (
-            f"{len(pairs):,} test images nearly equal a training image, see {uri}: remove one of each pair, or the model "
-            "is judged by what it has seen"
+            f"{len(pairs):,} test images nearly equal a training image, see {uri}: remove one of each pair, or the "
+            "model is judged by what it has seen"
         )
 
 
