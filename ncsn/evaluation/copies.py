@@ -45,6 +45,6 @@ class Copies:
     def __str__(self) -> str:
         """`Of 2,560 images 3 are copies, 2.6 are expected by chance`."""
         counted = {0: "none is a copy", 1: "1 is a copy"}.get(self.copies, f"{self.copies:,} are copies")
-        chance = f"{self.expected * self.num_images:,.1f} by chance"
+        chance = f"{self.expected * self.num_images:,.1f} expected by chance"
         advice = ": train shorter, or leave them out" if self.more_than_chance else ""
-        return f"Of {self.num_images:,} images {counted}, {chance} expected{advice}"
+        return f"Of {self.num_images:,} images {counted}, {chance}{advice}"

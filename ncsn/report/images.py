@@ -70,8 +70,8 @@ NEIGHBORS_BYTES = 2_000_000  # of the picture before compression
 def neighbors_png(samples: Images, training_images: Images) -> bytes:
     """A PNG file of samples [N, H, W, C], each beside the training image in the same row of `training_images`.
 
-    It has two pairs in a line, and fewer of them where images are large.
+    It has four pairs in a line, and fewer lines where images are large.
     """
-    most = min(len(samples), max(2, NEIGHBORS_BYTES // (2 * samples[0].size)))
+    most = min(len(samples), max(4, NEIGHBORS_BYTES // (2 * samples[0].size)))
     pairs = np.stack([samples[:most], training_images[:most]], axis=1).reshape(-1, *samples.shape[1:])
-    return grid_png(pairs, columns=2 * min(2, most))
+    return grid_png(pairs, columns=2 * min(4, most))
