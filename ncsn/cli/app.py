@@ -7,11 +7,11 @@ import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -246,6 +246,42 @@ def select_command(*, options: TargetOptions, as_json: bool, **given: str | None
     from ncsn.cli.run import run_select
 
     run_select(options.resolve(), code_here=options.code_here, given=given, as_json=as_json)
+
+
+@app.command("export", cls=ReportingCommand, short_help=STEP_TABLE["export"].summary)
+@partial(step_options, step="export")
+@click.option("--per-class", metavar="N", type=int, help="Images of each class.")
+@click.option("--class", "classes", metavar="NAME=N", multiple=True, help="Images of this class; repeatable.")
+@click.option("--fill", is_flag=True, help="Complete each class of the training images to the largest.")
+@click.option("--num-images", metavar="N", type=int, help="Images of a model without classes.")
+@click.option("--format", "kind", type=click.Choice(["png", "parquet"]), help="Files to write; default: png.")
+@click.option("--out", metavar="DIR|URI", help="New or empty folder; default: in the run's folder.")
+def export_command(
+    *,
+    options: TargetOptions,
+    per_class: int | None,
+    classes: tuple[str, ...],
+    fill: bool,
+    num_images: int | None,
+    kind: str | None,
+    out: str | None,
+    **given: Any,
+) -> None:
+    """Write a data set of generated images, without copies of training images.
+
+    ADDRESS, instead of --config or --run: models:/NAME@ALIAS, the name of a run, or its folder or URI. The options are
+    short for settings of the section export.
+    """
+    by_class = dict[str, int]()
+    for text in classes:
+        name, _, count = text.rpartition("=")
+        if not name or not count.isdecimal():
+            raise UserError("--class", "is not NAME=N", hint="such as --class crack=2000", value=text)
+        by_class[name] = int(count)
+    named = {"per_class": per_class, "classes": by_class, "fill": fill, "num_images": num_images, "format": kind}
+    named["out"] = out if out is None or "://" in out else str(Path(out).absolute())
+    changes = tuple(f"export.{key}={json.dumps(value)}" for key, value in named.items() if value)
+    _do_step("export", options=replace(options, overrides=(*options.overrides, *changes)), **given)
 
 
 for _step in STEP_TABLE.keys() - app.commands.keys():

@@ -291,6 +291,23 @@ class EvaluationConfig(Section):
         return "dinov2" if self.extractor == "dinov2" else None
 
 
+class ExportConfig(Section):
+    """The data set of generated images that `ncsn export` writes, without copies of training images."""
+
+    num_images: int | None = Field(None, ge=1)
+    """Images of a model without classes; null = sampling.num_images."""
+    per_class: int | None = Field(None, ge=1)
+    """Images of each class."""
+    classes: dict[Label, Annotated[int, Field(ge=1)]] = Field({})
+    """Images of these classes, such as {crack: 2000}, instead of what per_class or fill says."""
+    fill: bool = False
+    """Complete each class of the training images to the largest."""
+    format: Literal["png", "parquet"] = "png"
+    """png = a PNG file for each image, in a folder for each class; parquet = Parquet files, which `datasets` reads."""
+    out: str | None = Field(None, min_length=1)
+    """New or empty folder, or s3://bucket/prefix; null = in the run's folder exports."""
+
+
 class SelectConfig(Section):
     """How `ncsn select` chooses among the checkpoints of a run."""
 
@@ -320,6 +337,7 @@ class Config(Section):
     sampling: SamplingConfig
     evaluation: EvaluationConfig = EvaluationConfig()
     select: SelectConfig = SelectConfig()
+    export: ExportConfig = ExportConfig()
     search: SearchConfig | None = None
     """A search for better settings; null = none."""
     compute: ComputeConfig = ComputeConfig()

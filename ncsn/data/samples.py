@@ -86,6 +86,10 @@ class SampleSet:
         images = np.concatenate([from_table(table).images for table in tables])
         return eight_bit(images, image_pixels_of(tables[0].schema).limits)
 
+    def stored(self, first: int, last: int) -> NDArray[Any]:
+        """Images `first .. last`, [n, H, W, C] as the network made them."""
+        return np.concatenate([from_table(table).images for table in self._tables([IMAGE, LABEL], first, last)])
+
     def labels(self) -> NDArray[np.int64]:
         """The class of each image, int64 [count], -1 for none."""
         return np.concatenate([table.column(LABEL).to_numpy() for table in self._tables([LABEL], 0, self.count)])

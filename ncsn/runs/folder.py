@@ -126,6 +126,7 @@ class RunFolder(_Trained):
     start = _Below("start")  # the weights that training starts from, if it starts from a trained network
     guides = _Below("guides")  # copies of the networks that guide samples
     report = _Below("report")
+    exports = _Below("exports")  # data sets of generated images
     evaluation = _Below("evaluation")  # the metrics
     selection = _Below("selection")  # the scores of checkpoints and the choice among them
     search = _Below("search")  # a search and its result

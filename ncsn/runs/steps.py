@@ -78,6 +78,11 @@ STEP_TABLE: Mapping[str, Step] = {
         always=True,
     ),
     # Those on a finished run.
+    "export": Step(
+        "Write a data set of generated images, without copies of training images.",
+        inputs={"checkpoint": _CHOSEN, "dataset": _DATASET},
+        elsewhere=True,
+    ),
     "select": Step(
         "Choose the best checkpoint of a run by samples of each; sample, evaluate and register it.",
         inputs={"dataset": _DATASET},

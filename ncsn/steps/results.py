@@ -201,6 +201,21 @@ class ReportResult:
 
 
 @dataclass(frozen=True)
+class ExportResult:
+    """A data set of generated images."""
+
+    uri: str  # its folder
+    card: str  # URI of its page, Markdown
+    counts: dict[str, int]  # images of each class; of all under an empty name, without classes
+    made: int  # images that were generated for it
+    copies: int  # of these, which were left out
+    expected: float  # copies by chance among as many unseen images
+
+    def __str__(self) -> str:
+        return f"{sum(self.counts.values()):,} images, {self.copies:,} copies left out"
+
+
+@dataclass(frozen=True)
 class SelectResult:
     """The choice among the checkpoints of a run."""
 

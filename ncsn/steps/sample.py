@@ -29,7 +29,7 @@ from ncsn.model.generate import evaluations_per_image, guide_of, sampling_facts,
 from ncsn.model.objective import noise_notes
 from ncsn.progress import Progress
 from ncsn.report.images import grid_png, rows_by_class
-from ncsn.runs.folder import Run, opened_from
+from ncsn.runs.folder import Run, RunFolder, opened_from
 from ncsn.steps.results import Context, Prepared, SampleResult
 from ncsn.tracking.mlflow_runs import StepRun
 
@@ -43,9 +43,7 @@ def prepare(run: Run, *, checkpoint: str, score: str | None = None) -> Prepared[
     With the URI of a dataset as `score`, the Fréchet distance so far to its training images is published meanwhile.
     """
     checkpoint, config, trained = opened(run, checkpoint, relative_width=run.config.sampling.relative_width)
-    guide = guide_of(trained, config.sampling)
-    facts = sampling_facts(with_precision(config.sampling, trained, config.compute.device), guide)
-    uri = storage.join(run.folder.samples, trained.digest, storage.digest(facts, 12))
+    facts, uri = place_of(config, trained, run.folder)
     there = (storage.find_json(storage.join(uri, MANIFEST)) or {}).get("num_images", 0)
     count = max(there, config.sampling.num_images)
     config = config.model_copy(update={"sampling": config.sampling.model_copy(update={"num_images": count})})
@@ -55,6 +53,14 @@ def prepare(run: Run, *, checkpoint: str, score: str | None = None) -> Prepared[
         partial(sample, config, trained, facts, uri, checkpoint, score),
         lambda result: [result.uri, result.grid, result.strip],
     )
+
+
+def place_of(config: Config, trained: TrainedNetwork, folder: RunFolder) -> tuple[dict[str, Any], str]:
+    """What decides an image beside its number, and the folder of the run for all images of it."""
+    facts = sampling_facts(
+        with_precision(config.sampling, trained, config.compute.device), guide_of(trained, config.sampling)
+    )
+    return facts, storage.join(folder.samples, trained.digest, storage.digest(facts, 12))
 
 
 def sample(

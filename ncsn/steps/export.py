@@ -1,0 +1,271 @@
+"""A data set of generated images without copies of training images, by class where the model knows classes.
+
+The images of a class are the samples with `sampling.label` set to it: image i depends on the seed and i alone. Copies
+are left out, and the next images of the class take their places.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import io
+import json
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from PIL import Image
+
+from ncsn import storage
+from ncsn.config import Config
+from ncsn.data.format import PARQUET_OPTIONS, Manifest, Rows, load_manifest, to_table
+from ncsn.data.samples import SampleSet
+from ncsn.distributed.cluster import cluster_for, ray_tags
+from ncsn.distributed.ray_calls import runner_of
+from ncsn.distributed.sampling import make_shards, plan_shards
+from ncsn.errors import UserError
+from ncsn.evaluation import DEVIATIONS, with_interval
+from ncsn.evaluation.audit import audit, images_to_compare
+from ncsn.evaluation.copies import Copies
+from ncsn.evaluation.features import extract_set
+from ncsn.evaluation.reference import open_evaluator
+from ncsn.evaluation.scores import kernel_distance
+from ncsn.model.checkpoint import TrainedNetwork
+from ncsn.report.words import markdown_table
+from ncsn.runs.folder import Run, opened_from
+from ncsn.steps.results import Context, ExportResult, Prepared
+from ncsn.steps.sample import opened, place_of
+
+CARD = "README.md"
+MOST_TIMES = 4  # as many images as asked for are made of a class, before its copies are too many
+PART_IMAGES = 10_000  # of a Parquet file
+
+
+@dataclass(frozen=True)
+class Part:
+    """The images of one class, or of a model without classes."""
+
+    name: str  # empty without classes
+    samples: SampleSet
+    chosen: NDArray[np.int64]  # numbers of the samples that are no copies, as many as were asked for
+    copies: Copies
+
+
+def prepare(run: Run, *, checkpoint: str, dataset: str) -> Prepared[ExportResult]:
+    """How many images of each class there will be, and where."""
+    checkpoint, config, trained = opened(run, checkpoint, relative_width=run.config.sampling.relative_width)
+    manifest, wish = load_manifest(dataset), config.export
+    if manifest.digest != trained.dataset_digest:
+        reason = f"{trained.digest} was trained on {trained.dataset_digest[:8]}, not on {manifest.digest[:8]}"
+        raise UserError("--dataset", reason, hint="copies are sought among the training images", value=dataset)
+    asked = _asked(config, trained)
+    if wish.format == "png" and (manifest.pixels.dtype != "uint8" or manifest.pixels.shape[2] not in (1, 3)):
+        raise UserError("export.format", f"cannot hold {manifest.pixels}", hint="use parquet", value=wish.format)
+    facts, _ = place_of(config, trained, run.folder)
+    key = {"checkpoint": trained.digest, **facts, "label": asked, "export": wish.model_dump(mode="json")}
+    uri = storage.absolute(wish.out) if wish.out else storage.join(run.folder.exports, storage.digest(key, 12))
+    if wish.out and storage.list_names(uri):
+        raise UserError("export.out", "not an empty folder", hint="choose another", value=wish.out)
+    work = partial(export, config, trained, manifest, asked, checkpoint, dataset, uri)
+    return Prepared(config, key, work, lambda result: [result.card])
+
+
+def export(
+    config: Config, trained: TrainedNetwork, manifest: Manifest, asked: Mapping[str, int], checkpoint: str,
+    dataset: str, uri: str, context: Context,
+) -> ExportResult:  # fmt: skip
+    """Generate and audit the images that are missing, and write those that are no copies, with a card."""
+    tracked = context.tracked
+    with cluster_for(config, start=sum(asked.values()) > config.sampling.batch_size, last_lines=context.last_lines):
+        tracked.set_tags(ray_tags())
+        parts = [
+            _part(config, trained, name, count, checkpoint=checkpoint, dataset=dataset, context=context)
+            for name, count in asked.items()
+        ]
+        distances = _distances(config, dataset, parts, context)
+    copies = sum(part.copies.copies for part in parts)
+    result = ExportResult(
+        uri=uri,
+        card=storage.join(uri, CARD),
+        counts={part.name: len(part.chosen) for part in parts},
+        made=sum(part.samples.count for part in parts),
+        copies=copies,
+        expected=round(sum(part.copies.expected * part.samples.count for part in parts), 2),
+    )
+    with storage.staged_folder(uri, marker=CARD) as folder:
+        (_write_parquet if config.export.format == "parquet" else _write_pngs)(folder, parts, manifest)
+        (folder / CARD).write_text(_card(config, trained, manifest, parts, distances, context))
+    tracked.log_dataset(f"{config.name}-generated", digest=storage.digest(result.counts, 8), uri=uri, context="export")
+    tracked.log_metrics({"export/images": sum(result.counts.values()), "export/copies": copies})
+    tracked.set_tags({"checkpoint.digest": trained.digest, "dataset.digest": manifest.digest, "export.uri": uri})
+    tracked.log_file(result.card)
+    return result
+
+
+def _asked(config: Config, trained: TrainedNetwork) -> dict[str, int]:
+    """Images of each class, in the order of the classes; of all under an empty name, without classes."""
+    wish, classes = config.export, trained.classes
+    if classes is None:
+        for key, value in (("per_class", wish.per_class), ("classes", wish.classes), ("fill", wish.fill)):
+            if value:
+                reason, hint = "this model knows no classes", "use export.num_images"
+                raise UserError(f"export.{key}", reason, hint=hint, value=value)
+        return {"": wish.num_images or config.sampling.num_images}
+    if wish.num_images:
+        hint = "use export.per_class, export.classes or export.fill"
+        raise UserError("export.num_images", "this model knows classes", hint=hint, value=wish.num_images)
+    most = max(classes.counts)
+    asked = {}
+    for name, count in zip(classes.names, classes.counts, strict=True):
+        asked[name] = most - count if wish.fill else (wish.per_class or 0)
+    for name, count in wish.classes.items():
+        asked[classes.names[classes.index(name, key="export.classes")]] = count
+    if not any(asked.values()):
+        reason, hint = "asks for no images", "set export.per_class, export.classes or export.fill"
+        raise UserError("export", reason, hint=hint)
+    return {name: count for name, count in asked.items() if count}
+
+
+def _part(
+    config: Config, trained: TrainedNetwork, name: str, count: int, *, checkpoint: str, dataset: str, context: Context
+) -> Part:
+    """Images of a class, as many as are asked for without copies."""
+    made, progress = count, context.progress
+    runner = runner_of(config.compute)
+    while True:
+        changes = {"num_images": made, **({"label": name} if name else {})}
+        own = config.model_copy(update={"sampling": config.sampling.model_copy(update=changes)})
+        _, uri = place_of(own, trained, context.folder)
+        make_shards(own, plan_shards(own, checkpoint=checkpoint, folder=uri), progress=progress)
+        samples = SampleSet(uri, made)
+        progress.start(images_to_compare(own, dataset, samples), "images, compared with the training images")
+        found = audit(own, dataset, samples, runner=runner, progress=progress)
+        chosen = np.flatnonzero(~found.copied)[:count]
+        if len(chosen) == count:
+            return Part(name, samples, chosen, found.copies)
+        if made >= MOST_TIMES * count:
+            what = f"of {made:,} images{f' of class {name}' if name else ''} {made - len(chosen):,} are copies"
+            raise UserError("export", what, hint="train shorter, or on more images, or ask for fewer")
+        made = min(made + 2 * (count - len(chosen)), MOST_TIMES * count)
+
+
+def _distances(config: Config, dataset: str, parts: list[Part], context: Context) -> list[str]:
+    """The kernel distance to the training images with its interval: of the first images made, and of the chosen."""
+    runner, progress = runner_of(config.compute), context.progress
+    progress.start(sum(part.samples.count for part in parts), "images, measured")
+    evaluator = open_evaluator(config, dataset, runner=runner, progress=progress)
+    before, after = [], []
+    for part in parts:
+        features = extract_set(config, dataset, part.samples, runner=runner, progress=progress).features
+        before.append(features[: len(part.chosen)])
+        after.append(features[part.chosen])
+    shown = []
+    for each in (before, after):
+        value, deviation = kernel_distance(np.concatenate(each), evaluator.reference.features, seed=0)
+        reach = DEVIATIONS * deviation
+        shown.append(with_interval(value, value - reach, value + reach))
+    return shown
+
+
+def _images(part: Part) -> NDArray[np.generic]:
+    return part.samples.stored(0, part.samples.count)[part.chosen]
+
+
+def _write_pngs(folder: Path, parts: list[Part], manifest: Manifest) -> None:  # noqa: ARG001
+    for part in parts:
+        (folder / part.name).mkdir(exist_ok=True)
+        for number, image in zip(part.chosen, _images(part), strict=True):
+            Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(
+                folder / part.name / f"{number:06d}.png"
+            )
+
+
+def _write_parquet(folder: Path, parts: list[Part], manifest: Manifest) -> None:
+    """As `datasets` has images and classes, or, where PNG cannot hold the pixels, as datasets of this project."""
+    names = list(manifest.class_names) if parts[0].name else []
+    features = {"image": {"_type": "Image"}} | ({"label": {"names": names, "_type": "ClassLabel"}} if names else {})
+    known = {b"huggingface": json.dumps({"info": {"features": features}}).encode()}
+    encoded = manifest.pixels.dtype == "uint8" and manifest.pixels.shape[2] in (1, 3)
+    number = 0
+    for part in parts:
+        label = names.index(part.name) if names else -1
+        images = _images(part)
+        for first in range(0, len(images), PART_IMAGES):
+            some = images[first : first + PART_IMAGES]
+            labels = np.full(len(some), label, np.int64)
+            if encoded:
+                column = pa.array(
+                    [{"bytes": _png(image), "path": None} for image in some],
+                    pa.struct([("bytes", pa.binary()), ("path", pa.string())]),
+                )
+                table = pa.table({"image": column, **({"label": labels} if names else {})}).replace_schema_metadata(
+                    known
+                )
+                pq.write_table(table, folder / f"part-{number:05d}.parquet")
+            else:
+                pq.write_table(
+                    to_table(Rows(some, labels), manifest.pixels.limits),
+                    folder / f"part-{number:05d}.parquet",
+                    **PARQUET_OPTIONS,
+                )
+            number += 1
+
+
+def _png(image: NDArray[np.generic]) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def _card(
+    config: Config, trained: TrainedNetwork, manifest: Manifest, parts: list[Part], distances: list[str],
+    context: Context,
+) -> str:  # fmt: skip
+    """The page of the data set, with the front matter that the hubs of data sets read."""
+    model, sampling = opened_from(context.folder) or context.folder.run, config.sampling
+    total, made = sum(len(part.chosen) for part in parts), sum(part.samples.count for part in parts)
+    copies = sum(part.copies.copies for part in parts)
+    chance = sum(part.copies.expected * part.samples.count for part in parts)
+    rows = [
+        (part.name or "all", f"{len(part.chosen):,}", f"{part.samples.count:,}", f"{part.copies.copies:,}")
+        for part in parts
+    ]
+    wish = config.export.model_dump(exclude_defaults=True, exclude={"out"})
+    changes = [f"export.{name}={json.dumps(value)}" for name, value in wish.items()]
+    again = " ".join(f"--set {shlex.quote(each)}" for each in [*changes, f"sampling.seed={sampling.seed}"])
+    guidance = "none" if sampling.guidance is None else f"{sampling.guidance.kind}, weight {sampling.guidance.weight:g}"
+    facts = [
+        ("model", f"`{model}`, weights `{trained.digest}`, which have seen {trained.images_seen:,} images"),
+        ("training images", f"{manifest.name}, {manifest.count('train'):,} images, digest `{manifest.digest}`"),
+        ("sampler", f"{sampling.sampler}, seed {sampling.seed}"),
+        ("guidance", guidance),
+        ("program", f"ncsn {importlib.metadata.version('ncsn')}"),
+    ]
+    texts = [
+        f"---\npretty_name: {config.name}, generated\ntags: [synthetic]\nsize_categories: [{_size(total)}]\n---",
+        f"# {config.name}: {total:,} generated images",
+        f"{manifest.pixels} images, made by a model of {manifest.source.rstrip('.')}. None shows anything real.",
+        markdown_table(("", ""), facts),
+        "## Images\n\n" + markdown_table(("class", "images", "made", "copies left out"), rows),
+        f"## Copies\n\nEach of the {made:,} images that were made was compared with every training image. {copies:,} "
+        f"were nearer to one than unseen images are, and were left out; {chance:.1f} are expected by chance. The "
+        "measure finds copies that are shifted, mirrored or brighter, and not the same thing seen otherwise.",
+        f"## Fidelity\n\nKernel distance to the training images, with its 95 % interval over other images: "
+        f"{distances[0]} before copies were left out, {distances[1]} after.",
+        f"## Again\n\n```bash\nncsn export {model} {again}\n```",
+        f"## License\n\nThe images derive from the training images, which have these terms: {manifest.license}",
+    ]
+    return "\n\n".join(texts) + "\n"
+
+
+def _size(count: int) -> str:
+    """The class of sizes that the hubs of data sets know."""
+    names = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M")
+    return next(
+        (name for name, most in zip(names, (10**3, 10**4, 10**5, 10**6), strict=False) if count < most), names[-1]
+    )
