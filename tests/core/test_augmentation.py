@@ -42,9 +42,8 @@ def test_shares_and_moments_of_what_is_drawn() -> None:
 
 def test_nothing_and_flips_are_exact_beside_what_is_resampled() -> None:
     x = noise()
-    turned, *found = transform(
-        x.expand(5, -1, -1, -1), torch.cat((one(a3=1), one(), one(a0=1), one(a1=1), one(a0=1, a1=1)))
-    )
+    a = torch.cat((one(), one(a0=1), one(a1=1), one(a0=1, a1=1), one(a3=1)))
+    *found, turned = transform(x.expand(5, -1, -1, -1), a)
     torch.testing.assert_close(turned, transform(x, one(a3=1))[0])
     for image, axes in zip(found, ((), (-1,), (-2,), (-1, -2)), strict=True):
         assert torch.equal(image, x[0].flip(axes))

@@ -77,6 +77,12 @@ def test_every_shape_and_number_of_steps(shape: tuple[int, int, int], epochs: in
     np.testing.assert_allclose(np.exp(extracted.log_probabilities).sum(axis=1), 1, atol=1e-12)
 
 
+def test_layers_are_those_of_stored_classifiers_of_mnist_sized_images() -> None:
+    weights = ClassifierNetwork(replace(RECIPE, shape=(28, 28, 1))).parameters()
+    shapes = [tuple(weight.shape) for weight in weights if weight.ndim > 1]
+    assert shapes == [(32, 1, 5, 5), (64, 32, 3, 3), (128, 64 * 7 * 7), (10, 128)]
+
+
 def test_a_gpu_would_see_what_a_cpu_sees(digits: Splits) -> None:
     """It takes no TF32 meanwhile, for which a process is tuned."""
 

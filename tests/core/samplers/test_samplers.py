@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 
 from ncsn.core.keyed_random import KeyedNoise
 from ncsn.core.noise_schedule import geometric_sigmas
@@ -205,6 +205,7 @@ def test_the_history_ends_where_the_score_becomes_another(analytic):
     assert torch.equal(stretch(seen[4], levels[4:], 0.25), x)
 
 
+@settings(deadline=None)
 @given(sigmas=st.lists(st.integers(1, 500), min_size=2, unique=True), count=st.integers(2, 60))
 def test_any_subset_of_levels_descends_between_both_ends(sigmas, count):
     sigmas, last = torch.tensor(sorted(sigmas, reverse=True), dtype=torch.float64), len(sigmas) - 1
