@@ -79,11 +79,9 @@ def test_files_of_the_hub_need_no_settings(request, tmp_path, source_of, place):
     [
         ("default/train/0000.parquet", "train"),
         ("data/validation-00000-of-00001-9a1b.parquet", "validation"),
-        ("eval/train.parquet", "train"),
-        ("train2017.PARQUET", "train"),
+        ("eval/train2017.PARQUET", "train"),
         ("train_test.parquet", None),
         ("trained/0000.parquet", None),
-        ("0000.parquet", None),
     ],
 )
 def test_names_tell_the_splits(path, split):
@@ -122,11 +120,8 @@ def test_however_rows_are_cut_they_are_the_same_dataset(tmp_path, s3_root, data_
 def test_images_are_found_by_their_type(tmp_path, source_of, kind):
     values = [8 * number for number in range(12)]
     images = [encoded(value, kind="JPEG" if kind == "jpeg" else "PNG") for value in values]
-    types = {
-        "large_binary": pa.large_binary(),
-        "struct": PICTURE,
-        "large_struct": pa.struct([("path", pa.string()), ("bytes", pa.large_binary())]),
-    }
+    large_struct = pa.struct([("path", pa.string()), ("bytes", pa.large_binary())])
+    types = {"large_binary": pa.large_binary(), "struct": PICTURE, "large_struct": large_struct}
     rows = [{"bytes": image, "path": None} for image in images] if "struct" in kind else images
     columns = {"id": pa.array(range(12)), "x": pa.array(rows, types.get(kind, pa.binary())), "note": ["a"] * 12}
     source = source_of(write(tmp_path / "x.parquet", columns))
@@ -141,12 +136,8 @@ def test_the_usual_names_and_the_metadata_decide_between_columns(tmp_path, sourc
     found = sorted_rows(source_of(write(tmp_path / "names.parquet", both)))
     assert found == [(number, number % 2) for number in range(12)]
     columns = {"audio": others, "photograph": images, "fine": numbers, "label": pa.array(range(12))}
-    features = {
-        "audio": {"sampling_rate": 16000, "_type": "Audio"},
-        "photograph": {"_type": "Image"},
-        "fine": {"num_classes": 2, "names": ["a", "b"], "id": None, "_type": "ClassLabel"},
-        "label": {"dtype": "int64", "_type": "Value"},
-    }
+    features = {"audio": {"_type": "Audio"}, "photograph": {"_type": "Image"}, "label": {"_type": "Value"}}
+    features["fine"] = {"names": ["a", "b"], "_type": "ClassLabel"}
     source = source_of(write(tmp_path / "marked.parquet", columns, features=features))
     assert source.class_names == ("a", "b")
     assert sorted_rows(source) == [(number, number % 2) for number in range(12)]
@@ -186,13 +177,12 @@ def test_labels_without_metadata_are_words_or_numbers(tmp_path, source_of):
     assert [label for _, label in sorted_rows(source)] == [2, 0, -1, -1] * 4
 
 
-@pytest.mark.parametrize("wrong", [3, -2])
-def test_a_label_that_is_no_class_is_named_with_its_row(tmp_path, source_of, wrong):
-    labels = [0, 1, 2, None, -1, 2, wrong, 1]
-    columns = {"image": pictures(range(8)), "label": pa.array(labels, pa.int64())}
-    path = write(tmp_path / "x.parquet", columns, features=FEATURES)
-    with refused(f"{path}:row 6"):
-        source_of(path)
+def test_a_label_that_is_no_class_is_named_with_its_row(tmp_path, source_of):
+    for wrong in (3, -2):
+        labels = pa.array([0, 1, 2, None, -1, 2, wrong, 1], pa.int64())
+        path = write(tmp_path / "x.parquet", {"image": pictures(range(8)), "label": labels}, features=FEATURES)
+        with refused(f"{path}:row 6"):
+            source_of(path)
 
 
 def test_bad_images_are_named_with_their_row(tmp_path, source_of):
@@ -203,23 +193,6 @@ def test_bad_images_are_named_with_their_row(tmp_path, source_of):
     bad = sorted(row.name for row in read if isinstance(row, SkippedImage))
     assert bad == [f"{tmp_path}/train.parquet:row {row}" for row in (2, 5, 7)]
     assert len(read) == 10
-
-
-def test_a_section_reads_only_its_row_groups(tmp_path, source_of, monkeypatch):
-    published(tmp_path / "train-0.parquet", range(50), row_group_size=5)
-    published(tmp_path / "train-1.parquet", range(50, 100), row_group_size=5)
-    published(tmp_path / "test.parquet", range(100, 105))
-    read: list[tuple[int, list[str]]] = []
-    batches = pq.ParquetFile.iter_batches
-
-    def iter_batches(self, *arguments, row_groups, columns, **settings):
-        read.extend((group, columns) for group in row_groups)
-        return batches(self, *arguments, row_groups=row_groups, columns=columns, **settings)
-
-    monkeypatch.setattr(pq.ParquetFile, "iter_batches", iter_batches)
-    section = source_of(tmp_path).splits["train"].section(43, 56)
-    assert [int(row.image[0, 0, 0]) for row in section.stream()] == list(range(43, 56))
-    assert read == [(group, ["image.bytes"]) for group in (8, 9, 0, 1)]
 
 
 def test_a_dataset_of_a_store_is_read_as_it_is(tmp_path, data_config, idx_folder):
@@ -258,12 +231,8 @@ def test_files_that_do_not_belong_together_are_named(tmp_path, source_of):
     other = tmp_path / "train-1.parquet"
     image, label = pictures(range(10)), pa.array([0] * 10)
     others = FEATURES | {"label": {"names": ["a", "b", "c"], "_type": "ClassLabel"}}
-    for columns, features in (
-        ({"image": image, "label": label}, others),
-        ({"image": image}, None),
-        ({"picture": image, "label": label}, None),
-    ):
-        write(other, columns, features=features)
+    for columns in ({"image": image, "label": label}, {"image": image}, {"picture": image, "label": label}):
+        write(other, columns, features=others if columns.keys() == {"image", "label"} else None)
         with refused(str(other)):
             source_of(tmp_path)
     stray = other.rename(tmp_path / "more.parquet")
@@ -284,11 +253,14 @@ def test_a_file_that_changes_is_noticed(tmp_path, source_of):
         list(split.stream())
 
 
-def test_damage_between_good_ends_is_named(tmp_path, source_of):
-    path = Path(published(tmp_path / "train.parquet", range(60), compression="zstd", write_page_checksum=True))
+def test_damage_between_good_ends_is_named_by_those_who_read_its_row_group(tmp_path, source_of):
+    options = {"compression": "zstd", "write_page_checksum": True, "row_group_size": 20}
+    path = Path(published(tmp_path / "train.parquet", range(60), **options))
+    published(tmp_path / "test.parquet", range(60, 80))
     content = bytearray(path.read_bytes())
     split = source_of(tmp_path).splits["train"]
     content[200:220] = bytes(20)
     path.write_bytes(content)
     with refused(str(path)):
         list(split.stream())
+    assert [int(row.image[0, 0, 0]) for row in split.section(33, 47).stream()] == list(range(33, 47))
