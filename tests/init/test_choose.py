@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,9 @@ from PIL import Image
 from refused import refused
 
 from ncsn.config import Config, ConfigError, from_yaml
-from ncsn.errors import UserError
 from ncsn.init import choose as choices
 from ncsn.init.choose import FirstConfig, held_out, slug, unet
-from ncsn.init.plan import Machine, Speed, measure_speed
+from ncsn.init.plan import Machine, Speed
 from ncsn.init.survey import survey
 from ncsn.model.objective import noise_notes
 
@@ -77,14 +77,10 @@ def test_images_of_one_shape_keep_it(choose) -> None:
 
 
 def test_arrays_of_five_channels_keep_them(choose, tmp_path) -> None:
-    choose(count=10)
+    (folder := tmp_path / "40-100-RGB").mkdir()
     for seed in range(40):
-        np.save(
-            tmp_path / "10-100-RGB" / f"{seed}.npy", np.random.default_rng(seed).integers(0, 256, (20, 30, 5), np.uint8)
-        )
-    for file in (tmp_path / "10-100-RGB").glob("*.png"):
-        file.unlink()
-    found = choose(count=10)
+        np.save(folder / f"{seed}.npy", np.random.default_rng(seed).integers(0, 256, (20, 30, 5), np.uint8))
+    found = choose(count=40)
     assert found.config.data.stored_shape == (20, 32, 5) and found.images.shape == (40, 20, 32, 5)
     assert found.config.evaluation.extractor == "clusters"
 
@@ -97,15 +93,13 @@ def test_arrays_of_five_channels_keep_them(choose, tmp_path) -> None:
     ],
 )
 def test_scans_keep_their_values(choose, tmp_path, values, dtype, limits) -> None:
-    choose(count=40, side=20, mode="L")
-    for seed, file in enumerate(sorted((tmp_path / "40-20-L").iterdir())):
-        Image.fromarray(values(np.random.default_rng(seed))).save(file.with_suffix(".tif"))
-        file.unlink()
+    (folder := tmp_path / "40-20-L").mkdir()
+    for seed in range(40):
+        Image.fromarray(values(np.random.default_rng(seed))).save(folder / f"{seed}.tif")
     found = choose(count=40, side=20, mode="L")
     data = found.config.data
-    assert (data.dtype, data.channels, found.images.dtype) == (dtype, 1, dtype) and data.value_range == pytest.approx(
-        limits, abs=1
-    )
+    assert (data.dtype, data.channels, found.images.dtype) == (dtype, 1, dtype)
+    assert data.value_range == pytest.approx(limits, abs=1)
     assert found.config.network.sigma_data == pytest.approx(1 / 12**0.5, abs=0.04)
     assert ("sampling.grays" in found.draft.reasons) == (dtype == "uint16")
     if dtype == "uint16":
@@ -113,9 +107,10 @@ def test_scans_keep_their_values(choose, tmp_path, values, dtype, limits) -> Non
         assert in_bytes.images.dtype == np.uint8 and in_bytes.images.max() == 3999 >> 8
 
 
-def test_few_images_are_not_repeated_without_end(choose) -> None:
-    train = choose(count=20, minutes=600, side=16).config.train
-    assert train.num_images == 8 * 1200 and train.batch_size == 16
+def test_few_images_are_not_repeated_without_end_and_warned_of(choose) -> None:
+    few = choose(count=20, minutes=600, side=16)
+    assert few.config.train.num_images == 8 * 1200 and few.config.train.batch_size == 16
+    assert "960 times" in few.warning and not choose("train.num_images=1000", count=20).warning
 
 
 def test_gray_images_transparent_ones_and_a_gpu(choose) -> None:
@@ -165,26 +160,22 @@ def test_enough_images_of_each_class_make_a_class_conditional_model(in_folders) 
     assert unseen.data.num_classes == 2 and unseen.sampling.guidance is None
 
 
-def test_a_small_class_beside_large_ones_changes_neither_model_nor_evaluation(in_folders) -> None:
+def test_a_small_class_beside_large_ones_changes_neither_model_nor_evaluation(in_folders, tmp_path) -> None:
     chosen = in_folders({"cat": 70, "dog": 70, "eel": 5})
     config = chosen.config
     assert (config.data.num_classes, config.sampling.label) == (3, "data")
     assert config.evaluation.extractor == "classifier" and "eel" in chosen.draft.reasons["data.num_classes"]
-
-
-@pytest.mark.parametrize(
-    ("counts", "small"),
-    [
-        ({"cat": 70, "dog": 60, "eel": 55, "fox": 1}, {"eel": 55, "fox": 1}),
-        ({"cat": 40, "dog": 30, "eel": 11}, {"eel": 11}),
-        ({"cat": 40, "dog": 30, "eel": 20}, {}),
-        ({"cat": 8, "dog": 7, "eel": 9}, {}),
-        ({"train": 80, "val": 70, "dev": 1}, {}),
-    ],
-)
-def test_classes_too_small_beside_others_are_named(in_folders, tmp_path, counts, small) -> None:
-    in_folders(counts)
-    assert choices.small_classes(survey(str(tmp_path / f"{sum(counts.values())}-8-L"))) == small
+    found = survey(str(tmp_path / "145-8-L"))
+    for names, counts, small in (
+        (found.class_names, found.class_counts, {"eel": 5}),
+        ("cdef", (70, 60, 55, 1), {"e": 55, "f": 1}),
+        ("cde", (40, 30, 11), {"e": 11}),
+        ("cde", (40, 30, 20), {}),
+        ("cde", (8, 7, 9), {}),
+        (("train", "val", "dev"), (80, 70, 1), {}),
+    ):
+        other = replace(found, class_names=tuple(names), class_counts=counts, num_images=sum(counts))
+        assert choices.small_classes(other) == small
 
 
 def test_classes_of_few_images_are_not_learned(in_folders) -> None:
@@ -252,11 +243,6 @@ def test_a_person_answers_about_mirroring_and_sees_what_was_measured(choose, mon
     assert asked == [(20, False), (100, True)]
 
 
-def test_images_that_training_sees_hundreds_of_times_are_warned_of(choose) -> None:
-    few, given = choose(count=20, side=16), choose("train.num_images=1000", count=20)
-    assert "960 times" in few.warning and not given.warning
-
-
 def test_the_picture_shows_the_center_that_data_crop_takes(choose) -> None:
     whole, center = (choose(*crop, count=8, side=400).images for crop in ((), ("data.crop=200",)))
     size = whole.shape[1]
@@ -265,20 +251,16 @@ def test_the_picture_shows_the_center_that_data_crop_takes(choose) -> None:
 
 
 def test_images_that_are_all_alike_teach_nothing(choose, tmp_path) -> None:
-    root = tmp_path / "8-60-RGB"
-    root.mkdir()
+    (folder := tmp_path / "8-60-RGB").mkdir()
     for seed in range(8):
-        Image.new("RGB", (60, 50), (250, 250, 250)).save(root / f"{seed}.png")
+        Image.new("RGB", (60, 50), (250, 250, 250)).save(folder / f"{seed}.png")
     with refused("PLACE"):
         choose(side=60, count=8)
 
 
-def test_splits_too_small_to_measure_with_are_refused(in_folders) -> None:
+def test_few_test_images_of_ones_own_are_splits_of_one_each_and_two_are_refused(in_folders) -> None:
     with refused("PLACE"):
         in_folders({"test": 2, "train": 8})
-
-
-def test_few_test_images_of_ones_own_are_splits_of_one_each(in_folders) -> None:
     counts = {"test/cat": 2, "test/dog": 2, "train/cat": 15, "train/dog": 15}
     evaluation = in_folders(counts).config.evaluation
     assert (evaluation.extractor, evaluation.num_splits) == ("classifier", 4)
@@ -301,12 +283,3 @@ def test_at_least_three_images_are_held_out() -> None:
 )  # fmt: skip
 def test_names(place: str, name: str) -> None:
     assert slug(place) == name
-
-
-def test_speed_is_measured_on_the_network_itself(choose) -> None:
-    networks = [f"network={{kind: unet, widths: [{width}]}}" for width in (8, 64)]
-    configs = [choose(network, "noise={num_levels: 4}", side=16).config for network in networks]
-    small, large = map(measure_speed, configs)
-    assert 0 < small.evaluate_image < small.train_image < large.train_image
-    with pytest.raises(UserError):
-        measure_speed(choose("noise=auto", side=16).config)  # it has no levels yet
