@@ -65,13 +65,6 @@ def test_a_value_in_place_of_a_section_is_refused_by_its_key() -> None:
     assert caught.value.problems[0].hint.endswith(" network.widths=[8]")
 
 
-def test_a_key_that_another_kind_left_is_told_how_to_replace_the_section() -> None:
-    with refused("sampling.sampler.steps_per_level", "sampling.sampler.epsilon") as caught:
-        from_yaml(DIGITS, overrides=["sampling.sampler.kind=dpm_solver"])
-    assert "annealed_langevin" in caught.value.problems[0].hint
-    assert all("sampling.sampler={kind: ...}" in problem.hint for problem in caught.value.problems)
-
-
 NCSN = "network={kind: ncsn}"
 AUGMENTED = "data.augmentation={}"
 MULTIPLIERS = "network.multipliers"
@@ -147,7 +140,6 @@ WRONG = [
         "sampling.guidance.sigma_min",
     ),
     ([*CLASSES, "sampling.guidance={kind: classifier_free, checkpoint: x}"], "sampling.guidance.checkpoint"),
-    (["sampling.guidance={kind: autoguidance}"], "sampling.guidance.checkpoint"),
     (["loss={kind: consistency}", LOGNORMAL, "train.init_from=x"], "sampling.sampler.kind"),
     (["sampling.sampler={kind: consistency}"], "sampling.sampler.kind"),
     ([*TUNED[:2], "train.init_from=x"], "loss.kind"),

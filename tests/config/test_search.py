@@ -95,14 +95,3 @@ def test_levels_that_the_images_will_choose_are_looked_at_then() -> None:
     text = DIGITS.replace("  sigma_1: 1.0\n", "  kind: auto\n").replace("  num_levels: 20\n", "")
     config = from_yaml(text, overrides=["search.num_trials=3"])
     assert config.noise.kind == "auto" and config.search is not None
-
-
-def test_evaluations_of_a_consistency_model_are_searched() -> None:
-    text = (CONFIGS / "digits_two_step.yaml").read_text()
-    steps = "sampling.sampler.steps: {kind: choice, values: [1, 2, 4]}"
-    config = from_yaml(text, overrides=["sampling.sampler={kind: consistency}", space(steps)])
-    found = [variant(config, {"sampling.sampler.steps": steps}).sampling.sampler for steps in (1, 4)]
-    assert [sampler.num_evaluations(18) for sampler in found] == [1, 4]
-    two_steps = "sampling.sampler={kind: consistency, sigmas: [0.5]}"
-    with refused("search.space", error=ConfigError):
-        from_yaml(text, overrides=[two_steps, space(steps)])

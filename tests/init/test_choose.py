@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,12 +26,16 @@ CPU, GPU = Machine(cores=2, gpus=0), Machine(cores=16, gpus=1, gpu="some GPU")
 def choose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., FirstConfig]:
     """`choose` for random images, where a training image of 32x32 takes `cost` seconds."""
 
+    made: dict[str, Path] = {}
+
     def call(
         *overrides: str,
         count: int = 100,
+        folders: dict[str, int] | None = None,
         side: int = 100,
         width: int | None = None,
         mode: str = "RGB",
+        root: Path | None = None,
         minutes: float = 20,
         cost: float = 0.004,
         machine: Machine = CPU,
@@ -41,12 +46,12 @@ def choose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Fir
             return Speed(train, train / 3)
 
         monkeypatch.setattr(choices, "measure_speed", known_speed)
-        root = tmp_path / "-".join(map(str, (count, side, mode, *filter(None, [width]))))
-        if not root.exists():
-            root.mkdir()
-            for seed in range(count):
+        root = root or made.setdefault(f"{folders or count} {side} {width} {mode}", tmp_path / f"images {len(made)}")
+        for place, many in () if root.exists() else (folders or {".": count}).items():
+            (root / place).mkdir(parents=True)
+            for seed in range(many):
                 coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, len(mode)), np.uint8)
-                Image.fromarray(coarse.squeeze()).resize((width or side, side)).save(root / f"{seed}.png")
+                Image.fromarray(coarse.squeeze()).resize((width or side, side)).save(root / place / f"{seed}.png")
         return choices.choose(survey(str(root)), seconds=60 * minutes, overrides=overrides, machine=machine)
 
     return call
@@ -77,10 +82,9 @@ def test_images_of_one_shape_keep_it(choose) -> None:
 
 
 def test_arrays_of_five_channels_keep_them(choose, tmp_path) -> None:
-    (folder := tmp_path / "40-100-RGB").mkdir()
     for seed in range(40):
-        np.save(folder / f"{seed}.npy", np.random.default_rng(seed).integers(0, 256, (20, 30, 5), np.uint8))
-    found = choose(count=40)
+        np.save(tmp_path / f"{seed}.npy", np.random.default_rng(seed).integers(0, 256, (20, 30, 5), np.uint8))
+    found = choose(root=tmp_path)
     assert found.config.data.stored_shape == (20, 32, 5) and found.images.shape == (40, 20, 32, 5)
     assert found.config.evaluation.extractor == "clusters"
 
@@ -93,17 +97,16 @@ def test_arrays_of_five_channels_keep_them(choose, tmp_path) -> None:
     ],
 )
 def test_scans_keep_their_values(choose, tmp_path, values, dtype, limits) -> None:
-    (folder := tmp_path / "40-20-L").mkdir()
     for seed in range(40):
-        Image.fromarray(values(np.random.default_rng(seed))).save(folder / f"{seed}.tif")
-    found = choose(count=40, side=20, mode="L")
+        Image.fromarray(values(np.random.default_rng(seed))).save(tmp_path / f"{seed}.tif")
+    found = choose(root=tmp_path)
     data = found.config.data
     assert (data.dtype, data.channels, found.images.dtype) == (dtype, 1, dtype)
     assert data.value_range == pytest.approx(limits, abs=1)
     assert found.config.network.sigma_data == pytest.approx(1 / 12**0.5, abs=0.04)
     assert ("sampling.grays" in found.draft.reasons) == (dtype == "uint16")
     if dtype == "uint16":
-        in_bytes = choose("data.dtype=uint8", count=40, side=20, mode="L")
+        in_bytes = choose("data.dtype=uint8", root=tmp_path)
         assert in_bytes.images.dtype == np.uint8 and in_bytes.images.max() == 3999 >> 8
 
 
@@ -122,50 +125,32 @@ def test_gray_images_transparent_ones_and_a_gpu(choose) -> None:
     assert (compute.use_gpu, compute.num_workers, compute.cpus_per_worker) == (True, 1, 16)
 
 
-@pytest.fixture
-def in_folders(choose, tmp_path: Path) -> Callable[..., FirstConfig]:
-    """`choose` for gray images, so many in each folder, which are made once."""
-
-    def call(counts: dict[str, int], *overrides: str) -> FirstConfig:
-        total, done = sum(counts.values()), 0
-        root = tmp_path / f"{total}-8-L"
-        if not root.exists():
-            choose(count=total, side=8, mode="L")
-            for name, count in counts.items():
-                (root / name).mkdir(parents=True)
-                for number in range(done, done + count):
-                    (root / f"{number}.png").rename(root / name / f"{number}.png")
-                done += count
-        return choose(*overrides, count=total, side=8, mode="L")
-
-    return call
-
-
-def test_enough_images_of_each_class_make_a_class_conditional_model(in_folders) -> None:
-    chosen = in_folders({"cat": 60, "dog": 100})
+def test_enough_images_of_each_class_make_a_class_conditional_model(choose) -> None:
+    in_classes = partial(choose, folders={"cat": 60, "dog": 100}, side=8, mode="L")
+    chosen = in_classes()
     config = chosen.config
     assert (config.data.num_classes, config.train.label_dropout, config.sampling.label) == (2, 0.1, "balanced")
     assert (config.sampling.guidance.kind, config.sampling.guidance.weight) == ("classifier_free", 1.5)
     assert config.evaluation.extractor == "classifier" and chosen.draft.reasons["data.num_classes"]
-    plain = in_folders({"cat": 60, "dog": 100}, "sampling.guidance=null", "sampling.num_images=64")
+    plain = in_classes("sampling.guidance=null", "sampling.num_images=64")
     assert plain.config.sampling.guidance is None and plain.config.data.num_classes == 2
-    guided = in_folders({"cat": 60, "dog": 100}, "train.label_dropout=0.2", "sampling.num_images=64")
+    guided = in_classes("train.label_dropout=0.2", "sampling.num_images=64")
     assert guided.config.train.label_dropout == 0.2
     assert guided.seconds["sample"] == pytest.approx(2 * plain.seconds["sample"])
     for given in ("data.num_classes=null", "network={kind: ncsn, num_features: 8}"):
-        config = in_folders({"cat": 60, "dog": 100}, given).config
+        config = in_classes(given).config
         assert (config.data.num_classes, config.train.label_dropout, config.sampling.guidance) == (None, 0, None)
         assert config.evaluation.extractor == "classifier"
-    unseen = in_folders({"cat": 60, "dog": 100}, "train.label_dropout=0").config
+    unseen = in_classes("train.label_dropout=0").config
     assert unseen.data.num_classes == 2 and unseen.sampling.guidance is None
 
 
-def test_a_small_class_beside_large_ones_changes_neither_model_nor_evaluation(in_folders, tmp_path) -> None:
-    chosen = in_folders({"cat": 70, "dog": 70, "eel": 5})
+def test_a_small_class_beside_large_ones_changes_neither_model_nor_evaluation(choose) -> None:
+    chosen = choose(folders={"cat": 70, "dog": 70, "eel": 5}, side=8)
     config = chosen.config
     assert (config.data.num_classes, config.sampling.label) == (3, "data")
     assert config.evaluation.extractor == "classifier" and "eel" in chosen.draft.reasons["data.num_classes"]
-    found = survey(str(tmp_path / "145-8-L"))
+    found = survey(config.data.root)
     for names, counts, small in (
         (found.class_names, found.class_counts, {"eel": 5}),
         ("cdef", (70, 60, 55, 1), {"e": 55, "f": 1}),
@@ -178,14 +163,15 @@ def test_a_small_class_beside_large_ones_changes_neither_model_nor_evaluation(in
         assert choices.small_classes(other) == small
 
 
-def test_classes_of_few_images_are_not_learned(in_folders) -> None:
-    few = in_folders({"cat": 40, "dog": 30})
+def test_classes_of_few_images_are_not_learned(choose) -> None:
+    in_folders = partial(choose, side=8)
+    few = in_folders(folders={"cat": 40, "dog": 30})
     assert few.config.data.num_classes is None and few.config.sampling.guidance is None
     assert few.config.evaluation.extractor == "classifier" and few.draft.reasons["data.num_classes"]
-    assert in_folders({"cat": 40, "dog": 30}, "data.num_classes=2").config.train.label_dropout == 0.1
-    least = in_folders({str(n): 6 for n in range(5)}).config
+    assert in_folders("data.num_classes=2", folders={"cat": 40, "dog": 30}).config.train.label_dropout == 0.1
+    least = in_folders(folders={str(n): 6 for n in range(5)}).config
     assert (least.data.num_classes, least.evaluation.extractor) == (None, "clusters")
-    splits = in_folders({"train": 80, "val": 79}).config
+    splits = in_folders(folders={"train": 80, "val": 79}).config
     assert (splits.data.num_classes, splits.evaluation.extractor) == (None, "clusters")
 
 
@@ -251,18 +237,17 @@ def test_the_picture_shows_the_center_that_data_crop_takes(choose) -> None:
 
 
 def test_images_that_are_all_alike_teach_nothing(choose, tmp_path) -> None:
-    (folder := tmp_path / "8-60-RGB").mkdir()
     for seed in range(8):
-        Image.new("RGB", (60, 50), (250, 250, 250)).save(folder / f"{seed}.png")
+        Image.new("RGB", (60, 50), (250, 250, 250)).save(tmp_path / f"{seed}.png")
     with refused("PLACE"):
-        choose(side=60, count=8)
+        choose(root=tmp_path)
 
 
-def test_few_test_images_of_ones_own_are_splits_of_one_each_and_two_are_refused(in_folders) -> None:
+def test_few_test_images_of_ones_own_are_splits_of_one_each_and_two_are_refused(choose) -> None:
     with refused("PLACE"):
-        in_folders({"test": 2, "train": 8})
+        choose(folders={"test": 2, "train": 8}, side=8)
     counts = {"test/cat": 2, "test/dog": 2, "train/cat": 15, "train/dog": 15}
-    evaluation = in_folders(counts).config.evaluation
+    evaluation = choose(folders=counts, side=8).config.evaluation
     assert (evaluation.extractor, evaluation.num_splits) == ("classifier", 4)
 
 
@@ -274,12 +259,6 @@ def test_at_least_three_images_are_held_out() -> None:
         held_out(5)
 
 
-@pytest.mark.parametrize(
-    ("place", "name"),
-    [
-        ("/data/My Photos (2024)", "my-photos-2024"), ("s3://bucket/cats.tar", "cats"), ("/x/猫", "images"),
-        ("/x/part.parquet/", "part"), (f"/{'a' * 60}", "a" * 40),
-    ],
-)  # fmt: skip
-def test_names(place: str, name: str) -> None:
-    assert slug(place) == name
+def test_a_name_is_made_of_the_place() -> None:
+    places = "/data/My Photos (2024)", "s3://bucket/cats.tar", "/x/猫", "/x/part.parquet/", f"/{'a' * 60}"
+    assert [*map(slug, places)] == ["my-photos-2024", "cats", "images", "part", "a" * 40]
