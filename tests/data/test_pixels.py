@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import tifffile
+from image_folders import Formats
 from PIL import Image
 
 from ncsn.data.pixels import BadImageError, Fit, decode
@@ -101,61 +102,51 @@ FLOATS = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
         (FLOATS, "TIFF", np.rint(255 * FLOATS)[..., None], ("float",)),
     ],
 )
-def test_kinds_of_pixels_are_converted_and_named(formats, image, kind, pixel, conversions):
-    pixels, found = fitted(formats.image(image, kind), np.shape(pixel)[-1])
+def test_kinds_of_pixels_are_converted_and_named(image, kind, pixel, conversions):
+    pixels, found = fitted(Formats.image(image, kind), np.shape(pixel)[-1])
     assert np.abs(pixels.astype(int) - pixel).max() <= (2 if {"CMYK", "YCbCr"} & {*conversions} else 0)
     assert found == conversions
 
 
-@pytest.mark.parametrize(
-    ("image", "kind"),
-    [(with_alpha(254), "PNG"), *((Image.new(mode, (8, 8)), "TIFF") for mode in ("I", "LAB")),
-     *((wrong, "TIFF") for wrong in (FLOATS * 255, FLOATS - 1, FLOATS * np.nan))],
-)  # fmt: skip
-def test_pixels_without_a_gray_are_bad(formats, image, kind):
-    with pytest.raises(BadImageError):
-        fitted(formats.image(image, kind))
-
-
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF", "AVIF"])
-def test_transparent_pixels_get_the_background(formats, kind):
+def test_transparent_pixels_get_the_background(kind):
     lossless = {"WEBP": {"lossless": True}, "AVIF": {"quality": 100}}.get(kind, {})
     image = Image.new("RGBA", (8, 8), (255, 255, 255, 0))
     image.paste((10, 20, 30, 255), (0, 0, 8, 4))
-    pixels, conversions = fitted(formats.image(image, kind, **lossless), background=(200, 0, 100))
+    pixels, conversions = fitted(Formats.image(image, kind, **lossless), background=(200, 0, 100))
     assert np.abs(pixels[0].astype(int) - [10, 20, 30]).max() <= 2
     assert np.abs(pixels[7].astype(int) - [200, 0, 100]).max() <= 2
     assert conversions == ("transparent",)
 
 
-def test_half_transparent_pixels_are_mixed_and_gray_stays_gray_on_gray(formats):
+def test_half_transparent_pixels_are_mixed_and_gray_stays_gray_on_gray():
     half = Image.new("LA", (8, 8), (0, 51))
-    assert (fitted(formats.image(half), 1, background=(255, 255, 255))[0] == 204).all()
-    assert (fitted(formats.image(half), 1, background=(100, 100, 0))[0] == 71).all()  # luma 88.6, times 0.8
-    assert (fitted(formats.image(half), 3, background=(100, 0, 0))[0] == [80, 0, 0]).all()
-    assert fitted(formats.image(half), 3, background=(255, 255, 255))[1] == ("transparent", "gray")
+    assert (fitted(Formats.image(half), 1, background=(255, 255, 255))[0] == 204).all()
+    assert (fitted(Formats.image(half), 1, background=(100, 100, 0))[0] == 71).all()  # luma 88.6, times 0.8
+    assert (fitted(Formats.image(half), 3, background=(100, 0, 0))[0] == [80, 0, 0]).all()
+    assert fitted(Formats.image(half), 3, background=(255, 255, 255))[1] == ("transparent", "gray")
 
 
-def test_a_transparent_color_of_a_palette_and_of_rgb_gets_the_background(formats):
+def test_a_transparent_color_of_a_palette_and_of_rgb_gets_the_background():
     palette = Image.new("P", (8, 8), 0)
     palette.putpalette([9, 9, 9, 50, 60, 70])
     for kind in ("PNG", "GIF"):
-        encoded = formats.image(palette, kind, transparency=0)
+        encoded = Formats.image(palette, kind, transparency=0)
         assert (fitted(encoded, background=(1, 2, 3))[0] == [1, 2, 3]).all()
         with pytest.raises(BadImageError):
             fitted(encoded)
-    keyed = formats.image(Image.new("RGB", (8, 8), (9, 8, 7)), transparency=(9, 8, 7))
+    keyed = Formats.image(Image.new("RGB", (8, 8), (9, 8, 7)), transparency=(9, 8, 7))
     assert (fitted(keyed, background=(1, 2, 3))[0] == [1, 2, 3]).all()
     assert (fitted(keyed)[0] == [9, 8, 7]).all()  # as always
 
 
 @pytest.mark.parametrize("kind", ["GIF", "TIFF", "PNG", "WEBP", "AVIF"])
-def test_the_first_of_several_frames_is_taken(formats, kind):
+def test_the_first_of_several_frames_is_taken(kind):
     first, *rest = (Image.new("RGB", (8, 8), (level, 0, 0)) for level in (200, 100, 0))
     lossless = {"WEBP": {"lossless": True}, "AVIF": {"quality": 100}}.get(kind, {})
-    pixels, conversions = fitted(formats.image(first, kind, save_all=True, append_images=rest, **lossless))
+    pixels, conversions = fitted(Formats.image(first, kind, save_all=True, append_images=rest, **lossless))
     assert np.abs(pixels.astype(int) - [200, 0, 0]).max() <= 2 and conversions == ("animated",)
-    assert fitted(formats.image(first, kind))[1] == ()
+    assert fitted(Formats.image(first, kind))[1] == ()
 
 
 def npy(values: np.ndarray) -> bytes:
@@ -164,7 +155,7 @@ def npy(values: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def test_arrays_and_pictures_with_alpha_keep_their_channels(formats, rng):
+def test_arrays_and_pictures_with_alpha_keep_their_channels(rng):
     values = rng.integers(0, 256, (8, 16, 5), np.uint8)
     fit = Fit((8, 16), 5)
     for stored in (values, values.transpose(2, 0, 1)):
@@ -175,18 +166,20 @@ def test_arrays_and_pictures_with_alpha_keep_their_channels(formats, rng):
     assert np.array_equal(gray.image[..., 0], values[..., 0]) and gray.conversions == ()
     # Of three and of one channel, as any other image.
     assert Fit((8, 16), 1).picture(decode(npy(values[..., :3]))).conversions == ("RGB",)
+    assert (fitted(npy(np.full((8, 8), 0x1234, np.uint16)), 1)[0] == 0x12).all()
+    assert (fitted(npy(np.full((8, 8, 2), 0.5)), 2)[0] == 128).all()
     for mode, bands in (("RGBA", 4), ("LA", 2)):
         image = with_alpha(7).convert(mode)
-        assert np.array_equal(fitted(formats.image(image), bands)[0], np.asarray(image))
+        assert np.array_equal(fitted(Formats.image(image), bands)[0], np.asarray(image))
 
 
 WIDE = Fit((8, 16), 1, dtype="uint16", limits=(0, 65535))
 
 
-def test_sixteen_bits_are_kept(formats, rng):
+def test_sixteen_bits_are_kept(rng):
     values = rng.integers(0, 65536, (8, 16), np.uint16)
     for kind in ("PNG", "TIFF"):
-        pixels, _, conversions = WIDE.picture(decode(formats.image(values, kind)))
+        pixels, _, conversions = WIDE.picture(decode(Formats.image(values, kind)))
         assert pixels.dtype == np.uint16 and np.array_equal(pixels[..., 0], values) and conversions == ()
     for stored in (values, values.astype(">u2"), values.astype(np.int32)):
         assert np.array_equal(WIDE.picture(decode(npy(stored))).image[..., 0], values)
@@ -200,10 +193,10 @@ def test_sixteen_bits_are_kept(formats, rng):
     assert padded.image[0, :, 0].tolist() == [65535] * 4 + [7] * 8 + [65535] * 4
 
 
-def test_any_numbers_are_kept_and_those_beyond_the_limits_clipped(formats, rng):
+def test_any_numbers_are_kept_and_those_beyond_the_limits_clipped(rng):
     fit = replace(WIDE, dtype="float32", limits=(-1024, 3071))
     values = rng.uniform(-1024, 3071, (8, 16)).astype(np.float32)
-    for data in (formats.image(values, "TIFF"), npy(values)):
+    for data in (Formats.image(values, "TIFF"), npy(values)):
         pixels, _, conversions = fit.picture(decode(data))
         assert pixels.dtype == np.float32 and np.array_equal(pixels[..., 0], values) and conversions == ()
     signed = rng.integers(-1024, 3072, (8, 16), np.int16)
@@ -235,31 +228,32 @@ def test_tiff_files_of_several_channels_that_pillow_cannot_read(settings, dtype,
             fit.picture(decode(bytes(damaged[: rng.integers(len(data) // 2, len(data) + 1)])))
 
 
-def test_arrays_in_bytes():
-    assert (Fit((8, 8), 1).picture(decode(npy(np.full((8, 8), 0x1234, np.uint16)))).image == 0x12).all()
-    assert (Fit((8, 8), 2).picture(decode(npy(np.full((8, 8, 2), 0.5)))).image == 128).all()
-
-
+RGB, PAIR = Fit((8, 8), 3), Fit((8, 8), 2)
 FLOAT32 = replace(WIDE, dtype="float32", limits=(0, 1))
+BOMB = bytearray(Formats.image(Image.new("RGB", (8, 8)), "BMP"))
+BOMB[18:26] = struct.pack("<II", 20_000, 20_000)
 
 
 @pytest.mark.parametrize(
-    ("fit", "values"),
+    ("fit", "data"),
     [
-        *((Fit((8, 8), 2), np.zeros(shape, np.uint8)) for shape in (8, (9, 9, 9), (8, 8, 0))),
-        (Fit((8, 8), 2), np.array([{}])),
-        (Fit((8, 8), 2), np.zeros((8, 8, 2), bool)),
-        (Fit((8, 8), 1), np.full((8, 8), 2.0)),
-        (Fit((8, 8), 1), np.full((8, 8), 2, np.int64)),
-        *((WIDE, np.zeros((8, 16), dtype)) for dtype in (np.uint8, np.float32)),
-        (WIDE, np.zeros((8, 16, 3), np.uint16)),
-        *((FLOAT32, np.full((8, 16), value, np.float32)) for value in (np.nan, np.inf)),
+        (RGB, Formats.image(with_alpha(254))),
+        *((RGB, Formats.image(Image.new(mode, (8, 8)), "TIFF")) for mode in ("I", "LAB")),
+        *((RGB, Formats.image(wrong, "TIFF")) for wrong in (FLOATS * 255, FLOATS - 1, FLOATS * np.nan)),
+        *((RGB, Formats.image(Image.new("RGB", (8, 8)), kind)) for kind in ("PPM", "PDF")),
+        *((RGB, data) for data in (b"<svg/>", bytes(BOMB))),
+        *((PAIR, npy(np.zeros(shape, np.uint8))) for shape in (8, (9, 9, 9), (8, 8, 0))),
+        *((PAIR, npy(values)) for values in (np.array([{}]), np.zeros((8, 8, 2), bool), np.full((8, 8, 2), 2.0))),
+        (Fit((8, 8), 1), npy(np.full((8, 8), 2, np.int64))),
+        *((WIDE, npy(np.zeros((8, 16), dtype))) for dtype in (np.uint8, np.float32)),
+        (WIDE, npy(np.zeros((8, 16, 3), np.uint16))),
+        *((FLOAT32, npy(np.full((8, 16), value, np.float32))) for value in (np.nan, np.inf)),
     ],
 )
-def test_arrays_that_are_no_images_of_these_settings_are_bad(fit, values):
-    for data in (npy(values), npy(values)[:70]):
+def test_what_is_no_picture_for_these_settings_is_bad(fit, data):
+    for some in (data, data[:70]):
         with pytest.raises(BadImageError):
-            fit.picture(decode(data))
+            fit.picture(decode(some))
 
 
 def test_the_config_overrules_the_crop_of_a_source(data_config):
@@ -267,12 +261,12 @@ def test_the_config_overrules_the_crop_of_a_source(data_config):
     assert Fit.of(data_config("celeba", "x", crop=100), crop=140).crop == 100
 
 
-def test_photographs_are_turned_upright(formats):
+def test_photographs_are_turned_upright():
     upright = np.zeros((16, 16, 1), np.uint8)
     upright[:8] = 255
     exif = Image.Exif()
     exif[0x0112] = 6  # "turn right to view": the stored rows run up the left side of the picture
-    stored = formats.image(np.ascontiguousarray(np.rot90(upright)), exif=exif)
+    stored = Formats.image(np.ascontiguousarray(np.rot90(upright)), exif=exif)
     assert np.array_equal(fitted(stored, 1, 16)[0], upright)
 
 
@@ -287,12 +281,12 @@ def waves(width: int, height: int) -> np.ndarray:
     ("width", "height", "scale"), [(64, 64, 4), (65, 71, 4), (99, 33, 2), (31, 97, 1), (400, 301, 8)]
 )
 @pytest.mark.parametrize("orientation", [1, 3, 6])
-def test_a_large_jpeg_is_decoded_smaller_and_looks_the_same(formats, method, width, height, scale, orientation):
+def test_a_large_jpeg_is_decoded_smaller_and_looks_the_same(method, width, height, scale, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     if orientation != 1 and (width % 8 or height % 8):
         scale = 1
-    stored = formats.image(waves(width, height), "JPEG", quality=95, subsampling=0, exif=exif)
+    stored = Formats.image(waves(width, height), "JPEG", quality=95, subsampling=0, exif=exif)
     fit = Fit((8, 8), 3, method=method)
     small, whole = decode(stored, least_side=fit.least_side), decode(stored)
     assert (small.scale, small.size, whole.scale) == (scale, whole.image.size, 1)
@@ -301,8 +295,8 @@ def test_a_large_jpeg_is_decoded_smaller_and_looks_the_same(formats, method, wid
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF"])
-def test_a_truncated_image_is_bad_and_damage_anywhere_never_is_another_error(formats, rng, kind):
-    whole = formats.image(rng.integers(0, 256, (64, 64, 3), np.uint8), kind)
+def test_a_truncated_image_is_bad_and_damage_anywhere_never_is_another_error(rng, kind):
+    whole = Formats.image(rng.integers(0, 256, (64, 64, 3), np.uint8), kind)
     for length in (0, 1, 20, len(whole) // 2, len(whole) * 9 // 10):
         for least_side in (None, 16):
             with pytest.raises(BadImageError):
@@ -313,12 +307,3 @@ def test_a_truncated_image_is_bad_and_damage_anywhere_never_is_another_error(for
             damaged[place] = rng.integers(256)
         with contextlib.suppress(BadImageError, UserError):
             fitted(bytes(damaged), background=(0, 0, 0))
-
-
-def test_other_formats_and_bombs_are_bad(formats):
-    picture = np.zeros((8, 8, 3), np.uint8)
-    bomb = bytearray(formats.image(picture, "BMP"))
-    bomb[18:26] = struct.pack("<II", 20_000, 20_000)
-    for content in (formats.image(picture, "PPM"), formats.image(picture, "PDF"), b"<svg/>", bytes(bomb)):
-        with pytest.raises(BadImageError):
-            decode(content)

@@ -9,7 +9,7 @@ import urllib.request
 
 import numpy as np
 import pytest
-from image_folders import put
+from image_folders import Formats, put
 from refused import refused
 from sklearn.datasets import load_digits
 from torchvision.datasets import CIFAR10
@@ -113,13 +113,13 @@ def test_idx_images_and_labels_come_in_order(idx_folder, data_config, tmp_path, 
     assert len(opened.class_names) == 10
 
 
-def test_idx_files_that_are_damaged_or_do_not_fit_each_other_are_refused(idx_folder, data_config, formats):
+def test_idx_files_that_are_damaged_or_do_not_fit_each_other_are_refused(idx_folder, data_config):
     folder, arrays = idx_folder()
-    images, labels = formats.idx(arrays[TRAIN_IMAGES]), arrays[TRAIN_LABELS].copy()
+    images, labels = Formats.idx(arrays[TRAIN_IMAGES]), arrays[TRAIN_LABELS].copy()
     labels[4] = 10
     no_sizes, of_labels = struct.pack(">4I", 0x803, 12, 0, 0), struct.pack(">2I", 0x801, 12) + images[16:]
     wrong = [(TRAIN_IMAGES, content) for content in (images[:-1], of_labels, b"<!DOCTYPE html><html>", no_sizes)]
-    wrong += [(TRAIN_LABELS, formats.idx(some)) for some in (arrays[TRAIN_LABELS][:-1], labels)]
+    wrong += [(TRAIN_LABELS, Formats.idx(some)) for some in (arrays[TRAIN_LABELS][:-1], labels)]
     for name, content in wrong:
         before = (folder / name).read_bytes()
         (folder / name).write_bytes(content)
@@ -152,7 +152,7 @@ def test_a_download_without_a_network_is_one_clear_line(data_config, tmp_path, m
 
 
 @pytest.fixture
-def cifar(tmp_path, rng, formats, monkeypatch) -> tuple[np.ndarray, np.ndarray]:
+def cifar(tmp_path, rng, monkeypatch) -> tuple[np.ndarray, np.ndarray]:
     """Writes CIFAR-10 as a folder and as an archive whose digests torchvision expects; its images and labels."""
 
     def md5(content: bytes) -> str:
@@ -164,7 +164,7 @@ def cifar(tmp_path, rng, formats, monkeypatch) -> tuple[np.ndarray, np.ndarray]:
     batches = [pickle.dumps({"labels": some, "data": images}) for some, images in pairs]
     meta = pickle.dumps({"label_names": ["airplane", *(f"class {n}" for n in range(1, 10))]})
     files = dict(zip([*names, "batches.meta"], [*batches, meta], strict=True))
-    archive = formats.tar({f"cifar-10-batches-py/{name}": content for name, content in files.items()}, "w:gz")
+    archive = Formats.tar({f"cifar-10-batches-py/{name}": content for name, content in files.items()}, "w:gz")
     digests = [[name, md5(files[name])] for name in names]
     for name, value in {"train_list": digests[:5], "test_list": digests[5:], "tgz_md5": md5(archive)}.items():
         monkeypatch.setattr(CIFAR10, name, value)
@@ -188,14 +188,14 @@ def test_every_shape_of_cifar_gives_the_same_images(cifar, tmp_path, data_config
 
 
 @pytest.mark.usefixtures("cifar")
-def test_nothing_but_the_published_files_is_unpickled(tmp_path, data_config, formats):
+def test_nothing_but_the_published_files_is_unpickled(tmp_path, data_config):
     folder, archive = tmp_path / "unpacked" / "cifar-10-batches-py", tmp_path / "packed" / "cifar-10-python.tar.gz"
     batch = folder / "data_batch_2"
     for damage in (lambda: batch.write_bytes(batch.read_bytes()[:-1]), batch.unlink):
         damage()
         with refused(str(folder)):
             open_source(data_config("cifar10", folder, **CIFAR))
-    for content in (archive.read_bytes()[:-20], formats.tar({"../../data_batch_1": b"x"}, "w:gz"), b"<html>"):
+    for content in (archive.read_bytes()[:-20], Formats.tar({"../../data_batch_1": b"x"}, "w:gz"), b"<html>"):
         archive.write_bytes(content)
         with refused(str(archive)):
             open_source(data_config("cifar10", archive, **CIFAR))

@@ -12,7 +12,7 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 from hypothesis import given, strategies as st
-from image_folders import put, rows_of, skipped_of
+from image_folders import Formats, put, rows_of, skipped_of
 from refused import refused
 
 from ncsn.config.schema import DataConfig
@@ -79,8 +79,8 @@ def test_the_same_images_and_settings_stay_the_same_dataset(tmp_path, members, d
     ]  # fmt: skip
 
 
-def test_odd_names_and_links_are_read(tmp_path, formats, data_config):
-    image = formats.image(np.full((8, 8), 50, np.uint8))
+def test_odd_names_and_links_are_read(tmp_path, data_config):
+    image = Formats.image(np.full((8, 8), 50, np.uint8))
     names = ("кошка/мяу 1.png", "猫/二.png", "gato/ñandú\n3.png", "x.png/4.PNG", "x.png/🙂.png", "dog/' \" $(5).png")
     root = Path(put(tmp_path / "images", dict.fromkeys(names, image)))
     put(tmp_path / "elsewhere", {"far.png": image})
@@ -94,14 +94,14 @@ def test_odd_names_and_links_are_read(tmp_path, formats, data_config):
     assert sum(map(len, rows_of(source).values())) == 8 and skipped_of(source) == []
 
 
-def test_a_name_that_is_not_text_is_refused(tmp_path, formats, data_config):
-    image = formats.image(np.full((8, 8), 50, np.uint8))
+def test_a_name_that_is_not_text_is_refused(tmp_path, data_config):
+    image = Formats.image(np.full((8, 8), 50, np.uint8))
     (tmp_path / "images").mkdir()
     Path(os.fsdecode(os.fsencode(tmp_path) + b"/images/caf\xe9.png")).write_bytes(image)
     for read in (open_source, source_fingerprint):
         with refused("data.root"):
             read(data_config("image_folder", tmp_path / "images"))
-    root = put(tmp_path / "tar", {"a.tar": formats.tar({"caf\udce9.png": image})})
+    root = put(tmp_path / "tar", {"a.tar": Formats.tar({"caf\udce9.png": image})})
     with refused(f"{root}/a.tar"):
         open_source(data_config("image_folder", root))
 

@@ -61,6 +61,7 @@ def test_the_file_is_the_config(choose) -> None:
     chosen = choose(cost=0.08)
     assert from_yaml(chosen.draft.to_yaml(["Hello."])) == chosen.config
     assert {"data.image_size", "data.horizontal_flip", "train.num_images"} <= chosen.draft.reasons.keys()
+    assert chosen.config.data.horizontal_flip
     assert 1000 < sum(chosen.seconds.values()) < 1250
 
 
@@ -113,6 +114,7 @@ def test_scans_keep_their_values(choose, tmp_path, values, dtype, limits) -> Non
 def test_few_images_are_not_repeated_without_end_and_warned_of(choose) -> None:
     few = choose(count=20, minutes=600, side=16)
     assert few.config.train.num_images == 8 * 1200 and few.config.train.batch_size == 16
+    assert not few.config.data.horizontal_flip
     assert "960 times" in few.warning and not choose("train.num_images=1000", count=20).warning
 
 
@@ -214,19 +216,6 @@ def test_noise_is_that_of_karras_for_the_spread_of_the_images(choose) -> None:
         config = choose(levels).config
         assert (config.noise.kind, config.noise.training.kind) == ("auto", "levels"), levels
     assert choose("train.ema={kind: decay, per_step: 0.99}").config.train.ema.kind == "decay"
-
-
-def test_a_person_answers_about_mirroring_and_sees_what_was_measured(choose, monkeypatch) -> None:
-    def ask(images: np.ndarray, measured: bool) -> bool:
-        asked.append((len(images), measured))
-        return not measured
-
-    assert choose(count=100).config.data.horizontal_flip and not choose(count=20).config.data.horizontal_flip
-    asked: list[tuple[int, bool]] = []
-    monkeypatch.setattr(choices, "choose", lambda *a, _=choices.choose, **k: _(*a, **k, ask_mirrored=ask))
-    assert choose(count=20).config.data.horizontal_flip and not choose(count=100).config.data.horizontal_flip
-    choose("data.horizontal_flip=false", count=20)
-    assert asked == [(20, False), (100, True)]
 
 
 def test_the_picture_shows_the_center_that_data_crop_takes(choose) -> None:
