@@ -4,42 +4,33 @@ from __future__ import annotations
 
 import json
 import zipfile
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 from image_folders import Formats, put, rows_of, skipped_of, sorted_rows
 from refused import refused
-from tiny_networks import tiny_config
 
 from ncsn.data.dataset import write_dataset
 from ncsn.data.sources import open_source
 from ncsn.data.sources.base import list_files, source_fingerprint
 from ncsn.errors import NotFound, UserError
-from ncsn.steps import train
 from ncsn.storage import s3
 
 
 def halves(members: dict[str, bytes]) -> list[dict[str, bytes]]:
-    names = list(members)
-    return [{name: members[name] for name in names[start::2]} for start in (0, 1)]
+    return [dict(list(members.items())[start::2]) for start in (0, 1)]
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """Writes images of one value and different sizes, path -> value."""
-
-    def make(values: dict[str, int]) -> str:
-        sized = enumerate(values.items(), start=9)
-        files = {path: Formats.image(np.full((height, 12), value, np.uint8)) for height, (path, value) in sized}
-        return put(tmp_path / "images", files)
-
-    return make
+def pictures(values: dict[str, int]) -> dict[str, bytes]:
+    """Images of one value and different sizes."""
+    sized = enumerate(values.items(), start=9)
+    return {path: Formats.image(np.full((height, 12), value, np.uint8)) for height, (path, value) in sized}
 
 
-def test_folders_are_classes_held_out_class_by_class_and_left_out_by_name(folder, data_config):
-    root = folder({f"{name}/deep/{n}.png": 10 * place + n for place, name in enumerate("abc") for n in range(8)})
+def test_folders_are_classes_held_out_class_by_class_and_left_out_by_name(tmp_path, data_config):
+    values = {f"{name}/deep/{n}.png": 10 * place + n for place, name in enumerate("abc") for n in range(8)}
+    root = put(tmp_path, pictures(values))
     source = open_source(data_config("image_folder", root))
     assert source.class_names == ("a", "b", "c")
     assert sorted_rows(source) == [(10 * label + n, label) for label in range(3) for n in range(8)]
@@ -52,9 +43,9 @@ def test_folders_are_classes_held_out_class_by_class_and_left_out_by_name(folder
             open_source(data_config("image_folder", root, leave_out=names))
 
 
-def test_folders_train_and_test_are_the_splits(folder, members, tmp_path, data_config):
+def test_folders_train_and_test_are_the_splits(members, tmp_path, data_config):
     paths = {"train/cat/1.png": 10, "train/dog/2.png": 20, "train/dog/3.png": 30, "test/dog/4.png": 40}
-    source = open_source(data_config("image_folder", folder(paths)))
+    source = open_source(data_config("image_folder", put(tmp_path / "images", pictures(paths))))
     assert source.class_names == ("cat", "dog")
     rows = rows_of(source)
     assert (sorted(rows["train"]), rows["test"]) == ([(10, 0), (20, 1), (30, 1)], [(40, 1)])
@@ -242,11 +233,8 @@ def test_broken_tables_and_those_that_do_not_fit_their_images_are_named(tmp_path
 
 @pytest.mark.parametrize("missing", ["", "-1", None])
 def test_images_without_a_label_beside_others_are_kept_and_counted(tmp_path, images, data_config, missing):
-    labels = {name: ("cat", "dog")[number % 2] for number, name in enumerate(images)}
-    for name in list(images)[:4]:
-        del labels[name]
-        if missing is not None:
-            labels[name] = missing
+    words = [missing] * 4 + ["cat", "dog"] * 4
+    labels = {name: word for name, word in zip(images, words, strict=True) if word is not None}
     root = put(tmp_path / "images", {**images, "labels.csv": table_of("labels.csv", labels)})
     data = data_config("image_folder", root)
     source = open_source(data)
@@ -254,15 +242,6 @@ def test_images_without_a_label_beside_others_are_kept_and_counted(tmp_path, ima
     assert sorted_rows(source) == [(n, -1 if n < 4 else n % 2) for n in range(COUNT)]
     assert [label for _, label in rows_of(source)["test"]].count(-1) == 1  # they give their share as a class does
     assert write_dataset(source, str(tmp_path / "store"), name="x", data=data).manifest.unlabeled == 4
-
-
-@pytest.mark.parametrize("classes", [0, 1, 2])
-def test_training_is_refused_where_the_classifier_would_be(tmp_path, members, data_config, classes):
-    files = {f"{n % classes}/{n}.png" if classes else f"{n}.png": image for n, image in enumerate(members.values())}
-    data = data_config("image_folder", put(tmp_path / "images", files))
-    manifest = write_dataset(open_source(data), str(tmp_path / "store"), name="x", data=data).manifest
-    with nullcontext() if classes > 1 else refused("evaluation.extractor"):
-        train.require_classes(tiny_config("evaluation.extractor=classifier"), manifest, "the dataset")
 
 
 def test_faces_are_cut_as_in_the_paper_and_split_as_their_partition_says(tmp_path, data_config):

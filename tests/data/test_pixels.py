@@ -79,6 +79,7 @@ def fitted(data: bytes, channels: int = 3, size: int = 8, **settings) -> tuple[n
     return pixels, conversions
 
 
+LOSSLESS = {"WEBP": {"lossless": True}, "AVIF": {"quality": 100}}
 GREEN = Image.new("RGB", (8, 8), (0, 255, 0))
 FLOATS = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
 
@@ -110,10 +111,9 @@ def test_kinds_of_pixels_are_converted_and_named(image, kind, pixel, conversions
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF", "AVIF"])
 def test_transparent_pixels_get_the_background(kind):
-    lossless = {"WEBP": {"lossless": True}, "AVIF": {"quality": 100}}.get(kind, {})
     image = Image.new("RGBA", (8, 8), (255, 255, 255, 0))
     image.paste((10, 20, 30, 255), (0, 0, 8, 4))
-    pixels, conversions = fitted(Formats.image(image, kind, **lossless), background=(200, 0, 100))
+    pixels, conversions = fitted(Formats.image(image, kind, **LOSSLESS.get(kind, {})), background=(200, 0, 100))
     assert np.abs(pixels[0].astype(int) - [10, 20, 30]).max() <= 2
     assert np.abs(pixels[7].astype(int) - [200, 0, 100]).max() <= 2
     assert conversions == ("transparent",)
@@ -143,8 +143,9 @@ def test_a_transparent_color_of_a_palette_and_of_rgb_gets_the_background():
 @pytest.mark.parametrize("kind", ["GIF", "TIFF", "PNG", "WEBP", "AVIF"])
 def test_the_first_of_several_frames_is_taken(kind):
     first, *rest = (Image.new("RGB", (8, 8), (level, 0, 0)) for level in (200, 100, 0))
-    lossless = {"WEBP": {"lossless": True}, "AVIF": {"quality": 100}}.get(kind, {})
-    pixels, conversions = fitted(Formats.image(first, kind, save_all=True, append_images=rest, **lossless))
+    pixels, conversions = fitted(
+        Formats.image(first, kind, save_all=True, append_images=rest, **LOSSLESS.get(kind, {}))
+    )
     assert np.abs(pixels.astype(int) - [200, 0, 0]).max() <= 2 and conversions == ("animated",)
     assert fitted(Formats.image(first, kind))[1] == ()
 

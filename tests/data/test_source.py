@@ -7,7 +7,7 @@ import json
 import os
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +15,6 @@ from hypothesis import given, strategies as st
 from image_folders import Formats, put, rows_of, skipped_of
 from refused import refused
 
-from ncsn.config.schema import DataConfig
 from ncsn.data.dataset import write_dataset
 from ncsn.data.sources import OF_LIBRARIES, SOURCES, image_files, open_source
 from ncsn.data.sources.base import hold_out, list_files, name_ranks, source_fingerprint
@@ -31,10 +30,6 @@ def test_each_class_gives_its_exact_share_of_the_names_that_come_first(count, pe
     chosen = hold_out(name_ranks(names), labels, percent / 100)
     assert chosen["test"].tolist() == (expected or by_rank[-1:] * (count > 1))
     assert sorted([*chosen["train"], *chosen["test"]]) == list(range(count))
-
-
-def test_a_config_names_the_known_sources() -> None:
-    assert set(get_args(DataConfig.model_fields["source"].annotation)) == SOURCES.keys()
 
 
 @pytest.mark.parametrize("source", sorted(SOURCES.keys() - OF_LIBRARIES))

@@ -1,4 +1,4 @@
-"""The choices of `ncsn init`, on a machine of known speed."""
+"""The choices of `ncsn init` on a machine of known speed, and the file that they become."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 from refused import refused
 
 from ncsn.config import Config, ConfigError, from_yaml
 from ncsn.init import choose as choices
 from ncsn.init.choose import FirstConfig, held_out, slug, unet
+from ncsn.init.draft import Draft
 from ncsn.init.plan import Machine, Speed
 from ncsn.init.survey import survey
 from ncsn.model.objective import noise_notes
@@ -184,13 +186,10 @@ def test_given_values_hold_and_the_others_fit_them(choose) -> None:
     assert len(config.network.widths) == 2 and config.sampling.sampler.kind == "dpm_solver"
     paper = choose("network={kind: ncsn, num_features: 8}").config
     assert paper.network.kind == "ncsn" and paper.sampling.sampler.kind == "annealed_langevin"
-    assert choose("data.horizontal_flip=true", count=20).config.data.horizontal_flip
-    assert choose("network.kind=ncsn", "sampling.sampler.kind=annealed_langevin").config.network.kind == "ncsn"
     assert choose("network.widths=[8, 16]", "data.image_size=16").config.network.widths == (8, 16)
     best = choose("network={kind: ddpmpp, base_width: 16, multipliers: [1, 2], attention_sizes: []}", side=28).config
     assert best.sampling.sampler.kind == "karras_heun" and best.loss.weighting == "edm"
-    heun = choose("sampling.sampler.num_steps=5")
-    assert "9 evaluations" in heun.draft.reasons["sampling.sampler.kind"]
+    assert "9 evaluations" in choose("sampling.sampler.num_steps=5").draft.reasons["sampling.sampler.kind"]
     for wrong in ("data.image_size=huge", "data.colour=red", "train.batch_size=-3", "sampling.num_images=none"):
         with pytest.raises(ConfigError) as caught:
             choose(wrong)
@@ -215,7 +214,6 @@ def test_noise_is_that_of_karras_for_the_spread_of_the_images(choose) -> None:
     for levels in ("noise=auto", "noise.training.kind=levels", "loss={kind: ssm}", "network={kind: ncsnv2}"):
         config = choose(levels).config
         assert (config.noise.kind, config.noise.training.kind) == ("auto", "levels"), levels
-    assert choose("train.ema={kind: decay, per_step: 0.99}").config.train.ema.kind == "decay"
 
 
 def test_the_picture_shows_the_center_that_data_crop_takes(choose) -> None:
@@ -251,3 +249,42 @@ def test_at_least_three_images_are_held_out() -> None:
 def test_a_name_is_made_of_the_place() -> None:
     places = "/data/My Photos (2024)", "s3://bucket/cats.tar", "/x/猫", "/x/part.parquet/", f"/{'a' * 60}"
     assert [*map(slug, places)] == ["my-photos-2024", "cats", "images", "part", "a" * 40]
+
+
+def test_what_is_given_is_not_chosen() -> None:
+    draft = Draft(["train.batch_size=32", "sampling.sampler={kind: karras_heun}", "network={kind: ncsn}"])
+    assert draft.choose("train.batch_size", 64) == 32
+    assert draft.choose("train.num_images", 1000) == 1000
+    assert not draft.section("sampling.sampler", "dpm_solver")
+    assert not draft.section("network", "unet")
+    assert draft.section("noise", "auto")
+    assert not Draft(["noise.kind=geometric"]).section("noise", "auto")
+    assert Draft(["noise.kind=auto"]).section("noise", "auto")
+    assert draft.choose("sampling.sampler.num_steps", 5) == 5
+    assert draft.tree == {
+        "train": {"batch_size": 32, "num_images": 1000},
+        "sampling": {"sampler": {"kind": "karras_heun"}},
+        "network": {"kind": "ncsn"},
+        "noise": {"kind": "auto"},
+    }
+    with pytest.raises(ConfigError):
+        Draft(["train"])
+
+
+def test_reasons_with_any_character_stay_comments() -> None:
+    draft = Draft()
+    draft.choose("name", "x", "Named a\nb: c\u2028d: e\x85f: g\x07.")
+    assert yaml.safe_load(draft.to_yaml()) == {"name": "x"}
+
+
+def test_the_file_has_the_order_of_the_schema_and_the_reasons_above_the_values() -> None:
+    draft = Draft(["train.num_images=7"])
+    draft.choose("data.image_size", 32, "Small.")
+    draft.choose("data.source", "image_folder")
+    draft.choose("name", "x", "A name.")
+    text = draft.to_yaml(["What."])
+    assert text.splitlines() == [
+        "# What.", "", "# A name.", "name: x", "data:", "  source: image_folder", "  # Small.", "  image_size: 32",
+        "train:", "  # As given.", "  num_images: 7",
+    ]  # fmt: skip
+    assert yaml.safe_load(text) == draft.tree

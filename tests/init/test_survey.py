@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -27,28 +25,17 @@ def picture(seed: int, *, size: tuple[int, int] = (40, 30), bands: int = 3) -> I
     return Image.fromarray(coarse.squeeze()).resize(size, Image.Resampling.BICUBIC)
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Callable[..., Path]:
-    """A folder of the images name -> picture."""
-
-    def make(images: dict[str, Image.Image], name: str = "images", **settings: object) -> Path:
-        for path, image in images.items():
-            file = tmp_path / name / path
-            file.parent.mkdir(parents=True, exist_ok=True)
-            image.save(file, **settings)
-        return tmp_path / name
-
-    return make
+def png(seed: int, *, size: tuple[int, int] = (40, 30)) -> bytes:
+    return Formats.image(picture(seed, size=size))
 
 
-def test_photographs(folder) -> None:
-    sizes = [(40, 30), (30, 40), (64, 64), (20, 20)]
-    found = survey(str(folder({f"{n}.jpg": picture(n, size=sizes[n % 4]) for n in range(24)}, quality=95)))
+def test_photographs(tmp_path: Path) -> None:
+    photos = [picture(n, size=[(40, 30), (30, 40), (64, 64), (20, 20)][n % 4]) for n in range(24)]
+    found = survey(put(tmp_path, {f"{n}.jpg": Formats.image(each, "JPEG") for n, each in enumerate(photos)}))
     assert (found.source, found.num_images, found.looked_at, found.complete) == ("image_folder", 24, 24, True)
     assert found.kinds == {"JPEG": 24} and found.side == 30 and found.square == 0.5
     assert found.share("gray") == found.share("transparent") == 0
     assert not (found.class_names or found.bad or found.own_train)
-    assert all(max(look.thumbnail.size) <= 64 for look in found.looks)
 
 
 @pytest.mark.parametrize(
@@ -60,57 +47,47 @@ def test_photographs(folder) -> None:
         ([(300, 20)] * 24, 1),
     ],
 )
-def test_one_shape_of_all_is_seen(folder, sizes, aspect) -> None:
-    found = survey(str(folder({f"{n:02d}.png": picture(n, size=size) for n, size in enumerate(sizes)})))
+def test_one_shape_of_all_is_seen(tmp_path: Path, sizes: list[tuple[int, int]], aspect: float) -> None:
+    found = survey(put(tmp_path, {f"{n:02d}.png": png(n, size=size) for n, size in enumerate(sizes)}))
     assert found.aspect == pytest.approx(aspect)
 
 
-def test_transparent_pictures_scans_and_prints(folder) -> None:
-    clear = picture(1).convert("RGBA")
-    clear.putalpha(Image.new("L", clear.size, 255))
-    opaque = clear.copy()
+def test_transparent_pictures_scans_and_prints(tmp_path: Path) -> None:
+    opaque = picture(1).convert("RGBA")  # with an alpha of 255
+    clear = opaque.copy()
     clear.putpixel((0, 0), (9, 9, 9, 0))
-    scans = {f"{n}.png": picture(n, bands=1).convert("RGB") for n in range(5)}
-    printed = {"print.jpg": picture(1).convert("CMYK")}
-    found = survey(str(folder({"clear.png": clear, "opaque.png": opaque, **scans, **printed})))
+    images = {f"{n}.png": Formats.image(picture(n, bands=1).convert("RGB")) for n in range(5)}
+    images |= {"clear.png": Formats.image(clear), "opaque.png": Formats.image(opaque)}
+    found = survey(put(tmp_path, images | {"print.jpg": Formats.image(picture(1).convert("CMYK"), "JPEG")}))
     looks = {Path(look.name).stem: look for look in found.looks}
     assert [name for name, look in looks.items() if look.transparent] == ["clear"]
     assert sorted(name for name, look in looks.items() if look.gray) == ["0", "1", "2", "3", "4"]
     assert {look.bands for look in found.looks} == {3} and found.conversions == {"CMYK": 1}
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_classes_and_other_files_are_counted_by_kind(folder, tmp_path: Path, packed: bool) -> None:
-    root = folder({f"{'cat' if n < 5 else 'dog'}/{n}.png": picture(n) for n in range(12)})
-    for name in ("a.HEIC", "cat/b.heic", "c.mp4", "notes", ".hidden.mp4"):
-        (root / name).touch()
-    (root / "metadata.csv").write_text("file_name,caption\ncat/0.png,a cat\n")
-    (root / "labels.csv").write_text("file,label\ncat/0.png,lion\n")
-    picture(20).save(root / "stray.png")
-    place = str(root)
-    if packed:
-        with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
-            for file in filter(Path.is_file, root.rglob("*")):
-                archive.write(file, file.relative_to(root))
-        place = str(tmp_path / "all.zip")
-    found = survey(place)
-    assert found.ignored == {".heic": 2, ".mp4": 1, "without a suffix": 1, ".csv": 1, "stray label": 1}
-    assert (found.class_names, found.class_counts, found.unlabeled) == (("cat", "dog"), (5, 7), 1)
+def test_classes_and_other_files_are_counted_by_kind(tmp_path: Path) -> None:
+    files = {f"{'cat' if n < 5 else 'dog'}/{n}.png": png(n) for n in range(12)} | {"stray.png": png(20)}
+    files |= dict.fromkeys(("a.HEIC", "cat/b.heic", "c.mp4", "notes", ".hidden.mp4"), b"")
+    files["metadata.csv"] = b"file_name,caption\ncat/0.png,a cat\n"
+    files["labels.csv"] = b"file,label\ncat/0.png,lion\n"
+    put(tmp_path, {"all.zip": Formats.zip(files)})
+    for place in (put(tmp_path / "folder", files), f"{tmp_path}/all.zip"):
+        found = survey(place)
+        assert found.ignored == {".heic": 2, ".mp4": 1, "without a suffix": 1, ".csv": 1, "stray label": 1}
+        assert (found.class_names, found.class_counts, found.unlabeled) == (("cat", "dog"), (5, 7), 1)
 
 
-def test_own_test_images(folder) -> None:
+def test_own_test_images(tmp_path: Path) -> None:
     for tests in (3, 5):
-        own = folder({f"{'test' if n < tests else 'train'}/{n}.png": picture(n) for n in range(10)}, f"own {tests}")
-        found = survey(str(own))
+        own = {f"{'test' if n < tests else 'train'}/{n}.png": png(n) for n in range(10)}
+        found = survey(put(tmp_path / f"own {tests}", own))
         assert (found.num_images, found.own_train, found.train_images(0.3)) == (10, 10 - tests, 10 - tests)
-    found = survey(str(folder({f"{n}.png": picture(n) for n in range(11)}, "plain")))
+    found = survey(put(tmp_path / "plain", {f"{n}.png": png(n) for n in range(11)}))
     assert (found.num_images, found.own_train, found.train_images(0.3)) == (11, None, 8)
 
 
 def test_a_bucket_an_archive_and_parquet(s3_root: str, tmp_path: Path) -> None:
-    images = {
-        f"{'cat' if n < 4 else 'dog'}/{n}.webp": Formats.image(picture(n), "WEBP", lossless=True) for n in range(8)
-    }
+    images = {f"{'cat' if n < 4 else 'dog'}/{n}.webp": Formats.image(picture(n), "WEBP") for n in range(8)}
     packed = put(tmp_path / "packed", {"all.zip": Formats.zip(images)})
     for root in (put(f"{s3_root}/photos", images), f"{packed}/all.zip"):
         found = survey(root)
@@ -124,8 +101,9 @@ def test_a_bucket_an_archive_and_parquet(s3_root: str, tmp_path: Path) -> None:
     assert survey(str(tmp_path / "part.parquet"), overrides=["data.label_column=none"]).class_names == ()
 
 
-def test_of_many_images_a_sample_is_looked_at_and_of_fewer_all(folder, monkeypatch) -> None:
-    root, count = str(folder({f"{n}.png": picture(n, size=(8, 8)) for n in range(300)})), 300
+def test_of_many_images_a_sample_is_looked_at_and_of_fewer_all(tmp_path: Path, monkeypatch) -> None:
+    count = 300
+    root = put(tmp_path, {f"{n}.png": png(n, size=(8, 8)) for n in range(count)})
     monkeypatch.setattr(look, "SECONDS", 0.0)
     found, told = with_progress(survey, root)
     assert found.looked_at == count and found.complete and told[0] == (0, count) and told[-1] == (288, count)
@@ -136,13 +114,11 @@ def test_of_many_images_a_sample_is_looked_at_and_of_fewer_all(folder, monkeypat
     assert found.num_images == count and 180 <= found.looked_at <= 200 and not found.complete
 
 
-def test_what_cannot_be_used_is_counted_and_named(folder) -> None:
-    root = folder({f"{n}.png": picture(n) for n in range(4)})
-    (root / "empty.jpg").touch()
-    (root / "folder.png").mkdir()
-    Image.new("1", (20_000, 20_000)).save(root / "bomb.png")
-    Image.new("L", (1, 1), 7).save(root / "dot.bmp")
-    found = survey(str(root))
+def test_what_cannot_be_used_is_counted_and_named(tmp_path: Path) -> None:
+    bomb, dot = Formats.image(Image.new("1", (20_000, 20_000))), Formats.image(Image.new("L", (1, 1), 7), "BMP")
+    (tmp_path / "folder.png").mkdir()
+    images = {f"{n}.png": png(n) for n in range(4)}
+    found = survey(put(tmp_path, images | {"bomb.png": bomb, "dot.bmp": dot, "empty.jpg": b""}))
     assert sorted(Path(bad.name).name for bad in found.bad) == ["bomb.png", "empty.jpg"]
     assert found.num_images == 7 and min(look.size for look in found.looks) == (1, 1)
 
