@@ -28,6 +28,7 @@ def test_overlapping_shards_give_each_image_once_also_as_png_files(tmp_path: Pat
     for first, last in [(0, 5), (3, 9), (4, 8), (9, 20)]:
         write_shard(shards, first, last)
     (shards / "manifest.json").write_text("{}")
+    assert missing_ranges([file.name for file in shards.iterdir()], num_images=22) == [(20, 22)]
     assert SampleSet(str(shards), 20).pixels() == Pixels((4, 4, 3))
     for first, last in [(0, 20), (0, 7), (2, 7), (5, 20), (9, 10)]:
         np.testing.assert_array_equal(SampleSet(str(shards), last).read(first, last), IMAGES[first:last])

@@ -102,8 +102,7 @@ def test_the_order_does_not_depend_on_the_batches(size, cuts, start):
     whole = split.order(3, first=start, count=sum(cuts))
     firsts = start + np.cumsum([0, *cuts[:-1]])
     pieces = [split.order(3, first=int(first), count=count) for first, count in zip(firsts, cuts, strict=True)]
-    assert np.array_equal(np.concatenate(pieces), whole)
-    assert whole.dtype == np.int64
+    assert np.array_equal(np.concatenate(pieces), whole) and whole.dtype == np.int64
 
 
 def test_the_order_of_one_window_stays_what_it_was():
@@ -115,8 +114,7 @@ def test_the_order_of_one_window_stays_what_it_was():
 @pytest.mark.parametrize("lengths", [[10] * 100 + [7], [9, 10, 1, 10], [33]])
 @pytest.mark.parametrize("parts", [1, 4, 200])
 def test_each_epoch_of_windows_has_every_image_once(lengths, parts):
-    orders, size = [], sum(lengths)
-    edges = np.cumsum([0, *lengths])
+    orders, size, edges = [], sum(lengths), np.cumsum([0, *lengths])
     for epoch in range(3):
         rows, place = [], epoch * size
         while place < (epoch + 1) * size:
@@ -127,8 +125,7 @@ def test_each_epoch_of_windows_has_every_image_once(lengths, parts):
             assert sorted(found.rows) == [row for part in sorted(found.parts) for row in range(*edges[part : part + 2])]
             rows += found.rows.tolist()
             place = found.last
-        assert place == (epoch + 1) * size
-        assert sorted(rows) == list(range(size))
+        assert place == (epoch + 1) * size and sorted(rows) == list(range(size))
         orders.append(tuple(rows))
     assert len(set(orders)) == 3
     assert window_at(6, 0, lengths=np.array(lengths), parts=parts).rows.tolist() != list(orders[0])
@@ -140,6 +137,9 @@ def test_a_window_of_a_sorted_split_is_a_mix_of_its_classes():
     classes = window.rows // 160
     assert len({*classes}) > 35 and np.bincount(classes).max() < 100
     assert len({*classes[:128]}) > 30  # of a batch
+
+
+LENGTHS = np.array([30] * 16 + [20])
 
 
 @pytest.fixture
@@ -164,13 +164,11 @@ def numbers(images: np.ndarray) -> list[int]:
 
 
 def test_workers_and_resumes_change_nothing(numbered, tmp_path, monkeypatch):
-    lengths = np.array([30] * 16 + [20])
-
     def open_stream(name: str) -> StreamedSplit:
         monkeypatch.setenv("NCSN_CACHE_DIR", str(tmp_path / name))
         return StreamedSplit(numbered, "train", window_images=64)
 
-    places = [window_at(3, place, lengths=lengths, parts=2) for place in range(1200)]
+    places = [window_at(3, place, lengths=LENGTHS, parts=2) for place in range(1200)]
     expected = [int(window.rows[place - window.first]) for place, window in enumerate(places)]
     alone = open_stream("a")
     read = [alone.ordered(3, first=first, count=40) for first in range(0, 1200, 40)]
@@ -189,8 +187,7 @@ def test_workers_and_resumes_change_nothing(numbered, tmp_path, monkeypatch):
 
 def test_the_first_window_is_enough_to_begin_and_a_later_error_is_that_of_a_batch(numbered, tmp_path):
     parts = load_manifest(numbered).parts["train"]
-    lengths = np.array([part.rows for part in parts])
-    first, second = (window_at(0, place, lengths=lengths, parts=2) for place in (0, 60))
+    first, second = (window_at(0, place, lengths=LENGTHS, parts=2) for place in (0, 60))
     for number in {*range(len(parts))} - {*first.parts}:
         Path(numbered, parts[number].path).unlink()
     stream = StreamedSplit(numbered, "train", window_images=64)

@@ -81,6 +81,6 @@ def test_cost_is_of_what_is_reserved() -> None:
     training = cost_of(config(), "train", 1800.0)
     assert (training.cpu_hours, training.gpu_hours) == (4.0, 0.0)
     gpus = config("compute.use_gpu=true")
-    evaluating, registering = cost_of(gpus, "evaluate", 3600.0), cost_of(gpus, "register", 3600.0)
-    assert (evaluating.cpu_hours, evaluating.gpu_hours) == (8.0, 2.0)
-    assert (registering.cpu_hours, registering.gpu_hours) == (4.0, 0.0)
+    for step, hours in (("evaluate", (8.0, 2.0)), ("register", (4.0, 0.0))):
+        cost = cost_of(gpus, step, 3600.0)
+        assert (cost.cpu_hours, cost.gpu_hours) == hours
