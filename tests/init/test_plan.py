@@ -33,9 +33,10 @@ def config(*overrides: str) -> Config:
 
 
 def test_this_machine_is_measured() -> None:
-    found, wide = plan(config(), "run"), plan(config("network.widths=[192]"), "run")
+    found, wide = plan(config(), "run"), plan(config("network.widths=[512]"), "run")
     assert found["steps"]["train"]["seconds"] == pytest.approx(1000 / found["images_per_second"])
-    assert wide["steps"]["sample"]["seconds"] > found["steps"]["sample"]["seconds"]
+    for step in ("train", "sample"):
+        assert wide["steps"][step]["seconds"] > 2 * found["steps"][step]["seconds"]
     assert plan(config("loss={kind: ssm}"), "run")["gflop"]["train"] > 1.5 * found["gflop"]["train"]
     assert found["nfe"] == 21 and found["steps"]["train"].keys() == {"seconds", "cpu_hours", "gpu_hours"}
     with refused("compute.use_gpu"):
