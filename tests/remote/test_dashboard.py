@@ -127,10 +127,8 @@ def test_a_head_that_is_unavailable_is_asked_again(
 @pytest.mark.parametrize(
     ("status", "answer", "error"),
     [
-        (401, "no", PermissionError),
         (403, "no", PermissionError),
         (404, "no", UserError),
-        (400, "no", UserError),
         (200, "<html>Sign in</html>", UserError),
         (200, {"version": "4"}, UserError),
         (200, {"ray_version": "2.99.0"}, UserError),

@@ -1,4 +1,4 @@
-"""A step as a RayJob: its life as a real operator led it, its failures, and launchers that come and go."""
+"""A step as a RayJob: its life as a real operator led it, its failures, launchers that come and go, and the API."""
 
 from __future__ import annotations
 
@@ -29,14 +29,6 @@ TRACEBACK = ("Traceback (most recent call last):", "  File x, line 1", "ValueErr
 LIFE = ["starts", "waits for its driver", "submitted", "runs"]
 
 
-@pytest.mark.parametrize("name", STATUSES)
-def test_only_what_succeeded_has_and_only_what_failed_is_kept(name: str) -> None:
-    state = JobState({"status": STATUSES[name]})
-    over = {"succeeded", "failed", "stopped", "out of time", "invalid"}
-    assert (state.finished, state.succeeded) == (name in over, name == "succeeded")
-    assert state.kept == (name in {"failed", "out of time"})
-
-
 @pytest.mark.parametrize(
     ("life", "error", "left"),
     [
@@ -46,12 +38,11 @@ def test_only_what_succeeded_has_and_only_what_failed_is_kept(name: str) -> None
         ([*LIFE, "driver failed", "retries", "is between tries", "starts again", "runs again", "failed"], "AppF", 1),
         ([*LIFE, "out of time"], "DeadlineExceeded", 1),
         ([*LIFE, "stopped"], "Complete / STOPPED", 0),
+        (["invalid"], "spec is invalid", 0),
     ],
-    ids=["success", "head lost", "suspended", "two failures", "out of time", "stopped"],
+    ids=["success", "head lost", "suspended", "two failures", "out of time", "stopped", "invalid"],
 )
-def test_a_rayjob_is_followed_to_its_end(
-    emulation, eventually, said, life: list[str], error: str | None, left: int
-) -> None:
+def test_a_rayjob_is_followed_to_its_end(emulation, eventually, said, life, error, left) -> None:
     emulation.cluster.on_create = lambda _: None
 
     def live() -> None:
@@ -123,9 +114,7 @@ def test_a_cluster_that_finds_no_room_is_given_up(emulation, eventually, said, s
     assert emulation.jobs == []
 
 
-def test_a_crash_loop_ends_it_and_shows_its_last_lines(
-    emulation, eventually, said, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_crash_loop_ends_it_and_shows_its_last_lines(emulation, eventually, said, monkeypatch) -> None:
     monkeypatch.setattr(pods, "CONFIRM_SECONDS", 1.0)
     emulation.cluster.on_create = lambda _: emulation.reach("starts")
     lines = [f"line {number}" for number in range(20)]
@@ -144,11 +133,9 @@ def test_a_crash_loop_ends_it_and_shows_its_last_lines(
     assert "line 19" in shown and "line 2\n" not in shown
 
 
-@pytest.mark.parametrize(("deleted", "away"), [(False, False), (True, False), (True, True)])
-def test_a_change_is_seen_at_once_and_until_then_nothing_is_asked(
-    emulation, eventually, monkeypatch: pytest.MonkeyPatch, *, deleted: bool, away: bool
-) -> None:
-    """Also one that happens while the connection is lost. A RayJob that is gone is lost."""
+@pytest.mark.parametrize("deleted", [False, True])
+def test_a_change_is_seen_at_once_and_until_then_nothing_is_asked(emulation, eventually, monkeypatch, deleted) -> None:
+    """A RayJob that is deleted while the connection is lost is lost."""
     monkeypatch.setattr(kuberay, "LOOK_SECONDS", (1000, 1000))
 
     def change() -> None:
@@ -156,13 +143,13 @@ def test_a_change_is_seen_at_once_and_until_then_nothing_is_asked(
         asked = len(emulation.cluster.requests)
         time.sleep(0.5)
         assert len(emulation.cluster.requests) == asked
-        emulation.cluster.away = away
         if deleted:
+            emulation.cluster.away = True
             emulation.cluster.delete("rayjobs", emulation.step().job_name)
+            time.sleep(0.2)
+            emulation.cluster.away = False
         else:
             emulation.reach("succeeded")
-        time.sleep(0.2)
-        emulation.cluster.away = False
 
     with pytest.raises(RemoteLost) if deleted else nullcontext():
         emulation.execute(meanwhile=change)
@@ -180,9 +167,7 @@ def test_a_rayjob_is_ours_though_the_answer_to_its_creation_was_lost(emulation) 
     assert emulation.jobs == []
 
 
-def test_the_launchers_role_has_what_is_needed_and_no_more(
-    emulation, eventually, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_launchers_role_has_what_is_needed_and_no_more(emulation, eventually, monkeypatch) -> None:
     monkeypatch.setenv("KFP_POD_NAME", "nobody")
     monkeypatch.setenv(KFP_RUN_ID, "5f3a")
     monkeypatch.setenv(KFP_WORKFLOW, "of-a-pipeline")
@@ -212,11 +197,9 @@ def test_the_launchers_role_has_what_is_needed_and_no_more(
 @pytest.fixture
 def pipeline(emulation: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """This process is a task of a pipeline."""
-    pod = {
-        "metadata": {"name": "task", "labels": {"pipeline/runid": "5f3a"}, "ownerReferences": [OWNER]},
-        "spec": {"containers": [{"name": "wait", "image": "argo"}, {"name": "main", "image": "ours:1.2"}]},
-    }
-    emulation.cluster.create("pods", pod)
+    metadata = {"name": "task", "labels": {"pipeline/runid": "5f3a"}, "ownerReferences": [OWNER]}
+    containers = [{"name": "wait", "image": "argo"}, {"name": "main", "image": "ours:1.2"}]
+    emulation.cluster.create("pods", {"metadata": metadata, "spec": {"containers": containers}})
     workflow = {"metadata": {"name": OWNER["name"]}, "spec": {}, "status": {"phase": "Running"}}
     emulation.cluster.create("workflows", workflow)
     monkeypatch.setenv("KFP_POD_NAME", "task")
@@ -237,9 +220,7 @@ def test_a_kfp_task_hands_over_its_image_its_workflow_and_its_run(pipeline, monk
 
 
 @pytest.mark.parametrize("terminated", [True, False], ids=["terminated", "evicted"])
-def test_sigterm_deletes_the_rayjob_of_a_pipeline_that_ends_and_else_the_next_attempt_attaches(
-    pipeline, eventually, said, *, terminated: bool
-) -> None:
+def test_sigterm_deletes_the_rayjob_only_of_a_pipeline_that_ends(pipeline, eventually, said, terminated) -> None:
     """Also if who reads the launcher's output has ended before it, as in a pod of Kubeflow."""
     launcher = pipeline.launch()
     pipeline.reach("starts")
@@ -251,18 +232,18 @@ def test_sigterm_deletes_the_rayjob_of_a_pipeline_that_ends_and_else_the_next_at
     assert launcher.wait(240) == 143
     launcher.stdout.close()
     assert len(pipeline.jobs) == (not terminated)
-    if not terminated:
+    if terminated:
+        return
 
-        def let_it_end() -> None:
-            eventually(lambda: any("attached" in line for line in said), "the next attempt attaches")
-            pipeline.reach("succeeded")
+    def let_it_end() -> None:
+        eventually(lambda: any("attached" in line for line in said), "the next attempt attaches")
+        pipeline.reach("succeeded")
 
-        pipeline.execute(meanwhile=let_it_end)
-        assert pipeline.jobs == []
+    pipeline.execute(meanwhile=let_it_end)
+    assert pipeline.jobs == []
 
 
 def test_ctrl_c_waits_for_an_api_server_that_is_away(emulation) -> None:
-    """A person has time."""
     launcher = emulation.launch()
     emulation.cluster.away = True
     launcher.send_signal(signal.SIGINT)
@@ -311,3 +292,36 @@ def test_a_late_launcher_does_not_delete_the_rayjob_that_replaced_its_own(emulat
     launcher.send_signal(signal.SIGCONT)
     launcher.ended()
     assert emulation.jobs == new
+
+
+def test_an_api_server_that_stays_away_is_one_line(emulation, monkeypatch) -> None:
+    emulation.cluster.away = True
+    monkeypatch.setattr(kuberay, "PATIENCE_SECONDS", 1)
+    with pytest.raises(ConnectionError, match=r"\b1 s\b") as caught:
+        emulation.execute()
+    assert KubernetesApi().server in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_log_that_is_gone_is_empty_and_an_answer_that_is_cut_is_asked_for_again(emulation, capsys) -> None:
+    emulation.cluster.cut_answers = 1
+    assert KubernetesApi().read_log("gone") == []
+    assert "unavailable" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["create", "get", "watch", "delete"])
+def test_a_missing_right_is_named(emulation, verb: str) -> None:
+    emulation.cluster.on_create = lambda _: emulation.reach("succeeded" if verb == "delete" else "runs")
+    rayjobs, *others = emulation.cluster.rules
+    emulation.cluster.rules = [rayjobs | {"verbs": [each for each in rayjobs["verbs"] if each != verb]}, *others]
+    with pytest.raises(PermissionError, match=rf"'{verb}' on rayjobs in namespace 'kubeflow'"):
+        emulation.execute()
+
+
+def test_no_cluster_at_all_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
+    for content in (None, b"\xff", b"a: [1", b"a: 2020-13-45"):
+        if content is not None:
+            (tmp_path / "none").write_bytes(content)
+        with refused("KUBECONFIG") as caught:
+            KubernetesApi()
+        assert "compute." not in caught.value.problems[0].hint  # `ncsn cleanup` has no config

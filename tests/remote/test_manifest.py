@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
+from edited_clone import ROOT, clone
 from manifests import api_server_errors
 from refused import refused
 
@@ -23,7 +24,6 @@ from ncsn.errors import NotFound
 from ncsn.remote.backend import RemoteStep
 from ncsn.remote.manifest import TASK_CONFIG, load_template, render
 
-ROOT = Path(__file__).parents[2]
 TEMPLATE = ROOT / "infra" / "base" / "kuberay" / "rayjob.yaml"
 FILLED = Path(__file__).with_name("filled.yaml")
 OWNER = {"apiVersion": "argoproj.io/v1alpha1", "kind": "Workflow", "name": "ncsn-train-x7", "uid": "0c9d"}
@@ -116,15 +116,9 @@ def test_a_template_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_wheel_carries_the_template(tmp_path: Path) -> None:
-    """Built from the files of the source tree, as pip does for `pip install .`."""
-    source = tmp_path / "source"
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
-    )
-    for name in listed.stdout.split():
-        if name.startswith(("ncsn/", "components/", "pipelines/", "infra/", "pyproject", "README", "LICENSE")):
-            (source / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(ROOT / name, source / name, follow_symlinks=False)
+    source = clone(tmp_path / "source").folder
+    for name in ("README.md", "LICENSE"):
+        shutil.copyfile(ROOT / name, source / name)
     options = ("--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path)
     command = [sys.executable, "-m", "pip", "wheel", *options, source]
     subprocess.run(command, check=True, capture_output=True, timeout=240)

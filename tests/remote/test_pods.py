@@ -8,7 +8,7 @@ import pytest
 from rayjobs import STATUSES
 
 from ncsn.remote.kubernetes import KubernetesApi
-from ncsn.remote.pods import PodLog, PodWatch, end_of, trouble_of, trouble_of_owner
+from ncsn.remote.pods import PodLog, PodWatch, trouble_of, trouble_of_owner
 
 IMAGE = "registry.example/ncsn-python:9"
 REFUSAL = (
@@ -19,14 +19,9 @@ REFUSAL = (
 
 def pod(container: dict[str, Any] | None = None, *, events: Any = (), **status: Any) -> dict[str, Any]:
     """A pod with one container in this state, and its events."""
-    statuses = (
-        {"containerStatuses": [{"name": "main", "image": IMAGE, "restartCount": 0, **container}]} if container else {}
-    )
-    return {
-        "metadata": {"name": "task"},
-        "events": events,
-        "status": {"phase": "Pending", **statuses, **status},
-    }
+    known = {"name": "main", "image": IMAGE, "restartCount": 0}
+    statuses = {"containerStatuses": [known | container]} if container else {}
+    return {"metadata": {"name": "task"}, "events": events, "status": {"phase": "Pending", **statuses, **status}}
 
 
 def waiting(reason: str, message: str = "", **more: Any) -> dict[str, Any]:
@@ -41,7 +36,7 @@ def event(reason: str, message: str, kind: str = "Warning") -> dict[str, Any]:
     return {"type": kind, "reason": reason, "message": message}
 
 
-TRACEBACK = "Traceback (most recent call last):"
+KILLED = ended(137, "OOMKilled")
 BACK_OFF = f'Back-off pulling image "{IMAGE}": ErrImagePull: '
 NO_ROOM = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/1 nodes are available"}
 MOUNT = event("FailedMount", 'MountVolume.SetUp failed for volume "images"')
@@ -54,17 +49,10 @@ MOUNT = event("FailedMount", 'MountVolume.SetUp failed for volume "images"')
         (pod(waiting("ImagePullBackOff", BACK_OFF + REFUSAL)), "ImagePullBackOff", True, "pull access denied"),
         (pod(waiting("ImagePullBackOff", f"{BACK_OFF}i/o timeout")), "ImagePullBackOff", False, "i/o timeout"),
         (pod(waiting("InvalidImageName", "invalid reference format")), "InvalidImageName", True, IMAGE),
-        (pod(waiting("ErrImageNeverPull", "not present")), "ErrImageNeverPull", True, IMAGE),
         (pod(waiting("CrashLoopBackOff", restartCount=1, lastState=ended(7))), "CrashLoopBackOff", False, " 7 "),
         (pod(waiting("CrashLoopBackOff", restartCount=3, lastState=ended(7))), "CrashLoopBackOff", True, " 7 "),
-        (
-            pod(waiting("CrashLoopBackOff", restartCount=2, lastState=ended(137, "OOMKilled"))),
-            "OOMKilled",
-            False,
-            "137",
-        ),
-        (pod({"state": ended(137, "OOMKilled")}, phase="Running"), "OOMKilled", False, "137"),
-        (pod({"state": ended(1)}, phase="Running"), "Error", False, "1"),
+        (pod(waiting("CrashLoopBackOff", restartCount=2, lastState=KILLED)), "OOMKilled", False, "137"),
+        (pod({"state": KILLED}, phase="Running"), "OOMKilled", False, "137"),
         (pod({"state": ended(1)}, phase="Failed"), "Error", False, "1"),
         (pod(conditions=[NO_ROOM]), "Unschedulable", False, "0/1 nodes are available"),
         (pod(phase="Failed", reason="Evicted", message="low on memory"), "Evicted", False, "low on memory"),
@@ -92,14 +80,6 @@ def test_a_pod_that_starts_or_works_has_none(well: dict[str, Any]) -> None:
     assert trouble_of(well, []) is None
 
 
-def test_how_a_container_ended_that_runs_again_is_kept() -> None:
-    again = {"state": {"running": {}}, "restartCount": 1}
-    lost = end_of(pod({**again, "lastState": ended(137, "OOMKilled")}, phase="Running"))
-    assert lost is not None and (lost.reason, lost.final) == ("OOMKilled", False) and "137" in lost.message
-    assert end_of(pod({**again, "lastState": ended(0, "Completed")}, phase="Running")) is None
-    assert end_of(pod({"state": {"running": {}}}, phase="Running")) is None
-
-
 def test_pods_that_are_refused_are_told_by_their_owners_events() -> None:
     quota = event("FailedCreate", 'pods "x" is forbidden: exceeded quota: small, requested: requests.memory=6Gi')
     policy = event("FailedToCreateHeadPod", 'pods "x" is forbidden: violates PodSecurity "restricted:latest"')
@@ -124,9 +104,9 @@ def test_the_loss_of_a_head_is_one_line(watched, said: list[str], status: str) -
     """Unless the operator starts another cluster."""
     emulation, watch, rayjob = watched
     emulation.add_head()
-    ended_once = {"restartCount": 1, "lastState": ended(137, "OOMKilled")}
     assert watch.look(rayjob) is None and said == []
-    emulation.cluster.update("pods", "head", lambda pod: pod["status"]["containerStatuses"][0].update(ended_once))
+    again = {"restartCount": 1, "lastState": KILLED}
+    emulation.cluster.update("pods", "head", lambda pod: pod["status"]["containerStatuses"][0].update(again))
     for _ in range(2):
         assert watch.look(rayjob | {"status": STATUSES[status]}) is None
     lost = [line for line in said if "training resumes from images-7" in line]
@@ -136,8 +116,9 @@ def test_the_loss_of_a_head_is_one_line(watched, said: list[str], status: str) -
 
 def test_what_the_submitter_says_of_the_lost_head_is_left_out_and_the_drivers_own_is_kept(watched) -> None:
     emulation, watch, rayjob = watched
-    cut = (TRACEBACK, "    await y", "RuntimeError: WebSocket connection closed unexpectedly with close code 1006")
-    own = [TRACEBACK, "  File x, line 1", "ValueError: no such data"]
+    begins = "Traceback (most recent call last):"
+    cut = (begins, "    await y", "RuntimeError: WebSocket connection closed unexpectedly with close code 1006")
+    own = [begins, "  File x, line 1", "ValueError: no such data"]
     emulation.add_submitter(log=(*cut, *own))
     watch.look(rayjob)
     log = PodLog(KubernetesApi(), rayjob["metadata"]["name"], watch, attempt="another", uri="")
