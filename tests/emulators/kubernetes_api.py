@@ -37,7 +37,6 @@ class Cluster:
     cut_answers: int = 0  # how many answers to break off in the middle of their body
     requests: list[tuple[str, str]] = field(default_factory=list)  # (verb, resource) of every call
     logs: dict[str, list[bytes]] = field(default_factory=dict)  # pod -> lines that its container wrote, with times
-    last_words: dict[str, list[str]] = field(default_factory=dict)  # pod -> its lines before the last restart
     on_create: Callable[[str], None] = lambda _name: None
     _objects: dict[tuple[str, str], Resource] = field(default_factory=dict)
     _changes: list[tuple[str, str, Resource]] = field(default_factory=list)  # event, kind, object
@@ -261,14 +260,12 @@ class _Handler(BaseHTTPRequestHandler):
         self._send({"openapi": "3.0.0", "components": {"schemas": schemas}})
 
     def _send_log(self, pod: str, query: dict[str, str]) -> None:
-        words = self.cluster.last_words.get(pod)
-        if "tailLines" in query and words is not None:
-            lines = [f"{word}\n".encode() for word in words[-int(query["tailLines"]) :]]
-        elif (log := self.cluster.logs.get(pod)) is not None:
-            since = query.get("sinceTime", "")[: len("2026-01-01T00:00:00")].encode()
-            lines = [line for line in log if line >= since]
-        else:
+        if pod not in self.cluster.logs:
             raise Refusal(400, "BadRequest", f'container "ray-job-submitter" in pod "{pod}" is waiting to start')
+        since = query.get("sinceTime", "")[: len("2026-01-01T00:00:00")].encode()
+        lines = [line for line in self.cluster.logs[pod] if line >= since][-int(query.get("tailLines", 0)) :]
+        if "timestamps" not in query:
+            lines = [line.partition(b" ")[2] for line in lines]
         self._send_content(b"".join(lines), "text/plain")
 
     def _send(self, document: Any, code: int = 200) -> None:

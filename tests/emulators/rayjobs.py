@@ -103,9 +103,9 @@ class Emulation:
     def add_submitter(self, name: str = "submitter", **more: Any) -> None:
         self.add_pod(name, **more, **{"job-name": self.step().job_name})
 
-    def add_head(self, **status: Any) -> None:
+    def add_head(self, *, log: Iterable[str] = (), **status: Any) -> None:
         """One with this state of its container, or of the whole pod."""
-        self.add_pod("head", **{"ray.io/node-type": "head", "ray.io/cluster": "mine-kv5g6"})
+        self.add_pod("head", log=log, **{"ray.io/node-type": "head", "ray.io/cluster": "mine-kv5g6"})
         self.cluster.update("pods", "head", lambda pod: pod["status"].update(status))
 
     def add_task_pod(self, task: str, *, run_id: str, **status: Any) -> None:

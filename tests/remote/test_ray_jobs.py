@@ -12,9 +12,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from ray_nodes import RayNodes
 from tcp_proxy import TcpProxy
 
 from ncsn import storage
-from ncsn.config import from_yaml
+from ncsn.config import Config, from_yaml
 from ncsn.environment import CODE, PYTHON, python_version
 from ncsn.tracking.client import client_at
 
@@ -37,16 +37,16 @@ COUNTED = [f"line {n}" for n in range(10)]
 
 @dataclass
 class RayHead:
-    """A job server behind a proxy that can be cut, and steps whose command is Python code."""
+    """A job server behind a proxy that can be cut."""
 
     folder: Path
     nodes: RayNodes
     proxy: TcpProxy
 
-    def launch(self, run: str, code: str, **changes: Any) -> Launched:
+    def launch(self, run: str, *command: str) -> Launched:
         compute = {"backend": "ray-jobs", "ray_jobs": {"address": self.proxy.url}}
-        step = {"root": str(self.folder), "run": run, "step": "train", "command": ("python", "-c", code)}
-        return Launched(json.dumps(compute), json.dumps(step | changes), env=self.environment)
+        step = {"root": str(self.folder), "run": run, "step": "train", "command": command}
+        return Launched(json.dumps(compute), json.dumps(step), env=self.environment)
 
     def step_folder(self, run: str) -> Path:
         return self.folder / "runs" / run / "steps" / "train"
@@ -85,12 +85,11 @@ def jobs(ray_head: RayNodes, tmp_path: Path) -> Iterator[RayHead]:
 
 
 @pytest.fixture
-def config(ray_head: RayNodes, s3_root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The tiny experiment with its store in S3; this process has the tracking server of the cluster."""
+def settings(ray_head: RayNodes, s3_root: str, monkeypatch: pytest.MonkeyPatch) -> Config:
+    """The tiny experiment, with its store and its file in S3; this process has the tracking server of the cluster."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", ray_head.environment["MLFLOW_TRACKING_URI"])
-    file = tmp_path / "tiny.yaml"
-    file.write_text(TINY.format(root=s3_root))
-    return file
+    storage.write_text(f"{s3_root}/tiny.yaml", TINY.format(root=s3_root))
+    return from_yaml(TINY.format(root=s3_root))
 
 
 def tracked(jobs: RayHead, name: str) -> Any:
@@ -101,11 +100,10 @@ def tracked(jobs: RayHead, name: str) -> Any:
     return found
 
 
-def test_training_runs_as_a_job(jobs: RayHead, config: Path) -> None:
-    settings = from_yaml(config.read_text())
+def test_training_runs_as_a_job(jobs: RayHead, settings: Config) -> None:
     do("ingest", settings, "mine")
-    arguments = ("train", "--config", str(config), "--run", "mine", "--address", jobs.nodes.dashboard, "--json")
-    done = jobs.ncsn(*arguments)
+    config = ("--config", f"{settings.storage.root}/tiny.yaml")
+    done = jobs.ncsn("train", *config, "--run", "mine", "--address", jobs.nodes.dashboard, "--json")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result["images_seen"] == 320
@@ -127,12 +125,12 @@ def test_training_runs_as_a_job(jobs: RayHead, config: Path) -> None:
 
 
 @slow
-def test_driver_and_worker_run_the_edited_code_of_a_clone(jobs: RayHead, config: Path, tmp_path: Path) -> None:
+def test_driver_and_worker_run_the_edited_code_of_a_clone(jobs: RayHead, settings: Config, tmp_path: Path) -> None:
     """Ray has no trace of the clone but what the job client uploads."""
-    do("ingest", from_yaml(config.read_text()), "edited")
+    do("ingest", settings, "edited")
     edited = clone(tmp_path / "clone")
     edited.edit("ncsn/training/loop.py")
-    arguments = ("train", "--config", str(config), "--run", "edited", "--code", "here")
+    arguments = ("train", "--config", f"{settings.storage.root}/tiny.yaml", "--run", "edited", "--code", "here")
     done = edited.ncsn(*arguments, "--address", jobs.nodes.dashboard, env=jobs.environment)
     assert done.returncode == 0, done.stderr
     said = [line for line in done.stderr.splitlines() if line.endswith(SAYS)]
@@ -145,29 +143,8 @@ def test_driver_and_worker_run_the_edited_code_of_a_clone(jobs: RayHead, config:
 
 
 @slow
-def test_the_best_of_a_search_that_ran_as_a_job_is_trained_from_the_store(jobs: RayHead, config: Path) -> None:
-    settings = from_yaml(config.read_text())
-    dataset = do("ingest", settings, "sought").uri
-
-    def job(step: str, config_uri: str, *options: str) -> dict[str, Any]:
-        place = ("--address", jobs.nodes.dashboard, "--json")
-        done = jobs.ncsn(step, "--config", config_uri, *options, *place)
-        assert done.returncode == 0, done.stderr
-        found: dict[str, Any] = json.loads(done.stdout)
-        return found
-
-    search = "search={num_trials: 3, num_samples: 20, reduction_factor: 3}"
-    found = job("search", str(config), "--run", "sought", "--set", search)
-    assert [each["status"] for each in jobs.of("sought")] == ["SUCCEEDED"]
-    assert found["config"] == f"{settings.storage.root}/runs/sought/search/best.yaml"
-    trained = job("train", found["config"], "--run", "sought-best", "--dataset", dataset)
-    best = from_yaml(storage.read_text(f"{trained['checkpoint']}/config.yaml"))
-    assert (best.noise.sigma_1, asdict(best.sampling.sampler)) == (found["values"]["noise.sigma_1"], found["sampler"])
-
-
-@slow
 def test_a_cluster_without_the_command_is_named(jobs: RayHead) -> None:
-    launcher = jobs.launch("bare", "", command=("ncsn-of-another-name", "train"))
+    launcher = jobs.launch("bare", "ncsn-of-another-name", "train")
     assert launcher.ended() == 1
     (failure,) = [line for line in launcher.said if line.startswith("RemoteFailure: ")]
     (job,) = jobs.of("bare")
@@ -187,34 +164,29 @@ def test_a_missing_or_wrong_token_is_refused(jobs: RayHead, token: str) -> None:
     assert last.startswith("PermissionError: ") and jobs.nodes.dashboard in last, done.stderr
 
 
-@pytest.fixture
-def run(request: pytest.FixtureRequest) -> str:
-    """A name that no other test has: one Ray head serves them all."""
-    return re.sub(r"[^a-z]+", "-", request.node.originalname.removeprefix("test_"))[:24].strip("-")
-
-
-def waiting(release: Path) -> str:
-    """Code that says it runs, waits until the file is there, and counts to nine."""
-    return (
+def waiting(release: Path) -> tuple[str, ...]:
+    """A command that says it runs, waits until the file is there, and counts to nine."""
+    code = (
         "import pathlib, time\nprint('running', flush=True)\n"
         f"while not pathlib.Path({str(release)!r}).exists(): time.sleep(0.05)\n"
         "for n in range(10): print('line', n, flush=True)"
     )
+    return "python", "-c", code
 
 
 @slow
-def test_launchers_share_one_job_which_outlives_them_and_other_work_is_refused(
-    jobs: RayHead, run: str, tmp_path: Path
-) -> None:
+def test_launchers_share_one_job_which_outlives_them_and_other_work_is_refused(jobs: RayHead, tmp_path: Path) -> None:
+    run = "shared"
+
     def two_at_once() -> list[Launched]:
-        launchers = [jobs.launch(run, waiting(tmp_path / "go")) for _ in range(2)]
+        launchers = [jobs.launch(run, *waiting(tmp_path / "go")) for _ in range(2)]
         for launcher in launchers:
             launcher.until("running")
         return launchers
 
     killed = two_at_once()
     (name,) = jobs.running(run)
-    other = jobs.launch(run, "print('something else')")
+    other = jobs.launch(run, "python", "-c", "print('something else')")
     assert other.ended() == 1
     assert other.said[-1].startswith(f"UserError: {name}: ")
     for launcher in killed:
@@ -230,18 +202,18 @@ def test_launchers_share_one_job_which_outlives_them_and_other_work_is_refused(
 
 
 @slow
-def test_a_failure_is_one_line_and_does_not_block_the_next_attempt(jobs: RayHead, run: str, tmp_path: Path) -> None:
-    fixed = tmp_path / "fixed"
+def test_a_failure_is_one_line_and_does_not_block_the_next_attempt(jobs: RayHead, tmp_path: Path) -> None:
+    run, fixed = "failing", tmp_path / "fixed"
     code = (
         f"import pathlib\nprint('starting', flush=True)\nif not pathlib.Path({str(fixed)!r}).exists():\n"
         "    raise ValueError('no such data')\nprint('done')"
     )
-    first = jobs.launch(run, code)
+    first = jobs.launch(run, "python", "-c", code)
     assert first.ended() == 1
     told = rf"RemoteFailure: .*ncsn-{run}-train-\w{{8}} .*ValueError: no such data; log {jobs.step_folder(run)}"
     assert re.match(told, first.said[-1])
     fixed.touch()
-    second = jobs.launch(run, code)
+    second = jobs.launch(run, "python", "-c", code)
     assert second.ended() == 0, second.said
     assert len(jobs.of(run)) == 2
     assert jobs.log(run).splitlines()[-2:] == ["starting", "done"]
@@ -249,11 +221,9 @@ def test_a_failure_is_one_line_and_does_not_block_the_next_attempt(jobs: RayHead
 
 
 @slow
-def test_an_outage_stops_nothing_and_the_log_is_shown_once_and_whole(
-    jobs: RayHead, run: str, tmp_path: Path, eventually: Callable[..., None]
-) -> None:
-    go = tmp_path / "go"
-    launcher = jobs.launch(run, waiting(go))
+def test_an_outage_stops_nothing_and_the_log_is_shown_once_and_whole(jobs: RayHead, tmp_path: Path, eventually) -> None:
+    run, go = "cut", tmp_path / "go"
+    launcher = jobs.launch(run, *waiting(go))
     launcher.until("running")
     (lease,) = (jobs.step_folder(run) / "lease").glob("[!.]*")
     with jobs.outage():
@@ -269,11 +239,9 @@ def test_an_outage_stops_nothing_and_the_log_is_shown_once_and_whole(
 
 @slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_only_the_launcher_that_made_it_stops_a_ray_job(
-    jobs: RayHead, run: str, tmp_path: Path, eventually: Callable[..., None], number: signal.Signals
-) -> None:
-    run, code = f"{run[:18]}-{number:d}", 128 + number
-    first, second = (jobs.launch(run, waiting(tmp_path / "never")) for _ in range(2))
+def test_only_the_launcher_that_made_it_stops_a_ray_job(jobs: RayHead, tmp_path: Path, eventually, number) -> None:
+    run, code = f"told-{number:d}", 128 + number
+    first, second = (jobs.launch(run, *waiting(tmp_path / "never")) for _ in range(2))
     for launcher in (first, second):
         launcher.until("running")
     made, attached = (first, second) if any(" submitted " in line for line in first.said) else (second, first)
@@ -287,12 +255,10 @@ def test_only_the_launcher_that_made_it_stops_a_ray_job(
 
 @slow
 @pytest.mark.parametrize("forgotten", [False, True], ids=["stopped", "gone"])
-def test_a_job_that_is_stopped_or_gone_is_one_line(
-    jobs: RayHead, run: str, tmp_path: Path, eventually: Callable[..., None], *, forgotten: bool
-) -> None:
+def test_a_job_that_is_stopped_or_gone_is_one_line(jobs: RayHead, tmp_path: Path, eventually, forgotten) -> None:
     """Ray forgets a job that has ended only, so the launcher must not see it end."""
-    run = f"{run}-{forgotten:d}"
-    launcher = jobs.launch(run, waiting(tmp_path / "never"))
+    run = f"lost-{forgotten:d}"
+    launcher = jobs.launch(run, *waiting(tmp_path / "never"))
     launcher.until("running")
     (name,) = jobs.running(run)
     with jobs.outage() if forgotten else nullcontext():
