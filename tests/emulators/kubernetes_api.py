@@ -31,8 +31,8 @@ class Cluster:
     """Everything the API server holds, and how it misbehaves."""
 
     rules: list[Resource]  # RBAC rules of the caller
-    fields: tuple[str, ...] = ("entrypoint", "preRunningDeadlineSeconds")  # of `spec` in the RayJob that is installed
-    installed: bool = True  # whether there is a RayJob CRD at all
+    # Of `spec` in the RayJob that is installed; None without its CRD.
+    fields: tuple[str, ...] | None = ("entrypoint", "preRunningDeadlineSeconds")
     away: bool = False  # drop every connection
     cut_answers: int = 0  # how many answers to break off in the middle of their body
     requests: list[tuple[str, str]] = field(default_factory=list)  # (verb, resource) of every call
@@ -252,7 +252,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(b"0\r\n\r\n")
 
     def _send_schema(self) -> None:
-        if not self.cluster.installed:
+        if self.cluster.fields is None:
             raise Refusal(404, "NotFound", "the server could not find the requested resource")
         schema = {"properties": {"spec": {"properties": {name: {} for name in self.cluster.fields}}}}
         kind = {"group": "ray.io", "version": "v1", "kind": "RayJob"}

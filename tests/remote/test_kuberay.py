@@ -13,15 +13,25 @@ from kubernetes_api import pairs
 from rayjobs import IMAGE, LAUNCHER, STATUSES
 from refused import refused
 
-from ncsn.remote import kuberay, pods
+from ncsn.remote import backend, kuberay, pods
 from ncsn.remote.backend import EndedByOther, RemoteFailure, RemoteLost
 from ncsn.remote.kuberay import NEEDED, JobState
 from ncsn.remote.kubernetes import KubernetesApi
+from ncsn.remote.pods import PodLog, PodWatch
 from ncsn.storage.heartbeat import LEASE_SECONDS
 
 OWNER = {"apiVersion": "argoproj.io/v1alpha1", "kind": "Workflow", "name": "ncsn-train-x7", "uid": "0c9d"}
 TRACEBACK = ("Traceback (most recent call last):", "  File x, line 1", "ValueError: no such data")
 LIFE = ["starts", "waits for its driver", "submitted", "runs"]
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What a RayJob's launcher in this process says, as it says it: capsys may lose what is said while it is read."""
+    lines: list[str] = []
+    for module in (backend, kuberay, pods):
+        monkeypatch.setattr(module, "say", lambda line, **_: lines.append(line))
+    return lines
 
 
 @pytest.mark.parametrize(
@@ -125,6 +135,53 @@ def test_a_crash_loop_ends_it_and_shows_its_last_lines(emulation, eventually, sa
     assert emulation.jobs == []
     shown = "\n".join(said)
     assert "line 19" in shown and "line 2\n" not in shown
+
+
+@pytest.fixture
+def watched(emulation, said) -> tuple[Any, PodWatch, dict[str, Any]]:
+    """The cluster, a watch on the pods of its RayJob, which runs, and the RayJob."""
+    emulation.add_another_launchers()
+    emulation.reach("runs")
+    watch = PodWatch(KubernetesApi(), "ncsn.dev/attempt=another", resumes=lambda: "training resumes from images-7")
+    return emulation, watch, emulation.jobs[0]
+
+
+@pytest.mark.parametrize("status", ["runs", "starts"])
+def test_the_loss_of_a_head_is_one_line(watched, said: list[str], status: str) -> None:
+    """Unless the operator starts another cluster."""
+    emulation, watch, rayjob = watched
+    emulation.add_head()
+    assert watch.look(rayjob) is None and said == []
+    again = {"restartCount": 1, "lastState": {"terminated": {"exitCode": 137, "reason": "OOMKilled"}}}
+    emulation.cluster.update("pods", "head", lambda pod: pod["status"]["containerStatuses"][0].update(again))
+    for _ in range(2):
+        assert watch.look(rayjob | {"status": STATUSES[status]}) is None
+    lost = [line for line in said if "training resumes from images-7" in line]
+    assert [("OOMKilled" in line, "head" in line) for line in lost] == [(True, True)] * (status == "runs")
+    assert "OOMKilled" in str(watch.ended)
+
+
+def test_what_the_submitter_says_of_the_lost_head_is_left_out_and_the_drivers_own_is_kept(watched) -> None:
+    emulation, watch, rayjob = watched
+    cut = "RuntimeError: WebSocket connection closed unexpectedly with close code 1006"
+    emulation.add_submitter(log=(TRACEBACK[0], "    await y", cut, *TRACEBACK))
+    watch.look(rayjob)
+    log = PodLog(KubernetesApi(), rayjob["metadata"]["name"], watch, attempt="another", uri="")
+    assert log.read(over=True) == list(TRACEBACK)
+    assert log.read(over=True) == []
+
+
+def test_a_quota_is_named_once_though_there_is_no_pod(watched, said: list[str]) -> None:
+    """Not by what was said of an earlier job."""
+    emulation, watch, rayjob = watched
+    quota = 'Failed to create head Pod, pods "x" is forbidden: exceeded quota: small, requested: requests.memory=6Gi'
+    about = {"involvedObject": {"kind": "Job", "name": rayjob["metadata"]["name"]}, "reason": "FailedCreate"}
+    for seen, message in (("2999-01-01T00:00:00Z", quota), ("2026-01-01T00:00:00Z", f"an earlier job's: {quota}")):
+        event = {"metadata": {"name": seen}, "message": message, "lastTimestamp": seen}
+        emulation.cluster.create("events", about | event)
+    for _ in range(2):
+        assert watch.look(rayjob) is None
+    assert [quota in line and "earlier" not in line for line in said] == [True]
 
 
 @pytest.mark.parametrize("deleted", [False, True])

@@ -67,20 +67,15 @@ def flat(node: Any, path: str = "") -> dict[str, Any]:
     return {leaf: v for key, below in node.items() for leaf, v in flat(below, f"{path}.{key}".lstrip(".")).items()}
 
 
-@pytest.fixture(scope="module")
-def manifests() -> dict[str, dict[str, Any]]:
-    found = {name: rendered(**compute) for name, compute in COMPUTE.items()}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(TASK_CONFIG, json.dumps(TASK))
-        found["parts of a KFP task"] = rendered(kuberay=PODS | {"workers_per_pod": 1})
-    return found
-
-
-def test_what_is_filled_is_as_reviewed_and_all_else_as_in_the_template(manifests: dict[str, dict[str, Any]]) -> None:
+def test_what_is_filled_is_as_reviewed_all_else_as_in_the_template_and_the_api_server_accepts_it(monkeypatch) -> None:
     """RENEW_SNAPSHOTS=1 writes `filled.yaml` anew: what differs from the template, and what from the plain RayJob."""
+    manifests = {name: rendered(**compute) for name, compute in COMPUTE.items()}
+    monkeypatch.setenv(TASK_CONFIG, json.dumps(TASK))
+    manifests["parts of a KFP task"] = rendered(kuberay=PODS | {"workers_per_pod": 1})
     before, lines = flat(load_template()), []
     del before["rayVersion"]
     for name, manifest in manifests.items():
+        assert api_server_errors(manifest) == []
         now = flat(manifest)
         assert now.pop("rayVersion") == metadata.version("ray")
         paths = [path for path in {**before, **now} if path not in now or now[path] != before.get(path)]
@@ -89,10 +84,6 @@ def test_what_is_filled_is_as_reviewed_and_all_else_as_in_the_template(manifests
     if os.environ.get("RENEW_SNAPSHOTS"):
         FILLED.write_text("".join(lines))
     assert "".join(lines) == FILLED.read_text()
-
-
-def test_the_api_server_accepts_them(manifests: dict[str, dict[str, Any]]) -> None:
-    assert [error for manifest in manifests.values() for error in api_server_errors(manifest)] == []
 
 
 def test_the_driver_checks_edited_code_and_ray_fetches_none() -> None:

@@ -23,6 +23,7 @@ from do import do
 from edited_clone import SAYS, clone
 from launched import TINY, Launched
 from ray_nodes import RayNodes
+from s3_server import S3Server
 from tcp_proxy import TcpProxy
 
 from ncsn import storage
@@ -59,11 +60,6 @@ class RayHead:
         """As a user has it: the token, and no mode and no address."""
         return {name: text for name, text in self.nodes.client.items() if name not in ("RAY_ADDRESS", "RAY_AUTH_MODE")}
 
-    def ncsn(self, *args: str) -> subprocess.CompletedProcess[str]:
-        """The command as a user has it."""
-        command = [sys.executable, "-m", "ncsn", *args]
-        return subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False)
-
     def of(self, run: str) -> list[dict[str, Any]]:
         mine = [job for job in self.nodes.get("/api/jobs/") if (job["metadata"] or {}).get("ncsn.run") == run]
         return sorted(mine, key=lambda job: job["start_time"])
@@ -76,6 +72,15 @@ class RayHead:
         self.proxy.cut()
         yield
         self.proxy.restore()
+
+
+@pytest.fixture(scope="module")
+def ray_head(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayNodes]:
+    """One Ray cluster with a token and a dashboard, whose processes have an S3 store and a tracking database."""
+    folder = tmp_path_factory.mktemp("head")
+    database = {"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
+    with RayNodes(folder, count=1, cpus=2, environment=s3_server.environment | database) as nodes:
+        yield nodes
 
 
 @pytest.fixture
@@ -102,8 +107,9 @@ def tracked(jobs: RayHead, name: str) -> Any:
 
 def test_training_runs_as_a_job(jobs: RayHead, settings: Config) -> None:
     do("ingest", settings, "mine")
-    config = ("--config", f"{settings.storage.root}/tiny.yaml")
-    done = jobs.ncsn("train", *config, "--run", "mine", "--address", jobs.nodes.dashboard, "--json")
+    command = [sys.executable, "-m", "ncsn", "train", "--config", f"{settings.storage.root}/tiny.yaml", "--run", "mine"]
+    command += ["--address", jobs.nodes.dashboard, "--json"]
+    done = subprocess.run(command, env=jobs.environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result["images_seen"] == 320
