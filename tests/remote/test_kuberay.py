@@ -328,14 +328,6 @@ def test_a_late_launcher_does_not_delete_the_rayjob_that_replaced_its_own(emulat
     assert emulation.jobs == new
 
 
-def test_an_api_server_that_stays_away_is_one_line(emulation, monkeypatch) -> None:
-    emulation.cluster.away = True
-    monkeypatch.setattr(kuberay, "PATIENCE_SECONDS", 1)
-    with pytest.raises(ConnectionError, match=r"\b1 s\b") as caught:
-        emulation.execute()
-    assert KubernetesApi().server in str(caught.value) and "\n" not in str(caught.value)
-
-
 def test_a_log_that_is_gone_is_empty_and_an_answer_that_is_cut_is_asked_for_again(emulation, capsys) -> None:
     emulation.cluster.cut_answers = 1
     assert KubernetesApi().read_log("gone") == []
