@@ -7,6 +7,7 @@ import re
 import tomllib
 from collections.abc import Iterator
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -236,12 +237,25 @@ def test_the_template_the_image_and_the_pins_agree() -> None:
     assert f"NCSN_IMAGE:-ncsn-python:{VERSION}" in COMPOSE["x-ncsn"]["image"]
 
 
-def test_the_image_has_what_the_inception_network_needs_and_no_address_of_an_index() -> None:
-    """What its pods need to start, `tests/cluster_live` sees."""
+def test_the_image_has_what_its_users_need_and_no_address_of_an_index() -> None:
     dockerfile = (ROOT / "Dockerfile").read_text()
-    assert "'torch-fidelity'" in dockerfile
+    assert "COPY infra/base/kuberay/rayjob.yaml /etc/ncsn/rayjob.yaml" in dockerfile
+    assert "NCSN_RAYJOB_TEMPLATE=/etc/ncsn/rayjob.yaml" in dockerfile
+    assert re.search(r"apt-get install .*\bwget\b", dockerfile), "the probes of KubeRay call wget"
+    assert {"extras['server']", "extras['serve']"} <= set(re.findall(r"extras\['\w+'\]", dockerfile))
+    assert "'torch-fidelity'" in dockerfile, "evaluation.extractor: inception needs it, and nothing is installed later"
     assert re.search(r"^torch_fidelity==", (ROOT / "constraints.txt").read_text(), flags=re.MULTILINE)
-    assert "pip install" not in dockerfile.rpartition("\nFROM ")[2]
+    final = dockerfile.rpartition("\nFROM ")[2]
+    assert "pip install" not in final
+    user = re.search(r"^USER (\d+)$", final, flags=re.MULTILINE)
+    assert user and {int(user[1])} == {value for _, value in within(TEMPLATE, "runAsUser")}
+
+
+def test_the_service_names_our_application() -> None:
+    (application,) = yaml.safe_load(SERVICE["spec"]["serveConfigV2"])["applications"]
+    module, _, function = application["import_path"].partition(":")
+    assert callable(getattr(import_module(module), function))
+    assert {each["name"] for each in application["deployments"]} == {"Front", "Replica"}
 
 
 def test_the_dashboard_asks_for_metrics_that_ray_has_on_a_port_that_its_pods_have() -> None:
