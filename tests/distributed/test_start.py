@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from do import do
@@ -17,7 +17,6 @@ from ncsn.core.networks.transfer import light_parameters
 from ncsn.data.format import load_manifest
 from ncsn.model import build
 from ncsn.model.checkpoint import CheckpointStore, load_checkpoint
-from ncsn.model.generate import generate
 from ncsn.runs.folder import run_folder
 from ncsn.steps.train import require_start, start_of
 from ncsn.training.context import WorkerContext
@@ -37,47 +36,36 @@ def experiment(tiny: str, root: Path, source: str, *overrides: str) -> Config:
     )
 
 
-def start(config: Config, dataset: str, *, run: str = "tuned") -> str:
-    found = start_of(config, run_folder(config, run), load_manifest(dataset))
-    assert found.uri is not None
-    return found.uri
+def start(config: Config, dataset: str) -> str:
+    uri = start_of(config, run_folder(config, "tuned"), load_manifest(dataset)).uri
+    assert uri is not None
+    return uri
 
 
 def test_before_the_first_step_it_samples_as_the_source(tiny: str, dataset: str, source: str, tmp_path: Path) -> None:
     config = experiment(tiny, tmp_path, source)
     job = TrainingJob(config=config, dataset=dataset, start=start(config, dataset))
     training = Training(job, WorkerContext(), CheckpointStore(str(tmp_path / "checkpoints")))
-    trained = load_checkpoint(source)
-    weights = dict(trained.network.named_parameters())
+    weights = dict(load_checkpoint(source).network.named_parameters())
     for found in (training.state.averaged(), training.state.network):
         assert all(torch.equal(parameter, weights[name]) for name, parameter in found.named_parameters())
-    before = generate(trained, sampling=config.sampling, first=0, count=4)
-    own = training.state.averaged()
-    trained.network.load_state_dict(own.state_dict())
-    np.testing.assert_array_equal(generate(trained, sampling=config.sampling, first=0, count=4), before)
     assert training.state.images_seen == 0 and training.state.ema.num_updates == 0
     training.step()
-    states = list(training.state.optimizer.state.values())
-    assert {float(state["step"]) for state in states} == {1.0}
     # Adam's moments are bias-corrected: whatever the gradient, the first step is one learning rate long.
-    rate = build.learning_rate(config, 0)
     moved = [(p.detach() - weights[name]).abs().max() for name, p in training.state.network.named_parameters()]
-    assert max(map(float, moved)) == pytest.approx(rate, rel=0.01)
+    assert max(map(float, moved)) == pytest.approx(build.learning_rate(config, 0), rel=0.01)
 
 
 def test_a_light_training_leaves_the_convolutions_and_resumes_as_any(tiny, dataset, source, tmp_path) -> None:
     config = experiment(tiny, tmp_path, source, "train.trainable=light", "train.checkpoint_every_images=16")
-    uri = start(config, dataset)
-    job = TrainingJob(config=config, dataset=dataset, start=uri)
+    job = TrainingJob(config=config, dataset=dataset, start=start(config, dataset))
     whole = tmp_path / "whole" / train_locally(job, tmp_path / "whole").checkpoint
     before, after = tensors(source), tensors(whole)
     light = light_parameters(build.network(config))
-    changed = {name.removeprefix("ema:") for name in after if name.startswith("ema:")}
-    changed = {name for name in changed if not torch.equal(before[f"ema:{name}"], after[f"ema:{name}"])}
-    assert changed <= light and len(changed) > len(light) / 2
-    half = TrainingJob(config=config, dataset=dataset, start=uri, stop_at=16)
-    train_locally(half, tmp_path / "halves")
-    again = TrainingJob(config=config, dataset=dataset, start=str(tmp_path / "gone"))  # a resumed run needs it no more
+    moved = {name for name in after if name.startswith("ema:") and not torch.equal(before[name], after[name])}
+    assert moved <= {f"ema:{name}" for name in light} and len(moved) > len(light) / 2
+    train_locally(replace(job, stop_at=16), tmp_path / "halves")
+    again = replace(job, start=str(tmp_path / "gone"))  # a resumed run needs it no more
     assert_same_tensors(tmp_path / "halves" / train_locally(again, tmp_path / "halves").checkpoint, whole)
 
 
@@ -113,14 +101,13 @@ def test_the_run_keeps_its_source_and_says_what_differs(tiny: str, dataset: str,
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["network={kind: unet, widths: [8, 12], blocks_per_resolution: 1, embedding_features: 8}"],
-        ["network={kind: ncsnv2, num_features: 4}"],
-        ["train.init_from=/nowhere/images-1"],
-        ["train.init_from=models:/nothing@champion"],
+        "network={kind: ncsnv2, num_features: 4}",
+        "train.init_from=/nowhere/images-1",
+        "train.init_from=models:/nothing@champion",
     ],
 )
-def test_an_unfit_source_is_refused(tiny: str, dataset: str, source: str, tmp_path: Path, overrides: list[str]) -> None:
-    config = experiment(tiny, tmp_path, source, *overrides)
+def test_an_unfit_source_is_refused(tiny: str, dataset: str, source: str, tmp_path: Path, overrides: str) -> None:
+    config = experiment(tiny, tmp_path, source, overrides)
     with refused("train.init_from"):
         require_start(config, run_folder(config, "tuned"))
     assert not (tmp_path / "runs").exists(), "the name is free for the corrected command"
