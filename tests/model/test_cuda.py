@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pretended_gpu import Call, PretendedGpu, backward, pretended_gpu
+from pretended_gpu import Call, PretendedGpu, pretended_gpu
 from torch import Tensor, nn
-from torch.nn import functional
 
 from ncsn.config import Config, from_yaml, to_yaml
 from ncsn.core import augmentation, training_noise
@@ -18,7 +17,7 @@ from ncsn.core.images import fit_moments
 from ncsn.core.losses import Batch
 from ncsn.core.training import train_step
 from ncsn.data.format import Rows
-from ncsn.evaluation.extractors import Extractor, published
+from ncsn.evaluation.extractors import published
 from ncsn.evaluation.extractors.classifier import ClassifierNetwork, ClassifierRecipe
 from ncsn.model import build, generate, trained
 from ncsn.model.checkpoint import TrainedNetwork
@@ -88,17 +87,6 @@ def assert_convolutions_are_for_tensor_cores(calls: list[Call], dtype: torch.dty
     # compiled network keeps the order.
     weights = [call.given[1 if call.name == "convolution" else 2] for call in convolutions]
     assert all(each.is_contiguous(memory_format=torch.channels_last) for each in weights)
-
-
-def test_the_backward_pass_is_that_of_pytorch() -> None:
-    def loss(weight: Tensor, bias: Tensor) -> Tensor:
-        one, other = functional.linear(torch.ones(2, 3), weight, bias).tanh().chunk(2, dim=1)
-        return (one * other + weight.mean()).exp().sum()
-
-    leaves = torch.linspace(-1, 1, 12).view(4, 3).requires_grad_(), torch.ones(4, requires_grad=True)
-    expected = torch.autograd.grad(loss(*leaves), leaves)
-    backward(loss(*leaves))
-    assert all(torch.equal(leaf.grad, gradient) for leaf, gradient in zip(leaves, expected, strict=True))
 
 
 @pytest.mark.parametrize("config", RECIPES.values(), ids=RECIPES)
@@ -177,26 +165,18 @@ def test_a_chain_waits_for_no_score_and_convolves_in_bfloat16_with_channels_last
     assert not torch.backends.cudnn.benchmark, "which is the caller's"
 
 
-@pytest.fixture
-def inception(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Extractor:
-    """Without its weights, on the GPU."""
+def test_features_are_extracted_in_float32(gpu: PretendedGpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By Inception without its weights, and by a classifier."""
     torch.save({}, empty := tmp_path / "empty.pth")
     monkeypatch.setattr(published, "obtain_weights", lambda *_, **__: empty)
     monkeypatch.setattr(nn.Module, "load_state_dict", lambda *_, **__: None)
     with torch.device("meta"):
-        return published.InceptionExtractor("weights", device="cuda:0")
-
-
-@pytest.fixture
-def classifier() -> Extractor:
-    return ClassifierNetwork(ClassifierRecipe(shape=(32, 32, 3), num_classes=10, epochs=1, seed=0)).eval().to(CUDA)
-
-
-@pytest.mark.parametrize("kind", ["inception", "classifier"])
-def test_features_are_extracted_in_float32(kind: str, gpu: PretendedGpu, request: pytest.FixtureRequest) -> None:
-    extractor: Extractor = request.getfixturevalue(kind)
-    gpu.calls.clear()
-    found = extractor.extract(np.zeros((COUNT, 32, 32, 3), np.uint8))
-    assert len(found.features) == len(found.log_probabilities) == COUNT
-    assert {each.dtype for call in gpu.calls if call.name == "convolution" for each in maps(call)} == {torch.float32}
-    assert len([call for call in gpu.calls if call.waits]) <= 3  # images, features and probabilities
+        inception = published.InceptionExtractor("weights", device="cuda:0")
+    recipe = ClassifierRecipe(shape=(32, 32, 3), num_classes=10, epochs=1, seed=0)
+    for extractor in (inception, ClassifierNetwork(recipe).eval().to(CUDA)):
+        gpu.calls.clear()
+        found = extractor.extract(np.zeros((COUNT, 32, 32, 3), np.uint8))
+        assert len(found.features) == len(found.log_probabilities) == COUNT
+        convolved = {each.dtype for call in gpu.calls if call.name == "convolution" for each in maps(call)}
+        assert convolved == {torch.float32}
+        assert len([call for call in gpu.calls if call.waits]) <= 3  # images, features and probabilities
