@@ -50,9 +50,14 @@ def gpu_recipes() -> Iterator[Config]:
             yield from_yaml(path.read_text(), overrides=[f"train.batch_size={COUNT}", *small])
 
 
-RECIPES = {config.name: config for config in gpu_recipes()}
 # The last of each kind of network and chain.
-CHAINS = {(each.network.kind, each.sampling.sampler.kind, each.data.num_classes): each for each in RECIPES.values()}
+KINDS = {(each.network.kind, each.sampling.sampler.kind, each.data.num_classes): each for each in gpu_recipes()}
+RECIPES = {config.name: config for config in KINDS.values()}
+GUIDED = (
+    "name=guided", "loss={kind: consistency, pairs: teacher, guidance: {kind: classifier_free, weight: 2.0}}",
+    "train.precision=bfloat16", "data.num_classes=10",
+)  # fmt: skip
+TRAININGS = RECIPES | {"guided": from_yaml(to_yaml(RECIPES["cifar10-two-step"]), overrides=GUIDED)}
 
 
 @pytest.fixture
@@ -89,13 +94,16 @@ def assert_convolutions_are_for_tensor_cores(calls: list[Call], dtype: torch.dty
     assert all(each.is_contiguous(memory_format=torch.channels_last) for each in weights)
 
 
-@pytest.mark.parametrize("config", RECIPES.values(), ids=RECIPES)
+@pytest.mark.parametrize("config", TRAININGS.values(), ids=TRAININGS)
 def test_a_step_waits_for_nothing_and_convolves_in_its_precision_with_channels_last(
-    config: Config, gpu: PretendedGpu
+    config: Config, gpu: PretendedGpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(trained, "load_checkpoint", lambda _: None)
+    monkeypatch.setattr(trained, "adapted", lambda *_, **__: ({}, []))
+    teacher = trained.teacher("", config=config, classes=None, device=CUDA) if config.loss.has_teacher else None
     state = build.train_state(config, device=CUDA)
     objective, options, split = objective_of(config), build.step_options(config, world_size=1), Split(config)
-    loss, curves = objective.loss(state.uncertainty, None), Curves(objective, WorkerContext(CUDA))
+    loss, curves = objective.loss(state.uncertainty, teacher), Curves(objective, WorkerContext(CUDA))
 
     def drawn() -> Batch:
         return draw_batch(config, objective, split, first=0, count=COUNT).on(CUDA, config)
@@ -118,28 +126,8 @@ def test_a_step_waits_for_nothing_and_convolves_in_its_precision_with_channels_l
     assert (losses.shape, norm.shape) == ((COUNT,), ())
 
 
-def test_a_teacher_evaluates_both_scores_in_one_pass_in_the_precision_of_training(
-    gpu: PretendedGpu, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    guidance = "pairs: teacher, guidance: {kind: classifier_free, weight: 2.0}"
-    guided = f"loss={{kind: consistency, {guidance}}}", "train.precision=bfloat16", "data.num_classes=10"
-    config = from_yaml(to_yaml(RECIPES["cifar10-two-step"]), overrides=guided)
-    monkeypatch.setattr(trained, "load_checkpoint", lambda _: None)
-    monkeypatch.setattr(trained, "adapted", lambda *_, **__: ({}, []))
-    network = trained.teacher("uri", config=config, classes=None, device=CUDA)
-    loss = objective_of(config).loss(None, network)
-    batch = draw_batch(config, objective_of(config), Split(config), first=0, count=COUNT).on(CUDA, config)
-    gpu.calls.clear()
-    loss.teacher(batch.x, batch)  # type: ignore[union-attr]
-    assert [call for call in gpu.calls if call.waits] == []
-    assert_convolutions_are_for_tensor_cores(gpu.calls, torch.bfloat16)
-    passes = [len(each.given[0]) for each in gpu.calls if each.name == "convolution"]
-    layers = [each for each in network.modules() if isinstance(each, nn.Conv2d)]
-    assert passes == [2 * COUNT] * len(layers) and {each.weight.dtype for each in layers} == {torch.bfloat16}
-
-
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer")  # of a copy of a network
-@pytest.mark.parametrize("config", CHAINS.values(), ids=lambda config: config.name)
+@pytest.mark.parametrize("config", RECIPES.values(), ids=RECIPES)
 def test_a_chain_waits_for_no_score_and_convolves_in_bfloat16_with_channels_last(
     config: Config, gpu: PretendedGpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
