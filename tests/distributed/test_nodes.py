@@ -26,7 +26,7 @@ from ncsn.config import from_yaml
 from ncsn.data.samples import SampleSet
 from ncsn.model.checkpoint import load_checkpoint
 from ncsn.model.generate import generate
-from ncsn.runs.history import TrainingHistory, load_history
+from ncsn.runs.history import load_history
 from ncsn.training.loop import TrainingJob
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -173,6 +173,7 @@ def train_and_lose_a_node(tiny: str, dataset: str, run: Path, how: str, at_image
         done = subprocess.run(command, env=environment, stdout=log, stderr=log, timeout=900)
     assert done.returncode == 0, (run / "log").read_text()[-5000:]
     result: dict[str, Any] = json.loads((run / "result.json").read_text())
+    assert result["outcome"]["images_seen"] == 640
     return result
 
 
@@ -185,26 +186,20 @@ def undisturbed(tiny: str, dataset: str, tmp_path_factory: pytest.TempPathFactor
     return run
 
 
-def history(run: Path) -> TrainingHistory:
-    return load_history(str(run / "history.json"))
-
-
 def assert_same_training(run: Path, whole: Path) -> None:
-    seen, expected = history(run).images_seen, history(whole).images_seen
+    one, other = (load_history(str(each / "history.json")) for each in (run, whole))
+    seen, expected = one.images_seen, other.images_seen
     saved = set(seen) - set(expected)  # in between, which divides what the next point is the mean of
     same = [place for before, place in pairwise([0, *expected]) if not saved & set(range(before, place))]
     assert set(expected) <= set(seen) and len(same) >= len(expected) - len(saved)
     for name in ("train/loss", "train/grad_norm_max"):
-        found, wanted = (
-            dict(zip(history(at).images_seen, history(at).curve(name), strict=True)) for at in (run, whole)
-        )
+        found, wanted = (dict(zip(each.images_seen, each.curve(name), strict=True)) for each in (one, other))
         np.testing.assert_allclose(*([each[place] for place in same] for each in (found, wanted)), rtol=1e-4)
     assert_close_tensors(*(at / "checkpoints" / "images-000000640" for at in (run, whole)), rtol=1e-3)
 
 
 def test_a_new_node_makes_training_grow_again(tiny: str, dataset: str, tmp_path: Path, undisturbed: Path) -> None:
     result = train_and_lose_a_node(tiny, dataset, tmp_path / "run", "replace", at_images=224)
-    assert result["outcome"]["images_seen"] == 640
     attempts = [(count, [done for done, _ in seen]) for count, seen in groupby(result["seen"], key=itemgetter(1))]
     assert [count for count, _ in attempts] == [2, 1, 2]
     for (_, before), (_, after) in pairwise(attempts):
@@ -217,10 +212,8 @@ def test_a_new_node_makes_training_grow_again(tiny: str, dataset: str, tmp_path:
 def test_a_notice_makes_a_checkpoint_in_time(tiny: str, dataset: str, tmp_path: Path, undisturbed: Path) -> None:
     """The node has 15 seconds left when Ray is told to drain it."""
     result = train_and_lose_a_node(tiny, dataset, tmp_path / "run", "drain", at_images=64)
-    assert result["outcome"]["images_seen"] == 640
     (kept,) = result["kept"]
-    saved_at = int(kept.removeprefix("resume-"))
-    assert 64 <= saved_at <= 64 + 15 / 0.6 * 16, "while the node was there"
+    assert 64 <= int(kept.removeprefix("resume-")) <= 64 + 15 / 0.6 * 16, "while the node was there"
     names = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
     assert names == {path.name for path in (undisturbed / "checkpoints").iterdir()}
     assert_same_training(tmp_path / "run", undisturbed)

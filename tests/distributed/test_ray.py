@@ -13,15 +13,7 @@ import numpy as np
 import psutil
 import pyarrow.parquet as pq
 import pytest
-from on_ray import (
-    KillsWorker,
-    RayDriver,
-    ends_by_a_mistake,
-    evaluate_by_tasks,
-    live_scores,
-    ray_driver,
-    with_progress,
-)
+from on_ray import KillsWorker, RayDriver, ends_by_a_mistake, evaluate_by_tasks, live_scores, ray_driver, with_progress
 from refused import refused
 from workers import assert_close_tensors, assert_same_tensors, train_locally
 

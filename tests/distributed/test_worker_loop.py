@@ -124,13 +124,14 @@ def test_a_switch_changes_nothing_but_rounding(tiny: str, dataset: str, tmp_path
         assert_close_tensors(whole, half(tmp_path / folder, overrides, None))
 
 
+class Pair(WorkerContext):
+    """The other worker gives 1: its step takes a second, and it lacks a compiler."""
+
+    def sum_over_workers(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor + 1.0
+
+
 def test_where_a_worker_lacks_a_compiler_none_compiles(tiny, monkeypatch, caplog) -> None:
-    class One(WorkerContext):
-        """Another worker lacks one."""
-
-        def sum_over_workers(self, tensor: torch.Tensor) -> torch.Tensor:
-            return tensor + 1.0
-
     def compiled(context: WorkerContext, *overrides: str) -> bool:
         network = nn.Identity()
         prepare_network(network, from_yaml(tiny, overrides=overrides), context)
@@ -138,9 +139,9 @@ def test_where_a_worker_lacks_a_compiler_none_compiles(tiny, monkeypatch, caplog
 
     gpu = "compute.use_gpu=true"
     assert compiled(WorkerContext(), gpu) and caplog.messages == []
-    assert not compiled(One(), gpu) and len(caplog.messages) == 1
-    assert not compiled(One()) and len(caplog.messages) == 1, "not on a CPU, so nothing lacks"
-    assert not compiled(One(), gpu, "loss={kind: ssm}") and len(caplog.messages) == 1
+    assert not compiled(Pair(), gpu) and len(caplog.messages) == 1
+    assert not compiled(Pair()) and len(caplog.messages) == 1, "not on a CPU, so nothing lacks"
+    assert not compiled(Pair(), gpu, "loss={kind: ssm}") and len(caplog.messages) == 1
     monkeypatch.setenv("PATH", "")
     assert not compiled(WorkerContext(), gpu) and len(caplog.messages) == 2
     with refused("compute.compile"):
@@ -272,14 +273,8 @@ def test_a_checkpoint_every_few_minutes_is_for_a_resume_alone(tiny, dataset, tmp
 
 
 def test_a_step_timer_is_the_same_on_all_workers_and_slows_down_gently(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Two(WorkerContext):
-        """The other worker's step takes 1 second, this one's no time."""
-
-        def sum_over_workers(self, tensor: torch.Tensor) -> torch.Tensor:
-            return tensor + 1.0
-
     monkeypatch.setattr("ncsn.training.loop.time", Clock())
-    timer = StepTimer(Two(world_size=2), seconds=4.0)
+    timer = StepTimer(Pair(world_size=2), seconds=4.0)
     due = [step for step in range(1, 40) if timer.due() and timer.exchange(2.0) == [3.0]]
     assert due == [1, 3, 7, 15, 23, 31, 39], "2, 4, then every 8 steps of half a second"
 
