@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -71,14 +73,10 @@ def gpu() -> Iterator[PretendedGpu]:
         each.cache_clear()
 
 
-class Split:
-    """Gray training images, as `draw_batch` takes them."""
-
-    def __init__(self, config: Config) -> None:
-        self.shape = config.data.stored_shape
-
-    def ordered(self, seed: int, *, first: int, count: int) -> Rows:
-        return Rows(np.full((count, *self.shape), 128, np.uint8), np.zeros(count, np.int64))
+def gray_images(config: Config) -> Any:
+    """Training images, as `draw_batch` takes them."""
+    rows = Rows(np.full((COUNT, *config.data.stored_shape), 128, np.uint8), np.zeros(COUNT, np.int64))
+    return SimpleNamespace(ordered=lambda seed, *, first, count: rows)
 
 
 def maps(call: Call) -> list[Tensor]:
@@ -102,7 +100,7 @@ def test_a_step_waits_for_nothing_and_convolves_in_its_precision_with_channels_l
     monkeypatch.setattr(trained, "adapted", lambda *_, **__: ({}, []))
     teacher = trained.teacher("", config=config, classes=None, device=CUDA) if config.loss.has_teacher else None
     state = build.train_state(config, device=CUDA)
-    objective, options, split = objective_of(config), build.step_options(config, world_size=1), Split(config)
+    objective, options, split = objective_of(config), build.step_options(config, world_size=1), gray_images(config)
     loss, curves = objective.loss(state.uncertainty, teacher), Curves(objective, WorkerContext(CUDA))
 
     def drawn() -> Batch:
