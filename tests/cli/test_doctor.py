@@ -30,7 +30,7 @@ def test_a_machine_that_is_well(config_file: Path, store: Path, monkeypatch: pyt
     assert not any(finding["fix"] for finding in findings.values())
 
 
-def test_what_is_ill_comes_with_a_command(config_file: Path, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_ill_comes_with_a_command(config_file: Path, store: Path, monkeypatch, capsys) -> None:
     store.write_text("a file where the folder should be")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -43,6 +43,8 @@ def test_what_is_ill_comes_with_a_command(config_file: Path, store: Path, monkey
     assert findings["store"]["fix"] == f"mkdir -p {store}"
     assert findings["mlflow"]["detail"].startswith(f"http://{nobody}: ")
     assert "kubectl port-forward" in findings["kfp"]["fix"]
+    assert not doctor.report([doctor.Finding(**finding) for finding in findings.values()], as_json=False)
+    assert f"mkdir -p {store}" in capsys.readouterr().out
 
 
 def test_images_that_are_not_here(config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,13 +69,6 @@ def test_json_says_what_was_found_and_why(place, run_in_process) -> None:
     assert config.data.horizontal_flip and config.data.image_size == 8
 
 
-def test_too_few_images_are_told_with_the_folder(place, run_in_process) -> None:
-    for file in list(place.iterdir())[1:]:
-        file.unlink()
-    result = run_in_process("init", str(place))
-    assert result.exit_code == 2 and result.stderr.startswith(f"error: PLACE = '{place}': has 1 image that ")
-
-
 def test_small_classes_and_mirroring_are_as_answered(place) -> None:
     def mirrored(png: bytes, measured: bool) -> bool:
         asked.append(Image.open(io.BytesIO(png)).size)
@@ -97,16 +90,13 @@ def test_small_classes_and_mirroring_are_as_answered(place) -> None:
     assert told is not None and data.horizontal_flip == (told > choose.MIRRORED)
 
 
-def test_few_test_images_and_a_busy_machine_are_told(place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_test_images_are_told(place) -> None:
     given = ["data.image_size=8", "data.test_fraction=0.1"]
     written = write.from_images(str(place), "x.yaml", seconds=300, overrides=given, asks=write.Asks())
     for count, told in ((999, "99 test images"), (1500, "--set data.test_fraction=0.34"), (5000, "")):
         many = replace(written, found=replace(written.found, num_images=count))
         said = " ".join(text for _, text in many.lines if "test images" in text)
         assert told in said and bool(told) == bool(said)
-    for load, busy in ((0.1, False), (90.0, True)):
-        monkeypatch.setattr("os.getloadavg", lambda load=load: (load,) * 3)
-        assert (f"{load:.1f}" in dict(written.lines)["estimate"].partition(":")[0]) == busy
 
 
 def test_the_terminal_shows_two_pixels_in_a_character() -> None:
@@ -130,15 +120,11 @@ def test_examples(place, run_in_process) -> None:
     ("arguments", "subject"),
     [
         (("nowhere",), "PLACE = 'nowhere'"),
-        (("no/where", "--minutes", "3", "--set", "x"), "PLACE = 'no/where'"),
-        (("",), "PLACE = ''"),
         (("~no-such-user/x",), "PLACE = '~no-such-user/x'"),
         (("x" * 300,), "PLACE"),
-        (("{place}", "--set", "name="), "--set: name"),
         (("{place}", "--set", "data.crop=21"), "{place}/0.png"),
         (("digits", "--out", "x.png"), "--out 'x.png'"),
         (("digits", "--minutes", "5"), "--minutes"),
-        (("{place}", "--set", "data.image_size=huge"), "--set: data.image_size = 'huge'"),
         (("{place}", "--set", "train.batchsize=3"), "--set: train.batchsize"),
         (("{place}", "--out", "absent/x.yaml"), "--out 'absent/x.yaml'"),
         (("{place}", "--minutes", "nan"), "--minutes nan"),

@@ -26,31 +26,14 @@ def folder(config: Config) -> RunFolder:
     return claimed(config, "mine")
 
 
-@pytest.mark.parametrize(
-    ("override", "same"),
-    [
-        ("seed=0", True),
-        ("train.num_images=320", True),  # it goes on
-        ("optimizer.decay=cosine", False),
-        ("seed=1", False),
-        ("data.max_images=32", False),
-        ("sampling.num_images=9", True),
-        ("evaluation.num_splits=2", True),
-        ("compute.num_workers=2", True),
-        ("storage.root=/elsewhere", True),
-    ],
-)
-def test_the_run_name_depends_on_what_decides_the_weights(config_file: Path, override: str, same: bool) -> None:
+def test_the_run_name_depends_on_what_decides_the_weights(config_file: Path) -> None:
     run = TargetOptions(str(config_file)).resolve().name
     assert run.startswith("tiny-")
-    assert (TargetOptions(str(config_file), (override,)).resolve().name == run) is same
-
-
-def test_a_run_brings_its_config(config_file: Path, store: Path) -> None:
-    first = TargetOptions(str(config_file), ("seed=7",), "mine").resolve()
-    claimed(first.config, first.name)
-    found = TargetOptions(None, (f"storage.root={store}", "sampling.num_images=9"), "mine").resolve()
-    assert (found.name, found.config.seed, found.config.sampling.num_images) == ("mine", 7, 9)
+    goes_on = "train.num_images=320"
+    for override in ("seed=0", goes_on, "sampling.num_images=9", "compute.num_workers=2", "storage.root=/elsewhere"):
+        assert TargetOptions(str(config_file), (override,)).resolve().name == run
+    for override in ("optimizer.decay=cosine", "seed=1", "data.max_images=32"):
+        assert TargetOptions(str(config_file), (override,)).resolve().name != run
 
 
 def test_a_run_is_where_its_store_is_now(config: Config, folder: RunFolder, store: Path, tmp_path: Path) -> None:
@@ -65,6 +48,8 @@ def test_a_run_is_where_its_store_is_now(config: Config, folder: RunFolder, stor
         TargetOptions(None, (f"storage.root={moved}",)).resolve("mine"),
     ):
         assert (found.config.storage.root, found.name) == (str(moved), "mine")
+    changed = TargetOptions(None, (f"storage.root={moved}", "sampling.num_images=9"), "mine").resolve()
+    assert changed.config.sampling.num_images == 9
     elsewhere = TargetOptions(str(moved / "runs/mine/config.yaml"), ("storage.root=/elsewhere",))
     assert elsewhere.resolve().config.storage.root == "/elsewhere"
     (tmp_path / "runs/by-hand").mkdir(parents=True)
@@ -124,6 +109,7 @@ def store_result(folder: RunFolder, step: str, result: dict[str, object], *, at:
 
 
 def test_inputs_are_the_given_ones_else_those_of_the_run(config: Config, folder: RunFolder) -> None:
+    """Sampled is the checkpoint that select chose, until the run is trained again."""
     store_result(folder, "ingest", {"uri": "/data/set"})
     store_result(folder, "sample", {"uri": "/samples", "checkpoint": "/selected"})
     assert find_inputs(folder, "register", {"evaluation": "/e"}, config=config)["checkpoint"] == "/selected"
@@ -132,17 +118,17 @@ def test_inputs_are_the_given_ones_else_those_of_the_run(config: Config, folder:
     with refused("--checkpoint"):
         find_inputs(folder, "sample", {"checkpoint": None}, config=config)
 
+    def sampled(of: Config = config, **given: str) -> str:
+        return find_inputs(folder, "sample", given, config=of)["checkpoint"]
 
-def test_a_run_is_sampled_from_the_checkpoint_that_select_chose_until_it_is_trained_again(config, folder) -> None:
     last, best = (storage.join(folder.uri, place) for place in ("checkpoints/images-9", "selected/images-5"))
     store_result(folder, "train", {"checkpoint": last})
-    assert find_inputs(folder, "sample", {}, config=config) == {"checkpoint": last}
+    assert sampled() == last
     store_result(folder, "select", {"checkpoint": best}, at="2026-01-02")
-    assert find_inputs(folder, "sample", {}, config=config) == {"checkpoint": last}, "the copy is gone"
+    assert sampled() == last, "the copy is gone"
     storage.write_text(best, "x")
-    assert find_inputs(folder, "sample", {}, config=config) == {"checkpoint": best}
-    assert find_inputs(folder, "sample", {"checkpoint": last}, config=config) == {"checkpoint": last}
+    assert (sampled(), sampled(checkpoint=last)) == (best, last)
     average = config.model_copy(update={"sampling": config.sampling.model_copy(update={"relative_width": 0.1})})
-    assert find_inputs(folder, "sample", {}, config=average) == {"checkpoint": last}
+    assert sampled(average) == last
     store_result(folder, "train", {"checkpoint": last}, at="2026-01-03")
-    assert find_inputs(folder, "sample", {}, config=config) == {"checkpoint": last}
+    assert sampled() == last
