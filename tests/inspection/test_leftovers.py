@@ -64,11 +64,7 @@ def store(config: Config, client: MlflowClient) -> Config:
     run(config, "opened", "train", inputs={"model": "models:/ncsn-digits/1"})
     put(config, "runs/opened/samples/s1/f1/shard")
     put(config, "runs/stopped/samples/s1/f1/shard", "runs/stopped/samples/s2/f2/shard")
-    put(
-        config,
-        "runs/stopped/steps/train/.step.json.tmp-1a2b3c4d",
-        "runs/stopped/checkpoints/images-009/ema.safetensors",
-    )
+    put(config, "runs/stopped/steps/train/.step.json.tmp-1a2b3c4d", "runs/stopped/checkpoints/images-009/ema")
     put(config, "runs/reused/samples/s1/f1/shard", "runs/elsewhere/samples/s1/f1/shard")
     reused = from_yaml(to_yaml(config), overrides=[f"data.root={config.storage.root}/runs/reused/samples/s1/f1"])
     run(reused, "reuses", "ingest")
@@ -175,27 +171,22 @@ def test_a_run_at_work_keeps_what_it_has_and_reads(store: Config, later: float) 
     assert FOUND - found(store) == kept | {each for each in FOUND if each[0] in ("features", "trials", "datasets")}
 
 
-def test_a_step_that_began_meanwhile_keeps_all(store: Config, later: float) -> None:
+def test_a_step_that_begins_meanwhile_keeps_what_is_not_deleted_yet(store: Config, later: float) -> None:
+    dataset(store, "ffff6666")
     root, registry = store.storage.root, tracking_uri(store)
     result, began = find_leftovers(root, registry)
-    os.utime(RunFolder(root, "stopped").begun, (later, later))
+    deleting = delete_leftovers(root, registry, result, began)
+    assert next(each for each in deleting if each.kind == "datasets")
+    storage.write_bytes(RunFolder(root, "new").begun, b"")
+    assert "datasets" not in {each.kind for each in deleting}
     assert not list(delete_leftovers(root, registry, result, began))
-    assert all(storage.exists(each.uri) for each in result if each.kind != "artifacts")
+    assert sum(storage.exists(each.uri) for each in result if each.kind == "datasets") == 1
 
 
 def test_a_run_whose_folder_is_the_images_of_another_stays_whole(store: Config, later: float) -> None:
     images = from_yaml(to_yaml(store), overrides=[f"data.root={store.storage.root}/runs/registered"])
     run(images, "reuses", "ingest")
     assert FOUND - found(store) >= {each for each in FOUND if "registered/" in each[1]}
-
-
-def test_a_dataset_stays_once_a_step_begins(store: Config, later: float) -> None:
-    dataset(store, "ffff6666")
-    root, registry = store.storage.root, tracking_uri(store)
-    deleting = delete_leftovers(root, registry, *find_leftovers(root, registry))
-    assert next(each for each in deleting if each.kind == "datasets")
-    storage.write_bytes(RunFolder(store.storage.root, "new").begun, b"")
-    assert "datasets" not in {each.kind for each in deleting}
 
 
 def test_what_a_link_leads_to_stays(store: Config, later: float, tmp_path: Path) -> None:

@@ -53,17 +53,6 @@ def test_an_archive_has_the_packages_and_what_their_links_name(ours: Clone, tmp_
     assert any(each.startswith("torch>=") for each in about["requires"])
 
 
-def test_a_link_that_leads_nowhere_and_a_pipe_are_refused(ours: Clone, tmp_path: Path) -> None:
-    for place, make in (
-        (ours.folder / "ncsn" / "gone.py", lambda at: at.symlink_to("nowhere")),
-        (ours.folder / "ncsn" / "pipe", os.mkfifo),
-    ):
-        make(place)
-        with refused("--code"):
-            published(tmp_path)
-        place.unlink()
-
-
 def test_the_same_code_is_the_same_archive_and_an_edit_another(ours: Clone, tmp_path: Path) -> None:
     first = published(tmp_path)
     assert code.origin()["dirty"] == "false"
@@ -74,7 +63,15 @@ def test_the_same_code_is_the_same_archive_and_an_edit_another(ours: Clone, tmp_
     assert code.origin()["dirty"] == "true"
 
 
-def test_what_is_no_clone_or_not_the_clone_of_this_folder_is_refused(ours, tmp_path, monkeypatch) -> None:
+def test_what_is_no_clone_or_not_that_of_this_folder_or_has_no_files_is_refused(ours, tmp_path, monkeypatch) -> None:
+    for place, make in (
+        (ours.folder / "ncsn" / "gone.py", lambda at: at.symlink_to("nowhere")),
+        (ours.folder / "ncsn" / "pipe", os.mkfifo),
+    ):
+        make(place)
+        with refused("--code"):
+            published(tmp_path)
+        place.unlink()
     (tmp_path / "ncsn").mkdir()
     (tmp_path / "ncsn" / "__init__.py").touch()
     with refused("--code"):

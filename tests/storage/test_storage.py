@@ -26,62 +26,55 @@ def names_below(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
 
 
-def test_absolute_makes_local_paths_absolute_and_keeps_s3(monkeypatch, tmp_path):
+def test_absolute_makes_local_paths_absolute_keeps_s3_and_refuses_the_rest(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", "/home/somebody")
     assert storage.absolute("store") == str(tmp_path / "store")
     assert storage.absolute("file:///a/b/") == "/a/b"
     assert storage.absolute("~/store") == "/home/somebody/store"
     assert storage.absolute("s3://bucket/prefix/") == "s3://bucket/prefix"
+    for uri in ("s3:///", "gs://bucket/prefix", "/a\0b"):
+        with refused(repr(uri) if "\0" in uri else uri):
+            storage.absolute(uri)
 
 
-@pytest.mark.parametrize("uri", ["s3://", "s3:///", "gs://bucket/prefix", "http://host/path", "/a\0b"])
-def test_absolute_refuses_what_it_cannot_reach(uri):
-    with refused(repr(uri) if "\0" in uri else uri):
-        storage.absolute(uri)
-
-
-@pytest.mark.parametrize("store", ["/a/store", "s3://bucket/prefix"])
-def test_addresses_in_a_store_are_relative_to_it(store):
-    values = {"at": store, "in": [f"{store}/runs/a", {"b": f"{store}/c"}], "out": [f"{store}2/d", "/e", 1, None]}
-    relative = storage.relative_uris(values, store)
-    assert relative == {
-        "at": "store:/",
-        "in": ["store:/runs/a", {"b": "store:/c"}],
-        "out": [f"{store}2/d", "/e", 1, None],
-    }
-    assert storage.absolute_uris(relative, store) == values
-    assert storage.absolute_uris(relative, "/new")["in"] == ["/new/runs/a", {"b": "/new/c"}]
+def test_addresses_in_a_store_are_relative_to_it():
+    for store in ("/a/store", "s3://bucket/prefix"):
+        outside = [f"{store}2/d", "/e", 1, None]
+        values = {"at": store, "in": [f"{store}/runs/a", {"b": f"{store}/c"}], "out": outside}
+        relative = storage.relative_uris(values, store)
+        assert relative == {"at": "store:/", "in": ["store:/runs/a", {"b": "store:/c"}], "out": outside}
+        assert storage.absolute_uris(relative, store) == values
+        assert storage.absolute_uris(relative, "/new")["in"] == ["/new/runs/a", {"b": "/new/c"}]
 
 
 def test_a_written_file_reads_back_and_is_replaced(root):
     uri = storage.join(root, "a", "file.txt")
     assert not storage.exists(uri)
+    with refused(uri, error=NotFound):
+        storage.read_bytes(uri)
     storage.write_text(uri, "first \N{SNOWMAN}")
-    assert storage.exists(uri)
-    assert storage.exists(storage.join(root, "a"))
+    assert storage.exists(uri) and storage.exists(storage.join(root, "a"))
     assert storage.read_text(uri) == "first \N{SNOWMAN}"
     storage.write_text(uri, "second")
     assert storage.read_bytes(uri) == b"second"
     assert storage.list_names(storage.join(root, "a")) == ["file.txt"]
+    storage.write_text(storage.join(root, "b", "c", "d"), "text")
+    with storage.local_copy(root) as folder:
+        assert names_below(folder) == ["a", "a/file.txt", "b", "b/c", "b/c/d"]
+        assert (folder / "b" / "c" / "d").read_text() == "text"
 
 
-def test_a_missing_file_is_named(root):
-    uri = storage.join(root, "missing")
-    with refused(uri, error=NotFound):
-        storage.read_bytes(uri)
-    assert storage.find_json(uri) is None
-
-
-@pytest.mark.parametrize("damaged", [b"", b'{"done": 1', b'{"done": 1}\x00\x00', b"\xff"])
-def test_json_that_does_not_parse_is_no_mistake_of_the_user(root, damaged):
+def test_json_that_does_not_parse_is_no_mistake_of_the_user(root):
     uri = storage.join(root, "record.json")
+    assert storage.find_json(uri) is None
     storage.write_text(uri, '{"done": 1}')
     assert storage.read_json(uri) == storage.find_json(uri) == {"done": 1}
-    storage.write_bytes(uri, damaged)
-    with pytest.raises(storage.UnreadableError) as failure:
-        storage.read_json(uri)
-    assert not isinstance(failure.value, (ValueError, FileNotFoundError))
+    for damaged in (b"", b'{"done": 1', b'{"done": 1}\x00\x00', b"\xff"):
+        storage.write_bytes(uri, damaged)
+        with pytest.raises(storage.UnreadableError) as failure:
+            storage.read_json(uri)
+        assert not isinstance(failure.value, (ValueError, FileNotFoundError))
 
 
 def test_of_many_writers_at_once_exactly_one_publishes(root):
@@ -113,19 +106,18 @@ def test_a_staged_folder_appears_whole(root):
     assert storage.read_bytes(storage.join(uri, "train", "part")) == b"rows"
 
 
-@pytest.mark.parametrize(
-    ("replace", "outcomes", "stays"), [(False, [True, False], "first"), (True, [True, True], "second")]
-)
-def test_publish_folder_says_who_published(root, replace, outcomes, stays):
+def test_publish_folder_says_who_published(root):
     uri = storage.join(root, "dataset")
-    found = []
-    for text in ("first", "second"):
+    for text, replace, published, stays in (
+        ("first", False, True, "first"),
+        ("second", False, False, "first"),
+        ("third", True, True, "third"),
+    ):
         with storage.scratch_folder(root) as folder:
             (folder / "done").write_text(text)
-            found.append(storage.publish_folder(folder, uri, marker="done", replace=replace))
-    assert found == outcomes
-    assert storage.read_text(storage.join(uri, "done")) == stays
-    assert storage.list_names(root) == ["dataset"]
+            assert storage.publish_folder(folder, uri, marker="done", replace=replace) == published
+        assert storage.read_text(storage.join(uri, "done")) == stays
+        assert storage.list_names(root) == ["dataset"]
 
 
 def test_a_folder_without_its_marker_is_not_taken_for_complete(tmp_path):
@@ -137,15 +129,6 @@ def test_a_folder_without_its_marker_is_not_taken_for_complete(tmp_path):
     ):
         (folder / "done").write_text("")
     assert names_below(tmp_path) == ["dataset", "dataset/stray"]
-
-
-def test_local_copy_brings_every_file(root):
-    uri = storage.join(root, "folder")
-    for name in ("a", "b/c"):
-        storage.write_text(storage.join(uri, *name.split("/")), name)
-    with storage.local_copy(uri) as folder:
-        assert names_below(folder) == ["a", "b", "b/c"]
-        assert (folder / "b" / "c").read_text() == "b/c"
 
 
 def test_a_write_that_fails_keeps_the_old_file(small_disk):
