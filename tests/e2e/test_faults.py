@@ -53,19 +53,13 @@ def whole(workplace) -> str:
     return uri
 
 
-@pytest.fixture(scope="module")
-def dataset(workplace, whole: str) -> tuple[str, str]:
-    """The option that names the dataset."""
-    return "--dataset", workplace.result("whole", "ingest")["uri"]
-
-
 def training_workers(workplace) -> list[int]:
     """Process ids of the running workers."""
     return [pid for pid, command in workplace.processes().items() if command.startswith("ray::train")]
 
 
-def test_a_killed_driver_and_the_same_command_again(workplace, whole: str, dataset) -> None:
-    again = command("train", "driver", *dataset)
+def test_a_killed_driver_and_the_same_command_again(workplace, whole: str) -> None:
+    again = command("train", "driver", "--dataset", workplace.result("whole", "ingest")["uri"])
     uri = str(workplace.folder("driver"))
     process = workplace.start(*again, start_new_session=True)
     reached(workplace, process, lambda: checkpoints(uri) and training_workers(workplace))
@@ -92,12 +86,13 @@ def away(server) -> Iterator[None]:
 
 
 def test_the_s3_server_is_away_while_checkpoints_are_due_and_while_sampling(
-    workplace, whole, dataset, s3_root, s3_server, tmp_path, monkeypatch
+    workplace, whole, s3_root, s3_server, tmp_path, monkeypatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     monkeypatch.setenv("NCSN_CACHE_DIR", str(tmp_path / "cache"))
     uri = f"{s3_root}/runs/away"
-    process = workplace.start(*command("train", "away", *dataset, root=s3_root))
+    dataset = workplace.result("whole", "ingest")["uri"]
+    process = workplace.start(*command("train", "away", "--dataset", dataset, root=s3_root))
     reached(workplace, process, lambda: checkpoints(uri))
     with away(s3_server):
         assert process.poll() is None, "training can neither end nor fail meanwhile"
