@@ -13,49 +13,27 @@ from pathlib import Path
 from urllib.request import urlopen
 
 import pytest
-from do import claimed
 from filelock import FileLock
 from ports import free_port
 
 from ncsn.cli.registry import require_free
-from ncsn.cli.run import _say_if_longer
 from ncsn.cli.target import TargetOptions
 from ncsn.config import from_yaml
-from ncsn.runs.folder import Run, RunFolder, update_step
 
 
 def test_a_step_prints_its_result_and_the_second_call_finds_it(run_command, config_file: Path, store: Path) -> None:
     first = run_command("ingest", "--config", str(config_file), "--json")
     assert first.returncode == 0, first.stderr
-    result = json.loads(first.stdout)
+    result, run = json.loads(first.stdout), TargetOptions(str(config_file)).resolve().name
     assert result["counts"] == {"train": 1258, "test": 539}
     assert Path(result["uri"], "manifest.json").is_file()
-    run = TargetOptions(str(config_file)).resolve().name
-    assert "select" not in first.stderr  # what is said of a checkpoint that was selected
-    folder = store / "runs" / run / "steps" / "ingest"
-    written = (folder / "step.json").stat().st_mtime_ns
-
+    record = store / "runs" / run / "steps" / "ingest" / "step.json"
+    written = record.stat().st_mtime_ns
     second = run_command("ingest", "--run", run, "--set", f"storage.root={store}")
     assert second.returncode == 0, second.stderr
-    digest = result["digest"][:12]
-    assert second.stdout == f"ingest: 1,258 train + 539 test images, digest {digest}\nuri: {result['uri']}\n"
-    assert (folder / "step.json").stat().st_mtime_ns == written
-
-
-def test_a_longer_run_that_starts_at_zero_says_so(config_file, store, capsys) -> None:
-    def said(run: str, *overrides: str) -> str:
-        config = from_yaml(config_file.read_text(), overrides=["optimizer.decay=cosine", *overrides])
-        claimed(config, run)
-        _say_if_longer(Run(config, run))
-        return capsys.readouterr().err
-
-    longer = "train.num_images=320"
-    assert said("mine") + said("untrained", longer) == ""
-    mine = RunFolder(str(store), "mine")
-    update_step(mine, "train", state="FINISHED", result={"images_seen": 160})
-    assert f"`ncsn run --config {mine.config} --set train.init_from=mine`" in said("longer", longer)
-    others = ["train.num_images=80"], [longer, "seed=1"], [longer, "optimizer.decay=constant"]
-    assert [said(f"other-{number}", *other) for number, other in enumerate(others)] == ["", "", ""]
+    said = f"ingest: 1,258 train + 539 test images, digest {result['digest'][:12]}"
+    assert second.stdout == f"{said}\nuri: {result['uri']}\n"
+    assert record.stat().st_mtime_ns == written
 
 
 def test_show_config_as_json_is_the_canonical_form(run_in_process, config_file: Path) -> None:
@@ -114,7 +92,6 @@ def test_pages_open_in_a_browser_and_end_with_the_command(config_file: Path, tmp
 
 
 def test_one_run_is_not_trained_twice_at_once(run_command, require_mistake, config_file: Path, store: Path) -> None:
-    folder = store / "runs" / "mine"
-    folder.mkdir(parents=True)
-    with FileLock(folder / ".lock"):
+    (store / "runs" / "mine").mkdir(parents=True)
+    with FileLock(store / "runs" / "mine" / ".lock"):
         require_mistake(run_command("run", "--config", str(config_file), "--run", "mine"), "--run 'mine'")

@@ -5,20 +5,17 @@ from __future__ import annotations
 import io
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from refused import refused
 
 from ncsn.cli.console import picture
 from ncsn.config import from_yaml
 from ncsn.init import choose, write
 from ncsn.init.plan import Speed
 from ncsn.init.survey import told_from_mirror
-from ncsn.steps.ingest import write_images
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -90,23 +87,13 @@ def test_small_classes_and_mirroring_are_as_answered(place) -> None:
     assert told is not None and data.horizontal_flip == (told > choose.MIRRORED)
 
 
-def test_few_test_images_are_told(place) -> None:
-    given = ["data.image_size=8", "data.test_fraction=0.1"]
-    written = write.from_images(str(place), "x.yaml", seconds=300, overrides=given, asks=write.Asks())
-    for count, told in ((999, "99 test images"), (1500, "--set data.test_fraction=0.34"), (5000, "")):
-        many = replace(written, found=replace(written.found, num_images=count))
-        said = " ".join(text for _, text in many.lines if "test images" in text)
-        assert told in said and bool(told) == bool(said)
-
-
 def test_the_terminal_shows_two_pixels_in_a_character() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (4, 3, 3), np.uint8)
     Image.fromarray(pixels).save(buffer := io.BytesIO(), "PNG")
     shown = picture(buffer.getvalue())
     assert shown.plain == "▀▀▀\n" * 2
-    styles = [span.style for span in shown.spans]
-    assert [tuple(style.color.triplet) for style in styles] == list(map(tuple, pixels[::2].reshape(-1, 3).tolist()))
-    assert [tuple(style.bgcolor.triplet) for style in styles] == list(map(tuple, pixels[1::2].reshape(-1, 3).tolist()))
+    for span, upper, lower in zip(shown.spans, *(pixels[row::2].reshape(-1, 3) for row in (0, 1)), strict=True):
+        assert (*span.style.color.triplet, *span.style.bgcolor.triplet) == (*upper, *lower)
 
 
 def test_examples(place, run_in_process) -> None:
@@ -137,15 +124,3 @@ def test_mistakes_take_one_line_and_write_nothing(place, run_in_process, argumen
     assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr.startswith(f"error: {subject.format(place=place)}") and result.stderr.count("\n") == 1
     assert list(Path().iterdir()) == []
-
-
-def test_what_ingest_refuses_init_refuses_with_the_same_line(place, run_in_process) -> None:
-    assert run_in_process("init", str(place), "--out", "x.yaml").exit_code == 0
-    for number in range(100):
-        shutil.copy(place / f"{number % 12}.png", place / f"more {number}.png")
-    done = run_in_process("init", str(place))
-    config = from_yaml(Path("x.yaml").read_text(), overrides=["data.test_fraction=0.1"])
-    with refused("data.source") as caught:
-        write_images(config, str(place.parent))
-    assert (done.exit_code, done.stderr) == (2, f"error: {caught.value}\n")
-    assert sorted(path.name for path in Path().iterdir()) == ["x.png", "x.yaml"]

@@ -47,8 +47,7 @@ class Workplace:
         )
 
     def run(self, *args: str) -> subprocess.CompletedProcess[str]:
-        process = self.start(*args)
-        stdout, stderr = process.communicate(timeout=PATIENCE_SECONDS)
+        stdout, stderr = (process := self.start(*args)).communicate(timeout=PATIENCE_SECONDS)
         return subprocess.CompletedProcess(args, process.returncode, stdout, stderr)
 
     def call(self, *args: str) -> Result:

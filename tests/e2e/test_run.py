@@ -11,15 +11,14 @@ from pathlib import Path
 import mlflow
 import numpy as np
 import pytest
-from mlflow.tracking import MlflowClient
 from PIL import Image
 from webhook import Receiver, receiver
 
 from ncsn import ScoreModel, storage
 from ncsn.config import from_yaml
 from ncsn.data.samples import SampleSet
-from ncsn.model.checkpoint import load_checkpoint
 from ncsn.runs.steps import STEPS
+from ncsn.tracking.client import client_at
 
 RUN = "mine"
 
@@ -37,17 +36,10 @@ def finished(workplace, told) -> subprocess.CompletedProcess[str]:
     return done
 
 
-@pytest.fixture(scope="module")
-def client(workplace, finished) -> MlflowClient:
-    uri = f"sqlite:///{workplace.root}/mlflow.db"
-    return MlflowClient(tracking_uri=uri, registry_uri=uri)
-
-
 def test_every_step_has_its_result_at_its_place_in_the_store(workplace, finished) -> None:
     printed, folder = json.loads(finished.stdout), workplace.folder(RUN)
     assert (printed["run"], list(printed["steps"])) == (RUN, list(STEPS))
     assert {step: workplace.result(RUN, step) for step in STEPS} == printed["steps"]
-    assert from_yaml((folder / "config.yaml").read_text()).name == "tiny"
     assert sorted(path.name for path in folder.glob("checkpoints/images-*")) == ["images-000000320", "images-000000640"]
     dataset = Path(workplace.result(RUN, "ingest")["uri"])
     assert dataset.parent.parent == workplace.root / "datasets"
@@ -56,6 +48,10 @@ def test_every_step_has_its_result_at_its_place_in_the_store(workplace, finished
     assert samples.parent.parent == folder / "samples" and len(list(samples.glob("shard-*.parquet"))) == 2
     assert {"manifest.json", "grid.png", "strip.png"} <= {path.name for path in samples.iterdir()}
     assert not list(workplace.root.rglob("*.tmp-*"))
+    trained, sampled, measured = (workplace.result(RUN, step) for step in ("train", "sample", "evaluate"))
+    assert trained["images_seen"] == 640 and 0 < trained["loss"] < 1, "a zero network reads 1"
+    assert sampled["nfe"] == 4 * 2 + 1
+    assert measured["metrics"]["eval/classifier_fid_n16"] > measured["real_metrics"]["eval/real_classifier_fid_n16"]
     page = Path(workplace.result(RUN, "report")["uri"]).read_text()
     assert all(f"<strong>{step}</strong>" in page for step in STEPS[:-1]) and '<section id="training"' in page
     workplace.wait_for_silence()
@@ -79,43 +75,24 @@ def test_the_terminal_shows_steps_and_not_the_chatter(workplace, finished) -> No
     assert "(train pid=" in log and "\x1b" not in log and "SIGTERM" not in log
 
 
-def test_the_results_are_those_of_a_training(workplace, finished) -> None:
-    trained, sampled, measured = (workplace.result(RUN, step) for step in ("train", "sample", "evaluate"))
-    assert trained["images_seen"] == load_checkpoint(trained["checkpoint"]).images_seen == 640
-    assert 0 < trained["loss"] < 1, "a zero network reads 1"
-    assert sampled["nfe"] == 4 * 2 + 1
-    assert all(np.asarray(Image.open(sampled[name])).std() > 0 for name in ("grid", "strip"))
-    assert measured["metrics"]["eval/classifier_fid_n16"] > measured["real_metrics"]["eval/real_classifier_fid_n16"]
-
-
-def test_mlflow_has_one_parent_and_a_child_per_tracked_step(workplace, client) -> None:
-    experiment = client.get_experiment_by_name("ncsn")
-    runs = client.search_runs([experiment.experiment_id])
-    parents = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
-    assert [run.info.run_name for run in parents] == [RUN]
-    assert not [run for run in runs if "mlflow.docker.image.uri" in run.data.tags], "no container ran"
-    children = {run.info.run_name: run for run in runs if run not in parents}
-    assert set(children) == set(STEPS)
+def test_mlflow_has_a_run_with_what_came_out_and_below_it_one_for_each_step(workplace, finished) -> None:
+    client = client_at(f"sqlite:///{workplace.root}/mlflow.db")
+    runs = client.search_runs([client.get_experiment_by_name("ncsn").experiment_id])
+    (whole,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    children = {run.info.run_name: run for run in runs if run is not whole}
+    assert (whole.info.run_name, set(children)) == (RUN, set(STEPS))
     for child in children.values():
-        assert child.data.tags["mlflow.parentRunId"] == parents[0].info.run_id
-        assert child.info.status == "FINISHED"
-        assert child.data.params["noise.num_levels"] == "4"
+        assert child.data.tags["mlflow.parentRunId"] == whole.info.run_id
+        assert (child.info.status, child.data.params["noise.num_levels"]) == ("FINISHED", "4")
+        assert "cost.seconds" in child.data.tags and "mlflow.docker.image.uri" not in child.data.tags
     losses = client.get_metric_history(children["train"].info.run_id, "train/loss")
     assert [point.step for point in losses] == [160, 320, 480, 640]
     assert "ray.dashboard_url" not in children["train"].data.tags, "the page ended with the cluster"
-    for step, context in (("train", "training"), ("evaluate", "evaluation")):
-        (read,) = children[step].inputs.dataset_inputs
-        assert read.dataset.digest == workplace.result(RUN, "ingest")["digest"][:36]
-        assert [tag.value for tag in read.tags] == [context]
-    assert all("cost.seconds" in child.data.tags for child in children.values())
-
-
-def test_the_run_of_the_pipeline_shows_what_came_out(workplace, client) -> None:
-    experiment = client.get_experiment_by_name("ncsn")
-    (whole,) = client.search_runs([experiment.experiment_id], f"attributes.run_name = '{RUN}'")
     results = {step: workplace.result(RUN, step) for step in STEPS}
-    (read,) = whole.inputs.dataset_inputs
-    assert read.dataset.digest == results["ingest"]["digest"][:36]
+    for run, context in ((whole, None), (children["train"], "training"), (children["evaluate"], "evaluation")):
+        (read,) = run.inputs.dataset_inputs
+        assert read.dataset.digest == results["ingest"]["digest"][:36]
+        assert context in (None, *(tag.value for tag in read.tags))
     rate = pytest.approx(results["train"]["images_per_second"], abs=0.1)
     trained = {"train/loss": results["train"]["loss"], "train/images_seen": 640, "train/images_per_second": rate}
     assert whole.data.metrics == trained | results["evaluate"]["metrics"] | results["evaluate"]["real_metrics"]
@@ -189,10 +166,10 @@ def test_a_config_with_a_search_trains_what_it_finds(workplace) -> None:
     search = "{space: {noise.sigma_1: {kind: log, low: 0.5, high: 2}}, num_trials: 2, num_samples: 20}"
     done = workplace.run("run", "--run", "searched", "--json", "--set", f"search={search}")
     assert done.returncode == 0, done.stderr
-    steps = json.loads(done.stdout)["steps"]
+    steps, best = json.loads(done.stdout)["steps"], workplace.folder("searched-best")
     assert list(steps) == ["ingest", "search", *STEPS[1:]]
-    assert steps["train"]["checkpoint"].startswith(f"{workplace.folder('searched-best')}/")
-    found = from_yaml((workplace.folder("searched-best") / "config.yaml").read_text())
+    assert steps["train"]["checkpoint"].startswith(f"{best}/")
+    found = from_yaml((best / "config.yaml").read_text())
     assert found.search is None and found.levels.sigma_1 == steps["search"]["values"].get("noise.sigma_1", 1.0)
     again = workplace.run("run", "--run", "searched", "--json", "--set", f"search={search}")
     assert again.stdout == done.stdout

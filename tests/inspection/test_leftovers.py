@@ -8,7 +8,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from mlflow.tracking import MlflowClient
 from refused import refused
 
 from ncsn import storage
@@ -34,13 +33,9 @@ def config(request: pytest.FixtureRequest, tmp_path: Path) -> Config:
 
 
 @pytest.fixture
-def client(config: Config) -> MlflowClient:
-    return connect(config).client
-
-
-@pytest.fixture
-def store(config: Config, client: MlflowClient) -> Config:
+def store(config: Config) -> Config:
     """A store with a leftover of each class and what looks like one."""
+    client = connect(config).client
     put(config, "runs/registered/steps/evaluate/x.png", "runs/registered/samples/s1/f1/shard")
     put(config, *(f"runs/registered/checkpoints/images-00{n}/checkpoint.json" for n in (1, 2, 3, 4)))
     put(config, "runs/registered/checkpoints/resume-003/checkpoint.json", "runs/registered/selected/images-001/x")
@@ -138,22 +133,20 @@ def later(monkeypatch: pytest.MonkeyPatch) -> float:
 
 
 @pytest.mark.parametrize("config", ["disk", "s3"], indirect=True)
-def test_what_nothing_refers_to_goes_and_the_rest_stays(store: Config, client: MlflowClient, later: float) -> None:
+def test_what_nothing_refers_to_goes_and_the_rest_stays(store: Config, request: pytest.FixtureRequest) -> None:
     root, registry = store.storage.root, tracking_uri(store)
+    assert found(store) == set(), "all is young"
+    request.getfixturevalue("later")
     result, began = find_leftovers(root, registry)
     assert found(store) == FOUND
     artifacts = [each for each in result if each.kind == "artifacts"]
     assert len(artifacts) == 1 and artifacts[0].size == 2
-    before = {entry.path for entry in storage.list_entries(store.storage.root, files=True)}
+    before = {entry.path for entry in storage.list_entries(root, files=True)}
     assert list(delete_leftovers(root, registry, result, began)) == result
-    after = {entry.path for entry in storage.list_entries(store.storage.root, files=True)}
+    after = {entry.path for entry in storage.list_entries(root, files=True)}
     gone = {path for path in before if any(path == name or path.startswith(f"{name}/") for _, name in FOUND)}
     assert after == before - gone and gone
     assert find_leftovers(root, registry)[0] == []
-
-
-def test_nothing_young_is_touched(store: Config) -> None:
-    assert found(store) == set()
 
 
 def test_a_run_at_work_keeps_what_it_has_and_reads(store: Config, later: float) -> None:
@@ -200,20 +193,19 @@ def test_what_a_link_leads_to_stays(store: Config, later: float, tmp_path: Path)
     assert found(linked) == {each for each in kept if each[0] != "samples"}, "MLflow knows its runs by the other name"
 
 
-def test_runs_that_are_away_stop_it(store: Config, later: float, tmp_path: Path) -> None:
-    runs = Path(store.storage.root, "runs")
-    runs.rename(tmp_path / "elsewhere")
-    for make in (runs.mkdir, lambda: runs.symlink_to(tmp_path / "not mounted")):
-        make()
-        with refused(str(runs)):
-            find_leftovers(store.storage.root, tracking_uri(store))
-        runs.unlink() if runs.is_symlink() else runs.rmdir()
-
-
-def test_a_record_that_cannot_be_read_or_a_server_that_is_away_stops_it(store: Config, later: float) -> None:
-    away = "http://127.0.0.1:9"
+def test_what_cannot_be_read_stops_it(store: Config, later: float, tmp_path: Path) -> None:
+    """A server, a record and runs that are away."""
+    root, away, runs = store.storage.root, "http://127.0.0.1:9", Path(store.storage.root, "runs")
     with pytest.raises(ValueError, match=away):
-        find_leftovers(store.storage.root, away)
-    Path(store.storage.root, "runs/stopped/steps/ingest/step.json").write_text("{")
+        find_leftovers(root, away)
+    (runs / "stopped/steps/ingest/step.json").write_text("{")
     with pytest.raises(storage.UnreadableError):
-        find_leftovers(store.storage.root, tracking_uri(store))
+        find_leftovers(root, tracking_uri(store))
+    runs.rename(tmp_path / "elsewhere")
+    runs.symlink_to(tmp_path / "not mounted")
+    with refused(str(runs)):
+        find_leftovers(root, tracking_uri(store))
+    runs.unlink()
+    runs.mkdir()
+    with refused(str(runs)):
+        find_leftovers(root, tracking_uri(store))

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ncsn.runs.history import GAP, LOSS, RATE, TrainingHistory, held_out_curves, load_history, loss_names
+from ncsn.runs.history import RATE, TrainingHistory, load_history, loss_names
 
 
 def test_points_come_back_up_to_a_place(tmp_path: Path) -> None:
@@ -20,21 +20,6 @@ def test_points_come_back_up_to_a_place(tmp_path: Path) -> None:
     assert history.images_per_second == pytest.approx(500 / (100 / 10 + 100 / 50 + 300 / 100)), "of all images"
     assert history.curve("train/loss").tolist() == [1 / 100, 1 / 200, 1 / 500]
     assert np.isnan(history.curve("train/loss_sigma_1")).all()
-
-
-@pytest.mark.parametrize(
-    ("losses", "lowest_at"), [([0.5, 0.4, 0.45], 200), ([0.5, 0.4, 0.403], None), ([0.5, 0.4, 0.3], None)]
-)
-def test_the_held_out_loss_says_from_where_training_memorizes(losses: list[float], lowest_at: int | None) -> None:
-    history = TrainingHistory("nowhere")
-    assert held_out_curves(history) is None
-    history.add({"train/loss": 0.2}, 50)
-    for number, loss in enumerate(losses, 1):
-        history.add({LOSS: loss, GAP: loss / 2}, 100 * number)
-    curves = held_out_curves(history)
-    assert curves is not None and curves.lowest_at == lowest_at
-    assert curves.images_seen.tolist() == [100, 200, 300]
-    assert (curves.loss.tolist(), curves.gap.tolist()) == (losses, [loss / 2 for loss in losses])
 
 
 def test_each_sigma_has_a_curve() -> None:

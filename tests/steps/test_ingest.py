@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,13 +37,9 @@ def _tracked(tmp_path_factory):
 
 
 @pytest.fixture
-def config(tmp_path):
+def config(tmp_path: Path) -> Callable[..., Config]:
     """An experiment on digits with its store below the test's folder."""
-
-    def make(**data) -> Config:
-        return tiny(tmp_path / "store", "name=digits", *(f"data.{k}={v}" for k, v in data.items()))
-
-    return make
+    return lambda **data: tiny(tmp_path / "store", "name=digits", *(f"data.{k}={v}" for k, v in data.items()))
 
 
 def test_digits_become_a_dataset_once_and_again_if_it_is_gone(config, tmp_path, monkeypatch):

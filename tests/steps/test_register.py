@@ -72,27 +72,16 @@ def test_first_version_is_champion_and_a_second_call_changes_nothing(config, sav
     assert do("register", config, "one", checkpoint=saved, evaluation=evaluation) == first
     client = connect(config).client
     (version,) = client.search_model_versions("name = 'ncsn-tiny'")
-    order = ["# ncsn-tiny", "256 images made.", f"Gate: {first.reason}", "## Use", "](", "## Data"]
-    places = [version.description.index(part) for part in order]
-    assert places == sorted(places) and version.description.count("Gate: ") == 1
-    assert version.tags["ncsn.run"] == "one"
+    gated = f"Gate: {first.reason}.\n\n## Use"
+    assert gated in version.description and version.description.count("Gate: ") == 1
     run = client.get_run(version.run_id)
-    assert (run.data.tags["ncsn.step"], run.info.status) == ("register", "FINISHED")
+    assert (version.tags["ncsn.run"], run.data.tags["ncsn.step"], run.info.status) == ("one", "register", "FINISHED")
     gate = json.loads(version.tags["gate.decision"])
     assert (gate["promoted"], gate["evidence"]["measurement"]["value"]) == (True, 5.0)
     (output,) = run.outputs.model_outputs
     stored = {file.path for file in client.list_logged_model_artifacts(output.model_id)}
     assert {"MLmodel", "model.py", "artifacts", "code", "grid.png", "model_card.md"} <= stored
     assert run.inputs.dataset_inputs[0].dataset.name == "sklearn_digits"
-
-
-def test_other_sampler_is_a_version_that_has_to_beat_the_champion(config, saved, evaluate):
-    do("register", config, "one", checkpoint=saved, evaluation=evaluate(5.0))
-    longer = from_yaml(to_yaml(config), overrides=["sampling.sampler.steps_per_level=3"])
-    result = do("register", longer, "longer", checkpoint=saved, evaluation=evaluate(6.0, of=longer))
-    assert (result.version, result.promoted, result.aliases) == ("2", False, ["challenger"])
-    for part in ("eval/classifier_fid_n4 = 6.0 (5.5 to 6.5)", " 1.06,", "5.0 (4.6 to 5.4)", "version 1"):
-        assert part in result.reason
 
 
 def named(config: Config, model: str) -> Config:

@@ -31,11 +31,8 @@ def evaluation(config, root, save_untrained) -> str:
     data = do("ingest", config, RUN)
     folder = root / "checkpoint"
     save_untrained(config, data.uri, folder)
-    training = read_split(data.uri, "train").images
-
-    samples = root / "samples"
-    samples.mkdir()
-    made = training[:4].copy()
+    (samples := root / "samples").mkdir()
+    made = read_split(data.uri, "train").images[:4]
     pq.write_table(to_table(Rows(made, np.full(4, -1))), samples / "shard-000000000-000000004.parquet")
     for picture in (samples / "grid.png", samples / "strip.png", root / "neighbors.png"):
         picture.write_bytes(grid_png(made))

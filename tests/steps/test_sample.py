@@ -90,9 +90,10 @@ def test_scans_of_sixteen_bits_from_their_files_to_the_registered_model(tmp_path
     again = config.data.model_copy(update={"source": "parquet", "root": dataset})
     rows = next(iter(open_source(again).splits["train"].stream()))
     assert rows.image.dtype == np.uint16 and np.array_equal(rows.image, stored[0])
-    checkpoint = load_checkpoint(do("train", config, "mine", dataset=dataset).checkpoint)
+    trained = do("train", config, "mine", dataset=dataset).checkpoint
+    checkpoint = load_checkpoint(trained)
     assert float(checkpoint.moments.mean.mean()) == pytest.approx(stored.mean() / 4095, abs=1e-3)
-    result = do("sample", config, "mine", checkpoint=do("train", config, "mine", dataset=dataset).checkpoint)
+    result = do("sample", config, "mine", checkpoint=trained)
     samples = from_table(pq.read_table(Path(result.uri) / "shard-000000000-000000006.parquet")).images
     assert (samples.dtype, samples.shape) == (np.uint16, (6, 8, 12, 1)) and 255 < samples.max() <= 4095
     assert Image.open(result.grid).mode == Image.open(result.strip).mode == "L"

@@ -1,19 +1,26 @@
-"""The store on a local disk and on a real S3 server: the same promises on both."""
+"""The store on a local disk and on a real S3 server: the same promises on both, and what only S3 does."""
 
 from __future__ import annotations
 
 import errno
+import gc
 import os
+import pickle
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs
 
 import pytest
 from refused import refused
 
 from ncsn import storage
 from ncsn.errors import NotFound
+from ncsn.storage import s3
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -94,15 +101,21 @@ def test_of_many_writers_at_once_exactly_one_publishes(root):
     assert storage.list_names(root) == [f"claim-{number}" for number in range(3)]
 
 
-def test_a_staged_folder_appears_whole(root):
-    uri = storage.join(root, "dataset")
-    with storage.staged_folder(uri, marker="done.json") as folder:
+def test_a_staged_folder_appears_whole_in_s3_by_its_marker(root, monkeypatch):
+    uri, seen, publish_once = storage.join(root, "dataset"), [], storage.publish_once
+
+    def watch(file: str, data: bytes) -> bool:
+        seen.append((file, storage.list_names(uri)))
+        return publish_once(file, data)
+
+    monkeypatch.setattr(storage, "publish_once", watch)
+    with storage.staged_folder(uri, marker="a-marker") as folder:
         (folder / "train").mkdir()
         (folder / "train" / "part").write_bytes(b"rows")
-        (folder / "done.json").write_text("{}")
+        (folder / "a-marker").write_text("{}")
         assert not storage.exists(uri)
-    assert storage.list_names(root) == ["dataset"]
-    assert storage.list_names(uri) == ["done.json", "train"]
+    assert seen == [(f"{uri}/a-marker", ["train"])] or not root.startswith("s3://")
+    assert (storage.list_names(root), storage.list_names(uri)) == (["dataset"], ["a-marker", "train"])
     assert storage.read_bytes(storage.join(uri, "train", "part")) == b"rows"
 
 
@@ -155,3 +168,117 @@ def test_a_folder_of_the_store_is_published_and_deleted(root, tmp_path):
     for name in ("staging", "final/marker", "final", "never"):
         storage.delete(f"{root}/{name}")
         assert not storage.exists(f"{root}/{name}")
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("AWS_ENDPOINT_URL", "nonsense"),
+        ("AWS_ENDPOINT_URL", "http://["),
+        ("AWS_ENDPOINT_URL", "http://host:port"),
+        ("AWS_ENDPOINT_URL_S3", "ftp://host"),
+        ("AWS_REGION", "no region!"),
+    ],
+)
+def test_a_variable_that_leads_to_no_server_is_named(monkeypatch, variable, value):
+    monkeypatch.setenv(variable, value)
+    for call in (storage.read_bytes, lambda uri: storage.publish_once(uri, b"")):
+        s3.client.cache_clear()
+        with refused(variable):
+            call("s3://bucket/file")
+    s3.client.cache_clear()
+
+
+def test_wrong_keys_are_an_error_and_not_an_absent_file(s3_root, monkeypatch):
+    storage.write_text(f"{s3_root}/file", "text")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    s3.bucket_filesystem.cache_clear()
+    s3.client.cache_clear()
+    with pytest.raises(OSError, match=r"(?i)access|signature|forbidden"):
+        storage.exists(f"{s3_root}/file")
+
+
+def test_a_token_that_changes_stands_in_for_keys_of_both_clients(s3_root, s3_server, tmp_path, monkeypatch) -> None:
+    """A server gives the store's keys for the token in a file."""
+    seen, file, role = list[str](), tmp_path / "token", "arn:aws:iam::111122223333:role/ncsn"
+
+    class Sts(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            asked = parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())
+            assert asked["Action"] == ["AssumeRoleWithWebIdentity"] and asked["RoleArn"] == [role]
+            seen.extend(asked["WebIdentityToken"])
+            soon = (datetime.now(UTC) + timedelta(minutes=1)).isoformat()  # so that each use asks again
+            keys = f"<AccessKeyId>{s3_server.access_key}</AccessKeyId><SecretAccessKey>{s3_server.secret_key}"
+            keys += f"</SecretAccessKey><SessionToken></SessionToken><Expiration>{soon}</Expiration>"
+            body = f"<A><AssumeRoleWithWebIdentityResult><Credentials>{keys}</Credentials>".encode()
+            body += b"</AssumeRoleWithWebIdentityResult></A>"
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Sts) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            monkeypatch.delenv(name)
+        monkeypatch.setenv("AWS_ROLE_ARN", role)
+        monkeypatch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", str(file))
+        monkeypatch.setenv("AWS_ENDPOINT_URL_STS", f"http://127.0.0.1:{server.server_address[1]}")
+        s3.bucket_filesystem.cache_clear()
+        s3.client.cache_clear()
+        for token in ("first", "second"):
+            file.write_text(token)
+            seen.clear()
+            assert storage.publish_once(f"{s3_root}/{token}", b"by boto3")
+            assert set(seen) == {token}
+            seen.clear()
+            filesystem, path = storage.filesystem(f"{s3_root}/{token}")
+            assert pickle.loads(pickle.dumps(filesystem)).get_file_info(path).size == len(b"by boto3")
+            assert set(seen) == {token}
+        server.shutdown()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, PermissionError])
+@pytest.mark.parametrize("size", [100, 20 << 20], ids=["whole", "in parts"])
+def test_an_upload_that_fails_is_an_error_and_publishes_nothing(s3_root, tmp_path, monkeypatch, size, error):
+    (tmp_path / "file").write_bytes(bytes(size))
+    sent, client = 0, s3.client()
+
+    class Failing:
+        def __getattr__(self, name):
+            def send(**arguments):
+                nonlocal sent
+                sent += 1
+                if name == "put_object" or sent % 2 == 0:
+                    raise error
+                return client.upload_part(**arguments)
+
+            return send if name in ("put_object", "upload_part") else getattr(client, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(s3, "client", Failing)
+        with pytest.raises(error):
+            storage.write_bytes(f"{s3_root}/folder/bytes", bytes(size))
+        with pytest.raises(error):
+            storage.publish_file(tmp_path / "file", f"{s3_root}/folder/file")
+        assert sent == (4 if size > s3.PART else 2)
+    assert storage.list_names(f"{s3_root}/folder") == []
+    bucket, _, prefix = s3_root.removeprefix("s3://").partition("/")
+    assert not client.list_multipart_uploads(Bucket=bucket, Prefix=prefix).get("Uploads")
+    storage.publish_file(tmp_path / "file", f"{s3_root}/folder/file")
+    assert storage.read_bytes(f"{s3_root}/folder/file") == bytes(size)
+
+
+def test_a_stream_that_is_left_open_publishes_nothing(s3_root):
+    filesystem, path = storage.filesystem(f"{s3_root}/folder/file")
+    stream = filesystem.open_output_stream(path)
+    stream.write(b"half")
+    del stream
+    gc.collect()
+    assert storage.list_names(f"{s3_root}/folder") == []
+    with filesystem.open_output_stream(path) as stream:
+        stream.write(b"whole")
+    assert storage.read_bytes(f"{s3_root}/folder/file") == b"whole"
