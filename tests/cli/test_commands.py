@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 from urllib.request import urlopen
 
-import pytest
 from filelock import FileLock
 from ports import free_port
 
@@ -36,31 +35,30 @@ def test_a_step_prints_its_result_and_the_second_call_finds_it(run_command, conf
     assert record.stat().st_mtime_ns == written
 
 
-def test_show_config_as_json_is_the_canonical_form(run_in_process, config_file: Path) -> None:
-    shown = run_in_process("show-config", "--config", str(config_file), "--set", "noise.num_levels=7", "--json")
+def test_show_config_as_json_is_the_canonical_form_of_what_is_planned(run_in_process, config_file: Path) -> None:
+    options = ("--config", str(config_file), "--set", "noise.num_levels=7")
+    shown = run_in_process("show-config", *options, "--json")
     assert from_yaml(shown.stdout) == TargetOptions(str(config_file), ("noise.num_levels=7",)).resolve().config
+    planned = run_in_process("plan", *options)
+    assert planned.exit_code == 0, planned.output
+    for part in ("train ", "sample ", "CPU hours", " parameters", "training images/s", "NFE 8"):
+        assert part in planned.stdout
 
 
-@pytest.mark.parametrize(
-    ("args", "subject"),
-    [
+def test_a_mistake_is_one_line_and_leaves_nothing(run_in_process, require_mistake, config_file, store: Path) -> None:
+    file = str(config_file)
+    for (name, *options), subject in (
         (["ingest", "--set", "noise.num_level=5"], "--set: noise.num_level"),
         (["ingest", "--set", "nonsense"], "--set 'nonsense'"),
         (["ingest", "--run", "Not Valid"], "--run 'Not Valid'"),
         (["run", "--set", "storage.root=s3://bucket/prefix"], "tracking.uri"),
         (["run", "--backend", "kuberay", "--address", "http://head:8265"], "--address 'http://head:8265'"),
         (["select"], "--dataset"),
-        (["sample", "--png", "CONFIG"], "--png 'CONFIG'"),
+        (["sample", "--png", file], f"--png '{file}'"),
         (["search"], "search"),
         (["plan", "--set", "noise=auto"], "noise = 'auto'"),
-    ],
-)
-def test_a_mistake_is_one_line_and_leaves_nothing(
-    run_in_process, require_mistake, config_file: Path, store: Path, args: list[str], subject: str
-) -> None:
-    name, *options = (arg.replace("CONFIG", str(config_file)) for arg in args)
-    done = run_in_process(name, "--config", str(config_file), *options)
-    require_mistake(done, subject.replace("CONFIG", str(config_file)))
+    ):
+        require_mistake(run_in_process(name, "--config", file, *options), subject)
     assert not store.exists()
 
 

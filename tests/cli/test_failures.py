@@ -5,10 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import signal
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import click
@@ -25,30 +24,24 @@ def step_failed(error: Exception) -> StepFailed:
     return StepFailed("train", error, log=Path("/p.log"))
 
 
-NO_SPACE = "OSError: [Errno 28] No space left on device: '/x'"
-
-
-@pytest.mark.parametrize(
-    ("error", "code", "lines"),
-    [
-        (UserError("a.b", "is negative", value=-1), 2, ("a.b = -1: is negative",)),
-        (InvalidValue("one\ntwo"), 2, ("one", "two")),
-        (ValueError("a bug"), 1, ("ValueError: a bug",)),
-        (RuntimeError("first\nsecond"), 1, ("RuntimeError: first",)),
-        (TimeoutError(), 1, ("TimeoutError",)),
-        (OSError(28, "No space left"), 1, ("disk full: [Errno 28] No space left",)),
-        (OSError(errno.EACCES, "no path"), 1, ("PermissionError: [Errno 13] no path",)),
-        (step_failed(OSError(errno.EACCES, "Denied", "/s/db")), 2, ("step train: /s/db: denied",)),
-        (step_failed(OSError(errno.EROFS, "Read-only", "/s/db")), 2, ("step train: /s/db: read-only",)),
-        (step_failed(RuntimeError("lost")), 1, ("step train: RuntimeError: lost",)),
-        (step_failed(InvalidValue("no folder")), 2, ("step train: no folder",)),
-        (step_failed(RuntimeError(NO_SPACE)), 1, (f"step train: disk full: {NO_SPACE}",)),
-    ],
-)
-def test_lines_and_code(error: Exception, code: int, lines: tuple[str, ...]) -> None:
-    problems, found = describe(error)
-    assert found == code
-    assert all(str(problem).startswith(line) for problem, line in zip(problems, lines, strict=True))
+def test_lines_and_code() -> None:
+    no_space = "OSError: [Errno 28] No space left on device: '/x'"
+    for error, code, lines in (
+        (UserError("a.b", "is negative", value=-1), 2, ["a.b = -1: is negative"]),
+        (InvalidValue("one\ntwo"), 2, ["one", "two"]),
+        (ValueError("a bug"), 1, ["ValueError: a bug"]),
+        (RuntimeError("first\nsecond"), 1, ["RuntimeError: first"]),
+        (TimeoutError(), 1, ["TimeoutError"]),
+        (OSError(28, "No space left"), 1, ["disk full: [Errno 28] No space left"]),
+        (OSError(errno.EACCES, "no path"), 1, ["PermissionError: [Errno 13] no path"]),
+        (step_failed(OSError(errno.EACCES, "Denied", "/s/db")), 2, ["step train: /s/db: denied"]),
+        (step_failed(OSError(errno.EROFS, "Read-only", "/s/db")), 2, ["step train: /s/db: read-only"]),
+        (step_failed(RuntimeError("lost")), 1, ["step train: RuntimeError: lost"]),
+        (step_failed(InvalidValue("no folder")), 2, ["step train: no folder"]),
+        (step_failed(RuntimeError(no_space)), 1, [f"step train: disk full: {no_space}"]),
+    ):
+        problems, found = describe(error)
+        assert ([problem.statement for problem in problems], found) == (lines, code)
 
 
 def run_failing(error: BaseException, *args: str, **variables: str) -> Result:
@@ -104,21 +97,9 @@ def installed() -> Iterator[Answer]:
             signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("code", [0, 1])
-def test_sigterm_and_ctrl_c_have_their_exit_codes_whatever_ray_makes_of_them(code: int) -> None:
-    """A wait for Ray makes 1 of any exit code."""
-    for number, expected in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
-        with installed() as ours, suppress(SystemExit, KeyboardInterrupt):
-            try:
-                signal.raise_signal(number)
-            finally:
-                sys.exit(code)
-        assert ours.code == expected
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("case", ["saves", "a second signal", "too slow", "not begun"])
-def test_the_first_signal_lets_a_training_save(tmp_path, monkeypatch, number, case) -> None:
+@pytest.mark.parametrize("case", ["saves", "a second signal", "too slow", "not begun", "no training"])
+def test_the_first_signal_lets_a_training_save_and_has_its_exit_code(tmp_path, monkeypatch, number, case) -> None:
     monkeypatch.setattr("ncsn.answer.SAVE_SECONDS", 0.1 if case == "too slow" else 600.0)
     stop, seen = tmp_path / "stop", list[str]()
 
@@ -139,7 +120,11 @@ def test_the_first_signal_lets_a_training_save(tmp_path, monkeypatch, number, ca
         seen.append("saved")
         raise LeaseExpired
 
-    with installed() as ours, pytest.raises((SystemExit, KeyboardInterrupt)), ours.saving(ask):
+    with (
+        installed() as ours,
+        pytest.raises((SystemExit, KeyboardInterrupt)),
+        nullcontext() if case == "no training" else ours.saving(ask),
+    ):
         train()
     assert ours.code == {signal.SIGINT: 130, signal.SIGTERM: 143}[number]
-    assert seen == {"saves": ["told", "saved"], "not begun": []}.get(case, ["told"])
+    assert seen == {"saves": ["told", "saved"], "not begun": [], "no training": []}.get(case, ["told"])

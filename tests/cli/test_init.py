@@ -53,17 +53,15 @@ def test_a_config_and_a_picture_are_written_once(place, run_in_process) -> None:
 
 
 def test_json_says_what_was_found_and_why(place, run_in_process) -> None:
-    given = ("--set", "data.horizontal_flip=true", "--set", "data.image_size=8", "--out", "a.yaml")
     for copy in ("again", "and again"):
         shutil.copy(place / "3.png", place / f"{copy}.png")
-    result = run_in_process("init", str(place), "--json", "--minutes", "30", *given)
-    found = json.loads(result.stdout)
+    given = ("--minutes", "30", "--set", "data.image_size=8", "--out", "a.yaml")
+    found = json.loads(run_in_process("init", str(place), "--json", *given).stdout)
     assert (found["config"], found["picture"]) == ("a.yaml", "a.png")
     assert found["found"][0].startswith("14 images in ") and "PNG, 20x24" in found["found"][0]
     assert any(line.startswith("2 of 14 decoded images repeat another") for line in found["found"])
     assert found["reasons"]["data.test_fraction"] and found["seconds"].keys() == {"train", "sample", "other"}
-    config = from_yaml(Path("a.yaml").read_text())
-    assert config.data.horizontal_flip and config.data.image_size == 8
+    assert from_yaml(Path("a.yaml").read_text()).data.image_size == 8
 
 
 def test_small_classes_and_mirroring_are_as_answered(place) -> None:
@@ -103,24 +101,20 @@ def test_examples(place, run_in_process) -> None:
     assert json.loads(run_in_process("init", "digits", "--out", "x.yaml", "--json").stdout) == {"config": "x.yaml"}
 
 
-@pytest.mark.parametrize(
-    ("arguments", "subject"),
-    [
-        (("nowhere",), "PLACE = 'nowhere'"),
-        (("~no-such-user/x",), "PLACE = '~no-such-user/x'"),
-        (("x" * 300,), "PLACE"),
-        (("{place}", "--set", "data.crop=21"), "{place}/0.png"),
-        (("digits", "--out", "x.png"), "--out 'x.png'"),
-        (("digits", "--minutes", "5"), "--minutes"),
-        (("{place}", "--set", "train.batchsize=3"), "--set: train.batchsize"),
-        (("{place}", "--out", "absent/x.yaml"), "--out 'absent/x.yaml'"),
-        (("{place}", "--minutes", "nan"), "--minutes nan"),
-        (("{place}/0.png",), "PLACE = '{place}/0.png'"),
-        (("digits", "--set", "seed=3"), "--set"),
-    ],
-)
-def test_mistakes_take_one_line_and_write_nothing(place, run_in_process, arguments, subject) -> None:
-    result = run_in_process("init", *(argument.format(place=place) for argument in arguments))
-    assert (result.exit_code, result.stdout) == (2, "")
-    assert result.stderr.startswith(f"error: {subject.format(place=place)}") and result.stderr.count("\n") == 1
+def test_mistakes_take_one_line_and_write_nothing(place, run_in_process) -> None:
+    for arguments, subject in (
+        (["nowhere"], "PLACE = 'nowhere'"),
+        (["~no-such-user/x"], "PLACE = '~no-such-user/x'"),
+        (["x" * 300], "PLACE"),
+        ([str(place), "--set", "data.crop=21"], f"{place}/0.png"),
+        (["digits", "--out", "x.png"], "--out 'x.png'"),
+        (["digits", "--minutes", "5"], "--minutes"),
+        ([str(place), "--set", "train.batchsize=3"], "--set: train.batchsize"),
+        ([str(place), "--out", "absent/x.yaml"], "--out 'absent/x.yaml'"),
+        ([str(place), "--minutes", "nan"], "--minutes nan"),
+        ([f"{place}/0.png"], f"PLACE = '{place}/0.png'"),
+    ):
+        result = run_in_process("init", *arguments)
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert result.stderr.startswith(f"error: {subject}") and result.stderr.count("\n") == 1
     assert list(Path().iterdir()) == []

@@ -23,10 +23,9 @@ def server(kfp_server: KfpServer, monkeypatch: pytest.MonkeyPatch) -> KfpServer:
     return kfp_server
 
 
-def only(store: dict[str, Any]) -> dict[str, Any]:
+def only(store: dict[str, Any]) -> Any:
     (item,) = store.values()
-    found: dict[str, Any] = item
-    return found
+    return item
 
 
 def cached_tasks(run: dict[str, Any]) -> set[str]:
@@ -90,28 +89,23 @@ def test_every_makes_a_schedule_whose_runs_name_themselves(submit, server: KfpSe
     assert server.runs == {}
 
 
-@pytest.mark.parametrize(
-    ("args", "subject"),
-    [
-        (["--pipeline", "sample", "--param", "model=models:/x/1"], "storage.root"),
-        (["--pipeline", "sample", "--set", "storage.root=s3://b/p"], "--param"),
-        (["--pipeline", "sample", "--set", "storage.root=s3://b/p", "--param", "root=x"], "--param 'root'"),
-        (["--pipeline", "sample", "--set", "storage.root=s3://b/p", "--config", "CONFIG"], "--config"),
-        (["--config", "CONFIG", "--set", "storage.root=.ncsn"], "storage.root = '.ncsn'"),
-        (["--config", "CONFIG", "--param", "runn=x"], "--param 'runn'"),
-        (["--config", "CONFIG", "--param", "run=x"], "--param 'run'"),
-        (["--config", "CONFIG", "--every", "@daily", "--wait"], "--wait"),
-        (["--config", "CONFIG", "--namespace", "me"], "--namespace 'me'"),
-        (["--config", "CONFIG"], "NCSN_IMAGE"),
-        (["--config", "CONFIG", "--host", "http://127.0.0.1:9"], "http://127.0.0.1:9"),
-    ],
-)
-def test_a_mistake_is_one_line(
-    run_in_process, require_mistake, server, config_file, monkeypatch, args, subject
-) -> None:
-    if subject == "NCSN_IMAGE":
-        monkeypatch.delenv("NCSN_IMAGE")
-    require_mistake(run_in_process("submit", *(str(config_file) if arg == "CONFIG" else arg for arg in args)), subject)
+def test_a_mistake_is_one_line(run_in_process, require_mistake, server, config_file, monkeypatch) -> None:
+    config, sample = ("--config", str(config_file)), ("--pipeline", "sample", "--set", "storage.root=s3://b/p")
+    for args, subject in (
+        (("--pipeline", "sample", "--param", "model=models:/x/1"), "storage.root"),
+        (sample, "--param"),
+        ((*sample, "--param", "root=x"), "--param 'root'"),
+        ((*sample, *config), "--config"),
+        ((*config, "--set", "storage.root=.ncsn"), "storage.root = '.ncsn'"),
+        ((*config, "--param", "runn=x"), "--param 'runn'"),
+        ((*config, "--param", "run=x"), "--param 'run'"),
+        ((*config, "--every", "@daily", "--wait"), "--wait"),
+        ((*config, "--namespace", "me"), "--namespace 'me'"),
+        ((*config, "--host", "http://127.0.0.1:9"), "http://127.0.0.1:9"),
+    ):
+        require_mistake(run_in_process("submit", *args), subject)
+    monkeypatch.delenv("NCSN_IMAGE")
+    require_mistake(run_in_process("submit", *config), "NCSN_IMAGE")
     assert server.runs == server.recurring_runs == {}
 
 

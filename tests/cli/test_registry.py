@@ -51,20 +51,17 @@ def test_rollback_and_promote_say_what_they_did_and_a_refusal_changes_nothing(nc
     assert "eval/classifier_fid_n512 = 9.0 (" in refused.stderr and champion() == "3"
 
 
-@pytest.mark.parametrize(
-    ("args", "key"),
-    [
+def test_a_mistake_is_one_line(ncsn, require_mistake, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "ncsn.serving.app", None)  # fails to load, with Ray and torch
+    for args, key in (
         (["promote", "nothing"], "models:/nothing"),
         (["promote", "digits", "--version", "17"], "models:/digits/17"),
         (["promote", "digits", "--rollback", "--force"], "--rollback"),
         (["show", "models:/digits@best"], "models:/digits@best"),
         (["show", "whatever"], "whatever"),
         (["serve", "nope", "--port", str(free_port())], "ADDRESS = 'nope'"),
-    ],
-)
-def test_a_mistake_is_one_line(ncsn, require_mistake, monkeypatch, args: list[str], key: str) -> None:
-    monkeypatch.setitem(sys.modules, "ncsn.serving.app", None)  # fails to load, with Ray and torch
-    require_mistake(ncsn(*args), key)
+    ):
+        require_mistake(ncsn(*args), key)
 
 
 def test_neither_a_version_without_weights_nor_a_store_without_a_registry_leaves_anything(

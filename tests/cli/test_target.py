@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import pytest
 from do import claimed
 from refused import refused
 
@@ -14,11 +13,6 @@ from ncsn.cli.target import TargetOptions
 from ncsn.config import Config
 from ncsn.errors import ConfigError, NotFound
 from ncsn.runs.folder import find_inputs, update_step
-
-
-@pytest.fixture
-def config(config_file: Path) -> Config:
-    return TargetOptions(str(config_file)).resolve().config
 
 
 def test_the_run_name_depends_on_what_decides_the_weights(config_file: Path) -> None:
@@ -31,8 +25,8 @@ def test_the_run_name_depends_on_what_decides_the_weights(config_file: Path) -> 
         assert TargetOptions(str(config_file), (override,)).resolve().name != run
 
 
-def test_a_run_is_where_its_store_is_now(config: Config, store: Path, tmp_path: Path) -> None:
-    update_step(claimed(config, "mine"), "ingest", state="RUNNING")
+def test_a_run_is_where_its_store_is_now(config_file: Path, store: Path, tmp_path: Path) -> None:
+    update_step(claimed(TargetOptions(str(config_file)).resolve().config, "mine"), "ingest", state="RUNNING")
     moved = store.rename(tmp_path / "moved")
     checkpoint = moved / "runs/mine/checkpoints/images-000000160"
     storage.write_text(str(checkpoint / "checkpoint.json"), "{}")
@@ -49,7 +43,7 @@ def test_a_run_is_where_its_store_is_now(config: Config, store: Path, tmp_path: 
     assert elsewhere.resolve().config.storage.root == "/elsewhere"
     (tmp_path / "runs/by-hand").mkdir(parents=True)
     by_hand = shutil.copy(moved / "runs/mine/config.yaml", tmp_path / "runs/by-hand")
-    assert TargetOptions(str(by_hand)).resolve().config.storage.root == config.storage.root
+    assert TargetOptions(str(by_hand)).resolve().config.storage.root == str(store)
 
 
 def test_a_checkpoint_brings_its_config_and_its_run(config_file: Path, store: Path, tmp_path: Path) -> None:
@@ -95,8 +89,9 @@ def test_a_config_that_is_not_there(config_file: Path, store: Path, tmp_path: Pa
             TargetOptions(str(tmp_path / name)).resolve()
 
 
-def test_inputs_are_the_given_ones_else_those_of_the_run(config: Config) -> None:
+def test_inputs_are_the_given_ones_else_those_of_the_run(config_file: Path) -> None:
     """Sampled is the checkpoint that select chose, until the run is trained again."""
+    config = TargetOptions(str(config_file)).resolve().config
     folder = claimed(config, "mine")
 
     def finish(step: str, *, at: str = "2026-01-01", **result: str) -> None:

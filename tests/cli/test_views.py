@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import closing
 from pathlib import Path
 from typing import Any, TextIO, cast
@@ -16,7 +16,7 @@ from do import result_of
 from rich.console import Console
 
 from ncsn.cli import app
-from ncsn.cli.console import Log, ProgressView, print_plan, print_summary, shown_progress
+from ncsn.cli.console import Log, ProgressView, print_summary, shown_progress
 from ncsn.cli.target import TargetOptions
 from ncsn.config import flatten, from_yaml
 from ncsn.init.draft import documented_yaml
@@ -45,12 +45,6 @@ SHOWN: dict[str, dict[str, Any]] = {
 }
 
 
-def printed(draw: Callable[[Console], None]) -> str:
-    stream = io.StringIO()
-    draw(Console(file=stream, width=120))
-    return stream.getvalue()
-
-
 def test_help_lists_each_command_in_one_of_four_groups() -> None:
     text = CliRunner().invoke(app, ["--help"], prog_name="ncsn", terminal_width=100).output
     _, *groups = re.split(r"^(?:Start|Steps|Results|Cluster):$", text[text.index("Options:") :], flags=re.MULTILINE)
@@ -66,30 +60,14 @@ def test_a_summary_has_scores_next_to_real_images_and_what_comes_next(config_fil
         step: StepRecord(result=result_of(step, **known), seconds=10.0, finished_at="2026-01-01")
         for step, known in SHOWN.items()
     }
-    text = printed(lambda console: print_summary(console, folder, config, records, earlier=["ingest"]))
+    print_summary(Console(file=(stream := io.StringIO()), width=120), folder, config, records, earlier=["ingest"])
+    text = stream.getvalue()
     assert re.search(r"classifier_fid_n512 +12 \(10 to 15\) +2\.5", text) and re.search(r"score_n512 +9 +10 ", text)
     for part in ("60.0", "only 539 real images", "12.5 is worse than 11", "/r/report.html", "ncsn ui --run mine"):
         assert part in text
     verdict, then, *_ = text.splitlines()
     longer = f"ncsn run {folder.options} --set train.num_images={2 * config.train.num_images}"
     assert verdict == "512 images made." and longer in then
-
-
-def test_a_plan_has_the_hours_of_each_step() -> None:
-    costs = {"seconds": 64_000.0, "cpu_hours": 35.5, "gpu_hours": 17.75}
-    plan = {
-        "parameters": 55_733_891,
-        "images_per_second": 3_113.0,
-        "nfe": 35,
-        "worker_gb": 44.0,
-        "gflop": {"sample": 42.38, "train": 127.14},
-        "basis": "1 x 396 TFLOP/s",
-        "steps": {"train": costs, "sample": {**costs, "seconds": 187.0}},
-        "notes": ["few images train the highest level"],
-    }
-    text = printed(lambda console: print_plan(console, plan))
-    for part in ("CPU hours", "35.50", "17.75", "17.8 h", "3.1 min", "3,113", "44.00 GB", "few images"):
-        assert part in text
 
 
 def progress(*, terminal: bool, done: Iterable[int], total: int = 1000) -> str:

@@ -11,10 +11,12 @@ from pathlib import Path
 import mlflow
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from PIL import Image
 from webhook import Receiver, receiver
 
 from ncsn import ScoreModel, storage
+from ncsn.cli import app
 from ncsn.config import from_yaml
 from ncsn.data.samples import SampleSet
 from ncsn.runs.steps import STEPS
@@ -105,7 +107,8 @@ def test_mlflow_has_a_run_with_what_came_out_and_below_it_one_for_each_step(work
 
 
 def test_show_prints_every_link_of_the_model(workplace, finished) -> None:
-    done = workplace.call("show", "models:/ncsn-tiny@champion", "--json")
+    command = ["show", "models:/ncsn-tiny@champion", "--json", "--config", str(workplace.config)]
+    done = CliRunner().invoke(app, command)
     assert done.exit_code == 0, done.stderr
     (chain,) = json.loads(done.stdout)["chains"]
     results = {step: workplace.result(RUN, step) for step in STEPS}

@@ -19,7 +19,6 @@ from ncsn.tracking.client import connect, tracking_uri
 
 DAYS = 2 * 86400.0
 DIGITS = (Path(__file__).parents[2] / "configs" / "digits.yaml").read_text()
-BYTES = b"12345678"
 FINGERPRINTS = [16 * letter for letter in "ef"]  # the first is of a registered version
 
 
@@ -36,9 +35,9 @@ def config(request: pytest.FixtureRequest, tmp_path: Path) -> Config:
 def store(config: Config) -> Config:
     """A store with a leftover of each class and what looks like one."""
     client = connect(config).client
-    put(config, "runs/registered/steps/evaluate/x.png", "runs/registered/samples/s1/f1/shard")
-    put(config, *(f"runs/registered/checkpoints/images-00{n}/checkpoint.json" for n in (1, 2, 3, 4)))
-    put(config, "runs/registered/checkpoints/resume-003/checkpoint.json", "runs/registered/selected/images-001/x")
+    put(config, "runs/registered/steps/evaluate/x.png", "runs/registered/selected/images-001/x")
+    for name in ("images-001", "images-002", "images-003", "images-004", "resume-003"):
+        put(config, f"runs/registered/checkpoints/{name}/checkpoint.json")
     storage.write_text(f"{config.storage.root}/runs/registered/checkpoints/images-004/config.yaml", to_yaml(config))
     run(config, "registered", "ingest", result={"uri": dataset(config, "aaaa1111")})
     run(config, "registered", "train", state="FINISHED", result={"checkpoint": "x"})
@@ -57,10 +56,9 @@ def store(config: Config) -> Config:
     for name in ("registered", "stopped", "reused", "opened"):
         client.create_run("0", tags={"ncsn.root": config.storage.root, "ncsn.step": "sample", "ncsn.run": name})
     run(config, "opened", "train", inputs={"model": "models:/ncsn-digits/1"})
-    put(config, "runs/opened/samples/s1/f1/shard")
-    put(config, "runs/stopped/samples/s1/f1/shard", "runs/stopped/samples/s2/f2/shard")
+    for name in ("registered", "opened", "stopped", "reused", "elsewhere"):
+        put(config, f"runs/{name}/samples/s1/f1/shard")
     put(config, "runs/stopped/steps/train/.step.json.tmp-1a2b3c4d", "runs/stopped/checkpoints/images-009/ema")
-    put(config, "runs/reused/samples/s1/f1/shard", "runs/elsewhere/samples/s1/f1/shard")
     reused = from_yaml(to_yaml(config), overrides=[f"data.root={config.storage.root}/runs/reused/samples/s1/f1"])
     run(reused, "reuses", "ingest")
     put(config, f"code/{'a' * 64}.zip", "code/bbbb.zip")
@@ -101,7 +99,7 @@ FOUND = {
 
 def put(config: Config, *paths: str) -> None:
     for path in paths:
-        storage.write_bytes(storage.join(config.storage.root, path), BYTES)
+        storage.write_bytes(storage.join(config.storage.root, path), b"12345678")
 
 
 def dataset(config: Config, digest: str) -> str:
@@ -162,6 +160,9 @@ def test_a_run_at_work_keeps_what_it_has_and_reads(store: Config, later: float) 
     begun = RunFolder(store.storage.root, "searched").begun
     os.utime(begun, (later, later))  # and has changed nothing yet: it may find any dataset
     assert FOUND - found(store) == kept | {each for each in FOUND if each[0] in ("features", "trials", "datasets")}
+    images = from_yaml(to_yaml(store), overrides=[f"data.root={root}/runs/registered"])
+    run(images, "reuses", "ingest")
+    assert FOUND - found(store) >= {each for each in FOUND if "registered/" in each[1]}, "the images of another"
 
 
 def test_a_step_that_begins_meanwhile_keeps_what_is_not_deleted_yet(store: Config, later: float) -> None:
@@ -174,12 +175,6 @@ def test_a_step_that_begins_meanwhile_keeps_what_is_not_deleted_yet(store: Confi
     assert "datasets" not in {each.kind for each in deleting}
     assert not list(delete_leftovers(root, registry, result, began))
     assert sum(storage.exists(each.uri) for each in result if each.kind == "datasets") == 1
-
-
-def test_a_run_whose_folder_is_the_images_of_another_stays_whole(store: Config, later: float) -> None:
-    images = from_yaml(to_yaml(store), overrides=[f"data.root={store.storage.root}/runs/registered"])
-    run(images, "reuses", "ingest")
-    assert FOUND - found(store) >= {each for each in FOUND if "registered/" in each[1]}
 
 
 def test_what_a_link_leads_to_stays(store: Config, later: float, tmp_path: Path) -> None:

@@ -84,13 +84,11 @@ def test_an_archive_that_is_missing_damaged_or_none_is_refused(ours: Clone, tmp_
     ours.edit("ncsn/errors.py")
     uri = published(tmp_path)
     Path(uri).write_bytes(Path(uri).read_bytes()[:-1])
-    other = tmp_path / "code.zip"
-    other.touch()
-    empty = tmp_path / f"{hashlib.sha256(b'').hexdigest()}.zip"
-    empty.touch()
-    for wrong in (uri, f"{uri.rpartition('/')[0]}/{'0' * 64}.zip", str(other), str(empty)):
+    for name in ("code", hashlib.sha256(b"").hexdigest()):
+        (tmp_path / "code" / f"{name}.zip").touch()
+    for name in (Path(uri).stem, "0" * 64, "code", hashlib.sha256(b"").hexdigest()):
         with refused("--code"):
-            code.unpacked(wrong)
+            code.unpacked(f"{tmp_path}/code/{name}.zip")
 
 
 def test_a_driver_runs_what_its_archive_is_named_after_and_nothing_else(ours: Clone, tmp_path: Path) -> None:
@@ -121,18 +119,16 @@ def test_a_driver_runs_what_its_archive_is_named_after_and_nothing_else(ours: Cl
 def test_packages_that_the_code_needs_and_the_image_lacks_are_named(tmp_path, monkeypatch) -> None:
     code.require_packages()  # of code that comes from no archive
     monkeypatch.setattr(code, "_PACKAGE", tmp_path)
-    have = {"torch": "2.9.0+cu130", "ray": "2.60.0"}
-    monkeypatch.setattr(code, "_version", have.get)
     about = {"origin": {}, "requires": ["torch>=2.6,<3", "ray[default,train]>=2.60", "scipy>=1"]}
     (tmp_path / "code.json").write_text(json.dumps(about))
-    with refused("scipy"):
-        code.require_packages()
-    have["ray"] = "2.59.1"
-    with refused("ray", "scipy"):
-        code.require_packages()
-    del have["torch"]  # the slim image, which has neither
-    with refused("ray"):
-        code.require_packages()
+    for have, lacking in (
+        ({"torch": "2.9.0+cu130", "ray": "2.60.0"}, ["scipy"]),
+        ({"torch": "2.9.0+cu130", "ray": "2.59.1"}, ["ray", "scipy"]),
+        ({"ray": "2.59.1"}, ["ray"]),  # the slim image, which has neither torch nor scipy
+    ):
+        monkeypatch.setattr(code, "_version", have.get)
+        with refused(*lacking):
+            code.require_packages()
 
 
 @pytest.mark.slow

@@ -28,14 +28,6 @@ from ncsn.runs.folder import ForeignRun, Outcome, RunFolder, read_step, run_fold
 from ncsn.steps import ingest
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _tracked(tmp_path_factory):
-    """One MLflow database for all tests: making it takes seconds."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db")
-        yield
-
-
 @pytest.fixture
 def config(tmp_path: Path) -> Callable[..., Config]:
     """An experiment on digits with its store below the test's folder."""

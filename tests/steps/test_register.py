@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -37,13 +36,11 @@ def saved(config, root, dataset, save_untrained) -> str:
 def evaluate(config, root, dataset, saved):
     """Writes an evaluation with a chosen figure, as the sample and evaluate steps leave it."""
 
-    def write(value: float, *, dataset=dataset, of=config, name_of_file="", copies=0) -> str:
-        samples = str(root / f"samples-{of.sampling.sampler.steps_per_level}")
-        storage.write_bytes(storage.join(samples, "grid.png"), grid_png(np.zeros((4, 8, 8, 1), np.uint8)))
-        loaded = checkpoint.load_checkpoint(saved)
-        used = replace(loaded, config=checkpoint.require_same_training(loaded.config, of, origin=saved))
-        manifest = {"checkpoint_digest": loaded.digest, **registry.deciding(used)}
-        storage.write_json(storage.join(samples, "manifest.json"), manifest)
+    loaded, samples = checkpoint.load_checkpoint(saved), str(root / "samples")
+    storage.write_bytes(f"{samples}/grid.png", grid_png(np.zeros((4, 8, 8, 1), np.uint8)))
+    storage.write_json(f"{samples}/manifest.json", {"checkpoint_digest": loaded.digest, **registry.deciding(loaded)})
+
+    def write(value: float, *, dataset=dataset, name_of_file="", copies=0) -> str:
         figures = result_of(
             "evaluate",
             uri=str(root / f"evaluation-{name_of_file or value}.json"),
@@ -52,7 +49,7 @@ def evaluate(config, root, dataset, saved):
             fingerprint="f" * 64,
             num_images=4,
             verdict="256 images made.",
-            neighbors=storage.join(samples, "grid.png"),
+            neighbors=f"{samples}/grid.png",
             gate={"name": FIGURE, "value": value, "log_std": 0.04, "num_images": 4, "fingerprint": "f" * 64},
             memorization={"copies": copies, "num_images": 256, "real_copies": 0, "num_real_images": 256},
         )

@@ -200,17 +200,13 @@ def test_the_furthest_come_first_and_the_earlier_of_equals_or_the_reason_why_the
         assert reason in str(caught.value)
 
 
-def test_the_baseline_is_scored_by_its_own_sampler() -> None:
+def test_trials_that_failed_are_in_the_table_and_hinder_neither_plots_nor_the_baseline() -> None:
+    trials = [trial(0, (10, 5.0), (40, 3.0)), trial(1, failure="too far", sigma_1=9.0), trial(2)]
     config = from_yaml((Path(__file__).parents[2] / "configs" / "digits.yaml").read_text(), overrides=["search={}"])
     plan = SearchPlan(config=config, dataset="", trials="")
-    trials = [trial(0, (10, 5.0), (40, 3.0)), trial(1, (40, 2.0), sigma_1=2.0)]
-    assert search.baseline_objective(plan, trials, images_seen=40) == 4.0
-    assert search.baseline_objective(plan, trials, images_seen=160) is None
-    assert search.baseline_objective(plan, trials[1:], images_seen=40) is None
-
-
-def test_trials_that_failed_are_in_the_table_and_do_not_hinder_the_plots() -> None:
-    trials = [trial(0, (10, 5.0), (40, 3.0)), trial(1, failure="too far", sigma_1=9.0), trial(2)]
+    baselines = [search.baseline_objective(plan, trials, images_seen=seen) for seen in (40, 160)]
+    assert baselines == [4.0, None], "scored by its own sampler"
+    assert search.baseline_objective(plan, [trial(1, (40, 2.0), sigma_1=2.0)], images_seen=40) is None
     rows = search.table(trials, accidents={"trial-2": "lost"})
     assert [(row["trial"], row["status"], row["objective"], row["seconds"], row["reason"]) for row in rows] == [
         (0, "finished", 3.0, 3.0, ""),

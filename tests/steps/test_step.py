@@ -116,41 +116,28 @@ def elsewhere_by(monkeypatch: pytest.MonkeyPatch, execute: Callable[[RemoteStep]
     monkeypatch.setattr(elsewhere, "open_backend", lambda _compute: backend)
 
 
-def test_a_lost_step_counts_only_with_a_result_of_the_same_inputs(tmp_path: Path, monkeypatch) -> None:
-    """It may have ended well before it was lost sight of."""
+def test_a_lost_step_counts_only_with_a_result_and_one_that_another_ended_starts_again(tmp_path, monkeypatch) -> None:
+    """It may have ended well before it was lost, and been the job of another pipeline run."""
     config, here = config_at(tmp_path, "compute.backend=ray-jobs"), config_at(tmp_path)
-    uri = make(here, "lost", inputs={"a": 1}).uri
-    there = list[int]()
+    folder, uri = run_folder(config, "mine"), make(here, "mine", inputs={"a": 1}).uri
+    there = list[Callable[[], object]]()
 
-    def lost(_: RemoteStep) -> None:
-        for number in there:
-            make(here, "lost", inputs={"a": 2}, number=number)
+    def execute(_: RemoteStep) -> None:
+        assert read_step(folder, "train").error is None
+        if there:
+            there.pop(0)()
         raise RemoteLost("its head was restarted")
 
-    elsewhere_by(monkeypatch, lost)
-    with pytest.raises(RemoteLost):
-        make(config, "lost", inputs={"a": 2})
-    there.append(2)
-    assert make(config, "lost", inputs={"a": 2}, number=3) == Made(uri, 2)
+    def ended() -> None:
+        update_step(folder, "train", state="KILLED", error=StepError("SystemExit", "143"))
+        raise EndedByOther("its RayJob was deleted")
 
-
-def test_a_step_that_another_pipeline_run_ended_starts_again(tmp_path: Path, monkeypatch) -> None:
-    """It ends the job that this one had attached to; the second job does the work."""
-    config, here = config_at(tmp_path, "compute.backend=ray-jobs"), config_at(tmp_path)
-    folder, starts = run_folder(config, "shared"), list[str]()
-
-    def ended(step: RemoteStep) -> None:
-        starts.append(step.step)
-        if len(starts) == 1:
-            update_step(folder, "train", state="KILLED", error=StepError("SystemExit", "143"))
-            raise EndedByOther("its RayJob was deleted")
-        assert read_step(folder, "train").error is None
-        make(here, "shared", inputs={"a": 1})
-
-    elsewhere_by(monkeypatch, ended)
-    made = make(config, "shared", inputs={"a": 1}, number=2)
-    assert made == Made(storage.join(folder.uri, "made.txt"), 1)
-    assert starts == ["train", "train"]
+    elsewhere_by(monkeypatch, execute)
+    with pytest.raises(RemoteLost):  # there is a result of other inputs
+        make(config, "mine", inputs={"a": 2})
+    there += [ended, lambda: make(here, "mine", inputs={"a": 2}, number=2)]
+    assert make(config, "mine", inputs={"a": 2}, number=3) == Made(uri, 2)
+    assert there == []
 
 
 def test_a_result_that_comes_while_a_second_launcher_attaches_is_its_own(tmp_path, monkeypatch) -> None:

@@ -70,6 +70,7 @@ class ApiError(Exception):
     ("error", "waits"),
     [
         (ApiError(503), True),
+        (ApiError(429), True),
         (ApiError(404), False),
         (requests.Timeout(), True),
         (urllib3.exceptions.ProtocolError(), True),

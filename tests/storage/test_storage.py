@@ -134,12 +134,9 @@ def test_publish_folder_says_who_published(root):
 
 
 def test_a_folder_without_its_marker_is_not_taken_for_complete(tmp_path):
-    (tmp_path / "dataset").mkdir()
-    (tmp_path / "dataset" / "stray").write_text("not ours")
-    with (
-        pytest.raises(OSError, match="not empty"),
-        storage.staged_folder(str(tmp_path / "dataset"), marker="done") as folder,
-    ):
+    storage.write_text(f"{tmp_path}/dataset/stray", "not ours")
+    staged = storage.staged_folder(f"{tmp_path}/dataset", marker="done")
+    with pytest.raises(OSError, match="not empty"), staged as folder:
         (folder / "done").write_text("")
     assert names_below(tmp_path) == ["dataset", "dataset/stray"]
 
@@ -170,22 +167,20 @@ def test_a_folder_of_the_store_is_published_and_deleted(root, tmp_path):
         assert not storage.exists(f"{root}/{name}")
 
 
-@pytest.mark.parametrize(
-    ("variable", "value"),
-    [
+def test_a_variable_that_leads_to_no_server_is_named(monkeypatch):
+    for variable, value in (
+        ("AWS_REGION", "no region!"),
         ("AWS_ENDPOINT_URL", "nonsense"),
         ("AWS_ENDPOINT_URL", "http://["),
         ("AWS_ENDPOINT_URL", "http://host:port"),
         ("AWS_ENDPOINT_URL_S3", "ftp://host"),
-        ("AWS_REGION", "no region!"),
-    ],
-)
-def test_a_variable_that_leads_to_no_server_is_named(monkeypatch, variable, value):
-    monkeypatch.setenv(variable, value)
-    for call in (storage.read_bytes, lambda uri: storage.publish_once(uri, b"")):
-        s3.client.cache_clear()
-        with refused(variable):
-            call("s3://bucket/file")
+    ):
+        with monkeypatch.context() as patch:
+            patch.setenv(variable, value)
+            for call in (storage.read_bytes, lambda uri: storage.publish_once(uri, b"")):
+                s3.client.cache_clear()
+                with refused(variable):
+                    call("s3://bucket/file")
     s3.client.cache_clear()
 
 
