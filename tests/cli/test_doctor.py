@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import socket
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 from kfp_api import KfpServer
+from ports import free_port
 
 from ncsn.cli import doctor
 from ncsn.cli.app import app
@@ -39,11 +39,8 @@ def test_a_machine_is_well_also_with_kfp_which_must_know_who_asks(
 
 def test_what_is_ill_comes_with_a_command(config_file: Path, store: Path, monkeypatch, capsys) -> None:
     store.write_text("a file where the folder should be")
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        nobody = f"127.0.0.1:{taken.getsockname()[1]}"
-        monkeypatch.setenv("RAY_ADDRESS", nobody)
-        done, findings = examine(config_file, "--host", f"http://{nobody}", "--set", f"tracking.uri=http://{nobody}")
+    monkeypatch.setenv("RAY_ADDRESS", nobody := f"127.0.0.1:{free_port()}")
+    done, findings = examine(config_file, "--host", f"http://{nobody}", "--set", f"tracking.uri=http://{nobody}")
     assert done.exit_code == 1
     ill = {name for name, finding in findings.items() if finding["state"] == "failed"}
     assert ill == {"store", "mlflow", "ray", "kfp"}

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from unittest.mock import Mock
 
 import pytest
 import requests
@@ -19,19 +20,6 @@ from tcp_proxy import TcpProxy
 from ncsn import storage
 from ncsn.storage import retry, s3
 from ncsn.storage.retry import STORE_VARIABLE, Retry, limited, unavailable
-
-
-class Flaky:
-    """Fails in the given ways, then answers."""
-
-    def __init__(self, *failures: Exception) -> None:
-        self.failures, self.calls = list(failures), 0
-
-    def __call__(self) -> str:
-        self.calls += 1
-        if self.failures:
-            raise self.failures.pop(0)
-        return "answer"
 
 
 @pytest.fixture
@@ -47,18 +35,18 @@ def network(s3_root: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) 
 def test_a_retry_says_that_it_waits_and_that_it_is_over_or_gives_up_with_the_last_error(monkeypatch) -> None:
     monkeypatch.setattr(retry, "time", Clock())
     said: list[str] = []
-    call = Flaky(*(ConnectionResetError() for _ in range(3)))
+    failures = [ConnectionResetError() for _ in range(3)]
+    call = Mock(side_effect=[*failures, "answer"])
     assert Retry("the server", 60, pauses=(0.01, 0.02), say=said.append)(call) == "answer"
-    assert (call.calls, len(said)) == (4, 2)
-    failures = [ConnectionResetError() for _ in range(4)]
+    assert (call.call_count, len(said)) == (4, 2)
     with pytest.raises(ConnectionResetError) as caught:
-        Retry("the server", 0.5, pauses=(0.1, 10))(Flaky(*failures))
+        Retry("the server", 0.5, pauses=(0.1, 10))(Mock(side_effect=[*failures, "answer"]))
     assert caught.value is failures[2]
     for seconds, failure in ((0, ConnectionResetError()), (60, ValueError())):
-        call = Flaky(failure)
+        call = Mock(side_effect=[failure, "answer"])
         with pytest.raises(type(failure)):
             Retry("the server", seconds)(call)
-        assert call.calls == 1
+        assert call.call_count == 1
 
 
 class ApiError(Exception):
