@@ -8,10 +8,8 @@ from ncsn.evaluation import with_interval
 from ncsn.report.words import (
     CLOSE,
     FAR,
-    class_lines,
     cost_facts,
     cost_line,
-    read_metrics,
     score_rows,
     tag_facts,
     verdict_of,
@@ -32,15 +30,6 @@ EVALUATION = {
 }
 
 
-def test_metrics_are_read_from_their_names() -> None:
-    readings = read_metrics(EVALUATION["metrics"])
-    assert set(readings) == {"score", "score_std", "kid", "kid_low", "kid_high", "class_tv"}
-    assert (readings["class_tv"].extractor, readings["class_tv"].num_images) == ("classifier", 512)
-    assert read_metrics(EVALUATION["real_metrics"])["kid"].value == 0.3
-    against = read_metrics({"eval/dinov2_vs_test_fid_low_n20": 1.0})["fid_low"]
-    assert (against.extractor, against.split) == ("dinov2", "test")
-
-
 def test_scores_are_next_to_the_real_ones() -> None:
     score, kid, class_tv = score_rows(EVALUATION)
     assert (score.text, score.real_text, score.meaning.better) == ("8", "10 of 500", "higher")
@@ -51,10 +40,8 @@ def test_scores_are_next_to_the_real_ones() -> None:
     assert kid.bars["axis"] == [(0.0, "-0.5"), (25.0, "0"), (100.0, "1.5")] and kid.bars["bar"] == [25.0, 50.0]
     assert (kid.bars["interval"], kid.bars["real"]) == ([20.0, 80.0], [40.0])
     assert (kid.text, kid.real_text) == ("0.50 (-0.10 to 1.1)", "0.3 of 500")
-    negative, _ = score_rows(
-        {"metrics": {"eval/clusters_kid_n5": -1.0, "eval/clusters_fid_n5": 1.0}, "real_metrics": {}}
-    )[::-1]
-    assert (negative.text, negative.bars["bar"]) == ("-1", [0.0, 100.0])
+    (negative,) = score_rows({"metrics": {"eval/dinov2_vs_test_kid_n5": -1.0}, "real_metrics": {}})
+    assert (negative.text, negative.bars["bar"]) == ("-1", [0.0, 100.0]) and "the test images" in negative.meaning.text
 
 
 @pytest.mark.parametrize(
@@ -81,19 +68,10 @@ def test_a_verdict_is_by_the_whole_interval_and_shows_equal_numbers(excess, copi
     assert (row.name, row.value, row.real) == ("eval/clusters_fid_n200", 92.9, 56.7)
 
 
-def test_of_many_classes_those_that_agree_least_are_shown() -> None:
-    table = [{"name": f"c{n}", "num_images": 51, "agreement": 1 - n / 400, "kid": None} for n in range(200)]
-    classes = {"table": table, "real_table": table}
-    lines = class_lines(classes, most=20)
-    assert len(lines) == 20 and lines[0] == ("c199", "51", "50.2%", "50.2%", "") and lines[-1][0] == "c180"
-    assert len(class_lines({"table": table[:10], "real_table": table[:10]}, most=20)) == 10
-
-
 def test_costs_are_summed_and_scaled() -> None:
     spent = {step: Cost(360.0, 0.2, 0.0) for step in ("train", "sample")}
     whole, thousand = cost_facts(spent, num_images=500)
-    assert whole.value == cost_line(spent.values()) == "12.0 min · 24.0 min of CPU cores"
-    assert thousand.value == "12.0 min · 24.0 min of CPU cores"
+    assert whole.value == thousand.value == "12.0 min · 24.0 min of CPU cores"
     assert cost_line([Cost(7200.0, 400.0, 2.0)]) == "2.0 h · 16.7 days of CPU cores · 2.0 h of GPUs"
     assert (cost_line([]), list(cost_facts({}, num_images=500))) == ("", [])
 
