@@ -20,7 +20,7 @@ from webhook import receiver
 
 from ncsn.tracking.client import connect
 from ncsn.tracking.gate import Decision, Evidence, Floors, Memorization, decide
-from ncsn.tracking.promotion import aliased_version, pass_gate, promote_version, resolve_promotions, roll_back
+from ncsn.tracking.promotion import aliased_version, pass_gate, promote_version, roll_back
 
 NAN = float("nan")
 FLOORS = Floors(figure(0.0).name, fid_below=9.0, copies_below=0.01)  # 2 of 256 are fewer, 3 are not
@@ -33,10 +33,8 @@ FLOORS = Floors(figure(0.0).name, fid_below=9.0, copies_below=0.01)  # 2 of 256 
         (8, 0, 256, True),  # with k copies and none among real images the standard error is about sqrt(k) / 256
         (12, 0, 256, False),
         (12, 0, 20, True),
-        (256, 0, 256, False),
         (20, 20, 256, True),
         (60, 20, 256, False),
-        (0, 256, 256, True),
     ],
 )
 def test_copies_beyond_those_of_real_images_and_chance_fail(copies, real_copies, num_real_images, passed):
@@ -51,21 +49,17 @@ def test_copies_beyond_those_of_real_images_and_chance_fail(copies, real_copies,
         (evidence(9.0), ("1", figure(9.38)), False, ["9.0 (8.5 to 9.5)", " 1.04,", "version 1"]),
         (evidence(90.0), ("1", figure(94.0)), True, ["94 (89 to 100)"]),  # as the first: the logs are compared
         (evidence(9.0, log_std=0.04), ("1", figure(9.4)), False, ["9.0 (8.3 to 9.7)", " 1.05,"]),
-        (evidence(9.0), ("1", figure(8.0)), False, ["8.0 (7.5 to 8.5)", "version 1"]),
         (evidence(9.0), ("1", figure(NAN)), False, ["nan"]),
         (evidence(NAN), None, False, ["nan"]),
         (evidence(9.0, log_std=NAN), None, False, ["9 (nan to nan)"]),
-        (evidence(float("-inf")), ("1", figure(8.0)), False, ["-inf"]),
         (evidence(1.0, broken=("a", "b")), ("1", figure(8.0)), False, ["a, b"]),
         (evidence(1.0, COPIES), None, False, ["60 of 256", "3 of 256"]),
         (evidence(1.0, fingerprint="e" * 64), ("1", figure(8.0)), False, ["version 1"]),
         (evidence(1.0, num_images=64), ("1", figure(8.0)), False, ["64 images"]),
         (evidence(1.0), ("1", None), False, ["version 1"]),
         (evidence(9.0), ("2", figure(1.0)), True, ["= 9.0 ("]),
-        (evidence(1.0, COPIES), ("2", figure(1.0)), False, ["60 of 256"]),
         (replace(evidence(8.9), floors=FLOORS), None, True, ["8.9 ("]),
         (replace(evidence(9.0), floors=FLOORS), None, False, ["9.0 (", "fid_below = 9"]),
-        (replace(evidence(9.0), floors=FLOORS), ("1", figure(19.0)), False, ["fid_below = 9"]),
         (replace(evidence(8.9, Memorization(2, 256, 2, 256)), floors=FLOORS), None, True, ["8.9 ("]),
         (replace(evidence(8.9, Memorization(3, 256, 3, 256)), floors=FLOORS), None, False, ["3 of 256", "= 0.01"]),
         (replace(evidence(1.0, num_images=64), floors=FLOORS), None, False, ["fid_n512", "fid_n64"]),
@@ -122,14 +116,6 @@ def test_only_a_better_figure_of_the_same_kind_takes_the_alias(client):
     asked_again = pass_gate(client, name="gate", version=first, evidence=evidence(9.0))
     assert asked_again == decisions[0], "whatever happened since"
     assert (champion_version(client, "gate"), aliases_of(client, "gate", foreign)) == (better, ["challenger"])
-
-
-def test_new_figure_of_the_champion_replaces_the_old_one(client):
-    (only,) = register(client, "renewed", 9.0)
-    renewed = pass_gate(client, name="renewed", version=only, evidence=evidence(7.0, num_images=2048))
-    assert renewed.promoted
-    assert resolve_promotions(client, "renewed").decision(only).evidence == evidence(7.0, num_images=2048)
-    assert client.get_model_version("renewed", only).tags["promoted_from"] == ""
 
 
 def test_who_is_asked_promotes_what_the_gate_lets_pass(client):
@@ -283,37 +269,31 @@ def test_promote_asks_the_gate_and_force_overrides_it(client):
     assert promote_version(client, "by-hand", version=third, force=True).replaced == second
 
 
-def test_rollback_goes_back_one_champion_at_a_time_and_a_former_champion_can_return(client):
-    versions = register(client, "back", 9.0, 8.0, 7.0, 6.0)
-    client.delete_model_version("back", versions[2])
-    change = roll_back(client, "back")
-    assert (change.version, change.replaced, champion_version(client, "back")) == ("2", "4", "2")
-    assert "rolled_back_at" in client.get_model_version("back", "4").tags
-    promote_version(client, "back", version="1", force=True)
-    assert roll_back(client, "back").version == "2"
-    with refused("models:/back@champion"):
-        roll_back(client, "back")
-    assert promote_version(client, "back", version="4").replaced == "2"
-    assert "rolled_back_at" not in client.get_model_version("back", "4").tags
-    assert roll_back(client, "back").version == "2"
-
-
-def test_whoever_moves_the_alias_tells_it_once(client):
+def test_rollback_goes_back_one_champion_at_a_time_also_after_it_was_killed_and_is_told_once(client, config):
     with receiver() as sent:
-        first, second = register(client, "told", 9.0, 8.0)
-        resolve_promotions(client, "told")
-        roll_back(client, "told")
-        told = sent.wait_for(3)
-    assert [(event["event"], event["model"]) for event in told] == [("promoted", "told")] * 3
-    assert [event["version"] for event in told] == [first, second, first]
-    assert [event.get("replaced") for event in told] == [None, first, second]
-    assert told[1]["reason"] == client.get_model_version("told", second).tags["gate.reason"] != told[2]["reason"]
+        versions = register(client, "back", 9.0, 8.0, 7.0, 6.0)
+        client.delete_model_version("back", versions[2])
+        with pytest.raises(Killed):
+            roll_back(DiesAt(connect(config).uri, CHANGES, at=1), "back")
+        assert champion_version(client, "back") == "4"
+        change = roll_back(client, "back")
+        told = sent.wait_for(5)
+    assert (change.version, change.replaced, champion_version(client, "back")) == ("2", "4", "2")
+    assert [(event["event"], event["version"], event.get("replaced")) for event in told] == [
+        *(("promoted", new, old) for new, old in zip("1234", (None, *"123"), strict=True)),
+        ("promoted", "2", "4"),
+    ]
+    assert told[1]["reason"] == client.get_model_version("back", "2").tags["gate.reason"] != told[4]["reason"]
 
 
-def test_a_rollback_that_was_killed_goes_back_once(client, config):
-    register(client, "stopped", 9.0, 8.0, 7.0)
-    with pytest.raises(Killed):
-        roll_back(DiesAt(connect(config).uri, CHANGES, at=1), "stopped")
-    assert champion_version(client, "stopped") == "3"
-    done = roll_back(client, "stopped")
-    assert (done.version, done.replaced, champion_version(client, "stopped")) == ("2", "3", "2")
+def test_a_former_champion_can_return(client):
+    register(client, "former", 9.0, 8.0, 7.0)
+    roll_back(client, "former")
+    assert "rolled_back_at" in client.get_model_version("former", "3").tags
+    promote_version(client, "former", version="1", force=True)
+    assert roll_back(client, "former").version == "2"
+    with refused("models:/former@champion"):
+        roll_back(client, "former")
+    assert promote_version(client, "former", version="3").replaced == "2"
+    assert "rolled_back_at" not in client.get_model_version("former", "3").tags
+    assert roll_back(client, "former").version == "2"
