@@ -6,7 +6,6 @@ import asyncio
 import io
 import json
 import shlex
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -22,7 +21,6 @@ from starlette.responses import Response
 
 from ncsn.model.generate import Wish, generate
 from ncsn.serving import app
-from ncsn.serving.asked import read
 from ncsn.steps.address import Place
 
 MODEL = "models:/tiny/1"
@@ -68,41 +66,17 @@ def test_images_are_those_of_the_model_by_seed_and_class(handle: Any) -> None:
         assert np.abs(found["images"].astype(int) - alone).max() <= 1
 
 
-def test_images_count_for_the_version_that_made_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    counted = Counter[str]()
-    serves(monkeypatch)
-    monkeypatch.setattr(app.Counter, "inc", lambda _, value, tags: counted.update({tags["model"]: value}))
-    sampler = app.Replica("models:/tiny@champion", ".ncsn", None)
-
-    async def ask() -> None:
-        asked = asyncio.create_task(sampler.sample(read(b'{"number": 3}')))
-        await asyncio.sleep(0)
-        sampler._served = ("models:/tiny/2", trained_by(1))
-        await asked
-        await sampler.sample(read(b'{"number": 2}'))
-
-    asyncio.run(ask())
-    assert counted == {MODEL: 3, "models:/tiny/2": 2}
-
-
-def test_the_page_and_the_facts_behind_it(handle: Any) -> None:
+def test_the_page_the_facts_behind_it_and_how_to_ask(handle: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert ask(handle, "GET", "/").media_type == "text/html"
     facts = json.loads(ask(handle, "GET", "/health").body)
     classes = ["cat", "dog", "bird"]
     assert facts == {"status": "ok", "model": MODEL, "classes": classes, "guided": True, "most_images": 256}
-    assert ask(handle, "POST", "/images", b'{"format": "png"}').media_type == "image/png"
-
-
-def test_guidance_needs_training_without_classes(monkeypatch: pytest.MonkeyPatch) -> None:
-    for overrides, guided in ((), True), (["train.label_dropout=0"], False):
-        serves(monkeypatch, *overrides)
-        assert app.Replica("models:/tiny@champion", ".ncsn", None).describe()["guided"] == guided
-
-
-def test_what_is_said_about_how_to_ask_gets_images(handle: Any) -> None:
     words = shlex.split(bytes(ask(handle, "GET", "/images").body).decode())
-    answer = ask(handle, "POST", "/images", words[words.index("-d") + 1].encode())
-    assert (answer.status_code, answer.media_type) == (200, "image/png")
+    for body in (b'{"format": "png"}', words[words.index("-d") + 1].encode()):
+        answer = ask(handle, "POST", "/images", body)
+        assert (answer.status_code, answer.media_type) == (200, "image/png")
+    serves(monkeypatch, "train.label_dropout=0")
+    assert not app.Replica("models:/tiny@champion", ".ncsn", None).describe()["guided"]
 
 
 @pytest.mark.parametrize(

@@ -29,34 +29,18 @@ TRAINED = trained_by(0)
 @pytest.mark.parametrize(
     ("given", "key"),
     [
-        ("[1]", ""),
         ("{", ""),
         ("[" * 100_000, ""),
         ({"count": 3}, "count"),
         ({"number": 0}, "number"),
         ({"number": 257}, "number"),
         ({"number": True}, "number"),
-        ({"number": 2.0}, "number"),
         ({"seed": -1}, "seed"),
         ({"seed": 2**63}, "seed"),
-        ({"guidance": "2"}, "guidance"),
         ({"guidance": float("nan")}, "guidance"),
         ({"format": "gif"}, "format"),
-        ({"format": ["grid"]}, "format"),
         ({"format": "png", "number": 2}, "format"),
-        ({"class": [1]}, "class"),
         ({"sampler": "a=b"}, "sampler"),
-        ({"sampler": 3}, "sampler"),
-    ],
-)
-def test_a_request_that_is_none_is_refused_with_the_key(given: Any, key: str) -> None:
-    with refused(key):
-        read((given if isinstance(given, str) else json.dumps(given)).encode())
-
-
-@pytest.mark.parametrize(
-    ("given", "key"),
-    [
         ({"class": "fish"}, "class"),
         ({"class": "3"}, "class"),
         ({"class": "a: {b"}, "class"),
@@ -65,9 +49,24 @@ def test_a_request_that_is_none_is_refused_with_the_key(given: Any, key: str) ->
         ({"sampler": {"kind": "karras_heun", "steps": 3}}, "sampler.steps"),
     ],
 )
-def test_what_the_model_cannot_follow_is_refused_with_the_key(given: dict[str, Any], key: str) -> None:
+def test_what_is_no_request_or_the_model_cannot_follow_is_refused_with_the_key(given: Any, key: str) -> None:
+    body = given if isinstance(given, str) else json.dumps(given)
     with refused(key):
-        settings(TRAINED, read(json.dumps(given).encode()))
+        settings(TRAINED, read(body.encode()))
+
+
+def test_a_request_changes_what_it_names() -> None:
+    asked = read(b'{"number": 5, "seed": 7, "class": 1, "guidance": 2.5, "sampler": {"kind": "dpm_solver"}}')
+    found = settings(TRAINED, asked)
+    assert (asked.count, asked.format, found.seed, found.label) == (5, "grid", 7, "1")
+    assert found.sampler.kind == "dpm_solver" and found.guidance is not None and found.guidance.weight == 2.5
+    assert settings(TRAINED, read(b"")) == TRAINED.config.sampling
+    assert (read(b'{"format": "png"}').count, read(b"").count) == (1, 16)
+    guided = from_yaml(TEXT, overrides=["sampling.guidance={kind: classifier_free, weight: 3}"])
+    for trained in (TRAINED, replace(TRAINED, config=guided)):
+        zero = settings(trained, read(b'{"guidance": 0}')).guidance
+        assert zero is not None and zero.weight == 0
+    assert settings(TRAINED, read(b'{"guidance": 1}')).guidance is None
 
 
 def test_classes_have_the_names_of_their_folders_whatever_yaml_takes_them_for(tmp_path: Path) -> None:
@@ -90,26 +89,6 @@ def test_classes_have_the_names_of_their_folders_whatever_yaml_takes_them_for(tm
         assert settings(trained, read(json.dumps({"class": name}).encode())) == sampling
         image = generate(trained, sampling=sampling, first=0, count=1)
         np.testing.assert_array_equal(model.predict(None, None, {"label": name, "n_images": 1}), image)
-
-
-def test_a_guidance_of_zero_is_one() -> None:
-    for given in (
-        TRAINED,
-        replace(TRAINED, config=from_yaml(TEXT, overrides=["sampling.guidance={kind: classifier_free, weight: 3}"])),
-    ):
-        for weight in (0, 0.0):
-            found = settings(given, read(json.dumps({"guidance": weight}).encode())).guidance
-            assert found is not None and found.weight == 0
-    assert settings(TRAINED, read(b'{"guidance": 1}')).guidance is None
-
-
-def test_a_request_changes_what_it_names() -> None:
-    asked = read(b'{"number": 5, "seed": 7, "class": 1, "guidance": 2.5, "sampler": {"kind": "dpm_solver"}}')
-    found = settings(TRAINED, asked)
-    assert (asked.count, asked.format, found.seed, found.label) == (5, "grid", 7, "1")
-    assert found.sampler.kind == "dpm_solver" and found.guidance is not None and found.guidance.weight == 2.5
-    assert settings(TRAINED, read(b"")) == TRAINED.config.sampling
-    assert (read(b'{"format": "png"}').count, read(b"").count) == (1, 16)
 
 
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB")])
