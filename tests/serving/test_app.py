@@ -1,4 +1,4 @@
-"""The application in Ray Serve's mode for tests, without a cluster: what each path answers."""
+"""The application in Ray Serve's mode for tests, without a cluster: what may be asked, and what each path answers."""
 
 from __future__ import annotations
 
@@ -8,22 +8,31 @@ import json
 import shlex
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from ray import serve
 from refused import refused
-from served import trained_by
+from served import TEXT, trained_by
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ncsn.model.generate import Wish, generate
-from ncsn.serving import app
+from ncsn.config import from_yaml, to_yaml
+from ncsn.data.dataset import write_dataset
+from ncsn.data.sources import open_source
+from ncsn.model import build
+from ncsn.model.generate import Wish, generate, image_labels
+from ncsn.serving import app, asked
 from ncsn.steps.address import Place
+from ncsn.tracking.model import PyfuncModel
+from ncsn.training.batches import classes_of
 
-MODEL = "models:/tiny/1"
+MODEL, TRAINED = "models:/tiny/1", trained_by(0)
 
 
 def serves(patch: pytest.MonkeyPatch, *overrides: str) -> None:
@@ -59,9 +68,8 @@ def ask(handle, method, path, body=b"", *, kind="application/json", whole=True) 
 def test_images_are_those_of_the_model_by_seed_and_class(handle: Any) -> None:
     answer = ask(handle, "POST", "/images", b'{"number": 5, "seed": 3, "class": "bird", "format": "npz"}')
     assert (answer.status_code, answer.headers["x-ncsn-model"]) == (200, MODEL)
-    trained = trained_by(0)
-    sampling = Wish(seed=3, label="bird").sampling(trained)
-    alone = generate(trained, sampling=sampling, first=0, count=5)
+    sampling = Wish(seed=3, label="bird").sampling(TRAINED)
+    alone = generate(TRAINED, sampling=sampling, first=0, count=5)
     with np.load(io.BytesIO(answer.body)) as found:
         assert np.abs(found["images"].astype(int) - alone).max() <= 1
 
@@ -112,3 +120,80 @@ def test_more_replicas_than_cores_and_a_cluster_that_serves_are_refused(monkeypa
     monkeypatch.setattr(app.serve, "status", lambda: SimpleNamespace(proxies={"node": "HEALTHY"}))
     with refused("RAY_ADDRESS"):
         app.run(Place("ADDRESS", "models:/tiny@champion", ".ncsn", None), port=0, replicas=2, ready=lambda: None)
+
+
+@pytest.mark.parametrize(
+    ("given", "key"),
+    [
+        ("{", ""),
+        ("[" * 100_000, ""),
+        ({"count": 3}, "count"),
+        ({"number": 0}, "number"),
+        ({"number": 257}, "number"),
+        ({"number": True}, "number"),
+        ({"seed": -1}, "seed"),
+        ({"seed": 2**63}, "seed"),
+        ({"guidance": float("nan")}, "guidance"),
+        ({"format": "gif"}, "format"),
+        ({"format": "png", "number": 2}, "format"),
+        ({"sampler": "a=b"}, "sampler"),
+        ({"class": "fish"}, "class"),
+        ({"class": "3"}, "class"),
+        ({"class": "a: {b"}, "class"),
+        ({"sampler": "nothing"}, "sampler.kind"),
+        ({"sampler": {"kind": "karras_heun", "num_steps": 1000}}, "sampler"),
+        ({"sampler": {"kind": "karras_heun", "steps": 3}}, "sampler.steps"),
+    ],
+)
+def test_what_is_no_request_or_the_model_cannot_follow_is_refused_with_the_key(given: Any, key: str) -> None:
+    body = given if isinstance(given, str) else json.dumps(given)
+    with refused(key):
+        asked.settings(TRAINED, asked.read(body.encode()))
+
+
+def test_a_request_changes_what_it_names() -> None:
+    wanted = asked.read(b'{"number": 5, "seed": 7, "class": 1, "guidance": 2.5, "sampler": {"kind": "dpm_solver"}}')
+    found = asked.settings(TRAINED, wanted)
+    assert (wanted.count, wanted.format, found.seed, found.label) == (5, "grid", 7, "1")
+    assert found.sampler.kind == "dpm_solver" and found.guidance is not None and found.guidance.weight == 2.5
+    assert asked.settings(TRAINED, asked.read(b"")) == TRAINED.config.sampling
+    assert (asked.read(b'{"format": "png"}').count, asked.read(b"").count) == (1, 16)
+    guided = from_yaml(TEXT, overrides=["sampling.guidance={kind: classifier_free, weight: 3}"])
+    for trained in (TRAINED, replace(TRAINED, config=guided)):
+        zero = asked.settings(trained, asked.read(b'{"guidance": 0}')).guidance
+        assert zero is not None and zero.weight == 0
+    assert asked.settings(TRAINED, asked.read(b'{"guidance": 1}')).guidance is None
+
+
+def test_classes_have_the_names_of_their_folders_whatever_yaml_takes_them_for(tmp_path: Path) -> None:
+    names = ["1e3", "no", "null", "on", "yes", "😀"]
+    for place, name in enumerate(names):
+        (tmp_path / name).mkdir()
+        for number in range(4):
+            Image.new("L", (8, 8), 4 * place + number).save(tmp_path / name / f"{number}.png")
+    given = {"source": "image_folder", "root": tmp_path, "num_classes": len(names)}
+    config = from_yaml(TEXT, overrides=[f"data.{key}={value}" for key, value in given.items()])
+    manifest = write_dataset(open_source(config.data), f"{tmp_path}/store", name="answers", data=config.data).manifest
+    assert manifest.class_names == names
+    network, classes = build.network(config).eval(), classes_of(config, manifest)
+    trained = replace(TRAINED, config=config, network=network, classes=classes)
+    model = PyfuncModel()
+    model.trained = trained
+    for number, name in enumerate(names):
+        sampling = from_yaml(to_yaml(config), overrides=[f"sampling.label={name}"]).sampling
+        assert image_labels(trained, sampling, first=0, count=2).tolist() == [number, number]
+        assert asked.settings(trained, asked.read(json.dumps({"class": name}).encode())) == sampling
+        image = generate(trained, sampling=sampling, first=0, count=1)
+        np.testing.assert_array_equal(model.predict(None, None, {"label": name, "n_images": 1}), image)
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB")])
+def test_the_files_hold_the_images(channels: int, mode: str) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (5, 8, 8, channels), np.uint8)
+    png = Image.open(io.BytesIO(asked.answer(images[:1], "png", limits=(0, 255))))
+    assert png.mode == mode
+    np.testing.assert_array_equal(np.asarray(png).reshape(images[0].shape), images[0])
+    grid = Image.open(io.BytesIO(asked.answer(images, "grid", limits=(0, 255))))
+    assert grid.mode == mode and grid.width > grid.height, "three columns and two rows"
+    with np.load(io.BytesIO(asked.answer(images, "npz", limits=(0, 255)))) as found:
+        np.testing.assert_array_equal(found["images"], images)
