@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -134,13 +133,6 @@ def test_hostile_names_stay_text(page) -> None:
     assert text.count("{{ 7 * 7 }}") == text.count("&lt;script&gt;alert(1)") > 5
 
 
-@dataclass
-class Visit:
-    frame: Frame
-    requests: list[str] = field(default_factory=list)
-    complaints: list[str] = field(default_factory=list)
-
-
 @pytest.fixture(scope="module")
 def folder(page, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The report, and a page that shows it as KFP does."""
@@ -152,22 +144,21 @@ def folder(page, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(params=[(1280, 800), (360, 740)], ids=["desktop", "phone"])
 def visit(request: pytest.FixtureRequest, browser: Browser, folder: Path):
-    """Opens a page of the folder at one size, in a dark or light scheme."""
+    """Opens a page of the folder at one size: its frame, and what it requests and complains of."""
     width, height = request.param
     tabs = []
 
-    def open_page(name: str, *, scheme: str = "light") -> Visit:
+    def open_page(name: str, *, scheme: str = "light") -> tuple[Frame, list[str], list[str]]:
         tab = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
         tabs.append(tab)
         tab.set_default_timeout(60_000)  # milliseconds, for a busy machine
-        seen = Visit(tab.main_frame)
-        tab.on("request", lambda sent: seen.requests.append(sent.url))
-        tab.on("console", lambda message: seen.complaints.append(message.text))
-        tab.on("pageerror", lambda error: seen.complaints.append(str(error)))
+        requests, complaints = list[str](), list[str]()
+        tab.on("request", lambda sent: requests.append(sent.url))
+        tab.on("console", lambda message: complaints.append(message.text))
+        tab.on("pageerror", lambda error: complaints.append(str(error)))
         tab.goto((folder / name).as_uri())
-        seen.frame = tab.frames[-1]
-        seen.frame.wait_for_load_state()
-        return seen
+        tab.frames[-1].wait_for_load_state()
+        return tab.frames[-1], requests, complaints
 
     yield open_page
     for tab in tabs:
@@ -176,25 +167,25 @@ def visit(request: pytest.FixtureRequest, browser: Browser, folder: Path):
 
 @pytest.mark.parametrize("name", ["report.html", "viewer.html"])
 def test_pictures_are_shown_and_nothing_is_requested(visit, folder: Path, name: str) -> None:
-    seen = visit(name)
-    widths = seen.frame.evaluate("[...document.images].map(image => image.naturalWidth)")
+    frame, requests, complaints = visit(name)
+    widths = frame.evaluate("[...document.images].map(image => image.naturalWidth)")
     assert len(widths) == 7, "grid, real images, strip, neighbors, classes, selection, search"
     assert min(widths) > 0
-    drawn = seen.frame.evaluate("[...document.querySelectorAll('.plot svg')].map(s => s.getBoundingClientRect().width)")
+    drawn = frame.evaluate("[...document.querySelectorAll('.plot svg')].map(s => s.getBoundingClientRect().width)")
     assert len(drawn) == 2 and min(drawn) > 300
-    outside = {url for url in seen.requests if not url.startswith("data:")}
+    outside = {url for url in requests if not url.startswith("data:")}
     assert outside <= {(folder / "report.html").as_uri(), (folder / "viewer.html").as_uri()}
-    assert seen.complaints == []
+    assert complaints == []
 
 
 def test_nothing_is_wider_than_the_screen(visit) -> None:
-    seen = visit("report.html", scheme="dark")
-    seen.frame.evaluate("document.querySelectorAll('details').forEach(part => part.open = true)")
-    assert seen.frame.evaluate("document.documentElement.scrollWidth <= innerWidth")
-    assert seen.frame.evaluate(
+    frame, *_ = visit("report.html", scheme="dark")
+    frame.evaluate("document.querySelectorAll('details').forEach(part => part.open = true)")
+    assert frame.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    assert frame.evaluate(
         "[...document.querySelectorAll('.scores .number')].every(part => part.scrollWidth <= part.clientWidth)"
     ), "each number has room"
-    background, ink = seen.frame.evaluate(
+    background, ink = frame.evaluate(
         "[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.querySelector('.plot text')).fill]"
         ".map(color => Math.max(...color.match(/\\d+/g).slice(0, 3).map(Number)))"
     )

@@ -9,14 +9,13 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import pytest
 from refused import refused
 
 from ncsn.config import to_json
 from ncsn.tracking import client
-from ncsn.tracking.client import TrackingError, connect, server_command, tracking_uri
+from ncsn.tracking.client import TrackingError, connect, tracking_uri
 
 BOTH_START = """
 import sys
@@ -82,14 +81,6 @@ def test_two_processes_that_start_at_once_share_one_database(make_config, tmp_pa
     for run in runs:
         history = connection.client.get_metric_history(run.info.run_id, "a/b")
         assert [metric.step for metric in history] == list(range(40))
-
-
-def test_command_of_the_pages_is_on_loopback_and_only_for_a_local_database(make_config, root):
-    command = server_command(tracking_uri(make_config()), host="127.0.0.1", port=5001)
-    assert f"sqlite:///{root}/mlflow.db" in command and Path(root, "mlflow.db").exists()
-    assert command[command.index("--host") + 1] == "127.0.0.1"
-    with refused("tracking.uri", error=TrackingError):
-        server_command("http://host:5000", host="127.0.0.1", port=5001)
 
 
 @contextmanager

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -57,23 +55,17 @@ def database(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         create = [PROGRAMS / "initdb", "--pgdata", data, "--no-sync", *login]
         subprocess.run(create, check=True, capture_output=True, user=owner, cwd=folder)
         port = free_port()
-        settings = ["-c", "fsync=off", "-c", "listen_addresses=127.0.0.1", "-c", f"port={port}"]
-        serve = [PROGRAMS / "postgres", "-D", data, "-k", folder, *settings]
-        server = subprocess.Popen(serve, stderr=subprocess.DEVNULL, user=owner, cwd=folder)
+        settings = f"-c fsync=off -c listen_addresses=127.0.0.1 -c port={port} -k {folder}"
+        control = [PROGRAMS / "pg_ctl", "--pgdata", data, "--wait", "--silent", "--log", folder / "log"]
+        subprocess.run([*control, "--options", settings, "start"], check=True, user=owner, cwd=folder)
         try:
-            ready = [PROGRAMS / "pg_isready", "--quiet", "--host", "127.0.0.1", "--port", str(port)]
-            give_up = time.monotonic() + 60
-            while subprocess.run(ready, check=False).returncode:
-                assert server.poll() is None and time.monotonic() < give_up
-                time.sleep(0.1)
             create = [PROGRAMS / "createdb", "--host", "127.0.0.1", "--port", str(port), "--username", "mlflow"]
             subprocess.run([*create, "mlflow"], check=True)
             uri = str(environment["MLFLOW_BACKEND_STORE_URI"])
             assert "@postgres:5432/mlflow" in uri
             yield uri.replace("@postgres:5432/", f"@127.0.0.1:{port}/")
         finally:
-            server.send_signal(signal.SIGINT)
-            server.wait(60)
+            subprocess.run([*control, "stop"], check=True, user=owner, cwd=folder)
 
 
 @pytest.fixture

@@ -28,7 +28,6 @@ FLOORS = Floors(figure(0.0).name, fid_below=9.0, copies_below=0.01)  # 2 of 256 
 @pytest.mark.parametrize(
     ("copies", "real_copies", "num_real_images", "passed"),
     [
-        (0, 0, 256, True),
         (8, 0, 256, True),  # with k copies and none among real images the standard error is about sqrt(k) / 256
         (12, 0, 256, False),
         (12, 0, 20, True),
@@ -119,17 +118,14 @@ def test_only_a_better_figure_of_the_same_kind_takes_the_alias(client):
 
 def test_who_is_asked_promotes_what_the_gate_lets_pass(client):
     first, worse, better = empty_versions(client, "asked", 3)
-    for version, value in ((first, 9.0), (better, 8.0)):
+    for version, value, waits in ((first, 9.0, True), (worse, 9.1, False), (better, 8.0, True), (better, 8.0, True)):
         decision = pass_gate(client, name="asked", version=version, evidence=evidence(value), ask=True)
-        assert (decision.promoted, decision.waits) == (False, True)
-    assert champion_version(client, "asked") == ""
-    assert client.get_model_version("asked", first).tags["gate.promoted"] == "false"
-    assert promote_version(client, "asked", version=first).version == first
-    assert champion_version(client, "asked") == first
-    refused_one = pass_gate(client, name="asked", version=worse, evidence=evidence(9.1), ask=True)
-    assert (refused_one.promoted, refused_one.waits) == (False, False)
-    waiting = pass_gate(client, name="asked", version=better, evidence=evidence(8.0), ask=True)
-    assert waiting.waits and champion_version(client, "asked") == first, "asked again, it waits on"
+        assert (decision.promoted, decision.waits) == (False, waits)
+        if version == first:
+            assert champion_version(client, "asked") == ""
+            assert client.get_model_version("asked", first).tags["gate.promoted"] == "false"
+            assert promote_version(client, "asked", version=first).version == first
+        assert champion_version(client, "asked") == first
     assert pass_gate(client, name="asked", version=better, evidence=evidence(8.0)).promoted, "nobody is asked any more"
     assert champion_version(client, "asked") == better
 
