@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from click.testing import CliRunner
@@ -106,11 +107,6 @@ def note(run: str, workflow: str, config: Config) -> None:
     KubernetesApi().patch("configmaps", NOTES, {"data": {run: text}})
 
 
-def lost(*_: Any, **__: Any) -> None:
-    """A step whose RayJob is deleted under it."""
-    raise RemoteLost("RayJob ncsn-mine was deleted while it ran")
-
-
 def outcome(config: Config) -> Outcome | None:
     return read_outcome(run_folder(config, "mine"))
 
@@ -151,7 +147,8 @@ def test_what_fails_because_the_pipeline_was_terminated_is_no_failure(
 ) -> None:
     monkeypatch.setenv(KFP_RUN_ID, "5f3a")
     monkeypatch.setenv(KFP_WORKFLOW, WORKFLOW)
-    monkeypatch.setattr(ingest, "ingest", lost)
+    deleted = RemoteLost("RayJob ncsn-mine was deleted while it ran")
+    monkeypatch.setattr(ingest, "ingest", Mock(side_effect=deleted))
     workflow(emulation, "Running", **spec)
     with pytest.raises(raised):
         do_as_task("ingest", config, "mine")

@@ -60,29 +60,25 @@ def together(*asked: tuple[TrainedNetwork, Any, int], cancel: int | None = None)
     return held, asyncio.run(ask())
 
 
-def test_several_requests_are_one_batch_and_the_images_are_those_of_each_alone() -> None:
-    wishes = [wished(seed=1), wished(seed=1), wished(seed=2, label="bird"), wished(seed=1, label="data")]
-    asked = [(TRAINED, sampling, number) for sampling, number in zip(wishes, (3, 2, 2, 3), strict=True)]
-    held, found = together(*asked)
-    assert [sum(part.length for part in batch) for batch in held.made] == [1, 8, 2]
-    assert len(held.made[1]) == 4 and len(held.threads) == 1
-    for sampling, images in zip((wished(seed=9), *wishes), found, strict=True):
-        alone = generate(TRAINED, sampling=sampling, first=0, count=len(images))
-        assert images.shape == alone.shape
-        difference = np.abs(images.astype(int) - alone)
-        assert difference.max() <= 1 and (difference > 0).mean() < 0.01
-
-
-def test_other_settings_and_other_weights_are_other_batches() -> None:
-    held, (_, *images) = together(
+def test_requests_of_the_same_settings_are_one_batch_and_the_images_are_those_of_each_alone() -> None:
+    first = (TRAINED, wished(seed=9), 1)
+    asked = [
+        (TRAINED, wished(seed=1), 3),
         (TRAINED, wished(seed=1), 2),
+        (TRAINED, wished(seed=2, label="bird"), 2),
         (TRAINED, wished(sampler={"kind": "karras_heun", "num_steps": 3}), 2),
         (TRAINED, wished(guidance=2.0), 2),
         (trained_by(1), wished(seed=1), 2),
-        (TRAINED, wished(seed=2), 2),
-    )
-    assert [len(batch) for batch in held.made] == [1, 2, 1, 1, 1]
-    assert all((one != images[0]).any() for one in images[1:])
+        (TRAINED, wished(seed=1, label="data"), 3),
+    ]
+    held, found = together(*asked)
+    assert [sum(part.length for part in batch) for batch in held.made] == [1, 8, 2, 2, 2, 2]
+    assert [len(batch) for batch in held.made] == [1, 4, 1, 1, 1, 1] and len(held.threads) == 1
+    for (trained, sampling, count), images in zip((first, *asked), found, strict=True):
+        alone = generate(trained, sampling=sampling, first=0, count=count)
+        assert images.shape == alone.shape
+        difference = np.abs(images.astype(int) - alone)
+        assert difference.max() <= 1 and (difference > 0).mean() < 0.01
 
 
 def test_what_is_canceled_is_not_made_and_a_failure_is_its_own() -> None:

@@ -37,9 +37,6 @@ class Served:
     def post(self, **asked: Any) -> requests.Response:
         return requests.post(f"{self.url}/images", json=asked, timeout=120)
 
-    def get(self, path: str) -> requests.Response:
-        return requests.get(f"{self.url}{path}", timeout=120)
-
     def replicas(self) -> list[psutil.Process]:
         below = psutil.Process(self.process.pid).children(recursive=True)
         return [each for each in below if "ServeReplica:ncsn:Replica" in " ".join(each.cmdline())]
@@ -73,7 +70,7 @@ def test_it_answers_on_loopback_only(served: Served) -> None:
     assert len((served.root / "log.txt").read_text().splitlines()) == 1, "what it does, and nothing of Ray"
     made = served.post(number=5, seed=3)
     assert (made.status_code, made.headers["X-NCSN-Model"]) == (200, "models:/tiny/1")
-    assert served.get("/health").json()["model"] == "models:/tiny/1"
+    assert requests.get(f"{served.url}/health", timeout=120).json()["model"] == "models:/tiny/1"
     refused = served.post(**{"class": "fish"})
     assert (refused.status_code, refused.text.count("\n")) == (400, 1)
     ours = [served.process.pid, *(each.pid for each in psutil.Process(served.process.pid).children(recursive=True))]
@@ -123,7 +120,7 @@ def test_no_request_is_lost_when_a_champion_comes_and_a_replica_goes(served: Ser
         re.compile(rf'^ray_ncsn_serve_images_total\{{.*model="{version}".*\}} [1-9]', re.MULTILINE) for version in alone
     ]
     end = time.monotonic() + 60  # Ray exports what replicas count every few seconds
-    while not all(each.search(metrics := served.get("/metrics").text) for each in counts):
+    while not all(each.search(metrics := requests.get(f"{served.url}/metrics", timeout=120).text) for each in counts):
         assert time.monotonic() < end
         time.sleep(1)
     assert re.search(r"^ray_ncsn_serve_batch_images_bucket", metrics, flags=re.MULTILINE)

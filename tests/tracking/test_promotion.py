@@ -73,9 +73,6 @@ def test_decision_has_its_numbers_and_is_plain_data(of, champion, promoted, reas
     assert json.dumps(asdict(Decision.from_json(plain))) == plain
 
 
-CHANGES = ("set_registered_model_alias", "set_model_version_tag", "delete_model_version_tag")
-
-
 @pytest.fixture(scope="module")
 def client(config) -> MlflowClient:
     return connect(config).client
@@ -255,8 +252,9 @@ def test_rollback_goes_back_one_champion_at_a_time_also_after_it_was_killed_and_
     with receiver() as sent:
         versions = register(client, "back", 9.0, 8.0, 7.0, 6.0)
         client.delete_model_version("back", versions[2])
+        dying = DiesAt(connect(config).uri, ("set_registered_model_alias", "set_model_version_tag"), at=1)
         with pytest.raises(Killed):
-            roll_back(DiesAt(connect(config).uri, CHANGES, at=1), "back")
+            roll_back(dying, "back")
         assert champion_version(client, "back") == "4"
         change = roll_back(client, "back")
         told = sent.wait_for(5)
