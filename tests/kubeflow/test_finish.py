@@ -58,9 +58,7 @@ def stored(config: Config, run: str) -> dict[str, object]:
     return record
 
 
-def test_a_success_is_finished_everywhere_and_the_page_leads_on(
-    config: Config, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_success_is_finished_everywhere_and_the_page_leads_on(config, monkeypatch) -> None:
     monkeypatch.setenv("NCSN_IMAGE", "registry/ncsn-python:9")
     monkeypatch.setenv(KFP_RUN_ID, "5f3a0000")
     ingested = do("ingest", config, "good")
@@ -83,9 +81,7 @@ def test_a_success_is_finished_everywhere_and_the_page_leads_on(
         (None, "ImagePullBackOff", ("FAILED", "ImagePullBackOff", "ingest")),  # it never began
     ],
 )
-def test_the_first_step_that_has_no_result_gives_the_reason(
-    config: Config, error: StepError | None, message: str, end: tuple[str, str, str]
-) -> None:
+def test_the_first_step_that_has_no_result_gives_the_reason(config, error, message, end) -> None:
     run = f"ended-{error.kind if error else message}".lower()
     if error is not None:
         failed(config, run, error)
@@ -144,9 +140,7 @@ def test_a_step_after_the_pipeline_takes_its_end_away_nowhere(config: Config, en
     assert mlflow_statuses(config, "alone-after")["run"] == "FINISHED"
 
 
-def test_a_pipeline_with_work_to_do_has_an_end_of_its_own(
-    config: Config, ends: list[Outcome | None], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_pipeline_with_work_to_do_has_an_end_of_its_own(config, ends, monkeypatch) -> None:
     assert pipeline(config, "worked", "ingest") == Outcome("FINISHED")
     assert pipeline(config, "worked", "ingest", "sample") == Outcome("KILLED", "interrupted", "sample")
     assert ends == [None]

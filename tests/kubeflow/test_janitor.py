@@ -123,9 +123,7 @@ def outcome(config: Config) -> Outcome | None:
     ],
 )
 @pytest.mark.usefixtures("begun")
-def test_a_run_without_its_exit_handler_is_closed_as_it_ended(
-    emulation: Any, config: Config, janitor: Any, phase: str | None, spec: dict[str, Any], status: str
-) -> None:
+def test_a_run_without_its_exit_handler_is_closed_as_it_ended(emulation, config, janitor, phase, spec, status) -> None:
     if phase is not None:
         workflow(emulation, phase, **spec)
     janitor()
@@ -157,9 +155,7 @@ def test_what_fails_because_the_pipeline_was_terminated_is_no_failure(
     assert (found and found.status) == ended
 
 
-def test_a_pipeline_run_starts_once_and_keeps_its_first_note_however_many_tasks_it_has(
-    emulation: Any, config: Config
-) -> None:
+def test_a_pipeline_run_starts_once_and_keeps_its_first_note_however_many_tasks_it_has(emulation, config) -> None:
     with receiver() as sent, pytest.MonkeyPatch.context() as patch:
         patch.setenv(KFP_RUN_ID, "77aa")
         patch.setenv(KFP_WORKFLOW, WORKFLOW)
@@ -174,9 +170,7 @@ def test_a_pipeline_run_starts_once_and_keeps_its_first_note_however_many_tasks_
 
 
 @pytest.mark.usefixtures("begun")
-def test_a_rayjob_goes_with_its_pipeline_and_the_last_word_comes_later(
-    emulation: Any, config: Config, janitor: Any
-) -> None:
+def test_a_rayjob_goes_with_its_pipeline_and_the_last_word_comes_later(emulation, config, janitor) -> None:
     workflow(emulation, "Running")
     rayjob(emulation, "working", ownerReferences=[OWNER])
     assert janitor() == []
@@ -192,9 +186,7 @@ def test_a_rayjob_goes_with_its_pipeline_and_the_last_word_comes_later(
 
 
 @pytest.mark.usefixtures("begun")
-def test_a_run_that_another_pipeline_run_goes_on_with_is_left_to_it(
-    emulation: Any, config: Config, janitor: Any
-) -> None:
+def test_a_run_that_another_pipeline_run_goes_on_with_is_left_to_it(emulation, config, janitor) -> None:
     """Terminate, then submit again under the same name: the records and RayJobs are the second run's by then."""
     workflow(emulation, "Failed", activeDeadlineSeconds=0)
     emulation.cluster.create("workflows", {"metadata": {"name": "second"}, "spec": {}, "status": {"phase": "Running"}})
@@ -274,9 +266,7 @@ def test_the_pod_tells_what_the_step_could_not(emulation: Any, config: Config, j
     assert set(emulation.cluster.requests) == set(pairs(JANITOR))
 
 
-def test_a_run_that_cannot_be_noted_works_nevertheless(
-    emulation: Any, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_that_cannot_be_noted_works_nevertheless(emulation, request, capsys) -> None:
     emulation.cluster.rules = []
     request.getfixturevalue("begun")
     assert notes(emulation) == {}

@@ -27,9 +27,7 @@ def test_the_environment_names_the_server(kfp_server: KfpServer, monkeypatch: py
     assert connect(None, namespace="mine").namespace == "mine"
 
 
-def test_a_token_a_cookie_and_a_token_file_open_the_door(
-    kfp_server: KfpServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_token_a_cookie_and_a_token_file_open_the_door(kfp_server, monkeypatch, tmp_path) -> None:
     kfp_server.token, kfp_server.cookie = "secret", "authservice_session=secret"
     (tmp_path / "token").write_text("secret\n")
     for variable, value in (
@@ -162,9 +160,7 @@ def test_a_run_that_does_not_succeed_names_its_task_and_page(connection: KfpConn
         wait(connection, run["run_id"], say=lambda _: None, why=lambda: "no count", poll_seconds=0.1)
 
 
-def test_a_server_that_is_away_for_a_while_is_waited_for(
-    kfp_server: KfpServer, connection: KfpConnection, run: Any
-) -> None:
+def test_a_server_that_is_away_for_a_while_is_waited_for(kfp_server, connection, run) -> None:
     states: list[str] = []
 
     def follow(state: str) -> None:
@@ -194,9 +190,7 @@ def waits(reason: str, message: str) -> dict[str, Any]:
     return {"phase": "Pending", "containerStatuses": [state]}
 
 
-def test_an_image_that_nobody_has_is_named_and_the_run_ended(
-    emulation: Any, kfp_server: KfpServer, connection: KfpConnection, run: Any
-) -> None:
+def test_an_image_that_nobody_has_is_named_and_the_run_ended(emulation, kfp_server, connection, run) -> None:
     run["state"] = "RUNNING"
     said = f'Back-off pulling image "{IMAGE}": ErrImagePull: failed to pull: {IMAGE}: not found'
     emulation.add_task_pod("ingest", run_id=run["run_id"], **waits("ImagePullBackOff", said))
@@ -205,9 +199,7 @@ def test_an_image_that_nobody_has_is_named_and_the_run_ended(
     assert f"POST /apis/v2beta1/runs/{run['run_id']}:terminate" in kfp_server.requests
 
 
-def test_what_may_get_better_is_told_once_and_waited_for(
-    emulation: Any, connection: KfpConnection, run: Any, eventually: Any
-) -> None:
+def test_what_may_get_better_is_told_once_and_waited_for(emulation, connection, run, eventually) -> None:
     run["state"] = "RUNNING"
     said: list[str] = []
     emulation.add_task_pod("ingest", run_id=run["run_id"], **waits("ErrImagePull", "dial tcp: i/o timeout"))
@@ -221,9 +213,7 @@ def test_what_may_get_better_is_told_once_and_waited_for(
     assert said[-1] == "SUCCEEDED"
 
 
-def test_a_run_whose_workflow_was_deleted_is_over(
-    emulation: Any, connection: KfpConnection, run: Any, eventually: Any
-) -> None:
+def test_a_run_whose_workflow_was_deleted_is_over(emulation, connection, run, eventually) -> None:
     """KFP 2.17.0 says RUNNING of it for ever."""
     run["state"] = "RUNNING"
     user = {"apiGroups": ["argoproj.io"], "resources": ["workflows"], "verbs": ["list"]}
