@@ -8,7 +8,7 @@ import pytest
 from kfp import dsl
 from refused import refused
 
-from components import config_and_run, pass_on, publish_metrics, publish_pictures, run_task
+from components import config_and_run, pass_on, publish_metrics, run_task
 from components.tasks import search
 from ncsn.config import from_yaml, to_json
 from ncsn.environment import KFP_RUN_ID
@@ -74,13 +74,10 @@ def test_a_search_that_nobody_asked_for_hands_on_what_it_got(tmp_path: Path, mon
     assert all((tmp_path / name).read_text() for name in ("search", "plots", "metrics"))
 
 
-def test_metrics_have_a_value_and_pictures_are_inside_the_page(tmp_path: Path) -> None:
-    metrics, page = dsl.Metrics(uri=str(tmp_path / "metrics")), dsl.HTML(uri=str(tmp_path / "page"))
+def test_metrics_have_a_value(tmp_path: Path) -> None:
+    metrics = dsl.Metrics(uri=str(tmp_path / "metrics"))
     publish_metrics(metrics, {"train/loss": None, "train/images_seen": 5})
     assert metrics.metadata == json.loads(Path(metrics.path).read_text()) == {"train/images_seen": 5.0}
-    publish_pictures(page, {"samples": b"PNG"})
-    text = Path(page.path).read_text()
-    assert "data:image/png;base64,UE5H" in text and "http" not in text
 
 
 def test_a_run_without_a_name_is_named_after_kfps(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -54,8 +53,7 @@ def failed(config: Config, run: str, error: StepError) -> RunFolder:
 
 
 def stored(config: Config, run: str) -> dict[str, object]:
-    record: dict[str, object] = json.loads(storage.read_text(f"{run_folder(config, run).uri}/status.json"))
-    return record
+    return storage.read_json(run_folder(config, run).status)
 
 
 def test_a_success_is_finished_everywhere_and_the_page_leads_on(config, monkeypatch) -> None:

@@ -114,8 +114,7 @@ def connection(kfp_server: KfpServer, monkeypatch: pytest.MonkeyPatch) -> KfpCon
 @pytest.fixture
 def run(kfp_server: KfpServer, connection: KfpConnection) -> dict[str, Any]:
     """A run of the pipeline `train`, as the server has it."""
-    found: dict[str, Any] = kfp_server.runs[submit(connection, TRAIN).id]
-    return found
+    return kfp_server.runs[submit(connection, TRAIN).id]
 
 
 def reach(run: dict[str, Any], state: str, **tasks: str) -> None:

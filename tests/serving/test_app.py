@@ -58,8 +58,7 @@ def ask(handle, method, path, body=b"", *, kind="application/json", whole=True) 
 
     headers = [(b"content-type", kind.encode())]
     scope = {"type": "http", "method": method, "path": path, "root_path": "", "query_string": b"", "headers": headers}
-    answer: Response = handle.remote(Request(scope, receive)).result(timeout_s=100)
-    return answer
+    return handle.remote(Request(scope, receive)).result(timeout_s=100)
 
 
 def test_images_are_those_of_the_model_by_seed_and_class(handle: Any) -> None:

@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -42,13 +41,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def model(folder: Path) -> Any:
-    import mlflow.pyfunc
-
-    return mlflow.pyfunc.load_model(str(folder))
-
-
 def assert_made(images: np.ndarray, *overrides: str) -> None:
     """The images are those of the sample step."""
     sampling = from_yaml(TEXT, overrides=[FREE, *overrides]).sampling
@@ -76,18 +68,18 @@ def test_fresh_process_loads_it_without_pickle_and_without_what_a_cluster_needs(
     assert not any(line.startswith(("ray", "kfp", "ncsn")) for line in requirements)
 
 
-@pytest.mark.parametrize(
-    ("params", "override"),
-    [
+def test_class_guidance_and_sampler_are_params(folder):
+    import mlflow.pyfunc
+
+    model = mlflow.pyfunc.load_model(str(folder))
+    for params, override in (
         ({"label": "1"}, "sampling.label=dog"),
         ({"guidance": 1.0}, "sampling.guidance.weight=1"),
         ({"guidance": 4.0}, "sampling.guidance.weight=4"),  # and the configured band
         ({"sampler": "dpm_solver"}, "sampling.sampler={kind: dpm_solver}"),
         ({"sampler": "{kind: karras_heun, num_steps: 2}"}, "sampling.sampler.num_steps=2"),
-    ],
-)
-def test_class_guidance_and_sampler_are_params(model, params, override):
-    assert_made(model.predict(None, params={"n_images": 2, **params}), override)
+    ):
+        assert_made(model.predict(None, params={"n_images": 2, **params}), override)
 
 
 def test_serves_images_over_http_and_names_what_is_out_of_range(folder, tmp_path):
