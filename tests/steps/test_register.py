@@ -92,7 +92,7 @@ def test_a_new_figure_at_the_same_place_is_decided_on_and_a_deleted_version_regi
         for value in (9.0, 8.0)
     )
     assert first.reason.startswith("eval/classifier_fid_n4 = 9")
-    assert "8" in second.reason and second.version == first.version == "1"
+    assert "8.0 (" in second.reason and second.version == first.version == "1"
     connect(renewed).client.delete_model_version("renewed", "1")
     again = do("register", renewed, "renewed", checkpoint=saved, evaluation=evaluate(8.0, name_of_file="same"))
     assert again.version == "2"
