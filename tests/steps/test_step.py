@@ -228,3 +228,16 @@ def test_a_reason_is_replaced_only_by_a_stronger_one(tmp_path, driver, launcher,
     record_failure(folder, "train", launcher, before=record)
     record = read_step(folder, "train")
     assert (record.state, record.error) == ("FINISHED", None)
+
+
+def test_a_stopped_attempt_with_other_inputs_keeps_the_result(tmp_path: Path) -> None:
+    config = config_at(tmp_path)
+    made = make(config, "kept", inputs={"a": 1})
+
+    def stop(_: Context) -> None:
+        raise SystemExit(143)
+
+    with pytest.raises(SystemExit):
+        work(config, "kept", stop, inputs={"a": 2})
+    assert read_step(run_folder(config, "kept"), "train").state == "KILLED"
+    assert make(config, "kept", inputs={"a": 1}, number=2) == made
