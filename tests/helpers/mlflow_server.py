@@ -18,8 +18,7 @@ from ports import free_port
 from ncsn.tracking.client import client_at
 
 MLFLOW = [sys.executable, "-m", "mlflow"]
-# MLflow's server opens its database at the first request to its API.
-API = "/api/2.0/mlflow/experiments/search?max_results=1"
+API = "/api/2.0/mlflow/experiments/search?max_results=1"  # at whose first request its server opens its database
 
 
 class Server:

@@ -7,15 +7,13 @@ from typing import Any
 from ncsn import storage
 from ncsn.runs.history import load_history
 
-PARTS = ("weights.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json")
-
 
 def assert_same_training(whole: str, disturbed: str) -> None:
     """All checkpoints of two runs, given by the URIs of their folders, and their curves are equal."""
     names = checkpoints(whole)
     assert names and checkpoints(disturbed) == names
     for name in names:
-        for part in PARTS:
+        for part in ("weights.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"):
             one, other = (
                 storage.read_bytes(storage.join(run, "checkpoints", name, part)) for run in (whole, disturbed)
             )
