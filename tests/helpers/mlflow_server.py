@@ -43,7 +43,7 @@ class Server:
     def __exit__(self, *_error: object) -> None:
         self.kill()
 
-    def start(self, *, seconds: float = 240.0) -> None:
+    def start(self) -> None:
         # `mlflow models serve` looks for uvicorn on the PATH.
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         environment = os.environ | {"PATH": path, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
@@ -51,10 +51,10 @@ class Server:
             self._process = subprocess.Popen(
                 self._command, stdout=log, stderr=log, cwd=self._folder, start_new_session=True, env=environment
             )
-        give_up = time.monotonic() + seconds
+        give_up = time.monotonic() + 240
         while not self._answers():
             assert self._process.poll() is None, f"{self._command} ended with {self._process.returncode}"
-            assert time.monotonic() < give_up, f"{self._health} did not answer within {seconds} s"
+            assert time.monotonic() < give_up, f"{self._health} did not answer within 240 s"
             time.sleep(0.2)
 
     def _answers(self) -> bool:
