@@ -7,7 +7,6 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import torchvision
 from torch.nn import functional
 
 from benchmarks import gpu, roofline, training_step
-from benchmarks.measure import Clock, in_turns, ratio
+from benchmarks.measure import in_turns, ratio
 from benchmarks.scale import Machines, Work, step_on
 from benchmarks.training_step import loss_curves, measure
 from ncsn.config import from_yaml
@@ -69,10 +68,9 @@ def test_a_recipe_for_gpus_says_what_is_predicted_and_ends_in_time(path: Path) -
 
 
 def test_the_gpu_parts_run_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In this process, since three others would each import torch."""
 
     @contextmanager
-    def here(prepare: Callable[..., Callable[[], None]], *args: object, clock: Clock) -> Iterator[Callable[[], float]]:
+    def here(prepare, *args, clock):  # three other processes would each import torch
         call = prepare(*args)
 
         def seconds() -> float:

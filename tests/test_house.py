@@ -8,7 +8,6 @@ import json
 import re
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import grimp
@@ -70,14 +69,6 @@ def test_no_module_imports_itself_through_others() -> None:
     graphlib.TopologicalSorter(
         {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}
     ).prepare()
-
-
-def test_every_module_has_a_layer() -> None:
-    """The layers contract says nothing of a module that it does not name."""
-    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
-    layers = next(contract["layers"] for contract in settings["contracts"] if contract["type"] == "layers")
-    named = {name for layer in layers for name in layer.replace("|", ":").replace(" ", "").split(":")}
-    assert {name for name in SOURCES if name.count(".") == 1 and name.startswith("ncsn.")} <= named
 
 
 def test_what_every_command_waits_for_is_light() -> None:

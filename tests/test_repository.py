@@ -85,12 +85,16 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benc
 _BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
 
 
+def _blocks(page: Path | str) -> list[tuple[str, str]]:
+    """Language and text of each block of code of a page."""
+    return _BLOCK.findall((ROOT / page).read_text())
+
+
 def _commands(page: Path) -> list[list[str]]:
     """Words of each command in the shell blocks and in the first cells of the tables of a page."""
-    text = page.read_text()
-    scripts = [script for language, script in _BLOCK.findall(text) if language in ("bash", "sh", "shell")]
+    scripts = [script for language, script in _blocks(page) if language in ("bash", "sh", "shell")]
     lines = [line for script in scripts for line in script.replace("\\\n", " ").splitlines()]
-    cells = re.findall(r"^\| `(ncsn [^`]+)` \|", text, flags=re.MULTILINE)
+    cells = re.findall(r"^\| `(ncsn [^`]+)` \|", page.read_text(), flags=re.MULTILINE)
     return [words for words in (shlex.split(line, comments=True) for line in lines + cells) if words]
 
 
@@ -144,15 +148,19 @@ def test_every_page_is_linked_from_the_readme() -> None:
 
 
 def test_the_tree_is_the_tree() -> None:
-    tree = next(text for language, text in _BLOCK.findall((ROOT / "CONTRIBUTING.md").read_text()) if language == "text")
+    tree = next(text for language, text in _blocks("CONTRIBUTING.md") if language == "text")
     paths = [line.split()[0] for line in tree.splitlines() if line and not line.startswith(" ")]
     assert [path for path in paths if not (ROOT / path).exists()] == []
 
 
-def test_the_picture_of_the_layers_is_the_contract() -> None:
-    (contract,) = (each for each in PYPROJECT["tool"]["importlinter"]["contracts"] if each["type"] == "layers")
-    blocks = _BLOCK.findall((ROOT / "docs" / "architecture.md").read_text())
-    picture = next(text for language, text in blocks if language == "text")
+def test_the_layers_are_those_of_the_picture_and_have_every_module() -> None:
+    contracts = PYPROJECT["tool"]["importlinter"]["contracts"]
+    (contract,) = (each["layers"] for each in contracts if each["type"] == "layers")
+    layers = [{name.removeprefix("ncsn.") for name in layer.split(" | ")} for layer in contract]
+    picture = next(text for language, text in _blocks("docs/architecture.md") if language == "text")
     drawn = [line.strip().split("  ")[0] for line in picture.splitlines() if not line.startswith("  ")]
-    layers = [layer.replace("ncsn.", "") for layer in contract["layers"]]
-    assert [set(line.split(" | ")) for line in drawn] == [set(layer.split(" | ")) for layer in layers]
+    assert [set(line.split(" | ")) for line in drawn] == layers
+    modules = {
+        path.stem for path in (ROOT / "ncsn").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
+    }
+    assert modules - {"__init__"} <= set().union(*layers)

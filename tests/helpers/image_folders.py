@@ -31,8 +31,7 @@ class Formats:
         buffer = io.BytesIO()
         with tarfile.open(fileobj=buffer, mode=mode) as tar:
             for name, content in members.items():
-                info = tarfile.TarInfo(name)
-                info.size = len(content)
+                (info := tarfile.TarInfo(name)).size = len(content)
                 tar.addfile(info, io.BytesIO(content))
         return buffer.getvalue()
 

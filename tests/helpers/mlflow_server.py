@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,16 +27,10 @@ class Server:
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         self._command = [*command, "--host", "127.0.0.1", "--port", str(port)]
-        self._health = self.url + health
-        self._folder = folder
-        self._process: subprocess.Popen[bytes] | None = None
+        self._health, self._folder = self.url + health, folder
 
     def __enter__(self) -> Server:
-        try:
-            self.start()
-        except BaseException:
-            self.kill()
-            raise
+        self.start()
         return self
 
     def __exit__(self, *_error: object) -> None:
@@ -52,17 +45,19 @@ class Server:
                 self._command, stdout=log, stderr=log, cwd=self._folder, start_new_session=True, env=environment
             )
         give_up = time.monotonic() + 240
-        while not self._answers():
-            assert self._process.poll() is None, f"{self._command} ended with {self._process.returncode}"
-            assert time.monotonic() < give_up, f"{self._health} did not answer within 240 s"
-            time.sleep(0.2)
+        try:
+            while not self._answers():
+                assert self._process.poll() is None, f"{self._command} ended with {self._process.returncode}"
+                assert time.monotonic() < give_up, f"{self._health} did not answer within 240 s"
+                time.sleep(0.2)
+        except BaseException:
+            self.kill()
+            raise
 
     def _answers(self) -> bool:
-        try:
-            with urllib.request.urlopen(self._health, timeout=5):
-                return True
-        except (urllib.error.URLError, OSError):
-            return False
+        with contextlib.suppress(OSError), urllib.request.urlopen(self._health, timeout=5):
+            return True
+        return False
 
     @contextlib.contextmanager
     def away(self) -> Iterator[None]:
@@ -76,7 +71,6 @@ class Server:
     @contextlib.contextmanager
     def hanging(self) -> Iterator[None]:
         """Stopped while the block runs: it takes connections and says nothing."""
-        assert self._process is not None
         os.killpg(self._process.pid, signal.SIGSTOP)
         try:
             yield
@@ -84,11 +78,10 @@ class Server:
             os.killpg(self._process.pid, signal.SIGCONT)
 
     def kill(self) -> None:
-        if self._process is not None:
+        if self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait(60)
-            self._process = None
 
 
 def tracking_server(folder: Path, *, database: str = "", artifacts: str = "") -> Server:

@@ -6,16 +6,14 @@ import secrets
 import socket
 from contextlib import ExitStack, suppress
 
-# Below those that Linux gives to other processes, which would take them before a server starts or between two starts.
-_FIRST, _LAST = 20_000, 32_000
-
 
 def free_ports(count: int) -> list[int]:
     """Different ports of loopback on which nothing listens."""
     with ExitStack() as stack:
         taken: list[int] = []
         while len(taken) < count:
-            one, port = stack.enter_context(socket.socket()), _FIRST + secrets.randbelow(_LAST - _FIRST)
+            # Below those that Linux gives to other processes, which would take them before a server starts (again).
+            one, port = stack.enter_context(socket.socket()), 20_000 + secrets.randbelow(12_000)
             with suppress(OSError):
                 one.bind(("127.0.0.1", port))
                 taken.append(port)
@@ -23,5 +21,4 @@ def free_ports(count: int) -> list[int]:
 
 
 def free_port() -> int:
-    (port,) = free_ports(1)
-    return port
+    return free_ports(1)[0]

@@ -12,9 +12,7 @@ class TcpProxy:
     """A context. While it is cut, open connections are reset and new ones closed at once."""
 
     def __init__(self, url: str) -> None:
-        parts = urlsplit(url)
-        assert parts.hostname is not None and parts.port is not None
-        self._server = (parts.hostname, parts.port)
+        self._server = (urlsplit(url).hostname, urlsplit(url).port)
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
         self._open: list[socket.socket] = []
