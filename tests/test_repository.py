@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pkgutil
 import re
 import shlex
 import subprocess
@@ -160,7 +161,5 @@ def test_the_layers_are_those_of_the_picture_and_have_every_module() -> None:
     picture = next(text for language, text in _blocks("docs/architecture.md") if language == "text")
     drawn = [line.strip().split("  ")[0] for line in picture.splitlines() if not line.startswith("  ")]
     assert [set(line.split(" | ")) for line in drawn] == layers
-    modules = {
-        path.stem for path in (ROOT / "ncsn").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
-    }
-    assert modules - {"__init__"} <= set().union(*layers)
+    modules = {each.name for each in pkgutil.iter_modules([str(ROOT / "ncsn")])}
+    assert modules <= set().union(*layers)
