@@ -66,9 +66,8 @@ def _functions(tree: ast.AST) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
 def test_no_module_imports_itself_through_others() -> None:
     """Over all imports: those inside functions and for type checkers too."""
     graph = grimp.build_graph("ncsn", "components", "pipelines", cache_dir=None)
-    graphlib.TopologicalSorter(
-        {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}
-    ).prepare()
+    imported = {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}
+    graphlib.TopologicalSorter(imported).prepare()
 
 
 def test_what_every_command_waits_for_is_light() -> None:

@@ -48,17 +48,9 @@ def exact_variance(sigma: float) -> float:
 
 
 def given(x: Tensor, variance: Variance, *, noise: float, sampler: Sampler) -> Tensor:
-    y = torch.tensor([KNOWN, 0.0]).to(x).expand_as(x)
-    return restored(
-        Pair(),
-        Observation(FIRST, y, noise),
-        variance,
-        sampler=sampler,
-        x=x,
-        sigmas=SIGMAS,
-        noise=lambda _: torch.zeros_like(x),
-        scale=1.0,
-    )
+    observed = Observation(FIRST, torch.tensor([KNOWN, 0.0]).to(x).expand_as(x), noise)
+    none = torch.zeros_like(x)
+    return restored(Pair(), observed, variance, sampler=sampler, x=x, sigmas=SIGMAS, noise=lambda _: none, scale=1.0)
 
 
 def moments(variance: Variance, *, noise: float, steps: int) -> tuple[float, float, float, float]:
@@ -104,23 +96,15 @@ class Curved:
 @pytest.mark.parametrize("sampler", [KarrasHeun(num_steps=6), DpmSolver(num_steps=6), DpmSolver(num_steps=6, eta=1.0)])
 def test_all_or_nothing_known(sampler: Sampler) -> None:
     noise = KeyedNoise(0, first=0, count=3, shape=(2, 4, 4))
-    start, images = HIGH * noise(7), noise(8)
+    start, images, sigmas = HIGH * noise(7), noise(8), SIGMAS.float()
 
-    def with_mask(known: bool) -> Tensor:
-        operator = KnownPixels(torch.full((4, 4), known))
-        return restored(
-            Curved(),
-            Observation(operator, operator.apply(images)),
-            gaussian_variance(1.0),
-            sampler=sampler,
-            x=start,
-            sigmas=SIGMAS.float(),
-            noise=noise,
-            scale=1.0,
-        )
+    def drawn(known: bool) -> Tensor:
+        operator, r2 = KnownPixels(torch.full((4, 4), known)), gaussian_variance(1.0)
+        seen = Observation(operator, operator.apply(images))
+        return restored(Curved(), seen, r2, sampler=sampler, x=start, sigmas=sigmas, noise=noise, scale=1.0)
 
-    assert torch.equal(with_mask(True), images)
-    assert torch.equal(with_mask(False), sample(sampler, Curved(), x=start, sigmas=SIGMAS.float(), noise=noise))
+    assert torch.equal(drawn(True), images)
+    assert torch.equal(drawn(False), sample(sampler, Curved(), x=start, sigmas=sigmas, noise=noise))
 
 
 SIZE = HEIGHT, WIDTH = 12, 9

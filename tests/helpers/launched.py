@@ -46,13 +46,8 @@ class Launched(subprocess.Popen[str]):
     """A launcher and its output."""
 
     def __init__(self, *arguments: str, env: dict[str, str]) -> None:
-        super().__init__(
-            [sys.executable, "-c", _LAUNCHER, *arguments],
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        super().__init__([sys.executable, "-c", _LAUNCHER, *arguments], env=env, **pipes)
         self.said: list[str] = []
 
     def until(self, line: str) -> None:

@@ -83,12 +83,8 @@ def main(config: str, dataset: str, run: str, how: str, at_images: int) -> None:
             assert accepted, why_not
             wait(lambda: kept.extend(path.name for path in folder.glob("checkpoints/resume-*")) or kept)
 
-    job = TrainingJob(
-        config=from_yaml(Path(config).read_text()),
-        dataset=dataset,
-        history=str(folder / "history.json"),
-        progress=progress,
-    )
+    history = str(folder / "history.json")
+    job = TrainingJob(from_yaml(Path(config).read_text()), dataset, history=history, progress=progress)
     with ThreadPoolExecutor(1) as pool:
         training = pool.submit(distributed.train, job, run_uri=run)
         take_away(training)  # here, since Ray adds nodes in the main thread alone

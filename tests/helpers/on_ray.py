@@ -128,8 +128,7 @@ def live_scores(config: Config, dataset: str, *, checkpoint: str, folder: str) -
     there: list[int] = []
 
     def take(first: int, features: np.ndarray) -> None:
-        due = running.add(first, features)
-        scores.extend(due)
+        scores.extend(due := running.add(first, features))
         there.extend(progress.done for _ in due)
 
     progress = Progress()

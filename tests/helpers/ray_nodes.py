@@ -58,15 +58,8 @@ class RayNodes:
         environment |= {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2", "RAY_worker_niceness": "0"}
         del environment["RAY_ADDRESS"]
         with (self.folder / "cluster.log").open("wb") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, __file__],
-                env=environment,
-                cwd=self.folder,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-            )
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log, "text": True}
+            self._process = subprocess.Popen([sys.executable, __file__], env=environment, cwd=self.folder, **pipes)
         try:
             for _ in range(self.count):
                 self.add()
@@ -97,9 +90,8 @@ class RayNodes:
         self.nodes.append(node)
 
     def run(self, command: Sequence[str], *, seconds: float) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            command, env=self.client, cwd=self.folder, capture_output=True, text=True, timeout=seconds, check=False
-        )
+        where = {"env": self.client, "cwd": self.folder}
+        return subprocess.run(command, **where, capture_output=True, text=True, timeout=seconds, check=False)
 
     def listed(self, kind: str) -> list[dict[str, Any]]:
         """What Ray's state API says of `tasks` or `actors`, for example the `node_id` of each."""

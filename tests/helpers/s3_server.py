@@ -49,12 +49,9 @@ def running_s3_server() -> Iterator[S3Server]:
     with tempfile.TemporaryDirectory(prefix="ncsn-s3-") as name:
         folder, (port, *others) = Path(name), free_ports(8)
         server = S3Server(f"http://127.0.0.1:{port}", secrets.token_hex(10), secrets.token_hex(20))
-        identity = {
-            "name": "ncsn",
-            "credentials": [{"accessKey": server.access_key, "secretKey": server.secret_key}],
-            "actions": ["Admin", "Read", "Write", "List", "Tagging"],
-        }
-        (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
+        keys = {"accessKey": server.access_key, "secretKey": server.secret_key}
+        identity = {"credentials": [keys], "actions": ["Admin", "Read", "Write", "List", "Tagging"]}
+        (folder / "s3.json").write_text(json.dumps({"identities": [{"name": "ncsn"} | identity]}))
         options = ("s3.port.grpc", "master.port", "master.port.grpc", "volume.port", "volume.port.grpc")
         options += ("filer.port", "filer.port.grpc")
         command = [
@@ -82,14 +79,9 @@ def running_s3_server() -> Iterator[S3Server]:
 
 
 def _takes_objects(server: S3Server) -> bool:
-    client = boto3.client(
-        "s3",
-        endpoint_url=server.endpoint,
-        aws_access_key_id=server.access_key,
-        aws_secret_access_key=server.secret_key,
-        region_name="us-east-1",
-        config=Config(retries={"total_max_attempts": 1}, connect_timeout=2, read_timeout=10),
-    )
+    session = boto3.Session(server.access_key, server.secret_key, region_name="us-east-1")
+    once = Config(retries={"total_max_attempts": 1}, connect_timeout=2, read_timeout=10)
+    client = session.client("s3", endpoint_url=server.endpoint, config=once)
     with suppress(BotoCoreError, ClientError):
         client.create_bucket(Bucket=BUCKET)  # which there may be already
     with suppress(BotoCoreError, ClientError):

@@ -58,9 +58,7 @@ class Killed(BaseException):
     """Nothing after it happens."""
 
 
-def train_until_killed(
-    job: TrainingJob, folder: Path | str, *, at: str = "", context: WorkerContext | None = None
-) -> None:
+def train_until_killed(job, folder, *, at="", context=None) -> None:
     """Train until a checkpoint is stored: the first, or the one with the name `at`."""
 
     class Dies(CheckpointStore):
@@ -91,8 +89,7 @@ def train(config: Config, dataset: str, folder: Path, sink: Recorder | None = No
 def assert_same_tensors(one: Path | str, other: Path | str) -> None:
     """Weights, EMA and optimizer of two checkpoints are equal to the last bit."""
     left, right = tensors(one), tensors(other)
-    assert left.keys() == right.keys()
-    assert all(left[name].equal(right[name]) for name in left)
+    assert left.keys() == right.keys() and all(left[name].equal(right[name]) for name in left)
 
 
 def assert_close_tensors(one: Path | str, other: Path | str, *, rtol: float = 1e-4) -> None:
