@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from refused import refused
-from same_run import curves
-from workers import assert_same_tensors, train_locally
+from workers import assert_same_tensors, curves, train_locally
 
 from ncsn.config import Config, from_yaml
 from ncsn.training.loop import DivergedError, Training, TrainingJob, TrainOutcome

@@ -123,15 +123,13 @@ def evaluate_by_tasks(config: Config, **given: Any) -> EvaluateResult:
 def live_scores(config: Config, dataset: str, *, checkpoint: str, folder: str) -> tuple[list[RunningScore], list[int]]:
     """The running scores of the images of a config, and how many images were there when each was due."""
     evaluator = open_evaluator(config, dataset, runner=runner_of(config.compute))
-    running = RunningDistance(evaluator.reference.statistics, count=config.sampling.num_images)
-    scores: list[RunningScore] = []
-    there: list[int] = []
+    running, progress = RunningDistance(evaluator.reference.statistics, count=config.sampling.num_images), Progress()
+    scores, there = list[RunningScore](), list[int]()
 
     def take(first: int, features: np.ndarray) -> None:
         scores.extend(due := running.add(first, features))
         there.extend(progress.done for _ in due)
 
-    progress = Progress()
     shards = plan_shards(config, checkpoint=checkpoint, folder=folder, dataset=dataset)
     make_shards(config, shards, progress=progress, on_features=take)
     return scores, there

@@ -35,10 +35,8 @@ class S3Server:
             "AWS_ENDPOINT_URL": self.endpoint,
             "AWS_ACCESS_KEY_ID": self.access_key,
             "AWS_SECRET_ACCESS_KEY": self.secret_key,
-            "AWS_REGION": "us-east-1",
-            "AWS_DEFAULT_REGION": "us-east-1",
             "AWS_EC2_METADATA_DISABLED": "true",
-        }
+        } | dict.fromkeys(("AWS_REGION", "AWS_DEFAULT_REGION"), "us-east-1")
 
 
 @contextmanager

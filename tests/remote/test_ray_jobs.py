@@ -22,8 +22,8 @@ import pytest
 from do import do
 from edited_clone import SAYS, clone
 from launched import TINY, Launched
+from ports import TcpProxy
 from ray_nodes import RayNodes
-from tcp_proxy import TcpProxy
 
 from ncsn import storage
 from ncsn.config import from_yaml
