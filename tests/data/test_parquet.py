@@ -12,8 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from generated_split import GeneratedSplit
-from image_folders import files_below
+from image_folders import GeneratedSplit, files_below
 from refused import refused
 
 from ncsn import storage

@@ -12,9 +12,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from generated_split import GeneratedSplit
 from hypothesis import given, strategies as st
-from image_folders import files_below
+from image_folders import GeneratedSplit, files_below
 from refused import refused
 
 from ncsn import storage

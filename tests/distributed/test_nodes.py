@@ -142,7 +142,7 @@ def test_images_made_on_three_nodes_are_those_of_one(cluster: RayNodes, trained:
     made = ncsn(cluster, "sample", config, *options)
     tasks = [task for task in cluster.listed("tasks") if task["name"] == "_sample_shard"]
     assert len(tasks) == 10
-    assert {task["node_id"] for task in tasks} == {node.id for node in cluster.nodes}
+    assert {task["node_id"] for task in tasks} == set(cluster.nodes)
     images = SampleSet(made["uri"], 10).read(0, 10)
     loaded = load_checkpoint(trained["checkpoint"])
     alone = generate(loaded, sampling=loaded.config.sampling, first=0, count=10, device="cpu")

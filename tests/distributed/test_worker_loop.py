@@ -18,12 +18,12 @@ from clock import Clock
 from pretended_gpu import pretended_gpu
 from refused import refused
 from safetensors.torch import load_file
-from same_run import assert_same_training
 from torch import nn
 from workers import (
     Recorder,
     assert_close_tensors,
     assert_same_tensors,
+    assert_same_training,
     average_gradients,
     hang,
     resume_from_a_torn_copy,

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 import pytest
-from same_run import assert_same_training, assert_told_once, checkpoints
+from workers import assert_same_training, assert_told_once, checkpoints
 
 from ncsn import storage
 from ncsn.tracking.client import client_at

@@ -22,9 +22,9 @@ import pytest
 from do import do
 from edited_clone import SAYS, clone
 from launched import TINY, Launched
+from ports import TcpProxy
 from ray_nodes import RayNodes
 from s3_server import S3Server
-from tcp_proxy import TcpProxy
 
 from ncsn import storage
 from ncsn.config import Config, from_yaml

@@ -13,9 +13,9 @@ import pytest
 import requests
 import urllib3
 from clock import Clock
+from ports import TcpProxy
 from refused import refused
 from s3_server import S3Server
-from tcp_proxy import TcpProxy
 
 from ncsn import storage
 from ncsn.storage import retry, s3
