@@ -17,6 +17,7 @@ from kubernetes_api import pairs
 from rayjobs import JANITOR
 from webhook import receiver
 
+from ncsn import storage
 from ncsn.cli import app
 from ncsn.config import Config, from_yaml, to_json
 from ncsn.environment import KFP_RUN_ID, KFP_WORKFLOW
@@ -233,6 +234,7 @@ def test_a_rayjob_without_a_workflow_lives_as_long_as_one_of_its_launchers(
     assert read_outcome(run_folder(config, "theirs")) is not None
     assert outcome(config) is None, "another RayJob of this run has a launcher"
     assert {job["metadata"]["name"] for job in emulation.jobs} == {"alive", "saves", "ended", "unknown", "away"}
+    assert storage.list_names(str(root / "alive")) == ["0", "1"]
 
 
 @pytest.mark.usefixtures("begun")
