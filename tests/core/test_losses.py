@@ -1,20 +1,19 @@
-"""Denoising score matching: spec oracles 2 (zero network), 3 (Gaussian data) and 21 (sliced)."""
-
-from __future__ import annotations
+"""Denoising score matching: spec oracles 2 (zero network), 3 (Gaussian data) and 21 (sliced); the held-out loss."""
 
 import math
 
 import pytest
 import torch
 
-from ncsn.core.losses import Batch, DenoisingScoreMatching, PowerWeight
+from ncsn.core.keyed_random import Stream
+from ncsn.core.losses import Batch, DenoisingScoreMatching, PowerWeight, losses_at
 from ncsn.core.noise_schedule import geometric_sigmas
 from ncsn.core.sliced import SlicedScoreMatching
 
 SIGMAS = geometric_sigmas(1.0, 0.01, 10)
 
 
-def draws(*shape: int, seed: int = 0) -> torch.Generator:
+def draws(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -76,19 +75,15 @@ def test_optimal_score_of_gaussian_data_reaches_the_lower_bound(sigma):
     assert loss(1.0) < min(loss(0.9), loss(1.1))
 
 
-def ssm_of_gaussian(v_net, *, s2=0.7, sigma=0.5, size=4, count=400_000):
-    x, z, v = math.sqrt(s2) * draws(count, size, seed=1), draws(count, size, seed=2), draws(count, size, seed=3)
-    level, sigmas = torch.zeros(count, dtype=torch.int64), torch.tensor([sigma])
-    return ssm_loss(lambda noisy, level: -noisy / v_net, x, level=level, sigmas=sigmas, z=z, v=v, anneal_power=0.0)
-
-
 @pytest.mark.oracle(21)
 def test_sliced_score_matching_of_gaussian_data():
-    d, total = 4, 0.7 + 0.25
-    losses = {v: ssm_of_gaussian(v).loss.item() for v in (1.3, total)}
-    for v, loss in losses.items():
-        assert loss == pytest.approx(d * total / (2 * v**2) - d / v, abs=0.03)
-    assert losses[total] == pytest.approx(-d / (2 * total), abs=0.03)
+    d, s2, sigma, count = 4, 0.7, 0.5, 400_000
+    x, z, v = math.sqrt(s2) * draws(count, d, seed=1), draws(count, d, seed=2), draws(count, d, seed=3)
+    level, total = torch.zeros(count, dtype=torch.int64), s2 + sigma**2
+    settings = {"level": level, "sigmas": torch.tensor([sigma]), "z": z, "v": v, "anneal_power": 0.0}
+    for v_net in (1.3, total):
+        loss = ssm_loss(lambda noisy, level, v_net=v_net: -noisy / v_net, x, **settings).loss.item()
+        assert loss == pytest.approx(d * total / (2 * v_net**2) - d / v_net, abs=0.03)
 
 
 def test_sliced_and_denoising_score_matching_report_the_same_figure():
@@ -100,7 +95,6 @@ def test_sliced_and_denoising_score_matching_report_the_same_figure():
 
     sliced = ssm_loss(network, x, v=draws(100_000, 4, seed=3), **arguments).per_image.mean().item()
     assert sliced == pytest.approx(dsm_loss(network, x, **arguments).per_image.mean().item(), abs=0.01)
-    assert ssm_loss(lambda x, level: 0 * x, x, v=draws(100_000, 4), **arguments).per_image.eq(1).all()
 
 
 def test_slope_term_is_the_jacobian_along_the_projection():
@@ -111,3 +105,20 @@ def test_slope_term_is_the_jacobian_along_the_projection():
     loss = ssm_loss(lambda noisy, level: noisy @ matrix.T, x, anneal_power=1.0, **arguments).loss.item()
     slope = (v[0] @ matrix @ v[0]).item()
     assert loss == pytest.approx(2 * (0.5 * (x @ matrix.T).square().sum().item() + slope), rel=1e-12)
+
+
+def test_the_held_out_loss_of_the_best_network_is_known_at_each_sigma():
+    """For images of this distribution, each with noise of its own."""
+    sigmas, spread = torch.tensor([2, 1, 0.5, 0.25, 0.1, 0.03], dtype=torch.float64), 0.25
+
+    def best(x, level):
+        return -x / (spread**2 + sigmas[level] ** 2).view(-1, 1, 1, 1)
+
+    def losses(x):
+        found = losses_at(best, x, first=0, sigmas=sigmas, levels=range(6), stream=Stream.HELD_OUT_NOISE)
+        return found.double()
+
+    x = spread * draws(4000, 1, 8, 8).double()
+    expected = spread**2 / (spread**2 + sigmas**2)
+    torch.testing.assert_close(losses(x).mean(dim=1), expected, rtol=0.02, atol=0)
+    assert len(losses(x[:1].repeat(7, 1, 1, 1))[0].unique()) == 7

@@ -1,7 +1,5 @@
 """One optimizer step."""
 
-from __future__ import annotations
-
 import copy
 import math
 from dataclasses import replace
@@ -48,8 +46,7 @@ def test_step_moves_weights_and_average_and_reports_the_loss_before_it():
 
 
 def test_clipping_scales_the_gradient_and_reports_its_norm_from_before():
-    state, batch = setup()
-    _, free = step(state, batch)
+    _, free = step(*setup())
     state, batch = setup()
     _, clipped = step(state, batch, grad_clip_norm=0.5)
     assert free > 1 and clipped == free
@@ -59,17 +56,15 @@ def test_clipping_scales_the_gradient_and_reports_its_norm_from_before():
 
 
 def test_bfloat16_keeps_weights_and_loss_in_float32():
-    state, batch = setup()
-    full, _ = step(state, batch)
+    full, _ = step(*setup())
     state, batch = setup()
     low, _ = step(state, batch, autocast_dtype=torch.bfloat16)
-    assert low.dtype == torch.float32
+    assert low.dtype == torch.float32 and not torch.equal(low, full)
     torch.testing.assert_close(low.mean(), full.mean(), rtol=0.02, atol=0)
-    assert not torch.equal(low, full)
     assert {p.dtype for p in state.network.parameters()} == {torch.float32}
 
 
-@pytest.mark.parametrize("microbatch", [1, 3, 4, 9])
+@pytest.mark.parametrize("microbatch", [1, 3, 9])
 def test_parts_of_a_batch_add_up_to_its_gradient(microbatch):
     def double_step(**how):
         state, batch = setup()

@@ -1,13 +1,10 @@
 """The lognormal sigma of training and the weight of its loss: chapter 2's oracles of section 1."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor
 
 from ncsn.core.losses import Batch, DenoisingScoreMatching, EdmWeight
-from ncsn.core.noise_schedule import geometric_sigmas
 from ncsn.core.training_noise import STRATA, LevelNoise, LognormalNoise
 from ncsn.core.uncertainty import Uncertainty
 
@@ -26,17 +23,7 @@ def normal(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def test_the_bins_are_equally_probable() -> None:
-    medians = [1.084, 0.5223, 0.3383, 0.2391, 0.1751, 0.1295, 0.0948, 0.0670, 0.0434, 0.0209]
-    assert NOISE.bins.tolist() == pytest.approx(medians, rel=2e-3)
-    edges = [0.7010, 0.4135, 0.2826, 0.2041, 0.1506, 0.1111, 0.0803, 0.0549, 0.0324]
-    for factor, first in ((1.003, 0), (0.997, 1)):
-        sigma = torch.tensor([factor * edge for edge in edges])
-        batch = Batch(torch.zeros(9, 1, 1, 1), sigma, torch.zeros(9, 1, 1, 1))
-        assert NOISE.bin_of(batch).tolist() == list(range(first, first + 9))
-
-
-@pytest.mark.parametrize("levels", [1, 4, 10, 12, 18, 232])
+@pytest.mark.parametrize("levels", [1, 12, 232])
 def test_levels_are_counted_in_at_most_ten_bins(levels: int) -> None:
     noise = LevelNoise(torch.linspace(1, 0.01, levels))
     empty = torch.zeros(levels, 0)
@@ -56,14 +43,8 @@ def test_a_million_draws_have_the_distribution() -> None:
     empty = torch.zeros(len(sigma), 0)
     shares = torch.bincount(NOISE.bin_of(Batch(empty, sigma, empty)), minlength=10) / len(sigma)
     assert shares.tolist() == pytest.approx([0.1] * 10, abs=1.2e-3)
-
-
-@pytest.mark.parametrize("noise", [NOISE, LevelNoise(geometric_sigmas(1, 0.01, 7))])
-def test_a_draw_is_that_of_its_place_in_any_batch(noise: LognormalNoise | LevelNoise) -> None:
-    whole = noise.draw(1, first=1000, count=300)[0]
-    parts = [noise.draw(1, first=first, count=end - first)[0] for first, end in ((1000, 1001), (1001, 1150))]
-    assert torch.equal(torch.cat(parts), whole[:150])
-    assert not torch.equal(noise.draw(2, first=1000, count=300)[0], whole)
+    medians = [1.084, 0.5223, 0.3383, 0.2391, 0.1751, 0.1295, 0.0948, 0.0670, 0.0434, 0.0209]
+    assert NOISE.bins.tolist() == pytest.approx(medians, rel=2e-3)
 
 
 def test_each_block_has_one_draw_of_each_stratum() -> None:
@@ -81,33 +62,22 @@ def test_the_weight_is_that_of_the_denoiser() -> None:
     torch.testing.assert_close(WEIGHT(sigma) * (sigma * score + z) ** 2, theirs, rtol=1e-12, atol=0)
 
 
-def mean_loss(score: object, x: Tensor, *, seed: int = 0) -> float:
-    """Twice the loss per pixel of images [N, D] over the whole distribution of sigma."""
-    sigma = quantiles(len(x))[torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))]
-    value = LOSS(score, Batch(x, sigma, normal(*x.shape, seed=seed + 1)))  # type: ignore[arg-type]
-    return 2 * value.loss.item() / x.shape[1]
-
-
-@pytest.mark.parametrize(
-    ("spread", "best", "fresh"),
-    [(0.1, 0.259562, 0.648580), (0.25, 0.587437, 0.725453), (0.5, 1.0, 1.0), (1.0, 1.628323, 2.098187)],
-)
+@pytest.mark.parametrize(("spread", "best", "fresh"), [(0.1, 0.259562, 0.648580), (1.0, 1.628323, 2.098187)])
 def test_losses_of_known_scores(spread: float, best: float, fresh: float) -> None:
     """Gaussian images of this deviation in units of [-1, 1]: the best score, and that of a fresh network."""
-    deviation = spread / 2
-    x = deviation * normal(100_000, 4, seed=7)
+    x = spread / 2 * normal(100_000, 4, seed=7)
+    sigma = quantiles(len(x))[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))]
+    for variance, expected in (((spread / 2) ** 2, best), (SIGMA_DATA**2, fresh)):
 
-    def gaussian(variance: float) -> object:
-        return lambda noisy, sigma: -noisy / (variance + sigma**2)[:, None]
+        def score(noisy: Tensor, sigma: Tensor, variance: float = variance) -> Tensor:
+            return -noisy / (variance + sigma**2)[:, None]
 
-    assert mean_loss(gaussian(deviation**2), x) == pytest.approx(best, rel=0.01)
-    assert mean_loss(gaussian(SIGMA_DATA**2), x) == pytest.approx(fresh, rel=0.01)
+        loss = LOSS(score, Batch(x, sigma, normal(*x.shape, seed=1))).loss.item()
+        assert 2 * loss / x.shape[1] == pytest.approx(expected, rel=0.01)
 
 
-@pytest.mark.parametrize(("images", "sigma"), [(200e6, 30.2), (50e6, 20.8), (5e6, 10.5), (0.8e6, 5.67)])
-def test_how_far_the_network_has_seen(images: float, sigma: float) -> None:
-    assert NOISE.largest_seen(int(images)) == pytest.approx(sigma, rel=5e-3)
-    assert LognormalNoise(-1.40, 1.2).largest_seen(800_000) == pytest.approx(9.3, rel=5e-3)
+def test_how_far_the_network_has_seen() -> None:
+    assert [NOISE.largest_seen(images) for images in (200_000_000, 800_000)] == pytest.approx([30.2, 5.67], rel=5e-3)
     assert NOISE.largest_seen(500) == 0
 
 

@@ -15,20 +15,15 @@ from ncsn.config.schema import DataConfig
 
 
 @pytest.fixture
-def formats() -> type[Formats]:
-    return Formats
-
-
-@pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)
 
 
 @pytest.fixture
-def members(formats) -> dict[str, bytes]:
+def members() -> dict[str, bytes]:
     """Path -> PNG of one gray value, in two class folders."""
     return {
-        f"{name}/{number:02d}.png": formats.image(np.full((8, 8), 10 * number + place, np.uint8))
+        f"{name}/{number:02d}.png": Formats.image(np.full((8, 8), 10 * number + place, np.uint8))
         for place, name in enumerate(("cat", "dog"))
         for number in range(20)
     }
@@ -49,14 +44,12 @@ def data_config() -> Callable[..., DataConfig]:
 def idx_folder(tmp_path, rng) -> Callable[..., tuple[Path, dict[str, np.ndarray]]]:
     """Writes the four IDX files; gives their folder and what is in them."""
 
-    def make(
-        *, folder: str = "idx", train: int = 12, test: int = 5, side: int = 8, compress: bool = False
-    ) -> tuple[Path, dict[str, np.ndarray]]:
+    def make(folder: str = "idx", *, compress: bool = False) -> tuple[Path, dict[str, np.ndarray]]:
         target = tmp_path / folder
         target.mkdir(parents=True)
         arrays = {}
-        for prefix, count in (("train", train), ("t10k", test)):
-            arrays[f"{prefix}-images-idx3-ubyte"] = rng.integers(0, 256, (count, side, side), np.uint8)
+        for prefix, count in (("train", 12), ("t10k", 5)):
+            arrays[f"{prefix}-images-idx3-ubyte"] = rng.integers(0, 256, (count, 8, 8), np.uint8)
             arrays[f"{prefix}-labels-idx1-ubyte"] = rng.integers(0, 10, count, np.uint8)
         for name, array in arrays.items():
             content = Formats.idx(array)

@@ -7,14 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from do import claimed
 from refused import refused
 from tiny_networks import tiny_config
 
 from ncsn import storage
 from ncsn.config import Config, changed_settings, from_yaml
-from ncsn.core.noise_schedule import distance_quantile, ratio_for_overlap
+from ncsn.core.noise_schedule import ratio_for_overlap
 from ncsn.data import noise_levels
 from ncsn.data.dataset import write_dataset
 from ncsn.data.format import load_manifest
@@ -61,10 +60,9 @@ def test_the_run_gets_the_levels_that_were_chosen(dataset: str, tmp_path: Path) 
     assert claimed(config, "mine") == claimed(settled, "mine") == folder
     assert changed_settings(config, settled) == {}
     assert settle_noise(Run(config, "mine"), manifest) == settled
-    with pytest.raises(ValueError, match=r"noise\.num_levels"):
-        settle_noise(Run(auto(tmp_path, "noise={num_levels: 3}"), "mine"), manifest)
-    with pytest.raises(ValueError, match=r"noise\.num_levels"):
-        settle_noise(Run(auto(tmp_path, "noise={kind: auto, sigma_L: 0.02}"), "mine"), manifest)
+    for other in ("noise={num_levels: 3}", "noise={kind: auto, sigma_L: 0.02}"):
+        with pytest.raises(ValueError, match=r"noise\.num_levels"):
+            settle_noise(Run(auto(tmp_path, other), "mine"), manifest)
 
 
 def test_images_that_are_all_alike_have_no_levels(dataset: str, tmp_path: Path) -> None:
@@ -73,18 +71,14 @@ def test_images_that_are_all_alike_have_no_levels(dataset: str, tmp_path: Path) 
         resolve_noise(auto(tmp_path), replace(load_manifest(dataset), suggested_noise={}))
 
 
-def test_a_sample_says_that_it_is_one() -> None:
-    images = np.random.default_rng(0).integers(0, 256, (20, 4, 4, 1), np.uint8)
-    found = suggestions(images, whole=False)["plain"]["distances"]
-    assert (found["num_images"], found["exact"]) == (20, False)
-    assert found["maximum"] == pytest.approx(distance_quantile(torch.from_numpy(images), 1.0), rel=1e-6)
-    assert suggestions(images)["plain"]["distances"]["exact"]
-
-
-def test_a_sample_has_places_once_and_is_the_same_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sample_has_places_once_is_the_same_each_time_and_says_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(noise_levels, "MOST_IMAGES", 20)
     assert sample_places(20, 64).tolist() == list(range(20))
     chosen = sample_places(2000, 64)
     assert len(chosen) == 20 and (np.diff(chosen, prepend=-1, append=2000) > 0).all()
     assert 600 < chosen.mean() < 1400 and np.array_equal(chosen, sample_places(2000, 64))
     assert len(sample_places(300, noise_levels._MOST_BYTES // 5)) == 5  # of large images
+    images = np.random.default_rng(0).integers(0, 256, (20, 4, 4, 1), np.uint8)
+    for whole in (False, True):
+        found = suggestions(images, whole=whole)["plain"]["distances"]
+        assert (found["num_images"], found["exact"]) == (20, whole)

@@ -1,28 +1,70 @@
-"""One line for workers that failed, from what Ray Train hands to its callbacks."""
+"""A cluster that lacks something, does not start, or loses workers, whose failure is one line."""
 
 from __future__ import annotations
 
 import logging
 import os
 import re
-from contextlib import nullcontext
+import signal
+import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
+import torch
 from on_ray import Group, killed_for_memory, ray_driver
 from ray.exceptions import ActorDiedError, OutOfMemoryError
 from ray.train import ControllerError, FailureConfig, WorkerGroupError
 from ray.train.v2._internal.callbacks.backend_setup import BackendSetupCallback
 from ray.train.v2._internal.constants import get_env_vars_to_propagate
 from ray.train.v2._internal.execution.failure_handling import create_failure_policy
+from refused import refused
 
 from ncsn.config import from_yaml
 from ncsn.distributed import trainer
+from ncsn.distributed.cluster import cluster_for
 from ncsn.distributed.ray_train import _Torch, reason
 from ncsn.distributed.trainer import LostWorkers, describe
-from ncsn.errors import InvalidValue, NotFound, UserError
+from ncsn.errors import NotFound
+from ncsn.model.checkpoint import DamagedError
 from ncsn.storage.retry import RETRY
+
+
+def test_a_cluster_that_does_not_start_is_one_line(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    own_words = Exception("The last 20 lines of dashboard.log:\n1\n2")
+    monkeypatch.setattr("ray.init", Mock(side_effect=own_words))
+    with pytest.raises(RuntimeError) as caught, cluster_for(from_yaml(tiny), start=True):
+        pass
+    assert len(str(caught.value).splitlines()) == 1 and caught.value.__cause__ is own_words
+
+
+def test_sigterm_while_ray_starts_is_answered_as_before(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's own answer exits."""
+
+    def init(**_: object) -> None:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(15))
+        signal.raise_signal(signal.SIGTERM)
+
+    def answer(*_: object) -> None:
+        sys.exit("ours")
+
+    monkeypatch.setattr("ray.init", init)
+    before = signal.signal(signal.SIGTERM, answer)
+    try:
+        with pytest.raises(SystemExit) as ended, cluster_for(from_yaml(tiny), start=True):
+            pass
+        assert ended.value.code == "ours" and signal.getsignal(signal.SIGTERM) is answer
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_a_gpu_that_is_not_there_and_far_more_workers_than_cores_are_refused(tiny: str, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for settings, start in (("use_gpu: true", False), ("num_workers: 16, cpus_per_worker: 256", True)):
+        config = from_yaml(tiny, overrides=[f"compute={{{settings}}}"])
+        with refused(f"compute.{settings.partition(':')[0]}"), cluster_for(config, start=start):
+            pass
 
 
 def died(*, preempted: bool = False) -> Exception:
@@ -56,23 +98,12 @@ def test_a_lost_worker_is_one_line_until_training_ends(tmp_path: Path, caplog: p
     assert "worker 0 " in describe({0: errors[0]}) and "RuntimeError: closed by peer" in describe({0: errors[0]})
 
 
-@pytest.mark.parametrize(
-    ("error", "returned"),
-    [
-        (InvalidValue("2 is too much"), True),
-        (UserError("a.b", "is negative"), True),
-        (ValueError("a bug"), False),
-        (NotFound("/x", "no file here"), False),
-    ],
-)
-def test_ray_train_repeats_what_a_worker_raises_but_not_a_mistake(monkeypatch, error, returned) -> None:
-    def fail(*_: object) -> None:
-        raise error
-
-    monkeypatch.setattr(trainer, "train_loop", fail)
-    job = SimpleNamespace(config=SimpleNamespace(train=SimpleNamespace(keep_checkpoints=1)))
-    with nullcontext() if returned else pytest.raises(type(error)):
-        assert trainer.attempt(job, "/runs/mine", lambda: SimpleNamespace(device="cpu")) is error
+@pytest.mark.parametrize("error", [NotFound("/x", "no file here"), DamagedError("/x", "is torn")])
+def test_what_another_node_may_have_is_tried_again(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    """What a worker raises is; a mistake is returned."""
+    monkeypatch.setattr(trainer, "train_loop", Mock(side_effect=error))
+    with pytest.raises(type(error)):
+        trainer.attempt(Mock(), "/runs/mine", lambda: SimpleNamespace(device="cpu"))
 
 
 def test_the_processes_of_ray_train_know_their_cluster_among_several(monkeypatch: pytest.MonkeyPatch) -> None:

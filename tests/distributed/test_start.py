@@ -1,34 +1,55 @@
-"""Training that starts from a trained network: what it starts with, what it changes, and where that is written."""
+"""Training that starts from a trained network, or learns from one as consistency tuning does."""
 
 from __future__ import annotations
 
 import shutil
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from do import do
 from refused import refused
-from workers import assert_same_tensors, tensors, train_locally
+from workers import Recorder, assert_same_tensors, tensors, train_locally, train_until_killed
 
 from ncsn.config import Config, ConfigError, changed_settings, from_yaml, to_yaml
 from ncsn.core.networks.transfer import light_parameters
 from ncsn.data.format import load_manifest
-from ncsn.model import build
+from ncsn.model import build, trained
 from ncsn.model.checkpoint import CheckpointStore, load_checkpoint
-from ncsn.model.generate import generate
+from ncsn.model.generate import evaluations_per_image, generate
 from ncsn.runs.folder import run_folder
+from ncsn.runs.history import HELD_OUT_EDM, LOSS
 from ncsn.steps.train import require_start, start_of
 from ncsn.training.context import WorkerContext
 from ncsn.training.loop import Training, TrainingJob
 
+CLASSES = ("data.num_classes=10", "noise={sigma_1: 2.0, training: {kind: lognormal}}")
+GUIDED = ("loss.pairs=teacher", "loss.guidance={kind: classifier_free, weight: 2.0, sigma_min: 0.05}")
+# Three stages of 160 images, whose ends are within batches of 16.
+TUNED = (
+    *CLASSES, "loss={kind: consistency, q: 2, stages: 3}", "sampling.sampler={kind: consistency}",
+    "network.dropout=0.2", "compute.microbatch=5", "train.num_images=160",
+)  # fmt: skip
+
+
+def trained_by(tiny: str, dataset: str, folder: Path, *overrides: str) -> str:
+    """URI of a checkpoint."""
+    job = TrainingJob(config=from_yaml(tiny, overrides=overrides), dataset=dataset, stop_at=32)
+    return f"{folder}/{train_locally(job, folder).checkpoint}"
+
 
 @pytest.fixture(scope="module")
 def source(tiny: str, dataset: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """URI of a checkpoint."""
-    folder = tmp_path_factory.mktemp("source")
-    return f"{folder}/{train_locally(TrainingJob(config=from_yaml(tiny), dataset=dataset), folder).checkpoint}"
+    return trained_by(tiny, dataset, tmp_path_factory.mktemp("source"))
+
+
+@pytest.fixture(scope="module")
+def teacher(tiny: str, dataset: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return trained_by(tiny, dataset, tmp_path_factory.mktemp("teacher"), *CLASSES, "train.label_dropout=0.1")
 
 
 def experiment(tiny: str, root: Path, source: str, *overrides: str) -> Config:
@@ -37,47 +58,36 @@ def experiment(tiny: str, root: Path, source: str, *overrides: str) -> Config:
     )
 
 
-def start(config: Config, dataset: str, *, run: str = "tuned") -> str:
-    found = start_of(config, run_folder(config, run), load_manifest(dataset))
-    assert found.uri is not None
-    return found.uri
+def starting(config: Config, dataset: str, **others: Any) -> TrainingJob:
+    uri = start_of(config, run_folder(config, "tuned"), load_manifest(dataset)).uri
+    assert uri is not None
+    return TrainingJob(config=config, dataset=dataset, start=uri, **others)
 
 
 def test_before_the_first_step_it_samples_as_the_source(tiny: str, dataset: str, source: str, tmp_path: Path) -> None:
     config = experiment(tiny, tmp_path, source)
-    job = TrainingJob(config=config, dataset=dataset, start=start(config, dataset))
+    job = starting(config, dataset)
     training = Training(job, WorkerContext(), CheckpointStore(str(tmp_path / "checkpoints")))
-    trained = load_checkpoint(source)
-    weights = dict(trained.network.named_parameters())
+    weights = dict(load_checkpoint(source).network.named_parameters())
     for found in (training.state.averaged(), training.state.network):
         assert all(torch.equal(parameter, weights[name]) for name, parameter in found.named_parameters())
-    before = generate(trained, sampling=config.sampling, first=0, count=4)
-    own = training.state.averaged()
-    trained.network.load_state_dict(own.state_dict())
-    np.testing.assert_array_equal(generate(trained, sampling=config.sampling, first=0, count=4), before)
     assert training.state.images_seen == 0 and training.state.ema.num_updates == 0
     training.step()
-    states = list(training.state.optimizer.state.values())
-    assert {float(state["step"]) for state in states} == {1.0}
     # Adam's moments are bias-corrected: whatever the gradient, the first step is one learning rate long.
-    rate = build.learning_rate(config, 0)
     moved = [(p.detach() - weights[name]).abs().max() for name, p in training.state.network.named_parameters()]
-    assert max(map(float, moved)) == pytest.approx(rate, rel=0.01)
+    assert max(map(float, moved)) == pytest.approx(build.learning_rate(config, 0), rel=0.01)
 
 
 def test_a_light_training_leaves_the_convolutions_and_resumes_as_any(tiny, dataset, source, tmp_path) -> None:
     config = experiment(tiny, tmp_path, source, "train.trainable=light", "train.checkpoint_every_images=16")
-    uri = start(config, dataset)
-    job = TrainingJob(config=config, dataset=dataset, start=uri)
+    job = starting(config, dataset)
     whole = tmp_path / "whole" / train_locally(job, tmp_path / "whole").checkpoint
     before, after = tensors(source), tensors(whole)
     light = light_parameters(build.network(config))
-    changed = {name.removeprefix("ema:") for name in after if name.startswith("ema:")}
-    changed = {name for name in changed if not torch.equal(before[f"ema:{name}"], after[f"ema:{name}"])}
-    assert changed <= light and len(changed) > len(light) / 2
-    half = TrainingJob(config=config, dataset=dataset, start=uri, stop_at=16)
-    train_locally(half, tmp_path / "halves")
-    again = TrainingJob(config=config, dataset=dataset, start=str(tmp_path / "gone"))  # a resumed run needs it no more
+    moved = {name for name in after if name.startswith("ema:") and not torch.equal(before[name], after[name])}
+    assert moved <= {f"ema:{name}" for name in light} and len(moved) > len(light) / 2
+    train_locally(replace(job, stop_at=16), tmp_path / "halves")
+    again = replace(job, start=str(tmp_path / "gone"))  # a resumed run needs it no more
     assert_same_tensors(tmp_path / "halves" / train_locally(again, tmp_path / "halves").checkpoint, whole)
 
 
@@ -113,16 +123,60 @@ def test_the_run_keeps_its_source_and_says_what_differs(tiny: str, dataset: str,
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["network={kind: unet, widths: [8, 12], blocks_per_resolution: 1, embedding_features: 8}"],
-        ["network={kind: ncsnv2, num_features: 4}"],
-        ["train.init_from=/nowhere/images-1"],
-        ["train.init_from=models:/nothing@champion"],
+        "network={kind: ncsnv2, num_features: 4}",
+        "train.init_from=/nowhere/images-1",
+        "train.init_from=models:/nothing@champion",
     ],
 )
-def test_an_unfit_source_is_refused(tiny: str, dataset: str, source: str, tmp_path: Path, overrides: list[str]) -> None:
-    config = experiment(tiny, tmp_path, source, *overrides)
+def test_an_unfit_source_is_refused(tiny: str, dataset: str, source: str, tmp_path: Path, overrides: str) -> None:
+    config = experiment(tiny, tmp_path, source, overrides)
     with refused("train.init_from"):
         require_start(config, run_folder(config, "tuned"))
     assert not (tmp_path / "runs").exists(), "the name is free for the corrected command"
     with refused("train.init_from"):
         do("train", config, "tuned", dataset=dataset)
+
+
+def test_consistency_tuning_resumes_bitwise_and_shows_its_own_objective(
+    tiny: str, dataset: str, tmp_path: Path, teacher: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = experiment(tiny, tmp_path, teacher, *TUNED, *GUIDED, "tracking.preview_images=1")
+    sink, previews = Recorder(), set()
+
+    def preview(*given: Any, sampling: Any, **named: Any) -> Any:
+        previews.add(sampling.sampler)
+        return generate(*given, sampling=sampling, **named)
+
+    monkeypatch.setattr("ncsn.training.monitor.SHARE", 1.0)
+    monkeypatch.setattr("ncsn.training.monitor.generate", preview)
+    whole = tmp_path / "whole" / train_locally(starting(config, dataset, sink=sink), tmp_path / "whole").checkpoint
+    assert previews == {config.sampling.sampler}
+    train_until_killed(starting(config, dataset), tmp_path / "halves")
+    again = train_locally(starting(config, dataset), tmp_path / "halves").checkpoint
+    assert_same_tensors(whole, tmp_path / "halves" / again)
+    last = sink.points[-1][1]
+    assert 0 < last["train/loss"] < 2 and not {"train/loss_edm", HELD_OUT_EDM, LOSS} & last.keys()
+    assert [key for key in last if key.startswith("train/loss_sigma_")]
+    tuned = load_checkpoint(str(whole))
+    assert evaluations_per_image(tuned.config) == 2
+    images = generate(tuned, sampling=tuned.config.sampling, first=0, count=3)
+    np.testing.assert_array_equal(images[1:], generate(tuned, sampling=tuned.config.sampling, first=1, count=2))
+    plain = starting(experiment(tiny, tmp_path, teacher, *TUNED), dataset)
+    unguided = tensors(tmp_path / "plain" / train_locally(plain, tmp_path / "plain").checkpoint)
+    assert not all(torch.equal(unguided[name], tensor) for name, tensor in tensors(whole).items())
+
+
+def test_guidance_is_taught_by_a_score_network_that_knows_classes(tiny, dataset, tmp_path, teacher) -> None:
+    never = trained_by(tiny, dataset, tmp_path / "never", *CLASSES)
+    blind = trained_by(tiny, dataset, tmp_path / "blind", *CLASSES[1:])
+    for source, overrides, key in (
+        (teacher, GUIDED, None),
+        (never, GUIDED, "loss.guidance"),  # it knows no images without a class
+        (blind, GUIDED[:1], "loss.pairs"),
+        (blind, (), None),
+    ):
+        config = experiment(tiny, tmp_path, source, *TUNED, *overrides)
+        with nullcontext() if key is None else refused(key):
+            require_start(config, run_folder(config, "tuned"))
+    frozen = trained.teacher(teacher, config=config, classes=None, device=torch.device("cpu"))
+    assert not any([each.training for each in frozen.modules()] + [each.requires_grad for each in frozen.parameters()])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
+import math
 import shutil
 import time
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -21,7 +23,9 @@ from workers import (
     Recorder,
     assert_close_tensors,
     assert_same_tensors,
+    assert_same_training,
     average_gradients,
+    hang,
     resume_from_a_torn_copy,
     tensors,
     train,
@@ -32,19 +36,18 @@ from workers import (
 )
 
 from ncsn import storage
-from ncsn.config import Config, from_yaml
-from ncsn.errors import InvalidValue
-from ncsn.evaluation.extractors import full_float32
-from ncsn.model import build, generate
+from ncsn.config import from_yaml
+from ncsn.data.training_images import CachedSplit
+from ncsn.model import build
 from ncsn.model.averages import build_average, snapshots
 from ncsn.model.checkpoint import CheckpointStore, load_checkpoint
 from ncsn.progress import Progress
 from ncsn.runs.history import load_history
 from ncsn.storage import heartbeat
 from ncsn.storage.heartbeat import Lease, LeaseExpired
-from ncsn.training import held_out, loop, monitor
+from ncsn.training import context as training_context, loop
 from ncsn.training.context import StepTimer, WorkerContext, fits_cuda_graphs, prepare_network
-from ncsn.training.loop import TrainingJob, TrainOutcome, train_loop
+from ncsn.training.loop import DivergedError, TrainingJob, train_loop
 
 
 @pytest.mark.oracle(22)
@@ -93,7 +96,7 @@ def test_another_seed_gives_other_weights_and_a_complete_run_has_nothing_left_to
     other = tensors(train(from_yaml(tiny, overrides=["seed=1"]), dataset, tmp_path / "other"))
     assert not all(torch.equal(one[key], other[key]) for key in one)
     again = train_locally(TrainingJob(config=from_yaml(tiny), dataset=dataset), tmp_path / "one")
-    assert again.images_seen == 160 and again.loss is None and again.checkpoint == "images-000000160"
+    assert (again.images_seen, again.loss, again.checkpoint) == (160, None, "images-000000160")
 
 
 @pytest.mark.parametrize(
@@ -121,32 +124,28 @@ def test_a_switch_changes_nothing_but_rounding(tiny: str, dataset: str, tmp_path
         assert_close_tensors(whole, half(tmp_path / folder, overrides, None))
 
 
-def test_compiling_without_a_compiler_is_a_mistake(tiny, dataset, tmp_path, monkeypatch) -> None:
-    monkeypatch.setenv("PATH", "")
-    with refused("compute.compile"):
-        train(from_yaml(tiny, overrides=["compute.compile=true"]), dataset, tmp_path)
+class Pair(WorkerContext):
+    """The other worker gives 1: its step takes a second, and it lacks a compiler."""
+
+    def sum_over_workers(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor + 1.0
 
 
 def test_where_a_worker_lacks_a_compiler_none_compiles(tiny, monkeypatch, caplog) -> None:
-    class One(WorkerContext):
-        """Another worker lacks one."""
-
-        def sum_over_workers(self, tensor: torch.Tensor) -> torch.Tensor:
-            return tensor + 1.0
-
-    def compiled(config: Config, context: WorkerContext) -> bool:
+    def compiled(context: WorkerContext, *overrides: str) -> bool:
         network = nn.Identity()
-        prepare_network(network, config, context)
+        prepare_network(network, from_yaml(tiny, overrides=overrides), context)
         return network._compiled_call_impl is not None
 
-    config = from_yaml(tiny, overrides=["compute.use_gpu=true"])
-    assert compiled(config, WorkerContext()) and caplog.messages == []
-    assert not compiled(config, One()) and len(caplog.messages) == 1
+    gpu = "compute.use_gpu=true"
+    assert compiled(WorkerContext(), gpu) and caplog.messages == []
+    assert not compiled(Pair(), gpu) and len(caplog.messages) == 1
+    assert not compiled(Pair()) and len(caplog.messages) == 1, "not on a CPU, so nothing lacks"
+    assert not compiled(Pair(), gpu, "loss={kind: ssm}") and len(caplog.messages) == 1
     monkeypatch.setenv("PATH", "")
-    assert not compiled(config, WorkerContext()) and len(caplog.messages) == 2
-    assert not compiled(from_yaml(tiny), One()) and len(caplog.messages) == 2, "not on a CPU, so nothing lacks"
-    twice = from_yaml(tiny, overrides=["compute.use_gpu=true", "loss={kind: ssm}"])
-    assert not compiled(twice, One()) and len(caplog.messages) == 2
+    assert not compiled(WorkerContext(), gpu) and len(caplog.messages) == 2
+    with refused("compute.compile"):
+        compiled(WorkerContext(), "compute.compile=true")
 
 
 def test_cuda_graphs_are_for_one_pass_of_few_images(tiny: str) -> None:
@@ -169,62 +168,30 @@ def test_cuda_graphs_are_for_one_pass_of_few_images(tiny: str) -> None:
                 assert fit(workers * limit + more, workers=workers, microbatch=str(limit)) == (more <= 0)
 
 
-def test_gradients_are_averaged_in_the_order_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    def gradients(device: str) -> list[torch.Tensor]:
-        found = [torch.rand(*shape, device=device) for shape in ((4, 3, 3, 3), (6, 4, 1, 1), (5,), (3, 4))]
-        return [each.contiguous(memory_format=torch.channels_last) if each.ndim == 4 else each for each in found]
-
+def test_gradients_of_any_memory_format_are_averaged(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda flat: flat.mul_(3))
-    context, found = WorkerContext(rank=0, world_size=2), gradients("cpu")
+    found = [torch.rand(4, 3, 3, 3).contiguous(memory_format=torch.channels_last), torch.rand(5), torch.rand(3, 4)]
     means = [1.5 * each for each in found]
-    context.average(found)
+    WorkerContext(world_size=2).average(found)
     assert all(map(torch.equal, found, means))
-    with pretended_gpu() as gpu:
-        given = gradients("cuda")
-        gpu.calls.clear()
-        context.average(given)
-    assert [call.name for call in gpu.calls] == ["cat", "mul_", "div_", "_foreach_copy_"]
 
 
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer")  # of a copy of a network
-def test_a_gpu_waits_once_between_reports_and_tries_convolutions_for_steps_alone(
-    tiny: str, dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    three_steps = "train={batch_size: 16, num_images: 48, checkpoint_every_images: 48, report_every_images: 48}"
-    others = "compute={use_gpu: true, compile: false}", "noise={training: {kind: lognormal}}"
-    config = from_yaml(tiny, overrides=[three_steps, *others])
-    searches, waits = dict[str, bool](), list[int]()
-    step, losses_at, between = loop.train_step, held_out.losses_at, loop.Training.save_between
-
-    def searched(name: str, result: Any) -> Any:
-        searches[name] = torch.backends.cudnn.benchmark
-        return result
-
-    def counted(training: loop.Training) -> None:
-        gpu.calls.clear()
-        between(training)
-        waits.append(sum(call.waits for call in gpu.calls))
-
-    def sample(*_: Any, **__: Any) -> None:
-        raise searched("preview", InvalidValue("nobody looks at values here"))
-
-    for place, name, value in (
-        (loop, "train_step", lambda *given, **named: searched("steps", step(*given, **named))),
-        (held_out, "losses_at", lambda *given, **named: searched("losses", losses_at(*given, **named))),
-        *((generate, "sample", sample), (loop.Training, "save_between", counted)),
-        *((monitor, "SHARE", 1), (held_out, "SHARE", 1), (held_out, "MOST_IMAGES", 4)),
-        # What reads a value or the GPU's name.
-        *((loop.Training, "publish", lambda _: None), (loop.Training, "_newest_checkpoint", lambda _: None)),
-        (loop.Curves, "point", lambda _: {"train/loss": 1.0, "train/grad_norm_max": 1.0}),
-        *((torch.cuda, "get_device_name", lambda _: ""), (loop, "machine_usage", lambda _: {})),
-        (torch.backends.cudnn, "benchmark", False),
-    ):
-        monkeypatch.setattr(place, name, value)
-    with full_float32(), pretended_gpu() as gpu:
-        build.tune_cuda("cuda:0")
+def test_a_step_and_what_follows_it_wait_once_for_a_gpu(tiny, dataset, tmp_path, monkeypatch) -> None:
+    config = from_yaml(tiny, overrides=["compute={use_gpu: true, compile: false}", "noise.training={kind: lognormal}"])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "")
+    monkeypatch.setattr(loop, "machine_usage", lambda _: {})
+    monkeypatch.setattr(loop.Training, "_newest_checkpoint", lambda _: None)  # which reads a value
+    with pretended_gpu() as gpu:
         job = TrainingJob(config=config, dataset=dataset, sink=Recorder())
-        train_loop(job, WorkerContext("cuda:0"), CheckpointStore(str(tmp_path)))
-    assert searches == {"steps": True, "preview": False, "losses": False} and set(waits) == {1}
+        training = loop.Training(job, WorkerContext("cuda:0"), CheckpointStore(str(tmp_path)))
+        for _ in range(2):
+            gpu.calls.clear()
+            training.step()
+            assert training.timer.due()
+            training.save_between()
+            training.timer = StepTimer(training.context, seconds=0.0)
+    assert sum(call.waits for call in gpu.calls) == 1
 
 
 @pytest.mark.slow
@@ -242,22 +209,16 @@ def test_learning_rate_warms_up_and_falls(tiny: str) -> None:
     assert rates[-1] < 0.05 * config.optimizer.learning_rate
 
 
-class Warned(WorkerContext):
-    """A machine that is about to be preempted."""
-
-    def preempted(self) -> bool:
-        return True
-
-
-def test_a_checkpoint_in_time_leaves_a_point_and_the_same_weights(tiny: str, dataset: str, tmp_path: Path) -> None:
+def test_a_checkpoint_in_time_leaves_a_point_and_the_same_weights(tiny, dataset, tmp_path, monkeypatch) -> None:
     """Saved between two reports, and the weights are those of a run that was not disturbed, to the bit."""
-    config = from_yaml(tiny)
     jobs = {
-        name: TrainingJob(config=config, dataset=dataset, history=str(tmp_path / name / "history.json"))
+        name: TrainingJob(config=from_yaml(tiny), dataset=dataset, history=str(tmp_path / name / "history.json"))
         for name in ("whole", "cut")
     }
     last = train_locally(jobs["whole"], tmp_path / "whole").checkpoint
-    train_until_killed(jobs["cut"], tmp_path / "cut", at="resume-000000016", context=Warned())
+    with monkeypatch.context() as patch:
+        patch.setattr(WorkerContext, "preempted", lambda _: True)
+        train_until_killed(jobs["cut"], tmp_path / "cut", at="resume-000000016")
     assert [path.name for path in (tmp_path / "cut").iterdir() if path.is_dir()] == ["resume-000000016"]
     train_locally(jobs["cut"], tmp_path / "cut")
     assert storage.list_names(str(tmp_path / "cut")) == ["history.json", "images-000000080", "images-000000160"]
@@ -266,6 +227,28 @@ def test_a_checkpoint_in_time_leaves_a_point_and_the_same_weights(tiny: str, dat
     assert (one.images_seen, other.images_seen) == ([32, 64, 80, 96, 128, 160], [16, 32, 64, 80, 96, 128, 160])
     for name in ("train/loss", "train/grad_norm_max"):
         np.testing.assert_array_equal(one.curve(name)[1:], other.curve(name)[2:])
+
+
+def test_a_nan_ends_training_and_is_forgotten_by_the_same_command(tiny, dataset, tmp_path, monkeypatch) -> None:
+    def run(name: str) -> None:
+        job = TrainingJob(config=from_yaml(tiny), dataset=dataset, history=str(tmp_path / name / "history.json"))
+        train_locally(job, tmp_path / name / "checkpoints")
+
+    step = loop.Training.step
+
+    def broken(training: loop.Training) -> None:
+        if training.state.images_seen == 96:
+            next(training.state.network.parameters()).detach().fill_(math.nan)
+        step(training)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Training, "step", broken)
+        with refused("optimizer.learning_rate", error=DivergedError) as caught:
+            run("again")
+    assert all(fact in str(caught.value) for fact in ("loss nan", "images_seen = 128", "images-000000080"))
+    run("again")
+    run("whole")
+    assert_same_training(str(tmp_path / "whole"), str(tmp_path / "again"))
 
 
 def test_a_checkpoint_every_few_minutes_is_for_a_resume_alone(tiny, dataset, tmp_path, monkeypatch) -> None:
@@ -290,14 +273,8 @@ def test_a_checkpoint_every_few_minutes_is_for_a_resume_alone(tiny, dataset, tmp
 
 
 def test_a_step_timer_is_the_same_on_all_workers_and_slows_down_gently(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Two(WorkerContext):
-        """The other worker's step takes 1 second, this one's no time."""
-
-        def sum_over_workers(self, tensor: torch.Tensor) -> torch.Tensor:
-            return tensor + 1.0
-
     monkeypatch.setattr("ncsn.training.loop.time", Clock())
-    timer = StepTimer(Two(world_size=2), seconds=4.0)
+    timer = StepTimer(Pair(world_size=2), seconds=4.0)
     due = [step for step in range(1, 40) if timer.due() and timer.exchange(2.0) == [3.0]]
     assert due == [1, 3, 7, 15, 23, 31, 39], "2, 4, then every 8 steps of half a second"
 
@@ -322,48 +299,34 @@ def test_training_that_is_told_to_end_or_has_no_launcher_saves_a_checkpoint_and_
 ) -> None:
     """And the next attempt goes on from there."""
     monkeypatch.setattr(heartbeat, "LEASE_SECONDS", 0.01)
-    config = from_yaml(tiny)
-
-    def attempt(folder: Path, lease: Lease | None = None, stop: Path = tmp_path / "stop") -> TrainOutcome:
-        job = TrainingJob(config=config, dataset=dataset, lease=lease, stop=str(stop))
-        return train_loop(job, WorkerContext(), CheckpointStore(str(folder)))
-
-    stop = tmp_path / "told"
-    stop.touch()
     lease = Lease(str(tmp_path / "none"), check_seconds=0)
     assert not lease.expired()
     time.sleep(0.05)
-    checkpoints = tmp_path / "checkpoints"
-    with pytest.raises(LeaseExpired):
-        attempt(checkpoints, lease)
-    assert [path.name for path in checkpoints.iterdir()] == ["resume-000000016"]
-    with pytest.raises(LeaseExpired):
-        attempt(checkpoints, stop=stop)
-    assert [path.name for path in checkpoints.iterdir()] == ["resume-000000032"]
-
-    assert attempt(checkpoints).images_seen == 160
-    assert attempt(tmp_path / "whole").images_seen == 160
-    assert_same_tensors(*(tmp_path / name / "images-000000160" for name in ("checkpoints", "whole")))
+    (stop := tmp_path / "stop").touch()
+    for order, name in ({"lease": lease}, "resume-000000016"), ({"stop": str(stop)}, "resume-000000032"):
+        with pytest.raises(LeaseExpired):
+            train_locally(TrainingJob(config=from_yaml(tiny), dataset=dataset, **order), tmp_path / "checkpoints")
+        assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [name]
+    whole, again = (train(from_yaml(tiny), dataset, tmp_path / name) for name in ("whole", "checkpoints"))
+    assert_same_tensors(whole, again)
 
 
 @pytest.mark.slow
 def test_any_number_of_workers_follows_the_same_curve(tiny: str, dataset: str, tmp_path: Path) -> None:
-    def job(folder: Path, *overrides: str) -> TrainingJob:
-        folder.mkdir()
-        config = from_yaml(tiny, overrides=overrides)
-        return TrainingJob(config=config, dataset=dataset, history=str(folder / "history.json"))
+    def job(name: str, *overrides: str) -> TrainingJob:
+        (tmp_path / name).mkdir()
+        history = str(tmp_path / name / "history.json")
+        return TrainingJob(config=from_yaml(tiny, overrides=overrides), dataset=dataset, history=history)
 
-    train_locally(job(tmp_path / "1"), tmp_path / "1" / "checkpoints")
+    train_locally(job("1"), tmp_path / "1" / "checkpoints")
     one = load_history(str(tmp_path / "1" / "history.json"))
     # Three have 5, 5 and 6 images, so the last one makes two passes.
     for workers, overrides in ((2, ["compute.microbatch=3"]), (3, ["compute.microbatch=5"]), (4, [])):
         folder = tmp_path / str(workers)
-        torch.multiprocessing.spawn(work, (workers, job(folder, *overrides), str(folder)), nprocs=workers)
+        torch.multiprocessing.spawn(work, (workers, job(str(workers), *overrides), str(folder)), nprocs=workers)
         many = load_history(str(folder / "history.json"))
         assert many.images_seen == one.images_seen
-        for name in ("train/loss", "train/grad_norm_max"):
-            np.testing.assert_allclose(many.curve(name), one.curve(name), rtol=1e-5)
-        for name in (name for name in one.points[-1] if name.startswith("train/loss_sigma_")):
+        for name in (name for name in one.points[-1] if name.startswith(("train/loss", "train/grad"))):
             np.testing.assert_allclose(many.curve(name), one.curve(name), rtol=1e-4)
         assert_close_tensors(*(place / "checkpoints" / "images-000000160" for place in (tmp_path / "1", folder)))
 
@@ -371,23 +334,21 @@ def test_any_number_of_workers_follows_the_same_curve(tiny: str, dataset: str, t
 @pytest.mark.slow
 def test_two_workers_learn_the_weight_of_one(tiny: str, dataset: str, tmp_path: Path) -> None:
     """At any sigma, with a weight that is learned beside the network; also where they average as with CUDA graphs."""
-    config = from_yaml(
-        tiny, overrides=["noise={training: {kind: lognormal}}", "loss.weighting=learned", "train.ema={kind: half_life}"]
-    )
-    train_locally(TrainingJob(config=config, dataset=dataset), tmp_path / "1" / "checkpoints")
-    (tmp_path / "2").mkdir()
-    job = TrainingJob(config=config, dataset=dataset)
-    torch.multiprocessing.spawn(work, (2, job, str(tmp_path / "2")), nprocs=2)
-    (tmp_path / "3").mkdir()
-    torch.multiprocessing.spawn(work_in_graphs, (2, job, str(tmp_path / "3")), nprocs=2)
-    one, *others = (tmp_path / name / "checkpoints" / "images-000000160" for name in "123")
-    learned, *same = (
-        json.loads((place / "state.json").read_text())["uncertainty"]["weight"] for place in (one, *others)
-    )
-    assert max(map(abs, learned)) > 1e-4
-    for place, weight in zip(others, same, strict=True):
-        np.testing.assert_allclose(weight, learned, rtol=1e-3, atol=1e-6)
-        assert_close_tensors(one, place)
+    learning = ["noise={training: {kind: lognormal}}", "loss.weighting=learned", "train.ema={kind: half_life}"]
+    job = TrainingJob(config=from_yaml(tiny, overrides=learning), dataset=dataset)
+    one = tmp_path / "1" / train_locally(job, tmp_path / "1").checkpoint
+
+    def weight(place: Path) -> list[float]:
+        found: list[float] = json.loads((place / "state.json").read_text())["uncertainty"]["weight"]
+        return found
+
+    assert max(map(abs, weight(one))) > 1e-4
+    for name, worker in (("2", work), ("3", work_in_graphs)):
+        (tmp_path / name).mkdir()
+        torch.multiprocessing.spawn(worker, (2, job, str(tmp_path / name)), nprocs=2)
+        other = tmp_path / name / "checkpoints" / one.name
+        np.testing.assert_allclose(weight(other), weight(one), rtol=1e-3, atol=1e-6)
+        assert_close_tensors(one, other)
 
 
 @pytest.mark.slow
@@ -399,3 +360,53 @@ def test_a_copy_that_is_torn_on_one_worker_ends_all(tiny: str, dataset: str, tmp
     found = {file.name: file.read_text() for file in tmp_path.glob("mistake-*")}
     assert found == dict.fromkeys(("mistake-0", "mistake-1"), "weights.safetensors differs from its checksum")
     assert CheckpointStore(str(tmp_path / "checkpoints")).newest() == "images-000000080"
+
+
+@pytest.mark.parametrize(
+    ("each", "longest", "fetching", "guarded", "ends"),
+    [
+        pytest.param(0.0, 20.0, False, True, True, id="hangs"),
+        pytest.param(0.1, 0.4, False, True, False, id="slow"),
+        pytest.param(0.0, 0.8, True, True, False, id="waits for the store"),
+        pytest.param(0.0, 0.8, False, False, False, id="in a notebook"),
+    ],
+)
+def test_a_worker_that_hangs_ends(tiny, dataset, tmp_path, monkeypatch, each, longest, fetching, guarded, ends):
+    """A step may take 0.2 s in any case. Each draw takes some time, and the fourth longer, until the process ends."""
+    orders, draws, draw_batch, stacks = [], [], loop.draw_batch, tmp_path / "hung" / "worker-0.txt"
+
+    def slow_draw(*args, first, **given):
+        draws.append(first)
+        until = time.monotonic() + (longest if first == 48 else each)
+        while time.monotonic() < until and not stacks.exists():
+            time.sleep(0.01)
+        return draw_batch(*args, first=first, **given)
+
+    monkeypatch.setattr(faulthandler, "dump_traceback_later", lambda _, **order: orders.append(order))
+    monkeypatch.setattr(faulthandler, "cancel_dump_traceback_later", lambda: orders.append("canceled"))
+    monkeypatch.setattr(training_context, "STEP_SECONDS", 0.2)
+    monkeypatch.setattr(training_context, "TICK_SECONDS", 0.01)
+    monkeypatch.setattr(loop, "draw_batch", slow_draw)
+    monkeypatch.setattr(loop, "CHECK_SECONDS", 0.0)  # steps are looked at one by one, as where they are slow
+    monkeypatch.setattr(CachedSplit, "fetching", fetching)
+    context, job = WorkerContext(), TrainingJob(config=from_yaml(tiny), dataset=dataset)
+    context.hung = str(stacks.parent) if guarded else None
+    train_loop(job, context, CheckpointStore(str(tmp_path / "checkpoints")))
+    assert draws == list(range(0, 160, 16))
+    # Here it goes on after all, and the process may get other work.
+    assert orders == ([{"exit": True, "file": 2}, "canceled"] if ends else [])
+    assert stacks.exists() == ends and (not ends or "in slow_draw" in stacks.read_text())
+
+
+@pytest.mark.slow
+def test_one_of_four_hangs_after_another_was_long_at_a_checkpoint(tiny, dataset, tmp_path):
+    """All of them end soon, and their stacks say which one hangs."""
+    job = TrainingJob(config=from_yaml(tiny, overrides=["train.checkpoint_every_images=32"]), dataset=dataset)
+    workers = torch.multiprocessing.spawn(hang, (4, job, str(tmp_path)), nprocs=4, join=False).processes
+    for worker in workers:
+        worker.join(60)
+        worker.kill()
+    assert [worker.exitcode for worker in workers] == [1] * 4
+    assert list(CheckpointStore(str(tmp_path / "checkpoints")).names())[-1] == "images-000000032"
+    stacks = [(tmp_path / "hung" / f"worker-{rank}.txt").read_text() for rank in range(4)]
+    assert ["time.sleep(600)" in stack for stack in stacks] == [False, False, True, False]

@@ -13,10 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
 from experiments import tiny
 
-from ncsn.cli import app
 from ncsn.config import to_yaml
 from ncsn.runs.folder import RunFolder, read_step
 
@@ -47,13 +45,8 @@ class Workplace:
         )
 
     def run(self, *args: str) -> subprocess.CompletedProcess[str]:
-        process = self.start(*args)
-        stdout, stderr = process.communicate(timeout=PATIENCE_SECONDS)
+        stdout, stderr = (process := self.start(*args)).communicate(timeout=PATIENCE_SECONDS)
         return subprocess.CompletedProcess(args, process.returncode, stdout, stderr)
-
-    def call(self, *args: str) -> Result:
-        """Run a command that starts no process, in this one."""
-        return CliRunner().invoke(app, [*args, "--config", str(self.config)])
 
     def processes(self) -> dict[int, str]:
         """Living processes that descend from the commands, in whatever session or group they are."""

@@ -43,16 +43,12 @@ def test_the_tasks_hand_on_what_the_steps_store(workplace, outputs: dict[str, An
         for step, output in outputs.items()
         for name, artifact in output["artifacts"].items()
     }
-    assert metadata["ingest", "dataset"]["uri"] == workplace.result(RUN, "ingest")["uri"]
     assert metadata["train", "checkpoint"]["uri"] == workplace.result(RUN, "train")["checkpoint"]
-    assert metadata["sample", "samples"]["uri"] == workplace.result(RUN, "sample")["uri"]
-    assert metadata["register", "model"]["uri"] == workplace.result(RUN, "register")["uri"]
+    for step, name in (("ingest", "dataset"), ("sample", "samples"), ("register", "model")):
+        assert metadata[step, name]["uri"] == workplace.result(RUN, step)["uri"]
     shown, measured = metadata["evaluate", "metrics"], workplace.result(RUN, "evaluate")
+    assert "eval/classifier_fid_n16" in shown
     assert shown.items() <= (measured["metrics"] | measured["real_metrics"]).items()
-    assert {"eval/classifier_fid_n16", "eval/real_classifier_score_std_n16"} <= set(shown)
-    assert "eval/classifier_recall_n16" in measured["metrics"].keys() - shown.keys()
-    page = outputs["sample"]["artifacts"]["pictures"]["artifacts"][0]["uri"]
-    assert "data:image/png;base64," in Path(page).read_text()
     assert metadata["finish", "outcome"]["status"] == "FINISHED"
     page = Path(outputs["finish"]["artifacts"]["page"]["artifacts"][0]["uri"]).read_text()
     assert f"`{workplace.result(RUN, 'ingest')['digest']}`" in page

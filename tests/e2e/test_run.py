@@ -11,15 +11,16 @@ from pathlib import Path
 import mlflow
 import numpy as np
 import pytest
-from mlflow.tracking import MlflowClient
+from click.testing import CliRunner
 from PIL import Image
 from webhook import Receiver, receiver
 
-from ncsn import ScoreModel
+from ncsn import ScoreModel, storage
+from ncsn.cli import app
 from ncsn.config import from_yaml
 from ncsn.data.samples import SampleSet
-from ncsn.model.checkpoint import load_checkpoint
 from ncsn.runs.steps import STEPS
+from ncsn.tracking.client import client_at
 
 RUN = "mine"
 
@@ -37,17 +38,22 @@ def finished(workplace, told) -> subprocess.CompletedProcess[str]:
     return done
 
 
-@pytest.fixture(scope="module")
-def client(workplace, finished) -> MlflowClient:
-    uri = f"sqlite:///{workplace.root}/mlflow.db"
-    return MlflowClient(tracking_uri=uri, registry_uri=uri)
-
-
-def test_every_step_has_its_result_in_the_store(workplace, finished) -> None:
-    printed = json.loads(finished.stdout)
-    assert printed["run"] == RUN
-    assert list(printed["steps"]) == list(STEPS)
+def test_every_step_has_its_result_at_its_place_in_the_store(workplace, finished) -> None:
+    printed, folder = json.loads(finished.stdout), workplace.folder(RUN)
+    assert (printed["run"], list(printed["steps"])) == (RUN, list(STEPS))
     assert {step: workplace.result(RUN, step) for step in STEPS} == printed["steps"]
+    assert sorted(path.name for path in folder.glob("checkpoints/images-*")) == ["images-000000320", "images-000000640"]
+    dataset = Path(workplace.result(RUN, "ingest")["uri"])
+    assert dataset.parent.parent == workplace.root / "datasets"
+    assert {"train", "test", "manifest.json", "classifier"} <= {path.name for path in dataset.iterdir()}
+    samples = Path(workplace.result(RUN, "sample")["uri"])
+    assert samples.parent.parent == folder / "samples" and len(list(samples.glob("shard-*.parquet"))) == 2
+    assert {"manifest.json", "grid.png", "strip.png"} <= {path.name for path in samples.iterdir()}
+    assert not list(workplace.root.rglob("*.tmp-*"))
+    trained, sampled, measured = (workplace.result(RUN, step) for step in ("train", "sample", "evaluate"))
+    assert trained["images_seen"] == 640 and 0 < trained["loss"] < 1, "a zero network reads 1"
+    assert sampled["nfe"] == 4 * 2 + 1
+    assert measured["metrics"]["eval/classifier_fid_n16"] > measured["real_metrics"]["eval/real_classifier_fid_n16"]
     page = Path(workplace.result(RUN, "report")["uri"]).read_text()
     assert all(f"<strong>{step}</strong>" in page for step in STEPS[:-1]) and '<section id="training"' in page
     workplace.wait_for_silence()
@@ -71,64 +77,24 @@ def test_the_terminal_shows_steps_and_not_the_chatter(workplace, finished) -> No
     assert "(train pid=" in log and "\x1b" not in log and "SIGTERM" not in log
 
 
-def test_the_store_has_the_agreed_layout(workplace, finished) -> None:
-    folder = workplace.folder(RUN)
-    assert from_yaml((folder / "config.yaml").read_text()).name == "tiny"
-    assert [path.name for path in sorted(folder.glob("checkpoints/images-*"))] == [
-        "images-000000320",
-        "images-000000640",
-    ]
-    dataset = Path(workplace.result(RUN, "ingest")["uri"])
-    assert dataset.parent.parent == workplace.root / "datasets"
-    assert {"train", "test", "manifest.json", "classifier"} <= {path.name for path in dataset.iterdir()}
-    samples = Path(workplace.result(RUN, "sample")["uri"])
-    assert samples.parent.parent == folder / "samples"
-    assert {"manifest.json", "grid.png", "strip.png"} <= {path.name for path in samples.iterdir()}
-    assert len(list(samples.glob("shard-*.parquet"))) == 2
-    assert not list(workplace.root.rglob("*.tmp-*"))
-
-
-def test_the_results_are_those_of_a_training(workplace, finished) -> None:
-    trained, sampled, measured = (workplace.result(RUN, step) for step in ("train", "sample", "evaluate"))
-    assert trained["images_seen"] == load_checkpoint(trained["checkpoint"]).images_seen == 640
-    assert 0 < trained["loss"] < 1, "a zero network reads 1"
-    assert sampled["nfe"] == 4 * 2 + 1
-    for name in ("grid", "strip"):
-        with Image.open(sampled[name]) as picture:
-            assert np.asarray(picture).std() > 0
-    assert {"eval/classifier_score_n16", "eval/classifier_fid_n16"} <= measured["metrics"].keys()
-    assert measured["metrics"]["eval/classifier_fid_n16"] > measured["real_metrics"]["eval/real_classifier_fid_n16"]
-
-
-def test_mlflow_has_one_parent_and_a_child_per_tracked_step(workplace, client) -> None:
-    experiment = client.get_experiment_by_name("ncsn")
-    runs = client.search_runs([experiment.experiment_id])
-    parents = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
-    assert [run.info.run_name for run in parents] == [RUN]
-    assert not [run for run in runs if "mlflow.docker.image.uri" in run.data.tags], "no container ran"
-    children = {run.info.run_name: run for run in runs if run not in parents}
-    assert set(children) == set(STEPS)
+def test_mlflow_has_a_run_with_what_came_out_and_below_it_one_for_each_step(workplace, finished) -> None:
+    client = client_at(f"sqlite:///{workplace.root}/mlflow.db")
+    runs = client.search_runs([client.get_experiment_by_name("ncsn").experiment_id])
+    (whole,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    children = {run.info.run_name: run for run in runs if run is not whole}
+    assert (whole.info.run_name, set(children)) == (RUN, set(STEPS))
     for child in children.values():
-        assert child.data.tags["mlflow.parentRunId"] == parents[0].info.run_id
-        assert child.info.status == "FINISHED"
-        assert child.data.params["noise.num_levels"] == "4"
+        assert child.data.tags["mlflow.parentRunId"] == whole.info.run_id
+        assert (child.info.status, child.data.params["noise.num_levels"]) == ("FINISHED", "4")
+        assert "cost.seconds" in child.data.tags and "mlflow.docker.image.uri" not in child.data.tags
     losses = client.get_metric_history(children["train"].info.run_id, "train/loss")
     assert [point.step for point in losses] == [160, 320, 480, 640]
-    assert {"train/loss_sigma_1", "system/worker_memory_megabytes"} <= children["train"].data.metrics.keys()
     assert "ray.dashboard_url" not in children["train"].data.tags, "the page ended with the cluster"
-    for step, context in (("train", "training"), ("evaluate", "evaluation")):
-        (read,) = children[step].inputs.dataset_inputs
-        assert read.dataset.digest == workplace.result(RUN, "ingest")["digest"][:36]
-        assert [tag.value for tag in read.tags] == [context]
-    assert all("cost.seconds" in child.data.tags for child in children.values())
-
-
-def test_the_run_of_the_pipeline_shows_what_came_out(workplace, client) -> None:
-    experiment = client.get_experiment_by_name("ncsn")
-    (whole,) = client.search_runs([experiment.experiment_id], f"attributes.run_name = '{RUN}'")
     results = {step: workplace.result(RUN, step) for step in STEPS}
-    (read,) = whole.inputs.dataset_inputs
-    assert read.dataset.digest == results["ingest"]["digest"][:36]
+    for run, context in ((whole, None), (children["train"], "training"), (children["evaluate"], "evaluation")):
+        (read,) = run.inputs.dataset_inputs
+        assert read.dataset.digest == results["ingest"]["digest"][:36]
+        assert context in (None, *(tag.value for tag in read.tags))
     rate = pytest.approx(results["train"]["images_per_second"], abs=0.1)
     trained = {"train/loss": results["train"]["loss"], "train/images_seen": 640, "train/images_per_second": rate}
     assert whole.data.metrics == trained | results["evaluate"]["metrics"] | results["evaluate"]["real_metrics"]
@@ -140,30 +106,18 @@ def test_the_run_of_the_pipeline_shows_what_came_out(workplace, client) -> None:
     assert {"grid.png", "report.html"} <= {file.path for file in client.list_artifacts(whole.info.run_id)}
 
 
-def test_the_registered_model_generates_images(workplace, client, monkeypatch: pytest.MonkeyPatch) -> None:
-    result = workplace.result(RUN, "register")
-    assert sorted(result["aliases"]) == ["challenger", "champion"]
-    assert str(client.get_model_version_by_alias("ncsn-tiny", "champion").version) == result["version"]
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{workplace.root}/mlflow.db")
-    model = mlflow.pyfunc.load_model("models:/ncsn-tiny@champion")
-    images = np.asarray(model.predict(None, params={"n_images": 2}))
-    sampled = SampleSet(workplace.result(RUN, "sample")["uri"], 2).read(0, 2)
-    np.testing.assert_array_equal(images, sampled)
-
-
-def test_trace_prints_every_link_of_the_model(workplace, finished) -> None:
-    done = workplace.call("show", "models:/ncsn-tiny@champion", "--json")
+def test_show_prints_every_link_of_the_model(workplace, finished) -> None:
+    command = ["show", "models:/ncsn-tiny@champion", "--json", "--config", str(workplace.config)]
+    done = CliRunner().invoke(app, command)
     assert done.exit_code == 0, done.stderr
     (chain,) = json.loads(done.stdout)["chains"]
     results = {step: workplace.result(RUN, step) for step in STEPS}
     facts = {link["kind"].removeprefix("step "): link["facts"] for link in chain["links"]}
-    assert set(STEPS) <= set(facts)
+    assert set(STEPS) <= set(facts) and facts["train"]["ray.session"]
     assert chain["facts"]["dataset.digest"] == results["ingest"]["digest"]
     assert facts["train"]["checkpoint.uri"] == results["train"]["checkpoint"]
-    assert facts["train"]["ray.session"]
-    assert facts["sample"]["samples.uri"] == results["sample"]["uri"]
-    assert facts["evaluate"]["evaluation.uri"] == results["evaluate"]["uri"]
-    assert facts["report"]["report.uri"] == results["report"]["uri"]
+    for step, tag in (("sample", "samples.uri"), ("evaluate", "evaluation.uri"), ("report", "report.uri")):
+        assert facts[step][tag] == results[step]["uri"]
     (version,) = next(link for link in chain["links"] if link["kind"] == "step register")["links"]
     assert version["id"] == results["register"]["uri"]
     assert version["facts"]["gate.reason"] == results["register"]["reason"]
@@ -186,6 +140,8 @@ def test_images_come_from_the_registry_alone(workplace, finished, tmp_path, monk
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{workplace.root}/mlflow.db")
     loaded = ScoreModel.load("models:/ncsn-tiny@champion", device="cpu").sample(16)
     assert np.abs(images.astype(int) - loaded).max() <= 1
+    made = mlflow.pyfunc.load_model("models:/ncsn-tiny@champion").predict(None, params={"n_images": 2})
+    np.testing.assert_array_equal(made, sampled[:2])
 
 
 def test_a_second_call_finds_every_step_done_also_where_the_store_was_moved_to(workplace, finished) -> None:
@@ -213,10 +169,31 @@ def test_a_config_with_a_search_trains_what_it_finds(workplace) -> None:
     search = "{space: {noise.sigma_1: {kind: log, low: 0.5, high: 2}}, num_trials: 2, num_samples: 20}"
     done = workplace.run("run", "--run", "searched", "--json", "--set", f"search={search}")
     assert done.returncode == 0, done.stderr
-    steps = json.loads(done.stdout)["steps"]
+    steps, best = json.loads(done.stdout)["steps"], workplace.folder("searched-best")
     assert list(steps) == ["ingest", "search", *STEPS[1:]]
-    assert steps["train"]["checkpoint"].startswith(f"{workplace.folder('searched-best')}/")
-    found = from_yaml((workplace.folder("searched-best") / "config.yaml").read_text())
+    assert steps["train"]["checkpoint"].startswith(f"{best}/")
+    found = from_yaml((best / "config.yaml").read_text())
     assert found.search is None and found.levels.sigma_1 == steps["search"]["values"].get("noise.sigma_1", 1.0)
     again = workplace.run("run", "--run", "searched", "--json", "--set", f"search={search}")
     assert again.stdout == done.stdout
+
+
+@pytest.mark.slow
+def test_a_store_in_s3_is_as_good_as_a_folder(workplace, s3_root: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.setenv("NCSN_CACHE_DIR", str(tmp_path / "cache"))
+    place = ("--run", "inbucket", "--json", "--set", f"storage.root={s3_root}")
+    done = workplace.run("run", *place)
+    assert done.returncode == 0, done.stderr
+    steps = json.loads(done.stdout)["steps"]
+    assert list(steps) == list(STEPS)
+    assert steps["train"]["checkpoint"] == f"{s3_root}/runs/inbucket/checkpoints/images-000000640"
+    assert storage.exists(storage.join(steps["train"]["checkpoint"], "checkpoint.json"))
+    assert storage.read_bytes(steps["sample"]["grid"]).startswith(b"\x89PNG")
+    assert steps["register"]["aliases"] == ["challenger", "champion"]
+    more = workplace.run("sample", *place, "--set", "sampling.num_images=20")
+    assert more.returncode == 0, more.stderr
+    shards = [name for name in storage.list_names(steps["sample"]["uri"]) if name.endswith(".parquet")]
+    ends = [(0, 8), (8, 16), (16, 20)]
+    assert shards == [f"shard-{first:09d}-{last:09d}.parquet" for first, last in ends]
+    workplace.wait_for_silence()

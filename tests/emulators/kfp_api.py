@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import threading
 import uuid
-from collections.abc import Callable
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -19,6 +19,13 @@ from google.protobuf import json_format
 from kfp.pipeline_spec import pipeline_spec_pb2
 
 Json = dict[str, Any]
+
+# The name of the identifier, and what is added.
+_CREATED: dict[str, tuple[str, Json]] = {
+    "experiments": ("experiment_id", {}),
+    "runs": ("run_id", {"state": "PENDING"}),
+    "recurringruns": ("recurring_run_id", {"status": "ENABLED"}),
+}
 
 
 class Refusal(Exception):
@@ -38,77 +45,54 @@ def check_spec(document: Json) -> None:
         raise Refusal(400, f"Failed to parse the pipeline spec: {error}") from None
 
 
+@dataclass
 class KfpServer:
-    """The server and everything it knows. Start it with `with`.
+    """The server and everything it knows. Start it with `with`."""
 
-    Attributes:
-        token: If set, a request needs it as bearer token.
-        cookie: If set, a request may have it in its place.
-        login: Send a request without credentials to a login page instead of refusing it.
-        multi_user: Experiments belong to a namespace.
-        forbidden: Refuse whatever changes something with 403.
-        away: Answer 503, as a proxy does before a server that starts anew.
-        behind_ui: Answer as ml-pipeline-ui does, through which a port-forward goes: it has another word for version.
-        ready: With behind_ui, whether the API answers ml-pipeline-ui (2.17.0: its healthz is 200 without too).
-    """
+    token: str | None = None  # if set, a request needs it as bearer token
+    cookie: str | None = None  # if set, a request may have it in the token's place
+    login: bool = False  # send a request without credentials to a login page instead of refusing it
+    multi_user: bool = False  # experiments belong to a namespace
+    forbidden: bool = False  # refuse whatever changes something with 403
+    away: bool = False  # answer 503, as a proxy does before a server that starts anew
+    # Answer as ml-pipeline-ui does, through which a port-forward goes: it has another word for version.
+    behind_ui: bool = False
+    ready: bool = True  # whether the API answers ml-pipeline-ui, whose healthz is 200 without too (2.17.0)
+    experiments: dict[str, Json] = field(default_factory=dict)
+    runs: dict[str, Json] = field(default_factory=dict)
+    recurring_runs: dict[str, Json] = field(default_factory=dict)
+    requests: list[str] = field(default_factory=list)
 
-    def __init__(self) -> None:
-        self.token: str | None = None
-        self.cookie: str | None = None
-        self.login = False
-        self.multi_user = False
-        self.forbidden = False
-        self.away = False
-        self.behind_ui = False
-        self.ready = True
-        self.experiments: dict[str, Json] = {}
-        self.runs: dict[str, Json] = {}
-        self.recurring_runs: dict[str, Json] = {}
-        self.requests: list[str] = []
+    def __post_init__(self) -> None:
+        self.stores = {"experiments": self.experiments, "runs": self.runs, "recurringruns": self.recurring_runs}
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler_of(self))
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
     def __enter__(self) -> KfpServer:
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
-        self._thread.start()
+        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._server.shutdown()
-        self._thread.join()
         self._server.server_close()
 
-    def create_experiment(self, body: Json) -> Json:
-        if bool(body.get("namespace")) != self.multi_user:
+    def create(self, kind: str, body: Json) -> Json:
+        """An experiment, a run that stays pending, or a schedule that starts no runs."""
+        if kind != "experiments":
+            check_spec(body["pipeline_spec"])
+            self.known("experiments", body.get("experiment_id", ""))
+        elif bool(body.get("namespace")) != self.multi_user:
             raise Refusal(400, "Invalid input error: a namespace is needed in multi-user mode, and only there")
-        return _keep(self.experiments, body, "experiment_id")
+        identifier, state = _CREATED[kind]
+        now = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+        made = body | state | {identifier: str(uuid.uuid4()), "created_at": now}
+        self.stores[kind][made[identifier]] = made
+        return made
 
-    def create_run(self, body: Json) -> Json:
-        """It stays pending."""
-        self._check(body)
-        return _keep(self.runs, body | {"state": "PENDING"}, "run_id")
-
-    def create_recurring_run(self, body: Json) -> Json:
-        """A schedule. It starts no runs."""
-        self._check(body)
-        return _keep(self.recurring_runs, body | {"status": "ENABLED"}, "recurring_run_id")
-
-    def _check(self, body: Json) -> None:
-        check_spec(body["pipeline_spec"])
-        _known(self.experiments, body.get("experiment_id", ""))
-
-
-def _keep(store: dict[str, Json], body: Json, identifier: str) -> Json:
-    now = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
-    kept = body | {identifier: str(uuid.uuid4()), "created_at": now}
-    store[kept[identifier]] = kept
-    return kept
-
-
-def _known(store: dict[str, Json], key: str) -> Json:
-    if key not in store:
-        raise Refusal(404, f"ResourceNotFoundError: {key} not found")
-    return store[key]
+    def known(self, kind: str, key: str) -> Json:
+        if key not in self.stores[kind]:
+            raise Refusal(404, f"ResourceNotFoundError: {key} not found")
+        return self.stores[kind][key]
 
 
 def _handler_of(server: KfpServer) -> type[BaseHTTPRequestHandler]:
@@ -119,8 +103,7 @@ def _handler_of(server: KfpServer) -> type[BaseHTTPRequestHandler]:
             """Say nothing."""
 
         def _answer(self) -> None:
-            length = int(self.headers.get("Content-Length") or 0)
-            content = self.rfile.read(length)
+            content = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             server.requests.append(f"{self.command} {self.path}")
             try:
                 self._require_credentials()
@@ -161,16 +144,10 @@ def _route(server: KfpServer, method: str, target: str, content: bytes) -> Json:
         return {"commit_sha": "0", version: "2.17.0-emulator", "multi_user": server.multi_user}
     kind, _, rest = path.partition("/")
     key, _, verb = rest.partition(":")
-    stores = {"experiments": server.experiments, "runs": server.runs, "recurringruns": server.recurring_runs}
-    if kind not in stores:
+    if kind not in server.stores:
         raise Refusal(404, f"Not Found: {path}")
     if method == "GET":
-        return _known(stores[kind], key) if key else {}
+        return server.known(kind, key) if key else {}
     if verb == "terminate":
         return {}  # a run takes its time to end
-    creators: dict[str, Callable[[Json], Json]] = {
-        "experiments": server.create_experiment,
-        "runs": server.create_run,
-        "recurringruns": server.create_recurring_run,
-    }
-    return creators[kind](json.loads(content))
+    return server.create(kind, json.loads(content))

@@ -13,47 +13,30 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
-
-import yaml
 
 Resource = dict[str, Any]
 
 NAMESPACE = "kubeflow"
-USER = f"system:serviceaccount:{NAMESPACE}:pipeline-runner"
 _VERBS = {"GET": "get", "POST": "create", "PATCH": "patch", "DELETE": "delete"}
-RAYJOB_KIND = {"group": "ray.io", "version": "v1", "kind": "RayJob"}
 
 
 @dataclass
 class Cluster:
-    """Everything the API server holds, and how it misbehaves.
+    """Everything the API server holds, and how it misbehaves."""
 
-    Attributes:
-        rules: RBAC rules of the caller.
-        fields: Those of `spec` in the RayJob that is installed.
-        installed: Whether there is a RayJob CRD at all.
-        away: Drop every connection.
-        cut_answers: How many answers to break off in the middle of their body.
-        requests: (verb, resource) of every call.
-        logs: Pod -> lines that its container has written, each with its time.
-        last_words: Pod -> lines of its container before the last restart.
-    """
-
-    rules: list[Resource]
-    fields: tuple[str, ...] = ("entrypoint", "preRunningDeadlineSeconds")
-    installed: bool = True
-    away: bool = False
-    cut_answers: int = 0
-    requests: list[tuple[str, str]] = field(default_factory=list)
-    logs: dict[str, list[bytes]] = field(default_factory=dict)
-    last_words: dict[str, list[str]] = field(default_factory=dict)
+    rules: list[Resource]  # RBAC rules of the caller
+    # Of `spec` in the RayJob that is installed; None without its CRD.
+    fields: tuple[str, ...] | None = ("entrypoint", "preRunningDeadlineSeconds")
+    away: bool = False  # drop every connection
+    cut_answers: int = 0  # how many answers to break off in the middle of their body
+    requests: list[tuple[str, str]] = field(default_factory=list)  # (verb, resource) of every call
+    logs: dict[str, list[bytes]] = field(default_factory=dict)  # pod -> lines that its container wrote, with times
     on_create: Callable[[str], None] = lambda _name: None
     _objects: dict[tuple[str, str], Resource] = field(default_factory=dict)
     _changes: list[tuple[str, str, Resource]] = field(default_factory=list)  # event, kind, object
@@ -65,23 +48,22 @@ class Cluster:
             return copy.deepcopy(found) if found else None
 
     def list(self, plural: str, selector: str = "") -> list[Resource]:
-        terms = [term for term in selector.split(",") if term]
-        wanted = dict(term.split("=", 1) for term in terms if "=" in term)
-        present = {term for term in terms if "=" not in term}
+        wanted = [term.partition("=") for term in selector.split(",") if term]  # a label alone may have any value
+
+        def has(labels: dict[str, str]) -> bool:
+            return all(key in labels and (not equal or labels[key] == value) for key, equal, value in wanted)
+
         with self._lock:
-            found = [value for (kind, _), value in self._objects.items() if kind == plural]
-            labeled = [(o, o["metadata"].get("labels", {})) for o in found]
-            return [copy.deepcopy(o) for o, has in labeled if wanted.items() <= has.items() and present <= has.keys()]
+            found = [each for (kind, _), each in self._objects.items() if kind == plural]
+            return [copy.deepcopy(each) for each in found if has(each["metadata"].get("labels", {}))]
 
     def create(self, plural: str, resource: Resource) -> Resource:
         with self._lock:
             name = resource["metadata"]["name"]
             if (plural, name) in self._objects:
                 raise Refusal(409, "AlreadyExists", f'{plural}.ray.io "{name}" already exists')
-            resource["metadata"] |= {
-                "uid": str(uuid.uuid4()),
-                "creationTimestamp": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-            }
+            now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+            resource["metadata"] |= {"uid": str(uuid.uuid4()), "creationTimestamp": now}
             return self._store(plural, resource)
 
     def update(self, plural: str, name: str, change: Callable[[Resource], None]) -> Resource:
@@ -146,12 +128,6 @@ class Refusal(Exception):
         self.status = {"kind": "Status", "code": code, "reason": reason, "message": message, "status": "Failure"}
 
 
-def rules_of(path: Path) -> list[Resource]:
-    """The rules of a Role in a file."""
-    rules: list[Resource] = yaml.safe_load(path.read_text())["rules"]
-    return rules
-
-
 def pairs(rules: list[Resource]) -> Iterator[tuple[str, str]]:
     """(verb, resource) that the rules grant."""
     for rule in rules:
@@ -169,31 +145,21 @@ def _merge(resource: Resource, change: Resource) -> None:
             resource[key] = value
 
 
-class ApiServer:
-    """Serves a `Cluster` on loopback."""
-
-    def __init__(self, cluster: Cluster) -> None:
-        handler = type("Handler", (_Handler,), {"cluster": cluster})
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
-        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-
-    def write_kubeconfig(self, path: Path) -> None:
-        context = {"cluster": "emulated", "user": "nobody", "namespace": NAMESPACE}
-        content = {
-            "apiVersion": "v1",
-            "kind": "Config",
-            "current-context": "emulated",
-            "clusters": [{"name": "emulated", "cluster": {"server": self.url}}],
-            "users": [{"name": "nobody", "user": {}}],
-            "contexts": [{"name": "emulated", "context": context}],
-        }
-        path.write_text(yaml.safe_dump(content))
+@contextmanager
+def served(cluster: Cluster) -> Iterator[Resource]:
+    """Serve a `Cluster` on loopback; its kubeconfig."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"cluster": cluster}))
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    context = {"cluster": "emulated", "user": "nobody", "namespace": NAMESPACE}
+    yield {
+        "current-context": "emulated",
+        "clusters": [{"name": "emulated", "cluster": {"server": f"http://127.0.0.1:{server.server_port}"}}],
+        "users": [{"name": "nobody", "user": {}}],
+        "contexts": [{"name": "emulated", "context": context}],
+    }
+    server.shutdown()
+    server.server_close()
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -263,13 +229,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _authorize(self, verb: str, group: str, resource: str, name: str = "") -> None:
         self.cluster.requests.append((verb, resource))
         if not self.cluster.allows(verb, group, resource, name):
-            full = f"{resource}.{group}" if group else resource
-            raise Refusal(
-                403,
-                "Forbidden",
-                f'{full} is forbidden: User "{USER}" cannot {verb} resource "{resource}" in API group "{group}" '
-                f'in the namespace "{NAMESPACE}"',
-            )
+            full, user = f"{resource}.{group}".rstrip("."), f"system:serviceaccount:{NAMESPACE}:pipeline-runner"
+            cannot = f'User "{user}" cannot {verb} resource "{resource}" in API group "{group}"'
+            raise Refusal(403, "Forbidden", f'{full} is forbidden: {cannot} in the namespace "{NAMESPACE}"')
 
     def _send_changes(self, plural: str, query: dict[str, str]) -> None:
         """A watch, which ends after its time."""
@@ -290,21 +252,20 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(b"0\r\n\r\n")
 
     def _send_schema(self) -> None:
-        if not self.cluster.installed:
+        if self.cluster.fields is None:
             raise Refusal(404, "NotFound", "the server could not find the requested resource")
         schema = {"properties": {"spec": {"properties": {name: {} for name in self.cluster.fields}}}}
-        schemas = {"io.ray.v1.RayJob": schema | {"x-kubernetes-group-version-kind": [RAYJOB_KIND]}}
+        kind = {"group": "ray.io", "version": "v1", "kind": "RayJob"}
+        schemas = {"io.ray.v1.RayJob": schema | {"x-kubernetes-group-version-kind": [kind]}}
         self._send({"openapi": "3.0.0", "components": {"schemas": schemas}})
 
     def _send_log(self, pod: str, query: dict[str, str]) -> None:
-        words = self.cluster.last_words.get(pod)
-        if "tailLines" in query and words is not None:
-            lines = [f"{word}\n".encode() for word in words[-int(query["tailLines"]) :]]
-        elif (log := self.cluster.logs.get(pod)) is not None:
-            since = query.get("sinceTime", "")[: len("2026-01-01T00:00:00")].encode()
-            lines = [line for line in log if line >= since]
-        else:
+        if pod not in self.cluster.logs:
             raise Refusal(400, "BadRequest", f'container "ray-job-submitter" in pod "{pod}" is waiting to start')
+        since = query.get("sinceTime", "")[: len("2026-01-01T00:00:00")].encode()
+        lines = [line for line in self.cluster.logs[pod] if line >= since][-int(query.get("tailLines", 0)) :]
+        if "timestamps" not in query:
+            lines = [line.partition(b" ")[2] for line in lines]
         self._send_content(b"".join(lines), "text/plain")
 
     def _send(self, document: Any, code: int = 200) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
-from kubernetes_api import ApiServer, Cluster, Resource, rules_of
+from kubernetes_api import Cluster, Resource, served
 from launched import Launched
 
 from ncsn.config.compute import ComputeConfig
@@ -26,7 +26,9 @@ from ncsn.remote.manifest import render
 from ncsn.storage import heartbeat
 
 BASE = Path(__file__).parents[2] / "infra" / "base"
-LAUNCHER, JANITOR = (rules_of(BASE / name) for name in ("rbac/launcher-role.yaml", "janitor/role.yaml"))
+LAUNCHER, JANITOR = (
+    yaml.safe_load((BASE / name).read_text())["rules"] for name in ("rbac/launcher-role.yaml", "janitor/role.yaml")
+)
 IMAGE = "registry.example/ncsn-python:0.1.0"
 _, RECORDED, READ = json.loads(Path(__file__).with_name("rayjob_statuses.json").read_text()).values()
 STATUSES: dict[str, dict[str, Any]] = RECORDED | READ
@@ -101,9 +103,9 @@ class Emulation:
     def add_submitter(self, name: str = "submitter", **more: Any) -> None:
         self.add_pod(name, **more, **{"job-name": self.step().job_name})
 
-    def add_head(self, **status: Any) -> None:
+    def add_head(self, *, log: Iterable[str] = (), **status: Any) -> None:
         """One with this state of its container, or of the whole pod."""
-        self.add_pod("head", **{"ray.io/node-type": "head", "ray.io/cluster": "mine-kv5g6"})
+        self.add_pod("head", log=log, **{"ray.io/node-type": "head", "ray.io/cluster": "mine-kv5g6"})
         self.cluster.update("pods", "head", lambda pod: pod["status"].update(status))
 
     def add_task_pod(self, task: str, *, run_id: str, **status: Any) -> None:
@@ -130,10 +132,10 @@ def emulated(folder: Path) -> Iterator[Emulation]:
     """A cluster that the kubeconfig of the environment names. A RayJob runs as soon as it is created."""
     cluster = Cluster(rules=LAUNCHER)
     cluster.create("configmaps", yaml.safe_load((BASE / "janitor" / "notes.yaml").read_text()))
-    server, emulation = ApiServer(cluster), Emulation(cluster, folder)
+    emulation = Emulation(cluster, folder)
     cluster.on_create = lambda _: emulation.reach("runs")
-    server.write_kubeconfig(folder / "kubeconfig")
-    with pytest.MonkeyPatch.context() as patch:
+    with served(cluster) as kubeconfig, pytest.MonkeyPatch.context() as patch:
+        (folder / "kubeconfig").write_text(yaml.safe_dump(kubeconfig))
         patch.setenv("KUBECONFIG", str(folder / "kubeconfig"))
         patch.setenv("NCSN_IMAGE", IMAGE)
         patch.setattr(backend, "_LAST_READ_SECONDS", 120.0)  # of a log, on a busy machine
@@ -144,4 +146,3 @@ def emulated(folder: Path) -> Iterator[Emulation]:
         for name in ("KFP_POD_NAME", "NCSN_RAYJOB_TEMPLATE", "HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"):
             patch.delenv(name, raising=False)
         yield emulation
-    server.close()

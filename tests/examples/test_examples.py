@@ -30,16 +30,13 @@ def model(images: small_images.Images) -> small_images.Model:
     return small_images.train(images, num_images=6400, widths=(16, 32))
 
 
-def test_training_learns_and_an_image_depends_on_its_seed_and_number_alone(images, model):
+def test_training_learns_goes_on_and_an_image_depends_on_its_seed_and_number_alone(images, model):
     few, many = model.sample(2, seed=3), model.sample(5, seed=3)
     torch.testing.assert_close(few, many[:2], rtol=0, atol=1e-4)
     fresh = small_images.train(images, num_images=64, widths=(16, 32))
     real = small_images.statistics(images.train)
     learned, before = (neon.distance(each, real, seed=0, count=128) for each in (model, fresh))
     assert learned < 0.5 * before
-
-
-def test_a_longer_training_starts_from_the_model_that_it_is_given(images, model):
     again = small_images.train(images, num_images=64, start=model, learning_rate=0.0)
     for one, other in zip(model.network.parameters(), again.network.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
@@ -52,19 +49,12 @@ def test_the_least_value_is_between_the_places():
     assert neon.lowest_point({0.0: 3.0, 0.5: 2.0, 3.0: 1.0}) == 3.0
 
 
-def test_bits_of_uniform_noise_and_of_a_normal_distribution():
+def test_bits_of_uniform_noise_of_a_normal_distribution_and_fewer_of_a_trained_network(images, model):
     generator = torch.Generator().manual_seed(0)
-    size = 4
-    noise = torch.rand(20_000, 1, 2, 2, generator=generator)
-    assert likelihood.bits(torch.zeros(3), size).tolist() == pytest.approx([math.log2(17)] * 3)
+    assert likelihood.bits(torch.zeros(3), 4).tolist() == pytest.approx([math.log2(17)] * 3)
     x = 0.5 + 0.1 * torch.randn(20_000, 1, 2, 2, generator=generator)
     entropy = math.log2(0.1 * math.sqrt(2 * math.pi * math.e))  # of a pixel, in bits
     assert likelihood.normal_bits(x, x).mean().item() == pytest.approx(math.log2(17) + entropy, abs=0.01)
-    assert likelihood.normal_bits(noise, noise).mean().item() > math.log2(17)
-
-
-def test_a_trained_network_needs_fewer_bits_than_a_normal_distribution(images, model):
-    generator = torch.Generator().manual_seed(0)
     x = likelihood.dequantized(images.test[:16], generator)
     normal = likelihood.normal_bits(likelihood.dequantized(images.train, generator), x)
     assert likelihood.network_bits(model, x, steps=24, probes=1).mean() < normal.mean()

@@ -23,8 +23,7 @@ from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
 from ncsn.core.keyed_random import KeyedNoise
-from ncsn.core.samplers.chain import sample, spaced_sigmas
-from ncsn.core.samplers.guidance import Guided
+from ncsn.core.samplers.chain import sample
 from ncsn.core.samplers.settings import DpmSolver, KarrasHeun, Sampler
 
 RHO, KNOWN, HIGH, LOW = 0.8, 1.3, 40.0, 0.002
@@ -49,17 +48,9 @@ def exact_variance(sigma: float) -> float:
 
 
 def given(x: Tensor, variance: Variance, *, noise: float, sampler: Sampler) -> Tensor:
-    y = torch.tensor([KNOWN, 0.0]).to(x).expand_as(x)
-    return restored(
-        Pair(),
-        Observation(FIRST, y, noise),
-        variance,
-        sampler=sampler,
-        x=x,
-        sigmas=SIGMAS,
-        noise=lambda _: torch.zeros_like(x),
-        scale=1.0,
-    )
+    observed = Observation(FIRST, torch.tensor([KNOWN, 0.0]).to(x).expand_as(x), noise)
+    none = torch.zeros_like(x)
+    return restored(Pair(), observed, variance, sampler=sampler, x=x, sigmas=SIGMAS, noise=lambda _: none, scale=1.0)
 
 
 def moments(variance: Variance, *, noise: float, steps: int) -> tuple[float, float, float, float]:
@@ -75,11 +66,9 @@ def moments(variance: Variance, *, noise: float, steps: int) -> tuple[float, flo
     ("variance", "noise", "steps", "expected"),
     [
         (exact_variance, 0.1, 18, (1.0131, 0.3962)),
-        (exact_variance, 0.1, 36, (1.0136, 0.3730)),
         (exact_variance, 0.1, 144, (1.0138, 0.3669, 1.2837, 0.00993)),
         (gaussian_variance(1.0), 0.1, 144, (0.9615, 0.3973, 1.2622, 0.01474)),
         (lambda _: 0.0, 0.1, 144, (1.4624, 0.2744)),
-        (exact_variance, 0.01, 144, (1.0243, 0.3606)),
     ],
 )
 def test_moments_of_a_correlated_pair(variance, noise, steps, expected) -> None:
@@ -89,12 +78,11 @@ def test_moments_of_a_correlated_pair(variance, noise, steps, expected) -> None:
         assert value == pytest.approx(wanted, abs=tolerance)
 
 
-@pytest.mark.parametrize(("noise", "steps"), [(0.1, 18), (0.1, 36), (0.01, 144)])
-def test_a_likelihood_without_the_variance_of_the_image_diverges(noise: float, steps: int) -> None:
+def test_a_likelihood_without_the_variance_of_the_image_diverges() -> None:
     start = HIGH * KeyedNoise(0, first=0, count=64, shape=(1, 1, 2))(0).double()
     with pytest.raises(Diverged):
-        given(start, lambda _: 0.0, noise=noise, sampler=KarrasHeun(num_steps=steps))
-    assert given(start, exact_variance, noise=noise, sampler=KarrasHeun(num_steps=steps)).abs().max() < 10
+        given(start, lambda _: 0.0, noise=0.1, sampler=KarrasHeun(num_steps=18))
+    assert given(start, exact_variance, noise=0.1, sampler=KarrasHeun(num_steps=18)).abs().max() < 10
 
 
 class Curved:
@@ -108,72 +96,32 @@ class Curved:
 @pytest.mark.parametrize("sampler", [KarrasHeun(num_steps=6), DpmSolver(num_steps=6), DpmSolver(num_steps=6, eta=1.0)])
 def test_all_or_nothing_known(sampler: Sampler) -> None:
     noise = KeyedNoise(0, first=0, count=3, shape=(2, 4, 4))
-    start, images = HIGH * noise(7), noise(8)
+    start, images, sigmas = HIGH * noise(7), noise(8), SIGMAS.float()
 
-    def with_mask(known: bool) -> Tensor:
-        operator = KnownPixels(torch.full((4, 4), known))
-        return restored(
-            Curved(),
-            Observation(operator, operator.apply(images)),
-            gaussian_variance(1.0),
-            sampler=sampler,
-            x=start,
-            sigmas=SIGMAS.float(),
-            noise=noise,
-            scale=1.0,
-        )
+    def drawn(known: bool) -> Tensor:
+        operator, r2 = KnownPixels(torch.full((4, 4), known)), gaussian_variance(1.0)
+        seen = Observation(operator, operator.apply(images))
+        return restored(Curved(), seen, r2, sampler=sampler, x=start, sigmas=sigmas, noise=noise, scale=1.0)
 
-    assert torch.equal(with_mask(True), images)
-    assert torch.equal(with_mask(False), sample(sampler, Curved(), x=start, sigmas=SIGMAS.float(), noise=noise))
-
-
-def score_of_normal(s2: float):
-    return lambda x, level=None, *, sigma: -x / (s2 + sigma.view(-1, 1, 1, 1) ** 2)
-
-
-def test_guidance_by_classes_holds_in_its_band() -> None:
-    """The measurement guides the score function that holds at each sigma, and a step stays with one."""
-    sigmas = torch.tensor(spaced_sigmas(SIGMAS, 30, spacing="karras"), dtype=torch.float64)
-    guided = Guided(score_of_normal(0.25), score_of_normal(1.0), weight=2.0, band=(0.5, 5.0))
-    start = torch.full((1, 1, 1, 2), HIGH, dtype=torch.float64)
-    x = restored(
-        guided,
-        Observation(FIRST, torch.tensor([0.375, 0.0]).double().view_as(start)),
-        gaussian_variance(0.5),
-        sampler=DpmSolver(num_steps=30),
-        x=start,
-        sigmas=sigmas,
-        noise=lambda _: torch.zeros_like(start),
-        scale=0.5,
-    )
-    alone = sample(DpmSolver(num_steps=30), guided, x=start, sigmas=sigmas, noise=lambda _: torch.zeros_like(start))
-    assert float(x[..., 0]) == 0.375
-    assert float(x[..., 1]) == pytest.approx(float(alone[..., 1]), abs=1e-12)  # pixels do not know of each other
+    assert torch.equal(drawn(True), images)
+    assert torch.equal(drawn(False), sample(sampler, Curved(), x=start, sigmas=sigmas, noise=noise))
 
 
 SIZE = HEIGHT, WIDTH = 12, 9
 
 
-def operators() -> dict[str, Operator]:
-    mask = torch.arange(WIDTH) % 3 > 0
-    return {"pixels": KnownPixels(mask), "means": means(*SIZE, factor=3), "blur": blur(*SIZE, deviation=1.5)}
+IMAGES = torch.rand(2, 2, *SIZE, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
-def images(count: int = 2) -> torch.Tensor:
-    return torch.rand(count, 2, *SIZE, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-
-
-def matrix(operator: Operator) -> torch.Tensor:
-    """A of one channel, by its columns."""
+@pytest.mark.parametrize(
+    "operator",
+    [KnownPixels(torch.arange(WIDTH) % 3 > 0), means(*SIZE, factor=3), blur(*SIZE, deviation=1.5)],
+    ids=["pixels", "means", "blur"],
+)
+def test_the_adjoint_and_the_explanation_are_those_of_the_matrix(operator: Operator) -> None:
     basis = torch.eye(HEIGHT * WIDTH, dtype=torch.float64).view(-1, 1, *SIZE)
-    return operator.apply(basis).flatten(1).T
-
-
-@pytest.mark.parametrize("name", ["pixels", "means", "blur"])
-def test_the_adjoint_and_the_explanation_are_those_of_the_matrix(name: str) -> None:
-    operator = operators()[name]
-    a, x = matrix(operator), images()
-    y = operator.apply(x)
+    a = operator.apply(basis).flatten(1).T
+    y = operator.apply(IMAGES)
     torch.testing.assert_close(operator.adjoint(y).flatten(2), y.flatten(2) @ a)
     noise, spread = 0.01, 0.3
     whole = noise * torch.eye(len(a), dtype=torch.float64) + spread * a @ a.T
@@ -183,14 +131,12 @@ def test_the_adjoint_and_the_explanation_are_those_of_the_matrix(name: str) -> N
 
 
 def test_blur_and_means_are_those_of_scipy_and_numpy() -> None:
-    x = images(1)
-    expected = gaussian_filter(x[0, 0].numpy(), 1.5, mode="reflect")
-    np.testing.assert_allclose(blur(*SIZE, deviation=1.5).apply(x)[0, 0].numpy(), expected, atol=1e-12)
-    wide = gaussian_filter(x[0, 0].numpy(), 5.0, mode="reflect")  # its kernel is wider than the image
-    np.testing.assert_allclose(blur(*SIZE, deviation=5.0).apply(x)[0, 0].numpy(), wide, atol=1e-12)
-    blocks = x[0, 0].numpy().reshape(4, 3, 3, 3).mean(axis=(1, 3))
-    np.testing.assert_allclose(means(*SIZE, factor=3).apply(x)[0, 0].numpy(), blocks, atol=1e-12)
-    assert means(*SIZE, factor=3).apply(x).shape == (1, 2, 4, 3)
+    plane = IMAGES[0, 0].numpy()
+    for deviation in (1.5, 5.0):  # the kernel of the second is wider than the image
+        expected = gaussian_filter(plane, deviation, mode="reflect")
+        np.testing.assert_allclose(blur(*SIZE, deviation=deviation).apply(IMAGES)[0, 0], expected, atol=1e-12)
+    blocks = plane.reshape(4, 3, 3, 3).mean(axis=(1, 3))
+    np.testing.assert_allclose(means(*SIZE, factor=3).apply(IMAGES)[0, 0], blocks, atol=1e-12)
 
 
 def test_signal_to_noise_of_known_errors() -> None:

@@ -24,14 +24,9 @@ class Clone:
             text.write(f"\nprint({SAYS!r}, flush=True)\n")
 
     def ncsn(self, *arguments: str, env: Mapping[str, str] = os.environ) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "ncsn", *arguments],
-            cwd=self.folder,
-            env={**env, "PYTHONPATH": str(self.folder)},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        command = [sys.executable, "-m", "ncsn", *arguments]
+        env = {**env, "PYTHONPATH": str(self.folder)}
+        return subprocess.run(command, cwd=self.folder, env=env, capture_output=True, text=True, check=False)
 
 
 def clone(folder: Path) -> Clone:

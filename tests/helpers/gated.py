@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -33,19 +34,19 @@ class Killed(BaseException):
 
 
 class DiesAt(MlflowClient):
-    """Its process is killed at the n-th of these requests; `counts` says of the arguments of one whether it counts."""
+    """Its process is killed after so many of these requests."""
 
-    def __init__(self, uri, requests, *, at, counts=lambda *_: True) -> None:
+    def __init__(self, uri, requests, *, at) -> None:
         super().__init__(uri, uri)
-        self._left, self._counts = at, counts
+        left = itertools.count(at, -1)
+
+        def counted(request: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                if next(left) <= 0:
+                    raise Killed
+                return request(*args, **kwargs)
+
+            return call
+
         for name in requests:
-            setattr(self, name, self._counted(getattr(self, name)))
-
-    def _counted(self, request: Callable[..., Any]) -> Callable[..., Any]:
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            self._left -= self._counts(*args)
-            if self._left < 0:
-                raise Killed
-            return request(*args, **kwargs)
-
-        return counted
+            setattr(self, name, counted(getattr(self, name)))

@@ -9,16 +9,13 @@ import os
 import secrets
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
 
 from ncsn.distributed import ray_calls
 from ncsn.distributed.ray_calls import call_all
 
 import ray  # isort: skip  # after ncsn.distributed, which sets its environment
 
-T = TypeVar("T")
 Place = tuple[int, tuple[int, ...]]  # process and the numbers of its GPUs
 
 
@@ -55,7 +52,7 @@ def refuse(number: int) -> int:
     return number
 
 
-def results(function: Callable[[Any], T], each: list[Any], *, gpu: bool = True, at_once: int | None = None) -> list[T]:
+def results(function, each, *, gpu=True, at_once=None):
     """What the calls return, one of which is tried again at most once."""
     ray_calls.RETRIES = 1
     return [found for _, found in call_all(function, each, cpus=1, gpu=gpu, in_flight=at_once)]

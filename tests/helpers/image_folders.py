@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import io
+import itertools
 import struct
 import tarfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image
 
 from ncsn.data.format import SkippedImage
+from ncsn.data.pixels import Example
 from ncsn.storage import write_bytes
 
 
@@ -28,8 +31,7 @@ class Formats:
         buffer = io.BytesIO()
         with tarfile.open(fileobj=buffer, mode=mode) as tar:
             for name, content in members.items():
-                info = tarfile.TarInfo(name)
-                info.size = len(content)
+                (info := tarfile.TarInfo(name)).size = len(content)
                 tar.addfile(info, io.BytesIO(content))
         return buffer.getvalue()
 
@@ -76,3 +78,22 @@ def sorted_rows(source) -> list[tuple[int, int]]:
 
 def skipped_of(source) -> list[str]:
     return [row.name for part in source.splits.values() for row in part.stream() if isinstance(row, SkippedImage)]
+
+
+@dataclass(frozen=True)
+class GeneratedSplit:
+    """A split of a source whose rows a function generates."""
+
+    count: int
+    rows: Callable[[], Iterable[Example | SkippedImage]]
+    in_tasks: ClassVar[bool] = False
+
+    def __len__(self) -> int:
+        return self.count
+
+    def section(self, first: int, last: int) -> GeneratedSplit:
+        last = min(last, self.count)
+        return replace(self, count=last - first, rows=lambda: itertools.islice(self.rows(), first, last))
+
+    def stream(self, *, cores: int | None = None) -> Iterator[Example | SkippedImage]:
+        return iter(self.rows())

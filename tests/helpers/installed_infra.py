@@ -15,9 +15,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import yaml
-from live import Namespace, Resource, apply, forwarded, get, kubectl
+from live import INFRA, Namespace, Resource, apply, forwarded, get, kubectl
 
-INFRA = Path(__file__).parents[2] / "infra"
 ENVIRONMENT, CREDENTIALS = "ncsn-environment", "ncsn-credentials"
 _SERVICE = re.compile(r"(?P<name>[a-z0-9-]+)\.(?P<namespace>[a-z0-9-]+)(\.svc(\.cluster\.local)?)?")
 

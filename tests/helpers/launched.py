@@ -31,10 +31,7 @@ kuberay.POLL_SECONDS = common._LOG_SECONDS = 0.1
 kuberay.LOOK_SECONDS = (0.1, 0.1)
 kuberay._AT_ONCE, common._LAST_READ_SECONDS = (60.0, 60.0), 120.0  # this machine may be slower than a cluster
 try:
-    if step is None:
-        print(json.dumps(backend.stop(run=sys.argv[3], kfp_run=None)))
-    else:
-        backend.execute(RemoteStep(**step | {"command": tuple(step["command"])}))
+    backend.execute(RemoteStep(**step | {"command": tuple(step["command"])}))
 except KeyboardInterrupt:  # as `ncsn` does; of a bare Python that has imported Ray, the exit code is 1
     sys.exit(130)
 except (RemoteFailure, ValueError) as error:
@@ -46,13 +43,8 @@ class Launched(subprocess.Popen[str]):
     """A launcher and its output."""
 
     def __init__(self, *arguments: str, env: dict[str, str]) -> None:
-        super().__init__(
-            [sys.executable, "-c", _LAUNCHER, *arguments],
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        super().__init__([sys.executable, "-c", _LAUNCHER, *arguments], env=env, **pipes)
         self.said: list[str] = []
 
     def until(self, line: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import signal
 import subprocess
 import sys
@@ -10,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from image_folders import Formats
 
 from ncsn import storage
 from ncsn.environment import now_ms
@@ -23,10 +22,7 @@ DEAD = "http://127.0.0.1:9"  # Discard's port, on which nothing listens here
 LEVEL, RATE = "train/loss_sigma_0.5", "train/learning_rate"
 
 
-def png() -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3)).save(buffer, format="PNG")
-    return buffer.getvalue()
+PNG = Formats.image(np.arange(192, dtype=np.uint8).reshape(8, 8, 3))
 
 
 class Worker:
@@ -45,8 +41,8 @@ class Worker:
 
     def save(self) -> None:
         self.history.publish()
-        storage.write_bytes(self.folder.preview(self.history.images_seen[-1]), png())
-        self.sink.log({}, self.history.images_seen[-1], self.history.times[-1], png=png())
+        storage.write_bytes(self.folder.preview(self.history.images_seen[-1]), PNG)
+        self.sink.log({}, self.history.images_seen[-1], self.history.times[-1], png=PNG)
 
 
 def killed(program: str, *arguments: object) -> None:

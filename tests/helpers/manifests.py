@@ -10,8 +10,8 @@ from typing import Any
 
 import jsonschema
 
-NAMED = os.environ.get("NCSN_CRD_SCHEMAS")
-FOLDER = Path(NAMED) if NAMED else Path(__file__).parents[2].parent / "shared" / "crds"  # beside the checkout
+# Beside the checkout.
+FOLDER = Path(os.environ.get("NCSN_CRD_SCHEMAS") or Path(__file__).parents[3] / "shared" / "crds")
 
 
 def api_server_errors(manifest: dict[str, Any]) -> list[str]:

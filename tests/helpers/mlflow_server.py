@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,8 +17,7 @@ from ports import free_port
 from ncsn.tracking.client import client_at
 
 MLFLOW = [sys.executable, "-m", "mlflow"]
-# MLflow's server opens its database at the first request to its API.
-API = "/api/2.0/mlflow/experiments/search?max_results=1"
+API = "/api/2.0/mlflow/experiments/search?max_results=1"  # at whose first request its server opens its database
 
 
 class Server:
@@ -29,22 +27,16 @@ class Server:
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         self._command = [*command, "--host", "127.0.0.1", "--port", str(port)]
-        self._health = self.url + health
-        self._folder = folder
-        self._process: subprocess.Popen[bytes] | None = None
+        self._health, self._folder = self.url + health, folder
 
     def __enter__(self) -> Server:
-        try:
-            self.start()
-        except BaseException:
-            self.kill()
-            raise
+        self.start()
         return self
 
     def __exit__(self, *_error: object) -> None:
         self.kill()
 
-    def start(self, *, seconds: float = 240.0) -> None:
+    def start(self) -> None:
         # `mlflow models serve` looks for uvicorn on the PATH.
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         environment = os.environ | {"PATH": path, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
@@ -52,18 +44,20 @@ class Server:
             self._process = subprocess.Popen(
                 self._command, stdout=log, stderr=log, cwd=self._folder, start_new_session=True, env=environment
             )
-        give_up = time.monotonic() + seconds
-        while not self._answers():
-            assert self._process.poll() is None, f"{self._command} ended with {self._process.returncode}"
-            assert time.monotonic() < give_up, f"{self._health} did not answer within {seconds} s"
-            time.sleep(0.2)
+        give_up = time.monotonic() + 240
+        try:
+            while not self._answers():
+                assert self._process.poll() is None, f"{self._command} ended with {self._process.returncode}"
+                assert time.monotonic() < give_up, f"{self._health} did not answer within 240 s"
+                time.sleep(0.2)
+        except BaseException:
+            self.kill()
+            raise
 
     def _answers(self) -> bool:
-        try:
-            with urllib.request.urlopen(self._health, timeout=5):
-                return True
-        except (urllib.error.URLError, OSError):
-            return False
+        with contextlib.suppress(OSError), urllib.request.urlopen(self._health, timeout=5):
+            return True
+        return False
 
     @contextlib.contextmanager
     def away(self) -> Iterator[None]:
@@ -77,7 +71,6 @@ class Server:
     @contextlib.contextmanager
     def hanging(self) -> Iterator[None]:
         """Stopped while the block runs: it takes connections and says nothing."""
-        assert self._process is not None
         os.killpg(self._process.pid, signal.SIGSTOP)
         try:
             yield
@@ -85,11 +78,10 @@ class Server:
             os.killpg(self._process.pid, signal.SIGCONT)
 
     def kill(self) -> None:
-        if self._process is not None:
+        if self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait(60)
-            self._process = None
 
 
 def tracking_server(folder: Path, *, database: str = "", artifacts: str = "") -> Server:

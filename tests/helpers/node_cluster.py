@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -63,14 +64,15 @@ def main(config: str, dataset: str, run: str, how: str, at_images: int) -> None:
     kept: list[str] = []
 
     def take_away(training: Future[TrainOutcome]) -> None:
-        while not any(done >= at_images for done, _ in progress.seen()):
-            assert not training.done(), training.result()
-            time.sleep(0.1)
-        if how == "replace":
-            cluster.remove_node(nodes[1], allow_graceful=False)
-            while not any(workers == 1 for _, workers in progress.seen()):
+        def wait(condition: Callable[[], object]) -> None:
+            while not condition():
                 assert not training.done(), training.result()
                 time.sleep(0.1)
+
+        wait(lambda: any(done >= at_images for done, _ in progress.seen()))
+        if how == "replace":
+            cluster.remove_node(nodes[1], allow_graceful=False)
+            wait(lambda: any(workers == 1 for _, workers in progress.seen()))
             cluster.add_node(num_cpus=1)
         else:
             # What `ray drain-node` calls, without the seconds that the command takes to start.
@@ -79,17 +81,10 @@ def main(config: str, dataset: str, run: str, how: str, at_images: int) -> None:
             deadline = time.time_ns() // 1_000_000 + 1000 * NOTICE_SECONDS
             accepted, why_not = client.drain_node(nodes[1].node_id, reason, "simulated", deadline)
             assert accepted, why_not
-            while not kept:
-                assert not training.done(), training.result()
-                kept.extend(path.name for path in folder.glob("checkpoints/resume-*"))
-                time.sleep(0.1)
+            wait(lambda: kept.extend(path.name for path in folder.glob("checkpoints/resume-*")) or kept)
 
-    job = TrainingJob(
-        config=from_yaml(Path(config).read_text()),
-        dataset=dataset,
-        history=str(folder / "history.json"),
-        progress=progress,
-    )
+    history = str(folder / "history.json")
+    job = TrainingJob(from_yaml(Path(config).read_text()), dataset, history=history, progress=progress)
     with ThreadPoolExecutor(1) as pool:
         training = pool.submit(distributed.train, job, run_uri=run)
         take_away(training)  # here, since Ray adds nodes in the main thread alone

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import numpy as np
@@ -37,18 +37,14 @@ import ray  # isort: skip  # after ncsn.distributed, which sets its environment
 from ray.exceptions import OutOfMemoryError  # isort: skip
 from ray.train.v2._internal.callbacks.backend_setup import BackendSetupCallback  # isort: skip
 
-P = ParamSpec("P")
-R = TypeVar("R")
 
-
-class RayDriver:
+class RayDriver(NamedTuple):
     """Calls functions in the driver; what they take, return and raise must pickle."""
 
-    def __init__(self, pool: ProcessPoolExecutor) -> None:
-        self._pool = pool
+    pool: ProcessPoolExecutor
 
-    def __call__(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        return self._pool.submit(function, *args, **kwargs).result()
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return self.pool.submit(function, *args, **kwargs).result()
 
 
 @contextmanager
@@ -75,7 +71,7 @@ def _join(config: Config, *, dashboard: bool) -> dict[str, str]:
     return {name: os.environ[name] for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN") if name in os.environ}
 
 
-def with_progress(function: Callable[..., R], *args: Any, **kwargs: Any) -> tuple[R, list[tuple[int, int]]]:
+def with_progress(function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, list[tuple[int, int]]]:
     """The result of a function, and what its `progress` counted to of what."""
     told: list[tuple[int, int]] = []
 
@@ -84,11 +80,6 @@ def with_progress(function: Callable[..., R], *args: Any, **kwargs: Any) -> tupl
             told.append((self.done, self.total))
 
     return function(*args, progress=Told(), **kwargs), told
-
-
-def with_environment(environment: dict[str, str], function: Callable[[], R]) -> R:
-    with patch.dict(os.environ, environment):
-        return function()
 
 
 class KillsWorker(Progress):
@@ -127,16 +118,13 @@ def evaluate_by_tasks(config: Config, **given: Any) -> EvaluateResult:
 def live_scores(config: Config, dataset: str, *, checkpoint: str, folder: str) -> tuple[list[RunningScore], list[int]]:
     """The running scores of the images of a config, and how many images were there when each was due."""
     evaluator = open_evaluator(config, dataset, runner=runner_of(config.compute))
-    running = RunningDistance(evaluator.reference.statistics, count=config.sampling.num_images)
-    scores: list[RunningScore] = []
-    there: list[int] = []
+    running, progress = RunningDistance(evaluator.reference.statistics, count=config.sampling.num_images), Progress()
+    scores, there = list[RunningScore](), list[int]()
 
     def take(first: int, features: np.ndarray) -> None:
-        due = running.add(first, features)
-        scores.extend(due)
+        scores.extend(due := running.add(first, features))
         there.extend(progress.done for _ in due)
 
-    progress = Progress()
     shards = plan_shards(config, checkpoint=checkpoint, folder=folder, dataset=dataset)
     make_shards(config, shards, progress=progress, on_features=take)
     return scores, there

@@ -14,11 +14,11 @@ import sys
 import tempfile
 import urllib.request
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-CACHE_DIR = "NCSN_CACHE_DIR"
 # For whatever starts or joins a cluster: Ray gives up its own processes after 30 or 60 s, and a busy machine is slow.
 PATIENT_RAY = {
     "RAY_raylet_start_wait_time_s": "300",
@@ -30,12 +30,6 @@ PATIENT_RAY = {
 HEALTH_CHECK = {"RAY_health_check_period_ms": "1000", "RAY_health_check_failure_threshold": "5"}
 
 
-@dataclass(frozen=True)
-class RayNode:
-    id: str  # Ray's name for it
-    cache: Path  # its NCSN_CACHE_DIR, which no other node has
-
-
 @dataclass
 class RayNodes:
     """A cluster that runs while the context is open. The first node is the head."""
@@ -44,11 +38,10 @@ class RayNodes:
     count: int
     cpus: int
     environment: Mapping[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.token = secrets.token_hex(32)
-        self.nodes: list[RayNode] = []
-        self.address = self.dashboard = ""
+    token: str = field(default_factory=lambda: secrets.token_hex(32))
+    nodes: list[str] = field(default_factory=list)  # Ray's names for them
+    address: str = ""
+    dashboard: str = ""
 
     @property
     def client(self) -> dict[str, str]:
@@ -57,30 +50,16 @@ class RayNodes:
 
     def __enter__(self) -> RayNodes:
         self._temporary = tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True)
-        bin_folder = str(Path(sys.executable).parent)
-        environment = (
-            self.client
-            | HEALTH_CHECK
-            | {
-                # Ray's job supervisor joins the newest cluster that it finds below this folder.
-                "RAY_TMPDIR": self._temporary.name,
-                # Where the entrypoint of a job is looked up.
-                "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}",
-                "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
-                "RAY_worker_niceness": "0",
-            }
-        )
+        environment = self.client | HEALTH_CHECK
+        # Ray's job supervisor joins the newest cluster that it finds below this folder.
+        environment["RAY_TMPDIR"] = self._temporary.name
+        # Where the entrypoint of a job is looked up.
+        environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        environment |= {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2", "RAY_worker_niceness": "0"}
         del environment["RAY_ADDRESS"]
         with (self.folder / "cluster.log").open("wb") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, __file__],
-                env=environment,
-                cwd=self.folder,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-            )
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log, "text": True}
+            self._process = subprocess.Popen([sys.executable, __file__], env=environment, cwd=self.folder, **pipes)
         try:
             for _ in range(self.count):
                 self.add()
@@ -92,29 +71,27 @@ class RayNodes:
     def __exit__(self, *_error: object) -> None:
         assert self._process.stdin is not None
         self._process.stdin.close()
-        try:
+        with suppress(subprocess.TimeoutExpired):
             self._process.wait(60)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        self._process.kill()
+        self._process.wait()
         self._temporary.cleanup()
 
     def add(self) -> None:
         """Start one more node, and wait until it is alive."""
         assert self._process.stdin is not None and self._process.stdout is not None
-        cache = self.folder / f"cache-{len(self.nodes)}"
-        self._process.stdin.write(json.dumps({"num_cpus": self.cpus, "env_vars": {CACHE_DIR: str(cache)}}) + "\n")
+        cache = {"NCSN_CACHE_DIR": str(self.folder / f"cache-{len(self.nodes)}")}  # which no other node has
+        self._process.stdin.write(json.dumps({"num_cpus": self.cpus, "env_vars": cache}) + "\n")
         self._process.stdin.flush()
         answer = self._process.stdout.readline()
         assert answer, f"the cluster's process has ended:\n{(self.folder / 'cluster.log').read_text()[-3000:]}"
         node, self.address, dashboard = json.loads(answer)
         self.dashboard = f"http://{dashboard}"
-        self.nodes.append(RayNode(node, cache))
+        self.nodes.append(node)
 
     def run(self, command: Sequence[str], *, seconds: float) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            command, env=self.client, cwd=self.folder, capture_output=True, text=True, timeout=seconds, check=False
-        )
+        where = {"env": self.client, "cwd": self.folder}
+        return subprocess.run(command, **where, capture_output=True, text=True, timeout=seconds, check=False)
 
     def listed(self, kind: str) -> list[dict[str, Any]]:
         """What Ray's state API says of `tasks` or `actors`, for example the `node_id` of each."""

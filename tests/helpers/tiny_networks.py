@@ -22,7 +22,7 @@ sampling: {num_images: 20, sampler: {kind: annealed_langevin, steps_per_level: 1
 """
 MOMENTS = fit_moments(torch.rand(16, 1, 8, 8, generator=torch.Generator().manual_seed(0)), num_components=4)
 SIGMAS = torch.logspace(0, -2, 10)
-BOTH: dict[str, Any] = {
+BOTH = {
     "channels": 1,
     "image_size": 8,
     "sigmas": SIGMAS,
@@ -37,25 +37,23 @@ def tiny_config(*overrides: str) -> Config:
 
 
 def unet(**changes: Any) -> UnetNetwork:
-    settings = BOTH | {"widths": (8, 16), "embedding_features": 16, "attention_sizes": ()}
-    return UnetNetwork(**(settings | changes))
+    return UnetNetwork(**(BOTH | {"widths": (8, 16), "embedding_features": 16, "attention_sizes": ()} | changes))
 
 
 def ddpmpp(**changes: Any) -> DdpmppNetwork:
-    settings = BOTH | {"base_width": 16, "multipliers": (1, 2), "embedding_multiplier": 4, "attention_sizes": (8,)}
-    return DdpmppNetwork(**(settings | changes))
+    settings = {"base_width": 16, "multipliers": (1, 2), "embedding_multiplier": 4, "attention_sizes": (8,)}
+    return DdpmppNetwork(**(BOTH | settings | changes))
 
 
-def shaken(network: Any, *, seed: int = 0, but_for: str | None = None) -> Any:
+def shaken(network: Any, *, seed: int = 0) -> Any:
     """Not at its start, where most of a network has no influence yet."""
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, parameter in network.named_parameters():
-            if but_for is None or but_for not in name:
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=draw))
+        for parameter in network.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=draw))
     return network
 
 
-def random_batch(*, batch: int = 6, channels: int = 1, size: int = 8) -> tuple[Tensor, Tensor]:
-    x = torch.rand(batch, channels, size, size, generator=torch.Generator().manual_seed(1))
-    return x, torch.arange(batch) % len(SIGMAS)
+def random_batch(*, channels: int = 1, size: int = 8) -> tuple[Tensor, Tensor]:
+    x = torch.rand(6, channels, size, size, generator=torch.Generator().manual_seed(1))
+    return x, torch.arange(6) % len(SIGMAS)

@@ -53,18 +53,17 @@ def receiver() -> Iterator[Receiver]:
                 found.arrived.notify_all()
             if answer != CUT:
                 self.send_response(answer)
-                self.send_header("Content-Length", "0")
                 self.end_headers()
 
         def log_message(self, *_: object) -> None:
             pass
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server, pytest.MonkeyPatch.context() as patch:
-        found.url = f"http://127.0.0.1:{server.server_address[1]}/hidden/path"
+        found.url = f"http://127.0.0.1:{server.server_port}/hidden/path"
         patch.setenv(events.WEBHOOK, found.url)
         patch.setenv(events.SECRET, "of the test")
         server.daemon_threads = True
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         try:
             yield found
         finally:

@@ -29,6 +29,7 @@ from ncsn import storage
 from ncsn.config import Config
 from ncsn.core.training import TrainState
 from ncsn.model.checkpoint import CheckpointStore, DamagedError
+from ncsn.runs.history import load_history
 from ncsn.training import context as training_context, loop
 from ncsn.training.context import WorkerContext, prepare_network
 from ncsn.training.loop import Training, TrainingJob, TrainOutcome, train_loop
@@ -58,9 +59,7 @@ class Killed(BaseException):
     """Nothing after it happens."""
 
 
-def train_until_killed(
-    job: TrainingJob, folder: Path | str, *, at: str = "", context: WorkerContext | None = None
-) -> None:
+def train_until_killed(job, folder, *, at="") -> None:
     """Train until a checkpoint is stored: the first, or the one with the name `at`."""
 
     class Dies(CheckpointStore):
@@ -71,7 +70,7 @@ def train_until_killed(
                 raise Killed
 
     with pytest.raises(Killed):
-        train_loop(job, context or WorkerContext(), Dies(str(folder)))
+        train_loop(job, WorkerContext(), Dies(str(folder)))
 
 
 def tensors(checkpoint: Path | str) -> dict[str, Tensor]:
@@ -91,8 +90,7 @@ def train(config: Config, dataset: str, folder: Path, sink: Recorder | None = No
 def assert_same_tensors(one: Path | str, other: Path | str) -> None:
     """Weights, EMA and optimizer of two checkpoints are equal to the last bit."""
     left, right = tensors(one), tensors(other)
-    assert left.keys() == right.keys()
-    assert all(left[name].equal(right[name]) for name in left)
+    assert left.keys() == right.keys() and all(left[name].equal(right[name]) for name in left)
 
 
 def assert_close_tensors(one: Path | str, other: Path | str, *, rtol: float = 1e-4) -> None:
@@ -102,6 +100,42 @@ def assert_close_tensors(one: Path | str, other: Path | str, *, rtol: float = 1e
     for name in left:
         if not name.startswith("optimizer:"):
             assert left[name].allclose(right[name], rtol=rtol, atol=1e-5), name
+
+
+def assert_same_training(whole: str, disturbed: str) -> None:
+    """All checkpoints of two runs, given by the URIs of their folders, and their curves are equal."""
+    names = checkpoints(whole)
+    assert names and checkpoints(disturbed) == names
+    for name in names:
+        for part in ("weights.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"):
+            files = (storage.join(run, "checkpoints", name, part) for run in (whole, disturbed))
+            assert len(set(map(storage.read_bytes, files))) == 1, f"{part} of {name} differs"
+    assert curves(disturbed) == curves(whole)
+
+
+def checkpoints(run: str) -> list[str]:
+    return [name for name in storage.list_names(storage.join(run, "checkpoints")) if name.startswith("images-")]
+
+
+def curves(run: str) -> dict[str, list[tuple[int, float]]]:
+    """Metric -> (images seen, value), of all metrics but the speed."""
+    history = load_history(storage.join(run, "history.json"))
+    found: dict[str, list[tuple[int, float]]] = {}
+    for seen, point in zip(history.images_seen, history.points, strict=True):
+        for name, value in point.items():
+            if "per_second" not in name:
+                found.setdefault(name, []).append((seen, value))
+    return found
+
+
+def assert_told_once(client: Any, name: str, run: str) -> None:
+    """MLflow's run of training has each point of each curve of the run folder `run` exactly once, and no other."""
+    experiments = [each.experiment_id for each in client.search_experiments()]
+    (found,) = client.search_runs(experiments, f"tags.`ncsn.run` = '{name}' and tags.`ncsn.step` = 'train'")
+    for metric, points in curves(run).items():
+        told = [(each.step, each.value) for each in client.get_metric_history(found.info.run_id, metric)]
+        assert sorted(told) == points, metric
+    assert found.info.status == "FINISHED"
 
 
 class TornCopy(CheckpointStore):

@@ -1,20 +1,23 @@
-"""The choices of `ncsn init`, on a machine of known speed."""
+"""The choices of `ncsn init` on a machine of known speed, and the file that they become."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 from refused import refused
 
 from ncsn.config import Config, ConfigError, from_yaml
-from ncsn.errors import UserError
 from ncsn.init import choose as choices
 from ncsn.init.choose import FirstConfig, held_out, slug, unet
-from ncsn.init.plan import Machine, Speed, measure_speed
+from ncsn.init.draft import Draft
+from ncsn.init.plan import Machine, Speed
 from ncsn.init.survey import survey
 from ncsn.model.objective import noise_notes
 
@@ -25,12 +28,16 @@ CPU, GPU = Machine(cores=2, gpus=0), Machine(cores=16, gpus=1, gpu="some GPU")
 def choose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., FirstConfig]:
     """`choose` for random images, where a training image of 32x32 takes `cost` seconds."""
 
+    made: dict[str, Path] = {}
+
     def call(
         *overrides: str,
         count: int = 100,
+        folders: dict[str, int] | None = None,
         side: int = 100,
         width: int | None = None,
         mode: str = "RGB",
+        root: Path | None = None,
         minutes: float = 20,
         cost: float = 0.004,
         machine: Machine = CPU,
@@ -41,12 +48,12 @@ def choose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Fir
             return Speed(train, train / 3)
 
         monkeypatch.setattr(choices, "measure_speed", known_speed)
-        root = tmp_path / "-".join(map(str, (count, side, mode, *filter(None, [width]))))
-        if not root.exists():
-            root.mkdir()
-            for seed in range(count):
+        root = root or made.setdefault(f"{folders or count} {side} {width} {mode}", tmp_path / f"images {len(made)}")
+        for place, many in () if root.exists() else (folders or {".": count}).items():
+            (root / place).mkdir(parents=True)
+            for seed in range(many):
                 coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, len(mode)), np.uint8)
-                Image.fromarray(coarse.squeeze()).resize((width or side, side)).save(root / f"{seed}.png")
+                Image.fromarray(coarse.squeeze()).resize((width or side, side)).save(root / place / f"{seed}.png")
         return choices.choose(survey(str(root)), seconds=60 * minutes, overrides=overrides, machine=machine)
 
     return call
@@ -56,6 +63,7 @@ def test_the_file_is_the_config(choose) -> None:
     chosen = choose(cost=0.08)
     assert from_yaml(chosen.draft.to_yaml(["Hello."])) == chosen.config
     assert {"data.image_size", "data.horizontal_flip", "train.num_images"} <= chosen.draft.reasons.keys()
+    assert chosen.config.data.horizontal_flip
     assert 1000 < sum(chosen.seconds.values()) < 1250
 
 
@@ -77,14 +85,9 @@ def test_images_of_one_shape_keep_it(choose) -> None:
 
 
 def test_arrays_of_five_channels_keep_them(choose, tmp_path) -> None:
-    choose(count=10)
     for seed in range(40):
-        np.save(
-            tmp_path / "10-100-RGB" / f"{seed}.npy", np.random.default_rng(seed).integers(0, 256, (20, 30, 5), np.uint8)
-        )
-    for file in (tmp_path / "10-100-RGB").glob("*.png"):
-        file.unlink()
-    found = choose(count=10)
+        np.save(tmp_path / f"{seed}.npy", np.random.default_rng(seed).integers(0, 256, (20, 30, 5), np.uint8))
+    found = choose(root=tmp_path)
     assert found.config.data.stored_shape == (20, 32, 5) and found.images.shape == (40, 20, 32, 5)
     assert found.config.evaluation.extractor == "clusters"
 
@@ -97,25 +100,24 @@ def test_arrays_of_five_channels_keep_them(choose, tmp_path) -> None:
     ],
 )
 def test_scans_keep_their_values(choose, tmp_path, values, dtype, limits) -> None:
-    choose(count=40, side=20, mode="L")
-    for seed, file in enumerate(sorted((tmp_path / "40-20-L").iterdir())):
-        Image.fromarray(values(np.random.default_rng(seed))).save(file.with_suffix(".tif"))
-        file.unlink()
-    found = choose(count=40, side=20, mode="L")
+    for seed in range(40):
+        Image.fromarray(values(np.random.default_rng(seed))).save(tmp_path / f"{seed}.tif")
+    found = choose(root=tmp_path)
     data = found.config.data
-    assert (data.dtype, data.channels, found.images.dtype) == (dtype, 1, dtype) and data.value_range == pytest.approx(
-        limits, abs=1
-    )
+    assert (data.dtype, data.channels, found.images.dtype) == (dtype, 1, dtype)
+    assert data.value_range == pytest.approx(limits, abs=1)
     assert found.config.network.sigma_data == pytest.approx(1 / 12**0.5, abs=0.04)
     assert ("sampling.grays" in found.draft.reasons) == (dtype == "uint16")
     if dtype == "uint16":
-        in_bytes = choose("data.dtype=uint8", count=40, side=20, mode="L")
+        in_bytes = choose("data.dtype=uint8", root=tmp_path)
         assert in_bytes.images.dtype == np.uint8 and in_bytes.images.max() == 3999 >> 8
 
 
-def test_few_images_are_not_repeated_without_end(choose) -> None:
-    train = choose(count=20, minutes=600, side=16).config.train
-    assert train.num_images == 8 * 1200 and train.batch_size == 16
+def test_few_images_are_not_repeated_without_end_and_warned_of(choose) -> None:
+    few = choose(count=20, minutes=600, side=16)
+    assert few.config.train.num_images == 8 * 1200 and few.config.train.batch_size == 16
+    assert not few.config.data.horizontal_flip
+    assert "960 times" in few.warning and not choose("train.num_images=1000", count=20).warning
 
 
 def test_gray_images_transparent_ones_and_a_gpu(choose) -> None:
@@ -127,74 +129,53 @@ def test_gray_images_transparent_ones_and_a_gpu(choose) -> None:
     assert (compute.use_gpu, compute.num_workers, compute.cpus_per_worker) == (True, 1, 16)
 
 
-@pytest.fixture
-def in_folders(choose, tmp_path: Path) -> Callable[..., FirstConfig]:
-    """`choose` for gray images, so many in each folder, which are made once."""
-
-    def call(counts: dict[str, int], *overrides: str) -> FirstConfig:
-        total, done = sum(counts.values()), 0
-        root = tmp_path / f"{total}-8-L"
-        if not root.exists():
-            choose(count=total, side=8, mode="L")
-            for name, count in counts.items():
-                (root / name).mkdir(parents=True)
-                for number in range(done, done + count):
-                    (root / f"{number}.png").rename(root / name / f"{number}.png")
-                done += count
-        return choose(*overrides, count=total, side=8, mode="L")
-
-    return call
-
-
-def test_enough_images_of_each_class_make_a_class_conditional_model(in_folders) -> None:
-    chosen = in_folders({"cat": 60, "dog": 100})
+def test_enough_images_of_each_class_make_a_class_conditional_model(choose) -> None:
+    in_classes = partial(choose, folders={"cat": 60, "dog": 100}, side=8, mode="L")
+    chosen = in_classes()
     config = chosen.config
     assert (config.data.num_classes, config.train.label_dropout, config.sampling.label) == (2, 0.1, "balanced")
     assert (config.sampling.guidance.kind, config.sampling.guidance.weight) == ("classifier_free", 1.5)
     assert config.evaluation.extractor == "classifier" and chosen.draft.reasons["data.num_classes"]
-    plain = in_folders({"cat": 60, "dog": 100}, "sampling.guidance=null", "sampling.num_images=64")
+    plain = in_classes("sampling.guidance=null", "sampling.num_images=64")
     assert plain.config.sampling.guidance is None and plain.config.data.num_classes == 2
-    guided = in_folders({"cat": 60, "dog": 100}, "train.label_dropout=0.2", "sampling.num_images=64")
+    guided = in_classes("train.label_dropout=0.2", "sampling.num_images=64")
     assert guided.config.train.label_dropout == 0.2
     assert guided.seconds["sample"] == pytest.approx(2 * plain.seconds["sample"])
     for given in ("data.num_classes=null", "network={kind: ncsn, num_features: 8}"):
-        config = in_folders({"cat": 60, "dog": 100}, given).config
+        config = in_classes(given).config
         assert (config.data.num_classes, config.train.label_dropout, config.sampling.guidance) == (None, 0, None)
         assert config.evaluation.extractor == "classifier"
-    unseen = in_folders({"cat": 60, "dog": 100}, "train.label_dropout=0").config
+    unseen = in_classes("train.label_dropout=0").config
     assert unseen.data.num_classes == 2 and unseen.sampling.guidance is None
 
 
-def test_a_small_class_beside_large_ones_changes_neither_model_nor_evaluation(in_folders) -> None:
-    chosen = in_folders({"cat": 70, "dog": 70, "eel": 5})
+def test_a_small_class_beside_large_ones_changes_neither_model_nor_evaluation(choose) -> None:
+    chosen = choose(folders={"cat": 70, "dog": 70, "eel": 5}, side=8)
     config = chosen.config
     assert (config.data.num_classes, config.sampling.label) == (3, "data")
     assert config.evaluation.extractor == "classifier" and "eel" in chosen.draft.reasons["data.num_classes"]
+    found = survey(config.data.root)
+    for names, counts, small in (
+        (found.class_names, found.class_counts, {"eel": 5}),
+        ("cdef", (70, 60, 55, 1), {"e": 55, "f": 1}),
+        ("cde", (40, 30, 11), {"e": 11}),
+        ("cde", (40, 30, 20), {}),
+        ("cde", (8, 7, 9), {}),
+        (("train", "val", "dev"), (80, 70, 1), {}),
+    ):
+        other = replace(found, class_names=tuple(names), class_counts=counts, num_images=sum(counts))
+        assert choices.small_classes(other) == small
 
 
-@pytest.mark.parametrize(
-    ("counts", "small"),
-    [
-        ({"cat": 70, "dog": 60, "eel": 55, "fox": 1}, {"eel": 55, "fox": 1}),
-        ({"cat": 40, "dog": 30, "eel": 11}, {"eel": 11}),
-        ({"cat": 40, "dog": 30, "eel": 20}, {}),
-        ({"cat": 8, "dog": 7, "eel": 9}, {}),
-        ({"train": 80, "val": 70, "dev": 1}, {}),
-    ],
-)
-def test_classes_too_small_beside_others_are_named(in_folders, tmp_path, counts, small) -> None:
-    in_folders(counts)
-    assert choices.small_classes(survey(str(tmp_path / f"{sum(counts.values())}-8-L"))) == small
-
-
-def test_classes_of_few_images_are_not_learned(in_folders) -> None:
-    few = in_folders({"cat": 40, "dog": 30})
+def test_classes_of_few_images_are_not_learned(choose) -> None:
+    in_folders = partial(choose, side=8)
+    few = in_folders(folders={"cat": 40, "dog": 30})
     assert few.config.data.num_classes is None and few.config.sampling.guidance is None
     assert few.config.evaluation.extractor == "classifier" and few.draft.reasons["data.num_classes"]
-    assert in_folders({"cat": 40, "dog": 30}, "data.num_classes=2").config.train.label_dropout == 0.1
-    least = in_folders({str(n): 6 for n in range(5)}).config
+    assert in_folders("data.num_classes=2", folders={"cat": 40, "dog": 30}).config.train.label_dropout == 0.1
+    least = in_folders(folders={str(n): 6 for n in range(5)}).config
     assert (least.data.num_classes, least.evaluation.extractor) == (None, "clusters")
-    splits = in_folders({"train": 80, "val": 79}).config
+    splits = in_folders(folders={"train": 80, "val": 79}).config
     assert (splits.data.num_classes, splits.evaluation.extractor) == (None, "clusters")
 
 
@@ -205,13 +186,10 @@ def test_given_values_hold_and_the_others_fit_them(choose) -> None:
     assert len(config.network.widths) == 2 and config.sampling.sampler.kind == "dpm_solver"
     paper = choose("network={kind: ncsn, num_features: 8}").config
     assert paper.network.kind == "ncsn" and paper.sampling.sampler.kind == "annealed_langevin"
-    assert choose("data.horizontal_flip=true", count=20).config.data.horizontal_flip
-    assert choose("network.kind=ncsn", "sampling.sampler.kind=annealed_langevin").config.network.kind == "ncsn"
     assert choose("network.widths=[8, 16]", "data.image_size=16").config.network.widths == (8, 16)
     best = choose("network={kind: ddpmpp, base_width: 16, multipliers: [1, 2], attention_sizes: []}", side=28).config
     assert best.sampling.sampler.kind == "karras_heun" and best.loss.weighting == "edm"
-    heun = choose("sampling.sampler.num_steps=5")
-    assert "9 evaluations" in heun.draft.reasons["sampling.sampler.kind"]
+    assert "9 evaluations" in choose("sampling.sampler.num_steps=5").draft.reasons["sampling.sampler.kind"]
     for wrong in ("data.image_size=huge", "data.colour=red", "train.batch_size=-3", "sampling.num_images=none"):
         with pytest.raises(ConfigError) as caught:
             choose(wrong)
@@ -236,25 +214,6 @@ def test_noise_is_that_of_karras_for_the_spread_of_the_images(choose) -> None:
     for levels in ("noise=auto", "noise.training.kind=levels", "loss={kind: ssm}", "network={kind: ncsnv2}"):
         config = choose(levels).config
         assert (config.noise.kind, config.noise.training.kind) == ("auto", "levels"), levels
-    assert choose("train.ema={kind: decay, per_step: 0.99}").config.train.ema.kind == "decay"
-
-
-def test_a_person_answers_about_mirroring_and_sees_what_was_measured(choose, monkeypatch) -> None:
-    def ask(images: np.ndarray, measured: bool) -> bool:
-        asked.append((len(images), measured))
-        return not measured
-
-    assert choose(count=100).config.data.horizontal_flip and not choose(count=20).config.data.horizontal_flip
-    asked: list[tuple[int, bool]] = []
-    monkeypatch.setattr(choices, "choose", lambda *a, _=choices.choose, **k: _(*a, **k, ask_mirrored=ask))
-    assert choose(count=20).config.data.horizontal_flip and not choose(count=100).config.data.horizontal_flip
-    choose("data.horizontal_flip=false", count=20)
-    assert asked == [(20, False), (100, True)]
-
-
-def test_images_that_training_sees_hundreds_of_times_are_warned_of(choose) -> None:
-    few, given = choose(count=20, side=16), choose("train.num_images=1000", count=20)
-    assert "960 times" in few.warning and not given.warning
 
 
 def test_the_picture_shows_the_center_that_data_crop_takes(choose) -> None:
@@ -265,22 +224,17 @@ def test_the_picture_shows_the_center_that_data_crop_takes(choose) -> None:
 
 
 def test_images_that_are_all_alike_teach_nothing(choose, tmp_path) -> None:
-    root = tmp_path / "8-60-RGB"
-    root.mkdir()
     for seed in range(8):
-        Image.new("RGB", (60, 50), (250, 250, 250)).save(root / f"{seed}.png")
+        Image.new("RGB", (60, 50), (250, 250, 250)).save(tmp_path / f"{seed}.png")
     with refused("PLACE"):
-        choose(side=60, count=8)
+        choose(root=tmp_path)
 
 
-def test_splits_too_small_to_measure_with_are_refused(in_folders) -> None:
+def test_few_test_images_of_ones_own_are_splits_of_one_each_and_two_are_refused(choose) -> None:
     with refused("PLACE"):
-        in_folders({"test": 2, "train": 8})
-
-
-def test_few_test_images_of_ones_own_are_splits_of_one_each(in_folders) -> None:
+        choose(folders={"test": 2, "train": 8}, side=8)
     counts = {"test/cat": 2, "test/dog": 2, "train/cat": 15, "train/dog": 15}
-    evaluation = in_folders(counts).config.evaluation
+    evaluation = choose(folders=counts, side=8).config.evaluation
     assert (evaluation.extractor, evaluation.num_splits) == ("classifier", 4)
 
 
@@ -292,21 +246,45 @@ def test_at_least_three_images_are_held_out() -> None:
         held_out(5)
 
 
-@pytest.mark.parametrize(
-    ("place", "name"),
-    [
-        ("/data/My Photos (2024)", "my-photos-2024"), ("s3://bucket/cats.tar", "cats"), ("/x/猫", "images"),
-        ("/x/part.parquet/", "part"), (f"/{'a' * 60}", "a" * 40),
-    ],
-)  # fmt: skip
-def test_names(place: str, name: str) -> None:
-    assert slug(place) == name
+def test_a_name_is_made_of_the_place() -> None:
+    places = "/data/My Photos (2024)", "s3://bucket/cats.tar", "/x/猫", "/x/part.parquet/", f"/{'a' * 60}"
+    assert [*map(slug, places)] == ["my-photos-2024", "cats", "images", "part", "a" * 40]
 
 
-def test_speed_is_measured_on_the_network_itself(choose) -> None:
-    networks = [f"network={{kind: unet, widths: [{width}]}}" for width in (8, 64)]
-    configs = [choose(network, "noise={num_levels: 4}", side=16).config for network in networks]
-    small, large = map(measure_speed, configs)
-    assert 0 < small.evaluate_image < small.train_image < large.train_image
-    with pytest.raises(UserError):
-        measure_speed(choose("noise=auto", side=16).config)  # it has no levels yet
+def test_what_is_given_is_not_chosen() -> None:
+    draft = Draft(["train.batch_size=32", "sampling.sampler={kind: karras_heun}", "network={kind: ncsn}"])
+    assert draft.choose("train.batch_size", 64) == 32
+    assert draft.choose("train.num_images", 1000) == 1000
+    assert not draft.section("sampling.sampler", "dpm_solver")
+    assert not draft.section("network", "unet")
+    assert draft.section("noise", "auto")
+    assert not Draft(["noise.kind=geometric"]).section("noise", "auto")
+    assert Draft(["noise.kind=auto"]).section("noise", "auto")
+    assert draft.choose("sampling.sampler.num_steps", 5) == 5
+    assert draft.tree == {
+        "train": {"batch_size": 32, "num_images": 1000},
+        "sampling": {"sampler": {"kind": "karras_heun"}},
+        "network": {"kind": "ncsn"},
+        "noise": {"kind": "auto"},
+    }
+    with pytest.raises(ConfigError):
+        Draft(["train"])
+
+
+def test_reasons_with_any_character_stay_comments() -> None:
+    draft = Draft()
+    draft.choose("name", "x", "Named a\nb: c\u2028d: e\x85f: g\x07.")
+    assert yaml.safe_load(draft.to_yaml()) == {"name": "x"}
+
+
+def test_the_file_has_the_order_of_the_schema_and_the_reasons_above_the_values() -> None:
+    draft = Draft(["train.num_images=7"])
+    draft.choose("data.image_size", 32, "Small.")
+    draft.choose("data.source", "image_folder")
+    draft.choose("name", "x", "A name.")
+    text = draft.to_yaml(["What."])
+    assert text.splitlines() == [
+        "# What.", "", "# A name.", "name: x", "data:", "  source: image_folder", "  # Small.", "  image_size: 32",
+        "train:", "  # As given.", "  num_images: 7",
+    ]  # fmt: skip
+    assert yaml.safe_load(text) == draft.tree

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-import torch
 from do import do
 from refused import refused
 
 from ncsn.config import Config, from_yaml
-from ncsn.core.consistency import ConsistencyTuning
-from ncsn.core.losses import Batch
-from ncsn.init import plan as planning
 from ncsn.init.plan import Speed, chosen_levels, estimate, plan
 from ncsn.runs.folder import cost_of
 
@@ -28,49 +23,35 @@ compute: {num_workers: 2, cpus_per_worker: 4}
 """
 
 
+@pytest.fixture(autouse=True)
+def _measures_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ncsn.init.plan.SECONDS", 0.001)
+
+
 def config(*overrides: str) -> Config:
     return from_yaml(TINY, overrides=overrides)
 
 
-def test_the_fastest_measurement_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    def work(part: Batch) -> None:
-        clock[0] += len(part.x) * next(costs)
-
-    clock, costs = [0.0], iter([9.0, 0.9, 0.7, 0.5, 0.8, 0.4, 0.6, 0.9, 0.8, 0.7, 0.6])  # the first warms up
-    monkeypatch.setattr(planning, "time", SimpleNamespace(process_time=lambda: clock[0]))
-    monkeypatch.setattr(planning, "SECONDS", 60.0)
-    one = torch.ones(1, 1, 8, 8)
-    assert planning._seconds(work, Batch(one, one[:, 0, 0, 0], one)) == pytest.approx(0.4 / torch.get_num_threads())
-    assert next(costs, None) is None
-
-
-def test_this_machine_is_measured(tmp_path: Path) -> None:
-    found = plan(config(), "run")
+def test_this_machine_is_measured() -> None:
+    found, wide = plan(config(), "run"), plan(config("network.widths=[512]"), "run")
     assert found["steps"]["train"]["seconds"] == pytest.approx(1000 / found["images_per_second"])
+    for step in ("train", "sample"):
+        assert wide["steps"][step]["seconds"] > 2 * found["steps"][step]["seconds"]
     assert plan(config("loss={kind: ssm}"), "run")["gflop"]["train"] > 1.5 * found["gflop"]["train"]
     assert found["nfe"] == 21 and found["steps"]["train"].keys() == {"seconds", "cpu_hours", "gpu_hours"}
     with refused("compute.use_gpu"):
         plan(config("compute.use_gpu=true"), "run")
 
 
-def test_a_teacher_counts_as_training_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without dropout, at pairs of all stages, and in its precision."""
-    steps: list[tuple[Batch, ConsistencyTuning]] = []
-    monkeypatch.setattr("ncsn.init.plan.SECONDS", 0.001)
-    monkeypatch.setattr("ncsn.init.plan.train_step", lambda _, batch, *, loss, **__: steps.append((batch, loss)))
-
-    def tuning(pairs: str, precision: str = "float32", *more: str) -> Config:
+def test_a_teacher_takes_time_and_memory_in_its_precision() -> None:
+    def tuning(pairs: str, *more: str) -> Config:
         loss = f"loss={{kind: consistency, q: 2, stages: 8, pairs: {pairs}}}", "sampling.sampler={kind: consistency}"
-        others = "noise={training: {kind: lognormal}}", "network.dropout=0.2", "train.init_from=a"
-        return config(*loss, *others, f"train.precision={precision}", *more)
+        return config(*loss, "noise={training: {kind: lognormal}}", "train.init_from=a", *more)
 
-    plan(tuning("teacher"), "run")
-    batch, loss = steps[-1]
-    assert loss.teacher is not None and not any(each.training for each in loss.teacher.network.modules())
-    assert batch.lower is not None and 0.02 < float((batch.lower == 0).float().mean()) < 0.5
+    assert plan(tuning("teacher"), "run")["gflop"]["train"] > plan(tuning("image"), "run")["gflop"]["train"]
     for precision, value_bytes in (("float32", 4), ("bfloat16", 2)):
-        configs = (tuning(pairs, precision, "compute.use_gpu=true") for pairs in ("teacher", "image"))
-        found, without = (estimate(each, ANY, basis="") for each in configs)
+        given = f"train.precision={precision}", "compute.use_gpu=true"
+        found, without = (estimate(tuning(pairs, *given), ANY, basis="") for pairs in ("teacher", "image"))
         added = found["worker_gb"] - without["worker_gb"]
         assert 1e9 * added == pytest.approx(value_bytes * found["parameters"])
 
@@ -101,6 +82,6 @@ def test_cost_is_of_what_is_reserved() -> None:
     training = cost_of(config(), "train", 1800.0)
     assert (training.cpu_hours, training.gpu_hours) == (4.0, 0.0)
     gpus = config("compute.use_gpu=true")
-    evaluating, registering = cost_of(gpus, "evaluate", 3600.0), cost_of(gpus, "register", 3600.0)
-    assert (evaluating.cpu_hours, evaluating.gpu_hours) == (8.0, 2.0)
-    assert (registering.cpu_hours, registering.gpu_hours) == (4.0, 0.0)
+    for step, hours in (("evaluate", (8.0, 2.0)), ("register", (4.0, 0.0))):
+        cost = cost_of(gpus, step, 3600.0)
+        assert (cost.cpu_hours, cost.gpu_hours) == hours

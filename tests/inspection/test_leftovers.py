@@ -8,7 +8,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from mlflow.tracking import MlflowClient
 from refused import refused
 
 from ncsn import storage
@@ -20,7 +19,6 @@ from ncsn.tracking.client import connect, tracking_uri
 
 DAYS = 2 * 86400.0
 DIGITS = (Path(__file__).parents[2] / "configs" / "digits.yaml").read_text()
-BYTES = b"12345678"
 FINGERPRINTS = [16 * letter for letter in "ef"]  # the first is of a registered version
 
 
@@ -34,16 +32,12 @@ def config(request: pytest.FixtureRequest, tmp_path: Path) -> Config:
 
 
 @pytest.fixture
-def client(config: Config) -> MlflowClient:
-    return connect(config).client
-
-
-@pytest.fixture
-def store(config: Config, client: MlflowClient) -> Config:
+def store(config: Config) -> Config:
     """A store with a leftover of each class and what looks like one."""
-    put(config, "runs/registered/steps/evaluate/x.png", "runs/registered/samples/s1/f1/shard")
-    put(config, *(f"runs/registered/checkpoints/images-00{n}/checkpoint.json" for n in (1, 2, 3, 4)))
-    put(config, "runs/registered/checkpoints/resume-003/checkpoint.json", "runs/registered/selected/images-001/x")
+    client = connect(config).client
+    put(config, "runs/registered/steps/evaluate/x.png", "runs/registered/selected/images-001/x")
+    for name in ("images-001", "images-002", "images-003", "images-004", "resume-003"):
+        put(config, f"runs/registered/checkpoints/{name}/checkpoint.json")
     storage.write_text(f"{config.storage.root}/runs/registered/checkpoints/images-004/config.yaml", to_yaml(config))
     run(config, "registered", "ingest", result={"uri": dataset(config, "aaaa1111")})
     run(config, "registered", "train", state="FINISHED", result={"checkpoint": "x"})
@@ -62,14 +56,9 @@ def store(config: Config, client: MlflowClient) -> Config:
     for name in ("registered", "stopped", "reused", "opened"):
         client.create_run("0", tags={"ncsn.root": config.storage.root, "ncsn.step": "sample", "ncsn.run": name})
     run(config, "opened", "train", inputs={"model": "models:/ncsn-digits/1"})
-    put(config, "runs/opened/samples/s1/f1/shard")
-    put(config, "runs/stopped/samples/s1/f1/shard", "runs/stopped/samples/s2/f2/shard")
-    put(
-        config,
-        "runs/stopped/steps/train/.step.json.tmp-1a2b3c4d",
-        "runs/stopped/checkpoints/images-009/ema.safetensors",
-    )
-    put(config, "runs/reused/samples/s1/f1/shard", "runs/elsewhere/samples/s1/f1/shard")
+    for name in ("registered", "opened", "stopped", "reused", "elsewhere"):
+        put(config, f"runs/{name}/samples/s1/f1/shard")
+    put(config, "runs/stopped/steps/train/.step.json.tmp-1a2b3c4d", "runs/stopped/checkpoints/images-009/ema")
     reused = from_yaml(to_yaml(config), overrides=[f"data.root={config.storage.root}/runs/reused/samples/s1/f1"])
     run(reused, "reuses", "ingest")
     put(config, f"code/{'a' * 64}.zip", "code/bbbb.zip")
@@ -110,7 +99,7 @@ FOUND = {
 
 def put(config: Config, *paths: str) -> None:
     for path in paths:
-        storage.write_bytes(storage.join(config.storage.root, path), BYTES)
+        storage.write_bytes(storage.join(config.storage.root, path), b"12345678")
 
 
 def dataset(config: Config, digest: str) -> str:
@@ -142,22 +131,20 @@ def later(monkeypatch: pytest.MonkeyPatch) -> float:
 
 
 @pytest.mark.parametrize("config", ["disk", "s3"], indirect=True)
-def test_what_nothing_refers_to_goes_and_the_rest_stays(store: Config, client: MlflowClient, later: float) -> None:
+def test_what_nothing_refers_to_goes_and_the_rest_stays(store: Config, request: pytest.FixtureRequest) -> None:
     root, registry = store.storage.root, tracking_uri(store)
+    assert found(store) == set(), "all is young"
+    request.getfixturevalue("later")
     result, began = find_leftovers(root, registry)
     assert found(store) == FOUND
     artifacts = [each for each in result if each.kind == "artifacts"]
     assert len(artifacts) == 1 and artifacts[0].size == 2
-    before = {entry.path for entry in storage.list_entries(store.storage.root, files=True)}
+    before = {entry.path for entry in storage.list_entries(root, files=True)}
     assert list(delete_leftovers(root, registry, result, began)) == result
-    after = {entry.path for entry in storage.list_entries(store.storage.root, files=True)}
+    after = {entry.path for entry in storage.list_entries(root, files=True)}
     gone = {path for path in before if any(path == name or path.startswith(f"{name}/") for _, name in FOUND)}
     assert after == before - gone and gone
     assert find_leftovers(root, registry)[0] == []
-
-
-def test_nothing_young_is_touched(store: Config) -> None:
-    assert found(store) == set()
 
 
 def test_a_run_at_work_keeps_what_it_has_and_reads(store: Config, later: float) -> None:
@@ -173,29 +160,21 @@ def test_a_run_at_work_keeps_what_it_has_and_reads(store: Config, later: float) 
     begun = RunFolder(store.storage.root, "searched").begun
     os.utime(begun, (later, later))  # and has changed nothing yet: it may find any dataset
     assert FOUND - found(store) == kept | {each for each in FOUND if each[0] in ("features", "trials", "datasets")}
-
-
-def test_a_step_that_began_meanwhile_keeps_all(store: Config, later: float) -> None:
-    root, registry = store.storage.root, tracking_uri(store)
-    result, began = find_leftovers(root, registry)
-    os.utime(RunFolder(root, "stopped").begun, (later, later))
-    assert not list(delete_leftovers(root, registry, result, began))
-    assert all(storage.exists(each.uri) for each in result if each.kind != "artifacts")
-
-
-def test_a_run_whose_folder_is_the_images_of_another_stays_whole(store: Config, later: float) -> None:
-    images = from_yaml(to_yaml(store), overrides=[f"data.root={store.storage.root}/runs/registered"])
+    images = from_yaml(to_yaml(store), overrides=[f"data.root={root}/runs/registered"])
     run(images, "reuses", "ingest")
-    assert FOUND - found(store) >= {each for each in FOUND if "registered/" in each[1]}
+    assert FOUND - found(store) >= {each for each in FOUND if "registered/" in each[1]}, "the images of another"
 
 
-def test_a_dataset_stays_once_a_step_begins(store: Config, later: float) -> None:
+def test_a_step_that_begins_meanwhile_keeps_what_is_not_deleted_yet(store: Config, later: float) -> None:
     dataset(store, "ffff6666")
     root, registry = store.storage.root, tracking_uri(store)
-    deleting = delete_leftovers(root, registry, *find_leftovers(root, registry))
+    result, began = find_leftovers(root, registry)
+    deleting = delete_leftovers(root, registry, result, began)
     assert next(each for each in deleting if each.kind == "datasets")
-    storage.write_bytes(RunFolder(store.storage.root, "new").begun, b"")
+    storage.write_bytes(RunFolder(root, "new").begun, b"")
     assert "datasets" not in {each.kind for each in deleting}
+    assert not list(delete_leftovers(root, registry, result, began))
+    assert sum(storage.exists(each.uri) for each in result if each.kind == "datasets") == 1
 
 
 def test_what_a_link_leads_to_stays(store: Config, later: float, tmp_path: Path) -> None:
@@ -209,20 +188,19 @@ def test_what_a_link_leads_to_stays(store: Config, later: float, tmp_path: Path)
     assert found(linked) == {each for each in kept if each[0] != "samples"}, "MLflow knows its runs by the other name"
 
 
-def test_runs_that_are_away_stop_it(store: Config, later: float, tmp_path: Path) -> None:
-    runs = Path(store.storage.root, "runs")
-    runs.rename(tmp_path / "elsewhere")
-    for make in (runs.mkdir, lambda: runs.symlink_to(tmp_path / "not mounted")):
-        make()
-        with refused(str(runs)):
-            find_leftovers(store.storage.root, tracking_uri(store))
-        runs.unlink() if runs.is_symlink() else runs.rmdir()
-
-
-def test_a_record_that_cannot_be_read_or_a_server_that_is_away_stops_it(store: Config, later: float) -> None:
-    away = "http://127.0.0.1:9"
+def test_what_cannot_be_read_stops_it(store: Config, later: float, tmp_path: Path) -> None:
+    """A server, a record and runs that are away."""
+    root, away, runs = store.storage.root, "http://127.0.0.1:9", Path(store.storage.root, "runs")
     with pytest.raises(ValueError, match=away):
-        find_leftovers(store.storage.root, away)
-    Path(store.storage.root, "runs/stopped/steps/ingest/step.json").write_text("{")
+        find_leftovers(root, away)
+    (runs / "stopped/steps/ingest/step.json").write_text("{")
     with pytest.raises(storage.UnreadableError):
-        find_leftovers(store.storage.root, tracking_uri(store))
+        find_leftovers(root, tracking_uri(store))
+    runs.rename(tmp_path / "elsewhere")
+    runs.symlink_to(tmp_path / "not mounted")
+    with refused(str(runs)):
+        find_leftovers(root, tracking_uri(store))
+    runs.unlink()
+    runs.mkdir()
+    with refused(str(runs)):
+        find_leftovers(root, tracking_uri(store))

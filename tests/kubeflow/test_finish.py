@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import nullcontext, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from do import do
-from mlflow.tracking import MlflowClient
 from refused import refused
 from webhook import receiver
 
@@ -18,21 +17,11 @@ from ncsn.config import Config, from_yaml, to_yaml
 from ncsn.environment import KFP_RUN_ID, KfpRun
 from ncsn.inspection.listing import describe_run
 from ncsn.kubeflow import finish
-from ncsn.runs.folder import (
-    Outcome,
-    Run,
-    RunFolder,
-    StepError,
-    read_outcome,
-    read_step,
-    run_folder,
-    update_step,
-    write_outcome,
-)
+from ncsn.runs.folder import Outcome, Run, RunFolder, StepError, read_outcome, run_folder, update_step, write_outcome
 from ncsn.runs.steps import STEPS
 from ncsn.steps.results import Context, Prepared
-from ncsn.tracking.client import TrackingError
-from ncsn.tracking.mlflow_runs import step_run
+from ncsn.tracking.client import TrackingError, connect
+from ncsn.tracking.mlflow_runs import search_runs, step_run
 
 DIGITS = (Path(__file__).parents[2] / "configs" / "digits.yaml").read_text()
 
@@ -44,26 +33,30 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
     return from_yaml(DIGITS, overrides=[f"storage.root={root}", "data.max_images=16"])
 
 
+def tracked_runs(config: Config, run: str) -> dict[str, Any]:
+    """Step, or "run" for the parent, -> MLflow's run."""
+    connection = connect(config)
+    runs = search_runs(connection.client, connection.experiment_id, {"ncsn.run": run})
+    return {each.data.tags.get("ncsn.step", "run"): each for each in runs}
+
+
 def mlflow_statuses(config: Config, run: str) -> dict[str, str]:
-    """Step, or "run" for the parent, -> status."""
-    client = MlflowClient(f"sqlite:///{config.storage.root}/mlflow.db")
-    experiment = client.get_experiment_by_name(config.tracking.experiment)
-    runs = client.search_runs([experiment.experiment_id], f"tags.`ncsn.run` = '{run}'")
-    return {each.data.tags.get("ncsn.step", "run"): each.info.status for each in runs}
+    return {step: each.info.status for step, each in tracked_runs(config, run).items()}
 
 
-def fail(folder: RunFolder, error: StepError) -> None:
+def failed(config: Config, run: str, error: StepError) -> RunFolder:
+    """The folder of a run whose images are there and whose training has failed."""
+    do("ingest", config, run)
+    folder = run_folder(config, run)
     update_step(folder, "train", state="FAILED", error=error)
+    return folder
 
 
 def stored(config: Config, run: str) -> dict[str, object]:
-    record: dict[str, object] = json.loads(storage.read_text(f"{run_folder(config, run).uri}/status.json"))
-    return record
+    return storage.read_json(run_folder(config, run).status)
 
 
-def test_a_success_is_finished_everywhere_and_the_page_leads_on(
-    config: Config, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_success_is_finished_everywhere_and_the_page_leads_on(config, monkeypatch) -> None:
     monkeypatch.setenv("NCSN_IMAGE", "registry/ncsn-python:9")
     monkeypatch.setenv(KFP_RUN_ID, "5f3a0000")
     ingested = do("ingest", config, "good")
@@ -74,13 +67,7 @@ def test_a_success_is_finished_everywhere_and_the_page_leads_on(
     assert mlflow_statuses(config, "good") == {"run": "FINISHED", "ingest": "FINISHED"}
     for what in (f"`{ingested.digest}`", "`registry/ncsn-python:9`", "| ingest | done in", "| train | not done |"):
         assert what in result.page
-    monkeypatch.delenv(KFP_RUN_ID)
-    assert "registry/ncsn-python:9" not in finish.run(config, run="good", state="SUCCEEDED").page, "no pod, no image"
-    client = MlflowClient(f"sqlite:///{config.storage.root}/mlflow.db")
-    experiment = client.get_experiment_by_name(config.tracking.experiment)
-    query = "tags.`ncsn.run` = 'good' and tags.`ncsn.part` = 'run'"
-    (parent,) = client.search_runs([experiment.experiment_id], query)
-    assert parent.data.tags["kfp.pipeline_run_id"] == "5f3a0000"
+    assert tracked_runs(config, "good")["run"].data.tags["kfp.pipeline_run_id"] == "5f3a0000"
 
 
 @pytest.mark.parametrize(
@@ -91,15 +78,11 @@ def test_a_success_is_finished_everywhere_and_the_page_leads_on(
         (StepError("SystemExit", "143"), "", ("KILLED", "terminated", "train")),
         (None, "ImagePullBackOff", ("FAILED", "ImagePullBackOff", "ingest")),  # it never began
     ],
-    ids=["failed", "left", "told to end", "never began"],
 )
-def test_the_first_step_that_has_no_result_gives_the_reason(
-    config: Config, error: StepError | None, message: str, end: tuple[str, str, str]
-) -> None:
+def test_the_first_step_that_has_no_result_gives_the_reason(config, error, message, end) -> None:
     run = f"ended-{error.kind if error else message}".lower()
     if error is not None:
-        do("ingest", config, run)
-        fail(run_folder(config, run), error)
+        failed(config, run, error)
     result = finish.run(config, run=run, state="FAILED", message=message)
     assert (result.status, result.reason, result.failed_step) == end
     assert stored(config, run)["status"] == end[0]
@@ -108,9 +91,7 @@ def test_the_first_step_that_has_no_result_gives_the_reason(
     assert f"| {end[2]} | failed |" in result.page
 
 
-@pytest.mark.parametrize(
-    ("state", "message"), [("CANCELLED", ""), ("Failed", "Step exceeded its deadline")], ids=["state", "deadline"]
-)
+@pytest.mark.parametrize(("state", "message"), [("CANCELLED", ""), ("Failed", "Step exceeded its deadline")])
 def test_a_canceled_run_is_killed_with_the_step_that_could_not_say_so(config: Config, state: str, message: str) -> None:
     run = f"stopped-{bool(message):d}"
     with step_run(config, run=run, step="train") as tracked:
@@ -121,54 +102,56 @@ def test_a_canceled_run_is_killed_with_the_step_that_could_not_say_so(config: Co
     assert mlflow_statuses(config, run) == {"run": "KILLED", "train": "KILLED"}
 
 
-@pytest.mark.parametrize(("stop", "words"), [(SystemExit(143), "terminated"), (KeyboardInterrupt(), "interrupted")])
-def test_a_step_after_the_pipeline_takes_its_end_away_nowhere(
-    config: Config, monkeypatch: pytest.MonkeyPatch, stop: BaseException, words: str
-) -> None:
-    """But a pipeline with work to do does."""
-    run, ends = words, list[Outcome | None]()
-    folder = run_folder(config, run)
+@pytest.fixture
+def ends(monkeypatch: pytest.MonkeyPatch) -> list[Outcome | None]:
+    """The work of the sample step is interrupted; the outcome of its run before that."""
+    found = list[Outcome | None]()
 
-    def sample(_: Context) -> None:
-        ends.append(read_outcome(folder))
-        raise stop
-
-    def pipeline(*steps: str) -> Outcome | None:
-        with suppress(SystemExit):
-            do_steps(Run(config, run), steps)
-        return read_outcome(folder)
+    def sample(context: Context) -> None:
+        found.append(read_outcome(context.folder))
+        raise KeyboardInterrupt
 
     monkeypatch.setattr("ncsn.steps.execute.find_inputs", lambda *_, **__: {})
     monkeypatch.setattr("ncsn.steps.sample.prepare", lambda run: Prepared(run.config, {}, sample))
     monkeypatch.setattr("ncsn.distributed.cluster.ray_cluster_meanwhile", lambda _: nullcontext(lambda: None))
-    assert pipeline("ingest") == Outcome("FINISHED")
-    with pytest.raises(type(stop)):
-        do("sample", config, run)
-    assert read_outcome(folder) == ends.pop() == Outcome("FINISHED")
-    assert mlflow_statuses(config, run) == {"run": "FINISHED", "ingest": "FINISHED", "sample": "KILLED"}
-    item = describe_run(config.storage.root, run)
-    assert (item.state, item.facts["error"]) == ("FINISHED; sample KILLED", words)
+    return found
 
+
+def pipeline(config: Config, run: str, *steps: str) -> Outcome | None:
+    with suppress(SystemExit):
+        do_steps(Run(config, run), steps)
+    return read_outcome(run_folder(config, run))
+
+
+def test_a_step_after_the_pipeline_takes_its_end_away_nowhere(config: Config, ends: list[Outcome | None]) -> None:
+    folder = run_folder(config, "alone-after")
+    assert pipeline(config, "alone-after", "ingest") == Outcome("FINISHED")
+    with pytest.raises(KeyboardInterrupt):
+        do("sample", config, "alone-after")
+    assert ends == [read_outcome(folder)] == [Outcome("FINISHED")]
+    assert mlflow_statuses(config, "alone-after") == {"run": "FINISHED", "ingest": "FINISHED", "sample": "KILLED"}
+    item = describe_run(config.storage.root, "alone-after")
+    assert (item.state, item.facts["error"]) == ("FINISHED; sample KILLED", "interrupted")
     update_step(folder, "sample", state="RUNNING")  # of a launcher that is gone, whose RayJob the janitor deletes
-    assert finish.run(config, run=run, state="CANCELED").status == "FINISHED"
-    assert describe_run(config.storage.root, run).state == "FINISHED; sample KILLED"
-    assert mlflow_statuses(config, run)["run"] == "FINISHED"
+    assert finish.run(config, run="alone-after", state="CANCELED").status == "FINISHED"
+    assert describe_run(config.storage.root, "alone-after").state == "FINISHED; sample KILLED"
+    assert mlflow_statuses(config, "alone-after")["run"] == "FINISHED"
 
-    assert pipeline("ingest", "sample") == Outcome("KILLED", words, "sample")
+
+def test_a_pipeline_with_work_to_do_has_an_end_of_its_own(config, ends, monkeypatch) -> None:
+    assert pipeline(config, "worked", "ingest") == Outcome("FINISHED")
+    assert pipeline(config, "worked", "ingest", "sample") == Outcome("KILLED", "interrupted", "sample")
     assert ends == [None]
-    assert describe_run(config.storage.root, run).state == "KILLED sample"
-    assert mlflow_statuses(config, run)["run"] == "KILLED"
-    assert pipeline("ingest") == Outcome("FINISHED")
+    assert mlflow_statuses(config, "worked")["run"] == "KILLED"
 
-    def stopped(*_: object, **__: object) -> None:
-        raise stop
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
 
     monkeypatch.setattr("ncsn.steps.ingest.prepare", stopped)  # before it has begun to work
-    assert pipeline("ingest") == Outcome("KILLED", words, "ingest"), "others of its steps have not finished"
+    assert pipeline(config, "worked", "ingest") == Outcome("KILLED", "interrupted", "ingest")
     for step in STEPS:
-        update_step(folder, step, state="FINISHED", error=None)
-    assert pipeline("ingest") == Outcome("FINISHED")
-    assert describe_run(config.storage.root, run).state == read_step(folder, "ingest").state == "FINISHED"
+        update_step(run_folder(config, "worked"), step, state="FINISHED", error=None)
+    assert pipeline(config, "worked", "ingest") == Outcome("FINISHED"), "all of its steps have finished"
 
 
 def test_what_a_search_found_is_followed_to_its_own_run(config: Config) -> None:
@@ -180,26 +163,18 @@ def test_what_a_search_found_is_followed_to_its_own_run(config: Config) -> None:
         client, parent_id = tracked.client, tracked.parent_run_id
     client.update_run(parent_id, status="RUNNING")
     best = run_folder(config, "searched-best")
-    fail(best, StepError("RuntimeError", "a node is gone"))
+    update_step(best, "train", state="FAILED", error=StepError("RuntimeError", "a node is gone"))
     result = finish.run(config, run="searched", state="FAILED")
     assert (result.failed_step, result.reason) == ("train", "a node is gone")
     assert stored(config, "searched-best") | {"closed": True} == stored(config, "searched")
     assert client.get_run(parent_id).info.status == "FAILED"
-    rows = (
-        "| ingest | done in",
-        "| search | done in 5.0 s",
-        "| train | failed |",
-        f"`{ingested.digest}`",
-        f"`{parent_id}`",
-    )
-    for row in rows:
-        assert row in result.page
+    rows = ("| ingest | done in", "| search | done in 5.0 s", "| train | failed |")
+    assert [part for part in (*rows, f"`{ingested.digest}`", f"`{parent_id}`") if part not in result.page] == []
 
 
 def test_a_run_that_another_opened_is_left_to_them(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    client = MlflowClient(f"sqlite:///{config.storage.root}/mlflow.db")
-    experiment = client.get_experiment_by_name(config.tracking.experiment)
-    theirs = client.create_run(experiment.experiment_id).info.run_id
+    connection = connect(config)
+    client, theirs = connection.client, connection.client.create_run(connection.experiment_id).info.run_id
     monkeypatch.setenv("MLFLOW_RUN_ID", theirs)
     result = finish.run(config, run="adopted", state="FAILED", message="x")
     assert client.get_run(theirs).info.status == "RUNNING"
@@ -237,8 +212,7 @@ def test_the_run_of_another_config_is_not_touched_and_the_page_says_so(config: C
 
 
 def test_an_error_of_another_pipeline_run_explains_nothing(config: Config) -> None:
-    do("ingest", config, "again")
-    fail(run_folder(config, "again"), StepError("ValueError", "of yesterday", kfp_run="yesterday"))
+    failed(config, "again", StepError("ValueError", "of yesterday", kfp_run="yesterday"))
     result = finish.run(config, run="again", state="FAILED", kfp=KfpRun("today", "ncsn-train-x"))
     assert (result.failed_step, "yesterday" in result.reason) == ("train", False)
     result = finish.run(config, run="again", state="FAILED", kfp=KfpRun("yesterday", "ncsn-train-x"))
@@ -247,12 +221,10 @@ def test_an_error_of_another_pipeline_run_explains_nothing(config: Config) -> No
 
 def test_the_reason_of_another_pipeline_run_on_the_same_run_stays(config: Config) -> None:
     """The run that ends later, because it attached or because it was terminated, knows less."""
-    do("ingest", config, "shared")
-    folder = run_folder(config, "shared")
-    fail(folder, StepError("RemoteFailure", "worker lost; OOMKilled", kfp_run="other"))
+    folder = failed(config, "shared", StepError("RemoteFailure", "worker lost; OOMKilled", kfp_run="other"))
     for state in ("FAILED", "CANCELED"):
         write_outcome(folder, Outcome("FAILED", "worker lost; OOMKilled", "train"))
         result = finish.run(config, run="shared", state=state, kfp=KfpRun("mine", "ncsn-train-x"))
         assert (result.status, result.reason) == ("FAILED", "worker lost; OOMKilled")
-    fail(folder, StepError("ValueError", "a later try's", kfp_run="other"))
+    update_step(folder, "train", state="FAILED", error=StepError("ValueError", "a later try's", kfp_run="other"))
     assert finish.run(config, run="shared", state="CANCELED", kfp=KfpRun("mine", "x")).status == "KILLED"

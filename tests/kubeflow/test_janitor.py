@@ -8,12 +8,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from click.testing import CliRunner
 from do import claimed, do_as_task
 from kubernetes_api import pairs
-from mlflow.tracking import MlflowClient
 from rayjobs import JANITOR
 from webhook import receiver
 
@@ -30,7 +30,8 @@ from ncsn.remote.kubernetes import KubernetesApi
 from ncsn.runs.folder import Outcome, read_outcome, read_step, run_folder, write_outcome
 from ncsn.steps import ingest
 from ncsn.storage.heartbeat import LEASE_SECONDS
-from ncsn.tracking.mlflow_runs import step_run
+from ncsn.tracking.client import connect
+from ncsn.tracking.mlflow_runs import search_runs, step_run
 
 DIGITS = (Path(__file__).parents[2] / "configs" / "digits.yaml").read_text()
 WORKFLOW = "ncsn-train-sd9mr"
@@ -92,25 +93,18 @@ def rayjob(
 
 
 def statuses(config: Config) -> dict[str, str]:
-    client = MlflowClient(f"sqlite:///{config.storage.root}/mlflow.db")
-    experiment = client.get_experiment_by_name(config.tracking.experiment)
-    runs = client.search_runs([experiment.experiment_id], "tags.`ncsn.run` = 'mine'")
+    connection = connect(config)
+    runs = search_runs(connection.client, connection.experiment_id, {"ncsn.run": "mine"})
     return {each.data.tags.get("ncsn.step", "run"): each.info.status for each in runs}
 
 
 def notes(emulation: Any) -> dict[str, str]:
-    found: dict[str, str] = emulation.cluster.get("configmaps", NOTES).get("data", {})
-    return found
+    return emulation.cluster.get("configmaps", NOTES).get("data", {})
 
 
 def note(run: str, workflow: str, config: Config) -> None:
     text = json.dumps({"workflow": workflow, "run": "mine", "config": to_json(config)})
     KubernetesApi().patch("configmaps", NOTES, {"data": {run: text}})
-
-
-def lost(*_: Any, **__: Any) -> None:
-    """A step whose RayJob is deleted under it."""
-    raise RemoteLost("RayJob ncsn-mine was deleted while it ran")
 
 
 def outcome(config: Config) -> Outcome | None:
@@ -125,13 +119,10 @@ def outcome(config: Config) -> Outcome | None:
         (None, {}, "KILLED"),  # deleting a recurring run deletes the Workflow
         ("Succeeded", {}, "FINISHED"),  # after KFP's Retry an exit handler that has run is not run again
         ("Failed", {}, "FAILED"),
-        ("Error", {}, "FAILED"),
     ],
 )
 @pytest.mark.usefixtures("begun")
-def test_a_run_without_its_exit_handler_is_closed_as_it_ended(
-    emulation: Any, config: Config, janitor: Any, phase: str | None, spec: dict[str, Any], status: str
-) -> None:
+def test_a_run_without_its_exit_handler_is_closed_as_it_ended(emulation, config, janitor, phase, spec, status) -> None:
     if phase is not None:
         workflow(emulation, phase, **spec)
     janitor()
@@ -153,7 +144,8 @@ def test_what_fails_because_the_pipeline_was_terminated_is_no_failure(
 ) -> None:
     monkeypatch.setenv(KFP_RUN_ID, "5f3a")
     monkeypatch.setenv(KFP_WORKFLOW, WORKFLOW)
-    monkeypatch.setattr(ingest, "ingest", lost)
+    deleted = RemoteLost("RayJob ncsn-mine was deleted while it ran")
+    monkeypatch.setattr(ingest, "ingest", Mock(side_effect=deleted))
     workflow(emulation, "Running", **spec)
     with pytest.raises(raised):
         do_as_task("ingest", config, "mine")
@@ -162,32 +154,27 @@ def test_what_fails_because_the_pipeline_was_terminated_is_no_failure(
     assert (found and found.status) == ended
 
 
-@pytest.mark.usefixtures("begun")
-def test_a_running_pipeline_is_left_alone(emulation: Any, config: Config, janitor: Any) -> None:
-    workflow(emulation, "Running")
-    rayjob(emulation, "working", ownerReferences=[OWNER])
-    assert janitor() == []
-    assert (outcome(config), len(notes(emulation)), len(emulation.jobs)) == (None, 1, 1)
-
-
-def test_a_pipeline_run_starts_once_however_many_tasks_it_has(emulation: Any, config: Config) -> None:
+def test_a_pipeline_run_starts_once_and_keeps_its_first_note_however_many_tasks_it_has(emulation, config) -> None:
     with receiver() as sent, pytest.MonkeyPatch.context() as patch:
         patch.setenv(KFP_RUN_ID, "77aa")
         patch.setenv(KFP_WORKFLOW, WORKFLOW)
         for _ in range(2):
             do_as_task("ingest", config, "mine")
+        note_run(config, "mine-best")
         tell("finished", run="mine")
         started, end = sent.wait_for(2)
     assert (started["event"], started["run"], started["kfp_run"]) == ("started", "mine", "77aa")
     assert (end["event"], len(sent.tries)) == ("finished", 2)
+    assert {run: json.loads(text)["run"] for run, text in notes(emulation).items()} == {"77aa": "mine"}
 
 
 @pytest.mark.usefixtures("begun")
-def test_a_rayjob_goes_with_its_pipeline_and_the_last_word_comes_later(
-    emulation: Any, config: Config, janitor: Any
-) -> None:
-    workflow(emulation, "Running", activeDeadlineSeconds=0)
+def test_a_rayjob_goes_with_its_pipeline_and_the_last_word_comes_later(emulation, config, janitor) -> None:
+    workflow(emulation, "Running")
     rayjob(emulation, "working", ownerReferences=[OWNER])
+    assert janitor() == []
+    assert (outcome(config), len(notes(emulation)), len(emulation.jobs)) == (None, 1, 1)
+    emulation.cluster.update("workflows", WORKFLOW, lambda each: each["spec"].update(activeDeadlineSeconds=0))
     janitor()
     assert emulation.jobs == []
     assert statuses(config)["run"] == "KILLED"
@@ -198,9 +185,7 @@ def test_a_rayjob_goes_with_its_pipeline_and_the_last_word_comes_later(
 
 
 @pytest.mark.usefixtures("begun")
-def test_a_run_that_another_pipeline_run_goes_on_with_is_left_to_it(
-    emulation: Any, config: Config, janitor: Any
-) -> None:
+def test_a_run_that_another_pipeline_run_goes_on_with_is_left_to_it(emulation, config, janitor) -> None:
     """Terminate, then submit again under the same name: the records and RayJobs are the second run's by then."""
     workflow(emulation, "Failed", activeDeadlineSeconds=0)
     emulation.cluster.create("workflows", {"metadata": {"name": "second"}, "spec": {}, "status": {"phase": "Running"}})
@@ -222,38 +207,34 @@ def test_a_run_whose_workflow_is_gone_keeps_the_end_that_is_known(emulation: Any
 
 @pytest.mark.usefixtures("begun")
 def test_a_rayjob_without_a_workflow_lives_as_long_as_one_of_its_launchers(
-    emulation: Any, config: Config, janitor: Any
+    emulation: Any, config: Config, janitor: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     KubernetesApi().patch("configmaps", NOTES, {"data": None})
-    root, limit = config.storage.root, LEASE_SECONDS
-    silent = {
-        "alive": ("Initializing", [10 * limit, 0.5 * limit]),
-        "waits": ("Suspended", [10 * limit, 1.5 * limit]),
-        "saves": ("Running", [1.5 * limit]),
-        "hangs": ("Running", [2.5 * limit]),
-        "ended": ("Failed", [2.5 * limit]),
-        "unknown": ("Initializing", []),
-        "away": ("Initializing", []),
-    }
-    for name, (state, ages) in silent.items():
-        lease = Path(root, name)
-        lease.mkdir()
-        for number, age in enumerate(ages):
-            (lease / str(number)).touch()
-            os.utime(lease / str(number), (time.time() - age,) * 2)
-        run = {"hangs": "theirs"}.get(name, "mine")
-        place = "s3://bucket/lease" if name == "away" else str(lease)
-        rayjob(emulation, name, run=run, root=root, state=state, lease=place)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-        patch.setattr("ncsn.kubeflow.janitor._STORE_SECONDS", 0.1)
-        claimed(config, "theirs")
-        done = janitor()
-    assert [line.split()[:2] for line in done] == [["delete", "waits:"], ["delete", "hangs:"], ["close", "run"]]
+    root = Path(config.storage.root)
+    for name, state, *silent in (
+        ("alive", "Initializing", 10, 0.5),
+        ("waits", "Suspended", 10, 1.5),
+        ("saves", "Running", 1.5),
+        ("hangs", "Running", 2.5),
+        ("ended", "Failed", 2.5),
+        ("unknown", "Initializing"),
+    ):
+        (root / name).mkdir()
+        for number, leases in enumerate(silent):
+            (root / name / str(number)).touch()
+            os.utime(root / name / str(number), (time.time() - leases * LEASE_SECONDS,) * 2)
+        run = "theirs" if name == "hangs" else "mine"
+        rayjob(emulation, name, run=run, root=str(root), state=state, lease=str(root / name))
+    rayjob(emulation, "away", state="Initializing", lease="s3://bucket/lease")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setattr("ncsn.kubeflow.janitor._STORE_SECONDS", 0.1)
+    claimed(config, "theirs")
+    done = [line.split()[:2] for line in janitor()]
+    assert done == [["delete", "waits:"], ["delete", "hangs:"], ["close", "run"]]
     assert read_outcome(run_folder(config, "theirs")) is not None
     assert outcome(config) is None, "another RayJob of this run has a launcher"
-    assert {job["metadata"]["name"] for job in emulation.jobs} == silent.keys() - {"waits", "hangs"}
-    assert storage.list_names(f"{root}/alive") == ["0", "1"]
+    assert {job["metadata"]["name"] for job in emulation.jobs} == {"alive", "saves", "ended", "unknown", "away"}
+    assert storage.list_names(str(root / "alive")) == ["0", "1"]
 
 
 @pytest.mark.usefixtures("begun")
@@ -285,22 +266,11 @@ def test_the_pod_tells_what_the_step_could_not(emulation: Any, config: Config, j
     assert set(emulation.cluster.requests) == set(pairs(JANITOR))
 
 
-def test_a_run_that_cannot_be_noted_works_nevertheless(
-    emulation: Any, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_that_cannot_be_noted_works_nevertheless(emulation, request, capsys) -> None:
     emulation.cluster.rules = []
     request.getfixturevalue("begun")
     assert notes(emulation) == {}
     assert "'get' on configmaps" in capsys.readouterr().err
-
-
-def test_the_note_of_the_first_task_stays(
-    emulation: Any, config: Config, begun: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv(KFP_RUN_ID, "5f3a")
-    monkeypatch.setenv(KFP_WORKFLOW, WORKFLOW)
-    note_run(config, "mine-best")
-    assert {run: json.loads(text)["run"] for run, text in notes(emulation).items()} == {"5f3a": "mine"}
 
 
 def cleanup(*options: str) -> Any:

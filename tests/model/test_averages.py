@@ -15,11 +15,10 @@ from ncsn.config import Config
 from ncsn.core.ema import Ema, exponent_of, power_function
 from ncsn.core.training import TrainState
 from ncsn.model import averages, build, checkpoint
-from ncsn.model.averages import build_average, ensure_average
+from ncsn.model.averages import build_average
 from ncsn.runs.folder import TrainingFolder
 
 POWER = ("train.ema={kind: power}", "train.num_images=800", "train.checkpoint_every_images=800")
-KEY = "sampling.relative_width"
 
 
 def walk(state: TrainState, images: int, *averages_: Ema) -> None:
@@ -101,22 +100,6 @@ def test_an_average_of_another_width_is_near_the_one_that_was_not_stored(
     assert (found.uri, found.relative_width, found.images_seen) == (built, 0.15, 800)
 
 
-def test_a_stored_average_comes_back(config: Config, trained: tuple[Path, dict[str, torch.Tensor]]) -> None:
-    folder, _ = trained
-    built = build_average(str(folder), relative_width=0.1)
-    weights = dict(checkpoint.load_checkpoint(built).network.named_parameters())
-    exact = load_file(folder / "ema_2.safetensors")
-    assert all(torch.equal(weights[name].half(), tensor.half()) for name, tensor in exact.items())
-
-
-def test_an_average_is_of_one_width(trained: tuple[Path, dict[str, torch.Tensor]]) -> None:
-    folder, _ = trained
-    uri = ensure_average(str(folder), relative_width=0.08)
-    assert uri == ensure_average(uri, relative_width=0.08) != str(folder)
-    with refused(KEY):
-        ensure_average(uri, relative_width=0.09)
-
-
 def test_the_others_do_without_a_lost_or_damaged_snapshot(config: Config, tmp_path: Path) -> None:
     folder = train(config, tmp_path, every=200)
     storage.delete(str(tmp_path / "ema" / checkpoint.folder_name(200)))
@@ -124,16 +107,13 @@ def test_the_others_do_without_a_lost_or_damaged_snapshot(config: Config, tmp_pa
     built = build_average(str(folder), relative_width=0.06)
     average = checkpoint.load_checkpoint(built).average
     assert average is not None and len(average["coefficients"]) == 4
-    assert sum(average["coefficients"].values()) == pytest.approx(1, abs=1e-9)
 
 
-def test_what_cannot_be_built_is_refused(
-    config: Config, trained: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path
-) -> None:
+def test_what_cannot_be_built_is_refused(trained: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path) -> None:
     folder, _ = trained
-    (folder.parents[1] / "checkpoints" / "images-000000250").mkdir()
-    for missing in (folder.with_name("images-000000250"), tmp_path / "checkpoints" / "images-000000800"):
-        with refused(KEY):
+    (unknown := folder.with_name("images-000000250")).mkdir()
+    for missing in (unknown, tmp_path / "checkpoints" / "images-000000800"):
+        with refused("sampling.relative_width"):
             build_average(str(missing), relative_width=0.1)
-    with refused(KEY):
+    with refused("sampling.relative_width"):
         tiny_config(*POWER, "sampling.relative_width=0.1", "train.ema={kind: decay}")

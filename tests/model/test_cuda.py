@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from pretended_gpu import Call, PretendedGpu, backward, pretended_gpu
+from pretended_gpu import Call, PretendedGpu, pretended_gpu
 from torch import Tensor, nn
-from torch.nn import functional
 
 from ncsn.config import Config, from_yaml, to_yaml
 from ncsn.core import augmentation, training_noise
@@ -18,7 +19,7 @@ from ncsn.core.images import fit_moments
 from ncsn.core.losses import Batch
 from ncsn.core.training import train_step
 from ncsn.data.format import Rows
-from ncsn.evaluation.extractors import Extractor, published
+from ncsn.evaluation.extractors import published
 from ncsn.evaluation.extractors.classifier import ClassifierNetwork, ClassifierRecipe
 from ncsn.model import build, generate, trained
 from ncsn.model.checkpoint import TrainedNetwork
@@ -51,9 +52,14 @@ def gpu_recipes() -> Iterator[Config]:
             yield from_yaml(path.read_text(), overrides=[f"train.batch_size={COUNT}", *small])
 
 
-RECIPES = {config.name: config for config in gpu_recipes()}
 # The last of each kind of network and chain.
-CHAINS = {(each.network.kind, each.sampling.sampler.kind, each.data.num_classes): each for each in RECIPES.values()}
+KINDS = {(each.network.kind, each.sampling.sampler.kind, each.data.num_classes): each for each in gpu_recipes()}
+RECIPES = {config.name: config for config in KINDS.values()}
+GUIDED = (
+    "name=guided", "loss={kind: consistency, pairs: teacher, guidance: {kind: classifier_free, weight: 2.0}}",
+    "train.precision=bfloat16", "data.num_classes=10",
+)  # fmt: skip
+TRAININGS = RECIPES | {"guided": from_yaml(to_yaml(RECIPES["cifar10-two-step"]), overrides=GUIDED)}
 
 
 @pytest.fixture
@@ -67,14 +73,10 @@ def gpu() -> Iterator[PretendedGpu]:
         each.cache_clear()
 
 
-class Split:
-    """Gray training images, as `draw_batch` takes them."""
-
-    def __init__(self, config: Config) -> None:
-        self.shape = config.data.stored_shape
-
-    def ordered(self, seed: int, *, first: int, count: int) -> Rows:
-        return Rows(np.full((count, *self.shape), 128, np.uint8), np.zeros(count, np.int64))
+def gray_images(config: Config) -> Any:
+    """Training images, as `draw_batch` takes them."""
+    rows = Rows(np.full((COUNT, *config.data.stored_shape), 128, np.uint8), np.zeros(COUNT, np.int64))
+    return SimpleNamespace(ordered=lambda seed, *, first, count: rows)
 
 
 def maps(call: Call) -> list[Tensor]:
@@ -90,24 +92,16 @@ def assert_convolutions_are_for_tensor_cores(calls: list[Call], dtype: torch.dty
     assert all(each.is_contiguous(memory_format=torch.channels_last) for each in weights)
 
 
-def test_the_backward_pass_is_that_of_pytorch() -> None:
-    def loss(weight: Tensor, bias: Tensor) -> Tensor:
-        one, other = functional.linear(torch.ones(2, 3), weight, bias).tanh().chunk(2, dim=1)
-        return (one * other + weight.mean()).exp().sum()
-
-    leaves = torch.linspace(-1, 1, 12).view(4, 3).requires_grad_(), torch.ones(4, requires_grad=True)
-    expected = torch.autograd.grad(loss(*leaves), leaves)
-    backward(loss(*leaves))
-    assert all(torch.equal(leaf.grad, gradient) for leaf, gradient in zip(leaves, expected, strict=True))
-
-
-@pytest.mark.parametrize("config", RECIPES.values(), ids=RECIPES)
+@pytest.mark.parametrize("config", TRAININGS.values(), ids=TRAININGS)
 def test_a_step_waits_for_nothing_and_convolves_in_its_precision_with_channels_last(
-    config: Config, gpu: PretendedGpu
+    config: Config, gpu: PretendedGpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(trained, "load_checkpoint", lambda _: None)
+    monkeypatch.setattr(trained, "adapted", lambda *_, **__: ({}, []))
+    teacher = trained.teacher("", config=config, classes=None, device=CUDA) if config.loss.has_teacher else None
     state = build.train_state(config, device=CUDA)
-    objective, options, split = objective_of(config), build.step_options(config, world_size=1), Split(config)
-    loss, curves = objective.loss(state.uncertainty, None), Curves(objective, WorkerContext(CUDA))
+    objective, options, split = objective_of(config), build.step_options(config, world_size=1), gray_images(config)
+    loss, curves = objective.loss(state.uncertainty, teacher), Curves(objective, WorkerContext(CUDA))
 
     def drawn() -> Batch:
         return draw_batch(config, objective, split, first=0, count=COUNT).on(CUDA, config)
@@ -130,28 +124,8 @@ def test_a_step_waits_for_nothing_and_convolves_in_its_precision_with_channels_l
     assert (losses.shape, norm.shape) == ((COUNT,), ())
 
 
-def test_a_teacher_evaluates_both_scores_in_one_pass_in_the_precision_of_training(
-    gpu: PretendedGpu, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    guidance = "pairs: teacher, guidance: {kind: classifier_free, weight: 2.0}"
-    guided = f"loss={{kind: consistency, {guidance}}}", "train.precision=bfloat16", "data.num_classes=10"
-    config = from_yaml(to_yaml(RECIPES["cifar10-two-step"]), overrides=guided)
-    monkeypatch.setattr(trained, "load_checkpoint", lambda _: None)
-    monkeypatch.setattr(trained, "adapted", lambda *_, **__: ({}, []))
-    network = trained.teacher("uri", config=config, classes=None, device=CUDA)
-    loss = objective_of(config).loss(None, network)
-    batch = draw_batch(config, objective_of(config), Split(config), first=0, count=COUNT).on(CUDA, config)
-    gpu.calls.clear()
-    loss.teacher(batch.x, batch)  # type: ignore[union-attr]
-    assert [call for call in gpu.calls if call.waits] == []
-    assert_convolutions_are_for_tensor_cores(gpu.calls, torch.bfloat16)
-    passes = [len(each.given[0]) for each in gpu.calls if each.name == "convolution"]
-    layers = [each for each in network.modules() if isinstance(each, nn.Conv2d)]
-    assert passes == [2 * COUNT] * len(layers) and {each.weight.dtype for each in layers} == {torch.bfloat16}
-
-
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer")  # of a copy of a network
-@pytest.mark.parametrize("config", CHAINS.values(), ids=lambda config: config.name)
+@pytest.mark.parametrize("config", RECIPES.values(), ids=RECIPES)
 def test_a_chain_waits_for_no_score_and_convolves_in_bfloat16_with_channels_last(
     config: Config, gpu: PretendedGpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -177,26 +151,18 @@ def test_a_chain_waits_for_no_score_and_convolves_in_bfloat16_with_channels_last
     assert not torch.backends.cudnn.benchmark, "which is the caller's"
 
 
-@pytest.fixture
-def inception(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Extractor:
-    """Without its weights, on the GPU."""
+def test_features_are_extracted_in_float32(gpu: PretendedGpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By Inception without its weights, and by a classifier."""
     torch.save({}, empty := tmp_path / "empty.pth")
     monkeypatch.setattr(published, "obtain_weights", lambda *_, **__: empty)
     monkeypatch.setattr(nn.Module, "load_state_dict", lambda *_, **__: None)
     with torch.device("meta"):
-        return published.InceptionExtractor("weights", device="cuda:0")
-
-
-@pytest.fixture
-def classifier() -> Extractor:
-    return ClassifierNetwork(ClassifierRecipe(shape=(32, 32, 3), num_classes=10, epochs=1, seed=0)).eval().to(CUDA)
-
-
-@pytest.mark.parametrize("kind", ["inception", "classifier"])
-def test_features_are_extracted_in_float32(kind: str, gpu: PretendedGpu, request: pytest.FixtureRequest) -> None:
-    extractor: Extractor = request.getfixturevalue(kind)
-    gpu.calls.clear()
-    found = extractor.extract(np.zeros((COUNT, 32, 32, 3), np.uint8))
-    assert len(found.features) == len(found.log_probabilities) == COUNT
-    assert {each.dtype for call in gpu.calls if call.name == "convolution" for each in maps(call)} == {torch.float32}
-    assert len([call for call in gpu.calls if call.waits]) <= 3  # images, features and probabilities
+        inception = published.InceptionExtractor("weights", device="cuda:0")
+    recipe = ClassifierRecipe(shape=(32, 32, 3), num_classes=10, epochs=1, seed=0)
+    for extractor in (inception, ClassifierNetwork(recipe).eval().to(CUDA)):
+        gpu.calls.clear()
+        found = extractor.extract(np.zeros((COUNT, 32, 32, 3), np.uint8))
+        assert len(found.features) == len(found.log_probabilities) == COUNT
+        convolved = {each.dtype for call in gpu.calls if call.name == "convolution" for each in maps(call)}
+        assert convolved == {torch.float32}
+        assert len([call for call in gpu.calls if call.waits]) <= 3  # images, features and probabilities

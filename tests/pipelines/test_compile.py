@@ -77,16 +77,6 @@ def resources(spec: Any) -> dict[str, dict[str, Any]]:
     return {label.removeprefix("exec-"): each["container"]["resources"] for label, each in executors.items()}
 
 
-def test_a_launcher_is_small_and_a_config_that_is_not_known_leaves_room(tmp_path: Path) -> None:
-    for backend in ("kuberay", "ray-jobs"):
-        launched, _ = fitted(tmp_path, backend=backend)
-        for task in COMPUTING:
-            assert resources(launched)[task] == LAUNCHER
-            assert launched["components"][f"comp-{task}"]["taskConfigPassthroughs"]
-    spec, _ = yaml.safe_load_all((COMPILED / "train_pipeline.yaml").read_text())
-    assert resources(spec)["train"] == UNKNOWN
-
-
 def test_only_tasks_that_need_no_torch_get_the_slim_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipelines.compile.SLIM_IMAGE", "slim:1")
 
@@ -114,7 +104,13 @@ def test_only_tasks_that_need_no_torch_get_the_slim_image(tmp_path: Path, monkey
     assert [name for name, image in images.items() if image == "slim:1"] == ["exec-finish"]
 
 
-def test_a_task_that_works_itself_is_as_large_as_its_workers(tmp_path: Path) -> None:
+def test_a_launcher_is_small_and_a_task_that_works_itself_as_large_as_its_workers(tmp_path: Path) -> None:
+    spec, _ = yaml.safe_load_all((COMPILED / "train_pipeline.yaml").read_text())
+    assert resources(spec)["train"] == UNKNOWN, "the config is not known"
+    for launched, _ in (fitted(tmp_path, backend="kuberay"), fitted(tmp_path, backend="ray-jobs")):
+        for task in COMPUTING:
+            assert resources(launched)[task] == LAUNCHER
+            assert launched["components"][f"comp-{task}"]["taskConfigPassthroughs"]
     spec, executors = fitted(tmp_path)
     for task in COMPUTING:
         found = resources(spec)[task]

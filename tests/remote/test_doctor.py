@@ -25,10 +25,12 @@ def examine(folder: Path, *overrides: str) -> dict[str, dict[str, str]]:
 
 
 def test_a_cluster_that_is_well(emulation: Any, tmp_path: Path) -> None:
+    """Who may not look for a Secret asks for none."""
     seen = examine(tmp_path)
     assert {seen[name]["state"] for name in ("kubernetes", "rights", "kuberay", "pod image")} == {"ok"}
     assert "kubeflow" in seen["rights"]["detail"]
     assert seen["pod image"]["detail"] == "registry.example/ncsn-python:0.1.0"
+    assert seen["pod needs"]["state"] == "not configured" and emulation.cluster.requests == []
 
 
 @pytest.mark.parametrize(
@@ -46,46 +48,33 @@ def test_missing_verbs_are_named_with_the_folder_that_grants_them(
 
 
 @pytest.mark.parametrize(
-    ("there", "state"),
+    ("lacking", "state", "fix"),
     [
-        ({"serviceaccounts": "ncsn-ray", "configmaps": "ncsn-environment", "secrets": "ncsn-credentials"}, "ok"),
-        ({"serviceaccounts": "ncsn-ray", "configmaps": "ncsn-environment"}, "not configured"),
-        ({"configmaps": "ncsn-environment", "secrets": "ncsn-credentials"}, "failed"),
+        ("", "ok", ""),
+        ("ncsn-credentials", "not configured", ""),  # which may be given in another way
+        ("ncsn-ray", "failed", "kubectl apply --kustomize infra/base/kuberay"),
     ],
 )
-def test_what_the_pods_refer_to(emulation: Any, tmp_path: Path, there: dict[str, str], state: str) -> None:
+def test_what_the_pods_refer_to(emulation: Any, tmp_path: Path, lacking: str, state: str, fix: str) -> None:
     user = {"apiGroups": [""], "resources": ["serviceaccounts", "configmaps", "secrets"], "verbs": ["get"]}
     emulation.cluster.rules = [*emulation.cluster.rules, user]
-    for kind, name in there.items():
-        emulation.cluster.create(kind, {"metadata": {"name": name}})
+    needs = {"serviceaccounts": "ncsn-ray", "configmaps": "ncsn-environment", "secrets": "ncsn-credentials"}
+    for kind, name in needs.items():
+        if name != lacking:
+            emulation.cluster.create(kind, {"metadata": {"name": name}})
     seen = examine(tmp_path)["pod needs"]
-    assert seen["state"] == state
-    named = ("serviceaccounts ncsn-ray", "secrets ncsn-credentials")
-    assert [each in seen["detail"] for each in named] == [state != "not configured", state != "failed"]
-    assert (seen["fix"] == "kubectl apply --kustomize infra/base/kuberay") == (state == "failed")
+    assert (seen["state"], seen["fix"]) == (state, fix) and lacking in seen["detail"]
 
 
-def test_who_may_not_look_for_a_secret_asks_for_none(emulation: Any, tmp_path: Path) -> None:
-    assert examine(tmp_path)["pod needs"]["state"] == "not configured"
-    assert {resource for _, resource in emulation.cluster.requests} == set()
-
-
-@pytest.mark.parametrize(
-    ("switch", "value", "word"), [("installed", False, "ray.io/v1"), ("fields", ("entrypoint",), "1.6")]
-)
-def test_a_cluster_without_kuberay_or_with_an_old_one(
-    emulation: Any, tmp_path: Path, switch: str, value: Any, word: str
-) -> None:
-    setattr(emulation.cluster, switch, value)
-    seen = examine(tmp_path)["kuberay"]
-    assert seen["state"] == "failed" and word in seen["detail"]
-
-
-def test_a_template_that_is_not_there_and_an_image_without_a_name(
-    emulation: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("NCSN_RAYJOB_TEMPLATE", str(tmp_path / "nowhere.yaml"))
+def test_what_a_rayjob_lacks_is_named(emulation: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    emulation.cluster.fields = ("entrypoint",)
+    old = examine(tmp_path)["kuberay"]
+    emulation.cluster.fields = None
     monkeypatch.delenv("NCSN_IMAGE")
-    seen = examine(tmp_path)
-    assert (seen["kuberay"]["state"], seen["kuberay"]["fix"]) == ("failed", "unset NCSN_RAYJOB_TEMPLATE")
-    assert seen["pod image"]["state"] == "failed"
+    without = examine(tmp_path)
+    monkeypatch.setenv("NCSN_RAYJOB_TEMPLATE", str(tmp_path / "nowhere.yaml"))
+    no_template = examine(tmp_path)["kuberay"]
+    assert "1.6" in old["detail"] and "ray.io/v1" in without["kuberay"]["detail"]
+    assert no_template["fix"] == "unset NCSN_RAYJOB_TEMPLATE"
+    found = (old, without["kuberay"], without["pod image"], no_template)
+    assert {each["state"] for each in found} == {"failed"}

@@ -1,4 +1,4 @@
-"""A step as a RayJob: its life as a real operator led it, its failures, and launchers that come and go."""
+"""A step as a RayJob: its life as a real operator led it, its failures, launchers that come and go, and the API."""
 
 from __future__ import annotations
 
@@ -13,28 +13,25 @@ from kubernetes_api import pairs
 from rayjobs import IMAGE, LAUNCHER, STATUSES
 from refused import refused
 
-from ncsn.config import from_yaml
-from ncsn.environment import KFP_RUN_ID, KFP_WORKFLOW
-from ncsn.kubeflow.janitor import forget_this_run, note_run
-from ncsn.remote import kuberay, pods
+from ncsn.remote import backend, kuberay, pods
 from ncsn.remote.backend import EndedByOther, RemoteFailure, RemoteLost
 from ncsn.remote.kuberay import NEEDED, JobState
 from ncsn.remote.kubernetes import KubernetesApi
-from ncsn.remote.pods import troubles_of_run
+from ncsn.remote.pods import PodLog, PodWatch
 from ncsn.storage.heartbeat import LEASE_SECONDS
 
-DIGITS = Path(__file__).parents[2] / "configs" / "digits.yaml"
 OWNER = {"apiVersion": "argoproj.io/v1alpha1", "kind": "Workflow", "name": "ncsn-train-x7", "uid": "0c9d"}
 TRACEBACK = ("Traceback (most recent call last):", "  File x, line 1", "ValueError: no such data")
 LIFE = ["starts", "waits for its driver", "submitted", "runs"]
 
 
-@pytest.mark.parametrize("name", STATUSES)
-def test_only_what_succeeded_has_and_only_what_failed_is_kept(name: str) -> None:
-    state = JobState({"status": STATUSES[name]})
-    over = {"succeeded", "failed", "stopped", "out of time", "invalid"}
-    assert (state.finished, state.succeeded) == (name in over, name == "succeeded")
-    assert state.kept == (name in {"failed", "out of time"})
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What a RayJob's launcher in this process says, as it says it: capsys may lose what is said while it is read."""
+    lines: list[str] = []
+    for module in (backend, kuberay, pods):
+        monkeypatch.setattr(module, "say", lambda line, **_: lines.append(line))
+    return lines
 
 
 @pytest.mark.parametrize(
@@ -46,12 +43,11 @@ def test_only_what_succeeded_has_and_only_what_failed_is_kept(name: str) -> None
         ([*LIFE, "driver failed", "retries", "is between tries", "starts again", "runs again", "failed"], "AppF", 1),
         ([*LIFE, "out of time"], "DeadlineExceeded", 1),
         ([*LIFE, "stopped"], "Complete / STOPPED", 0),
+        (["invalid"], "spec is invalid", 0),
     ],
-    ids=["success", "head lost", "suspended", "two failures", "out of time", "stopped"],
+    ids=["success", "head lost", "suspended", "two failures", "out of time", "stopped", "invalid"],
 )
-def test_a_rayjob_is_followed_to_its_end(
-    emulation, eventually, said, life: list[str], error: str | None, left: int
-) -> None:
+def test_a_rayjob_is_followed_to_its_end(emulation, eventually, said, life, error, left) -> None:
     emulation.cluster.on_create = lambda _: None
 
     def live() -> None:
@@ -123,19 +119,16 @@ def test_a_cluster_that_finds_no_room_is_given_up(emulation, eventually, said, s
     assert emulation.jobs == []
 
 
-def test_a_crash_loop_ends_it_and_shows_its_last_lines(
-    emulation, eventually, said, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_crash_loop_ends_it_and_shows_its_last_lines(emulation, eventually, said, monkeypatch) -> None:
     monkeypatch.setattr(pods, "CONFIRM_SECONDS", 1.0)
     emulation.cluster.on_create = lambda _: emulation.reach("starts")
-    lines = [f"line {number}" for number in range(20)]
-    emulation.cluster.last_words["head"] = [*lines, TRACEBACK[0], "ray.exceptions.AuthenticationError: no token"]
+    log = [f"line {n}" for n in range(20)] + [TRACEBACK[0], "ray.exceptions.AuthenticationError: no token"]
     waiting = {"name": "ray", "state": {"waiting": {"reason": "CrashLoopBackOff"}}, "restartCount": 3}
     container = waiting | {"lastState": {"terminated": {"exitCode": 1, "reason": "Error"}}}
 
     def crash() -> None:
         eventually(lambda: said, "it is created")
-        emulation.add_head(containerStatuses=[container])
+        emulation.add_head(containerStatuses=[container], log=log)
 
     with pytest.raises(RemoteFailure, match=r"CrashLoopBackOff: .* 1 .*AuthenticationError: "):
         emulation.execute(meanwhile=crash)
@@ -144,11 +137,56 @@ def test_a_crash_loop_ends_it_and_shows_its_last_lines(
     assert "line 19" in shown and "line 2\n" not in shown
 
 
-@pytest.mark.parametrize(("deleted", "away"), [(False, False), (True, False), (True, True)])
-def test_a_change_is_seen_at_once_and_until_then_nothing_is_asked(
-    emulation, eventually, monkeypatch: pytest.MonkeyPatch, *, deleted: bool, away: bool
-) -> None:
-    """Also one that happens while the connection is lost. A RayJob that is gone is lost."""
+@pytest.fixture
+def watched(emulation, said) -> tuple[Any, PodWatch, dict[str, Any]]:
+    """The cluster, a watch on the pods of its RayJob, which runs, and the RayJob."""
+    emulation.add_another_launchers()
+    emulation.reach("runs")
+    watch = PodWatch(KubernetesApi(), "ncsn.dev/attempt=another", resumes=lambda: "training resumes from images-7")
+    return emulation, watch, emulation.jobs[0]
+
+
+@pytest.mark.parametrize("status", ["runs", "starts"])
+def test_the_loss_of_a_head_is_one_line(watched, said: list[str], status: str) -> None:
+    """Unless the operator starts another cluster."""
+    emulation, watch, rayjob = watched
+    emulation.add_head()
+    assert watch.look(rayjob) is None and said == []
+    again = {"restartCount": 1, "lastState": {"terminated": {"exitCode": 137, "reason": "OOMKilled"}}}
+    emulation.cluster.update("pods", "head", lambda pod: pod["status"]["containerStatuses"][0].update(again))
+    for _ in range(2):
+        assert watch.look(rayjob | {"status": STATUSES[status]}) is None
+    lost = [line for line in said if "training resumes from images-7" in line]
+    assert [("OOMKilled" in line, "head" in line) for line in lost] == [(True, True)] * (status == "runs")
+    assert "OOMKilled" in str(watch.ended)
+
+
+def test_what_the_submitter_says_of_the_lost_head_is_left_out_and_the_drivers_own_is_kept(watched) -> None:
+    emulation, watch, rayjob = watched
+    cut = "RuntimeError: WebSocket connection closed unexpectedly with close code 1006"
+    emulation.add_submitter(log=(TRACEBACK[0], "    await y", cut, *TRACEBACK))
+    watch.look(rayjob)
+    log = PodLog(KubernetesApi(), rayjob["metadata"]["name"], watch, attempt="another", uri="")
+    assert log.read(over=True) == list(TRACEBACK)
+    assert log.read(over=True) == []
+
+
+def test_a_quota_is_named_once_though_there_is_no_pod(watched, said: list[str]) -> None:
+    """Not by what was said of an earlier job."""
+    emulation, watch, rayjob = watched
+    quota = 'Failed to create head Pod, pods "x" is forbidden: exceeded quota: small, requested: requests.memory=6Gi'
+    about = {"involvedObject": {"kind": "Job", "name": rayjob["metadata"]["name"]}, "reason": "FailedCreate"}
+    for seen, message in (("2999-01-01T00:00:00Z", quota), ("2026-01-01T00:00:00Z", f"an earlier job's: {quota}")):
+        event = {"metadata": {"name": seen}, "message": message, "lastTimestamp": seen}
+        emulation.cluster.create("events", about | event)
+    for _ in range(2):
+        assert watch.look(rayjob) is None
+    assert [quota in line and "earlier" not in line for line in said] == [True]
+
+
+@pytest.mark.parametrize("deleted", [False, True])
+def test_a_change_is_seen_at_once_and_until_then_nothing_is_asked(emulation, eventually, monkeypatch, deleted) -> None:
+    """A RayJob that is deleted while the connection is lost is lost."""
     monkeypatch.setattr(kuberay, "LOOK_SECONDS", (1000, 1000))
 
     def change() -> None:
@@ -156,13 +194,13 @@ def test_a_change_is_seen_at_once_and_until_then_nothing_is_asked(
         asked = len(emulation.cluster.requests)
         time.sleep(0.5)
         assert len(emulation.cluster.requests) == asked
-        emulation.cluster.away = away
         if deleted:
+            emulation.cluster.away = True
             emulation.cluster.delete("rayjobs", emulation.step().job_name)
+            time.sleep(0.2)
+            emulation.cluster.away = False
         else:
             emulation.reach("succeeded")
-        time.sleep(0.2)
-        emulation.cluster.away = False
 
     with pytest.raises(RemoteLost) if deleted else nullcontext():
         emulation.execute(meanwhile=change)
@@ -180,31 +218,12 @@ def test_a_rayjob_is_ours_though_the_answer_to_its_creation_was_lost(emulation) 
     assert emulation.jobs == []
 
 
-def test_the_launchers_role_has_what_is_needed_and_no_more(
-    emulation, eventually, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("KFP_POD_NAME", "nobody")
-    monkeypatch.setenv(KFP_RUN_ID, "5f3a")
-    monkeypatch.setenv(KFP_WORKFLOW, "of-a-pipeline")
-    while_it_runs = {("get", "pods/log"), ("list", "pods"), ("list", "events")}
-
-    def work() -> None:
-        eventually(lambda: emulation.jobs, "it is created")
-        emulation.add_submitter()
-        eventually(lambda: while_it_runs <= set(emulation.cluster.requests), "all is read")
-        emulation.reach("succeeded")
-
-    emulation.execute(meanwhile=work)
-    note_run(from_yaml(DIGITS.read_text()), "mine")
-    forget_this_run()
+@pytest.mark.usefixtures("emulation")
+def test_the_launchers_role_has_what_is_needed_and_no_more() -> None:
+    """The emulated API refuses all tests of this file what the role does not grant."""
+    assert {(verb, resource.partition(".")[0]) for verb, resource, *_ in NEEDED} == set(pairs(LAUNCHER))
     api = KubernetesApi()
-    api.find("rayjobs")
-    api.get("workflows", "of-a-pipeline")
-    assert list(troubles_of_run(api, "5f3a")) == []
-    granted = set(pairs(LAUNCHER))
-    assert set(emulation.cluster.requests) == granted
     assert all(api.allowed(*needed) for needed in NEEDED)
-    assert {(verb, resource.partition(".")[0]) for verb, resource, *_ in NEEDED} == granted
     assert not api.allowed("get", "secrets")
     assert not api.allowed("patch", "configmaps", "workflow-controller-configmap")
 
@@ -212,11 +231,9 @@ def test_the_launchers_role_has_what_is_needed_and_no_more(
 @pytest.fixture
 def pipeline(emulation: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """This process is a task of a pipeline."""
-    pod = {
-        "metadata": {"name": "task", "labels": {"pipeline/runid": "5f3a"}, "ownerReferences": [OWNER]},
-        "spec": {"containers": [{"name": "wait", "image": "argo"}, {"name": "main", "image": "ours:1.2"}]},
-    }
-    emulation.cluster.create("pods", pod)
+    metadata = {"name": "task", "labels": {"pipeline/runid": "5f3a"}, "ownerReferences": [OWNER]}
+    containers = [{"name": "wait", "image": "argo"}, {"name": "main", "image": "ours:1.2"}]
+    emulation.cluster.create("pods", {"metadata": metadata, "spec": {"containers": containers}})
     workflow = {"metadata": {"name": OWNER["name"]}, "spec": {}, "status": {"phase": "Running"}}
     emulation.cluster.create("workflows", workflow)
     monkeypatch.setenv("KFP_POD_NAME", "task")
@@ -237,9 +254,7 @@ def test_a_kfp_task_hands_over_its_image_its_workflow_and_its_run(pipeline, monk
 
 
 @pytest.mark.parametrize("terminated", [True, False], ids=["terminated", "evicted"])
-def test_sigterm_deletes_the_rayjob_of_a_pipeline_that_ends_and_else_the_next_attempt_attaches(
-    pipeline, eventually, said, *, terminated: bool
-) -> None:
+def test_sigterm_deletes_the_rayjob_only_of_a_pipeline_that_ends(pipeline, eventually, said, terminated) -> None:
     """Also if who reads the launcher's output has ended before it, as in a pod of Kubeflow."""
     launcher = pipeline.launch()
     pipeline.reach("starts")
@@ -251,18 +266,18 @@ def test_sigterm_deletes_the_rayjob_of_a_pipeline_that_ends_and_else_the_next_at
     assert launcher.wait(240) == 143
     launcher.stdout.close()
     assert len(pipeline.jobs) == (not terminated)
-    if not terminated:
+    if terminated:
+        return
 
-        def let_it_end() -> None:
-            eventually(lambda: any("attached" in line for line in said), "the next attempt attaches")
-            pipeline.reach("succeeded")
+    def let_it_end() -> None:
+        eventually(lambda: any("attached" in line for line in said), "the next attempt attaches")
+        pipeline.reach("succeeded")
 
-        pipeline.execute(meanwhile=let_it_end)
-        assert pipeline.jobs == []
+    pipeline.execute(meanwhile=let_it_end)
+    assert pipeline.jobs == []
 
 
 def test_ctrl_c_waits_for_an_api_server_that_is_away(emulation) -> None:
-    """A person has time."""
     launcher = emulation.launch()
     emulation.cluster.away = True
     launcher.send_signal(signal.SIGINT)
@@ -311,3 +326,28 @@ def test_a_late_launcher_does_not_delete_the_rayjob_that_replaced_its_own(emulat
     launcher.send_signal(signal.SIGCONT)
     launcher.ended()
     assert emulation.jobs == new
+
+
+def test_a_log_that_is_gone_is_empty_and_an_answer_that_is_cut_is_asked_for_again(emulation, capsys) -> None:
+    emulation.cluster.cut_answers = 1
+    assert KubernetesApi().read_log("gone") == []
+    assert "unavailable" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["create", "get", "watch", "delete"])
+def test_a_missing_right_is_named(emulation, verb: str) -> None:
+    emulation.cluster.on_create = lambda _: emulation.reach("succeeded" if verb == "delete" else "runs")
+    rayjobs, *others = emulation.cluster.rules
+    emulation.cluster.rules = [rayjobs | {"verbs": [each for each in rayjobs["verbs"] if each != verb]}, *others]
+    with pytest.raises(PermissionError, match=rf"'{verb}' on rayjobs in namespace 'kubeflow'"):
+        emulation.execute()
+
+
+def test_no_cluster_at_all_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
+    for content in (None, b"\xff", b"a: [1", b"a: 2020-13-45"):
+        if content is not None:
+            (tmp_path / "none").write_bytes(content)
+        with refused("KUBECONFIG") as caught:
+            KubernetesApi()
+        assert "compute." not in caught.value.problems[0].hint  # `ncsn cleanup` has no config

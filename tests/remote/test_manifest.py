@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
+from edited_clone import ROOT, clone
 from manifests import api_server_errors
 from refused import refused
 
@@ -23,7 +24,6 @@ from ncsn.errors import NotFound
 from ncsn.remote.backend import RemoteStep
 from ncsn.remote.manifest import TASK_CONFIG, load_template, render
 
-ROOT = Path(__file__).parents[2]
 TEMPLATE = ROOT / "infra" / "base" / "kuberay" / "rayjob.yaml"
 FILLED = Path(__file__).with_name("filled.yaml")
 OWNER = {"apiVersion": "argoproj.io/v1alpha1", "kind": "Workflow", "name": "ncsn-train-x7", "uid": "0c9d"}
@@ -67,20 +67,15 @@ def flat(node: Any, path: str = "") -> dict[str, Any]:
     return {leaf: v for key, below in node.items() for leaf, v in flat(below, f"{path}.{key}".lstrip(".")).items()}
 
 
-@pytest.fixture(scope="module")
-def manifests() -> dict[str, dict[str, Any]]:
-    found = {name: rendered(**compute) for name, compute in COMPUTE.items()}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(TASK_CONFIG, json.dumps(TASK))
-        found["parts of a KFP task"] = rendered(kuberay=PODS | {"workers_per_pod": 1})
-    return found
-
-
-def test_what_is_filled_is_as_reviewed_and_all_else_as_in_the_template(manifests: dict[str, dict[str, Any]]) -> None:
+def test_what_is_filled_is_as_reviewed_all_else_as_in_the_template_and_the_api_server_accepts_it(monkeypatch) -> None:
     """RENEW_SNAPSHOTS=1 writes `filled.yaml` anew: what differs from the template, and what from the plain RayJob."""
+    manifests = {name: rendered(**compute) for name, compute in COMPUTE.items()}
+    monkeypatch.setenv(TASK_CONFIG, json.dumps(TASK))
+    manifests["parts of a KFP task"] = rendered(kuberay=PODS | {"workers_per_pod": 1})
     before, lines = flat(load_template()), []
     del before["rayVersion"]
     for name, manifest in manifests.items():
+        assert api_server_errors(manifest) == []
         now = flat(manifest)
         assert now.pop("rayVersion") == metadata.version("ray")
         paths = [path for path in {**before, **now} if path not in now or now[path] != before.get(path)]
@@ -89,10 +84,6 @@ def test_what_is_filled_is_as_reviewed_and_all_else_as_in_the_template(manifests
     if os.environ.get("RENEW_SNAPSHOTS"):
         FILLED.write_text("".join(lines))
     assert "".join(lines) == FILLED.read_text()
-
-
-def test_the_api_server_accepts_them(manifests: dict[str, dict[str, Any]]) -> None:
-    assert [error for manifest in manifests.values() for error in api_server_errors(manifest)] == []
 
 
 def test_the_driver_checks_edited_code_and_ray_fetches_none() -> None:
@@ -116,15 +107,9 @@ def test_a_template_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_wheel_carries_the_template(tmp_path: Path) -> None:
-    """Built from the files of the source tree, as pip does for `pip install .`."""
-    source = tmp_path / "source"
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
-    )
-    for name in listed.stdout.split():
-        if name.startswith(("ncsn/", "components/", "pipelines/", "infra/", "pyproject", "README", "LICENSE")):
-            (source / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(ROOT / name, source / name, follow_symlinks=False)
+    source = clone(tmp_path / "source").folder
+    for name in ("README.md", "LICENSE"):
+        shutil.copyfile(ROOT / name, source / name)
     options = ("--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path)
     command = [sys.executable, "-m", "pip", "wheel", *options, source]
     subprocess.run(command, check=True, capture_output=True, timeout=240)

@@ -18,6 +18,7 @@ from refused import refused
 from ncsn import storage
 from ncsn.cli import app
 from ncsn.config import Config, from_yaml, to_json, to_yaml
+from ncsn.environment import PYTHON
 from ncsn.errors import Problem
 from ncsn.inspection.listing import describe_run
 from ncsn.runs.folder import StepError, read_step, run_folder, update_step
@@ -55,23 +56,20 @@ def test_a_run_of_all_steps_shows_the_states_of_its_rayjobs(emulation, config: C
     assert describe_run(config.storage.root, "mine").state == "FAILED train"
 
 
-# As in the slim image.
-SLIM = """
+def in_slim_image(code: str, config: Config, dataset: str = "") -> subprocess.CompletedProcess[str]:
+    slim = """
 import json, sys
 sys.modules.update(dict.fromkeys(("torch", "torchvision", "torch_fidelity")))
-config, dataset = json.load(sys.stdin)
+from ncsn.config import from_yaml
+text, dataset = json.load(sys.stdin)
+config = from_yaml(text)
 """
-
-
-def in_slim_image(code: str, config: Config, dataset: str = "") -> subprocess.CompletedProcess[str]:
     given = json.dumps([to_json(config), dataset])
-    return subprocess.run([sys.executable, "-c", SLIM + code], input=given, capture_output=True, text=True, check=False)
+    return subprocess.run([sys.executable, "-c", slim + code], input=given, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.slow
-def test_a_launcher_needs_no_torch_and_finds_what_it_has_launched(
-    emulation, config: Config, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_launcher_needs_no_torch_and_finds_what_it_has_launched(emulation, config: Config, monkeypatch) -> None:
     dataset = do("ingest", config, "mine").uri
     checkpoint, sizes = f"{config.storage.root}/images-1", list[str]()
     result = asdict(TrainResult(checkpoint, 1, None, 1.0, 1.0, dataset))
@@ -86,11 +84,10 @@ def test_a_launcher_needs_no_torch_and_finds_what_it_has_launched(
 
     emulation.cluster.on_create = finish
     launch = """
-from ncsn.config import from_yaml
 from ncsn.runs.folder import Run
 from ncsn.steps.execute import execute
 from ncsn.kubeflow.task import Task
-run = Run(from_yaml(config), "mine")
+run = Run(config, "mine")
 print(execute("train", run, Task("train", run, last=False), given={"dataset": dataset}).checkpoint)
 """
     # What is found is returned; when it is gone, the driver decides what becomes of it.
@@ -105,11 +102,7 @@ print(execute("train", run, Task("train", run, last=False), given={"dataset": da
 @pytest.mark.slow
 def test_finish_and_the_janitor_need_no_torch(emulation, config: Config) -> None:
     do("ingest", config, "mine")
-    finish = """
-from ncsn.config import from_yaml
-from ncsn.kubeflow import finish
-print(finish.run(from_yaml(config), run="mine", state="SUCCEEDED").status)
-"""
+    finish = "from ncsn.kubeflow import finish\nprint(finish.run(config, run='mine', state='SUCCEEDED').status)"
     ended = in_slim_image(finish, config)
     assert ended.stdout.splitlines() == ["FINISHED"], ended.stderr
     emulation.cluster.rules = JANITOR
@@ -117,9 +110,14 @@ print(finish.run(from_yaml(config), run="mine", state="SUCCEEDED").status)
     assert cleaned.returncode == 0, cleaned.stderr
 
 
-def test_without_a_cluster_no_step_has_begun(
-    emulation, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_python_is_refused_by_the_driver(config: Config, tmp_path: Path, monkeypatch) -> None:
+    """Nothing but the driver knows the cluster's Python, so it compares."""
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps({"metadata": {PYTHON: "3.9"}}))
+    with refused("Python"):
+        do("ingest", config, "mine", lease=f"{tmp_path}/lease")
+
+
+def test_without_a_cluster_no_step_has_begun(emulation, config: Config, tmp_path: Path, monkeypatch) -> None:
     dataset = do("ingest", config, "mine").uri
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
     with refused("KUBECONFIG"):

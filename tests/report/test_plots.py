@@ -1,4 +1,4 @@
-"""Plots hold the numbers that they are given, in colors that are readable on light and dark pages."""
+"""Plots hold the numbers and pictures the images that they are given, in colors for light and dark pages."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 from matplotlib.colors import to_rgb
 from PIL import Image
 
+from ncsn.report.images import CARD_PIXELS, grid_png, neighbors_png, rows_by_class, smaller_png
 from ncsn.report.plots import (
     INK,
     LEVEL_COLORS,
@@ -22,38 +23,58 @@ from ncsn.report.plots import (
     to_svg,
 )
 
-SIGMAS = np.geomspace(1, 0.01, 10)
-SEEN = np.array([1000, 2000, 3000])
-MINIMUM = 0.25**2 / (0.25**2 + SIGMAS**2)  # loss of the perfect network for data of standard deviation 0.25
-LOSSES = MINIMUM * np.array([[3.0], [1.5], [1.0]])
-PAGES = ((1.0, 1.0, 1.0), to_rgb("#161616"))
 FID = "Fréchet distance (classifier, 512 images)"
 
 
-def contrast(a, b) -> float:
-    """WCAG 2: (lighter + 0.05) / (darker + 0.05) of the relative luminances."""
+def pixels(png: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(png)))
 
+
+def test_each_sample_is_beside_its_nearest_training_images() -> None:
+    samples, training = np.full((3, 8, 8, 1), 10, np.uint8), np.arange(9, dtype=np.uint8).repeat(64).reshape(9, 8, 8, 1)
+    table = [{"image": row, "pixels_rows": [row, 8], "features_rows": [row + 4, 8]} for row in range(3)]
+    picture = pixels(neighbors_png(table, samples=samples, training_images=training))
+    cell = picture.shape[1] * 9 // 55
+    found = [[picture[int((row + 0.5) * cell), int((column + 0.5) * cell)] for column in range(6)] for row in range(2)]
+    assert found == [[10, 0, 4, 10, 1, 5], [10, 2, 6, 0, 0, 0]]
+    wide = np.zeros((9, 512, 512, 3), np.uint8)
+    large = neighbors_png(table, samples=wide, training_images=wide)
+    assert pixels(large).shape[0] < 600, "two samples, in one row"
+
+
+def test_a_card_has_a_small_picture() -> None:
+    grid = grid_png(np.zeros((64, 8, 4, 1), np.uint8))
+    assert max(pixels(grid).shape) > 2 * CARD_PIXELS == 2 * max(pixels(smaller_png(grid)).shape)
+
+
+def test_a_grid_has_a_row_for_each_of_the_first_classes() -> None:
+    rows = rows_by_class(np.arange(100) % 10)
+    assert rows.shape == (10, 8) and (rows % 10 == np.arange(10)[:, None]).all() and rows[0].tolist()[:2] == [0, 10]
+    assert rows_by_class(np.array([2, 0, 2, 0, 2])).tolist() == [[1, 3], [0, 2]]
+    assert rows_by_class(np.arange(3000) % 1000).shape == (16, 3)
+    rare = np.array([0, 1, 2, 2, *[0, 1] * 20, *[3] * 6])  # 2 would leave the others two columns
+    assert rows_by_class(rare).shape == (3, 6) and (rare[rows_by_class(rare)] == [[0], [1], [3]]).all()
+    assert rows_by_class(np.full(100, 3)).tolist() == np.arange(64).reshape(8, 8).tolist()
+    assert rows_by_class(np.full(5, 3)).tolist() == [[0, 1, 2, 3, 4]]
+
+
+def test_colors_are_legible_on_a_light_and_on_a_dark_page() -> None:
     def luminance(color) -> float:
-        linear = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in color]
-        return float(np.dot([0.2126, 0.7152, 0.0722], linear))
+        """Relative, with what WCAG 2 adds to both for their contrast."""
+        linear = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in to_rgb(color)]
+        return float(np.dot([0.2126, 0.7152, 0.0722], linear)) + 0.05
 
-    low, high = sorted((luminance(a), luminance(b)))
-    return (high + 0.05) / (low + 0.05)
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_ink_and_colors_are_legible_on_a_light_and_on_a_dark_page(page) -> None:
-    colors = [to_rgb(INK), *map(to_rgb, PALETTE), *(LEVEL_COLORS(t)[:3] for t in np.linspace(0, 1, 21))]
-    assert min(contrast(color, page) for color in colors) >= 3
+    for color in (INK, *PALETTE, *map(LEVEL_COLORS, np.linspace(0, 1, 21))):
+        assert 3 * luminance("#161616") <= luminance(color) <= luminance("white") / 3, color
 
 
 def test_loss_curves_hold_the_numbers() -> None:
-    losses = LOSSES.copy()
+    seen, losses = np.array([1000, 2000, 3000]), np.array([[3.0], [1.5], [1.0]]) * np.linspace(0.2, 0.9, 10)
     losses[1, 4] = np.nan
-    lines = loss_curves(SEEN, losses, sigmas=SIGMAS).axes[0].get_lines()
-    for level, line in enumerate(lines[: len(SIGMAS)]):
+    lines = loss_curves(seen, losses, sigmas=np.geomspace(1, 0.01, 10)).axes[0].get_lines()
+    for level, line in enumerate(lines[:10]):
         known = np.isfinite(losses[:, level])
-        np.testing.assert_array_equal(line.get_xydata(), np.column_stack([SEEN, losses[:, level]])[known])
+        np.testing.assert_array_equal(line.get_xydata(), np.column_stack([seen, losses[:, level]])[known])
     assert to_png(loss_curves([1000], [[0.5]], sigmas=[0.1])), "one point of one level"
 
 

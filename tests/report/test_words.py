@@ -1,14 +1,29 @@
-"""Scores next to those of real images, costs and lineage, as all pages show them."""
+"""Scores next to those of real images, costs, lineage, and hints where a run went wrong, as all pages have them."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
+import torch
 
+from ncsn.config.training import DecayEmaConfig, TrainConfig
+from ncsn.core.images import fit_moments
+from ncsn.core.noise_schedule import best_epsilon, geometric_sigmas
+from ncsn.core.samplers.settings import AnnealedLangevin, KarrasHeun
 from ncsn.evaluation import with_interval
+from ncsn.report.hints import (
+    NEAR,
+    average_hints,
+    copying_hints,
+    held_out_conclusion,
+    linear_loss,
+    overfitting_hints,
+    sampler_hints,
+    training_hints,
+)
 from ncsn.report.words import (
     CLOSE,
     FAR,
-    class_lines,
     cost_facts,
     cost_line,
     read_metrics,
@@ -17,6 +32,7 @@ from ncsn.report.words import (
     verdict_of,
 )
 from ncsn.runs.folder import Cost
+from ncsn.runs.history import HeldOutCurves
 
 EVALUATION = {
     "metrics": {
@@ -32,15 +48,6 @@ EVALUATION = {
 }
 
 
-def test_metrics_are_read_from_their_names() -> None:
-    readings = read_metrics(EVALUATION["metrics"])
-    assert set(readings) == {"score", "score_std", "kid", "kid_low", "kid_high", "class_tv"}
-    assert (readings["class_tv"].extractor, readings["class_tv"].num_images) == ("classifier", 512)
-    assert read_metrics(EVALUATION["real_metrics"])["kid"].value == 0.3
-    against = read_metrics({"eval/dinov2_vs_test_fid_low_n20": 1.0})["fid_low"]
-    assert (against.extractor, against.split) == ("dinov2", "test")
-
-
 def test_scores_are_next_to_the_real_ones() -> None:
     score, kid, class_tv = score_rows(EVALUATION)
     assert (score.text, score.real_text, score.meaning.better) == ("8", "10 of 500", "higher")
@@ -51,10 +58,8 @@ def test_scores_are_next_to_the_real_ones() -> None:
     assert kid.bars["axis"] == [(0.0, "-0.5"), (25.0, "0"), (100.0, "1.5")] and kid.bars["bar"] == [25.0, 50.0]
     assert (kid.bars["interval"], kid.bars["real"]) == ([20.0, 80.0], [40.0])
     assert (kid.text, kid.real_text) == ("0.50 (-0.10 to 1.1)", "0.3 of 500")
-    negative, _ = score_rows(
-        {"metrics": {"eval/clusters_kid_n5": -1.0, "eval/clusters_fid_n5": 1.0}, "real_metrics": {}}
-    )[::-1]
-    assert (negative.text, negative.bars["bar"]) == ("-1", [0.0, 100.0])
+    (negative,) = score_rows({"metrics": {"eval/dinov2_vs_test_kid_n5": -1.0}, "real_metrics": {}})
+    assert (negative.text, negative.bars["bar"]) == ("-1", [0.0, 100.0]) and "the test images" in negative.meaning.text
 
 
 @pytest.mark.parametrize(
@@ -81,19 +86,10 @@ def test_a_verdict_is_by_the_whole_interval_and_shows_equal_numbers(excess, copi
     assert (row.name, row.value, row.real) == ("eval/clusters_fid_n200", 92.9, 56.7)
 
 
-def test_of_many_classes_those_that_agree_least_are_shown() -> None:
-    table = [{"name": f"c{n}", "num_images": 51, "agreement": 1 - n / 400, "kid": None} for n in range(200)]
-    classes = {"table": table, "real_table": table}
-    lines = class_lines(classes, most=20)
-    assert len(lines) == 20 and lines[0] == ("c199", "51", "50.2%", "50.2%", "") and lines[-1][0] == "c180"
-    assert len(class_lines({"table": table[:10], "real_table": table[:10]}, most=20)) == 10
-
-
 def test_costs_are_summed_and_scaled() -> None:
     spent = {step: Cost(360.0, 0.2, 0.0) for step in ("train", "sample")}
     whole, thousand = cost_facts(spent, num_images=500)
-    assert whole.value == cost_line(spent.values()) == "12.0 min · 24.0 min of CPU cores"
-    assert thousand.value == "12.0 min · 24.0 min of CPU cores"
+    assert whole.value == thousand.value == "12.0 min · 24.0 min of CPU cores"
     assert cost_line([Cost(7200.0, 400.0, 2.0)]) == "2.0 h · 16.7 days of CPU cores · 2.0 h of GPUs"
     assert (cost_line([]), list(cost_facts({}, num_images=500))) == ("", [])
 
@@ -107,3 +103,84 @@ def test_lineage_has_each_value_once_and_links_pages_only() -> None:
     assert (facts["KFP run"].value, facts["KFP run"].link) == ("1", "")
     linked = tag_facts([{**whole, "kfp.pipeline_run_url": "https://kfp.example/runs/1"}])
     assert linked[0].link == "https://kfp.example/runs/1"
+
+
+def test_linear_loss_is_that_of_the_best_linear_denoiser() -> None:
+    """Oracle: least squares predicts the noise of normal data from the noisy data by a matrix."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(40_000, 1, 2, 2, generator=generator) * torch.tensor([[[2.0, 1.0], [0.5, 0.1]]])
+    sigma = 0.7
+    z = torch.randn(x.shape, generator=generator)
+    noisy = (x + sigma * z).flatten(1)
+    answer = torch.linalg.lstsq(noisy, z.flatten(1)).solution
+    residual = float((noisy @ answer - z.flatten(1)).square().mean())
+    assert linear_loss(fit_moments(x), [sigma])[0] == pytest.approx(residual, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("factors", "hints"),
+    [
+        ([0.9, 0.9, 0.9, 0.9], []),
+        ([np.nan] * 4, []),
+        ([1.0, 1.2, 1.0, 1.2], ["Undertrained at sigma 0.5, 0.125:"]),
+    ],
+)
+def test_levels_that_a_linear_denoiser_beats_are_named(factors: list[float], hints: list[str]) -> None:
+    linear = np.array([0.1, 0.2, 0.4, 0.8])
+    losses = np.stack([linear * factors, np.full(4, np.nan)])  # the last known ones count
+    found = training_hints(losses, linear=linear, sigmas=[1.0, 0.5, 0.25, 0.125])
+    assert [hint[: len(start)] for hint, start in zip(found, hints, strict=True)] == hints
+
+
+def test_an_epsilon_that_does_not_fit_gets_the_one_that_does() -> None:
+    sigmas = geometric_sigmas(1.0, 0.03, 20).tolist()
+    best = best_epsilon(sigma_L=sigmas[-1], ratio=sigmas[-2] / sigmas[-1], steps_per_level=10)
+
+    def hints(factor: float) -> list[str]:
+        return sampler_hints(AnnealedLangevin(steps_per_level=10, epsilon=factor * best), sigmas)
+
+    assert hints(1.0) == []
+    for factor, fault in ((8.0, "large"), (0.05, "small"), (50.0, "diverges")):
+        (hint,) = hints(factor)
+        assert fault in hint and f"{best:.2g}" in hint
+    assert sampler_hints(KarrasHeun(), sigmas) == []
+
+
+def test_an_average_with_much_of_the_initial_weights_is_a_hint() -> None:
+    every = dict.fromkeys(("num_images", "checkpoint_every_images", "report_every_images"), 640)
+    settings = TrainConfig(batch_size=64, ema=DecayEmaConfig(kind="decay", per_step=0.998), **every)
+    assert average_hints(settings, images_seen=140_032) == []
+    (hint,) = average_hints(settings, images_seen=20_032)
+    assert f"{0.998**313:.0%}" in hint
+
+
+@pytest.mark.parametrize(
+    ("loss", "gap", "said"),
+    [
+        ([0.5, 0.4, 0.6], [0.0, 0.1, 0.2], ["risen since 200"]),
+        ([0.5, 0.4, 0.4], [0.0, 0.01, 0.03], ["grew from 0.01 to 0.03", "begins"]),
+        ([0.5, 0.4, 0.39], [0.0, 0.01, 0.03], ["grew from 0.01 to 0.03", "not memorize"]),
+        ([0.5, 0.4, 0.3], [0.0, 0.01, 0.012], ["neither"]),
+        ([0.5, 0.4], [0.0, 0.001], [""]),
+    ],
+)
+def test_the_held_out_curves_have_a_conclusion(loss: list[float], gap: list[float], said: list[str]) -> None:
+    seen = 100.0 * np.arange(1, len(loss) + 1)
+    curves = HeldOutCurves(seen, np.array(loss), np.array(gap))
+    found, hints = held_out_conclusion(curves), overfitting_hints(curves)
+    assert all(part in found for part in said) and bool(found) == bool(said[0])
+    assert ["lowest at 200 images" in hint for hint in hints] == [True] * ("risen" in found)
+
+
+def test_copies_and_nearness_are_warnings() -> None:
+    def figures(distance: float, real: str = "") -> dict:
+        return read_metrics({f"eval/{real}classifier_nn_distance_n256": distance})
+
+    real, copies = figures(300.0, "real_"), "12 of 256 samples copy a training image"
+    assert copying_hints(figures(290.0), real, copies="") == []
+    assert copying_hints({}, real, copies="") == copying_hints(figures(0.0), {}, copies="") == []
+    (copied,) = copying_hints(figures(290.0), real, copies=copies)
+    assert copies in copied
+    (near,) = copying_hints(figures(300 * NEAR - 1), real, copies="")
+    assert "209" in near and "300" in near
+    assert len(copying_hints(figures(0.0), real, copies=copies)) == 2

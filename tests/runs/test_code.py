@@ -38,11 +38,17 @@ def published(root: Path) -> str:
 
 
 def test_an_archive_has_the_packages_and_what_their_links_name(ours: Clone, tmp_path: Path) -> None:
+    first = published(tmp_path)
+    assert code.origin()["dirty"] == "false"
+    os.utime(ours.folder / "ncsn" / "errors.py", (0, 0))
+    assert published(tmp_path) == first
     (ours.folder / "ncsn" / "__pycache__").mkdir()
     (ours.folder / "ncsn" / "__pycache__" / "cached.pyc").touch()
     (ours.folder / "ncsn" / ".hidden.py").touch()
     (ours.folder / "ncsn" / "new.py").write_text("NEW = 1\n")
-    with zipfile.ZipFile(published(tmp_path)) as archive:
+    edited = published(tmp_path)
+    assert edited != first
+    with zipfile.ZipFile(edited) as archive:
         names = set(archive.namelist())
         about = json.loads(archive.read("ncsn/code.json"))
         template = archive.read("ncsn/remote/rayjob.yaml")
@@ -53,7 +59,7 @@ def test_an_archive_has_the_packages_and_what_their_links_name(ours: Clone, tmp_
     assert any(each.startswith("torch>=") for each in about["requires"])
 
 
-def test_a_link_that_leads_nowhere_and_a_pipe_are_refused(ours: Clone, tmp_path: Path) -> None:
+def test_what_is_no_clone_or_not_that_of_this_folder_or_has_no_files_is_refused(ours, tmp_path, monkeypatch) -> None:
     for place, make in (
         (ours.folder / "ncsn" / "gone.py", lambda at: at.symlink_to("nowhere")),
         (ours.folder / "ncsn" / "pipe", os.mkfifo),
@@ -62,19 +68,6 @@ def test_a_link_that_leads_nowhere_and_a_pipe_are_refused(ours: Clone, tmp_path:
         with refused("--code"):
             published(tmp_path)
         place.unlink()
-
-
-def test_the_same_code_is_the_same_archive_and_an_edit_another(ours: Clone, tmp_path: Path) -> None:
-    first = published(tmp_path)
-    assert code.origin()["dirty"] == "false"
-    os.utime(ours.folder / "ncsn" / "errors.py", (0, 0))
-    assert published(tmp_path) == first
-    ours.edit("ncsn/errors.py")
-    assert published(tmp_path) != first
-    assert code.origin()["dirty"] == "true"
-
-
-def test_what_is_no_clone_or_not_the_clone_of_this_folder_is_refused(ours, tmp_path, monkeypatch) -> None:
     (tmp_path / "ncsn").mkdir()
     (tmp_path / "ncsn" / "__init__.py").touch()
     with refused("--code"):
@@ -91,13 +84,11 @@ def test_an_archive_that_is_missing_damaged_or_none_is_refused(ours: Clone, tmp_
     ours.edit("ncsn/errors.py")
     uri = published(tmp_path)
     Path(uri).write_bytes(Path(uri).read_bytes()[:-1])
-    other = tmp_path / "code.zip"
-    other.touch()
-    empty = tmp_path / f"{hashlib.sha256(b'').hexdigest()}.zip"
-    empty.touch()
-    for wrong in (uri, f"{uri.rpartition('/')[0]}/{'0' * 64}.zip", str(other), str(empty)):
+    for name in ("code", hashlib.sha256(b"").hexdigest()):
+        (tmp_path / "code" / f"{name}.zip").touch()
+    for name in (Path(uri).stem, "0" * 64, "code", hashlib.sha256(b"").hexdigest()):
         with refused("--code"):
-            code.unpacked(wrong)
+            code.unpacked(f"{tmp_path}/code/{name}.zip")
 
 
 def test_a_driver_runs_what_its_archive_is_named_after_and_nothing_else(ours: Clone, tmp_path: Path) -> None:
@@ -128,18 +119,16 @@ def test_a_driver_runs_what_its_archive_is_named_after_and_nothing_else(ours: Cl
 def test_packages_that_the_code_needs_and_the_image_lacks_are_named(tmp_path, monkeypatch) -> None:
     code.require_packages()  # of code that comes from no archive
     monkeypatch.setattr(code, "_PACKAGE", tmp_path)
-    have = {"torch": "2.9.0+cu130", "ray": "2.60.0"}
-    monkeypatch.setattr(code, "_version", have.get)
     about = {"origin": {}, "requires": ["torch>=2.6,<3", "ray[default,train]>=2.60", "scipy>=1"]}
     (tmp_path / "code.json").write_text(json.dumps(about))
-    with refused("scipy"):
-        code.require_packages()
-    have["ray"] = "2.59.1"
-    with refused("ray", "scipy"):
-        code.require_packages()
-    del have["torch"]  # the slim image, which has neither
-    with refused("ray"):
-        code.require_packages()
+    for have, lacking in (
+        ({"torch": "2.9.0+cu130", "ray": "2.60.0"}, ["scipy"]),
+        ({"torch": "2.9.0+cu130", "ray": "2.59.1"}, ["ray", "scipy"]),
+        ({"ray": "2.59.1"}, ["ray"]),  # the slim image, which has neither torch nor scipy
+    ):
+        monkeypatch.setattr(code, "_version", have.get)
+        with refused(*lacking):
+            code.require_packages()
 
 
 @pytest.mark.slow
@@ -167,11 +156,6 @@ def test_a_task_and_a_command_run_the_archive_in_place_of_what_is_installed(ours
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout.count(SAYS)) == (2, 1), done.stderr
     Path(uri).unlink()
-    missing = subprocess.run(
-        [*container["command"], *args],
-        env=env | {"NCSN_CACHE_DIR": str(tmp_path / "another")},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert (missing.returncode, len(missing.stderr.strip().splitlines())) == (1, 1), missing.stderr
+    env["NCSN_CACHE_DIR"] = str(tmp_path / "another")
+    done = subprocess.run([*container["command"], *args], env=env, capture_output=True, text=True, check=False)
+    assert (done.returncode, len(done.stderr.strip().splitlines())) == (1, 1), done.stderr

@@ -1,4 +1,4 @@
-"""The application in Ray Serve's mode for tests, without a cluster: what each path answers."""
+"""The application in Ray Serve's mode for tests, without a cluster: what may be asked, and what each path answers."""
 
 from __future__ import annotations
 
@@ -6,26 +6,30 @@ import asyncio
 import io
 import json
 import shlex
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from ray import serve
 from refused import refused
-from served import trained_by
+from served import TEXT, trained_by
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ncsn.model.generate import Wish, generate
-from ncsn.serving import app
-from ncsn.serving.asked import read
+from ncsn.config import from_yaml, to_yaml
+from ncsn.model import build
+from ncsn.model.classes import Classes
+from ncsn.model.generate import Wish, generate, image_labels
+from ncsn.serving import app, asked
 from ncsn.steps.address import Place
+from ncsn.tracking.model import PyfuncModel
 
-MODEL = "models:/tiny/1"
+MODEL, TRAINED = "models:/tiny/1", trained_by(0)
 
 
 def serves(patch: pytest.MonkeyPatch, *overrides: str) -> None:
@@ -54,55 +58,29 @@ def ask(handle, method, path, body=b"", *, kind="application/json", whole=True) 
 
     headers = [(b"content-type", kind.encode())]
     scope = {"type": "http", "method": method, "path": path, "root_path": "", "query_string": b"", "headers": headers}
-    answer: Response = handle.remote(Request(scope, receive)).result(timeout_s=100)
-    return answer
+    return handle.remote(Request(scope, receive)).result(timeout_s=100)
 
 
 def test_images_are_those_of_the_model_by_seed_and_class(handle: Any) -> None:
     answer = ask(handle, "POST", "/images", b'{"number": 5, "seed": 3, "class": "bird", "format": "npz"}')
     assert (answer.status_code, answer.headers["x-ncsn-model"]) == (200, MODEL)
-    trained = trained_by(0)
-    sampling = Wish(seed=3, label="bird").sampling(trained)
-    alone = generate(trained, sampling=sampling, first=0, count=5)
+    sampling = Wish(seed=3, label="bird").sampling(TRAINED)
+    alone = generate(TRAINED, sampling=sampling, first=0, count=5)
     with np.load(io.BytesIO(answer.body)) as found:
         assert np.abs(found["images"].astype(int) - alone).max() <= 1
 
 
-def test_images_count_for_the_version_that_made_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    counted = Counter[str]()
-    serves(monkeypatch)
-    monkeypatch.setattr(app.Counter, "inc", lambda _, value, tags: counted.update({tags["model"]: value}))
-    sampler = app.Replica("models:/tiny@champion", ".ncsn", None)
-
-    async def ask() -> None:
-        asked = asyncio.create_task(sampler.sample(read(b'{"number": 3}')))
-        await asyncio.sleep(0)
-        sampler._served = ("models:/tiny/2", trained_by(1))
-        await asked
-        await sampler.sample(read(b'{"number": 2}'))
-
-    asyncio.run(ask())
-    assert counted == {MODEL: 3, "models:/tiny/2": 2}
-
-
-def test_the_page_and_the_facts_behind_it(handle: Any) -> None:
+def test_the_page_the_facts_behind_it_and_how_to_ask(handle: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert ask(handle, "GET", "/").media_type == "text/html"
     facts = json.loads(ask(handle, "GET", "/health").body)
     classes = ["cat", "dog", "bird"]
     assert facts == {"status": "ok", "model": MODEL, "classes": classes, "guided": True, "most_images": 256}
-    assert ask(handle, "POST", "/images", b'{"format": "png"}').media_type == "image/png"
-
-
-def test_guidance_needs_training_without_classes(monkeypatch: pytest.MonkeyPatch) -> None:
-    for overrides, guided in ((), True), (["train.label_dropout=0"], False):
-        serves(monkeypatch, *overrides)
-        assert app.Replica("models:/tiny@champion", ".ncsn", None).describe()["guided"] == guided
-
-
-def test_what_is_said_about_how_to_ask_gets_images(handle: Any) -> None:
     words = shlex.split(bytes(ask(handle, "GET", "/images").body).decode())
-    answer = ask(handle, "POST", "/images", words[words.index("-d") + 1].encode())
-    assert (answer.status_code, answer.media_type) == (200, "image/png")
+    for body in (b'{"format": "png"}', words[words.index("-d") + 1].encode()):
+        answer = ask(handle, "POST", "/images", body)
+        assert (answer.status_code, answer.media_type) == (200, "image/png")
+    serves(monkeypatch, "train.label_dropout=0")
+    assert not app.Replica("models:/tiny@champion", ".ncsn", None).describe()["guided"]
 
 
 @pytest.mark.parametrize(
@@ -138,3 +116,72 @@ def test_more_replicas_than_cores_and_a_cluster_that_serves_are_refused(monkeypa
     monkeypatch.setattr(app.serve, "status", lambda: SimpleNamespace(proxies={"node": "HEALTHY"}))
     with refused("RAY_ADDRESS"):
         app.run(Place("ADDRESS", "models:/tiny@champion", ".ncsn", None), port=0, replicas=2, ready=lambda: None)
+
+
+@pytest.mark.parametrize(
+    ("given", "key"),
+    [
+        ("{", ""),
+        ("[" * 100_000, ""),
+        ({"count": 3}, "count"),
+        ({"number": 0}, "number"),
+        ({"number": 257}, "number"),
+        ({"number": True}, "number"),
+        ({"seed": -1}, "seed"),
+        ({"seed": 2**63}, "seed"),
+        ({"guidance": float("nan")}, "guidance"),
+        ({"format": "gif"}, "format"),
+        ({"format": "png", "number": 2}, "format"),
+        ({"sampler": "a=b"}, "sampler"),
+        ({"class": "fish"}, "class"),
+        ({"class": "3"}, "class"),
+        ({"class": "a: {b"}, "class"),
+        ({"sampler": "nothing"}, "sampler.kind"),
+        ({"sampler": {"kind": "karras_heun", "num_steps": 1000}}, "sampler"),
+        ({"sampler": {"kind": "karras_heun", "steps": 3}}, "sampler.steps"),
+    ],
+)
+def test_what_is_no_request_or_the_model_cannot_follow_is_refused_with_the_key(given: Any, key: str) -> None:
+    body = given if isinstance(given, str) else json.dumps(given)
+    with refused(key):
+        asked.settings(TRAINED, asked.read(body.encode()))
+
+
+def test_a_request_changes_what_it_names() -> None:
+    wanted = asked.read(b'{"number": 5, "seed": 7, "class": 1, "guidance": 2.5, "sampler": {"kind": "dpm_solver"}}')
+    found = asked.settings(TRAINED, wanted)
+    assert (wanted.count, wanted.format, found.seed, found.label) == (5, "grid", 7, "1")
+    assert found.sampler.kind == "dpm_solver" and found.guidance is not None and found.guidance.weight == 2.5
+    assert asked.settings(TRAINED, asked.read(b"")) == TRAINED.config.sampling
+    assert (asked.read(b'{"format": "png"}').count, asked.read(b"").count) == (1, 16)
+    guided = from_yaml(TEXT, overrides=["sampling.guidance={kind: classifier_free, weight: 3}"])
+    for trained in (TRAINED, replace(TRAINED, config=guided)):
+        zero = asked.settings(trained, asked.read(b'{"guidance": 0}')).guidance
+        assert zero is not None and zero.weight == 0
+    assert asked.settings(TRAINED, asked.read(b'{"guidance": 1}')).guidance is None
+
+
+def test_classes_have_their_names_whatever_yaml_takes_them_for() -> None:
+    names = ("1e3", "no", "null", "on", "yes", "😀")
+    config, classes = from_yaml(TEXT, overrides=["data.num_classes=6"]), Classes(names, (4,) * 6)
+    trained = replace(TRAINED, config=config, network=build.network(config).eval(), classes=classes)
+    model = PyfuncModel()
+    model.trained = trained
+    for number, name in enumerate(names):
+        sampling = from_yaml(to_yaml(config), overrides=[f"sampling.label={name}"]).sampling
+        assert image_labels(trained, sampling, first=0, count=2).tolist() == [number, number]
+        assert asked.settings(trained, asked.read(json.dumps({"class": name}).encode())) == sampling
+        image = generate(trained, sampling=sampling, first=0, count=1)
+        np.testing.assert_array_equal(model.predict(None, None, {"label": name, "n_images": 1}), image)
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB")])
+def test_the_files_hold_the_images(channels: int, mode: str) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (5, 8, 8, channels), np.uint8)
+    png = Image.open(io.BytesIO(asked.answer(images[:1], "png", limits=(0, 255))))
+    assert png.mode == mode
+    np.testing.assert_array_equal(np.asarray(png).reshape(images[0].shape), images[0])
+    grid = Image.open(io.BytesIO(asked.answer(images, "grid", limits=(0, 255))))
+    assert grid.mode == mode and grid.width > grid.height, "three columns and two rows"
+    with np.load(io.BytesIO(asked.answer(images, "npz", limits=(0, 255)))) as found:
+        np.testing.assert_array_equal(found["images"], images)

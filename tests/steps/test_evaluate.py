@@ -1,4 +1,4 @@
-"""The evaluate step on real digits: real images score as real, noise does not, and a second call does nothing."""
+"""The evaluate step on real digits: real images score as real, copies and few modes do not; nothing is done twice."""
 
 import json
 import re
@@ -26,6 +26,8 @@ from ncsn.steps import evaluate as step
 from ncsn.tracking.client import connect
 from ncsn.tracking.gate import Measurement, Memorization
 
+KNOWN = "data.num_classes=10"
+
 
 def make_config(root: Path, *overrides: str) -> Config:
     return tiny(root, "sampling.num_images=500", "evaluation={}", *overrides)
@@ -48,65 +50,36 @@ def evaluate(config: Config, *, samples: str, dataset: str, folder: Path) -> ste
 
 
 def test_real_images_as_samples_reach_the_real_figures(root: Path, dataset: str) -> None:
-    config = make_config(root)
-    samples = write_samples(root / "real", open_cache(dataset, "test").images[:500])
+    config, test = make_config(root), open_cache(dataset, "test").images
+    samples = write_samples(root / "real", test[:500])
     result = do("evaluate", config, "real", samples=samples, dataset=dataset)
-    metrics, real = result.metrics, result.real_metrics
-    unseen = len(open_cache(dataset, "test").images)
-    assert metrics["eval/classifier_test_accuracy"] >= 0.97
-    assert metrics["eval/classifier_score_n500"] > 8
-    assert metrics["eval/classifier_score_ratio_n500"] == pytest.approx(1, abs=0.06)
-    assert metrics["eval/classifier_fid_n500"] == pytest.approx(real["eval/real_classifier_fid_n500"], rel=0.1)
-    assert metrics["eval/classifier_class_tv_n500"] < 0.06
-    assert metrics["eval/classifier_confidence_n500"] > 0.95
-    assert metrics["eval/classifier_kid_n500"] == pytest.approx(
-        real[f"eval/real_classifier_kid_n{unseen}"],
-        abs=metrics["eval/classifier_kid_high_n500"] - metrics["eval/classifier_kid_low_n500"],
-    )
-    assert min(metrics[f"eval/classifier_{share}_n500"] for share in ("precision", "recall", "coverage")) > 0.8
-    assert metrics["eval/classifier_density_n500"] == pytest.approx(1, abs=0.2)
-    assert metrics["eval/classifier_memorized_n256"] < 0.05
-    assert metrics["eval/classifier_excess_low_n500"] < 0 < metrics["eval/classifier_excess_high_n500"] < 0.1
-    assert (result.num_images, result.num_real_images, result.classes, len(result.notes)) == (500, unseen, None, 1)
-    assert not [name for name in metrics if "agreement" in name or "class_kid" in name]
+    of_real = {name.removeprefix("eval/real_classifier_"): value for name, value in result.real_metrics.items()}
+    found = {name.removeprefix("eval/classifier_"): value for name, value in result.metrics.items()}
+    assert found["test_accuracy"] >= 0.97 and found["score_n500"] > 8 and found["confidence_n500"] > 0.95
+    assert found["fid_n500"] == pytest.approx(of_real["fid_n500"], rel=0.1)
+    width = found["kid_high_n500"] - found["kid_low_n500"]
+    assert found["kid_n500"] == pytest.approx(of_real[f"kid_n{len(test)}"], abs=width)
+    assert found["score_ratio_n500"] == pytest.approx(1, abs=0.06) and found["class_tv_n500"] < 0.06
+    assert min(found[f"{share}_n500"] for share in ("precision", "recall", "coverage")) > 0.8
+    assert found["density_n500"] == pytest.approx(1, abs=0.2) and found["memorized_n256"] < 0.05
+    assert found["excess_low_n500"] < 0 < found["excess_high_n500"] < 0.1
+    assert (result.num_images, result.num_real_images, result.classes, len(result.notes)) == (500, len(test), None, 1)
     assert [score["num_images"] for score in result.running] == [256, 500]  # twice the features, and all
-    last = result.running[-1]
-    assert last["fid"] == metrics["eval/classifier_fid_n500"]
-    assert 0 < metrics["eval/classifier_fid_low_n500"] < last["fid"] < metrics["eval/classifier_fid_high_n500"]
+    last = RunningScore(**result.running[-1])
+    assert 0 < found["fid_low_n500"] < last.fid == found["fid_n500"] < found["fid_high_n500"]
     progress = json.loads((root / "runs" / "real" / "steps" / "evaluate" / "progress.json").read_text())
-    assert progress["text"] == str(RunningScore(**last))
-    assert (
-        result.grade in ("close", "unsure") and with_interval(*RunningScore(**last).values.values()) in result.verdict
-    )
+    assert progress["text"] == str(last)
+    assert result.grade in ("close", "unsure") and with_interval(*last.values.values()) in result.verdict
     assert Path(result.real_images).read_bytes().startswith(b"\x89PNG")
-    gate = Measurement(**result.gate)
-    assert gate.name == "eval/classifier_fid_n500"
-    assert gate.value == metrics[gate.name]
-    assert gate.log_std == last["log_std"]
-    assert not Memorization(**result.memorization).objection
-    assert gate.fingerprint == result.fingerprint
+    measured = Measurement("eval/classifier_fid_n500", found["fid_n500"], last.log_std, 500, result.fingerprint)
+    assert Measurement(**result.gate) == measured and not Memorization(**result.memorization).objection
     written = json.loads(Path(result.uri).read_text())
-    assert written["metrics"] == metrics
-    assert written["reference_split"] == "train"
+    assert (written["metrics"], written["reference_split"]) == (result.metrics, "train")
     assert len(written["nearest_training_images"]) == 16
     assert Path(result.uri).parent == root / "runs" / "real" / "evaluation"
     at = Path(result.uri).stat().st_mtime_ns
     assert do("evaluate", config, "real", samples=samples, dataset=dataset) == result
     assert Path(result.uri).stat().st_mtime_ns == at, "nothing is measured again"
-
-
-def test_noise_and_a_single_class_are_told_from_digits(root: Path, dataset: str, tmp_path: Path) -> None:
-    config, test = make_config(root), open_cache(dataset, "test")
-    noise = write_samples(tmp_path / "noise", np.random.default_rng(0).integers(0, 256, (500, 8, 8, 1), dtype=np.uint8))
-    result = evaluate(config, samples=noise, dataset=dataset, folder=tmp_path)
-    real = result.real_metrics
-    assert result.metrics["eval/classifier_fid_n500"] > 10 * real["eval/real_classifier_fid_n500"]
-    assert result.metrics["eval/classifier_score_n500"] < 0.8 * real["eval/real_classifier_score_n500"]
-    assert result.grade == "far" and result.metrics["eval/classifier_excess_low_n500"] > 0.5
-    threes = np.tile(test.images[np.asarray(test.labels) == 3], (11, 1, 1, 1))[:500]
-    result = evaluate(config, samples=write_samples(tmp_path / "threes", threes), dataset=dataset, folder=tmp_path)
-    assert result.metrics["eval/classifier_class_tv_n500"] == pytest.approx(0.9, abs=0.03)
-    assert result.metrics["eval/classifier_score_n500"] < 1.5
 
 
 def test_copies_of_training_images_are_flagged(root: Path, dataset: str, tmp_path: Path) -> None:
@@ -124,14 +97,19 @@ def test_copies_of_training_images_are_flagged(root: Path, dataset: str, tmp_pat
     assert all(row["memorized"] for row in shown)
 
 
+def unlabeled(config: Config, *, train: int = 9999, test: int = 9999) -> str:
+    """A dataset of at most so many digits of each split, without their labels."""
+    source, root = open_source(config.data), f"{config.storage.root}/datasets"
+    parts = {"train": source.splits["train"].section(0, train), "test": source.splits["test"].section(0, test)}
+    splits = {name: replace(part, labels=np.full(len(part), -1)) for name, part in parts.items()}
+    return write_dataset(replace(source, class_names=(), splits=splits), root, name="unlabeled", data=config.data).uri
+
+
 def test_images_without_labels_are_measured_by_clusters(root: Path, tmp_path: Path) -> None:
     config = make_config(root)
-    labeled = open_source(config.data)
-    splits = {name: replace(split, labels=np.full(len(split), -1)) for name, split in labeled.splits.items()}
-    source = replace(labeled, class_names=(), splits=splits)
-    dataset = write_dataset(source, str(root / "datasets" / "unlabeled"), name="unlabeled", data=config.data).uri
+    dataset, test = unlabeled(config), open_source(config.data).splits["test"]
     real = write_samples(tmp_path / "real", open_cache(dataset, "test").images[:500])
-    threes = labeled.splits["test"].images[labeled.splits["test"].labels == 3]
+    threes = test.images[test.labels == 3]
     one_mode = write_samples(tmp_path / "threes", np.tile(threes, (11, 1, 1, 1))[:500])
     good, poor = (evaluate(config, samples=each, dataset=dataset, folder=tmp_path) for each in (real, one_mode))
     distance = good.metrics["eval/clusters_fid_n500"]
@@ -139,28 +117,17 @@ def test_images_without_labels_are_measured_by_clusters(root: Path, tmp_path: Pa
     assert poor.metrics["eval/clusters_fid_n500"] > 10 * distance
     assert poor.metrics["eval/clusters_coverage_n500"] < 0.5 < good.metrics["eval/clusters_coverage_n500"]
     assert not [name for name in good.metrics if "score" in name or "class" in name or "confidence" in name]
-    assert good.gate["name"] == "eval/clusters_fid_n500"
-    assert len(good.notes) == 2
+    assert good.gate["name"] == "eval/clusters_fid_n500" and len(good.notes) == 2
 
 
 def test_few_images_without_labels_are_enough(root: Path, tmp_path: Path) -> None:
     """They have no score, and so no splits, whose number `evaluation.num_splits` gives."""
     config = make_config(root, "sampling.num_images=20")
-    labeled = open_source(config.data)
-    written = dict[str, bytes]()
-    for train in (30, 40):  # with each its own file
-        splits = {
-            name: replace(split.section(0, count), labels=np.full(count, -1))
-            for (name, split), count in zip(labeled.splits.items(), (train, 3), strict=True)
-        }
-        source = replace(labeled, class_names=(), splits=splits)
-        dataset = write_dataset(source, str(root / "datasets" / "few"), name="few", data=config.data).uri
-        samples = write_samples(tmp_path / "few", open_cache(dataset, "train").images[:20])
-        result = evaluate(config, samples=samples, dataset=dataset, folder=tmp_path)
-        assert all(np.isfinite(value) for value in (result.metrics | result.real_metrics).values())
-        assert (result.num_images, result.num_real_images) == (20, 3)
-        written[result.uri] = Path(result.uri).read_bytes()
-    assert {uri: Path(uri).read_bytes() for uri in written} == written and len(written) == 2
+    dataset = unlabeled(config, train=30, test=3)
+    samples = write_samples(tmp_path / "few", open_cache(dataset, "train").images[:20])
+    result = evaluate(config, samples=samples, dataset=dataset, folder=tmp_path)
+    assert all(np.isfinite(value) for value in (result.metrics | result.real_metrics).values())
+    assert (result.num_images, result.num_real_images) == (20, 3)
 
 
 def test_fewer_test_images_than_samples_is_said(root: Path, dataset: str, tmp_path: Path) -> None:
@@ -180,22 +147,6 @@ def test_fewer_test_images_than_samples_is_said(root: Path, dataset: str, tmp_pa
     assert shown["fid"].text in result.verdict and f"n{count} = {shown['fid'].text}" in str(result)
 
 
-def test_bad_input_is_one_clear_line(root: Path, dataset: str, tmp_path: Path) -> None:
-    config = make_config(root)
-    samples = write_samples(tmp_path / "large", np.zeros((500, 28, 28, 1), np.uint8))
-    with refused(samples) as caught:
-        evaluate(config, samples=samples, dataset=dataset, folder=tmp_path / "out")
-    assert "28 x 28 x 1" in str(caught.value) and "8 x 8 x 1" in str(caught.value)
-    assert not (tmp_path / "out").exists()
-    with refused(str(tmp_path / "nowhere"), error=NotFound):
-        do("evaluate", config, "bad", samples=str(tmp_path / "nowhere"), dataset=dataset)
-    with refused(str(tmp_path), error=NotFound):
-        do("evaluate", config, "bad", samples=samples, dataset=str(tmp_path))
-
-
-KNOWN = "data.num_classes=10"
-
-
 def test_images_are_judged_by_the_classes_that_they_were_asked_for(root: Path, dataset: str) -> None:
     config, test = make_config(root, KNOWN), open_cache(dataset, "test")
     labels = np.array(test.labels[:500])
@@ -210,18 +161,14 @@ def test_images_are_judged_by_the_classes_that_they_were_asked_for(root: Path, d
     assert result.metrics["eval/classifier_class_kid_n500"] > real["eval/real_classifier_class_kid"]
     found = result.classes
     assert found is not None and found["agreement"] == agreement and not found["by_probe"]
-    assert [line["num_images"] for line in found["table"]] == np.bincount(labels, minlength=10).tolist()
-    confusion = np.array(found["confusion"])
+    counts, confusion = [line["num_images"] for line in found["table"]], np.array(found["confusion"])
+    assert counts == np.bincount(labels, minlength=10).tolist()
     assert confusion.sum() == 500 and np.trace(confusion) == round(500 * agreement)
     assert json.loads(Path(result.uri).read_text())["classes"] == found
     connection = connect(config)
-    (run,) = [
-        run
-        for run in connection.client.search_runs([connection.experiment_id])
-        if run.data.tags.get("evaluation.uri") == result.uri and run.data.tags.get("ncsn.step") == "evaluate"
-    ]
-    counted = int(found["table"][3]["num_images"])
-    assert run.data.metrics[f"eval/classifier_class_agreement_n{counted}/3-3"] == found["table"][3]["agreement"]
+    of_result = f"tags.`evaluation.uri` = '{result.uri}' and tags.`ncsn.step` = 'evaluate'"
+    (run,) = connection.client.search_runs([connection.experiment_id], of_result)
+    assert run.data.metrics[f"eval/classifier_class_agreement_n{counts[3]}/3-3"] == found["table"][3]["agreement"]
     pictures = {Path(uri).name for uri in (result.neighbors, result.confusion)}
     assert pictures <= {file.path for file in connection.client.list_artifacts(run.info.run_id)}
 
@@ -239,19 +186,26 @@ def test_classes_are_compared_with_the_images_of_the_reference(root: Path, datas
     assert threes["test"]["kid"] < threes["train"]["kid"], "they are the test images"
     train, against = found["train"], found["test"]
     assert against.metrics["eval/classifier_vs_test_fid_n500"] < train.metrics["eval/classifier_fid_n500"]
-    assert "eval/real_classifier_vs_test_fid_n500" in against.real_metrics and against.fingerprint != train.fingerprint
-    # The real images are training images then, but not those whose copies are counted.
+    assert "eval/real_classifier_vs_test_fid_n500" in against.real_metrics
+    assert against.fingerprint != train.fingerprint and against.uri != train.uri
     assert against.real_metrics["eval/real_classifier_vs_test_memorized_n256"] < 1
-    assert against.memorization["copies"] == train.memorization["copies"]
+    assert against.memorization["copies"] == train.memorization["copies"], "not of the real images then"
 
 
-def test_images_of_other_classes_than_the_data_are_refused(root: Path, dataset: str, tmp_path: Path) -> None:
-    images = open_cache(dataset, "test").images[:500]
-    samples = write_samples(tmp_path / "others", images, np.arange(500) % 9)
+def test_samples_that_are_missing_or_of_another_size_or_other_classes_are_refused(root, dataset, tmp_path) -> None:
+    images, names = open_cache(dataset, "test").images[:500], ["zero", *map(str, range(1, 10))]
+    large = write_samples(tmp_path / "large", np.zeros((500, 28, 28, 1), np.uint8))
+    others = write_samples(tmp_path / "others", images, np.arange(500) % 9)
+    with refused(large) as caught:
+        evaluate(make_config(root), samples=large, dataset=dataset, folder=tmp_path / "out")
+    assert "28 x 28 x 1" in str(caught.value) and "8 x 8 x 1" in str(caught.value)
+    with refused(f"{tmp_path}/nowhere", error=NotFound):
+        do("evaluate", make_config(root), "bad", samples=f"{tmp_path}/nowhere", dataset=dataset)
+    with refused(str(tmp_path), error=NotFound):
+        do("evaluate", make_config(root), "bad", samples=large, dataset=str(tmp_path))
     with refused("data.num_classes"):
-        evaluate(make_config(root, "data.num_classes=9"), samples=samples, dataset=dataset, folder=tmp_path)
-    names = ["zero", *map(str, range(1, 10))]
-    (tmp_path / "others" / "manifest.json").write_text(json.dumps({"classes": names}))
+        evaluate(make_config(root, "data.num_classes=9"), samples=others, dataset=dataset, folder=tmp_path / "out")
+    Path(others, "manifest.json").write_text(json.dumps({"classes": names}))
     with refused("data.num_classes") as caught:
-        evaluate(make_config(root, KNOWN), samples=samples, dataset=dataset, folder=tmp_path)
-    assert "'zero'" in str(caught.value)
+        evaluate(make_config(root, KNOWN), samples=others, dataset=dataset, folder=tmp_path / "out")
+    assert "'zero'" in str(caught.value) and not (tmp_path / "out").exists()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -37,13 +36,11 @@ def saved(config, root, dataset, save_untrained) -> str:
 def evaluate(config, root, dataset, saved):
     """Writes an evaluation with a chosen figure, as the sample and evaluate steps leave it."""
 
-    def write(value: float, *, dataset=dataset, of=config, name_of_file="", copies=0) -> str:
-        samples = str(root / f"samples-{of.sampling.sampler.steps_per_level}")
-        storage.write_bytes(storage.join(samples, "grid.png"), grid_png(np.zeros((4, 8, 8, 1), np.uint8)))
-        loaded = checkpoint.load_checkpoint(saved)
-        used = replace(loaded, config=checkpoint.require_same_training(loaded.config, of, origin=saved))
-        manifest = {"checkpoint_digest": loaded.digest, **registry.deciding(used)}
-        storage.write_json(storage.join(samples, "manifest.json"), manifest)
+    loaded, samples = checkpoint.load_checkpoint(saved), str(root / "samples")
+    storage.write_bytes(f"{samples}/grid.png", grid_png(np.zeros((4, 8, 8, 1), np.uint8)))
+    storage.write_json(f"{samples}/manifest.json", {"checkpoint_digest": loaded.digest, **registry.deciding(loaded)})
+
+    def write(value: float, *, dataset=dataset, name_of_file="", copies=0) -> str:
         figures = result_of(
             "evaluate",
             uri=str(root / f"evaluation-{name_of_file or value}.json"),
@@ -52,7 +49,7 @@ def evaluate(config, root, dataset, saved):
             fingerprint="f" * 64,
             num_images=4,
             verdict="256 images made.",
-            neighbors=storage.join(samples, "grid.png"),
+            neighbors=f"{samples}/grid.png",
             gate={"name": FIGURE, "value": value, "log_std": 0.04, "num_images": 4, "fingerprint": "f" * 64},
             memorization={"copies": copies, "num_images": 256, "real_copies": 0, "num_real_images": 256},
         )
@@ -72,15 +69,10 @@ def test_first_version_is_champion_and_a_second_call_changes_nothing(config, sav
     assert do("register", config, "one", checkpoint=saved, evaluation=evaluation) == first
     client = connect(config).client
     (version,) = client.search_model_versions("name = 'ncsn-tiny'")
-    order = ["# ncsn-tiny", "256 images made.", f"Gate: {first.reason}", "## Use", "](", "## Data"]
-    places = [version.description.index(part) for part in order]
-    assert places == sorted(places) and version.description.count("Gate: ") == 1
-    assert version.tags["ncsn.run"] == "one"
+    gated = f"Gate: {first.reason}.\n\n## Use"
+    assert gated in version.description and version.description.count("Gate: ") == 1
     run = client.get_run(version.run_id)
-    assert (run.data.tags["ncsn.step"], run.info.status) == ("register", "FINISHED")
-    whole = client.get_run(run.data.tags["mlflow.parentRunId"]).data.tags
-    assert whole["model.uri"] == first.uri
-    assert all(said in whole["mlflow.note.content"] for said in ("256 images made.", first.uri, first.reason))
+    assert (version.tags["ncsn.run"], run.data.tags["ncsn.step"], run.info.status) == ("one", "register", "FINISHED")
     gate = json.loads(version.tags["gate.decision"])
     assert (gate["promoted"], gate["evidence"]["measurement"]["value"]) == (True, 5.0)
     (output,) = run.outputs.model_outputs
@@ -89,25 +81,21 @@ def test_first_version_is_champion_and_a_second_call_changes_nothing(config, sav
     assert run.inputs.dataset_inputs[0].dataset.name == "sklearn_digits"
 
 
-def test_other_sampler_is_a_version_that_has_to_beat_the_champion(config, saved, evaluate):
-    do("register", config, "one", checkpoint=saved, evaluation=evaluate(5.0))
-    longer = from_yaml(to_yaml(config), overrides=["sampling.sampler.steps_per_level=3"])
-    result = do("register", longer, "longer", checkpoint=saved, evaluation=evaluate(6.0, of=longer))
-    assert (result.version, result.promoted, result.aliases) == ("2", False, ["challenger"])
-    for part in ("eval/classifier_fid_n4 = 6.0 (5.5 to 6.5)", " 1.06,", "5.0 (4.6 to 5.4)", "version 1"):
-        assert part in result.reason
-
-
-def test_a_new_figure_at_the_same_place_is_decided_on(config, saved, evaluate):
-    renewed = named(config, "renewed")
-    first = do("register", renewed, "renewed", checkpoint=saved, evaluation=evaluate(9.0, name_of_file="same"))
-    second = do("register", renewed, "renewed", checkpoint=saved, evaluation=evaluate(8.0, name_of_file="same"))
-    assert first.reason.startswith("eval/classifier_fid_n4 = 9")
-    assert "8" in second.reason and second.version == first.version
-
-
 def named(config: Config, model: str) -> Config:
     return config.model_copy(update={"tracking": config.tracking.model_copy(update={"registered_model": model})})
+
+
+def test_a_new_figure_at_the_same_place_is_decided_on_and_a_deleted_version_registered_anew(config, saved, evaluate):
+    renewed = named(config, "renewed")
+    first, second = (
+        do("register", renewed, "renewed", checkpoint=saved, evaluation=evaluate(value, name_of_file="same"))
+        for value in (9.0, 8.0)
+    )
+    assert first.reason.startswith("eval/classifier_fid_n4 = 9")
+    assert "8.0 (" in second.reason and second.version == first.version == "1"
+    connect(renewed).client.delete_model_version("renewed", "1")
+    again = do("register", renewed, "renewed", checkpoint=saved, evaluation=evaluate(8.0, name_of_file="same"))
+    assert again.version == "2"
 
 
 def test_copies_are_no_champion(config, saved, evaluate):
@@ -132,17 +120,6 @@ def test_a_floor_and_a_person_keep_a_version_from_the_alias(config, saved, evalu
     asked = do("register", asking, "floors", checkpoint=saved, evaluation=evaluate(5.0))
     assert (asked.version, asked.promoted, asked.aliases) == (far.version, False, ["challenger"])
     assert promote_version(client, "floors").reason.startswith("eval/classifier_fid_n4 = 5")
-    more = from_yaml(to_yaml(strict), overrides=["sampling.num_images=5", "tracking.registered_model=five"])
-    five = do("register", more, "five", checkpoint=saved, evaluation=evaluate(1.0))
-    assert not five.promoted and "fid_n5" in five.reason and "fid_n4" in five.reason
-
-
-def test_version_that_was_deleted_is_registered_anew(config, saved, evaluate):
-    gone = named(config, "gone")
-    first = do("register", gone, "gone", checkpoint=saved, evaluation=evaluate(5.0))
-    connect(gone).client.delete_model_version("gone", first.version)
-    again = do("register", gone, "gone", checkpoint=saved, evaluation=evaluate(5.0))
-    assert again.version == "2"
 
 
 def test_what_does_not_belong_together_is_refused(config, root, saved, evaluate):

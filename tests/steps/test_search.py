@@ -9,9 +9,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -30,12 +30,8 @@ from ncsn.steps import search
 from ncsn.steps.results import SearchResult
 from ncsn.tracking.client import connect
 
-LENGTHS = ("train.num_images=128", "train.checkpoint_every_images=1000", "train.report_every_images=64")
-SEARCH = "search={space: {noise.sigma_1: {kind: log, low: 0.5, high: 2}}, num_trials: 5, num_samples: 20}"
 
-
-@dataclass(frozen=True)
-class Searched:
+class Searched(NamedTuple):
     """A search that was killed after its first rungs, and what the same search found afterwards."""
 
     config: Config
@@ -55,7 +51,10 @@ def rung_files(root: Path) -> dict[str, bytes]:
 def searched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Searched]:
     folder = tmp_path_factory.mktemp("search")
     settings = ("data.max_images=256", "train.ema={kind: decay, per_step: 0.9}", "sampling.sampler.steps_per_level=2")
-    config = tiny(folder / "store", *settings, *LENGTHS, SEARCH, "search.reduction_factor=2")
+    lengths = ("train.num_images=128", "train.checkpoint_every_images=1000", "train.report_every_images=64")
+    space = "{space: {noise.sigma_1: {kind: log, low: 0.5, high: 2}}, num_trials: 5, num_samples: 20}"
+    search = (f"search={space}", "search.reduction_factor=2")
+    config = tiny(folder / "store", *settings, *lengths, *search)
     (folder / "tiny.yaml").write_text(to_yaml(config))
     dataset = digits(config, folder / "store" / "datasets")
     with ray_driver(config) as (driver, joining):
@@ -88,29 +87,37 @@ def test_epsilon_costs_no_training(searched: Searched) -> None:
     for path in map(Path, rung_files(Path(searched.result.uri))):
         rung = json.loads(path.read_text())
         (checkpoint,) = (each.name for each in (path.parent / "checkpoints").glob("images-*"))
-        # The search was killed: a trial may have trained further than it was scored.
-        assert checkpoint >= max(json.loads(text)["checkpoint"] for text in rung_files(path.parent).values())
+        assert checkpoint >= rung["checkpoint"], "a trial that was killed may have trained further than it was scored"
         epsilons = [scored["sampler"]["epsilon"] for scored in rung["sweep"]]
         assert epsilons == sorted(set(epsilons)) and len(epsilons) == 3
         assert {scored["sampler"]["steps_per_level"] for scored in rung["sweep"]} == {2}
         assert rung["objective"] == min(scored["objective"] for scored in rung["sweep"] if scored["objective"])
 
 
-def test_the_best_is_a_config_to_train(searched: Searched) -> None:
+def test_the_best_is_a_config_to_train_which_the_component_hands_over(searched: Searched, tmp_path: Path) -> None:
     result = searched.result
     finished = {row["objective"]: row["values"] for row in result.trials if row["status"] == "finished"}
     assert result.objective == min(finished)
-    assert {"noise.sigma_1": 1.0} in finished.values() and result.objective <= result.baseline, (
-        "the config as it stands"
-    )
+    assert {"noise.sigma_1": 1.0} in finished.values() and result.objective <= result.baseline, "the config as it is"
     best = from_yaml(Path(result.config).read_text())
-    assert best.search is None
-    assert best.noise.sigma_1 == result.values["noise.sigma_1"]
+    assert best.search is None and best.noise.sigma_1 == result.values["noise.sigma_1"]
     assert asdict(best.sampling.sampler) == result.sampler
-    assert result.run == "hunt-best"
-    assert result.objective_name == "eval/classifier_fid_n20"
+    assert (result.run, result.objective_name) == ("hunt-best", "eval/classifier_fid_n20")
     assert len(json.loads(Path(result.table).read_text())["trials"]) == 5
     assert {Path(plot).name for plot in result.plots} == {"coordinates.png", "epsilon.png"}
+    outputs = {"search": dsl.Artifact, "plots": dsl.HTML, "metrics": dsl.Metrics}
+    artifacts = {name: kind(uri=str(tmp_path / name)) for name, kind in outputs.items()}
+    handed_over, run = component.python_func(
+        config=to_json(searched.config),
+        run="hunt",
+        dataset=dsl.Dataset(uri=str(tmp_path / "dataset"), metadata={"uri": searched.dataset}),
+        task_config=dsl.TaskConfig(),
+        **artifacts,
+    )
+    assert (from_yaml(handed_over), run) == (best, "hunt-best")
+    measured = {"search/objective": result.objective, "search/baseline": result.baseline}
+    assert artifacts["metrics"].metadata == measured
+    assert (tmp_path / "plots").read_text().count("data:image/png;base64,") == 2
 
 
 def test_each_trial_is_a_run_below_that_of_the_step(searched: Searched) -> None:
@@ -118,7 +125,7 @@ def test_each_trial_is_a_run_below_that_of_the_step(searched: Searched) -> None:
     runs = connection.client.search_runs([connection.experiment_id])
     (step,) = [run for run in runs if run.data.tags.get("ncsn.step") == "search"]
     trials = {run.info.run_name: run for run in runs if run.data.tags.get("mlflow.parentRunId") == step.info.run_id}
-    assert set(trials) == {f"trial-{row['trial']:03d}" for row in searched.result.trials}
+    assert len(trials) == len(searched.result.trials)
     for row in searched.result.trials:
         run = trials[f"trial-{row['trial']:03d}"]
         assert run.data.params == {path: str(value) for path, value in row["values"].items()}
@@ -133,42 +140,18 @@ def test_a_search_that_is_complete_is_returned_also_where_its_store_was_moved_to
     root = Path(searched.config.storage.root)
     assert do("search", searched.config, "hunt", dataset=searched.dataset) == searched.result
     moved = root.rename(root.with_name("moved"))
-    there = searched.config.model_copy(
-        update={"storage": searched.config.storage.model_copy(update={"root": str(moved)})}
-    )
+    there = from_yaml(to_yaml(searched.config), overrides=[f"storage.root={moved}"])
     again = do("search", there, "hunt", dataset=searched.dataset.replace(f"{root}/", f"{moved}/"))
     moved.rename(root)
     assert search.trainable(searched.result, there).storage.root == str(moved)
     assert storage.relative_uris(asdict(again), str(moved)) == storage.relative_uris(asdict(searched.result), str(root))
-    with refused("search"):
-        do("search", searched.config.model_copy(update={"search": None}), "hunt", dataset=searched.dataset)
-
-
-def test_the_component_hands_over_the_best(searched: Searched, tmp_path: Path) -> None:
-    outputs = {"search": dsl.Artifact, "plots": dsl.HTML, "metrics": dsl.Metrics}
-    artifacts = {name: kind(uri=str(tmp_path / name)) for name, kind in outputs.items()}
-    config, run = component.python_func(
-        config=to_json(searched.config),
-        run="hunt",
-        dataset=dsl.Dataset(uri=str(tmp_path / "dataset"), metadata={"uri": searched.dataset}),
-        task_config=dsl.TaskConfig(),
-        **artifacts,
-    )
-    assert run == "hunt-best"
-    assert from_yaml(config) == from_yaml(Path(searched.result.config).read_text())
-    assert artifacts["metrics"].metadata == {
-        "search/objective": searched.result.objective,
-        "search/baseline": searched.result.baseline,
-    }
-    assert (tmp_path / "plots").read_text().count("data:image/png;base64,") == 2
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_trials_of_two_workers_take_turns(searched: Searched) -> None:
     """Ray Train inside a trial: on two cores there is room for one such trial, and none waits for another's cores."""
-    overrides = ["compute.num_workers=2", "search.num_trials=3"]
-    config = from_yaml(to_yaml(searched.config), overrides=overrides)
+    config = from_yaml(to_yaml(searched.config), overrides=["compute.num_workers=2", "search.num_trials=3"])
     result = searched.driver(do, "search", config, run="pairs", dataset=searched.dataset)
     assert [row["trial"] for row in result.trials] == [0, 1, 2]
     assert {row["status"] for row in result.trials} <= {"finished", "stopped"}
@@ -177,18 +160,15 @@ def test_trials_of_two_workers_take_turns(searched: Searched) -> None:
     assert {json.loads(text)["images_seen"] for text in rungs.values()} == {32, 64, 128}
 
 
-def sampler(epsilon: float) -> dict[str, Any]:
-    settings = {"steps_per_level": 10, "epsilon": epsilon, "denoise": True, "consistent": False}
-    return {"kind": "annealed_langevin", **settings}
-
-
 def trial(number: int, *reached: tuple[int, float], failure: str | None = None, **values: float) -> TrialRecord:
+    sampler = {"kind": "annealed_langevin", "steps_per_level": 10, "denoise": True, "consistent": False}
+    near, far, diverged = (sampler | {"epsilon": epsilon} for epsilon in (8e-5, 9e-5, 1e-2))
     rungs = tuple(
         Rung(
             images_seen=images,
             objective=objective,
-            sampler=sampler(8e-5),
-            sweep=[Scored(sampler(8e-5), objective), Scored(sampler(9e-5), objective + 1), Scored(sampler(1e-2), None)],
+            sampler=near,
+            sweep=[Scored(near, objective), Scored(far, objective + 1), Scored(diverged, None)],
             loss=0.5,
             seconds=1.5,
             checkpoint=f"images-{images:09d}",
@@ -206,49 +186,33 @@ def trial(number: int, *reached: tuple[int, float], failure: str | None = None, 
     )
 
 
-def test_the_furthest_come_first_and_the_earlier_of_equals() -> None:
-    early, far, as_far, further_but_failed = (
-        trial(0, (10, 1.0)),
-        trial(1, (10, 5.0), (40, 3.0)),
-        trial(2, (10, 5.0), (40, 3.0)),
-        trial(3, (10, 0.1), (40, 0.1), failure="it diverged"),
-    )
+def test_the_furthest_come_first_and_the_earlier_of_equals_or_the_reason_why_there_is_none() -> None:
+    early, far, as_far = trial(0, (10, 1.0)), trial(1, (10, 5.0), (40, 3.0)), trial(2, (10, 5.0), (40, 3.0))
+    further_but_failed = trial(3, (10, 0.1), (40, 0.1), failure="it diverged")
     assert search.best_trial([early, as_far, far, further_but_failed], accidents={}) is far
     assert search.best_trial([early, further_but_failed], accidents={}) is early
+    for failed, accidents, reason in (
+        ([trial(0, failure="training diverged: loss nan"), trial(1)], {}, "loss nan"),
+        ([trial(1)], {"trial-1": "Traceback ...\nNodeDied: gone\n"}, "NodeDied: gone"),
+    ):
+        with refused("search.space") as caught:
+            search.best_trial(failed, accidents=accidents)
+        assert reason in str(caught.value)
 
 
-def test_when_all_have_failed_the_reason_is_said() -> None:
-    failed = [trial(0, failure="training diverged: loss nan"), trial(1)]
-    with refused("search.space") as caught:
-        search.best_trial(failed, accidents={})
-    assert "loss nan" in str(caught.value)
-    with refused("search.space") as caught:
-        search.best_trial([trial(1)], accidents={"trial-1": "Traceback ...\nNodeDied: gone\n"})
-    assert "NodeDied: gone" in str(caught.value)
-
-
-def test_the_baseline_is_scored_by_its_own_sampler() -> None:
+def test_trials_that_failed_are_in_the_table_and_hinder_neither_plots_nor_the_baseline() -> None:
+    trials = [trial(0, (10, 5.0), (40, 3.0)), trial(1, failure="too far", sigma_1=9.0), trial(2)]
     config = from_yaml((Path(__file__).parents[2] / "configs" / "digits.yaml").read_text(), overrides=["search={}"])
     plan = SearchPlan(config=config, dataset="", trials="")
-    trials = [trial(0, (10, 5.0), (40, 3.0)), trial(1, (40, 2.0), sigma_1=2.0)]
-    assert search.baseline_objective(plan, trials, images_seen=40) == 4.0
-    assert search.baseline_objective(plan, trials, images_seen=160) is None
-    assert search.baseline_objective(plan, trials[1:], images_seen=40) is None
-
-
-def test_the_table_has_a_row_per_trial() -> None:
-    rows = search.table(
-        [trial(0, (10, 5.0), (40, 3.0)), trial(1, failure="too far"), trial(2)], accidents={"trial-2": "lost"}
-    )
+    baselines = [search.baseline_objective(plan, trials, images_seen=seen) for seen in (40, 160)]
+    assert baselines == [4.0, None], "scored by its own sampler"
+    assert search.baseline_objective(plan, [trial(1, (40, 2.0), sigma_1=2.0)], images_seen=40) is None
+    rows = search.table(trials, accidents={"trial-2": "lost"})
     assert [(row["trial"], row["status"], row["objective"], row["seconds"], row["reason"]) for row in rows] == [
         (0, "finished", 3.0, 3.0, ""),
         (1, "failed", None, 0, "too far"),
         (2, "unfinished", None, 0, "lost"),
     ]
-
-
-def test_plots_are_drawn_also_with_trials_that_failed() -> None:
-    trials = [trial(0, (10, 5.0), (40, 3.0)), trial(1, (10, 9.0), sigma_1=3.0), trial(2, failure="no", sigma_1=9.0)]
     drawn = search.pictures(trials, trials[0], "eval/classifier_fid_n256")
     assert set(drawn) == {"coordinates.png", "epsilon.png"}
     for png in drawn.values():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +52,7 @@ def trained(config: Config, dataset: str) -> RunFolder:
     return folder
 
 
-def test_older_checkpoints_keep_what_images_need(trained: RunFolder) -> None:
+def test_older_checkpoints_keep_what_images_need_and_are_not_resumed_from(config, dataset, trained, tmp_path) -> None:
     names = storage.list_names(trained.checkpoints)
     assert names == [f"images-{seen:09d}" for seen in (32, 64, 96, 128, 160)]
     whole = [storage.exists(storage.join(trained.checkpoints, name, "optimizer.safetensors")) for name in names]
@@ -60,6 +61,10 @@ def test_older_checkpoints_keep_what_images_need(trained: RunFolder) -> None:
     found = find_weights(trained)
     assert [each.images_seen for each in found] == [32, 64, 96, 128, 160, 160, 160]
     assert [each.relative_width for each in found][-3:] == [None, 0.08, 0.15]
+    for name in names[:2]:
+        shutil.copytree(Path(trained.checkpoints, name), tmp_path / name)
+    job = TrainingJob(config=config, dataset=dataset, stop_at=32)
+    assert train_locally(job, tmp_path).images_per_second > 0, "it starts again"
 
 
 @pytest.mark.slow
@@ -77,62 +82,36 @@ def test_the_best_of_a_run_is_chosen_on_a_cluster_kept_and_logged(config, datase
     chosen = {row["uri"] for row in result.candidates if selection_of(config, "mine", row["uri"])}
     assert chosen == {best["uri"]} and selection_of(config, "mine", result.checkpoint)
 
-    def none_is_made(*_: object, **__: object) -> Iterator[tuple[int, None]]:
-        yield from ()
-
     # The copies that were kept are no new candidates, and known scores are not measured again.
-    monkeypatch.setattr(select, "sample_features", none_is_made)
+    monkeypatch.setattr(select, "sample_features", lambda *_, **__: iter(()))
     assert do("select", config, "mine", dataset=dataset) == result
     storage.delete(trained.step("select", "step.json"))
     alone = config.model_copy(update={"compute": config.compute.model_copy(update={"num_workers": 1})})
     assert do("select", alone, "mine", dataset=dataset).candidates == result.candidates
 
 
-def test_a_thinned_checkpoint_is_not_resumed_from(config: Config, dataset: str, trained: RunFolder) -> None:
-    for name in storage.list_names(trained.checkpoints)[2:]:
-        storage.delete(storage.join(trained.checkpoints, name))
-    job = TrainingJob(config=config, dataset=dataset, stop_at=32)
-    assert train_locally(job, trained.checkpoints).images_per_second > 0, "it starts again"
-
-
-class Fakes:
-    """Candidates whose samples have features N(m, 1) in four dimensions, against N(0, 1)."""
-
-    def __init__(self, means: Sequence[float]) -> None:
-        self.weights = [Weights(f"/c/{i}", f"{i:016d}", 1000 * (i + 1), None) for i in range(len(means))]
-        self._means = means
-
-    def __call__(self, *_: object, **__: object) -> Iterator[tuple[int, np.ndarray | None]]:
-        for index in reversed(range(len(self._means))):
-            shared = np.random.default_rng(0).standard_normal((1000, 4))
-            yield index, None if np.isnan(self._means[index]) else (shared + self._means[index]).astype(np.float32)
-
-    @property
-    def evaluator(self) -> Evaluator:
-        moments = FrechetStatistics(10_001, np.zeros(4), 10_000 * np.eye(4))
-        return Evaluator("classifier", "classifier", Reference("", moments, np.ones(1), "f", 1.0), {})
-
-
 def test_the_nearest_of_five_candidates_is_chosen_and_all_are_recorded(config, dataset, tmp_path, monkeypatch) -> None:
-    fakes = Fakes([0.9, -0.4, 0.15, 0.3, float("nan")])
-    monkeypatch.setattr(select, "sample_features", fakes)
+    """Their samples have features N(m, 1) in four dimensions, against N(0, 1)."""
+    means, weights = (0.9, -0.4, 0.15, 0.3), [Weights(f"/c/{i}", f"{i:016d}", 1000 * (i + 1), None) for i in range(5)]
+    moments = FrechetStatistics(10_001, np.zeros(4), 10_000 * np.eye(4))
+    evaluator = Evaluator("classifier", "classifier", Reference("", moments, np.ones(1), "f", 1.0), {})
+
+    def features(*_: object, **__: object) -> Iterator[tuple[int, np.ndarray | None]]:
+        yield 4, None  # not finite
+        for index, mean in reversed([*enumerate(means)]):
+            yield index, (np.random.default_rng(0).standard_normal((1000, 4)) + mean).astype(np.float32)
+
+    monkeypatch.setattr(select, "sample_features", features)
     monkeypatch.setattr(select, "keep_copy", lambda uri, folder: uri)
     folder = RunFolder(str(tmp_path), "fake")
-    values = {
-        weights.digest: value
-        for weights, value in select.scores(config, fakes.weights, fakes.evaluator, folder=folder, dataset=dataset)
-    }
-    result = select.conclude(config, fakes.weights, values, folder=folder, extractor="classifier")
-    assert result.checkpoint == "/c/2" and result.images_seen == 3000
+    scores = select.scores(config, weights, evaluator, folder=folder, dataset=dataset)
+    values = {each.digest: value for each, value in scores}
+    result = select.conclude(config, weights, values, folder=folder, extractor="classifier")
+    assert (result.checkpoint, result.images_seen) == ("/c/2", 3000)
     found = [row["value"] for row in result.candidates]
-    assert found[:4] == pytest.approx([4 * 0.9**2, 4 * 0.4**2, 4 * 0.15**2, 4 * 0.3**2], abs=0.15)
-    assert found[4] is None
+    assert found[:4] == pytest.approx([4 * mean**2 for mean in means], abs=0.15) and found[4] is None
     assert result.kept == ["/c/2", "/c/3", "/c/1"] and len(result.notes) == 2
-
-
-def test_nothing_to_choose_from_is_refused(config: Config, dataset: str, tmp_path: Path) -> None:
+    with refused("sampling.sampler"):
+        select.conclude(config, weights[4:], {weights[4].digest: None}, folder=folder, extractor="c")
     with refused(run_folder(config, "empty").checkpoints, error=NotFound):
         do("select", config, "empty", dataset=dataset)
-    fakes = Fakes([0.0])
-    with refused("sampling.sampler"):
-        select.conclude(config, fakes.weights, {"0" * 16: None}, folder=RunFolder(str(tmp_path), "x"), extractor="c")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +18,7 @@ from refused import refused
 from ncsn import storage
 from ncsn.config import Config, from_yaml
 from ncsn.environment import KFP_RUN_ID
-from ncsn.errors import InvalidValue, NotFound, UserError, problems_of
+from ncsn.errors import InvalidValue, NotFound, Problem, UserError, problems_of
 from ncsn.remote.backend import EndedByOther, RemoteLost, RemoteStep
 from ncsn.runs.folder import (
     ForeignRun,
@@ -82,51 +82,32 @@ def fail_with(error: BaseException) -> Callable[[Context], object]:
     return fail
 
 
-def test_same_config_claims_again_and_another_is_refused(tmp_path: Path) -> None:
-    claimed(config_at(tmp_path), "first")
+def test_a_name_belongs_to_its_config_and_so_do_the_records(tmp_path: Path) -> None:
+    for name in ("", "../x", "A", "a/", "x" * 64):
+        with refused("--run"):
+            run_folder(config_at(tmp_path), name)
+    with pytest.raises(RuntimeError):
+        work(config_at(tmp_path), "first", fail_with(RuntimeError("of the first")))
     claimed(config_at(tmp_path, "compute.num_workers=1", "sampling.seed=4"), "first")
     with refused("--run", error=ForeignRun) as caught:
-        claimed(config_at(tmp_path, "seed=7"), "first")
-    assert caught.value.problems[0].value == "first"
-    assert "seed" in caught.value.problems[0].reason
+        work(config_at(tmp_path, "seed=7"), "first", fail_with(RuntimeError("of another")))
+    assert caught.value.problems[0].value == "first" and "seed" in caught.value.problems[0].reason
+    assert read_step(run_folder(config_at(tmp_path), "first"), "train").error.message == "of the first"
 
 
-@pytest.mark.parametrize("name", ["", "a b", "../x", "A", "-a", "a/", "x" * 64])
-def test_names_that_cannot_be_folders_are_refused(tmp_path: Path, name: str) -> None:
-    with refused("--run"):
-        run_folder(config_at(tmp_path), name)
-
-
-def test_work_is_done_once_for_the_same_inputs(tmp_path: Path) -> None:
+def test_work_is_done_once_for_the_same_inputs_and_again_for_a_lost_output_but_no_training(tmp_path: Path) -> None:
     config = config_at(tmp_path)
-    assert make(config, "once", inputs={"a": 1}, number=1).number == 1
-    assert make(config, "once", inputs={"a": 1}, number=2).number == 1
-    assert make(config, "once", inputs={"a": 2}, number=3).number == 3
-    assert read_step(run_folder(config, "once"), "train").result["number"] == 3
-
-
-def test_work_is_done_again_when_an_output_is_gone_but_no_training(tmp_path: Path) -> None:
-    config = config_at(tmp_path)
-    make(config, "gone", inputs={}, number=1, name="sample")
-    made = make(config, "gone", inputs={}, number=1)
-    Path(made.uri).unlink()
-    assert make(config, "gone", inputs={}, number=2, name="sample").number == 2
-    Path(made.uri).unlink()
+    made = [make(config, "mine", inputs={"a": value}, number=number) for number, value in enumerate((1, 1, 2))]
+    assert [each.number for each in made] == [0, 0, 2]
+    make(config, "mine", inputs={}, name="sample")
+    Path(made[0].uri).unlink()
+    assert make(config, "mine", inputs={}, number=3, name="sample").number == 3
+    Path(made[0].uri).unlink()
     for _ in range(2):  # the failure changes nothing
-        with refused(made.uri, error=NotFound):
-            make(config, "gone", inputs={}, number=2)
-    storage.delete(run_folder(config, "gone").step("train", "step.json"))
-    assert make(config, "gone", inputs={}, number=2).number == 2
-
-
-def test_a_result_moves_with_its_store(tmp_path: Path) -> None:
-    config, inputs = config_at(tmp_path / "old"), {"dataset": str(tmp_path / "old/datasets/a"), "other": "/data"}
-    made = make(config, "moved", inputs=inputs)
-    assert str(tmp_path) not in Path(run_folder(config, "moved").step("train", "step.json")).read_text()
-    (tmp_path / "old").rename(tmp_path / "new")
-    inputs["dataset"] = str(tmp_path / "new/datasets/a")
-    again = make(config_at(tmp_path / "new"), "moved", inputs=inputs, number=2)
-    assert again == Made(made.uri.replace("/old/", "/new/"), 1)
+        with refused(made[0].uri, error=NotFound):
+            make(config, "mine", inputs={"a": 2}, number=4)
+    storage.delete(run_folder(config, "mine").step("train", "step.json"))
+    assert make(config, "mine", inputs={"a": 2}, number=4).number == 4
 
 
 def elsewhere_by(monkeypatch: pytest.MonkeyPatch, execute: Callable[[RemoteStep], object]) -> None:
@@ -135,41 +116,28 @@ def elsewhere_by(monkeypatch: pytest.MonkeyPatch, execute: Callable[[RemoteStep]
     monkeypatch.setattr(elsewhere, "open_backend", lambda _compute: backend)
 
 
-def test_a_lost_step_counts_only_with_a_result_of_the_same_inputs(tmp_path: Path, monkeypatch) -> None:
-    """It may have ended well before it was lost sight of."""
+def test_a_lost_step_counts_only_with_a_result_and_one_that_another_ended_starts_again(tmp_path, monkeypatch) -> None:
+    """It may have ended well before it was lost, and been the job of another pipeline run."""
     config, here = config_at(tmp_path, "compute.backend=ray-jobs"), config_at(tmp_path)
-    uri = make(here, "lost", inputs={"a": 1}).uri
-    there = list[int]()
+    folder, uri = run_folder(config, "mine"), make(here, "mine", inputs={"a": 1}).uri
+    there = list[Callable[[], object]]()
 
-    def lost(_: RemoteStep) -> None:
-        for number in there:
-            make(here, "lost", inputs={"a": 2}, number=number)
+    def execute(_: RemoteStep) -> None:
+        assert read_step(folder, "train").error is None
+        if there:
+            there.pop(0)()
         raise RemoteLost("its head was restarted")
 
-    elsewhere_by(monkeypatch, lost)
-    with pytest.raises(RemoteLost):
-        make(config, "lost", inputs={"a": 2})
-    there.append(2)
-    assert make(config, "lost", inputs={"a": 2}, number=3) == Made(uri, 2)
+    def ended() -> None:
+        update_step(folder, "train", state="KILLED", error=StepError("SystemExit", "143"))
+        raise EndedByOther("its RayJob was deleted")
 
-
-def test_a_step_that_another_pipeline_run_ended_starts_again(tmp_path: Path, monkeypatch) -> None:
-    """It ends the job that this one had attached to; the second job does the work."""
-    config, here = config_at(tmp_path, "compute.backend=ray-jobs"), config_at(tmp_path)
-    folder, starts = run_folder(config, "shared"), list[str]()
-
-    def ended(step: RemoteStep) -> None:
-        starts.append(step.step)
-        if len(starts) == 1:
-            update_step(folder, "train", state="KILLED", error=StepError("SystemExit", "143"))
-            raise EndedByOther("its RayJob was deleted")
-        assert read_step(folder, "train").error is None
-        make(here, "shared", inputs={"a": 1})
-
-    elsewhere_by(monkeypatch, ended)
-    made = make(config, "shared", inputs={"a": 1}, number=2)
-    assert made == Made(storage.join(folder.uri, "made.txt"), 1)
-    assert starts == ["train", "train"]
+    elsewhere_by(monkeypatch, execute)
+    with pytest.raises(RemoteLost):  # there is a result of other inputs
+        make(config, "mine", inputs={"a": 2})
+    there += [ended, lambda: make(here, "mine", inputs={"a": 2}, number=2)]
+    assert make(config, "mine", inputs={"a": 2}, number=3) == Made(uri, 2)
+    assert there == []
 
 
 def test_a_result_that_comes_while_a_second_launcher_attaches_is_its_own(tmp_path, monkeypatch) -> None:
@@ -193,8 +161,6 @@ def test_a_result_that_comes_while_a_second_launcher_attaches_is_its_own(tmp_pat
     uri = storage.join(folder.uri, "made.txt")
     assert launched(while_it_works) == uri
     assert launched(lambda: pytest.fail("it is done")) == uri
-    update_step(folder, "train", state="KILLED")
-    assert launched(lambda: update_step(folder, "train", state="FINISHED")) == uri
     asked["dataset"] = "b"
     with pytest.raises(RuntimeError):  # what is stored is another request's
         launched(lambda: None)
@@ -203,16 +169,11 @@ def test_a_result_that_comes_while_a_second_launcher_attaches_is_its_own(tmp_pat
 @pytest.mark.parametrize(
     ("error", "problems"),
     [
-        (
-            UserError("a.b", "too small", hint="raise it", value=1),
-            [{"key": "a.b", "reason": "too small", "hint": "raise it", "value": 1}],
-        ),
-        (InvalidValue("too small"), [{"key": "", "reason": "too small", "hint": ""}]),
+        (UserError("a.b", "small", hint="raise it", value=1), [Problem("a.b", "small", "raise it", value=1)]),
+        (InvalidValue("too small"), [Problem("", "too small")]),
         (ValueError("a bug"), []),
-        (RuntimeError("lost"), []),
         (SystemExit("terminated"), []),
     ],
-    ids=["mistake", "sentence", "bug", "failure", "stop"],
 )
 def test_whatever_ends_a_step_is_recorded_until_it_starts_again(tmp_path, monkeypatch, error, problems) -> None:
     monkeypatch.setenv(KFP_RUN_ID, "5f3a")
@@ -220,21 +181,19 @@ def test_whatever_ends_a_step_is_recorded_until_it_starts_again(tmp_path, monkey
     folder = run_folder(config, "fails")
     with pytest.raises(type(error)):
         work(config, "fails", fail_with(error))
-    record = storage.read_json(folder.step("train", "step.json"))
-    assert record["state"] == ("FAILED" if isinstance(error, Exception) else "KILLED")
-    assert record["error"] == {
-        "kind": type(error).__name__,
-        "message": str(error),
-        "problems": problems,
-        "kfp_run": "5f3a",
-    }
+    record = read_step(folder, "train")
+    assert record.state == ("FAILED" if isinstance(error, Exception) else "KILLED") and not record.result
+    assert record.error == StepError(type(error).__name__, str(error), tuple(problems), "5f3a")
     again = read_mistake(folder, "train")
-    assert problems_of(again) == problems_of(error) if again else not problems
-    assert not read_step(folder, "train").result
-    seen = list[object]()
+    assert problems_of(again) == tuple(problems) if again else not problems
+
+    def start(_: Context) -> None:
+        begun = read_step(folder, "train")
+        assert (begun.state, begun.error) == ("RUNNING", None)
+        raise ZeroDivisionError
+
     with pytest.raises(ZeroDivisionError):
-        work(config, "fails", lambda _: seen.append(read_step(folder, "train").error) or 1 / 0)
-    assert seen == [None]
+        work(config, "fails", start)
 
 
 def test_a_driver_whose_launchers_are_gone_starts_nothing(tmp_path: Path) -> None:
@@ -247,35 +206,17 @@ def test_a_driver_whose_launchers_are_gone_starts_nothing(tmp_path: Path) -> Non
     assert read_step(run_folder(config_at(tmp_path), "left"), "ingest").state == "KILLED"
 
 
-def test_what_the_driver_wrote_is_stronger_than_what_its_launcher_saw(tmp_path: Path) -> None:
-    """The launcher is stopped when its driver has ended."""
-    config = config_at(tmp_path)
-    folder = run_folder(config, "both")
-
-    def recorded(attempt: Callable[[], object]) -> StepRecord:
-        before = read_step(folder, "train")
-        update_step(folder, "train", error=None)
-        with suppress(ValueError):
-            attempt()
-        record_failure(folder, "train", SystemExit(143), before=before)
-        return read_step(folder, "train")
-
-    failing = fail_with(ValueError("the cause"))
-    assert recorded(lambda: work(config, "both", failing)).error.message == "the cause"
-    record = recorded(lambda: make(config, "both", inputs={}))
-    assert (record.state, record.error) == ("FINISHED", None)
-
-
 @pytest.mark.parametrize(
     ("driver", "launcher", "kept"),
     [
         (RuntimeError("worker lost"), RuntimeError("RayJob x failed: worker lost; a pod was OOMKilled"), "launcher"),
         (RuntimeError("worker lost"), RuntimeError("RayJob x was deleted"), "driver"),
         (SystemExit(143), RuntimeError("RayJob x failed: DeadlineExceeded"), "launcher"),
-        (SystemExit(143), SystemExit("terminated"), "launcher"),
+        (ValueError("the cause"), SystemExit(143), "driver"),
     ],
 )
 def test_a_reason_is_replaced_only_by_a_stronger_one(tmp_path, driver, launcher, kept) -> None:
+    """What the driver wrote stays when its launcher is stopped after it."""
     config = config_at(tmp_path)
     folder = claimed(config, "told")
     for error in (driver, launcher):
@@ -283,27 +224,20 @@ def test_a_reason_is_replaced_only_by_a_stronger_one(tmp_path, driver, launcher,
     record, expected = read_step(folder, "train"), {"driver": driver, "launcher": launcher}[kept]
     assert record.error is not None and record.error.message == str(expected)
     assert record.state == state_after(expected)
+    make(config, "told", inputs={})
+    record_failure(folder, "train", launcher, before=record)
+    record = read_step(folder, "train")
+    assert (record.state, record.error) == ("FINISHED", None)
 
 
 def test_a_stopped_attempt_with_other_inputs_keeps_the_result(tmp_path: Path) -> None:
     config = config_at(tmp_path)
     made = make(config, "kept", inputs={"a": 1})
 
-    def start(context: Context) -> None:
-        assert read_step(context.folder, "train").state == "RUNNING"
+    def stop(_: Context) -> None:
         raise SystemExit(143)
 
     with pytest.raises(SystemExit):
-        work(config, "kept", start, inputs={"a": 2})
+        work(config, "kept", stop, inputs={"a": 2})
     assert read_step(run_folder(config, "kept"), "train").state == "KILLED"
     assert make(config, "kept", inputs={"a": 1}, number=2) == made
-    assert read_step(run_folder(config, "kept"), "train").state == "FINISHED"
-
-
-def test_the_records_of_another_config_stay_as_they_are(tmp_path: Path) -> None:
-    config = config_at(tmp_path)
-    with pytest.raises(RuntimeError):
-        work(config, "theirs", fail_with(RuntimeError("theirs")))
-    with pytest.raises(ForeignRun):
-        work(config.model_copy(update={"seed": 9}), "theirs", fail_with(RuntimeError("mine")))
-    assert read_step(run_folder(config, "theirs"), "train").error.message == "theirs"

@@ -15,14 +15,6 @@ from ncsn.storage import heartbeat
 from ncsn.storage.heartbeat import LEASE_SECONDS, Heartbeat, Lease, is_abandoned
 
 
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """The clock of the lease's reader."""
-    clock = Clock()
-    monkeypatch.setattr(heartbeat, "time", clock)
-    return clock
-
-
 def renew(folder: Path, launcher: str, *, age: float = 0) -> None:
     """As a launcher does, at the store's time."""
     folder.mkdir(exist_ok=True)
@@ -30,7 +22,8 @@ def renew(folder: Path, launcher: str, *, age: float = 0) -> None:
     os.utime(folder / launcher, (time.time() - age,) * 2)
 
 
-def test_silence_of_all_launchers_is_measured_on_the_readers_clock(tmp_path: Path, clock: Clock) -> None:
+def test_silence_of_all_launchers_is_measured_on_the_readers_clock(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(heartbeat, "time", clock := Clock())
     renew(tmp_path, "first", age=1e6)
     renew(tmp_path, "second", age=3e6)
     lease = pickle.loads(pickle.dumps(Lease(str(tmp_path), check_seconds=0)))
@@ -46,7 +39,8 @@ def test_silence_of_all_launchers_is_measured_on_the_readers_clock(tmp_path: Pat
 
 
 @pytest.mark.parametrize("unreadable", [False, True])
-def test_leases_that_vanish_expire_and_those_that_cannot_be_read_do_not(tmp_path, clock, unreadable) -> None:
+def test_leases_that_vanish_expire_and_those_that_cannot_be_read_do_not(tmp_path, monkeypatch, unreadable) -> None:
+    monkeypatch.setattr(heartbeat, "time", clock := Clock())
     folder = tmp_path / "lease"
     renew(folder, "first")
     lease = Lease(str(folder), check_seconds=0)

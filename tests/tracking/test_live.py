@@ -37,26 +37,14 @@ with step_run(from_yaml(open(sys.argv[2]).read()), run="driver", step="train") a
 """
 
 
-def until(condition) -> None:
-    give_up = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < give_up
-        time.sleep(0.05)
-
-
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(live, "SEND_EVERY", 0.1)
-
-
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick")
-def test_server_that_hangs_loses_nothing_and_doubles_nothing(make_config, server, monkeypatch):
+def test_server_that_hangs_loses_nothing_and_doubles_nothing(make_config, server, monkeypatch, eventually):
     """A stopped server takes requests into its queue and executes them when it goes on: they come twice or more."""
+    monkeypatch.setattr(live, "SEND_EVERY", 0.1)
     with step_run(make_config(f"tracking.uri={server.url}"), run="hang", step="train") as tracked:
         worker = Worker(LiveMetrics(tracked.uri, tracked.run_id), tracked.folder, since=0)
         worker.train(range(1))
-        until(lambda: len(history(tracked)) == 1)
+        eventually(lambda: len(history(tracked)) == 1, "the first point is there")
         monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
         with server.hanging():
             worker.train(range(1, 4))
@@ -103,14 +91,19 @@ def test_the_end_of_a_step_waits_for_the_server(make_config, server):
 
 def test_a_step_does_not_fail_without_the_server_at_its_end(make_config, server, monkeypatch, caplog):
     monkeypatch.setattr(mlflow_runs, "OUTAGE_SECONDS", 0)
-    with ExitStack() as outage, step_run(make_config(f"tracking.uri={server.url}"), run="without", step="train"):
+    config = make_config(f"tracking.uri={server.url}")
+    with ExitStack() as outage, step_run(config, run="without", step="train") as tracked:
         outage.enter_context(server.away())
+        sink, started = LiveMetrics(tracked.uri, tracked.run_id), time.monotonic()
+        sink.log({RATE: 1.0}, images_seen=1, when=now_ms())
+        sink.close(seconds=1)
+        assert time.monotonic() - started < 30, "it gives up"
     assert server.url in caplog.text
 
 
-@pytest.mark.usefixtures("quick")
 def test_training_does_not_notice_that_the_server_is_killed(make_config, server, monkeypatch, tmp_path):
     """The same curves and weights as a training that sends nothing, and every point of it once on the server."""
+    monkeypatch.setattr(live, "SEND_EVERY", 0.1)
     monkeypatch.setattr(monitor, "SHARE", 100.0)
     overrides = ["train.num_images=200", "train.checkpoint_every_images=100"]
     config = make_config(f"tracking.uri={server.url}", *overrides)
@@ -152,11 +145,3 @@ def test_a_training_that_fails_keeps_its_last_points(config, tmp_path):
     with pytest.raises(RuntimeError):
         train_locally(job, tmp_path / "checkpoints")
     assert load_history(str(tmp_path / "history.json")).images_seen == [4]
-
-
-def test_close_gives_up():
-    sink = LiveMetrics(DEAD, "0" * 32)
-    sink.log({RATE: 1.0}, images_seen=1, when=now_ms())
-    started = time.monotonic()
-    sink.close(seconds=1)
-    assert time.monotonic() - started < 30

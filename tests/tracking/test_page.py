@@ -44,7 +44,10 @@ def page(browser: Browser) -> Iterator[Page]:
         yield page
 
 
-def test_previews_of_the_training_are_a_series(page: Page, server, tracked: StepRun) -> None:
+def test_a_link_opens_among_the_runs_of_trainings_and_their_previews_are_a_series(page, server, tracked) -> None:
+    page.goto(client.page(server.url, tracked.experiment_id, tracked.run_id))
+    expect(page.get_by_role("link", name="Runs", exact=True).first).to_be_visible(timeout=PATIENCE)
+    expect(page.get_by_role("link", name="Judges")).to_have_count(0)
     page.goto(f"{server.url}/#/experiments/{tracked.experiment_id}/runs/{tracked.run_id}/model-metrics")
     page.get_by_placeholder("Search metric charts").fill("preview")
     slider = page.get_by_role("slider")
@@ -53,12 +56,6 @@ def test_previews_of_the_training_are_a_series(page: Page, server, tracked: Step
     picture = page.locator("img[src*='train~preview'][src*='step%2B64']")
     expect(picture).to_be_visible(timeout=PATIENCE)
     assert picture.evaluate("image => image.decode().then(() => image.naturalWidth)") >= 64
-
-
-def test_a_link_to_a_run_opens_among_the_runs_of_trainings(page: Page, server, tracked: StepRun) -> None:
-    page.goto(client.page(server.url, tracked.experiment_id, tracked.run_id))
-    expect(page.get_by_role("link", name="Runs", exact=True).first).to_be_visible(timeout=PATIENCE)
-    expect(page.get_by_role("link", name="Judges")).to_have_count(0)
 
 
 def test_the_list_of_runs_shows_their_distance_verdict_and_speed(page: Page, server, tracked: StepRun) -> None:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +15,6 @@ from typing import Any
 import pytest
 import yaml
 from live_worker import DEAD, Worker, assert_once
-from mlflow.entities import Metric
 from mlflow_server import Server, tracking_server
 from ports import free_port
 
@@ -28,8 +25,6 @@ from ncsn.tracking.mlflow_runs import step_run
 
 MANIFEST = Path(__file__).parents[2] / "infra" / "base" / "mlflow" / "deployment.yaml"
 PASSWORD = "p:a/s?s w@rd"
-
-
 # Debian keeps PostgreSQL's programs off the PATH.
 PROGRAMS = next((path.parent for path in sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))), Path("/usr/bin"))
 
@@ -60,31 +55,24 @@ def database(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         create = [PROGRAMS / "initdb", "--pgdata", data, "--no-sync", *login]
         subprocess.run(create, check=True, capture_output=True, user=owner, cwd=folder)
         port = free_port()
-        settings = ["-c", "fsync=off", "-c", "listen_addresses=127.0.0.1", "-c", f"port={port}"]
-        serve = [PROGRAMS / "postgres", "-D", data, "-k", folder, *settings]
-        server = subprocess.Popen(serve, stderr=subprocess.DEVNULL, user=owner, cwd=folder)
+        settings = f"-c fsync=off -c listen_addresses=127.0.0.1 -c port={port} -k {folder}"
+        control = [PROGRAMS / "pg_ctl", "--pgdata", data, "--wait", "--silent", "--log", folder / "log"]
+        subprocess.run([*control, "--options", settings, "start"], check=True, user=owner, cwd=folder)
         try:
-            ready = [PROGRAMS / "pg_isready", "--quiet", "--host", "127.0.0.1", "--port", str(port)]
-            give_up = time.monotonic() + 60
-            while subprocess.run(ready, check=False).returncode:
-                assert server.poll() is None and time.monotonic() < give_up
-                time.sleep(0.1)
             create = [PROGRAMS / "createdb", "--host", "127.0.0.1", "--port", str(port), "--username", "mlflow"]
             subprocess.run([*create, "mlflow"], check=True)
             uri = str(environment["MLFLOW_BACKEND_STORE_URI"])
             assert "@postgres:5432/mlflow" in uri
             yield uri.replace("@postgres:5432/", f"@127.0.0.1:{port}/")
         finally:
-            server.send_signal(signal.SIGINT)
-            server.wait(60)
+            subprocess.run([*control, "stop"], check=True, user=owner, cwd=folder)
 
 
 @pytest.fixture
 def server(database: str, s3_root: str, tmp_path: Path) -> Iterator[Server]:
-    upgrade = _manifest("upgrade-schema")
-    assert upgrade["args"] == [each["value"] for each in _manifest("mlflow")["env"] if "BACKEND_STORE" in each["name"]]
     for _ in range(2):  # of an empty database, and of a current one
-        subprocess.run([sys.executable, "-m", *upgrade["command"], database], check=True, capture_output=True)
+        command = [sys.executable, "-m", *_manifest("upgrade-schema")["command"], database]
+        subprocess.run(command, check=True, capture_output=True)
     with tracking_server(tmp_path, database=database, artifacts=f"{s3_root}/mlflow") as server:
         yield server
 
@@ -96,7 +84,6 @@ def test_record_on_postgresql_with_artifacts_in_s3_survives_an_outage(server, s3
     with step_run(config, run="postgresql", step="train") as tracked:
         artifacts = f"{s3_root}/mlflow/{tracked.experiment_id}/{tracked.run_id}/artifacts"
         images = f"{artifacts}/images"
-        tracked.log_dataset("digits", digest="d" * 64, uri="/data/digits")
         worker = Worker(LiveMetrics(tracked.uri, tracked.run_id), tracked.folder, since=0)
         worker.train(range(20))
         server.kill()
@@ -112,15 +99,8 @@ def test_record_on_postgresql_with_artifacts_in_s3_survives_an_outage(server, s3
             list(pool.map(lambda _: live.send_missing(tracked.client, tracked.run_id, tracked.folder), range(4)))
         sent = storage.list_names(images)
         live.send_missing(tracked.client, tracked.run_id, tracked.folder)
-        twice = [Metric("train/again", value, 1_700_000_000_000, 7) for value in (0.5, float("nan"))]
-        for _ in range(2):
-            tracked.client.log_batch(tracked.run_id, metrics=twice, synchronous=True)
     assert_once(tracked, 60, previews={49, 59})
-    assert len(tracked.client.get_metric_history(tracked.run_id, "train/again")) == 2
-    run = tracked.client.get_run(tracked.run_id)
-    assert run.info.status == "FINISHED"
-    (logged,) = run.inputs.dataset_inputs
-    assert logged.dataset.digest == "d" * 36
+    assert tracked.client.get_run(tracked.run_id).info.status == "FINISHED"
     assert storage.list_names(artifacts) == ["config.yaml", "images"]
     assert storage.list_names(images) == sent, "four at once may send a picture twice, but a later one sends none"
     with step_run(config, run="postgresql", step="train") as again:

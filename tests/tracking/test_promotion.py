@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import random
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -20,7 +19,7 @@ from webhook import receiver
 
 from ncsn.tracking.client import connect
 from ncsn.tracking.gate import Decision, Evidence, Floors, Memorization, decide
-from ncsn.tracking.promotion import aliased_version, pass_gate, promote_version, resolve_promotions, roll_back
+from ncsn.tracking.promotion import aliased_version, pass_gate, promote_version, roll_back
 
 NAN = float("nan")
 FLOORS = Floors(figure(0.0).name, fid_below=9.0, copies_below=0.01)  # 2 of 256 are fewer, 3 are not
@@ -29,14 +28,11 @@ FLOORS = Floors(figure(0.0).name, fid_below=9.0, copies_below=0.01)  # 2 of 256 
 @pytest.mark.parametrize(
     ("copies", "real_copies", "num_real_images", "passed"),
     [
-        (0, 0, 256, True),
         (8, 0, 256, True),  # with k copies and none among real images the standard error is about sqrt(k) / 256
         (12, 0, 256, False),
         (12, 0, 20, True),
-        (256, 0, 256, False),
         (20, 20, 256, True),
         (60, 20, 256, False),
-        (0, 256, 256, True),
     ],
 )
 def test_copies_beyond_those_of_real_images_and_chance_fail(copies, real_copies, num_real_images, passed):
@@ -51,21 +47,17 @@ def test_copies_beyond_those_of_real_images_and_chance_fail(copies, real_copies,
         (evidence(9.0), ("1", figure(9.38)), False, ["9.0 (8.5 to 9.5)", " 1.04,", "version 1"]),
         (evidence(90.0), ("1", figure(94.0)), True, ["94 (89 to 100)"]),  # as the first: the logs are compared
         (evidence(9.0, log_std=0.04), ("1", figure(9.4)), False, ["9.0 (8.3 to 9.7)", " 1.05,"]),
-        (evidence(9.0), ("1", figure(8.0)), False, ["8.0 (7.5 to 8.5)", "version 1"]),
         (evidence(9.0), ("1", figure(NAN)), False, ["nan"]),
         (evidence(NAN), None, False, ["nan"]),
         (evidence(9.0, log_std=NAN), None, False, ["9 (nan to nan)"]),
-        (evidence(float("-inf")), ("1", figure(8.0)), False, ["-inf"]),
         (evidence(1.0, broken=("a", "b")), ("1", figure(8.0)), False, ["a, b"]),
         (evidence(1.0, COPIES), None, False, ["60 of 256", "3 of 256"]),
         (evidence(1.0, fingerprint="e" * 64), ("1", figure(8.0)), False, ["version 1"]),
         (evidence(1.0, num_images=64), ("1", figure(8.0)), False, ["64 images"]),
         (evidence(1.0), ("1", None), False, ["version 1"]),
         (evidence(9.0), ("2", figure(1.0)), True, ["= 9.0 ("]),
-        (evidence(1.0, COPIES), ("2", figure(1.0)), False, ["60 of 256"]),
         (replace(evidence(8.9), floors=FLOORS), None, True, ["8.9 ("]),
         (replace(evidence(9.0), floors=FLOORS), None, False, ["9.0 (", "fid_below = 9"]),
-        (replace(evidence(9.0), floors=FLOORS), ("1", figure(19.0)), False, ["fid_below = 9"]),
         (replace(evidence(8.9, Memorization(2, 256, 2, 256)), floors=FLOORS), None, True, ["8.9 ("]),
         (replace(evidence(8.9, Memorization(3, 256, 3, 256)), floors=FLOORS), None, False, ["3 of 256", "= 0.01"]),
         (replace(evidence(1.0, num_images=64), floors=FLOORS), None, False, ["fid_n512", "fid_n64"]),
@@ -79,9 +71,6 @@ def test_decision_has_its_numbers_and_is_plain_data(of, champion, promoted, reas
     assert [part for part in reason if part not in decision.reason] == []
     plain = json.dumps(asdict(decision))
     assert json.dumps(asdict(Decision.from_json(plain))) == plain
-
-
-CHANGES = ("set_registered_model_alias", "set_model_version_tag", "delete_model_version_tag")
 
 
 @pytest.fixture(scope="module")
@@ -122,29 +111,21 @@ def test_only_a_better_figure_of_the_same_kind_takes_the_alias(client):
     asked_again = pass_gate(client, name="gate", version=first, evidence=evidence(9.0))
     assert asked_again == decisions[0], "whatever happened since"
     assert (champion_version(client, "gate"), aliases_of(client, "gate", foreign)) == (better, ["challenger"])
-
-
-def test_new_figure_of_the_champion_replaces_the_old_one(client):
-    (only,) = register(client, "renewed", 9.0)
-    renewed = pass_gate(client, name="renewed", version=only, evidence=evidence(7.0, num_images=2048))
-    assert renewed.promoted
-    assert resolve_promotions(client, "renewed").decision(only).evidence == evidence(7.0, num_images=2048)
-    assert client.get_model_version("renewed", only).tags["promoted_from"] == ""
+    renewed = pass_gate(client, name="gate", version=better, evidence=evidence(7.0, num_images=2048))
+    assert renewed.promoted and "7.0 (" in renewed.reason, "a new figure of the champion replaces the old one"
+    assert client.get_model_version("gate", better).tags["promoted_from"] == first
 
 
 def test_who_is_asked_promotes_what_the_gate_lets_pass(client):
     first, worse, better = empty_versions(client, "asked", 3)
-    for version, value in ((first, 9.0), (better, 8.0)):
+    for version, value, waits in ((first, 9.0, True), (worse, 9.1, False), (better, 8.0, True), (better, 8.0, True)):
         decision = pass_gate(client, name="asked", version=version, evidence=evidence(value), ask=True)
-        assert (decision.promoted, decision.waits) == (False, True)
-    assert champion_version(client, "asked") == ""
-    assert client.get_model_version("asked", first).tags["gate.promoted"] == "false"
-    assert promote_version(client, "asked", version=first).version == first
-    assert champion_version(client, "asked") == first
-    refused_one = pass_gate(client, name="asked", version=worse, evidence=evidence(9.1), ask=True)
-    assert (refused_one.promoted, refused_one.waits) == (False, False)
-    waiting = pass_gate(client, name="asked", version=better, evidence=evidence(8.0), ask=True)
-    assert waiting.waits and champion_version(client, "asked") == first, "asked again, it waits on"
+        assert (decision.promoted, decision.waits) == (False, waits)
+        if version == first:
+            assert champion_version(client, "asked") == ""
+            assert client.get_model_version("asked", first).tags["gate.promoted"] == "false"
+            assert promote_version(client, "asked", version=first).version == first
+        assert champion_version(client, "asked") == first
     assert pass_gate(client, name="asked", version=better, evidence=evidence(8.0)).promoted, "nobody is asked any more"
     assert champion_version(client, "asked") == better
 
@@ -172,41 +153,29 @@ class Registry:
         self.tags[version].pop(key, None)
 
 
-class Party(threading.Thread):
-    """A process that registers a version, one request at a time."""
-
-    over = killed = False
+class Party:
+    """A process that registers a version, some requests at a time: each time anew, with the answers that it had."""
 
     def __init__(self, registry: Registry, version: str, value: float) -> None:
-        super().__init__(daemon=True)
-        self._registry, self._asked = registry, (version, value)
-        self._turn, self._rests = threading.Semaphore(0), threading.Semaphore(0)
-        self.start()
-        self._rests.acquire()
-
-    def run(self) -> None:
-        with suppress(Killed):
-            gate(self, *self._asked)
-        self.over = True
-        self._rests.release()
-
-    def __getattr__(self, request: str) -> Callable[..., Any]:
-        def answer(*args: Any) -> Any:
-            self._rests.release()
-            self._turn.acquire()
-            if self.killed:
-                raise Killed
-            return getattr(self._registry, request)(*args)
-
-        return answer
+        self._registry, self._asked, self._answers = registry, (version, value), list[Any]()
 
     def go(self, requests: int = 1000) -> None:
         """Make this many more requests, or all."""
-        for _ in range(requests):
-            if self.over:
-                return
-            self._turn.release()
-            self._rests.acquire()
+        self._known, self._left = iter(self._answers), requests
+        with suppress(Killed):
+            gate(self, *self._asked)
+
+    def __getattr__(self, request: str) -> Callable[..., Any]:
+        def answer(*args: Any) -> Any:
+            for known in self._known:
+                return known
+            if not self._left:
+                raise Killed
+            self._left -= 1
+            self._answers.append(getattr(self._registry, request)(*args))
+            return self._answers[-1]
+
+        return answer
 
 
 def gate(client: Any, version: str, value: float) -> None:
@@ -227,10 +196,10 @@ def schedules() -> Iterator[tuple[list[tuple[int, int]], set[int]]]:
         yield turns, {party for party in (0, 1) if chance.random() < 0.3}
 
 
-MORE = [pytest.param(values, marks=pytest.mark.slow) for values in ((7.0, 8.0), (7.0, 7.1))]
+MORE = [pytest.param(values, marks=pytest.mark.slow) for values in ((8.0, 7.0), (7.0, 7.1))]
 
 
-@pytest.mark.parametrize("values", [(8.0, 7.0), *MORE])
+@pytest.mark.parametrize("values", [(7.0, 8.0), *MORE])
 def test_two_registrations_in_any_order_of_requests_end_with_the_better_one(values):
     better = {version for version, value in zip("23", values, strict=True) if value < min(values) + 0.3}
     for turns, killed in schedules():
@@ -240,9 +209,8 @@ def test_two_registrations_in_any_order_of_requests_end_with_the_better_one(valu
         for party, requests in turns:
             parties[party].go(requests)
         for number, party in enumerate(parties):
-            party.killed = number in killed
-            party.go()
-            party.join()
+            if number not in killed:
+                party.go()
         if killed:
             gate(registry, "4", 20.0)
             standing = {version for version in "23" if "promotion" in registry.tags[version]}
@@ -283,37 +251,32 @@ def test_promote_asks_the_gate_and_force_overrides_it(client):
     assert promote_version(client, "by-hand", version=third, force=True).replaced == second
 
 
-def test_rollback_goes_back_one_champion_at_a_time_and_a_former_champion_can_return(client):
-    versions = register(client, "back", 9.0, 8.0, 7.0, 6.0)
-    client.delete_model_version("back", versions[2])
-    change = roll_back(client, "back")
-    assert (change.version, change.replaced, champion_version(client, "back")) == ("2", "4", "2")
-    assert "rolled_back_at" in client.get_model_version("back", "4").tags
-    promote_version(client, "back", version="1", force=True)
-    assert roll_back(client, "back").version == "2"
-    with refused("models:/back@champion"):
-        roll_back(client, "back")
-    assert promote_version(client, "back", version="4").replaced == "2"
-    assert "rolled_back_at" not in client.get_model_version("back", "4").tags
-    assert roll_back(client, "back").version == "2"
-
-
-def test_whoever_moves_the_alias_tells_it_once(client):
+def test_rollback_goes_back_one_champion_at_a_time_also_after_it_was_killed_and_is_told_once(client, config):
     with receiver() as sent:
-        first, second = register(client, "told", 9.0, 8.0)
-        resolve_promotions(client, "told")
-        roll_back(client, "told")
-        told = sent.wait_for(3)
-    assert [(event["event"], event["model"]) for event in told] == [("promoted", "told")] * 3
-    assert [event["version"] for event in told] == [first, second, first]
-    assert [event.get("replaced") for event in told] == [None, first, second]
-    assert told[1]["reason"] == client.get_model_version("told", second).tags["gate.reason"] != told[2]["reason"]
+        versions = register(client, "back", 9.0, 8.0, 7.0, 6.0)
+        client.delete_model_version("back", versions[2])
+        dying = DiesAt(connect(config).uri, ("set_registered_model_alias", "set_model_version_tag"), at=1)
+        with pytest.raises(Killed):
+            roll_back(dying, "back")
+        assert champion_version(client, "back") == "4"
+        change = roll_back(client, "back")
+        told = sent.wait_for(5)
+    assert (change.version, change.replaced, champion_version(client, "back")) == ("2", "4", "2")
+    assert [(event["event"], event["version"], event.get("replaced")) for event in told] == [
+        *(("promoted", new, old) for new, old in zip("1234", (None, *"123"), strict=True)),
+        ("promoted", "2", "4"),
+    ]
+    assert told[1]["reason"] == client.get_model_version("back", "2").tags["gate.reason"] != told[4]["reason"]
 
 
-def test_a_rollback_that_was_killed_goes_back_once(client, config):
-    register(client, "stopped", 9.0, 8.0, 7.0)
-    with pytest.raises(Killed):
-        roll_back(DiesAt(connect(config).uri, CHANGES, at=1), "stopped")
-    assert champion_version(client, "stopped") == "3"
-    done = roll_back(client, "stopped")
-    assert (done.version, done.replaced, champion_version(client, "stopped")) == ("2", "3", "2")
+def test_a_former_champion_can_return(client):
+    register(client, "former", 9.0, 8.0, 7.0)
+    roll_back(client, "former")
+    assert "rolled_back_at" in client.get_model_version("former", "3").tags
+    promote_version(client, "former", version="1", force=True)
+    assert roll_back(client, "former").version == "2"
+    with refused("models:/former@champion"):
+        roll_back(client, "former")
+    assert promote_version(client, "former", version="3").replaced == "2"
+    assert "rolled_back_at" not in client.get_model_version("former", "3").tags
+    assert roll_back(client, "former").version == "2"

@@ -11,7 +11,6 @@ import pytest
 import requests
 import torch
 from gated import DiesAt, Killed
-from mlflow.entities.model_registry import ModelVersion
 from mlflow.tracking._tracking_service.utils import _artifact_repos_cache
 from mlflow_server import tracking_server
 from refused import refused
@@ -51,23 +50,6 @@ def test_guidance_and_the_weights_of_the_guide_are_part_of_a_versions_identity(c
     assert digest(auto, "sampling.guidance.checkpoint=b", guide=other) == digests[4], "wherever the weights are"
 
 
-def test_same_weights_and_sampler_are_one_version(config, checkpoint, make_config):
-    with step_run(config, run="versions", step="register") as tracked:
-        first = registry.register(tracked, candidate(checkpoint, "versions"))
-        again = registry.register(tracked, candidate(checkpoint, "versions"))
-        longer = replace(checkpoint, config=make_config("sampling.sampler.steps_per_level=3"))
-        other = registry.register(tracked, candidate(longer, "versions"))
-    assert [str(version.version) for version in (first, again, other)] == ["1", "1", "2"]
-    version = tracked.client.get_model_version("versions", "1")
-    assert version.description == "# versions\n"
-    assert version.run_id == tracked.run_id
-    assert version.tags["ncsn.checkpoint"] == checkpoint.digest
-    output, _ = tracked.client.get_run(tracked.run_id).outputs.model_outputs
-    logged = tracked.client.get_logged_model(output.model_id)
-    assert [(metric.key, metric.value) for metric in logged.metrics] == [("eval/a", 1.5)]
-    assert logged.status == "READY"
-
-
 def test_runs_and_models_move_with_their_store(make_config, checkpoint, tmp_path):
     old, new = tmp_path / "old place", tmp_path / "new"
     with step_run(make_config(f"storage.root={old}"), run="moved", step="register") as before:
@@ -88,26 +70,17 @@ def test_runs_and_models_move_with_their_store(make_config, checkpoint, tmp_path
     assert load_checkpoint(str(fetch_files(after.uri, version, tmp_path))).config == checkpoint.config
 
 
-REQUESTS = (
-    "create_registered_model",
-    "create_logged_model",
-    "log_model_artifacts",
-    "finalize_logged_model",
-    "log_outputs",
-    "log_batch",
-    "create_model_version",
-)
-
-
 def test_killed_at_any_request_and_repeated_it_is_one_version(config, checkpoint, monkeypatch):
     def write_small(folder, *args, **kwargs):
         folder.mkdir()
         (folder / "MLmodel").write_text("{}")
 
+    requests = ("create_registered_model", "create_logged_model", "log_model_artifacts", "finalize_logged_model")
+    requests += ("log_outputs", "log_batch", "create_model_version")
     monkeypatch.setattr(registry, "write_model", write_small)
     with step_run(config, run="killed", step="register") as tracked:
-        for at in range(len(REQUESTS)):
-            dying = replace(tracked, client=DiesAt(tracked.uri, REQUESTS, at=at))
+        for at in range(len(requests)):
+            dying = replace(tracked, client=DiesAt(tracked.uri, requests, at=at))
             with pytest.raises(Killed):
                 registry.register(dying, candidate(checkpoint, f"killed-register-{at}"))
             made = registry.register(tracked, candidate(checkpoint, f"killed-register-{at}"))
@@ -131,16 +104,14 @@ def test_weights_go_up_and_down_through_the_server(s3_root, s3_server, make_conf
         with step_run(make_config(f"tracking.uri={server.url}"), run="s3", step="register") as tracked:
             versions = [registry.register(tracked, candidate(checkpoint, "s3")) for _ in range(2)]
         assert [str(version.version) for version in versions] == ["1", "1"]
+        (output,) = tracked.client.get_run(tracked.run_id).outputs.model_outputs
+        logged = tracked.client.get_logged_model(output.model_id)
+        assert [(metric.key, metric.value) for metric in logged.metrics] == [("eval/a", 1.5)]
+        assert logged.status == "READY"
         fetched = load_checkpoint(str(fetch_files(server.url, versions[0], tmp_path)))
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with refused("models:/s3/1", error=TrackingError):  # the server is gone
+        fetch_files(server.url, versions[0], tmp_path)
     assert fetched.config == checkpoint.config
     for name, tensor in checkpoint.network.named_parameters():
         assert torch.equal(dict(fetched.network.named_parameters())[name], tensor)
-
-
-def test_a_store_that_refuses_the_server_is_named(s3_root, monkeypatch, tmp_path):
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    version = ModelVersion("digits", "7", 0, source="mlflow-artifacts:/1/models/m-1/artifacts")
-    serving = tracking_server(tmp_path, artifacts=f"{s3_root}/mlflow")
-    with serving as server, refused("models:/digits/7", error=TrackingError):
-        fetch_files(server.url, version, tmp_path)

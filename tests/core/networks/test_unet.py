@@ -1,7 +1,5 @@
 """The U-Net's preconditioning, its layers against PyTorch's plain ones, and the shapes that it accepts."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from tiny_networks import random_batch, shaken, unet
@@ -23,32 +21,19 @@ def test_denoiser_is_that_of_equation_7() -> None:
 
 @pytest.mark.parametrize(
     ("size", "channels", "widths", "attention_sizes"),
-    [
-        (8, 1, (8,), ()),
-        (8, 3, (8, 16), (4, 8)),
-        (9, 1, (8, 12, 20, 24), ()),
-        (28, 1, (8, 16, 24), (7,)),
-        (33, 3, (4, 6, 10), (9,)),
-    ],
+    [(8, 1, (8,), ()), (9, 1, (8, 12, 20, 24), ()), (28, 1, (8, 16, 24), (7,)), (33, 3, (4, 6, 10), (9,))],
 )
 def test_shapes(size: int, channels: int, widths: tuple[int, ...], attention_sizes: tuple[int, ...]) -> None:
     network = shaken(unet(channels=channels, image_size=size, widths=widths, attention_sizes=attention_sizes))
     x, level = random_batch(channels=channels, size=size)
     score = network(x, level)
-    assert score.shape == x.shape
-    assert score.isfinite().all()
+    assert score.shape == x.shape and score.isfinite().all()
 
 
 def test_sizes_from_compact_to_large() -> None:
+    large = {"channels": 3, "image_size": 64, "widths": (128, 256, 384, 384), "attention_sizes": (16, 8)}
     with torch.device("meta"):
         compact = unet(widths=(32, 64), blocks_per_resolution=2, embedding_features=128)
-        large = unet(
-            channels=3,
-            image_size=64,
-            widths=(128, 256, 384, 384),
-            blocks_per_resolution=3,
-            embedding_features=512,
-            attention_sizes=(16, 8),
-        )
+        network = unet(**large, blocks_per_resolution=3, embedding_features=512)
     assert sum(p.numel() for p in compact.parameters()) == 534_881
-    assert sum(p.numel() for p in large.parameters()) == 60_767_875
+    assert sum(p.numel() for p in network.parameters()) == 60_767_875

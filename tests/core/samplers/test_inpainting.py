@@ -1,7 +1,5 @@
 """Inpainting: spec oracle 13."""
 
-from __future__ import annotations
-
 import math
 
 import pytest
@@ -15,16 +13,12 @@ RHO, KNOWN = 0.8, 1.3
 
 
 def correlated_score(sigmas):
-    covariance = torch.tensor([[1.0, RHO], [RHO, 1.0]])
-    precisions = torch.stack([torch.linalg.inv(covariance + s**2 * torch.eye(2)) for s in sigmas])
-
-    def score(x, level):
-        return -torch.einsum("bij,bj->bi", precisions[level], x.flatten(1)).view_as(x)
-
-    return score
+    covariances = torch.tensor([[1.0, RHO], [RHO, 1.0]]) + sigmas.square()[:, None, None] * torch.eye(2)
+    precisions = torch.linalg.inv(covariances)
+    return lambda x, level: -torch.einsum("bij,bj->bi", precisions[level], x.flatten(1)).view_as(x)
 
 
-def complete(levels, epsilon, steps, *, count=20_000, restore=True, denoise=False):
+def complete(levels, epsilon, steps, *, count=20_000, **changes):
     sigmas = geometric_sigmas(1.0, 0.01, levels)
     noise = KeyedNoise(0, first=0, count=count, shape=(1, 1, 2))
     return inpaint(
@@ -36,8 +30,7 @@ def complete(levels, epsilon, steps, *, count=20_000, restore=True, denoise=Fals
         epsilon=epsilon,
         steps_per_level=steps,
         noise=noise,
-        denoise=denoise,
-        restore=restore,
+        **({"denoise": False} | changes),
     )
 
 
@@ -61,8 +54,8 @@ def test_conditional_distribution_of_a_gaussian(levels, epsilon, steps, mean, va
 def test_known_pixels_carry_the_last_noise_until_they_are_restored():
     rough = complete(10, 2e-5, 2, restore=False)[..., 0] - KNOWN
     assert rough.std().item() == pytest.approx(0.01, abs=0.0003) and abs(rough.mean().item()) < 3e-4
-    assert complete(10, 2e-5, 2, count=50)[..., 0].eq(torch.tensor(KNOWN)).all()
-    assert complete(10, 2e-5, 2, count=50, denoise=True)[..., 0].eq(torch.tensor(KNOWN)).all()
+    for denoise in (False, True):
+        assert complete(10, 2e-5, 2, count=50, denoise=denoise)[..., 0].eq(torch.tensor(KNOWN)).all()
 
 
 SIGMAS = geometric_sigmas(1.0, 0.01, 4)
@@ -87,12 +80,6 @@ def score(x, level):
 
 
 @pytest.mark.oracle(13)
-def test_everything_known_returns_the_reference_bitwise():
-    x, arguments = images(torch.ones(4, 5, dtype=torch.bool))
-    assert torch.equal(x, arguments["reference"])
-
-
-@pytest.mark.oracle(13)
 @pytest.mark.parametrize("denoise", [False, True])
 @pytest.mark.parametrize("consistent", [False, True])
 def test_nothing_known_is_annealed_langevin_bitwise(denoise, consistent):
@@ -101,29 +88,28 @@ def test_nothing_known_is_annealed_langevin_bitwise(denoise, consistent):
     assert torch.equal(x, annealed_langevin(score, denoise=denoise, consistent=consistent, **plain))
 
 
-def test_unknown_pixels_of_the_reference_are_not_used():
+@pytest.mark.oracle(13)
+def test_known_pixels_return_and_the_others_of_the_reference_are_not_used():
     mask = torch.arange(20).view(4, 5) % 2 == 0
     x, arguments = images(mask)
-    other = torch.where(mask, arguments["reference"], torch.full_like(arguments["reference"], math.nan))
-    assert torch.equal(images(mask, reference=other)[0], x)
+    reference = arguments["reference"]
+    assert torch.equal(images(mask, reference=torch.where(mask, reference, math.nan))[0], x)
+    assert torch.equal(images(torch.ones(4, 5, dtype=torch.bool))[0], reference)
 
 
 def test_known_pixels_keep_one_noise_through_a_level():
-    mask = torch.zeros(4, 5, dtype=torch.bool)
-    mask[:, :2] = True
-    seen, levels = [], []
+    mask, seen = torch.arange(5).expand(4, 5) < 2, []
 
     def spying(x, level):
-        seen.append(x[..., :2].clone())
-        levels.append(int(level[0]))
+        seen.append((int(level[0]), x[..., :2].clone()))
         return score(x, level)
 
     _, arguments = images(mask, network=spying, denoise=False)
     # The first evaluation of a level still sees the level before; later ones see reference + sigma z of their own.
-    for call, level in enumerate(levels):
+    for call, (level, known) in enumerate(seen):
         if call % 3:
             expected = arguments["reference"] + SIGMAS[level] * arguments["noise"](12 + level)
-            torch.testing.assert_close(seen[call], expected[..., :2])
+            torch.testing.assert_close(known, expected[..., :2])
 
 
 @pytest.mark.parametrize("mask", [torch.ones(5, 4, dtype=torch.bool), torch.ones(4, 5)])
