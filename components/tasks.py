@@ -129,6 +129,30 @@ def evaluate(
     publish_metrics(metrics, {figure.name: figure.value for name, figure in figures if name.startswith(shown)})
 
 
+@_may_start_pods
+def export(
+    config: str,
+    run: str,
+    checkpoint: dsl.Input[dsl.Model],
+    dataset: dsl.Input[dsl.Dataset],
+    exported: dsl.Output[dsl.Dataset],
+    card: dsl.Output[dsl.Markdown],
+    metrics: dsl.Output[dsl.Metrics],
+    task_config: dsl.TaskConfig,
+) -> None:
+    """Write a data set of generated images without copies; its card is the page."""
+    from pathlib import Path
+
+    from components import publish, publish_metrics, run_task
+    from ncsn.storage import read_bytes
+
+    result = run_task("export", config, run, checkpoint=checkpoint, dataset=dataset, task_config=task_config)
+    images = sum(result.counts.values())
+    publish(exported, result, display_name=f"{images:,} images", uri=result.uri)
+    Path(card.path).write_bytes(read_bytes(result.card))
+    publish_metrics(metrics, {"export/images": images, "export/copies": result.copies})
+
+
 @_component
 def register(
     config: str,

@@ -19,11 +19,15 @@ from ncsn.config.compute import bytes_of
 from ncsn.environment import WORKER_MEMORY
 from ncsn.remote.manifest import GPU
 from ncsn.runs.steps import STEPS_ELSEWHERE
-from pipelines.definitions import sample_pipeline, train_pipeline
+from pipelines.definitions import sample_pipeline, synthesize_pipeline, train_pipeline
 
 SLIM_IMAGE = os.environ.get("NCSN_SLIM_IMAGE")  # of the tasks that need no torch; without it the one of all others
 COMPILED = Path(__file__).parent / "compiled"
-PIPELINES = {"train_pipeline": train_pipeline, "sample_pipeline": sample_pipeline}
+PIPELINES = {
+    "train_pipeline": train_pipeline,
+    "sample_pipeline": sample_pipeline,
+    "synthesize_pipeline": synthesize_pipeline,
+}
 
 # For pods that are evicted or lost. KFP leaves it to Argo's configuration what else is retried; a mistake, which the
 # task finds recorded, costs seconds.

@@ -1,11 +1,11 @@
-"""The pipelines: `train` from raw images to a registered model, and `sample` from that to images."""
+"""The pipelines: `train` from raw images to a registered model, `sample` and `synthesize` from that to images."""
 
 from typing import List  # noqa: UP035 - the form that KFP reads
 
 from kfp import dsl, kubernetes
 
 from components import IMAGE
-from components.tasks import evaluate, finish, ingest, open_model, register, report, sample, search, train
+from components.tasks import evaluate, export, finish, ingest, open_model, register, report, sample, search, train
 from ncsn.environment import IMAGE_VARIABLE, KFP_RUN_ID, KFP_WORKFLOW, RUN_ID_LABEL
 
 ENVIRONMENT = "ncsn-environment"  # ConfigMap with addresses, in the namespace of the runs
@@ -30,7 +30,7 @@ SECRETS = (
     "NCSN_WEBHOOK_SECRET",
 )
 # Tasks that may compute in their own pod.
-COMPUTING = ("search", "train", "sample", "evaluate")
+COMPUTING = ("search", "train", "sample", "evaluate", "export")
 
 
 def configured(task: dsl.PipelineTask, title: str, *, cached: bool = False) -> dsl.PipelineTask:
@@ -130,3 +130,30 @@ def sample_pipeline(
             evaluate(config=config, run=run, dataset=ingested.outputs["dataset"], samples=sampled.outputs["samples"]),
             "Evaluate samples",
         )
+
+
+@dsl.pipeline(
+    name="ncsn-synthesize",
+    display_name="NCSN: a data set of generated images",
+    description="Generates images from a model in MLflow's registry, leaves out copies of its training images, and "
+    "writes the data set with a card.",
+)
+def synthesize_pipeline(
+    model: str,
+    root: str,
+    registry: str = "",
+    overrides: List[str] = [],  # noqa: UP006, B006
+) -> None:
+    """Write a data set of images of a registered model, without copies of its training images.
+
+    Args:
+        model: `models:/NAME@champion`, or another alias or version.
+        root: Store in which the model is opened as a run, as in `sample_pipeline`.
+        registry: Tracking server; empty = that of the cluster's environment.
+        overrides: `a.b=value` for the config that is registered with the model, such as `export.per_class=500`.
+    """
+    opened = configured(open_model(model=model, registry=registry, root=root, overrides=overrides), "Open model")
+    config, run = opened.outputs["config"], opened.outputs["run"]
+    ingested = configured(ingest(config=config, run=run, content=""), "Ingest images")
+    dataset, checkpoint = ingested.outputs["dataset"], opened.outputs["checkpoint"]
+    configured(export(config=config, run=run, checkpoint=checkpoint, dataset=dataset), "Export images")

@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 
 # What people need first stands first; within a group, commands are in the order of work.
 _GROUPS = {
-    "Start": ("init", "run", "sample", "ui", "show-config", "plan", "doctor", "select"),
-    "Steps": tuple(step for step in STEP_TABLE if step not in ("sample", "select")),
+    "Start": ("init", "run", "sample", "ui", "show-config", "plan", "doctor", "select", "export"),
+    "Steps": tuple(step for step in STEP_TABLE if step not in ("sample", "select", "export")),
     "Results": ("ls", "show", "promote", "serve", "cleanup"),
     "Cluster": ("submit",),
 }

@@ -30,7 +30,11 @@ if TYPE_CHECKING:
 @json_option
 @click.option("--host", metavar="URL", help="Address of Kubeflow Pipelines; default: KF_PIPELINES_ENDPOINT.")
 @click.option(
-    "--pipeline", default="train", show_default=True, type=click.Choice(["train", "sample"]), help="Pipeline to start."
+    "--pipeline",
+    default="train",
+    show_default=True,
+    type=click.Choice(["train", "sample", "synthesize"]),
+    help="Pipeline to start.",
 )
 @click.option("--namespace", metavar="PROFILE", help="Your profile, where Kubeflow serves several users.")
 @click.option("--service-account", metavar="NAME", help="Service account of the pods; default: the cluster's.")

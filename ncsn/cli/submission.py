@@ -42,7 +42,7 @@ def prepare(
             raise UserError("--param", "expected K=V", value=param)
         given[key] = value
     config = None
-    if pipeline == "sample":
+    if pipeline != "train":
         if options.config_uri is not None:
             hint = "leave it out, and change values with --set"
             raise UserError("--config", "a registered model brings its own config", hint=hint)

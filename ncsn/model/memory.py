@@ -71,10 +71,10 @@ def _network(config: Config, step: str) -> float:
     weights = _FLOAT * sum(parameter.numel() for parameter in network.parameters())
     compute = config.compute
     if compute.use_gpu:
-        return (1 if step == "sample" else _SNAPSHOT) * weights
+        return (1 if step in ("sample", "export") else _SNAPSHOT) * weights
     kept = kept_bytes(network, config)
     sampling = weights + _SAMPLING_SHARE * kept * config.sampling.batch_size
     share = math.ceil(config.train.batch_size / compute.min_workers)
     training = (_STATE + _SNAPSHOT + config.loss.has_teacher) * weights + kept * min(share, compute.microbatch or share)
-    by_step = {"sample": sampling, "select": sampling, "train": training}
+    by_step = {"sample": sampling, "select": sampling, "export": sampling, "train": training}
     return by_step.get(step, max(sampling, training))
