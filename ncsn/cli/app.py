@@ -278,9 +278,15 @@ def export_command(
         if not name or not count.isdecimal():
             raise UserError("--class", "is not NAME=N", hint="such as --class crack=2000", value=text)
         by_class[name] = int(count)
-    named = {"per_class": per_class, "classes": by_class, "fill": fill, "num_images": num_images, "format": kind}
+    named = {
+        "per_class": per_class,
+        "classes": by_class,
+        "fill": fill or None,
+        "num_images": num_images,
+        "format": kind,
+    }
     named["out"] = out if out is None or "://" in out else str(Path(out).absolute())
-    changes = tuple(f"export.{key}={json.dumps(value)}" for key, value in named.items() if value)
+    changes = tuple(f"export.{key}={json.dumps(value)}" for key, value in named.items() if value not in (None, "", {}))
     _do_step("export", options=replace(options, overrides=(*options.overrides, *changes)), **given)
 
 

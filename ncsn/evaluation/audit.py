@@ -332,9 +332,9 @@ def nearest(
     size = max(count, VALUES // values)
     for first in range(0, len(rows), size):
         some = rows[first : first + size]
-        likeness, numbers = own @ spectra(reduced(reference[some], device)).T, torch.from_numpy(some).to(device)
+        likeness, numbers = own @ spectra(reduced(reference[some], device)).T, torch.tensor(some, device=device)
         if leave_out is not None:
-            likeness[numbers == torch.from_numpy(leave_out).to(device)[:, None]] = -torch.inf
+            likeness[numbers == torch.tensor(leave_out, device=device)[:, None]] = -torch.inf
         likeness = torch.cat([alike, likeness], dim=1)
         numbers = torch.cat([found, numbers.expand(len(own), -1)], dim=1)
         alike, places = likeness.topk(count, dim=1)

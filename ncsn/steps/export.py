@@ -178,11 +178,10 @@ def _images(part: Part) -> NDArray[np.generic]:
 
 def _write_pngs(folder: Path, parts: list[Part], manifest: Manifest) -> None:  # noqa: ARG001
     for part in parts:
-        (folder / part.name).mkdir(exist_ok=True)
+        place = folder / part.name.replace("/", "-")  # as in `T-shirt/top`
+        place.mkdir(exist_ok=True)
         for number, image in zip(part.chosen, _images(part), strict=True):
-            Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(
-                folder / part.name / f"{number:06d}.png"
-            )
+            Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(place / f"{number:06d}.png")
 
 
 def _write_parquet(folder: Path, parts: list[Part], manifest: Manifest) -> None:

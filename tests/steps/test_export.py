@@ -1,0 +1,105 @@
+"""A data set of generated images: as many as asked for, without copies, with the same bytes again."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from do import do
+from experiments import digits, tiny
+from PIL import Image
+from refused import refused
+
+from ncsn.config import Config
+from ncsn.data.format import load_manifest
+from ncsn.data.samples import write_shard
+from ncsn.data.sources import open_source
+from ncsn.data.training_images import open_cache
+from ncsn.model.checkpoint import load_checkpoint
+from ncsn.runs.folder import Run
+from ncsn.steps.sample import place_of
+
+CLASSES = ("data.num_classes=10",)
+
+
+def made(folder: Path, save_untrained, *overrides: str) -> tuple[Config, dict[str, str]]:
+    """An experiment whose network knows nothing, and the URIs of its checkpoint and dataset."""
+    config = tiny(folder / "store", "sampling.batch_size=6", *overrides)
+    dataset = digits(config, folder / "data")
+    if not (folder / "checkpoint").exists():
+        save_untrained(config, dataset, folder / "checkpoint")
+    return config, {"checkpoint": str(folder / "checkpoint"), "dataset": dataset}
+
+
+def files(folder: str) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def test_copies_are_left_out_and_the_next_images_take_their_places(tmp_path: Path, save_untrained) -> None:
+    config, given = made(tmp_path, save_untrained, "export.num_images=6")
+    _, uri = place_of(config, load_checkpoint(given["checkpoint"]), Run(config, "mine").folder)
+    train = open_cache(given["dataset"], "train").images
+    noise = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 1), dtype=np.uint8)
+    noise[[1, 4]] = train[[3, 5]]
+    write_shard(f"{uri}/shard-{0:09d}-{6:09d}.parquet", noise)
+    result = do("export", config, "mine", **given)
+    assert (result.counts, result.copies, result.made) == ({"": 6}, 2, 10)
+    names = [f"{number:06d}.png" for number in (0, 2, 3, 5, 6, 7)]
+    assert files(result.uri).keys() == {"README.md", *names}
+    np.testing.assert_array_equal(np.asarray(Image.open(f"{result.uri}/000005.png")), noise[5, :, :, 0])
+    card = Path(result.card).read_text()
+    assert "| all | 6 | 10 | 2 |" in card and load_manifest(given["dataset"]).digest in card
+    assert do("export", config, "mine", **given) == result
+
+
+def test_classes_come_as_asked_and_again_with_the_same_bytes(tmp_path: Path, save_untrained) -> None:
+    asked = ("export.per_class=2", "export.classes={'7': 3}", "export.format=parquet")
+    config, given = made(tmp_path, save_untrained, *CLASSES, *asked, f"export.out={tmp_path / 'out'}")
+    first = do("export", config, "mine", **given)
+    assert first.counts == {str(name): 2 + (name == 7) for name in range(10)}
+    read = pq.read_table(sorted(Path(first.uri).glob("*.parquet")))
+    assert np.bincount(read.column("label")).tolist() == list(first.counts.values())
+    other, _ = made(tmp_path, save_untrained, *CLASSES, *asked, f"storage.root={tmp_path / 'other'}")
+    assert files(do("export", other, "mine", **given).uri) == files(first.uri)
+    source = ["data.source=parquet", f"data.root={first.uri}", "data.test_fraction=0.2"]
+    back = open_source(tiny(tmp_path, *source).data)
+    assert back.class_names == tuple(map(str, range(10))) and sum(map(len, back.splits.values())) == 21
+
+
+def test_fill_completes_each_class_to_the_largest(tmp_path: Path, save_untrained) -> None:
+    config, given = made(tmp_path, save_untrained, *CLASSES, "export.fill=true", "data.max_images=60")
+    counts = load_manifest(given["dataset"]).class_counts["train"]
+    missing = {str(name): max(counts) - count for name, count in enumerate(counts) if count < max(counts)}
+    result = do("export", config, "mine", **given)
+    assert result.counts == missing
+    assert {path.name: len(list(path.iterdir())) for path in Path(result.uri).iterdir() if path.is_dir()} == missing
+
+
+@pytest.mark.parametrize(
+    ("key", "overrides"),
+    [
+        ("export.per_class", ["export.per_class=3"]),
+        ("export.fill", ["export.fill=true"]),
+        ("export", CLASSES),
+        ("export.num_images", [*CLASSES, "export.num_images=3"]),
+        ("export.classes", [*CLASSES, "export.classes={eleven: 3}"]),
+        ("export.out", ["export.num_images=3", "export.out=/"]),
+        ("--dataset", ["export.num_images=3", "data.max_images=99"]),
+    ],
+)
+def test_what_cannot_be_exported_is_named(tmp_path: Path, save_untrained, key: str, overrides: list[str]) -> None:
+    config, given = made(tmp_path, save_untrained, *overrides)
+    if key == "--dataset":
+        given["dataset"] = digits(tiny(tmp_path / "store"), tmp_path / "others")
+    with refused(key):
+        do("export", config, "mine", **given)
+
+
+def test_a_model_that_copies_gives_no_data_set(tmp_path: Path, save_untrained) -> None:
+    config, given = made(tmp_path, save_untrained, "export.num_images=5")
+    _, uri = place_of(config, load_checkpoint(given["checkpoint"]), Run(config, "mine").folder)
+    train = open_cache(given["dataset"], "train").images
+    write_shard(f"{uri}/shard-{0:09d}-{20:09d}.parquet", np.ascontiguousarray(train[:20]))
+    with refused("export"):
+        do("export", config, "mine", **given)
+    assert not list(Path(config.storage.root, "runs", "mine", "exports").glob("*"))
