@@ -89,12 +89,11 @@ def audit(config: Config, dataset: str, images: SampleSet, *, runner: Runner, pr
 
     `progress` counts the images that are compared, of the set and of the test split.
     """
-    split = open_cache(dataset, "train", as_bytes=True)
-    rows = distinct(split.images, mirrors=config.data.mirrors)
-    known = calibrate(config, dataset, runner=runner, progress=progress)
-    kept, tests = np.flatnonzero(known["statistic"] >= NEAR), open_cache(dataset, "test", as_bytes=True)
+    rows, known = _calibrated(config, dataset, runner=runner, progress=progress)
+    kept = np.flatnonzero(known["statistic"] >= NEAR)
     found = _compared(config, dataset, images, rows=rows, tests=kept, runner=runner, progress=progress)
-    labels, real, test = images.labels(), split.labels[rows], tests.labels[kept]
+    real, test = (open_cache(dataset, name).labels[own] for name, own in (("train", rows), ("test", kept)))
+    labels = images.labels()
     statistics, ours = known["statistic"][kept], found["statistic"]
     unseen = Copies(0, images.count, len(kept))
     limit = np.sort(statistics)[unseen.rank - 1] if len(kept) else 0.0
@@ -109,25 +108,31 @@ def audit(config: Config, dataset: str, images: SampleSet, *, runner: Runner, pr
     return Audit(
         copies=replace(unseen, copies=int(copied.sum())),
         copied=copied,
-        near_duplicates=leaked(config, dataset, runner=runner, progress=progress).tolist(),
+        near_duplicates=_leaked(known).tolist(),
         closeness=closeness(found, num_train=len(rows), num_test=len(kept)),
         classes=classes,
         worst=[{"image": int(i), "row": int(found["row"][i]), "statistic": round(float(ours[i]), 4)} for i in worst],
     )
 
 
-def calibrate(config: Config, dataset: str, *, runner: Runner, progress: Progress) -> Mapping[str, NDArray[Any]]:
-    """What the comparison finds of each test image, which stays with the dataset."""
-    tests = SplitSet(dataset, "test", load_manifest(dataset).count("test"))
-    rows = distinct(open_cache(dataset, "train", as_bytes=True).images, mirrors=config.data.mirrors)
-    return _compared(config, dataset, tests, rows=rows, tests=np.arange(tests.count), runner=runner, progress=progress)
+def leaked(config: Config, dataset: str, *, progress: Progress) -> NDArray[np.int64]:
+    """Rows [P, 2] of test images that nearly equal a training image, and of that, by a comparison in this process."""
+    return _leaked(_calibrated(config, dataset, runner=here, progress=progress)[1])
 
 
-def leaked(config: Config, dataset: str, *, runner: Runner = here, progress: Progress) -> NDArray[np.int64]:
-    """Rows [P, 2] of test images that nearly equal a training image, and of that."""
-    known = calibrate(config, dataset, runner=runner, progress=progress)
+def _leaked(known: Mapping[str, NDArray[Any]]) -> NDArray[np.int64]:
     tests = np.flatnonzero(known["statistic"] < NEAR)
     return np.stack([tests, known["row"][tests]], axis=1)
+
+
+def _calibrated(
+    config: Config, dataset: str, *, runner: Runner, progress: Progress
+) -> tuple[NDArray[np.int64], Mapping[str, NDArray[Any]]]:
+    """The rows of different training images, and what the comparison finds of each test image."""
+    rows = distinct(open_cache(dataset, "train", as_bytes=True).images, mirrors=config.data.mirrors)
+    tests = SplitSet(dataset, "test", load_manifest(dataset).count("test"))
+    every = np.arange(tests.count)
+    return rows, _compared(config, dataset, tests, rows=rows, tests=every, runner=runner, progress=progress)
 
 
 def near_duplicates(images: Images, *, mirrors: bool) -> NDArray[np.int64]:
@@ -225,15 +230,12 @@ def _compare(block: _Block) -> None:
     search = partial(nearest, reference=real, mirrors=config.data.mirrors, device=device_of(config))
     # One search for both, since the larger of two sets would be searched less thoroughly.
     near = search(own, rows=np.concatenate([rows, count + tests]), leave_out=numbers)
-    of_training, of_tests = (
-        np.where(wanted, near.distances, np.inf) for wanted in (near.rows < count, near.rows >= count)
-    )
-    each, best, two = (
-        np.arange(len(own)),
-        of_training.argmin(axis=1),
-        np.argsort(of_tests, axis=1, kind="stable")[:, :2].T,
-    )
-    row, distance = near.rows[each, best], of_training[each, best]
+    of_training = np.where(near.rows < count, near.distances, np.inf)
+    of_tests = np.where(near.rows >= count, near.distances, np.inf)
+    each, best = np.arange(len(own)), of_training.argmin(axis=1)
+    two = np.argsort(of_tests, axis=1, kind="stable")[:, :2].T
+    distance = of_training[each, best]
+    row = np.where(np.isfinite(distance), near.rows[each, best], rows[0])  # of test images alone, any
     asked, places = np.unique(row, return_inverse=True)
     others = search(real[asked], rows=rows, leave_out=asked).distances[:, :OTHERS]
     scale = others.mean(axis=1, where=np.isfinite(others))[places]
