@@ -32,7 +32,7 @@ from ncsn.tracking.deleted import delete_artifacts, deleted_artifacts, every_ver
 CLASSES = {
     "temporary": "temporary files and cut uploads, a day old",
     "checkpoints": "checkpoints beyond train.keep_checkpoints",
-    "samples": "samples of runs without a registered version",
+    "samples": "samples and exports of runs without a registered version",
     "trials": "checkpoints of trials that lost",
     "features": "features of evaluations without a registered version",
     "datasets": "datasets without a run",
