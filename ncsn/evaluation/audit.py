@@ -172,9 +172,9 @@ def closeness(found: Mapping[str, NDArray[Any]], *, num_train: int, num_test: in
     if num_test > 1:
         # Without a test image, those nearest to it are nearest to a training image or to their second test image.
         gained = np.bincount(np.unique(found["test_row"], return_inverse=True)[1], weights=(near < second) & ~nearer)
-        without = np.zeros(num_test)
+        without = np.zeros(max(num_test, len(gained)))  # of a class, test images of others may be nearest
         without[: len(gained)] = gained / count
-        variance += (num_test - 1) ** 2 / num_test * without.var()
+        variance += (len(without) - 1) ** 2 / len(without) * without.var()
     reach = DEVIATIONS * math.sqrt(variance)
     return Share(share, max(share - reach, 0.0), min(share + reach, 1.0), expected)
 
