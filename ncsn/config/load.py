@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from types import NoneType
-from typing import Any
+from typing import Any, get_origin
 
 import yaml
 
@@ -102,15 +102,16 @@ def to_yaml(config: Config) -> str:
 def parse_override(override: str) -> tuple[str, Any]:
     """Dotted path and value of `a.b=value`; `ConfigError` if it is none.
 
-    A value is YAML. That of a setting which is text is this text, such as no, null or 2024, unless it is in quotes;
-    null and nothing are None for one that may be null.
+    A value is YAML. That of a setting which is text is this text, such as no, null or 2024, unless it is in quotes or a
+    mapping where one may be; null and nothing are None for one that may be null.
     """
     path, equals, raw = override.partition("=")
     path, text = path.strip(), raw.strip()
     if not equals or not all(path.split(".")):
         raise ConfigError("--set", "expected a.b=value", hint="for example noise.num_levels=50", value=override)
     quoted, types = text.startswith(("'", '"')), types_at(path, Config)
-    if str in types and not quoted:
+    mapping = text.startswith("{") and any(get_origin(each) is dict for each in types)
+    if str in types and not quoted and not mapping:
         return path, None if NoneType in types and text in ("", "~", "null") else text
     try:
         value = yaml.safe_load(text)

@@ -206,6 +206,17 @@ class SamplingConfig(Section):
     sampler: AnySampler = Field(discriminator="kind")
     """The sampler and its settings."""
 
+    @field_validator("label", mode="before")
+    @classmethod
+    def _is_label(cls, value: Any) -> Any:
+        # Here, because pydantic reports a mistake once for each member of the union.
+        asked = value if isinstance(value, dict) else {value: 1} if type(value) in (str, int) else {}
+        if not asked or not all(type(name) in (str, int) and name != "" for name in asked):
+            raise UserError("", "no class", hint="put a name such as no in quotes, or write {crack: 20}", value=value)
+        if not all(type(count) is int and count > 0 for count in asked.values()):
+            raise UserError("", "not at least one image of each class", hint="such as {crack: 20}", value=value)
+        return value
+
 
 class SearchConfig(Section):
     """A search for better settings, judged by samples, since losses at different noise levels are not comparable."""

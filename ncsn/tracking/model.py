@@ -40,7 +40,7 @@ class PyfuncModel(PythonModel):
     ) -> NDArray[Any]:
         """Images [n_images, H, W, C] of data.dtype; params that are missing or empty are those of the experiment.
 
-        - `n_images`: how many images.
+        - `n_images`: how many images; of images by class their sum.
         - `seed`: image i is a function of (seed, i) and the same as the sample step's.
         - `sampler`: a kind such as `dpm_solver`, or `{kind: ..., ...}` with its settings.
         - `label`: the name or number of a class, `balanced`, `data` or `{crack: 20, ...}`, see `sampling.label`.
@@ -51,8 +51,8 @@ class PyfuncModel(PythonModel):
             label = wanted.get("label")
             if isinstance(label, str) and label.startswith("{"):
                 _, label = parse_override(f"sampling.label={label}")
-            most = sum(label.values()) if isinstance(label, dict) else DEFAULT_IMAGES
-            total = int(wanted.get("n_images", most))
+            # MLflow fills in what is missing, so that n_images may be nobody's wish.
+            total = sum(label.values()) if isinstance(label, dict) else int(wanted.get("n_images", DEFAULT_IMAGES))
             if not 1 <= total <= MAX_IMAGES:
                 raise UserError("n_images", f"must be 1 to {MAX_IMAGES}", value=total)
             sampler = wanted.get("sampler")
