@@ -60,7 +60,10 @@ class Wish:
         elif self.guidance not in (None, 1):
             changes["guidance"] = {"kind": "classifier_free", "weight": self.guidance}
         try:
-            found = checked({**dict(config), "sampling": {**dict(own), **changes}}).sampling
+            # Few images have no splits of a score, and need none.
+            evaluation = config.evaluation.model_copy(update={"num_splits": 1})
+            tree = {**dict(config), "evaluation": evaluation, "sampling": {**dict(own), **changes}}
+            found = checked(tree).sampling
             require_label(found.label, trained.classes)
         except UserError as error:
             raise error.reworded({"sampling.": "", "noise.num_levels = ": "the model's "}) from None
@@ -111,7 +114,7 @@ def ranges_of(trained: TrainedNetwork, sampling: SamplingConfig, *, first: int, 
     for name, asked in zip(trained.classes.names, trained.classes.asked(label), strict=True):
         low, high = max(first, start), min(first + count, start + asked)
         if low < high:
-            own = sampling.model_copy(update={"label": name})
+            own = sampling.model_copy(update={"label": {name: asked}})  # a class may be named `data`
             ranges.append(SeedRange(own, low - start, high - low))
         start += asked
     return ranges

@@ -57,7 +57,7 @@ class Batches:
         """The first `count` images, as stored; a canceled call makes no more. `Busy` if too many wait."""
         if len(self._waiting) + count > MOST_WAITING:
             raise Busy
-        kind = (id(trained), sampling.model_copy(update={"seed": 0, "label": BALANCED}))
+        kind = (id(trained), sampling.model_copy(update={"seed": 0, "label": BALANCED, "num_images": 1}))
         request, loop = object(), asyncio.get_running_loop()
         new = [
             _Image(trained, own, number, kind, (request, own.label), loop.create_future())
