@@ -77,6 +77,8 @@ def test_an_image_depends_on_the_seed_and_its_number_alone() -> None:
     birds = model.sample(3, label="bird", seed=3)
     np.testing.assert_array_equal(birds, model.sample(3, label=2, seed=3))
     np.testing.assert_array_equal(birds[2], few[2])  # classes come in turn
+    by_class = model.sample(label={"bird": 3, "cat": 1}, seed=3)
+    assert np.abs(by_class.astype(int) - np.concatenate([few[:1], birds])).max() <= 1
     assert (model.sample(3, sampler=KarrasHeun(num_steps=9), seed=3) != few).any()
 
 
@@ -88,6 +90,9 @@ def test_an_image_depends_on_the_seed_and_its_number_alone() -> None:
         ((), {"seed": -1}, "seed"),
         ((), {"label": 3}, "label"),
         (CLASSES, {"label": "fish"}, "label"),
+        (CLASSES, {"label": {"cat": 1, "fish": 1}}, "label"),
+        (CLASSES, {"n": 4, "label": {"cat": 1, "bird": 2}}, "n"),
+        ((), {"label": {"cat": 1}}, "label"),
         ((), {"sampler": Langevin(level=4)}, "sampler.level"),
         (NCSN, {"sampler": KarrasHeun()}, "sampler.kind"),
         ((), {"sampler": "karras_heun"}, "sampler"),

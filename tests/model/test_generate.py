@@ -152,6 +152,18 @@ def test_the_class_decides_the_image_and_the_batch_does_not(trained: TrainedNetw
         assert [name for name in names if (of_class[name][number] == image).all()] == [names[number % 3]]
 
 
+@pytest.mark.parametrize("asked", ["{data: 5, cat: 4}", "{cat: 4, data: 5}"])
+def test_images_by_class_are_those_of_each_class_alone(trained: TrainedNetwork, asked: str) -> None:
+    settings = (f"sampling.label={asked}", "sampling.num_images=9")
+    trained = replace(trained, classes=Classes(("cat", "dog", "data"), (1, 2, 3)))
+    made = np.concatenate([images(trained, *settings, first=first, count=3) for first in (0, 3, 6)])
+    alone = [images(trained, f"sampling.label={number}", count=count) for number, count in ((0, 4), (2, 5))]
+    assert np.abs(made.astype(int) - np.concatenate(alone)).max() <= 1
+    assert np.abs(alone[0].astype(int) - alone[1][:4]).max() > 1
+    labels = image_labels(trained, config_with(*settings).sampling, first=2, count=7)
+    assert labels is not None and labels.tolist() == [0, 0, 2, 2, 2, 2, 2]
+
+
 def test_weight_zero_is_the_network_without_classes(trained: TrainedNetwork, monkeypatch: pytest.MonkeyPatch) -> None:
     unaware = images(trained, FREE, "sampling.guidance.weight=0.0")
     score_at = type(trained.network).score_at
@@ -262,7 +274,7 @@ def test_a_class_is_a_name_or_else_a_number() -> None:
     plain = Classes(("cat", "dog"), (1, 1))
     assert [plain.index(text, key="k") for text in ("cat", "0", "1")] == [0, 0, 1]
     assert [ODD.index(text, key="k") for text in ("cat", "1")] == [0, 2]
-    for text in ("bird", "0", "3", "-1", ""):
+    for text in ("bird", "0", "3", "-1", "", {"cat": 1, "bird": 2}):
         with refused("sampling.label") as caught:
             require_label(text, ODD)
         assert "cat, dog, 1" in caught.value.problems[0].hint

@@ -135,6 +135,9 @@ def test_more_replicas_than_cores_and_a_cluster_that_serves_are_refused(monkeypa
         ({"sampler": "a=b"}, "sampler"),
         ({"class": "fish"}, "class"),
         ({"class": "3"}, "class"),
+        ({"class": {"fish": 1}}, "class"),
+        ({"class": {"cat": 200, "dog": 57}}, "class"),
+        ({"class": {"cat": 2}, "number": 3}, "number"),
         ({"class": "a: {b"}, "class"),
         ({"sampler": "nothing"}, "sampler.kind"),
         ({"sampler": {"kind": "karras_heun", "num_steps": 1000}}, "sampler"),
@@ -154,6 +157,8 @@ def test_a_request_changes_what_it_names() -> None:
     assert found.sampler.kind == "dpm_solver" and found.guidance is not None and found.guidance.weight == 2.5
     assert asked.settings(TRAINED, asked.read(b"")) == TRAINED.config.sampling
     assert (asked.read(b'{"format": "png"}').count, asked.read(b"").count) == (1, 16)
+    by_class = asked.read(b'{"class": {"dog": 2, "cat": 3}}')
+    assert (by_class.count, asked.settings(TRAINED, by_class).label) == (5, {"dog": 2, "cat": 3})
     guided = from_yaml(TEXT, overrides=["sampling.guidance={kind: classifier_free, weight: 3}"])
     for trained in (TRAINED, replace(TRAINED, config=guided)):
         zero = asked.settings(trained, asked.read(b'{"guidance": 0}')).guidance

@@ -70,10 +70,11 @@ def test_requests_of_the_same_settings_are_one_batch_and_the_images_are_those_of
         (TRAINED, wished(guidance=2.0), 2),
         (trained_by(1), wished(seed=1), 2),
         (TRAINED, wished(seed=1, label="data"), 3),
+        (TRAINED, wished(seed=1, label={"dog": 1, "cat": 2}), 3),
     ]
     held, found = together(*asked)
-    assert [sum(part.length for part in batch) for batch in held.made] == [1, 8, 2, 2, 2, 2]
-    assert [len(batch) for batch in held.made] == [1, 4, 1, 1, 1, 1] and len(held.threads) == 1
+    assert [sum(part.length for part in batch) for batch in held.made] == [1, 8, 2, 2, 2, 5]
+    assert [len(batch) for batch in held.made] == [1, 4, 1, 1, 1, 3] and len(held.threads) == 1
     for (trained, sampling, count), images in zip((first, *asked), found, strict=True):
         alone = generate(trained, sampling=sampling, first=0, count=count)
         assert images.shape == alone.shape

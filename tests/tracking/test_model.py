@@ -74,6 +74,7 @@ def test_class_guidance_and_sampler_are_params(folder):
     model = mlflow.pyfunc.load_model(str(folder))
     for params, override in (
         ({"label": "1"}, "sampling.label=dog"),
+        ({"label": "{dog: 1, cat: 3}"}, "sampling.label={cat: 3, dog: 1}"),
         ({"guidance": 1.0}, "sampling.guidance.weight=1"),
         ({"guidance": 4.0}, "sampling.guidance.weight=4"),  # and the configured band
         ({"sampler": "dpm_solver"}, "sampling.sampler={kind: dpm_solver}"),
@@ -96,6 +97,7 @@ def test_serves_images_over_http_and_names_what_is_out_of_range(folder, tmp_path
             ({"seed": -1}, "seed = -1"),
             ({"sampler": "{kind: dpm_solver, order: 3}"}, "sampler.order"),
             ({"label": "fish"}, "cat, dog, bird"),
+            ({"label": "{fish: 1}"}, "cat, dog, bird"),
         ):
             answer = predict(**params)
             assert answer.status_code == 400 and subject in answer.text
