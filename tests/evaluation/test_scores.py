@@ -19,7 +19,6 @@ from ncsn.evaluation.scores import (
     excess_distance,
     inception_score,
     kernel_distance,
-    nearest_images,
     nearest_neighbors,
     precision_recall,
 )
@@ -105,36 +104,6 @@ def test_agrees_with_the_full_matrix_in_any_blocks() -> None:
         found = nearest_neighbors(queries, reference, k=40, block_size=block_size)
         np.testing.assert_array_equal(found.indices, np.argsort(full, axis=1, kind="stable")[:, :40])
         np.testing.assert_allclose(found.distances, np.sort(full, axis=1)[:, :40], atol=1e-12)
-
-
-def test_copies_are_found_whatever_equals_them(digits: tuple[Rows, Rows]) -> None:
-    """Planted copies are all found where training images are there once, twice, or with their mirror images."""
-    train, test = digits[0].images, digits[1].images
-    nudged = train[:200].copy()
-    nudged[:, 0, 0, 0] += 1
-    mirrored = nudged[:, :, ::-1]
-    for images in (train, np.concatenate([train, train]), np.concatenate([train, train[:, :, ::-1]] * 2)):
-        found = nearest_images(nudged, images, mirrors=False)
-        assert found.memorized.all() and found.distances[:, 0].tolist() == [1] * 200
-        assert found.indices[:, 0].tolist() == list(range(200))
-        for mirrors in (False, True):
-            assert nearest_images(test, images, mirrors=mirrors).memorized.mean() < 0.1
-        assert nearest_images(np.concatenate([nudged, mirrored]), images, mirrors=True).memorized.all()
-    assert not nearest_images(mirrored, train, mirrors=False).memorized.all()
-
-
-@pytest.mark.parametrize(
-    ("mirrors", "indices", "distances"),
-    [(False, [[0, 3], [1, 4]], [[1, 3], [1, 8]]), (True, [[0, 3], [0, 3]], [[1, 3], [1, 3]])],
-)
-def test_the_second_nearest_image_differs_from_the_first_by_hand(mirrors, indices, distances) -> None:
-    rows = [[0, 0, 9], [9, 0, 0], [0, 0, 9], [0, 0, 5], [0, 0, 0]]
-    images = np.array(rows, np.uint8).reshape(5, 1, 3, 1)
-    queries = np.array([[0, 0, 8], [8, 0, 0]], np.uint8).reshape(2, 1, 3, 1)
-    found = nearest_images(queries, images, mirrors=mirrors)
-    assert found.indices.tolist() == indices and found.distances.tolist() == distances
-    alike = nearest_images(queries, images[[0, 2]], mirrors=mirrors)
-    assert alike.indices.tolist() == [[0, 0], [0, 0]] and not alike.memorized.any()
 
 
 @pytest.mark.parametrize(("shift", "share"), [(0, 1), (100, 0)])

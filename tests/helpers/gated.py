@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 from mlflow.tracking import MlflowClient
 
-from ncsn.tracking.gate import Evidence, Measurement, Memorization
+from ncsn.evaluation.audit import Audit, Share
+from ncsn.evaluation.copies import Copies
+from ncsn.tracking.gate import Evidence, Measurement
 
-CLEAN = Memorization(copies=1, num_images=256, real_copies=0, num_real_images=256)
-COPIES = Memorization(copies=60, num_images=256, real_copies=3, num_real_images=256)
+CLEAN = Copies(copies=1, num_images=256, num_test=256)
+COPIES = replace(CLEAN, copies=60)
 
 
 def figure(value: float, *, log_std: float = 0.03, num_images: int = 512, fingerprint: str = "f" * 64) -> Measurement:
@@ -19,8 +23,14 @@ def figure(value: float, *, log_std: float = 0.03, num_images: int = 512, finger
     return Measurement(name, value, log_std, num_images, fingerprint)
 
 
-def evidence(value, memorization=CLEAN, broken=(), **changes) -> Evidence:
-    return Evidence(figure(value, **changes), memorization, broken)
+def evidence(value, copies=CLEAN, broken=(), **changes) -> Evidence:
+    return Evidence(figure(value, **changes), copies, broken)
+
+
+def audited(copies: int = 1, *, low: float = 0.4, near_duplicates: int = 0) -> dict[str, Any]:
+    """The audit of 256 images in the record of an evaluation; `low` of the closeness, of which 0.5 is expected."""
+    found, share = replace(CLEAN, copies=copies), Share(0.75, low, 0.9, 0.5)
+    return Audit(found, np.zeros(256, bool), [[0, 0]] * near_duplicates, share, [], []).plain()
 
 
 def empty_versions(client: MlflowClient, name: str, count: int, run_id: str | None = None) -> list[str]:

@@ -31,7 +31,7 @@ EVALUATION = {
         "eval/classifier_fid_low_n60": 11.7,
         "eval/classifier_fid_high_n60": 19.0,
         "eval/classifier_kid_n64": -0.00123,
-        "eval/classifier_memorized_n64": 1 / 64,
+        "eval/classifier_copies_n64": 1 / 64,
     },
     "real_metrics": {
         "eval/real_classifier_score_n60": 1.24,
@@ -61,7 +61,6 @@ def page() -> dict[str, Any]:
     images = np.random.default_rng(0).integers(0, 256, (64, 8, 8, 1), dtype=np.uint8)
     sigmas, seen = [1.0, 0.3, 0.1, 0.03], np.arange(100, 1300, 100)
     losses = np.linspace(0.9, 0.2, 12)[:, None] * np.array([0.1, 0.3, 0.6, 1.0])
-    lines = [{"image": row, "pixels_rows": [row + 3], "features_rows": [row + 5]} for row in range(4)]
     table = [{"name": name, "num_images": 51, "agreement": 0.9, "kid": 0.01} for name in ("zero", "one")]
     classes = {"agreement": 0.92, "real_agreement": 0.95, "table": table, "real_table": table, "by_probe": False}
     classes["confusion"] = [[50, 1], [7, 44]]
@@ -94,8 +93,9 @@ def page() -> dict[str, Any]:
         "real_grid": grid_png(images),
         "strip": grid_png(images[:8].repeat(5, axis=0), columns=5),
         "evaluation": EVALUATION | {"classes": classes},
+        "copies": "Of 64 images 1 is a copy",
         "copying_hints": ["They are near."],
-        "neighbors": neighbors_png(lines, samples=images, training_images=images),
+        "neighbors": neighbors_png(images[:16], images[16:32]),
         "confusion": to_png(plots.confusion_matrix(classes)),
         "selection": selection,
         "selection_plot": plot,

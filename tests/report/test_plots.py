@@ -30,16 +30,14 @@ def pixels(png: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(png)))
 
 
-def test_each_sample_is_beside_its_nearest_training_images() -> None:
-    samples, training = np.full((3, 8, 8, 1), 10, np.uint8), np.arange(9, dtype=np.uint8).repeat(64).reshape(9, 8, 8, 1)
-    table = [{"image": row, "pixels_rows": [row, 8], "features_rows": [row + 4, 8]} for row in range(3)]
-    picture = pixels(neighbors_png(table, samples=samples, training_images=training))
-    cell = picture.shape[1] * 9 // 55
-    found = [[picture[int((row + 0.5) * cell), int((column + 0.5) * cell)] for column in range(6)] for row in range(2)]
-    assert found == [[10, 0, 4, 10, 1, 5], [10, 2, 6, 0, 0, 0]]
+def test_each_sample_is_beside_its_training_image() -> None:
+    samples, training = np.full((6, 8, 8, 1), 10, np.uint8), np.arange(6, dtype=np.uint8).repeat(64).reshape(6, 8, 8, 1)
+    picture = pixels(neighbors_png(samples, training))
+    cell = picture.shape[1] * 9 // 73
+    found = [[picture[int((row + 0.5) * cell), int((column + 0.5) * cell)] for column in range(8)] for row in range(2)]
+    assert found == [[10, 0, 10, 1, 10, 2, 10, 3], [10, 4, 10, 5, 0, 0, 0, 0]]
     wide = np.zeros((9, 512, 512, 3), np.uint8)
-    large = neighbors_png(table, samples=wide, training_images=wide)
-    assert pixels(large).shape[0] < 600, "two samples, in one row"
+    assert pixels(neighbors_png(wide, wide)).shape[0] < 600, "four samples, in one line"
 
 
 def test_a_card_has_a_small_picture() -> None:

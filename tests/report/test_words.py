@@ -5,14 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from gated import audited
 
 from ncsn.config.training import DecayEmaConfig, TrainConfig
 from ncsn.core.images import fit_moments
 from ncsn.core.noise_schedule import best_epsilon, geometric_sigmas
 from ncsn.core.samplers.settings import AnnealedLangevin, KarrasHeun
 from ncsn.evaluation import with_interval
+from ncsn.evaluation.copies import Copies
 from ncsn.report.hints import (
-    NEAR,
     average_hints,
     copying_hints,
     held_out_conclusion,
@@ -26,7 +27,6 @@ from ncsn.report.words import (
     FAR,
     cost_facts,
     cost_line,
-    read_metrics,
     score_rows,
     tag_facts,
     verdict_of,
@@ -65,22 +65,23 @@ def test_scores_are_next_to_the_real_ones() -> None:
 @pytest.mark.parametrize(
     ("excess", "copies", "grade"),
     [
-        ((0.0, -0.9 * CLOSE, 0.9 * CLOSE), "", "close"),
-        ((0.5 * CLOSE, 0.1 * CLOSE, 0.9 * CLOSE), "", "close"),  # it is surely not zero, and surely close
-        ((0.6 * CLOSE, 0.1 * CLOSE, 1.1 * CLOSE), "", "short"),
-        ((2 * FAR, 0.9 * FAR, 3 * FAR), "", "short"),
-        ((2 * FAR, 1.1 * FAR, 3 * FAR), "", "far"),
-        ((0.3, -0.1, 0.7), "", "unsure"),
-        ((0.0, -0.9 * CLOSE, 0.9 * CLOSE), "40 of 256 samples copy a training image", "copied"),
+        ((0.0, -0.9 * CLOSE, 0.9 * CLOSE), 5, "close"),
+        ((0.5 * CLOSE, 0.1 * CLOSE, 0.9 * CLOSE), 5, "close"),  # it is surely not zero, and surely close
+        ((0.6 * CLOSE, 0.1 * CLOSE, 1.1 * CLOSE), 5, "short"),
+        ((2 * FAR, 0.9 * FAR, 3 * FAR), 5, "short"),
+        ((2 * FAR, 1.1 * FAR, 3 * FAR), 5, "far"),
+        ((0.3, -0.1, 0.7), 5, "unsure"),
+        ((0.0, -0.9 * CLOSE, 0.9 * CLOSE), 40, "copied"),
     ],
 )
-def test_a_verdict_is_by_the_whole_interval_and_shows_equal_numbers(excess, copies: str, grade: str) -> None:
+def test_a_verdict_is_by_the_whole_interval_and_shows_equal_numbers(excess, copies: int, grade: str) -> None:
     numbers = dict(zip(("excess", "excess_low", "excess_high"), excess, strict=True))
     made = {f"eval/clusters_{name}_n1024": value for name, value in numbers.items()}
     made |= {"eval/clusters_fid_n1024": 61.5, "eval/clusters_fid_n200": 92.9}
-    found, text = verdict_of(made, {"eval/real_clusters_fid_n200": 56.7}, copies=copies)
+    counted = Copies(copies, 1024, 200)
+    found, text = verdict_of(made, {"eval/real_clusters_fid_n200": 56.7}, copies=counted)
     assert found == grade
-    assert all(part in text for part in ("1,024", " 200 ", "92.9", "56.7")) and "61.5" not in text
+    assert all(part in text for part in ("1,024", " 200 ", "92.9", "56.7", str(counted))) and "61.5" not in text
     assert with_interval(*(100 * each for each in excess)) in text
     _, row = score_rows({"metrics": made, "real_metrics": {"eval/real_clusters_fid_n200": 56.7}})
     assert (row.name, row.value, row.real) == ("eval/clusters_fid_n200", 92.9, 56.7)
@@ -172,15 +173,10 @@ def test_the_held_out_curves_have_a_conclusion(loss: list[float], gap: list[floa
     assert ["lowest at 200 images" in hint for hint in hints] == [True] * ("risen" in found)
 
 
-def test_copies_and_nearness_are_warnings() -> None:
-    def figures(distance: float, real: str = "") -> dict:
-        return read_metrics({f"eval/{real}classifier_nn_distance_n256": distance})
-
-    real, copies = figures(300.0, "real_"), "12 of 256 samples copy a training image"
-    assert copying_hints(figures(290.0), real, copies="") == []
-    assert copying_hints({}, real, copies="") == copying_hints(figures(0.0), {}, copies="") == []
-    (copied,) = copying_hints(figures(290.0), real, copies=copies)
-    assert copies in copied
-    (near,) = copying_hints(figures(300 * NEAR - 1), real, copies="")
-    assert "209" in near and "300" in near
-    assert len(copying_hints(figures(0.0), real, copies=copies)) == 2
+def test_copies_closeness_and_near_duplicates_are_warnings() -> None:
+    assert copying_hints(audited(copies=5, low=0.5)) == []
+    (copied,) = copying_hints(audited(copies=12))
+    (close,) = copying_hints(audited(low=0.51))
+    (near,) = copying_hints(audited(near_duplicates=7))
+    assert " 12 " in copied and near.startswith("7 ") and "75.0%" in close and "50.0%" in close
+    assert copying_hints(audited(12, low=0.51, near_duplicates=7)) == [copied, close, near]

@@ -19,12 +19,13 @@ from ncsn.data.sources import open_source
 from ncsn.data.training_images import open_cache
 from ncsn.errors import NotFound
 from ncsn.evaluation import with_interval
+from ncsn.evaluation.copies import Copies
 from ncsn.evaluation.frechet import RunningScore
 from ncsn.progress import Progress
 from ncsn.report.words import score_rows
 from ncsn.steps import evaluate as step
 from ncsn.tracking.client import connect
-from ncsn.tracking.gate import Measurement, Memorization
+from ncsn.tracking.gate import Measurement
 
 KNOWN = "data.num_classes=10"
 
@@ -61,7 +62,7 @@ def test_real_images_as_samples_reach_the_real_figures(root: Path, dataset: str)
     assert found["kid_n500"] == pytest.approx(of_real[f"kid_n{len(test)}"], abs=width)
     assert found["score_ratio_n500"] == pytest.approx(1, abs=0.06) and found["class_tv_n500"] < 0.06
     assert min(found[f"{share}_n500"] for share in ("precision", "recall", "coverage")) > 0.8
-    assert found["density_n500"] == pytest.approx(1, abs=0.2) and found["memorized_n256"] < 0.05
+    assert found["density_n500"] == pytest.approx(1, abs=0.2) and found["copies_n500"] < 0.05
     assert found["excess_low_n500"] < 0 < found["excess_high_n500"] < 0.1
     assert (result.num_images, result.num_real_images, result.classes, len(result.notes)) == (500, len(test), None, 1)
     assert [score["num_images"] for score in result.running] == [256, 500]  # twice the features, and all
@@ -72,10 +73,9 @@ def test_real_images_as_samples_reach_the_real_figures(root: Path, dataset: str)
     assert result.grade in ("close", "unsure") and with_interval(*last.values.values()) in result.verdict
     assert Path(result.real_images).read_bytes().startswith(b"\x89PNG")
     measured = Measurement("eval/classifier_fid_n500", found["fid_n500"], last.log_std, 500, result.fingerprint)
-    assert Measurement(**result.gate) == measured and not Memorization(**result.memorization).objection
+    assert Measurement(**result.gate) == measured and not Copies(**result.audit["copies"]).more_than_chance
     written = json.loads(Path(result.uri).read_text())
-    assert (written["metrics"], written["reference_split"]) == (result.metrics, "train")
-    assert len(written["nearest_training_images"]) == 16
+    assert (written["metrics"], written["audit"], written["reference_split"]) == (result.metrics, result.audit, "train")
     assert Path(result.uri).parent == root / "runs" / "real" / "evaluation"
     at = Path(result.uri).stat().st_mtime_ns
     assert do("evaluate", config, "real", samples=samples, dataset=dataset) == result
@@ -88,13 +88,11 @@ def test_copies_of_training_images_are_flagged(root: Path, dataset: str, tmp_pat
     copies = write_samples(tmp_path / "copies", images)
     config = make_config(root, "data.horizontal_flip=true")
     result = evaluate(config, samples=copies, dataset=dataset, folder=tmp_path)
-    assert result.metrics["eval/classifier_memorized_n256"] > 0.99
-    assert Memorization(**result.memorization).objection and result.grade == "copied"
-    assert result.metrics["eval/classifier_nn_distance_n256"] == 0
-    assert result.real_metrics["eval/real_classifier_nn_distance_n256"] > 10
-    shown = json.loads(Path(result.uri).read_text())["nearest_training_images"]
-    assert [row["pixels_rows"][0] for row in shown] == list(range(16))
-    assert all(row["memorized"] for row in shown)
+    assert result.metrics["eval/classifier_copies_n500"] == result.metrics["eval/classifier_closeness_n500"] == 1
+    assert Copies(**result.audit["copies"]).more_than_chance and result.grade == "copied"
+    assert result.real_metrics["eval/real_classifier_copies_n500"] < 0.01
+    assert [pair["row"] for pair in result.audit["worst"]] == [pair["image"] for pair in result.audit["worst"]]
+    assert len(result.audit["worst"]) == 16 and result.audit["worst"][-1]["statistic"] < 0.01
 
 
 def unlabeled(config: Config, *, train: int = 9999, test: int = 9999) -> str:
@@ -188,8 +186,8 @@ def test_classes_are_compared_with_the_images_of_the_reference(root: Path, datas
     assert against.metrics["eval/classifier_vs_test_fid_n500"] < train.metrics["eval/classifier_fid_n500"]
     assert "eval/real_classifier_vs_test_fid_n500" in against.real_metrics
     assert against.fingerprint != train.fingerprint and against.uri != train.uri
-    assert against.real_metrics["eval/real_classifier_vs_test_memorized_n256"] < 1
-    assert against.memorization["copies"] == train.memorization["copies"], "not of the real images then"
+    assert against.audit == train.audit, "not of the real images then"
+    assert [each["label"] for each in train.audit["classes"]] == list(range(10))
 
 
 def test_samples_that_are_missing_or_of_another_size_or_other_classes_are_refused(root, dataset, tmp_path) -> None:
