@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from scipy.special import betaincinv
-
 CHANCE = 1 / 1000  # the share of unseen images that is as near to training as the threshold for copies
 SURE = 0.025, 0.975  # ends of a 95 % interval
 
@@ -35,6 +33,8 @@ class Copies:
     @property
     def excess_low(self) -> float:
         """The lower end of the share of copies less the upper end of what chance explains."""
+        from scipy.special import betaincinv  # here, so that commands that judge nothing do not load it
+
         low = betaincinv(self.copies, self.num_images - self.copies + 1, SURE[0]) if self.copies else 0.0
         return float(low - betaincinv(self.rank, self.num_test - self.rank + 1, SURE[1]))
 
