@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -36,6 +37,7 @@ from ncsn.evaluation.features import extract_set
 from ncsn.evaluation.reference import open_evaluator
 from ncsn.evaluation.scores import kernel_distance
 from ncsn.model.checkpoint import TrainedNetwork
+from ncsn.model.classes import AS_DATA, BALANCED
 from ncsn.report.words import markdown_table
 from ncsn.runs.folder import Run, opened_from
 from ncsn.steps.results import Context, ExportResult, Prepared
@@ -138,7 +140,9 @@ def _part(
     made, progress = count, context.progress
     runner = runner_of(config.compute)
     while True:
-        changes = {"num_images": made, **({"label": name} if name else {})}
+        changes: dict[str, Any] = {"num_images": made}
+        if trained.classes is not None:  # by its number where the name means something else
+            changes["label"] = str(trained.classes.names.index(name)) if name in (BALANCED, AS_DATA) else name
         own = config.model_copy(update={"sampling": config.sampling.model_copy(update=changes)})
         _, uri = place_of(own, trained, context.folder)
         make_shards(own, plan_shards(own, checkpoint=checkpoint, folder=uri), progress=progress)
