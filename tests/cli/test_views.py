@@ -50,7 +50,7 @@ def test_help_lists_each_command_in_one_of_four_groups() -> None:
     _, *groups = re.split(r"^(?:Start|Steps|Results|Cluster):$", text[text.index("Options:") :], flags=re.MULTILINE)
     names = [re.findall(r"^  ([a-z-]+) {2,}", group, flags=re.MULTILINE) for group in groups]
     assert sorted(name for group in names for name in group) == sorted(app.commands)
-    assert len(names) == 4 and len(names[0]) == 8 and names[0][:2] == ["init", "run"]
+    assert len(names) == 4 and len(names[0]) == 9 and names[0][:2] == ["init", "run"]
 
 
 def test_a_summary_has_scores_next_to_real_images_and_what_comes_next(config_file: Path) -> None:
