@@ -20,13 +20,14 @@ from webhook import receiver
 from ncsn import storage
 from ncsn.cli import app
 from ncsn.config import Config, from_yaml, to_json
-from ncsn.environment import KFP_RUN_ID, KFP_WORKFLOW
+from ncsn.environment import KFP_RUN_ID, KFP_WORKFLOW, KfpRun
 from ncsn.events import tell
 from ncsn.kubeflow import finish
 from ncsn.kubeflow.janitor import clean_up, note_run
 from ncsn.remote.backend import RemoteLost
 from ncsn.remote.kuberay import NOTES
 from ncsn.remote.kubernetes import KubernetesApi
+from ncsn.remote.manifest import KFP_RUN_LABEL
 from ncsn.runs.folder import Outcome, read_outcome, read_step, run_folder, write_outcome
 from ncsn.steps import ingest
 from ncsn.storage.heartbeat import LEASE_SECONDS
@@ -315,6 +316,16 @@ def test_the_exit_handler_cancels_what_still_runs(emulation: Any, on_kuberay: Co
     assert result.canceled == ["working"]
     assert "- working " in result.page
     assert sorted(job["metadata"]["name"] for job in emulation.jobs) == ["another", "failed"]
+
+
+def test_a_pipeline_that_was_refused_the_run_cancels_its_own_jobs_alone(emulation: Any, on_kuberay: Config) -> None:
+    claimed(on_kuberay, "mine")
+    rayjob(emulation, "owners")
+    rayjob(emulation, "ours")
+    emulation.cluster.update("rayjobs", "ours", lambda job: job["metadata"]["labels"].update({KFP_RUN_LABEL: "77aa"}))
+    another = on_kuberay.model_copy(update={"seed": 9})
+    assert finish.run(another, run="mine", state="FAILED", kfp=KfpRun("77aa", WORKFLOW)).canceled == ["ours"]
+    assert [job["metadata"]["name"] for job in emulation.jobs] == ["owners"]
 
 
 def test_the_outcome_is_written_though_the_cluster_refuses(emulation: Any, on_kuberay: Config) -> None:
