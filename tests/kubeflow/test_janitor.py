@@ -13,10 +13,12 @@ from unittest.mock import Mock
 import pytest
 from click.testing import CliRunner
 from do import claimed, do_as_task
+from kfp import dsl
 from kubernetes_api import pairs
 from rayjobs import JANITOR
 from webhook import receiver
 
+from components.tasks import finish as exit_handler
 from ncsn import storage
 from ncsn.cli import app
 from ncsn.config import Config, from_yaml, to_json
@@ -272,6 +274,19 @@ def test_a_run_that_cannot_be_noted_works_nevertheless(emulation, request, capsy
     request.getfixturevalue("begun")
     assert notes(emulation) == {}
     assert "'get' on configmaps" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("begun")
+@pytest.mark.parametrize(("state", "kept"), [("CANCELLED", ["5f3a"]), ("FAILED", [])])
+def test_the_exit_handler_of_a_killed_run_keeps_its_note(emulation, config, tmp_path, monkeypatch, state, kept) -> None:
+    """The janitor looks once more."""
+    workflow(emulation, "Running")
+    monkeypatch.setenv(KFP_RUN_ID, "5f3a")
+    monkeypatch.setenv(KFP_WORKFLOW, WORKFLOW)
+    status = dsl.PipelineTaskFinalStatus(state, "", "", None, None)
+    page, result = dsl.Markdown(uri=str(tmp_path / "page")), dsl.Artifact(uri=str(tmp_path / "result"))
+    exit_handler.python_func(to_json(config), "mine", page, result, status)
+    assert list(notes(emulation)) == kept
 
 
 def cleanup(*options: str) -> Any:
