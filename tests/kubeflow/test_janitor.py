@@ -242,7 +242,7 @@ def test_a_rayjob_without_a_workflow_lives_as_long_as_one_of_its_launchers(
 
 @pytest.mark.usefixtures("begun")
 def test_what_is_not_of_ncsn_keeps_it_from_nothing(emulation: Any) -> None:
-    """Whoever may make RayJobs or change the notes of a namespace may write anything there."""
+    """Those who may make RayJobs or change the notes of a namespace may write anything there."""
     rayjob(emulation, "theirs")
     emulation.cluster.update("rayjobs", "theirs", lambda job: job["metadata"]["labels"].pop("ncsn.dev/run"))
     rayjob(emulation, "quote", lease="'")
