@@ -138,7 +138,7 @@ def eventually() -> Callable[..., None]:
     def wait(condition: Callable[[], object], what: str, seconds: float = 60) -> None:
         ends = time.monotonic() + seconds
         while not condition():
-            assert time.monotonic() < ends, f"waited in vain until {what}"
+            assert time.monotonic() < ends, f"not in time: {what}"
             time.sleep(0.02)
 
     return wait

@@ -46,9 +46,9 @@ BUDGETS = {
     "components pipelines": 1006,
     "ncsn/storage": 843,
     "examples": 1141,
-    "tests": 23540,
+    "tests": 23586,
 }
-MOST_WORDS = 17437
+MOST_WORDS = 17435
 
 
 def _name(path: Path) -> str:

@@ -60,6 +60,7 @@ def run_failing(error: BaseException, *args: str, **variables: str) -> Result:
         (RuntimeError("broke"), 1, ["error: RuntimeError: broke", "(--traceback or NCSN_TRACEBACK=1 shows where)"]),
         (step_failed(InvalidValue("x")), 2, ["error: step train: x", "(/p.log says more)"]),
         (KeyboardInterrupt(), 130, ["interrupted"]),
+        (LeaseExpired("no launcher"), 0, ["no launcher"]),  # else the cluster starts it again
     ],
 )
 def test_a_command_prints_no_traceback(error: BaseException, code: int, lines: list[str]) -> None:

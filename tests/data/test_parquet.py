@@ -79,7 +79,7 @@ def test_the_lines_of_the_docs_read_a_part(tmp_path, images, config, monkeypatch
     assert np.array_equal(names["images"], images["train"].images)
 
 
-def test_the_manifest_describes_the_dataset_whoever_writes_it_in_whatever_blocks(tmp_path, images, config, monkeypatch):
+def test_the_manifest_is_the_same_for_any_writer_and_any_blocks(tmp_path, images, config, monkeypatch):
     monkeypatch.setattr("ncsn.data.format.PART_IMAGES", 30)
     manifest = write(images, tmp_path / "a", config).manifest
     assert load_manifest(f"{tmp_path}/a/{manifest.digest}") == manifest

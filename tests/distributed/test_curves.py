@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -50,8 +51,10 @@ def test_curves_add_up_over_batches_to_the_mean_at_each_level():
     assert point["train/loss"] == pytest.approx(values.double().mean().item(), rel=1e-12)
 
 
-def point(config: Config, dataset: str, context: WorkerContext | None = None) -> dict[str, float]:
-    """What a network with random weights measures."""
+def point(
+    config: Config, dataset: str, context: WorkerContext | None = None, *, swapped: bool = False
+) -> dict[str, float]:
+    """What a network with random weights measures, perhaps with held-out and training images swapped."""
     state = build.train_state(config)
     generator = torch.Generator().manual_seed(1)
     for weight in state.ema.weights.values():
@@ -59,6 +62,7 @@ def point(config: Config, dataset: str, context: WorkerContext | None = None) ->
     split = open_training_images(dataset)
     probe = open_probe(config, objective_of(config), dataset, split, context or WorkerContext())
     assert probe is not None
+    probe = replace(probe, sets=probe.sets[::-1]) if swapped else probe
     return probe.measure(state, dtype=None)
 
 
@@ -66,6 +70,8 @@ def point(config: Config, dataset: str, context: WorkerContext | None = None) ->
 def test_the_held_out_loss_depends_on_the_weights_and_the_images_only(tiny: str, dataset: str) -> None:
     plain = point(from_yaml(tiny), dataset)
     assert plain.keys() == {"val/loss", "val/gap"}
+    trained = point(from_yaml(tiny), dataset, swapped=True)["val/loss"]
+    assert plain["val/gap"] == pytest.approx(plain["val/loss"] - trained, rel=1e-6)
     for overrides in (
         ["train.batch_size=5"],
         ["compute.microbatch=2"],

@@ -229,7 +229,14 @@ def test_a_checkpoint_in_time_leaves_a_point_and_the_same_weights(tiny, dataset,
         np.testing.assert_array_equal(one.curve(name)[1:], other.curve(name)[2:])
 
 
-def test_a_nan_ends_training_and_is_forgotten_by_the_same_command(tiny, dataset, tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("seen", "facts"),
+    [(96, ("loss nan", "images_seen = 128")), (144, ("norm nan", "images_seen = 160"))],
+    ids=["of weights", "of the last gradient"],
+)
+def test_a_nan_ends_training_and_is_forgotten_by_the_same_command(
+    tiny, dataset, tmp_path, monkeypatch, seen, facts
+) -> None:
     def run(name: str) -> None:
         job = TrainingJob(config=from_yaml(tiny), dataset=dataset, history=str(tmp_path / name / "history.json"))
         train_locally(job, tmp_path / name / "checkpoints")
@@ -237,15 +244,15 @@ def test_a_nan_ends_training_and_is_forgotten_by_the_same_command(tiny, dataset,
     step = loop.Training.step
 
     def broken(training: loop.Training) -> None:
-        if training.state.images_seen == 96:
-            next(training.state.network.parameters()).detach().fill_(math.nan)
+        if training.state.images_seen == seen:
+            next(training.state.network.parameters()).register_hook(lambda gradient: gradient * math.nan)
         step(training)
 
     with monkeypatch.context() as patch:
         patch.setattr(loop.Training, "step", broken)
         with refused("optimizer.learning_rate", error=DivergedError) as caught:
             run("again")
-    assert all(fact in str(caught.value) for fact in ("loss nan", "images_seen = 128", "images-000000080"))
+    assert all(fact in str(caught.value) for fact in (*facts, "images-000000080"))
     run("again")
     run("whole")
     assert_same_training(str(tmp_path / "whole"), str(tmp_path / "again"))

@@ -62,7 +62,7 @@ class Workplace:
     def wait_until(self, condition: Callable[[], object], *, what: str, seconds: float = PATIENCE_SECONDS) -> None:
         deadline = time.monotonic() + seconds
         while not condition():
-            assert time.monotonic() < deadline, f"waited in vain until {what}; alive: {self.processes()}"
+            assert time.monotonic() < deadline, f"not in time: {what}; alive: {self.processes()}"
             time.sleep(0.1)
 
     def wait_for_silence(self) -> None:

@@ -71,7 +71,7 @@ class Emulation:
         return launcher
 
     def add_another_launchers(self, *, work: str = "", silent: float = 0) -> None:
-        """A RayJob of the step, whose launcher renewed its lease so many seconds ago."""
+        """A RayJob of the step, whose launcher renewed its lease `silent` seconds ago."""
         labels = {"ncsn.dev/attempt": "another"}
         rayjob = render(self.step(work), ComputeConfig(), namespace="kubeflow", image=IMAGE, env={}, labels=labels)
         self.cluster.create("rayjobs", rayjob)

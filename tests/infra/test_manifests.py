@@ -102,7 +102,9 @@ def test_pods_are_limited_unprivileged_and_hold_no_secret(name: str) -> None:
             for argument in (*container.get("command", []), *container.get("args", [])):
                 assert not re.search(r"\$\(\w*(SECRET|PASSWORD|KEY|TOKEN)", argument), "lists of processes show it"
             probes = {key: probe for key, probe in container.items() if key.endswith("Probe")}
-            assert all(probe["timeoutSeconds"] >= 10 for probe in probes.values()), "one second ended servers at work"
+            assert all(probe["timeoutSeconds"] >= 10 for probe in probes.values()), (
+                "probes of one second have ended busy servers"
+            )
             assert probes.get("livenessProbe", {"failureThreshold": 6})["failureThreshold"] >= 6
 
 

@@ -50,6 +50,8 @@ def store(config: Config) -> Config:
     tags["ncsn.checkpoint_uri"] = "s3://before/store/runs/registered/checkpoints/images-001"
     client.create_registered_model("digits")
     client.create_model_version("digits", "file:///nowhere", of, tags=tags)
+    dataset(config, "eeee5555")  # of a version whose run is gone
+    client.create_model_version("digits", "file:///nowhere", of, tags={"dataset.digest": "eeee5555"})
     client.delete_run(of)
 
     run(config, "stopped", "ingest", result={"uri": dataset(config, "bbbb2222")})

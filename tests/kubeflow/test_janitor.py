@@ -13,20 +13,23 @@ from unittest.mock import Mock
 import pytest
 from click.testing import CliRunner
 from do import claimed, do_as_task
+from kfp import dsl
 from kubernetes_api import pairs
 from rayjobs import JANITOR
 from webhook import receiver
 
+from components.tasks import finish as exit_handler
 from ncsn import storage
 from ncsn.cli import app
 from ncsn.config import Config, from_yaml, to_json
-from ncsn.environment import KFP_RUN_ID, KFP_WORKFLOW
+from ncsn.environment import KFP_RUN_ID, KFP_WORKFLOW, KfpRun
 from ncsn.events import tell
 from ncsn.kubeflow import finish
 from ncsn.kubeflow.janitor import clean_up, note_run
 from ncsn.remote.backend import RemoteLost
 from ncsn.remote.kuberay import NOTES
 from ncsn.remote.kubernetes import KubernetesApi
+from ncsn.remote.manifest import KFP_RUN_LABEL
 from ncsn.runs.folder import Outcome, read_outcome, read_step, run_folder, write_outcome
 from ncsn.steps import ingest
 from ncsn.storage.heartbeat import LEASE_SECONDS
@@ -239,7 +242,7 @@ def test_a_rayjob_without_a_workflow_lives_as_long_as_one_of_its_launchers(
 
 @pytest.mark.usefixtures("begun")
 def test_what_is_not_of_ncsn_keeps_it_from_nothing(emulation: Any) -> None:
-    """Whoever may make RayJobs or change the notes of a namespace may write anything there."""
+    """Those who may make RayJobs or change the notes of a namespace may write anything there."""
     rayjob(emulation, "theirs")
     emulation.cluster.update("rayjobs", "theirs", lambda job: job["metadata"]["labels"].pop("ncsn.dev/run"))
     rayjob(emulation, "quote", lease="'")
@@ -271,6 +274,19 @@ def test_a_run_that_cannot_be_noted_works_nevertheless(emulation, request, capsy
     request.getfixturevalue("begun")
     assert notes(emulation) == {}
     assert "'get' on configmaps" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("begun")
+@pytest.mark.parametrize(("state", "kept"), [("CANCELLED", ["5f3a"]), ("FAILED", [])])
+def test_the_exit_handler_of_a_killed_run_keeps_its_note(emulation, config, tmp_path, monkeypatch, state, kept) -> None:
+    """The janitor looks once more."""
+    workflow(emulation, "Running")
+    monkeypatch.setenv(KFP_RUN_ID, "5f3a")
+    monkeypatch.setenv(KFP_WORKFLOW, WORKFLOW)
+    status = dsl.PipelineTaskFinalStatus(state, "", "", None, None)
+    page, result = dsl.Markdown(uri=str(tmp_path / "page")), dsl.Artifact(uri=str(tmp_path / "result"))
+    exit_handler.python_func(to_json(config), "mine", page, result, status)
+    assert list(notes(emulation)) == kept
 
 
 def cleanup(*options: str) -> Any:
@@ -315,6 +331,16 @@ def test_the_exit_handler_cancels_what_still_runs(emulation: Any, on_kuberay: Co
     assert result.canceled == ["working"]
     assert "- working " in result.page
     assert sorted(job["metadata"]["name"] for job in emulation.jobs) == ["another", "failed"]
+
+
+def test_a_pipeline_that_was_refused_the_run_cancels_its_own_jobs_alone(emulation: Any, on_kuberay: Config) -> None:
+    claimed(on_kuberay, "mine")
+    rayjob(emulation, "owners")
+    rayjob(emulation, "ours")
+    emulation.cluster.update("rayjobs", "ours", lambda job: job["metadata"]["labels"].update({KFP_RUN_LABEL: "77aa"}))
+    another = on_kuberay.model_copy(update={"seed": 9})
+    assert finish.run(another, run="mine", state="FAILED", kfp=KfpRun("77aa", WORKFLOW)).canceled == ["ours"]
+    assert [job["metadata"]["name"] for job in emulation.jobs] == ["owners"]
 
 
 def test_the_outcome_is_written_though_the_cluster_refuses(emulation: Any, on_kuberay: Config) -> None:

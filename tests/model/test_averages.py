@@ -100,10 +100,11 @@ def test_an_average_of_another_width_is_near_the_one_that_was_not_stored(
     assert (found.uri, found.relative_width, found.images_seen) == (built, 0.15, 800)
 
 
-def test_the_others_do_without_a_lost_or_damaged_snapshot(config: Config, tmp_path: Path) -> None:
+def test_an_average_is_of_the_whole_snapshots_up_to_its_checkpoint(config: Config, tmp_path: Path) -> None:
     folder = train(config, tmp_path, every=200)
     storage.delete(str(tmp_path / "ema" / checkpoint.folder_name(200)))
     (tmp_path / "ema" / checkpoint.folder_name(400) / "0.050.safetensors").write_bytes(b"torn")
+    averages.store(str(tmp_path / "ema"), averages.copies(build.train_state(config)), images_seen=1000)
     built = build_average(str(folder), relative_width=0.06)
     average = checkpoint.load_checkpoint(built).average
     assert average is not None and len(average["coefficients"]) == 4

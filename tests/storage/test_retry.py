@@ -58,6 +58,7 @@ class ApiError(Exception):
     ("error", "waits"),
     [
         (ApiError(503), True),
+        (ApiError(500), True),
         (ApiError(429), True),
         (ApiError(404), False),
         (requests.Timeout(), True),
