@@ -25,6 +25,7 @@ from ncsn.evaluation.extractors import batches
 from ncsn.evaluation.features import extractor_of
 from ncsn.model import build
 from ncsn.model.checkpoint import load_checkpoint
+from ncsn.model.classes import BALANCED
 from ncsn.model.generate import Strip, evaluations_per_image, generate, guide_of, image_labels
 from ncsn.progress import Progress
 from ncsn.training.context import WorkerContext, compiles
@@ -136,10 +137,15 @@ def sample_features(
     """
     compute = config.compute
     found: list[dict[int, Features]] = [{} for _ in wanted]
+    # Images that are asked for by class are no more than these.
+    others = [
+        (uri, each.model_copy(update={"label": BALANCED}) if isinstance(each.label, dict) else each)
+        for uri, each in wanted
+    ]
     broken: set[int] = set()
     parts = (
         part
-        for number, (checkpoint, sampling) in enumerate(wanted)
+        for number, (checkpoint, sampling) in enumerate(others)
         for part in _cut(
             Chunk(config, sampling, checkpoint, 0, sampling.batch_size, dataset=dataset, number=number),
             [(0, num_images)],

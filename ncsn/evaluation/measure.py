@@ -170,12 +170,20 @@ def measure_sets(
     extractor, reference = evaluator.extractor, evaluator.reference.uri
     fewest = min(images.count for images in sets)
     samples, real = [extract_set(config, dataset, images, runner=runner, progress=progress) for images in sets]
+    order = mixed_order(config, sets[0].count)  # so that the first of them, and each split, are of all classes
+    samples = Extracted(samples.features[order], samples.log_probabilities[order])
     works: list[_Work] = [
         (config, dataset, sets[0], samples, fewest, extractor, reference, real.features),
         (config, dataset, sets[1], real, fewest, extractor, reference, None),
     ]
     found = {work[2]: result for work, result in runner(_measure_set, works, gpu=False)}
     return [found[images] for images in sets]
+
+
+def mixed_order(config: Config, count: int) -> slice | npt.NDArray[np.int64]:
+    """The order in which samples are measured: their own, or a shuffled one if they come class by class."""
+    by_class = isinstance(config.sampling.label, dict)
+    return keyed_permutation(COMMON_SEED, epoch=0, size=count) if by_class else slice(None)
 
 
 def _measure_set(work: _Work) -> Measured:
@@ -188,7 +196,8 @@ def _measure_set(work: _Work) -> Measured:
         from ncsn.evaluation.class_scores import AskedClasses  # here, so that a run without classes does not load it
 
         known = open_cache(dataset, config.evaluation.reference_split, as_bytes=True).labels
-        asked = AskedClasses(images.labels(), known, num_classes, own=extractor == "classifier")
+        labels = images.labels() if real is None else images.labels()[mixed_order(config, images.count)]
+        asked = AskedClasses(labels, known, num_classes, own=extractor == "classifier")
     in_turn = 1 if isinstance(images, SplitSet) else classes_in_turn(config)
     measured = measure_extracted(
         extracted,

@@ -21,6 +21,7 @@ from ncsn.core.samplers.settings import AnySampler, Sampler
 from ncsn.errors import UserError
 from ncsn.model import build
 from ncsn.model.checkpoint import TrainedNetwork, save_network
+from ncsn.model.classes import images_of
 from ncsn.model.generate import Wish, images
 from ncsn.runs.folder import DEFAULT_ROOT, INDEX
 from ncsn.steps.address import load_guided, resolve
@@ -107,7 +108,7 @@ class ScoreModel:
         Raises:
             UserError: The model does not fit the sampler or the label, or an image is not finite.
         """
-        count: Any = sum(label.values()) if n is None and isinstance(label, Mapping) else n  # whatever a caller gives
+        count: Any = images_of(label) if n is None and isinstance(label, Mapping) else n  # whatever a caller gives
         if not isinstance(count, int | np.integer) or count < 1:
             raise UserError("n", f"must be a whole number of at least 1, not {n!r}")
         if not isinstance(sampler, Sampler | None):

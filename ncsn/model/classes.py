@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ncsn.errors import UserError
 
@@ -56,6 +57,11 @@ def require_label(label: str | Mapping[str, int], classes: Classes | None, *, ke
     if classes is not None and label not in (BALANCED, AS_DATA):
         for name in label if isinstance(label, Mapping) else [label]:
             classes.index(name, key=key)
+
+
+def images_of(label: Mapping[str, Any]) -> int:
+    """How many images a label by class asks for, as far as its values are numbers."""
+    return sum(count for count in label.values() if isinstance(count, int))
 
 
 def _shown(names: Sequence[str]) -> str:

@@ -28,7 +28,7 @@ from ncsn.core.samplers.settings import Sampler
 from ncsn.errors import InvalidValue, UserError, shown_value
 from ncsn.model import build
 from ncsn.model.checkpoint import TrainedNetwork, load_checkpoint, weights_digest
-from ncsn.model.classes import AS_DATA, BALANCED, require_label
+from ncsn.model.classes import AS_DATA, BALANCED, images_of, require_label
 
 CHECKPOINT = "sampling.guidance.checkpoint"
 STRIP_IMAGES, STRIP_STAGES, STRIP_BYTES = 8, 12, 1_500_000
@@ -48,9 +48,9 @@ class Wish:
         config = trained.config
         own, changes = config.sampling, dict[str, Any]()
         if isinstance(self.label, Mapping):
-            changes |= {"label": dict(self.label), "num_images": sum(self.label.values())}
-        elif self.label is not None:
-            changes["label"] = str(self.label)
+            changes |= {"label": dict(self.label), "num_images": images_of(self.label)}
+        elif self.label is not None or isinstance(own.label, dict):
+            changes["label"] = BALANCED if self.label is None else str(self.label)
         if self.seed is not None:
             changes["seed"] = self.seed
         if self.sampler is not None and self.sampler != own.sampler.kind:

@@ -24,7 +24,7 @@ from PIL import Image
 
 from ncsn import storage
 from ncsn.config import Config
-from ncsn.data.format import PARQUET_OPTIONS, Manifest, Rows, load_manifest, to_table
+from ncsn.data.format import NO_LABEL, PARQUET_OPTIONS, Manifest, Rows, load_manifest, to_table
 from ncsn.data.samples import SampleSet
 from ncsn.distributed.cluster import cluster_for, ray_tags
 from ncsn.distributed.ray_calls import runner_of
@@ -45,7 +45,8 @@ from ncsn.steps.sample import opened, place_of
 
 CARD = "README.md"
 MOST_TIMES = 4  # as many images as asked for are made of a class, before its copies are too many
-PART_IMAGES = 10_000  # of a Parquet file
+FILE_IMAGES = 1000  # of a Parquet file
+_ENCODED = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
 @dataclass(frozen=True)
@@ -66,13 +67,11 @@ def prepare(run: Run, *, checkpoint: str, dataset: str) -> Prepared[ExportResult
         reason = f"{trained.digest} was trained on {trained.dataset_digest[:8]}, not on {manifest.digest[:8]}"
         raise UserError("--dataset", reason, hint="copies are sought among the training images", value=dataset)
     asked = _asked(config, trained)
-    if wish.format == "png" and (manifest.pixels.dtype != "uint8" or manifest.pixels.shape[2] not in (1, 3)):
+    if wish.format == "png" and not _fits_png(manifest):
         raise UserError("export.format", f"cannot hold {manifest.pixels}", hint="use parquet", value=wish.format)
     facts, _ = place_of(config, trained, run.folder)
     key = {"checkpoint": trained.digest, **facts, "label": asked, "export": wish.model_dump(mode="json")}
     uri = storage.absolute(wish.out) if wish.out else storage.join(run.folder.exports, storage.digest(key, 12))
-    if wish.out and storage.list_names(uri):
-        raise UserError("export.out", "not an empty folder", hint="choose another", value=wish.out)
     work = partial(export, config, trained, manifest, asked, checkpoint, dataset, uri)
     return Prepared(config, key, work, lambda result: [result.card])
 
@@ -82,6 +81,8 @@ def export(
     dataset: str, uri: str, context: Context,
 ) -> ExportResult:  # fmt: skip
     """Generate and audit the images that are missing, and write those that are no copies, with a card."""
+    if storage.list_names(uri):
+        raise UserError("export.out", "not an empty folder", hint="choose another", value=uri)
     tracked = context.tracked
     with cluster_for(config, start=sum(asked.values()) > config.sampling.batch_size, last_lines=context.last_lines):
         tracked.set_tags(ray_tags())
@@ -100,7 +101,8 @@ def export(
         expected=round(sum(part.copies.expected * part.samples.count for part in parts), 2),
     )
     with storage.staged_folder(uri, marker=CARD) as folder:
-        (_write_parquet if config.export.format == "parquet" else _write_pngs)(folder, parts, manifest)
+        for part in parts:
+            _write(folder, part, manifest, kind=config.export.format)
         (folder / CARD).write_text(_card(config, trained, manifest, parts, distances, context))
     tracked.log_dataset(f"{config.name}-generated", digest=storage.digest(result.counts, 8), uri=uri, context="export")
     tracked.log_metrics({"export/images": sum(result.counts.values()), "export/copies": copies})
@@ -176,50 +178,37 @@ def _distances(config: Config, dataset: str, parts: list[Part], context: Context
     return shown
 
 
-def _images(part: Part) -> NDArray[np.generic]:
-    return part.samples.stored(0, part.samples.count)[part.chosen]
+def _write(folder: Path, part: Part, manifest: Manifest, *, kind: str) -> None:
+    """PNG files in a folder of the class, or Parquet files.
 
-
-def _write_pngs(folder: Path, parts: list[Part], manifest: Manifest) -> None:  # noqa: ARG001
-    for part in parts:
-        place = folder / part.name.replace("/", "-")  # as in `T-shirt/top`
-        place.mkdir(exist_ok=True)
-        for number, image in zip(part.chosen, _images(part), strict=True):
-            Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(place / f"{number:06d}.png")
-
-
-def _write_parquet(folder: Path, parts: list[Part], manifest: Manifest) -> None:
-    """As `datasets` has images and classes, or, where PNG cannot hold the pixels, as datasets of this project."""
-    names = list(manifest.class_names) if parts[0].name else []
+    Parquet files are as `datasets` has images and classes, or, where PNG cannot hold the pixels, as this project's.
+    """
+    names, name = list(manifest.class_names) if part.name else [], part.name.replace("/", "-")  # as in `T-shirt/top`
     features = {"image": {"_type": "Image"}} | ({"label": {"names": names, "_type": "ClassLabel"}} if names else {})
     known = {b"huggingface": json.dumps({"info": {"features": features}}).encode()}
-    encoded = manifest.pixels.dtype == "uint8" and manifest.pixels.shape[2] in (1, 3)
-    number = 0
-    for part in parts:
-        label = names.index(part.name) if names else -1
-        images = _images(part)
-        for first in range(0, len(images), PART_IMAGES):
-            some = images[first : first + PART_IMAGES]
-            labels = np.full(len(some), label, np.int64)
-            if encoded:
-                column = pa.array(
-                    [{"bytes": _png(image), "path": None} for image in some],
-                    pa.struct([("bytes", pa.binary()), ("path", pa.string())]),
-                )
-                table = pa.table({"image": column, **({"label": labels} if names else {})}).replace_schema_metadata(
-                    known
-                )
-                pq.write_table(table, folder / f"part-{number:05d}.parquet")
-            else:
-                pq.write_table(
-                    to_table(Rows(some, labels), manifest.pixels.limits),
-                    folder / f"part-{number:05d}.parquet",
-                    **PARQUET_OPTIONS,
-                )
-            number += 1
+    label = names.index(part.name) if names else NO_LABEL
+    for first in range(0, part.samples.count, FILE_IMAGES):
+        last = min(first + FILE_IMAGES, part.samples.count)
+        numbers = part.chosen[(part.chosen >= first) & (part.chosen < last)]
+        images, labels = part.samples.stored(first, last)[numbers - first], np.full(len(numbers), label, np.int64)
+        file = folder / f"{name or 'images'}-{first:06d}.parquet"
+        if kind == "png":
+            (folder / name).mkdir(exist_ok=True)
+            for number, image in zip(numbers, images, strict=True):
+                (folder / name / f"{number:06d}.png").write_bytes(_png(image))
+        elif _fits_png(manifest):
+            column = pa.array([{"bytes": _png(image), "path": None} for image in images], _ENCODED)
+            columns = {"image": column} | ({"label": labels} if names else {})
+            pq.write_table(pa.table(columns).replace_schema_metadata(known), file)
+        else:
+            pq.write_table(to_table(Rows(images, labels), manifest.pixels.limits), file, **PARQUET_OPTIONS)
 
 
-def _png(image: NDArray[np.generic]) -> bytes:
+def _fits_png(manifest: Manifest) -> bool:
+    return manifest.pixels.dtype == "uint8" and manifest.pixels.shape[2] in (1, 3)
+
+
+def _png(image: NDArray[Any]) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(buffer, format="PNG")
     return buffer.getvalue()

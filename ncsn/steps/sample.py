@@ -77,7 +77,8 @@ def sample(
     shards = plan_shards(config, checkpoint=checkpoint, folder=uri, dataset=score)
     with cluster_for(config, start=len(shards) > 1, last_lines=context.last_lines):
         tracked.set_tags(ray_tags())
-        scores = _Scores(config, score, progress) if score else None
+        by_class = isinstance(config.sampling.label, dict)  # whose first images are of one class, and tell nothing
+        scores = _Scores(config, score, progress) if score and not by_class else None
         started = time.perf_counter()
         made = make_shards(config, shards, progress=progress, on_features=scores.add if scores else None)
         seconds = time.perf_counter() - started

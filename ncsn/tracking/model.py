@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from ncsn.config.load import parse_override
 from ncsn.errors import InvalidValue, UserError
 from ncsn.model.checkpoint import load_checkpoint
+from ncsn.model.classes import images_of
 from ncsn.model.generate import Wish, images
 
 DEFAULT_IMAGES = 16
@@ -52,7 +53,7 @@ class PyfuncModel(PythonModel):
             if isinstance(label, str) and label.startswith("{"):
                 _, label = parse_override(f"sampling.label={label}")
             # MLflow fills in what is missing, so that n_images may be nobody's wish.
-            total = sum(label.values()) if isinstance(label, dict) else int(wanted.get("n_images", DEFAULT_IMAGES))
+            total = images_of(label) if isinstance(label, dict) else int(wanted.get("n_images", DEFAULT_IMAGES))
             if not 1 <= total <= MAX_IMAGES:
                 raise UserError("n_images", f"must be 1 to {MAX_IMAGES}", value=total)
             sampler = wanted.get("sampler")

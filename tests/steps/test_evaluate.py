@@ -207,3 +207,19 @@ def test_samples_that_are_missing_or_of_another_size_or_other_classes_are_refuse
     with refused("data.num_classes") as caught:
         evaluate(make_config(root, KNOWN), samples=others, dataset=dataset, folder=tmp_path / "out")
     assert "'zero'" in str(caught.value) and not (tmp_path / "out").exists()
+
+
+def test_images_class_by_class_have_the_figures_of_mixed_ones(root: Path, dataset: str, tmp_path: Path) -> None:
+    test = open_cache(dataset, "test")
+    labels = np.asarray(test.labels)[:500]
+    order = np.argsort(labels, kind="stable")
+    figures = []
+    for name, rows, label in (("mixed", slice(None), "balanced"), ("sorted", order, np.bincount(labels).tolist())):
+        asked = label if label == "balanced" else json.dumps(dict(enumerate(label)))
+        config = make_config(root, KNOWN, f"sampling.label={asked}", f"sampling.num_images={len(labels)}")
+        samples = write_samples(tmp_path / name, test.images[:500][rows], labels[rows])
+        figures.append(evaluate(config, samples=samples, dataset=dataset, folder=tmp_path / name).metrics)
+    mixed, ordered = figures
+    for name in ("score_ratio", "recall", "class_agreement"):
+        (key,) = (each for each in mixed if f"_{name}_n" in each)
+        assert ordered[key] == pytest.approx(mixed[key], abs=0.15)
