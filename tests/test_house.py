@@ -29,26 +29,26 @@ LEAST_MODULES, MOST_MODULES = 2, 14  # of a package
 # could.
 BUDGETS = {
     "ncsn/core": 3552,
-    "ncsn/data": 2824,
-    "ncsn/evaluation": 1740,
-    "ncsn/steps ncsn/runs ncsn/kubeflow": 3440,
-    "ncsn/model": 1468,
-    "ncsn/distributed": 1527,
-    "ncsn/config": 1707,
-    "ncsn/cli": 1771,
-    "ncsn/tracking": 1498,
-    "ncsn/report": 1072,
+    "ncsn/data": 2828,
+    "ncsn/evaluation": 2075,
+    "ncsn/steps ncsn/runs ncsn/kubeflow": 3755,
+    "ncsn/model": 1507,
+    "ncsn/distributed": 1533,
+    "ncsn/config": 1742,
+    "ncsn/cli": 1817,
+    "ncsn/tracking": 1476,
+    "ncsn/report": 1078,
     "ncsn/remote": 1620,
-    "ncsn/library": 388,
-    "ncsn/init ncsn/inspection": 1807,
-    "ncsn/serving": 437,
+    "ncsn/library": 396,
+    "ncsn/init ncsn/inspection": 1813,
+    "ncsn/serving": 446,
     "ncsn/training": 1037,
-    "components pipelines": 1006,
+    "components pipelines": 1061,
     "ncsn/storage": 843,
     "examples": 1141,
-    "tests": 23586,
+    "tests": 23824,
 }
-MOST_WORDS = 17435
+MOST_WORDS = 18249
 
 
 def _name(path: Path) -> str:

@@ -57,6 +57,15 @@ def test_a_run_succeeds_the_same_again_comes_from_the_cache_and_its_model_is_sam
     assert pipelines.stored(f"runs/{opened}/steps/sample/step.json")["result"]["num_images"] == 32
     measured = pipelines.stored(f"runs/{opened}/steps/evaluate/step.json")["result"]
     assert measured["num_images"] == 32 and measured["gate"]["value"] > 0
+
+    asked = ("--set", f"storage.root=s3://{BUCKET}/{pipelines.prefix}", "--set", "export.num_images=16")
+    asked += ("--pipeline", "synthesize", "--param", f"model={model}", "--run", run)
+    fourth = pipelines.commands.run("submit", "--json", "--wait", *asked, seconds=1500).result()["id"]
+    assert kubeflow.run(fourth)["state"] == "SUCCEEDED"
+    exported = pipelines.stored(f"runs/{opened}/steps/export/step.json")["result"]
+    assert exported["counts"] == {"": 16}
+    (card,) = (name for name in pipelines.files(f"runs/{opened}/exports") if name.endswith("README.md"))
+    assert model in pipelines.text(f"runs/{opened}/exports/{card}")
     assert not pipelines.at_work(opened)
 
 
