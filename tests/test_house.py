@@ -46,7 +46,7 @@ BUDGETS = {
     "components pipelines": 1006,
     "ncsn/storage": 843,
     "examples": 1141,
-    "tests": 23586,
+    "tests": 23609,
 }
 MOST_WORDS = 17435
 
