@@ -47,6 +47,7 @@ EVALUATION = {
     "num_real_images": 60,
     "fingerprint": "f" * 64,
     "notes": ["only 60 real images"],
+    "audit": {"worst": 16 * [{"image": 0, "row": 0, "statistic": 0.5}]},
 }
 
 
