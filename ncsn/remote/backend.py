@@ -18,6 +18,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
 from typing import Any, Protocol, Self, TypeVar
 
 from ncsn import storage
@@ -243,7 +244,8 @@ class DriverLog(ABC):
     def __init__(self, uri: str) -> None:
         self.uri = uri
         self.lines: list[str] = []
-        self.due, self._job_over = threading.Event(), False  # `due` is set to read at once
+        # An item in `due`: read at once. A signal may interrupt the putting, of which an Event would stay locked.
+        self.due, self._job_over = SimpleQueue[None](), False
         self._thread = threading.Thread(target=self._follow, name="driver-log", daemon=True)
 
     def __enter__(self) -> Self:
@@ -252,7 +254,7 @@ class DriverLog(ABC):
 
     def __exit__(self, kind: type[BaseException] | None, *_error: object) -> None:
         self._job_over = True
-        self.due.set()
+        self.due.put(None)
         if kind is not None and not issubclass(kind, Exception):
             return
         self._thread.join(_LAST_READ_SECONDS)
@@ -272,8 +274,8 @@ class DriverLog(ABC):
     def _follow(self) -> None:
         over, pause = False, _LOG_SECONDS
         while not over:
-            self.due.wait(pause)
-            self.due.clear()
+            with suppress(Empty):
+                self.due.get(timeout=pause)
             over = self._job_over  # asked before reading, so that the last read sees the whole log
             pause = min(1.2 * pause, 5 * _LOG_SECONDS)
             try:

@@ -252,7 +252,7 @@ class KubeRay:
                 shown = str(state)
                 suspended = f", waiting for quota in Kueue's queue {settings.queue}"
                 say(f"RayJob {name}: {shown}" + (suspended if state.deployment == "Suspended" else ""))
-                log.due.set()  # an attempt that has failed is deleted with its log
+                log.due.put(None)  # an attempt that has failed is deleted with its log
             if state.finished:
                 return state
             if state.failed and read_mistake(step.folder, step.step):

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from importlib import resources
+from queue import SimpleQueue
 from typing import Any
 from urllib.request import urlopen
 
@@ -243,11 +244,11 @@ def run(place: Place, *, port: int, replicas: int, ready: Callable[[], object]) 
         options = {"num_replicas": replicas, "ray_actor_options": share}
         wanted = application(place.address, root=place.root, registry=place.registry, **options)
         front: Any = serve.run(wanted, name=NAME, logging_config=_QUIET)
-        stop = threading.Event()
+        stop = SimpleQueue[None]()  # an Event is locked for a moment of its `wait`, and its `set` would wait for that
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: stop.set())
+            signal.signal(number, lambda *_: stop.put(None))
         ready()
-        stop.wait()
+        stop.get()
         with suppress(TimeoutError):
             front.end.remote().result(timeout_s=_LOST_SECONDS)
         if not is_own():  # else it ends now

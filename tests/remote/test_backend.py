@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import re
+import signal
+import threading
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import given, strategies as st
 
-from ncsn.remote.backend import RemoteStep, first_error, forwarded_environment, is_ours
+from ncsn.remote import backend
+from ncsn.remote.backend import DriverLog, RemoteStep, first_error, forwarded_environment, is_ours
 from ncsn.runs.folder import RUN_PATTERN
 
 
@@ -84,3 +88,31 @@ WORKER = "\x1b[36m(RayTrainWorker pid=7, ip=10.0.0.2)\x1b[0m"
 )
 def test_the_first_traceback_is_the_cause_else_what_ncsn_said(lines: list[str], cause: str | None) -> None:
     assert first_error(lines) == cause
+
+
+def test_a_signal_at_any_moment_leaves_a_log_that_can_be_left(monkeypatch) -> None:
+    """As when SIGTERM comes while the launcher asks for the log of a RayJob whose status has changed."""
+
+    class Silent(DriverLog):
+        def read(self, *, over: bool) -> list[str]:
+            return []
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(backend, "_LOG_SECONDS", 0.01)
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        for tick in range(500):
+            log = Silent("")
+            log.__enter__()
+            with suppress(KeyboardInterrupt):
+                signal.setitimer(signal.ITIMER_REAL, 1e-4 + 1e-7 * tick)
+                while True:
+                    log.due.put(None)
+            leave = threading.Thread(target=log.__exit__, args=(KeyboardInterrupt,), daemon=True)
+            leave.start()
+            leave.join(60)
+            assert not leave.is_alive()
+    finally:
+        signal.signal(signal.SIGALRM, before)
