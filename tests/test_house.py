@@ -36,7 +36,7 @@ BUDGETS = {
     "ncsn/distributed": 1533,
     "ncsn/config": 1742,
     "ncsn/cli": 1817,
-    "ncsn/tracking": 1476,
+    "ncsn/tracking": 1478,
     "ncsn/report": 1078,
     "ncsn/remote": 1620,
     "ncsn/library": 396,
@@ -46,9 +46,9 @@ BUDGETS = {
     "components pipelines": 1061,
     "ncsn/storage": 843,
     "examples": 1141,
-    "tests": 23857,
+    "tests": 23858,
 }
-MOST_WORDS = 18168
+MOST_WORDS = 18164
 
 
 def _name(path: Path) -> str:

@@ -76,9 +76,11 @@ class Decision:
 
     @classmethod
     def from_json(cls, text: str) -> Decision:
-        """Inverse of `json.dumps(asdict(...))`."""
+        """Inverse of `json.dumps(asdict(...))`; evidence that another version of this program wrote counts as none."""
         values = json.loads(text)
-        if of := values["evidence"]:
+        of = values["evidence"] or {}
+        values["evidence"] = None
+        if "copies" in of:
             measured, copies = Measurement(**of["measurement"]), Copies(**of["copies"])
             values["evidence"] = Evidence(measured, copies, tuple(of["not_finite"]), Floors(**of["floors"]))
         return cls(**values)
