@@ -17,8 +17,10 @@ class Copies:
     """
 
     copies: int
+    near: int  # of these nearly equal a training image
     num_images: int
-    num_test: int  # test images without a near duplicate among the training images
+    num_test: int  # test images that nearly equal no training image
+    num_near_test: int  # and those that do
 
     @property
     def rank(self) -> int:
@@ -31,19 +33,23 @@ class Copies:
         return self.rank / (self.num_test + 1)
 
     @property
-    def excess_low(self) -> float:
-        """The lower end of the share of copies less the upper end of what chance explains."""
+    def more_than_chance(self) -> bool:
+        """Whether the lower end of the share of copies is above what chance explains.
+
+        Of few test images, chance explains much. So the lower end of the share that nearly equals a training image is
+        compared with the share of test images that does, counting one more.
+        """
         from scipy.special import betaincinv  # here, so that commands that judge nothing do not load it
 
-        low = betaincinv(self.copies, self.num_images - self.copies + 1, SURE[0]) if self.copies else 0.0
-        return float(low - betaincinv(self.rank, self.num_test - self.rank + 1, SURE[1]))
-
-    @property
-    def more_than_chance(self) -> bool:
-        return self.excess_low > 0
+        low, near = (
+            betaincinv(count, self.num_images - count + 1, SURE[0]) if count else 0.0
+            for count in (self.copies, self.near)
+        )
+        repeated = (self.num_near_test + 1) / (self.num_near_test + self.num_test + 1)
+        return bool(low > betaincinv(self.rank, self.num_test - self.rank + 1, SURE[1]) or near > repeated)
 
     def __str__(self) -> str:
-        """`Of 2,560 images 3 are copies, 2.6 are expected by chance`."""
+        """`Of 2,560 images 3 are copies, 2.6 expected by chance`."""
         counted = {0: "none is a copy", 1: "1 is a copy"}.get(self.copies, f"{self.copies:,} are copies")
         chance = f"{self.expected * self.num_images:,.1f} expected by chance"
         advice = ": train shorter, or leave them out" if self.more_than_chance else ""

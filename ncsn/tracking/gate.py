@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -78,9 +79,8 @@ class Decision:
     def from_json(cls, text: str) -> Decision:
         """Inverse of `json.dumps(asdict(...))`; evidence that another version of this program wrote counts as none."""
         values = json.loads(text)
-        of = values["evidence"] or {}
-        values["evidence"] = None
-        if "copies" in of:
+        of, values["evidence"] = values["evidence"], None
+        with suppress(KeyError, TypeError):
             measured, copies = Measurement(**of["measurement"]), Copies(**of["copies"])
             values["evidence"] = Evidence(measured, copies, tuple(of["not_finite"]), Floors(**of["floors"]))
         return cls(**values)

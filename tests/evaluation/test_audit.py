@@ -62,7 +62,9 @@ def test_planted_copies_are_found_mirrored_shifted_and_brighter(tmp_path: Path) 
     planted = [train[:20], mirrored[20:40], shifted[40:60], brighter[60:80], shifted[80:100, :, ::-1]]
     found = audited(tmp_path, train, test, np.concatenate([*planted, unseen]), "data.horizontal_flip=true")
     assert found.copied[:100].all() and found.copied[100:].sum() <= 2
-    assert found.copies == Copies(int(found.copied.sum()), 300, 400) and found.copies.more_than_chance
+    near = found.copies.near  # one of the others is nearly a training image
+    assert found.copies == Copies(int(found.copied.sum()), near, 300, 400, 0) and found.copies.more_than_chance
+    assert near == 101
     assert [pair["row"] for pair in found.worst[:16]] == [pair["image"] for pair in found.worst[:16]]
     assert found.closeness.low > found.closeness.expected == 600 / 1000
 
@@ -109,21 +111,24 @@ def test_a_set_that_grows_is_compared_where_it_grew(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("copies", "num_images", "num_test", "expected", "more"),
+    ("copies", "near", "num_images", "num_test", "num_near_test", "expected", "more"),
     [
-        (3, 2560, 2000, 2 / 2001, False),
-        (41, 2560, 2000, 2 / 2001, True),
-        (1, 300, 100, 1 / 101, False),
-        (30, 300, 100, 1 / 101, True),  # 97.5 % of the thresholds let at most 3.6 % of unseen images through
-        (300, 300, 100, 1 / 101, True),
-        (5, 300, 3, 1 / 4, False),
-        (0, 300, 0, 1.0, False),
+        (3, 0, 2560, 2000, 0, 2 / 2001, False),
+        (41, 0, 2560, 2000, 0, 2 / 2001, True),
+        (1, 0, 300, 100, 0, 1 / 101, False),
+        (30, 0, 300, 100, 0, 1 / 101, True),  # 97.5 % of the thresholds let at most 3.6 % of unseen images through
+        (300, 300, 300, 100, 0, 1 / 101, True),
+        (5, 5, 300, 3, 0, 1 / 4, False),
+        (0, 0, 300, 0, 0, 1.0, False),
+        (60, 0, 600, 15, 0, 1 / 16, False),  # chance explains 22 %
+        (60, 60, 600, 15, 0, 1 / 16, True),
+        (60, 60, 600, 15, 2, 1 / 16, False),  # test images repeat training images as often
     ],
 )
 def test_copies_are_judged_by_what_chance_explains(
-    copies: int, num_images: int, num_test: int, expected: float, more: bool
+    copies: int, near: int, num_images: int, num_test: int, num_near_test: int, expected: float, more: bool
 ) -> None:
-    found = Copies(copies, num_images, num_test)
+    found = Copies(copies, near, num_images, num_test, num_near_test)
     assert found.expected == pytest.approx(expected)
     assert found.more_than_chance is more
     assert ("train shorter" in str(found)) is more
