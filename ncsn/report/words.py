@@ -86,16 +86,8 @@ MEANINGS: Mapping[str, Meaning] = {
     ),
     "confidence": Meaning("Confidence", "Mean probability of the most likely class of an image.", "higher"),
 }
-MAIN = (
-    "excess",
-    "score",
-    "fid",
-    "class_agreement",
-    "precision",
-    "recall",
-    "copies",
-    "closeness",
-)  # the page folds the others
+# The page folds the others.
+MAIN = ("excess", "score", "fid", "class_agreement", "precision", "recall", "copies", "closeness")
 INTERVAL = ("_low", "_high")  # after the name of a distance: its 95 % interval
 # Longest first, because `fid_low` also ends like `low` would.
 _KNOWN = sorted((f"{metric}{end}" for metric in MEANINGS for end in ("", "_std", *INTERVAL)), key=len, reverse=True)

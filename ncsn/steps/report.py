@@ -99,7 +99,7 @@ def report(sources: ReportSources, context: Context) -> ReportResult:
         Fact("MLflow runs by step", " · ".join(f"{step} {run.info.run_id}" for step, run in steps.items())),
         *tag_facts([whole.data.tags, *(run.data.tags for run in steps.values())]),
     ]
-    text = render(**_results(sources), lineage=lineage, **_training(sources))
+    text = render("report.html.j2", **_results(sources), lineage=lineage, **_training(sources))
     uri = storage.join(context.folder.report, "report.html")
     storage.write_text(uri, text)
     tracked.parent.log_file(uri)

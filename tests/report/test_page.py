@@ -113,14 +113,14 @@ def test_a_page_has_a_section_for_each_part_and_says_what_the_model_has_learned(
     def sections(text: str) -> list[str]:
         return re.findall(r'<section id="(\w+)"', text)
 
-    whole = render(**page)
+    whole = render("report.html.j2", **page)
     everything = "strip scores neighbors classes selection search training timings lineage config"
     assert sections(whole) == everything.split()
     assert len(whole.encode()) < 5_000_000, "MLflow and KFP load the page as a whole"
     assert "default-src 'none'" in whole and "score network (Song" in whole
     missing = dict.fromkeys(("grid", "strip", "decision", "selection", "search", "loss_plot", "held_out_plot"))
     missing |= {"evaluation": EVALUATION | {"classes": None}, "records": {}}
-    text = render(**page | missing | {"loss": ConsistencyLossConfig(kind="consistency")})
+    text = render("report.html.j2", **page | missing | {"loss": ConsistencyLossConfig(kind="consistency")})
     assert sections(text) == ["scores", "neighbors", "timings", "lineage", "config"]
     assert "a consistency model (Song" in text and "Ermon 2019" not in text
 
@@ -128,9 +128,9 @@ def test_a_page_has_a_section_for_each_part_and_says_what_the_model_has_learned(
 def test_hostile_names_stay_text(page) -> None:
     hostile = dict.fromkeys(("title", "run", "config"), HOSTILE) | {"next_step": (HOSTILE, HOSTILE)}
     hostile |= {"manifest": manifest(HOSTILE), "decision": page["decision"] | {"reason": HOSTILE}}
-    text = render(**page | hostile)
+    text = render("report.html.j2", **page | hostile)
     assert text.count("<script>") == 0
-    assert text.count("<img") == render(**page).count("<img")
+    assert text.count("<img") == render("report.html.j2", **page).count("<img")
     assert text.count("{{ 7 * 7 }}") == text.count("&lt;script&gt;alert(1)") > 5
 
 
@@ -138,7 +138,7 @@ def test_hostile_names_stay_text(page) -> None:
 def folder(page, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The report, and a page that shows it as KFP does."""
     folder = tmp_path_factory.mktemp("report")
-    (folder / "report.html").write_text(render(**page))
+    (folder / "report.html").write_text(render("report.html.j2", **page))
     (folder / "viewer.html").write_text(VIEWER)
     return folder
 
