@@ -80,15 +80,14 @@ class SampleSet:
         borders = [0, *(min(last, self.count) for _, last in shards(self.uri, 0, self.count))]
         return [start for first, last in itertools.pairwise(borders) for start in range(first, last, batch_size)]
 
+    def table(self, first: int, last: int) -> pa.Table:
+        """Images `first .. last` as the network made them, and their classes."""
+        return pa.concat_tables(self._tables([IMAGE, LABEL], first, last))
+
     def read(self, first: int, last: int) -> NDArray[np.uint8]:
         """Images `first .. last`, [n, H, W, C] `eight_bit`."""
-        tables = list(self._tables([IMAGE, LABEL], first, last))
-        images = np.concatenate([from_table(table).images for table in tables])
-        return eight_bit(images, image_pixels_of(tables[0].schema).limits)
-
-    def stored(self, first: int, last: int) -> NDArray[Any]:
-        """Images `first .. last`, [n, H, W, C] as the network made them."""
-        return np.concatenate([from_table(table).images for table in self._tables([IMAGE, LABEL], first, last)])
+        table = self.table(first, last)
+        return eight_bit(from_table(table).images, image_pixels_of(table.schema).limits)
 
     def labels(self) -> NDArray[np.int64]:
         """The class of each image, int64 [count], -1 for none."""

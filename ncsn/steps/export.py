@@ -24,7 +24,7 @@ from PIL import Image
 
 from ncsn import storage
 from ncsn.config import Config
-from ncsn.data.format import NO_LABEL, PARQUET_OPTIONS, Manifest, Rows, load_manifest, to_table
+from ncsn.data.format import PARQUET_OPTIONS, Manifest, from_table, load_manifest
 from ncsn.data.samples import SampleSet
 from ncsn.distributed.cluster import cluster_for, ray_tags
 from ncsn.distributed.ray_calls import runner_of
@@ -38,7 +38,7 @@ from ncsn.evaluation.reference import open_evaluator
 from ncsn.evaluation.scores import kernel_distance
 from ncsn.model.checkpoint import TrainedNetwork
 from ncsn.model.classes import AS_DATA, BALANCED
-from ncsn.report.words import markdown_table
+from ncsn.report.pages import render
 from ncsn.runs.folder import Run, opened_from
 from ncsn.steps.results import Context, ExportResult, Prepared
 from ncsn.steps.sample import opened, place_of
@@ -91,21 +91,35 @@ def export(
             for name, count in asked.items()
         ]
         distances = _distances(config, dataset, parts, context)
-    copies = sum(part.copies.copies for part in parts)
     result = ExportResult(
         uri=uri,
         card=storage.join(uri, CARD),
         counts={part.name: len(part.chosen) for part in parts},
         made=sum(part.samples.count for part in parts),
-        copies=copies,
+        copies=sum(part.copies.copies for part in parts),
         expected=round(sum(part.copies.expected * part.samples.count for part in parts), 2),
+    )
+    wish = config.export.model_dump(exclude_defaults=True, exclude={"out"})
+    changes = [f"export.{name}={json.dumps(value)}" for name, value in wish.items()]
+    again = [f"--set {shlex.quote(each)}" for each in (*changes, f"sampling.seed={config.sampling.seed}")]
+    card = render(
+        "data_card.md.j2",
+        config=config,
+        trained=trained,
+        manifest=manifest,
+        parts=parts,
+        distances=distances,
+        result=result,
+        model=opened_from(context.folder) or context.folder.run,
+        again=" ".join(again),
+        version=importlib.metadata.version("ncsn"),
     )
     with storage.staged_folder(uri, marker=CARD) as folder:
         for part in parts:
             _write(folder, part, manifest, kind=config.export.format)
-        (folder / CARD).write_text(_card(config, trained, manifest, parts, distances, context))
+        (folder / CARD).write_text(card)
     tracked.log_dataset(f"{config.name}-generated", digest=storage.digest(result.counts, 8), uri=uri, context="export")
-    tracked.log_metrics({"export/images": sum(result.counts.values()), "export/copies": copies})
+    tracked.log_metrics({"export/images": sum(result.counts.values()), "export/copies": result.copies})
     tracked.set_tags({"checkpoint.digest": trained.digest, "dataset.digest": manifest.digest, "export.uri": uri})
     tracked.log_file(result.card)
     return result
@@ -115,23 +129,22 @@ def _asked(config: Config, trained: TrainedNetwork) -> dict[str, int]:
     """Images of each class, in the order of the classes; of all under an empty name, without classes."""
     wish, classes = config.export, trained.classes
     if classes is None:
-        for key, value in (("per_class", wish.per_class), ("classes", wish.classes), ("fill", wish.fill)):
-            if value:
-                reason, hint = "this model knows no classes", "use export.num_images"
-                raise UserError(f"export.{key}", reason, hint=hint, value=value)
+        for key, value in wish.model_dump(include={"per_class", "classes", "fill"}, exclude_defaults=True).items():
+            reason, hint = "this model knows no classes", "use export.num_images"
+            raise UserError(f"export.{key}", reason, hint=hint, value=value)
         return {"": wish.num_images or config.sampling.num_images}
+    hint = "use export.per_class, export.classes or export.fill"
     if wish.num_images:
-        hint = "use export.per_class, export.classes or export.fill"
         raise UserError("export.num_images", "this model knows classes", hint=hint, value=wish.num_images)
     most = max(classes.counts)
-    asked = {}
-    for name, count in zip(classes.names, classes.counts, strict=True):
-        asked[name] = most - count if wish.fill else (wish.per_class or 0)
+    asked = {
+        name: most - count if wish.fill else wish.per_class or 0
+        for name, count in zip(classes.names, classes.counts, strict=True)
+    }
     for name, count in wish.classes.items():
         asked[classes.names[classes.index(name, key="export.classes")]] = count
     if not any(asked.values()):
-        reason, hint = "asks for no images", "set export.per_class, export.classes or export.fill"
-        raise UserError("export", reason, hint=hint)
+        raise UserError("export", "asks for no images", hint=hint)
     return {name: count for name, count in asked.items() if count}
 
 
@@ -165,16 +178,12 @@ def _distances(config: Config, dataset: str, parts: list[Part], context: Context
     runner, progress = runner_of(config.compute), context.progress
     progress.start(sum(part.samples.count for part in parts), "images, measured")
     evaluator = open_evaluator(config, dataset, runner=runner, progress=progress)
-    before, after = [], []
-    for part in parts:
-        features = extract_set(config, dataset, part.samples, runner=runner, progress=progress).features
-        before.append(features[: len(part.chosen)])
-        after.append(features[part.chosen])
+    made = [extract_set(config, dataset, part.samples, runner=runner, progress=progress).features for part in parts]
     shown = []
-    for each in (before, after):
-        value, deviation = kernel_distance(np.concatenate(each), evaluator.reference.features, seed=0)
-        reach = DEVIATIONS * deviation
-        shown.append(with_interval(value, value - reach, value + reach))
+    for rows in ([slice(len(part.chosen)) for part in parts], [part.chosen for part in parts]):
+        features = np.concatenate([each[own] for each, own in zip(made, rows, strict=True)])
+        value, deviation = kernel_distance(features, evaluator.reference.features)
+        shown.append(with_interval(value, value - DEVIATIONS * deviation, value + DEVIATIONS * deviation))
     return shown
 
 
@@ -186,22 +195,21 @@ def _write(folder: Path, part: Part, manifest: Manifest, *, kind: str) -> None:
     names, name = list(manifest.class_names) if part.name else [], part.name.replace("/", "-")  # as in `T-shirt/top`
     features = {"image": {"_type": "Image"}} | ({"label": {"names": names, "_type": "ClassLabel"}} if names else {})
     known = {b"huggingface": json.dumps({"info": {"features": features}}).encode()}
-    label = names.index(part.name) if names else NO_LABEL
     for first in range(0, part.samples.count, FILE_IMAGES):
         last = min(first + FILE_IMAGES, part.samples.count)
         numbers = part.chosen[(part.chosen >= first) & (part.chosen < last)]
-        images, labels = part.samples.stored(first, last)[numbers - first], np.full(len(numbers), label, np.int64)
-        file = folder / f"{name or 'images'}-{first:06d}.parquet"
+        rows = part.samples.table(first, last).take(numbers - first)
+        pngs = [_png(image) for image in from_table(rows).images] if _fits_png(manifest) else []
         if kind == "png":
             (folder / name).mkdir(exist_ok=True)
-            for number, image in zip(numbers, images, strict=True):
-                (folder / name / f"{number:06d}.png").write_bytes(_png(image))
-        elif _fits_png(manifest):
-            column = pa.array([{"bytes": _png(image), "path": None} for image in images], _ENCODED)
-            columns = {"image": column} | ({"label": labels} if names else {})
-            pq.write_table(pa.table(columns).replace_schema_metadata(known), file)
-        else:
-            pq.write_table(to_table(Rows(images, labels), manifest.pixels.limits), file, **PARQUET_OPTIONS)
+            for number, png in zip(numbers, pngs, strict=True):
+                (folder / name / f"{number:06d}.png").write_bytes(png)
+            continue
+        if pngs:
+            column = pa.array([{"bytes": png, "path": None} for png in pngs], _ENCODED)
+            columns = {"image": column} | ({"label": rows.column("label")} if names else {})
+            rows = pa.table(columns).replace_schema_metadata(known)
+        pq.write_table(rows, folder / f"{name or 'images'}-{first:06d}.parquet", **PARQUET_OPTIONS)
 
 
 def _fits_png(manifest: Manifest) -> bool:
@@ -212,52 +220,3 @@ def _png(image: NDArray[Any]) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(buffer, format="PNG")
     return buffer.getvalue()
-
-
-def _card(
-    config: Config, trained: TrainedNetwork, manifest: Manifest, parts: list[Part], distances: list[str],
-    context: Context,
-) -> str:  # fmt: skip
-    """The page of the data set, with the front matter that the hubs of data sets read."""
-    model, sampling = opened_from(context.folder) or context.folder.run, config.sampling
-    total, made = sum(len(part.chosen) for part in parts), sum(part.samples.count for part in parts)
-    copies = sum(part.copies.copies for part in parts)
-    chance = sum(part.copies.expected * part.samples.count for part in parts)
-    rows = [
-        (part.name or "all", f"{len(part.chosen):,}", f"{part.samples.count:,}", f"{part.copies.copies:,}")
-        for part in parts
-    ]
-    wish = config.export.model_dump(exclude_defaults=True, exclude={"out"})
-    changes = [f"export.{name}={json.dumps(value)}" for name, value in wish.items()]
-    again = " ".join(f"--set {shlex.quote(each)}" for each in [*changes, f"sampling.seed={sampling.seed}"])
-    guidance = "none" if sampling.guidance is None else f"{sampling.guidance.kind}, weight {sampling.guidance.weight:g}"
-    facts = [
-        ("model", f"`{model}`, weights `{trained.digest}`, which have seen {trained.images_seen:,} images"),
-        ("training images", f"{manifest.name}, {manifest.count('train'):,} images, digest `{manifest.digest}`"),
-        ("sampler", f"{sampling.sampler}, seed {sampling.seed}"),
-        ("guidance", guidance),
-        ("program", f"ncsn {importlib.metadata.version('ncsn')}"),
-    ]
-    texts = [
-        f"---\npretty_name: {config.name}, generated\ntags: [synthetic]\nsize_categories: [{_size(total)}]\n---",
-        f"# {config.name}: {total:,} generated images",
-        f"{manifest.pixels} images, made by a model of {manifest.source.rstrip('.')}. None shows anything real.",
-        markdown_table(("", ""), facts),
-        "## Images\n\n" + markdown_table(("class", "images", "made", "copies left out"), rows),
-        f"## Copies\n\nEach of the {made:,} images that were made was compared with every training image. {copies:,} "
-        f"were nearer to one than unseen images are, and were left out; {chance:.1f} are expected by chance. The "
-        "measure finds copies that are shifted, mirrored or brighter, and not the same thing seen otherwise.",
-        f"## Fidelity\n\nKernel distance to the training images, with its 95 % interval over other images: "
-        f"{distances[0]} before copies were left out, {distances[1]} after.",
-        f"## Again\n\n```bash\nncsn export {model} {again}\n```",
-        f"## License\n\nThe images derive from the training images, which have these terms: {manifest.license}",
-    ]
-    return "\n\n".join(texts) + "\n"
-
-
-def _size(count: int) -> str:
-    """The class of sizes that the hubs of data sets know."""
-    names = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M")
-    return next(
-        (name for name, most in zip(names, (10**3, 10**4, 10**5, 10**6), strict=False) if count < most), names[-1]
-    )
