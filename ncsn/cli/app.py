@@ -250,43 +250,27 @@ def select_command(*, options: TargetOptions, as_json: bool, **given: str | None
 
 @app.command("export", cls=ReportingCommand, short_help=STEP_TABLE["export"].summary)
 @partial(step_options, step="export")
-@click.option("--per-class", metavar="N", type=int, help="Images of each class.")
-@click.option("--class", "classes", metavar="NAME=N", multiple=True, help="Images of this class; repeatable.")
+@click.option("--per-class", metavar="N", type=click.IntRange(min=1), help="Images of each class.")
+@click.option("--class", "quotas", metavar="NAME=N", multiple=True, help="Images of this class; repeatable.")
 @click.option("--fill", is_flag=True, help="Complete each class of the training images to the largest.")
-@click.option("--num-images", metavar="N", type=int, help="Images of a model without classes.")
-@click.option("--format", "kind", type=click.Choice(["png", "parquet"]), help="Files to write; default: png.")
+@click.option("--num-images", metavar="N", type=click.IntRange(min=1), help="Images of a model without classes.")
+@click.option("--format", type=click.Choice(["png", "parquet"]), help="Files to write; default: png.")
 @click.option("--out", metavar="DIR|URI", help="New or empty folder; default: in the run's folder.")
-def export_command(
-    *,
-    options: TargetOptions,
-    per_class: int | None,
-    classes: tuple[str, ...],
-    fill: bool,
-    num_images: int | None,
-    kind: str | None,
-    out: str | None,
-    **given: Any,
-) -> None:
+def export_command(*, options: TargetOptions, quotas: tuple[str, ...], out: str | None, **given: Any) -> None:
     """Write a data set of generated images, without copies of training images.
 
     ADDRESS, instead of --config or --run: models:/NAME@ALIAS, the name of a run, or its folder or URI. The options are
     short for settings of the section export.
     """
-    by_class = dict[str, int]()
-    for text in classes:
-        name, _, count = text.rpartition("=")
+    wish = {name: given.pop(name) for name in ("per_class", "fill", "num_images", "format")}
+    wish |= {"classes": {}, "out": str(Path(out).absolute()) if out and "://" not in out else out}
+    for quota in quotas:
+        name, _, count = quota.rpartition("=")
         if not name or not count.isdecimal():
-            raise UserError("--class", "is not NAME=N", hint="such as --class crack=2000", value=text)
-        by_class[name] = int(count)
-    named = {
-        "per_class": per_class,
-        "classes": by_class,
-        "fill": fill or None,
-        "num_images": num_images,
-        "format": kind,
-    }
-    named["out"] = out if out is None or "://" in out else str(Path(out).absolute())
-    changes = tuple(f"export.{key}={json.dumps(value)}" for key, value in named.items() if value not in (None, "", {}))
+            raise UserError("--class", "is not NAME=N", hint="such as --class crack=2000", value=quota)
+        wish["classes"][name] = int(count)
+    # As YAML reads it, whose escapes have other surrogates.
+    changes = [f"export.{name}={json.dumps(value, ensure_ascii=False)}" for name, value in wish.items() if value]
     _do_step("export", options=replace(options, overrides=(*options.overrides, *changes)), **given)
 
 

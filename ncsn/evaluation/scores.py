@@ -1,8 +1,6 @@
-"""Nearest features, Inception score, kernel distance, precision and recall."""
+"""Inception score, kernel distance, precision and recall."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -11,42 +9,12 @@ from ncsn.errors import UserError
 from ncsn.evaluation.frechet import jackknife_groups
 
 Array = npt.NDArray[np.float64]
-Vectors = npt.NDArray[np.number]
 Features = npt.NDArray[np.floating]
 
 BLOCK_VALUES, KERNEL_ROWS = 1 << 23, 1024
 
 
-@dataclass(frozen=True)
-class Neighbors:
-    """The k nearest reference vectors of each of Q queries, nearest first."""
-
-    indices: npt.NDArray[np.int64]  # [Q, k], rows of the reference
-    distances: Array  # [Q, k], Euclidean
-
-
-def nearest_neighbors(queries: Vectors, reference: Vectors, *, k: int, block_size: int | None = None) -> Neighbors:
-    """Exact k nearest neighbors by Euclidean distance, in one pass over the reference.
-
-    Args:
-        queries: [Q, ...] vectors.
-        reference: [N, ...] with N >= k; a memory map is read one block at a time.
-        block_size: Reference vectors in memory at a time; None = about 64 MB of them.
-    """
-    flat = _rows(queries)
-    block_size = block_size or max(BLOCK_VALUES // flat.shape[1], 1)
-    distances, indices = np.full((len(queries), k), np.inf), np.zeros((len(queries), k), np.int64)
-    for first in range(0, len(reference), block_size):
-        found = _distances(flat, _rows(reference[first : first + block_size]))
-        candidates = np.concatenate([distances, found], axis=1)
-        numbers = np.concatenate([indices, np.broadcast_to(first + np.arange(found.shape[1]), found.shape)], axis=1)
-        keep = np.argpartition(candidates, k - 1, axis=1)[:, :k]
-        indices, distances = (np.take_along_axis(each, keep, axis=1) for each in (numbers, candidates))
-    order = np.lexsort((indices, distances), axis=1)
-    return Neighbors(*(np.take_along_axis(each, order, axis=1) for each in (indices, distances)))
-
-
-def _rows(vectors: Vectors) -> Array:
+def _rows(vectors: Features) -> Array:
     return np.asarray(vectors, dtype=np.float64).reshape(len(vectors), -1)
 
 
@@ -204,20 +172,24 @@ def precision_recall(
     [M, D], more than the largest k. `neighborhood` is the k of precision and recall, `density_neighborhood` that of
     density and coverage.
     """
-    largest = max(neighborhood, density_neighborhood)
-    # The nearest vector of the own set is the vector itself.
-    real_radii = nearest_neighbors(real, real, k=1 + largest, block_size=block_size).distances
-    generated_radii = nearest_neighbors(generated, generated, k=1 + neighborhood, block_size=block_size).distances
-    small, large = real_radii[:, neighborhood], real_radii[:, density_neighborhood]
+    rows, columns = _rows(generated), _rows(real)
+
+    def radii(own: Array, *neighbors: int) -> Array:
+        parts = (own[first : first + block_size] for first in range(0, len(own), block_size))
+        # The nearest vector of the own set is the vector itself.
+        found = [np.partition(_distances(part, own), neighbors, axis=1)[:, neighbors] for part in parts]
+        return np.concatenate(found).T
+
+    small, large = radii(columns, neighborhood, density_neighborhood)
+    (generated_radii,) = radii(rows, neighborhood)
     inside, hits = 0, 0
     recalled, covered = np.zeros(len(real), bool), np.zeros(len(real), bool)
-    columns = _rows(real)
     for first in range(0, len(generated), block_size):
-        rows = slice(first, first + block_size)
-        distances = _distances(_rows(generated[rows]), columns)
+        own = slice(first, first + block_size)
+        distances = _distances(rows[own], columns)
         inside += int((distances <= small).any(axis=1).sum())
         hits += int((distances < large).sum())
-        recalled |= (distances <= generated_radii[rows, -1:]).any(axis=0)
+        recalled |= (distances <= generated_radii[own, None]).any(axis=0)
         covered |= (distances < large).any(axis=0)
     return {
         "precision": inside / len(generated),

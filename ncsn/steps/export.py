@@ -100,7 +100,7 @@ def export(
         expected=round(sum(part.copies.expected * part.samples.count for part in parts), 2),
     )
     wish = config.export.model_dump(exclude_defaults=True, exclude={"out"})
-    changes = [f"export.{name}={json.dumps(value)}" for name, value in wish.items()]
+    changes = [f"export.{name}={json.dumps(value, ensure_ascii=False)}" for name, value in wish.items()]
     again = [f"--set {shlex.quote(each)}" for each in (*changes, f"sampling.seed={config.sampling.seed}")]
     card = render(
         "data_card.md.j2",
