@@ -183,7 +183,6 @@ def measured(dataset: str, config: Config, settings: list[Setting], *, num_image
             joined([extractor.extract(batch) for batch in images]),
             reference=evaluator.reference,
             num_splits=10,
-            seed=0,
             asked=AskedClasses(labels, (test if versus == "test" else train).labels, num_classes, own=own),
         ).metrics
         values: dict[str, Any] = {key: figures[key].value for key in ("fid", "kid", "recall")}

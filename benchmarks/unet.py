@@ -183,7 +183,6 @@ class Scorer:
             joined([extractor.extract(batch) for batch in batches(images, batch_size=SAMPLE_BATCH)]),
             reference=reference,
             num_splits=2,
-            seed=0,
         )
         return float(measured.metrics["fid"].value)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -33,7 +33,7 @@ from ncsn.data.training_images import open_cache
 from ncsn.evaluation import DEVIATIONS
 from ncsn.evaluation.copies import Copies
 from ncsn.evaluation.extractors import Images
-from ncsn.evaluation.features import ImageSet, Runner, SplitSet, device_of, here
+from ncsn.evaluation.features import ImageSet, Runner, SplitSet, device_of
 from ncsn.evaluation.measure import Metric
 from ncsn.progress import Progress
 
@@ -73,11 +73,9 @@ class Audit:
     def figures(self) -> tuple[dict[str, Metric], dict[str, Metric]]:
         """Metrics of the images by short name, and what is expected of unseen real ones."""
         count, share = self.copies.num_images, self.closeness
-        own = {"copies": self.copies.copies / count, "closeness": share.value}
-        own |= {"closeness_low": share.low, "closeness_high": share.high}
-        unseen = {"copies": self.copies.expected, "closeness": share.expected}
-        ours, theirs = ({name: Metric(value, count) for name, value in each.items()} for each in (own, unseen))
-        return ours, theirs
+        ours = {"copies": Metric(self.copies.copies / count, count), "closeness": Metric(share.value, count)}
+        ours |= {"closeness_low": Metric(share.low, count), "closeness_high": Metric(share.high, count)}
+        return ours, {"copies": Metric(self.copies.expected, count), "closeness": Metric(share.expected, count)}
 
     def plain(self) -> dict[str, Any]:
         """As it stands in a record."""
@@ -89,13 +87,13 @@ def audit(config: Config, dataset: str, images: SampleSet, *, runner: Runner, pr
 
     `progress` counts the images that are compared, of the set and of the test split.
     """
-    rows, known = _calibrated(config, dataset, runner=runner, progress=progress)
+    rows, known, near = compared_tests(config, dataset, runner=runner, progress=progress)
     kept = np.flatnonzero(known["statistic"] >= NEAR)
     found = _compared(config, dataset, images, rows=rows, tests=kept, runner=runner, progress=progress)
     real, test = (open_cache(dataset, name).labels[own] for name, own in (("train", rows), ("test", kept)))
     labels = images.labels()
     statistics, ours = known["statistic"][kept], found["statistic"]
-    unseen = Copies(0, int((ours < NEAR).sum()), images.count, len(kept), len(known["statistic"]) - len(kept))
+    unseen = Copies(0, int((ours < NEAR).sum()), images.count, len(kept), len(near))
     limit = np.sort(statistics)[unseen.rank - 1] if len(kept) else NEAR
     copied, worst = ours < limit, np.argsort(ours, kind="stable")[:WORST]
     classes = []
@@ -108,31 +106,26 @@ def audit(config: Config, dataset: str, images: SampleSet, *, runner: Runner, pr
     return Audit(
         copies=replace(unseen, copies=int(copied.sum())),
         copied=copied,
-        near_duplicates=_leaked(known).tolist(),
+        near_duplicates=near.tolist(),
         closeness=closeness(found, num_train=len(rows), num_test=len(kept)),
         classes=classes,
         worst=[{"image": int(i), "row": int(found["row"][i]), "statistic": round(float(ours[i]), 4)} for i in worst],
     )
 
 
-def leaked(config: Config, dataset: str, *, progress: Progress) -> NDArray[np.int64]:
-    """Rows [P, 2] of test images that nearly equal a training image, and of that, by a comparison in this process."""
-    return _leaked(_calibrated(config, dataset, runner=here, progress=progress)[1])
-
-
-def _leaked(known: Mapping[str, NDArray[Any]]) -> NDArray[np.int64]:
-    tests = np.flatnonzero(known["statistic"] < NEAR)
-    return np.stack([tests, known["row"][tests]], axis=1)
-
-
-def _calibrated(
+def compared_tests(
     config: Config, dataset: str, *, runner: Runner, progress: Progress
-) -> tuple[NDArray[np.int64], Mapping[str, NDArray[Any]]]:
-    """The rows of different training images, and what the comparison finds of each test image."""
+) -> tuple[NDArray[np.int64], Mapping[str, NDArray[Any]], NDArray[np.int64]]:
+    """Rows of the training images that differ, and what the comparison with them finds of each test image.
+
+    At last the rows [P, 2] of test images that nearly equal a training image, and of that.
+    """
     rows = distinct(open_cache(dataset, "train", as_bytes=True).images, mirrors=config.data.mirrors)
     tests = SplitSet(dataset, "test", load_manifest(dataset).count("test"))
     every = np.arange(tests.count)
-    return rows, _compared(config, dataset, tests, rows=rows, tests=every, runner=runner, progress=progress)
+    known = _compared(config, dataset, tests, rows=rows, tests=every, runner=runner, progress=progress)
+    near = np.flatnonzero(known["statistic"] < NEAR)
+    return rows, known, np.stack([near, known["row"][near]], axis=1)
 
 
 def near_duplicates(images: Images, *, mirrors: bool) -> NDArray[np.int64]:
@@ -140,23 +133,11 @@ def near_duplicates(images: Images, *, mirrors: bool) -> NDArray[np.int64]:
     rows = distinct(images, mirrors=mirrors)
     if len(rows) < 2:
         return np.empty((0, 2), np.int64)
-    near = nearest(images[rows], images, rows=rows, mirrors=mirrors, leave_out=rows)
-    found, distances = near.rows[:, 0], near.distances[:, :OTHERS]
-    scale = distances.mean(axis=1, where=np.isfinite(distances))[np.searchsorted(rows, found)]
-    close = np.flatnonzero(near.distances[:, 0] < NEAR * scale)
-    pairs = np.sort(np.stack([rows[close], found[close]], axis=1)[np.argsort(near.distances[close, 0])], axis=1)
+    found, distances = nearest(images[rows], images.__getitem__, rows=rows, mirrors=mirrors, leave_out=rows)
+    scale = _scale(distances)[np.searchsorted(rows, found[:, 0])]
+    close = np.flatnonzero(distances[:, 0] < NEAR * scale)
+    pairs = np.sort(np.stack([rows[close], found[close, 0]], axis=1)[np.argsort(distances[close, 0])], axis=1)
     return pairs[np.sort(np.unique(pairs, axis=0, return_index=True)[1])]
-
-
-def images_to_compare(config: Config, dataset: str, images: SampleSet) -> int:
-    """How many images of the set and of the test split `audit` will compare."""
-    sets: tuple[ImageSet, ...] = (images, SplitSet(dataset, "test", load_manifest(dataset).count("test")))
-    gaps = [
-        gap
-        for each in sets
-        for gap in missing_ranges(storage.list_names(_place(config, dataset, each)), num_images=each.count)
-    ]
-    return sum(last - first for first, last in gaps)
 
 
 def closeness(found: Mapping[str, NDArray[Any]], *, num_train: int, num_test: int) -> Share:
@@ -198,11 +179,14 @@ def _compared(
     """What the comparison finds of each image, by name; blocks that are kept from before are not made again."""
     folder = _place(config, dataset, images)
     size = max(1, min(TASK_IMAGES, TASK_BYTES // load_manifest(dataset).pixels.num_bytes))
+    gaps = missing_ranges(storage.list_names(folder), num_images=images.count)
     blocks: list[_Block] = [
         (config, dataset, images, start, min(start + size, last), rows, tests)
-        for first, last in missing_ranges(storage.list_names(folder), num_images=images.count)
+        for first, last in gaps
         for start in range(first, last, size)
     ]
+    kind = "test images" if isinstance(images, SplitSet) else "samples"
+    progress.start(sum(last - first for first, last in gaps), f"{kind}, compared with the training images")
     for (_, _, _, start, end, *_), _ in runner(_compare, blocks, gpu=True):
         progress.advance(end - start)
     tables, position = list[pa.Table](), 0
@@ -224,28 +208,32 @@ def _place(config: Config, dataset: str, images: ImageSet) -> str:
 
 def _compare(block: _Block) -> None:
     config, dataset, images, first, last, rows, tests = block
-    real = _Real(*(open_cache(dataset, split, as_bytes=True).images for split in ("train", "test")))
-    own, count = images.read(first, last), len(real.training)
-    numbers = count + np.arange(first, last) if isinstance(images, SplitSet) else None
+    training, test = (open_cache(dataset, split, as_bytes=True).images for split in ("train", "test"))
+    own, count = images.read(first, last), len(training)
+
+    def real(numbers: NDArray[np.int64]) -> Images:
+        """The images of both splits, numbered from the first training image to the last test image."""
+        found, late = training[np.where(numbers < count, numbers, 0)], numbers >= count
+        found[late] = test[numbers[late] - count]
+        return found
+
     search = partial(nearest, reference=real, mirrors=config.data.mirrors, device=device_of(config))
+    numbers = count + np.arange(first, last) if isinstance(images, SplitSet) else None
     # One search for both, since the larger of two sets would be searched less thoroughly.
-    near = search(own, rows=np.concatenate([rows, count + tests]), leave_out=numbers)
-    of_training = np.where(near.rows < count, near.distances, np.inf)
-    of_tests = np.where(near.rows >= count, near.distances, np.inf)
+    near, distances = search(own, rows=np.concatenate([rows, count + tests]), leave_out=numbers)
+    of_training, of_tests = np.where(near < count, distances, np.inf), np.where(near >= count, distances, np.inf)
     each, best = np.arange(len(own)), of_training.argmin(axis=1)
     two = np.argsort(of_tests, axis=1, kind="stable")[:, :2].T
     distance = of_training[each, best]
-    row = np.where(np.isfinite(distance), near.rows[each, best], rows[0])  # of test images alone, any
+    row = np.where(np.isfinite(distance), near[each, best], rows[0])  # of test images alone, any
     asked, places = np.unique(row, return_inverse=True)
-    others = search(real[asked], rows=rows, leave_out=asked).distances[:, :OTHERS]
-    scale = others.mean(axis=1, where=np.isfinite(others))[places]
-    # Where the others differ at the border alone, nothing is a copy of one.
-    statistic = np.divide(distance, scale, out=np.full_like(distance, np.inf), where=scale > 0)
+    scale = _scale(search(real(asked), rows=rows, leave_out=asked)[1])[places]
     columns = {
         "row": row,
         "distance": distance,
-        "statistic": statistic,
-        "test_row": near.rows[each, two[0]] - count,
+        # Where the others differ at the border alone, nothing is a copy of one.
+        "statistic": np.divide(distance, scale, out=np.full_like(distance, np.inf), where=scale > 0),
+        "test_row": near[each, two[0]] - count,
         "test_distance": of_tests[each, two[0]],
         "second_test_distance": of_tests[each, two[-1]],
     }
@@ -254,27 +242,10 @@ def _compare(block: _Block) -> None:
     storage.write_bytes(storage.join(_place(config, dataset, images), shard_name(first, last)), buffer.getvalue())
 
 
-@dataclass(frozen=True)
-class _Real:
-    """The images of both splits, numbered from the first training image to the last test image."""
-
-    training: Images
-    test: Images
-
-    def __getitem__(self, numbers: NDArray[np.int64]) -> Images:
-        tests = numbers >= len(self.training)
-        found = np.empty((len(numbers), *self.training.shape[1:]), np.uint8)
-        found[~tests] = self.training[numbers[~tests]]
-        found[tests] = self.test[numbers[tests] - len(self.training)]
-        return found
-
-
-@dataclass(frozen=True)
-class Nearest:
-    """The candidates among reference images for each of Q images, nearest first."""
-
-    rows: NDArray[np.int64]  # [Q, K] of the reference
-    distances: NDArray[np.float32]  # [Q, K], root of the mean square over pixels, in units of 0..255
+def _scale(distances: NDArray[np.float32]) -> NDArray[np.float32]:
+    """How far apart images of the kind of each are, from its distances [Q, K] to the others."""
+    scale: NDArray[np.float32] = distances[:, :OTHERS].mean(axis=1, where=np.isfinite(distances[:, :OTHERS]))
+    return scale
 
 
 def reduced(images: Images, device: str) -> Tensor:
@@ -320,12 +291,15 @@ def pixel_distances(images: Tensor, others: Tensor, *, mirrors: bool) -> Tensor:
 
 
 def nearest(
-    images: Images, reference: Images | _Real, *, rows: NDArray[np.int64], mirrors: bool, device: str = "cpu",
-    leave_out: NDArray[np.int64] | None = None,
-) -> Nearest:  # fmt: skip
-    """The nearest of these rows of the reference to each image, but for the row `leave_out` [Q] of each.
+    images: Images, reference: Callable[[NDArray[np.int64]], Images], *, rows: NDArray[np.int64], mirrors: bool,
+    device: str = "cpu", leave_out: NDArray[np.int64] | None = None,
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:  # fmt: skip
+    """The nearest of these rows of the reference to each of Q images, but for the row `leave_out` [Q] of each.
 
-    Images are [N, H, W, C]; the reference, which may be a memory map, is read block by block.
+    Images are [N, H, W, C]; the reference gives those of some rows, and is asked block by block.
+
+    Returns:
+        Rows [Q, K], nearest first, and distances, the root of the mean square over pixels, in units of 0..255.
     """
     queries = reduced(images, device)
     values, count = queries[0].numel(), min(CANDIDATES, len(rows))
@@ -334,7 +308,7 @@ def nearest(
     size = max(count, VALUES // values)
     for first in range(0, len(rows), size):
         some = rows[first : first + size]
-        likeness, numbers = own @ spectra(reduced(reference[some], device)).T, torch.tensor(some, device=device)
+        likeness, numbers = own @ spectra(reduced(reference(some), device)).T, torch.tensor(some, device=device)
         if leave_out is not None:
             likeness[numbers == torch.tensor(leave_out, device=device)[:, None]] = -torch.inf
         likeness = torch.cat([alike, likeness], dim=1)
@@ -344,8 +318,8 @@ def nearest(
     distances, size = alike.clone(), max(1, VALUES // values // count)
     for first in range(0, len(own), size):
         some = found[first : first + size].flatten().cpu().numpy()
-        others = reduced(reference[some], device).reshape(-1, count, *queries.shape[1:])
+        others = reduced(reference(some), device).reshape(-1, count, *queries.shape[1:])
         distances[first : first + size] = pixel_distances(queries[first : first + size], others, mirrors=mirrors)
     distances[alike == -torch.inf] = torch.inf
     distances, places = distances.sort(dim=1, stable=True)
-    return Nearest(found.gather(1, places).cpu().numpy(), distances.cpu().numpy())
+    return found.gather(1, places).cpu().numpy(), distances.cpu().numpy()

@@ -17,12 +17,7 @@ from ncsn.evaluation.extractors import Extracted
 from ncsn.evaluation.features import ImageSet, Runner, SplitSet, extract_set
 from ncsn.evaluation.frechet import RunningDistance, RunningScore, score_of
 from ncsn.evaluation.reference import Evaluator, Reference, class_histogram, load_reference
-from ncsn.evaluation.scores import (
-    excess_distance,
-    inception_score,
-    kernel_distance,
-    precision_recall,
-)
+from ncsn.evaluation.scores import excess_distance, inception_score, kernel_distance, precision_recall
 from ncsn.progress import Progress
 
 if TYPE_CHECKING:
@@ -67,7 +62,6 @@ def measure_extracted(
     *,
     reference: Reference,
     num_splits: int,
-    seed: int,
     classes: bool = True,
     asked: AskedClasses | None = None,
     num_compared: int | None = None,
@@ -81,7 +75,6 @@ def measure_extracted(
     Args:
         extracted: Features and probabilities of the images, in order.
         num_splits: Of the score.
-        seed: Of the subsets that are drawn.
         classes: Whether the extractor's classes mean something; without, there is no score.
         asked: The classes of the images; None for a model without.
         num_compared: Images of the smallest set that these are compared with; None for as many as these. Scores of
@@ -100,19 +93,19 @@ def measure_extracted(
     if fewest < most:
         compared = score_of(extracted.features[:fewest], reference.statistics, classes_in_turn=in_turn)
     equal = {name: Metric(value, fewest) for name, value in compared.values.items()}
-    metrics = feature_metrics(extracted, reference, distance=scores[-1], balls=fewest, seed=seed, in_turn=in_turn)
+    metrics = feature_metrics(extracted, reference, distance=scores[-1], balls=fewest, in_turn=in_turn)
     if classes:
         probabilities = extracted.log_probabilities
         metrics |= class_metrics(probabilities[:most], reference, num_splits=num_splits)
         equal |= class_metrics(probabilities[:fewest], reference, num_splits=num_splits)
-    found = None if asked is None else asked.scores(extracted, reference=reference.features, seed=seed)
+    found = None if asked is None else asked.scores(extracted, reference=reference.features, seed=COMMON_SEED)
     if found is not None:
         metrics |= {name: Metric(value, found.count) for name, value in found.metrics.items()}
     return Measured(metrics=metrics, running=scores, equal=equal, classes=found)
 
 
 def feature_metrics(
-    extracted: Extracted, reference: Reference, *, distance: RunningScore, balls: int, seed: int, in_turn: int
+    extracted: Extracted, reference: Reference, *, distance: RunningScore, balls: int, in_turn: int
 ) -> dict[str, Metric]:
     """Metrics of features by short name.
 
@@ -123,13 +116,13 @@ def feature_metrics(
       most 10,000.
     """
     count = len(extracted.features)
-    kid, kid_std = kernel_distance(extracted.features, reference.features, seed=seed, classes_in_turn=in_turn)
+    kid, kid_std = kernel_distance(extracted.features, reference.features, seed=COMMON_SEED, classes_in_turn=in_turn)
     values = {"kid": kid, "kid_low": kid - DEVIATIONS * kid_std, "kid_high": kid + DEVIATIONS * kid_std}
     metrics = {name: Metric(value, count) for name, value in values.items()}
     metrics |= {name: Metric(value, distance.num_images) for name, value in distance.values.items()}
     balls = min(balls, len(reference.features), BALL_IMAGES)
     if balls >= FEWEST_BALLS:
-        chosen = np.sort(keyed_permutation(seed, epoch=0, size=len(reference.features))[:balls])
+        chosen = np.sort(keyed_permutation(COMMON_SEED, epoch=0, size=len(reference.features))[:balls])
         shares = precision_recall(extracted.features[:balls], reference.features[chosen])
         metrics |= {name: Metric(value, balls) for name, value in shares.items()}
     return metrics
@@ -203,7 +196,6 @@ def _measure_set(work: _Work) -> Measured:
         extracted,
         reference=reference,
         num_splits=config.evaluation.num_splits,
-        seed=COMMON_SEED,
         classes=extractor in WITH_SCORE,
         asked=asked,
         num_compared=fewest,

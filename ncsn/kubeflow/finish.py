@@ -12,7 +12,7 @@ from ncsn.config import Config
 from ncsn.environment import KFP_RUN_ID, KfpRun
 from ncsn.errors import UserError
 from ncsn.remote import open_backend
-from ncsn.report.pages import run_page
+from ncsn.report.pages import render
 from ncsn.runs.folder import (
     ForeignRun,
     Outcome,
@@ -118,7 +118,7 @@ def run(
         if verdict := records["evaluate"].result.get("verdict"):
             notes.insert(0, verdict)
     notes += [f"{name} was still running on the cluster and has been stopped." for name in canceled]
-    page = run_page(run, status=outcome.status, reason=str(outcome), steps=steps, places=places, notes=notes)
+    page = render("run_page.md.j2", run=run, outcome=outcome, steps=steps, places=places, notes=notes)
     return FinishResult(outcome.status, outcome.reason, outcome.failed_step, canceled, page)
 
 

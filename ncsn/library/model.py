@@ -108,7 +108,7 @@ class ScoreModel:
         Raises:
             UserError: The model does not fit the sampler or the label, or an image is not finite.
         """
-        count: Any = images_of(label) if n is None and isinstance(label, Mapping) else n  # whatever a caller gives
+        count: Any = images_of(label) if n is None else n  # whatever a caller gives
         if not isinstance(count, int | np.integer) or count < 1:
             raise UserError("n", f"must be a whole number of at least 1, not {n!r}")
         if not isinstance(sampler, Sampler | None):

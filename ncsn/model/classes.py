@@ -59,9 +59,9 @@ def require_label(label: str | Mapping[str, int], classes: Classes | None, *, ke
             classes.index(name, key=key)
 
 
-def images_of(label: Mapping[str, Any]) -> int:
-    """How many images a label by class asks for, as far as its values are numbers."""
-    return sum(count for count in label.values() if isinstance(count, int))
+def images_of(label: Any) -> int | None:
+    """How many images a label by class asks for, as far as its values are numbers; None for another label."""
+    return sum(n for n in label.values() if isinstance(n, int)) if isinstance(label, Mapping) else None
 
 
 def _shown(names: Sequence[str]) -> str:

@@ -27,7 +27,11 @@ def grid_png(images: Images, *, columns: int | None = None) -> bytes:
     columns = columns or math.ceil(math.sqrt(len(images)))
     picture = np.asarray(image_grid(images, columns=columns, padding=1))
     factor = max(1, GRID_PIXELS // max(picture.shape[:2]))
-    picture = picture.repeat(factor, axis=0).repeat(factor, axis=1)
+    return to_png(picture.repeat(factor, axis=0).repeat(factor, axis=1))
+
+
+def to_png(picture: Images) -> bytes:
+    """A PNG file of an image [H, W, C], gray or RGB."""
     buffer = io.BytesIO()
     Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture).save(buffer, format="PNG", optimize=True)
     return buffer.getvalue()

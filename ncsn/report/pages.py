@@ -41,7 +41,8 @@ def render(template: str, **records: Any) -> str:
     environment.filters |= {
         "data_uri": lambda png: f"data:image/png;base64,{base64.b64encode(png).decode()}",
         "count": lambda number: f"{number:,.0f}",
-        "short": lambda number, digits=6: f"{number:.{digits}g}",
+        "short": lambda number: f"{number:g}",
+        "plain": lambda text: " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;"),
         "svg": Markup,  # drawn by our own plots
     }
     environment.globals |= {"words": words, "style": Markup((TEMPLATES / "report.css").read_text())}  # noqa: S704
@@ -78,27 +79,3 @@ def model_card(facts: ModelFacts, *, config: Config, manifest: Manifest, evaluat
         sampler=asdict(config.sampling.sampler),
         scores=[(f"`{row.name}`", row.text, row.real_text) for row in words.score_rows(evaluation)],
     )
-
-
-def run_page(
-    run: str, *, status: str, reason: str, steps: Mapping[str, str], places: Mapping[str, str], notes: Sequence[str]
-) -> str:
-    """The page that KFP shows for a run. Its viewer knows tables and links, but no HTML.
-
-    `steps` are step -> its state, `places` are name -> address, URI or digest; an empty one is left out.
-    """
-    lines = [f"# {run}: {status}", ""]
-    if reason:
-        lines += [*(f"> {_plain(line)}" for line in reason.splitlines() if line.strip()), ""]
-    lines += ["| step | state |", "|---|---|", *(f"| {step} | {_plain(state)} |" for step, state in steps.items()), ""]
-    lines += ["| name | location |", "|---|---|"]
-    for name, place in places.items():
-        if place:
-            is_page = place.startswith(("http://", "https://"))
-            lines.append(f"| {name} | <{place}> |" if is_page else f"| {name} | `{place}` |")
-    lines += ["", *(f"- {_plain(note)}" for note in notes)]
-    return "\n".join(lines).rstrip() + "\n"
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")

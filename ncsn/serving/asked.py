@@ -7,7 +7,6 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ncsn.config.schema import SamplingConfig
@@ -15,8 +14,9 @@ from ncsn.core.images import eight_bit, picture_channels
 from ncsn.errors import Problem, UserError
 from ncsn.model import build
 from ncsn.model.checkpoint import TrainedNetwork
+from ncsn.model.classes import images_of
 from ncsn.model.generate import Wish
-from ncsn.report.images import grid_png
+from ncsn.report.images import grid_png, to_png
 
 MOST_IMAGES = 256  # of one request
 MOST_EVALUATIONS = 1000  # of the network for an image, unless the model's own sampler needs more
@@ -39,8 +39,7 @@ class Asked(BaseModel):
 
     @property
     def count(self) -> int:
-        by_class = sum(self.label.values()) if isinstance(self.label, dict) else 0
-        return self.number or by_class or (1 if self.format == "png" else 16)
+        return self.number or images_of(self.label) or (1 if self.format == "png" else 16)
 
 
 def read(body: bytes) -> Asked:
@@ -77,12 +76,9 @@ def settings(trained: TrainedNetwork, asked: Asked) -> SamplingConfig:
 
 def answer(images: NDArray[Any], form: Format, *, limits: tuple[float, float]) -> bytes:
     """The file for images [N, H, W, C] as stored, whose values are within `limits`."""
-    file = io.BytesIO()
     if form == "npz":
+        file = io.BytesIO()
         np.savez(file, images=images)
         return file.getvalue()
     shown = picture_channels(eight_bit(images, limits))
-    if form == "grid":
-        return grid_png(shown)
-    Image.fromarray(shown[0, ..., 0] if shown.shape[-1] == 1 else shown[0]).save(file, format="PNG")
-    return file.getvalue()
+    return grid_png(shown) if form == "grid" else to_png(shown[0])

@@ -19,7 +19,7 @@ from ncsn.distributed.cluster import cluster_for, on_this_machine, ray_tags
 from ncsn.distributed.ray_calls import runner_of
 from ncsn.errors import NotFound, UserError
 from ncsn.evaluation import evaluation_of, extractor_name
-from ncsn.evaluation.audit import audit, images_to_compare
+from ncsn.evaluation.audit import audit
 from ncsn.evaluation.features import Runner, SplitSet, here
 from ncsn.evaluation.frechet import RunningScore
 from ncsn.evaluation.measure import Measured, Metric, measure_sets, metric_name
@@ -103,8 +103,7 @@ def evaluate(
     if other_split == "train":  # all of which would take longer than the rest
         num_real = min(count, num_real)
     sets = (SampleSet(samples, count), SplitSet(dataset, other_split, num_real, drawn=True))
-    compared = images_to_compare(config, dataset, sets[0])
-    progress.start(images_to_prepare(config, manifest) + count + num_real + compared, "images")
+    progress.start(images_to_prepare(config, manifest) + count + num_real, "images")
     evaluator = open_evaluator(config, dataset, runner=runner, progress=progress)
     generated, real = measure_sets(config, dataset, evaluator, sets, runner=runner, progress=progress)
     audited = audit(config, dataset, sets[0], runner=runner, progress=progress)
@@ -151,9 +150,8 @@ def evaluate(
     training, pairs = open_cache(dataset, "train", as_bytes=True).images, audited.worst
     shown = np.concatenate([sets[0].read(pair["image"], pair["image"] + 1) for pair in pairs])
     storage.write_bytes(result.neighbors, neighbors_png(shown, training[[pair["row"] for pair in pairs]]))
-    everything = asdict(result) | {"samples": samples, "dataset": dataset}
-    everything["reference_split"] = evaluation.reference_split
-    storage.write_json(result.uri, storage.relative_uris(everything, root), indent=1)
+    places = {"samples": samples, "dataset": dataset, "reference_split": evaluation.reference_split}
+    storage.write_json(result.uri, storage.relative_uris(asdict(result) | places, root), indent=1)
     return result
 
 

@@ -7,7 +7,6 @@ are left out, and the next images of the class take their places.
 from __future__ import annotations
 
 import importlib.metadata
-import io
 import json
 import shlex
 from collections.abc import Mapping
@@ -20,7 +19,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from PIL import Image
 
 from ncsn import storage
 from ncsn.config import Config
@@ -31,13 +29,14 @@ from ncsn.distributed.ray_calls import runner_of
 from ncsn.distributed.sampling import make_shards, plan_shards
 from ncsn.errors import UserError
 from ncsn.evaluation import DEVIATIONS, with_interval
-from ncsn.evaluation.audit import audit, images_to_compare
+from ncsn.evaluation.audit import audit
 from ncsn.evaluation.copies import Copies
 from ncsn.evaluation.features import extract_set
 from ncsn.evaluation.reference import open_evaluator
 from ncsn.evaluation.scores import kernel_distance
 from ncsn.model.checkpoint import TrainedNetwork
 from ncsn.model.classes import AS_DATA, BALANCED
+from ncsn.report.images import to_png
 from ncsn.report.pages import render
 from ncsn.runs.folder import Run, opened_from
 from ncsn.steps.results import Context, ExportResult, Prepared
@@ -162,7 +161,6 @@ def _part(
         _, uri = place_of(own, trained, context.folder)
         make_shards(own, plan_shards(own, checkpoint=checkpoint, folder=uri), progress=progress)
         samples = SampleSet(uri, made)
-        progress.start(images_to_compare(own, dataset, samples), "images, compared with the training images")
         found = audit(own, dataset, samples, runner=runner, progress=progress)
         chosen = np.flatnonzero(~found.copied)[:count]
         if len(chosen) == count:
@@ -180,7 +178,7 @@ def _distances(config: Config, dataset: str, parts: list[Part], context: Context
     evaluator = open_evaluator(config, dataset, runner=runner, progress=progress)
     made = [extract_set(config, dataset, part.samples, runner=runner, progress=progress).features for part in parts]
     shown = []
-    for rows in ([slice(len(part.chosen)) for part in parts], [part.chosen for part in parts]):
+    for rows in ([np.arange(len(part.chosen)) for part in parts], [part.chosen for part in parts]):
         features = np.concatenate([each[own] for each, own in zip(made, rows, strict=True)])
         value, deviation = kernel_distance(features, evaluator.reference.features)
         shown.append(with_interval(value, value - DEVIATIONS * deviation, value + DEVIATIONS * deviation))
@@ -199,7 +197,7 @@ def _write(folder: Path, part: Part, manifest: Manifest, *, kind: str) -> None:
         last = min(first + FILE_IMAGES, part.samples.count)
         numbers = part.chosen[(part.chosen >= first) & (part.chosen < last)]
         rows = part.samples.table(first, last).take(numbers - first)
-        pngs = [_png(image) for image in from_table(rows).images] if _fits_png(manifest) else []
+        pngs = [to_png(image) for image in from_table(rows).images] if _fits_png(manifest) else []
         if kind == "png":
             (folder / name).mkdir(exist_ok=True)
             for number, png in zip(numbers, pngs, strict=True):
@@ -214,9 +212,3 @@ def _write(folder: Path, part: Part, manifest: Manifest, *, kind: str) -> None:
 
 def _fits_png(manifest: Manifest) -> bool:
     return manifest.pixels.dtype == "uint8" and manifest.pixels.shape[2] in (1, 3)
-
-
-def _png(image: NDArray[Any]) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(buffer, format="PNG")
-    return buffer.getvalue()

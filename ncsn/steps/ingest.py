@@ -53,19 +53,17 @@ def _near_duplicates(config: Config, dataset: str, context: Context) -> Iterator
     """A note, with a picture, if test images nearly equal training images."""
     # Imported here: torch takes seconds, which a launcher that finds its dataset need not wait for.
     from ncsn.data.training_images import CachedSplit, open_cache, open_training_images
-    from ncsn.evaluation.audit import leaked
+    from ncsn.evaluation.audit import compared_tests
+    from ncsn.evaluation.features import here
     from ncsn.report.images import neighbors_png
 
     if not isinstance(open_training_images(dataset), CachedSplit):
         return  # so many images that a copy of all of them is left to the evaluation
-    context.progress.start(load_manifest(dataset).count("test"), "test images, compared with the training images")
-    if len(pairs := leaked(config, dataset, progress=context.progress)):
-        shown = [
-            open_cache(dataset, split, as_bytes=True).images[pairs[:16, side]]
-            for side, split in enumerate(("test", "train"))
-        ]
+    *_, pairs = compared_tests(config, dataset, runner=here, progress=context.progress)
+    if len(pairs):
+        test, train = (open_cache(dataset, split, as_bytes=True).images for split in ("test", "train"))
         uri = storage.join(dataset, "near_duplicates.png")
-        storage.write_bytes(uri, neighbors_png(*shown))
+        storage.write_bytes(uri, neighbors_png(test[pairs[:16, 0]], train[pairs[:16, 1]]))
         context.tracked.log_file(uri)
         yield (
             f"{len(pairs):,} test images nearly equal a training image, see {uri}: remove one of each pair, or the "

@@ -53,7 +53,7 @@ class PyfuncModel(PythonModel):
             if isinstance(label, str) and label.startswith("{"):
                 _, label = parse_override(f"sampling.label={label}")
             # MLflow fills in what is missing, so that n_images may be nobody's wish.
-            total = images_of(label) if isinstance(label, dict) else int(wanted.get("n_images", DEFAULT_IMAGES))
+            total = images_of(label) or int(wanted.get("n_images", DEFAULT_IMAGES))
             if not 1 <= total <= MAX_IMAGES:
                 raise UserError("n_images", f"must be 1 to {MAX_IMAGES}", value=total)
             sampler = wanted.get("sampler")

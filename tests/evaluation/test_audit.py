@@ -16,7 +16,7 @@ from ncsn.data.dataset import write_dataset
 from ncsn.data.format import Rows, to_table
 from ncsn.data.samples import SampleSet
 from ncsn.data.sources import open_source
-from ncsn.evaluation.audit import Audit, audit, images_to_compare
+from ncsn.evaluation.audit import Audit, audit
 from ncsn.evaluation.copies import Copies
 from ncsn.evaluation.features import here
 from ncsn.progress import Progress
@@ -104,9 +104,8 @@ def test_a_set_that_grows_is_compared_where_it_grew(tmp_path: Path) -> None:
 
     for count in (30, 50, 40):
         config, dataset, samples = prepared(tmp_path, images[:100], images[100:130], images[130:180])
-        before = images_to_compare(config, dataset, SampleSet(samples, count))
         found = audit(config, dataset, SampleSet(samples, count), runner=counting, progress=Progress())
-        assert before == asked[-2] + asked[-1] and len(found.copied) == count
+        assert len(found.copied) == count
     assert asked == [30, 30, 0, 20, 0, 0]
 
 

@@ -10,7 +10,8 @@ from experiments import SHORT, tiny
 
 from ncsn.config.schema import Pixels
 from ncsn.data.format import Manifest
-from ncsn.report.pages import ModelFacts, model_card, run_page
+from ncsn.report.pages import ModelFacts, model_card, render
+from ncsn.runs.folder import Outcome
 from ncsn.tracking.registry import DESCRIPTION_LENGTH
 
 EMPTY = ("class_counts", "parts", "settings", "suggested_noise", "conversions", "repeated")
@@ -92,10 +93,10 @@ def test_a_card_says_where_its_model_comes_from_how_good_it_is_and_how_to_use_it
 
 
 def test_the_run_page_links_addresses_and_escapes_the_rest() -> None:
-    page = run_page(
-        "mine",
-        status="FAILED",
-        reason="train: a <b>bad</b> thing\nsecond line",
+    page = render(
+        "run_page.md.j2",
+        run="mine",
+        outcome=Outcome("FAILED", "a <b>bad</b> thing\nsecond line", "train"),
         steps={"ingest": "done", "train": "failed | late"},
         places={"MLflow run": "http://mlflow/#/runs/1", "dataset digest": "abc", "image": ""},
         notes=["The gate: better"],
