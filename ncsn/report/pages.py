@@ -8,20 +8,14 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 
-from ncsn.config import Config
-from ncsn.config.training import ema_setting
 from ncsn.report import words
-
-if TYPE_CHECKING:
-    from ncsn.data.format import Manifest
 
 TEMPLATES = Path(__file__).with_name("templates")
 # Digest of the templates, which decide how a page looks.
@@ -41,41 +35,10 @@ def render(template: str, **records: Any) -> str:
     environment.filters |= {
         "data_uri": lambda png: f"data:image/png;base64,{base64.b64encode(png).decode()}",
         "count": lambda number: f"{number:,.0f}",
+        "fields": asdict,
         "short": lambda number: f"{number:g}",
         "plain": lambda text: " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;"),
         "svg": Markup,  # drawn by our own plots
     }
     environment.globals |= {"words": words, "style": Markup((TEMPLATES / "report.css").read_text())}  # noqa: S704
     return environment.get_template(template).render(**records)
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """What a model card says of the model and where it comes from."""
-
-    name: str  # of the registered model
-    run: str
-    checkpoint: str  # digest
-    images_seen: int
-    num_parameters: int
-    nfe: int
-    cost: str = ""
-    pictures: Mapping[str, str] | None = None  # description -> file next to the card
-    warnings: Sequence[str] = ()  # signs of overfitting
-    selection: Mapping[str, Any] | None = None  # result of the step that chose the checkpoint among others
-    relative_width: float | None = None  # of the average, if it was put together after training
-
-
-def model_card(facts: ModelFacts, *, config: Config, manifest: Manifest, evaluation: Mapping[str, Any]) -> str:
-    """Markdown below 5000 characters, which fits a registry description; `evaluation` is the result of that step."""
-    width = facts.relative_width
-    return render(
-        "model_card.md.j2",
-        facts=facts,
-        config=config,
-        manifest=manifest,
-        evaluation=evaluation,
-        average=ema_setting(config.train) if width is None else f"relative width {width:g}",
-        sampler=asdict(config.sampling.sampler),
-        scores=[(f"`{row.name}`", row.text, row.real_text) for row in words.score_rows(evaluation)],
-    )

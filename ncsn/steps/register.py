@@ -11,6 +11,7 @@ from typing import Any
 
 from ncsn import storage
 from ncsn.config import Config
+from ncsn.config.training import ema_setting
 from ncsn.data.format import MANIFEST, Manifest, load_manifest
 from ncsn.errors import UserError, shown_value
 from ncsn.evaluation import extractor_name
@@ -20,7 +21,7 @@ from ncsn.model.checkpoint import TrainedNetwork, weights_digest
 from ncsn.model.generate import evaluations_per_image, guide_of
 from ncsn.report.hints import copying_hints, overfitting_hints
 from ncsn.report.images import smaller_png
-from ncsn.report.pages import ModelFacts, model_card
+from ncsn.report.pages import render
 from ncsn.report.words import cost_line
 from ncsn.runs.folder import Run, read_step, run_folder, spent
 from ncsn.runs.history import held_out_curves, load_history
@@ -132,7 +133,9 @@ def _candidate(
     files = {file: smaller_png(storage.read_bytes(uri)) for file, uri in pictures.items() if storage.exists(uri)}
     shown_in = {"samples": "grid.png", "samples and their nearest training images": "neighbors.png"}
     held_out = held_out_curves(load_history(run_folder(config, run).history))
-    facts = ModelFacts(
+    width = None if loaded.average is None else loaded.average["relative_width"]
+    card = render(
+        "model_card.md.j2",
         name=config.registered_model,
         run=run,
         checkpoint=loaded.digest,
@@ -141,17 +144,17 @@ def _candidate(
         nfe=evaluations_per_image(config),
         cost=cost_line(spent(config, run_folder(config, run)).values()),
         pictures={text: file for text, file in shown_in.items() if file in files},
-        warnings=[
-            *([] if held_out is None else overfitting_hints(held_out)),
-            *copying_hints(measured["audit"]),
-        ],
+        warnings=[*(overfitting_hints(held_out) if held_out else ()), *copying_hints(measured["audit"])],
         selection=selection_of(config, run, checkpoint),
-        relative_width=None if loaded.average is None else loaded.average["relative_width"],
+        average=ema_setting(config.train) if width is None else f"relative width {width:g}",
+        config=config,
+        manifest=manifest,
+        evaluation=measured,
     )
     return registry.Registration(
         name=config.registered_model,
         checkpoint=loaded,
-        card=model_card(facts, config=config, manifest=manifest, evaluation=measured),
+        card=card,
         files=files,
         metrics={**measured["metrics"], **measured["real_metrics"]},
         tags={
