@@ -29,26 +29,26 @@ LEAST_MODULES, MOST_MODULES = 2, 14  # of a package
 # could.
 BUDGETS = {
     "ncsn/core": 3552,
-    "ncsn/data": 2828,
-    "ncsn/evaluation": 2075,
-    "ncsn/steps ncsn/runs ncsn/kubeflow": 3755,
+    "ncsn/data": 2827,
+    "ncsn/evaluation": 2019,
+    "ncsn/steps ncsn/runs ncsn/kubeflow": 3707,
     "ncsn/model": 1507,
-    "ncsn/distributed": 1533,
+    "ncsn/distributed": 1532,
     "ncsn/config": 1742,
-    "ncsn/cli": 1817,
+    "ncsn/cli": 1801,
     "ncsn/tracking": 1478,
-    "ncsn/report": 1078,
-    "ncsn/remote": 1620,
+    "ncsn/report": 928,
+    "ncsn/remote": 1622,
     "ncsn/library": 396,
     "ncsn/init ncsn/inspection": 1813,
-    "ncsn/serving": 446,
+    "ncsn/serving": 443,
     "ncsn/training": 1037,
     "components pipelines": 1061,
     "ncsn/storage": 843,
     "examples": 1141,
-    "tests": 23858,
+    "tests": 23912,
 }
-MOST_WORDS = 18164
+MOST_WORDS = 18173
 
 
 def _name(path: Path) -> str:

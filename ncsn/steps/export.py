@@ -197,17 +197,19 @@ def _write(folder: Path, part: Part, manifest: Manifest, *, kind: str) -> None:
         last = min(first + FILE_IMAGES, part.samples.count)
         numbers = part.chosen[(part.chosen >= first) & (part.chosen < last)]
         rows = part.samples.table(first, last).take(numbers - first)
-        pngs = [to_png(image) for image in from_table(rows).images] if _fits_png(manifest) else []
+        file = folder / f"{name or 'images'}-{first:06d}.parquet"
+        if not _fits_png(manifest):
+            pq.write_table(rows, file, **PARQUET_OPTIONS)
+            continue
+        pngs = [to_png(image) for image in from_table(rows).images]
         if kind == "png":
             (folder / name).mkdir(exist_ok=True)
             for number, png in zip(numbers, pngs, strict=True):
                 (folder / name / f"{number:06d}.png").write_bytes(png)
-            continue
-        if pngs:
+        else:
             column = pa.array([{"bytes": png, "path": None} for png in pngs], _ENCODED)
             columns = {"image": column} | ({"label": rows.column("label")} if names else {})
-            rows = pa.table(columns).replace_schema_metadata(known)
-        pq.write_table(rows, folder / f"{name or 'images'}-{first:06d}.parquet", **PARQUET_OPTIONS)
+            pq.write_table(pa.table(columns).replace_schema_metadata(known), file)
 
 
 def _fits_png(manifest: Manifest) -> bool:

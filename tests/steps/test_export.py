@@ -103,3 +103,19 @@ def test_a_model_that_copies_gives_no_data_set(tmp_path: Path, save_untrained) -
     with refused("export"):
         do("export", config, "mine", **given)
     assert not list(Path(config.storage.root, "runs", "mine", "exports").glob("*"))
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16"])
+def test_parquet_holds_what_has_no_classes_or_no_place_in_png(tmp_path: Path, save_untrained, dtype: str) -> None:
+    (tmp_path / "pictures").mkdir()
+    for number, image in enumerate(np.random.default_rng(0).integers(0, 256, (30, 8, 8)).astype(dtype)):
+        Image.fromarray(image).save(tmp_path / "pictures" / f"{number}.png")
+    asked = ("data.source=image_folder", f"data.root={tmp_path / 'pictures'}", f"data.dtype={dtype}")
+    config, given = made(tmp_path, save_untrained, *asked, "export.num_images=3")
+    if dtype == "uint16":
+        with refused("export.format"):
+            do("export", config, "mine", **given)
+    config, _ = made(tmp_path, save_untrained, *asked, "export.num_images=3", "export.format=parquet")
+    result = do("export", config, "mine", **given)
+    back = open_source(tiny(tmp_path, "data.source=parquet", f"data.root={result.uri}", f"data.dtype={dtype}").data)
+    assert sum(map(len, back.splits.values())) == 3 and back.class_names == ()
