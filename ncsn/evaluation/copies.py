@@ -39,14 +39,9 @@ class Copies:
         Of few test images, chance explains much. So the lower end of the share that nearly equals a training image is
         compared with the share of test images that does, counting one more.
         """
-        from scipy.special import betaincinv  # here, so that commands that judge nothing do not load it
-
-        low, near = (
-            betaincinv(count, self.num_images - count + 1, SURE[0]) if count else 0.0
-            for count in (self.copies, self.near)
-        )
-        repeated = (self.num_near_test + 1) / (self.num_near_test + self.num_test + 1)
-        return bool(low > betaincinv(self.rank, self.num_test - self.rank + 1, SURE[1]) or near > repeated)
+        (low, _), (near, _) = (interval(count, self.num_images) for count in (self.copies, self.near))
+        explained = _quantile(self.rank, self.num_test - self.rank + 1, SURE[1])
+        return low > explained or near > (self.num_near_test + 1) / (self.num_near_test + self.num_test + 1)
 
     def __str__(self) -> str:
         """`Of 2,560 images 3 are copies, 2.6 expected by chance`."""
@@ -54,3 +49,16 @@ class Copies:
         chance = f"{self.expected * self.num_images:,.1f} expected by chance"
         advice = ": train shorter, or leave them out" if self.more_than_chance else ""
         return f"Of {self.num_images:,} images {counted}, {chance}{advice}"
+
+
+def interval(count: int, num_images: int) -> tuple[float, float]:
+    """The 95 % interval of a share of images, by Clopper and Pearson."""
+    low = _quantile(count, num_images - count + 1, SURE[0]) if count else 0.0
+    return low, _quantile(count + 1, num_images - count, SURE[1]) if count < num_images else 1.0
+
+
+def _quantile(a: int, b: int, probability: float) -> float:
+    """Of the distribution Beta(a, b)."""
+    from scipy.special import betaincinv  # here, so that commands that judge nothing do not load it
+
+    return float(betaincinv(a, b, probability))

@@ -30,7 +30,7 @@ from ncsn.distributed.sampling import make_shards, plan_shards
 from ncsn.errors import UserError
 from ncsn.evaluation import DEVIATIONS, with_interval
 from ncsn.evaluation.audit import audit
-from ncsn.evaluation.copies import Copies
+from ncsn.evaluation.copies import Copies, interval
 from ncsn.evaluation.features import extract_set
 from ncsn.evaluation.reference import open_evaluator
 from ncsn.evaluation.scores import kernel_distance
@@ -38,6 +38,7 @@ from ncsn.model.checkpoint import TrainedNetwork
 from ncsn.model.classes import AS_DATA, BALANCED
 from ncsn.report.images import to_png
 from ncsn.report.pages import render
+from ncsn.runs.code import origin
 from ncsn.runs.folder import Run, opened_from
 from ncsn.steps.results import Context, ExportResult, Prepared
 from ncsn.steps.sample import opened, place_of
@@ -111,7 +112,9 @@ def export(
         result=result,
         model=opened_from(context.folder) or context.folder.run,
         again=" ".join(again),
+        shares=[100 * share for share in interval(result.copies, result.made)],
         version=importlib.metadata.version("ncsn"),
+        commit=origin().get("commit"),
     )
     with storage.staged_folder(uri, marker=CARD) as folder:
         for part in parts:
