@@ -50,6 +50,7 @@ Name = Annotated[str, AfterValidator(_is_name)]
 ModelName = Annotated[str, AfterValidator(_is_model_name)]
 _NUMBER_AS_TEXT = BeforeValidator(lambda value: str(value) if type(value) is int else value)
 Label = Annotated[str, _NUMBER_AS_TEXT, Field(min_length=1)]
+SetSize = Annotated[int, Field(ge=1, le=10_000_000)]  # images; the plan of more would fill the memory
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,7 @@ class DataConfig(Section):
 class SamplingConfig(Section):
     """How images are generated with the EMA weights."""
 
-    num_images: int = Field(512, ge=1)
+    num_images: SetSize = 512
     """Number of images to generate."""
     batch_size: int = Field(64, ge=1, le=65536)
     """Images per network evaluation; does not change the result."""
@@ -191,7 +192,7 @@ class SamplingConfig(Section):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the network's convolutions; the images themselves use float32. auto = bfloat16 on a GPU for a
     network that was trained in it, else float32."""
-    label: Label | dict[Label, Annotated[int, Field(ge=1)]] = "balanced"
+    label: Label | dict[Label, SetSize] = "balanced"
     """Classes of the images, with data.num_classes: balanced = in turn; data = drawn as often as in the training
     images; the name or number of one class; or images by class, such as {crack: 2000, scratch: 500}, whose sum is
     num_images. Image i of a class is image i of that class alone."""
@@ -305,11 +306,11 @@ class EvaluationConfig(Section):
 class ExportConfig(Section):
     """The data set of generated images that `ncsn export` writes, without copies of training images."""
 
-    num_images: int | None = Field(None, ge=1)
+    num_images: SetSize | None = None
     """Images of a model without classes; null = sampling.num_images."""
-    per_class: int | None = Field(None, ge=1)
+    per_class: SetSize | None = None
     """Images of each class."""
-    classes: dict[Label, Annotated[int, Field(ge=1)]] = Field({})
+    classes: dict[Label, SetSize] = Field({})
     """Images of these classes, such as {crack: 2000}, instead of what per_class or fill says."""
     fill: bool = False
     """Complete each class of the training images to the largest."""
