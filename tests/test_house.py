@@ -31,7 +31,7 @@ BUDGETS = {
     "ncsn/core": 3552,
     "ncsn/data": 2827,
     "ncsn/evaluation": 2019,
-    "ncsn/steps ncsn/runs ncsn/kubeflow": 3707,
+    "ncsn/steps ncsn/runs ncsn/kubeflow": 3708,
     "ncsn/model": 1507,
     "ncsn/distributed": 1532,
     "ncsn/config": 1742,
@@ -46,7 +46,7 @@ BUDGETS = {
     "components pipelines": 1061,
     "ncsn/storage": 843,
     "examples": 1141,
-    "tests": 23912,
+    "tests": 23913,
 }
 MOST_WORDS = 18173
 
