@@ -200,10 +200,10 @@ def _compared(
 
 def _place(config: Config, dataset: str, images: ImageSet) -> str:
     """The folder of what the comparison finds: of samples beside them, of test images beside the dataset."""
-    mirrors = "-mirrors" if config.data.mirrors else ""
+    how = storage.digest([config.data.mirrors, CANDIDATES, OTHERS, SHIFT, BRIGHTER, WAVES, LARGEST], 8)
     if isinstance(images, SplitSet):
-        return storage.join(dataset, f"audit{mirrors}")
-    return storage.join(images.uri, f"audit-{load_manifest(dataset).digest[:12]}{mirrors}")
+        return storage.join(dataset, f"audit-{how}")
+    return storage.join(images.uri, f"audit-{load_manifest(dataset).digest[:12]}-{how}")
 
 
 def _compare(block: _Block) -> None:
