@@ -31,10 +31,10 @@ BUDGETS = {
     "ncsn/core": 3552,
     "ncsn/data": 2827,
     "ncsn/evaluation": 2027,
-    "ncsn/steps ncsn/runs ncsn/kubeflow": 3711,
-    "ncsn/model": 1507,
+    "ncsn/steps ncsn/runs ncsn/kubeflow": 3742,
+    "ncsn/model": 1516,
     "ncsn/distributed": 1532,
-    "ncsn/config": 1743,
+    "ncsn/config": 1744,
     "ncsn/cli": 1801,
     "ncsn/tracking": 1478,
     "ncsn/report": 928,
@@ -46,9 +46,9 @@ BUDGETS = {
     "components pipelines": 1061,
     "ncsn/storage": 843,
     "examples": 1141,
-    "tests": 23913,
+    "tests": 23931,
 }
-MOST_WORDS = 18173
+MOST_WORDS = 18382
 
 
 def _name(path: Path) -> str:

@@ -50,7 +50,8 @@ Name = Annotated[str, AfterValidator(_is_name)]
 ModelName = Annotated[str, AfterValidator(_is_model_name)]
 _NUMBER_AS_TEXT = BeforeValidator(lambda value: str(value) if type(value) is int else value)
 Label = Annotated[str, _NUMBER_AS_TEXT, Field(min_length=1)]
-SetSize = Annotated[int, Field(ge=1, le=10_000_000)]  # images; the plan of more would fill the memory
+MOST_IMAGES = 10_000_000  # of a set: the plan of more would fill the memory
+SetSize = Annotated[int, Field(ge=1, le=MOST_IMAGES)]
 
 
 @dataclass(frozen=True)
@@ -184,7 +185,7 @@ class SamplingConfig(Section):
     batch_size: int = Field(64, ge=1, le=65536)
     """Images per network evaluation; does not change the result."""
     seed: int = Field(0, ge=0, lt=2**63)
-    """Seed of the noise; image i depends only on (seed, i)."""
+    """Seed of the noise; image i depends only on (seed, i), of a class on that class too."""
     grays: Literal["nearest", "exact"] = "nearest"
     """How a pixel becomes a gray value: nearest = the nearest of 0, 1/255, ..., 1, as in the papers; exact = the
     inverse of what training saw: with data.dequantize, gray value k is anything from k/256 to (k + 1)/256. Likewise for

@@ -31,9 +31,7 @@ class Classes:
             return self.names.index(text)
         if text.isdecimal() and int(text) < len(self.names) and not any(map(str.isdecimal, self.names)):
             return int(text)
-        raise UserError(
-            key, "no such class", hint=f"use {BALANCED}, {AS_DATA} or one of {_shown(self.names)}", value=text
-        )
+        raise UserError(key, "no such class", hint=f"use one of {_shown(self.names)}", value=text)
 
     def asked(self, label: Mapping[str, int]) -> list[int]:
         """How many images of each class a label by class asks for."""

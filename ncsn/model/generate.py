@@ -16,7 +16,7 @@ from torch import Tensor
 from ncsn.config import Config
 from ncsn.config.choices import AutoguidanceConfig
 from ncsn.config.rules import checked
-from ncsn.config.schema import SamplingConfig
+from ncsn.config.schema import MOST_IMAGES, SamplingConfig
 from ncsn.core.images import to_stored
 from ncsn.core.keyed_random import JoinedNoise, KeyedNoise, Stream, keyed_uniform
 from ncsn.core.losses import ScoreFunction
@@ -145,7 +145,10 @@ def generate_joined(
     # The start is made on the CPU, where products are exact.
     at_start, in_chain = (
         JoinedNoise(
-            tuple(KeyedNoise(own.seed, first=first, count=n, shape=shape, device=place) for own, first, n in parts)
+            tuple(
+                KeyedNoise(own.seed, first=first + _offset(trained, own), count=n, shape=shape, device=place)
+                for own, first, n in parts
+            )
         )
         for place in ("cpu", device)
     )
@@ -166,6 +169,14 @@ def generate_joined(
             on_level=None if on_level is None else lambda level, state: on_level(level + 1, state),
         )
     return level_images(x, sampling, config)
+
+
+def _offset(trained: TrainedNetwork, sampling: SamplingConfig) -> int:
+    """Where the noise of a class begins: from the same noise, images of two classes would be much alike."""
+    if trained.classes is None or sampling.label in (BALANCED, AS_DATA):
+        return 0
+    (name,) = sampling.label if isinstance(sampling.label, dict) else (sampling.label,)
+    return MOST_IMAGES * trained.classes.index(name, key="sampling.label")
 
 
 def with_precision(sampling: SamplingConfig, trained: TrainedNetwork, device: str | torch.device) -> SamplingConfig:

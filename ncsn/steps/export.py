@@ -22,8 +22,10 @@ from numpy.typing import NDArray
 
 from ncsn import storage
 from ncsn.config import Config
+from ncsn.config.schema import ExportConfig
 from ncsn.data.format import PARQUET_OPTIONS, Manifest, from_table, load_manifest
 from ncsn.data.samples import SampleSet
+from ncsn.data.training_images import open_cache
 from ncsn.distributed.cluster import cluster_for, ray_tags
 from ncsn.distributed.ray_calls import runner_of
 from ncsn.distributed.sampling import make_shards, plan_shards
@@ -46,6 +48,7 @@ from ncsn.steps.sample import opened, place_of
 CARD = "README.md"
 MOST_TIMES = 4  # as many images as asked for are made of a class, before its copies are too many
 FILE_IMAGES = 1000  # of a Parquet file
+_NOT_AGAIN = {("export", "out"), ("sampling", "label"), ("sampling", "num_images")}
 _ENCODED = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
@@ -83,6 +86,11 @@ def export(
     """Generate and audit the images that are missing, and write those that are no copies, with a card."""
     if storage.list_names(uri):
         raise UserError("export.out", "not an empty folder", hint="choose another", value=uri)
+    try:
+        if storage.is_local(uri):
+            Path(uri).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:  # before the work
+        raise UserError("export.out", str(error.strerror), hint="choose another", value=uri) from None
     tracked = context.tracked
     with cluster_for(config, start=sum(asked.values()) > config.sampling.batch_size, last_lines=context.last_lines):
         tracked.set_tags(ray_tags())
@@ -90,7 +98,7 @@ def export(
             _part(config, trained, name, count, checkpoint=checkpoint, dataset=dataset, context=context)
             for name, count in asked.items()
         ]
-        distances = _distances(config, dataset, parts, context)
+        distances, noise = _distances(config, manifest, dataset, parts, context)
     result = ExportResult(
         uri=uri,
         card=storage.join(uri, CARD),
@@ -99,9 +107,14 @@ def export(
         copies=sum(part.copies.copies for part in parts),
         expected=round(sum(part.copies.expected * part.samples.count for part in parts), 2),
     )
-    wish = config.export.model_dump(exclude_defaults=True, exclude={"out"})
-    changes = [f"export.{name}={json.dumps(value, ensure_ascii=False)}" for name, value in wish.items()]
-    again = [f"--set {shlex.quote(each)}" for each in (*changes, f"sampling.seed={config.sampling.seed}")]
+    model = opened_from(context.folder)
+    again = [] if model and checkpoint.startswith(context.folder.uri) else [f"--checkpoint {shlex.quote(checkpoint)}"]
+    for section, usual in (("export", ExportConfig()), ("sampling", trained.config.sampling)):
+        before = usual.model_dump(mode="json")
+        for name, value in getattr(config, section).model_dump(mode="json").items():
+            if value != before[name] and (section, name) not in _NOT_AGAIN:
+                setting = f"{section}.{name}={json.dumps(value, ensure_ascii=False)}"
+                again.append(f"--set {shlex.quote(setting)}")
     card = render(
         "data_card.md.j2",
         config=config,
@@ -109,8 +122,9 @@ def export(
         manifest=manifest,
         parts=parts,
         distances=distances,
+        noise=noise,
         result=result,
-        model=opened_from(context.folder) or context.folder.run,
+        model=model or context.folder.run,
         again=" ".join(again),
         shares=[100 * share for share in interval(result.copies, result.made)],
         version=importlib.metadata.version("ncsn"),
@@ -120,7 +134,12 @@ def export(
         for part in parts:
             _write(folder, part, manifest, kind=config.export.format)
         (folder / CARD).write_text(card)
-    tracked.log_dataset(f"{config.name}-generated", digest=storage.digest(result.counts, 8), uri=uri, context="export")
+    tracked.log_dataset(
+        f"{config.name}-generated",
+        digest=storage.digest([result.counts, trained.digest, again], 8),
+        uri=uri,
+        context="export",
+    )
     tracked.parent.set_tags({"dataset.digest": manifest.digest, "dataset.uri": dataset})  # of its training still
     tracked.log_metrics({"export/images": sum(result.counts.values()), "export/copies": result.copies})
     tracked.set_tags({"checkpoint.digest": trained.digest, "dataset.digest": manifest.digest, "export.uri": uri})
@@ -175,18 +194,29 @@ def _part(
         made = min(made + 2 * (count - len(chosen)), MOST_TIMES * count)
 
 
-def _distances(config: Config, dataset: str, parts: list[Part], context: Context) -> list[str]:
-    """The kernel distance to the training images with its interval: of the first images made, and of the chosen."""
+def _distances(
+    config: Config, manifest: Manifest, dataset: str, parts: list[Part], context: Context
+) -> tuple[list[str], float]:
+    """The kernel distance to the training images with its interval: of the first images made, and of the chosen.
+
+    It is the mean over classes of two images or more, each compared with its own. At last that of Gaussian noise.
+    """
     runner, progress = runner_of(config.compute), context.progress
     progress.start(sum(part.samples.count for part in parts), "images, measured")
     evaluator = open_evaluator(config, dataset, runner=runner, progress=progress)
-    made = [extract_set(config, dataset, part.samples, runner=runner, progress=progress).features for part in parts]
+    labels, real = open_cache(dataset, config.evaluation.reference_split).labels, evaluator.reference.features
+    before, after = list[tuple[float, float]](), list[tuple[float, float]]()
+    for part in parts:
+        features = extract_set(config, dataset, part.samples, runner=runner, progress=progress).features
+        own = real[labels == manifest.class_names.index(part.name)] if part.name else real
+        if min(len(own), len(part.chosen)) > 1:
+            before.append(kernel_distance(features[: len(part.chosen)], own))
+            after.append(kernel_distance(features[part.chosen], own))
     shown = []
-    for rows in ([np.arange(len(part.chosen)) for part in parts], [part.chosen for part in parts]):
-        features = np.concatenate([each[own] for each, own in zip(made, rows, strict=True)])
-        value, deviation = kernel_distance(features, evaluator.reference.features)
-        shown.append(with_interval(value, value - DEVIATIONS * deviation, value + DEVIATIONS * deviation))
-    return shown
+    for values, deviations in (np.transpose(each) for each in (before, after) if each):
+        value, reach = values.mean(), DEVIATIONS * np.linalg.norm(deviations) / len(values)
+        shown.append(with_interval(value, value - reach, value + reach))
+    return shown, evaluator.reference.gaussian
 
 
 def _write(folder: Path, part: Part, manifest: Manifest, *, kind: str) -> None:
@@ -209,7 +239,7 @@ def _write(folder: Path, part: Part, manifest: Manifest, *, kind: str) -> None:
         if kind == "png":
             (folder / name).mkdir(exist_ok=True)
             for number, png in zip(numbers, pngs, strict=True):
-                (folder / name / f"{number:06d}.png").write_bytes(png)
+                (folder / name / f"generated-{number:06d}.png").write_bytes(png)
         else:
             column = pa.array([{"bytes": png, "path": None} for png in pngs], _ENCODED)
             columns = {"image": column} | ({"label": rows.column("label")} if names else {})

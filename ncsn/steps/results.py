@@ -212,7 +212,8 @@ class ExportResult:
     expected: float  # copies by chance among as many unseen images
 
     def __str__(self) -> str:
-        return f"{sum(self.counts.values()):,} images, {self.copies:,} copies left out"
+        copies = f"{self.copies:,} copies left out, {self.expected:,.1f} expected by chance"
+        return f"{sum(self.counts.values()):,} images, {copies}"
 
 
 @dataclass(frozen=True)

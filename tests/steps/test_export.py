@@ -1,5 +1,6 @@
 """A data set of generated images: as many as asked for, without copies, with the same bytes again."""
 
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -44,22 +45,27 @@ def test_copies_are_left_out_and_the_next_images_take_their_places(tmp_path: Pat
     write_shard(f"{uri}/shard-{0:09d}-{6:09d}.parquet", noise)
     result = do("export", config, "mine", **given)
     assert (result.counts, result.copies, result.made) == ({"": 6}, 2, 10)
-    names = [f"{number:06d}.png" for number in (0, 2, 3, 5, 6, 7)]
+    names = [f"generated-{number:06d}.png" for number in (0, 2, 3, 5, 6, 7)]
     assert files(result.uri).keys() == {"README.md", *names}
-    np.testing.assert_array_equal(np.asarray(Image.open(f"{result.uri}/000005.png")), noise[5, :, :, 0])
+    np.testing.assert_array_equal(np.asarray(Image.open(f"{result.uri}/generated-000005.png")), noise[5, :, :, 0])
     card = Path(result.card).read_text()
-    assert "| all | 6 | 10 | 2 |" in card and load_manifest(given["dataset"]).digest in card
+    manifest = load_manifest(given["dataset"])
+    assert f"| all | 6 | 10 | 2 | {manifest.count('train'):,} |" in card and manifest.digest in card
     assert do("export", config, "mine", **given) == result
 
 
 def test_classes_come_as_asked_and_again_with_the_same_bytes(tmp_path: Path, save_untrained) -> None:
-    asked = ("export.per_class=2", "export.classes={'7': 3}", "export.format=parquet")
+    asked = ("export.per_class=2", "export.classes={'7': 3}", "export.format=parquet", "sampling.seed=3")
+    made(tmp_path, save_untrained, *CLASSES)
     config, given = made(tmp_path, save_untrained, *CLASSES, *asked, f"export.out={tmp_path / 'out'}")
     first = do("export", config, "mine", **given)
     assert first.counts == {str(name): 2 + (name == 7) for name in range(10)}
     read = pq.read_table(sorted(Path(first.uri).glob("*.parquet")))
     assert np.bincount(read.column("label")).tolist() == list(first.counts.values())
-    other, _ = made(tmp_path, save_untrained, *CLASSES, *asked, f"storage.root={tmp_path / 'other'}")
+    command = shlex.split(Path(first.card).read_text().partition("```bash\n")[2].partition("\n```")[0])
+    assert command[:5] == ["ncsn", "export", "mine", "--checkpoint", given["checkpoint"]]
+    assert set(command[5::2]) == {"--set"}
+    other, _ = made(tmp_path, save_untrained, *CLASSES, *command[6::2], f"storage.root={tmp_path / 'other'}")
     assert files(do("export", other, "mine", **given).uri) == files(first.uri)
     source = ["data.source=parquet", f"data.root={first.uri}", "data.test_fraction=0.2"]
     back = open_source(tiny(tmp_path, *source).data)
@@ -84,6 +90,7 @@ def test_fill_completes_each_class_to_the_largest(tmp_path: Path, save_untrained
         ("export.num_images", [*CLASSES, "export.num_images=3"]),
         ("export.classes", [*CLASSES, "export.classes={eleven: 3}"]),
         ("export.out", ["export.num_images=3", "export.out=/"]),
+        ("export.out", ["export.num_images=3", "export.out=/proc/none/here"]),
         ("--dataset", ["export.num_images=3", "data.max_images=99"]),
     ],
 )
