@@ -31,7 +31,7 @@ BUDGETS = {
     "ncsn/core": 3552,
     "ncsn/data": 2827,
     "ncsn/evaluation": 2027,
-    "ncsn/steps ncsn/runs ncsn/kubeflow": 3742,
+    "ncsn/steps ncsn/runs ncsn/kubeflow": 3739,
     "ncsn/model": 1516,
     "ncsn/distributed": 1532,
     "ncsn/config": 1744,

@@ -98,7 +98,7 @@ def export(
             _part(config, trained, name, count, checkpoint=checkpoint, dataset=dataset, context=context)
             for name, count in asked.items()
         ]
-        distances, noise = _distances(config, manifest, dataset, parts, context)
+        distances = _distances(config, manifest, dataset, parts, context)
     result = ExportResult(
         uri=uri,
         card=storage.join(uri, CARD),
@@ -122,7 +122,6 @@ def export(
         manifest=manifest,
         parts=parts,
         distances=distances,
-        noise=noise,
         result=result,
         model=model or context.folder.run,
         again=" ".join(again),
@@ -194,17 +193,15 @@ def _part(
         made = min(made + 2 * (count - len(chosen)), MOST_TIMES * count)
 
 
-def _distances(
-    config: Config, manifest: Manifest, dataset: str, parts: list[Part], context: Context
-) -> tuple[list[str], float]:
+def _distances(config: Config, manifest: Manifest, dataset: str, parts: list[Part], context: Context) -> list[str]:
     """The kernel distance to the training images with its interval: of the first images made, and of the chosen.
 
-    It is the mean over classes of two images or more, each compared with its own. At last that of Gaussian noise.
+    It is the mean over classes of two images or more, each compared with its own.
     """
     runner, progress = runner_of(config.compute), context.progress
     progress.start(sum(part.samples.count for part in parts), "images, measured")
-    evaluator = open_evaluator(config, dataset, runner=runner, progress=progress)
-    labels, real = open_cache(dataset, config.evaluation.reference_split).labels, evaluator.reference.features
+    real = open_evaluator(config, dataset, runner=runner, progress=progress).reference.features
+    labels = open_cache(dataset, config.evaluation.reference_split).labels
     before, after = list[tuple[float, float]](), list[tuple[float, float]]()
     for part in parts:
         features = extract_set(config, dataset, part.samples, runner=runner, progress=progress).features
@@ -216,7 +213,7 @@ def _distances(
     for values, deviations in (np.transpose(each) for each in (before, after) if each):
         value, reach = values.mean(), DEVIATIONS * np.linalg.norm(deviations) / len(values)
         shown.append(with_interval(value, value - reach, value + reach))
-    return shown, evaluator.reference.gaussian
+    return shown
 
 
 def _write(folder: Path, part: Part, manifest: Manifest, *, kind: str) -> None:
