@@ -23,19 +23,15 @@ from ncsn.errors import UserError
 if TYPE_CHECKING:
     from ncsn.cli.target import TargetOptions
 
+_PIPELINES = click.Choice(["train", "sample", "synthesize"])
+
 
 @click.command("submit", cls=ReportingCommand, short_help="Start a pipeline on a Kubeflow cluster.")
 @target_options
 @code_option
 @json_option
 @click.option("--host", metavar="URL", help="Address of Kubeflow Pipelines; default: KF_PIPELINES_ENDPOINT.")
-@click.option(
-    "--pipeline",
-    default="train",
-    show_default=True,
-    type=click.Choice(["train", "sample", "synthesize"]),
-    help="Pipeline to start.",
-)
+@click.option("--pipeline", default="train", show_default=True, type=_PIPELINES, help="Pipeline to start.")
 @click.option("--namespace", metavar="PROFILE", help="Your profile, where Kubeflow serves several users.")
 @click.option("--service-account", metavar="NAME", help="Service account of the pods; default: the cluster's.")
 @click.option("--param", "params", metavar="K=V", multiple=True, help="Another parameter of the pipeline; repeatable.")

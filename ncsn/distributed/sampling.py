@@ -138,13 +138,11 @@ def sample_features(
     compute = config.compute
     found: list[dict[int, Features]] = [{} for _ in wanted]
     # Images that are asked for by class are no more than these.
-    any_number = [
-        each.model_copy(update={"label": BALANCED} if isinstance(each.label, dict) else {}) for _, each in wanted
-    ]
+    ways = [way.model_copy(update={"label": BALANCED}) if isinstance(way.label, dict) else way for _, way in wanted]
     broken: set[int] = set()
     parts = (
         part
-        for number, ((checkpoint, _), sampling) in enumerate(zip(wanted, any_number, strict=True))
+        for number, ((checkpoint, _), sampling) in enumerate(zip(wanted, ways, strict=True))
         for part in _cut(
             Chunk(config, sampling, checkpoint, 0, sampling.batch_size, dataset=dataset, number=number),
             [(0, num_images)],

@@ -40,7 +40,7 @@ class Copies:
         compared with the share of test images that does, counting one more.
         """
         (low, _), (near, _) = (interval(count, self.num_images) for count in (self.copies, self.near))
-        explained = _quantile(self.rank, self.num_test - self.rank + 1, SURE[1])
+        _, explained = interval(self.rank - 1, self.num_test)
         return low > explained or near > (self.num_near_test + 1) / (self.num_near_test + self.num_test + 1)
 
     def __str__(self) -> str:
@@ -53,12 +53,7 @@ class Copies:
 
 def interval(count: int, num_images: int) -> tuple[float, float]:
     """The 95 % interval of a share of images, by Clopper and Pearson."""
-    low = _quantile(count, num_images - count + 1, SURE[0]) if count else 0.0
-    return low, _quantile(count + 1, num_images - count, SURE[1]) if count < num_images else 1.0
-
-
-def _quantile(a: int, b: int, probability: float) -> float:
-    """Of the distribution Beta(a, b)."""
     from scipy.special import betaincinv  # here, so that commands that judge nothing do not load it
 
-    return float(betaincinv(a, b, probability))
+    low = betaincinv(count, num_images - count + 1, SURE[0]) if count else 0.0
+    return float(low), float(betaincinv(count + 1, num_images - count, SURE[1]) if count < num_images else 1.0)

@@ -46,8 +46,8 @@ MIRRORED = 0.65  # `told_from_mirror` up to which mirrored images count as alike
 # To tell how close samples are to real: 539 digits do so within 3.5 % of the distance of noise, 133 emoji within 25 %.
 ENOUGH_TEST_IMAGES = 500
 MOST_REPEATS = 1000  # of an image in training: more of them only memorize it
-# Times that training sees an image, from which samples may be copies: of trainings on 60 digits none is after 100 times,
-# 12 % are after 200, 69 % after 300.
+# Times that training sees an image, from which samples may be copies: of trainings on 60 digits none is one after 100
+# times, 12 % are after 200, 69 % after 300.
 LEARNED_BY_HEART = 200
 NFE = 35  # of the sampler
 _BRIGHT = 128

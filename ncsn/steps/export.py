@@ -133,12 +133,8 @@ def export(
         for part in parts:
             _write(folder, part, manifest, kind=config.export.format)
         (folder / CARD).write_text(card)
-    tracked.log_dataset(
-        f"{config.name}-generated",
-        digest=storage.digest([result.counts, trained.digest, again], 8),
-        uri=uri,
-        context="export",
-    )
+    digest = storage.digest([result.counts, trained.digest, again], 8)
+    tracked.log_dataset(f"{config.name}-generated", digest=digest, uri=uri, context="export")
     tracked.parent.set_tags({"dataset.digest": manifest.digest, "dataset.uri": dataset})  # of its training still
     tracked.log_metrics({"export/images": sum(result.counts.values()), "export/copies": result.copies})
     tracked.set_tags({"checkpoint.digest": trained.digest, "dataset.digest": manifest.digest, "export.uri": uri})
