@@ -162,7 +162,10 @@ class OptimizerConfig(Section):
     warmup_images: int = Field(0, ge=0)
     """Training images over which the learning rate rises linearly from zero."""
     decay: Literal["constant", "linear", "cosine"] = "constant"
-    """How the learning rate falls to zero at train.num_images; constant = it does not."""
+    """How the learning rate falls to zero at train.num_images: constant = it does not; linear = over the last
+    decay_images; cosine = over the whole training."""
+    decay_images: int | None = Field(None, ge=1)
+    """Training images over which a linear decay falls; null = a third of train.num_images."""
 
 
 SNAPSHOTS = 16  # of the averages over a training

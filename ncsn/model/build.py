@@ -172,11 +172,26 @@ def new_emas(config: Config, network: nn.Module) -> tuple[Ema, Ema | None]:
     return Ema(network, step_decay(settings.per_step)), None
 
 
-def learning_rate(config: Config, images_seen: int) -> float:
-    """The rate of the batch that starts at `images_seen`: linear warmup times the chosen decay."""
+def learning_rate(config: Config, images_seen: int, *, peak: float | None = None) -> float:
+    """The rate of the batch that starts at `images_seen`: linear warmup times the chosen decay.
+
+    `peak` replaces `optimizer.learning_rate`.
+    """
     settings, batch = config.optimizer, config.train.batch_size
     done = (images_seen + batch) / max(settings.warmup_images, 1)
     warmup = min(1.0, done) if settings.warmup_images else 1.0
-    left = max(0.0, 1.0 - images_seen / config.train.num_images)
-    fall = {"constant": 1.0, "linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left)}[settings.decay]
-    return settings.learning_rate * warmup * fall
+    length, fall = config.train.num_images, 1.0
+    if settings.decay == "cosine":
+        fall = 0.5 + 0.5 * math.cos(math.pi * min(1.0, images_seen / length))
+    elif settings.decay == "linear":
+        fall = min(1.0, max(0, length - images_seen) / (settings.decay_images or length / 3))
+    return (peak or settings.learning_rate) * warmup * fall
+
+
+def decay_begins(config: Config) -> int | None:
+    """Images seen where a linear decay begins, in whole batches: the state there fits a training of any length."""
+    settings, train = config.optimizer, config.train
+    if settings.decay != "linear":
+        return None
+    first = train.num_images - (settings.decay_images or train.num_images / 3)
+    return math.ceil(first / train.batch_size) * train.batch_size
