@@ -28,27 +28,27 @@ LEAST_MODULES, MOST_MODULES = 2, 14  # of a package
 # Lines of each part, as it is, and words of all pages. Who raises a number says in the commit what went, or why nothing
 # could.
 BUDGETS = {
-    "ncsn/core": 3552,
+    "ncsn/core": 3605,
     "ncsn/data": 2828,
     "ncsn/evaluation": 2075,
-    "ncsn/steps ncsn/runs ncsn/kubeflow": 3755,
-    "ncsn/model": 1507,
-    "ncsn/distributed": 1533,
-    "ncsn/config": 1742,
+    "ncsn/steps ncsn/runs ncsn/kubeflow": 3758,
+    "ncsn/model": 1557,
+    "ncsn/distributed": 1534,
+    "ncsn/config": 1763,
     "ncsn/cli": 1817,
     "ncsn/tracking": 1478,
-    "ncsn/report": 1078,
+    "ncsn/report": 1079,
     "ncsn/remote": 1620,
     "ncsn/library": 396,
     "ncsn/init ncsn/inspection": 1813,
     "ncsn/serving": 446,
-    "ncsn/training": 1037,
+    "ncsn/training": 1042,
     "components pipelines": 1061,
     "ncsn/storage": 843,
     "examples": 1141,
-    "tests": 23858,
+    "tests": 23996,
 }
-MOST_WORDS = 18164
+MOST_WORDS = 18272
 
 
 def _name(path: Path) -> str:

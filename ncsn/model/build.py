@@ -19,7 +19,7 @@ from ncsn.core.ema import Ema, exponent_of, half_life, power_function, step_deca
 from ncsn.core.networks.layers import narrowed
 from ncsn.core.noise_schedule import geometric_sigmas
 from ncsn.core.samplers.settings import AnySampler, Consistency
-from ncsn.core.training import StepOptions, TrainState
+from ncsn.core.training import Muon, StepOptions, TrainState
 
 
 def sigmas(config: Config, sampling: SamplingConfig | None = None) -> Tensor:
@@ -154,11 +154,27 @@ def train_state(config: Config, *, device: str | torch.device = "cpu") -> TrainS
     trained = [*score_network.parameters(), *(uncertainty.parameters() if uncertainty else ())]
     return TrainState(
         network=score_network,
-        optimizer=torch.optim.Adam(trained, lr=config.optimizer.learning_rate, fused=True),
+        optimizer=optimizer(config, trained),
         ema=ema,
         uncertainty=uncertainty,
         second_ema=second_ema,
     )
+
+
+def optimizer(config: Config, trained: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """The optimizer of all parameters, whose groups have their peak rate as `initial_lr`."""
+    rate, muon = config.optimizer.learning_rate, config.optimizer.muon
+
+    def adam(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        return torch.optim.Adam([{"params": parameters, "initial_lr": rate}], lr=rate, fused=True)
+
+    if muon is None:
+        return adam(trained)
+    # The first and the last convolution have the channels of the image.
+    hidden = [each for each in trained if each.ndim == 4 and config.data.channels not in each.shape[:2]]
+    known = set(hidden)
+    others = adam([each for each in trained if each not in known])
+    return Muon(hidden, others, learning_rate=muon.learning_rate, momentum=muon.momentum)
 
 
 def new_emas(config: Config, network: nn.Module) -> tuple[Ema, Ema | None]:

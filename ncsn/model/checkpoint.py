@@ -202,16 +202,13 @@ def restore(folder: Path, *, config: Config, state: TrainState, dataset_digest: 
     _load_strictly(state.network, load_file(folder / "weights.safetensors"), origin=str(folder))
     for ema, name in zip(state.averages, ("ema.safetensors", SECOND_EMA), strict=False):
         ema.load_state_dict({"weights": load_file(folder / name), "num_updates": facts["ema_updates"]})
-    found: dict[int, dict[str, Any]] = {}
-    trained = {name: (index, parameter) for index, (name, parameter) in enumerate(state.trained())}
+    trained = dict(state.trained())
     for path, moment in load_file(folder / "optimizer.safetensors").items():
         name, _, key = path.rpartition("/")
-        index, parameter = trained[name]
+        parameter = trained[name]
         # Fused Adam needs moments with the memory format of their parameters; its step is a number.
-        like = moment.shape == parameter.shape
-        found.setdefault(index, {})[key] = torch.empty_like(parameter).copy_(moment) if like else moment
-    groups = state.optimizer.state_dict()["param_groups"]
-    state.optimizer.load_state_dict({"state": found, "param_groups": groups})
+        like = torch.empty_like(parameter) if moment.shape == parameter.shape else torch.empty_like(moment)
+        state.optimizer.state[parameter][key] = like.to(parameter.device).copy_(moment)
     state.images_seen = int(facts["images_seen"])
     if state.uncertainty is not None:
         with torch.no_grad():

@@ -136,12 +136,13 @@ def model_card(facts: ModelFacts, *, config: Config, manifest: Manifest, evaluat
 def _settings(facts: ModelFacts, config: Config) -> list[tuple[str, str]]:
     noise, optimizer, train, sampling = config.levels, config.optimizer, config.train, config.sampling
     clip = f", gradient norm at most {optimizer.grad_clip_norm:g}" if optimizer.grad_clip_norm else ""
+    muon = f"Muon at {optimizer.muon.learning_rate:g} and " if optimizer.muon else ""
     width = facts.relative_width
     average = ema_setting(train) if width is None else f"relative width {width:g}"
     settings = {
         "network": f"{config.network.kind}, {facts.num_parameters:,} parameters, EMA of {average}",
-        "training": f"{facts.images_seen:,} images, batch {train.batch_size}, Adam at {optimizer.learning_rate:g} "
-        f"({optimizer.decay}){clip}",
+        "training": f"{facts.images_seen:,} images, batch {train.batch_size}, {muon}Adam at "
+        f"{optimizer.learning_rate:g} ({optimizer.decay}){clip}",
     }
     if config.loss.summary:
         settings["loss"] = config.loss.summary

@@ -165,7 +165,7 @@ class Training:
             self.coming = self.ahead.submit(draw, first=first + size, count=len(share))
         batch = drawn.on(context.device, config)
         for group in state.optimizer.param_groups:
-            group["lr"] = build.learning_rate(config, state.images_seen)
+            group["lr"] = build.learning_rate(config, state.images_seen, peak=group["initial_lr"])
         losses, grad_norm = train_step(
             self.model, batch, state=state, loss=self.loss, options=self.options, average=context.average
         )

@@ -49,9 +49,12 @@ from ncsn.training import context as training_context, loop
 from ncsn.training.context import StepTimer, WorkerContext, fits_cuda_graphs, prepare_network
 from ncsn.training.loop import DivergedError, TrainingJob, train_loop
 
+MUON = ["optimizer={warmup_images: 32, decay: linear, decay_images: 80, muon: {learning_rate: 0.02}}"]
+
 
 @pytest.mark.oracle(22)
-def test_resume_is_bitwise(tiny: str, dataset: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("overrides", [[], MUON], ids=["adam", "muon"])
+def test_resume_is_bitwise(tiny: str, dataset: str, tmp_path: Path, overrides: list[str]) -> None:
     """10 steps = 5 + resume + 5 (spec 7.22). Who watches never sees that it began anew."""
 
     class Shown(Progress):
@@ -60,7 +63,7 @@ def test_resume_is_bitwise(tiny: str, dataset: str, tmp_path: Path) -> None:
         def changed(self) -> None:
             self.shown.append(self.done)
 
-    config, sink, resumed = from_yaml(tiny), Recorder(), Recorder()
+    config, sink, resumed = from_yaml(tiny, overrides=overrides), Recorder(), Recorder()
     whole = train(config, dataset, tmp_path / "whole")
     train_until_killed(TrainingJob(config=config, dataset=dataset, sink=sink), tmp_path / "halves")
     assert sink.closed
@@ -366,6 +369,20 @@ def test_any_number_of_workers_follows_the_same_curve(tiny: str, dataset: str, t
         for name in (name for name in one.points[-1] if name.startswith(("train/loss", "train/grad"))):
             np.testing.assert_allclose(many.curve(name), one.curve(name), rtol=1e-4)
         assert_close_tensors(*(place / "checkpoints" / "images-000000160" for place in (tmp_path / "1", folder)))
+
+
+@pytest.mark.slow
+def test_two_workers_resume_with_muon(tiny: str, dataset: str, tmp_path: Path) -> None:
+    config = from_yaml(tiny, overrides=MUON)
+    for name, stops in (("whole", [None]), ("halves", [80, None])):
+        (tmp_path / name).mkdir()
+        for stop in stops:
+            job = TrainingJob(config, dataset, stop_at=stop)
+            torch.multiprocessing.spawn(work, (2, job, str(tmp_path / name)), nprocs=2)
+            (tmp_path / name / "meeting").unlink(missing_ok=True)
+    last = "checkpoints/images-000000160"
+    assert_same_tensors(tmp_path / "whole" / last, tmp_path / "halves" / last)
+    assert_close_tensors(train(config, dataset, tmp_path / "one"), tmp_path / "whole" / last, rtol=1e-2)
 
 
 @pytest.mark.slow
