@@ -31,8 +31,8 @@ BUDGETS = {
     "ncsn/core": 3605,
     "ncsn/data": 2828,
     "ncsn/evaluation": 2075,
-    "ncsn/steps ncsn/runs ncsn/kubeflow": 3758,
-    "ncsn/model": 1557,
+    "ncsn/steps ncsn/runs ncsn/kubeflow": 3755,
+    "ncsn/model": 1563,
     "ncsn/distributed": 1534,
     "ncsn/config": 1763,
     "ncsn/cli": 1817,
@@ -46,7 +46,7 @@ BUDGETS = {
     "components pipelines": 1061,
     "ncsn/storage": 843,
     "examples": 1141,
-    "tests": 24018,
+    "tests": 24024,
 }
 MOST_WORDS = 18272
 

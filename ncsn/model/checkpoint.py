@@ -199,6 +199,12 @@ def restore(folder: Path, *, config: Config, state: TrainState, dataset_digest: 
             "changed since",
             hint="choose another --run NAME",
         )
+    begins, length = build.decay_begins(config), saved.train.num_images
+    if begins is not None and facts["images_seen"] > begins and length != config.train.num_images:
+        reason = f"was trained beyond {begins:,} images, where the learning rate is to fall"
+        raise CheckpointError(
+            str(folder), reason, hint=f"set train.num_images = {length}, or choose another --run NAME"
+        )
     _load_strictly(state.network, load_file(folder / "weights.safetensors"), origin=str(folder))
     for ema, name in zip(state.averages, ("ema.safetensors", SECOND_EMA), strict=False):
         ema.load_state_dict({"weights": load_file(folder / name), "num_updates": facts["ema_updates"]})

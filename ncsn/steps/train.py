@@ -56,9 +56,6 @@ def prepare(run: Run, *, dataset: str, finish: bool = False) -> Prepared[TrainRe
     if length > owner.train.num_images:  # the length of the run is that of its longest training
         longer = owner.train.model_copy(update={"num_images": length})
         storage.write_text(folder.config, to_yaml(owner.model_copy(update={"train": longer})))
-    elif config.optimizer.decay == "linear":  # another end would be another decay
-        length = owner.train.num_images
-        config = config.model_copy(update={"train": config.train.model_copy(update={"num_images": length})})
     key = {"dataset": dataset}
     if not finish and (stored := stored_result(folder, "train", key)) and stored.images_seen < length:
         update_step(folder, "train", state="", inputs={}, result={})  # a longer training may delete that checkpoint

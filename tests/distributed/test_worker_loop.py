@@ -40,7 +40,7 @@ from ncsn.config import from_yaml
 from ncsn.data.training_images import CachedSplit
 from ncsn.model import build
 from ncsn.model.averages import build_average, snapshots
-from ncsn.model.checkpoint import CheckpointStore, load_checkpoint
+from ncsn.model.checkpoint import CheckpointError, CheckpointStore, load_checkpoint
 from ncsn.progress import Progress
 from ncsn.runs.history import load_history
 from ncsn.storage import heartbeat
@@ -98,7 +98,11 @@ def test_a_longer_training_goes_on_from_where_the_rate_began_to_fall(tiny, datas
     """What is stored of the fall is no part of it."""
 
     def trained(folder: str, length: int, stop_at: int | None = None) -> Path:
-        settings = ["optimizer={decay: linear, decay_images: 48}", "train.ema.kind=power", f"train.num_images={length}"]
+        settings = [
+            "optimizer={decay: linear, decay_images: 48}",
+            "train.ema={kind: power}",
+            f"train.num_images={length}",
+        ]
         config = from_yaml(tiny, overrides=[*settings, "train.checkpoint_every_images=16"])
         job = TrainingJob(config, dataset, stop_at=stop_at, averages=str(tmp_path / folder / "ema"))
         store = CheckpointStore(str(tmp_path / folder / "checkpoints"), keep=1, config=config)
@@ -109,6 +113,8 @@ def test_a_longer_training_goes_on_from_where_the_rate_began_to_fall(tiny, datas
     trained("longer", 160, stop_at=80)  # and is interrupted where the other was falling
     assert [each.name for each in short.parent.iterdir()] == ["images-000000080"]
     assert snapshots(str(tmp_path / "longer" / "ema")) == list(range(16, 81, 16))
+    with refused(str(short.parent / "images-000000080"), error=CheckpointError):
+        trained("longer", 112)
     assert_same_tensors(trained("longer", 160), trained("at-once", 160))
 
 
