@@ -160,8 +160,7 @@ def quality(config: Config, checkpoint: str, *, dataset: str, count: int, work: 
     """Distances, recall and copies of `count` samples."""
     sampling = config.sampling.model_copy(update={"num_images": count, "relative_width": None})
     config = config.model_copy(update={"sampling": sampling})
-    name = storage.digest([checkpoint, sampling.model_dump(mode="json")], 16)
-    samples = f"{work}/samples/{name}"
+    samples = f"{work}/samples/{storage.digest([checkpoint, sampling.model_dump(mode='json')], 16)}"
     make_shards(config, plan_shards(config, checkpoint=checkpoint, folder=samples), progress=Progress())
     found = []
     for extractor in (config.evaluation.extractor, "clusters"):
@@ -171,8 +170,7 @@ def quality(config: Config, checkpoint: str, *, dataset: str, count: int, work: 
         names = {key: re.fullmatch(r"eval/[a-z]+_(\w+)_n\d+", key) for key in result.metrics}
         found.append({name[1]: result.metrics[key] for key, name in names.items() if name})
     own, clusters = found
-    figures = {"kid": clusters["kid"], "fid": own["fid"], "recall": clusters["recall"]}
-    return figures | {"copies": count * own["copies"]}
+    return {"kid": clusters["kid"], "fid": own["fid"], "recall": clusters["recall"], "copies": count * own["copies"]}
 
 
 def table(lines: list[dict[str, Any]]) -> str:
