@@ -113,6 +113,13 @@ def _training(config: Config) -> Iterator[Problem]:
     if train.num_images < train.batch_size:
         reason = f"less than one batch: train.batch_size = {train.batch_size}"
         yield Problem("train.num_images", reason, "raise it", train.num_images)
+    decay, images = config.optimizer.decay, config.optimizer.decay_images
+    if images is not None and decay != "linear":
+        reason = f"needs optimizer.decay = linear, not {decay}"
+        yield Problem("optimizer.decay_images", reason, "leave one of them out", images)
+    elif images is not None and images > train.num_images:
+        reason = f"more than train.num_images = {train.num_images:,}"
+        yield Problem("optimizer.decay_images", reason, "lower it", images)
     if train.batch_size < workers:
         reason = f"less than one image for each of compute.num_workers = {workers}"
         yield Problem("train.batch_size", reason, "raise it, or lower compute.num_workers", train.batch_size)

@@ -152,17 +152,31 @@ LossConfig = Annotated[DsmLossConfig | SsmLossConfig | ConsistencyLossConfig, Fi
 DEFAULT_LOSS = DsmLossConfig()
 
 
+class MuonConfig(Section):
+    """Muon for the weights of hidden convolutions (Jordan et al. 2024); Adam trains the rest."""
+
+    learning_rate: float = Field(0.01, gt=0, le=1)
+    """Peak learning rate of these weights; optimizer.learning_rate is that of the rest."""
+    momentum: float = Field(0.95, ge=0, lt=1)
+    """Share of the average gradient that stays at each step."""
+
+
 class OptimizerConfig(Section):
-    """Adam and its learning-rate schedule."""
+    """Adam, or Muon with it, and the learning-rate schedule."""
 
     learning_rate: float = Field(1e-3, gt=0, le=1)
-    """Peak learning rate."""
+    """Peak learning rate of Adam."""
+    muon: MuonConfig | None = None
+    """Muon for the weights of hidden convolutions; null = Adam for all."""
     grad_clip_norm: float | None = Field(None, gt=0)
     """Clip the global norm of the gradient to this value; null = off."""
     warmup_images: int = Field(0, ge=0)
     """Training images over which the learning rate rises linearly from zero."""
     decay: Literal["constant", "linear", "cosine"] = "constant"
-    """How the learning rate falls to zero at train.num_images; constant = it does not."""
+    """How the learning rate falls to zero at train.num_images: constant = it does not; linear = over the last
+    decay_images; cosine = over the whole training."""
+    decay_images: int | None = Field(None, ge=1)
+    """Training images over which a linear decay falls; null = a third of train.num_images."""
 
 
 SNAPSHOTS = 16  # of the averages over a training

@@ -1,10 +1,11 @@
-"""What training carries from step to step, and one step."""
+"""What training carries from step to step, one step, and an optimizer."""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from ncsn.core.narrow_weights import NarrowWeights
 
 EVALUATIONS_PER_STEP = 3  # network evaluations that a training step costs per image: one forward, two backward
+NEWTON_SCHULZ_STEPS = 5
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of x, x^3 and x^5, which bring small singular values up fastest
 
 
 @dataclass
@@ -122,3 +125,53 @@ def train_step(
     for ema in state.averages:
         ema.update(module, images_seen=state.images_seen + global_batch, batch=global_batch)
     return torch.cat(per_image), grad_norm
+
+
+def orthogonalized(matrices: Tensor) -> Tensor:
+    """Matrices [N, R, C] with their singular vectors, and singular values of 0.7 to 1.2 where they are not tiny."""
+    if matrices.shape[1] > matrices.shape[2]:
+        return orthogonalized(matrices.mT).mT
+    wide: Tensor = matrices / torch.linalg.matrix_norm(matrices, keepdim=True).clamp_min(1e-7)
+    # Each step of Newton-Schulz multiplies by a polynomial of this small square matrix, so the wide one waits.
+    gram = wide @ wide.mT
+    product = identity = torch.eye(gram.shape[1], device=gram.device)
+    first, third, fifth = COEFFICIENTS
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        step = first * identity + third * gram + fifth * gram @ gram
+        product, gram = step @ product, step @ gram @ step
+    return product @ wide
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for the weights of hidden convolutions (Jordan et al. 2024), and the optimizer of all others.
+
+    A convolution is the matrix [out, in * kernel]. Its momentum is orthogonalized, so that a step moves the layer's
+    output as much in rare directions as in the commonest one.
+    """
+
+    def __init__(
+        self, hidden: Sequence[nn.Parameter], others: torch.optim.Optimizer, *, learning_rate: float, momentum: float
+    ) -> None:
+        group = {"params": hidden, "initial_lr": learning_rate, "momentum": momentum}
+        super().__init__([group], {"lr": learning_rate})
+        self.others, others.state = others, self.state  # one state of all parameters, as checkpoints have it
+        self.param_groups += others.param_groups
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        """Update all parameters that have a gradient; matrices of one shape together, which is faster."""
+        by_shape, group = defaultdict[tuple[int, int], list[Tensor]](list), self.param_groups[0]
+        for weight in group["params"]:
+            if weight.grad is not None:
+                by_shape[len(weight), weight[0].numel()].append(weight)
+                self.state[weight].setdefault("momentum", torch.zeros_like(weight))
+        for (rows, columns), weights in by_shape.items():
+            gradients = [each.grad for each in weights if each.grad is not None]
+            momenta = [self.state[each]["momentum"] for each in weights]
+            torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+            ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov's
+            found = orthogonalized(torch.stack([each.reshape(rows, columns) for each in ahead]))
+            rate = group["lr"] * max(1, rows / columns) ** 0.5
+            changes = [change.view_as(weight) for change, weight in zip(found, weights, strict=True)]
+            torch._foreach_add_(weights, changes, alpha=-rate)
+        self.others.step()

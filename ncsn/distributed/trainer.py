@@ -91,7 +91,8 @@ def attempt(
         build.tune_cuda(worker.device)
         folder, keep = TrainingFolder(run_uri), job.config.train.keep_checkpoints
         worker.hung = folder.hung
-        return train_loop(job, worker, CheckpointStore(folder.checkpoints, keep=keep))
+        store = CheckpointStore(folder.checkpoints, keep=keep, config=job.config)
+        return train_loop(job, worker, store)
     except _TRANSIENT:
         raise
     except (InvalidValue, LeaseExpired) as end:

@@ -19,7 +19,7 @@ from ncsn.core.ema import Ema, exponent_of, half_life, power_function, step_deca
 from ncsn.core.networks.layers import narrowed
 from ncsn.core.noise_schedule import geometric_sigmas
 from ncsn.core.samplers.settings import AnySampler, Consistency
-from ncsn.core.training import StepOptions, TrainState
+from ncsn.core.training import Muon, StepOptions, TrainState
 
 
 def sigmas(config: Config, sampling: SamplingConfig | None = None) -> Tensor:
@@ -154,11 +154,27 @@ def train_state(config: Config, *, device: str | torch.device = "cpu") -> TrainS
     trained = [*score_network.parameters(), *(uncertainty.parameters() if uncertainty else ())]
     return TrainState(
         network=score_network,
-        optimizer=torch.optim.Adam(trained, lr=config.optimizer.learning_rate, fused=True),
+        optimizer=optimizer(config, trained),
         ema=ema,
         uncertainty=uncertainty,
         second_ema=second_ema,
     )
+
+
+def optimizer(config: Config, trained: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """The optimizer of all parameters, whose groups have their peak rate as `initial_lr`."""
+    rate, muon = config.optimizer.learning_rate, config.optimizer.muon
+
+    def adam(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        return torch.optim.Adam([{"params": parameters, "initial_lr": rate}], lr=rate, fused=True)
+
+    if muon is None:
+        return adam(trained)
+    # The first and the last convolution have the channels of the image.
+    hidden = [each for each in trained if each.ndim == 4 and config.data.channels not in each.shape[:2]]
+    known = set(hidden)
+    others = adam([each for each in trained if each not in known])
+    return Muon(hidden, others, learning_rate=muon.learning_rate, momentum=muon.momentum)
 
 
 def new_emas(config: Config, network: nn.Module) -> tuple[Ema, Ema | None]:
@@ -172,11 +188,26 @@ def new_emas(config: Config, network: nn.Module) -> tuple[Ema, Ema | None]:
     return Ema(network, step_decay(settings.per_step)), None
 
 
-def learning_rate(config: Config, images_seen: int) -> float:
-    """The rate of the batch that starts at `images_seen`: linear warmup times the chosen decay."""
+def learning_rate(config: Config, images_seen: int, *, peak: float | None = None) -> float:
+    """The rate of the batch that starts at `images_seen`: linear warmup times the chosen decay.
+
+    `peak` replaces `optimizer.learning_rate`.
+    """
     settings, batch = config.optimizer, config.train.batch_size
     done = (images_seen + batch) / max(settings.warmup_images, 1)
     warmup = min(1.0, done) if settings.warmup_images else 1.0
-    left = max(0.0, 1.0 - images_seen / config.train.num_images)
-    fall = {"constant": 1.0, "linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left)}[settings.decay]
-    return settings.learning_rate * warmup * fall
+    length, fall = config.train.num_images, 1.0
+    if settings.decay == "cosine":
+        fall = 0.5 + 0.5 * math.cos(math.pi * min(1.0, images_seen / length))
+    elif settings.decay == "linear":
+        fall = min(1.0, max(0, length - images_seen) / (settings.decay_images or length / 3))
+    return (peak or settings.learning_rate) * warmup * fall
+
+
+def decay_begins(config: Config) -> int | None:
+    """Images seen where a linear decay begins, in whole batches: the state there fits a training of any length."""
+    settings, train = config.optimizer, config.train
+    if settings.decay != "linear":
+        return None
+    first = train.num_images - (settings.decay_images or train.num_images / 3)
+    return math.ceil(first / train.batch_size) * train.batch_size

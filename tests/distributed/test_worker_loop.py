@@ -40,7 +40,7 @@ from ncsn.config import from_yaml
 from ncsn.data.training_images import CachedSplit
 from ncsn.model import build
 from ncsn.model.averages import build_average, snapshots
-from ncsn.model.checkpoint import CheckpointStore, load_checkpoint
+from ncsn.model.checkpoint import CheckpointError, CheckpointStore, load_checkpoint
 from ncsn.progress import Progress
 from ncsn.runs.history import load_history
 from ncsn.storage import heartbeat
@@ -49,9 +49,12 @@ from ncsn.training import context as training_context, loop
 from ncsn.training.context import StepTimer, WorkerContext, fits_cuda_graphs, prepare_network
 from ncsn.training.loop import DivergedError, TrainingJob, train_loop
 
+MUON = ["optimizer={warmup_images: 32, decay: linear, decay_images: 80, muon: {learning_rate: 0.02}}"]
+
 
 @pytest.mark.oracle(22)
-def test_resume_is_bitwise(tiny: str, dataset: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("overrides", [[], MUON], ids=["adam", "muon"])
+def test_resume_is_bitwise(tiny: str, dataset: str, tmp_path: Path, overrides: list[str]) -> None:
     """10 steps = 5 + resume + 5 (spec 7.22). Who watches never sees that it began anew."""
 
     class Shown(Progress):
@@ -60,7 +63,7 @@ def test_resume_is_bitwise(tiny: str, dataset: str, tmp_path: Path) -> None:
         def changed(self) -> None:
             self.shown.append(self.done)
 
-    config, sink, resumed = from_yaml(tiny), Recorder(), Recorder()
+    config, sink, resumed = from_yaml(tiny, overrides=overrides), Recorder(), Recorder()
     whole = train(config, dataset, tmp_path / "whole")
     train_until_killed(TrainingJob(config=config, dataset=dataset, sink=sink), tmp_path / "halves")
     assert sink.closed
@@ -89,6 +92,30 @@ def test_a_resumed_training_has_the_same_averages_and_snapshots(tiny, dataset, t
     assert [snapshots(str(run / "ema")) for run in runs] == [[64, 112, 160]] * 2
     built = load_checkpoint(build_average(str(places[0]), relative_width=0.07))
     assert built.images_seen == 160 and built.average is not None and len(built.average["coefficients"]) == 6
+
+
+def test_a_longer_training_goes_on_from_where_the_rate_began_to_fall(tiny, dataset, tmp_path) -> None:
+    """What is stored of the fall is no part of it."""
+
+    def trained(folder: str, length: int, stop_at: int | None = None) -> Path:
+        settings = [
+            "optimizer={decay: linear, decay_images: 48}",
+            "train.ema={kind: power}",
+            f"train.num_images={length}",
+        ]
+        config = from_yaml(tiny, overrides=[*settings, "train.checkpoint_every_images=16"])
+        job = TrainingJob(config, dataset, stop_at=stop_at, averages=str(tmp_path / folder / "ema"))
+        store = CheckpointStore(str(tmp_path / folder / "checkpoints"), keep=1, config=config)
+        return Path(store.uri) / train_loop(job, WorkerContext(), store).checkpoint
+
+    short = trained("longer", 112)
+    assert [each.name for each in short.parent.iterdir()] == ["images-000000064", short.name]
+    trained("longer", 160, stop_at=80)  # and is interrupted where the other was falling
+    assert [each.name for each in short.parent.iterdir()] == ["images-000000080"]
+    assert snapshots(str(tmp_path / "longer" / "ema")) == list(range(16, 81, 16))
+    with refused(str(short.parent / "images-000000080"), error=CheckpointError):
+        trained("longer", 112)
+    assert_same_tensors(trained("longer", 160), trained("at-once", 160))
 
 
 def test_another_seed_gives_other_weights_and_a_complete_run_has_nothing_left_to_do(tiny, dataset, tmp_path) -> None:
@@ -207,6 +234,18 @@ def test_learning_rate_warms_up_and_falls(tiny: str) -> None:
     assert rates[0] == pytest.approx(config.optimizer.learning_rate / 2 * 1.0)
     assert np.argmax(rates) == 1
     assert rates[-1] < 0.05 * config.optimizer.learning_rate
+
+
+def test_a_linear_decay_begins_late(tiny: str) -> None:
+    for images, falls in (("null", 160 / 3), ("40", 40)):
+        config = from_yaml(tiny, overrides=[f"optimizer={{learning_rate: 0.5, decay: linear, decay_images: {images}}}"])
+        begins = build.decay_begins(config)
+        rates = [build.learning_rate(config, seen) for seen in range(0, 161, 16)]
+        assert rates == pytest.approx([0.5 * min(1, (160 - seen) / falls) for seen in range(0, 161, 16)])
+        assert begins is not None and [rate == 0.5 for rate in rates] == [16 * n <= 160 - falls for n in range(11)]
+        assert rates[begins // 16 - 1] == 0.5 > rates[begins // 16]
+    assert build.decay_begins(from_yaml(tiny)) is None
+    assert build.learning_rate(config, 140, peak=0.1) == pytest.approx(0.05)
 
 
 def test_a_checkpoint_in_time_leaves_a_point_and_the_same_weights(tiny, dataset, tmp_path, monkeypatch) -> None:
@@ -336,6 +375,20 @@ def test_any_number_of_workers_follows_the_same_curve(tiny: str, dataset: str, t
         for name in (name for name in one.points[-1] if name.startswith(("train/loss", "train/grad"))):
             np.testing.assert_allclose(many.curve(name), one.curve(name), rtol=1e-4)
         assert_close_tensors(*(place / "checkpoints" / "images-000000160" for place in (tmp_path / "1", folder)))
+
+
+@pytest.mark.slow
+def test_two_workers_resume_with_muon(tiny: str, dataset: str, tmp_path: Path) -> None:
+    config = from_yaml(tiny, overrides=MUON)
+    for name, stops in (("whole", [None]), ("halves", [80, None])):
+        (tmp_path / name).mkdir()
+        for stop in stops:
+            job = TrainingJob(config, dataset, stop_at=stop)
+            torch.multiprocessing.spawn(work, (2, job, str(tmp_path / name)), nprocs=2)
+            (tmp_path / name / "meeting").unlink(missing_ok=True)
+    last = "checkpoints/images-000000160"
+    assert_same_tensors(tmp_path / "whole" / last, tmp_path / "halves" / last)
+    assert_close_tensors(train(config, dataset, tmp_path / "one"), tmp_path / "whole" / last, rtol=1e-2)
 
 
 @pytest.mark.slow

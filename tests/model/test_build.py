@@ -34,3 +34,25 @@ def test_every_network_takes_rectangles(network: str) -> None:
     with torch.no_grad():
         score = build.network(config)(x, level)
     assert score.shape == x.shape and score.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("network", "not_hidden"),
+    [
+        ("{kind: ncsn, num_features: 4}", {"begin_conv", "end_conv"}),
+        ("{kind: unet, widths: [4, 4, 8], blocks_per_resolution: 1}", {"input", "output"}),
+        (
+            "{kind: ddpmpp, base_width: 8, multipliers: [1, 2], attention_sizes: []}",
+            {"enc.48x48_conv", "dec.48x48_aux_conv"},
+        ),
+    ],
+)
+def test_muon_has_the_convolutions_between_the_first_and_the_last(network: str, not_hidden: set[str]) -> None:
+    config = from_yaml(RECTANGLES, overrides=[f"network={network}", "optimizer.muon={learning_rate: 0.5}"])
+    state = build.train_state(config)
+    hidden, others = (set(group["params"]) for group in state.optimizer.param_groups)
+    assert hidden | others == set(state.network.parameters())
+    convolutions = {name for name, each in state.network.named_modules() if isinstance(each, torch.nn.Conv2d)}
+    found = {name.removesuffix(".weight") for name, each in state.trained() if each in hidden}
+    assert convolutions - found == not_hidden
+    assert [group["initial_lr"] for group in state.optimizer.param_groups] == [0.5, config.optimizer.learning_rate]
