@@ -22,6 +22,7 @@ IMAGE_VARIABLE = "NCSN_IMAGE"  # variable with the image for pods that are to be
 WORKER_MEMORY = "NCSN_WORKER_MEMORY"  # variable with compute.kuberay.memory_per_worker, where it cannot be estimated
 CONTAINER_IMAGE = "NCSN_CONTAINER_IMAGE"  # variable with the image of this pod, in the pods of a RayJob
 CODE = "NCSN_CODE"  # variable with the URI of the archive that this process's code comes from, see `ncsn.runs.code`
+DASHBOARD = "NCSN_DASHBOARD"  # variable that asks for the dashboard of a Ray cluster that is started on this machine
 KFP_RUN_ID = "NCSN_KFP_RUN_ID"  # variable with the id of the pipeline run, in all pods of a cluster
 RUN_ID_LABEL = "pipeline/runid"  # KFP's, of a run's Workflow and of its pods
 POD_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")  # Kubernetes mounts it

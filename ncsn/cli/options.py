@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 import traceback
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from typing import Any, get_args
 import click
 
 from ncsn.answer import INTERRUPTED, answer
-from ncsn.environment import BackendName
+from ncsn.environment import DASHBOARD, BackendName
 from ncsn.errors import Problem, UserError, problems_of
 from ncsn.runs.steps import OWN, STEP_TABLE
 
@@ -158,7 +159,14 @@ registry_options = partial(target_options, run_help="Use the registry of this ru
 
 
 def backend_options(command: Decorated) -> Decorated:
-    """`--backend` and `--address`, which `target_options` above this takes."""
+    """`--dashboard`, and `--backend` and `--address`, which `target_options` above this takes."""
+
+    def ask(_: click.Context, __: click.Parameter, given: bool) -> None:  # noqa: FBT001 - click's
+        if given:
+            os.environ[DASHBOARD] = "1"
+
+    shown = "Start the dashboard too, if this starts a Ray cluster here."
+    command = click.option("--dashboard", is_flag=True, expose_value=False, callback=ask, help=shown)(command)
     words = "Where the work runs; short for --set compute.backend=..."
     address = click.option("--address", metavar="URL", help="Dashboard of the Ray cluster, http://HEAD:8265.")
     return click.option("--backend", type=click.Choice(get_args(BackendName)), help=words)(address(command))

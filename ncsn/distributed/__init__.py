@@ -34,13 +34,13 @@ def train(job: TrainingJob, *, run_uri: str) -> TrainOutcome:
 
     `RuntimeError` if workers failed more often than `compute.max_failures`, or could not be started.
     """
-    from ncsn.distributed.cluster import is_own, on_this_machine, require_resources
+    from ncsn.distributed.cluster import is_own, needs_ray_train, on_this_machine, require_resources
     from ncsn.distributed.trainer import train_by_tasks
 
     require_resources(job.config)
     compute = job.config.compute
-    fixed = compute.min_workers == compute.max_workers and not compute.use_gpu
-    if (compute.num_workers == 1 and on_this_machine()) or (fixed and is_own()):  # which is not preempted
+    # A cluster of its own is not preempted.
+    if not needs_ray_train(compute) and (is_own() or (compute.num_workers == 1 and on_this_machine())):
         return train_by_tasks(job, run_uri=run_uri)
     from ncsn.distributed.ray_train import train_by_ray  # takes a second, which tasks need not wait for
 

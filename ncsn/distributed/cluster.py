@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import secrets
 import signal
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import ray
 from ray.exceptions import RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ncsn import storage
 from ncsn.config import Config
-from ncsn.environment import CODE, job_config
+from ncsn.config.compute import ComputeConfig
+from ncsn.environment import CODE, DASHBOARD, job_config
 from ncsn.errors import UserError
 from ncsn.runs.code import ray_environment
 from ncsn.storage.heartbeat import LeaseExpired
@@ -34,7 +38,6 @@ _POLL_SECONDS = 1.0
 _LOG_LINES = 100  # of each log
 _MOST_CHARACTERS = 500_000  # of all
 _LOG_SECONDS = 20.0  # for the logs of all nodes: some may hang
-_LOG_TIMEOUT = 5  # seconds
 
 _CONNECTING = threading.RLock()
 
@@ -47,12 +50,11 @@ logging.getLogger(ray.init.__module__).addFilter(lambda record: not record.getMe
 def ray_cluster(config: Config | None = None, *, last_lines: str | None = None) -> Iterator[str]:
     """Connect to the cluster at RAY_ADDRESS, or start one on this machine that ends with the block.
 
-    A cluster that it starts listens on loopback only, has the dashboard on and asks for a token. Its address is in the
-    environment meanwhile, so that child processes join it. Ray ties its processes to this one: if this process is
-    killed, they end too.
+    A cluster that it starts listens on loopback only and asks for a token. Its address is in the environment meanwhile,
+    so that child processes join it. Ray ties its processes to this one: if this process is killed, they end too.
 
-    The config decides the size of a cluster that is started; without one, it is that of the machine. A failure of the
-    block leaves the workers' last lines at the URI `last_lines`.
+    The config decides the size of a cluster that is started; without one, as for a server, it is that of the machine
+    and has the dashboard. A failure of the block leaves the workers' last lines at the URI `last_lines`.
     Yields the address of the cluster.
     """
     with ExitStack() as stack:
@@ -131,6 +133,11 @@ def is_own() -> bool:
     return bool(os.environ.get(_OWN) == ray.get_runtime_context().gcs_address)
 
 
+def needs_ray_train(compute: ComputeConfig) -> bool:
+    """Whether tasks do not do for the workers on this machine: they may come and go, or share its GPUs."""
+    return compute.num_workers != 1 and (compute.use_gpu or compute.min_workers != compute.max_workers)
+
+
 @contextmanager
 def _own_sigterm() -> Iterator[None]:
     """Keep this process's answer to SIGTERM: Ray installs one that aborts the process before it can clean up."""
@@ -182,7 +189,8 @@ def _start(config: Config | None) -> str:
         ray.init(
             address="local",  # without, Ray would join a cluster that another process started on this machine
             num_cpus=max(cores, wanted),
-            include_dashboard=True,
+            # Its ten processes are for people, and for Ray Train, which asks them what it may clean up.
+            include_dashboard=config is None or bool(os.environ.get(DASHBOARD)) or needs_ray_train(config.compute),
             dashboard_host=LOOPBACK,
             logging_level=logging.WARNING,
         )
@@ -260,7 +268,7 @@ def keep_last_lines(uri: str, error: BaseException) -> bool:
     node is there.
     """
     parts = list[str]()
-    # In a thread, since Ray's client would wait for a dashboard without a limit.
+    # In a thread, since Ray's client would wait for a head that is gone.
     thread = threading.Thread(target=_collect, args=(parts,), name="last-lines", daemon=True)
     thread.start()
     thread.join(_LOG_SECONDS)
@@ -273,21 +281,26 @@ def keep_last_lines(uri: str, error: BaseException) -> bool:
 
 
 def _collect(parts: list[str]) -> None:
-    from ray.util.state import get_log, list_logs  # takes a second, which only a failure waits for
-    from ray.util.state.exception import RayStateApiException
-
-    job = ray.get_runtime_context().get_job_id()
+    task: Any = ray.remote(num_cpus=0)(_last_lines_here)
+    job, reading = ray.get_runtime_context().get_job_id(), list[Any]()
     for node in (node for node in ray.nodes() if node["Alive"]):
-        with suppress(OSError, RayStateApiException):  # this node's agent has not started, or ends
-            found = list_logs(node_id=node["NodeID"], glob_filter="worker-*", timeout=_LOG_TIMEOUT)
-            for name in sorted(name for names in found.values() for name in names):
-                log = partial(get_log, node_id=node["NodeID"], filename=name, timeout=_LOG_TIMEOUT, errors="replace")
-                # Ray marks where a job's lines begin. The cluster may have other people's jobs.
-                if not next(log(), "").startswith(f":job_id:{job}"):
-                    continue
-                text = "".join(log(tail=_LOG_LINES, filter_ansi_code=True))
-                lines = [
-                    line for line in text.splitlines() if line and not line.startswith((":job_id:", ":task_name:"))
-                ]
-                if lines:
-                    parts.append("\n".join([f"--- {node['NodeManagerAddress']} {name}", *lines, ""]))
+        there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        reading.append(task.options(scheduling_strategy=there).remote(job, node["NodeManagerAddress"]))
+    while reading:
+        done, reading = ray.wait(reading)
+        with suppress(RayError):  # this node ends
+            parts.extend(ray.get(done[0]))
+
+
+def _last_lines_here(job: str, address: str) -> list[str]:
+    """What each process of a Ray job on this node wrote last. No dashboard needs to run for it."""
+    parts, node = list[str](), cast("Any", ray._private.worker._global_node)
+    for log in sorted(Path(node.get_logs_dir_path()).glob("worker-*")):
+        with log.open(errors="replace") as file:
+            # Ray marks where a job's lines begin. The cluster may have other people's jobs.
+            if not file.readline().startswith(f":job_id:{job}"):
+                continue
+            last = deque((line for line in file if not line.startswith((":job_id:", ":task_name:"))), _LOG_LINES)
+        if text := re.sub(r"\x1b\[[0-9;]*m", "", "".join(last)).strip("\n"):
+            parts.append(f"--- {address} {log.name}\n{text}\n")
+    return parts

@@ -62,6 +62,15 @@ def test_a_mistake_is_one_line_and_leaves_nothing(run_in_process, require_mistak
     assert not store.exists()
 
 
+def test_an_option_asks_for_the_dashboard_of_a_cluster(run_in_process, monkeypatch) -> None:
+    monkeypatch.setenv("NCSN_DASHBOARD", "")
+    for command in ("run", "train"):
+        run_in_process(command, "--config", "nowhere.yaml")
+        assert not os.environ["NCSN_DASHBOARD"]
+    run_in_process("train", "--config", "nowhere.yaml", "--dashboard")
+    assert os.environ["NCSN_DASHBOARD"] == "1"
+
+
 def test_pages_on_a_busy_port_are_refused(run_in_process, require_mistake, config_file, monkeypatch) -> None:
     monkeypatch.setattr("subprocess.Popen", None)  # no server is started
     args = ["ui", "--config", str(config_file), "--set", "tracking.uri=postgresql://server/runs"]

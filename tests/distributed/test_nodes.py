@@ -102,6 +102,17 @@ def test_the_last_lines_of_a_job_reach_the_store(cluster: RayNodes, tiny: str, t
         assert 1 <= len(calls) <= 4, "the first call and its three retries, without those of the other job"
 
 
+def test_a_cluster_of_this_machine_has_no_dashboard_and_keeps_the_last_lines(tiny: str, tmp_path: Path) -> None:
+    page = "    import ray; print(bool(ray.init(ignore_reinit_error=True).dashboard_url))\n"
+    file, code = tmp_path / "workers.txt", FAILING.replace("    list(", f"{page}    list(")
+    done = subprocess.run([sys.executable, "-c", code, tiny, str(file)], capture_output=True, text=True, timeout=300)
+    assert "False" in done.stdout.splitlines()
+    assert done.returncode == 1 and str(file) in done.stderr, done.stderr
+    text = file.read_text()
+    assert {f"at work on {item}" for item in range(2)} <= set(text.splitlines())
+    assert "Fatal Python error: Segmentation fault" in text
+
+
 def ncsn(cluster: RayNodes, step: str, config: Path, *options: str) -> dict[str, Any]:
     done = cluster.run([sys.executable, "-m", "ncsn", step, "--config", str(config), *options, "--json"], seconds=600)
     assert done.returncode == 0, done.stderr

@@ -37,7 +37,8 @@ def driver(tiny: str) -> Iterator[RayDriver]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
         patch.setenv("PYTHONPATH", str(Path(__file__).parents[1] / "helpers"), prepend=os.pathsep)
-        with ray_driver(two_workers(tiny), dashboard=True) as (driver, _):
+        patch.setenv("NCSN_DASHBOARD", "1")
+        with ray_driver(two_workers(tiny)) as (driver, _):
             yield driver
 
 
@@ -58,7 +59,8 @@ def two_workers(tiny: str, *overrides: str) -> Config:
 def test_everything_listens_on_loopback() -> None:
     ours = {process.pid for process in psutil.Process().children(recursive=True)}
     connections = [each for each in psutil.net_connections("inet") if each.pid in ours and each.status == "LISTEN"]
-    assert len(connections) > 3
+    listening = {part for each in connections for part in psutil.Process(each.pid).cmdline()}
+    assert len(connections) > 3 and any(part.endswith("dashboard.py") for part in listening)
     assert {each.laddr.ip for each in connections} <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 
 

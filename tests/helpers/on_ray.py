@@ -12,10 +12,9 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest.mock import patch
 
 import numpy as np
 
@@ -48,26 +47,17 @@ class RayDriver(NamedTuple):
 
 
 @contextmanager
-def ray_driver(config: Config, *, dashboard: bool = False) -> Iterator[tuple[RayDriver, dict[str, str]]]:
+def ray_driver(config: Config) -> Iterator[tuple[RayDriver, dict[str, str]]]:
     """A driver in this process's environment, and the variables with which others join its cluster meanwhile."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         driver = RayDriver(pool)
-        yield driver, driver(_join, config, dashboard=dashboard)
+        yield driver, driver(_join, config)
 
 
-@contextmanager
-def without_dashboard() -> Iterator[None]:
-    """A cluster that this process starts in the block has no dashboard, which is ten processes more."""
-    init = ray.init
-    with patch.object(ray, "init", lambda **settings: init(**settings | {"include_dashboard": False})):
-        yield
-
-
-def _join(config: Config, *, dashboard: bool) -> dict[str, str]:
+def _join(config: Config) -> dict[str, str]:
     stack = ExitStack()
     atexit.register(stack.close)
-    with nullcontext() if dashboard else without_dashboard():
-        stack.enter_context(ray_cluster(config))
+    stack.enter_context(ray_cluster(config))
     return {name: os.environ[name] for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN") if name in os.environ}
 
 

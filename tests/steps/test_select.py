@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from do import do
 from experiments import digits, tiny
-from on_ray import without_dashboard
 from refused import refused
 from workers import train_locally
 
@@ -69,8 +68,7 @@ def test_older_checkpoints_keep_what_images_need_and_are_not_resumed_from(config
 
 @pytest.mark.slow
 def test_the_best_of_a_run_is_chosen_on_a_cluster_kept_and_logged(config, dataset, trained, monkeypatch) -> None:
-    with without_dashboard():
-        result = do("select", config, "mine", dataset=dataset)
+    result = do("select", config, "mine", dataset=dataset)
     values = [row["value"] for row in result.candidates]
     assert len(values) == 7 and result.value == min(values) and result.figure == "eval/classifier_fid_n24"
     best = result.candidates[values.index(min(values))]
