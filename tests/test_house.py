@@ -28,27 +28,27 @@ LEAST_MODULES, MOST_MODULES = 2, 14  # of a package
 # Lines of each part, as it is, and words of all pages. Who raises a number says in the commit what went, or why nothing
 # could.
 BUDGETS = {
-    "ncsn/core": 3552,
+    "ncsn/core": 3605,
     "ncsn/data": 2827,
     "ncsn/evaluation": 2022,
     "ncsn/steps ncsn/runs ncsn/kubeflow": 3735,
-    "ncsn/model": 1516,
-    "ncsn/distributed": 1530,
-    "ncsn/config": 1744,
-    "ncsn/cli": 1797,
+    "ncsn/model": 1572,
+    "ncsn/distributed": 1544,
+    "ncsn/config": 1765,
+    "ncsn/cli": 1805,
     "ncsn/tracking": 1478,
     "ncsn/report": 928,
     "ncsn/remote": 1622,
     "ncsn/library": 396,
     "ncsn/init ncsn/inspection": 1813,
     "ncsn/serving": 443,
-    "ncsn/training": 1037,
+    "ncsn/training": 1042,
     "components pipelines": 1061,
     "ncsn/storage": 843,
     "examples": 1141,
-    "tests": 23931,
+    "tests": 24069,
 }
-MOST_WORDS = 18382
+MOST_WORDS = 18513
 
 
 def _name(path: Path) -> str:
