@@ -30,8 +30,8 @@ LEAST_MODULES, MOST_MODULES = 2, 14  # of a package
 BUDGETS = {
     "ncsn/core": 3552,
     "ncsn/data": 2827,
-    "ncsn/evaluation": 2022,
-    "ncsn/steps ncsn/runs ncsn/kubeflow": 3735,
+    "ncsn/evaluation": 2025,
+    "ncsn/steps ncsn/runs ncsn/kubeflow": 3742,
     "ncsn/model": 1516,
     "ncsn/distributed": 1530,
     "ncsn/config": 1744,
@@ -46,9 +46,9 @@ BUDGETS = {
     "components pipelines": 1061,
     "ncsn/storage": 843,
     "examples": 1141,
-    "tests": 23931,
+    "tests": 23939,
 }
-MOST_WORDS = 18382
+MOST_WORDS = 18349
 
 
 def _name(path: Path) -> str:
