@@ -199,11 +199,14 @@ def _compared(
 
 
 def _place(config: Config, dataset: str, images: ImageSet) -> str:
-    """The folder of what the comparison finds: of samples beside them, of test images beside the dataset."""
+    """The folder of what the comparison finds: of samples beside them, of test images beside the dataset.
+
+    It is hidden, since the files around it may be read as images.
+    """
     how = storage.digest([config.data.mirrors, CANDIDATES, OTHERS, SHIFT, BRIGHTER, WAVES, LARGEST], 8)
     if isinstance(images, SplitSet):
-        return storage.join(dataset, f"audit-{how}")
-    return storage.join(images.uri, f"audit-{load_manifest(dataset).digest[:12]}-{how}")
+        return storage.join(dataset, f".audit-{how}")
+    return storage.join(images.uri, f".audit-{load_manifest(dataset).digest[:12]}-{how}")
 
 
 def _compare(block: _Block) -> None:

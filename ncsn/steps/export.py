@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 
 from ncsn import storage
 from ncsn.config import Config
-from ncsn.config.schema import ExportConfig
+from ncsn.config.load import from_yaml
+from ncsn.config.schema import MOST_IMAGES
 from ncsn.data.format import PARQUET_OPTIONS, Manifest, from_table, load_manifest
 from ncsn.data.samples import SampleSet
 from ncsn.data.training_images import open_cache
@@ -41,12 +42,13 @@ from ncsn.model.classes import AS_DATA, BALANCED
 from ncsn.report.images import to_png
 from ncsn.report.pages import render
 from ncsn.runs.code import origin
-from ncsn.runs.folder import Run, opened_from
+from ncsn.runs.folder import DEFAULT_ROOT, Run, opened_from
 from ncsn.steps.results import Context, ExportResult, Prepared
 from ncsn.steps.sample import opened, place_of
 
 CARD = "README.md"
 MOST_TIMES = 4  # as many images as asked for are made of a class, before its copies are too many
+FEWEST = 10  # images of a class that are measured
 FILE_IMAGES = 1000  # of a Parquet file
 _NOT_AGAIN = {("export", "out"), ("sampling", "label"), ("sampling", "num_images")}
 _ENCODED = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -107,11 +109,16 @@ def export(
         copies=sum(part.copies.copies for part in parts),
         expected=round(sum(part.copies.expected * part.samples.count for part in parts), 2),
     )
-    model = opened_from(context.folder)
-    again = [] if model and checkpoint.startswith(context.folder.uri) else [f"--checkpoint {shlex.quote(checkpoint)}"]
-    for section, usual in (("export", ExportConfig()), ("sampling", trained.config.sampling)):
-        before = usual.model_dump(mode="json")
-        for name, value in getattr(config, section).model_dump(mode="json").items():
+    folder, model = context.folder, opened_from(context.folder)
+    root = folder.root != storage.absolute(DEFAULT_ROOT)
+    again = [model or shlex.quote(folder.uri if root else folder.run)]
+    if not (model and checkpoint.startswith(folder.uri)):
+        again.append(f"--checkpoint {shlex.quote(checkpoint)}")
+    base = trained.config if model else from_yaml(storage.read_text(folder.config), origin=folder.config)
+    number = {} if trained.classes else {"num_images": result.counts[""]}
+    for section, now in (("export", config.export.model_copy(update=number)), ("sampling", config.sampling)):
+        before = getattr(base, section).model_dump(mode="json")
+        for name, value in now.model_dump(mode="json").items():
             if value != before[name] and (section, name) not in _NOT_AGAIN:
                 setting = f"{section}.{name}={json.dumps(value, ensure_ascii=False)}"
                 again.append(f"--set {shlex.quote(setting)}")
@@ -123,16 +130,16 @@ def export(
         parts=parts,
         distances=distances,
         result=result,
-        model=model or context.folder.run,
+        model=model or folder.run,
         again=" ".join(again),
         shares=[100 * share for share in interval(result.copies, result.made)],
         version=importlib.metadata.version("ncsn"),
         commit=origin().get("commit"),
     )
-    with storage.staged_folder(uri, marker=CARD) as folder:
+    with storage.staged_folder(uri, marker=CARD) as staging:
         for part in parts:
-            _write(folder, part, manifest, kind=config.export.format)
-        (folder / CARD).write_text(card)
+            _write(staging, part, manifest, kind=config.export.format)
+        (staging / CARD).write_text(card)
     digest = storage.digest([result.counts, trained.digest, again], 8)
     tracked.log_dataset(f"{config.name}-generated", digest=digest, uri=uri, context="export")
     tracked.parent.set_tags({"dataset.digest": manifest.digest, "dataset.uri": dataset})  # of its training still
@@ -169,7 +176,7 @@ def _part(
     config: Config, trained: TrainedNetwork, name: str, count: int, *, checkpoint: str, dataset: str, context: Context
 ) -> Part:
     """Images of a class, as many as are asked for without copies."""
-    made, progress = count, context.progress
+    made, most, progress = count, min(MOST_TIMES * count, MOST_IMAGES), context.progress
     runner = runner_of(config.compute)
     while True:
         changes: dict[str, Any] = {"num_images": made}
@@ -183,16 +190,16 @@ def _part(
         chosen = np.flatnonzero(~found.copied)[:count]
         if len(chosen) == count:
             return Part(name, samples, chosen, found.copies)
-        if made >= MOST_TIMES * count:
+        if made == most:
             what = f"of {made:,} images{f' of class {name}' if name else ''} {made - len(chosen):,} are copies"
             raise UserError("export", what, hint="train shorter, or on more images, or ask for fewer")
-        made = min(made + 2 * (count - len(chosen)), MOST_TIMES * count)
+        made = min(made + 2 * (count - len(chosen)), most)
 
 
 def _distances(config: Config, manifest: Manifest, dataset: str, parts: list[Part], context: Context) -> list[str]:
     """The kernel distance to the training images with its interval: of the first images made, and of the chosen.
 
-    It is the mean over classes of two images or more, each compared with its own.
+    It is the mean over classes of `FEWEST` images or more, each compared with its own.
     """
     runner, progress = runner_of(config.compute), context.progress
     progress.start(sum(part.samples.count for part in parts), "images, measured")
@@ -202,7 +209,7 @@ def _distances(config: Config, manifest: Manifest, dataset: str, parts: list[Par
     for part in parts:
         features = extract_set(config, dataset, part.samples, runner=runner, progress=progress).features
         own = real[labels == manifest.class_names.index(part.name)] if part.name else real
-        if min(len(own), len(part.chosen)) > 1:
+        if min(len(own), len(part.chosen)) >= FEWEST:
             before.append(kernel_distance(features[: len(part.chosen)], own))
             after.append(kernel_distance(features[part.chosen], own))
     shown = []

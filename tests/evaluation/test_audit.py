@@ -107,6 +107,9 @@ def test_a_set_that_grows_is_compared_where_it_grew(tmp_path: Path) -> None:
         found = audit(config, dataset, SampleSet(samples, count), runner=counting, progress=Progress())
         assert len(found.copied) == count
     assert asked == [30, 30, 0, 20, 0, 0]
+    for folder, images in ((dataset, 130), (samples, 50)):  # whose files are images still
+        source = open_source(config.data.model_copy(update={"source": "parquet", "root": folder}))
+        assert sum(map(len, source.splits.values())) == images
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from do import do
+from do import claimed, do
 from experiments import digits, tiny
 from PIL import Image
 from refused import refused
 
+from ncsn import storage
 from ncsn.config import Config
 from ncsn.data.format import load_manifest
 from ncsn.data.samples import write_shard
@@ -37,7 +38,8 @@ def files(folder: str) -> dict[str, bytes]:
 
 
 def test_copies_are_left_out_and_the_next_images_take_their_places(tmp_path: Path, save_untrained) -> None:
-    config, given = made(tmp_path, save_untrained, "export.num_images=6")
+    claimed(made(tmp_path, save_untrained)[0], "mine")
+    config, given = made(tmp_path, save_untrained, "sampling.num_images=6")
     _, uri = place_of(config, load_checkpoint(given["checkpoint"]), Run(config, "mine").folder)
     train = open_cache(given["dataset"], "train").images
     noise = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 1), dtype=np.uint8)
@@ -51,21 +53,24 @@ def test_copies_are_left_out_and_the_next_images_take_their_places(tmp_path: Pat
     card = Path(result.card).read_text()
     manifest = load_manifest(given["dataset"])
     assert f"| all | 6 | 10 | 2 | {manifest.count('train'):,} |" in card and manifest.digest in card
+    assert "export.num_images=6" in card
     assert do("export", config, "mine", **given) == result
 
 
 def test_classes_come_as_asked_and_again_with_the_same_bytes(tmp_path: Path, save_untrained) -> None:
     asked = ("export.per_class=2", "export.classes={'7': 3}", "export.format=parquet", "sampling.seed=3")
-    made(tmp_path, save_untrained, *CLASSES)
-    config, given = made(tmp_path, save_untrained, *CLASSES, *asked, f"export.out={tmp_path / 'out'}")
+    own, given = made(tmp_path, save_untrained, *CLASSES)
+    mine = claimed(own, "mine")
+    config, _ = made(tmp_path, save_untrained, *CLASSES, *asked, f"export.out={tmp_path / 'out'}")
     first = do("export", config, "mine", **given)
     assert first.counts == {str(name): 2 + (name == 7) for name in range(10)}
     read = pq.read_table(sorted(Path(first.uri).glob("*.parquet")))
     assert np.bincount(read.column("label")).tolist() == list(first.counts.values())
     command = shlex.split(Path(first.card).read_text().partition("```bash\n")[2].partition("\n```")[0])
-    assert command[:5] == ["ncsn", "export", "mine", "--checkpoint", given["checkpoint"]]
+    assert command[:5] == ["ncsn", "export", mine.uri, "--checkpoint", given["checkpoint"]]
     assert set(command[5::2]) == {"--set"}
-    other, _ = made(tmp_path, save_untrained, *CLASSES, *command[6::2], f"storage.root={tmp_path / 'other'}")
+    other, _ = made(tmp_path, save_untrained, *CLASSES, *command[6::2])
+    storage.delete(mine.samples)
     assert files(do("export", other, "mine", **given).uri) == files(first.uri)
     source = ["data.source=parquet", f"data.root={first.uri}", "data.test_fraction=0.2"]
     back = open_source(tiny(tmp_path, *source).data)
