@@ -28,12 +28,12 @@ LEAST_MODULES, MOST_MODULES = 2, 14  # of a package
 # Lines of each part, as it is, and words of all pages. Who raises a number says in the commit what went, or why nothing
 # could.
 BUDGETS = {
-    "ncsn/core": 3605,
+    "ncsn/core": 3606,
     "ncsn/data": 2827,
-    "ncsn/evaluation": 2022,
-    "ncsn/steps ncsn/runs ncsn/kubeflow": 3735,
-    "ncsn/model": 1572,
-    "ncsn/distributed": 1544,
+    "ncsn/evaluation": 2025,
+    "ncsn/steps ncsn/runs ncsn/kubeflow": 3742,
+    "ncsn/model": 1535,
+    "ncsn/distributed": 1543,
     "ncsn/config": 1765,
     "ncsn/cli": 1805,
     "ncsn/tracking": 1478,
@@ -42,13 +42,13 @@ BUDGETS = {
     "ncsn/library": 396,
     "ncsn/init ncsn/inspection": 1813,
     "ncsn/serving": 443,
-    "ncsn/training": 1042,
+    "ncsn/training": 1037,
     "components pipelines": 1061,
     "ncsn/storage": 843,
     "examples": 1141,
-    "tests": 24069,
+    "tests": 24049,
 }
-MOST_WORDS = 18513
+MOST_WORDS = 18458
 
 
 def _name(path: Path) -> str:

@@ -153,8 +153,8 @@ def flatten(config: Config) -> dict[str, Any]:
 
 
 def continues(config: Config) -> bool:
-    """Whether a training may go on after train.num_images, of which nothing before a linear decay depends on it."""
-    scheduled = config.optimizer.decay == "cosine" or config.loss.scheduled
+    """Whether a training may go on after train.num_images, of which nothing before depends on it."""
+    scheduled = config.optimizer.decay != "constant" or config.loss.scheduled
     return not scheduled and config.search is None  # whose rungs are shares of it
 
 

@@ -133,13 +133,14 @@ def orthogonalized(matrices: Tensor) -> Tensor:
         return orthogonalized(matrices.mT).mT
     wide: Tensor = matrices / torch.linalg.matrix_norm(matrices, keepdim=True).clamp_min(1e-7)
     # Each step of Newton-Schulz multiplies by a polynomial of this small square matrix, so the wide one waits.
-    gram = wide @ wide.mT
-    product = identity = torch.eye(gram.shape[1], device=gram.device)
+    # In float64: TF32, as GPUs multiply matrices, makes its tiny eigenvalues negative, and the steps these large.
+    gram = (wide @ wide.mT).double()
+    product = identity = torch.eye(gram.shape[1], device=gram.device, dtype=gram.dtype)
     first, third, fifth = COEFFICIENTS
     for _ in range(NEWTON_SCHULZ_STEPS):
         step = first * identity + third * gram + fifth * gram @ gram
         product, gram = step @ product, step @ gram @ step
-    return product @ wide
+    return product.to(wide.dtype) @ wide
 
 
 class Muon(torch.optim.Optimizer):

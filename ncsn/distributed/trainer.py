@@ -91,8 +91,7 @@ def attempt(
         build.tune_cuda(worker.device)
         folder, keep = TrainingFolder(run_uri), job.config.train.keep_checkpoints
         worker.hung = folder.hung
-        store = CheckpointStore(folder.checkpoints, keep=keep, config=job.config)
-        return train_loop(job, worker, store)
+        return train_loop(job, worker, CheckpointStore(folder.checkpoints, keep=keep))
     except _TRANSIENT:
         raise
     except (InvalidValue, LeaseExpired) as end:

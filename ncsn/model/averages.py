@@ -72,13 +72,6 @@ def snapshots(uri: str) -> list[int]:
     )
 
 
-def forget(uri: str, *, after: int) -> None:
-    """Delete the snapshots below the folder `uri` after so many images."""
-    for seen in snapshots(uri):
-        if seen > after:
-            storage.delete(storage.join(uri, folder_name(seen)))
-
-
 def ensure_average(checkpoint: str, *, relative_width: float) -> str:
     """The checkpoint with the average of this relative width, put together if need be."""
     if not checkpoint.rpartition("/")[0].endswith(f"/{WIDTHS}"):

@@ -202,12 +202,3 @@ def learning_rate(config: Config, images_seen: int, *, peak: float | None = None
     elif settings.decay == "linear":
         fall = min(1.0, max(0, length - images_seen) / (settings.decay_images or length / 3))
     return (peak or settings.learning_rate) * warmup * fall
-
-
-def decay_begins(config: Config) -> int | None:
-    """Images seen where a linear decay begins, in whole batches: the state there fits a training of any length."""
-    settings, train = config.optimizer, config.train
-    if settings.decay != "linear":
-        return None
-    first = train.num_images - (settings.decay_images or train.num_images / 3)
-    return math.ceil(first / train.batch_size) * train.batch_size

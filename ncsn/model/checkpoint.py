@@ -48,7 +48,7 @@ from ncsn.core.training import TrainState
 from ncsn.errors import UserError
 from ncsn.model import build
 from ncsn.model.classes import Classes
-from ncsn.runs.folder import INDEX, RESUME, checkpoint_names, images_seen_at, resumable
+from ncsn.runs.folder import INDEX, RESUME, checkpoint_names, resumable
 
 FOLDER_NAME = re.compile(r"images-\d+")
 FORMAT_VERSION = 1
@@ -199,12 +199,6 @@ def restore(folder: Path, *, config: Config, state: TrainState, dataset_digest: 
             "changed since",
             hint="choose another --run NAME",
         )
-    begins, length = build.decay_begins(config), saved.train.num_images
-    if begins is not None and facts["images_seen"] > begins and length != config.train.num_images:
-        reason = f"was trained beyond {begins:,} images, where the learning rate is to fall"
-        raise CheckpointError(
-            str(folder), reason, hint=f"set train.num_images = {length}, or choose another --run NAME"
-        )
     _load_strictly(state.network, load_file(folder / "weights.safetensors"), origin=str(folder))
     for ema, name in zip(state.averages, ("ema.safetensors", SECOND_EMA), strict=False):
         ema.load_state_dict({"weights": load_file(folder / name), "num_updates": facts["ema_updates"]})
@@ -328,13 +322,6 @@ def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def _is_decayed(folder: Path, images_seen: int, config: Config) -> bool:
-    """Whether the learning rate had begun to fall toward the end of a training of another length."""
-    saved = from_yaml((folder / "config.yaml").read_text(), origin=str(folder / "config.yaml"))
-    begins = build.decay_begins(saved)
-    return begins is not None and images_seen > begins and saved.train.num_images != config.train.num_images
-
-
 def plain_weights(network: nn.Module) -> dict[str, Tensor]:
     """A network's parameters as a file keeps them: contiguous, on the CPU."""
     return {name: parameter.detach().cpu().contiguous() for name, parameter in network.named_parameters()}
@@ -349,7 +336,6 @@ class CheckpointStore:
     # How many of the newest stay, or None for all. With `all` the `NEWEST` stay whole, and the older ones keep what
     # images need.
     keep: int | Literal["all"] | None = None
-    config: Config | None = None  # of the training: if its rate decays linearly, the checkpoint before that stays too
     notes: list[str] = field(default_factory=list, init=False)  # about damaged checkpoints, for people
     _thread: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, 1, "checkpoint"), init=False)
     _pending: Future[None] | None = field(default=None, init=False)
@@ -360,8 +346,6 @@ class CheckpointStore:
 
     def newest(self) -> str | None:
         """The newest whole checkpoint. Damaged ones are deleted with a warning: training makes them again.
-
-        So are, where training became longer, those of the decay of its rate before.
 
         For one process at a time, before it publishes.
         """
@@ -376,10 +360,7 @@ class CheckpointStore:
                     damaged.append(f"checkpoint {name} is damaged ({damage.reason})")
                     storage.delete(storage.join(self.uri, name))
                     continue
-                decayed = self.config is not None and _is_decayed(folder, images_seen_at(name), self.config)
-            if decayed:
-                storage.delete(storage.join(self.uri, name))
-            elif files >= set(FILES):  # others have what images need alone
+            if files >= set(FILES):  # others have what images need alone
                 found = name
                 break
         for what in damaged:
@@ -423,8 +404,6 @@ class CheckpointStore:
         # The rest of an upload that was cut short does not count. A newer one is overwritten later.
         folders = checkpoint_names(self.uri)
         kept = set(islice(self.names(), NEWEST if self.keep == "all" else self.keep))
-        if self.config is not None and (begins := build.decay_begins(self.config)) is not None:
-            kept.add(folder_name(begins))
         for old in folders[: folders.index(name)]:
             if old in kept:
                 continue

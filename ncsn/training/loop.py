@@ -109,10 +109,6 @@ class Training:
                     digest = self.manifest.digest
                     checkpoint.restore(folder, config=self.config, state=self.state, dataset_digest=digest)
                 self.saved = newest
-                if context.rank == 0 and job.averages is not None and self.state.second_ema is not None:
-                    from ncsn.model import averages  # here, since few runs have them
-
-                    averages.forget(job.averages, after=self.state.images_seen)  # a longer training has others
             elif job.start is not None:
                 from ncsn.model.trained import start_from
 
@@ -272,7 +268,6 @@ def train_loop(job: TrainingJob, context: WorkerContext, checkpoints: Checkpoint
         while not training.ended():
             training.step()
             save = training.ended() or training.crossed(train.checkpoint_every_images)
-            save |= training.state.images_seen == build.decay_begins(job.config)
             probe = training.probe
             measured = probe is not None and (training.ended() or training.crossed(probe.every))
             if save or measured or training.crossed(train.report_every_images):

@@ -40,7 +40,7 @@ from ncsn.config import from_yaml
 from ncsn.data.training_images import CachedSplit
 from ncsn.model import build
 from ncsn.model.averages import build_average, snapshots
-from ncsn.model.checkpoint import CheckpointError, CheckpointStore, load_checkpoint
+from ncsn.model.checkpoint import CheckpointStore, load_checkpoint
 from ncsn.progress import Progress
 from ncsn.runs.history import load_history
 from ncsn.storage import heartbeat
@@ -92,30 +92,6 @@ def test_a_resumed_training_has_the_same_averages_and_snapshots(tiny, dataset, t
     assert [snapshots(str(run / "ema")) for run in runs] == [[64, 112, 160]] * 2
     built = load_checkpoint(build_average(str(places[0]), relative_width=0.07))
     assert built.images_seen == 160 and built.average is not None and len(built.average["coefficients"]) == 6
-
-
-def test_a_longer_training_goes_on_from_where_the_rate_began_to_fall(tiny, dataset, tmp_path) -> None:
-    """What is stored of the fall is no part of it."""
-
-    def trained(folder: str, length: int, stop_at: int | None = None) -> Path:
-        settings = [
-            "optimizer={decay: linear, decay_images: 48}",
-            "train.ema={kind: power}",
-            f"train.num_images={length}",
-        ]
-        config = from_yaml(tiny, overrides=[*settings, "train.checkpoint_every_images=16"])
-        job = TrainingJob(config, dataset, stop_at=stop_at, averages=str(tmp_path / folder / "ema"))
-        store = CheckpointStore(str(tmp_path / folder / "checkpoints"), keep=1, config=config)
-        return Path(store.uri) / train_loop(job, WorkerContext(), store).checkpoint
-
-    short = trained("longer", 112)
-    assert [each.name for each in short.parent.iterdir()] == ["images-000000064", short.name]
-    trained("longer", 160, stop_at=80)  # and is interrupted where the other was falling
-    assert [each.name for each in short.parent.iterdir()] == ["images-000000080"]
-    assert snapshots(str(tmp_path / "longer" / "ema")) == list(range(16, 81, 16))
-    with refused(str(short.parent / "images-000000080"), error=CheckpointError):
-        trained("longer", 112)
-    assert_same_tensors(trained("longer", 160), trained("at-once", 160))
 
 
 def test_another_seed_gives_other_weights_and_a_complete_run_has_nothing_left_to_do(tiny, dataset, tmp_path) -> None:
@@ -239,12 +215,8 @@ def test_learning_rate_warms_up_and_falls(tiny: str) -> None:
 def test_a_linear_decay_begins_late(tiny: str) -> None:
     for images, falls in (("null", 160 / 3), ("40", 40)):
         config = from_yaml(tiny, overrides=[f"optimizer={{learning_rate: 0.5, decay: linear, decay_images: {images}}}"])
-        begins = build.decay_begins(config)
         rates = [build.learning_rate(config, seen) for seen in range(0, 161, 16)]
         assert rates == pytest.approx([0.5 * min(1, (160 - seen) / falls) for seen in range(0, 161, 16)])
-        assert begins is not None and [rate == 0.5 for rate in rates] == [16 * n <= 160 - falls for n in range(11)]
-        assert rates[begins // 16 - 1] == 0.5 > rates[begins // 16]
-    assert build.decay_begins(from_yaml(tiny)) is None
     assert build.learning_rate(config, 140, peak=0.1) == pytest.approx(0.05)
 
 

@@ -50,7 +50,7 @@ def test_a_run_ends_with_what_it_has_and_goes_on_to_any_length(config, root, mon
     assert command == f"ncsn run {folder.options} --set train.num_images=48"
 
 
-@pytest.mark.parametrize(("decay", "option"), [("cosine", "train.init_from=mine"), ("linear", "train.num_images=16")])
+@pytest.mark.parametrize(("decay", "option"), [("cosine", "train.init_from=mine"), ("constant", "train.num_images=16")])
 def test_a_schedule_with_an_end_belongs_to_its_length(config, tmp_path, decay, option) -> None:
     short = of_length(config, 8, f"storage.root={tmp_path}", f"optimizer.decay={decay}")
     assert [*changed_settings(short, of_length(short, 16))] == (["train.num_images"] if decay == "cosine" else [])
@@ -59,7 +59,7 @@ def test_a_schedule_with_an_end_belongs_to_its_length(config, tmp_path, decay, o
     command = next_step("far", short, folder)[0].split()
     assert command[-2:] == ["--set", option] and folder.config in command
     own = "--run" in next_step("copied", short, folder)[0]
-    assert own is (decay == "linear"), "half as long is another run"
+    assert own is (decay == "constant"), "half as long is another run"
 
 
 def test_a_lease_that_ends_lets_training_save_first(config, root, monkeypatch) -> None:
