@@ -227,8 +227,7 @@ def _details(found: Survey, chosen: FirstConfig) -> Iterator[str]:
     seen = eight_bit(chosen.images, chosen.config.data.pixels.limits)
     if len(pairs := near_duplicates(seen, mirrors=chosen.config.data.mirrors)):
         first, second = (found.looks[image].name for image in pairs[0])
-        how = "remove one of each pair, or a test image may be one that the model has seen"
-        yield f"{len(pairs):,} pairs nearly equal, such as {first} and {second}: {how}"
+        yield f"{len(pairs):,} pairs nearly equal, such as {first} and {second}: remove one of each pair"
     fraction = chosen.config.data.test_fraction
     test, enough = found.num_images - found.train_images(fraction), choose.ENOUGH_TEST_IMAGES
     if test < enough:

@@ -126,8 +126,5 @@ def copying_hints(audit: Mapping[str, Any]) -> list[str]:
             f"unseen images it would be {share['expected']:.1%}: the model leans on its training images."
         )
     if pairs := len(audit["near_duplicates"]):
-        hints.append(
-            f"{pairs:,} test images nearly equal a training image, so the audit leaves them out: they make the test "
-            "split look like what the model has seen, and every figure better than it is."
-        )
+        hints.append(f"{pairs:,} test images nearly equal a training image, which flatters every figure but the audit.")
     return hints

@@ -52,15 +52,8 @@ MEANINGS: Mapping[str, Meaning] = {
         "Precision", "Share of these images whose features fall among those of the real images.", "higher"
     ),
     "recall": Meaning("Recall", "Share of the real images whose features fall among those of these images.", "higher"),
-    "copies": Meaning(
-        "Copies", "Share of these images that are nearer to a training image than unseen images are.", "lower"
-    ),
-    "closeness": Meaning(
-        "Closeness",
-        "Share of these images that are nearer to a training image than to any test image. Above that of unseen images "
-        "the model leans on its training images.",
-        "lower",
-    ),
+    "copies": Meaning("Copies", "Share of these images nearer to a training image than unseen images are.", "lower"),
+    "closeness": Meaning("Closeness", "Share nearer to a training image than to any test image.", "lower"),
     "kid": Meaning(
         "Kernel distance",
         "Distance to {reference} that does not depend on the number of images. It averages zero for real images.",

@@ -50,7 +50,6 @@ CARD = "README.md"
 MOST_TIMES = 4  # as many images as asked for are made of a class, before its copies are too many
 FEWEST = 10  # images of a class that are measured
 FILE_IMAGES = 1000  # of a Parquet file
-_NOT_AGAIN = {("export", "out"), ("sampling", "label"), ("sampling", "num_images")}
 _ENCODED = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
@@ -110,18 +109,17 @@ def export(
         expected=round(sum(part.copies.expected * part.samples.count for part in parts), 2),
     )
     folder, model = context.folder, opened_from(context.folder)
-    root = folder.root != storage.absolute(DEFAULT_ROOT)
-    again = [model or shlex.quote(folder.uri if root else folder.run)]
+    again = [model or shlex.quote(folder.uri if folder.root != storage.absolute(DEFAULT_ROOT) else folder.run)]
     if not (model and checkpoint.startswith(folder.uri)):
         again.append(f"--checkpoint {shlex.quote(checkpoint)}")
     base = trained.config if model else from_yaml(storage.read_text(folder.config), origin=folder.config)
-    number = {} if trained.classes else {"num_images": result.counts[""]}
-    for section, now in (("export", config.export.model_copy(update=number)), ("sampling", config.sampling)):
-        before = getattr(base, section).model_dump(mode="json")
-        for name, value in now.model_dump(mode="json").items():
-            if value != before[name] and (section, name) not in _NOT_AGAIN:
-                setting = f"{section}.{name}={json.dumps(value, ensure_ascii=False)}"
-                again.append(f"--set {shlex.quote(setting)}")
+    wish = config.export.model_copy(update={} if trained.classes else {"num_images": result.counts[""]})
+    pairs = ((base.export, wish, {"out"}), (base.sampling, config.sampling, {"label", "num_images"}))
+    for section, (usual, now, without) in zip(("export", "sampling"), pairs, strict=True):
+        before = usual.model_dump(mode="json")
+        for name, value in now.model_dump(mode="json", exclude=without).items():
+            if value != before[name]:
+                again.append(f"--set {shlex.quote(f'{section}.{name}={json.dumps(value, ensure_ascii=False)}')}")
     card = render(
         "data_card.md.j2",
         config=config,
