@@ -46,7 +46,7 @@ BUDGETS = {
     "components pipelines": 1061,
     "ncsn/storage": 843,
     "examples": 1141,
-    "tests": 24049,
+    "tests": 24050,
 }
 MOST_WORDS = 18458
 

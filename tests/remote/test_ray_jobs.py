@@ -223,7 +223,8 @@ def test_launchers_share_one_job_which_outlives_them_and_other_work_is_refused(j
     for launcher in adopting:
         assert launcher.ended() == 0, launcher.said
         assert [line for line in launcher.said if line.startswith("line")] == COUNTED
-    assert jobs.log(run).splitlines()[-11:] == ["running", *COUNTED]
+    log = jobs.log(run).splitlines()
+    assert log[-10:] == COUNTED and "running" in log  # Ray's own first line may come after a job's
     assert len(jobs.of(run)) == 1
 
 
