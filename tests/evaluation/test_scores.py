@@ -15,12 +15,7 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 from ncsn.data.format import Rows
 from ncsn.evaluation.class_scores import AskedClasses, classes_by_probe, fit_probe
 from ncsn.evaluation.extractors import Extracted
-from ncsn.evaluation.scores import (
-    excess_distance,
-    inception_score,
-    kernel_distance,
-    precision_recall,
-)
+from ncsn.evaluation.scores import excess_distance, inception_score, kernel_distance, precision_recall
 
 
 def log_one_hot(classes: np.ndarray, num_classes: int = 10) -> np.ndarray:
@@ -92,13 +87,6 @@ def test_subsets_are_a_function_of_the_seed_and_no_larger_than_the_sets() -> Non
     assert kernel_distance(a, b, subset_size=100, seed=1) != kernel_distance(a, b, subset_size=100)
     assert kernel_distance(a, b, subset_size=1000) == kernel_distance(a, b, subset_size=300)
     assert kernel_distance(a, b, subset_size=100)[1] > 0
-
-
-@pytest.mark.parametrize(("shift", "share"), [(0, 1), (100, 0)])
-def test_a_set_has_itself_and_nothing_of_one_far_away(shift: float, share: float) -> None:
-    """Each real ball of radius d_5 holds its center and the 4 nearer neighbors strictly inside: a density of 1."""
-    points = np.random.default_rng(0).standard_normal((200, 5))
-    assert list(precision_recall(points + shift, points).values()) == pytest.approx([share] * 4)
 
 
 def test_points_on_a_line_by_hand() -> None:
