@@ -116,6 +116,7 @@ def test_precision_and_recall_agree_with_torch_fidelity_in_any_blocks() -> None:
     assert measured["recall"] == pytest.approx(expected["recall"], abs=1e-6)
     assert 0.05 < measured["precision"] < 0.95
     assert precision_recall(one, two, block_size=7) == measured
+    assert precision_recall(one, one) == pytest.approx(dict.fromkeys(measured, 1)), "strictly inside d_5 are 5"
 
 
 def extracted(labels: np.ndarray, *, seed: int = 0, shift: float = 0.0) -> Extracted:
