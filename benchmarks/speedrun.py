@@ -6,9 +6,10 @@
 
 The budget is images at the recipe's cost: a change by which an image costs r times as much has 1 / r of the images. The
 steps of both are timed in turns in this process, with one thread. The held-out loss is that of the EMA weights on the
-test images, with noise and weight of the recipe, so it may be compared between changes. --screen trains for a quarter
-of the budget and measures nothing else, as --samples 0 does. Otherwise a line has too, of --samples images: the kernel
-distance and recall by `clusters`, the recipe's own Fréchet distance, and how many images are copies.
+test images, with noise and weight of the recipe (those of Karras et al. for one that trains at levels), so it may be
+compared between changes. --screen trains for a quarter of the budget and measures nothing else, as --samples 0 does.
+Otherwise a line has too, of --samples images: the kernel distance and recall by `clusters`, the recipe's own Fréchet
+distance, and how many images are copies.
 
 `--base a.b=value` changes the recipe itself, for both sides, as one change after the other is kept. Trainings, images
 and ratios stay below --work, so what is there is not made again: with `sampling.relative_width` many averages of one
@@ -31,7 +32,7 @@ from benchmarks.edm_loss import held_out_losses
 from benchmarks.measure import in_turns, ratio
 from ncsn import storage
 from ncsn.config import Config, from_yaml, training_settings
-from ncsn.config.training import LognormalTraining
+from ncsn.config.training import LognormalTraining, edm_mean
 from ncsn.core.losses import EdmWeight
 from ncsn.core.training_noise import LognormalNoise
 from ncsn.data.format import Rows, read_split
@@ -148,7 +149,9 @@ def trained(config: Config, *, dataset: str, work: str) -> str:
 def held_out(recipe: Config, checkpoint: str, *, dataset: str) -> float:
     """The loss of Karras et al. on test images, with noise and weight of the recipe."""
     noise, sigma_data = recipe.noise.training, getattr(recipe.network, "sigma_data", None)
-    assert isinstance(noise, LognormalTraining) and sigma_data, "a recipe with lognormal noise"  # noqa: PT018
+    assert sigma_data, "a network with a sigma_data"
+    if not isinstance(noise, LognormalTraining):  # of a recipe that trains at levels
+        noise = LognormalTraining(kind="lognormal", mean=edm_mean(sigma_data))
     test = read_split(dataset, "test")
     rows, sigmas = Rows(test.images[:HELD_OUT], test.labels[:HELD_OUT]), LognormalNoise(noise.mean, noise.std).bins
     losses = held_out_losses(load_checkpoint(checkpoint), rows, sigmas=sigmas)

@@ -5,16 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from ncsn.core.ema import (
-    WIDEST,
-    Decay,
-    Ema,
-    exponent_of,
-    half_life,
-    power_function,
-    relative_width,
-    step_decay,
-)
+from ncsn.core.ema import WIDEST, Decay, Ema, exponent_of, half_life, power_function, relative_width, step_decay
 from ncsn.core.reconstruction import Profile, reconstruction
 
 

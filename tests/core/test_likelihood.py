@@ -16,8 +16,7 @@ def basis(x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("s", "errors"),
-    [(0.25, (0, 0, 0)), (0.5, (4.8e-4, 3.0e-5, 8.0e-7)), (0.02, (1.1e-2, 8.6e-4, 5.6e-5))],
+    ("s", "errors"), [(0.25, (0, 0, 0)), (0.5, (4.8e-4, 3.0e-5, 8.0e-7)), (0.02, (1.1e-2, 8.6e-4, 5.6e-5))]
 )
 def test_gaussian_data_have_the_errors_of_the_table(s: float, errors: tuple[float, ...]) -> None:
     """None where the spread is `sigma_data`, since the prior at sigma 40 is that of such data."""

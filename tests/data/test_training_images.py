@@ -12,7 +12,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import given, strategies as st
 from image_folders import GeneratedSplit, files_below
 from refused import refused
 
@@ -93,15 +92,6 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(small_disk, tmp_path, data_c
         open_cache(uri, "train")
     assert failure.value.errno == small_disk.full
     assert [name for name in files_below(small_disk.folder) if not name.endswith(".lock")] == []
-
-
-@given(size=st.integers(1, 40), cuts=st.lists(st.integers(0, 30), min_size=1, max_size=8), start=st.integers(0, 1000))
-def test_the_order_does_not_depend_on_the_batches(size, cuts, start):
-    split = CachedSplit(np.empty(size), np.empty(size))
-    whole = split.order(3, first=start, count=sum(cuts))
-    firsts = start + np.cumsum([0, *cuts[:-1]])
-    pieces = [split.order(3, first=int(first), count=count) for first, count in zip(firsts, cuts, strict=True)]
-    assert np.array_equal(np.concatenate(pieces), whole) and whole.dtype == np.int64
 
 
 def test_the_order_of_one_window_stays_what_it_was():

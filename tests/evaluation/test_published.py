@@ -4,11 +4,8 @@ The published weights are not at hand where the tests run, so that their values 
 and DINOv2 is a small network of the same code, except where its shapes are looked at.
 """
 
-import functools
 import hashlib
-import http.server
 import math
-import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
+from answering import answering
 from PIL import Image
 from refused import refused
 from tiny_networks import tiny_config
@@ -257,21 +255,13 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def url(tmp_path: Path) -> Iterator[str]:
     """A loopback web server with one file; the file's URL."""
-    (tmp_path / "www").mkdir()
-    (tmp_path / "www" / "weights.pth").write_bytes(CONTENT)
-
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *args: object) -> None: ...
-
-    handler = functools.partial(Quiet, directory=str(tmp_path / "www"))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}/weights.pth"
-        server.shutdown()
+    (file := tmp_path / "weights.pth").write_bytes(CONTENT)
+    with answering(lambda *_: (200, file.read_bytes()) if file.exists() else (404, b"")) as server:
+        yield f"{server}/weights.pth"
 
 
 def test_a_local_file_is_used_in_place_and_a_url_is_fetched_once(url: str, tmp_path: Path, cache: Path) -> None:
-    path = tmp_path / "www" / "weights.pth"
+    path = tmp_path / "weights.pth"
     assert obtain_weights(str(path), sha256=SHA256) == path and not cache.exists()
     with refused("evaluation.weights") as caught:
         obtain_weights(url, sha256="0" * 64)

@@ -7,10 +7,11 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 import pytest
+from answering import answering
 
 from ncsn import events
 
@@ -41,31 +42,22 @@ def receiver() -> Iterator[Receiver]:
     found = Receiver()
     found.answering.set()
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers["Content-Length"])).decode()
-            found.answering.wait(60)
-            with found.arrived:
-                found.tries.append(({name.lower(): value for name, value in self.headers.items()}, body))
-                answer = found.answers.pop(0) if found.answers else 200
-                if answer == 200:
-                    found.taken.append(json.loads(body))
-                found.arrived.notify_all()
-            if answer != CUT:
-                self.send_response(answer)
-                self.end_headers()
+    def answer(asked: BaseHTTPRequestHandler, content: bytes) -> tuple[int, bytes] | None:
+        body = content.decode()
+        found.answering.wait(60)
+        with found.arrived:
+            found.tries.append(({name.lower(): value for name, value in asked.headers.items()}, body))
+            status = found.answers.pop(0) if found.answers else 200
+            if status == 200:
+                found.taken.append(json.loads(body))
+            found.arrived.notify_all()
+        return None if status == CUT else (status, b"")
 
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server, pytest.MonkeyPatch.context() as patch:
-        found.url = f"http://127.0.0.1:{server.server_port}/hidden/path"
+    with answering(answer) as url, pytest.MonkeyPatch.context() as patch:
+        found.url = f"{url}/hidden/path"
         patch.setenv(events.WEBHOOK, found.url)
         patch.setenv(events.SECRET, "of the test")
-        server.daemon_threads = True
-        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         try:
             yield found
         finally:
             found.answering.set()
-            server.shutdown()

@@ -315,7 +315,7 @@ def test_an_mlflow_that_is_away_keeps_the_note_and_nothing_else(emulation: Any, 
     emulation.cluster.rules = JANITOR
     done = cleanup()
     assert done.exit_code == 1 and "run mine" in done.stdout and "run mine" in done.stderr
-    assert list(notes(emulation)) == ["0000"]
+    assert list(notes(emulation)) == ["0000"] and outcome(config) is not None
 
 
 @pytest.fixture

@@ -86,18 +86,14 @@ def test_an_image_depends_on_the_seed_and_its_number_alone() -> None:
 @pytest.mark.parametrize(
     ("overrides", "given", "key"),
     [
-        ((), {"n": 0}, "n"),
-        ((), {"n": None}, "n"),
+        *(((), {"n": value}, "n") for value in (0, None)),
+        *(((), {"label": value}, "label") for value in (3, {"cat": 1})),
         ((), {"seed": -1}, "seed"),
-        ((), {"label": 3}, "label"),
-        (CLASSES, {"label": "fish"}, "label"),
-        (CLASSES, {"label": {"cat": 1, "fish": 1}}, "label"),
+        *((CLASSES, {"label": value}, "label") for value in ("fish", {"cat": 1, "fish": 1})),
         (CLASSES, {"n": 4, "label": {"cat": 1, "bird": 2}}, "n"),
-        ((), {"label": {"cat": 1}}, "label"),
         ((), {"sampler": Langevin(level=4)}, "sampler.level"),
         (NCSN, {"sampler": KarrasHeun()}, "sampler.kind"),
-        ((), {"sampler": "karras_heun"}, "sampler"),
-        ((), {"sampler": KarrasHeun}, "sampler"),
+        *(((), {"sampler": value}, "sampler") for value in ("karras_heun", KarrasHeun)),
     ],
 )
 def test_images_that_a_model_cannot_make_are_refused(overrides, given, key) -> None:
@@ -194,19 +190,16 @@ def test_a_model_is_saved_once_and_loaded(store: Path) -> None:
     assert [fact for fact in facts if fact not in repr(again)] == []
 
 
-def test_a_run_of_the_store_gives_its_checkpoint(store: Path) -> None:
+def test_a_run_of_the_store_gives_its_checkpoint_and_what_is_none_is_refused(store: Path) -> None:
+    for address in ("nothing", None, "http://x", "models:/digits@champion"):
+        with refused("address"):
+            ScoreModel.load(address)
+    assert list(store.parent.iterdir()) == []  # nor is there a new database
     model, folder = model_of(), RunFolder(str(store), "mine")
     model.save(checkpoint := f"{folder.checkpoints}/images-000000016")
     Path(folder.config).write_text(to_yaml(model._trained.config))
     update_step(folder, "train", result={"checkpoint": checkpoint})
     np.testing.assert_array_equal(ScoreModel.load("mine", device="cpu").sample(2), model.sample(2))
-
-
-def test_an_address_without_a_model_is_refused(store: Path) -> None:
-    for address in ("nothing", None, "http://x", "models:/digits@champion"):
-        with refused("address"):
-            ScoreModel.load(address)
-    assert list(store.parent.iterdir()) == []  # nor is there a new database
 
 
 @pytest.fixture

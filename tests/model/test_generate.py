@@ -17,14 +17,7 @@ from ncsn.core.samplers.chain import visited
 from ncsn.model import build
 from ncsn.model.checkpoint import TrainedNetwork, load_checkpoint, save_network, weights_digest
 from ncsn.model.classes import Classes, require_label
-from ncsn.model.generate import (
-    Strip,
-    evaluations_per_image,
-    generate,
-    image_labels,
-    sampling_facts,
-    with_precision,
-)
+from ncsn.model.generate import Strip, evaluations_per_image, generate, image_labels, sampling_facts, with_precision
 
 NOISE = "noise={num_levels: 6, sigma_1: 2.0, sigma_L: 0.05}"
 FREE = "sampling.guidance={kind: classifier_free, weight: 3.0}"
@@ -112,7 +105,10 @@ def test_precision_is_that_of_the_training_on_a_gpu_alone(trained: TrainedNetwor
     assert with_precision(asked, half, "cuda") == asked
 
 
-@pytest.mark.parametrize("overrides", [pytest.param((DDPMPP, HEUN, FREE), marks=pytest.mark.slow), (NCSNV2, *PLAIN)])
+GUIDED = pytest.param((DDPMPP, HEUN, FREE), marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("overrides", [GUIDED, (UNET, HEUN), (NCSNV2, *PLAIN), (NCSN, LANGEVIN, *PLAIN)])
 def test_a_chain_needs_one_graph(overrides: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """Of what samplers call; with another layout, type or mode it would be compiled again."""
     graphs: list[Any] = []

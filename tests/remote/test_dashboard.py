@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import http.server
 import json
 import os
 import sys
-import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from answering import answering
 from refused import refused
 
 from ncsn.config.compute import ComputeConfig
@@ -35,30 +35,15 @@ def dashboard(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     answers = {"GET /api/version": [(200, {"ray_version": metadata.version("ray")})]}
     played = SimpleNamespace(answers=answers, seen=[])
 
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def _answer(self) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            request = f"{self.command} {self.path}"
-            played.seen.append((request, json.loads(body) if body else None))
-            answers = played.answers.get(request, [(404, "unknown")])
-            status, answer = answers.pop(0) if len(answers) > 1 else answers[0]
-            content = (answer if isinstance(answer, str) else json.dumps(answer)).encode()
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
+    def answer(asked: BaseHTTPRequestHandler, body: bytes) -> tuple[int, bytes]:
+        request = f"{asked.command} {asked.path}"
+        played.seen.append((request, json.loads(body) if body else None))
+        answers = played.answers.get(request, [(404, "unknown")])
+        status, content = answers.pop(0) if len(answers) > 1 else answers[0]
+        return status, (content if isinstance(content, str) else json.dumps(content)).encode()
 
-        do_GET = do_POST = _answer
-
-        def log_message(self, *_args: object) -> None:
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    played.url = f"http://127.0.0.1:{server.server_port}"
-    yield played
-    server.shutdown()
-    server.server_close()
+    with answering(answer) as played.url:
+        yield played
     monkeypatch.undo()
     if "ray" in sys.modules:  # which reads its token once per process; a later test may start a Ray of its own here
         from ray._private.authentication_test_utils import reset_auth_token_state

@@ -131,26 +131,6 @@ def test_training_runs_as_a_job(jobs: RayHead, settings: Config) -> None:
 
 
 @slow
-def test_plain_ray_job_submit_trains_from_a_config_in_s3(jobs: RayHead, settings: Config, s3_root: str) -> None:
-    """Nothing but Ray's own command and the installed package."""
-    do("ingest", settings, "plain")
-    submit = [Path(sys.executable).with_name("ray"), "job", "submit", "--address", jobs.nodes.dashboard]
-    train = ["ncsn", "train", "--config", f"{s3_root}/tiny.yaml", "--run", "plain"]
-    done = subprocess.run(
-        [*map(str, submit), "--submission-id", "plain-train", "--", *train],
-        env=jobs.environment | {"RAY_AUTH_MODE": "token"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    job = jobs.nodes.get("/api/jobs/plain-train")
-    assert (job["status"], job["driver_exit_code"]) == ("SUCCEEDED", 0)
-    result = json.loads(storage.read_text(f"{s3_root}/runs/plain/steps/train/step.json"))["result"]
-    assert result["images_seen"] == 320
-
-
-@slow
 def test_driver_and_worker_run_the_edited_code_of_a_clone(jobs: RayHead, settings: Config, tmp_path: Path) -> None:
     """Ray has no trace of the clone but what the job client uploads."""
     do("ingest", settings, "edited")

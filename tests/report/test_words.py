@@ -22,15 +22,7 @@ from ncsn.report.hints import (
     sampler_hints,
     training_hints,
 )
-from ncsn.report.words import (
-    CLOSE,
-    FAR,
-    cost_facts,
-    cost_line,
-    score_rows,
-    tag_facts,
-    verdict_of,
-)
+from ncsn.report.words import CLOSE, FAR, cost_facts, cost_line, score_rows, tag_facts, verdict_of
 from ncsn.runs.folder import Cost
 from ncsn.runs.history import HeldOutCurves
 
@@ -120,11 +112,7 @@ def test_linear_loss_is_that_of_the_best_linear_denoiser() -> None:
 
 @pytest.mark.parametrize(
     ("factors", "hints"),
-    [
-        ([0.9, 0.9, 0.9, 0.9], []),
-        ([np.nan] * 4, []),
-        ([1.0, 1.2, 1.0, 1.2], ["Undertrained at sigma 0.5, 0.125:"]),
-    ],
+    [([0.9, 0.9, 0.9, 0.9], []), ([np.nan] * 4, []), ([1.0, 1.2, 1.0, 1.2], ["Undertrained at sigma 0.5, 0.125:"])],
 )
 def test_levels_that_a_linear_denoiser_beats_are_named(factors: list[float], hints: list[str]) -> None:
     linear = np.array([0.1, 0.2, 0.4, 0.8])

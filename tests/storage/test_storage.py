@@ -10,12 +10,11 @@ import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 from urllib.parse import parse_qs
 
 import pytest
+from answering import answering
 from refused import refused
 
 from ncsn import storage
@@ -197,31 +196,22 @@ def test_a_token_that_changes_stands_in_for_keys_of_both_clients(s3_root, s3_ser
     """A server gives the store's keys for the token in a file."""
     seen, file, role = list[str](), tmp_path / "token", "arn:aws:iam::111122223333:role/ncsn"
 
-    class Sts(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            asked = parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())
-            assert asked["Action"] == ["AssumeRoleWithWebIdentity"] and asked["RoleArn"] == [role]
-            seen.extend(asked["WebIdentityToken"])
-            soon = (datetime.now(UTC) + timedelta(minutes=1)).isoformat()  # so that each use asks again
-            keys = f"<AccessKeyId>{s3_server.access_key}</AccessKeyId><SecretAccessKey>{s3_server.secret_key}"
-            keys += f"</SecretAccessKey><SessionToken></SessionToken><Expiration>{soon}</Expiration>"
-            body = f"<A><AssumeRoleWithWebIdentityResult><Credentials>{keys}</Credentials>".encode()
-            body += b"</AssumeRoleWithWebIdentityResult></A>"
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
+    def assume(_: object, body: bytes) -> tuple[int, bytes]:
+        asked = parse_qs(body.decode())
+        assert asked["Action"] == ["AssumeRoleWithWebIdentity"] and asked["RoleArn"] == [role]
+        seen.extend(asked["WebIdentityToken"])
+        soon = (datetime.now(UTC) + timedelta(minutes=1)).isoformat()  # so that each use asks again
+        keys = f"<AccessKeyId>{s3_server.access_key}</AccessKeyId><SecretAccessKey>{s3_server.secret_key}"
+        keys += f"</SecretAccessKey><SessionToken></SessionToken><Expiration>{soon}</Expiration>"
+        body = f"<A><AssumeRoleWithWebIdentityResult><Credentials>{keys}</Credentials>".encode()
+        return 200, body + b"</AssumeRoleWithWebIdentityResult></A>"
 
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Sts) as server:
-        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    with answering(assume) as sts:
         for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
             monkeypatch.delenv(name)
         monkeypatch.setenv("AWS_ROLE_ARN", role)
         monkeypatch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", str(file))
-        monkeypatch.setenv("AWS_ENDPOINT_URL_STS", f"http://127.0.0.1:{server.server_address[1]}")
+        monkeypatch.setenv("AWS_ENDPOINT_URL_STS", sts)
         s3.bucket_filesystem.cache_clear()
         s3.client.cache_clear()
         for token in ("first", "second"):
@@ -233,7 +223,6 @@ def test_a_token_that_changes_stands_in_for_keys_of_both_clients(s3_root, s3_ser
             filesystem, path = storage.filesystem(f"{s3_root}/{token}")
             assert pickle.loads(pickle.dumps(filesystem)).get_file_info(path).size == len(b"by boto3")
             assert set(seen) == {token}
-        server.shutdown()
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, PermissionError])

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import threading
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from answering import answering
 from refused import refused
 
 from ncsn.config import to_json
@@ -59,7 +56,7 @@ def test_an_unusable_place_is_refused_without_its_password(make_config, monkeypa
 @pytest.mark.parametrize(("status", "healthy"), [(401, False), (500, False), (500, True)])
 def test_a_server_that_refuses_is_named_without_its_password(make_config, monkeypatch, status, healthy):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    with _answering(status, healthy=healthy) as url:
+    with answering(lambda asked, _: (200 if healthy and asked.path == "/health" else status, b"")) as url:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", url.replace("://", "://me:s3cret@"))
         with refused(url, error=TrackingError) as caught:
             connect(make_config())
@@ -81,24 +78,6 @@ def test_two_processes_that_start_at_once_share_one_database(make_config, tmp_pa
     for run in runs:
         history = connection.client.get_metric_history(run.info.run_id, "a/b")
         assert [metric.step for metric in history] == list(range(40))
-
-
-@contextmanager
-def _answering(status: int, *, healthy: bool = False) -> Iterator[str]:
-    """A server that has one answer to everything, but perhaps to a question for its health."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_error(200 if healthy and self.path == "/health" else status)
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    with server:
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
 
 
 def test_links_lead_where_people_open_mlflow(monkeypatch):

@@ -78,16 +78,6 @@ def test_terms_of_class_and_augmentation() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_network_compiles_to_one_graph(kind: str) -> None:
-    network = make_network(kind, num_classes=3, augmentation=True, dropout=0.1)
-    torch._dynamo.reset()
-    compiled = torch.compile(network, fullgraph=True, backend="eager")  # raises where the graph would break
-    given = {"sigma": SIGMA, "labels": LABELS, "augmentation": torch.randn(4, 9)}
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        torch.testing.assert_close(compiled(X, **given), network(X, **given))
-
-
-@pytest.mark.parametrize("kind", KINDS)
 def test_image_score_does_not_depend_on_its_batch_or_on_the_mode_but_for_dropout(kind: str) -> None:
     network = make_network(kind)
     together = network.train()(X, LEVEL)

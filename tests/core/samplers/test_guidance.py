@@ -67,20 +67,6 @@ def test_weight_one_is_the_network_and_weight_zero_the_guide_bitwise(sampler, an
     assert not torch.equal(guided(2.0), sampled(network))
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda sampler: sampler.kind)
-def test_no_value_is_read_from_the_device_of_the_images(sampler):
-    """A GPU would have to end all its work for it; the device `meta` refuses."""
-    x, sigmas, asked = torch.empty(3, 1, 2, 2, device="meta"), torch.tensor([1.0, 0.3, 0.09, 0.027]), []
-
-    def score(x, level=None, *, sigma=None):
-        asked.append(level if sigma is None else sigma)
-        return -x
-
-    guided = Guided(score, lambda *a, **k: 0.5 * score(*a, **k), weight=2.0, band=(0.05, 0.5))
-    assert sample(sampler, guided, x=x, sigmas=sigmas, noise=lambda _: x).device.type == "meta"
-    assert {each.device.type for each in asked} == {"meta"}
-
-
 def test_a_step_stays_with_the_score_of_its_start(analytic):
     """Else Heun's order falls to 1 where the band begins and ends."""
     found = []

@@ -37,10 +37,7 @@ def complete(levels, epsilon, steps, *, count=20_000, **changes):
 @pytest.mark.oracle(13)
 @pytest.mark.parametrize(
     ("levels", "epsilon", "steps", "mean", "variance", "tolerance"),
-    [
-        pytest.param(30, 5e-5, 100, 1.042, 0.359, 0.02, marks=pytest.mark.slow),
-        (10, 2e-5, 100, 1.02, 0.382, 0.03),
-    ],
+    [pytest.param(30, 5e-5, 100, 1.042, 0.359, 0.02, marks=pytest.mark.slow), (10, 2e-5, 100, 1.02, 0.382, 0.03)],
 )
 def test_conditional_distribution_of_a_gaussian(levels, epsilon, steps, mean, variance, tolerance):
     unknown = complete(levels, epsilon, steps)[:, 0, 0, 1]
