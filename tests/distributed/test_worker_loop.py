@@ -94,6 +94,34 @@ def test_a_resumed_training_has_the_same_averages_and_snapshots(tiny, dataset, t
     assert built.images_seen == 160 and built.average is not None and len(built.average["coefficients"]) == 6
 
 
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_longer_training_goes_on_from_where_the_decay_began(tiny, dataset, tmp_path, workers) -> None:
+    """The same as one of this length from the start. A kill and few checkpoints do not lose the state."""
+
+    def job(length: int, state: str | None = None) -> TrainingJob:
+        settings = ["optimizer={decay: linear, decay_images: 16}", "train.ema={kind: power}"]
+        return TrainingJob(from_yaml(tiny, overrides=[*settings, f"train.num_images={length}"]), dataset, state=state)
+
+    def trained(name: str, job: TrainingJob) -> Path:
+        folder = tmp_path / name / "checkpoints"
+        folder.mkdir(parents=True, exist_ok=True)
+        if workers == 1:
+            train_loop(job, WorkerContext(), CheckpointStore(str(folder), keep=1 if name == "short" else None))
+        else:
+            torch.multiprocessing.spawn(work, (workers, job, str(tmp_path / name)), nprocs=workers)
+        return folder
+
+    if workers == 1:
+        train_until_killed(job(112), tmp_path / "short" / "checkpoints", at="before-decay")
+    state = trained("short", job(112)) / "before-decay-000000096"
+    again, whole = trained("longer", job(160, str(state))), trained("whole", job(160))
+    last = "images-000000160"
+    assert storage.list_names(str(again)) == ["before-decay-000000144", last], "and none at 80, where it has not been"
+    assert_same_tensors(again / last, whole / last)
+    one, other = (load_file(folder / last / "ema_2.safetensors") for folder in (again, whole))
+    assert all(one[name].equal(other[name]) for name in one)
+
+
 def test_another_seed_gives_other_weights_and_a_complete_run_has_nothing_left_to_do(tiny, dataset, tmp_path) -> None:
     one = tensors(train(from_yaml(tiny), dataset, tmp_path / "one"))
     other = tensors(train(from_yaml(tiny, overrides=["seed=1"]), dataset, tmp_path / "other"))
