@@ -268,7 +268,7 @@ def train_loop(job: TrainingJob, context: WorkerContext, checkpoints: Checkpoint
         if training.ended() and training.saved.startswith(RESUME):
             training.publish()  # the job became shorter since
         while not training.ended():
-            if training.state.images_seen == decay_begins(job.config):
+            if training.state.images_seen == decay_begins(job.config) and job.stop_at is None:  # no trial of a search
                 training.publish(BEFORE_DECAY)
             training.step()
             save = training.ended() or training.crossed(train.checkpoint_every_images)

@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -118,6 +119,8 @@ def test_a_longer_training_goes_on_from_where_the_decay_began(tiny, dataset, tmp
     last = "images-000000160"
     assert storage.list_names(str(again)) == ["before-decay-000000144", last], "and none at 80, where it has not been"
     assert_same_tensors(again / last, whole / last)
+    trial = trained("trial", replace(job(112), stop_at=112))
+    assert [name for name in storage.list_names(str(trial)) if "decay" in name] == [], "nobody trains it longer"
     one, other = (load_file(folder / last / "ema_2.safetensors") for folder in (again, whole))
     assert all(one[name].equal(other[name]) for name in one)
 
