@@ -50,6 +50,7 @@ ROUNDS, IMAGES = 11, 1024  # of the timing, and in each round
 SAME_COST = (  # settings that no step costs more or less by
     *("name", "seed", "data.root", "optimizer.learning_rate", "optimizer.muon.learning_rate", "train.num_images"),
     *("optimizer.warmup_images", "optimizer.decay", "optimizer.decay_images", "optimizer.muon.momentum"),
+    *("noise.training.mean", "noise.training.std", "train.label_dropout"),
 )
 COLUMNS = {  # key of a line -> head of its column, and how a number is shown
     "change": ("change", "{}"),
