@@ -46,7 +46,7 @@ BUDGETS = {
     "components pipelines": 1061,
     "ncsn/storage": 843,
     "examples": 1141,
-    "tests": 23940,
+    "tests": 23941,
 }
 MOST_WORDS = 17719
 

@@ -198,6 +198,7 @@ def test_only_windows_are_on_the_disk_if_there_is_no_room_for_all(numbered, tmp_
     most = 0
     for first in range(0, 1000, 10):
         stream.ordered(0, first=first, count=10)
+        assert stream._ahead.exception() is None  # the next window is there
         most = max(most, sum(1 for _ in (tmp_path / "cache").rglob("*.npy")))
     assert 2 < most <= 3 * 2  # of 17 parts
     disk_with(1 << 40)
