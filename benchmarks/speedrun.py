@@ -50,6 +50,7 @@ ROUNDS, IMAGES = 11, 1024  # of the timing, and in each round
 SAME_COST = (  # settings that no step costs more or less by
     *("name", "seed", "data.root", "optimizer.learning_rate", "optimizer.muon.learning_rate", "train.num_images"),
     *("optimizer.warmup_images", "optimizer.decay", "optimizer.decay_images", "optimizer.muon.momentum"),
+    *("noise.training.mean", "noise.training.std", "train.label_dropout"),
 )
 COLUMNS = {  # key of a line -> head of its column, and how a number is shown
     "change": ("change", "{}"),
@@ -170,8 +171,10 @@ def quality(config: Config, checkpoint: str, *, dataset: str, count: int, work: 
         settings = config.evaluation.model_copy(update={"extractor": extractor})
         judged = config.model_copy(update={"evaluation": settings})
         result = evaluate(judged, samples=samples, dataset=dataset, folder=f"{samples}/of", progress=Progress())
-        names = {key: re.fullmatch(r"eval/[a-z]+_(\w+)_n\d+", key) for key in result.metrics}
-        found.append({name[1]: result.metrics[key] for key, name in names.items() if name})
+        names = [(re.fullmatch(r"eval/[a-z]+_(\w+)_n(\d+)", key), value) for key, value in result.metrics.items()]
+        # Of what is measured for fewer images too, as many as there are test images, that of most.
+        by_count = sorted((int(name[2]), name[1], value) for name, value in names if name)
+        found.append({figure: value for _, figure, value in by_count})
     own, clusters = found
     return {"kid": clusters["kid"], "fid": own["fid"], "recall": clusters["recall"], "copies": count * own["copies"]}
 

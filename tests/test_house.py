@@ -31,24 +31,24 @@ BUDGETS = {
     "ncsn/core": 3606,
     "ncsn/data": 2827,
     "ncsn/evaluation": 2025,
-    "ncsn/steps ncsn/runs ncsn/kubeflow": 3737,
-    "ncsn/model": 1535,
+    "ncsn/steps ncsn/runs ncsn/kubeflow": 3780,
+    "ncsn/model": 1546,
     "ncsn/distributed": 1543,
-    "ncsn/config": 1765,
+    "ncsn/config": 1782,
     "ncsn/cli": 1805,
-    "ncsn/tracking": 1478,
-    "ncsn/report": 918,
+    "ncsn/tracking": 1479,
+    "ncsn/report": 921,
     "ncsn/remote": 1622,
     "ncsn/library": 396,
-    "ncsn/init ncsn/inspection": 1812,
+    "ncsn/init ncsn/inspection": 1813,
     "ncsn/serving": 443,
-    "ncsn/training": 1037,
+    "ncsn/training": 1041,
     "components pipelines": 1061,
     "ncsn/storage": 843,
     "examples": 1141,
-    "tests": 23850,
+    "tests": 23920,
 }
-MOST_WORDS = 17662
+MOST_WORDS = 17719
 
 
 def _name(path: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -156,6 +157,15 @@ def continues(config: Config) -> bool:
     """Whether a training may go on after train.num_images, of which nothing before depends on it."""
     scheduled = config.optimizer.decay != "constant" or config.loss.scheduled
     return not scheduled and config.search is None  # whose rungs are shares of it
+
+
+def decay_begins(config: Config) -> int | None:
+    """Images seen where a linear decay begins, in whole batches, as far as nothing before depends on the length."""
+    settings, train = config.optimizer, config.train
+    if settings.decay != "linear" or config.loss.scheduled or config.search is not None:
+        return None
+    first = train.num_images - (settings.decay_images or train.num_images / 3)
+    return math.ceil(first / train.batch_size) * train.batch_size or None
 
 
 def training_settings(config: Config) -> dict[str, Any]:

@@ -126,6 +126,8 @@ def _training(config: Config) -> Iterator[Problem]:
     if train.trainable == "light" and train.init_from is None:
         reason = "leaves convolutions as they are, and without train.init_from they are random"
         yield Problem("train.trainable", reason, "set train.init_from, or use all", "light")
+    if train.continue_from is not None and config.search is not None:
+        yield Problem("train.continue_from", "does not fit a search", "leave one of them out", train.continue_from)
     if compute.compile is True and loss.differentiates_twice:
         reason = f"not possible with loss.kind = {loss.kind}, which differentiates the network twice"
         yield Problem("compute.compile", reason, "use compute.compile = auto", value=True)

@@ -247,6 +247,9 @@ class TrainConfig(Section):
     """Start from the EMA weights of this run in storage.root (its name), registered model (models:/NAME@ALIAS or
     models:/NAME/VERSION) or checkpoint (a URI); null = from random weights. Use a fifth to a tenth of its learning
     rate. Both networks must have the same kind and size; classes, augmentation and gray or RGB may differ."""
+    continue_from: str | None = Field(None, min_length=1)
+    """Go on from where the linear decay of this run in storage.root (its name) began, with its whole state, and end as
+    a run of this length would that began anew; null = begin anew. All but the length must be as in that run."""
     trainable: Literal["all", "light"] = "all"
     """With init_from, what training changes: all = the whole network; light = norms, shifts, embeddings and attention,
     for fewer than about 1,000 images."""

@@ -27,7 +27,7 @@ from ncsn.model import build
 from ncsn.model.generate import evaluations_per_image
 from ncsn.model.memory import kept_bytes
 from ncsn.model.objective import noise_notes, objective_of
-from ncsn.runs.folder import cost_of, read_step, run_folder
+from ncsn.runs.folder import cost_of, images_seen_at, read_step, run_folder, state_to_continue
 
 _STATE_BYTES = 5 * 4  # per parameter in float32: weights, their average, gradients, and Adam's two moments
 MEASUREMENTS, SECONDS = 10, 0.5  # the fastest counts; no more of them after so long
@@ -198,8 +198,9 @@ def estimate(config: Config, speed: Speed, *, basis: str) -> dict[str, Any]:
         with FlopCounterMode(display=False) as counter:
             compute_once()
         gflop[step] = counter.get_total_flops() / images / 1e9
+    done = 0 if train.continue_from is None else images_seen_at(state_to_continue(config))
     taken = {
-        "train": train.num_images * speed.train_image,
+        "train": (train.num_images - done) * speed.train_image,
         "sample": sampling.num_images * nfe * speed.evaluate_image,
     }
     together = compute.microbatch or work["train"][0]

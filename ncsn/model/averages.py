@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -70,6 +71,13 @@ def snapshots(uri: str) -> list[int]:
         for name in storage.list_names(uri)
         if FOLDER_NAME.fullmatch(name) and storage.exists(storage.join(uri, name, INDEX))
     )
+
+
+def copy_snapshots(old: str, new: str, *, until: int) -> None:
+    """Copy those up to so many images from one folder to another."""
+    for name in (folder_name(seen) for seen in snapshots(old) if seen <= until):
+        with storage.local_copy(f"{old}/{name}") as there, storage.staged_folder(f"{new}/{name}", marker=INDEX) as here:
+            shutil.copytree(there, here, dirs_exist_ok=True)
 
 
 def ensure_average(checkpoint: str, *, relative_width: float) -> str:

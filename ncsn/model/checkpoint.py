@@ -16,7 +16,7 @@ model has these alone.
 No generator state is kept, because all randomness is a function of (seed, place in the image order).
 
 Those of a run are `<run>/checkpoints/images-000000160/`. `resume-000000224/` is one between them, which only a resume
-reads. There is at most one, until the next of any kind.
+reads. There is at most one, until the next of any kind. `before-decay-000000128/` stays, for `train.continue_from`.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from ncsn.core.training import TrainState
 from ncsn.errors import UserError
 from ncsn.model import build
 from ncsn.model.classes import Classes
-from ncsn.runs.folder import INDEX, RESUME, checkpoint_names, resumable
+from ncsn.runs.folder import BEFORE_DECAY, INDEX, RESUME, checkpoint_names, resumable
 
 FOLDER_NAME = re.compile(r"images-\d+")
 FORMAT_VERSION = 1
@@ -182,15 +182,16 @@ def snapshot(
     return partial(write_files, tensors=tensors, texts=texts)
 
 
-def restore(folder: Path, *, config: Config, state: TrainState, dataset_digest: str) -> None:
-    """Restore everything into `state`, strictly.
+def restore(folder: Path, *, config: Config | None, state: TrainState, dataset_digest: str) -> None:
+    """Restore everything into `state`, strictly; `config` is None if it is known that it fits.
 
     Raises:
         CheckpointError: if a file is missing or damaged, or the config or the images were others.
     """
     verify(folder, needs=FILES)
-    saved = from_yaml((folder / "config.yaml").read_text(), origin=str(folder / "config.yaml"))
-    require_same_training(saved, config, origin=str(folder))
+    if config is not None:
+        saved = from_yaml((folder / "config.yaml").read_text(), origin=str(folder / "config.yaml"))
+        require_same_training(saved, config, origin=str(folder))
     facts = json.loads((folder / "state.json").read_text())
     if facts["dataset_digest"] != dataset_digest:
         raise CheckpointError(
@@ -396,6 +397,8 @@ class CheckpointStore:
             write(folder)
             storage.delete(target)  # the rest of an upload that was cut short
             storage.publish_folder(folder, target, marker=INDEX)
+        if name.startswith(BEFORE_DECAY):
+            return
         for old in checkpoint_names(self.uri):
             if old.startswith(RESUME) and old != name:
                 storage.delete(storage.join(self.uri, old))

@@ -10,7 +10,7 @@ import shlex
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-from ncsn.config import Config, continues
+from ncsn.config import Config, continues, decay_begins
 from ncsn.evaluation import VERSUS, with_interval
 from ncsn.evaluation.copies import Copies
 from ncsn.runs.folder import Cost, RunFolder, read_step, total_cost
@@ -235,6 +235,9 @@ def next_step(grade: str, config: Config, folder: RunFolder) -> tuple[str, str]:
         return f"ncsn run {folder.options} --set train.num_images={2 * longest}", "this run, trained twice as long"
     if not config.loss.learns_score:
         return f"{new} --set train.num_images={2 * length}", "a new run from the same trained network, twice as long"
+    if (begins := decay_begins(config)) is not None:
+        what = f"a new run, twice as long, from {begins:,} images on, before the learning rate of this one fell"
+        return f"{new} --set train.continue_from={folder.run} --set train.num_images={2 * length}", what
     what = f"a new run on {length:,} images more, from these EMA weights: the learning rate of this one has ended"
     return f"{new} --set train.init_from={folder.run}", what
 

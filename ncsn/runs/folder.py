@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 from filelock import FileLock, Timeout
 
 from ncsn import storage
-from ncsn.config import Config, changed_settings, explain_changes, from_yaml, to_yaml
+from ncsn.config import Config, changed_settings, decay_begins, explain_changes, from_yaml, to_yaml
 from ncsn.environment import KFP_RUN_ID, utc_now
 from ncsn.errors import Problem, UserError, problems_of
 from ncsn.events import tell
@@ -31,6 +31,7 @@ DEFAULT_ROOT: str = Config.model_fields["storage"].default.root  # the store if 
 RUN_PATTERN = re.compile(r"[a-z0-9]([a-z0-9_.-]{0,61}[a-z0-9])?")
 INDEX = "checkpoint.json"  # of a checkpoint, written last
 RESUME = "resume-"  # instead of `images-`, of a checkpoint that is only to resume from
+BEFORE_DECAY = "before-decay-"  # of one that `train.continue_from` reads
 _CHECKPOINT = re.compile(rf"(images-|{RESUME})\d+")
 WIDTHS = "widths"  # folder of averages of other widths
 State = Literal["", "RUNNING", "FINISHED", "FAILED", "KILLED"]  # as in MLflow; empty before the first attempt
@@ -191,7 +192,7 @@ def folder_of(path: str) -> str:
 OF_RUN = r"runs/([^/]+)/.+"
 CONFIG = r"(runs/[^/]+/config\.yaml)"
 RECORD = r"(runs/[^/]+/steps/[^/]+/step\.json)"
-OF_CHECKPOINT = r"(runs/.+/(?:checkpoints|ema|selected)/(?:images|resume)-\d+)/.+"
+OF_CHECKPOINT = r"(runs/.+/(?:checkpoints|ema|selected)/(?:images|resume|before-decay)-\d+)/.+"
 OF_TRAINING = r"(runs/[^/]+/checkpoints/(?:images|resume)-\d+)/.+"
 OF_SAMPLES = r"(runs/[^/]+/(?:samples|exports))/.+"
 OF_TRIAL = r"(runs/[^/]+/search/trials/[^/]+/[^/]+/checkpoints)/.+"
@@ -251,6 +252,32 @@ def require_owner(owner: Config, config: Config, run: str) -> None:
         if owner.noise.training.kind == "lognormal" and changed.keys() <= _LEVELS:
             hint += ", or sample at other levels with sampling.levels"
         raise ForeignRun("--run", f"belongs to another config: {explain_changes(changed)}", hint=hint, value=run)
+
+
+def state_to_continue(config: Config) -> str:
+    """URI of the checkpoint that `train.continue_from` means; `UserError` if there is none, or not for this config."""
+    key, run, length = "train.continue_from", str(config.train.continue_from), config.train.num_images
+    folder = RunFolder(storage.absolute(config.storage.root), run)
+    if not storage.exists(folder.config):
+        raise UserError(key, f"no run of this name in {folder.root}", hint="`ncsn ls` lists them", value=run)
+    owner = from_yaml(storage.read_text(folder.config), origin=folder.config)
+    seen = decay_begins(owner) or 0
+    state = storage.join(folder.checkpoints, f"{BEFORE_DECAY}{seen:09d}")
+    if not storage.exists(storage.join(state, INDEX)):
+        none = f"none after the first step, of {owner.optimizer.decay} decay and {owner.loss.kind} loss"
+        where, hint = (f"at {seen:,} images", "train it further") if seen else (none, "use train.init_from")
+        raise UserError(key, f"has no checkpoint where a linear decay begins: {where}", hint=hint, value=run)
+    free = {key, "name", "train.num_images", "optimizer.decay_images"}
+    changed = {path: values for path, values in changed_settings(owner, config).items() if path not in free}
+    if (old := owner.train.averaging) != (new := config.train.averaging):  # which may depend on the length
+        changed["train.ema"] = (vars(old), vars(new))
+    if changed:
+        reason = f"was trained with another config: {explain_changes(changed)}"
+        raise UserError(key, reason, hint="change the length alone", value=run)
+    if (begins := decay_begins(config) or 0) < seen:
+        reason = f"the decay begins at {begins:,} images, before the state of {run!r}, at {seen:,}"
+        raise UserError("train.num_images", reason, hint="raise it, or lower optimizer.decay_images", value=length)
+    return state
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from ncsn.runs.folder import (
     opened_from,
     read_step,
     record_failure,
+    state_to_continue,
     update_step,
 )
 from ncsn.runs.steps import CONTINUING, SEARCH, STEP_TABLE, STEPS
@@ -138,6 +139,8 @@ def refuse(step: str, run: Run) -> None:
             hint="use s3://BUCKET/PREFIX",
             value=config.storage.root,
         )
+    if config.train.continue_from is not None and not storage.exists(folder.config):
+        state_to_continue(config)
     if step in (SEARCH, "train") and config.train.init_from is not None and find_spec("torch"):
         from ncsn.steps.train import require_start  # loads torch
 

@@ -87,8 +87,8 @@ def report(sources: ReportSources, context: Context) -> ReportResult:
         Fact("Checkpoint", sources.samples["checkpoint"]),
         Fact("Weights digest", sources.checkpoint.digest),
     ]
-    if (start := sources.config.train.init_from) is not None:
-        lineage.append(Fact("Training started from", start))
+    starts = (("started", sources.config.train.init_from), ("continued", sources.config.train.continue_from))
+    lineage += [Fact(f"Training {how} from", start) for how, start in starts if start is not None]
     lineage += [Fact("Samples", evaluation["samples"]), Fact("Evaluation", evaluation["uri"])]
     if "register" in records:
         registered = records["register"].result

@@ -1,10 +1,10 @@
-"""Training on Ray, from random weights or the network that `train.init_from` names."""
+"""Training on Ray, from random weights, what `train.init_from` names or where `train.continue_from` goes on."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,7 @@ from ncsn.data.noise_levels import resolve_noise
 from ncsn.distributed.cluster import ray_cluster, ray_tags
 from ncsn.errors import UserError
 from ncsn.model import build
+from ncsn.model.averages import copy_snapshots
 from ncsn.model.checkpoint import FILES, CheckpointStore, folder_name, load_checkpoint
 from ncsn.model.classes import require_label, require_same_classes
 from ncsn.progress import PublishedProgress, read_progress, say
@@ -29,6 +30,8 @@ from ncsn.runs.folder import (
     images_seen_at,
     read_step,
     require_owner,
+    resumable,
+    state_to_continue,
     update_step,
 )
 from ncsn.runs.history import RATE, load_history
@@ -36,7 +39,7 @@ from ncsn.steps.results import Context, Prepared, TrainResult, stored_result
 from ncsn.storage.heartbeat import Lease
 from ncsn.storage.retry import limited
 from ncsn.tracking.live import LiveMetrics
-from ncsn.tracking.mlflow_runs import INIT_FROM
+from ncsn.tracking.mlflow_runs import CONTINUE_FROM, INIT_FROM
 from ncsn.training.batches import classes_of
 from ncsn.training.loop import TrainingJob
 
@@ -82,6 +85,14 @@ def train(config: Config, manifest: Manifest, dataset: str, start: Start, contex
                 storage.write_text(stop, "")
         return begun
 
+    state = None
+    if (name := config.train.continue_from) is not None:
+        source = RunFolder(folder.root, name)
+        tracked.set_tags({CONTINUE_FROM: source.uri})
+        if next(resumable(folder.checkpoints), None) is None:
+            seen = images_seen_at(state := state_to_continue(config))
+            copy_snapshots(source.averages, folder.averages, until=seen)
+            replace(load_history(source.history, until=seen), uri=folder.history).publish()
     with answer.saving(ask_to_save), ray_cluster(config, last_lines=context.last_lines):
         tracked.set_tags({**ray_tags(), **start.tags})
         tracked.log_dataset(manifest.name, digest=manifest.digest, uri=dataset)
@@ -97,6 +108,7 @@ def train(config: Config, manifest: Manifest, dataset: str, start: Start, contex
             lease=Lease(context.lease) if context.lease else None,
             stop=stop,
             start=start.uri,
+            state=state,
         )
         outcome = distributed.train(job, run_uri=folder.uri)
     checkpoint = storage.join(folder.checkpoints, outcome.checkpoint)
@@ -203,5 +215,6 @@ def require_start(config: Config, folder: RunFolder) -> None:
 def _named(config: Config) -> Place:
     from ncsn.steps.address import resolve
 
-    root, registry = config.storage.root, config.tracking.uri
-    return resolve(str(config.train.init_from), key="train.init_from", root=root, registry=registry)
+    root, registry, other = config.storage.root, config.tracking.uri, config.train.continue_from
+    address = RunFolder(root, other).start if other else str(config.train.init_from)  # the copy that the other has
+    return resolve(address, key="train.init_from", root=root, registry=registry)

@@ -13,7 +13,7 @@ from ncsn.config.schema import MODEL_NAME_PATTERN, SCHEME
 from ncsn.runs.folder import RunFolder
 from ncsn.storage.retry import S3_SCHEME
 from ncsn.tracking.client import quoted, tag_filter
-from ncsn.tracking.mlflow_runs import INIT_FROM, PARENT
+from ncsn.tracking.mlflow_runs import CONTINUE_FROM, INIT_FROM, PARENT
 from ncsn.tracking.promotion import resolve_version
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ ACCEPTED = (
 )
 # How the tags begin that are shown.
 SHOWN = (
-    *("ncsn.run", "ncsn.root", "ncsn.checkpoint", INIT_FROM, "kfp.", "ray.", "mlflow.user"),
+    *("ncsn.run", "ncsn.root", "ncsn.checkpoint", CONTINUE_FROM, INIT_FROM, "kfp.", "ray.", "mlflow.user"),
     *("dataset.", "checkpoint.", "samples.", "evaluation.", "eval.", "report.", "search.", "gate.promoted"),
     *("gate.reason", "promot", "rolled_back", "mlflow.source.git", "mlflow.docker", "ncsn.code."),
 )

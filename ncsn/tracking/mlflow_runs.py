@@ -50,6 +50,7 @@ PARAM_LENGTH, DIGEST_LENGTH = 6000, 36  # MLflow's limits
 FIRST_STEP = "ingest"
 NOTE = "mlflow.note.content"  # tag with the description of a run, Markdown
 PARENT = "mlflow.parentRunId"
+CONTINUE_FROM = "ncsn.continue_from"  # URI of the run whose state training went on with
 INIT_FROM = "ncsn.init_from"  # weights that training started from: models:/NAME/VERSION/DIGEST, or URI/DIGEST
 ADOPTED = "MLFLOW_RUN_ID"  # variable with the run of the whole pipeline, if others have opened it
 CURVES = "train"  # the step that has curves and previews

@@ -18,7 +18,7 @@ from functools import partial
 import torch
 
 from ncsn import storage
-from ncsn.config import Config
+from ncsn.config import Config, decay_begins
 from ncsn.config.training import SNAPSHOTS, PowerEmaConfig
 from ncsn.core.training import train_step
 from ncsn.data.format import load_manifest
@@ -29,7 +29,7 @@ from ncsn.model import build, checkpoint
 from ncsn.model.checkpoint import CheckpointStore
 from ncsn.model.objective import objective_of
 from ncsn.progress import Progress
-from ncsn.runs.folder import RESUME, images_seen_at
+from ncsn.runs.folder import BEFORE_DECAY, RESUME, images_seen_at
 from ncsn.runs.history import load_history
 from ncsn.storage.heartbeat import Lease, LeaseExpired
 from ncsn.storage.retry import limited
@@ -62,6 +62,7 @@ class TrainingJob:
     lease: Lease | None = None  # of the launcher, without which training saves and ends
     stop: str | None = None  # URI of an object: once it exists, training saves and ends
     start: str | None = None  # URI of the files of the trained network that `train.init_from` names
+    state: str | None = None  # URI of the checkpoint that `train.continue_from` means, if the run has none of its own
     stop_at: int | None = None  # images seen; the schedules go on to `train.num_images`
 
 
@@ -104,11 +105,11 @@ class Training:
                 assert job.start is not None, "the config's rules"
                 taught = teacher(job.start, config=self.config, classes=self.classes, device=context.device)
             self.loss = self.objective.loss(self.state.uncertainty, taught)
-            if newest is not None:
-                with self.checkpoints.open(newest) as folder:
-                    digest = self.manifest.digest
-                    checkpoint.restore(folder, config=self.config, state=self.state, dataset_digest=digest)
-                self.saved = newest
+            if newest is not None or job.state is not None:
+                own, digest = None if newest is None else self.config, self.manifest.digest
+                with storage.local_copy(job.state or "") if newest is None else self.checkpoints.open(newest) as folder:
+                    checkpoint.restore(folder, config=own, state=self.state, dataset_digest=digest)
+                self.saved = newest or ""
             elif job.start is not None:
                 from ncsn.model.trained import start_from
 
@@ -222,20 +223,21 @@ class Training:
         lost = check and not self.warned and context.preempted()
         self.warned |= lost
         if end or late or lost:
-            if self.reported_at < self.state.images_seen:
-                self.report()
-            self.publish(for_resume=True)
+            self.publish(RESUME)
         if end:
             saved = f"saved {self.saved}" if self.saved else "nothing is saved"
             raise LeaseExpired(
                 f"told to end, or without a launcher, at images_seen = {self.state.images_seen}; {saved}"
             )
 
-    def publish(self, *, for_resume: bool = False) -> None:
+    def publish(self, kind: str = "images-") -> None:
         """Publish a checkpoint, after a report, which finds a training that diverged. A collective call."""
+        if self.reported_at < self.state.images_seen:
+            self.report()
         self.watchdog.allow(LONG_SECONDS)
-        self.saved = checkpoint.folder_name(self.state.images_seen, for_resume=for_resume)
-        self.saved_at = time.perf_counter()
+        name = f"{kind}{self.state.images_seen:09d}"
+        if kind != BEFORE_DECAY:  # from which this run does not resume
+            self.saved, self.saved_at = name, time.perf_counter()
         if self.context.rank == 0:
             if self.history is not None:
                 self.history.publish()
@@ -246,7 +248,7 @@ class Training:
                 dataset_digest=self.manifest.digest,
                 classes=self.classes,
             )
-            self.checkpoints.publish(write, name=self.saved)
+            self.checkpoints.publish(write, name=name)
 
 
 def train_loop(job: TrainingJob, context: WorkerContext, checkpoints: CheckpointStore) -> TrainOutcome:
@@ -266,6 +268,8 @@ def train_loop(job: TrainingJob, context: WorkerContext, checkpoints: Checkpoint
         if training.ended() and training.saved.startswith(RESUME):
             training.publish()  # the job became shorter since
         while not training.ended():
+            if training.state.images_seen == decay_begins(job.config) and job.stop_at is None:  # no trial of a search
+                training.publish(BEFORE_DECAY)
             training.step()
             save = training.ended() or training.crossed(train.checkpoint_every_images)
             probe = training.probe

@@ -130,6 +130,7 @@ WRONG = [
     (["optimizer.muon={momentum: 1}"], "optimizer.muon.momentum"),
     (["optimizer.decay=linear", "optimizer.decay_images=200000000"], "optimizer.decay_images"),
     (["optimizer.decay=cosine", "optimizer.decay_images=2000"], "optimizer.decay_images"),
+    (["train.continue_from=x", "search={}"], "train.continue_from"),
     (["foo.bar=1"], "foo"),
     (["network.widths=[8,a]"], "network.widths.1"),
     (["noise={num_levels: 1}"], "noise.sigma_1"),

@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -92,6 +93,36 @@ def test_a_resumed_training_has_the_same_averages_and_snapshots(tiny, dataset, t
     assert [snapshots(str(run / "ema")) for run in runs] == [[64, 112, 160]] * 2
     built = load_checkpoint(build_average(str(places[0]), relative_width=0.07))
     assert built.images_seen == 160 and built.average is not None and len(built.average["coefficients"]) == 6
+
+
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_longer_training_goes_on_from_where_the_decay_began(tiny, dataset, tmp_path, workers) -> None:
+    """The same as one of this length from the start. A kill and few checkpoints do not lose the state."""
+
+    def job(length: int, state: str | None = None) -> TrainingJob:
+        settings = ["optimizer={decay: linear, decay_images: 16}", "train.ema={kind: power}"]
+        return TrainingJob(from_yaml(tiny, overrides=[*settings, f"train.num_images={length}"]), dataset, state=state)
+
+    def trained(name: str, job: TrainingJob) -> Path:
+        folder = tmp_path / name / "checkpoints"
+        folder.mkdir(parents=True, exist_ok=True)
+        if workers == 1:
+            train_loop(job, WorkerContext(), CheckpointStore(str(folder), keep=1 if name == "short" else None))
+        else:
+            torch.multiprocessing.spawn(work, (workers, job, str(tmp_path / name)), nprocs=workers)
+        return folder
+
+    if workers == 1:
+        train_until_killed(job(112), tmp_path / "short" / "checkpoints", at="before-decay")
+    state = trained("short", job(112)) / "before-decay-000000096"
+    again, whole = trained("longer", job(160, str(state))), trained("whole", job(160))
+    last = "images-000000160"
+    assert storage.list_names(str(again)) == ["before-decay-000000144", last], "and none at 80, where it has not been"
+    assert_same_tensors(again / last, whole / last)
+    trial = trained("trial", replace(job(112), stop_at=112))
+    assert [name for name in storage.list_names(str(trial)) if "decay" in name] == [], "nobody trains it longer"
+    one, other = (load_file(folder / last / "ema_2.safetensors") for folder in (again, whole))
+    assert all(one[name].equal(other[name]) for name in one)
 
 
 def test_another_seed_gives_other_weights_and_a_complete_run_has_nothing_left_to_do(tiny, dataset, tmp_path) -> None:

@@ -212,6 +212,7 @@ def evaluated(folder: Path, split: str, extractor: str, weights: str, *settings:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)  # two minutes of two quiet cores
 def test_the_evaluate_step_measures_with_the_graph(weights: str, tmp_path: Path) -> None:
     few = ("data.max_images=6", "sampling.num_images=6", "evaluation.num_splits=1")
     result = evaluated(tmp_path, "test", "inception", weights, *few)

@@ -36,7 +36,7 @@ def store(config: Config) -> Config:
     """A store with a leftover of each class and what looks like one."""
     client = connect(config).client
     put(config, "runs/registered/steps/evaluate/x.png", "runs/registered/selected/images-001/x")
-    for name in ("images-001", "images-002", "images-003", "images-004", "resume-003"):
+    for name in ("images-001", "images-002", "images-003", "images-004", "resume-003", "before-decay-002"):
         put(config, f"runs/registered/checkpoints/{name}/checkpoint.json")
     storage.write_text(f"{config.storage.root}/runs/registered/checkpoints/images-004/config.yaml", to_yaml(config))
     run(config, "registered", "ingest", result={"uri": dataset(config, "aaaa1111")})
@@ -61,6 +61,7 @@ def store(config: Config) -> Config:
     for name in ("registered", "opened", "stopped", "reused", "elsewhere"):
         put(config, f"runs/{name}/samples/s1/f1/shard")
     put(config, "runs/stopped/steps/train/.step.json.tmp-1a2b3c4d", "runs/stopped/checkpoints/images-009/ema")
+    put(config, "runs/stopped/checkpoints/before-decay-009/ema")
     reused = from_yaml(to_yaml(config), overrides=[f"data.root={config.storage.root}/runs/reused/samples/s1/f1"])
     run(reused, "reuses", "ingest")
     put(config, f"code/{'a' * 64}.zip", "code/bbbb.zip")
@@ -86,6 +87,7 @@ FOUND = {
     ("temporary", ".tmp-12345678"),
     ("temporary", "runs/stopped/steps/train/.step.json.tmp-1a2b3c4d"),
     ("temporary", "runs/stopped/checkpoints/images-009"),
+    ("temporary", "runs/stopped/checkpoints/before-decay-009"),
     ("temporary", "runs/registered/selected/images-001"),
     ("temporary", "datasets/digits/dddd4444"),
     ("temporary", "datasets/digits/.parts-0123456789abcdef"),

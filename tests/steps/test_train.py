@@ -12,10 +12,13 @@ from workers import assert_same_tensors, train_locally
 from ncsn import storage
 from ncsn.config import Config, changed_settings, from_yaml, to_yaml
 from ncsn.errors import UserError
+from ncsn.model.averages import snapshots
 from ncsn.report.words import next_step
 from ncsn.runs.folder import RunFolder, read_step, run_folder, update_step
+from ncsn.runs.history import load_history
 from ncsn.steps import train
 from ncsn.storage.heartbeat import Lease, LeaseExpired
+from ncsn.tracking.client import connect
 from ncsn.training.loop import TrainingJob
 
 
@@ -60,6 +63,38 @@ def test_a_schedule_with_an_end_belongs_to_its_length(config, tmp_path, decay, o
     assert command[-2:] == ["--set", option] and folder.config in command
     own = "--run" in next_step("copied", short, folder)[0]
     assert own is (decay == "constant"), "half as long is another run"
+
+
+def test_a_run_continues_another_from_where_its_decay_began(config) -> None:
+    def linear(images: int, *overrides: str) -> Config:
+        ema = "train.ema={kind: power}"
+        return of_length(config, images, "optimizer={decay: linear, decay_images: 8}", ema, *overrides)
+
+    start, dataset = "train.continue_from=first", do("ingest", linear(24), "first").uri
+    longer = linear(160, start, "name=longer")
+    with refused("train.continue_from"):
+        do("train", longer, "second", dataset=dataset)
+    do("train", linear(24), "first", dataset=dataset)
+    first, second = run_folder(config, "first"), run_folder(config, "second")
+    for key, wrong in (
+        ("train.continue_from", linear(40, "train.continue_from=nobody")),
+        ("train.continue_from", linear(40, start, "seed=1")),
+        ("train.continue_from", linear(40, start, "train.ema={kind: half_life}")),
+        ("train.num_images", linear(16, start)),
+        ("train.num_images", linear(40, start, "optimizer.decay_images=28")),
+    ):
+        with refused(key):
+            do("train", wrong, "second", dataset=dataset)
+    assert not storage.exists(second.config), "the name is free for the corrected command"
+    assert next_step("far", linear(24), first)[0].split()[-4:] == ["--set", start, "--set", "train.num_images=48"]
+    again, whole = (do("train", each, run, dataset=dataset) for each, run in ((longer, "second"), (linear(160), "all")))
+    assert_same_tensors(again.checkpoint, whole.checkpoint)
+    # Of the first run those up to its state, and then one at every ten images.
+    assert snapshots(second.averages) == [4, 8, 12, 16, *(seen for seen in range(20, 161, 4) if seen % 10 < 4)]
+    seen = load_history(second.history).images_seen
+    assert seen[:4] == load_history(first.history).images_seen[:4] and len(seen) == len(set(seen)) == 40
+    tracked = connect(config).client.get_run(read_step(second, "train").mlflow["run_id"])
+    assert tracked.data.tags["ncsn.continue_from"] == first.uri
 
 
 def test_a_lease_that_ends_lets_training_save_first(config, root, monkeypatch) -> None:
