@@ -35,9 +35,9 @@ BUDGETS = {
     "ncsn/model": 1546,
     "ncsn/distributed": 1543,
     "ncsn/config": 1782,
-    "ncsn/cli": 1805,
+    "ncsn/cli": 1806,
     "ncsn/tracking": 1479,
-    "ncsn/report": 921,
+    "ncsn/report": 927,
     "ncsn/remote": 1622,
     "ncsn/library": 396,
     "ncsn/init ncsn/inspection": 1813,
@@ -46,7 +46,7 @@ BUDGETS = {
     "components pipelines": 1061,
     "ncsn/storage": 843,
     "examples": 1141,
-    "tests": 23920,
+    "tests": 23940,
 }
 MOST_WORDS = 17719
 

@@ -220,7 +220,8 @@ def run_select(run: Run, *, code_here: bool, given: Mapping[str, str | None], as
 def _say_if_longer(run: Run) -> None:
     """Say of a new run that is as one of the newest, but longer, that it does not go on from that one's weights."""
     config, folder = run.config, run.folder
-    if continues(config) or not config.loss.learns_score or read_step(folder, "train").state:
+    starts = not continues(config) and config.loss.learns_score and config.train.continue_from is None
+    if not starts or read_step(folder, "train").state:
         return
     dates = begun(folder.root)
     for name in nlargest(_COMPARED_RUNS, dates, key=dates.__getitem__):

@@ -8,12 +8,14 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Literal, NamedTuple
 
-from ncsn.config import Config, continues, decay_begins
+from ncsn.config import Config, continues, from_yaml, to_yaml
+from ncsn.errors import UserError
 from ncsn.evaluation import VERSUS, with_interval
 from ncsn.evaluation.copies import Copies
-from ncsn.runs.folder import Cost, RunFolder, read_step, total_cost
+from ncsn.runs.folder import Cost, RunFolder, images_seen_at, read_step, state_to_continue, total_cost
 
 REAL = "eval/real_"
 GENERATED = "eval/"
@@ -223,23 +225,27 @@ def verdict_of(metrics: Mapping[str, float], real_metrics: Mapping[str, float], 
 def next_step(grade: str, config: Config, folder: RunFolder) -> tuple[str, str]:
     """What to do after a verdict, a command and what that makes: more images, or longer or shorter training."""
     length, new = config.train.num_images, f"ncsn run --config {shlex.quote(folder.config)}"
+    anew = f"{new} --set train.continue_from=null" if config.train.continue_from else new
     longest = max(length, seen := read_step(folder, "train").result.get("images_seen", length))
     if grade == "close":
         return f"ncsn sample {folder.options} --set sampling.seed={config.sampling.seed + 1}", "other images"
     if grade == "copied":
         name = f" --run {config.name}-{seen // 2}" if continues(config) else ""
-        return f"{new}{name} --set train.num_images={seen // 2}", "a new run, half as long"
+        return f"{anew}{name} --set train.num_images={seen // 2}", "a new run, half as long"
     if seen < length:
         return f"ncsn run {folder.options}", f"this run, trained to its {length:,} images"
     if continues(config):
         return f"ncsn run {folder.options} --set train.num_images={2 * longest}", "this run, trained twice as long"
     if not config.loss.learns_score:
         return f"{new} --set train.num_images={2 * length}", "a new run from the same trained network, twice as long"
-    if (begins := decay_begins(config)) is not None:
+    settings = [f"train.continue_from={folder.run}", f"train.num_images={2 * length}"]
+    with suppress(UserError):  # its state is gone, or its EMA depends on the length
+        longer = from_yaml(to_yaml(config), overrides=[*settings, f"storage.root={folder.root}"])
+        begins = images_seen_at(state_to_continue(longer))
         what = f"a new run, twice as long, from {begins:,} images on, before the learning rate of this one fell"
-        return f"{new} --set train.continue_from={folder.run} --set train.num_images={2 * length}", what
+        return " --set ".join([new, *settings]), what
     what = f"a new run on {length:,} images more, from these EMA weights: the learning rate of this one has ended"
-    return f"{new} --set train.init_from={folder.run}", what
+    return f"{anew} --set train.init_from={folder.run}", what
 
 
 EXTRACTORS = {  # as the subjects of a sentence

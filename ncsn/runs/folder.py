@@ -258,17 +258,17 @@ def state_to_continue(config: Config) -> str:
     """URI of the checkpoint that `train.continue_from` means; `UserError` if there is none, or not for this config."""
     key, run, length = "train.continue_from", str(config.train.continue_from), config.train.num_images
     folder = RunFolder(storage.absolute(config.storage.root), run)
-    if not storage.exists(folder.config):
+    if not (RUN_PATTERN.fullmatch(run) and storage.exists(folder.config)):
         raise UserError(key, f"no run of this name in {folder.root}", hint="`ncsn ls` lists them", value=run)
     owner = from_yaml(storage.read_text(folder.config), origin=folder.config)
     seen = decay_begins(owner) or 0
     state = storage.join(folder.checkpoints, f"{BEFORE_DECAY}{seen:09d}")
     if not storage.exists(storage.join(state, INDEX)):
-        none = f"none after the first step, of {owner.optimizer.decay} decay and {owner.loss.kind} loss"
-        where, hint = (f"at {seen:,} images", "train it further") if seen else (none, "use train.init_from")
+        where = f"at {seen:,} images" if seen else f"none, of {owner.optimizer.decay} decay and {owner.loss.kind} loss"
+        hint = "train it up to there, or use train.init_from" if seen else "use train.init_from"
         raise UserError(key, f"has no checkpoint where a linear decay begins: {where}", hint=hint, value=run)
-    free = {key, "name", "train.num_images", "optimizer.decay_images"}
-    changed = {path: values for path, values in changed_settings(owner, config).items() if path not in free}
+    free = (key, "name", "train.num_images", "optimizer.decay_images", "train.ema.")
+    changed = {path: each for path, each in changed_settings(owner, config).items() if not path.startswith(free)}
     if (old := owner.train.averaging) != (new := config.train.averaging):  # which may depend on the length
         changed["train.ema"] = (vars(old), vars(new))
     if changed:

@@ -77,6 +77,7 @@ def by_class(names: Sequence[str]) -> dict[str, object]:
             {"average": "relative width 0.03"},
             ("EMA of relative width 0.03", "| start |", "models:/old/1", "light", "| classes of the samples | 3 |"),
         ),
+        (("train.continue_from=first",), {}, ("| start | the state of run first ",)),
         (
             (
                 "loss={kind: consistency, q: 2, stages: 8, pairs: teacher, guidance: {kind: classifier_free}}",

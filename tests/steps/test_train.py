@@ -10,11 +10,12 @@ from refused import refused
 from workers import assert_same_tensors, train_locally
 
 from ncsn import storage
+from ncsn.cli.run import _say_if_longer
 from ncsn.config import Config, changed_settings, from_yaml, to_yaml
 from ncsn.errors import UserError
 from ncsn.model.averages import snapshots
 from ncsn.report.words import next_step
-from ncsn.runs.folder import RunFolder, read_step, run_folder, update_step
+from ncsn.runs.folder import Run, RunFolder, read_step, run_folder, state_to_continue, update_step
 from ncsn.runs.history import load_history
 from ncsn.steps import train
 from ncsn.storage.heartbeat import Lease, LeaseExpired
@@ -65,7 +66,7 @@ def test_a_schedule_with_an_end_belongs_to_its_length(config, tmp_path, decay, o
     assert own is (decay == "constant"), "half as long is another run"
 
 
-def test_a_run_continues_another_from_where_its_decay_began(config) -> None:
+def test_a_run_continues_another_from_where_its_decay_began(config, capsys) -> None:
     def linear(images: int, *overrides: str) -> Config:
         ema = "train.ema={kind: power}"
         return of_length(config, images, "optimizer={decay: linear, decay_images: 8}", ema, *overrides)
@@ -78,6 +79,7 @@ def test_a_run_continues_another_from_where_its_decay_began(config) -> None:
     first, second = run_folder(config, "first"), run_folder(config, "second")
     for key, wrong in (
         ("train.continue_from", linear(40, "train.continue_from=nobody")),
+        ("train.continue_from", linear(40, "train.continue_from=../runs/first")),
         ("train.continue_from", linear(40, start, "seed=1")),
         ("train.continue_from", linear(40, start, "train.ema={kind: half_life}")),
         ("train.num_images", linear(16, start)),
@@ -87,6 +89,8 @@ def test_a_run_continues_another_from_where_its_decay_began(config) -> None:
             do("train", wrong, "second", dataset=dataset)
     assert not storage.exists(second.config), "the name is free for the corrected command"
     assert next_step("far", linear(24), first)[0].split()[-4:] == ["--set", start, "--set", "train.num_images=48"]
+    assert next_step("far", linear(24), run_folder(config, "old"))[0].endswith("train.init_from=old"), "without a state"
+    assert next_step("copied", longer, second)[0].split()[-3] == "train.continue_from=null", "shorter than that state"
     again, whole = (do("train", each, run, dataset=dataset) for each, run in ((longer, "second"), (linear(160), "all")))
     assert_same_tensors(again.checkpoint, whole.checkpoint)
     # Of the first run those up to its state, and then one at every ten images.
@@ -95,6 +99,21 @@ def test_a_run_continues_another_from_where_its_decay_began(config) -> None:
     assert seen[:4] == load_history(first.history).images_seen[:4] and len(seen) == len(set(seen)) == 40
     tracked = connect(config).client.get_run(read_step(second, "train").mlflow["run_id"])
     assert tracked.data.tags["ncsn.continue_from"] == first.uri
+    for even_longer, notes in ((linear(320), 1), (linear(320, start, "name=longer"), 0)):
+        _say_if_longer(Run(even_longer, "third"))
+        assert capsys.readouterr().err.count("starts at zero") == notes
+
+
+def test_only_a_run_with_the_same_average_continues_another(config) -> None:
+    """With train.init_from, the length of the EMA depends on that of the training."""
+    settings = ("optimizer={decay: linear, decay_images: 8}", "train.ema={kind: half_life}", "train.init_from=x")
+    short, folder = of_length(config, 24, *settings), run_folder(config, "tuned")
+    longer = of_length(config, 48, *settings, "train.continue_from=tuned")
+    state = storage.join(folder.checkpoints, "before-decay-000000016")
+    storage.write_text(folder.config, to_yaml(short))
+    storage.write_json(storage.join(state, "checkpoint.json"), {})
+    assert next_step("far", short, folder)[0].endswith("train.init_from=tuned")
+    assert state_to_continue(from_yaml(to_yaml(longer), overrides=["train.ema.images=2"])) == state
 
 
 def test_a_lease_that_ends_lets_training_save_first(config, root, monkeypatch) -> None:
