@@ -36,13 +36,19 @@ _NEVER = 2**31 - 1
 _GIB = 2**30
 
 
+def _leave() -> None:
+    gc.freeze()
+    if "triton" in sys.modules:  # its bindings print each object that outlives the interpreter, hundreds of lines
+        sys.stderr.flush()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+
+
 def reduce_gc() -> None:
     """Collect garbage less often, and not at exit; for a process that is about to import torch or MLflow."""
     # Their imports make half a million objects, none of which is garbage. With Python's defaults the collector
-    # searches them for 0.2 s during the imports and for a second at exit.
+    # searches them for 0.2 s during the imports and for two seconds at exit.
     gc.set_threshold(_ALLOCATIONS, 10, 10)
-    # Triton's bindings print each object that outlives the interpreter, hundreds of lines.
-    atexit.register(lambda: None if "triton" in sys.modules else gc.freeze())
+    atexit.register(_leave)
 
 
 def settle() -> None:

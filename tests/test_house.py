@@ -28,7 +28,7 @@ LEAST_MODULES, MOST_MODULES = 2, 14  # of a package
 # Lines of each part, as it is, and words of all pages. Who raises a number says in the commit what went, or why nothing
 # could.
 BUDGETS = {
-    "ncsn/core": 3606,
+    "ncsn/core": 3608,
     "ncsn/data": 2827,
     "ncsn/evaluation": 2025,
     "ncsn/steps ncsn/runs ncsn/kubeflow": 3780,
@@ -40,7 +40,7 @@ BUDGETS = {
     "ncsn/report": 927,
     "ncsn/remote": 1622,
     "ncsn/library": 396,
-    "ncsn/init ncsn/inspection": 1813,
+    "ncsn/init ncsn/inspection": 1817,
     "ncsn/serving": 443,
     "ncsn/training": 1041,
     "components pipelines": 1061,
@@ -48,7 +48,7 @@ BUDGETS = {
     "examples": 1141,
     "tests": 23941,
 }
-MOST_WORDS = 17719
+MOST_WORDS = 17898
 
 
 def _name(path: Path) -> str:

@@ -133,12 +133,14 @@ def orthogonalized(matrices: Tensor) -> Tensor:
         return orthogonalized(matrices.mT).mT
     wide: Tensor = matrices / torch.linalg.matrix_norm(matrices, keepdim=True).clamp_min(1e-7)
     # Each step of Newton-Schulz multiplies by a polynomial of this small square matrix, so the wide one waits.
-    # In float64: TF32, as GPUs multiply matrices, makes its tiny eigenvalues negative, and the steps these large.
-    gram = (wide @ wide.mT).double()
-    product = identity = torch.eye(gram.shape[1], device=gram.device, dtype=gram.dtype)
+    gram = wide @ wide.mT
+    if gram.is_cuda:  # TF32, as GPUs multiply, makes its tiny eigenvalues negative, and the steps these large
+        gram = gram.double()
     first, third, fifth = COEFFICIENTS
+    product = torch.eye(gram.shape[1], device=gram.device, dtype=gram.dtype).expand_as(gram)
     for _ in range(NEWTON_SCHULZ_STEPS):
-        step = first * identity + third * gram + fifth * gram @ gram
+        step = torch.baddbmm(gram, gram, gram, beta=third, alpha=fifth)
+        step.diagonal(dim1=1, dim2=2).add_(first)
         product, gram = step @ product, step @ gram @ step
     return product.to(wide.dtype) @ wide
 
