@@ -48,7 +48,7 @@ BUDGETS = {
     "examples": 1141,
     "tests": 23941,
 }
-MOST_WORDS = 17898
+MOST_WORDS = 17901
 
 
 def _name(path: Path) -> str:
