@@ -249,7 +249,7 @@ class TrainConfig(Section):
     rate. Both networks must have the same kind and size; classes, augmentation and gray or RGB may differ."""
     continue_from: str | None = Field(None, min_length=1)
     """Go on from where the linear decay of this run in storage.root (its name) began, with its whole state, and end as
-    a run of this length would that began anew; null = begin anew. All but the length must be as in that run."""
+    a run of this length from the start would; null = off. All but the length must be as there."""
     trainable: Literal["all", "light"] = "all"
     """With init_from, what training changes: all = the whole network; light = norms, shifts, embeddings and attention,
     for fewer than about 1,000 images."""

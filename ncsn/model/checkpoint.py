@@ -198,7 +198,7 @@ def restore(folder: Path, *, config: Config | None, state: TrainState, dataset_d
             str(folder),
             f"was trained on the dataset {facts['dataset_digest']}, not {dataset_digest}: the images have "
             "changed since",
-            hint="restore them, or begin anew with another --run NAME",
+            hint="restore them, or start another --run NAME",
         )
     _load_strictly(state.network, load_file(folder / "weights.safetensors"), origin=str(folder))
     for ema, name in zip(state.averages, ("ema.safetensors", SECOND_EMA), strict=False):

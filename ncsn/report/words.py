@@ -225,13 +225,13 @@ def verdict_of(metrics: Mapping[str, float], real_metrics: Mapping[str, float], 
 def next_step(grade: str, config: Config, folder: RunFolder) -> tuple[str, str]:
     """What to do after a verdict, a command and what that makes: more images, or longer or shorter training."""
     length, new = config.train.num_images, f"ncsn run --config {shlex.quote(folder.config)}"
-    anew = f"{new} --set train.continue_from=null" if config.train.continue_from else new
+    fresh = f"{new} --set train.continue_from=null" if config.train.continue_from else new
     longest = max(length, seen := read_step(folder, "train").result.get("images_seen", length))
     if grade == "close":
         return f"ncsn sample {folder.options} --set sampling.seed={config.sampling.seed + 1}", "other images"
     if grade == "copied":
         name = f" --run {config.name}-{seen // 2}" if continues(config) else ""
-        return f"{anew}{name} --set train.num_images={seen // 2}", "a new run, half as long"
+        return f"{fresh}{name} --set train.num_images={seen // 2}", "a new run, half as long"
     if seen < length:
         return f"ncsn run {folder.options}", f"this run, trained to its {length:,} images"
     if continues(config):
@@ -245,7 +245,7 @@ def next_step(grade: str, config: Config, folder: RunFolder) -> tuple[str, str]:
         what = f"a new run, twice as long, from {begins:,} images on, before the learning rate of this one fell"
         return " --set ".join([new, *settings]), what
     what = f"a new run on {length:,} images more, from these EMA weights: the learning rate of this one has ended"
-    return f"{anew} --set train.init_from={folder.run}", what
+    return f"{fresh} --set train.init_from={folder.run}", what
 
 
 EXTRACTORS = {  # as the subjects of a sentence
