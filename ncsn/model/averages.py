@@ -29,13 +29,12 @@ from ncsn.errors import UserError
 from ncsn.model.checkpoint import (
     FOLDER_NAME,
     DamagedError,
-    folder_name,
     load_checkpoint,
     save_network,
     verify,
     write_files,
 )
-from ncsn.runs.folder import INDEX, WIDTHS, RunFolder, TrainingFolder, images_seen_at
+from ncsn.runs.folder import INDEX, WIDTHS, RunFolder, TrainingFolder, folder_name, images_seen_at
 
 MOST_FLOAT16 = 6e4  # of a weight; float16 ends at 65,504
 _KEY = "sampling.relative_width"

@@ -137,11 +137,6 @@ class TrainedNetwork:
         return network
 
 
-def folder_name(images_seen: int, *, for_resume: bool = False) -> str:
-    """Name of the checkpoint folder."""
-    return f"{RESUME if for_resume else 'images-'}{images_seen:09d}"
-
-
 def snapshot(
     *,
     config: Config,

@@ -65,6 +65,11 @@ class Store:
     code = _Below("code")  # the archives of `--code`, by their digest
 
 
+def folder_name(images_seen: int, kind: str = "images-") -> str:
+    """Name of the folder of a checkpoint."""
+    return f"{kind}{images_seen:09d}"
+
+
 def images_seen_at(name: str) -> int:
     """The training images that the checkpoint of this name has seen."""
     return int(name.rpartition("-")[2])
@@ -262,7 +267,7 @@ def state_to_continue(config: Config) -> str:
         raise UserError(key, f"no run of this name in {folder.root}", hint="`ncsn ls` lists them", value=run)
     owner = from_yaml(storage.read_text(folder.config), origin=folder.config)
     seen = decay_begins(owner) or 0
-    state = storage.join(folder.checkpoints, f"{BEFORE_DECAY}{seen:09d}")
+    state = storage.join(folder.checkpoints, folder_name(seen, BEFORE_DECAY))
     if not storage.exists(storage.join(state, INDEX)):
         where = f"at {seen:,} images" if seen else f"none, of {owner.optimizer.decay} decay and {owner.loss.kind} loss"
         hint = "train it up to there, or use train.init_from" if seen else "use train.init_from"

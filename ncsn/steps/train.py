@@ -20,13 +20,14 @@ from ncsn.distributed.cluster import ray_cluster, ray_tags
 from ncsn.errors import UserError
 from ncsn.model import build
 from ncsn.model.averages import copy_snapshots
-from ncsn.model.checkpoint import FILES, CheckpointStore, folder_name, load_checkpoint
+from ncsn.model.checkpoint import FILES, CheckpointStore, load_checkpoint
 from ncsn.model.classes import require_label, require_same_classes
 from ncsn.progress import PublishedProgress, read_progress, say
 from ncsn.runs.folder import (
     INDEX,
     Run,
     RunFolder,
+    folder_name,
     images_seen_at,
     read_step,
     require_owner,

@@ -29,7 +29,7 @@ from ncsn.model import build, checkpoint
 from ncsn.model.checkpoint import CheckpointStore
 from ncsn.model.objective import objective_of
 from ncsn.progress import Progress
-from ncsn.runs.folder import BEFORE_DECAY, RESUME, images_seen_at
+from ncsn.runs.folder import BEFORE_DECAY, RESUME, folder_name, images_seen_at
 from ncsn.runs.history import load_history
 from ncsn.storage.heartbeat import Lease, LeaseExpired
 from ncsn.storage.retry import limited
@@ -105,11 +105,14 @@ class Training:
                 assert job.start is not None, "the config's rules"
                 taught = teacher(job.start, config=self.config, classes=self.classes, device=context.device)
             self.loss = self.objective.loss(self.state.uncertainty, taught)
-            if newest is not None or job.state is not None:
-                own, digest = None if newest is None else self.config, self.manifest.digest
-                with storage.local_copy(job.state or "") if newest is None else self.checkpoints.open(newest) as folder:
-                    checkpoint.restore(folder, config=own, state=self.state, dataset_digest=digest)
-                self.saved = newest or ""
+            digest = self.manifest.digest
+            if newest is not None:
+                with self.checkpoints.open(newest) as folder:
+                    checkpoint.restore(folder, config=self.config, state=self.state, dataset_digest=digest)
+                self.saved = newest
+            elif job.state is not None:
+                with storage.local_copy(job.state) as folder:
+                    checkpoint.restore(folder, config=None, state=self.state, dataset_digest=digest)
             elif job.start is not None:
                 from ncsn.model.trained import start_from
 
@@ -149,7 +152,7 @@ class Training:
             if context.rank == 0 and (newest := self.checkpoints.newest()) is not None:
                 found = [1 + images_seen_at(newest), newest.startswith(RESUME)]
         shared, resume = context.sum_over_workers(torch.tensor(found, device=context.device)).tolist()
-        return checkpoint.folder_name(shared - 1, for_resume=bool(resume)) if shared else None
+        return folder_name(shared - 1, RESUME if resume else "images-") if shared else None
 
     def step(self) -> None:
         """One optimizer step on the next global batch."""
@@ -235,7 +238,7 @@ class Training:
         if self.reported_at < self.state.images_seen:
             self.report()
         self.watchdog.allow(LONG_SECONDS)
-        name = f"{kind}{self.state.images_seen:09d}"
+        name = folder_name(self.state.images_seen, kind)
         if kind != BEFORE_DECAY:  # from which this run does not resume
             self.saved, self.saved_at = name, time.perf_counter()
         if self.context.rank == 0:

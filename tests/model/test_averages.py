@@ -16,7 +16,7 @@ from ncsn.core.ema import Ema, exponent_of, power_function
 from ncsn.core.training import TrainState
 from ncsn.model import averages, build, checkpoint
 from ncsn.model.averages import build_average
-from ncsn.runs.folder import TrainingFolder
+from ncsn.runs.folder import TrainingFolder, folder_name
 
 POWER = ("train.ema={kind: power}", "train.num_images=800", "train.checkpoint_every_images=800")
 
@@ -44,7 +44,7 @@ def train(config: Config, run: Path, *more: Ema, every: int) -> Path:
     for images in range(every, 801, every):
         walk(state, images, *more)
         averages.store(str(run / "ema"), averages.copies(state), images_seen=state.images_seen)
-    folder = run / "checkpoints" / checkpoint.folder_name(800)
+    folder = run / "checkpoints" / folder_name(800)
     folder.mkdir(parents=True)
     checkpoint.snapshot(config=config, state=state, moments=MOMENTS, dataset_digest="d1")(folder)
     return folder
@@ -67,7 +67,7 @@ def test_snapshots_hold_both_averages_in_half_precision(trained: tuple[Path, dic
     assert averages.snapshots(place) == list(range(100, 801, 100))
     kept = load_file(folder / "ema.safetensors"), load_file(folder / "ema_2.safetensors")
     for name, exact in zip(("0.050", "0.100"), kept, strict=True):
-        stored = load_file(Path(place) / checkpoint.folder_name(800) / f"{name}.safetensors")
+        stored = load_file(Path(place) / folder_name(800) / f"{name}.safetensors")
         assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
         assert all(torch.equal(stored[key], exact[key].half()) for key in exact)
     assert worst(kept[0], kept[1]) > 0.01
@@ -102,8 +102,8 @@ def test_an_average_of_another_width_is_near_the_one_that_was_not_stored(
 
 def test_an_average_is_of_the_whole_snapshots_up_to_its_checkpoint(config: Config, tmp_path: Path) -> None:
     folder = train(config, tmp_path, every=200)
-    storage.delete(str(tmp_path / "ema" / checkpoint.folder_name(200)))
-    (tmp_path / "ema" / checkpoint.folder_name(400) / "0.050.safetensors").write_bytes(b"torn")
+    storage.delete(str(tmp_path / "ema" / folder_name(200)))
+    (tmp_path / "ema" / folder_name(400) / "0.050.safetensors").write_bytes(b"torn")
     averages.store(str(tmp_path / "ema"), averages.copies(build.train_state(config)), images_seen=1000)
     built = build_average(str(folder), relative_width=0.06)
     average = checkpoint.load_checkpoint(built).average

@@ -20,7 +20,7 @@ from ncsn.core.training import TrainState, train_step
 from ncsn.model import build, checkpoint
 from ncsn.model.checkpoint import CheckpointStore
 from ncsn.model.objective import objective_of
-from ncsn.runs.folder import INDEX
+from ncsn.runs.folder import INDEX, RESUME, folder_name
 
 
 def trained(config: Config) -> TrainState:
@@ -97,7 +97,7 @@ def test_missing_and_extra_tensors_are_counted_and_named(config: Config, saved: 
     assert first in str(caught.value)
 
 
-NAMES = [checkpoint.folder_name(seen) for seen in (8, 16, 24, 32)]
+NAMES = [folder_name(seen) for seen in (8, 16, 24, 32)]
 
 Write = Callable[[Path], None]
 
@@ -145,7 +145,7 @@ def test_the_newest_ones_are_kept_and_found(root: str, write: Write) -> None:
 
 def test_one_for_a_resume_stays_until_the_next_and_does_not_count(root: str, write: Write) -> None:
     store = CheckpointStore(root, keep=1)
-    resume = [checkpoint.folder_name(seen, for_resume=True) for seen in (12, 20, 28)]
+    resume = [folder_name(seen, RESUME) for seen in (12, 20, 28)]
     publish(store, write, NAMES[0], *resume[:2])
     assert storage.list_names(root) == [NAMES[0], resume[1]]
     assert store.newest() == resume[1] and list(store.names()) == [NAMES[0]]
