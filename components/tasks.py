@@ -130,6 +130,32 @@ def evaluate(
 
 
 @_may_start_pods
+def utility(
+    config: str,
+    run: str,
+    checkpoint: dsl.Input[dsl.Model],
+    dataset: dsl.Input[dsl.Dataset],
+    comparison: dsl.Output[dsl.Artifact],
+    pictures: dsl.Output[dsl.HTML],
+    metrics: dsl.Output[dsl.Metrics],
+    task_config: dsl.TaskConfig,
+) -> None:
+    """Compare classifiers with and without generated images, where the config asks for it."""
+    from components import config_and_run, publish, publish_metrics, publish_nothing, publish_pictures, run_task
+
+    settings, _ = config_and_run(config, run)
+    if settings.utility is None:
+        publish_nothing(comparison, pictures, metrics)
+        return
+    from ncsn.storage import read_bytes
+
+    result = run_task("utility", config, run, checkpoint=checkpoint, dataset=dataset, task_config=task_config)
+    publish(comparison, result, display_name=result.sentence, uri=result.uri)
+    publish_pictures(pictures, {result.sentence: read_bytes(result.plot)})
+    publish_metrics(metrics, {f"utility/gain_{name}": value for name, value in result.gain.items()})
+
+
+@_may_start_pods
 def export(
     config: str,
     run: str,

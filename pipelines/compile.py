@@ -18,7 +18,7 @@ from ncsn.config import Config
 from ncsn.config.compute import bytes_of
 from ncsn.environment import WORKER_MEMORY
 from ncsn.remote.manifest import GPU
-from ncsn.runs.steps import STEPS_ELSEWHERE
+from ncsn.runs.steps import STEPS_ELSEWHERE, is_asked
 from pipelines.definitions import sample_pipeline, synthesize_pipeline, train_pipeline
 
 SLIM_IMAGE = os.environ.get("NCSN_SLIM_IMAGE")  # of the tasks that need no torch; without it the one of all others
@@ -60,7 +60,7 @@ SIZES = {
     "report": _size(("200m", "1Gi"), ("2", "4Gi")),
     "finish": _size(("100m", "512Mi"), ("1", "2Gi")),
 }
-# Of a task that waits for the cluster that does its step, or has nothing to search.
+# Of a task that waits for the cluster that does its step, or that the config does not ask for.
 LAUNCHER = _size(("100m", "512Mi"), ("1", "2Gi"))
 # Of a task that may work in its own pod, by a config that is not known yet.
 UNKNOWN = _size(("1", "2Gi"), ("8", "16Gi"))
@@ -122,7 +122,9 @@ def fit(spec: dict[str, Any], platforms: Sequence[dict[str, Any]], config: Confi
         # Finish needs no torch, nor do launchers whose job is known, as it is not before a search.
         needs_none = step == "finish"
         if config is not None and config.search is None and step in STEPS_ELSEWHERE:
-            needs_none = step == "search" or (config.compute.backend == "kuberay" and config.train.init_from is None)
+            needs_none = not is_asked(step, config) or (
+                config.compute.backend == "kuberay" and config.train.init_from is None
+            )
         if SLIM_IMAGE and needs_none:
             container["image"] = SLIM_IMAGE
             if config is not None and step in STEPS_ELSEWHERE and config.compute.kuberay.memory_per_worker is None:
@@ -142,8 +144,8 @@ def fit(spec: dict[str, Any], platforms: Sequence[dict[str, Any]], config: Confi
 def _size_of(step: str, config: Config | None) -> dict[str, Any]:
     if config is None:
         return UNKNOWN
-    compute, idle = config.compute, step == "search" and config.search is None
-    if idle or compute.backend != "local":
+    compute = config.compute
+    if not is_asked(step, config) or compute.backend != "local":
         return LAUNCHER
     # One CPU and 2 GiB more, for the driver, Ray and MLflow's client.
     workers, given = compute.max_workers, compute.kuberay.memory_per_worker

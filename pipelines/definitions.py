@@ -5,7 +5,19 @@ from typing import List  # noqa: UP035 - the form that KFP reads
 from kfp import dsl, kubernetes
 
 from components import IMAGE
-from components.tasks import evaluate, export, finish, ingest, open_model, register, report, sample, search, train
+from components.tasks import (
+    evaluate,
+    export,
+    finish,
+    ingest,
+    open_model,
+    register,
+    report,
+    sample,
+    search,
+    train,
+    utility,
+)
 from ncsn.environment import IMAGE_VARIABLE, KFP_RUN_ID, KFP_WORKFLOW, RUN_ID_LABEL
 
 ENVIRONMENT = "ncsn-environment"  # ConfigMap with addresses, in the namespace of the runs
@@ -30,7 +42,7 @@ SECRETS = (
     "NCSN_WEBHOOK_SECRET",
 )
 # Tasks that may compute in their own pod.
-COMPUTING = ("search", "train", "sample", "evaluate", "export")
+COMPUTING = ("search", "train", "sample", "evaluate", "utility", "export")
 
 
 def configured(task: dsl.PipelineTask, title: str, *, cached: bool = False) -> dsl.PipelineTask:
@@ -61,7 +73,7 @@ def train_pipeline(config: str, run: str = "", content: str = "") -> None:
     """Train, sample, evaluate and register one experiment, and say how it ended, however it ended.
 
     If the config has a section `search`, better settings are searched first, and what was found is trained under the
-    run's name with `-best` behind it.
+    run's name with `-best` behind it. If it has a section `utility`, classifiers say whether the images help.
 
     Args:
         config: The whole experiment as canonical JSON (`ncsn show-config --json`) or YAML.
@@ -89,10 +101,15 @@ def train_pipeline(config: str, run: str = "", content: str = "") -> None:
             evaluate(config=best_config, run=best_run, dataset=dataset, samples=sampled.outputs["samples"]),
             "Evaluate samples",
         )
-        evaluation = evaluated.outputs["evaluation"]
-        # Not cached: the gate compares with the present champion.
+        evaluation, checkpoint = evaluated.outputs["evaluation"], sampled.outputs["sampled"]
+        # After the evaluation, which takes all workers too.
+        helped = configured(
+            utility(config=best_config, run=best_run, checkpoint=checkpoint, dataset=dataset).after(evaluated),
+            "Compare classifiers, if asked",
+        )
+        # Not cached: the gate compares with the present champion. It reads what the classifiers say in the store.
         registered = configured(
-            register(config=best_config, run=best_run, checkpoint=sampled.outputs["sampled"], evaluation=evaluation),
+            register(config=best_config, run=best_run, checkpoint=checkpoint, evaluation=evaluation).after(helped),
             "Register model",
         )
         # After the gate, whose decision the page shows.

@@ -187,8 +187,9 @@ def _moved(descriptor: int, target: TextIO) -> Iterator[None]:
 def describe_result(step: str, result: Any, **more: str | None) -> str:
     """The result of one step in a few lines, and `more` places."""
     values = {**vars(result), **more}
-    places = ("uri", "config", "table", "grid", "strip", "checkpoint", *more)
-    lines = [*([result.verdict] if step == "evaluate" else []), f"{step}: {result}"]
+    places = ("uri", "config", "table", "grid", "strip", "plot", "checkpoint", *more)
+    said = {"evaluate": "verdict", "utility": "sentence"}
+    lines = [*([values[said[step]]] if step in said else []), f"{step}: {result}"]
     lines += [f"{key}: {values[key]}" for key in places if isinstance(values.get(key), str)]
     if step == "search":
         lines = [_trials_table(values), *lines, f"next: ncsn run --config {result.config}"]
@@ -203,6 +204,8 @@ def print_summary(
 
     measured = records["evaluate"].result
     console.print(f"[bold]{measured['verdict']}[/]", soft_wrap=True)
+    if "utility" in records:
+        console.print(f"[bold]{records['utility'].result['sentence']}[/]", soft_wrap=True)
     command, what = next_step(measured["grade"], config, folder)
     console.print(f"next: {command}\n      ({what})", soft_wrap=True)
     steps = Table("step", Column("seconds", justify="right"), "result", box=SIMPLE_HEAD)

@@ -178,7 +178,7 @@ code_option = click.option(
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print the result as JSON, and nothing else on stdout."
 )
-ADDRESSED = ("ingest", "sample", "evaluate", "export")  # steps on what an address names
+ADDRESSED = ("ingest", "sample", "evaluate", "utility", "export")  # steps on what an address names
 ADDRESS = """ADDRESS, instead of --config or --run: models:/NAME@ALIAS, the name of a run, or the folder or URI of a
 run, of a checkpoint or of a saved model."""
 

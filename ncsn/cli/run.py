@@ -42,7 +42,7 @@ from ncsn.runs.folder import (
     write_end,
     write_outcome,
 )
-from ncsn.runs.steps import PIPELINE, SEARCH, STEPS, STEPS_ELSEWHERE
+from ncsn.runs.steps import SEARCH, STEPS, STEPS_ELSEWHERE, steps_of
 from ncsn.steps.execute import Observer, execute, refuse
 
 _POLL_SECONDS = 0.5
@@ -139,7 +139,7 @@ class Terminal(Observer):
 def run_pipeline(run: Run, *, code_here: bool, as_json: bool, finish: bool = False) -> None:
     """Do the steps that are not done, on one Ray cluster, and print the summary; with `finish` train no further."""
     config = run.config
-    steps = STEPS if config.search is None else PIPELINE
+    steps = steps_of(config)
     for step in steps:
         refuse(step, run)
     if code_here:
@@ -209,7 +209,8 @@ def run_select(run: Run, *, code_here: bool, given: Mapping[str, str | None], as
         sampling = run.config.sampling.model_copy(update={"relative_width": None})  # that of the chosen weights
         run = Run(run.config.model_copy(update={"sampling": sampling}), run.name)
         inputs: dict[str, str | None] = {"dataset": given.get("dataset"), "checkpoint": found["select"].checkpoint}
-        for step in STEPS[STEPS.index("sample") :]:
+        steps = steps_of(run.config)
+        for step in steps[steps.index("sample") :]:
             found[step] = run_step(step, run, code_here=False, given=inputs)
     if as_json:
         click.echo(json.dumps({step: dataclasses.asdict(result) for step, result in found.items()}, indent=1))

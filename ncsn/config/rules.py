@@ -147,6 +147,11 @@ def _classes(config: Config) -> Iterator[Problem]:
     has_classes = config.data.num_classes is not None
     if dropout and not has_classes:
         yield Problem("train.label_dropout", "needs classes", "set data.num_classes, or use 0", dropout)
+    if config.utility is not None and (config.data.num_classes or 0) < 2:
+        reason, hint = "needs a network that is told two classes or more", "set data.num_classes, or use null"
+        yield Problem("utility", reason, hint)
+    if config.tracking.require.utility_above is not None and config.utility is None:
+        yield Problem("tracking.require.utility_above", "needs the section utility", "add it, or use null")
     if label != "balanced" and not has_classes:
         yield Problem(
             "sampling.label", "needs a class-conditional network", "set data.num_classes before training", label

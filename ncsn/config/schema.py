@@ -256,6 +256,9 @@ class RequireConfig(Section):
     """Its Fréchet distance, by the extractor of evaluation over sampling.num_images images, is less; null = any."""
     copies_below: float | None = Field(None, gt=0, le=1)
     """The share of its first 256 samples that copy a training image is less; null = as many as chance explains."""
+    utility_above: float | None = Field(None, ge=-100, le=100)
+    """Its images help a classifier: the lower end of their gain, in points of balanced accuracy, is more; 0 = they
+    surely help; null = any. Needs the section utility."""
 
 
 class TrackingConfig(Section):
@@ -321,6 +324,22 @@ class ExportConfig(Section):
     """New or empty folder, or s3://bucket/prefix; null = in the run's folder exports."""
 
 
+class UtilityConfig(Section):
+    """Whether generated images help to train a classifier of the classes, by test images."""
+
+    ratios: tuple[Annotated[float, Field(gt=0, le=100)], ...] = Field((0.25, 0.5, 1.0), min_length=1)
+    """Generated images for each real one that are added to the real ones. Half of the test images chooses the ratio
+    that the other half judges."""
+    seeds: int = Field(5, ge=5, le=100)
+    """Classifiers of each set of images, with other weights and orders. More make the comparison more exact."""
+    updates: int = Field(2000, ge=8)
+    """Most updates of a classifier. A fifth of the training images says after how many real images gain no more."""
+    batch_size: int = Field(64, ge=2, le=65536)
+    """Images of an update."""
+    seed: int = Field(2, ge=0, lt=2**63)
+    """Seed of the generated images. It should differ from sampling.seed and select.seed."""
+
+
 class SelectConfig(Section):
     """How `ncsn select` chooses among the checkpoints of a run."""
 
@@ -353,6 +372,8 @@ class Config(Section):
     export: ExportConfig = ExportConfig()
     search: SearchConfig | None = None
     """A search for better settings; null = none."""
+    utility: UtilityConfig | None = None
+    """Whether generated images help a classifier, as a step of the run; null = no such step."""
     compute: ComputeConfig = ComputeConfig()
     storage: StorageConfig = StorageConfig()
     tracking: TrackingConfig = TrackingConfig()

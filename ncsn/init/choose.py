@@ -29,6 +29,7 @@ from ncsn.evaluation import LEAST_TEST_IMAGES
 from ncsn.init.draft import Draft, any_config
 from ncsn.init.plan import Machine, Speed, measure_speed
 from ncsn.init.survey import MOST_LOOKED_AT, Survey, percent, told_from_mirror
+from ncsn.init.utility import choose_utility
 from ncsn.report.images import evenly_spread
 from ncsn.report.words import duration
 
@@ -61,7 +62,7 @@ _WIDTHS = ((40, 16), (20, 24), (10, 48), (0, 96))  # channels of feature maps of
 
 # How the time is divided.
 _START_SECONDS = 60.0  # for the processes and clusters of all steps
-_READING = 0.2
+_READING, UTILITY = 0.2, 0.25
 TRAINING, _SAMPLING = 0.75, 0.12  # of the remaining time
 
 
@@ -94,9 +95,14 @@ def choose(
     draft.choose("name", slug(found.root), "The registered model will be ncsn-<name>.")
     _choose_images(draft, found)
     reading = _choose_max_images(draft, found, seconds=_READING * seconds)
-    left = max(seconds - startup - reading, seconds / 5)
     train_images = found.train_images(draft.get("data.test_fraction", 0))
     train_images = min(train_images, draft.get("data.max_images") or train_images)
+    class_counts = [count * train_images / found.num_images for count in found.class_counts]
+    if _are_splits(found.class_names):
+        class_counts = []
+    may_ask = _mostly_in_classes_of(ENOUGH_OF_CLASS, class_counts) and draft.get("utility", {}) is not None
+    asking = UTILITY * seconds * may_ask
+    left = max(seconds - startup - reading - asking, seconds / 5)
     draft.choose("compute.num_workers", machine.workers, f"For the machine that this was written on: {machine}.")
     if machine.cores_per_worker > 1:
         draft.choose("compute.cpus_per_worker", machine.cores_per_worker)
@@ -108,9 +114,6 @@ def choose(
         why = "For the hidden convolutions: the same loss with fewer images than Adam, which trains the rest."
         draft.choose("optimizer.muon.learning_rate", MuonConfig().learning_rate, why)
     speed = _choose_network(draft, found, seconds=TRAINING * left)
-    class_counts = [count * train_images / found.num_images for count in found.class_counts]
-    if _are_splits(found.class_names):
-        class_counts = []
     _choose_classes(draft, found.class_names, class_counts)
     data = _trial(draft).data
     images, limits = found.fitted(data), data.pixels.limits
@@ -120,9 +123,13 @@ def choose(
     length = _choose_training(draft, train_images=train_images, seconds=TRAINING * left, speed=speed)
     sampling = _choose_sampling(draft, seconds=_SAMPLING * left, speed=speed)
     _choose_evaluation(draft, found, class_counts, train_images=train_images)
+    tests = [count - known for count, known in zip(found.class_counts, class_counts, strict=False)]
+    per_image = sampling / draft.get("sampling.num_images")
+    asking = choose_utility(draft, class_counts, tests, seconds=asking, seconds_per_image=per_image)
     taken = {
         "train": length * speed.train_image,
         "sample": sampling,
+        **({"utility": asking} if asking else {}),
         "other": startup + reading + (1 - TRAINING - _SAMPLING) * left,
     }
     warning, repeats = "", length / train_images

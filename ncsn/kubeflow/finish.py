@@ -24,7 +24,7 @@ from ncsn.runs.folder import (
     update_step,
     write_outcome,
 )
-from ncsn.runs.steps import SEARCH, STEPS
+from ncsn.runs.steps import PIPELINE, STEPS
 from ncsn.tracking.mlflow_runs import close_run, container_image, kfp_run
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def _look(kfp: KfpRun | None, namespace: str | None, notes: list[str]) -> tuple[
         troubles = troubles_of_run(api, kfp.id)
     except (OSError, UserError) as error:
         notes.append(f"The cluster could not be asked for the reason: {error}")
-    return stopped, {task: trouble for task, trouble in troubles.items() if task in (*STEPS, SEARCH)}
+    return stopped, {task: trouble for task, trouble in troubles.items() if task in PIPELINE}
 
 
 def _outcome(

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ncsn.config import Config
 from ncsn.config.compute import LEAST_MEMORY, bytes_of
+from ncsn.config.schema import UtilityConfig
 from ncsn.config.training import AutoNoiseConfig, NoiseConfig
 from ncsn.model import build
 
@@ -30,7 +31,7 @@ _GROUPS = 20 + 10 * 6  # [D, D] matrices of the Fréchet distance's jackknife: o
 def worker_memory(config: Config, step: str, *, reference_images: int = 0) -> int:
     """Bytes for one worker of a step, /dev/shm included; at least `LEAST_MEMORY`, and a quarter more than estimated.
 
-    Evaluate, select and search need the number of `reference_images`, the training images.
+    Evaluate, utility, select and search need the number of `reference_images`, the training images.
     """
     if isinstance(config.noise, AutoNoiseConfig):
         config = config.model_copy(update={"noise": NoiseConfig()})  # the levels take next to no memory
@@ -46,6 +47,9 @@ def worker_memory(config: Config, step: str, *, reference_images: int = 0) -> in
             samples = (_FLOAT * features + _DOUBLE * _CLASSES) * config.sampling.num_images
             metrics = 2 * _FLOAT * features * reference_images + samples + _DOUBLE * features**2 * _GROUPS
             need += max(extracting, metrics + 2 * _DOUBLE * 10_000 * (features + 2 * 1024))  # with the balls
+    if step == "utility":  # a classifier on a batch, and images of both kinds
+        made = max((config.utility or UtilityConfig()).ratios)
+        need += 1e9 + (1 + made) * reference_images * config.data.pixels.num_bytes
     whole = _MARGIN * (need + _NODE) + _SHM
     return max(round(bytes_of(LEAST_MEMORY)), math.ceil(whole / _UNIT) * _UNIT)
 
@@ -71,10 +75,10 @@ def _network(config: Config, step: str) -> float:
     weights = _FLOAT * sum(parameter.numel() for parameter in network.parameters())
     compute = config.compute
     if compute.use_gpu:
-        return (1 if step in ("sample", "export") else _SNAPSHOT) * weights
+        return (1 if step in ("sample", "export", "utility") else _SNAPSHOT) * weights
     kept = kept_bytes(network, config)
     sampling = weights + _SAMPLING_SHARE * kept * config.sampling.batch_size
     share = math.ceil(config.train.batch_size / compute.min_workers)
     training = (_STATE + _SNAPSHOT + config.loss.has_teacher) * weights + kept * min(share, compute.microbatch or share)
-    by_step = {"sample": sampling, "select": sampling, "export": sampling, "train": training}
+    by_step = {"sample": sampling, "select": sampling, "export": sampling, "utility": sampling, "train": training}
     return by_step.get(step, max(sampling, training))

@@ -21,6 +21,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter
 from numpy.typing import ArrayLike, NDArray
 
+from ncsn.report.words import arm_label
+
 Array = NDArray[np.float64]
 
 INK = "#6e6e6e"
@@ -171,6 +173,37 @@ def confusion_matrix(classes: Mapping[str, Any]) -> Figure:
         short = [name if len(name) <= 14 else f"{name[:13]}…" for name in names]
         axes.set_xticks(range(len(names)), short, rotation=60, ha="right")
         axes.set_yticks(range(len(names)), short)
+    return figure
+
+
+@styled
+def utility_figure(result: Mapping[str, Any]) -> Figure:
+    """The result of `utility`: what each set of images reaches, and the recall of each class with and without."""
+    arms = {arm["name"]: arm for arm in result["arms"]}
+    names = [each["name"] for each in result["classes"]][:MOST_CLASSES]
+    figure = Figure(figsize=(8.2, 0.9 + 0.28 * max(len(arms), len(names))), layout="constrained")
+    left, right = figure.subplots(1, 2)
+
+    def dots(axes: Axes, figures: Sequence[Mapping[str, float]], *, shift: float = 0, **style: Any) -> None:
+        places = [shift - number for number in range(len(figures))]
+        values = [each["value"] for each in figures]
+        reach = [each["high"] - each["value"] for each in figures]
+        axes.errorbar(values, places, xerr=reach, fmt="o", markersize=4, linewidth=1.2, **style)
+
+    dots(left, [arm["balanced_accuracy"] for arm in arms.values()], color=PALETTE[0])
+    left.set(
+        yticks=[-number for number in range(len(arms))],
+        yticklabels=[*map(arm_label, arms)],
+        title="balanced accuracy %",
+    )
+    best = result["chosen"][0]
+    for name, color, shift in (("augmented", INK, 0.14), (best, PALETTE[1], -0.14)):
+        dots(right, arms[name]["recalls"][: len(names)], shift=shift, color=color, label=arm_label(name))
+    right.set(yticks=[-number for number in range(len(names))], yticklabels=names, title="recall by class %")
+    right.legend(loc="best")
+    for axes in (left, right):
+        axes.grid(axis="x")
+        axes.grid(visible=False, axis="y")
     return figure
 
 

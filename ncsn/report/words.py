@@ -204,15 +204,7 @@ def verdict_of(metrics: Mapping[str, float], real_metrics: Mapping[str, float], 
     explain: more images make it surer, not stricter.
     """
     samples, real = read_metrics(metrics), read_metrics(real_metrics)
-    low, high = samples["excess_low"].value, samples["excess_high"].value
-    if copies.more_than_chance:
-        grade = "copied"
-    elif high < CLOSE:
-        grade = "close"
-    elif low > FAR:
-        grade = "far"
-    else:
-        grade = "short" if low > 0 else "unsure"
+    grade = "copied" if copies.more_than_chance else _fidelity(samples)
     number = real["fid"].num_images
     text = (
         f"{samples['excess'].num_images:,} images made: {GRADES[grade]}. Their distance exceeds that of real images by "
@@ -220,6 +212,77 @@ def verdict_of(metrics: Mapping[str, float], real_metrics: Mapping[str, float], 
         f"{shown_reading('fid', samples)}, real images {shown_reading('fid', real)}. {copies}"
     )
     return grade, text
+
+
+def _fidelity(samples: Mapping[str, Reading]) -> str:
+    """The key of `GRADES`, whatever is copied."""
+    low, high = samples["excess_low"].value, samples["excess_high"].value
+    if high < CLOSE:
+        return "close"
+    return "far" if low > FAR else "short" if low > 0 else "unsure"
+
+
+def answers(evaluation: Mapping[str, Any], utility: str) -> list[Fact]:
+    """The three questions of synthetic data; `utility` is the sentence of the step, empty without."""
+    samples = read_metrics(evaluation["metrics"])
+    beyond = f"distance beyond real images {shown_reading('excess', samples)} of that of noise"
+    return [
+        Fact("Fidelity", f"{GRADES[_fidelity(samples)]}; {beyond}"),
+        Fact("Privacy", str(Copies(**evaluation["audit"]["copies"]))),
+        Fact("Utility", utility or "not asked: the config has no section utility"),
+    ]
+
+
+ARMS = {
+    "real": "real",
+    "augmented": "real, augmented",
+    "generated": "generated",
+    "oversampled": "balanced by repeating real",
+    "filled": "balanced by generated",
+}
+
+
+def arm_label(name: str) -> str:
+    """A set of images to train on, in words."""
+    return ARMS.get(name) or f"with {name.removeprefix('ratio-')} generated"
+
+
+ARMS_HEAD = ("trained on", "real", "generated", "balanced accuracy %", "accuracy %", "macro F1 %")
+
+
+def arm_lines(arms: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """Text for each set of images of the result of `utility`."""
+
+    def shown(figure: Mapping[str, float]) -> str:
+        return with_interval(figure["value"], figure["low"], figure["high"])
+
+    figures = ("balanced_accuracy", "accuracy", "macro_f1")
+    return [
+        (arm_label(arm["name"]), f"{arm['real']:,}", f"{arm['generated']:,}", *(shown(arm[each]) for each in figures))
+        for arm in arms
+    ]
+
+
+UTILITY = {"helps": "help", "harms": "harm", "same": "make no difference that could be seen"}
+
+
+def shown_gain(gain: Mapping[str, float]) -> str:
+    """`+2.1 (0.9 to 3.3)`."""
+    return f"{'+' if gain['value'] > 0 else ''}{with_interval(gain['value'], gain['low'], gain['high'])}"
+
+
+def utility_sentence(grade: str, gain: Mapping[str, float], named: Mapping[str, Mapping[str, float]]) -> str:
+    """What a comparison of classifiers says of generated images; `named` are the gains of classes that changed."""
+    over = "balanced accuracy over augmentation alone"
+    ends = f"({with_interval(gain['value'], gain['low'], gain['high']).partition('(')[2]}"
+    classes = ", ".join(f"{name} ({each['value']:+.2g})" for name, each in [*named.items()][:3])
+    if grade == "same":
+        least = max(-gain["low"], gain["high"])
+        text = f"Generated images make no difference of {least:.2g} points or more of {over} {ends}"
+        text += ", the least that could be seen here"
+        return f"{text}; classes that changed: {classes}" if classes else text
+    most = f", most for class {classes}" if classes else ""
+    return f"Generated images {UTILITY[grade]}: {gain['value']:+.2g} points of {over} {ends}{most}"
 
 
 def next_step(grade: str, config: Config, folder: RunFolder) -> tuple[str, str]:

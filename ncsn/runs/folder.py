@@ -23,7 +23,7 @@ from ncsn.config import Config, changed_settings, decay_begins, explain_changes,
 from ncsn.environment import KFP_RUN_ID, utc_now
 from ncsn.errors import Problem, UserError, problems_of
 from ncsn.events import tell
-from ncsn.runs.steps import OWN, SEARCH, STEP_TABLE, STEPS, STEPS_BY_WORKERS
+from ncsn.runs.steps import OWN, SEARCH, STEP_TABLE, STEPS, STEPS_BY_WORKERS, steps_of
 from ncsn.storage.heartbeat import LeaseExpired
 from ncsn.storage.retry import limited
 
@@ -136,6 +136,7 @@ class RunFolder(_Trained):
     evaluation = _Below("evaluation")  # the metrics
     selection = _Below("selection")  # the scores of checkpoints and the choice among them
     search = _Below("search")  # a search and its result
+    utility = _Below("utility")  # the answers of classifiers, and the comparison
 
     @property
     def uri(self) -> str:
@@ -334,9 +335,9 @@ def opened_from(folder: RunFolder) -> str:
 def folders_of(folder: RunFolder, config: Config) -> dict[str, RunFolder]:
     """Step -> the folder of its run. The best trial of a search is trained as another run, which the search names."""
     if config.search is None or not read_step(folder, SEARCH).state:
-        return dict.fromkeys(STEPS, folder)
+        return dict.fromkeys((step for step in steps_of(config) if step != SEARCH), folder)
     found = replace(folder, run=read_step(folder, SEARCH).result.get("run", folder.run))
-    return {STEPS[0]: folder, SEARCH: folder, **dict.fromkeys(STEPS[1:], found)}
+    return {step: folder if step in (STEPS[0], SEARCH) else found for step in steps_of(config)}
 
 
 def read_results(folders: Mapping[str, RunFolder]) -> dict[str, StepRecord]:
@@ -470,5 +471,5 @@ def total_cost(costs: Iterable[Cost]) -> Cost:
 
 def spent(config: Config, folder: RunFolder) -> dict[str, Cost]:
     """The cost of each step of a run so far, failed attempts included."""
-    seconds = {step: read_step(folder, step).seconds for step in STEPS}
+    seconds = {step: read_step(folder, step).seconds for step in steps_of(config) if step != SEARCH}
     return {step: cost_of(config, step, value) for step, value in seconds.items() if value}

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from ncsn.config import Config
+
 OWN = "own"  # instead of a URI: the run's own
 
 
@@ -29,6 +31,7 @@ class Step:
     inputs: Mapping[str, Input] = field(default_factory=dict)
     on_demand: Mapping[str, Input] = field(default_factory=dict)  # inputs only if they are asked for
     always: bool = False  # part of every run
+    section: str = ""  # of the config; part of a run that has it
     elsewhere: bool = False  # where `compute.backend` says, under its launcher's lease; others are too small
 
 
@@ -43,6 +46,7 @@ STEP_TABLE: Mapping[str, Step] = {
     "search": Step(
         "Search for better settings, if the config has a search.",
         inputs={"dataset": _DATASET},
+        section="search",
         elsewhere=True,
     ),
     "train": Step(
@@ -62,6 +66,12 @@ STEP_TABLE: Mapping[str, Step] = {
         "Measure the samples, and real images for comparison.",
         inputs={"samples": _SAMPLES, "dataset": _DATASET},
         always=True,
+        elsewhere=True,
+    ),
+    "utility": Step(
+        "Train classifiers with and without generated images, and compare them.",
+        inputs={"checkpoint": _CHOSEN, "dataset": _DATASET},
+        section="utility",
         elsewhere=True,
     ),
     "register": Step(
@@ -92,8 +102,19 @@ STEP_TABLE: Mapping[str, Step] = {
 
 STEPS = tuple(name for name, info in STEP_TABLE.items() if info.always)
 BEST = "-best"  # behind the name of a searched run, the name of the run that trains what was found
-SEARCH = "search"  # the optional step of the pipeline, between the first and the second
-PIPELINE = (STEPS[0], SEARCH, *STEPS[1:])
+SEARCH = "search"
+PIPELINE = tuple(name for name, info in STEP_TABLE.items() if info.always or info.section)
 STEPS_ELSEWHERE = tuple(name for name, info in STEP_TABLE.items() if info.elsewhere)
 STEPS_BY_WORKERS = tuple(name for name in STEPS_ELSEWHERE if name != SEARCH)  # reserve all workers; other steps one
 CONTINUING = ("run", SEARCH, "train")  # commands that save checkpoints, and continue from the last one
+
+
+def steps_of(config: Config) -> tuple[str, ...]:
+    """The steps of a run of this config, in their order."""
+    return tuple(step for step in PIPELINE if is_asked(step, config))
+
+
+def is_asked(step: str, config: Config) -> bool:
+    """Whether a run of this config has the step of the pipeline."""
+    section = STEP_TABLE[step].section
+    return not section or getattr(config, section) is not None

@@ -99,7 +99,8 @@ class Place:
             update_step(folder, "ingest", inputs=read, result=found, **done)
         trained = {"checkpoint": checkpoint, "images_seen": seen, "loss": None}
         trained |= {"images_per_second": 0.0, "seconds": 0.0, "dataset": dataset}
-        update_step(folder, "train", inputs={"model": self.name}, result=trained, **done)
+        inputs = {"model": self.name, "utility": version.tags.get("ncsn.utility", "")}
+        update_step(folder, "train", inputs=inputs, result=trained, **done)
         return folder
 
     @property

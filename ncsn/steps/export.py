@@ -42,7 +42,8 @@ from ncsn.model.classes import AS_DATA, BALANCED
 from ncsn.report.images import to_png
 from ncsn.report.pages import render
 from ncsn.runs.code import origin
-from ncsn.runs.folder import DEFAULT_ROOT, Run, opened_from
+from ncsn.runs.folder import DEFAULT_ROOT, Run, opened_from, read_step
+from ncsn.steps.register import utility_of
 from ncsn.steps.results import Context, ExportResult, Prepared
 from ncsn.steps.sample import opened, place_of
 
@@ -96,7 +97,7 @@ def export(
     with cluster_for(config, start=sum(asked.values()) > config.sampling.batch_size, last_lines=context.last_lines):
         tracked.set_tags(ray_tags())
         parts = [
-            _part(config, trained, name, count, checkpoint=checkpoint, dataset=dataset, context=context)
+            uncopied(config, trained, name, count, checkpoint=checkpoint, dataset=dataset, context=context)
             for name, count in asked.items()
         ]
         distances = _distances(config, manifest, dataset, parts, context)
@@ -120,6 +121,7 @@ def export(
         for name, value in now.model_dump(mode="json", exclude=without).items():
             if value != before[name]:
                 again.append(f"--set {shlex.quote(f'{section}.{name}={json.dumps(value, ensure_ascii=False)}')}")
+    helped = utility_of(folder, trained.digest)
     card = render(
         "data_card.md.j2",
         config=config,
@@ -133,6 +135,7 @@ def export(
         shares=[100 * share for share in interval(result.copies, result.made)],
         version=importlib.metadata.version("ncsn"),
         commit=origin().get("commit"),
+        utility=helped["sentence"] if helped else read_step(folder, "train").inputs.get("utility", ""),
     )
     with storage.staged_folder(uri, marker=CARD) as staging:
         for part in parts:
@@ -170,10 +173,10 @@ def _asked(config: Config, trained: TrainedNetwork) -> dict[str, int]:
     return {name: count for name, count in asked.items() if count}
 
 
-def _part(
+def uncopied(
     config: Config, trained: TrainedNetwork, name: str, count: int, *, checkpoint: str, dataset: str, context: Context
 ) -> Part:
-    """Images of a class, as many as are asked for without copies."""
+    """Images of a class, as many as are asked for without copies; those that are there are not made again."""
     made, most, progress = count, min(MOST_TIMES * count, MOST_IMAGES), context.progress
     runner = runner_of(config.compute)
     while True:
@@ -190,7 +193,7 @@ def _part(
             return Part(name, samples, chosen, found.copies)
         if made == most:
             what = f"of {made:,} images{f' of class {name}' if name else ''} {made - len(chosen):,} are copies"
-            raise UserError("export", what, hint="train shorter, or on more images, or ask for fewer")
+            raise UserError("sampling", what, hint="train shorter, or on more images, or ask for fewer")
         made = min(made + 2 * (count - len(chosen)), most)
 
 

@@ -23,7 +23,7 @@ from ncsn.report.hints import copying_hints, overfitting_hints
 from ncsn.report.images import smaller_png
 from ncsn.report.pages import render
 from ncsn.report.words import cost_line
-from ncsn.runs.folder import Run, read_step, run_folder, spent
+from ncsn.runs.folder import Run, RunFolder, read_step, run_folder, spent
 from ncsn.runs.history import held_out_curves, load_history
 from ncsn.steps.results import Context, Prepared, RegisterResult
 from ncsn.steps.sample import opened
@@ -60,7 +60,8 @@ def prepare(run: Run, *, checkpoint: str, evaluation: str) -> Prepared[RegisterR
     if floors:
         floors["figure"] = metric_name("fid", extractor=extractor_name(config, manifest), num_images=images)
     measurement, copies = Measurement(**measured["gate"]), Copies(**measured["audit"]["copies"])
-    evidence = Evidence(measurement, copies, not_finite, Floors(**floors))
+    helped = utility_of(run.folder, loaded.digest)
+    evidence = Evidence(measurement, copies, not_finite, Floors(**floors), helped["gain"]["low"] if helped else None)
     uri = tracking_uri(config)
 
     def is_registered(result: RegisterResult) -> bool:
@@ -129,6 +130,7 @@ def _candidate(
     loaded: TrainedNetwork, measured: Mapping[str, Any], manifest: Manifest, *, run: str, checkpoint: str
 ) -> registry.Registration:
     config, guide, samples = loaded.config, loaded.guide, measured["samples"]
+    helped = utility_of(run_folder(config, run), loaded.digest)
     pictures = {"grid.png": storage.join(samples, "grid.png"), "neighbors.png": measured["neighbors"]}
     files = {file: smaller_png(storage.read_bytes(uri)) for file, uri in pictures.items() if storage.exists(uri)}
     shown_in = {"samples": "grid.png", "samples and their nearest training images": "neighbors.png"}
@@ -150,6 +152,7 @@ def _candidate(
         config=config,
         manifest=manifest,
         evaluation=measured,
+        utility=helped and helped["sentence"],
     )
     return registry.Registration(
         name=config.registered_model,
@@ -164,8 +167,15 @@ def _candidate(
             "dataset.digest": manifest.digest,
             "eval.fingerprint": measured["fingerprint"],
             **({} if guide is None else {"ncsn.guide": weights_digest(guide.network)}),
+            **({} if helped is None else {"ncsn.utility": helped["sentence"]}),
         },
     )
+
+
+def utility_of(folder: RunFolder, digest: str) -> dict[str, Any] | None:
+    """What the classifiers say of the images of these weights, if they were asked."""
+    result = read_step(folder, "utility").result
+    return dict(result) if result and result["checkpoint_digest"] == digest else None
 
 
 def selection_of(config: Config, run: str, checkpoint: str) -> Mapping[str, Any] | None:

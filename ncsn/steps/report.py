@@ -20,11 +20,11 @@ from ncsn.model.objective import objective_of
 from ncsn.report import hints, plots
 from ncsn.report.pages import LOOK, render
 from ncsn.report.plots import to_svg
-from ncsn.report.words import Fact, cost_facts, next_step, tag_facts
+from ncsn.report.words import Fact, answers, cost_facts, next_step, tag_facts
 from ncsn.runs.folder import Run, RunFolder, StepRecord, read_results, read_step, spent
 from ncsn.runs.history import held_out_curves, load_history, loss_names
-from ncsn.runs.steps import BEST, SEARCH, STEPS
-from ncsn.steps.register import selection_of
+from ncsn.runs.steps import BEST, SEARCH, steps_of
+from ncsn.steps.register import selection_of, utility_of
 from ncsn.steps.results import Context, Prepared, ReportResult, result_line
 from ncsn.steps.sample import opened
 from ncsn.tracking.client import page
@@ -43,6 +43,7 @@ class ReportSources:
     manifest: Manifest  # of the dataset
     records: Mapping[str, StepRecord]  # of the other steps
     selection: Mapping[str, Any] | None  # the choice of the checkpoint by `ncsn select`
+    utility: Mapping[str, Any] | None  # what classifiers say of the images of this checkpoint
 
 
 def prepare(run: Run, *, evaluation: str) -> Prepared[ReportResult]:
@@ -59,8 +60,9 @@ def prepare(run: Run, *, evaluation: str) -> Prepared[ReportResult]:
         evaluation=measured,
         samples=samples,
         manifest=load_manifest(measured["dataset"]),
-        records=read_results({name: folder for name in STEPS if name != "report"}),
+        records=read_results({name: folder for name in steps_of(config) if name not in (SEARCH, "report")}),
         selection=selection_of(config, run.name, samples["checkpoint"]),
+        utility=utility_of(folder, loaded.digest),
     )
     key = {
         "evaluation": measured,
@@ -68,6 +70,7 @@ def prepare(run: Run, *, evaluation: str) -> Prepared[ReportResult]:
         "config": config.model_dump(mode="json", exclude={"storage"}),  # which may be moved
         "look": LOOK,
         "selection": sources.selection,
+        "utility": sources.utility,
     }
     return Prepared(config, key, partial(report, sources), lambda result: [result.uri])
 
@@ -110,7 +113,7 @@ def report(sources: ReportSources, context: Context) -> ReportResult:
 def _results(sources: ReportSources) -> dict[str, Any]:
     """What was made of what in which time, how it compares with real images, and what was chosen on the way."""
     config, records, folder = sources.config, sources.records, sources.folder
-    evaluation, selection = sources.evaluation, sources.selection
+    evaluation, selection, utility = sources.evaluation, sources.selection, sources.utility
     sampled = records["sample"].result["num_images"] if "sample" in records else 0
     pictures = {name: storage.join(evaluation["samples"], f"{name}.png") for name in ("grid", "strip")}
     any_sigma = config.noise.training.kind == "lognormal"
@@ -143,6 +146,9 @@ def _results(sources: ReportSources) -> dict[str, Any]:
         "grid_caption": caption,
         "real_grid": storage.read_bytes(evaluation["real_images"]),
         "evaluation": evaluation,
+        "answers": answers(evaluation, utility["sentence"] if utility else ""),
+        "utility": utility,
+        "utility_plot": None if utility is None else storage.read_bytes(utility["plot"]),
         "copies": str(Copies(**evaluation["audit"]["copies"])),
         "copying_hints": hints.copying_hints(evaluation["audit"]),
         "neighbors": storage.read_bytes(evaluation["neighbors"]),

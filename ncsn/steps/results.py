@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from ncsn.config import Config
 from ncsn.progress import PublishedProgress
-from ncsn.report.words import DIGEST_SHOWN, GRADES, read_metrics, shown_reading
+from ncsn.report.words import DIGEST_SHOWN, GRADES, UTILITY, read_metrics, shown_gain, shown_reading
 from ncsn.runs.folder import RunFolder, read_step
 
 if TYPE_CHECKING:
@@ -171,6 +171,31 @@ class EvaluateResult:
         own, real = read_metrics(self.metrics), read_metrics(self.real_metrics)
         grade = GRADES[self.grade].partition(":")[0]
         return f"{grade}; {own['fid'].name} = {shown_reading('fid', own)}, real images {shown_reading('fid', real)}"
+
+
+@dataclass(frozen=True)
+class UtilityResult:
+    """Whether generated images help to train a classifier. Figures are in percent, with `value`, `low` and `high`."""
+
+    uri: str  # JSON file with everything below
+    plot: str  # URI of a PNG file
+    sentence: str  # for people
+    grade: str  # helps, harms or same
+    gain: dict[str, float]  # in balanced accuracy, of real and generated images over real ones, both with augmentation
+    chosen: list[str]  # the arm that is best on either half of the test images
+    named: list[str]  # classes with a gain that is surely not zero, the largest first
+    classes: list[dict[str, Any]]  # `name`, `train` and `test` images, and `gain`
+    arms: list[dict[str, Any]]  # `name`, `real` and `generated` images, and the figures of `evaluation.utility.Figures`
+    seeds: int  # classifiers of each arm
+    updates: int  # of each classifier
+    rate: float
+    trials: list[dict[str, Any]]  # that chose both: `rate`, `updates` and `balanced_accuracy`
+    checkpoint_digest: str  # of the weights that made the images
+    made: int  # images that were generated
+    copies: int  # of these, which were left out
+
+    def __str__(self) -> str:
+        return f"generated images {UTILITY[self.grade]}: {shown_gain(self.gain)} points of balanced accuracy"
 
 
 @dataclass(frozen=True)

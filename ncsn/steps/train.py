@@ -18,6 +18,7 @@ from ncsn.data.format import Manifest, load_manifest
 from ncsn.data.noise_levels import resolve_noise
 from ncsn.distributed.cluster import ray_cluster, ray_tags
 from ncsn.errors import UserError
+from ncsn.evaluation.utility import require_enough
 from ncsn.model import build
 from ncsn.model.averages import copy_snapshots
 from ncsn.model.checkpoint import FILES, CheckpointStore, load_checkpoint
@@ -56,6 +57,8 @@ def prepare(run: Run, *, dataset: str, finish: bool = False) -> Prepared[TrainRe
     manifest, folder = load_manifest(dataset), run.folder
     config = settle_noise(run, manifest)
     require_classes(config, manifest, dataset)
+    if config.utility is not None:  # not after hours of training
+        require_enough(manifest)
     owner, length = run.owner, config.train.num_images
     if length > owner.train.num_images:  # the length of the run is that of its longest training
         longer = owner.train.model_copy(update={"num_images": length})

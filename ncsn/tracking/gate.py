@@ -34,6 +34,7 @@ class Floors:
     figure: str = ""  # name of the measurement that they are of; empty without floors
     fid_below: float | None = None
     copies_below: float | None = None  # share of the samples
+    utility_above: float | None = None  # points of balanced accuracy
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Evidence:
     copies: Copies
     not_finite: tuple[str, ...] = ()  # metrics and weights that hold NaN or infinity
     floors: Floors = Floors()
+    utility: float | None = None  # lower end of what its images gain a classifier; None if nobody has asked
 
     @property
     def objection(self) -> str:
@@ -61,6 +63,10 @@ class Evidence:
             return f"{measured.name} = {measured} is not below tracking.require.fid_below = {floors.fid_below:g}"
         if floors.copies_below is not None and not copies.copies / copies.num_images < floors.copies_below:
             return f"{copies}: not below tracking.require.copies_below = {floors.copies_below:g}"
+        gained = -math.inf if self.utility is None else self.utility
+        if floors.utility_above is not None and not gained > floors.utility_above:
+            told = "nobody has asked classifiers" if self.utility is None else f"classifiers gain {gained:.2g} or more"
+            return f"{told}: not above tracking.require.utility_above = {floors.utility_above:g}"
         return ""
 
 
@@ -82,7 +88,8 @@ class Decision:
         of, values["evidence"] = values["evidence"], None
         with suppress(KeyError, TypeError):
             measured, copies = Measurement(**of["measurement"]), Copies(**of["copies"])
-            values["evidence"] = Evidence(measured, copies, tuple(of["not_finite"]), Floors(**of["floors"]))
+            floors = Floors(**of["floors"])
+            values["evidence"] = Evidence(measured, copies, tuple(of["not_finite"]), floors, of["utility"])
         return cls(**values)
 
 

@@ -1,0 +1,284 @@
+"""Do generated images help to train a classifier? Classifiers of several sets of images, and one comparison.
+
+All have the same network, number of updates and batch; see `ncsn.evaluation.learner` and `ncsn.evaluation.utility`. The
+answers of each are stored as it is done, so that a second call trains only those that are missing.
+
+    <run>/utility/<how>/answers/<arm>-<seed>.npy    classes that a classifier gives the test images
+    <run>/utility/<how>/utility.json                the result
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ncsn import storage
+from ncsn.config import Config
+from ncsn.config.schema import UtilityConfig
+from ncsn.core.keyed_random import COMMON_SEED
+from ncsn.data.format import Manifest, load_manifest
+from ncsn.data.training_images import open_cache
+from ncsn.distributed.cluster import cluster_for, ray_tags
+from ncsn.distributed.ray_calls import runner_of
+from ncsn.errors import UserError
+from ncsn.evaluation.features import Runner, device_of
+from ncsn.evaluation.learner import VERSION, Generated, Lesson, Part, learn
+from ncsn.evaluation.utility import Comparison, compare, figures, require_enough
+from ncsn.model.checkpoint import TrainedNetwork
+from ncsn.progress import Progress
+from ncsn.report.plots import to_png, utility_figure
+from ncsn.report.words import utility_sentence
+from ncsn.runs.folder import Run
+from ncsn.steps.export import uncopied
+from ncsn.steps.results import Context, Prepared, UtilityResult
+from ncsn.steps.sample import opened, place_of
+
+RATES = (1e-3, 2.5e-3, 6e-3)  # of which one is chosen
+TRIED = 2  # seeds of a trial
+HELD_OUT = 5  # one image in so many of each class chooses rate and length
+UNBALANCED = 1.5  # the largest class over the smallest, from which arms balance them
+
+REAL, AUGMENTED, GENERATED, RATIO = "real", "augmented", "generated", "ratio-"
+OVERSAMPLED, FILLED = "oversampled", "filled"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A set of images to train on."""
+
+    name: str
+    parts: Sequence[Part]
+    augmented: bool = True
+
+    @property
+    def images(self) -> dict[str, int]:
+        """How many real and generated images a pass shows."""
+        counts = {"train": 0, "generated": 0}
+        for part in self.parts:
+            counts[part.source] += len(part.rows)
+        return {"real": counts["train"], "generated": counts["generated"]}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The classifiers of all arms, and what they answered."""
+
+    arms: Sequence[Arm]
+    answers: Mapping[str, NDArray[np.int64]]  # of each arm, [seeds, test images]
+    rate: float
+    updates: int
+    trials: list[dict[str, Any]]  # that chose both
+
+    def compared(self, labels: NDArray[np.int64], *, num_classes: int) -> Comparison:
+        """The one comparison, by the labels of the test images."""
+        ratios = {name: given for name, given in self.answers.items() if name.startswith(RATIO)}
+        return compare(self.answers[AUGMENTED], ratios, labels, num_classes=num_classes)
+
+
+def prepare(run: Run, *, checkpoint: str, dataset: str) -> Prepared[UtilityResult]:
+    """The step also runs where the config has no section `utility`, if it is asked for alone."""
+    checkpoint, config, trained = opened(run, checkpoint, relative_width=run.config.sampling.relative_width)
+    manifest, wish = load_manifest(dataset), config.utility or UtilityConfig()
+    if trained.classes is None:
+        reason = "is null: this model was told no classes, which a classifier would tell apart"
+        raise UserError("data.num_classes", reason, hint="set it, and train again", value=config.data.num_classes)
+    if manifest.digest != trained.dataset_digest:
+        reason = f"{trained.digest} was trained on {trained.dataset_digest[:8]}, not on {manifest.digest[:8]}"
+        hint = "it may have seen the test images of other data: give the dataset that it was trained on"
+        raise UserError("--dataset", reason, hint=hint, value=dataset)
+    require_enough(manifest)
+    sampling = config.sampling.model_copy(update={"seed": wish.seed, "label": "balanced"})
+    own = config.model_copy(update={"sampling": sampling})
+    facts, _ = place_of(own, trained, run.folder)
+    key = {
+        "checkpoint": trained.digest,
+        "dataset": manifest.digest,
+        **facts,
+        "utility": wish.model_dump(mode="json"),
+        "mirrors": config.data.horizontal_flip,
+        "version": VERSION,
+    }
+    uri = storage.join(run.folder.utility, storage.digest(key, 12))
+    work = partial(utility, own, wish, trained, manifest, checkpoint, dataset, uri)
+    return Prepared(config, key, work, lambda result: [result.uri, result.plot])
+
+
+def utility(
+    config: Config, wish: UtilityConfig, trained: TrainedNetwork, manifest: Manifest, checkpoint: str, dataset: str,
+    uri: str, context: Context,
+) -> UtilityResult:  # fmt: skip
+    """Generate the images that are missing, train the classifiers that are missing, and compare."""
+    progress, tracked = context.progress, context.tracked
+    labels, test = (np.asarray(open_cache(dataset, split, as_bytes=True).labels) for split in ("train", "test"))
+    counts, tested, names = np.array(manifest.class_counts["train"]), np.flatnonzero(test >= 0), manifest.class_names
+    with cluster_for(config, start=config.compute.max_workers > 1, last_lines=context.last_lines):
+        tracked.set_tags({**ray_tags(), "dataset.digest": manifest.digest, "checkpoint.digest": trained.digest})
+        parts = [
+            uncopied(config, trained, name, int(count), checkpoint=checkpoint, dataset=dataset, context=context)
+            for name, count in zip(names, _wanted(counts, wish), strict=True)
+        ]
+        generated = [Generated(label, part.samples, part.chosen) for label, part in enumerate(parts)]
+        lesson = Lesson(
+            dataset=dataset,
+            generated=generated,
+            parts=(),
+            seed=0,
+            rate=0.0,
+            lengths=(),
+            batch_size=wish.batch_size,
+            num_classes=len(names),
+            augmented=True,
+            mirrors=config.data.horizontal_flip,
+            split="test",
+            asked=tested,
+            place=storage.join(uri, "answers"),
+            device=device_of(config),
+        )
+        asked = ask(lesson, labels, wish, runner=runner_of(config.compute), progress=progress)
+    test = test[tested]
+    found = asked.compared(test, num_classes=len(names))
+    rows = [
+        {"name": arm.name, **arm.images, **asdict(figures(asked.answers[arm.name], test, num_classes=len(names)))}
+        for arm in asked.arms
+    ]
+    gain, by_class = asdict(found.gain), [asdict(each) for each in found.classes]
+    result = UtilityResult(
+        uri=storage.join(uri, "utility.json"),
+        plot=storage.join(uri, "utility.png"),
+        sentence=utility_sentence(found.grade, gain, {names[k]: by_class[k] for k in found.named}),
+        grade=found.grade,
+        gain=gain,
+        chosen=list(found.chosen),
+        named=[names[label] for label in found.named],
+        classes=[
+            {"name": name, "train": int(own), "test": int((test == label).sum()), "gain": by_class[label]}
+            for label, (name, own) in enumerate(zip(names, counts, strict=True))
+        ],
+        arms=rows,
+        seeds=wish.seeds,
+        updates=asked.updates,
+        rate=asked.rate,
+        trials=asked.trials,
+        checkpoint_digest=trained.digest,
+        copies=sum(part.copies.copies for part in parts),
+        made=sum(part.samples.count for part in parts),
+    )
+    storage.write_json(result.uri, storage.relative_uris(asdict(result), context.folder.root), indent=1)
+    storage.write_bytes(result.plot, to_png(utility_figure(asdict(result))))
+    metrics = {f"utility/gain{end}": gain[key] for key, end in (("value", ""), ("low", "_low"), ("high", "_high"))}
+    for each in (tracked, tracked.parent):
+        each.log_metrics(metrics | {f"utility/{row['name']}": row["balanced_accuracy"]["value"] for row in rows})
+    tracked.parent.set_tags({"utility": result.sentence})
+    for file in (result.uri, result.plot):
+        tracked.log_file(file)
+    return result
+
+
+def ask(lesson: Lesson, labels: NDArray[np.int64], wish: UtilityConfig, *, runner: Runner, progress: Progress) -> Asked:
+    """Train the classifiers of all arms that are missing, on training images of these labels and generated ones."""
+    rate, updates, trials = _rate_and_length(lesson, labels, wish, runner=runner, progress=progress)
+    arms = list(_arms(labels, lesson.generated, wish.ratios))
+    lessons = [
+        replace(
+            lesson,
+            rate=rate,
+            lengths=(updates,),
+            parts=arm.parts,
+            augmented=arm.augmented,
+            seed=seed,
+            place=storage.join(lesson.place, f"{arm.name}-{seed}.npy"),
+        )
+        for arm in arms
+        for seed in range(wish.seeds)
+    ]
+    found = np.reshape(_learned(lessons, runner=runner, progress=progress), (len(arms), wish.seeds, -1))
+    return Asked(arms, dict(zip([arm.name for arm in arms], found, strict=True)), rate, updates, trials)
+
+
+def _wanted(counts: NDArray[np.int64], wish: UtilityConfig) -> NDArray[np.int64]:
+    """Generated images of each class, for the largest ratio and to balance the classes."""
+    wanted = np.ceil(max(wish.ratios) * counts).astype(np.int64)
+    found: NDArray[np.int64] = np.maximum(wanted, (counts.max() - counts) * _unbalanced(counts))
+    return found
+
+
+def _unbalanced(counts: NDArray[np.int64]) -> bool:
+    return bool(counts.max() > UNBALANCED * counts.min())
+
+
+def _arms(labels: NDArray[np.int64], generated: Sequence[Generated], ratios: Sequence[float]) -> Iterator[Arm]:
+    """The arms for training images of these labels."""
+    by_class = [np.flatnonzero(labels == each.label) for each in generated]
+    counts, starts = np.array([len(own) for own in by_class]), np.cumsum([0, *(len(each.chosen) for each in generated)])
+
+    def first(wanted: NDArray[np.int64]) -> Part:
+        """The first generated images of each class."""
+        rows = [np.arange(start, start + count) for start, count in zip(starts, wanted, strict=False)]
+        return Part("generated", np.concatenate(rows), draw=1)
+
+    real = Part("train", np.concatenate(by_class), draw=0)
+    yield Arm(REAL, [real], augmented=False)
+    yield Arm(AUGMENTED, [real])
+    yield Arm(GENERATED, [first(np.ceil(max(ratios) * counts).astype(np.int64))])
+    for ratio in sorted(set(ratios)):
+        yield Arm(f"{RATIO}{ratio:g}", [real, first(np.ceil(ratio * counts).astype(np.int64))])
+    if _unbalanced(counts):
+        missing, again = counts.max() - counts, []
+        for k in range(1, math.ceil(counts.max() / counts.min())):  # image after image, class by class
+            rows = [own[: max(0, lack - (k - 1) * len(own))] for own, lack in zip(by_class, missing, strict=True)]
+            again.append(Part("train", np.concatenate(rows), draw=1 + k))
+        yield Arm(OVERSAMPLED, [real, *again])
+        yield Arm(FILLED, [real, first(missing)])
+
+
+def _rate_and_length(
+    lesson: Lesson, labels: NDArray[np.int64], wish: UtilityConfig, *, runner: Runner, progress: Progress
+) -> tuple[float, int, list[dict[str, Any]]]:
+    """The rate and the number of updates of all arms, and every trial.
+
+    Real images with augmentation alone decide, by a part of the training images: the best mean over classes, and of
+    equal ones the shortest training.
+    """
+    order, held = np.random.default_rng(COMMON_SEED).permutation(len(labels)), list[NDArray[np.int64]]()
+    for label in range(lesson.num_classes):
+        own = order[labels[order] == label]
+        held.append(own[: math.ceil(len(own) / HELD_OUT)])
+    asked = np.sort(np.concatenate(held))
+    rest = Part("train", np.setdiff1d(np.flatnonzero(labels >= 0), asked), draw=0)
+    lengths = tuple(sorted({max(1, wish.updates // part) for part in (8, 4, 2, 1)}))
+    lesson = replace(lesson, generated=(), parts=[rest], lengths=lengths, split="train", asked=asked)
+    found = _learned(
+        [
+            replace(lesson, rate=rate, seed=seed, place=storage.join(lesson.place, f"trial-{rate:g}-{seed}.npy"))
+            for rate in RATES
+            for seed in range(TRIED)
+        ],
+        runner=runner,
+        progress=progress,
+    )
+    right = np.reshape(found, (len(RATES), TRIED, len(lengths), len(asked))) == labels[asked]
+    balanced = np.mean([right[..., labels[asked] == label].mean(axis=(1, 3)) for label in range(len(held))], axis=0)
+    trials = [
+        {"rate": rate, "updates": length, "balanced_accuracy": 100 * float(balanced[r, k])}
+        for r, rate in enumerate(RATES)
+        for k, length in enumerate(lengths)
+    ]
+    best = max(trials, key=lambda trial: (trial["balanced_accuracy"], -trial["updates"]))
+    return float(best["rate"]), int(best["updates"]), trials
+
+
+def _learned(lessons: Sequence[Lesson], *, runner: Runner, progress: Progress) -> list[NDArray[np.int64]]:
+    """The answers of each classifier; only those that are not stored yet are trained."""
+    missing = [lesson for lesson in lessons if not storage.exists(lesson.place)]
+    total, left = (sum(lesson.lengths[-1] for lesson in each) for each in (lessons, missing))
+    progress.start(total, "updates of classifiers", done=total - left)
+    for lesson, _ in runner(learn, missing, gpu=True):
+        progress.advance(lesson.lengths[-1])
+    found: list[NDArray[np.int64]] = [storage.read_array(lesson.place) for lesson in lessons]
+    return found

@@ -1,0 +1,201 @@
+"""Whether generated images help a classifier: known answers, what is repeated, and what is refused."""
+
+import itertools
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from do import claimed, do
+from experiments import digits, tiny
+from numpy.typing import NDArray
+from refused import refused
+
+from ncsn import storage
+from ncsn.config import Config
+from ncsn.config.schema import UtilityConfig
+from ncsn.data.format import load_manifest
+from ncsn.data.samples import SampleSet, write_shard
+from ncsn.data.training_images import open_cache
+from ncsn.evaluation import learner
+from ncsn.evaluation.features import here
+from ncsn.evaluation.learner import Generated, Lesson, Part
+from ncsn.evaluation.utility import Comparison
+from ncsn.progress import Progress
+from ncsn.steps import utility
+from ncsn.steps.utility import Asked, ask
+
+OF_CLASS = 6  # training images
+Rows = NDArray[np.int64]
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("digits")
+    return digits(tiny(folder), folder)
+
+
+@pytest.fixture(scope="module")
+def asked(dataset: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Asked]:
+    """Classifiers of six digits of each class and all of these images by class; the real arms are trained once."""
+    folder, tests = tmp_path_factory.mktemp("answers"), open_cache(dataset, "test").labels
+
+    def train(name: str, images: NDArray[np.uint8], progress: Progress = Progress()) -> Asked:  # noqa: B008
+        count = images.shape[1]
+        for label in range(10):
+            write_shard(f"{folder}/{name}/{label}/shard-{0:09d}-{count:09d}.parquet", images[label])
+        for stored in (folder / "answers").glob("*-[0-9].npy"):
+            if stored.name.startswith(("generated", "ratio")):
+                stored.unlink()
+        generated = [Generated(k, SampleSet(f"{folder}/{name}/{k}", count), np.arange(count)) for k in range(10)]
+        asked_about, place = np.arange(len(tests)), f"{folder}/answers"
+        lesson = Lesson(dataset, generated, (), 0, 0.0, (), 32, 10, True, False, "test", asked_about, place)
+        labels = np.array(open_cache(dataset, "train").labels)
+        labels[np.setdiff1d(np.arange(len(labels)), rows_of(dataset).flatten())] = -1
+        wish = UtilityConfig(ratios=(count / OF_CLASS,), updates=200)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(utility, "RATES", (2.5e-3,))
+            return ask(lesson, labels, wish, runner=here, progress=progress)
+
+    return train
+
+
+def rows_of(dataset: str, first: int = 0, count: int = OF_CLASS) -> Rows:
+    """Rows of some training images of each class, [10, count]."""
+    labels = open_cache(dataset, "train").labels
+    return np.stack([np.flatnonzero(labels == label)[first : first + count] for label in range(10)])
+
+
+def compared(found: Asked, dataset: str) -> Comparison:
+    return found.compared(np.asarray(open_cache(dataset, "test").labels), num_classes=10)
+
+
+def test_unseen_real_images_help(asked, dataset: str) -> None:
+    found = asked("unseen", open_cache(dataset, "train").images[rows_of(dataset, OF_CLASS, 9 * OF_CLASS)])
+    gain = compared(found, dataset)
+    assert (gain.grade, gain.chosen) == ("helps", ("ratio-9", "ratio-9"))
+
+
+def test_images_of_other_classes_harm(asked, dataset: str) -> None:
+    images = open_cache(dataset, "train").images[rows_of(dataset, OF_CLASS)].reshape(10 * OF_CLASS, 8, 8, 1)
+    shuffled = images[np.random.default_rng(0).permutation(len(images))].reshape(10, OF_CLASS, 8, 8, 1)
+    gain = compared(asked("shuffled", shuffled), dataset)
+    assert gain.grade == "harms"
+
+
+def test_noise_does_not_help(asked, dataset: str) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (10, OF_CLASS, 8, 8, 1), dtype=np.uint8)
+    gain = compared(asked("noise", noise), dataset)
+    assert gain.grade != "helps"
+
+
+def test_copies_make_no_difference(asked, dataset: str) -> None:
+    gain = compared(asked("copies", open_cache(dataset, "train").images[rows_of(dataset)]), dataset)
+    assert gain.grade == "same" and abs(gain.gain.value) < 2
+
+
+CLASSES = (
+    "data.num_classes=10",
+    "data.max_images=100",
+    "sampling.batch_size=50",
+    "utility={updates: 8, ratios: [0.5]}",
+)
+
+
+def made(folder: Path, save_untrained, *overrides: str) -> tuple[Config, dict[str, str]]:
+    """An experiment whose network knows the classes and nothing else, and its checkpoint and dataset."""
+    config = tiny(folder / "store", *overrides)
+    dataset = digits(config, folder / "data")
+    save_untrained(config, dataset, folder / "checkpoint")
+    return config, {"checkpoint": str(folder / "checkpoint"), "dataset": dataset}
+
+
+def test_a_second_call_trains_what_is_missing(tmp_path: Path, save_untrained, monkeypatch) -> None:
+    config, given = made(tmp_path, save_untrained, *CLASSES)
+    folder = claimed(config, "mine")
+    result = do("utility", config, "mine", **given)
+    manifest, rows = load_manifest(given["dataset"]), {arm["name"]: arm for arm in result.arms}
+    real = manifest.count("train")
+    wanted = sum(-(-count // 2) for count in manifest.class_counts["train"])
+    assert {name: (arm["real"], arm["generated"]) for name, arm in rows.items()} == {
+        "real": (real, 0),
+        "augmented": (real, 0),
+        "generated": (0, wanted),
+        "ratio-0.5": (real, wanted),
+    }
+    assert (result.gain["low"] < 0 < result.gain["high"], result.grade) == (True, "same")
+    assert all(len(arm["recalls"]) == 10 for arm in result.arms) and len(result.classes) == 10
+    assert {trial["updates"] for trial in result.trials} == {1, 2, 4, 8} and result.updates in (1, 2, 4, 8)
+    assert storage.read_bytes(result.plot).startswith(b"\x89PNG") and result.sentence
+    assert storage.read_json(result.uri)["gain"] == result.gain
+    answers = {path: path.stat().st_mtime_ns for path in Path(folder.utility).glob("*/answers/*.npy")}
+    assert len(answers) == len(utility.RATES) * utility.TRIED + 4 * 5
+    assert do("utility", config, "mine", **given) == result
+    lost = [path for path in answers if path.name in ("ratio-0.5-3.npy", "real-0.npy")]
+    before = [path.read_bytes() for path in lost]
+    for path in (*lost, Path(result.uri)):
+        path.unlink()
+    assert do("utility", config, "mine", **given) == result
+    assert [path.read_bytes() for path in lost] == before
+    assert {path for path, when in answers.items() if path.stat().st_mtime_ns != when} == set(lost)
+
+
+def test_unbalanced_classes_are_filled_in_two_ways() -> None:
+    labels = np.repeat([0, 1, -1], [9, 2, 3])
+    generated = [Generated(label, SampleSet("", 9), np.arange(9)) for label in (0, 1)]
+    arms = {arm.name: arm for arm in utility._arms(labels, generated, [0.5])}
+    shown = {name: sorted(np.concatenate([part.rows for part in arm.parts])) for name, arm in arms.items()}
+    assert shown["oversampled"] == [*range(9), *[9] * 5, *[10] * 4]
+    assert arms["filled"].parts[1].rows.tolist() == [*range(9, 16)]
+    assert arms["filled"].images == {"real": 11, "generated": 7}
+
+
+def test_arms_show_what_they_share_in_the_same_order(dataset: str) -> None:
+    real, made = Part("train", np.arange(50), draw=0), Part("generated", np.arange(20), draw=1)
+    lesson = Lesson(
+        dataset,
+        [Generated(0, SampleSet("", 20), np.arange(20))],
+        [real],
+        3,
+        0.1,
+        (1,),
+        10,
+        10,
+        True,
+        False,
+        "test",
+        np.arange(1),
+        "",
+    )
+    alone = np.concatenate([*itertools.islice(learner._order(lesson, num_train=50), 5)])
+    mixed = np.concatenate([*itertools.islice(learner._order(replace(lesson, parts=[real, made]), num_train=50), 7)])
+    assert sorted(alone) == [*range(50)] and sorted(mixed) == [*range(70)]
+    np.testing.assert_array_equal(mixed[mixed < 50], alone)
+    assert not np.array_equal(alone, next(learner._order(replace(lesson, seed=4, batch_size=50), num_train=50)))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        (("data.max_images=100",), "data.num_classes"),
+        (("data.num_classes=10", "data.max_images=20"), "utility"),  # a class has one image
+    ],
+)
+def test_images_that_give_no_answer_are_refused(tmp_path: Path, save_untrained, overrides, key: str) -> None:
+    config, given = made(tmp_path, save_untrained, *overrides)
+    claimed(config, "mine")
+    with refused(key):
+        do("utility", config, "mine", **given)
+    if key == "utility":  # before training too
+        with refused("utility"):
+            asking = config.model_copy(update={"utility": UtilityConfig()})
+            do("train", asking, "mine", dataset=given["dataset"])
+
+
+def test_a_model_of_other_data_is_refused(tmp_path: Path, save_untrained) -> None:
+    config, given = made(tmp_path, save_untrained, *CLASSES)
+    claimed(config, "mine")
+    other = digits(tiny(tmp_path, "data.max_images=90"), tmp_path / "other")
+    with refused("--dataset"):
+        do("utility", config, "mine", checkpoint=given["checkpoint"], dataset=other)
