@@ -16,7 +16,7 @@ from components.tasks import (
     sample,
     search,
     train,
-    utility,
+    utility as compare,
 )
 from ncsn.environment import IMAGE_VARIABLE, KFP_RUN_ID, KFP_WORKFLOW, RUN_ID_LABEL
 
@@ -103,13 +103,13 @@ def train_pipeline(config: str, run: str = "", content: str = "") -> None:
         )
         evaluation, checkpoint = evaluated.outputs["evaluation"], sampled.outputs["sampled"]
         # After the evaluation, which takes all workers too.
-        helped = configured(
-            utility(config=best_config, run=best_run, checkpoint=checkpoint, dataset=dataset).after(evaluated),
+        compared = configured(
+            compare(config=best_config, run=best_run, checkpoint=checkpoint, dataset=dataset).after(evaluated),
             "Compare classifiers, if asked",
         )
-        # Not cached: the gate compares with the present champion. It reads what the classifiers say in the store.
+        # Not cached: the gate compares with the present champion. It reads in the store what classifiers say.
         registered = configured(
-            register(config=best_config, run=best_run, checkpoint=checkpoint, evaluation=evaluation).after(helped),
+            register(config=best_config, run=best_run, checkpoint=checkpoint, evaluation=evaluation).after(compared),
             "Register model",
         )
         # After the gate, whose decision the page shows.

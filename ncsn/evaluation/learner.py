@@ -6,16 +6,17 @@ order, so that a difference between two is one of their images.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from ncsn import storage
 from ncsn.data.samples import SampleSet
@@ -69,7 +70,7 @@ class Lesson:
     split: str  # of the images that it is asked about
     asked: Rows  # rows of these
     place: str  # URI of its answers
-    device: str = "cpu"
+    use_gpu: bool = False  # where there is one
 
 
 @torch.random.fork_rng()
@@ -80,23 +81,25 @@ def learn(lesson: Lesson) -> None:
     rate, so that a training of one length is the beginning of every longer one.
     """
     train = open_cache(lesson.dataset, "train", as_bytes=True)
-    shape = train.images.shape[1:]
-    made, labels_made = _load(lesson.generated, shape)
-    labels = torch.from_numpy(np.concatenate([np.asarray(train.labels), labels_made]))
-    mean, deviation = (each.to(lesson.device) for each in _pixels(lesson.dataset))
+    asked, shape = open_cache(lesson.dataset, lesson.split, as_bytes=True).images, train.images.shape[1:]
+    made = np.empty((0, *shape), np.uint8)
+    made = np.concatenate([made, *(part.samples.read(0, part.samples.count)[part.chosen] for part in lesson.generated)])
+    of_made = [np.full(len(part.chosen), part.label) for part in lesson.generated]
+    labels = torch.from_numpy(np.concatenate([np.asarray(train.labels), *of_made]))
+    device = "cuda" if lesson.use_gpu and torch.cuda.is_available() else "cpu"
+    measured = torch.from_numpy(np.array(train.images[:_MEASURED])).float()
+    deviation, mean = torch.std_mean(measured, dim=(0, 1, 2))
 
     def pixels(images: Images) -> Tensor:
-        tensor = torch.from_numpy(np.array(images)).to(lesson.device).permute(0, 3, 1, 2).contiguous().float()
-        return (tensor - mean) / deviation
+        scaled = (torch.from_numpy(np.array(images)).float() - mean) / deviation.clamp(min=1)
+        return scaled.permute(0, 3, 1, 2).contiguous().to(device)
 
     torch.manual_seed(lesson.seed)
-    network = network_for(shape, lesson.num_classes).to(lesson.device)
+    network = network_for(shape, lesson.num_classes).to(device)
+    averaged = AveragedModel(network, multi_avg_fn=_average)
     augment = _augmentation(*shape[:2], mirrors=lesson.mirrors)
     optimizer = torch.optim.AdamW(network.parameters(), lesson.rate, weight_decay=WEIGHT_DECAY)
-    weights: list[Tensor] = list(network.parameters())
-    averages = [weight.detach().clone() for weight in weights]
-    order = _order(lesson, num_train=len(train.images))
-    answers = []
+    order, answers = _order(lesson, num_train=len(train.images)), []
     for update in range(1, lesson.lengths[-1] + 1):
         rows = next(order)
         images, ours = np.empty((len(rows), *shape), np.uint8), rows < len(train.images)
@@ -105,24 +108,22 @@ def learn(lesson: Lesson) -> None:
         if lesson.augmented:
             torch.manual_seed(1000 * update + lesson.seed)  # whatever was drawn before
             x = torch.stack([augment(image) for image in x])
-        loss = F.cross_entropy(network(x), labels[rows].to(lesson.device))
+        loss = F.cross_entropy(network(x), labels[rows].to(device))
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-        with torch.no_grad():
-            torch._foreach_lerp_(averages, weights, (AVERAGED + 1) / (AVERAGED + update))
+        averaged.update_parameters(network)
         if update in lesson.lengths:
-            asked = open_cache(lesson.dataset, lesson.split, as_bytes=True).images
-            parts = (pixels(asked[rows]) for rows in batches(lesson.asked, batch_size=_ASKED))
-            answers.append(_answers(network, averages, parts))
+            with torch.inference_mode():
+                parts = [
+                    averaged(pixels(asked[rows])).argmax(1).cpu() for rows in batches(lesson.asked, batch_size=_ASKED)
+                ]
+            answers.append(torch.cat(parts).numpy())
     storage.write_array(lesson.place, np.stack(answers))
 
 
-def _answers(network: nn.Module, averages: Sequence[Tensor], asked: Iterable[Tensor]) -> NDArray[np.int64]:
-    named = dict(zip((name for name, _ in network.named_parameters()), averages, strict=True))
-    with torch.inference_mode():
-        found = [torch.func.functional_call(network, named, (each,)).argmax(dim=1).cpu() for each in asked]
-    return torch.cat(found).numpy()
+def _average(averages: Any, weights: Any, count: Any) -> None:
+    torch._foreach_lerp_(averages, weights, (AVERAGED + 1) / (AVERAGED + 1 + float(count)))
 
 
 def _order(lesson: Lesson, *, num_train: int) -> Iterator[Rows]:
@@ -144,20 +145,6 @@ def _order(lesson: Lesson, *, num_train: int) -> Iterator[Rows]:
         left = left[lesson.batch_size :]
 
 
-def _load(generated: Sequence[Generated], shape: Sequence[int]) -> tuple[Images, Rows]:
-    """The generated images [M, H, W, C], class by class, and their labels [M]."""
-    images = [each.samples.read(0, each.samples.count)[each.chosen] for each in generated]
-    labels = [np.full(len(each.chosen), each.label, np.int64) for each in generated]
-    return np.concatenate([np.empty((0, *shape), np.uint8), *images]), np.concatenate([np.empty(0, np.int64), *labels])
-
-
-def _pixels(dataset: str) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the training pixels of each channel, [C, 1, 1]."""
-    pixels = np.asarray(open_cache(dataset, "train", as_bytes=True).images[:_MEASURED]).astype(np.float32)
-    mean, deviation = pixels.mean(axis=(0, 1, 2)), np.maximum(pixels.std(axis=(0, 1, 2)), 1)
-    return torch.from_numpy(mean)[:, None, None], torch.from_numpy(deviation)[:, None, None]
-
-
 def _augmentation(height: int, width: int, *, mirrors: bool) -> Callable[[Tensor], Tensor]:
     """Shifts by up to an eighth of the side, mirrors where the data allow it, and erased parts, of one image."""
     from torchvision.transforms import v2  # here, since the import takes a second
@@ -175,46 +162,34 @@ def _augmentation(height: int, width: int, *, mirrors: bool) -> Callable[[Tensor
 def network_for(shape: Sequence[int], num_classes: int) -> nn.Module:
     """A network for images of this height, width and channels; it has no state that depends on the batch."""
     height, width, channels = shape
-    side = max(height, width)
-    if side <= SMALL_SIDE:
-        return _SmallResNet(channels, num_classes, stride=-(-side // FINEST))
-    from torchvision.models import resnet18  # here, since few images are so large
+    if (side := max(height, width)) > SMALL_SIDE:
+        from torchvision.models import resnet18  # here, since few images are so large
 
-    network: nn.Module = resnet18(num_classes=num_classes, norm_layer=partial(nn.GroupNorm, 32))
-    small = side <= 2 * SMALL_SIDE
-    network.conv1 = nn.Conv2d(channels, 64, 3 if small else 7, stride=2, padding=1 if small else 3, bias=False)
-    network.maxpool = nn.Identity() if small else network.maxpool
-    return network
-
-
-class _SmallResNet(nn.Module):
-    """A convolution and three residual blocks of half the resolution each (He et al. 2016), with group norm."""
-
-    def __init__(self, channels: int, num_classes: int, *, stride: int) -> None:
-        super().__init__()
-        pairs = zip((WIDTHS[0], *WIDTHS), WIDTHS, strict=False)
-        self.blocks = nn.Sequential(
-            nn.Conv2d(channels, WIDTHS[0], stride + 2, stride=stride, padding=(stride + 1) // 2),
-            *(_Block(before, width, stride=1 if k == 0 else 2) for k, (before, width) in enumerate(pairs)),
-        )
-        self.head = nn.Linear(WIDTHS[-1], num_classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.head(F.relu(self.blocks(x)).mean(dim=(2, 3)))
-        return logits
+        network: nn.Module = resnet18(num_classes=num_classes, norm_layer=partial(nn.GroupNorm, 32))
+        if side <= 2 * SMALL_SIDE:  # without the second halving of the resolution
+            network.conv1, network.maxpool = nn.Conv2d(channels, 64, 3, stride=2, padding=1), nn.Identity()
+        else:
+            network.conv1 = nn.Conv2d(channels, 64, 7, stride=2, padding=3)
+        return network
+    stride, before = -(-side // FINEST), WIDTHS[0]
+    layers: list[nn.Module] = [nn.Conv2d(channels, before, stride + 2, stride=stride, padding=(stride + 1) // 2)]
+    for width in WIDTHS:
+        layers.append(_Block(before, width))
+        before = width
+    return nn.Sequential(*layers, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, num_classes))
 
 
 class _Block(nn.Module):
-    """Two convolutions, added to what comes in."""
+    """Two convolutions, added to what comes in (He et al. 2016); wider ones than before halve the resolution."""
 
-    def __init__(self, before: int, width: int, *, stride: int) -> None:
+    def __init__(self, before: int, width: int) -> None:
         super().__init__()
-        self.norm_1, self.norm_2 = nn.GroupNorm(8, before), nn.GroupNorm(8, width)
-        self.conv_1 = nn.Conv2d(before, width, 3, stride=stride, padding=1)
-        self.conv_2 = nn.Conv2d(width, width, 3, padding=1)
-        self.shortcut = nn.Conv2d(before, width, 1, stride=stride) if before != width else nn.Identity()
+        stride = 1 if width == before else 2
+        self.shortcut = nn.Conv2d(before, width, 1, stride=stride)
+        norms = nn.GroupNorm(8, before), nn.GroupNorm(8, width)
+        first, second = nn.Conv2d(before, width, 3, stride=stride, padding=1), nn.Conv2d(width, width, 3, padding=1)
+        self.inner = nn.Sequential(norms[0], nn.ReLU(), first, norms[1], nn.ReLU(), second)
 
     def forward(self, x: Tensor) -> Tensor:
-        inner = F.relu(self.norm_1(x))
-        found: Tensor = self.shortcut(x) + self.conv_2(F.relu(self.norm_2(self.conv_1(inner))))
+        found: Tensor = self.shortcut(x) + self.inner(x)
         return found

@@ -1,14 +1,14 @@
 """Do generated images help a classifier? From its answers on test images, with and without them.
 
 Each arm, a set of training images, has S classifiers of S seeds; `answers` [S, N] are the classes that they give N test
-images. Everything is by class: balanced accuracy is the mean of the recalls. Its variance is that over seeds, and in
-each class that over test images.
+images. Figures are in percent, as {value, low, high} with the 95 % interval. Everything is by class: balanced accuracy
+is the mean of the recalls.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,51 +16,14 @@ from numpy.typing import NDArray
 from ncsn.core.keyed_random import COMMON_SEED
 from ncsn.data.format import Manifest
 from ncsn.errors import UserError
-from ncsn.evaluation import with_interval
 
 SURE = 0.05  # chance that an interval misses the truth
 LEAST_OF_CLASS = 2  # images to train on, and to test with
 NAMED_IMAGES = 20  # test images of a class from which it may be named
 
-Answers = NDArray[np.int64]
-Labels = NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A figure in percent, or a difference of two in points, with its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return with_interval(self.value, self.low, self.high)
-
-
-@dataclass(frozen=True)
-class Figures:
-    """What one arm reaches."""
-
-    balanced_accuracy: Estimate
-    accuracy: Estimate
-    macro_f1: Estimate
-    recalls: list[Estimate]  # of each class
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """The one comparison: the arm of the best ratio against the one without generated images, by cross-fitting."""
-
-    gain: Estimate  # in balanced accuracy
-    chosen: tuple[str, str]  # the arm that is best on either half, and judged by the other
-    classes: list[Estimate]  # the gain in each class, with the interval of this class alone
-    named: list[int]  # classes whose gain is surely not zero, by Holm over all, the largest first
-
-    @property
-    def grade(self) -> str:
-        """`helps`, `harms` or `same`."""
-        return "helps" if self.gain.low > 0 else "harms" if self.gain.high < 0 else "same"
+Numbers: TypeAlias = NDArray[np.int64]
+Figure: TypeAlias = dict[str, float]  # value, low and high
+_Mean: TypeAlias = tuple[NDArray[np.float64], float]  # of each seed, and its variance over test images
 
 
 def require_enough(manifest: Manifest) -> None:
@@ -75,57 +38,56 @@ def require_enough(manifest: Manifest) -> None:
             raise UserError("utility", reason, hint="add more, name it in data.leave_out, or use null")
 
 
-def figures(answers: Answers, labels: Labels, *, num_classes: int) -> Figures:
-    """Of one arm."""
-    right, every = (answers == labels).astype(float), np.zeros_like(labels)
-    found = [_mean_over_classes(right, labels), _mean_over_classes(right, every)]
-    found.append(_macro_f1(answers, labels, num_classes))
-    found += [_mean_over_classes(right[:, own], labels[own]) for own in _by_class(labels, num_classes)]
-    estimates = (_estimate(*each) for each in found)
-    balanced, accuracy, f1, *recalls = (Estimate(e.value, max(e.low, 0.0), min(e.high, 100.0)) for e in estimates)
-    return Figures(balanced, accuracy, f1, recalls)
+def figures(answers: Numbers, labels: Numbers, *, num_classes: int) -> dict[str, Any]:
+    """`balanced_accuracy`, `accuracy` and `macro_f1` of one arm, and the `recalls` of its classes."""
+    right = (answers == labels).astype(float)
+    found = [_mean(right, labels), _mean(right), _macro_f1(answers, labels, num_classes)]
+    found += [_mean(right[:, labels == label]) for label in range(num_classes)]
+    balanced, accuracy, f1, *recalls = ({k: min(max(v, 0), 100) for k, v in _figure(each).items()} for each in found)
+    return {"balanced_accuracy": balanced, "accuracy": accuracy, "macro_f1": f1, "recalls": recalls}
 
 
-def compare(without: Answers, ratios: Mapping[str, Answers], labels: Labels, *, num_classes: int) -> Comparison:
-    """Compare the arms of all `ratios` with the one `without`.
+def compare(without: Numbers, ratios: Mapping[str, Numbers], labels: Numbers, *, num_classes: int) -> dict[str, Any]:
+    """The one comparison: the arm of the best of all `ratios` against the one `without` generated images.
 
     The test images of each class fall into two halves. The arm that is best on one half is judged by the other, and the
     gain is the mean of both, so no image judges what it has chosen.
+
+    Returns:
+        `grade`: helps, harms or same; `gain` in balanced accuracy; `chosen`: the arm that is best on either half;
+        `classes`: the gain in each; `named`: classes whose gain is surely not zero, by Holm over all, largest first.
     """
-    first, names = _first_half(labels, num_classes), list(ratios)
-    rights = {name: (answers == labels).astype(float) for name, answers in ratios.items()}
-    chosen = []
-    for half in (first, ~first):
-        scores = [_mean_over_classes(rights[name][:, half], labels[half])[0].mean() for name in names]
-        chosen.append(names[int(np.argmax(scores))])  # of equal ones the first, with the fewest images
-    right = np.where(first, rights[chosen[1]], rights[chosen[0]])
-    gain = right - (without == labels)
-    by_class = [_mean_over_classes(gain[:, own], labels[own]) for own in _by_class(labels, num_classes)]
-    return Comparison(
-        gain=_estimate(*_mean_over_classes(gain, labels)),
-        chosen=(chosen[0], chosen[1]),
-        classes=[_estimate(*each) for each in by_class],
-        named=_holm(by_class, np.bincount(labels, minlength=num_classes)),
-    )
+    first, rights = _first_half(labels), {name: (answers == labels) * 1.0 for name, answers in ratios.items()}
+    scores = [
+        {name: _mean(rights[name][:, half], labels[half])[0].mean() for name in rights} for half in (first, ~first)
+    ]
+    chosen = [max(each, key=lambda name: each[name]) for each in scores]  # of equal ones the first
+    gain = np.where(first, rights[chosen[1]], rights[chosen[0]]) - (without == labels)
+    by_class = [_mean(gain[:, labels == label]) for label in range(num_classes)]
+    whole = _figure(_mean(gain, labels))
+    return {
+        "grade": "helps" if whole["low"] > 0 else "harms" if whole["high"] < 0 else "same",
+        "gain": whole,
+        "chosen": chosen,
+        "classes": [_figure(each) for each in by_class],
+        "named": _surely(by_class, np.bincount(labels, minlength=num_classes)),
+    }
 
 
-def _by_class(labels: Labels, num_classes: int) -> list[NDArray[np.bool_]]:
-    return [labels == label for label in range(num_classes)]
-
-
-def _first_half(labels: Labels, num_classes: int) -> NDArray[np.bool_]:
+def _first_half(labels: Numbers) -> NDArray[np.bool_]:
     """Whether a test image is in the first half of its class, drawn once for a test split."""
     order, first = np.random.default_rng(COMMON_SEED).permutation(len(labels)), np.zeros(len(labels), bool)
-    for own in _by_class(labels[order], num_classes):
-        first[order[np.flatnonzero(own)[::2]]] = True
+    for label in np.unique(labels):
+        first[order[labels[order] == label][::2]] = True
     return first
 
 
-def _mean_over_classes(values: NDArray[np.float64], labels: Labels) -> tuple[NDArray[np.float64], float]:
-    """Mean over classes of the mean over their images of `values` [S, N]: of each seed, and its variance over images.
+def _mean(values: NDArray[np.float64], labels: Numbers | None = None) -> _Mean:
+    """The mean over classes of the mean over their images of `values` [S, N]; without labels all are of one class.
 
     Where hardly any image differs, those that were not seen may: the variance is as if one more had, in any class.
     """
+    labels = np.zeros(values.shape[1], np.int64) if labels is None else labels
     means, variance, present = [], 0.0, np.unique(labels)
     for label in present:
         own = values[:, labels == label]
@@ -136,44 +98,42 @@ def _mean_over_classes(values: NDArray[np.float64], labels: Labels) -> tuple[NDA
     return np.mean(means, axis=0), float(variance)
 
 
-def _estimate(of_seeds: NDArray[np.float64], variance: float) -> Estimate:
-    """The mean over seeds in percent; its variance is that of the seeds and that over images."""
-    from scipy.stats import t  # here, so that commands that judge nothing do not load it
-
-    count, value = len(of_seeds), 100 * float(of_seeds.mean())
-    reach = 100 * float(t.ppf(1 - SURE / 2, count - 1)) * _deviation(of_seeds, variance)
-    return Estimate(value, value - reach, value + reach)
-
-
-def _deviation(of_seeds: NDArray[np.float64], variance: float) -> float:
-    return float(np.sqrt(of_seeds.var(ddof=1) / len(of_seeds) + variance))
-
-
-def _macro_f1(answers: Answers, labels: Labels, num_classes: int) -> tuple[NDArray[np.float64], float]:
+def _macro_f1(answers: Numbers, labels: Numbers, num_classes: int) -> _Mean:
     """Mean over classes of F1 = 2 TP / D, D = 2 TP + FP + FN; its variance over images is that of its derivative."""
     of_seeds, change = [], np.zeros(len(labels))  # of the mean over seeds by one more of an image
+    count = np.bincount(labels, minlength=num_classes)
     for given in answers:
-        hits = np.bincount(labels[given == labels], minlength=num_classes)
-        all_of = np.maximum(np.bincount(labels, minlength=num_classes) + np.bincount(given, minlength=num_classes), 1)
-        f1 = 2 * hits / all_of
+        d = np.maximum(count + np.bincount(given, minlength=num_classes), 1)
+        f1 = 2 * np.bincount(labels[given == labels], minlength=num_classes) / d
         of_seeds.append(f1.mean())
-        lost, slope = f1 / all_of, 2 / all_of
+        lost, slope = f1 / d, 2 / d
         own = np.where(given == labels, slope[labels] - 2 * lost[labels], -lost[labels] - lost[given])
         change += own / num_classes / len(answers)
-    spread = [change[own] for own in _by_class(labels, num_classes)]
-    return np.array(of_seeds), float(sum(len(each) * each.var(ddof=1) for each in spread))
+    variance = sum(count[label] * change[labels == label].var(ddof=1) for label in range(num_classes))
+    return np.array(of_seeds), float(variance)
 
 
-def _holm(by_class: Sequence[tuple[NDArray[np.float64], float]], counts: NDArray[np.int64]) -> list[int]:
+def _deviation(mean: _Mean) -> float:
+    return float(np.sqrt(mean[0].var(ddof=1) / len(mean[0]) + mean[1]))
+
+
+def _figure(mean: _Mean) -> Figure:
+    """The mean over seeds, with Student's t of one less than seeds."""
+    from scipy.stats import t  # here, so that commands that judge nothing do not load it
+
+    value, reach = float(mean[0].mean()), float(t.ppf(1 - SURE / 2, len(mean[0]) - 1)) * _deviation(mean)
+    return {"value": 100 * value, "low": 100 * (value - reach), "high": 100 * (value + reach)}
+
+
+def _surely(by_class: list[_Mean], counts: Numbers) -> list[int]:
     """Classes whose mean is surely not zero, by Holm's procedure over all of them, and that have enough images."""
     from scipy.stats import t
 
-    means = np.array([of_seeds.mean() for of_seeds, _ in by_class])
-    sizes = np.abs(means) / [_deviation(*each) for each in by_class]
-    chances = 2 * t.sf(sizes, len(by_class[0][0]) - 1)
+    values = np.array([of_seeds.mean() for of_seeds, _ in by_class])
+    chances = 2 * t.sf(np.abs(values) / [*map(_deviation, by_class)], len(by_class[0][0]) - 1)
     sure = []
     for rank, label in enumerate(np.argsort(chances)):
         if chances[label] > SURE / (len(chances) - rank):
             break
         sure.append(int(label))
-    return sorted((each for each in sure if counts[each] >= NAMED_IMAGES), key=lambda each: -abs(means[each]))
+    return sorted((each for each in sure if counts[each] >= NAMED_IMAGES), key=lambda each: -abs(values[each]))

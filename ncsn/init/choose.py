@@ -29,7 +29,7 @@ from ncsn.evaluation import LEAST_TEST_IMAGES
 from ncsn.init.draft import Draft, any_config
 from ncsn.init.plan import Machine, Speed, measure_speed
 from ncsn.init.survey import MOST_LOOKED_AT, Survey, percent, told_from_mirror
-from ncsn.init.utility import choose_utility
+from ncsn.init.utility import can_tell, choose_utility
 from ncsn.report.images import evenly_spread
 from ncsn.report.words import duration
 
@@ -100,8 +100,9 @@ def choose(
     class_counts = [count * train_images / found.num_images for count in found.class_counts]
     if _are_splits(found.class_names):
         class_counts = []
-    may_ask = _mostly_in_classes_of(ENOUGH_OF_CLASS, class_counts) and draft.get("utility", {}) is not None
-    asking = UTILITY * seconds * may_ask
+    test_counts = [count - train for count, train in zip(found.class_counts, class_counts, strict=False)]
+    learned = _mostly_in_classes_of(ENOUGH_OF_CLASS, class_counts) and draft.get("utility", {}) is not None
+    asking = UTILITY * seconds * (learned and can_tell(class_counts, test_counts))
     left = max(seconds - startup - reading - asking, seconds / 5)
     draft.choose("compute.num_workers", machine.workers, f"For the machine that this was written on: {machine}.")
     if machine.cores_per_worker > 1:
@@ -123,9 +124,8 @@ def choose(
     length = _choose_training(draft, train_images=train_images, seconds=TRAINING * left, speed=speed)
     sampling = _choose_sampling(draft, seconds=_SAMPLING * left, speed=speed)
     _choose_evaluation(draft, found, class_counts, train_images=train_images)
-    tests = [count - known for count, known in zip(found.class_counts, class_counts, strict=False)]
     per_image = sampling / draft.get("sampling.num_images")
-    asking = choose_utility(draft, class_counts, tests, seconds=asking, seconds_per_image=per_image)
+    asking = choose_utility(draft, class_counts, test_counts, seconds=asking, seconds_per_image=per_image)
     taken = {
         "train": length * speed.train_image,
         "sample": sampling,

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from ncsn.config.schema import UtilityConfig
 from ncsn.evaluation.learner import network_for
-from ncsn.evaluation.utility import NAMED_IMAGES
+from ncsn.evaluation.utility import LEAST_OF_CLASS, NAMED_IMAGES
 from ncsn.init.draft import Draft
 from ncsn.report.words import duration
 from ncsn.steps.utility import RATES, TRIED, UNBALANCED
@@ -20,6 +20,11 @@ LEAST_UPDATES, MOST_UPDATES = 400, 4000  # with fewer, a classifier has hardly b
 _RATIOS = ((0.25, 0.5, 1.0), (0.25, 0.5), (0.25,))  # the most that fit
 _BASICS = 3  # arms of no ratio
 _MEASURED = 4  # updates
+
+
+def can_tell(train: Sequence[float], test: Sequence[float]) -> bool:
+    """Whether classes of these numbers of images have enough to tell."""
+    return sum(count >= NAMED_IMAGES for count in test) >= 2 and min(*train, *test) >= LEAST_OF_CLASS
 
 
 def choose_utility(
@@ -32,7 +37,7 @@ def choose_utility(
     if draft.get("data.num_classes") is None:
         return 0.0
     why = f"Not asked whether the images help a classifier: fewer than two classes have {NAMED_IMAGES} test images."
-    if sum(count >= NAMED_IMAGES for count in test) >= 2 and min(train) >= 2 <= min(test):
+    if can_tell(train, test):
         usual, workers = UtilityConfig(), draft.get("compute.num_workers")
         each = seconds_per_update(draft, classes=len(train), batch_size=usual.batch_size) / workers
         balancing = max(train) > UNBALANCED * min(train)

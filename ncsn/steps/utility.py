@@ -27,9 +27,9 @@ from ncsn.data.training_images import open_cache
 from ncsn.distributed.cluster import cluster_for, ray_tags
 from ncsn.distributed.ray_calls import runner_of
 from ncsn.errors import UserError
-from ncsn.evaluation.features import Runner, device_of
+from ncsn.evaluation.features import Runner
 from ncsn.evaluation.learner import VERSION, Generated, Lesson, Part, learn
-from ncsn.evaluation.utility import Comparison, compare, figures, require_enough
+from ncsn.evaluation.utility import compare, figures, require_enough
 from ncsn.model.checkpoint import TrainedNetwork
 from ncsn.progress import Progress
 from ncsn.report.plots import to_png, utility_figure
@@ -75,7 +75,7 @@ class Asked:
     updates: int
     trials: list[dict[str, Any]]  # that chose both
 
-    def compared(self, labels: NDArray[np.int64], *, num_classes: int) -> Comparison:
+    def compared(self, labels: NDArray[np.int64], *, num_classes: int) -> dict[str, Any]:
         """The one comparison, by the labels of the test images."""
         ratios = {name: given for name, given in self.answers.items() if name.startswith(RATIO)}
         return compare(self.answers[AUGMENTED], ratios, labels, num_classes=num_classes)
@@ -138,27 +138,28 @@ def utility(
             split="test",
             asked=tested,
             place=storage.join(uri, "answers"),
-            device=device_of(config),
+            use_gpu=config.compute.use_gpu,
         )
         asked = ask(lesson, labels, wish, runner=runner_of(config.compute), progress=progress)
     test = test[tested]
     found = asked.compared(test, num_classes=len(names))
     rows = [
-        {"name": arm.name, **arm.images, **asdict(figures(asked.answers[arm.name], test, num_classes=len(names)))}
+        {"name": arm.name, **arm.images, **figures(asked.answers[arm.name], test, num_classes=len(names))}
         for arm in asked.arms
     ]
-    gain, by_class = asdict(found.gain), [asdict(each) for each in found.classes]
+    gain, by_class = found["gain"], dict(zip(names, found["classes"], strict=True))
+    named = [names[label] for label in found["named"]]
     result = UtilityResult(
         uri=storage.join(uri, "utility.json"),
         plot=storage.join(uri, "utility.png"),
-        sentence=utility_sentence(found.grade, gain, {names[k]: by_class[k] for k in found.named}),
-        grade=found.grade,
+        sentence=utility_sentence(found["grade"], gain, {name: by_class[name] for name in named}),
+        grade=found["grade"],
         gain=gain,
-        chosen=list(found.chosen),
-        named=[names[label] for label in found.named],
+        chosen=found["chosen"],
+        named=named,
         classes=[
-            {"name": name, "train": int(own), "test": int((test == label).sum()), "gain": by_class[label]}
-            for label, (name, own) in enumerate(zip(names, counts, strict=True))
+            {"name": name, "train": int(count), "test": int((test == label).sum()), "gain": by_class[name]}
+            for label, (name, count) in enumerate(zip(names, counts, strict=True))
         ],
         arms=rows,
         seeds=wish.seeds,

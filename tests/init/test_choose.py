@@ -14,7 +14,7 @@ from PIL import Image
 from refused import refused
 
 from ncsn.config import Config, ConfigError, from_yaml
-from ncsn.init import choose as choices
+from ncsn.init import choose as choices, utility as asking
 from ncsn.init.choose import FirstConfig, held_out, slug, unet
 from ncsn.init.draft import Draft
 from ncsn.init.plan import Machine, Speed
@@ -288,3 +288,25 @@ def test_the_file_has_the_order_of_the_schema_and_the_reasons_above_the_values()
         "train:", "  # As given.", "  num_images: 7",
     ]  # fmt: skip
     assert yaml.safe_load(text) == draft.tree
+
+
+@pytest.mark.parametrize(
+    ("minutes", "test_fraction", "cost", "ratios"),
+    [
+        (60, 0.3, 0.001, (0.25, 0.5, 1.0)),
+        (20, 0.3, 1.6, (0.25,)),  # generating takes longer than all else
+        (20, 0.1, 0.001, None),  # ten test images of each class
+        (1, 0.3, 1.6, None),
+    ],
+)
+def test_whether_images_help_is_asked_if_it_fits_a_quarter_of_the_time(
+    choose, monkeypatch, minutes: float, test_fraction: float, cost: float, ratios: tuple[float, ...] | None
+) -> None:
+    monkeypatch.setattr(asking, "seconds_per_update", lambda *_, **__: 0.01)
+    chosen = choose(
+        f"data.test_fraction={test_fraction}", folders={"a": 100, "b": 90}, side=16, minutes=minutes, cost=cost
+    )
+    wish = chosen.config.utility
+    assert (wish and wish.ratios) == ratios and chosen.draft.reasons["utility" if wish is None else "utility.updates"]
+    assert (wish is None) == ("utility" not in chosen.seconds)
+    assert chosen.seconds.get("utility", 0) <= 60 * minutes / 4

@@ -92,13 +92,14 @@ def test_only_tasks_that_need_no_torch_get_the_slim_image(tmp_path: Path, monkey
         }
 
     launched = slim(backend="kuberay", searching=False)
-    assert launched.keys() == {"finish", "search", "train", "sample", "evaluate"}
+    assert launched.keys() == {"finish", "search", "train", "sample", "evaluate", "utility"}
     assert all(each["NCSN_IMAGE"] == IMAGE for each in launched.values()), "what they start has torch"
     assert "NCSN_WORKER_MEMORY" not in launched["train"], "the config says it"
     sized = slim(backend="kuberay", searching=False, kuberay={})
     assert re.fullmatch(r"\d{4,}Mi", sized["train"]["NCSN_WORKER_MEMORY"])
     assert slim(backend="kuberay").keys() == {"finish"}, "the search decides about the others"
-    assert slim(searching=False).keys() == slim(backend="ray-jobs", searching=False).keys() == {"finish", "search"}
+    idle = {"finish", "search", "utility"}
+    assert slim(searching=False).keys() == slim(backend="ray-jobs", searching=False).keys() == idle
     spec, _ = yaml.safe_load_all(compile_one("train_pipeline", tmp_path).read_text())
     images = {name: each["container"]["image"] for name, each in spec["deploymentSpec"]["executors"].items()}
     assert [name for name, image in images.items() if image == "slim:1"] == ["exec-finish"]
@@ -123,5 +124,5 @@ def test_a_launcher_is_small_and_a_task_that_works_itself_as_large_as_its_worker
     assert "accelerator" not in resources(spec)["ingest"]
     assert "nodeSelector" not in executors["exec-ingest"]
     spec, _ = fitted(tmp_path, searching=False)
-    assert resources(spec)["search"] == LAUNCHER
+    assert resources(spec)["search"] == resources(spec)["utility"] == LAUNCHER
     assert "accelerator" in resources(spec)["train"]

@@ -49,6 +49,7 @@ FACTS = {
     "pictures": {},
     "warnings": [],
     "selection": None,
+    "utility": None,
 }
 
 

@@ -16,7 +16,7 @@ from ncsn.report import plots
 from ncsn.report.images import grid_png, neighbors_png
 from ncsn.report.pages import render
 from ncsn.report.plots import to_png, to_svg
-from ncsn.report.words import Fact
+from ncsn.report.words import Fact, answers, utility_sentence
 
 VIEWER = """<!doctype html><style>body { margin: 0 } iframe { border: 0; width: 100vw; height: 100vh }</style>
 <iframe sandbox="allow-scripts" src="report.html"></iframe>"""
@@ -47,13 +47,34 @@ EVALUATION = {
     "num_real_images": 60,
     "fingerprint": "f" * 64,
     "notes": ["only 60 real images"],
-    "audit": {"worst": 16 * [{"image": 0, "row": 0, "statistic": 0.5}]},
+    "audit": {
+        "copies": {"copies": 0, "near": 0, "num_images": 64, "num_test": 60, "num_near_test": 0},
+        "worst": 16 * [{"image": 0, "row": 0, "statistic": 0.5}],
+    },
 }
 
 
 def manifest(source: str) -> Any:
     pixels = SimpleNamespace(shape=(8, 8, 1))
     return SimpleNamespace(pixels=pixels, source=source, count=lambda _: 1000, equal_images="")
+
+
+def compared() -> dict[str, Any]:
+    """The result of `utility` for two classes."""
+    figure = {"value": 90.0, "low": 85.0, "high": 95.0}
+    figures = dict.fromkeys(("balanced_accuracy", "accuracy", "macro_f1"), figure) | {"recalls": [figure, figure]}
+    arms = [{"name": name, "real": 9, "generated": 0} | figures for name in ("augmented", "ratio-0.5", "filled")]
+    gain = {"value": 2.1, "low": 0.9, "high": 3.3}
+    return {
+        "sentence": utility_sentence("helps", gain, {"one": gain}),
+        "arms": arms,
+        "classes": [{"name": "zero"}, {"name": "one"}],
+        "chosen": ["ratio-0.5", "ratio-0.5"],
+        "seeds": 5,
+        "updates": 1000,
+        "made": 9,
+        "copies": 0,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +90,7 @@ def page() -> dict[str, Any]:
     selection = {"candidates": [candidate], "figure": "eval/classifier_fid_n64", "uri": "u", "notes": ["optimistic"]}
     search = {"trials": [{}], "objective_name": "fid", "objective": 12.0, "baseline": 15.5, "images_seen": 4096}
     plot = to_png(plots.selection_figure([candidate], metric="fid"))
+    utility = compared()
     return {
         "title": "digits",
         "mirrored": True,
@@ -83,6 +105,9 @@ def page() -> dict[str, Any]:
         "loss": DsmLossConfig(),
         "lines": {"sample": "64 images"},
         "records": {"sample": SimpleNamespace(seconds=5.0, result={"num_images": 64, "nfe": 5})},
+        "answers": answers(EVALUATION, utility["sentence"]),
+        "utility": utility,
+        "utility_plot": to_png(plots.utility_figure(utility)),
         "costs": [Fact("Reserved", "3 s")],
         "lineage": [
             Fact("Checkpoint", "s3://bucket/" + "a-long-prefix/" * 8 + "checkpoints/images-000001000"),
@@ -114,11 +139,13 @@ def test_a_page_has_a_section_for_each_part_and_says_what_the_model_has_learned(
         return re.findall(r'<section id="(\w+)"', text)
 
     whole = render("report.html.j2", **page)
-    everything = "strip scores neighbors classes selection search training timings lineage config"
+    everything = "strip scores neighbors classes utility selection search training timings lineage config"
     assert sections(whole) == everything.split()
     assert len(whole.encode()) < 5_000_000, "MLflow and KFP load the page as a whole"
     assert "default-src 'none'" in whole and "score network (Song" in whole
-    missing = dict.fromkeys(("grid", "strip", "decision", "selection", "search", "loss_plot", "held_out_plot"))
+    missing = dict.fromkeys(
+        ("grid", "strip", "decision", "utility", "selection", "search", "loss_plot", "held_out_plot")
+    )
     missing |= {"evaluation": EVALUATION | {"classes": None}, "records": {}}
     text = render("report.html.j2", **page | missing | {"loss": ConsistencyLossConfig(kind="consistency")})
     assert sections(text) == ["scores", "neighbors", "timings", "lineage", "config"]
@@ -170,7 +197,7 @@ def visit(request: pytest.FixtureRequest, browser: Browser, folder: Path):
 def test_pictures_are_shown_and_nothing_is_requested(visit, folder: Path, name: str) -> None:
     frame, requests, complaints = visit(name)
     widths = frame.evaluate("[...document.images].map(image => image.naturalWidth)")
-    assert len(widths) == 7, "grid, real images, strip, neighbors, classes, selection, search"
+    assert len(widths) == 8, "grid, real images, strip, neighbors, classes, utility, selection, search"
     assert min(widths) > 0
     drawn = frame.evaluate("[...document.querySelectorAll('.plot svg')].map(s => s.getBoundingClientRect().width)")
     assert len(drawn) == 2 and min(drawn) > 300

@@ -44,7 +44,12 @@ def evaluation(config, root, save_untrained) -> str:
         real_images=str(root / "neighbors.png"),
         verdict="4 images made.",
         grade="copied",
-        metrics={"eval/classifier_score_n4": 2.0, "eval/classifier_copies_n4": 0.25},
+        metrics={
+            "eval/classifier_score_n4": 2.0,
+            "eval/classifier_copies_n4": 0.25,
+            "eval/classifier_excess_low_n4": 0.2,
+            "eval/classifier_excess_high_n4": 0.3,
+        },
         real_metrics={"eval/real_classifier_score_n4": 4.0},
         num_images=4,
         num_real_images=4,

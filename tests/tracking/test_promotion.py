@@ -23,6 +23,7 @@ from ncsn.tracking.promotion import aliased_version, pass_gate, promote_version,
 
 NAN = float("nan")
 FLOORS = Floors(figure(0.0).name, fid_below=9.0, copies_below=0.01)  # 2 of 256 are fewer, 3 are not
+HELPING = replace(FLOORS, utility_above=0.0)
 
 
 @pytest.mark.parametrize(
@@ -46,6 +47,9 @@ FLOORS = Floors(figure(0.0).name, fid_below=9.0, copies_below=0.01)  # 2 of 256 
         (replace(evidence(9.0), floors=FLOORS), None, False, ["9.0 (", "fid_below = 9"]),
         (replace(evidence(8.9, replace(CLEAN, copies=2)), floors=FLOORS), None, True, ["8.9 ("]),
         (replace(evidence(8.9, replace(CLEAN, copies=3)), floors=FLOORS), None, False, ["256", " 3 ", "= 0.01"]),
+        (replace(evidence(8.9), floors=HELPING), None, False, ["utility_above = 0"]),
+        (replace(evidence(8.9), floors=HELPING, utility=0.0), None, False, ["utility_above = 0"]),
+        (replace(evidence(8.9), floors=HELPING, utility=0.1), None, True, ["8.9 ("]),
         (replace(evidence(1.0, num_images=64), floors=FLOORS), None, False, ["fid_n512", "fid_n64"]),
     ],
 )
