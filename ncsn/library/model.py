@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ncsn import storage
@@ -53,12 +53,11 @@ class Neighbors(NamedTuple):
 
 
 class ScoreModel:
-    """A trained score network: images, scores and denoised images. It comes from `ncsn.fit` or from `load`."""
+    """A trained score network, from `ncsn.fit` or `load`. Arrays `images` are [B, H, W, C] as `sample` gives them."""
 
     def __init__(
         self, trained: TrainedNetwork, *, origin: str = "this process", training: NDArray[Any] | str | None = None
-    ) -> None:
-        """`training`: the training images, or the URI of their dataset, which need not be there."""
+    ) -> None:  # `training`: the images, or the URI of their dataset, which need not be there
         self._trained, self._origin, self._training = trained, origin, training
         self._device = next(trained.network.parameters()).device
 
@@ -185,8 +184,7 @@ class ScoreModel:
         about 30 ln(sigma_1 / sigma_L) evaluations, without guidance.
 
         Args:
-            images: [B, H, W, C] as `sample` gives them, with any values at unknown pixels.
-            mask: True where a pixel is known, bool [H, W] or [B, H, W].
+            mask: True where a pixel is known, bool [H, W] or [B, H, W]. What `images` have elsewhere is not used.
             label: See `score`.
 
         Raises:
@@ -194,7 +192,7 @@ class ScoreModel:
         """
         sampling, given, count = self._unguided(seed), self._stored(images), _number("n", n)
         config, one, each = self._trained.config, given.shape[1:3], given.shape[:3]
-        if not (_is_array(mask, np.bool_) and mask.shape in (one, each)):
+        if getattr(mask, "dtype", None) != np.bool_ or mask.shape not in (one, each):
             reason, hint = f"is no bool array {list(one)} or {list(each)}", "make it True where a pixel is known"
             raise UserError("mask", reason, hint=hint, value=_kind(mask))
         known, sigmas = np.broadcast_to(mask[..., None], given.shape), build.sigmas(config, sampling)
@@ -217,19 +215,13 @@ class ScoreModel:
             made.append(np.where(known[rows], given[rows], level_images(x, sampling, config)))
         return np.concatenate(made).reshape(len(given), count, *self.image_shape)
 
-    def log_likelihood(
-        self, images: NDArray[Any], *, label: int | str | None = None, seed: int = 0
-    ) -> NDArray[np.float64]:
+    def log_likelihood(self, images: NDArray[Any], *, label: int | str | None = None, seed: int = 0) -> NDArray[Any]:
         """Log2 of the probability of each image by its H W C values, float64 [B]; higher = more probable.
 
         It is minus what papers call bits per dimension: -3 for three bits. Noise of the seed spreads whole numbers over
         their steps, so it is a lower bound. Of float32 images it is the density of values scaled to [0, 1]. The model's
         density is that of images with noise of sigma_L, by the probability-flow ODE (Song et al. 2021, section 4.3) in
-        128 evaluations, each with four random probes, without guidance.
-
-        Args:
-            images: [B, H, W, C] as `sample` gives them.
-            label: See `score`.
+        128 evaluations, each with four random probes, without guidance. For the label see `score`.
 
         Raises:
             UserError: An argument is none of these, or the network is no unet or ddpmpp, or is tuned for consistency.
@@ -240,15 +232,15 @@ class ScoreModel:
             raise UserError("network.kind", "has no likelihood", hint="use unet or ddpmpp", value=config.network.kind)
         shape, size, (low, high) = data.network_shape, math.prod(data.network_shape), data.pixels.limits
         whole, sigma_min = data.dtype != "float32", (sampling.levels or config.levels).sigma_L
-        steps = high - low + data.dequantize if whole else 1  # of the values in [0, 1]
+        spread = whole and data.dequantize  # over steps as in training, else around the values
+        steps = high - low + spread if whole else 1
         ode, found = LikelihoodOde(network.sigma_data, sigma_min=sigma_min, steps=_ODE_STEPS), list[Tensor]()
         for first in range(0, len(given), _ODE_IMAGES):
             stored = torch.from_numpy(given[first : first + _ODE_IMAGES])
             rows: dict[str, Any] = {"first": first, "count": len(stored)}
             u = keyed_uniform(seed, stream=Stream.DEQUANTIZE, size=size, **rows).view(-1, *shape)
-            x = to_unit(stored, (low, high), u=u if whole and data.dequantize else None)
-            if whole and not data.dequantize:  # around the values that training sees
-                x += (u - 0.5) / steps
+            x = to_unit(stored, (low, high), u=u if spread else None)
+            x = x + (u - 0.5) / steps if whole and not spread else x
             probes = hutchinson_probes(seed, number=_PROBES, shape=shape, **rows).to(self._device)
             score = partial(network.score_at, labels=self._labels(label, len(x)))
             found.append(ode.log_density(score, x.to(self._device), probes=probes).cpu())
@@ -257,28 +249,26 @@ class ScoreModel:
     def nearest(self, images: NDArray[Any], k: int = 1) -> Neighbors:
         """The `k` training images nearest to each image, as the audit of copies finds them; equal ones count once.
 
-        The distance is the least over shifts by an eighth of a side, brightness by a tenth and, where training mirrors
-        images, mirror images; of the 32 with the most similar spectra. A training image is at 0, but for rounding.
-
-        Args:
-            images: [B, H, W, C] as `sample` gives them.
-            k: At most 32, and no more than there are.
+        Of the 32 with the most similar spectra, the distance is the least over shifts by an eighth of a side, a tenth
+        of brightness and, where training mirrors images, mirror images. A training image is at 0, but for rounding.
 
         Raises:
             UserError: An argument is none of these, or the training images are not at hand. They are those of a run or
                 a version whose dataset is in its store, and of `ncsn.fit` of an array or a torch dataset.
         """
         given, data, training = self._stored(images), self._trained.config.data, self._training
-        if training is None or (isinstance(training, str) and not storage.exists(storage.join(training, MANIFEST))):
-            reason = f"its training images are not at hand{f': no dataset at {training}' if training else ''}"
-            raise UserError("model", reason, hint="load a run or a version whose dataset is in its store")
-        real = open_cache(training, "train").images if isinstance(training, str) else training
-        rows, mirrors, limits = distinct(real, mirrors=data.mirrors), data.mirrors, data.pixels.limits
+        if isinstance(training, str):
+            found = storage.exists(storage.join(training, MANIFEST))
+            training = open_cache(training, "train").images if found else None
+        if training is None:
+            hint = "load a run or a version whose dataset is in its store"
+            raise UserError("model", "its training images are not at hand", hint=hint, value=self._origin)
+        rows, limits = distinct(training, mirrors=data.mirrors), data.pixels.limits
         if (count := _number("k", k)) > (most := min(CANDIDATES, len(rows))):
             raise UserError("k", f"is more than the {most} training images that are compared", value=count)
-        search = partial(nearest, rows=rows, mirrors=mirrors, device=str(self._device))
-        near, distances = search(eight_bit(given, limits), lambda some: eight_bit(real[some], limits))
-        return Neighbors(real[near[:, :count]], near[:, :count], distances[:, :count])
+        search = partial(nearest, rows=rows, mirrors=data.mirrors, device=str(self._device))
+        near, distances = search(eight_bit(given, limits), lambda some: eight_bit(training[some], limits))
+        return Neighbors(training[near[:, :count]], near[:, :count], distances[:, :count])
 
     def _unguided(self, seed: int) -> SamplingConfig:
         """How images are sampled with a seed, for what needs a score."""
@@ -290,20 +280,18 @@ class ScoreModel:
         """Images as `sample` gives them."""
         data = self._trained.config.data
         (low, high), shape = data.pixels.limits, data.stored_shape
-        if not (_is_array(images, data.dtype) and images.shape[1:] == shape and len(images)):
-            reason = f"is no array [B, {', '.join(map(str, shape))}] of {data.dtype}"
+        array = isinstance(images, np.ndarray) and images.dtype == data.dtype and images.shape[1:] == shape
+        if not (array and len(images) and images.min() >= low and images.max() <= high):  # not NaN either
+            reason = f"is no array [B, {', '.join(map(str, shape))}] of {data.dtype} from {low:g} to {high:g}"
             raise UserError("images", reason, hint="give one, as `sample` gives it", value=_kind(images))
-        if not (images.min() >= low and images.max() <= high):  # or NaN
-            raise UserError("images", f"are not all from {low:g} to {high:g}", hint="clip them", value=_kind(images))
-        return np.ascontiguousarray(images)
+        return np.array(images, order="C")
 
     def _labels(self, label: int | str | None, count: int) -> Tensor | None:
         """The label of each of `count` images, -1 = none; None for a model without classes."""
-        classes = self._trained.classes
-        if classes is None and label is None:
+        if (classes := self._trained.classes) is None:
+            if label is not None:
+                raise UserError("label", "needs a model with classes", hint="leave it out", value=label)
             return None
-        if classes is None:
-            raise UserError("label", "needs a model with classes", hint="leave it out", value=label)
         if label is None and not self._trained.config.train.label_dropout:
             reason = "is missing, and with train.label_dropout = 0 the network has never seen an image without one"
             raise UserError("label", reason, hint="give one of `classes`")
@@ -314,7 +302,7 @@ class ScoreModel:
         """Noisy pixels, floats [B, C, H, W] on the device of x, and sigma, float32 [B] on that of the network."""
         data = self._trained.config.data
         given = _kind(x)
-        if _is_array(x, data.dtype) and x.shape[1:] == data.stored_shape:
+        if isinstance(x, np.ndarray) and x.dtype == data.dtype and x.shape[1:] == data.stored_shape:
             x = to_unit(torch.from_numpy(np.ascontiguousarray(x)), data.pixels.limits)
         elif isinstance(x, Tensor) and x.dtype == torch.uint8:
             x = x / 255
@@ -338,17 +326,11 @@ class ScoreModel:
         return x, sigmas
 
 
-def _is_array(given: Any, dtype: DTypeLike) -> bool:
-    return isinstance(given, np.ndarray) and given.dtype == dtype
-
-
 def _kind(given: Any) -> str:
-    """What a caller gave, in an error."""
     return f"{given.dtype} {list(given.shape)}" if isinstance(given, Tensor | np.ndarray) else type(given).__name__
 
 
 def _number(key: str, given: Any) -> int:
-    """A count that a caller gave."""
     if not isinstance(given, int | np.integer) or given < 1:
         raise UserError(key, f"must be a whole number of at least 1, not {given!r}")
     return int(given)
