@@ -86,7 +86,7 @@ def test_where_all_is_known_images_return_and_where_nothing_is_they_are_samples(
         ((), gray(np.uint8(200)), 200.5 / 256, 256),
         (("data.dequantize=false",), gray(np.uint8(200)), 200 / 255, 255),
         (UINT16, gray(np.uint16(9999)), 9999.5 / 65536, 65536),
-        (FLOATS, gray(np.float32(5.0)), 7 / 8, 1),
+        (FLOATS, gray(np.float32(0.7)), 2.7 / 8, 1),
     ],
 )
 def test_pixels_of_each_type_are_completed_and_have_the_likelihood_of_a_gaussian(overrides, images, x, steps) -> None:
