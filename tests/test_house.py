@@ -39,16 +39,16 @@ BUDGETS = {
     "ncsn/tracking": 1479,
     "ncsn/report": 927,
     "ncsn/remote": 1622,
-    "ncsn/library": 396,
+    "ncsn/library": 546,
     "ncsn/init ncsn/inspection": 1817,
     "ncsn/serving": 443,
     "ncsn/training": 1044,
     "components pipelines": 1061,
     "ncsn/storage": 843,
     "examples": 1141,
-    "tests": 23941,
+    "tests": 24099,
 }
-MOST_WORDS = 17901
+MOST_WORDS = 18050
 
 
 def _name(path: Path) -> str:

@@ -144,7 +144,11 @@ def _train(config: Config, source: Source, on_progress: Callable[[int, int], obj
         if (name := checkpoints.newest()) is None:
             raise DivergedError("hours", "were over when training had diverged", hint="give other images or settings")
         told.start(images_seen_at(name), "images", done=images_seen_at(name))
-        return ScoreModel(load_checkpoint(f"{checkpoints.uri}/{name}", device=config.compute.device))
+        trained, known = (
+            load_checkpoint(f"{checkpoints.uri}/{name}", device=config.compute.device),
+            images.splits["train"],
+        )
+        return ScoreModel(trained, training=np.asarray(known.images) if isinstance(known, Arrays) else None)
 
 
 def _in_memory(images: Any, labels: ArrayLike | None) -> tuple[Source, Survey]:
