@@ -30,25 +30,25 @@ LEAST_MODULES, MOST_MODULES = 2, 14  # of a package
 BUDGETS = {
     "ncsn/core": 3608,
     "ncsn/data": 2827,
-    "ncsn/evaluation": 2025,
-    "ncsn/steps ncsn/runs ncsn/kubeflow": 3786,
-    "ncsn/model": 1540,
+    "ncsn/evaluation": 2366,
+    "ncsn/steps ncsn/runs ncsn/kubeflow": 4134,
+    "ncsn/model": 1544,
     "ncsn/distributed": 1543,
-    "ncsn/config": 1782,
-    "ncsn/cli": 1806,
-    "ncsn/tracking": 1479,
-    "ncsn/report": 927,
+    "ncsn/config": 1808,
+    "ncsn/cli": 1810,
+    "ncsn/tracking": 1486,
+    "ncsn/report": 1025,
     "ncsn/remote": 1622,
     "ncsn/library": 546,
-    "ncsn/init ncsn/inspection": 1817,
+    "ncsn/init ncsn/inspection": 1897,
     "ncsn/serving": 443,
     "ncsn/training": 1044,
-    "components pipelines": 1061,
+    "components pipelines": 1106,
     "ncsn/storage": 843,
     "examples": 1141,
-    "tests": 24099,
+    "tests": 24472,
 }
-MOST_WORDS = 18050
+MOST_WORDS = 18900
 
 
 def _name(path: Path) -> str:

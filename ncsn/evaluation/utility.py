@@ -7,7 +7,7 @@ is the mean of the recalls.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -19,6 +19,7 @@ from ncsn.errors import UserError
 
 SURE = 0.05  # chance that an interval misses the truth
 LEAST_OF_CLASS = 2  # images to train on, and to test with
+UNBALANCED = 1.5  # the largest class over the smallest, from which arms balance them
 NAMED_IMAGES = 20  # test images of a class from which it may be named
 
 Numbers: TypeAlias = NDArray[np.int64]
@@ -36,6 +37,11 @@ def require_enough(manifest: Manifest) -> None:
         if min(train, test) < LEAST_OF_CLASS:
             reason = f"needs {LEAST_OF_CLASS} training and test images of each class; {name!r} has {train} and {test}"
             raise UserError("utility", reason, hint="add more, name it in data.leave_out, or use null")
+
+
+def unbalanced(counts: Sequence[float] | Numbers) -> bool:
+    """Whether classes of these numbers of training images are to be balanced."""
+    return bool(max(counts) > UNBALANCED * min(counts))
 
 
 def figures(answers: Numbers, labels: Numbers, *, num_classes: int) -> dict[str, Any]:

@@ -10,11 +10,10 @@ import torch
 import torch.nn.functional as F
 
 from ncsn.config.schema import UtilityConfig
-from ncsn.evaluation.learner import network_for
-from ncsn.evaluation.utility import LEAST_OF_CLASS, NAMED_IMAGES
+from ncsn.evaluation.learner import RATES, TRIED, network_for
+from ncsn.evaluation.utility import LEAST_OF_CLASS, NAMED_IMAGES, unbalanced
 from ncsn.init.draft import Draft
 from ncsn.report.words import duration
-from ncsn.steps.utility import RATES, TRIED, UNBALANCED
 
 LEAST_UPDATES, MOST_UPDATES = 400, 4000  # with fewer, a classifier has hardly begun; more gain nothing on small sets
 _RATIOS = ((0.25, 0.5, 1.0), (0.25, 0.5), (0.25,))  # the most that fit
@@ -40,7 +39,7 @@ def choose_utility(
     if can_tell(train, test):
         usual, workers = UtilityConfig(), draft.get("compute.num_workers")
         each = seconds_per_update(draft, classes=len(train), batch_size=usual.batch_size) / workers
-        balancing = max(train) > UNBALANCED * min(train)
+        balancing = unbalanced(train)
         for ratios in _RATIOS:
             images = sum(max(max(ratios) * count, (max(train) - count) * balancing) for count in train)
             trainings = usual.seeds * (_BASICS + len(ratios) + 2 * balancing) + TRIED * len(RATES)

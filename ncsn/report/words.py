@@ -275,8 +275,10 @@ def utility_sentence(grade: str, gain: Mapping[str, float], named: Mapping[str, 
     """What a comparison of classifiers says of generated images; `named` are the gains of classes that changed."""
     over = "balanced accuracy over augmentation alone"
     ends = f"({with_interval(gain['value'], gain['low'], gain['high']).partition('(')[2]}"
-    classes = ", ".join(f"{name} ({each['value']:+.2g})" for name, each in [*named.items()][:3])
-    if grade == "same":
+    same = grade == "same"
+    moved = [(name, each["value"]) for name, each in named.items() if same or each["value"] * gain["value"] > 0]
+    classes = ", ".join(f"{name} ({value:+.2g})" for name, value in moved[:3])
+    if same:
         least = max(-gain["low"], gain["high"])
         text = f"Generated images make no difference of {least:.2g} points or more of {over} {ends}"
         text += ", the least that could be seen here"

@@ -28,8 +28,8 @@ from ncsn.distributed.cluster import cluster_for, ray_tags
 from ncsn.distributed.ray_calls import runner_of
 from ncsn.errors import UserError
 from ncsn.evaluation.features import Runner
-from ncsn.evaluation.learner import VERSION, Generated, Lesson, Part, learn
-from ncsn.evaluation.utility import compare, figures, require_enough
+from ncsn.evaluation.learner import RATES, TRIED, VERSION, Generated, Lesson, Part, learn
+from ncsn.evaluation.utility import compare, figures, require_enough, unbalanced
 from ncsn.model.checkpoint import TrainedNetwork
 from ncsn.progress import Progress
 from ncsn.report.plots import to_png, utility_figure
@@ -39,10 +39,7 @@ from ncsn.steps.export import uncopied
 from ncsn.steps.results import Context, Prepared, UtilityResult
 from ncsn.steps.sample import opened, place_of
 
-RATES = (1e-3, 2.5e-3, 6e-3)  # of which one is chosen
-TRIED = 2  # seeds of a trial
 HELD_OUT = 5  # one image in so many of each class chooses rate and length
-UNBALANCED = 1.5  # the largest class over the smallest, from which arms balance them
 
 REAL, AUGMENTED, GENERATED, RATIO = "real", "augmented", "generated", "ratio-"
 OVERSAMPLED, FILLED = "oversampled", "filled"
@@ -205,12 +202,8 @@ def ask(lesson: Lesson, labels: NDArray[np.int64], wish: UtilityConfig, *, runne
 def _wanted(counts: NDArray[np.int64], wish: UtilityConfig) -> NDArray[np.int64]:
     """Generated images of each class, for the largest ratio and to balance the classes."""
     wanted = np.ceil(max(wish.ratios) * counts).astype(np.int64)
-    found: NDArray[np.int64] = np.maximum(wanted, (counts.max() - counts) * _unbalanced(counts))
+    found: NDArray[np.int64] = np.maximum(wanted, (counts.max() - counts) * unbalanced(counts))
     return found
-
-
-def _unbalanced(counts: NDArray[np.int64]) -> bool:
-    return bool(counts.max() > UNBALANCED * counts.min())
 
 
 def _arms(labels: NDArray[np.int64], generated: Sequence[Generated], ratios: Sequence[float]) -> Iterator[Arm]:
@@ -229,7 +222,7 @@ def _arms(labels: NDArray[np.int64], generated: Sequence[Generated], ratios: Seq
     yield Arm(GENERATED, [first(np.ceil(max(ratios) * counts).astype(np.int64))])
     for ratio in sorted(set(ratios)):
         yield Arm(f"{RATIO}{ratio:g}", [real, first(np.ceil(ratio * counts).astype(np.int64))])
-    if _unbalanced(counts):
+    if unbalanced(counts):
         missing, again = counts.max() - counts, []
         for k in range(1, math.ceil(counts.max() / counts.min())):  # image after image, class by class
             rows = [own[: max(0, lack - (k - 1) * len(own))] for own, lack in zip(by_class, missing, strict=True)]

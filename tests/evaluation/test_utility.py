@@ -2,9 +2,12 @@
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
+from ncsn.evaluation.learner import network_for
 from ncsn.evaluation.utility import NAMED_IMAGES, compare, figures
+from ncsn.report.words import utility_sentence
 
 SEEDS = 5
 
@@ -86,3 +89,21 @@ def test_the_interval_covers_the_truth_as_often_as_it_says(
         gain = compare(base, {"1": helped}, labels, num_classes=num_classes)["gain"]
         covered += gain["low"] <= truth <= gain["high"]
     assert covered >= 0.92 * tables  # 0.95, less two deviations of 200 tables
+
+
+@pytest.mark.parametrize("shape", [(8, 8, 1), (28, 28, 1), (48, 32, 3), (64, 64, 3), (128, 128, 4)])
+def test_networks_take_images_of_any_size_one_by_one(shape: tuple[int, int, int]) -> None:
+    network = network_for(shape, 5).eval()
+    x = torch.randn(3, shape[2], *shape[:2])
+    together = network(x)
+    assert together.shape == (3, 5)
+    torch.testing.assert_close(network(x[:1]), together[:1], atol=1e-4, rtol=1e-4)
+    assert sum(each.numel() for each in network.parameters()) < (100_000 if max(shape) <= 48 else 12_000_000)
+
+
+def test_the_sentence_has_the_numbers() -> None:
+    gain, crack, dent = ({"value": v, "low": v - 1.2, "high": v + 1.2} for v in (2.1, 9.0, -4.0))
+    text = utility_sentence("helps", gain, {"dent": dent, "crack": crack})
+    assert all(each in text for each in ("+2.1 ", "(0.9 to 3.3)", "crack (+9)")) and "dent" not in text
+    text = utility_sentence("same", {"value": 0.4, "low": -0.6, "high": 1.4}, {"dent": dent})
+    assert all(each in text for each in (" 1.4 points", "(-0.60 to 1.40)", "dent (-4)"))
