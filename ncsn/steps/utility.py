@@ -101,7 +101,8 @@ def prepare(run: Run, *, checkpoint: str, dataset: str) -> Prepared[UtilityResul
         "mirrors": config.data.horizontal_flip,
         "version": VERSION,
     }
-    uri = storage.join(run.folder.utility, storage.digest(key, 12))
+    of_answers = key | {"utility": wish.model_dump(mode="json", exclude={"seeds"})}  # so that more seeds add to them
+    uri = storage.join(run.folder.utility, storage.digest(of_answers, 12))
     work = partial(utility, own, wish, trained, manifest, checkpoint, dataset, uri)
     return Prepared(config, key, work, lambda result: [result.uri, result.plot])
 

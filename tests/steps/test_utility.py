@@ -139,6 +139,11 @@ def test_a_second_call_trains_what_is_missing(tmp_path: Path, save_untrained, mo
     assert do("utility", config, "mine", **given) == result
     assert [path.read_bytes() for path in lost] == before
     assert {path for path, when in answers.items() if path.stat().st_mtime_ns != when} == set(lost)
+    changed = {path: path.stat().st_mtime_ns for path in answers}
+    more = config.model_copy(update={"utility": config.utility.model_copy(update={"seeds": 6})})
+    assert do("utility", more, "mine", **given).seeds == 6
+    assert {path: path.stat().st_mtime_ns for path in answers} == changed
+    assert len([*Path(folder.utility).glob("*/answers/*.npy")]) == len(answers) + 4
 
 
 def test_unbalanced_classes_are_filled_in_two_ways() -> None:
