@@ -98,7 +98,7 @@ def learn(lesson: Lesson) -> None:
     torch.manual_seed(lesson.seed)
     network = network_for(shape, lesson.num_classes).to(device)
     averaged = AveragedModel(network, multi_avg_fn=_average)
-    augment = _augmentation(*shape[:2], mirrors=lesson.mirrors)
+    augment = augmentation(*shape[:2], mirrors=lesson.mirrors)
     optimizer = torch.optim.AdamW(network.parameters(), lesson.rate, weight_decay=WEIGHT_DECAY)
     order, answers = _order(lesson, num_train=len(train.images)), []
     for update in range(1, lesson.lengths[-1] + 1):
@@ -146,7 +146,7 @@ def _order(lesson: Lesson, *, num_train: int) -> Iterator[Rows]:
         left = left[lesson.batch_size :]
 
 
-def _augmentation(height: int, width: int, *, mirrors: bool) -> Callable[[Tensor], Tensor]:
+def augmentation(height: int, width: int, *, mirrors: bool) -> Callable[[Tensor], Tensor]:
     """Shifts by up to an eighth of the side, mirrors where the data allow it, and erased parts, of one image."""
     from torchvision.transforms import v2  # here, since the import takes a second
 
