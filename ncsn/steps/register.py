@@ -106,9 +106,15 @@ def register(
     progress.advance()
     ask = config.tracking.promote == "ask"
     decision = pass_gate(tracked.client, name=candidate.name, version=version, evidence=evidence, ask=ask)
-    # The card of the version says so too, before the use.
-    card = re.sub(r"\n\nGate: .*", "", tracked.client.get_model_version(candidate.name, version).description or "")
-    card = card.replace("\n\n## Use\n", f"\n\nGate: {decision.reason}.\n\n## Use\n", 1)
+    # The card of the version says so too, before the use, and what classifiers have said since it was registered.
+    told = {"Gate": decision.reason}
+    if helped := candidate.tags.get("ncsn.utility"):
+        told = {"Utility": helped} | told
+        tracked.client.set_model_version_tag(candidate.name, version, "ncsn.utility", helped)
+    card = tracked.client.get_model_version(candidate.name, version).description or ""
+    card = re.sub(rf"\n\n({'|'.join(told)}): .*", "", card)
+    lines = "".join(f"\n\n{name}: {text}." for name, text in told.items())
+    card = card.replace("\n\n## Use\n", f"{lines}\n\n## Use\n", 1)
     tracked.client.update_model_version(candidate.name, version, card[: registry.DESCRIPTION_LENGTH])
     result = RegisterResult(
         model=candidate.name,
@@ -118,8 +124,8 @@ def register(
         reason=decision.reason,
         uri=f"models:/{candidate.name}/{version}",
     )
-    told = {"gate.promoted": str(result.promoted).lower(), "gate.reason": result.reason}
-    tracked.set_tags({"model.uri": result.uri, **told})
+    tags = {"gate.promoted": str(result.promoted).lower(), "gate.reason": result.reason}
+    tracked.set_tags({"model.uri": result.uri, **tags})
     aliases = f" ({', '.join(result.aliases)})" if result.aliases else ""
     note = f"{measured['verdict']}\n\nModel `{result.uri}`{aliases}: {result.reason}"
     tracked.parent.set_tags({"model.uri": result.uri, NOTE: note})

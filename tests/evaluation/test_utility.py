@@ -44,7 +44,9 @@ def test_the_better_ratio_is_judged_by_other_images_and_seeds() -> None:
     rng, gains, best = np.random.default_rng(0), list[float](), list[float]()
     labels = labels_of(40, 40)
     for _ in range(200):
-        base, *arms = (answers_of(rng.random(80) < 0.7 + 0.2 * rng.normal(size=(SEEDS, 1)), labels, 2) for _ in range(5))
+        base, *arms = (
+            answers_of(rng.random(80) < 0.7 + 0.2 * rng.normal(size=(SEEDS, 1)), labels, 2) for _ in range(5)
+        )
         found = compare(base, {str(k): arm for k, arm in enumerate(arms)}, labels, num_classes=2)
         gains.append(found["gain"]["value"])
         best.append(100 * max(float((arm == labels).mean() - (base == labels).mean()) for arm in arms))
