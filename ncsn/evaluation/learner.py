@@ -60,18 +60,18 @@ class Lesson:
 
     dataset: str
     generated: Sequence[Generated]
-    parts: Sequence[Part]
-    seed: int
-    rate: float
-    lengths: tuple[int, ...]  # updates after which it is asked, ascending
     batch_size: int
     num_classes: int
-    augmented: bool
     mirrors: bool  # whether augmentation mirrors
     split: str  # of the images that it is asked about
     asked: Rows  # rows of these
     place: str  # URI of its answers
     use_gpu: bool = False  # where there is one
+    parts: Sequence[Part] = ()
+    seed: int = 0
+    rate: float = 0.0
+    lengths: tuple[int, ...] = ()  # updates after which it is asked, ascending
+    augmented: bool = True
 
 
 @torch.random.fork_rng()

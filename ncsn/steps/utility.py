@@ -56,10 +56,8 @@ class Arm:
     @property
     def images(self) -> dict[str, int]:
         """How many real and generated images a pass shows."""
-        counts = {"train": 0, "generated": 0}
-        for part in self.parts:
-            counts[part.source] += len(part.rows)
-        return {"real": counts["train"], "generated": counts["generated"]}
+        real, made = ([len(part.rows) for part in self.parts if part.source == of] for of in ("train", "generated"))
+        return {"real": sum(real), "generated": sum(made)}
 
 
 @dataclass(frozen=True)
@@ -125,13 +123,8 @@ def utility(
         lesson = Lesson(
             dataset=dataset,
             generated=generated,
-            parts=(),
-            seed=0,
-            rate=0.0,
-            lengths=(),
             batch_size=wish.batch_size,
             num_classes=len(names),
-            augmented=True,
             mirrors=config.data.horizontal_flip,
             split="test",
             asked=tested,
