@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -172,12 +173,10 @@ def network_for(shape: Sequence[int], num_classes: int) -> nn.Module:
         else:
             network.conv1 = nn.Conv2d(channels, 64, 7, stride=2, padding=3)
         return network
-    stride, before = -(-side // FINEST), WIDTHS[0]
-    layers: list[nn.Module] = [nn.Conv2d(channels, before, stride + 2, stride=stride, padding=(stride + 1) // 2)]
-    for width in WIDTHS:
-        layers.append(_Block(before, width))
-        before = width
-    return nn.Sequential(*layers, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, num_classes))
+    stride = -(-side // FINEST)
+    layers: list[nn.Module] = [nn.Conv2d(channels, WIDTHS[0], stride + 2, stride=stride, padding=(stride + 1) // 2)]
+    layers += [_Block(*widths) for widths in pairwise((WIDTHS[0], *WIDTHS))]
+    return nn.Sequential(*layers, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(WIDTHS[-1], num_classes))
 
 
 class _Block(nn.Module):

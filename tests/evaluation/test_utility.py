@@ -75,11 +75,8 @@ def test_the_interval_covers_the_truth_as_often_as_it_says(
     def share(logits: NDArray[np.float64]) -> NDArray[np.float64]:
         return 1 / (1 + np.exp(-logits))
 
-    rng, labels, tables = (
-        np.random.default_rng(num_classes * images),
-        labels_of(*[images // num_classes] * num_classes),
-        200,
-    )
+    rng, tables = np.random.default_rng(num_classes * images), 200
+    labels = labels_of(*[images // num_classes] * num_classes)
     noise = 2 * rng.normal(size=100_000) * 0.8 + 0.2 * rng.normal(size=100_000) + 0.2 * rng.normal(size=100_000)
     truth = 100 * (share(ease + effect + noise) - share(ease + noise)).mean()
     covered = 0
