@@ -46,7 +46,7 @@ BUDGETS = {
     "components pipelines": 1106,
     "ncsn/storage": 843,
     "examples": 1141,
-    "tests": 24488,
+    "tests": 24492,
 }
 MOST_WORDS = 18900
 

@@ -60,7 +60,7 @@ def prepare(run: Run, *, checkpoint: str, evaluation: str) -> Prepared[RegisterR
     if floors:
         floors["figure"] = metric_name("fid", extractor=extractor_name(config, manifest), num_images=images)
     measurement, copies = Measurement(**measured["gate"]), Copies(**measured["audit"]["copies"])
-    helped = utility_of(run.folder, loaded.digest)
+    helped = utility_of(run.folder, loaded.digest, facts)
     evidence = Evidence(measurement, copies, not_finite, Floors(**floors), helped["gain"]["low"] if helped else None)
     uri = tracking_uri(config)
 
@@ -136,7 +136,7 @@ def _candidate(
     loaded: TrainedNetwork, measured: Mapping[str, Any], manifest: Manifest, *, run: str, checkpoint: str
 ) -> registry.Registration:
     config, guide, samples = loaded.config, loaded.guide, measured["samples"]
-    helped = utility_of(run_folder(config, run), loaded.digest)
+    helped = utility_of(run_folder(config, run), loaded.digest, registry.deciding(loaded))
     pictures = {"grid.png": storage.join(samples, "grid.png"), "neighbors.png": measured["neighbors"]}
     files = {file: smaller_png(storage.read_bytes(uri)) for file, uri in pictures.items() if storage.exists(uri)}
     shown_in = {"samples": "grid.png", "samples and their nearest training images": "neighbors.png"}
@@ -178,10 +178,11 @@ def _candidate(
     )
 
 
-def utility_of(folder: RunFolder, digest: str) -> dict[str, Any] | None:
-    """What the classifiers say of the images of these weights, if they were asked."""
-    result = read_step(folder, "utility").result
-    return dict(result) if result and result["checkpoint_digest"] == digest else None
+def utility_of(folder: RunFolder, digest: str, facts: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What classifiers say of the images of these weights by this sampler and guidance, if they were asked."""
+    record = read_step(folder, "utility")
+    same = all(record.inputs.get(name) == facts.get(name) for name in ("sampler", "guidance"))
+    return dict(record.result) if record.result and same and record.result["checkpoint_digest"] == digest else None
 
 
 def selection_of(config: Config, run: str, checkpoint: str) -> Mapping[str, Any] | None:

@@ -268,5 +268,4 @@ def _learned(lessons: Sequence[Lesson], *, runner: Runner, progress: Progress) -
     progress.start(total, "updates of classifiers", done=total - left)
     for lesson, _ in runner(learn, missing, gpu=True):
         progress.advance(lesson.lengths[-1])
-    found: list[NDArray[np.int64]] = [storage.read_array(lesson.place) for lesson in lessons]
-    return found
+    return [storage.read_array(lesson.place) for lesson in lessons]

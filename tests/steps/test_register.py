@@ -77,8 +77,12 @@ def test_first_version_is_champion_and_a_second_call_changes_nothing(config, sav
     for said in ("They help", "They harm"):  # classifiers that are asked later
         low = float(said == "They help")
         told = {"checkpoint_digest": checkpoint.load_checkpoint(saved).digest, "sentence": said, "gain": {"low": low}}
-        update_step(RunFolder(config.storage.root, "one"), "utility", result=result_of("utility", **told))
+        result, facts = result_of("utility", **told), registry.deciding(checkpoint.load_checkpoint(saved))
+        update_step(RunFolder(config.storage.root, "one"), "utility", inputs=facts, result=result)
         do("register", config, "one", checkpoint=saved, evaluation=evaluation)
+    other = {"inputs": {"sampler": {}}, "result": result | {"sentence": "They help, by another sampler"}}
+    update_step(RunFolder(config.storage.root, "one"), "utility", **other)
+    do("register", config, "one", checkpoint=saved, evaluation=evaluation)
     (version,) = client.search_model_versions("name = 'ncsn-tiny'")
     assert version.tags["ncsn.utility"] == said and "help" not in version.description
     assert f"{said}.\n\nGate: " in version.description
