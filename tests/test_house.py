@@ -48,7 +48,7 @@ BUDGETS = {
     "examples": 1141,
     "tests": 24492,
 }
-MOST_WORDS = 18900
+MOST_WORDS = 18910
 
 
 def _name(path: Path) -> str:
