@@ -80,7 +80,7 @@ def test_first_version_is_champion_and_a_second_call_changes_nothing(config, sav
         result, facts = result_of("utility", **told), registry.deciding(checkpoint.load_checkpoint(saved))
         update_step(RunFolder(config.storage.root, "one"), "utility", inputs=facts, result=result)
         do("register", config, "one", checkpoint=saved, evaluation=evaluation)
-    other = {"inputs": {"sampler": {}}, "result": result | {"sentence": "They help, by another sampler"}}
+    other = {"inputs": {"sampler": {}}, "result": result | {"sentence": "By another", "gain": {"low": 5.0}}}
     update_step(RunFolder(config.storage.root, "one"), "utility", **other)
     do("register", config, "one", checkpoint=saved, evaluation=evaluation)
     (version,) = client.search_model_versions("name = 'ncsn-tiny'")
