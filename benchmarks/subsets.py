@@ -4,8 +4,8 @@
     python -m benchmarks.subsets configs/fashion_edm_class.yaml OUT --per-class 1000 20      # fewer from class to class
     ncsn init OUT --minutes 20
 
-With two numbers, the first class has the first one, the last class the second, and those between a fixed share less than
-the class before. Draws of another number have other images.
+With two numbers, the first class has the first one, the last class the second, and those between a fixed share less
+than the class before. Draws of another number have other images.
 """
 
 from __future__ import annotations

@@ -40,15 +40,15 @@ BUDGETS = {
     "ncsn/report": 1025,
     "ncsn/remote": 1622,
     "ncsn/library": 546,
-    "ncsn/init ncsn/inspection": 1897,
+    "ncsn/init ncsn/inspection": 1914,
     "ncsn/serving": 443,
     "ncsn/training": 1044,
     "components pipelines": 1106,
     "ncsn/storage": 843,
     "examples": 1141,
-    "tests": 24472,
+    "tests": 24492,
 }
-MOST_WORDS = 18900
+MOST_WORDS = 18910
 
 
 def _name(path: Path) -> str:

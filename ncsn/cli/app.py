@@ -165,7 +165,7 @@ def _ask_mirrored(png: bytes, default: bool) -> bool:  # noqa: FBT001 - `Callabl
 @json_option
 @click.option("--finish", is_flag=True, help="Train no further: make the model of what an interrupted run has trained.")
 def run_command(*, options: TargetOptions, as_json: bool, finish: bool) -> None:
-    """Run the whole pipeline: ingest, search if the config has a search, train, sample, evaluate, register, report.
+    """Run the whole pipeline: ingest, train, sample, evaluate, register, report; search and utility if asked for.
 
     The same command again resumes an interrupted run, and repeats nothing that is done.
     """

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -60,18 +61,18 @@ class Lesson:
 
     dataset: str
     generated: Sequence[Generated]
-    parts: Sequence[Part]
-    seed: int
-    rate: float
-    lengths: tuple[int, ...]  # updates after which it is asked, ascending
     batch_size: int
     num_classes: int
-    augmented: bool
     mirrors: bool  # whether augmentation mirrors
     split: str  # of the images that it is asked about
     asked: Rows  # rows of these
     place: str  # URI of its answers
     use_gpu: bool = False  # where there is one
+    parts: Sequence[Part] = ()
+    seed: int = 0
+    rate: float = 0.0
+    lengths: tuple[int, ...] = ()  # updates after which it is asked, ascending
+    augmented: bool = True
 
 
 @torch.random.fork_rng()
@@ -98,7 +99,7 @@ def learn(lesson: Lesson) -> None:
     torch.manual_seed(lesson.seed)
     network = network_for(shape, lesson.num_classes).to(device)
     averaged = AveragedModel(network, multi_avg_fn=_average)
-    augment = _augmentation(*shape[:2], mirrors=lesson.mirrors)
+    augment = augmentation(*shape[:2], mirrors=lesson.mirrors)
     optimizer = torch.optim.AdamW(network.parameters(), lesson.rate, weight_decay=WEIGHT_DECAY)
     order, answers = _order(lesson, num_train=len(train.images)), []
     for update in range(1, lesson.lengths[-1] + 1):
@@ -146,7 +147,7 @@ def _order(lesson: Lesson, *, num_train: int) -> Iterator[Rows]:
         left = left[lesson.batch_size :]
 
 
-def _augmentation(height: int, width: int, *, mirrors: bool) -> Callable[[Tensor], Tensor]:
+def augmentation(height: int, width: int, *, mirrors: bool) -> Callable[[Tensor], Tensor]:
     """Shifts by up to an eighth of the side, mirrors where the data allow it, and erased parts, of one image."""
     from torchvision.transforms import v2  # here, since the import takes a second
 
@@ -172,12 +173,10 @@ def network_for(shape: Sequence[int], num_classes: int) -> nn.Module:
         else:
             network.conv1 = nn.Conv2d(channels, 64, 7, stride=2, padding=3)
         return network
-    stride, before = -(-side // FINEST), WIDTHS[0]
-    layers: list[nn.Module] = [nn.Conv2d(channels, before, stride + 2, stride=stride, padding=(stride + 1) // 2)]
-    for width in WIDTHS:
-        layers.append(_Block(before, width))
-        before = width
-    return nn.Sequential(*layers, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, num_classes))
+    stride = -(-side // FINEST)
+    layers: list[nn.Module] = [nn.Conv2d(channels, WIDTHS[0], stride + 2, stride=stride, padding=(stride + 1) // 2)]
+    layers += [_Block(*widths) for widths in pairwise((WIDTHS[0], *WIDTHS))]
+    return nn.Sequential(*layers, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(WIDTHS[-1], num_classes))
 
 
 class _Block(nn.Module):

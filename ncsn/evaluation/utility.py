@@ -7,6 +7,7 @@ is the mean of the recalls.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -56,25 +57,25 @@ def figures(answers: Numbers, labels: Numbers, *, num_classes: int) -> dict[str,
 def compare(without: Numbers, ratios: Mapping[str, Numbers], labels: Numbers, *, num_classes: int) -> dict[str, Any]:
     """The one comparison: the arm of the best of all `ratios` against the one `without` generated images.
 
-    The test images of each class fall into two halves. The arm that is best on one half is judged by the other, and the
-    gain is the mean of both, so no image judges what it has chosen.
+    The test images of each class fall into two halves. What classifiers of one seed answer on one half is judged for
+    the arm that is best on the other half by all other seeds: neither images nor classifiers judge what they chose.
 
     Returns:
-        `grade`: helps, harms or same; `gain` in balanced accuracy; `chosen`: the arm that is best on either half;
-        `classes`: the gain in each; `named`: classes whose gain is surely not zero, by Holm over all, largest first.
+        `grade`: helps, harms or same; `gain` in balanced accuracy; `chosen`: the arms that were judged, the most often
+        chosen first; `classes`: the gain in each; `named`: classes whose gain is surely not zero, by Holm over all,
+        largest first.
     """
-    first, rights = _first_half(labels), {name: (answers == labels) * 1.0 for name, answers in ratios.items()}
-    scores = [
-        {name: _mean(rights[name][:, half], labels[half])[0].mean() for name in rights} for half in (first, ~first)
-    ]
-    chosen = [max(each, key=lambda name: each[name]) for each in scores]  # of equal ones the first
-    gain = np.where(first, rights[chosen[1]], rights[chosen[0]]) - (without == labels)
+    first, names, seeds = _first_half(labels), [*ratios], np.arange(len(without))
+    rights = np.stack([(answers == labels) * 1.0 for answers in ratios.values()])
+    scores = np.array([[_mean(right[:, half], labels[half])[0] for right in rights] for half in (first, ~first)])
+    best = (scores.sum(axis=2, keepdims=True) - scores).argmax(axis=1)  # [halves, seeds]; of equal ones the first
+    gain = np.where(first, rights[best[1], seeds], rights[best[0], seeds]) - (without == labels)
     by_class = [_mean(gain[:, labels == label]) for label in range(num_classes)]
     whole = _figure(_mean(gain, labels))
     return {
         "grade": "helps" if whole["low"] > 0 else "harms" if whole["high"] < 0 else "same",
         "gain": whole,
-        "chosen": chosen,
+        "chosen": [names[arm] for arm, _ in Counter(best.ravel().tolist()).most_common()],
         "classes": [_figure(each) for each in by_class],
         "named": _surely(by_class, np.bincount(labels, minlength=num_classes)),
     }

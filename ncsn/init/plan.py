@@ -6,15 +6,17 @@ import copy
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ncsn.config import Config
+from ncsn.config.schema import UtilityConfig
 from ncsn.config.training import AutoNoiseConfig, NoiseConfig
 from ncsn.core.losses import Batch
 from ncsn.core.noise_schedule import best_epsilon
@@ -23,6 +25,8 @@ from ncsn.core.training import train_step
 from ncsn.data.format import load_manifest
 from ncsn.data.noise_levels import resolve_noise
 from ncsn.errors import UserError
+from ncsn.evaluation.learner import RATES, TRIED, augmentation, network_for
+from ncsn.evaluation.utility import unbalanced
 from ncsn.model import build
 from ncsn.model.generate import evaluations_per_image
 from ncsn.model.memory import kept_bytes
@@ -103,12 +107,12 @@ def measure_speed(config: Config) -> Speed:
             return score
 
         together = workers * (TOGETHER if workers > 1 else 1.0)
-        return Speed(_seconds(train, batch) / together, _seconds(evaluate, batch) / together)
+        train_image, evaluate_image = (_seconds(work, batch, count, device) for work in (train, evaluate))
+        return Speed(train_image / together, evaluate_image / together)
 
 
-def _seconds(work: Callable[[Batch], object], batch: Batch) -> float:
-    """Of an image of the batch, or of its first ones if they take long enough."""
-    device = batch.x.device
+def _seconds(work: Callable[[Any], object], batch: Any, size: int, device: torch.device) -> float:
+    """Of an image of the batch of this size, or of its first ones if they take long enough."""
     # A CPU's own time, so that other work on the machine does not count.
     on_gpu = device.type == "cuda"
     clock, threads = (time.perf_counter, 1) if on_gpu else (time.process_time, torch.get_num_threads())
@@ -120,14 +124,37 @@ def _seconds(work: Callable[[Batch], object], batch: Batch) -> float:
 
     images, begun, measured = 0, clock(), list[float]()
     while len(measured) < MEASUREMENTS and (not measured or clock() - begun < SECONDS * threads):
-        if images < len(batch.x):  # all of a large network would take minutes on a CPU
-            images = min(max(1, 4 * images), len(batch.x))
+        if images < size:  # all of a large network would take minutes on a CPU
+            images = min(max(1, 4 * images), size)
             call(images)  # warms up
             measured.clear()
         started = clock()
         call(images)
         measured.append((clock() - started) / threads / images)
     return min(measured)  # the others shared caches with what else runs here
+
+
+def work_of(wish: UtilityConfig, counts: Sequence[float]) -> tuple[float, int]:
+    """Generated images and classifiers for classes of these numbers of training images."""
+    balancing, most = unbalanced(counts), max(wish.ratios)
+    images = sum(max(most * count, (max(counts) - count) * balancing) for count in counts)
+    return images, wish.seeds * (3 + len(wish.ratios) + 2 * balancing) + TRIED * len(RATES)
+
+
+def seconds_per_update(wish: UtilityConfig, shape: Sequence[int], *, classes: int, device: str, cores: int) -> float:
+    """Of one classifier of images of this height, width and channels, on so many cores."""
+    (height, width, channels), network = shape, network_for(shape, classes).to(device)
+    augment, optimizer = augmentation(height, width, mirrors=True), torch.optim.AdamW(network.parameters(), RATES[0])
+
+    def update(images: Tensor) -> None:
+        x = torch.stack([augment(image) for image in images])
+        optimizer.zero_grad()
+        F.cross_entropy(network(x), torch.zeros(len(x), dtype=torch.int64, device=device)).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+
+    images = torch.randn(wish.batch_size, channels, height, width, device=device)
+    with build.torch_threads(cores):
+        return wish.batch_size * _seconds(update, images, len(images), torch.device(device))
 
 
 def with_levels(config: Config, run: str) -> Config:
@@ -180,8 +207,21 @@ def without_values(config: Config) -> tuple[nn.Module, dict[str, tuple[int, Call
 def plan(config: Config, run: str) -> dict[str, Any]:
     """The estimate by the speed of this machine, measured."""
     config = with_levels(config, run)
-    basis = f"measured on this machine ({Machine.here()})"
-    return estimate(config, measure_speed(config), basis=basis)
+    basis, speed = f"measured on this machine ({Machine.here()})", measure_speed(config)
+    found = estimate(config, speed, basis=basis)
+    if (wish := config.utility) is None:
+        return found
+    if not (ingested := read_step(run_folder(config, run), "ingest").result):
+        found["notes"].append("The step utility is not counted: run `ncsn ingest` first, which counts the classes.")
+        return found
+    manifest, compute = load_manifest(str(ingested["uri"])), config.compute
+    images, trainings = work_of(wish, counts := manifest.class_counts["train"])
+    each = seconds_per_update(
+        wish, manifest.pixels.shape, classes=len(counts), device=compute.device, cores=compute.cpus_per_worker
+    )
+    seconds = images * found["nfe"] * speed.evaluate_image + trainings * wish.updates * each / compute.max_workers
+    found["steps"]["utility"] = cost_of(config, "utility", seconds)._asdict()
+    return found
 
 
 def estimate(config: Config, speed: Speed, *, basis: str) -> dict[str, Any]:

@@ -187,7 +187,7 @@ def utility_figure(result: Mapping[str, Any]) -> Figure:
     def dots(axes: Axes, figures: Sequence[Mapping[str, float]], *, shift: float = 0, **style: Any) -> None:
         places = [shift - number for number in range(len(figures))]
         values = [each["value"] for each in figures]
-        reach = [each["high"] - each["value"] for each in figures]
+        reach = np.abs([[each[end] - each["value"] for each in figures] for end in ("low", "high")])
         axes.errorbar(values, places, xerr=reach, fmt="o", markersize=4, linewidth=1.2, **style)
 
     dots(left, [arm["balanced_accuracy"] for arm in arms.values()], color=PALETTE[0])

@@ -121,7 +121,7 @@ def export(
         for name, value in now.model_dump(mode="json", exclude=without).items():
             if value != before[name]:
                 again.append(f"--set {shlex.quote(f'{section}.{name}={json.dumps(value, ensure_ascii=False)}')}")
-    helped = utility_of(folder, trained.digest)
+    helped = utility_of(folder, trained.digest, place_of(config, trained, folder)[0])
     card = render(
         "data_card.md.j2",
         config=config,

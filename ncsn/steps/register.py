@@ -60,7 +60,7 @@ def prepare(run: Run, *, checkpoint: str, evaluation: str) -> Prepared[RegisterR
     if floors:
         floors["figure"] = metric_name("fid", extractor=extractor_name(config, manifest), num_images=images)
     measurement, copies = Measurement(**measured["gate"]), Copies(**measured["audit"]["copies"])
-    helped = utility_of(run.folder, loaded.digest)
+    helped = utility_of(run.folder, loaded.digest, facts)
     evidence = Evidence(measurement, copies, not_finite, Floors(**floors), helped["gain"]["low"] if helped else None)
     uri = tracking_uri(config)
 
@@ -106,9 +106,15 @@ def register(
     progress.advance()
     ask = config.tracking.promote == "ask"
     decision = pass_gate(tracked.client, name=candidate.name, version=version, evidence=evidence, ask=ask)
-    # The card of the version says so too, before the use.
-    card = re.sub(r"\n\nGate: .*", "", tracked.client.get_model_version(candidate.name, version).description or "")
-    card = card.replace("\n\n## Use\n", f"\n\nGate: {decision.reason}.\n\n## Use\n", 1)
+    # The card of the version says so too, before the use, and what classifiers have said since it was registered.
+    told = {"Gate": decision.reason}
+    if helped := candidate.tags.get("ncsn.utility"):
+        told = {"Utility": helped} | told
+        tracked.client.set_model_version_tag(candidate.name, version, "ncsn.utility", helped)
+    card = tracked.client.get_model_version(candidate.name, version).description or ""
+    card = re.sub(rf"\n\n({'|'.join(told)}): .*", "", card)
+    lines = "".join(f"\n\n{name}: {text}." for name, text in told.items())
+    card = card.replace("\n\n## Use\n", f"{lines}\n\n## Use\n", 1)
     tracked.client.update_model_version(candidate.name, version, card[: registry.DESCRIPTION_LENGTH])
     result = RegisterResult(
         model=candidate.name,
@@ -118,8 +124,8 @@ def register(
         reason=decision.reason,
         uri=f"models:/{candidate.name}/{version}",
     )
-    told = {"gate.promoted": str(result.promoted).lower(), "gate.reason": result.reason}
-    tracked.set_tags({"model.uri": result.uri, **told})
+    tags = {"gate.promoted": str(result.promoted).lower(), "gate.reason": result.reason}
+    tracked.set_tags({"model.uri": result.uri, **tags})
     aliases = f" ({', '.join(result.aliases)})" if result.aliases else ""
     note = f"{measured['verdict']}\n\nModel `{result.uri}`{aliases}: {result.reason}"
     tracked.parent.set_tags({"model.uri": result.uri, NOTE: note})
@@ -130,7 +136,7 @@ def _candidate(
     loaded: TrainedNetwork, measured: Mapping[str, Any], manifest: Manifest, *, run: str, checkpoint: str
 ) -> registry.Registration:
     config, guide, samples = loaded.config, loaded.guide, measured["samples"]
-    helped = utility_of(run_folder(config, run), loaded.digest)
+    helped = utility_of(run_folder(config, run), loaded.digest, registry.deciding(loaded))
     pictures = {"grid.png": storage.join(samples, "grid.png"), "neighbors.png": measured["neighbors"]}
     files = {file: smaller_png(storage.read_bytes(uri)) for file, uri in pictures.items() if storage.exists(uri)}
     shown_in = {"samples": "grid.png", "samples and their nearest training images": "neighbors.png"}
@@ -172,10 +178,11 @@ def _candidate(
     )
 
 
-def utility_of(folder: RunFolder, digest: str) -> dict[str, Any] | None:
-    """What the classifiers say of the images of these weights, if they were asked."""
-    result = read_step(folder, "utility").result
-    return dict(result) if result and result["checkpoint_digest"] == digest else None
+def utility_of(folder: RunFolder, digest: str, facts: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What classifiers say of the images of these weights by this sampler and guidance, if they were asked."""
+    record = read_step(folder, "utility")
+    same = all(record.inputs.get(name) == facts.get(name) for name in ("sampler", "guidance"))
+    return dict(record.result) if record.result and same and record.result["checkpoint_digest"] == digest else None
 
 
 def selection_of(config: Config, run: str, checkpoint: str) -> Mapping[str, Any] | None:

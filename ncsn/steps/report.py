@@ -62,7 +62,7 @@ def prepare(run: Run, *, evaluation: str) -> Prepared[ReportResult]:
         manifest=load_manifest(measured["dataset"]),
         records=read_results({name: folder for name in steps_of(config) if name not in (SEARCH, "report")}),
         selection=selection_of(config, run.name, samples["checkpoint"]),
-        utility=utility_of(folder, loaded.digest),
+        utility=utility_of(folder, loaded.digest, samples),
     )
     key = {
         "evaluation": measured,

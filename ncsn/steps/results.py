@@ -182,7 +182,7 @@ class UtilityResult:
     sentence: str  # for people
     grade: str  # helps, harms or same
     gain: dict[str, float]  # in balanced accuracy, of real and generated images over real ones, both with augmentation
-    chosen: list[str]  # the arm that is best on either half of the test images
+    chosen: list[str]  # the arms that were judged, the most often chosen first
     named: list[str]  # classes with a gain that is surely not zero, the largest first
     classes: list[dict[str, Any]]  # `name`, `train` and `test` images, and `gain`
     arms: list[dict[str, Any]]  # `name`, `real` and `generated` images, and the figures of `evaluation.utility.Figures`

@@ -56,10 +56,8 @@ class Arm:
     @property
     def images(self) -> dict[str, int]:
         """How many real and generated images a pass shows."""
-        counts = {"train": 0, "generated": 0}
-        for part in self.parts:
-            counts[part.source] += len(part.rows)
-        return {"real": counts["train"], "generated": counts["generated"]}
+        real, made = ([len(part.rows) for part in self.parts if part.source == of] for of in ("train", "generated"))
+        return {"real": sum(real), "generated": sum(made)}
 
 
 @dataclass(frozen=True)
@@ -101,7 +99,8 @@ def prepare(run: Run, *, checkpoint: str, dataset: str) -> Prepared[UtilityResul
         "mirrors": config.data.horizontal_flip,
         "version": VERSION,
     }
-    uri = storage.join(run.folder.utility, storage.digest(key, 12))
+    of_answers = key | {"utility": wish.model_dump(mode="json", exclude={"seeds"})}  # so that more seeds add to them
+    uri = storage.join(run.folder.utility, storage.digest(of_answers, 12))
     work = partial(utility, own, wish, trained, manifest, checkpoint, dataset, uri)
     return Prepared(config, key, work, lambda result: [result.uri, result.plot])
 
@@ -124,13 +123,8 @@ def utility(
         lesson = Lesson(
             dataset=dataset,
             generated=generated,
-            parts=(),
-            seed=0,
-            rate=0.0,
-            lengths=(),
             batch_size=wish.batch_size,
             num_classes=len(names),
-            augmented=True,
             mirrors=config.data.horizontal_flip,
             split="test",
             asked=tested,
@@ -274,5 +268,4 @@ def _learned(lessons: Sequence[Lesson], *, runner: Runner, progress: Progress) -
     progress.start(total, "updates of classifiers", done=total - left)
     for lesson, _ in runner(learn, missing, gpu=True):
         progress.advance(lesson.lengths[-1])
-    found: list[NDArray[np.int64]] = [storage.read_array(lesson.place) for lesson in lessons]
-    return found
+    return [storage.read_array(lesson.place) for lesson in lessons]

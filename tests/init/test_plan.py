@@ -43,6 +43,16 @@ def test_this_machine_is_measured() -> None:
         plan(config("compute.use_gpu=true"), "run")
 
 
+def test_utility_is_counted_once_the_classes_are_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ncsn.init.plan.seconds_per_update", lambda *_, **__: 10.0)
+    asked = "data.num_classes=10", "data.max_images=300", f"storage.root={tmp_path}"
+    one, two = (config(*asked, f"utility={{updates: {updates}}}") for updates in (1000, 2000))
+    assert "utility" not in plan(one, "run")["steps"]
+    do("ingest", one, "run")
+    first, second = (plan(each, "run")["steps"]["utility"]["seconds"] for each in (one, two))
+    assert second - first == pytest.approx(1000 * 10 * (5 * 6 + 6) / 2, rel=0.01)  # by two workers
+
+
 def test_a_teacher_takes_time_and_memory_in_its_precision() -> None:
     def tuning(pairs: str, *more: str) -> Config:
         loss = f"loss={{kind: consistency, q: 2, stages: 8, pairs: {pairs}}}", "sampling.sampler={kind: consistency}"

@@ -61,7 +61,7 @@ def manifest(source: str) -> Any:
 
 def compared() -> dict[str, Any]:
     """The result of `utility` for two classes."""
-    figure = {"value": 90.0, "low": 85.0, "high": 95.0}
+    figure = {"value": 98.0, "low": 85.0, "high": 100.0}
     figures = dict.fromkeys(("balanced_accuracy", "accuracy", "macro_f1"), figure) | {"recalls": [figure, figure]}
     arms = [{"name": name, "real": 9, "generated": 0} | figures for name in ("augmented", "ratio-0.5", "filled")]
     gain = {"value": 2.1, "low": 0.9, "high": 3.3}
@@ -69,12 +69,18 @@ def compared() -> dict[str, Any]:
         "sentence": utility_sentence("helps", gain, {"one": gain}),
         "arms": arms,
         "classes": [{"name": "zero"}, {"name": "one"}],
-        "chosen": ["ratio-0.5", "ratio-0.5"],
+        "chosen": ["ratio-0.5"],
         "seeds": 5,
         "updates": 1000,
         "made": 9,
         "copies": 0,
     }
+
+
+def test_intervals_that_end_at_all_images_are_drawn_whole() -> None:
+    for axes in plots.utility_figure(compared()).axes:
+        for bars in axes.collections:
+            assert {tuple(segment[:, 0]) for segment in bars.get_segments()} == {(85, 100)}
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from ncsn.config import Config, from_yaml, to_yaml
 from ncsn.errors import NotFound
 from ncsn.model import checkpoint
 from ncsn.report.images import grid_png
+from ncsn.runs.folder import RunFolder, update_step
 from ncsn.tracking import registry
 from ncsn.tracking.client import connect
 from ncsn.tracking.promotion import promote_version
@@ -72,6 +73,19 @@ def test_first_version_is_champion_and_a_second_call_changes_nothing(config, sav
     (version,) = client.search_model_versions("name = 'ncsn-tiny'")
     gated = f"Gate: {first.reason}.\n\n## Use"
     assert gated in version.description and version.description.count("Gate: ") == 1
+    assert "ncsn.utility" not in version.tags
+    for said in ("They help", "They harm"):  # classifiers that are asked later
+        low = float(said == "They help")
+        told = {"checkpoint_digest": checkpoint.load_checkpoint(saved).digest, "sentence": said, "gain": {"low": low}}
+        result, facts = result_of("utility", **told), registry.deciding(checkpoint.load_checkpoint(saved))
+        update_step(RunFolder(config.storage.root, "one"), "utility", inputs=facts, result=result)
+        do("register", config, "one", checkpoint=saved, evaluation=evaluation)
+    other = {"inputs": {"sampler": {}}, "result": result | {"sentence": "By another", "gain": {"low": 5.0}}}
+    update_step(RunFolder(config.storage.root, "one"), "utility", **other)
+    do("register", config, "one", checkpoint=saved, evaluation=evaluation)
+    (version,) = client.search_model_versions("name = 'ncsn-tiny'")
+    assert version.tags["ncsn.utility"] == said and "help" not in version.description
+    assert f"{said}.\n\nGate: " in version.description
     run = client.get_run(version.run_id)
     assert (version.tags["ncsn.run"], run.data.tags["ncsn.step"], run.info.status) == ("one", "register", "FINISHED")
     gate = json.loads(version.tags["gate.decision"])
