@@ -31,13 +31,13 @@ BUDGETS = {
     "ncsn/core": 3608,
     "ncsn/data": 2827,
     "ncsn/evaluation": 2366,
-    "ncsn/steps ncsn/runs ncsn/kubeflow": 4134,
+    "ncsn/steps ncsn/runs ncsn/kubeflow": 4142,
     "ncsn/model": 1544,
     "ncsn/distributed": 1543,
     "ncsn/config": 1808,
     "ncsn/cli": 1810,
     "ncsn/tracking": 1486,
-    "ncsn/report": 1025,
+    "ncsn/report": 1026,
     "ncsn/remote": 1622,
     "ncsn/library": 546,
     "ncsn/init ncsn/inspection": 1914,
@@ -46,9 +46,9 @@ BUDGETS = {
     "components pipelines": 1106,
     "ncsn/storage": 843,
     "examples": 1141,
-    "tests": 24492,
+    "tests": 24494,
 }
-MOST_WORDS = 18910
+MOST_WORDS = 18912
 
 
 def _name(path: Path) -> str:

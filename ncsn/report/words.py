@@ -281,10 +281,11 @@ def utility_sentence(grade: str, gain: Mapping[str, float], named: Mapping[str, 
     if same:
         least = max(-gain["low"], gain["high"])
         text = f"Generated images make no difference of {least:.2g} points or more of {over} {ends}"
-        text += ", the least that could be seen here"
-        return f"{text}; classes that changed: {classes}" if classes else text
-    most = f", most for class {classes}" if classes else ""
-    return f"Generated images {UTILITY[grade]}: {gain['value']:+.2g} points of {over} {ends}{most}"
+        text += ", the least that could be seen here" + (f"; classes that changed: {classes}" if classes else "")
+    else:
+        text = f"Generated images {UTILITY[grade]}: {gain['value']:+.2g} points of {over} {ends}"
+        text += f", most for class {classes}" if classes else ""
+    return f"{text}; this speaks of this generator and these training images"
 
 
 def next_step(grade: str, config: Config, folder: RunFolder) -> tuple[str, str]:

@@ -193,6 +193,7 @@ class UtilityResult:
     checkpoint_digest: str  # of the weights that made the images
     made: int  # images that were generated
     copies: int  # of these, which were left out
+    notes: list[str]  # for people
 
     def __str__(self) -> str:
         return f"generated images {UTILITY[self.grade]}: {shown_gain(self.gain)} points of balanced accuracy"

@@ -33,7 +33,7 @@ from ncsn.evaluation.utility import compare, figures, require_enough, unbalanced
 from ncsn.model.checkpoint import TrainedNetwork
 from ncsn.progress import Progress
 from ncsn.report.plots import to_png, utility_figure
-from ncsn.report.words import utility_sentence
+from ncsn.report.words import shown_gain, utility_sentence
 from ncsn.runs.folder import Run
 from ncsn.steps.export import uncopied
 from ncsn.steps.results import Context, Prepared, UtilityResult
@@ -138,7 +138,13 @@ def utility(
         {"name": arm.name, **arm.images, **figures(asked.answers[arm.name], test, num_classes=len(names))}
         for arm in asked.arms
     ]
-    gain, by_class = found["gain"], dict(zip(names, found["classes"], strict=True))
+    gain, by_class, notes = found["gain"], dict(zip(names, found["classes"], strict=True)), list[str]()
+    alone = compare(asked.answers[AUGMENTED], {REAL: asked.answers[REAL]}, test, num_classes=len(names))
+    if alone["grade"] == "helps":
+        better = f"{shown_gain(alone['gain'])} points"
+        notes.append(f"real images are better without augmentation: {better}; what is compared has it on both sides")
+    if asked.updates == wish.updates:
+        notes.append(f"classifiers gained until the last of utility.updates = {wish.updates:,}: more may gain more")
     named = [names[label] for label in found["named"]]
     result = UtilityResult(
         uri=storage.join(uri, "utility.json"),
@@ -160,6 +166,7 @@ def utility(
         checkpoint_digest=trained.digest,
         copies=sum(part.copies.copies for part in parts),
         made=sum(part.samples.count for part in parts),
+        notes=notes,
     )
     storage.write_json(result.uri, storage.relative_uris(asdict(result), context.folder.root), indent=1)
     storage.write_bytes(result.plot, to_png(utility_figure(asdict(result))))

@@ -74,6 +74,7 @@ def compared() -> dict[str, Any]:
         "updates": 1000,
         "made": 9,
         "copies": 0,
+        "notes": ["Longer ones may gain more."],
     }
 
 

@@ -128,6 +128,7 @@ def test_a_second_call_trains_what_is_missing(tmp_path: Path, save_untrained, mo
     assert {trial["updates"] for trial in result.trials} == {1, 2, 4, 8} and result.updates in (1, 2, 4, 8)
     assert storage.read_bytes(result.plot).startswith(b"\x89PNG") and result.sentence
     assert storage.read_json(result.uri)["gain"] == result.gain
+    assert any("utility.updates = 8" in note for note in result.notes) == (result.updates == 8)
     answers = {path: path.stat().st_mtime_ns for path in Path(folder.utility).glob("*/answers/*.npy")}
     assert len(answers) == len(utility.RATES) * utility.TRIED + 4 * 5
     assert do("utility", config, "mine", **given) == result
