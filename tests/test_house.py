@@ -48,7 +48,7 @@ BUDGETS = {
     "examples": 1141,
     "tests": 24494,
 }
-MOST_WORDS = 18912
+MOST_WORDS = 19248
 
 
 def _name(path: Path) -> str:
