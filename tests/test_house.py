@@ -48,7 +48,7 @@ BUDGETS = {
     "examples": 1141,
     "tests": 24494,
 }
-MOST_WORDS = 19286
+MOST_WORDS = 19287
 
 
 def _name(path: Path) -> str:

@@ -27,7 +27,7 @@ from ncsn.evaluation.extractors import Images, batches
 VERSION = 1  # of what decides the answers beside a lesson
 SMALL_SIDE = 48  # pixels, up to which the small network does
 WIDTHS, FINEST = (16, 32, 64), 16  # of the small network: channels, and pixels of a side of its first feature maps
-RATES, TRIED = (1e-3, 2.5e-3, 6e-3), 2  # one rate is chosen, by so many seeds of each
+RATES, TRIED = (1e-3, 2.5e-3, 6e-3), 2  # one rate is chosen, by this number of seeds of each
 WEIGHT_DECAY = 0.02
 AVERAGED = 8  # exponent of the average of the weights, whose relative width is about 1 / AVERAGED
 SHIFT, ERASED = 8, (0.02, 0.2)  # an image is moved by a part of its side at most; shares of it that are erased

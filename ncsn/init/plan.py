@@ -142,7 +142,7 @@ def work_of(wish: UtilityConfig, counts: Sequence[float]) -> tuple[float, int]:
 
 
 def seconds_per_update(wish: UtilityConfig, shape: Sequence[int], *, classes: int, device: str, cores: int) -> float:
-    """Of one classifier of images of this height, width and channels, on so many cores."""
+    """Of one classifier of images of this height, width and channels, on this number of cores."""
     (height, width, channels), network = shape, network_for(shape, classes).to(device)
     augment, optimizer = augmentation(height, width, mirrors=True), torch.optim.AdamW(network.parameters(), RATES[0])
 

@@ -39,7 +39,7 @@ from ncsn.steps.export import uncopied
 from ncsn.steps.results import Context, Prepared, UtilityResult
 from ncsn.steps.sample import opened, place_of
 
-HELD_OUT = 5  # one image in so many of each class chooses rate and length
+HELD_OUT = 5  # one in five images of each class chooses rate and length
 
 REAL, AUGMENTED, GENERATED, RATIO = "real", "augmented", "generated", "ratio-"
 OVERSAMPLED, FILLED = "oversampled", "filled"
