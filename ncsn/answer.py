@@ -27,6 +27,7 @@ class Answer:
 
     def __init__(self) -> None:
         self.told: int | None = None  # the first signal
+        self.waited = False  # for a job elsewhere, when the signal came
         self._installed = False
         self._save: Callable[[], object] | None = None  # saving: asks the training to save; False if it has not begun
         self._end: Callable[[], object] | None = None  # waiting: ends the job
@@ -85,6 +86,7 @@ class Answer:
             # In a thread, since the store's client may be what the signal interrupts.
             threading.Thread(target=self._save, daemon=True).start()
             return
+        self.waited = self._end is not None
         if self._end and number == signal.SIGTERM:
             self._end()
         self._stop(number)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from importlib import import_module
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ncsn.answer import answer
 from ncsn.cli.options import (
     ADDRESS,
     ADDRESSED,
@@ -88,7 +90,15 @@ def main() -> None:
     """Entry point of the `ncsn` command."""
     reduce_gc()
     settle()
-    app(prog_name="ncsn")
+    try:
+        app(prog_name="ncsn")
+    except SystemExit:
+        # The signal may have come while a pool of connections was locked, which it closes at exit: forever.
+        if answer.waited:
+            with suppress(OSError):
+                sys.stdout.flush()
+            os._exit(answer.code)
+        raise
 
 
 _MINUTES = 20.0  # of a run that `init` plans
