@@ -11,11 +11,12 @@ own while it connects; `ncsn.distributed.cluster` restores this one.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM  # exit codes
@@ -79,6 +80,16 @@ class Answer:
         finally:
             self._end = None
             signal.signal(signal.SIGTERM, before)
+
+    def leave(self) -> None:
+        """End the process, if it was told to while a job worked elsewhere.
+
+        The signal may have come while a pool of connections was locked, which is closed at exit: forever.
+        """
+        if self.waited:
+            with suppress(OSError):
+                sys.stdout.flush()
+            os._exit(self.code)
 
     def _handle(self, number: int, _frame: object) -> None:
         first, self.told = self.told is None, self.told or number

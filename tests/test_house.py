@@ -35,7 +35,7 @@ BUDGETS = {
     "ncsn/model": 1544,
     "ncsn/distributed": 1543,
     "ncsn/config": 1808,
-    "ncsn/cli": 1810,
+    "ncsn/cli": 1814,
     "ncsn/tracking": 1486,
     "ncsn/report": 1026,
     "ncsn/remote": 1622,
@@ -46,7 +46,7 @@ BUDGETS = {
     "components pipelines": 1106,
     "ncsn/storage": 843,
     "examples": 1141,
-    "tests": 24494,
+    "tests": 24518,
 }
 MOST_WORDS = 19287
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from importlib import import_module
@@ -92,13 +91,8 @@ def main() -> None:
     settle()
     try:
         app(prog_name="ncsn")
-    except SystemExit:
-        # The signal may have come while a pool of connections was locked, which it closes at exit: forever.
-        if answer.waited:
-            with suppress(OSError):
-                sys.stdout.flush()
-            os._exit(answer.code)
-        raise
+    finally:
+        answer.leave()
 
 
 _MINUTES = 20.0  # of a run that `init` plans
