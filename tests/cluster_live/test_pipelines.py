@@ -17,6 +17,7 @@ from ncsn.runs.steps import STEPS
 
 ENDLESS = {"train.num_images": 20_000_000, "train.checkpoint_every_images": 25600}
 ENDLESS_SAMPLES = {"sampling.num_images": 100_000, "sampling.sampler.steps_per_level": 60}
+ASKED = {"data.num_classes": 10, "utility": "{updates: 16, ratios: [0.25]}"}  # whether the images help a classifier
 LONG = {"train.num_images": 192_000, "train.checkpoint_every_images": 6400}
 JANITOR_SECONDS = 60
 
@@ -26,14 +27,16 @@ def test_a_run_succeeds_the_same_again_comes_from_the_cache_and_its_model_is_sam
     pipelines: Place, kubeflow: Kubeflow
 ) -> None:
     run = pipelines.folder
-    options = ("--json", "--wait", *pipelines.options(), "--run", run)
+    options = ("--json", "--wait", *pipelines.options(ASKED), "--run", run)
     first = pipelines.commands.run("submit", *options, seconds=2400).result()["id"]
     assert kubeflow.run(first)["state"] == "SUCCEEDED"
     assert pipelines.stored(f"runs/{run}/status.json")["status"] == "FINISHED"
     assert pipelines.tracked(run) == {"FINISHED"}
     assert not pipelines.at_work(run)
     worked = kubeflow.worked_tasks(first)
-    assert worked >= set(STEPS)
+    assert worked >= {*STEPS, "utility"}
+    compared = pipelines.stored(f"runs/{run}/steps/utility/step.json")["result"]
+    assert compared["grade"] and len(compared["arms"]) == 4 and compared["made"] >= 315
 
     second = pipelines.commands.run("submit", *options, seconds=900).result()["id"]
     assert kubeflow.run(second)["state"] == "SUCCEEDED"
@@ -58,14 +61,15 @@ def test_a_run_succeeds_the_same_again_comes_from_the_cache_and_its_model_is_sam
     measured = pipelines.stored(f"runs/{opened}/steps/evaluate/step.json")["result"]
     assert measured["num_images"] == 32 and measured["gate"]["value"] > 0
 
-    asked = ("--set", f"storage.root=s3://{BUCKET}/{pipelines.prefix}", "--set", "export.num_images=16")
+    asked = ("--set", f"storage.root=s3://{BUCKET}/{pipelines.prefix}", "--set", "export.per_class=2")
     asked += ("--pipeline", "synthesize", "--param", f"model={model}", "--run", run)
     fourth = pipelines.commands.run("submit", "--json", "--wait", *asked, seconds=1500).result()["id"]
     assert kubeflow.run(fourth)["state"] == "SUCCEEDED"
     exported = pipelines.stored(f"runs/{opened}/steps/export/step.json")["result"]
-    assert exported["counts"] == {"": 16}
+    assert exported["counts"] == {str(digit): 2 for digit in range(10)}
     (card,) = (name for name in pipelines.files(f"runs/{opened}/exports") if name.endswith("README.md"))
-    assert model in pipelines.text(f"runs/{opened}/exports/{card}")
+    said = pipelines.text(f"runs/{opened}/exports/{card}")
+    assert model in said and compared["sentence"] in said
     assert not pipelines.at_work(opened)
 
 
