@@ -36,7 +36,7 @@ class ProgressView:
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self._shown = 0, 0.0, 0.0  # units, their share, and the time of the last line
+        self._shown = 0, 0.0, 0.0, ""  # units, their share, and the time of the last line; the name of a unit
         self.bars = Bars(
             SpinnerColumn(finished_text="[green]✓[/]"),
             TextColumn("{task.description:<9}"),
@@ -58,7 +58,7 @@ class ProgressView:
         self.bars.add_task(step, total=None, text="starting")
         if not self.console.is_terminal:
             self.console.print(f"{step:<9} starting", highlight=False)
-        self._shown = -1, 0.0, time.monotonic()
+        self._shown = -1, 0.0, time.monotonic(), ""
 
     def update(self, step: str, progress: Progress) -> None:
         """Show the progress that a step published."""
@@ -69,12 +69,14 @@ class ProgressView:
         )
         # Elsewhere, a line at every quarter of a step and every half minute, but of a long step none close behind
         # another, of which a day would have hundreds and the end two, and none for work repeated after a failure.
-        done, share, then = self._shown
+        done, share, then, unit = self._shown
+        if progress.unit != unit:  # another part of the step
+            done, share = -1, 0.0
         now, reached = time.monotonic(), progress.done / progress.total if progress.total else 0.0
         farther = done < 0 or reached >= share + _LEAST_SHARE or now >= then + _MOST_SECONDS
         due = now >= then + _LINE_EVERY_SECONDS and farther
         if not self.console.is_terminal and progress.done > done and (due or reached >= share + _LINE_EVERY_SHARE):
-            self._shown = progress.done, reached, now
+            self._shown = progress.done, reached, now, progress.unit
             if (speed := task.speed) and (left := task.time_remaining):
                 rate = f"{speed:,.0f}" if speed >= 10 else f"{speed:.2g}"
                 count += f"   {rate} {progress.unit}/s, {duration(left)} left"

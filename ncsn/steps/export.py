@@ -96,10 +96,14 @@ def export(
     tracked = context.tracked
     with cluster_for(config, start=sum(asked.values()) > config.sampling.batch_size, last_lines=context.last_lines):
         tracked.set_tags(ray_tags())
-        parts = [
-            uncopied(config, trained, name, count, checkpoint=checkpoint, dataset=dataset, context=context)
-            for name, count in asked.items()
-        ]
+        parts = []
+        for name, count in asked.items():
+            part = uncopied(config, trained, name, count, checkpoint=checkpoint, dataset=dataset, context=context)
+            if (kept := len(part.chosen)) < count:
+                made, of = part.samples.count, f" of class {name}" if name else ""
+                what = f"of {made:,} images{of} {made - kept:,} are copies"
+                raise UserError("export", what, hint="train shorter, or on more images, or ask for fewer")
+            parts.append(part)
         distances = _distances(config, manifest, dataset, parts, context)
     result = ExportResult(
         uri=uri,
@@ -176,7 +180,10 @@ def _asked(config: Config, trained: TrainedNetwork) -> dict[str, int]:
 def uncopied(
     config: Config, trained: TrainedNetwork, name: str, count: int, *, checkpoint: str, dataset: str, context: Context
 ) -> Part:
-    """Images of a class, as many as are asked for without copies; those that are there are not made again."""
+    """Images of a class without copies, as many as are asked for, or fewer of a model that makes hardly anything else.
+
+    Those that are there are not made again.
+    """
     made, most, progress = count, min(MOST_TIMES * count, MOST_IMAGES), context.progress
     runner = runner_of(config.compute)
     while True:
@@ -189,11 +196,8 @@ def uncopied(
         samples = SampleSet(uri, made)
         found = audit(own, dataset, samples, runner=runner, progress=progress)
         chosen = np.flatnonzero(~found.copied)[:count]
-        if len(chosen) == count:
+        if len(chosen) == count or made == most:
             return Part(name, samples, chosen, found.copies)
-        if made == most:
-            what = f"of {made:,} images{f' of class {name}' if name else ''} {made - len(chosen):,} are copies"
-            raise UserError("sampling", what, hint="train shorter, or on more images, or ask for fewer")
         made = min(made + 2 * (count - len(chosen)), most)
 
 

@@ -115,9 +115,10 @@ def utility(
     counts, tested, names = np.array(manifest.class_counts["train"]), np.flatnonzero(test >= 0), manifest.class_names
     with cluster_for(config, start=config.compute.max_workers > 1, last_lines=context.last_lines):
         tracked.set_tags({**ray_tags(), "dataset.digest": manifest.digest, "checkpoint.digest": trained.digest})
+        wanted = _wanted(counts, wish).tolist()
         parts = [
-            uncopied(config, trained, name, int(count), checkpoint=checkpoint, dataset=dataset, context=context)
-            for name, count in zip(names, _wanted(counts, wish), strict=True)
+            uncopied(config, trained, name, count, checkpoint=checkpoint, dataset=dataset, context=context)
+            for name, count in zip(names, wanted, strict=True)
         ]
         generated = [Generated(label, part.samples, part.chosen) for label, part in enumerate(parts)]
         lesson = Lesson(
@@ -143,6 +144,11 @@ def utility(
     if alone["grade"] == "helps":
         better = f"{shown_gain(alone['gain'])} points"
         notes.append(f"real images are better without augmentation: {better}; what is compared has it on both sides")
+    kept = [len(part.chosen) for part in parts]
+    if sum(kept) < sum(wanted):
+        share, name = min((own / count, name) for own, count, name in zip(kept, wanted, names, strict=True))
+        few = f"the model copies its training images: {sum(kept):,} of {sum(wanted):,} could be added that do not"
+        notes.append(f"{few}; {share:.0%} of class {name}")
     if asked.updates == wish.updates:
         notes.append(f"classifiers gained until the last of utility.updates = {wish.updates:,}: more may gain more")
     named = [names[label] for label in found["named"]]
@@ -213,14 +219,15 @@ def _arms(labels: NDArray[np.int64], generated: Sequence[Generated], ratios: Seq
     counts, starts = np.array([len(own) for own in by_class]), np.cumsum([0, *(len(each.chosen) for each in generated)])
 
     def first(wanted: NDArray[np.int64]) -> Part:
-        """The first generated images of each class."""
-        rows = [np.arange(start, start + count) for start, count in zip(starts, wanted, strict=False)]
-        return Part("generated", np.concatenate(rows), draw=1)
+        """The first generated images of each class, as far as they are there."""
+        ends = np.minimum(starts[:-1] + wanted, starts[1:])
+        return Part("generated", np.concatenate([*map(np.arange, starts[:-1], ends)]), draw=1)
 
     real = Part("train", np.concatenate(by_class), draw=0)
     yield Arm(REAL, [real], augmented=False)
     yield Arm(AUGMENTED, [real])
-    yield Arm(GENERATED, [first(np.ceil(max(ratios) * counts).astype(np.int64))])
+    if starts[-1]:
+        yield Arm(GENERATED, [first(np.ceil(max(ratios) * counts).astype(np.int64))])
     for ratio in sorted(set(ratios)):
         yield Arm(f"{RATIO}{ratio:g}", [real, first(np.ceil(ratio * counts).astype(np.int64))])
     if unbalanced(counts):

@@ -112,7 +112,7 @@ def test_a_model_that_copies_gives_no_data_set(tmp_path: Path, save_untrained) -
     _, uri = place_of(config, load_checkpoint(given["checkpoint"]), Run(config, "mine").folder)
     train = open_cache(given["dataset"], "train").images
     write_shard(f"{uri}/shard-{0:09d}-{20:09d}.parquet", np.ascontiguousarray(train[:20]))
-    with refused("sampling"):
+    with refused("export"):
         do("export", config, "mine", **given)
     assert not list(Path(config.storage.root, "runs", "mine", "exports").glob("*"))
 

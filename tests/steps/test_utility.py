@@ -24,6 +24,7 @@ from ncsn.evaluation.features import here
 from ncsn.evaluation.learner import Generated, Lesson, Part
 from ncsn.progress import Progress
 from ncsn.steps import utility
+from ncsn.steps.export import uncopied
 from ncsn.steps.utility import Asked, ask
 
 OF_CLASS = 6  # training images
@@ -154,6 +155,21 @@ def test_unbalanced_classes_are_filled_in_two_ways() -> None:
     assert shown["oversampled"] == [*range(9), *[9] * 5, *[10] * 4]
     assert arms["filled"].parts[1].rows.tolist() == [*range(9, 16)]
     assert arms["filled"].images == {"real": 11, "generated": 7}
+
+
+@pytest.mark.parametrize("left", [3, 0])
+def test_a_model_that_copies_adds_what_else_it_makes(tmp_path: Path, save_untrained, monkeypatch, left: int) -> None:
+    def some(*args: Any, **given: Any) -> Any:
+        part = uncopied(*args, **given)
+        return replace(part, chosen=part.chosen[:left])
+
+    monkeypatch.setattr(utility, "uncopied", some)
+    config, given = made(tmp_path, save_untrained, *CLASSES)
+    claimed(config, "mine")
+    result = do("utility", config, "mine", **given)
+    added = {arm["name"]: arm["generated"] for arm in result.arms if arm["generated"]}
+    assert added == ({"generated": 30, "ratio-0.5": 30} if left else {})
+    assert any(f"{10 * left} of " in note for note in result.notes)
 
 
 def test_arms_show_what_they_share_in_the_same_order(dataset: str) -> None:
