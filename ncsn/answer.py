@@ -21,6 +21,7 @@ from typing import Any
 
 INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM  # exit codes
 SAVE_SECONDS = 10.0
+END_SECONDS = 20.0  # at most from the last line of a command that was told to end until it has
 
 
 class Answer:
@@ -28,7 +29,6 @@ class Answer:
 
     def __init__(self) -> None:
         self.told: int | None = None  # the first signal
-        self.waited = False  # for a job elsewhere, when the signal came
         self._installed = False
         self._save: Callable[[], object] | None = None  # saving: asks the training to save; False if it has not begun
         self._end: Callable[[], object] | None = None  # waiting: ends the job
@@ -82,14 +82,16 @@ class Answer:
             signal.signal(signal.SIGTERM, before)
 
     def leave(self) -> None:
-        """End the process, if it was told to while a job worked elsewhere.
+        """After a signal, end the process in spite of a lock that the signal left taken.
 
-        The signal may have come while a pool of connections was locked, which is closed at exit: forever.
+        urllib3 closes its pools of connections at exit, and would wait for the lock of one forever.
         """
-        if self.waited:
+        if self.told:
             with suppress(OSError):
                 sys.stdout.flush()
-            os._exit(self.code)
+            late = threading.Timer(END_SECONDS, os._exit, (self.code,))
+            late.daemon = True
+            late.start()
 
     def _handle(self, number: int, _frame: object) -> None:
         first, self.told = self.told is None, self.told or number
@@ -97,7 +99,6 @@ class Answer:
             # In a thread, since the store's client may be what the signal interrupts.
             threading.Thread(target=self._save, daemon=True).start()
             return
-        self.waited = self._end is not None
         if self._end and number == signal.SIGTERM:
             self._end()
         self._stop(number)

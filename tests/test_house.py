@@ -31,13 +31,13 @@ BUDGETS = {
     "ncsn/core": 3608,
     "ncsn/data": 2827,
     "ncsn/evaluation": 2366,
-    "ncsn/steps ncsn/runs ncsn/kubeflow": 4142,
+    "ncsn/steps ncsn/runs ncsn/kubeflow": 4155,
     "ncsn/model": 1544,
     "ncsn/distributed": 1543,
     "ncsn/config": 1808,
-    "ncsn/cli": 1814,
+    "ncsn/cli": 1818,
     "ncsn/tracking": 1486,
-    "ncsn/report": 1026,
+    "ncsn/report": 1039,
     "ncsn/remote": 1622,
     "ncsn/library": 546,
     "ncsn/init ncsn/inspection": 1914,
@@ -46,7 +46,7 @@ BUDGETS = {
     "components pipelines": 1106,
     "ncsn/storage": 843,
     "examples": 1141,
-    "tests": 24518,
+    "tests": 24550,
 }
 MOST_WORDS = 19287
 

@@ -70,12 +70,14 @@ class ProgressView:
         # Elsewhere, a line at every quarter of a step and every half minute, but of a long step none close behind
         # another, of which a day would have hundreds and the end two, and none for work repeated after a failure.
         done, share, then, unit = self._shown
-        if progress.unit != unit:  # another part of the step
+        another = bool(unit) and progress.unit != unit  # part of the step; of short ones nothing is shown
+        if another:
             done, share = -1, 0.0
         now, reached = time.monotonic(), progress.done / progress.total if progress.total else 0.0
         farther = done < 0 or reached >= share + _LEAST_SHARE or now >= then + _MOST_SECONDS
         due = now >= then + _LINE_EVERY_SECONDS and farther
-        if not self.console.is_terminal and progress.done > done and (due or reached >= share + _LINE_EVERY_SHARE):
+        quarter = not another and reached >= share + _LINE_EVERY_SHARE
+        if not self.console.is_terminal and progress.done > done and (due or quarter):
             self._shown = progress.done, reached, now, progress.unit
             if (speed := task.speed) and (left := task.time_remaining):
                 rate = f"{speed:,.0f}" if speed >= 10 else f"{speed:.2g}"

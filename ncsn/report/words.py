@@ -263,7 +263,12 @@ def arm_lines(arms: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     ]
 
 
-UTILITY = {"helps": "help", "harms": "harm", "same": "make no difference that could be seen"}
+UTILITY = {
+    "helps": "help",
+    "harms": "harm",
+    "same": "make no difference that could be seen",
+    "copies": "were not judged: every one that was made copies a training image",
+}
 
 
 def shown_gain(gain: Mapping[str, float]) -> str:
@@ -271,8 +276,15 @@ def shown_gain(gain: Mapping[str, float]) -> str:
     return f"{'+' if gain['value'] > 0 else ''}{with_interval(gain['value'], gain['low'], gain['high'])}"
 
 
-def utility_sentence(grade: str, gain: Mapping[str, float], named: Mapping[str, Mapping[str, float]]) -> str:
-    """What a comparison of classifiers says of generated images; `named` are the gains of classes that changed."""
+def utility_sentence(
+    grade: str, gain: Mapping[str, float], named: Mapping[str, Mapping[str, float]], *, used: int, wanted: int
+) -> str:
+    """What a comparison of classifiers says of generated images; `named` are the gains of classes that changed.
+
+    Of the images `wanted`, `used` are no copies.
+    """
+    if grade == "copies":
+        return f"Generated images {UTILITY[grade]}"
     over = "balanced accuracy over augmentation alone"
     ends = f"({with_interval(gain['value'], gain['low'], gain['high']).partition('(')[2]}"
     same = grade == "same"
@@ -285,6 +297,7 @@ def utility_sentence(grade: str, gain: Mapping[str, float], named: Mapping[str, 
     else:
         text = f"Generated images {UTILITY[grade]}: {gain['value']:+.2g} points of {over} {ends}"
         text += f", most for class {classes}" if classes else ""
+    text += f"; of {wanted:,} that were to be added {wanted - used:,} copy training images" if used < wanted else ""
     return f"{text}; this speaks of this generator and these training images"
 
 

@@ -60,7 +60,7 @@ class Part:
 
     name: str  # empty without classes
     samples: SampleSet
-    chosen: NDArray[np.int64]  # numbers of the samples that are no copies, as many as were asked for
+    chosen: NDArray[np.int64]  # numbers of the samples that are no copies, at most as many as were asked for
     copies: Copies
 
 

@@ -139,23 +139,23 @@ def utility(
         {"name": arm.name, **arm.images, **figures(asked.answers[arm.name], test, num_classes=len(names))}
         for arm in asked.arms
     ]
+    kept = [len(part.chosen) for part in parts]
+    if not any(kept):
+        found |= {"grade": "copies", "gain": {"value": 0.0, "low": -100.0, "high": 100.0}, "named": []}
     gain, by_class, notes = found["gain"], dict(zip(names, found["classes"], strict=True)), list[str]()
     alone = compare(asked.answers[AUGMENTED], {REAL: asked.answers[REAL]}, test, num_classes=len(names))
     if alone["grade"] == "helps":
         better = f"{shown_gain(alone['gain'])} points"
         notes.append(f"real images are better without augmentation: {better}; what is compared has it on both sides")
-    kept = [len(part.chosen) for part in parts]
-    if sum(kept) < sum(wanted):
-        share, name = min((own / count, name) for own, count, name in zip(kept, wanted, names, strict=True))
-        few = f"the model copies its training images: {sum(kept):,} of {sum(wanted):,} could be added that do not"
-        notes.append(f"{few}; {share:.0%} of class {name}")
     if asked.updates == wish.updates:
         notes.append(f"classifiers gained until the last of utility.updates = {wish.updates:,}: more may gain more")
     named = [names[label] for label in found["named"]]
     result = UtilityResult(
         uri=storage.join(uri, "utility.json"),
         plot=storage.join(uri, "utility.png"),
-        sentence=utility_sentence(found["grade"], gain, {name: by_class[name] for name in named}),
+        sentence=utility_sentence(
+            found["grade"], gain, {name: by_class[name] for name in named}, used=sum(kept), wanted=sum(wanted)
+        ),
         grade=found["grade"],
         gain=gain,
         chosen=found["chosen"],
@@ -202,7 +202,8 @@ def ask(lesson: Lesson, labels: NDArray[np.int64], wish: UtilityConfig, *, runne
         for arm in arms
         for seed in range(wish.seeds)
     ]
-    found = np.reshape(_learned(lessons, runner=runner, progress=progress), (len(arms), wish.seeds, -1))
+    learned = _learned(lessons, "updates of classifiers", runner=runner, progress=progress)
+    found = np.reshape(learned, (len(arms), wish.seeds, -1))
     return Asked(arms, dict(zip([arm.name for arm in arms], found, strict=True)), rate, updates, trials)
 
 
@@ -261,6 +262,7 @@ def _rate_and_length(
             for rate in RATES
             for seed in range(TRIED)
         ],
+        "updates of trials",
         runner=runner,
         progress=progress,
     )
@@ -275,11 +277,11 @@ def _rate_and_length(
     return float(best["rate"]), int(best["updates"]), trials
 
 
-def _learned(lessons: Sequence[Lesson], *, runner: Runner, progress: Progress) -> list[NDArray[np.int64]]:
+def _learned(lessons: Sequence[Lesson], unit: str, *, runner: Runner, progress: Progress) -> list[NDArray[np.int64]]:
     """The answers of each classifier; only those that are not stored yet are trained."""
     missing = [lesson for lesson in lessons if not storage.exists(lesson.place)]
     total, left = (sum(lesson.lengths[-1] for lesson in each) for each in (lessons, missing))
-    progress.start(total, "updates of classifiers", done=total - left)
+    progress.start(total, unit, done=total - left)
     for lesson, _ in runner(learn, missing, gpu=True):
         progress.advance(lesson.lengths[-1])
     return [storage.read_array(lesson.place) for lesson in lessons]

@@ -133,23 +133,25 @@ def test_the_first_signal_lets_a_training_save_and_has_its_exit_code(tmp_path, m
     assert seen == {"saves": ["told", "saved"], "not begun": [], "no training": []}.get(case, ["told"])
 
 
-def test_a_launcher_ends_though_the_signal_left_a_lock_taken() -> None:
-    """As that of a pool of connections, which urllib3 closes at exit."""
+def test_a_command_ends_though_the_signal_left_a_lock_taken() -> None:
+    """As that of a pool of connections, which urllib3 closes at exit; what else is done there is done."""
     code = """
 import atexit, importlib, signal, threading
-from ncsn.answer import answer
+from ncsn import answer
 
 def wait(prog_name):
-    answer.install()
-    with answer.waiting(lambda: print("deleted")):
+    answer.answer.install()
+    with answer.answer.waiting(lambda: print("deleted")):
         signal.raise_signal(signal.SIGTERM)
 
 lock = threading.Lock()
 lock.acquire()
 atexit.register(lock.acquire)
+atexit.register(print, "sent", flush=True)
+answer.END_SECONDS = 1.0
 cli = importlib.import_module("ncsn.cli.app")
 cli.app = wait
 cli.main()
 """
     done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, timeout=60, check=False)
-    assert (done.returncode, done.stdout) == (143, b"deleted\n")
+    assert (done.returncode, done.stdout) == (143, b"deleted\nsent\n")

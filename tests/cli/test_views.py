@@ -70,7 +70,7 @@ def test_a_summary_has_scores_next_to_real_images_and_what_comes_next(config_fil
     assert verdict == "512 images made." and longer in then
 
 
-def progress(*, terminal: bool, done: Iterable[int], total: int = 1000) -> str:
+def progress(*, terminal: bool, done: Iterable[int], total: int = 1000, then: Iterable[int] = ()) -> str:
     stream = io.StringIO()
     console = Console(file=stream, force_terminal=terminal, width=100, color_system=None)
     view = ProgressView(console)
@@ -78,6 +78,8 @@ def progress(*, terminal: bool, done: Iterable[int], total: int = 1000) -> str:
         view.start("train")
         for images in done:
             view.update("train", Progress(images, total, "images"))
+        for updates in then:
+            view.update("train", Progress(updates, total, "updates"))
         view.finish("train", "done in 2.0 s")
     return stream.getvalue()
 
@@ -90,6 +92,12 @@ def test_progress_is_one_line_on_a_terminal_and_elsewhere_a_few_and_none_for_rep
     assert shown == ["250", "500", "750", "1,000"]
     after_a_failure = progress(terminal=False, done=[250, 500, 500, 260, 510, 760, 1000])
     assert re.findall(r"([\d,]+) / ", after_a_failure) == ["250", "500", "760"]
+
+
+def test_each_part_of_a_step_is_shown_if_it_takes_its_time(monkeypatch) -> None:
+    for every, shown in ((30.0, ["500 / 1,000 images"]), (0.0, ["500 / 1,000 images", "100 / 1,000 updates"])):
+        monkeypatch.setattr("ncsn.cli.console._LINE_EVERY_SECONDS", every)
+        assert re.findall(r"[\d,]+ / 1,000 \w+", progress(terminal=False, done=[500], then=[100])) == shown
 
 
 def test_the_log_shows_a_retry_on_the_terminal_in_one_line_also_if_the_disk_is_full(tmp_path: Path) -> None:

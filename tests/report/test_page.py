@@ -66,7 +66,7 @@ def compared() -> dict[str, Any]:
     arms = [{"name": name, "real": 9, "generated": 0} | figures for name in ("augmented", "ratio-0.5", "filled")]
     gain = {"value": 2.1, "low": 0.9, "high": 3.3}
     return {
-        "sentence": utility_sentence("helps", gain, {"one": gain}),
+        "sentence": utility_sentence("helps", gain, {"one": gain}, used=9, wanted=9),
         "arms": arms,
         "classes": [{"name": "zero"}, {"name": "one"}],
         "chosen": ["ratio-0.5"],

@@ -169,7 +169,9 @@ def test_a_model_that_copies_adds_what_else_it_makes(tmp_path: Path, save_untrai
     result = do("utility", config, "mine", **given)
     added = {arm["name"]: arm["generated"] for arm in result.arms if arm["generated"]}
     assert added == ({"generated": 30, "ratio-0.5": 30} if left else {})
-    assert any(f"{10 * left} of " in note for note in result.notes)
+    assert (result.grade == "copies") == (result.gain["low"] == -100) == (not left)
+    wanted = sum(-(-row["train"] // 2) for row in result.classes)
+    assert (f" {wanted - 30} copy" in result.sentence) == bool(left)
 
 
 def test_arms_show_what_they_share_in_the_same_order(dataset: str) -> None:
