@@ -96,11 +96,8 @@ def require_same_python() -> None:
     here = python_version()
     there = job_config().get("metadata", {}).get(PYTHON, here)
     if there != here:
-        raise UserError(
-            "Python",
-            f"the cluster has {here}, but the launcher {there}",
-            hint="use one image or environment for both; `ncsn doctor` shows the launcher's",
-        )
+        hint = "use one image or environment for both; `ncsn doctor` shows the launcher's"
+        raise UserError("Python", f"the cluster has {here}, but the launcher {there}", hint=hint)
 
 
 def now_ms() -> int:

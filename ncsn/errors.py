@@ -81,7 +81,6 @@ class UserError(InvalidValue):
 
     @property
     def keys(self) -> list[str]:
-        """The key of each problem."""
         return [problem.key for problem in self.problems]
 
     def __str__(self) -> str:

@@ -86,7 +86,6 @@ def app() -> None:
 
 
 def main() -> None:
-    """Entry point of the `ncsn` command."""
     reduce_gc()
     settle()
     try:
@@ -105,12 +104,7 @@ _MINUTES = 20.0  # of a run that `init` plans
 @click.option("--set", "overrides", metavar="A.B=VALUE", multiple=True, help="Set one value of the config; repeatable.")
 @json_option
 def init_command(
-    *,
-    place: str,
-    out: str | None,
-    minutes: float | None,
-    overrides: tuple[str, ...],
-    as_json: bool,
+    *, place: str, out: str | None, minutes: float | None, overrides: tuple[str, ...], as_json: bool
 ) -> None:
     """Look at the images in PLACE, choose every setting, and write a config that `ncsn run` takes.
 

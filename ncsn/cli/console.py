@@ -6,7 +6,7 @@ import io
 import os
 import sys
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any, TextIO, cast
@@ -61,7 +61,6 @@ class ProgressView:
         self._shown = -1, 0.0, time.monotonic(), ""
 
     def update(self, step: str, progress: Progress) -> None:
-        """Show the progress that a step published."""
         task, count = self.bars.tasks[-1], f"{progress.done:,} / {progress.total:,} {progress.unit}"
         note = f"   {progress.text}" if progress.text else ""
         self.bars.update(
@@ -85,7 +84,6 @@ class ProgressView:
             self.console.print(f"{step:<9} {count}{note}", highlight=False)
 
     def finish(self, step: str, text: str) -> None:
-        """A step ended with `text`."""
         self.bars.remove_task(self.bars.tasks[-1].id)
         self.bars.refresh()
         mark = "[green]✓[/] " if self.console.is_terminal else ""
@@ -200,10 +198,8 @@ def describe_result(step: str, result: Any, **more: str | None) -> str:
     return "\n".join([*lines, *(f"note: {note}" for note in values.get("notes", ()))])
 
 
-def print_summary(
-    console: Console, folder: RunFolder, config: Config, records: Mapping[str, StepRecord], *, earlier: Collection[str]
-) -> None:
-    """The verdict and the next command; steps (an earlier call did those in `earlier`), scores and outputs."""
+def print_summary(console: Console, folder: RunFolder, config: Config, records: Mapping[str, StepRecord]) -> None:
+    """The verdict and the next command; steps, scores and outputs."""
     from ncsn.tracking.client import shown, tracking_uri
 
     measured = records["evaluate"].result
@@ -214,8 +210,7 @@ def print_summary(
     console.print(f"next: {command}\n      ({what})", soft_wrap=True)
     steps = Table("step", Column("seconds", justify="right"), "result", box=SIMPLE_HEAD)
     for step, record in records.items():
-        when = "  [dim](earlier)[/]" if step in earlier else ""
-        steps.add_row(step, f"{record.seconds:,.1f}", f"{result_line(step, record.result)}{when}")
+        steps.add_row(step, f"{record.seconds:,.1f}", result_line(step, record.result))
     steps.add_row("[bold]all", f"[bold]{sum(record.seconds for record in records.values()):,.1f}", "")
     first, *others = SCORES_HEAD
     scores = Table(first, *(Column(name, justify="right") for name in others), box=SIMPLE_HEAD)

@@ -184,7 +184,6 @@ run, of a checkpoint or of a saved model."""
 
 
 def step_options(command: Decorated, *, step: str) -> Decorated:
-    """All options of the command of a step."""
     info = STEP_TABLE[step]
     if step == "sample":
         words = "Also write each image as a PNG file into this new or empty folder."

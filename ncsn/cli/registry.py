@@ -30,13 +30,7 @@ if TYPE_CHECKING:
 @registry_options
 @json_option
 def promote_command(
-    *,
-    model: str,
-    version: str | None,
-    force: bool,
-    rollback: bool,
-    options: TargetOptions,
-    as_json: bool,
+    *, model: str, version: str | None, force: bool, rollback: bool, options: TargetOptions, as_json: bool
 ) -> None:
     """Make a version of MODEL the champion, if its recorded metric passes the gate against the current champion."""
     from ncsn.tracking.client import client_at, mlflow_errors

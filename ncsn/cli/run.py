@@ -9,9 +9,8 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import cached_property
-from heapq import nlargest
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,18 +21,14 @@ from ncsn import storage
 from ncsn.answer import answer
 from ncsn.cli.console import ProgressView, console_on, describe_result, print_summary, shown_progress
 from ncsn.cli.options import StepFailed
-from ncsn.config import changed_settings, continues, from_yaml
-from ncsn.errors import UserError
 from ncsn.events import announced
 from ncsn.progress import read_progress
-from ncsn.report.words import next_step
 from ncsn.runs.code import publish_code
 from ncsn.runs.folder import (
     DEFAULT_ROOT,
     Outcome,
     Run,
     RunFolder,
-    begun,
     folders_of,
     images_seen_at,
     read_results,
@@ -46,7 +41,6 @@ from ncsn.runs.steps import SEARCH, STEPS, STEPS_ELSEWHERE, steps_of
 from ncsn.steps.execute import Observer, execute, refuse
 
 _POLL_SECONDS = 0.5
-_COMPARED_RUNS = 50  # of the newest
 
 
 class Terminal(Observer):
@@ -146,8 +140,6 @@ def run_pipeline(run: Run, *, code_here: bool, as_json: bool, finish: bool = Fal
         publish_code(config.storage.root)
     with run.alone():
         run.claim()
-        before = read_results(folders_of(run.folder, config))
-        _say_if_longer(run)
         with announced(run.name, root=run.folder.root):
             do_steps(run, steps, finish=finish)
     folders = folders_of(run.folder, config)
@@ -156,8 +148,7 @@ def run_pipeline(run: Run, *, code_here: bool, as_json: bool, finish: bool = Fal
         results = {step: record.result for step, record in records.items()}
         click.echo(json.dumps({"run": run.name, "uri": run.folder.uri, "steps": results}, indent=1))
     else:
-        earlier = [step for step, record in records.items() if record == before.get(step)]
-        print_summary(console_on(sys.stdout), folders["train"], config, records, earlier=earlier)
+        print_summary(console_on(sys.stdout), folders["train"], config, records)
 
 
 def do_steps(run: Run, steps: tuple[str, ...], *, finish: bool = False) -> None:
@@ -194,7 +185,6 @@ def do_steps(run: Run, steps: tuple[str, ...], *, finish: bool = False) -> None:
 
 
 def run_step(step: str, run: Run, *, code_here: bool, given: Mapping[str, str | None]) -> Any:
-    """Do one step; its result."""
     if code_here:
         publish_code(run.config.storage.root)
     lease = given.get("lease")
@@ -216,25 +206,6 @@ def run_select(run: Run, *, code_here: bool, given: Mapping[str, str | None], as
         click.echo(json.dumps({step: dataclasses.asdict(result) for step, result in found.items()}, indent=1))
     else:
         click.echo("\n".join(describe_result(step, result) for step, result in found.items()))
-
-
-def _say_if_longer(run: Run) -> None:
-    """Say of a new run that is as one of the newest, but longer, that it does not go on from that one's weights."""
-    config, folder = run.config, run.folder
-    starts = not continues(config) and config.loss.learns_score and config.train.continue_from is None
-    if not starts or read_step(folder, "train").state:
-        return
-    dates = begun(folder.root)
-    for name in nlargest(_COMPARED_RUNS, dates, key=dates.__getitem__):
-        other = RunFolder(folder.root, name)
-        with suppress(OSError, UserError):  # of another version, or deleted
-            owner = from_yaml(storage.read_text(other.config))
-            changed, longer = changed_settings(owner, config), config.train.num_images > owner.train.num_images
-            if longer and changed.keys() == {"train.num_images"} and read_step(other, "train").result:
-                command, what = next_step("short", owner, other)
-                told = f"{name} is as this one but shorter, and `{command}` is {what}"
-                click.echo(f"note: this run starts at zero; {told}", err=True)
-                return
 
 
 def _work_folder(run: Run) -> Path:

@@ -110,9 +110,8 @@ class ComputeConfig(Section):
             or len(counts) != 2
             or not 1 <= counts[0] <= counts[1] <= MOST_WORKERS
         ):
-            raise UserError(
-                "", f"neither a number from 1 to {MOST_WORKERS} nor a range [min, max] of such numbers", value=value
-            )
+            reason = f"neither a number from 1 to {MOST_WORKERS} nor a range [min, max] of such numbers"
+            raise UserError("", reason, value=value)
         return value
 
     @property

@@ -82,12 +82,8 @@ def _network(config: Config) -> Iterator[Problem]:
             reason = f"too many: data.image_size = {given_size} can be {halved} only {most - 1} times"
             yield Problem(f"network.{key}", reason, hint, list(widths))
         elif missing := sorted(set(network.attention_sizes) - set(sizes)):
-            yield Problem(
-                "network.attention_sizes",
-                f"no feature map has size {missing}; with data.image_size = {given_size} and {len(sizes)} "
-                f"resolutions they have sizes {sizes}",
-                "use some of these",
-            )
+            reason = f"no feature map has size {missing}; with data.image_size = {given_size} they have sizes {sizes}"
+            yield Problem("network.attention_sizes", reason, "use some of these")
         return
     step = 2 ** (_HALVINGS[network.depth] if isinstance(network, NcsnV2NetworkConfig) else 1)
     if math.gcd(*sides) % step:
@@ -133,12 +129,10 @@ def _training(config: Config) -> Iterator[Problem]:
         yield Problem("compute.compile", reason, "use compute.compile = auto", value=True)
     size = compute.kuberay.workers_per_pod
     if compute.backend == "kuberay" and (odd := [count for count in (compute.min_workers, workers) if count % size]):
-        yield Problem(
-            "compute.num_workers",
-            f"{odd[0]} workers with compute.kuberay.workers_per_pod = {size} would be {odd[0] / size:g} pods",
-            f"use a multiple of {size}, or set compute.kuberay.workers_per_pod to a divisor of {odd[0]}",
-            compute.num_workers if isinstance(compute.num_workers, int) else list(compute.num_workers),
-        )
+        reason = f"{odd[0]} workers with compute.kuberay.workers_per_pod = {size} would be {odd[0] / size:g} pods"
+        hint = f"use a multiple of {size}, or set compute.kuberay.workers_per_pod to a divisor of {odd[0]}"
+        given = compute.num_workers if isinstance(compute.num_workers, int) else list(compute.num_workers)
+        yield Problem("compute.num_workers", reason, hint, given)
 
 
 def _classes(config: Config) -> Iterator[Problem]:
@@ -153,9 +147,8 @@ def _classes(config: Config) -> Iterator[Problem]:
     if config.tracking.require.utility_above is not None and config.utility is None:
         yield Problem("tracking.require.utility_above", "needs the section utility", "add it, or use null")
     if label != "balanced" and not has_classes:
-        yield Problem(
-            "sampling.label", "needs a class-conditional network", "set data.num_classes before training", label
-        )
+        reason, hint = "needs a class-conditional network", "set data.num_classes before training"
+        yield Problem("sampling.label", reason, hint, label)
     if isinstance(label, dict) and (total := sum(label.values())) != config.sampling.num_images:
         reason, hint = f"is not the sum of sampling.label, {total:,}", f"set it to {total}"
         yield Problem("sampling.num_images", reason, hint, config.sampling.num_images)
@@ -177,12 +170,8 @@ def _sampling(config: Config) -> Iterator[Problem]:
     sampling, evaluation, averaging = config.sampling, config.evaluation, config.train.averaging
     sampler, width, training = sampling.sampler, sampling.relative_width, config.noise.training
     if width is not None and not isinstance(averaging, PowerEmaConfig):
-        yield Problem(
-            "sampling.relative_width",
-            f"needs snapshots of two averages, which train.ema.kind = {averaging.kind} does not store",
-            "use train.ema.kind = power, or null",
-            width,
-        )
+        reason = f"needs snapshots of two averages, which train.ema.kind = {averaging.kind} does not store"
+        yield Problem("sampling.relative_width", reason, "use train.ema.kind = power, or null", width)
     if sampler.any_sigma is not None and isinstance(config.network, NcsnNetworkConfig):
         setting, instead = sampler.any_sigma
         hint = f"use {instead}, or network.kind = ncsnv2, unet or ddpmpp"
@@ -197,11 +186,9 @@ def _sampling(config: Config) -> Iterator[Problem]:
         reason = f"needs gray or RGB images, but data.channels = {config.data.channels}"
         yield Problem("evaluation.extractor", reason, "use classifier or clusters", evaluation.pretrained)
     elif evaluation.pretrained is not None and evaluation.weights is None:
-        yield Problem(
-            "evaluation.weights",
-            f"missing, and evaluation.extractor = {evaluation.pretrained} needs them; there is no default download",
-            f"set it to the path, URL or S3 URI of {_WEIGHTS[evaluation.pretrained]}",
-        )
+        reason = f"missing, and evaluation.extractor = {evaluation.pretrained} needs them; there is no default download"
+        hint = f"set it to the path, URL or S3 URI of {_WEIGHTS[evaluation.pretrained]}"
+        yield Problem("evaluation.weights", reason, hint)
 
 
 def _levels(config: Config) -> Iterator[Problem]:
@@ -220,17 +207,12 @@ def _levels(config: Config) -> Iterator[Problem]:
         elif levels is not visited:
             continue
         elif number == 1 and sampler.several_levels:
-            yield Problem(
-                "sampling.sampler.kind",
-                f"uses several noise levels, but {key}.num_levels = 1",
-                "use sampling.sampler.kind = langevin",
-                sampler.kind,
-            )
+            reason = f"uses several noise levels, but {key}.num_levels = 1"
+            yield Problem("sampling.sampler.kind", reason, "use sampling.sampler.kind = langevin", sampler.kind)
         elif isinstance(sampler, Langevin) and not -number <= sampler.level < number:
             hint = f"use 0 to {number - 1}, or -1 for the last"
-            yield Problem(
-                "sampling.sampler.level", f"not one of {key}.num_levels = {number} levels", hint, sampler.level
-            )
+            reason = f"not one of {key}.num_levels = {number} levels"
+            yield Problem("sampling.sampler.level", reason, hint, sampler.level)
         elif isinstance(sampler, AnnealedLangevin) and sampler.consistent and sampler.epsilon > levels.sigma_L**2:
             most = f"{key}.sigma_L^2 = {levels.sigma_L**2:g}, the maximum with sampling.sampler.consistent = true"
             yield Problem("sampling.sampler.epsilon", f"more than {most}", "lower it", sampler.epsilon)

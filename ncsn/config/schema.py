@@ -388,5 +388,4 @@ class Config(Section):
 
     @property
     def registered_model(self) -> str:
-        """Name of the model in the registry."""
         return self.tracking.registered_model or f"ncsn-{self.name}"

@@ -147,8 +147,7 @@ def _path_problems(config: Config, path: str) -> Iterator[Problem]:
         yield Problem(key, "no such setting", f"{hint}{choices}")
         return
     if path == EPSILON:
-        yield Problem(
-            key, "needs no training, so each checkpoint is sampled with several values", "use search.epsilons instead"
-        )
+        reason = "needs no training, so each checkpoint is sampled with several values"
+        yield Problem(key, reason, "use search.epsilons instead")
     elif path not in searchable or isinstance(value, dict):
         yield Problem(key, "cannot be searched", choices)

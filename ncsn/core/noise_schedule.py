@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import product
 
 import numpy as np
 import torch
@@ -16,12 +15,10 @@ from torch import Tensor
 
 from ncsn.errors import InvalidValue
 
-_BLOCK = 2048
 _BLOCK_VALUES = 2**22  # of a block, which has fewer images if they are large
 _SMALL_BLOCK = 512  # smaller blocks skip more pairs
 _CACHED = 16
 _ROUNDING = 1e-5
-_DISTANCE_BINS = 65536
 _EPSILON_CANDIDATES = 200_000
 
 
@@ -39,44 +36,15 @@ def geometric_sigmas(sigma_1: float, sigma_L: float, num_levels: int) -> Tensor:
     return torch.from_numpy(np.geomspace(sigma_1, sigma_L, num_levels)).to(torch.float32)
 
 
-def distance_quantile(x: Tensor, q: float, *, flips: bool = False) -> float:
-    """A quantile of the distances between all pairs of images, float [N, C, H, W] or uint8 [N, H, W, C], N >= 2.
-
-    With `flips`, as training mirrors images, mirrored ones count too. The quantile is that of a histogram, of which a
-    bin is 2^-15 of the largest norm. Images become float block by block: as uint8 they take a quarter of the memory.
-    """
-    if len(x) < 2:
-        raise InvalidValue(f"distances need at least 2 images, got {len(x)}")
-    # Two mirror images are as far apart as their originals, so they are not compared with each other.
-    size = max(1, min(_BLOCK, _BLOCK_VALUES // x[0].numel()))
-    starts = range(0, len(x), size)
-    norms = torch.cat([_rows(x[start : start + size]).square().sum(dim=1) for start in starts])
-    limit = 2 * float(norms.max().sqrt()) or 1.0
-    histogram, maximum = torch.zeros(_DISTANCE_BINS, dtype=torch.float64), 0.0
-    for row in starts:
-        images = _rows(x[row : row + size])
-        for column, mirrored in product(starts, (False, True)[: 1 + flips]):
-            if column > row:
-                continue
-            others = _rows(x[column : column + size], mirrored=mirrored)
-            squared = torch.addmm(norms[column : column + size], images, others.T, alpha=-2)
-            distance = squared.add_(norms[row : row + size, None]).clamp_(min=0).sqrt_()
-            if row == column:
-                distance = distance[torch.ones_like(distance, dtype=torch.bool).tril(0 if mirrored else -1)]
-            maximum = max(maximum, float(distance.max())) if distance.numel() else maximum
-            histogram += torch.histc(distance, bins=_DISTANCE_BINS, min=0, max=limit).double()
-    index = int(torch.searchsorted(histogram.cumsum(0), q * histogram.sum()).clamp(max=_DISTANCE_BINS - 1))
-    return min((index + 1) / _DISTANCE_BINS * limit, maximum)
-
-
 def largest_distance(x: Tensor, *, flips: bool = False, most_work: float = math.inf) -> tuple[float, bool]:
     """Largest distance between two images, without comparing all of them.
 
     The distance of two images is at most the sum of their distances from the mean image. So images are taken in the
-    order of these, farthest first, and a pair that cannot exceed the largest distance so far is skipped. The images and
-    `flips` are as for `distance_quantile`.
+    order of these, farthest first, and a pair that cannot exceed the largest distance so far is skipped.
 
     Args:
+        x: Float [N, C, H, W] in [0, 1], or uint8 [N, H, W, C].
+        flips: As training mirrors images, mirrored ones count too.
         most_work: Multiplications, about, after which the search ends with the largest distance so far.
 
     Returns:
@@ -173,22 +141,15 @@ def best_epsilon(*, sigma_L: float, ratio: float, steps_per_level: int) -> float
 
 @dataclass(frozen=True)
 class NoiseSuggestion:
-    """Noise levels and Langevin step for a dataset."""
+    """Noise levels for a dataset."""
 
     sigma_1: float  # the largest distance between two images (technique 1), to the four digits that all machines share
     sigma_L: float
     num_levels: int  # L (technique 2)
-    ratio: float  # of neighboring levels
-    overlap: float  # C of technique 2 at that ratio
-    steps_per_level: int
-    epsilon: float  # step size at the last level (technique 4)
-    variance_ratio: float  # predicted by technique 4; 1 is ideal
 
 
-def suggest_noise(
-    largest: float, *, dimension: int, sigma_L: float = 0.01, overlap: float = 0.5, steps_per_level: int = 5
-) -> NoiseSuggestion:
-    """Techniques 1, 2 and 4 of NCSNv2 in turn, for D = `dimension` pixels times channels.
+def suggest_noise(largest: float, *, dimension: int, sigma_L: float = 0.01) -> NoiseSuggestion:
+    """Techniques 1 and 2 of NCSNv2 in turn, for D = `dimension` pixels times channels.
 
     `largest` is the largest distance between two images, in pixel units of [0, 1]. The published settings have an
     overlap of 0.567.
@@ -201,17 +162,7 @@ def suggest_noise(
             f"the largest distance between images is {sigma_1:g}, not above sigma_L = {sigma_L:g}: "
             "the images are all alike; lower sigma_L"
         )
-    widest = ratio_for_overlap(dimension, overlap=overlap)  # of neighboring levels
-    num_levels = max(2, 1 + math.ceil(math.log(sigma_1 / sigma_L) / math.log(widest)))
-    ratio = (sigma_1 / sigma_L) ** (1 / (num_levels - 1))
-    epsilon = best_epsilon(sigma_L=sigma_L, ratio=ratio, steps_per_level=steps_per_level)
+    widest = ratio_for_overlap(dimension)  # of neighboring levels
     return NoiseSuggestion(
-        sigma_1=sigma_1,
-        sigma_L=sigma_L,
-        num_levels=num_levels,
-        ratio=ratio,
-        overlap=level_overlap(ratio, dimension=dimension),
-        steps_per_level=steps_per_level,
-        epsilon=epsilon,
-        variance_ratio=variance_ratio(epsilon, sigma_L=sigma_L, ratio=ratio, steps_per_level=steps_per_level),
+        sigma_1, sigma_L, num_levels=max(2, 1 + math.ceil(math.log(sigma_1 / sigma_L) / math.log(widest)))
     )

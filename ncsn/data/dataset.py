@@ -241,12 +241,9 @@ def _write(
         if len(known) < LEAST_IMAGES:
             bad = f"{len(skipped)} could not be used" if skipped else ""
             lost = "".join(f"; {why}" for why in (bad, equal_in_words(repeated, counts, left_out=left_out)) if why)
-            raise UserError(
-                "data.source",
-                f"gives {len(known)} image(s) for the {split} split, and at least {LEAST_IMAGES} are needed{lost}",
-                hint="add images, or change data.test_fraction",
-                value=data.source,
-            )
+            reason = f"gives {len(known)} image(s) for the {split} split, and at least {LEAST_IMAGES} are needed{lost}"
+            hint = "add images, or change data.test_fraction"
+            raise UserError("data.source", reason, hint=hint, value=data.source)
     progress.advance(len(skipped))
     content = {split: [part.digest for part in found] for split, found in parts.items()}
     identity = {"version": DIGEST_VERSION, "shape": pixels.shape, "class_names": source.class_names, "parts": content}

@@ -177,8 +177,8 @@ class Manifest:
     source: str  # what the images are, in words
     license: str
     settings: Mapping[str, Any]  # the data settings that decide the content
-    # A `NoiseSuggestion` as plain values, so that reading a manifest does not load torch: for the images as they are
-    # (`plain`) and with mirrored ones (`mirrored`). Empty if all images are alike.
+    # The largest distance between images, by which `noise: auto` chooses: as they are (`plain`) and with mirrored ones
+    # (`mirrored`). Empty if all images are alike.
     suggested_noise: Mapping[str, Any]
     conversions: Mapping[str, int]  # what pixels lost, and had to become (see `Picture`) -> number of images
     repeated: Mapping[str, int]  # images of each split that equal an earlier one of it

@@ -14,15 +14,13 @@ from numpy.typing import NDArray
 from ncsn.config import Config, from_yaml
 from ncsn.config.training import AutoNoiseConfig
 from ncsn.core.images import BYTE, Limits, to_unit
-from ncsn.core.keyed_random import keyed_permutation
-from ncsn.core.noise_schedule import distance_quantile, largest_distance, suggest_noise
+from ncsn.core.noise_schedule import largest_distance, suggest_noise
 from ncsn.data.format import Manifest
 from ncsn.errors import UserError
 
 MOST_IMAGES = 60_000
 _MOST_BYTES = MOST_IMAGES * 32 * 32 * 3  # of the images that are kept for the largest distance
 _MOST_WORK = 2e11  # multiplications for the largest distance: some seconds on two CPU cores; real images need a tenth
-_FEW, _FEW_WORK = 2_000, 6e9  # images compared in pairs for the percentile, and multiplications that this may take
 
 
 def sample_places(count: int, image_bytes: int) -> NDArray[np.int64]:
@@ -35,29 +33,21 @@ def sample_places(count: int, image_bytes: int) -> NDArray[np.int64]:
 
 
 def suggestions(sample: NDArray[Any], limits: Limits = BYTE, *, whole: bool = True) -> dict[str, dict[str, Any]]:
-    """Noise levels for the images as they are (`plain`) and with mirrored ones (`mirrored`); none if all are alike.
+    """What levels are chosen by, of the images (`plain`) and with mirrored ones (`mirrored`); none if all are alike.
 
-    `sample` [N, H, W, C] is stored images in their order, and `whole` says that there are no others. Each result is a
-    `NoiseSuggestion` as plain values, with the `distances` between images, in pixel units of [0, 1].
+    `sample` [N, H, W, C] is stored images in their order, and `whole` says that there are no others. Each result has
+    the largest of the `distances` between images, in pixel units of [0, 1].
     """
     images = torch.from_numpy(sample)
-    most = max(2, min(_FEW, math.isqrt(int(_FEW_WORK / images[0].numel()))))
-    few = torch.from_numpy(sample[np.sort(keyed_permutation(0, epoch=0, size=len(sample))[:most])])
     if images.dtype != torch.uint8:  # which takes less memory as it is
-        images, few = to_unit(images, limits), to_unit(few, limits)
+        images = to_unit(images, limits)
     found = {}
     for name, flips in (("plain", False), ("mirrored", True)):
         maximum, exact = largest_distance(images, flips=flips, most_work=_MOST_WORK)
         if maximum <= AutoNoiseConfig(kind="auto").sigma_L:
             return {}
-        distances = {
-            "maximum": maximum,
-            # Perhaps of fewer images; it shows whether outliers make the maximum.
-            "quantile_999": distance_quantile(few, 0.999, flips=flips),
-            "num_images": len(images),  # compared for the maximum
-            "exact": exact and whole,  # whether these were all images and not a sample
-        }
-        found[name] = asdict(suggest_noise(maximum, dimension=images[0].numel())) | {"distances": distances}
+        # The images that were compared, and whether these were all and not a sample.
+        found[name] = {"distances": {"maximum": maximum, "num_images": len(images), "exact": exact and whole}}
     return found
 
 
@@ -67,16 +57,11 @@ def resolve_noise(config: Config, manifest: Manifest) -> Config:
     if not isinstance(noise, AutoNoiseConfig):
         return config
     if not manifest.suggested_noise:
-        raise UserError(
-            "noise",
-            f"finds no levels: the images of {manifest.name}/{manifest.digest} are all alike",
-            hint="give noise.sigma_1, noise.sigma_L and noise.num_levels",
-            value="auto",
-        )
+        reason = f"finds no levels: the images of {manifest.name}/{manifest.digest} are all alike"
+        raise UserError("noise", reason, hint="give noise.sigma_1, noise.sigma_L and noise.num_levels", value="auto")
     suggested = manifest.suggested_noise["mirrored" if config.data.horizontal_flip else "plain"]
     largest, dimension = suggested["distances"]["maximum"], math.prod(manifest.pixels.shape)
     chosen = suggest_noise(largest, dimension=dimension, sigma_L=noise.sigma_L)
-    levels = {name: getattr(chosen, name) for name in ("sigma_1", "sigma_L", "num_levels")}
-    section = {**levels, "training": noise.training.model_dump(mode="json")}
+    section = {**asdict(chosen), "training": noise.training.model_dump(mode="json")}
     tree = config.model_dump(mode="json") | {"noise": section}
     return from_yaml(json.dumps(tree), origin="the config with the levels of noise: auto")

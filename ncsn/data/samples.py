@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -22,7 +23,7 @@ from PIL import Image
 
 from ncsn import storage
 from ncsn.config.schema import Pixels
-from ncsn.core.images import BYTE, Limits, eight_bit, picture_channels
+from ncsn.core.images import BYTE, Limits, eight_bit, image_grid, picture_channels
 from ncsn.data.format import (
     IMAGE,
     LABEL,
@@ -114,9 +115,26 @@ def write_pngs(uri: str, folder: Path, *, num_images: int) -> None:
     with storage.scratch_folder(str(folder.parent)) as temporary:
         for first, last in itertools.pairwise([*starts, num_images]):
             for number, image in enumerate(picture_channels(samples.read(first, last)), first):
-                picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
-                picture.save(temporary / f"{number:06d}.png")
+                (temporary / f"{number:06d}.png").write_bytes(to_png(image))
         temporary.rename(folder)
+
+
+GRID_PIXELS = 960  # about the side of a picture; small images are enlarged by a whole factor
+
+
+def grid_png(images: NDArray[np.uint8], *, columns: int | None = None, pixels: int = GRID_PIXELS) -> bytes:
+    """A PNG file of `[N, H, W, C]` images in rows, enlarged without smoothing; about square without `columns`."""
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    picture = np.asarray(image_grid(images, columns=columns, padding=1))
+    factor = max(1, pixels // max(picture.shape[:2]))
+    return to_png(picture.repeat(factor, axis=0).repeat(factor, axis=1))
+
+
+def to_png(picture: NDArray[np.uint8]) -> bytes:
+    """A PNG file of an image [H, W, C], gray or RGB."""
+    buffer = io.BytesIO()
+    Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture).save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()
 
 
 def _ranges(names: Sequence[str]) -> list[tuple[int, int]]:
@@ -133,12 +151,7 @@ def shards(uri: str, first: int, last: int) -> list[tuple[int, int]]:
         if start <= position < min(end, last):
             useful.append((start, end))
             position = end
-    if not useful:
-        raise UserError(uri, f"does not hold image {first}", hint="run the sample step first")
     if position < last:
-        raise UserError(
-            uri,
-            f"holds images {first} to {position - 1} without a gap, but {last} are to be evaluated",
-            hint="run the sample step again to generate the missing ones, or lower sampling.num_images",
-        )
+        hint = "run the sample step again to generate the missing ones, or lower sampling.num_images"
+        raise UserError(uri, f"lacks image {position} of the {last} that are asked for", hint=hint)
     return useful

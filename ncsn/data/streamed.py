@@ -93,11 +93,9 @@ class StreamedSplit:
         image_bytes = self._manifest.pixels.num_bytes + np.dtype(np.int64).itemsize
         two_windows = 2 * self._per_window * int(self._lengths.max()) * image_bytes
         if room < min(two_windows, len(self) * image_bytes):
-            raise UserError(
-                str(self._folder),
-                f"the disk has room for {room / 2**30:.1f} GiB of images, but training needs {two_windows / 2**30:.1f}",
-                hint=f"free some, or set {CACHE_DIR_VARIABLE} to a folder on a larger disk",
-            )
+            sizes = f"room for {room / 2**30:.1f} GiB of images, but training needs {two_windows / 2**30:.1f}"
+            hint = f"free some, or set {CACHE_DIR_VARIABLE} to a folder on a larger disk"
+            raise UserError(str(self._folder), f"the disk has {sizes}", hint=hint)
         self._keep_all = room >= len(self) * image_bytes
         self._mine = set() if self._keep_all else {int(file.stem) for file in left}
 

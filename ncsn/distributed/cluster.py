@@ -113,9 +113,8 @@ def cluster_for(config: Config, *, start: bool, join: bool = True, last_lines: s
             import torch  # takes seconds, which `ncsn run` need not wait for
 
             if not torch.cuda.is_available():
-                raise UserError(
-                    "compute.use_gpu", "this machine has no GPU that torch can use", hint="set it to false", value=True
-                )
+                reason = "this machine has no GPU that torch can use"
+                raise UserError("compute.use_gpu", reason, hint="set it to false", value=True)
         yield
         return
     with ray_cluster(config, last_lines=last_lines):

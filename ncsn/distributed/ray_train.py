@@ -15,14 +15,7 @@ from typing import Any
 import ray.train
 import ray.train.torch
 from ray.exceptions import OutOfMemoryError
-from ray.train import (
-    FailureConfig,
-    LoggingConfig,
-    RunConfig,
-    ScalingConfig,
-    TrainingFailedError,
-    UserCallback,
-)
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.torch.config import _TorchBackend
 from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE

@@ -124,11 +124,7 @@ def _sample_shard(shard: Chunk) -> Features | None:
 
 
 def sample_features(
-    config: Config,
-    wanted: Sequence[tuple[str, SamplingConfig]],
-    *,
-    dataset: str,
-    num_images: int,
+    config: Config, wanted: Sequence[tuple[str, SamplingConfig]], *, dataset: str, num_images: int
 ) -> Iterator[tuple[int, Features | None]]:
     """Position in `wanted`, and the features [N, D] of `num_images` samples; None if one is not finite.
 

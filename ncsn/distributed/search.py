@@ -119,12 +119,7 @@ class Suggestions(Searcher):
     # refuses a config whose own value is none of a choice's; and after `Tuner.restore` cannot have more trials.
 
     def __init__(
-        self,
-        space: Mapping[str, Domain],
-        *,
-        whole: Collection[str],
-        seed: int,
-        first: Iterable[Mapping[str, Any]] = (),
+        self, space: Mapping[str, Domain], *, whole: Collection[str], seed: int, first: Iterable[Mapping[str, Any]] = ()
     ) -> None:
         super().__init__(metric="objective", mode="min")
         optuna.logging.set_verbosity(optuna.logging.WARNING)

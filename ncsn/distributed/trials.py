@@ -85,7 +85,6 @@ class TrialFolder:
         self._write(_TRIAL, {"number": number, "values": dict(values)})
 
     def reach(self, rung: Rung) -> None:
-        """Record a rung."""
         self._write(f"rung-{rung.images_seen:09d}.json", dataclasses.asdict(rung))
 
     def fail(self, reason: str) -> None:
@@ -142,7 +141,6 @@ class TrialRecord:
 
     @cached_property
     def status(self) -> Status:
-        """How the trial ended."""
         if self.failure is not None:
             return "failed"
         if self.rungs and self.rungs[-1].images_seen >= self.last_rung:
@@ -173,7 +171,6 @@ class SearchPlan:
 
     @property
     def settings(self) -> SearchConfig:
-        """The section `search`."""
         assert self.config.search is not None
         return self.config.search
 
@@ -188,7 +185,6 @@ class SearchPlan:
         return {path: setting(self.config, path) for path in searched_space(self.config)}
 
     def trial_config(self, values: Mapping[str, Any]) -> Config:
-        """The experiment of one trial."""
         changed = variant(self.config, values)
         train = changed.train.model_copy(update={"keep_checkpoints": 1})
         return changed.model_copy(update={"train": train})
@@ -239,10 +235,8 @@ def _reach(plan: SearchPlan, values: Mapping[str, Any], folder: TrialFolder, ima
     sweep = [Scored(asdict(sampling.sampler), distances[number]) for number, sampling in enumerate(samplings)]
     best = min(sweep, key=lambda scored: math.inf if scored.objective is None else scored.objective)
     if best.objective is None:
-        raise UserError(
-            "sampling.sampler",
-            f"all {len(sweep)} samplers give images with NaN or infinity at {images:,} training images",
-        )
+        reason = f"all {len(sweep)} samplers give images with NaN or infinity at {images:,} training images"
+        raise UserError("sampling.sampler", reason)
     return Rung(
         images_seen=images,
         objective=best.objective,

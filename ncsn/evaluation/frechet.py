@@ -107,9 +107,8 @@ def frechet_jackknife(groups: Sequence[FrechetStatistics], reference: FrechetSta
     """
     whole = merged(groups)
     if whole.count < 3:
-        raise UserError(
-            "sampling.num_images", "the uncertainty of a Fréchet distance needs at least 3 images", value=whole.count
-        )
+        reason = "the uncertainty of a Fréchet distance needs at least 3 images"
+        raise UserError("sampling.num_images", reason, value=whole.count)
     reference_factor, traces = factor(reference.covariance), np.trace(whole.covariance + reference.covariance)
 
     def distance(group: FrechetStatistics) -> float:

@@ -38,15 +38,6 @@ Rows = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Generated:
-    """Generated images of one class."""
-
-    label: int
-    samples: SampleSet
-    chosen: Rows
-
-
-@dataclass(frozen=True)
 class Part:
     """Images that every pass over them shows once. Parts of one `draw` are shuffled alike."""
 
@@ -60,7 +51,7 @@ class Lesson:
     """What one classifier is trained on, how, and what it is asked."""
 
     dataset: str
-    generated: Sequence[Generated]
+    generated: Sequence[tuple[SampleSet, Rows]]  # of each class, and which of them
     batch_size: int
     num_classes: int
     mirrors: bool  # whether augmentation mirrors
@@ -85,8 +76,8 @@ def learn(lesson: Lesson) -> None:
     train = open_cache(lesson.dataset, "train", as_bytes=True)
     asked, shape = open_cache(lesson.dataset, lesson.split, as_bytes=True).images, train.images.shape[1:]
     made = np.empty((0, *shape), np.uint8)
-    made = np.concatenate([made, *(part.samples.read(0, part.samples.count)[part.chosen] for part in lesson.generated)])
-    of_made = [np.full(len(part.chosen), part.label) for part in lesson.generated]
+    made = np.concatenate([made, *(samples.read(0, samples.count)[chosen] for samples, chosen in lesson.generated)])
+    of_made = [np.full(len(chosen), label) for label, (_, chosen) in enumerate(lesson.generated)]
     labels = torch.from_numpy(np.concatenate([np.asarray(train.labels), *of_made]))
     device = "cuda" if lesson.use_gpu and torch.cuda.is_available() else "cpu"
     measured = torch.from_numpy(np.array(train.images[:_MEASURED])).float()
@@ -133,7 +124,7 @@ def _order(lesson: Lesson, *, num_train: int) -> Iterator[Rows]:
 
     In each pass an image has the place of a random number of its own, whatever images are between.
     """
-    sizes = {"train": num_train, "generated": sum(len(each.chosen) for each in lesson.generated)}
+    sizes = {"train": num_train, "generated": sum(len(chosen) for _, chosen in lesson.generated)}
     left, epoch = np.empty(0, np.int64), 0
     while True:
         while len(left) < lesson.batch_size:

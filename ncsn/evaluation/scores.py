@@ -39,15 +39,10 @@ def inception_score(log_probabilities: npt.ArrayLike, *, num_splits: int = 10) -
         Mean and population standard deviation over the splits.
     """
     log_p = np.asarray(log_probabilities, dtype=np.float64)
-    count = len(log_p)
+    count, scores = len(log_p), []
     if count < num_splits:
-        raise UserError(
-            "sampling.num_images",
-            f"does not fill {num_splits} splits",
-            hint=f"generate at least {num_splits} images or lower evaluation.num_splits",
-            value=count,
-        )
-    scores = []
+        reason, hint = f"does not fill {num_splits} splits", "generate more images, or lower evaluation.num_splits"
+        raise UserError("sampling.num_images", reason, hint=hint, value=count)
     for split in range(num_splits):
         rows = log_p[split * count // num_splits : (split + 1) * count // num_splits]
         p = np.exp(rows)

@@ -219,12 +219,8 @@ def held_out(num_images: int) -> float:
 def _require_enough(train: int, test: int) -> None:
     if min(train, test) < LEAST_TEST_IMAGES:
         least = LEAST_TEST_IMAGES
-        raise UserError(
-            "PLACE",
-            f"has {train + test} image{'s' * (train + test != 1)} that can be used, for training at most {train} and "
-            f"for tests {test}; needed are {least} of each",
-            hint="add more",
-        )
+        reason = f"has {train + test} image{'s' * (train + test != 1)} that can be used, for training at most {train}"
+        raise UserError("PLACE", f"{reason} and for tests {test}; needed are {least} of each", hint="add more")
 
 
 def _choose_max_images(draft: Draft, found: Survey, *, seconds: float) -> float:

@@ -58,7 +58,6 @@ class Draft:
         return not self._is_given(path) and self.choose(f"{path}.kind", kind, reason) == kind
 
     def get(self, path: str, default: Any = None) -> Any:
-        """The value at a path."""
         node: Any = self.tree
         for key in path.split("."):
             if not isinstance(node, dict) or key not in node:

@@ -49,7 +49,6 @@ class Machine:
 
     @classmethod
     def here(cls) -> Machine:
-        """This machine."""
         gpus = torch.cuda.device_count()
         return cls(len(os.sched_getaffinity(0)), gpus, torch.cuda.get_device_name() if gpus else "")
 
@@ -163,9 +162,8 @@ def with_levels(config: Config, run: str) -> Config:
         return config
     if ingested := read_step(run_folder(config, run), "ingest").result:
         return resolve_noise(config, load_manifest(str(ingested["uri"])))
-    raise UserError(
-        "noise", "chosen from images that are not ingested yet", hint="run `ncsn ingest` first", value="auto"
-    )
+    reason = "chosen from images that are not ingested yet"
+    raise UserError("noise", reason, hint="run `ncsn ingest` first", value="auto")
 
 
 def chosen_levels(config: Config, run: str) -> list[str]:

@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -24,13 +24,7 @@ from ncsn.data.format import NO_LABEL, SPLITS, SkippedImage
 from ncsn.data.pixels import BadImageError, Example, Fit, Picture, stored_values
 from ncsn.data.sources import open_source
 from ncsn.data.sources.base import BadImages, Source, list_files, texts
-from ncsn.data.sources.image_files import (
-    ARCHIVE_SUFFIXES,
-    COMPRESSED_SUFFIXES,
-    IMAGE_SUFFIXES,
-    DecodedSplit,
-    Encoded,
-)
+from ncsn.data.sources.image_files import ARCHIVE_SUFFIXES, COMPRESSED_SUFFIXES, IMAGE_SUFFIXES, DecodedSplit, Encoded
 from ncsn.data.sources.parquet_files import SUFFIX
 from ncsn.errors import UserError
 from ncsn.init.draft import any_config
@@ -69,7 +63,6 @@ class Look:
 
     @property
     def transparent(self) -> bool:
-        """Whether a pixel is transparent."""
         return isinstance(self.thumbnail, Image.Image) and self.thumbnail.mode == "RGBA"
 
     @property
@@ -109,14 +102,14 @@ class Survey:
     root: str
     source: str  # image_folder or parquet
     num_images: int  # of all splits, the bad ones too
-    own_train: int | None  # of the train split, if the place itself has a test split
     class_names: tuple[str, ...]
     class_counts: tuple[int, ...]  # of all images
-    unlabeled: int
-    ignored: Mapping[str, int]  # other files, as of `Source`
     looks: tuple[Look, ...]  # by name
-    bad: tuple[SkippedImage, ...]
-    seconds_per_image: float  # to read and decode one, on all cores
+    own_train: int | None = None  # of the train split, if the place itself has a test split
+    unlabeled: int = 0
+    ignored: Mapping[str, int] = field(default_factory=dict)  # other files, as of `Source`
+    bad: tuple[SkippedImage, ...] = ()
+    seconds_per_image: float = 0.0  # to read and decode one, on all cores
 
     def train_images(self, test_fraction: float) -> int:
         """Images to train on if this share is held out, where the place has no test split."""
@@ -129,7 +122,6 @@ class Survey:
 
     @property
     def complete(self) -> bool:
-        """Whether the sample is all images."""
         return self.looked_at == self.num_images
 
     def share(self, trait: str) -> float:
@@ -274,10 +266,8 @@ def _open(root: str, given: Sequence[str]) -> tuple[DataConfig, Source]:
         return data, open_source(data)
     except UserError:
         if storage.is_file(root) and not root.lower().endswith((*ARCHIVE_SUFFIXES, *COMPRESSED_SUFFIXES, SUFFIX)):
-            kinds = ", a ".join((*ARCHIVE_SUFFIXES, SUFFIX))
-            raise UserError(
-                "data.root", "is a file of another kind", hint=f"give a folder of images, a {kinds}", value=root
-            ) from None
+            hint = f"give a folder of images, a {', a '.join((*ARCHIVE_SUFFIXES, SUFFIX))}"
+            raise UserError("data.root", "is a file of another kind", hint=hint, value=root) from None
         names = [path.lower() for path in texts(list_files(root))]
         images = any(name.endswith((*IMAGE_SUFFIXES, *ARCHIVE_SUFFIXES)) for name in names)
         if images or not any(name.endswith(SUFFIX) for name in names):

@@ -19,6 +19,7 @@ from ncsn.config.load import EXAMPLES
 from ncsn.core.images import eight_bit
 from ncsn.data.dataset import write_dataset
 from ncsn.data.format import equal_in_words, image_hashes, repeats
+from ncsn.data.samples import grid_png
 from ncsn.data.sources import open_source
 from ncsn.data.sources.image_folder import how_to_convert, in_words
 from ncsn.errors import MISSING, NotFound, UserError
@@ -28,7 +29,7 @@ from ncsn.init.choose import FirstConfig
 from ncsn.init.plan import Machine
 from ncsn.init.survey import Survey, percent, survey
 from ncsn.progress import Progress
-from ncsn.report.images import evenly_spread, grid_png
+from ncsn.report.images import evenly_spread
 from ncsn.report.words import duration
 
 _NAMED = 3  # classes

@@ -53,13 +53,7 @@ class FinishResult(Outcome):
 
 
 def run(
-    config: Config,
-    *,
-    run: str,
-    state: str,
-    message: str = "",
-    kfp: KfpRun | None = None,
-    namespace: str | None = None,
+    config: Config, *, run: str, state: str, message: str = "", kfp: KfpRun | None = None, namespace: str | None = None
 ) -> FinishResult:
     """Cancel what still runs, and write the outcome to the run's `status.json` and its MLflow run.
 

@@ -157,7 +157,6 @@ def _is_left(api: KubernetesApi, rayjob: Resource) -> bool:
 
 
 def _state_of(workflow: Resource | None) -> str:
-    """How an ended Workflow ended."""
     if workflow is None or was_stopped(workflow):
         return "CANCELED"
     return "SUCCEEDED" if workflow.get("status", {}).get("phase") == "Succeeded" else "FAILED"

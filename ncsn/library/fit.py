@@ -144,10 +144,8 @@ def _train(config: Config, source: Source, on_progress: Callable[[int, int], obj
         if (name := checkpoints.newest()) is None:
             raise DivergedError("hours", "were over when training had diverged", hint="give other images or settings")
         told.start(images_seen_at(name), "images", done=images_seen_at(name))
-        trained, known = (
-            load_checkpoint(f"{checkpoints.uri}/{name}", device=config.compute.device),
-            images.splits["train"],
-        )
+        trained = load_checkpoint(f"{checkpoints.uri}/{name}", device=config.compute.device)
+        known = images.splits["train"]
         return ScoreModel(trained, training=np.asarray(known.images) if isinstance(known, Arrays) else None)
 
 
@@ -185,17 +183,12 @@ def _in_memory(images: Any, labels: ArrayLike | None) -> tuple[Source, Survey]:
         root="memory",
         source="parquet",  # as which training reads them
         num_images=count,
-        own_train=None,
         class_names=source.class_names,
         class_counts=tuple(np.bincount(numbers).tolist()) if source.class_names else (),
-        unlabeled=0,
-        ignored={},
         looks=tuple(
             Look(f"image {number}", "", (width, height), Picture.of(images[number]).image, channels, ())
             for number in evenly_spread(count, most=MOST_LOOKED_AT)
         ),
-        bad=(),
-        seconds_per_image=0.0,
     )
     return source, found
 

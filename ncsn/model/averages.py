@@ -26,14 +26,7 @@ from ncsn.core.ema import exponent_of
 from ncsn.core.reconstruction import Profile, reconstruction
 from ncsn.core.training import TrainState
 from ncsn.errors import UserError
-from ncsn.model.checkpoint import (
-    FOLDER_NAME,
-    DamagedError,
-    load_checkpoint,
-    save_network,
-    verify,
-    write_files,
-)
+from ncsn.model.checkpoint import FOLDER_NAME, DamagedError, load_checkpoint, save_network, verify, write_files
 from ncsn.runs.folder import INDEX, WIDTHS, RunFolder, TrainingFolder, folder_name, images_seen_at
 
 MOST_FLOAT16 = 6e4  # of a weight; float16 ends at 65,504
@@ -102,12 +95,8 @@ def build_average(checkpoint: str, *, relative_width: float) -> str:
     times = snapshots(folder)
     if seen not in times:
         near = f"; the nearest is at {min(times, key=lambda time: abs(time - seen)):,}" if times else ""
-        raise UserError(
-            _KEY,
-            f"there is no snapshot of the averages at {seen:,} images in {folder}{near}",
-            hint="sample a checkpoint that has one",
-            value=relative_width,
-        )
+        reason = f"there is no snapshot of the averages at {seen:,} images in {folder}{near}"
+        raise UserError(_KEY, reason, hint="sample a checkpoint that has one", value=relative_width)
     stored = list(_whole(folder, [time for time in times if time <= seen]))
     coefficients, error = reconstruction(
         [Profile(exponent_of(width), time) for time, width in stored], Profile(exponent_of(relative_width), seen)

@@ -97,7 +97,6 @@ def step_options(config: Config, *, world_size: int) -> StepOptions:
 
 
 def memory_format(config: Config) -> torch.memory_format:
-    """Memory format of images and convolutions."""
     compute = config.compute
     last = compute.use_gpu if compute.channels_last == "auto" else compute.channels_last
     return torch.channels_last if last else torch.contiguous_format

@@ -109,7 +109,6 @@ def thin(uri: str) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Hexadecimal digest of a file."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -138,12 +137,7 @@ class TrainedNetwork:
 
 
 def snapshot(
-    *,
-    config: Config,
-    state: TrainState,
-    moments: DataMoments,
-    dataset_digest: str,
-    classes: Classes | None = None,
+    *, config: Config, state: TrainState, moments: DataMoments, dataset_digest: str, classes: Classes | None = None
 ) -> Callable[[Path], None]:
     """Copy the state, so that training can go on while it is written; a function that does that.
 
@@ -189,12 +183,8 @@ def restore(folder: Path, *, config: Config | None, state: TrainState, dataset_d
         require_same_training(saved, config, origin=str(folder))
     facts = json.loads((folder / "state.json").read_text())
     if facts["dataset_digest"] != dataset_digest:
-        raise CheckpointError(
-            str(folder),
-            f"was trained on the dataset {facts['dataset_digest']}, not {dataset_digest}: the images have "
-            "changed since",
-            hint="restore them, or start another --run NAME",
-        )
+        reason = f"was trained on the dataset {facts['dataset_digest']}, not {dataset_digest}: the images have changed"
+        raise CheckpointError(str(folder), reason, hint="restore them, or start another --run NAME")
     _load_strictly(state.network, load_file(folder / "weights.safetensors"), origin=str(folder))
     for ema, name in zip(state.averages, ("ema.safetensors", SECOND_EMA), strict=False):
         ema.load_state_dict({"weights": load_file(folder / name), "num_updates": facts["ema_updates"]})

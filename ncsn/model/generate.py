@@ -143,13 +143,9 @@ def generate_joined(
     sampling, config, shape = parts[0].sampling, trained.config, trained.config.data.network_shape
     sampler = build.sampler(config, sampling)
     # The start is made on the CPU, where products are exact.
+    draws = [(own.seed, first + _offset(trained, own), length) for own, first, length in parts]
     at_start, in_chain = (
-        JoinedNoise(
-            tuple(
-                KeyedNoise(own.seed, first=first + _offset(trained, own), count=n, shape=shape, device=place)
-                for own, first, n in parts
-            )
-        )
+        JoinedNoise(tuple(KeyedNoise(seed, first=at, count=n, shape=shape, device=place) for seed, at, n in draws))
         for place in ("cpu", device)
     )
     known = [image_labels(trained, own, first=first, count=count) for own, first, count in parts]
@@ -374,17 +370,12 @@ def _load(uri: str, device: str) -> TrainedNetwork:
 def _require_fitting(trained: TrainedNetwork, guide: TrainedNetwork, uri: str, sampling: SamplingConfig) -> None:
     """Refuse a guide for other images, other classes, or of other levels if it knows its own only."""
     one, other = trained.config.data, guide.config.data
-    facts: list[tuple[str, object, object]] = [
-        ("pixels", str(one.pixels), str(other.pixels)),
-    ]
+    facts: list[tuple[str, object, object]] = [("pixels", str(one.pixels), str(other.pixels))]
     if trained.classes is not None and guide.classes is not None:
         facts.append(("classes", trained.classes.names, guide.classes.names))
     if not isinstance(guide.network, ContinuousNetwork):
         facts.append(("noise", sampling.levels or trained.config.levels, guide.config.levels))
     for name, wanted, found in facts:
         if wanted != found:
-            raise UserError(
-                CHECKPOINT,
-                f"its {name} is {shown_value(found)}, but the network's is {shown_value(wanted)}",
-                value=uri,
-            )
+            reason = f"its {name} is {shown_value(found)}, but the network's is {shown_value(wanted)}"
+            raise UserError(CHECKPOINT, reason, value=uri)

@@ -53,12 +53,9 @@ def adapted(
     try:
         return transfer(dict(source.network.named_parameters()), network, classes=kept)
     except InvalidValue as error:
-        raise UserError(
-            "train.init_from",
-            f"does not fit this network: {error}",
-            hint=f"use the section network of its config: {shown_value(source.config.network.model_dump())}",
-            value=config.train.init_from,
-        ) from None
+        reason, key = f"does not fit this network: {error}", "train.init_from"
+        hint = f"use the section network of its config: {shown_value(source.config.network.model_dump())}"
+        raise UserError(key, reason, hint=hint, value=config.train.init_from) from None
 
 
 def start_notes(source: TrainedNetwork, config: Config, changes: Sequence[str]) -> list[str]:

@@ -240,7 +240,6 @@ class KubeRay:
                 time.sleep(POLL_SECONDS)
 
     def _watch(self, step: RemoteStep, pods: PodWatch, log: PodLog, attempt: str) -> JobState:
-        """Wait for the end of the RayJob."""
         name, shown, settings = step.job_name, "", self._compute.kuberay
         ran, late = False, time.monotonic() + 60 * settings.max_start_minutes
         while True:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import io
-import math
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ncsn.core.images import image_grid
+from ncsn.data.samples import grid_png
 
 Images = NDArray[np.uint8]
 
@@ -17,24 +16,6 @@ Images = NDArray[np.uint8]
 def evenly_spread(count: int, *, most: int) -> list[int]:
     """At most `most` of the numbers from 0 to `count` - 1, ascending, with the first and the last."""
     return sorted(set(np.linspace(0, count - 1, min(count, most)).round().astype(int).tolist()))
-
-
-GRID_PIXELS = 960  # about the side of a picture; small images are enlarged by a whole factor
-
-
-def grid_png(images: Images, *, columns: int | None = None) -> bytes:
-    """A PNG file of `[N, H, W, C]` images in rows, enlarged without smoothing; about square without `columns`."""
-    columns = columns or math.ceil(math.sqrt(len(images)))
-    picture = np.asarray(image_grid(images, columns=columns, padding=1))
-    factor = max(1, GRID_PIXELS // max(picture.shape[:2]))
-    return to_png(picture.repeat(factor, axis=0).repeat(factor, axis=1))
-
-
-def to_png(picture: Images) -> bytes:
-    """A PNG file of an image [H, W, C], gray or RGB."""
-    buffer = io.BytesIO()
-    Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture).save(buffer, format="PNG", optimize=True)
-    return buffer.getvalue()
 
 
 CARD_PIXELS = 400  # at most, of a picture on MLflow's page, which shows it in full size

@@ -252,15 +252,11 @@ ARMS_HEAD = ("trained on", "real", "generated", "balanced accuracy %", "accuracy
 
 def arm_lines(arms: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     """Text for each set of images of the result of `utility`."""
-
-    def shown(figure: Mapping[str, float]) -> str:
-        return with_interval(figure["value"], figure["low"], figure["high"])
-
-    figures = ("balanced_accuracy", "accuracy", "macro_f1")
-    return [
-        (arm_label(arm["name"]), f"{arm['real']:,}", f"{arm['generated']:,}", *(shown(arm[each]) for each in figures))
-        for arm in arms
-    ]
+    lines = list[tuple[str, ...]]()
+    for arm in arms:
+        figures = (with_interval(**arm[each]) for each in ("balanced_accuracy", "accuracy", "macro_f1"))
+        lines.append((arm_label(arm["name"]), f"{arm['real']:,}", f"{arm['generated']:,}", *figures))
+    return lines
 
 
 UTILITY = {
@@ -273,7 +269,7 @@ UTILITY = {
 
 def shown_gain(gain: Mapping[str, float]) -> str:
     """`+2.1 (0.9 to 3.3)`."""
-    return f"{'+' if gain['value'] > 0 else ''}{with_interval(gain['value'], gain['low'], gain['high'])}"
+    return f"{'+' if gain['value'] > 0 else ''}{with_interval(**gain)}"
 
 
 def utility_sentence(
@@ -286,7 +282,7 @@ def utility_sentence(
     if grade == "copies":
         return f"Generated images {UTILITY[grade]}"
     over = "balanced accuracy over augmentation alone"
-    ends = f"({with_interval(gain['value'], gain['low'], gain['high']).partition('(')[2]}"
+    ends = f"({with_interval(**gain).partition('(')[2]}"
     same = grade == "same"
     moved = [(name, each["value"]) for name, each in named.items() if same or each["value"] * gain["value"] > 0]
     classes = ", ".join(f"{name} ({value:+.2g})" for name, value in moved[:3])
@@ -391,7 +387,6 @@ def candidate_lines(candidates: Sequence[Mapping[str, Any]], *, most: int) -> li
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Head and rows in Markdown."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 

@@ -66,7 +66,6 @@ class Store:
 
 
 def folder_name(images_seen: int, kind: str = "images-") -> str:
-    """Name of the folder of a checkpoint."""
     return f"{kind}{images_seen:09d}"
 
 
@@ -140,7 +139,6 @@ class RunFolder(_Trained):
 
     @property
     def uri(self) -> str:
-        """The folder itself."""
         return storage.join(Store(self.root).runs, self.run)
 
     @classmethod
@@ -312,7 +310,6 @@ class StepRecord:
 
 
 def read_step(folder: RunFolder, step: str) -> StepRecord:
-    """The record of `step`."""
     record = storage.absolute_uris(storage.find_json(folder.step(step, "step.json")) or {}, folder.root)
     if error := record.get("error"):
         record["error"] = StepError(**error | {"problems": tuple(map(Problem.from_json, error["problems"]))})
@@ -320,7 +317,6 @@ def read_step(folder: RunFolder, step: str) -> StepRecord:
 
 
 def update_step(folder: RunFolder, step: str, **changes: Any) -> None:
-    """Change these fields of the record of `step`."""
     record = replace(read_step(folder, step), **changes)
     error = record.error and vars(record.error) | {"problems": [each.to_json() for each in record.error.problems]}
     values = storage.relative_uris(vars(record) | {"error": error}, folder.root)
@@ -456,7 +452,6 @@ class Cost(NamedTuple):
 
 
 def cost_of(config: Config, step: str, seconds: float) -> Cost:
-    """The cost of `seconds` of a step."""
     compute = config.compute
     workers = compute.max_workers if step in STEPS_BY_WORKERS else 1
     gpus = workers if compute.use_gpu and step in STEPS_BY_WORKERS else 0
@@ -465,7 +460,6 @@ def cost_of(config: Config, step: str, seconds: float) -> Cost:
 
 
 def total_cost(costs: Iterable[Cost]) -> Cost:
-    """The sum of some costs."""
     return Cost(*(sum(amounts) for amounts in zip(Cost(0.0, 0.0, 0.0), *costs, strict=True)))
 
 

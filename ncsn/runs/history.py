@@ -37,14 +37,12 @@ class TrainingHistory:
     def add(
         self, point: dict[str, float], images_seen: int, *, system: dict[str, float] | None = None, when: int = 0
     ) -> None:
-        """Append a point."""
         self.images_seen.append(images_seen)
         self.points.append(point)
         self.system.append(system or {})
         self.times.append(when or now_ms())
 
     def publish(self) -> None:
-        """Write all points."""
         storage.write_json(self.uri, {name: values for name, values in vars(self).items() if name != "uri"})
 
     def curve(self, name: str) -> Array:

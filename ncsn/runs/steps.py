@@ -49,12 +49,7 @@ STEP_TABLE: Mapping[str, Step] = {
         section="search",
         elsewhere=True,
     ),
-    "train": Step(
-        "Train the score network, or resume it.",
-        inputs={"dataset": _DATASET},
-        always=True,
-        elsewhere=True,
-    ),
+    "train": Step("Train the score network, or resume it.", inputs={"dataset": _DATASET}, always=True, elsewhere=True),
     "sample": Step(
         "Generate images with the configured sampler.",
         inputs={"checkpoint": _CHOSEN},

@@ -235,9 +235,8 @@ def run(place: Place, *, port: int, replicas: int, ready: Callable[[], object]) 
         if replicas > (cores := int(have.get("CPU", 0))):  # Ray would wait for them without end.
             raise UserError("--replicas", f"there are {cores} CPU cores, of which each needs one", value=replicas)
         if serve.status().proxies:  # Another program's, whose application and port this one would replace.
-            raise UserError(
-                "RAY_ADDRESS", "this cluster serves already", hint="unset it to serve on this machine alone"
-            )
+            hint = "unset it to serve on this machine alone"
+            raise UserError("RAY_ADDRESS", "this cluster serves already", hint=hint)
         gpus = 1 if have.get("GPU", 0) >= replicas else 0
         share = {"num_cpus": cores // replicas, "num_gpus": gpus}
         serve.start(proxy_location="HeadOnly", http_options={"host": LOOPBACK, "port": port}, logging_config=_QUIET)

@@ -11,12 +11,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ncsn.config.schema import SamplingConfig
 from ncsn.core.images import eight_bit, picture_channels
+from ncsn.data.samples import grid_png, to_png
 from ncsn.errors import Problem, UserError
 from ncsn.model import build
 from ncsn.model.checkpoint import TrainedNetwork
 from ncsn.model.classes import images_of
 from ncsn.model.generate import Wish
-from ncsn.report.images import grid_png, to_png
 
 MOST_IMAGES = 256  # of one request
 MOST_EVALUATIONS = 1000  # of the network for an image, unless the model's own sampler needs more

@@ -22,7 +22,7 @@ from ncsn.evaluation import evaluation_of, extractor_name
 from ncsn.evaluation.audit import audit
 from ncsn.evaluation.features import Runner, SplitSet, here
 from ncsn.evaluation.frechet import RunningScore
-from ncsn.evaluation.measure import Measured, Metric, measure_sets, metric_name
+from ncsn.evaluation.measure import Measured, measure_sets, metric_name
 from ncsn.evaluation.reference import images_to_prepare, open_evaluator
 from ncsn.model.classes import require_same_classes
 from ncsn.progress import Progress
@@ -109,9 +109,6 @@ def evaluate(
     audited = audit(config, dataset, sets[0], runner=runner, progress=progress)
     for measured, figures in zip((generated, real), audited.figures(), strict=True):
         measured.metrics.update(figures)
-    if "score" in generated.metrics:
-        ratio = generated.equal["score"].value / real.equal["score"].value
-        generated.equal["score_ratio"] = Metric(ratio, generated.equal["score"].num_images)
     name, fingerprint, extractor = evaluator.name, evaluator.reference.fingerprint, evaluator.extractor
     root = storage.absolute(config.storage.root)
     compared = storage.relative_uris({"samples": samples, "reference": fingerprint}, root)

@@ -133,12 +133,8 @@ def refuse(step: str, run: Run) -> None:
         hint = f"start another run from it: train.init_from={model}"
         raise UserError("--run", f"is {model}, whose training is done", hint=hint, value=run.name)
     if STEP_TABLE[step].elsewhere and config.compute.backend == "kuberay" and storage.is_local(folder.uri):
-        raise UserError(
-            "storage.root",
-            "a folder of this machine, which the pods of a cluster cannot reach",
-            hint="use s3://BUCKET/PREFIX",
-            value=config.storage.root,
-        )
+        reason, hint = "a folder of this machine, which the pods of a cluster cannot reach", "use s3://BUCKET/PREFIX"
+        raise UserError("storage.root", reason, hint=hint, value=config.storage.root)
     if config.train.continue_from is not None and not storage.exists(folder.config):
         state_to_continue(config)
     if step in (SEARCH, "train") and config.train.init_from is not None and find_spec("torch"):

@@ -25,7 +25,7 @@ from ncsn.config import Config
 from ncsn.config.load import from_yaml
 from ncsn.config.schema import MOST_IMAGES
 from ncsn.data.format import PARQUET_OPTIONS, Manifest, from_table, load_manifest
-from ncsn.data.samples import SampleSet
+from ncsn.data.samples import SampleSet, to_png
 from ncsn.data.training_images import open_cache
 from ncsn.distributed.cluster import cluster_for, ray_tags
 from ncsn.distributed.ray_calls import runner_of
@@ -39,7 +39,6 @@ from ncsn.evaluation.reference import open_evaluator
 from ncsn.evaluation.scores import kernel_distance
 from ncsn.model.checkpoint import TrainedNetwork
 from ncsn.model.classes import AS_DATA, BALANCED
-from ncsn.report.images import to_png
 from ncsn.report.pages import render
 from ncsn.runs.code import origin
 from ncsn.runs.folder import DEFAULT_ROOT, Run, opened_from, read_step

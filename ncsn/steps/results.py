@@ -1,15 +1,13 @@
 """What the module of a step and `execute` exchange, and what each step results in.
 
 A step's `prepare` returns a `Prepared`, whose work gets a `Context` and returns the result: plain values, as they stand
-in its record, and a line for people. Without torch, which launchers may lack. A step whose module needs none may have
-its result there.
+in its record, and a line for people. Without torch, which launchers may lack.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from importlib import import_module
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from ncsn.config import Config
@@ -54,9 +52,8 @@ def stored_result(folder: RunFolder, step: str, key: Key) -> Any:
 
 
 def result_type(step: str) -> Callable[..., Any]:
-    """The dataclass of a step's result, here or, of a step without torch, in its own module."""
-    name = f"{step.capitalize()}Result"
-    found: Callable[..., Any] = globals().get(name) or getattr(import_module(f"ncsn.steps.{step}"), name)
+    """The dataclass of a step's result."""
+    found: Callable[..., Any] = globals()[f"{step.capitalize()}Result"]
     return found
 
 

@@ -15,7 +15,7 @@ from ncsn.config import Config
 from ncsn.config.choices import AutoguidanceConfig
 from ncsn.core.images import eight_bit
 from ncsn.data.format import MANIFEST, load_manifest
-from ncsn.data.samples import SampleSet
+from ncsn.data.samples import SampleSet, grid_png
 from ncsn.distributed.cluster import cluster_for, ray_tags
 from ncsn.distributed.ray_calls import runner_of
 from ncsn.distributed.sampling import LEVELS, Features, make_shards, plan_shards
@@ -28,7 +28,7 @@ from ncsn.model.classes import require_label
 from ncsn.model.generate import evaluations_per_image, guide_of, sampling_facts, with_precision
 from ncsn.model.objective import noise_notes
 from ncsn.progress import Progress
-from ncsn.report.images import grid_png, rows_by_class
+from ncsn.report.images import rows_by_class
 from ncsn.runs.folder import Run, RunFolder, opened_from
 from ncsn.steps.results import Context, Prepared, SampleResult
 from ncsn.tracking.mlflow_runs import StepRun
@@ -57,9 +57,8 @@ def prepare(run: Run, *, checkpoint: str, score: str | None = None) -> Prepared[
 
 def place_of(config: Config, trained: TrainedNetwork, folder: RunFolder) -> tuple[dict[str, Any], str]:
     """What decides an image beside its number, and the folder of the run for all images of it."""
-    facts = sampling_facts(
-        with_precision(config.sampling, trained, config.compute.device), guide_of(trained, config.sampling)
-    )
+    sampling = with_precision(config.sampling, trained, config.compute.device)
+    facts = sampling_facts(sampling, guide_of(trained, config.sampling))
     return facts, storage.join(folder.samples, trained.digest, storage.digest(facts, 12))
 
 
@@ -157,13 +156,11 @@ class _Scores:
         self._points: list[RunningScore] = []
 
     def add(self, first: int, features: Features) -> None:
-        """Take the features of images `first ..`."""
         for score in self._running.add(first, features):
             self._points.append(score)
             self._progress.note(str(score))
 
     def log(self, tracked: StepRun) -> None:
-        """Log the curve to MLflow."""
         for point in self._points:
             tracked.log_metrics(point.named("sample", extractor=self._extractor), step=point.num_images)
         tracked.set_tags({"eval.fingerprint": self._fingerprint})

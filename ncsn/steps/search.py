@@ -59,13 +59,9 @@ def prepare(run: Run, *, dataset: str) -> Prepared[SearchResult]:
     plan.samplings(plan.baseline)  # raises now what every trial would find
     untrained = config.train.averaging.untrained_share(plan.rungs[0], batch_size=config.train.batch_size)
     if untrained > 0.1 and not config.train.init_from:
-        _logger.warning(
-            "at the first rung, %d images, the EMA is still %.0f %% untrained weights, so it says little; "
-            "lower %s, or raise train.num_images",
-            plan.rungs[0],
-            100 * untrained,
-            ema_setting(config.train),
-        )
+        said = f"the EMA is still {untrained:.0%} untrained weights, so it says little"
+        hint = f"lower {ema_setting(config.train)}, or raise train.num_images"
+        _logger.warning("at the first rung, %d images, %s; %s", plan.rungs[0], said, hint)
     key = {"trials": plan.trials, "search": plan.settings.model_dump(mode="json")}
     work = partial(find_settings, plan, manifest, start, best_run)
     return Prepared(config, key, work, lambda result: [result.config, result.table, *result.plots])

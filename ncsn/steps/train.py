@@ -163,12 +163,9 @@ def require_classes(config: Config, manifest: Manifest, dataset: str) -> None:
     """Refuse classes that each worker, or the evaluation after hours of training, would refuse."""
     labeled = manifest.class_counts["train"]  # images of each class
     if config.evaluation.extractor == "classifier" and (len(labeled) < 2 or not any(labeled)):
-        raise UserError(
-            "evaluation.extractor",
-            f"needs labels of at least 2 classes, and the training images of {dataset} have {sum(map(bool, labeled))}",
-            hint="sort the images into one subfolder per class, or set it to auto",
-            value="classifier",
-        )
+        have, hint = sum(map(bool, labeled)), "sort the images into one subfolder per class, or set it to auto"
+        reason = f"needs labels of at least 2 classes, and the training images of {dataset} have {have}"
+        raise UserError("evaluation.extractor", reason, hint=hint, value="classifier")
     require_same_classes(config.data.num_classes, manifest.class_names, where=f"the dataset {dataset}")
     if (classes := classes_of(config, manifest)) is not None:
         require_label(config.sampling.label, classes)

@@ -28,7 +28,7 @@ from ncsn.distributed.cluster import cluster_for, ray_tags
 from ncsn.distributed.ray_calls import runner_of
 from ncsn.errors import UserError
 from ncsn.evaluation.features import Runner
-from ncsn.evaluation.learner import RATES, TRIED, VERSION, Generated, Lesson, Part, learn
+from ncsn.evaluation.learner import RATES, TRIED, VERSION, Lesson, Part, learn
 from ncsn.evaluation.utility import compare, figures, require_enough, unbalanced
 from ncsn.model.checkpoint import TrainedNetwork
 from ncsn.progress import Progress
@@ -120,10 +120,9 @@ def utility(
             uncopied(config, trained, name, count, checkpoint=checkpoint, dataset=dataset, context=context)
             for name, count in zip(names, wanted, strict=True)
         ]
-        generated = [Generated(label, part.samples, part.chosen) for label, part in enumerate(parts)]
         lesson = Lesson(
             dataset=dataset,
-            generated=generated,
+            generated=[(part.samples, part.chosen) for part in parts],
             batch_size=wish.batch_size,
             num_classes=len(names),
             mirrors=config.data.horizontal_flip,
@@ -188,7 +187,7 @@ def utility(
 def ask(lesson: Lesson, labels: NDArray[np.int64], wish: UtilityConfig, *, runner: Runner, progress: Progress) -> Asked:
     """Train the classifiers of all arms that are missing, on training images of these labels and generated ones."""
     rate, updates, trials = _rate_and_length(lesson, labels, wish, runner=runner, progress=progress)
-    arms = list(_arms(labels, lesson.generated, wish.ratios))
+    arms = list(_arms(labels, [chosen for _, chosen in lesson.generated], wish.ratios))
     lessons = [
         replace(
             lesson,
@@ -214,10 +213,10 @@ def _wanted(counts: NDArray[np.int64], wish: UtilityConfig) -> NDArray[np.int64]
     return found
 
 
-def _arms(labels: NDArray[np.int64], generated: Sequence[Generated], ratios: Sequence[float]) -> Iterator[Arm]:
-    """The arms for training images of these labels."""
-    by_class = [np.flatnonzero(labels == each.label) for each in generated]
-    counts, starts = np.array([len(own) for own in by_class]), np.cumsum([0, *(len(each.chosen) for each in generated)])
+def _arms(labels: NDArray[np.int64], chosen: Sequence[NDArray[np.int64]], ratios: Sequence[float]) -> Iterator[Arm]:
+    """The arms for training images of these labels, and so many generated images of each class as are `chosen`."""
+    by_class = [np.flatnonzero(labels == label) for label in range(len(chosen))]
+    counts, starts = np.array([len(own) for own in by_class]), np.cumsum([0, *map(len, chosen)])
 
     def first(wanted: NDArray[np.int64]) -> Part:
         """The first generated images of each class, as far as they are there."""

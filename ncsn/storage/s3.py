@@ -42,9 +42,8 @@ class _Retrying(fs.FileSystemHandler):  # type: ignore[misc]
         try:
             self._found = call_store(partial(fs.FileSystem.from_uri, f"{S3_SCHEME}{bucket}"))[0]
         except pa.ArrowInvalid as error:
-            raise UserError(
-                f"{S3_SCHEME}{bucket}", f"names no bucket: {error}", hint="use s3://bucket/prefix"
-            ) from None
+            place, hint = f"{S3_SCHEME}{bucket}", "use s3://bucket/prefix"
+            raise UserError(place, f"names no bucket: {error}", hint=hint) from None
         self._credentials = _session().get_credentials()
 
     def __reduce__(self) -> Any:

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
 
 def every_version(client: MlflowClient) -> list[ModelVersion]:
-    """All versions of all models."""
     return list(_pages(lambda token: client.search_model_versions(page_token=token)))
 
 

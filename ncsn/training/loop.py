@@ -178,13 +178,10 @@ class Training:
         point, images_seen = self.curves.point(), self.state.images_seen
         if not (math.isfinite(point["train/loss"]) and math.isfinite(point["train/grad_norm_max"])):
             kept = f"the last good checkpoint is {self.saved}" if self.saved else "there is no checkpoint yet"
-            raise DivergedError(
-                "optimizer.learning_rate",
-                f"training diverged: loss {point['train/loss']}, gradient norm {point['train/grad_norm_max']} by "
-                f"images_seen = {images_seen}; {kept}",
-                hint="lower it or set optimizer.grad_clip_norm",
-                value=self.config.optimizer.learning_rate,
-            )
+            found = f"loss {point['train/loss']}, gradient norm {point['train/grad_norm_max']}"
+            reason = f"training diverged: {found} by images_seen = {images_seen}; {kept}"
+            key, hint = "optimizer.learning_rate", "lower it or set optimizer.grad_clip_norm"
+            raise DivergedError(key, reason, hint=hint, value=self.config.optimizer.learning_rate)
         self.last_loss = point["train/loss"]
         if self.probe is not None and measured:
             point |= self.probe.measure(self.state, dtype=self.options.autocast_dtype)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import time
 from contextlib import suppress
@@ -11,14 +10,14 @@ from typing import Protocol
 import numpy as np
 import psutil
 import torch
-from PIL import Image
 from torch import Tensor
 
 from ncsn.config import Config
-from ncsn.core.images import DataMoments, eight_bit, image_grid
+from ncsn.core.images import DataMoments, eight_bit
 from ncsn.core.losses import Batch
 from ncsn.core.samplers.settings import DpmSolver
 from ncsn.core.training import EVALUATIONS_PER_STEP, TrainState
+from ncsn.data.samples import grid_png
 from ncsn.errors import InvalidValue
 from ncsn.model import build
 from ncsn.model.checkpoint import TrainedNetwork
@@ -148,12 +147,5 @@ def preview_png(*, config: Config, state: TrainState, moments: DataMoments) -> b
     except InvalidValue as error:  # early weights may not make finite images yet
         _logger.warning("no preview at images_seen = %d: %s", state.images_seen, error)
         return None
-    grid = image_grid(
-        eight_bit(images[np.concatenate(rows)], config.data.pixels.limits),
-        columns=len(rows[0]) if len(rows) > 1 else round(len(images) ** 0.5),
-    )
-    factor = max(1, PIXELS // max(grid.shape[:2]))
-    picture = grid.repeat(factor, axis=0).repeat(factor, axis=1)
-    buffer = io.BytesIO()
-    Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture).save(buffer, format="PNG")
-    return buffer.getvalue()
+    columns = len(rows[0]) if len(rows) > 1 else round(len(images) ** 0.5)
+    return grid_png(eight_bit(images[np.concatenate(rows)], config.data.pixels.limits), columns=columns, pixels=PIXELS)

@@ -60,7 +60,7 @@ def test_a_summary_has_scores_next_to_real_images_and_what_comes_next(config_fil
         step: StepRecord(result=result_of(step, **known), seconds=10.0, finished_at="2026-01-01")
         for step, known in SHOWN.items()
     }
-    print_summary(Console(file=(stream := io.StringIO()), width=120), folder, config, records, earlier=["ingest"])
+    print_summary(Console(file=(stream := io.StringIO()), width=120), folder, config, records)
     text = stream.getvalue()
     assert re.search(r"classifier_fid_n512 +12 \(10 to 15\) +2\.5", text) and re.search(r"score_n512 +9 +10 ", text)
     for part in ("60.0", "only 539 real images", "12.5 is worse than 11", "/r/report.html", "ncsn ui --run mine"):

@@ -60,7 +60,7 @@ def test_real_images_as_samples_reach_the_real_figures(root: Path, dataset: str)
     assert found["fid_n500"] == pytest.approx(of_real["fid_n500"], rel=0.1)
     width = found["kid_high_n500"] - found["kid_low_n500"]
     assert found["kid_n500"] == pytest.approx(of_real[f"kid_n{len(test)}"], abs=width)
-    assert found["score_ratio_n500"] == pytest.approx(1, abs=0.06) and found["class_tv_n500"] < 0.06
+    assert found["score_n500"] == pytest.approx(of_real["score_n500"], rel=0.06) and found["class_tv_n500"] < 0.06
     assert min(found[f"{share}_n500"] for share in ("precision", "recall", "coverage")) > 0.8
     assert found["density_n500"] == pytest.approx(1, abs=0.2) and found["copies_n500"] < 0.05
     assert found["excess_low_n500"] < 0 < found["excess_high_n500"] < 0.1
@@ -220,6 +220,6 @@ def test_images_class_by_class_have_the_figures_of_mixed_ones(root: Path, datase
         samples = write_samples(tmp_path / name, test.images[:500][rows], labels[rows])
         figures.append(evaluate(config, samples=samples, dataset=dataset, folder=tmp_path / name).metrics)
     mixed, ordered = figures
-    for name in ("score_ratio", "recall", "class_agreement"):
+    for name in ("recall", "class_agreement"):
         (key,) = (each for each in mixed if f"_{name}_n" in each)
         assert ordered[key] == pytest.approx(mixed[key], abs=0.15)

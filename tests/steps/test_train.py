@@ -10,12 +10,11 @@ from refused import refused
 from workers import assert_same_tensors, train_locally
 
 from ncsn import storage
-from ncsn.cli.run import _say_if_longer
 from ncsn.config import Config, changed_settings, from_yaml, to_yaml
 from ncsn.errors import UserError
 from ncsn.model.averages import snapshots
 from ncsn.report.words import next_step
-from ncsn.runs.folder import Run, RunFolder, read_step, run_folder, state_to_continue, update_step
+from ncsn.runs.folder import RunFolder, read_step, run_folder, state_to_continue, update_step
 from ncsn.runs.history import load_history
 from ncsn.steps import train
 from ncsn.storage.heartbeat import Lease, LeaseExpired
@@ -66,7 +65,7 @@ def test_a_schedule_with_an_end_belongs_to_its_length(config, tmp_path, decay, o
     assert own is (decay == "constant"), "half as long is another run"
 
 
-def test_a_run_continues_another_from_where_its_decay_began(config, capsys) -> None:
+def test_a_run_continues_another_from_where_its_decay_began(config) -> None:
     def linear(images: int, *overrides: str) -> Config:
         ema = "train.ema={kind: power}"
         return of_length(config, images, "optimizer={decay: linear, decay_images: 8}", ema, *overrides)
@@ -99,9 +98,6 @@ def test_a_run_continues_another_from_where_its_decay_began(config, capsys) -> N
     assert seen[:4] == load_history(first.history).images_seen[:4] and len(seen) == len(set(seen)) == 40
     tracked = connect(config).client.get_run(read_step(second, "train").mlflow["run_id"])
     assert tracked.data.tags["ncsn.continue_from"] == first.uri
-    for even_longer, notes in ((linear(320), 1), (linear(320, start, "name=longer"), 0)):
-        _say_if_longer(Run(even_longer, "third"))
-        assert capsys.readouterr().err.count("starts at zero") == notes
 
 
 def test_only_a_run_with_the_same_average_continues_another(config) -> None:

@@ -21,7 +21,7 @@ from ncsn.data.samples import SampleSet, write_shard
 from ncsn.data.training_images import open_cache
 from ncsn.evaluation import learner
 from ncsn.evaluation.features import here
-from ncsn.evaluation.learner import Generated, Lesson, Part
+from ncsn.evaluation.learner import Lesson, Part
 from ncsn.progress import Progress
 from ncsn.steps import utility
 from ncsn.steps.export import uncopied
@@ -49,7 +49,7 @@ def asked(dataset: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[..
         for stored in (folder / "answers").glob("*-[0-9].npy"):
             if stored.name.startswith(("generated", "ratio")):
                 stored.unlink()
-        generated = [Generated(k, SampleSet(f"{folder}/{name}/{k}", count), np.arange(count)) for k in range(10)]
+        generated = [(SampleSet(f"{folder}/{name}/{k}", count), np.arange(count)) for k in range(10)]
         lesson = Lesson(dataset, generated, 32, 10, False, "test", np.arange(len(tests)), f"{folder}/answers")
         labels = np.array(open_cache(dataset, "train").labels)
         labels[np.setdiff1d(np.arange(len(labels)), rows_of(dataset).flatten())] = -1
@@ -149,8 +149,7 @@ def test_a_second_call_trains_what_is_missing(tmp_path: Path, save_untrained, mo
 
 def test_unbalanced_classes_are_filled_in_two_ways() -> None:
     labels = np.repeat([0, 1, -1], [9, 2, 3])
-    generated = [Generated(label, SampleSet("", 9), np.arange(9)) for label in (0, 1)]
-    arms = {arm.name: arm for arm in utility._arms(labels, generated, [0.5])}
+    arms = {arm.name: arm for arm in utility._arms(labels, [np.arange(9), np.arange(9)], [0.5])}
     shown = {name: sorted(np.concatenate([part.rows for part in arm.parts])) for name, arm in arms.items()}
     assert shown["oversampled"] == [*range(9), *[9] * 5, *[10] * 4]
     assert arms["filled"].parts[1].rows.tolist() == [*range(9, 16)]
@@ -176,7 +175,7 @@ def test_a_model_that_copies_adds_what_else_it_makes(tmp_path: Path, save_untrai
 
 def test_arms_show_what_they_share_in_the_same_order(dataset: str) -> None:
     real, made = Part("train", np.arange(50), draw=0), Part("generated", np.arange(20), draw=1)
-    generated = [Generated(0, SampleSet("", 20), np.arange(20))]
+    generated = [(SampleSet("", 20), np.arange(20))]
     lesson = Lesson(dataset, generated, 10, 10, False, "test", np.arange(1), "", parts=[real], seed=3)
     alone = np.concatenate([*itertools.islice(learner._order(lesson, num_train=50), 5)])
     mixed = np.concatenate([*itertools.islice(learner._order(replace(lesson, parts=[real, made]), num_train=50), 7)])

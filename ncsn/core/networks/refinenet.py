@@ -270,13 +270,7 @@ class RefineBlock(nn.Module):
     """
 
     def __init__(
-        self,
-        in_channels: Sequence[int],
-        out_channels: int,
-        *,
-        norm: NormFactory,
-        pool: Pool,
-        end: bool = False,
+        self, in_channels: Sequence[int], out_channels: int, *, norm: NormFactory, pool: Pool, end: bool = False
     ) -> None:
         super().__init__()
         assert len(in_channels) == 2 or list(in_channels) == [out_channels]
@@ -329,13 +323,7 @@ class _RefineNet(nn.Module):
     """What both networks share: an encoder of residual stages and a decoder of refine blocks, without scaling."""
 
     def __init__(
-        self,
-        num_features: int,
-        *,
-        channels: int,
-        depth: Depth,
-        norm: NormFactory,
-        refine: Callable[..., RefineBlock],
+        self, num_features: int, *, channels: int, depth: Depth, norm: NormFactory, refine: Callable[..., RefineBlock]
     ) -> None:
         super().__init__()
         n, stages = num_features, _STAGES[depth]

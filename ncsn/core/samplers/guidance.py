@@ -38,7 +38,6 @@ class Guided:
         self._inside = inside
 
     def field_at(self, sigma: float) -> ScoreFunction:
-        """The score function that holds at sigma."""
         low, high = self.band
         return self._inside if low < sigma <= high else self.network
 

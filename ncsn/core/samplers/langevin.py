@@ -46,8 +46,7 @@ def level_steps(sigmas: Tensor, epsilon: float, *, consistent: bool) -> list[tup
         raise InvalidValue(f"the step size must be positive, got epsilon = {epsilon}")
     squares = sigmas.detach().to("cpu", torch.float64).square().tolist()
     steps = [epsilon * square / squares[-1] for square in squares]
-    # Off by default: large consistent steps lose spread in directions where the data has much. Inpainting uses them,
-    # since the network turns excess noise into texture.
+    # Off by default: large consistent steps lose spread in directions where the data has much.
     if not consistent:
         return [(a, math.sqrt(2 * a)) for a in steps]
     if epsilon > squares[-1] * (1 + 1e-6):

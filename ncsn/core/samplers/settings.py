@@ -34,11 +34,7 @@ class Sampler(ABC):
     """A way from a start to images; annealed Langevin forgets its start, the others need data plus noise of sigma_1."""
 
     # Read by pydantic where the config has this section.
-    __pydantic_config__: ClassVar[Any] = {
-        "use_attribute_docstrings": True,
-        "extra": "forbid",
-        "allow_inf_nan": False,
-    }
+    __pydantic_config__: ClassVar[Any] = {"use_attribute_docstrings": True, "extra": "forbid", "allow_inf_nan": False}
     several_levels: ClassVar[bool] = True  # whether it needs more than one
     uniform_start: ClassVar[bool] = False  # from pixels, instead of a normal draw with the moments of the data
 

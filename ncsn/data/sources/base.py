@@ -74,11 +74,8 @@ class BadImages:
             elif self.skip:
                 self.skipped.append(row)
             else:
-                raise UserError(
-                    row.name,
-                    f"cannot be used: {row.reason}",
-                    hint="repair or remove it, or set data.on_bad_image to skip",
-                )
+                hint = "repair or remove it, or set data.on_bad_image to skip"
+                raise UserError(row.name, f"cannot be used: {row.reason}", hint=hint)
 
 
 def hold_out(ranks: NDArray[np.uint64], labels: NDArray[np.int64], fraction: float) -> dict[str, NDArray[np.int64]]:
@@ -113,11 +110,8 @@ def required_root(data: DataConfig) -> str:
     if data.root is None:
         downloaded = data.source in ("fashion_mnist", "mnist", "cifar10")
         download = "; data.download=true downloads them into it" if downloaded else ""
-        raise UserError(
-            "data.root",
-            f"is not set, and data.source {data.source} reads files",
-            hint=f"set it to the folder with the files of {data.source}{download}",
-        )
+        hint = f"set it to the folder with the files of {data.source}{download}"
+        raise UserError("data.root", f"is not set, and data.source {data.source} reads files", hint=hint)
     return data.root
 
 

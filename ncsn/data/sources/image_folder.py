@@ -119,14 +119,10 @@ def _find(root: str) -> tuple[pa.Table, int, Counter[str]]:
     if not len(found):
         compressed = any(path.lower().endswith(COMPRESSED_SUFFIXES) for path in others)
         what = f", only {in_words(+ignored)}" if +ignored else ""
-        raise UserError(
-            "data.root",
-            f"holds no image that ends in {', '.join(IMAGE_SUFFIXES)}{what}",
-            hint="decompress the archive to a .tar (its images are compressed already)"
-            if compressed
-            else how_to_convert(+ignored) or f"set it to a folder of images, or a {' or '.join(ARCHIVE_SUFFIXES)}",
-            value=root,
-        )
+        reason = f"holds no image that ends in {', '.join(IMAGE_SUFFIXES)}{what}"
+        hint = how_to_convert(+ignored) or f"set it to a folder of images, or a {' or '.join(ARCHIVE_SUFFIXES)}"
+        hint = "decompress the archive to a .tar (its images are compressed already)" if compressed else hint
+        raise UserError("data.root", reason, hint=hint, value=root)
     if not tables:
         return found, pc.sum(pc.not_equal(found["word"], "")).as_py() or 0, ignored
     words = _words_of(tables, found)
@@ -245,10 +241,7 @@ def class_names_of(words: set[str], *, numbers: bool) -> tuple[str, ...]:
     if numbers and all(word.isdecimal() and word == str(int(word)) for word in words):
         largest = max(map(int, words), default=-1)
         if largest >= 10 * len(words) + 1000:
-            raise UserError(
-                "data.root",
-                f"the labels of the images go up to {largest} with {len(words)} classes",
-                hint="number them from 0",
-            )
+            reason = f"the labels of the images go up to {largest} with {len(words)} classes"
+            raise UserError("data.root", reason, hint="number them from 0")
         return tuple(map(str, range(largest + 1)))
     return tuple(sorted(words))

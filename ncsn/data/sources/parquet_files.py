@@ -269,9 +269,8 @@ class ParquetImages(DecodedSplit):
             file = self.files[number]
             with opened(file.uri) as parquet:
                 if parquet.metadata.num_rows != file.rows:
-                    raise UserError(
-                        file.uri, "changed while it was read", hint="ingest again when nothing writes there"
-                    )
+                    hint = "ingest again when nothing writes there"
+                    raise UserError(file.uri, "changed while it was read", hint=hint)
                 for group, of_group, within in pieces_of(rows, group_lengths(parquet)):  # others are not read
                     values = self._group(parquet, group, within)
                     for row, value in zip(rows[of_group].tolist(), values, strict=True):

@@ -84,12 +84,9 @@ def open_photos(data: DataConfig) -> Source:
     size = max(data.stored_shape[:2])
     sides = [scale * size for scale in _SCALES if scale * size <= largest]
     if not sides:
-        raise UserError(
-            "data.image_size",
-            f"leaves no patches: the largest that fit into both splits of both photographs have {largest} pixels",
-            hint="lower it, or change data.test_fraction",
-            value=data.image_size,
-        )
+        reason = f"leaves no patches: the largest that fit into both splits of both photographs have {largest} pixels"
+        hint = "lower it, or change data.test_fraction"
+        raise UserError("data.image_size", reason, hint=hint, value=data.image_size)
     splits = {}
     for split in ("train", "test"):
         patches = [
@@ -158,10 +155,9 @@ def open_torchvision(data: DataConfig) -> Source:
                 if len(images) != len(labels) or labels.min() < 0 or labels.max() >= len(class_names):
                     raise ValueError(f"{len(images)} images, {len(labels)} labels up to {labels.max()}")
             except (RuntimeError, ValueError, TypeError, LookupError, AssertionError) as error:
-                reason = " ".join(str(error).split()) or type(error).__name__
-                raise UserError(
-                    str(place), f"holds no whole {split} split of {data.source} ({reason})", hint="fetch it again"
-                ) from error
+                what = " ".join(str(error).split()) or type(error).__name__
+                reason = f"holds no whole {split} split of {data.source} ({what})"
+                raise UserError(str(place), reason, hint="fetch it again") from error
             splits[split] = Arrays(images if images.ndim == 4 else images[..., None], labels, Fit.of(data))
     if data.source != "mnist":  # whose classes torchvision calls `0 - zero`
         class_names = tuple(found.classes)

@@ -263,7 +263,6 @@ def ensure_classifier(
 
 
 def load_classifier(uri: str, *, device: str = "cpu") -> ClassifierNetwork:
-    """The extractor of a stored classifier."""
     network = ClassifierNetwork(ClassifierRecipe(**storage.read_json(storage.join(uri, DESCRIPTION))["recipe"]))
     network.load_state_dict(load_tensors(storage.read_bytes(storage.join(uri, WEIGHTS))))
     return network.to(device).eval()
