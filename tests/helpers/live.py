@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import gzip
 import json
 import os
 import re
@@ -411,9 +413,12 @@ class Kubeflow:
         """Names of the pipeline's tasks whose container ran; of what KFP's cache had, none does.
 
         Argo 4.0.5 calls the pod `WORKFLOW.root(0).train(0).executor(0)`, without the numbers where nothing is retried.
+        Where the nodes and the Workflow have more than a megabyte, it compresses them.
         """
-        nodes = self.workflow(run_id)["status"]["nodes"].values()
-        names = (node["name"] for node in nodes if node["type"] == "Pod")
+        status = self.workflow(run_id)["status"]
+        packed = status.get("compressedNodes")
+        nodes = json.loads(gzip.decompress(base64.b64decode(packed))) if packed else status["nodes"]
+        names = (node["name"] for node in nodes.values() if node["type"] == "Pod")
         return {found[1] for name in names if (found := _EXECUTOR.search(name))}
 
     def _ask(self, method: str, path: str) -> Resource:
