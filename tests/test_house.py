@@ -46,9 +46,9 @@ BUDGETS = {
     "components pipelines": 1106,
     "ncsn/storage": 842,
     "examples": 1141,
-    "tests": 24523,
+    "tests": 24528,
 }
-MOST_WORDS = 19287
+MOST_WORDS = 19811
 
 
 def _name(path: Path) -> str:
