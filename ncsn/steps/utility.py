@@ -214,7 +214,7 @@ def _wanted(counts: NDArray[np.int64], wish: UtilityConfig) -> NDArray[np.int64]
 
 
 def _arms(labels: NDArray[np.int64], chosen: Sequence[NDArray[np.int64]], ratios: Sequence[float]) -> Iterator[Arm]:
-    """The arms for training images of these labels, and so many generated images of each class as are `chosen`."""
+    """The arms for training images of these labels, and the `chosen` generated images of each class."""
     by_class = [np.flatnonzero(labels == label) for label in range(len(chosen))]
     counts, starts = np.array([len(own) for own in by_class]), np.cumsum([0, *map(len, chosen)])
 
