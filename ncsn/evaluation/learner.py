@@ -91,7 +91,7 @@ def learn(lesson: Lesson) -> None:
     network = network_for(shape, lesson.num_classes).to(device)
     averaged = AveragedModel(network, multi_avg_fn=_average)
     augment = augmentation(*shape[:2], mirrors=lesson.mirrors)
-    optimizer = torch.optim.AdamW(network.parameters(), lesson.rate, weight_decay=WEIGHT_DECAY)
+    optimizer = torch.optim.AdamW(network.parameters(), lesson.rate, weight_decay=WEIGHT_DECAY, fused=True)
     order, answers = _order(lesson, num_train=len(train.images)), []
     for update in range(1, lesson.lengths[-1] + 1):
         rows = next(order)

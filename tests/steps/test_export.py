@@ -21,7 +21,7 @@ from ncsn.model.checkpoint import load_checkpoint
 from ncsn.runs.folder import Run
 from ncsn.steps.sample import place_of
 
-CLASSES = ("data.num_classes=10",)
+CLASSES = ("data.num_classes=10", "sampling.batch_size=50")
 
 
 def made(folder: Path, save_untrained, *overrides: str) -> tuple[Config, dict[str, str]]:

@@ -39,24 +39,26 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def asked(dataset: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Asked]:
-    """Classifiers of six digits of each class and all of these images by class; the real arms are trained once."""
-    folder, tests = tmp_path_factory.mktemp("answers"), open_cache(dataset, "test").labels
+    """Classifiers of six digits of each class and all of these images by class, of the arms that are compared."""
+    folder, tests, arms = tmp_path_factory.mktemp("answers"), open_cache(dataset, "test").labels, utility._arms
+    others = (utility.REAL, utility.GENERATED)
 
-    def train(name: str, images: NDArray[np.uint8], progress: Progress = Progress()) -> Asked:  # noqa: B008
+    def train(name: str, images: NDArray[np.uint8]) -> Asked:
         count = images.shape[1]
         for label in range(10):
             write_shard(f"{folder}/{name}/{label}/shard-{0:09d}-{count:09d}.parquet", images[label])
         for stored in (folder / "answers").glob("*-[0-9].npy"):
-            if stored.name.startswith(("generated", "ratio")):
+            if stored.name.startswith("ratio"):  # the others are the same each time
                 stored.unlink()
         generated = [(SampleSet(f"{folder}/{name}/{k}", count), np.arange(count)) for k in range(10)]
         lesson = Lesson(dataset, generated, 32, 10, False, "test", np.arange(len(tests)), f"{folder}/answers")
         labels = np.array(open_cache(dataset, "train").labels)
         labels[np.setdiff1d(np.arange(len(labels)), rows_of(dataset).flatten())] = -1
-        wish = UtilityConfig(ratios=(count / OF_CLASS,), updates=200)
+        wish = UtilityConfig(ratios=(count / OF_CLASS,), updates=100)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(utility, "RATES", (2.5e-3,))
-            return ask(lesson, labels, wish, runner=here, progress=progress)
+            patch.setattr(utility, "_arms", lambda *given: [arm for arm in arms(*given) if arm.name not in others])
+            return ask(lesson, labels, wish, runner=here, progress=Progress())
 
     return train
 
