@@ -292,30 +292,27 @@ Depth = Literal["standard", "deeper", "deepest"]
 
 
 class _Stage(NamedTuple):
-    """An encoder stage and the refine block that takes its output, widths in units of num_features."""
+    """An encoder stage, and the refine block that brings its output back to its input's width, in num_features."""
 
     suffix: str
     inside: int
     out: int
     dilation: int | None
     refine_suffix: str
-    refine_in: tuple[int, ...]
-    refine_out: int
 
 
 # From the image down. The first stage keeps the size; of the others those without dilation halve it.
-_FIRST, _SECOND = _Stage("1", 1, 1, None, "5", (1, 1), 1), _Stage("2", 1, 2, None, "4", (2, 2), 1)
-_THIRD, _FOURTH = _Stage("3", 2, 2, None, "3", (2, 2), 2), _Stage("4", 2, 4, 2, "2", (4, 4), 2)
-_FIFTH = _Stage("5", 4, 4, 4, "1", (4,), 4)
+_FIRST, _SECOND, _THIRD = _Stage("1", 1, 1, None, "5"), _Stage("2", 1, 2, None, "4"), _Stage("3", 2, 2, None, "3")
+_FOURTH, _FIFTH = _Stage("4", 2, 4, 2, "2"), _Stage("5", 4, 4, 4, "1")
 _STAGES: dict[Depth, tuple[_Stage, ...]] = {
     "standard": (
-        _Stage("1", 1, 1, None, "4", (1, 1), 1),
-        _Stage("2", 1, 2, None, "3", (2, 2), 1),
-        _Stage("3", 2, 2, 2, "2", (2, 2), 2),
-        _Stage("4", 2, 2, 4, "1", (2,), 2),
+        _Stage("1", 1, 1, None, "4"),
+        _Stage("2", 1, 2, None, "3"),
+        _Stage("3", 2, 2, 2, "2"),
+        _Stage("4", 2, 2, 4, "1"),
     ),
     "deeper": (_FIRST, _SECOND, _THIRD, _FOURTH, _FIFTH),
-    "deepest": (_FIRST, _SECOND, _THIRD, _Stage("31", 2, 2, None, "31", (2, 2), 2), _FOURTH, _FIFTH),
+    "deepest": (_FIRST, _SECOND, _THIRD, _Stage("31", 2, 2, None, "31"), _FOURTH, _FIFTH),
 }
 
 
@@ -335,10 +332,9 @@ class _RefineNet(nn.Module):
             self.add_module(f"res{stage.suffix}", module)
         # By name, as in the released code: refine31 is registered after refine3, though it is used before it.
         for stage in sorted(stages, key=lambda stage: stage.refine_suffix):
-            inputs = [n * width for width in stage.refine_in]
-            self.add_module(
-                f"refine{stage.refine_suffix}", refine(inputs, n * stage.refine_out, end=stage is stages[0])
-            )
+            inputs = [n * stage.out] * (1 if stage is stages[-1] else 2)
+            block = refine(inputs, n * stage.inside, end=stage is stages[0])
+            self.add_module(f"refine{stage.refine_suffix}", block)
         self._encoder = [f"res{stage.suffix}" for stage in stages]
         self._decoder = [f"refine{stage.refine_suffix}" for stage in reversed(stages)]
         self._halvings = sum(stage.dilation is None for stage in stages[1:])
