@@ -6,7 +6,6 @@ Song & Ermon 2019, section 4.1; Song & Ermon 2020, techniques 1, 2 and 4.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -139,20 +138,11 @@ def best_epsilon(*, sigma_L: float, ratio: float, steps_per_level: int) -> float
     return float(r[np.argmin(np.abs(ratios - 1))]) * sigma_L**2
 
 
-@dataclass(frozen=True)
-class NoiseSuggestion:
-    """Noise levels for a dataset."""
+def suggest_noise(largest: float, *, dimension: int, sigma_L: float = 0.01) -> tuple[float, int]:
+    """Techniques 1 and 2 of NCSNv2 in turn, for D = `dimension` pixels times channels: sigma_1, and the number L.
 
-    sigma_1: float  # the largest distance between two images (technique 1), to the four digits that all machines share
-    sigma_L: float
-    num_levels: int  # L (technique 2)
-
-
-def suggest_noise(largest: float, *, dimension: int, sigma_L: float = 0.01) -> NoiseSuggestion:
-    """Techniques 1 and 2 of NCSNv2 in turn, for D = `dimension` pixels times channels.
-
-    `largest` is the largest distance between two images, in pixel units of [0, 1]. The published settings have an
-    overlap of 0.567.
+    sigma_1 is the `largest` distance between two images, in pixel units of [0, 1], to the four digits that all machines
+    share. The published settings have an overlap of 0.567.
     """
     sigma_1 = float(f"{largest:.4g}")
     if not sigma_L > 0:
@@ -163,6 +153,4 @@ def suggest_noise(largest: float, *, dimension: int, sigma_L: float = 0.01) -> N
             "the images are all alike; lower sigma_L"
         )
     widest = ratio_for_overlap(dimension)  # of neighboring levels
-    return NoiseSuggestion(
-        sigma_1, sigma_L, num_levels=max(2, 1 + math.ceil(math.log(sigma_1 / sigma_L) / math.log(widest)))
-    )
+    return sigma_1, max(2, 1 + math.ceil(math.log(sigma_1 / sigma_L) / math.log(widest)))

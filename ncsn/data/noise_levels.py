@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -61,7 +60,8 @@ def resolve_noise(config: Config, manifest: Manifest) -> Config:
         raise UserError("noise", reason, hint="give noise.sigma_1, noise.sigma_L and noise.num_levels", value="auto")
     suggested = manifest.suggested_noise["mirrored" if config.data.horizontal_flip else "plain"]
     largest, dimension = suggested["distances"]["maximum"], math.prod(manifest.pixels.shape)
-    chosen = suggest_noise(largest, dimension=dimension, sigma_L=noise.sigma_L)
-    section = {**asdict(chosen), "training": noise.training.model_dump(mode="json")}
-    tree = config.model_dump(mode="json") | {"noise": section}
+    sigma_1, num_levels = suggest_noise(largest, dimension=dimension, sigma_L=noise.sigma_L)
+    section = {"sigma_1": sigma_1, "sigma_L": noise.sigma_L, "num_levels": num_levels}
+    training = noise.training.model_dump(mode="json")
+    tree = config.model_dump(mode="json") | {"noise": {**section, "training": training}}
     return from_yaml(json.dumps(tree), origin="the config with the levels of noise: auto")

@@ -64,7 +64,7 @@ def test_techniques_2_and_4_reproduce_the_published_settings(row):
     assert best_epsilon(**settings) == pytest.approx(best, rel=0.01)
     assert variance_ratio(best, **settings) == pytest.approx(at_best, abs=1e-4)
     assert ratio_for_overlap(dimension) == pytest.approx(half, abs=1e-5)
-    assert suggest_noise(sigma_1, dimension=dimension).num_levels == half_L
+    assert suggest_noise(sigma_1, dimension=dimension) == (sigma_1, half_L)
     assert level_overlap((sigma_1 / 0.01) ** (1 / (half_L - 1)), dimension=dimension) >= 0.5
 
 
