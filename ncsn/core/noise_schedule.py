@@ -35,8 +35,8 @@ def geometric_sigmas(sigma_1: float, sigma_L: float, num_levels: int) -> Tensor:
     return torch.from_numpy(np.geomspace(sigma_1, sigma_L, num_levels)).to(torch.float32)
 
 
-def largest_distance(x: Tensor, *, flips: bool = False, most_work: float = math.inf) -> tuple[float, bool]:
-    """Largest distance between two images, without comparing all of them.
+def largest_distance(x: Tensor, *, flips: bool = False, most_work: float = math.inf) -> float:
+    """Largest distance between two images in pixel units of [0, 1], without comparing all of them.
 
     The distance of two images is at most the sum of their distances from the mean image. So images are taken in the
     order of these, farthest first, and a pair that cannot exceed the largest distance so far is skipped.
@@ -45,9 +45,6 @@ def largest_distance(x: Tensor, *, flips: bool = False, most_work: float = math.
         x: Float [N, C, H, W] in [0, 1], or uint8 [N, H, W, C].
         flips: As training mirrors images, mirrored ones count too.
         most_work: Multiplications, about, after which the search ends with the largest distance so far.
-
-    Returns:
-        The distance in pixel units of [0, 1], and whether there is no larger one.
     """
     # A few images at a time stay in the processor's cache: of all images at once, torch takes ten times as long.
     values, in_bytes = x.numpy(), x.dtype == torch.uint8
@@ -77,11 +74,11 @@ def largest_distance(x: Tensor, *, flips: bool = False, most_work: float = math.
         if (reach[row] + reach[column]) * (1 + _ROUNDING) <= best:
             continue
         if work > most_work:
-            return best, False
+            break
         for mirrored in (False, True)[: 1 + flips]:
             distances = torch.cdist(rows(row), rows(column, mirrored=mirrored))
             best, work = max(best, float(distances.max())), work + distances.numel() * len(center)
-    return best, True
+    return best
 
 
 def _rows(x: Tensor, *, mirrored: bool = False) -> Tensor:

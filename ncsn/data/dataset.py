@@ -263,7 +263,7 @@ def _write(
         source=source.description,
         license=source.license,
         settings=data.model_dump(mode="json", exclude=_WITHOUT_EFFECT),
-        suggested_noise=suggestions(sample[:taken], pixels.limits, whole=taken == counts["train"]),
+        suggested_noise=suggestions(sample[:taken], pixels.limits),
         conversions=dict(sorted(conversions.items())),
         repeated=repeated,
         left_out=left_out,

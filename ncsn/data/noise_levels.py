@@ -31,22 +31,21 @@ def sample_places(count: int, image_bytes: int) -> NDArray[np.int64]:
     return np.sort(generator.choice(count, size, replace=False, shuffle=False))
 
 
-def suggestions(sample: NDArray[Any], limits: Limits = BYTE, *, whole: bool = True) -> dict[str, dict[str, Any]]:
+def suggestions(sample: NDArray[Any], limits: Limits = BYTE) -> dict[str, dict[str, Any]]:
     """What levels are chosen by, of the images (`plain`) and with mirrored ones (`mirrored`); none if all are alike.
 
-    `sample` [N, H, W, C] is stored images in their order, and `whole` says that there are no others. Each result has
-    the largest of the `distances` between images, in pixel units of [0, 1].
+    `sample` [N, H, W, C] is stored images. Each result has the largest of the `distances` between images, in pixel
+    units of [0, 1].
     """
     images = torch.from_numpy(sample)
     if images.dtype != torch.uint8:  # which takes less memory as it is
         images = to_unit(images, limits)
     found = {}
     for name, flips in (("plain", False), ("mirrored", True)):
-        maximum, exact = largest_distance(images, flips=flips, most_work=_MOST_WORK)
+        maximum = largest_distance(images, flips=flips, most_work=_MOST_WORK)
         if maximum <= AutoNoiseConfig(kind="auto").sigma_L:
             return {}
-        # The images that were compared, and whether these were all and not a sample.
-        found[name] = {"distances": {"maximum": maximum, "num_images": len(images), "exact": exact and whole}}
+        found[name] = {"distances": {"maximum": maximum}}
     return found
 
 

@@ -49,7 +49,6 @@ def test_auto_is_the_largest_distance_and_the_overlap(dataset: str, tmp_path: Pa
         assert (each.sigma_1 / each.sigma_L) ** (1 / (each.num_levels - 2)) > ratio_for_overlap(64)
     mirrored = resolve_noise(auto(tmp_path, "data.horizontal_flip=true"), manifest).levels
     assert mirrored.sigma_1 >= levels.sigma_1
-    assert manifest.suggested_noise is not None and manifest.suggested_noise["plain"]["distances"]["exact"]
 
 
 def test_the_run_gets_the_levels_that_were_chosen(dataset: str, tmp_path: Path) -> None:
@@ -71,14 +70,10 @@ def test_images_that_are_all_alike_have_no_levels(dataset: str, tmp_path: Path) 
         resolve_noise(auto(tmp_path), replace(load_manifest(dataset), suggested_noise={}))
 
 
-def test_a_sample_has_places_once_is_the_same_each_time_and_says_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sample_has_places_once_and_is_the_same_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(noise_levels, "MOST_IMAGES", 20)
     assert sample_places(20, 64).tolist() == list(range(20))
     chosen = sample_places(2000, 64)
     assert len(chosen) == 20 and (np.diff(chosen, prepend=-1, append=2000) > 0).all()
     assert 600 < chosen.mean() < 1400 and np.array_equal(chosen, sample_places(2000, 64))
     assert len(sample_places(300, noise_levels._MOST_BYTES // 5)) == 5  # of large images
-    images = np.random.default_rng(0).integers(0, 256, (20, 4, 4, 1), np.uint8)
-    for whole in (False, True):
-        found = suggestions(images, whole=whole)["plain"]["distances"]
-        assert (found["num_images"], found["exact"]) == (20, whole)
