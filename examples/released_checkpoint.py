@@ -90,7 +90,7 @@ def load_released_checkpoint(
     network.load_state_dict(released.weights)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     averaged = released.ema if released.ema is not None else {name: p.detach() for name, p in parameters.items()}
-    ema.load_state_dict({"weights": averaged, "num_updates": released.num_steps})
+    ema.restore(averaged, num_updates=released.num_steps)
 
 
 def _tensors(content: Any, *, path: str | Path, part: str) -> dict[str, Tensor]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import numpy as np
 import torch
@@ -75,18 +74,13 @@ class Ema:
         for name, weight in self.weights.items():
             parameters[name].copy_(weight)
 
-    def state_dict(self) -> dict[str, Any]:
-        """The average and its number of updates; the tensors are the live ones."""
-        return {"weights": dict(self.weights), "num_updates": self.num_updates}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a `state_dict`, on this object's devices and in its types."""
-        weights: Mapping[str, Tensor] = state["weights"]
+    def restore(self, weights: Mapping[str, Tensor], *, num_updates: int) -> None:
+        """Take over an average after so many updates, on this object's devices and in its types."""
         if found := misfits(weights, self.weights):
             raise InvalidValue(f"these EMA weights belong to another network: {found}")
         for name, weight in weights.items():
             self.weights[name].copy_(weight)
-        self.num_updates = int(state["num_updates"])
+        self.num_updates = num_updates
 
 
 WIDEST = math.sqrt(1 / 12)  # relative width of the plain mean, whose exponent is 0

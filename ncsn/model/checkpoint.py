@@ -187,7 +187,7 @@ def restore(folder: Path, *, config: Config | None, state: TrainState, dataset_d
         raise CheckpointError(str(folder), reason, hint="restore them, or start another --run NAME")
     _load_strictly(state.network, load_file(folder / "weights.safetensors"), origin=str(folder))
     for ema, name in zip(state.averages, ("ema.safetensors", SECOND_EMA), strict=False):
-        ema.load_state_dict({"weights": load_file(folder / name), "num_updates": facts["ema_updates"]})
+        ema.restore(load_file(folder / name), num_updates=int(facts["ema_updates"]))
     trained = dict(state.trained())
     for path, moment in load_file(folder / "optimizer.safetensors").items():
         name, _, key = path.rpartition("/")

@@ -30,7 +30,7 @@ def test_average_of_a_constant_from_zero():
 def test_other_networks_are_refused_and_nothing_is_written():
     ema = Ema(constant(1.0), step_decay(0.9))
     with pytest.raises(ValueError, match=r"bias.*scale"):
-        ema.load_state_dict({"weights": {"weight": torch.zeros(3, 2), "scale": torch.zeros(1)}, "num_updates": 1})
+        ema.restore({"weight": torch.zeros(3, 2), "scale": torch.zeros(1)}, num_updates=1)
     assert ema.weights["weight"].eq(1).all() and ema.num_updates == 0
 
 
