@@ -75,11 +75,8 @@ def publish_reference(uri: str, extracted: Extracted, *, batch_size: int, origin
     with storage.staged_folder(uri, marker=DESCRIPTION) as folder:
         np.save(folder / FEATURES, extracted.features)
         statistics = merged(map(FrechetStatistics.of, batches(extracted.features, batch_size=batch_size)))
-        histogram: npt.NDArray[np.float64] | float = 0.0
-        for batch in batches(extracted.log_probabilities, batch_size=batch_size):
-            histogram = histogram + class_histogram(batch) * len(batch)
-        moments = {"mean": statistics.mean, "scatter": statistics.scatter}
-        save_file({**moments, "class_histogram": np.asarray(histogram) / statistics.count}, folder / STATISTICS)
+        tensors = {"mean": statistics.mean, "scatter": statistics.scatter}
+        save_file({**tensors, "class_histogram": class_histogram(extracted.log_probabilities)}, folder / STATISTICS)
         (folder / DESCRIPTION).write_text(json.dumps({**origin, "images": statistics.count}, indent=1))
 
 
