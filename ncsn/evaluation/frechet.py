@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -188,12 +189,8 @@ class RunningDistance:
         self.count = 0  # images taken so far, without a gap
         # A score is due at twice as many images as features, then at doubled numbers, and at the end: with fewer images
         # the covariance has no full rank, and the distance says little.
-        self._marks = []
-        mark = 2 * len(reference.mean)
-        while mark < count:
-            self._marks.append(mark)
-            mark *= 2
-        self._marks.append(count)
+        doubled = (len(reference.mean) << power for power in itertools.count(1))
+        self._marks = [*itertools.takewhile(lambda mark: mark < count, doubled), count]
         self.groups: list[FrechetStatistics | None] = [None] * JACKKNIFE_GROUPS  # None without an image
         self._waiting: dict[int, npt.NDArray[np.floating]] = {}
 
