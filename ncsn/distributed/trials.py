@@ -184,11 +184,6 @@ class SearchPlan:
         """The values that the config has already."""
         return {path: setting(self.config, path) for path in searched_space(self.config)}
 
-    def trial_config(self, values: Mapping[str, Any]) -> Config:
-        changed = variant(self.config, values)
-        train = changed.train.model_copy(update={"keep_checkpoints": 1})
-        return changed.model_copy(update={"train": train})
-
     def samplings(self, values: Mapping[str, Any]) -> list[SamplingConfig]:
         """The samplings that score a checkpoint of the trial."""
         own = dict(values) == self.baseline
@@ -223,9 +218,9 @@ def run_trial(plan: SearchPlan, values: Mapping[str, Any], *, report: Report) ->
 
 def _reach(plan: SearchPlan, values: Mapping[str, Any], folder: TrialFolder, images: int) -> Rung:
     started = time.monotonic()
-    samplings = plan.samplings(values)
-    job = TrainingJob(config=plan.trial_config(values), dataset=plan.dataset, start=plan.start, stop_at=images)
-    train = train_by_tasks if job.config.compute.num_workers == 1 else distributed.train
+    samplings, config = plan.samplings(values), variant(plan.config, {**values, "train.keep_checkpoints": 1})
+    job = TrainingJob(config=config, dataset=plan.dataset, start=plan.start, stop_at=images)
+    train = train_by_tasks if config.compute.num_workers == 1 else distributed.train
     outcome = train(job, run_uri=folder.uri)
     checkpoint = storage.join(TrainingFolder(folder.uri).checkpoints, outcome.checkpoint)
     candidates = [(checkpoint, sampling) for sampling in samplings]
