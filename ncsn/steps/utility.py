@@ -115,7 +115,8 @@ def utility(
     counts, tested, names = np.array(manifest.class_counts["train"]), np.flatnonzero(test >= 0), manifest.class_names
     with cluster_for(config, start=config.compute.max_workers > 1, last_lines=context.last_lines):
         tracked.set_tags({**ray_tags(), "dataset.digest": manifest.digest, "checkpoint.digest": trained.digest})
-        wanted = _wanted(counts, wish).tolist()
+        missing = (counts.max() - counts) * unbalanced(counts)  # to balance the classes
+        wanted = np.maximum(np.ceil(max(wish.ratios) * counts), missing).astype(int).tolist()
         parts = [
             uncopied(config, trained, name, count, checkpoint=checkpoint, dataset=dataset, context=context)
             for name, count in zip(names, wanted, strict=True)
@@ -206,13 +207,6 @@ def ask(lesson: Lesson, labels: NDArray[np.int64], wish: UtilityConfig, *, runne
     return Asked(arms, dict(zip([arm.name for arm in arms], found, strict=True)), rate, updates, trials)
 
 
-def _wanted(counts: NDArray[np.int64], wish: UtilityConfig) -> NDArray[np.int64]:
-    """Generated images of each class, for the largest ratio and to balance the classes."""
-    wanted = np.ceil(max(wish.ratios) * counts).astype(np.int64)
-    found: NDArray[np.int64] = np.maximum(wanted, (counts.max() - counts) * unbalanced(counts))
-    return found
-
-
 def _arms(labels: NDArray[np.int64], chosen: Sequence[NDArray[np.int64]], ratios: Sequence[float]) -> Iterator[Arm]:
     """The arms for training images of these labels, and the `chosen` generated images of each class."""
     by_class = [np.flatnonzero(labels == label) for label in range(len(chosen))]
@@ -247,11 +241,9 @@ def _rate_and_length(
     Real images with augmentation alone decide, by a part of the training images: the best mean over classes, and of
     equal ones the shortest training.
     """
-    order, held = np.random.default_rng(COMMON_SEED).permutation(len(labels)), list[NDArray[np.int64]]()
-    for label in range(lesson.num_classes):
-        own = order[labels[order] == label]
-        held.append(own[: math.ceil(len(own) / HELD_OUT)])
-    asked = np.sort(np.concatenate(held))
+    order = np.random.default_rng(COMMON_SEED).permutation(len(labels))
+    by_class = [order[labels[order] == label] for label in range(lesson.num_classes)]
+    asked = np.sort(np.concatenate([own[: math.ceil(len(own) / HELD_OUT)] for own in by_class]))
     rest = Part("train", np.setdiff1d(np.flatnonzero(labels >= 0), asked), draw=0)
     lengths = tuple(sorted({max(1, wish.updates // part) for part in (8, 4, 2, 1)}))
     lesson = replace(lesson, generated=(), parts=[rest], lengths=lengths, split="train", asked=asked)
@@ -266,7 +258,7 @@ def _rate_and_length(
         progress=progress,
     )
     right = np.reshape(found, (len(RATES), TRIED, len(lengths), len(asked))) == labels[asked]
-    balanced = np.mean([right[..., labels[asked] == label].mean(axis=(1, 3)) for label in range(len(held))], axis=0)
+    balanced = np.mean([right[..., labels[asked] == label].mean(axis=(1, 3)) for label in range(len(by_class))], axis=0)
     trials = [
         {"rate": rate, "updates": length, "balanced_accuracy": 100 * float(balanced[r, k])}
         for r, rate in enumerate(RATES)
