@@ -252,14 +252,12 @@ class PodLog(DriverLog):
 
 def troubles_of_run(api: KubernetesApi, run_id: str, *, pending: bool = False) -> Mapping[str, Trouble]:
     """Task of KFP's run -> what keeps its last pod from running, or ended it; `pending`: only what has not started."""
-    found = {}
     pods = {}
     for pod in api.find("pods", labels=f"{RUN_ID_LABEL}={run_id}"):
         node = (pod["metadata"].get("annotations") or {}).get("workflows.argoproj.io/node-name", "")
         *path, last = [_NODE_SUFFIX.sub("", part) for part in node.split(".")]
         if path and last == "executor":  # and no driver of KFP; the path ends with the pipeline's name of the task
             pods[path[-1]] = pod
-    for task, pod in pods.items():
-        if not pending or pod["status"].get("phase") == "Pending":
-            found[task] = trouble_of(pod, api.events(pod["metadata"]["name"]))
-    return {task: trouble for task, trouble in found.items() if trouble is not None}
+    asked = {task: pod for task, pod in pods.items() if not pending or pod["status"].get("phase") == "Pending"}
+    found = ((task, trouble_of(pod, api.events(pod["metadata"]["name"]))) for task, pod in asked.items())
+    return {task: trouble for task, trouble in found if trouble is not None}
