@@ -13,7 +13,7 @@ from ncsn.config.schema import MODEL_NAME_PATTERN, SCHEME
 from ncsn.runs.folder import RunFolder
 from ncsn.storage.retry import S3_SCHEME
 from ncsn.tracking.client import quoted, tag_filter
-from ncsn.tracking.mlflow_runs import CONTINUE_FROM, INIT_FROM, PARENT
+from ncsn.tracking.mlflow_runs import CONTINUE_FROM, INIT_FROM, PARENT, search_runs
 from ncsn.tracking.promotion import resolve_version
 
 if TYPE_CHECKING:
@@ -96,9 +96,7 @@ def _chain(client: MlflowClient, run: Run, above: Mapping[str, str]) -> Link:
     tags, run_id = run.data.tags, run.info.run_id
     started = datetime.fromtimestamp(run.info.start_time / 1000, UTC).isoformat(timespec="seconds")
     facts = {"name": str(run.info.run_name), "status": run.info.status, "started": started, **_shown(tags)}
-    query, order = tag_filter({PARENT: run_id}), ["attributes.start_time ASC"]
-    below = client.search_runs([run.info.experiment_id], query, order_by=order)
-    links = [_chain(client, child, facts) for child in below]
+    links = [_chain(client, child, facts) for child in search_runs(client, run.info.experiment_id, {PARENT: run_id})]
     if tags.get("ncsn.step") == "register":
         for found in client.search_model_versions(f"run_id = '{run_id}'"):
             version = client.get_model_version(found.name, found.version)
