@@ -9,7 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ncsn import storage
-from ncsn.environment import now_ms
 
 Array = NDArray[np.float64]
 
@@ -34,13 +33,11 @@ class TrainingHistory:
     system: list[dict[str, float]] = field(default_factory=list, compare=False)  # load of the machine at each point
     times: list[int] = field(default_factory=list, compare=False)  # of each point, in milliseconds since 1970
 
-    def add(
-        self, point: dict[str, float], images_seen: int, *, system: dict[str, float] | None = None, when: int = 0
-    ) -> None:
+    def add(self, point: dict[str, float], images_seen: int, *, system: dict[str, float], when: int) -> None:
         self.images_seen.append(images_seen)
         self.points.append(point)
-        self.system.append(system or {})
-        self.times.append(when or now_ms())
+        self.system.append(system)
+        self.times.append(when)
 
     def publish(self) -> None:
         storage.write_json(self.uri, {name: values for name, values in vars(self).items() if name != "uri"})

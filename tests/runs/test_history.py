@@ -13,7 +13,7 @@ def test_points_come_back_up_to_a_place(tmp_path: Path) -> None:
     assert load_history(uri).images_seen == []
     history = TrainingHistory(uri)
     for seen, rate in ((100, 10.0), (200, 50.0), (500, 100.0)):
-        history.add({"train/loss": 1 / seen, RATE: rate}, seen)
+        history.add({"train/loss": 1 / seen, RATE: rate}, seen, system={}, when=seen)
     history.publish()
     assert load_history(uri) == history
     assert load_history(uri, until=200) == TrainingHistory(uri, [100, 200], history.points[:2])

@@ -80,7 +80,7 @@ def test_each_result_has_a_section_and_mlflow_has_the_page_which_is_made_again_f
     history = TrainingHistory(folder.history)
     names = loss_names(objective_of(config).noise.bins.tolist())
     for seen, loss in ((4, 0.5), (8, 0.6)):
-        history.add(dict(zip(names, (5.0, 0.01), strict=True)) | {LOSS: loss, GAP: 0.1}, seen)
+        history.add(dict(zip(names, (5.0, 0.01), strict=True)) | {LOSS: loss, GAP: 0.1}, seen, system={}, when=seen)
     history.publish()
     decision = {"model": "ncsn-tiny", "version": "7", "promoted": False, "aliases": [], "reason": "4 is worse than 3"}
     update_step(folder, "register", result={**decision, "uri": "models:/ncsn-tiny/7"}, finished_at="2026-01-01T00:00")
