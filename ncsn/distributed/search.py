@@ -125,10 +125,12 @@ class Suggestions(Searcher):
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed))
         self._space = dict(space)
+        self._choices: dict[str, list[Any]] = {}  # as plain values, by the numbers that Optuna has for them
         self._distributions: dict[str, BaseDistribution] = {}
         for path, domain in space.items():
             log = domain.kind == "log"
             if isinstance(domain, ChoiceDomain):
+                self._choices[path] = [list(each) if isinstance(each, tuple) else each for each in domain.values]
                 self._distributions[path] = CategoricalDistribution(range(len(domain.values)))
             elif path in whole:
                 self._distributions[path] = IntDistribution(int(domain.low), int(domain.high), log=log)
@@ -168,9 +170,8 @@ class Suggestions(Searcher):
             drawn = self._study.ask(self._distributions)
             values = {}
             for path, value in drawn.params.items():
-                domain = self._space[path]
-                if isinstance(domain, ChoiceDomain):
-                    values[path] = _plain(domain.values[value])
+                if path in self._choices:
+                    values[path] = self._choices[path][value]
                 else:
                     values[path] = significant(value) if isinstance(value, float) else value
             # The result comes back by `learn` as a new trial, also for points that were not drawn here.
@@ -184,10 +185,9 @@ class Suggestions(Searcher):
         for path, value in values.items():
             domain = self._space[path]
             if isinstance(domain, ChoiceDomain):
-                choices = [_plain(each) for each in domain.values]
-                if value not in choices:
+                if value not in self._choices[path]:
                     return  # the config's own values may be outside the space
-                params[path] = choices.index(value)
+                params[path] = self._choices[path].index(value)
             elif value is None or not (significant(domain.low) <= value <= significant(domain.high)):
                 return
             else:
@@ -196,10 +196,6 @@ class Suggestions(Searcher):
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             trial = create_trial(params=params, distributions=self._distributions, value=objective)
         self._study.add_trial(trial)
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
 
 
 class Halving(ASHAScheduler):
