@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from workers import assert_same_tensors, train_locally
 
 from ncsn import storage
 from ncsn.config import Config, changed_settings, from_yaml, to_yaml
+from ncsn.distributed.cluster import ray_cluster
 from ncsn.errors import UserError
 from ncsn.model.averages import snapshots
 from ncsn.report.words import next_step
@@ -20,6 +22,13 @@ from ncsn.steps import train
 from ncsn.storage.heartbeat import Lease, LeaseExpired
 from ncsn.tracking.client import connect
 from ncsn.training.loop import TrainingJob
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_cluster(config: Config) -> Iterator[None]:
+    """Each training would start its own."""
+    with ray_cluster(config):
+        yield
 
 
 def of_length(config: Config, images: int, *overrides: str) -> Config:
