@@ -16,8 +16,8 @@ IMAGE ?= ncsn-python:0.1.0
 BASE_IMAGE ?= python:3.11.16-slim-bookworm@sha256:0bee7276f83efd4a1ee05bbbf4281d95ed28e079220a9457f25a93e3f1e3c31b
 CONFIG ?= configs/digits_edm.yaml
 PYTEST_ARGS ?=
-# Processes that run the tests, each whole files; 0 = only this one.
-WORKERS ?= 2
+# Processes that run the tests, each whole files; 0 = only this one. More than cores, since many tests wait.
+WORKERS ?= 3
 PARTS ?=
 
 BIN := .venv/bin

@@ -205,7 +205,7 @@ def print_summary(console: Console, folder: RunFolder, config: Config, records: 
     measured = records["evaluate"].result
     console.print(f"[bold]{measured['verdict']}[/]", soft_wrap=True)
     if "utility" in records:
-        console.print(f"[bold]{records['utility'].result['sentence']}[/]", soft_wrap=True)
+        console.print(records["utility"].result["sentence"], style="bold", markup=False, soft_wrap=True)
     command, what = next_step(measured["grade"], config, folder)
     console.print(f"next: {command}\n      ({what})", soft_wrap=True)
     steps = Table("step", Column("seconds", justify="right"), "result", box=SIMPLE_HEAD)

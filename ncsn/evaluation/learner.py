@@ -80,8 +80,7 @@ def learn(lesson: Lesson) -> None:
     of_made = [np.full(len(chosen), label) for label, (_, chosen) in enumerate(lesson.generated)]
     labels = torch.from_numpy(np.concatenate([np.asarray(train.labels), *of_made]))
     device = "cuda" if lesson.use_gpu and torch.cuda.is_available() else "cpu"
-    measured = torch.from_numpy(np.array(train.images[:_MEASURED])).float()
-    deviation, mean = torch.std_mean(measured, dim=(0, 1, 2))
+    deviation, mean = torch.std_mean(torch.from_numpy(np.array(train.images[:_MEASURED])).float(), dim=(0, 1, 2))
 
     def pixels(images: Images) -> Tensor:
         scaled = (torch.from_numpy(np.array(images)).float() - mean) / deviation.clamp(min=1)

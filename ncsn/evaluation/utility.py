@@ -116,7 +116,8 @@ def _macro_f1(answers: Numbers, labels: Numbers, num_classes: int) -> _Mean:
         lost, slope = f1 / d, 2 / d
         own = np.where(given == labels, slope[labels] - 2 * lost[labels], -lost[labels] - lost[given])
         change += own / num_classes / len(answers)
-    variance = sum(count[label] * change[labels == label].var(ddof=1) for label in range(num_classes))
+    one_more = (1 / np.maximum(count - 1, 1) / np.maximum(count, 1)).sum() / num_classes**3  # as in `_mean`
+    variance = one_more + sum(count[label] * change[labels == label].var(ddof=1) for label in range(num_classes))
     return np.array(of_seeds), float(variance)
 
 
@@ -129,7 +130,7 @@ def _figure(mean: _Mean) -> Figure:
     from scipy.stats import t  # here, so that commands that judge nothing do not load it
 
     value, reach = float(mean[0].mean()), float(t.ppf(1 - SURE / 2, len(mean[0]) - 1)) * _deviation(mean)
-    return {"value": 100 * value, "low": 100 * (value - reach), "high": 100 * (value + reach)}
+    return {"value": 100 * value, "low": max(100 * (value - reach), -100), "high": min(100 * (value + reach), 100)}
 
 
 def _surely(by_class: list[_Mean], counts: Numbers) -> list[int]:

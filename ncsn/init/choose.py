@@ -95,12 +95,13 @@ def choose(
     draft.choose("name", slug(found.root), "The registered model will be ncsn-<name>.")
     _choose_images(draft, found)
     reading = _choose_max_images(draft, found, seconds=_READING * seconds)
-    train_images = found.train_images(draft.get("data.test_fraction", 0))
-    train_images = min(train_images, draft.get("data.max_images") or train_images)
+    to_train = found.train_images(draft.get("data.test_fraction", 0))
+    most = draft.get("data.max_images") or found.num_images  # of either split
+    train_images, test_images = min(to_train, most), min(found.num_images - to_train, most)
     class_counts = [count * train_images / found.num_images for count in found.class_counts]
     if _are_splits(found.class_names):
         class_counts = []
-    test_counts = [count - train for count, train in zip(found.class_counts, class_counts, strict=False)]
+    test_counts = [count * test_images / found.num_images for count in found.class_counts if class_counts]
     learned = _mostly_in_classes_of(ENOUGH_OF_CLASS, class_counts) and draft.get("utility", {}) is not None
     asking = UTILITY * seconds * (learned and can_tell(class_counts, test_counts))
     left = max(seconds - startup - reading - asking, seconds / 5)

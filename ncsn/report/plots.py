@@ -185,21 +185,16 @@ def utility_figure(result: Mapping[str, Any]) -> Figure:
     left, right = figure.subplots(1, 2)
 
     def dots(axes: Axes, figures: Sequence[Mapping[str, float]], *, shift: float = 0, **style: Any) -> None:
-        places = [shift - number for number in range(len(figures))]
         values = [each["value"] for each in figures]
         reach = np.abs([[each[end] - each["value"] for each in figures] for end in ("low", "high")])
+        places = shift - np.arange(len(values))
         axes.errorbar(values, places, xerr=reach, fmt="o", markersize=4, linewidth=1.2, **style)
 
     dots(left, [arm["balanced_accuracy"] for arm in arms.values()], color=PALETTE[0])
-    left.set(
-        yticks=[-number for number in range(len(arms))],
-        yticklabels=[*map(arm_label, arms)],
-        title="balanced accuracy %",
-    )
-    best = result["chosen"][0]
-    for name, color, shift in (("augmented", INK, 0.14), (best, PALETTE[1], -0.14)):
+    left.set(yticks=-np.arange(len(arms)), yticklabels=[*map(arm_label, arms)], title="balanced accuracy %")
+    for name, color, shift in (("augmented", INK, 0.14), (result["chosen"][0], PALETTE[1], -0.14)):
         dots(right, arms[name]["recalls"][: len(names)], shift=shift, color=color, label=arm_label(name))
-    right.set(yticks=[-number for number in range(len(names))], yticklabels=names, title="recall by class %")
+    right.set(yticks=-np.arange(len(names)), yticklabels=names, title="recall by class %")
     right.legend(loc="best")
     for axes in (left, right):
         axes.grid(axis="x")

@@ -277,24 +277,22 @@ def utility_sentence(
 ) -> str:
     """What a comparison of classifiers says of generated images; `named` are the gains of classes that changed.
 
-    Of the images `wanted`, `used` are no copies.
+    Of the images `wanted` for the largest ratio, `used` are no copies.
     """
     if grade == "copies":
         return f"Generated images {UTILITY[grade]}"
     over = "balanced accuracy over augmentation alone"
     ends = f"({with_interval(**gain).partition('(')[2]}"
-    same = grade == "same"
-    moved = [(name, each["value"]) for name, each in named.items() if same or each["value"] * gain["value"] > 0]
-    classes = ", ".join(f"{name} ({value:+.2g})" for name, value in moved[:3])
-    if same:
-        least = max(-gain["low"], gain["high"])
-        text = f"Generated images make no difference of {least:.2g} points or more of {over} {ends}"
-        text += ", the least that could be seen here" + (f"; classes that changed: {classes}" if classes else "")
+    if grade == "same":
+        least = f"{max(-gain['low'], gain['high']):.2g}".replace("1e+02", "100")
+        text = f"make no difference of {least} points or more of {over} {ends}, the least that could be seen here"
     else:
-        text = f"Generated images {UTILITY[grade]}: {gain['value']:+.2g} points of {over} {ends}"
-        text += f", most for class {classes}" if classes else ""
-    text += f"; of {wanted:,} that were to be added {wanted - used:,} copy training images" if used < wanted else ""
-    return f"{text}; this speaks of this generator and these training images"
+        text = f"{UTILITY[grade]}: {gain['value']:+.2g} points of {over} {ends}"
+    if changed := [f"{name} ({round(each['value'], 1):+g})" for name, each in named.items()]:
+        text += f"; changed most: class {', '.join(changed[:3])}"
+    if used < wanted:
+        text += f"; {wanted - used:,} of {wanted:,} could not be added, since they copy training images"
+    return f"Generated images {text}; this speaks of this generator and these training images"
 
 
 def next_step(grade: str, config: Config, folder: RunFolder) -> tuple[str, str]:

@@ -39,10 +39,11 @@ from ncsn.evaluation.reference import open_evaluator
 from ncsn.evaluation.scores import kernel_distance
 from ncsn.model.checkpoint import TrainedNetwork
 from ncsn.model.classes import AS_DATA, BALANCED
+from ncsn.model.generate import sampling_facts
 from ncsn.report.pages import render
 from ncsn.runs.code import origin
 from ncsn.runs.folder import DEFAULT_ROOT, Run, opened_from, read_step
-from ncsn.steps.register import utility_of
+from ncsn.steps.register import made_alike, utility_of
 from ncsn.steps.results import Context, ExportResult, Prepared
 from ncsn.steps.sample import opened, place_of
 
@@ -124,7 +125,11 @@ def export(
         for name, value in now.model_dump(mode="json", exclude=without).items():
             if value != before[name]:
                 again.append(f"--set {shlex.quote(f'{section}.{name}={json.dumps(value, ensure_ascii=False)}')}")
-    helped = utility_of(folder, trained.digest, place_of(config, trained, folder)[0])
+    making, _ = place_of(config, trained, folder)
+    said = read_step(folder, "train").inputs.get("utility", "")  # of a version, of images as it makes them
+    if not made_alike(making, sampling_facts(trained.config.sampling, trained.guide)):
+        said = ""
+    helped = utility_of(folder, trained.digest, making)
     card = render(
         "data_card.md.j2",
         config=config,
@@ -138,7 +143,7 @@ def export(
         shares=[100 * share for share in interval(result.copies, result.made)],
         version=importlib.metadata.version("ncsn"),
         commit=origin().get("commit"),
-        utility=helped["sentence"] if helped else read_step(folder, "train").inputs.get("utility", ""),
+        utility=helped["sentence"] if helped else said,
     )
     with storage.staged_folder(uri, marker=CARD) as staging:
         for part in parts:

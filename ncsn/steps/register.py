@@ -18,7 +18,7 @@ from ncsn.evaluation import extractor_name
 from ncsn.evaluation.copies import Copies
 from ncsn.evaluation.measure import metric_name
 from ncsn.model.checkpoint import TrainedNetwork, weights_digest
-from ncsn.model.generate import evaluations_per_image, guide_of
+from ncsn.model.generate import evaluations_per_image, guide_of, sampling_facts
 from ncsn.report.hints import copying_hints, overfitting_hints
 from ncsn.report.images import smaller_png
 from ncsn.report.pages import render
@@ -60,7 +60,7 @@ def prepare(run: Run, *, checkpoint: str, evaluation: str) -> Prepared[RegisterR
     if floors:
         floors["figure"] = metric_name("fid", extractor=extractor_name(config, manifest), num_images=images)
     measurement, copies = Measurement(**measured["gate"]), Copies(**measured["audit"]["copies"])
-    helped = utility_of(run.folder, loaded.digest, facts)
+    helped = utility_of(run.folder, loaded.digest, sampling_facts(config.sampling, loaded.guide))
     evidence = Evidence(measurement, copies, not_finite, Floors(**floors), helped["gain"]["low"] if helped else None)
     uri = tracking_uri(config)
 
@@ -136,7 +136,7 @@ def _candidate(
     loaded: TrainedNetwork, measured: Mapping[str, Any], manifest: Manifest, *, run: str, checkpoint: str
 ) -> registry.Registration:
     config, guide, samples = loaded.config, loaded.guide, measured["samples"]
-    helped = utility_of(run_folder(config, run), loaded.digest, registry.deciding(loaded))
+    helped = utility_of(run_folder(config, run), loaded.digest, sampling_facts(config.sampling, guide))
     pictures = {"grid.png": storage.join(samples, "grid.png"), "neighbors.png": measured["neighbors"]}
     files = {file: smaller_png(storage.read_bytes(uri)) for file, uri in pictures.items() if storage.exists(uri)}
     shown_in = {"samples": "grid.png", "samples and their nearest training images": "neighbors.png"}
@@ -179,10 +179,15 @@ def _candidate(
 
 
 def utility_of(folder: RunFolder, digest: str, facts: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What classifiers say of the images of these weights by this sampler and guidance, if they were asked."""
+    """What classifiers say of images that these weights make in this way, if they were asked."""
     record = read_step(folder, "utility")
-    same = all(record.inputs.get(name) == facts.get(name) for name in ("sampler", "guidance"))
+    same = made_alike(record.inputs, facts)
     return dict(record.result) if record.result and same and record.result["checkpoint_digest"] == digest else None
+
+
+def made_alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether these facts of sampling make images of the same distribution."""
+    return all(one.get(name) == other.get(name) for name in ("sampler", "guidance", "levels", "grays"))
 
 
 def selection_of(config: Config, run: str, checkpoint: str) -> Mapping[str, Any] | None:

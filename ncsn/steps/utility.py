@@ -30,11 +30,12 @@ from ncsn.errors import UserError
 from ncsn.evaluation.features import Runner
 from ncsn.evaluation.learner import RATES, TRIED, VERSION, Lesson, Part, learn
 from ncsn.evaluation.utility import compare, figures, require_enough, unbalanced
-from ncsn.model.checkpoint import TrainedNetwork
+from ncsn.model.checkpoint import TrainedNetwork, load_checkpoint
+from ncsn.model.generate import guide_of
 from ncsn.progress import Progress
 from ncsn.report.plots import to_png, utility_figure
 from ncsn.report.words import shown_gain, utility_sentence
-from ncsn.runs.folder import Run
+from ncsn.runs.folder import INDEX, Run, RunFolder
 from ncsn.steps.export import uncopied
 from ncsn.steps.results import Context, Prepared, UtilityResult
 from ncsn.steps.sample import opened, place_of
@@ -139,30 +140,32 @@ def utility(
         {"name": arm.name, **arm.images, **figures(asked.answers[arm.name], test, num_classes=len(names))}
         for arm in asked.arms
     ]
-    kept = [len(part.chosen) for part in parts]
+    kept, most = [len(part.chosen) for part in parts], np.ceil(max(wish.ratios) * counts).astype(int)
     if not any(kept):
         found |= {"grade": "copies", "gain": {"value": 0.0, "low": -100.0, "high": 100.0}, "named": []}
-    gain, by_class, notes = found["gain"], dict(zip(names, found["classes"], strict=True)), list[str]()
+    gain, notes = found["gain"], list[str]()
     alone = compare(asked.answers[AUGMENTED], {REAL: asked.answers[REAL]}, test, num_classes=len(names))
     if alone["grade"] == "helps":
         better = f"{shown_gain(alone['gain'])} points"
         notes.append(f"real images are better without augmentation: {better}; what is compared has it on both sides")
     if asked.updates == wish.updates:
         notes.append(f"classifiers gained until the last of utility.updates = {wish.updates:,}: more may gain more")
-    named = [names[label] for label in found["named"]]
+    named = {names[label]: found["classes"][label] for label in found["named"]}
+    used = int(np.minimum(kept, most).sum())
+    sentence = utility_sentence(found["grade"], gain, named, used=used, wanted=int(most.sum()))
+    if _may_have_seen_more(config, trained, context.folder):
+        sentence += "; its weights or its guide's began on other images, which may hold these test images"
     result = UtilityResult(
         uri=storage.join(uri, "utility.json"),
         plot=storage.join(uri, "utility.png"),
-        sentence=utility_sentence(
-            found["grade"], gain, {name: by_class[name] for name in named}, used=sum(kept), wanted=sum(wanted)
-        ),
+        sentence=sentence,
         grade=found["grade"],
         gain=gain,
         chosen=found["chosen"],
-        named=named,
+        named=list(named),
         classes=[
-            {"name": name, "train": int(count), "test": int((test == label).sum()), "gain": by_class[name]}
-            for label, (name, count) in enumerate(zip(names, counts, strict=True))
+            {"name": name, "train": int(counts[label]), "test": int((test == label).sum()), "gain": gained}
+            for label, (name, gained) in enumerate(zip(names, found["classes"], strict=True))
         ],
         arms=rows,
         seeds=wish.seeds,
@@ -183,6 +186,16 @@ def utility(
     for file in (result.uri, result.plot):
         tracked.log_file(file)
     return result
+
+
+def _may_have_seen_more(config: Config, trained: TrainedNetwork, folder: RunFolder) -> bool:
+    """Whether the weights began from, or are guided by, those of a training on images that these cannot vouch for."""
+    others = [guide] if (guide := guide_of(trained, config.sampling)) else []
+    if config.train.init_from is not None:
+        if not storage.exists(storage.join(folder.start, INDEX)):  # of a version
+            return True
+        others.append(load_checkpoint(folder.start))
+    return any(each.dataset_digest != trained.dataset_digest or each.config.train.init_from for each in others)
 
 
 def ask(lesson: Lesson, labels: NDArray[np.int64], wish: UtilityConfig, *, runner: Runner, progress: Progress) -> Asked:

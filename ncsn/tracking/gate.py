@@ -65,7 +65,7 @@ class Evidence:
             return f"{copies}: not below tracking.require.copies_below = {floors.copies_below:g}"
         gained = -math.inf if self.utility is None else self.utility
         if floors.utility_above is not None and not gained > floors.utility_above:
-            told = "nobody has asked classifiers" if self.utility is None else f"classifiers gain {gained:.2g} or more"
+            told = "nobody has asked classifiers" if self.utility is None else f"classifiers gain {gained:.3g} or more"
             return f"{told}: not above tracking.require.utility_above = {floors.utility_above:g}"
         return ""
 

@@ -303,9 +303,8 @@ def test_whether_images_help_is_asked_if_it_fits_a_quarter_of_the_time(
     choose, monkeypatch, minutes: float, test_fraction: float, cost: float, ratios: tuple[float, ...] | None
 ) -> None:
     monkeypatch.setattr(asking, "seconds_per_update", lambda *_, **__: 0.01)
-    chosen = choose(
-        f"data.test_fraction={test_fraction}", folders={"a": 100, "b": 90}, side=16, minutes=minutes, cost=cost
-    )
+    overrides = (f"data.test_fraction={test_fraction}", "data.max_images=110")  # which are no test images
+    chosen = choose(*overrides, folders={"a": 100, "b": 90}, side=16, minutes=minutes, cost=cost)
     wish = chosen.config.utility
     assert (wish and wish.ratios) == ratios and chosen.draft.reasons["utility" if wish is None else "utility.updates"]
     assert (wish is None) == ("utility" not in chosen.seconds)

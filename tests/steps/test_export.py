@@ -12,13 +12,13 @@ from PIL import Image
 from refused import refused
 
 from ncsn import storage
-from ncsn.config import Config
+from ncsn.config import Config, from_yaml, to_yaml
 from ncsn.data.format import load_manifest
 from ncsn.data.samples import write_shard
 from ncsn.data.sources import open_source
 from ncsn.data.training_images import open_cache
 from ncsn.model.checkpoint import load_checkpoint
-from ncsn.runs.folder import Run
+from ncsn.runs.folder import Run, update_step
 from ncsn.steps.sample import place_of
 
 CLASSES = ("data.num_classes=10", "sampling.batch_size=50")
@@ -81,7 +81,12 @@ def test_fill_completes_each_class_to_the_largest(tmp_path: Path, save_untrained
     config, given = made(tmp_path, save_untrained, *CLASSES, "export.fill=true", "data.max_images=60")
     counts = load_manifest(given["dataset"]).class_counts["train"]
     missing = {str(name): max(counts) - count for name, count in enumerate(counts) if count < max(counts)}
+    update_step(claimed(config, "mine"), "train", inputs={"utility": "They help"})  # as of a version
     result = do("export", config, "mine", **given)
+    other, _ = made(tmp_path, save_untrained, *CLASSES, "export.fill=true", "data.max_images=60", "sampling.seed=5")
+    noisier = from_yaml(to_yaml(other), overrides=["sampling.sampler.steps_per_level=2"])
+    cards = [Path(do("export", each, "mine", **given).card).read_text() for each in (other, noisier)]
+    assert ["They help" in card for card in cards] == [True, False], "it was asked about images of the first kind"
     assert result.counts == missing
     assert {path.name: len(list(path.iterdir())) for path in Path(result.uri).iterdir() if path.is_dir()} == missing
 

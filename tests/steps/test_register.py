@@ -14,6 +14,7 @@ from ncsn import storage
 from ncsn.config import Config, from_yaml, to_yaml
 from ncsn.errors import NotFound
 from ncsn.model import checkpoint
+from ncsn.model.generate import sampling_facts
 from ncsn.report.images import grid_png
 from ncsn.runs.folder import RunFolder, update_step
 from ncsn.tracking import registry
@@ -77,10 +78,10 @@ def test_first_version_is_champion_and_a_second_call_changes_nothing(config, sav
     for said in ("They help", "They harm"):  # classifiers that are asked later
         low = float(said == "They help")
         told = {"checkpoint_digest": checkpoint.load_checkpoint(saved).digest, "sentence": said, "gain": {"low": low}}
-        result, facts = result_of("utility", **told), registry.deciding(checkpoint.load_checkpoint(saved))
+        result, facts = result_of("utility", **told), sampling_facts(config.sampling, None)
         update_step(RunFolder(config.storage.root, "one"), "utility", inputs=facts, result=result)
         do("register", config, "one", checkpoint=saved, evaluation=evaluation)
-    other = {"inputs": {"sampler": {}}, "result": result | {"sentence": "By another", "gain": {"low": 5.0}}}
+    other = {"inputs": facts | {"levels": {}}, "result": result | {"sentence": "By another", "gain": {"low": 5.0}}}
     update_step(RunFolder(config.storage.root, "one"), "utility", **other)
     do("register", config, "one", checkpoint=saved, evaluation=evaluation)
     (version,) = client.search_model_versions("name = 'ncsn-tiny'")

@@ -22,6 +22,7 @@ from ncsn.data.training_images import open_cache
 from ncsn.evaluation import learner
 from ncsn.evaluation.features import here
 from ncsn.evaluation.learner import Lesson, Part
+from ncsn.model.checkpoint import load_checkpoint
 from ncsn.progress import Progress
 from ncsn.steps import utility
 from ncsn.steps.export import uncopied
@@ -172,7 +173,7 @@ def test_a_model_that_copies_adds_what_else_it_makes(tmp_path: Path, save_untrai
     assert added == ({"generated": 30, "ratio-0.5": 30} if left else {})
     assert (result.grade == "copies") == (result.gain["low"] == -100) == (not left)
     wanted = sum(-(-row["train"] // 2) for row in result.classes)
-    assert (f" {wanted - 30} copy" in result.sentence) == bool(left)
+    assert (f" {wanted - 30} of {wanted} " in result.sentence) == bool(left)
 
 
 def test_arms_show_what_they_share_in_the_same_order(dataset: str) -> None:
@@ -202,6 +203,20 @@ def test_images_that_give_no_answer_are_refused(tmp_path: Path, save_untrained, 
         with refused("utility"):
             asking = config.model_copy(update={"utility": UtilityConfig()})
             do("train", asking, "mine", dataset=given["dataset"])
+
+
+def test_weights_that_began_on_images_that_may_be_among_those_to_test_with_are_told(
+    tmp_path: Path, save_untrained
+) -> None:
+    config, given = made(tmp_path, save_untrained, *CLASSES)
+    trained, (ours, others) = load_checkpoint(given["checkpoint"]), (claimed(config, name) for name in ("a", "b"))
+    began = config.model_copy(update={"train": config.train.model_copy(update={"init_from": "x"})})
+    assert not utility._may_have_seen_more(config, trained, ours)
+    assert utility._may_have_seen_more(began, trained, ours), "nobody knows"
+    for folder, data in ((ours, given["dataset"]), (others, digits(tiny(tmp_path), tmp_path / "more"))):
+        Path(folder.start).parent.mkdir(parents=True, exist_ok=True)
+        save_untrained(config, data, Path(folder.start))
+        assert utility._may_have_seen_more(began, trained, folder) == (folder == others)
 
 
 def test_a_model_of_other_data_is_refused(tmp_path: Path, save_untrained) -> None:
