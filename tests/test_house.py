@@ -28,27 +28,27 @@ LEAST_MODULES, MOST_MODULES = 2, 14  # of a package
 # Lines of each part, as it is, and words of all pages. Who raises a number says in the commit what went, or why nothing
 # could.
 BUDGETS = {
-    "ncsn/core": 3541,
-    "ncsn/data": 2802,
-    "ncsn/evaluation": 2350,
-    "ncsn/steps ncsn/runs ncsn/kubeflow": 4113,
+    "ncsn/core": 3516,
+    "ncsn/data": 2801,
+    "ncsn/evaluation": 2344,
+    "ncsn/steps ncsn/runs ncsn/kubeflow": 4125,
     "ncsn/model": 1510,
-    "ncsn/distributed": 1520,
+    "ncsn/distributed": 1511,
     "ncsn/config": 1787,
     "ncsn/cli": 1771,
-    "ncsn/tracking": 1485,
-    "ncsn/report": 1015,
-    "ncsn/remote": 1621,
+    "ncsn/tracking": 1483,
+    "ncsn/report": 1008,
+    "ncsn/remote": 1619,
     "ncsn/library": 539,
-    "ncsn/init ncsn/inspection": 1898,
+    "ncsn/init ncsn/inspection": 1899,
     "ncsn/serving": 442,
     "ncsn/training": 1033,
     "components pipelines": 1106,
     "ncsn/storage": 842,
     "examples": 1141,
-    "tests": 24528,
+    "tests": 24553,
 }
-MOST_WORDS = 19811
+MOST_WORDS = 19866
 
 
 def _name(path: Path) -> str:
