@@ -66,7 +66,8 @@ def test_completions_of_a_correlated_gaussian_have_the_conditional_moments() -> 
     assert unknown.std(axis=(1, 2, 3, 4)) == pytest.approx([SPREAD * math.sqrt(1 - RHO**2)] * 2, rel=0.15)
 
 
-def test_where_all_is_known_images_return_and_where_nothing_is_they_are_samples() -> None:
+def test_where_all_is_known_images_return_and_where_nothing_is_they_are_samples(monkeypatch) -> None:
+    monkeypatch.setattr("ncsn.library.model._STEPS", 10)  # enough for pixels without correlation
     model, mask = model_of(), np.zeros((3, 8, 8), bool)
     mask[0] = True
     images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 1), np.uint8)
@@ -101,6 +102,7 @@ def test_pixels_of_each_type_are_completed_and_have_the_likelihood_of_a_gaussian
 
 def test_a_class_changes_both_and_a_batch_changes_no_log_likelihood(monkeypatch: pytest.MonkeyPatch) -> None:
     model, images = ScoreModel(trained_by(0)), np.random.default_rng(0).integers(0, 256, (3, 8, 8, 1), np.uint8)
+    monkeypatch.setattr("ncsn.library.model._STEPS", 5)
     dogs, cats = (model.inpaint(images, MASK & False, label=label) for label in ("dog", "cat"))
     assert (dogs != cats).any()
     found = model.log_likelihood(images, label="dog")
@@ -150,7 +152,8 @@ def test_a_training_image_is_nearest_to_itself(tmp_path: Path, monkeypatch: pyte
         model.nearest(real[:2])
 
 
-def test_a_model_that_was_fitted_here_has_its_training_images() -> None:
+def test_a_model_that_was_fitted_here_has_its_training_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ncsn.library.model._STEPS", 2)
     images = np.random.default_rng(0).integers(0, 256, (9, 8, 8), np.uint8)
     model = fit(images, hours=1e-5, network={"kind": "ncsn", "num_features": 4})
     found = model.nearest(images[[7, 2], ..., None])
