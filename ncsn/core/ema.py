@@ -75,7 +75,7 @@ class Ema:
             parameters[name].copy_(weight)
 
     def restore(self, weights: Mapping[str, Tensor], *, num_updates: int) -> None:
-        """Take over an average after so many updates, on this object's devices and in its types."""
+        """Take over an average after `num_updates` updates, on this object's devices and in its types."""
         if found := misfits(weights, self.weights):
             raise InvalidValue(f"these EMA weights belong to another network: {found}")
         for name, weight in weights.items():
