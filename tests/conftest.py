@@ -69,11 +69,12 @@ def _cache_dir() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_migration(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """MLflow's fifty migrations make one database for the session, and the others are copies of it."""
+    """MLflow's fifty migrations make one database for all processes of the tests, and the others are copies of it."""
     from ncsn import storage
     from ncsn.tracking import client
 
-    first, create = tmp_path_factory.mktemp("mlflow") / "mlflow.db", client._create_database
+    folder, create = tmp_path_factory.getbasetemp(), client._create_database
+    first = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "migrated" / "mlflow.db"
 
     def copy(path: Path) -> None:
         if not path.exists():

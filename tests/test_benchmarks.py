@@ -54,7 +54,12 @@ def test_half_of_what_a_gpu_allows_is_what_nvidia_s_resnet_50_reaches() -> None:
     assert 1 / work.seconds("a100", precision="float32") == pytest.approx(2_470 / 2, rel=0.02)
 
 
-@pytest.mark.parametrize("path", GPU_RECIPES, ids=lambda path: path.stem)
+# Each takes seconds, so that `make test` has one.
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=() if path.stem == "mnist" else pytest.mark.slow) for path in GPU_RECIPES],
+    ids=lambda path: path.stem,
+)
 def test_a_recipe_for_gpus_says_what_is_predicted_and_ends_in_time(path: Path) -> None:
     recipe = from_yaml(path.read_text())
     found = roofline.predict(recipe, gpu="h100")

@@ -46,7 +46,7 @@ BUDGETS = {
     "components pipelines": 1106,
     "ncsn/storage": 842,
     "examples": 1141,
-    "tests": 24556,
+    "tests": 24573,
 }
 MOST_WORDS = 19866
 

@@ -11,10 +11,9 @@ import signal
 import time
 from pathlib import Path
 
-from ncsn.distributed import ray_calls
-from ncsn.distributed.ray_calls import call_all
+import ncsn.distributed  # noqa: F401 - sets Ray's environment
 
-import ray  # isort: skip  # after ncsn.distributed, which sets its environment
+import ray  # isort: skip
 
 Place = tuple[int, tuple[int, ...]]  # process and the numbers of its GPUs
 
@@ -54,8 +53,10 @@ def refuse(number: int) -> int:
 
 def results(function, each, *, gpu=True, at_once=None):
     """What the calls return, one of which is tried again at most once."""
+    from ncsn.distributed import ray_calls  # here, since it takes each worker a second
+
     ray_calls.RETRIES = 1
-    return [found for _, found in call_all(function, each, cpus=1, gpu=gpu, in_flight=at_once)]
+    return [found for _, found in ray_calls.call_all(function, each, cpus=1, gpu=gpu, in_flight=at_once)]
 
 
 def gpus_left(seconds: float) -> float:

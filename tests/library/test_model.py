@@ -103,6 +103,7 @@ def test_pixels_of_each_type_are_completed_and_have_the_likelihood_of_a_gaussian
 def test_a_class_changes_both_and_a_batch_changes_no_log_likelihood(monkeypatch: pytest.MonkeyPatch) -> None:
     model, images = ScoreModel(trained_by(0)), np.random.default_rng(0).integers(0, 256, (3, 8, 8, 1), np.uint8)
     monkeypatch.setattr("ncsn.library.model._STEPS", 5)
+    monkeypatch.setattr("ncsn.library.model._ODE_STEPS", 8)
     dogs, cats = (model.inpaint(images, MASK & False, label=label) for label in ("dog", "cat"))
     assert (dogs != cats).any()
     found = model.log_likelihood(images, label="dog")

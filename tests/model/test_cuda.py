@@ -60,7 +60,9 @@ GUIDED = (
     "train.precision=bfloat16", "data.num_classes=10",
 )  # fmt: skip
 CHAINS = RECIPES | {
-    "2M": from_yaml(to_yaml(RECIPES["cifar10-edm-class"]), overrides=["sampling.sampler={kind: dpm_solver}"])
+    "2M": from_yaml(
+        to_yaml(RECIPES["cifar10-edm-class"]), overrides=["sampling.sampler={kind: dpm_solver, num_steps: 3}"]
+    )
 }
 TRAININGS = RECIPES | {"guided": from_yaml(to_yaml(RECIPES["cifar10-two-step"]), overrides=GUIDED)}
 

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 from do import claimed, do
 from experiments import digits, tiny
+from kfp import dsl
 from numpy.typing import NDArray
 from refused import refused
 
+from components.tasks import utility as component
 from ncsn import storage
-from ncsn.config import Config
+from ncsn.config import Config, to_json
 from ncsn.config.schema import UtilityConfig
 from ncsn.data.format import load_manifest
 from ncsn.data.samples import SampleSet, write_shard
@@ -136,6 +138,13 @@ def test_a_second_call_trains_what_is_missing(tmp_path: Path, save_untrained, mo
     answers = {path: path.stat().st_mtime_ns for path in Path(folder.utility).glob("*/answers/*.npy")}
     assert len(answers) == len(utility.RATES) * utility.TRIED + 4 * 5
     assert do("utility", config, "mine", **given) == result
+    outputs = {"comparison": dsl.Artifact, "pictures": dsl.HTML, "metrics": dsl.Metrics}
+    artifacts = {name: kind(uri=str(tmp_path / name)) for name, kind in outputs.items()}
+    inputs = {name: dsl.Artifact(metadata={"uri": uri}) for name, uri in given.items()}
+    component.python_func(to_json(config), "mine", **inputs, **artifacts, task_config=dsl.TaskConfig())
+    assert artifacts["comparison"].metadata["uri"] == result.uri
+    assert artifacts["metrics"].metadata == {f"utility/gain_{name}": value for name, value in result.gain.items()}
+    assert (tmp_path / "pictures").read_text().count("data:image/png;base64,") == 1
     lost = [path for path in answers if path.name in ("ratio-0.5-3.npy", "real-0.npy")]
     before = [path.read_bytes() for path in lost]
     for path in (*lost, Path(result.uri)):
