@@ -22,6 +22,8 @@ PARTS ?=
 
 BIN := .venv/bin
 IN_PARALLEL = --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
+# Some images set it; hundreds of processes would each compile the tests and the code again.
+unexport PYTHONDONTWRITEBYTECODE
 # A hash of what decides the installation: a change of content, not of a file's date, renews .venv.
 # Of Python the file behind its links, which an activated .venv and pyenv name differently.
 WHICH := 'import os, sys; print(os.path.realpath(sys.executable), sys.version)'
