@@ -46,7 +46,7 @@ BUDGETS = {
     "components pipelines": 1106,
     "ncsn/storage": 842,
     "examples": 1141,
-    "tests": 24573,
+    "tests": 24579,
 }
 MOST_WORDS = 19866
 
@@ -56,7 +56,6 @@ def _name(path: Path) -> str:
 
 
 SOURCES = {_name(path): path for top in ("ncsn", "components", "pipelines") for path in (ROOT / top).rglob("*.py")}
-TREES = {name: ast.parse(path.read_text()) for name, path in SOURCES.items()}
 
 
 def _functions(tree: ast.AST) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
@@ -100,8 +99,8 @@ def test_files_and_functions_are_short() -> None:
     assert {path: count for path, count in lines.items() if count > MOST_LINES} == {}
     functions = {
         f"{name}.{node.name}": (node.end_lineno or 0) - node.lineno + 1
-        for name, tree in TREES.items()
-        for node in _functions(tree)
+        for name, path in SOURCES.items()
+        for node in _functions(ast.parse(path.read_text()))
     }
     assert {name: count for name, count in functions.items() if count > MOST_LINES_OF_A_FUNCTION} == {}
 

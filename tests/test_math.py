@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import re
 from collections.abc import Iterator
@@ -15,15 +16,19 @@ from ncsn.config.problems import fields_of, section_models
 
 TESTS = Path(__file__).parent
 PAGE = (TESTS.parent / "docs" / "math.md").read_text()
-# File -> the tests in it, of which each has the texts of its decorators.
-FOUND = {
-    path.relative_to(TESTS).as_posix(): {
-        node.name: [ast.unparse(each) for each in node.decorator_list]
-        for node in ast.parse(path.read_text()).body
-        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+
+
+@functools.cache
+def _tests() -> dict[str, dict[str, list[str]]]:
+    """File -> the tests in it, of which each has the texts of its decorators."""
+    return {
+        path.relative_to(TESTS).as_posix(): {
+            node.name: [ast.unparse(each) for each in node.decorator_list]
+            for node in ast.parse(path.read_text()).body
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+        }
+        for path in TESTS.rglob("test_*.py")
     }
-    for path in TESTS.rglob("test_*.py")
-}
 
 
 def _rows(*header: str) -> list[list[str]]:
@@ -43,11 +48,11 @@ def _code(cell: str) -> list[str]:
 
 def _missing_tests(cell: str) -> Iterator[str]:
     """Of `file::test` or `file`; a name that begins with :: is of the file before it."""
-    file = ""
+    file, found = "", _tests()
     for text in _code(cell):
         name, _, test = text.partition("::")
-        file = file if not name else f"core/{name}" if f"core/{name}" in FOUND else name
-        if file not in FOUND or (test and test not in FOUND[file]):
+        file = file if not name else f"core/{name}" if f"core/{name}" in found else name
+        if file not in found or (test and test not in found[file]):
             yield text
 
 
@@ -81,7 +86,7 @@ def test_each_equation_names_a_function_and_a_test_that_exist(row: list[str]) ->
 
 def test_tests_named_in_the_text_exist_and_each_oracle_is_listed() -> None:
     named = set(re.findall(r"\btest_\w+\b(?!\.py|/)", PAGE))
-    assert len(named) > 60 and named - {test for tests in FOUND.values() for test in tests} == set()
-    marks = [mark for tests in FOUND.values() for decorators in tests.values() for mark in decorators]
+    assert len(named) > 60 and named - {test for tests in _tests().values() for test in tests} == set()
+    marks = [mark for tests in _tests().values() for decorators in tests.values() for mark in decorators]
     marked = {int(found[1]) for mark in marks if (found := re.fullmatch(r"pytest\.mark\.oracle\((\d+)\)", mark))}
     assert [int(number) for number, _ in _rows("Oracle")] == sorted(marked) != []

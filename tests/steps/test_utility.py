@@ -89,12 +89,14 @@ def test_images_of_other_classes_harm(asked, dataset: str) -> None:
     assert gain["grade"] == "harms"
 
 
+@pytest.mark.slow
 def test_noise_does_not_help(asked, dataset: str) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (10, OF_CLASS, 8, 8, 1), dtype=np.uint8)
     gain = compared(asked("noise", noise), dataset)
     assert gain["grade"] != "helps"
 
 
+@pytest.mark.slow
 def test_copies_make_no_difference(asked, dataset: str) -> None:
     gain = compared(asked("copies", open_cache(dataset, "train").images[rows_of(dataset)]), dataset)
     assert gain["grade"] == "same" and abs(gain["gain"]["value"]) < 2
