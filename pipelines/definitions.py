@@ -52,7 +52,7 @@ def configured(task: dsl.PipelineTask, title: str, *, cached: bool = False) -> d
     """
     task.set_display_name(title)
     task.set_caching_options(cached)
-    task.container_spec.env = {IMAGE_VARIABLE: IMAGE}  # KFP's own way looks through the files of all modules
+    task.container_spec.env = {IMAGE_VARIABLE: IMAGE}  # set_env_variable inspects the stack: 0.3 s for all tasks
     if task.name in COMPUTING:  # a container's own has 64 MB, and Ray would put its objects on the disk
         kubernetes.empty_dir_mount(task, "shm", "/dev/shm", medium="Memory")  # noqa: S108
     kubernetes.use_config_map_as_env(task, ENVIRONMENT, {name: name for name in ADDRESSES}, optional=True)
