@@ -195,7 +195,7 @@ def utility_figure(result: Mapping[str, Any]) -> Figure:
     for name, color, shift in (("augmented", INK, 0.14), (result["chosen"][0], PALETTE[1], -0.14)):
         dots(right, arms[name]["recalls"][: len(names)], shift=shift, color=color, label=arm_label(name))
     right.set(yticks=-np.arange(len(names)), yticklabels=names, title="recall by class %")
-    right.legend(loc="best")
+    figure.legend(loc="outside lower right", ncols=2)  # a free place inside counts no intervals
     for axes in (left, right):
         axes.grid(axis="x")
         axes.grid(visible=False, axis="y")
