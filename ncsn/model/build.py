@@ -150,18 +150,18 @@ def train_state(config: Config, *, device: str | torch.device = "cpu") -> TrainS
         from ncsn.core.uncertainty import Uncertainty
 
         uncertainty = Uncertainty(seed=config.seed).to(device)
-    trained = [*score_network.parameters(), *(uncertainty.parameters() if uncertainty else ())]
     return TrainState(
         network=score_network,
-        optimizer=optimizer(config, trained),
+        optimizer=optimizer(config, score_network, uncertainty),
         ema=ema,
         uncertainty=uncertainty,
         second_ema=second_ema,
     )
 
 
-def optimizer(config: Config, trained: list[nn.Parameter]) -> torch.optim.Optimizer:
+def optimizer(config: Config, network: nn.Module, uncertainty: nn.Module | None) -> torch.optim.Optimizer:
     """The optimizer of all parameters, whose groups have their peak rate as `initial_lr`."""
+    trained = [*network.parameters(), *(uncertainty.parameters() if uncertainty else ())]
     rate, muon = config.optimizer.learning_rate, config.optimizer.muon
 
     def adam(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -169,8 +169,9 @@ def optimizer(config: Config, trained: list[nn.Parameter]) -> torch.optim.Optimi
 
     if muon is None:
         return adam(trained)
-    # The first and the last convolution have the channels of the image.
-    hidden = [each for each in trained if each.ndim == 4 and config.data.channels not in each.shape[:2]]
+    layers: Any = network.image_layers
+    of_images = {network.get_parameter(f"{layer}.weight") for layer in layers}
+    hidden = [each for each in trained if each.ndim == 4 and each not in of_images]
     known = set(hidden)
     others = adam([each for each in trained if each not in known])
     return Muon(hidden, others, learning_rate=muon.learning_rate, momentum=muon.momentum)

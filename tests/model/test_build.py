@@ -36,19 +36,23 @@ def test_every_network_takes_rectangles(network: str) -> None:
     assert score.shape == x.shape and score.isfinite().all()
 
 
+@pytest.mark.parametrize("channels", [5, 8])  # also as many as the maps of the network have
 @pytest.mark.parametrize(
     ("network", "not_hidden"),
     [
-        ("{kind: ncsn, num_features: 4}", {"begin_conv", "end_conv"}),
-        ("{kind: unet, widths: [4, 4, 8], blocks_per_resolution: 1}", {"input", "output"}),
+        ("{kind: ncsn, num_features: 8}", {"begin_conv", "end_conv"}),
+        ("{kind: unet, widths: [8, 8], blocks_per_resolution: 2}", {"input", "output"}),
         (
             "{kind: ddpmpp, base_width: 8, multipliers: [1, 2], attention_sizes: []}",
             {"enc.48x48_conv", "dec.48x48_aux_conv"},
         ),
     ],
 )
-def test_muon_has_the_convolutions_between_the_first_and_the_last(network: str, not_hidden: set[str]) -> None:
-    config = from_yaml(RECTANGLES, overrides=[f"network={network}", "optimizer.muon={learning_rate: 0.5}"])
+def test_muon_has_the_convolutions_between_the_first_and_the_last(
+    network: str, not_hidden: set[str], channels: int
+) -> None:
+    changes = [f"network={network}", f"data.channels={channels}", "optimizer.muon={learning_rate: 0.5}"]
+    config = from_yaml(RECTANGLES, overrides=changes)
     state = build.train_state(config)
     hidden, others = (set(group["params"]) for group in state.optimizer.param_groups)
     assert hidden | others == set(state.network.parameters())

@@ -155,6 +155,7 @@ class PreconditionedNetwork(ContinuousNetwork):
 
     full_precision: ClassVar[tuple[str, ...]] = ()  # names, or their beginnings, of layers that autocast never narrows
     condition_reader: ClassVar[str]  # name of the linear layer that takes the features with the terms of conditions
+    image_layers: tuple[str, str]  # names of the first and the last convolution
 
     def __init__(self, *, sigmas: Tensor, sigma_data: float, dropout: float) -> None:
         super().__init__()

@@ -225,6 +225,7 @@ class DdpmppNetwork(PreconditionedNetwork):
             width = place.width
         self.dec[f"{self._whole}_aux_norm"] = _group_norm(width)
         self.dec[f"{self._whole}_aux_conv"] = _conv(width, channels, gain=_NEARLY_ZERO)
+        self.image_layers = (f"enc.{self._whole}_conv", f"dec.{self._whole}_aux_conv")
         self._number_dropout_layers()
 
     def _raw(self, x: Tensor, c_noise: Tensor, keys: Tensor | None = None, **conditions: Tensor | None) -> Tensor:

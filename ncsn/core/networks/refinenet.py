@@ -319,6 +319,8 @@ _STAGES: dict[Depth, tuple[_Stage, ...]] = {
 class _RefineNet(nn.Module):
     """What both networks share: an encoder of residual stages and a decoder of refine blocks, without scaling."""
 
+    image_layers = ("begin_conv", "end_conv")
+
     def __init__(
         self, num_features: int, *, channels: int, depth: Depth, norm: NormFactory, refine: Callable[..., RefineBlock]
     ) -> None:

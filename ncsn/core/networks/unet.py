@@ -109,6 +109,7 @@ class UnetNetwork(PreconditionedNetwork):
     """
 
     condition_reader = "embedding.linear1"
+    image_layers = ("input", "output")
 
     def __init__(
         self,
