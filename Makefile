@@ -32,7 +32,7 @@ STAMP := .venv/current-$(KEY)
 
 .PHONY: help
 help: ## List the targets (the default)
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
 
 .PHONY: venv
 venv: $(STAMP) ## Install into .venv only
@@ -46,9 +46,14 @@ test: lint ## Set up, then check style, types and layers and run every test that
 	@$(BIN)/python -m pytest $(IN_PARALLEL) $(PYTEST_ARGS)
 
 .PHONY: test-all
-test-all: lint ## The same with the tests that take minutes, then the quick ones with the newest releases
+test-all: lint ## The same with the tests that take minutes, as other processors compute, and with the newest releases
 	@$(BIN)/python -m pytest -m "" $(IN_PARALLEL) $(PYTEST_ARGS)
+	@bash scripts/test_processors.sh $(IN_PARALLEL) $(PYTEST_ARGS)
 	@bash scripts/test_newest.sh $(IN_PARALLEL) $(PYTEST_ARGS)
+
+.PHONY: test-processors
+test-processors: $(STAMP) ## The quick tests of what computes, with the kernels of two older kinds of processor
+	@bash scripts/test_processors.sh $(IN_PARALLEL) $(PYTEST_ARGS)
 
 .PHONY: test-newest
 test-newest: $(STAMP) ## The quick tests with the newest releases that pyproject.toml allows

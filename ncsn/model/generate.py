@@ -128,7 +128,7 @@ def generate_joined(
     on_level: Callable[[int, Tensor], None] | None = None,
     compiled: bool = False,
 ) -> NDArray[Any]:
-    """The images of all parts as one batch, `[N, H, W, C]` as stored; each is the same in any batch.
+    """The images of all parts as one batch, `[N, H, W, C]` as stored; each is the same in any batch, up to rounding.
 
     Args:
         trained: Its network is on `device`.

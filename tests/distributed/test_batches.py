@@ -62,7 +62,10 @@ def test_parts_of_a_batch_are_the_batch(overrides, window, tiny, dataset, monkey
 
     whole, parts = tensors(draw(1250, 16)), [tensors(draw(1250 + 4 * rank, 4)) for rank in range(4)]
     for name, tensor in whole.items():
-        torch.testing.assert_close(torch.cat([part[name] for part in parts]), tensor, rtol=0, atol=0)
+        # The order of a matrix product's sums depends on the number of images: four, of 64 terms at most, of values
+        # and weights that add up to less than two.
+        rounding = 4 * 64 * 2 * torch.finfo(torch.float32).eps if name == "x" and config.data.augmentation else 0.0
+        torch.testing.assert_close(torch.cat([part[name] for part in parts]), tensor, rtol=0, atol=rounding)
     if "lower" in whole:
         assert whole["lower"].equal(objective_of(config).pairs.lower(whole["sigma"], first=1250))
     inside = draw(1250, 16)[3:7]
