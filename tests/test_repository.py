@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pkgutil
 import re
 import shlex
@@ -80,6 +81,15 @@ def test_make_keeps_the_environment_under_each_name_of_its_python(tmp_path: Path
         done = subprocess.run(command, cwd=ROOT, input=makefile, capture_output=True, text=True, check=True)
         keys.add(done.stdout)
     assert len(keys) == 1
+
+
+def test_a_script_beside_a_clone_imports_the_package(tmp_path: Path) -> None:
+    """The folder of the clone has the same name."""
+    (tmp_path / "ncsn").mkdir()
+    (script := tmp_path / "script.py").write_text("import ncsn; print(ncsn.UserError.__module__)")
+    installed = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, script], env=installed, capture_output=True, text=True, check=False)
+    assert done.stdout == "ncsn.errors\n", done.stderr
 
 
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md")])
