@@ -7,7 +7,8 @@ import json
 import os
 import re
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial, wraps
 from pathlib import Path
@@ -56,6 +57,22 @@ def describe(error: BaseException) -> tuple[tuple[Problem, ...], int]:
     return (Problem("", ": ".join(filter(None, (type(error).__name__, first_line)))),), FAILURE
 
 
+@contextmanager
+def usage_in_one_line(ctx: click.Context) -> Iterator[None]:
+    """Say in one line what is wrong with the words of a command, where click adds its synopsis."""
+    try:
+        yield
+    except click.UsageError as error:
+        if type(error).show is not click.UsageError.show:  # of the group alone, which shows its help
+            raise
+        message = " ".join(error.format_message().split()).rstrip(".")
+        hint, file = f"see `{ctx.command_path} --help`", _EXTRA_CONFIG.search(message)
+        if file and any(param.name == "config_uri" for param in ctx.command.params):
+            hint = f"did you mean --config {file[1]}?"
+        click.echo(f"error: {message[0].lower()}{message[1:]}{click.style(f' ({hint})', dim=True)}", err=True)
+        ctx.exit(MISTAKE)
+
+
 class ReportingCommand(click.Command):
     """A command that prints an error in one line on stderr, and its traceback on request."""
 
@@ -73,14 +90,8 @@ class ReportingCommand(click.Command):
         )
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse the options; name the option that a config in the place of an argument lacks."""
-        try:
+        with usage_in_one_line(ctx):
             return super().parse_args(ctx, args)
-        except click.UsageError as error:
-            file = _EXTRA_CONFIG.search(error.message)
-            if file and any(param.name == "config_uri" for param in self.params):
-                raise click.UsageError(f"{error.message}; did you mean --config {file[1]}?", ctx) from None
-            raise
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; exit with the code of `describe` if it raises."""

@@ -131,7 +131,7 @@ _JOBS_RUN = "With --jobs: only what belongs to this run, and its RayJobs even if
     metavar="NAME",
     help="With --jobs: their namespace; default: that of this pod, or of the current kubeconfig context.",
 )
-@click.option("--dry-run", is_flag=True, help="With --jobs: print what would be done, and change nothing.")
+@click.option("--dry-run", is_flag=True, help="Print what would be done, and change nothing; without --jobs the default.")
 @lambda command: target_options(command, run_help=_JOBS_RUN)
 @json_option
 @click.pass_context
@@ -160,9 +160,11 @@ def cleanup_command(
             raise UserError("--jobs", "takes --run, --namespace and --dry-run", hint="leave out the others")
         _end_jobs(ctx, namespace=namespace, run=options.run, dry_run=dry_run)
         return
-    for option, value in (("--run", options.run), ("--namespace", namespace), ("--dry-run", dry_run or None)):
+    for option, value in (("--run", options.run), ("--namespace", namespace)):
         if value is not None:
             raise UserError(option, "goes with --jobs", hint="add it, or leave this out")
+    if yes and dry_run:
+        raise UserError("--yes", "deletes, which --dry-run forbids", hint="leave one out")
     from rich.filesize import decimal
 
     from ncsn.inspection.leftovers import CLASSES, delete_leftovers, find_leftovers

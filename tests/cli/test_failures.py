@@ -70,6 +70,15 @@ def test_a_command_prints_no_traceback(error: BaseException, code: int, lines: l
     assert (result.exit_code, result.stderr.splitlines(), result.stdout) == (code, lines, "")
 
 
+@pytest.mark.parametrize(
+    "words", ["", "init", "init x --minutes y", "run x.yaml", "run --confg x", "ls --run", "ls all", "rnu", "--foo"]
+)
+def test_wrong_words_are_told_in_one_line_and_the_help_in_full(words: str, run_in_process) -> None:
+    done = run_in_process(*words.split())
+    assert done.exit_code == 2 and done.stdout == ""
+    assert [line[:7] for line in done.stderr.splitlines()] == ["error: "] or (not words and "Usage: " in done.stderr)
+
+
 def test_the_traceback_on_request() -> None:
     bad = InvalidValue("bad value")
     for result in (run_failing(bad, "--traceback"), run_failing(bad, NCSN_TRACEBACK="1")):

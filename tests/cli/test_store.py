@@ -55,7 +55,8 @@ def test_ls_has_a_line_for_each_run_and_its_number(ncsn, store: Path, monkeypatc
 
 def test_cleanup_says_what_it_would_delete_and_deletes_it_if_told(ncsn, store: Path) -> None:
     unused = store / "datasets" / "digits" / "0123456789abcdef"
-    looked = ncsn("cleanup")
+    looked = ncsn("cleanup", "--dry-run")
+    assert looked.output == ncsn("cleanup").output
     assert looked.exit_code == 0 and unused.exists() and "2.5 kB" in looked.output
     (item,) = json.loads(ncsn("cleanup", "--json").output)["items"]
     assert item == {"kind": "datasets", "uri": str(unused), "size": 2500}
@@ -75,5 +76,5 @@ def test_nothing_is_deleted_while_mlflow_is_away(ncsn, require_mistake, store: P
 
 
 def test_jobs_and_files_are_cleaned_apart(ncsn, require_mistake) -> None:
-    for arguments in (["--run", "mine"], ["--dry-run"], ["--jobs", "--yes"]):
+    for arguments in (["--run", "mine"], ["--yes", "--dry-run"], ["--jobs", "--yes"]):
         require_mistake(ncsn("cleanup", *arguments), arguments[0])
