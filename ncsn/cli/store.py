@@ -131,7 +131,7 @@ _JOBS_RUN = "With --jobs: only what belongs to this run, and its RayJobs even if
     metavar="NAME",
     help="With --jobs: their namespace; default: that of this pod, or of the current kubeconfig context.",
 )
-@click.option("--dry-run", is_flag=True, help="Print what would be done, and change nothing; without --jobs the default.")
+@click.option("--dry-run", is_flag=True, help="Print what would be done, and change nothing; default without --jobs.")
 @lambda command: target_options(command, run_help=_JOBS_RUN)
 @json_option
 @click.pass_context

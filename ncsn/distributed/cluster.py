@@ -168,6 +168,21 @@ def _edited_code(address: str) -> dict[str, Any] | None:
 _MOST_PER_CORE = 4  # threads of workers; with more, a machine does nothing else
 
 
+def require_machine(compute: ComputeConfig) -> None:
+    """Refuse workers that this machine has no room for, before a cluster is started here."""
+    count, cores = compute.min_workers, os.cpu_count() or 1
+    if (wanted := count * compute.cpus_per_worker) > _MOST_PER_CORE * cores:
+        reason = f"needs {wanted} CPU cores on this machine, which has {cores}"
+        hint = f"use {max(1, cores // compute.cpus_per_worker)}"
+        raise UserError("compute.num_workers", reason, hint=hint, value=compute.num_workers)
+    if compute.use_gpu:
+        import torch  # takes seconds
+
+        if (gpus := torch.cuda.device_count()) < count:
+            reason, hint = f"needs {count} GPUs on this machine, which has {gpus}", "lower it, or unset compute.use_gpu"
+            raise UserError("compute.num_workers", reason, hint=hint, value=compute.num_workers)
+
+
 def _start(config: Config | None) -> str:
     if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
         # A token for this process alone needs no file in the home folder. A cluster elsewhere has its own.
@@ -176,18 +191,14 @@ def _start(config: Config | None) -> str:
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     # Ray's 15 more than this process has leaves them a tenth of a core that somebody else uses.
     os.environ.setdefault("RAY_worker_niceness", "0")
-    cores, wanted = os.cpu_count() or 1, 0
-    if config is not None and (wanted := config.compute.min_workers * config.compute.cpus_per_worker) > (
-        _MOST_PER_CORE * cores
-    ):
-        compute = config.compute
-        reason = f"needs {wanted} CPU cores on this machine, which has {cores}"
-        hint = f"use {max(1, cores // compute.cpus_per_worker)}"
-        raise UserError("compute.num_workers", reason, hint=hint, value=compute.num_workers)
+    wanted = 0
+    if config is not None:
+        require_machine(config.compute)
+        wanted = config.compute.min_workers * config.compute.cpus_per_worker
     try:
         ray.init(
             address="local",  # without, Ray would join a cluster that another process started on this machine
-            num_cpus=max(cores, wanted),
+            num_cpus=max(os.cpu_count() or 1, wanted),
             # Its ten processes are for people, and for Ray Train, which asks them what it may clean up.
             include_dashboard=config is None or bool(os.environ.get(DASHBOARD)) or needs_ray_train(config.compute),
             dashboard_host=LOOPBACK,

@@ -135,6 +135,11 @@ def refuse(step: str, run: Run) -> None:
     if STEP_TABLE[step].elsewhere and config.compute.backend == "kuberay" and storage.is_local(folder.uri):
         reason, hint = "a folder of this machine, which the pods of a cluster cannot reach", "use s3://BUCKET/PREFIX"
         raise UserError("storage.root", reason, hint=hint, value=config.storage.root)
+    here = config.compute.backend == "local" and "RAY_ADDRESS" not in os.environ
+    if here and step == (SEARCH if config.search else "train") and not read_step(folder, step).result:
+        from ncsn.distributed.cluster import require_machine  # loads Ray
+
+        require_machine(config.compute)
     if config.train.continue_from is not None and not storage.exists(folder.config):
         state_to_continue(config)
     if step in (SEARCH, "train") and config.train.init_from is not None and find_spec("torch"):

@@ -45,13 +45,18 @@ def test_show_config_as_json_is_the_canonical_form_of_what_is_planned(run_in_pro
         assert part in planned.stdout
 
 
-def test_a_mistake_is_one_line_and_leaves_nothing(run_in_process, require_mistake, config_file, store: Path) -> None:
+def test_a_mistake_is_one_line_and_leaves_nothing(
+    run_in_process, require_mistake, config_file, store: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     file = str(config_file)
     for (name, *options), subject in (
         (["ingest", "--set", "noise.num_level=5"], "--set: noise.num_level"),
         (["ingest", "--set", "nonsense"], "--set 'nonsense'"),
         (["ingest", "--run", "Not Valid"], "--run 'Not Valid'"),
         (["run", "--set", "storage.root=s3://bucket/prefix"], "tracking.uri"),
+        (["run", "--set", "compute={use_gpu: true, num_workers: 2}"], "compute.num_workers = 2"),
+        (["run", "--set", "compute={cpus_per_worker: 1024, num_workers: 16}"], "compute.num_workers = 16"),
         (["run", "--backend", "kuberay", "--address", "http://head:8265"], "--address 'http://head:8265'"),
         (["select"], "--dataset"),
         (["sample", "--png", file], f"--png '{file}'"),
