@@ -255,6 +255,11 @@ def require_owner(owner: Config, config: Config, run: str) -> None:
         hint = "choose another --run NAME"
         if owner.noise.training.kind == "lognormal" and changed.keys() <= _LEVELS:
             hint += ", or sample at other levels with sampling.levels"
+        if changed.keys() <= {"train.num_images", "optimizer.decay_images"}:
+            train = config.train.model_copy(update={"continue_from": run})
+            with suppress(UserError):  # it has no state for that
+                state_to_continue(config.model_copy(update={"train": train}))
+                hint += f", with train.continue_from={run} to begin where the learning rate of this one fell"
         raise ForeignRun("--run", f"belongs to another config: {explain_changes(changed)}", hint=hint, value=run)
 
 

@@ -16,7 +16,7 @@ from ncsn.distributed.cluster import ray_cluster
 from ncsn.errors import UserError
 from ncsn.model.averages import snapshots
 from ncsn.report.words import next_step
-from ncsn.runs.folder import RunFolder, read_step, run_folder, state_to_continue, update_step
+from ncsn.runs.folder import ForeignRun, RunFolder, read_step, run_folder, state_to_continue, update_step
 from ncsn.runs.history import load_history
 from ncsn.steps import train
 from ncsn.storage.heartbeat import Lease, LeaseExpired
@@ -96,6 +96,10 @@ def test_a_run_continues_another_from_where_its_decay_began(config) -> None:
         with refused(key):
             do("train", wrong, "second", dataset=dataset)
     assert not storage.exists(second.config), "the name is free for the corrected command"
+    for length, *others in ((40,), (16,), (40, "seed=1")):
+        with refused("--run", error=ForeignRun) as caught:
+            do("train", linear(length, *others), "first", dataset=dataset)
+        assert (start in caught.value.problems[0].hint) is (length == 40 and not others)
     assert next_step("far", linear(24), first)[0].split()[-4:] == ["--set", start, "--set", "train.num_images=48"]
     assert next_step("far", linear(24), run_folder(config, "old"))[0].endswith("train.init_from=old"), "without a state"
     assert next_step("copied", longer, second)[0].split()[-3] == "train.continue_from=null", "shorter than that state"
