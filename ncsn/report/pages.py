@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ def render(template: str, **records: Any) -> str:
         "data_uri": lambda png: f"data:image/png;base64,{base64.b64encode(png).decode()}",
         "count": lambda number: f"{number:,.0f}",
         "fields": asdict,
+        "quoted": lambda text: json.dumps(text, ensure_ascii=False),  # as Python reads it too
         "short": lambda number: f"{number:g}",
         "plain": lambda text: " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;"),
         "svg": Markup,  # drawn by our own plots

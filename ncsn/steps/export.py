@@ -42,7 +42,7 @@ from ncsn.model.classes import AS_DATA, BALANCED
 from ncsn.model.generate import sampling_facts
 from ncsn.report.pages import render
 from ncsn.runs.code import origin
-from ncsn.runs.folder import DEFAULT_ROOT, Run, opened_from, read_step
+from ncsn.runs.folder import Run, opened_from, read_step
 from ncsn.steps.register import made_alike, utility_of
 from ncsn.steps.results import Context, ExportResult, Prepared
 from ncsn.steps.sample import opened, place_of
@@ -114,10 +114,10 @@ def export(
         expected=round(sum(part.copies.expected * part.samples.count for part in parts), 2),
     )
     folder, model = context.folder, opened_from(context.folder)
-    again = [model or shlex.quote(folder.uri if folder.root != storage.absolute(DEFAULT_ROOT) else folder.run)]
+    again = [shlex.quote(folder.uri)]  # known in any folder, unlike a name
     if not (model and checkpoint.startswith(folder.uri)):
         again.append(f"--checkpoint {shlex.quote(checkpoint)}")
-    base = trained.config if model else from_yaml(storage.read_text(folder.config), origin=folder.config)
+    base = from_yaml(storage.read_text(folder.config), origin=folder.config)
     wish = config.export.model_copy(update={} if trained.classes else {"num_images": result.counts[""]})
     pairs = ((base.export, wish, {"out"}), (base.sampling, config.sampling, {"label", "num_images"}))
     for section, (usual, now, without) in zip(("export", "sampling"), pairs, strict=True):

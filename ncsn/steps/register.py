@@ -115,6 +115,7 @@ def register(
     card = re.sub(rf"\n\n({'|'.join(told)}): .*", "", card)
     lines = "".join(f"\n\n{name}: {text}." for name, text in told.items())
     card = card.replace("\n\n## Use\n", f"{lines}\n\n## Use\n", 1)
+    card = card.replace(f"models:/{candidate.name}@champion", f"models:/{candidate.name}/{version}")  # perhaps not it
     tracked.client.update_model_version(candidate.name, version, card[: registry.DESCRIPTION_LENGTH])
     result = RegisterResult(
         model=candidate.name,
@@ -145,6 +146,7 @@ def _candidate(
     card = render(
         "model_card.md.j2",
         name=config.registered_model,
+        registry=shown(tracking_uri(config)),
         run=run,
         checkpoint=loaded.digest,
         images_seen=loaded.images_seen,

@@ -200,6 +200,8 @@ def _create_database(path: Path) -> None:
                             f" WHERE {column} = ? OR substr({column}, 1, ?) = ?",
                             (new, len(old) + 1, old, len(old) + 1, f"{old}/"),
                         )
+                places = (f"{SQLITE}{place}/" for place in (before.parents[1], now))  # in the code of a card
+                connection.execute("UPDATE model_versions SET description = replace(description, ?, ?)", (*places,))
         except sqlite3.Error as error:
             raise TrackingError(f"{SQLITE}{path}", f"cannot be used: {error}") from error
         return

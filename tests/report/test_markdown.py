@@ -39,6 +39,7 @@ EVALUATION = {
 }
 FACTS = {
     "name": "ncsn-tiny",
+    "registry": "http://mlflow:5000",
     "run": "a-run",
     "checkpoint": "cafe",
     "images_seen": 8,

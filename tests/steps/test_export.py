@@ -1,6 +1,9 @@
 """A data set of generated images: as many as asked for, without copies, with the same bytes again."""
 
+import os
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +78,20 @@ def test_classes_come_as_asked_and_again_with_the_same_bytes(tmp_path: Path, sav
     source = ["data.source=parquet", f"data.root={first.uri}", "data.test_fraction=0.2"]
     back = open_source(tiny(tmp_path, *source).data)
     assert back.class_names == tuple(map(str, range(10))) and sum(map(len, back.splits.values())) == 21
+
+
+def test_the_command_of_a_card_runs_as_it_is_printed(tmp_path: Path, save_untrained, monkeypatch) -> None:
+    """In an empty folder, for a run in the store that commands take by default."""
+    monkeypatch.chdir(tmp_path)
+    config, given = made(tmp_path, save_untrained, *CLASSES, "export.classes={'3': 2}", "storage.root=.ncsn")
+    do("ingest", config, "mine")
+    result = do("export", config, "mine", checkpoint=given["checkpoint"])
+    script = Path(result.card).read_text().partition("```bash\n")[2].partition("```")[0]
+    (empty := tmp_path / "empty").mkdir()
+    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", "-c", script], cwd=empty, env=env, capture_output=True, text=True, check=False)
+    assert f"uri: {result.uri}\n" in done.stdout, done.stderr
+    assert list(empty.iterdir()) == []
 
 
 def test_fill_completes_each_class_to_the_largest(tmp_path: Path, save_untrained) -> None:

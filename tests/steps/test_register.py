@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -95,6 +98,18 @@ def test_first_version_is_champion_and_a_second_call_changes_nothing(config, sav
     stored = {file.path for file in client.list_logged_model_artifacts(output.model_id)}
     assert {"MLmodel", "model.py", "artifacts", "code", "grid.png", "model_card.md"} <= stored
     assert run.inputs.dataset_inputs[0].dataset.name == "sklearn_digits"
+
+
+def test_the_code_of_a_card_runs_as_it_is_printed(config, saved, evaluate, tmp_path):
+    """In an empty folder, by a process that knows no server, for a version that is no champion."""
+    asking = from_yaml(to_yaml(config), overrides=["tracking={registered_model: coded, promote: ask}"])
+    do("register", asking, "coded", checkpoint=saved, evaluation=evaluate(5.0))
+    card = connect(asking).client.get_model_version("coded", "1").description
+    code = "".join(re.findall(r"^```python\n(.*?)^```", card, flags=re.DOTALL | re.MULTILINE))
+    command = [sys.executable, "-c", f"{code}print(images.shape, images.dtype)"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stdout == "(16, 8, 8, 1) uint8\n", done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def named(config: Config, model: str) -> Config:

@@ -53,7 +53,8 @@ def test_guidance_and_the_weights_of_the_guide_are_part_of_a_versions_identity(c
 def test_runs_and_models_move_with_their_store(make_config, checkpoint, tmp_path):
     old, new = tmp_path / "old place", tmp_path / "new"
     with step_run(make_config(f"storage.root={old}"), run="moved", step="register") as before:
-        registry.register(before, replace(candidate(checkpoint, "moved"), tags={"ncsn.root": str(old)}))
+        known = {"tags": {"ncsn.root": str(old)}, "card": f'"{before.uri}"'}
+        registry.register(before, replace(candidate(checkpoint, "moved"), **known))
         before.log_dataset("digits", digest="d1", uri=f"{old}/datasets/a")
         before.set_tags({"elsewhere": f"{old}-2/a"})
     old.rename(new)
@@ -63,6 +64,7 @@ def test_runs_and_models_move_with_their_store(make_config, checkpoint, tmp_path
         again = registry.register(after, candidate(checkpoint, "moved"))
     assert (after.run_id, after.parent_run_id) == (before.run_id, before.parent_run_id)
     assert (again.version, version.tags["ncsn.root"]) == (version.version, str(new))
+    assert version.description == f'"sqlite:///{new}/mlflow.db"'
     run = after.client.get_run(after.run_id)
     assert run.data.tags["dataset.uri"] == f"{new}/datasets/a" and run.data.tags["elsewhere"] == f"{old}-2/a"
     assert json.loads(run.inputs.dataset_inputs[0].dataset.source) == {"uri": f"{new}/datasets/a"}
