@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from ncsn.tracking.lineage import Link
 
 
+_WIDE = 140  # columns of a terminal, from which on a line has room for size and date
+
+
 def _date(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).isoformat(" ", "seconds").removesuffix("+00:00") if seconds else ""
 
@@ -39,9 +42,9 @@ def ls_command(*, kind: str, options: TargetOptions, as_json: bool) -> None:
 
     A run is LOST if it has not ended and nothing in its folder has changed for an hour.
     """
-    from rich.box import SIMPLE_HEAD
     from rich.filesize import decimal
     from rich.table import Column, Table
+    from rich.text import Text
 
     from ncsn.cli.console import console_on
     from ncsn.inspection.listing import list_datasets, list_models, list_runs
@@ -59,12 +62,14 @@ def ls_command(*, kind: str, options: TargetOptions, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({kind: _plain(items), "count": count}, indent=1))
         return
-    name, date, figures = Column("name", no_wrap=True), Column("date", min_width=10), Column("figures", overflow="fold")
-    table = Table(name, "state", Column("size", justify="right"), date, figures, box=SIMPLE_HEAD)
+    console = console_on(sys.stdout)
+    wide = ("size", "date") if console.width >= _WIDE else ()
+    table = Table(*(Column(name, no_wrap=True) for name in ("name", "state", *wide)), "figures", box=None)
     for item in items:
-        table.add_row(item.name, item.state, decimal(item.size), _date(item.changed), item.figures)
+        more = (decimal(item.size), _date(item.changed)) if wide else ()
+        table.add_row(item.name, item.state, *more, Text(item.figures, no_wrap=True, overflow="ellipsis"))
     if items:
-        console_on(sys.stdout).print(table)
+        console.print(table)
     place, rest = uri if kind == "models" else root, f", of which the newest {len(items)}" if count > len(items) else ""
     click.echo(f"{kind} in {place}: {count:,}{rest}")
 

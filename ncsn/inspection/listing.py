@@ -90,11 +90,14 @@ def describe_run(root: str, run: str) -> Item:
         if ended is not None and (outcome := read_outcome(folder)) is not None:
             end = " ".join(filter(None, (outcome.status, outcome.failed_step)))
             # A single step may have begun after the pipeline.
-            state = end if ended.changed >= last or state == end else f"{end}; {step} {state.split()[0]}"
+            known = (end, record.state) == ("FINISHED", "FINISHED")
+            state = end if known or ended.changed >= last or state == end else f"{end}; {step} {state.split()[0]}"
         if places["evaluate"] in files:
             step, record = "evaluate", read_step(folder, "evaluate")
         if record.result:
             figures = result_line(step, record.result)
+        elif record.error is not None:
+            figures = " ".join(record.error.message.split())
         elif progress := read_progress(folder.step(step, "progress.json")):
             figures = f"{progress.done:,} / {progress.total:,} {progress.unit}"
     return Item("run", run, state, sum(entry.size for entry in files.values()), changed, figures, facts)

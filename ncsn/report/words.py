@@ -190,7 +190,7 @@ GRADES = {
     "close": "close to real",
     "short": "not yet close to real: train longer",
     "far": "far from real: train longer or add images",
-    "unsure": "too few test images to tell how close to real",
+    "unsure": "unsure: too few test images to tell how close to real",
     "copied": "copies of training images: add images or train shorter",
 }
 # Shares of the distance of noise with the mean and covariance of the training pixels: see docs/evaluation.md.

@@ -165,9 +165,7 @@ class EvaluateResult:
     confusion: str | None  # URI of a PNG of the matrix
 
     def __str__(self) -> str:
-        own, real = read_metrics(self.metrics), read_metrics(self.real_metrics)
-        grade = GRADES[self.grade].partition(":")[0]
-        return f"{grade}; {own['fid'].name} = {shown_reading('fid', own)}, real images {shown_reading('fid', real)}"
+        return f"{GRADES[self.grade].partition(':')[0]}; Fréchet {shown_reading('fid', read_metrics(self.metrics))}"
 
 
 @dataclass(frozen=True)

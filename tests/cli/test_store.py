@@ -50,7 +50,9 @@ def test_ls_has_a_line_for_each_run_and_its_number(ncsn, store: Path, monkeypatc
         assert f"{'f' * 150} = 1 at" in ncsn(*command).output, "nothing that is piped is cut or wrapped"
     update_step(RunFolder(str(store), "classes-ff9ba0c1d2e3-again"), "select", state="FINISHED", result=found)
     monkeypatch.setattr("ncsn.cli.console.console_on", lambda stream: Console(file=stream, width=80))
-    assert " classes-ff9ba0c1d2e3-again " in ncsn("ls").output, "of a terminal"
+    lines = ncsn("ls").output.splitlines()
+    assert [len(line) <= 80 for line in lines[:-1]] == [True] * 3, "on a terminal, a head and a line for each"
+    assert any("classes-ff9ba0c1d2e3-again  FINISHED select  fff" in line for line in lines)
 
 
 def test_cleanup_says_what_it_would_delete_and_deletes_it_if_told(ncsn, store: Path) -> None:

@@ -63,11 +63,13 @@ def test_a_run_has_state_size_date_and_figures(config: Config) -> None:
     result = result_of("evaluate", grade="far", metrics=of_samples, real_metrics=of_real)
     update_step(folder, "evaluate", state="FINISHED", result=result)
     item = describe_run(root, "mine")
-    assert item.figures == "far from real; eval/classifier_fid_n210 = 12 (9.0 to 17), real images 12 (9.0 to 17)"
+    assert item.figures == "far from real; Fréchet 12 (9.0 to 17)"
     update_step(folder, "register", state="FAILED", error=StepError("OSError", "no answer"))
     write_outcome(folder, Outcome("FAILED", "no answer", "register"))
     item = describe_run(root, "mine")
     assert (item.state, item.facts["error"]) == ("FAILED register", "no answer")
+    update_step(begin(config, "failed"), "train", state="FAILED", error=StepError("OSError", "no\nanswer"))
+    assert describe_run(root, "failed").figures == "no answer"
 
 
 def test_a_run_without_a_process_is_lost_and_what_cannot_be_read_hides_nothing_else(tmp_path: Path) -> None:
