@@ -27,15 +27,15 @@ from ncsn.data.sources.parquet_files import SPLIT_OF
 from ncsn.errors import UserError
 from ncsn.evaluation import LEAST_TEST_IMAGES
 from ncsn.init.draft import Draft, any_config
-from ncsn.init.plan import Machine, Speed, measure_speed
+from ncsn.init.plan import Machine, Speed, measure_speed, settled
 from ncsn.init.survey import MOST_LOOKED_AT, Survey, percent, told_from_mirror
 from ncsn.init.utility import can_tell, choose_utility
 from ncsn.report.images import evenly_spread
 from ncsn.report.words import duration
 
 SIZES = (8, 16, 32, 64)  # pixels; more needs more than the compact network and an hour
-ENOUGH_IMAGES = 80_000  # trained on, for a larger size to be worth it
-FEW_IMAGES = 100_000  # trained on, below which a network of half the width is better
+# Trained on, for a larger size to be worth it, and at the least one a network of the full width.
+ENOUGH_IMAGES = 100_000
 MANY_IMAGES = 1_500_000  # trained on, for a network of twice the width to be worth it
 # Images of a class to train on, for its label to be worth learning. With 5, 10, 20, 50 and 100 of each digit it lowers
 # the least loss of held-out digits by 1, 4, 8, 11 and 11 %; up to 20 of each, that loss rises before the end.
@@ -78,6 +78,7 @@ class FirstConfig:
     seconds: dict[str, float]  # train, sample and other
     images: npt.NDArray[Any]  # of the sample, as training will see them, [N, H, W, C]
     warning: str  # why these images cannot make a model, or empty
+    larger: str  # what the next larger size would take, or empty
 
 
 def choose(
@@ -115,7 +116,7 @@ def choose(
     if not machine.gpus and draft.get("network.kind", "unet") == "unet":  # measured on CPUs alone
         why = "For the hidden convolutions: the same loss with fewer images than Adam, which trains the rest."
         draft.choose("optimizer.muon.learning_rate", MuonConfig().learning_rate, why)
-    speed = _choose_network(draft, found, seconds=TRAINING * left)
+    speed, larger = _choose_network(draft, found, seconds=TRAINING * left)
     _choose_classes(draft, found.class_names, class_counts)
     data = _trial(draft).data
     images, limits = found.fitted(data), data.pixels.limits
@@ -139,7 +140,7 @@ def choose(
             f"training sees each of {train_images:,} images {repeats:,.0f} times, so expect copies of them among the "
             "samples: add images, thousands if you can"
         )
-    return FirstConfig(draft, from_yaml(draft.to_yaml(), origin=""), taken, images, warning)
+    return FirstConfig(draft, from_yaml(draft.to_yaml(), origin=""), taken, images, warning, larger)
 
 
 def _require_valid(overrides: Sequence[str], found: Survey) -> None:
@@ -225,13 +226,13 @@ def _require_enough(train: int, test: int) -> None:
 
 
 def _choose_max_images(draft: Draft, found: Survey, *, seconds: float) -> float:
-    """Read no more than this takes; the seconds that it takes."""
-    whole = found.num_images * found.seconds_per_image
-    train = int(max(1000, found.num_images * seconds / max(whole, 1e-9) // 1000 * 1000))
-    if train >= found.num_images:
-        return whole
-    draft.choose("data.max_images", train, f"Of each split. Reading all would take {duration(whole)}.")
-    return seconds
+    """Read no more than this takes; the seconds that it takes, or the next eighth, quarter, half, ... of these."""
+    whole = settled(found.num_images * found.seconds_per_image, "read", found.root, found.num_images)
+    train = int(max(1000, found.num_images * seconds / whole // 1000 * 1000))
+    if train < found.num_images:
+        draft.choose("data.max_images", train, f"Of each split. Reading all would take {duration(whole)}.")
+        return seconds
+    return seconds * 2.0 ** max(-3, math.ceil(math.log2(whole / seconds)))
 
 
 def unet(size: int, *, scale: float) -> dict[str, Any]:
@@ -246,32 +247,45 @@ def unet(size: int, *, scale: float) -> dict[str, Any]:
     }
 
 
-def _choose_network(draft: Draft, found: Survey, *, seconds: float) -> Speed:
-    """Image size, network and precision: as large as can be trained well in this time."""
+def _choose_network(draft: Draft, found: Survey, *, seconds: float) -> tuple[Speed, str]:
+    """Image size, network and precision: as large as can be trained well in this time; and what is said of a larger."""
     sizes = [_image_size(side, found.aspect) for side in sizes_for(found.side)]
     tried = draft.get("data.image_size", _image_size(min(32, *_sides(sizes[-1])), found.aspect))
-    per_pixel = measure_speed(_trial(draft, size=tried)).train_image / math.prod(_sides(tried))
+    per_pixel = _speed(_trial(draft, size=tried)).train_image / math.prod(_sides(tried))
 
-    def cost(size: int | list[int]) -> float:
-        """Seconds to train on an image of this size."""
-        return per_pixel * math.prod(_sides(size))
+    def affordable(size: int | list[int]) -> float:
+        """Images of this size that there is time to train on."""
+        return seconds / (per_pixel * math.prod(_sides(size)))
 
-    best = [size for size in sizes if size in sizes[:2] or seconds >= ENOUGH_IMAGES * cost(size)][-1]
-    reason = "There is no time for larger ones." if best != sizes[-1] else "There is time for this size."
+    best = [size for size in sizes if size in sizes[:2] or affordable(size) >= ENOUGH_IMAGES][-1]
     shape = "Height and width: the shape of the images. " if found.aspect != 1 else ""
+    reason, larger = "There is time for this size.", ""
+    if best != sizes[-1]:
+        more = sizes[sizes.index(best) + 1]
+        share = affordable(more) / affordable(best)
+        larger = f"{'x'.join(map(str, reversed(_sides(more))))} would fit with {share:.0%} as many training images"
+        reason = f"{larger}, fewer than {ENOUGH_IMAGES:,}."
     size = draft.choose(
         "data.image_size", best, f"{shape}Half of the images have a shorter side of {found.side} or more. {reason}"
     )
-    scale = 1.0 if seconds >= FEW_IMAGES * cost(size) else 0.5
-    while 1 <= scale < 4 and seconds >= MANY_IMAGES * cost(size) * (2 * scale) ** 2:
+    scale = 1.0 if affordable(size) >= ENOUGH_IMAGES else 0.5
+    while 1 <= scale < 4 and affordable(size) >= MANY_IMAGES * (2 * scale) ** 2:
         scale *= 2
     if draft.section("network", "unet"):
         for key, value in unet(min(_sides(size)), scale=scale).items():
             draft.choose(f"network.{key}", value)
-    speeds = {kind: measure_speed(_trial(draft, precision=kind)) for kind in ("float32", "bfloat16")}
+    speeds = {kind: _speed(_trial(draft, precision=kind)) for kind in ("float32", "bfloat16")}
     rates = ", ".join(f"{kind} {1 / speed.train_image:,.0f}" for kind, speed in speeds.items())
     faster = min(speeds, key=lambda kind: speeds[kind].train_image)
-    return speeds.get(draft.choose("train.precision", faster, f"Images/s here: {rates}."), speeds[faster])
+    precision = draft.choose("train.precision", faster, f"Images/s here: {rates}.")
+    return speeds.get(precision, speeds[faster]), larger if size == best else ""
+
+
+def _speed(config: Config) -> Speed:
+    """That by which settings are chosen."""
+    work = config.network.model_dump(), config.data.stored_shape, config.train.batch_size, config.train.precision
+    speed, key = measure_speed(config), (*work, config.compute.model_dump())
+    return Speed(settled(speed.train_image, "train", *key), settled(speed.evaluate_image, "evaluate", *key))
 
 
 def sizes_for(side: int) -> list[int]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import math
 import os
+import platform
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ncsn import storage
 from ncsn.config import Config
 from ncsn.config.schema import UtilityConfig
 from ncsn.config.training import AutoNoiseConfig, NoiseConfig
@@ -35,6 +38,8 @@ from ncsn.runs.folder import cost_of, images_seen_at, read_step, run_folder, sta
 
 _STATE_BYTES = 5 * 4  # per parameter in float32: weights, their average, gradients, and Adam's two moments
 MEASUREMENTS, SECONDS = 10, 0.5  # the fastest counts; no more of them after so long
+_STEP = 1.2  # of the grid of settled times
+_SAME = 1.5  # times as long are the same: times that vary by 15 % stay within 1.15 / 0.85 and half a step of the grid
 # Of several workers together, by one that has the machine for itself: they exchange gradients and share its caches.
 TOGETHER = 0.75
 
@@ -131,6 +136,22 @@ def _seconds(work: Callable[[Any], object], batch: Any, size: int, device: torch
         call(images)
         measured.append((clock() - started) / threads / images)
     return min(measured)  # the others shared caches with what else runs here
+
+
+def settled(seconds: float, *what: object) -> float:
+    """A measured time on a coarse grid, or that of an earlier call here unless it now takes a third less.
+
+    So neither noise of the timing nor the load of the machine changes what is chosen by it.
+    """
+    here = (platform.node(), str(Machine.here()), torch.backends.cpu.get_cpu_capability(), torch.__version__)
+    file = storage.cache_folder() / "speeds" / f"{storage.digest([*here, *what], 16)}.json"
+    with suppress(OSError, ValueError):
+        if (known := float(storage.read_json(str(file)))) <= _SAME * seconds:
+            return known
+    on_grid = _STEP ** round(math.log(max(seconds, 1e-9), _STEP))
+    with suppress(OSError):
+        storage.write_json(str(file), on_grid)
+    return on_grid
 
 
 def work_of(wish: UtilityConfig, counts: Sequence[float]) -> tuple[float, int]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from ncsn.config.schema import UtilityConfig
 from ncsn.evaluation.utility import LEAST_OF_CLASS, NAMED_IMAGES
 from ncsn.init.draft import Draft
-from ncsn.init.plan import seconds_per_update, work_of
+from ncsn.init.plan import seconds_per_update, settled, work_of
 from ncsn.report.words import duration
 
 LEAST_UPDATES, MOST_UPDATES = 400, 4000  # with fewer, a classifier has hardly begun; more gain nothing on small sets
@@ -35,7 +35,8 @@ def choose_utility(
         shape = (*([size, size] if isinstance(size, int) else size), channels)
         device, workers = "cuda" if draft.get("compute.use_gpu") else "cpu", draft.get("compute.num_workers")
         cores = draft.get("compute.cpus_per_worker", 1)
-        each = seconds_per_update(UtilityConfig(), shape, classes=len(train), device=device, cores=cores) / workers
+        each = seconds_per_update(UtilityConfig(), shape, classes=len(train), device=device, cores=cores)
+        each = settled(each, "update", shape, len(train), device, cores) / workers
         for ratios in _RATIOS:
             images, trainings = work_of(UtilityConfig(ratios=ratios), train)
             generating = images * seconds_per_image

@@ -26,9 +26,11 @@ CPU, GPU = Machine(cores=2, gpus=0), Machine(cores=16, gpus=1, gpu="some GPU")
 
 @pytest.fixture
 def choose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., FirstConfig]:
-    """`choose` for random images, where a training image of 32x32 takes `cost` seconds."""
+    """`choose` for random images, where a training image of 32x32 takes `cost` seconds, give or take `noise`."""
 
     made: dict[str, Path] = {}
+    random = np.random.default_rng(0)
+    monkeypatch.setenv("NCSN_CACHE_DIR", str(tmp_path / "cache"))
 
     def call(
         *overrides: str,
@@ -40,12 +42,13 @@ def choose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Fir
         root: Path | None = None,
         minutes: float = 20,
         cost: float = 0.004,
+        noise: float = 0.0,
         machine: Machine = CPU,
     ) -> FirstConfig:
         def known_speed(config: Config) -> Speed:
             height, width, _ = config.data.stored_shape
             train = cost * height * width / 32**2 * (0.5 if config.train.precision == "bfloat16" else 1)
-            return Speed(train, train / 3)
+            return Speed(*np.array([train, train / 3]) * random.uniform(1 - noise, 1 + noise, 2))
 
         monkeypatch.setattr(choices, "measure_speed", known_speed)
         root = root or made.setdefault(f"{folders or count} {side} {width} {mode}", tmp_path / f"images {len(made)}")
@@ -72,6 +75,27 @@ def test_size_and_network_grow_with_the_time(choose) -> None:
     assert sizes == [16, 32, 64]
     widths = [choose(minutes=minutes, side=16).config.network.widths for minutes in (1, 20, 6000)]
     assert widths == [(24, 48), (48, 96), (192, 384)]
+
+
+def test_a_larger_picture_has_no_narrower_network(choose) -> None:
+    found = [choose(minutes=minutes) for minutes in (2, 4, 4.5, 5, 5.5, 6, 20, 600)]
+    sizes = [each.config.data.image_size for each in found]
+    widths = [each.config.network.widths[-1] for each in found]
+    assert sizes == sorted(sizes) and widths == sorted(widths) and set(sizes) == {16, 32, 64}
+    for each, size in zip(found, sizes, strict=True):
+        assert (f"{2 * size}x{2 * size}" in each.larger) == (size < 64)
+        assert each.larger in each.draft.reasons["data.image_size"]
+    assert not choose("data.image_size=16").larger
+
+
+@pytest.mark.parametrize("cost", [0.0061, 0.0068, 0.0075])
+def test_noise_of_the_timing_changes_nothing(choose, monkeypatch: pytest.MonkeyPatch, cost: float) -> None:
+    factor = np.random.default_rng(1)
+    monkeypatch.setattr(asking, "seconds_per_update", lambda *_, **__: 0.01 * factor.uniform(0.85, 1.15))
+    call = partial(choose, "data.test_fraction=0.3", folders={"a": 100, "b": 90}, cost=cost, noise=0.15)
+    first, *others = (call().draft.to_yaml() for _ in range(10))
+    assert others == [first] * 9
+    assert call(cost=cost / 3).draft.to_yaml() != first  # the first time was under load, or this is another machine
 
 
 def test_images_of_one_shape_keep_it(choose) -> None:
