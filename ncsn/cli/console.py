@@ -22,7 +22,7 @@ from rich.text import Text
 
 from ncsn.config import Config
 from ncsn.progress import Progress
-from ncsn.report.words import SCORES_HEAD, duration, next_step, score_rows
+from ncsn.report.words import SCORES_HEAD, duration, next_step, score_rows, takes
 from ncsn.runs.folder import RunFolder, StepRecord
 from ncsn.steps.results import result_line
 from ncsn.storage.retry import RETRY
@@ -264,8 +264,9 @@ def print_plan(console: Console, plan: Mapping[str, Any]) -> None:
     for step, cost in plan["steps"].items():
         table.add_row(step, duration(cost["seconds"]), f"{cost['cpu_hours']:,.2f}", f"{cost['gpu_hours']:,.2f}")
     console.print(table)
-    flop = plan["gflop"]
+    flop, seconds = plan["gflop"], sum(cost["seconds"] for cost in plan["steps"].values())
     lines = [
+        *([f"time     {takes(seconds, times=plan['slowdown'])}"] if "slowdown" in plan else []),
         f"network  {plan['parameters']:,} parameters; {flop['train']:,.3g} GFLOP to train an image, "
         f"{flop['sample']:,.3g} to evaluate one",
         f"rate     {plan['images_per_second']:,.0f} training images/s, {plan['basis']}; NFE {plan['nfe']}",

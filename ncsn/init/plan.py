@@ -34,6 +34,7 @@ from ncsn.model import build
 from ncsn.model.generate import evaluations_per_image
 from ncsn.model.memory import kept_bytes
 from ncsn.model.objective import noise_notes, objective_of
+from ncsn.report.words import slowdown
 from ncsn.runs.folder import cost_of, images_seen_at, read_step, run_folder, state_to_continue
 
 _STATE_BYTES = 5 * 4  # per parameter in float32: weights, their average, gradients, and Adam's two moments
@@ -228,6 +229,8 @@ def plan(config: Config, run: str) -> dict[str, Any]:
     config = with_levels(config, run)
     basis, speed = f"measured on this machine ({Machine.here()})", measure_speed(config)
     found = estimate(config, speed, basis=basis)
+    if not config.compute.use_gpu:
+        found["slowdown"] = slowdown(config.compute.max_workers * config.compute.cpus_per_worker)
     if (wish := config.utility) is None:
         return found
     if not (ingested := read_step(run_folder(config, run), "ingest").result):

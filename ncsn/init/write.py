@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -30,7 +29,7 @@ from ncsn.init.plan import Machine
 from ncsn.init.survey import Survey, percent, survey
 from ncsn.progress import Progress
 from ncsn.report.images import evenly_spread
-from ncsn.report.words import duration
+from ncsn.report.words import duration, slowdown, takes
 
 _NAMED = 3  # classes
 
@@ -61,14 +60,15 @@ class Written:
             yield "found", _what(self.found)
             yield from (("", detail) for detail in _details(self.found, self.chosen))
             yield "chose", ", ".join(_choices(self.found, self.chosen))
+            if self.chosen.larger:
+                yield "", f"{self.chosen.larger}: --set data.image_size, or more --minutes"
             below = ", and below mirrored" if self.chosen.config.data.horizontal_flip else ""
             yield "wrote", f"{self.config} with the reasons, and {self.picture}: what training will see{below}"
             seconds, machine = self.chosen.seconds, Machine.here()
             steps = ", ".join(f"{step} {duration(value)}" for step, value in seconds.items())
-            load = os.getloadavg()[0]
-            busy = f" (longer now, as their load is {load:.1f})" if load > machine.cores / 2 else ""
-            where = "this machine" if machine.gpus else f"{machine.cores} idle cores{busy}"
-            yield "estimate", f"{duration(sum(seconds.values()))} on {where}: {steps}"
+            total = sum(seconds.values())
+            on_cores = takes(total, times=slowdown(machine.cores))
+            yield "estimate", f"{f'{duration(total)} on this machine' if machine.gpus else on_cores}: {steps}"
             if self.chosen.warning:
                 yield "warning", self.chosen.warning
         else:
@@ -85,6 +85,8 @@ class Written:
             "found": [_what(self.found), *_details(self.found, self.chosen)],
             "reasons": {path: reason for path, reason in self.chosen.draft.reasons.items() if reason},
             "seconds": self.chosen.seconds,
+            "slowdown": slowdown(Machine.here().cores),
+            "larger": self.chosen.larger,
             "warning": self.chosen.warning,
         }
 

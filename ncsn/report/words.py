@@ -6,7 +6,9 @@ Imports no torch, because the command line uses it.
 from __future__ import annotations
 
 import math
+import os
 import shlex
+import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Literal, NamedTuple
@@ -19,6 +21,7 @@ from ncsn.runs.folder import Cost, RunFolder, images_seen_at, read_step, state_t
 
 REAL = "eval/real_"
 GENERATED = "eval/"
+LEAST_SLOWDOWN = 1.25  # that is told
 ENOUGH_IMAGES = 10_000  # for a Fréchet distance to compare models of different diversity
 
 
@@ -407,6 +410,19 @@ def duration(seconds: float) -> str:
     if seconds < 2 * HOUR:
         return f"{seconds / MINUTE:,.1f} min"
     return f"{seconds / HOUR:,.1f} h" if seconds < 2 * DAY else f"{seconds / DAY:,.1f} days"
+
+
+def slowdown(cores: int) -> float:
+    """How many times longer work on this many cores takes beside what others run on this machine now."""
+    own = min(time.process_time() / MINUTE, cores)  # of this process in the load, a mean over the last minute
+    others = max(0.0, os.getloadavg()[0] - own)
+    return max(1.0, (cores + others) / (os.cpu_count() or 1))
+
+
+def takes(seconds: float, *, times: float) -> str:
+    """An estimate for idle cores, and beside it that for a `slowdown`: `7.3 min on idle cores, about 11 min at this load`."""
+    now = f", about {duration(times * seconds)} at this load" if times >= LEAST_SLOWDOWN else ""
+    return f"{duration(seconds)} on idle cores{now}"
 
 
 def cost_line(costs: Collection[Cost]) -> str:

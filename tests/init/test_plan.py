@@ -38,6 +38,7 @@ def test_this_machine_is_measured() -> None:
     for step in ("train", "sample"):
         assert wide["steps"][step]["seconds"] > 2 * found["steps"][step]["seconds"]
     assert plan(config("loss={kind: ssm}"), "run")["gflop"]["train"] > 1.5 * found["gflop"]["train"]
+    assert found["slowdown"] >= 1
     assert found["nfe"] == 21 and found["steps"]["train"].keys() == {"seconds", "cpu_hours", "gpu_hours"}
     with refused("compute.use_gpu"):
         plan(config("compute.use_gpu=true"), "run")

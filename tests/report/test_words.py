@@ -22,7 +22,17 @@ from ncsn.report.hints import (
     sampler_hints,
     training_hints,
 )
-from ncsn.report.words import CLOSE, FAR, cost_facts, cost_line, score_rows, tag_facts, verdict_of
+from ncsn.report.words import (
+    CLOSE,
+    FAR,
+    cost_facts,
+    cost_line,
+    score_rows,
+    slowdown,
+    tag_facts,
+    takes,
+    verdict_of,
+)
 from ncsn.runs.folder import Cost
 from ncsn.runs.history import HeldOutCurves
 
@@ -168,3 +178,13 @@ def test_copies_closeness_and_near_duplicates_are_warnings() -> None:
     (near,) = copying_hints(audited(near_duplicates=7))
     assert " 12 " in copied and near.startswith("7 ") and "75.0%" in close and "50.0%" in close
     assert copying_hints(audited(12, low=0.51, near_duplicates=7)) == [copied, close, near]
+
+
+def test_an_estimate_for_idle_cores_is_told_beside_that_for_the_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    monkeypatch.setattr("time.process_time", lambda: 30.0)  # half of a core, of the last minute
+    for load, cores, times in ((0.0, 4, 1), (0.5, 4, 1), (2.5, 2, 1), (2.5, 4, 1.5), (8.5, 4, 3), (8.5, 2, 2.5)):
+        monkeypatch.setattr("os.getloadavg", lambda load=load: (load, 0.0, 0.0))
+        assert slowdown(cores) == times
+    assert "7.0 min" in takes(420, times=5) and "35.0 min" in takes(420, times=5)
+    assert takes(420, times=1.1).count("min") == 1
