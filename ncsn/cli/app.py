@@ -132,7 +132,9 @@ def init_command(
         if not seconds < math.inf:
             raise UserError("--minutes", "not a length of time", value=minutes)
         few = "These are too few to learn a class: {}. Leave them out?"
-        asks = write.Asks(_looking, lambda classes: _asked(few.format(classes), default=False), _ask_mirrored)
+        asks = write.Asks(_looking)
+        if sys.stdin.isatty() and sys.stdout.isatty():
+            asks = write.Asks(_looking, lambda classes: click.confirm(few.format(classes)), _ask_mirrored)
         written = write.from_images(place, out, seconds=seconds, overrides=overrides, asks=asks)
     if as_json:
         click.echo(json.dumps(written.to_json(), indent=1))
@@ -153,18 +155,13 @@ def _looking() -> Iterator[Progress | None]:
         yield ShownProgress(view, "look") if view.console.is_terminal else None
 
 
-def _asked(question: str, *, default: bool) -> bool:
-    """The answer, on a terminal."""
-    return click.confirm(question, default=default) if sys.stdin.isatty() and sys.stdout.isatty() else default
-
-
 def _ask_mirrored(png: bytes, default: bool) -> bool:  # noqa: FBT001 - `Callable` knows no keywords
     from ncsn.cli.console import console_on, picture
+    from ncsn.init.write import REALISTIC
 
     if (console := console_on(sys.stdout)).is_terminal:
         console.print(picture(png))
-    question = "The lower images are mirrored. Are they still realistic? (faces yes; text, flags and clocks no)"
-    return _asked(question, default=default)
+    return click.confirm(f"The lower images are mirrored. Are they still realistic? ({REALISTIC})", default=default)
 
 
 @app.command("run", cls=ReportingCommand, short_help="Run the whole pipeline, or its remaining steps.")

@@ -10,21 +10,24 @@ import hashlib
 import itertools
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from ncsn import storage
 from ncsn.config.schema import DataConfig
+from ncsn.data.duplicates import DUPLICATES, Duplicate, Named, below, equal_pairs, named, to_csv
 from ncsn.data.format import (
     DIGEST_LENGTH,
     DIGEST_VERSION,
     FORMAT_VERSION,
     MANIFEST,
+    NAME,
     NO_HASHES,
     PARQUET_OPTIONS,
     SPLITS,
@@ -65,6 +68,15 @@ class Dataset:
     created: bool  # False if it was there already and nothing was written
 
 
+class LeftOut(NamedTuple):
+    """An image of the test split that equals one of the training split, or its mirror image."""
+
+    name: str
+    label: int
+    kind: str  # equal or mirrored
+    hash: int  # of that training image
+
+
 @dataclass(frozen=True)
 class Notes:
     """What is known of a part, which its file holds too."""
@@ -74,7 +86,7 @@ class Notes:
     class_counts: list[int]  # up to the largest class
     skipped: list[SkippedImage]  # images that were left out
     conversions: dict[str, int]  # what others lost
-    left_out: int  # images that equal one of another split
+    left_out: list[LeftOut]
 
 
 class Written(NamedTuple):
@@ -101,24 +113,32 @@ class PartWriter:
         examples = bad.filter(self.images.stream(cores=cores))
         digest: Any = hashlib.sha256()
         labels, sample = np.empty(0, "<i8"), [np.empty((0, *pixels.shape), pixels.dtype)]
-        hashes, left_out = NO_HASHES, 0
+        hashes, left_out, root = NO_HASHES, list[LeftOut](), storage.absolute(self.data.root or "")
+        columns = schema(pixels).append(pa.field(NAME, pa.string(), nullable=False))
         with storage.scratch_folder(self.near) as scratch:
             file = scratch / "part.parquet"
-            with pq.ParquetWriter(file, schema(pixels), **PARQUET_OPTIONS) as writer:
+            with pq.ParquetWriter(file, columns, **PARQUET_OPTIONS) as writer:
                 while rows := list(itertools.islice(examples, block_rows)):
                     images = np.stack([example.image for example in rows])
+                    names = [below(root, example.name) for example in rows]
                     own = image_hashes(images)
-                    new = ~are_among(own, known)
+                    equal, new = are_among(own, known), ~are_among(own, known)
+                    mirrored = own
                     if len(known) and self.data.mirrors:
-                        new &= ~are_among(image_hashes(images[:, :, ::-1]), known)
+                        mirrored = image_hashes(images[:, :, ::-1])
+                        new &= ~are_among(mirrored, known)
+                    for place in np.flatnonzero(~new):
+                        kind, found = ("equal", own) if equal[place] else ("mirrored", mirrored)
+                        left_out.append(LeftOut(names[place], rows[place].label, kind, int(found[place])))
                     images, hashes = images[new], np.append(hashes, own[new])
-                    left_out += len(rows) - len(images)
                     if advance:
                         advance(len(rows))
                     if not len(images):
                         continue
                     block = Rows(images, np.array([example.label for example in rows], np.int64)[new])
-                    writer.write_table(to_table(block, pixels.limits), row_group_size=len(block))
+                    table = to_table(block, pixels.limits)
+                    table = table.append_column(columns.field(NAME), [list(itertools.compress(names, new))])
+                    writer.write_table(table, row_group_size=len(block))
                     digest.update(images)
                     first, last = np.searchsorted(self.sampled, [position, position + len(block)])
                     sample.append(images[self.sampled[first:last] - position])
@@ -140,6 +160,7 @@ class PartWriter:
         """What `write` gave when the part was written before."""
         with open_images(self.uri, hint="delete it and ingest again") as file:
             fields = json.loads(file.metadata.metadata[_NOTES])
+            fields["left_out"] = [LeftOut(*image) for image in fields["left_out"]]
             notes = Notes(**fields | {"skipped": [SkippedImage(**image) for image in fields["skipped"]]})
             groups = map(file.read_row_group, range(file.num_row_groups))
             hashes = np.concatenate([NO_HASHES, *(image_hashes(from_table(group).images) for group in groups)])
@@ -218,16 +239,17 @@ def _write(
     class_counts = {split: np.zeros(len(source.class_names), np.int64) for split in source.splits}
     chosen = sample_places(len(source.splits["train"]), pixels.num_bytes)
     sample, taken = np.empty((len(chosen), *pixels.shape), pixels.dtype), 0
-    counts, repeated, left_out, known = dict[str, int](), dict[str, int](), 0, NO_HASHES
+    hashes, left_out, known = dict[str, Hashes](), list[LeftOut](), NO_HASHES
+    counts, repeated = dict[str, int](), dict[str, int]()
     for split in filter(source.splits.__contains__, SPLITS):
         parts[split], own = [], [NO_HASHES]
         there, sampled = storage.join(staging, split), chosen if split == "train" else chosen[:0]
         found = _parts(there, source.splits[split], sampled, known, near, data, write_parts, progress.advance)
-        for file, (notes, some, hashes) in found:
+        for file, (notes, some, of_part) in found:
             skipped += notes.skipped
             conversions.update(notes.conversions)
             left_out += notes.left_out
-            own.append(hashes)
+            own.append(of_part)
             if not notes.rows:
                 storage.delete(storage.join(there, file))
                 continue
@@ -236,11 +258,12 @@ def _write(
             if split == "train":
                 sample[taken : taken + len(some)] = some
                 taken += len(some)
-        known = np.sort(np.concatenate(own))
+        hashes[split] = np.concatenate(own)
+        known = np.sort(hashes[split])
         counts[split], repeated[split] = len(known), repeats(known)
         if len(known) < LEAST_IMAGES:
             bad = f"{len(skipped)} could not be used" if skipped else ""
-            lost = "".join(f"; {why}" for why in (bad, equal_in_words(repeated, counts, left_out=left_out)) if why)
+            lost = "".join(f"; {why}" for why in (bad, equal_in_words(repeated, counts, left_out=len(left_out))) if why)
             reason = f"gives {len(known)} image(s) for the {split} split, and at least {LEAST_IMAGES} are needed{lost}"
             hint = "add images, or change data.test_fraction"
             raise UserError("data.source", reason, hint=hint, value=data.source)
@@ -266,11 +289,28 @@ def _write(
         suggested_noise=suggestions(sample[:taken], pixels.limits),
         conversions=dict(sorted(conversions.items())),
         repeated=repeated,
-        left_out=left_out,
+        left_out=len(left_out),
     )
+    duplicates = _duplicates(staging, manifest, hashes, left_out)
+    storage.write_text(storage.join(staging, DUPLICATES), to_csv(duplicates))
     storage.write_json(storage.join(staging, MANIFEST), {"format_version": FORMAT_VERSION} | asdict(manifest), indent=1)
     created = storage.publish_folder(staging, uri, marker=MANIFEST)
     return Dataset(uri, manifest if created else load_manifest(uri), created)
+
+
+def _duplicates(
+    uri: str, manifest: Manifest, hashes: Mapping[str, Hashes], left_out: Sequence[LeftOut]
+) -> Iterator[Duplicate]:
+    """The images that repeat another of their split, and those that were left out of the test split as equal."""
+    for split, own in hashes.items():
+        pairs = equal_pairs(own)
+        for one, other in zip(*(named(uri, manifest, split, rows) for rows in pairs.T), strict=True):
+            yield Duplicate.of("equal", one, other)
+    order = np.argsort(hashes["train"], kind="stable")
+    places = np.searchsorted(hashes["train"][order], np.array([image.hash for image in left_out], np.uint64))
+    for one, image in zip(named(uri, manifest, "train", order[places]), left_out, strict=True):
+        class_name = manifest.class_names[image.label] if image.label >= 0 else ""
+        yield Duplicate.of(image.kind, one, Named(image.name, class_name))
 
 
 def _parts(
@@ -290,5 +330,5 @@ def _parts(
     for first, name in names.items():
         written = part(first).read() if name in there else next(others)
         if name in there or write_parts:
-            advance(written.notes.rows + written.notes.left_out)
+            advance(written.notes.rows + len(written.notes.left_out))
         yield name, written

@@ -21,6 +21,7 @@ from ncsn.errors import InvalidValue, NotFound, UserError
 
 IMAGE = "image"
 LABEL = "label"
+NAME = "name"  # of the file below the source's root; empty if it has none
 SPLITS = ("train", "test")
 NO_LABEL = -1
 
@@ -28,10 +29,10 @@ DIGEST_VERSION = 2
 DIGEST_LENGTH = 16
 
 MANIFEST = "manifest.json"  # of a dataset or of samples, written last
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 # Limits of a part: small enough to share the work, and large enough for few files.
 PART_IMAGES, PART_BYTES = 16_384, 192 << 20
-_DAMAGED = "delete the dataset and ingest again"
+DAMAGED = "delete the dataset and ingest again"
 _SHAPE, _DTYPE, _LIMITS = b"shape", b"dtype", b"limits"
 # Images are decoded once: a JPEG decode per epoch costs more than training a small network, and raw bytes have one
 # digest everywhere. As bytes they take a third of the time that Arrow needs for its tensors.
@@ -209,7 +210,7 @@ def load_manifest(uri: str) -> Manifest:
         raise NotFound(uri, "no dataset here", hint="run `ncsn ingest` first") from None
     version = fields.pop("format_version", None)
     if version != FORMAT_VERSION:
-        raise UserError(uri, f"the dataset has format version {version}, not {FORMAT_VERSION}", hint=_DAMAGED)
+        raise UserError(uri, f"the dataset has format version {version}, not {FORMAT_VERSION}", hint=DAMAGED)
     pixels = fields["pixels"]
     fields["pixels"] = Pixels(tuple(pixels["shape"]), pixels["dtype"], tuple(pixels["limits"]))
     fields["skipped"] = [SkippedImage(**image) for image in fields["skipped"]]
@@ -239,7 +240,7 @@ def read_part(uri: str, part: Part, pixels: Pixels) -> Iterator[Rows]:
     """The rows of a part of the dataset at `uri`, a few megabytes at a time, and an error if they are not those."""
     digest: Any = hashlib.sha256()
     labels, place = np.empty(0, "<i8"), storage.join(uri, part.path)
-    with open_images(place, rows=part.rows, pixels=pixels, hint=_DAMAGED) as file:
+    with open_images(place, rows=part.rows, pixels=pixels, hint=DAMAGED) as file:
         for group in range(file.num_row_groups):
             rows = from_table(file.read_row_group(group))
             digest.update(np.ascontiguousarray(rows.images))
@@ -247,7 +248,7 @@ def read_part(uri: str, part: Part, pixels: Pixels) -> Iterator[Rows]:
             yield rows
     digest.update(labels)
     if digest.hexdigest() != part.digest:
-        raise UserError(place, "does not have the content of the manifest", hint=_DAMAGED)
+        raise UserError(place, "does not have the content of the manifest", hint=DAMAGED)
 
 
 def read_rows(file: pq.ParquetFile, rows: NDArray[np.int64]) -> Rows:
@@ -270,7 +271,7 @@ def read_split(uri: str, split: str, rows: Sequence[int] | NDArray[np.int64] | N
     order, parts = np.argsort(wanted), manifest.parts[split]
     for number, of_part, in_part in pieces_of(wanted[order], (part.rows for part in parts)):
         place = storage.join(uri, parts[number].path)
-        with open_images(place, rows=parts[number].rows, pixels=pixels, hint=_DAMAGED) as file:
+        with open_images(place, rows=parts[number].rows, pixels=pixels, hint=DAMAGED) as file:
             held, places = read_rows(file, in_part), order[of_part]
         images[places], labels[places] = held.images, held.labels
     return Rows(images, labels)

@@ -81,6 +81,7 @@ class Example(NamedTuple):
     image: np.ndarray  # [H, W, C] of the type of `data.dtype`
     label: int  # -1 for none
     conversions: tuple[str, ...] = ()  # as of `Picture`
+    name: str = ""  # as of `Encoded`
 
 
 @dataclass(frozen=True)

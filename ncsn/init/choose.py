@@ -23,6 +23,7 @@ from ncsn.config.search import significant
 from ncsn.config.training import LognormalTraining, MuonConfig, edm_mean
 from ncsn.core.images import eight_bit, to_unit
 from ncsn.core.training_noise import FEW_DRAWS, LognormalNoise
+from ncsn.data.duplicates import Named
 from ncsn.data.sources.parquet_files import SPLIT_OF
 from ncsn.errors import UserError
 from ncsn.evaluation import LEAST_TEST_IMAGES
@@ -77,6 +78,7 @@ class FirstConfig:
     config: Config
     seconds: dict[str, float]  # train, sample and other
     images: npt.NDArray[Any]  # of the sample, as training will see them, [N, H, W, C]
+    names: list[Named]  # of these images
     warning: str  # why these images cannot make a model, or empty
     larger: str  # what the next larger size would take, or empty
 
@@ -119,7 +121,7 @@ def choose(
     speed, larger = _choose_network(draft, found, seconds=TRAINING * left)
     _choose_classes(draft, found.class_names, class_counts)
     data = _trial(draft).data
-    images, limits = found.fitted(data), data.pixels.limits
+    (images, names), limits = found.fitted(data), data.pixels.limits
     some = images[evenly_spread(len(images), most=MOST_LOOKED_AT)]
     _choose_flip(draft, eight_bit(some, limits), ask_mirrored)
     _choose_noise(draft, to_unit(torch.from_numpy(some), limits))
@@ -140,7 +142,7 @@ def choose(
             f"training sees each of {train_images:,} images {repeats:,.0f} times, so expect copies of them among the "
             "samples: add images, thousands if you can"
         )
-    return FirstConfig(draft, from_yaml(draft.to_yaml(), origin=""), taken, images, warning, larger)
+    return FirstConfig(draft, from_yaml(draft.to_yaml(), origin=""), taken, images, names, warning, larger)
 
 
 def _require_valid(overrides: Sequence[str], found: Survey) -> None:

@@ -20,6 +20,7 @@ from ncsn import storage
 from ncsn.config.schema import DataConfig
 from ncsn.config.search import significant
 from ncsn.core.images import picture_channels
+from ncsn.data.duplicates import Named, below
 from ncsn.data.format import NO_LABEL, SPLITS, SkippedImage
 from ncsn.data.pixels import BadImageError, Example, Fit, Picture, stored_values
 from ncsn.data.sources import open_source
@@ -60,6 +61,7 @@ class Look:
     dtype: str = "uint8"  # of `data.dtype`, that keeps its values
     low: float = 0  # its smallest value
     high: float = 255
+    label: int = NO_LABEL
 
     @property
     def transparent(self) -> bool:
@@ -90,7 +92,7 @@ class Look:
         least = min(picture.size)
         shrunk = replace(fit, crop=max(1, round(fit.crop * least / side))) if fit.crop else fit
         try:
-            return shrunk.picture(picture)
+            return shrunk.picture(picture, label=self.label)._replace(name=self.name)
         except BadImageError as error:
             return SkippedImage(self.name, str(error))
 
@@ -177,16 +179,17 @@ class Survey:
         step = 10.0 ** (math.floor(math.log10(max(high - low, 1e-30))) - 2)
         return significant(math.floor(low / step) * step, 6), significant(math.ceil(high / step) * step, 6)
 
-    def fitted(self, data: DataConfig) -> npt.NDArray[Any]:
-        """The sample as training would see it, [N, H, W, C]."""
-        fit = Fit.of(data)
-        usable = BadImages(skip=data.on_bad_image == "skip").filter(look.fitted(fit) for look in self.looks)
+    def fitted(self, data: DataConfig) -> tuple[npt.NDArray[Any], list[Named]]:
+        """The sample as training would see it, [N, H, W, C], and the names of these images."""
+        fit, root = Fit.of(data), self.root
+        usable = [*BadImages(skip=data.on_bad_image == "skip").filter(look.fitted(fit) for look in self.looks)]
         images = [example.image for example in usable]
         if not images:
             raise UserError(self.looks[0].name, "cannot be used with these settings, nor can any other of the sample")
         if all((image == images[0]).all() for image in images):
             raise UserError("PLACE", "its images are all alike", hint="add others")
-        return np.stack(images)
+        names = ("", *self.class_names)
+        return np.stack(images), [Named(below(root, each.name), names[each.label + 1]) for each in usable]
 
 
 def _look_at(encoded: Encoded, picture: Picture) -> Look:
@@ -202,7 +205,8 @@ def _look_at(encoded: Encoded, picture: Picture) -> Look:
     gray = plain.mode == "L" or image.mode in ("LA", "La")
     thumbnail = plain.copy() if plain is image else plain
     thumbnail.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.BILINEAR)
-    return Look(encoded.name, kind, picture.size, thumbnail, 1 if gray else 3, conversions)
+    bands = 1 if gray else 3
+    return Look(encoded.name, kind, picture.size, thumbnail, bands, conversions, label=encoded.label)
 
 
 def _look_at_values(encoded: Encoded, picture: Picture) -> Look:
@@ -220,7 +224,7 @@ def _look_at_values(encoded: Encoded, picture: Picture) -> Look:
     small = fit.picture(picture).image
     kind = "NPY" if isinstance(picture.image, np.ndarray) else picture.image.format or ""
     conversions = (*picture.conversions, *["float"] * (values.dtype.kind == "f"))
-    return Look(encoded.name, kind, picture.size, small, bands, conversions, dtype, low, high)
+    return Look(encoded.name, kind, picture.size, small, bands, conversions, dtype, low, high, encoded.label)
 
 
 def survey(place: str, *, overrides: Sequence[str] = (), progress: Progress | None = None) -> Survey:

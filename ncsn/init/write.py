@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ import numpy.typing as npt
 from ncsn.config.load import EXAMPLES
 from ncsn.core.images import eight_bit
 from ncsn.data.dataset import write_dataset
+from ncsn.data.duplicates import DUPLICATES, Duplicate, equal_pairs, in_two_classes, to_csv
 from ncsn.data.format import equal_in_words, image_hashes, repeats
 from ncsn.data.samples import grid_png
 from ncsn.data.sources import open_source
@@ -31,6 +33,7 @@ from ncsn.progress import Progress
 from ncsn.report.images import evenly_spread
 from ncsn.report.words import duration, slowdown, takes
 
+REALISTIC = "faces yes; text, flags and clocks no"  # mirrored images
 _NAMED = 3  # classes
 
 
@@ -40,7 +43,7 @@ class Asks:
 
     looking: Callable[[], AbstractContextManager[Progress | None]] = nullcontext
     left_out: Callable[[str], bool] = lambda _: False  # these classes, in words
-    mirrored: Callable[[bytes, bool], bool] = lambda _, measured: measured  # of a picture, whether mirroring is right
+    mirrored: Callable[[bytes, bool], bool] | None = None  # of a picture, whether mirroring is right, as measured
 
 
 @dataclass(frozen=True)
@@ -52,18 +55,22 @@ class Written:
     picture: Path | None = None
     found: Survey | None = None
     chosen: FirstConfig | None = None
+    duplicates: tuple[Duplicate, ...] = ()
+    unasked: bool = False  # whether mirroring was decided by what was measured alone
 
     @property
     def lines(self) -> Iterator[tuple[str, str]]:
         """For a person: a word, which may be empty, and a text."""
         if self.found and self.chosen:
             yield "found", _what(self.found)
-            yield from (("", detail) for detail in _details(self.found, self.chosen))
+            yield from (("", detail) for detail in _details(self.found, self.chosen, self.duplicates))
             yield "chose", ", ".join(_choices(self.found, self.chosen))
             if self.chosen.larger:
                 yield "", f"{self.chosen.larger}: --set data.image_size, or more --minutes"
             below = ", and below mirrored" if self.chosen.config.data.horizontal_flip else ""
             yield "wrote", f"{self.config} with the reasons, and {self.picture}: what training will see{below}"
+            if self.duplicates:
+                yield "", f"{_duplicates_file(self.config)}, the names of equal and of nearly equal images"
             seconds, machine = self.chosen.seconds, Machine.here()
             steps = ", ".join(f"{step} {duration(value)}" for step, value in seconds.items())
             total = sum(seconds.values())
@@ -74,6 +81,10 @@ class Written:
         else:
             yield "wrote", f"{self.config}, a copy of the example {self.example}: nothing here has that name"
         yield "next", f"ncsn run --config {self.config}"
+        if self.chosen and self.unasked:
+            mirrors = self.chosen.config.data.horizontal_flip
+            how = f"--set data.horizontal_flip={str(not mirrors).lower()} {'unless' if mirrors else 'if'} they are"
+            yield "mirrored", f"{'yes' if mirrors else 'no'}, and nobody was asked: {how} realistic ({REALISTIC})"
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -82,11 +93,13 @@ class Written:
         return {
             "config": str(self.config),
             "picture": str(self.picture),
-            "found": [_what(self.found), *_details(self.found, self.chosen)],
+            "found": [_what(self.found), *_details(self.found, self.chosen, self.duplicates)],
+            "duplicates": [each._asdict() for each in self.duplicates],
             "reasons": {path: reason for path, reason in self.chosen.draft.reasons.items() if reason},
             "seconds": self.chosen.seconds,
             "slowdown": slowdown(Machine.here().cores),
             "larger": self.chosen.larger,
+            "unasked": ["data.horizontal_flip"] if self.unasked else [],
             "warning": self.chosen.warning,
         }
 
@@ -122,7 +135,7 @@ def from_images(place: str, out: str | None, *, seconds: float, overrides: Seque
     names = [value for key, _, value in (text.partition("=") for text in overrides) if key == "name" and value]
     file = _config_file(out or f"{(names or [choose.slug(place)])[-1]}.yaml")
     picture = file.with_suffix(".png")
-    for each in (file, picture):
+    for each in (file, picture, _duplicates_file(file)):
         if each.exists():
             raise _exists(each)
 
@@ -130,6 +143,13 @@ def from_images(place: str, out: str | None, *, seconds: float, overrides: Seque
         with asks.looking() as progress:
             return survey(place, overrides=overrides, progress=progress)
 
+    def ask_mirrored(images: npt.NDArray[np.uint8], measured: bool) -> bool:  # noqa: FBT001 - as `AskMirrored`
+        if asks.mirrored is None:
+            unasked.append(measured)
+            return measured
+        return asks.mirrored(_seen(images, rows=2, columns=4), measured)
+
+    unasked: list[bool] = []
     try:
         found = look(overrides)
         small = choose.small_classes(found)
@@ -141,7 +161,7 @@ def from_images(place: str, out: str | None, *, seconds: float, overrides: Seque
             seconds=seconds,
             overrides=overrides,
             machine=Machine.here(),
-            ask_mirrored=lambda images, measured: asks.mirrored(_seen(images, rows=2, columns=4), measured),
+            ask_mirrored=ask_mirrored,
         )
         if found.complete and 2 * repeats(image_hashes(chosen.images)) >= len(chosen.images):
             data = chosen.config.data
@@ -158,9 +178,24 @@ def from_images(place: str, out: str | None, *, seconds: float, overrides: Seque
     ]
     images = eight_bit(chosen.images, chosen.config.data.pixels.limits)
     grid = _seen(images, mirrored=chosen.config.data.horizontal_flip)
+    duplicates = tuple(_duplicates(chosen))
     _write_new(file, chosen.draft.to_yaml(heading).encode())
     _write_new(picture, grid)
-    return Written(file, picture=picture, found=found, chosen=chosen)
+    if duplicates:
+        _write_new(_duplicates_file(file), to_csv(duplicates).encode())
+    return Written(file, picture=picture, found=found, chosen=chosen, duplicates=duplicates, unasked=bool(unasked))
+
+
+def _duplicates(chosen: FirstConfig) -> Iterator[Duplicate]:
+    """Images of the sample that are equal, or nearly so, as training sees them; the nearest of the latter first."""
+    data, names = chosen.config.data, chosen.names
+    pairs = {"equal": equal_pairs(hashes := image_hashes(chosen.images))}
+    if data.mirrors:
+        either = equal_pairs(np.minimum(hashes, image_hashes(chosen.images[:, :, ::-1])))
+        pairs["mirrored"] = either[~np.isin(either[:, 1], pairs["equal"][:, 1])]
+    pairs["near"] = near_duplicates(eight_bit(chosen.images, data.pixels.limits), mirrors=data.mirrors)
+    for kind, found in pairs.items():
+        yield from (Duplicate.of(kind, names[one], names[other]) for one, other in found)
 
 
 def _seen(images: npt.NDArray[np.uint8], *, rows: int = 4, columns: int = 8, mirrored: bool = True) -> bytes:
@@ -174,6 +209,10 @@ def _config_file(name: str) -> Path:
     if file.suffix not in (".yaml", ".yml"):
         raise UserError("--out", "is no name of a config", hint="use one that ends in .yaml", value=name)
     return file
+
+
+def _duplicates_file(config: Path) -> Path:
+    return config.with_suffix(f".{DUPLICATES}")
 
 
 def _exists(file: Path) -> UserError:
@@ -202,7 +241,7 @@ def _what(found: Survey) -> str:
     return f"{found.num_images:,} images in {found.root}{sample}: {kinds}, {size} pixels{classes}"
 
 
-def _details(found: Survey, chosen: FirstConfig) -> Iterator[str]:
+def _details(found: Survey, chosen: FirstConfig, duplicates: Sequence[Duplicate]) -> Iterator[str]:
     gray, clear = found.share("gray"), found.share("transparent")
     bands, _ = found.bands.most_common(1)[0]
     if bands in (1, 3):
@@ -225,12 +264,16 @@ def _details(found: Survey, chosen: FirstConfig) -> Iterator[str]:
         yield f"{found.unlabeled:,} without a label"
     if found.ignored:
         yield ": ".join(filter(None, (f"ignored {in_words(found.ignored)}", how_to_convert(found.ignored))))
-    if count := repeats(image_hashes(chosen.images)):
+    kinds = Counter(each.kind for each in duplicates)
+    if count := kinds["equal"]:
         yield equal_in_words({"decoded": count}, {"decoded": len(chosen.images)})
-    seen = eight_bit(chosen.images, chosen.config.data.pixels.limits)
-    if len(pairs := near_duplicates(seen, mirrors=chosen.config.data.mirrors)):
-        first, second = (found.looks[image].name for image in pairs[0])
-        yield f"{len(pairs):,} pairs nearly equal, such as {first} and {second}: remove one of each pair"
+    if count := kinds["mirrored"]:
+        yield f"{count:,} equal the mirror image of another"
+    if count := kinds["near"]:
+        one = next(each for each in duplicates if each.kind == "near")
+        yield f"{count:,} pairs nearly equal, such as {one.path} and {one.other_path}: remove one of each pair"
+    if different := in_two_classes(duplicates):
+        yield different
     fraction = chosen.config.data.test_fraction
     test, enough = found.num_images - found.train_images(fraction), choose.ENOUGH_TEST_IMAGES
     if test < enough:

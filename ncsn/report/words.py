@@ -420,7 +420,7 @@ def slowdown(cores: int) -> float:
 
 
 def takes(seconds: float, *, times: float) -> str:
-    """An estimate for idle cores, and beside it that for a `slowdown`: `7.3 min on idle cores, about 11 min at this load`."""
+    """An estimate for idle cores, and beside it that for a `slowdown`."""
     now = f", about {duration(times * seconds)} at this load" if times >= LEAST_SLOWDOWN else ""
     return f"{duration(seconds)} on idle cores{now}"
 

@@ -12,7 +12,8 @@ import numpy as np
 from ncsn import storage
 from ncsn.config import Config, to_yaml
 from ncsn.data.dataset import Dataset, write_dataset
-from ncsn.data.format import MANIFEST, Hashes, image_hashes, load_manifest, part_images, read_part
+from ncsn.data.duplicates import DUPLICATES, Duplicate, from_csv, in_two_classes, named, to_csv
+from ncsn.data.format import MANIFEST, Hashes, Manifest, image_hashes, load_manifest, part_images, read_part
 from ncsn.data.sources import open_source
 from ncsn.data.sources.base import NO_FILES, source_fingerprint
 from ncsn.progress import Progress, say
@@ -43,14 +44,24 @@ def ingest(config: Config, context: Context, *, fingerprint: str) -> IngestResul
     if manifest.skipped:
         notes.append(f"{len(manifest.skipped):,} images could not be used; the first is {manifest.skipped[0].name}")
     notes += filter(None, [manifest.equal_images])
-    notes += _near_duplicates(config, dataset.uri, context)
+    found = [*_near_duplicates(config, dataset.uri, manifest, context)]
+    uri = storage.join(dataset.uri, DUPLICATES)
+    known = storage.read_text(uri)
+    duplicates = [*(each for each in from_csv(known) if each.kind != "near"), *found]
+    if (text := to_csv(duplicates)) != known:
+        storage.write_text(uri, text)
+    if found:
+        notes.append(f"{len(found):,} test images nearly equal a training image, see {uri}: remove one of each pair")
+    notes += filter(None, [in_two_classes(duplicates)])
+    if duplicates:
+        context.tracked.log_file(uri)
     equal = {"repeated": sum(manifest.repeated.values()), "left_out": manifest.left_out}
     counts = dict(manifest.counts)
     return IngestResult(dataset.uri, manifest.digest, counts, dataset.created, notes=notes, **equal)
 
 
-def _near_duplicates(config: Config, dataset: str, context: Context) -> Iterator[str]:
-    """A note, with a picture, if test images nearly equal training images."""
+def _near_duplicates(config: Config, dataset: str, manifest: Manifest, context: Context) -> Iterator[Duplicate]:
+    """Training images that test images nearly equal, with a picture."""
     # Imported here: torch takes seconds, which a launcher that finds its dataset need not wait for.
     from ncsn.data.training_images import CachedSplit, open_cache, open_training_images
     from ncsn.evaluation.audit import compared_tests
@@ -65,7 +76,10 @@ def _near_duplicates(config: Config, dataset: str, context: Context) -> Iterator
         uri = storage.join(dataset, "near_duplicates.png")
         storage.write_bytes(uri, neighbors_png(test[pairs[:16, 0]], train[pairs[:16, 1]]))
         context.tracked.log_file(uri)
-        yield f"{len(pairs):,} test images nearly equal a training image, see {uri}: remove one of each pair"
+    tests, near = (
+        named(dataset, manifest, split, rows) for split, rows in zip(("test", "train"), pairs.T, strict=True)
+    )
+    yield from map(Duplicate.of, itertools.repeat("near"), near, tests)
 
 
 def agreed_inputs(run: Run) -> Mapping[str, Any]:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from ncsn.cli.console import picture
 from ncsn.config import from_yaml
+from ncsn.data.duplicates import from_csv
 from ncsn.init import choose, write
 from ncsn.init.plan import Speed
 from ncsn.init.survey import told_from_mirror
@@ -38,8 +39,9 @@ def test_a_config_and_a_picture_are_written_once(place, run_in_process) -> None:
     result = run_in_process("init", str(place), "--minutes", "5")
     assert result.exit_code == 0, result.output
     assert [line.split()[0] for line in result.stdout.splitlines() if not line.startswith(" ")] == [
-        "found", "chose", "wrote", "estimate", "warning", "next",
+        "found", "chose", "wrote", "estimate", "warning", "next", "mirrored",
     ]  # fmt: skip
+    assert "data.horizontal_flip=true" in result.stdout.splitlines()[-1]  # without a terminal
     assert sorted(path.name for path in Path().iterdir()) == ["my-photos.png", "my-photos.yaml"]
     config = from_yaml(Path("my-photos.yaml").read_text())
     assert (config.name, config.data.root, config.data.image_size) == ("my-photos", str(place), (20, 16))
@@ -60,6 +62,10 @@ def test_json_says_what_was_found_and_why(place, run_in_process) -> None:
     assert (found["config"], found["picture"]) == ("a.yaml", "a.png")
     assert found["found"][0].startswith("14 images in ") and "PNG, 20x24" in found["found"][0]
     assert any(line.startswith("2 of 14 decoded images repeat another") for line in found["found"])
+    names = [(each["path"], each["other_path"], each["kind"]) for each in found["duplicates"]]
+    assert names[:2] == [("3.png", "again.png", "equal"), ("3.png", "and again.png", "equal")]
+    assert [tuple(each.values()) for each in found["duplicates"]] == from_csv(Path("a.duplicates.csv").read_text())
+    assert found["unasked"] == ["data.horizontal_flip"] and found["slowdown"] >= 1
     assert found["reasons"]["data.test_fraction"] and found["seconds"].keys() == {"train", "sample", "other"}
     assert from_yaml(Path("a.yaml").read_text()).data.image_size == 8
 
@@ -81,8 +87,29 @@ def test_small_classes_and_mirroring_are_as_answered(place) -> None:
     data = from_yaml(Path("x.yaml").read_text()).data
     assert asked == ["3 c, 3 d", (37 * 25, 19 * 25)] and data.leave_out == ("c", "d")
     assert written.found.num_images == 120 and written.found.class_names == ("a", "b")
+    assert not written.unasked
     told = told_from_mirror(written.chosen.images)
     assert told is not None and data.horizontal_flip == (told > choose.MIRRORED)
+
+
+def test_equal_images_in_two_classes_are_told_and_named(place, run_in_process) -> None:
+    for number, file in enumerate(sorted(place.iterdir())):
+        (folder := place / "ab"[number % 2]).mkdir(exist_ok=True)
+        file.rename(folder / file.name)
+    shutil.copy(place / "a" / "0.png", place / "b" / "same.png")
+    mirrored = Image.open(place / "a" / "10.png").transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    mirrored.save(place / "b" / "mirrored.png")
+    given = ("--set", "data.horizontal_flip=true", "--set", "data.image_size=[24, 20]")
+    result = run_in_process("init", str(place), *given)
+    lines = from_csv(Path("my-photos.duplicates.csv").read_text())
+    assert ("a/0.png", "b/same.png", "equal", "a", "b") in lines
+    assert ("a/10.png", "b/mirrored.png", "mirrored", "a", "b") in lines
+    assert "a/0.png and b/same.png" in result.stdout and "2 images equal" in result.stdout
+    assert result.stdout.splitlines()[-1].startswith("next")  # mirroring is given
+    Path("my-photos.yaml").unlink()
+    Path("my-photos.png").unlink()
+    again = run_in_process("init", str(place))
+    assert again.exit_code == 2 and again.stderr.startswith("error: --out 'my-photos.duplicates.csv'")
 
 
 def test_the_terminal_shows_two_pixels_in_a_character() -> None:

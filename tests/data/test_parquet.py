@@ -91,7 +91,7 @@ def test_the_manifest_is_the_same_for_any_writer_and_any_blocks(tmp_path, images
         digest = hashlib.sha256(images["train"].images[rows].tobytes() + images["train"].labels[rows].tobytes())
         assert part.digest == digest.hexdigest()
     assert "root" not in manifest.settings  # where the files lay is no property of their content
-    assert json.loads((tmp_path / "a" / manifest.digest / "manifest.json").read_text())["format_version"] == 4
+    assert json.loads((tmp_path / "a" / manifest.digest / "manifest.json").read_text())["format_version"] == 5
     monkeypatch.setattr("ncsn.data.dataset._BLOCK_BYTES", 7 * 8 * 8 * 3)
     assert write(images, tmp_path / "b", config).manifest == manifest
     monkeypatch.setattr("ncsn.data.dataset.open_images", None)  # parts that others write are not read again
@@ -186,6 +186,6 @@ def test_datasets_that_cannot_be_read_are_named(tmp_path, images, config):
     with refused(str(part), error=NotFound):
         read_split(uri, "train")
     path = Path(uri) / "manifest.json"
-    path.write_text(path.read_text().replace('"format_version": 4', '"format_version": 1'))
+    path.write_text(path.read_text().replace('"format_version": 5', '"format_version": 1'))
     with refused(uri):
         load_manifest(uri)

@@ -20,6 +20,7 @@ from refused import refused
 
 from ncsn.cli import app
 from ncsn.config import Config, from_yaml, to_yaml
+from ncsn.data.duplicates import DUPLICATES, from_csv
 from ncsn.data.format import load_manifest, read_split
 from ncsn.environment import CODE, KFP_RUN_ID, KfpRun
 from ncsn.errors import NotFound, UserError
@@ -136,6 +137,7 @@ def test_the_ingest_task_of_kfp_and_its_end_leave_a_run_of_other_images(config, 
 def test_bad_images_are_skipped_and_equal_ones_told_and_a_failure_leaves_nothing(config, photos, tmp_path):
     (photos / "b" / "5.png").write_bytes(b"broken")
     shutil.copy(photos / "a" / "0.png", photos / "a" / "copy.png")
+    shutil.copy(photos / "a" / "2.png", photos / "b" / "other.png")
     for root, key, error in (
         (tmp_path / "nowhere", "data.root", NotFound),
         (photos, str(photos / "b" / "5.png"), UserError),  # which the run may read after the failure
@@ -145,6 +147,32 @@ def test_bad_images_are_skipped_and_equal_ones_told_and_a_failure_leaves_nothing
     assert not list(tmp_path.rglob("*.parquet"))
     result = do("ingest", config(source="image_folder", root=str(photos), on_bad_image="skip"), "lenient")
     assert [Path(image.name).name for image in load_manifest(result.uri).skipped] == ["5.png"]
-    assert (result.repeated + result.left_out, len(result.notes)) == (1, 3)
+    assert (result.repeated + result.left_out, len(result.notes)) == (2, 4)
     assert Path(result.uri, "near_duplicates.png").exists(), "flat images differ in brightness alone"
-    assert sum(result.counts.values()) == 40 - result.left_out
+    assert sum(result.counts.values()) == 41 - result.left_out
+    lines = from_csv(Path(result.uri, DUPLICATES).read_text())
+    assert lines == sorted(lines) and {each.kind for each in lines} == {"equal", "near"}
+    equal = [(*sorted([each[0::3], each[1::3]]),) for each in lines if each.kind == "equal"]
+    assert sorted(equal) == [
+        (("a/0.png", "a"), ("a/copy.png", "a")),
+        (("a/2.png", "a"), ("b/other.png", "b")),
+    ]
+    names = {name: f"{name.split('/')[0]}" for each in lines for name in each[:2]}
+    assert all(each[3:] == (names[each.path], names[each.other_path]) for each in lines)
+    assert sum("a/2.png" in note and "b/other.png" in note for note in result.notes) == 1
+    before = files_of(Path(result.uri))
+    do("ingest", config(source="image_folder", root=str(photos), on_bad_image="skip"), "again")
+    assert files_of(Path(result.uri)) == before
+
+
+def test_a_mirrored_test_image_is_left_out_and_named(config, tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (9, 8, 8), np.uint8)
+    images[8] = images[2, :, ::-1]
+    for number, image in enumerate(images):
+        path = tmp_path / "images" / ("train" if number < 4 else "test") / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    source = {"source": "image_folder", "root": str(tmp_path / "images")}
+    uris = [do("ingest", config(**source, horizontal_flip=flip), f"flip-{flip}").uri for flip in ("true", "false")]
+    mirrored, plain = (from_csv(Path(uri, DUPLICATES).read_text()) for uri in uris)
+    assert (mirrored, plain) == ([("train/2.png", "test/8.png", "mirrored", "", "")], [])

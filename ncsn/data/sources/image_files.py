@@ -208,9 +208,11 @@ class DecodedSplit(ABC):
 
     def stream(self, *, cores: int | None = None) -> Iterator[Example | SkippedImage]:
         fit = self.fit
-        return self.each(
-            lambda image, picture: fit.picture(picture, label=image.label), least_side=fit.least_side, cores=cores
-        )
+
+        def example(image: Encoded, picture: Picture) -> Example:
+            return fit.picture(picture, label=image.label)._replace(name=image.name)
+
+        return self.each(example, least_side=fit.least_side, cores=cores)
 
     def each(
         self, function: Callable[[Encoded, Picture], R], *, least_side: int | None, cores: int | None
