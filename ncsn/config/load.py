@@ -16,7 +16,7 @@ import yaml
 
 from ncsn.config.problems import leaves, set_value, types_at
 from ncsn.config.rules import checked
-from ncsn.config.schema import Config
+from ncsn.config.schema import TERMS, Config
 from ncsn.errors import ConfigError, Problem, shown_value
 
 # Of a number or a date that does not exist PyYAML says so with Python's own errors.
@@ -142,6 +142,7 @@ _DECIDING = ("name", "seed", "data", "noise", "network", "loss", "optimizer", "t
 _NOT_DECIDING = (
     "data.root",
     "data.download",
+    *(f"data.{name}" for name in TERMS),
     "train.report_every_images",
     "train.keep_checkpoints",
     "train.checkpoint_every_images",

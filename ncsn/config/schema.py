@@ -50,6 +50,8 @@ Name = Annotated[str, AfterValidator(_is_name)]
 ModelName = Annotated[str, AfterValidator(_is_model_name)]
 _NUMBER_AS_TEXT = BeforeValidator(lambda value: str(value) if type(value) is int else value)
 Label = Annotated[str, _NUMBER_AS_TEXT, Field(min_length=1)]
+Text = Annotated[str, Field(min_length=1, max_length=200)]
+TERMS = {"license", "owner", "url"}  # settings of `data` that are told and decide nothing
 MOST_IMAGES = 10_000_000  # of a set: the plan of more would fill the memory
 SetSize = Annotated[int, Field(ge=1, le=MOST_IMAGES)]
 
@@ -135,6 +137,12 @@ class DataConfig(Section):
     augmentation: AugmentationConfig | None = None
     """Augment training images and tell the network how, so that its samples are not augmented (Karras et al. 2022).
     This reduces memorization where each image is seen a hundred times or more. null = off."""
+    license: Text | None = None
+    """Terms of the images, for the manifest and the cards; null = what their source says."""
+    owner: Text | None = None
+    """Whose images they are, likewise."""
+    url: Text | None = None
+    """Where they are from, likewise."""
 
     @field_validator("image_size", mode="before")
     @classmethod

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from ncsn import storage
-from ncsn.config.schema import DataConfig
+from ncsn.config.schema import TERMS, DataConfig
 from ncsn.data.duplicates import DUPLICATES, Duplicate, Named, below, equal_pairs, named, to_csv
 from ncsn.data.format import (
     DIGEST_LENGTH,
@@ -47,6 +47,7 @@ from ncsn.data.format import (
     repeats,
     schema,
     to_table,
+    write_manifest,
 )
 from ncsn.data.noise_levels import sample_places, suggestions
 from ncsn.data.pixels import PIXELS_VERSION
@@ -55,7 +56,7 @@ from ncsn.errors import UserError
 from ncsn.progress import Progress
 
 # All other settings of `data`, also those to come, decide which images a dataset has.
-_WITHOUT_EFFECT = {"root", "download", "dequantize", "horizontal_flip", "augmentation", "num_classes"}
+_WITHOUT_EFFECT = {"root", "download", "dequantize", "horizontal_flip", "augmentation", "num_classes", *TERMS}
 LEAST_IMAGES = 2
 _BLOCK_BYTES = 2 << 20  # of pixels that are in memory at a time
 _NOTES = b"ncsn.notes"
@@ -284,7 +285,9 @@ def _write(
         skipped=skipped,
         parts=parts,
         source=source.description,
-        license=source.license,
+        license=data.license or source.license,
+        owner=data.owner or "",
+        url=data.url or "",
         settings=data.model_dump(mode="json", exclude=_WITHOUT_EFFECT),
         suggested_noise=suggestions(sample[:taken], pixels.limits),
         conversions=dict(sorted(conversions.items())),
@@ -293,7 +296,7 @@ def _write(
     )
     duplicates = _duplicates(staging, manifest, hashes, left_out)
     storage.write_text(storage.join(staging, DUPLICATES), to_csv(duplicates))
-    storage.write_json(storage.join(staging, MANIFEST), {"format_version": FORMAT_VERSION} | asdict(manifest), indent=1)
+    write_manifest(staging, manifest)
     created = storage.publish_folder(staging, uri, marker=MANIFEST)
     return Dataset(uri, manifest if created else load_manifest(uri), created)
 

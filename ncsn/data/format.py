@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -177,6 +177,8 @@ class Manifest:
     parts: Mapping[str, Sequence[Part]]
     source: str  # what the images are, in words
     license: str
+    owner: str  # empty if nobody says
+    url: str  # where they are from; likewise
     settings: Mapping[str, Any]  # the data settings that decide the content
     # The largest distance between images, by which `noise: auto` chooses: as they are (`plain`) and with mirrored ones
     # (`mirrored`). Empty if all images are alike.
@@ -200,6 +202,11 @@ class Manifest:
         if split not in self.counts:
             raise InvalidValue(f"dataset {self.name} has no split {split!r}; it has {', '.join(self.counts)}")
         return self.counts[split]
+
+
+def write_manifest(uri: str, manifest: Manifest) -> None:
+    """Write it into the dataset at `uri`, which is complete with it."""
+    storage.write_json(storage.join(uri, MANIFEST), {"format_version": FORMAT_VERSION} | asdict(manifest), indent=1)
 
 
 def load_manifest(uri: str) -> Manifest:

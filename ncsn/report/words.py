@@ -14,6 +14,8 @@ from contextlib import suppress
 from typing import Any, Literal, NamedTuple
 
 from ncsn.config import Config, continues, from_yaml, to_yaml
+from ncsn.config.schema import DataConfig
+from ncsn.data.format import Manifest
 from ncsn.errors import UserError
 from ncsn.evaluation import VERSUS, with_interval
 from ncsn.evaluation.copies import Copies
@@ -410,6 +412,13 @@ def duration(seconds: float) -> str:
     if seconds < 2 * HOUR:
         return f"{seconds / MINUTE:,.1f} min"
     return f"{seconds / HOUR:,.1f} h" if seconds < 2 * DAY else f"{seconds / DAY:,.1f} days"
+
+
+def terms(data: DataConfig, manifest: Manifest) -> str:
+    """The license of the images, whose they are and where from: as the config says, else their manifest."""
+    owner, url = data.owner or manifest.owner, data.url or manifest.url
+    owned, found = f"owner: {owner}" if owner else "", f"from {url}" if url else ""
+    return "; ".join(filter(None, (data.license or manifest.license, owned, found)))
 
 
 def slowdown(cores: int) -> float:

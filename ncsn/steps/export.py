@@ -30,6 +30,7 @@ from ncsn.data.training_images import open_cache
 from ncsn.distributed.cluster import cluster_for, ray_tags
 from ncsn.distributed.ray_calls import runner_of
 from ncsn.distributed.sampling import make_shards, plan_shards
+from ncsn.environment import utc_now
 from ncsn.errors import UserError
 from ncsn.evaluation import DEVIATIONS, with_interval
 from ncsn.evaluation.audit import audit
@@ -141,6 +142,7 @@ def export(
         model=model or folder.run,
         again=" ".join(again),
         shares=[100 * share for share in interval(result.copies, result.made)],
+        date=utc_now()[:10],
         version=importlib.metadata.version("ncsn"),
         commit=origin().get("commit"),
         utility=helped["sentence"] if helped else said,

@@ -5,15 +5,26 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from ncsn import storage
 from ncsn.config import Config, to_yaml
+from ncsn.config.schema import TERMS
 from ncsn.data.dataset import Dataset, write_dataset
 from ncsn.data.duplicates import DUPLICATES, Duplicate, from_csv, in_two_classes, named, to_csv
-from ncsn.data.format import MANIFEST, Hashes, Manifest, image_hashes, load_manifest, part_images, read_part
+from ncsn.data.format import (
+    MANIFEST,
+    Hashes,
+    Manifest,
+    image_hashes,
+    load_manifest,
+    part_images,
+    read_part,
+    write_manifest,
+)
 from ncsn.data.sources import open_source
 from ncsn.data.sources.base import NO_FILES, source_fingerprint
 from ncsn.progress import Progress, say
@@ -35,7 +46,9 @@ def prepare(run: Run) -> Prepared[IngestResult]:
 def ingest(config: Config, context: Context, *, fingerprint: str) -> IngestResult:
     """Bring the source's images to one shape and publish them under the digest of their content."""
     dataset = write_images(config, context.folder.root, fingerprint=fingerprint, progress=context.progress)
-    manifest = dataset.manifest
+    manifest = replace(dataset.manifest, **config.data.model_dump(include=TERMS, exclude_none=True))
+    if manifest != dataset.manifest:  # of another experiment on these images
+        write_manifest(dataset.uri, manifest)
     context.tracked.log_dataset(manifest.name, digest=manifest.digest, uri=dataset.uri)
     context.tracked.log_metrics({f"ingest/{split}_images": count for split, count in manifest.counts.items()})
     notes = [f"{count:,} images were {what}" for what, count in manifest.conversions.items()]
@@ -89,7 +102,8 @@ def agreed_inputs(run: Run) -> Mapping[str, Any]:
     The same images in another place are those of the run, whose config names the place from now on.
     """
     config, folder = run.config, run.folder
-    inputs: dict[str, Any] = {"data": config.data.model_dump(mode="json"), "files": source_fingerprint(config.data)}
+    settings = config.data.model_dump(mode="json", exclude=TERMS)
+    inputs: dict[str, Any] = {"data": settings, "files": source_fingerprint(config.data)}
     record = read_step(folder, "ingest")
     before, stored = record.inputs, record.result
     if not stored or before == inputs:

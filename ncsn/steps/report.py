@@ -20,7 +20,7 @@ from ncsn.model.objective import objective_of
 from ncsn.report import hints, plots
 from ncsn.report.pages import LOOK, render
 from ncsn.report.plots import to_svg
-from ncsn.report.words import Fact, answers, cost_facts, next_step, tag_facts
+from ncsn.report.words import Fact, answers, cost_facts, next_step, tag_facts, terms
 from ncsn.runs.folder import Run, RunFolder, StepRecord, read_results, read_step, spent
 from ncsn.runs.history import held_out_curves, load_history, loss_names
 from ncsn.runs.steps import BEST, SEARCH, steps_of
@@ -86,7 +86,7 @@ def report(sources: ReportSources, context: Context) -> ReportResult:
         Fact("Run", sources.folder.uri),
         Fact("Dataset", evaluation["dataset"]),
         Fact("Dataset digest", sources.manifest.digest),
-        Fact("Data license", sources.manifest.license),
+        Fact("Data license", terms(sources.config.data, sources.manifest)),
         Fact("Checkpoint", sources.samples["checkpoint"]),
         Fact("Weights digest", sources.checkpoint.digest),
     ]

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from ncsn import storage
 from ncsn.config import Config, flatten, to_yaml
+from ncsn.config.schema import TERMS
 from ncsn.environment import CODE, CONTAINER_IMAGE, IMAGE_VARIABLE, KFP_RUN_ID, now_ms
 from ncsn.runs.code import origin
 from ncsn.runs.folder import RunFolder, cost_of, read_outcome, read_step, spent, state_after, total_cost, update_step
@@ -131,7 +132,8 @@ def step_run(config: Config, *, run: str, step: str) -> Iterator[StepRun]:
         set_tags(client, parent.info.run_id, _identity(folder))
         # A digest of what can change a result: other settings are another run, another machine is not.
         unused = {*PLACES, *UNUSED_SECTIONS.get(step, ("search", "select"))}
-        decides = storage.relative_uris(config.model_dump(mode="json", exclude=unused), folder.root)
+        without: Any = {**dict.fromkeys(unused, True), "data": TERMS}
+        decides = storage.relative_uris(config.model_dump(mode="json", exclude=without), folder.root)
         digest = storage.digest(decides, 16)
         tags = {PARENT: parent.info.run_id, **provenance(f"ncsn {step}")}
         connection = replace(connection, experiment_id=parent.info.experiment_id)

@@ -75,7 +75,7 @@ def with_alpha(alpha: int) -> Image.Image:
 
 
 def fitted(data: bytes, channels: int = 3, size: int = 8, **settings) -> tuple[np.ndarray, tuple[str, ...]]:
-    pixels, _, conversions = Fit((size, size), channels, **settings).picture(decode(data))
+    pixels, _, conversions, _ = Fit((size, size), channels, **settings).picture(decode(data))
     return pixels, conversions
 
 
@@ -179,7 +179,7 @@ WIDE = Fit((8, 16), 1, dtype="uint16", limits=(0, 65535))
 def test_sixteen_bits_are_kept(rng):
     values = rng.integers(0, 65536, (8, 16), np.uint16)
     for kind in ("PNG", "TIFF"):
-        pixels, _, conversions = WIDE.picture(decode(Formats.image(values, kind)))
+        pixels, _, conversions, _ = WIDE.picture(decode(Formats.image(values, kind)))
         assert pixels.dtype == np.uint16 and np.array_equal(pixels[..., 0], values) and conversions == ()
     for stored in (values, values.astype(">u2"), values.astype(np.int32)):
         assert np.array_equal(WIDE.picture(decode(npy(stored))).image[..., 0], values)
@@ -197,12 +197,12 @@ def test_any_numbers_are_kept_and_those_beyond_the_limits_clipped(rng):
     fit = replace(WIDE, dtype="float32", limits=(-1024, 3071))
     values = rng.uniform(-1024, 3071, (8, 16)).astype(np.float32)
     for data in (Formats.image(values, "TIFF"), npy(values)):
-        pixels, _, conversions = fit.picture(decode(data))
+        pixels, _, conversions, _ = fit.picture(decode(data))
         assert pixels.dtype == np.float32 and np.array_equal(pixels[..., 0], values) and conversions == ()
     signed = rng.integers(-1024, 3072, (8, 16), np.int16)
     assert np.array_equal(fit.picture(decode(npy(signed))).image[..., 0], signed)
     values[0, :2] = -9999, 4000
-    pixels, _, conversions = fit.picture(decode(npy(values)))
+    pixels, _, conversions, _ = fit.picture(decode(npy(values)))
     assert pixels[0, :2, 0].tolist() == [-1024, 3071] and conversions == ("clipped",)
 
 
@@ -219,7 +219,7 @@ def test_tiff_files_of_several_channels_that_pillow_cannot_read(settings, dtype,
     stored = values.transpose(2, 0, 1) if settings["planarconfig"] == "separate" else values
     tifffile.imwrite(buffer := io.BytesIO(), stored, photometric="minisblack", metadata=None, **settings)
     fit = Fit((6, 7), 5, dtype=np.dtype(dtype).name, limits=(0, 5000))
-    pixels, _, conversions = fit.picture(decode(data := buffer.getvalue()))
+    pixels, _, conversions, _ = fit.picture(decode(data := buffer.getvalue()))
     assert pixels.dtype == dtype and np.array_equal(pixels, values) and conversions == ()
     for _ in range(300):
         damaged = bytearray(data)

@@ -25,6 +25,8 @@ MANIFEST = Manifest(
     left_out=0,
     source="Handwritten digits.",
     license="CC BY 4.0",
+    owner="Somebody",
+    url="",
     **{name: {} for name in EMPTY},
 )
 EVALUATION = {
@@ -147,3 +149,9 @@ def test_classes_are_named_with_their_scores() -> None:
     many = card("data.num_classes=1000", manifest=replace(MANIFEST, class_names=names), classes=by_class(names))
     assert len(many) < DESCRIPTION_LENGTH and "980 more" in many
     assert "`a long name of class 999`" not in many and "| a long name of class 999 | 51 |" in many
+
+
+def test_a_card_has_the_terms_of_the_config_else_those_of_the_dataset() -> None:
+    assert card().endswith("which has these terms: CC BY 4.0; owner: Somebody\n")
+    given = card("data.license=Mine | <i>\nonly", "data.owner=Me", "data.url=https://example.org/images")
+    assert given.endswith("terms: Mine \\| &lt;i> only; owner: Me; from https://example.org/images\n")

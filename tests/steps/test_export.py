@@ -60,19 +60,23 @@ def test_copies_are_left_out_and_the_next_images_take_their_places(tmp_path: Pat
     assert do("export", config, "mine", **given) == result
 
 
-def test_classes_come_as_asked_and_again_with_the_same_bytes(tmp_path: Path, save_untrained) -> None:
+def test_classes_come_as_asked_and_again_with_the_same_bytes(tmp_path: Path, save_untrained, monkeypatch) -> None:
+    monkeypatch.setattr("ncsn.steps.export.utc_now", lambda: "2026-01-02T03:04:05+00:00")
     asked = ("export.per_class=2", "export.classes={'7': 3}", "export.format=parquet", "sampling.seed=3")
-    own, given = made(tmp_path, save_untrained, *CLASSES)
+    usual = (*CLASSES, "data.license=My <b>")
+    own, given = made(tmp_path, save_untrained, *usual)
     mine = claimed(own, "mine")
-    config, _ = made(tmp_path, save_untrained, *CLASSES, *asked, f"export.out={tmp_path / 'out'}")
+    config, _ = made(tmp_path, save_untrained, *usual, *asked, f"export.out={tmp_path / 'out'}")
     first = do("export", config, "mine", **given)
     assert first.counts == {str(name): 2 + (name == 7) for name in range(10)}
     read = pq.read_table(sorted(Path(first.uri).glob("*.parquet")))
     assert np.bincount(read.column("label")).tolist() == list(first.counts.values())
-    command = shlex.split(Path(first.card).read_text().partition("```bash\n")[2].partition("\n```")[0])
+    card = Path(first.card).read_text()
+    assert "| date | 2026-01-02 |" in card and "terms: My &lt;b>" in card
+    command = shlex.split(card.partition("```bash\n")[2].partition("\n```")[0])
     assert command[:5] == ["ncsn", "export", mine.uri, "--checkpoint", given["checkpoint"]]
     assert set(command[5::2]) == {"--set"}
-    other, _ = made(tmp_path, save_untrained, *CLASSES, *command[6::2])
+    other, _ = made(tmp_path, save_untrained, *usual, *command[6::2])
     storage.delete(mine.samples)
     assert files(do("export", other, "mine", **given).uri) == files(first.uri)
     source = ["data.source=parquet", f"data.root={first.uri}", "data.test_fraction=0.2"]

@@ -176,3 +176,18 @@ def test_a_mirrored_test_image_is_left_out_and_named(config, tmp_path: Path) -> 
     uris = [do("ingest", config(**source, horizontal_flip=flip), f"flip-{flip}").uri for flip in ("true", "false")]
     mirrored, plain = (from_csv(Path(uri, DUPLICATES).read_text()) for uri in uris)
     assert (mirrored, plain) == ([("train/2.png", "test/8.png", "mirrored", "", "")], [])
+
+
+def test_whose_the_images_are_is_told_and_decides_nothing(config, photos: Path, monkeypatch) -> None:
+    source = {"source": "image_folder", "root": str(photos)}
+    first = do("ingest", config(**source), "one")
+    assert load_manifest(first.uri).owner == ""
+    given = config(**source, license="CC0", owner="Me", url="https://example.org")
+    with monkeypatch.context() as patch:
+        patch.setattr(ingest, "open_source", None)  # nothing is read
+        assert do("ingest", given, "one") == first, "the run is the same"
+    assert do("ingest", given, "two").digest == first.digest
+    manifest = load_manifest(first.uri)
+    assert (manifest.license, manifest.owner, manifest.url) == ("CC0", "Me", "https://example.org")
+    do("ingest", config(**source), "three")
+    assert load_manifest(first.uri) == manifest
