@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from ncsn import storage
 from ncsn.config.schema import TERMS, DataConfig
-from ncsn.data.duplicates import DUPLICATES, Duplicate, Named, below, equal_pairs, named, to_csv
+from ncsn.data.duplicates import DUPLICATES, Duplicate, below, equal_pairs, named, to_csv
 from ncsn.data.format import (
     DIGEST_LENGTH,
     DIGEST_VERSION,
@@ -44,7 +44,6 @@ from ncsn.data.format import (
     open_images,
     part_images,
     read_rows,
-    repeats,
     schema,
     to_table,
     write_manifest,
@@ -240,8 +239,8 @@ def _write(
     class_counts = {split: np.zeros(len(source.class_names), np.int64) for split in source.splits}
     chosen = sample_places(len(source.splits["train"]), pixels.num_bytes)
     sample, taken = np.empty((len(chosen), *pixels.shape), pixels.dtype), 0
-    hashes, left_out, known = dict[str, Hashes](), list[LeftOut](), NO_HASHES
-    counts, repeated = dict[str, int](), dict[str, int]()
+    counts, repeated, hashes = dict[str, int](), dict[str, int](), dict[str, Hashes]()
+    left_out, known = list[LeftOut](), NO_HASHES
     for split in filter(source.splits.__contains__, SPLITS):
         parts[split], own = [], [NO_HASHES]
         there, sampled = storage.join(staging, split), chosen if split == "train" else chosen[:0]
@@ -261,7 +260,7 @@ def _write(
                 taken += len(some)
         hashes[split] = np.concatenate(own)
         known = np.sort(hashes[split])
-        counts[split], repeated[split] = len(known), repeats(known)
+        counts[split], repeated[split] = len(known), len(equal_pairs(known))
         if len(known) < LEAST_IMAGES:
             bad = f"{len(skipped)} could not be used" if skipped else ""
             lost = "".join(f"; {why}" for why in (bad, equal_in_words(repeated, counts, left_out=len(left_out))) if why)
@@ -313,7 +312,7 @@ def _duplicates(
     places = np.searchsorted(hashes["train"][order], np.array([image.hash for image in left_out], np.uint64))
     for one, image in zip(named(uri, manifest, "train", order[places]), left_out, strict=True):
         class_name = manifest.class_names[image.label] if image.label >= 0 else ""
-        yield Duplicate.of(image.kind, one, Named(image.name, class_name))
+        yield Duplicate.of(image.kind, one, (image.name, class_name))
 
 
 def _parts(

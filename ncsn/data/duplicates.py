@@ -16,11 +16,8 @@ from ncsn.data.format import DAMAGED, LABEL, NAME, Hashes, Manifest, open_images
 DUPLICATES = "duplicates.csv"
 
 
-class Named(NamedTuple):
-    """An image in words."""
-
-    path: str  # below `data.root`; its split and row where the source has no names
-    class_name: str  # empty for none
+# The path of an image below `data.root`, or its split and row if its source has no names; and its class, or "".
+Named = tuple[str, str]
 
 
 class Duplicate(NamedTuple):
@@ -34,7 +31,7 @@ class Duplicate(NamedTuple):
 
     @classmethod
     def of(cls, kind: str, one: Named, other: Named) -> Duplicate:
-        return cls(one.path, other.path, kind, one.class_name, other.class_name)
+        return cls(one[0], other[0], kind, one[1], other[1])
 
 
 def below(root: str, name: str) -> str:
@@ -57,7 +54,7 @@ def named(uri: str, manifest: Manifest, split: str, rows: Sequence[int] | NDArra
             table = file.read(columns=[NAME, LABEL]).take(within)
         for name, label in zip(table[NAME].to_pylist(), table[LABEL].to_pylist(), strict=True):
             row = int(unique[len(found)])
-            found[row] = Named(name or f"{split} image {row}", manifest.class_names[label] if label >= 0 else "")
+            found[row] = name or f"{split} image {row}", manifest.class_names[label] if label >= 0 else ""
     return [found[row] for row in wanted.tolist()]
 
 

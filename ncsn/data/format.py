@@ -59,11 +59,6 @@ def image_hashes(images: NDArray[Any]) -> Hashes:
     return np.frombuffer(b"".join(hashlib.blake2b(each.tobytes(), digest_size=8).digest() for each in images), "<u8")
 
 
-def repeats(hashes: Hashes) -> int:
-    """How many images equal an earlier one."""
-    return len(hashes) - len(np.unique(hashes))
-
-
 def equal_in_words(repeated: Mapping[str, int], counts: Mapping[str, int], *, left_out: int = 0) -> str:
     """How many of `counts` images of each kind equal an earlier one; and how many test images are left out for it."""
     found = [

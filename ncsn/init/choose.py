@@ -265,7 +265,7 @@ def _choose_network(draft: Draft, found: Survey, *, seconds: float) -> tuple[Spe
     if best != sizes[-1]:
         more = sizes[sizes.index(best) + 1]
         share = affordable(more) / affordable(best)
-        larger = f"{'x'.join(map(str, reversed(_sides(more))))} would fit with {share:.0%} as many training images"
+        larger = f"{'x'.join(map(str, reversed(_sides(more))))} would fit with {share:.0%} as many images"
         reason = f"{larger}, fewer than {ENOUGH_IMAGES:,}."
     size = draft.choose(
         "data.image_size", best, f"{shape}Half of the images have a shorter side of {found.side} or more. {reason}"

@@ -189,7 +189,7 @@ class Survey:
         if all((image == images[0]).all() for image in images):
             raise UserError("PLACE", "its images are all alike", hint="add others")
         names = ("", *self.class_names)
-        return np.stack(images), [Named(below(root, each.name), names[each.label + 1]) for each in usable]
+        return np.stack(images), [(below(root, each.name), names[each.label + 1]) for each in usable]
 
 
 def _look_at(encoded: Encoded, picture: Picture) -> Look:

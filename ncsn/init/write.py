@@ -19,7 +19,7 @@ from ncsn.config.load import EXAMPLES
 from ncsn.core.images import eight_bit
 from ncsn.data.dataset import write_dataset
 from ncsn.data.duplicates import DUPLICATES, Duplicate, equal_pairs, in_two_classes, to_csv
-from ncsn.data.format import equal_in_words, image_hashes, repeats
+from ncsn.data.format import equal_in_words, image_hashes
 from ncsn.data.samples import grid_png
 from ncsn.data.sources import open_source
 from ncsn.data.sources.image_folder import how_to_convert, in_words
@@ -163,7 +163,9 @@ def from_images(place: str, out: str | None, *, seconds: float, overrides: Seque
             machine=Machine.here(),
             ask_mirrored=ask_mirrored,
         )
-        if found.complete and 2 * repeats(image_hashes(chosen.images)) >= len(chosen.images):
+        duplicates = tuple(_duplicates(chosen))
+        equal = sum(each.kind == "equal" for each in duplicates)
+        if found.complete and 2 * equal >= len(chosen.images):
             data = chosen.config.data
             with tempfile.TemporaryDirectory(prefix="ncsn-") as folder:
                 write_dataset(open_source(data), folder, name=data.source, data=data)  # or refuse so few contents
@@ -178,7 +180,6 @@ def from_images(place: str, out: str | None, *, seconds: float, overrides: Seque
     ]
     images = eight_bit(chosen.images, chosen.config.data.pixels.limits)
     grid = _seen(images, mirrored=chosen.config.data.horizontal_flip)
-    duplicates = tuple(_duplicates(chosen))
     _write_new(file, chosen.draft.to_yaml(heading).encode())
     _write_new(picture, grid)
     if duplicates:
