@@ -94,7 +94,7 @@ class Written:
             "config": str(self.config),
             "picture": str(self.picture),
             "found": [_what(self.found), *_details(self.found, self.chosen, self.duplicates)],
-            "duplicates": [each._asdict() for each in self.duplicates],
+            "duplicates": str(_duplicates_file(self.config)) if self.duplicates else None,
             "reasons": {path: reason for path, reason in self.chosen.draft.reasons.items() if reason},
             "seconds": self.chosen.seconds,
             "slowdown": slowdown(Machine.here().cores),

@@ -62,9 +62,10 @@ def test_json_says_what_was_found_and_why(place, run_in_process) -> None:
     assert (found["config"], found["picture"]) == ("a.yaml", "a.png")
     assert found["found"][0].startswith("14 images in ") and "PNG, 20x24" in found["found"][0]
     assert any(line.startswith("2 of 14 decoded images repeat another") for line in found["found"])
-    names = [(each["path"], each["other_path"], each["kind"]) for each in found["duplicates"]]
-    assert names[:2] == [("3.png", "again.png", "equal"), ("3.png", "and again.png", "equal")]
-    assert [tuple(each.values()) for each in found["duplicates"]] == from_csv(Path("a.duplicates.csv").read_text())
+    assert [each[:3] for each in from_csv(Path(found["duplicates"]).read_text()) if each.kind == "equal"] == [
+        ("3.png", "again.png", "equal"),
+        ("3.png", "and again.png", "equal"),
+    ]
     assert found["unasked"] == ["data.horizontal_flip"] and found["slowdown"] >= 1
     assert found["reasons"]["data.test_fraction"] and found["seconds"].keys() == {"train", "sample", "other"}
     assert from_yaml(Path("a.yaml").read_text()).data.image_size == 8
