@@ -26,7 +26,6 @@ from ncsn.cli.options import (
     json_option,
     step_options,
     target_options,
-    usage_in_one_line,
 )
 from ncsn.environment import reduce_gc, settle
 from ncsn.errors import UserError
@@ -49,16 +48,6 @@ _OTHERS = ("cluster", "registry", "store")  # modules with commands; those of th
 
 class _Grouped(click.Group):
     """Lists its commands in `_GROUPS`, and loads other modules for one that is not here."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        with usage_in_one_line(ctx):
-            return super().parse_args(ctx, args)
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        with usage_in_one_line(ctx):
-            return super().resolve_command(ctx, args)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in self.commands:  # click also suggests those of others for a mistake

@@ -7,8 +7,7 @@ import json
 import os
 import re
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial, wraps
 from pathlib import Path
@@ -57,20 +56,16 @@ def describe(error: BaseException) -> tuple[tuple[Problem, ...], int]:
     return (Problem("", ": ".join(filter(None, (type(error).__name__, first_line)))),), FAILURE
 
 
-@contextmanager
-def usage_in_one_line(ctx: click.Context) -> Iterator[None]:
+def _show(error: click.UsageError, _: object = None) -> None:
     """Say in one line what is wrong with the words of a command, where click adds its synopsis."""
-    try:
-        yield
-    except click.UsageError as error:
-        if type(error).show is not click.UsageError.show:  # of the group alone, which shows its help
-            raise
-        message = " ".join(error.format_message().split()).rstrip(".")
-        hint, file = f"see `{ctx.command_path} --help`", _EXTRA_CONFIG.search(message)
-        if file and any(param.name == "config_uri" for param in ctx.command.params):
-            hint = f"did you mean --config {file[1]}?"
-        click.echo(f"error: {message[0].lower()}{message[1:]}{click.style(f' ({hint})', dim=True)}", err=True)
-        ctx.exit(MISTAKE)
+    message = " ".join(error.format_message().split()).rstrip(".")
+    hint, file = f"see `{error.ctx.command_path if error.ctx else 'ncsn'} --help`", _EXTRA_CONFIG.search(message)
+    if file and error.ctx and any(param.name == "config_uri" for param in error.ctx.command.params):
+        hint = f"did you mean --config {file[1]}?"
+    click.echo(f"error: {message[0].lower()}{message[1:]}{click.style(f' ({hint})', dim=True)}", err=True)
+
+
+click.UsageError.show = _show  # type: ignore[method-assign]  # of groups and commands alike
 
 
 class ReportingCommand(click.Command):
@@ -88,10 +83,6 @@ class ReportingCommand(click.Command):
                 help="Show the full traceback of an error.",
             )
         )
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        with usage_in_one_line(ctx):
-            return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; exit with the code of `describe` if it raises."""

@@ -22,9 +22,6 @@ if TYPE_CHECKING:
     from ncsn.tracking.lineage import Link
 
 
-_WIDE = 140  # columns of a terminal, from which on a line has room for size and date
-
-
 def _date(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).isoformat(" ", "seconds").removesuffix("+00:00") if seconds else ""
 
@@ -63,7 +60,7 @@ def ls_command(*, kind: str, options: TargetOptions, as_json: bool) -> None:
         click.echo(json.dumps({kind: _plain(items), "count": count}, indent=1))
         return
     console = console_on(sys.stdout)
-    wide = ("size", "date") if console.width >= _WIDE else ()
+    wide = ("size", "date") if console.width >= 140 else ()  # a line has no room
     table = Table(*(Column(name, no_wrap=True) for name in ("name", "state", *wide)), "figures", box=None)
     for item in items:
         more = (decimal(item.size), _date(item.changed)) if wide else ()

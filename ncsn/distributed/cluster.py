@@ -168,19 +168,20 @@ def _edited_code(address: str) -> dict[str, Any] | None:
 _MOST_PER_CORE = 4  # threads of workers; with more, a machine does nothing else
 
 
-def require_machine(compute: ComputeConfig) -> None:
-    """Refuse workers that this machine has no room for, before a cluster is started here."""
-    count, cores = compute.min_workers, os.cpu_count() or 1
+def require_machine(compute: ComputeConfig) -> int:
+    """The CPU cores that the workers need; `UserError` if this machine has no room for them, or too few GPUs."""
+    count, cores, lack = compute.min_workers, os.cpu_count() or 1, ""
     if (wanted := count * compute.cpus_per_worker) > _MOST_PER_CORE * cores:
-        reason = f"needs {wanted} CPU cores on this machine, which has {cores}"
-        hint = f"use {max(1, cores // compute.cpus_per_worker)}"
-        raise UserError("compute.num_workers", reason, hint=hint, value=compute.num_workers)
-    if compute.use_gpu:
+        lack = f"needs {wanted} CPU cores on this machine, which has {cores}"
+    elif compute.use_gpu:
         import torch  # takes seconds
 
         if (gpus := torch.cuda.device_count()) < count:
-            reason, hint = f"needs {count} GPUs on this machine, which has {gpus}", "lower it, or unset compute.use_gpu"
-            raise UserError("compute.num_workers", reason, hint=hint, value=compute.num_workers)
+            lack = f"needs {count} GPUs on this machine, which has {gpus}"
+    if lack:
+        hint = "lower it" + ", or set compute.use_gpu to false" * compute.use_gpu
+        raise UserError("compute.num_workers", lack, hint=hint, value=compute.num_workers)
+    return wanted
 
 
 def _start(config: Config | None) -> str:
@@ -191,10 +192,7 @@ def _start(config: Config | None) -> str:
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     # Ray's 15 more than this process has leaves them a tenth of a core that somebody else uses.
     os.environ.setdefault("RAY_worker_niceness", "0")
-    wanted = 0
-    if config is not None:
-        require_machine(config.compute)
-        wanted = config.compute.min_workers * config.compute.cpus_per_worker
+    wanted = 0 if config is None else require_machine(config.compute)
     try:
         ray.init(
             address="local",  # without, Ray would join a cluster that another process started on this machine

@@ -90,8 +90,7 @@ def describe_run(root: str, run: str) -> Item:
         if ended is not None and (outcome := read_outcome(folder)) is not None:
             end = " ".join(filter(None, (outcome.status, outcome.failed_step)))
             # A single step may have begun after the pipeline.
-            known = (end, record.state) == ("FINISHED", "FINISHED")
-            state = end if known or ended.changed >= last or state == end else f"{end}; {step} {state.split()[0]}"
+            state = end if ended.changed >= last or state == end else f"{end}; {step} {state.split()[0]}"
         if places["evaluate"] in files:
             step, record = "evaluate", read_step(folder, "evaluate")
         if record.result:
