@@ -312,7 +312,7 @@ def _duplicates(
     places = np.searchsorted(hashes["train"][order], np.array([image.hash for image in left_out], np.uint64))
     for one, image in zip(named(uri, manifest, "train", order[places]), left_out, strict=True):
         class_name = manifest.class_names[image.label] if image.label >= 0 else ""
-        yield Duplicate.of(image.kind, one, (image.name, class_name))
+        yield Duplicate.of(image.kind, one, (image.name or "a test image", class_name))
 
 
 def _parts(

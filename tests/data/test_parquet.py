@@ -17,6 +17,7 @@ from refused import refused
 
 from ncsn import storage
 from ncsn.data.dataset import write_dataset
+from ncsn.data.duplicates import DUPLICATES, from_csv
 from ncsn.data.format import Rows, load_manifest, read_split, to_table
 from ncsn.data.pixels import Example
 from ncsn.data.sources.base import Source
@@ -124,6 +125,11 @@ def test_test_images_that_equal_training_images_are_left_out(
     assert np.array_equal(read_split(found.uri, "test").images, expected.images)
     assert np.array_equal(read_split(found.uri, "test").labels, expected.labels)
     assert sum(found.manifest.class_counts["test"]) == len(expected)
+    lines = from_csv(Path(found.uri, DUPLICATES).read_text())
+    mirrored = [each.path for each in lines if each.kind == "mirrored"]
+    assert mirrored == (["train image 0", "train image 40", "train image 40"] if mirrors else [])
+    assert len(lines) == sum(found.manifest.repeated.values()) + left_out
+    assert ("train image 3", "train image 53") in [each[:2] for each in lines]
 
 
 def test_any_change_of_the_content_changes_the_digest(tmp_path, images, config):
