@@ -27,11 +27,13 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def set_value(tree: dict[str, Any], path: str, value: Any) -> None:
-    """Set the value at a dotted path, making its sections; `ConfigError` if one of them is a value."""
+    """Set the value at a dotted path, making its sections, of null too; `ConfigError` if one of them is a value."""
     *sections, last = path.split(".")
     node = tree
     for section in sections:
-        node = node.setdefault(section, {})
+        if node.get(section) is None:
+            node[section] = {}
+        node = node[section]
         if not isinstance(node, dict):
             raise ConfigError(path, f"{section!r} is a value, not a section")
     node[last] = value

@@ -284,6 +284,17 @@ def test_what_is_written_otherwise_is_the_same() -> None:
     assert from_yaml(DIGITS, overrides=["optimizer.learning_rate=2e-4"]).optimizer.learning_rate == 2e-4
 
 
+def test_a_setting_of_a_section_that_is_null_makes_the_section() -> None:
+    text = to_yaml(from_yaml(DIGITS, overrides=["data.num_classes=10"]))
+    assert all(f"\n{section}: null\n" in text for section in ("utility", "search"))
+    config = from_yaml(text, overrides=["utility.updates=300", "search.num_trials=3"])
+    assert config.utility and (config.utility.updates, config.utility.seeds) == (300, 5)
+    assert config.search and config.search.num_trials == 3
+    for override, key in (("data.root.x=1", "data.root"), ("sampling.guidance.weight=2", "sampling.guidance.kind")):
+        with refused(key, error=ConfigError):
+            from_yaml(text, overrides=[override])
+
+
 def test_changed_settings_ignore_where_the_work_happens_and_how_often_something_is_kept() -> None:
     one = from_yaml(DIGITS)
     place = ["compute.num_workers=[1, 2]", "storage.root=s3://b/p", "data.root=/elsewhere"]
