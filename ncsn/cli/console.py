@@ -204,8 +204,8 @@ def print_summary(console: Console, folder: RunFolder, config: Config, records: 
 
     measured = records["evaluate"].result
     console.print(f"[bold]{measured['verdict']}[/]", soft_wrap=True)
-    if "utility" in records:
-        console.print(records["utility"].result["sentence"], style="bold", markup=False, soft_wrap=True)
+    if said := records["register"].result["utility"]:  # of a run without the section too, once it was asked
+        console.print(said, style="bold", markup=False, soft_wrap=True)
     command, what = next_step(measured["grade"], config, folder)
     console.print(f"next: {command}\n      ({what})", soft_wrap=True)
     steps = Table("step", Column("seconds", justify="right"), "result", box=SIMPLE_HEAD)

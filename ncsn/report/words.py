@@ -286,18 +286,16 @@ def utility_sentence(
     """
     if grade == "copies":
         return f"Generated images {UTILITY[grade]}"
-    over = "balanced accuracy over augmentation alone"
-    ends = f"({with_interval(**gain).partition('(')[2]}"
-    if grade == "same":
-        least = f"{max(-gain['low'], gain['high']):.2g}".replace("1e+02", "100")
-        text = f"make no difference of {least} points or more of {over} {ends}, the least that could be seen here"
-    else:
-        text = f"{UTILITY[grade]}: {gain['value']:+.2g} points of {over} {ends}"
+    least = f"{max(-gain['low'], gain['high']):.2g}".replace("1e+02", "100")
+    none = f"no difference of {least} points or more, the least that could be seen here"
+    value, _, ends = shown_gain(gain).partition(" ")
+    verdict = none if grade == "same" else f"they {UTILITY[grade]}"
+    text = f"{value} points of balanced accuracy over augmentation alone {ends}: {verdict}"
     if changed := [f"{name} ({round(each['value'], 1):+g})" for name, each in named.items()]:
         text += f"; changed most: class {', '.join(changed[:3])}"
     if used < wanted:
         text += f"; {wanted - used:,} of {wanted:,} could not be added, since they copy training images"
-    return f"Generated images {text}; this speaks of this generator and these training images"
+    return f"Generated images: {text}; this speaks of this generator and these training images"
 
 
 def next_step(grade: str, config: Config, folder: RunFolder) -> tuple[str, str]:

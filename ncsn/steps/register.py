@@ -124,6 +124,7 @@ def register(
         promoted=decision.promoted,
         reason=decision.reason,
         uri=f"models:/{candidate.name}/{version}",
+        utility=helped or "",
     )
     tags = {"gate.promoted": str(result.promoted).lower(), "gate.reason": result.reason}
     tracked.set_tags({"model.uri": result.uri, **tags})

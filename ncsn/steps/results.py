@@ -191,7 +191,7 @@ class UtilityResult:
     notes: list[str]  # for people
 
     def __str__(self) -> str:
-        return f"generated images {UTILITY[self.grade]}: {shown_gain(self.gain)} points of balanced accuracy"
+        return f"{shown_gain(self.gain)} points of balanced accuracy: generated images {UTILITY[self.grade]}"
 
 
 @dataclass(frozen=True)
@@ -204,6 +204,7 @@ class RegisterResult:
     promoted: bool  # whether the gate made it champion
     reason: str
     uri: str  # models:/<model>/<version>
+    utility: str  # what classifiers say of its images; empty if none was asked
 
     def __str__(self) -> str:
         aliases = ", ".join(self.aliases) or "no alias"

@@ -40,7 +40,7 @@ SHOWN: dict[str, dict[str, Any]] = {
         "notes": ["only 539 real images"],
         "num_images": 512,
     },
-    "register": {"model": "ncsn-tiny", "version": "3", "promoted": False, "reason": "12.5 is worse than 11"},
+    "register": {"model": "ncsn-tiny", "version": "3", "promoted": False, "reason": "12.5 is worse than 11", "utility": "They help"},
     "report": {"uri": "/r/report.html", "size": 123_456},
 }
 
@@ -65,9 +65,9 @@ def test_a_summary_has_scores_next_to_real_images_and_what_comes_next(config_fil
     assert re.search(r"classifier_fid_n512 +12 \(10 to 15\) +2\.5", text) and re.search(r"score_n512 +9 +10 ", text)
     for part in ("60.0", "only 539 real images", "12.5 is worse than 11", "/r/report.html", "ncsn ui --run mine"):
         assert part in text
-    verdict, then, *_ = text.splitlines()
+    verdict, helped, then, *_ = text.splitlines()
     longer = f"ncsn run {folder.options} --set train.num_images={2 * config.train.num_images}"
-    assert verdict == "512 images made." and longer in then
+    assert (verdict, helped) == ("512 images made.", "They help") and longer in then
 
 
 def progress(*, terminal: bool, done: Iterable[int], total: int = 1000, then: Iterable[int] = ()) -> str:

@@ -103,6 +103,9 @@ def test_networks_take_images_of_any_size_one_by_one(shape: tuple[int, int, int]
 def test_the_sentence_has_the_numbers() -> None:
     gain, crack, dent = ({"value": v, "low": v - 1.2, "high": v + 1.2} for v in (2.1, 9.0, -4.0))
     text = utility_sentence("helps", gain, {"dent": dent, "crack": crack}, used=9, wanted=9)
-    assert all(each in text for each in ("+2.1 ", "(0.90 to 3.3)", "crack (+9)", "dent (-4)"))
+    assert text.startswith("Generated images: +2.1 ")
+    assert all(each in text for each in ("(0.90 to 3.3)", "crack (+9)", "dent (-4)"))
+    text = utility_sentence("same", {"value": 2.1, "low": -4.2, "high": 8.4}, {}, used=50, wanted=50)
+    assert text.startswith("Generated images: +2.1 ") and "(-4.2 to 8.4)" in text
     text = utility_sentence("same", {"value": 0.4, "low": -0.6, "high": 1.4}, {"dent": dent}, used=30, wanted=50)
     assert all(each in text for each in (" 1.4 points", "(-0.60 to 1.4)", "dent (-4)", " 20 of 50 "))

@@ -83,10 +83,10 @@ def test_first_version_is_champion_and_a_second_call_changes_nothing(config, sav
         told = {"checkpoint_digest": checkpoint.load_checkpoint(saved).digest, "sentence": said, "gain": {"low": low}}
         result, facts = result_of("utility", **told), sampling_facts(config.sampling, None)
         update_step(RunFolder(config.storage.root, "one"), "utility", inputs=facts, result=result)
-        do("register", config, "one", checkpoint=saved, evaluation=evaluation)
+        assert do("register", config, "one", checkpoint=saved, evaluation=evaluation).utility == said
     other = {"inputs": facts | {"levels": {}}, "result": result | {"sentence": "By another", "gain": {"low": 5.0}}}
     update_step(RunFolder(config.storage.root, "one"), "utility", **other)
-    do("register", config, "one", checkpoint=saved, evaluation=evaluation)
+    assert not do("register", config, "one", checkpoint=saved, evaluation=evaluation).utility
     (version,) = client.search_model_versions("name = 'ncsn-tiny'")
     assert version.tags["ncsn.utility"] == said and "help" not in version.description
     assert f"{said}.\n\nGate: " in version.description
