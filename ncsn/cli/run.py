@@ -97,9 +97,9 @@ class Terminal(Observer):
         if self._events:
             self._stack.enter_context(announced(run.name, root=folder.root, step=step))
         self.step, self.run, self._since = step, run, time.monotonic()
-        chosen = read_step(folder, "select").result.get("checkpoint")
-        if step != "register" and chosen is not None and chosen == inputs.get("checkpoint"):
-            self.view.console.print(f"checkpoint {chosen}, chosen by `ncsn select`", soft_wrap=True)
+        chosen = read_step(folder, "select").result
+        if step != "register" and chosen.get("kept") and chosen["checkpoint"] == inputs.get("checkpoint"):
+            self.view.console.print(f"checkpoint {chosen['checkpoint']}, chosen by `ncsn select`", soft_wrap=True)
         self.view.start(step)
         self._ended = ended = threading.Event()
         before = repr(read_progress(folder.step(step, "progress.json")))  # of an earlier attempt
@@ -193,9 +193,10 @@ def run_step(step: str, run: Run, *, code_here: bool, given: Mapping[str, str | 
 
 
 def run_select(run: Run, *, code_here: bool, given: Mapping[str, str | None], as_json: bool) -> None:
-    """Choose the best checkpoint of a run; then sample, evaluate and register it, and report."""
+    """Choose the best checkpoint of a run; then sample, evaluate and register it, and report, unless the last stays."""
     found = {"select": run_step("select", run, code_here=code_here, given=given)}
-    if given.get("lease") is None:  # else the launcher does the rest
+    done = read_step(run.folder, "sample").result.get("checkpoint") == found["select"].checkpoint
+    if given.get("lease") is None and not done:  # else the launcher does the rest
         sampling = run.config.sampling.model_copy(update={"relative_width": None})  # that of the chosen weights
         run = Run(run.config.model_copy(update={"sampling": sampling}), run.name)
         inputs: dict[str, str | None] = {"dataset": given.get("dataset"), "checkpoint": found["select"].checkpoint}

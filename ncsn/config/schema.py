@@ -351,7 +351,7 @@ class UtilityConfig(Section):
 class SelectConfig(Section):
     """How `ncsn select` chooses among the checkpoints of a run."""
 
-    num_images: int = Field(1000, ge=2)
+    num_images: int = Field(1000, ge=3)
     """Samples per candidate, all from the same noise."""
     figure: Literal["fid", "kid"] = "fid"
     """What decides: fid = the Fréchet distance, as in the 2019 paper; kid = the kernel distance, which does not favor

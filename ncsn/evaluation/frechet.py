@@ -101,11 +101,23 @@ def frechet_distance(a: FrechetStatistics, b: FrechetStatistics) -> float:
 def frechet_jackknife(groups: Sequence[FrechetStatistics], reference: FrechetStatistics) -> float:
     """Standard deviation of the log of the Fréchet distance of K disjoint groups over other samples of their size.
 
-    Delete-a-group jackknife (Kott 2001; Shao and Wu 1989): each group is left out once, and the variance is
-    (K - 1) / K times the sum of squares of the K values about their mean. That of the distance itself grows with the
-    distance, so the luckiest set would claim the least error. The reference counts as known, because metrics that are
-    compared share it.
+    That of the distance itself grows with the distance, so the luckiest set would claim the least error. The reference
+    counts as known, because metrics that are compared share it.
     """
+    return jackknife_deviation(frechet_without(groups, reference))
+
+
+def jackknife_deviation(without_group: Array) -> float:
+    """Standard deviation of an estimate by its values without each of K groups [K].
+
+    Delete-a-group jackknife (Kott 2001; Shao and Wu 1989): the variance is (K - 1) / K times the sum of squares of the
+    values about their mean.
+    """
+    return float(np.sqrt((len(without_group) - 1) * without_group.var()))
+
+
+def frechet_without(groups: Sequence[FrechetStatistics], reference: FrechetStatistics) -> Array:
+    """The log of the Fréchet distance of K disjoint groups without each of them [K]."""
     whole = merged(groups)
     if whole.count < 3:
         reason = "the uncertainty of a Fréchet distance needs at least 3 images"
@@ -129,7 +141,8 @@ def frechet_jackknife(groups: Sequence[FrechetStatistics], reference: FrechetSta
             each = stack.enter_context(ThreadPoolExecutor(cores)).map(distance, groups)
         distances = np.array(list(each))
     least = np.finfo(float).eps * traces + np.finfo(float).tiny  # below this a distance is rounding error
-    return float(np.sqrt((len(groups) - 1) * np.log(np.maximum(distances, least)).var()))
+    logs: Array = np.log(np.maximum(distances, least))
+    return logs
 
 
 def factor(matrix: Array) -> Array:
@@ -171,10 +184,15 @@ def score_of(
     features: npt.NDArray[np.floating], reference: FrechetStatistics, *, classes_in_turn: int = 1
 ) -> RunningScore:
     """The Fréchet distance of the features [N, D] of the first images."""
-    numbers = jackknife_groups(0, len(features), classes_in_turn=classes_in_turn)
-    groups = [FrechetStatistics.of(features[numbers == number]) for number in np.unique(numbers)]
+    groups = groups_of(features, classes_in_turn=classes_in_turn)
     distance = frechet_distance(merged(groups), reference)
     return RunningScore(len(features), distance, frechet_jackknife(groups, reference))
+
+
+def groups_of(features: npt.NDArray[np.floating], *, classes_in_turn: int = 1) -> list[FrechetStatistics]:
+    """Statistics of the groups of the jackknife among the first images, whose features [N, D] these are."""
+    numbers = jackknife_groups(0, len(features), classes_in_turn=classes_in_turn)
+    return [FrechetStatistics.of(features[numbers == number]) for number in np.unique(numbers)]
 
 
 class RunningDistance:

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ncsn.errors import UserError
-from ncsn.evaluation.frechet import jackknife_groups
+from ncsn.evaluation.frechet import jackknife_deviation, jackknife_groups
 
 Array = npt.NDArray[np.float64]
 Features = npt.NDArray[np.floating]
@@ -54,7 +54,16 @@ def inception_score(log_probabilities: npt.ArrayLike, *, num_splits: int = 10) -
     return float(np.mean(scores)), float(np.std(scores))
 
 
-def kernel_distance(
+def kernel_distance(a: Features, b: Features, **how: int) -> tuple[float, float]:
+    """The mean of `kernel_distances`, and its standard deviation over other `a` of this size, by the jackknife.
+
+    Where the distance is zero, the latter is up to sqrt(2) too large.
+    """
+    value, without_group = kernel_distances(a, b, **how)
+    return value, jackknife_deviation(without_group)
+
+
+def kernel_distances(
     a: Features,
     b: Features,
     *,
@@ -62,7 +71,7 @@ def kernel_distance(
     subset_size: int = 1000,
     seed: int = 0,
     classes_in_turn: int = 1,
-) -> tuple[float, float]:
+) -> tuple[float, Array]:
     """Mean squared MMD over random subsets, with the kernel k(x, y) = (x.y / D + 1)^3 (Binkowski et al. 2018).
 
     Being unbiased, it may be negative. N and M are at least 2.
@@ -75,8 +84,7 @@ def kernel_distance(
         classes_in_turn: Vector i of `a` has class i mod this number.
 
     Returns:
-        The mean over the subsets, and its standard deviation over other `a` of this size, by the delete-a-group
-        jackknife (see `frechet_jackknife`); where the distance is zero this is up to sqrt(2) too large.
+        The mean over the subsets, and its values without each group of `a` [K].
     """
     size = min(subset_size, len(a), len(b))
     generator = np.random.Generator(np.random.Philox(seed))
@@ -92,8 +100,7 @@ def kernel_distance(
         estimate, rest, _ = _distances_without(x, y, groups[:, rows], everything)
         estimates.append(float(estimate + same_y))
         without_group.append(rest + same_y)
-    spread = np.mean(without_group, axis=0).var()
-    return float(np.mean(estimates)), float(np.sqrt((len(groups) - 1) * spread))
+    return float(np.mean(estimates)), np.mean(without_group, axis=0)
 
 
 def excess_distance(x: Features, y: Features, reference: Features, *, classes_in_turn: int = 1) -> tuple[float, float]:
@@ -103,7 +110,7 @@ def excess_distance(x: Features, y: Features, reference: Features, *, classes_in
 
     Returns:
         The difference, and its standard deviation over other x, y and references: the variance is the sum of three
-        delete-a-group jackknives (see `frechet_jackknife`). That over the reference is of the difference itself, in
+        delete-a-group jackknives (see `jackknife_deviation`). That over the reference is of the difference itself, in
         which most of it cancels.
     """
     known = _members(reference, 1)

@@ -203,10 +203,12 @@ def utility_figure(result: Mapping[str, Any]) -> Figure:
 
 
 @styled
-def selection_figure(rows: Sequence[Mapping[str, Any]], *, metric: str) -> Figure:
-    """The `metric` of each candidate over images seen, and over the relative widths of those that have one."""
+def selection_figure(rows: Sequence[Mapping[str, Any]], *, metric: str, chosen: Mapping[str, Any]) -> Figure:
+    """The `metric` of each candidate over images seen, and over the relative widths of those that have one.
+
+    Bars are 95 % intervals, and a star marks the `chosen` row.
+    """
     scored = [row for row in rows if row["value"] is not None]
-    best = min(scored, key=lambda row: row["value"])
     plain = [row for row in scored if row["relative_width"] is None]
     built = [row for row in scored if row["relative_width"] is not None]
     panels = [(each, key) for each, key in ((plain, "images_seen"), (built, "relative_width")) if each]
@@ -214,10 +216,12 @@ def selection_figure(rows: Sequence[Mapping[str, Any]], *, metric: str) -> Figur
     for axes, (points, key) in zip(np.atleast_1d(figure.subplots(1, len(panels), sharey=True)), panels, strict=True):
         checkpoints = sorted({row["images_seen"] for row in points})
         for seen in checkpoints if key == "relative_width" else [None]:  # a line each, or one through all
-            line = sorted((row[key], row["value"]) for row in points if seen is None or row["images_seen"] == seen)
-            axes.plot(*zip(*line, strict=True), marker="o", markersize=4, label=None if seen is None else f"{seen:,}")
-        if best in points:
-            axes.plot(best[key], best["value"], marker="*", markersize=13, color=PALETTE[1], markeredgecolor=INK)
+            line = [row for row in points if seen is None or row["images_seen"] == seen]
+            x, y, *ends = np.array(sorted([row[name] for name in (key, "value", "low", "high")] for row in line)).T
+            label = None if seen is None else f"{seen:,}"
+            axes.errorbar(x, y, np.abs(ends - y), marker="o", markersize=4, capsize=2, label=label)
+        if chosen in points:
+            axes.plot(chosen[key], chosen["value"], marker="*", markersize=13, color=PALETTE[1], markeredgecolor=INK)
         axes.set(xlabel=SEEN_LABEL if key == "images_seen" else "relative width")
         if key == "relative_width":
             axes.legend(title=SEEN_LABEL, fontsize=7)

@@ -373,6 +373,11 @@ def candidates_head(metric: str) -> tuple[str, ...]:
     return ("images seen", "relative width", metric, "weights")
 
 
+def shown_score(row: Mapping[str, Any]) -> str:
+    """That of a candidate."""
+    return "not finite" if row["value"] is None else with_interval(row["value"], row["low"], row["high"])
+
+
 def candidate_lines(candidates: Sequence[Mapping[str, Any]], *, most: int) -> list[tuple[str, ...]]:
     """Text for each of the best candidates of `ncsn select`."""
     ranked = sorted(candidates, key=lambda row: (row["value"] is None, row["value"] or 0.0, row["images_seen"]))
@@ -380,7 +385,7 @@ def candidate_lines(candidates: Sequence[Mapping[str, Any]], *, most: int) -> li
         (
             f"{row['images_seen']:,}",
             "" if row["relative_width"] is None else f"{row['relative_width']:g}",
-            "not finite" if row["value"] is None else f"{row['value']:.4g}",
+            shown_score(row),
             row["digest"],
         )
         for row in ranked[:most]

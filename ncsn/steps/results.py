@@ -244,15 +244,15 @@ class SelectResult:
 
     uri: str  # JSON file with all candidates
     plot: str  # URI of a PNG file
-    checkpoint: str  # URI of a copy of the best candidate, to sample from
+    checkpoint: str  # URI of a copy of the chosen candidate, to sample from, or of the last one, which stays
+    sentence: str  # why
     figure: str  # the metric that was minimized, with extractor and number of samples
-    value: float  # of the best candidate
-    images_seen: int  # by the best candidate
+    value: float  # of the chosen candidate
+    images_seen: int  # by the chosen candidate
     relative_width: float | None  # of its average, if it was put together after training
-    candidates: list[dict[str, Any]]  # rows: checkpoint, weights, images_seen, relative_width, value (None: not finite)
-    kept: list[str]  # URIs of copies of the best ones, the best first
+    candidates: list[dict[str, Any]]  # of `Weights`, with value, low and high (None: not finite)
+    kept: list[str]  # URIs of copies of those that are surely better than the last one, the best first
     notes: list[str] = field(default_factory=list)  # for people
 
     def __str__(self) -> str:
-        best = f"{self.figure} = {self.value:.4g} at {self.images_seen:,} images"
-        return f"{best}, the best of {len(self.candidates)}"
+        return self.sentence

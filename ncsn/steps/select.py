@@ -1,19 +1,24 @@
 """After training, if asked: which checkpoint generates the best images, by the samples of each (Song & Ermon 2019).
 
-The samples of all candidates come from the same noise, so their differences are surer than their values. Each score is
-stored as it is known, so that a second call continues an interrupted one.
+The samples of all candidates come from the same noise, so their differences are surer than their values. The last one
+stays unless another is surely better, however many are compared. Each score is stored as it is known, so that a second
+call continues an interrupted one.
 
     <run>/selection/<how>/<weights>.json    a score
     <run>/selection/candidates.json         all of them and the choice
-    <run>/selected/images-000050000/        copies of the best ones, to sample from
+    <run>/selected/images-000050000/        copies of the best that are surely better than the last, to sample from
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
+
+import numpy as np
+from scipy.stats import t
 
 from ncsn import storage
 from ncsn.config import Config
@@ -21,21 +26,26 @@ from ncsn.core.keyed_random import COMMON_SEED
 from ncsn.data.format import Manifest, load_manifest
 from ncsn.distributed.cluster import cluster_for, ray_tags
 from ncsn.distributed.ray_calls import runner_of
-from ncsn.distributed.sampling import sample_features
+from ncsn.distributed.sampling import Features, sample_features
 from ncsn.errors import NotFound, UserError
-from ncsn.evaluation import evaluation_of
+from ncsn.evaluation import DEVIATIONS, classes_in_turn, evaluation_of
+from ncsn.evaluation.frechet import frechet_without, groups_of, jackknife_deviation
 from ncsn.evaluation.measure import metric_name
 from ncsn.evaluation.reference import Evaluator, open_evaluator
-from ncsn.evaluation.scores import kernel_distance
+from ncsn.evaluation.scores import kernel_distances
 from ncsn.model.averages import Weights, find_weights, keep_copy
 from ncsn.report.plots import selection_figure, to_png
-from ncsn.report.words import few_samples
+from ncsn.report.words import few_samples, shown_score
 from ncsn.runs.folder import Run, RunFolder
 from ncsn.steps.address import keep_guide
 from ncsn.steps.results import Context, Prepared, SelectResult
 from ncsn.steps.train import settle_noise
 
-KEPT = 3  # of the best candidates, in the run's folder selected/
+KEPT = 3  # at most, in the run's folder selected/
+SURE = 0.05  # as of 95 % intervals, for all comparisons with the last together
+
+
+Score = dict[str, Any]  # see `_score`
 
 
 def prepare(run: Run, *, dataset: str) -> Prepared[SelectResult]:
@@ -62,12 +72,12 @@ def select(
     with cluster_for(config, start=at_once > 1, last_lines=context.last_lines):
         tracked.set_tags({**ray_tags(), "dataset.digest": manifest.digest, "dataset.uri": dataset})
         evaluator = open_evaluator(config, dataset, runner=runner_of(config.compute))
-        values = {}
+        scored = {}
         progress.start(len(found), "candidates")
-        for weights, value in scores(config, found, evaluator, folder=context.folder, dataset=dataset):
-            values[weights.digest] = value
+        for weights, score in scores(config, found, evaluator, folder=context.folder, dataset=dataset):
+            scored[weights.digest] = score
             progress.advance()
-    result = conclude(config, found, values, folder=context.folder, extractor=evaluator.name)
+    result = conclude(config, found, scored, folder=context.folder, extractor=evaluator.name)
     tracked.log_metrics({result.figure: result.value}, result.images_seen)
     for uri in (result.uri, result.plot):
         tracked.log_file(uri)
@@ -88,14 +98,14 @@ def _scored_by(config: Config, manifest: Manifest) -> dict[str, Any]:
 
 def scores(
     config: Config, found: Sequence[Weights], evaluator: Evaluator, *, folder: RunFolder, dataset: str
-) -> Iterator[tuple[Weights, float | None]]:
-    """Each candidate with its score, as they are known; None if an image is not finite."""
+) -> Iterator[tuple[Weights, Score]]:
+    """Each candidate with its score, as they are known."""
     how = storage.digest(storage.relative_uris(_scored_by(config, load_manifest(dataset)), folder.root), 12)
     places = [storage.join(folder.selection, how, f"{each.digest}.json") for each in found]
     missing = []
     for number, (weights, place) in enumerate(zip(found, places, strict=True)):
         if (known := storage.find_json(place)) is not None:
-            yield weights, known["value"]
+            yield weights, known
         else:
             missing.append(number)
     settings = config.select
@@ -103,43 +113,76 @@ def scores(
     candidates = [(found[number].uri, sampling) for number in missing]
     made = sample_features(config, candidates, dataset=dataset, num_images=settings.num_images)
     for index, features in made:
-        value = None
-        if features is not None and settings.figure == "fid":
-            value = evaluator.distance(features)
-        elif features is not None:
-            value, _ = kernel_distance(features, evaluator.reference.features, seed=COMMON_SEED)
-        storage.write_json(places[missing[index]], {"value": value})
-        yield found[missing[index]], value
+        score = _score(features, evaluator, figure=settings.figure, in_turn=classes_in_turn(config))
+        storage.write_json(places[missing[index]], score)
+        yield found[missing[index]], score
+
+
+def _score(features: Features | None, evaluator: Evaluator, *, figure: str, in_turn: int) -> Score:
+    """`value` with its 95 % interval, `low` and `high`, and what comparisons need; None without features.
+
+    That is what is `compared`, the value or the log of a Fréchet distance, and the same `without_group` of the
+    jackknife, for each. The samples show `in_turn` classes in turn.
+    """
+    if features is None:
+        return dict.fromkeys(("value", "low", "high", "compared", "without_group"))
+    known = evaluator.reference
+    if figure == "fid":
+        without = frechet_without(groups_of(features, classes_in_turn=in_turn), known.statistics)
+        center = math.log(max(evaluator.distance(features), np.finfo(float).tiny))
+    else:
+        center, without = kernel_distances(features, known.features, seed=COMMON_SEED, classes_in_turn=in_turn)
+    reach = DEVIATIONS * jackknife_deviation(without)
+    value, low, high = (math.exp(end) if figure == "fid" else end for end in (center, center - reach, center + reach))
+    return {"value": value, "low": low, "high": high, "compared": center, "without_group": without.tolist()}
+
+
+def _surely_below(one: Score, other: Score, *, among: int) -> bool:
+    """Whether one score is lower by more than chance explains where this is one `among` so many comparisons."""
+    without = np.subtract(one["without_group"], other["without_group"])  # of the same noise, group by group
+    reach = t.ppf(1 - SURE / 2 / among, len(without) - 1) * jackknife_deviation(without)
+    return bool(one["compared"] + reach < other["compared"])
 
 
 def conclude(
-    config: Config, found: Sequence[Weights], values: dict[str, float | None], *, folder: RunFolder, extractor: str
+    config: Config, found: Sequence[Weights], scored: Mapping[str, Score], *, folder: RunFolder, extractor: str
 ) -> SelectResult:
     """Choose, copy the best candidates, and write the table and its plot."""
-    settings = config.select
-    rows = [{**asdict(each), "value": values[each.digest]} for each in found]
-    finite = (row for row in rows if row["value"] is not None)
-    ranked = sorted(finite, key=lambda row: (row["value"], row["images_seen"]))
-    if not ranked:
+    settings, width = config.select, config.sampling.relative_width
+    rows = [{**asdict(each), **scored[each.digest]} for each in found]
+    finite = [row for row in rows if row["value"] is not None]
+    if not finite:
         wrong = f"all {len(rows)} candidates give images that are not finite"
         raise UserError("sampling.sampler", wrong, hint="lower its step size")
     metric = metric_name(settings.figure, extractor=extractor, num_images=settings.num_images)
-    kept = [keep_copy(row["uri"], folder.selected) for row in ranked[:KEPT]]
-    optimistic = (
-        f"{metric} chose among {len(rows)} candidates, so the winning score is optimistic; the metrics use new samples"
-    )
+    last = max(rows, key=lambda row: (row["images_seen"], row["relative_width"] == width))
+    if last["value"] is not None:
+        better = [row for row in finite if row != last and _surely_below(row, last, among=len(finite) - 1)]
+    else:
+        better = finite
+    better.sort(key=lambda row: (row["value"], row["images_seen"]))
+    kept = [keep_copy(row["uri"], folder.selected) for row in better[:KEPT]]
+    chosen, *_ = *better, last
+    sentence, notes = f"none of {len(rows)} candidates is surely better than the last, which stays", list[str]()
+    if better:
+        sentence = (
+            f"{metric} is {shown_score(chosen)} at {chosen['images_seen']:,} images, the last's {shown_score(last)}"
+        )
+        optimistic = f"{metric} chose among {len(rows)} candidates, so the winning score is optimistic"
+        notes = [f"{optimistic}; the metrics use new samples", *filter(None, [few_samples(metric)])]
     result = SelectResult(
         uri=storage.join(folder.selection, "candidates.json"),
         plot=storage.join(folder.selection, "candidates.png"),
-        checkpoint=kept[0],
+        checkpoint=kept[0] if kept else last["uri"],
+        sentence=sentence,
         figure=metric,
-        value=ranked[0]["value"],
-        images_seen=ranked[0]["images_seen"],
-        relative_width=ranked[0]["relative_width"],
+        value=chosen["value"],
+        images_seen=chosen["images_seen"],
+        relative_width=chosen["relative_width"],
         candidates=rows,
         kept=kept,
-        notes=[optimistic, *filter(None, [few_samples(metric)])],
+        notes=notes,
     )
     storage.write_json(result.uri, storage.relative_uris(asdict(result), folder.root), indent=1)
-    storage.write_bytes(result.plot, to_png(selection_figure(rows, metric=metric)))
+    storage.write_bytes(result.plot, to_png(selection_figure(rows, metric=metric, chosen=chosen)))
     return result

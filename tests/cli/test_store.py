@@ -44,10 +44,10 @@ def test_ls_has_a_line_for_each_run_and_its_number(ncsn, store: Path, monkeypatc
     assert json.loads(ncsn("ls", "models", "--json").output) == {"models": [], "count": 0}
     shown = json.loads(ncsn("show", "mine", "--json").output)
     assert ([each["name"] for each in shown["items"]], shown["chains"]) == (["mine"], [])
-    found = result_of("select", figure="f" * 150, value=1.0, images_seen=1, candidates=[], kept=[])
+    found = result_of("select", sentence="f" * 150)
     update_step(RunFolder(str(store), "mine"), "select", state="FINISHED", result=found)
     for command in (["ls"], ["show", "mine"]):
-        assert f"{'f' * 150} = 1 at" in ncsn(*command).output, "nothing that is piped is cut or wrapped"
+        assert "f" * 150 in ncsn(*command).output, "nothing that is piped is cut or wrapped"
     update_step(RunFolder(str(store), "classes-ff9ba0c1d2e3-again"), "select", state="FINISHED", result=found)
     monkeypatch.setattr("ncsn.cli.console.console_on", lambda stream: Console(file=stream, width=80))
     lines = ncsn("ls").output.splitlines()

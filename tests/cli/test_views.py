@@ -40,7 +40,13 @@ SHOWN: dict[str, dict[str, Any]] = {
         "notes": ["only 539 real images"],
         "num_images": 512,
     },
-    "register": {"model": "ncsn-tiny", "version": "3", "promoted": False, "reason": "12.5 is worse than 11", "utility": "They help"},
+    "register": {
+        "model": "ncsn-tiny",
+        "version": "3",
+        "promoted": False,
+        "reason": "12.5 is worse than 11",
+        "utility": "They help",
+    },
     "report": {"uri": "/r/report.html", "size": 123_456},
 }
 

@@ -127,16 +127,28 @@ def test_the_run_page_links_addresses_and_escapes_the_rest() -> None:
 
 def test_a_chosen_checkpoint_is_shown_among_the_best_candidates() -> None:
     rows = [
-        {"images_seen": 1000 * i, "relative_width": None, "value": abs(i - 4) + 0.5, "digest": f"{i:016d}"}
+        {
+            "images_seen": 1000 * i,
+            "relative_width": None,
+            "value": abs(i - 4) + 0.5,
+            "low": 0.4,
+            "high": 9.0,
+            "digest": f"{i:016d}",
+        }
         for i in range(9)
     ]
     rows.append({"images_seen": 1, "relative_width": 0.1, "value": None, "digest": "x"})
-    selection = {"candidates": rows, "figure": "eval/classifier_fid_n1000", "value": 0.5}
+    selection = {
+        "candidates": rows,
+        "figure": "eval/classifier_fid_n1000",
+        "sentence": "lower",
+        "notes": ["one", "two"],
+    }
     text = card(selection=selection)
     assert len(text) <= DESCRIPTION_LENGTH
     table = text.partition("## Choice")[2].partition("## Limits")[0]
     assert [f"| {1000 * i:,} |" in table for i in range(9)] == [i in (2, 3, 4, 5, 6) for i in range(9)]
-    assert "10 candidates" in table and "10,000 samples" in table
+    assert "| 0.50 (0.40 to 9.0) |" in table and "10 candidates: lower. one. two\n" in table
 
 
 def test_classes_are_named_with_their_scores() -> None:

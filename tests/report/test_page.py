@@ -94,9 +94,16 @@ def page() -> dict[str, Any]:
     classes = {"agreement": 0.92, "real_agreement": 0.95, "table": table, "real_table": table, "by_probe": False}
     classes["confusion"] = [[50, 1], [7, 44]]
     candidate = {"images_seen": 1000, "relative_width": None, "value": 14.0, "digest": "0" * 16}
-    selection = {"candidates": [candidate], "figure": "eval/classifier_fid_n64", "uri": "u", "notes": ["optimistic"]}
+    candidate |= {"low": 13.0, "high": 15.1}
+    selection = {
+        "candidates": [candidate],
+        "sentence": "it stays",
+        "figure": "eval/classifier_fid_n64",
+        "uri": "u",
+        "notes": ["optimistic"],
+    }
     search = {"trials": [{}], "objective_name": "fid", "objective": 12.0, "baseline": 15.5, "images_seen": 4096}
-    plot = to_png(plots.selection_figure([candidate], metric="fid"))
+    plot = to_png(plots.selection_figure([candidate], metric="fid", chosen=candidate))
     utility = compared()
     return {
         "title": "digits",
