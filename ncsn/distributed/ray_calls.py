@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from itertools import chain, islice
+from itertools import islice
 from typing import Any, TypeVar
 
 import ray
 import torch
-from ray.util.actor_pool import ActorPool
 
 from ncsn.config.compute import ComputeConfig
 from ncsn.data.dataset import PartWriter, Written
@@ -34,7 +33,7 @@ ANYWHERE: dict[str, Any] = {"scheduling_strategy": "DEFAULT"}
 def runner_of(compute: ComputeConfig) -> Runner:
     """Calls on the connected cluster, with `cpus_per_worker` CPUs and torch threads each; else in this process."""
 
-    def each(function: Callable[[T], R], items: Sequence[T], *, gpu: bool) -> Iterator[tuple[T, R]]:
+    def each(function: Callable[[T], R | Iterator[R]], items: Sequence[T], *, gpu: bool) -> Iterator[tuple[T, R]]:
         return call_all(
             function,
             items,
@@ -53,20 +52,18 @@ def few_cores() -> bool:
 
 def write_parts(parts: Iterable[PartWriter], known: Hashes) -> Iterator[Written]:
     """Write parts without `known` images on the connected cluster; yields in their order what is known of them."""
-    held: Any = ray.put(known)  # once for all tasks of a node
-
-    def write_part(item: tuple[PartWriter, Any]) -> Written:
-        part, held = item
-        return part.write(ray.get(held), cores=1)
-
     # One running and one waiting per core, so that the queue of a million images stays small.
     most = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
-    for _, written in call_all(write_part, ((part, held) for part in parts), cpus=1, in_flight=most, ordered=True):
+    for _, written in call_all(partial(_write_part, known=known), parts, cpus=1, in_flight=most, ordered=True):
         yield written
 
 
+def _write_part(part: PartWriter, *, known: Hashes) -> Written:
+    return part.write(known, cores=1)
+
+
 def call_all(
-    function: Callable[[T], R],
+    function: Callable[[T], R | Iterator[R]],
     items: Iterable[T],
     *,
     cpus: int,
@@ -76,6 +73,9 @@ def call_all(
 ) -> Iterator[tuple[T, R]]:
     """Each item with its result, as they finish; what still runs when the caller stops is canceled.
 
+    Of a function that yields, each value as it comes. What a `functools.partial` binds by name is sent to each node
+    once, whatever the number of calls.
+
     Without a cluster the calls are made here, one after the other. A call takes `cpus` CPUs and torch threads. The
     items are taken one by one as calls begin, at most `in_flight` at a time (None: as many as the cluster has room
     for). `ordered` results, on CPUs only, come in the order of the items. Errors are those of `result_of`, and
@@ -83,64 +83,58 @@ def call_all(
     """
     if not ray.is_initialized():
         with torch_threads(cpus):
-            yield from ((item, function(item)) for item in items)
+            yield from here(function, items, gpu=gpu)
         return
-    left = iter(items)
-    if gpu:
-        assert not ordered, "actors give results as they finish"
-        yield from _on_gpus(function, left, cpus=cpus, in_flight=in_flight)
-        return
+    make, bound = (function.func, function.keywords) if isinstance(function, partial) else (function, {})
 
-    def call(item: T) -> R:
+    def call(item: T, **held: Any) -> Iterator[R]:
         torch.set_num_threads(cpus)
-        return function(item)
+        yield from (value for _, value in here(partial(make, **held), [item], gpu=gpu))
 
-    task: Any = ray.remote(num_cpus=cpus, max_retries=RETRIES, **ANYWHERE)(call).options(name=function.__name__)
-    running: dict[Any, T] = {}
-    try:
-        while True:
-            for item in islice(left, None if in_flight is None else in_flight - len(running)):
-                running[task.remote(item)] = item
-            if not running:
-                return
-            first: Any = next(iter(running)) if ordered else ray.wait(list(running), num_returns=1)[0][0]
-            result: Any = result_of(partial(ray.get, first))
-            yield running.pop(first), result
-    finally:
-        for reference in running:
-            ray.cancel(reference)
-
-
-def _on_gpus(
-    function: Callable[[T], R], items: Iterator[T], *, cpus: int, in_flight: int | None
-) -> Iterator[tuple[T, R]]:
     # A process that has computed on a GPU keeps its CUDA context there as long as it lives, and Ray may lend a task's
     # process another GPU next. An actor has one GPU for its whole life, and its network stays loaded.
     class GpuActor:
-        def call(self, item: T) -> tuple[T, R]:
-            torch.set_num_threads(cpus)
-            return item, function(item)
+        def call(self, item: T, **held: Any) -> Iterator[R]:
+            yield from call(item, **held)
 
-    gpus = max(1, int(ray.cluster_resources().get("GPU", 0)))
-    first = list(islice(items, gpus if in_flight is None else min(gpus, in_flight)))
-    # Ray starts a lost actor again elsewhere, and makes its call again, there or when a GPU is free.
-    kind: Any = ray.remote(num_cpus=cpus, num_gpus=1, max_restarts=-1, max_task_retries=RETRIES, **ANYWHERE)(GpuActor)
-    actors = [kind.remote() for _ in first]
-    pool, left = ActorPool(actors), chain(first, items)
+    remote: Any = ray.remote
+    left, running = iter(items), dict[Any, tuple[T, Any]]()  # what gives results: its item and actor
+    actors, idle = list[Any](), list[Any]()
+    if gpu:
+        assert not ordered, "actors give results as they finish"
+        gpus = max(1, int(ray.cluster_resources().get("GPU", 0)))
+        in_flight = gpus if in_flight is None else min(gpus, in_flight)
+        # Ray starts a lost actor again elsewhere, and makes its call again, there or when a GPU is free.
+        limits = {"num_gpus": 1, "max_restarts": -1, "max_task_retries": RETRIES}
+        kind = remote(num_cpus=cpus, **limits, **ANYWHERE)(GpuActor)
+    else:
+        kind = remote(num_cpus=cpus, max_retries=RETRIES, **ANYWHERE)(call).options(name=make.__name__)
+    references = {name: ray.put(value) for name, value in bound.items()}
     try:
         while True:
-            for item in left:
-                pool.submit(lambda actor, item: actor.call.remote(item), item)
-                if not pool.has_free():
-                    break
-            while (idle := pool.pop_idle()) is not None:  # nothing is left for it; one that was lost may need its GPU
-                ray.kill(idle)
-            if not pool.has_next():
+            for item in islice(left, None if in_flight is None else in_flight - len(running)):
+                if gpu and not idle:
+                    actors.append(kind.remote())
+                    idle.append(actors[-1])
+                actor = idle.pop() if gpu else None
+                task = actor.call if actor else kind
+                running[task.remote(item, **references)] = item, actor
+            while idle:  # nothing is left for it; one that was lost may need its GPU
+                ray.kill(idle.pop())
+            if not running:
                 return
-            yield result_of(pool.get_next_unordered)
+            first: Any = next(iter(running)) if ordered else ray.wait(list(running), num_returns=1)[0][0]
+            if (reference := next(first, None)) is None:  # that was all
+                _, actor = running.pop(first)
+                idle += [actor] if actor else []
+            else:
+                result: Any = result_of(partial(ray.get, reference))
+                yield running[first][0], result
     finally:
         for actor in actors:
             ray.kill(actor)
+        for each in [] if gpu else running:
+            ray.cancel(each)
 
 
 def result_of(call: Callable[[], R]) -> R:

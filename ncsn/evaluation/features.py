@@ -5,9 +5,9 @@ No batch is cut in two, so the features do not depend on who makes them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -31,13 +31,26 @@ R = TypeVar("R")
 class Runner(Protocol):
     """Calls a function that is found by name, with arguments that pickle, in this process or in others."""
 
-    def __call__(self, function: Callable[[T], R], items: Sequence[T], *, gpu: bool) -> Iterator[tuple[T, R]]:
-        """Each item with `function(item)`, as they are done. `gpu`: on a GPU if the config uses them."""
+    def __call__(
+        self, function: Callable[[T], R | Iterator[R]], items: Sequence[T], *, gpu: bool
+    ) -> Iterator[tuple[T, R]]:
+        """Each item with `function(item)`, as they are done, or each value that this yields, as it comes.
+
+        What a `functools.partial` binds by name, a node has once. `gpu`: on a GPU if the config uses them.
+        """
 
 
-def here(function: Callable[[T], R], items: Sequence[T], *, gpu: bool) -> Iterator[tuple[T, R]]:  # noqa: ARG001
+def here(
+    function: Callable[[T], R | Iterator[R]],
+    items: Iterable[T],
+    *,
+    gpu: bool,  # noqa: ARG001
+) -> Iterator[tuple[T, R]]:
     """A `Runner` in this process, one call after the other."""
-    return ((item, function(item)) for item in items)
+    for item in items:
+        found = function(item)
+        values: Iterable[Any] = found if isinstance(found, Generator) else [found]
+        yield from ((item, value) for value in values)
 
 
 @dataclass(frozen=True)

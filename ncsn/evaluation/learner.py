@@ -6,6 +6,7 @@ order, so that a difference between two is one of their images.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +21,6 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from ncsn import storage
-from ncsn.data.samples import SampleSet
 from ncsn.data.training_images import open_cache
 from ncsn.evaluation.extractors import Images, batches
 
@@ -33,6 +33,7 @@ AVERAGED = 8  # exponent of the average of the weights, whose relative width is 
 SHIFT, ERASED = 8, (0.02, 0.2)  # an image is moved by a part of its side at most; shares of it that are erased
 _ASKED = 500  # images at a time
 _MEASURED = 10_000  # images whose pixels are measured
+_TOLD_SECONDS = 1.0
 
 Rows = NDArray[np.int64]
 
@@ -51,7 +52,7 @@ class Lesson:
     """What one classifier is trained on, how, and what it is asked."""
 
     dataset: str
-    generated: Sequence[tuple[SampleSet, Rows]]  # of each class, and which of them
+    generated: Sequence[int]  # number of generated images of each class
     batch_size: int
     num_classes: int
     mirrors: bool  # whether augmentation mirrors
@@ -66,18 +67,27 @@ class Lesson:
     augmented: bool = True
 
 
-@torch.random.fork_rng()
-def learn(lesson: Lesson) -> None:
+def learn(lesson: Lesson, *, made: Images) -> Iterator[int]:
     """Train a classifier, and store the classes that it gives the images that it is asked about, [lengths, N].
 
     AdamW at a constant rate. It answers with the power-function average of its weights, which replaces a decay of the
     rate, so that a training of one length is the beginning of every longer one.
+
+    Args:
+        lesson: What it is trained on, how, and what it is asked.
+        made: The generated images of all classes, one class after the other.
+
+    Yields:
+        Updates since the last time, about once in a second.
     """
+    with torch.random.fork_rng():
+        yield from _updates(lesson, made)
+
+
+def _updates(lesson: Lesson, made: Images) -> Iterator[int]:
     train = open_cache(lesson.dataset, "train", as_bytes=True)
     asked, shape = open_cache(lesson.dataset, lesson.split, as_bytes=True).images, train.images.shape[1:]
-    made = np.empty((0, *shape), np.uint8)
-    made = np.concatenate([made, *(samples.read(0, samples.count)[chosen] for samples, chosen in lesson.generated)])
-    of_made = [np.full(len(chosen), label) for label, (_, chosen) in enumerate(lesson.generated)]
+    of_made = [np.full(count, label) for label, count in enumerate(lesson.generated)]
     labels = torch.from_numpy(np.concatenate([np.asarray(train.labels), *of_made]))
     device = "cuda" if lesson.use_gpu and torch.cuda.is_available() else "cpu"
     deviation, mean = torch.std_mean(torch.from_numpy(np.array(train.images[:_MEASURED])).float(), dim=(0, 1, 2))
@@ -92,6 +102,7 @@ def learn(lesson: Lesson) -> None:
     augment = augmentation(*shape[:2], mirrors=lesson.mirrors)
     optimizer = torch.optim.AdamW(network.parameters(), lesson.rate, weight_decay=WEIGHT_DECAY, fused=True)
     order, answers = _order(lesson, num_train=len(train.images)), []
+    told, when = 0, time.monotonic()
     for update in range(1, lesson.lengths[-1] + 1):
         rows = next(order)
         images, ours = np.empty((len(rows), *shape), np.uint8), rows < len(train.images)
@@ -111,7 +122,11 @@ def learn(lesson: Lesson) -> None:
                     averaged(pixels(asked[rows])).argmax(1).cpu() for rows in batches(lesson.asked, batch_size=_ASKED)
                 ]
             answers.append(torch.cat(parts).numpy())
+        if time.monotonic() > when + _TOLD_SECONDS:
+            yield update - told
+            told, when = update, time.monotonic()
     storage.write_array(lesson.place, np.stack(answers))
+    yield lesson.lengths[-1] - told
 
 
 def _average(averages: Any, weights: Any, count: Any) -> None:
@@ -123,7 +138,7 @@ def _order(lesson: Lesson, *, num_train: int) -> Iterator[Rows]:
 
     In each pass an image has the place of a random number of its own, whatever images are between.
     """
-    sizes = {"train": num_train, "generated": sum(len(chosen) for _, chosen in lesson.generated)}
+    sizes = {"train": num_train, "generated": sum(lesson.generated)}
     left, epoch = np.empty(0, np.int64), 0
     while True:
         while len(left) < lesson.batch_size:

@@ -10,7 +10,7 @@ answers of each are stored as it is done, so that a second call trains only thos
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -27,6 +27,7 @@ from ncsn.data.training_images import open_cache
 from ncsn.distributed.cluster import cluster_for, ray_tags
 from ncsn.distributed.ray_calls import runner_of
 from ncsn.errors import UserError
+from ncsn.evaluation.extractors import Images
 from ncsn.evaluation.features import Runner
 from ncsn.evaluation.learner import RATES, TRIED, VERSION, Lesson, Part, learn
 from ncsn.evaluation.utility import compare, figures, require_enough, unbalanced
@@ -124,7 +125,7 @@ def utility(
         ]
         lesson = Lesson(
             dataset=dataset,
-            generated=[(part.samples, part.chosen) for part in parts],
+            generated=[len(part.chosen) for part in parts],
             batch_size=wish.batch_size,
             num_classes=len(names),
             mirrors=config.data.horizontal_flip,
@@ -133,7 +134,8 @@ def utility(
             place=storage.join(uri, "answers"),
             use_gpu=config.compute.use_gpu,
         )
-        asked = ask(lesson, labels, wish, runner=runner_of(config.compute), progress=progress)
+        made = np.concatenate([part.samples.read(0, part.samples.count)[part.chosen] for part in parts])
+        asked = ask(lesson, labels, wish, made=made, runner=runner_of(config.compute), progress=progress)
     test = test[tested]
     found = asked.compared(test, num_classes=len(names))
     rows = [
@@ -198,10 +200,26 @@ def _may_have_seen_more(config: Config, trained: TrainedNetwork, folder: RunFold
     return any(each.dataset_digest != trained.dataset_digest or each.config.train.init_from for each in others)
 
 
-def ask(lesson: Lesson, labels: NDArray[np.int64], wish: UtilityConfig, *, runner: Runner, progress: Progress) -> Asked:
-    """Train the classifiers of all arms that are missing, on training images of these labels and generated ones."""
-    rate, updates, trials = _rate_and_length(lesson, labels, wish, runner=runner, progress=progress)
-    arms = list(_arms(labels, [chosen for _, chosen in lesson.generated], wish.ratios))
+def ask(
+    lesson: Lesson, labels: NDArray[np.int64], wish: UtilityConfig, *, made: Images, runner: Runner, progress: Progress
+) -> Asked:
+    """Train the classifiers of all arms that are missing, on training images of these labels and those `made`.
+
+    These are the generated images of all classes, one class after the other.
+    """
+
+    def learned(lessons: Sequence[Lesson], unit: str) -> list[NDArray[np.int64]]:
+        """The answers of each classifier; only those that are not stored yet are trained."""
+        missing = [lesson for lesson in lessons if not storage.exists(lesson.place)]
+        total, left = (sum(lesson.lengths[-1] for lesson in each) for each in (lessons, missing))
+        progress.start(total, unit, done=total - left)
+        told: Iterator[tuple[Lesson, int]] = runner(partial(learn, made=made), missing, gpu=True)
+        for _, updates in told:
+            progress.advance(updates)
+        return [storage.read_array(lesson.place) for lesson in lessons]
+
+    rate, updates, trials = _rate_and_length(lesson, labels, wish, learned=learned)
+    arms = list(_arms(labels, lesson.generated, wish.ratios))
     lessons = [
         replace(
             lesson,
@@ -215,15 +233,14 @@ def ask(lesson: Lesson, labels: NDArray[np.int64], wish: UtilityConfig, *, runne
         for arm in arms
         for seed in range(wish.seeds)
     ]
-    learned = _learned(lessons, "updates of classifiers", runner=runner, progress=progress)
-    found = np.reshape(learned, (len(arms), wish.seeds, -1))
+    found = np.reshape(learned(lessons, "updates"), (len(arms), wish.seeds, -1))
     return Asked(arms, dict(zip([arm.name for arm in arms], found, strict=True)), rate, updates, trials)
 
 
-def _arms(labels: NDArray[np.int64], chosen: Sequence[NDArray[np.int64]], ratios: Sequence[float]) -> Iterator[Arm]:
-    """The arms for training images of these labels, and the `chosen` generated images of each class."""
-    by_class = [np.flatnonzero(labels == label) for label in range(len(chosen))]
-    counts, starts = np.array([len(own) for own in by_class]), np.cumsum([0, *map(len, chosen)])
+def _arms(labels: NDArray[np.int64], generated: Sequence[int], ratios: Sequence[float]) -> Iterator[Arm]:
+    """The arms for training images of these labels, and this number of generated images of each class."""
+    by_class = [np.flatnonzero(labels == label) for label in range(len(generated))]
+    counts, starts = np.array([len(own) for own in by_class]), np.cumsum([0, *generated])
 
     def first(wanted: NDArray[np.int64]) -> Part:
         """The first generated images of each class, as far as they are there."""
@@ -247,7 +264,11 @@ def _arms(labels: NDArray[np.int64], chosen: Sequence[NDArray[np.int64]], ratios
 
 
 def _rate_and_length(
-    lesson: Lesson, labels: NDArray[np.int64], wish: UtilityConfig, *, runner: Runner, progress: Progress
+    lesson: Lesson,
+    labels: NDArray[np.int64],
+    wish: UtilityConfig,
+    *,
+    learned: Callable[[Sequence[Lesson], str], list[NDArray[np.int64]]],
 ) -> tuple[float, int, list[dict[str, Any]]]:
     """The rate and the number of updates of all arms, and every trial.
 
@@ -260,16 +281,12 @@ def _rate_and_length(
     rest = Part("train", np.setdiff1d(np.flatnonzero(labels >= 0), asked), draw=0)
     lengths = tuple(sorted({max(1, wish.updates // part) for part in (8, 4, 2, 1)}))
     lesson = replace(lesson, generated=(), parts=[rest], lengths=lengths, split="train", asked=asked)
-    found = _learned(
-        [
-            replace(lesson, rate=rate, seed=seed, place=storage.join(lesson.place, f"trial-{rate:g}-{seed}.npy"))
-            for rate in RATES
-            for seed in range(TRIED)
-        ],
-        "updates of trials",
-        runner=runner,
-        progress=progress,
-    )
+    lessons = [
+        replace(lesson, rate=rate, seed=seed, place=storage.join(lesson.place, f"trial-{rate:g}-{seed}.npy"))
+        for rate in RATES
+        for seed in range(TRIED)
+    ]
+    found = learned(lessons, "trial updates")
     right = np.reshape(found, (len(RATES), TRIED, len(lengths), len(asked))) == labels[asked]
     balanced = np.mean([right[..., labels[asked] == label].mean(axis=(1, 3)) for label in range(len(by_class))], axis=0)
     trials = [
@@ -279,13 +296,3 @@ def _rate_and_length(
     ]
     best = max(trials, key=lambda trial: (trial["balanced_accuracy"], -trial["updates"]))
     return float(best["rate"]), int(best["updates"]), trials
-
-
-def _learned(lessons: Sequence[Lesson], unit: str, *, runner: Runner, progress: Progress) -> list[NDArray[np.int64]]:
-    """The answers of each classifier; only those that are not stored yet are trained."""
-    missing = [lesson for lesson in lessons if not storage.exists(lesson.place)]
-    total, left = (sum(lesson.lengths[-1] for lesson in each) for each in (lessons, missing))
-    progress.start(total, unit, done=total - left)
-    for lesson, _ in runner(learn, missing, gpu=True):
-        progress.advance(lesson.lengths[-1])
-    return [storage.read_array(lesson.place) for lesson in lessons]

@@ -43,6 +43,13 @@ def test_a_process_has_one_gpu_for_call_after_call(driver: RayDriver, tmp_path: 
     assert len(places) == 20 and {cards for _, cards in places} == {()} and len(cards_of(places)) <= 4
 
 
+@pytest.mark.parametrize("gpu", [False, True])
+def test_values_come_while_calls_go_on(driver: RayDriver, tmp_path: Path, gpu: bool) -> None:
+    found = driver(gpu_calls.told, tmp_path, gpu=gpu)
+    assert len(found) == 4 and {(0, "a"), (1, "b")} < {*found}
+    assert len({value for _, value in found} - {"a", "b"}) == 2, "two processes"
+
+
 def test_what_a_lost_process_had_is_done_by_another(driver: RayDriver, tmp_path: Path) -> None:
     files = [tmp_path / str(number) for number in range(3)]
     files[2].touch()  # is not lost

@@ -19,13 +19,13 @@ from ncsn import storage
 from ncsn.config import Config, to_json
 from ncsn.config.schema import UtilityConfig
 from ncsn.data.format import load_manifest
-from ncsn.data.samples import SampleSet, write_shard
+from ncsn.data.samples import SampleSet
 from ncsn.data.training_images import open_cache
 from ncsn.evaluation import learner
 from ncsn.evaluation.features import here
 from ncsn.evaluation.learner import Lesson, Part
 from ncsn.model.checkpoint import load_checkpoint
-from ncsn.progress import Progress
+from ncsn.progress import Progress, read_progress
 from ncsn.steps import utility
 from ncsn.steps.export import uncopied
 from ncsn.steps.utility import Asked, ask
@@ -46,22 +46,20 @@ def asked(dataset: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[..
     folder, tests, arms = tmp_path_factory.mktemp("answers"), open_cache(dataset, "test").labels, utility._arms
     others = (utility.REAL, utility.GENERATED)
 
-    def train(name: str, images: NDArray[np.uint8]) -> Asked:
+    def train(images: NDArray[np.uint8]) -> Asked:
         count = images.shape[1]
-        for label in range(10):
-            write_shard(f"{folder}/{name}/{label}/shard-{0:09d}-{count:09d}.parquet", images[label])
         for stored in (folder / "answers").glob("*-[0-9].npy"):
             if stored.name.startswith("ratio"):  # the others are the same each time
                 stored.unlink()
-        generated = [(SampleSet(f"{folder}/{name}/{k}", count), np.arange(count)) for k in range(10)]
-        lesson = Lesson(dataset, generated, 32, 10, False, "test", np.arange(len(tests)), f"{folder}/answers")
+        lesson = Lesson(dataset, [count] * 10, 32, 10, False, "test", np.arange(len(tests)), f"{folder}/answers")
         labels = np.array(open_cache(dataset, "train").labels)
         labels[np.setdiff1d(np.arange(len(labels)), rows_of(dataset).flatten())] = -1
         wish = UtilityConfig(ratios=(count / OF_CLASS,), updates=100)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(utility, "RATES", (2.5e-3,))
             patch.setattr(utility, "_arms", lambda *given: [arm for arm in arms(*given) if arm.name not in others])
-            return ask(lesson, labels, wish, runner=here, progress=Progress())
+            made = np.concatenate([*images])
+            return ask(lesson, labels, wish, made=made, runner=here, progress=Progress())
 
     return train
 
@@ -77,7 +75,7 @@ def compared(found: Asked, dataset: str) -> dict[str, Any]:
 
 
 def test_unseen_real_images_help(asked, dataset: str) -> None:
-    found = asked("unseen", open_cache(dataset, "train").images[rows_of(dataset, OF_CLASS, 9 * OF_CLASS)])
+    found = asked(open_cache(dataset, "train").images[rows_of(dataset, OF_CLASS, 9 * OF_CLASS)])
     gain = compared(found, dataset)
     assert (gain["grade"], gain["chosen"]) == ("helps", ["ratio-9"])
 
@@ -85,20 +83,20 @@ def test_unseen_real_images_help(asked, dataset: str) -> None:
 def test_images_of_other_classes_harm(asked, dataset: str) -> None:
     images = open_cache(dataset, "train").images[rows_of(dataset, OF_CLASS)].reshape(10 * OF_CLASS, 8, 8, 1)
     shuffled = images[np.random.default_rng(0).permutation(len(images))].reshape(10, OF_CLASS, 8, 8, 1)
-    gain = compared(asked("shuffled", shuffled), dataset)
+    gain = compared(asked(shuffled), dataset)
     assert gain["grade"] == "harms"
 
 
 @pytest.mark.slow
 def test_noise_does_not_help(asked, dataset: str) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (10, OF_CLASS, 8, 8, 1), dtype=np.uint8)
-    gain = compared(asked("noise", noise), dataset)
+    gain = compared(asked(noise), dataset)
     assert gain["grade"] != "helps"
 
 
 @pytest.mark.slow
 def test_copies_make_no_difference(asked, dataset: str) -> None:
-    gain = compared(asked("copies", open_cache(dataset, "train").images[rows_of(dataset)]), dataset)
+    gain = compared(asked(open_cache(dataset, "train").images[rows_of(dataset)]), dataset)
     assert gain["grade"] == "same" and abs(gain["gain"]["value"]) < 2
 
 
@@ -116,6 +114,34 @@ def made(folder: Path, save_untrained, *overrides: str) -> tuple[Config, dict[st
     dataset = digits(config, folder / "data")
     save_untrained(config, dataset, folder / "checkpoint")
     return config, {"checkpoint": str(folder / "checkpoint"), "dataset": dataset}
+
+
+def test_classifiers_read_no_generated_images_and_tell_their_updates(
+    tmp_path: Path, save_untrained, monkeypatch
+) -> None:
+    read, reads, by_classifiers, told = SampleSet.read, [0], [0], list[int]()
+
+    def counted(self: SampleSet, first: int, last: int) -> NDArray[np.uint8]:
+        reads[0] += 1
+        return read(self, first, last)
+
+    def runner(function: Callable[..., Any], items: Any, *, gpu: bool) -> Any:
+        before = reads[0]
+        for item, value in here(function, items, gpu=gpu):
+            told.append(value)
+            yield item, value
+        by_classifiers[0] += reads[0] - before
+
+    monkeypatch.setattr(SampleSet, "read", counted)
+    monkeypatch.setattr(learner, "_TOLD_SECONDS", -1.0)
+    monkeypatch.setattr(utility, "runner_of", lambda _: runner)
+    config, given = made(tmp_path, save_untrained, *CLASSES)
+    folder = claimed(config, "mine")
+    updates = do("utility", config, "mine", **given).updates
+    assert by_classifiers[0] == 0 < reads[0]
+    assert max(told) == 1 and sum(told) == len(utility.RATES) * utility.TRIED * 8 + 4 * 5 * updates
+    shown = read_progress(folder.step("utility", "progress.json"))
+    assert shown and (shown.done, shown.total, shown.unit) == (4 * 5 * updates, 4 * 5 * updates, "updates")
 
 
 def test_a_second_call_trains_what_is_missing(tmp_path: Path, save_untrained, monkeypatch) -> None:
@@ -163,7 +189,7 @@ def test_a_second_call_trains_what_is_missing(tmp_path: Path, save_untrained, mo
 
 def test_unbalanced_classes_are_filled_in_two_ways() -> None:
     labels = np.repeat([0, 1, -1], [9, 2, 3])
-    arms = {arm.name: arm for arm in utility._arms(labels, [np.arange(9), np.arange(9)], [0.5])}
+    arms = {arm.name: arm for arm in utility._arms(labels, [9, 9], [0.5])}
     shown = {name: sorted(np.concatenate([part.rows for part in arm.parts])) for name, arm in arms.items()}
     assert shown["oversampled"] == [*range(9), *[9] * 5, *[10] * 4]
     assert arms["filled"].parts[1].rows.tolist() == [*range(9, 16)]
@@ -189,8 +215,7 @@ def test_a_model_that_copies_adds_what_else_it_makes(tmp_path: Path, save_untrai
 
 def test_arms_show_what_they_share_in_the_same_order(dataset: str) -> None:
     real, made = Part("train", np.arange(50), draw=0), Part("generated", np.arange(20), draw=1)
-    generated = [(SampleSet("", 20), np.arange(20))]
-    lesson = Lesson(dataset, generated, 10, 10, False, "test", np.arange(1), "", parts=[real], seed=3)
+    lesson = Lesson(dataset, [20], 10, 10, False, "test", np.arange(1), "", parts=[real], seed=3)
     alone = np.concatenate([*itertools.islice(learner._order(lesson, num_train=50), 5)])
     mixed = np.concatenate([*itertools.islice(learner._order(replace(lesson, parts=[real, made]), num_train=50), 7)])
     assert sorted(alone) == [*range(50)] and sorted(mixed) == [*range(70)]
