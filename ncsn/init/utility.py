@@ -27,10 +27,9 @@ def choose_utility(
 
     `seconds` are what it may take, `seconds_per_image` what all workers together take to generate one.
     """
-    if draft.get("data.num_classes") is None:
-        return 0.0
-    why = f"Not asked whether the images help a classifier: fewer than two classes have {NAMED_IMAGES} test images."
-    if can_tell(train, test):
+    not_asked = "Not asked whether the images help a classifier"
+    why = f"{not_asked}: that needs data.num_classes, and two classes with {NAMED_IMAGES} test images."
+    if draft.get("data.num_classes") is not None and can_tell(train, test):
         size, channels = draft.get("data.image_size"), draft.get("data.channels")
         shape = (*([size, size] if isinstance(size, int) else size), channels)
         device, workers = "cuda" if draft.get("compute.use_gpu") else "cpu", draft.get("compute.num_workers")
@@ -46,6 +45,6 @@ def choose_utility(
                 draft.choose("utility.updates", updates // 100 * 100, why)
                 draft.choose("utility.ratios", list(ratios))
                 return float(generating + trainings * each * updates)
-        why = f"Not asked whether the images help a classifier: it takes longer than {duration(seconds)}."
+        why = f"{not_asked}: it takes longer than {duration(seconds)}. `ncsn utility` asks later."
     draft.choose("utility", None, why)
     return 0.0

@@ -333,3 +333,5 @@ def test_whether_images_help_is_asked_if_it_fits_a_quarter_of_the_time(
     assert (wish and wish.ratios) == ratios and chosen.draft.reasons["utility" if wish is None else "utility.updates"]
     assert (wish is None) == ("utility" not in chosen.seconds)
     assert chosen.seconds.get("utility", 0) <= 60 * minutes / 4
+    alone = choose(folders={"a": 100}, side=16)
+    assert alone.config.data.num_classes is None and alone.draft.reasons["utility"] and alone.config.utility is None
