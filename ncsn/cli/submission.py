@@ -10,6 +10,7 @@ from typing import Any
 from ncsn import storage
 from ncsn.cli.target import TargetOptions
 from ncsn.config import from_yaml, to_json
+from ncsn.config.rules import require_splits
 from ncsn.config.schema import TrackingConfig
 from ncsn.data.sources.base import source_fingerprint
 from ncsn.environment import CODE, IMAGE_VARIABLE
@@ -58,6 +59,7 @@ def prepare(
     else:
         run = options.resolve()
         config, tracked_as = run.config, run.config.tracking.experiment
+        require_splits(config)
         arguments = _experiment_arguments(run, given_run=options.run, scheduled=scheduled)
         name = config.name if scheduled else run.name
     if options.code_here:

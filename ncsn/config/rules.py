@@ -16,10 +16,10 @@ from ncsn.config.choices import (
     UnetNetworkConfig,
 )
 from ncsn.config.problems import problems
-from ncsn.config.schema import Config
+from ncsn.config.schema import MOST_IMAGES, Config
 from ncsn.config.training import ConsistencyLossConfig, LevelsConfig, LognormalTraining, PowerEmaConfig
 from ncsn.core.samplers.settings import AnnealedLangevin, Consistency, DpmSolver, Langevin
-from ncsn.errors import ConfigError, Problem
+from ncsn.errors import ConfigError, Problem, UserError
 
 _WEIGHTS = {"inception": "weights-inception-2015-12-05-6726825d.pth", "dinov2": "dinov2_vitl14_pretrain.pth"}  # files
 _HALVINGS = {"standard": 1, "deeper": 2, "deepest": 3}
@@ -35,6 +35,14 @@ def checked(tree: dict[str, Any]) -> Config:
     if found := [problem for rule in _RULES for problem in rule(config)]:
         raise ConfigError.of(found)
     return config
+
+
+def require_splits(config: Config) -> None:
+    """Refuse fewer images than the evaluation splits them into; who only samples may ask for any number."""
+    count, splits = config.sampling.num_images, config.evaluation.num_splits
+    if count < splits:
+        reason, hint = f"less than one for each of evaluation.num_splits = {splits}", "raise it, or lower that"
+        raise UserError("sampling.num_images", reason, hint=hint, value=count)
 
 
 def _network(config: Config) -> Iterator[Problem]:
@@ -149,9 +157,11 @@ def _classes(config: Config) -> Iterator[Problem]:
     if label != "balanced" and not has_classes:
         reason, hint = "needs a class-conditional network", "set data.num_classes before training"
         yield Problem("sampling.label", reason, hint, label)
-    if isinstance(label, dict) and (total := sum(label.values())) != config.sampling.num_images:
-        reason, hint = f"is not the sum of sampling.label, {total:,}", f"set it to {total}"
-        yield Problem("sampling.num_images", reason, hint, config.sampling.num_images)
+    if isinstance(label, dict) and config.sampling.num_images > MOST_IMAGES:
+        yield Problem("sampling.label", f"asks for more than {MOST_IMAGES:,} images", "lower it", label)
+    if config.export.fill and config.export.per_class:
+        reason = "says another number than export.fill, which completes each class to the largest"
+        yield Problem("export.per_class", reason, "leave one of them out", config.export.per_class)
     if isinstance(guidance, ClassifierFreeConfig):
         key, instead = "sampling.guidance.kind", "before training, or use null or autoguidance"
         if not has_classes:
@@ -179,9 +189,6 @@ def _sampling(config: Config) -> Iterator[Problem]:
     if sampling.levels is not None and not isinstance(training, LognormalTraining):
         reason = f"needs a network trained at any sigma, but noise.training.kind = {training.kind}"
         yield Problem("sampling.levels", reason, "use null, or train with lognormal")
-    if evaluation.num_splits > sampling.num_images:
-        reason = f"less than one for each of evaluation.num_splits = {evaluation.num_splits}"
-        yield Problem("sampling.num_images", reason, "raise it, or lower evaluation.num_splits", sampling.num_images)
     if evaluation.pretrained is not None and config.data.channels not in (1, 3):
         reason = f"needs gray or RGB images, but data.channels = {config.data.channels}"
         yield Problem("evaluation.extractor", reason, "use classifier or clusters", evaluation.pretrained)

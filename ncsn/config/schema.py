@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from ncsn.config.choices import Domain, GuidanceConfig, NetworkConfig, Section, matching
 from ncsn.config.compute import ComputeConfig
@@ -203,7 +203,7 @@ class SamplingConfig(Section):
     network that was trained in it, else float32."""
     label: Label | dict[Label, SetSize] = "balanced"
     """Classes of the images, with data.num_classes: balanced = in turn; data = drawn as often as in the training
-    images; the name or number of one class; or images by class, such as {crack: 2000, scratch: 500}, whose sum is
+    images; the name or number of one class; or images by class, such as {crack: 2000, scratch: 500}, which set
     num_images. Image i of a class is image i of that class alone."""
     guidance: GuidanceConfig | None = None
     """Guidance of the samples away from those of a worse score; null = none."""
@@ -226,6 +226,12 @@ class SamplingConfig(Section):
         if not all(type(count) is int and count > 0 for count in asked.values()):
             raise UserError("", "not at least one image of each class", hint="such as {crack: 20}", value=value)
         return value
+
+    @model_validator(mode="after")
+    def _counts_are_the_number(self) -> SamplingConfig:
+        if isinstance(self.label, dict):
+            object.__setattr__(self, "num_images", sum(self.label.values()))  # of a frozen model
+        return self
 
 
 class SearchConfig(Section):

@@ -28,7 +28,7 @@ from ncsn.core.samplers.settings import Sampler
 from ncsn.errors import InvalidValue, UserError, shown_value
 from ncsn.model import build
 from ncsn.model.checkpoint import TrainedNetwork, load_checkpoint, weights_digest
-from ncsn.model.classes import AS_DATA, BALANCED, images_of, require_label
+from ncsn.model.classes import AS_DATA, BALANCED, require_label
 
 CHECKPOINT = "sampling.guidance.checkpoint"
 STRIP_IMAGES, STRIP_STAGES, STRIP_BYTES = 8, 12, 1_500_000
@@ -48,7 +48,7 @@ class Wish:
         config = trained.config
         own, changes = config.sampling, dict[str, Any]()
         if isinstance(self.label, Mapping):
-            changes |= {"label": dict(self.label), "num_images": images_of(self.label)}
+            changes["label"] = dict(self.label)
         elif self.label is not None or isinstance(own.label, dict):
             changes["label"] = BALANCED if self.label is None else str(self.label)
         if self.seed is not None:
@@ -60,10 +60,7 @@ class Wish:
         elif self.guidance not in (None, 1):
             changes["guidance"] = {"kind": "classifier_free", "weight": self.guidance}
         try:
-            # Few images have no splits of a score, and need none.
-            evaluation = config.evaluation.model_copy(update={"num_splits": 1})
-            tree = {**dict(config), "evaluation": evaluation, "sampling": {**dict(own), **changes}}
-            found = checked(tree).sampling
+            found = checked({**dict(config), "sampling": {**dict(own), **changes}}).sampling
             require_label(found.label, trained.classes)
         except UserError as error:
             raise error.reworded({"sampling.": "", "noise.num_levels = ": "the model's "}) from None

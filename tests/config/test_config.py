@@ -158,7 +158,8 @@ WRONG = [
     (["network={kind: ddpmpp, multipliers: [1, 1, 1], attention_sizes: []}", "data.image_size=[16,18]"], MULTIPLIERS),
     (["network={kind: ncsnv2, depth: deepest}", "data.image_size=28"], "data.image_size"),
     (["data.num_classes=10", NCSN], "data.num_classes"),
-    ([*CLASSES, "sampling.label={a: 500, b: 13}"], "sampling.num_images"),
+    ([*CLASSES, "sampling.label={a: 9000000, b: 9000000}"], "sampling.label"),
+    ([*CLASSES, "export={fill: true, per_class: 10}"], "export.per_class"),
     ([*CLASSES, "sampling.label={a: 0}"], "sampling.label"),
     ([*CLASSES, "sampling.label={no: 512}"], "sampling.label"),
     (["sampling={label: no, sampler: {kind: langevin}}"], "sampling.label"),
@@ -236,8 +237,13 @@ def test_a_gpu_is_why_networks_are_compiled_and_channels_go_last() -> None:
 def test_all_that_is_missing_or_does_not_go_together_is_named() -> None:
     with refused("data", "network", "train", "sampling", error=ConfigError):
         from_yaml("name: x")
-    with refused("train.batch_size", "sampling.num_images", error=ConfigError):
-        from_yaml(DIGITS, overrides=["sampling.num_images=9", "compute.num_workers=4000"])
+    with refused("train.batch_size", "train.label_dropout", error=ConfigError):
+        from_yaml(DIGITS, overrides=["train.label_dropout=0.1", "compute.num_workers=4000"])
+
+
+def test_counts_by_class_set_the_number_of_images() -> None:
+    for label, count in (("balanced", 512), ("{a: 500, b: 13}", 513), ("{a: 2}", 2)):
+        assert from_yaml(DIGITS, overrides=[*CLASSES, f"sampling.label={label}"]).sampling.num_images == count
 
 
 @pytest.mark.parametrize("typed", ["yes", "no", "null", "~", "nan", "1e3", "3.50", "010", "a: b", "#1", "2024-01-31"])
