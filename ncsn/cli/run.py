@@ -26,6 +26,7 @@ from ncsn.progress import read_progress
 from ncsn.runs.code import publish_code
 from ncsn.runs.folder import (
     DEFAULT_ROOT,
+    ForeignRun,
     Outcome,
     Run,
     RunFolder,
@@ -178,7 +179,8 @@ def do_steps(run: Run, steps: tuple[str, ...], *, finish: bool = False) -> None:
                     runs.append(Run(trainable(result, config), result.run))
                     storage.delete(runs[-1].folder.status)
         except BaseException as error:
-            write_end(config, [each.folder for each in runs], step, error)
+            if not isinstance(error, ForeignRun):  # else another command works on the run
+                write_end(config, [each.folder for each in runs], step, error)
             raise
         for each in runs:
             write_outcome(each.folder, Outcome("FINISHED"))
@@ -194,14 +196,17 @@ def run_step(step: str, run: Run, *, code_here: bool, given: Mapping[str, str | 
 
 def run_select(run: Run, *, code_here: bool, given: Mapping[str, str | None], as_json: bool) -> None:
     """Choose the best checkpoint of a run; then sample, evaluate and register it, and report, unless the last stays."""
+    steps = steps_of(run.config)
+    steps = steps[steps.index("sample") :]
+    for step in steps:
+        refuse(step, run)
     found = {"select": run_step("select", run, code_here=code_here, given=given)}
     done = read_step(run.folder, "sample").result.get("checkpoint") == found["select"].checkpoint
     if given.get("lease") is None and not done:  # else the launcher does the rest
         sampling = run.config.sampling.model_copy(update={"relative_width": None})  # that of the chosen weights
         run = Run(run.config.model_copy(update={"sampling": sampling}), run.name)
         inputs: dict[str, str | None] = {"dataset": given.get("dataset"), "checkpoint": found["select"].checkpoint}
-        steps = steps_of(run.config)
-        for step in steps[steps.index("sample") :]:
+        for step in steps:
             found[step] = run_step(step, run, code_here=False, given=inputs)
     if as_json:
         click.echo(json.dumps({step: dataclasses.asdict(result) for step, result in found.items()}, indent=1))

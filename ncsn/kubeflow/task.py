@@ -11,7 +11,7 @@ from ncsn.answer import TERMINATED
 from ncsn.environment import KFP_RUN_ID, this_kfp_run
 from ncsn.errors import UserError
 from ncsn.events import tell
-from ncsn.runs.folder import ForeignRun, Outcome, Run, read_mistake, read_step, update_step, write_end, write_outcome
+from ncsn.runs.folder import ForeignRun, Outcome, Run, read_step, update_step, write_end, write_outcome
 from ncsn.runs.steps import STEPS
 from ncsn.steps.execute import Observer
 
@@ -26,8 +26,9 @@ class Task(Observer):
         run.claim()  # so that a refusal is recorded too
         self._last, self._mistake = last, None
         error = read_step(run.folder, step).error
-        if int(os.environ.get(_TRY) or 0) and error is not None and error.kfp_run == os.environ.get(KFP_RUN_ID):
-            self._mistake = read_mistake(run.folder, step)
+        again = int(os.environ.get(_TRY) or 0)
+        if again and error is not None and error.problems and error.kfp_run == os.environ.get(KFP_RUN_ID):
+            self._mistake = UserError.of(error.problems)
 
     def started(self, step: str, run: Run, inputs: Mapping[str, str]) -> None:  # noqa: ARG002
         """Tell the janitor and the webhook of the run, once; another try does not repeat a mistake."""
@@ -52,7 +53,7 @@ class Task(Observer):
         kfp_run = os.environ.get(KFP_RUN_ID)
         if isinstance(error, ForeignRun):
             if kfp_run:  # for the exit handler, which leaves the run as it is too
-                storage.write_text(run.folder.step(step, f"refused-{kfp_run}"), str(error))
+                storage.write_text(run.folder.step(STEPS[0], f"refused-{kfp_run}"), str(error))
         elif isinstance(error, Exception):
             if _terminated():  # the janitor may delete a RayJob before Argo ends this process
                 update_step(run.folder, step, state="KILLED")

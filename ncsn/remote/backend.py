@@ -25,7 +25,7 @@ from ncsn import storage
 from ncsn.environment import KFP_RUN_ID
 from ncsn.errors import UserError
 from ncsn.progress import say
-from ncsn.runs.folder import RunFolder, read_step, said_newest
+from ncsn.runs.folder import ForeignRun, RunFolder, StepError, read_step, said_newest
 from ncsn.storage.heartbeat import Heartbeat
 from ncsn.storage.retry import Retry, unavailable
 
@@ -81,8 +81,11 @@ class RemoteStep:
 
     @property
     def lease(self) -> str:
-        """The folder where the backend renews its lease with a `Heartbeat` while it waits for the step."""
-        return storage.join(self.uri, "lease")
+        """The folder where the backend renews its lease with a `Heartbeat` while it waits for the step.
+
+        Its name tells the driver its request.
+        """
+        return storage.join(self.uri, "lease", self.request)
 
     @property
     def log(self) -> str:
@@ -101,10 +104,10 @@ class RemoteStep:
         room = MAX_NAME - len(f"ncsn--{self.step}-{digest}")
         return f"ncsn-{readable[:room].strip('-')}-{self.step}-{digest}"
 
-    def told(self) -> str | None:
+    def told(self) -> StepError | None:
         """Why the step failed, as its driver has recorded it."""
         record = read_step(self.folder, self.step)
-        return f"{record.error.kind}: {record.error.message}" if record.error and record.state == "FAILED" else None
+        return record.error if (record.state, record.request) == ("FAILED", self.request) else None
 
     def resumes(self) -> str:
         """What the next driver of the step does after the loss of one, as a clause."""
@@ -150,8 +153,8 @@ class Backend(Protocol):
     def connect(self) -> None:
         """Connect now, or raise as `execute` does."""
 
-    def execute(self, step: RemoteStep) -> None:
-        """Run `step.leased_command` to its end, or attach to it if it is running.
+    def execute(self, step: RemoteStep, accepted: Callable[[], None]) -> None:
+        """Run `step.leased_command` to its end, or attach to it if it is running; `accepted` is called in between.
 
         Ctrl-C, and SIGTERM unless another attempt will follow, must end the work there if `is_ours`. Until then the
         backend renews its lease in `step.lease`: when all there are stale, the step saves and ends.
@@ -160,6 +163,7 @@ class Backend(Protocol):
             RemoteFailure: It failed.
             RemoteLost: The backend no longer knows it.
             EndedByOther: Another launcher ended it.
+            ForeignRun: A job of its name does other work. `accepted` was not called.
         """
 
     def stop(self, *, run: str | None, kfp_run: str | None) -> list[str]:
@@ -177,10 +181,10 @@ def is_ours(heart: Heartbeat, made_by: str | None, kfp_run: str | None, this_run
     return kfp_run == this_run if kfp_run or this_run else made_by == heart.id or heart.alone
 
 
-def refuse_other_work(name: str, how_to_end: str) -> UserError:
+def refuse_other_work(name: str, how_to_end: str) -> ForeignRun:
     """The error for a running job of the step's name that is not the step's."""
     reason = "this job runs the same step on other inputs"
-    return UserError(name, reason, hint=f"wait for it, or end it: {how_to_end}")
+    return ForeignRun(name, reason, hint=f"wait for it, or end it: {how_to_end}")
 
 
 def forwarded_environment(*, to_pods: bool = False) -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -38,7 +38,6 @@ from ncsn.remote.manifest import (
     selector,
 )
 from ncsn.remote.pods import PodLog, PodWatch
-from ncsn.runs.folder import read_mistake
 from ncsn.storage.heartbeat import Heartbeat
 
 STANDALONE = "kubeflow"  # namespace of the runs where Kubeflow Pipelines serves one user
@@ -123,7 +122,7 @@ class KubeRay:
     def connect(self) -> None:
         _ = self._api
 
-    def execute(self, step: RemoteStep) -> None:
+    def execute(self, step: RemoteStep, accepted: Callable[[], None]) -> None:
         """Run the step as a RayJob, or attach to the one that an earlier attempt left; return when it has ended.
 
         Ctrl-C deletes the RayJob if it `is_ours`. So does SIGTERM, unless it is meant for the pod of this process and
@@ -144,6 +143,7 @@ class KubeRay:
         with answer.waiting(lambda: self._end_at_once(name)), self._heart:
             try:
                 attempt = self._start(step, manifest)
+                accepted()
                 pods = PodWatch(self._api, f"{ATTEMPT_LABEL}={attempt}", resumes=step.resumes)
                 with PodLog(self._api, name, pods, attempt=attempt, uri=step.log) as log:
                     state = self._watch(step, pods, log, attempt)
@@ -158,7 +158,7 @@ class KubeRay:
         if self._ours and not (state.kept and "deletionStrategy" in manifest["spec"]):
             self._api.delete("rayjobs", name, uid=self._uid)
         if not state.succeeded:
-            told = step.told()
+            told = str(step.told() or "")
             causes: list[str | None] = [told or log.first_error() or pods.cause or state.explain()]
             if state.reason.endswith("Exceeded") or state.deployment == "ValidationFailed":  # ended by the operator
                 causes = [state.message, told]
@@ -254,7 +254,7 @@ class KubeRay:
                 log.due.put(None)  # an attempt that has failed is deleted with its log
             if state.finished:
                 return state
-            if state.failed and read_mistake(step.folder, step.step):
+            if state.failed and (told := step.told()) and told.problems:
                 raise RemoteFailure(f"RayJob {name} failed, and another attempt would only repeat the mistake")
             # KubeRay would try again for the same time. It may show the reason for less than a second.
             ran = ran or state.deployment == "Running"

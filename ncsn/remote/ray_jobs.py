@@ -96,7 +96,7 @@ class RayJobs:
     def connect(self) -> None:
         _ = self._client
 
-    def execute(self, step: RemoteStep) -> None:
+    def execute(self, step: RemoteStep, accepted: Callable[[], None]) -> None:
         """Run the step as a job, or attach to the one that an earlier attempt left; return when it has ended.
 
         SIGTERM and Ctrl-C stop the job if it `is_ours`.
@@ -106,6 +106,7 @@ class RayJobs:
         with self._heart, answer.waiting(lambda: None):
             try:
                 name = self._start(step)
+                accepted()
                 with JobLog(self._client, name, uri=step.log) as log:
                     job = self._watch(name)
                 if job.status == "STOPPED" and not self._ours:
@@ -116,7 +117,7 @@ class RayJobs:
         if job.status == "STOPPED":
             raise RemoteFailure(log.describe(f"Ray job {name} was stopped", "the same command resumes"))
         if job.status != "SUCCEEDED":  # Ray derives it from the exit code of the driver
-            cause = step.told() or first_error(log.lines) or " ".join((job.message or "").split())
+            cause = str(step.told() or "") or first_error(log.lines) or " ".join((job.message or "").split())
             if job.driver_exit_code == NOT_FOUND:
                 cause = "the cluster has no command `ncsn`; install this package in the environment of `ray start`"
             raise RemoteFailure(f"Ray job {name} failed (exit code {job.driver_exit_code}): {log.describe(cause)}")

@@ -91,10 +91,10 @@ def main() -> None:
         _become(command, uri)
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
-        root, _, run, _, step, _ = command[-1].rsplit("/", 5)  # the lease is in the step's folder
+        root, _, run, _, step, _, request = command[-1].rsplit("/", 6)  # the lease is in the step's folder
         # The launcher reads it there, and lets nobody try again.
         record = StepError(type(error).__name__, str(error), error.problems, os.environ.get(KFP_RUN_ID, ""))
-        update_step(RunFolder(root, run), step, state="FAILED", error=record)
+        update_step(RunFolder(root, run), step, state="FAILED", error=record, request=request)
         sys.exit(2)
 
 

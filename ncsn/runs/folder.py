@@ -2,7 +2,7 @@
 
 A step may run in another process or on another machine than the command that waits for it, so all of this travels
 through the store. Each step has one record, `step.json`. One process writes it at a time: the driver of the step while
-it works, else its launcher.
+it works, else the launcher whose job the backend has accepted.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _LEVELS = {"noise.sigma_1", "noise.sigma_L", "noise.num_levels"}
 
 
 class ForeignRun(UserError):
-    """The run belongs to another config, or has read other images."""
+    """The run belongs to another config, has read other images, or a job does the step with other inputs."""
 
 
 @dataclass(frozen=True)
@@ -298,6 +298,9 @@ class StepError:
     problems: tuple[Problem, ...] = ()  # of a user's mistake
     kfp_run: str = ""
 
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.message}"
+
 
 @dataclass(frozen=True)
 class StepRecord:
@@ -347,16 +350,17 @@ def read_results(folders: Mapping[str, RunFolder]) -> dict[str, StepRecord]:
     return {step: record for step, record in records.items() if record.result}
 
 
-def read_mistake(folder: RunFolder, step: str) -> UserError | None:
-    """The user's mistake that ended the last attempt of `step`, or None."""
-    error = read_step(folder, step).error
-    return UserError.of(error.problems) if error is not None and error.problems else None
+def record_failure(
+    folder: RunFolder, step: str, error: BaseException, *, before: StepRecord, request: str | None
+) -> None:
+    """Record what ended an attempt of the step, whose record was `before`, unless more is known already.
 
-
-def record_failure(folder: RunFolder, step: str, error: BaseException, *, before: StepRecord) -> None:
-    """Record what ended an attempt of the step, whose record was `before`, unless more is known already."""
+    `request` is that of the attempt, None if it has begun nothing. Work that goes on for another one keeps its record.
+    """
     try:
         now, state = read_step(folder, step), state_after(error)
+        if now.state == "RUNNING" and now.request != request:
+            return
         message = STOPPED.get(type(error)) or str(error)
         # What the driver elsewhere wrote says more than what its launcher saw, unless it was only told to end, for a
         # reason that the launcher knows, or the launcher repeats it and says more.
@@ -369,7 +373,7 @@ def record_failure(folder: RunFolder, step: str, error: BaseException, *, before
         if stronger and now.finished_at == before.finished_at and not idle:
             kfp_run = os.environ.get(KFP_RUN_ID, "")
             record = StepError(type(error).__name__, message, problems_of(error), kfp_run)
-            update_step(folder, step, state=state, error=record)
+            update_step(folder, step, state=state, error=record, request=request or "")
     except OSError as failure:  # a full disk must not hide the first error
         error.add_note(f"(the error could not be recorded in the store: {failure})")
 

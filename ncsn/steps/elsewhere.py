@@ -6,25 +6,30 @@ The result is JSON in the store, so a launcher needs no back-channel.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 
 from ncsn import storage
 from ncsn.config import Config, overrides_between, to_json
 from ncsn.data.format import load_manifest
 from ncsn.environment import CODE, WORKER_MEMORY
+from ncsn.errors import UserError
 from ncsn.progress import say
 from ncsn.remote import open_backend
 from ncsn.remote.backend import EndedByOther, RemoteFailure, RemoteLost, RemoteStep
-from ncsn.runs.folder import Run, read_mistake, read_step, update_step
+from ncsn.runs.folder import Run, read_step
 from ncsn.steps.results import Key, stored_result
 
 MOST_STARTS = 10  # of a driver that gives its launcher up
 
 
-def do_elsewhere(step: str, run: Run, config: Config, inputs: Mapping[str, str], key: Key) -> None:
+def do_elsewhere(
+    step: str, run: Run, config: Config, inputs: Mapping[str, str], key: Key, begin: Callable[..., None]
+) -> None:
     """Run the step where `compute.backend` says, until its result for this key is in the store.
 
-    The cluster runs the command of the step with these inputs, with the local backend and the same store.
+    The cluster runs the command of the step with these inputs, with the local backend and the same store. `begin`
+    writes the record once a job does the request, and not if one with other inputs is in the way.
     """
     folder = run.folder
     remote = remote_step(step, run, config, inputs)
@@ -32,15 +37,12 @@ def do_elsewhere(step: str, run: Run, config: Config, inputs: Mapping[str, str],
     assert backend is not None
     backend.connect()  # before the store is changed
     for _ in range(MOST_STARTS):
-        record = read_step(folder, step)
-        # Another launcher may wait for the same request, and its driver may store the result right now.
-        if record.request != remote.request or record.state not in {"RUNNING", "FINISHED"}:
-            update_step(folder, step, state="RUNNING", error=None, request=remote.request)
+        accepted = partial(begin, remote.request, read_step(folder, step))
         try:
-            backend.execute(remote)
+            backend.execute(remote, accepted)
         except RemoteFailure as failure:
-            if (mistake := read_mistake(folder, step)) is not None:
-                raise mistake from failure
+            if (told := remote.told()) and told.problems:
+                raise UserError.of(told.problems) from failure
             if isinstance(failure, RemoteLost) and stored_result(folder, step, key):
                 break
             if not isinstance(failure, EndedByOther):
@@ -57,7 +59,6 @@ def do_elsewhere(step: str, run: Run, config: Config, inputs: Mapping[str, str],
             f"step {step} ended on the cluster without a result for these inputs in {folder.step(step, '')}; "
             f"does {where} have this version of ncsn, and does the cluster reach this store?"
         )
-    update_step(folder, step, request=remote.request)
 
 
 def remote_step(step: str, run: Run, config: Config, inputs: Mapping[str, str]) -> RemoteStep:

@@ -17,6 +17,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from ncsn import storage
+from ncsn.config.rules import require_splits
 from ncsn.environment import CODE, require_same_python, utc_now
 from ncsn.errors import NotFound, UserError
 from ncsn.progress import PublishedProgress
@@ -25,6 +26,7 @@ from ncsn.runs.folder import (
     ForeignRun,
     Run,
     RunFolder,
+    StepRecord,
     find_inputs,
     opened_from,
     read_step,
@@ -69,7 +71,20 @@ def execute(
     there = STEP_TABLE[step].elsewhere and config.compute.backend != "local" and not options
     if lease:
         run.claim()  # a launcher reads in the record what its driver refuses
-    before, claimed = read_step(folder, step), run.claimed
+    before, claimed, made = read_step(folder, step), run.claimed, None
+    # The request whose work this attempt has begun or waits for, "" without a launcher; None until then. A driver's
+    # lease is named after it.
+    begun = lease.rpartition("/")[2] if lease else None
+
+    def begin(request: str, known: StepRecord | None = None) -> None:
+        """Make the record this attempt's; a launcher that `known` it changes nothing if the driver was faster."""
+        nonlocal begun
+        begun, now = request, read_step(folder, step)
+        if known and now.request == request and (now != known or now.state in {"RUNNING", "FINISHED"}):
+            return
+        update_step(folder, step, state="RUNNING", error=None, reads=reads, request=request)
+        storage.delete(folder.step(step, "progress.json"))  # of an earlier attempt
+
     try:
         refuse(step, run)
         inputs = find_inputs(folder, step, given, config=config)
@@ -79,13 +94,11 @@ def execute(
                 run.claim()
             claimed = True
             observer.started(step, run, inputs)
+            code = os.environ.get(CODE)
             # What the step reads, which cleanup spares, days before there is a result.
-            record, code = read_step(folder, step), os.environ.get(CODE)
             reads = {**inputs, "code": code} if code else inputs
-            launched = lease is not None or config.compute.backend != "local"
-            request = record.request if launched else ""  # no launcher asks for work here
-            if (record.reads, record.request, record.error) != (reads, request, None):
-                update_step(folder, step, reads=reads, request=request, error=None)
+            if begun is not None:
+                begin(begun)
             if lease:
                 if is_abandoned(lease):  # the cluster may retry a job whose launcher is gone
                     raise LeaseExpired(f"no launcher renews a lease in {lease}: nothing was started")
@@ -95,26 +108,25 @@ def execute(
             else:
                 prepared = import_module(f"ncsn.steps.{step}").prepare(run, **inputs, **options)
                 config, key = prepared.config, json.loads(json.dumps(prepared.key))
-                found = _is_done(step, folder, prepared, key)
-            if not found:
-                storage.delete(folder.step(step, "progress.json"))  # of an earlier attempt
+                found = _is_done(step, folder, prepared, key, begun)
             if there and not found:
                 from ncsn.steps.elsewhere import do_elsewhere
 
-                do_elsewhere(step, run, config, inputs, key)
+                do_elsewhere(step, run, config, inputs, key, begin)
             elif not found:
                 from ncsn.tracking.mlflow_runs import step_run  # loads MLflow, for seconds
 
-                update_step(folder, step, state="RUNNING")
+                begin(begun or "")
                 progress = PublishedProgress(folder.step(step, "progress.json"), lease=lease)
                 with step_run(config, run=run.name, step=step) as tracked:
                     made = prepared.work(Context(folder, progress, tracked, lease, folder.step(step, "workers.txt")))
                 finished = {"state": "FINISHED", "error": None, "finished_at": utc_now()}
-                update_step(folder, step, inputs=key, result=asdict(made), **finished)
-            result = stored_result(folder, step, key)
+                # All of it: another process may do the step for other inputs.
+                update_step(folder, step, inputs=key, result=asdict(made), reads=reads, request=begun, **finished)
+            result = made or stored_result(folder, step, key)
     except BaseException as error:
         if claimed and not isinstance(error, ForeignRun):  # else the records are perhaps another's
-            record_failure(folder, step, error, before=before)
+            record_failure(folder, step, error, before=before, request=begun)
         observer.failed(step, run, error)
         raise
     observer.ended(step, run, again=read_step(folder, step).finished_at == before.finished_at)
@@ -132,6 +144,8 @@ def refuse(step: str, run: Run) -> None:
     if step in (SEARCH, "train") and (model := opened_from(folder)):
         hint = f"start another run from it: train.init_from={model}"
         raise UserError("--run", f"is {model}, whose training is done", hint=hint, value=run.name)
+    if step == "evaluate":
+        require_splits(config)
     if STEP_TABLE[step].elsewhere and config.compute.backend == "kuberay" and storage.is_local(folder.uri):
         reason, hint = "a folder of this machine, which the pods of a cluster cannot reach", "use s3://BUCKET/PREFIX"
         raise UserError("storage.root", reason, hint=hint, value=config.storage.root)
@@ -152,7 +166,7 @@ def refuse(step: str, run: Run) -> None:
         run.images = agreed_inputs(run)
 
 
-def _is_done(step: str, folder: RunFolder, prepared: Prepared[Any], key: Mapping[str, Any]) -> bool:
+def _is_done(step: str, folder: RunFolder, prepared: Prepared[Any], key: Mapping[str, Any], begun: str | None) -> bool:
     """Whether there is a result for this key. What took hours of training is not done again for a missing file."""
     result = stored_result(folder, step, key)
     if result is None or not prepared.holds(result):
@@ -161,8 +175,10 @@ def _is_done(step: str, folder: RunFolder, prepared: Prepared[Any], key: Mapping
     if missing is not None and step in CONTINUING:
         reason = f"it is gone, but the step {step} of run {folder.run!r} has finished"
         raise NotFound(missing, reason, hint=f"restore it, or delete {folder.step(step, 'step.json')} to {step} again")
-    if missing is None and read_step(folder, step).state != "FINISHED":  # a later attempt had another key
-        update_step(folder, step, state="FINISHED")
+    record = read_step(folder, step)
+    others = record.state == "RUNNING" and record.request not in ("", begun)  # a job for another key
+    if missing is None and record.state != "FINISHED" and not others:  # a later attempt had another key
+        update_step(folder, step, state="FINISHED", error=None)
     return missing is None
 
 

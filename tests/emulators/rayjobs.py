@@ -58,7 +58,7 @@ class Emulation:
         with ThreadPoolExecutor(1) as pool:
             beside = pool.submit(work)
             try:
-                KubeRay(ComputeConfig.model_validate(compute)).execute(self.step())
+                KubeRay(ComputeConfig.model_validate(compute)).execute(self.step(), lambda: None)
             except RemoteLost as lost:
                 raise beside.exception() or lost from None
             beside.result()

@@ -31,7 +31,7 @@ kuberay.POLL_SECONDS = common._LOG_SECONDS = 0.1
 kuberay.LOOK_SECONDS = (0.1, 0.1)
 kuberay._AT_ONCE, common._LAST_READ_SECONDS = (60.0, 60.0), 120.0  # this machine may be slower than a cluster
 try:
-    backend.execute(RemoteStep(**step | {"command": tuple(step["command"])}))
+    backend.execute(RemoteStep(**step | {"command": tuple(step["command"])}), lambda: None)
 except KeyboardInterrupt:  # as `ncsn` does; of a bare Python that has imported Ray, the exit code is 1
     sys.exit(130)
 except (RemoteFailure, ValueError) as error:

@@ -123,7 +123,7 @@ def test_training_runs_as_a_job(jobs: RayHead, settings: Config) -> None:
     assert known[PYTHON] == python_version()
     assert job["runtime_env"]["env_vars"].keys() == {"MLFLOW_TRACKING_URI", "RAY_JOB_STOP_WAIT_TIME_S"}
     assert f"Ray job {name}: SUCCEEDED" in done.stderr
-    assert storage.list_names(f"{step}/lease") == [known["ncsn.launcher"]]
+    assert storage.list_names(f"{step}/lease/{known['ncsn.request']}") == [known["ncsn.launcher"]]
     assert "images_seen" in storage.read_text(f"{step}/log.txt")
     mlflow_run = tracked(jobs, name)
     assert mlflow_run.info.run_name == "train" and mlflow_run.info.status == "FINISHED"
@@ -232,7 +232,7 @@ def test_an_outage_stops_nothing_and_the_log_is_shown_once_and_whole(jobs: RayHe
     run, go = "cut", tmp_path / "go"
     launcher = jobs.launch(run, *waiting(go))
     launcher.until("running")
-    (lease,) = (jobs.step_folder(run) / "lease").glob("[!.]*")
+    (lease,) = (jobs.step_folder(run) / "lease").glob("*/[!.]*")
     with jobs.outage():
         launcher.until(".*unavailable.*")
         before = lease.stat().st_mtime_ns

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from do import do
+from do import do, do_as_task, result_of
 from launched import TINY
 from rayjobs import JANITOR
 from refused import refused
@@ -18,10 +19,14 @@ from refused import refused
 from ncsn import storage
 from ncsn.cli import app
 from ncsn.config import Config, from_yaml, to_json, to_yaml
-from ncsn.environment import PYTHON
-from ncsn.errors import Problem
+from ncsn.environment import KFP_RUN_ID, PYTHON, KfpRun
+from ncsn.errors import NotFound, Problem
 from ncsn.inspection.listing import describe_run
-from ncsn.runs.folder import StepError, read_step, run_folder, update_step
+from ncsn.kubeflow import finish
+from ncsn.remote.backend import RemoteStep
+from ncsn.remote.manifest import REQUEST_ANNOTATION
+from ncsn.runs.folder import ForeignRun, Run, StepError, read_outcome, read_step, run_folder, update_step
+from ncsn.steps import evaluate
 from ncsn.steps.results import TrainResult
 
 
@@ -31,12 +36,62 @@ def config(emulation, s3_root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     return from_yaml(TINY.format(root=s3_root), overrides=["compute={backend: kuberay, num_workers: 1}"])
 
 
+def request_of(emulation) -> str:
+    """The request of the only RayJob, as its driver knows it."""
+    (job,) = emulation.jobs
+    return job["metadata"]["annotations"][REQUEST_ANNOTATION]
+
+
+def test_a_launcher_with_other_inputs_leaves_the_work_of_the_first(emulation, config, eventually, monkeypatch) -> None:
+    """What it is refused is not recorded as the first one's failure, and does not end it where its job is retried."""
+    dataset, folder = do("ingest", config, "mine").uri, run_folder(config, "mine")
+    one, other, nowhere = (storage.join(folder.samples, name) for name in ("one", "other", "nowhere"))
+    for samples in (one, other):
+        storage.write_bytes(storage.join(samples, "images"), b"")
+    name = RemoteStep(folder.root, "mine", "evaluate", ()).job_name
+    key = evaluate.prepare(Run(config, "mine"), samples=one, dataset=dataset).key
+    result = result_of("evaluate", uri=one, neighbors=one, num_images=8)
+
+    def others() -> None:
+        before = read_step(folder, "evaluate")
+        for samples, wrong in ((other, name), (nowhere, nowhere)):
+            with refused(wrong, error=NotFound if samples == nowhere else ForeignRun):
+                do("evaluate", config, "mine", samples=samples, dataset=dataset)
+            assert read_step(folder, "evaluate") == before
+        monkeypatch.setenv(KFP_RUN_ID, "r-2")
+        with refused(name, error=ForeignRun):
+            do_as_task("evaluate", config, "mine", samples=other, dataset=dataset)
+        monkeypatch.delenv(KFP_RUN_ID)
+        assert finish.run(config, run="mine", state="FAILED", kfp=KfpRun("r-2", "w")).status == "FAILED"
+        assert read_step(folder, "evaluate") == before and read_outcome(folder) is None
+
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(do, "evaluate", config, "mine", samples=one, dataset=dataset)
+        try:
+            eventually(lambda: emulation.jobs and read_step(folder, "evaluate").request, "the first is accepted")
+            assert read_step(folder, "evaluate").request == request_of(emulation)
+            others()
+            update_step(folder, "evaluate", state="FAILED", error=StepError("OSError", "its driver's"))
+            with refused(nowhere, error=NotFound):
+                do("evaluate", config, "mine", samples=nowhere, dataset=dataset)
+            emulation.reach("retries")
+            asked = len(emulation.cluster.requests)
+            eventually(lambda: len(emulation.cluster.requests) > asked + 5, "the first has looked at it")
+            done = {"state": "FINISHED", "error": None, "request": request_of(emulation)}
+            update_step(folder, "evaluate", inputs=key, result=result, **done)
+            emulation.reach("succeeded")
+        except BaseException:
+            emulation.cluster.delete("rayjobs", name)
+            raise
+        assert asdict(first.result()) == result
+
+
 def test_a_mistake_that_the_pod_finds_is_told_as_one(emulation, config: Config) -> None:
     """Another attempt would only find it again."""
 
     def mistake(_: str) -> None:
         error = StepError("NotFound", "it is gone", (Problem("dataset", "it is gone"),), "")
-        update_step(run_folder(config, "mine"), "train", state="FAILED", error=error)
+        update_step(run_folder(config, "mine"), "train", state="FAILED", error=error, request=request_of(emulation))
         emulation.reach("retries")
 
     emulation.cluster.on_create = mistake
@@ -79,7 +134,8 @@ def test_a_launcher_needs_no_torch_and_finds_what_it_has_launched(emulation, con
     def finish(name: str) -> None:
         (workers,) = emulation.cluster.get("rayjobs", name)["spec"]["rayClusterSpec"]["workerGroupSpecs"]
         sizes.append(workers["template"]["spec"]["containers"][0]["resources"]["limits"]["memory"])
-        update_step(run_folder(config, "mine"), "train", state="FINISHED", result=result)
+        finished = {"state": "FINISHED", "result": result, "request": request_of(emulation)}
+        update_step(run_folder(config, "mine"), "train", **finished)
         emulation.reach("succeeded")
 
     emulation.cluster.on_create = finish

@@ -93,7 +93,7 @@ def test_an_archive_that_is_missing_damaged_or_none_is_refused(ours: Clone, tmp_
 
 def test_a_driver_runs_what_its_archive_is_named_after_and_nothing_else(ours: Clone, tmp_path: Path) -> None:
     uri, seen = published(tmp_path), "import ncsn, os; print(ncsn.__file__, os.environ['NCSN_CODE'])"
-    command = [sys.executable, "-P", "-c", seen, f"{tmp_path}/runs/mine/steps/train/lease"]
+    command = [sys.executable, "-P", "-c", seen, f"{tmp_path}/runs/mine/steps/train/lease/5f3a"]
 
     def driver(cache: str) -> tuple[int, str]:
         given = [sys.executable, "-P", "-m", "ncsn.runs.code", uri, *command]
@@ -110,7 +110,7 @@ def test_a_driver_runs_what_its_archive_is_named_after_and_nothing_else(ours: Cl
     assert driver("here") == right, "what was compared is what runs"
     assert driver("there") == (2, "")
     record = read_step(RunFolder(str(tmp_path), "mine"), "train")
-    assert record.state == "FAILED" and record.error is not None
+    assert (record.state, record.request) == ("FAILED", "5f3a") and record.error is not None
     assert [problem.key for problem in record.error.problems] == ["--code"]
     (tmp_path / "here" / "code" / digest).chmod(0o777)
     assert driver("here") == (2, ""), "somebody else may have written there"

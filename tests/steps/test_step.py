@@ -18,13 +18,12 @@ from refused import refused
 from ncsn import storage
 from ncsn.config import Config, from_yaml
 from ncsn.environment import KFP_RUN_ID
-from ncsn.errors import InvalidValue, NotFound, Problem, UserError, problems_of
+from ncsn.errors import InvalidValue, NotFound, Problem, UserError
 from ncsn.remote.backend import EndedByOther, RemoteLost, RemoteStep
 from ncsn.runs.folder import (
     ForeignRun,
     StepError,
     StepRecord,
-    read_mistake,
     read_step,
     record_failure,
     run_folder,
@@ -110,7 +109,7 @@ def test_work_is_done_once_for_the_same_inputs_and_again_for_a_lost_output_but_n
     assert make(config, "mine", inputs={"a": 2}, number=4).number == 4
 
 
-def elsewhere_by(monkeypatch: pytest.MonkeyPatch, execute: Callable[[RemoteStep], object]) -> None:
+def elsewhere_by(monkeypatch: pytest.MonkeyPatch, execute: Callable[..., object]) -> None:
     """A backend waits for the job of a step like this."""
     backend = SimpleNamespace(connect=lambda: None, execute=execute)
     monkeypatch.setattr(elsewhere, "open_backend", lambda _compute: backend)
@@ -122,7 +121,8 @@ def test_a_lost_step_counts_only_with_a_result_and_one_that_another_ended_starts
     folder, uri = run_folder(config, "mine"), make(here, "mine", inputs={"a": 1}).uri
     there = list[Callable[[], object]]()
 
-    def execute(_: RemoteStep) -> None:
+    def execute(_: RemoteStep, accepted: Callable[[], None]) -> None:
+        accepted()
         assert read_step(folder, "train").error is None
         if there:
             there.pop(0)()
@@ -143,10 +143,10 @@ def test_a_lost_step_counts_only_with_a_result_and_one_that_another_ended_starts
 def test_a_result_that_comes_while_a_second_launcher_attaches_is_its_own(tmp_path, monkeypatch) -> None:
     """Launchers without torch, which do not know what the inputs of the result are."""
     config = config_at(tmp_path, "compute.backend=ray-jobs")
-    folder, asked = run_folder(config, "shared"), {"dataset": "a"}
+    folder, asked, request = run_folder(config, "shared"), {"dataset": "a"}, list[str]()
 
     def launched(work: Callable[[], object]) -> str:
-        elsewhere_by(monkeypatch, lambda _: work())
+        elsewhere_by(monkeypatch, lambda step, accepted: (request.append(step.request), accepted(), work()))
         monkeypatch.setattr("ncsn.steps.execute.find_spec", lambda _: None)
         monkeypatch.setattr(results, "result_type", lambda _: Made)
         return str(do("train", config, "shared", **asked).uri)
@@ -154,7 +154,7 @@ def test_a_result_that_comes_while_a_second_launcher_attaches_is_its_own(tmp_pat
     def while_it_works() -> None:
         monkeypatch.undo()
         monkeypatch.setattr(mlflow_runs, "step_run", lambda *_, **__: nullcontext())
-        make(config_at(tmp_path), "shared", inputs={"a": 1}, lease=str(tmp_path / "lease"))
+        make(config_at(tmp_path), "shared", inputs={"a": 1}, lease=f"{tmp_path}/lease/{request[0]}")
         # The first has not seen the end yet; the second attaches to a job that has just ended, or takes the result.
         assert launched(lambda: None) == uri
 
@@ -164,6 +164,22 @@ def test_a_result_that_comes_while_a_second_launcher_attaches_is_its_own(tmp_pat
     asked["dataset"] = "b"
     with pytest.raises(RuntimeError):  # what is stored is another request's
         launched(lambda: None)
+
+
+def test_a_result_that_is_there_or_comes_meanwhile_is_not_that_of_a_job_for_other_inputs(tmp_path: Path) -> None:
+    config, job = config_at(tmp_path), {"state": "RUNNING", "request": "5f3a"}
+    folder, made = run_folder(config, "mine"), make(config, "mine", inputs={"a": 1}, name="sample")
+    update_step(folder, "sample", **job)
+    assert make(config, "mine", inputs={"a": 1}, number=2, name="sample") == made
+    assert read_step(folder, "sample").state == "RUNNING"
+
+    def while_it_begins(_: Context) -> Made:
+        update_step(folder, "sample", **job)
+        return Made(made.uri, 3)
+
+    assert work(config, "mine", while_it_begins, inputs={"a": 3}, name="sample").number == 3
+    record = read_step(folder, "sample")
+    assert (record.state, record.request, record.inputs) == ("FINISHED", "", {"a": 3})
 
 
 @pytest.mark.parametrize(
@@ -184,8 +200,6 @@ def test_whatever_ends_a_step_is_recorded_until_it_starts_again(tmp_path, monkey
     record = read_step(folder, "train")
     assert record.state == ("FAILED" if isinstance(error, Exception) else "KILLED") and not record.result
     assert record.error == StepError(type(error).__name__, str(error), tuple(problems), "5f3a")
-    again = read_mistake(folder, "train")
-    assert problems_of(again) == tuple(problems) if again else not problems
 
     def start(_: Context) -> None:
         begun = read_step(folder, "train")
@@ -220,12 +234,12 @@ def test_a_reason_is_replaced_only_by_a_stronger_one(tmp_path, driver, launcher,
     config = config_at(tmp_path)
     folder = claimed(config, "told")
     for error in (driver, launcher):
-        record_failure(folder, "train", error, before=StepRecord())
+        record_failure(folder, "train", error, before=StepRecord(), request="")
     record, expected = read_step(folder, "train"), {"driver": driver, "launcher": launcher}[kept]
     assert record.error is not None and record.error.message == str(expected)
     assert record.state == state_after(expected)
     make(config, "told", inputs={})
-    record_failure(folder, "train", launcher, before=record)
+    record_failure(folder, "train", launcher, before=record, request="")
     record = read_step(folder, "train")
     assert (record.state, record.error) == ("FINISHED", None)
 
