@@ -178,11 +178,12 @@ def _do_step(
     png: str | None = None,
     **given: str | None,
 ) -> None:
+    from ncsn import storage
     from ncsn.cli.console import describe_result
     from ncsn.cli.run import run_step
 
-    if png and (folder := Path(png)).exists() and not (folder.is_dir() and next(folder.iterdir(), None) is None):
-        raise UserError("--png", "not an empty folder", hint="choose another", value=png)
+    if png:
+        storage.require_output("--png", str(Path(png).absolute()))
     run = options.resolve(named)
     if run.checkpoint is not None:
         if step != "sample":

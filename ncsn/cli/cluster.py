@@ -64,11 +64,14 @@ def submit_command(
     `--pipeline sample --param model=models:/NAME@champion` generates images from a registered model; --set storage.root
     names their store, and any other --set changes the model's config. `--param evaluated=true` measures them too.
     """
+    from ncsn import storage
     from ncsn.cli.submission import prepare, why_it_failed
     from pipelines.submit import connect, package, submit
 
     if every and waits:
         raise UserError("--wait", "waits for one run, but --every starts many", hint="leave out one of them")
+    if compile_only is not None:
+        storage.require_output("--compile-only", str(compile_only), new=False)
     submission = prepare(options, scheduled=every is not None, cache=not no_cache, **others)
     if compile_only is not None:
         with package(submission) as (file, _):

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ncsn import storage
 from ncsn.config.load import EXAMPLES
 from ncsn.core.images import eight_bit
 from ncsn.data.dataset import write_dataset
@@ -135,9 +136,8 @@ def from_images(place: str, out: str | None, *, seconds: float, overrides: Seque
     names = [value for key, _, value in (text.partition("=") for text in overrides) if key == "name" and value]
     file = _config_file(out or f"{(names or [choose.slug(place)])[-1]}.yaml")
     picture = file.with_suffix(".png")
-    for each in (file, picture, _duplicates_file(file)):
-        if each.exists():
-            raise _exists(each)
+    for each in (picture, _duplicates_file(file)):
+        storage.require_output("--out", str(each))
 
     def look(overrides: Sequence[str]) -> Survey:
         with asks.looking() as progress:
@@ -209,6 +209,7 @@ def _config_file(name: str) -> Path:
     file = Path(name)
     if file.suffix not in (".yaml", ".yml"):
         raise UserError("--out", "is no name of a config", hint="use one that ends in .yaml", value=name)
+    storage.require_output("--out", name)
     return file
 
 
@@ -216,16 +217,11 @@ def _duplicates_file(config: Path) -> Path:
     return config.with_suffix(f".{DUPLICATES}")
 
 
-def _exists(file: Path) -> UserError:
-    return UserError("--out", "exists, and nothing is overwritten", hint="choose another", value=str(file))
-
-
 def _write_new(file: Path, content: bytes) -> None:
     try:
+        file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("xb") as stream:
             stream.write(content)
-    except FileExistsError:
-        raise _exists(file) from None
     except OSError as error:
         raise UserError("--out", f"cannot be written: {error.strerror}", value=str(file)) from error
 

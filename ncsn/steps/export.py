@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import re
 import shlex
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -77,23 +78,50 @@ def prepare(run: Run, *, checkpoint: str, dataset: str) -> Prepared[ExportResult
         raise UserError("export.format", f"cannot hold {manifest.pixels}", hint="use parquet", value=wish.format)
     facts, _ = place_of(config, trained, run.folder)
     key = {"checkpoint": trained.digest, **facts, "label": asked, "export": wish.model_dump(mode="json")}
-    uri = storage.absolute(wish.out) if wish.out else storage.join(run.folder.exports, storage.digest(key, 12))
-    work = partial(export, config, trained, manifest, asked, checkpoint, dataset, uri)
+    digest = storage.digest({**key, "export": wish.model_dump(mode="json", exclude={"out"})}, 12)
+    uri = storage.absolute(wish.out) if wish.out else storage.join(run.folder.exports, digest)
+    made = published(uri, digest)
+    if made is None and wish.out:
+        storage.require_output("export.out", uri)
+    make = partial(write, config, trained, manifest, asked, checkpoint, dataset, uri, digest)
+    work = partial(export, config, trained, manifest, dataset, digest, make if made is None else lambda _: made)
     return Prepared(config, key, work, lambda result: [result.card])
 
 
+def published(uri: str, digest: str) -> ExportResult | None:
+    """The result for the key of this digest that is there, of an attempt that was stopped later or was not the last."""
+    card = storage.join(uri, CARD)
+    pattern = f"<!-- ncsn export {digest} (.+) -->".encode()
+    found = storage.exists(card) and re.search(pattern, storage.read_bytes(card))
+    return ExportResult(uri=uri, card=card, **json.loads(found[1])) if found else None
+
+
 def export(
+    config: Config,
+    trained: TrainedNetwork,
+    manifest: Manifest,
+    dataset: str,
+    digest: str,
+    make: Callable[[Context], ExportResult],
+    context: Context,
+) -> ExportResult:
+    """Make the data set, and tell MLflow of it."""
+    tracked, result = context.tracked, make(context)
+    tracked.log_dataset(f"{config.name}-generated", digest=digest, uri=result.uri, context="export")
+    tracked.parent.set_tags({"dataset.digest": manifest.digest, "dataset.uri": dataset})  # of its training still
+    tracked.log_metrics({"export/images": sum(result.counts.values()), "export/copies": result.copies})
+    tracked.set_tags({"checkpoint.digest": trained.digest, "dataset.digest": manifest.digest, "export.uri": result.uri})
+    tracked.log_file(result.card)
+    return result
+
+
+def write(
     config: Config, trained: TrainedNetwork, manifest: Manifest, asked: Mapping[str, int], checkpoint: str,
-    dataset: str, uri: str, context: Context,
+    dataset: str, uri: str, digest: str, context: Context,
 ) -> ExportResult:  # fmt: skip
     """Generate and audit the images that are missing, and write those that are no copies, with a card."""
-    if storage.list_names(uri):
-        raise UserError("export.out", "not an empty folder", hint="choose another", value=uri)
-    try:
-        if storage.is_local(uri):
-            Path(uri).parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:  # before the work
-        raise UserError("export.out", str(error.strerror), hint="choose another", value=uri) from None
+    if not config.export.out and not storage.exists(storage.join(uri, CARD)):  # of an attempt that was stopped
+        storage.delete(uri)
     tracked = context.tracked
     with cluster_for(config, start=sum(asked.values()) > config.sampling.batch_size, last_lines=context.last_lines):
         tracked.set_tags(ray_tags())
@@ -147,16 +175,12 @@ def export(
         commit=origin().get("commit"),
         utility=helped["sentence"] if helped else said,
     )
+    record = {name: value for name, value in asdict(result).items() if name not in ("uri", "card")}
+    comment = json.dumps(record).replace(">", r"\u003e")  # of HTML, for `published`
     with storage.staged_folder(uri, marker=CARD) as staging:
         for part in parts:
             _write(staging, part, manifest, kind=config.export.format)
-        (staging / CARD).write_text(card)
-    digest = storage.digest([result.counts, trained.digest, again], 8)
-    tracked.log_dataset(f"{config.name}-generated", digest=digest, uri=uri, context="export")
-    tracked.parent.set_tags({"dataset.digest": manifest.digest, "dataset.uri": dataset})  # of its training still
-    tracked.log_metrics({"export/images": sum(result.counts.values()), "export/copies": result.copies})
-    tracked.set_tags({"checkpoint.digest": trained.digest, "dataset.digest": manifest.digest, "export.uri": uri})
-    tracked.log_file(result.card)
+        (staging / CARD).write_text(f"{card}\n<!-- ncsn export {digest} {comment} -->\n")
     return result
 
 

@@ -318,6 +318,20 @@ def publish_folder(folder: Path | str, uri: str, *, marker: str, replace: bool =
     return True
 
 
+def require_output(key: str, uri: str, *, new: bool = True) -> None:
+    """Refuse, before the work, a place for its output that cannot be written, or that is neither new nor empty."""
+    if new and (is_file(uri) or list_names(uri)):
+        raise UserError(key, "exists, and nothing is overwritten", hint="choose another", value=uri)
+    if is_local(uri):
+        try:
+            with tempfile.TemporaryDirectory(dir=next(each for each in Path(absolute(uri)).parents if each.exists())):
+                return
+        except OSError as error:
+            raise UserError(key, f"cannot be written: {error.strerror}", hint="choose another", value=uri) from None
+    write_bytes(probe := join(uri, f"{_SCRATCH}{uuid.uuid4().hex[:8]}"), b"")
+    delete(probe)
+
+
 @contextmanager
 def local_copy(uri: str) -> Iterator[Path]:
     """The folder `uri` as a local folder: itself if it is local, else a temporary download."""

@@ -59,7 +59,9 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
         (["run", "--set", "compute={cpus_per_worker: 1024, num_workers: 16}"], "compute.num_workers = 16"),
         (["run", "--backend", "kuberay", "--address", "http://head:8265"], "--address 'http://head:8265'"),
         (["select"], "--dataset"),
-        (["sample", "--png", file], f"--png '{file}'"),
+        *((["sample", "--png", place], f"--png '{place}'") for place in (file, f"{file}/y", "/proc/y")),
+        (["sample", "--set", "sampling.num_images=1"], "--checkpoint"),
+        (["run", "--set", "sampling.num_images=1"], "sampling.num_images = 1"),
         (["search"], "search"),
         (["plan", "--set", "noise=auto"], "noise = 'auto'"),
     ):

@@ -126,7 +126,8 @@ def test_examples(place, run_in_process) -> None:
     result = run_in_process("init", "digits")
     assert result.exit_code == 0 and "example digits" in result.stdout
     assert Path("digits.yaml").read_bytes() == (CONFIGS / "digits.yaml").read_bytes()
-    assert json.loads(run_in_process("init", "digits", "--out", "x.yaml", "--json").stdout) == {"config": "x.yaml"}
+    result = run_in_process("init", "digits", "--out", "new/x.yaml", "--json")
+    assert json.loads(result.stdout) == {"config": "new/x.yaml"} and Path("new/x.yaml").is_file()
 
 
 def test_mistakes_take_one_line_and_write_nothing(place, run_in_process) -> None:
@@ -138,7 +139,8 @@ def test_mistakes_take_one_line_and_write_nothing(place, run_in_process) -> None
         (["digits", "--out", "x.png"], "--out 'x.png'"),
         (["digits", "--minutes", "5"], "--minutes"),
         ([str(place), "--set", "train.batchsize=3"], "--set: train.batchsize"),
-        ([str(place), "--out", "absent/x.yaml"], "--out 'absent/x.yaml'"),
+        ([str(place), "--out", f"{place}/0.png/x.yaml"], f"--out '{place}/0.png/x.yaml'"),
+        (["digits", "--out", "/proc/x.yaml"], "--out '/proc/x.yaml'"),
         ([str(place), "--minutes", "nan"], "--minutes nan"),
         ([f"{place}/0.png"], f"PLACE = '{place}/0.png'"),
     ):

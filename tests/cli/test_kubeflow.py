@@ -101,6 +101,8 @@ def test_a_mistake_is_one_line(run_in_process, require_mistake, server, config_f
         ((*config, "--param", "run=x"), "--param 'run'"),
         ((*config, "--every", "@daily", "--wait"), "--wait"),
         ((*config, "--namespace", "me"), "--namespace 'me'"),
+        ((*config, "--compile-only", "/proc/x"), "--compile-only '/proc/x'"),
+        ((*config, "--set", "sampling.num_images=1"), "sampling.num_images = 1"),
         ((*config, "--host", "http://127.0.0.1:9"), "http://127.0.0.1:9"),
     ):
         require_mistake(run_in_process("submit", *args), subject)

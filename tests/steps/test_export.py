@@ -20,9 +20,12 @@ from ncsn.data.format import load_manifest
 from ncsn.data.samples import write_shard
 from ncsn.data.sources import open_source
 from ncsn.data.training_images import open_cache
+from ncsn.inspection.listing import describe_run
 from ncsn.model.checkpoint import load_checkpoint
 from ncsn.runs.folder import Run, update_step
+from ncsn.steps import export
 from ncsn.steps.sample import place_of
+from ncsn.tracking.mlflow_runs import StepRun
 
 CLASSES = ("data.num_classes=10", "sampling.batch_size=50")
 
@@ -122,15 +125,47 @@ def test_fill_completes_each_class_to_the_largest(tmp_path: Path, save_untrained
         ("export.classes", [*CLASSES, "export.classes={eleven: 3}"]),
         ("export.out", ["export.num_images=3", "export.out=/"]),
         ("export.out", ["export.num_images=3", "export.out=/proc/none/here"]),
+        ("export.out", ["export.num_images=3", "export.out=/proc/none"]),
+        ("export.out", ["export.num_images=3", f"export.out={__file__}/here"]),
         ("--dataset", ["export.num_images=3", "data.max_images=99"]),
     ],
 )
-def test_what_cannot_be_exported_is_named(tmp_path: Path, save_untrained, key: str, overrides: list[str]) -> None:
+def test_what_cannot_be_exported_is_named(tmp_path, save_untrained, monkeypatch, key, overrides: list[str]) -> None:
     config, given = made(tmp_path, save_untrained, *overrides)
     if key == "--dataset":
         given["dataset"] = digits(tiny(tmp_path / "store"), tmp_path / "others")
+    monkeypatch.setattr(export, "uncopied", None)  # before anything is made
     with refused(key):
         do("export", config, "mine", **given)
+
+
+@pytest.mark.parametrize("out", [(), ("export.out={0}/out",)], ids=["of the run", "named"])
+def test_an_export_that_was_stopped_once_it_was_published_ends_the_next_time(
+    tmp_path: Path, save_untrained, monkeypatch: pytest.MonkeyPatch, out: tuple[str, ...]
+) -> None:
+    def asked(count: int) -> tuple[Config, dict[str, str]]:
+        return made(tmp_path, save_untrained, f"export.num_images={count}", *(each.format(tmp_path) for each in out))
+
+    def stop(*_: object, **__: object) -> None:
+        raise SystemExit(143)
+
+    config, given = asked(3)
+    with monkeypatch.context() as stopped:
+        stopped.setattr(StepRun, "log_dataset", stop)
+        with pytest.raises(SystemExit):
+            do("export", config, "mine", **given)
+    (card,) = tmp_path.rglob("README.md")
+    with monkeypatch.context() as known:
+        known.setattr(export, "uncopied", None)
+        result = do("export", config, "mine", **given)
+    assert (result.uri, result.card, result.counts, result.made) == (str(card.parent), str(card), {"": 3}, 3)
+    if out:
+        with refused("export.out"):
+            do("export", asked(2)[0], "mine", **given)
+        assert describe_run(config.storage.root, "mine").figures == str(result)
+        do("export", made(tmp_path, save_untrained, "export.num_images=2")[0], "mine", **given)
+    monkeypatch.setattr(export, "uncopied", None)
+    assert do("export", config, "mine", **given) == result, "whatever came in between"
 
 
 def test_a_model_that_copies_gives_no_data_set(tmp_path: Path, save_untrained) -> None:
