@@ -93,8 +93,8 @@ def audit(config: Config, dataset: str, images: SampleSet, *, runner: Runner, pr
     real, test = (open_cache(dataset, name).labels[own] for name, own in (("train", rows), ("test", kept)))
     labels = images.labels()
     statistics, ours = known["statistic"][kept], found["statistic"]
-    unseen = Copies(0, int((ours < NEAR).sum()), images.count, len(kept), len(near))
-    limit = np.sort(statistics)[unseen.rank - 1] if len(kept) else NEAR
+    unseen = Copies(0, images.count, len(kept), len(near))
+    limit = np.sort(statistics)[unseen.rank - len(near) - 1] if len(kept) else NEAR
     copied, worst = ours < limit, np.argsort(ours, kind="stable")[:WORST]
     classes = []
     for label in np.unique(labels[labels >= 0]):

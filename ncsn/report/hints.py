@@ -120,6 +120,8 @@ def copying_hints(audit: Mapping[str, Any]) -> list[str]:
     """Warnings that samples are nearer to the training images than unseen images are, by their audit."""
     copies, share = Copies(**audit["copies"]), audit["closeness"]
     hints = [f"The model memorizes training images. {copies}. {ADVICE}"] if copies.more_than_chance else []
+    if copies.unclear:
+        hints.append(f"{copies}.")
     if share["low"] > share["expected"]:
         hints.append(
             f"{share['value']:.1%} of the generated images are nearer to a training image than to any test image; of "

@@ -11,7 +11,7 @@ import json
 import re
 import shlex
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -134,13 +134,16 @@ def write(
                 raise UserError("export", what, hint="train shorter, or on more images, or ask for fewer")
             parts.append(part)
         distances = _distances(config, manifest, dataset, parts, context)
+    made, left_out = sum(part.samples.count for part in parts), sum(part.copies.copies for part in parts)
+    whole = replace(parts[0].copies, copies=left_out, num_images=made)  # the test images of all parts are the same
     result = ExportResult(
         uri=uri,
         card=storage.join(uri, CARD),
         counts={part.name: len(part.chosen) for part in parts},
-        made=sum(part.samples.count for part in parts),
-        copies=sum(part.copies.copies for part in parts),
-        expected=round(sum(part.copies.expected * part.samples.count for part in parts), 2),
+        made=made,
+        copies=left_out,
+        expected=round(whole.expected * made, 2),
+        unclear=str(whole) if whole.unclear else "",
     )
     folder, model = context.folder, opened_from(context.folder)
     again = [shlex.quote(folder.uri)]  # known in any folder, unlike a name

@@ -232,10 +232,11 @@ class ExportResult:
     made: int  # images that were generated for it
     copies: int  # of these, which were left out
     expected: float  # copies by chance among as many unseen images
+    unclear: str  # why copies cannot be told; empty if they can
 
     def __str__(self) -> str:
         copies = f"{self.copies:,} copies left out, {self.expected:,.1f} expected by chance"
-        return f"{sum(self.counts.values()):,} images, {copies}"
+        return f"{sum(self.counts.values()):,} images, {copies}{self.unclear and f'. {self.unclear}'}"
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ class Evidence:
             return f"{measured.name} = {measured} is not a finite number"
         if self.not_finite:
             return f"{', '.join(self.not_finite[:3])} hold NaN or infinity"
-        if copies.more_than_chance:
+        if copies.more_than_chance or copies.unclear:
             return str(copies)
         if floors.figure not in ("", measured.name):
             return f"tracking.require is of {floors.figure}, not {measured.name}; evaluate with the run's own settings"

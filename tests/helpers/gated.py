@@ -14,7 +14,7 @@ from ncsn.evaluation.audit import Audit, Share
 from ncsn.evaluation.copies import Copies
 from ncsn.tracking.gate import Evidence, Measurement
 
-CLEAN = Copies(copies=1, near=0, num_images=256, num_test=256, num_near_test=0)
+CLEAN = Copies(copies=1, num_images=256, num_test=256, num_near_test=0)
 COPIES = replace(CLEAN, copies=60)
 
 

@@ -48,7 +48,7 @@ EVALUATION = {
     "fingerprint": "f" * 64,
     "notes": ["only 60 real images"],
     "audit": {
-        "copies": {"copies": 0, "near": 0, "num_images": 64, "num_test": 60, "num_near_test": 0},
+        "copies": {"copies": 0, "num_images": 64, "num_test": 60, "num_near_test": 0},
         "worst": 16 * [{"image": 0, "row": 0, "statistic": 0.5}],
     },
 }

@@ -80,7 +80,7 @@ def test_a_verdict_is_by_the_whole_interval_and_shows_equal_numbers(excess, copi
     numbers = dict(zip(("excess", "excess_low", "excess_high"), excess, strict=True))
     made = {f"eval/clusters_{name}_n1024": value for name, value in numbers.items()}
     made |= {"eval/clusters_fid_n1024": 61.5, "eval/clusters_fid_n200": 92.9}
-    counted = Copies(copies, 0, 1024, 200, 0)
+    counted = Copies(copies, 1024, 200, 0)
     found, text = verdict_of(made, {"eval/real_clusters_fid_n200": 56.7}, copies=counted)
     assert found == grade
     assert all(part in text for part in ("1,024", " 200 ", "92.9", "56.7", str(counted))) and "61.5" not in text

@@ -39,6 +39,7 @@ HELPING = replace(FLOORS, utility_above=0.0)
         (evidence(9.0, log_std=NAN), None, False, ["9 (nan to nan)"]),
         (evidence(1.0, broken=("a", "b")), ("1", figure(8.0)), False, ["a, b"]),
         (evidence(1.0, COPIES), None, False, ["256", "60", "1.0"]),
+        (evidence(1.0, replace(CLEAN, num_test=6, num_near_test=250)), None, False, ["250"]),  # copies cannot be told
         (evidence(1.0, fingerprint="e" * 64), ("1", figure(8.0)), False, ["version 1"]),
         (evidence(1.0, num_images=64), ("1", figure(8.0)), False, ["64 images"]),
         (evidence(1.0), ("1", None), False, ["version 1"]),
