@@ -21,14 +21,14 @@ from components.tasks import (
 from ncsn.environment import IMAGE_VARIABLE, KFP_RUN_ID, KFP_WORKFLOW, RUN_ID_LABEL
 
 ENVIRONMENT = "ncsn-environment"  # ConfigMap with addresses, in the namespace of the runs
+# Ray's pods have all of it; KFP has no `envFrom`, so that each name is here. A key that is missing there stops no pod.
 ADDRESSES = (
-    "AWS_ENDPOINT_URL",
-    "AWS_REGION",
-    "MLFLOW_TRACKING_URI",
-    "MLFLOW_S3_ENDPOINT_URL",
-    "NCSN_KFP_UI",
-    "NCSN_MLFLOW_UI",
-    "NCSN_RAYJOB_TEMPLATE",
+    *("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_CA_BUNDLE"),
+    *("REQUESTS_CA_BUNDLE", "SSL_CERT_FILE", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY"),
+    *("http_proxy", "https_proxy", "no_proxy"),
+    *("MLFLOW_TRACKING_URI", "MLFLOW_S3_ENDPOINT_URL"),
+    *("MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD", "MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD"),
+    *("NCSN_KFP_UI", "NCSN_MLFLOW_UI", "NCSN_RAYJOB_TEMPLATE", "NCSN_STORE_PATIENCE", "NCSN_CACHE_DIR"),
 )
 CREDENTIALS = "ncsn-credentials"  # Secret, in the namespace of the runs
 SECRETS = (

@@ -15,8 +15,17 @@ from ncsn.config import from_yaml
 from ncsn.config.compute import ComputeConfig
 from ncsn.environment import KFP_RUN_ID, KFP_WORKFLOW
 from pipelines.compile import COMPILED, GPU, LAUNCHER, PIPELINES, UNKNOWN, compile_all, compile_one
+from pipelines.definitions import ADDRESSES, SECRETS
 
-DIGITS = (Path(__file__).parents[2] / "configs" / "digits.yaml").read_text()
+REPOSITORY = Path(__file__).parents[2]
+DIGITS = (REPOSITORY / "configs" / "digits.yaml").read_text()
+VARIABLE = re.compile(r'"((?:AWS|NCSN)_[A-Z_0-9]+)"')
+# Of the machine of a person or of a cluster, or set for each task.
+PERSONAL = {
+    *("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN_PATH", "NCSN_DASHBOARD", "NCSN_TRACEBACK"),
+    *("NCSN_IMAGE", "NCSN_SLIM_IMAGE", "KF_PIPELINES_ENDPOINT", "KF_PIPELINES_UI_ENDPOINT"),
+    *("NCSN_KFP_TOKEN", "NCSN_KFP_COOKIE", "KF_PIPELINES_SA_TOKEN_PATH"),
+}
 COMPUTING = ("train", "sample", "search")
 LARGE = {
     "num_workers": [2, 4],
@@ -62,6 +71,22 @@ def test_whatever_happened_the_end_comes_and_nothing_is_installed() -> None:
         (secret,), (config_map,) = executors[label]["secretAsEnv"], executors[label]["configMapAsEnv"]
         assert secret["secretName"] == "ncsn-credentials" and secret["optional"] and config_map["optional"]
         assert {field["name"] for field in executors[label]["fieldPathAsEnv"]} == {KFP_RUN_ID, KFP_WORKFLOW}
+
+
+def test_tasks_get_what_the_config_map_gives_to_the_pods_of_ray() -> None:
+    """KFP names each key: those of the manifest, also in comments, and those that docs and store name."""
+    manifest = (REPOSITORY / "infra/base/kuberay/environment.yaml").read_text()
+    named = set(re.findall(r"^  (?:# )?([A-Z][A-Z_0-9]+): ", manifest, flags=re.MULTILINE))
+    table = (
+        (REPOSITORY / "docs/kubernetes.md").read_text().partition("## Environment variables")[2].partition("\n## ")[0]
+    )
+    rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    told = {name for row in rows for name in re.findall(r"`([A-Z_0-9]+)`", row)}
+    assert {"AWS_ENDPOINT_URL", "MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD"} <= named and "NCSN_STORE_PATIENCE" in told
+    assert named <= set(ADDRESSES)
+    assert told - PERSONAL <= {*ADDRESSES, *SECRETS}
+    read = {name for file in (REPOSITORY / "ncsn/storage").glob("*.py") for name in VARIABLE.findall(file.read_text())}
+    assert "AWS_ENDPOINT_URL_S3" in read and read <= {*ADDRESSES, *SECRETS}
 
 
 def fitted(tmp_path: Path, *, searching: bool = True, **compute: object) -> tuple[Any, Any]:
