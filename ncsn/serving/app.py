@@ -60,7 +60,7 @@ class Turn:
 
 def _call_on_loopback() -> None:
     """Let this replica be called on loopback only, if its node is there."""
-    # Replicas call each other by pickles, without a password, and Ray Serve 2.60 listens for them at all addresses.
+    # Ray Serve 2.60 listens for the other replicas' pickles at all addresses; the cluster's token alone guards them.
     if ray.util.get_node_ip_address() == LOOPBACK:
         module = vars(replica)
         add = module["add_port_to_grpc_server"]
