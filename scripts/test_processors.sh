@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=.venv/bin/python
-folders=(tests/{core,model,data,evaluation,training,distributed,library})
+folders=(tests/{core,model,data,evaluation,distributed,library})
 
 capability() { "$python" -c 'import torch; print(torch.backends.cpu.get_cpu_capability())'; }
 
