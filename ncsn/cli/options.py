@@ -59,13 +59,13 @@ def describe(error: BaseException) -> tuple[tuple[Problem, ...], int]:
 def _show(error: click.UsageError, _: object = None) -> None:
     """Say in one line what is wrong with the words of a command, where click adds its synopsis."""
     message = " ".join(error.format_message().split()).rstrip(".")
-    hint, file = f"see `{error.ctx.command_path if error.ctx else 'ncsn'} --help`", _EXTRA_CONFIG.search(message)
-    if file and error.ctx and any(param.name == "config_uri" for param in error.ctx.command.params):
-        hint = f"did you mean --config {file[1]}?"
+    hint, config = f"see `{error.ctx.command_path if error.ctx else 'ncsn'} --help`", _EXTRA_CONFIG.search(message)
+    if config and error.ctx and any(param.name == "config_uri" for param in error.ctx.command.params):
+        hint = f"did you mean --config {config[1]}?"
     click.echo(f"error: {message[0].lower()}{message[1:]}{click.style(f' ({hint})', dim=True)}", err=True)
 
 
-click.UsageError.show = _show  # type: ignore[method-assign]  # of groups and commands alike
+click.UsageError.show = _show  # type: ignore[assignment, method-assign]  # of groups and commands alike
 
 
 class ReportingCommand(click.Command):
