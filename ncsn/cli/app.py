@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -189,6 +190,12 @@ def _do_step(
         if step != "sample":
             raise UserError("ADDRESS", f"names a checkpoint, but `{step}` is of a run", hint="name it", value=named)
         given["checkpoint"] = run.checkpoint
+    here = run.config.compute.backend == "local" and "RAY_ADDRESS" not in os.environ
+    if step == "utility" and here and not given.get("lease"):
+        from ncsn.init.plan import utility_line
+
+        if line := utility_line(run.config, run.name):
+            click.echo(line, err=True)
     result = run_step(step, run, code_here=options.code_here, given=given)
     if png:
         from ncsn.data.samples import write_pngs

@@ -25,7 +25,7 @@ from ncsn.core.losses import Batch
 from ncsn.core.noise_schedule import best_epsilon
 from ncsn.core.samplers.settings import AnnealedLangevin
 from ncsn.core.training import train_step
-from ncsn.data.format import load_manifest
+from ncsn.data.format import Manifest, load_manifest
 from ncsn.data.noise_levels import resolve_noise
 from ncsn.errors import UserError
 from ncsn.evaluation.learner import RATES, TRIED, augmentation, network_for
@@ -34,7 +34,7 @@ from ncsn.model import build
 from ncsn.model.generate import evaluations_per_image
 from ncsn.model.memory import kept_bytes
 from ncsn.model.objective import noise_notes, objective_of
-from ncsn.report.words import slowdown
+from ncsn.report.words import duration, slowdown, takes
 from ncsn.runs.folder import cost_of, images_seen_at, read_step, run_folder, state_to_continue
 
 _STATE_BYTES = 5 * 4  # per parameter in float32: weights, their average, gradients, and Adam's two moments
@@ -231,19 +231,41 @@ def plan(config: Config, run: str) -> dict[str, Any]:
     found = estimate(config, speed, basis=basis)
     if not config.compute.use_gpu:
         found["slowdown"] = slowdown(config.compute.max_workers * config.compute.cpus_per_worker)
-    if (wish := config.utility) is None:
+    if config.utility is None:
         return found
     if not (ingested := read_step(run_folder(config, run), "ingest").result):
         found["notes"].append("The step utility is not counted: run `ncsn ingest` first, which counts the classes.")
         return found
-    manifest, compute = load_manifest(str(ingested["uri"])), config.compute
-    images, trainings = work_of(wish, counts := manifest.class_counts["train"])
-    each = seconds_per_update(
-        wish, manifest.pixels.shape, classes=len(counts), device=compute.device, cores=compute.cpus_per_worker
-    )
-    seconds = images * found["nfe"] * speed.evaluate_image + trainings * wish.updates * each / compute.max_workers
+    (seconds,) = _utility_seconds(config, load_manifest(str(ingested["uri"])), speed, [config.utility])
     found["steps"]["utility"] = cost_of(config, "utility", seconds)._asdict()
     return found
+
+
+def _utility_seconds(config: Config, manifest: Manifest, speed: Speed, wishes: Sequence[UtilityConfig]) -> list[float]:
+    """What the step utility takes as each wishes, whose batches are alike."""
+    compute, counts, found = config.compute, manifest.class_counts["train"], []
+    each = seconds_per_update(
+        wishes[0], manifest.pixels.shape, classes=len(counts), device=compute.device, cores=compute.cpus_per_worker
+    )
+    for wish in wishes:
+        images, trainings = work_of(wish, counts)
+        generating = images * evaluations_per_image(config) * speed.evaluate_image
+        found.append(generating + trainings * wish.updates * each / compute.max_workers)
+    return found
+
+
+def utility_line(config: Config, run: str) -> str:
+    """How long the step utility takes on this machine, and a shorter one; empty for a run without classes."""
+    ingested = read_step(run_folder(config, run), "ingest").result
+    if config.data.num_classes is None or not ingested:
+        return ""
+    config, wish = with_levels(config, run), config.utility or UtilityConfig()
+    shorter = {"updates": math.ceil(wish.updates / 4), "ratios": (min(wish.ratios),)}
+    wishes = [wish, wish.model_copy(update=shorter)]
+    long, short = _utility_seconds(config, load_manifest(str(ingested["uri"])), measure_speed(config), wishes)
+    times = slowdown(config.compute.max_workers * config.compute.cpus_per_worker)
+    settings = f"--set utility.updates={shorter['updates']} --set utility.ratios=[{min(wish.ratios):g}]"
+    return f"utility takes {takes(long, times=times)}, less what is done already; {duration(short)} with {settings}"
 
 
 def estimate(config: Config, speed: Speed, *, basis: str) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from do import do
 from refused import refused
 
 from ncsn.config import Config, from_yaml
-from ncsn.init.plan import Speed, chosen_levels, estimate, plan
+from ncsn.init.plan import Speed, chosen_levels, estimate, plan, utility_line
+from ncsn.report.words import duration
 from ncsn.runs.folder import cost_of
 
 ANY = Speed(0.01, 0.002)
@@ -46,12 +47,16 @@ def test_this_machine_is_measured() -> None:
 
 def test_utility_is_counted_once_the_classes_are_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ncsn.init.plan.seconds_per_update", lambda *_, **__: 10.0)
+    monkeypatch.setattr("ncsn.init.plan.measure_speed", lambda _: Speed(1e-3, 1e-3))
     asked = "data.num_classes=10", "data.max_images=300", f"storage.root={tmp_path}"
     one, two = (config(*asked, f"utility={{updates: {updates}}}") for updates in (1000, 2000))
     assert "utility" not in plan(one, "run")["steps"]
     do("ingest", one, "run")
     first, second = (plan(each, "run")["steps"]["utility"]["seconds"] for each in (one, two))
     assert second - first == pytest.approx(1000 * 10 * (5 * 6 + 6) / 2, rel=0.01)  # by two workers
+    assert utility_line(config("data.max_images=300", f"storage.root={tmp_path}"), "run") == ""
+    line = utility_line(two, "run")
+    assert duration(second) in line and "utility.updates=500" in line and "utility.ratios=[0.25]" in line
 
 
 def test_a_teacher_takes_time_and_memory_in_its_precision() -> None:
