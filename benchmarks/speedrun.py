@@ -160,13 +160,20 @@ def held_out(recipe: Config, checkpoint: str, *, dataset: str) -> float:
     return float((weight[:, None] * losses).mean())
 
 
+def sampled(config: Config, checkpoint: str, *, work: str) -> str:
+    """URI of the samples of a checkpoint, made or from `work`."""
+    sampling = config.sampling.model_copy(update={"relative_width": None})  # the checkpoint is that average
+    config = config.model_copy(update={"sampling": sampling})
+    folder = f"{work}/samples/{storage.digest([checkpoint, sampling.model_dump(mode='json')], 16)}"
+    make_shards(config, plan_shards(config, checkpoint=checkpoint, folder=folder), progress=Progress())
+    return folder
+
+
 def quality(config: Config, checkpoint: str, *, dataset: str, count: int, work: str) -> dict[str, float]:
     """Distances, recall and copies of `count` samples."""
-    sampling = config.sampling.model_copy(update={"num_images": count, "relative_width": None})
+    sampling = config.sampling.model_copy(update={"num_images": count})
     config = config.model_copy(update={"sampling": sampling})
-    samples = f"{work}/samples/{storage.digest([checkpoint, sampling.model_dump(mode='json')], 16)}"
-    make_shards(config, plan_shards(config, checkpoint=checkpoint, folder=samples), progress=Progress())
-    found = []
+    samples, found = sampled(config, checkpoint, work=work), []
     for extractor in (config.evaluation.extractor, "clusters"):
         settings = config.evaluation.model_copy(update={"extractor": extractor})
         judged = config.model_copy(update={"evaluation": settings})

@@ -10,16 +10,19 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torchvision
+from sklearn.datasets import load_digits
 from torch.nn import functional
 
-from benchmarks import gpu, roofline, training_step
+from benchmarks import gpu, judges, roofline, training_step
 from benchmarks.measure import in_turns, ratio
 from benchmarks.scale import Machines, Work, step_on
 from benchmarks.training_step import loss_curves, measure
 from ncsn.config import from_yaml
+from ncsn.data.format import Rows
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 GPU_RECIPES = [path for path in sorted(CONFIGS.glob("*.yaml")) if "use_gpu: true" in path.read_text()]
@@ -106,3 +109,35 @@ def test_the_gpu_rows_need_only_torch_and_numpy() -> None:
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert set(json.loads(done.stdout)) - sys.stdlib_module_names == {"benchmarks", "ncsn"}
+
+
+@pytest.mark.parametrize("body", judges.BODIES)
+def test_a_judge_finds_half_of_the_digits_near_the_other_and_noise_far(body: str) -> None:
+    digits = load_digits()
+    images, labels = (digits.images[..., None] * 15.9375).astype(np.uint8), digits.target.astype(np.int64)
+    train, test = (Rows(images[part::2], labels[part::2]) for part in (0, 1))
+    seat = judges.Seat.of(judges.train_judge(body, train, num_classes=10, seed=0, steps=100), train, test)
+    assert seat.accuracy > 0.8
+    real = seat.real()
+    noise = seat.judged(np.random.default_rng(0).integers(256, size=(2000, 8, 8, 1)).astype(np.uint8))
+    assert (real["count"], noise["count"], noise["size"]) == (len(test), 2000, len(test))
+    assert real["equal"] == pytest.approx(real["all"]) and noise["equal"] > noise["all"]  # of fewer images
+    assert real["equal"] < 2 and noise["all"] > 20, "in percent of the variance"
+    assert seat.again(5000)["all"] < seat.again(len(test))["all"] < 2
+    assert noise["precision"] < 0.2 < 0.6 < real["precision"] and noise["score"] < real["score"]
+
+
+def test_the_interval_of_judges_is_by_the_spread_of_all_recipes_between_seeds_or_by_the_jackknife() -> None:
+
+    def line(change: str, seed: int, *logs: float, own: float = 0.01) -> dict:
+        by = [{"all": float(np.exp(log)), "all_log_std": own} for log in logs]
+        return {"change": change, "images": 1, "seed": seed, "by": by}
+
+    first = [line("a", 1, 0.0, 0.2), line("a", 2, 0.2, 0.4)]  # means 0.1 and 0.3
+    second = [line("b", seed, mean) for seed, mean in enumerate([1.0, 1.2, 1.4])]
+    # Squares of 0.02 and 0.08 over three degrees of freedom, whose quantile is 3.182.
+    half = 3.182 * (0.1 / 3) ** 0.5
+    found = judges.interval(second, [*first, *second])
+    assert np.log(found) == pytest.approx([1.2, 1.2 - half / 3**0.5, 1.2 + half / 3**0.5], rel=1e-3)
+    alone = [line("c", 1, 0.5, own=0.3)]
+    assert np.log(judges.interval(alone, alone)) == pytest.approx([0.5, 0.5 - 1.96 * 0.3, 0.5 + 1.96 * 0.3])
