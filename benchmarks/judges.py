@@ -6,11 +6,14 @@
 
 Three classifiers of different architectures (`BODIES`), none that of `ncsn evaluate`, are trained on all training
 images of a dataset with classes; `--judge-seed N` trains three others, to confirm what the first have chosen. Each
-judges --samples images of each seed of the recipe with the settings of --set, and the real test images. `of all` is the
-Fréchet distance of all samples. The other figures are means of sets of as many images as there are test images, so that
-samples and real images compare. Distances are in percent of the variance of the training images' features. The least
-that a distance of so many images can be is that of as many training images drawn again, with replacement. Test images
-are below it where both splits have equal shares of each class.
+judges --samples images of each seed of the recipe with the settings of --set, and the real test images.
+
+Which class a sample shows is left to chance, and to how the training ended. So that this does not hide all else, the
+figures are of three quarters of the samples, chosen to have the classes' shares of the training images; `shares` is the
+total variation between these shares and those of all samples. `of all` is the Fréchet distance of those chosen. The
+other figures are means of sets of about as many as there are test images, so that samples and real images compare.
+Distances are in percent of the variance of the training images' features. The least of so many images is that of
+training images drawn again, with replacement.
 
 The table has the means over judges and seeds. An interval (95 %) is that of the mean over other seeds and samples: by
 the spread between seeds in the logarithm, which all rows share, or by the jackknife over the images if that is more.
@@ -42,9 +45,15 @@ from ncsn.config import from_yaml
 from ncsn.core.keyed_random import COMMON_SEED, keyed_permutation
 from ncsn.data.format import Rows, load_manifest, read_split
 from ncsn.data.samples import SampleSet
-from ncsn.evaluation import classes_in_turn
 from ncsn.evaluation.extractors import Extracted, Images, batches, joined
-from ncsn.evaluation.frechet import FrechetStatistics, frechet_distance, score_of
+from ncsn.evaluation.frechet import (
+    JACKKNIFE_GROUPS,
+    Array,
+    FrechetStatistics,
+    frechet_distance,
+    frechet_jackknife,
+    merged,
+)
 from ncsn.evaluation.scores import inception_score, precision_recall
 from ncsn.steps.ingest import write_images
 
@@ -58,6 +67,7 @@ FIGURES = {  # of sets of equal numbers: key of a line -> head of its column, an
     "score": ("score", "{:.3f}"),
     "precision": ("precision", "{:.3f}"),
     "recall": ("recall", "{:.3f}"),
+    "shares": ("shares", "{:.3f}"),
 }
 
 
@@ -100,7 +110,7 @@ def main() -> None:
         config = from_yaml(text, overrides=[*alone, f"seed={seed}", f"sampling.num_images={options.samples}"])
         folder = sampled(config, trained(config, dataset=dataset, work=work), work=work)
         images = SampleSet(folder, options.samples).read(0, options.samples)
-        by = [seat.judged(images, classes_in_turn=classes_in_turn(config)) for seat in jury]
+        by = [seat.judged(images) for seat in jury]
         lines.append({"change": what, "seed": seed, "images": config.train.num_images, "by": by})
     with options.out.open("a") as file:
         file.writelines(json.dumps(line) + "\n" for line in lines)
@@ -233,6 +243,7 @@ class Seat:
     scale: float  # of the features, whose variance is 100 in all
     train: Extracted
     test: Extracted
+    shares: Array  # of the classes of the training images, [K]
     accuracy: float  # on the test images
 
     @classmethod
@@ -240,31 +251,37 @@ class Seat:
         """A judge who has seen the real images."""
         seen, unseen = judge.extract(train.images), judge.extract(test.images)
         scale = float(np.sqrt(100 / seen.features.astype(np.float64).var(axis=0).sum()))
+        counts = np.bincount(train.labels[train.labels >= 0], minlength=seen.log_probabilities.shape[1])
         correct = unseen.log_probabilities.argmax(axis=1) == test.labels
-        return cls(judge, scale, seen, unseen, float(correct[test.labels >= 0].mean()))
+        return cls(judge, scale, seen, unseen, counts / counts.sum(), float(correct[test.labels >= 0].mean()))
 
-    def judged(self, images: Images, *, classes_in_turn: int = 1) -> dict[str, Any]:
-        """Figures of uint8 images [N, H, W, C], at least as many as there are test images."""
-        return self._figures(self.judge.extract(images), classes_in_turn)
+    def judged(self, images: Images) -> dict[str, Any]:
+        """Figures of uint8 images [N, H, W, C], a third more than there are test images or more."""
+        return self._figures(self.judge.extract(images), 3 * len(images) // 4)
 
     def real(self) -> dict[str, Any]:
         """Figures of the test images."""
-        return self._figures(self.test, 1)
+        return self._figures(self.test, len(self.test.features))
 
     def again(self, count: int) -> dict[str, Any]:
         """Figures of training images that are drawn with replacement."""
         drawn = np.random.default_rng(COMMON_SEED).integers(len(self.train.features), size=count)
-        return self._figures(Extracted(self.train.features[drawn], self.train.log_probabilities[drawn]), 1)
+        extracted = Extracted(self.train.features[drawn], self.train.log_probabilities[drawn])
+        return self._figures(extracted, 3 * count // 4)
 
-    def _figures(self, extracted: Extracted, classes_in_turn: int) -> dict[str, Any]:
-        size = len(self.test.features)
+    def _figures(self, extracted: Extracted, count: int) -> dict[str, Any]:
         features, train = (self.scale * each.features.astype(np.float64) for each in (extracted, self.train))
-        reference = FrechetStatistics.of(train)
-        score = score_of(features, reference, classes_in_turn=classes_in_turn)
+        reference, seen = FrechetStatistics.of(train), extracted.log_probabilities.argmax(axis=1)
+        # Class by class, so that every k-th of them have the same shares.
+        wanted = np.round(self.shares * count).astype(int)
+        chosen = np.concatenate([np.flatnonzero(seen == label)[:most] for label, most in enumerate(wanted)])
+        parts = (chosen[number::JACKKNIFE_GROUPS] for number in range(JACKKNIFE_GROUPS))
+        groups = [FrechetStatistics.of(features[part]) for part in parts]
+        size = min(len(self.test.features), len(chosen))
         some = train[keyed_permutation(COMMON_SEED, epoch=0, size=len(train))[:size]]
-        sets = []
-        for first in range(0, len(features) - size + 1, size):
-            own = slice(first, first + size)
+        sets, number = [], len(chosen) // size
+        for part in (chosen[first::number] for first in range(number)):
+            own = part[np.linspace(0, len(part) - 1, size).astype(int)]
             balls, probabilities = precision_recall(features[own], some), extracted.log_probabilities[own]
             sets.append(
                 {
@@ -275,9 +292,17 @@ class Seat:
                     "recall": balls["recall"],
                 }
             )
-        means = {key: statistics.fmean(each[key] for each in sets) for key in FIGURES}
-        told = {"judge": self.judge.name, "accuracy": self.accuracy, "size": size, "count": len(features)}
-        return told | {"all": score.fid, "all_log_std": score.log_std} | means
+        counts = np.bincount(seen, minlength=len(self.shares))
+        return {
+            "judge": self.judge.name,
+            "accuracy": self.accuracy,
+            "size": size,
+            "count": len(features),
+            "all": frechet_distance(merged(groups), reference),
+            "all_log_std": frechet_jackknife(groups, reference),
+            **{key: statistics.fmean(each[key] for each in sets) for key in sets[0]},
+            "shares": float(0.5 * np.abs(counts / counts.sum() - self.shares).sum()),
+        }
 
 
 def table(lines: list[dict[str, Any]]) -> str:
@@ -292,13 +317,14 @@ def table(lines: list[dict[str, Any]]) -> str:
     samples = " or ".join(f"{count:,}" for count in counts)
     heads = ["recipe", "images", "seeds", "of all", *bodies, *(head for head, _ in FIGURES.values())]
     rows = [
-        f"Accuracy on the test images: {accuracies}. `of all` and by each judge: the distance of {samples} images; "
-        f"the rest is of sets of {by[0]['size']:,}.\n",
+        f"Accuracy on the test images: {accuracies}. `of all` and by each judge: the distance of three quarters of "
+        f"{samples} images; the rest but `shares` is of sets of {by[0]['size']:,}.\n",
         f"| {' | '.join(heads)} |",
         "|---" + "|---:" * (len(heads) - 1) + "|",
     ]
     for (change, images), group in groups.items():
-        cells = [change, "" if images is None else f"{images:,}", " ".join(str(line["seed"] or "") for line in group)]
+        seeds = " ".join(str(line["seed"]) for line in group if line["seed"] is not None)
+        cells = [change, "" if images is None else f"{images:,}", seeds]
         if change == REAL:
             cells += [""] * (1 + len(bodies))
         else:

@@ -120,11 +120,12 @@ def test_a_judge_finds_half_of_the_digits_near_the_other_and_noise_far(body: str
     assert seat.accuracy > 0.8
     real = seat.real()
     noise = seat.judged(np.random.default_rng(0).integers(256, size=(2000, 8, 8, 1)).astype(np.uint8))
-    assert (real["count"], noise["count"], noise["size"]) == (len(test), 2000, len(test))
-    assert real["equal"] == pytest.approx(real["all"]) and noise["equal"] > noise["all"]  # of fewer images
+    assert (real["count"], noise["count"]) == (len(test), 2000)
     assert real["equal"] < 2 and noise["all"] > 20, "in percent of the variance"
-    assert seat.again(5000)["all"] < seat.again(len(test))["all"] < 2
-    assert noise["precision"] < 0.2 < 0.6 < real["precision"] and noise["score"] < real["score"]
+    assert noise["precision"] < 0.2 < 0.6 < real["precision"]
+    assert real["shares"] < 0.1 < noise["shares"], "noise looks like few of the digits"
+    again = seat.again(5000)
+    assert again["all"] < again["equal"] < real["equal"], "less of more images, and of those that it has learned"
 
 
 def test_the_interval_of_judges_is_by_the_spread_of_all_recipes_between_seeds_or_by_the_jackknife() -> None:
