@@ -116,7 +116,7 @@ def choose(
     most = 256 * machine.gpus or 64
     draft.choose("train.batch_size", min(most, max(16, 2 ** int(math.log2(train_images)))))
     if not machine.gpus and draft.get("network.kind", "unet") == "unet":  # measured on CPUs alone
-        why = "For the hidden convolutions: the same loss with fewer images than Adam, which trains the rest."
+        why = "For the hidden convolutions: better in the same time than Adam, which trains the rest."
         draft.choose("optimizer.muon.learning_rate", MuonConfig().learning_rate, why)
     speed, larger = _choose_network(draft, found, seconds=TRAINING * left)
     _choose_classes(draft, found.class_names, class_counts)
