@@ -44,7 +44,6 @@ from ncsn.steps.train import settle_noise
 KEPT = 3  # at most, in the run's folder selected/
 SURE = 0.05  # as of 95 % intervals, for all comparisons with the last together
 
-
 Score = dict[str, Any]  # see `_score`
 
 
@@ -139,6 +138,8 @@ def _score(features: Features | None, evaluator: Evaluator, *, figure: str, in_t
 
 def _surely_below(one: Score, other: Score, *, among: int) -> bool:
     """Whether one score is lower by more than chance explains where this is one `among` so many comparisons."""
+    if other["value"] is None:
+        return True
     without = np.subtract(one["without_group"], other["without_group"])  # of the same noise, group by group
     reach = t.ppf(1 - SURE / 2 / among, len(without) - 1) * jackknife_deviation(without)
     return bool(one["compared"] + reach < other["compared"])
@@ -156,18 +157,14 @@ def conclude(
         raise UserError("sampling.sampler", wrong, hint="lower its step size")
     metric = metric_name(settings.figure, extractor=extractor, num_images=settings.num_images)
     last = max(rows, key=lambda row: (row["images_seen"], row["relative_width"] == width))
-    if last["value"] is not None:
-        better = [row for row in finite if row != last and _surely_below(row, last, among=len(finite) - 1)]
-    else:
-        better = finite
+    better = [row for row in finite if row is not last and _surely_below(row, last, among=len(finite) - 1)]
     better.sort(key=lambda row: (row["value"], row["images_seen"]))
     kept = [keep_copy(row["uri"], folder.selected) for row in better[:KEPT]]
     chosen, *_ = *better, last
     sentence, notes = f"none of {len(rows)} candidates is surely better than the last, which stays", list[str]()
     if better:
-        sentence = (
-            f"{metric} is {shown_score(chosen)} at {chosen['images_seen']:,} images, the last's {shown_score(last)}"
-        )
+        seen = f"{chosen['images_seen']:,} images"
+        sentence = f"{metric} is {shown_score(chosen)} at {seen}, the last's {shown_score(last)}"
         optimistic = f"{metric} chose among {len(rows)} candidates, so the winning score is optimistic"
         notes = [f"{optimistic}; the metrics use new samples", *filter(None, [few_samples(metric)])]
     result = SelectResult(
