@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from ncsn import storage
 from ncsn.config.schema import TERMS, DataConfig
-from ncsn.data.duplicates import DUPLICATES, Duplicate, below, equal_pairs, named, to_csv
+from ncsn.data.duplicates import DUPLICATES, Duplicate, below, equal_pairs, named, pairs_of, to_csv
 from ncsn.data.format import (
     DIGEST_LENGTH,
     DIGEST_VERSION,
@@ -68,15 +68,6 @@ class Dataset:
     created: bool  # False if it was there already and nothing was written
 
 
-class LeftOut(NamedTuple):
-    """An image of the test split that equals one of the training split, or its mirror image."""
-
-    name: str
-    label: int
-    kind: str  # equal or mirrored
-    hash: int  # of that training image
-
-
 @dataclass(frozen=True)
 class Notes:
     """What is known of a part, which its file holds too."""
@@ -86,7 +77,8 @@ class Notes:
     class_counts: list[int]  # up to the largest class
     skipped: list[SkippedImage]  # images that were left out
     conversions: dict[str, int]  # what others lost
-    left_out: list[LeftOut]
+    # Test images that equal a training image: name, label, whether "equal" or "mirrored", and the hash of that image.
+    left_out: list[tuple[str, int, str, int]]
 
 
 class Written(NamedTuple):
@@ -113,7 +105,7 @@ class PartWriter:
         examples = bad.filter(self.images.stream(cores=cores))
         digest: Any = hashlib.sha256()
         labels, sample = np.empty(0, "<i8"), [np.empty((0, *pixels.shape), pixels.dtype)]
-        hashes, left_out, root = NO_HASHES, list[LeftOut](), storage.absolute(self.data.root or "")
+        hashes, left_out, root = NO_HASHES, list[tuple[str, int, str, int]](), storage.absolute(self.data.root or "")
         columns = schema(pixels).append(pa.field(NAME, pa.string(), nullable=False))
         with storage.scratch_folder(self.near) as scratch:
             file = scratch / "part.parquet"
@@ -122,14 +114,13 @@ class PartWriter:
                     images = np.stack([example.image for example in rows])
                     names = [below(root, example.name) for example in rows]
                     own = image_hashes(images)
-                    equal, new = are_among(own, known), ~are_among(own, known)
-                    mirrored = own
+                    new, either = np.ones(len(own), bool), {"equal": own}
                     if len(known) and self.data.mirrors:
-                        mirrored = image_hashes(images[:, :, ::-1])
-                        new &= ~are_among(mirrored, known)
-                    for place in np.flatnonzero(~new):
-                        kind, found = ("equal", own) if equal[place] else ("mirrored", mirrored)
-                        left_out.append(LeftOut(names[place], rows[place].label, kind, int(found[place])))
+                        either["mirrored"] = image_hashes(images[:, :, ::-1])
+                    for kind, found in either.items():
+                        for place in np.flatnonzero(new & are_among(found, known)):
+                            left_out.append((names[place], rows[place].label, kind, int(found[place])))
+                            new[place] = False
                     images, hashes = images[new], np.append(hashes, own[new])
                     if advance:
                         advance(len(rows))
@@ -160,7 +151,6 @@ class PartWriter:
         """What `write` gave when the part was written before."""
         with open_images(self.uri, hint="delete it and ingest again") as file:
             fields = json.loads(file.metadata.metadata[_NOTES])
-            fields["left_out"] = [LeftOut(*image) for image in fields["left_out"]]
             notes = Notes(**fields | {"skipped": [SkippedImage(**image) for image in fields["skipped"]]})
             groups = map(file.read_row_group, range(file.num_row_groups))
             hashes = np.concatenate([NO_HASHES, *(image_hashes(from_table(group).images) for group in groups)])
@@ -240,7 +230,7 @@ def _write(
     chosen = sample_places(len(source.splits["train"]), pixels.num_bytes)
     sample, taken = np.empty((len(chosen), *pixels.shape), pixels.dtype), 0
     counts, repeated, hashes = dict[str, int](), dict[str, int](), dict[str, Hashes]()
-    left_out, known = list[LeftOut](), NO_HASHES
+    left_out, known = list[tuple[str, int, str, int]](), NO_HASHES
     for split in filter(source.splits.__contains__, SPLITS):
         parts[split], own = [], [NO_HASHES]
         there, sampled = storage.join(staging, split), chosen if split == "train" else chosen[:0]
@@ -301,18 +291,16 @@ def _write(
 
 
 def _duplicates(
-    uri: str, manifest: Manifest, hashes: Mapping[str, Hashes], left_out: Sequence[LeftOut]
+    uri: str, manifest: Manifest, hashes: Mapping[str, Hashes], left_out: Sequence[tuple[str, int, str, int]]
 ) -> Iterator[Duplicate]:
     """The images that repeat another of their split, and those that were left out of the test split as equal."""
     for split, own in hashes.items():
-        pairs = equal_pairs(own)
-        for one, other in zip(*(named(uri, manifest, split, rows) for rows in pairs.T), strict=True):
-            yield Duplicate.of("equal", one, other)
-    order = np.argsort(hashes["train"], kind="stable")
-    places = np.searchsorted(hashes["train"][order], np.array([image.hash for image in left_out], np.uint64))
-    for one, image in zip(named(uri, manifest, "train", order[places]), left_out, strict=True):
-        class_name = manifest.class_names[image.label] if image.label >= 0 else ""
-        yield Duplicate.of(image.kind, one, (image.name or "a test image", class_name))
+        yield from pairs_of("equal", *(named(uri, manifest, split, rows) for rows in equal_pairs(own).T))
+    order, classes = np.argsort(hashes["train"], kind="stable"), ("", *manifest.class_names)
+    places = np.searchsorted(hashes["train"][order], np.array([image[-1] for image in left_out], np.uint64))
+    ones = named(uri, manifest, "train", order[places])
+    for one, (name, label, kind, _) in zip(ones, left_out, strict=True):
+        yield from pairs_of(kind, [one], [(name or "a test image", classes[label + 1])])
 
 
 def _parts(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,8 +14,6 @@ from ncsn import storage
 from ncsn.data.format import DAMAGED, LABEL, NAME, Hashes, Manifest, open_images, pieces_of
 
 DUPLICATES = "duplicates.csv"
-
-
 # The path of an image below `data.root`, or its split and row if its source has no names; and its class, or "".
 Named = tuple[str, str]
 
@@ -29,9 +27,11 @@ class Duplicate(NamedTuple):
     class_name: str
     other_class_name: str
 
-    @classmethod
-    def of(cls, kind: str, one: Named, other: Named) -> Duplicate:
-        return cls(one[0], other[0], kind, one[1], other[1])
+
+def pairs_of(kind: str, ones: Iterable[Named], others: Iterable[Named]) -> Iterator[Duplicate]:
+    """Lines for images and, of each, the other one."""
+    for (path, name), (other_path, other_name) in zip(ones, others, strict=True):
+        yield Duplicate(path, other_path, kind, name, other_name)
 
 
 def below(root: str, name: str) -> str:
@@ -48,14 +48,14 @@ def equal_pairs(hashes: Hashes) -> NDArray[np.int64]:
 
 def named(uri: str, manifest: Manifest, split: str, rows: Sequence[int] | NDArray[np.int64]) -> list[Named]:
     """The images at these rows of a split, in any order, of the dataset whose parts are at `uri`."""
-    wanted, parts, found = np.asarray(rows, np.int64), manifest.parts[split], dict[int, Named]()
-    for number, _, within in pieces_of(unique := np.unique(wanted), [part.rows for part in parts]):
+    unique, places = np.unique(np.asarray(rows, np.int64), return_inverse=True)
+    parts, classes, found = manifest.parts[split], ("", *manifest.class_names), list[Named]()
+    for number, held, within in pieces_of(unique, [part.rows for part in parts]):
         with open_images(storage.join(uri, parts[number].path), hint=DAMAGED) as file:
-            table = file.read(columns=[NAME, LABEL]).take(within)
-        for name, label in zip(table[NAME].to_pylist(), table[LABEL].to_pylist(), strict=True):
-            row = int(unique[len(found)])
-            found[row] = name or f"{split} image {row}", manifest.class_names[label] if label >= 0 else ""
-    return [found[row] for row in wanted.tolist()]
+            columns = file.read(columns=[NAME, LABEL]).take(within).to_pydict().values()
+        for row, name, label in zip(unique[held], *columns, strict=True):
+            found.append((name or f"{split} image {row}", classes[label + 1]))
+    return [found[place] for place in places]
 
 
 def to_csv(duplicates: Iterable[Duplicate]) -> str:

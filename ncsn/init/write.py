@@ -19,7 +19,7 @@ from ncsn import storage
 from ncsn.config.load import EXAMPLES
 from ncsn.core.images import eight_bit
 from ncsn.data.dataset import write_dataset
-from ncsn.data.duplicates import DUPLICATES, Duplicate, equal_pairs, in_two_classes, to_csv
+from ncsn.data.duplicates import DUPLICATES, Duplicate, equal_pairs, in_two_classes, pairs_of, to_csv
 from ncsn.data.format import equal_in_words, image_hashes
 from ncsn.data.samples import grid_png
 from ncsn.data.sources import open_source
@@ -196,7 +196,7 @@ def _duplicates(chosen: FirstConfig) -> Iterator[Duplicate]:
         pairs["mirrored"] = either[~np.isin(either[:, 1], pairs["equal"][:, 1])]
     pairs["near"] = near_duplicates(eight_bit(chosen.images, data.pixels.limits), mirrors=data.mirrors)
     for kind, found in pairs.items():
-        yield from (Duplicate.of(kind, names[one], names[other]) for one, other in found)
+        yield from pairs_of(kind, *([names[row] for row in rows] for rows in found.T))
 
 
 def _seen(images: npt.NDArray[np.uint8], *, rows: int = 4, columns: int = 8, mirrored: bool = True) -> bytes:

@@ -14,7 +14,7 @@ from ncsn import storage
 from ncsn.config import Config, to_yaml
 from ncsn.config.schema import TERMS
 from ncsn.data.dataset import Dataset, write_dataset
-from ncsn.data.duplicates import DUPLICATES, Duplicate, from_csv, in_two_classes, named, to_csv
+from ncsn.data.duplicates import DUPLICATES, Duplicate, from_csv, in_two_classes, named, pairs_of, to_csv
 from ncsn.data.format import (
     MANIFEST,
     Hashes,
@@ -89,10 +89,8 @@ def _near_duplicates(config: Config, dataset: str, manifest: Manifest, context: 
         uri = storage.join(dataset, "near_duplicates.png")
         storage.write_bytes(uri, neighbors_png(test[pairs[:16, 0]], train[pairs[:16, 1]]))
         context.tracked.log_file(uri)
-    tests, near = (
-        named(dataset, manifest, split, rows) for split, rows in zip(("test", "train"), pairs.T, strict=True)
-    )
-    yield from map(Duplicate.of, itertools.repeat("near"), near, tests)
+    tests, near = pairs.T
+    yield from pairs_of("near", named(dataset, manifest, "train", near), named(dataset, manifest, "test", tests))
 
 
 def agreed_inputs(run: Run) -> Mapping[str, Any]:
