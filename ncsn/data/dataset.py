@@ -46,7 +46,6 @@ from ncsn.data.format import (
     read_rows,
     schema,
     to_table,
-    write_manifest,
 )
 from ncsn.data.noise_levels import sample_places, suggestions
 from ncsn.data.pixels import PIXELS_VERSION
@@ -285,7 +284,7 @@ def _write(
     )
     duplicates = _duplicates(staging, manifest, hashes, left_out)
     storage.write_text(storage.join(staging, DUPLICATES), to_csv(duplicates))
-    write_manifest(staging, manifest)
+    storage.write_json(storage.join(staging, MANIFEST), {"format_version": FORMAT_VERSION} | asdict(manifest), indent=1)
     created = storage.publish_folder(staging, uri, marker=MANIFEST)
     return Dataset(uri, manifest if created else load_manifest(uri), created)
 

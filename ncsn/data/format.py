@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -197,11 +197,6 @@ class Manifest:
         if split not in self.counts:
             raise InvalidValue(f"dataset {self.name} has no split {split!r}; it has {', '.join(self.counts)}")
         return self.counts[split]
-
-
-def write_manifest(uri: str, manifest: Manifest) -> None:
-    """Write it into the dataset at `uri`, which is complete with it."""
-    storage.write_json(storage.join(uri, MANIFEST), {"format_version": FORMAT_VERSION} | asdict(manifest), indent=1)
 
 
 def load_manifest(uri: str) -> Manifest:

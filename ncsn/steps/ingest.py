@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,16 +14,7 @@ from ncsn.config import Config, to_yaml
 from ncsn.config.schema import TERMS
 from ncsn.data.dataset import Dataset, write_dataset
 from ncsn.data.duplicates import DUPLICATES, Duplicate, from_csv, in_two_classes, named, pairs_of, to_csv
-from ncsn.data.format import (
-    MANIFEST,
-    Hashes,
-    Manifest,
-    image_hashes,
-    load_manifest,
-    part_images,
-    read_part,
-    write_manifest,
-)
+from ncsn.data.format import MANIFEST, Hashes, Manifest, image_hashes, load_manifest, part_images, read_part
 from ncsn.data.sources import open_source
 from ncsn.data.sources.base import NO_FILES, source_fingerprint
 from ncsn.progress import Progress, say
@@ -46,9 +36,7 @@ def prepare(run: Run) -> Prepared[IngestResult]:
 def ingest(config: Config, context: Context, *, fingerprint: str) -> IngestResult:
     """Bring the source's images to one shape and publish them under the digest of their content."""
     dataset = write_images(config, context.folder.root, fingerprint=fingerprint, progress=context.progress)
-    manifest = replace(dataset.manifest, **config.data.model_dump(include=TERMS, exclude_none=True))
-    if manifest != dataset.manifest:  # of another experiment on these images
-        write_manifest(dataset.uri, manifest)
+    manifest = dataset.manifest
     context.tracked.log_dataset(manifest.name, digest=manifest.digest, uri=dataset.uri)
     context.tracked.log_metrics({f"ingest/{split}_images": count for split, count in manifest.counts.items()})
     notes = [f"{count:,} images were {what}" for what, count in manifest.conversions.items()]
