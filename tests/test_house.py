@@ -28,27 +28,27 @@ LEAST_MODULES, MOST_MODULES = 2, 14  # of a package
 # Lines of each part, as it is, and words of all pages. Who raises a number says in the commit what went, or why nothing
 # could.
 BUDGETS = {
-    "ncsn/core": 3516,
-    "ncsn/data": 2801,
-    "ncsn/evaluation": 2344,
-    "ncsn/steps ncsn/runs ncsn/kubeflow": 4125,
-    "ncsn/model": 1510,
-    "ncsn/distributed": 1511,
-    "ncsn/config": 1787,
-    "ncsn/cli": 1771,
-    "ncsn/tracking": 1483,
-    "ncsn/report": 1008,
-    "ncsn/remote": 1619,
+    "ncsn/core": 3521,
+    "ncsn/data": 2908,
+    "ncsn/evaluation": 2419,
+    "ncsn/steps ncsn/runs ncsn/kubeflow": 4251,
+    "ncsn/model": 1508,
+    "ncsn/distributed": 1514,
+    "ncsn/config": 1811,
+    "ncsn/cli": 1798,
+    "ncsn/tracking": 1487,
+    "ncsn/report": 1044,
+    "ncsn/remote": 1624,
     "ncsn/library": 539,
-    "ncsn/init ncsn/inspection": 1899,
+    "ncsn/init ncsn/inspection": 2009,
     "ncsn/serving": 442,
     "ncsn/training": 1033,
     "components pipelines": 1106,
-    "ncsn/storage": 842,
+    "ncsn/storage": 856,
     "examples": 1141,
-    "tests": 24579,
+    "tests": 25167,
 }
-MOST_WORDS = 19866
+MOST_WORDS = 19968
 
 
 def _name(path: Path) -> str:

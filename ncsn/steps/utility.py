@@ -155,8 +155,7 @@ def utility(
     named = {names[label]: found["classes"][label] for label in found["named"]}
     used = int(np.minimum(kept, most).sum())
     sentence = utility_sentence(found["grade"], gain, named, used=used, wanted=int(most.sum()))
-    if _may_have_seen_more(config, trained, context.folder):
-        sentence += "; its weights or its guide's began on other images, which may hold these test images"
+    sentence += _doubt(config, trained, context.folder)
     result = UtilityResult(
         uri=storage.join(uri, "utility.json"),
         plot=storage.join(uri, "utility.png"),
@@ -190,14 +189,16 @@ def utility(
     return result
 
 
-def _may_have_seen_more(config: Config, trained: TrainedNetwork, folder: RunFolder) -> bool:
-    """Whether the weights began from, or are guided by, those of a training on images that these cannot vouch for."""
+def _doubt(config: Config, trained: TrainedNetwork, folder: RunFolder) -> str:
+    """What the sentence adds where weights or guide come from a training on images that these cannot vouch for."""
+    doubt = "; its weights or its guide's began on other images, which may hold these test images"
     others = [guide] if (guide := guide_of(trained, config.sampling)) else []
     if config.train.init_from is not None:
         if not storage.exists(storage.join(folder.start, INDEX)):  # of a version
-            return True
+            return doubt
         others.append(load_checkpoint(folder.start))
-    return any(each.dataset_digest != trained.dataset_digest or each.config.train.init_from for each in others)
+    unknown = any(each.dataset_digest != trained.dataset_digest or each.config.train.init_from for each in others)
+    return doubt if unknown else ""
 
 
 def ask(

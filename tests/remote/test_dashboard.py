@@ -79,8 +79,9 @@ def test_only_jobs_of_the_pipeline_run_are_stopped(dashboard, run, kfp_run, stop
 def test_a_refused_submission_is_told_with_its_last_line(dashboard, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv(KFP_RUN_ID, "5f3a")
     dashboard.answers |= {"GET /api/jobs/": [(200, [])], "POST /api/jobs/": [(400, "Traceback\nValueError: no")]}
+    step = RemoteStep(str(tmp_path), "mine", "train", ("ncsn", "train"))
     with pytest.raises(Refused, match="ValueError: no"):
-        client_of(dashboard.url).execute(RemoteStep(str(tmp_path), "mine", "train", ("ncsn", "train")))
+        client_of(dashboard.url).execute(step, accepted=lambda: pytest.fail("it was not accepted"))
     (body,) = [body for request, body in dashboard.seen if request == "POST /api/jobs/"]
     assert body["metadata"]["ncsn.kfp_run"] == "5f3a"
     assert body["runtime_env"].keys() == {"env_vars"}, "nothing is uploaded"

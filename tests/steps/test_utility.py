@@ -247,12 +247,12 @@ def test_weights_that_began_on_images_that_may_be_among_those_to_test_with_are_t
     config, given = made(tmp_path, save_untrained, *CLASSES)
     trained, (ours, others) = load_checkpoint(given["checkpoint"]), (claimed(config, name) for name in ("a", "b"))
     began = config.model_copy(update={"train": config.train.model_copy(update={"init_from": "x"})})
-    assert not utility._may_have_seen_more(config, trained, ours)
-    assert utility._may_have_seen_more(began, trained, ours), "nobody knows"
+    assert not utility._doubt(config, trained, ours)
+    assert utility._doubt(began, trained, ours), "nobody knows"
     for folder, data in ((ours, given["dataset"]), (others, digits(tiny(tmp_path), tmp_path / "more"))):
         Path(folder.start).parent.mkdir(parents=True, exist_ok=True)
         save_untrained(config, data, Path(folder.start))
-        assert utility._may_have_seen_more(began, trained, folder) == (folder == others)
+        assert bool(utility._doubt(began, trained, folder)) == (folder == others)
 
 
 def test_a_model_of_other_data_is_refused(tmp_path: Path, save_untrained) -> None:
