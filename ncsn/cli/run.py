@@ -32,6 +32,7 @@ from ncsn.runs.folder import (
     RunFolder,
     folders_of,
     images_seen_at,
+    read_outcome,
     read_results,
     read_step,
     said_newest,
@@ -162,7 +163,7 @@ def do_steps(run: Run, steps: tuple[str, ...], *, finish: bool = False) -> None:
         from ncsn.distributed.cluster import ray_cluster_meanwhile
 
         cluster = ray_cluster_meanwhile(config)
-    runs, given = [run], dict[str, str | None]()
+    runs, given, before = [run], dict[str, str | None](), read_outcome(run.folder)
     storage.delete(run.folder.status)  # the run has not ended
     with Terminal(run) as terminal, cluster as ray_started:
         try:
@@ -179,8 +180,10 @@ def do_steps(run: Run, steps: tuple[str, ...], *, finish: bool = False) -> None:
                     runs.append(Run(trainable(result, config), result.run))
                     storage.delete(runs[-1].folder.status)
         except BaseException as error:
-            if not isinstance(error, ForeignRun):  # else another command works on the run
+            if not isinstance(error, ForeignRun):
                 write_end(config, [each.folder for each in runs], step, error)
+            elif before is not None:  # another command works on the run, and this one has changed nothing
+                write_outcome(run.folder, before)
             raise
         for each in runs:
             write_outcome(each.folder, Outcome("FINISHED"))
@@ -201,7 +204,8 @@ def run_select(run: Run, *, code_here: bool, given: Mapping[str, str | None], as
     for step in steps:
         refuse(step, run)
     found = {"select": run_step("select", run, code_here=code_here, given=given)}
-    done = read_step(run.folder, "sample").result.get("checkpoint") == found["select"].checkpoint
+    last = read_step(run.folder, "sample").result.get("checkpoint")
+    done = not found["select"].kept and last == found["select"].checkpoint
     if given.get("lease") is None and not done:  # else the launcher does the rest
         sampling = run.config.sampling.model_copy(update={"relative_width": None})  # that of the chosen weights
         run = Run(run.config.model_copy(update={"sampling": sampling}), run.name)

@@ -86,6 +86,7 @@ def call_all(
             yield from here(function, items, gpu=gpu)
         return
     make, bound = (function.func, function.keywords) if isinstance(function, partial) else (function, {})
+    assert not getattr(function, "args", ()), "a partial binds by name"
 
     def call(item: T, **held: Any) -> Iterator[R]:
         torch.set_num_threads(cpus)

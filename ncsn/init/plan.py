@@ -264,7 +264,7 @@ def utility_line(config: Config, run: str) -> str:
     wishes = [wish, wish.model_copy(update=shorter)]
     long, short = _utility_seconds(config, load_manifest(str(ingested["uri"])), measure_speed(config), wishes)
     times = slowdown(config.compute.max_workers * config.compute.cpus_per_worker)
-    settings = f"--set utility.updates={shorter['updates']} --set utility.ratios=[{min(wish.ratios):g}]"
+    settings = f"--set utility.updates={shorter['updates']} --set 'utility.ratios=[{min(wish.ratios):g}]'"
     return f"utility takes {takes(long, times=times)}, less what is done already; {duration(short)} with {settings}"
 
 

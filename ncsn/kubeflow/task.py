@@ -42,6 +42,7 @@ class Task(Observer):
         if first:
             tell("started", run=run.name, root=run.folder.root)
         storage.delete(run.folder.status)  # the run has not ended
+        storage.delete(_refused(run))  # of an earlier try, beside a job with other inputs
 
     def ended(self, step: str, run: Run, *, again: bool) -> None:  # noqa: ARG002
         """Write the end of the run."""
@@ -50,15 +51,18 @@ class Task(Observer):
 
     def failed(self, step: str, run: Run, error: BaseException) -> None:
         """Write it as the end of the run: the exit handler does too, but after KFP's Retry there is none."""
-        kfp_run = os.environ.get(KFP_RUN_ID)
         if isinstance(error, ForeignRun):
-            if kfp_run:  # for the exit handler, which leaves the run as it is too
-                storage.write_text(run.folder.step(STEPS[0], f"refused-{kfp_run}"), str(error))
+            if KFP_RUN_ID in os.environ:  # for the exit handler, which leaves the run as it is too
+                storage.write_text(_refused(run), str(error))
         elif isinstance(error, Exception):
             if _terminated():  # the janitor may delete a RayJob before Argo ends this process
                 update_step(run.folder, step, state="KILLED")
                 raise SystemExit(TERMINATED) from error
             write_end(run.config, [run.folder], step, error)
+
+
+def _refused(run: Run) -> str:
+    return run.folder.step(STEPS[0], f"refused-{os.environ.get(KFP_RUN_ID)}")
 
 
 def _terminated() -> bool:

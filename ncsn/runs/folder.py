@@ -24,7 +24,7 @@ from ncsn.environment import KFP_RUN_ID, utc_now
 from ncsn.errors import Problem, UserError, problems_of
 from ncsn.events import tell
 from ncsn.runs.steps import OWN, SEARCH, STEP_TABLE, STEPS, STEPS_BY_WORKERS, steps_of
-from ncsn.storage.heartbeat import LeaseExpired
+from ncsn.storage.heartbeat import LeaseExpired, is_abandoned
 from ncsn.storage.retry import limited
 
 DEFAULT_ROOT: str = Config.model_fields["storage"].default.root  # the store if no option names one
@@ -350,16 +350,22 @@ def read_results(folders: Mapping[str, RunFolder]) -> dict[str, StepRecord]:
     return {step: record for step, record in records.items() if record.result}
 
 
+def has_other_job(folder: RunFolder, step: str, record: StepRecord, request: str | None) -> bool:
+    """Whether a job for another request works on the step; one whose launcher is gone does not."""
+    other = record.state == "RUNNING" and record.request not in ("", request)
+    return other and not is_abandoned(folder.step(step, f"lease/{record.request}"))
+
+
 def record_failure(
     folder: RunFolder, step: str, error: BaseException, *, before: StepRecord, request: str | None
 ) -> None:
     """Record what ended an attempt of the step, whose record was `before`, unless more is known already.
 
-    `request` is that of the attempt, None if it has begun nothing. Work that goes on for another one keeps its record.
+    `request` is that of the attempt, None if it has begun nothing. A job that goes on for another one keeps its record.
     """
     try:
         now, state = read_step(folder, step), state_after(error)
-        if now.state == "RUNNING" and now.request != request:
+        if has_other_job(folder, step, now, request):
             return
         message = STOPPED.get(type(error)) or str(error)
         # What the driver elsewhere wrote says more than what its launcher saw, unless it was only told to end, for a

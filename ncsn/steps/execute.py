@@ -28,6 +28,7 @@ from ncsn.runs.folder import (
     RunFolder,
     StepRecord,
     find_inputs,
+    has_other_job,
     opened_from,
     read_step,
     record_failure,
@@ -176,8 +177,8 @@ def _is_done(step: str, folder: RunFolder, prepared: Prepared[Any], key: Mapping
         reason = f"it is gone, but the step {step} of run {folder.run!r} has finished"
         raise NotFound(missing, reason, hint=f"restore it, or delete {folder.step(step, 'step.json')} to {step} again")
     record = read_step(folder, step)
-    others = record.state == "RUNNING" and record.request not in ("", begun)  # a job for another key
-    if missing is None and record.state != "FINISHED" and not others:  # a later attempt had another key
+    # A later attempt had another key.
+    if missing is None and record.state != "FINISHED" and not has_other_job(folder, step, record, begun):
         update_step(folder, step, state="FINISHED", error=None)
     return missing is None
 

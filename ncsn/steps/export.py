@@ -11,6 +11,7 @@ import json
 import re
 import shlex
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -81,7 +82,8 @@ def prepare(run: Run, *, checkpoint: str, dataset: str) -> Prepared[ExportResult
     digest = storage.digest({**key, "export": wish.model_dump(mode="json", exclude={"out"})}, 12)
     uri = storage.absolute(wish.out) if wish.out else storage.join(run.folder.exports, digest)
     made = published(uri, digest)
-    if made is None and wish.out:
+    again = read_step(run.folder, "export").inputs == json.loads(json.dumps(key))
+    if wish.out and made is None and not again and config.compute.backend == "local":
         storage.require_output("export.out", uri)
     make = partial(write, config, trained, manifest, asked, checkpoint, dataset, uri, digest)
     work = partial(export, config, trained, manifest, dataset, digest, make if made is None else lambda _: made)
@@ -93,7 +95,9 @@ def published(uri: str, digest: str) -> ExportResult | None:
     card = storage.join(uri, CARD)
     pattern = f"<!-- ncsn export {digest} (.+) -->".encode()
     found = storage.exists(card) and re.search(pattern, storage.read_bytes(card))
-    return ExportResult(uri=uri, card=card, **json.loads(found[1])) if found else None
+    with suppress(ValueError, TypeError):  # of a card that somebody edited
+        return ExportResult(uri=uri, card=card, **json.loads(found[1])) if found else None
+    return None
 
 
 def export(
@@ -120,7 +124,8 @@ def write(
     dataset: str, uri: str, digest: str, context: Context,
 ) -> ExportResult:  # fmt: skip
     """Generate and audit the images that are missing, and write those that are no copies, with a card."""
-    if not config.export.out and not storage.exists(storage.join(uri, CARD)):  # of an attempt that was stopped
+    # What a stopped attempt left. In S3 another one may write the same files right now.
+    if not config.export.out and storage.is_local(uri) and not storage.exists(storage.join(uri, CARD)):
         storage.delete(uri)
     tracked = context.tracked
     with cluster_for(config, start=sum(asked.values()) > config.sampling.batch_size, last_lines=context.last_lines):

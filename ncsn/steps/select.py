@@ -111,8 +111,10 @@ def scores(
     sampling = config.sampling.model_copy(update={"seed": settings.seed})
     candidates = [(found[number].uri, sampling) for number in missing]
     made = sample_features(config, candidates, dataset=dataset, num_images=settings.num_images)
+    # Where the config has a number of each class, `sample_features` takes the classes in turn.
+    in_turn = (config.data.num_classes or 1) if isinstance(sampling.label, dict) else classes_in_turn(config)
     for index, features in made:
-        score = _score(features, evaluator, figure=settings.figure, in_turn=classes_in_turn(config))
+        score = _score(features, evaluator, figure=settings.figure, in_turn=in_turn)
         storage.write_json(places[missing[index]], score)
         yield found[missing[index]], score
 

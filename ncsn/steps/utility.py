@@ -214,9 +214,10 @@ def ask(
         missing = [lesson for lesson in lessons if not storage.exists(lesson.place)]
         total, left = (sum(lesson.lengths[-1] for lesson in each) for each in (lessons, missing))
         progress.start(total, unit, done=total - left)
-        told: Iterator[tuple[Lesson, int]] = runner(partial(learn, made=made), missing, gpu=True)
-        for _, updates in told:
-            progress.advance(updates)
+        if missing:  # else the images need not go to the nodes
+            told: Iterator[tuple[Lesson, int]] = runner(partial(learn, made=made), missing, gpu=True)
+            for _, updates in told:
+                progress.advance(updates)
         return [storage.read_array(lesson.place) for lesson in lessons]
 
     rate, updates, trials = _rate_and_length(lesson, labels, wish, learned=learned)

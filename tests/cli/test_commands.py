@@ -10,14 +10,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.request import urlopen
 
+import pytest
 from filelock import FileLock
 from ports import free_port
 
 from ncsn.cli.registry import require_free
+from ncsn.cli.run import run_select
 from ncsn.cli.target import TargetOptions
 from ncsn.config import from_yaml
+from ncsn.runs.folder import Run, update_step
 
 
 def test_a_step_prints_its_result_and_the_second_call_finds_it(run_command, config_file: Path, store: Path) -> None:
@@ -109,3 +113,20 @@ def test_one_run_is_not_trained_twice_at_once(run_command, require_mistake, conf
     (store / "runs" / "mine").mkdir(parents=True)
     with FileLock(store / "runs" / "mine" / ".lock"):
         require_mistake(run_command("run", "--config", str(config_file), "--run", "mine"), "--run 'mine'")
+
+
+@pytest.mark.parametrize("kept", [["/c/1"], []])
+def test_a_select_that_was_stopped_goes_on_with_what_it_chose(config_file, monkeypatch, kept) -> None:
+    update_step(
+        (run := Run(from_yaml(config_file.read_text()), "mine")).folder, "sample", result={"checkpoint": "/c/1"}
+    )
+    done = list[str]()
+
+    def run_step(step: str, *_: object, **__: object) -> SimpleNamespace:
+        done.append(step)
+        return SimpleNamespace(kept=kept, checkpoint="/c/1")
+
+    monkeypatch.setattr("ncsn.cli.run.run_step", run_step)
+    monkeypatch.setattr("ncsn.cli.run.describe_result", lambda *_: "")
+    run_select(run, code_here=False, given={}, as_json=False)
+    assert done == ["select", *(["sample", "evaluate", "register", "report"] if kept else [])]

@@ -166,6 +166,10 @@ def test_an_export_that_was_stopped_once_it_was_published_ends_the_next_time(
         do("export", made(tmp_path, save_untrained, "export.num_images=2")[0], "mine", **given)
     monkeypatch.setattr(export, "uncopied", None)
     assert do("export", config, "mine", **given) == result, "whatever came in between"
+    card.write_text("a page that somebody wrote")
+    assert do("export", config, "mine", **given) == result
+    card.write_text(f"<!-- ncsn export {'0' * 12} {{ -->")
+    assert export.published(result.uri, "0" * 12) is None
 
 
 def test_a_model_that_copies_gives_no_data_set(tmp_path: Path, save_untrained) -> None:

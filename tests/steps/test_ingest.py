@@ -124,7 +124,7 @@ def test_the_ingest_task_of_kfp_and_its_end_leave_a_run_of_other_images(config, 
     do("ingest", experiment, "kfp")
     write_outcome(folder := run_folder(experiment, "kfp"), Outcome("FINISHED"))
     before = files_of(Path(folder.uri))
-    (photos / "a" / "0.png").unlink()
+    shutil.move(photos / "a" / "0.png", photos.with_name("away.png"))
     monkeypatch.setenv(KFP_RUN_ID, "r-1")
     with refused("--run", error=ForeignRun):
         do_as_task("ingest", experiment, "kfp")
@@ -132,6 +132,9 @@ def test_the_ingest_task_of_kfp_and_its_end_leave_a_run_of_other_images(config, 
     assert ended.status == "FAILED" and "1 are gone" in ended.reason
     after = files_of(Path(folder.uri))
     assert after.pop(Path(folder.step("ingest", "refused-r-1"))) and after == before
+    shutil.move(photos.with_name("away.png"), photos / "a" / "0.png")
+    do_as_task("ingest", experiment, "kfp")
+    assert finish.run(experiment, run="kfp", state="SUCCEEDED", kfp=KfpRun("r-1", "w")).status == "FINISHED"
 
 
 def test_bad_images_are_skipped_and_equal_ones_told_and_a_failure_leaves_nothing(config, photos, tmp_path):

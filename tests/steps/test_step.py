@@ -182,6 +182,23 @@ def test_a_result_that_is_there_or_comes_meanwhile_is_not_that_of_a_job_for_othe
     assert (record.state, record.request, record.inputs) == ("FINISHED", "", {"a": 3})
 
 
+def test_an_attempt_that_begins_nothing_is_recorded_unless_a_job_goes_on(tmp_path: Path, monkeypatch) -> None:
+    config = config_at(tmp_path)
+    folder = claimed(config, "mine")
+    (lease := Path(folder.step("sample", "lease/5f3a/launcher"))).parent.mkdir(parents=True)
+    lease.touch()
+    monkeypatch.setattr("ncsn.steps.execute.find_inputs", lambda *_, **__: {})
+    monkeypatch.setattr("ncsn.steps.sample.prepare", lambda *_: 1 / 0)
+    for request, renewed, state in (("", True, "FAILED"), ("5f3a", True, "RUNNING"), ("5f3a", False, "FAILED")):
+        update_step(folder, "sample", state="RUNNING", error=None, request=request)
+        if not renewed:
+            os.utime(lease, (0, 0))
+        with pytest.raises(ZeroDivisionError):
+            do("sample", config, "mine")
+        record = read_step(folder, "sample")
+        assert (record.state, record.error is None) == (state, state == "RUNNING")
+
+
 @pytest.mark.parametrize(
     ("error", "problems"),
     [
