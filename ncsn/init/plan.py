@@ -146,7 +146,7 @@ def settled(seconds: float, *what: object) -> float:
     """
     here = (platform.node(), str(Machine.here()), torch.backends.cpu.get_cpu_capability(), torch.__version__)
     file = storage.cache_folder() / "speeds" / f"{storage.digest([*here, *what], 16)}.json"
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, TypeError):  # no such file, or not ours
         if (known := float(storage.read_json(str(file)))) <= _SAME * seconds:
             return known
     on_grid = _STEP ** round(math.log(max(seconds, 1e-9), _STEP))

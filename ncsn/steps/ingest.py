@@ -47,7 +47,7 @@ def ingest(config: Config, context: Context, *, fingerprint: str) -> IngestResul
     notes += filter(None, [manifest.equal_images])
     found = [*_near_duplicates(config, dataset.uri, manifest, context)]
     uri = storage.join(dataset.uri, DUPLICATES)
-    known = storage.read_text(uri)
+    known = storage.read_text(uri) if storage.exists(uri) else ""
     duplicates = [*(each for each in from_csv(known) if each.kind != "near"), *found]
     if (text := to_csv(duplicates)) != known:
         storage.write_text(uri, text)

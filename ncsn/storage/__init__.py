@@ -322,6 +322,8 @@ def require_output(key: str, uri: str, *, new: bool = True) -> None:
     """Refuse, before the work, a place for its output that cannot be written, or that is neither new nor empty."""
     if new and (is_file(uri) or list_names(uri)):
         raise UserError(key, "exists, and nothing is overwritten", hint="choose another", value=uri)
+    if new and is_local(uri) and os.path.ismount(absolute(uri)):
+        raise UserError(key, "is a mount point, which stays as it is", hint="choose a folder in it", value=uri)
     if is_local(uri):
         try:
             with tempfile.TemporaryDirectory(dir=next(each for each in Path(absolute(uri)).parents if each.exists())):

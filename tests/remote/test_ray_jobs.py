@@ -194,7 +194,7 @@ def test_launchers_share_one_job_which_outlives_them_and_other_work_is_refused(j
     (name,) = jobs.running(run)
     other = jobs.launch(run, "python", "-c", "print('something else')")
     assert other.ended() == 1
-    assert other.said[-1].startswith(f"UserError: {name}: ")
+    assert other.said[-1].startswith(f"ForeignRun: {name}: ")
     for launcher in killed:
         launcher.kill()
         launcher.communicate()
