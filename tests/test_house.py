@@ -31,7 +31,7 @@ BUDGETS = {
     "ncsn/core": 3521,
     "ncsn/data": 2908,
     "ncsn/evaluation": 2419,
-    "ncsn/steps ncsn/runs ncsn/kubeflow": 4270,
+    "ncsn/steps ncsn/runs ncsn/kubeflow": 4275,
     "ncsn/model": 1508,
     "ncsn/distributed": 1515,
     "ncsn/config": 1811,
@@ -44,9 +44,9 @@ BUDGETS = {
     "ncsn/serving": 442,
     "ncsn/training": 1033,
     "components pipelines": 1106,
-    "ncsn/storage": 856,
+    "ncsn/storage": 858,
     "examples": 1141,
-    "tests": 25212,
+    "tests": 25222,
 }
 MOST_WORDS = 19968
 

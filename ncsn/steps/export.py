@@ -44,6 +44,7 @@ from ncsn.model.checkpoint import TrainedNetwork
 from ncsn.model.classes import AS_DATA, BALANCED
 from ncsn.model.generate import sampling_facts
 from ncsn.report.pages import render
+from ncsn.report.words import terms
 from ncsn.runs.code import origin
 from ncsn.runs.folder import Run, opened_from, read_step
 from ncsn.steps.register import made_alike, utility_of
@@ -79,6 +80,7 @@ def prepare(run: Run, *, checkpoint: str, dataset: str) -> Prepared[ExportResult
         raise UserError("export.format", f"cannot hold {manifest.pixels}", hint="use parquet", value=wish.format)
     facts, _ = place_of(config, trained, run.folder)
     key = {"checkpoint": trained.digest, **facts, "label": asked, "export": wish.model_dump(mode="json")}
+    key["terms"] = terms(config.data, manifest)
     digest = storage.digest({**key, "export": wish.model_dump(mode="json", exclude={"out"})}, 12)
     uri = storage.absolute(wish.out) if wish.out else storage.join(run.folder.exports, digest)
     made = published(uri, digest)

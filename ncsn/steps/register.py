@@ -22,7 +22,7 @@ from ncsn.model.generate import evaluations_per_image, guide_of, sampling_facts
 from ncsn.report.hints import copying_hints, overfitting_hints
 from ncsn.report.images import smaller_png
 from ncsn.report.pages import render
-from ncsn.report.words import cost_line
+from ncsn.report.words import cost_line, terms
 from ncsn.runs.folder import Run, RunFolder, read_step, run_folder, spent
 from ncsn.runs.history import held_out_curves, load_history
 from ncsn.steps.results import Context, Prepared, RegisterResult
@@ -74,6 +74,7 @@ def prepare(run: Run, *, checkpoint: str, evaluation: str) -> Prepared[RegisterR
         **facts,
         "evaluation": evaluation,
         "evidence": asdict(evidence),
+        "terms": terms(config.data, manifest),  # of the card
         "promote": config.tracking.promote,
         "model": config.registered_model,
         "registry": shown(uri).removeprefix(SQLITE),
@@ -115,6 +116,8 @@ def register(
     card = re.sub(rf"\n\n({'|'.join(told)}): .*", "", card)
     lines = "".join(f"\n\n{name}: {text}." for name, text in told.items())
     card = card.replace("\n\n## Use\n", f"{lines}\n\n## Use\n", 1)
+    before, title, _ = card.partition("\n## License\n")  # a long card has no room for it
+    card = before + title + candidate.card.rpartition(title)[2] if title else card  # terms may have been given since
     card = card.replace(f"models:/{candidate.name}@champion", f"models:/{candidate.name}/{version}")  # perhaps not it
     tracked.client.update_model_version(candidate.name, version, card[: registry.DESCRIPTION_LENGTH])
     result = RegisterResult(

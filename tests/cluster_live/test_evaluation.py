@@ -17,6 +17,10 @@ def test_images_and_figures_survive_the_loss_of_a_pod(place: Place, dataset: str
 
     with place.commands.running("sample", "--json", *options) as sampling:
         eventually(lambda: shards(place) or sampling.ended, "there is a shard", seconds=300)
+        record = place.stored(f"runs/{RUN}/steps/sample/step.json")
+        other = place.commands.run("sample", *options, "--set", "sampling.seed=9", seconds=120, code=2)
+        assert f"ncsn-{RUN}-sample" in other.said, other.said[-3000:]
+        assert place.stored(f"runs/{RUN}/steps/sample/step.json") == record, "it changes nothing of the first one's"
         before = shards(place)
         (head,) = place.namespace.pods(HEADS)
         place.namespace.delete("pod", head["metadata"]["name"], "--grace-period=1")

@@ -82,6 +82,8 @@ def test_classes_come_as_asked_and_again_with_the_same_bytes(tmp_path: Path, sav
     other, _ = made(tmp_path, save_untrained, *usual, *command[6::2])
     storage.delete(mine.samples)
     assert files(do("export", other, "mine", **given).uri) == files(first.uri)
+    owned, _ = made(tmp_path, save_untrained, *CLASSES, "data.owner=Ada", *command[6::2])
+    assert "owner: Ada" in Path(do("export", owned, "mine", **given).card).read_text()
     source = ["data.source=parquet", f"data.root={first.uri}", "data.test_fraction=0.2"]
     back = open_source(tiny(tmp_path, *source).data)
     assert back.class_names == tuple(map(str, range(10))) and sum(map(len, back.splits.values())) == 21

@@ -90,6 +90,10 @@ def test_first_version_is_champion_and_a_second_call_changes_nothing(config, sav
     (version,) = client.search_model_versions("name = 'ncsn-tiny'")
     assert version.tags["ncsn.utility"] == said and "help" not in version.description
     assert f"{said}.\n\nGate: " in version.description
+    owned = from_yaml(to_yaml(config), overrides=["data.license=CC0", "data.owner=Ada"])
+    assert do("register", owned, "one", checkpoint=saved, evaluation=evaluation).version == "1"
+    card = client.get_model_version("ncsn-tiny", "1").description
+    assert card.endswith("terms: CC0; owner: Ada\n") and card.count("## License") == 1
     run = client.get_run(version.run_id)
     assert (version.tags["ncsn.run"], run.data.tags["ncsn.step"], run.info.status) == ("one", "register", "FINISHED")
     gate = json.loads(version.tags["gate.decision"])
