@@ -48,7 +48,7 @@ BUDGETS = {
     "examples": 1141,
     "tests": 25222,
 }
-MOST_WORDS = 19968
+MOST_WORDS = 19967
 
 
 def _name(path: Path) -> str:
