@@ -86,8 +86,9 @@ def test_epsilon_costs_no_training(searched: Searched) -> None:
     """Each rung has three epsilons for one checkpoint and a fixed NFE; a trial keeps its newest checkpoint."""
     for path in map(Path, rung_files(Path(searched.result.uri))):
         rung = json.loads(path.read_text())
-        (checkpoint,) = (each.name for each in (path.parent / "checkpoints").glob("images-*"))
-        assert checkpoint >= rung["checkpoint"], "a trial that was killed may have trained further than it was scored"
+        *older, newest = sorted(each.name for each in (path.parent / "checkpoints").glob("images-*"))
+        assert newest >= rung["checkpoint"], "a trial that was killed may have trained further than it was scored"
+        assert not older or str(path) in searched.before, "one that was killed may not have deleted the one before"
         epsilons = [scored["sampler"]["epsilon"] for scored in rung["sweep"]]
         assert epsilons == sorted(set(epsilons)) and len(epsilons) == 3
         assert {scored["sampler"]["steps_per_level"] for scored in rung["sweep"]} == {2}
