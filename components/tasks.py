@@ -246,6 +246,7 @@ def open_model(
     """Open a registered model as a run whose training is done; hand on its config with the overrides, and its name."""
     from components import publish
     from ncsn.config import from_yaml, to_json
+    from ncsn.config.load import NOT_OF_MODELS
     from ncsn.errors import UserError
     from ncsn.runs.folder import read_step
     from ncsn.steps.address import resolve
@@ -255,4 +256,6 @@ def open_model(
     if run is None:
         raise UserError("model", "is a checkpoint of no run", hint="name a version or a run", value=model)
     publish(checkpoint, run, display_name=model, uri=read_step(run, "train").result["checkpoint"], framework="pytorch")
-    return (to_json(from_yaml(read_text(run.config), overrides=overrides, origin=run.config)), run.run)
+    here = [f"storage.root={run.root}", *([f"tracking.uri={registry}"] if registry else []), *overrides]
+    config = from_yaml(read_text(run.config), overrides=here, origin=run.config, without=NOT_OF_MODELS)
+    return (to_json(config), run.run)

@@ -21,6 +21,7 @@ from ncsn.errors import UserError
 IMAGE_VARIABLE = "NCSN_IMAGE"  # variable with the image for pods that are to be started
 WORKER_MEMORY = "NCSN_WORKER_MEMORY"  # variable with compute.kuberay.memory_per_worker, where it cannot be estimated
 CONTAINER_IMAGE = "NCSN_CONTAINER_IMAGE"  # variable with the image of this pod, in the pods of a RayJob
+RAY_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")  # with the dashboard of a Ray cluster, the first wins
 CODE = "NCSN_CODE"  # variable with the URI of the archive that this process's code comes from, see `ncsn.runs.code`
 DASHBOARD = "NCSN_DASHBOARD"  # variable that asks for the dashboard of a Ray cluster that is started on this machine
 KFP_RUN_ID = "NCSN_KFP_RUN_ID"  # variable with the id of the pipeline run, in all pods of a cluster

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import itertools
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self, TypeVar
@@ -33,16 +34,17 @@ class Problem:
         """`ORIGIN: KEY = VALUE: REASON`, for an option `--key VALUE: REASON`."""
         equals = " " if self.key.startswith("--") else " = "
         subject = self.key if self.value is MISSING else f"{self.key}{equals}{shown_value(self.value)}"
-        return " ".join(": ".join(part for part in (self.origin, subject, self.reason) if part).split())
+        text = ": ".join(part for part in (self.origin, subject, self.reason) if part)
+        return " ".join(without_users(text).split())
 
     def __str__(self) -> str:
         return f"{self.statement}; {' '.join(self.hint.split())}" if self.hint else self.statement
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, without a missing value or origin."""
-        record: dict[str, Any] = {"key": self.key, "reason": self.reason, "hint": self.hint}
+        record: dict[str, Any] = {"key": self.key, "reason": without_users(self.reason), "hint": self.hint}
         if self.value is not MISSING:
-            record["value"] = json.loads(json.dumps(self.value, default=str, skipkeys=True))
+            record["value"] = json.loads(without_users(json.dumps(self.value, default=str, skipkeys=True)))
         return record | ({"origin": self.origin} if self.origin else {})
 
     @classmethod
@@ -113,6 +115,11 @@ def problems_of(error: BaseException) -> tuple[Problem, ...]:
         hint = "give this user access, or set storage.root to another folder if it is the store"
         return (Problem(str(error.filename), str(error.strerror).lower(), hint),)
     return ()
+
+
+def without_users(text: str) -> str:
+    """The text without user names and passwords in its addresses."""
+    return re.sub(r"(?<=://)[^/\s]+@", "", text)
 
 
 def shown_value(value: object) -> str:

@@ -204,7 +204,8 @@ def describe_result(step: str, result: Any, **more: str | None) -> str:
 
 def print_summary(console: Console, folder: RunFolder, config: Config, records: Mapping[str, StepRecord]) -> None:
     """The verdict and the next command; steps, scores and outputs."""
-    from ncsn.tracking.client import shown, tracking_uri
+    from ncsn.errors import without_users
+    from ncsn.tracking.client import tracking_uri
 
     measured = records["evaluate"].result
     console.print(f"[bold]{measured['verdict']}[/]", soft_wrap=True)
@@ -224,14 +225,14 @@ def print_summary(console: Console, folder: RunFolder, config: Config, records: 
     for note in (note for record in records.values() for note in record.result.get("notes", ())):
         console.print(f"note: {note}", soft_wrap=True)
     console.print(f"gate: {records['register'].result['reason']}\n", soft_wrap=True)
-    server = shown(tracking_uri(config))
+    server = without_users(tracking_uri(config))
     for name, value in (
         ("grid", records["sample"].result["grid"]),
         ("strip", records["sample"].result["strip"]),
         ("report", records["report"].result["uri"]),
         ("model", records["register"].result["uri"]),
         ("mlflow", f"run {folder.run} in experiment {config.tracking.experiment} at {server}"),
-        ("", f"ncsn ui {folder.options}"),
+        ("", f"ncsn ui {folder.options(config)}"),
     ):
         console.print(f"[bold]{name:<8}[/] {value}", soft_wrap=True)
 

@@ -16,7 +16,7 @@ import click
 from ncsn import storage
 from ncsn.cli.options import describe
 from ncsn.config import Config
-from ncsn.errors import NotFound, UserError
+from ncsn.errors import NotFound, UserError, without_users
 from ncsn.remote import open_backend
 from ncsn.remote.backend import CHECK_SECONDS, Check, NotConfigured
 from ncsn.storage.retry import limited
@@ -88,13 +88,14 @@ def _check_store(root: str) -> str:
 
 
 def _check_mlflow(config: Config) -> str:
-    from ncsn.tracking.client import SQLITE, client_at, shown, tracking_uri
+    from ncsn.tracking.client import SQLITE, client_at, tracking_uri
 
     uri = tracking_uri(config)
     if uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).exists():
         return f"{uri}, which the first run creates"
     known = client_at(uri).get_experiment_by_name(config.tracking.experiment)
-    return f"{shown(uri)}, experiment {config.tracking.experiment!r}{'' if known else ', which the first run creates'}"
+    new = "" if known else ", which the first run creates"
+    return f"{without_users(uri)}, experiment {config.tracking.experiment!r}{new}"
 
 
 def _check_ray() -> str:

@@ -79,10 +79,10 @@ def ui_command(*, options: TargetOptions, host: str, port: int) -> None:
     from ncsn.tracking.mlflow_runs import front_page
 
     uri = options.registry
-    command = server_command(uri, host=host, port=port)
+    command, variables = server_command(uri, host=host, port=port)
     require_free(host, port)  # MLflow's server exits with 0 if it cannot listen
     address = f"http://{host}:{port}{front_page(uri, run=options.run)}"
-    quiet = os.environ | {"PYTHONWARNINGS": "ignore"}  # MLflow warns of its own dependencies
+    quiet = os.environ | variables | {"PYTHONWARNINGS": "ignore"}  # MLflow warns of its own dependencies
     with subprocess.Popen(command, start_new_session=True, env=quiet) as server, suppress(KeyboardInterrupt):  # noqa: S603
         try:
             while server.poll() is None:

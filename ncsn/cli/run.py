@@ -77,7 +77,7 @@ class Terminal(Observer):
                     newest = said_newest(self.run.folder.checkpoints)
                     if "-" in newest:
                         newest = f"image {images_seen_at(newest):,} of {self.run.config.train.num_images:,}"
-                        finish = f"`ncsn run {self.run.folder.options} --finish`"
+                        finish = f"`ncsn run {self.run.folder.options(self.run.config)} --finish`"
                         newest += f"; {finish} makes the model of what is trained"
                     told = f"continues training from {newest}"
                 self.view.console.print(f"interrupted; the same command {told}", highlight=False, soft_wrap=True)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ncsn.cli.options import FAILURE, ReportingCommand, describe, json_option, registry_options, target_options
-from ncsn.errors import UserError
+from ncsn.errors import UserError, without_users
 
 if TYPE_CHECKING:
     from rich.tree import Tree
@@ -87,7 +87,7 @@ def show_command(*, name: str, options: TargetOptions, as_json: bool) -> None:
 
     from ncsn.cli.console import console_on
     from ncsn.inspection.listing import find_items
-    from ncsn.tracking.client import client_at, mlflow_errors, shown
+    from ncsn.tracking.client import client_at, mlflow_errors
     from ncsn.tracking.lineage import ACCEPTED, Link, trace
 
     uri = options.registry
@@ -96,7 +96,7 @@ def show_command(*, name: str, options: TargetOptions, as_json: bool) -> None:
         dataset = next((item.name.partition("/")[2] for item in items if item.kind == "dataset"), "")
         chains = trace(client_at(uri), dataset or name)
     if not (items or chains):
-        where = f"neither {options.store_root} nor MLflow at {shown(uri)} has such a run, dataset or model"
+        where = f"neither {options.store_root} nor MLflow at {without_users(uri)} has such a run, dataset or model"
         raise UserError(name, where, hint=f"give {ACCEPTED}")
     if as_json:
         click.echo(json.dumps({"id": name, "items": _plain(items), "chains": list(map(asdict, chains))}, indent=1))

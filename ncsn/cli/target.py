@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shlex
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ncsn import storage
-from ncsn.config import ConfigError, from_yaml, training_settings
-from ncsn.config.load import EXAMPLES
-from ncsn.errors import NotFound, UserError
+from ncsn.config import Config, ConfigError, flatten, from_yaml, training_settings
+from ncsn.config.load import ADDRESSES, EXAMPLES, NOT_OF_MODELS
+from ncsn.errors import NotFound, Problem, UserError
 from ncsn.runs.folder import DEFAULT_ROOT, Run, RunFolder
 
 if TYPE_CHECKING:
@@ -30,41 +34,49 @@ class TargetOptions:
     code_here: bool = False  # whether jobs run the packages of this checkout
 
     def resolve(self, address: str | None = None) -> Run:
-        """The run, with the config of what an address names, else of --config, else of --run."""
-        run, checkpoint = self.run, None
+        """The run, with the config of what an address names, else of --config, else of --run.
+
+        A model says nothing of where work runs and who is asked: --config, if given beside its address, and --set do.
+        The record of a run names no address: --set or the environment does.
+        """
+        run, checkpoint, here = self.run, None, [*self.overrides, *self.backend]
+        record: RunFolder | None = None  # the run whose config this is
+        without: Collection[str] = ()
         if address is not None:
-            if self.config_uri is not None or self.run is not None:
-                hint = "leave out --config and --run; --set changes values, such as storage.root for another store"
-                raise UserError("ADDRESS", "brings its own config and run", hint=hint, value=address)
+            if run is not None:
+                raise UserError("ADDRESS", "names the run", hint="leave out --run", value=address)
             named = self.named(address)
-            folder, checkpoint = named.opened(), named.uri
-            origin, run = (folder.config, folder.run) if folder else (f"{checkpoint}/config.yaml", None)
+            record, checkpoint = named.opened(), named.uri
+            origin, run = (record.config, record.run) if record else (f"{checkpoint}/config.yaml", None)
+            if record is None or record.root != named.root:  # somebody gave it
+                here = [f"{_ROOT}={record.root if record else named.root}", *here]
+                record, without = None, NOT_OF_MODELS
+            if self.config_uri is not None:
+                ours = self.resolve().config.model_dump(mode="json")
+                here = [*(f"{name}={json.dumps(ours[name])}" for name in NOT_OF_MODELS if name != "search"), *here]
         elif self.config_uri is not None:
-            # Of a name without a file it is NAME.yaml, or else the example, as `ncsn init NAME` takes it.
-            origin, path = self.config_uri, storage.absolute(self.config_uri)
-            if storage.is_local(path) and not Path(path).is_file():
-                example = EXAMPLES / f"{origin}.yaml"
-                if Path(f"{path}.yaml").is_file():
-                    origin = f"{origin}.yaml"
-                elif "/" not in origin and not Path(path).exists() and example.is_file():
-                    origin = str(example)
-        elif self.run is not None:
-            origin = RunFolder(self.store_root, self.run).config
+            origin = _example(self.config_uri)
+            found = RunFolder.of(storage.absolute(origin))
+            if found is not None and storage.exists(found.steps):
+                record = found
+        elif run is not None:
+            record = RunFolder(self.store_root, run)
+            origin = record.config
             if not storage.exists(origin):
-                raise NotFound("--run", f"no file at {origin}", hint=_ANOTHER_STORE, value=self.run)
+                raise NotFound("--run", f"no file at {origin}", hint=_ANOTHER_STORE, value=run)
         else:
             raise UserError("--config", "no experiment given", hint="pass --config PATH-or-URI, or --run NAME of a run")
-        absolute = storage.absolute(origin)
-        if storage.is_local(absolute) and Path(absolute).is_dir():
+        if storage.is_local(path := storage.absolute(origin)) and Path(path).is_dir():
             raise ConfigError(origin, "is a folder; expected a YAML file")
         try:
-            text = storage.read_text(absolute)
+            text = storage.read_text(path)
         except UnicodeDecodeError:
             raise ConfigError(origin, "is not a text file; expected YAML") from None
-        overrides = (*self.overrides, *self.backend)
-        if absolute.endswith("/config.yaml") and (place := RunFolder.of(absolute)) and storage.exists(place.steps):
-            overrides = (f"{_ROOT}={place.root}", *overrides)  # the file says where it was when the run began
-        config = from_yaml(text, overrides=overrides, origin=origin)
+        if record is not None:
+            here, without = [f"{_ROOT}={record.root}", *here], ADDRESSES  # it says where it was when the run began
+        config = from_yaml(text, overrides=here, origin=origin, without=without)
+        if record is not None:
+            _require_named(from_yaml(text, origin=origin), config, here)
         # A hash of what decides the weights: the same experiment resumes, another one starts.
         run = run or f"{config.name}-{storage.digest(training_settings(config), 8)}"
         return Run(config, run, checkpoint)
@@ -106,3 +118,30 @@ class TargetOptions:
         """The value that --set gives to `path`; the last one wins."""
         values = [value for name, _, value in (text.partition("=") for text in self.overrides) if name == path]
         return values[-1] if values else None
+
+
+def _example(uri: str) -> str:
+    """What --config names: of a name without a file NAME.yaml, or else the example, as `ncsn init NAME` takes it."""
+    path, example = storage.absolute(uri), EXAMPLES / f"{uri}.yaml"
+    if storage.is_local(path) and not Path(path).is_file():
+        if Path(f"{path}.yaml").is_file():
+            return f"{uri}.yaml"
+        if "/" not in uri and not Path(path).exists() and example.is_file():
+            return str(example)
+    return uri
+
+
+def _require_named(record: Config, config: Config, overrides: Sequence[str]) -> None:
+    """Refuse an address that the record of a run has, that the command needs, and that nothing on this side names."""
+    recorded, named = flatten(record), {override.partition("=")[0].strip() for override in overrides}
+    problems = []
+    for path, variables in ADDRESSES.items():
+        value, (section, _, _) = recorded[path], path.rpartition(".")
+        unused = path.startswith("compute.") and section != f"compute.{config.compute.backend.replace('-', '_')}"
+        given = named & {path, section, path.partition(".")[0]} or any(map(os.environ.get, variables))
+        if value is not None and not unused and not given:
+            reason = "recorded by the run; anyone who may write to its store may have changed it"
+            hint = f"if it is right, pass --set {shlex.quote(f'{path}={value}')}"
+            problems.append(Problem(path, reason, hint, value))
+    if problems:
+        raise UserError.of(problems)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
@@ -17,6 +17,7 @@ import yaml
 from ncsn.config.problems import leaves, set_value, types_at
 from ncsn.config.rules import checked
 from ncsn.config.schema import TERMS, Config
+from ncsn.environment import IMAGE_VARIABLE, RAY_VARIABLES
 from ncsn.errors import ConfigError, Problem, shown_value
 
 # Of a number or a date that does not exist PyYAML says so with Python's own errors.
@@ -24,6 +25,19 @@ NOT_YAML = (yaml.YAMLError, ValueError, AttributeError)
 
 EXAMPLES = Path(__file__).parents[1] / "configs"
 _DEFAULT_KINDS = {"noise": "geometric", "loss": "dsm"}  # of sections without `kind`
+_DECIDING = ("name", "seed", "data", "noise", "network", "loss", "optimizer", "train")
+# What a model does not say, which somebody else may have made: where work runs, what is written where, and who is asked
+# with this side's passwords.
+NOT_OF_MODELS = tuple(name for name in Config.model_fields if name not in (*_DECIDING, "sampling", "export"))
+# What the record of a run does not say, since more people may write to a store than may use this side's passwords: each
+# with the variables of the environment that say it instead.
+ADDRESSES: Mapping[str, Sequence[str]] = {
+    "compute.kuberay.image": [IMAGE_VARIABLE],
+    "compute.kuberay.namespace": [],
+    "compute.ray_jobs.address": RAY_VARIABLES,
+    "tracking.uri": ["MLFLOW_TRACKING_URI"],
+    "evaluation.weights": [],
+}
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -43,17 +57,21 @@ def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
 _UniqueKeys.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 
 
-def from_yaml(text: str, *, overrides: Sequence[str] = (), origin: str = "config") -> Config:
+def from_yaml(
+    text: str, *, overrides: Sequence[str] = (), origin: str = "config", without: Collection[str] = ()
+) -> Config:
     """The config in a YAML or JSON text, after `overrides` like `a.b=value`, see `parse_override`.
 
-    `ConfigError` with each wrong key or value, which says whether that is of the text, by its `origin`, or of `--set`.
+    What the text says of the sections and settings `without` is not read: `NOT_OF_MODELS` or `ADDRESSES` of what others
+    may have written. `ConfigError` with each wrong key or value, which says whether that is of the text, by its
+    `origin`, or of `--set`.
     """
-    return _parsed(text, tuple(overrides), origin)
+    return _parsed(text, tuple(overrides), origin, tuple(without))
 
 
 # One `ncsn run` reads the same few texts again and again: those of the run, and of a checkpoint in each step.
 @lru_cache(maxsize=32)
-def _parsed(text: str, overrides: tuple[str, ...], origin: str) -> Config:
+def _parsed(text: str, overrides: tuple[str, ...], origin: str, without: tuple[str, ...]) -> Config:
     try:
         tree = yaml.load(text, Loader=_UniqueKeys)  # noqa: S506 (a SafeLoader)
     except NOT_YAML as error:
@@ -62,6 +80,8 @@ def _parsed(text: str, overrides: tuple[str, ...], origin: str) -> Config:
         raise ConfigError(origin, "the file is empty" if origin != "config" else "the config is empty")
     if not isinstance(tree, dict):
         raise ConfigError(origin, "expected a mapping of sections")
+    for path in without:
+        _drop(tree, path)
     try:
         for override in overrides:
             set_value(tree, *parse_override(override))
@@ -83,11 +103,20 @@ def _parsed(text: str, overrides: tuple[str, ...], origin: str) -> Config:
     if overrides:
         try:
             own = []
-            _parsed(text, (), "")
+            _parsed(text, (), "", without)
         except ConfigError as error:
             own = list(error.problems)
     at_fault = [origin if each in own else "--set" * (each.key != "--set") for each in found]
     raise ConfigError.of(replace(each, origin=where) for each, where in zip(found, at_fault, strict=True))
+
+
+def _drop(tree: dict[str, Any], path: str) -> None:
+    *sections, name = path.split(".")
+    node: Any = tree
+    for section in sections:
+        node = node.get(section) if isinstance(node, dict) else None
+    if isinstance(node, dict):
+        node.pop(name, None)
 
 
 def to_json(config: Config) -> str:
@@ -95,9 +124,12 @@ def to_json(config: Config) -> str:
     return json.dumps(config.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
 
 
-def to_yaml(config: Config) -> str:
-    """Readable text in the order of the schema."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+def to_yaml(config: Config, *, without: Collection[str] = ()) -> str:
+    """Readable text in the order of the schema, without these sections and settings."""
+    tree = config.model_dump(mode="json")
+    for path in without:
+        _drop(tree, path)
+    return yaml.safe_dump(tree, sort_keys=False)
 
 
 def parse_override(override: str) -> tuple[str, Any]:
@@ -126,19 +158,18 @@ def parse_override(override: str) -> tuple[str, Any]:
 
 
 def overrides_between(one: Config, other: Config) -> list[str]:
-    """The `overrides` that make the other config of the text of one."""
+    """The `overrides` that make the other config of the text of one, of which the `ADDRESSES` are not read."""
 
     def changes(left: Any, right: Any, path: str) -> Iterator[str]:
         if isinstance(left, dict) and isinstance(right, dict) and left.keys() == right.keys():
             for key, value in right.items():
                 yield from changes(left[key], value, f"{path}.{key}" if path else key)
-        elif left != right:
+        elif left != right or (path in ADDRESSES and left is not None):
             yield f"{path}={json.dumps(right, ensure_ascii=False)}"  # of YAML, whose escapes have other surrogates
 
     return list(changes(one.model_dump(mode="json"), other.model_dump(mode="json"), ""))
 
 
-_DECIDING = ("name", "seed", "data", "noise", "network", "loss", "optimizer", "train")
 _NOT_DECIDING = (
     "data.root",
     "data.download",

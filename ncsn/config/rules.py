@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,13 +16,14 @@ from ncsn.config.choices import (
     NcsnV2NetworkConfig,
     UnetNetworkConfig,
 )
-from ncsn.config.problems import problems
+from ncsn.config.problems import leaves, problems
 from ncsn.config.schema import MOST_IMAGES, Config
 from ncsn.config.training import ConsistencyLossConfig, LevelsConfig, LognormalTraining, PowerEmaConfig
 from ncsn.core.samplers.settings import AnnealedLangevin, Consistency, DpmSolver, Langevin
 from ncsn.errors import ConfigError, Problem, UserError
 
 _WEIGHTS = {"inception": "weights-inception-2015-12-05-6726825d.pth", "dinov2": "dinov2_vitl14_pretrain.pth"}  # files
+_PASSWORD = re.compile(r"^https?://[^/\s]*@|://[^/\s]*:[^/\s]*@")  # or a token, which is a user without one
 _HALVINGS = {"standard": 1, "deeper": 2, "deepest": 3}
 _ANY_SIGMA = "needs a network that takes any sigma, but network.kind = ncsn knows only its own noise levels"
 
@@ -43,6 +45,15 @@ def require_splits(config: Config) -> None:
     if count < splits:
         reason, hint = f"less than one for each of evaluation.num_splits = {splits}", "raise it, or lower that"
         raise UserError("sampling.num_images", reason, hint=hint, value=count)
+
+
+def _addresses(config: Config) -> Iterator[Problem]:
+    """Of all addresses."""
+    for path, value in leaves(config.model_dump(mode="json")):
+        if isinstance(value, str) and _PASSWORD.search(value):
+            reason, hint = "contains a password, and every run records the config", "give it without"
+            hint = "set MLFLOW_TRACKING_URI instead" if path == "tracking.uri" else hint
+            yield Problem(path, reason, hint, value)
 
 
 def _network(config: Config) -> Iterator[Problem]:
@@ -274,4 +285,4 @@ def _consistency(config: Config) -> Iterator[Problem]:
             yield Problem("sampling.sampler.sigmas", reason, "raise sigma_1, or set smaller numbers", sampler.sigmas)
 
 
-_RULES = (_network, _training, _classes, _sampling, _levels, _consistency)
+_RULES = (_addresses, _network, _training, _classes, _sampling, _levels, _consistency)

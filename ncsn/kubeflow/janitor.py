@@ -20,6 +20,7 @@ from functools import partial
 
 from ncsn import storage
 from ncsn.config import Config, from_yaml, to_json
+from ncsn.config.load import ADDRESSES
 from ncsn.environment import KfpRun, this_kfp_run
 from ncsn.errors import UserError
 from ncsn.progress import say
@@ -54,7 +55,7 @@ class NotedRun(KfpRun):
     @property
     def folder(self) -> RunFolder:
         """Equal for pipeline runs that work on the same run."""
-        return run_folder(from_yaml(self.config), self.run)
+        return run_folder(_taken(self.config), self.run)
 
 
 def note_run(config: Config, run: str) -> bool:
@@ -164,7 +165,7 @@ def _state_of(workflow: Resource | None) -> str:
 
 def _close(api: KubernetesApi, noted: NotedRun, workflow: Resource | None) -> None:
     """Close the run, and forget it unless something may still run and change its MLflow run later."""
-    config, state = from_yaml(noted.config), _state_of(workflow)
+    config, state = _taken(noted.config), _state_of(workflow)
     if workflow is None:  # deleted, perhaps long after its end
         with limited(_STORE_SECONDS):
             outcome = read_outcome(run_folder(config, noted.run))
@@ -172,12 +173,8 @@ def _close(api: KubernetesApi, noted: NotedRun, workflow: Resource | None) -> No
             _note(api, noted, None)
             return
         state = "SUCCEEDED" if outcome is not None and outcome.status == "FINISHED" else state
-    try:
-        canceled = _finish(config, noted.run, state, kfp=KfpRun(noted.id, noted.workflow), namespace=api.namespace)
-    except PermissionError:
-        if config.compute.kuberay.namespace in (None, api.namespace):
-            raise
-        canceled = []  # RayJobs of another namespace end by that one's janitor or by their lease
+    # RayJobs of another namespace end by that one's janitor or by their lease.
+    canceled = _finish(config, noted.run, state, kfp=KfpRun(noted.id, noted.workflow), namespace=api.namespace)
     if is_over(workflow) and not canceled:
         _note(api, noted, None)
 
@@ -189,7 +186,12 @@ def _close_run_of(rayjob: Resource) -> None:
     folder = RunFolder(root, run)
     with limited(_STORE_SECONDS):
         text = storage.read_text(folder.config)
-    _finish(from_yaml(text, overrides=[f"{_STORE_SETTING}{root}"], origin=folder.config), run, "CANCELED")
+    _finish(_taken(text, f"{_STORE_SETTING}{root}"), run, "CANCELED")
+
+
+def _taken(text: str, *overrides: str) -> Config:
+    """The config in a note or a record, without addresses, to which the janitor would send its own passwords."""
+    return from_yaml(text, overrides=overrides, without=(*ADDRESSES, "evaluation"))
 
 
 def _finish(

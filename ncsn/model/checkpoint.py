@@ -41,6 +41,7 @@ from torch import Tensor, nn
 
 from ncsn import storage
 from ncsn.config import Config, changed_settings, explain_changes, from_yaml, to_yaml
+from ncsn.config.load import NOT_OF_MODELS
 from ncsn.core.images import DataMoments
 from ncsn.core.networks.base import misfits
 from ncsn.core.networks.layers import narrowed
@@ -48,7 +49,7 @@ from ncsn.core.training import TrainState
 from ncsn.errors import UserError
 from ncsn.model import build
 from ncsn.model.classes import Classes
-from ncsn.runs.folder import BEFORE_DECAY, INDEX, RESUME, checkpoint_names, resumable
+from ncsn.runs.folder import BEFORE_DECAY, INDEX, RESUME, checkpoint_facts, checkpoint_names, resumable
 
 FOLDER_NAME = re.compile(r"images-\d+")
 FORMAT_VERSION = 1
@@ -166,7 +167,7 @@ def snapshot(
     }
     if state.second_ema is not None:
         tensors[SECOND_EMA] = _copies(state.second_ema.weights)
-    texts = {"state.json": json.dumps(facts), "config.yaml": to_yaml(config)}
+    texts = {"state.json": json.dumps(facts), "config.yaml": to_yaml(config, without=NOT_OF_MODELS)}
 
     return partial(write_files, tensors=tensors, texts=texts)
 
@@ -179,7 +180,7 @@ def restore(folder: Path, *, config: Config | None, state: TrainState, dataset_d
     """
     verify(folder, needs=FILES)
     if config is not None:
-        saved = from_yaml((folder / "config.yaml").read_text(), origin=str(folder / "config.yaml"))
+        saved = _given(folder / "config.yaml", str(folder))
         require_same_training(saved, config, origin=str(folder))
     facts = json.loads((folder / "state.json").read_text())
     if facts["dataset_digest"] != dataset_digest:
@@ -211,14 +212,14 @@ def load_checkpoint(uri: str, *, device: str | torch.device = "cpu") -> TrainedN
     try:
         with storage.local_copy(uri) as folder:
             verify(folder)
-            config = from_yaml((folder / "config.yaml").read_text(), origin=storage.join(uri, "config.yaml"))
-            facts = json.loads((folder / "state.json").read_text())
+            config = _given(folder / "config.yaml", uri)
+            facts = checkpoint_facts(folder, uri)
             weights = load_file(folder / "ema.safetensors")
             moments = moments_of(load_file(folder / "moments.safetensors"))
             digest = sha256(folder / "ema.safetensors")[:16]
             guide = None
             if (folder / GUIDE[0]).exists():
-                other = from_yaml((folder / GUIDE[1]).read_text(), origin=storage.join(uri, GUIDE[1]))
+                other = _given(folder / GUIDE[1], uri)
                 worse = network_from_weights(other, load_file(folder / GUIDE[0]), origin=f"{uri}, {GUIDE[0]}")
                 guide = TrainedNetwork(config=other, network=worse.to(device), moments=moments)
     except FileNotFoundError:
@@ -239,6 +240,10 @@ def load_checkpoint(uri: str, *, device: str | torch.device = "cpu") -> TrainedN
     )
 
 
+def _given(file: Path, uri: str) -> Config:
+    return from_yaml(file.read_text(), origin=storage.join(uri, file.name), without=NOT_OF_MODELS)
+
+
 def save_network(trained: TrainedNetwork, folder: Path) -> None:
     """Write what images need as a checkpoint into an existing, empty folder."""
     facts = {name: getattr(trained, name) for name in ("images_seen", "dataset_digest", "average")}
@@ -248,9 +253,10 @@ def save_network(trained: TrainedNetwork, folder: Path) -> None:
         "ema.safetensors": plain_weights(trained.network),
         "moments.safetensors": moment_tensors(trained.moments),
     }
-    texts = {"state.json": json.dumps(facts), "config.yaml": to_yaml(trained.config)}
+    texts = {"state.json": json.dumps(facts), "config.yaml": to_yaml(trained.config, without=NOT_OF_MODELS)}
     if trained.guide is not None:
-        tensors[GUIDE[0]], texts[GUIDE[1]] = plain_weights(trained.guide.network), to_yaml(trained.guide.config)
+        tensors[GUIDE[0]] = plain_weights(trained.guide.network)
+        texts[GUIDE[1]] = to_yaml(trained.guide.config, without=NOT_OF_MODELS)
     write_files(folder, tensors, texts)
 
 

@@ -173,12 +173,12 @@ class Backend(Protocol):
         """What the backend needs."""
 
 
-def is_ours(heart: Heartbeat, made_by: str | None, kfp_run: str | None, this_run: str | None) -> bool:
+def is_ours(heart: Heartbeat, kfp_run: str | None, this_run: str | None) -> bool:
     """Whether a job ends with this launcher; without asking anybody, as a signal handler needs.
 
-    The pipeline run decides. Without one, a launcher's job is what it made, or what no other launcher waits for.
+    The pipeline run decides. Without one, a launcher's job is what no other launcher waits for, whoever made it.
     """
-    return kfp_run == this_run if kfp_run or this_run else made_by == heart.id or heart.alone
+    return kfp_run == this_run if kfp_run or this_run else heart.alone
 
 
 def refuse_other_work(name: str, how_to_end: str) -> ForeignRun:

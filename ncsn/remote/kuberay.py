@@ -152,10 +152,14 @@ class KubeRay:
             except BaseException as error:
                 # While the API server or the store is unavailable the work continues; a user's mistake is no outage.
                 outage = isinstance(error, OSError) and not isinstance(error, (PermissionError, UserError))
+                self._heart.stays = outage
+                if isinstance(error, KeyboardInterrupt):
+                    self._heart.look()
                 if self._ours and not outage:
                     self._delete(name, KubernetesApi(self._api.namespace, patience=DELETE_SECONDS))
                 raise
-        if self._ours and not (state.kept and "deletionStrategy" in manifest["spec"]):
+        mine = attempt == self._heart.id or self._ours
+        if mine and not (state.kept and "deletionStrategy" in manifest["spec"]):
             self._api.delete("rayjobs", name, uid=self._uid)
         if not state.succeeded:
             told = str(step.told() or "")
@@ -202,7 +206,7 @@ class KubeRay:
     def _ours(self) -> bool:
         """Whether the RayJob ends with this process. Others come and go: to be asked when it matters."""
         job, this_run = self._job, self._launcher.labels.get(KFP_RUN_LABEL)
-        return bool(job) and is_ours(self._heart, job.get(ATTEMPT_LABEL), job.get(KFP_RUN_LABEL), this_run)
+        return bool(job) and is_ours(self._heart, job.get(KFP_RUN_LABEL), this_run)
 
     def _start(self, step: RemoteStep, manifest: Resource) -> str:
         """Create the RayJob, or attach to one; the label of its pods, since those of an earlier one may still end."""
@@ -245,7 +249,8 @@ class KubeRay:
         while True:
             found = self._api.get("rayjobs", name)
             if found is None or found["metadata"]["labels"][ATTEMPT_LABEL] != attempt:
-                raise (RemoteLost if self._ours else EndedByOther)(f"RayJob {name} was deleted while it ran")
+                mine = attempt == self._heart.id or self._ours
+                raise (RemoteLost if mine else EndedByOther)(f"RayJob {name} was deleted while it ran")
             state = JobState(found)
             if str(state) != shown:
                 shown = str(state)
@@ -283,6 +288,7 @@ class KubeRay:
         if ending:
             self._delete(name, KubernetesApi(self._api.namespace, patience=0, timeouts=_AT_ONCE))
         else:
+            self._heart.stays = True
             say(f"RayJob {name} keeps running: the next attempt attaches to it; with none, it ends with its lease")
 
     def _delete(self, name: str, api: KubernetesApi) -> None:
@@ -295,6 +301,7 @@ class KubeRay:
             api.delete("rayjobs", name, uid=self._uid)
             say(f"RayJob {name} deleted")
         except (ConnectionError, PermissionError, UserError) as error:
+            self._heart.stays = True
             how = f"to end it before its lease does: kubectl delete rayjob {name} --namespace {api.namespace}"
             say(f"RayJob {name} could not be deleted ({error}); {how}")
 

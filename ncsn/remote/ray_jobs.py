@@ -20,7 +20,7 @@ import requests
 
 from ncsn.answer import answer
 from ncsn.config.compute import ComputeConfig
-from ncsn.environment import KFP_RUN_ID, PYTHON, python_version
+from ncsn.environment import KFP_RUN_ID, PYTHON, RAY_VARIABLES, python_version
 from ncsn.errors import UserError
 from ncsn.progress import say
 from ncsn.remote.backend import (
@@ -52,7 +52,7 @@ FIRST_PATIENCE_SECONDS = 10.0  # for the first answer: a wrong address is more l
 NOT_FOUND = 127  # a shell's exit code for an unknown command
 STOP_SECONDS = 30  # for a driver that is asked to stop: training saves, and the store and MLflow get the record
 
-_KEY, _VARIABLES = "compute.ray_jobs.address", ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+_KEY = "compute.ray_jobs.address"
 _TIMEOUTS = (5, 60)  # to connect and to answer: Ray's client alone waits forever
 _UNAVAILABLE = {429, 502, 503, 504}
 _NO_AGENT = "No available agent"  # with HTTP 500, while the head starts
@@ -79,7 +79,7 @@ class RayJobs:
     @cached_property
     def address(self) -> str:
         """That of the config, or of the environment, as Ray's client reads it."""
-        variable = next((name for name in _VARIABLES if os.environ.get(name)), _VARIABLES[0])
+        variable = next((name for name in RAY_VARIABLES if os.environ.get(name)), RAY_VARIABLES[0])
         found = os.environ.get(variable)
         if self._given and found and found.rstrip("/") != self._given.rstrip("/"):
             raise UserError(variable, f"Ray would take it in place of {self._given}", hint="unset it", value=found)
@@ -109,10 +109,16 @@ class RayJobs:
                 accepted()
                 with JobLog(self._client, name, uri=step.log) as log:
                     job = self._watch(name)
-                if job.status == "STOPPED" and not self._ours:
+                mine = self._about.get(MADE_BY) == self._heart.id or self._ours
+                if job.status == "STOPPED" and not mine:
                     raise EndedByOther(f"Ray job {name} was stopped")
-            except (KeyboardInterrupt, SystemExit):
+            except (KeyboardInterrupt, SystemExit) as told:
+                if isinstance(told, KeyboardInterrupt):
+                    self._heart.look()
                 self._stop_running()
+                raise
+            except OSError:  # the work continues while nobody answers
+                self._heart.stays = True
                 raise
         if job.status == "STOPPED":
             raise RemoteFailure(log.describe(f"Ray job {name} was stopped", "the same command resumes"))
@@ -265,7 +271,7 @@ class RayJobs:
     def _ours(self) -> bool:
         """Whether the job ends with this process. Others come and go: to be asked when it matters."""
         about, this_run = self._about, os.environ.get(KFP_RUN_ID)
-        return self._running is not None and is_ours(self._heart, about.get(MADE_BY), about.get(KFP_RUN), this_run)
+        return self._running is not None and is_ours(self._heart, about.get(KFP_RUN), this_run)
 
     def _stop_running(self) -> None:
         """Wait for the end, so that the same command, given again at once, does not attach to a job that is ending."""
@@ -274,6 +280,7 @@ class RayJobs:
         try:
             self._client.stop_job(self._running)
         except (OSError, RuntimeError) as error:
+            self._heart.stays = True
             say(f"Ray job {self._running} could not be stopped ({error}); its driver ends when its lease expires")
         ends = time.monotonic() + _STOP_WAIT_SECONDS
         with suppress(OSError, RuntimeError):

@@ -19,7 +19,7 @@ from ncsn.data.format import Manifest
 from ncsn.errors import UserError
 from ncsn.evaluation import VERSUS, with_interval
 from ncsn.evaluation.copies import Copies
-from ncsn.runs.folder import Cost, RunFolder, images_seen_at, read_step, state_to_continue, total_cost
+from ncsn.runs.folder import Cost, RunFolder, addresses, images_seen_at, read_step, state_to_continue, total_cost
 
 REAL = "eval/real_"
 GENERATED = "eval/"
@@ -300,18 +300,22 @@ def utility_sentence(
 
 def next_step(grade: str, config: Config, folder: RunFolder) -> tuple[str, str]:
     """What to do after a verdict, a command and what that makes: more images, or longer or shorter training."""
-    length, new = config.train.num_images, f"ncsn run --config {shlex.quote(folder.config)}"
+    length, again = config.train.num_images, folder.options(config)
+    new = " ".join([f"ncsn run --config {shlex.quote(folder.config)}", *addresses(config)])
     fresh = f"{new} --set train.continue_from=null" if config.train.continue_from else new
     longest = max(length, seen := read_step(folder, "train").result.get("images_seen", length))
     if grade == "close":
-        return f"ncsn sample {folder.options} --set sampling.seed={config.sampling.seed + 1}", "other images"
+        return f"ncsn sample {again} --set sampling.seed={config.sampling.seed + 1}", "other images"
     if grade == "copied":
         name = f" --run {config.name}-{seen // 2}" if continues(config) else ""
         return f"{fresh}{name} --set train.num_images={seen // 2}", "a new run, half as long"
     if seen < length:
-        return f"ncsn run {folder.options}", f"this run, trained to its {length:,} images"
+        return f"ncsn run {again}", f"this run, trained to its {length:,} images"
     if continues(config):
-        return f"ncsn run {folder.options} --set train.num_images={2 * longest}", "this run, trained twice as long"
+        return (
+            f"ncsn run {again} --set train.num_images={2 * longest}",
+            "this run, trained twice as long",
+        )
     if not config.loss.learns_score:
         return f"{new} --set train.num_images={2 * length}", "a new run from the same trained network, twice as long"
     settings = [f"train.continue_from={folder.run}", f"train.num_images={2 * length}"]

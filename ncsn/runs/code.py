@@ -67,6 +67,7 @@ def publish_code(root: str) -> None:
             archive.writestr(member, content)
     data = buffer.getvalue()
     uri = storage.join(Store(storage.absolute(root)).code, f"{hashlib.sha256(data).hexdigest()}.zip")
+    storage.make_store(storage.absolute(root))
     storage.write_bytes(uri, data)
     os.environ[CODE] = uri
 

@@ -19,9 +19,10 @@ from typing import Any, Literal, NamedTuple
 from filelock import FileLock, Timeout
 
 from ncsn import storage
-from ncsn.config import Config, changed_settings, decay_begins, explain_changes, from_yaml, to_yaml
+from ncsn.config import Config, changed_settings, decay_begins, explain_changes, flatten, from_yaml, to_yaml
+from ncsn.config.load import ADDRESSES
 from ncsn.environment import KFP_RUN_ID, utc_now
-from ncsn.errors import Problem, UserError, problems_of
+from ncsn.errors import Problem, UserError, problems_of, shown_value
 from ncsn.events import tell
 from ncsn.runs.steps import OWN, SEARCH, STEP_TABLE, STEPS, STEPS_BY_WORKERS, steps_of
 from ncsn.storage.heartbeat import LeaseExpired, is_abandoned
@@ -29,6 +30,7 @@ from ncsn.storage.retry import limited
 
 DEFAULT_ROOT: str = Config.model_fields["storage"].default.root  # the store if no option names one
 RUN_PATTERN = re.compile(r"[a-z0-9]([a-z0-9_.-]{0,61}[a-z0-9])?")
+DIGEST = re.compile(r"[0-9a-f]{8,64}")  # of what has one
 INDEX = "checkpoint.json"  # of a checkpoint, written last
 RESUME = "resume-"  # instead of `images-`, of a checkpoint that is only to resume from
 BEFORE_DECAY = "before-decay-"  # of one that `train.continue_from` reads
@@ -84,6 +86,14 @@ def resumable(uri: str) -> Iterator[str]:
     return (name for name in reversed(checkpoint_names(uri)) if storage.exists(storage.join(uri, name, INDEX)))
 
 
+def checkpoint_facts(folder: Path, origin: str) -> dict[str, Any]:
+    """The `state.json` of a checkpoint, which others may have made; `UserError` if it names no dataset."""
+    facts: dict[str, Any] = storage.read_json(str(folder / "state.json"))
+    if not DIGEST.fullmatch(given := str(facts["dataset_digest"])):  # it becomes the name of a folder
+        raise UserError(origin, f"its dataset_digest is {shown_value(given)}, which is no digest")
+    return facts
+
+
 def said_newest(uri: str) -> str:
     """The newest of them in words: a name, or what can be said without one."""
     try:
@@ -91,6 +101,12 @@ def said_newest(uri: str) -> str:
             return next(resumable(uri), "the start")
     except OSError:
         return "its last checkpoint"
+
+
+def addresses(config: Config) -> list[str]:
+    """The --set for the addresses of a config, which a command does not take from a record."""
+    named = {path: value for path, value in flatten(config).items() if path in ADDRESSES and value is not None}
+    return [f"--set {shlex.quote(f'{path}={value}')}" for path, value in named.items()]
 
 
 class _Trained:
@@ -147,11 +163,10 @@ class RunFolder(_Trained):
         found = re.fullmatch(rf"(.+)/runs/({RUN_PATTERN.pattern})(/.*)?", uri)
         return cls(found[1], found[2]) if found else None
 
-    @property
-    def options(self) -> str:
-        """The options by which a command finds this run from here: no config if the store is the default one."""
-        found = self.root == storage.absolute(DEFAULT_ROOT)
-        return f"--run {self.run}" if found else f"--run {self.run} --config {shlex.quote(self.config)}"
+    def options(self, config: Config) -> str:
+        """The options by which a command finds this run from here; the config names the addresses to ask."""
+        settings = [] if self.root == storage.absolute(DEFAULT_ROOT) else [f"storage.root={self.root}"]
+        return " ".join([f"--run {self.run}", *(f"--set {shlex.quote(each)}" for each in settings), *addresses(config)])
 
     @property
     def begun(self) -> str:
@@ -224,6 +239,7 @@ class Run:
 
     def claim(self) -> None:
         """Claim the name; `ForeignRun` if it belongs to a config that trains other weights."""
+        storage.make_store(self.folder.root)
         text, place = to_yaml(self.config), self.folder.config
         if not storage.publish_once(place, text.encode()) and (owner := storage.read_text(place)) != text:
             require_owner(from_yaml(owner, origin=place), self.config, self.name)
@@ -240,6 +256,7 @@ class Run:
         # The kernel frees it when its process ends, however it ends. A store that is not local has none.
         if not storage.is_local(self.folder.uri):
             return nullcontext()
+        storage.make_store(self.folder.root)
         path = Path(self.folder.uri) / ".lock"
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

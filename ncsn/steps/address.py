@@ -19,13 +19,24 @@ from typing import TYPE_CHECKING, Any
 from ncsn import storage
 from ncsn.config import Config, from_yaml, to_yaml
 from ncsn.config.choices import AutoguidanceConfig
-from ncsn.config.load import EXAMPLES
+from ncsn.config.load import EXAMPLES, NOT_OF_MODELS
 from ncsn.config.schema import SCHEME
 from ncsn.data.format import MANIFEST, load_manifest
 from ncsn.data.sources.base import source_fingerprint
 from ncsn.environment import utc_now
-from ncsn.errors import UserError
-from ncsn.runs.folder import INDEX, RUN_PATTERN, RunFolder, Store, find_inputs, folders_of, read_step, update_step
+from ncsn.errors import UserError, shown_value
+from ncsn.runs.folder import (
+    DIGEST,
+    INDEX,
+    RUN_PATTERN,
+    RunFolder,
+    Store,
+    checkpoint_facts,
+    find_inputs,
+    folders_of,
+    read_step,
+    update_step,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +44,7 @@ if TYPE_CHECKING:
     from ncsn.model.checkpoint import TrainedNetwork
 
 SOURCE = "source.json"  # in a copy: the name and digest of what was copied
+_TAGS = {"ncsn.model": DIGEST, "ncsn.checkpoint": DIGEST}
 _HINT = "use models:/NAME@ALIAS, the name of a run, or the folder of a run, a checkpoint or a saved model"
 
 
@@ -57,7 +69,7 @@ class Place:
         config = from_yaml(storage.read_text(self.run.config), origin=self.run.config)
         trained = folders_of(self.run, config)["sample"]
         if not read_step(trained, "train").result:
-            hint = f"train it first, with `ncsn run {self.run.options}`"
+            hint = f"train it first, with `ncsn run {self.run.options(config)}`"
             raise UserError(self.key, f"run {trained.run!r} has no trained network yet", hint=hint, value=self.address)
         last, width = find_inputs(trained, "sample", {}, config=config)["checkpoint"], config.sampling.relative_width
         if width is None:
@@ -73,14 +85,14 @@ class Place:
         version = self.version
         words = re.sub(r"[^a-z0-9]+", "-", f"{version.name}-{version.version}".lower())[:50].strip("-")
         # Versions of this name in two registries are two runs, unless they are the same.
-        folder = RunFolder(self.root, f"{words}-{version.tags.get('ncsn.model', '')[:8]}".strip("-"))
+        folder = RunFolder(self.root, f"{words}-{version.tags['ncsn.model'][:8]}")
         if read_step(folder, "train").result:
             return folder
         with tempfile.TemporaryDirectory(prefix="ncsn-") as scratch:
             files = _fetch(self, Path(scratch))
-            text, facts = (files / "config.yaml").read_text(), storage.read_json(str(files / "state.json"))
-            here = ["compute.backend=local", f"storage.root={self.root}", f"tracking.uri={self.registry or 'null'}"]
-            config = from_yaml(text, overrides=here, origin=self.name)
+            text, facts = (files / "config.yaml").read_text(), checkpoint_facts(files, self.name)
+            here = [f"storage.root={self.root}", f"tracking.uri={self.registry or 'null'}"]
+            config = from_yaml(text, overrides=here, origin=self.name, without=NOT_OF_MODELS)
             seen, average = facts["images_seen"], facts["average"]
             name = f"images-{seen:09d}"
             checkpoint = storage.join(folder.checkpoints, name)
@@ -112,7 +124,7 @@ class Place:
     def digest(self) -> str:
         """That of the weights."""
         if self.version is not None:
-            return str(self.version.tags.get("ncsn.checkpoint", "unknown"))
+            return str(self.version.tags["ncsn.checkpoint"])
         return str(storage.read_json(storage.join(self.checkpoint, INDEX))["sha256"]["ema.safetensors"][:16])
 
 
@@ -132,6 +144,9 @@ def resolve(address: str, *, key: str, root: str, registry: str | None = None) -
                 raise UserError(address, f"no registry at {server}", hint=hint)
             with mlflow_errors(server):
                 version = resolve_version(client_at(server), address)
+            for tag, pattern in _TAGS.items():  # which become names of folders
+                if not pattern.fullmatch(given := version.tags.get(tag, "")):
+                    raise UserError(address, f"no version of `ncsn register`: its tag {tag} is {shown_value(given)}")
             return Place(key, address, root, registry, version=version)
         uri = storage.absolute(address)
     except UserError as error:

@@ -13,7 +13,7 @@ from ncsn import storage
 from ncsn.config import Config
 from ncsn.config.training import ema_setting
 from ncsn.data.format import MANIFEST, Manifest, load_manifest
-from ncsn.errors import UserError, shown_value
+from ncsn.errors import UserError, shown_value, without_users
 from ncsn.evaluation import extractor_name
 from ncsn.evaluation.copies import Copies
 from ncsn.evaluation.measure import metric_name
@@ -28,7 +28,7 @@ from ncsn.runs.history import held_out_curves, load_history
 from ncsn.steps.results import Context, Prepared, RegisterResult
 from ncsn.steps.sample import opened
 from ncsn.tracking import registry
-from ncsn.tracking.client import SQLITE, client_at, mlflow_errors, shown, tracking_uri
+from ncsn.tracking.client import SQLITE, client_at, mlflow_errors, tracking_uri
 from ncsn.tracking.gate import Evidence, Floors, Measurement
 from ncsn.tracking.mlflow_runs import NOTE
 from ncsn.tracking.promotion import pass_gate
@@ -77,7 +77,7 @@ def prepare(run: Run, *, checkpoint: str, evaluation: str) -> Prepared[RegisterR
         "terms": terms(config.data, manifest),  # of the card
         "promote": config.tracking.promote,
         "model": config.registered_model,
-        "registry": shown(uri).removeprefix(SQLITE),
+        "registry": without_users(uri).removeprefix(SQLITE),
     }
     return Prepared(
         config, key, partial(register, loaded, measured, manifest, evidence, checkpoint), holds=is_registered
@@ -150,7 +150,7 @@ def _candidate(
     card = render(
         "model_card.md.j2",
         name=config.registered_model,
-        registry=shown(tracking_uri(config)),
+        registry=without_users(tracking_uri(config)),
         run=run,
         checkpoint=loaded.digest,
         images_seen=loaded.images_seen,

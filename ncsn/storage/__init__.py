@@ -318,6 +318,13 @@ def publish_folder(folder: Path | str, uri: str, *, marker: str, replace: bool =
     return True
 
 
+def make_store(root: str) -> None:
+    """Make the folder of a local store if it is not there; who makes it first may read it, and nobody else."""
+    if is_local(root) and not Path(root).exists():
+        Path(root).parent.mkdir(parents=True, exist_ok=True)
+        Path(root).mkdir(mode=0o700, exist_ok=True)
+
+
 def require_output(key: str, uri: str, *, new: bool = True) -> None:
     """Refuse, before the work, a place for its output that cannot be written, or that is neither new nor empty."""
     if new and (is_file(uri) or list_names(uri)):

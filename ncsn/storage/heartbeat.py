@@ -73,11 +73,12 @@ class Heartbeat:
     """The launcher's side: a context in which a thread renews the launcher's lease in the folder `uri`.
 
     `id` names the launcher and its lease. `alone` says whether no other lease was younger than LEASE_SECONDS when this
-    one was renewed last; a signal handler may read it.
+    one was renewed last; a signal handler may read it. The lease goes with the context, unless the launcher sets
+    `stays`, since the work runs on and may be attached to until the lease is old.
     """
 
     def __init__(self, uri: str) -> None:
-        self.id, self.alone = uuid.uuid4().hex, False
+        self.id, self.alone, self.stays = uuid.uuid4().hex, False, False
         self._uri, self._ended = uri, threading.Event()
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 
@@ -87,14 +88,20 @@ class Heartbeat:
         return self
 
     def __exit__(self, *_: object) -> None:
-        # The lease stays: what runs on may be attached to until it is old.
         self._ended.set()
         self._thread.join(timeout=5)
+        if not self.stays:
+            with suppress(OSError), limited(0):
+                storage.delete(storage.join(self._uri, self.id))
 
     def _beat(self) -> None:
         while not self._ended.wait(RENEW_SECONDS):
-            with suppress(OSError), limited(RENEW_SECONDS):  # a beat that fails is no loss: the lease outlasts several
-                self._renew()
+            self.look()
+
+    def look(self) -> None:
+        """Renew the lease, and see whether there are others. That it fails is no loss: the lease outlasts several."""
+        with suppress(OSError), limited(RENEW_SECONDS):
+            self._renew()
 
     def _renew(self) -> None:
         self.alone = _silence(self._uri, self.id) > LEASE_SECONDS

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import sqlite3
 import sys
@@ -17,13 +16,13 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import unquote, urlsplit, urlunsplit
+from urllib.parse import unquote, urlsplit
 
 from filelock import FileLock
 
 from ncsn import storage
 from ncsn.config import Config
-from ncsn.errors import UserError
+from ncsn.errors import UserError, without_users
 from ncsn.storage.retry import Retry
 
 if TYPE_CHECKING:
@@ -81,14 +80,11 @@ def server_uri(named: str | None, *, root: str) -> str:
         raise TrackingError("tracking.uri", reason, hint="set it or MLFLOW_TRACKING_URI to a tracking server")
     key = "tracking.uri" if named else "MLFLOW_TRACKING_URI"
     try:
-        password, _ = urlsplit(uri).password, urlsplit(uri).port
+        _ = urlsplit(uri).port
     except ValueError as error:
         raise TrackingError(key, f"not an address: {error}", hint=_EXAMPLES) from None
-    if named and password:
-        reason, hint = "contains a password, and every run records the config", "set MLFLOW_TRACKING_URI instead"
-        raise TrackingError(key, reason, hint=hint, value=shown(uri))
     if not uri.startswith(SERVERS):
-        raise TrackingError(key, "not a server or database", hint=_EXAMPLES, value=shown(uri))
+        raise TrackingError(key, "not a server or database", hint=_EXAMPLES, value=without_users(uri))
     if uri.startswith(SQLITE):
         # A Ray worker has another working folder, so a relative file would become another database there.
         return f"{SQLITE}{Path(uri.removeprefix(SQLITE)).absolute()}"
@@ -119,39 +115,30 @@ def client_at(uri: str, *, patience: float = 0.0) -> MlflowClient:
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
-def server_command(uri: str, *, host: str = "127.0.0.1", port: int = 5000) -> list[str]:
-    """The command that serves MLflow's pages for a database."""
+def server_command(uri: str, *, host: str = "127.0.0.1", port: int = 5000) -> tuple[list[str], dict[str, str]]:
+    """The command that serves MLflow's pages for a database, and its variables, since the words may be seen by all."""
     if uri.startswith((*REMOTE, "databricks")):
-        raise TrackingError("tracking.uri", "a server with its own pages", hint=f"open {shown(uri)}", value=shown(uri))
+        raise TrackingError(
+            "tracking.uri", "a server with its own pages", hint=f"open {without_users(uri)}", value=without_users(uri)
+        )
     command = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port), "--workers", "1"]
-    command += ["--uvicorn-opts", "--log-level=warning", "--backend-store-uri", uri]  # no line for each request
+    command += ["--uvicorn-opts", "--log-level=warning"]  # no line for each request
     if uri.startswith(SQLITE):
         database = Path(uri.removeprefix(SQLITE))
         _create_database(database)
         command += ["--artifacts-destination", database.with_name(_ARTIFACTS).as_uri()]
-    return command
+    return command, {"MLFLOW_BACKEND_STORE_URI": uri}
 
 
 def page(uri: str, experiment_id: str, run_id: str) -> str:
     """The address of a run's page; empty for a database, which has none."""
-    served = os.environ.get(UI) or (shown(uri) if uri.startswith(REMOTE) else "")
+    served = os.environ.get(UI) or (without_users(uri) if uri.startswith(REMOTE) else "")
     return f"{served.rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}{VIEW}" if served else ""
-
-
-def shown(uri: str) -> str:
-    """The URI without user name and password."""
-    parts = urlsplit(uri)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if "@" in parts.netloc else uri
-
-
-def _without_users(text: str) -> str:
-    """The text with its addresses as `shown` shows them: MLflow names the server with user and password."""
-    return re.sub(r"(?<=://)[^/\s]+@", "", text)
 
 
 def one_line(error: Exception) -> str:
     """The first line of an error without passwords; MLflow's continue with SQL and links."""
-    text = _without_users(str(error)).strip()
+    text = without_users(str(error)).strip()
     return text.splitlines()[0] if text else type(error).__name__
 
 
@@ -175,8 +162,8 @@ def mlflow_errors(uri: str) -> Iterator[None]:
     try:
         yield
     except MlflowException as error:
-        error.args = (_without_users(str(error)),)  # what a traceback shows
-        raise TrackingError(shown(uri), one_line(error)) from error
+        error.args = (without_users(str(error)),)  # what a traceback shows
+        raise TrackingError(without_users(uri), one_line(error)) from error
 
 
 def _create_database(path: Path) -> None:
@@ -209,7 +196,7 @@ def _create_database(path: Path) -> None:
 
     # MLflow's fifty migrations each wait for the disk, and two processes that start at once break each other's. So the
     # file is made in memory, under a lock, and appears when it is complete.
-    path.parent.mkdir(parents=True, exist_ok=True)
+    storage.make_store(str(path.parent))
     with FileLock(path.with_name(f".{path.name}.lock")):
         if path.exists():
             return
@@ -240,9 +227,11 @@ def _probe(uri: str, *, patience: float) -> None:
         Retry("MLflow", patience)(ask)
     except requests.RequestException as error:
         hint = "start it, or set tracking.uri or MLFLOW_TRACKING_URI"
-        raise TrackingError(shown(uri), "the tracking server does not answer", hint=hint) from error
+        raise TrackingError(without_users(uri), "the tracking server does not answer", hint=hint) from error
     except ConnectionError as error:
-        raise TrackingError(shown(uri), f"the tracking server answers with {error}", hint="check its log") from None
+        raise TrackingError(
+            without_users(uri), f"the tracking server answers with {error}", hint="check its log"
+        ) from None
 
 
 def tag_filter(tags: Mapping[str, str]) -> str:

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from ncsn import storage
+from ncsn.errors import without_users
 from ncsn.runs.folder import RunFolder
 from ncsn.runs.history import PREVIEW, load_history
-from ncsn.tracking.client import client_at, one_line, shown
+from ncsn.tracking.client import client_at, one_line
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -87,7 +88,9 @@ class LiveMetrics:
                 away = False
             except Exception as error:  # noqa: BLE001  (whatever the server does, training goes on)
                 if not away:  # not every two seconds of an outage
-                    _logger.warning("%s lacks metrics until the step ends: %s", shown(self.uri), one_line(error))
+                    _logger.warning(
+                        "%s lacks metrics until the step ends: %s", without_users(self.uri), one_line(error)
+                    )
                 away = True
 
 

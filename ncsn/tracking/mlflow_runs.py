@@ -24,6 +24,7 @@ from ncsn import storage
 from ncsn.config import Config, flatten, to_yaml
 from ncsn.config.schema import TERMS
 from ncsn.environment import CODE, CONTAINER_IMAGE, IMAGE_VARIABLE, KFP_RUN_ID, now_ms
+from ncsn.errors import without_users
 from ncsn.runs.code import origin
 from ncsn.runs.folder import RunFolder, cost_of, read_outcome, read_step, spent, state_after, total_cost, update_step
 from ncsn.runs.history import RATE
@@ -36,7 +37,6 @@ from ncsn.tracking.client import (
     mlflow_errors,
     one_line,
     page,
-    shown,
     tag_filter,
     tracking_uri,
 )
@@ -172,7 +172,7 @@ def step_run(config: Config, *, run: str, step: str) -> Iterator[StepRun]:
             for run_id in (tracked.run_id,) if alone else (tracked.run_id, tracked.parent_run_id):
                 client.set_terminated(run_id, status, end_time=ended)
         except (MlflowException, TrackingError, OSError) as error:  # the work is done, and the run folder has it
-            where = shown(tracked.uri)
+            where = without_users(tracked.uri)
             _logger.warning("the run of the step %s at %s is not complete: %s", step, where, one_line(error))
 
 
@@ -185,7 +185,9 @@ def _adopted(client: MlflowClient) -> Run | None:
     try:
         return client.get_run(run_id)
     except MlflowException as error:
-        raise TrackingError(ADOPTED, f"{one_line(error)} (at {shown(client.tracking_uri)})", value=run_id) from error
+        raise TrackingError(
+            ADOPTED, f"{one_line(error)} (at {without_users(client.tracking_uri)})", value=run_id
+        ) from error
 
 
 def _identity(folder: RunFolder, **more: str) -> dict[str, str]:
@@ -308,5 +310,5 @@ def close_run(config: Config, *, run: str, status: str, tags: Mapping[str, str])
                 client.set_terminated(step.info.run_id, "KILLED" if status == "FINISHED" else status)
         if not adopted:
             client.set_terminated(parent.run_id, status)
-    place = page(uri, parent.experiment_id, parent.run_id) or shown(uri)
+    place = page(uri, parent.experiment_id, parent.run_id) or without_users(uri)
     return {"MLflow run": place, "MLflow run id": parent.run_id}

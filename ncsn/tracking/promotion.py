@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING
 
 from ncsn.config.schema import SCHEME
 from ncsn.environment import utc_now
-from ncsn.errors import UserError
+from ncsn.errors import UserError, without_users
 from ncsn.events import tell
 from ncsn.runs.folder import INDEX
-from ncsn.tracking.client import TrackingError, one_line, shown
+from ncsn.tracking.client import TrackingError, one_line
 from ncsn.tracking.gate import Decision, Evidence, decide
 
 if TYPE_CHECKING:
@@ -245,7 +245,7 @@ def fetch_files(uri: str, version: ModelVersion, into: Path) -> Path:
         folder = Path(download_artifacts(source, dst_path=str(into), tracking_uri=uri))
         (folder / INDEX).stat()
     except (MlflowException, OSError) as error:
-        reason = f"{shown(uri)} gives no checkpoint of ncsn at {version.source}: {one_line(error)}"
+        reason = f"{without_users(uri)} gives no checkpoint of ncsn at {version.source}: {one_line(error)}"
         hint = "restore its files; only a version of `ncsn register` has them"
         raise TrackingError(f"{SCHEME}{version.name}/{version.version}", reason, hint=hint) from error
     return folder

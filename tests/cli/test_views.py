@@ -72,7 +72,7 @@ def test_a_summary_has_scores_next_to_real_images_and_what_comes_next(config_fil
     for part in ("60.0", "only 539 real images", "12.5 is worse than 11", "/r/report.html", "ncsn ui --run mine"):
         assert part in text
     verdict, helped, then, *_ = text.splitlines()
-    longer = f"ncsn run {folder.options} --set train.num_images={2 * config.train.num_images}"
+    longer = f"ncsn run {folder.options(config)} --set train.num_images={2 * config.train.num_images}"
     assert (verdict, helped) == ("512 images made.", "They help") and longer in then
 
 

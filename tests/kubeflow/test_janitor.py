@@ -11,6 +11,7 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
+from answering import answering
 from click.testing import CliRunner
 from do import claimed, do_as_task
 from kfp import dsl
@@ -21,7 +22,7 @@ from webhook import receiver
 from components.tasks import finish as exit_handler
 from ncsn import storage
 from ncsn.cli import app
-from ncsn.config import Config, from_yaml, to_json
+from ncsn.config import Config, from_yaml, to_json, to_yaml
 from ncsn.environment import KFP_RUN_ID, KFP_WORKFLOW, KfpRun
 from ncsn.events import tell
 from ncsn.kubeflow import finish
@@ -309,13 +310,23 @@ def test_a_person_ends_a_run_by_name_and_may_look_first(emulation: Any, config: 
 
 
 @pytest.mark.usefixtures("begun")
-def test_an_mlflow_that_is_away_keeps_the_note_and_nothing_else(emulation: Any, config: Config) -> None:
-    away = config.model_copy(update={"tracking": config.tracking.model_copy(update={"uri": "http://127.0.0.1:9"})})
-    note("0000", "gone", away)
+def test_while_mlflow_is_away_the_note_stays(emulation: Any, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     emulation.cluster.rules = JANITOR
     done = cleanup()
-    assert done.exit_code == 1 and "run mine" in done.stdout and "run mine" in done.stderr
-    assert list(notes(emulation)) == ["0000"] and outcome(config) is not None
+    assert done.exit_code == 1 and "run mine" in done.stderr
+    assert list(notes(emulation)) == ["5f3a"] and outcome(config) is not None
+
+
+@pytest.mark.usefixtures("begun")
+def test_a_note_says_nothing_of_whom_the_janitor_asks(emulation: Any, config: Config, janitor: Any) -> None:
+    asked = []
+    with answering(lambda request, _: (asked.append(request.path), (200, b""))[1]) as url:
+        their = [f"tracking.uri={url}", "compute.backend=kuberay", "compute.kuberay.namespace=theirs"]
+        note("0000", "gone", from_yaml(to_yaml(config), overrides=their))
+        janitor()
+    assert (asked, notes(emulation)) == ([], {})
+    assert outcome(config) is not None
 
 
 @pytest.fixture

@@ -35,22 +35,19 @@ def test_a_port_forward_and_a_password_are_not_handed_on(monkeypatch, address, t
 
 
 @pytest.mark.parametrize(
-    ("made_by", "alone", "kfp_run", "this_run", "ours"),
+    ("alone", "kfp_run", "this_run", "ours"),
     [
-        ("me", False, None, None, True),
-        ("another", False, None, None, False),
-        ("another", True, None, None, True),  # whoever made it is gone
-        ("me", True, "a", "b", False),
-        ("another", False, "a", "a", True),  # another task of the same pipeline run
-        ("me", True, "a", None, False),
-        ("me", True, None, "a", False),
+        (False, None, None, False),  # also of its maker
+        (True, None, None, True),  # also if whoever made it is gone
+        (True, "a", "b", False),
+        (False, "a", "a", True),  # another task of the same pipeline run
+        (True, "a", None, False),
+        (True, None, "a", False),
     ],
 )
-def test_a_job_is_its_pipeline_runs_else_its_makers_else_the_last_launchers(
-    made_by, alone, kfp_run, this_run, ours
-) -> None:
-    heart: Any = SimpleNamespace(id="me", alone=alone)
-    assert is_ours(heart, made_by, kfp_run, this_run) == ours
+def test_a_job_is_its_pipeline_runs_else_the_last_launchers(alone, kfp_run, this_run, ours) -> None:
+    heart: Any = SimpleNamespace(alone=alone)
+    assert is_ours(heart, kfp_run, this_run) == ours
 
 
 @given(run=st.from_regex(RUN_PATTERN, fullmatch=True), kind=st.sampled_from(["train", "evaluate"]))

@@ -297,6 +297,17 @@ def test_another_launchers_rayjob_ends_with_the_last_launcher(emulation, silent:
     assert len(emulation.jobs) == left
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_maker_of_a_rayjob_leaves_it_to_who_has_attached(emulation, number) -> None:
+    launcher = emulation.launch()
+    Path(emulation.step().lease, "another").touch()
+    time.sleep(1)  # a few renewals of its lease, by which it sees that of the other
+    launcher.send_signal(number)
+    assert launcher.ended() == 128 + number
+    assert len(emulation.jobs) == 1
+    assert [path.name for path in Path(emulation.step().lease).iterdir()] == ["another"]
+
+
 def test_a_rayjob_that_its_own_launcher_ends_may_be_started_again(emulation, eventually, said) -> None:
     emulation.add_another_launchers()
 

@@ -94,7 +94,9 @@ def test_what_names_nothing_is_refused_in_one_line(trained, saved, monkeypatch, 
 
 def test_a_version_is_sampled_and_evaluated_as_a_run_that_nobody_trains(config: Config, trained: RunFolder) -> None:
     own = do("sample", config, "mine", checkpoint=f"{trained.checkpoints}/images-000000008")
-    options = TargetOptions(None, (f"storage.root={trained.root}",))
+    ours = Path(trained.root, "ours.yaml")
+    ours.write_text(to_yaml(config))  # how images are evaluated is not for a model to say
+    options = TargetOptions(str(ours))
     target = options.resolve("models:/pets@champion")
     folder = RunFolder(trained.root, target.name)
     assert opened_from(folder) == "models:/pets/1" and opened_from(trained) == ""

@@ -63,9 +63,19 @@ def test_the_heart_beats_until_the_block_ends(tmp_path: Path, monkeypatch: pytes
             assert time.monotonic() < ends
             seen.add((tmp_path / heart.id).stat().st_mtime_ns)
             time.sleep(0.01)
+        heart.stays = True
     last = (tmp_path / heart.id).stat().st_mtime_ns
     time.sleep(0.2)
     assert (tmp_path / heart.id).stat().st_mtime_ns == last
+
+
+def test_a_launcher_that_leaves_takes_its_lease_with_it(tmp_path: Path) -> None:
+    """Else who starts the work again would not be alone for minutes."""
+    with Heartbeat(str(tmp_path)):
+        pass
+    with Heartbeat(str(tmp_path)) as heart:
+        assert heart.alone
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_launcher_knows_whether_it_is_alone(tmp_path: Path) -> None:
@@ -86,4 +96,5 @@ def test_leases_in_s3(s3_root: str) -> None:
         assert not is_abandoned(folder)
         assert is_abandoned(folder, seconds=-60)
         assert not Lease(folder).expired()
-    assert storage.list_names(folder) == sorted((first.id, second.id))
+        assert storage.list_names(folder) == sorted((first.id, second.id))
+    assert storage.list_names(folder) == []
