@@ -31,6 +31,9 @@ KFP_WORKFLOW = "NCSN_KFP_WORKFLOW"  # variable with its Argo Workflow, only in t
 BackendName = Literal["local", "ray-jobs", "kuberay"]  # here for --help, which does not load the config
 PYTHON = "ncsn.python"  # key of the launcher's Python version in the metadata of a Ray job
 
+if not Path(__file__).with_name("code.json").is_file():  # from no archive, whatever the variables of a pod say
+    os.environ.pop(CODE, None)
+
 _ALLOCATIONS = 50_000  # new objects until the youngest are searched for cycles; Python's default is 700
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _NEVER = 2**31 - 1

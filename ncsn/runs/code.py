@@ -5,18 +5,22 @@ code it is. The file `ncsn/code.json` in it says where the code comes from and w
 runs it has its URI in `NCSN_CODE`, and hands it on to the processes that it starts elsewhere.
 
 Anyone who may write to the store may put another archive in its place. So each process that reads one unpacks the very
-bytes that it has compared with the name, and a cluster's workers get that folder from their driver, through Ray.
+bytes that it has compared with the name, into a folder of its own, which nobody has written to before and which goes
+with the process; a cluster's workers get that folder from their driver, through Ray.
 """
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 import tomllib
 import zipfile
 from contextlib import suppress
@@ -36,6 +40,7 @@ PACKAGES = ("ncsn", "components", "pipelines")
 _PACKAGE = Path(__file__).parents[1]
 _ABOUT = "code.json"  # in the package
 _SOURCES = (*PACKAGES, "configs", "infra", "pyproject.toml")  # what the packages and their links come from
+_OWN = "ncsn-code-"  # and the number of the process, how the name of a folder with unpacked code begins
 _NAME = re.compile(r"([0-9a-f]{64})\.zip")
 
 
@@ -77,6 +82,8 @@ def run_code(uri: str) -> None:
     if os.environ.get(CODE) != storage.absolute(uri):
         # Not from the working directory, which may be another checkout.
         _become([sys.executable, "-P", *sys.orig_argv[1:]], uri)
+    if _PACKAGE.parent.name.startswith(f"{_OWN}{os.getpid()}-"):  # it made this folder before it became this command
+        atexit.register(shutil.rmtree, _PACKAGE.parent, ignore_errors=True)
 
 
 def _become(command: list[str], uri: str) -> NoReturn:
@@ -100,30 +107,22 @@ def main() -> None:
 
 
 def unpacked(uri: str) -> Path:
-    """This user's folder on this machine with the packages of the archive, whose bytes are those of its name."""
+    """A new folder of this process with the packages of the archive, whose bytes are those of its name."""
     name = _NAME.fullmatch(uri.rpartition("/")[2])
     hint = "give what `--code here` has published, or --code here in a clone"
     if name is None:
         raise UserError("--code", "not the name of an archive of code", hint=hint, value=uri)
-    folder = storage.cache_folder() / "code" / name[1]
-    if not folder.exists():
-        try:
-            data = storage.read_bytes(uri)
-        except FileNotFoundError:
-            raise UserError("--code", "no such file", hint=hint, value=uri) from None
-        if hashlib.sha256(data).hexdigest() != name[1] or not zipfile.is_zipfile(io.BytesIO(data)):
-            reason = "damaged, or another one in its place: its bytes are not those of its name"
-            raise UserError("--code", reason, hint=hint, value=uri)
-        with storage.scratch_folder(str(folder.parent)) as scratch, zipfile.ZipFile(io.BytesIO(data)) as archive:
-            (scratch / "code").mkdir(mode=0o700)
-            archive.extractall(scratch / "code")
-            if not folder.exists():  # else another process was faster
-                with suppress(OSError):
-                    os.rename(scratch / "code", folder)
-    found = folder.stat()
-    if found.st_uid != os.getuid() or found.st_mode & 0o022:
-        hint = f"set {storage.CACHE_DIR_VARIABLE} to a folder of your own"
-        raise UserError("--code", f"somebody else may write to {folder}", hint=hint, value=uri)
+    try:
+        data = storage.read_bytes(uri)
+    except FileNotFoundError:
+        raise UserError("--code", "no such file", hint=hint, value=uri) from None
+    if hashlib.sha256(data).hexdigest() != name[1] or not zipfile.is_zipfile(io.BytesIO(data)):
+        reason = "damaged, or another one in its place: its bytes are not those of its name"
+        raise UserError("--code", reason, hint=hint, value=uri)
+    folder = Path(tempfile.mkdtemp(prefix=f"{_OWN}{os.getpid()}-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        archive.extractall(folder)
     return folder
 
 

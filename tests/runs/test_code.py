@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -95,25 +96,34 @@ def test_a_driver_runs_what_its_archive_is_named_after_and_nothing_else(ours: Cl
     uri, seen = published(tmp_path), "import ncsn, os; print(ncsn.__file__, os.environ['NCSN_CODE'])"
     command = [sys.executable, "-P", "-c", seen, f"{tmp_path}/runs/mine/steps/train/lease/5f3a"]
 
-    def driver(cache: str) -> tuple[int, str]:
+    def driver() -> tuple[int, str]:
         given = [sys.executable, "-P", "-m", "ncsn.runs.code", uri, *command]
-        env = os.environ | {CODE: uri, "NCSN_CACHE_DIR": f"{tmp_path}/{cache}"}  # the variable proves nothing
+        env = os.environ | {CODE: uri, "TMPDIR": str(tmp_path)}  # the variable proves nothing
         done = subprocess.run(given, env=env, capture_output=True, text=True, check=False)
-        return done.returncode, done.stdout
+        return done.returncode, re.sub(r"ncsn-code-\d+-\w+", "unpacked", done.stdout)
 
-    digest = hashlib.sha256(Path(uri).read_bytes()).hexdigest()
-    assert uri == f"{tmp_path}/code/{digest}.zip"
-    right = (0, f"{tmp_path}/here/code/{digest}/ncsn/__init__.py {uri}\n")
-    assert driver("here") == right
+    assert uri == f"{tmp_path}/code/{hashlib.sha256(Path(uri).read_bytes()).hexdigest()}.zip"
+    assert driver() == (0, f"{tmp_path}/unpacked/ncsn/__init__.py {uri}\n")
+    (old,) = tmp_path.glob("ncsn-code-*")
+    (old / "ncsn" / "__init__.py").write_text("1 / 0")
+    assert driver() == (0, f"{tmp_path}/unpacked/ncsn/__init__.py {uri}\n"), "what was compared is what runs"
     ours.edit("ncsn/errors.py")
     os.replace(published(tmp_path), uri)
-    assert driver("here") == right, "what was compared is what runs"
-    assert driver("there") == (2, "")
+    assert driver() == (2, "")
     record = read_step(RunFolder(str(tmp_path), "mine"), "train")
     assert (record.state, record.request) == ("FAILED", "5f3a") and record.error is not None
     assert [problem.key for problem in record.error.problems] == ["--code"]
-    (tmp_path / "here" / "code" / digest).chmod(0o777)
-    assert driver("here") == (2, ""), "somebody else may have written there"
+
+
+@pytest.mark.parametrize("archive", [True, False])
+def test_a_process_knows_what_code_it_runs_whatever_its_variables_say(ours: Clone, tmp_path: Path, archive) -> None:
+    uri, seen = published(tmp_path), "import ncsn.environment, os; print('NCSN_CODE' in os.environ, ncsn.__file__)"
+    become = "from ncsn.runs.code import run_code; import sys; run_code(sys.argv[1]);" if archive else ""
+    env = os.environ | {CODE: f"{uri}.old", "TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-P", "-c", become + seen, uri]
+    known, package = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout.split()
+    assert (known, package.startswith(f"{tmp_path}/ncsn-code-")) == (str(archive), archive)
+    assert not [*tmp_path.glob("ncsn-code-*")], "it takes its folder with it"
 
 
 def test_packages_that_the_code_needs_and_the_image_lacks_are_named(tmp_path, monkeypatch) -> None:
