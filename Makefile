@@ -16,6 +16,7 @@ IMAGE ?= ncsn-python:0.1.0
 BASE_IMAGE ?= python:3.11.16-slim-bookworm@sha256:0bee7276f83efd4a1ee05bbbf4281d95ed28e079220a9457f25a93e3f1e3c31b
 CONFIG ?= configs/digits_edm.yaml
 PYTEST_ARGS ?=
+LOCK_ARGS ?=
 # Processes that run the tests, each whole files; 0 = only this one. More than cores, since many tests wait.
 WORKERS ?= 3
 PARTS ?=
@@ -84,12 +85,18 @@ ui: $(STAMP) ## Open MLflow on the runs, curves, images and registered models
 	@$(BIN)/ncsn ui --config $(CONFIG)
 
 .PHONY: image
-image: ## Build both images, tagged by version and by commit (needs docker; IMAGE=name:tag, TORCH_INDEX_URL=...)
+image: ## Build the three images, tagged by version and by commit (needs docker; IMAGE=name:tag, TORCH_INDEX_URL=...)
 	@commit=$$(git describe --always --dirty --exclude '*' --abbrev=12); image=$(IMAGE); \
-	for target in slim full; do end=-$$target; end=$${end%-full}; (set -x; \
+	for target in slim ray full; do end=-$$target; end=$${end%-full}; (set -x; \
 	docker build --target $$target --tag "$$image$$end" --tag "$${image%:*}:$$commit$$end" \
 		--build-arg BASE_IMAGE=$(BASE_IMAGE) --build-arg REVISION="$$(git rev-parse HEAD)" \
 		--build-arg PIP_INDEX_URL --build-arg TORCH_INDEX_URL .); done
+
+.PHONY: lock
+lock: ## Write constraints.txt: what stands there if pyproject.toml still allows it (LOCK_ARGS=--upgrade: the newest)
+	@[ -x $(BIN)/uv ] || $(MAKE) venv
+	@$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --all-extras \
+		--group image --custom-compile-command "make lock" --output-file constraints.txt $(LOCK_ARGS) pyproject.toml
 
 .PHONY: clean
 clean: ## Remove caches and build outputs; .venv and the store .ncsn stay

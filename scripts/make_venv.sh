@@ -37,18 +37,6 @@ make_environment() {
     fi
 }
 
-# pip prints hundreds of lines, and with --quiet nothing for minutes: show the progress in a few lines.
-show_progress() {
-    local line packages=0
-    while IFS= read -r line; do
-        case $line in
-            "Collecting "*) ((++packages % 25)) || echo "  $packages packages resolved" ;;
-            *Downloading*[0-9][0-9].[0-9]" MB)") echo "  ${line#"${line%%[![:space:]]*}"}" ;;
-            "Installing collected packages:"*) echo "  installing the packages, a minute or more" ;;
-        esac
-    done
-}
-
 [ -n "$python" ] || fail "no Python 3.11 or newer found; name one: make PYTHON=/path/to/python3"
 recent "$python" || fail "$python is not Python 3.11 or newer; name one: make PYTHON=/path/to/python3"
 identity="$("$python" -V) $python in $PWD"
@@ -66,8 +54,23 @@ recent $venv/bin/python && $venv/bin/python -m pip --version >/dev/null 2>&1 ||
 
 echo "installing ncsn and its dependencies (details: $log)"
 touch $unfinished
-PYTHONUNBUFFERED=1 $venv/bin/python -m pip install --disable-pip-version-check --progress-bar off \
-    --constraint constraints.txt --editable '.[dev]' 2>&1 | tee $log | show_progress || {
+# uv takes hashes from a file of constraints, which pip does not; it is itself installed by its own.
+sed -n '/^uv==/,/[^\\]$/p' constraints.txt >$venv/uv.txt
+pip=("$venv/bin/python" -m pip --disable-pip-version-check)
+# It does not read pip's settings, and a mirror may first have to fetch a gigabyte itself.
+export UV_DEFAULT_INDEX=${UV_DEFAULT_INDEX:-${PIP_INDEX_URL:-$("${pip[@]}" config get global.index-url 2>/dev/null || true)}}
+export UV_HTTP_TIMEOUT=${UV_HTTP_TIMEOUT:-300}
+# A build of torch from another index, such as the CPU's, is kept. It has other files, so that one hash is missing; what
+# has a hash is compared with it all the same.
+hashes=--require-hashes
+! $venv/bin/python -c 'from importlib.metadata import version; exit("+" not in version("torch"))' 2>/dev/null || hashes=
+uv=($venv/bin/uv pip install --python $venv/bin/python --compile-bytecode --constraints constraints.txt
+    --build-constraints constraints.txt --require-build-hashes --preview-features build-dependency-hashes)
+{
+    "${pip[@]}" install --quiet --no-deps --require-hashes --requirement $venv/uv.txt &&
+        "${uv[@]}" $hashes --requirement pyproject.toml --extra dev &&
+        "${uv[@]}" --no-deps --editable .
+} 2>&1 | tee $log | { grep -E '^ *(Resolved|Downloading|Prepared|Installed) ' || true; } || {
     tail -n 15 $log >&2
     fail "the installation failed; see the lines above, or all of them in $log"
 }
