@@ -8,10 +8,13 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from typing import Any, Self, TypeVar
 
 E = TypeVar("E", bound="UserError")
 
+# Of a package that not every installation has: the extra of pyproject.toml that brings it.
+_EXTRAS = {"kfp": "kubeflow", "kfp_server_api": "kubeflow", "kubernetes": "kubeflow", "optuna": "search"}
 _DENIED = (errno.EROFS, errno.EACCES, errno.EPERM)  # of a read-only disk, or a file of somebody else
 _WORDS = {True: "true", False: "false", None: "null"}
 
@@ -104,6 +107,12 @@ class NotFound(UserError, FileNotFoundError):
         return FileNotFoundError.__new__(cls)
 
 
+def require_module(name: str) -> None:
+    """Refuse early what will import this one; where it is missing, `problems_of` the error names its extra."""
+    if find_spec(name) is None:
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
 def problems_of(error: BaseException) -> tuple[Problem, ...]:
     """The problems of a user's mistake; none for a failure."""
     if isinstance(error, UserError):
@@ -111,6 +120,8 @@ def problems_of(error: BaseException) -> tuple[Problem, ...]:
     if isinstance(error, InvalidValue):
         lines = [line.rstrip() for line in str(error).splitlines() if line.strip()]
         return tuple(Problem("", line) for line in lines or [type(error).__name__])
+    if isinstance(error, ModuleNotFoundError) and (extra := _EXTRAS.get(error.name or "")):
+        return (Problem(f"ncsn[{extra}]", f"{error.name} is not installed", f"pip install 'ncsn[{extra}]'"),)
     if isinstance(error, OSError) and error.errno in _DENIED and error.filename is not None:
         hint = "give this user access, or set storage.root to another folder if it is the store"
         return (Problem(str(error.filename), str(error.strerror).lower(), hint),)

@@ -26,23 +26,14 @@ from ncsn.config import NOT_YAML, Config
 from ncsn.environment import POD_NAMESPACE
 from ncsn.errors import UserError
 from ncsn.remote.backend import message_of
+from pipelines import ENDPOINT, TOKEN, KfpError, KfpRefusalError
 from pipelines.compile import PIPELINES, compile_one
 
-ENDPOINT = "KF_PIPELINES_ENDPOINT"
 UI_ENDPOINT = "KF_PIPELINES_UI_ENDPOINT"
-TOKEN = "NCSN_KFP_TOKEN"  # noqa: S105 - the name of a variable
 COOKIE = "NCSN_KFP_COOKIE"
 TOKEN_PATH = "KF_PIPELINES_SA_TOKEN_PATH"  # noqa: S105 - the name of a variable
 POD_TOKEN = Path("/var/run/secrets/kubeflow/pipelines/token")
 TIMEOUT_SECONDS = 10
-
-
-class KfpError(UserError):
-    """The Kubeflow Pipelines API cannot be used as configured."""
-
-
-class KfpRefusalError(KfpError):
-    """The API refuses the credentials."""
 
 
 @dataclass(frozen=True)

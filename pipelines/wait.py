@@ -18,7 +18,8 @@ from ncsn.remote.kuberay import STANDALONE
 from ncsn.remote.kubernetes import KubernetesApi
 from ncsn.remote.pods import troubles_of_run
 from ncsn.storage.retry import Retry
-from pipelines.submit import KfpConnection, KfpError, reason_of
+from pipelines import KfpError
+from pipelines.submit import KfpConnection, reason_of
 
 WELL_ENDED = ("SUCCEEDED", "SKIPPED")
 ENDED = (*WELL_ENDED, "FAILED", "CANCELED")

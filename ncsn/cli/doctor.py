@@ -45,7 +45,7 @@ def look(check: Check) -> Finding:
 
 def examine(config: Config, *, host: str | None, namespace: str | None) -> list[Finding]:
     """All findings, in the order in which a run would fail."""
-    from pipelines.submit import ENDPOINT, TOKEN, KfpRefusalError
+    from pipelines import ENDPOINT, TOKEN, KfpRefusalError
 
     root, backend = storage.absolute(config.storage.root), open_backend(config.compute)
     keys = "export AWS_ENDPOINT_URL=http://HOST:PORT AWS_ACCESS_KEY_ID=... AWS_SECRET_ACCESS_KEY=..."
@@ -114,7 +114,7 @@ def _check_ray() -> str:
 def _check_data(config: Config, host: str | None) -> str:
     from ncsn.data.sources import OF_LIBRARIES
     from ncsn.data.sources.base import list_files, required_root
-    from pipelines.submit import ENDPOINT
+    from pipelines import ENDPOINT
 
     source, root = config.data.source, config.data.root
     if source in OF_LIBRARIES:
@@ -134,10 +134,12 @@ def _check_data(config: Config, host: str | None) -> str:
 
 
 def _check_kfp(host: str | None, namespace: str | None) -> str:
-    from pipelines.submit import ENDPOINT, connect, require_access
+    from pipelines import ENDPOINT
 
     if not host and not os.environ.get(ENDPOINT):
         raise NotConfigured(f"neither --host nor {ENDPOINT}")
+    from pipelines.submit import connect, require_access
+
     connection = connect(host, namespace=namespace)
     require_access(connection)
     return f"{connection.host}, version {connection.version}"

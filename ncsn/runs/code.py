@@ -54,7 +54,11 @@ def publish_code(root: str) -> None:
         hint = "activate the .venv of this folder, or go to that one"
         raise UserError("--code", f"the ncsn that runs is that of {checkout}", hint=hint, value="here")
     project = tomllib.loads((checkout / "pyproject.toml").read_text())["project"]
-    files = {f"ncsn/{_ABOUT}": json.dumps({"origin": origin(), "requires": project["dependencies"]}).encode()}
+    extras = project["optional-dependencies"]
+    requires = project["dependencies"] + [
+        f"{each}; extra == '{extra}'" for extra in ("kubeflow", "search") for each in extras[extra]
+    ]
+    files = {f"ncsn/{_ABOUT}": json.dumps({"origin": origin(), "requires": requires}).encode()}
     for package in PACKAGES:
         for folder, below, names in os.walk(checkout / package, followlinks=True):
             below[:] = [name for name in below if name != "__pycache__" and not name.startswith(".")]
@@ -158,8 +162,12 @@ def require_packages() -> None:
     problems, hint = [], "build an image of this code, see docs/kubernetes.md"
     for needed in map(Requirement, json.loads(about.read_text())["requires"]):
         have = _version(needed.name)
-        # An environment without torch is the slim image, which lacks more on purpose.
-        if _version("torch") is None if have is None else needed.specifier.contains(have, prereleases=True):
+        # An environment without torch is the slim image, which lacks more on purpose, as each may lack an extra.
+        if (
+            needed.marker or _version("torch") is None
+            if have is None
+            else needed.specifier.contains(have, prereleases=True)
+        ):
             continue
         reason = f"{have or 'not'} installed here, but the code needs {needed}"
         problems.append(Problem(needed.name, reason, hint))

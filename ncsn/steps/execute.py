@@ -19,7 +19,7 @@ from typing import Any
 from ncsn import storage
 from ncsn.config.rules import require_splits
 from ncsn.environment import CODE, require_same_python, utc_now
-from ncsn.errors import NotFound, UserError
+from ncsn.errors import NotFound, UserError, require_module
 from ncsn.progress import PublishedProgress
 from ncsn.runs.code import require_packages
 from ncsn.runs.folder import (
@@ -142,12 +142,17 @@ def refuse(step: str, run: Run) -> None:
     if step == SEARCH and config.search is None:
         hint = "add this section, or pass --set search.num_trials=16 for a search with defaults"
         raise UserError("search", "missing", hint=hint)
+    if step == SEARCH:
+        require_module("optuna")
     if step in (SEARCH, "train") and (model := opened_from(folder)):
         hint = f"start another run from it: train.init_from={model}"
         raise UserError("--run", f"is {model}, whose training is done", hint=hint, value=run.name)
     if step == "evaluate":
         require_splits(config)
-    if STEP_TABLE[step].elsewhere and config.compute.backend == "kuberay" and storage.is_local(folder.uri):
+    on_cluster = STEP_TABLE[step].elsewhere and config.compute.backend == "kuberay"
+    if on_cluster:
+        require_module("kubernetes")
+    if on_cluster and storage.is_local(folder.uri):
         reason, hint = "a folder of this machine, which the pods of a cluster cannot reach", "use s3://BUCKET/PREFIX"
         raise UserError("storage.root", reason, hint=hint, value=config.storage.root)
     here = config.compute.backend == "local" and "RAY_ADDRESS" not in os.environ

@@ -12,7 +12,8 @@ from rayjobs import IMAGE
 from refused import refused
 
 from ncsn.storage.retry import RETRY
-from pipelines.submit import KfpConnection, KfpError, Submission, arguments_for, connect, submit
+from pipelines import KfpError
+from pipelines.submit import KfpConnection, Submission, arguments_for, connect, submit
 from pipelines.wait import RunFailed, wait
 
 
