@@ -64,8 +64,8 @@ export UV_HTTP_TIMEOUT=${UV_HTTP_TIMEOUT:-300}
 # has a hash is compared with it all the same.
 hashes=--require-hashes
 ! $venv/bin/python -c 'from importlib.metadata import version; exit("+" not in version("torch"))' 2>/dev/null || hashes=
-uv=($venv/bin/uv pip install --python $venv/bin/python --compile-bytecode --constraints constraints.txt
-    --build-constraints constraints.txt --require-build-hashes --preview-features build-dependency-hashes)
+uv=("$venv/bin/uv" pip install --require-build-hashes --preview-features build-dependency-hashes --compile-bytecode
+    --constraints constraints.txt --build-constraints constraints.txt --python "$venv/bin/python")
 {
     "${pip[@]}" install --quiet --no-deps --require-hashes --requirement $venv/uv.txt &&
         "${uv[@]}" $hashes --requirement pyproject.toml --extra dev &&

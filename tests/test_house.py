@@ -31,11 +31,11 @@ BUDGETS = {
     "ncsn/core": 3521,
     "ncsn/data": 2908,
     "ncsn/evaluation": 2419,
-    "ncsn/steps ncsn/runs ncsn/kubeflow": 4275,
+    "ncsn/steps ncsn/runs ncsn/kubeflow": 4288,
     "ncsn/model": 1508,
     "ncsn/distributed": 1515,
     "ncsn/config": 1811,
-    "ncsn/cli": 1802,
+    "ncsn/cli": 1804,
     "ncsn/tracking": 1487,
     "ncsn/report": 1044,
     "ncsn/remote": 1624,
@@ -43,12 +43,12 @@ BUDGETS = {
     "ncsn/init ncsn/inspection": 2009,
     "ncsn/serving": 442,
     "ncsn/training": 1033,
-    "components pipelines": 1106,
+    "components pipelines": 1111,
     "ncsn/storage": 858,
     "examples": 1141,
-    "tests": 25222,
+    "tests": 25402,
 }
-MOST_WORDS = 19967
+MOST_WORDS = 20195
 
 
 def _name(path: Path) -> str:

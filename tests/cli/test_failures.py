@@ -164,3 +164,23 @@ cli.main()
 """
     done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, timeout=60, check=False)
     assert (done.returncode, done.stdout) == (143, b"deleted\nsent\n")
+
+
+@pytest.mark.parametrize(
+    ("extra", "arguments"),
+    [
+        ("kubeflow", ["submit", "--config", "digits"]),
+        ("kubeflow", ["cleanup", "--jobs"]),
+        ("kubeflow", ["train", "--config", "digits", "--set", "compute.backend=kuberay"]),
+        ("search", ["run", "--config", "digits", "--set", "search.num_trials=2"]),
+        (None, ["doctor", "--config", "digits"]),
+        (None, ["show-config", "--config", "digits"]),
+    ],
+)
+def test_a_command_names_the_extra_that_it_lacks_and_the_others_do_without(extra, arguments, tmp_path: Path) -> None:
+    lacking = "import sys; sys.modules.update(dict.fromkeys(['kfp', 'kfp_server_api', 'kubernetes', 'optuna']))"
+    command = [sys.executable, "-c", f"{lacking}; from ncsn.cli import main; main()", *arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == (2 if extra else 0), done.stderr
+    assert done.stderr.count("\n") == (1 if extra else 0) and (extra is None or f"ncsn[{extra}]" in done.stderr)
+    assert not list(tmp_path.rglob("step.json")), "nothing is half-written"

@@ -129,11 +129,15 @@ def test_a_process_knows_what_code_it_runs_whatever_its_variables_say(ours: Clon
 def test_packages_that_the_code_needs_and_the_image_lacks_are_named(tmp_path, monkeypatch) -> None:
     code.require_packages()  # of code that comes from no archive
     monkeypatch.setattr(code, "_PACKAGE", tmp_path)
-    about = {"origin": {}, "requires": ["torch>=2.6,<3", "ray[default,train]>=2.60", "scipy>=1"]}
+    about = {
+        "origin": {},
+        "requires": ["torch>=2.6,<3", "ray[default,train]>=2.60", "scipy>=1", "optuna>=4; extra == 'search'"],
+    }
     (tmp_path / "code.json").write_text(json.dumps(about))
     for have, lacking in (
         ({"torch": "2.9.0+cu130", "ray": "2.60.0"}, ["scipy"]),
         ({"torch": "2.9.0+cu130", "ray": "2.59.1"}, ["ray", "scipy"]),
+        ({"torch": "2.9.0", "ray": "2.60.0", "scipy": "1.17", "optuna": "3.6"}, ["optuna"]),
         ({"ray": "2.59.1"}, ["ray"]),  # the slim image, which has neither torch nor scipy
     ):
         monkeypatch.setattr(code, "_version", have.get)

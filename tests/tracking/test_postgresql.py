@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy
 import yaml
 from live_worker import DEAD, Worker, assert_once
 from mlflow_server import Server, tracking_server
@@ -66,6 +67,48 @@ def database(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
             yield uri.replace("@postgres:5432/", f"@127.0.0.1:{port}/")
         finally:
             subprocess.run([*control, "stop"], check=True, user=owner, cwd=folder)
+
+
+def test_a_schema_that_an_upgrade_replaced_comes_back(database: str, tmp_path: Path) -> None:
+    """The scripts of MLflow's pod and of the CronJob, on tables as an upgrade leaves them."""
+    (backups := tmp_path / "backups").mkdir()
+    job = yaml.safe_load(MANIFEST.with_name("backup.yaml").read_text())["spec"]["jobTemplate"]["spec"]["template"]
+    (backup,) = job["spec"]["containers"]
+    server = {"PGHOST": "127.0.0.1", "PGPORT": str(sqlalchemy.make_url(database).port)}
+
+    def run(container: dict[str, Any], **more: str) -> bool:
+        named = {each["name"]: each["value"] for each in container["env"] if "value" in each}
+        script = container["args"][0].replace("/tmp/", f"{tmp_path}/").replace("/backups", str(backups))
+        env = {**os.environ, **named, **server, **more, "PATH": f"{PROGRAMS}:{os.environ['PATH']}"}
+        done = subprocess.run([*container["command"], script], env=env, capture_output=True, check=False)
+        return done.returncode == 0
+
+    def ask(query: str) -> list[Any]:
+        engine = sqlalchemy.create_engine(database)
+        with engine.begin() as connection:
+            found = connection.execute(sqlalchemy.text(query))
+            rows = list(found.scalars()) if found.returns_rows else []
+        engine.dispose()
+        return rows
+
+    dump, tables = _manifest("dump"), "SELECT tablename FROM pg_tables WHERE schemaname = 'public' ORDER BY 1"
+    assert run(dump) and not list(backups.iterdir()), "of an empty database there is nothing to keep"
+    ask("CREATE TABLE alembic_version AS SELECT 'old' AS version_num")
+    assert run(dump)
+    ask("UPDATE alembic_version SET version_num = 'new'; CREATE TABLE later (id int)")
+    assert not run(dump, PGPORT=str(free_port())), "a server that does not answer is no empty database"
+    assert run(dump) and run(backup)
+    names = sorted(path.name for path in backups.iterdir())
+    assert [name[:4] for name in names] == ["day-", "sche", "sche"] and names[1:] == [
+        "schema-new.dump",
+        "schema-old.dump",
+    ]
+    assert not run(backup, RESTORE="schema-none.dump")
+    (backups / "schema-cut.dump").write_bytes((backups / "schema-old.dump").read_bytes()[:-200])
+    assert not run(backup, RESTORE="schema-cut.dump")
+    assert ask(tables) == ["alembic_version", "later"], "a restore that fails changes nothing"
+    assert run(backup, RESTORE="schema-old.dump")
+    assert ask(tables) == ["alembic_version"] and ask("SELECT version_num FROM alembic_version") == ["old"]
 
 
 @pytest.fixture
