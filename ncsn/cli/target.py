@@ -53,7 +53,8 @@ class TargetOptions:
                 record, without = None, NOT_OF_MODELS
             if self.config_uri is not None:
                 ours = self.resolve().config.model_dump(mode="json")
-                here = [*(f"{name}={json.dumps(ours[name])}" for name in NOT_OF_MODELS if name != "search"), *here]
+                sections = ours.keys() & set(NOT_OF_MODELS) - {"search"}
+                here = [*(f"{name}={json.dumps(ours[name])}" for name in sections), *here]
         elif self.config_uri is not None:
             origin = _example(self.config_uri)
             found = RunFolder.of(storage.absolute(origin))

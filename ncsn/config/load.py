@@ -28,7 +28,8 @@ _DEFAULT_KINDS = {"noise": "geometric", "loss": "dsm"}  # of sections without `k
 _DECIDING = ("name", "seed", "data", "noise", "network", "loss", "optimizer", "train")
 # What a model does not say, which somebody else may have made: where work runs, what is written where, and who is asked
 # with this side's passwords.
-NOT_OF_MODELS = tuple(name for name in Config.model_fields if name not in (*_DECIDING, "sampling", "export"))
+_OF_MODELS = (*_DECIDING, "sampling", "export")
+NOT_OF_MODELS = (*(name for name in Config.model_fields if name not in _OF_MODELS), "export.out")
 # What the record of a run does not say, since more people may write to a store than may use this side's passwords: each
 # with the variables of the environment that say it instead.
 ADDRESSES: Mapping[str, Sequence[str]] = {

@@ -20,7 +20,7 @@ from ncsn.cli.target import TargetOptions
 from ncsn.config import Config, from_yaml, to_yaml
 from ncsn.config.compute import ComputeConfig
 from ncsn.config.load import NOT_OF_MODELS
-from ncsn.config.schema import TrackingConfig
+from ncsn.config.schema import EvaluationConfig, TrackingConfig
 from ncsn.model.checkpoint import INDEX, load_checkpoint, save_network, sha256
 from ncsn.runs.folder import RunFolder, update_step
 from ncsn.steps import address
@@ -51,8 +51,8 @@ def evil(config: Config, server: tuple[str, list[str]], tmp_path: Path) -> Confi
     url, _ = server
     kuberay = f"{{image: '{IMAGE}', namespace: theirs}}"
     compute = f"compute={{backend: kuberay, use_gpu: true, kuberay: {kuberay}, ray_jobs: {{address: '{url}'}}}}"
-    places = (f"tracking.uri={url}", f"storage.root={tmp_path}/theirs", f"evaluation.weights={url}/x.pth")
-    return from_yaml(to_yaml(config), overrides=[compute, *places])
+    places = (f"tracking.uri={url}", f"storage.root={tmp_path}/theirs", f"export.out={tmp_path}/theirs")
+    return from_yaml(to_yaml(config), overrides=[compute, *places, f"evaluation.weights={url}/x.pth"])
 
 
 def test_a_model_says_nothing_of_where_work_runs_and_who_is_asked(config, evil, tmp_path, model, server) -> None:
@@ -62,7 +62,8 @@ def test_a_model_says_nothing_of_where_work_runs_and_who_is_asked(config, evil, 
         run = options.resolve(str(model))
         asked = ComputeConfig(backend="kuberay") if options.backend else ComputeConfig()
         assert (run.config.compute, run.config.tracking) == (asked, TrackingConfig())
-        assert (run.folder.root, run.config.evaluation) == (f"{tmp_path}/.ncsn", type(config.evaluation)())
+        assert (run.folder.root, run.config.export.out) == (f"{tmp_path}/.ncsn", None)
+        assert run.config.evaluation == EvaluationConfig()
         assert tracking_uri(run.config).startswith("sqlite:")
     assert load_checkpoint(str(model)).config.compute == ComputeConfig()
     ours = tmp_path / "ours.yaml"
