@@ -113,7 +113,7 @@ def _check_ray() -> str:
 
 def _check_data(config: Config, host: str | None) -> str:
     from ncsn.data.sources import OF_LIBRARIES
-    from ncsn.data.sources.base import list_files, required_root
+    from ncsn.data.sources.base import list_files
     from pipelines import ENDPOINT
 
     source, root = config.data.source, config.data.root
@@ -121,7 +121,7 @@ def _check_data(config: Config, host: str | None) -> str:
         return f"{source}: comes with scikit-learn {metadata.version('scikit-learn')}"
     try:
         with limited(CHECK_SECONDS):
-            files = list_files(storage.absolute(required_root(config.data)))
+            files = list_files(config.data)
         if len(files):
             return f"{source}: {root} with {len(files)} file{'s' * (len(files) > 1)}, such as {files[0]}"
         raise UserError("data.root", "is empty", value=root)

@@ -173,6 +173,7 @@ def overrides_between(one: Config, other: Config) -> list[str]:
 
 _NOT_DECIDING = (
     "data.root",
+    "data.follow_links",
     "data.download",
     *(f"data.{name}" for name in TERMS),
     "train.report_every_images",

@@ -95,6 +95,8 @@ class DataConfig(Section):
     root: str | None = None
     """Local folder with the files of the source, the zip of CelebA, or the archive of CIFAR-10; for image_folder and
     parquet also s3://bucket/prefix, and a .tar, .zip or .parquet file."""
+    follow_links: bool = False
+    """Follow symbolic links in data.root that lead out of it, as those of git-annex, DVC and a cache of the Hub do."""
     download: bool = False
     """Download fashion_mnist, mnist or cifar10 into data.root with torchvision."""
     image_column: str | None = None
@@ -128,6 +130,9 @@ class DataConfig(Section):
     """Names of classes of an image_folder whose images are left out, such as those of too few images to learn."""
     on_bad_image: Literal["fail", "skip"] = "fail"
     """What to do with an image that cannot be used: fail = stop and name it, skip = leave it out and count it."""
+    max_megapixels: int = Field(90, ge=1)
+    """Megapixels of the largest image, in its file or decoded with 3 bytes a pixel; a larger one is a bad image, since
+    a small file can fill the memory."""
     num_classes: int | None = Field(None, ge=1, le=100_000)
     """Number of classes of a class-conditional network, which must be that of the images; null = unconditional."""
     dequantize: bool = True
@@ -172,6 +177,11 @@ class DataConfig(Section):
         """Height, width and channels of an image of the dataset."""
         height, width = (self.image_size,) * 2 if isinstance(self.image_size, int) else self.image_size
         return height, width, self.channels
+
+    @property
+    def largest_bytes(self) -> int:
+        """Of an image in its file, and of its pixels."""
+        return 3_000_000 * self.max_megapixels
 
     @property
     def network_shape(self) -> tuple[int, int, int]:

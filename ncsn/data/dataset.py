@@ -54,7 +54,8 @@ from ncsn.errors import UserError
 from ncsn.progress import Progress
 
 # All other settings of `data`, also those to come, decide which images a dataset has.
-_WITHOUT_EFFECT = {"root", "download", "dequantize", "horizontal_flip", "augmentation", "num_classes", *TERMS}
+_OF_FILES = {"root", "follow_links", "download"}
+_WITHOUT_EFFECT = {*_OF_FILES, "dequantize", "horizontal_flip", "augmentation", "num_classes", *TERMS}
 LEAST_IMAGES = 2
 _BLOCK_BYTES = 2 << 20  # of pixels that are in memory at a time
 _NOTES = b"ncsn.notes"

@@ -91,8 +91,8 @@ def pixels_of(field: pa.Field) -> Pixels | None:
         facts = field.metadata or {}
         shape, limits = (tuple(json.loads(facts[name])) for name in (_SHAPE, _LIMITS))
         pixels = Pixels(shape, facts[_DTYPE].decode(), limits)
-        return pixels if len(shape) == 3 and field.type == pa.binary(pixels.num_bytes) else None
-    except (ValueError, TypeError, KeyError):
+        return pixels if len(shape) == 3 and min(shape) > 0 and field.type == pa.binary(pixels.num_bytes) else None
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return None
 
 

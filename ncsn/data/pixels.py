@@ -33,7 +33,6 @@ _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
 _NPY = b"\x93NUMPY"
 _TIFFS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # headers; the last two of BigTIFF
 _TIFF_GRAY = 1  # photometric interpretation
-_MOST_TIFF_BYTES = 1 << 31
 MOST_CHANNELS = 8
 # All that Pillow was seen to raise for damaged and for hostile files.
 _NOT_DECODED = (
@@ -41,7 +40,8 @@ _NOT_DECODED = (
     struct.error, zlib.error, Image.DecompressionBombError,
 )  # fmt: skip
 
-# From 90 to 179 megapixels Pillow warns, which large cameras reach; above that it refuses.
+# Pillow warns of more pixels than MAX_IMAGE_PIXELS, 89 million. `decode` refuses them, but for a JPEG of a large camera
+# that it decodes smaller; Pillow itself refuses twice as many.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
@@ -95,13 +95,23 @@ class Fit:
     background: tuple[int, int, int] | None = None  # RGB under transparent pixels; None = these are bad images
     dtype: str = "uint8"  # or uint16 or float32
     limits: tuple[float, float] = (0, 255)  # the smallest and the largest value
+    largest: float = math.inf  # as of `decode`
 
     @classmethod
     def of(cls, data: DataConfig, *, crop: int | None = None) -> Fit:
         """The conversion that the config asks for; `crop` if it names none."""
         pixels, crop = data.pixels, data.crop or crop
         background = COLORS[data.background] if isinstance(data.background, str) else data.background
-        return cls(pixels.shape[:2], data.channels, crop, data.fit, background, pixels.dtype, pixels.limits)
+        return cls(
+            pixels.shape[:2],
+            data.channels,
+            crop,
+            data.fit,
+            background,
+            pixels.dtype,
+            pixels.limits,
+            data.largest_bytes,
+        )
 
     @property
     def least_side(self) -> int | None:
@@ -246,17 +256,26 @@ def _resized(picture: Picture, size: tuple[int, int], box: tuple[int, int, int, 
     return image if image.size == size else image.resize(size, _FILTER, inside)
 
 
-def decode(data: bytes, *, least_side: int | None = None) -> Picture:
+def require_size(size: int, largest: float) -> None:
+    """Refuse an image of more than `largest` bytes, before they are read."""
+    if size > largest:
+        raise BadImageError(f"takes {size:,} bytes, more than the {largest:,} that data.max_megapixels allows")
+
+
+def decode(data: bytes, *, least_side: int | None = None, largest: float = math.inf) -> Picture:
     """Decode a picture, the first of several frames, and turn it upright by its EXIF orientation.
 
     `least_side` pixels of the shorter side suffice, where decoding fewer takes less time. `BadImageError` if it cannot
-    be decoded.
+    be decoded, or takes more than `largest` bytes, of which Pillow's pixels count as 3.
     """
+    require_size(len(data), largest)
     if data.startswith(_NPY):
         return _of_npy(data)
     try:
-        if (channels := _tiff_channels(data)) is not None:
+        if (channels := _tiff_channels(data, largest)) is not None:
             return Picture.of(channels)
+        if Image.MAX_IMAGE_PIXELS is not None and math.isfinite(largest):
+            Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, int(largest) // 3)
         image = Image.open(io.BytesIO(data), formats=_FORMATS)
         stored = image.size
         scale = 1
@@ -266,6 +285,7 @@ def decode(data: bytes, *, least_side: int | None = None) -> Picture:
             if not (turned and any(side % _JPEG_BLOCK for side in stored)):
                 drafted = image.draft(None, (least_side, least_side))
                 scale = 1 if drafted is None else round(stored[0] / drafted[1][2])
+        require_size(3 * image.width * image.height, largest)
         conversions = []
         if image.format in ("PNG", "TIFF") and ";16" in str(image.tile[:1]):  # the layout of the stored pixels
             conversions.append("16-bit")
@@ -276,13 +296,15 @@ def decode(data: bytes, *, least_side: int | None = None) -> Picture:
         ImageOps.exif_transpose(image, in_place=True)
         whole = all(side % scale == 0 for side in stored)
         return Picture(image, tuple(conversions), scale, None if whole else stored)
+    except BadImageError:
+        raise
     except _NOT_DECODED as error:
         unknown = isinstance(error, OSError) and "cannot identify" in str(error)
         reason = f"not one of {', '.join(_FORMATS)}" if unknown else str(error) or type(error).__name__
         raise BadImageError(" ".join(reason.split())) from error
 
 
-def _tiff_channels(data: bytes) -> np.ndarray | None:
+def _tiff_channels(data: bytes, largest: float) -> np.ndarray | None:
     """The channels [H, W, C] of the first picture of a TIFF file; None if Pillow can read all of it.
 
     Pillow has no mode for several channels of 16 bits or floating point, and for more than four. Raises what a damaged
@@ -299,16 +321,22 @@ def _tiff_channels(data: bytes) -> np.ndarray | None:
         known = channels == 2 or page.photometric != _TIFF_GRAY
         if channels == 1 or (channels <= 4 and page.bitspersample <= 8 and known):
             return None
-        if page.nbytes > _MOST_TIFF_BYTES:
-            raise ValueError(f"has {page.imagewidth}x{page.imagelength} pixels of {channels} channels, too many")
+        require_size(max(page.nbytes, math.prod(page.chunks) * page.dtype.itemsize), largest)  # or one of its tiles
         return np.moveaxis(page.asarray(), page.axes.index("S"), 2)
 
 
 def _of_npy(data: bytes) -> Picture:
     """An array [H, W], [H, W, C] or [C, H, W]."""
     try:
+        file = io.BytesIO(data)
+        # A header of version 3 differs from one of version 2 in the names of fields, which images have not.
+        first = np.lib.format.read_magic(file) == (1, 0)
+        read_header = np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0
+        shape, _, kind = read_header(file)
+        if math.prod(shape) * kind.itemsize > len(data) - file.tell():  # numpy would ask for the memory first
+            raise ValueError(f"{list(shape)} values of type {kind} are more than there are")
         values = np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
+    except (ValueError, TypeError, EOFError, OSError, RecursionError, MemoryError) as error:
         raise BadImageError(f"not a whole array: {error}") from error
     if values.ndim == 2:
         values = values[..., None]

@@ -36,7 +36,14 @@ MOST_LOOKED_AT = 1024  # of more images
 FEWEST_LOOKED_AT = 32
 SECONDS = 5.0  # after which no more of a sample are looked at
 THUMBNAIL = 128  # pixels, longer side
-_OF_PLACE = ("data.source", "data.image_column", "data.label_column", "data.leave_out")
+_OF_PLACE = (
+    "data.source",
+    "data.follow_links",
+    "data.image_column",
+    "data.label_column",
+    "data.leave_out",
+    "data.max_megapixels",
+)
 _RUNS = 8  # places of a split that the sample is from, since Parquet files are often sorted by class
 _HELD_OUT = 0.4375  # what no test split of the place itself is likely to be; exact in binary
 _SAME_GRAY = 4  # levels by which JPEG moves the channels of a gray image apart
@@ -272,7 +279,7 @@ def _open(root: str, given: Sequence[str]) -> tuple[DataConfig, Source]:
         if storage.is_file(root) and not root.lower().endswith((*ARCHIVE_SUFFIXES, *COMPRESSED_SUFFIXES, SUFFIX)):
             hint = f"give a folder of images, a {', a '.join((*ARCHIVE_SUFFIXES, SUFFIX))}"
             raise UserError("data.root", "is a file of another kind", hint=hint, value=root) from None
-        names = [path.lower() for path in texts(list_files(root))]
+        names = [path.lower() for path in texts(list_files(data))]
         images = any(name.endswith((*IMAGE_SUFFIXES, *ARCHIVE_SUFFIXES)) for name in names)
         if images or not any(name.endswith(SUFFIX) for name in names):
             raise

@@ -8,7 +8,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from functools import partial
 from typing import IO, Any, TypeVar
 from urllib.parse import urlsplit
@@ -186,12 +186,19 @@ def _upload(uri: str, file: IO[bytes]) -> None:
         raise
 
 
-def get(uri: str) -> bytes:
-    """One version of the object, whole; FileNotFoundError if there is none."""
+def get(uri: str, check: Callable[[int], object]) -> bytes:
+    """One version of the object, whole, after `check` of its size; FileNotFoundError if there is none."""
     # Arrow asks for an object's length first and then for that many bytes, so that an object which is replaced in
     # between comes back cut or padded with zeros.
     bucket, key = _place(uri)
-    return _request(uri, lambda: bytes(client().get_object(Bucket=bucket, Key=key)["Body"].read()))
+
+    def read() -> bytes:
+        answer = client().get_object(Bucket=bucket, Key=key)
+        with closing(answer["Body"]) as body:
+            check(answer["ContentLength"])
+            return bytes(body.read())
+
+    return _request(uri, read)
 
 
 def put_if_absent(uri: str, data: bytes) -> bool:

@@ -130,9 +130,9 @@ def require_utf8(name: str, *, key: str) -> None:
         raise UserError(key, f"holds {name!r}, a name that is not UTF-8", hint="rename it") from None
 
 
-def list_files(root: str) -> pa.Array:
-    """Paths below `root` of all files but hidden ones, sorted; the name of `root` itself if it is a file."""
-    paths, blocks = (path for path, _, _ in _files(root)), list[pa.Array]()
+def list_files(data: DataConfig) -> pa.Array:
+    """Paths below data.root of all files but hidden ones, sorted; the name of the root itself if it is a file."""
+    paths, blocks = (path for path, _, _ in _files(data)), list[pa.Array]()
     # As objects of Python, they would take several times as much memory.
     while some := list(itertools.islice(paths, _LISTED)):
         blocks.append(pa.array(some, pa.large_string()))
@@ -145,13 +145,14 @@ def source_fingerprint(data: DataConfig) -> str:
     """Digest of the names, sizes and dates of the source's files: it changes when the images may have changed."""
     total = 0  # of the digests of all files, so that they come in any order and none is kept
     with suppress(FileNotFoundError):  # opening the source says so
-        for file in () if data.root is None else _files(storage.absolute(data.root)):
+        for file in () if data.root is None else _files(data):
             total += int.from_bytes(hashlib.sha256("\0".join(map(str, file)).encode()).digest())
     return f"{total % 2**64:016x}"
 
 
-def _files(root: str) -> Iterator[tuple[str, int, int]]:
+def _files(data: DataConfig) -> Iterator[tuple[str, int, int]]:
     """Each file: its path below the root, its bytes, and when it changed in nanoseconds."""
+    root = storage.absolute(required_root(data))
     path = Path(root)
     if not storage.is_local(root):
         yield from _objects(root)
@@ -160,13 +161,17 @@ def _files(root: str) -> Iterator[tuple[str, int, int]]:
     elif path.is_file():
         yield path.name, path.stat().st_size, path.stat().st_mtime_ns
     else:
-        yield from _files_below(root, "", above=frozenset({(path.stat().st_dev, path.stat().st_ino)}))
+        inside = None if data.follow_links else path.resolve()
+        above = frozenset({(path.stat().st_dev, path.stat().st_ino)})
+        yield from _files_below(root, "", above=above, inside=inside)
 
 
-def _files_below(folder: str, prefix: str, *, above: frozenset[tuple[int, int]]) -> Iterator[tuple[str, int, int]]:
+def _files_below(
+    folder: str, prefix: str, *, above: frozenset[tuple[int, int]], inside: Path | None
+) -> Iterator[tuple[str, int, int]]:
     """The files of `folder` and of its folders, `prefix` before each name.
 
-    A link to a folder that it is in, one of `above`, is not followed.
+    A link to a folder that it is in, one of `above`, is not followed, and one that leads out of `inside` is refused.
     """
     folders = []
     try:
@@ -180,6 +185,9 @@ def _files_below(folder: str, prefix: str, *, above: frozenset[tuple[int, int]])
                     if error.errno in (errno.ENOENT, errno.ELOOP):  # deleted meanwhile, or a link to nothing or itself
                         continue
                     raise
+                if inside and entry.is_symlink() and not Path(entry.path).resolve().is_relative_to(inside):
+                    hint = "set data.root to the folder that holds the files, or data.follow_links to true"
+                    raise UserError(entry.path, "is a link that leads out of data.root", hint=hint)
                 identity = status.st_dev, status.st_ino
                 if stat.S_ISREG(status.st_mode):
                     require_utf8(prefix + entry.name, key="data.root")
@@ -190,7 +198,7 @@ def _files_below(folder: str, prefix: str, *, above: frozenset[tuple[int, int]])
         reason, hint = f"cannot be read: {error.strerror}", "make it readable, or remove it"
         raise UserError("data.root", reason, hint=hint, value=folder) from error
     for entry, above_it in folders:
-        yield from _files_below(entry.path, f"{prefix}{entry.name}/", above=above_it)
+        yield from _files_below(entry.path, f"{prefix}{entry.name}/", above=above_it, inside=inside)
 
 
 def _objects(root: str) -> Iterator[tuple[str, int, int]]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import json
-import lzma
 import os
 import struct
 import tarfile
@@ -31,7 +30,7 @@ from numpy.typing import NDArray
 
 from ncsn import storage
 from ncsn.data.format import SkippedImage
-from ncsn.data.pixels import BadImageError, Example, Fit, Picture, decode
+from ncsn.data.pixels import BadImageError, Example, Fit, Picture, decode, require_size
 from ncsn.data.sources.base import require_utf8
 from ncsn.errors import UserError
 
@@ -48,6 +47,7 @@ _INDEX_BUFFER = 256 << 10
 _ZIP_HEADER = struct.Struct("<4s5H3L2H")
 _LONGEST_ZIP_HEADER = _ZIP_HEADER.size + 2 * 0xFFFF
 _ENCRYPTED = 0x1
+_RAW_DEFLATE = -zlib.MAX_WBITS
 
 _LARGEST_POOL = 16
 _LISTED = 1024  # images whose names are objects of Python at a time
@@ -75,11 +75,12 @@ def kind_of(path: str) -> str:
     return PurePosixPath(path).suffix.lower() or "without a suffix"
 
 
-def index_archive(uri: str) -> tuple[pa.Table, dict[str, bytes], Counter[str]]:
+def index_archive(uri: str, largest: float) -> tuple[pa.Table, dict[str, bytes], Counter[str]]:
     """The images of a `.tar` or `.zip` in its order, its label tables, path -> content, and its other files by kind.
 
     Hidden files do not count. An image is a row of `MEMBER`, and its `word` the label in `x.cls`, or under `cls` or
-    `label` in `x.json`, next to `x.png`; empty for JSON that has neither, null without such a file.
+    `label` in `x.json`, next to `x.png`; empty for JSON that has neither, null without such a file. Other members than
+    images have at most `largest` bytes.
     """
     with _opened(uri) as stream:
         found = _zip_members(stream, uri) if uri.lower().endswith(".zip") else _tar_members(stream, uri)
@@ -98,45 +99,46 @@ def index_archive(uri: str) -> tuple[pa.Table, dict[str, bytes], Counter[str]]:
                 continue
             try:
                 if name.name in LABEL_TABLES:
-                    tables[member.path] = read_member(stream, member)
+                    tables[member.path] = read_member(stream, member, largest)
                 elif suffix == "cls":
-                    words[_key(member.path)] = read_member(stream, member).decode().strip()
+                    words[_key(member.path)] = read_member(stream, member, largest).decode().strip()
                 elif suffix == "json":
-                    fields = json.loads(read_member(stream, member).decode())
+                    fields = json.loads(read_member(stream, member, largest).decode())
                     values = [fields[key] for key in _LABEL_KEYS if key in fields] if isinstance(fields, dict) else []
                     words[_key(member.path)] = str(values[0]) if values else ""
                 else:
                     others[kind_of(member.path)] += 1
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{uri}:{member.path}", f"is not a label: {error}") from error
     found = pa.Table.from_pylist([member._asdict() for member in images], MEMBER)
     labels = pa.array([words.get(_key(member.path)) for member in images], pa.large_string())
     return found.append_column("word", labels), tables, others
 
 
-def read_member(stream: Any, member: Member) -> bytes:
-    """The bytes of a member; `BadImageError` if they are damaged or packed in a way that is not supported."""
+def read_member(stream: Any, member: Member, largest: float) -> bytes:
+    """The bytes of a member; `BadImageError` if they are more than `largest`, damaged, or packed in an unusual way."""
+    require_size(max(member.span, member.size), largest)
     data: bytes = stream.read_at(member.span, member.offset)
     if len(data) < member.span:
         raise BadImageError("the archive ends within it")
     if member.method is None:
         return data
-    info: Any = zipfile.ZipInfo(member.path)
-    info.compress_type, info.flag_bits, info.CRC, info.compress_size, info.file_size = member[3:]
-    if info.flag_bits & _ENCRYPTED:
+    if member.flags & _ENCRYPTED:
         raise BadImageError("is encrypted")
+    if member.method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise BadImageError("is neither stored in the zip nor packed with Deflate")
     if len(data) < _ZIP_HEADER.size or not data.startswith(b"PK\x03\x04"):
         raise BadImageError("has no zip header where the archive's directory says")
     *_, name_length, extra_length = _ZIP_HEADER.unpack_from(data)
-    packed = io.BytesIO(data)
-    packed.seek(_ZIP_HEADER.size + name_length + extra_length)
-    try:
-        with zipfile.ZipExtFile(packed, "r", info) as file:  # checks the CRC
-            content = file.read()
-    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, NotImplementedError) as error:
-        raise BadImageError(str(error) or "its data ends early") from error
-    if len(content) != info.file_size:
-        raise BadImageError("its data ends early")
+    first = _ZIP_HEADER.size + name_length + extra_length
+    content = data[first : first + member.packed]
+    if member.method == zipfile.ZIP_DEFLATED:
+        try:
+            content = zlib.decompressobj(_RAW_DEFLATE).decompress(content, member.size + 1)
+        except zlib.error as error:
+            raise BadImageError(str(error)) from error
+    if len(content) != member.size or zlib.crc32(content) != member.crc:
+        raise BadImageError("has not the size and the checksum that the archive's directory says")
     return content
 
 
@@ -152,12 +154,14 @@ def _tar_members(stream: Any, uri: str) -> Iterator[Member]:
         buffered = io.BufferedReader(stream, _INDEX_BUFFER)
         with tarfile.open(fileobj=cast("BinaryIO", buffered), mode="r:") as tar:
             for info in tar:
+                if info.size < 0:
+                    raise tarfile.ReadError("a member of less than no bytes")  # would be found again and again
                 if info.isreg() and not info.issparse():
                     place = stream.tell()
                     yield Member(info.name, info.offset_data, info.size)
                     stream.seek(place)  # a local file of Arrow loses it where the member is read meanwhile
                 tar.members = []  # type: ignore[attr-defined]  # tarfile would keep them all
-    except (tarfile.TarError, EOFError) as error:
+    except (tarfile.TarError, EOFError, ValueError, OverflowError, MemoryError, RecursionError) as error:
         hint = "fetch it again, and decompress it if it is compressed"
         raise UserError(uri, f"is not a whole tar archive ({error})", hint=hint) from error
 
@@ -260,10 +264,10 @@ class EncodedImages(DecodedSplit):
         return replace(self, images=self.images.take(rows), rows=np.arange(len(rows)), labels=self.labels[first:last])
 
     def encoded(self, least_side: int | None) -> Iterator[Encoded]:
-        reader = _Reader()
+        reader, largest = _Reader(self.fit.largest), self.fit.largest
 
         def load(file: str, member: Member | None) -> Picture:
-            return decode(reader.read(file, member), least_side=least_side)
+            return decode(reader.read(file, member), least_side=least_side, largest=largest)
 
         for first in range(0, len(self.rows), _LISTED):
             some = slice(first, first + _LISTED)
@@ -278,28 +282,26 @@ class EncodedImages(DecodedSplit):
 class _Reader:
     """Reads images for several threads and opens each local archive once, until nobody reads any more."""
 
-    def __init__(self) -> None:
+    def __init__(self, largest: float) -> None:
+        self._largest = largest  # bytes of an image
         self._lock = Lock()
         self._archives: dict[str, Any] = {}
 
     def read(self, uri: str, member: Member | None) -> bytes:
         if member is None:
-            if not storage.is_local(uri):
-                return storage.read_bytes(uri)
             try:
-                with open(uri, "rb") as file:  # noqa: PTH123  # pathlib would take a tenth of what a small JPEG does
-                    return file.read()
-            except (FileNotFoundError, PermissionError) as error:
+                return storage.read_bytes(uri, check=partial(require_size, largest=self._largest))
+            except PermissionError as error:
                 reason = f"cannot be read: {error.strerror}"
                 raise UserError(uri, reason, hint="make it readable, or remove it") from None
         if storage.is_local(uri):
             with self._lock:
                 if uri not in self._archives:
                     self._archives[uri] = _opened(uri)
-            return read_member(self._archives[uri], member)
+            return read_member(self._archives[uri], member, self._largest)
         # An open S3 file has one position, so threads cannot share it.
         with _opened(uri) as stream:
-            return read_member(stream, member)
+            return read_member(stream, member, self._largest)
 
 
 def _opened(uri: str) -> Any:

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from ncsn import storage
 from ncsn.config.schema import DataConfig
 from ncsn.data.format import NO_LABEL, SPLITS
-from ncsn.data.pixels import Fit
+from ncsn.data.pixels import BadImageError, Fit, require_size
 from ncsn.data.sources.base import Source, hold_out, list_files, name_ranks, required_root, texts
 from ncsn.data.sources.image_files import (
     ARCHIVE_SUFFIXES,
@@ -44,7 +45,7 @@ def open_image_folder(data: DataConfig) -> Source:
     rows, in a shuffled but fixed order, so that the first N images of a split are a fair sample.
     """
     root = storage.absolute(required_root(data))
-    found, labeled, ignored = _find(root)
+    found, labeled, ignored = _find(root, data)
     ranks = name_ranks(texts(found["place"]))
     order = np.argsort(ranks, kind="stable")
     tops = folders = pc.struct_field(pc.extract_regex(found["place"], "^(?P<top>[^/]*)/"), 0)
@@ -92,13 +93,13 @@ def how_to_convert(kinds: Iterable[str]) -> str:
     return "convert HEIC to JPEG, for example with ImageMagick: mogrify -format jpg FILES" if heic else ""
 
 
-def _find(root: str) -> tuple[pa.Table, int, Counter[str]]:
+def _find(root: str, data: DataConfig) -> tuple[pa.Table, int, Counter[str]]:
     """All images, how many of them tables name or files label, and what is ignored.
 
     An image is a row as of `EncodedImages`, with its label as a `word` and its `place`: where it would be with every
     archive unpacked in its folder, which decides split, class and order. Archives count only if all images are in some.
     """
-    files, alone = list_files(root), storage.is_file(root)
+    files, alone = list_files(data), storage.is_file(root)
     suffixes = "|".join(suffix[1:] for suffix in IMAGE_SUFFIXES)
     is_image = pc.and_(pc.match_substring_regex(files, rf"(?i)\.({suffixes})$"), pa.scalar(not alone))
     images, others = files.filter(is_image), list(texts(files.filter(pc.invert(is_image))))
@@ -108,11 +109,15 @@ def _find(root: str) -> tuple[pa.Table, int, Counter[str]]:
     for path in [] if alone else others:
         if path.rpartition("/")[2] in LABEL_TABLES:
             uri = storage.join(root, path)
-            if table := _read_table(storage.read_bytes(uri), origin=uri, path=path):
+            try:
+                content = storage.read_bytes(uri, check=partial(require_size, largest=data.largest_bytes))
+            except BadImageError as error:
+                raise UserError(uri, str(error)) from None
+            if table := _read_table(content, origin=uri, path=path):
                 tables.append(table)
                 ignored[kind_of(path)] -= 1
     if archives and not len(images):
-        found, inside, more = _in_archives(root, [""] if alone else archives)
+        found, inside, more = _in_archives(root, [""] if alone else archives, data.largest_bytes)
         tables += inside
         ignored += more
         ignored.subtract(map(kind_of, archives))
@@ -130,11 +135,13 @@ def _find(root: str) -> tuple[pa.Table, int, Counter[str]]:
     return found.set_column(found.column_names.index("word"), "word", [column]), len(words), ignored
 
 
-def _in_archives(root: str, archives: Sequence[str]) -> tuple[pa.Table, list[_Table], Counter[str]]:
+def _in_archives(
+    root: str, archives: Sequence[str], largest: int
+) -> tuple[pa.Table, list[_Table], Counter[str]]:
     """The images of archives below `root`, their tables and other files; the archive "" is `root` itself."""
     uris = [storage.join(root, archive) if archive else root for archive in archives]
     with ThreadPoolExecutor(min(_INDEX_THREADS, len(uris))) as pool:
-        indices = list(pool.map(index_archive, uris))
+        indices = list(pool.map(partial(index_archive, largest=largest), uris))
     found, tables, ignored = [], [], Counter[str]()
     for archive, uri, (images, contents, others) in zip(archives, uris, indices, strict=True):
         ignored += others
@@ -181,7 +188,7 @@ def _read_table(content: bytes, *, origin: str, path: str, archive: str = "") ->
             rows = _rows_of_columns([json.loads(line) for line in text.split("\n") if line.strip()])
         else:
             rows = _rows_of_columns(list(csv.DictReader(io.StringIO(text, newline=""), strict=True)))
-    except (ValueError, csv.Error) as error:
+    except (ValueError, RecursionError, csv.Error) as error:
         raise UserError(origin, f"is not a table of labels: {error}", hint="repair or remove it") from error
     if rows is None:
         return None

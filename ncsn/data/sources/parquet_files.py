@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from ncsn import storage
 from ncsn.config.schema import DataConfig
 from ncsn.data.format import NO_LABEL, group_lengths, load_manifest, pieces_of, pixels_of
-from ncsn.data.pixels import BadImageError, Fit, Picture, decode
+from ncsn.data.pixels import BadImageError, Fit, Picture, decode, require_size
 from ncsn.data.sources.base import Source, hold_out, list_files, name_ranks, required_root, texts
 from ncsn.data.sources.image_files import DecodedSplit, Encoded
 from ncsn.data.sources.image_folder import class_names_of, labels_of
@@ -83,7 +83,7 @@ def open_parquet(data: DataConfig) -> Source:
     """
     root = storage.absolute(required_root(data))
     alone = storage.is_file(root)
-    paths = [path for path in texts(list_files(root)) if path.lower().endswith(SUFFIX)]
+    paths = [path for path in texts(list_files(data)) if path.lower().endswith(SUFFIX)]
     if not paths:
         raise UserError("data.root", f"holds no file that ends in {SUFFIX}", value=root)
     uris = [root if alone else storage.join(root, path) for path in paths]
@@ -127,7 +127,7 @@ def choose_columns(schema: pa.Schema, data: DataConfig, *, uri: str) -> Columns:
     try:
         features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
         features = {name: feature for name, feature in features.items() if isinstance(feature, dict)}
-    except (ValueError, LookupError, TypeError, AttributeError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         features = {}
     types = {name: feature.get("_type") for name, feature in features.items()}
     held = f"{uri}, which has {', '.join(f'{one.name} ({one.type})' for one in schema)[:300] or 'no columns'}"
@@ -274,7 +274,8 @@ class ParquetImages(DecodedSplit):
                 for group, of_group, within in pieces_of(rows, group_lengths(parquet)):  # others are not read
                     values = self._group(parquet, group, within)
                     for row, value in zip(rows[of_group].tolist(), values, strict=True):
-                        yield Encoded(file.name(row), next(labels), partial(_load, value, least_side))
+                        load = partial(_load, value, least_side, self.fit.largest)
+                        yield Encoded(file.name(row), next(labels), load)
 
     def _group(self, parquet: pq.ParquetFile, group: int, rows: NDArray[np.int64]) -> Iterator[Any]:
         leaf = f"{self.column}.bytes" if self.kind == "struct" else self.column
@@ -289,15 +290,16 @@ class ParquetImages(DecodedSplit):
                 elif pixels := pixels_of(batch.schema.field(0)):
                     yield np.frombuffer(scalar.as_buffer(), pixels.dtype).reshape(pixels.shape)
                 else:
-                    yield (scalar["bytes"] if self.kind == "struct" else scalar).as_py()
+                    yield (scalar["bytes"] if self.kind == "struct" else scalar).as_buffer()
             before += len(batch)
             if last == len(rows):
                 return
 
 
-def _load(value: bytes | NDArray[Any] | None, least_side: int | None) -> Picture:
+def _load(value: pa.Buffer | NDArray[Any] | None, least_side: int | None, largest: float) -> Picture:
     if value is None:
         raise BadImageError("there is no image in this row")
-    if isinstance(value, bytes):
-        return decode(value, least_side=least_side)
-    return Picture.of(value)
+    if isinstance(value, np.ndarray):
+        return Picture.of(value)
+    require_size(value.size, largest)
+    return decode(value.to_pybytes(), least_side=least_side, largest=largest)

@@ -6,7 +6,6 @@ torchvision reads the latter, and checks the digest of what it unpickles.
 from __future__ import annotations
 
 import gzip
-import shutil
 import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -124,6 +123,7 @@ _SETS = {
     ),
 }
 _IDX_FILES = [f"{split}-{kind}" for split in ("train", "t10k") for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")]
+_MOST_IDX_BYTES = 1 << 28  # of a file, five times the largest of MNIST
 _CIFAR_ARCHIVE, _CIFAR_FOLDER, _CIFAR_BATCH = "cifar-10-python.tar.gz", "cifar-10-batches-py", "data_batch_1"
 
 
@@ -205,11 +205,19 @@ def _laid_out(place: Path, name: str, kind: Any) -> Iterator[Path]:
                 path = _idx_file(place, file)
                 assert path is not None
                 if path.suffix != ".gz":
+                    _require_idx_size(path, path.stat().st_size)
                     (raw / file).symlink_to(path.absolute())
                     continue
                 try:
-                    with gzip.open(path) as packed, (raw / file).open("wb") as unpacked:
-                        shutil.copyfileobj(packed, unpacked)
+                    with gzip.open(path) as packed:
+                        content = packed.read(_MOST_IDX_BYTES + 1)
                 except (EOFError, gzip.BadGzipFile, zlib.error) as error:
                     raise UserError(str(path), f"is a damaged gzip file ({error})", hint="fetch it again") from error
+                _require_idx_size(path, len(content))
+                (raw / file).write_bytes(content)
         yield folder
+
+
+def _require_idx_size(path: Path, size: int) -> None:
+    if size > _MOST_IDX_BYTES:
+        raise UserError(str(path), f"holds more than {_MOST_IDX_BYTES:,} bytes", hint="fetch it again")
