@@ -17,6 +17,7 @@ E = TypeVar("E", bound="UserError")
 _EXTRAS = {"kfp": "kubeflow", "kfp_server_api": "kubeflow", "kubernetes": "kubeflow", "optuna": "search"}
 _DENIED = (errno.EROFS, errno.EACCES, errno.EPERM)  # of a read-only disk, or a file of somebody else
 _WORDS = {True: "true", False: "false", None: "null"}
+_LONGEST_VALUE = 200  # characters of a value in a message
 
 
 MISSING = ...  # the value of a problem that has none; it survives pickling
@@ -134,13 +135,18 @@ def without_users(text: str) -> str:
 
 
 def shown_value(value: object) -> str:
-    """A value as in YAML, in one line, with text in quotes, since it may be empty."""
+    """A value as in YAML, in one line of at most 200 characters, with text in quotes, since it may be empty."""
+    text = _in_yaml(value)
+    return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 3]}..."
+
+
+def _in_yaml(value: object) -> str:
     if value is None or isinstance(value, bool):
         return _WORDS[value]
     if isinstance(value, Mapping):
-        return f"{{{', '.join(f'{key}: {shown_value(each)}' for key, each in value.items())}}}"
+        return f"{{{', '.join(f'{key}: {_in_yaml(each)}' for key, each in value.items())}}}"
     if isinstance(value, (list, tuple)):
-        return f"[{', '.join(map(shown_value, value))}]"
+        return f"[{', '.join(map(_in_yaml, value))}]"
     return repr(value) if isinstance(value, str) else str(value)
 
 

@@ -22,9 +22,9 @@ import urllib3
 import yaml
 from kfp.client import Client, ServiceAccountTokenVolumeCredentials
 
-from ncsn.config import NOT_YAML, Config
+from ncsn.config import Config, read_yaml
 from ncsn.environment import POD_NAMESPACE
-from ncsn.errors import UserError
+from ncsn.errors import InvalidValue, UserError
 from ncsn.remote.backend import message_of
 from pipelines import ENDPOINT, TOKEN, KfpError, KfpRefusalError
 from pipelines.compile import PIPELINES, compile_one
@@ -227,9 +227,9 @@ def arguments_for(spec: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str
     texts = {name for name, parameter in known.items() if parameter["parameterType"] == "STRING"}
     is_yaml = {name: isinstance(value, str) and name not in texts for name, value in given.items()}
     try:
-        return {name: yaml.safe_load(value) if is_yaml[name] else value for name, value in given.items()}
-    except NOT_YAML as error:
-        raise UserError("--param", f"not valid YAML: {error}", value=dict(given)) from None
+        return {name: read_yaml(value) if is_yaml[name] else value for name, value in given.items()}
+    except InvalidValue as error:
+        raise UserError("--param", str(error), value=dict(given)) from None
 
 
 @contextlib.contextmanager

@@ -1,7 +1,6 @@
 """The one typed configuration: schema, parsing and flattening. It imports the samplers' settings of the core alone."""
 
 from ncsn.config.load import (
-    NOT_YAML,
     changed_settings,
     continues,
     decay_begins,
@@ -9,6 +8,7 @@ from ncsn.config.load import (
     flatten,
     from_yaml,
     overrides_between,
+    read_yaml,
     to_json,
     to_yaml,
     training_settings,
@@ -17,7 +17,6 @@ from ncsn.config.schema import Config
 from ncsn.errors import ConfigError
 
 __all__ = [
-    "NOT_YAML",
     "Config",
     "ConfigError",
     "changed_settings",
@@ -27,6 +26,7 @@ __all__ = [
     "flatten",
     "from_yaml",
     "overrides_between",
+    "read_yaml",
     "to_json",
     "to_yaml",
     "training_settings",

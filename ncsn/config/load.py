@@ -18,12 +18,10 @@ from ncsn.config.problems import leaves, set_value, types_at
 from ncsn.config.rules import checked
 from ncsn.config.schema import TERMS, Config
 from ncsn.environment import IMAGE_VARIABLE, RAY_VARIABLES
-from ncsn.errors import ConfigError, Problem, shown_value
-
-# Of a number or a date that does not exist PyYAML says so with Python's own errors.
-NOT_YAML = (yaml.YAMLError, ValueError, AttributeError)
+from ncsn.errors import ConfigError, InvalidValue, Problem, shown_value
 
 EXAMPLES = Path(__file__).parents[1] / "configs"
+_DEEPEST = 32  # levels of a text, of which a config has ten
 _DEFAULT_KINDS = {"noise": "geometric", "loss": "dsm"}  # of sections without `kind`
 _DECIDING = ("name", "seed", "data", "noise", "network", "loss", "optimizer", "train")
 # What a model does not say, which somebody else may have made: where work runs, what is written where, and who is asked
@@ -41,8 +39,24 @@ ADDRESSES: Mapping[str, Sequence[str]] = {
 }
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """Refuses a key that appears twice, of which YAML would silently take the last."""
+class _Strict(yaml.SafeLoader):
+    """Refuses a key that appears twice, of which YAML would silently take the last, aliases and deep nesting.
+
+    By aliases a text of a few hundred bytes holds millions of values.
+    """
+
+    _depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        mark = self.peek_event().start_mark
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.MarkedYAMLError(problem="an alias, which is not accepted: write the value", problem_mark=mark)
+        if self._depth >= _DEEPEST:
+            raise yaml.MarkedYAMLError(problem=f"more than {_DEEPEST} levels of values", problem_mark=mark)
+        self._depth += 1
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
 
 
 def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
@@ -50,12 +64,22 @@ def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     for key, _ in node.value:
         if isinstance(key, yaml.ScalarNode):
             if key.value in found:
-                raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} appears twice", problem_mark=key.start_mark)
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key {shown_value(key.value)} appears twice", problem_mark=key.start_mark
+                )
             found.add(key.value)
     return loader.construct_mapping(node, deep=True)
 
 
-_UniqueKeys.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+_Strict.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+def read_yaml(text: str) -> Any:
+    """The value of a YAML or JSON text; `InvalidValue` if it is none, or repeats keys, has aliases or is too deep."""
+    try:
+        return yaml.load(text, Loader=_Strict)  # noqa: S506 (a SafeLoader)
+    except (yaml.YAMLError, ValueError, AttributeError) as error:  # the latter two of a number or date that is none
+        raise InvalidValue(f"not valid YAML: {error}") from None
 
 
 def from_yaml(
@@ -74,9 +98,9 @@ def from_yaml(
 @lru_cache(maxsize=32)
 def _parsed(text: str, overrides: tuple[str, ...], origin: str, without: tuple[str, ...]) -> Config:
     try:
-        tree = yaml.load(text, Loader=_UniqueKeys)  # noqa: S506 (a SafeLoader)
-    except NOT_YAML as error:
-        raise ConfigError(origin, f"not valid YAML: {error}") from None
+        tree = read_yaml(text)
+    except InvalidValue as error:
+        raise ConfigError(origin, str(error)) from None
     if tree is None:
         raise ConfigError(origin, "the file is empty" if origin != "config" else "the config is empty")
     if not isinstance(tree, dict):
@@ -148,8 +172,8 @@ def parse_override(override: str) -> tuple[str, Any]:
     if str in types and not quoted and not mapping:
         return path, None if NoneType in types and text in ("", "~", "null") else text
     try:
-        value = yaml.safe_load(text)
-    except NOT_YAML:
+        value = read_yaml(text)
+    except InvalidValue:
         raise ConfigError(path.strip(), "not valid YAML", value=raw) from None
     # YAML 1.1 reads 1e-3, without a dot, as text.
     if isinstance(value, str) and not quoted:

@@ -12,17 +12,20 @@ RayJob, which not every run has, tells the janitor later which run of which stor
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 
+from pydantic_core import from_json
+
 from ncsn import storage
 from ncsn.config import Config, from_yaml, to_json
 from ncsn.config.load import ADDRESSES
 from ncsn.environment import KfpRun, this_kfp_run
-from ncsn.errors import UserError
+from ncsn.errors import InvalidValue, UserError, shown_value
 from ncsn.progress import say
 from ncsn.remote.kuberay import NOTES, JobState
 from ncsn.remote.kubernetes import KubernetesApi, Resource, is_ending, is_over, owner_of, was_stopped
@@ -33,6 +36,8 @@ from ncsn.storage.retry import limited
 
 _STORE_SECONDS = 20.0
 _NOTE_SECONDS = 10.0
+_NOTE_BYTES = 8 << 10  # at most; that of a config with nearly every setting has 4,600
+_WORKFLOW_NAME = re.compile(r"[a-z0-9][a-z0-9.-]{0,252}")
 _STORE_SETTING = "storage.root="  # of a RayJob's command
 
 
@@ -52,6 +57,19 @@ class NotedRun(KfpRun):
     run: str
     config: str
 
+    @classmethod
+    def of(cls, name: str, note: str) -> NotedRun:
+        """`InvalidValue`, TypeError or ValueError for a note that no task has written."""
+        if len(note.encode(errors="replace")) > _NOTE_BYTES:
+            raise InvalidValue(f"has more than {_NOTE_BYTES:,} bytes")
+        noted = cls(id=name, **from_json(note))  # which refuses deep nesting with a ValueError
+        if not all(isinstance(each, str) for each in vars(noted).values()):
+            raise InvalidValue("holds something else than text")
+        if not _WORKFLOW_NAME.fullmatch(noted.workflow):
+            raise InvalidValue(f"names no Workflow: {shown_value(noted.workflow)}")
+        _ = noted.folder
+        return noted
+
     @property
     def folder(self) -> RunFolder:
         """Equal for pipeline runs that work on the same run."""
@@ -67,6 +85,7 @@ def note_run(config: Config, run: str) -> bool:
         with _cluster() as api:
             if here.id not in _notes(api):
                 note = json.dumps({"workflow": here.workflow, "run": run, "config": to_json(config)})
+                NotedRun.of(here.id, note)  # that the janitor will read it
                 _note(api, here, note)
                 return True
     return False
@@ -83,7 +102,7 @@ def _cluster() -> Iterator[KubernetesApi]:
     """The cluster; without an answer or the right, only say so."""
     try:
         yield KubernetesApi(patience=_NOTE_SECONDS)
-    except (OSError, UserError) as error:
+    except (OSError, InvalidValue) as error:
         say(f"could not register this run with the janitor: {error}")
 
 
@@ -114,12 +133,9 @@ def clean_up(api: KubernetesApi, *, run: str | None = None, dry_run: bool = Fals
     notes = list[NotedRun]()
     for name, note in _notes(api).items():
         try:
-            noted = NotedRun(id=name, **json.loads(note))
-            _ = noted.folder
-        except (TypeError, ValueError, UserError) as error:  # who may patch the ConfigMap may write anything
+            notes.append(NotedRun.of(name, note))
+        except (TypeError, ValueError) as error:  # who may patch the ConfigMap may write anything
             yield Action("read", f"the note of {name}", error)
-        else:
-            notes.append(noted)
     workflows = {each.id: api.get("workflows", each.workflow) for each in notes}
     resumed = {each.folder for each in notes if not is_ending(workflows[each.id])}
     mine = [each for each in notes if run in (None, each.run)]

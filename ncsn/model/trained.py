@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
 import torch
@@ -11,7 +12,7 @@ from ncsn.config import Config
 from ncsn.config.training import ema_setting
 from ncsn.core.networks.transfer import transfer
 from ncsn.core.training import TrainState
-from ncsn.errors import InvalidValue, UserError, shown_value
+from ncsn.errors import InvalidValue, UserError
 from ncsn.model import build
 from ncsn.model.checkpoint import TrainedNetwork, load_checkpoint
 from ncsn.model.classes import Classes
@@ -54,7 +55,7 @@ def adapted(
         return transfer(dict(source.network.named_parameters()), network, classes=kept)
     except InvalidValue as error:
         reason, key = f"does not fit this network: {error}", "train.init_from"
-        hint = f"use the section network of its config: {shown_value(source.config.network.model_dump())}"
+        hint = f"use the section network of its config: {json.dumps(source.config.network.model_dump(mode='json'))}"
         raise UserError(key, reason, hint=hint, value=config.train.init_from) from None
 
 

@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
+from urllib.parse import quote
 
 import yaml
 from kubernetes import client, config
@@ -148,7 +149,8 @@ class KubernetesApi:
         return [line for line in text.split("\n") if line and not line.startswith(_LOST_LOG)]
 
     def _path(self, resource: str, *below: str) -> str:
-        return "/".join((f"/{_APIS.get(resource, _CORE)}/namespaces/{self.namespace}/{resource}", *below))
+        names = (quote(name, safe="") for name in below)  # of an owner or a note, which others write
+        return "/".join((f"/{_APIS.get(resource, _CORE)}/namespaces/{self.namespace}/{resource}", *names))
 
     def _call(
         self,

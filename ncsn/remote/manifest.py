@@ -19,11 +19,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, cast
 
-import yaml
-
-from ncsn.config import NOT_YAML
+from ncsn.config import read_yaml
 from ncsn.config.compute import LEAST_MEMORY, ComputeConfig, bytes_of
-from ncsn.errors import NotFound, UserError
+from ncsn.errors import InvalidValue, NotFound, UserError
 from ncsn.remote.backend import RemoteStep
 
 Manifest = dict[str, Any]
@@ -54,8 +52,8 @@ def load_template() -> Manifest:
     if not file.is_file():
         raise NotFound(TEMPLATE_VARIABLE, "no such file", hint="set it to a copy of rayjob.yaml", value=str(file))
     try:
-        template = yaml.safe_load(file.read_text())
-    except NOT_YAML:
+        template = read_yaml(file.read_text())
+    except InvalidValue:
         template = None
     if not isinstance(template, dict) or template.get("kind") != "RayJob":
         hint = "set it to a copy of infra/base/kuberay/rayjob.yaml"

@@ -141,7 +141,7 @@ def test_a_changed_object_changes_the_fingerprint(s3_root, members, data_config)
     assert source_fingerprint(data) == first
     put(s3_root, {"cat/new.png": b"x"})
     assert source_fingerprint(data) != first
-    assert list_files(s3_root)[20].as_py() == "cat/new.png"
+    assert list_files(data)[20].as_py() == "cat/new.png"
 
 
 COUNT = 12

@@ -135,9 +135,7 @@ def _find(root: str, data: DataConfig) -> tuple[pa.Table, int, Counter[str]]:
     return found.set_column(found.column_names.index("word"), "word", [column]), len(words), ignored
 
 
-def _in_archives(
-    root: str, archives: Sequence[str], largest: int
-) -> tuple[pa.Table, list[_Table], Counter[str]]:
+def _in_archives(root: str, archives: Sequence[str], largest: int) -> tuple[pa.Table, list[_Table], Counter[str]]:
     """The images of archives below `root`, their tables and other files; the archive "" is `root` itself."""
     uris = [storage.join(root, archive) if archive else root for archive in archives]
     with ThreadPoolExecutor(min(_INDEX_THREADS, len(uris))) as pool:
