@@ -321,7 +321,7 @@ def _tiff_channels(data: bytes, largest: float) -> np.ndarray | None:
         known = channels == 2 or page.photometric != _TIFF_GRAY
         if channels == 1 or (channels <= 4 and page.bitspersample <= 8 and known):
             return None
-        require_size(max(page.nbytes, math.prod(page.chunks) * page.dtype.itemsize), largest)  # or one of its tiles
+        require_size(max(page.nbytes, math.prod(page.chunks) * page.bitspersample // 8), largest)  # or one of its tiles
         return np.moveaxis(page.asarray(), page.axes.index("S"), 2)
 
 
@@ -337,7 +337,7 @@ def _of_npy(data: bytes) -> Picture:
             raise ValueError(f"{list(shape)} values of type {kind} are more than there are")
         values = np.load(io.BytesIO(data), allow_pickle=False)
     except (ValueError, TypeError, EOFError, OSError, RecursionError, MemoryError) as error:
-        raise BadImageError(f"not a whole array: {error}") from error
+        raise BadImageError(f"not a whole array: {str(error)[:200] or type(error).__name__}") from error
     if values.ndim == 2:
         values = values[..., None]
     elif values.ndim == 3 and values.shape[0] <= MOST_CHANNELS < values.shape[2]:

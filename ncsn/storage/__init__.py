@@ -118,7 +118,8 @@ def read_bytes(uri: str, *, check: Callable[[int], object] = lambda _: None) -> 
     """
     try:
         if not is_local(uri):
-            return _s3().get(uri, check)
+            content: bytes = _s3().get(uri, check)
+            return content
         with open(absolute(uri), "rb") as file:  # noqa: PTH123  # pathlib would take a tenth of what a small JPEG does
             check(os.fstat(file.fileno()).st_size)
             return file.read()

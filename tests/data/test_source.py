@@ -15,8 +15,9 @@ from hypothesis import given, strategies as st
 from image_folders import Formats, put, rows_of, skipped_of
 from refused import refused
 
+from ncsn import storage
 from ncsn.data.dataset import write_dataset
-from ncsn.data.sources import OF_LIBRARIES, SOURCES, image_files, open_source
+from ncsn.data.sources import OF_LIBRARIES, SOURCES, open_source
 from ncsn.data.sources.base import hold_out, list_files, name_ranks, source_fingerprint
 from ncsn.errors import NotFound
 
@@ -114,6 +115,6 @@ def test_a_file_that_goes_and_one_that_may_not_be_read_are_refused(tmp_path, mem
             raise PermissionError(13, "Permission denied", path)
         return open(path, mode)  # noqa: PTH123
 
-    monkeypatch.setattr(image_files, "open", locked, raising=False)
+    monkeypatch.setattr(storage, "open", locked, raising=False)
     with refused(f"{root}/cat/04.png"):
         rows_of(open_source(data_config("image_folder", Path(root, "cat"), on_bad_image="skip")))

@@ -19,7 +19,6 @@ from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
 from pathlib import PurePosixPath
 from threading import Lock
 from typing import Any, BinaryIO, ClassVar, NamedTuple, Self, TypeVar, cast
@@ -52,6 +51,7 @@ _RAW_DEFLATE = -zlib.MAX_WBITS
 _LARGEST_POOL = 16
 _LISTED = 1024  # images whose names are objects of Python at a time
 _TOGETHER = 16  # images that a thread takes at once: handing over each by itself costs a tenth of a small JPEG
+_HELD_TOGETHER = 8 << 20  # bytes, beyond which fewer images are
 _WAITING_PER_THREAD = 2
 
 
@@ -185,6 +185,7 @@ class Encoded(NamedTuple):
     name: str
     label: int
     load: Callable[[], Picture]  # called in another thread
+    held: int = 0  # bytes that are in memory until then
 
 
 class DecodedSplit(ABC):
@@ -231,10 +232,10 @@ class DecodedSplit(ABC):
 
         threads = _LARGEST_POOL if self.remote else min(_LARGEST_POOL, cores or os.cpu_count() or 1)
         waiting: deque[Future[list[R | SkippedImage]]] = deque()
-        images = self.encoded(least_side)
+        images = _together(self.encoded(least_side))
         with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
             try:
-                while some := list(islice(images, _TOGETHER)):
+                for some in images:
                     waiting.append(pool.submit(lambda some: list(map(call, some)), some))
                     if len(waiting) >= threads * _WAITING_PER_THREAD:
                         yield from waiting.popleft().result()
@@ -242,6 +243,18 @@ class DecodedSplit(ABC):
                     yield from waiting.popleft().result()
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _together(images: Iterator[Encoded]) -> Iterator[list[Encoded]]:
+    some, held = list[Encoded](), 0
+    for image in images:
+        some.append(image)
+        held += image.held
+        if len(some) == _TOGETHER or held > _HELD_TOGETHER:
+            yield some
+            some, held = [], 0
+    if some:
+        yield some
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ _LABEL_NAMES = ("label", "labels", "class", "category", "target", "cls")
 _OTHER_MEDIA = ("Audio", "Video", "Pdf", "Nifti")  # the Hub's features that are `{bytes, path}` too
 _BYTES = (pa.binary(), pa.large_binary(), pa.binary_view())
 _WORDS = (pa.string(), pa.large_string(), pa.string_view())
-_BATCH_ROWS = 32  # values in memory at a time, of a page that may hold more
+_BATCH_ROWS = 4  # values in memory at a time: a few bytes of a dictionary may be the value of every row
 _BUFFER = 8 << 20  # bytes of one read
 _NO_SUCH = "AWS Error"  # what Arrow says when a bucket fails, and not the file
 
@@ -275,7 +275,7 @@ class ParquetImages(DecodedSplit):
                     values = self._group(parquet, group, within)
                     for row, value in zip(rows[of_group].tolist(), values, strict=True):
                         load = partial(_load, value, least_side, self.fit.largest)
-                        yield Encoded(file.name(row), next(labels), load)
+                        yield Encoded(file.name(row), next(labels), load, 0 if value is None else value.nbytes)
 
     def _group(self, parquet: pq.ParquetFile, group: int, rows: NDArray[np.int64]) -> Iterator[Any]:
         leaf = f"{self.column}.bytes" if self.kind == "struct" else self.column
@@ -290,16 +290,17 @@ class ParquetImages(DecodedSplit):
                 elif pixels := pixels_of(batch.schema.field(0)):
                     yield np.frombuffer(scalar.as_buffer(), pixels.dtype).reshape(pixels.shape)
                 else:
-                    yield (scalar["bytes"] if self.kind == "struct" else scalar).as_buffer()
+                    cell = (scalar["bytes"] if self.kind == "struct" else scalar).as_buffer()
+                    yield None if cell is None else memoryview(cell)
             before += len(batch)
             if last == len(rows):
                 return
 
 
-def _load(value: pa.Buffer | NDArray[Any] | None, least_side: int | None, largest: float) -> Picture:
+def _load(value: memoryview | NDArray[Any] | None, least_side: int | None, largest: float) -> Picture:
     if value is None:
         raise BadImageError("there is no image in this row")
     if isinstance(value, np.ndarray):
         return Picture.of(value)
-    require_size(value.size, largest)
-    return decode(value.to_pybytes(), least_side=least_side, largest=largest)
+    require_size(value.nbytes, largest)
+    return decode(bytes(value), least_side=least_side, largest=largest)
