@@ -29,6 +29,7 @@ class Gone(NotFound):
     [
         (Problem("a.b", "is unknown", value=""), "a.b = '': is unknown"),
         (Problem("a.b", "is off", value=[False, None, 1]), "a.b = [false, null, 1]: is off"),
+        (Problem("a.b", "is long", value={"c": ["x" * 500]}), f"a.b = {{c: ['{'x' * 191}...: is long"),
         (Problem("/a/b", "no file here"), "/a/b: no file here"),
         (Problem("--seed", "is negative", value=-1), "--seed -1: is negative"),
         (Problem("", "all of it is\nwrong", "start\nagain"), "all of it is wrong; start again"),

@@ -21,7 +21,8 @@ from ncsn.environment import IMAGE_VARIABLE, RAY_VARIABLES
 from ncsn.errors import ConfigError, InvalidValue, Problem, shown_value
 
 EXAMPLES = Path(__file__).parents[1] / "configs"
-_DEEPEST = 32  # levels of a text, of which a config has ten
+_DEEPEST = 32  # levels of a text, or of a dotted path; a config has ten
+_MOST_BITS = 1024  # of a whole number; Python cannot write one of some thousand digits
 _DEFAULT_KINDS = {"noise": "geometric", "loss": "dsm"}  # of sections without `kind`
 _DECIDING = ("name", "seed", "data", "noise", "network", "loss", "optimizer", "train")
 # What a model does not say, which somebody else may have made: where work runs, what is written where, and who is asked
@@ -71,7 +72,15 @@ def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     return loader.construct_mapping(node, deep=True)
 
 
+def _integer(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    number: int = loader.construct_yaml_int(node)
+    if number.bit_length() > _MOST_BITS:
+        raise yaml.MarkedYAMLError(problem="a number of too many digits", problem_mark=node.start_mark)
+    return number
+
+
 _Strict.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+_Strict.add_constructor("tag:yaml.org,2002:int", _integer)
 
 
 def read_yaml(text: str) -> Any:
@@ -165,7 +174,7 @@ def parse_override(override: str) -> tuple[str, Any]:
     """
     path, equals, raw = override.partition("=")
     path, text = path.strip(), raw.strip()
-    if not equals or not all(path.split(".")):
+    if not equals or not all(path.split(".")) or path.count(".") >= _DEEPEST:
         raise ConfigError("--set", "expected a.b=value", hint="for example noise.num_levels=50", value=override)
     quoted, types = text.startswith(("'", '"')), types_at(path, Config)
     mapping = text.startswith("{") and any(get_origin(each) is dict for each in types)

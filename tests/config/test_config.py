@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -98,6 +99,28 @@ def test_a_misspelled_key_is_told_its_neighbor_and_a_wrong_value_itself() -> Non
 def test_a_text_that_is_no_config_is_refused_by_its_name(text: str) -> None:
     with refused("digits.yaml", error=ConfigError):
         from_yaml(text, origin="digits.yaml")
+
+
+# Ten million values in 300 bytes.
+_REPEATED = (f"&{new} [{', '.join([f'*{old}'] * 10)}]" for old, new in pairwise("abcdefgh"))
+ALIASES = f"[&a [x], {', '.join(_REPEATED)}]"
+
+
+def test_what_would_take_all_time_or_memory_is_one_short_line() -> None:
+    deep = "[" * 200_000, "- " * 4000, "? " * 4000, f"{DIGITS}x: {'{a: ' * 4000}", f"x: {'[' * 40}{']' * 40}"
+    for text in (*deep, f"{DIGITS}x: {ALIASES}", f"seed: 0x{'F' * 6000}", f"seed: 1{':1' * 6000}"):
+        with refused("mine.yaml", error=ConfigError) as caught:
+            from_yaml(text, origin="mine.yaml")
+        assert len(str(caught.value)) < 500
+    tolerations, path = "compute.kuberay.tolerations", "compute.kuberay.node_selector" + ".a" * 5000
+    for key, override in (
+        *((tolerations, f"{tolerations}={value}") for value in (ALIASES, "[" * 4000, f"[{{a: 0x{'F' * 6000}}}]")),
+        ("--set", f"{path}=1"),
+        ("seed", f"seed=[{'1, ' * 5000}]"),
+    ):
+        with refused(key, error=ConfigError) as caught:
+            from_yaml(DIGITS, overrides=[override])
+        assert len(str(caught.value)) < 500
 
 
 def test_a_value_in_place_of_a_section_is_refused_by_its_key() -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -253,6 +254,55 @@ def test_what_is_not_of_ncsn_keeps_it_from_nothing(emulation: Any) -> None:
     actions = list(clean_up(KubernetesApi()))
     assert [action.what.split()[-1] for action in actions if action.error] == list(broken)
     assert {job["metadata"]["name"] for job in emulation.jobs} == {"theirs", "quote"}
+
+
+@pytest.mark.usefixtures("begun")
+def test_poisoned_notes_keep_nobody_elses_run_open(emulation: Any, config: Config) -> None:
+    """Whoever may note a run may write anything into the ConfigMap of all."""
+    workflow(emulation, "Failed")
+    poison = ("[" * 4000, '{"a": ' * 1000, "[1]", "null", "x" * 10_000, "\ud800")
+    text = to_json(config)
+    repeated = (f'"{new}": &{new} [{", ".join([f"*{old}"] * 9)}]' for old, new in pairwise("abcdefgh"))
+    anchors = f"{{seed: &a [x], {', '.join(repeated)}}}"
+    fields: tuple[dict[str, Any], ...] = (
+        *({"config": each} for each in (anchors, "[" * 2000, f'{{"x": {text}}}', 5, None)),
+        *({"workflow": each} for each in (None, ["w"], "../../../x", "a?b=c", "")),
+        *({"run": each} for each in (None, 7, "../up")),
+        {"more": 1},
+    )
+    whole = {"workflow": WORKFLOW, "run": "mine", "config": text}
+    poison += tuple(json.dumps(whole | each) for each in fields)
+    good = notes(emulation)
+    KubernetesApi().patch("configmaps", NOTES, {"data": {f"{n:04x}": each for n, each in enumerate(poison)}})
+    emulation.cluster.update(
+        "configmaps", NOTES, lambda each: each["data"].update({k: each["data"].pop(k) for k in good})
+    )
+    actions = list(clean_up(KubernetesApi()))
+    unread = [action for action in actions if action.verb == "read"]
+    assert len(unread) == len(poison) and all(action.error and len(str(action.error)) < 1000 for action in unread)
+    assert [(action.verb, action.error) for action in actions if action not in unread] == [("close", None)]
+    found = outcome(config)
+    assert found is not None and found.status == "FAILED" and len(notes(emulation)) == len(poison)
+
+
+def test_a_note_that_the_janitor_would_not_read_is_not_written(emulation, config, monkeypatch, capsys) -> None:
+    monkeypatch.setenv(KFP_RUN_ID, "5f3a")
+    monkeypatch.setenv(KFP_WORKFLOW, WORKFLOW)
+    tolerations = tuple({"key": f"key-{number}"} for number in range(500))
+    kuberay = config.compute.kuberay.model_copy(update={"tolerations": tolerations})
+    compute = config.compute.model_copy(update={"kuberay": kuberay})
+    assert not note_run(config.model_copy(update={"compute": compute}), "mine")
+    assert notes(emulation) == {} and "janitor" in capsys.readouterr().err
+    assert note_run(config, "mine") and list(notes(emulation)) == ["5f3a"]
+
+
+@pytest.mark.usefixtures("begun")
+def test_an_owner_with_an_odd_name_is_asked_for_by_that_name(emulation: Any) -> None:
+    """A RayJob's owner references hold what its maker writes."""
+    for number, name in enumerate(("../../../x", "a b?c=d#e", "%")):
+        rayjob(emulation, f"odd{number}", run="theirs", ownerReferences=[OWNER | {"name": name}])
+    actions = list(clean_up(KubernetesApi()))
+    assert [action.what.split(":")[0] for action in actions if action.verb == "delete"] == ["odd0", "odd1", "odd2"]
 
 
 @pytest.mark.usefixtures("begun")

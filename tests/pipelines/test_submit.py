@@ -92,6 +92,10 @@ def test_arguments_take_the_type_of_their_parameter() -> None:
     spec = {"root": {"inputDefinitions": {"parameters": {k: {"parameterType": v} for k, v in parameters.items()}}}}
     given = {"a": "2", "b": "false", "c": "[1, x]", "d": "{k: v}", "e": "5"}
     assert arguments_for(spec, given) == {"a": 2, "b": False, "c": [1, "x"], "d": {"k": "v"}, "e": "5"}
+    for hostile in ("[&a [x], *a]", "[" * 4000):
+        with refused("--param") as caught:
+            arguments_for(spec, {**given, "c": hostile})
+        assert len(str(caught.value)) < 600
 
 
 @pytest.mark.parametrize(
