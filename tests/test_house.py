@@ -29,26 +29,26 @@ LEAST_MODULES, MOST_MODULES = 2, 14  # of a package
 # could.
 BUDGETS = {
     "ncsn/core": 3521,
-    "ncsn/data": 2908,
+    "ncsn/data": 2965,
     "ncsn/evaluation": 2419,
-    "ncsn/steps ncsn/runs ncsn/kubeflow": 4288,
-    "ncsn/model": 1508,
+    "ncsn/steps ncsn/runs ncsn/kubeflow": 4334,
+    "ncsn/model": 1515,
     "ncsn/distributed": 1515,
-    "ncsn/config": 1811,
-    "ncsn/cli": 1804,
-    "ncsn/tracking": 1487,
-    "ncsn/report": 1044,
-    "ncsn/remote": 1624,
+    "ncsn/config": 1897,
+    "ncsn/cli": 1846,
+    "ncsn/tracking": 1481,
+    "ncsn/report": 1048,
+    "ncsn/remote": 1640,
     "ncsn/library": 539,
-    "ncsn/init ncsn/inspection": 2009,
+    "ncsn/init ncsn/inspection": 2016,
     "ncsn/serving": 442,
     "ncsn/training": 1033,
-    "components pipelines": 1111,
-    "ncsn/storage": 858,
+    "components pipelines": 1114,
+    "ncsn/storage": 887,
     "examples": 1141,
-    "tests": 25402,
+    "tests": 25943,
 }
-MOST_WORDS = 20195
+MOST_WORDS = 20710
 
 
 def _name(path: Path) -> str:

@@ -65,9 +65,8 @@ def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     for key, _ in node.value:
         if isinstance(key, yaml.ScalarNode):
             if key.value in found:
-                raise yaml.MarkedYAMLError(
-                    problem=f"the key {shown_value(key.value)} appears twice", problem_mark=key.start_mark
-                )
+                problem = f"the key {shown_value(key.value)} appears twice"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
             found.add(key.value)
     return loader.construct_mapping(node, deep=True)
 

@@ -102,16 +102,8 @@ class Fit:
         """The conversion that the config asks for; `crop` if it names none."""
         pixels, crop = data.pixels, data.crop or crop
         background = COLORS[data.background] if isinstance(data.background, str) else data.background
-        return cls(
-            pixels.shape[:2],
-            data.channels,
-            crop,
-            data.fit,
-            background,
-            pixels.dtype,
-            pixels.limits,
-            data.largest_bytes,
-        )
+        size, largest = pixels.shape[:2], data.largest_bytes
+        return cls(size, data.channels, crop, data.fit, background, pixels.dtype, pixels.limits, largest)
 
     @property
     def least_side(self) -> int | None:
@@ -274,7 +266,7 @@ def decode(data: bytes, *, least_side: int | None = None, largest: float = math.
     try:
         if (channels := _tiff_channels(data, largest)) is not None:
             return Picture.of(channels)
-        if Image.MAX_IMAGE_PIXELS is not None and math.isfinite(largest):
+        if Image.MAX_IMAGE_PIXELS is not None and largest < math.inf:  # Pillow's own limit is one of the process
             Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, int(largest) // 3)
         image = Image.open(io.BytesIO(data), formats=_FORMATS)
         stored = image.size
@@ -296,8 +288,6 @@ def decode(data: bytes, *, least_side: int | None = None, largest: float = math.
         ImageOps.exif_transpose(image, in_place=True)
         whole = all(side % scale == 0 for side in stored)
         return Picture(image, tuple(conversions), scale, None if whole else stored)
-    except BadImageError:
-        raise
     except _NOT_DECODED as error:
         unknown = isinstance(error, OSError) and "cannot identify" in str(error)
         reason = f"not one of {', '.join(_FORMATS)}" if unknown else str(error) or type(error).__name__
@@ -328,10 +318,9 @@ def _tiff_channels(data: bytes, largest: float) -> np.ndarray | None:
 def _of_npy(data: bytes) -> Picture:
     """An array [H, W], [H, W, C] or [C, H, W]."""
     try:
-        file = io.BytesIO(data)
-        # A header of version 3 differs from one of version 2 in the names of fields, which images have not.
-        first = np.lib.format.read_magic(file) == (1, 0)
-        read_header = np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0
+        file, known = io.BytesIO(data), np.lib.format
+        # Version 3 differs from version 2 in the names of fields, which images have not.
+        read_header = known.read_array_header_1_0 if known.read_magic(file)[0] == 1 else known.read_array_header_2_0
         shape, _, kind = read_header(file)
         if math.prod(shape) * kind.itemsize > len(data) - file.tell():  # numpy would ask for the memory first
             raise ValueError(f"{list(shape)} values of type {kind} are more than there are")

@@ -12,7 +12,6 @@ RayJob, which not every run has, tells the janitor later which run of which stor
 from __future__ import annotations
 
 import json
-import re
 import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -25,7 +24,7 @@ from ncsn import storage
 from ncsn.config import Config, from_yaml, to_json
 from ncsn.config.load import ADDRESSES
 from ncsn.environment import KfpRun, this_kfp_run
-from ncsn.errors import InvalidValue, UserError, shown_value
+from ncsn.errors import InvalidValue, UserError
 from ncsn.progress import say
 from ncsn.remote.kuberay import NOTES, JobState
 from ncsn.remote.kubernetes import KubernetesApi, Resource, is_ending, is_over, owner_of, was_stopped
@@ -37,7 +36,6 @@ from ncsn.storage.retry import limited
 _STORE_SECONDS = 20.0
 _NOTE_SECONDS = 10.0
 _NOTE_BYTES = 8 << 10  # at most; that of a config with nearly every setting has 4,600
-_WORKFLOW_NAME = re.compile(r"[a-z0-9][a-z0-9.-]{0,252}")
 _STORE_SETTING = "storage.root="  # of a RayJob's command
 
 
@@ -65,8 +63,6 @@ class NotedRun(KfpRun):
         noted = cls(id=name, **from_json(note))  # which refuses deep nesting with a ValueError
         if not all(isinstance(each, str) for each in vars(noted).values()):
             raise InvalidValue("holds something else than text")
-        if not _WORKFLOW_NAME.fullmatch(noted.workflow):
-            raise InvalidValue(f"names no Workflow: {shown_value(noted.workflow)}")
         _ = noted.folder
         return noted
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
-from urllib.parse import quote
 
 import yaml
 from kubernetes import client, config
@@ -28,6 +28,7 @@ INSTALL_KUBERAY = "helm install kuberay-operator kuberay/kuberay-operator --vers
 # Resource -> its API. The client's own models are not used: they refuse what they do not expect.
 _APIS = {"rayjobs": "apis/ray.io/v1", "workflows": "apis/argoproj.io/v1alpha1"}
 _CORE = "api/v1"
+_NAME = re.compile("[a-z0-9][a-z0-9.-]*")
 _METHODS = {"create": "POST", "patch": "PATCH", "delete": "DELETE"}  # of a verb; the others read
 _ENDED = {"Succeeded", "Failed", "Error"}  # of an Argo Workflow
 _LOST_LOG = "unable to retrieve container logs"  # what the kubelet answers for one that is gone
@@ -71,6 +72,8 @@ class KubernetesApi:
         self._client = client.ApiClient(configuration)
 
     def get(self, resource: str, name: str) -> Resource | None:
+        if not _NAME.fullmatch(name):  # of a note or an owner, where others write it: it would lead to another object
+            return None
         found: Resource | None = self._call("get", resource, self._path(resource, name), missing=None)
         return found
 
@@ -149,8 +152,7 @@ class KubernetesApi:
         return [line for line in text.split("\n") if line and not line.startswith(_LOST_LOG)]
 
     def _path(self, resource: str, *below: str) -> str:
-        names = (quote(name, safe="") for name in below)  # of an owner or a note, which others write
-        return "/".join((f"/{_APIS.get(resource, _CORE)}/namespaces/{self.namespace}/{resource}", *names))
+        return "/".join((f"/{_APIS.get(resource, _CORE)}/namespaces/{self.namespace}/{resource}", *below))
 
     def _call(
         self,

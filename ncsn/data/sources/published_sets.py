@@ -124,7 +124,6 @@ _SETS = {
 }
 _IDX_FILES = [f"{split}-{kind}" for split in ("train", "t10k") for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")]
 _MOST_IDX_BYTES = 1 << 28  # of a file, five times the largest of MNIST
-_IDX_BLOCK = 1 << 20
 _CIFAR_ARCHIVE, _CIFAR_FOLDER, _CIFAR_BATCH = "cifar-10-python.tar.gz", "cifar-10-batches-py", "data_batch_1"
 
 
@@ -211,7 +210,7 @@ def _laid_out(place: Path, name: str, kind: Any) -> Iterator[Path]:
                     continue
                 try:
                     with gzip.open(path) as packed, (raw / file).open("wb") as unpacked:
-                        while some := packed.read(_IDX_BLOCK):
+                        while some := packed.read(1 << 20):
                             _require_idx_size(path, unpacked.tell() + len(some))
                             unpacked.write(some)
                 except (EOFError, gzip.BadGzipFile, zlib.error) as error:
