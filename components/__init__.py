@@ -9,6 +9,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Mapping
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +103,8 @@ def publish_metrics(metrics: dsl.Metrics, values: Mapping[str, float | None]) ->
 def publish_pictures(page: dsl.HTML, pictures: Mapping[str, bytes]) -> None:
     """Write PNGs by caption as one self-contained page; KFP shows it in a frame that cannot fetch anything."""
     figures = (
-        f'<figure><img style="image-rendering: pixelated; max-width: 100%" alt="{caption}" '
-        f'src="data:image/png;base64,{base64.b64encode(png).decode()}"><figcaption>{caption}</figcaption></figure>'
+        f'<figure><img style="image-rendering: pixelated; max-width: 100%" alt="{escape(caption)}" '
+        f'src="data:image/png;base64,{base64.b64encode(png).decode()}"><figcaption>{escape(caption)}</figcaption></figure>'
         for caption, png in pictures.items()
     )
     Path(page.path).write_text(f'<!doctype html><meta charset="utf-8">{"".join(figures)}')

@@ -269,7 +269,7 @@ def export_command(*, options: TargetOptions, quotas: tuple[str, ...], out: str 
     wish |= {"classes": {}, "out": str(Path(out).absolute()) if out and "://" not in out else out}
     for quota in quotas:
         name, _, count = quota.rpartition("=")
-        if not name or not count.isdecimal():
+        if not name or not count.isdecimal() or len(count) > 9:
             raise UserError("--class", "is not NAME=N", hint="such as --class crack=2000", value=quota)
         wish["classes"][name] = int(count)
     # As YAML reads it, whose escapes have other surrogates.

@@ -42,7 +42,7 @@ class ProgressView:
             SpinnerColumn(finished_text="[green]✓[/]"),
             TextColumn("{task.description:<9}"),
             BarColumn(bar_width=30),
-            TextColumn("{task.fields[text]}"),
+            TextColumn("{task.fields[text]}", markup=False),
             TimeElapsedColumn(),
             TimeRemainingColumn(compact=True),
             console=console,
@@ -87,8 +87,8 @@ class ProgressView:
     def finish(self, step: str, text: str) -> None:
         self.bars.remove_task(self.bars.tasks[-1].id)
         self.bars.refresh()
-        mark = "[green]✓[/] " if self.console.is_terminal else ""
-        self.console.print(f"{mark}{step:<9} {text}", highlight=False, soft_wrap=True)
+        mark = [Text("✓", "green")] if self.console.is_terminal else []
+        self.console.print(*mark, f"{step:<9} {text}", highlight=False, soft_wrap=True)
 
 
 class ShownProgress(Progress):
@@ -116,8 +116,11 @@ def picture(png: bytes) -> Text:
 
 
 def console_on(stream: TextIO) -> Console:
-    """A console on `stream`. Unless that is a terminal, nobody sees the edge, and nothing is cut or wrapped."""
-    return Console(file=stream, width=None if stream.isatty() else 100_000, highlight=False)
+    """A console on `stream` for texts without markup, since they may hold names of files and classes.
+
+    Unless that is a terminal, nobody sees the edge, and nothing is cut or wrapped.
+    """
+    return Console(file=stream, width=None if stream.isatty() else 100_000, highlight=False, markup=False)
 
 
 class Log:
@@ -132,12 +135,12 @@ class Log:
     def show(self, line: str, *, of_driver: bool) -> None:
         """Show a line that will be written; of the driver's log only where no bars show its progress."""
         if RETRY not in line and not (of_driver and self._console.is_terminal):
-            self._console.print(line, markup=False, soft_wrap=True)
+            self._console.print(line, soft_wrap=True)
 
     def write(self, text: str) -> int:
         for line in text.splitlines():
             if RETRY in line:
-                self._console.print(line[line.index(RETRY) :], markup=False, soft_wrap=True)
+                self._console.print(line[line.index(RETRY) :], soft_wrap=True)
         with suppress(OSError):
             self._file.write(text)
         return len(text)
@@ -208,15 +211,15 @@ def print_summary(console: Console, folder: RunFolder, config: Config, records: 
     from ncsn.tracking.client import tracking_uri
 
     measured = records["evaluate"].result
-    console.print(f"[bold]{measured['verdict']}[/]", soft_wrap=True)
+    console.print(measured["verdict"], style="bold", soft_wrap=True)
     if said := records["register"].result["utility"]:  # of a run without the section too, once it was asked
-        console.print(said, style="bold", markup=False, soft_wrap=True)
+        console.print(said, style="bold", soft_wrap=True)
     command, what = next_step(measured["grade"], config, folder)
     console.print(f"next: {command}\n      ({what})", soft_wrap=True)
     steps = Table("step", Column("seconds", justify="right"), "result", box=SIMPLE_HEAD)
     for step, record in records.items():
         steps.add_row(step, f"{record.seconds:,.1f}", result_line(step, record.result))
-    steps.add_row("[bold]all", f"[bold]{sum(record.seconds for record in records.values()):,.1f}", "")
+    steps.add_row("all", f"{sum(record.seconds for record in records.values()):,.1f}", style="bold")
     first, *others = SCORES_HEAD
     scores = Table(first, *(Column(name, justify="right") for name in others), box=SIMPLE_HEAD)
     for row in score_rows(measured):
@@ -234,7 +237,7 @@ def print_summary(console: Console, folder: RunFolder, config: Config, records: 
         ("mlflow", f"run {folder.run} in experiment {config.tracking.experiment} at {server}"),
         ("", f"ncsn ui {folder.options(config)}"),
     ):
-        console.print(f"[bold]{name:<8}[/] {value}", soft_wrap=True)
+        console.print(Text(f"{name:<8}", "bold"), value, soft_wrap=True)
 
 
 def _trials_table(result: Mapping[str, Any]) -> str:
@@ -255,7 +258,7 @@ def _trials_table(result: Mapping[str, Any]) -> str:
         status = f"{row['status']}: {row['reason']}" if row["reason"] else row["status"]
         done = f"{row['images_seen']:,}", short(row["objective"]), f"{row['seconds']:,.0f}"
         table.add_row(str(row["trial"]), *map(short, values), *done, status)
-    console = Console(width=max(100, 24 * (len(paths) + 5)), record=False)
+    console = Console(width=max(100, 24 * (len(paths) + 5)), record=False, markup=False)
     with console.capture() as captured:
         console.print(table)
     return captured.get().rstrip()

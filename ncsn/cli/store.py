@@ -110,13 +110,13 @@ def show_command(*, name: str, options: TargetOptions, as_json: bool) -> None:
 
 
 def _tree(link: Link) -> Tree:
-    from rich.markup import escape
+    from rich.text import Text
     from rich.tree import Tree
 
-    tree = Tree(f"[bold]{link.kind}[/] {escape(link.id)}")
+    tree = Tree(Text.assemble((link.kind, "bold"), f" {link.id}"))
     for name, value in link.facts.items():
         if value:
-            tree.add(f"[dim]{name.replace('_', ' ')}:[/] {escape(value)}")
+            tree.add(Text.assemble((f"{name.replace('_', ' ')}:", "dim"), f" {value}"))
     for below in link.links:
         tree.children.append(_tree(below))
     return tree

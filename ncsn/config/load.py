@@ -10,11 +10,11 @@ from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from types import NoneType
-from typing import Any, get_origin
+from typing import Any
 
 import yaml
 
-from ncsn.config.problems import leaves, set_value, types_at
+from ncsn.config.problems import is_mapping, leaves, set_value, types_at
 from ncsn.config.rules import checked
 from ncsn.config.schema import TERMS, Config
 from ncsn.environment import IMAGE_VARIABLE, RAY_VARIABLES
@@ -176,7 +176,7 @@ def parse_override(override: str) -> tuple[str, Any]:
     if not equals or not all(path.split(".")) or path.count(".") >= _DEEPEST:
         raise ConfigError("--set", "expected a.b=value", hint="for example noise.num_levels=50", value=override)
     quoted, types = text.startswith(("'", '"')), types_at(path, Config)
-    mapping = text.startswith("{") and any(get_origin(each) is dict for each in types)
+    mapping = text.startswith("{") and is_mapping(path, Config)
     if str in types and not quoted and not mapping:
         return path, None if NoneType in types and text in ("", "~", "null") else text
     try:
@@ -194,7 +194,8 @@ def overrides_between(one: Config, other: Config) -> list[str]:
     """The `overrides` that make the other config of the text of one, of which the `ADDRESSES` are not read."""
 
     def changes(left: Any, right: Any, path: str) -> Iterator[str]:
-        if isinstance(left, dict) and isinstance(right, dict) and left.keys() == right.keys():
+        sections = isinstance(left, dict) and isinstance(right, dict) and left.keys() == right.keys()
+        if sections and not is_mapping(path, Config):
             for key, value in right.items():
                 yield from changes(left[key], value, f"{path}.{key}" if path else key)
         elif left != right or (path in ADDRESSES and left is not None):
@@ -215,8 +216,8 @@ _NOT_DECIDING = (
 
 
 def flatten(config: Config) -> dict[str, Any]:
-    """Dotted path -> plain value; lists stay lists."""
-    return dict(leaves(config.model_dump(mode="json")))
+    """Dotted path -> plain value; lists, and mappings by names of the user, stay what they are."""
+    return dict(leaves(config))
 
 
 def continues(config: Config) -> bool:

@@ -17,13 +17,23 @@ from ncsn.core.samplers.settings import Sampler
 from ncsn.errors import ConfigError, Problem, problems_of, shown_value
 
 
-def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The dotted path of each value of a tree, and the value; lists stay lists."""
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+def leaves(config: BaseModel) -> Iterator[tuple[str, Any]]:
+    """The dotted path of each setting, and its plain value, which may be a list or a mapping by names of the user."""
+
+    def below(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+        for key, value in tree.items():
+            path = f"{prefix}{key}"
+            if isinstance(value, dict) and not is_mapping(path, type(config)):
+                yield from below(value, f"{path}.")
+            else:
+                yield path, value
+
+    return below(config.model_dump(mode="json"), "")
+
+
+def is_mapping(path: str, root: type[Any]) -> bool:
+    """Whether the value at a dotted path may be a mapping whose keys are no settings, such as names of classes."""
+    return any(get_origin(each) is dict for each in types_at(path, root))
 
 
 def set_value(tree: dict[str, Any], path: str, value: Any) -> None:

@@ -135,7 +135,7 @@ def space_problems(config: Config) -> list[Problem]:
 def _path_problems(config: Config, path: str) -> Iterator[Problem]:
     searchable = [
         path
-        for path, _ in leaves(config.model_dump(mode="json"))
+        for path, _ in leaves(config)
         if path.startswith((*_SEARCHED, *_AND)) and path not in (*_BUT, EPSILON) and not path.endswith(".kind")
     ]
     key, choices = f"search.space.{path}", f"search any of {', '.join(searchable)}"

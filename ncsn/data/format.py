@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ LABEL = "label"
 NAME = "name"  # of the file below the source's root; empty if it has none
 SPLITS = ("train", "test")
 NO_LABEL = -1
+CLASS_NAMES = "classes.json"  # beside folders of images: the name of the class of each
 
 DIGEST_VERSION = 2
 DIGEST_LENGTH = 16
@@ -79,6 +81,12 @@ def schema(pixels: Pixels) -> pa.Schema:
     facts = {_SHAPE: json.dumps(pixels.shape), _DTYPE: pixels.dtype, _LIMITS: json.dumps(pixels.limits)}
     images = pa.field(IMAGE, pa.binary(pixels.num_bytes), nullable=False, metadata=facts)
     return pa.schema([images, pa.field(LABEL, pa.int64(), nullable=False)])
+
+
+def class_slug(label: int, names: Sequence[str]) -> str:
+    """The class as part of a path or key, whatever its name holds: `03-T-shirt-top`. All differ, and sort by label."""
+    number = f"{label:0{len(str(len(names) - 1))}}"
+    return f"{number}-{re.sub(r'[^A-Za-z0-9]+', '-', names[label]).strip('-')[:40]}".rstrip("-")
 
 
 def part_images(pixels: Pixels) -> int:

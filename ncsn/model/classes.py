@@ -29,7 +29,8 @@ class Classes:
         """
         if text in self.names:
             return self.names.index(text)
-        if text.isdecimal() and int(text) < len(self.names) and not any(map(str.isdecimal, self.names)):
+        number = text.isdecimal() and len(text) < 10 and not any(map(str.isdecimal, self.names))
+        if number and int(text) < len(self.names):
             return int(text)
         raise UserError(key, "no such class", hint=f"use one of {_shown(self.names)}", value=text)
 

@@ -39,7 +39,7 @@ def render(template: str, **records: Any) -> str:
         "fields": asdict,
         "quoted": lambda text: json.dumps(text, ensure_ascii=False),  # as Python reads it too
         "short": lambda number: f"{number:g}",
-        "plain": lambda text: " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;"),
+        "plain": words.plain,
         "svg": Markup,  # drawn by our own plots
     }
     environment.globals |= {"words": words, "style": Markup((TEMPLATES / "report.css").read_text())}  # noqa: S704

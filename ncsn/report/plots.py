@@ -170,10 +170,14 @@ def confusion_matrix(classes: Mapping[str, Any]) -> Figure:
     figure.colorbar(image, ax=axes, shrink=0.7, label="share of the images")
     axes.set(xlabel="predicted class", ylabel="requested class")
     if len(names) <= MOST_CLASSES:
-        short = [name if len(name) <= 14 else f"{name[:13]}…" for name in names]
-        axes.set_xticks(range(len(names)), short, rotation=60, ha="right")
-        axes.set_yticks(range(len(names)), short)
+        axes.set_xticks(range(len(names)), _short(names), rotation=60, ha="right", parse_math=False)
+        axes.set_yticks(range(len(names)), _short(names), parse_math=False)
     return figure
+
+
+def _short(names: Sequence[str]) -> list[str]:
+    """Names of classes that have room beside an axis."""
+    return [name if len(name) <= 14 else f"{name[:13]}…" for name in names]
 
 
 @styled
@@ -194,7 +198,8 @@ def utility_figure(result: Mapping[str, Any]) -> Figure:
     left.set(yticks=-np.arange(len(arms)), yticklabels=[*map(arm_label, arms)], title="balanced accuracy %")
     for name, color, shift in (("augmented", INK, 0.14), (result["chosen"][0], PALETTE[1], -0.14)):
         dots(right, arms[name]["recalls"][: len(names)], shift=shift, color=color, label=arm_label(name))
-    right.set(yticks=-np.arange(len(names)), yticklabels=names, title="recall by class %")
+    right.set_yticks(-np.arange(len(names)), _short(names), parse_math=False)
+    right.set(title="recall by class %")
     figure.legend(loc="outside lower right", ncols=2)  # a free place inside counts no intervals
     for axes in (left, right):
         axes.grid(axis="x")

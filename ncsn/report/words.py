@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import shlex
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -362,7 +363,7 @@ def class_lines(classes: Mapping[str, Any], *, most: int) -> list[tuple[str, ...
         lines = sorted(lines, key=lambda pair: (pair[0]["agreement"] is None, pair[0]["agreement"] or 0.0))[:most]
     return [
         (
-            line["name"].replace("|", "/")[:30],
+            line["name"][:30],
             f"{line['num_images']:,}",
             shown(line["agreement"], ".1%"),
             shown(real["agreement"], ".1%"),
@@ -396,9 +397,16 @@ def candidate_lines(candidates: Sequence[Mapping[str, Any]], *, most: int) -> li
     ]
 
 
-def markdown_table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+def plain(text: str) -> str:
+    """A text that Markdown, in a table too, shows as it is: no markup, link, HTML or new line."""
+    text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
+    return re.sub(r"[\\`*_\[\]|~]", r"\\\g<0>", text)
+
+
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of plain texts below a head of Markdown."""
+    lines = [head, ["---"] * len(head), *(map(plain, row) for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 MINUTE, HOUR, DAY = 60, 3600, 86400

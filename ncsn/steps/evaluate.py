@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from functools import partial
@@ -12,7 +11,7 @@ import numpy as np
 
 from ncsn import storage
 from ncsn.config import Config
-from ncsn.data.format import MANIFEST, Manifest, load_manifest
+from ncsn.data.format import MANIFEST, Manifest, class_slug, load_manifest
 from ncsn.data.samples import SampleSet
 from ncsn.data.training_images import open_cache
 from ncsn.distributed.cluster import cluster_for, on_this_machine, ray_tags
@@ -79,7 +78,7 @@ def measure(
     for number, line in enumerate(result.classes["table"][:MOST_CLASSES] if result.classes else []):
         for metric in ("agreement", "kid"):  # `eval/classifier_class_agreement_n51/3-dress`
             full = metric_name(f"class_{metric}", extractor=extractor, num_images=line["num_images"])
-            by_class[f"{full}/{number}-{re.sub(r'[^A-Za-z0-9]+', '-', line['name'])[:40]}"] = line[metric]
+            by_class[f"{full}/{class_slug(number, manifest.class_names)}"] = line[metric]
     tracked.log_metrics({name: value for name, value in by_class.items() if value is not None})
     for uri in filter(None, (result.uri, result.real_images, result.neighbors, result.confusion)):
         tracked.log_file(uri)

@@ -26,7 +26,7 @@ from ncsn import storage
 from ncsn.config import Config
 from ncsn.config.load import from_yaml
 from ncsn.config.schema import MOST_IMAGES
-from ncsn.data.format import PARQUET_OPTIONS, Manifest, from_table, load_manifest
+from ncsn.data.format import CLASS_NAMES, PARQUET_OPTIONS, Manifest, class_slug, from_table, load_manifest
 from ncsn.data.samples import SampleSet, to_png
 from ncsn.data.training_images import open_cache
 from ncsn.distributed.cluster import cluster_for, ray_tags
@@ -190,6 +190,9 @@ def write(
     with storage.staged_folder(uri, marker=CARD) as staging:
         for part in parts:
             _write(staging, part, manifest, kind=config.export.format)
+        if config.export.format == "png" and trained.classes:
+            folders = {folder_of(part, manifest): part.name for part in parts}
+            (staging / CLASS_NAMES).write_text(json.dumps(folders, ensure_ascii=False, indent=1))
         (staging / CARD).write_text(f"{card}\n<!-- ncsn export {digest} {comment} -->\n")
     return result
 
@@ -265,11 +268,11 @@ def _distances(config: Config, manifest: Manifest, dataset: str, parts: list[Par
 
 
 def _write(folder: Path, part: Part, manifest: Manifest, *, kind: str) -> None:
-    """PNG files in a folder of the class, or Parquet files.
+    """PNG files in a folder of the class, or Parquet files named after it.
 
     Parquet files are as `datasets` has images and classes, or, where PNG cannot hold the pixels, as this project's.
     """
-    names, name = list(manifest.class_names) if part.name else [], part.name.replace("/", "-")  # as in `T-shirt/top`
+    names, name = list(manifest.class_names) if part.name else [], folder_of(part, manifest)
     features = {"image": {"_type": "Image"}} | ({"label": {"names": names, "_type": "ClassLabel"}} if names else {})
     known = {b"huggingface": json.dumps({"info": {"features": features}}).encode()}
     for first in range(0, part.samples.count, FILE_IMAGES):
@@ -289,6 +292,11 @@ def _write(folder: Path, part: Part, manifest: Manifest, *, kind: str) -> None:
             column = pa.array([{"bytes": png, "path": None} for png in pngs], _ENCODED)
             columns = {"image": column} | ({"label": rows.column("label")} if names else {})
             pq.write_table(pa.table(columns).replace_schema_metadata(known), file)
+
+
+def folder_of(part: Part, manifest: Manifest) -> str:
+    """The folder of the PNG files of a part; empty without classes."""
+    return class_slug(manifest.class_names.index(part.name), manifest.class_names) if part.name else ""
 
 
 def _fits_png(manifest: Manifest) -> bool:

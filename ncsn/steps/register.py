@@ -22,7 +22,7 @@ from ncsn.model.generate import evaluations_per_image, guide_of, sampling_facts
 from ncsn.report.hints import copying_hints, overfitting_hints
 from ncsn.report.images import smaller_png
 from ncsn.report.pages import render
-from ncsn.report.words import cost_line, terms
+from ncsn.report.words import cost_line, plain, terms
 from ncsn.runs.folder import Run, RunFolder, read_step, run_folder, spent
 from ncsn.runs.history import held_out_curves, load_history
 from ncsn.steps.results import Context, Prepared, RegisterResult
@@ -114,7 +114,7 @@ def register(
         tracked.client.set_model_version_tag(candidate.name, version, "ncsn.utility", helped)
     card = tracked.client.get_model_version(candidate.name, version).description or ""
     card = re.sub(rf"\n\n({'|'.join(told)}): .*", "", card)
-    lines = "".join(f"\n\n{name}: {text}." for name, text in told.items())
+    lines = "".join(f"\n\n{name}: {plain(text)}." for name, text in told.items())
     card = card.replace("\n\n## Use\n", f"{lines}\n\n## Use\n", 1)
     before, title, _ = card.partition("\n## License\n")  # a long card has no room for it
     card = before + title + candidate.card.rpartition(title)[2] if title else card  # terms may have been given since

@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import os
 import stat
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 NO_FILES = f"{0:016x}"  # the fingerprint of a source that is away or empty, or comes with a library
 _LISTED = 4096  # files that are objects of Python at a time
+MOST_NAME_BYTES = 255  # of a class, as of a file
+_NO_TEXT = ("Cc", "Cs", "Zl", "Zp")  # Unicode's control characters, half characters, and ends of lines
 
 
 class Split(Protocol):
@@ -55,6 +58,21 @@ class Source:
     class_names: tuple[str, ...]  # of label 0, 1, ...; empty if there are no labels
     splits: Mapping[str, Split]  # `train` and `test`
     ignored: Mapping[str, int] = field(default_factory=dict)  # what else was found, such as `.mp4` -> number of files
+
+    def __post_init__(self) -> None:
+        """Refuse names of classes that a path, a line or a key could not hold."""
+        for name, times in Counter(self.class_names).items():
+            if name in ("", ".", ".."):
+                reason = "is no name of a class"
+            elif any(unicodedata.category(letter) in _NO_TEXT for letter in name):
+                reason = "is the name of a class, and has a control character or is no UTF-8"
+            elif len(name.encode()) > MOST_NAME_BYTES:
+                reason = f"is the name of a class, and has more than {MOST_NAME_BYTES} bytes"
+            elif times > 1:
+                reason = "is the name of several classes"
+            else:
+                continue
+            raise UserError("data.root", reason, hint="rename this class of the images", value=name)
 
 
 @dataclass

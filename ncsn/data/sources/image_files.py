@@ -28,7 +28,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from ncsn import storage
-from ncsn.data.format import SkippedImage
+from ncsn.data.format import CLASS_NAMES, SkippedImage
 from ncsn.data.pixels import BadImageError, Example, Fit, Picture, decode, require_size
 from ncsn.data.sources.base import require_utf8
 from ncsn.errors import UserError
@@ -39,7 +39,8 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".t
 ARCHIVE_SUFFIXES = (".tar", ".zip")
 COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 HEIC_SUFFIXES = (".heic", ".heif")  # of phones; Pillow does not read them
-LABEL_TABLES = ("metadata.jsonl", "metadata.csv", "dataset.json", "labels.csv")  # of Hugging Face, EDM and Kaggle
+# Of Hugging Face, EDM, Kaggle and an export of ours.
+LABEL_TABLES = ("metadata.jsonl", "metadata.csv", "dataset.json", "labels.csv", CLASS_NAMES)
 
 _LABEL_KEYS = ("cls", "label")
 _INDEX_BUFFER = 256 << 10
@@ -106,6 +107,7 @@ def index_archive(uri: str, largest: float) -> tuple[pa.Table, dict[str, bytes],
                     fields = json.loads(read_member(stream, member, largest).decode())
                     values = [fields[key] for key in _LABEL_KEYS if key in fields] if isinstance(fields, dict) else []
                     words[_key(member.path)] = str(values[0]) if values else ""
+                    require_utf8(words[_key(member.path)], key=member.path)
                 else:
                     others[kind_of(member.path)] += 1
             except (ValueError, RecursionError) as error:
@@ -158,7 +160,7 @@ def _tar_members(stream: Any, uri: str) -> Iterator[Member]:
                     raise tarfile.ReadError("a member of less than no bytes")  # would be found again and again
                 if info.isreg() and not info.issparse():
                     place = stream.tell()
-                    yield Member(info.name, info.offset_data, info.size)
+                    yield Member(info.name.removeprefix("./"), info.offset_data, info.size)  # of `tar -c .`
                     stream.seek(place)  # a local file of Arrow loses it where the member is read meanwhile
                 tar.members = []  # type: ignore[attr-defined]  # tarfile would keep them all
     except (tarfile.TarError, EOFError, ValueError, OverflowError, MemoryError, RecursionError) as error:

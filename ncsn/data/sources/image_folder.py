@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import posixpath
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,9 +21,9 @@ from numpy.typing import NDArray
 
 from ncsn import storage
 from ncsn.config.schema import DataConfig
-from ncsn.data.format import NO_LABEL, SPLITS
+from ncsn.data.format import CLASS_NAMES, NO_LABEL, SPLITS
 from ncsn.data.pixels import BadImageError, Fit, require_size
-from ncsn.data.sources.base import Source, hold_out, list_files, name_ranks, required_root, texts
+from ncsn.data.sources.base import Source, hold_out, list_files, name_ranks, require_utf8, required_root, texts
 from ncsn.data.sources.image_files import (
     ARCHIVE_SUFFIXES,
     COMPRESSED_SUFFIXES,
@@ -36,6 +37,7 @@ from ncsn.data.sources.image_files import (
 from ncsn.errors import UserError
 
 _INDEX_THREADS = 16
+_NUMBER = re.compile("0|[1-9][0-9]{0,17}")
 
 
 def open_image_folder(data: DataConfig) -> Source:
@@ -45,13 +47,16 @@ def open_image_folder(data: DataConfig) -> Source:
     rows, in a shuffled but fixed order, so that the first N images of a split are a fair sample.
     """
     root = storage.absolute(required_root(data))
-    found, labeled, ignored = _find(root, data)
+    found, labeled, ignored, renamed = _find(root, data)
     ranks = name_ranks(texts(found["place"]))
     order = np.argsort(ranks, kind="stable")
     tops = folders = pc.struct_field(pc.extract_regex(found["place"], "^(?P<top>[^/]*)/"), 0)
     own_splits = {*tops.unique().to_pylist()} == set(SPLITS)
     if own_splits:
         folders = pc.struct_field(pc.extract_regex(found["place"], "^[^/]*/(?P<next>[^/]*)/"), 0)
+    known = folders.unique()
+    classes = pa.array([renamed.get(folder, folder) for folder in known.to_pylist()], known.type)
+    folders = pc.take(classes, pc.index_in(folders, value_set=known))
     # A stray table of a few images does not hide folders that are classes.
     if 2 * labeled < len(found) and len(folders.unique().drop_null()) > 1:
         ignored[f"stray label{'s' * (labeled > 1)}"] += labeled
@@ -93,8 +98,8 @@ def how_to_convert(kinds: Iterable[str]) -> str:
     return "convert HEIC to JPEG, for example with ImageMagick: mogrify -format jpg FILES" if heic else ""
 
 
-def _find(root: str, data: DataConfig) -> tuple[pa.Table, int, Counter[str]]:
-    """All images, how many of them tables name or files label, and what is ignored.
+def _find(root: str, data: DataConfig) -> tuple[pa.Table, int, Counter[str], Mapping[str, str]]:
+    """All images, how many of them tables name or files label, what is ignored, and the classes of folders by name.
 
     An image is a row as of `EncodedImages`, with its label as a `word` and its `place`: where it would be with every
     archive unpacked in its folder, which decides split, class and order. Archives count only if all images are in some.
@@ -128,11 +133,13 @@ def _find(root: str, data: DataConfig) -> tuple[pa.Table, int, Counter[str]]:
         hint = how_to_convert(+ignored) or f"set it to a folder of images, or a {' or '.join(ARCHIVE_SUFFIXES)}"
         hint = "decompress the archive to a .tar (its images are compressed already)" if compressed else hint
         raise UserError("data.root", reason, hint=hint, value=root)
+    renamed = {folder: name for table in tables if table.of_folders for folder, name in table.words.items()}
+    tables = [table for table in tables if not table.of_folders]
     if not tables:
-        return found, pc.sum(pc.not_equal(found["word"], "")).as_py() or 0, ignored
+        return found, pc.sum(pc.not_equal(found["word"], "")).as_py() or 0, ignored, renamed
     words = _words_of(tables, found)
     column = pa.array(map(words.get, range(len(found))), pa.large_string())
-    return found.set_column(found.column_names.index("word"), "word", [column]), len(words), ignored
+    return found.set_column(found.column_names.index("word"), "word", [column]), len(words), ignored, renamed
 
 
 def _in_archives(root: str, archives: Sequence[str], largest: int) -> tuple[pa.Table, list[_Table], Counter[str]]:
@@ -167,6 +174,7 @@ class _Table:
     archive: str  # the archive that holds it, by its path below the root; empty for none
     folder: str  # what the names in it are relative to: its folder in the archive or below the root
     words: Mapping[str, str]  # name as in the table -> label in words, empty for none
+    of_folders: bool = False  # whether these are names of folders, whose images have the label
 
 
 def _read_table(content: bytes, *, origin: str, path: str, archive: str = "") -> _Table | None:
@@ -174,7 +182,11 @@ def _read_table(content: bytes, *, origin: str, path: str, archive: str = "") ->
     folder, _, name = path.rpartition("/")
     try:
         text = content.decode("utf-8-sig")
-        if name == "dataset.json":
+        if name == CLASS_NAMES:
+            fields = json.loads(text)
+            ours = not folder and isinstance(fields, dict) and all(isinstance(each, str) for each in fields.values())
+            rows = fields.items() if ours else None
+        elif name == "dataset.json":
             fields = json.loads(text)
             rows = fields.get("labels") if isinstance(fields, dict) else None
             # StyleGAN's tools also write vectors there, which are no classes.
@@ -191,6 +203,13 @@ def _read_table(content: bytes, *, origin: str, path: str, archive: str = "") ->
     if rows is None:
         return None
     words: dict[str, str] = {}
+    if name == CLASS_NAMES:
+        for folder_name, word in rows:
+            require_utf8(word, key=origin)
+            words[folder_name] = word
+        if len({*words.values()}) < len(words):
+            raise UserError(origin, "gives two folders the same class", hint="repair or remove it")
+        return _Table(origin, archive, folder, words, of_folders=True)
     for file, label in rows:
         if file in words:
             raise UserError(origin, f"names {file!r} twice", hint="remove one of the two lines")
@@ -199,6 +218,7 @@ def _read_table(content: bytes, *, origin: str, path: str, archive: str = "") ->
         if label is not None and not isinstance(label, str | int):
             raise UserError(origin, f"labels {file!r} with something else than a word or a whole number", value=label)
         word = "" if label is None else str(label).strip()
+        require_utf8(word, key=origin)
         words[file] = "" if word == "-1" else word
     return _Table(origin, archive, folder, words)
 
@@ -243,7 +263,7 @@ def labels_of(words: pa.Array | pa.ChunkedArray, class_names: Sequence[str]) -> 
 
 def class_names_of(words: set[str], *, numbers: bool) -> tuple[str, ...]:
     """Sorted. Labels that are numbers stay what they are, so that the classes are 0 .. the largest."""
-    if numbers and all(word.isdecimal() and word == str(int(word)) for word in words):
+    if numbers and all(_NUMBER.fullmatch(word) for word in words):
         largest = max(map(int, words), default=-1)
         if largest >= 10 * len(words) + 1000:
             reason = f"the labels of the images go up to {largest} with {len(words)} classes"

@@ -25,7 +25,7 @@ from ncsn import storage
 from ncsn.config.schema import DataConfig
 from ncsn.data.format import NO_LABEL, group_lengths, load_manifest, pieces_of, pixels_of
 from ncsn.data.pixels import BadImageError, Fit, Picture, decode, require_size
-from ncsn.data.sources.base import Source, hold_out, list_files, name_ranks, required_root, texts
+from ncsn.data.sources.base import Source, hold_out, list_files, name_ranks, require_utf8, required_root, texts
 from ncsn.data.sources.image_files import DecodedSplit, Encoded
 from ncsn.data.sources.image_folder import class_names_of, labels_of
 from ncsn.errors import UserError
@@ -146,12 +146,15 @@ def choose_columns(schema: pa.Schema, data: DataConfig, *, uri: str) -> Columns:
     others = [name for name in possible if name.lower() in _LABEL_NAMES]
     label = _choose("data.label_column", data.label_column, possible, marked or others, _LABEL_NAMES, held)
     names = features.get(label, {}).get("names") if label else None
+    class_names = tuple(map(str, names)) if isinstance(names, list) and names else None
+    for name in class_names or ():
+        require_utf8(name, key=uri)
     return Columns(
         image,
         kinds[image],
         label,
         numbers=label is not None and pa.types.is_integer(schema.field(label).type),
-        class_names=tuple(map(str, names)) if isinstance(names, list) and names else None,
+        class_names=class_names,
     )
 
 
