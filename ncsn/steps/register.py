@@ -110,11 +110,11 @@ def register(
     # The card of the version says so too, before the use, and what classifiers have said since it was registered.
     told = {"Gate": decision.reason}
     if helped := candidate.tags.get("ncsn.utility"):
-        told = {"Utility": helped} | told
+        told = {"Utility": plain(helped)} | told
         tracked.client.set_model_version_tag(candidate.name, version, "ncsn.utility", helped)
     card = tracked.client.get_model_version(candidate.name, version).description or ""
     card = re.sub(rf"\n\n({'|'.join(told)}): .*", "", card)
-    lines = "".join(f"\n\n{name}: {plain(text)}." for name, text in told.items())
+    lines = "".join(f"\n\n{name}: {text}." for name, text in told.items())
     card = card.replace("\n\n## Use\n", f"{lines}\n\n## Use\n", 1)
     before, title, _ = card.partition("\n## License\n")  # a long card has no room for it
     card = before + title + candidate.card.rpartition(title)[2] if title else card  # terms may have been given since

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, strategies as st
 from image_folders import Formats, put, rows_of, skipped_of
@@ -19,7 +21,7 @@ from ncsn import storage
 from ncsn.data.dataset import write_dataset
 from ncsn.data.sources import OF_LIBRARIES, SOURCES, open_source
 from ncsn.data.sources.base import hold_out, list_files, name_ranks, source_fingerprint
-from ncsn.errors import NotFound
+from ncsn.errors import NotFound, UserError
 
 
 @given(count=st.integers(1, 200), percent=st.integers(1, 99), classes=st.integers(1, 5))
@@ -118,3 +120,40 @@ def test_a_file_that_goes_and_one_that_may_not_be_read_are_refused(tmp_path, mem
     monkeypatch.setattr(storage, "open", locked, raising=False)
     with refused(f"{root}/cat/04.png"):
         rows_of(open_source(data_config("image_folder", Path(root, "cat"), on_bad_image="skip")))
+
+
+NO_NAMES = (".", "..", "a\nb", "\x1b[31m", "a\u2028b", "\udcff", "x" * 256, "é" * 128, "9" * 5000)
+PLACES = ("words.parquet", "names.parquet", "metadata.jsonl", "classes.json", "x.tar")
+
+
+def labeled(root: Path, place: str, name: str) -> None:
+    """Eight images below `root`, half of which have the label `name`, as this file says."""
+    draw = np.random.default_rng(0)
+    pngs = [Formats.image(draw.integers(0, 256, (8, 8), np.uint8)) for _ in range(8)]
+    files, words = [f"{'ab'[number % 2]}/{number}.png" for number in range(8)], [name, "b"] * 4
+    if place.endswith(".parquet"):
+        feature = {"label": {"names": [name, "b"], "_type": "ClassLabel"}} if place == "names.parquet" else {}
+        column = [number % 2 for number in range(8)] if feature else words
+        hub = {"huggingface": json.dumps({"info": {"features": feature}})}
+        pq.write_table(pa.table({"image": pngs, "label": column}).replace_schema_metadata(hub), root / place)
+    elif place == "x.tar":
+        members = {f"{word}/{file}": png for word, file, png in zip(words, files, pngs, strict=True)}
+        put(root, {place: Formats.tar(members)})
+    else:
+        rows = [json.dumps({"file_name": file, "label": word}) for file, word in zip(files, words, strict=True)]
+        content = {"metadata.jsonl": "\n".join(rows), "classes.json": json.dumps({"a": name})}
+        put(root, dict(zip(files, pngs, strict=True)) | {place: content[place].encode()})
+
+
+@pytest.mark.parametrize("name", NO_NAMES, ids=lambda name: ascii(name[:9]))
+@pytest.mark.parametrize("place", PLACES)
+def test_what_no_path_or_line_can_hold_is_no_name_of_a_class(tmp_path, data_config, place: str, name: str) -> None:
+    if (place, name) in (("words.parquet", "\udcff"), ("x.tar", ".")):
+        pytest.skip("there is no such thing")
+    data = data_config("parquet" if place.endswith("parquet") else "image_folder", tmp_path)
+    labeled(tmp_path, place, name)
+    with pytest.raises(UserError) as caught:
+        open_source(data)
+    assert len(str(caught.value).splitlines()) == 1
+    labeled(tmp_path, place, "good")
+    assert sorted(open_source(data).class_names) == ["b", "good"]

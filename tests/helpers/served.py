@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import threading
 import time
@@ -15,6 +16,8 @@ from typing import Any
 import numpy as np
 import requests
 import torch
+from starlette.requests import Request
+from starlette.responses import Response
 
 from ncsn.config import from_yaml
 from ncsn.core.images import fit_moments
@@ -61,6 +64,24 @@ def make_champion(root: Path, seed: int, *overrides: str, name: str = "tiny") ->
         version = str(registry.register(tracked, candidate).version)
         promote_version(tracked.client, name, version=version, force=True)
     return f"models:/{name}/{version}"
+
+
+def ask(
+    handle: Any, method: str, path: str, body: bytes | None = b"", *, kind: str = "application/json", whole: bool = True
+) -> Response:
+    """What is answered to a body; None for a client that goes before it has sent one."""
+    message = {"type": "http.disconnect"} if body is None else {"type": "http.request", "body": body}
+    messages = [message | {"more_body": not whole}]
+
+    async def receive() -> dict[str, Any]:
+        if not messages:
+            await asyncio.sleep(3600)
+        return messages.pop()
+
+    headers = [(b"content-type", kind.encode())]
+    scope = {"type": "http", "method": method, "path": path, "root_path": "", "query_string": b"", "headers": headers}
+    answer: Response = handle.remote(Request(scope, receive)).result(timeout_s=100)
+    return answer
 
 
 @dataclass

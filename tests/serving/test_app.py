@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import io
 import json
 import shlex
@@ -17,9 +16,7 @@ import pytest
 from PIL import Image
 from ray import serve
 from refused import refused
-from served import TEXT, trained_by
-from starlette.requests import Request
-from starlette.responses import Response
+from served import TEXT, ask, trained_by
 
 from ncsn.config import from_yaml, to_yaml
 from ncsn.model import build
@@ -44,21 +41,6 @@ def handle() -> Iterator[Any]:
         patch.setattr(app, "POLL_SECONDS", 3600.0)
         serves(patch)
         yield serve.run(app.build({"model": "models:/tiny@champion"}), _local_testing_mode=True)
-
-
-def ask(handle, method, path, body=b"", *, kind="application/json", whole=True) -> Response:
-    """What is answered to a body; None for a client that goes before it has sent one."""
-    message = {"type": "http.disconnect"} if body is None else {"type": "http.request", "body": body}
-    messages = [message | {"more_body": not whole}]
-
-    async def receive() -> dict[str, Any]:
-        if not messages:
-            await asyncio.sleep(3600)
-        return messages.pop()
-
-    headers = [(b"content-type", kind.encode())]
-    scope = {"type": "http", "method": method, "path": path, "root_path": "", "query_string": b"", "headers": headers}
-    return handle.remote(Request(scope, receive)).result(timeout_s=100)
 
 
 def test_images_are_those_of_the_model_by_seed_and_class(handle: Any) -> None:

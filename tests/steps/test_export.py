@@ -1,5 +1,6 @@
 """A data set of generated images: as many as asked for, without copies, with the same bytes again."""
 
+import json
 import os
 import shlex
 import subprocess
@@ -114,7 +115,8 @@ def test_fill_completes_each_class_to_the_largest(tmp_path: Path, save_untrained
     cards = [Path(do("export", each, "mine", **given).card).read_text() for each in (other, noisier)]
     assert ["They help" in card for card in cards] == [True, False], "it was asked about images of the first kind"
     assert result.counts == missing
-    assert {path.name: len(list(path.iterdir())) for path in Path(result.uri).iterdir() if path.is_dir()} == missing
+    names = json.loads(Path(result.uri, "classes.json").read_text())
+    assert {name: len(list(Path(result.uri, folder).iterdir())) for folder, name in names.items()} == missing
 
 
 @pytest.mark.parametrize(
