@@ -29,26 +29,26 @@ LEAST_MODULES, MOST_MODULES = 2, 14  # of a package
 # could.
 BUDGETS = {
     "ncsn/core": 3521,
-    "ncsn/data": 2965,
+    "ncsn/data": 3016,
     "ncsn/evaluation": 2419,
-    "ncsn/steps ncsn/runs ncsn/kubeflow": 4334,
-    "ncsn/model": 1515,
+    "ncsn/steps ncsn/runs ncsn/kubeflow": 4341,
+    "ncsn/model": 1516,
     "ncsn/distributed": 1515,
-    "ncsn/config": 1897,
-    "ncsn/cli": 1846,
+    "ncsn/config": 1908,
+    "ncsn/cli": 1850,
     "ncsn/tracking": 1481,
-    "ncsn/report": 1048,
+    "ncsn/report": 1065,
     "ncsn/remote": 1640,
     "ncsn/library": 539,
     "ncsn/init ncsn/inspection": 2016,
     "ncsn/serving": 442,
     "ncsn/training": 1033,
-    "components pipelines": 1114,
+    "components pipelines": 1115,
     "ncsn/storage": 887,
     "examples": 1141,
-    "tests": 25943,
+    "tests": 26235,
 }
-MOST_WORDS = 20710
+MOST_WORDS = 20783
 
 
 def _name(path: Path) -> str:

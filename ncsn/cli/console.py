@@ -23,6 +23,7 @@ from rich.text import Text
 from ncsn.config import Config
 from ncsn.progress import Progress
 from ncsn.report import words
+from ncsn.report.pages import markdown_table
 from ncsn.report.words import SCORES_HEAD, duration, next_step, score_rows, takes
 from ncsn.runs.folder import RunFolder, StepRecord
 from ncsn.steps.results import result_line
@@ -201,7 +202,7 @@ def describe_result(step: str, result: Any, **more: str | None) -> str:
         lines = [_trials_table(values), *lines, f"next: ncsn run --config {result.config}"]
     elif step == "select":
         rows = words.candidate_lines(result.candidates, most=20)
-        lines = [words.markdown_table(words.candidates_head(result.figure), rows), *lines]
+        lines = [markdown_table(words.candidates_head(result.figure), rows), *lines]
     return "\n".join([*lines, *(f"note: {note}" for note in values.get("notes", ()))])
 
 

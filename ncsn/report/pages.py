@@ -9,6 +9,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -39,8 +41,21 @@ def render(template: str, **records: Any) -> str:
         "fields": asdict,
         "quoted": lambda text: json.dumps(text, ensure_ascii=False),  # as Python reads it too
         "short": lambda number: f"{number:g}",
-        "plain": words.plain,
+        "plain": plain,
         "svg": Markup,  # drawn by our own plots
     }
-    environment.globals |= {"words": words, "style": Markup((TEMPLATES / "report.css").read_text())}  # noqa: S704
+    style = Markup((TEMPLATES / "report.css").read_text())  # noqa: S704
+    environment.globals |= {"words": words, "markdown_table": markdown_table, "style": style}
     return environment.get_template(template).render(**records)
+
+
+def plain(text: str) -> str:
+    """A text that Markdown, in a table too, shows as it is: no markup, link, HTML or new line."""
+    text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
+    return re.sub(r"[\\`*_\[\]|~]", r"\\\g<0>", text)
+
+
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of plain texts below a head of Markdown."""
+    lines = [head, ["---"] * len(head), *(map(plain, row) for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import shlex
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -395,18 +394,6 @@ def candidate_lines(candidates: Sequence[Mapping[str, Any]], *, most: int) -> li
         )
         for row in ranked[:most]
     ]
-
-
-def plain(text: str) -> str:
-    """A text that Markdown, in a table too, shows as it is: no markup, link, HTML or new line."""
-    text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
-    return re.sub(r"[\\`*_\[\]|~]", r"\\\g<0>", text)
-
-
-def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of plain texts below a head of Markdown."""
-    lines = [head, ["---"] * len(head), *(map(plain, row) for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 MINUTE, HOUR, DAY = 60, 3600, 86400

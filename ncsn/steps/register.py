@@ -21,8 +21,8 @@ from ncsn.model.checkpoint import TrainedNetwork, weights_digest
 from ncsn.model.generate import evaluations_per_image, guide_of, sampling_facts
 from ncsn.report.hints import copying_hints, overfitting_hints
 from ncsn.report.images import smaller_png
-from ncsn.report.pages import render
-from ncsn.report.words import cost_line, plain, terms
+from ncsn.report.pages import plain, render
+from ncsn.report.words import cost_line, terms
 from ncsn.runs.folder import Run, RunFolder, read_step, run_folder, spent
 from ncsn.runs.history import held_out_curves, load_history
 from ncsn.steps.results import Context, Prepared, RegisterResult

@@ -16,7 +16,7 @@ from do import result_of
 from rich.console import Console
 
 from ncsn.cli import app
-from ncsn.cli.console import Log, ProgressView, print_summary, shown_progress
+from ncsn.cli.console import Log, ProgressView, console_on, print_summary, shown_progress
 from ncsn.cli.target import TargetOptions
 from ncsn.config import flatten, from_yaml
 from ncsn.init.draft import documented_yaml
@@ -37,7 +37,7 @@ SHOWN: dict[str, dict[str, Any]] = {
         "real_metrics": {"eval/real_classifier_score_n539": 10.0, "eval/real_classifier_fid_n539": 2.5},
         "verdict": "512 images made.",
         "grade": "far",
-        "notes": ["only 539 real images"],
+        "notes": ["only 539 real images, such as [/b]/1.png"],
         "num_images": 512,
     },
     "register": {
@@ -66,10 +66,16 @@ def test_a_summary_has_scores_next_to_real_images_and_what_comes_next(config_fil
         step: StepRecord(result=result_of(step, **known), seconds=10.0, finished_at="2026-01-01")
         for step, known in SHOWN.items()
     }
-    print_summary(Console(file=(stream := io.StringIO()), width=120), folder, config, records)
+    print_summary(console_on(stream := io.StringIO()), folder, config, records)
     text = stream.getvalue()
     assert re.search(r"classifier_fid_n512 +12 \(10 to 15\) +2\.5", text) and re.search(r"score_n512 +9 +10 ", text)
-    for part in ("60.0", "only 539 real images", "12.5 is worse than 11", "/r/report.html", "ncsn ui --run mine"):
+    for part in (
+        "60.0",
+        "only 539 real images, such as [/b]/1.png",
+        "12.5 is worse than 11",
+        "/r/report.html",
+        "ncsn ui --run mine",
+    ):
         assert part in text
     verdict, helped, then, *_ = text.splitlines()
     longer = f"ncsn run {folder.options(config)} --set train.num_images={2 * config.train.num_images}"

@@ -157,3 +157,9 @@ def test_what_no_path_or_line_can_hold_is_no_name_of_a_class(tmp_path, data_conf
     assert len(str(caught.value).splitlines()) == 1
     labeled(tmp_path, place, "good")
     assert sorted(open_source(data).class_names) == ["b", "good"]
+    labeled(tmp_path, place, "b")  # in `classes.json` as in the other places, so that folders of one class are one
+    if place != "names.parquet":
+        assert open_source(data).class_names == ("b",)
+        return
+    with refused("data.root"):
+        open_source(data)

@@ -68,7 +68,7 @@ def compared() -> dict[str, Any]:
     return {
         "sentence": utility_sentence("helps", gain, {"one": gain}, used=9, wanted=9),
         "arms": arms,
-        "classes": [{"name": "zero"}, {"name": "one"}],
+        "classes": [{"name": "$\\frac{$"}, {"name": "猫"}],
         "chosen": ["ratio-0.5"],
         "seeds": 5,
         "updates": 1000,

@@ -184,8 +184,8 @@ def _read_table(content: bytes, *, origin: str, path: str, archive: str = "") ->
         text = content.decode("utf-8-sig")
         if name == CLASS_NAMES:
             fields = json.loads(text)
-            ours = not folder and isinstance(fields, dict) and all(isinstance(each, str) for each in fields.values())
-            rows = fields.items() if ours else None
+            beside = folder in ("", *SPLITS) and isinstance(fields, dict)
+            rows = fields.items() if beside and all(isinstance(each, str) for each in fields.values()) else None
         elif name == "dataset.json":
             fields = json.loads(text)
             rows = fields.get("labels") if isinstance(fields, dict) else None
