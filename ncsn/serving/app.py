@@ -35,7 +35,7 @@ from ncsn.errors import UserError
 from ncsn.model.build import tune_cuda
 from ncsn.model.generate import generate_joined
 from ncsn.runs.folder import DEFAULT_ROOT
-from ncsn.serving import asked
+from ncsn.serving import PROXY, asked
 from ncsn.serving.batches import Batches, Busy
 from ncsn.steps.address import Place, load_guided, resolve
 from ncsn.tracking.client import one_line
@@ -113,14 +113,16 @@ class Replica:
         """HTTP status, the version, and the file or a line that says what is wrong."""
         name, trained = self._served
         try:
-            images = await self._batches.images(trained, asked.settings(trained, wanted), wanted.count)
+            sampling = asked.settings(trained, wanted)
+            evaluations = asked.evaluations(trained, sampling, wanted.count)
+            images = await self._batches.images(trained, sampling, wanted.count, evaluations)
             self._images.inc(wanted.count, {"model": name})  # another version may be served by now
             limits = trained.config.data.pixels.limits
             return 200, name, await asyncio.to_thread(asked.answer, images, wanted.format, limits=limits)
         except UserError as error:
             return 400, name, _line(error)
-        except Busy:
-            return 503, name, b"too many images wait; try again later\n"
+        except Busy as busy:
+            return 503, name, f"{busy}\n".encode()
 
     def describe(self) -> dict[str, Any]:
         """What the page needs to know."""
@@ -239,7 +241,13 @@ def run(place: Place, *, port: int, replicas: int, ready: Callable[[], object]) 
             raise UserError("RAY_ADDRESS", "this cluster serves already", hint=hint)
         gpus = 1 if have.get("GPU", 0) >= replicas else 0
         share = {"num_cpus": cores // replicas, "num_gpus": gpus}
-        serve.start(proxy_location="HeadOnly", http_options={"host": LOOPBACK, "port": port}, logging_config=_QUIET)
+        serve.start(
+            proxy_location="HeadOnly",
+            http_options={"host": LOOPBACK, "port": port},
+            logging_config=_QUIET,
+            # One's own cluster has this process's variables, and others make Ray start slower.
+            controller_options=None if is_own() else {"runtime_env": {"env_vars": PROXY}},
+        )
         options = {"num_replicas": replicas, "ray_actor_options": share}
         wanted = application(place.address, root=place.root, registry=place.registry, **options)
         front: Any = serve.run(wanted, name=NAME, logging_config=_QUIET)

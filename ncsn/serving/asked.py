@@ -16,10 +16,11 @@ from ncsn.errors import Problem, UserError
 from ncsn.model import build
 from ncsn.model.checkpoint import TrainedNetwork
 from ncsn.model.classes import images_of
-from ncsn.model.generate import Wish
+from ncsn.model.generate import Wish, evaluations_per_image
 
 MOST_IMAGES = 256  # of one request
-MOST_EVALUATIONS = 1000  # of the network for an image, unless the model's own sampler needs more
+MOST_EVALUATIONS = 1000  # of the sampler for an image, unless the model's own needs more
+MOST_WORK = 128  # such images in one request, by their evaluations of both networks under guidance
 
 Format = Literal["grid", "png", "npz"]
 MEDIA: dict[Format, str] = {"grid": "image/png", "png": "image/png", "npz": "application/octet-stream"}
@@ -65,13 +66,27 @@ def settings(trained: TrainedNetwork, asked: Asked) -> SamplingConfig:
     except UserError as error:
         raise error.reworded({"label": "class"}) from None
 
-    def evaluations(sampling: SamplingConfig) -> int:
-        return sampling.sampler.num_evaluations(len(build.sigmas(trained.config, sampling)))
-
-    most = max(MOST_EVALUATIONS, evaluations(trained.config.sampling))
-    if (needed := evaluations(found)) > most:
+    most = _most_evaluations(trained)
+    if (needed := _sampler_evaluations(trained, found)) > most:
         raise UserError("sampler", f"needs {needed:,} evaluations for an image, and {most:,} are the most here")
     return found
+
+
+def evaluations(trained: TrainedNetwork, sampling: SamplingConfig, count: int) -> int:
+    """NFE of each of `count` images, of both networks under guidance; `UserError` if that is too much for a request."""
+    each = evaluations_per_image(trained.config.model_copy(update={"sampling": sampling}))
+    if (needed := count * each) > (most := MOST_WORK * _most_evaluations(trained)):
+        reason = f"of {each:,} evaluations each are {needed:,}, and {most:,} are the most of a request"
+        raise UserError("number", reason, hint="ask for fewer images, or for a faster sampler", value=count)
+    return each
+
+
+def _sampler_evaluations(trained: TrainedNetwork, sampling: SamplingConfig) -> int:
+    return sampling.sampler.num_evaluations(len(build.sigmas(trained.config, sampling)))
+
+
+def _most_evaluations(trained: TrainedNetwork) -> int:
+    return max(MOST_EVALUATIONS, _sampler_evaluations(trained, trained.config.sampling))
 
 
 def answer(images: NDArray[Any], form: Format, *, limits: tuple[float, float]) -> bytes:

@@ -1,13 +1,15 @@
-"""Full batches of the images of several requests."""
+"""Full batches of the images of several requests, none of which waits for more than its share."""
 
 from __future__ import annotations
 
 import asyncio
+from bisect import insort
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from itertools import groupby
-from typing import Any
+from dataclasses import dataclass, field
+from itertools import groupby, islice
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +19,9 @@ from ncsn.model.checkpoint import TrainedNetwork
 from ncsn.model.classes import BALANCED
 from ncsn.model.generate import SeedRange, ranges_of
 
-MOST_WAITING = 4096  # images
+MOST_WAITING = 4096  # images of others that a request may wait for
+MOST_WAITING_EVALUATIONS = 2_000_000  # of the network, for an image each
+DEADLINE_SECONDS = 600.0  # of a request
 _GATHER_SECONDS = 0.01  # for requests that come together
 
 Images = NDArray[Any]
@@ -25,21 +29,32 @@ Make = Callable[[TrainedNetwork, Sequence[SeedRange]], Images]
 
 
 class Busy(Exception):
-    """`MOST_WAITING` images wait."""
+    """The images are not made; the message says why, in a line for the client."""
 
 
-@dataclass
-class _Image:
+@dataclass(eq=False)
+class _Request:
     trained: TrainedNetwork
+    kind: tuple[int, SamplingConfig]  # A batch has images of one kind.
+    count: int
+    evaluations: int  # for an image
+    ends: float  # on the clock of `Batches`
+    answer: asyncio.Future[Images]
+    waiting: deque[_Image] = field(default_factory=deque)
+    made: list[Images] = field(default_factory=list)
+
+
+class _Image(NamedTuple):
+    request: _Request
     sampling: SamplingConfig
     number: int
-    kind: tuple[int, SamplingConfig]  # A batch has images of one kind.
-    request: object
-    future: asyncio.Future[Any]
 
 
 class Batches:
-    """Makes the images that wait in batches of up to `sampling.batch_size`, the oldest first.
+    """Makes the images that wait in batches of up to `sampling.batch_size`, for each request an equal share of work.
+
+    Requests that had an evaluation each in turn would end in some order. In this order they are made, so that each ends
+    about when it would then, or earlier: a small one does not wait for large ones (fair queueing, Demers et al. 1989).
 
     An image is a function of its seed and number, so the batch changes it only by rounding. `serve.batch` would fix a
     batch while the one before is still computed, and so make small ones.
@@ -50,44 +65,66 @@ class Batches:
         # OpenMP has threads for each thread that computes. As soon as there are more than cores, all of them wait by
         # sleeping, which halves the speed of a small network on two cores.
         self._thread = ThreadPoolExecutor(1)
-        self._waiting: list[_Image] = []
+        self._requests: list[_Request] = []  # by `ends`
+        self._clock = 0.0  # evaluations that a request would have by now that was always there
         self._work: asyncio.Task[None] | None = None  # while images wait
 
-    async def images(self, trained: TrainedNetwork, sampling: SamplingConfig, count: int) -> Images:
-        """The first `count` images, as stored; a canceled call makes no more. `Busy` if too many wait."""
-        if len(self._waiting) + count > MOST_WAITING:
-            raise Busy
+    async def images(self, trained: TrainedNetwork, sampling: SamplingConfig, count: int, evaluations: int) -> Images:
+        """The first `count` images, as stored, each for so many evaluations; a canceled call makes no more.
+
+        `Busy` if others have too much work, or at the deadline.
+        """
+        # Of each other request, one waits for as much as it asks for itself. So many large requests keep out others of
+        # their size, and no small one.
+        work = count * evaluations
+        before = sum(min(each.count, count) for each in self._requests)
+        work_before = sum(min(len(each.waiting) * each.evaluations, work) for each in self._requests)
+        if before > MOST_WAITING or work_before > MOST_WAITING_EVALUATIONS:
+            reason = f"{before:,} images and {work_before:,} evaluations of others come first"
+            raise Busy(f"{reason}; ask for less, or try again later")
         kind = (id(trained), sampling.model_copy(update={"seed": 0, "label": BALANCED, "num_images": 1}))
-        request, loop = object(), asyncio.get_running_loop()
-        new = [
-            _Image(trained, own, number, kind, (request, own.label), loop.create_future())
+        loop = asyncio.get_running_loop()
+        new = _Request(trained, kind, count, evaluations, self._clock + work, loop.create_future())
+        new.waiting.extend(
+            _Image(new, own, number)
             for own, first, length in ranges_of(trained, sampling, first=0, count=count)
             for number in range(first, first + length)
-        ]
-        self._waiting += new
+        )
+        insort(self._requests, new, key=lambda each: each.ends)
         if self._work is None or self._work.done():
             self._work = loop.create_task(self._run())
-        return np.stack(await asyncio.gather(*(each.future for each in new)))
+        try:
+            async with asyncio.timeout(DEADLINE_SECONDS):
+                return await new.answer
+        except TimeoutError:
+            reason = f"not made in {DEADLINE_SECONDS:.0f} s, the most of a request"
+            raise Busy(f"{reason}; ask for less, or try again later") from None
+        finally:
+            self._requests.remove(new)
 
     async def _run(self) -> None:
         await asyncio.sleep(_GATHER_SECONDS)
-        while wanted := [each for each in self._waiting if not each.future.done()]:
-            self._waiting, first = wanted, wanted[0]
-            batch = [each for each in wanted if each.kind == first.kind][: first.sampling.batch_size]
-            requests = [list(own) for _, own in groupby(batch, key=lambda each: each.request)]
-            parts = [SeedRange(own[0].sampling, own[0].number, len(own)) for own in requests]
+        while wanted := [each for each in self._requests if each.waiting]:
+            first = wanted[0]
+            fitting = (image for each in wanted if each.kind == first.kind for image in each.waiting)
+            batch = list(islice(fitting, first.waiting[0].sampling.batch_size))
+            requests = list(dict.fromkeys(each.request for each in batch))
+            for each in batch:
+                each.request.waiting.popleft()
+            self._clock += sum(each.request.evaluations for each in batch) / len(self._requests)
+            groups = [list(own) for _, own in groupby(batch, key=lambda each: (each.request, each.sampling.label))]
+            parts = [SeedRange(own[0].sampling, own[0].number, len(own)) for own in groups]
+            loop = asyncio.get_running_loop()
             try:
-                images = [
-                    *await asyncio.get_running_loop().run_in_executor(self._thread, self._make, first.trained, parts)
-                ]
+                images = await loop.run_in_executor(self._thread, self._make, first.trained, parts)
+                for each, image in zip(batch, images, strict=True):
+                    each.request.made.append(image)
             except Exception as error:  # noqa: BLE001 - the requests raise it
-                images = [error] * len(batch)
-            for each, image in zip(batch, images, strict=True):
-                if each.future.done():  # canceled
-                    continue
-                if isinstance(image, Exception):
-                    each.future.set_exception(image)
-                else:
-                    each.future.set_result(image)
+                for request in requests:
+                    request.waiting.clear()
+                    if not request.answer.done():  # canceled
+                        request.answer.set_exception(error)
+            for request in requests:
+                if len(request.made) == request.count and not request.answer.done():
+                    request.answer.set_result(np.stack(request.made))
             await asyncio.sleep(_GATHER_SECONDS)
-        self._waiting = []
