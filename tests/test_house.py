@@ -41,12 +41,12 @@ BUDGETS = {
     "ncsn/remote": 1640,
     "ncsn/library": 539,
     "ncsn/init ncsn/inspection": 2016,
-    "ncsn/serving": 442,
+    "ncsn/serving": 571,
     "ncsn/training": 1033,
     "components pipelines": 1115,
     "ncsn/storage": 887,
     "examples": 1141,
-    "tests": 26235,
+    "tests": 26213,
 }
 MOST_WORDS = 20783
 

@@ -49,7 +49,7 @@ def require_splits(config: Config) -> None:
 
 def _addresses(config: Config) -> Iterator[Problem]:
     """Of all addresses."""
-    for path, value in leaves(config.model_dump(mode="json")):
+    for path, value in leaves(config):
         if isinstance(value, str) and _PASSWORD.search(value):
             reason, hint = "contains a password, and every run records the config", "give it without"
             hint = "set MLFLOW_TRACKING_URI instead" if path == "tracking.uri" else hint

@@ -31,7 +31,8 @@ class Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         if len(self.connections) > MOST_CONNECTIONS:
-            waiting = {each: each._late.when() for each in self.connections if each._late}
+            ours = (each for each in self.connections if isinstance(each, Connection))
+            waiting = {each: each._late.when() for each in ours if each._late}
             if waiting:
                 min(waiting, key=waiting.__getitem__).transport.abort()
         self._watch()
@@ -45,7 +46,7 @@ class Connection(H11Protocol):
         self._unwatch()
 
     def _watch(self) -> None:
-        if self.cycle is not None and not self.cycle.response_complete:
+        if not getattr(self.cycle, "response_complete", True):  # before the first request there is no cycle
             self._unwatch()
         elif self._late is None:
             self._late = self.loop.call_later(HEAD_SECONDS, self.transport.abort)
