@@ -43,7 +43,8 @@ from ncsn.tracking.client import one_line
 NAME = "ncsn"
 POLL_SECONDS = 10.0  # between two looks at the alias
 _LOST_SECONDS = 120.0  # for which a request waits for another replica
-_MOST_BYTES = 65536  # of a request
+_HEAD_SECONDS = 30  # in which a request's headers come
+_MOST_BYTES = 65536  # of its body
 _BODY_SECONDS = 30.0  # in which they come
 _MOST_REQUESTS = 1000  # at once, of a replica: enough for full batches of single images
 _QUIET = {"log_level": "ERROR", "enable_access_log": False}
@@ -243,7 +244,7 @@ def run(place: Place, *, port: int, replicas: int, ready: Callable[[], object]) 
         share = {"num_cpus": cores // replicas, "num_gpus": gpus}
         serve.start(
             proxy_location="HeadOnly",
-            http_options={"host": LOOPBACK, "port": port},
+            http_options={"host": LOOPBACK, "port": port, "keep_alive_timeout_s": _HEAD_SECONDS},
             logging_config=_QUIET,
             # One's own cluster has this process's variables, and others make Ray start slower.
             controller_options=None if is_own() else {"runtime_env": {"env_vars": PROXY}},

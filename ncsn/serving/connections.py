@@ -2,59 +2,62 @@
 
 from __future__ import annotations
 
-import asyncio
-from typing import Any
+from asyncio import TimerHandle, Transport
+from typing import Any, ClassVar
 
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from uvicorn.config import HTTP_PROTOCOLS, Config
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-HEAD_SECONDS = 20.0  # from a connection's first moment, or from the end of an answer, to the next request's last header
-MOST_CONNECTIONS = 2000
+MOST_WAITING = 1000
+_ON_LOOPBACK = ("127.0.0.1", "localhost")
 
 
 class Connection(H11Protocol):
-    """Is closed when a request's head is late or has more than 64 KB (h11's bound); the body is the application's care.
+    """Is aborted if a request's head is not there `keep_alive_timeout_s` after its start or after the last answer.
 
-    Beyond `MOST_CONNECTIONS` the one that has waited for a head for the longest time is closed.
+    uvicorn forgets that time at the first byte. Of more than `MOST_WAITING` that wait for a head the oldest is aborted,
+    so that many silent clients do not keep out others. h11 refuses a head of more than 16 KB that comes in parts.
     """
+
+    _waiting: ClassVar[dict[Connection, TimerHandle]] = {}  # the oldest first
 
     def __init__(self, config: Config, *arguments: Any, **options: Any) -> None:
         super().__init__(config, *arguments, **options)
-        self.ws_protocol_class = None  # a websocket would be beyond these limits
-        self._late: asyncio.TimerHandle | None = None
-        if config.host == "127.0.0.1":
+        self.ws_protocol_class = None  # websockets would have other limits
+        if config.host in _ON_LOOPBACK:
             # The name of another page's server may have become this address: a browser would let it read the answers.
-            hosts = [config.host, "localhost"]
-            self.app = TrustedHostMiddleware(self.app, allowed_hosts=hosts, www_redirect=False)
+            self.app = TrustedHostMiddleware(self.app, allowed_hosts=_ON_LOOPBACK, www_redirect=False)
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        if len(self.connections) > MOST_CONNECTIONS:
-            ours = (each for each in self.connections if isinstance(each, Connection))
-            waiting = {each: each._late.when() for each in ours if each._late}
-            if waiting:
-                min(waiting, key=waiting.__getitem__).transport.abort()
         self._watch()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         self._watch()
 
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._watch()
+
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        self._unwatch()
+        self._end_waiting()
 
     def _watch(self) -> None:
-        if not getattr(self.cycle, "response_complete", True):  # before the first request there is no cycle
-            self._unwatch()
-        elif self._late is None:
-            self._late = self.loop.call_later(HEAD_SECONDS, self.transport.abort)
+        if self.cycle is not None and not self.cycle.response_complete:  # type: ignore[redundant-expr]
+            self._end_waiting()
+        elif self not in self._waiting:
+            self._waiting[self] = self.loop.call_later(self.timeout_keep_alive, self.transport.abort)
+            if len(self._waiting) > MOST_WAITING:
+                oldest = next(iter(self._waiting))
+                oldest._end_waiting()
+                oldest.transport.abort()
 
-    def _unwatch(self) -> None:
-        if self._late is not None:
-            self._late.cancel()
-            self._late = None
+    def _end_waiting(self) -> None:
+        if timer := self._waiting.pop(self, None):
+            timer.cancel()
 
 
 def limit() -> list[Any]:

@@ -45,7 +45,7 @@ class PyfuncModel(PythonModel):
         - `seed`: image i is a function of (seed, i) and the same as the sample step's.
         - `sampler`: a kind such as `dpm_solver`, or `{kind: ..., ...}` with its settings.
         - `label`: the name or number of a class, `balanced`, `data` or `{crack: 20, ...}`, see `sampling.label`.
-        - `guidance`: its weight, 1 for none; away from the images of all classes if none is configured. 0 is empty.
+        - `guidance`: its weight, 1 for none; away from the images of all classes if none is configured.
         """
         wanted = {name: wish for name, wish in (params or {}).items() if wish not in (None, "")}
         try:
@@ -59,7 +59,7 @@ class PyfuncModel(PythonModel):
             sampler = wanted.get("sampler")
             if isinstance(sampler, str):
                 _, sampler = parse_override(f"sampling.sampler={sampler}")
-            wish = Wish(label, wanted.get("guidance") or None, sampler, wanted.get("seed"))
+            wish = Wish(label, wanted.get("guidance"), sampler, wanted.get("seed"))
             return images(self.trained, total, wish)
         except InvalidValue as error:
             raise MlflowException.invalid_parameter_value(str(error)) from None

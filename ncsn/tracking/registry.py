@@ -39,7 +39,8 @@ def write_model(folder: Path, checkpoint: TrainedNetwork, *, files: Mapping[str,
 
     config = checkpoint.config
     images = np.zeros((1, *config.data.stored_shape), config.data.dtype)
-    params = {"n_images": 16, "seed": config.sampling.seed, "sampler": "", "label": "", "guidance": 0.0}
+    weight = config.sampling.guidance.weight if config.sampling.guidance else 1.0
+    params = {"n_images": 16, "seed": config.sampling.seed, "sampler": "", "label": "", "guidance": weight}
     inputs = folder.with_name(f"{folder.name}-inputs")
     inputs.mkdir()
     save_network(checkpoint, inputs)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import io
 import json
 import shlex
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
@@ -98,6 +101,56 @@ def test_more_replicas_than_cores_and_a_cluster_that_serves_are_refused(monkeypa
     monkeypatch.setattr(app.serve, "status", lambda: SimpleNamespace(proxies={"node": "HEALTHY"}))
     with refused("RAY_ADDRESS"):
         app.run(Place("ADDRESS", "models:/tiny@champion", ".ncsn", None), port=0, replicas=2, ready=lambda: None)
+
+
+def test_a_neighbors_image_does_not_wait_for_twenty_large_requests(
+    handle: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, begun, opened = list[Any](), threading.Event(), threading.Event()
+
+    def make(_: Any, parts: Any, **__: Any) -> Any:
+        begun.set()
+        assert opened.wait(60)
+        made.append([part.sampling for part in parts])
+        return np.zeros((sum(part.length for part in parts), 8, 8, 1), np.uint8)
+
+    monkeypatch.setattr(app, "generate_joined", make)
+    heavy = {"sampler": {"kind": "karras_heun", "num_steps": 500}, "guidance": 2}
+    with ThreadPoolExecutor(21) as clients:
+
+        def post(**asked: Any) -> Any:
+            return clients.submit(ask, handle, "POST", "/images", json.dumps(asked).encode())
+
+        refused = [post(**heavy, number=256).result(60) for _ in range(20)]
+        assert {(each.status_code, b"128,000" in each.body) for each in refused} == {(400, True)}
+        attack = [post(**heavy, number=64, seed=seed) for seed in range(20)]
+        assert begun.wait(60)
+        while sum(each.done() for each in attack) < 4:  # the others wait
+            time.sleep(0.01)
+        neighbors = [post(number=1, seed=100), post(**heavy, number=1, seed=101)]
+        time.sleep(0.5)
+        opened.set()
+        assert [each.result(60).status_code for each in neighbors] == [200, 200]
+        statuses = [each.result(60).status_code for each in attack]
+    assert (statuses.count(200), statuses.count(503)) == (16, 4)
+    assert [{100, 101} & {each.seed for each in batch} for batch in made[1:3]] == [{100}, {101}]
+
+
+def test_work_of_a_request_is_counted_in_evaluations_of_the_network() -> None:
+    def needed(trained: Any, **wanted: Any) -> int:
+        request = asked.read(json.dumps(wanted).encode())
+        return asked.evaluations(trained, asked.settings(trained, request), request.count)
+
+    slow = {"sampler": {"kind": "karras_heun", "num_steps": 500}}
+    assert [needed(TRAINED, **slow, guidance=weight) for weight in (1, 2, 0)] == [999, 1998, 1998]
+    assert needed(TRAINED, **slow, number=128) == 999
+    for over in ({"number": 129}, {"guidance": 2, "number": 65}, {"guidance": 0, "class": {"cat": 40, "dog": 25}}):
+        with refused("number"):
+            needed(TRAINED, **slow, **over)
+    own = trained_by(0, "sampling.sampler.num_steps=2000")
+    assert needed(own, number=64, guidance=2) == 2 * 3999
+    with refused("number"):
+        needed(own, number=65, guidance=2)
 
 
 @pytest.mark.parametrize(

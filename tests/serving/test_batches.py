@@ -1,4 +1,4 @@
-"""Images of several requests in full batches: the same as alone, and the oldest first."""
+"""Images of several requests in full batches: the same as alone, and in turn."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from served import trained_by
 
 from ncsn.errors import UserError
 from ncsn.model.checkpoint import TrainedNetwork
-from ncsn.model.generate import SeedRange, Wish, generate, generate_joined
+from ncsn.model.generate import SeedRange, Wish, evaluations_per_image, generate, generate_joined
 from ncsn.serving import batches
 from ncsn.serving.batches import Batches, Busy
 
@@ -42,15 +42,20 @@ def wished(**wishes: Any) -> Any:
     return Wish(**wishes).sampling(TRAINED)
 
 
+def asking(making: Batches, trained: TrainedNetwork, sampling: Any, count: int) -> asyncio.Task[Any]:
+    needed = evaluations_per_image(trained.config.model_copy(update={"sampling": sampling}))
+    return asyncio.create_task(making.images(trained, sampling, count, needed))
+
+
 def together(*asked: tuple[TrainedNetwork, Any, int], cancel: int | None = None) -> tuple[Held, list[Any]]:
     """What each request gets of those that wait together while the first one, for an image, is made; and the maker."""
     held = Held()
 
     async def ask() -> list[Any]:
         making = Batches(held)
-        tasks = [asyncio.create_task(making.images(TRAINED, wished(seed=9), 1))]
+        tasks = [asking(making, TRAINED, wished(seed=9), 1)]
         assert await asyncio.to_thread(held.begun.wait, 60)
-        tasks += [asyncio.create_task(making.images(*each)) for each in asked]
+        tasks += [asking(making, *each) for each in asked]
         await asyncio.sleep(0)
         if cancel is not None:
             tasks[cancel].cancel()
@@ -73,8 +78,8 @@ def test_requests_of_the_same_settings_are_one_batch_and_the_images_are_those_of
         (TRAINED, wished(seed=1, label={"dog": 1, "cat": 2}), 3),
     ]
     held, found = together(*asked)
-    assert [sum(part.length for part in batch) for batch in held.made] == [1, 8, 2, 2, 2, 5]
-    assert [len(batch) for batch in held.made] == [1, 4, 1, 1, 1, 3] and len(held.threads) == 1
+    assert [sum(part.length for part in batch) for batch in held.made] == [1, 2, 8, 2, 5, 2], "by evaluations"
+    assert [len(batch) for batch in held.made] == [1, 1, 4, 1, 3, 1] and len(held.threads) == 1
     for (trained, sampling, count), images in zip((first, *asked), found, strict=True):
         alone = generate(trained, sampling=sampling, first=0, count=count)
         assert images.shape == alone.shape
@@ -91,7 +96,47 @@ def test_what_is_canceled_is_not_made_and_a_failure_is_its_own() -> None:
     assert 4 not in {part.sampling.seed for batch in held.made for part in batch}
 
 
-def test_more_than_may_wait_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batches, "MOST_WAITING", 10)
-    _, (_, most, refused) = together((TRAINED, wished(), 9), (TRAINED, wished(), 2))
-    assert len(most) == 9 and isinstance(refused, Busy)
+@pytest.mark.parametrize(("bound", "most"), [("MOST_WAITING", 9), ("MOST_WAITING_EVALUATIONS", 9 * 9)])
+def test_who_would_wait_for_more_than_the_bound_is_refused(
+    bound: str, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of each other request, one of 4 images waits for 4, and one of an image for 1; the first has no more to wait."""
+    monkeypatch.setattr(batches, bound, most)
+    four, one = (TRAINED, wished(), 4), (TRAINED, wished(seed=2), 1)
+    _, (_, *found) = together((TRAINED, wished(), 90), four, four, four, one, one)
+    assert [isinstance(each, Busy) for each in found] == [False, False, False, True, False, False]
+    assert [len(each) for each in found if not isinstance(each, Busy)] == [90, 4, 4, 1, 1]
+
+
+def test_a_large_request_gets_its_share_beside_small_ones_that_never_stop() -> None:
+    held = Held()
+    held.open.set()
+
+    async def ask() -> int:
+        making, small = Batches(held), 0
+        large = asking(making, TRAINED, wished(guidance=2.0), 16)  # 16 * 18 evaluations
+        while not large.done():
+            await asyncio.wait([asking(making, TRAINED, wished(seed=seed), 1) for seed in (1, 2)])  # of 9 each
+            small += 2
+            assert small < 300, "it starves"
+        return small
+
+    # Its turn comes at the latest when three would have had its 288 evaluations each.
+    assert asyncio.run(ask()) <= 3 * 288 / 9 + 8
+
+
+def test_what_is_not_made_by_the_deadline_is_refused_and_made_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batches, "DEADLINE_SECONDS", 0.2)
+    held = Held()
+
+    async def ask() -> None:
+        making = Batches(held)
+        for late in [asking(making, TRAINED, wished(seed=seed), 8) for seed in (1, 2)]:
+            with pytest.raises(Busy, match="0 s"):
+                await late
+        held.open.set()
+        monkeypatch.setattr(batches, "DEADLINE_SECONDS", 60.0)
+        assert len(await asking(making, TRAINED, wished(seed=3), 1)) == 1
+
+    asyncio.run(ask())
+    assert [batch[0].sampling.seed for batch in held.made] == [1, 3]

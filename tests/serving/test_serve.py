@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,26 @@ def test_it_answers_on_loopback_only(served: Served) -> None:
         each.laddr.ip for each in psutil.net_connections("inet") if each.pid in ours and each.status == "LISTEN"
     }
     assert listening <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+
+
+def test_connections_have_limits(served: Served) -> None:
+    for path in ("/health", "/-/routes"):
+        assert requests.get(served.url + path, headers={"Host": "evil.example"}, timeout=120).status_code == 400
+    with suppress(requests.ConnectionError):
+        large = requests.get(f"{served.url}/health", headers={"X-A": "a" * 1_000_000}, timeout=120)
+        assert large.status_code == 400
+    host, port = served.url.removeprefix("http://").split(":")
+    with ExitStack() as stack:
+        dripping = [stack.enter_context(socket.create_connection((host, int(port)))) for _ in range(200)]
+        end = time.monotonic() + 120
+        while dripping:
+            assert time.monotonic() < end and served.post(number=1).status_code == 200
+            for each in tuple(dripping):
+                try:
+                    each.sendall(b"a")
+                except ConnectionError:
+                    dripping.remove(each)
+            time.sleep(1)
 
 
 def test_the_page_shows_images_and_what_is_wrong(served: Served, browser: Browser) -> None:

@@ -75,6 +75,8 @@ def test_class_guidance_and_sampler_are_params(folder):
     for params, override in (
         ({"label": "1"}, "sampling.label=dog"),
         ({"label": "{dog: 1, cat: 3}"}, "sampling.label={cat: 3, dog: 1}"),
+        ({}, "sampling.guidance.weight=2.5"),
+        ({"guidance": 0.0}, "sampling.guidance.weight=0"),
         ({"guidance": 1.0}, "sampling.guidance.weight=1"),
         ({"guidance": 4.0}, "sampling.guidance.weight=4"),  # and the configured band
         ({"sampler": "dpm_solver"}, "sampling.sampler={kind: dpm_solver}"),
