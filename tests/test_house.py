@@ -36,19 +36,19 @@ BUDGETS = {
     "ncsn/distributed": 1515,
     "ncsn/config": 1908,
     "ncsn/cli": 1850,
-    "ncsn/tracking": 1481,
+    "ncsn/tracking": 1482,
     "ncsn/report": 1065,
     "ncsn/remote": 1640,
     "ncsn/library": 539,
     "ncsn/init ncsn/inspection": 2016,
-    "ncsn/serving": 571,
+    "ncsn/serving": 575,
     "ncsn/training": 1033,
     "components pipelines": 1115,
     "ncsn/storage": 887,
     "examples": 1141,
-    "tests": 26213,
+    "tests": 26442,
 }
-MOST_WORDS = 20783
+MOST_WORDS = 20964
 
 
 def _name(path: Path) -> str:
