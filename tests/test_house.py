@@ -46,9 +46,9 @@ BUDGETS = {
     "components pipelines": 1115,
     "ncsn/storage": 887,
     "examples": 1141,
-    "tests": 26442,
+    "tests": 26464,
 }
-MOST_WORDS = 20964
+MOST_WORDS = 20947
 
 
 def _name(path: Path) -> str:

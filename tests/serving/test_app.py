@@ -106,15 +106,23 @@ def test_more_replicas_than_cores_and_a_cluster_that_serves_are_refused(monkeypa
 def test_a_neighbors_image_does_not_wait_for_twenty_large_requests(
     handle: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made, begun, opened = list[Any](), threading.Event(), threading.Event()
+    made, accepted, opened, counted = list[Any](), list[int](), threading.Event(), asked.evaluations
 
     def make(_: Any, parts: Any, **__: Any) -> Any:
-        begun.set()
         assert opened.wait(60)
         made.append([part.sampling for part in parts])
         return np.zeros((sum(part.length for part in parts), 8, 8, 1), np.uint8)
 
+    def count(*request: Any) -> int:
+        accepted.append(counted(*request))
+        return accepted[-1]
+
+    def wait_for(total: int) -> None:
+        while len(accepted) < total:
+            time.sleep(0.01)
+
     monkeypatch.setattr(app, "generate_joined", make)
+    monkeypatch.setattr(asked, "evaluations", count)
     heavy = {"sampler": {"kind": "karras_heun", "num_steps": 500}, "guidance": 2}
     with ThreadPoolExecutor(21) as clients:
 
@@ -124,11 +132,9 @@ def test_a_neighbors_image_does_not_wait_for_twenty_large_requests(
         refused = [post(**heavy, number=256).result(60) for _ in range(20)]
         assert {(each.status_code, b"128,000" in each.body) for each in refused} == {(400, True)}
         attack = [post(**heavy, number=64, seed=seed) for seed in range(20)]
-        assert begun.wait(60)
-        while sum(each.done() for each in attack) < 4:  # the others wait
-            time.sleep(0.01)
+        wait_for(20)
         neighbors = [post(number=1, seed=100), post(**heavy, number=1, seed=101)]
-        time.sleep(0.5)
+        wait_for(22)
         opened.set()
         assert [each.result(60).status_code for each in neighbors] == [200, 200]
         statuses = [each.result(60).status_code for each in attack]

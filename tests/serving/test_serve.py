@@ -85,7 +85,7 @@ def test_connections_have_limits(served: Served) -> None:
     for path in ("/health", "/-/routes"):
         assert requests.get(served.url + path, headers={"Host": "evil.example"}, timeout=120).status_code == 400
     with suppress(requests.ConnectionError):
-        large = requests.get(f"{served.url}/health", headers={"X-A": "a" * 1_000_000}, timeout=120)
+        large = requests.get(f"{served.url}/health", headers={"X-A": "a" * 1_000_000}, stream=True, timeout=120)
         assert large.status_code == 400
     host, port = served.url.removeprefix("http://").split(":")
     with ExitStack() as stack:
