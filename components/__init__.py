@@ -86,6 +86,17 @@ def publish(artifact: dsl.Artifact, result: Any, **metadata: str) -> None:
     artifact.metadata.update(metadata)
 
 
+def read_own(config: str, uri: str) -> bytes:
+    """A file of the store, or of the export, that a result names."""
+    from ncsn import storage
+    from ncsn.config import from_yaml
+
+    settings = from_yaml(config)
+    out = settings.export.out and storage.absolute(settings.export.out)
+    root = out if out and uri.startswith(out) else storage.absolute(settings.storage.root)
+    return storage.read_below(root, uri)
+
+
 def publish_nothing(*artifacts: dsl.Artifact) -> None:
     """Write empty files: KFP's page shows an artifact without one as broken."""
     for artifact in artifacts:

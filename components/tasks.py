@@ -50,7 +50,15 @@ def search(
     task_config: dsl.TaskConfig,
 ) -> NamedTuple("Chosen", [("best_config", str), ("best_run", str)]):  # type: ignore[valid-type]
     """Search for better settings; where the config has no search, hand on what was given."""
-    from components import config_and_run, publish, publish_metrics, publish_nothing, publish_pictures, run_task
+    from components import (
+        config_and_run,
+        publish,
+        publish_metrics,
+        publish_nothing,
+        publish_pictures,
+        read_own,
+        run_task,
+    )
 
     settings, _ = config_and_run(config, run)
     if settings.search is None:
@@ -58,11 +66,10 @@ def search(
         return (config, run)
     from ncsn.config import to_json
     from ncsn.steps.search import trainable
-    from ncsn.storage import read_bytes
 
     result = run_task("search", config, run, dataset=dataset, task_config=task_config)
     publish(search, result, uri=result.uri, config=result.config)
-    publish_pictures(plots, {uri.rpartition("/")[2]: read_bytes(uri) for uri in result.plots})
+    publish_pictures(plots, {uri.rpartition("/")[2]: read_own(config, uri) for uri in result.plots})
     publish_metrics(metrics, {"search/objective": result.objective, "search/baseline": result.baseline})
     return (to_json(trainable(result, settings)), result.run)
 
@@ -98,13 +105,14 @@ def sample(
     task_config: dsl.TaskConfig,
 ) -> None:
     """Generate images by the configured sampler, from what `ncsn select` chose since, if it did."""
-    from components import publish, publish_metrics, publish_pictures, run_task
-    from ncsn.storage import read_bytes
+    from components import publish, publish_metrics, publish_pictures, read_own, run_task
 
     result = run_task("sample", config, run, checkpoint=checkpoint, task_config=task_config)
     publish(samples, result, display_name=f"{result.num_images:,} images", uri=result.uri)
     publish(sampled, result, display_name="checkpoint of the images", uri=result.checkpoint, framework="pytorch")
-    publish_pictures(pictures, {"samples": read_bytes(result.grid), "level by level": read_bytes(result.strip)})
+    publish_pictures(
+        pictures, {"samples": read_own(config, result.grid), "level by level": read_own(config, result.strip)}
+    )
     publish_metrics(metrics, {"sample/num_images": result.num_images, "sample/nfe": result.nfe})
 
 
@@ -141,17 +149,24 @@ def utility(
     task_config: dsl.TaskConfig,
 ) -> None:
     """Compare classifiers with and without generated images, where the config asks for it."""
-    from components import config_and_run, publish, publish_metrics, publish_nothing, publish_pictures, run_task
+    from components import (
+        config_and_run,
+        publish,
+        publish_metrics,
+        publish_nothing,
+        publish_pictures,
+        read_own,
+        run_task,
+    )
 
     settings, _ = config_and_run(config, run)
     if settings.utility is None:
         publish_nothing(comparison, pictures, metrics)
         return
-    from ncsn.storage import read_bytes
 
     result = run_task("utility", config, run, checkpoint=checkpoint, dataset=dataset, task_config=task_config)
     publish(comparison, result, display_name=result.sentence, uri=result.uri)
-    publish_pictures(pictures, {result.sentence: read_bytes(result.plot)})
+    publish_pictures(pictures, {result.sentence: read_own(config, result.plot)})
     publish_metrics(metrics, {f"utility/gain_{name}": value for name, value in result.gain.items()})
 
 
@@ -169,13 +184,12 @@ def export(
     """Write a data set of generated images without copies; its card is the page."""
     from pathlib import Path
 
-    from components import publish, publish_metrics, run_task
-    from ncsn.storage import read_bytes
+    from components import publish, publish_metrics, read_own, run_task
 
     result = run_task("export", config, run, checkpoint=checkpoint, dataset=dataset, task_config=task_config)
     images = sum(result.counts.values())
     publish(exported, result, display_name=f"{images:,} images", uri=result.uri)
-    Path(card.path).write_bytes(read_bytes(result.card))
+    Path(card.path).write_bytes(read_own(config, result.card))
     publish_metrics(metrics, {"export/images": images, "export/copies": result.copies})
 
 
@@ -202,11 +216,10 @@ def report(config: str, run: str, evaluation: dsl.Input[dsl.Artifact], page: dsl
     """Write one self-contained HTML page about the run."""
     from pathlib import Path
 
-    from components import run_task
-    from ncsn.storage import read_bytes
+    from components import read_own, run_task
 
     result = run_task("report", config, run, evaluation=evaluation, last=True)
-    Path(page.path).write_bytes(read_bytes(result.uri))
+    Path(page.path).write_bytes(read_own(config, result.uri))
     page.metadata["uri"] = result.uri
 
 

@@ -39,10 +39,10 @@ class Problem:
         equals = " " if self.key.startswith("--") else " = "
         subject = self.key if self.value is MISSING else f"{self.key}{equals}{shown_value(self.value)}"
         text = ": ".join(part for part in (self.origin, subject, self.reason) if part)
-        return " ".join(without_users(text).split())
+        return in_one_line(without_users(text))
 
     def __str__(self) -> str:
-        return f"{self.statement}; {' '.join(self.hint.split())}" if self.hint else self.statement
+        return f"{self.statement}; {in_one_line(self.hint)}" if self.hint else self.statement
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, without a missing value or origin."""
@@ -131,7 +131,13 @@ def problems_of(error: BaseException) -> tuple[Problem, ...]:
 
 def without_users(text: str) -> str:
     """The text without user names and passwords in its addresses."""
-    return re.sub(r"(?<=://)[^/\s]+@", "", text)
+    text = re.sub(r"(?<=://)[^/\s]+@", "", text)
+    return re.sub(r"((?:password|token|signature)=)[^&\s\"']+", r"\1...", text, flags=re.IGNORECASE)
+
+
+def in_one_line(text: str) -> str:
+    """The text for a terminal: without new lines, and without control characters, which it might obey."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", "", " ".join(text.split()))
 
 
 def shown_value(value: object) -> str:

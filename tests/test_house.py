@@ -29,13 +29,13 @@ LEAST_MODULES, MOST_MODULES = 2, 14  # of a package
 # could.
 BUDGETS = {
     "ncsn/core": 3521,
-    "ncsn/data": 3016,
+    "ncsn/data": 3018,
     "ncsn/evaluation": 2419,
-    "ncsn/steps ncsn/runs ncsn/kubeflow": 4341,
-    "ncsn/model": 1516,
+    "ncsn/steps ncsn/runs ncsn/kubeflow": 4349,
+    "ncsn/model": 1520,
     "ncsn/distributed": 1515,
-    "ncsn/config": 1908,
-    "ncsn/cli": 1850,
+    "ncsn/config": 1912,
+    "ncsn/cli": 1858,
     "ncsn/tracking": 1482,
     "ncsn/report": 1065,
     "ncsn/remote": 1640,
@@ -43,10 +43,10 @@ BUDGETS = {
     "ncsn/init ncsn/inspection": 2016,
     "ncsn/serving": 575,
     "ncsn/training": 1033,
-    "components pipelines": 1115,
-    "ncsn/storage": 887,
+    "components pipelines": 1139,
+    "ncsn/storage": 896,
     "examples": 1141,
-    "tests": 26464,
+    "tests": 26467,
 }
 MOST_WORDS = 20947
 

@@ -201,7 +201,7 @@ def _do_step(
         from ncsn.data.samples import write_pngs
 
         write_pngs(result.uri, Path(png), num_images=result.num_images)
-    click.echo(json.dumps(asdict(result), indent=1) if as_json else describe_result(step, result, png=png))
+    click.echo(json.dumps(asdict(result), indent=1) if as_json else describe_result(step, result, run.config, png=png))
 
 
 @app.command("show-config", cls=ReportingCommand, short_help="Print every setting with its meaning and range.")
@@ -215,7 +215,7 @@ def show_config_command(*, options: TargetOptions, as_json: bool) -> None:
     from ncsn.config import to_json
     from ncsn.init.draft import documented_yaml
 
-    run = options.resolve()
+    run = options.resolve(asking=False)
     if not as_json and run.config.noise.kind == "auto":
         from ncsn.init.plan import chosen_levels
 
@@ -231,7 +231,7 @@ def plan_command(*, options: TargetOptions, as_json: bool) -> None:
     from ncsn.cli.console import console_on, print_plan
     from ncsn.init.plan import plan
 
-    run = options.resolve()
+    run = options.resolve(asking=False)
     found = plan(run.config, run.name)
     if as_json:
         click.echo(json.dumps(found, indent=1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -21,11 +22,12 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from ncsn.config import Config
+from ncsn.errors import in_one_line
 from ncsn.progress import Progress
 from ncsn.report import words
 from ncsn.report.pages import markdown_table
 from ncsn.report.words import SCORES_HEAD, duration, next_step, score_rows, takes
-from ncsn.runs.folder import RunFolder, StepRecord
+from ncsn.runs.folder import RunFolder, StepRecord, addresses
 from ncsn.steps.results import result_line
 from ncsn.storage.retry import RETRY
 
@@ -191,7 +193,7 @@ def _moved(descriptor: int, target: TextIO) -> Iterator[None]:
         os.close(saved)
 
 
-def describe_result(step: str, result: Any, **more: str | None) -> str:
+def describe_result(step: str, result: Any, config: Config, **more: str | None) -> str:
     """The result of one step in a few lines, and `more` places."""
     values = {**vars(result), **more}
     places = ("uri", "config", "table", "grid", "strip", "plot", "checkpoint", *more)
@@ -199,11 +201,12 @@ def describe_result(step: str, result: Any, **more: str | None) -> str:
     lines = [*([values[said[step]]] if step in said else []), f"{step}: {result}"]
     lines += [f"{key}: {values[key]}" for key in places if isinstance(values.get(key), str)]
     if step == "search":
-        lines = [_trials_table(values), *lines, f"next: ncsn run --config {result.config}"]
+        command = " ".join([f"ncsn run --config {shlex.quote(result.config)}", *addresses(config)])
+        lines = [_trials_table(values), *lines, f"next: {command}"]
     elif step == "select":
         rows = words.candidate_lines(result.candidates, most=20)
         lines = [markdown_table(words.candidates_head(result.figure), rows), *lines]
-    return "\n".join([*lines, *(f"note: {note}" for note in values.get("notes", ()))])
+    return "\n".join(map(in_one_line, [*lines, *(f"note: {note}" for note in values.get("notes", ()))]))
 
 
 def print_summary(console: Console, folder: RunFolder, config: Config, records: Mapping[str, StepRecord]) -> None:

@@ -215,7 +215,7 @@ def run_select(run: Run, *, code_here: bool, given: Mapping[str, str | None], as
     if as_json:
         click.echo(json.dumps({step: dataclasses.asdict(result) for step, result in found.items()}, indent=1))
     else:
-        click.echo("\n".join(describe_result(step, result) for step, result in found.items()))
+        click.echo("\n".join(describe_result(step, result, run.config) for step, result in found.items()))
 
 
 def _work_folder(run: Run) -> Path:

@@ -33,11 +33,11 @@ class TargetOptions:
     backend: tuple[str, ...] = ()  # the overrides that --backend and --address stand for
     code_here: bool = False  # whether jobs run the packages of this checkout
 
-    def resolve(self, address: str | None = None) -> Run:
+    def resolve(self, address: str | None = None, *, asking: bool = True) -> Run:
         """The run, with the config of what an address names, else of --config, else of --run.
 
         A model says nothing of where work runs and who is asked: --config, if given beside its address, and --set do.
-        The record of a run names no address: --set or the environment does.
+        The record of a run names no address: --set or the environment does, which a command needs that is `asking`.
         """
         run, checkpoint, here = self.run, None, [*self.overrides, *self.backend]
         record: RunFolder | None = None  # the run whose config this is
@@ -49,6 +49,10 @@ class TargetOptions:
             record, checkpoint = named.opened(), named.uri
             origin, run = (record.config, record.run) if record else (f"{checkpoint}/config.yaml", None)
             if record is None or record.root != named.root:  # somebody gave it
+                if record and not named.registry and "MLFLOW_TRACKING_URI" not in os.environ:
+                    from ncsn.tracking.client import server_uri
+
+                    here = [f"tracking.uri={server_uri(None, root=named.root)}", *here]  # not the database there
                 here = [f"{_ROOT}={record.root if record else named.root}", *here]
                 record, without = None, NOT_OF_MODELS
             if self.config_uri is not None:
@@ -58,7 +62,7 @@ class TargetOptions:
         elif self.config_uri is not None:
             origin = _example(self.config_uri)
             found = RunFolder.of(storage.absolute(origin))
-            if found is not None and storage.exists(found.steps):
+            if found is not None and (storage.absolute(origin) == found.config or storage.exists(found.steps)):
                 record = found
         elif run is not None:
             record = RunFolder(self.store_root, run)
@@ -74,9 +78,10 @@ class TargetOptions:
         except UnicodeDecodeError:
             raise ConfigError(origin, "is not a text file; expected YAML") from None
         if record is not None:
-            here, without = [f"{_ROOT}={record.root}", *here], ADDRESSES  # it says where it was when the run began
+            # It says where it was when the run began.
+            here, without = [f"{_ROOT}={record.root}", *here], (*ADDRESSES, "export.out")
         config = from_yaml(text, overrides=here, origin=origin, without=without)
-        if record is not None:
+        if record is not None and asking:
             _require_named(from_yaml(text, origin=origin), config, here)
         # A hash of what decides the weights: the same experiment resumes, another one starts.
         run = run or f"{config.name}-{storage.digest(training_settings(config), 8)}"

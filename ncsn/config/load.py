@@ -36,7 +36,6 @@ ADDRESSES: Mapping[str, Sequence[str]] = {
     "compute.kuberay.namespace": [],
     "compute.ray_jobs.address": RAY_VARIABLES,
     "tracking.uri": ["MLFLOW_TRACKING_URI"],
-    "evaluation.weights": [],
 }
 
 
@@ -86,7 +85,8 @@ def read_yaml(text: str) -> Any:
     """The value of a YAML or JSON text; `InvalidValue` if it is none, or repeats keys, has aliases or is too deep."""
     try:
         return yaml.load(text, Loader=_Strict)  # noqa: S506 (a SafeLoader)
-    except (yaml.YAMLError, ValueError, AttributeError) as error:  # the latter two of a number or date that is none
+    # PyYAML says so with any of the others of a number, a date or a value of a wrong kind.
+    except (yaml.YAMLError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
         raise InvalidValue(f"not valid YAML: {error}") from None
 
 

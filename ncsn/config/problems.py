@@ -49,9 +49,12 @@ def set_value(tree: dict[str, Any], path: str, value: Any) -> None:
     node[last] = value
 
 
+_MOST = 20  # problems of a text that are told
+
+
 def problems(error: ValidationError, tree: dict[str, Any], *, model: type[Any]) -> list[Problem]:
-    """The problems of a tree that is not a valid `model`."""
-    return [problem for detail in error.errors() for problem in _explain(detail, tree, model)]
+    """The first problems of a tree that is not a valid `model`."""
+    return [problem for detail in error.errors()[:_MOST] for problem in _explain(detail, tree, model)]
 
 
 def fields_of(section: type[Any]) -> Mapping[str, FieldInfo]:

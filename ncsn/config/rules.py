@@ -23,7 +23,8 @@ from ncsn.core.samplers.settings import AnnealedLangevin, Consistency, DpmSolver
 from ncsn.errors import ConfigError, Problem, UserError
 
 _WEIGHTS = {"inception": "weights-inception-2015-12-05-6726825d.pth", "dinov2": "dinov2_vitl14_pretrain.pth"}  # files
-_PASSWORD = re.compile(r"^https?://[^/\s]*@|://[^/\s]*:[^/\s]*@")  # or a token, which is a user without one
+# Or a token, which is a user without one.
+_PASSWORD = re.compile(r"^https?://[^/\s]*@|://[^/\s]*:[^/\s]*@|://.*[?&][^=]*(password|token|signature)=", re.I)
 _HALVINGS = {"standard": 1, "deeper": 2, "deepest": 3}
 _ANY_SIGMA = "needs a network that takes any sigma, but network.kind = ncsn knows only its own noise levels"
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ncsn import storage
 from ncsn.config.schema import Pixels
-from ncsn.errors import InvalidValue, NotFound, UserError
+from ncsn.errors import InvalidValue, NotFound, UserError, shown_value
 
 IMAGE = "image"
 LABEL = "label"
@@ -216,6 +216,8 @@ def load_manifest(uri: str) -> Manifest:
     version = fields.pop("format_version", None)
     if version != FORMAT_VERSION:
         raise UserError(uri, f"the dataset has format version {version}, not {FORMAT_VERSION}", hint=DAMAGED)
+    if not storage.DIGEST.fullmatch(digest := str(fields["digest"])):  # it becomes the name of a folder
+        raise UserError(uri, f"its digest is {shown_value(digest)}, which is none", hint=DAMAGED)
     pixels = fields["pixels"]
     fields["pixels"] = Pixels(tuple(pixels["shape"]), pixels["dtype"], tuple(pixels["limits"]))
     fields["skipped"] = [SkippedImage(**image) for image in fields["skipped"]]

@@ -130,7 +130,7 @@ def clean_up(api: KubernetesApi, *, run: str | None = None, dry_run: bool = Fals
     for name, note in _notes(api).items():
         try:
             notes.append(NotedRun.of(name, note))
-        except (TypeError, ValueError) as error:  # who may patch the ConfigMap may write anything
+        except Exception as error:  # noqa: BLE001 - who may patch the ConfigMap may write anything
             yield Action("read", f"the note of {name}", error)
     workflows = {each.id: api.get("workflows", each.workflow) for each in notes}
     resumed = {each.folder for each in notes if not is_ending(workflows[each.id])}
@@ -203,7 +203,7 @@ def _close_run_of(rayjob: Resource) -> None:
 
 def _taken(text: str, *overrides: str) -> Config:
     """The config in a note or a record, without addresses, to which the janitor would send its own passwords."""
-    return from_yaml(text, overrides=overrides, without=(*ADDRESSES, "evaluation"))
+    return from_yaml(text, overrides=overrides, without=ADDRESSES)
 
 
 def _finish(

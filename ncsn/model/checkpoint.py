@@ -277,6 +277,10 @@ def weights_digest(network: nn.Module) -> str:
 
 def network_from_weights(config: Config, weights: Mapping[str, Tensor], *, origin: str) -> nn.Module:
     """The network of `config` with these parameters, in eval mode; buffers come from the config."""
+    with torch.device("meta"):  # without memory: a config may ask for any
+        expected = dict(build.network(config).named_parameters())
+    if found := misfits(weights, expected):
+        raise CheckpointError(origin, f"does not fit this network: tensors {found}")
     network = build.network(config)
     parameters = dict(network.named_parameters())
     buffers = {name: tensor for name, tensor in network.state_dict().items() if name not in parameters}

@@ -30,7 +30,6 @@ from ncsn.storage.retry import limited
 
 DEFAULT_ROOT: str = Config.model_fields["storage"].default.root  # the store if no option names one
 RUN_PATTERN = re.compile(r"[a-z0-9]([a-z0-9_.-]{0,61}[a-z0-9])?")
-DIGEST = re.compile(r"[0-9a-f]{8,64}")  # of what has one
 INDEX = "checkpoint.json"  # of a checkpoint, written last
 RESUME = "resume-"  # instead of `images-`, of a checkpoint that is only to resume from
 BEFORE_DECAY = "before-decay-"  # of one that `train.continue_from` reads
@@ -89,7 +88,7 @@ def resumable(uri: str) -> Iterator[str]:
 def checkpoint_facts(folder: Path, origin: str) -> dict[str, Any]:
     """The `state.json` of a checkpoint, which others may have made; `UserError` if it names no dataset."""
     facts: dict[str, Any] = storage.read_json(str(folder / "state.json"))
-    if not DIGEST.fullmatch(given := str(facts["dataset_digest"])):  # it becomes the name of a folder
+    if not storage.DIGEST.fullmatch(given := str(facts["dataset_digest"])):  # it becomes the name of a folder
         raise UserError(origin, f"its dataset_digest is {shown_value(given)}, which is no digest")
     return facts
 

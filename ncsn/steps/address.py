@@ -19,14 +19,13 @@ from typing import TYPE_CHECKING, Any
 from ncsn import storage
 from ncsn.config import Config, from_yaml, to_yaml
 from ncsn.config.choices import AutoguidanceConfig
-from ncsn.config.load import EXAMPLES, NOT_OF_MODELS
+from ncsn.config.load import ADDRESSES, EXAMPLES, NOT_OF_MODELS
 from ncsn.config.schema import SCHEME
 from ncsn.data.format import MANIFEST, load_manifest
 from ncsn.data.sources.base import source_fingerprint
 from ncsn.environment import utc_now
 from ncsn.errors import UserError, shown_value
 from ncsn.runs.folder import (
-    DIGEST,
     INDEX,
     RUN_PATTERN,
     RunFolder,
@@ -34,6 +33,7 @@ from ncsn.runs.folder import (
     checkpoint_facts,
     find_inputs,
     folders_of,
+    opened_from,
     read_step,
     update_step,
 )
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from ncsn.model.checkpoint import TrainedNetwork
 
 SOURCE = "source.json"  # in a copy: the name and digest of what was copied
-_TAGS = {"ncsn.model": DIGEST, "ncsn.checkpoint": DIGEST}
+_TAGS = ("ncsn.model", "ncsn.checkpoint")
 _HINT = "use models:/NAME@ALIAS, the name of a run, or the folder of a run, a checkpoint or a saved model"
 
 
@@ -66,7 +66,7 @@ class Place:
         if self.uri is not None:
             return self.uri
         assert self.run is not None
-        config = from_yaml(storage.read_text(self.run.config), origin=self.run.config)
+        config = from_yaml(storage.read_text(self.run.config), origin=self.run.config, without=ADDRESSES)
         trained = folders_of(self.run, config)["sample"]
         if not read_step(trained, "train").result:
             hint = f"train it first, with `ncsn run {self.run.options(config)}`"
@@ -87,6 +87,9 @@ class Place:
         # Versions of this name in two registries are two runs, unless they are the same.
         folder = RunFolder(self.root, f"{words}-{version.tags['ncsn.model'][:8]}")
         if read_step(folder, "train").result:
+            if opened_from(folder) != self.name:
+                reason = f"would be opened as the run {folder.run!r}, which is another"
+                raise UserError(self.key, reason, value=self.address)
             return folder
         with tempfile.TemporaryDirectory(prefix="ncsn-") as scratch:
             files = _fetch(self, Path(scratch))
@@ -144,8 +147,8 @@ def resolve(address: str, *, key: str, root: str, registry: str | None = None) -
                 raise UserError(address, f"no registry at {server}", hint=hint)
             with mlflow_errors(server):
                 version = resolve_version(client_at(server), address)
-            for tag, pattern in _TAGS.items():  # which become names of folders
-                if not pattern.fullmatch(given := version.tags.get(tag, "")):
+            for tag in _TAGS:  # which become names of folders
+                if not storage.DIGEST.fullmatch(given := version.tags.get(tag, "")):
                     raise UserError(address, f"no version of `ncsn register`: its tag {tag} is {shown_value(given)}")
             return Place(key, address, root, registry, version=version)
         uri = storage.absolute(address)

@@ -143,7 +143,8 @@ def _candidate(
     config, guide, samples = loaded.config, loaded.guide, measured["samples"]
     helped = utility_of(run_folder(config, run), loaded.digest, sampling_facts(config.sampling, guide))
     pictures = {"grid.png": storage.join(samples, "grid.png"), "neighbors.png": measured["neighbors"]}
-    files = {file: smaller_png(storage.read_bytes(uri)) for file, uri in pictures.items() if storage.exists(uri)}
+    root = run_folder(config, run).root
+    files = {file: smaller_png(storage.read_below(root, uri)) for file, uri in pictures.items() if storage.exists(uri)}
     shown_in = {"samples": "grid.png", "samples and their nearest training images": "neighbors.png"}
     held_out = held_out_curves(load_history(run_folder(config, run).history))
     width = None if loaded.average is None else loaded.average["relative_width"]

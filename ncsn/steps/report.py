@@ -113,6 +113,7 @@ def report(sources: ReportSources, context: Context) -> ReportResult:
 def _results(sources: ReportSources) -> dict[str, Any]:
     """What was made of what in which time, how it compares with real images, and what was chosen on the way."""
     config, records, folder = sources.config, sources.records, sources.folder
+    read = partial(storage.read_below, folder.root)
     evaluation, selection, utility = sources.evaluation, sources.selection, sources.utility
     sampled = records["sample"].result["num_images"] if "sample" in records else 0
     pictures = {name: storage.join(evaluation["samples"], f"{name}.png") for name in ("grid", "strip")}
@@ -142,21 +143,21 @@ def _results(sources: ReportSources) -> dict[str, Any]:
         "lines": {step: result_line(step, record.result) for step, record in records.items()},
         "costs": list(cost_facts(spent(config, folder), num_images=sampled)),
         "config": to_yaml(config),
-        **{name: storage.read_bytes(uri) if storage.exists(uri) else None for name, uri in pictures.items()},
+        **{name: read(uri) if storage.exists(uri) else None for name, uri in pictures.items()},
         "grid_caption": caption,
-        "real_grid": storage.read_bytes(evaluation["real_images"]),
+        "real_grid": read(evaluation["real_images"]),
         "evaluation": evaluation,
         "answers": answers(evaluation, utility["sentence"] if utility else ""),
         "utility": utility,
-        "utility_plot": None if utility is None else storage.read_bytes(utility["plot"]),
+        "utility_plot": None if utility is None else read(utility["plot"]),
         "copies": str(Copies(**evaluation["audit"]["copies"])),
         "copying_hints": hints.copying_hints(evaluation["audit"]),
-        "neighbors": storage.read_bytes(evaluation["neighbors"]),
-        "confusion": storage.read_bytes(evaluation["confusion"]) if evaluation["confusion"] else None,
+        "neighbors": read(evaluation["neighbors"]),
+        "confusion": read(evaluation["confusion"]) if evaluation["confusion"] else None,
         "selection": selection,
-        "selection_plot": None if selection is None else storage.read_bytes(selection["plot"]),
+        "selection_plot": None if selection is None else read(selection["plot"]),
         "search": search,
-        "search_plots": [] if search is None else [storage.read_bytes(plot) for plot in search["plots"]],
+        "search_plots": [] if search is None else [read(plot) for plot in search["plots"]],
     }
 
 

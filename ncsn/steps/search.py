@@ -11,6 +11,7 @@ from typing import Any
 
 from ncsn import storage
 from ncsn.config import Config, from_yaml, to_yaml
+from ncsn.config.load import NOT_OF_MODELS
 from ncsn.config.search import EPSILON, rungs, variant
 from ncsn.config.training import ema_setting
 from ncsn.data.format import Manifest, load_manifest
@@ -118,9 +119,12 @@ def find_settings(plan: SearchPlan, manifest: Manifest, start: Start, best_run: 
 
 def trainable(result: SearchResult, config: Config) -> Config:
     """The best config, to be trained where `config` says: the search may have been on another machine or moved."""
-    best = from_yaml(storage.read_text(result.config), origin=result.config)
+    best = from_yaml(storage.read_text(result.config), origin=result.config, without=NOT_OF_MODELS)
     sampling = best.sampling.model_copy(update={"guidance": config.sampling.guidance})  # not by the search's copy
-    return best.model_copy(update={"compute": config.compute, "storage": config.storage, "sampling": sampling})
+    images = {name: getattr(config.data, name) for name in ("root", "download")}
+    ours = {name: getattr(config, name) for name in NOT_OF_MODELS if name != "search" and "." not in name}
+    data = best.data.model_copy(update=images)
+    return best.model_copy(update={**ours, "sampling": sampling, "data": data, "export": config.export})
 
 
 class _Follower:

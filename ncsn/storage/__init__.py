@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import tempfile
 import uuid
@@ -30,6 +31,7 @@ from ncsn.storage.retry import S3_SCHEME
 
 CACHE_DIR_VARIABLE = "NCSN_CACHE_DIR"
 
+DIGEST = re.compile(r"[0-9a-f]{8,64}")  # of what has one
 TEMPORARY = r"\.[^/]*tmp-[0-9a-f]{8}|\.parts-[0-9a-f]{16}"  # pattern of the names of what is not published yet
 _SCRATCH = ".tmp-"
 _STORE = "store:/"  # stands for the root in the files of a store, which may be moved
@@ -125,6 +127,13 @@ def read_bytes(uri: str, *, check: Callable[[int], object] = lambda _: None) -> 
             return file.read()
     except FileNotFoundError:
         raise NotFound(uri, "no such file") from None
+
+
+def read_below(root: str, uri: str) -> bytes:
+    """The file, which a record of the store names that others may have written: `UserError` if it is not below it."""
+    if not uri.startswith(f"{root.rstrip('/')}/") or ".." in uri.split("/"):
+        raise UserError(uri, f"is no file of the store {root}, though a record there says so", hint="do the step again")
+    return read_bytes(uri)
 
 
 def read_text(uri: str) -> str:

@@ -41,9 +41,11 @@ def test_a_run_is_where_its_store_is_now(config_file: Path, store: Path, tmp_pat
     assert changed.config.sampling.num_images == 9
     elsewhere = TargetOptions(str(moved / "runs/mine/config.yaml"), ("storage.root=/elsewhere",))
     assert elsewhere.resolve().config.storage.root == "/elsewhere"
-    (tmp_path / "runs/by-hand").mkdir(parents=True)
-    by_hand = shutil.copy(moved / "runs/mine/config.yaml", tmp_path / "runs/by-hand")
-    assert TargetOptions(str(by_hand)).resolve().config.storage.root == str(store)
+    (tmp_path / "runs/stripped").mkdir(parents=True)
+    stripped = shutil.copy(moved / "runs/mine/config.yaml", tmp_path / "runs/stripped")
+    assert TargetOptions(str(stripped)).resolve().config.storage.root == str(tmp_path), (
+        "without its steps, a record too"
+    )
 
 
 def test_a_checkpoint_brings_its_config_and_its_run(config_file: Path, store: Path, tmp_path: Path) -> None:
