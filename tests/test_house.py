@@ -46,9 +46,9 @@ BUDGETS = {
     "components pipelines": 1139,
     "ncsn/storage": 896,
     "examples": 1141,
-    "tests": 26467,
+    "tests": 26469,
 }
-MOST_WORDS = 20947
+MOST_WORDS = 20965
 
 
 def _name(path: Path) -> str:
