@@ -46,7 +46,7 @@ BUDGETS = {
     "components pipelines": 1139,
     "ncsn/storage": 896,
     "examples": 1141,
-    "tests": 26469,
+    "tests": 26485,
 }
 MOST_WORDS = 20960
 

@@ -21,6 +21,7 @@ from ncsn.config import Config, from_yaml, to_yaml
 from ncsn.config.compute import ComputeConfig
 from ncsn.config.load import NOT_OF_MODELS
 from ncsn.config.schema import EvaluationConfig, TrackingConfig
+from ncsn.data.format import FORMAT_VERSION, MANIFEST, load_manifest
 from ncsn.model.checkpoint import INDEX, load_checkpoint, save_network, sha256
 from ncsn.runs.folder import RunFolder
 from ncsn.steps import address
@@ -204,3 +205,17 @@ def test_what_a_search_has_found_says_nothing_of_this_side(config, evil, tmp_pat
     storage.write_text(place := f"{tmp_path}/best.yaml", to_yaml(evil))
     found = trainable(SimpleNamespace(config=place), config)
     assert found == config
+
+
+def test_a_model_that_asks_for_more_memory_than_there_is_is_refused_first(model) -> None:
+    config = yaml.safe_load((model / "config.yaml").read_text())
+    config["network"]["widths"] = [60_000]  # 130 GB for one convolution
+    rewrite(model, yaml.safe_dump(config))
+    with refused(str(model)):
+        load_checkpoint(str(model))
+
+
+def test_a_dataset_whose_digest_is_a_path_is_none(tmp_path) -> None:
+    storage.write_text(f"{tmp_path}/{MANIFEST}", json.dumps({"format_version": FORMAT_VERSION, "digest": "/home/me"}))
+    with refused(str(tmp_path)):
+        load_manifest(str(tmp_path))

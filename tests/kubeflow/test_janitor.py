@@ -266,6 +266,7 @@ def test_poisoned_notes_keep_nobody_elses_run_open(emulation: Any, config: Confi
     anchors = f"{{seed: &a [x], {', '.join(repeated)}}}"
     fields: tuple[dict[str, Any], ...] = (
         *({"config": each} for each in (anchors, "[" * 2000, f'{{"x": {text}}}', 5, None)),
+        *({"config": each} for each in ("a: !!bool foo", 'a: !!int ""', f"a: {'1:' * 200}1.5")),
         *({"workflow": each} for each in (None, ["w"])),
         *({"run": each} for each in (None, 7, "../up")),
         {"more": 1},
