@@ -29,7 +29,7 @@ LEAST_MODULES, MOST_MODULES = 2, 14  # of a package
 # could.
 BUDGETS = {
     "ncsn/core": 3521,
-    "ncsn/data": 3018,
+    "ncsn/data": 3027,
     "ncsn/evaluation": 2419,
     "ncsn/steps ncsn/runs ncsn/kubeflow": 4349,
     "ncsn/model": 1520,
@@ -41,12 +41,12 @@ BUDGETS = {
     "ncsn/remote": 1640,
     "ncsn/library": 539,
     "ncsn/init ncsn/inspection": 2016,
-    "ncsn/serving": 575,
+    "ncsn/serving": 578,
     "ncsn/training": 1033,
     "components pipelines": 1139,
     "ncsn/storage": 896,
     "examples": 1141,
-    "tests": 26485,
+    "tests": 26484,
 }
 MOST_WORDS = 20960
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import struct
+import tokenize
 import warnings
 import zlib
 from dataclasses import dataclass
@@ -33,11 +34,12 @@ _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
 _NPY = b"\x93NUMPY"
 _TIFFS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # headers; the last two of BigTIFF
 _TIFF_GRAY = 1  # photometric interpretation
+_BOUNDED = (1, 5, 8, 32773, 32946, 34925, 50000)  # none, LZW, Deflate, PackBits, Deflate, LZMA, Zstandard
 MOST_CHANNELS = 8
 # All that Pillow was seen to raise for damaged and for hostile files.
 _NOT_DECODED = (
     OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, ArithmeticError, AttributeError, RuntimeError,
-    struct.error, zlib.error, Image.DecompressionBombError,
+    MemoryError, struct.error, zlib.error, Image.DecompressionBombError,
 )  # fmt: skip
 
 # Pillow warns of more pixels than MAX_IMAGE_PIXELS, 89 million. `decode` refuses them, but for a JPEG of a large camera
@@ -251,7 +253,8 @@ def _resized(picture: Picture, size: tuple[int, int], box: tuple[int, int, int, 
 def require_size(size: int, largest: float) -> None:
     """Refuse an image of more than `largest` bytes, before they are read."""
     if size > largest:
-        raise BadImageError(f"takes {size:,} bytes, more than the {largest:,} that data.max_megapixels allows")
+        enough = math.ceil(size / 3e6)  # as `DataConfig.largest_bytes` counts them
+        raise BadImageError(f"takes {size:,} bytes, which need data.max_megapixels={enough}")
 
 
 def decode(data: bytes, *, least_side: int | None = None, largest: float = math.inf) -> Picture:
@@ -307,11 +310,16 @@ def _tiff_channels(data: bytes, largest: float) -> np.ndarray | None:
     with tifffile.TiffFile(io.BytesIO(data)) as file:
         page = file.pages.first
         channels = page.samplesperpixel
+        bits: Any = page.bitspersample
+        if isinstance(bits, tuple):
+            raise TypeError("its channels have different numbers of bits")
+        require_size(max(page.nbytes, math.prod(page.chunks) * bits // 8), largest)  # or one of its tiles
         # Pillow knows gray with alpha, but no other channels that claim to be gray.
         known = channels == 2 or page.photometric != _TIFF_GRAY
-        if channels == 1 or (channels <= 4 and page.bitspersample <= 8 and known):
+        if channels == 1 or (channels <= 4 and bits <= 8 and known):
             return None
-        require_size(max(page.nbytes, math.prod(page.chunks) * page.bitspersample // 8), largest)  # or one of its tiles
+        if page.compression not in _BOUNDED:
+            raise ValueError(f"has compression {page.compression!r}, which may unpack to any size; use Deflate")
         return np.moveaxis(page.asarray(), page.axes.index("S"), 2)
 
 
@@ -325,7 +333,7 @@ def _of_npy(data: bytes) -> Picture:
         if math.prod(shape) * kind.itemsize > len(data) - file.tell():  # numpy would ask for the memory first
             raise ValueError(f"{list(shape)} values of type {kind} are more than there are")
         values = np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, TypeError, EOFError, OSError, RecursionError, MemoryError) as error:
+    except (ValueError, TypeError, EOFError, OSError, RecursionError, MemoryError, tokenize.TokenError) as error:
         raise BadImageError(f"not a whole array: {str(error)[:200] or type(error).__name__}") from error
     if values.ndim == 2:
         values = values[..., None]

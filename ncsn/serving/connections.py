@@ -10,6 +10,7 @@ from uvicorn.config import HTTP_PROTOCOLS, Config
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 MOST_WAITING = 1000
+_MOST_BUFFERED = 1 << 20  # bytes that uvicorn has not taken from a connection
 _ON_LOOPBACK = ("127.0.0.1", "localhost")
 
 
@@ -35,6 +36,8 @@ class Connection(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
+        if len(self.conn._receive_buffer) > _MOST_BUFFERED:  # of requests before the last one was answered
+            self.transport.abort()
         self._watch()
 
     def on_response_complete(self) -> None:

@@ -47,21 +47,16 @@ def zipped(path: str, megabytes: int, *, claims: int | None = None, method: int 
     return bytes(data)
 
 
-def tiled(side: int) -> bytes:
-    """A TIFF file of 16x16 pixels in five channels that claims to have tiles of this side."""
-    tifffile.imwrite(
-        buffer := io.BytesIO(),
-        np.zeros((16, 16, 5), np.uint16),
-        photometric="minisblack",
-        planarconfig="contig",
-        tile=(16, 16),
-        compression="zlib",
-    )
+def tiff(channels: int = 5, compression: str = "zlib", **claims: int) -> bytes:
+    """A TIFF file of 16x16 pixels that claims something else in these of its tags."""
+    layout = {"photometric": "minisblack", "planarconfig": "contig"} if channels > 1 else {}
+    values = np.zeros((16, 16, channels) if channels > 1 else (16, 16), np.uint16)
+    tifffile.imwrite(buffer := io.BytesIO(), values, tile=(16, 16), compression=compression, **layout)
     data = bytearray(buffer.getvalue())
     with tifffile.TiffFile(io.BytesIO(data)) as file:
-        for name in ("TileWidth", "TileLength"):
+        for name, value in claims.items():
             tag = file.pages.first.tags[name]
-            struct.pack_into("<I" if tag.dtype == tifffile.DATATYPE.LONG else "<H", data, tag.valueoffset, side)
+            struct.pack_into("<I" if tag.dtype == tifffile.DATATYPE.LONG else "<H", data, tag.valueoffset, value)
     return bytes(data)
 
 
@@ -69,7 +64,11 @@ ATTACKS = {
     "pixels.png": lambda: Formats.image(Image.new("1", (13_300, 13_300))),  # 177 megapixels
     "claim.npy": lambda: claimed((1 << 24, 1 << 24)),
     "deep.npy": lambda: claimed("-" * 8000 + "1"),
-    "tiles.tif": lambda: tiled(60_000),
+    "cut.npy": lambda: b"\x93NUMPY\x01\x00" + struct.pack("<H", 60) + b"{'descr': '|u1', 'shape': (8, 8".ljust(60),
+    "tiles.tif": lambda: tiff(TileWidth=60_000, TileLength=60_000),
+    "gray_tiles.tif": lambda: tiff(1, TileWidth=46_000, TileLength=46_000),
+    "odd_bits.tif": lambda: tiff(BitsPerSample=8),  # of the first of the channels
+    "packed.tif": lambda: tiff(3, "png"),  # which says itself how large it is
     "long.png": lambda: None,  # a terabyte, without taking any of the disk
     "declared.zip": lambda: zipped("x.png", 300),
     "lie.zip": lambda: zipped("x.png", 300, claims=1000),

@@ -43,6 +43,7 @@ HEIC_SUFFIXES = (".heic", ".heif")  # of phones; Pillow does not read them
 LABEL_TABLES = ("metadata.jsonl", "metadata.csv", "dataset.json", "labels.csv", CLASS_NAMES)
 
 _LABEL_KEYS = ("cls", "label")
+_LABEL_BYTES = 64 << 10  # of a file with the label of one image
 _INDEX_BUFFER = 256 << 10
 _ZIP_HEADER = struct.Struct("<4s5H3L2H")
 _LONGEST_ZIP_HEADER = _ZIP_HEADER.size + 2 * 0xFFFF
@@ -102,9 +103,9 @@ def index_archive(uri: str, largest: float) -> tuple[pa.Table, dict[str, bytes],
                 if name.name in LABEL_TABLES:
                     tables[member.path] = read_member(stream, member, largest)
                 elif suffix == "cls":
-                    words[_key(member.path)] = read_member(stream, member, largest).decode().strip()
+                    words[_key(member.path)] = read_member(stream, member, _LABEL_BYTES).decode().strip()
                 elif suffix == "json":
-                    fields = json.loads(read_member(stream, member, largest).decode())
+                    fields = json.loads(read_member(stream, member, _LABEL_BYTES).decode())
                     values = [fields[key] for key in _LABEL_KEYS if key in fields] if isinstance(fields, dict) else []
                     words[_key(member.path)] = str(values[0]) if values else ""
                     require_utf8(words[_key(member.path)], key=member.path)
