@@ -9,7 +9,7 @@ import tokenize
 import warnings
 import zlib
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
