@@ -48,7 +48,7 @@ BUDGETS = {
     "examples": 1141,
     "tests": 26484,
 }
-MOST_WORDS = 20960
+MOST_WORDS = 20988
 
 
 def _name(path: Path) -> str:
