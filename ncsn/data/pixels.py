@@ -8,6 +8,7 @@ import struct
 import tokenize
 import warnings
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -257,17 +258,29 @@ def require_size(size: int, largest: float) -> None:
         raise BadImageError(f"takes {size:,} bytes, which need data.max_megapixels={enough}")
 
 
-def decode(data: bytes, *, least_side: int | None = None, largest: float = math.inf) -> Picture:
+def decode(
+    data: bytes,
+    *,
+    least_side: int | None = None,
+    largest: float = math.inf,
+    admit: Callable[[int], None] = lambda _: None,
+) -> Picture:
     """Decode a picture, the first of several frames, and turn it upright by its EXIF orientation.
 
     `least_side` pixels of the shorter side suffice, where decoding fewer takes less time. `BadImageError` if it cannot
-    be decoded, or takes more than `largest` bytes, of which Pillow's pixels count as 3.
+    be decoded, or takes more than `largest` bytes, of which Pillow's pixels count as 3. Before it takes any, `admit` is
+    called with their number; it may wait until there is room.
     """
-    require_size(len(data), largest)
+
+    def take(size: int) -> None:
+        require_size(size, largest)
+        admit(size)
+
+    take(len(data))
     if data.startswith(_NPY):
         return _of_npy(data)
     try:
-        if (channels := _tiff_channels(data, largest)) is not None:
+        if (channels := _tiff_channels(data, take)) is not None:
             return Picture.of(channels)
         if Image.MAX_IMAGE_PIXELS is not None and largest < math.inf:  # Pillow's own limit is one of the process
             Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, int(largest) // 3)
@@ -280,7 +293,9 @@ def decode(data: bytes, *, least_side: int | None = None, largest: float = math.
             if not (turned and any(side % _JPEG_BLOCK for side in stored)):
                 drafted = image.draft(None, (least_side, least_side))
                 scale = 1 if drafted is None else round(stored[0] / drafted[1][2])
-        require_size(3 * image.width * image.height, largest)
+        # A progressive JPEG is held whole, by two bytes a value, also if fewer pixels are decoded.
+        whole_bytes = 2 * len(image.getbands()) * stored[0] * stored[1] if image.info.get("progressive") else 0
+        take(max(3 * image.width * image.height, whole_bytes))
         conversions = []
         if image.format in ("PNG", "TIFF") and ";16" in str(image.tile[:1]):  # the layout of the stored pixels
             conversions.append("16-bit")
@@ -297,7 +312,7 @@ def decode(data: bytes, *, least_side: int | None = None, largest: float = math.
         raise BadImageError(" ".join(reason.split())) from error
 
 
-def _tiff_channels(data: bytes, largest: float) -> np.ndarray | None:
+def _tiff_channels(data: bytes, take: Callable[[int], None]) -> np.ndarray | None:
     """The channels [H, W, C] of the first picture of a TIFF file; None if Pillow can read all of it.
 
     Pillow has no mode for several channels of 16 bits or floating point, and for more than four. Raises what a damaged
@@ -313,7 +328,7 @@ def _tiff_channels(data: bytes, largest: float) -> np.ndarray | None:
         bits: Any = page.bitspersample
         if isinstance(bits, tuple):
             raise TypeError("its channels have different numbers of bits")
-        require_size(max(page.nbytes, math.prod(page.chunks) * bits // 8), largest)  # or one of its tiles
+        take(max(page.nbytes, math.prod(page.chunks) * bits // 8))  # or one of its tiles
         # Pillow knows gray with alpha, but no other channels that claim to be gray.
         known = channels == 2 or page.photometric != _TIFF_GRAY
         if channels == 1 or (channels <= 4 and bits <= 8 and known):

@@ -6,9 +6,11 @@ import io
 import json
 import struct
 import tarfile
+import time
 import tracemalloc
 import zipfile
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +23,7 @@ from refused import refused
 
 from ncsn.data.dataset import write_dataset
 from ncsn.data.pixels import BadImageError, decode
-from ncsn.data.sources import open_source, published_sets
+from ncsn.data.sources import image_files, open_source, published_sets
 from ncsn.data.sources.base import source_fingerprint
 
 GOOD = {f"{number}.png": Formats.image(np.full((8, 8), number, np.uint8)) for number in range(4)}
@@ -148,6 +150,76 @@ def test_deep_nesting_and_the_shapes_of_strangers_are_told_by_the_file(tmp_path,
         )
         with refused(str(path)):
             open_source(data_config("parquet", path))
+
+
+def test_labels_take_no_more_than_a_few_times_their_bytes(tmp_path, data_config):
+    data, lines, long = {"max_megapixels": 15}, b"\n" * (1 << 20), b"\n" * (6 << 20)  # of 45 million bytes a fourth
+    root = put(tmp_path / "lines", {"x.zip": Formats.zip({**GOOD, "metadata.jsonl": lines, "metadata.csv": lines})})
+    tracemalloc.start()
+    try:
+        assert rows_of(open_source(data_config("image_folder", root, **data)))
+        assert tracemalloc.get_traced_memory()[1] < 6 << 20
+    finally:
+        tracemalloc.stop()
+    tables = {f"{folder}/metadata.csv": long for folder in "ab"}
+    root = put(tmp_path / "tables", {"x.zip": Formats.zip({**GOOD, **tables})})
+    with refused(f"{root}/x.zip:b/metadata.csv"):
+        open_source(data_config("image_folder", root, **data))
+    for name, word in (("0.cls", b"a" * 256), ("0.json", json.dumps({"label": [0] * 256}).encode())):
+        root = put(tmp_path / name, {"x.zip": Formats.zip({**GOOD, name: word})})
+        with refused(f"{root}/x.zip:{name}"):
+            open_source(data_config("image_folder", root))
+
+
+def test_a_few_bytes_of_a_parquet_file_are_not_repeated_for_each_row(tmp_path, data_config):
+    images = pa.array([GOOD["0.png"]] * 500, pa.binary())
+    words = pa.DictionaryArray.from_arrays([0] * 500, ["a" * (4 << 20)])
+    pq.write_table(pa.table({"image": images, "label": words}), path := tmp_path / "words.parquet", store_schema=False)
+    before = pa.default_memory_pool().max_memory()
+    with refused("data.root"):
+        open_source(data_config("parquet", path))
+    assert pa.default_memory_pool().max_memory() <= max(before, 256 << 20)
+    pq.write_table(pa.table({"image": pa.nulls(20_000_000, pa.binary())}), path := tmp_path / "nulls.parquet")
+    with refused(str(path)):
+        open_source(data_config("parquet", path))
+    facts = {"shape": b"[1000, 1001, 1]", "dtype": "uint8", "limits": "[0, 255]"}
+    kind = pa.binary(1000 * 1001)
+    large = pa.table([pa.array([bytes(1000 * 1001)] * 4, kind)], pa.schema([pa.field("image", kind, metadata=facts)]))
+    pq.write_table(large, path := tmp_path / "pixels.parquet")
+    data = data_config("parquet", path, on_bad_image="skip")
+    assert skipped_of(open_source(data)) == []
+    assert len(skipped_of(open_source(data.model_copy(update={"max_megapixels": 0.3})))) == 4
+
+
+def test_a_progressive_jpeg_counts_as_all_that_is_kept_of_it():
+    for progressive, passes in ((False, True), (True, False)):
+        Image.new("CMYK", (2000, 1000)).save(file := io.BytesIO(), "JPEG", progressive=progressive)
+        if passes:
+            assert decode(file.getvalue(), least_side=8, largest=3_000_000).size == (2000, 1000)
+        else:
+            with pytest.raises(BadImageError):
+                decode(file.getvalue(), least_side=8, largest=3_000_000)
+
+
+def test_only_two_large_images_are_decoded_at_a_time(tmp_path, data_config, monkeypatch):
+    monkeypatch.setattr(image_files, "_LARGE", 1000)
+    files = {f"{number}.png": Formats.image(np.full((40, 40), number, np.uint8)) for number in range(48)}
+    split = open_source(data_config("image_folder", put(tmp_path, files))).splits["train"]
+    inside, most, lock = 0, 0, Lock()
+
+    def watched(image: image_files.Encoded, picture: object) -> str:
+        nonlocal inside, most
+        with lock:
+            inside += 1
+            most = max(most, inside)
+        time.sleep(0.01)
+        with lock:
+            inside -= 1
+        return image.name
+
+    assert isinstance(split, image_files.DecodedSplit)
+    assert len(set(split.each(watched, least_side=None, cores=8))) == len(split)
+    assert most == 2
 
 
 def tar_header(size: int, kind: bytes = tarfile.REGTYPE) -> bytes:

@@ -27,7 +27,7 @@ def open_celeba(data: DataConfig) -> Source:
     if not archive.is_file():
         hint = "put it there (CelebA is not downloaded)"
         raise NotFound("data.root", f"has no {_CELEBA}", hint=hint, value=data.root)
-    members = index_archive(str(archive), data.largest_bytes)[0].drop_columns(["word"]).sort_by("path")
+    members = index_archive(str(archive))[0].drop_columns(["word"]).sort_by("path")
     if not len(members):
         raise UserError(str(archive), f"holds no .jpg or .png images; it is not {_CELEBA}")
     names, partition = members["path"].to_pylist(), archive.with_name(_PARTITION)

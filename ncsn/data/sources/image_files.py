@@ -20,7 +20,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import PurePosixPath
-from threading import Lock
+from threading import Lock, Semaphore
 from typing import Any, BinaryIO, ClassVar, NamedTuple, Self, TypeVar, cast
 
 import numpy as np
@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from ncsn import storage
 from ncsn.data.format import CLASS_NAMES, SkippedImage
 from ncsn.data.pixels import BadImageError, Example, Fit, Picture, decode, require_size
-from ncsn.data.sources.base import require_utf8
+from ncsn.data.sources.base import MOST_NAME_BYTES, require_utf8
 from ncsn.errors import UserError
 
 R = TypeVar("R")
@@ -55,6 +55,9 @@ _LISTED = 1024  # images whose names are objects of Python at a time
 _TOGETHER = 16  # images that a thread takes at once: handing over each by itself costs a tenth of a small JPEG
 _HELD_TOGETHER = 8 << 20  # bytes, beyond which fewer images are
 _WAITING_PER_THREAD = 2
+_MOST_HELD = 256 << 20  # bytes of all images that wait
+# Bytes of an image or its file, of which two at a time: a machine may have many threads and little memory.
+_LARGE, _LARGE_AT_ONCE = 96 << 20, 2
 
 
 class Member(NamedTuple):
@@ -77,18 +80,17 @@ def kind_of(path: str) -> str:
     return PurePosixPath(path).suffix.lower() or "without a suffix"
 
 
-def index_archive(uri: str, largest: float) -> tuple[pa.Table, dict[str, bytes], Counter[str]]:
-    """The images of a `.tar` or `.zip` in its order, its label tables, path -> content, and its other files by kind.
+def index_archive(uri: str) -> tuple[pa.Table, list[Member], Counter[str]]:
+    """The images of a `.tar` or `.zip` in its order, its label tables, and its other files by kind.
 
     Hidden files do not count. An image is a row of `MEMBER`, and its `word` the label in `x.cls`, or under `cls` or
-    `label` in `x.json`, next to `x.png`; empty for JSON that has neither, null without such a file. Other members than
-    images have at most `largest` bytes.
+    `label` in `x.json`, next to `x.png`; empty for JSON that has neither, null without such a file.
     """
     with _opened(uri) as stream:
         found = _zip_members(stream, uri) if uri.lower().endswith(".zip") else _tar_members(stream, uri)
         images: list[Member] = []
         words: dict[str, str] = {}
-        tables: dict[str, bytes] = {}
+        tables: list[Member] = []
         others = Counter[str]()
         for member in found:
             name = PurePosixPath(member.path)
@@ -101,14 +103,13 @@ def index_archive(uri: str, largest: float) -> tuple[pa.Table, dict[str, bytes],
                 continue
             try:
                 if name.name in LABEL_TABLES:
-                    tables[member.path] = read_member(stream, member, largest)
+                    tables.append(member)
                 elif suffix == "cls":
-                    words[_key(member.path)] = read_member(stream, member, _LABEL_BYTES).decode().strip()
+                    words[_key(member.path)] = _label(read_member(stream, member, _LABEL_BYTES).decode().strip())
                 elif suffix == "json":
                     fields = json.loads(read_member(stream, member, _LABEL_BYTES).decode())
                     values = [fields[key] for key in _LABEL_KEYS if key in fields] if isinstance(fields, dict) else []
-                    words[_key(member.path)] = str(values[0]) if values else ""
-                    require_utf8(words[_key(member.path)], key=member.path)
+                    words[_key(member.path)] = _label(str(values[0])) if values else ""
                 else:
                     others[kind_of(member.path)] += 1
             except (ValueError, RecursionError) as error:
@@ -116,6 +117,12 @@ def index_archive(uri: str, largest: float) -> tuple[pa.Table, dict[str, bytes],
     found = pa.Table.from_pylist([member._asdict() for member in images], MEMBER)
     labels = pa.array([words.get(_key(member.path)) for member in images], pa.large_string())
     return found.append_column("word", labels), tables, others
+
+
+def _label(word: str) -> str:
+    if len(word.encode()) > MOST_NAME_BYTES:
+        raise ValueError(f"it has more than {MOST_NAME_BYTES} bytes")
+    return word
 
 
 def read_member(stream: Any, member: Member, largest: float) -> bytes:
@@ -129,7 +136,7 @@ def read_member(stream: Any, member: Member, largest: float) -> bytes:
     if member.flags & _ENCRYPTED:
         raise BadImageError("is encrypted")
     if member.method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise BadImageError("is neither stored in the zip nor packed with Deflate")
+        raise BadImageError("is packed by another method than Deflate; unpack it, and zip it again")
     if len(data) < _ZIP_HEADER.size or not data.startswith(b"PK\x03\x04"):
         raise BadImageError("has no zip header where the archive's directory says")
     *_, name_length, extra_length = _ZIP_HEADER.unpack_from(data)
@@ -187,7 +194,7 @@ def _zip_members(stream: Any, uri: str) -> Iterator[Member]:
 class Encoded(NamedTuple):
     name: str
     label: int
-    load: Callable[[], Picture]  # called in another thread
+    load: Callable[[Callable[[int], None]], Picture]  # called in another thread, with `admit` as of `decode`
     held: int = 0  # bytes that are in memory until then
 
 
@@ -226,38 +233,52 @@ class DecodedSplit(ABC):
         self, function: Callable[[Encoded, Picture], R], *, least_side: int | None, cores: int | None
     ) -> Generator[R | SkippedImage, None, None]:
         """`function` of each image, or why it cannot be used, on a pool of threads (Pillow releases Python's lock)."""
+        gate = Semaphore(_LARGE_AT_ONCE)
 
         def call(image: Encoded) -> R | SkippedImage:
+            inside = False
+
+            def admit(size: int) -> None:
+                nonlocal inside
+                inside = inside or (size > _LARGE and gate.acquire())
+
             try:
-                return function(image, image.load())
+                return function(image, image.load(admit))
             except BadImageError as error:
                 return SkippedImage(image.name, str(error))
+            finally:
+                if inside:
+                    gate.release()
 
         threads = _LARGEST_POOL if self.remote else min(_LARGEST_POOL, cores or os.cpu_count() or 1)
-        waiting: deque[Future[list[R | SkippedImage]]] = deque()
-        images = _together(self.encoded(least_side))
+        waiting: deque[tuple[Future[list[R | SkippedImage]], int]] = deque()
+        images, held = _together(self.encoded(least_side)), 0
         with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
             try:
-                for some in images:
-                    waiting.append(pool.submit(lambda some: list(map(call, some)), some))
-                    if len(waiting) >= threads * _WAITING_PER_THREAD:
-                        yield from waiting.popleft().result()
+                for some, size in images:
+                    while len(waiting) >= threads * _WAITING_PER_THREAD or (waiting and held + size > _MOST_HELD):
+                        done, freed = waiting.popleft()
+                        yield from done.result()
+                        held -= freed
+                    waiting.append((pool.submit(lambda some: list(map(call, some)), some), size))
+                    held += size
                 while waiting:
-                    yield from waiting.popleft().result()
+                    yield from waiting.popleft()[0].result()
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _together(images: Iterator[Encoded]) -> Iterator[list[Encoded]]:
+def _together(images: Iterator[Encoded]) -> Iterator[tuple[list[Encoded], int]]:
+    """A few images at a time, and how many bytes they hold."""
     some, held = list[Encoded](), 0
     for image in images:
         some.append(image)
         held += image.held
         if len(some) == _TOGETHER or held > _HELD_TOGETHER:
-            yield some
+            yield some, held
             some, held = [], 0
     if some:
-        yield some
+        yield some, held
 
 
 @dataclass(frozen=True)
@@ -280,10 +301,11 @@ class EncodedImages(DecodedSplit):
         return replace(self, images=self.images.take(rows), rows=np.arange(len(rows)), labels=self.labels[first:last])
 
     def encoded(self, least_side: int | None) -> Iterator[Encoded]:
-        reader, largest = _Reader(self.fit.largest), self.fit.largest
+        reader, largest = ImageReader(self.fit.largest), self.fit.largest
 
-        def load(file: str, member: Member | None) -> Picture:
-            return decode(reader.read(file, member), least_side=least_side, largest=largest)
+        def load(file: str, member: Member | None, admit: Callable[[int], None]) -> Picture:
+            data = reader.read(file, member, admit)
+            return decode(data, least_side=least_side, largest=largest, admit=admit)
 
         for first in range(0, len(self.rows), _LISTED):
             some = slice(first, first + _LISTED)
@@ -295,7 +317,7 @@ class EncodedImages(DecodedSplit):
                 yield Encoded(name, label, partial(load, uri, Member(*member) if member else None))
 
 
-class _Reader:
+class ImageReader:
     """Reads images for several threads and opens each local archive once, until nobody reads any more."""
 
     def __init__(self, largest: float) -> None:
@@ -303,13 +325,18 @@ class _Reader:
         self._lock = Lock()
         self._archives: dict[str, Any] = {}
 
-    def read(self, uri: str, member: Member | None) -> bytes:
+    def read(self, uri: str, member: Member | None, admit: Callable[[int], None] = lambda _: None) -> bytes:
+        def check(size: int) -> None:
+            require_size(size, self._largest)
+            admit(size)
+
         if member is None:
             try:
-                return storage.read_bytes(uri, check=partial(require_size, largest=self._largest))
+                return storage.read_bytes(uri, check=check)
             except PermissionError as error:
                 reason = f"cannot be read: {error.strerror}"
                 raise UserError(uri, reason, hint="make it readable, or remove it") from None
+        admit(max(member.span, member.size))
         if storage.is_local(uri):
             with self._lock:
                 if uri not in self._archives:

@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,13 +30,18 @@ from ncsn.data.sources.image_files import (
     IMAGE_SUFFIXES,
     LABEL_TABLES,
     EncodedImages,
+    ImageReader,
+    Member,
     index_archive,
     kind_of,
 )
 from ncsn.errors import UserError
 
 _INDEX_THREADS = 16
+_PARSED = 4  # times the bytes of a table that its values take at least
 _NUMBER = re.compile("0|[1-9][0-9]{0,17}")
+
+_Sheet = tuple[str, str, Member | None]  # the archive, empty for none, and the path and the place of a file in it
 
 
 def open_image_folder(data: DataConfig) -> Source:
@@ -110,22 +114,17 @@ def _find(root: str, data: DataConfig) -> tuple[pa.Table, int, Counter[str], Map
     images, others = files.filter(is_image), list(texts(files.filter(pc.invert(is_image))))
     archives = [path for path in others if path.lower().endswith(ARCHIVE_SUFFIXES)]
     found = pa.table({"place": images, "file": images, "word": pa.nulls(len(images), pa.large_string())})
-    tables, ignored = list[_Table](), Counter(map(kind_of, others))
-    for path in [] if alone else others:
-        if path.rpartition("/")[2] in LABEL_TABLES:
-            uri = storage.join(root, path)
-            try:
-                content = storage.read_bytes(uri, check=partial(require_size, largest=data.largest_bytes))
-            except BadImageError as error:
-                raise UserError(uri, str(error)) from None
-            if table := _read_table(content, origin=uri, path=path):
-                tables.append(table)
-                ignored[kind_of(path)] -= 1
+    ignored = Counter(map(kind_of, others))
+    sheets: list[_Sheet] = [
+        ("", path, None) for path in others if path.rpartition("/")[2] in LABEL_TABLES and not alone
+    ]
     if archives and not len(images):
-        found, inside, more = _in_archives(root, [""] if alone else archives, data.largest_bytes)
-        tables += inside
+        found, inside, more = _in_archives(root, [""] if alone else archives)
+        sheets += inside
         ignored += more
         ignored.subtract(map(kind_of, archives))
+    tables = _read_tables(root, sheets, data.largest_bytes)
+    ignored.subtract(kind_of(table.path) for table in tables)
     if not len(found):
         compressed = any(path.lower().endswith(COMPRESSED_SUFFIXES) for path in others)
         what = f", only {in_words(+ignored)}" if +ignored else ""
@@ -142,20 +141,17 @@ def _find(root: str, data: DataConfig) -> tuple[pa.Table, int, Counter[str], Map
     return found.set_column(found.column_names.index("word"), "word", [column]), len(words), ignored, renamed
 
 
-def _in_archives(root: str, archives: Sequence[str], largest: int) -> tuple[pa.Table, list[_Table], Counter[str]]:
+def _in_archives(root: str, archives: Sequence[str]) -> tuple[pa.Table, list[_Sheet], Counter[str]]:
     """The images of archives below `root`, their tables and other files; the archive "" is `root` itself."""
     uris = [storage.join(root, archive) if archive else root for archive in archives]
     with ThreadPoolExecutor(min(_INDEX_THREADS, len(uris))) as pool:
-        indices = list(pool.map(partial(index_archive, largest=largest), uris))
-    found, tables, ignored = [], [], Counter[str]()
-    for archive, uri, (images, contents, others) in zip(archives, uris, indices, strict=True):
+        indices = list(pool.map(index_archive, uris))
+    found, sheets, ignored = [], list[_Sheet](), Counter[str]()
+    for archive, (images, inside, others) in zip(archives, indices, strict=True):
         ignored += others
+        ignored.update(kind_of(member.path) for member in inside)
         found.append(images.add_column(0, "file", pa.repeat(archive, len(images)).dictionary_encode()))
-        for path, content in contents.items():
-            if table := _read_table(content, origin=f"{uri}:{path}", path=path, archive=archive):
-                tables.append(table)
-            else:
-                ignored[kind_of(path)] += 1
+        sheets += ((archive, member.path, member) for member in inside)
     every = pa.concat_tables(found).unify_dictionaries().combine_chunks()
     # Shards that all number their images from 0 hold different images under one name.
     counted = pc.value_counts(every["path"])
@@ -163,7 +159,7 @@ def _in_archives(root: str, archives: Sequence[str], largest: int) -> tuple[pa.T
     files, (at, nothing) = every["file"].cast(pa.large_string()), pa.array(["@", ""], pa.large_string())
     inside = pc.if_else(again, pc.binary_join_element_wise(every["path"], files, at), every["path"])
     places = pc.binary_join_element_wise(pc.replace_substring_regex(files, "[^/]*$", ""), inside, nothing)
-    return every.add_column(0, "place", places), tables, ignored
+    return every.add_column(0, "place", places), sheets, ignored
 
 
 @dataclass(frozen=True)
@@ -171,23 +167,41 @@ class _Table:
     """A table of labels."""
 
     origin: str  # its URI, for an archive's member with `:` and its path
+    path: str  # in the archive, or below the root
     archive: str  # the archive that holds it, by its path below the root; empty for none
     folder: str  # what the names in it are relative to: its folder in the archive or below the root
     words: Mapping[str, str]  # name as in the table -> label in words, empty for none
     of_folders: bool = False  # whether these are names of folders, whose images have the label
 
 
-def _read_table(content: bytes, *, origin: str, path: str, archive: str = "") -> _Table | None:
+def _read_tables(root: str, sheets: Iterable[_Sheet], largest: int) -> list[_Table]:
+    """The tables that label images; parsed, all that there are take at most `largest` bytes."""
+    reader, total, tables = ImageReader(largest), 0, list[_Table]()
+    for archive, path, member in sheets:
+        uri = storage.join(root, archive or path) if archive or member is None else root
+        origin = f"{uri}:{path}" if member else uri
+        try:
+            content = reader.read(uri, member)
+            total += len(content)
+            require_size(_PARSED * total, largest)
+        except BadImageError as error:
+            raise UserError(origin, str(error), hint="repair or remove it") from None
+        if table := _read_table(content, origin=origin, path=path, archive=archive):
+            tables.append(table)
+    return tables
+
+
+def _read_table(content: bytes, *, origin: str, path: str, archive: str) -> _Table | None:
     """A label table; None if it says nothing about labels, as a table of captions does."""
     folder, _, name = path.rpartition("/")
+    text = io.TextIOWrapper(io.BytesIO(content), "utf-8-sig", newline="")
     try:
-        text = content.decode("utf-8-sig")
         if name == CLASS_NAMES:
-            fields = json.loads(text)
+            fields = json.load(text)
             beside = folder in ("", *SPLITS) and isinstance(fields, dict)
             rows = fields.items() if beside and all(isinstance(each, str) for each in fields.values()) else None
         elif name == "dataset.json":
-            fields = json.loads(text)
+            fields = json.load(text)
             rows = fields.get("labels") if isinstance(fields, dict) else None
             # StyleGAN's tools also write vectors there, which are no classes.
             if not isinstance(rows, list) or not all(
@@ -195,9 +209,11 @@ def _read_table(content: bytes, *, origin: str, path: str, archive: str = "") ->
             ):
                 return None
         elif name == "metadata.jsonl":
-            rows = _rows_of_columns([json.loads(line) for line in text.split("\n") if line.strip()])
+            rows = _rows_of_columns(json.loads(line) for line in text if line.strip())
         else:
-            rows = _rows_of_columns(list(csv.DictReader(io.StringIO(text, newline=""), strict=True)))
+            lines = csv.reader(text, strict=True)
+            header = next(lines, [])
+            rows = _rows_of_columns(dict(zip(header, line, strict=False)) for line in lines)
     except (ValueError, RecursionError, csv.Error) as error:
         raise UserError(origin, f"is not a table of labels: {error}", hint="repair or remove it") from error
     if rows is None:
@@ -209,7 +225,7 @@ def _read_table(content: bytes, *, origin: str, path: str, archive: str = "") ->
             words[folder_name] = word
         if len({*words.values()}) < len(words):
             raise UserError(origin, "gives two folders the same class", hint="repair or remove it")
-        return _Table(origin, archive, folder, words, of_folders=True)
+        return _Table(origin, path, archive, folder, words, of_folders=True)
     for file, label in rows:
         if file in words:
             raise UserError(origin, f"names {file!r} twice", hint="remove one of the two lines")
@@ -220,16 +236,19 @@ def _read_table(content: bytes, *, origin: str, path: str, archive: str = "") ->
         word = "" if label is None else str(label).strip()
         require_utf8(word, key=origin)
         words[file] = "" if word == "-1" else word
-    return _Table(origin, archive, folder, words)
+    return _Table(origin, path, archive, folder, words)
 
 
-def _rows_of_columns(rows: Sequence[Any]) -> Iterable[tuple[str, Any]] | None:
+def _rows_of_columns(rows: Iterable[Any]) -> list[tuple[str, Any]] | None:
     """File and label of each row, a mapping of columns; None without such columns."""
-    rows = [row for row in rows if isinstance(row, Mapping)]
-    column = next((name for name in ("file_name", "file") if any(name in row for row in rows)), None)
-    if column is None or not any("label" in row for row in rows):
-        return None
-    return [(row[column], row.get("label")) for row in rows if isinstance(row.get(column), str)]
+    found, labeled = list[tuple[str, Any]](), False
+    for row in rows:
+        if isinstance(row, Mapping):
+            labeled |= "label" in row
+            file = row.get("file_name", row.get("file"))
+            if isinstance(file, str):
+                found.append((file, row.get("label")))
+    return found if labeled and found else None
 
 
 def _words_of(tables: Iterable[_Table], found: pa.Table) -> dict[int, str | None]:

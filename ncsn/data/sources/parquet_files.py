@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -17,7 +17,6 @@ from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -27,7 +26,7 @@ from ncsn.data.format import NO_LABEL, group_lengths, load_manifest, pieces_of, 
 from ncsn.data.pixels import BadImageError, Fit, Picture, decode, require_size
 from ncsn.data.sources.base import Source, hold_out, list_files, name_ranks, require_utf8, required_root, texts
 from ncsn.data.sources.image_files import DecodedSplit, Encoded
-from ncsn.data.sources.image_folder import class_names_of, labels_of
+from ncsn.data.sources.image_folder import class_names_of
 from ncsn.errors import UserError
 
 SUFFIX = ".parquet"
@@ -44,7 +43,7 @@ _LABEL_NAMES = ("label", "labels", "class", "category", "target", "cls")
 _OTHER_MEDIA = ("Audio", "Video", "Pdf", "Nifti")  # the Hub's features that are `{bytes, path}` too
 _BYTES = (pa.binary(), pa.large_binary(), pa.binary_view())
 _WORDS = (pa.string(), pa.large_string(), pa.string_view())
-_BATCH_ROWS = 4  # values in memory at a time: a few bytes of a dictionary may be the value of every row
+_MOST_ROWS = 16  # for each byte of a file: of nothing but nulls there may be any number
 _BUFFER = 8 << 20  # bytes of one read
 _NO_SUCH = "AWS Error"  # what Arrow says when a bucket fails, and not the file
 
@@ -73,7 +72,8 @@ class _Found(NamedTuple):
 
     file: ParquetFile
     columns: Columns
-    words: pa.StringArray  # the label of each row, numbers in decimals; null for none
+    words: list[str | None]  # the different labels, numbers in decimals; None for none
+    which: NDArray[np.int64]  # of them each row has
 
 
 def open_parquet(data: DataConfig) -> Source:
@@ -96,12 +96,12 @@ def open_parquet(data: DataConfig) -> Source:
             raise UserError(one.file.uri, reason, hint="set data.root to the files of one dataset")
     class_names, terms = first.columns.class_names, "as the owner of the images says"
     if first.columns.kind == "pixels":
-        with suppress(FileNotFoundError):  # files of a store of ours do not name the classes
+        with suppress(FileNotFoundError, NotADirectoryError):  # files of a store of ours do not name the classes
             manifest = load_manifest(root)
             class_names, terms = tuple(manifest.class_names), manifest.license
     if class_names is None:
-        words = {word for one in found.values() for word in one.words.unique().drop_null().to_pylist()}
-        class_names = class_names_of(words, numbers=True)
+        held = {one.words[place] for one in found.values() for place in np.unique(one.which)}
+        class_names = class_names_of({word for word in held if word is not None}, numbers=True)
     return Source(
         description="Parquet files of images",
         license=terms,
@@ -111,15 +111,21 @@ def open_parquet(data: DataConfig) -> Source:
 
 
 def _survey(uri: str, *, data: DataConfig) -> _Found:
-    with opened(uri, ahead=True) as parquet:
+    with opened(uri) as parquet:
         file = ParquetFile(uri, parquet.metadata.num_rows)
         columns = choose_columns(parquet.schema_arrow, data, uri=uri)
-        if columns.label is None:
-            return _Found(file, columns, pa.nulls(file.rows, pa.string()))
-        words = parquet.read(columns=[columns.label]).column(0).cast(pa.string()).combine_chunks()
-        words.validate(full=True)  # that it is UTF-8
+    if columns.label is None:
+        return _Found(file, columns, [None], np.zeros(file.rows, np.int64))
+    # A word stays in its dictionary, whose few bytes may be that of every row.
+    with opened(uri, ahead=True, read_dictionary=[] if columns.numbers else [columns.label]) as parquet:
+        column = parquet.read(columns=[columns.label]).column(0)
+        if columns.numbers:
+            column = column.dictionary_encode()
+        column = column.unify_dictionaries().combine_chunks()
+        words: list[str | None] = column.dictionary.cast(pa.string()).to_pylist()
         none = str(NO_LABEL) if columns.numbers else ""  # -1 as the Hub writes it
-        return _Found(file, columns, pc.if_else(pc.equal(words, none), None, words))
+        words = [None if word == none else word for word in [*words, None]]
+        return _Found(file, columns, words, column.indices.fill_null(len(words) - 1).to_numpy().astype(np.int64))
 
 
 def choose_columns(schema: pa.Schema, data: DataConfig, *, uri: str) -> Columns:
@@ -184,15 +190,16 @@ def _image_kind(field: pa.Field) -> ImageKind | None:
 def _splits(found: Mapping[str, _Found], class_names: Sequence[str], data: DataConfig) -> dict[str, ParquetImages]:
     def images(chosen: Iterable[_Found]) -> ParquetImages:
         files, parts = [], []
-        for file, columns, words in chosen:
+        for file, columns, words, which in chosen:
             classes = list(map(str, range(len(class_names))) if columns.numbers else class_names)
-            own = labels_of(words, classes)
-            wrong = pc.and_(pa.array(own == NO_LABEL), words.is_valid()).index(pa.scalar(value=True)).as_py()
-            if wrong >= 0:
-                reason = f"has the label {words[wrong].as_py()!r}, which is none of the {len(class_names)} classes"
+            places = {None: NO_LABEL} | {word: place for place, word in enumerate(classes)}
+            known = np.array([word in places for word in words])
+            if not known[which].all():
+                wrong = int(known[which].argmin())
+                reason = f"has the label {words[which[wrong]]!r}, which is none of the {len(class_names)} classes"
                 raise UserError(file.name(wrong), reason)
             files.append(file)
-            parts.append(own)
+            parts.append(np.array([places.get(word, NO_LABEL) for word in words])[which])
         labels = np.concatenate(parts)
         return ParquetImages(files, columns.image, columns.kind, np.arange(len(labels)), labels, Fit.of(data))
 
@@ -236,14 +243,23 @@ def place_of(path: str) -> tuple[str, str | None]:
 
 
 @contextmanager
-def opened(uri: str, *, ahead: bool = False) -> Iterator[pq.ParquetFile]:
+def opened(uri: str, *, ahead: bool = False, read_dictionary: Sequence[str] = ()) -> Iterator[pq.ParquetFile]:
     """The open file. With `ahead`, all that a call reads is asked for at once, and kept; else it is read in pieces."""
     filesystem, path = storage.filesystem(uri)
     buffer = 0 if ahead else _BUFFER
     try:
-        with pq.ParquetFile(
-            path, filesystem=filesystem, pre_buffer=ahead, buffer_size=buffer, page_checksum_verification=True
-        ) as parquet:
+        with (
+            filesystem.open_input_file(path) as stream,
+            pq.ParquetFile(
+                stream,
+                pre_buffer=ahead,
+                buffer_size=buffer,
+                page_checksum_verification=True,
+                read_dictionary=read_dictionary,
+            ) as parquet,
+        ):
+            if parquet.metadata.num_rows > _MOST_ROWS * stream.size():
+                raise pa.ArrowInvalid(f"{parquet.metadata.num_rows:,} rows in {stream.size():,} bytes")
             yield parquet
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and (error.errno is not None or _NO_SUCH in str(error)):
@@ -282,12 +298,12 @@ class ParquetImages(DecodedSplit):
 
     def _group(self, parquet: pq.ParquetFile, group: int, rows: NDArray[np.int64]) -> Iterator[Any]:
         leaf = f"{self.column}.bytes" if self.kind == "struct" else self.column
-        before = 0
-        # Without Arrow's threads, since the images are decoded on all cores meanwhile.
-        for batch in parquet.iter_batches(_BATCH_ROWS, row_groups=[group], columns=[leaf], use_threads=False):
-            first, last = np.searchsorted(rows, [before, before + len(batch)])
-            for row in (rows[first:last] - before).tolist():
-                scalar = batch.column(0)[row]
+        wanted, last = {*rows.tolist()}, rows[-1]
+        # Row by row, since a few bytes of a dictionary may be the value of every row. Without Arrow's threads, since
+        # the images are decoded on all cores meanwhile.
+        for row, batch in enumerate(parquet.iter_batches(1, row_groups=[group], columns=[leaf], use_threads=False)):
+            if row in wanted:
+                scalar = batch.column(0)[0]
                 if not scalar.is_valid:
                     yield None
                 elif pixels := pixels_of(batch.schema.field(0)):
@@ -295,15 +311,17 @@ class ParquetImages(DecodedSplit):
                 else:
                     cell = (scalar["bytes"] if self.kind == "struct" else scalar).as_buffer()
                     yield None if cell is None else memoryview(cell)
-            before += len(batch)
-            if last == len(rows):
+            if row == last:
                 return
 
 
-def _load(value: memoryview | NDArray[Any] | None, least_side: int | None, largest: float) -> Picture:
+def _load(
+    value: memoryview | NDArray[Any] | None, least_side: int | None, largest: float, admit: Callable[[int], None]
+) -> Picture:
     if value is None:
         raise BadImageError("there is no image in this row")
+    require_size(value.nbytes, largest)
+    admit(value.nbytes)
     if isinstance(value, np.ndarray):
         return Picture.of(value)
-    require_size(value.nbytes, largest)
-    return decode(bytes(value), least_side=least_side, largest=largest)
+    return decode(bytes(value), least_side=least_side, largest=largest, admit=admit)
