@@ -51,11 +51,12 @@ def examine(config: Config, *, host: str | None, namespace: str | None) -> list[
     keys = "export AWS_ENDPOINT_URL=http://HOST:PORT AWS_ACCESS_KEY_ID=... AWS_SECRET_ACCESS_KEY=..."
     forward = "kubectl port-forward -n kubeflow svc/ml-pipeline-ui 8080:80"
     away = f"{forward} & export {ENDPOINT}=http://localhost:8080"
+    other = "--set data.root=FOLDER, or --set data.download=true"
     checks = [
         Check("store", lambda: _check_store(root), f"mkdir -p {root}" if storage.is_local(root) else keys),
         Check("mlflow", lambda: _check_mlflow(config), "export MLFLOW_TRACKING_URI=http://HOST:PORT"),
         Check("ray", _check_ray, "unset RAY_ADDRESS"),
-        Check("data", lambda: _check_data(config, host), "--set data.root=FOLDER, or --set data.download=true"),
+        Check("data", lambda: _check_data(config, host), "", {NotFound: other}),
         Check("kfp", lambda: _check_kfp(host, namespace), away, {KfpRefusalError: f"export {TOKEN}=..."}),
     ]
     return [look(check) for check in (*checks, *(backend.checks() if backend else ()))]
