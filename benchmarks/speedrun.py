@@ -12,8 +12,7 @@ Otherwise a line has too, of --samples images: the kernel distance and recall by
 distance, and how many images are copies.
 
 `--base a.b=value` changes the recipe itself, for both sides, as one change after the other is kept. Trainings, images
-and ratios stay below --work, so what is there is not made again: with `sampling.relative_width` many averages of one
-training with `train.ema.kind=power` are measured.
+and ratios stay below --work, so what is there is not made again.
 """
 
 from __future__ import annotations
@@ -37,7 +36,6 @@ from ncsn.core.losses import EdmWeight
 from ncsn.core.training_noise import LognormalNoise
 from ncsn.data.format import Rows, read_split
 from ncsn.distributed.sampling import make_shards, plan_shards
-from ncsn.model.averages import ensure_average
 from ncsn.model.checkpoint import CheckpointStore, load_checkpoint
 from ncsn.progress import Progress
 from ncsn.steps.evaluate import evaluate
@@ -135,16 +133,13 @@ def cost_ratio(recipe: Config, changed: Config, *, dataset: str, work: str) -> f
 
 
 def trained(config: Config, *, dataset: str, work: str) -> str:
-    """URI of the checkpoint at the end of the training, of the average that is asked for."""
+    """URI of the checkpoint at the end of the training."""
     length = config.train.num_images
     key = storage.digest(training_settings(config) | {"length": length, "dataset": dataset}, 16)
     folder, rare = storage.join(work, "trainings", key), {"checkpoint_every_images": length}
     config = config.model_copy(update={"train": config.train.model_copy(update=rare)})
-    job = TrainingJob(config, dataset, averages=storage.join(folder, "ema"))
-    place = storage.join(folder, "checkpoints")
-    uri = storage.join(place, train_loop(job, WorkerContext(), CheckpointStore(place, keep=1)).checkpoint)
-    width = config.sampling.relative_width
-    return uri if width is None else ensure_average(uri, relative_width=width)
+    job, place = TrainingJob(config, dataset), storage.join(folder, "checkpoints")
+    return storage.join(place, train_loop(job, WorkerContext(), CheckpointStore(place, keep=1)).checkpoint)
 
 
 def held_out(recipe: Config, checkpoint: str, *, dataset: str) -> float:
@@ -162,9 +157,7 @@ def held_out(recipe: Config, checkpoint: str, *, dataset: str) -> float:
 
 def sampled(config: Config, checkpoint: str, *, work: str) -> str:
     """URI of the samples of a checkpoint, made or from `work`."""
-    sampling = config.sampling.model_copy(update={"relative_width": None})  # the checkpoint is that average
-    config = config.model_copy(update={"sampling": sampling})
-    folder = f"{work}/samples/{storage.digest([checkpoint, sampling.model_dump(mode='json')], 16)}"
+    folder = f"{work}/samples/{storage.digest([checkpoint, config.sampling.model_dump(mode='json')], 16)}"
     make_shards(config, plan_shards(config, checkpoint=checkpoint, folder=folder), progress=Progress())
     return folder
 

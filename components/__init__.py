@@ -59,7 +59,7 @@ def run_task(
     work = Run(settings, name)
     given = {name: artifact.metadata["uri"] for name, artifact in inputs.items()}
     if step == "sample":  # `ncsn select` may have chosen another one since the task before
-        given["checkpoint"] = default_checkpoint(work.folder, settings, last=given["checkpoint"])
+        given["checkpoint"] = default_checkpoint(work.folder, last=given["checkpoint"])
     return execute(step, work, Task(step, work, last=last), given=given)
 
 

@@ -28,27 +28,27 @@ LEAST_MODULES, MOST_MODULES = 2, 14  # of a package
 # Lines of each part, as it is, and words of all pages. Who raises a number says in the commit what went, or why nothing
 # could.
 BUDGETS = {
-    "ncsn/core": 3521,
-    "ncsn/data": 3027,
+    "ncsn/core": 3437,
+    "ncsn/data": 3106,
     "ncsn/evaluation": 2419,
-    "ncsn/steps ncsn/runs ncsn/kubeflow": 4349,
-    "ncsn/model": 1520,
+    "ncsn/steps ncsn/runs ncsn/kubeflow": 4351,
+    "ncsn/model": 1314,
     "ncsn/distributed": 1515,
-    "ncsn/config": 1912,
-    "ncsn/cli": 1858,
+    "ncsn/config": 1888,
+    "ncsn/cli": 1857,
     "ncsn/tracking": 1482,
-    "ncsn/report": 1065,
+    "ncsn/report": 1047,
     "ncsn/remote": 1640,
     "ncsn/library": 539,
     "ncsn/init ncsn/inspection": 2016,
     "ncsn/serving": 578,
-    "ncsn/training": 1033,
+    "ncsn/training": 1022,
     "components pipelines": 1139,
     "ncsn/storage": 896,
     "examples": 1141,
-    "tests": 26484,
+    "tests": 26343,
 }
-MOST_WORDS = 20988
+MOST_WORDS = 20864
 
 
 def _name(path: Path) -> str:

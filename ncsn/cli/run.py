@@ -207,8 +207,6 @@ def run_select(run: Run, *, code_here: bool, given: Mapping[str, str | None], as
     last = read_step(run.folder, "sample").result.get("checkpoint")
     done = not found["select"].kept and last == found["select"].checkpoint
     if given.get("lease") is None and not done:  # else the launcher does the rest
-        sampling = run.config.sampling.model_copy(update={"relative_width": None})  # that of the chosen weights
-        run = Run(run.config.model_copy(update={"sampling": sampling}), run.name)
         inputs: dict[str, str | None] = {"dataset": given.get("dataset"), "checkpoint": found["select"].checkpoint}
         for step in steps:
             found[step] = run_step(step, run, code_here=False, given=inputs)

@@ -18,7 +18,7 @@ from ncsn.config.choices import (
 )
 from ncsn.config.problems import leaves, problems
 from ncsn.config.schema import MOST_IMAGES, Config
-from ncsn.config.training import ConsistencyLossConfig, LevelsConfig, LognormalTraining, PowerEmaConfig
+from ncsn.config.training import ConsistencyLossConfig, LevelsConfig, LognormalTraining
 from ncsn.core.samplers.settings import AnnealedLangevin, Consistency, DpmSolver, Langevin
 from ncsn.errors import ConfigError, Problem, UserError
 
@@ -189,11 +189,8 @@ def _classes(config: Config) -> Iterator[Problem]:
 
 def _sampling(config: Config) -> Iterator[Problem]:
     """Of the sampler, and of the evaluation of its images."""
-    sampling, evaluation, averaging = config.sampling, config.evaluation, config.train.averaging
-    sampler, width, training = sampling.sampler, sampling.relative_width, config.noise.training
-    if width is not None and not isinstance(averaging, PowerEmaConfig):
-        reason = f"needs snapshots of two averages, which train.ema.kind = {averaging.kind} does not store"
-        yield Problem("sampling.relative_width", reason, "use train.ema.kind = power, or null", width)
+    sampling, evaluation = config.sampling, config.evaluation
+    sampler, training = sampling.sampler, config.noise.training
     if sampler.any_sigma is not None and isinstance(config.network, NcsnNetworkConfig):
         setting, instead = sampler.any_sigma
         hint = f"use {instead}, or network.kind = ncsnv2, unet or ddpmpp"

@@ -217,9 +217,6 @@ class SamplingConfig(Section):
     num_images. Image i of a class is image i of that class alone."""
     guidance: GuidanceConfig | None = None
     """Guidance of the samples away from those of a worse score; null = none."""
-    relative_width: float | None = Field(None, gt=0, le=0.2886)  # the plain mean's is 1 / sqrt(12)
-    """Sample with the average of the weights of this relative width, computed from the snapshots of train.ema.kind:
-    power; eight or more snapshots give 0.03 to 0.2. null = the EMA of the checkpoint."""
     levels: LevelsConfig | None = None
     """Noise levels that the sampler visits, for a network trained at any sigma (noise.training.kind = lognormal); null
     = those of noise."""

@@ -179,10 +179,6 @@ class OptimizerConfig(Section):
     """Training images over which a linear decay falls; null = a third of train.num_images."""
 
 
-SNAPSHOTS = 16  # of the averages over a training
-RELATIVE_WIDTHS = (0.05, 0.1)  # of the two averages: standard deviation over time, as a share of the training so far
-
-
 class DecayEmaConfig(Section):
     """An average that forgets the same share at each step."""
 
@@ -215,19 +211,7 @@ class HalfLifeEmaConfig(Section):
         return float(0.5**halvings)
 
 
-class PowerEmaConfig(Section):
-    """Two averages whose memory grows with training, stored as it goes on (Karras et al. 2024)."""
-
-    kind: Literal["power"]
-    """Two averages, the first of which generates images. Their snapshots, 16 over the training, give one of any width
-    afterwards; see sampling.relative_width."""
-
-    def untrained_share(self, images_seen: int, *, batch_size: int) -> float:  # noqa: ARG002 - that of the others
-        """Share in [0, 1] of the initial weights in the average: none after the first step."""
-        return 0.0
-
-
-EmaSettings = DecayEmaConfig | HalfLifeEmaConfig | PowerEmaConfig
+EmaSettings = DecayEmaConfig | HalfLifeEmaConfig
 EmaConfig = Annotated[EmaSettings, Field(discriminator="kind")]
 
 
@@ -275,6 +259,4 @@ def ema_setting(settings: TrainConfig) -> str:
     """The setting that says how long the EMA remembers, with its value."""
     if isinstance(settings.ema, DecayEmaConfig):
         return f"train.ema.per_step = {settings.ema.per_step:g}"
-    if isinstance(settings.ema, PowerEmaConfig):
-        return f"relative width {RELATIVE_WIDTHS[0]:g}"
     return f"train.ema.images = {settings.ema.images:,}"

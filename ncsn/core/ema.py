@@ -1,15 +1,10 @@
-"""The EMA, the running average of the weights that generates the images.
-
-The power-function average of exponent g at time t has the weight profile p(tau) = (g + 1) tau^g / t^(g + 1) on [0, t].
-Its relative width, the standard deviation of the profile over t, names it (Karras et al. 2024).
-"""
+"""The EMA, the running average of the weights that generates the images."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -28,19 +23,10 @@ def step_decay(per_step: float) -> Decay:
 def half_life(images: float, ramp_up: float | None) -> Decay:
     """Weights lose half of their influence over h = min(H, r n) images, of n seen (Karras et al. 2022).
 
-    While r n is the smaller, this is the power-function average of exponent ln 2 / r - 1 (Karras et al. 2024). H is
-    `images` and r `ramp_up`, None for h = H.
+    H is `images` and r `ramp_up`, None for h = H.
     """
     share = math.inf if ramp_up is None else ramp_up
     return lambda images_seen, batch: float(0.5 ** (batch / min(images, share * images_seen)))
-
-
-def power_function(exponent: float) -> Decay:
-    """The average (g + 1) / t^(g + 1) times the integral over tau^g theta(tau), of exponent g (Karras et al. 2024).
-
-    It forgets the initial weights at the first step, and its memory grows with the training.
-    """
-    return lambda images_seen, batch: float((1 - batch / images_seen) ** (exponent + 1))
 
 
 class Ema:
@@ -81,20 +67,3 @@ class Ema:
         for name, weight in weights.items():
             self.weights[name].copy_(weight)
         self.num_updates = num_updates
-
-
-WIDEST = math.sqrt(1 / 12)  # relative width of the plain mean, whose exponent is 0
-
-
-def relative_width(exponent: float) -> float:
-    """The relative width of the profile of exponent g >= 0."""
-    return math.sqrt((exponent + 1) / ((exponent + 2) ** 2 * (exponent + 3)))
-
-
-def exponent_of(width: float) -> float:
-    """The exponent g >= 0 of the profile with this relative width, in (0, `WIDEST`]."""
-    if not 0 < width <= WIDEST:
-        raise InvalidValue(f"a relative width is more than 0 and at most {WIDEST:.4f}, got {width}")
-    square = width**-2
-    roots = np.roots([1.0, 7.0, 16.0 - square, 12.0 - square])
-    return max(0.0, float(roots.real.max()))

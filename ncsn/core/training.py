@@ -36,7 +36,6 @@ class TrainState:
     ema: Ema
     images_seen: int = 0  # by all workers
     uncertainty: nn.Module | None = None  # that the loss learns with the network; without an average
-    second_ema: Ema | None = None  # with another memory, for averages that are put together after training
     narrow: NarrowWeights | None = field(default=None, init=False)  # that steps on a GPU use, and no checkpoint has
 
     def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -44,11 +43,6 @@ class TrainState:
         yield from self.network.named_parameters()
         if self.uncertainty is not None:
             yield from self.uncertainty.named_parameters(prefix="uncertainty")
-
-    @property
-    def averages(self) -> list[Ema]:
-        """All EMAs, first the one that generates images."""
-        return [self.ema] if self.second_ema is None else [self.ema, self.second_ema]
 
     def averaged(self) -> nn.Module:
         """A copy of the network with the EMA as its weights, in eval mode."""
@@ -77,7 +71,7 @@ def train_step(
     options: StepOptions,
     average: Callable[[list[Tensor]], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One optimizer step on this worker's share of the global batch, and the update of the EMAs.
+    """One optimizer step on this worker's share of the global batch, and the update of the EMA.
 
     The gradient is that of the mean over the images of all workers, also if their shares differ. The network is
     `state.network` in train mode; the caller counts `images_seen`. Where workers share the batch, `average` replaces
@@ -122,8 +116,7 @@ def train_step(
     if options.grad_clip_norm is not None:
         nn.utils.clip_grads_with_norm_(network.parameters(), options.grad_clip_norm, grad_norm)
     optimizer.step()
-    for ema in state.averages:
-        ema.update(module, images_seen=state.images_seen + global_batch, batch=global_batch)
+    state.ema.update(module, images_seen=state.images_seen + global_batch, batch=global_batch)
     return torch.cat(per_image), grad_norm
 
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from ncsn.config import Config
 from ncsn.config.choices import DdpmppNetworkConfig, UnetNetworkConfig
 from ncsn.config.schema import SamplingConfig
-from ncsn.config.training import RELATIVE_WIDTHS, HalfLifeEmaConfig, PowerEmaConfig
-from ncsn.core.ema import Ema, exponent_of, half_life, power_function, step_decay
+from ncsn.config.training import HalfLifeEmaConfig
+from ncsn.core.ema import Ema, half_life, step_decay
 from ncsn.core.networks.layers import narrowed
 from ncsn.core.noise_schedule import geometric_sigmas
 from ncsn.core.samplers.settings import AnySampler, Consistency
@@ -144,7 +144,6 @@ def train_state(config: Config, *, device: str | torch.device = "cpu") -> TrainS
         light = light_parameters(score_network)
         for name, parameter in score_network.named_parameters():
             parameter.requires_grad_(name in light)
-    ema, second_ema = new_emas(config, score_network)
     uncertainty = None
     if config.loss.weighting == "learned":
         from ncsn.core.uncertainty import Uncertainty
@@ -153,9 +152,8 @@ def train_state(config: Config, *, device: str | torch.device = "cpu") -> TrainS
     return TrainState(
         network=score_network,
         optimizer=optimizer(config, score_network, uncertainty),
-        ema=ema,
+        ema=new_ema(config, score_network),
         uncertainty=uncertainty,
-        second_ema=second_ema,
     )
 
 
@@ -177,15 +175,12 @@ def optimizer(config: Config, network: nn.Module, uncertainty: nn.Module | None)
     return Muon(hidden, others, learning_rate=muon.learning_rate, momentum=muon.momentum)
 
 
-def new_emas(config: Config, network: nn.Module) -> tuple[Ema, Ema | None]:
-    """The EMA that generates images and the second one, if training has two; both start from these weights."""
+def new_ema(config: Config, network: nn.Module) -> Ema:
+    """The EMA, which starts from these weights."""
     settings = config.train.averaging
-    if isinstance(settings, PowerEmaConfig):
-        one, other = (Ema(network, power_function(exponent_of(width))) for width in RELATIVE_WIDTHS)
-        return one, other
     if isinstance(settings, HalfLifeEmaConfig):
-        return Ema(network, half_life(settings.images, settings.ramp_up)), None
-    return Ema(network, step_decay(settings.per_step)), None
+        return Ema(network, half_life(settings.images, settings.ramp_up))
+    return Ema(network, step_decay(settings.per_step))
 
 
 def learning_rate(config: Config, images_seen: int, *, peak: float | None = None) -> float:

@@ -2,7 +2,6 @@
 
     weights.safetensors    network parameters and buffers
     ema.safetensors        EMA weights, which generate the images
-    ema_2.safetensors      the second EMA, if training has two
     moments.safetensors    mean and covariance of the training images, from which some samplers start
     optimizer.safetensors  Adam's moments and step, keyed `<parameter>/<moment>`
     state.json             images_seen, EMA counter, digest of the dataset, classes; what the loss learns
@@ -10,8 +9,8 @@
     guide.safetensors      weights of the network that guides a saved model, with its config in guide_config.yaml
     checkpoint.json        format version and the SHA-256 of each file above; written last
 
-Images need the files without weights.safetensors, ema_2.safetensors and optimizer.safetensors: a registered or saved
-model has these alone.
+Images need the files without weights.safetensors and optimizer.safetensors: a registered or saved model has these
+alone.
 
 No generator state is kept, because all randomness is a function of (seed, place in the image order).
 
@@ -25,7 +24,6 @@ import copy
 import hashlib
 import json
 import logging
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -51,9 +49,7 @@ from ncsn.model import build
 from ncsn.model.classes import Classes
 from ncsn.runs.folder import BEFORE_DECAY, INDEX, RESUME, checkpoint_facts, checkpoint_names, resumable
 
-FOLDER_NAME = re.compile(r"images-\d+")
 FORMAT_VERSION = 1
-SECOND_EMA = "ema_2.safetensors"  # of a training with two averages
 SAMPLING_FILES = ("ema.safetensors", "moments.safetensors", "state.json", "config.yaml")
 # Training resumes from these; those above are enough for images.
 FILES = ("weights.safetensors", "optimizer.safetensors", *SAMPLING_FILES)
@@ -126,7 +122,6 @@ class TrainedNetwork:
     images_seen: int = 0
     dataset_digest: str = ""
     digest: str = ""  # first 16 hex digits of the SHA-256 of the EMA weights
-    average: Mapping[str, Any] | None = None  # how the weights were put together after training, if they were
 
     @cached_property
     def halved(self) -> nn.Module:
@@ -165,8 +160,6 @@ def snapshot(
             }
         ),
     }
-    if state.second_ema is not None:
-        tensors[SECOND_EMA] = _copies(state.second_ema.weights)
     texts = {"state.json": json.dumps(facts), "config.yaml": to_yaml(config, without=NOT_OF_MODELS)}
 
     return partial(write_files, tensors=tensors, texts=texts)
@@ -187,8 +180,7 @@ def restore(folder: Path, *, config: Config | None, state: TrainState, dataset_d
         reason = f"was trained on the dataset {facts['dataset_digest']}, not {dataset_digest}: the images have changed"
         raise CheckpointError(str(folder), reason, hint="restore them, or start another --run NAME")
     _load_strictly(state.network, load_file(folder / "weights.safetensors"), origin=str(folder))
-    for ema, name in zip(state.averages, ("ema.safetensors", SECOND_EMA), strict=False):
-        ema.restore(load_file(folder / name), num_updates=int(facts["ema_updates"]))
+    state.ema.restore(load_file(folder / "ema.safetensors"), num_updates=int(facts["ema_updates"]))
     trained = dict(state.trained())
     for path, moment in load_file(folder / "optimizer.safetensors").items():
         name, _, key = path.rpartition("/")
@@ -236,7 +228,6 @@ def load_checkpoint(uri: str, *, device: str | torch.device = "cpu") -> TrainedN
         images_seen=int(facts["images_seen"]),
         dataset_digest=facts["dataset_digest"],
         digest=digest,
-        average=facts.get("average"),
     )
 
 
@@ -246,7 +237,7 @@ def _given(file: Path, uri: str) -> Config:
 
 def save_network(trained: TrainedNetwork, folder: Path) -> None:
     """Write what images need as a checkpoint into an existing, empty folder."""
-    facts = {name: getattr(trained, name) for name in ("images_seen", "dataset_digest", "average")}
+    facts: dict[str, Any] = {"images_seen": trained.images_seen, "dataset_digest": trained.dataset_digest}
     if trained.classes is not None:
         facts["classes"] = asdict(trained.classes)
     tensors = {
@@ -373,12 +364,8 @@ class CheckpointStore:
 
         Waits for the checkpoint before, so that a slow store does not fill this machine's memory, and raises its error.
         """
-        self.later(partial(self._store, write, name))
-
-    def later(self, work: Callable[[], None]) -> None:
-        """Do work in the thread, after what was begun before; waits for that, and raises its error."""
         self.wait()
-        self._pending = self._thread.submit(work)
+        self._pending = self._thread.submit(self._store, write, name)
 
     def wait(self) -> None:
         """Wait until everything is stored. Raises what went wrong; the checkpoints before are still there."""

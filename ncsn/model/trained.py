@@ -25,7 +25,7 @@ def start_from(uri: str, *, state: TrainState, config: Config, classes: Classes 
     """Give a new training the weights of the trained network at `uri`, in the network and its EMA."""
     weights, _ = adapted(load_checkpoint(uri), state.network, config=config, classes=classes)
     state.network.load_state_dict(weights, strict=False)  # buffers are those of the config
-    state.ema, state.second_ema = build.new_emas(config, state.network)
+    state.ema = build.new_ema(config, state.network)
 
 
 def teacher(uri: str, *, config: Config, classes: Classes | None, device: torch.device) -> nn.Module:

@@ -211,28 +211,18 @@ def utility_figure(result: Mapping[str, Any]) -> Figure:
 
 @styled
 def selection_figure(rows: Sequence[Mapping[str, Any]], *, metric: str, chosen: Mapping[str, Any]) -> Figure:
-    """The `metric` of each candidate over images seen, and over the relative widths of those that have one.
+    """The `metric` of each candidate over images seen.
 
     Bars are 95 % intervals, and a star marks the `chosen` row.
     """
     scored = [row for row in rows if row["value"] is not None]
-    plain = [row for row in scored if row["relative_width"] is None]
-    built = [row for row in scored if row["relative_width"] is not None]
-    panels = [(each, key) for each, key in ((plain, "images_seen"), (built, "relative_width")) if each]
-    figure = Figure(figsize=(7 if len(panels) > 1 else 5, 3.2), layout="constrained")
-    for axes, (points, key) in zip(np.atleast_1d(figure.subplots(1, len(panels), sharey=True)), panels, strict=True):
-        checkpoints = sorted({row["images_seen"] for row in points})
-        for seen in checkpoints if key == "relative_width" else [None]:  # a line each, or one through all
-            line = [row for row in points if seen is None or row["images_seen"] == seen]
-            x, y, *ends = np.array(sorted([row[name] for name in (key, "value", "low", "high")] for row in line)).T
-            label = None if seen is None else f"{seen:,}"
-            axes.errorbar(x, y, np.abs(ends - y), marker="o", markersize=4, capsize=2, label=label)
-        if chosen in points:
-            axes.plot(chosen[key], chosen["value"], marker="*", markersize=13, color=PALETTE[1], markeredgecolor=INK)
-        axes.set(xlabel=SEEN_LABEL if key == "images_seen" else "relative width")
-        if key == "relative_width":
-            axes.legend(title=SEEN_LABEL, fontsize=7)
-    figure.axes[0].set(ylabel=metric.removeprefix("eval/"))
+    x, y, *ends = np.array([[row[name] for name in ("images_seen", "value", "low", "high")] for row in scored]).T
+    figure = Figure(figsize=(5, 3.2), layout="constrained")
+    axes = figure.subplots()
+    axes.errorbar(x, y, np.abs(ends - y), marker="o", markersize=4, capsize=2)
+    best = chosen["images_seen"], chosen["value"]
+    axes.plot(*best, marker="*", markersize=13, color=PALETTE[1], markeredgecolor=INK)
+    axes.set(xlabel=SEEN_LABEL, ylabel=metric.removeprefix("eval/"))
     return figure
 
 

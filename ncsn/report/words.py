@@ -374,7 +374,7 @@ def class_lines(classes: Mapping[str, Any], *, most: int) -> list[tuple[str, ...
 
 def candidates_head(metric: str) -> tuple[str, ...]:
     """Of the table of `candidate_lines`."""
-    return ("images seen", "relative width", metric, "weights")
+    return ("images seen", metric, "weights")
 
 
 def shown_score(row: Mapping[str, Any]) -> str:
@@ -385,15 +385,7 @@ def shown_score(row: Mapping[str, Any]) -> str:
 def candidate_lines(candidates: Sequence[Mapping[str, Any]], *, most: int) -> list[tuple[str, ...]]:
     """Text for each of the best candidates of `ncsn select`."""
     ranked = sorted(candidates, key=lambda row: (row["value"] is None, row["value"] or 0.0, row["images_seen"]))
-    return [
-        (
-            f"{row['images_seen']:,}",
-            "" if row["relative_width"] is None else f"{row['relative_width']:g}",
-            shown_score(row),
-            row["digest"],
-        )
-        for row in ranked[:most]
-    ]
+    return [(f"{row['images_seen']:,}", shown_score(row), row["digest"]) for row in ranked[:most]]
 
 
 MINUTE, HOUR, DAY = 60, 3600, 86400

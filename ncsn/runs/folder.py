@@ -34,7 +34,6 @@ INDEX = "checkpoint.json"  # of a checkpoint, written last
 RESUME = "resume-"  # instead of `images-`, of a checkpoint that is only to resume from
 BEFORE_DECAY = "before-decay-"  # of one that `train.continue_from` reads
 _CHECKPOINT = re.compile(rf"(images-|{RESUME})\d+")
-WIDTHS = "widths"  # folder of averages of other widths
 State = Literal["", "RUNNING", "FINISHED", "FAILED", "KILLED"]  # as in MLflow; empty before the first attempt
 STOPPED: dict[type[BaseException], str] = {SystemExit: "terminated", KeyboardInterrupt: "interrupted"}
 _LEVELS = {"noise.sigma_1", "noise.sigma_L", "noise.num_levels"}
@@ -112,8 +111,6 @@ class _Trained:
     """The URIs of what a training leaves in its folder."""
 
     checkpoints = _Below("checkpoints")
-    averages = _Below("ema")  # snapshots of two EMAs
-    built = _Below(f"ema/{WIDTHS}")  # EMAs put together from them
     selected = _Below("selected")  # copies of the checkpoints that were chosen
     hung = _Below("hung")  # stacks of workers that hung
 
@@ -123,11 +120,6 @@ class TrainingFolder(_Trained):
     """The folder of a run, or of a trial of a search."""
 
     uri: str
-
-    @classmethod
-    def of(cls, checkpoint: str) -> TrainingFolder:
-        """The folder that a checkpoint of training is in."""
-        return cls(checkpoint.rsplit("/", 2)[0])
 
 
 @dataclass(frozen=True)
@@ -210,7 +202,7 @@ def folder_of(path: str) -> str:
 OF_RUN = r"runs/([^/]+)/.+"
 CONFIG = r"(runs/[^/]+/config\.yaml)"
 RECORD = r"(runs/[^/]+/steps/[^/]+/step\.json)"
-OF_CHECKPOINT = r"(runs/.+/(?:checkpoints|ema|selected)/(?:images|resume|before-decay)-\d+)/.+"
+OF_CHECKPOINT = r"(runs/.+/(?:checkpoints|selected)/(?:images|resume|before-decay)-\d+)/.+"
 OF_TRAINING = r"(runs/[^/]+/checkpoints/(?:images|resume)-\d+)/.+"
 OF_SAMPLES = r"(runs/[^/]+/(?:samples|exports))/.+"
 OF_TRIAL = r"(runs/[^/]+/search/trials/[^/]+/[^/]+/checkpoints)/.+"
@@ -443,7 +435,7 @@ def read_outcome(folder: RunFolder) -> Outcome | None:
     return None if record is None else Outcome(record["status"], record["reason"], record["failed_step"])
 
 
-def find_inputs(folder: RunFolder, step: str, given: Mapping[str, str | None], *, config: Config) -> dict[str, str]:
+def find_inputs(folder: RunFolder, step: str, given: Mapping[str, str | None]) -> dict[str, str]:
     """URIs of the inputs of a step: as given, else from the run; those on demand only if given."""
     info = STEP_TABLE[step]
     asked = {name: source for name, source in info.on_demand.items() if given.get(name)}
@@ -460,14 +452,14 @@ def find_inputs(folder: RunFolder, step: str, given: Mapping[str, str | None], *
             raise UserError(f"--{name}", reason, hint=hint)
         found[name] = str(record.result[source.field])
         if source.selectable and not uri:
-            found[name] = default_checkpoint(folder, config, last=found[name])
+            found[name] = default_checkpoint(folder, last=found[name])
     return found
 
 
-def default_checkpoint(folder: RunFolder, config: Config, *, last: str) -> str:
+def default_checkpoint(folder: RunFolder, *, last: str) -> str:
     """The checkpoint that `ncsn select` chose since training reached the `last` one of the run, else that one."""
     trained, chosen = read_step(folder, "train"), read_step(folder, "select")
-    if not trained.result or not chosen.result or config.sampling.relative_width is not None:  # that is an average
+    if not trained.result or not chosen.result:
         return last
     uri = str(chosen.result["checkpoint"])
     current = trained.result["checkpoint"] == last and trained.finished_at <= chosen.finished_at

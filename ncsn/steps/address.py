@@ -62,7 +62,7 @@ class Place:
 
     @cached_property
     def checkpoint(self) -> str:
-        """The checkpoint; of a run the one that `ncsn sample` takes, or the average that it puts together."""
+        """The checkpoint; of a run the one that `ncsn sample` takes."""
         if self.uri is not None:
             return self.uri
         assert self.run is not None
@@ -71,12 +71,7 @@ class Place:
         if not read_step(trained, "train").result:
             hint = f"train it first, with `ncsn run {self.run.options(config)}`"
             raise UserError(self.key, f"run {trained.run!r} has no trained network yet", hint=hint, value=self.address)
-        last, width = find_inputs(trained, "sample", {}, config=config)["checkpoint"], config.sampling.relative_width
-        if width is None:
-            return last
-        from ncsn.model.averages import ensure_average
-
-        return ensure_average(last, relative_width=width)
+        return find_inputs(trained, "sample", {})["checkpoint"]
 
     def opened(self) -> RunFolder | None:
         """The run; None of a checkpoint in no run. That of a version is made once and named after it."""
@@ -96,11 +91,8 @@ class Place:
             text, facts = (files / "config.yaml").read_text(), checkpoint_facts(files, self.name)
             here = [f"storage.root={self.root}", f"tracking.uri={self.registry or 'null'}"]
             config = from_yaml(text, overrides=here, origin=self.name, without=NOT_OF_MODELS)
-            seen, average = facts["images_seen"], facts["average"]
-            name = f"images-{seen:09d}"
-            checkpoint = storage.join(folder.checkpoints, name)
-            if average is not None:
-                checkpoint = storage.join(folder.built, f"{average['relative_width']:g}-{name}")
+            seen = facts["images_seen"]
+            checkpoint = storage.join(folder.checkpoints, f"images-{seen:09d}")
             with storage.staged_folder(checkpoint, marker=INDEX) as copy:
                 shutil.copytree(files, copy, dirs_exist_ok=True)
         storage.publish_once(folder.config, to_yaml(config).encode())
@@ -159,7 +151,7 @@ def resolve(address: str, *, key: str, root: str, registry: str | None = None) -
     owner, named = RunFolder.of(uri), RunFolder(root, address) if RUN_PATTERN.fullmatch(address) else None
     if storage.exists(storage.join(uri, INDEX)):
         # Not of a trial, whose settings are others.
-        own = owner and uri.startswith((f"{owner.checkpoints}/", f"{owner.selected}/", f"{owner.averages}/"))
+        own = owner and uri.startswith((f"{owner.checkpoints}/", f"{owner.selected}/"))
         run = owner if own and owner and storage.exists(owner.config) else None
         return Place(key, uri, root, registry, run=run, uri=uri)
     run = owner if owner is not None and owner.uri == uri else named

@@ -88,7 +88,7 @@ def execute(
 
     try:
         refuse(step, run)
-        inputs = find_inputs(folder, step, given, config=config)
+        inputs = find_inputs(folder, step, given)
         # A step with a launcher needs no lock: the launcher's lock, or the name of the job, is one.
         with run.alone() if step in CONTINUING and lease is None else nullcontext():
             if not run.claimed:

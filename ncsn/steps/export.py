@@ -70,7 +70,7 @@ class Part:
 
 def prepare(run: Run, *, checkpoint: str, dataset: str) -> Prepared[ExportResult]:
     """How many images of each class there will be, and where."""
-    checkpoint, config, trained = opened(run, checkpoint, relative_width=run.config.sampling.relative_width)
+    config, trained = opened(run, checkpoint)
     manifest, wish = load_manifest(dataset), config.export
     if manifest.digest != trained.dataset_digest:
         reason = f"{trained.digest} was trained on {trained.dataset_digest[:8]}, not on {manifest.digest[:8]}"

@@ -36,7 +36,7 @@ from ncsn.tracking.promotion import pass_gate
 
 def prepare(run: Run, *, checkpoint: str, evaluation: str) -> Prepared[RegisterResult]:
     """A checkpoint is registered once, judged by the `evaluation` of its samples."""
-    checkpoint, config, loaded = opened(run, checkpoint, relative_width=run.config.sampling.relative_width)
+    config, loaded = opened(run, checkpoint)
     loaded = replace(loaded, config=config, guide=guide_of(loaded, config.sampling))
     measured = storage.absolute_uris(storage.read_json(evaluation), run.folder.root)
     # Not an evaluation of other weights, of another sampler or against other images.
@@ -147,7 +147,6 @@ def _candidate(
     files = {file: smaller_png(storage.read_below(root, uri)) for file, uri in pictures.items() if storage.exists(uri)}
     shown_in = {"samples": "grid.png", "samples and their nearest training images": "neighbors.png"}
     held_out = held_out_curves(load_history(run_folder(config, run).history))
-    width = None if loaded.average is None else loaded.average["relative_width"]
     card = render(
         "model_card.md.j2",
         name=config.registered_model,
@@ -161,7 +160,7 @@ def _candidate(
         pictures={text: file for text, file in shown_in.items() if file in files},
         warnings=[*(overfitting_hints(held_out) if held_out else ()), *copying_hints(measured["audit"])],
         selection=selection_of(config, run, checkpoint),
-        average=ema_setting(config.train) if width is None else f"relative width {width:g}",
+        average=ema_setting(config.train),
         config=config,
         manifest=manifest,
         evaluation=measured,
@@ -202,6 +201,5 @@ def selection_of(config: Config, run: str, checkpoint: str) -> Mapping[str, Any]
     chosen = read_step(run_folder(config, run), "select").result
     if not chosen:
         return None
-    best = chosen["images_seen"], chosen["relative_width"]
-    copied = [row["uri"] for row in chosen["candidates"] if (row["images_seen"], row["relative_width"]) == best]
+    copied = [row["uri"] for row in chosen["candidates"] if row["images_seen"] == chosen["images_seen"]]
     return chosen if checkpoint in (chosen["checkpoint"], *copied) else None

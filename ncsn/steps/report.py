@@ -52,7 +52,7 @@ def prepare(run: Run, *, evaluation: str) -> Prepared[ReportResult]:
     measured = storage.absolute_uris(storage.read_json(storage.absolute(evaluation)), folder.root)
     samples = storage.read_json(storage.join(measured["samples"], MANIFEST))
     samples = storage.absolute_uris(samples, folder.root)
-    _, config, loaded = opened(run, samples["checkpoint"])
+    config, loaded = opened(run, samples["checkpoint"])
     sources = ReportSources(
         config=config,
         folder=folder,

@@ -250,7 +250,6 @@ class SelectResult:
     figure: str  # the metric that was minimized, with extractor and number of samples
     value: float  # of the chosen candidate
     images_seen: int  # by the chosen candidate
-    relative_width: float | None  # of its average, if it was put together after training
     candidates: list[dict[str, Any]]  # of `Weights`, with value, low and high (None: not finite)
     kept: list[str]  # URIs of copies of those that are surely better than the last one, the best first
     notes: list[str] = field(default_factory=list)  # for people

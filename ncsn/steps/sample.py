@@ -42,7 +42,7 @@ def prepare(run: Run, *, checkpoint: str, score: str | None = None) -> Prepared[
 
     With the URI of a dataset as `score`, the Fréchet distance so far to its training images is published meanwhile.
     """
-    checkpoint, config, trained = opened(run, checkpoint, relative_width=run.config.sampling.relative_width)
+    config, trained = opened(run, checkpoint)
     facts, uri = place_of(config, trained, run.folder)
     there = (storage.find_json(storage.join(uri, MANIFEST)) or {}).get("num_images", 0)
     count = max(there, config.sampling.num_images)
@@ -122,24 +122,16 @@ def sample(
     return result
 
 
-def opened(run: Run, checkpoint: str, *, relative_width: float | None = None) -> tuple[str, Config, TrainedNetwork]:
-    """A checkpoint, or the average of this relative width up to it: its URI, the config of the run for it, and itself.
-
-    The config has the levels of the checkpoint, and a copy in the run of the network that guides it.
-    """
-    # Imported here, so that a run loads no average and no guide that it does not have.
-    if relative_width is not None:
-        from ncsn.model.averages import ensure_average
-
-        checkpoint = ensure_average(checkpoint, relative_width=relative_width)
+def opened(run: Run, checkpoint: str) -> tuple[Config, TrainedNetwork]:
+    """The config of the run for a checkpoint, with its levels and a copy of the network that guides it; and itself."""
     trained = load_checkpoint(checkpoint)
     config = require_same_training(trained.config, run.config, origin=checkpoint)
     require_label(config.sampling.label, trained.classes)
     if isinstance(config.sampling.guidance, AutoguidanceConfig):
-        from ncsn.steps.address import keep_guide
+        from ncsn.steps.address import keep_guide  # here, so that a run without a guide does not load it
 
         config = keep_guide(config, run.folder, trained)
-    return checkpoint, config, trained
+    return config, trained
 
 
 class _Scores:

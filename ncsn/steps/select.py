@@ -12,8 +12,9 @@ call continues an interrupted one.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -33,10 +34,10 @@ from ncsn.evaluation.frechet import frechet_without, groups_of, jackknife_deviat
 from ncsn.evaluation.measure import metric_name
 from ncsn.evaluation.reference import Evaluator, open_evaluator
 from ncsn.evaluation.scores import kernel_distances
-from ncsn.model.averages import Weights, find_weights, keep_copy
+from ncsn.model.checkpoint import load_checkpoint, save_network
 from ncsn.report.plots import selection_figure, to_png
 from ncsn.report.words import few_samples, shown_score
-from ncsn.runs.folder import Run, RunFolder
+from ncsn.runs.folder import INDEX, Run, RunFolder, images_seen_at
 from ncsn.steps.address import keep_guide
 from ncsn.steps.results import Context, Prepared, SelectResult
 from ncsn.steps.train import settle_noise
@@ -47,8 +48,42 @@ SURE = 0.05  # as of 95 % intervals, for all comparisons with the last together
 Score = dict[str, Any]  # see `_score`
 
 
+@dataclass(frozen=True)
+class Weights:
+    """EMA weights to sample from."""
+
+    uri: str  # a checkpoint
+    digest: str  # first 16 hex digits of the SHA-256 of the weights
+    images_seen: int
+
+
+def find_weights(folder: RunFolder) -> list[Weights]:
+    """All different EMA weights of a run, by images seen; of the same ones the first place."""
+    found: dict[str, Weights] = {}
+    for place in (folder.checkpoints, folder.selected):
+        for name in filter(re.compile(r"images-\d+").fullmatch, storage.list_names(place)):
+            uri = storage.join(place, name)
+            index = storage.find_json(storage.join(uri, INDEX))
+            if index is not None:
+                digest = index["sha256"]["ema.safetensors"][:16]
+                found.setdefault(digest, Weights(uri, digest, images_seen_at(name)))
+    return sorted(found.values(), key=lambda each: each.images_seen)
+
+
+def keep_copy(uri: str, folder: str) -> str:
+    """URI of a copy of a checkpoint below `folder`, with what images need, that no training thins or deletes."""
+    place, _, name = uri.rpartition("/")
+    if place == folder:
+        return uri
+    target = storage.join(folder, name)
+    with storage.scratch_folder(folder) as copy:
+        save_network(load_checkpoint(uri), copy)
+        storage.publish_folder(copy, target, marker=INDEX, replace=True)
+    return target
+
+
 def prepare(run: Run, *, dataset: str) -> Prepared[SelectResult]:
-    """The weights of every checkpoint of the run, and of every average that was put together, and how they are scored.
+    """The weights of every checkpoint of the run, and how they are scored.
 
     A second call continues: the scores that are known stay.
     """
@@ -87,9 +122,7 @@ def _scored_by(config: Config, manifest: Manifest) -> dict[str, Any]:
     """What decides the score of some weights."""
     return {
         "select": config.select.model_dump(mode="json"),
-        "sampling": config.sampling.model_dump(
-            mode="json", exclude={"num_images", "batch_size", "seed", "relative_width"}
-        ),
+        "sampling": config.sampling.model_dump(mode="json", exclude={"num_images", "batch_size", "seed"}),
         "evaluation": evaluation_of(config, manifest).model_dump(mode="json"),
         "dataset": manifest.digest,
     }
@@ -151,14 +184,14 @@ def conclude(
     config: Config, found: Sequence[Weights], scored: Mapping[str, Score], *, folder: RunFolder, extractor: str
 ) -> SelectResult:
     """Choose, copy the best candidates, and write the table and its plot."""
-    settings, width = config.select, config.sampling.relative_width
+    settings = config.select
     rows = [{**asdict(each), **scored[each.digest]} for each in found]
     finite = [row for row in rows if row["value"] is not None]
     if not finite:
         wrong = f"all {len(rows)} candidates give images that are not finite"
         raise UserError("sampling.sampler", wrong, hint="lower its step size")
     metric = metric_name(settings.figure, extractor=extractor, num_images=settings.num_images)
-    last = max(rows, key=lambda row: (row["images_seen"], row["relative_width"] == width))
+    last = max(rows, key=lambda row: row["images_seen"])
     better = [row for row in finite if row is not last and _surely_below(row, last, among=len(finite) - 1)]
     better.sort(key=lambda row: (row["value"], row["images_seen"]))
     kept = [keep_copy(row["uri"], folder.selected) for row in better[:KEPT]]
@@ -177,7 +210,6 @@ def conclude(
         figure=metric,
         value=chosen["value"],
         images_seen=chosen["images_seen"],
-        relative_width=chosen["relative_width"],
         candidates=rows,
         kept=kept,
         notes=notes,

@@ -20,7 +20,6 @@ from ncsn.distributed.cluster import ray_cluster, ray_tags
 from ncsn.errors import UserError
 from ncsn.evaluation.utility import require_enough
 from ncsn.model import build
-from ncsn.model.averages import copy_snapshots
 from ncsn.model.checkpoint import FILES, CheckpointStore, load_checkpoint
 from ncsn.model.classes import require_label, require_same_classes
 from ncsn.progress import PublishedProgress, read_progress, say
@@ -95,7 +94,6 @@ def train(config: Config, manifest: Manifest, dataset: str, start: Start, contex
         tracked.set_tags({CONTINUE_FROM: source.uri})
         if next(resumable(folder.checkpoints), None) is None:
             seen = images_seen_at(state := state_to_continue(config))
-            copy_snapshots(source.averages, folder.averages, until=seen)
             replace(load_history(source.history, until=seen), uri=folder.history).publish()
     with answer.saving(ask_to_save), ray_cluster(config, last_lines=context.last_lines):
         tracked.set_tags({**ray_tags(), **start.tags})
@@ -108,7 +106,6 @@ def train(config: Config, manifest: Manifest, dataset: str, start: Start, contex
             progress=PublishedProgress(folder.step("train", "progress.json")),
             history=folder.history,
             preview=folder.preview,
-            averages=folder.averages,
             lease=Lease(context.lease) if context.lease else None,
             stop=stop,
             start=start.uri,

@@ -80,7 +80,7 @@ class Asked:
 
 def prepare(run: Run, *, checkpoint: str, dataset: str) -> Prepared[UtilityResult]:
     """The step also runs where the config has no section `utility`, if it is asked for alone."""
-    checkpoint, config, trained = opened(run, checkpoint, relative_width=run.config.sampling.relative_width)
+    config, trained = opened(run, checkpoint)
     manifest, wish = load_manifest(dataset), config.utility or UtilityConfig()
     if trained.classes is None:
         reason = "is null: this model was told no classes, which a classifier would tell apart"

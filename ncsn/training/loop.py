@@ -19,7 +19,6 @@ import torch
 
 from ncsn import storage
 from ncsn.config import Config, decay_begins
-from ncsn.config.training import SNAPSHOTS, PowerEmaConfig
 from ncsn.core.training import train_step
 from ncsn.data.format import load_manifest
 from ncsn.data.training_images import open_training_images
@@ -58,7 +57,6 @@ class TrainingJob:
     progress: Progress = field(default_factory=Progress)  # counts the images that all workers have seen
     history: str | None = None  # URI of the file of rank 0's curves
     preview: Callable[[int], str] | None = None  # images seen -> URI of the file of rank 0's preview
-    averages: str | None = None  # URI of the folder of snapshots of two EMAs
     lease: Lease | None = None  # of the launcher, without which training saves and ends
     stop: str | None = None  # URI of an object: once it exists, training saves and ends
     start: str | None = None  # URI of the files of the trained network that `train.init_from` names
@@ -276,15 +274,6 @@ def train_loop(job: TrainingJob, context: WorkerContext, checkpoints: Checkpoint
             measured = probe is not None and (training.ended() or training.crossed(probe.every))
             if save or measured or training.crossed(train.report_every_images):
                 training.report(measured=measured)
-            every = max(1, train.num_images // SNAPSHOTS)
-            due = isinstance(train.ema, PowerEmaConfig) and (training.ended() or training.crossed(every))
-            if due and job.averages is not None:
-                from ncsn.model import averages  # here, since few runs have them
-
-                training.watchdog.allow(LONG_SECONDS)
-                if context.rank == 0:  # before the checkpoint that implies the snapshot
-                    taken, seen = averages.copies(training.state), training.state.images_seen
-                    checkpoints.later(partial(averages.store, job.averages, taken, images_seen=seen))
             if save:
                 training.save()
             elif training.timer.due():

@@ -10,7 +10,6 @@ from refused import refused
 
 from ncsn import storage
 from ncsn.cli.target import TargetOptions
-from ncsn.config import Config
 from ncsn.errors import ConfigError, NotFound
 from ncsn.runs.folder import find_inputs, update_step
 
@@ -54,7 +53,6 @@ def test_a_checkpoint_brings_its_config_and_its_run(config_file: Path, store: Pa
     for folder, run in (
         (store / "runs/mine/checkpoints", "mine"),
         (store / "runs/mine/selected", "mine"),
-        (store / "runs/mine/ema/widths", "mine"),
         (store / "runs/mine/search/trials/a/b/checkpoints", own.name),
         (tmp_path / "a/checkpoints", own.name),
     ):
@@ -101,14 +99,14 @@ def test_inputs_are_the_given_ones_else_those_of_the_run(config_file: Path) -> N
 
     finish("ingest", uri="/data/set")
     finish("sample", uri="/samples", checkpoint="/selected")
-    assert find_inputs(folder, "register", {"evaluation": "/e"}, config=config)["checkpoint"] == "/selected"
-    found = find_inputs(folder, "evaluate", {"samples": "/other/", "dataset": None}, config=config)
+    assert find_inputs(folder, "register", {"evaluation": "/e"})["checkpoint"] == "/selected"
+    found = find_inputs(folder, "evaluate", {"samples": "/other/", "dataset": None})
     assert found == {"samples": "/other", "dataset": "/data/set"}
     with refused("--checkpoint"):
-        find_inputs(folder, "sample", {"checkpoint": None}, config=config)
+        find_inputs(folder, "sample", {"checkpoint": None})
 
-    def sampled(of: Config = config, **given: str) -> str:
-        return find_inputs(folder, "sample", given, config=of)["checkpoint"]
+    def sampled(**given: str) -> str:
+        return find_inputs(folder, "sample", given)["checkpoint"]
 
     last, best = (storage.join(folder.uri, place) for place in ("checkpoints/images-9", "selected/images-5"))
     finish("train", checkpoint=last)
@@ -117,7 +115,5 @@ def test_inputs_are_the_given_ones_else_those_of_the_run(config_file: Path) -> N
     assert sampled() == last, "the copy is gone"
     storage.write_text(best, "x")
     assert (sampled(), sampled(checkpoint=last)) == (best, last)
-    average = config.model_copy(update={"sampling": config.sampling.model_copy(update={"relative_width": 0.1})})
-    assert sampled(average) == last
     finish("train", checkpoint=last, at="2026-01-03")
     assert sampled() == last

@@ -97,7 +97,7 @@ def test_the_average_of_a_trained_network_has_no_ramp(tiny: str, source: str, tm
     long = experiment(tiny, tmp_path, source, ema, "train.num_images=80000")
     # Of a short training at most a tenth, or the average would stay where it started.
     for config, images in ((long, 4000), (ours, ours.train.num_images // 10), (other, 0.05 * 16)):
-        average, _ = build.new_emas(config, build.network(config))
+        average = build.new_ema(config, build.network(config))
         assert average.decay(16, 16) == pytest.approx(0.5 ** (16 / images))
     assert "train.init_from" in changed_settings(ours, other)
     with refused("train.trainable", error=ConfigError):

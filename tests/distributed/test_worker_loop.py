@@ -18,7 +18,6 @@ import torch.multiprocessing
 from clock import Clock
 from pretended_gpu import pretended_gpu
 from refused import refused
-from safetensors.torch import load_file
 from torch import nn
 from workers import (
     Recorder,
@@ -40,8 +39,7 @@ from ncsn import storage
 from ncsn.config import from_yaml
 from ncsn.data.training_images import CachedSplit
 from ncsn.model import build
-from ncsn.model.averages import build_average, snapshots
-from ncsn.model.checkpoint import CheckpointStore, load_checkpoint
+from ncsn.model.checkpoint import CheckpointStore
 from ncsn.progress import Progress
 from ncsn.runs.history import load_history
 from ncsn.storage import heartbeat
@@ -75,32 +73,12 @@ def test_resume_is_bitwise(tiny: str, dataset: str, tmp_path: Path, overrides: l
     assert_same_tensors(whole, second)
 
 
-def test_a_resumed_training_has_the_same_averages_and_snapshots(tiny, dataset, tmp_path, monkeypatch) -> None:
-    power = ["train.ema={kind: power}", "train.keep_checkpoints=1"]
-    monkeypatch.setattr("ncsn.training.loop.SNAPSHOTS", 3)  # one at every 53 images
-    config = from_yaml(tiny, overrides=power)
-    runs = [tmp_path / name for name in ("whole", "halves")]
-    whole, halves = (TrainingJob(config=config, dataset=dataset, averages=str(run / "ema")) for run in runs)
-    outcome = train_locally(whole, runs[0] / "checkpoints")
-    train_until_killed(halves, runs[1] / "checkpoints")
-    assert snapshots(halves.averages or "") == [64]
-    train_locally(halves, runs[1] / "checkpoints")
-    places = [run / "checkpoints" / outcome.checkpoint for run in runs]
-    assert_same_tensors(*places)
-    for file in ("ema_2.safetensors", *(f"../../ema/images-{seen:09d}/0.050.safetensors" for seen in (112, 160))):
-        one, other = (load_file(place / file) for place in places)
-        assert all(one[name].equal(other[name]) for name in one)
-    assert [snapshots(str(run / "ema")) for run in runs] == [[64, 112, 160]] * 2
-    built = load_checkpoint(build_average(str(places[0]), relative_width=0.07))
-    assert built.images_seen == 160 and built.average is not None and len(built.average["coefficients"]) == 6
-
-
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_longer_training_goes_on_from_where_the_decay_began(tiny, dataset, tmp_path, workers) -> None:
     """The same as one of this length from the start. A kill and few checkpoints do not lose the state."""
 
     def job(length: int, state: str | None = None) -> TrainingJob:
-        settings = ["optimizer={decay: linear, decay_images: 16}", "train.ema={kind: power}"]
+        settings = ["optimizer={decay: linear, decay_images: 16}", "train.ema={kind: half_life}"]
         return TrainingJob(from_yaml(tiny, overrides=[*settings, f"train.num_images={length}"]), dataset, state=state)
 
     def trained(name: str, job: TrainingJob) -> Path:
@@ -121,8 +99,6 @@ def test_a_longer_training_goes_on_from_where_the_decay_began(tiny, dataset, tmp
     assert_same_tensors(again / last, whole / last)
     trial = trained("trial", replace(job(112), stop_at=112))
     assert [name for name in storage.list_names(str(trial)) if "decay" in name] == [], "nobody trains it longer"
-    one, other = (load_file(folder / last / "ema_2.safetensors") for folder in (again, whole))
-    assert all(one[name].equal(other[name]) for name in one)
 
 
 def test_another_seed_gives_other_weights_and_a_complete_run_has_nothing_left_to_do(tiny, dataset, tmp_path) -> None:

@@ -78,8 +78,8 @@ def by_class(names: Sequence[str]) -> dict[str, object]:
         ),
         (
             ("sampling.label=3", "train.init_from=models:/old/1", "train.trainable=light"),
-            {"average": "relative width 0.03"},
-            ("EMA of relative width 0.03", "| start |", "models:/old/1", "light", "| classes of the samples | 3 |"),
+            {"average": "train.ema.images = 500"},
+            ("EMA of train.ema.images = 500", "| start |", "models:/old/1", "light", "| classes of the samples | 3 |"),
         ),
         (("train.continue_from=first",), {}, ("| start | the state of run first ",)),
         (
@@ -129,7 +129,6 @@ def test_a_chosen_checkpoint_is_shown_among_the_best_candidates() -> None:
     rows = [
         {
             "images_seen": 1000 * i,
-            "relative_width": None,
             "value": abs(i - 4) + 0.5,
             "low": 0.4,
             "high": 9.0,
@@ -137,7 +136,7 @@ def test_a_chosen_checkpoint_is_shown_among_the_best_candidates() -> None:
         }
         for i in range(9)
     ]
-    rows.append({"images_seen": 1, "relative_width": 0.1, "value": None, "digest": "x"})
+    rows.append({"images_seen": 1, "value": None, "digest": "x"})
     selection = {
         "candidates": rows,
         "figure": "eval/classifier_fid_n1000",

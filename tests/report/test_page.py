@@ -93,7 +93,7 @@ def page() -> dict[str, Any]:
     table = [{"name": name, "num_images": 51, "agreement": 0.9, "kid": 0.01} for name in ("zero", "one")]
     classes = {"agreement": 0.92, "real_agreement": 0.95, "table": table, "real_table": table, "by_probe": False}
     classes["confusion"] = [[50, 1], [7, 44]]
-    candidate = {"images_seen": 1000, "relative_width": None, "value": 14.0, "digest": "0" * 16}
+    candidate = {"images_seen": 1000, "value": 14.0, "digest": "0" * 16}
     candidate |= {"low": 13.0, "high": 15.1}
     selection = {
         "candidates": [candidate],

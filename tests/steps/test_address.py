@@ -117,18 +117,6 @@ def test_a_version_is_sampled_and_evaluated_as_a_run_that_nobody_trains(config: 
         do("train", target.config, target.name, dataset=read_step(folder, "ingest").result["uri"])
 
 
-def test_an_average_that_was_registered_has_its_width(config: Config, trained: RunFolder, root: Path) -> None:
-    averaged = from_yaml(to_yaml(config), overrides=["train.ema={kind: power}", "sampling.relative_width=0.1"])
-    average = {"relative_width": 0.1, "error": 0.0, "coefficients": {}}
-    _register(averaged, f"{trained.checkpoints}/images-000000008", "averaged", average=average)
-    target = TargetOptions(None, (f"storage.root={root}",)).resolve("models:/averaged/1")
-    checkpoint = read_step(RunFolder(str(root), target.name), "train").result["checkpoint"]
-    assert do("sample", target.config, target.name, checkpoint=checkpoint).num_images == 4
-    other = from_yaml(to_yaml(target.config), overrides=["sampling.relative_width=0.2"])
-    with refused("sampling.relative_width"):
-        do("sample", other, target.name, checkpoint=checkpoint)
-
-
 def test_a_guide_of_any_address_is_kept(config: Config, trained: RunFolder, saved: str) -> None:
     model, folder = load_checkpoint(f"{trained.checkpoints}/images-000000008"), claimed(config, "guided")
     for address in ("models:/pets/1", "mine", saved):

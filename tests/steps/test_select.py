@@ -18,12 +18,12 @@ from ncsn.config import Config
 from ncsn.errors import NotFound
 from ncsn.evaluation.frechet import FrechetStatistics
 from ncsn.evaluation.reference import Evaluator, Reference
-from ncsn.model.averages import Weights, build_average, find_weights
 from ncsn.model.checkpoint import CheckpointStore, load_checkpoint
 from ncsn.runs.folder import RunFolder, run_folder
 from ncsn.steps import select
 from ncsn.steps.register import selection_of
 from ncsn.steps.results import SelectResult
+from ncsn.steps.select import Weights, find_weights
 from ncsn.training.context import WorkerContext
 from ncsn.training.loop import TrainingJob, train_loop
 
@@ -31,7 +31,7 @@ from ncsn.training.loop import TrainingJob, train_loop
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
     lengths = ("train.checkpoint_every_images=32", "train.report_every_images=160", "train.keep_checkpoints=all")
-    settings = ("data.max_images=256", "train.ema={kind: power}", "sampling.num_images=20", "select.num_images=24")
+    settings = ("data.max_images=256", "sampling.num_images=20", "select.num_images=24")
     return tiny(tmp_path_factory.mktemp("store"), *lengths, *settings, "compute.num_workers=2")
 
 
@@ -42,13 +42,11 @@ def dataset(config: Config, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def trained(config: Config, dataset: str) -> RunFolder:
-    """A run of five checkpoints and two averages of other widths."""
+    """A run of five checkpoints."""
     folder = run_folder(config, "mine")
     alone = config.model_copy(update={"compute": config.compute.model_copy(update={"num_workers": 1})})
-    job = TrainingJob(config=alone, dataset=dataset, averages=folder.averages)
-    outcome = train_loop(job, WorkerContext(), CheckpointStore(folder.checkpoints, keep=alone.train.keep_checkpoints))
-    for width in (0.08, 0.15):
-        build_average(storage.join(folder.checkpoints, outcome.checkpoint), relative_width=width)
+    job = TrainingJob(config=alone, dataset=dataset)
+    train_loop(job, WorkerContext(), CheckpointStore(folder.checkpoints, keep=alone.train.keep_checkpoints))
     return folder
 
 
@@ -58,9 +56,7 @@ def test_older_checkpoints_keep_what_images_need_and_are_not_resumed_from(config
     whole = [storage.exists(storage.join(trained.checkpoints, name, "optimizer.safetensors")) for name in names]
     assert whole == [False, False, True, True, True]
     assert load_checkpoint(storage.join(trained.checkpoints, names[0])).images_seen == 32
-    found = find_weights(trained)
-    assert [each.images_seen for each in found] == [32, 64, 96, 128, 160, 160, 160]
-    assert [each.relative_width for each in found][-3:] == [None, 0.08, 0.15]
+    assert [each.images_seen for each in find_weights(trained)] == [32, 64, 96, 128, 160]
     for name in names[:2]:
         shutil.copytree(Path(trained.checkpoints, name), tmp_path / name)
     job = TrainingJob(config=config, dataset=dataset, stop_at=32)
@@ -70,11 +66,11 @@ def test_older_checkpoints_keep_what_images_need_and_are_not_resumed_from(config
 @pytest.mark.slow
 def test_the_best_of_a_run_is_chosen_on_a_cluster_kept_and_logged(config, dataset, trained, monkeypatch) -> None:
     result = do("select", config, "mine", dataset=dataset)
-    assert len(result.candidates) == 7 and result.figure == "eval/classifier_fid_n24"
+    assert len(result.candidates) == 5 and result.figure == "eval/classifier_fid_n24"
     assert all(row["low"] < row["value"] < row["high"] for row in result.candidates)
     digest = load_checkpoint(result.checkpoint).digest
     (best,) = (row for row in result.candidates if row["digest"] == digest)
-    assert (result.value, result.images_seen, result.relative_width) == (best["value"], best["images_seen"], None)
+    assert (result.value, result.images_seen) == (best["value"], best["images_seen"])
     assert result.kept == [] and result.checkpoint == best["uri"] and best["images_seen"] == 160, "a short training"
     written = storage.absolute_uris(storage.read_json(result.uri), config.storage.root)
     assert written["candidates"] == result.candidates
@@ -90,7 +86,7 @@ def test_the_best_of_a_run_is_chosen_on_a_cluster_kept_and_logged(config, datase
     assert do("select", alone, "mine", dataset=dataset).candidates == result.candidates
 
 
-WEIGHTS = [Weights(f"/c/{i}", f"{i:016d}", 1000 * (i + 1), None) for i in range(5)]
+WEIGHTS = [Weights(f"/c/{i}", f"{i:016d}", 1000 * (i + 1)) for i in range(5)]
 
 
 @pytest.fixture

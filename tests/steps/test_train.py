@@ -14,7 +14,6 @@ from ncsn import storage
 from ncsn.config import Config, changed_settings, from_yaml, to_yaml
 from ncsn.distributed.cluster import ray_cluster
 from ncsn.errors import UserError
-from ncsn.model.averages import snapshots
 from ncsn.report.words import next_step
 from ncsn.runs.folder import ForeignRun, RunFolder, read_step, run_folder, state_to_continue, update_step
 from ncsn.runs.history import load_history
@@ -76,7 +75,7 @@ def test_a_schedule_with_an_end_belongs_to_its_length(config, tmp_path, decay, o
 
 def test_a_run_continues_another_from_where_its_decay_began(config) -> None:
     def linear(images: int, *overrides: str) -> Config:
-        ema = "train.ema={kind: power}"
+        ema = "train.ema={kind: half_life}"
         return of_length(config, images, "optimizer={decay: linear, decay_images: 8}", ema, *overrides)
 
     start, dataset = "train.continue_from=first", do("ingest", linear(24), "first").uri
@@ -89,7 +88,7 @@ def test_a_run_continues_another_from_where_its_decay_began(config) -> None:
         ("train.continue_from", linear(40, "train.continue_from=nobody")),
         ("train.continue_from", linear(40, "train.continue_from=../runs/first")),
         ("train.continue_from", linear(40, start, "seed=1")),
-        ("train.continue_from", linear(40, start, "train.ema={kind: half_life}")),
+        ("train.continue_from", linear(40, start, "train.ema={kind: decay}")),
         ("train.num_images", linear(16, start)),
         ("train.num_images", linear(40, start, "optimizer.decay_images=28")),
     ):
@@ -105,8 +104,6 @@ def test_a_run_continues_another_from_where_its_decay_began(config) -> None:
     assert next_step("copied", longer, second)[0].split()[-3] == "train.continue_from=null", "shorter than that state"
     again, whole = (do("train", each, run, dataset=dataset) for each, run in ((longer, "second"), (linear(160), "all")))
     assert_same_tensors(again.checkpoint, whole.checkpoint)
-    # Of the first run those up to its state, and then one at every ten images.
-    assert snapshots(second.averages) == [4, 8, 12, 16, *(seen for seen in range(20, 161, 4) if seen % 10 < 4)]
     seen = load_history(second.history).images_seen
     assert seen[:4] == load_history(first.history).images_seen[:4] and len(seen) == len(set(seen)) == 40
     tracked = connect(config).client.get_run(read_step(second, "train").mlflow["run_id"])
