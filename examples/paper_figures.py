@@ -15,13 +15,13 @@ from statistics import mean, stdev
 
 import torch
 from matplotlib.figure import Figure
-from small_images import Images, Model, arguments, digits, show, statistics, train
+from small_images import Images, Model, arguments, digits, show, train
 from torch import Tensor
 
 from ncsn.core.keyed_random import KeyedNoise
 from ncsn.core.samplers.chain import sample, start
 from ncsn.core.samplers.settings import AnnealedLangevin, DpmSolver, KarrasHeun, Sampler
-from ncsn.evaluation.frechet import frechet_distance
+from ncsn.evaluation.frechet import FrechetStatistics, frechet_distance
 
 HEUN = KarrasHeun(num_steps=18)
 LANGEVIN = AnnealedLangevin(epsilon=3e-5, steps_per_level=10)
@@ -34,8 +34,11 @@ def chain(model: Model, *, rows: int = ROWS) -> Tensor:
     noise = KeyedNoise(0, first=0, count=rows, shape=model.moments.mean.shape)
     sigmas = model.network.sigmas
     states = [start(LANGEVIN, model.moments, sigma_1=float(sigmas[0]), noise=noise)]
-    sample(LANGEVIN, model.network, x=states[0], sigmas=sigmas, noise=noise,
-           on_level=lambda _, x: states.append(x.clone()))  # fmt: skip
+
+    def keep(_: int, x: Tensor) -> None:
+        states.append(x.clone())
+
+    sample(LANGEVIN, model.network, x=states[0], sigmas=sigmas, noise=noise, on_level=keep)
     return torch.stack(states)
 
 
@@ -61,6 +64,11 @@ def neighbors(model: Model, images: Images, *, rows: int = ROWS, columns: int = 
     samples = model.sample(rows, sampler=HEUN)
     nearest = torch.cdist(samples.flatten(1), images.train.flatten(1)).topk(columns, largest=False).indices
     return torch.cat([samples[:, None], images.train[nearest]], dim=1)
+
+
+def statistics(images: Tensor) -> FrechetStatistics:
+    """Mean and covariance of the pixels times ten, a scale on which the distances are a few units."""
+    return FrechetStatistics.of(10 * images.clamp(0, 1).flatten(1).numpy())
 
 
 def quality(model: Model, images: Images) -> dict[str, dict[int, tuple[float, float]]]:

@@ -1,6 +1,6 @@
 """Train a score network on small images with the core of the library alone: no config, store, Ray or MLflow.
 
-The other examples import this one. The digits take half a minute on two cores, Fashion-MNIST (`--full`) half an hour.
+The other examples import this one. The digits take half a minute on two cores.
 
     python examples/small_images.py --out digits.png
 """
@@ -8,7 +8,6 @@ The other examples import this one. The digits take half a minute on two cores, 
 from __future__ import annotations
 
 import argparse
-import copy
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,11 +16,10 @@ import torch
 from matplotlib.axes import Axes
 from sklearn.datasets import load_digits
 from torch import Tensor
-from torchvision.datasets import FashionMNIST
 from torchvision.utils import save_image
 
 from ncsn.core.ema import Ema, half_life
-from ncsn.core.images import DataMoments, fit_moments, to_unit
+from ncsn.core.images import DataMoments, fit_moments
 from ncsn.core.keyed_random import KeyedNoise
 from ncsn.core.losses import Batch, DenoisingScoreMatching, EdmWeight
 from ncsn.core.networks.unet import UnetNetwork
@@ -29,7 +27,6 @@ from ncsn.core.noise_schedule import geometric_sigmas
 from ncsn.core.samplers.chain import sample, start
 from ncsn.core.samplers.settings import KarrasHeun, Sampler
 from ncsn.core.training import StepOptions, TrainState, train_step
-from ncsn.evaluation.frechet import FrechetStatistics
 
 BATCH = 64
 
@@ -69,14 +66,21 @@ def digits() -> Images:
     return Images(train=images[:1297], test=images[1297:])
 
 
-def fashion(root: str) -> Images:
-    """70,000 pieces of clothing of 28x28 pixels, below `root/FashionMNIST/raw`."""
-    splits = (FashionMNIST(root, train=part, download=True) for part in (True, False))
-    return Images(*(to_unit(split.data[..., None]) for split in splits))
+def train(
+    images: Images,
+    *,
+    num_images: int,
+    widths: tuple[int, ...] = (32, 64),
+) -> Model:
+    """Denoising score matching with the noise and weight of Karras et al. 2022; the EMA of the weights.
 
-
-def new_network(images: Images, *, widths: tuple[int, ...]) -> UnetNetwork:
-    return UnetNetwork(
+    Args:
+        num_images: Length of the training, each image counted as often as it is drawn.
+        widths: Channels of the network at the images' size and at each half of it.
+    """
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    network = UnetNetwork(
         channels=1,
         image_size=images.train.shape[-1],
         sigmas=geometric_sigmas(5.0, 0.01, 18),  # the first and the last are the sampler's range
@@ -85,28 +89,7 @@ def new_network(images: Images, *, widths: tuple[int, ...]) -> UnetNetwork:
         embedding_features=64,
         sigma_data=images.sigma_data,
     )
-
-
-def train(
-    images: Images,
-    *,
-    num_images: int,
-    widths: tuple[int, ...] = (32, 64),
-    start: Model | None = None,
-    learning_rate: float = 2e-3,
-    seed: int = 0,
-) -> Model:
-    """Denoising score matching with the noise and weight of Karras et al. 2022; the EMA of the weights.
-
-    Args:
-        num_images: Length of the training, each image counted as often as it is drawn.
-        widths: Channels of a new network at the images' size and at each half of it.
-        start: A model to continue from.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    torch.manual_seed(seed)
-    network = new_network(images, widths=widths) if start is None else copy.deepcopy(start.network)
-    optimizer = torch.optim.Adam(network.parameters(), lr=learning_rate)
+    optimizer = torch.optim.Adam(network.parameters(), lr=2e-3)
     state = TrainState(network.train(), optimizer, Ema(network, half_life(images=num_images / 20, ramp_up=0.05)))
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_images // BATCH)
     loss = DenoisingScoreMatching(weight=EdmWeight(images.sigma_data))
@@ -127,7 +110,6 @@ def arguments(description: str | None, *, out: str) -> argparse.Namespace:
     """The command line of the examples."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default=out, help="PNG file")
-    parser.add_argument("--data", default="data", help="folder for Fashion-MNIST, which --full of some examples loads")
     parser.add_argument("--full", action="store_true", help="as for the figure of the docs: longer, larger, or both")
     torch.set_num_threads(1)  # the operations on images this small are not worth sharing
     return parser.parse_args()
@@ -138,11 +120,6 @@ def show(axes: Axes, rows: Iterable[Tensor], title: str) -> None:
     pixels = torch.cat([torch.cat(list(row[:, 0]), dim=1) for row in rows])
     axes.imshow(pixels.clamp(0, 1), cmap="gray", vmin=0, vmax=1)
     axes.set(xticks=[], yticks=[], title=title)
-
-
-def statistics(images: Tensor) -> FrechetStatistics:
-    """Mean and covariance of the pixels times ten, a scale on which the distances are a few units."""
-    return FrechetStatistics.of(10 * images.clamp(0, 1).flatten(1).numpy())
 
 
 def main() -> None:

@@ -67,7 +67,8 @@ def fit_clean_score(*, num_steps: int, seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
     network = nn.Sequential(nn.Linear(2, 128), nn.Softplus(), nn.Linear(128, 128), nn.Softplus(), nn.Linear(128, 2))
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
-    loss, no_noise = SlicedScoreMatching(anneal_power=0.0), (torch.zeros(128), torch.zeros(128, 2))
+    loss = SlicedScoreMatching(anneal_power=0.0)
+    no_noise = torch.zeros(128), torch.zeros(128, 2)
     for _ in range(num_steps):
         x = MIXTURE.sample(128, generator=generator)
         v = torch.randn(128, 2, generator=generator)
@@ -84,7 +85,12 @@ class ConditionalScore(nn.Module):
         super().__init__()
         self.sigmas = sigmas
         self.layers = nn.Sequential(
-            *(nn.Linear(3, 128), nn.SiLU(), nn.Linear(128, 128), nn.SiLU(), nn.Linear(128, 128), nn.SiLU()),
+            nn.Linear(3, 128),
+            nn.SiLU(),
+            nn.Linear(128, 128),
+            nn.SiLU(),
+            nn.Linear(128, 128),
+            nn.SiLU(),
             nn.Linear(128, 2),
         )
 
@@ -177,8 +183,8 @@ def main() -> None:
         print(f"{name:34} {share_of_heavy_mode(x):.2f} of the points at (5, 5); 0.80 is right")
     near = MIXTURE.sample(4000, generator=torch.Generator().manual_seed(1))
     between = 2 * torch.rand(4000, 2, generator=torch.Generator().manual_seed(1)) + torch.tensor([-4.0, 3.0])
-    print(f"error of the clean score: {relative_error(clean, near):.3f} near the modes, "
-          f"{relative_error(clean, between):.3f} between them")  # fmt: skip
+    errors = [relative_error(clean, x) for x in (near, between)]
+    print(f"error of the clean score: {errors[0]:.3f} near the modes, {errors[1]:.3f} between them")
     # The exact and the learned score as arrows, and the points of each sampler with the share of each mode.
     axis = torch.linspace(-LIMIT, LIMIT, 17)
     grid = torch.cartesian_prod(axis, axis)
